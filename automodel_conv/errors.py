@@ -1,0 +1,88 @@
+"""The errors of this package: one base, one class per kind of trouble.
+
+Every message answers five questions, in this order and only where they apply: what went wrong, where (file, tensor,
+rule), what was expected, what was found, what to do. ``message`` builds that text, so all errors read alike.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+
+class ConversionError(ValueError):
+    """Base class of every error this package raises on purpose."""
+
+
+class CheckpointError(ConversionError):
+    """A checkpoint file or index is missing, malformed, truncated, or contradicts itself."""
+
+
+class NameProblems(ConversionError):
+    """Checkpoint names and model names do not fit together; carries *all* the problems found, not the first.
+
+    Attributes:
+        missing: targets that nothing in the checkpoint provides.
+        unexpected: sources that no target takes.
+        mismatched: ``(target, found shape, expected shape)``.
+        duplicated: ``(target, sources)`` where more than one source claims the same target.
+        incomplete: ``(target, missing sources)``: a merged target with some of its parts absent.
+    """
+
+    def __init__(
+        self,
+        text: str,
+        *,
+        missing: Iterable[str] = (),
+        unexpected: Iterable[str] = (),
+        mismatched: Iterable[tuple[str, tuple[int, ...], tuple[int, ...]]] = (),
+        duplicated: Iterable[tuple[str, tuple[str, ...]]] = (),
+        incomplete: Iterable[tuple[str, tuple[str, ...]]] = (),
+    ):
+        super().__init__(text)
+        self.missing = tuple(missing)
+        self.unexpected = tuple(unexpected)
+        self.mismatched = tuple(mismatched)
+        self.duplicated = tuple(duplicated)
+        self.incomplete = tuple(incomplete)
+
+
+class CoverageError(ConversionError):
+    """A plan would leave a destination element unwritten, or write it more than once."""
+
+
+class UnsupportedError(ConversionError):
+    """An operation, layout, dtype or file format that this package does not convert."""
+
+
+class ReadError(ConversionError):
+    """Reading tensor data failed after a plan was made; names the targets already written, if any."""
+
+
+def message(
+    what: str,
+    *,
+    where: str | None = None,
+    expected: object = None,
+    found: object = None,
+    do: str | None = None,
+) -> str:
+    """One error text: what, where, expected, found, what to do."""
+    lines = [what]
+    if where is not None:
+        lines.append(f"  where:    {where}")
+    if expected is not None:
+        lines.append(f"  expected: {expected}")
+    if found is not None:
+        lines.append(f"  found:    {found}")
+    if do is not None:
+        lines.append(f"  do:       {do}")
+    return "\n".join(lines)
+
+
+def listing(items: Iterable[object], limit: int = 20) -> str:
+    """The first ``limit`` items, one a line, and how many more there are."""
+    lines = [f"    {item}" for item in items]
+    shown, more = lines[:limit], len(lines) - limit
+    if more > 0:
+        shown.append(f"    ... and {more} more")
+    return "\n".join(shown)

@@ -1,0 +1,317 @@
+"""Open a safetensors checkpoint: its index and the headers of its files, and nothing else."""
+
+from __future__ import annotations
+
+import ntpath
+import os
+import re
+from collections import Counter
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+
+from automodel_conv.errors import UnsupportedError, listing, message
+from automodel_conv.files import system
+from automodel_conv.files.header import (
+    Header,
+    Item,
+    checkpoint_error,
+    located,
+    parse_object,
+    read_header,
+    read_limited,
+    short,
+    take,
+    with_open,
+)
+
+# The index format has no limit of its own; 500,000 tensors need about 70 MB.
+MAX_INDEX_BYTES = 500_000_000
+_READERS = 16
+_INDEX_NAME = "model.safetensors.index.json"
+_SINGLE_NAME = "model.safetensors"
+_INDEX_SUFFIX = ".safetensors.index.json"
+_HUB_PATTERNS = ["*.safetensors", "*" + _INDEX_SUFFIX, "config.json"]
+_REPOSITORY = re.compile(r"[A-Za-z0-9_][\w.-]*/[A-Za-z0-9_][\w.-]*", re.ASCII)
+_SHARD = re.compile(r"-\d+-of-(\d+)\.safetensors\Z")
+
+_ADVICE = {
+    ".bin": "convert pickled weights: load them with transformers and call save_pretrained",
+    ".gguf": "convert GGUF: from_pretrained(..., gguf_file=...) of transformers, then save",
+}
+for _suffix in (".pt", ".pth", ".ckpt", ".pkl", ".pickle"):
+    _ADVICE[_suffix] = _ADVICE[".bin"]
+
+
+@dataclass(frozen=True, eq=False)
+class Checkpoint:
+    """What the headers of a checkpoint say, in columns: a row per tensor, by file, then offset."""
+
+    path: str
+    """What was opened, as an absolute path; the local snapshot of a repository."""
+    directory: str
+    files: tuple[str, ...]
+    """Absolute paths of the files that the index names, sorted by name; or of the one file."""
+    names: list[str] = field(repr=False)
+    dtypes: list[str] = field(repr=False)
+    """safetensors codes, the keys of ``dtypes.BITS``."""
+    shapes: list[tuple[int, ...]] = field(repr=False)
+    """As torch sees them: torch counts F4 in pairs, so its last dimension is half the header's."""
+    file_ids: list[int] = field(repr=False)
+    """Position in ``files``."""
+    offsets: list[int] = field(repr=False)
+    """First byte of the tensor's data, from the start of its file."""
+    nbytes: list[int] = field(repr=False)
+    metadata: dict[str, str] = field(repr=False)
+    """``__metadata__`` of all files; where two files share a key, the later file's value."""
+    position: dict[str, int] = field(repr=False)
+    """Row of each name."""
+
+
+def open_checkpoint(path: str | os.PathLike[str], *, revision: str | None = None) -> Checkpoint:
+    """Read and check the headers of a safetensors checkpoint; no tensor data is touched.
+
+    Args:
+        path: a directory, an index file, one ``.safetensors`` file, or where no such path exists
+            ``org/name`` on the Hub, which downloads what is not cached. In a directory an index
+            wins over a single file, and files that it does not name are not opened.
+        revision: branch, tag or commit; only a download uses it.
+
+    All tensors of the named files belong to the checkpoint, also those that the index leaves out. A
+    name that lies in two files is read from the one that the index gives it.
+
+    Raises:
+        CheckpointError: something is missing, unreadable, malformed, or contradicts itself.
+        UnsupportedError: the weights are in another format than safetensors.
+    """
+    root = os.path.abspath(_local_path(os.fsdecode(path), revision))
+    directory, shards, weight_map = _select(root)
+    files = tuple(os.path.join(directory, shard) for shard in shards)
+    absent = [shard for shard, file in zip(shards, files, strict=True) if not system.is_file(file)]
+    if absent:
+        raise checkpoint_error(
+            f"{len(absent)} of {len(shards)} files of the checkpoint are missing",
+            where=directory,
+            found="\n" + listing(absent),
+            do="download or copy the missing files",
+        )
+    with ThreadPoolExecutor(max_workers=min(_READERS, len(files))) as pool:
+        headers = list(pool.map(read_header, files))
+    return _merge(root, directory, shards, files, headers, weight_map)
+
+
+def _local_path(path: str, revision: str | None) -> str:
+    if system.exists(path):
+        return path
+    if path.endswith((".safetensors", ".json", *_ADVICE)) or not _REPOSITORY.fullmatch(path):
+        raise checkpoint_error("no such checkpoint", where=path, do="check the path")
+    try:
+        from huggingface_hub import snapshot_download
+    except ImportError as error:
+        raise checkpoint_error(
+            "no such directory, and huggingface_hub, which could download it, is not installed",
+            where=path,
+            do="check the path, or: pip install huggingface_hub",
+        ) from error
+    try:
+        return snapshot_download(path, revision=revision, allow_patterns=_HUB_PATTERNS)
+    except (OSError, ValueError) as error:
+        raise checkpoint_error(
+            "neither a local path nor a repository that can be downloaded",
+            where=path if revision is None else f"{path}, revision {revision}",
+            found=f"{type(error).__name__}: {error}",
+            do="check the path, the network and the access rights",
+        ) from error
+
+
+def _select(root: str) -> tuple[str, list[str], dict[str, str] | None]:
+    """Directory, names of the files in it, and the index's weight_map if there is an index."""
+    if system.is_directory(root):
+        file = os.path.join(root, _choose(root))
+    else:
+        file = root
+    directory = os.path.dirname(file)
+    if file.endswith(".json"):
+        weight_map = _read_index(file)
+        return directory, sorted(set(weight_map.values())), weight_map
+    _refuse_other_formats(file)
+    return directory, [os.path.basename(file)], None
+
+
+def _choose(directory: str) -> str:
+    """Name of the index or the single file of a directory."""
+    try:
+        present = system.list_names(directory)
+    except OSError as error:
+        raise checkpoint_error("cannot list a directory", where=directory, found=error) from error
+    indices = [name for name in present if name.endswith(_INDEX_SUFFIX)]
+    if _INDEX_NAME in indices:
+        return _INDEX_NAME
+    if len(indices) == 1:
+        return indices[0]
+    if indices:
+        raise checkpoint_error(
+            "more than one index",
+            where=directory,
+            expected=f"{_INDEX_NAME}, or one index",
+            found="\n" + listing(indices),
+            do="open one of them by its own path",
+        )
+    singles = [name for name in present if name.endswith(".safetensors")]
+    if _SINGLE_NAME in singles:
+        return _SINGLE_NAME
+    if len(singles) == 1:
+        shard = _SHARD.search(singles[0])
+        if shard is None or int(shard[1]) == 1:
+            return singles[0]
+    if singles:
+        raise checkpoint_error(
+            f"the index {_INDEX_NAME} is missing",
+            where=directory,
+            expected="an index that says which files make up the checkpoint",
+            found="\n" + listing(singles),
+            do="download the index, or open one file by its own path",
+        )
+    foreign = [name for name in present if _advice(name)]
+    if foreign:
+        raise UnsupportedError(
+            message(
+                "no safetensors weights, but files of other formats",
+                where=directory,
+                found="\n" + listing(foreign),
+                do=_advice(foreign[0]),
+            )
+        )
+    raise checkpoint_error(
+        "no safetensors weights",
+        where=directory,
+        expected=f"{_INDEX_NAME} or {_SINGLE_NAME}",
+        found="\n" + listing(present) if present else "an empty directory",
+    )
+
+
+def _advice(file: str) -> str | None:
+    return _ADVICE.get(os.path.splitext(file)[1].lower())
+
+
+def _refuse_other_formats(file: str) -> None:
+    if not file.endswith(".safetensors"):
+        raise UnsupportedError(
+            message(
+                "these weights are not in the safetensors format",
+                where=file,
+                expected="a .safetensors file, an index of such files, or a directory of them",
+                do=_advice(file),
+            )
+        )
+
+
+def _read_index(path: str) -> dict[str, str]:
+    data = with_open(path, lambda fd: read_limited(fd, path, MAX_INDEX_BYTES))
+    weight_map = parse_object(data, path).get("weight_map")
+    if type(weight_map) is not dict or not weight_map:
+        raise checkpoint_error(
+            "an index without weight_map",
+            where=path,
+            expected="weight_map, an object from tensor names to file names",
+            found=short(weight_map),
+        )
+    checked: set[str] = set()
+    for name, file in weight_map.items():
+        if type(file) is str and file in checked:
+            continue
+        if type(file) is not str or _leaves_directory(file):
+            raise checkpoint_error(
+                "the index names a file outside of its directory, or no file at all",
+                where=located(path, name),
+                expected="a file name below the directory of the index",
+                found=short(file),
+                do="do not trust this checkpoint; if you trust its source, correct the index",
+            )
+        _refuse_other_formats(os.path.join(os.path.dirname(path), file))
+        checked.add(file)
+    return weight_map
+
+
+def _leaves_directory(file: str) -> bool:
+    """By the name alone: a snapshot of the Hub holds links to files elsewhere, which is fine."""
+    parts = re.split(r"[/\\]", file)
+    return not parts[0] or bool(ntpath.splitdrive(file)[0]) or ".." in parts or "\0" in file
+
+
+def _merge(
+    root: str,
+    directory: str,
+    shards: list[str],
+    files: tuple[str, ...],
+    headers: list[Header],
+    weight_map: dict[str, str] | None,
+) -> Checkpoint:
+    names = _chain(header.names for header in headers)
+    file_ids = _chain([file_id] * len(header.names) for file_id, header in enumerate(headers))
+    dtypes = _chain(header.dtypes for header in headers)
+    shapes = _chain(header.shapes for header in headers)
+    offsets = _chain(header.offsets for header in headers)
+    nbytes = _chain(header.nbytes for header in headers)
+    metadata = {key: value for header in headers for key, value in header.metadata.items()}
+    position = dict(zip(names, range(len(names)), strict=True))
+    if len(position) != len(names):
+        keep = _rows_to_keep(names, file_ids, shards, files, weight_map or {})
+        names, dtypes, shapes = take(names, keep), take(dtypes, keep), take(shapes, keep)
+        file_ids, offsets, nbytes = take(file_ids, keep), take(offsets, keep), take(nbytes, keep)
+        position = dict(zip(names, range(len(names)), strict=True))
+    checkpoint = Checkpoint(
+        root, directory, files, names, dtypes, shapes, file_ids, offsets, nbytes, metadata, position
+    )
+    if weight_map is not None:
+        _check_index(checkpoint, shards, weight_map)
+    return checkpoint
+
+
+def _chain(parts: Iterable[list[Item]]) -> list[Item]:
+    return [item for part in parts for item in part]
+
+
+def _rows_to_keep(
+    names: list[str],
+    file_ids: list[int],
+    shards: list[str],
+    files: tuple[str, ...],
+    weight_map: dict[str, str],
+) -> list[int]:
+    """All rows but those of a name that the index maps to another file."""
+    counts = Counter(names)
+    keep = []
+    for row, name in enumerate(names):
+        if counts[name] > 1:
+            if name not in weight_map:
+                holders = [files[file_ids[i]] for i, other in enumerate(names) if other == name]
+                raise checkpoint_error(
+                    "a tensor lies in two files, and the index does not say which one counts",
+                    where=located(files[file_ids[row]], name),
+                    found="\n" + listing(holders),
+                    do="remove it from one of the files, or name it in the index",
+                )
+            if weight_map[name] != shards[file_ids[row]]:
+                continue
+        keep.append(row)
+    return keep
+
+
+def _check_index(checkpoint: Checkpoint, shards: list[str], weight_map: dict[str, str]) -> None:
+    holders = [shards[file_id] for file_id in checkpoint.file_ids]
+    found = dict(zip(checkpoint.names, holders, strict=True))
+    if found == weight_map:
+        return
+    wrong = [
+        f"{short(name)} in {file}" + (f", which {found[name]} holds" if name in found else "")
+        for name, file in sorted(weight_map.items())
+        if found.get(name) != file
+    ]
+    if wrong:
+        raise checkpoint_error(
+            "index and files disagree: tensors are not in the files that the index gives",
+            where=checkpoint.directory,
+            expected="\n" + listing(wrong),
+            do="index and files are of different versions: download or write all of them again",
+        )

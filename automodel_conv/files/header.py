@@ -1,0 +1,268 @@
+"""The header of one safetensors file, read and checked before anyone trusts it.
+
+Source: safetensors 0.8.0, the format section of its README and ``Metadata::validate`` in
+``tensor.rs``. Where the two differ the stricter one holds: a header starts with ``{``, and no name
+occurs twice.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeVar
+
+from automodel_conv.dtypes import BITS
+from automodel_conv.errors import CheckpointError, ReadError, message
+from automodel_conv.files import system
+
+# Source: MAX_HEADER_SIZE in safetensors/src/tensor.rs.
+MAX_HEADER_BYTES = 100_000_000
+# Sizes are kept as signed 64-bit integers further on.
+_MAX_BITS = 2**63 - 1
+
+Item = TypeVar("Item")
+
+
+class Header(NamedTuple):
+    """One file's part of the columns of a Checkpoint, sorted by data offset."""
+
+    names: list[str]
+    dtypes: list[str]
+    shapes: list[tuple[int, ...]]
+    offsets: list[int]
+    nbytes: list[int]
+    metadata: dict[str, str]
+
+
+def read_header(path: str) -> Header:
+    return with_open(path, lambda fd: _check_header(*_read_header_bytes(fd, path), path))
+
+
+def with_open(path: str, read: Callable[[int], Any]) -> Any:
+    try:
+        fd = system.open_readonly(path)
+        try:
+            return read(fd)
+        finally:
+            system.close(fd)
+    except (OSError, ReadError) as error:
+        raise checkpoint_error("cannot read a file of the checkpoint", where=path, found=error) from error
+
+
+def read_limited(fd: int, path: str, limit: int) -> bytearray:
+    nbytes = system.size(fd)
+    if nbytes > limit:
+        raise checkpoint_error("an index is too large", where=path, expected=f"at most {limit} bytes", found=nbytes)
+    data = bytearray(nbytes)
+    system.read_exactly(fd, [memoryview(data)], 0, path)
+    return data
+
+
+def _read_header_bytes(fd: int, path: str) -> tuple[bytearray, int]:
+    """The JSON of a header and the size of its file; an impossible length allocates nothing."""
+    file_bytes = system.size(fd)
+    if file_bytes < 8:
+        raise checkpoint_error(
+            "not a safetensors file: too short for a header",
+            where=path,
+            expected="at least 8 bytes",
+            found=f"{file_bytes} bytes",
+            do="the file is truncated or a placeholder: copy or download it again",
+        )
+    length = bytearray(8)
+    system.read_exactly(fd, [memoryview(length)], 0, path)
+    nbytes = int.from_bytes(length, "little")
+    if nbytes > MAX_HEADER_BYTES or nbytes > file_bytes - 8:
+        raise checkpoint_error(
+            "the length of a header is impossible",
+            where=path,
+            expected=f"at most {min(MAX_HEADER_BYTES, file_bytes - 8)} bytes",
+            found=f"{nbytes} bytes",
+            do="the file is truncated or not safetensors: copy or download it again",
+        )
+    data = bytearray(nbytes)
+    system.read_exactly(fd, [memoryview(data)], 8, path)
+    if not data.startswith(b"{"):
+        raise checkpoint_error(
+            "a header that is not a JSON object",
+            where=path,
+            expected="{",
+            found=bytes(data[:16]),
+        )
+    return data, file_bytes
+
+
+def _refuse_constant(text: str) -> None:
+    raise ValueError(f"{text} is not JSON")
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        name, count = Counter(name for name, _ in pairs).most_common(1)[0]
+        raise ValueError(f"{short(name)} occurs {count} times")
+    return result
+
+
+_decode = json.JSONDecoder(parse_constant=_refuse_constant).decode
+_decode_unique = json.JSONDecoder(parse_constant=_refuse_constant, object_pairs_hook=_unique).decode
+
+
+def parse_object(data: bytearray, path: str) -> dict[str, Any]:
+    """A JSON object without duplicate keys at any depth."""
+    try:
+        text = data.decode("utf-8")
+        parsed = _decode(text)
+        if type(parsed) is not dict:
+            raise ValueError(f"{type(parsed).__name__} instead of an object")
+        # Each member has one colon, and strings may hold more. So when there are no more colons
+        # than members in the result, none was overwritten; otherwise a slower parse looks.
+        members = len(parsed) + sum(len(value) for value in parsed.values() if type(value) is dict)
+        if text.count(":") != members:
+            _decode_unique(text)
+        if "\\u" in text:
+            # An escape can spell half of a surrogate pair, which no terminal and no writer accepts.
+            "".join(parsed).encode("utf-8")
+    except (ValueError, RecursionError) as error:
+        expected = "one object, no name twice"
+        raise checkpoint_error("malformed JSON", where=path, expected=expected, found=error) from error
+    return parsed
+
+
+def _check_header(data: bytearray, file_bytes: int, path: str) -> Header:
+    parsed = parse_object(data, path)
+    metadata = parsed.pop("__metadata__", None)
+    if metadata is None:
+        metadata = {}
+    if type(metadata) is not dict or not all(type(value) is str for value in metadata.values()):
+        raise checkpoint_error(
+            "malformed __metadata__",
+            where=path,
+            expected="an object of strings",
+            found=short(metadata),
+        )
+    names = list(parsed)
+    dtypes: list[str] = []
+    shapes: list[tuple[int, ...]] = []
+    starts: list[int] = []
+    ends: list[int] = []
+    for name, entry in parsed.items():
+        dtype, shape, start, end = _check_entry(name, entry, path)
+        dtypes.append(dtype)
+        shapes.append(shape)
+        starts.append(start)
+        ends.append(end)
+    if starts[1:] != ends[:-1]:
+        # Files come sorted from every common writer, but the format does not ask for it.
+        order = sorted(range(len(names)), key=lambda row: (starts[row], ends[row]))
+        names, dtypes, shapes = take(names, order), take(dtypes, order), take(shapes, order)
+        starts, ends = take(starts, order), take(ends, order)
+    data_start = 8 + len(data)
+    _check_coverage(names, starts, ends, file_bytes - data_start, path)
+    return Header(
+        names,
+        dtypes,
+        shapes,
+        [data_start + start for start in starts],
+        [end - start for start, end in zip(starts, ends, strict=True)],
+        metadata,
+    )
+
+
+def _check_entry(name: str, entry: Any, path: str) -> tuple[str, tuple[int, ...], int, int]:
+    """dtype, shape, start and end of one tensor; the range fits shape and dtype."""
+    try:
+        dtype, shape, (start, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
+    except (KeyError, TypeError, ValueError):
+        raise _fault("malformed entry", path, name, "dtype, shape and two data_offsets", entry) from None
+    bits = BITS.get(dtype) if type(dtype) is str else None
+    if bits is None:
+        raise _fault("unknown dtype", path, name, f"one of {', '.join(BITS)}", dtype)
+    if type(shape) is not list:
+        raise _fault("malformed shape", path, name, "a list of integers >= 0", shape)
+    size_bits = bits
+    for dim in shape:
+        if type(dim) is not int or dim < 0:
+            raise _fault("malformed shape", path, name, "a list of integers >= 0", shape)
+        size_bits *= dim
+        if size_bits > _MAX_BITS or dim > _MAX_BITS:
+            raise _fault("a shape is too large", path, name, "less than 2^63 bits", shape)
+    if type(start) is not int or type(end) is not int or not 0 <= start <= end:
+        offsets = entry["data_offsets"]
+        raise _fault("malformed data_offsets", path, name, "integers, 0 <= start <= end", offsets)
+    if (end - start) * 8 != size_bits:
+        raise _fault(
+            "dtype and shape do not fit the data range",
+            path,
+            name,
+            f"{size_bits} bits for {dtype} {short(shape)}",
+            [start, end],
+        )
+    if dtype == "F4":
+        if shape[-1] % 2:
+            raise _fault("F4 values do not pair", path, name, "an even last dimension", shape)
+        shape[-1] //= 2
+    return dtype, tuple(shape), start, end
+
+
+def _fault(what: str, path: str, name: str, expected: str, found: object) -> CheckpointError:
+    return checkpoint_error(what, where=located(path, name), expected=expected, found=short(found))
+
+
+def _check_coverage(names: list[str], starts: list[int], ends: list[int], data_bytes: int, path: str) -> None:
+    """Ranges sorted by start follow each other from 0 to the end of the file."""
+    expected = [0, *ends[:-1]] if ends else []
+    if starts != expected:
+        row = next(row for row, start in enumerate(starts) if start != expected[row])
+        previous = f", the end of {short(names[row - 1])}" if row else ""
+        raise checkpoint_error(
+            "two tensors overlap" if starts[row] < expected[row] else "a gap before a tensor",
+            where=located(path, names[row]),
+            expected=f"start {expected[row]}{previous}",
+            found=f"start {starts[row]}",
+            do="write the file again with safetensors",
+        )
+    stop = ends[-1] if ends else 0
+    if stop > data_bytes:
+        row = next(row for row, end in enumerate(ends) if end > data_bytes)
+        raise checkpoint_error(
+            "a file is truncated",
+            where=located(path, names[row]),
+            expected=f"{stop} bytes of data",
+            found=f"{data_bytes} bytes: cut off here, {len(names) - row - 1} tensors follow",
+            do="copy or download the file again",
+        )
+    if stop < data_bytes:
+        raise checkpoint_error(
+            "bytes after the last tensor",
+            where=located(path, names[-1]) if names else path,
+            expected=f"{stop} bytes of data",
+            found=f"{data_bytes} bytes",
+            do="write the file again with safetensors",
+        )
+
+
+def take(column: list[Item], rows: list[int]) -> list[Item]:
+    return [column[row] for row in rows]
+
+
+def checkpoint_error(
+    what: str,
+    *,
+    where: str,
+    expected: object = None,
+    found: object = None,
+    do: str | None = None,
+) -> CheckpointError:
+    return CheckpointError(message(what, where=where, expected=expected, found=found, do=do))
+
+
+def located(path: str, name: str) -> str:
+    return f"{path}, tensor {short(name)}"
+
+
+def short(value: object) -> str:
+    """What a header says, fit for an error text however long or odd it is."""
+    text = repr(value)
+    return text if len(text) <= 200 else text[:200] + "..."
