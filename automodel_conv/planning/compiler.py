@@ -1,0 +1,344 @@
+"""From names, rules and shapes to a validated plan."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from math import prod
+from typing import NamedTuple
+
+from automodel_conv.dtypes import FLOATING
+from automodel_conv.errors import NameProblems, UnsupportedError, listing, message
+from automodel_conv.planning.lowering import Context, LoweringError, Operation, leaf, lower, needs_target_shapes
+    Context,
+    LoweringError,
+    leaf,
+    lower,
+    needs_target_shapes,
+)
+from automodel_conv.planning.plan import (
+    CopyPlan,
+    Fallback,
+    SourceTable,
+    StridedCopy,
+    Target,
+    group_pieces,
+)
+from automodel_conv.planning.resolve import Assignment, missing_parts, resolve
+from automodel_conv.planning.rules import NotLowerable, RuleSet
+from automodel_conv.planning.view import NotAffine
+
+
+class TargetSpec(NamedTuple):
+    """What a target must be."""
+
+    dtype: str
+    shape: tuple[int, ...]
+
+
+@dataclass
+class Problems:
+    """Everything that does not fit, collected over a whole plan."""
+
+    missing: list[str] = field(default_factory=list)
+    unexpected: list[str] = field(default_factory=list)
+    mismatched: list[tuple[str, tuple[int, ...], tuple[int, ...]]] = field(default_factory=list)
+    duplicated: list[tuple[str, tuple[str, ...]]] = field(default_factory=list)
+    incomplete: list[tuple[str, tuple[str, ...]]] = field(default_factory=list)
+    failed: list[tuple[str, str]] = field(default_factory=list)
+
+    def raise_if_any(self, where: str) -> None:
+        """Raises NameProblems with every problem in one text."""
+        explained = {name for name, _ in self.incomplete}
+        wrong = [item for item in self.mismatched if item[0] not in explained]
+        parts = [
+            ("missing: nothing in the checkpoint provides", self.missing),
+            ("unexpected: no parameter takes", self.unexpected),
+            (
+                "incomplete: parts of a merged parameter are absent",
+                [_named(n, p) for n, p in self.incomplete],
+            ),
+            ("wrong shape", [f"{n}: expected {list(e)}, found {list(f)}" for n, f, e in wrong]),
+            ("provided twice", [_named(n, p) for n, p in self.duplicated]),
+            ("cannot be converted", [f"{n}: {reason}" for n, reason in self.failed]),
+        ]
+        found = [f"  {title} ({len(items)}):\n{listing(items)}" for title, items in parts if items]
+        if found:
+            raise NameProblems(
+                "\n".join(
+                    [
+                        f"checkpoint and model do not fit together: {where}",
+                        *found,
+                        "  do:       check that config and checkpoint belong together;"
+                        " strict=False loads what fits, as upstream does",
+                    ]
+                ),
+                missing=self.missing,
+                unexpected=self.unexpected,
+                mismatched=self.mismatched,
+                duplicated=self.duplicated,
+                incomplete=self.incomplete,
+            )
+
+
+def _named(name: str, parts: Sequence[str]) -> str:
+    shown = ", ".join(parts[:4]) + (f", ... {len(parts) - 4} more" if len(parts) > 4 else "")
+    return f"{name}: {shown}"
+
+
+def compile_targets(
+    sources: SourceTable,
+    rules: RuleSet,
+    targets: Mapping[str, TargetSpec] | None,
+    dtype: str | None = None,
+    parameters: Mapping[str, tuple[int, ...]] | None = None,
+) -> tuple[CopyPlan, Problems]:
+    """The plan that makes ``targets`` from ``sources`` by ``rules``, and what did not fit and was left out of it.
+
+    Args:
+        targets: what the model has; None makes whatever the rules give, in the sources' dtypes.
+        dtype: without targets, the dtype that floating tensors are cast to.
+        parameters: shapes of the model's parameters, for operations that ask; the targets', unless given.
+    """
+    if parameters is None and targets is not None:
+        parameters = {name: spec.shape for name, spec in targets.items()}
+    resolution = resolve(sources.names, rules, targets)
+    compiler = _Compiler(sources, rules, targets, dtype, parameters or {})
+    made: dict[str, Target] = {}
+    for assignment in resolution.assignments:
+        for target in compiler.targets_of(assignment):
+            made.setdefault(target.name, target)
+    problems = compiler.problems
+    problems.unexpected += resolution.unexpected
+    problems.duplicated += resolution.duplicated
+    if targets is not None:
+        touched = compiler.touched | made.keys()
+        problems.missing += [name for name in targets if name not in touched]
+        made = {name: made[name] for name in targets if name in made}
+    plan = CopyPlan(
+        sources,
+        tuple(made.values()),
+        tuple(rules.describe(row) for row in range(len(rules.converters))),
+        tuple(problems.missing),
+        tuple(problems.unexpected),
+        tuple(problems.mismatched),
+    )
+    plan.validate()
+    return plan, problems
+
+
+class _Made(NamedTuple):
+    """What a rule makes of sources of given shapes: per output key, its shape and copies."""
+
+    outputs: tuple[tuple[str, tuple[int, ...], tuple[StridedCopy, ...]], ...]
+
+
+class _Compiler:
+    """Lowers assignments to targets; equal rules over equal shapes are lowered once."""
+
+    def __init__(
+        self,
+        sources: SourceTable,
+        rules: RuleSet,
+        targets: Mapping[str, TargetSpec] | None,
+        dtype: str | None,
+        parameters: Mapping[str, tuple[int, ...]],
+    ):
+        self.sources = sources
+        self.rules = rules
+        self.targets = targets
+        self.dtype = dtype
+        self.parameters = parameters
+        self.problems = Problems()
+        self.touched: set[str] = set()  # targets that something provides, even if wrongly
+        self._whole: dict[int, tuple[StridedCopy, ...]] = {}
+        self._lowered: dict[object, _Made] = {}
+        self._chains: dict[int, tuple[Operation, ...] | NotLowerable] = {}
+
+    def targets_of(self, assignment: Assignment) -> list[Target]:
+        if assignment.rule < 0:
+            row = next(iter(assignment.slots.values()))[0]
+            shape = self.sources.shapes[row]
+            target = self._target(assignment.target, -1, shape, (row,), self._whole_copy(prod(shape)))
+            return [target] if target is not None else []
+        return self._converted(assignment)
+
+    def _whole_copy(self, numel: int) -> tuple[StridedCopy, ...]:
+        if numel not in self._whole:
+            self._whole[numel] = group_pieces(leaf(0, (numel,)).pieces)
+        return self._whole[numel]
+
+    def _converted(self, assignment: Assignment) -> list[Target]:
+        rows = tuple([row for slot in assignment.slots.values() for row in slot])
+        try:
+            made = self._lower(assignment)
+        except (NotLowerable, NotAffine) as error:
+            return self._fallback(assignment, rows, str(error))
+        except LoweringError as error:
+            self._blame(assignment, None, str(error))
+            return []
+        targets = []
+        keys = [key for key, _, _ in made.outputs]
+        for (_, shape, copies), name in zip(made.outputs, self._names(assignment.target, keys), strict=True):
+            used = tuple(dict.fromkeys(i for copy in copies for i in copy.ordinals))
+            if len(used) != len(rows):  # only the sources that this one of several targets reads
+                copies, sources = _renumbered(copies, used), tuple(rows[i] for i in used)
+            else:
+                sources = rows
+            target = self._target(name, assignment.rule, shape, sources, copies, assignment)
+            if target is not None:
+                targets.append(target)
+        return targets
+
+    def _lower(self, assignment: Assignment) -> _Made:
+        rule = assignment.rule
+        if rule not in self._chains:
+            try:
+                self._chains[rule] = self.rules.operations(rule)
+            except NotLowerable as error:
+                self._chains[rule] = error
+        chain = self._chains[rule]
+        if isinstance(chain, NotLowerable):
+            raise chain
+        source_patterns, target_patterns = self.rules.patterns(rule)
+        shapes = self.sources.shapes
+        wanted = self._target_shapes(assignment, target_patterns) if needs_target_shapes(chain) else ()
+        key = (
+            rule,
+            wanted,
+            *(
+                (pattern, len(rows), *_distinct([shapes[row] for row in rows]))
+                for pattern, rows in assignment.slots.items()
+            ),
+        )
+        if key not in self._lowered:
+            slots, ordinal = {}, 0
+            for pattern, rows in assignment.slots.items():
+                slots[pattern] = [leaf(ordinal + i, shapes[row]) for i, row in enumerate(rows)]
+                ordinal += len(rows)
+            values = lower(chain, slots, Context(source_patterns, target_patterns, wanted))
+            self._lowered[key] = _Made(
+                tuple((name, value.shape, group_pieces(value.pieces)) for name, value in values.items())
+            )
+        return self._lowered[key]
+
+    def _target_shapes(self, assignment: Assignment, patterns: Sequence[str]) -> tuple[tuple[int, ...], ...]:
+        names = [assignment.target.replace(patterns[0], pattern) for pattern in patterns]
+        if any(name not in self.parameters for name in names):
+            raise NotLowerable(f"the operation asks for the shapes of {', '.join(names)}, which only a model knows")
+        return tuple(self.parameters[name] for name in names)
+
+    def _names(self, first: str, keys: Sequence[str]) -> list[str]:
+        """Full names from an operation's output keys, as upstream's ``WeightConverter.convert`` expands them."""
+        full = first.replace("*.", "0.")
+        key = next((key for key in keys if key in full), None)
+        if key is None:
+            names = list(keys)
+        else:
+            prefix, _, suffix = full.partition(key)
+            names = [prefix + key + suffix for key in keys]
+        return [self.rules.rename_part(name) for name in names] if self.rules.reverse else names
+
+    def _target(
+        self,
+        name: str,
+        rule: int,
+        shape: tuple[int, ...],
+        rows: tuple[int, ...],
+        copies: tuple[StridedCopy, ...],
+        assignment: Assignment | None = None,
+    ) -> Target | None:
+        dtypes = self.sources.dtypes
+        if self.targets is None:
+            return Target(
+                name,
+                self._free_dtype(name, {dtypes[row] for row in rows}),
+                shape,
+                rule,
+                rows,
+                copies,
+            )
+        self.touched.add(name)
+        spec = self.targets.get(name)
+        if spec is None:
+            self.problems.unexpected.append(name)
+            return None
+        if spec.shape != shape:
+            self._blame(assignment, (name, shape, spec.shape), "")
+            return None
+        for row in rows:
+            if dtypes[row] != spec.dtype:
+                _check_cast(self.sources.names[row], dtypes[row], name, spec.dtype)
+        return Target(name, spec.dtype, shape, rule, rows, copies)
+
+    def _free_dtype(self, name: str, dtypes: set[str]) -> str:
+        if len(dtypes) > 1:
+            raise UnsupportedError(
+                message(
+                    f"the parts of {name} have different dtypes",
+                    found=sorted(dtypes),
+                    do="give a model or dtype=",
+                )
+            )
+        found = next(iter(dtypes), self.dtype or "F32")
+        return self.dtype if self.dtype is not None and found in FLOATING else found
+
+    def _fallback(self, assignment: Assignment, rows: tuple[int, ...], reason: str) -> list[Target]:
+        patterns = self.rules.patterns(assignment.rule)[1]
+        names = [assignment.target.replace(patterns[0], pattern) for pattern in patterns]
+        if self.targets is None:
+            self.problems.failed.append((assignment.target, f"{reason}; only a model knows the shape of the result"))
+            return []
+        fallback = Fallback(reason, self.rules.upstream(assignment.rule, assignment.target, assignment.slots))
+        self.touched.update(names)
+        self.problems.unexpected += [name for name in names if name not in self.targets]
+        return [
+            Target(name, *self.targets[name], assignment.rule, rows, (), fallback)
+            for name in names
+            if name in self.targets
+        ]
+
+    def _blame(
+        self,
+        assignment: Assignment | None,
+        mismatch: tuple[str, tuple[int, ...], tuple[int, ...]] | None,
+        reason: str,
+    ) -> None:
+        """File a target that cannot be made under the most telling heading."""
+        if assignment is not None:
+            self.touched.add(assignment.target)
+            merges = any(op.name == "MergeModulelist" for op in self.rules.operations(assignment.rule))
+            expected = (
+                self.targets[assignment.target].shape if self.targets and assignment.target in self.targets else ()
+            )
+            size = expected[0] if merges and expected and len(self.rules.patterns(assignment.rule)[1]) == 1 else 0
+            parts = missing_parts(self.sources.names, assignment, self.rules.patterns(assignment.rule)[0], size)
+            if parts:
+                self.problems.incomplete.append((assignment.target, tuple(parts)))
+            elif mismatch is None:
+                self.problems.failed.append((assignment.target, reason))
+        if mismatch is not None:
+            self.problems.mismatched.append(mismatch)
+
+
+def _distinct(shapes: list[tuple[int, ...]]) -> list[tuple[int, ...]]:
+    """One shape if all are equal, else all of them: enough to tell one lowering from another."""
+    return shapes[:1] if shapes.count(shapes[0]) == len(shapes) else shapes
+
+
+def _renumbered(copies: tuple[StridedCopy, ...], used: tuple[int, ...]) -> tuple[StridedCopy, ...]:
+    place = {ordinal: i for i, ordinal in enumerate(used)}
+    return tuple(copy._replace(ordinals=tuple(place[i] for i in copy.ordinals)) for copy in copies)
+
+
+def _check_cast(source: str, found: str, target: str, wanted: str) -> None:
+    """Raises UnsupportedError where a cast would take the codes of a quantized tensor for numbers."""
+    if found.startswith(("F8", "F6", "F4")) or (found in ("I8", "U8") and wanted in FLOATING):
+        raise UnsupportedError(
+            message(
+                f"{source} holds {found} codes of a quantized tensor; {target} wants {wanted}",
+                expected=f"a checkpoint in {wanted}, or a model whose parameter is {found}",
+                found=found,
+                do="dequantize the checkpoint first; decoding on the way is not supported yet",
+            )
+        )

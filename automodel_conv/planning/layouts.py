@@ -1,0 +1,159 @@
+"""Named layouts of grouped experts, as data, and the plan that goes from one to another.
+
+E experts, I intermediate size, H hidden size. A layout says which axis order the weights have, whether gate and up are
+interleaved, and what the tensors are called; biases follow. Only *routed experts* are concerned: tensors of a module
+called ``experts`` that hold all of them in one buffer. Everything else passes through.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+from automodel_conv.errors import UnsupportedError, message
+from automodel_conv.planning.lowering import Context, LoweringError, Operation, leaf, lower
+from automodel_conv.planning.models import ExpertLayout
+from automodel_conv.planning.plan import CopyPlan, SourceTable, StridedCopy, Target, group_pieces
+
+
+class Layout(NamedTuple):
+    """How experts lie in memory.
+
+    ``transposed``: weights are ``[E, in, out]``, not ``[E, out, in]``. ``interleaved``: gate and up alternate along the
+    2I axis, gate first; otherwise gate comes before up as a whole. ``up`` is the name for experts without a gate.
+    """
+
+    transposed: bool
+    interleaved: bool
+    gate_up: str
+    up: str
+    down: str
+    gate_up_bias: str
+    down_bias: str
+
+
+LAYOUTS: Mapping[str, Layout] = {
+    # transformers 5.x, `integrations/moe.py`: gate_up_proj [E, 2I, H], down_proj [E, H, I].
+    "transformers": Layout(False, False, "gate_up_proj", "up_proj", "down_proj", "gate_up_proj_bias", "down_proj_bias"),
+    # NeMo AutoModel 0.7.0, `components/moe/experts.py`: gate_and_up_projs [E, H, 2I], down_projs [E, I, H].
+    "nemo": Layout(
+        True,
+        False,
+        "gate_and_up_projs",
+        "gate_and_up_projs",
+        "down_projs",
+        "gate_up_proj_bias",
+        "down_proj_bias",
+    ),
+    # transformers 5.x, `models/gpt_oss`: gate_up_proj [E, H, 2I] with gate and up alternating, down_proj [E, I, H].
+    "gpt_oss": Layout(True, True, "gate_up_proj", "up_proj", "down_proj", "gate_up_proj_bias", "down_proj_bias"),
+    # vLLM, `FusedMoE`: w13_weight [E, 2I, H], w2_weight [E, H, I].
+    "vllm": Layout(False, False, "w13_weight", "w13_weight", "w2_weight", "w13_bias", "w2_bias"),
+}
+
+
+def get_layout(name: str) -> Layout:
+    """The layout of that name.
+
+    Raises:
+        UnsupportedError: no such layout; lists those there are.
+    """
+    if name not in LAYOUTS:
+        raise UnsupportedError(message(f"unknown layout {name!r}", expected=f"one of {sorted(LAYOUTS)}"))
+    return LAYOUTS[name]
+
+
+def as_layout(own: ExpertLayout) -> Layout:
+    """A model's own way as a layout under transformers' names."""
+    return LAYOUTS["transformers"]._replace(transposed=own.transposed, interleaved=own.interleaved)
+
+
+def holds_experts(name: str, layout: Layout) -> bool:
+    """True if ``name`` is a tensor of grouped experts in that layout."""
+    path, _, leaf_name = name.rpartition(".")
+    return path.endswith("experts") and leaf_name in layout[2:]
+
+
+def relayout(
+    table: SourceTable,
+    source: Callable[[str], Layout],
+    target: Callable[[str], Layout],
+    gated: Callable[[str], bool],
+) -> CopyPlan:
+    """The plan that lays all grouped experts of ``table`` out anew and passes everything else through.
+
+    Args:
+        source, target: the layout of an experts module, by the module's name.
+        gated: whether such a module has a gate; asked only where a name leaves it open.
+
+    Raises:
+        UnsupportedError: an experts tensor of a rank the layout cannot have.
+    """
+    rules: dict[str, int] = {}
+    shared: dict[object, tuple[tuple[int, ...], tuple[StridedCopy, ...]]] = {}
+    targets = []
+    for row, (name, dtype, shape) in enumerate(zip(table.names, table.dtypes, table.shapes, strict=True)):
+        path, _, leaf_name = name.rpartition(".")
+        chain, renamed, rule = (), name, -1
+        if path.endswith("experts"):
+            before, after = source(path), target(path)
+            role = _role(leaf_name, before, gated(path))
+            if role is not None:
+                chain = _operations(role, before, after)
+                renamed = f"{path}.{getattr(after, role)}"
+                if chain or renamed != name:
+                    steps = ", ".join(map(str, chain)) or "rename"
+                    text = f"experts.{leaf_name} -> experts.{getattr(after, role)}: {steps}"
+                    rule = rules.setdefault(text, len(rules))
+        key = (chain, shape)
+        if key not in shared:
+            shared[key] = _lowered(name, shape, chain)
+        made_shape, copies = shared[key]
+        targets.append(Target(renamed, dtype, made_shape, rule, (row,), copies))
+    plan = CopyPlan(table, tuple(targets), tuple(rules))
+    plan.validate()
+    return plan
+
+
+def _role(leaf_name: str, layout: Layout, gated: bool) -> str | None:
+    for role in ("gate_up", "up") if gated else ("up", "gate_up"):
+        if leaf_name == getattr(layout, role):
+            return role
+    return next((role for role in Layout._fields[4:] if leaf_name == getattr(layout, role)), None)
+
+
+_SWAP = Operation("Transpose", (("dim0", 1), ("dim1", 2)))
+_SEPARATE = Operation("Interleave", (("dim", 1), ("inverse", False)))
+_ALTERNATE = Operation("Interleave", (("dim", 1), ("inverse", True)))
+
+
+def _operations(role: str, before: Layout, after: Layout) -> tuple[Operation, ...]:
+    """From one layout to the other by way of ``[E, 2I, H]`` / ``[E, H, I]``, without steps that undo each other."""
+    is_weight = role in ("gate_up", "up", "down")
+    alternates = role in ("gate_up", "gate_up_bias") and before.interleaved != after.interleaved
+    swaps = is_weight and before.transposed != after.transposed
+    chain: list[Operation] = []
+    if alternates:
+        around = is_weight and before.transposed
+        step = _ALTERNATE if after.interleaved else _SEPARATE
+        chain = [_SWAP, step] if around else [step]
+        if is_weight and after.transposed:
+            chain.append(_SWAP)
+    elif swaps:
+        chain = [_SWAP]
+    return tuple(chain)
+
+
+def _lowered(
+    name: str, shape: tuple[int, ...], chain: tuple[Operation, ...]
+) -> tuple[tuple[int, ...], tuple[StridedCopy, ...]]:
+    try:
+        value = lower(chain, {"x": [leaf(0, shape)]}, Context(("x",), ("x",), ()))["x"]
+    except LoweringError as error:
+        raise UnsupportedError(
+            message(
+                f"{name} does not have the shape that its layout says",
+                found=f"{list(shape)}: {error}",
+            )
+        ) from None
+    return value.shape, group_pieces(value.pieces)

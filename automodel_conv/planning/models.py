@@ -1,0 +1,229 @@
+"""What a model wants: names, dtypes and shapes of its state dict, which names share a tensor, how its experts lie.
+
+Works on any ``nn.Module``, on the meta device too; what only transformers' models know (dtypes kept in float32, tied
+names, layout of the experts) is asked through their own attributes.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack, nullcontext
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from automodel_conv.dtypes import FLOATING, dtype_code, torch_dtype
+from automodel_conv.errors import UnsupportedError, message
+from automodel_conv.planning.compiler import TargetSpec
+from automodel_conv.planning.rules import is_pretrained_model, transformers_available
+
+
+class ExpertLayout(NamedTuple):
+    """How one experts module stores its weights, in the words of transformers' ``use_experts_implementation``."""
+
+    transposed: bool
+    interleaved: bool
+    gated: bool
+
+
+def model_targets(model: nn.Module, dtype: torch.dtype | None = None) -> dict[str, TargetSpec]:
+    """Dtype and shape of everything in ``model.state_dict()``, in its order.
+
+    Args:
+        dtype: the dtype for all floating tensors, except what a transformers model keeps in float32
+            (``_keep_in_fp32_modules``, ``_keep_in_fp32_modules_strict``); None keeps each tensor's own.
+
+    Raises:
+        UnsupportedError: a tensor of a dtype that the safetensors format does not have, or a distributed tensor.
+    """
+    kept = _kept_in_float32(model, dtype)
+    targets = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if not isinstance(tensor, Tensor):
+            continue  # extra state of a module, which is no tensor
+        if hasattr(tensor, "placements"):
+            raise UnsupportedError(
+                message(
+                    f"{name} is a distributed tensor",
+                    do="load on one rank; sharded loading is not supported yet",
+                )
+            )
+        code = dtype_code(tensor.dtype)
+        if code is None:
+            raise UnsupportedError(message(f"{name} has a dtype that checkpoints cannot hold", found=tensor.dtype))
+        if dtype is not None and code in FLOATING:
+            code = dtype_code(kept(name) or dtype) or code
+        targets[name] = TargetSpec(code, tuple(tensor.shape))
+    return targets
+
+
+def _kept_in_float32(model: nn.Module, dtype: torch.dtype | None) -> Callable[[str], torch.dtype | None]:
+    """The dtype a transformers model insists on for a name when the rest has ``dtype``; None where it does not."""
+    plan = model._get_dtype_plan(dtype) if dtype is not None and is_pretrained_model(model) else {}  # type: ignore[operator]
+    if not plan:
+        return lambda name: None
+    from transformers.core_model_loading import build_glob_alternation
+
+    alternation, by_group, _ = build_glob_alternation(list(plan))
+
+    def kept(name: str) -> torch.dtype | None:
+        match = alternation.search(name)
+        return plan[by_group[match.lastgroup]] if match is not None else None
+
+    return kept
+
+
+def tied_names(model: nn.Module) -> list[tuple[str, ...]]:
+    """Groups of state dict names that are one tensor: shared parameters, and what a transformers model would tie."""
+    first: dict[int, str] = {}
+    leader: dict[str, str] = {}
+
+    def find(name: str) -> str:
+        while leader.get(name, name) != name:
+            name = leader[name]
+        return name
+
+    names = [name for name, value in model.state_dict(keep_vars=True).items() if isinstance(value, Tensor)]
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if isinstance(tensor, Tensor):
+            leader[name] = first.setdefault(id(tensor), name)
+    for target, source in getattr(model, "all_tied_weights_keys", {}).items():
+        if target in leader and source in leader:
+            leader[find(target)] = find(source)
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        groups.setdefault(find(name), []).append(name)
+    return [tuple(group) for group in groups.values() if len(group) > 1]
+
+
+def with_tied(tensors: Mapping[str, Tensor], groups: Iterable[tuple[str, ...]]) -> dict[str, Tensor]:
+    """All names of every tied group on one tensor, unless the checkpoint holds different values for them."""
+    shared = dict(tensors)
+    for group in groups:
+        made = [name for name in group if name in tensors]
+        for name in group:
+            if made and (name not in tensors or torch.equal(tensors[name], tensors[made[0]])):
+                shared[name] = tensors[made[0]]
+    return shared
+
+
+def in_order(tensors: Mapping[str, Tensor], model: nn.Module | None) -> dict[str, Tensor]:
+    """The same tensors in the order of the model's state dict; names that it does not have come last."""
+    if model is None:
+        return dict(tensors)
+    order = {name: tensors[name] for name in model.state_dict() if name in tensors}
+    return order | {name: tensor for name, tensor in tensors.items() if name not in order}
+
+
+def expert_layouts(model: nn.Module) -> dict[str, ExpertLayout | None]:
+    """Per module that holds grouped experts, how they lie; None where the module does not say."""
+    layouts: dict[str, ExpertLayout | None] = {}
+    for name, module in model.named_modules():
+        if not any(hasattr(module, leaf) for leaf in ("gate_up_proj", "up_proj")) or not name.endswith("experts"):
+            continue
+        if not isinstance(getattr(module, "down_proj", None), Tensor):
+            continue
+        said = all(hasattr(module, flag) for flag in ("is_transposed", "is_concatenated", "has_gate"))
+        layouts[name] = (
+            ExpertLayout(bool(module.is_transposed), not module.is_concatenated, bool(module.has_gate))
+            if said
+            else None
+        )
+    return layouts
+
+
+def meta_model(directory: str, dtype: torch.dtype | None, fallback_dtype: str | None) -> nn.Module:
+    """The model of a checkpoint's ``config.json`` on the meta device, as ``from_pretrained`` would build it.
+
+    Args:
+        dtype: None takes the config's, else that of the checkpoint's first floating tensor (``fallback_dtype``).
+
+    Raises:
+        UnsupportedError: no transformers, no config, or a class that this transformers does not have.
+    """
+    if not transformers_available():
+        raise UnsupportedError(
+            message(
+                "building a model from config.json needs transformers",
+                do="pip install transformers, or pass model= or rules=",
+            )
+        )
+    if not os.path.isfile(os.path.join(directory, "config.json")):
+        raise UnsupportedError(
+            message(
+                "the checkpoint has no config.json to build a model from",
+                where=directory,
+                do="pass model=, or rules= (an empty list loads tensors under their own names)",
+            )
+        )
+    from transformers import AutoConfig, initialization
+
+    config = AutoConfig.from_pretrained(directory)
+    if dtype is None:
+        dtype = getattr(config, "dtype", None) or torch_dtype(fallback_dtype or "F32")
+    safe_creation = getattr(initialization, "meta_device_safe_creation_ops", nullcontext)
+    with ExitStack() as stack:
+        for context in (torch.device("meta"), safe_creation()):
+            stack.enter_context(context)
+        model = _model_class(config, directory)._from_config(config, dtype=dtype)
+    kept = _kept_in_float32(model, dtype)
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if (wanted := kept(name)) is not None and tensor.is_floating_point():
+            tensor.data = tensor.data.to(wanted)
+    return model
+
+
+def _model_class(config: Any, directory: str) -> Any:
+    import transformers
+    from transformers import MODEL_MAPPING
+
+    for name in getattr(config, "architectures", None) or ():
+        if hasattr(transformers, name):
+            return getattr(transformers, name)
+    if type(config) in MODEL_MAPPING:
+        return MODEL_MAPPING[type(config)]
+    raise UnsupportedError(
+        message(
+            f"transformers {transformers.__version__} has no model class for this checkpoint",
+            where=os.path.join(directory, "config.json"),
+            found=f"architectures {getattr(config, 'architectures', None)}, model_type {config.model_type}",
+            do="pass model= (remote code is never run from here)",
+        )
+    )
+
+
+def put(model: nn.Module, name: str, tensor: Tensor) -> None:
+    """Make ``tensor`` the model's parameter or buffer of that name."""
+    path, _, leaf = name.rpartition(".")
+    module = model.get_submodule(path)
+    if leaf in module._buffers:
+        module._buffers[leaf] = tensor
+        return
+    old = module._parameters[leaf]
+    trains = tensor.is_floating_point() and (old is None or old.requires_grad)
+    module._parameters[leaf] = nn.Parameter(tensor, requires_grad=trains)
+
+
+def finish(model: nn.Module, made: Iterable[str], missing: Iterable[str], device: torch.device) -> None:
+    """Bring to life what no checkpoint holds: ties, and buffers that are computed (rotary frequencies).
+
+    Only for models that were on the meta device. A transformers model recomputes its own buffers; those of any other
+    module are left on the meta device for their owner.
+    """
+    if not is_pretrained_model(model):
+        return
+    state = model.state_dict(keep_vars=True)
+    for name in made:
+        state[name]._is_hf_initialized = True
+    for name, buffer in _computed_buffers(model):
+        if buffer.is_meta:
+            put(model, name, torch.empty_like(buffer, device=device))
+    model.initialize_weights()  # type: ignore[operator]
+    model.tie_weights(missing_keys=set(missing), recompute_mapping=False)  # type: ignore[operator]
+
+
+def _computed_buffers(model: nn.Module) -> list[tuple[str, Tensor]]:
+    kept = model.state_dict(keep_vars=True).keys()
+    return [(name, buffer) for name, buffer in model.named_buffers() if name not in kept]

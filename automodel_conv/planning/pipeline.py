@@ -1,0 +1,237 @@
+"""The whole way from what a caller said (model, rules, layouts, dtype) to one plan.
+
+A conversion has up to three stages, each a plan of its own: the layout the experts come in, the rules, the layout they
+shall have. Their composition goes from the sources straight to the final buffers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from automodel_conv.dtypes import dtype_code
+from automodel_conv.errors import UnsupportedError, message
+from automodel_conv.planning.compiler import Problems, TargetSpec, compile_targets
+from automodel_conv.planning.layouts import (
+    LAYOUTS,
+    Layout,
+    as_layout,
+    get_layout,
+    holds_experts,
+    relayout,
+)
+from automodel_conv.planning.models import expert_layouts, model_targets, tied_names
+from automodel_conv.planning.plan import CopyPlan, SourceTable
+from automodel_conv.planning.rules import (
+    RuleSet,
+    key_renamings,
+    model_rules,
+    saving_rules,
+    without_ignored,
+)
+
+
+def loading_plan(
+    table: SourceTable,
+    *,
+    model: nn.Module | None = None,
+    rules: Iterable[Any] | None = None,
+    layout: str | None = None,
+    source_layout: str | None = None,
+    key_mapping: Mapping[str, str] | None = None,
+    dtype: torch.dtype | None = None,
+    in_place: bool = False,
+    targets: Mapping[str, TargetSpec] | None = None,
+) -> tuple[CopyPlan, Problems]:
+    """The plan from checkpoint names to the model's (or the rules') names, and what did not fit.
+
+    Args:
+        in_place: the model's own tensors are the destination, so a ``layout`` they do not have is an error.
+        targets: what to make, if not the model's state dict.
+
+    Raises:
+        UnsupportedError: an unknown layout, or one that the model contradicts.
+    """
+    objects = model_rules(model, key_mapping) if rules is None else [*key_renamings(key_mapping), *rules]
+    rule_set = RuleSet(objects, model)
+    given = targets is not None
+    if targets is None and model is not None:
+        targets = model_targets(model, dtype)
+    code = None if dtype is None else dtype_code(dtype)
+    wanted = None if layout is None else get_layout(layout)
+    own = _own_layouts(model)
+    gated = _gated_by(rule_set)
+
+    def canonical(path: str) -> Layout:
+        return own.get(path, LAYOUTS["transformers"])
+
+    destination: Mapping[str, TargetSpec] | None = None  # what the model has, where that is in the wanted layout
+    if wanted is not None and targets is not None and _is_laid_out(targets, {} if given else own, wanted):
+        destination = targets
+        targets = _relaid(targets, wanted, canonical, gated)
+    elif in_place and wanted is not None:
+        raise UnsupportedError(
+            message(
+                f"the model's experts are not in the layout {layout!r}",
+                expected=f"tensors named {wanted.gate_up}, {wanted.down}",
+                found=sorted({name.rpartition(".")[2] for name in targets or () if _any_experts(name)}),
+                do="leave layout out to load in the model's own layout",
+            )
+        )
+    stages = []
+    if source_layout is not None:
+        incoming = get_layout(source_layout)
+        stages.append(relayout(table, lambda path: incoming, canonical, gated))
+        table = _table_of(stages[-1])
+    plan, problems = compile_targets(table, rule_set, targets, code)
+    stages.append(plan)
+    if wanted is not None:
+        stages.append(relayout(_table_of(plan), canonical, lambda path: wanted, gated))
+    whole = stages[0]
+    for stage in stages[1:]:
+        whole = whole.then(stage)
+    if destination is not None:
+        problems.mismatched += [
+            (t.name, t.shape, destination[t.name].shape)
+            for t in whole.targets
+            if t.name in destination and destination[t.name].shape != t.shape
+        ]
+    _forgive(problems, model, whole)
+    left_out = {
+        "missing": tuple(problems.missing),
+        "unexpected": tuple(problems.unexpected),
+        "mismatched": tuple(problems.mismatched),
+    }
+    return replace(whole, **left_out), problems
+
+
+def saving_plan(
+    table: SourceTable,
+    *,
+    model: nn.Module | None = None,
+    rules: Iterable[Any] | None = None,
+    layout: str | None = None,
+    reference: SourceTable | None = None,
+) -> CopyPlan:
+    """The plan from model names back to the checkpoint's names.
+
+    Args:
+        table: the tensors of the model, in ``layout`` (None: the model's own).
+        reference: a checkpoint whose names and boundaries to restore; otherwise all rules are reversed.
+
+    Raises:
+        NameProblems: the tensors do not fit the reference.
+    """
+    if reference is not None:
+        return _inverse_of_loading(table, reference, model, rules, layout)
+    rule_set = RuleSet(saving_rules(model, rules), model, reverse=True)
+    own = _own_layouts(model)
+    stages = []
+    if layout is not None:
+        given = get_layout(layout)
+        gated = _gated_by(rule_set, reverse=True)
+        stages.append(
+            relayout(
+                table,
+                lambda path: given,
+                lambda path: own.get(path, LAYOUTS["transformers"]),
+                gated,
+            )
+        )
+        table = _table_of(stages[-1])
+    shapes = dict(zip(table.names, table.shapes, strict=True))
+    plan, problems = compile_targets(table, rule_set, None, parameters=shapes)
+    problems.raise_if_any("going back to the checkpoint's names")
+    return stages[0].then(plan) if stages else plan
+
+
+def _inverse_of_loading(
+    table: SourceTable,
+    reference: SourceTable,
+    model: nn.Module | None,
+    rules: Iterable[Any] | None,
+    layout: str | None,
+) -> CopyPlan:
+    has = {n: TargetSpec(d, s) for n, d, s in zip(table.names, table.dtypes, table.shapes, strict=True)}
+    dtypes = set(table.dtypes)
+    plain = SourceTable(reference.names, [_floating_like(d, dtypes) for d in reference.dtypes], reference.shapes)
+    forward, problems = loading_plan(plain, model=model, rules=rules, layout=layout, targets=has)
+    problems.unexpected.clear()  # names of the reference that this state dict leaves out
+    problems.raise_if_any("the reference checkpoint and the tensors to revert")
+    back = forward.inverse()
+    rows = {name: row for row, name in enumerate(table.names)}
+    renumbered = [rows[name] for name in back.sources.names]
+    targets = tuple(
+        t._replace(sources=tuple(renumbered[i] for i in t.sources), dtype=back.sources.dtypes[t.sources[0]])
+        if t.sources
+        else t
+        for t in back.targets
+    )
+    return CopyPlan(table, targets, back.rules)
+
+
+def _floating_like(dtype: str, present: set[str]) -> str:
+    """A dtype that casting checks let pass: the inverse keeps the dtypes of the tensors, not the reference's."""
+    return dtype if dtype in present else "F32" if dtype.startswith("F8") else dtype
+
+
+def _own_layouts(model: nn.Module | None) -> dict[str, Layout]:
+    if model is None:
+        return {}
+    return {path: as_layout(own) for path, own in expert_layouts(model).items() if own is not None}
+
+
+def _gated_by(rules: RuleSet, reverse: bool = False) -> Callable[[str], bool]:
+    """Whether experts have a gate, by what the rules make: ``experts.up_proj`` is made for experts without one."""
+    made = [pattern for row in range(len(rules.converters)) for pattern in rules.patterns(row)[0 if reverse else 1]]
+    ungated = any(pattern.endswith("experts.up_proj") for pattern in made)
+    return lambda path: not ungated
+
+
+def _any_experts(name: str) -> bool:
+    return any(holds_experts(name, layout) for layout in LAYOUTS.values())
+
+
+def _is_laid_out(targets: Mapping[str, TargetSpec], own: Mapping[str, Layout], wanted: Layout) -> bool:
+    """True if all experts among ``targets`` are in the wanted layout, as far as names and the modules tell."""
+    names = [name for name in targets if _any_experts(name)]
+    return all(
+        holds_experts(name, wanted) and (own.get(name.rpartition(".")[0], wanted)[:2] == wanted[:2]) for name in names
+    )
+
+
+def _relaid(
+    targets: Mapping[str, TargetSpec],
+    wanted: Layout,
+    canonical: Callable[[str], Layout],
+    gated: Callable[[str], bool],
+) -> dict[str, TargetSpec]:
+    table = SourceTable(
+        list(targets),
+        [spec.dtype for spec in targets.values()],
+        [spec.shape for spec in targets.values()],
+    )
+    plan = relayout(table, lambda path: wanted, canonical, gated)
+    return {target.name: TargetSpec(target.dtype, target.shape) for target in plan.targets}
+
+
+def _table_of(plan: CopyPlan) -> SourceTable:
+    return SourceTable(
+        [t.name for t in plan.targets],
+        [t.dtype for t in plan.targets],
+        [t.shape for t in plan.targets],
+    )
+
+
+def _forgive(problems: Problems, model: nn.Module | None, plan: CopyPlan) -> None:
+    """Take out what is no problem: tied names of which one is provided, and what the model says to ignore."""
+    if model is None:
+        return
+    made = {target.name for target in plan.targets}
+    tied = {name for group in tied_names(model) if made.intersection(group) for name in group}
+    missing = [name for name in problems.missing if name not in tied]
+    problems.missing, problems.unexpected = without_ignored(model, missing, problems.unexpected)
