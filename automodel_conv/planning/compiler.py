@@ -10,12 +10,6 @@ from typing import NamedTuple
 from automodel_conv.dtypes import FLOATING
 from automodel_conv.errors import NameProblems, UnsupportedError, listing, message
 from automodel_conv.planning.lowering import Context, LoweringError, Operation, leaf, lower, needs_target_shapes
-    Context,
-    LoweringError,
-    leaf,
-    lower,
-    needs_target_shapes,
-)
 from automodel_conv.planning.plan import (
     CopyPlan,
     Fallback,

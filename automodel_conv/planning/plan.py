@@ -347,9 +347,8 @@ class CopyPlan:
         return made if same and all(copy.is_contiguous for copy in target.copies) else None
 
     def _middle(self, following: CopyPlan, row: int, target: Target) -> Target:
-        name, shape, dtype = (
-            c[row] for c in (following.sources.names, following.sources.shapes, following.sources.dtypes)
-        )
+        read = following.sources
+        name, shape, dtype = read.names[row], read.shapes[row], read.dtypes[row]
         made = self._rows.get(name)
         if made is None or self.targets[made].shape != shape:
             raise CoverageError(

@@ -23,7 +23,7 @@ class NotAffine(Exception):
 
 
 class Piece(NamedTuple):
-    """For all i < shape: ``target[target_offset + i . target_strides] = source[source_offset + i . source_strides]``."""
+    """For all i < shape: target[target_offset + i . target_strides] = source[source_offset + i . source_strides]."""
 
     source: int
     shape: tuple[int, ...]
@@ -74,7 +74,7 @@ def canonical(piece: Piece) -> Piece:
 
 
 class _Box(NamedTuple):
-    """A piece seen in a mixed radix: digit k runs from ``low[k]`` below ``high[k]``, the other side by ``strides[k]``."""
+    """A piece in a mixed radix: digit k runs from low[k] below high[k] while the other side moves by strides[k]."""
 
     low: tuple[int, ...]
     high: tuple[int, ...]
