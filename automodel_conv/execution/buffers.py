@@ -1,0 +1,145 @@
+"""Output buffers: making them, checking them, and reaching their elements whatever the strides."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Iterable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from automodel_conv.dtypes import torch_dtype
+from automodel_conv.errors import ConversionError, UnsupportedError, message
+from automodel_conv.files import system
+from automodel_conv.planning.plan import StridedCopy, Target, group_pieces
+from automodel_conv.planning.view import NotAffine, Piece, chain, contiguous_strides
+
+# Below two huge pages of 2 MiB there may be no whole aligned one inside.
+_ADVISE_BYTES = 4 << 20
+
+
+def dtype_of(code: str, name: str) -> torch.dtype:
+    """The torch dtype of a safetensors code.
+
+    Raises:
+        UnsupportedError: this torch has no such dtype; names the tensor.
+    """
+    dtype = torch_dtype(code)
+    if dtype is None:
+        raise UnsupportedError(
+            message(
+                f"{name} has a dtype that torch {torch.__version__} does not know",
+                found=code,
+                do="use a newer torch, or leave this tensor out",
+            )
+        )
+    return dtype
+
+
+def allocate(targets: Iterable[Target], device: torch.device | str = "cpu") -> dict[str, Tensor]:
+    """Uninitialized, contiguous tensors for the targets, by name; no page is touched.
+
+    Large host tensors are advised to use huge pages, which makes the first touch much faster.
+
+    Raises:
+        UnsupportedError: this torch has no dtype for a target.
+    """
+    buffers = {}
+    for target in targets:
+        buffer = torch.empty(target.shape, dtype=dtype_of(target.dtype, target.name), device=device)
+        if buffer.device.type == "cpu" and buffer.nbytes >= _ADVISE_BYTES:
+            system.advise_huge_pages(buffer.data_ptr(), buffer.nbytes)
+        buffers[target.name] = buffer
+    return buffers
+
+
+def checked(target: Target, buffers: Mapping[str, Tensor]) -> Tensor:
+    """The buffer of a target, detached from autograd.
+
+    Raises:
+        ConversionError: it is missing, has another shape or dtype, or elements that share memory.
+    """
+    buffer = buffers.get(target.name)
+    if buffer is None:
+        raise ConversionError(message(f"no buffer for {target.name}"))
+    expected = (target.shape, dtype_of(target.dtype, target.name))
+    if (buffer.shape, buffer.dtype) != expected:
+        raise ConversionError(
+            message(
+                f"the buffer of {target.name} does not fit",
+                expected=f"{expected[1]} {list(expected[0])}",
+                found=f"{buffer.dtype} {list(buffer.shape)}",
+            )
+        )
+    if any(stride == 0 and size > 1 for size, stride in zip(buffer.shape, buffer.stride(), strict=True)):
+        raise ConversionError(
+            message(
+                f"elements of the buffer of {target.name} share memory",
+                found=f"shape {list(buffer.shape)}, strides {list(buffer.stride())}",
+                do="pass a buffer that was not expanded",
+            )
+        )
+    return buffer.detach()
+
+
+class Aim:
+    """Copies of targets, re-aimed from contiguous tensors to the strides that buffers really have.
+
+    Targets that share their copies share the result.
+    """
+
+    def __init__(self) -> None:
+        self._known: dict[tuple[object, ...], tuple[StridedCopy, ...]] = {}
+
+    def __call__(self, target: Target, buffer: Tensor) -> tuple[StridedCopy, ...]:
+        """The copies that fill ``buffer``; target offsets count elements from its ``data_ptr``.
+
+        Raises:
+            UnsupportedError: the copies cannot be expressed with these strides.
+        """
+        if buffer.is_contiguous():
+            return target.copies
+        strides = buffer.stride()
+        key = (id(target.copies), target.shape, strides)
+        if key not in self._known:
+            real = Piece(0, target.shape, contiguous_strides(target.shape), 0, strides, 0)
+            first = [piece for copy in target.copies for piece in copy.pieces()]
+            try:
+                self._known[key] = group_pieces(chain(first, [real], buffer.numel()))
+            except NotAffine as error:
+                raise UnsupportedError(
+                    message(
+                        f"{target.name} cannot be written straight into its buffer: {error}",
+                        found=f"shape {list(target.shape)}, strides {list(strides)}",
+                        do="pass a contiguous buffer",
+                    )
+                ) from None
+        return self._known[key]
+
+
+def span_bytes(tensor: Tensor) -> int:
+    """Bytes from a tensor's first element to the end of its last."""
+    if not tensor.numel():
+        return 0
+    return (1 + reach(tensor.shape, tensor.stride())) * tensor.element_size()
+
+
+def reach(shape: Sequence[int], strides: Sequence[int]) -> int:
+    """Elements from the first to the last of a view."""
+    return sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
+
+
+def byte_view(tensor: Tensor) -> memoryview:
+    """The memory of a CPU tensor from its first to its last element, as writable bytes.
+
+    Any dtype and strides. The view does not keep the tensor alive.
+    """
+    nbytes = span_bytes(tensor)
+    if not nbytes:
+        return memoryview(b"")
+    return memoryview((ctypes.c_ubyte * nbytes).from_address(tensor.data_ptr())).cast("B")
+
+
+def strided(tensor: Tensor, shape: Sequence[int], strides: Sequence[int], offset: int) -> Tensor:
+    """A view of a tensor's memory; ``offset`` counts elements from the tensor's own first one."""
+    return tensor.as_strided(shape, strides, tensor.storage_offset() + offset)

@@ -1,0 +1,61 @@
+"""Targets that upstream's own code makes, because their operations could not be lowered."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from automodel_conv.dtypes import FLOATING, dtype_code
+from automodel_conv.errors import ConversionError, message
+from automodel_conv.execution.buffers import checked
+from automodel_conv.planning.plan import CopyPlan, Fallback, Target
+
+
+class Upstream(NamedTuple):
+    """One call of upstream's code: the source rows it takes and the targets it makes."""
+
+    fallback: Fallback
+    rows: tuple[int, ...]
+    targets: tuple[Target, ...]
+
+
+def upstream_calls(plan: CopyPlan) -> list[Upstream]:
+    """The calls of a plan; targets that carry the same fallback are made by one."""
+    groups: dict[int, list[Target]] = {}
+    for target in plan.targets:
+        if target.fallback is not None:
+            groups.setdefault(id(target.fallback), []).append(target)
+    return [
+        Upstream(fallback, tuple(dict.fromkeys(row for t in group for row in t.sources)), tuple(group))
+        for group in groups.values()
+        if (fallback := group[0].fallback) is not None
+    ]
+
+
+def run_upstream(call: Upstream, sources: Mapping[int, Tensor], buffers: Mapping[str, Tensor]) -> None:
+    """Let upstream's code make its targets, allocating as it does, and copy them to their buffers.
+
+    Floating results are cast to the target's dtype, as a load with ``dtype=`` wants.
+
+    Raises:
+        ConversionError: a target was not made, or has the wrong shape or dtype.
+    """
+    with torch.no_grad():
+        made = call.fallback.convert(sources)
+    for target in call.targets:
+        tensor = made.get(target.name)
+        if not isinstance(tensor, Tensor):
+            raise ConversionError(message(f"upstream's own code did not make {target.name}", found=", ".join(made)))
+        castable = dtype_code(tensor.dtype) in FLOATING and target.dtype in FLOATING
+        if tensor.shape != target.shape or not (castable or dtype_code(tensor.dtype) == target.dtype):
+            raise ConversionError(
+                message(
+                    f"upstream's own code made {target.name} differently",
+                    expected=f"{target.dtype} {list(target.shape)}",
+                    found=f"{dtype_code(tensor.dtype)} {list(tensor.shape)}",
+                )
+            )
+        checked(target, buffers).copy_(tensor)

@@ -1,0 +1,133 @@
+"""Checkpoints, plans and a dumb oracle for the tests of the executors."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from math import prod
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from automodel_conv.dtypes import dtype_code, torch_dtype
+from automodel_conv.files.checkpoint import Checkpoint, open_checkpoint
+from automodel_conv.planning.lowering import Context, Operation, Value, leaf, lower
+from automodel_conv.planning.plan import CopyPlan, SourceTable, Target, group_pieces
+from automodel_conv.testing import address_valued
+
+MERGE = Operation("MergeModulelist", (("dim", 0),))
+CONCATENATE = Operation("Concatenate", (("dim", 1),))
+TRANSPOSE = Operation("Transpose", (("dim0", 1), ("dim1", 2)))
+INTERLEAVE = Operation("Interleave", (("dim", 1), ("inverse", True)))
+
+
+def write_checkpoint(directory: Path, files: Mapping[str, Mapping[str, Tensor]], pad: int = 0) -> Checkpoint:
+    """Files with an index; ``pad`` spaces after each header shift the data to any alignment."""
+    directory.mkdir(parents=True, exist_ok=True)
+    weight_map = {}
+    for file, tensors in files.items():
+        header, data = {}, b""
+        for name, tensor in tensors.items():
+            raw = bytes(tensor.contiguous().reshape(-1).view(torch.uint8).tolist())
+            code, shape = dtype_code(tensor.dtype), list(tensor.shape)
+            if code == "F4":  # two to an element of torch's
+                shape[-1] *= 2
+            header[name] = {
+                "dtype": code,
+                "shape": shape,
+                "data_offsets": [len(data), len(data) + len(raw)],
+            }
+            data += raw
+            weight_map[name] = file
+        text = json.dumps(header).encode()
+        text += b" " * (-len(text) % 8 + pad)
+        (directory / file).write_bytes(len(text).to_bytes(8, "little") + text + data)
+    index = directory / "model.safetensors.index.json"
+    index.write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    return open_checkpoint(directory)
+
+
+def table(tensors: Mapping[str, Tensor]) -> SourceTable:
+    return SourceTable(
+        list(tensors),
+        [dtype_code(t.dtype) or "" for t in tensors.values()],
+        [tuple(t.shape) for t in tensors.values()],
+    )
+
+
+def columns(checkpoint: Checkpoint) -> SourceTable:
+    return SourceTable(checkpoint.names, checkpoint.dtypes, checkpoint.shapes)
+
+
+def target(
+    sources: SourceTable,
+    name: str,
+    dtype: str,
+    groups: Sequence[Sequence[str]],
+    operations: Sequence[Operation] = (),
+    outputs: Sequence[str] = (),
+) -> Target:
+    """One output of a chain of operations on groups of sources, one group a pattern."""
+    names = [n for group in groups for n in group]
+    rows = [sources.names.index(n) for n in names]
+    ordinals = itertools.count()
+    inputs = {
+        f"p{i}": [leaf(next(ordinals), sources.shapes[sources.names.index(n)]) for n in group]
+        for i, group in enumerate(groups)
+    }
+    context = Context(tuple(inputs), tuple(outputs) or (name,), ())
+    value = lower(operations, inputs, context)[name] if operations else inputs["p0"][0]
+    return made(name, dtype, value, rows)
+
+
+def made(name: str, dtype: str, value: Value, rows: Iterable[int]) -> Target:
+    return Target(name, dtype, value.shape, -1, tuple(rows), group_pieces(value.pieces))
+
+
+def plan_of(sources: SourceTable, *targets: Target) -> CopyPlan:
+    plan = CopyPlan(sources, targets)
+    plan.validate()
+    return plan
+
+
+def naive(plan: CopyPlan, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The plan, one element at a time."""
+    made = {}
+    for t in plan.targets:
+        out: list[Tensor | None] = [None] * prod(t.shape)
+        for copy in t.copies:
+            for piece in copy.pieces():
+                flat = tensors[plan.sources.names[t.sources[piece.source]]].contiguous().reshape(-1)
+                for index in itertools.product(*map(range, piece.shape)):
+                    read = piece.source_offset + _dot(index, piece.source_strides)
+                    write = piece.target_offset + _dot(index, piece.target_strides)
+                    assert out[write] is None
+                    out[write] = flat[read].to(torch_dtype(t.dtype))
+        empty = torch.empty(t.shape, dtype=torch_dtype(t.dtype))
+        made[t.name] = torch.stack(out).reshape(t.shape) if out else empty
+    return made
+
+
+def _dot(index: Sequence[int], strides: Sequence[int]) -> int:
+    return sum(i * s for i, s in zip(index, strides, strict=True))
+
+
+def experts(count: int, rows: int, columns: int, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Gate, up and down of each expert, in the order of a checkpoint, every element different."""
+    tensors = {}
+    start = 0
+    for e in range(count):
+        for name, shape in (
+            ("down", (columns, rows)),
+            ("gate", (rows, columns)),
+            ("up", (rows, columns)),
+        ):
+            tensors[f"experts.{e}.{name}"] = address_valued(shape, dtype, start)
+            start += rows * columns
+    return tensors
+
+
+def expert_names(count: int, projection: str) -> list[str]:
+    return [f"experts.{e}.{projection}" for e in range(count)]

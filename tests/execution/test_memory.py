@@ -1,0 +1,239 @@
+"""From tensors to tensors: the same plans as for files, with sources and buffers of any strides."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, reject
+from hypothesis import strategies as st
+from torch import Tensor
+
+from automodel_conv.dtypes import torch_dtype
+from automodel_conv.errors import ConversionError, UnsupportedError
+from automodel_conv.execution.buffers import allocate
+from automodel_conv.execution.memory import convert_tensors
+from automodel_conv.planning import lowering
+from automodel_conv.planning.lowering import Operation, leaf
+from automodel_conv.planning.plan import CopyPlan, Fallback, SourceTable, Target
+from automodel_conv.planning.view import NotAffine
+from automodel_conv.testing import address_valued, assert_bytes_equal, guarded
+from tests.execution.support import (
+    CONCATENATE,
+    INTERLEAVE,
+    MERGE,
+    TRANSPOSE,
+    expert_names,
+    experts,
+    made,
+    naive,
+    plan_of,
+    table,
+    target,
+)
+
+LAYOUTS = {"rows": (), "transposed": (TRANSPOSE,), "interleaved": (INTERLEAVE, TRANSPOSE)}
+
+
+def check_conversion(plan: CopyPlan, tensors: dict[str, Tensor], sources: list[Tensor]) -> None:
+    guards = {t.name: guarded(t.shape, torch_dtype(t.dtype)) for t in plan.targets}
+    convert_tensors(plan, sources, {name: guard.tensor for name, guard in guards.items()})
+    expected = naive(plan, tensors)
+    for name, guard in guards.items():
+        guard.check()
+        assert_bytes_equal(guard.tensor, expected[name])
+
+
+def laid_out(tensor: Tensor, order: tuple[int, ...], step: int = 1) -> Tensor:
+    """The same values with other strides: dimensions in ``order``, the fastest first."""
+    strides = [0] * tensor.dim()
+    for d in order:
+        strides[d], step = step, step * tensor.shape[d]
+    other = guarded(tensor.shape, tensor.dtype, strides=strides).tensor
+    other.copy_(tensor)
+    return other
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("source_layout", ["contiguous", "transposed", "sliced"])
+def test_experts_are_grouped(layout, source_layout):
+    tensors = experts(5, 6, 20, torch.bfloat16)
+    sources = table(tensors)
+    gate, up, down = (expert_names(5, p) for p in ("gate", "up", "down"))
+    chain = LAYOUTS[layout]
+    plan = plan_of(
+        sources,
+        target(sources, "gate_up", "BF16", [gate, up], [MERGE, CONCATENATE, *chain]),
+        target(sources, "down", "BF16", [down], [MERGE, *chain]),
+    )
+    lay = {
+        "contiguous": lambda t: t.clone(),
+        "transposed": lambda t: laid_out(t, (0, 1)),
+        "sliced": lambda t: laid_out(t, (1, 0), step=3),
+    }[source_layout]
+    check_conversion(plan, tensors, [lay(t) for t in tensors.values()])
+
+
+def test_tensors_large_enough_for_fast_transposes_arrive_whole():
+    tensors = {f"w{i}": address_valued((130, 257), torch.int32, i * 130 * 257) for i in range(3)}
+    sources = table(tensors)
+    plan = plan_of(sources, target(sources, "t", "I32", [list(tensors)], [MERGE, TRANSPOSE]))
+    buffers = allocate(plan.targets)
+    convert_tensors(plan, list(tensors.values()), buffers)
+    expected = torch.stack(list(tensors.values())).transpose(1, 2).contiguous()
+    assert_bytes_equal(buffers["t"], expected, strides=True)
+
+
+@pytest.mark.parametrize("result", ["F32", "BF16"])
+def test_sources_of_different_dtypes_are_cast_to_the_target(result):
+    tensors = {"a": torch.randn(5, 7), "b": torch.randn(5, 7).to(torch.bfloat16)}
+    sources = table(tensors)
+    plan = plan_of(sources, target(sources, "t", result, [["a", "b"]], [MERGE, TRANSPOSE]))
+    check_conversion(plan, tensors, list(tensors.values()))
+
+
+def test_a_parameter_that_requires_grad_is_written_and_read():
+    source = torch.nn.Parameter(torch.randn(3, 4))
+    output = torch.nn.Parameter(torch.empty(4, 3))
+    sources = table({"w": source})
+    transpose = Operation("Transpose", (("dim0", 0), ("dim1", 1)))
+    plan = plan_of(sources, target(sources, "t", "F32", [["w"]], [transpose]))
+    convert_tensors(plan, [source], {"t": output})
+    assert_bytes_equal(output, source.t())
+    assert output.grad_fn is None
+
+
+def test_sources_that_no_target_takes_are_not_looked_at():
+    tensors = {"w": torch.randn(3), "odd": torch.randn(2)}
+    sources = table(tensors)
+    plan = plan_of(sources, target(sources, "t", "F32", [["w"]]))
+    check_conversion(plan, tensors, [tensors["w"], torch.empty(9, dtype=torch.int8)])
+
+
+def test_zero_sized_targets_and_scalars_convert():
+    tensors = {"empty": torch.empty(0, 4), "scalar": torch.tensor(2.5)}
+    sources = table(tensors)
+    plan = plan_of(sources, *(target(sources, n, "F32", [[n]]) for n in tensors))
+    check_conversion(plan, tensors, list(tensors.values()))
+
+
+# --- memory that is shared ------------------------------------------------------------------------
+
+
+def one_to_one(*shapes: tuple[int, ...]) -> CopyPlan:
+    names = [f"s{i}" for i in range(len(shapes))]
+    sources = SourceTable(names, ["F32"] * len(shapes), list(shapes))
+    return plan_of(sources, *(target(sources, n.replace("s", "t"), "F32", [[n]]) for n in names))
+
+
+def test_a_buffer_in_the_memory_of_a_source_is_refused_and_both_are_named():
+    memory = torch.arange(40, dtype=torch.float32)
+    before = memory.clone()
+    plan = one_to_one((10,), (10,), (10,))
+    sources = [memory[:10], memory[10:20], torch.ones(10)]
+    buffers = {"t0": memory[20:30], "t1": memory[30:40], "t2": memory[19:29]}
+    with pytest.raises(ConversionError, match="t2") as error:
+        convert_tensors(plan, sources, buffers)
+    assert "s1" in str(error.value)
+    assert_bytes_equal(memory, before)
+
+
+def test_a_small_buffer_inside_a_long_source_is_refused():
+    memory = torch.arange(100, dtype=torch.float32)
+    plan = one_to_one((100,), (2,), (2,))
+    buffers = {"t0": torch.empty(100), "t1": torch.empty(2), "t2": memory[90:92]}
+    with pytest.raises(ConversionError, match=r"t2.*s0"):
+        convert_tensors(plan, [memory, memory[3:5], torch.empty(2)], buffers)
+
+
+def test_neighbours_in_one_memory_and_sources_that_overlap_are_fine():
+    memory = torch.arange(40, dtype=torch.float32)
+    plan = one_to_one((10,), (10,))
+    sources = [memory[0:10], memory[5:15]]
+    expected = [s.clone() for s in sources]
+    convert_tensors(plan, sources, {"t0": memory[15:25], "t1": memory[25:35]})
+    assert_bytes_equal(memory[15:35], torch.cat(expected))
+
+
+# --- what does not fit ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("source", [torch.empty(4, 3), torch.empty(3, 4, dtype=torch.float64)])
+def test_a_source_that_the_plan_was_not_made_for_is_named(source):
+    plan = one_to_one((3, 4))
+    with pytest.raises(ConversionError, match="s0 is not what the plan was made for"):
+        convert_tensors(plan, [source], {"t0": torch.empty(3, 4)})
+
+
+def test_a_buffer_whose_strides_copies_cannot_follow_is_named():
+    sources = SourceTable(["s"], ["F32"], [(3, 10)])
+    # Written in threes, while the buffer has rows of five.
+    value = lowering.reshape(lowering.transpose(leaf(0, (3, 10)), 0, 1), (6, 5))
+    plan = plan_of(sources, made("t", "F32", value, [0]))
+    buffer = torch.empty(5, 6).t()
+    with pytest.raises(UnsupportedError, match="t cannot be written straight"):
+        convert_tensors(plan, [torch.randn(3, 10)], {"t": buffer})
+
+
+def test_a_source_whose_strides_copies_cannot_follow_is_copied_first():
+    tensor = torch.arange(30, dtype=torch.float32).reshape(6, 5)
+    value = lowering.transpose(lowering.reshape(leaf(0, (6, 5)), (10, 3)), 0, 1)
+    plan = plan_of(table({"s": tensor}), made("t", "F32", value, [0]))
+    check_conversion(plan, {"s": tensor}, [laid_out(tensor, (0, 1))])
+
+
+def test_upstream_code_runs_once_and_gets_the_tensors_themselves():
+    seen = []
+
+    def convert(sources):
+        seen.append(sources)
+        return {"a": sources[0] + 1, "b": sources[0].t()}
+
+    source = torch.randn(2, 3)
+    fallback = Fallback("a test says so", convert)
+    targets = [
+        Target("a", "F32", (2, 3), -1, (0,), (), fallback),
+        Target("b", "BF16", (3, 2), -1, (0,), (), fallback),
+    ]
+    plan = plan_of(table({"s": source}), *targets)
+    buffers = allocate(plan.targets)
+    convert_tensors(plan, [source], buffers)
+    assert_bytes_equal(buffers["a"], source + 1)
+    assert_bytes_equal(buffers["b"], source.t().to(torch.bfloat16))
+    assert len(seen) == 1
+    assert seen[0][0].data_ptr() == source.data_ptr()
+
+
+# --- anything -------------------------------------------------------------------------------------
+
+
+@given(
+    data=st.data(),
+    shape=st.lists(st.sampled_from([0, 1, 2, 3, 6]), min_size=1, max_size=3),
+    count=st.integers(1, 3),
+    result=st.sampled_from(["F32", "BF16"]),
+)
+def test_any_chain_from_any_strides_to_any_strides(data, shape, count, result):
+    tensors = {
+        f"s{i}": torch.arange(i * 40, i * 40 + torch.Size(shape).numel(), dtype=torch.float32)
+        .remainder(250)
+        .reshape(shape)
+        for i in range(count)
+    }
+    value = lowering.concatenate(
+        [leaf(i, tuple(shape)) for i in range(count)], data.draw(st.integers(0, len(shape) - 1))
+    )
+    dims = st.integers(0, len(shape) - 1)
+    value = lowering.transpose(value, data.draw(dims), data.draw(dims))
+    try:
+        plan = plan_of(table(tensors), made("t", result, value, range(count)))
+    except NotAffine:
+        reject()
+    orders = st.permutations(range(len(shape)))
+    sources = [laid_out(t, data.draw(orders), data.draw(st.integers(1, 2))) for t in tensors.values()]
+    strides, step = [0] * len(shape), data.draw(st.integers(1, 2))
+    for d in data.draw(orders):
+        strides[d], step = step, step * max(value.shape[d], 1)
+    guard = guarded(value.shape, torch_dtype(result), strides=strides)
+    convert_tensors(plan, sources, {"t": guard.tensor})
+    guard.check()
+    assert_bytes_equal(guard.tensor, naive(plan, tensors)["t"])
