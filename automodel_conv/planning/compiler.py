@@ -41,8 +41,15 @@ class Problems:
     incomplete: list[tuple[str, tuple[str, ...]]] = field(default_factory=list)
     failed: list[tuple[str, str]] = field(default_factory=list)
 
-    def raise_if_any(self, where: str) -> None:
-        """Raises NameProblems with every problem in one text."""
+    def raise_unless_fit(self, where: str, strict: bool = True) -> None:
+        """Raise NameProblems with every problem in one text.
+
+        Args:
+            strict: otherwise only for what cannot be converted at all, as upstream does.
+        """
+        shaped = {name for name, *_ in self.mismatched}
+        if not strict and not self.failed and all(name in shaped for name, _ in self.incomplete):
+            return
         explained = {name for name, _ in self.incomplete}
         wrong = [item for item in self.mismatched if item[0] not in explained]
         parts = [

@@ -20,7 +20,8 @@ class Layout(NamedTuple):
     """How experts lie in memory.
 
     ``transposed``: weights are ``[E, in, out]``, not ``[E, out, in]``. ``interleaved``: gate and up alternate along the
-    2I axis, gate first; otherwise gate comes before up as a whole. ``up`` is the name for experts without a gate.
+    2I axis, gate first; otherwise gate comes before up as a whole. ``up`` and ``up_bias`` are the names for experts
+    without a gate.
     """
 
     transposed: bool
@@ -29,26 +30,55 @@ class Layout(NamedTuple):
     up: str
     down: str
     gate_up_bias: str
+    up_bias: str
     down_bias: str
 
 
 LAYOUTS: Mapping[str, Layout] = {
     # transformers 5.x, `integrations/moe.py`: gate_up_proj [E, 2I, H], down_proj [E, H, I].
-    "transformers": Layout(False, False, "gate_up_proj", "up_proj", "down_proj", "gate_up_proj_bias", "down_proj_bias"),
+    "transformers": Layout(
+        transposed=False,
+        interleaved=False,
+        gate_up="gate_up_proj",
+        up="up_proj",
+        down="down_proj",
+        gate_up_bias="gate_up_proj_bias",
+        up_bias="up_proj_bias",
+        down_bias="down_proj_bias",
+    ),
     # NeMo AutoModel 0.7.0, `components/moe/experts.py`: gate_and_up_projs [E, H, 2I], down_projs [E, I, H].
     "nemo": Layout(
-        True,
-        False,
-        "gate_and_up_projs",
-        "gate_and_up_projs",
-        "down_projs",
-        "gate_up_proj_bias",
-        "down_proj_bias",
+        transposed=True,
+        interleaved=False,
+        gate_up="gate_and_up_projs",
+        up="gate_and_up_projs",
+        down="down_projs",
+        gate_up_bias="gate_up_proj_bias",
+        up_bias="gate_up_proj_bias",
+        down_bias="down_proj_bias",
     ),
     # transformers 5.x, `models/gpt_oss`: gate_up_proj [E, H, 2I] with gate and up alternating, down_proj [E, I, H].
-    "gpt_oss": Layout(True, True, "gate_up_proj", "up_proj", "down_proj", "gate_up_proj_bias", "down_proj_bias"),
+    "gpt_oss": Layout(
+        transposed=True,
+        interleaved=True,
+        gate_up="gate_up_proj",
+        up="up_proj",
+        down="down_proj",
+        gate_up_bias="gate_up_proj_bias",
+        up_bias="up_proj_bias",
+        down_bias="down_proj_bias",
+    ),
     # vLLM, `FusedMoE`: w13_weight [E, 2I, H], w2_weight [E, H, I].
-    "vllm": Layout(False, False, "w13_weight", "w13_weight", "w2_weight", "w13_bias", "w2_bias"),
+    "vllm": Layout(
+        transposed=False,
+        interleaved=False,
+        gate_up="w13_weight",
+        up="w13_weight",
+        down="w2_weight",
+        gate_up_bias="w13_bias",
+        up_bias="w13_bias",
+        down_bias="w2_bias",
+    ),
 }
 
 
@@ -71,7 +101,11 @@ def as_layout(own: ExpertLayout) -> Layout:
 def holds_experts(name: str, layout: Layout) -> bool:
     """True if ``name`` is a tensor of grouped experts in that layout."""
     path, _, leaf_name = name.rpartition(".")
-    return path.endswith("experts") and leaf_name in layout[2:]
+    return _is_experts(path) and leaf_name in layout[2:]
+
+
+def _is_experts(path: str) -> bool:
+    return path.rpartition(".")[2] == "experts"  # not shared_experts, which are no routed ones
 
 
 def relayout(
@@ -95,7 +129,7 @@ def relayout(
     for row, (name, dtype, shape) in enumerate(zip(table.names, table.dtypes, table.shapes, strict=True)):
         path, _, leaf_name = name.rpartition(".")
         chain, renamed, rule = (), name, -1
-        if path.endswith("experts"):
+        if _is_experts(path):
             before, after = source(path), target(path)
             role = _role(leaf_name, before, gated(path))
             if role is not None:
@@ -116,10 +150,10 @@ def relayout(
 
 
 def _role(leaf_name: str, layout: Layout, gated: bool) -> str | None:
-    for role in ("gate_up", "up") if gated else ("up", "gate_up"):
-        if leaf_name == getattr(layout, role):
-            return role
-    return next((role for role in Layout._fields[4:] if leaf_name == getattr(layout, role)), None)
+    either = ("gate_up", "gate_up_bias"), ("up", "up_bias")
+    first, second = either if gated else either[::-1]
+    roles = (*first, *second, "down", "down_bias")
+    return next((role for role in roles if leaf_name == getattr(layout, role)), None)
 
 
 _SWAP = Operation("Transpose", (("dim0", 1), ("dim1", 2)))

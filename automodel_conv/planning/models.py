@@ -32,14 +32,15 @@ def model_targets(model: nn.Module, dtype: torch.dtype | None = None) -> dict[st
     """Dtype and shape of everything in ``model.state_dict()``, in its order.
 
     Args:
-        dtype: the dtype for all floating tensors, except what a transformers model keeps in float32
-            (``_keep_in_fp32_modules``, ``_keep_in_fp32_modules_strict``); None keeps each tensor's own.
+        dtype: the dtype for all floating tensors; None keeps each tensor's own. Where no value is there yet (a dtype
+            is given, or the tensor is on the meta device), what a transformers model keeps in float32
+            (``_keep_in_fp32_modules``, ``_keep_in_fp32_modules_strict``) is float32, as in ``from_pretrained``.
 
     Raises:
         UnsupportedError: a tensor of a dtype that the safetensors format does not have, or a distributed tensor.
     """
     kept = _kept_in_float32(model, dtype)
-    targets = {}
+    targets: dict[str, TargetSpec] = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
         if not isinstance(tensor, Tensor):
             continue  # extra state of a module, which is no tensor
@@ -53,15 +54,15 @@ def model_targets(model: nn.Module, dtype: torch.dtype | None = None) -> dict[st
         code = dtype_code(tensor.dtype)
         if code is None:
             raise UnsupportedError(message(f"{name} has a dtype that checkpoints cannot hold", found=tensor.dtype))
-        if dtype is not None and code in FLOATING:
-            code = dtype_code(kept(name) or dtype) or code
+        if code in FLOATING and (dtype is not None or tensor.is_meta):
+            code = dtype_code(kept(name) or dtype or tensor.dtype) or code
         targets[name] = TargetSpec(code, tuple(tensor.shape))
     return targets
 
 
 def _kept_in_float32(model: nn.Module, dtype: torch.dtype | None) -> Callable[[str], torch.dtype | None]:
     """The dtype a transformers model insists on for a name when the rest has ``dtype``; None where it does not."""
-    plan = model._get_dtype_plan(dtype) if dtype is not None and is_pretrained_model(model) else {}  # type: ignore[operator]
+    plan = model._get_dtype_plan(dtype or model.dtype) if is_pretrained_model(model) else {}  # type: ignore[operator]
     if not plan:
         return lambda name: None
     from transformers.core_model_loading import build_glob_alternation
@@ -167,12 +168,7 @@ def meta_model(directory: str, dtype: torch.dtype | None, fallback_dtype: str | 
     with ExitStack() as stack:
         for context in (torch.device("meta"), safe_creation()):
             stack.enter_context(context)
-        model = _model_class(config, directory)._from_config(config, dtype=dtype)
-    kept = _kept_in_float32(model, dtype)
-    for name, tensor in model.state_dict(keep_vars=True).items():
-        if (wanted := kept(name)) is not None and tensor.is_floating_point():
-            tensor.data = tensor.data.to(wanted)
-    return model
+        return _model_class(config, directory)._from_config(config, dtype=dtype)
 
 
 def _model_class(config: Any, directory: str) -> Any:

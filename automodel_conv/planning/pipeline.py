@@ -145,7 +145,7 @@ def saving_plan(
         table = _table_of(stages[-1])
     shapes = dict(zip(table.names, table.shapes, strict=True))
     plan, problems = compile_targets(table, rule_set, None, parameters=shapes)
-    problems.raise_if_any("going back to the checkpoint's names")
+    problems.raise_unless_fit("going back to the checkpoint's names")
     return stages[0].then(plan) if stages else plan
 
 
@@ -161,7 +161,7 @@ def _inverse_of_loading(
     plain = SourceTable(reference.names, [_floating_like(d, dtypes) for d in reference.dtypes], reference.shapes)
     forward, problems = loading_plan(plain, model=model, rules=rules, layout=layout, targets=has)
     problems.unexpected.clear()  # names of the reference that this state dict leaves out
-    problems.raise_if_any("the reference checkpoint and the tensors to revert")
+    problems.raise_unless_fit("the reference checkpoint and the tensors to revert")
     back = forward.inverse()
     rows = {name: row for row, name in enumerate(table.names)}
     renumbered = [rows[name] for name in back.sources.names]

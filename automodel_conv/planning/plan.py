@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from math import prod
 from typing import Any, NamedTuple
@@ -86,6 +86,11 @@ class Target(NamedTuple):
     fallback: Fallback | None = None
 
     @property
+    def is_whole(self) -> bool:
+        """True if one copy moves everything in one run, so that a target of its source's size equals it."""
+        return len(self.copies) <= 1 and all(c.is_contiguous and len(c.ordinals) == 1 for c in self.copies)
+
+    @property
     def nbytes(self) -> int:
         return nbytes(self.dtype, prod(self.shape))
 
@@ -112,10 +117,6 @@ class CopyPlan:
     missing: tuple[str, ...] = ()
     unexpected: tuple[str, ...] = ()
     mismatched: tuple[tuple[str, tuple[int, ...], tuple[int, ...]], ...] = ()
-    _rows: dict[str, int] = field(default_factory=dict, compare=False, repr=False)
-
-    def __post_init__(self) -> None:
-        self._rows.update((target.name, row) for row, target in enumerate(self.targets))
 
     # --- looking at it ----------------------------------------------------------------------------------------------
 
@@ -131,6 +132,10 @@ class CopyPlan:
             near = [t.name for t in self.targets if t.name.endswith(ending)][:5]
             raise KeyError(f"no target {name!r} in this plan; targets with that ending: {near}")
         return self.targets[row]
+
+    @cached_property
+    def _rows(self) -> dict[str, int]:
+        return {target.name: row for row, target in enumerate(self.targets)}
 
     @cached_property
     def used_sources(self) -> frozenset[int]:
@@ -213,16 +218,19 @@ class CopyPlan:
         Raises:
             CoverageError: names the target, the element and the two sources, or how many elements nobody writes.
         """
+        if len(self._rows) != len(self.targets):
+            twice = next(t.name for row, t in enumerate(self.targets) if self._rows[t.name] != row)
+            raise CoverageError(message(f"two targets are named {twice}"))
         proved: set[tuple[int, int]] = set()
         for target in self.targets:
             if target.fallback is not None:
                 continue
+            self._prove_reads_inside(target)
             numel = prod(target.shape)
             key = (id(target.copies), numel)
             if key not in proved:
                 self._prove_written_once(target, numel)
                 proved.add(key)
-            self._prove_reads_inside(target)
 
     def _prove_written_once(self, target: Target, numel: int) -> None:
         pieces = [piece for copy in target.copies for piece in copy.pieces()]
@@ -249,9 +257,16 @@ class CopyPlan:
             )
 
     def _prove_reads_inside(self, target: Target) -> None:
+        known = range(len(self.sources.names))
+        if any(row not in known for row in target.sources):
+            raise CoverageError(message(f"{target.name} reads sources that the plan does not have"))
         for copy in target.copies:
+            if min(copy.source_strides, default=0) < 0:
+                raise CoverageError(message(f"{target.name} would be read backwards"))
             reach = sum((size - 1) * stride for size, stride in zip(copy.shape, copy.source_strides, strict=True))
             for ordinal, offset in zip(copy.ordinals, copy.source_offsets, strict=True):
+                if not 0 <= ordinal < len(target.sources):
+                    raise CoverageError(message(f"{target.name} reads sources that it does not have"))
                 row = target.sources[ordinal]
                 if not 0 <= offset <= offset + reach < prod(self.sources.shapes[row]):
                     raise CoverageError(
@@ -339,23 +354,23 @@ class CopyPlan:
 
     def _passed_through(self, following: CopyPlan, target: Target) -> Target | None:
         """What this plan makes, if ``following`` leaves it as it is; such a target may even be upstream's work."""
-        if len(target.sources) != 1 or target.name not in self._rows:
+        if len(target.sources) != 1 or target.name not in self._rows or target.fallback is not None:
             return None
         made = self.targets[self._rows[target.name]]
         name = following.sources.names[target.sources[0]]
         same = (name, target.dtype, target.shape) == (made.name, made.dtype, made.shape)
-        return made if same and all(copy.is_contiguous for copy in target.copies) else None
+        return made if same and target.is_whole else None
 
     def _middle(self, following: CopyPlan, row: int, target: Target) -> Target:
         read = following.sources
         name, shape, dtype = read.names[row], read.shapes[row], read.dtypes[row]
         made = self._rows.get(name)
-        if made is None or self.targets[made].shape != shape:
+        if made is None or (self.targets[made].dtype, self.targets[made].shape) != (dtype, shape):
             raise CoverageError(
                 message(
-                    f"{target.name} needs {name}, which the plan before does not make in that shape",
-                    expected=list(shape),
-                    found=None if made is None else list(self.targets[made].shape),
+                    f"{target.name} needs {name}, which the plan before does not make like that",
+                    expected=f"{dtype} {list(shape)}",
+                    found=None if made is None else f"{self.targets[made].dtype} {list(self.targets[made].shape)}",
                 )
             )
         if target.fallback is not None or self.targets[made].fallback is not None:
@@ -437,7 +452,10 @@ class CopyPlan:
             UnsupportedError: not a plan of this version.
             CoverageError: the plan does not write every element once.
         """
-        data = _tuples(json.loads(text))
+        try:
+            data = _tuples(json.loads(text))
+        except json.JSONDecodeError:
+            data = None
         if not isinstance(data, dict) or data.get("version") != 1:
             raise UnsupportedError(message("not a plan in JSON form", expected="version 1"))
         copies = [tuple(StridedCopy(*copy) for copy in group) for group in data["copies"]]

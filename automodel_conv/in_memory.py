@@ -1,0 +1,149 @@
+"""The front doors for tensors that are in memory already: a state dict in, a state dict out, on the device it is on.
+
+For weight refit in RL (trainer layout to inference layout and back), and wherever a checkpoint is not a file.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from automodel_conv.dtypes import dtype_code
+from automodel_conv.errors import ConversionError, UnsupportedError, message
+from automodel_conv.execution.buffers import allocate
+from automodel_conv.execution.memory import convert_tensors
+from automodel_conv.files.checkpoint import open_checkpoint
+from automodel_conv.planning.models import in_order, tied_names, with_tied
+from automodel_conv.planning.pipeline import loading_plan, saving_plan
+from automodel_conv.planning.plan import CopyPlan, SourceTable, Target
+
+BACKENDS = ("auto", "torch", "triton")
+
+
+def convert_state_dict(
+    state_dict: Mapping[str, Tensor],
+    model: nn.Module | None = None,
+    *,
+    rules: Iterable[Any] | None = None,
+    layout: str | None = None,
+    source_layout: str | None = None,
+    out: Mapping[str, Tensor] | None = None,
+    backend: str = "auto",
+) -> dict[str, Tensor]:
+    """Checkpoint-named tensors to model-named ones, grouped experts included.
+
+    Tensors that nothing converts are returned by reference, unless ``out`` is given.
+
+    Args:
+        model: whose names, dtypes and rules to take; its tensors are neither read nor written.
+        rules: transformers' rule objects; None takes the model's. One of model, rules, layout, source_layout is needed.
+        layout: how routed experts shall lie; None: as the model has them.
+        source_layout: how grouped experts in ``state_dict`` lie; never guessed from shapes.
+        out: tensors to write, by target name; every target needs one, of its shape and dtype.
+        backend: "torch" or "triton" for the copies; "auto" takes what the device has.
+
+    Raises:
+        NameProblems: names or shapes do not fit; lists all of them.
+        ConversionError: a tensor of ``out`` is missing, does not fit, or shares memory with a source.
+        UnsupportedError: an unknown layout or backend.
+    """
+    _check_backend(backend, state_dict)
+    if model is None and rules is None and layout is None and source_layout is None:
+        raise UnsupportedError(
+            message(
+                "tensors in memory come without a config",
+                do="pass model=, rules=, layout= or source_layout=",
+            )
+        )
+    plan, problems = loading_plan(
+        _table(state_dict), model=model, rules=rules, layout=layout, source_layout=source_layout
+    )
+    problems.raise_unless_fit("the state dict")
+    converted = _run(plan, state_dict, out)
+    return in_order(with_tied(converted, tied_names(model)), model) if model is not None else converted
+
+
+def revert_state_dict(
+    state_dict: Mapping[str, Tensor],
+    model: nn.Module | None = None,
+    *,
+    rules: Iterable[Any] | None = None,
+    layout: str | None = None,
+    reference: str | os.PathLike[str] | None = None,
+    out: Mapping[str, Tensor] | None = None,
+    backend: str = "auto",
+) -> dict[str, Tensor]:
+    """Model-named tensors back to checkpoint-named ones, grouped experts taken apart.
+
+    Names come from reversing all rules, in upstream's saving order, or from a ``reference`` checkpoint. Tensors keep
+    their dtype.
+
+    Args:
+        layout: how the experts in ``state_dict`` lie; None: as the model has them.
+        reference: a checkpoint (headers only are read) whose names to restore exactly.
+        model, rules, out, backend: see ``convert_state_dict``.
+
+    Raises:
+        NameProblems: the tensors do not fit the reference or the rules.
+        CoverageError: a tensor of the reference is only partly in ``state_dict``.
+        ConversionError, UnsupportedError: see ``convert_state_dict``.
+    """
+    _check_backend(backend, state_dict)
+    table = None
+    if reference is not None:
+        checkpoint = open_checkpoint(reference)
+        table = SourceTable(checkpoint.names, checkpoint.dtypes, checkpoint.shapes)
+    plan = saving_plan(_table(state_dict), model=model, rules=rules, layout=layout, reference=table)
+    return _run(plan, state_dict, out)
+
+
+def _check_backend(backend: str, state_dict: Mapping[str, Tensor]) -> None:
+    if backend not in BACKENDS:
+        raise UnsupportedError(message(f"unknown backend {backend!r}", expected=f"one of {BACKENDS}"))
+    if backend == "triton":
+        raise UnsupportedError(
+            message("the triton backend is not there yet", do='backend="torch" gives the same bytes')
+        )
+
+
+def _table(state_dict: Mapping[str, Tensor]) -> SourceTable:
+    codes = []
+    for name, tensor in state_dict.items():
+        code = dtype_code(tensor.dtype)
+        if code is None:
+            raise UnsupportedError(message(f"{name} has a dtype that is not converted", found=tensor.dtype))
+        codes.append(code)
+    return SourceTable(list(state_dict), codes, [tuple(tensor.shape) for tensor in state_dict.values()])
+
+
+def _run(plan: CopyPlan, state_dict: Mapping[str, Tensor], out: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
+    sources = list(state_dict.values())
+    if out is not None:
+        convert_tensors(plan, sources, out)
+        return {target.name: out[target.name] for target in plan.targets}
+    passed = {target.name: sources[target.sources[0]] for target in plan.targets if _passes_through(plan, target)}
+    made = [target for target in plan.targets if target.name not in passed]
+    device = sources[0].device if sources else torch.device("cpu")
+    if any(source.device != device for source in sources):
+        raise ConversionError(
+            message(
+                "the tensors are on several devices",
+                found=sorted({str(source.device) for source in sources}),
+            )
+        )
+    buffers = allocate(made, device)
+    convert_tensors(CopyPlan(plan.sources, tuple(made), plan.rules), sources, buffers)
+    return {target.name: passed.get(target.name, buffers.get(target.name)) for target in plan.targets}  # type: ignore[misc]
+
+
+def _passes_through(plan: CopyPlan, target: Target) -> bool:
+    """True if the target is one source, whole and as it is."""
+    if len(target.sources) != 1 or target.fallback is not None or len(target.copies) > 1:
+        return False
+    row = target.sources[0]
+    same = (plan.sources.dtypes[row], plan.sources.shapes[row]) == (target.dtype, target.shape)
+    return same and all(copy.is_contiguous and len(copy.ordinals) == 1 for copy in target.copies)

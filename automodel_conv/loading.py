@@ -1,0 +1,317 @@
+"""The front doors for loading: a checkpoint's path in, filled tensors or a filled model out."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from automodel_conv.dtypes import FLOATING
+from automodel_conv.errors import ConversionError, UnsupportedError, message
+from automodel_conv.execution.buffers import allocate, dtype_of
+from automodel_conv.execution.cpu import LoadStats, load_files
+from automodel_conv.files.checkpoint import Checkpoint, open_checkpoint
+from automodel_conv.planning.compiler import Problems
+from automodel_conv.planning.models import finish, in_order, meta_model, put, tied_names, with_tied
+from automodel_conv.planning.pipeline import loading_plan
+from automodel_conv.planning.plan import CopyPlan, SourceTable
+
+
+@dataclass(frozen=True)
+class LoadReport:
+    """What a load did.
+
+    Attributes:
+        missing_keys: targets that nothing provided, less what the model says to ignore and what is tied.
+        unexpected_keys: target names that the model does not have, less what it says to ignore.
+        mismatched_keys: ``(name, found shape, expected shape)``; those targets were left as they were.
+        fallbacks: targets made by upstream's own code, because an operation could not be lowered.
+        bytes_read: bytes of tensor data that took part.
+        seconds: by phase: ``open``, ``plan``, ``read``.
+        peak_extra_bytes: upper bound of the scratch memory used beside the final buffers.
+    """
+
+    missing_keys: tuple[str, ...]
+    unexpected_keys: tuple[str, ...]
+    mismatched_keys: tuple[tuple[str, tuple[int, ...], tuple[int, ...]], ...]
+    fallbacks: tuple[str, ...]
+    bytes_read: int
+    seconds: Mapping[str, float]
+    peak_extra_bytes: int
+
+    @property
+    def gb_per_s(self) -> float:
+        """10^9 bytes read per second of the read phase."""
+        return self.bytes_read / 1e9 / max(self.seconds["read"], 1e-9)
+
+
+class LoadedStateDict(dict[str, Tensor]):
+    """A state dict that also carries the ``LoadReport`` of how it was made."""
+
+    report: LoadReport
+
+
+def compile_plan(
+    checkpoint: Checkpoint | str | os.PathLike[str],
+    model: nn.Module | None = None,
+    *,
+    rules: Iterable[Any] | None = None,
+    layout: str | None = None,
+    key_mapping: Mapping[str, str] | None = None,
+    dtype: torch.dtype | None = None,
+) -> CopyPlan:
+    """The plan that loads a checkpoint, from its headers alone.
+
+    Args:
+        checkpoint: an opened checkpoint, or what ``open_checkpoint`` takes.
+        model: any module, on the meta device too; None builds the model of the checkpoint's ``config.json`` on the
+            meta device, unless ``rules`` are given.
+        rules: transformers' rule objects; None takes the model's own. ``[]`` keeps the checkpoint's names.
+        layout: how routed experts shall lie: "transformers", "nemo", "gpt_oss", "vllm"; None: as the model has them.
+        key_mapping: ``{pattern: replacement}`` applied to names before the rules, as in ``from_pretrained``.
+        dtype: dtype of the floating targets; None keeps each parameter's own (without a model: the source's).
+
+    Raises:
+        CheckpointError: the checkpoint is broken.
+        NameProblems: names or shapes do not fit; lists all of them.
+        UnsupportedError: an unknown layout, or quantized codes where numbers are wanted.
+    """
+    checkpoint = checkpoint if isinstance(checkpoint, Checkpoint) else open_checkpoint(checkpoint)
+    plan, problems, _ = _plan(checkpoint, model, rules, layout, key_mapping, dtype)
+    problems.raise_unless_fit(checkpoint.path)
+    return plan
+
+
+def load_state_dict(
+    path: str | os.PathLike[str],
+    model: nn.Module | None = None,
+    *,
+    rules: Iterable[Any] | None = None,
+    layout: str | None = None,
+    key_mapping: Mapping[str, str] | None = None,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | None = None,
+    strict: bool = True,
+    threads: int | None = None,
+    scratch_bytes: int | None = None,
+    progress: bool = False,
+    revision: str | None = None,
+) -> LoadedStateDict:
+    """Load a checkpoint into new tensors under the model's names.
+
+    The result has exactly the keys of ``model.state_dict()`` in its order; tied names share one tensor. ``model`` only
+    says what is wanted and is not changed. Without a model the names are what the rules make.
+
+    Args:
+        path: a directory with or without an index, an index file, a ``.safetensors`` file, or ``org/name``.
+        model, rules, layout, key_mapping, dtype: see ``compile_plan``.
+        strict: a missing, unexpected, mismatched or doubly provided target raises; False loads what fits, as
+            upstream does (the first of two wins), and tells in the report.
+        threads: reader threads; None chooses by the machine.
+        scratch_bytes: bound of the memory used beside the final tensors; None: 64 MiB.
+        progress: show a bar in bytes and GB/s.
+        revision: of an ``org/name`` on the Hub.
+
+    Raises:
+        CheckpointError, NameProblems, UnsupportedError: see ``compile_plan``; nothing has been read then.
+        ReadError: reading failed; names file and tensor.
+    """
+    _require_cpu(torch.device(device))
+    clock = _Clock()
+    checkpoint = open_checkpoint(path, revision=revision)
+    clock.lap("open")
+    plan, problems, model = _plan(checkpoint, model, rules, layout, key_mapping, dtype)
+    problems.raise_unless_fit(checkpoint.path, strict)
+    buffers = allocate(plan.targets)
+    clock.lap("plan")
+    stats = load_files(plan, checkpoint, buffers, threads=threads, scratch_bytes=scratch_bytes, progress=progress)
+    clock.lap("read")
+    tied = tied_names(model) if model is not None else []
+    loaded = LoadedStateDict(in_order(with_tied(buffers, tied), model))
+    loaded.report = _report(plan, problems, clock, stats)
+    return loaded
+
+
+def load_model(
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    *,
+    rules: Iterable[Any] | None = None,
+    layout: str | None = None,
+    key_mapping: Mapping[str, str] | None = None,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype | None = None,
+    strict: bool = True,
+    threads: int | None = None,
+    scratch_bytes: int | None = None,
+    progress: bool = False,
+    revision: str | None = None,
+) -> LoadReport:
+    """Load a checkpoint into a model: materialized parameters in place, parameters on the meta device as new ones.
+
+    Args:
+        layout: the layout the model's experts are in, for modules that are not transformers' own.
+        device: where new parameters go; None: the CPU.
+        dtype: if given, parameters of another floating dtype are replaced (see ``compile_plan``).
+        path, rules, key_mapping, strict, threads, scratch_bytes, progress, revision: see ``load_state_dict``.
+
+    Raises:
+        CheckpointError, NameProblems, UnsupportedError: see ``compile_plan``; no parameter has been written then.
+        ReadError: reading failed; names file and tensor, and the targets already written.
+        ConversionError: the checkpoint has different values for names that are one parameter of the model.
+    """
+    if device is not None:
+        _require_cpu(torch.device(device))
+    clock = _Clock()
+    checkpoint = open_checkpoint(path, revision=revision)
+    clock.lap("open")
+    plan, problems, _ = _plan(checkpoint, model, rules, layout, key_mapping, dtype, in_place=True)
+    problems.raise_unless_fit(checkpoint.path, strict)
+    was_meta = any(tensor.is_meta for tensor in model.state_dict().values() if isinstance(tensor, Tensor))
+    homes = _Homes.of(model, plan)
+    clock.lap("plan")
+    stats = load_files(
+        plan,
+        checkpoint,
+        homes.buffers,
+        threads=threads,
+        scratch_bytes=scratch_bytes,
+        progress=progress,
+    )
+    clock.lap("read")
+    homes.settle(model)
+    if was_meta:
+        finish(model, homes.buffers, problems.missing, torch.device("cpu"))
+    return _report(plan, problems, clock, stats)
+
+
+# --- private --------------------------------------------------------------------------------------------------------
+
+
+def _plan(
+    checkpoint: Checkpoint,
+    model: nn.Module | None,
+    rules: Iterable[Any] | None,
+    layout: str | None,
+    key_mapping: Mapping[str, str] | None,
+    dtype: torch.dtype | None,
+    in_place: bool = False,
+) -> tuple[CopyPlan, Problems, nn.Module | None]:
+    if model is None and rules is None:
+        model, dtype = meta_model(checkpoint.directory, dtype, _first_floating(checkpoint)), None
+    plan, problems = loading_plan(
+        SourceTable(checkpoint.names, checkpoint.dtypes, checkpoint.shapes),
+        model=model,
+        rules=rules,
+        layout=layout,
+        key_mapping=key_mapping,
+        dtype=dtype,
+        in_place=in_place,
+    )
+    return plan, problems, model
+
+
+def _first_floating(checkpoint: Checkpoint) -> str | None:
+    return next((dtype for dtype in checkpoint.dtypes if dtype in FLOATING), None)
+
+
+def _require_cpu(device: torch.device) -> None:
+    if device.type != "cpu":
+        raise UnsupportedError(
+            message(
+                f"loading straight to {device} is not supported yet",
+                do="load to the CPU and move the model, or wait for the streaming GPU loader",
+            )
+        )
+
+
+@dataclass
+class _Homes:
+    """Where each target of a model is written: its own storage, or a new tensor that replaces it afterwards."""
+
+    buffers: dict[str, Tensor]
+    replaced: list[str] = field(default_factory=list)
+    doubled: list[tuple[str, str]] = field(default_factory=list)  # a second name of storage already in ``buffers``
+    tied: list[tuple[str, ...]] = field(default_factory=list)
+
+    @staticmethod
+    def of(model: nn.Module, plan: CopyPlan) -> _Homes:
+        state = model.state_dict(keep_vars=True)
+        homes = _Homes({}, tied=tied_names(model))
+        fresh = []
+        first: dict[int, str] = {}
+        for target in plan.targets:
+            tensor = state[target.name]
+            in_place = not tensor.is_meta and tensor.dtype == dtype_of(target.dtype, target.name)
+            if in_place:
+                _require_cpu(tensor.device)
+            if in_place and id(tensor) not in first:
+                first[id(tensor)] = target.name
+                homes.buffers[target.name] = tensor.detach()
+                continue
+            fresh.append(target)
+            if in_place:
+                homes.doubled.append((target.name, first[id(tensor)]))
+            else:
+                homes.replaced.append(target.name)
+        homes.buffers |= allocate(fresh)
+        return homes
+
+    def settle(self, model: nn.Module) -> None:
+        """Put new tensors into the model and tie what is one parameter."""
+        for name, other in self.doubled:
+            if not torch.equal(self.buffers[name], self.buffers[other]):
+                raise ConversionError(
+                    message(
+                        f"{name} and {other} are one parameter of the model",
+                        expected="equal values in the checkpoint",
+                        found="different values",
+                        do="untie them in the model, or remove one from the checkpoint",
+                    )
+                )
+        for name in self.replaced:
+            put(model, name, self.buffers[name])
+        replaced = set(self.replaced)
+        state = model.state_dict(keep_vars=True)
+        for group in self.tied:
+            made = [name for name in group if name in self.buffers]
+            if not replaced.intersection(made):
+                continue
+            for name in group:
+                if name not in self.buffers or torch.equal(self.buffers[name], self.buffers[made[0]]):
+                    path, _, leaf = name.rpartition(".")
+                    module = model.get_submodule(path)
+                    if leaf in module._parameters:
+                        module._parameters[leaf] = state[made[0]]
+                    else:
+                        module._buffers[leaf] = state[made[0]]
+
+
+class _Clock:
+    """Seconds by phase."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._last = time.perf_counter()
+
+    def lap(self, phase: str) -> None:
+        now = time.perf_counter()
+        self.seconds[phase] = now - self._last
+        self._last = now
+
+
+def _report(plan: CopyPlan, problems: Problems, clock: _Clock, stats: LoadStats) -> LoadReport:
+    return LoadReport(
+        missing_keys=tuple(problems.missing),
+        unexpected_keys=tuple(problems.unexpected),
+        mismatched_keys=tuple(problems.mismatched),
+        fallbacks=plan.fallbacks,
+        bytes_read=stats.bytes_read,
+        seconds=clock.seconds,
+        peak_extra_bytes=stats.scratch_bytes,
+    )

@@ -1,0 +1,240 @@
+"""Small real models of every transformers type whose checkpoints need tensor conversion.
+
+Driven by the installed conversion registry, so another transformers gives another list. Nothing is
+downloaded: a model is the default config of its type with small sizes (`sizes.py`), built by the
+class its checkpoints name, and filled with seeded random values. `write_checkpoint` lets upstream's
+`save_pretrained` write it, which splits it into the names and shapes of the published checkpoints.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers.conversion_mapping import _build_checkpoint_conversion_mapping
+from transformers.core_model_loading import WeightConverter, build_glob_alternation
+from transformers.models.auto import modeling_auto
+
+from .sizes import ALWAYS, EXTRAS, OVERRIDES, SIZES, TOWER_SIZES, TRANSPOSED_ON_DISK
+
+DTYPE = torch.bfloat16
+
+# Types that cannot be built small, with the reason. `test_model_zoo` fails for a type that neither
+# builds nor stands here, and for an entry that does build.
+EXCLUDED: dict[str, str] = {}
+
+# Which class a checkpoint of a config names, most telling first. Composite configs are served by
+# their multimodal classes first: their causal language model may not accept the composite config.
+_COMPOSITE_HEADS = (
+    "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING",
+    "MODEL_FOR_MULTIMODAL_LM_MAPPING",
+    "MODEL_FOR_TEXT_TO_WAVEFORM_MAPPING",
+)
+_HEADS = (
+    "MODEL_FOR_CAUSAL_LM_MAPPING",
+    *_COMPOSITE_HEADS,
+    "MODEL_FOR_OBJECT_DETECTION_MAPPING",
+    "MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING",
+    "MODEL_FOR_MASKED_LM_MAPPING",
+    "MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING",
+    "MODEL_MAPPING",
+)
+_TOWER = re.compile("Vision|Audio|Sam|Dino|Radio|Sapiens")
+
+
+def model_types_with_converters() -> list[str]:
+    """Keys of the installed registry (model types and class names) that have a WeightConverter."""
+    return sorted(
+        name
+        for name, rules in _build_checkpoint_conversion_mapping().items()
+        if any(isinstance(rule, WeightConverter) for rule in rules)
+    )
+
+
+def extra_models() -> list[str]:
+    """Names of `EXTRAS` that the installed transformers knows all model types of."""
+    return [
+        name
+        for name, (model_type, changes) in EXTRAS.items()
+        if {model_type, *(v for v in changes.values() if isinstance(v, str))} <= set(CONFIG_MAPPING)
+    ]
+
+
+def zoo_names() -> list[str]:
+    """Everything `build_model` takes: converted types, then extras."""
+    return [*model_types_with_converters(), *extra_models()]
+
+
+def build_model(name: str, *, seed: int = 0) -> PreTrainedModel:
+    """A tiny random bf16 model for a registry key or an extra.
+
+    For a class name, or a model type without a class of its own in the Auto mappings, it is the
+    smallest whole model around it, so that the rules are scoped as in real checkpoints.
+
+    Raises:
+        LookupError: no model class of the installed transformers contains the key.
+    """
+    if name in EXTRAS:
+        model_type, changes = EXTRAS[name]
+        config_class = CONFIG_MAPPING[model_type]
+        model = _instantiate(_heads(config_class)[0], small_config(config_class, **changes))
+    else:
+        model = _build_around(name)
+    fill(model, seed)
+    return model.eval()
+
+
+def write_checkpoint(
+    model: PreTrainedModel,
+    directory: str | Path,
+    max_shard_size: int | None = None,
+    *,
+    original_format: bool = True,
+) -> None:
+    """Save with upstream's `save_pretrained`, in about four shards unless told.
+
+    `original_format`: names and shapes of the published checkpoints (per expert, where they are);
+    otherwise those of the model's own state dict, which upstream loads as well.
+    """
+    state_dict = model.state_dict()
+    if max_shard_size is None:
+        max_shard_size = sum(t.numel() * t.element_size() for t in state_dict.values()) // 4
+    transposed = TRANSPOSED_ON_DISK.get(model.config.model_type) if original_format else None
+    if transposed is not None:
+        for name in state_dict:
+            if re.search(transposed, name):
+                state_dict[name] = state_dict[name].transpose(1, 2).contiguous()
+        original_format = False
+    model.save_pretrained(
+        directory,
+        state_dict=state_dict,
+        max_shard_size=max_shard_size,
+        save_original_format=original_format,
+    )
+
+
+def small_config(config_class: type[PreTrainedConfig], **changes: Any) -> PreTrainedConfig:
+    """The default config of a class with small sizes, then `OVERRIDES`, then `changes`.
+
+    A change of a sub-config names the model type to put there.
+    """
+    by_type = OVERRIDES.get(config_class.model_type or config_class.__name__, {})
+    changes = by_type | changes
+    sizes = SIZES | TOWER_SIZES if _TOWER.search(config_class.__name__) else SIZES
+    values: dict[str, Any] = {}
+    for field in dataclasses.fields(config_class):
+        is_size = isinstance(field.default, int | list | tuple) and bool(field.default)
+        if field.name in ALWAYS:
+            values[field.name] = ALWAYS[field.name]
+        elif field.name in sizes and is_size:
+            values[field.name] = sizes[field.name]
+    for name, sub_class in config_class.sub_configs.items():
+        if name in changes:
+            sub_class = CONFIG_MAPPING[changes.pop(name)]
+        elif sub_class is AutoConfig:
+            sub_class = type(getattr(config_class(), name))
+        if issubclass(sub_class, PreTrainedConfig):
+            # Dicts: some composite configs hand the value on as keyword arguments.
+            values[name] = small_config(sub_class).to_dict()
+    return config_class(**(values | changes))
+
+
+@torch.no_grad()
+def fill(model: PreTrainedModel, seed: int = 0) -> None:
+    """Overwrite every parameter and persistent buffer with random finite values, none of them 0.
+
+    Floats take every sign, 16 exponents and any mantissa, so that neighbours hardly ever agree.
+    Tensors that `from_pretrained` keeps in float32 become float32, with bits that bf16 would lose.
+    """
+    plan = model._get_dtype_plan(DTYPE)
+    in_float32 = build_glob_alternation(list(plan))[0] if plan else None
+    generator = torch.Generator().manual_seed(seed)
+    persistent = model.state_dict().keys()
+    tensors = dict(model.named_parameters())
+    tensors |= {name: buffer for name, buffer in model.named_buffers() if name in persistent}
+    for name, tensor in tensors.items():
+        shape = tensor.shape
+        if not tensor.is_floating_point():
+            tensor.copy_(torch.randint(1, 8, shape, generator=generator))
+            continue
+        if in_float32 is not None and in_float32.search(name):
+            tensor.data = tensor.data.float()
+        sign = torch.randint(0, 2, shape, generator=generator) * 2 - 1
+        mantissa = 1 + torch.rand(shape, generator=generator)
+        exponent = torch.randint(-12, 4, shape, generator=generator)
+        tensor.copy_(sign * torch.ldexp(mantissa, exponent))
+
+
+def _build_around(name: str) -> PreTrainedModel:
+    for model_class, config_class in _candidates(name):
+        model = _instantiate(model_class, small_config(config_class))
+        for module in model.modules():
+            if isinstance(module, PreTrainedModel) and name in (
+                type(module).__name__,
+                module.config.model_type,
+            ):
+                return model
+    raise LookupError(f"no model class of transformers {transformers.__version__} contains {name}")
+
+
+def _instantiate(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> PreTrainedModel:
+    return model_class._from_config(config, dtype=DTYPE)
+
+
+def _candidates(name: str) -> Iterator[tuple[type[PreTrainedModel], type[PreTrainedConfig]]]:
+    """Classes that may contain a key: for a model type its own, else those of the hosts first."""
+    if name in CONFIG_MAPPING:
+        own_class, config_class = None, CONFIG_MAPPING[name]
+        yield from ((head, config_class) for head in _heads(config_class))
+    else:
+        own_class = _find_model_class(name)
+        config_class = own_class.config_class
+    for host in _hosts(config_class):
+        yield from ((head, host) for head in _heads(host))
+    if own_class is not None:
+        yield from ((head, config_class) for head in _heads(config_class))
+        yield own_class, config_class
+
+
+def _heads(config_class: type[PreTrainedConfig]) -> list[type[PreTrainedModel]]:
+    names = (*_COMPOSITE_HEADS, *_HEADS) if config_class.sub_configs else _HEADS
+    heads: list[type[PreTrainedModel]] = []
+    for name in names:
+        mapping = getattr(modeling_auto, name, None)  # some are newer than the oldest version
+        if mapping is not None and config_class in mapping:
+            head = mapping[config_class]
+            heads.extend(head if isinstance(head, list | tuple) else [head])
+    return heads
+
+
+def _hosts(config_class: type[PreTrainedConfig]) -> Iterator[type[PreTrainedConfig]]:
+    """Composite configs of the same model folder around a config, nearest first."""
+    for host in vars(importlib.import_module(config_class.__module__)).values():
+        if isinstance(host, type) and issubclass(host, PreTrainedConfig) and config_class in host.sub_configs.values():
+            yield host
+            yield from _hosts(host)
+
+
+def _find_model_class(name: str) -> type[PreTrainedModel]:
+    for module, source in _modeling_sources().items():
+        if f"\nclass {name}(" in source:
+            return getattr(importlib.import_module(module), name)
+    raise LookupError(f"no modeling file of transformers {transformers.__version__} defines {name}")
+
+
+@functools.cache
+def _modeling_sources() -> dict[str, str]:
+    # Read, not imported: importing every model takes minutes, and not all classes are exported.
+    root = Path(transformers.__path__[0]) / "models"
+    return {
+        f"transformers.models.{path.parent.name}.{path.stem}": path.read_text(encoding="utf-8")
+        for path in sorted(root.glob("*/modeling_*.py"))
+    }
