@@ -1,0 +1,83 @@
+# `make test` is the whole check, as CI runs it; `make demo` shows what the package does. Both set themselves up.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+LEG := .ci/leg
+# -n 2: most tests are one core's work. Derandomised examples: a red run is red again.
+PYTEST := $(BIN)/python -m pytest -q -n 2 --dist worksteal --hypothesis-profile=ci
+
+# Besides the transformers of requirements-dev.txt; torch stays one build.
+OTHER_TRANSFORMERS := 5.17.0 5.12.1
+# Where the shared environment is too new for an old release: what goes beside it.
+BESIDE_5.12.1 := tokenizers==0.22.2
+# The test files that a release of transformers can change the outcome of.
+TRANSFORMERS_TESTS = $(shell grep -rlwE --include='test_*.py' --exclude-dir=packaging 'transformers|model_zoo' tests)
+
+.PHONY: test lint types format demo clean test-style test-main test-packaging \
+	test-without-triton test-without-transformers
+.NOTPARALLEL:
+.DELETE_ON_ERROR:
+.SECONDARY: $(OTHER_TRANSFORMERS:%=$(VENV)/transformers-%/.installed)
+
+# In this order, and the first red leg ends it.
+test: test-style test-main test-packaging $(OTHER_TRANSFORMERS:%=test-transformers-%) \
+	test-without-triton test-without-transformers
+
+test-style: $(VENV)/installed
+	@$(LEG) "ruff and pyright" $(MAKE) --no-print-directory lint types
+
+test-main: $(VENV)/installed
+	@$(LEG) "tests" $(PYTEST) -m "not packaging" --doctest-modules --ignore=automodel_conv/kernels automodel_conv tests
+
+# A file to a worker: the tests of one share what it built.
+test-packaging: $(VENV)/transformers-5.17.0/.installed
+	@$(LEG) "packaging" $(PYTEST) --dist loadfile -m packaging tests/packaging
+
+test-transformers-%: $(VENV)/transformers-%/.installed
+	@PYTHONPATH=$(CURDIR)/$(VENV)/transformers-$* $(LEG) "transformers $*" \
+		$(PYTEST) -m "not packaging" $(TRANSFORMERS_TESTS)
+
+test-without-triton: $(VENV)/installed
+	@PYTHONPATH=$(CURDIR)/tests/hide HIDDEN_PACKAGES=triton $(LEG) "without triton" \
+		$(PYTEST) -m "not packaging and not sweep"
+
+test-without-transformers: $(VENV)/installed
+	@PYTHONPATH=$(CURDIR)/tests/hide HIDDEN_PACKAGES=transformers $(LEG) "without transformers" \
+		$(PYTEST) -m "not packaging"
+
+lint: $(VENV)/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(VENV)/installed
+	$(BIN)/pyright --pythonpath $(BIN)/python
+
+format: $(VENV)/installed
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+demo: $(VENV)/installed
+	$(BIN)/python -m benchmarks.demo
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# Everything is pinned, so nothing is resolved twice. triton goes in alone: a torch built for CUDA asks for one exact
+# triton, and the tests want the same one everywhere.
+$(VENV)/requirements: requirements-dev.txt
+	@$(LEG) "new environment" $(PYTHON) -m venv --clear $(VENV)
+	@grep -v '^triton==' $< > $(VENV)/most.txt && grep '^triton==' $< > $(VENV)/triton.txt
+	@$(LEG) "install" $(BIN)/python -m pip install -qq -r $(VENV)/most.txt
+	@$(LEG) "install triton" $(BIN)/python -m pip install -qq --no-deps -r $(VENV)/triton.txt
+	@touch $@
+
+$(VENV)/installed: $(VENV)/requirements pyproject.toml setup.py
+	@$(LEG) "install this package" $(BIN)/python -m pip install -qq --no-deps --no-build-isolation -e .
+	@touch $@
+
+$(VENV)/transformers-%/.installed: $(VENV)/installed
+	@rm -rf $(@D)
+	@$(LEG) "install transformers $*" \
+		$(BIN)/python -m pip install -qq --no-deps --target $(@D) transformers==$* $(BESIDE_$*)
+	@touch $@

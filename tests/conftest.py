@@ -1,0 +1,31 @@
+"""What holds for every test: where Triton runs, how much hypothesis tries, who needs a GPU."""
+
+import importlib.util
+import os
+
+import pytest
+import torch
+from hypothesis import settings
+
+if not torch.cuda.is_available():
+    # Triton reads this when it is imported, so before any test file imports it.
+    os.environ["TRITON_INTERPRET"] = "1"
+
+settings.register_profile("default", deadline=None, max_examples=50)
+settings.register_profile("ci", deadline=None, max_examples=50, derandomize=True)
+settings.load_profile("default")
+
+
+def pytest_configure(config):
+    # A leg that hides a package and does not would pass without having tested anything.
+    for package in filter(None, os.environ.get("HIDDEN_PACKAGES", "").split(",")):
+        if importlib.util.find_spec(package) is not None:
+            raise pytest.UsageError(f"{package} is in HIDDEN_PACKAGES, yet it can be imported")
+
+
+def pytest_collection_modifyitems(items):
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))

@@ -1,0 +1,76 @@
+"""Importing the package costs nothing that was not asked for, and needs nothing optional."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import automodel_conv
+
+PACKAGE = Path(automodel_conv.__file__).parent
+HIDE = Path(__file__).parent / "hide"
+OPTIONAL = ("transformers", "triton")
+
+
+def modules() -> list[str]:
+    """Every module of the package, kernels included, by its import name."""
+    files = [path for folder in (PACKAGE, PACKAGE / "kernels") for path in folder.rglob("*.py")]
+    names = {path.relative_to(PACKAGE.parent).with_suffix("").as_posix() for path in files}
+    return sorted(name.removesuffix("/__init__").replace("/", ".") for name in names)
+
+
+def optional_packages_loaded_by(code: str) -> set[str]:
+    """Which optional packages a new interpreter has loaded after running ``code``."""
+    report = "\nimport json, sys; print(json.dumps(sorted(sys.modules)))"
+    run = subprocess.run([sys.executable, "-c", code + report], capture_output=True, text=True, check=True)
+    loaded = json.loads(run.stdout.splitlines()[-1])
+    return {name.partition(".")[0] for name in loaded} & set(OPTIONAL)
+
+
+def failures_without_optional_packages(names: list[str]) -> dict[str, str]:
+    """The error of each module that cannot be imported where no optional package is installed."""
+    code = """
+import importlib, json, sys
+failures = {}
+for name in json.loads(sys.argv[1]):
+    try:
+        importlib.import_module(name)
+    except Exception as error:
+        failures[name] = repr(error)
+print(json.dumps(failures))
+"""
+    path = os.pathsep.join(filter(None, [str(HIDE), os.environ.get("PYTHONPATH")]))
+    run = subprocess.run(
+        [sys.executable, "-c", code, json.dumps(names)],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**os.environ, "PYTHONPATH": path, "HIDDEN_PACKAGES": ",".join(OPTIONAL)},
+    )
+    return json.loads(run.stdout.splitlines()[-1])
+
+
+def test_importing_the_package_loads_no_optional_package():
+    assert optional_packages_loaded_by("import automodel_conv") == set()
+
+
+@pytest.mark.parametrize("package", OPTIONAL)
+def test_an_optional_package_that_is_loaded_is_reported(package):
+    if importlib.util.find_spec(package) is None:
+        pytest.skip(f"{package} is not installed")
+    assert package in optional_packages_loaded_by(f"import automodel_conv, {package}")
+
+
+def test_every_module_imports_without_optional_packages():
+    assert "automodel_conv.dtypes" in modules()
+    assert failures_without_optional_packages(modules()) == {}
+
+
+def test_a_module_that_needs_an_optional_package_is_reported():
+    failures = failures_without_optional_packages([*OPTIONAL, "automodel_conv"])
+    assert set(failures) == set(OPTIONAL)
+    assert all(error.startswith("ModuleNotFoundError") for error in failures.values())
