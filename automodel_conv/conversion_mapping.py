@@ -20,27 +20,13 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Callable, Iterable, Mapping
-from importlib.util import find_spec
-from pathlib import Path
 
 from torch import nn
 
 from automodel_conv.errors import NameProblems, listing, message
+from automodel_conv.planning.registry import holds_pretrained, model_rules, transformers_available
 
-
-def _has_conversion_rules() -> bool:
-    # Looks for the file instead of importing: transformers takes seconds to import, and a version
-    # number would not tell that the package found first is the one that carries the rules.
-    try:
-        spec = find_spec("transformers")
-    except (ImportError, ValueError):  # blocked by a finder, or a bare module in sys.modules
-        return False
-    if spec is None or spec.submodule_search_locations is None:
-        return False
-    return any((Path(folder) / "conversion_mapping.py").is_file() for folder in spec.submodule_search_locations)
-
-
-_TRANSFORMERS_AVAILABLE = _has_conversion_rules()
+_TRANSFORMERS_AVAILABLE = transformers_available()
 
 # The published set, kept for those who read it. It has not followed transformers since early 2026;
 # requires_tensor_merging asks the rules as well.
@@ -131,16 +117,7 @@ def get_model_conversion_mapping(
 
     The rules are the caller's own: transformers copies its registry for each call.
     """
-    if not _TRANSFORMERS_AVAILABLE:
-        return []
-    from transformers import conversion_mapping as registry
-
-    return registry.get_model_conversion_mapping(
-        _without_wrappers(model),  # pyright: ignore[reportArgumentType]
-        key_mapping=key_mapping,
-        hf_quantizer=hf_quantizer,  # pyright: ignore[reportArgumentType]
-        add_legacy=add_legacy,
-    )
+    return model_rules(model, key_mapping, hf_quantizer, add_legacy=add_legacy) if _TRANSFORMERS_AVAILABLE else []
 
 
 def get_combined_key_mapping(
@@ -168,7 +145,7 @@ def get_combined_key_mapping(
         None if no rule and no ``model_key_mapping`` exists.
     """
     explicit = dict(model_key_mapping or {})
-    if _TRANSFORMERS_AVAILABLE and model is not None and _has_pretrained(model):
+    if _TRANSFORMERS_AVAILABLE and model is not None and holds_pretrained(model):
         # Legacy renames alone are no reason for a mapping: every model has them.
         if get_model_conversion_mapping(model, add_legacy=False):
             return _renamer(model, explicit)
@@ -205,7 +182,7 @@ def get_hf_load_key_mapping(model: nn.Module) -> dict[str, str] | None:
         model_type not in _VLM_KEY_MAPPINGS
         and _TRANSFORMERS_AVAILABLE
         and isinstance(model, nn.Module)
-        and _has_pretrained(model)
+        and holds_pretrained(model)
     ):
         entries, exact = _first_match_entries(get_model_conversion_mapping(model, add_legacy=False))
         if not exact:
@@ -350,42 +327,3 @@ def _may_act_together(mapping: dict[str, str]) -> bool:
 def _is_scoped(rule: object) -> bool:
     # The attribute is absent before transformers 5.10, which had no scopes.
     return getattr(rule, "scope_prefix", None) is not None
-
-
-def _has_pretrained(model: nn.Module) -> bool:
-    """Whether ``model`` is or holds a model whose rules transformers looks up."""
-    from transformers.modeling_utils import PreTrainedModel
-
-    return any(isinstance(module, PreTrainedModel) for module in model.modules())
-
-
-def _without_wrappers(model: nn.Module) -> nn.Module:
-    """``model`` as transformers' rule look-up must see it: every nested model in its own class.
-
-    torch wraps by giving a module a subclass made at run time (``FSDPMixtralForCausalLM``), whose
-    name has no rules and which transformers takes for custom code. The look-up reads classes from
-    ``named_modules()``; it gets stand-ins that share the modules' attributes, so that ``model``
-    is not touched. A root that is no HF model gets the empty base-model prefix it lacks.
-    """
-    from transformers.modeling_utils import PreTrainedModel
-
-    modules = dict(model.named_modules())
-    for name, module in modules.items():
-        if isinstance(module, PreTrainedModel):
-            cls = next(c for c in type(module).__mro__ if not c.__module__.startswith("torch."))
-            if cls is not type(module):
-                modules[name] = _stand_in(module, cls)
-    has_prefix = hasattr(model, "base_model_prefix")
-    if has_prefix and all(modules[name] is module for name, module in model.named_modules()):
-        return model
-    root = modules[""] = _stand_in(model, type(modules[""]))
-    vars(root)["named_modules"] = lambda: iter(modules.items())
-    if not has_prefix:
-        vars(root)["base_model_prefix"] = ""
-    return root
-
-
-def _stand_in(module: nn.Module, cls: type) -> nn.Module:
-    stand_in = object.__new__(cls)
-    vars(stand_in).update(vars(module))
-    return stand_in

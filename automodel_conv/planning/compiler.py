@@ -47,11 +47,11 @@ class Problems:
         Args:
             strict: otherwise only for what cannot be converted at all, as upstream does.
         """
-        shaped = {name for name, *_ in self.mismatched}
-        if not strict and not self.failed and all(name in shaped for name, _ in self.incomplete):
+        if not strict and not self.failed:
             return
         explained = {name for name, _ in self.incomplete}
         wrong = [item for item in self.mismatched if item[0] not in explained]
+        failed = [item for item in self.failed if item[0] not in explained]
         parts = [
             ("missing: nothing in the checkpoint provides", self.missing),
             ("unexpected: no parameter takes", self.unexpected),
@@ -61,7 +61,7 @@ class Problems:
             ),
             ("wrong shape", [f"{n}: expected {list(e)}, found {list(f)}" for n, f, e in wrong]),
             ("provided twice", [_named(n, p) for n, p in self.duplicated]),
-            ("cannot be converted", [f"{n}: {reason}" for n, reason in self.failed]),
+            ("cannot be converted", [f"{n}: {reason}" for n, reason in failed]),
         ]
         found = [f"  {title} ({len(items)}):\n{listing(items)}" for title, items in parts if items]
         if found:
@@ -178,6 +178,7 @@ class _Compiler:
         except LoweringError as error:
             self._blame(assignment, None, str(error))
             return []
+        self._tell_unused(assignment, rows, made)
         targets = []
         keys = [key for key, _, _ in made.outputs]
         for (_, shape, copies), name in zip(made.outputs, self._names(assignment.target, keys), strict=True):
@@ -190,6 +191,21 @@ class _Compiler:
             if target is not None:
                 targets.append(target)
         return targets
+
+    def _tell_unused(self, assignment: Assignment, rows: tuple[int, ...], made: _Made) -> None:
+        """File sources that the operations drop, and gaps in a merged list that no model's shape would show."""
+        used = {i for _, _, copies in made.outputs for copy in copies for i in copy.ordinals}
+        dropped = [row for i, row in enumerate(rows) if i not in used and prod(self.sources.shapes[row])]
+        if dropped:
+            names = [self.sources.names[row] for row in [rows[min(used, default=0)], *dropped]]
+            self.problems.duplicated.append((assignment.target, tuple(names)))
+        if self.targets is None and self._merges(assignment):
+            parts = missing_parts(self.sources.names, assignment, self.rules.patterns(assignment.rule)[0], 0)
+            if parts:
+                self.problems.incomplete.append((assignment.target, tuple(parts)))
+
+    def _merges(self, assignment: Assignment) -> bool:
+        return any(op.name == "MergeModulelist" for op in self.rules.operations(assignment.rule))
 
     def _lower(self, assignment: Assignment) -> _Made:
         rule = assignment.rule
@@ -308,15 +324,13 @@ class _Compiler:
         """File a target that cannot be made under the most telling heading."""
         if assignment is not None:
             self.touched.add(assignment.target)
-            merges = any(op.name == "MergeModulelist" for op in self.rules.operations(assignment.rule))
-            expected = (
-                self.targets[assignment.target].shape if self.targets and assignment.target in self.targets else ()
-            )
-            size = expected[0] if merges and expected and len(self.rules.patterns(assignment.rule)[1]) == 1 else 0
+            expected = self.targets[assignment.target].shape if assignment.target in (self.targets or ()) else ()
+            one_target = len(self.rules.patterns(assignment.rule)[1]) == 1
+            size = expected[0] if expected and one_target and self._merges(assignment) else 0
             parts = missing_parts(self.sources.names, assignment, self.rules.patterns(assignment.rule)[0], size)
             if parts:
                 self.problems.incomplete.append((assignment.target, tuple(parts)))
-            elif mismatch is None:
+            if mismatch is None:
                 self.problems.failed.append((assignment.target, reason))
         if mismatch is not None:
             self.problems.mismatched.append(mismatch)

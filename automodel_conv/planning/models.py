@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from automodel_conv.dtypes import FLOATING, dtype_code, torch_dtype
 from automodel_conv.errors import UnsupportedError, message
 from automodel_conv.planning.compiler import TargetSpec
-from automodel_conv.planning.rules import is_pretrained_model, transformers_available
+from automodel_conv.planning.registry import is_pretrained_model, transformers_available
 
 
 class ExpertLayout(NamedTuple):

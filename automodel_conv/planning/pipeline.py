@@ -26,13 +26,8 @@ from automodel_conv.planning.layouts import (
 )
 from automodel_conv.planning.models import expert_layouts, model_targets, tied_names
 from automodel_conv.planning.plan import CopyPlan, SourceTable
-from automodel_conv.planning.rules import (
-    RuleSet,
-    key_renamings,
-    model_rules,
-    saving_rules,
-    without_ignored,
-)
+from automodel_conv.planning.registry import key_renamings, model_rules, saving_rules, without_ignored
+from automodel_conv.planning.rules import RuleSet
 
 
 def loading_plan(

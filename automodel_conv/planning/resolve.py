@@ -42,7 +42,8 @@ class _Claim(NamedTuple):
 # A number no checkpoint uses, one per numeric component; what comes back in a renamed name tells where it went.
 _SENTINEL = 9_700_000
 _SENTINELS = re.compile(r"97000\d\d")
-_NUMBER = "\0"  # stands for a numeric component in a template
+
+_Template = tuple[str | None, ...]  # the components of a name, None for the numeric ones
 
 
 def resolve(names: Sequence[str], rules: RuleSet, targets: Mapping[str, object] | None) -> Resolution:
@@ -56,13 +57,14 @@ def resolve(names: Sequence[str], rules: RuleSet, targets: Mapping[str, object] 
     one_by_one: list[int] = []
     unexpected: dict[str, None] = {}
     for template, (numbers, rows) in _templates(names).items():
-        representative = _fill(template, [str(_SENTINEL + i) for i in range(template.count(_NUMBER))])
-        if len(rows) == 1 and not template.count(_NUMBER):
-            representative = names[rows[0]]
+        representative = _fill(template, [str(_SENTINEL + i) for i in range(template.count(None))])
         if rules.looks_at_digits(representative):
             one_by_one += rows
             continue
         renamed, rule, pattern = rules.rename(representative)
+        if _depends_on_length(names, rules, numbers, rows, (renamed, rule, pattern)):
+            one_by_one += rows
+            continue
         for target, members in _instances(renamed, numbers, rows):
             _claim(names, rules, targets, claims, unexpected, target, _Claim(rule, pattern, members))
     for row in sorted(one_by_one, key=lambda row: natural_key(names[row])):
@@ -78,26 +80,45 @@ def resolve(names: Sequence[str], rules: RuleSet, targets: Mapping[str, object] 
     return Resolution(assignments, list(unexpected), duplicated)
 
 
-def _templates(names: Sequence[str]) -> dict[str, tuple[list[tuple[str, ...]], list[int]]]:
-    """Names grouped by template: ``layers.#.w1 -> ([("0",), ("1",)], [row, row])``."""
-    templates: dict[str, tuple[list[tuple[str, ...]], list[int]]] = {}
+def _templates(names: Sequence[str]) -> dict[_Template, tuple[list[tuple[str, ...]], list[int]]]:
+    """Names grouped by template: ``("layers", None, "w1") -> ([("0",), ("1",)], [row, row])``."""
+    templates: dict[_Template, tuple[list[tuple[str, ...]], list[int]]] = {}
     for row, name in enumerate(names):
         parts = name.split(".")
-        numbers = tuple([part for part in parts if part.isdecimal()])
-        template = ".".join([_NUMBER if part.isdecimal() else part for part in parts]) if numbers else name
+        template = tuple([None if part.isdecimal() else part for part in parts])
         group = templates.get(template)
         if group is None:
             group = templates[template] = ([], [])
-        group[0].append(numbers)
+        group[0].append(tuple([part for part in parts if part.isdecimal()]))
         group[1].append(row)
     return templates
 
 
-def _fill(template: str, numbers: Sequence[str]) -> str:
-    pieces = template.split(_NUMBER)
-    if len(pieces) - 1 != len(numbers):
-        return template
-    return "".join([text for pair in zip(pieces, [*numbers, ""], strict=True) for text in pair])
+def _fill(template: _Template, numbers: Sequence[str]) -> str:
+    remaining = iter(numbers)
+    return ".".join([next(remaining) if part is None else part for part in template])
+
+
+def _depends_on_length(
+    names: Sequence[str],
+    rules: RuleSet,
+    numbers: list[tuple[str, ...]],
+    rows: list[int],
+    outcome: tuple[str, int, str],
+) -> bool:
+    """True if a real name is not renamed as its template's representative is.
+
+    Numbers of the same lengths are renamed alike once no rule looks at their digits, so one name of each is asked.
+    """
+    if not numbers[0] or not len(rules):
+        return False
+    renamed, rule, pattern = outcome
+    of_each_length = {tuple(map(len, n)): (n, row) for n, row in zip(numbers, rows, strict=True)}
+    for n, row in of_each_length.values():
+        expected = _SENTINELS.sub(lambda match, n=n: n[int(match.group()) - _SENTINEL], renamed)
+        if rules.rename(names[row]) != (expected, rule, pattern if rule >= 0 else names[row]):
+            return True
+    return False
 
 
 def _instances(renamed: str, numbers: list[tuple[str, ...]], rows: list[int]) -> list[tuple[str, list[int]]]:
@@ -176,6 +197,9 @@ def _settle(names: Sequence[str], target: str, claims: list[_Claim]) -> tuple[As
     for claim in claims:
         if claim.rule != rule or (rule < 0 and slots):
             losers += claim.rows
+        elif rule < 0:  # a name that lost its number: the first stays
+            slots[claim.pattern] = claim.rows[:1]
+            losers += claim.rows[1:]
         elif claim.pattern in slots:
             slots[claim.pattern] = sorted(slots[claim.pattern] + claim.rows, key=lambda row: natural_key(names[row]))
         else:

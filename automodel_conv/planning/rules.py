@@ -10,87 +10,15 @@ Rule objects carry run-time state, so a ``RuleSet`` works on deep copies and nev
 
 from __future__ import annotations
 
-import importlib.metadata
-import importlib.util
-import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import deepcopy
-from functools import lru_cache
 from typing import Any
 
-from automodel_conv.errors import UnsupportedError, message
+import torch.utils._contextlib
+
+from automodel_conv.planning.digits import ANY_NAME, digit_pattern
 from automodel_conv.planning.lowering import OPERATIONS, Operation
-
-_CORE = "transformers.core_model_loading"
-OLDEST_TRANSFORMERS = (5, 1)
-
-
-@lru_cache(maxsize=1)
-def transformers_available() -> bool:
-    """True if a transformers with conversion rules (5.1 or newer) is installed; does not import it."""
-    if importlib.util.find_spec("transformers") is None:
-        return False
-    try:
-        version = importlib.metadata.version("transformers")
-    except importlib.metadata.PackageNotFoundError:
-        return False
-    return tuple(int(part) for part in re.findall(r"\d+", version)[:2]) >= OLDEST_TRANSFORMERS
-
-
-def model_rules(model: Any, key_mapping: Mapping[str, str] | None = None) -> list[Any]:
-    """transformers' own list of rules for a model, sub-models and legacy names included; [] for other modules."""
-    if not is_pretrained_model(model):
-        return key_renamings(key_mapping)
-    from transformers.conversion_mapping import get_model_conversion_mapping
-
-    return get_model_conversion_mapping(model, dict(key_mapping) if key_mapping else None)
-
-
-def saving_rules(model: Any, rules: Iterable[Any] | None) -> list[Any]:
-    """The rules to reverse when going back to the checkpoint's names: upstream's choice, in loading order.
-
-    Rules that a ``from_pretrained`` used are known to the model and taken as they are. Otherwise legacy names are not
-    restored, and neither are prefixes: nothing tells whether the first checkpoint had them.
-    """
-    if rules is None:
-        used = getattr(model, "_weight_conversions", None)
-        if used is not None:
-            return list(used)
-        rules = model_rules(model) if model is not None else []
-    rules = list(rules)
-    if not rules:
-        return rules
-    from transformers.conversion_mapping import get_checkpoint_conversion_mapping
-
-    legacy = {_patterns(rule) for rule in get_checkpoint_conversion_mapping("legacy") or ()}
-    return [rule for rule in rules if type(rule).__name__ != "PrefixChange" and _patterns(rule) not in legacy]
-
-
-def _patterns(rule: Any) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    return tuple(rule.source_patterns), tuple(rule.target_patterns)
-
-
-def key_renamings(key_mapping: Mapping[str, str] | None) -> list[Any]:
-    """A user's ``{pattern: replacement}`` as transformers' renaming rules.
-
-    Raises:
-        UnsupportedError: transformers is not installed.
-    """
-    if not key_mapping:
-        return []
-    if not transformers_available():
-        raise UnsupportedError(message("key_mapping needs transformers", do="pip install transformers"))
-    from transformers.core_model_loading import WeightRenaming
-
-    return [WeightRenaming(source_patterns=k, target_patterns=v) for k, v in key_mapping.items()]
-
-
-def is_pretrained_model(model: Any) -> bool:
-    if not transformers_available() or not hasattr(model, "base_model_prefix"):
-        return False
-    from transformers import PreTrainedModel
-
-    return isinstance(model, PreTrainedModel)
+from automodel_conv.planning.registry import CORE_MODULE, is_pretrained_model
 
 
 class NotLowerable(Exception):
@@ -118,7 +46,7 @@ class RuleSet:
         self._row_of = {p: row for row, rule in enumerate(self.converters) for p in rule.source_patterns}
         self._probes = deepcopy(self.renamings)  # some renamings change state when they match
         self._digit_rules = [
-            pattern for rule in (*self.renamings, *self.converters) if (pattern := _digit_pattern(rule)) is not None
+            pattern for rule in (*self.renamings, *self.converters) if (pattern := digit_pattern(rule)) is not None
         ]
 
     def __len__(self) -> int:
@@ -163,7 +91,7 @@ class RuleSet:
         names = [name]
         for renaming in self._probes:
             names.append(renaming.rename_source_key(names[-1])[0])
-        return any(pattern is _ANY or pattern.search(n) for pattern in self._digit_rules for n in names)
+        return any(pattern is ANY_NAME or pattern.search(n) for pattern in self._digit_rules for n in names)
 
     # --- operations -------------------------------------------------------------------------------------------------
 
@@ -214,21 +142,6 @@ def natural_key(name: str) -> list[Any]:
     return _core().dot_natural_key(name)
 
 
-# --- models ---------------------------------------------------------------------------------------------------------
-
-
-def without_ignored(model: Any, missing: Iterable[str], unexpected: Iterable[str]) -> tuple[list[str], list[str]]:
-    """Both lists less what the model itself says to ignore, as upstream's report does."""
-    missing, unexpected = list(missing), list(unexpected)
-    if not is_pretrained_model(model):
-        return missing, unexpected
-    from types import SimpleNamespace
-
-    info = SimpleNamespace(missing_keys=set(missing), unexpected_keys=set(unexpected))
-    model._adjust_missing_and_unexpected_keys(info)
-    return [n for n in missing if n in info.missing_keys], [n for n in unexpected if n in info.unexpected_keys]
-
-
 # --- private --------------------------------------------------------------------------------------------------------
 
 
@@ -243,14 +156,20 @@ def _has_operations(rule: Any) -> bool:
 
 
 def _is_stock(thing: Any, name: str | None = None) -> bool:
+    """True if the class is transformers' own and ``convert`` the function its source file defines, not a patch."""
     cls = type(thing)
-    convert = getattr(cls, "convert", None)
-    return (
-        cls.__module__ == _CORE
-        and (name is None or cls.__name__ == name)
-        and getattr(convert, "__module__", None) == _CORE
-        and getattr(convert, "__qualname__", None) == f"{cls.__name__}.convert"
-    )
+    if cls.__module__ != CORE_MODULE or (name is not None and cls.__name__ != name):
+        return False
+    if "convert" in getattr(thing, "__dict__", ()):
+        return False
+    # A patch made with functools.wraps has the right name and module, but its code lies elsewhere.
+    files = {_core().__file__, torch.utils._contextlib.__file__}  # the latter is @torch.no_grad
+    function = getattr(cls, "convert", None)
+    while function is not None:
+        if getattr(getattr(function, "__code__", None), "co_filename", None) not in files:
+            return False
+        function = getattr(function, "__wrapped__", None)
+    return True
 
 
 # The attributes each operation's ``convert`` depends on.
@@ -302,51 +221,3 @@ def _rope_heads(op: Any, config: Any) -> int:
 
 def _frozen(value: object) -> object:
     return tuple(value) if isinstance(value, list) else value
-
-
-_ANY = re.compile("")
-_LOOKAROUND = re.compile(r"\(\?<?[=!][^()]*\d[^()]*\)")
-_ANY_NUMBER = re.compile(r"\\d[+*]|\\[1-9]")
-_NUMBER = re.compile(r"(?<![A-Za-z_0-9])\d+|\[[^\]]*\d[^\]]*\]|\\d|\{\d")
-
-
-def _digit_pattern(rule: Any) -> re.Pattern[str] | None:
-    """None if the rule treats all numbers alike; else a pattern that matches whatever it could treat differently.
-
-    A number counts when it can meet a numeric name component: ``layers.0.`` does, the ``1`` of ``w1`` does not. The
-    pattern is the rule's own with such numbers widened to any number and look-arounds that hold one dropped, so it
-    matches more than the rule, never less.
-    """
-    compiled = getattr(rule, "compiled_sources", None)
-    renames_plainly = type(rule).__module__ == _CORE and type(rule).__name__ in (
-        "WeightRenaming",
-        "WeightConverter",
-        "PrefixChange",
-    )
-    if compiled is None or type(rule).rename_source_key.__module__ != _CORE:
-        return _ANY
-    scope = getattr(rule, "scope_prefix", None) or ""
-    if any(part.isdecimal() for part in scope.split(".")):
-        return _ANY
-    plain = _ANY_NUMBER.sub("~", compiled.pattern)
-    plain = re.sub(r"\\[A-Za-z]", lambda m: m.group() if m.group() == r"\d" else "~", plain)
-    sees_numbers = _NUMBER.search(plain) is not None
-    if renames_plainly and not sees_numbers:
-        return None
-    if not sees_numbers:
-        return _unanchored(compiled.pattern)
-    widened = _LOOKAROUND.sub("", compiled.pattern)
-    if re.search(r"\(\?<?[=!][^)]*\d", widened):
-        return _ANY
-    return _unanchored(
-        re.sub(
-            r"(\\[A-Za-z0-9][+*]?|\(\?P<g\d+>)|\[[^\]]*\d[^\]]*\]|\{[^}]*\}|(?<![A-Za-z_0-9])\d+",
-            lambda m: r"\d+" if m.group(1) in (None, r"\d") else m.group(1),
-            widened,
-        )
-    )
-
-
-def _unanchored(pattern: str) -> re.Pattern[str]:
-    """The pattern without ``^``: a scoped rule matches behind its prefix."""
-    return re.compile(re.sub(r"(^|[|(>])\^", r"\1", pattern))

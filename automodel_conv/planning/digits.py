@@ -1,0 +1,57 @@
+"""Which rules look at the numbers in a name, and which names they could treat differently because of them."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from automodel_conv.planning.registry import CORE_MODULE
+
+ANY_NAME = re.compile("")
+_LOOKAROUND = re.compile(r"\(\?<?[=!][^()]*\d[^()]*\)")
+# Digits that follow a letter belong to a word (``w1``); alone they can meet a numeric name component.
+_TOKENS = re.compile(r"\(\?P<\w+>|\\.|\[\^?\]?[^\]]*\]|\{[^}]*\}|\d+|[A-Za-z_]\w*|.", re.DOTALL)
+
+
+def digit_pattern(rule: Any) -> re.Pattern[str] | None:
+    """None if the rule treats all numbers of one length alike; else a pattern for the names where it may not.
+
+    The pattern is the rule's own with each number in it widened to any number and look-arounds that hold one dropped,
+    so it matches more than the rule, never less. A rule of an unknown class may look at anything.
+    """
+    compiled = getattr(rule, "compiled_sources", None)
+    if compiled is None or type(rule).rename_source_key.__module__ != CORE_MODULE:
+        return ANY_NAME
+    scope = getattr(rule, "scope_prefix", None) or ""
+    if any(part.isdecimal() for part in scope.split(".")):
+        return ANY_NAME
+    _, sees_numbers = _widened(compiled.pattern)
+    if not sees_numbers:
+        renames_plainly = type(rule).__name__ in ("WeightRenaming", "WeightConverter", "PrefixChange")
+        return None if renames_plainly else _unanchored(compiled.pattern)
+    widened, _ = _widened(_LOOKAROUND.sub("", compiled.pattern))
+    return ANY_NAME if re.search(r"\(\?<?[=!][^)]*\d", widened) else _unanchored(widened)
+
+
+def _widened(pattern: str) -> tuple[str, bool]:
+    """The pattern with every number in it replaced by any number, and whether there was one."""
+    tokens = _TOKENS.findall(pattern)
+    parts: list[str] = []
+    sees_numbers = False
+    for token, following in zip(tokens, [*tokens[1:], ""], strict=True):
+        if token.isdecimal() or (token == r"\d" and following not in ("+", "*")):
+            parts.append(r"\d+")
+        elif token[0] == "[" and any(c.isdecimal() for c in token):
+            parts.append(rf"(?:{token}|\d+)")
+        elif token[0] == "{" and parts and parts[-1].endswith((r"\d+", r"\d+)")):
+            continue
+        else:
+            parts.append(token)
+            continue
+        sees_numbers = True
+    return "".join(parts), sees_numbers
+
+
+def _unanchored(pattern: str) -> re.Pattern[str]:
+    """The pattern without ``^``: a scoped rule matches behind its prefix."""
+    return re.compile(re.sub(r"(^|[|(>])\^", r"\1", pattern))

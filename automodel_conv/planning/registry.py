@@ -1,0 +1,152 @@
+"""Which of transformers' rules apply to a model. transformers is imported on the first question."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from functools import lru_cache
+from importlib.util import find_spec
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from torch import nn
+
+from automodel_conv.errors import UnsupportedError, message
+
+CORE_MODULE = "transformers.core_model_loading"
+
+
+@lru_cache(maxsize=1)
+def transformers_available() -> bool:
+    """True if a transformers with conversion rules (5.0 or newer) is installed."""
+    # Looks for the file instead of importing: transformers takes seconds to import, and a version
+    # number would not tell that the package found first is the one that carries the rules.
+    try:
+        spec = find_spec("transformers")
+    except (ImportError, ValueError):  # blocked by a finder, or a bare module in sys.modules
+        return False
+    if spec is None or spec.submodule_search_locations is None:
+        return False
+    return any((Path(folder) / "conversion_mapping.py").is_file() for folder in spec.submodule_search_locations)
+
+
+def model_rules(
+    model: Any,
+    key_mapping: Mapping[str, str] | None = None,
+    hf_quantizer: Any = None,
+    *,
+    add_legacy: bool = True,
+) -> list[Any]:
+    """transformers' own list of rules for a model, sub-models and legacy names included.
+
+    A module that neither is nor holds a transformers model has no rules but ``key_mapping``.
+
+    Raises:
+        UnsupportedError: there is a ``key_mapping`` and no transformers to apply it.
+    """
+    if model is None or not holds_pretrained(model):
+        return key_renamings(key_mapping)
+    from transformers.conversion_mapping import get_model_conversion_mapping
+
+    return get_model_conversion_mapping(
+        _without_wrappers(model), dict(key_mapping) if key_mapping else None, hf_quantizer, add_legacy
+    )
+
+
+def saving_rules(model: Any, rules: Iterable[Any] | None) -> list[Any]:
+    """The rules to reverse when going back to the checkpoint's names: upstream's choice, in loading order.
+
+    Rules that a ``from_pretrained`` used are known to the model and taken as they are. Otherwise legacy names are not
+    restored, and neither are prefixes: nothing tells whether the first checkpoint had them.
+    """
+    if rules is None:
+        used = getattr(model, "_weight_conversions", None)
+        if used is not None:
+            return list(used)
+        rules = model_rules(model)
+    rules = list(rules)
+    if not rules:
+        return rules
+    from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+
+    legacy = {_patterns(rule) for rule in get_checkpoint_conversion_mapping("legacy") or ()}
+    return [rule for rule in rules if type(rule).__name__ != "PrefixChange" and _patterns(rule) not in legacy]
+
+
+def _patterns(rule: Any) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    return tuple(rule.source_patterns), tuple(rule.target_patterns)
+
+
+def key_renamings(key_mapping: Mapping[str, str] | None) -> list[Any]:
+    """A user's ``{pattern: replacement}`` as transformers' renaming rules.
+
+    Raises:
+        UnsupportedError: transformers is not installed.
+    """
+    if not key_mapping:
+        return []
+    if not transformers_available():
+        raise UnsupportedError(message("key_mapping needs transformers", do="pip install transformers"))
+    from transformers.core_model_loading import WeightRenaming
+
+    return [WeightRenaming(source_patterns=k, target_patterns=v) for k, v in key_mapping.items()]
+
+
+def is_pretrained_model(model: Any) -> bool:
+    """True for transformers' own models, whatever torch has wrapped them in."""
+    if not transformers_available() or not hasattr(model, "base_model_prefix"):
+        return False
+    from transformers import PreTrainedModel
+
+    return isinstance(model, PreTrainedModel)
+
+
+def without_ignored(model: Any, missing: Iterable[str], unexpected: Iterable[str]) -> tuple[list[str], list[str]]:
+    """Both lists less what the model itself says to ignore, as upstream's report does."""
+    missing, unexpected = list(missing), list(unexpected)
+    if not is_pretrained_model(model):
+        return missing, unexpected
+    info = SimpleNamespace(missing_keys=set(missing), unexpected_keys=set(unexpected))
+    model._adjust_missing_and_unexpected_keys(info)
+    return [n for n in missing if n in info.missing_keys], [n for n in unexpected if n in info.unexpected_keys]
+
+
+def holds_pretrained(model: nn.Module) -> bool:
+    """Whether ``model`` is or holds a model whose rules transformers looks up."""
+    if not transformers_available():
+        return False
+    from transformers.modeling_utils import PreTrainedModel
+
+    return any(isinstance(module, PreTrainedModel) for module in model.modules())
+
+
+def _without_wrappers(model: nn.Module) -> nn.Module:
+    """``model`` as transformers' rule look-up must see it: every nested model in its own class.
+
+    torch wraps by giving a module a subclass made at run time (``FSDPMixtralForCausalLM``), whose
+    name has no rules and which transformers takes for custom code. The look-up reads classes from
+    ``named_modules()``; it gets stand-ins that share the modules' attributes, so that ``model``
+    is not touched. A root that is no HF model gets the empty base-model prefix it lacks.
+    """
+    from transformers.modeling_utils import PreTrainedModel
+
+    modules = dict(model.named_modules())
+    for name, module in modules.items():
+        if isinstance(module, PreTrainedModel):
+            cls = next(c for c in type(module).__mro__ if not c.__module__.startswith("torch."))
+            if cls is not type(module):
+                modules[name] = _stand_in(module, cls)
+    has_prefix = hasattr(model, "base_model_prefix")
+    if has_prefix and all(modules[name] is module for name, module in model.named_modules()):
+        return model
+    root = modules[""] = _stand_in(model, type(modules[""]))
+    vars(root)["named_modules"] = lambda: iter(modules.items())
+    if not has_prefix:
+        vars(root)["base_model_prefix"] = ""
+    return root
+
+
+def _stand_in(module: nn.Module, cls: type) -> nn.Module:
+    stand_in = object.__new__(cls)
+    vars(stand_in).update(vars(module))
+    return stand_in
