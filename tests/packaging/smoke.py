@@ -5,6 +5,7 @@ No ``assert``: ``-O`` takes those out.
 
 import importlib
 import sys
+import tempfile
 from importlib import metadata
 from pathlib import Path
 
@@ -22,7 +23,34 @@ def main() -> None:
         raise SystemExit("the distribution has no version")
     for name in kernels:
         importlib.import_module(f"automodel_conv.kernels.{name}")
+    with tempfile.TemporaryDirectory() as directory:
+        load_and_lay_out(directory)
     print("smoke passed")
+
+
+def load_and_lay_out(directory: str) -> None:
+    """Grouped experts from a file, transposed while loading, and back in memory."""
+    import torch
+    from safetensors.torch import save_file
+
+    import automodel_conv as amc
+    from automodel_conv.testing import assert_bytes_equal
+
+    name = "layers.0.experts.gate_up_proj"
+    experts = torch.arange(3 * 4 * 5).reshape(3, 4, 5).to(torch.bfloat16)
+    save_file({name: experts, "norm": torch.ones(5)}, Path(directory) / "model.safetensors")
+    plan = amc.compile_plan(directory, rules=[], layout="nemo")
+    if plan.bytes_written != experts.nbytes + 5 * 4:
+        raise SystemExit(f"the plan writes {plan.bytes_written} bytes")
+    loaded = amc.load_state_dict(directory, rules=[], layout="nemo")
+    assert_bytes_equal(loaded["layers.0.experts.gate_and_up_projs"], experts.transpose(1, 2).contiguous())
+    back = amc.convert_state_dict(loaded, source_layout="nemo", layout="transformers")
+    assert_bytes_equal(back[name], experts)
+    try:
+        amc.open_checkpoint(Path(directory) / "absent.safetensors")
+    except amc.CheckpointError:
+        return
+    raise SystemExit("a checkpoint that is not there was opened")
 
 
 if __name__ == "__main__":
