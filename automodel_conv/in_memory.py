@@ -17,9 +17,10 @@ from automodel_conv.errors import ConversionError, UnsupportedError, message
 from automodel_conv.execution.buffers import allocate
 from automodel_conv.execution.memory import convert_tensors
 from automodel_conv.files.checkpoint import open_checkpoint
+from automodel_conv.planning.copies import SourceTable, Target
 from automodel_conv.planning.models import in_order, tied_names, with_tied
 from automodel_conv.planning.pipeline import loading_plan, saving_plan
-from automodel_conv.planning.plan import CopyPlan, SourceTable, Target
+from automodel_conv.planning.plan import CopyPlan
 
 BACKENDS = ("auto", "torch", "triton")
 
@@ -142,8 +143,7 @@ def _run(plan: CopyPlan, state_dict: Mapping[str, Tensor], out: Mapping[str, Ten
 
 def _passes_through(plan: CopyPlan, target: Target) -> bool:
     """True if the target is one source, whole and as it is."""
-    if len(target.sources) != 1 or target.fallback is not None or len(target.copies) > 1:
+    if len(target.sources) != 1 or target.fallback is not None:
         return False
     row = target.sources[0]
-    same = (plan.sources.dtypes[row], plan.sources.shapes[row]) == (target.dtype, target.shape)
-    return same and all(copy.is_contiguous and len(copy.ordinals) == 1 for copy in target.copies)
+    return target.is_whole and (plan.sources.dtypes[row], plan.sources.shapes[row]) == (target.dtype, target.shape)

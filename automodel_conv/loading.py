@@ -17,9 +17,10 @@ from automodel_conv.execution.buffers import allocate, dtype_of
 from automodel_conv.execution.cpu import LoadStats, load_files
 from automodel_conv.files.checkpoint import Checkpoint, open_checkpoint
 from automodel_conv.planning.compiler import Problems
+from automodel_conv.planning.copies import SourceTable
 from automodel_conv.planning.models import finish, in_order, meta_model, put, tied_names, with_tied
 from automodel_conv.planning.pipeline import loading_plan
-from automodel_conv.planning.plan import CopyPlan, SourceTable
+from automodel_conv.planning.plan import CopyPlan
 
 
 @dataclass(frozen=True)

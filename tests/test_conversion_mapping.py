@@ -19,6 +19,7 @@ from torch import nn
 
 from automodel_conv import conversion_mapping as queries
 from automodel_conv.errors import NameProblems
+from automodel_conv.planning.registry import transformers_available
 
 try:
     import transformers
@@ -246,9 +247,9 @@ def test_without_transformers_every_query_answers_as_published(tmp_path, stub):
 
 def test_a_transformers_that_cannot_be_looked_up_counts_as_absent(monkeypatch):
     monkeypatch.setitem(sys.modules, "transformers", type(sys)("transformers"))
-    assert queries._has_conversion_rules() is False
+    assert transformers_available.__wrapped__() is False
     monkeypatch.setitem(sys.modules, "transformers", None)
-    assert queries._has_conversion_rules() is False
+    assert transformers_available.__wrapped__() is False
 
 
 @needs_transformers

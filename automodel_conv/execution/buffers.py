@@ -11,7 +11,7 @@ from torch import Tensor
 from automodel_conv.dtypes import torch_dtype
 from automodel_conv.errors import ConversionError, UnsupportedError, message
 from automodel_conv.files import system
-from automodel_conv.planning.plan import StridedCopy, Target, group_pieces
+from automodel_conv.planning.copies import StridedCopy, Target, group_pieces
 from automodel_conv.planning.view import NotAffine, Piece, chain, contiguous_strides
 
 # Below two huge pages of 2 MiB there may be no whole aligned one inside.

@@ -11,7 +11,8 @@ from automodel_conv.errors import ConversionError, message
 from automodel_conv.execution.buffers import Aim, checked, dtype_of, span_bytes, strided
 from automodel_conv.execution.upstream import run_upstream, upstream_calls
 from automodel_conv.kernels.strided_copy import strided_copy_torch
-from automodel_conv.planning.plan import CopyPlan, StridedCopy, Target, group_pieces
+from automodel_conv.planning.copies import StridedCopy, Target, group_pieces
+from automodel_conv.planning.plan import CopyPlan
 from automodel_conv.planning.view import NotAffine, Piece, chain, contiguous_strides
 
 

@@ -15,7 +15,7 @@ from automodel_conv.dtypes import itemsize
 from automodel_conv.execution.buffers import reach
 from automodel_conv.files import system
 from automodel_conv.files.checkpoint import Checkpoint
-from automodel_conv.planning.plan import StridedCopy, Target
+from automodel_conv.planning.copies import StridedCopy, Target
 from automodel_conv.planning.view import Piece, canonical
 
 GAP_BYTES = 64 << 10

@@ -11,7 +11,8 @@ from torch import Tensor
 from automodel_conv.dtypes import FLOATING, dtype_code
 from automodel_conv.errors import ConversionError, message
 from automodel_conv.execution.buffers import checked
-from automodel_conv.planning.plan import CopyPlan, Fallback, Target
+from automodel_conv.planning.copies import Fallback, Target
+from automodel_conv.planning.plan import CopyPlan
 
 
 class Upstream(NamedTuple):

@@ -9,15 +9,9 @@ from typing import NamedTuple
 
 from automodel_conv.dtypes import FLOATING
 from automodel_conv.errors import NameProblems, UnsupportedError, listing, message
+from automodel_conv.planning.copies import Fallback, SourceTable, StridedCopy, Target, group_pieces
 from automodel_conv.planning.lowering import Context, LoweringError, Operation, leaf, lower, needs_target_shapes
-from automodel_conv.planning.plan import (
-    CopyPlan,
-    Fallback,
-    SourceTable,
-    StridedCopy,
-    Target,
-    group_pieces,
-)
+from automodel_conv.planning.plan import CopyPlan
 from automodel_conv.planning.resolve import Assignment, missing_parts, resolve
 from automodel_conv.planning.rules import NotLowerable, RuleSet
 from automodel_conv.planning.view import NotAffine

@@ -11,9 +11,10 @@ from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 from automodel_conv.errors import UnsupportedError, message
+from automodel_conv.planning.copies import SourceTable, StridedCopy, Target, group_pieces
 from automodel_conv.planning.lowering import Context, LoweringError, Operation, leaf, lower
 from automodel_conv.planning.models import ExpertLayout
-from automodel_conv.planning.plan import CopyPlan, SourceTable, StridedCopy, Target, group_pieces
+from automodel_conv.planning.plan import CopyPlan
 
 
 class Layout(NamedTuple):

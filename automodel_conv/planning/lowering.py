@@ -99,8 +99,10 @@ def concatenate(values: Sequence[Value], dim: int) -> Value:
 
 
 def stack(values: Sequence[Value], dim: int) -> Value:
-    rank = len(values[0].shape)
-    dim = dim + rank + 1 if dim < 0 else dim
+    rank = len(values[0].shape) + 1
+    if not -rank <= dim < rank:
+        raise LoweringError(f"cannot stack tensors of shape {values[0].shape} along dimension {dim}")
+    dim %= rank
     return concatenate([reshape(v, (*v.shape[:dim], 1, *v.shape[dim:])) for v in values], dim)
 
 

@@ -16,6 +16,8 @@ from torch import nn
 from automodel_conv.dtypes import dtype_code
 from automodel_conv.errors import UnsupportedError, message
 from automodel_conv.planning.compiler import Problems, TargetSpec, compile_targets
+from automodel_conv.planning.composition import table_of
+from automodel_conv.planning.copies import SourceTable
 from automodel_conv.planning.layouts import (
     LAYOUTS,
     Layout,
@@ -25,7 +27,7 @@ from automodel_conv.planning.layouts import (
     relayout,
 )
 from automodel_conv.planning.models import expert_layouts, model_targets, tied_names
-from automodel_conv.planning.plan import CopyPlan, SourceTable
+from automodel_conv.planning.plan import CopyPlan
 from automodel_conv.planning.registry import key_renamings, model_rules, saving_rules, without_ignored
 from automodel_conv.planning.rules import RuleSet
 
@@ -59,7 +61,7 @@ def loading_plan(
     code = None if dtype is None else dtype_code(dtype)
     wanted = None if layout is None else get_layout(layout)
     own = _own_layouts(model)
-    gated = _gated_by(rule_set)
+    gated = _gated_by(model, rule_set)
 
     def canonical(path: str) -> Layout:
         return own.get(path, LAYOUTS["transformers"])
@@ -81,11 +83,11 @@ def loading_plan(
     if source_layout is not None:
         incoming = get_layout(source_layout)
         stages.append(relayout(table, lambda path: incoming, canonical, gated))
-        table = _table_of(stages[-1])
+        table = table_of(stages[-1].targets)
     plan, problems = compile_targets(table, rule_set, targets, code)
     stages.append(plan)
     if wanted is not None:
-        stages.append(relayout(_table_of(plan), canonical, lambda path: wanted, gated))
+        stages.append(relayout(table_of(plan.targets), canonical, lambda path: wanted, gated))
     whole = stages[0]
     for stage in stages[1:]:
         whole = whole.then(stage)
@@ -128,7 +130,7 @@ def saving_plan(
     stages = []
     if layout is not None:
         given = get_layout(layout)
-        gated = _gated_by(rule_set, reverse=True)
+        gated = _gated_by(model, rule_set)
         stages.append(
             relayout(
                 table,
@@ -137,7 +139,7 @@ def saving_plan(
                 gated,
             )
         )
-        table = _table_of(stages[-1])
+        table = table_of(stages[-1].targets)
     shapes = dict(zip(table.names, table.shapes, strict=True))
     plan, problems = compile_targets(table, rule_set, None, parameters=shapes)
     problems.raise_unless_fit("going back to the checkpoint's names")
@@ -180,11 +182,15 @@ def _own_layouts(model: nn.Module | None) -> dict[str, Layout]:
     return {path: as_layout(own) for path, own in expert_layouts(model).items() if own is not None}
 
 
-def _gated_by(rules: RuleSet, reverse: bool = False) -> Callable[[str], bool]:
-    """Whether experts have a gate, by what the rules make: ``experts.up_proj`` is made for experts without one."""
-    made = [pattern for row in range(len(rules.converters)) for pattern in rules.patterns(row)[0 if reverse else 1]]
-    ungated = any(pattern.endswith("experts.up_proj") for pattern in made)
-    return lambda path: not ungated
+def _gated_by(model: nn.Module | None, rules: RuleSet) -> Callable[[str], bool]:
+    """Whether an experts module has a gate: as the model says, else by whether the rules speak of ``experts.up_proj``.
+
+    Without either, experts are taken to have one.
+    """
+    said = {} if model is None else {path: own.gated for path, own in expert_layouts(model).items() if own is not None}
+    patterns = [p for row in range(len(rules.converters)) for side in rules.patterns(row) for p in side]
+    ungated = any(pattern.endswith("experts.up_proj") for pattern in patterns)
+    return lambda path: said.get(path, not ungated)
 
 
 def _any_experts(name: str) -> bool:
@@ -212,14 +218,6 @@ def _relaid(
     )
     plan = relayout(table, lambda path: wanted, canonical, gated)
     return {target.name: TargetSpec(target.dtype, target.shape) for target in plan.targets}
-
-
-def _table_of(plan: CopyPlan) -> SourceTable:
-    return SourceTable(
-        [t.name for t in plan.targets],
-        [t.dtype for t in plan.targets],
-        [t.shape for t in plan.targets],
-    )
 
 
 def _forgive(problems: Problems, model: nn.Module | None, plan: CopyPlan) -> None:

@@ -26,7 +26,9 @@ class NotLowerable(Exception):
 
 
 class RuleSet:
-    """An ordered list of rules, ready to be asked; see the module's docstring.
+    """An ordered list of rules, ready to be asked about the names of one checkpoint; see the module's docstring.
+
+    Guarded renames remember what they have seen, so another checkpoint takes another ``RuleSet``.
 
     Args:
         rules: transformers' WeightRenaming / WeightConverter objects; may be empty.

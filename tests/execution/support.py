@@ -13,8 +13,9 @@ from torch import Tensor
 
 from automodel_conv.dtypes import dtype_code, torch_dtype
 from automodel_conv.files.checkpoint import Checkpoint, open_checkpoint
+from automodel_conv.planning.copies import SourceTable, Target, group_pieces
 from automodel_conv.planning.lowering import Context, Operation, Value, leaf, lower
-from automodel_conv.planning.plan import CopyPlan, SourceTable, Target, group_pieces
+from automodel_conv.planning.plan import CopyPlan
 from automodel_conv.testing import address_valued
 
 MERGE = Operation("MergeModulelist", (("dim", 0),))

@@ -23,8 +23,9 @@ from automodel_conv.execution.cpu import load_files
 from automodel_conv.files import system
 from automodel_conv.files.checkpoint import Checkpoint, open_checkpoint
 from automodel_conv.planning import lowering
+from automodel_conv.planning.copies import Fallback, Target
 from automodel_conv.planning.lowering import Operation, Value, leaf
-from automodel_conv.planning.plan import CopyPlan, Fallback, Target
+from automodel_conv.planning.plan import CopyPlan
 from automodel_conv.planning.view import NotAffine
 from automodel_conv.testing import (
     Guarded,

@@ -13,8 +13,9 @@ from automodel_conv.errors import ConversionError, UnsupportedError
 from automodel_conv.execution.buffers import allocate
 from automodel_conv.execution.memory import convert_tensors
 from automodel_conv.planning import lowering
+from automodel_conv.planning.copies import Fallback, SourceTable, Target
 from automodel_conv.planning.lowering import Operation, leaf
-from automodel_conv.planning.plan import CopyPlan, Fallback, SourceTable, Target
+from automodel_conv.planning.plan import CopyPlan
 from automodel_conv.planning.view import NotAffine
 from automodel_conv.testing import address_valued, assert_bytes_equal, guarded
 from tests.execution.support import (

@@ -1,0 +1,206 @@
+"""What the package does, shown on a real checkpoint: transformers and we load the same files.
+
+Each load is a process of its own and is timed when its imports are done: it has loaded a tiny
+checkpoint of the same kind before. The big one was just written, so its files are in the page cache;
+the memory that the load will take was touched and given back (see ``ready_memory``).
+Both methods take turns.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from automodel_conv.errors import UnsupportedError, message
+from automodel_conv.loading import load_state_dict
+from automodel_conv.measuring import PeakMemory, ready_memory
+from automodel_conv.planning.registry import transformers_available
+
+METHODS = ("transformers", "automodel_conv")
+RUNS = 3
+
+
+@dataclass(frozen=True)
+class DemoModel:
+    """A Qwen3-MoE model: L layers of E experts, H hidden and I intermediate size."""
+
+    layers: int
+    experts: int
+    hidden_size: int
+    intermediate_size: int
+    shard_size: str
+
+
+BIG = DemoModel(layers=2, experts=64, hidden_size=2048, intermediate_size=640, shard_size="300MB")
+TINY = DemoModel(layers=2, experts=3, hidden_size=64, intermediate_size=32, shard_size="20KB")
+
+
+@dataclass(frozen=True)
+class DemoLoad:
+    """Loads with one method: median time, highest memory above imports, a digest of every tensor."""
+
+    seconds: float
+    anonymous_bytes: int | None
+    resident_bytes: int | None
+    digests: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class DemoResult:
+    """What the demo saw; the files are gone by then."""
+
+    directory: str
+    files: int
+    file_bytes: int
+    write_seconds: float
+    loads: Mapping[str, DemoLoad]
+    different: tuple[str, ...]
+    """Names of the tensors that are not bit-exact."""
+
+
+def run_demo(model: DemoModel = BIG, directory: str | None = None) -> DemoResult:
+    """Write a checkpoint with transformers, load it with both, compare all tensors bit by bit.
+
+    Args:
+        directory: where a temporary directory is made and removed; None: where the system does.
+
+    Raises:
+        UnsupportedError: transformers is not installed.
+        RuntimeError: a load failed; with the end of what it printed.
+    """
+    if not transformers_available():
+        raise UnsupportedError(message("the demo needs transformers", do="pip install transformers"))
+    with tempfile.TemporaryDirectory(prefix="automodel-conv-demo-", dir=directory) as root:
+        big, tiny = os.path.join(root, "big"), os.path.join(root, "tiny")
+        start = time.perf_counter()
+        write_checkpoint(model, big)
+        write_seconds = time.perf_counter() - start
+        write_checkpoint(TINY, tiny)
+        files = [os.path.join(big, file) for file in os.listdir(big) if file.endswith(".safetensors")]
+        runs: dict[str, list[DemoLoad]] = {method: [] for method in METHODS}
+        for _ in range(RUNS):
+            for method in METHODS:
+                runs[method].append(_in_new_process(method, big, tiny))
+        loads = {method: _together(found) for method, found in runs.items()}
+        first, second = (loads[method].digests for method in METHODS)
+        different = [name for name in {**first, **second} if first.get(name) != second.get(name)]
+        return DemoResult(
+            big,
+            len(files),
+            sum(map(os.path.getsize, files)),
+            write_seconds,
+            loads,
+            tuple(different),
+        )
+
+
+def write_checkpoint(model: DemoModel, directory: str, seed: int = 0) -> None:
+    """A bfloat16 checkpoint as transformers writes it: a tensor per expert and projection, shards."""
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    sizes = {
+        "vocab_size": 1024,
+        "hidden_size": model.hidden_size,
+        "intermediate_size": model.intermediate_size,
+        "moe_intermediate_size": model.intermediate_size,
+        "num_hidden_layers": model.layers,
+        "num_experts": model.experts,
+        "num_experts_per_tok": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": model.hidden_size // 16,
+        "tie_word_embeddings": False,
+    }
+    config = Qwen3MoeConfig(**sizes)
+    with torch.device("meta"):
+        written = Qwen3MoeForCausalLM._from_config(config, dtype=torch.bfloat16)
+    written.to_empty(device="cpu")
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in written.parameters():
+        fill_with_random_bits(parameter.data, generator)
+    written.save_pretrained(directory, max_shard_size=model.shard_size)
+
+
+def fill_with_random_bits(tensor: Tensor, generator: torch.Generator) -> None:
+    """Random numbers between -2 and 2, made of random bits: several times faster than ``normal_``.
+
+    Args:
+        tensor: contiguous, bfloat16, on the CPU; filled in place.
+    """
+    bits = tensor.view(-1).view(torch.int16)
+    quads = torch.empty(-(-bits.numel() // 4), dtype=torch.int64)
+    quads.random_(-(2**63), None, generator=generator)
+    bits.copy_(quads.view(torch.int16)[: bits.numel()])
+    # Without its top bit no exponent is that of a NaN or an infinity.
+    bits.bitwise_and_(~0x4000)
+
+
+def digests(tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    """Per name a digest of dtype, shape and bytes; copies what is not contiguous."""
+    found = {}
+    for name, tensor in tensors.items():
+        content = hashlib.blake2b(f"{tensor.dtype} {list(tensor.shape)}".encode(), digest_size=16)
+        content.update(tensor.detach().contiguous().view(-1).view(torch.uint8).numpy().data)
+        found[name] = content.hexdigest()
+    return found
+
+
+def _together(runs: Sequence[DemoLoad]) -> DemoLoad:
+    """The runs of one method as one; a tensor's digest is those of all its runs."""
+    names = {name: None for run in runs for name in run.digests}
+    return DemoLoad(
+        statistics.median(run.seconds for run in runs),
+        max((run.anonymous_bytes for run in runs if run.anonymous_bytes is not None), default=None),
+        max((run.resident_bytes for run in runs if run.resident_bytes is not None), default=None),
+        {name: " ".join(run.digests.get(name, "none") for run in runs) for name in names},
+    )
+
+
+def _in_new_process(method: str, directory: str, warm_up: str) -> DemoLoad:
+    command = [sys.executable, "-m", "automodel_conv.demo", method, directory, warm_up]
+    run = subprocess.run(command, capture_output=True, text=True)
+    if run.returncode:
+        raise RuntimeError(f"loading with {method} failed:\n{run.stderr[-4000:]}")
+    return DemoLoad(**json.loads(run.stdout.splitlines()[-1]))
+
+
+def _load(method: str, directory: str) -> tuple[Any, dict[str, Tensor]]:
+    """The loaded object, which keeps its tensors alive, and its state dict."""
+    if method == "automodel_conv":
+        tensors = load_state_dict(directory)
+        return tensors, tensors
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(directory)
+    return model, model.state_dict()
+
+
+def _measure(method: str, directory: str, warm_up: str) -> DemoLoad:
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    _load(method, warm_up)
+    ready_memory(2 * sum(file.stat().st_size for file in os.scandir(directory)))
+    with PeakMemory() as peak:
+        start = time.perf_counter()
+        _, tensors = _load(method, directory)
+        seconds = time.perf_counter() - start
+    return DemoLoad(seconds, peak.anonymous_bytes, peak.resident_bytes, digests(tensors))
+
+
+if __name__ == "__main__":
+    sys.stdout.write(json.dumps(vars(_measure(*sys.argv[1:4]))) + "\n")

@@ -1,0 +1,94 @@
+"""What a fair measurement of a load needs: peak memory, and memory that is not slow to get."""
+
+from __future__ import annotations
+
+import gc
+import mmap
+import os
+import threading
+from contextlib import suppress
+from types import TracebackType
+
+import torch
+
+from automodel_conv.files import system
+
+_STATUS = "/proc/self/status"
+_CLEAR_REFS = "/proc/self/clear_refs"
+# Short against any phase of a load worth seeing, long against the 50 us that one look takes.
+_INTERVAL_SECONDS = 0.003
+
+
+def ready_memory(nbytes: int) -> None:
+    """Touch memory and give it back, so that who comes next finds it at the machine's own speed.
+
+    A virtual machine may have given its free memory back to the host; the first touch then costs
+    many times the reading of the same bytes, for whoever happens to come first.
+    """
+    memory = torch.empty(nbytes, dtype=torch.uint8)
+    system.advise_huge_pages(memory.data_ptr(), nbytes)
+    memory[:: mmap.PAGESIZE] = 1
+
+
+class PeakMemory:
+    """``with PeakMemory() as peak: ...``; then ``peak.anonymous_bytes``, ``peak.resident_bytes``.
+
+    Anonymous memory is what the process allocated; resident memory has mapped files besides, such
+    as the pages of a checkpoint that is read through mmap. A thread looks at both every 3 ms, so a
+    shorter spike of anonymous memory can be missed; the kernel keeps the resident peak itself. Both
+    stay None where there is no /proc (off Linux).
+    """
+
+    def __init__(self) -> None:
+        self.anonymous_bytes: int | None = None
+        self.resident_bytes: int | None = None
+        self._done = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def __enter__(self) -> PeakMemory:
+        if os.path.exists(_STATUS):
+            gc.collect()
+            with suppress(OSError), open(_CLEAR_REFS, "w") as clear:
+                clear.write("5")  # VmHWM starts anew, see proc(5)
+            self._start = self._peak = _anonymous_and_resident()
+            self._high_water = _kib("VmHWM")
+            self._thread = threading.Thread(target=self._watch, daemon=True)
+            self._thread.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._thread is None:
+            return
+        self._done.set()
+        self._thread.join()
+        self._look()
+        anonymous, resident = self._peak
+        high_water = _kib("VmHWM")
+        if high_water > self._high_water:  # reached within the block, so it belongs to it
+            resident = max(resident, high_water)
+        self.anonymous_bytes = (anonymous - self._start[0]) * 1024
+        self.resident_bytes = (resident - self._start[1]) * 1024
+
+    def _watch(self) -> None:
+        while not self._done.wait(_INTERVAL_SECONDS):
+            self._look()
+
+    def _look(self) -> None:
+        now = _anonymous_and_resident()
+        self._peak = (max(self._peak[0], now[0]), max(self._peak[1], now[1]))
+
+
+def _anonymous_and_resident() -> tuple[int, int]:
+    """Both in KiB."""
+    return _kib("RssAnon"), _kib("VmRSS")
+
+
+def _kib(field: str) -> int:
+    with open(_STATUS, encoding="ascii") as status:
+        line = next(line for line in status if line.startswith(field + ":"))
+    return int(line.split()[1])

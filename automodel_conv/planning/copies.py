@@ -1,0 +1,119 @@
+"""What plans are made of: strided copies in columns, the targets they fill, the sources they read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import Any, NamedTuple
+
+from automodel_conv.dtypes import nbytes
+from automodel_conv.planning.view import Piece
+
+
+class StridedCopy(NamedTuple):
+    """Equal copies at different places: for each column k and every index i < shape,
+
+    ``target[target_offsets[k] + i . target_strides] = source[ordinals[k]][source_offsets[k] + i . source_strides]``
+
+    All strides and offsets are in elements of contiguous tensors; ``ordinals`` index the target's ``sources``.
+    """
+
+    shape: tuple[int, ...]
+    source_strides: tuple[int, ...]
+    target_strides: tuple[int, ...]
+    ordinals: tuple[int, ...]
+    source_offsets: tuple[int, ...]
+    target_offsets: tuple[int, ...]
+
+    @property
+    def is_contiguous(self) -> bool:
+        """True if both sides are one run of elements, so that bytes can be moved without a look at them."""
+        return self.source_strides == self.target_strides and self.source_strides in ((), (1,))
+
+    def pieces(self) -> list[Piece]:
+        return [
+            Piece(ordinal, self.shape, self.source_strides, source, self.target_strides, target)
+            for ordinal, source, target in zip(self.ordinals, self.source_offsets, self.target_offsets, strict=True)
+        ]
+
+
+def group_pieces(pieces: Iterable[Piece]) -> tuple[StridedCopy, ...]:
+    """Pieces of equal geometry as columns, ordered by where they write; runs that follow each other become one."""
+    groups: dict[tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]], list[Piece]] = {}
+    for piece in _joined(sorted(pieces, key=lambda p: p.target_offset)):
+        groups.setdefault((piece.shape, piece.source_strides, piece.target_strides), []).append(piece)
+    return tuple(
+        StridedCopy(
+            shape,
+            source_strides,
+            target_strides,
+            tuple(p.source for p in group),
+            tuple(p.source_offset for p in group),
+            tuple(p.target_offset for p in group),
+        )
+        for (shape, source_strides, target_strides), group in groups.items()
+    )
+
+
+def _joined(pieces: Sequence[Piece]) -> list[Piece]:
+    """Contiguous pieces that continue each other in source and target, as one piece."""
+    joined: list[Piece] = []
+    for piece in pieces:
+        if joined and joined[-1].source == piece.source and _is_run(joined[-1]) and _is_run(piece):
+            before, size = joined[-1], prod(joined[-1].shape)
+            follows = (before.source_offset + size, before.target_offset + size)
+            if follows == (piece.source_offset, piece.target_offset):
+                joined[-1] = before._replace(
+                    shape=(size + prod(piece.shape),), source_strides=(1,), target_strides=(1,)
+                )
+                continue
+        joined.append(piece)
+    return joined
+
+
+def _is_run(piece: Piece) -> bool:
+    return piece.source_strides == piece.target_strides and piece.source_strides in ((), (1,))
+
+
+class Fallback(NamedTuple):
+    """Operations that could not be lowered, to be run by upstream's own ``convert`` on whole sources.
+
+    One fallback may make several targets; they all carry the same object.
+    """
+
+    reason: str
+    convert: Callable[[Mapping[int, Any]], dict[str, Any]]  # source row -> tensor, to target name -> tensor
+
+
+class Target(NamedTuple):
+    """One tensor to be made: its copies read ``sources`` (rows of the plan's source table)."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    rule: int  # row of the plan's rules; -1 where a name is only looked up
+    sources: tuple[int, ...]
+    copies: tuple[StridedCopy, ...]
+    fallback: Fallback | None = None
+
+    @property
+    def is_whole(self) -> bool:
+        """True if one copy moves everything in one run, so that a target of its source's size equals it."""
+        return len(self.copies) <= 1 and all(c.is_contiguous and len(c.ordinals) == 1 for c in self.copies)
+
+    @property
+    def nbytes(self) -> int:
+        return nbytes(self.dtype, prod(self.shape))
+
+
+@dataclass(frozen=True)
+class SourceTable:
+    """What a checkpoint or a state dict offers, in columns: names, dtype codes, shapes."""
+
+    names: Sequence[str]
+    dtypes: Sequence[str]
+    shapes: Sequence[tuple[int, ...]]
+
+    def nbytes(self, row: int) -> int:
+        return nbytes(self.dtypes[row], prod(self.shapes[row]))

@@ -1,0 +1,100 @@
+"""Every benchmark runs, small, and measures what it says."""
+
+import json
+
+import pytest
+import torch
+
+from automodel_conv import open_checkpoint
+from automodel_conv.planning.registry import transformers_available
+from benchmarks import loading, measure, planning, shapes
+
+pytestmark = pytest.mark.skipif(not transformers_available(), reason="benchmarks build models of transformers")
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("small")
+    shapes.write_checkpoint(shapes.SMALL, str(directory))
+    return str(directory)
+
+
+def test_planning_times_every_stage_and_writes_it(tmp_path, capsys):
+    file = tmp_path / "result.json"
+    arguments = ["--size", "small", "--repetitions", "2", "--json", str(file)]
+    planning.main([*arguments, "--directory", str(tmp_path)])
+    assert "open + plan" in capsys.readouterr().out
+    result = json.loads(file.read_text())
+    assert result["environment"]["versions"]["torch"] == torch.__version__
+    [small] = result["results"]
+    assert all(len(times) == 2 and min(times) > 0 for times in small["wall_seconds"].values())
+    assert set(small["wall_seconds"]) == {"open", "rules", "plan", "upstream open", "upstream plan"}
+    assert [path.name for path in tmp_path.iterdir()] == ["result.json"]
+
+
+def test_upstream_is_stopped_once_it_knows_every_tensor(checkpoint, monkeypatch):
+    from transformers import core_model_loading as core
+
+    collected = []
+    for cls in (core.WeightRenaming, core.WeightConverter):
+        stock = cls.add_tensor
+        monkeypatch.setattr(cls, "add_tensor", lambda *a, stock=stock: (collected.append(a[2]), stock(*a)))
+    stock = core.WeightConverter.convert
+    model = shapes.meta_model(shapes.SMALL)
+    monkeypatch.setenv("HF_DEACTIVATE_ASYNC_LOAD", "1")
+    slices = planning.upstream_open(checkpoint)
+    planning.upstream_plan(model, slices, planning.upstream_load_config(model))
+    assert sorted(collected) == sorted(slices)
+    assert len(slices) == shapes.SMALL.keys
+    assert core.WeightConverter.convert is stock
+    assert all(parameter.is_meta for parameter in model.parameters())
+
+
+def test_all_ways_of_loading_make_the_same_tensors(checkpoint):
+    found = {m: loading.work(m, checkpoint, checkpoint, 2, 0) for m in loading.METHODS}
+    for transposed in (False, True):
+        digests = {found[m]["digest"] for m in found if loading.METHODS[m][1] == transposed}
+        assert len(digests) == 1
+    assert found["ours"]["digest"] != found["ours, transposed"]["digest"]
+    assert all(result["seconds"] > 0 for result in found.values())
+
+
+def test_loading_runs_its_workers_and_prints_a_table(tmp_path, capsys):
+    file = tmp_path / "result.json"
+    methods = ["--method", "roof", "--method", "ours"]
+    arguments = ["--size", "small", "--repetitions", "1", "--threads", "1", "--json", str(file)]
+    loading.main([*arguments, *methods, "--directory", str(tmp_path)])
+    shown = capsys.readouterr().out
+    assert "roof" in shown
+    assert "ours" in shown
+    assert set(json.loads(file.read_text())["runs"]) == {"roof", "ours"}
+    assert [path.name for path in tmp_path.iterdir()] == ["result.json"]
+
+
+def test_no_number_is_printed_when_tensors_differ(tmp_path, capsys, monkeypatch):
+    def run_interleaved(commands, repetitions, before):
+        return {m: [{"digest": m, "seconds": 1.0}] for m in commands}
+
+    monkeypatch.setattr(measure, "run_interleaved", run_interleaved)
+    with pytest.raises(RuntimeError, match="do not make the same tensors"):
+        loading.main(["--size", "small", "--directory", str(tmp_path)])
+    assert capsys.readouterr().out == ""
+
+
+def test_a_worker_that_fails_is_reported_with_its_error():
+    with pytest.raises(RuntimeError, match="No module named"):
+        measure.run_worker(["-m", "benchmarks.nothing"], 0)
+
+
+def test_sparse_checkpoints_have_the_size_but_not_the_blocks(tmp_path):
+    shapes.write_sparse_checkpoint(shapes.SMALL, str(tmp_path))
+    opened = open_checkpoint(tmp_path)
+    assert len(opened.names) == shapes.SMALL.keys
+    assert len(opened.files) == shapes.SMALL.files
+    model = shapes.meta_model(shapes.SMALL)
+    assert sum(opened.nbytes) == sum(p.nbytes for p in model.state_dict().values())
+
+
+@pytest.mark.parametrize("shape", [shapes.QWEN3_235B, shapes.DEEPSEEK_V3], ids=lambda s: s.name)
+def test_shapes_have_as_many_tensors_as_the_published_checkpoints(shape):
+    assert len(shapes.checkpoint_tensors(shape, shapes.meta_model(shape))) == shape.keys

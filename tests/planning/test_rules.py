@@ -1,0 +1,223 @@
+"""What counts as a stock rule, and that rule objects are asked and run exactly as transformers would."""
+
+import functools
+from copy import deepcopy
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from tests.planning import oracles
+
+pytest.importorskip("transformers", reason="rules are transformers' own objects")
+
+from transformers import core_model_loading as core
+from transformers.core_model_loading import (
+    Chunk,
+    Concatenate,
+    MergeModulelist,
+    Transpose,
+    WeightConverter,
+    WeightRenaming,
+)
+
+from automodel_conv.planning.lowering import Operation
+from automodel_conv.planning.registry import (
+    key_renamings,
+    model_rules,
+    without_ignored,
+)
+from automodel_conv.planning.rules import NotLowerable, RuleSet, natural_key
+
+
+class Config(SimpleNamespace):
+    def get_text_config(self):
+        return self
+
+
+class AnyConfig(Config):
+    """Answers every question of an operation."""
+
+    def __getattr__(self, name):
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return 4
+
+
+def experts(operations=None):
+    return WeightConverter(
+        ["experts.*.w1.weight", "experts.*.w3.weight"],
+        "experts.gate_up_proj",
+        operations=operations or [MergeModulelist(dim=0), Concatenate(dim=1)],
+    )
+
+
+def operations_of(rule, config=None):
+    return RuleSet([rule], SimpleNamespace(config=config)).operations(0)
+
+
+def test_stock_operations_become_data():
+    assert operations_of(experts()) == (
+        Operation("MergeModulelist", (("dim", 0),)),
+        Operation("Concatenate", (("dim", 1),)),
+    )
+    swap = WeightConverter("a", "b", operations=[Transpose(1, 2, check_dims=True)])
+    assert operations_of(swap) == (Operation("Transpose", (("check_dims", True), ("dim0", 1), ("dim1", 2))),)
+    assert str(operations_of(swap)[0]) == "Transpose(check_dims=True, dim0=1, dim1=2)"
+
+
+def test_every_registered_rule_is_lowerable_given_a_config():
+    converters = [r for rules in oracles.registry().values() for r in rules if hasattr(r, "operations")]
+    assert len(converters) > 50
+    for rule in converters:
+        assert len(operations_of(rule, AnyConfig())) == len(rule.operations)
+        rule_set = RuleSet([rule])
+        assert rule_set.patterns(0) == (tuple(rule.source_patterns), tuple(rule.target_patterns))
+        assert all(type(op).__name__ in rule_set.describe(0) for op in rule.operations)
+
+
+def test_what_only_a_config_knows_is_not_guessed():
+    try:
+        shards = Chunk(dim=0, num_shards_attribute="shards")
+    except TypeError:
+        pytest.skip("this transformers reads no number of shards from the config")
+    rule = WeightConverter("a", "b.*", operations=[shards])
+    with pytest.raises(NotLowerable, match="shards"):
+        operations_of(rule)
+    assert operations_of(rule, Config(shards=3)) == (Operation("Chunk", (("dim", 0), ("num_shards", 3))),)
+
+
+# --- not stock ------------------------------------------------------------------------------------
+
+
+class Louder(MergeModulelist):
+    def convert(self, *args, **kwargs):
+        return {key: value * 2 for key, value in super().convert(*args, **kwargs).items()}
+
+
+class Quiet(MergeModulelist):
+    pass
+
+
+class OwnConverter(WeightConverter):
+    pass
+
+
+def test_a_subclass_of_an_operation_is_not_stock():
+    for operation in (Louder(dim=0), Quiet(dim=0)):
+        with pytest.raises(NotLowerable, match=type(operation).__name__):
+            operations_of(experts([operation, Concatenate(dim=1)]))
+
+
+def test_a_subclass_of_the_converter_is_not_stock():
+    rule = OwnConverter("a.*.b", "c", operations=[MergeModulelist(dim=0)])
+    with pytest.raises(NotLowerable, match="OwnConverter"):
+        operations_of(rule)
+
+
+def test_a_patched_convert_is_not_stock(monkeypatch):
+    def convert(self, input_dict, source_patterns, target_patterns, **kwargs):
+        raise AssertionError("never called here")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(MergeModulelist, "convert", convert)
+        with pytest.raises(NotLowerable, match="MergeModulelist"):
+            operations_of(experts())
+    assert operations_of(experts())
+    monkeypatch.setattr(WeightConverter, "convert", convert)
+    with pytest.raises(NotLowerable, match="WeightConverter"):
+        operations_of(experts())
+
+
+def test_a_patched_convert_that_wraps_the_stock_one_is_not_stock(monkeypatch):
+    stock = MergeModulelist.convert
+
+    @functools.wraps(stock)
+    def doubled(self, *args, **kwargs):
+        return {key: value * 2 for key, value in stock(self, *args, **kwargs).items()}
+
+    monkeypatch.setattr(MergeModulelist, "convert", doubled)
+    with pytest.raises(NotLowerable, match="MergeModulelist"):
+        operations_of(experts())
+
+
+def test_a_convert_set_on_one_operation_is_not_stock():
+    operation = MergeModulelist(dim=0)
+    operation.convert = lambda *args, **kwargs: {}
+    with pytest.raises(NotLowerable, match="MergeModulelist"):
+        operations_of(experts([operation, Concatenate(dim=1)]))
+
+
+def test_a_rule_with_a_quantization_is_not_stock():
+    rule = experts()
+    rule.quantization_operation = MergeModulelist(dim=0)
+    with pytest.raises(NotLowerable, match="quantization"):
+        operations_of(rule)
+
+
+# --- names ----------------------------------------------------------------------------------------
+
+
+def test_no_rules_leave_names_alone():
+    rules = RuleSet(None)
+    assert len(rules) == 0
+    assert rules.rename("a.0.b") == ("a.0.b", -1, "a.0.b")
+    assert not rules.looks_at_digits("a.0.b")
+    assert rules.with_prefix("a", {"model.a": 1}) == "a"
+
+
+def test_renamings_chain_and_one_converter_takes_the_result():
+    rules = RuleSet([WeightRenaming("old", "mid"), experts(), WeightRenaming("mid", "experts")])
+    assert rules.rename("old.3.w3.weight") == ("experts.gate_up_proj", 0, "experts.*.w3.weight")
+    assert rules.rename("old.norm") == ("experts.norm", -1, "old.norm")
+
+
+def test_going_back_converts_before_it_renames():
+    rules = RuleSet([WeightRenaming("block", "layer"), experts()], reverse=True)
+    name, row, pattern = rules.rename("layer.experts.gate_up_proj")
+    assert (name, row, pattern) == ("layer.experts.*.w1.weight", 0, "experts.gate_up_proj")
+    assert rules.rename_part("layer.experts.3.w1.weight") == "block.experts.3.w1.weight"
+    assert rules.rename("layer.norm") == ("block.norm", -1, "layer.norm")
+
+
+def test_plain_rules_of_the_registry_do_not_look_at_digits():
+    rules = RuleSet(oracles.registry()["mixtral"])
+    for name in ("model.layers.0.block_sparse_moe.experts.7.w1.weight", "model.layers.0.mlp.gate.weight"):
+        assert not rules.looks_at_digits(name)
+    assert RuleSet([WeightRenaming(r"layers\.0\.", "first.")]).looks_at_digits("layers.9.w")
+
+
+def test_natural_order_compares_numbers_as_numbers():
+    names = ["a.10", "a.9", "a_10", "a_9", "a.b"]
+    assert sorted(names, key=natural_key) == sorted(names, key=core.dot_natural_key)
+    assert sorted(["a.10", "a.9"], key=natural_key) == ["a.9", "a.10"]
+
+
+def test_a_users_mapping_becomes_renamings_in_its_order():
+    first, second = key_renamings({"^a": "b", "c": "d"})
+    assert (first.rename_source_key("a.c")[0], second.rename_source_key("a.c")[0]) == ("b.c", "a.d")
+    assert key_renamings(None) == key_renamings({}) == []
+    assert len(model_rules(torch.nn.Linear(2, 2), {"a": "b"})) == 1
+    assert model_rules(None) == []
+
+
+def test_only_transformers_models_ignore_names():
+    assert without_ignored(torch.nn.Linear(1, 1), ["a"], ["b"]) == (["a"], ["b"])
+
+
+# --- running upstream's code ----------------------------------------------------------------------
+
+
+def test_upstreams_own_convert_can_run_again_and_changes_no_rule():
+    rule = experts([Louder(dim=0), Concatenate(dim=1)])
+    rules = RuleSet([rule])
+    slots = {"experts.*.w1.weight": [0, 1], "experts.*.w3.weight": [2, 3]}
+    convert = rules.upstream(0, "m.experts.gate_up_proj", slots)
+    tensors = {row: torch.arange(6.0).reshape(2, 3) + 10 * row for row in range(4)}
+    before = deepcopy(rule.collected_tensors)
+    for _ in range(2):
+        made = convert(tensors)
+        assert list(made) == ["m.experts.gate_up_proj"]
+        both = [torch.stack([tensors[a], tensors[b]]) for a, b in ((0, 1), (2, 3))]
+        assert torch.equal(made["m.experts.gate_up_proj"], torch.cat(both, 1) * 2)
+    assert rule.collected_tensors == before == {}

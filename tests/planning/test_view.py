@@ -1,0 +1,259 @@
+"""The algebra of pieces against loops over single elements."""
+
+import random
+from collections import Counter
+from math import prod
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from automodel_conv.planning.view import (
+    NotAffine,
+    Overlap,
+    Piece,
+    canonical,
+    chain,
+    contiguous_strides,
+    find_overlap,
+)
+from tests.planning.oracles import pairs, twice_written, written
+
+SIZES = (1, 1, 2, 3, 4, 5, 6, 7, 8)
+SEEDS = st.integers(0, 2**32)
+
+
+def random_shape(rng, rank, most=60):
+    shape = [rng.choice(SIZES) for _ in range(rank)]
+    while prod(shape) > most:
+        shape[rng.randrange(rank)] = 1
+    return tuple(shape)
+
+
+def shuffled(rng, source, shape, source_strides, source_offset, target_strides, target_offset):
+    order = rng.sample(range(len(shape)), len(shape))
+    pick = [tuple(columns[i] for i in order) for columns in (shape, source_strides, target_strides)]
+    return Piece(source, pick[0], pick[1], source_offset, pick[2], target_offset)
+
+
+def random_source_side(rng, shape):
+    """Strides of some permuted, maybe padded tensor that holds a box of this shape."""
+    order = rng.sample(range(len(shape)), len(shape))
+    strides, step = [0] * len(shape), 1
+    for d in order:
+        strides[d] = step
+        step *= shape[d] + rng.choice((0, 0, 1))
+    return tuple(strides), rng.randrange(5)
+
+
+def tiling(rng, shape, strides, offset, depth=3):
+    """Pieces that together write a box once: concatenated, interleaved, or whole; each from a source of its own."""
+    dim = rng.randrange(len(shape)) if shape else None
+    if depth == 0 or dim is None or shape[dim] < 2 or rng.random() < 0.25:
+        source_strides, source_offset = random_source_side(rng, shape)
+        source = rng.randrange(10**9)
+        return [shuffled(rng, source, shape, source_strides, source_offset, strides, offset)]
+    size = shape[dim]
+    if size % 2 == 0 and rng.random() < 0.4:
+        half = (*shape[:dim], size // 2, *shape[dim + 1 :])
+        wide = (*strides[:dim], strides[dim] * 2, *strides[dim + 1 :])
+        return [
+            piece for start in (0, 1) for piece in tiling(rng, half, wide, offset + start * strides[dim], depth - 1)
+        ]
+    at = rng.randrange(1, size)
+    pieces = []
+    for start, length in ((0, at), (at, size - at)):
+        part = (*shape[:dim], length, *shape[dim + 1 :])
+        pieces += tiling(rng, part, strides, offset + start * strides[dim], depth - 1)
+    return pieces
+
+
+def tiled(rng, numel_shape):
+    return tiling(rng, numel_shape, contiguous_strides(numel_shape), 0)
+
+
+def factored(rng, numel):
+    shape = []
+    while numel > 1:
+        factor = rng.choice([f for f in range(2, numel + 1) if numel % f == 0])
+        shape.append(factor)
+        numel //= factor
+    return tuple(shape)
+
+
+def random_reads(rng, numel, shape):
+    """Narrowed, stepped and permuted reads of a tensor, seen in its own shape or in another one of as many elements."""
+    reads, written_so_far = [], 0
+    for _ in range(rng.randrange(1, 4)):
+        seen = shape if rng.random() < 0.6 else factored(rng, numel)
+        sizes, strides, offset = [], [], 0
+        for size, stride in zip(seen, contiguous_strides(seen), strict=True):
+            step = rng.choice([s for s in (1, 1, 2, 3) if s == 1 or size % s == 0])
+            start = rng.randrange(size // step) if rng.random() < 0.5 else 0
+            sizes.append(rng.randint(1, size // step - start) if rng.random() < 0.5 else size // step - start)
+            strides.append(stride * step)
+            offset += start * strides[-1] + rng.randrange(step) * stride
+        order = rng.sample(range(len(sizes)), len(sizes))
+        out = contiguous_strides([sizes[i] for i in order])
+        target_strides = [0] * len(sizes)
+        for place, i in enumerate(order):
+            target_strides[i] = out[place]
+        reads.append(shuffled(rng, 0, tuple(sizes), tuple(strides), offset, tuple(target_strides), written_so_far))
+        written_so_far += prod(sizes)
+    return reads
+
+
+def through_the_middle(first, second):
+    middle = written(first)
+    return {target: middle[element] for piece in second for element, target in pairs(piece) if element in middle}
+
+
+def random_case(seed):
+    rng = random.Random(seed)
+    shape = random_shape(rng, rng.randrange(0, 4))
+    first = tiled(rng, shape)
+    if rng.random() < 0.2:  # a middle that is only partly written
+        first = rng.sample(first, rng.randrange(len(first) + 1))
+    return first, random_reads(rng, prod(shape), shape), prod(shape)
+
+
+@given(SEEDS)
+def test_canonical_keeps_the_pairs_and_is_idempotent(seed):
+    rng = random.Random(seed)
+    shape = tuple(rng.choice((0, 1, 2, 3, 5)) for _ in range(rng.randrange(5)))
+    strides = [tuple(rng.choice((1, 2, 3, 4, 6, 12)) for _ in shape) for _ in range(2)]
+    piece = Piece(3, shape, strides[0], rng.randrange(9), strides[1], rng.randrange(9))
+    once = canonical(piece)
+    assert Counter(pairs(once)) == Counter(pairs(piece))
+    assert canonical(once) == once
+
+
+@given(SEEDS)
+def test_canonical_makes_equal_copies_equal(seed):
+    rng = random.Random(seed)
+    shape = random_shape(rng, 3)
+    source_strides, offset = random_source_side(rng, shape)
+    piece = Piece(0, shape, source_strides, offset, contiguous_strides(shape), 0)
+    finer_shape, finer_source, finer_target = [], [], []
+    for size, source, target in zip(*piece[1:3], piece.target_strides, strict=True):
+        inner = rng.choice([f for f in range(1, size + 1) if size % f == 0])
+        finer_shape += [size // inner, inner]
+        finer_source += [source * inner, source]
+        finer_target += [target * inner, target]
+    finer = shuffled(rng, 0, finer_shape, finer_source, offset, finer_target, 0)
+    assert canonical(finer) == canonical(piece)
+
+
+@given(SEEDS)
+def test_chain_equals_one_copy_after_the_other(seed):
+    first, second, numel = random_case(seed)
+    try:
+        chained = chain(first, second, numel)
+    except NotAffine:
+        return
+    assert written(chained) == through_the_middle(first, second)
+
+
+def test_chain_rarely_gives_up():
+    failed = 0
+    for seed in range(200):
+        try:
+            chain(*random_case(seed))
+        except NotAffine:
+            failed += 1
+    assert failed < 80
+
+
+def test_chain_carries_over_odd_sizes():
+    # [7, 3] tiled by rows 0-2 and 3-6, read as 21 elements from 5 on, and as columns.
+    first = [Piece(0, (9,), (1,), 0, (1,), 0), Piece(1, (12,), (1,), 0, (1,), 9)]
+    for second in (
+        Piece(0, (13,), (1,), 5, (1,), 0),
+        Piece(0, (3, 7), (1, 3), 0, (7, 1), 0),
+        Piece(0, (3, 2), (3, 1), 5, (2, 1), 0),
+        Piece(0, (10,), (2,), 1, (1,), 0),
+    ):
+        try:
+            chained = chain(first, [second], 21)
+        except NotAffine:
+            assert second.source_strides == (2,)  # 21 is no multiple of 2
+            continue
+        assert written(chained) == through_the_middle(first, [second])
+
+
+def test_chain_of_nothing_is_nothing():
+    assert chain([], [], 0) == []
+    assert chain([], [Piece(0, (4,), (1,), 0, (1,), 0)], 4) == []
+    scalar = Piece(5, (), (), 3, (), 0)
+    assert chain([scalar], [Piece(0, (), (), 0, (), 2)], 1) == [Piece(5, (), (), 3, (), 2)]
+    assert chain([scalar], [Piece(0, (1, 1), (7, 9), 0, (5, 5), 2)], 1) == [Piece(5, (), (), 3, (), 2)]
+
+
+@pytest.mark.parametrize(
+    "read",
+    [
+        Piece(0, (3, 4), (0, 1), 0, (4, 1), 0),  # broadcast
+        Piece(0, (4,), (-1,), 3, (1,), 0),  # flipped
+        Piece(0, (3,), (2,), 0, (1,), 0),  # leaves the tensor
+        Piece(0, (2, 2), (1, 1), 0, (2, 1), 0),  # walks one stride twice
+    ],
+)
+def test_chain_refuses_reads_that_are_no_boxes(read):
+    first = [Piece(0, (2,), (1,), 0, (1,), 0), Piece(1, (2,), (1,), 0, (1,), 2)]
+    with pytest.raises(NotAffine):
+        chain(first, [read], 4)
+
+
+@given(SEEDS)
+def test_overlap_is_found_where_there_is_one_and_only_then(seed):
+    rng = random.Random(seed)
+    shape = random_shape(rng, rng.randrange(0, 4))
+    pieces = tiled(rng, shape)
+    planted = rng.random() < 0.7
+    if planted:
+        cuts = tiled(rng, shape)
+        pieces = [*pieces, rng.choice(cuts)._replace(source=-7)]
+    elif rng.random() < 0.5:
+        pieces = rng.sample(pieces, rng.randrange(len(pieces) + 1))
+    rng.shuffle(pieces)
+    try:
+        found = find_overlap(pieces, prod(shape))
+    except NotAffine:
+        return
+    twice = twice_written(pieces)
+    assert (found is not None) == bool(twice) == planted
+    if found is not None:
+        assert set(found.sources) <= set(twice[found.element])
+        assert len(set(found.sources)) == 2
+
+
+def test_overlap_is_rarely_undecided():
+    undecided = 0
+    for seed in range(200):
+        rng = random.Random(seed)
+        shape = random_shape(rng, 3)
+        pieces = tiled(rng, shape)
+        try:
+            assert find_overlap(pieces, prod(shape)) is None
+        except NotAffine:
+            undecided += 1
+    assert undecided < 60
+
+
+def test_overlap_of_small_things():
+    assert find_overlap([], 0) is None
+    assert find_overlap([], 5) is None
+    scalar = Piece(4, (), (), 0, (), 0)
+    assert find_overlap([scalar], 1) is None
+    assert find_overlap([scalar, Piece(5, (0,), (1,), 0, (1,), 0)], 1) is None
+    assert find_overlap([scalar, scalar._replace(source=6)], 1) == Overlap(0, (4, 6))
+
+
+@pytest.mark.parametrize(
+    ("strides", "offset"),
+    [((0,), 0), ((-1,), 3), ((1,), 1), ((1,), -1), ((2,), 0)],
+    ids=["repeated", "negative", "too far", "before the start", "too wide"],
+)
+def test_overlap_refuses_pieces_that_are_no_boxes_of_the_target(strides, offset):
+    with pytest.raises(NotAffine):
+        find_overlap([Piece(0, (4,), (1,), 0, strides, offset)], 4)

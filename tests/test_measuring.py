@@ -1,0 +1,57 @@
+"""Peak memory is above the level at the start, and memory given back still counts."""
+
+import mmap
+import sys
+
+import pytest
+import torch
+
+from automodel_conv.measuring import PeakMemory, ready_memory
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+
+MIB = 1 << 20
+
+
+def test_memory_given_back_before_the_end_counts():
+    kept = torch.ones(64 * MIB, dtype=torch.uint8)
+    with PeakMemory() as peak:
+        made = torch.ones(96 * MIB, dtype=torch.uint8)
+        del made
+    assert 90 * MIB < peak.anonymous_bytes < 110 * MIB
+    assert 90 * MIB < peak.resident_bytes < 110 * MIB
+    del kept
+
+
+def test_mapped_files_are_resident_but_not_anonymous(tmp_path):
+    file = tmp_path / "data"
+    file.write_bytes(bytes(64 * MIB))
+    with PeakMemory() as peak, file.open("rb") as opened:
+        with mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
+            assert sum(mapped[:: mmap.PAGESIZE]) == 0
+    assert peak.anonymous_bytes < 8 * MIB
+    assert peak.resident_bytes > 56 * MIB
+
+
+def test_nothing_is_measured_without_proc(monkeypatch):
+    monkeypatch.setattr("automodel_conv.measuring._STATUS", "/nowhere")
+    with PeakMemory() as peak:
+        pass
+    assert (peak.anonymous_bytes, peak.resident_bytes) == (None, None)
+
+
+def test_memory_made_ready_is_touched_and_given_back():
+    with PeakMemory() as peak:
+        ready_memory(64 * MIB)
+        with PeakMemory() as after:
+            pass
+    assert 60 * MIB < peak.anonymous_bytes < 80 * MIB
+    assert after.anonymous_bytes < 8 * MIB
+
+
+def test_a_peak_before_the_block_does_not_count():
+    ready_memory(256 * MIB)
+    with PeakMemory() as peak:
+        made = torch.ones(32 * MIB, dtype=torch.uint8)
+        del made
+    assert peak.resident_bytes < 48 * MIB
