@@ -58,22 +58,26 @@ def _prove_written_once(target: Target, numel: int, sources: SourceTable) -> Non
 
 
 def _prove_reads_inside(target: Target, sources: SourceTable) -> None:
-    known = range(len(sources.names))
-    if any(row not in known for row in target.sources):
+    if target.sources and not 0 <= min(target.sources) <= max(target.sources) < len(sources.names):
         raise CoverageError(message(f"{target.name} reads sources that the plan does not have"))
+    shapes = [sources.shapes[row] for row in target.sources]
+    alike = len(shapes) > 1 and shapes.count(shapes[0]) == len(shapes)
     for copy in target.copies:
         if min(copy.source_strides, default=0) < 0:
             raise CoverageError(message(f"{target.name} would be read backwards"))
+        if not copy.ordinals:
+            continue
+        if not 0 <= min(copy.ordinals) <= max(copy.ordinals) < len(shapes):
+            raise CoverageError(message(f"{target.name} reads sources that it does not have"))
         reach = sum((size - 1) * stride for size, stride in zip(copy.shape, copy.source_strides, strict=True))
+        if alike and 0 <= min(copy.source_offsets) and max(copy.source_offsets) + reach < prod(shapes[0]):
+            continue
         for ordinal, offset in zip(copy.ordinals, copy.source_offsets, strict=True):
-            if not 0 <= ordinal < len(target.sources):
-                raise CoverageError(message(f"{target.name} reads sources that it does not have"))
-            row = target.sources[ordinal]
-            if not 0 <= offset <= offset + reach < prod(sources.shapes[row]):
+            if not 0 <= offset <= offset + reach < prod(shapes[ordinal]):
                 raise CoverageError(
                     message(
-                        f"{target.name} would read outside {sources.names[row]}",
-                        expected=f"elements below {prod(sources.shapes[row])}",
+                        f"{target.name} would read outside {sources.names[target.sources[ordinal]]}",
+                        expected=f"elements below {prod(shapes[ordinal])}",
                         found=f"elements {offset} to {offset + reach}",
                     )
                 )
