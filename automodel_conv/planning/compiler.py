@@ -318,7 +318,8 @@ class _Compiler:
         """File a target that cannot be made under the most telling heading."""
         if assignment is not None:
             self.touched.add(assignment.target)
-            expected = self.targets[assignment.target].shape if assignment.target in (self.targets or ()) else ()
+            wanted = (self.targets or {}).get(assignment.target)
+            expected = wanted.shape if wanted is not None else ()
             one_target = len(self.rules.patterns(assignment.rule)[1]) == 1
             size = expected[0] if expected and one_target and self._merges(assignment) else 0
             parts = missing_parts(self.sources.names, assignment, self.rules.patterns(assignment.rule)[0], size)

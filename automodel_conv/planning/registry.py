@@ -120,7 +120,7 @@ def holds_pretrained(model: nn.Module) -> bool:
     return any(isinstance(module, PreTrainedModel) for module in model.modules())
 
 
-def _without_wrappers(model: nn.Module) -> nn.Module:
+def _without_wrappers(model: nn.Module) -> Any:
     """``model`` as transformers' rule look-up must see it: every nested model in its own class.
 
     torch wraps by giving a module a subclass made at run time (``FSDPMixtralForCausalLM``), whose
