@@ -15,7 +15,7 @@ from typer.core import TyperGroup
 import automodel_conv
 from automodel_conv.demo import BIG as DEMO_MODEL
 from automodel_conv.demo import RUNS, DemoModel, DemoResult, run_demo
-from automodel_conv.errors import ConversionError
+from automodel_conv.errors import ConversionError, UnknownTarget
 from automodel_conv.loading import LoadReport, compile_plan, load_state_dict
 
 
@@ -85,11 +85,14 @@ def plan(
     for target in explain or ():
         try:
             text = compiled.explain(target)
-        except KeyError as error:
-            raise typer.BadParameter(error.args[0], param_hint="--explain") from None
+        except UnknownTarget as error:
+            raise typer.BadParameter(str(error), param_hint="--explain") from None
         typer.echo(f"\n{text}")
     if json is not None:
-        json.write_text(compiled.to_json(), encoding="utf-8")
+        try:
+            json.write_text(compiled.to_json(), encoding="utf-8")
+        except OSError as error:
+            raise typer.BadParameter(str(error), param_hint="--json") from None
 
 
 @app.command()

@@ -54,8 +54,14 @@ class UnsupportedError(ConversionError):
     """An operation, layout, dtype or file format that this package does not convert."""
 
 
+class UnknownTarget(ConversionError, KeyError):
+    """A plan was asked about a target that it does not have."""
+
+    __str__ = Exception.__str__  # KeyError's would quote the text
+
+
 class ReadError(ConversionError):
-    """Reading tensor data failed after a plan was made; names the targets already written, if any."""
+    """Reading tensor data failed after a plan was made; names the targets already filled, if any."""
 
 
 def message(

@@ -17,8 +17,9 @@ from automodel_conv.errors import ConversionError, UnsupportedError, message
 from automodel_conv.execution.buffers import allocate
 from automodel_conv.execution.memory import convert_tensors
 from automodel_conv.files.checkpoint import open_checkpoint
+from automodel_conv.homes import in_order, with_tied
 from automodel_conv.planning.copies import SourceTable, Target
-from automodel_conv.planning.models import in_order, tied_names, with_tied
+from automodel_conv.planning.models import tied_names
 from automodel_conv.planning.pipeline import loading_plan, saving_plan
 from automodel_conv.planning.plan import CopyPlan
 
@@ -52,14 +53,8 @@ def convert_state_dict(
         ConversionError: a tensor of ``out`` is missing, does not fit, or shares memory with a source.
         UnsupportedError: an unknown layout or backend.
     """
-    _check_backend(backend, state_dict)
-    if model is None and rules is None and layout is None and source_layout is None:
-        raise UnsupportedError(
-            message(
-                "tensors in memory come without a config",
-                do="pass model=, rules=, layout= or source_layout=",
-            )
-        )
+    _check_backend(backend)
+    _require_any(model, rules, layout, source_layout)
     plan, problems = loading_plan(
         _table(state_dict), model=model, rules=rules, layout=layout, source_layout=source_layout
     )
@@ -93,7 +88,8 @@ def revert_state_dict(
         CoverageError: a tensor of the reference is only partly in ``state_dict``.
         ConversionError, UnsupportedError: see ``convert_state_dict``.
     """
-    _check_backend(backend, state_dict)
+    _check_backend(backend)
+    _require_any(model, rules, layout, reference)
     table = None
     if reference is not None:
         checkpoint = open_checkpoint(reference)
@@ -102,7 +98,7 @@ def revert_state_dict(
     return _run(plan, state_dict, out)
 
 
-def _check_backend(backend: str, state_dict: Mapping[str, Tensor]) -> None:
+def _check_backend(backend: str) -> None:
     if backend not in BACKENDS:
         raise UnsupportedError(message(f"unknown backend {backend!r}", expected=f"one of {BACKENDS}"))
     if backend == "triton":
@@ -111,9 +107,18 @@ def _check_backend(backend: str, state_dict: Mapping[str, Tensor]) -> None:
         )
 
 
+def _require_any(*said: object) -> None:
+    if all(thing is None for thing in said):
+        raise UnsupportedError(message("tensors in memory come without a config", do="pass model=, rules= or a layout"))
+
+
 def _table(state_dict: Mapping[str, Tensor]) -> SourceTable:
     codes = []
     for name, tensor in state_dict.items():
+        if not isinstance(tensor, Tensor):
+            raise UnsupportedError(
+                message(f"{name} is not a tensor", found=type(tensor).__name__, do="leave extra state out of the dict")
+            )
         code = dtype_code(tensor.dtype)
         if code is None:
             raise UnsupportedError(message(f"{name} has a dtype that is not converted", found=tensor.dtype))

@@ -5,20 +5,20 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from automodel_conv.dtypes import FLOATING
-from automodel_conv.errors import ConversionError, UnsupportedError, message
-from automodel_conv.execution.buffers import allocate, dtype_of
+from automodel_conv.execution.buffers import allocate
 from automodel_conv.execution.cpu import LoadStats, load_files
 from automodel_conv.files.checkpoint import Checkpoint, open_checkpoint
+from automodel_conv.homes import Homes, finish, in_order, require_cpu, with_tied
 from automodel_conv.planning.compiler import Problems
 from automodel_conv.planning.copies import SourceTable
-from automodel_conv.planning.models import finish, in_order, meta_model, put, tied_names, with_tied
+from automodel_conv.planning.models import checked_dtype, meta_model, tied_names
 from automodel_conv.planning.pipeline import loading_plan
 from automodel_conv.planning.plan import CopyPlan
 
@@ -31,15 +31,18 @@ class LoadReport:
         missing_keys: targets that nothing provided, less what the model says to ignore and what is tied.
         unexpected_keys: target names that the model does not have, less what it says to ignore.
         mismatched_keys: ``(name, found shape, expected shape)``; those targets were left as they were.
+        duplicated_keys: ``(name, sources)`` where several sources claim a target; the first was taken.
         fallbacks: targets made by upstream's own code, because an operation could not be lowered.
         bytes_read: bytes of tensor data that took part.
         seconds: by phase: ``open``, ``plan``, ``read``.
-        peak_extra_bytes: upper bound of the scratch memory used beside the final buffers.
+        peak_extra_bytes: upper bound of the memory used beside the final buffers: scratch, and second copies of
+            parameters that the checkpoint holds under two names. What upstream's own code allocates is not in it.
     """
 
     missing_keys: tuple[str, ...]
     unexpected_keys: tuple[str, ...]
     mismatched_keys: tuple[tuple[str, tuple[int, ...], tuple[int, ...]], ...]
+    duplicated_keys: tuple[tuple[str, tuple[str, ...]], ...]
     fallbacks: tuple[str, ...]
     bytes_read: int
     seconds: Mapping[str, float]
@@ -122,7 +125,7 @@ def load_state_dict(
         CheckpointError, NameProblems, UnsupportedError: see ``compile_plan``; nothing has been read then.
         ReadError: reading failed; names file and tensor.
     """
-    _require_cpu(torch.device(device))
+    require_cpu(torch.device(device))
     clock = _Clock()
     checkpoint = open_checkpoint(path, revision=revision)
     clock.lap("open")
@@ -132,8 +135,8 @@ def load_state_dict(
     clock.lap("plan")
     stats = load_files(plan, checkpoint, buffers, threads=threads, scratch_bytes=scratch_bytes, progress=progress)
     clock.lap("read")
-    tied = tied_names(model) if model is not None else []
-    loaded = LoadedStateDict(in_order(with_tied(buffers, tied), model))
+    shared = with_tied(buffers, tied_names(model)) if model is not None else buffers
+    loaded = LoadedStateDict(in_order(shared, model) if model is not None else shared)
     loaded.report = _report(plan, problems, clock, stats)
     return loaded
 
@@ -167,28 +170,23 @@ def load_model(
         ConversionError: the checkpoint has different values for names that are one parameter of the model.
     """
     if device is not None:
-        _require_cpu(torch.device(device))
+        require_cpu(torch.device(device))
     clock = _Clock()
     checkpoint = open_checkpoint(path, revision=revision)
     clock.lap("open")
     plan, problems, _ = _plan(checkpoint, model, rules, layout, key_mapping, dtype, in_place=True)
     problems.raise_unless_fit(checkpoint.path, strict)
     was_meta = any(tensor.is_meta for tensor in model.state_dict().values() if isinstance(tensor, Tensor))
-    homes = _Homes.of(model, plan)
+    homes = Homes.of(model, plan, strict)
     clock.lap("plan")
     stats = load_files(
-        plan,
-        checkpoint,
-        homes.buffers,
-        threads=threads,
-        scratch_bytes=scratch_bytes,
-        progress=progress,
+        homes.plan, checkpoint, homes.buffers, threads=threads, scratch_bytes=scratch_bytes, progress=progress
     )
     clock.lap("read")
     homes.settle(model)
     if was_meta:
-        finish(model, homes.buffers, problems.missing, torch.device("cpu"))
-    return _report(plan, problems, clock, stats)
+        finish(model, homes.buffers, problems.missing)
+    return _report(plan, problems, clock, stats, homes.extra_bytes)
 
 
 # --- private --------------------------------------------------------------------------------------------------------
@@ -203,6 +201,7 @@ def _plan(
     dtype: torch.dtype | None,
     in_place: bool = False,
 ) -> tuple[CopyPlan, Problems, nn.Module | None]:
+    checked_dtype(dtype)
     if model is None and rules is None:
         model, dtype = meta_model(checkpoint.directory, dtype, _first_floating(checkpoint)), None
     plan, problems = loading_plan(
@@ -221,78 +220,6 @@ def _first_floating(checkpoint: Checkpoint) -> str | None:
     return next((dtype for dtype in checkpoint.dtypes if dtype in FLOATING), None)
 
 
-def _require_cpu(device: torch.device) -> None:
-    if device.type != "cpu":
-        raise UnsupportedError(
-            message(
-                f"loading straight to {device} is not supported yet",
-                do="load to the CPU and move the model, or wait for the streaming GPU loader",
-            )
-        )
-
-
-@dataclass
-class _Homes:
-    """Where each target of a model is written: its own storage, or a new tensor that replaces it afterwards."""
-
-    buffers: dict[str, Tensor]
-    replaced: list[str] = field(default_factory=list)
-    doubled: list[tuple[str, str]] = field(default_factory=list)  # a second name of storage already in ``buffers``
-    tied: list[tuple[str, ...]] = field(default_factory=list)
-
-    @staticmethod
-    def of(model: nn.Module, plan: CopyPlan) -> _Homes:
-        state = model.state_dict(keep_vars=True)
-        homes = _Homes({}, tied=tied_names(model))
-        fresh = []
-        first: dict[int, str] = {}
-        for target in plan.targets:
-            tensor = state[target.name]
-            in_place = not tensor.is_meta and tensor.dtype == dtype_of(target.dtype, target.name)
-            if in_place:
-                _require_cpu(tensor.device)
-            if in_place and id(tensor) not in first:
-                first[id(tensor)] = target.name
-                homes.buffers[target.name] = tensor.detach()
-                continue
-            fresh.append(target)
-            if in_place:
-                homes.doubled.append((target.name, first[id(tensor)]))
-            else:
-                homes.replaced.append(target.name)
-        homes.buffers |= allocate(fresh)
-        return homes
-
-    def settle(self, model: nn.Module) -> None:
-        """Put new tensors into the model and tie what is one parameter."""
-        for name, other in self.doubled:
-            if not torch.equal(self.buffers[name], self.buffers[other]):
-                raise ConversionError(
-                    message(
-                        f"{name} and {other} are one parameter of the model",
-                        expected="equal values in the checkpoint",
-                        found="different values",
-                        do="untie them in the model, or remove one from the checkpoint",
-                    )
-                )
-        for name in self.replaced:
-            put(model, name, self.buffers[name])
-        replaced = set(self.replaced)
-        state = model.state_dict(keep_vars=True)
-        for group in self.tied:
-            made = [name for name in group if name in self.buffers]
-            if not replaced.intersection(made):
-                continue
-            for name in group:
-                if name not in self.buffers or torch.equal(self.buffers[name], self.buffers[made[0]]):
-                    path, _, leaf = name.rpartition(".")
-                    module = model.get_submodule(path)
-                    if leaf in module._parameters:
-                        module._parameters[leaf] = state[made[0]]
-                    else:
-                        module._buffers[leaf] = state[made[0]]
-
-
 class _Clock:
     """Seconds by phase."""
 
@@ -306,13 +233,14 @@ class _Clock:
         self._last = now
 
 
-def _report(plan: CopyPlan, problems: Problems, clock: _Clock, stats: LoadStats) -> LoadReport:
+def _report(plan: CopyPlan, problems: Problems, clock: _Clock, stats: LoadStats, extra_bytes: int = 0) -> LoadReport:
     return LoadReport(
         missing_keys=tuple(problems.missing),
         unexpected_keys=tuple(problems.unexpected),
         mismatched_keys=tuple(problems.mismatched),
+        duplicated_keys=tuple(problems.duplicated),
         fallbacks=plan.fallbacks,
         bytes_read=stats.bytes_read,
         seconds=clock.seconds,
-        peak_extra_bytes=stats.scratch_bytes,
+        peak_extra_bytes=stats.scratch_bytes + extra_bytes,
     )

@@ -287,9 +287,22 @@ def test_a_buffer_in_the_memory_of_a_source_is_refused_before_anything_is_writte
 # --- arguments ------------------------------------------------------------------------------------
 
 
-def test_a_bare_state_dict_says_nothing_about_its_conversion():
-    with pytest.raises(UnsupportedError, match="pass model=, rules=, layout= or source_layout="):
-        amc.convert_state_dict(grouped())
+@pytest.mark.parametrize("front_door", [amc.convert_state_dict, amc.revert_state_dict])
+def test_a_bare_state_dict_says_nothing_about_its_conversion(front_door):
+    with pytest.raises(UnsupportedError, match="pass model=, rules= or a layout"):
+        front_door(grouped())
+
+
+@pytest.mark.parametrize("argument", ["layout", "source_layout"])
+def test_a_layout_that_no_tensor_has_is_refused(argument):
+    per_expert = {"experts.0.gate_proj.weight": torch.ones(2, 3)}
+    with pytest.raises(UnsupportedError, match="no tensor is in the layout"):
+        amc.convert_state_dict(per_expert, **{argument: "nemo"})
+
+
+def test_what_is_no_tensor_is_named():
+    with pytest.raises(UnsupportedError, match=r"a\._extra_state is not a tensor"):
+        amc.convert_state_dict({"a._extra_state": None}, rules=[])
 
 
 @pytest.mark.parametrize("argument", ["layout", "source_layout"])

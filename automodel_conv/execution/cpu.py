@@ -7,6 +7,7 @@ import threading
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from contextlib import contextmanager
 from math import prod
 from typing import NamedTuple
 
@@ -109,7 +110,7 @@ def load_files(
         except ReadError as error:
             unfinished = {n for k, job in enumerate(jobs) if k not in done for n in job.targets}
             written += [t.name for n, t in enumerate(targets) if n not in unfinished]
-            text = f"  written:  {len(written)} of {len(plan.targets)} targets are complete"
+            text = f"  filled:   {len(written)} of {len(plan.targets)} targets"
             raise ReadError("\n".join(filter(None, [str(error), text, listing(written)]))) from error
     return stats._replace(bytes_read=bytes_read)
 
@@ -147,6 +148,30 @@ class _Files:
             system.close(self._open.popitem()[1])
 
 
+class _TorchThreads:
+    """The number of torch's threads that loads under way will restore, and how many such loads there are."""
+
+    lock = threading.Lock()
+    loads = 0
+    number = 0
+
+
+@contextmanager
+def _keeping_torch_threads() -> Iterator[None]:
+    """Undo, after the last load under way, that a worker's number of torch threads holds for later threads too."""
+    with _TorchThreads.lock:
+        if not _TorchThreads.loads:
+            _TorchThreads.number = torch.get_num_threads()
+        _TorchThreads.loads += 1
+    try:
+        yield
+    finally:
+        with _TorchThreads.lock:
+            _TorchThreads.loads -= 1
+            if not _TorchThreads.loads:
+                torch.set_num_threads(_TorchThreads.number)
+
+
 def _run(
     jobs: Sequence[Job],
     checkpoint: Checkpoint,
@@ -181,17 +206,15 @@ def _run(
             advance(job.nbytes)
 
     threads = min(threads, len(jobs))
-    torch_threads = torch.get_num_threads()
     pool = ThreadPoolExecutor(max(threads, 1), thread_name_prefix="automodel_conv")
-    try:
-        workers = [pool.submit(work) for _ in range(threads)]
-        wait(workers, return_when=FIRST_EXCEPTION)
-    finally:
-        stop.set()
-        pool.shutdown()
-        files.close()
-        # A thread sets its own number and the one that threads still to come start with.
-        torch.set_num_threads(torch_threads)
+    with _keeping_torch_threads():
+        try:
+            workers = [pool.submit(work) for _ in range(threads)]
+            wait(workers, return_when=FIRST_EXCEPTION)
+        finally:
+            stop.set()
+            pool.shutdown()
+            files.close()
     for worker in workers:
         worker.result()
     copy_bytes = min(_COPY_BYTES, _COPY_RATIO * slot_bytes)

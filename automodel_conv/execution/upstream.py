@@ -44,8 +44,12 @@ def run_upstream(call: Upstream, sources: Mapping[int, Tensor], buffers: Mapping
     Raises:
         ConversionError: a target was not made, or has the wrong shape or dtype.
     """
-    with torch.no_grad():
-        made = call.fallback.convert(sources)
+    names = ", ".join(target.name for target in call.targets)
+    try:
+        with torch.no_grad():
+            made = call.fallback.convert(sources)
+    except Exception as error:  # whatever a user's or upstream's operation raises
+        raise ConversionError(message(f"upstream's own code failed on {names}", found=repr(error))) from error
     for target in call.targets:
         tensor = made.get(target.name)
         if not isinstance(tensor, Tensor):

@@ -114,7 +114,7 @@ def _local_path(path: str, revision: str | None) -> str:
             do="check the path, or: pip install huggingface_hub",
         ) from error
     try:
-        return snapshot_download(path, revision=revision, allow_patterns=_HUB_PATTERNS)
+        return snapshot_download(path, revision=revision, allow_patterns=_HUB_PATTERNS, ignore_patterns=["*/*"])
     except (OSError, ValueError) as error:
         raise checkpoint_error(
             "neither a local path nor a repository that can be downloaded",

@@ -64,8 +64,8 @@ class Problems:
                     [
                         f"checkpoint and model do not fit together: {where}",
                         *found,
-                        "  do:       check that config and checkpoint belong together;"
-                        " strict=False loads what fits, as upstream does",
+                        "  do:       check that config and checkpoint belong together"
+                        + ("; strict=False loads what fits, as upstream does" if strict and not failed else ""),
                     ]
                 ),
                 missing=self.missing,
@@ -283,6 +283,8 @@ class _Compiler:
         return Target(name, spec.dtype, shape, rule, rows, copies)
 
     def _free_dtype(self, name: str, dtypes: set[str]) -> str:
+        if self.dtype is not None and dtypes <= FLOATING:
+            return self.dtype
         if len(dtypes) > 1:
             raise UnsupportedError(
                 message(
@@ -291,8 +293,7 @@ class _Compiler:
                     do="give a model or dtype=",
                 )
             )
-        found = next(iter(dtypes), self.dtype or "F32")
-        return self.dtype if self.dtype is not None and found in FLOATING else found
+        return next(iter(dtypes), "F32")
 
     def _fallback(self, assignment: Assignment, rows: tuple[int, ...], reason: str) -> list[Target]:
         patterns = self.rules.patterns(assignment.rule)[1]
@@ -341,14 +342,23 @@ def _renumbered(copies: tuple[StridedCopy, ...], used: tuple[int, ...]) -> tuple
     return tuple(copy._replace(ordinals=tuple(place[i] for i in copy.ordinals)) for copy in copies)
 
 
+_INTEGERS = frozenset({"BOOL", "I8", "U8", "I16", "U16", "I32", "U32", "I64", "U64"})
+_CODES = frozenset({"F4", "F6_E2M3", "F6_E3M2", "F8_E5M2", "F8_E4M3", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ"})
+
+
 def _check_cast(source: str, found: str, target: str, wanted: str) -> None:
-    """Raises UnsupportedError where a cast would take the codes of a quantized tensor for numbers."""
-    if found.startswith(("F8", "F6", "F4")) or (found in ("I8", "U8") and wanted in FLOATING):
-        raise UnsupportedError(
-            message(
-                f"{source} holds {found} codes of a quantized tensor; {target} wants {wanted}",
-                expected=f"a checkpoint in {wanted}, or a model whose parameter is {found}",
-                found=found,
-                do="dequantize the checkpoint first; decoding on the way is not supported yet",
-            )
+    """Raise UnsupportedError where a cast would lose more than precision."""
+    if found in FLOATING and wanted in FLOATING:
+        return
+    if found in _INTEGERS and (wanted in _INTEGERS or (wanted in FLOATING and found not in ("I8", "U8"))):
+        return
+    quantized = found in _CODES or found in ("I8", "U8") or wanted in _CODES
+    raise UnsupportedError(
+        message(
+            f"{source} cannot be cast for {target}"
+            + (", one of them holds codes of a quantized tensor" if quantized else ""),
+            expected=wanted,
+            found=found,
+            do="dequantize the checkpoint first; decoding on the way is not supported yet" if quantized else None,
         )
+    )

@@ -39,14 +39,14 @@ def chained(
     sources: SourceTable,
     second: Sequence[Target],
     between: SourceTable,
-    rule_offset: int,
-) -> list[Target]:
-    """The targets ``second``, made straight from what ``first`` reads.
+    rules: tuple[Sequence[str], Sequence[str]],
+) -> tuple[list[Target], tuple[str, ...]]:
+    """The targets ``second``, made straight from what ``first`` reads, and the rules they are made by.
 
     Args:
         first: by name, made from ``sources``.
         second: made from ``between``, all of which ``first`` must make.
-        rule_offset: added to the rules of ``second``.
+        rules: the texts that the rules of ``first`` and ``second`` are rows of.
 
     Raises:
         UnsupportedError: a target is upstream's work where it would be taken apart, would be cast twice, or its copies
@@ -55,11 +55,12 @@ def chained(
     """
     shared = _Shared()
     seen: dict[tuple[object, ...], tuple[tuple[StridedCopy, ...], tuple[int, ...]]] = {}
+    texts: dict[str, int] = {}
     made = []
     for target in second:
         middle = [_made_before(first, between, row, target) for row in target.sources]
         if target.fallback is None and len(middle) == 1 and target.is_whole and _same(middle[0], target):
-            made.append(middle[0])
+            made.append(middle[0]._replace(rule=_joined_rule(middle, -1, rules, texts)))
             continue
         for before in middle:
             _check_chainable(before, sources, target)
@@ -79,11 +80,20 @@ def chained(
             seen[key] = shared(copies), used
         copies, used = seen[key]
         all_rows = list(rows)
-        rule = middle[0].rule if middle and middle[0].rule >= 0 else target.rule
-        rule += rule_offset if rule >= 0 and rule == target.rule and (not middle or middle[0].rule < 0) else 0
+        rule = _joined_rule(middle, target.rule, rules, texts)
         read_rows = tuple(all_rows[ordinal] for ordinal in used)
         made.append(Target(target.name, target.dtype, target.shape, rule, read_rows, copies))
-    return made
+    return made, tuple(texts)
+
+
+def _joined_rule(
+    middle: Sequence[Target], rule: int, rules: tuple[Sequence[str], Sequence[str]], texts: dict[str, int]
+) -> int:
+    """The row of "first rule, then second rule" in ``texts``; -1 where names are only looked up."""
+    steps = list(dict.fromkeys(rules[0][before.rule] for before in middle if before.rule >= 0))
+    if rule >= 0:
+        steps.append(rules[1][rule])
+    return texts.setdefault(", then ".join(steps), len(texts)) if steps else -1
 
 
 def _same(made: Target, target: Target) -> bool:

@@ -7,7 +7,7 @@ names, layout of the experts) is asked through their own attributes.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable
 from contextlib import ExitStack, nullcontext
 from typing import Any, NamedTuple
 
@@ -76,6 +76,18 @@ def _kept_in_float32(model: nn.Module, dtype: torch.dtype | None) -> Callable[[s
     return kept
 
 
+def checked_dtype(dtype: torch.dtype | None) -> None:
+    """Raise UnsupportedError for what ``dtype=`` cannot be: only float16, bfloat16, float32 and float64 are numbers."""
+    if dtype is not None and (not isinstance(dtype, torch.dtype) or dtype_code(dtype) not in FLOATING):
+        raise UnsupportedError(
+            message(
+                "dtype= takes a floating torch dtype",
+                expected="torch.bfloat16, float16, float32 or float64",
+                found=repr(dtype),
+            )
+        )
+
+
 def tied_names(model: nn.Module) -> list[tuple[str, ...]]:
     """Groups of state dict names that are one tensor: shared parameters, and what a transformers model would tie."""
     first: dict[int, str] = {}
@@ -99,30 +111,11 @@ def tied_names(model: nn.Module) -> list[tuple[str, ...]]:
     return [tuple(group) for group in groups.values() if len(group) > 1]
 
 
-def with_tied(tensors: Mapping[str, Tensor], groups: Iterable[tuple[str, ...]]) -> dict[str, Tensor]:
-    """All names of every tied group on one tensor, unless the checkpoint holds different values for them."""
-    shared = dict(tensors)
-    for group in groups:
-        made = [name for name in group if name in tensors]
-        for name in group:
-            if made and (name not in tensors or torch.equal(tensors[name], tensors[made[0]])):
-                shared[name] = tensors[made[0]]
-    return shared
-
-
-def in_order(tensors: Mapping[str, Tensor], model: nn.Module | None) -> dict[str, Tensor]:
-    """The same tensors in the order of the model's state dict; names that it does not have come last."""
-    if model is None:
-        return dict(tensors)
-    order = {name: tensors[name] for name in model.state_dict() if name in tensors}
-    return order | {name: tensor for name, tensor in tensors.items() if name not in order}
-
-
 def expert_layouts(model: nn.Module) -> dict[str, ExpertLayout | None]:
     """Per module that holds grouped experts, how they lie; None where the module does not say."""
     layouts: dict[str, ExpertLayout | None] = {}
     for name, module in model.named_modules():
-        if not any(hasattr(module, leaf) for leaf in ("gate_up_proj", "up_proj")) or not name.endswith("experts"):
+        if name.rpartition(".")[2] != "experts" or not any(hasattr(module, n) for n in ("gate_up_proj", "up_proj")):
             continue
         if not isinstance(getattr(module, "down_proj", None), Tensor):
             continue
@@ -161,7 +154,17 @@ def meta_model(directory: str, dtype: torch.dtype | None, fallback_dtype: str | 
         )
     from transformers import AutoConfig, initialization
 
-    config = AutoConfig.from_pretrained(directory)
+    try:
+        config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        raise UnsupportedError(
+            message(
+                "transformers cannot read the checkpoint's config.json",
+                where=directory,
+                found=error,
+                do="pass model= or rules=, or use a transformers that knows the model (remote code is never run)",
+            )
+        ) from error
     if dtype is None:
         dtype = getattr(config, "dtype", None) or torch_dtype(fallback_dtype or "F32")
     safe_creation = getattr(initialization, "meta_device_safe_creation_ops", nullcontext)
@@ -176,8 +179,9 @@ def _model_class(config: Any, directory: str) -> Any:
     from transformers import MODEL_MAPPING
 
     for name in getattr(config, "architectures", None) or ():
-        if hasattr(transformers, name):
-            return getattr(transformers, name)
+        cls = getattr(transformers, name, None)
+        if isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel):
+            return cls
     if type(config) in MODEL_MAPPING:
         return MODEL_MAPPING[type(config)]
     raise UnsupportedError(
@@ -188,38 +192,3 @@ def _model_class(config: Any, directory: str) -> Any:
             do="pass model= (remote code is never run from here)",
         )
     )
-
-
-def put(model: nn.Module, name: str, tensor: Tensor) -> None:
-    """Make ``tensor`` the model's parameter or buffer of that name."""
-    path, _, leaf = name.rpartition(".")
-    module = model.get_submodule(path)
-    if leaf in module._buffers:
-        module._buffers[leaf] = tensor
-        return
-    old = module._parameters[leaf]
-    trains = tensor.is_floating_point() and (old is None or old.requires_grad)
-    module._parameters[leaf] = nn.Parameter(tensor, requires_grad=trains)
-
-
-def finish(model: nn.Module, made: Iterable[str], missing: Iterable[str], device: torch.device) -> None:
-    """Bring to life what no checkpoint holds: ties, and buffers that are computed (rotary frequencies).
-
-    Only for models that were on the meta device. A transformers model recomputes its own buffers; those of any other
-    module are left on the meta device for their owner.
-    """
-    if not is_pretrained_model(model):
-        return
-    state = model.state_dict(keep_vars=True)
-    for name in made:
-        state[name]._is_hf_initialized = True
-    for name, buffer in _computed_buffers(model):
-        if buffer.is_meta:
-            put(model, name, torch.empty_like(buffer, device=device))
-    model.initialize_weights()  # type: ignore[operator]
-    model.tie_weights(missing_keys=set(missing), recompute_mapping=False)  # type: ignore[operator]
-
-
-def _computed_buffers(model: nn.Module) -> list[tuple[str, Tensor]]:
-    kept = model.state_dict(keep_vars=True).keys()
-    return [(name, buffer) for name, buffer in model.named_buffers() if name not in kept]

@@ -26,9 +26,15 @@ from automodel_conv.planning.layouts import (
     holds_experts,
     relayout,
 )
-from automodel_conv.planning.models import expert_layouts, model_targets, tied_names
+from automodel_conv.planning.models import ExpertLayout, expert_layouts, model_targets, tied_names
 from automodel_conv.planning.plan import CopyPlan
-from automodel_conv.planning.registry import key_renamings, model_rules, saving_rules, without_ignored
+from automodel_conv.planning.registry import (
+    is_pretrained_model,
+    key_renamings,
+    model_rules,
+    saving_rules,
+    without_ignored,
+)
 from automodel_conv.planning.rules import RuleSet
 
 
@@ -60,8 +66,9 @@ def loading_plan(
         targets = model_targets(model, dtype)
     code = None if dtype is None else dtype_code(dtype)
     wanted = None if layout is None else get_layout(layout)
-    own = _own_layouts(model)
-    gated = _gated_by(model, rule_set)
+    experts = _experts_of(model, layout or source_layout)
+    own = {path: as_layout(said) for path, said in experts.items()}
+    gated = _gated_by(experts, rule_set)
 
     def canonical(path: str) -> Layout:
         return own.get(path, LAYOUTS["transformers"])
@@ -81,12 +88,14 @@ def loading_plan(
         )
     stages = []
     if source_layout is not None:
-        incoming = get_layout(source_layout)
+        incoming = _checked_layout(source_layout, table)
         stages.append(relayout(table, lambda path: incoming, canonical, gated))
         table = table_of(stages[-1].targets)
     plan, problems = compile_targets(table, rule_set, targets, code)
     stages.append(plan)
     if wanted is not None:
+        if model is None and rules is None and source_layout is None:
+            _checked_layout("transformers", table)
         stages.append(relayout(table_of(plan.targets), canonical, lambda path: wanted, gated))
     whole = stages[0]
     for stage in stages[1:]:
@@ -126,11 +135,12 @@ def saving_plan(
     if reference is not None:
         return _inverse_of_loading(table, reference, model, rules, layout)
     rule_set = RuleSet(saving_rules(model, rules), model, reverse=True)
-    own = _own_layouts(model)
+    experts = _experts_of(model, layout)
+    own = {path: as_layout(said) for path, said in experts.items()}
     stages = []
     if layout is not None:
-        given = get_layout(layout)
-        gated = _gated_by(model, rule_set)
+        given = _checked_layout(layout, table)
+        gated = _gated_by(experts, rule_set)
         stages.append(
             relayout(
                 table,
@@ -176,21 +186,48 @@ def _floating_like(dtype: str, present: set[str]) -> str:
     return dtype if dtype in present else "F32" if dtype.startswith("F8") else dtype
 
 
-def _own_layouts(model: nn.Module | None) -> dict[str, Layout]:
-    if model is None:
-        return {}
-    return {path: as_layout(own) for path, own in expert_layouts(model).items() if own is not None}
+def _experts_of(model: nn.Module | None, layout: str | None) -> dict[str, ExpertLayout]:
+    """How the experts modules of a model lie, as far as they say it.
+
+    Raises:
+        UnsupportedError: a layout is asked of a transformers model whose experts do not say how they lie.
+    """
+    said = {} if model is None else expert_layouts(model)
+    silent = [path for path, own in said.items() if own is None]
+    if layout is not None and silent and is_pretrained_model(model):
+        raise UnsupportedError(
+            message(
+                f"the layout {layout!r} cannot be reached from these experts, which do not say how they lie",
+                where=f"{silent[0]} of {type(model).__name__}",
+                do="leave layout out to take the experts as the model has them",
+            )
+        )
+    return {path: own for path, own in said.items() if own is not None}
 
 
-def _gated_by(model: nn.Module | None, rules: RuleSet) -> Callable[[str], bool]:
+def _checked_layout(name: str, table: SourceTable) -> Layout:
+    """The layout of that name, which some of the tensors must have, if there are any."""
+    layout = get_layout(name)
+    if table.names and not any(holds_experts(tensor, layout) for tensor in table.names):
+        raise UnsupportedError(
+            message(
+                f"no tensor is in the layout {name!r}",
+                expected=f"names that end in experts.{layout.gate_up} or experts.{layout.down}",
+                found=", ".join(table.names[:3]) + ", ...",
+                do="per-expert tensors take model= or rules= to be grouped",
+            )
+        )
+    return layout
+
+
+def _gated_by(experts: Mapping[str, ExpertLayout], rules: RuleSet) -> Callable[[str], bool]:
     """Whether an experts module has a gate: as the model says, else by whether the rules speak of ``experts.up_proj``.
 
     Without either, experts are taken to have one.
     """
-    said = {} if model is None else {path: own.gated for path, own in expert_layouts(model).items() if own is not None}
     patterns = [p for row in range(len(rules.converters)) for side in rules.patterns(row) for p in side]
     ungated = any(pattern.endswith("experts.up_proj") for pattern in patterns)
-    return lambda path: said.get(path, not ungated)
+    return lambda path: experts[path].gated if path in experts else not ungated
 
 
 def _any_experts(name: str) -> bool:

@@ -14,7 +14,7 @@ from functools import cached_property
 from typing import Any
 
 from automodel_conv.dtypes import BITS
-from automodel_conv.errors import UnsupportedError, message
+from automodel_conv.errors import ConversionError, UnknownTarget, UnsupportedError, message
 from automodel_conv.planning.composition import chained, inverted, table_of
 from automodel_conv.planning.copies import SourceTable, StridedCopy, Target
 from automodel_conv.planning.proof import prove
@@ -37,13 +37,19 @@ class CopyPlan:
         """The target of that name.
 
         Raises:
-            KeyError: no such target; the message suggests names with the same ending.
+            UnknownTarget: (a KeyError) no such target; suggests names with the same ending.
         """
         row = self._rows.get(name)
         if row is None:
             ending = name.rsplit(".", 2)[-1]
             near = [t.name for t in self.targets if t.name.endswith(ending)][:5]
-            raise KeyError(f"no target {name!r} in this plan; targets with that ending: {near}")
+            raise UnknownTarget(
+                message(
+                    f"no target {name!r} in this plan",
+                    found=f"targets with that ending: {near}",
+                    do="a name that is tied to another is made under the other name",
+                )
+            )
         return self.targets[row]
 
     @cached_property
@@ -101,7 +107,7 @@ class CopyPlan:
         """Every source of one target with the region it fills.
 
         Raises:
-            KeyError: no such target.
+            UnknownTarget: (a KeyError) no such target.
         """
         target = self.target(name)
         lines = [
@@ -165,11 +171,12 @@ class CopyPlan:
             CoverageError: ``following`` reads something this plan does not make.
         """
         first = {target.name: target for target in self.targets}
-        targets = chained(first, self.sources, following.targets, following.sources, len(self.rules))
+        texts = (self.rules, following.rules)
+        targets, rules = chained(first, self.sources, following.targets, following.sources, texts)
         plan = CopyPlan(
             self.sources,
             tuple(targets),
-            (*self.rules, *following.rules),
+            rules,
             (*self.missing, *following.missing),
             (*self.unexpected, *following.unexpected),
             (*self.mismatched, *following.mismatched),
@@ -219,30 +226,41 @@ class CopyPlan:
             CoverageError: the plan does not write every element once.
         """
         try:
-            data = _tuples(json.loads(text))
-        except json.JSONDecodeError:
-            data = None
-        if not isinstance(data, dict) or data.get("version") != 1:
-            raise UnsupportedError(message("not a plan in JSON form", expected="version 1"))
-        copies = [tuple(StridedCopy(*copy) for copy in group) for group in data["copies"]]
-        targets = tuple(
-            Target(name, dtype, shape, rule, sources, copies[group])
-            for name, dtype, shape, rule, sources, group in data["targets"]
-        )
-        names, dtypes, shapes = data["sources"]
-        unknown = {*dtypes, *(target.dtype for target in targets)} - BITS.keys()
-        if unknown:
-            raise UnsupportedError(message("a plan with unknown dtypes", found=sorted(unknown)))
-        plan = CopyPlan(
-            SourceTable(list(names), list(dtypes), list(shapes)),
-            targets,
-            data["rules"],
-            data["missing"],
-            data["unexpected"],
-            data["mismatched"],
-        )
+            plan = _from_data(_tuples(json.loads(text)))
+        except ConversionError:
+            raise
+        except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
+            raise UnsupportedError(
+                message("not a plan in JSON form", expected="version 1", found=f"{type(error).__name__}: {error}")
+            ) from error
         plan.validate()
         return plan
+
+
+def _from_data(data: Any) -> CopyPlan:
+    if data["version"] != 1:
+        raise UnsupportedError(message("not a plan in JSON form", expected="version 1", found=data["version"]))
+    copies = [tuple(StridedCopy(*copy) for copy in group) for group in data["copies"]]
+    targets = tuple(
+        Target(name, dtype, shape, rule, sources, copies[group])
+        for name, dtype, shape, rule, sources, group in data["targets"]
+    )
+    names, dtypes, shapes = data["sources"]
+    if not len(names) == len(dtypes) == len(shapes):
+        raise UnsupportedError(message("a plan whose source columns differ in length"))
+    unknown = {*dtypes, *(target.dtype for target in targets)} - BITS.keys()
+    if unknown:
+        raise UnsupportedError(message("a plan with unknown dtypes", found=sorted(unknown)))
+    if any(not -1 <= target.rule < len(data["rules"]) for target in targets):
+        raise UnsupportedError(message("a plan with targets of unknown rules"))
+    return CopyPlan(
+        SourceTable(list(names), list(dtypes), list(shapes)),
+        targets,
+        data["rules"],
+        data["missing"],
+        data["unexpected"],
+        data["mismatched"],
+    )
 
 
 def _walk(offset: int, shape: Sequence[int], strides: Sequence[int]) -> str:

@@ -8,7 +8,7 @@ Nothing is raised here: what does not fit is collected, so that one error can te
 from __future__ import annotations
 
 import re
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from operator import itemgetter
 from typing import NamedTuple
@@ -42,6 +42,7 @@ class _Claim(NamedTuple):
 # A number no checkpoint uses, one per numeric component; what comes back in a renamed name tells where it went.
 _SENTINEL = 9_700_000
 _SENTINELS = re.compile(r"97000\d\d")
+_MOST_NUMBERS = 100
 
 _Template = tuple[str | None, ...]  # the components of a name, None for the numeric ones
 
@@ -58,7 +59,7 @@ def resolve(names: Sequence[str], rules: RuleSet, targets: Mapping[str, object] 
     unexpected: dict[str, None] = {}
     for template, (numbers, rows) in _templates(names).items():
         representative = _fill(template, [str(_SENTINEL + i) for i in range(template.count(None))])
-        if rules.looks_at_digits(representative):
+        if template.count(None) > _MOST_NUMBERS or rules.looks_at_digits(representative):
             one_by_one += rows
             continue
         renamed, rule, pattern = rules.rename(representative)
@@ -239,8 +240,3 @@ def _counting_position(split: list[list[str]]) -> int | None:
     if len(differing) == 1 and all(parts[differing[0]].isdecimal() for parts in split):
         return differing[0]
     return None
-
-
-def names_not_made(targets: Mapping[str, object], made: Container[str]) -> list[str]:
-    """Targets that nothing provides, in the model's order."""
-    return [name for name in targets if name not in made]

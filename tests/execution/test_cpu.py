@@ -502,7 +502,7 @@ def test_any_read_that_fails_is_one_error_and_leaves_no_file_open(tmp_path, call
         text = str(error.value)
         assert ".safetensors" in text
         assert "experts." in text or "norm.weight" in text
-        written = [line.strip() for line in text.partition("written:")[2].splitlines()[1:]]
+        written = [line.strip() for line in text.partition("filled:")[2].splitlines()[1:]]
         assert f"{len(written)} of 3 targets" in text
         for name in written:
             assert_bytes_equal(buffers[name], expected[name])

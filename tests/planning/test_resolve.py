@@ -22,7 +22,7 @@ from transformers.core_model_loading import (
 
 from automodel_conv.planning.compiler import TargetSpec, compile_targets
 from automodel_conv.planning.copies import SourceTable
-from automodel_conv.planning.resolve import names_not_made, resolve
+from automodel_conv.planning.resolve import resolve
 from automodel_conv.planning.rules import RuleSet
 
 REGISTRY = oracles.registry()
@@ -363,10 +363,6 @@ def test_a_gap_in_the_experts_is_named_without_a_model_too():
 
 def test_a_name_with_a_nul_character_is_a_name():
     assert_agree(["a\0b.3.w", "c.w"], [merging()])
-
-
-def test_names_not_made_keep_the_order_of_the_model():
-    assert names_not_made({"c": 1, "a": 1, "b": 1}, {"a"}) == ["c", "b"]
 
 
 def test_no_names_resolve_to_nothing():

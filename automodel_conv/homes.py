@@ -1,0 +1,220 @@
+"""Where loaded tensors live in a model: found before anything is read, filled or put in place afterwards."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from automodel_conv.errors import ConversionError, UnsupportedError, message
+from automodel_conv.execution.buffers import allocate, dtype_of, span_bytes
+from automodel_conv.planning.models import tied_names
+from automodel_conv.planning.plan import CopyPlan
+from automodel_conv.planning.registry import is_pretrained_model
+
+
+class Place(NamedTuple):
+    """An attribute of a module that holds a parameter or a persistent buffer."""
+
+    module: nn.Module
+    leaf: str
+
+    def get(self) -> Tensor | None:
+        return self.module._parameters.get(self.leaf, self.module._buffers.get(self.leaf))
+
+    def put(self, tensor: Tensor) -> None:
+        if self.leaf in self.module._buffers:
+            self.module._buffers[self.leaf] = tensor
+        else:
+            self.module._parameters[self.leaf] = tensor  # type: ignore[assignment]
+
+
+def find_places(model: nn.Module) -> dict[str, list[Place]]:
+    """Per name of the state dict, the places that hold that very tensor; none for a copy that a hook handed out.
+
+    By identity, not by name: wrappers rename what ``state_dict`` gives, and shared parameters have several places.
+    """
+    holders: dict[int, list[Place]] = {}
+    for module in model.modules():
+        for leaf, tensor in (*module._parameters.items(), *module._buffers.items()):
+            if tensor is not None:
+                holders.setdefault(id(tensor), []).append(Place(module, leaf))
+    state = model.state_dict(keep_vars=True)
+    return {name: holders.get(id(tensor), []) for name, tensor in state.items() if isinstance(tensor, Tensor)}
+
+
+@dataclass
+class Homes:
+    """What a load into a model writes to: the model's own storage, or new tensors that take their place afterwards."""
+
+    plan: CopyPlan
+    buffers: dict[str, Tensor]
+    places: dict[str, list[Place]]
+    fresh: list[str]
+    doubled: list[tuple[str, str]]  # a second name of a parameter that has been loaded under its first
+
+    @staticmethod
+    def of(model: nn.Module, plan: CopyPlan, strict: bool) -> Homes:
+        """Find a home for every target before anything is read.
+
+        Raises:
+            UnsupportedError: a tensor that is not on the CPU, or that ``state_dict`` hands out as a copy.
+            ConversionError: two parameters share memory without being one.
+        """
+        state = model.state_dict(keep_vars=True)
+        homes = Homes(plan, {}, find_places(model), [], [])
+        first: dict[int, str] = {}
+        targets, fresh = [], []
+        for target in plan.targets:
+            tensor = state[target.name]
+            if not homes.places[target.name]:
+                raise UnsupportedError(
+                    message(
+                        f"{target.name} is neither a parameter nor a buffer of the model",
+                        found="a tensor that its state_dict() makes anew, so writing to it changes nothing",
+                        do="use load_state_dict() and the model's own load_state_dict()",
+                    )
+                )
+            if not tensor.is_meta:
+                require_cpu(tensor.device)
+            if id(tensor) in first:
+                homes.doubled.append((target.name, first[id(tensor)]))
+                if strict:  # to be compared; otherwise the first of two wins
+                    targets.append(target)
+                    fresh.append(target)
+                continue
+            first[id(tensor)] = target.name
+            targets.append(target)
+            if tensor.is_meta or tensor.dtype != dtype_of(target.dtype, target.name):
+                homes.fresh.append(target.name)
+                fresh.append(target)
+            else:
+                homes.buffers[target.name] = tensor.detach()
+        _refuse_shared_memory(homes.buffers)
+        homes.plan = replace(plan, targets=tuple(targets))
+        homes.buffers |= allocate(fresh)
+        return homes
+
+    @property
+    def extra_bytes(self) -> int:
+        """Bytes of the second copies of parameters that the checkpoint holds under two names."""
+        return sum(self.buffers[name].nbytes for name, _ in self.doubled if name in self.buffers)
+
+    def settle(self, model: nn.Module) -> None:
+        """Put new tensors into the model, and tie what is one parameter.
+
+        Raises:
+            ConversionError: the checkpoint has different values for two names of one parameter.
+        """
+        for name, other in self.doubled:
+            if name in self.buffers and not same_bytes(self.buffers[name], self.buffers[other]):
+                raise ConversionError(
+                    message(
+                        f"{name} and {other} are one parameter of the model",
+                        expected="equal values in the checkpoint",
+                        found="different values",
+                        do="untie them in the model, or remove one from the checkpoint; strict=False takes the first",
+                    )
+                )
+        tied = tied_names(model)
+        fresh = set(self.fresh)
+        for name in self.fresh:
+            _put_everywhere(self.places[name], self.buffers[name])
+        for group in tied:
+            made = [name for name in group if name in self.buffers]
+            if not fresh.intersection(made):
+                continue
+            shared = self.places[made[0]][0].get()
+            for name in group:
+                if name not in self.buffers or same_bytes(self.buffers[name], self.buffers[made[0]]):
+                    for place in self.places[name]:
+                        place.put(shared)  # type: ignore[arg-type]
+
+
+def _put_everywhere(places: Iterable[Place], tensor: Tensor) -> None:
+    """Make ``tensor`` the one parameter or buffer of all these places."""
+    parameter: nn.Parameter | None = None
+    for place in places:
+        if place.leaf in place.module._buffers:
+            place.put(tensor)
+            continue
+        if parameter is None:
+            old = place.module._parameters[place.leaf]
+            trains = tensor.is_floating_point() and (old is None or old.requires_grad)
+            parameter = nn.Parameter(tensor, requires_grad=trains)
+        place.put(parameter)
+
+
+def _refuse_shared_memory(buffers: Mapping[str, Tensor]) -> None:
+    """Two parameters of the model that overlap would be written twice, in any order."""
+    spans = sorted(
+        (tensor.data_ptr(), tensor.data_ptr() + span_bytes(tensor), name)
+        for name, tensor in buffers.items()
+        if tensor.numel() and tensor.is_contiguous()
+    )
+    for (_, stop, name), (start, _, other) in pairwise(spans):
+        if start < stop:
+            raise ConversionError(
+                message(f"{name} and {other} share memory but are two parameters", do="give each storage of its own")
+            )
+
+
+def finish(model: nn.Module, made: Iterable[str], missing: Iterable[str]) -> None:
+    """Bring to life what no checkpoint holds: ties, and buffers that are computed (rotary frequencies).
+
+    Only for models that were on the meta device. A transformers model recomputes its own buffers; those of any other
+    module are left on the meta device for their owner.
+    """
+    if not is_pretrained_model(model):
+        return
+    state = model.state_dict(keep_vars=True)
+    for name in made:
+        state[name]._is_hf_initialized = True
+    for module in model.modules():
+        for leaf in module._non_persistent_buffers_set:
+            buffer = module._buffers.get(leaf)
+            if buffer is not None and buffer.is_meta:
+                module._buffers[leaf] = torch.empty_like(buffer, device="cpu")
+    model.initialize_weights()  # type: ignore[operator]
+    model.tie_weights(missing_keys=set(missing), recompute_mapping=False)  # type: ignore[operator]
+
+
+def with_tied(tensors: Mapping[str, Tensor], groups: Iterable[tuple[str, ...]]) -> dict[str, Tensor]:
+    """All names of every tied group on one tensor, unless the checkpoint holds different values for them."""
+    shared = dict(tensors)
+    for group in groups:
+        made = [name for name in group if name in tensors]
+        for name in group:
+            if made and (name not in tensors or same_bytes(tensors[name], tensors[made[0]])):
+                shared[name] = tensors[made[0]]
+    return shared
+
+
+def in_order(tensors: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """The same tensors in the order of the model's state dict; names that it does not have come last."""
+    order = {name: tensors[name] for name in model.state_dict() if name in tensors}
+    return order | {name: tensor for name, tensor in tensors.items() if name not in order}
+
+
+def same_bytes(a: Tensor, b: Tensor) -> bool:
+    """Equal shape, dtype and bytes: a NaN equals itself, and 0.0 is not -0.0."""
+    if a is b:
+        return True
+    if (a.shape, a.dtype) != (b.shape, b.dtype):
+        return False
+    return torch.equal(*(t.detach().contiguous().reshape(-1).view(torch.uint8) for t in (a, b)))
+
+
+def require_cpu(device: torch.device) -> None:
+    """Raise UnsupportedError for any other device."""
+    if device.type != "cpu":
+        raise UnsupportedError(
+            message(
+                f"loading straight to {device} is not supported yet",
+                do="load to the CPU and move the model, or wait for the streaming GPU loader",
+            )
+        )

@@ -1,0 +1,166 @@
+"""Loading into modules of any kind: where tensors live, what is one parameter, what may be cast."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+import automodel_conv as amc
+from automodel_conv.testing import POISON, assert_bytes_equal
+
+
+def write(directory: Path, **tensors: torch.Tensor) -> Path:
+    save_file({name.replace("__", "."): tensor for name, tensor in tensors.items()}, directory / "model.safetensors")
+    return directory
+
+
+def poisoned(model: nn.Module) -> nn.Module:
+    for tensor in model.state_dict().values():
+        tensor.reshape(-1).view(torch.uint8).fill_(POISON)
+    return model
+
+
+class Tied(nn.Module):
+    def __init__(self, device: str = "cpu") -> None:
+        super().__init__()
+        self.embed = nn.Parameter(torch.zeros(3, device=device))
+        self.head = self.embed
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_one_parameter_under_two_names_takes_one_value(tmp_path, device):
+    value = torch.tensor([1.0, torch.nan, -0.0])
+    model = Tied(device)
+    report = amc.load_model(model, write(tmp_path, embed=value, head=value.clone()))
+    assert model.head is model.embed
+    assert_bytes_equal(model.embed.detach(), value)
+    assert report.peak_extra_bytes >= value.nbytes
+
+
+def test_different_values_for_one_parameter_are_refused_unless_the_first_shall_win(tmp_path):
+    write(tmp_path, embed=torch.tensor([0.0, 1, 2]), head=torch.tensor([-0.0, 1, 2]))
+    with pytest.raises(amc.ConversionError, match="one parameter of the model"):
+        amc.load_model(Tied(), tmp_path)
+    model = Tied()
+    amc.load_model(model, tmp_path, strict=False)
+    assert_bytes_equal(model.embed.detach(), torch.tensor([0.0, 1, 2]))
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_a_missing_name_of_a_loaded_parameter_is_not_missing(tmp_path, device):
+    model = Tied(device)
+    report = amc.load_model(model, write(tmp_path, head=torch.ones(3)))
+    assert report.missing_keys == ()
+    assert model.head is model.embed
+    assert_bytes_equal(model.embed.detach(), torch.ones(3))
+
+
+class Overlapping(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        flat = torch.zeros(10)
+        self.a, self.b = nn.Parameter(flat[:6]), nn.Parameter(flat[4:])
+
+
+def test_parameters_that_share_memory_are_refused_before_anything_is_written(tmp_path):
+    model = poisoned(Overlapping())
+    with pytest.raises(amc.ConversionError, match="a and b share memory"):
+        amc.load_model(model, write(tmp_path, a=torch.ones(6), b=torch.ones(6)))
+    assert (model.a.detach().view(torch.uint8) == POISON).all()
+
+
+class HandsOutCopies(nn.Linear):
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination[f"{prefix}weight"] = destination[f"{prefix}weight"] * 1
+
+
+def test_a_state_dict_of_copies_is_refused(tmp_path):
+    with pytest.raises(amc.UnsupportedError, match="weight is neither a parameter nor a buffer"):
+        amc.load_model(HandsOutCopies(2, 2, bias=False), write(tmp_path, weight=torch.ones(2, 2)))
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_a_module_whose_state_dict_renames_is_loaded(tmp_path, device):
+    from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+
+    model = nn.Sequential(checkpoint_wrapper(nn.Linear(3, 4, bias=False, device=device)))
+    value = torch.arange(12.0).reshape(4, 3)
+    amc.load_model(model, write(tmp_path, **{"0.weight": value}))
+    assert_bytes_equal(model.state_dict()["0.weight"], value)
+
+
+def test_double_precision_is_a_number(tmp_path):
+    model = nn.Linear(2, 2, bias=False)
+    value = torch.tensor([[1.5, 2], [3, 4]], dtype=torch.float64)
+    amc.load_model(model, write(tmp_path, weight=value))
+    assert_bytes_equal(model.weight.detach(), value.float())
+
+
+@pytest.mark.parametrize(
+    ("found", "wanted"),
+    [
+        (torch.float32, torch.int64),
+        (torch.float32, torch.bool),
+        (torch.bfloat16, torch.float8_e4m3fn),
+        (torch.float8_e4m3fn, torch.bfloat16),
+        (torch.int8, torch.bfloat16),
+        (torch.complex64, torch.float32),
+    ],
+)
+def test_a_cast_that_would_lose_more_than_precision_is_refused(tmp_path, found, wanted):
+    model = nn.Module()
+    model.register_buffer("a", torch.zeros(4, dtype=wanted))
+    with pytest.raises(amc.UnsupportedError, match="a cannot be cast for a"):
+        amc.load_model(model, write(tmp_path, a=torch.ones(4).to(found)))
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", torch.int8, torch.complex128, torch.float8_e4m3fn])
+def test_dtype_takes_numbers_only(tmp_path, dtype):
+    with pytest.raises(amc.UnsupportedError, match="dtype= takes"):
+        amc.load_state_dict(write(tmp_path, a=torch.ones(3)), rules=[], dtype=dtype)
+
+
+def test_config_with_remote_code_is_never_run(tmp_path):
+    pytest.importorskip("transformers")
+    write(tmp_path, a=torch.ones(3))
+    (tmp_path / "config.json").write_text('{"model_type": "mine", "auto_map": {"AutoConfig": "mine.Config"}}')
+    (tmp_path / "mine.py").write_text("raise SystemExit('remote code was run')")
+    with pytest.raises(amc.UnsupportedError, match=r"config\.json"):
+        amc.load_state_dict(tmp_path)
+
+
+def test_layout_of_experts_that_do_not_say_how_they_lie_is_refused(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    config = transformers.Llama4TextConfig(
+        num_hidden_layers=1, hidden_size=16, intermediate_size=12, intermediate_size_mlp=20, num_local_experts=3,
+        num_attention_heads=2, num_key_value_heads=1, head_dim=8, vocab_size=32,
+    )  # fmt: skip
+    model = transformers.Llama4ForCausalLM(config)
+    if all(hasattr(m, "is_transposed") for n, m in model.named_modules() if n.endswith(".experts")):
+        pytest.skip("this transformers says it")
+    with pytest.raises(amc.UnsupportedError, match="do not say how they lie"):
+        amc.convert_state_dict(model.state_dict(), model, layout="vllm")
+
+
+def test_loads_side_by_side_leave_torchs_threads_as_they_were(tmp_path):
+    write(tmp_path, **{f"t{i}": torch.ones(1000) for i in range(20)})
+    before = torch.get_num_threads()
+    loads = [
+        threading.Thread(target=amc.load_state_dict, args=(tmp_path,), kwargs={"rules": [], "threads": 1})
+        for _ in range(6)
+    ]
+    for load in loads:
+        load.start()
+    for load in loads:
+        load.join()
+    seen = []
+    after = threading.Thread(target=lambda: seen.append(torch.get_num_threads()))
+    after.start()
+    after.join()
+    assert (seen, torch.get_num_threads()) == ([before], before)
