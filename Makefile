@@ -39,7 +39,8 @@ test-transformers-%: $(VENV)/transformers-%/.installed
 
 test-without-triton: $(VENV)/installed
 	@PYTHONPATH=$(CURDIR)/tests/hide HIDDEN_PACKAGES=triton $(LEG) "without triton" \
-		$(PYTEST) -m "not packaging and not sweep"
+		$(PYTEST) -m "not packaging" tests/kernels tests/execution tests/test_imports.py tests/test_in_memory.py \
+		tests/test_loading.py tests/test_broken_checkpoints.py
 
 test-without-transformers: $(VENV)/installed
 	@PYTHONPATH=$(CURDIR)/tests/hide HIDDEN_PACKAGES=transformers $(LEG) "without transformers" \

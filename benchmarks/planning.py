@@ -28,6 +28,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import inspect
 import json
 import os
 import statistics
@@ -99,7 +100,9 @@ def upstream_plan(model: nn.Module, slices: dict[str, Any], load_config: Any) ->
     for cls in classes:
         cls.convert = stop
     try:
-        core.convert_and_load_state_dict_in_model(model, slices, load_config)
+        load = core.convert_and_load_state_dict_in_model
+        older = {"tp_plan": None} if "tp_plan" in inspect.signature(load).parameters else {}  # before 5.17
+        load(model, slices, load_config, **older)
     except _Reached:
         return
     finally:
