@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from automodel_conv.dtypes import FLOATING, dtype_code, torch_dtype
 from automodel_conv.errors import UnsupportedError, message
+from automodel_conv.files import system
 from automodel_conv.planning.compiler import TargetSpec
 from automodel_conv.planning.registry import is_pretrained_model, transformers_available
 
@@ -144,7 +145,7 @@ def meta_model(directory: str, dtype: torch.dtype | None, fallback_dtype: str | 
                 do="pip install transformers, or pass model= or rules=",
             )
         )
-    if not os.path.isfile(os.path.join(directory, "config.json")):
+    if not system.is_file(os.path.join(directory, "config.json")):
         raise UnsupportedError(
             message(
                 "the checkpoint has no config.json to build a model from",
