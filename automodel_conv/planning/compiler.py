@@ -10,7 +10,7 @@ from typing import NamedTuple
 from automodel_conv.dtypes import FLOATING
 from automodel_conv.errors import NameProblems, UnsupportedError, listing, message
 from automodel_conv.planning.copies import Fallback, SourceTable, StridedCopy, Target, group_pieces
-from automodel_conv.planning.lowering import Context, LoweringError, Operation, leaf, lower, needs_target_shapes
+from automodel_conv.planning.lowering import Context, LoweringError, Operation, Value, leaf, lower, needs_target_shapes
 from automodel_conv.planning.plan import CopyPlan
 from automodel_conv.planning.resolve import Assignment, missing_parts, resolve
 from automodel_conv.planning.rules import NotLowerable, RuleSet
@@ -122,10 +122,20 @@ def compile_targets(
     return plan, problems
 
 
-class _Made(NamedTuple):
-    """What a rule makes of sources of given shapes: per output key, its shape and copies."""
+class _Output(NamedTuple):
+    """One tensor that a rule makes: its key, shape and copies, and the ordinals of the sources they read."""
 
-    outputs: tuple[tuple[str, tuple[int, ...], tuple[StridedCopy, ...]], ...]
+    key: str
+    shape: tuple[int, ...]
+    copies: tuple[StridedCopy, ...]
+    reads: tuple[int, ...]
+
+
+class _Made(NamedTuple):
+    """What a rule makes of sources of given shapes, and the ordinals of sources that it drops."""
+
+    outputs: tuple[_Output, ...]
+    dropped: tuple[int, ...]
 
 
 class _Compiler:
@@ -174,24 +184,20 @@ class _Compiler:
             return []
         self._tell_unused(assignment, rows, made)
         targets = []
-        keys = [key for key, _, _ in made.outputs]
-        for (_, shape, copies), name in zip(made.outputs, self._names(assignment.target, keys), strict=True):
-            used = tuple(dict.fromkeys(i for copy in copies for i in copy.ordinals))
-            if len(used) != len(rows):  # only the sources that this one of several targets reads
-                copies, sources = _renumbered(copies, used), tuple(rows[i] for i in used)
-            else:
-                sources = rows
-            target = self._target(name, assignment.rule, shape, sources, copies, assignment)
+        names = self._names(assignment.target, [output.key for output in made.outputs])
+        for output, name in zip(made.outputs, names, strict=True):
+            all_read = len(output.reads) in (0, len(rows))  # none: empty tensors, which still tell a dtype
+            sources = rows if all_read else tuple([rows[i] for i in output.reads])
+            target = self._target(name, assignment.rule, output.shape, sources, output.copies, assignment)
             if target is not None:
                 targets.append(target)
         return targets
 
     def _tell_unused(self, assignment: Assignment, rows: tuple[int, ...], made: _Made) -> None:
         """File sources that the operations drop, and gaps in a merged list that no model's shape would show."""
-        used = {i for _, _, copies in made.outputs for copy in copies for i in copy.ordinals}
-        dropped = [row for i, row in enumerate(rows) if i not in used and prod(self.sources.shapes[row])]
-        if dropped:
-            names = [self.sources.names[row] for row in [rows[min(used, default=0)], *dropped]]
+        if made.dropped:
+            kept = next((i for i in range(len(rows)) if i not in made.dropped), 0)
+            names = [self.sources.names[rows[i]] for i in (kept, *made.dropped)]
             self.problems.duplicated.append((assignment.target, tuple(names)))
         if self.targets is None and self._merges(assignment):
             parts = missing_parts(self.sources.names, assignment, self.rules.patterns(assignment.rule)[0], 0)
@@ -228,9 +234,7 @@ class _Compiler:
                 slots[pattern] = [leaf(ordinal + i, shapes[row]) for i, row in enumerate(rows)]
                 ordinal += len(rows)
             values = lower(chain, slots, Context(source_patterns, target_patterns, wanted))
-            self._lowered[key] = _Made(
-                tuple((name, value.shape, group_pieces(value.pieces)) for name, value in values.items())
-            )
+            self._lowered[key] = _made(values, slots)
         return self._lowered[key]
 
     def _target_shapes(self, assignment: Assignment, patterns: Sequence[str]) -> tuple[tuple[int, ...], ...]:
@@ -337,9 +341,15 @@ def _distinct(shapes: list[tuple[int, ...]]) -> list[tuple[int, ...]]:
     return shapes[:1] if shapes.count(shapes[0]) == len(shapes) else shapes
 
 
-def _renumbered(copies: tuple[StridedCopy, ...], used: tuple[int, ...]) -> tuple[StridedCopy, ...]:
-    place = {ordinal: i for i, ordinal in enumerate(used)}
-    return tuple(copy._replace(ordinals=tuple(place[i] for i in copy.ordinals)) for copy in copies)
+def _made(values: Mapping[str, Value], slots: Mapping[str, list[Value]]) -> _Made:
+    outputs = []
+    for key, value in values.items():
+        reads = tuple(sorted({piece.source for piece in value.pieces}))
+        place = {ordinal: i for i, ordinal in enumerate(reads)}
+        copies = group_pieces(piece._replace(source=place[piece.source]) for piece in value.pieces)
+        outputs.append(_Output(key, value.shape, copies, reads))
+    given = {piece.source for values in slots.values() for value in values for piece in value.pieces}
+    return _Made(tuple(outputs), tuple(sorted(given.difference(*(output.reads for output in outputs)))))
 
 
 _INTEGERS = frozenset({"BOOL", "I8", "U8", "I16", "U16", "I32", "U32", "I64", "U64"})

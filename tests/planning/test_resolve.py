@@ -393,3 +393,9 @@ def test_rules_of_the_caller_are_never_changed(entry, reverse):
     names = checkpoint_names(rules)
     resolve(names, RuleSet(rules, reverse=reverse), None)
     assert [state(rule) for rule in rules] == before
+
+
+def test_empty_experts_keep_their_dtype():
+    table = SourceTable([f"experts.{e}.w1.weight" for e in range(3)], ["BF16"] * 3, [(0, 5)] * 3)
+    plan, _ = compile_targets(table, RuleSet([merging()]), None)
+    assert [(target.dtype, target.shape) for target in plan.targets] == [("BF16", (3, 0, 5))]
