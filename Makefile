@@ -45,7 +45,11 @@ test-without-triton: $(VENV)/installed
 
 test-without-transformers: $(VENV)/installed
 	@PYTHONPATH=$(CURDIR)/tests/hide HIDDEN_PACKAGES=transformers $(LEG) "without transformers" \
-		$(PYTEST) -m "not packaging"
+		$(PYTEST) -m "not packaging" --ignore=tests/machine_code --ignore=tests/kernels tests
+
+# Not part of the whole check: the oldest Triton that the kernels are written for.
+test-triton-%: $(VENV)/triton-%/.installed
+	@PYTHONPATH=$(CURDIR)/$(VENV)/triton-$* $(LEG) "triton $*" $(PYTEST) tests/machine_code tests/kernels
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .
@@ -76,6 +80,11 @@ $(VENV)/requirements: requirements-dev.txt
 
 $(VENV)/installed: $(VENV)/requirements pyproject.toml setup.py
 	@$(LEG) "install this package" $(BIN)/python -m pip install -qq --no-deps --no-build-isolation -e .
+	@touch $@
+
+$(VENV)/triton-%/.installed: $(VENV)/installed
+	@rm -rf $(@D)
+	@$(LEG) "install triton $*" $(BIN)/python -m pip install -qq --no-deps --target $(@D) triton==$*
 	@touch $@
 
 $(VENV)/transformers-%/.installed: $(VENV)/installed

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from automodel_conv.dtypes import dtype_code
 from automodel_conv.errors import ConversionError, UnsupportedError, message
 from automodel_conv.execution.buffers import allocate
+from automodel_conv.execution.kernel_batch import takes_kernels
 from automodel_conv.execution.memory import convert_tensors
 from automodel_conv.files.checkpoint import open_checkpoint
 from automodel_conv.homes import in_order, with_tied
@@ -22,8 +23,6 @@ from automodel_conv.planning.copies import SourceTable, Target
 from automodel_conv.planning.models import tied_names
 from automodel_conv.planning.pipeline import loading_plan, saving_plan
 from automodel_conv.planning.plan import CopyPlan
-
-BACKENDS = ("auto", "torch", "triton")
 
 
 def convert_state_dict(
@@ -46,20 +45,20 @@ def convert_state_dict(
         layout: how routed experts shall lie; None: as the model has them.
         source_layout: how grouped experts in ``state_dict`` lie; never guessed from shapes.
         out: tensors to write, by target name; every target needs one, of its shape and dtype.
-        backend: "torch" or "triton" for the copies; "auto" takes what the device has.
+        backend: "triton": kernels, and torch on the same device for copies that no kernel fits; "torch"; "auto":
+            "triton" for tensors of one GPU where Triton can run.
 
     Raises:
         NameProblems: names or shapes do not fit; lists all of them.
         ConversionError: a tensor of ``out`` is missing, does not fit, or shares memory with a source.
-        UnsupportedError: an unknown layout or backend.
+        UnsupportedError: an unknown layout or backend, or "triton" for tensors that kernels cannot reach.
     """
-    _check_backend(backend)
     _require_any(model, rules, layout, source_layout)
     plan, problems = loading_plan(
         _table(state_dict), model=model, rules=rules, layout=layout, source_layout=source_layout
     )
     problems.raise_unless_fit("the state dict")
-    converted = _run(plan, state_dict, out)
+    converted = _run(plan, state_dict, out, backend)
     return in_order(with_tied(converted, tied_names(model)), model) if model is not None else converted
 
 
@@ -88,23 +87,13 @@ def revert_state_dict(
         CoverageError: a tensor of the reference is only partly in ``state_dict``.
         ConversionError, UnsupportedError: see ``convert_state_dict``.
     """
-    _check_backend(backend)
     _require_any(model, rules, layout, reference)
     table = None
     if reference is not None:
         checkpoint = open_checkpoint(reference)
         table = SourceTable(checkpoint.names, checkpoint.dtypes, checkpoint.shapes)
     plan = saving_plan(_table(state_dict), model=model, rules=rules, layout=layout, reference=table)
-    return _run(plan, state_dict, out)
-
-
-def _check_backend(backend: str) -> None:
-    if backend not in BACKENDS:
-        raise UnsupportedError(message(f"unknown backend {backend!r}", expected=f"one of {BACKENDS}"))
-    if backend == "triton":
-        raise UnsupportedError(
-            message("the triton backend is not there yet", do='backend="torch" gives the same bytes')
-        )
+    return _run(plan, state_dict, out, backend)
 
 
 def _require_any(*said: object) -> None:
@@ -126,10 +115,13 @@ def _table(state_dict: Mapping[str, Tensor]) -> SourceTable:
     return SourceTable(list(state_dict), codes, [tuple(tensor.shape) for tensor in state_dict.values()])
 
 
-def _run(plan: CopyPlan, state_dict: Mapping[str, Tensor], out: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
+def _run(
+    plan: CopyPlan, state_dict: Mapping[str, Tensor], out: Mapping[str, Tensor] | None, backend: str
+) -> dict[str, Tensor]:
     sources = list(state_dict.values())
+    takes_kernels(backend, sources)  # refuses, even where nothing is to be moved
     if out is not None:
-        convert_tensors(plan, sources, out)
+        convert_tensors(plan, sources, out, backend=backend)
         return {target.name: out[target.name] for target in plan.targets}
     passed = {target.name: sources[target.sources[0]] for target in plan.targets if _passes_through(plan, target)}
     made = [target for target in plan.targets if target.name not in passed]
@@ -142,7 +134,7 @@ def _run(plan: CopyPlan, state_dict: Mapping[str, Tensor], out: Mapping[str, Ten
             )
         )
     buffers = allocate(made, device)
-    convert_tensors(CopyPlan(plan.sources, tuple(made), plan.rules), sources, buffers)
+    convert_tensors(CopyPlan(plan.sources, tuple(made), plan.rules), sources, buffers, backend=backend)
     return {target.name: passed.get(target.name, buffers.get(target.name)) for target in plan.targets}  # type: ignore[misc]
 
 

@@ -12,6 +12,15 @@ import torch
 from torch import Tensor
 
 from automodel_conv.errors import ConversionError, message
+from automodel_conv.kernels.address_table import WIDEST, Matrices, as_matrices, at_addresses
+from automodel_conv.kernels.launch import check_destination, check_operands, run
+from automodel_conv.kernels.variants import Geometry, Variant, element_types
+
+# Rows and columns of a tile by the sizes of a source's and a destination's element, in bytes: runs of at least 128
+# bytes on both sides, at least 8 KiB for a block of 128 threads. 64 divides the widths of common models, 2880 too.
+_TILES = {(2, 2): (64, 64), (4, 4): (64, 32), (2, 4): (64, 64), (4, 2): (64, 64)}
+# Where elements move one by one, larger tiles need more registers for addresses than there are.
+SCALAR_TILE = (32, 32)
 
 # Rows taken at once: fewer write short pieces to the destination (128 rows of bf16 are 256 bytes),
 # more push the transposed panel out of the second-level cache. From 96 to 192 it makes little odds.
@@ -29,6 +38,59 @@ _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32}
 # channels-last tensor, through fbgemm. In cache it does 14 - 30 GB/s where a strided copy_ does
 # 2 - 6. fbgemm needs AVX2; without it the same shuffle is a slow loop, or raises.
 _SIMD_SHUFFLE = hasattr(torch, "native_channel_shuffle") and (torch.backends.cpu.get_cpu_capability().startswith("AVX"))
+
+
+def transpose(dst: Sequence[Tensor] | Matrices, src: Sequence[Tensor] | Matrices) -> None:
+    """``dst[k].copy_(src[k].t())`` for each k, in one launch for each alignment of the addresses that occurs.
+
+    Args:
+        dst: ``[C, R]``, of one kind: shape, dtype, row stride, device; at multiples of its element size. Elements of a
+            row are adjacent, rows at any stride. Must overlap neither itself nor ``src``; nothing here checks it.
+        src: ``[R, C]`` likewise, as many, at any address; rows may overlap each other.
+
+    Dtypes: equal ones of 1, 2 or 4 bytes, which move as they are, or two of bfloat16, float16, float32, rounded to
+    nearest even. Full rate where addresses and rows are multiples of 16 bytes on both sides; nearly so at 8 for equal
+    dtypes; far less below. Moves ``bytes_moved(dst, src)`` bytes. Uploads one table; queued on the current stream, so
+    the memory must live until that is done. Compiles one kernel for each dtype pair and alignment, the first time.
+
+    Raises:
+        ConversionError: operands of unlike count, shape, dtype, stride or device, or a destination between elements;
+            nothing is written then.
+        UnsupportedError: other dtypes, or a device that kernels do not run on.
+    """
+    dst, src = as_matrices("dst", dst), as_matrices("src", src)
+    check_operands("transpose", {"dst": dst, "src": src}, {"dst": (src.columns, src.rows), "src": src.shape})
+    types = element_types(dst.dtype, src.dtype)
+    if not dst.nbytes:
+        return
+    check_destination("transpose", dst)
+    if types == ("uint8", "uint8") and src.rows % 2 == 0:
+        _transpose_bytes(dst, src)
+        return
+    geometry = Geometry(src.rows, src.columns, src.row_stride, dst.row_stride)
+    run((dst, src), 1, lambda d, s: (transpose_variant(dst.dtype, src.dtype, d, s), geometry))
+
+
+def transpose_variant(dst: torch.dtype, src: torch.dtype, dst_alignment: int, src_alignment: int) -> Variant:
+    """Vectors as long as the lesser alignment allows, for casts only whole ones of 16 bytes; or elements."""
+    dst_type, src_type = element_types(dst, src)
+    both = min(dst_alignment, src_alignment)
+    if src.itemsize > 1 and (both == WIDEST or (both == WIDEST // 2 and dst == src)):
+        tile = _TILES[src.itemsize, dst.itemsize]
+        return Variant("transpose_tiles", src_type, dst_type, both // src.itemsize, both // dst.itemsize, *tile)
+    return Variant("transpose_tiles", src_type, dst_type, 1, 1, *SCALAR_TILE, bytewise=src_alignment < src.itemsize)
+
+
+def _transpose_bytes(dst: Matrices, src: Matrices) -> None:
+    """Even and odd rows become alternating columns: words of two bytes cost a GPU far less than single ones."""
+    # interleave needs transpose_torch for its twin.
+    from automodel_conv.kernels.interleave import interleave
+
+    shape, stride = (src.rows // 2, src.columns), 2 * src.row_stride
+    even, odd = (
+        at_addresses(src.addresses + row * src.row_stride, shape, stride, src.dtype, src.device) for row in (0, 1)
+    )
+    interleave(dst, even, odd)
 
 
 @torch.no_grad()

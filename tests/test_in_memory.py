@@ -1,6 +1,8 @@
 """State dict in, state dict out: layouts, explicit rules, buffers of the caller, and what upstream's own code makes."""
 
+import importlib.util
 import itertools
+from unittest import mock
 
 import pytest
 import torch
@@ -122,6 +124,35 @@ def test_layouts_go_there_and_back(source, target, dtype):
     assert_same(made, amc.convert_state_dict(grouped(dtype=dtype), layout=target))
     assert_same(amc.convert_state_dict(made, layout=source, source_layout=target), start)
     assert_same(amc.revert_state_dict(made, layout=target), grouped(dtype=dtype))
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.uint8], ids=str)
+@pytest.mark.parametrize(("source", "target"), list(itertools.product(LAYOUTS, LAYOUTS)))
+def test_kernels_lay_experts_out_as_torch_does(source, target, dtype):
+    start = amc.convert_state_dict(grouped(dtype=dtype), layout=source)
+    made = {
+        backend: amc.convert_state_dict(start, layout=target, source_layout=source, backend=backend)
+        for backend in ("torch", "triton")
+    }
+    assert_same(made["triton"], made["torch"])
+    back = {name: torch.full_like(tensor, 3) for name, tensor in start.items()}
+    amc.convert_state_dict(made["triton"], layout=source, source_layout=target, out=back, backend="triton")
+    assert_same(back, start)
+    assert_same(amc.revert_state_dict(made["triton"], layout=target, backend="triton"), grouped(dtype=dtype))
+
+
+@needs_transformers
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+@pytest.mark.parametrize("layout", [None, *LAYOUTS])
+def test_kernels_merge_projections_as_torch_does_and_take_them_apart(layout):
+    tensors = projections(dtype=torch.bfloat16)
+    made = {
+        backend: amc.convert_state_dict(tensors, rules=merging(), layout=layout, backend=backend)
+        for backend in ("torch", "triton")
+    }
+    assert_same(made["triton"], made["torch"])
+    assert_same(amc.revert_state_dict(made["triton"], rules=merging(), layout=layout, backend="triton"), tensors)
 
 
 @needs_transformers
@@ -313,7 +344,10 @@ def test_an_unknown_layout_is_named(argument):
 
 @pytest.mark.parametrize("front_door", [amc.convert_state_dict, amc.revert_state_dict])
 def test_backends_are_never_exchanged_silently(front_door):
-    with pytest.raises(UnsupportedError, match="triton"):
+    with (
+        mock.patch("automodel_conv.execution.kernel_batch.why_not", return_value="the interpreter is off"),
+        pytest.raises(UnsupportedError, match="the interpreter is off"),
+    ):
         front_door(grouped(), layout="nemo", backend="triton")
     with pytest.raises(UnsupportedError, match="unknown backend 'cuda'"):
         front_door(grouped(), layout="transformers", backend="cuda")

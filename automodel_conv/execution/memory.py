@@ -3,33 +3,47 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from automodel_conv.errors import ConversionError, message
 from automodel_conv.execution.buffers import Aim, checked, dtype_of, span_bytes, strided
+from automodel_conv.execution.kernel_batch import KernelBatch, takes_kernels
 from automodel_conv.execution.upstream import run_upstream, upstream_calls
 from automodel_conv.kernels.strided_copy import strided_copy_torch
-from automodel_conv.planning.copies import StridedCopy, Target, group_pieces
+from automodel_conv.planning.copies import StridedCopy, group_pieces
 from automodel_conv.planning.plan import CopyPlan
 from automodel_conv.planning.view import NotAffine, Piece, chain, contiguous_strides
 
 
-def convert_tensors(plan: CopyPlan, sources: Sequence[Tensor], buffers: Mapping[str, Tensor]) -> None:
+class Work(NamedTuple):
+    """How many copies kernels made, and how many torch made one by one."""
+
+    by_kernels: int
+    by_torch: int
+
+
+def convert_tensors(
+    plan: CopyPlan, sources: Sequence[Tensor], buffers: Mapping[str, Tensor], *, backend: str = "torch"
+) -> Work:
     """Fill the buffers of all targets of a plan from tensors.
 
-    Allocates nothing, but a contiguous copy of a source whose strides the copies cannot follow, and
-    what upstream's own code allocates for its targets.
+    Allocates nothing, but a contiguous copy of a source whose strides the copies cannot follow, what
+    upstream's own code allocates for its targets, and a small table of addresses for each kernel.
 
     Args:
         sources: by row of the plan's sources, any strides; rows that no target takes are ignored.
         buffers: by target name, of the target's shape and dtype, any strides. Written in place.
+        backend: "torch"; "triton": kernels, but torch, counted, for the copies that none fits; "auto":
+            "triton" where kernels run on the tensors' device, which on a CPU they do not.
 
     Raises:
         ConversionError: a source or a buffer does not fit, or a buffer shares memory with a source;
             before anything is written.
-        UnsupportedError: a dtype that torch does not know, or strides that copies cannot follow.
+        UnsupportedError: a dtype that torch does not know, strides that copies cannot follow, or
+            "triton" for tensors that kernels cannot reach.
     """
     rows = sorted(plan.used_sources)
     tensors = {row: _checked_source(plan, row, sources[row]) for row in rows}
@@ -38,14 +52,24 @@ def convert_tensors(plan: CopyPlan, sources: Sequence[Tensor], buffers: Mapping[
         ((plan.sources.names[row], tensor) for row, tensor in tensors.items()),
         ((target.name, output) for target, output in zip(plan.targets, outputs, strict=True)),
     )
+    use_kernels = takes_kernels(backend, [*tensors.values(), *outputs])
     aim = Aim()
     aimed = [aim(target, output) for target, output in zip(plan.targets, outputs, strict=True)]
+    batch, by_kernels, by_torch = KernelBatch(), 0, 0
     with torch.no_grad():
         for target, output, copies in zip(plan.targets, outputs, aimed, strict=True):
             if output.numel() and target.fallback is None:
-                _fill(target, output, copies, [tensors[row] for row in target.sources])
+                copies, reads = _from_real_strides(copies, [tensors[row] for row in target.sources])
+                for copy in _of_one_dtype(copies, reads):
+                    if use_kernels and batch.add(copy, reads, output):
+                        by_kernels += len(copy.ordinals)
+                    else:
+                        by_torch += len(copy.ordinals)
+                        _copy_by_torch(copy, reads, output)
+        batch.launch()
     for call in upstream_calls(plan):
         run_upstream(call, {row: tensors[row] for row in call.rows}, buffers)
+    return Work(by_kernels, by_torch)
 
 
 def _checked_source(plan: CopyPlan, row: int, tensor: Tensor) -> Tensor:
@@ -87,27 +111,34 @@ def _refuse_shared_memory(sources: Iterable[tuple[str, Tensor]], buffers: Iterab
             ends[device, written] = (stop, name)
 
 
-def _fill(target: Target, output: Tensor, copies: Sequence[StridedCopy], sources: Sequence[Tensor]) -> None:
-    plain = all(source.is_contiguous() for source in sources)
-    if not plain:
-        copies, sources = _from_real_strides(copies, sources)
-    for copy in copies:
-        # Sources of one target can differ in dtype, and one call takes tensors of one kind.
-        batches: dict[torch.dtype, tuple[list[Tensor], list[Tensor]]] = {}
-        columns = zip(copy.ordinals, copy.source_offsets, copy.target_offsets, strict=True)
-        for ordinal, source_offset, target_offset in columns:
-            source = sources[ordinal]
-            dst, src = batches.setdefault(source.dtype, ([], []))
-            dst.append(strided(output, copy.shape, copy.target_strides, target_offset))
-            src.append(strided(source, copy.shape, copy.source_strides, source_offset))
-        for dst, src in batches.values():
-            strided_copy_torch(dst, src)
+def _of_one_dtype(copies: Sequence[StridedCopy], sources: Sequence[Tensor]) -> Sequence[StridedCopy]:
+    """The copies, apart where the sources of one target differ in dtype: one call takes tensors of one kind."""
+    kinds = {source.dtype for source in sources}
+    if len(kinds) == 1:
+        return copies
+    return [
+        part
+        for kind in kinds
+        for copy in copies
+        for part in group_pieces(piece for piece in copy.pieces() if sources[piece.source].dtype == kind)
+    ]
+
+
+def _copy_by_torch(copy: StridedCopy, sources: Sequence[Tensor], output: Tensor) -> None:
+    dst = [strided(output, copy.shape, copy.target_strides, offset) for offset in copy.target_offsets]
+    src = [
+        strided(sources[ordinal], copy.shape, copy.source_strides, offset)
+        for ordinal, offset in zip(copy.ordinals, copy.source_offsets, strict=True)
+    ]
+    strided_copy_torch(dst, src)
 
 
 def _from_real_strides(
     copies: Sequence[StridedCopy], sources: Sequence[Tensor]
 ) -> tuple[Sequence[StridedCopy], Sequence[Tensor]]:
     """Copies that read sources as they lie, and sources, contiguous where copies cannot follow."""
+    if all(source.is_contiguous() for source in sources):
+        return copies, sources
     sources = list(sources)
     pieces: dict[int, list[Piece]] = {}
     for copy in copies:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
+from unittest import mock
+
 import pytest
 import torch
 from hypothesis import given, reject
@@ -10,8 +13,9 @@ from torch import Tensor
 
 from automodel_conv.dtypes import torch_dtype
 from automodel_conv.errors import ConversionError, UnsupportedError
+from automodel_conv.execution import kernel_batch
 from automodel_conv.execution.buffers import allocate
-from automodel_conv.execution.memory import convert_tensors
+from automodel_conv.execution.memory import Work, convert_tensors
 from automodel_conv.planning import lowering
 from automodel_conv.planning.copies import Fallback, SourceTable, Target
 from automodel_conv.planning.lowering import Operation, leaf
@@ -32,16 +36,24 @@ from tests.execution.support import (
     target,
 )
 
+BACKENDS = ("torch",) if importlib.util.find_spec("triton") is None else ("torch", "triton")
+needs_triton = pytest.mark.skipif("triton" not in BACKENDS, reason="triton is not installed")
 LAYOUTS = {"rows": (), "transposed": (TRANSPOSE,), "interleaved": (INTERLEAVE, TRANSPOSE)}
 
 
-def check_conversion(plan: CopyPlan, tensors: dict[str, Tensor], sources: list[Tensor]) -> None:
-    guards = {t.name: guarded(t.shape, torch_dtype(t.dtype)) for t in plan.targets}
-    convert_tensors(plan, sources, {name: guard.tensor for name, guard in guards.items()})
-    expected = naive(plan, tensors)
-    for name, guard in guards.items():
-        guard.check()
-        assert_bytes_equal(guard.tensor, expected[name])
+def check_conversion(
+    plan: CopyPlan, tensors: dict[str, Tensor], sources: list[Tensor], backends=BACKENDS
+) -> list[Work]:
+    expected, work = naive(plan, tensors), []
+    for backend in backends:
+        guards = {t.name: guarded(t.shape, torch_dtype(t.dtype)) for t in plan.targets}
+        work.append(
+            convert_tensors(plan, sources, {name: guard.tensor for name, guard in guards.items()}, backend=backend)
+        )
+        for name, guard in guards.items():
+            guard.check()
+            assert_bytes_equal(guard.tensor, expected[name])
+    return work
 
 
 def laid_out(tensor: Tensor, order: tuple[int, ...], step: int = 1) -> Tensor:
@@ -72,6 +84,87 @@ def test_experts_are_grouped(layout, source_layout):
         "sliced": lambda t: laid_out(t, (1, 0), step=3),
     }[source_layout]
     check_conversion(plan, tensors, [lay(t) for t in tensors.values()])
+
+
+@needs_triton
+def test_layers_of_one_geometry_are_one_launch_for_each_verb():
+    tensors = experts(3, 16, 24, torch.bfloat16)
+    layers = {f"{n}.{name}": tensor + 0 for n in range(4) for name, tensor in tensors.items()}
+    sources = table(layers)
+    targets = []
+    for n in range(4):
+        gate, up, down = ([f"{n}.{name}" for name in expert_names(3, p)] for p in ("gate", "up", "down"))
+        targets += [
+            target(sources, f"{n}.gate_up", "BF16", [gate, up], [MERGE, CONCATENATE, TRANSPOSE]),
+            target(sources, f"{n}.down", "BF16", [down], [MERGE]),
+        ]
+    launched = []
+    with mock.patch.multiple(kernel_batch, _VERBS={v: spy(f, launched) for v, f in kernel_batch._VERBS.items()}):
+        (work,) = check_conversion(plan_of(sources, *targets), layers, list(layers.values()), ["triton"])
+    assert sorted(launched) == [("strided_copy", 12), ("transpose", 24)]
+    assert work == Work(by_kernels=36, by_torch=0)
+
+
+@needs_triton
+def test_copies_that_no_kernel_fits_are_made_by_torch_and_counted():
+    tensors = {"alternating": address_valued((6, 10), torch.float32), "wide": address_valued((3, 5), torch.int64)}
+    sources = table(tensors)
+    apart = Operation("Interleave", (("dim", 1), ("inverse", False)))
+    plan = plan_of(
+        sources,
+        target(sources, "apart", "F32", [["alternating"]], [apart]),
+        target(sources, "turned", "I64", [["wide"]], [Operation("Transpose", (("dim0", 0), ("dim1", 1)))]),
+        target(sources, "same", "I64", [["wide"]], []),
+    )
+    torch_work, triton_work = check_conversion(plan, tensors, list(tensors.values()))
+    assert torch_work.by_kernels == 0
+    assert triton_work.by_kernels == 1
+    assert triton_work.by_torch >= 2
+
+
+@needs_triton
+def test_conjugate_views_arrive_conjugated():
+    tensors = {"z": torch.tensor([[1 + 2j, 3 - 4j]], dtype=torch.complex64)}
+    sources = table(tensors)
+    plan = plan_of(sources, target(sources, "z", "C64", [["z"]], []))
+    for backend in BACKENDS:
+        made = torch.zeros(1, 2, dtype=torch.complex64)
+        convert_tensors(plan, [tensors["z"].conj()], {"z": made}, backend=backend)
+        assert_bytes_equal(made, tensors["z"].conj().resolve_conj())
+
+
+def spy(verb, launched):
+    def call(*operands):
+        launched.append((verb.__name__, len(operands[0].addresses)))
+        verb(*operands)
+
+    return call
+
+
+def test_an_explicit_backend_never_falls_back():
+    tensors = [torch.zeros(2), torch.zeros(2)]
+    with mock.patch.object(kernel_batch, "why_not", return_value="no compiler"):
+        with pytest.raises(UnsupportedError, match="no compiler"):
+            kernel_batch.takes_kernels("triton", tensors)
+        assert not kernel_batch.takes_kernels("auto", tensors)
+    with pytest.raises(UnsupportedError, match="several devices"):
+        kernel_batch.takes_kernels("triton", [*tensors, torch.zeros(2, device="meta")])
+    with pytest.raises(UnsupportedError, match="unknown backend 'cuda'"):
+        kernel_batch.takes_kernels("cuda", tensors)
+    assert not kernel_batch.takes_kernels("torch", tensors)
+
+
+def test_auto_takes_kernels_on_one_gpu_where_they_run():
+    class OnGpu:
+        def __init__(self, index):
+            self.device = torch.device("cuda", index)
+
+    with mock.patch.object(kernel_batch, "why_not", return_value=None):
+        assert kernel_batch.takes_kernels("auto", [OnGpu(0), OnGpu(0)])
+        assert not kernel_batch.takes_kernels("auto", [OnGpu(0), OnGpu(1)])
+        assert not kernel_batch.takes_kernels("auto", [torch.zeros(1)])
+    with mock.patch.object(kernel_batch, "why_not", return_value="triton is not installed"):
+        assert not kernel_batch.takes_kernels("auto", [OnGpu(0)])
 
 
 def test_tensors_large_enough_for_fast_transposes_arrive_whole():

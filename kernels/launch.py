@@ -1,0 +1,182 @@
+"""From matrices to launches: which compiled variant fits which addresses, and starting them."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import os
+import shutil
+from collections.abc import Callable, Sequence
+from functools import cache
+
+import numpy as np
+import torch
+
+from automodel_conv.errors import ConversionError, UnsupportedError, message
+from automodel_conv.kernels.address_table import WIDEST, Matrices, alignment, upload
+from automodel_conv.kernels.variants import Geometry, Variant
+
+_MOST_ROWS = 65535  # of a table in one launch: the second dimension of a CUDA grid
+_INT32 = 2**31
+MOST_STRIDE = 2**19
+"""Elements: every variant of every verb takes steps between rows up to this, and rows up to this long."""
+MOST_RUN = 2**30
+"""Bytes: ``strided_copy`` takes rows up to this long, where there is one row or no gap between rows."""
+
+
+def check_operands(verb: str, operands: dict[str, Matrices], shapes: dict[str, tuple[int, int]]) -> None:
+    """All operands are as many, on one device, and of the shapes given.
+
+    Raises:
+        ConversionError: names the operand that differs.
+    """
+    first = next(iter(operands.values()))
+    for name, matrices in operands.items():
+        expected = (len(first.addresses), shapes[name], first.device)
+        found = (len(matrices.addresses), matrices.shape, matrices.device)
+        if found != expected and (expected[0] or found[0]):
+            raise ConversionError(
+                message(
+                    f"the operands of {verb} do not fit together",
+                    where=name,
+                    expected=f"{expected[0]} of {list(expected[1])} on {expected[2]}",
+                    found=f"{found[0]} of {list(found[1])} on {found[2]}",
+                )
+            )
+
+
+def check_alike(names: str, first: Matrices, second: Matrices) -> None:
+    """Both have one dtype and one row stride.
+
+    Raises:
+        ConversionError: they do not.
+    """
+    kinds = [(m.dtype, m.row_stride) for m in (first, second)]
+    if kinds[0] != kinds[1] and len(first.addresses):
+        raise ConversionError(
+            message(
+                f"{names} are not of one kind",
+                expected=f"{kinds[0][0]}, row stride {kinds[0][1]}",
+                found=f"{kinds[1][0]}, row stride {kinds[1][1]}",
+            )
+        )
+
+
+def check_destination(verb: str, dst: Matrices) -> None:
+    """Elements of the destination lie at multiples of their size.
+
+    Raises:
+        ConversionError: names the first address that does not.
+    """
+    off = dst.addresses % dst.dtype.itemsize
+    if off.any():
+        index = int((off != 0).argmax())
+        raise ConversionError(
+            message(
+                f"{verb} writes whole elements",
+                where=f"destination {index}",
+                expected=f"an address that {dst.dtype.itemsize} divides",
+                found=f"{int(dst.addresses[index]):#x}",
+            )
+        )
+
+
+@cache
+def why_not(device: torch.device) -> str | None:
+    """Why kernels cannot run on tensors of this device; None where they can."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    from automodel_conv.kernels.moves_triton import INTERPRETED
+
+    if INTERPRETED and device.type != "cpu":
+        return "Triton's interpreter is on, which reads host memory"
+    if not INTERPRETED and device.type != "cuda":
+        return f"tensors on {device.type} need Triton's interpreter, which is off"
+    compilers = (os.environ.get("CC"), "gcc", "clang", "cc")
+    if not INTERPRETED and not any(shutil.which(name) for name in compilers if name):
+        return "Triton found no C compiler"
+    return None
+
+
+def run(
+    operands: Sequence[Matrices],
+    dst_count: int,
+    choose: Callable[[int, int], tuple[Variant, Geometry]],
+) -> None:
+    """Launch over all rows of the address table, once for each variant that its addresses need; uploads it once.
+
+    Args:
+        operands: columns of the table, the ``dst_count`` destinations first.
+        choose: what to launch for an alignment of the destinations and one of the sources, in bytes.
+
+    Raises:
+        UnsupportedError: kernels cannot run here.
+        ConversionError: a matrix too large for the arithmetic of a tile.
+    """
+    device = operands[0].device
+    reason = why_not(device)
+    if reason is not None:
+        raise UnsupportedError(message(f"Triton kernels cannot run: {reason}", do='use backend="torch"'))
+    from automodel_conv.kernels import moves_triton
+
+    table = np.stack([operand.addresses for operand in operands], axis=1)
+    launches, of_row = _assign(table, operands, dst_count, choose)
+    order = np.argsort(of_row, kind="stable")
+    on_device = upload(table[order], device)
+    bounds = np.searchsorted(of_row[order], np.arange(len(launches) + 1))
+    scope = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+    with scope:
+        for (variant, geometry), start, stop in zip(launches, bounds[:-1].tolist(), bounds[1:].tolist(), strict=True):
+            tiles = checked_tiles(variant, geometry)
+            for at in range(start, stop, _MOST_ROWS):
+                rows = on_device[at : min(stop, at + _MOST_ROWS)]
+                moves_triton.launch(variant, (tiles, len(rows)), rows, _in_vectors(variant, geometry))
+
+
+def _assign(
+    table: np.ndarray,
+    operands: Sequence[Matrices],
+    dst_count: int,
+    choose: Callable[[int, int], tuple[Variant, Geometry]],
+) -> tuple[list[tuple[Variant, Geometry]], np.ndarray]:
+    """The launches that the rows of a table need, and which of them each row takes."""
+    sides = []
+    for columns in (slice(0, dst_count), slice(dst_count, None)):
+        steps = np.bitwise_or.reduce([operand.steps_bytes for operand in operands[columns]])
+        sides.append(alignment(np.bitwise_or.reduce(table[:, columns], axis=1) | steps))
+    known: dict[tuple[Variant, Geometry], int] = {}
+    codes = sides[0] * (2 * WIDEST) + sides[1]
+    of_row = np.empty(len(table), np.int64)
+    for code in np.unique(codes).tolist():
+        of_row[codes == code] = known.setdefault(choose(*divmod(code, 2 * WIDEST)), len(known))
+    return list(known), of_row
+
+
+def checked_tiles(variant: Variant, geometry: Geometry) -> int:
+    """How many tiles a matrix has, if offsets within one, in elements and in bytes, fit 32 bits."""
+    rows, columns = variant.tile_rows, variant.tile_columns
+    tiles = -(-geometry.rows // rows) * -(-geometry.columns // columns)
+    # Tiles of a transposing kernel are written column by column; 8 bytes are a pair of the widest elements.
+    written = rows if variant.kernel == "copy_tiles" else columns
+    reach = 8 * (max(rows * geometry.src_stride, written * geometry.dst_stride) + max(rows, columns))
+    if max(reach, tiles, geometry.rows + rows, geometry.columns + columns) >= _INT32:
+        raise ConversionError(
+            message(
+                "a matrix is too large for one call",
+                expected=f"tiles of {rows} x {columns} elements that span less than 2**31 bytes",
+                found=f"{geometry}",
+                do="cut it into narrower ones",
+            )
+        )
+    return tiles
+
+
+def _in_vectors(variant: Variant, geometry: Geometry) -> tuple[int, int, int, int]:
+    """The integers that a kernel takes: what a vector length divides, divided by it."""
+    rows, columns, src_stride, dst_stride = geometry
+    if variant.kernel != "copy_tiles":
+        rows //= variant.dst_vector
+    if variant.pairs:
+        src_stride //= 2 if variant.kernel == "deinterleave_tiles" else 1
+        dst_stride //= 2 if variant.kernel == "interleave_tiles" else 1
+    return rows, columns // variant.src_vector, src_stride // variant.src_vector, dst_stride // variant.dst_vector

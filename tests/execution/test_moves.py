@@ -1,0 +1,148 @@
+"""Which verb carries out which copy: by example, and by running the moves one element at a time."""
+
+import itertools
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from automodel_conv.execution import moves as module
+from automodel_conv.execution.moves import moves_of
+from automodel_conv.planning.copies import StridedCopy
+from automodel_conv.planning.view import contiguous_strides
+
+
+def copy(shape, source_strides, target_strides, *columns):
+    """Columns are (ordinal, source offset, target offset)."""
+    return StridedCopy(shape, source_strides, target_strides, *(tuple(column) for column in zip(*columns, strict=True)))
+
+
+def elements_of_copy(made):
+    """Every (ordinal, source element, target element)."""
+    found = []
+    for ordinal, source, target in zip(made.ordinals, made.source_offsets, made.target_offsets, strict=True):
+        for index in itertools.product(*map(range, made.shape)):
+            read = source + sum(i * s for i, s in zip(index, made.source_strides, strict=True))
+            written = target + sum(i * s for i, s in zip(index, made.target_strides, strict=True))
+            found.append((ordinal, read, written))
+    return sorted(found)
+
+
+def elements_of_moves(moves):
+    """The same, by the definition of each verb."""
+    found = []
+    rows, columns = moves.shape
+    for k in range(len(moves.sources[0].offsets)):
+        sources = [(int(p.ordinals[k]), int(p.offsets[k])) for p in moves.sources]
+        targets = [int(p.offsets[k]) for p in moves.targets]
+        for r, c in itertools.product(range(rows), range(columns)):
+            for lane, (ordinal, source) in enumerate(sources):
+                read = source + r * moves.source_stride + c
+                if moves.verb == "strided_copy":
+                    written = targets[0] + r * moves.target_stride + c
+                elif moves.verb == "transpose":
+                    written = targets[0] + c * moves.target_stride + r
+                elif moves.verb == "interleave":
+                    written = targets[0] + c * moves.target_stride + 2 * r + lane
+                else:
+                    written = targets[c % 2] + c // 2 * moves.target_stride + r
+                found.append((ordinal, read, written))
+    return sorted(found)
+
+
+# The copies of experts: E = 3, I = 4, H = 5.
+COPIES = {
+    "one run": ("strided_copy", (1, 20), copy((20,), (1,), (1,), (0, 0, 0), (1, 0, 20))),
+    "one element": ("strided_copy", (1, 1), copy((), (), (), (0, 7, 0), (1, 7, 1))),
+    "rows of a wider target": ("strided_copy", (4, 5), copy((4, 5), (5, 1), (10, 1), (0, 0, 0), (1, 0, 5))),
+    "experts of a wider target": ("strided_copy", (4, 5), copy((3, 4, 5), (20, 5, 1), (80, 10, 1), (0, 0, 0))),
+    "one row for all": ("strided_copy", (4, 5), copy((4, 5), (0, 1), (5, 1), (0, 0, 0))),
+    "up and gate of [E, H, 2I]": ("transpose", (4, 5), copy((5, 4), (1, 5), (8, 1), (0, 0, 0), (1, 0, 4))),
+    "grouped experts": ("transpose", (4, 5), copy((3, 5, 4), (20, 1, 5), (20, 4, 1), (0, 0, 0))),
+    "gate and up alternating": (
+        "interleave",
+        (4, 5),
+        copy((5, 4), (1, 5), (8, 2), (0, 0, 0), (2, 0, 40), (1, 0, 1), (3, 0, 41)),
+    ),
+    "grouped gate and up, alternating": (
+        "interleave",
+        (4, 5),
+        copy((3, 5, 4, 2), (40, 1, 5, 20), (40, 8, 2, 1), (0, 0, 0)),
+    ),
+    "alternating gate and up, apart": (
+        "deinterleave",
+        (5, 8),
+        copy((4, 5), (2, 8), (5, 1), (0, 0, 0), (0, 1, 20), (1, 0, 40), (1, 1, 60)),
+    ),
+    "grouped alternating gate and up, apart": (
+        "deinterleave",
+        (5, 8),
+        copy((3, 2, 4, 5), (40, 1, 2, 8), (40, 20, 5, 1), (0, 0, 0)),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", COPIES)
+def test_copies_of_experts_are_moved_by_the_verb_made_for_them(name):
+    verb, shape, made = COPIES[name]
+    moves = moves_of(made)
+    assert moves is not None
+    assert (moves.verb, moves.shape) == (verb, shape)
+    assert elements_of_moves(moves) == elements_of_copy(made)
+
+
+NO_KERNEL = {
+    "alternating, not turned": copy((5, 4), (4, 1), (8, 2), (0, 0, 0), (0, 20, 1)),
+    "a gate that alternates with nothing": copy((5, 4), (1, 5), (8, 2), (0, 0, 0)),
+    "gates of which one lacks its up": copy((5, 4), (1, 5), (8, 2), (0, 0, 0), (1, 0, 1), (2, 0, 40)),
+    "gate and up two apart": copy((5, 4), (1, 5), (16, 2), (0, 0, 0), (1, 0, 8)),
+    "halves of two sources": copy((4, 5), (2, 8), (5, 1), (0, 0, 0), (1, 1, 20)),
+    "three alternating": copy((5, 4), (1, 5), (12, 3), (0, 0, 0)),
+    "every other element": copy((20,), (2,), (1,), (0, 0, 0)),
+}
+
+
+@pytest.mark.parametrize("name", NO_KERNEL)
+def test_other_copies_are_left_to_torch(name):
+    assert moves_of(NO_KERNEL[name]) is None
+
+
+def test_crowds_of_tiny_matrices_are_left_to_torch(monkeypatch):
+    made = copy((6, 3, 3), (9, 1, 3), (9, 3, 1), (0, 0, 0))
+    assert moves_of(made) is not None
+    monkeypatch.setattr(module, "_MOST_MATRICES", 5)
+    assert moves_of(made) is None
+
+
+def test_a_copy_of_nothing_is_a_move_of_nothing():
+    for shape in ((0,), (3, 0), (0, 3)):
+        moves = moves_of(copy(shape, contiguous_strides(shape), contiguous_strides(shape), (0, 0, 0)))
+        assert moves is None or elements_of_moves(moves) == []
+
+
+@given(
+    sizes=st.lists(st.integers(1, 4), min_size=0, max_size=4),
+    source_order=st.permutations(range(4)),
+    target_order=st.permutations(range(4)),
+    steps=st.tuples(st.integers(1, 2), st.integers(1, 2)),
+    columns=st.lists(st.tuples(st.integers(0, 2), st.integers(0, 3)), min_size=1, max_size=4),
+    lanes=st.booleans(),
+)
+def test_moves_read_and_write_what_the_copy_does(sizes, source_order, target_order, steps, columns, lanes):
+    strides = []
+    for order, step in ((source_order, steps[0]), (target_order, steps[1])):
+        side = [0] * len(sizes)
+        for dim in (dim for dim in order if dim < len(sizes)):
+            side[dim], step = step, step * sizes[dim]
+        strides.append(tuple(side))
+    total = 2 * int(np.prod(sizes, dtype=np.int64))
+    if lanes:
+        columns = [(column[0], column[1] + lane) for column in columns for lane in (0, 1)]
+    targets = [total * (k // 2) + k % 2 if lanes else total * k for k in range(len(columns))]
+    made = StridedCopy(
+        tuple(sizes), *strides, tuple(o for o, _ in columns), tuple(s for _, s in columns), tuple(targets)
+    )
+    moves = moves_of(made)
+    if moves is not None:
+        assert elements_of_moves(moves) == elements_of_copy(made)

@@ -1,0 +1,137 @@
+"""Machine code of kernels, compiled without a GPU, and what is wrong with it.
+
+Triton's wheel brings the assembler and disassembler. Run as a module, in a process where Triton's interpreter is off,
+it prints what is wrong with every launchable variant, as JSON: ``python -m tests.machine_code.compiled 90``.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import triton
+import triton.language as tl
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from automodel_conv.kernels.moves_triton import KERNELS, OPTIONS, constants
+from automodel_conv.kernels.variants import Variant
+from tests.machine_code.variants import launchable
+
+THREADS = 32 * OPTIONS["num_warps"]
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+
+# An H100: 132 SMs at 1.755 GHz share 3.0 TB/s, read and written; each issues 4 warp instructions a clock.
+BYTES_PER_CLOCK = 3.0e12 / 132 / 1.755e9
+THREADS_PER_CLOCK = 4 * 32
+MOST_ISSUE = 0.5
+
+_INSTRUCTION = re.compile(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)", re.M)
+_WIDTH = re.compile(r"\.(128|64|U16|S16|U8|S8)\b")
+_NBYTES = {"128": 16, "64": 8, "U16": 2, "S16": 2, "U8": 1, "S8": 1}
+
+
+class Code(NamedTuple):
+    """What a kernel's machine code does: accesses of global memory by width in bytes, per thread."""
+
+    instructions: int
+    loads: Counter[int]
+    stores: Counter[int]
+    local: int  # instructions that access spilled registers or a stack
+    stack_bytes: int
+
+
+def compiled(kernel: Any, values: dict[str, Any], arch: int, **options: Any) -> bytes:
+    """The machine code of a kernel, as a file for the GPU."""
+    signature = {
+        name: "constexpr" if name in values else "*i64" if name == "table" else "i32" for name in kernel.arg_names
+    }
+    return triton.compile(
+        ASTSource(fn=kernel, signature=signature, constexprs=values),
+        target=GPUTarget("cuda", arch, 32),
+        options=OPTIONS | options,
+    ).asm["cubin"]
+
+
+def read(binary: bytes) -> Code:
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder, "kernel.cubin")
+        file.write_bytes(binary)
+        text = _tool("nvdisasm", "-c", file)
+        usage = _tool("cuobjdump", "-res-usage", file)
+    names = _INSTRUCTION.findall(text)
+    while names and names[-1].partition(".")[0] in ("NOP", "BRA"):
+        names.pop()
+    accesses: dict[str, Counter[int]] = {"LDG": Counter(), "STG": Counter()}
+    for name in names:
+        if name[:3] in accesses:
+            width = _WIDTH.search(name)
+            accesses[name[:3]][_NBYTES[width.group(1)] if width else 4] += 1
+    stack, local = (int(re.search(rf"{word}:(\d+)", usage).group(1)) for word in ("STACK", "LOCAL"))
+    spills = sum(name.partition(".")[0] in ("LDL", "STL") for name in names)
+    return Code(len(names), accesses["LDG"], accesses["STG"], spills, stack + local)
+
+
+def _tool(name: str, *arguments: Any) -> str:
+    return subprocess.run([TOOLS / name, *arguments], check=True, capture_output=True, text=True).stdout
+
+
+def problems(variant: Variant, code: Code) -> list[str]:
+    """What the machine code of a variant does not keep of what the variant promises."""
+    found = []
+    if code.local or code.stack_bytes:
+        found.append(f"spills: {code.local} accesses, {code.stack_bytes} bytes of stack")
+    addresses = 2 if variant.kernel in ("copy_tiles", "transpose_tiles") else 3
+    expected = _accesses(variant, "src") + Counter({8: addresses})
+    if code.loads != expected:
+        found.append(f"loads by width {dict(code.loads)}, expected {dict(expected)}")
+    expected = _accesses(variant, "dst")
+    if code.stores != expected:
+        found.append(f"stores by width {dict(code.stores)}, expected {dict(expected)}")
+    if variant.src_vector > 1 or variant.dst_vector > 1:
+        clocks = (_tile_nbytes(variant, "src") + _tile_nbytes(variant, "dst")) / BYTES_PER_CLOCK
+        issue = code.instructions * THREADS / THREADS_PER_CLOCK / clocks
+        if issue > MOST_ISSUE:
+            found.append(f"{code.instructions} instructions take {issue:.2f} of the issue slots, at most {MOST_ISSUE}")
+    return found
+
+
+def _size(variant: Variant, side: str) -> int:
+    return getattr(tl, getattr(variant, side)).primitive_bitwidth // 8
+
+
+def _tile_nbytes(variant: Variant, side: str) -> int:
+    matrices = 2 if variant.kernel in ("interleave_tiles", "deinterleave_tiles") else 1
+    return matrices * variant.tile_rows * variant.tile_columns * _size(variant, side)
+
+
+def _accesses(variant: Variant, side: str) -> Counter[int]:
+    """Accesses of a thread, by their width, if all are as wide as promised."""
+    paired = variant.pairs and (side == "dst") == (variant.kernel == "interleave_tiles")
+    width = _size(variant, side) * getattr(variant, f"{side}_vector") * (2 if paired else 1)
+    if side == "src" and variant.bytewise:
+        width = 1
+    return Counter({width: _tile_nbytes(variant, side) // THREADS // width})
+
+
+def main(arch: int) -> None:
+    # Reading is other processes' work: it goes on while the next variant is compiled.
+    with ThreadPoolExecutor(2) as pool:
+        codes = {
+            variant: pool.submit(read, compiled(KERNELS[variant.kernel], constants(variant), arch))
+            for variant in launchable()
+        }
+    found = {str(variant): problems(variant, code.result()) for variant, code in codes.items()}
+    wrong = {variant: texts for variant, texts in found.items() if texts}
+    print(json.dumps({"checked": len(found), "wrong": wrong, "triton": triton.__version__}, indent=1))
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]))

@@ -1,0 +1,84 @@
+"""Kernels with one fault each, to see that the checks of machine code find it.
+
+Run as a module, it prints what is wrong with each: ``python -m tests.machine_code.planted``.
+"""
+
+from __future__ import annotations
+
+import json
+
+import triton
+import triton.language as tl
+
+from automodel_conv.kernels.moves_triton import constants, copy_tiles
+from automodel_conv.kernels.variants import Variant
+from tests.machine_code.compiled import compiled, problems, read
+
+VARIANT = Variant("copy_tiles", "uint32", "uint32", 4, 4, 4, 512)
+
+
+@triton.jit
+def copy_with_a_hint_before_the_cast(
+    table,
+    rows,
+    columns_v,
+    src_stride_v,
+    dst_stride_v,
+    SRC: tl.constexpr,
+    DST: tl.constexpr,
+    VECTOR: tl.constexpr,
+    BYTEWISE: tl.constexpr,
+    TILE_ROWS: tl.constexpr,
+    TILE_COLUMNS: tl.constexpr,
+):
+    entry = table + tl.program_id(1) * 2
+    r = tl.arange(0, TILE_ROWS)[:, None]
+    c = tl.arange(0, TILE_COLUMNS)[None, :]
+    mask = (r < rows) & (c < columns_v * VECTOR)
+    src = tl.multiple_of(tl.load(entry + 1), 16).to(tl.pointer_type(SRC))
+    dst = tl.multiple_of(tl.load(entry).to(tl.pointer_type(DST)), 16)
+    x = tl.load(src + r * (src_stride_v * VECTOR) + c, mask=mask)
+    tl.store(dst + r * (dst_stride_v * VECTOR) + c, x, mask=mask)
+
+
+@triton.jit
+def copy_with_undivided_stores(
+    table,
+    rows,
+    columns_v,
+    src_stride_v,
+    dst_stride_v,
+    SRC: tl.constexpr,
+    DST: tl.constexpr,
+    VECTOR: tl.constexpr,
+    BYTEWISE: tl.constexpr,
+    TILE_ROWS: tl.constexpr,
+    TILE_COLUMNS: tl.constexpr,
+):
+    entry = table + tl.program_id(1) * 2
+    r = tl.arange(0, TILE_ROWS)[:, None]
+    c = tl.arange(0, TILE_COLUMNS)[None, :]
+    mask = (r < rows) & (c < columns_v * VECTOR)
+    src = tl.multiple_of(tl.load(entry + 1).to(tl.pointer_type(SRC)), 16)
+    dst = tl.multiple_of(tl.load(entry).to(tl.pointer_type(DST)), 16)
+    x = tl.load(src + r * (src_stride_v * VECTOR) + c, mask=mask)
+    tl.store(dst + r * dst_stride_v + c, x, mask=mask)
+
+
+def main() -> None:
+    values = constants(VARIANT)
+    # A register limit is how ptxas is made to spill; a much larger tile gives it enough to keep.
+    crowded = VARIANT._replace(tile_rows=64)
+    planted = {
+        "none": (VARIANT, compiled(copy_tiles, values, 90)),
+        "lost hint": (VARIANT, compiled(copy_with_a_hint_before_the_cast, values, 90)),
+        "narrow store": (VARIANT, compiled(copy_with_undivided_stores, values, 90)),
+        "spill": (crowded, compiled(copy_tiles, constants(crowded), 90, maxnreg=24)),
+    }
+    print(
+        json.dumps({fault: problems(variant, read(binary)) for fault, (variant, binary) in planted.items()}, indent=1)
+    )
+
+
+if __name__ == "__main__":
+    main()

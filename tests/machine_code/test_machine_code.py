@@ -1,0 +1,40 @@
+"""What a GPU would run: every variant that the verbs can launch, compiled without a GPU and read.
+
+The interpreter runs the other tests of kernels and notices none of this: accesses narrower than promised, spilled
+registers, too many instructions. It must be off here, hence the processes.
+"""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+
+
+def run(module, *arguments):
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", module, *arguments]
+    root = Path(__file__).parents[2]
+    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+@pytest.mark.parametrize("arch", ["80", "90", "100"])
+def test_every_variant_compiles_to_what_it_promises(arch):
+    report = run("tests.machine_code.compiled", arch)
+    assert report["checked"] > 80
+    assert report["wrong"] == {}
+
+
+def test_planted_faults_are_found_each_by_its_own_check():
+    found = run("tests.machine_code.planted")
+    assert found["none"] == []
+    assert [text.partition(" ")[0] for text in found["lost hint"]] == ["loads"]
+    assert [text.partition(" ")[0] for text in found["narrow store"]] == ["stores"]
+    assert found["spill"][0].startswith("spills")
