@@ -18,7 +18,7 @@ TRANSFORMERS_TESTS = $(filter-out tests/test_model_zoo.py tests/benchmarks/%,\
 	test-without-triton test-without-transformers
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.SECONDARY: $(OTHER_TRANSFORMERS:%=$(VENV)/transformers-%/.installed)
+.SECONDARY: $(OTHER_TRANSFORMERS:%=$(VENV)/transformers-%/.installed) $(VENV)/triton-3.6.0/.installed
 
 # In this order, and the first red leg ends it.
 test: test-style test-main test-packaging $(OTHER_TRANSFORMERS:%=test-transformers-%) \
