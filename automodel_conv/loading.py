@@ -166,7 +166,8 @@ def load_model(
 
     Raises:
         CheckpointError, NameProblems, UnsupportedError: see ``compile_plan``; no parameter has been written then.
-        ReadError: reading failed; names file and tensor, and the targets already written.
+        ReadError: reading failed; names file and tensor, and the targets already filled. Parameters that would have
+            been replaced (on the meta device, or of another dtype) are still the old ones.
         ConversionError: the checkpoint has different values for names that are one parameter of the model.
     """
     if device is not None:
