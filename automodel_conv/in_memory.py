@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from automodel_conv.dtypes import dtype_code
 from automodel_conv.errors import ConversionError, UnsupportedError, message
 from automodel_conv.execution.buffers import allocate
-from automodel_conv.execution.kernel_batch import takes_kernels
+from automodel_conv.execution.copy_batch import takes_kernels
 from automodel_conv.execution.memory import convert_tensors
 from automodel_conv.files.checkpoint import open_checkpoint
 from automodel_conv.homes import in_order, with_tied

@@ -12,7 +12,15 @@ import torch
 from torch import Tensor
 
 from automodel_conv.kernels.address_table import WIDEST, Matrices, as_matrices
-from automodel_conv.kernels.launch import check_alike, check_destination, check_operands, run
+from automodel_conv.kernels.launch import (
+    NO_LAUNCHES,
+    Launches,
+    assigned,
+    check_alike,
+    check_destination,
+    check_operands,
+    start,
+)
 from automodel_conv.kernels.transpose import SCALAR_TILE, transpose_torch
 from automodel_conv.kernels.variants import Geometry, Variant, element_types
 
@@ -45,7 +53,12 @@ def interleave(
             nothing is written then.
         UnsupportedError: other dtypes, or a device that kernels do not run on.
     """
-    dst, first, second = as_matrices("dst", dst), as_matrices("first", first), as_matrices("second", second)
+    operands = as_matrices("dst", dst), as_matrices("first", first), as_matrices("second", second)
+    start(interleave_launches(*operands))
+
+
+def interleave_launches(dst: Matrices, first: Matrices, second: Matrices) -> Launches:
+    """What ``interleave`` launches."""
     check_operands(
         "interleave",
         {"first": first, "second": second, "dst": dst},
@@ -54,10 +67,10 @@ def interleave(
     check_alike("first and second", first, second)
     element_types(dst.dtype, first.dtype)
     if not dst.nbytes:
-        return
+        return NO_LAUNCHES
     check_destination("interleave", dst)
     geometry = Geometry(first.rows, first.columns, first.row_stride, dst.row_stride)
-    run((dst, first, second), 1, lambda d, s: (interleave_variant(dst.dtype, first.dtype, d, s), geometry))
+    return assigned((dst, first, second), 1, lambda d, s: (interleave_variant(dst.dtype, first.dtype, d, s), geometry))
 
 
 def interleave_variant(dst: torch.dtype, src: torch.dtype, dst_alignment: int, src_alignment: int) -> Variant:
@@ -87,7 +100,12 @@ def deinterleave(
 
     Everything else, errors too, as for ``interleave``, which this is the inverse of.
     """
-    first, second, src = as_matrices("first", first), as_matrices("second", second), as_matrices("src", src)
+    operands = as_matrices("first", first), as_matrices("second", second), as_matrices("src", src)
+    start(deinterleave_launches(*operands))
+
+
+def deinterleave_launches(first: Matrices, second: Matrices, src: Matrices) -> Launches:
+    """What ``deinterleave`` launches."""
     check_operands(
         "deinterleave",
         {"first": first, "second": second, "src": src},
@@ -96,11 +114,13 @@ def deinterleave(
     check_alike("first and second", first, second)
     element_types(first.dtype, src.dtype)
     if not src.nbytes:
-        return
+        return NO_LAUNCHES
     check_destination("deinterleave", first)
     check_destination("deinterleave", second)
     geometry = Geometry(src.rows, first.rows, src.row_stride, first.row_stride)
-    run((first, second, src), 2, lambda d, s: (deinterleave_variant(first.dtype, src.dtype, d, s), geometry))
+    return assigned(
+        (first, second, src), 2, lambda d, s: (deinterleave_variant(first.dtype, src.dtype, d, s), geometry)
+    )
 
 
 def deinterleave_variant(dst: torch.dtype, src: torch.dtype, dst_alignment: int, src_alignment: int) -> Variant:

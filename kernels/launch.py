@@ -8,6 +8,7 @@ import os
 import shutil
 from collections.abc import Callable, Sequence
 from functools import cache
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -98,37 +99,73 @@ def why_not(device: torch.device) -> str | None:
     return None
 
 
-def run(
+class Launch(NamedTuple):
+    """Rows ``start`` to ``stop`` of a table, all moved by one compiled variant."""
+
+    variant: Variant
+    geometry: Geometry
+    start: int
+    stop: int
+
+
+class Launches(NamedTuple):
+    """What a call of a verb will launch: a table of addresses, destinations first, and which rows go how."""
+
+    table: np.ndarray  # int64 [n, operands], in bytes
+    launches: tuple[Launch, ...]
+    device: torch.device
+
+    @property
+    def variants(self) -> frozenset[Variant]:
+        return frozenset(launch.variant for launch in self.launches)
+
+
+NO_LAUNCHES = Launches(np.empty((0, 0), np.int64), (), torch.device("cpu"))
+
+
+def assigned(
     operands: Sequence[Matrices],
     dst_count: int,
     choose: Callable[[int, int], tuple[Variant, Geometry]],
-) -> None:
-    """Launch over all rows of the address table, once for each variant that its addresses need; uploads it once.
+) -> Launches:
+    """Rows of addresses ordered by the variant that their alignment needs.
 
     Args:
         operands: columns of the table, the ``dst_count`` destinations first.
         choose: what to launch for an alignment of the destinations and one of the sources, in bytes.
 
     Raises:
-        UnsupportedError: kernels cannot run here.
         ConversionError: a matrix too large for the arithmetic of a tile.
     """
-    device = operands[0].device
-    reason = why_not(device)
+    table = np.stack([operand.addresses for operand in operands], axis=1)
+    kinds, of_row = _assign(table, operands, dst_count, choose)
+    for kind in kinds:
+        checked_tiles(*kind)
+    order = np.argsort(of_row, kind="stable")
+    bounds = np.searchsorted(of_row[order], np.arange(len(kinds) + 1)).tolist()
+    launches = tuple(Launch(*kind, *bounds[n : n + 2]) for n, kind in enumerate(kinds))
+    return Launches(table[order], launches, operands[0].device)
+
+
+def start(work: Launches) -> None:
+    """Queue launches on the current stream; uploads their table once.
+
+    Raises:
+        UnsupportedError: kernels cannot run here.
+    """
+    if not work.launches:
+        return
+    reason = why_not(work.device)
     if reason is not None:
         raise UnsupportedError(message(f"Triton kernels cannot run: {reason}", do='use backend="torch"'))
     from automodel_conv.kernels import moves_triton
 
-    table = np.stack([operand.addresses for operand in operands], axis=1)
-    launches, of_row = _assign(table, operands, dst_count, choose)
-    order = np.argsort(of_row, kind="stable")
-    on_device = upload(table[order], device)
-    bounds = np.searchsorted(of_row[order], np.arange(len(launches) + 1))
-    scope = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+    scope = torch.cuda.device(work.device) if work.device.type == "cuda" else contextlib.nullcontext()
     with scope:
-        for (variant, geometry), start, stop in zip(launches, bounds[:-1].tolist(), bounds[1:].tolist(), strict=True):
+        on_device = upload(work.table, work.device)
+        for variant, geometry, first, stop in work.launches:
             tiles = checked_tiles(variant, geometry)
-            for at in range(start, stop, _MOST_ROWS):
+            for at in range(first, stop, _MOST_ROWS):
                 rows = on_device[at : min(stop, at + _MOST_ROWS)]
                 moves_triton.launch(variant, (tiles, len(rows)), rows, _in_vectors(variant, geometry))
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from automodel_conv.errors import ConversionError, message
 from automodel_conv.kernels.address_table import WIDEST, Matrices, as_matrices, at_addresses
-from automodel_conv.kernels.launch import check_destination, check_operands, run
+from automodel_conv.kernels.launch import NO_LAUNCHES, Launches, assigned, check_destination, check_operands, start
 from automodel_conv.kernels.transpose import transpose_torch
 from automodel_conv.kernels.variants import Geometry, Variant, element_types, word
 
@@ -42,10 +42,14 @@ def strided_copy(dst: Sequence[Tensor] | Matrices, src: Sequence[Tensor] | Matri
         ConversionError: operands of unlike count, shape, dtype, stride or device; nothing is written then.
         UnsupportedError: a cast between other dtypes, or a device that kernels do not run on.
     """
-    dst, src = as_matrices("dst", dst), as_matrices("src", src)
+    start(strided_copy_launches(as_matrices("dst", dst), as_matrices("src", src)))
+
+
+def strided_copy_launches(dst: Matrices, src: Matrices) -> Launches:
+    """What ``strided_copy`` launches."""
     check_operands("strided_copy", {"dst": dst, "src": src}, {"dst": dst.shape, "src": dst.shape})
     if not dst.nbytes:
-        return
+        return NO_LAUNCHES
     if dst.dtype == src.dtype:
         dst, src = _as_bytes(dst), _as_bytes(src)
     else:
@@ -54,8 +58,7 @@ def strided_copy(dst: Sequence[Tensor] | Matrices, src: Sequence[Tensor] | Matri
     if dst.is_run and src.is_run:
         wider = max(dst.dtype.itemsize, src.dtype.itemsize)
         dst, src = _folded(dst, wider), _folded(src, wider)
-    copy = _copy_bytes if dst.dtype == torch.uint8 else _copy_cast
-    copy(dst, src)
+    return _copy_bytes(dst, src) if dst.dtype == torch.uint8 else _copy_cast(dst, src)
 
 
 def _as_bytes(matrices: Matrices) -> Matrices:
@@ -77,13 +80,13 @@ def _folded(run: Matrices, itemsize: int) -> Matrices:
     return at_addresses(run.addresses, (numel // columns, columns), columns, run.dtype, run.device)
 
 
-def _copy_bytes(dst: Matrices, src: Matrices) -> None:
+def _copy_bytes(dst: Matrices, src: Matrices) -> Launches:
     def choose(dst_alignment: int, src_alignment: int) -> tuple[Variant, Geometry]:
         variant = byte_variant(min(dst_alignment, src_alignment), dst.columns)
         size = min(dst_alignment, src_alignment, 4)
         return variant, Geometry(dst.rows, dst.columns // size, src.row_stride // size, dst.row_stride // size)
 
-    run((dst, src), 1, choose)
+    return assigned((dst, src), 1, choose)
 
 
 def byte_variant(alignment: int, row_nbytes: int) -> Variant:
@@ -94,9 +97,9 @@ def byte_variant(alignment: int, row_nbytes: int) -> Variant:
     return Variant("copy_tiles", word(size), word(size), vector, vector, rows, nbytes // size)
 
 
-def _copy_cast(dst: Matrices, src: Matrices) -> None:
+def _copy_cast(dst: Matrices, src: Matrices) -> Launches:
     geometry = Geometry(dst.rows, dst.columns, src.row_stride, dst.row_stride)
-    run((dst, src), 1, lambda d, s: (cast_variant(dst.dtype, src.dtype, d, s, dst.columns), geometry))
+    return assigned((dst, src), 1, lambda d, s: (cast_variant(dst.dtype, src.dtype, d, s, dst.columns), geometry))
 
 
 def cast_variant(dst: torch.dtype, src: torch.dtype, dst_alignment: int, src_alignment: int, columns: int) -> Variant:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from automodel_conv.errors import ConversionError, message
 from automodel_conv.kernels.address_table import WIDEST, Matrices, as_matrices, at_addresses
-from automodel_conv.kernels.launch import check_destination, check_operands, run
+from automodel_conv.kernels.launch import NO_LAUNCHES, Launches, assigned, check_destination, check_operands, start
 from automodel_conv.kernels.variants import Geometry, Variant, element_types
 
 # Rows and columns of a tile by the sizes of a source's and a destination's element, in bytes: runs of at least 128
@@ -58,17 +58,20 @@ def transpose(dst: Sequence[Tensor] | Matrices, src: Sequence[Tensor] | Matrices
             nothing is written then.
         UnsupportedError: other dtypes, or a device that kernels do not run on.
     """
-    dst, src = as_matrices("dst", dst), as_matrices("src", src)
+    start(transpose_launches(as_matrices("dst", dst), as_matrices("src", src)))
+
+
+def transpose_launches(dst: Matrices, src: Matrices) -> Launches:
+    """What ``transpose`` launches."""
     check_operands("transpose", {"dst": dst, "src": src}, {"dst": (src.columns, src.rows), "src": src.shape})
     types = element_types(dst.dtype, src.dtype)
     if not dst.nbytes:
-        return
+        return NO_LAUNCHES
     check_destination("transpose", dst)
     if types == ("uint8", "uint8") and src.rows % 2 == 0:
-        _transpose_bytes(dst, src)
-        return
+        return _transpose_bytes(dst, src)
     geometry = Geometry(src.rows, src.columns, src.row_stride, dst.row_stride)
-    run((dst, src), 1, lambda d, s: (transpose_variant(dst.dtype, src.dtype, d, s), geometry))
+    return assigned((dst, src), 1, lambda d, s: (transpose_variant(dst.dtype, src.dtype, d, s), geometry))
 
 
 def transpose_variant(dst: torch.dtype, src: torch.dtype, dst_alignment: int, src_alignment: int) -> Variant:
@@ -81,16 +84,16 @@ def transpose_variant(dst: torch.dtype, src: torch.dtype, dst_alignment: int, sr
     return Variant("transpose_tiles", src_type, dst_type, 1, 1, *SCALAR_TILE, bytewise=src_alignment < src.itemsize)
 
 
-def _transpose_bytes(dst: Matrices, src: Matrices) -> None:
+def _transpose_bytes(dst: Matrices, src: Matrices) -> Launches:
     """Even and odd rows become alternating columns: words of two bytes cost a GPU far less than single ones."""
     # interleave needs transpose_torch for its twin.
-    from automodel_conv.kernels.interleave import interleave
+    from automodel_conv.kernels.interleave import interleave_launches
 
     shape, stride = (src.rows // 2, src.columns), 2 * src.row_stride
     even, odd = (
         at_addresses(src.addresses + row * src.row_stride, shape, stride, src.dtype, src.device) for row in (0, 1)
     )
-    interleave(dst, even, odd)
+    return interleave_launches(dst, even, odd)
 
 
 @torch.no_grad()

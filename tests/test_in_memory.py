@@ -345,7 +345,7 @@ def test_an_unknown_layout_is_named(argument):
 @pytest.mark.parametrize("front_door", [amc.convert_state_dict, amc.revert_state_dict])
 def test_backends_are_never_exchanged_silently(front_door):
     with (
-        mock.patch("automodel_conv.execution.kernel_batch.why_not", return_value="the interpreter is off"),
+        mock.patch("automodel_conv.execution.copy_batch.why_not", return_value="the interpreter is off"),
         pytest.raises(UnsupportedError, match="the interpreter is off"),
     ):
         front_door(grouped(), layout="nemo", backend="triton")

@@ -3,26 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from automodel_conv.errors import ConversionError, message
-from automodel_conv.execution.buffers import Aim, checked, dtype_of, span_bytes, strided
-from automodel_conv.execution.kernel_batch import KernelBatch, takes_kernels
+from automodel_conv.execution.buffers import Aim, checked, dtype_of, span_bytes
+from automodel_conv.execution.copy_batch import CopyBatch, Work, takes_kernels
 from automodel_conv.execution.upstream import run_upstream, upstream_calls
-from automodel_conv.kernels.strided_copy import strided_copy_torch
 from automodel_conv.planning.copies import StridedCopy, group_pieces
 from automodel_conv.planning.plan import CopyPlan
 from automodel_conv.planning.view import NotAffine, Piece, chain, contiguous_strides
-
-
-class Work(NamedTuple):
-    """How many copies kernels made, and how many torch made one by one."""
-
-    by_kernels: int
-    by_torch: int
 
 
 def convert_tensors(
@@ -55,21 +45,16 @@ def convert_tensors(
     use_kernels = takes_kernels(backend, [*tensors.values(), *outputs])
     aim = Aim()
     aimed = [aim(target, output) for target, output in zip(plan.targets, outputs, strict=True)]
-    batch, by_kernels, by_torch = KernelBatch(), 0, 0
-    with torch.no_grad():
-        for target, output, copies in zip(plan.targets, outputs, aimed, strict=True):
-            if output.numel() and target.fallback is None:
-                copies, reads = _from_real_strides(copies, [tensors[row] for row in target.sources])
-                for copy in _of_one_dtype(copies, reads):
-                    if use_kernels and batch.add(copy, reads, output):
-                        by_kernels += len(copy.ordinals)
-                    else:
-                        by_torch += len(copy.ordinals)
-                        _copy_by_torch(copy, reads, output)
-        batch.launch()
+    batch = CopyBatch()
+    for target, output, copies in zip(plan.targets, outputs, aimed, strict=True):
+        if output.numel() and target.fallback is None:
+            copies, reads = _from_real_strides(copies, [tensors[row] for row in target.sources])
+            for copy in copies:
+                batch.add(copy, reads, output)
+    work = batch.run(use_kernels)
     for call in upstream_calls(plan):
         run_upstream(call, {row: tensors[row] for row in call.rows}, buffers)
-    return Work(by_kernels, by_torch)
+    return work
 
 
 def _checked_source(plan: CopyPlan, row: int, tensor: Tensor) -> Tensor:
@@ -109,28 +94,6 @@ def _refuse_shared_memory(sources: Iterable[tuple[str, Tensor]], buffers: Iterab
             )
         if stop > ends.get((device, written), (0, ""))[0]:
             ends[device, written] = (stop, name)
-
-
-def _of_one_dtype(copies: Sequence[StridedCopy], sources: Sequence[Tensor]) -> Sequence[StridedCopy]:
-    """The copies, apart where the sources of one target differ in dtype: one call takes tensors of one kind."""
-    kinds = {source.dtype for source in sources}
-    if len(kinds) == 1:
-        return copies
-    return [
-        part
-        for kind in kinds
-        for copy in copies
-        for part in group_pieces(piece for piece in copy.pieces() if sources[piece.source].dtype == kind)
-    ]
-
-
-def _copy_by_torch(copy: StridedCopy, sources: Sequence[Tensor], output: Tensor) -> None:
-    dst = [strided(output, copy.shape, copy.target_strides, offset) for offset in copy.target_offsets]
-    src = [
-        strided(sources[ordinal], copy.shape, copy.source_strides, offset)
-        for ordinal, offset in zip(copy.ordinals, copy.source_offsets, strict=True)
-    ]
-    strided_copy_torch(dst, src)
 
 
 def _from_real_strides(

@@ -1,4 +1,4 @@
-"""Which kernel carries out which strided copy: integers in, integers out."""
+"""Which kernel carries out equal strided copies: integers in, integers out."""
 
 from __future__ import annotations
 
@@ -7,34 +7,53 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from automodel_conv.planning.copies import StridedCopy
-
 Verb = Literal["strided_copy", "transpose", "interleave", "deinterleave"]
 
 # Beyond this many matrices for one copy, they are too small for tiles to be worth it, and their table too large.
 _MOST_MATRICES = 1 << 16
 
 
+class Form(NamedTuple):
+    """What equal copies have in common; strides in elements."""
+
+    shape: tuple[int, ...]
+    source_strides: tuple[int, ...]
+    target_strides: tuple[int, ...]
+    source_itemsize: int
+    target_itemsize: int
+
+
 class Places(NamedTuple):
-    """Where one operand of each matrix starts, in elements; ``ordinals`` say of which source."""
+    """Where copies start, in bytes, and which of the copies given each belongs to."""
 
-    ordinals: np.ndarray
-    offsets: np.ndarray
+    copies: np.ndarray  # int64 [n]
+    sources: np.ndarray  # likewise
+    targets: np.ndarray
 
 
-class Moves(NamedTuple):
-    """Equal matrices for one verb.
+class Matrix(NamedTuple):
+    """What a verb moves at each place: a shape and a row's stride on either side, in elements.
 
-    ``shape`` is that of a source as the verb takes it, for ``deinterleave`` ``[R, 2C]``. Strides are a row's, in
-    elements. ``ordinals`` of targets mean nothing.
+    ``shape`` is that of a source as the verb takes it, for ``deinterleave`` ``[R, 2C]``.
     """
 
     verb: Verb
     shape: tuple[int, int]
     source_stride: int
     target_stride: int
-    sources: tuple[Places, ...]
-    targets: tuple[Places, ...]
+
+
+class Moves(NamedTuple):
+    """Equal matrices for one verb: columns of addresses for its operands; and what no partner was found for.
+
+    A lone place is a copy of ``lone_form``.
+    """
+
+    matrix: Matrix
+    sources: tuple[np.ndarray, ...]
+    targets: tuple[np.ndarray, ...]
+    lone: Places
+    lone_form: Form
 
 
 class _Dim(NamedTuple):
@@ -43,23 +62,23 @@ class _Dim(NamedTuple):
     target: int
 
 
-def moves_of(copy: StridedCopy) -> Moves | None:
-    """The kernel moves that carry out a copy; None where no kernel fits its strides.
+def moves_of(form: Form, sources: np.ndarray, targets: np.ndarray) -> Moves | None:
+    """The kernel moves that carry out equal copies; None where no kernel fits their strides.
 
     Where both sides walk fastest along one dimension with stride 1, that is ``strided_copy``; where they walk along
     two, ``transpose``. Two of the latter that fill each other's gaps in steps of 2, on either side, are ``interleave``
-    or ``deinterleave``. Further dimensions become matrices of their own.
+    or ``deinterleave``, and those that find no partner are lone. Further dimensions become matrices of their own.
+
+    Args:
+        sources, targets: int64 ``[n]``, the address of the first element that each copy reads and writes, in bytes.
     """
-    dims = [_Dim(*dim) for dim in zip(copy.shape, copy.source_strides, copy.target_strides, strict=True) if dim[0] != 1]
-    places = np.array([copy.ordinals, copy.source_offsets, copy.target_offsets], np.int64).reshape(3, -1)
+    dims = [_Dim(*dim) for dim in zip(*form[:3], strict=True) if dim[0] != 1]
+    places = Places(np.arange(len(sources)), sources, targets)
     lanes = _lanes(dims)
-    if lanes is None:
-        return _moves(dims, places)
-    # Never as matrices two elements wide: torch is faster then.
-    return _moves([dim for dim in dims if dim is not lanes], _spread(places, lanes))
-
-
-def _moves(dims: Sequence[_Dim], places: np.ndarray) -> Moves | None:
+    if lanes is not None:
+        # Never as matrices two elements wide: torch is faster then.
+        places = _spread(places, lanes, form)
+        dims.remove(lanes)
     dims = dims or [_Dim(1, 1, 1)]
     # A stride of 0 repeats an element, which is not walking.
     by_source = min(dims, key=lambda dim: (dim.source == 0, dim.source))
@@ -75,15 +94,29 @@ def _moves(dims: Sequence[_Dim], places: np.ndarray) -> Moves | None:
         return None
     for dim in dims:
         if dim is not by_source and dim is not rows:
-            if places.shape[1] * dim.size > _MOST_MATRICES:
+            if len(places.copies) * dim.size > _MOST_MATRICES * len(sources):
                 return None
-            places = _spread(places, dim)
+            places = _spread(places, dim, form)
     shape = (rows.size, by_source.size)
+    lone_form = form._replace(
+        shape=shape,
+        source_strides=(rows.source, by_source.source),
+        target_strides=(rows.target, by_source.target),
+    )
+    none = Places(*(column[:0] for column in places))
     if verb == "strided_copy":
-        return Moves(verb, shape, rows.source, rows.target, *_single(places))
+        matrix = Matrix(verb, shape, rows.source, rows.target)
+        return Moves(matrix, (places.sources,), (places.targets,), none, lone_form)
     if verb == "transpose":
-        return Moves(verb, shape, rows.source, by_source.target, *_single(places))
-    return _paired(verb, rows, by_source, places)
+        matrix = Matrix(verb, shape, rows.source, by_source.target)
+        return Moves(matrix, (places.sources,), (places.targets,), none, lone_form)
+    if verb == "interleave":
+        first, second, lone = _pairs(places, places.targets, form.target_itemsize)
+        matrix = Matrix(verb, shape, rows.source, by_source.target)
+        return Moves(matrix, (first.sources, second.sources), (first.targets,), lone, lone_form)
+    first, second, lone = _pairs(places, places.sources, form.source_itemsize)
+    matrix = Matrix(verb, (rows.size, 2 * by_source.size), rows.source, by_source.target)
+    return Moves(matrix, (first.sources,), (first.targets, second.targets), lone, lone_form)
 
 
 # By the steps, in elements, in which the source walks its fastest dimension, and the target its own.
@@ -99,32 +132,26 @@ def _lanes(dims: Sequence[_Dim]) -> _Dim | None:
     return None
 
 
-def _spread(places: np.ndarray, dim: _Dim) -> np.ndarray:
+def _spread(places: Places, dim: _Dim, form: Form) -> Places:
     """Each place once for each index of a dimension."""
-    steps = np.array([[0], [dim.source], [dim.target]])[:, None] * np.arange(dim.size)
-    return (places[:, :, None] + steps).reshape(3, -1)
+    steps = np.array([[0], [dim.source * form.source_itemsize], [dim.target * form.target_itemsize]])
+    return Places(*(np.stack(places)[:, :, None] + steps[:, None] * np.arange(dim.size)).reshape(3, -1))
 
 
-def _single(places: np.ndarray) -> tuple[tuple[Places], tuple[Places]]:
-    return (Places(places[0], places[1]),), (Places(places[0], places[2]),)
+def _pairs(places: Places, addresses: np.ndarray, itemsize: int) -> tuple[Places, Places, Places]:
+    """Places as pairs of which the second starts one element after the first; and those left over.
 
-
-def _paired(verb: Verb, rows: _Dim, columns: _Dim, places: np.ndarray) -> Moves | None:
-    """Places as pairs of which the second starts one element after the first, on the side that alternates."""
-    if verb == "interleave":
-        places = places[:, np.argsort(places[2], kind="stable")]
-    else:
-        places = places[:, np.lexsort((places[1], places[0]))]
-    first, second = places[:, 0::2], places[:, 1::2]
-    if first.shape != second.shape:
-        return None
-    if verb == "interleave":
-        if (second[2] != first[2] + 1).any():
-            return None
-        sources, targets = (Places(*first[:2]), Places(*second[:2])), (Places(first[0], first[2]),)
-        return Moves(verb, (rows.size, columns.size), rows.source, columns.target, sources, targets)
-    if (second[0] != first[0]).any() or (second[1] != first[1] + 1).any():
-        return None
-    sources = (Places(*first[:2]),)
-    targets = (Places(first[0], first[2]), Places(second[0], second[2]))
-    return Moves(verb, (rows.size, 2 * columns.size), rows.source, columns.target, sources, targets)
+    >>> first, second, lone = _pairs(Places(*np.array([[0, 1, 2], [0, 0, 0], [32, 4, 6]])), np.array([32, 4, 6]), 2)
+    >>> first.copies.tolist(), second.copies.tolist(), lone.copies.tolist()
+    ([1], [2], [0])
+    """
+    order = np.argsort(addresses, kind="stable")
+    index = np.arange(len(order))
+    follows = np.diff(addresses[order], prepend=-1 - itemsize) == itemsize
+    # In a run of neighbours the second, the fourth, ... end a pair.
+    run_start = np.maximum.accumulate(np.where(follows, 0, index))
+    ends = follows & ((index - run_start) % 2 == 1)
+    begins = np.append(ends[1:], False)
+    chosen = (begins, ends, ~(begins | ends))
+    first, second, lone = (Places(*(column[order[which]] for column in places)) for which in chosen)
+    return first, second, lone

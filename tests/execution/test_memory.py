@@ -13,7 +13,7 @@ from torch import Tensor
 
 from automodel_conv.dtypes import torch_dtype
 from automodel_conv.errors import ConversionError, UnsupportedError
-from automodel_conv.execution import kernel_batch
+from automodel_conv.execution import copy_batch
 from automodel_conv.execution.buffers import allocate
 from automodel_conv.execution.memory import Work, convert_tensors
 from automodel_conv.planning import lowering
@@ -99,9 +99,9 @@ def test_layers_of_one_geometry_are_one_launch_for_each_verb():
             target(sources, f"{n}.down", "BF16", [down], [MERGE]),
         ]
     launched = []
-    with mock.patch.multiple(kernel_batch, _VERBS={v: spy(f, launched) for v, f in kernel_batch._VERBS.items()}):
+    with mock.patch.multiple(copy_batch, _VERBS={v: spy(f, launched) for v, f in copy_batch._VERBS.items()}):
         (work,) = check_conversion(plan_of(sources, *targets), layers, list(layers.values()), ["triton"])
-    assert sorted(launched) == [("strided_copy", 12), ("transpose", 24)]
+    assert sorted(launched) == [("strided_copy_launches", 12), ("transpose_launches", 24)]
     assert work == Work(by_kernels=36, by_torch=0)
 
 
@@ -136,22 +136,22 @@ def test_conjugate_views_arrive_conjugated():
 def spy(verb, launched):
     def call(*operands):
         launched.append((verb.__name__, len(operands[0].addresses)))
-        verb(*operands)
+        return verb(*operands)
 
     return call
 
 
 def test_an_explicit_backend_never_falls_back():
     tensors = [torch.zeros(2), torch.zeros(2)]
-    with mock.patch.object(kernel_batch, "why_not", return_value="no compiler"):
+    with mock.patch.object(copy_batch, "why_not", return_value="no compiler"):
         with pytest.raises(UnsupportedError, match="no compiler"):
-            kernel_batch.takes_kernels("triton", tensors)
-        assert not kernel_batch.takes_kernels("auto", tensors)
+            copy_batch.takes_kernels("triton", tensors)
+        assert not copy_batch.takes_kernels("auto", tensors)
     with pytest.raises(UnsupportedError, match="several devices"):
-        kernel_batch.takes_kernels("triton", [*tensors, torch.zeros(2, device="meta")])
+        copy_batch.takes_kernels("triton", [*tensors, torch.zeros(2, device="meta")])
     with pytest.raises(UnsupportedError, match="unknown backend 'cuda'"):
-        kernel_batch.takes_kernels("cuda", tensors)
-    assert not kernel_batch.takes_kernels("torch", tensors)
+        copy_batch.takes_kernels("cuda", tensors)
+    assert not copy_batch.takes_kernels("torch", tensors)
 
 
 def test_auto_takes_kernels_on_one_gpu_where_they_run():
@@ -159,12 +159,12 @@ def test_auto_takes_kernels_on_one_gpu_where_they_run():
         def __init__(self, index):
             self.device = torch.device("cuda", index)
 
-    with mock.patch.object(kernel_batch, "why_not", return_value=None):
-        assert kernel_batch.takes_kernels("auto", [OnGpu(0), OnGpu(0)])
-        assert not kernel_batch.takes_kernels("auto", [OnGpu(0), OnGpu(1)])
-        assert not kernel_batch.takes_kernels("auto", [torch.zeros(1)])
-    with mock.patch.object(kernel_batch, "why_not", return_value="triton is not installed"):
-        assert not kernel_batch.takes_kernels("auto", [OnGpu(0)])
+    with mock.patch.object(copy_batch, "why_not", return_value=None):
+        assert copy_batch.takes_kernels("auto", [OnGpu(0), OnGpu(0)])
+        assert not copy_batch.takes_kernels("auto", [OnGpu(0), OnGpu(1)])
+        assert not copy_batch.takes_kernels("auto", [torch.zeros(1)])
+    with mock.patch.object(copy_batch, "why_not", return_value="triton is not installed"):
+        assert not copy_batch.takes_kernels("auto", [OnGpu(0)])
 
 
 def test_tensors_large_enough_for_fast_transposes_arrive_whole():

@@ -8,9 +8,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from automodel_conv.execution import moves as module
-from automodel_conv.execution.moves import moves_of
+from automodel_conv.execution.moves import Form
 from automodel_conv.planning.copies import StridedCopy
 from automodel_conv.planning.view import contiguous_strides
+
+SOURCE_BYTES, TARGET_BYTES = 2, 4  # unlike ones, so that neither is taken for the other
+APART = 1 << 20  # bytes between tensors
 
 
 def copy(shape, source_strides, target_strides, *columns):
@@ -29,25 +32,36 @@ def elements_of_copy(made):
     return sorted(found)
 
 
+def moves_of(made):
+    """The moves of copies whose sources lie far apart."""
+    form = Form(*made[:3], SOURCE_BYTES, TARGET_BYTES)
+    sources = np.array(made.ordinals, np.int64) * APART + np.array(made.source_offsets, np.int64) * SOURCE_BYTES
+    return module.moves_of(form, sources, np.array(made.target_offsets, np.int64) * TARGET_BYTES)
+
+
 def elements_of_moves(moves):
-    """The same, by the definition of each verb."""
+    """The same, by the definition of each verb, and lone places by their form."""
     found = []
-    rows, columns = moves.shape
-    for k in range(len(moves.sources[0].offsets)):
-        sources = [(int(p.ordinals[k]), int(p.offsets[k])) for p in moves.sources]
-        targets = [int(p.offsets[k]) for p in moves.targets]
+    verb, (rows, columns), source_stride, target_stride = moves.matrix
+    for k in range(len(moves.sources[0])):
+        targets = [int(column[k]) // TARGET_BYTES for column in moves.targets]
         for r, c in itertools.product(range(rows), range(columns)):
-            for lane, (ordinal, source) in enumerate(sources):
-                read = source + r * moves.source_stride + c
-                if moves.verb == "strided_copy":
-                    written = targets[0] + r * moves.target_stride + c
-                elif moves.verb == "transpose":
-                    written = targets[0] + c * moves.target_stride + r
-                elif moves.verb == "interleave":
-                    written = targets[0] + c * moves.target_stride + 2 * r + lane
+            for lane, column in enumerate(moves.sources):
+                ordinal, source = divmod(int(column[k]), APART)
+                read = source // SOURCE_BYTES + r * source_stride + c
+                if verb == "strided_copy":
+                    written = targets[0] + r * target_stride + c
+                elif verb == "transpose":
+                    written = targets[0] + c * target_stride + r
+                elif verb == "interleave":
+                    written = targets[0] + c * target_stride + 2 * r + lane
                 else:
-                    written = targets[c % 2] + c // 2 * moves.target_stride + r
+                    written = targets[c % 2] + c // 2 * target_stride + r
                 found.append((ordinal, read, written))
+    for _, address, target in zip(*moves.lone, strict=True):
+        ordinal, source = divmod(int(address), APART)
+        lone = StridedCopy(*moves.lone_form[:3], (ordinal,), (source // SOURCE_BYTES,), (int(target) // TARGET_BYTES,))
+        found += elements_of_copy(lone)
     return sorted(found)
 
 
@@ -88,16 +102,13 @@ def test_copies_of_experts_are_moved_by_the_verb_made_for_them(name):
     verb, shape, made = COPIES[name]
     moves = moves_of(made)
     assert moves is not None
-    assert (moves.verb, moves.shape) == (verb, shape)
+    assert moves.matrix[:2] == (verb, shape)
+    assert not len(moves.lone.copies)
     assert elements_of_moves(moves) == elements_of_copy(made)
 
 
 NO_KERNEL = {
     "alternating, not turned": copy((5, 4), (4, 1), (8, 2), (0, 0, 0), (0, 20, 1)),
-    "a gate that alternates with nothing": copy((5, 4), (1, 5), (8, 2), (0, 0, 0)),
-    "gates of which one lacks its up": copy((5, 4), (1, 5), (8, 2), (0, 0, 0), (1, 0, 1), (2, 0, 40)),
-    "gate and up two apart": copy((5, 4), (1, 5), (16, 2), (0, 0, 0), (1, 0, 8)),
-    "halves of two sources": copy((4, 5), (2, 8), (5, 1), (0, 0, 0), (1, 1, 20)),
     "three alternating": copy((5, 4), (1, 5), (12, 3), (0, 0, 0)),
     "every other element": copy((20,), (2,), (1,), (0, 0, 0)),
 }
@@ -106,6 +117,23 @@ NO_KERNEL = {
 @pytest.mark.parametrize("name", NO_KERNEL)
 def test_other_copies_are_left_to_torch(name):
     assert moves_of(NO_KERNEL[name]) is None
+
+
+LONE = {
+    "a gate that alternates with nothing": (copy((5, 4), (1, 5), (8, 2), (0, 0, 0)), [0]),
+    "gates of which one lacks its up": (copy((5, 4), (1, 5), (8, 2), (0, 0, 0), (1, 0, 1), (2, 0, 40)), [2]),
+    "gate and up two apart": (copy((5, 4), (1, 5), (16, 2), (0, 0, 0), (1, 0, 8)), [0, 1]),
+    "halves of two sources": (copy((4, 5), (2, 8), (5, 1), (0, 0, 0), (1, 1, 20)), [0, 1]),
+    "a half read twice": (copy((4, 5), (2, 8), (5, 1), (0, 0, 0), (0, 0, 20), (0, 1, 40)), [0]),
+}
+
+
+@pytest.mark.parametrize("name", LONE)
+def test_halves_without_a_partner_are_lone_and_the_others_pairs(name):
+    made, lone = LONE[name]
+    moves = moves_of(made)
+    assert sorted(moves.lone.copies.tolist()) == lone
+    assert elements_of_moves(moves) == elements_of_copy(made)
 
 
 def test_crowds_of_tiny_matrices_are_left_to_torch(monkeypatch):

@@ -1,0 +1,206 @@
+"""Strided copies between tensors of one device, gathered so that equal ones are one launch of a kernel."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from automodel_conv.errors import UnsupportedError, message
+from automodel_conv.execution.buffers import strided
+from automodel_conv.execution.moves import Form, Matrix, Moves, Verb, moves_of
+from automodel_conv.kernels.address_table import Matrices, at_addresses
+from automodel_conv.kernels.interleave import deinterleave_launches, interleave_launches
+from automodel_conv.kernels.launch import MOST_RUN, MOST_STRIDE, Launches, start, why_not
+from automodel_conv.kernels.strided_copy import is_foldable, strided_copy_launches, strided_copy_torch
+from automodel_conv.kernels.transpose import transpose_launches
+from automodel_conv.kernels.variants import CASTS, Variant
+from automodel_conv.planning.copies import StridedCopy
+
+BACKENDS = ("auto", "torch", "triton")
+_VERBS: dict[Verb, Callable[..., Launches]] = {
+    "strided_copy": strided_copy_launches,
+    "transpose": transpose_launches,
+    "interleave": interleave_launches,
+    "deinterleave": deinterleave_launches,
+}
+
+
+class Work(NamedTuple):
+    """How many copies kernels made, and how many torch made one by one."""
+
+    by_kernels: int
+    by_torch: int
+
+    def __add__(self, other: Work) -> Work:  # type: ignore[override]
+        return Work(self.by_kernels + other.by_kernels, self.by_torch + other.by_torch)
+
+
+def takes_kernels(backend: str, tensors: Iterable[Tensor]) -> bool:
+    """Whether kernels shall move between these tensors: always for "triton", never for "torch".
+
+    "auto" says yes for tensors of one GPU where Triton can run.
+
+    Raises:
+        UnsupportedError: an unknown backend, or "triton" where kernels cannot run on the tensors.
+    """
+    if backend not in BACKENDS:
+        raise UnsupportedError(message(f"unknown backend {backend!r}", expected=f"one of {BACKENDS}"))
+    if backend == "torch":
+        return False
+    devices = {tensor.device for tensor in tensors}
+    if not devices:
+        return False
+    if len(devices) > 1:
+        reason = f"the tensors are on several devices: {', '.join(sorted(map(str, devices)))}"
+    else:
+        (device,) = devices
+        reason = why_not(device)
+        if backend == "auto" and device.type != "cuda":
+            return False
+    if backend == "triton" and reason is not None:
+        raise UnsupportedError(
+            message(f'backend="triton" cannot run: {reason}', do='backend="torch" gives the same bytes')
+        )
+    return reason is None
+
+
+class _Kind(NamedTuple):
+    """What copies that one call of a verb makes have in common."""
+
+    form: Form
+    source_dtype: torch.dtype
+    target_dtype: torch.dtype
+    device: torch.device
+
+
+class _Copies(NamedTuple):
+    """Copies of one kind; offsets count elements from a tensor's own first one."""
+
+    sources: list[Tensor]
+    source_offsets: list[int]
+    targets: list[Tensor]
+    target_offsets: list[int]
+
+
+class CopyBatch:
+    """Copies to be made together; ``run`` makes them, ``variants`` says what it would compile for them."""
+
+    def __init__(self) -> None:
+        self._kinds: dict[_Kind, _Copies] = {}
+
+    def add(self, copy: StridedCopy, sources: Sequence[Tensor], output: Tensor) -> None:
+        """Take a copy from ``sources``, which ``copy.ordinals`` number, to ``output``.
+
+        The tensors must live until the work that ``run`` queues is done.
+        """
+        for dtype in {sources[ordinal].dtype for ordinal in copy.ordinals}:
+            form = Form(*copy[:3], dtype.itemsize, output.dtype.itemsize)
+            kind = _Kind(form, dtype, output.dtype, output.device)
+            copies = self._kinds.setdefault(kind, _Copies([], [], [], []))
+            for ordinal, source_offset, target_offset in zip(*copy[3:], strict=True):
+                if sources[ordinal].dtype == dtype:
+                    copies.sources.append(sources[ordinal])
+                    copies.source_offsets.append(source_offset)
+                    copies.targets.append(output)
+                    copies.target_offsets.append(target_offset)
+
+    def variants(self) -> Counter[frozenset[Variant]]:
+        """Bytes written by the copies of each kind, by the variants that kernels would need for it."""
+        found: Counter[frozenset[Variant]] = Counter()
+        for kind, copies in self._kinds.items():
+            moves = _moves(kind, copies)
+            if moves is not None:
+                nbytes = len(copies.sources) * int(np.prod(kind.form.shape)) * kind.form.target_itemsize
+                found[_launches(kind, moves).variants] += nbytes
+        return found
+
+    @torch.no_grad()
+    def run(self, use_kernels: bool, allowed: frozenset[Variant] | None = None) -> Work:
+        """Make all copies; kernels are queued on the current stream.
+
+        Args:
+            use_kernels: for the copies that a kernel fits; all others are torch's.
+            allowed: the variants that may be compiled; None: any.
+        """
+        work = Work(0, 0)
+        for kind, copies in self._kinds.items():
+            work += _run(kind, copies, use_kernels, allowed)
+        self._kinds.clear()
+        return work
+
+
+def _run(kind: _Kind, copies: _Copies, use_kernels: bool, allowed: frozenset[Variant] | None) -> Work:
+    count = len(copies.sources)
+    moves = _moves(kind, copies) if use_kernels else None
+    launches = _launches(kind, moves) if moves is not None else None
+    if moves is None or launches is None or (allowed is not None and not launches.variants <= allowed):
+        strided_copy_torch(
+            [strided(t, *_side(kind.form, 1), at) for t, at in zip(copies.targets, copies.target_offsets, strict=True)],
+            [strided(s, *_side(kind.form, 0), at) for s, at in zip(copies.sources, copies.source_offsets, strict=True)],
+        )
+        return Work(0, count)
+    start(launches)
+    lone = [
+        (
+            strided(target, *_side(moves.lone_form, 1), (int(at_target) - target.data_ptr()) // target.itemsize),
+            strided(source, *_side(moves.lone_form, 0), (int(at_source) - source.data_ptr()) // source.itemsize),
+        )
+        for copy, at_source, at_target in zip(*moves.lone, strict=True)
+        for source, target in [(copies.sources[copy], copies.targets[copy])]
+    ]
+    strided_copy_torch([target for target, _ in lone], [source for _, source in lone])
+    by_torch = len(np.unique(moves.lone.copies))
+    return Work(count - by_torch, by_torch)
+
+
+def _side(form: Form, side: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    return form.shape, (form.source_strides, form.target_strides)[side]
+
+
+def _moves(kind: _Kind, copies: _Copies) -> Moves | None:
+    """What kernels do for these copies; None where none fits."""
+    # Conjugate and negative views are told by a flag that no kernel sees.
+    if any(source.is_conj() or source.is_neg() for source in copies.sources):
+        return None
+    sources = _addresses(copies.sources, copies.source_offsets)
+    targets = _addresses(copies.targets, copies.target_offsets)
+    moves = moves_of(kind.form, sources, targets)
+    return moves if moves is not None and _fits(moves.matrix, kind.source_dtype, kind.target_dtype) else None
+
+
+def _addresses(tensors: Sequence[Tensor], offsets: Sequence[int]) -> np.ndarray:
+    starts = np.fromiter((tensor.data_ptr() for tensor in tensors), np.int64, len(tensors))
+    return starts + np.array(offsets, np.int64) * (tensors[0].itemsize if tensors else 1)
+
+
+def _launches(kind: _Kind, moves: Moves) -> Launches:
+    verb, (rows, columns), source_stride, target_stride = moves.matrix
+    halves = 2 if verb == "deinterleave" else 1
+    twice = 2 if verb == "interleave" else 1
+    target_shape = (rows, columns) if verb == "strided_copy" else (columns // halves, rows * twice)
+
+    def matrices(side: tuple[np.ndarray, ...], shape: tuple[int, int], stride: int, dtype: torch.dtype):
+        return [at_addresses(addresses, shape, stride, dtype, kind.device) for addresses in side]
+
+    operands: list[Matrices] = matrices(moves.targets, target_shape, target_stride, kind.target_dtype)
+    operands += matrices(moves.sources, (rows, columns), source_stride, kind.source_dtype)
+    return _VERBS[verb](*operands)
+
+
+def _fits(matrix: Matrix, src: torch.dtype, dst: torch.dtype) -> bool:
+    """Whether the verb moves these dtypes, and matrices this wide."""
+    if src != dst and not (src in CASTS and dst in CASTS):
+        return False
+    strides = (matrix.source_stride, matrix.target_stride)
+    if matrix.verb == "strided_copy":
+        rows, columns = matrix.shape
+        if rows == 1 or strides == (columns, columns):
+            nbytes = rows * columns * max(src.itemsize, dst.itemsize)
+            return nbytes <= MOST_RUN or is_foldable(nbytes)
+        return max(columns, *strides) <= MOST_STRIDE
+    return src.itemsize <= 4 and max(*matrix.shape, *strides) <= MOST_STRIDE
