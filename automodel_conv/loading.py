@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from automodel_conv.dtypes import FLOATING
 from automodel_conv.execution.buffers import allocate
-from automodel_conv.execution.cpu import LoadStats, load_files
+from automodel_conv.execution.cpu import load_files
+from automodel_conv.execution.reading import LoadStats
 from automodel_conv.files.checkpoint import Checkpoint, open_checkpoint
 from automodel_conv.homes import Homes, finish, in_order, require_cpu, with_tied
 from automodel_conv.planning.compiler import Problems

@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-import os
 import threading
-from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from math import prod
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from automodel_conv.errors import ConversionError, ReadError, listing, message
-from automodel_conv.execution.buffers import Aim, byte_view, checked, dtype_of, span_bytes, strided
-from automodel_conv.execution.schedule import GAP_BYTES, Job, Move, Part, schedule
+from automodel_conv.errors import ConversionError, ReadError, message
+from automodel_conv.execution.buffers import Aim, byte_view, checked, dtype_of, strided
+from automodel_conv.execution.reading import LoadStats, OpenFiles, cores, read_job, read_whole, with_filled
+from automodel_conv.execution.schedule import GAP_BYTES, Job, Move, schedule
 from automodel_conv.execution.upstream import run_upstream, upstream_calls
-from automodel_conv.files import system
 from automodel_conv.files.checkpoint import Checkpoint
 from automodel_conv.kernels.strided_copy import strided_copy_torch
 from automodel_conv.planning.plan import CopyPlan
@@ -34,14 +32,6 @@ _ALIGN_BYTES = 64
 # it reads (two panels, of elements that a cast may have made twice as wide).
 _COPY_BYTES = 4 << 20
 _COPY_RATIO = 4
-
-
-class LoadStats(NamedTuple):
-    """What a load did; ``gap_bytes``, read between wanted bytes, come on top of ``bytes_read``."""
-
-    bytes_read: int
-    gap_bytes: int
-    scratch_bytes: int
 
 
 def load_files(
@@ -74,7 +64,7 @@ def load_files(
             already complete.
         UnsupportedError: a dtype that torch does not know, or strides that copies cannot follow.
     """
-    threads = min(_cores(), _MOST_THREADS) if threads is None else threads
+    threads = min(cores(), _MOST_THREADS) if threads is None else threads
     scratch_bytes = DEFAULT_SCRATCH_BYTES if scratch_bytes is None else scratch_bytes
     if threads < 1 or scratch_bytes < LEAST_SCRATCH_BYTES:
         raise ConversionError(
@@ -104,48 +94,14 @@ def load_files(
         try:
             stats = _run(jobs, checkpoint, tensors, threads, done, advance)
             for call in calls:
-                run_upstream(call, {row: _whole(row, checkpoint) for row in call.rows}, buffers)
+                run_upstream(call, {row: read_whole(row, checkpoint) for row in call.rows}, buffers)
                 written += [target.name for target in call.targets]
                 advance(sum(checkpoint.nbytes[row] for row in call.rows))
         except ReadError as error:
             unfinished = {n for k, job in enumerate(jobs) if k not in done for n in job.targets}
             written += [t.name for n, t in enumerate(targets) if n not in unfinished]
-            text = f"  filled:   {len(written)} of {len(plan.targets)} targets"
-            raise ReadError("\n".join(filter(None, [str(error), text, listing(written)]))) from error
+            raise with_filled(error, written, len(plan.targets)) from error
     return stats._replace(bytes_read=bytes_read)
-
-
-def _cores() -> int:
-    """Cores this process may use, which in a container can be fewer than the machine has."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
-class _Files:
-    """Descriptors for all threads, each open from the first job that reads its file to the last."""
-
-    def __init__(self, paths: Sequence[str], jobs: Iterable[Job]):
-        self._paths = paths
-        self._jobs_left = Counter(job.parts[0].file for job in jobs)
-        self._open: dict[int, int] = {}
-        self._lock = threading.Lock()
-
-    def descriptor(self, file: int) -> int:
-        with self._lock:
-            if file not in self._open:
-                self._open[file] = system.open_readonly(self._paths[file])
-            return self._open[file]
-
-    def release(self, file: int) -> None:
-        with self._lock:
-            self._jobs_left[file] -= 1
-            if not self._jobs_left[file]:
-                system.close(self._open.pop(file))
-
-    def close(self) -> None:
-        while self._open:
-            system.close(self._open.popitem()[1])
 
 
 class _TorchThreads:
@@ -181,7 +137,7 @@ def _run(
     advance: Callable[[int], None],
 ) -> LoadStats:
     """Run the jobs; ``done`` collects the numbers of the finished ones, also when this raises."""
-    files = _Files(checkpoint.files, jobs)
+    files = OpenFiles(checkpoint.files, jobs)
     views = [byte_view(tensor) for tensor in tensors]
     # Whole alignment units, so that the slot can be seen as elements of any size.
     slot_bytes = -(-max((job.scratch_bytes for job in jobs), default=0) // _ALIGN_BYTES) * _ALIGN_BYTES
@@ -200,7 +156,7 @@ def _run(
                 number, job = todo.popleft()
             except IndexError:
                 return
-            gaps.append(_read(job, checkpoint, files, own_views, junk))
+            gaps.append(read_job(job, checkpoint, files, own_views, junk))
             _copy(job.moves, scratch, tensors)
             done.add(number)
             advance(job.nbytes)
@@ -221,56 +177,6 @@ def _run(
     return LoadStats(0, sum(gaps), threads * (slot_bytes + copy_bytes))
 
 
-def _read(job: Job, checkpoint: Checkpoint, files: _Files, views: Sequence[memoryview], junk: memoryview) -> int:
-    """Read all parts of a job; returns the bytes read between them and thrown away."""
-    file = job.parts[0].file
-    path = checkpoint.files[file]
-    try:
-        fd = files.descriptor(file)
-    except OSError as error:
-        raise _failure(f"cannot open a file: {error}", path, job.parts, checkpoint) from error
-    gaps = 0
-    for parts in _calls(job.parts):
-        stop = parts[0].offset_bytes
-        slices: list[memoryview] = []
-        for part in parts:
-            if part.offset_bytes > stop:
-                slices.append(junk[: part.offset_bytes - stop])
-                gaps += part.offset_bytes - stop
-            slices.append(views[part.target][part.start_bytes : part.start_bytes + part.nbytes])
-            stop = part.offset_bytes + part.nbytes
-        try:
-            system.read_exactly(fd, slices, parts[0].offset_bytes, path)
-        except ReadError as error:
-            # If the file shrank its size tells the tensor; any other fault is one of the run's.
-            size = system.size(fd)
-            cut = [part for part in parts if part.offset_bytes + part.nbytes > size]
-            raise _failure(str(error), path, cut[:1] or parts, checkpoint) from error
-    files.release(file)
-    return gaps
-
-
-def _calls(parts: Sequence[Part]) -> Iterator[Sequence[Part]]:
-    """Groups of parts near enough to be read by one call."""
-    first = 0
-    for n in range(1, len(parts)):
-        before = parts[n - 1]
-        gap = parts[n].offset_bytes - before.offset_bytes - before.nbytes
-        if not 0 <= gap <= GAP_BYTES:
-            yield parts[first:n]
-            first = n
-    yield parts[first:]
-
-
-def _failure(text: str, path: str, parts: Sequence[Part], checkpoint: Checkpoint) -> ReadError:
-    rows = sorted({part.row for part in parts})
-    names = checkpoint.names[rows[0]]
-    if len(rows) > 1:
-        names = f"one of {len(rows)}, {names} to {checkpoint.names[rows[-1]]}"
-    where = f"{path}, from byte {parts[0].offset_bytes}"
-    return ReadError(f"{message('tensor data could not be read', where=where)}\n  tensor:   {names}\n{text}")
-
-
 def _copy(moves: Sequence[Move], scratch: Tensor, tensors: Sequence[Tensor]) -> None:
     """Copy from the scratch to the targets, copies of equal geometry in one call."""
     typed: dict[str, Tensor] = {}
@@ -286,19 +192,3 @@ def _copy(moves: Sequence[Move], scratch: Tensor, tensors: Sequence[Tensor]) -> 
         src.append(strided(typed[move.dtype], move.shape, move.source_strides, move.source_offset))
     for dst, src in groups.values():
         strided_copy_torch(dst, src)
-
-
-def _whole(row: int, checkpoint: Checkpoint) -> Tensor:
-    """A source read into a tensor of its own."""
-    tensor = torch.empty(checkpoint.shapes[row], dtype=dtype_of(checkpoint.dtypes[row], checkpoint.names[row]))
-    job = Job(
-        [Part(checkpoint.file_ids[row], checkpoint.offsets[row], span_bytes(tensor), 0, 0, row)],
-        [],
-        0,
-    )
-    files = _Files(checkpoint.files, [job])
-    try:
-        _read(job, checkpoint, files, [byte_view(tensor)], memoryview(b""))
-    finally:
-        files.close()
-    return tensor

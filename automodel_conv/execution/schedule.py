@@ -80,12 +80,24 @@ def schedule(
     threads: int,
     slot_bytes: int,
 ) -> list[Job]:
-    """All jobs of a load, in the order of the files.
+    """All jobs of a load to the host, in the order of the files.
 
     Args:
         copies: of each target, aimed at its buffer.
         slot_bytes: what a job may use of scratch, a multiple of 64.
     """
+    parts, moves = divide(targets, copies, checkpoint)
+    jobs = list(runs(parts, portion(sum(part.nbytes for part in parts), threads)))
+    through_scratch = sum(checkpoint.nbytes[row] for row in moves)
+    jobs += staged(moves, checkpoint, min(slot_bytes, _SLAB_BYTES, portion(through_scratch, threads)))
+    jobs.sort(key=lambda job: job.parts[0])
+    return jobs
+
+
+def divide(
+    targets: Sequence[Target], copies: Sequence[Sequence[StridedCopy]], checkpoint: Checkpoint
+) -> tuple[list[Part], dict[int, list[Move]]]:
+    """What can be read in place, in the order of the files, and by source row what cannot; no byte is in both."""
     parts, moves = _split(targets, copies, checkpoint)
     parts.sort()
     shared = _rows_read_twice(parts) | (moves.keys() & {part.row for part in parts})
@@ -94,10 +106,7 @@ def schedule(
             if part.row in shared:
                 moves.setdefault(part.row, []).append(_as_move(part, checkpoint))
         parts = [part for part in parts if part.row not in shared]
-    jobs = list(_runs(parts, threads))
-    jobs += _staged(moves, checkpoint, threads, slot_bytes)
-    jobs.sort(key=lambda job: job.parts[0])
-    return jobs
+    return parts, moves
 
 
 def _split(
@@ -148,9 +157,8 @@ def _as_move(part: Part, checkpoint: Checkpoint) -> Move:
 # --- bytes that only move -------------------------------------------------------------------------
 
 
-def _runs(parts: Sequence[Part], threads: int) -> Iterator[Job]:
-    """Neighbours in one job, large tensors over several."""
-    limit = _portion(sum(part.nbytes for part in parts), threads)
+def runs(parts: Sequence[Part], limit: int) -> Iterator[Job]:
+    """Neighbours in one job of at most ``limit`` bytes, large tensors over several."""
     run: list[Part] = []
     nbytes = stop = 0
     for whole in parts:
@@ -168,7 +176,7 @@ def _runs(parts: Sequence[Part], threads: int) -> Iterator[Job]:
         yield Job(run, [], 0)
 
 
-def _portion(total_bytes: int, threads: int) -> int:
+def portion(total_bytes: int, threads: int) -> int:
     """Bytes of a job: enough jobs for all threads to end at about the same time, none tiny."""
     return max(_LEAST_RUN_BYTES, min(_RUN_BYTES, total_bytes // (4 * threads)))
 
@@ -188,10 +196,11 @@ def _chopped(part: Part, limit: int) -> Iterator[Part]:
 # --- bytes that go through scratch ----------------------------------------------------------------
 
 
-def _staged(moves: dict[int, list[Move]], checkpoint: Checkpoint, threads: int, slot_bytes: int) -> Iterator[Job]:
-    """Slabs of sources, several to a job while they fit into the scratch and lie in one file."""
-    total = sum(checkpoint.nbytes[row] for row in moves)
-    limit = min(slot_bytes, _SLAB_BYTES, _portion(total, threads))
+def staged(moves: dict[int, list[Move]], checkpoint: Checkpoint, limit: int) -> Iterator[Job]:
+    """Slabs of sources, several to a job while they fit into ``limit`` bytes of scratch and lie in one file.
+
+    Each slab starts at a multiple of 64 bytes.
+    """
     file_ids, offsets = checkpoint.file_ids, checkpoint.offsets
     job, used = Job([], [], 0), 0
     for row in sorted(moves, key=lambda row: (file_ids[row], offsets[row])):

@@ -1,0 +1,131 @@
+"""Bytes of files into memory: descriptors shared by threads, one call for neighbours, errors with names."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from automodel_conv.errors import ReadError, listing, message
+from automodel_conv.execution.buffers import byte_view, dtype_of, span_bytes
+from automodel_conv.execution.schedule import GAP_BYTES, Job, Part
+from automodel_conv.files import system
+from automodel_conv.files.checkpoint import Checkpoint
+
+
+class LoadStats(NamedTuple):
+    """What a load did; ``gap_bytes``, read between wanted bytes, come on top of ``bytes_read``."""
+
+    bytes_read: int
+    gap_bytes: int
+    scratch_bytes: int
+
+
+def cores() -> int:
+    """Cores this process may use, which in a container can be fewer than the machine has."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+class OpenFiles:
+    """Descriptors for all threads, each open from the first job that reads its file to the last."""
+
+    def __init__(self, paths: Sequence[str], jobs: Iterable[Job]):
+        self._paths = paths
+        self._jobs_left = Counter(job.parts[0].file for job in jobs)
+        self._open: dict[int, int] = {}
+        self._lock = threading.Lock()
+
+    def descriptor(self, file: int) -> int:
+        with self._lock:
+            if file not in self._open:
+                self._open[file] = system.open_readonly(self._paths[file])
+            return self._open[file]
+
+    def release(self, file: int) -> None:
+        with self._lock:
+            self._jobs_left[file] -= 1
+            if not self._jobs_left[file]:
+                system.close(self._open.pop(file))
+
+    def close(self) -> None:
+        while self._open:
+            system.close(self._open.popitem()[1])
+
+
+def read_job(job: Job, checkpoint: Checkpoint, files: OpenFiles, views: Sequence[memoryview], junk: memoryview) -> int:
+    """Read all parts of a job; returns the bytes read between them and thrown away."""
+    file = job.parts[0].file
+    path = checkpoint.files[file]
+    try:
+        fd = files.descriptor(file)
+    except OSError as error:
+        raise _failure(f"cannot open a file: {error}", path, job.parts, checkpoint) from error
+    gaps = 0
+    for parts in _calls(job.parts):
+        stop = parts[0].offset_bytes
+        slices: list[memoryview] = []
+        for part in parts:
+            if part.offset_bytes > stop:
+                slices.append(junk[: part.offset_bytes - stop])
+                gaps += part.offset_bytes - stop
+            slices.append(views[part.target][part.start_bytes : part.start_bytes + part.nbytes])
+            stop = part.offset_bytes + part.nbytes
+        try:
+            system.read_exactly(fd, slices, parts[0].offset_bytes, path)
+        except ReadError as error:
+            # If the file shrank its size tells the tensor; any other fault is one of the run's.
+            size = system.size(fd)
+            cut = [part for part in parts if part.offset_bytes + part.nbytes > size]
+            raise _failure(str(error), path, cut[:1] or parts, checkpoint) from error
+    files.release(file)
+    return gaps
+
+
+def _calls(parts: Sequence[Part]) -> Iterator[Sequence[Part]]:
+    """Groups of parts near enough to be read by one call."""
+    first = 0
+    for n in range(1, len(parts)):
+        before = parts[n - 1]
+        gap = parts[n].offset_bytes - before.offset_bytes - before.nbytes
+        if not 0 <= gap <= GAP_BYTES:
+            yield parts[first:n]
+            first = n
+    yield parts[first:]
+
+
+def _failure(text: str, path: str, parts: Sequence[Part], checkpoint: Checkpoint) -> ReadError:
+    rows = sorted({part.row for part in parts})
+    names = checkpoint.names[rows[0]]
+    if len(rows) > 1:
+        names = f"one of {len(rows)}, {names} to {checkpoint.names[rows[-1]]}"
+    where = f"{path}, from byte {parts[0].offset_bytes}"
+    return ReadError(f"{message('tensor data could not be read', where=where)}\n  tensor:   {names}\n{text}")
+
+
+def read_whole(row: int, checkpoint: Checkpoint) -> Tensor:
+    """A source read into a tensor of its own."""
+    tensor = torch.empty(checkpoint.shapes[row], dtype=dtype_of(checkpoint.dtypes[row], checkpoint.names[row]))
+    job = Job(
+        [Part(checkpoint.file_ids[row], checkpoint.offsets[row], span_bytes(tensor), 0, 0, row)],
+        [],
+        0,
+    )
+    files = OpenFiles(checkpoint.files, [job])
+    try:
+        read_job(job, checkpoint, files, [byte_view(tensor)], memoryview(b""))
+    finally:
+        files.close()
+    return tensor
+
+
+def with_filled(error: ReadError, written: Sequence[str], total: int) -> ReadError:
+    """The same error with the names of the targets that are complete, of ``total``."""
+    text = f"  filled:   {len(written)} of {total} targets"
+    return ReadError("\n".join(filter(None, [str(error), text, listing(written)])))
