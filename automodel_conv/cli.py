@@ -103,6 +103,7 @@ def load(
         str | None,
         typer.Option(help="Of floating tensors, such as bfloat16. Default: the model's."),
     ] = None,
+    device: Annotated[str, typer.Option(help="Where to, such as cuda:0.")] = "cpu",
     threads: Annotated[int | None, typer.Option(min=1, help="Reader threads. Default: by the machine.")] = None,
     strict: Annotated[bool, typer.Option(help="Fail unless names and shapes fit.")] = True,
     progress: Annotated[bool | None, typer.Option(help="Show a bar. Default: on a terminal.")] = None,
@@ -112,6 +113,7 @@ def load(
         path,
         layout=layout,
         dtype=_dtype(dtype),
+        device=device,
         threads=threads,
         strict=strict,
         progress=sys.stderr.isatty() if progress is None else progress,
@@ -165,6 +167,11 @@ def _report_table(report: LoadReport, tensors: int) -> Table:
         table.add_row(f"seconds: {phase}", f"{seconds:.3f}")
     table.add_row("peak extra memory, at most", f"{report.peak_extra_bytes / 2**20:.1f} MiB")
     table.add_row("made by transformers' own code", str(len(report.fallbacks)))
+    if report.copied_by_kernels or report.copied_by_torch:
+        table.add_row("copies on the device by kernels", str(report.copied_by_kernels))
+        table.add_row("copies on the device by torch", str(report.copied_by_torch))
+    if report.without_kernels is not None:
+        table.add_row("no kernels, because", report.without_kernels)
     table.add_row("missing", str(len(report.missing_keys)))
     table.add_row("unexpected", str(len(report.unexpected_keys)))
     table.add_row("wrong shape", str(len(report.mismatched_keys)))

@@ -58,11 +58,14 @@ class Homes:
     doubled: list[tuple[str, str]]  # a second name of a parameter that has been loaded under its first
 
     @staticmethod
-    def of(model: nn.Module, plan: CopyPlan, strict: bool) -> Homes:
+    def of(model: nn.Module, plan: CopyPlan, strict: bool, device: torch.device | None) -> Homes:
         """Find a home for every target before anything is read.
 
+        Args:
+            device: of new tensors; None: that of the tensor whose place they take, the CPU for one on the meta device.
+
         Raises:
-            UnsupportedError: a tensor that is not on the CPU, or that ``state_dict`` hands out as a copy.
+            UnsupportedError: a tensor on a device that is not loaded to, or that ``state_dict`` hands out as a copy.
             ConversionError: two parameters share memory without being one.
         """
         state = model.state_dict(keep_vars=True)
@@ -80,7 +83,7 @@ class Homes:
                     )
                 )
             if not tensor.is_meta:
-                require_cpu(tensor.device)
+                loadable(tensor.device)
             if id(tensor) in first:
                 homes.doubled.append((target.name, first[id(tensor)]))
                 if strict:  # to be compared; otherwise the first of two wins
@@ -96,7 +99,9 @@ class Homes:
                 homes.buffers[target.name] = tensor.detach()
         _refuse_shared_memory(homes.buffers)
         homes.plan = replace(plan, targets=tuple(targets))
-        homes.buffers |= allocate(fresh)
+        for target in fresh:
+            old = state[target.name].device
+            homes.buffers |= allocate([target], device or ("cpu" if old.type == "meta" else old))
         return homes
 
     @property
@@ -163,7 +168,7 @@ def _refuse_shared_memory(buffers: Mapping[str, Tensor]) -> None:
             )
 
 
-def finish(model: nn.Module, made: Iterable[str], missing: Iterable[str]) -> None:
+def finish(model: nn.Module, made: Iterable[str], missing: Iterable[str], device: torch.device | None) -> None:
     """Bring to life what no checkpoint holds: ties, and buffers that are computed (rotary frequencies).
 
     Only for models that were on the meta device. A transformers model recomputes its own buffers; those of any other
@@ -178,7 +183,7 @@ def finish(model: nn.Module, made: Iterable[str], missing: Iterable[str]) -> Non
         for leaf in module._non_persistent_buffers_set:
             buffer = module._buffers.get(leaf)
             if buffer is not None and buffer.is_meta:
-                module._buffers[leaf] = torch.empty_like(buffer, device="cpu")
+                module._buffers[leaf] = torch.empty_like(buffer, device=device or "cpu")
     model.initialize_weights()  # type: ignore[operator]
     model.tie_weights(missing_keys=set(missing), recompute_mapping=False)  # type: ignore[operator]
 
@@ -209,12 +214,23 @@ def same_bytes(a: Tensor, b: Tensor) -> bool:
     return torch.equal(*(t.detach().contiguous().reshape(-1).view(torch.uint8) for t in (a, b)))
 
 
-def require_cpu(device: torch.device) -> None:
-    """Raise UnsupportedError for any other device."""
-    if device.type != "cpu":
+def loadable(device: str | torch.device) -> torch.device:
+    """The device, with its number.
+
+    Raises:
+        UnsupportedError: it is neither the CPU nor a CUDA device that is there.
+    """
+    device = torch.device(device)
+    if device.type == "cpu":
+        return device
+    count = torch.cuda.device_count()
+    if device.type != "cuda" or (device.index or 0) >= count:
         raise UnsupportedError(
             message(
-                f"loading straight to {device} is not supported yet",
-                do="load to the CPU and move the model, or wait for the streaming GPU loader",
+                f"cannot load to {device}",
+                expected="the CPU or a CUDA device",
+                found=f"{count} CUDA devices here",
+                do="load to the CPU and move the model",
             )
         )
+    return torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -14,11 +14,14 @@ from torch import Tensor, nn
 from automodel_conv.dtypes import FLOATING
 from automodel_conv.execution.buffers import allocate
 from automodel_conv.execution.cpu import load_files
+from automodel_conv.execution.cuda import streaming_device
 from automodel_conv.execution.reading import LoadStats
+from automodel_conv.execution.streaming import stream_files
 from automodel_conv.files.checkpoint import Checkpoint, open_checkpoint
-from automodel_conv.homes import Homes, finish, in_order, require_cpu, with_tied
+from automodel_conv.homes import Homes, finish, in_order, loadable, with_tied
+from automodel_conv.kernels.launch import why_not
 from automodel_conv.planning.compiler import Problems
-from automodel_conv.planning.copies import SourceTable
+from automodel_conv.planning.copies import SourceTable, Target
 from automodel_conv.planning.models import checked_dtype, meta_model, tied_names
 from automodel_conv.planning.pipeline import loading_plan
 from automodel_conv.planning.plan import CopyPlan
@@ -36,8 +39,12 @@ class LoadReport:
         fallbacks: targets made by upstream's own code, because an operation could not be lowered.
         bytes_read: bytes of tensor data that took part.
         seconds: by phase: ``open``, ``plan``, ``read``.
-        peak_extra_bytes: upper bound of the memory used beside the final buffers: scratch, and second copies of
-            parameters that the checkpoint holds under two names. What upstream's own code allocates is not in it.
+        peak_extra_bytes: upper bound of the memory used beside the final buffers: scratch on the host and on the
+            device, and second copies of parameters that the checkpoint holds under two names. What upstream's own code
+            allocates is not in it.
+        copied_by_kernels: copies that Triton kernels made on a device.
+        copied_by_torch: copies that torch made on a device, because no kernel fits them or none can run there.
+        without_kernels: why no kernel can run on the device; None where they can, and for loads to the host.
     """
 
     missing_keys: tuple[str, ...]
@@ -48,6 +55,9 @@ class LoadReport:
     bytes_read: int
     seconds: Mapping[str, float]
     peak_extra_bytes: int
+    copied_by_kernels: int = 0
+    copied_by_torch: int = 0
+    without_kernels: str | None = None
 
     @property
     def gb_per_s(self) -> float:
@@ -104,6 +114,7 @@ def load_state_dict(
     strict: bool = True,
     threads: int | None = None,
     scratch_bytes: int | None = None,
+    device_scratch_bytes: int | None = None,
     progress: bool = False,
     revision: str | None = None,
 ) -> LoadedStateDict:
@@ -115,10 +126,14 @@ def load_state_dict(
     Args:
         path: a directory with or without an index, an index file, a ``.safetensors`` file, or ``org/name``.
         model, rules, layout, key_mapping, dtype: see ``compile_plan``.
+        device: the CPU or a CUDA device. To the latter, bytes go through pinned memory, and what has to be permuted or
+            cast is copied there by Triton kernels, or by torch where Triton cannot run.
         strict: a missing, unexpected, mismatched or doubly provided target raises; False loads what fits, as
             upstream does (the first of two wins), and tells in the report.
         threads: reader threads; None chooses by the machine.
-        scratch_bytes: bound of the memory used beside the final tensors; None: 64 MiB.
+        scratch_bytes: bound of the host memory used beside the final tensors; None: 64 MiB. Where the host is not where
+            they are, it is pinned, and torch rounds it up to a power of two and keeps it for the next load.
+        device_scratch_bytes: likewise of the memory of a CUDA device; None: 256 MiB.
         progress: show a bar in bytes and GB/s.
         revision: of an ``org/name`` on the Hub.
 
@@ -126,15 +141,16 @@ def load_state_dict(
         CheckpointError, NameProblems, UnsupportedError: see ``compile_plan``; nothing has been read then.
         ReadError: reading failed; names file and tensor.
     """
-    require_cpu(torch.device(device))
+    device = loadable(device)
     clock = _Clock()
     checkpoint = open_checkpoint(path, revision=revision)
     clock.lap("open")
     plan, problems, model = _plan(checkpoint, model, rules, layout, key_mapping, dtype)
     problems.raise_unless_fit(checkpoint.path, strict)
-    buffers = allocate(plan.targets)
+    buffers = allocate(plan.targets, device)
     clock.lap("plan")
-    stats = load_files(plan, checkpoint, buffers, threads=threads, scratch_bytes=scratch_bytes, progress=progress)
+    limits = _Limits(threads, scratch_bytes, device_scratch_bytes)
+    stats = _fill(plan, checkpoint, buffers, limits, progress)
     clock.lap("read")
     shared = with_tied(buffers, tied_names(model)) if model is not None else buffers
     loaded = LoadedStateDict(in_order(shared, model) if model is not None else shared)
@@ -154,6 +170,7 @@ def load_model(
     strict: bool = True,
     threads: int | None = None,
     scratch_bytes: int | None = None,
+    device_scratch_bytes: int | None = None,
     progress: bool = False,
     revision: str | None = None,
 ) -> LoadReport:
@@ -161,9 +178,11 @@ def load_model(
 
     Args:
         layout: the layout the model's experts are in, for modules that are not transformers' own.
-        device: where new parameters go; None: the CPU.
+        device: where new parameters go; None: to the device of those whose place they take, from the meta device to the
+            CPU. Materialized parameters are filled where they are.
         dtype: if given, parameters of another floating dtype are replaced (see ``compile_plan``).
-        path, rules, key_mapping, strict, threads, scratch_bytes, progress, revision: see ``load_state_dict``.
+        path, rules, key_mapping, strict, threads, scratch_bytes, device_scratch_bytes, progress, revision: see
+            ``load_state_dict``.
 
     Raises:
         CheckpointError, NameProblems, UnsupportedError: see ``compile_plan``; no parameter has been written then.
@@ -172,22 +191,21 @@ def load_model(
         ConversionError: the checkpoint has different values for names that are one parameter of the model.
     """
     if device is not None:
-        require_cpu(torch.device(device))
+        device = loadable(device)
     clock = _Clock()
     checkpoint = open_checkpoint(path, revision=revision)
     clock.lap("open")
     plan, problems, _ = _plan(checkpoint, model, rules, layout, key_mapping, dtype, in_place=True)
     problems.raise_unless_fit(checkpoint.path, strict)
     was_meta = any(tensor.is_meta for tensor in model.state_dict().values() if isinstance(tensor, Tensor))
-    homes = Homes.of(model, plan, strict)
+    homes = Homes.of(model, plan, strict, device)
     clock.lap("plan")
-    stats = load_files(
-        homes.plan, checkpoint, homes.buffers, threads=threads, scratch_bytes=scratch_bytes, progress=progress
-    )
+    limits = _Limits(threads, scratch_bytes, device_scratch_bytes)
+    stats = _fill(homes.plan, checkpoint, homes.buffers, limits, progress)
     clock.lap("read")
     homes.settle(model)
     if was_meta:
-        finish(model, homes.buffers, problems.missing)
+        finish(model, homes.buffers, problems.missing, device)
     return _report(plan, problems, clock, stats, homes.extra_bytes)
 
 
@@ -218,6 +236,32 @@ def _plan(
     return plan, problems, model
 
 
+class _Limits(NamedTuple):
+    threads: int | None
+    scratch_bytes: int | None
+    device_scratch_bytes: int | None
+
+
+def _fill(
+    plan: CopyPlan, checkpoint: Checkpoint, buffers: Mapping[str, Tensor], limits: _Limits, progress: bool
+) -> dict[torch.device, LoadStats]:
+    """Fill all buffers, those of one device after those of another."""
+    groups: dict[torch.device, list[Target]] = {}
+    for target in plan.targets:
+        groups.setdefault(buffers[target.name].device, []).append(target)
+    stats = {}
+    for device, targets in groups.items():
+        part = replace(plan, targets=tuple(targets))
+        streamed_to = streaming_device(device)
+        if streamed_to is None:
+            stats[device] = load_files(
+                part, checkpoint, buffers, threads=limits.threads, scratch_bytes=limits.scratch_bytes, progress=progress
+            )
+        else:
+            stats[device] = stream_files(part, checkpoint, buffers, streamed_to, **limits._asdict(), progress=progress)
+    return stats
+
+
 def _first_floating(checkpoint: Checkpoint) -> str | None:
     return next((dtype for dtype in checkpoint.dtypes if dtype in FLOATING), None)
 
@@ -235,14 +279,20 @@ class _Clock:
         self._last = now
 
 
-def _report(plan: CopyPlan, problems: Problems, clock: _Clock, stats: LoadStats, extra_bytes: int = 0) -> LoadReport:
+def _report(
+    plan: CopyPlan, problems: Problems, clock: _Clock, stats: Mapping[torch.device, LoadStats], extra_bytes: int = 0
+) -> LoadReport:
+    reasons = [why_not(device) for device in stats if device.type != "cpu"]
     return LoadReport(
         missing_keys=tuple(problems.missing),
         unexpected_keys=tuple(problems.unexpected),
         mismatched_keys=tuple(problems.mismatched),
         duplicated_keys=tuple(problems.duplicated),
         fallbacks=plan.fallbacks,
-        bytes_read=stats.bytes_read,
+        bytes_read=sum(part.bytes_read for part in stats.values()),
         seconds=clock.seconds,
-        peak_extra_bytes=stats.scratch_bytes + extra_bytes,
+        peak_extra_bytes=sum(part.scratch_bytes + part.device_scratch_bytes for part in stats.values()) + extra_bytes,
+        copied_by_kernels=sum(part.work.by_kernels for part in stats.values()),
+        copied_by_torch=sum(part.work.by_torch for part in stats.values()),
+        without_kernels=next(filter(None, reasons), None),
     )

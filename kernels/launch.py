@@ -6,7 +6,7 @@ import contextlib
 import importlib.util
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import cache
 from typing import NamedTuple
 
@@ -15,7 +15,7 @@ import torch
 
 from automodel_conv.errors import ConversionError, UnsupportedError, message
 from automodel_conv.kernels.address_table import WIDEST, Matrices, alignment, upload
-from automodel_conv.kernels.variants import Geometry, Variant
+from automodel_conv.kernels.variants import OPERANDS, Geometry, Variant
 
 _MOST_ROWS = 65535  # of a table in one launch: the second dimension of a CUDA grid
 _INT32 = 2**31
@@ -168,6 +168,20 @@ def start(work: Launches) -> None:
             for at in range(first, stop, _MOST_ROWS):
                 rows = on_device[at : min(stop, at + _MOST_ROWS)]
                 moves_triton.launch(variant, (tiles, len(rows)), rows, _in_vectors(variant, geometry))
+
+
+def compile_ahead(variants: Iterable[Variant], device: torch.device) -> None:
+    """Compile variants and load them onto a device, by moving a vector or so from scratch to scratch with each."""
+    from automodel_conv.kernels import moves_triton
+
+    scope = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+    with scope:
+        scratch = torch.zeros(2, 1 << 13, dtype=torch.uint8, device=device)
+        for variant in variants:
+            destinations, operands = OPERANDS[variant.kernel]
+            row = [scratch[int(n >= destinations)].data_ptr() for n in range(operands)]
+            table = upload(np.array([row], np.int64), device)
+            moves_triton.launch(variant, (1, 1), table, (1, 1, 1, 1))
 
 
 def _assign(

@@ -13,6 +13,9 @@ CASTS: dict[torch.dtype, str] = {torch.bfloat16: "bfloat16", torch.float16: "flo
 
 NUM_WARPS = 4
 
+OPERANDS = {"copy_tiles": (1, 2), "transpose_tiles": (1, 2), "interleave_tiles": (1, 3), "deinterleave_tiles": (2, 3)}
+"""Destinations, and all operands, in a row of the table of each kernel."""
+
 
 class Variant(NamedTuple):
     """A kernel of ``moves_triton`` and all its compile-time constants: what is compiled once.

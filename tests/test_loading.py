@@ -11,7 +11,9 @@ from safetensors.torch import save_file
 from torch import nn
 
 import automodel_conv as amc
+from automodel_conv import loading
 from automodel_conv.testing import POISON, assert_bytes_equal
+from tests.execution.simulated import SimulatedDevice
 
 
 def write(directory: Path, **tensors: torch.Tensor) -> Path:
@@ -164,3 +166,29 @@ def test_loads_side_by_side_leave_torchs_threads_as_they_were(tmp_path):
     after.start()
     after.join()
     assert (seen, torch.get_num_threads()) == ([before], before)
+
+
+# --- devices ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("device", ["mps", "cuda:99"])
+def test_a_device_that_cannot_be_loaded_to_is_refused(tmp_path, device):
+    write(tmp_path, weight=torch.ones(3))
+    for load in (
+        lambda: amc.load_state_dict(tmp_path, rules=[], device=device),
+        lambda: amc.load_model(nn.Linear(3, 1, bias=False), tmp_path, rules=[], device=device),
+    ):
+        with pytest.raises(amc.UnsupportedError, match=f"cannot load to {device}"):
+            load()
+
+
+def test_a_streamed_model_reports_who_copied_and_what_that_took(tmp_path, monkeypatch):
+    monkeypatch.setattr(loading, "streaming_device", lambda device: SimulatedDevice())
+    model = poisoned(nn.Linear(40, 30))
+    write(tmp_path, weight=torch.arange(1200.0).reshape(30, 40).to(torch.float16), bias=torch.ones(30))
+    report = amc.load_model(model, tmp_path, scratch_bytes=8192, device_scratch_bytes=8192)
+    assert_bytes_equal(model.weight.detach(), torch.arange(1200.0).reshape(30, 40).to(torch.float16).float())
+    assert_bytes_equal(model.bias.detach(), torch.ones(30))
+    assert (report.copied_by_kernels, report.copied_by_torch) == (0, 1)
+    assert report.without_kernels is None  # of the CPU, which nothing is streamed to
+    assert 2400 + 120 <= report.peak_extra_bytes <= 16384

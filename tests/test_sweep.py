@@ -14,7 +14,9 @@ import torch
 pytest.importorskip("transformers", reason="the oracle is transformers' from_pretrained")
 
 import automodel_conv as amc
+from automodel_conv import loading
 from automodel_conv.testing import POISON, assert_bytes_equal
+from tests.execution.simulated import SimulatedDevice
 from tests.model_zoo import EXCLUDED, build_model, write_checkpoint, zoo_names
 
 pytestmark = pytest.mark.sweep
@@ -38,6 +40,15 @@ def test_state_dict_equals_from_pretrained(case):
     assert_reports(loaded.report, info)
     for name, other in upstream.all_tied_weights_keys.items():
         assert loaded[name].data_ptr() == loaded[other].data_ptr()
+
+
+def test_state_dict_streamed_to_a_device_equals_from_pretrained(case, monkeypatch):
+    directory, upstream, info = case
+    monkeypatch.setattr(loading, "streaming_device", lambda device: SimulatedDevice())
+    loaded = amc.load_state_dict(directory, threads=2, scratch_bytes=1 << 18, device_scratch_bytes=1 << 17)
+    assert_same(loaded, upstream.state_dict())
+    assert_reports(loaded.report, info)
+    assert 0 < loaded.report.peak_extra_bytes <= 3 << 17
 
 
 def test_model_in_memory_equals_from_pretrained(case):

@@ -140,6 +140,14 @@ def byte_view(tensor: Tensor) -> memoryview:
     return memoryview((ctypes.c_ubyte * nbytes).from_address(tensor.data_ptr())).cast("B")
 
 
+def raw_bytes(tensor: Tensor) -> Tensor:
+    """The memory of a tensor from its first to its last element, uint8 ``[n]``; any device, dtype and strides."""
+    if not tensor.numel():
+        return tensor.new_empty(0, dtype=torch.uint8)
+    span = 1 + reach(tensor.shape, tensor.stride())
+    return strided(tensor, (span,), (1,), 0).view(torch.uint8)
+
+
 def strided(tensor: Tensor, shape: Sequence[int], strides: Sequence[int], offset: int) -> Tensor:
     """A view of a tensor's memory; ``offset`` counts elements from the tensor's own first one."""
     return tensor.as_strided(shape, strides, tensor.storage_offset() + offset)

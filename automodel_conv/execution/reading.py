@@ -13,6 +13,7 @@ from torch import Tensor
 
 from automodel_conv.errors import ReadError, listing, message
 from automodel_conv.execution.buffers import byte_view, dtype_of, span_bytes
+from automodel_conv.execution.copy_batch import Work
 from automodel_conv.execution.schedule import GAP_BYTES, Job, Part
 from automodel_conv.files import system
 from automodel_conv.files.checkpoint import Checkpoint
@@ -23,7 +24,9 @@ class LoadStats(NamedTuple):
 
     bytes_read: int
     gap_bytes: int
-    scratch_bytes: int
+    scratch_bytes: int  # of host memory
+    device_scratch_bytes: int = 0
+    work: Work = Work(0, 0)  # copies on a device
 
 
 def cores() -> int:

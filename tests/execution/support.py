@@ -132,3 +132,25 @@ def experts(count: int, rows: int, columns: int, dtype: torch.dtype) -> dict[str
 
 def expert_names(count: int, projection: str) -> list[str]:
     return [f"experts.{e}.{projection}" for e in range(count)]
+
+
+def moe(tmp_path: Path, *operations: Operation, pad: int = 0, dtype=torch.bfloat16, shape=(6, 9, 20)):
+    """A checkpoint of experts in two files, and a plan for its three parameters."""
+    count = shape[0]
+    tensors = experts(*shape, dtype)
+    tensors["norm.weight"] = address_valued((7,), dtype, 5)
+    names = list(tensors)
+    files = {"a.safetensors": names[: len(names) // 2], "b.safetensors": names[len(names) // 2 :]}
+    checkpoint = write_checkpoint(tmp_path, {file: {n: tensors[n] for n in part} for file, part in files.items()}, pad)
+    sources, code = columns(checkpoint), dtype_code(dtype)
+    gate, up, down = (expert_names(count, p) for p in ("gate", "up", "down"))
+    plan = plan_of(
+        sources,
+        target(sources, "gate_up", code, [gate, up], [MERGE, CONCATENATE, *operations]),
+        target(sources, "down", code, [down], [MERGE, *operations]),
+        target(sources, "norm", code, [["norm.weight"]]),
+    )
+    return tensors, checkpoint, plan
+
+
+LAYOUTS = {"rows": (), "transposed": (TRANSPOSE,), "interleaved": (INTERLEAVE, TRANSPOSE)}

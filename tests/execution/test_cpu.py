@@ -20,7 +20,6 @@ from automodel_conv.execution import buffers as buffers_module
 from automodel_conv.execution import cpu, schedule
 from automodel_conv.execution.buffers import allocate
 from automodel_conv.execution.cpu import load_files
-from automodel_conv.files import system
 from automodel_conv.files.checkpoint import Checkpoint, open_checkpoint
 from automodel_conv.planning import lowering
 from automodel_conv.planning.copies import Fallback, Target
@@ -35,64 +34,19 @@ from automodel_conv.testing import (
     guarded,
 )
 from tests.execution.support import (
-    CONCATENATE,
-    INTERLEAVE,
+    LAYOUTS,
     MERGE,
     TRANSPOSE,
     columns,
     expert_names,
     experts,
     made,
+    moe,
     naive,
     plan_of,
     target,
     write_checkpoint,
 )
-
-
-class Calls:
-    """Counts the file calls of the package, and can fail or shorten one of them."""
-
-    def __init__(self) -> None:
-        self.nbytes = 0
-        self.reads = 0
-        self.open: set[int] = set()
-        self.fail_read = -1
-        self.short_bytes = 0
-        self.lock = threading.Lock()
-
-
-@pytest.fixture
-def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
-    seen = Calls()
-    preadv, open_readonly, close = system.preadv, system.open_readonly, system.close
-
-    def counted(fd: int, views: list[memoryview], offset: int) -> int:
-        with seen.lock:
-            seen.reads += 1
-            number = seen.reads
-        if number == seen.fail_read:
-            raise OSError(5, "Input/output error")
-        if seen.short_bytes:
-            views = [views[0][: 1 + number % seen.short_bytes]]
-        count = preadv(fd, views, offset)
-        with seen.lock:
-            seen.nbytes += count
-        return count
-
-    def opened(path: str) -> int:
-        fd = open_readonly(path)
-        seen.open.add(fd)
-        return fd
-
-    def closed(fd: int) -> None:
-        seen.open.remove(fd)
-        close(fd)
-
-    monkeypatch.setattr(system, "preadv", counted)
-    monkeypatch.setattr(system, "open_readonly", opened)
-    monkeypatch.setattr(system, "close", closed)
-    return seen
 
 
 @pytest.fixture
@@ -113,28 +67,6 @@ def check_load(plan: CopyPlan, checkpoint: Checkpoint, expected: dict[str, Tenso
         guard.check()
         assert_bytes_equal(guard.tensor, expected[name])
     return stats
-
-
-def moe(tmp_path: Path, *operations: Operation, pad: int = 0, dtype=torch.bfloat16, shape=(6, 9, 20)):
-    """A checkpoint of experts in two files, and a plan for its three parameters."""
-    count = shape[0]
-    tensors = experts(*shape, dtype)
-    tensors["norm.weight"] = address_valued((7,), dtype, 5)
-    names = list(tensors)
-    files = {"a.safetensors": names[: len(names) // 2], "b.safetensors": names[len(names) // 2 :]}
-    checkpoint = write_checkpoint(tmp_path, {file: {n: tensors[n] for n in part} for file, part in files.items()}, pad)
-    sources, code = columns(checkpoint), dtype_code(dtype)
-    gate, up, down = (expert_names(count, p) for p in ("gate", "up", "down"))
-    plan = plan_of(
-        sources,
-        target(sources, "gate_up", code, [gate, up], [MERGE, CONCATENATE, *operations]),
-        target(sources, "down", code, [down], [MERGE, *operations]),
-        target(sources, "norm", code, [["norm.weight"]]),
-    )
-    return tensors, checkpoint, plan
-
-
-LAYOUTS = {"rows": (), "transposed": (TRANSPOSE,), "interleaved": (INTERLEAVE, TRANSPOSE)}
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -297,7 +229,7 @@ def test_small_gaps_are_read_through_and_counted_and_large_ones_skipped(tmp_path
     plan = plan_of(sources, *(target(sources, n, "U8", [[n]]) for n in "abc"))
     before, reads = calls.nbytes, calls.reads
     stats = check_load(plan, checkpoint, tensors)
-    assert stats == (160, 1000, 0)
+    assert stats[:3] == (160, 1000, 0)
     assert calls.nbytes - before == 1160
     assert calls.reads - reads == 2
 

@@ -1,0 +1,57 @@
+"""CUDA devices as the streaming loader wants them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from automodel_conv.execution.streaming import Device
+
+
+class CudaStream:
+    """See ``streaming.Stream``."""
+
+    def __init__(self, device: torch.device):
+        self._stream = torch.cuda.Stream(device)
+        # Memory that was freed a moment ago may still be in use there.
+        self._stream.wait_stream(torch.cuda.current_stream(device))
+
+    def copy(self, dst: Tensor, src: Tensor) -> None:
+        with torch.cuda.stream(self._stream):
+            dst.copy_(src, non_blocking=True)
+
+    def run(self, work: Callable[[], None]) -> None:
+        with torch.cuda.stream(self._stream):
+            work()
+
+    def record(self) -> torch.cuda.Event:
+        event = torch.cuda.Event()
+        event.record(self._stream)
+        return event
+
+    def wait(self, event: torch.cuda.Event) -> None:
+        self._stream.wait_event(event)
+
+
+class CudaDevice:
+    """See ``streaming.Device``."""
+
+    def __init__(self, device: torch.device):
+        self._device = device
+
+    def pinned(self, nbytes: int) -> Tensor:
+        """torch rounds this up to a power of two, and keeps it for the next time."""
+        return torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
+
+    def scratch(self, nbytes: int) -> Tensor:
+        return torch.empty(nbytes, dtype=torch.uint8, device=self._device)
+
+    def stream(self) -> CudaStream:
+        return CudaStream(self._device)
+
+
+def streaming_device(device: torch.device) -> Device | None:
+    """What streams to tensors of a device; None for the CPU, which files are read straight to."""
+    return None if device.type == "cpu" else CudaDevice(device)

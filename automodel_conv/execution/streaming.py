@@ -1,0 +1,356 @@
+"""From files to a device: reader threads, pinned memory, uploads and copies, each ahead of the next as far as it can.
+
+    files --read--> slots (pinned) --copy stream--> targets, and windows --compute stream--> targets
+
+A thread waits for the event of its own slot before it reads into it again; the copy stream for the copies out of a
+window before that is filled again; the compute stream for the uploads before it copies out of a window. Nothing else
+waits, until the end. What the device does is behind three protocols, so that tests drive this with a simulated one.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from contextlib import ExitStack
+from itertools import cycle
+from math import prod
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from automodel_conv.errors import ConversionError, ReadError, message
+from automodel_conv.execution.buffers import Aim, byte_view, checked, dtype_of, raw_bytes
+from automodel_conv.execution.copy_batch import CopyBatch, Work, takes_kernels
+from automodel_conv.execution.reading import LoadStats, OpenFiles, cores, read_job, read_whole, with_filled
+from automodel_conv.execution.schedule import GAP_BYTES
+from automodel_conv.execution.upstream import run_upstream, upstream_calls
+from automodel_conv.execution.windows import Chunk, Upload, Window, stream_schedule
+from automodel_conv.files.checkpoint import Checkpoint
+from automodel_conv.kernels.launch import compile_ahead
+from automodel_conv.kernels.variants import Variant
+from automodel_conv.planning.copies import StridedCopy
+from automodel_conv.planning.plan import CopyPlan
+from automodel_conv.progress import bytes_progress
+
+DEFAULT_SCRATCH_BYTES = 64 << 20
+DEFAULT_DEVICE_SCRATCH_BYTES = 256 << 20
+LEAST_SCRATCH_BYTES = 8192
+MOST_COMPILED = 3
+"""Kernels that one load compiles at most; copies that need others are made by torch, and counted."""
+
+_MOST_THREADS = 8
+# One is read into while the other is uploaded.
+_SLOTS = 2
+_LEAST_SLOT_BYTES = LEAST_SCRATCH_BYTES // _SLOTS
+# One is filled while the other is emptied.
+_REGIONS = 2
+_ALIGN_BYTES = 64
+
+
+class Event(Protocol):
+    """A point in a stream."""
+
+    def synchronize(self) -> None:
+        """Return once all that was queued before this point is done; raise what it failed with."""
+
+
+class Stream(Protocol):
+    """A queue of a device, worked off in order."""
+
+    def copy(self, dst: Tensor, src: Tensor) -> None:
+        """Queue a copy of bytes from pinned memory; returns at once."""
+
+    def run(self, work: Callable[[], None]) -> None:
+        """Queue what ``work`` launches."""
+
+    def record(self) -> Event:
+        """An event after all that is queued."""
+        ...
+
+    def wait(self, event: Any) -> None:
+        """Queue that what follows waits for an event of another stream."""
+
+
+class Device(Protocol):
+    """Memory and streams; memory is given back when no tensor holds it."""
+
+    def pinned(self, nbytes: int) -> Tensor:
+        """Host memory that the device can read by itself, uint8 ``[nbytes]``."""
+        ...
+
+    def scratch(self, nbytes: int) -> Tensor:
+        """Device memory, uint8 ``[nbytes]``, at a multiple of 256."""
+        ...
+
+    def stream(self) -> Stream:
+        """A new stream, behind what has been queued on the current one."""
+        ...
+
+
+def stream_files(
+    plan: CopyPlan,
+    checkpoint: Checkpoint,
+    buffers: Mapping[str, Tensor],
+    device: Device,
+    *,
+    threads: int | None = None,
+    scratch_bytes: int | None = None,
+    device_scratch_bytes: int | None = None,
+    backend: str = "auto",
+    progress: bool = False,
+) -> LoadStats:
+    """Fill the buffers of all targets of a plan, on a device, from the files of its checkpoint.
+
+    Each byte of a source is read and uploaded once; only sources of targets that upstream's own code makes are read
+    again for each of those, whole, and made into targets on the host. All work is done when this returns or raises.
+    At most ``MOST_COMPILED`` kernels are compiled, while the first bytes are read.
+
+    Args:
+        plan: its sources are the checkpoint's rows.
+        buffers: by target name, on the device, of the target's shape and dtype and any strides; other names are
+            ignored. Written in place.
+        threads: that read; as many as there are cores if not given, at most 8. Fewer take part where scratch_bytes is
+            too small for all.
+        scratch_bytes: of pinned host memory; 64 MiB if not given.
+        device_scratch_bytes: on the device, for what cannot be uploaded in place; 256 MiB if not given.
+        backend: what copies on the device, see ``convert_tensors``.
+        progress: draw a bar.
+
+    Raises:
+        ConversionError: a buffer is missing or does not fit, before anything is read.
+        ReadError: a file could not be read; names file and tensor, and the targets that were already complete.
+        UnsupportedError: a dtype that torch does not know, strides that copies cannot follow, or a backend that cannot
+            run.
+    """
+    threads = min(cores(), _MOST_THREADS) if threads is None else threads
+    scratch_bytes = DEFAULT_SCRATCH_BYTES if scratch_bytes is None else scratch_bytes
+    device_scratch_bytes = DEFAULT_DEVICE_SCRATCH_BYTES if device_scratch_bytes is None else device_scratch_bytes
+    if threads < 1 or min(scratch_bytes, device_scratch_bytes) < LEAST_SCRATCH_BYTES:
+        found = f"threads={threads}, scratch_bytes={scratch_bytes}, device_scratch_bytes={device_scratch_bytes}"
+        raise ConversionError(
+            message(
+                "cannot load with these threads, scratch_bytes and device_scratch_bytes",
+                expected=f"threads >= 1, each scratch >= {LEAST_SCRATCH_BYTES}",
+                found=found,
+            )
+        )
+    targets = [t for t in plan.targets if t.fallback is None and prod(t.shape)]
+    tensors = [checked(target, buffers) for target in targets]
+    use_kernels = takes_kernels(backend, tensors)
+    calls = upstream_calls(plan)
+    for target in (target for call in calls for target in call.targets):
+        checked(target, buffers)
+    aim = Aim()
+    copies = [aim(target, tensor) for target, tensor in zip(targets, tensors, strict=True)]
+    threads = min(threads, scratch_bytes // (_SLOTS * _LEAST_SLOT_BYTES))
+    window_bytes = device_scratch_bytes // _REGIONS // _ALIGN_BYTES * _ALIGN_BYTES
+    chunks, windows = stream_schedule(
+        targets, copies, checkpoint, slot_bytes=scratch_bytes // (threads * _SLOTS), window_bytes=window_bytes
+    )
+    bytes_read = sum(chunk.read.nbytes for chunk in chunks)
+    bytes_read += sum(checkpoint.nbytes[row] for call in calls for row in call.rows)
+    written: list[str] = []
+    with bytes_progress(bytes_read, "loading", progress) as advance:
+        load = _Load(chunks, windows, tensors, checkpoint, device, use_kernels, advance)
+        try:
+            stats = load.run(threads)
+            for call in calls:
+                run_upstream(call, {row: read_whole(row, checkpoint) for row in call.rows}, buffers)
+                written += [target.name for target in call.targets]
+                advance(sum(checkpoint.nbytes[row] for row in call.rows))
+        except ReadError as error:
+            unfinished = load.unfinished()
+            written += [target.name for number, target in enumerate(targets) if number not in unfinished]
+            raise with_filled(error, written, len(plan.targets)) from error
+    return stats._replace(bytes_read=bytes_read)
+
+
+class _Slot:
+    """Pinned memory of one thread, and the point after which it may be overwritten."""
+
+    def __init__(self, memory: Tensor):
+        self.memory = memory
+        self.view = byte_view(memory)
+        self.uploaded: Event | None = None
+
+
+class _Stopped(Exception):
+    """Another thread has failed, so this one ends; nobody sees it."""
+
+
+class _Load:
+    """A load under way: what its threads share."""
+
+    def __init__(
+        self,
+        chunks: Sequence[Chunk],
+        windows: Sequence[Window],
+        tensors: Sequence[Tensor],
+        checkpoint: Checkpoint,
+        device: Device,
+        use_kernels: bool,
+        advance: Callable[[int], None],
+    ):
+        self._windows = windows
+        self._tensors = tensors
+        self._checkpoint = checkpoint
+        self._device = device
+        self._use_kernels = use_kernels
+        self._advance = advance
+        self._todo = deque(enumerate(chunks))
+        self._not_uploaded = dict(enumerate(chunks))
+        self._files = OpenFiles(checkpoint.files, (chunk.read for chunk in chunks))
+        self._changed = threading.Condition()
+        self._stopped = False
+        self._chunks_left = [window.chunks for window in windows]
+        self._emptied: dict[int, Event] = {}  # by window, recorded once its copies are queued
+        self._compiled: Future[frozenset[Variant]] = Future()
+        self._gap_bytes = 0
+        self._work = Work(0, 0)
+
+    def run(self, threads: int) -> LoadStats:
+        """Do it all, wait until the device has, and let go of every resource, whatever happens."""
+        threads = max(1, min(threads, len(self._not_uploaded)))
+        slot_bytes = max((chunk.read.nbytes for chunk in self._not_uploaded.values()), default=0)
+        region_bytes = max((window.nbytes for window in self._windows), default=0)
+        region_bytes = -(-region_bytes // _ALIGN_BYTES) * _ALIGN_BYTES
+        pinned = self._device.pinned(threads * _SLOTS * slot_bytes)
+        slots = deque(_Slot(memory) for memory in pinned.view(threads * _SLOTS, slot_bytes))
+        self._regions = [self._device.scratch(region_bytes) for _ in self._windows[:_REGIONS]]
+        stats = LoadStats(0, 0, pinned.nbytes, sum(region.nbytes for region in self._regions))
+        self._copies, self._kernels = self._device.stream(), self._device.stream()
+        del pinned
+        with ExitStack() as ending:  # the last one first, each whatever happens to another
+            ending.callback(self._regions.clear)
+            for stream in (self._copies, self._kernels):
+                # Memory goes back only once nothing uses it.
+                ending.callback(lambda stream=stream: stream.record().synchronize())
+            ending.callback(self._files.close)
+            pool = ThreadPoolExecutor(threads + 1, thread_name_prefix="automodel_conv")
+            ending.callback(pool.shutdown)
+            ending.callback(self._stop)
+            self._compiled = pool.submit(self._compile)
+            workers = [pool.submit(self._read, [slots.popleft() for _ in range(_SLOTS)]) for _ in range(threads)]
+            futures: list[Future[Any]] = [self._compiled, *workers]
+            wait(futures, return_when=FIRST_EXCEPTION)
+        for worker in futures:
+            if not isinstance(worker.exception(), _Stopped):
+                worker.result()
+        return stats._replace(gap_bytes=self._gap_bytes, work=self._work)
+
+    def unfinished(self) -> set[int]:
+        """Numbers of the targets that lack bytes, once ``run`` has returned or raised."""
+        windows = [window for number, window in enumerate(self._windows) if number not in self._emptied]
+        by_upload = {number for chunk in self._not_uploaded.values() for number in chunk.to_targets}
+        return by_upload | {move.target for window in windows for move in window.moves}
+
+    def _stop(self) -> None:
+        with self._changed:
+            self._stopped = True
+            self._changed.notify_all()
+
+    # --- reader threads ---------------------------------------------------------------------------------------------
+
+    def _read(self, slots: Sequence[_Slot]) -> None:
+        try:
+            self._read_chunks(slots)
+        except BaseException:
+            self._stop()  # the others, without waiting for the main thread to do it
+            raise
+
+    def _read_chunks(self, slots: Sequence[_Slot]) -> None:
+        junk = memoryview(bytearray(GAP_BYTES))
+        for slot in cycle(slots):
+            if self._stopped:
+                return
+            try:
+                number, chunk = self._todo.popleft()
+            except IndexError:
+                return
+            if slot.uploaded is not None:
+                slot.uploaded.synchronize()
+            gap_bytes = read_job(chunk.read, self._checkpoint, self._files, [slot.view], junk)
+            self._upload(chunk, slot)
+            with self._changed:
+                self._gap_bytes += gap_bytes
+                del self._not_uploaded[number]
+            self._advance(chunk.read.nbytes)
+
+    def _upload(self, chunk: Chunk, slot: _Slot) -> None:
+        for target, uploads in chunk.to_targets.items():
+            self._queue(uploads, slot, raw_bytes(self._tensors[target]))
+        for window, uploads in chunk.to_windows.items():
+            self._enter(window)
+            self._queue(uploads, slot, self._regions[window % _REGIONS])
+            self._leave(window)
+        slot.uploaded = self._copies.record()
+
+    def _queue(self, uploads: Iterable[Upload], slot: _Slot, memory: Tensor) -> None:
+        for slot_start, nbytes, start_bytes in uploads:
+            self._copies.copy(memory[start_bytes : start_bytes + nbytes], slot.memory[slot_start : slot_start + nbytes])
+
+    def _enter(self, window: int) -> None:
+        """Wait until the copies out of the window that had this memory before are queued; the stream waits for them."""
+        before = window - _REGIONS
+        if before >= 0:
+            with self._changed:
+                self._changed.wait_for(lambda: self._stopped or before in self._emptied)
+                if self._stopped:
+                    raise _Stopped
+            self._copies.wait(self._emptied[before])
+
+    def _leave(self, window: int) -> None:
+        """Queue the copies out of a window if all that fills it is queued."""
+        with self._changed:
+            self._chunks_left[window] -= 1
+            if self._chunks_left[window]:
+                return
+        self._kernels.wait(self._copies.record())
+        batch, chosen = self._batch(window), self._compiled.result()
+        self._kernels.run(lambda: self._copy(batch, chosen))
+        emptied = self._kernels.record()
+        with self._changed:
+            self._emptied[window] = emptied
+            self._changed.notify_all()
+
+    # --- copies on the device ---------------------------------------------------------------------------------------
+
+    def _copy(self, batch: CopyBatch, chosen: frozenset[Variant]) -> None:
+        work = batch.run(self._use_kernels, chosen)
+        with self._changed:
+            self._work += work
+
+    def _batch(self, window: int) -> CopyBatch:
+        """The copies out of a window; those that fill each other's gaps come one after the other."""
+        region = self._regions[window % _REGIONS]
+        typed: dict[str, Tensor] = {}
+        batch = CopyBatch()
+        for move in sorted(self._windows[window].moves, key=lambda move: (move.target, move.target_offset)):
+            if move.dtype not in typed:
+                typed[move.dtype] = region.view(dtype_of(move.dtype, "a source"))
+            copy = StridedCopy(
+                move.shape, move.source_strides, move.target_strides, (0,), (move.source_offset,), (move.target_offset,)
+            )
+            batch.add(copy, [typed[move.dtype]], self._tensors[move.target])
+        return batch
+
+    def _compile(self) -> frozenset[Variant]:
+        """Compile the kernels that move the most, judging by the windows that hold something new."""
+        if not self._use_kernels:
+            return frozenset()
+        nbytes: Counter[frozenset[Variant]] = Counter()
+        seen: set[tuple[object, ...]] = set()
+        for number, window in enumerate(self._windows):
+            forms = {(*move[1:4], move.target_strides, self._tensors[move.target].dtype) for move in window.moves}
+            if not forms <= seen:
+                seen |= forms
+                nbytes += self._batch(number).variants()
+        chosen: frozenset[Variant] = frozenset()
+        for variants, _ in nbytes.most_common():
+            if len(chosen | variants) <= MOST_COMPILED:
+                chosen |= variants
+        if chosen:
+            self._kernels.run(lambda: compile_ahead(chosen, self._regions[0].device))
+        return chosen

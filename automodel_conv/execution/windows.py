@@ -1,0 +1,94 @@
+"""From copies to chunks and windows: how the bytes of files reach a GPU, in the order of the files.
+
+Pure: integers in, integers out. A chunk is read into pinned memory and uploaded from there: bytes that only move
+straight into their final place, all others into a window of device memory, from which copies take them once it is
+full. So each byte is read and uploaded once.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from itertools import groupby
+from typing import NamedTuple
+
+from automodel_conv.execution.schedule import Job, Move, divide, runs, staged
+from automodel_conv.files.checkpoint import Checkpoint
+from automodel_conv.planning.copies import StridedCopy, Target
+
+
+class Upload(NamedTuple):
+    """Bytes of a slot of pinned memory, and where in a target or a window they go."""
+
+    slot_start: int
+    nbytes: int
+    start_bytes: int
+
+
+class Chunk(NamedTuple):
+    """What is read at once, one part after the other into a slot, and uploaded from it."""
+
+    read: Job
+    to_targets: dict[int, list[Upload]]
+    to_windows: dict[int, list[Upload]]  # ascending
+
+
+class Window(NamedTuple):
+    """Copies out of a piece of device memory, once ``chunks`` chunks have filled it; offsets count from its start."""
+
+    moves: list[Move]
+    nbytes: int
+    chunks: int
+
+
+def stream_schedule(
+    targets: Sequence[Target],
+    copies: Sequence[Sequence[StridedCopy]],
+    checkpoint: Checkpoint,
+    *,
+    slot_bytes: int,
+    window_bytes: int,
+) -> tuple[list[Chunk], list[Window]]:
+    """All chunks of a load and the windows they fill.
+
+    A chunk that fills a window comes at or after every chunk that fills an earlier one. So whoever takes chunks in this
+    order may wait, before it fills a window, until an earlier one has been emptied.
+
+    Args:
+        copies: of each target, aimed at its buffer.
+        slot_bytes: of a chunk, at most.
+        window_bytes: of a window, at most; a multiple of 64.
+    """
+    parts, moves = divide(targets, copies, checkpoint)
+    first = len(targets)
+    jobs = list(staged(moves, checkpoint, window_bytes))
+    parts += [part._replace(target=first + number) for number, job in enumerate(jobs) for part in job.parts]
+    parts.sort()
+    chunks = [_chunk(run, first) for run in runs(parts, slot_bytes)]
+    filled = Counter(window for chunk in chunks for window in chunk.to_windows)
+    return chunks, [Window(job.moves, job.scratch_bytes, filled[number]) for number, job in enumerate(jobs)]
+
+
+def _chunk(run: Job, first_window: int) -> Chunk:
+    aimed, uploads, at = [], [], 0
+    for part in run.parts:
+        aimed.append(part._replace(target=0, start_bytes=at))
+        uploads.append((part.target, Upload(at, part.nbytes, part.start_bytes)))
+        at += part.nbytes
+    to_targets: dict[int, list[Upload]] = {}
+    to_windows: dict[int, list[Upload]] = {}
+    for place, group in groupby(uploads, key=lambda upload: upload[0]):
+        side, number = (to_targets, place) if place < first_window else (to_windows, place - first_window)
+        for _, upload in group:
+            _append(side.setdefault(number, []), upload)
+    return Chunk(Job(aimed, [], 0), to_targets, dict(sorted(to_windows.items())))
+
+
+def _append(uploads: list[Upload], upload: Upload) -> None:
+    """Add an upload, or lengthen the last one if this continues it on both sides."""
+    if uploads:
+        slot_start, nbytes, start_bytes = uploads[-1]
+        if (slot_start + nbytes, start_bytes + nbytes) == (upload.slot_start, upload.start_bytes):
+            uploads[-1] = Upload(slot_start, nbytes + upload.nbytes, start_bytes)
+            return
+    uploads.append(upload)

@@ -1,0 +1,57 @@
+"""What all executors are watched by."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+
+import pytest
+
+from automodel_conv.files import system
+
+
+class Calls:
+    """Counts the file calls of the package, and can delay, fail or shorten reads, which it numbers from 1."""
+
+    def __init__(self) -> None:
+        self.nbytes = 0
+        self.reads = 0
+        self.open: set[int] = set()
+        self.fail_read = -1
+        self.short_bytes = 0
+        self.delay: Callable[[int], object] = lambda number: None
+        self.lock = threading.Lock()
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
+    seen = Calls()
+    preadv, open_readonly, close = system.preadv, system.open_readonly, system.close
+
+    def counted(fd: int, views: list[memoryview], offset: int) -> int:
+        with seen.lock:
+            seen.reads += 1
+            number = seen.reads
+        seen.delay(number)
+        if number == seen.fail_read:
+            raise OSError(5, "Input/output error")
+        if seen.short_bytes:
+            views = [views[0][: 1 + number % seen.short_bytes]]
+        count = preadv(fd, views, offset)
+        with seen.lock:
+            seen.nbytes += count
+        return count
+
+    def opened(path: str) -> int:
+        fd = open_readonly(path)
+        seen.open.add(fd)
+        return fd
+
+    def closed(fd: int) -> None:
+        seen.open.remove(fd)
+        close(fd)
+
+    monkeypatch.setattr(system, "preadv", counted)
+    monkeypatch.setattr(system, "open_readonly", opened)
+    monkeypatch.setattr(system, "close", closed)
+    return seen
