@@ -108,7 +108,7 @@ def load(
     strict: Annotated[bool, typer.Option(help="Fail unless names and shapes fit.")] = True,
     progress: Annotated[bool | None, typer.Option(help="Show a bar. Default: on a terminal.")] = None,
 ) -> None:
-    """Load a checkpoint into host memory and print how that went."""
+    """Load a checkpoint into memory and print how that went."""
     loaded = load_state_dict(
         path,
         layout=layout,
