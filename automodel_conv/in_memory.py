@@ -50,7 +50,8 @@ def convert_state_dict(
 
     Raises:
         NameProblems: names or shapes do not fit; lists all of them.
-        ConversionError: a tensor of ``out`` is missing, does not fit, or shares memory with a source.
+        ConversionError: a tensor of ``out`` is missing, does not fit, or shares memory with a source or
+            with another one.
         UnsupportedError: an unknown layout or backend, or "triton" for tensors that kernels cannot reach.
     """
     _require_any(model, rules, layout, source_layout)

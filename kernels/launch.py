@@ -6,6 +6,7 @@ import contextlib
 import importlib.util
 import os
 import shutil
+import subprocess
 from collections.abc import Callable, Iterable, Sequence
 from functools import cache
 from typing import NamedTuple
@@ -19,6 +20,7 @@ from automodel_conv.kernels.variants import OPERANDS, Geometry, Variant
 
 _MOST_ROWS = 65535  # of a table in one launch: the second dimension of a CUDA grid
 _INT32 = 2**31
+_MOST_PROGRAMS = _INT32 - 1  # in one launch: Triton's launchers multiply in 32 bits, and skip a grid that overflows
 MOST_STRIDE = 2**19
 """Elements: every variant of every verb takes steps between rows up to this, and rows up to this long."""
 MOST_RUN = 2**30
@@ -93,9 +95,21 @@ def why_not(device: torch.device) -> str | None:
         return "Triton's interpreter is on, which reads host memory"
     if not INTERPRETED and device.type != "cuda":
         return f"tensors on {device.type} need Triton's interpreter, which is off"
-    compilers = (os.environ.get("CC"), "gcc", "clang", "cc")
-    if not INTERPRETED and not any(shutil.which(name) for name in compilers if name):
-        return "Triton found no C compiler"
+    return None if INTERPRETED else _why_no_driver()
+
+
+def _why_no_driver() -> str | None:
+    from triton.runtime import driver
+
+    # Where Triton looks: for its driver, and for launchers of each signature, which the former may do without.
+    compilers = [os.environ["CC"]] if "CC" in os.environ else ["gcc", "clang"]
+    if not any(map(shutil.which, compilers)):
+        return f"Triton finds no C compiler; it looks for {' and '.join(compilers)}"
+    try:
+        driver.active.get_current_target()
+    except (RuntimeError, OSError, ImportError, AssertionError, subprocess.SubprocessError) as error:
+        # No headers of Python, no libcuda.so that a linker finds, no GPU: found out by trying only.
+        return f"Triton's driver does not load: {error}"
     return None
 
 
@@ -165,8 +179,9 @@ def start(work: Launches) -> None:
         on_device = upload(work.table, work.device)
         for variant, geometry, first, stop in work.launches:
             tiles = checked_tiles(variant, geometry)
-            for at in range(first, stop, _MOST_ROWS):
-                rows = on_device[at : min(stop, at + _MOST_ROWS)]
+            most = min(_MOST_ROWS, _MOST_PROGRAMS // tiles)
+            for at in range(first, stop, most):
+                rows = on_device[at : min(stop, at + most)]
                 moves_triton.launch(variant, (tiles, len(rows)), rows, _in_vectors(variant, geometry))
 
 

@@ -72,11 +72,9 @@ def is_foldable(run_nbytes: int) -> bool:
 
 
 def _folded(run: Matrices, itemsize: int) -> Matrices:
-    """A run as rows of at most a wide tile, if it divides into them; ``itemsize`` is that of the wider side."""
+    """A run as rows of at most a wide tile, or one row if it doesn't divide; ``itemsize`` is that of the wider side."""
     numel = run.rows * run.columns
-    if not is_foldable(numel * itemsize):
-        return run
-    columns = gcd(numel * itemsize, _WIDE[1]) // itemsize
+    columns = gcd(numel * itemsize, _WIDE[1]) // itemsize if is_foldable(numel * itemsize) else numel
     return at_addresses(run.addresses, (numel // columns, columns), columns, run.dtype, run.device)
 
 

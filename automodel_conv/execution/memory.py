@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from types import SimpleNamespace
+from typing import NamedTuple
 
+import numpy as np
+import torch
 from torch import Tensor
 
 from automodel_conv.errors import ConversionError, message
 from automodel_conv.execution.buffers import Aim, checked, dtype_of, span_bytes
 from automodel_conv.execution.copy_batch import CopyBatch, Work, takes_kernels
 from automodel_conv.execution.upstream import run_upstream, upstream_calls
-from automodel_conv.planning.copies import StridedCopy, group_pieces
+from automodel_conv.planning.copies import StridedCopy, Target, group_pieces
 from automodel_conv.planning.plan import CopyPlan
 from automodel_conv.planning.view import NotAffine, Piece, chain, contiguous_strides
+
+# Of numpy's search for a shared byte: milliseconds.
+_MOST_WORK = 100_000
 
 
 def convert_tensors(
@@ -30,18 +37,17 @@ def convert_tensors(
             "triton" where kernels run on the tensors' device, which on a CPU they do not.
 
     Raises:
-        ConversionError: a source or a buffer does not fit, or a buffer shares memory with a source;
-            before anything is written.
+        ConversionError: a source or a buffer does not fit, or a buffer shares memory with a source or with another
+            buffer (two names of one tensor may, if one tensor is what they are made of); before anything is written.
         UnsupportedError: a dtype that torch does not know, strides that copies cannot follow, or
             "triton" for tensors that kernels cannot reach.
     """
     rows = sorted(plan.used_sources)
     tensors = {row: _checked_source(plan, row, sources[row]) for row in rows}
     outputs = [checked(target, buffers) for target in plan.targets]
-    _refuse_shared_memory(
-        ((plan.sources.names[row], tensor) for row, tensor in tensors.items()),
-        ((target.name, output) for target, output in zip(plan.targets, outputs, strict=True)),
-    )
+    read = [_Operand(plan.sources.names[row], tensor, None) for row, tensor in tensors.items()]
+    written = [_Operand(target.name, output, target) for target, output in zip(plan.targets, outputs, strict=True)]
+    _refuse_shared_memory([*read, *written], tensors)
     use_kernels = takes_kernels(backend, [*tensors.values(), *outputs])
     aim = Aim()
     aimed = [aim(target, output) for target, output in zip(plan.targets, outputs, strict=True)]
@@ -71,29 +77,82 @@ def _checked_source(plan: CopyPlan, row: int, tensor: Tensor) -> Tensor:
     return tensor.detach()
 
 
-def _refuse_shared_memory(sources: Iterable[tuple[str, Tensor]], buffers: Iterable[tuple[str, Tensor]]) -> None:
-    """No buffer may meet a source from first to last element: a copy would read what it wrote."""
-    spans: list[tuple[str, int, int, bool, str]] = []
-    for written, tensors in ((False, sources), (True, buffers)):
-        for name, tensor in tensors:
-            if tensor.numel():
-                start = tensor.data_ptr()
-                spans.append((str(tensor.device), start, start + span_bytes(tensor), written, name))
-    spans.sort()
-    # The farthest end so far of each kind, so that a long span still meets a late one.
-    ends: dict[tuple[str, bool], tuple[int, str]] = {}
-    for device, start, stop, written, name in spans:
-        other_stop, other = ends.get((device, not written), (0, ""))
-        if start < other_stop:
-            source, buffer = (other, name) if written else (name, other)
-            raise ConversionError(
-                message(
-                    f"the buffer of {buffer} lies in the memory of the source {source}",
-                    do="pass a buffer of its own",
-                )
-            )
-        if stop > ends.get((device, written), (0, ""))[0]:
-            ends[device, written] = (stop, name)
+class _Operand(NamedTuple):
+    name: str
+    tensor: Tensor
+    buffer: Target | None  # the target it is the buffer of; None for a source
+
+    @property
+    def start(self) -> int:
+        return self.tensor.data_ptr()
+
+    @property
+    def stop(self) -> int:
+        return self.start + span_bytes(self.tensor)
+
+
+def _refuse_shared_memory(operands: Iterable[_Operand], sources: Mapping[int, Tensor]) -> None:
+    """No byte of a buffer may be one of a source or of another buffer: what is read or left there would be chance.
+
+    Views may alternate within one storage, as columns of a matrix do: whether two have a byte in common is decided
+    exactly, by numpy; where that takes over ``_MOST_WORK`` steps, as odd strides may, they pass. So do two names of one
+    tensor that are made alike of the same memory: tied weights.
+
+    Not detected: memory that is reached under two addresses or two devices, and elements of one buffer that meet.
+    """
+    # Open: those that reach beyond the start of the next one.
+    open_by_device: dict[torch.device, list[_Operand]] = {}
+    for operand in sorted((o for o in operands if o.tensor.numel()), key=lambda o: o.start):
+        device = operand.tensor.device
+        others = [o for o in open_by_device.get(device, []) if o.stop > operand.start]
+        for other in others:
+            if (operand.buffer or other.buffer) and _share_bytes(operand.tensor, other.tensor):
+                _refuse_unless_tied(operand, other, sources)
+        open_by_device[device] = [*others, operand]
+
+
+def _share_bytes(first: Tensor, second: Tensor) -> bool:
+    try:
+        # numpy's stub knows two of the numbers that it takes.
+        return np.shares_memory(_placed(first), _placed(second), max_work=_MOST_WORK)  # type: ignore[arg-type]
+    except np.exceptions.TooHardError:
+        return False
+
+
+def _placed(tensor: Tensor) -> np.ndarray:
+    """An array that lies where the tensor lies, on whatever device: to be compared, never read."""
+    size = tensor.element_size()
+    holder = SimpleNamespace(
+        __array_interface__={
+            "version": 3,
+            "data": (tensor.data_ptr(), True),
+            "typestr": f"|V{size}",
+            "shape": tuple(tensor.shape),
+            "strides": tuple(stride * size for stride in tensor.stride()),
+        }
+    )
+    return np.asarray(holder)
+
+
+def _refuse_unless_tied(first: _Operand, second: _Operand, sources: Mapping[int, Tensor]) -> None:
+    if first.buffer is None or second.buffer is None:
+        source, buffer = (first, second) if first.buffer is None else (second, first)
+        what = f"the buffer of {buffer.name} lies in the memory of the source {source.name}"
+    elif _place(first.tensor) == _place(second.tensor) and _made_of(first.buffer, sources) == _made_of(
+        second.buffer, sources
+    ):
+        return
+    else:
+        what = "the buffers of {} and {} share memory".format(*sorted((first.name, second.name)))
+    raise ConversionError(message(what, do="pass a buffer of its own"))
+
+
+def _made_of(target: Target, sources: Mapping[int, Tensor]) -> tuple[object, ...]:
+    return target.fallback, target.copies, [_place(sources[row]) for row in target.sources]
+
+
+def _place(tensor: Tensor) -> tuple[object, ...]:
+    return tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()
 
 
 def _from_real_strides(

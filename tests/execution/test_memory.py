@@ -14,6 +14,7 @@ from torch import Tensor
 from automodel_conv.dtypes import torch_dtype
 from automodel_conv.errors import ConversionError, UnsupportedError
 from automodel_conv.execution import copy_batch
+from automodel_conv.execution import memory as memory_executor
 from automodel_conv.execution.buffers import allocate
 from automodel_conv.execution.memory import Work, convert_tensors
 from automodel_conv.planning import lowering
@@ -248,6 +249,88 @@ def test_neighbours_in_one_memory_and_sources_that_overlap_are_fine():
     assert_bytes_equal(memory[15:35], torch.cat(expected))
 
 
+def test_buffers_that_share_elements_are_refused_and_both_are_named():
+    memory = torch.arange(40, dtype=torch.float32)
+    before = memory.clone()
+    sources = [torch.ones(4, 3), torch.ones(10), torch.ones(2, 3)]
+    plan = one_to_one((4, 3), (10,), (2, 3))
+    columns = memory.view(4, 10)
+    for other in (columns[:2, 2:5], columns[2:, 0:9:4], columns.t()[:2, 1:]):
+        buffers = {"t0": columns[:, :3], "t1": torch.empty(10), "t2": other}
+        with pytest.raises(ConversionError, match="buffers of t0 and t2 share memory"):
+            convert_tensors(plan, sources, buffers)
+        assert_bytes_equal(memory, before)
+
+
+INTERLOCKED = {
+    "columns side by side": lambda m: (m[..., :4], m[..., 4:]),
+    "columns that alternate": lambda m: (m[..., 0::2], m[..., 1::2]),
+    "rows that alternate": lambda m: (m[:, 0::2, :4], m[:, 1::2, :4]),
+    "blocks of a matrix": lambda m: (m[:, :3, 4:], m[:, 3:, 4:]),
+    "slices one after another": lambda m: (m[:2], m[2:]),
+    "the other way round, alternating": lambda m: (m[..., 0::2].transpose(1, 2), m[..., 1::2].transpose(1, 2)),
+    "one in a gap of the other": lambda m: (m[..., 0::3], m[1, 2, 1:3]),
+}
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", INTERLOCKED)
+def test_views_of_one_storage_that_share_no_element_are_all_written(name, backend):
+    memory = torch.zeros(4, 6, 8)
+    first, second = INTERLOCKED[name](memory)
+    plan = one_to_one(tuple(first.shape), tuple(second.shape))
+    sources = [address_valued(tuple(t.shape), torch.float32, 1 + 200 * k) for k, t in enumerate((first, second))]
+    convert_tensors(plan, sources, {"t0": first, "t1": second}, backend=backend)
+    assert_bytes_equal(first, sources[0])
+    assert_bytes_equal(second, sources[1])
+    assert int((memory != 0).sum()) == first.numel() + second.numel()
+
+
+@pytest.mark.parametrize("name", INTERLOCKED)
+def test_a_buffer_between_the_elements_of_a_source_is_written(name):
+    source, buffer = INTERLOCKED[name](torch.arange(4 * 6 * 8, dtype=torch.float32).reshape(4, 6, 8))
+    before, other = source.clone(), torch.ones(buffer.shape)
+    plan = one_to_one(tuple(source.shape), tuple(buffer.shape))
+    convert_tensors(plan, [source, other], {"t0": torch.empty(source.shape), "t1": buffer})
+    assert_bytes_equal(source, before)
+    assert_bytes_equal(buffer, other)
+
+
+def test_tied_buffers_pass_if_they_are_made_of_one_tensor():
+    weight, made = torch.randn(3, 4), torch.zeros(3, 4)
+    plan = one_to_one((3, 4), (3, 4))
+    convert_tensors(plan, [weight, weight], {"t0": made, "t1": made})
+    assert_bytes_equal(made, weight)
+    with pytest.raises(ConversionError, match="buffers of t0 and t1 share memory"):
+        convert_tensors(plan, [weight, weight.clone()], {"t0": made, "t1": made})
+    with pytest.raises(ConversionError, match="buffers of t0 and t1 share memory"):
+        convert_tensors(one_to_one((3, 3), (3, 3)), [weight[:, :3]] * 2, {"t0": made[:, :3], "t1": made[:, 1:]})
+
+
+def test_strides_that_take_too_long_to_decide_pass():
+    memory, shape = torch.zeros(1000), (5, 5, 5)
+    plan = one_to_one(shape, shape)
+    buffers = {"t0": memory.as_strided(shape, (150, 39, 9)), "t1": memory.as_strided(shape, (170, 31, 11), 7)}
+    with pytest.raises(ConversionError, match="buffers of t0 and t1 share memory"):
+        convert_tensors(plan, [torch.ones(shape)] * 2, buffers)
+    with mock.patch.object(memory_executor, "_MOST_WORK", 10):
+        convert_tensors(plan, [torch.ones(shape)] * 2, buffers)
+
+
+def test_where_tensors_lie_is_compared_without_reading_them():
+    class Elsewhere:
+        """As a tensor of a GPU: an address that the host cannot read."""
+
+        def __init__(self, view):
+            self.shape, self.stride, self.element_size = view.shape, view.stride, view.element_size
+            self.data_ptr = lambda: 0x7F0000000000 + view.data_ptr() % 2**20
+
+    view = torch.zeros(1 << 20)[: 1 << 10]
+    scalar = view[3]
+    assert memory_executor._share_bytes(Elsewhere(view), Elsewhere(scalar))
+    assert not memory_executor._share_bytes(Elsewhere(view[4:]), Elsewhere(scalar))
+
+
 # --- what does not fit ----------------------------------------------------------------------------
 
 
@@ -273,6 +356,13 @@ def test_a_source_whose_strides_copies_cannot_follow_is_copied_first():
     value = lowering.transpose(lowering.reshape(leaf(0, (6, 5)), (10, 3)), 0, 1)
     plan = plan_of(table({"s": tensor}), made("t", "F32", value, [0]))
     check_conversion(plan, {"s": tensor}, [laid_out(tensor, (0, 1))])
+
+
+def test_sources_that_had_to_be_copied_live_until_kernels_read_them():
+    tensors = {f"s{i}": address_valued((6, 5), torch.float32, 30 * i) for i in range(6)}
+    value = lowering.transpose(lowering.reshape(leaf(0, (6, 5)), (10, 3)), 0, 1)
+    plan = plan_of(table(tensors), *(made(f"t{i}", "F32", value, [i]) for i in range(6)))
+    check_conversion(plan, tensors, [laid_out(t, (0, 1)) for t in tensors.values()])
 
 
 def test_upstream_code_runs_once_and_gets_the_tensors_themselves():

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from automodel_conv.errors import ConversionError, UnsupportedError
 from automodel_conv.kernels import interleave as interleaving
 from automodel_conv.kernels import launch, strided_copy, transpose
-from automodel_conv.kernels.address_table import alignment, bytes_moved, matrices_at
+from automodel_conv.kernels.address_table import alignment, at_addresses, bytes_moved, matrices_at
 from automodel_conv.kernels.interleave import deinterleave, interleave
 from automodel_conv.testing import address_valued, assert_bytes_equal
 from tests.machine_code.variants import DTYPE_PAIRS as DTYPES_CHECKED
@@ -336,6 +336,26 @@ def test_more_matrices_than_a_grid_has_rows_take_more_launches(launched):
 
 
 @needs_triton
+def test_a_grid_of_more_programs_than_triton_counts_takes_more_launches(launched):
+    src = lot((40, 20), torch.uint8, [0] * 5, 1)
+    dst = lot((40, 20), torch.uint8, [0] * 5, 1, poisoned=True)
+    with mock.patch.object(launch, "_MOST_PROGRAMS", 25):  # tiles are 4 x 32: 10 for a matrix
+        run(strided_copy.strided_copy, [dst], [src], ELEMENTS["strided_copy"])
+    assert [count for _, count in launched] == [2, 2, 1]
+
+
+@needs_triton
+@pytest.mark.parametrize("shape", [(3, 300_000_001), (300_000_001, 3), (1, 2**30 - 1)])
+def test_a_run_of_any_shape_is_taken_up_to_the_length_promised(shape):
+    # Addresses that nothing looks at: the launch is left out.
+    runs = at_addresses(np.array([64]), shape, shape[1], torch.uint8, torch.device("cpu"))
+    assert launch.MOST_RUN - runs.nbytes < 2**28
+    with mock.patch.object(moves_triton, "launch") as launched:
+        strided_copy.strided_copy(runs, runs)
+    assert launched.call_count == 1
+
+
+@needs_triton
 def test_runs_without_gaps_are_cut_into_full_tiles_whatever_their_shape(launched):
     for shape in [(1, 128), (128, 1), (8, 16)]:
         src = lot(shape, torch.float32, [0], 0)
@@ -521,6 +541,28 @@ except UnsupportedError as error:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     assert "interpreter, which is off" in done.stdout or "not installed" in done.stdout
+
+
+@needs_triton
+def test_what_triton_lacks_on_a_gpu_is_told_beforehand(monkeypatch):
+    class Driver:
+        def __init__(self, *errors):
+            self.active = mock.Mock(**{"get_current_target.side_effect": errors or None})
+
+    def reason(driver):
+        with mock.patch("triton.runtime.driver", driver), mock.patch.object(moves_triton, "INTERPRETED", False):
+            return launch.why_not.__wrapped__(torch.device("cuda", 0))
+
+    monkeypatch.setenv("CC", sys.executable)
+    assert reason(Driver()) is None
+    no_headers = subprocess.CalledProcessError(1, ["gcc", "main.c"])
+    for error in (no_headers, RuntimeError("0 active drivers"), AssertionError("libcuda.so cannot found!")):
+        assert str(error) in reason(Driver(error))
+    monkeypatch.setenv("CC", "no-such-compiler")
+    assert "no-such-compiler" in reason(Driver())
+    monkeypatch.delenv("CC")
+    monkeypatch.setattr("shutil.which", {"cc": "/usr/bin/cc"}.get)  # which Triton does not look for
+    assert "gcc and clang" in reason(Driver())
 
 
 # --- counting ---------------------------------------------------------------------------------------------------------

@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import json
 import re
+import struct
 import subprocess
 import sys
 import tempfile
+from bisect import bisect
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,7 +36,7 @@ BYTES_PER_CLOCK = 3.0e12 / 132 / 1.755e9
 THREADS_PER_CLOCK = 4 * 32
 MOST_ISSUE = 0.5
 
-_INSTRUCTION = re.compile(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)", re.M)
+_INSTRUCTION = re.compile(r"^\s*/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)", re.M)
 _WIDTH = re.compile(r"\.(128|64|U16|S16|U8|S8)\b")
 _NBYTES = {"128": 16, "64": 8, "U16": 2, "S16": 2, "U8": 1, "S8": 1}
 
@@ -60,13 +63,38 @@ def compiled(kernel: Any, values: dict[str, Any], arch: int, **options: Any) -> 
     ).asm["cubin"]
 
 
-def read(binary: bytes) -> Code:
+def read(binaries: Sequence[bytes], arch: int) -> list[Code]:
+    """What each of some kernels does; all in one call of the disassembler, which takes half a second to start."""
+    codes = [_machine_code(binary) for binary in binaries]
+    ends = list(accumulate(map(len, codes)))
+    names: list[list[str]] = [[] for _ in codes]
     with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder, "kernel.cubin")
-        file.write_bytes(binary)
-        text = _tool("nvdisasm", "-c", file)
-        usage = _tool("cuobjdump", "-res-usage", file)
-    names = _INSTRUCTION.findall(text)
+        file = Path(folder, "code")
+        file.write_bytes(b"".join(codes))
+        for address, name in _INSTRUCTION.findall(_tool("nvdisasm", "--binary", f"SM{arch}", file)):
+            names[bisect(ends, int(address, 16))].append(name)
+        usages = []
+        for binary in binaries:
+            file.write_bytes(binary)
+            usages.append(_tool("cuobjdump", "-res-usage", file))
+    if [16 * len(some) for some in names] != [len(code) for code in codes]:
+        raise ValueError("instructions of 16 bytes were expected, each on a line of its own")
+    return [_code(some, usage) for some, usage in zip(names, usages, strict=True)]
+
+
+def _machine_code(binary: bytes) -> bytes:
+    """The one executable section of an ELF file of 64 bits."""
+    (start,), (size, count) = struct.unpack_from("<Q", binary, 40), struct.unpack_from("<HH", binary, 58)
+    found = []
+    for at in range(start, start + size * count, size):
+        flags, _, offset, nbytes = struct.unpack_from("<QQQQ", binary, at + 8)
+        if flags & 4:  # SHF_EXECINSTR
+            found.append(binary[offset : offset + nbytes])
+    (code,) = found
+    return code
+
+
+def _code(names: list[str], usage: str) -> Code:
     while names and names[-1].partition(".")[0] in ("NOP", "BRA"):
         names.pop()
     accesses: dict[str, Counter[int]] = {"LDG": Counter(), "STG": Counter()}
@@ -122,15 +150,11 @@ def _accesses(variant: Variant, side: str) -> Counter[int]:
 
 
 def main(arch: int) -> None:
-    # Reading is other processes' work: it goes on while the next variant is compiled.
-    with ThreadPoolExecutor(2) as pool:
-        codes = {
-            variant: pool.submit(read, compiled(KERNELS[variant.kernel], constants(variant), arch))
-            for variant in launchable()
-        }
-    found = {str(variant): problems(variant, code.result()) for variant, code in codes.items()}
-    wrong = {variant: texts for variant, texts in found.items() if texts}
-    print(json.dumps({"checked": len(found), "wrong": wrong, "triton": triton.__version__}, indent=1))
+    variants = launchable()
+    binaries = [compiled(KERNELS[variant.kernel], constants(variant), arch) for variant in variants]
+    checked = [(variant, problems(variant, code)) for variant, code in zip(variants, read(binaries, arch), strict=True)]
+    wrong = {str(variant): texts for variant, texts in checked if texts}
+    print(json.dumps({"checked": len(checked), "wrong": wrong, "triton": triton.__version__}, indent=1))
 
 
 if __name__ == "__main__":

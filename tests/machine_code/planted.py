@@ -75,9 +75,9 @@ def main() -> None:
         "narrow store": (VARIANT, compiled(copy_with_undivided_stores, values, 90)),
         "spill": (crowded, compiled(copy_tiles, constants(crowded), 90, maxnreg=24)),
     }
-    print(
-        json.dumps({fault: problems(variant, read(binary)) for fault, (variant, binary) in planted.items()}, indent=1)
-    )
+    codes = read([binary for _, binary in planted.values()], 90)
+    found = {fault: problems(variant, code) for (fault, (variant, _)), code in zip(planted.items(), codes, strict=True)}
+    print(json.dumps(found, indent=1))
 
 
 if __name__ == "__main__":

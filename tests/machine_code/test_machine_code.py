@@ -38,3 +38,7 @@ def test_planted_faults_are_found_each_by_its_own_check():
     assert [text.partition(" ")[0] for text in found["lost hint"]] == ["loads"]
     assert [text.partition(" ")[0] for text in found["narrow store"]] == ["stores"]
     assert found["spill"][0].startswith("spills")
+
+
+def test_launches_compile_a_variant_once_and_to_the_code_that_is_checked():
+    assert run("tests.machine_code.launched") == {"launches": 12, "compilations": 1, "as checked": True}
