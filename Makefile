@@ -11,7 +11,7 @@ OTHER_TRANSFORMERS := 5.17.0 5.12.1
 # Where the shared environment is too new for an old release: what goes beside it.
 BESIDE_5.12.1 := tokenizers==0.22.2
 # The test files that a release of transformers can change the outcome of; the sweep walks the whole zoo again.
-TRANSFORMERS_TESTS = $(filter-out tests/test_model_zoo.py tests/benchmarks/%,\
+TRANSFORMERS_TESTS = $(filter-out tests/test_model_zoo.py tests/benchmarks/% tests/gpu/%,\
 	$(shell grep -rlwE --include='test_*.py' --exclude-dir=packaging 'transformers|model_zoo' tests))
 
 .PHONY: test lint types format demo clean test-style test-main test-packaging \
@@ -45,11 +45,11 @@ test-without-triton: $(VENV)/installed
 
 test-without-transformers: $(VENV)/installed
 	@PYTHONPATH=$(CURDIR)/tests/hide HIDDEN_PACKAGES=transformers $(LEG) "without transformers" \
-		$(PYTEST) -m "not packaging" --ignore=tests/machine_code --ignore=tests/kernels tests
+		$(PYTEST) -m "not packaging" --ignore=tests/machine_code --ignore=tests/kernels --ignore=tests/gpu tests
 
 # Not part of the whole check: the oldest Triton that the kernels are written for.
 test-triton-%: $(VENV)/triton-%/.installed
-	@PYTHONPATH=$(CURDIR)/$(VENV)/triton-$* $(LEG) "triton $*" $(PYTEST) tests/machine_code tests/kernels
+	@PYTHONPATH=$(CURDIR)/$(VENV)/triton-$* $(LEG) "triton $*" $(PYTEST) tests/machine_code tests/kernels tests/gpu
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .

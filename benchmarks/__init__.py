@@ -1,1 +1,1 @@
-"""Benchmarks: ``python -m benchmarks.planning``, ``.loading``, ``.demo``."""
+"""Benchmarks: ``python -m benchmarks.planning``, ``.loading``, ``.gpu``, ``.demo``; ``bench_verbs.py`` is pytest's."""

@@ -43,7 +43,6 @@ No number is printed unless all agree; the bytes of the roof are put in order af
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import os
 import statistics
@@ -62,11 +61,11 @@ from rich.table import Table
 from torch import Tensor
 
 import automodel_conv as amc
-from automodel_conv.demo import digests
 from automodel_conv.files import system
 from automodel_conv.measuring import PeakMemory, ready_memory
 from benchmarks import measure
 from benchmarks.shapes import SMALL, Shape, qwen3_30b, write_checkpoint
+from benchmarks.show import show, show_environment
 
 _RUN_BYTES = 32 << 20
 _GROUPED = ("gate_up_proj", "down_proj")
@@ -125,7 +124,7 @@ def read_with_preadv(directory: str, threads: int, transposed: bool) -> Made:
             for start in range(0, nbytes, _RUN_BYTES)
         ]
     with ThreadPoolExecutor(threads) as pool:
-        list(pool.map(lambda run: _read(*run), runs))
+        list(pool.map(lambda run: measure.read_into(*run), runs))
     for descriptor in {run[0] for run in runs}:
         os.close(descriptor)
     return lambda: _in_order(buffers, directory)
@@ -162,12 +161,8 @@ def work(method: str, directory: str, warm_up: str, threads: int, repetition: in
         "cpu_seconds": cpu_seconds,
         "anonymous_bytes": peak.anonymous_bytes,
         "resident_bytes": peak.resident_bytes,
-        "digest": _digest(made()) if repetition == 0 else None,
+        "digest": measure.digest(made()) if repetition == 0 else None,
     }
-
-
-def _digest(tensors: Mapping[str, Tensor]) -> str:
-    return hashlib.blake2b(repr(sorted(digests(tensors).items())).encode(), digest_size=16).hexdigest()
 
 
 def _grouped_shapes(directory: str) -> dict[str, tuple[int, ...]]:
@@ -218,15 +213,6 @@ def _in_order(buffers: Mapping[str, Tensor], directory: str) -> dict[str, Tensor
     return made
 
 
-def _read(descriptor: int, offset: int, view: memoryview) -> None:
-    done = 0
-    while done < len(view):
-        count = os.preadv(descriptor, [view[done:]], offset + done)
-        if not count:
-            raise EOFError(f"byte {offset + done} is beyond the end of the file")
-        done += count
-
-
 def _advise_huge_pages(tensor: Tensor) -> None:
     if tensor.nbytes >= 4 << 20:
         system.advise_huge_pages(tensor.data_ptr(), tensor.nbytes)
@@ -240,7 +226,7 @@ def run(shape: Shape, methods: list[str], repetitions: int, threads: int, direct
     """
     with tempfile.TemporaryDirectory(prefix="benchmark-loading-", dir=directory) as root:
         big, warm_up = os.path.join(root, "big"), os.path.join(root, "warm-up")
-        measure.show(f"  writing {shape.name} to {big}", err=True)
+        show(f"  writing {shape.name} to {big}", err=True)
         write_checkpoint(shape, big)
         write_checkpoint(SMALL, warm_up)
         commands = {
@@ -328,8 +314,8 @@ def main(arguments: list[str] | None = None) -> None:
     shape = SMALL if options.size == "small" else qwen3_30b(options.layers)
     methods = options.method or list(METHODS)
     result = run(shape, methods, options.repetitions, options.threads, options.directory)
-    measure.show_environment(environment)
-    measure.show(table(result))
+    show_environment(environment)
+    show(table(result))
     measure.write_json(options.json, {"environment": environment, **result})
 
 

@@ -1,31 +1,35 @@
 """How the benchmarks measure: interleaved runs in new processes, medians and spread, environment.
 
+Needs nothing but numpy, torch and this package, so that it also runs where little is installed; ``show`` prints.
+
 A method is timed by a worker, a command that prints one JSON object on its last line. Workers take
 turns, and the order is rotated every round, so that a slow minute hits all methods alike.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import platform
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy
-from rich.console import Console
-from rich.table import Table
+from torch import Tensor
 
 import automodel_conv
+from automodel_conv.demo import digests
 
-_REPOSITORY = Path(__file__).resolve().parent.parent
+REPOSITORY = Path(__file__).resolve().parent.parent
 _HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
-_PACKAGES = ("torch", "transformers", "safetensors", "numpy")
+_PACKAGES = ("torch", "triton", "transformers", "safetensors", "numpy")
 
 
 class Spread(NamedTuple):
@@ -52,7 +56,7 @@ def rotated(names: Sequence[str], repetition: int) -> list[str]:
 
 
 def run_interleaved(
-    commands: Mapping[str, Sequence[str]], repetitions: int, before: Callable[[], None]
+    commands: Mapping[str, Sequence[str]], repetitions: int, before: Callable[[], object]
 ) -> dict[str, list[dict[str, Any]]]:
     """What every worker printed, by method and repetition.
 
@@ -68,13 +72,19 @@ def run_interleaved(
         for method in rotated(list(commands), repetition):
             before()
             results[method].append(run_worker(commands[method], repetition))
-            show(f"  round {repetition + 1} of {repetitions}: {method}", err=True)
+            sys.stderr.write(f"  round {repetition + 1} of {repetitions}: {method}\n")
     return results
 
 
-def run_worker(arguments: Sequence[str], repetition: int) -> dict[str, Any]:
+def run_worker(arguments: Sequence[str], repetition: int, timeout_s: float | None = None) -> dict[str, Any]:
+    """What a worker printed.
+
+    Raises:
+        RuntimeError: it failed; with the end of what it printed.
+        subprocess.TimeoutExpired: it took longer.
+    """
     command = [sys.executable, *arguments, "--repetition", str(repetition)]
-    run = subprocess.run(command, capture_output=True, text=True, cwd=_REPOSITORY)
+    run = subprocess.run(command, capture_output=True, text=True, cwd=REPOSITORY, timeout=timeout_s)
     if run.returncode:
         raise RuntimeError(f"{' '.join(command)} failed:\n{run.stderr[-4000:]}")
     return json.loads(run.stdout.splitlines()[-1])
@@ -83,6 +93,23 @@ def run_worker(arguments: Sequence[str], repetition: int) -> dict[str, Any]:
 def cores() -> int:
     """Cores this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def read_into(descriptor: int, offset: int, view: memoryview) -> None:
+    """Fill ``view`` with a file's bytes from ``offset`` on."""
+    done = 0
+    while done < len(view):
+        count = os.preadv(descriptor, [view[done:]], offset + done)
+        if not count:
+            raise EOFError(f"byte {offset + done} is beyond the end of the file")
+        done += count
+
+
+def digest(tensors: Mapping[str, Tensor]) -> str:
+    """One digest of all tensors: names, dtypes, shapes and bytes."""
+    with ThreadPoolExecutor(cores()) as pool:
+        each = pool.map(lambda item: digests({item[0]: item[1].cpu()}), sorted(tensors.items()))
+        return hashlib.blake2b(repr(list(each)).encode(), digest_size=16).hexdigest()
 
 
 def read_through(directory: str) -> int:
@@ -118,7 +145,7 @@ def environment() -> dict[str, Any]:
 
 
 def _commit() -> str | None:
-    command = ["git", "-C", str(_REPOSITORY), "describe", "--always", "--dirty", "--abbrev=40"]
+    command = ["git", "-C", str(REPOSITORY), "describe", "--always", "--dirty", "--abbrev=40"]
     try:
         run = subprocess.run(command, capture_output=True, text=True)
     except FileNotFoundError:
@@ -126,17 +153,10 @@ def _commit() -> str | None:
     return run.stdout.strip() or None
 
 
-def show(what: str | Table, err: bool = False) -> None:
-    terminal = sys.stderr.isatty() if err else sys.stdout.isatty()
-    Console(stderr=err, width=None if terminal else 140, highlight=False).print(what)
-
-
-def show_environment(found: Mapping[str, Any]) -> None:
-    versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
-    load = ", ".join(str(load) for load in found["load_average"])
-    show(f"Python {found['python']}, {versions}; {found['cores']} cores, load average {load}")
-
-
 def write_json(path: str | None, result: Mapping[str, Any]) -> None:
     if path is not None:
         Path(path).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+
+
+def read_json(path: str) -> dict[str, Any]:
+    return json.loads(Path(path).read_text(encoding="utf-8"))

@@ -53,6 +53,7 @@ from benchmarks.shapes import (
     meta_model,
     write_sparse_checkpoint,
 )
+from benchmarks.show import show, show_environment
 
 SIZES = {"full": (QWEN3_235B, DEEPSEEK_V3, HALF_A_MILLION), "small": (SMALL,)}
 # At more keys upstream takes about a minute, so it runs once.
@@ -210,10 +211,10 @@ def main(arguments: list[str] | None = None) -> None:
     results = []
     for shape in SIZES[options.size]:
         with tempfile.TemporaryDirectory(dir=options.directory) as directory:
-            measure.show(f"  {shape.name}: {shape.keys:,} tensors", err=True)
+            show(f"  {shape.name}: {shape.keys:,} tensors", err=True)
             results.append(run_shape(shape, directory, options.repetitions))
-    measure.show_environment(environment)
-    measure.show(table(results))
+    show_environment(environment)
+    show(table(results))
     measure.write_json(options.json, {"environment": environment, "results": results})
 
 

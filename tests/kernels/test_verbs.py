@@ -21,6 +21,7 @@ from automodel_conv.kernels import launch, strided_copy, transpose
 from automodel_conv.kernels.address_table import alignment, at_addresses, bytes_moved, matrices_at
 from automodel_conv.kernels.interleave import deinterleave, interleave
 from automodel_conv.testing import address_valued, assert_bytes_equal
+from tests.kernels.support import CASTABLE, DTYPE_PAIRS, PHASES, VERBS, casting_cases, shapes
 from tests.machine_code.variants import DTYPE_PAIRS as DTYPES_CHECKED
 from tests.machine_code.variants import launchable
 
@@ -32,12 +33,8 @@ except ModuleNotFoundError:
 needs_triton = pytest.mark.skipif(moves_triton is None, reason="triton is not installed")
 
 SIDES = [0, 1, 2, 3, 7, 8, 15, 16, 17, 24, 31, 32, 33, 40]
-CASTABLE = [torch.bfloat16, torch.float16, torch.float32]
-MOVED = [torch.uint8, torch.bool, torch.float8_e4m3fn, torch.bfloat16, torch.float16, torch.int32, torch.float32]
-DTYPE_PAIRS = [(d, d) for d in MOVED] + [(d, s) for d in CASTABLE for s in CASTABLE if d != s]
 POISON = 0x5C
 BYTES = {"uint8": 1, "uint16": 2, "uint32": 4, "bfloat16": 2, "float16": 2, "float32": 4}
-PHASES = (0, 8, 4, 2, 1)
 
 
 class Lot(NamedTuple):
@@ -239,28 +236,12 @@ def test_deinterleave_puts_every_element_where_loops_put_it(problem, data):
 
 # --- every variant ----------------------------------------------------------------------------------------------------
 
-VERBS = {
-    "strided_copy": (strided_copy.strided_copy, 1, 1),
-    "transpose": (transpose.transpose, 1, 1),
-    "interleave": (interleave, 1, 2),
-    "deinterleave": (deinterleave, 2, 1),
-}
 ELEMENTS = {
     "strided_copy": lambda n, r, c: (0, r, c),
     "transpose": lambda n, r, c: (0, c, r),
     "interleave": lambda n, r, c: (c % 2, c // 2, r),
     "deinterleave": lambda n, r, c: (0, c, 2 * r + n),
 }
-
-
-def shapes(name, rows, columns):
-    """Shapes of a destination and of a source."""
-    return {
-        "strided_copy": ((rows, columns), (rows, columns)),
-        "transpose": ((columns, rows), (rows, columns)),
-        "interleave": ((columns, 2 * rows), (rows, columns)),
-        "deinterleave": ((columns, rows), (rows, 2 * columns)),
-    }[name]
 
 
 @pytest.fixture(autouse=moves_triton is not None)
@@ -367,15 +348,7 @@ def test_runs_without_gaps_are_cut_into_full_tiles_whatever_their_shape(launched
 @needs_triton
 @pytest.mark.parametrize(("dst_dtype", "src_dtype"), [(d, s) for d in CASTABLE for s in CASTABLE if d != s], ids=str)
 def test_casts_round_to_nearest_even(dst_dtype, src_dtype):
-    if src_dtype.itemsize == 2:
-        bits = torch.arange(2**16, dtype=torch.int32).to(torch.int16)
-    else:
-        # Every exponent, on and around the halfway points of both narrower formats.
-        exponents = torch.arange(512, dtype=torch.int64)[:, None, None] << 23
-        mantissas = torch.tensor([0, 1, 0x5555, 0x7FFFFF - 0xFFFF])[None, :, None]
-        halves = torch.tensor([0, 1, -1, 0x8000, 0x8001, 0x7FFF, 0x18000, 0x1000, 0x1001, 0xFFF, 0x3000, 0x2FFF])
-        bits = ((exponents + mantissas + halves) & 0xFFFFFFFF).reshape(-1).to(torch.int32)
-    src = bits.view(src_dtype).reshape(64, -1)
+    src = casting_cases(src_dtype)
     dst = torch.full(src.shape, -1, dtype=torch.int32 if dst_dtype.itemsize == 4 else torch.int16).view(dst_dtype)
     with mock.patch.multiple(strided_copy, _WIDE=(16, 4096)):
         strided_copy.strided_copy([dst], [src])

@@ -1,0 +1,34 @@
+"""How long work on a device takes."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+
+from benchmarks.operations import synchronize
+
+
+def median_ms(run: Callable[[], object], device: torch.device) -> float:
+    """Of many runs with a flushed second-level cache each; without a GPU of one, which only shows that it runs."""
+    if device.type == "cuda":
+        # Not at the top: nothing may import triton before the smoke test has turned its interpreter on.
+        from triton.testing import do_bench
+
+        return float(do_bench(run, return_mode="median"))  # type: ignore[arg-type]
+    return 1e3 * seconds(run, device)
+
+
+def seconds(run: Callable[[], object], device: torch.device) -> float:
+    """Wall-clock time of one run, from an idle device to an idle device."""
+    synchronize(device)
+    start = time.perf_counter()
+    run()
+    synchronize(device)
+    return time.perf_counter() - start
+
+
+def median_seconds(run: Callable[[], object], device: torch.device, repetitions: int) -> float:
+    return statistics.median(seconds(run, device) for _ in range(repetitions))

@@ -1,0 +1,140 @@
+"""Every verb, dtype pair and alignment against plain indexing on the CPU, between poisoned margins; large ones too."""
+
+import itertools
+
+import pytest
+import torch
+
+from automodel_conv.kernels.interleave import deinterleave, interleave
+from automodel_conv.kernels.strided_copy import strided_copy
+from automodel_conv.kernels.transpose import transpose
+from automodel_conv.testing import POISON, assert_bytes_equal
+from benchmarks.operations import OPERATIONS, Experts
+from tests.gpu import raw
+from tests.kernels.support import CASTABLE, DTYPE_PAIRS, PHASES, VERBS, casting_cases, shapes
+
+pytest.importorskip("triton")
+
+ON_GPU = torch.cuda.is_available()
+# Rows and columns of a source: what 16 bytes divide, several tiles of it; and what nothing divides.
+SIDES = [(192, 320), (131, 257), (1, 4096), (2048, 16)] if ON_GPU else [(16, 32), (19, 7)]
+LAYOUTS = ["dense", "every other row"]
+# tests/kernels has all of them in the interpreter; there these show that the tests themselves are right.
+PLACES = (
+    [*itertools.product(LAYOUTS, SIDES[:2]), *itertools.product(LAYOUTS[:1], SIDES[2:])]
+    if ON_GPU
+    else [*zip(LAYOUTS, SIDES, strict=True)]
+)
+FEW = [torch.bool, torch.bfloat16]
+PAIRS = DTYPE_PAIRS if ON_GPU else [(d, d) for d in FEW] + [(torch.float32, FEW[1]), (FEW[1], torch.float32)]
+
+PLAIN = {
+    "strided_copy": lambda src: [src[0]],
+    "transpose": lambda src: [src[0].t()],
+    "interleave": lambda src: [torch.stack([src[0].t(), src[1].t()], 2).flatten(1)],
+    "deinterleave": lambda src: [src[0][:, 0::2].t(), src[0][:, 1::2].t()],
+}
+
+
+@pytest.mark.parametrize(("layout", "sides"), PLACES, ids=str)
+@pytest.mark.parametrize("dtypes", PAIRS, ids=lambda pair: f"{pair[1]}-{pair[0]}".replace("torch.", ""))
+@pytest.mark.parametrize("name", VERBS)
+def test_a_verb_moves_every_alignment_as_plain_indexing_does(name, dtypes, layout, sides, device):
+    verb, dst_count, src_count = VERBS[name]
+    dst_dtype, src_dtype = dtypes
+    # Bytes go anywhere in strided_copy; all else is written at multiples of an element.
+    anywhere = name == "strided_copy" and dst_dtype == src_dtype
+    dst_phases = [phase for phase in PHASES if anywhere or phase % dst_dtype.itemsize == 0]
+    phases = list(itertools.product(dst_phases, PHASES)) if ON_GPU else [(0, 0), (0, 1), (8, 8)]
+    dst_shape, src_shape = shapes(name, *sides)
+    gaps = (dst_shape[1], 0) if layout == "every other row" else (0, 0)
+    src = [
+        raw.random(src_shape, src_dtype, [p for _, p in phases], gaps[1], device, finite=dst_dtype != src_dtype)
+        for _ in range(src_count)
+    ]
+    dst = [raw.poisoned(dst_shape, dst_dtype, [p for p, _ in phases], gaps[0], device) for _ in range(dst_count)]
+    assert all(map(raw.aligned, dst + src))
+    for index in range(len(phases)):
+        made = PLAIN[name]([s.read(index) for s in src])
+        for d, values in zip(dst, made, strict=True):
+            d.write(index, values.to(dst_dtype))
+    verb(*(d.matrices for d in dst), *(s.matrices for s in src))
+    for operand in dst + src:
+        assert_bytes_equal(operand.device, operand.host)
+
+
+@pytest.mark.parametrize("name", VERBS if ON_GPU else ["strided_copy"])
+@pytest.mark.parametrize(("dst_dtype", "src_dtype"), [(d, s) for d in CASTABLE for s in CASTABLE if d != s], ids=str)
+def test_casts_round_as_those_of_the_cpu(name, dst_dtype, src_dtype, device):
+    verb, _, src_count = VERBS[name]
+    bits = casting_cases(src_dtype)
+    src = [bits.roll(roll, 0) for roll in range(src_count)]
+    wanted = [values.to(dst_dtype).contiguous() for values in PLAIN[name](src)]
+    made = [torch.empty_like(values, device=device) for values in wanted]
+    for out in made:
+        out.view(torch.uint8).fill_(POISON)
+    verb(*([out] for out in made), *([s.to(device)] for s in src))
+    for out, values in zip(made, wanted, strict=True):
+        found = out.cpu()
+        # Which NaN a NaN becomes is open.
+        assert torch.equal(found.isnan(), values.isnan())
+        assert_bytes_equal(found.masked_fill(found.isnan(), 0), values.masked_fill(values.isnan(), 0))
+
+
+@pytest.mark.parametrize("dtypes", [(torch.bfloat16, torch.bfloat16), (torch.float32, torch.bfloat16)], ids=str)
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_layers_of_experts_are_moved_as_plain_indexing_does(operation, dtypes, device):
+    size = Experts("", 16, 768, 2048) if device.type == "cuda" else Experts("", 2, 24, 48)
+    case = OPERATIONS[operation](size, *dtypes, device)
+    case.verify(operation, case.kernel)
+    case.verify(operation, case.with_addresses())
+
+
+@pytest.fixture
+def room(device):
+    def need(nbytes):
+        torch.cuda.empty_cache()
+        free, _ = torch.cuda.mem_get_info(device)
+        if free < nbytes:
+            pytest.skip(f"needs {nbytes / 2**30:.0f} GiB of free GPU memory, there are {free / 2**30:.0f}")
+
+    yield need
+    torch.cuda.empty_cache()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_more_than_two_to_the_31_elements_in_one_call(operation, device, room):
+    room(24 * 2**30)
+    experts = 352 if operation == "transpose down" else 176
+    case = OPERATIONS[operation](Experts("", experts, 1536, 4096), torch.bfloat16, torch.bfloat16, device)
+    assert case.out.numel() > 2**31
+    case.verify(operation, case.kernel)
+
+
+@pytest.mark.gpu
+def test_what_lies_beyond_4_gib_of_one_matrix_is_reached(device, room):
+    rows, columns, stride = 5000, 8, 2**19  # elements, of 2 bytes
+    assert (rows - 64) * stride > 2**31
+    room(8 * 2**30)
+    memory = torch.empty(rows * stride, dtype=torch.bfloat16, device=device)
+    far = memory.as_strided((rows, columns), (stride, 1))
+    numbers = torch.randint(-(2**15), 2**15, (rows, columns), dtype=torch.int16, device=device).view(torch.bfloat16)
+    turned = numbers.t().contiguous()
+    for verb, operands in (
+        (strided_copy, ([far], [numbers])),
+        (transpose, ([far], [turned])),
+        (interleave, ([far], [turned[0::2].contiguous()], [turned[1::2].contiguous()])),
+    ):
+        far.zero_()
+        verb(*operands)
+        assert_bytes_equal(far, numbers)
+    near = torch.zeros_like(turned)
+    transpose([near], [far])
+    assert_bytes_equal(near, turned)
+    back = torch.zeros_like(numbers)
+    strided_copy([back], [far])
+    assert_bytes_equal(back, numbers)
+    first, second = torch.zeros_like(turned[0::2]), torch.zeros_like(turned[1::2])
+    deinterleave([first], [second], [far])
+    assert_bytes_equal(torch.stack([first, second], 1).flatten(0, 1), turned)
