@@ -21,7 +21,7 @@ TRANSFORMERS_TESTS = $(filter-out tests/test_model_zoo.py tests/benchmarks/% tes
 .SECONDARY: $(OTHER_TRANSFORMERS:%=$(VENV)/transformers-%/.installed) $(VENV)/triton-3.6.0/.installed
 
 # In this order, and the first red leg ends it.
-test: test-style test-main test-packaging $(OTHER_TRANSFORMERS:%=test-transformers-%) \
+test: test-style test-main test-packaging $(OTHER_TRANSFORMERS:%=test-transformers-%) test-triton-3.6.0 \
 	test-without-triton test-without-transformers
 
 test-style: $(VENV)/installed
@@ -47,7 +47,7 @@ test-without-transformers: $(VENV)/installed
 	@PYTHONPATH=$(CURDIR)/tests/hide HIDDEN_PACKAGES=transformers $(LEG) "without transformers" \
 		$(PYTEST) -m "not packaging" --ignore=tests/machine_code --ignore=tests/kernels --ignore=tests/gpu tests
 
-# Not part of the whole check: the oldest Triton that the kernels are written for.
+# The oldest Triton that the kernels are written for.
 test-triton-%: $(VENV)/triton-%/.installed
 	@PYTHONPATH=$(CURDIR)/$(VENV)/triton-$* $(LEG) "triton $*" $(PYTEST) tests/machine_code tests/kernels tests/gpu
 

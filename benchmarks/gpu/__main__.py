@@ -64,6 +64,7 @@ def main(arguments: list[str] | None = None) -> None:
         os.environ |= {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
         device = torch.device("cpu")
     elif torch.cuda.is_available():
+        os.environ["TRITON_INTERPRET"] = "0"  # which the tests would turn on
         device = torch.device("cuda", torch.cuda.current_device())
     else:
         parser.error("there is no CUDA device; --smoke tries everything on the CPU")

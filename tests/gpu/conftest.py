@@ -3,10 +3,12 @@
 import pytest
 import torch
 
+from tests.gpu.raw import ON_GPU
+
 
 @pytest.fixture(scope="session")
 def device():
-    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    return torch.device("cuda", torch.cuda.current_device()) if ON_GPU else torch.device("cpu")
 
 
 @pytest.fixture(autouse=True)

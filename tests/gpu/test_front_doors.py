@@ -11,17 +11,18 @@ from automodel_conv.kernels.launch import why_not
 from automodel_conv.planning.registry import transformers_available
 from automodel_conv.testing import assert_bytes_equal
 from benchmarks import shapes
+from tests.gpu.raw import ON_GPU
 
 pytest.importorskip("triton")
 pytestmark = pytest.mark.skipif(not transformers_available(), reason="builds a model of transformers")
 
 LAYOUTS = ("transformers", "nemo", "gpt_oss", "vllm")
 # Far less than the checkpoint holds, so that loads take many windows.
-SCRATCH_BYTES = 1 << 20 if torch.cuda.is_available() else 1 << 14
+SCRATCH_BYTES = 1 << 20 if ON_GPU else 1 << 14
 LARGE = shapes.SMALL.config | {"num_experts": 24, "hidden_size": 512, "moe_intermediate_size": 328}
 SHAPE = (
     shapes.Shape("large", "as SMALL", "qwen3_moe", LARGE, keys=2 * (24 * 3 + 9) + 3, files=3)
-    if torch.cuda.is_available()
+    if ON_GPU
     else shapes.SMALL
 )
 

@@ -15,7 +15,7 @@ from tests.kernels.support import CASTABLE, DTYPE_PAIRS, PHASES, VERBS, casting_
 
 pytest.importorskip("triton")
 
-ON_GPU = torch.cuda.is_available()
+ON_GPU = raw.ON_GPU
 # Rows and columns of a source: what 16 bytes divide, several tiles of it; and what nothing divides.
 SIDES = [(192, 320), (131, 257), (1, 4096), (2048, 16)] if ON_GPU else [(16, 32), (19, 7)]
 LAYOUTS = ["dense", "every other row"]
