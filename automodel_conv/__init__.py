@@ -20,6 +20,7 @@ from automodel_conv.errors import (
 )
 from automodel_conv.files.checkpoint import Checkpoint, open_checkpoint
 from automodel_conv.in_memory import convert_state_dict, revert_state_dict
+from automodel_conv.integrations.transformers import accelerate_transformers, install, uninstall
 from automodel_conv.loading import LoadReport, compile_plan, load_model, load_state_dict
 from automodel_conv.planning.plan import CopyPlan
 
@@ -35,15 +36,18 @@ __all__ = [
     "NameProblems",
     "ReadError",
     "UnsupportedError",
+    "accelerate_transformers",
     "compile_plan",
     "convert_state_dict",
     "get_checkpoint_conversion_mapping",
     "get_combined_key_mapping",
     "get_model_conversion_mapping",
+    "install",
     "is_transformers_conversion_available",
     "load_model",
     "load_state_dict",
     "open_checkpoint",
     "requires_tensor_merging",
     "revert_state_dict",
+    "uninstall",
 ]

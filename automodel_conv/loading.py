@@ -5,23 +5,21 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from automodel_conv.dtypes import FLOATING
 from automodel_conv.execution.buffers import allocate
-from automodel_conv.execution.cpu import load_files
-from automodel_conv.execution.cuda import streaming_device
+from automodel_conv.execution.filling import Limits, fill
 from automodel_conv.execution.reading import LoadStats
-from automodel_conv.execution.streaming import stream_files
 from automodel_conv.files.checkpoint import Checkpoint, open_checkpoint
 from automodel_conv.homes import Homes, finish, in_order, loadable, with_tied
 from automodel_conv.kernels.launch import why_not
 from automodel_conv.planning.compiler import Problems
-from automodel_conv.planning.copies import SourceTable, Target
+from automodel_conv.planning.copies import SourceTable
 from automodel_conv.planning.models import checked_dtype, meta_model, tied_names
 from automodel_conv.planning.pipeline import loading_plan
 from automodel_conv.planning.plan import CopyPlan
@@ -149,8 +147,8 @@ def load_state_dict(
     problems.raise_unless_fit(checkpoint.path, strict)
     buffers = allocate(plan.targets, device)
     clock.lap("plan")
-    limits = _Limits(threads, scratch_bytes, device_scratch_bytes)
-    stats = _fill(plan, checkpoint, buffers, limits, progress)
+    limits = Limits(threads, scratch_bytes, device_scratch_bytes)
+    stats = fill(plan, checkpoint, buffers, limits, progress=progress)
     clock.lap("read")
     shared = with_tied(buffers, tied_names(model)) if model is not None else buffers
     loaded = LoadedStateDict(in_order(shared, model) if model is not None else shared)
@@ -200,8 +198,8 @@ def load_model(
     was_meta = any(tensor.is_meta for tensor in model.state_dict().values() if isinstance(tensor, Tensor))
     homes = Homes.of(model, plan, strict, device)
     clock.lap("plan")
-    limits = _Limits(threads, scratch_bytes, device_scratch_bytes)
-    stats = _fill(homes.plan, checkpoint, homes.buffers, limits, progress)
+    limits = Limits(threads, scratch_bytes, device_scratch_bytes)
+    stats = fill(homes.plan, checkpoint, homes.buffers, limits, progress=progress)
     clock.lap("read")
     homes.settle(model)
     if was_meta:
@@ -234,32 +232,6 @@ def _plan(
         in_place=in_place,
     )
     return plan, problems, model
-
-
-class _Limits(NamedTuple):
-    threads: int | None
-    scratch_bytes: int | None
-    device_scratch_bytes: int | None
-
-
-def _fill(
-    plan: CopyPlan, checkpoint: Checkpoint, buffers: Mapping[str, Tensor], limits: _Limits, progress: bool
-) -> dict[torch.device, LoadStats]:
-    """Fill all buffers, those of one device after those of another."""
-    groups: dict[torch.device, list[Target]] = {}
-    for target in plan.targets:
-        groups.setdefault(buffers[target.name].device, []).append(target)
-    stats = {}
-    for device, targets in groups.items():
-        part = replace(plan, targets=tuple(targets))
-        streamed_to = streaming_device(device)
-        if streamed_to is None:
-            stats[device] = load_files(
-                part, checkpoint, buffers, threads=limits.threads, scratch_bytes=limits.scratch_bytes, progress=progress
-            )
-        else:
-            stats[device] = stream_files(part, checkpoint, buffers, streamed_to, **limits._asdict(), progress=progress)
-    return stats
 
 
 def _first_floating(checkpoint: Checkpoint) -> str | None:

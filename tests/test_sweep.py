@@ -14,7 +14,7 @@ import torch
 pytest.importorskip("transformers", reason="the oracle is transformers' from_pretrained")
 
 import automodel_conv as amc
-from automodel_conv import loading
+from automodel_conv.execution import filling
 from automodel_conv.testing import POISON, assert_bytes_equal
 from tests.execution.simulated import SimulatedDevice
 from tests.model_zoo import EXCLUDED, build_model, write_checkpoint, zoo_names
@@ -44,7 +44,7 @@ def test_state_dict_equals_from_pretrained(case):
 
 def test_state_dict_streamed_to_a_device_equals_from_pretrained(case, monkeypatch):
     directory, upstream, info = case
-    monkeypatch.setattr(loading, "streaming_device", lambda device: SimulatedDevice())
+    monkeypatch.setattr(filling, "streaming_device", lambda device: SimulatedDevice())
     loaded = amc.load_state_dict(directory, threads=2, scratch_bytes=1 << 18, device_scratch_bytes=1 << 17)
     assert_same(loaded, upstream.state_dict())
     assert_reports(loaded.report, info)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
@@ -34,6 +35,16 @@ class Problems:
     duplicated: list[tuple[str, tuple[str, ...]]] = field(default_factory=list)
     incomplete: list[tuple[str, tuple[str, ...]]] = field(default_factory=list)
     failed: list[tuple[str, str]] = field(default_factory=list)
+
+    def reasons(self) -> list[str]:
+        """A line for each problem of a target that something provides."""
+        return [
+            *(f"parts are absent: {', '.join(parts[:3])}" for _, parts in self.incomplete),
+            *(f"shape {list(found)} instead of {list(expected)}" for _, found, expected in self.mismatched),
+            *(f"several sources claim it: {', '.join(sources[:3])}" for _, sources in self.duplicated),
+            *(f"the model has no {name}" for name in self.unexpected),
+            *(reason for _, reason in self.failed),
+        ]
 
     def raise_unless_fit(self, where: str, strict: bool = True) -> None:
         """Raise NameProblems with every problem in one text.
@@ -120,6 +131,53 @@ def compile_targets(
     )
     plan.validate()
     return plan, problems
+
+
+class Conversion(NamedTuple):
+    """Source rows that one use of a rule takes, and all targets that it makes of them."""
+
+    rows: tuple[int, ...]
+    targets: tuple[Target, ...]
+
+
+def whole_conversions(
+    sources: SourceTable, rules: RuleSet, targets: Mapping[str, TargetSpec]
+) -> tuple[list[Conversion], dict[str, str]]:
+    """The uses of rules that fit in every respect, and the targets of all others with the reason.
+
+    What is left out shares no source and no target with what is returned, so that it can be converted apart from it.
+    Tensors that are only renamed are in neither.
+    """
+    resolution = resolve(sources.names, rules, targets)
+    claimed = Counter(assignment.target for assignment in resolution.assignments)
+    contested = {name for name, _ in resolution.duplicated}
+    compiler = _Compiler(sources, rules, targets, None, {name: spec.shape for name, spec in targets.items()})
+    conversions: list[tuple[str, Conversion]] = []
+    left: dict[str, str] = {}
+    for assignment in resolution.assignments:
+        if assignment.rule < 0:
+            continue
+        compiler.problems = Problems()
+        try:
+            made = compiler.targets_of(assignment)
+        except UnsupportedError as error:
+            left[assignment.target] = str(error)
+            continue
+        reasons = [target.fallback.reason for target in made if target.fallback is not None]
+        reasons += compiler.problems.reasons()
+        if reasons or not made or assignment.target in contested:
+            left[assignment.target] = reasons[0] if reasons else "several sources claim it"
+            continue
+        claimed.update(target.name for target in made if target.name != assignment.target)
+        rows = tuple(row for slot in assignment.slots.values() for row in slot)
+        conversions.append((assignment.target, Conversion(rows, tuple(made))))
+    whole = []
+    for first, conversion in conversions:
+        if all(claimed[target.name] == 1 for target in conversion.targets):
+            whole.append(conversion)
+        else:
+            left[first] = "several sources claim one of its targets"
+    return whole, left
 
 
 class _Output(NamedTuple):

@@ -7,7 +7,7 @@ names, layout of the experts) is asked through their own attributes.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack, nullcontext
 from typing import Any, NamedTuple
 
@@ -64,17 +64,22 @@ def model_targets(model: nn.Module, dtype: torch.dtype | None = None) -> dict[st
 def _kept_in_float32(model: nn.Module, dtype: torch.dtype | None) -> Callable[[str], torch.dtype | None]:
     """The dtype a transformers model insists on for a name when the rest has ``dtype``; None where it does not."""
     plan = model._get_dtype_plan(dtype or model.dtype) if is_pretrained_model(model) else {}  # type: ignore[operator]
+    return matching(plan)
+
+
+def matching(plan: Mapping[str, torch.dtype]) -> Callable[[str], torch.dtype | None]:
+    """What transformers' plan of dtypes, ``{pattern: dtype}``, says of a name."""
     if not plan:
         return lambda name: None
     from transformers.core_model_loading import build_glob_alternation
 
     alternation, by_group, _ = build_glob_alternation(list(plan))
 
-    def kept(name: str) -> torch.dtype | None:
+    def planned(name: str) -> torch.dtype | None:
         match = alternation.search(name)
         return plan[by_group[match.lastgroup]] if match is not None else None
 
-    return kept
+    return planned
 
 
 def checked_dtype(dtype: torch.dtype | None) -> None:

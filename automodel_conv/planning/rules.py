@@ -40,6 +40,7 @@ class RuleSet:
         rules = deepcopy(list(rules or ()))
         if reverse:
             rules = [rule.reverse_transform() for rule in rules[::-1]]
+        self._rules = rules
         self.converters = [rule for rule in rules if _has_operations(rule)]
         self.renamings = [rule for rule in rules if not _has_operations(rule)]
         self.reverse = reverse
@@ -53,6 +54,11 @@ class RuleSet:
 
     def __len__(self) -> int:
         return len(self.converters) + len(self.renamings)
+
+    @property
+    def used(self) -> list[bool]:
+        """Of each rule given, whether it has matched a name so far; older transformers do not say, and all count."""
+        return [rule.was_used() if hasattr(rule, "was_used") else True for rule in self._rules]
 
     # --- names ------------------------------------------------------------------------------------------------------
 

@@ -7,7 +7,7 @@ import torch
 
 from automodel_conv import open_checkpoint
 from automodel_conv.planning.registry import transformers_available
-from benchmarks import loading, measure, planning, shapes
+from benchmarks import from_pretrained, loading, measure, planning, shapes
 
 pytestmark = pytest.mark.skipif(not transformers_available(), reason="benchmarks build models of transformers")
 
@@ -68,6 +68,17 @@ def test_loading_runs_its_workers_and_prints_a_table(tmp_path, capsys):
     assert "roof" in shown
     assert "ours" in shown
     assert set(json.loads(file.read_text())["runs"]) == {"roof", "ours"}
+    assert [path.name for path in tmp_path.iterdir()] == ["result.json"]
+
+
+def test_from_pretrained_is_timed_with_the_hook_and_without(tmp_path, capsys):
+    file = tmp_path / "result.json"
+    arguments = ["--size", "small", "--repetitions", "1", "--directory", str(tmp_path), "--json", str(file)]
+    from_pretrained.main(arguments)
+    assert "with the hook" in capsys.readouterr().out
+    result = json.loads(file.read_text())
+    for kind in ("load", "reach"):
+        assert all(runs[0]["seconds"] > 0 for runs in result["runs"][kind].values())
     assert [path.name for path in tmp_path.iterdir()] == ["result.json"]
 
 

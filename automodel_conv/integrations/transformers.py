@@ -1,0 +1,355 @@
+"""transformers' own ``from_pretrained``, with its tensor conversions planned and executed here.
+
+transformers opens a checkpoint's files and hands lazy slices to ``convert_and_load_state_dict_in_model``, which does
+all that users know: dtypes, placement, offloading, quantization, sharding, the loading report. With the hook that
+function runs twice: first on the converted tensors, whole and under their final names, then on everything else. What
+cannot be lowered (see ``whole_conversions``), is quantized or sharded while it is loaded, or is on its way to the disk,
+is in the second call and takes upstream's way unchanged.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import os
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field, replace
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from automodel_conv.dtypes import dtype_code
+from automodel_conv.errors import CheckpointError, UnsupportedError, message
+from automodel_conv.execution.buffers import allocate
+from automodel_conv.execution.filling import Limits, fill
+from automodel_conv.files.checkpoint import Checkpoint
+from automodel_conv.files.header import read_header
+from automodel_conv.planning.compiler import Conversion, TargetSpec, whole_conversions
+from automodel_conv.planning.copies import SourceTable
+from automodel_conv.planning.models import matching
+from automodel_conv.planning.plan import CopyPlan
+from automodel_conv.planning.registry import transformers_available
+from automodel_conv.planning.rules import RuleSet
+
+_CONVERT = "convert_and_load_state_dict_in_model"
+# The modules that open files and convert what is in them; the second from 5.17 on.
+_MODULES = ("transformers.modeling_utils", "transformers.modeling_layers")
+
+
+class HookedLoad(NamedTuple):
+    """What became of the tensors that a load converts."""
+
+    model: str
+    """Class of the model."""
+    lowered: tuple[str, ...]
+    """Targets made by plan."""
+    left: Mapping[str, str]
+    """Targets left to transformers, with the reason."""
+
+
+@dataclass
+class Acceleration:
+    """The loads that went through the hook."""
+
+    loads: list[HookedLoad] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        lines = []
+        for load in self.loads:
+            lines.append(f"{load.model}: {len(load.lowered)} converted by plan, {len(load.left)} by transformers")
+            lines += [f"  {name}: {reason}" for name, reason in load.left.items()]
+        return "\n".join(lines)
+
+
+def install() -> Acceleration:
+    """Let every ``from_pretrained`` of this process convert its tensors by plan, until ``uninstall``.
+
+    Calling it again changes nothing and returns the same object.
+
+    Raises:
+        UnsupportedError: transformers is missing, or its loader is not one that this was made for.
+    """
+    with _HOOK.lock:
+        acceleration = _HOOK.put()
+        _HOOK.kept = True
+        return acceleration
+
+
+def uninstall() -> None:
+    """Give transformers its own functions back; nothing happens if they are not replaced.
+
+    Loads under way end as they began. A block of ``accelerate_transformers`` that is still open stays without effect.
+    """
+    with _HOOK.lock:
+        _HOOK.kept, _HOOK.blocks = False, 0
+        _HOOK.take()
+
+
+@contextmanager
+def accelerate_transformers() -> Iterator[Acceleration]:
+    """``install`` for the length of a block. Blocks may be nested, and open in several threads at once.
+
+    Patching is for the whole process: loads of other threads, too, are planned while any block is open.
+
+    Raises:
+        UnsupportedError: see ``install``.
+    """
+    with _HOOK.lock:
+        acceleration = _HOOK.put()
+        _HOOK.blocks += 1
+    try:
+        yield acceleration
+    finally:
+        with _HOOK.lock:
+            _HOOK.blocks = max(0, _HOOK.blocks - 1)
+            if not _HOOK.blocks and not _HOOK.kept:
+                _HOOK.take()
+
+
+# --- replacing the functions ------------------------------------------------------------------------------------------
+
+
+class _Hook:
+    """Which functions of transformers are replaced, by whom they were asked for, and what they have done."""
+
+    def __init__(self) -> None:
+        self.lock = threading.RLock()
+        self.kept = False  # by install()
+        self.blocks = 0
+        self.acceleration: Acceleration | None = None
+        self._replaced: list[tuple[ModuleType, str, Any, Any]] = []
+
+    def put(self) -> Acceleration:
+        if self.acceleration is None:
+            acceleration = Acceleration()
+            replacements = [
+                (module, name, function, wrap(function, acceleration))
+                for module in _loaders()
+                for name, wrap in ((_CONVERT, _converting), ("safe_open", _opening))
+                for function in [getattr(module, name)]
+            ]
+            for module, name, _, replacement in replacements:
+                setattr(module, name, replacement)
+            self._replaced, self.acceleration = replacements, acceleration
+        return self.acceleration
+
+    def take(self) -> None:
+        for module, name, function, replacement in self._replaced:
+            if getattr(module, name) is replacement:  # unless somebody has put another one over it
+                setattr(module, name, function)
+        self._replaced, self.acceleration = [], None
+
+
+_HOOK = _Hook()
+
+
+def _loaders() -> list[ModuleType]:
+    if not transformers_available():
+        raise UnsupportedError(message("transformers 5.1 or newer is not installed", do="pip install transformers"))
+    import transformers
+
+    modules = [importlib.import_module(name) for name in _MODULES]
+    modules = [module for module in modules if hasattr(module, _CONVERT) and hasattr(module, "safe_open")]
+    if transformers.__version__.split(".")[0] != "5" or not modules:
+        raise UnsupportedError(
+            message(
+                "this transformers loads checkpoints in a way that is not known here",
+                expected="transformers 5.1 or newer, and older than 6",
+                found=transformers.__version__,
+                do="use load_model(), which needs no hook",
+            )
+        )
+    return modules
+
+
+# --- knowing where a tensor lies --------------------------------------------------------------------------------------
+
+
+class _Slice:
+    """safetensors' lazy slice, that also says which tensor of which file it is."""
+
+    def __init__(self, lazy: Any, path: str, name: str):
+        self._lazy = lazy
+        self.path = path
+        self.name = name
+
+    def __getitem__(self, index: Any) -> Tensor:
+        return self._lazy[index]
+
+    def __getattr__(self, attribute: str) -> Any:
+        return getattr(self._lazy, attribute)
+
+
+class _OpenFile:
+    """safetensors' open file, whose slices say where they are from."""
+
+    def __init__(self, file: Any, path: str):
+        self._file = file
+        self._path = path
+
+    def get_slice(self, name: str) -> _Slice:
+        return _Slice(self._file.get_slice(name), self._path, name)
+
+    def __enter__(self) -> _OpenFile:
+        self._file.__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> Any:
+        return self._file.__exit__(*error)
+
+    def __getattr__(self, attribute: str) -> Any:
+        return getattr(self._file, attribute)
+
+
+def _opening(safe_open: Callable[..., Any], acceleration: Acceleration) -> Callable[..., Any]:
+    @functools.wraps(safe_open)
+    def opened(filename: Any, *args: Any, **kwargs: Any) -> _OpenFile:
+        return _OpenFile(safe_open(filename, *args, **kwargs), os.path.abspath(os.fspath(filename)))
+
+    return opened
+
+
+# --- converting -------------------------------------------------------------------------------------------------------
+
+
+def _converting(convert: Callable[..., Any], acceleration: Acceleration) -> Callable[..., Any]:
+    @functools.wraps(convert)
+    def converted(model: Any, state_dict: dict[str, Any], load_config: Any, *args: Any, **kwargs: Any) -> Any:
+        rules = RuleSet(load_config.weight_mapping, model)
+        work = _work(model, state_dict, load_config, rules)
+        acceleration.loads.append(HookedLoad(type(model).__name__, tuple(work.buffers), work.left))
+        if not work.buffers:
+            return convert(model, state_dict, load_config, *args, **kwargs)
+        fill(work.plan, work.checkpoint, work.buffers, Limits())
+        done, *_ = convert(model, dict(work.buffers), replace(load_config, weight_mapping=[]), *args, **kwargs)
+        rest = {name: source for name, source in state_dict.items() if name not in work.taken}
+        info, *others = convert(model, rest, load_config, *args, **kwargs)
+        # Which rules it has used decides how transformers saves the model.
+        model._weight_conversions = [
+            rule
+            for rule, used in zip(load_config.weight_mapping, rules.used, strict=True)
+            if used or rule in model._weight_conversions
+        ]
+        _merge(info, done)
+        return (info, *others)
+
+    return converted
+
+
+class _Work(NamedTuple):
+    """What is converted here: sources ``taken``, to buffers on the devices where the parameters will be."""
+
+    plan: CopyPlan
+    checkpoint: Checkpoint
+    buffers: dict[str, Tensor]
+    taken: frozenset[str]
+    left: dict[str, str]
+
+
+def _work(model: Any, state_dict: Mapping[str, Any], load_config: Any, rules: RuleSet) -> _Work:
+    slices = {name: source for name, source in state_dict.items() if isinstance(source, _Slice)}
+    left: dict[str, str] = {}
+    conversions: list[Conversion] = []
+    checkpoint = _checkpoint({})
+    if rules.converters and slices:
+        # A file that transformers reads may not pass our checks of its header; then it reads all of them.
+        with suppress(CheckpointError):
+            checkpoint = _checkpoint(slices)
+        wanted = _wanted(model, load_config)
+        sources = SourceTable(checkpoint.names, checkpoint.dtypes, checkpoint.shapes)
+        found, left = whole_conversions(sources, rules, {name: want.spec for name, want in wanted.items()})
+        for conversion in found:
+            reason = _why_left(conversion, wanted)
+            if reason is None:
+                conversions.append(conversion)
+            else:
+                left[conversion.targets[0].name] = reason
+    targets = tuple(target for conversion in conversions for target in conversion.targets)
+    buffers: dict[str, Tensor] = {}
+    for target in targets:
+        buffers |= allocate([target], wanted[target.name].device)
+    taken = frozenset(checkpoint.names[row] for conversion in conversions for row in conversion.rows)
+    plan = CopyPlan(SourceTable(checkpoint.names, checkpoint.dtypes, checkpoint.shapes), targets)
+    plan.validate()
+    return _Work(plan, checkpoint, buffers, taken, left)
+
+
+class _Want(NamedTuple):
+    """What a parameter must become, and where; why it cannot be made here, if it cannot."""
+
+    spec: TargetSpec
+    device: Any
+    why_not: str | None
+
+
+def _wanted(model: Any, load_config: Any) -> dict[str, _Want]:
+    from transformers.integrations.accelerate import expand_device_map
+
+    state = {name: tensor for name, tensor in model.state_dict().items() if isinstance(tensor, Tensor)}
+    devices = expand_device_map(load_config.device_map or {"": "cpu"}, list(state))
+    planned = matching(load_config.dtype_plan or {})
+    wanted = {}
+    for name, tensor in state.items():
+        # As transformers does: what the plan of dtypes says, or else what the parameter has.
+        code = dtype_code(planned(name) or tensor.dtype)
+        device, why_not = devices[name], None
+        if load_config.hf_quantizer is not None:
+            why_not = "a quantizer takes part"
+        elif hasattr(tensor, "placements"):
+            why_not = "it is sharded while it is loaded"
+        elif device == "disk" or code is None:
+            why_not = f"it is {tensor.dtype} on {device}"
+        elif torch.device(device).type not in ("cpu", "cuda"):
+            why_not = f"it goes to {device}"
+        wanted[name] = _Want(TargetSpec(code or "", tuple(tensor.shape)), device, why_not)
+    return wanted
+
+
+def _why_left(conversion: Conversion, wanted: Mapping[str, _Want]) -> str | None:
+    for target in conversion.targets:
+        if wanted[target.name].why_not is not None:
+            return wanted[target.name].why_not
+    if len({target.dtype for target in conversion.targets}) > 1:
+        return "its targets differ in dtype, and transformers casts before it converts"
+    return None
+
+
+def _checkpoint(slices: Mapping[str, _Slice]) -> Checkpoint:
+    """The places of these tensors.
+
+    Raises:
+        CheckpointError: the header of a file is broken.
+    """
+    files = tuple(sorted({source.path for source in slices.values()}))
+    headers = {path: read_header(path) for path in files}
+    rows = {path: {name: row for row, name in enumerate(header.names)} for path, header in headers.items()}
+    number = {path: file for file, path in enumerate(files)}
+    places = [(headers[source.path], rows[source.path][source.name]) for source in slices.values()]
+    names = list(slices)
+    return Checkpoint(
+        path=os.path.commonpath(files) if files else "",
+        directory=os.path.dirname(files[0]) if files else "",
+        files=files,
+        names=names,
+        dtypes=[header.dtypes[row] for header, row in places],
+        shapes=[header.shapes[row] for header, row in places],
+        file_ids=[number[source.path] for source in slices.values()],
+        offsets=[header.offsets[row] for header, row in places],
+        nbytes=[header.nbytes[row] for header, row in places],
+        metadata={},
+        position={name: row for row, name in enumerate(names)},
+    )
+
+
+def _merge(info: Any, done: Any) -> None:
+    """Add what the first call found to what the second did: a key is missing if both miss it."""
+    info.missing_keys &= done.missing_keys
+    for name in ("unexpected_keys", "mismatched_keys", "skipped_pp_keys"):
+        if hasattr(info, name):
+            getattr(info, name).update(getattr(done, name))
+    info.conversion_errors.update(done.conversion_errors)
+    info.error_msgs.extend(done.error_msgs)

@@ -1,0 +1,181 @@
+"""``from_pretrained`` with the hook and without: seconds, peak memory, and how long until there is a first parameter.
+
+    python -m benchmarks.from_pretrained [--layers N] [--size full|small] [--repetitions N] [--directory DIR]
+                                         [--json FILE]
+
+The checkpoint is that of ``benchmarks.loading``: N layers with the experts of Qwen3-30B-A3B, in the page cache. Every
+run is a process of its own that loads a tiny checkpoint first, in the same way. Memory is the peak above the level at
+the start of the timing; what transformers does not convert stays mapped to the files and is resident, not anonymous.
+In the first round the tensors of both are compared by a digest; no number is printed unless they agree.
+
+The time until the first parameter is taken on headers of the shape of DeepSeek-V3 (45,395 tensors, files that are one
+hole each): from the call until transformers converts a tensor, or the hook's plan is about to be executed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable
+from contextlib import ExitStack, nullcontext
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+from rich.table import Table
+
+import automodel_conv as amc
+from automodel_conv.integrations import transformers as hook
+from automodel_conv.measuring import PeakMemory, ready_memory
+from benchmarks import measure
+from benchmarks.shapes import DEEPSEEK_V3, SMALL, qwen3_30b, write_checkpoint, write_sparse_checkpoint
+from benchmarks.show import show, show_environment
+
+METHODS = {"transformers": nullcontext, "with the hook": amc.accelerate_transformers}
+
+
+class _Reached(Exception):
+    """The first parameter is about to be made."""
+
+
+def work(method: str, directory: str, warm_up: str, repetition: int) -> dict[str, Any]:
+    """One load, in this process."""
+    from transformers import AutoModelForCausalLM
+
+    _quiet()
+    with METHODS[method]():
+        AutoModelForCausalLM.from_pretrained(warm_up)
+        ready_memory(3 * sum(file.stat().st_size for file in os.scandir(directory)) // 2)
+        with PeakMemory() as peak:
+            start = time.perf_counter()
+            model = AutoModelForCausalLM.from_pretrained(directory)
+            seconds = time.perf_counter() - start
+    return {
+        "seconds": seconds,
+        "anonymous_bytes": peak.anonymous_bytes,
+        "resident_bytes": peak.resident_bytes,
+        "digest": measure.digest(model.state_dict()) if repetition == 0 else None,
+    }
+
+
+def reach(method: str, directory: str, warm_up: str) -> dict[str, Any]:
+    """Seconds until the first parameter is about to be made, in this process."""
+    from transformers import AutoModelForCausalLM
+    from transformers.core_model_loading import WeightConverter, WeightRenaming
+
+    # A patched convert is not lowered, so each has its own places.
+    places: list[Any] = [(WeightConverter, "convert"), (WeightRenaming, "convert")]
+    if METHODS[method] is amc.accelerate_transformers:
+        places = [(hook, "fill")]
+
+    def reached(*args: Any, **kwargs: Any) -> None:
+        raise _Reached
+
+    _quiet()
+    with METHODS[method]():
+        AutoModelForCausalLM.from_pretrained(warm_up)
+        with ExitStack() as patches:
+            for owner, name in places:
+                patches.enter_context(mock.patch.object(owner, name, reached))
+            start = time.perf_counter()
+            try:
+                AutoModelForCausalLM.from_pretrained(directory)
+            except _Reached:
+                return {"seconds": time.perf_counter() - start}
+    raise RuntimeError("no parameter was made")
+
+
+def _quiet() -> None:
+    from transformers.utils import logging
+
+    warnings.simplefilter("ignore")
+    logging.disable_progress_bar()
+
+
+def run(layers: int, small: bool, repetitions: int, directory: str | None) -> dict[str, Any]:
+    """All runs, and the bytes of the files.
+
+    Raises:
+        RuntimeError: the two make different tensors, or a run failed.
+    """
+    shape, many = (SMALL, SMALL) if small else (qwen3_30b(layers), DEEPSEEK_V3)
+    with tempfile.TemporaryDirectory(prefix="benchmark-from-pretrained-", dir=directory) as root:
+        places = {name: os.path.join(root, name) for name in ("big", "warm-up", "headers")}
+        write: dict[str, Callable[[str], None]] = {
+            "big": lambda path: write_checkpoint(shape, path),
+            "warm-up": lambda path: write_checkpoint(SMALL, path),
+            "headers": lambda path: write_sparse_checkpoint(many, path),
+        }
+        for name, path in places.items():
+            show(f"  writing {path}", err=True)
+            write[name](path)
+        runs = {}
+        for kind, path in (("load", places["big"]), ("reach", places["headers"])):
+            command = ["-m", "benchmarks.from_pretrained", "--worker", kind]
+            commands = {method: [*command, method, path, places["warm-up"]] for method in METHODS}
+            before = (lambda: measure.read_through(places["big"])) if kind == "load" else (lambda: None)
+            runs[kind] = measure.run_interleaved(commands, repetitions, before)
+        file_bytes = sum(path.stat().st_size for path in Path(places["big"]).glob("*.safetensors"))
+    digests = {method: found[0]["digest"] for method, found in runs["load"].items()}
+    if len(set(digests.values())) > 1:
+        raise RuntimeError(f"the tensors differ: {digests}")
+    return {"shape": shape.name, "headers": many.name, "keys": many.keys, "file_bytes": file_bytes, "runs": runs}
+
+
+def table(result: dict[str, Any]) -> Table:
+    shown = Table(
+        title=f"{result['shape']}: {result['file_bytes'] / 1e9:.2f} GB; median (20th-80th percentile)",
+        title_justify="left",
+    )
+    shown.add_column("from_pretrained")
+    first = f"s to first parameter, {result['keys']} tensors"
+    for title in ("seconds", "GB/s", "anonymous, x files", "resident, x files", first):
+        shown.add_column(title, justify="right")
+    for method, loads in result["runs"]["load"].items():
+        seconds = measure.spread([load["seconds"] for load in loads])
+        shown.add_row(
+            method,
+            seconds.text(),
+            f"{result['file_bytes'] / 1e9 / seconds.median:.2f}",
+            *(f"{max(load[kind] or 0 for load in loads) / result['file_bytes']:.2f}" for kind in _MEMORY),
+            measure.spread([found["seconds"] for found in result["runs"]["reach"][method]]).text(),
+        )
+    return shown
+
+
+_MEMORY = ("anonymous_bytes", "resident_bytes")
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.from_pretrained",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--layers", type=int, default=2)
+    parser.add_argument("--size", choices=("full", "small"), default="full")
+    parser.add_argument("--repetitions", type=int, default=5)
+    parser.add_argument("--directory", help="where a temporary directory is made; it needs the size of the files")
+    parser.add_argument("--json", metavar="FILE", help="write all runs and the environment")
+    parser.add_argument("--worker", nargs=4, help=argparse.SUPPRESS)
+    parser.add_argument("--repetition", type=int, default=0, help=argparse.SUPPRESS)
+    options = parser.parse_args(arguments)
+    if options.worker:
+        kind, *rest = options.worker
+        result = work(*rest, options.repetition) if kind == "load" else reach(*rest)
+        sys.stdout.write(json.dumps(result) + "\n")
+        return
+    environment = measure.environment()
+    result = run(options.layers, options.size == "small", options.repetitions, options.directory)
+    show_environment(environment)
+    show(table(result))
+    measure.write_json(options.json, {"environment": environment, **result})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,334 @@
+"""``from_pretrained`` under the hook against ``from_pretrained`` without it."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import inspect
+import json
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("transformers", reason="what is hooked is transformers' from_pretrained")
+
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, FineGrainedFP8Config, modeling_utils
+from transformers.core_model_loading import MergeModulelist
+
+import automodel_conv as amc
+from automodel_conv.files import system
+from automodel_conv.files.header import read_header
+from automodel_conv.integrations import transformers as hook
+from automodel_conv.testing import assert_bytes_equal
+from tests.model_zoo import EXCLUDED, build_model, write_checkpoint, zoo_names
+
+NAMES = [name for name in zoo_names() if name not in EXCLUDED]
+REPLACED = [
+    (module, name) for module in hook._loaders() for name in ("convert_and_load_state_dict_in_model", "safe_open")
+]
+STOCK = [getattr(module, name) for module, name in REPLACED]
+
+
+@pytest.fixture(autouse=True)
+def _restored():
+    yield
+    amc.uninstall()
+    assert [getattr(module, name) for module, name in REPLACED] == STOCK
+
+
+def both(model_class, path, **options):
+    """Without and under the hook: models, loading infos, and what the hook did."""
+    stock, info = model_class.from_pretrained(path, output_loading_info=True, **options)
+    with amc.accelerate_transformers() as acceleration:
+        hooked, hooked_info = model_class.from_pretrained(path, output_loading_info=True, **options)
+    assert_same_model(hooked, stock)
+    assert hooked_info == info
+    return stock, hooked, acceleration.loads
+
+
+def assert_same_model(model, expected):
+    found, wanted = model.state_dict(), expected.state_dict()
+    assert list(found) == list(wanted)
+    for name, tensor in wanted.items():
+        assert found[name].device == tensor.device
+        if not tensor.is_meta:
+            assert_bytes_equal(found[name], tensor, strides=True)
+    for (name, buffer), (_, other) in zip(model.named_buffers(), expected.named_buffers(), strict=True):
+        assert buffer.is_meta or (assert_bytes_equal(buffer, other), name)
+    assert [p.requires_grad for p in model.parameters()] == [p.requires_grad for p in expected.parameters()]
+
+
+def saved(model, directory: Path):
+    model.save_pretrained(directory)
+    return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in directory.glob("*.safetensors*")}
+
+
+@pytest.fixture(scope="module")
+def mixtral(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("mixtral")
+    model = build_model("mixtral")
+    write_checkpoint(model, directory)
+    return type(model), directory
+
+
+@pytest.mark.sweep
+@pytest.mark.parametrize("name", NAMES)
+def test_every_model_type_loads_and_saves_as_without_the_hook(name, tmp_path):
+    model = build_model(name)
+    write_checkpoint(model, tmp_path / "published")
+    stock, hooked, [load] = both(type(model), tmp_path / "published")
+    converted = any(getattr(rule, "operations", None) for rule in stock._weight_conversions)
+    assert bool(load.lowered) == converted
+    assert load.left == {}
+    assert saved(hooked, tmp_path / "hooked") == saved(stock, tmp_path / "stock")
+    write_checkpoint(model, tmp_path / "converted", original_format=False)
+    both(type(model), tmp_path / "converted")
+
+
+def test_auto_classes_are_hooked_too(mixtral):
+    _, hooked, [load] = both(AutoModelForCausalLM, mixtral[1])
+    assert load.model == type(hooked).__name__
+    assert len(load.lowered) == 2 * hooked.config.num_hidden_layers
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, "auto"], ids=str)
+def test_dtypes_are_those_of_upstream(mixtral, dtype):
+    both(*mixtral, dtype=dtype)
+
+
+def test_tensors_on_their_way_to_the_disk_are_left_to_transformers(mixtral, tmp_path):
+    device_map = {"model.embed_tokens": "cpu", "model.norm": "cpu", "lm_head": "cpu", "model.rotary_emb": "cpu"}
+    layers = build_model("mixtral").config.num_hidden_layers
+    device_map |= {f"model.layers.{n}": "disk" if n else "cpu" for n in range(layers)}
+    _, hooked, [load] = both(*mixtral, device_map=device_map, offload_folder=str(tmp_path))
+    assert all(name.startswith("model.layers.0.") for name in load.lowered)
+    assert load.lowered
+    assert {name.split(".")[2] for name in load.left} == {str(n) for n in range(1, layers)}
+    assert "disk" in hooked.hf_device_map.values()
+
+
+def rewritten(source: Path, directory: Path, change) -> Path:
+    """The checkpoint as one file, with its tensors changed."""
+    tensors = {n: t for file in source.glob("*.safetensors") for n, t in load_file(file).items()}
+    save_file(change(tensors), directory / "model.safetensors", metadata={"format": "pt"})
+    (directory / "config.json").write_bytes((source / "config.json").read_bytes())
+    return directory
+
+
+def test_a_missing_expert_is_a_mismatch_as_without_the_hook(mixtral, tmp_path):
+    model_class, source = mixtral
+    last = build_model("mixtral").config.num_local_experts - 1
+    path = rewritten(
+        source,
+        tmp_path,
+        lambda found: {n: t for n, t in found.items() if f"layers.0.block_sparse_moe.experts.{last}." not in n},
+    )
+    results = []
+    for install in (lambda: None, amc.install):
+        install()
+        with pytest.raises(RuntimeError, match="ignore_mismatched_sizes"):
+            model_class.from_pretrained(path)
+        torch.manual_seed(0)
+        results.append(model_class.from_pretrained(path, output_loading_info=True, ignore_mismatched_sizes=True))
+    (stock, info), (hooked, hooked_info) = results
+    assert len(info["mismatched_keys"]) == 2
+    assert hooked_info == info
+    assert_same_model(hooked, stock)
+
+
+def test_an_expert_of_another_shape_is_the_error_it_is_without_the_hook(mixtral, tmp_path):
+    def cut(found):
+        name = next(name for name in sorted(found) if ".experts." in name)
+        return found | {name: found[name][:-1].contiguous()}
+
+    path = rewritten(mixtral[1], tmp_path, cut)
+    errors = []
+    for install in (lambda: None, amc.install):
+        install()
+        with pytest.raises(RuntimeError) as error:
+            mixtral[0].from_pretrained(path)
+        errors.append(str(error.value))
+    assert errors[0] == errors[1]
+
+
+def test_files_that_the_index_does_not_name_are_not_read(mixtral, tmp_path):
+    model_class, source = mixtral
+    model_class.from_pretrained(source).save_pretrained(tmp_path, max_shard_size="50KB")
+    names = {n: torch.full_like(t, 7) for f in tmp_path.glob("*.safetensors") for n, t in load_file(f).items()}
+    save_file(names, tmp_path / "consolidated.safetensors", metadata={"format": "pt"})
+    assert len(list(tmp_path.glob("model-*.safetensors"))) > 1
+    _, _, [load] = both(model_class, tmp_path)
+    assert load.lowered
+
+
+def test_key_mapping_is_obeyed(mixtral, tmp_path):
+    path = rewritten(mixtral[1], tmp_path, lambda found: {f"odd.{name}": tensor for name, tensor in found.items()})
+    _, _, [load] = both(mixtral[0], path, key_mapping={r"^odd\.": ""})
+    assert load.lowered
+
+
+def test_a_quantized_checkpoint_takes_upstreams_way_and_the_report_says_why(mixtral, tmp_path):
+    def quantized(found):
+        made = {}
+        for name, tensor in found.items():
+            if ".experts." in name:
+                blocks = [-(-size // 128) for size in tensor.shape]
+                made[name.replace(".weight", ".weight_scale_inv")] = torch.rand(blocks, generator=generator)
+                tensor = tensor.to(torch.float8_e4m3fn)
+            made[name] = tensor
+        return made
+
+    generator = torch.Generator().manual_seed(0)
+    path = rewritten(mixtral[1], tmp_path, quantized)
+    config = json.loads((path / "config.json").read_text())
+    kept = ["q_proj", "k_proj", "v_proj", "o_proj", "lm_head", "gate"]
+    config["quantization_config"] = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+    config["quantization_config"]["modules_to_not_convert"] = kept
+    (path / "config.json").write_text(json.dumps(config))
+    stock, _, [load] = both(mixtral[0], path, quantization_config=FineGrainedFP8Config(dequantize=True))
+    assert load.lowered == ()
+    assert load.left
+    assert stock.model.layers[0].mlp.experts.gate_up_proj.dtype == torch.bfloat16
+
+
+@pytest.mark.skipif(importlib.util.find_spec("peft") is None, reason="peft is not installed")
+def test_an_adapter_is_loaded_onto_a_base_under_the_hook(mixtral, tmp_path):
+    from peft import LoraConfig, PeftModel, get_peft_model
+
+    model_class, source = mixtral
+    torch.manual_seed(0)
+    lora = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    get_peft_model(model_class.from_pretrained(source), lora).save_pretrained(tmp_path)
+    found = []
+    for install in (lambda: None, amc.install):
+        install()
+        with_adapter = model_class.from_pretrained(source)
+        with_adapter.load_adapter(tmp_path)
+        found.append((with_adapter, PeftModel.from_pretrained(model_class.from_pretrained(source), tmp_path)))
+    for stock, hooked in zip(*found, strict=True):
+        assert_same_model(hooked, stock)
+
+
+def test_a_state_dict_in_memory_takes_upstreams_way(mixtral):
+    model_class, source = mixtral
+    tensors = {n: t for f in source.glob("*.safetensors") for n, t in load_file(f).items()}
+    config = model_class.config_class.from_pretrained(source)
+    with amc.accelerate_transformers() as acceleration:
+        model = model_class.from_pretrained(None, config=config, state_dict=tensors)
+    assert_same_model(model, model_class.from_pretrained(source))
+    assert [load.lowered for load in acceleration.loads] == [()]
+
+
+def test_a_patched_operation_runs_as_it_would_without_the_hook(mixtral, monkeypatch):
+    calls = []
+    real = MergeModulelist.convert
+
+    def convert(self, *args, **kwargs):
+        calls.append(1)
+        return real(self, *args, **kwargs)
+
+    monkeypatch.setattr(MergeModulelist, "convert", convert)
+    _, _, [load] = both(*mixtral)
+    assert load.lowered == ()
+    assert load.left
+    assert all("MergeModulelist" in reason for reason in load.left.values())
+    assert calls
+
+
+def test_a_read_that_fails_names_file_and_tensor(mixtral, monkeypatch):
+    def failing(fd, views, offset):
+        raise OSError(5, "Input/output error")
+
+    headers = {str(file): read_header(str(file)) for file in mixtral[1].glob("*.safetensors")}
+    amc.install()
+    with monkeypatch.context() as patch:
+        patch.setattr(system, "preadv", failing)
+        patch.setattr(hook, "read_header", headers.__getitem__)
+        with pytest.raises(amc.ReadError, match="Input/output error") as error:
+            mixtral[0].from_pretrained(mixtral[1])
+    assert ".experts." in str(error.value)
+
+
+# --- the hook itself --------------------------------------------------------------------------------------------------
+
+
+def test_install_is_idempotent_and_uninstall_restores_the_very_functions():
+    acceleration = amc.install()
+    assert amc.install() is acceleration
+    assert all(getattr(module, name) is not stock for (module, name), stock in zip(REPLACED, STOCK, strict=True))
+    convert = modeling_utils.convert_and_load_state_dict_in_model
+    assert inspect.signature(convert) == inspect.signature(STOCK[0])
+    amc.uninstall()
+    amc.uninstall()
+    assert [getattr(module, name) for module, name in REPLACED] == STOCK
+
+
+def test_blocks_nest_and_leave_what_install_put():
+    with amc.accelerate_transformers() as outer:
+        with amc.accelerate_transformers() as inner:
+            assert inner is outer
+        assert modeling_utils.safe_open is not STOCK[1]
+    assert modeling_utils.safe_open is STOCK[1]
+    kept = amc.install()
+    with amc.accelerate_transformers() as block:
+        assert block is kept
+    assert modeling_utils.safe_open is not STOCK[1]
+
+
+def test_a_block_ends_even_if_its_load_fails(tmp_path):
+    with pytest.raises(ValueError, match="model_type"), amc.accelerate_transformers():
+        AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert modeling_utils.safe_open is STOCK[1]
+
+
+def test_somebody_elses_patch_over_ours_is_left_in_place():
+    amc.install()
+    other = modeling_utils.safe_open = lambda *args, **kwargs: None
+    try:
+        amc.uninstall()
+        assert modeling_utils.safe_open is other
+    finally:
+        modeling_utils.safe_open = STOCK[1]
+
+
+def test_threads_may_open_blocks_at_once(mixtral):
+    model_class, source = mixtral
+    stock = model_class.from_pretrained(source)
+    found, barrier, one_load = [], threading.Barrier(3), threading.Lock()
+
+    def load():
+        for _ in range(20):
+            barrier.wait()
+            with amc.accelerate_transformers():
+                assert modeling_utils.safe_open is not STOCK[1]
+        # transformers itself sets torch's default dtype for the whole process while it builds a model.
+        with amc.accelerate_transformers(), one_load:
+            found.append(model_class.from_pretrained(source))
+
+    threads = [threading.Thread(target=load) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(found) == 3
+    for model in found:
+        assert_same_model(model, stock)
+    assert modeling_utils.safe_open is STOCK[1]
+
+
+@pytest.mark.parametrize("version", ["4.57.6", "6.0.0"])
+def test_another_transformers_is_refused(monkeypatch, version):
+    monkeypatch.setattr(sys.modules["transformers"], "__version__", version)
+    with pytest.raises(amc.UnsupportedError, match=version):
+        amc.install()
+    assert modeling_utils.safe_open is STOCK[1]
+
+
+def test_the_report_counts_and_gives_reasons(mixtral):
+    with amc.accelerate_transformers() as acceleration:
+        mixtral[0].from_pretrained(mixtral[1])
+    assert str(acceleration).endswith("converted by plan, 0 by transformers")
