@@ -18,10 +18,11 @@ TRANSFORMERS_TESTS = $(filter-out tests/test_model_zoo.py tests/benchmarks/% tes
 	test-without-triton test-without-transformers
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.SECONDARY: $(OTHER_TRANSFORMERS:%=$(VENV)/transformers-%/.installed) $(VENV)/triton-3.6.0/.installed
+.SECONDARY: $(OTHER_TRANSFORMERS:%=$(VENV)/transformers-%/.installed) $(VENV)/triton-3.6.0/.installed \
+	$(VENV)/nemo-0.7.0/.installed
 
 # In this order, and the first red leg ends it.
-test: test-style test-main test-packaging $(OTHER_TRANSFORMERS:%=test-transformers-%) test-triton-3.6.0 \
+test: test-style test-main test-packaging $(OTHER_TRANSFORMERS:%=test-transformers-%) test-triton-3.6.0 test-nemo-0.7.0 \
 	test-without-triton test-without-transformers
 
 test-style: $(VENV)/installed
@@ -50,6 +51,9 @@ test-without-transformers: $(VENV)/installed
 # The oldest Triton that the kernels are written for.
 test-triton-%: $(VENV)/triton-%/.installed
 	@PYTHONPATH=$(CURDIR)/$(VENV)/triton-$* $(LEG) "triton $*" $(PYTEST) tests/machine_code tests/kernels tests/gpu
+
+test-nemo-%: $(VENV)/nemo-%/.installed
+	@PYTHONPATH=$(CURDIR)/$(VENV)/nemo-$* $(LEG) "NeMo AutoModel $*" $(PYTEST) tests/integrations/test_nemo.py
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .
@@ -85,6 +89,13 @@ $(VENV)/installed: $(VENV)/requirements pyproject.toml setup.py
 $(VENV)/triton-%/.installed: $(VENV)/installed
 	@rm -rf $(@D)
 	@$(LEG) "install triton $*" $(BIN)/python -m pip install -qq --no-deps --target $(@D) triton==$*
+	@touch $@
+
+# einops is all that it imports and this environment lacks.
+$(VENV)/nemo-%/.installed: $(VENV)/installed
+	@rm -rf $(@D)
+	@$(LEG) "install NeMo AutoModel $*" \
+		$(BIN)/python -m pip install -qq --no-deps --target $(@D) nemo_automodel==$* einops==0.8.2
 	@touch $@
 
 $(VENV)/transformers-%/.installed: $(VENV)/installed

@@ -1,0 +1,169 @@
+"""NeMo AutoModel: its checkpointer on our rule queries, and adapters of its shape made of rules and a layout.
+
+NeMo AutoModel has an adapter written by hand for each family of models. What they do to routed experts is a rule of
+transformers followed by the layout "nemo" (gate and up ``[I, H]`` of each expert into ``gate_and_up_projs [E, H, 2I]``,
+down ``[H, I]`` into ``down_projs [E, I, H]``), and the rest is renaming. Source of both: nemo_automodel 0.7.0,
+``components/models/*/state_dict_adapter.py``.
+"""
+
+from __future__ import annotations
+
+import importlib
+import re
+import sys
+from collections.abc import Iterable, Mapping
+from types import ModuleType
+from typing import Any
+
+from torch import Tensor
+
+from automodel_conv import conversion_mapping
+from automodel_conv.errors import UnsupportedError, message
+from automodel_conv.in_memory import convert_state_dict, revert_state_dict
+from automodel_conv.planning.layouts import get_layout, holds_experts
+
+_PACKAGE = "nemo_automodel.components.checkpoint"
+_MODULE = "conversion_mapping"
+# Modules that import functions of it by name.
+_IMPORTERS = ("nemo_automodel.components.checkpoint.checkpointing",)
+
+_replaced: list[tuple[ModuleType, str, Any]] = []
+
+
+def install() -> None:
+    """Put our ``conversion_mapping`` in the place of NeMo AutoModel's, for this process, until ``uninstall``.
+
+    Also where its checkpointer has imported functions of it already. Calling it again changes nothing.
+
+    Raises:
+        UnsupportedError: nemo_automodel is not installed.
+    """
+    if _replaced:
+        return
+    try:
+        package = importlib.import_module(_PACKAGE)
+        theirs = importlib.import_module(f"{_PACKAGE}.{_MODULE}")
+    except ImportError as error:
+        raise UnsupportedError(message("nemo_automodel cannot be imported", found=error)) from error
+    _replace(package, _MODULE, conversion_mapping)
+    sys.modules[f"{_PACKAGE}.{_MODULE}"] = conversion_mapping
+    for name in _IMPORTERS:
+        importer = sys.modules.get(name)
+        for function in vars(importer) if importer is not None else ():
+            ours = getattr(conversion_mapping, function, None)
+            if callable(ours) and getattr(importer, function) is getattr(theirs, function, None):
+                _replace(importer, function, ours)  # type: ignore[arg-type]
+
+
+def uninstall() -> None:
+    """Give NeMo AutoModel its own module and functions back."""
+    while _replaced:
+        module, name, theirs = _replaced.pop()
+        setattr(module, name, theirs)
+        if name == _MODULE:
+            sys.modules[f"{_PACKAGE}.{_MODULE}"] = theirs
+
+
+def _replace(module: ModuleType, name: str, ours: Any) -> None:
+    _replaced.append((module, name, getattr(module, name)))
+    setattr(module, name, ours)
+
+
+class StateDictAdapter:
+    """``from_hf``, ``to_hf`` and ``convert_single_tensor_to_hf`` of NeMo AutoModel's adapters, from rules and a layout.
+
+    Tensors keep dtype and device, and are converted on it; what is only renamed is passed by reference. Sharded tensors
+    and quantized checkpoints are refused.
+
+    Args:
+        rules: transformers' rule objects, from the checkpoint's names to those of ``from_pretrained``.
+        layout: of grouped experts in NeMo AutoModel; None where the checkpoint's is kept.
+        renames: ``{ending of a converted name: ending of NeMo AutoModel's name}``, whole components; both ways.
+    """
+
+    def __init__(
+        self, rules: Iterable[Any] = (), *, layout: str | None = "nemo", renames: Mapping[str, str] | None = None
+    ):
+        self._rules = list(rules)
+        self._layout = layout
+        self._renames = dict(renames or {})
+
+    @classmethod
+    def of(cls, model_type: str) -> StateDictAdapter:
+        """The adapter for a model type of transformers that has rules, or gpt_oss.
+
+        Raises:
+            UnsupportedError: transformers has no rules for the type.
+        """
+        rules = conversion_mapping.get_checkpoint_conversion_mapping(model_type)
+        renames, layout = _FAMILIES.get(model_type, ({}, "nemo"))
+        if not rules and not renames:
+            raise UnsupportedError(message(f"transformers has no rules for {model_type}", do="pass rules="))
+        return cls(rules or (), layout=layout, renames=renames)
+
+    def from_hf(self, hf_state_dict: Mapping[str, Tensor], device_mesh: Any = None, **kwargs: Any) -> dict[str, Tensor]:
+        """Names and layout of the checkpoint to those of NeMo AutoModel; further arguments are ignored.
+
+        Raises:
+            NameProblems: experts are missing.
+            UnsupportedError: a ``device_mesh`` is given.
+        """
+        if device_mesh is not None:
+            raise UnsupportedError(message("experts cannot be sharded here yet", do="leave device_mesh out"))
+        converted = convert_state_dict(hf_state_dict, rules=self._rules, layout=self._layout)
+        return _renamed(converted, self._renames)
+
+    def to_hf(
+        self,
+        state_dict: Mapping[str, Tensor],
+        exclude_key_regex: str | None = None,
+        quantization: bool = False,
+        **kwargs: Any,
+    ) -> dict[str, Tensor]:
+        """Back to the checkpoint's names and layout, but for names that ``exclude_key_regex`` matches from the start.
+
+        Raises:
+            UnsupportedError: ``quantization`` is asked for.
+        """
+        if quantization:
+            raise UnsupportedError(message("quantizing is not supported yet", do="quantization=False"))
+        named = _renamed(state_dict, {theirs: ours for ours, theirs in self._renames.items()})
+        layout = self._layout
+        if layout is not None and not any(holds_experts(name, get_layout(layout)) for name in named):
+            layout = None  # a part of the model without experts
+        reverted = revert_state_dict(named, rules=self._rules, layout=layout)
+        excluded = re.compile(exclude_key_regex) if exclude_key_regex is not None else None
+        return {name: tensor for name, tensor in reverted.items() if excluded is None or not excluded.match(name)}
+
+    def convert_single_tensor_to_hf(self, fqn: str, tensor: Tensor, **kwargs: Any) -> list[tuple[str, Tensor]]:
+        """``to_hf`` of one tensor, which may become many."""
+        return list(self.to_hf({fqn: tensor}, **kwargs).items())
+
+
+def _renamed(tensors: Mapping[str, Tensor], endings: Mapping[str, str]) -> dict[str, Tensor]:
+    """The tensors with the endings of their names exchanged, where whole components are one of ``endings``."""
+    renamed = {}
+    for name, tensor in tensors.items():
+        parts = name.split(".")
+        tails = (".".join(parts[start:]) for start in range(len(parts)))
+        tail = next((tail for tail in tails if tail in endings), None)
+        renamed[name if tail is None else name.removesuffix(tail) + endings[tail]] = tensor
+    return renamed
+
+
+_FAMILIES: Mapping[str, tuple[Mapping[str, str], str | None]] = {
+    "gpt_oss": (
+        {
+            "mlp.router.weight": "mlp.gate.weight",
+            "mlp.router.bias": "mlp.gate.bias",
+            "mlp.experts.gate_up_proj": "mlp.experts.gate_and_up_projs",
+            "mlp.experts.down_proj": "mlp.experts.down_projs",
+        },
+        None,
+    ),
+    "nemotron_h": (
+        {"model.norm_f.weight": "model.norm.weight", "model.embeddings.weight": "model.embed_tokens.weight"},
+        "nemo",
+    ),
+}
+"""Where NeMo AutoModel's names are not those of transformers: endings of names, and the layout."""

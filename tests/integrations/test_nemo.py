@@ -1,0 +1,214 @@
+"""NeMo AutoModel on our rules: adapters against its own, and its checkpointer with our rule queries.
+
+Tests that need it are skipped where it is not installed; ``make test-nemo`` installs it.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+pytest.importorskip("transformers", reason="rules are transformers'")
+
+import automodel_conv as amc
+from automodel_conv import conversion_mapping
+from automodel_conv.integrations import nemo
+from automodel_conv.integrations.nemo import StateDictAdapter
+from automodel_conv.testing import POISON, address_valued, assert_bytes_equal
+from tests.model_zoo import build_model, write_checkpoint, zoo_names
+
+needs_nemo = pytest.mark.skipif(
+    importlib.util.find_spec("nemo_automodel") is None, reason="nemo_automodel is not installed"
+)
+E, INNER, H = 4, 6, 10
+BF16 = torch.bfloat16
+
+
+def experts(path, gated=True):
+    shapes = {"gate_proj": (INNER, H)} if gated else {}
+    shapes |= {"up_proj": (INNER, H), "down_proj": (H, INNER)}
+    return {
+        f"{path}.{e}.{name}.weight": address_valued(shape, BF16, 1000 * e + 100 * k)
+        for e in range(E)
+        for k, (name, shape) in enumerate(shapes.items())
+    }
+
+
+def others(path, *names):
+    return {f"{path}.{name}": address_valued((H,), BF16, 9000 + 20 * k) for k, name in enumerate(names)}
+
+
+# A checkpoint of each family, and where NeMo AutoModel's adapter for it is.
+FAMILIES = {
+    "qwen3_moe": (
+        experts("model.layers.0.mlp.experts") | others("model", "embed_tokens.weight", "layers.0.mlp.gate.weight"),
+        ("qwen3_moe", "Qwen3MoeStateDictAdapter", {}),
+    ),
+    "deepseek_v3": (
+        experts("model.layers.3.mlp.experts") | others("model", "norm.weight", "layers.3.mlp.gate.weight"),
+        ("deepseek_v3", "DeepSeekV3StateDictAdapter", {}),
+    ),
+    "nemotron_h": (
+        experts("backbone.layers.1.mixer.experts", gated=False)
+        | others("backbone", "embeddings.weight", "norm_f.weight", "layers.1.norm.weight"),
+        ("nemotron_v3", "NemotronV3StateDictAdapter", {"expert_activation": "relu2"}),
+    ),
+    "gpt_oss": (
+        {
+            "model.layers.0.mlp.experts.gate_up_proj": address_valued((E, H, 2 * INNER), BF16),
+            "model.layers.0.mlp.experts.down_proj": address_valued((E, INNER, H), BF16, 7),
+        }
+        | others("model.layers.0.mlp", "router.weight", "router.bias", "experts.gate_up_proj_bias"),
+        ("gpt_oss", "GPTOSSStateDictAdapter", {}),
+    ),
+}
+
+
+def assert_same(found, expected):
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert_bytes_equal(found[name], tensor)
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_adapters_bring_back_what_they_took(model_type):
+    checkpoint, _ = FAMILIES[model_type]
+    adapter = StateDictAdapter.of(model_type)
+    native = adapter.from_hf(checkpoint)
+    assert_same(adapter.to_hf(native), checkpoint)
+    apart = {}
+    for name, tensor in native.items():
+        apart |= dict(adapter.convert_single_tensor_to_hf(name, tensor))
+    assert_same(apart, checkpoint)
+    assert not any(".experts." in name for name in adapter.to_hf(native, exclude_key_regex=r".*\.experts\."))
+
+
+def test_grouped_experts_lie_as_nemo_has_them():
+    checkpoint, _ = FAMILIES["qwen3_moe"]
+    native = StateDictAdapter.of("qwen3_moe").from_hf(checkpoint)
+    for e in range(E):
+        gate, up, down = (
+            checkpoint[f"model.layers.0.mlp.experts.{e}.{name}_proj.weight"] for name in ("gate", "up", "down")
+        )
+        path = "model.layers.0.mlp.experts"
+        assert_bytes_equal(native[f"{path}.gate_and_up_projs"][e], torch.cat([gate.t(), up.t()], -1))
+        assert_bytes_equal(native[f"{path}.down_projs"][e], down.t())
+    ungated = StateDictAdapter.of("nemotron_h").from_hf(FAMILIES["nemotron_h"][0])
+    assert ungated["model.layers.1.mixer.experts.gate_and_up_projs"].shape == (E, H, INNER)
+
+
+def test_what_an_adapter_cannot_do_is_refused():
+    adapter = StateDictAdapter.of("qwen3_moe")
+    checkpoint, _ = FAMILIES["qwen3_moe"]
+    with pytest.raises(amc.UnsupportedError, match="device_mesh"):
+        adapter.from_hf(checkpoint, device_mesh=object())
+    with pytest.raises(amc.UnsupportedError, match="quantization=False"):
+        adapter.to_hf(adapter.from_hf(checkpoint), quantization=True)
+    with pytest.raises(amc.UnsupportedError, match="no rules for no_such_type"):
+        StateDictAdapter.of("no_such_type")
+    missing = {name: tensor for name, tensor in checkpoint.items() if ".2.up_proj" not in name}
+    with pytest.raises(amc.ConversionError, match=r"experts\.2\.up_proj"):
+        adapter.from_hf(missing)
+
+
+@needs_nemo
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_adapters_equal_those_written_by_hand(model_type):
+    from nemo_automodel.components.models.common import BackendConfig
+    from nemo_automodel.components.moe.config import MoEConfig
+
+    checkpoint, (package, name, options) = FAMILIES[model_type]
+    module = importlib.import_module(f"nemo_automodel.components.models.{package}.state_dict_adapter")
+    config = MoEConfig(
+        **dict.fromkeys(("n_routed_experts", "n_activated_experts"), E),
+        **dict.fromkeys(("n_shared_experts", "gate_bias_update_factor", "aux_loss_coeff"), 0),
+        **dict.fromkeys(("n_expert_groups", "n_limited_groups", "route_scale"), 1),
+        **dict.fromkeys(("inter_dim", "moe_inter_dim"), INNER),
+        **dict.fromkeys(("train_gate", "norm_topk_prob"), True),
+        dim=H,
+        score_func="softmax",
+        **options,
+    )
+    backend = BackendConfig(attn="sdpa", linear="torch", rms_norm="torch", experts="torch_mm", dispatcher="torch")
+    theirs = getattr(module, name)(SimpleNamespace(), config, backend, dtype=BF16)
+    ours = StateDictAdapter.of(model_type)
+    native = theirs.from_hf(dict(checkpoint))
+    assert_same(ours.from_hf(checkpoint), native)
+    assert_same(ours.to_hf(native), theirs.to_hf(dict(native)))
+    for key, tensor in native.items():
+        single = dict(theirs.convert_single_tensor_to_hf(key, tensor))
+        assert_same(dict(ours.convert_single_tensor_to_hf(key, tensor)), single)
+
+
+# --- its checkpointer -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def installed():
+    nemo.install()
+    yield
+    nemo.uninstall()
+
+
+@needs_nemo
+def test_install_replaces_module_and_names_and_uninstall_restores_them():
+    import nemo_automodel.components.checkpoint as package
+    import nemo_automodel.components.checkpoint.checkpointing as checkpointing
+    import nemo_automodel.components.checkpoint.conversion_mapping as theirs
+
+    merging = checkpointing.requires_tensor_merging
+    assert merging is theirs.requires_tensor_merging
+    nemo.install()
+    nemo.install()
+    assert package.conversion_mapping is conversion_mapping
+    assert sys.modules[theirs.__name__] is conversion_mapping
+    assert checkpointing.requires_tensor_merging is conversion_mapping.requires_tensor_merging
+    nemo.uninstall()
+    nemo.uninstall()
+    assert package.conversion_mapping is theirs
+    assert sys.modules[theirs.__name__] is theirs
+    assert checkpointing.requires_tensor_merging is merging
+
+
+@pytest.mark.skipif(importlib.util.find_spec("nemo_automodel") is not None, reason="nemo_automodel is installed")
+def test_install_without_nemo_says_so():
+    with pytest.raises(amc.UnsupportedError, match="nemo_automodel cannot be imported"):
+        nemo.install()
+
+
+# In its list of types that need merging, and missing from it.
+@needs_nemo
+@pytest.mark.usefixtures("installed")
+@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe", "minimax_m2", "glm4_moe_lite", "nemotron_h", "solar_open"])
+def test_its_checkpointer_loads_types_that_it_loses_or_refuses_without_us(name, tmp_path):
+    from nemo_automodel.components.checkpoint.checkpointing import Checkpointer
+    from nemo_automodel.components.checkpoint.config import CheckpointingConfig
+
+    if name not in zoo_names():
+        pytest.skip(f"this transformers has no {name}")
+    model = build_model(name)
+    write_checkpoint(model, tmp_path)
+    expected = type(model).from_pretrained(tmp_path)
+    model = type(model).from_pretrained(tmp_path)
+    for tensor in model.state_dict().values():
+        tensor.reshape(-1).view(torch.uint8).fill_(POISON)
+    config = CheckpointingConfig(checkpoint_dir=tmp_path / "out", model_cache_dir=tmp_path, save_consolidated=False)
+    Checkpointer(config, 0, 0, 0).load_base_model(model, torch.device("cpu"), str(tmp_path), str(tmp_path))
+    assert_same(model.state_dict(), expected.state_dict())
+
+
+def test_every_type_whose_rules_merge_is_known_to_need_merging():
+    from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+    from transformers.core_model_loading import WeightConverter
+
+    converting = [
+        name
+        for name in zoo_names()
+        if any(isinstance(rule, WeightConverter) for rule in get_checkpoint_conversion_mapping(name) or ())
+    ]
+    assert len(converting) > 20
+    assert all(map(amc.requires_tensor_merging, converting))
