@@ -1,0 +1,41 @@
+"""``from_pretrained`` as it is, with its conversions run by plan.
+
+    python examples/accelerate_from_pretrained.py [PATH]
+
+Without a path it makes a small Qwen3-MoE checkpoint first.
+"""
+
+import sys
+import tempfile
+import time
+
+from transformers import AutoModelForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+import automodel_conv as amc
+
+SMALL = Qwen3MoeConfig(
+    hidden_size=256,
+    moe_intermediate_size=128,
+    num_hidden_layers=4,
+    num_experts=32,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=64,
+    vocab_size=1000,
+)
+
+
+def main() -> None:
+    with tempfile.TemporaryDirectory() as directory:
+        path = sys.argv[1] if len(sys.argv) > 1 else directory
+        if path == directory:
+            Qwen3MoeForCausalLM(SMALL).save_pretrained(directory)
+        start = time.perf_counter()
+        with amc.accelerate_transformers() as done:
+            model = AutoModelForCausalLM.from_pretrained(path)
+        print(done)
+        print(f"{sum(p.numel() for p in model.parameters()):,} parameters in {time.perf_counter() - start:.2f} s")
+
+
+if __name__ == "__main__":
+    main()

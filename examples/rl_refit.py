@@ -1,0 +1,43 @@
+"""Weight refit in RL, in memory: the trainer's layout to an inference engine's, every step, into the same buffers."""
+
+import torch
+from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+import automodel_conv as amc
+
+CONFIG = Qwen3MoeConfig(
+    hidden_size=256,
+    moe_intermediate_size=128,
+    num_hidden_layers=2,
+    num_experts=32,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=64,
+    vocab_size=1000,
+)
+
+
+def main() -> None:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    trainer = Qwen3MoeForCausalLM(CONFIG).to(device)
+
+    # Once: the names of the checkpoint, and the engine's buffers, with experts as vLLM has them.
+    per_expert = amc.revert_state_dict(trainer.state_dict(), trainer)
+    engine = {
+        name: torch.empty_like(t) for name, t in amc.convert_state_dict(per_expert, trainer, layout="vllm").items()
+    }
+
+    for step in range(3):
+        with torch.no_grad():
+            for parameter in trainer.parameters():
+                parameter.add_(0.01)
+        # Every step: no tensor of the engine is made anew, and nothing leaves the device.
+        per_expert = amc.revert_state_dict(trainer.state_dict(), trainer)
+        amc.convert_state_dict(per_expert, trainer, layout="vllm", out=engine)
+        experts = trainer.model.layers[0].mlp.experts
+        assert torch.equal(engine["model.layers.0.mlp.experts.w13_weight"], experts.gate_up_proj)
+        print(f"step {step}: {sum(tensor.nbytes for tensor in engine.values()) / 1e6:.1f} MB on {device}")
+
+
+if __name__ == "__main__":
+    main()
