@@ -32,7 +32,13 @@ def load_ours(directory: str, device: torch.device, threads: int, layout: str) -
     names = {
         name: name.replace("gate_and_up_projs", "gate_up_proj").replace("down_projs", "down_proj") for name in loaded
     }
-    return {names[name]: tensor for name, tensor in loaded.items()}, dict(loaded.report.seconds)
+    detail = {
+        **loaded.report.seconds,
+        "copied_by_kernels": loaded.report.copied_by_kernels,
+        "copied_by_torch": loaded.report.copied_by_torch,
+        "without_kernels": loaded.report.without_kernels,
+    }
+    return {names[name]: tensor for name, tensor in loaded.items()}, detail
 
 
 def load_transformers(directory: str, device: torch.device, threads: int) -> tuple[dict[str, Tensor], Any]:
