@@ -14,6 +14,8 @@ import torch
 
 pytest.importorskip("transformers", reason="rules are transformers'")
 
+from safetensors.torch import load_file, save_file
+
 import automodel_conv as amc
 from automodel_conv import conversion_mapping
 from automodel_conv.integrations import nemo
@@ -212,3 +214,50 @@ def test_every_type_whose_rules_merge_is_known_to_need_merging():
     ]
     assert len(converting) > 20
     assert all(map(amc.requires_tensor_merging, converting))
+
+
+# --- what goes wrong there without a word, and how it goes here -------------------------------------------------------
+
+
+def test_a_text_tower_with_experts_inside_another_model_is_converted(tmp_path):
+    """There: only the outer model type is asked for rules."""
+    name = next(
+        name for name in zoo_names() if name.endswith("+mixtral") or (name.endswith("qwen3_moe") and "+" in name)
+    )
+    model = build_model(name)
+    write_checkpoint(model, tmp_path)
+    assert_same(amc.load_state_dict(tmp_path), type(model).from_pretrained(tmp_path).state_dict())
+
+
+def test_an_expert_of_a_wrong_shape_is_one_error_and_nothing_is_written(tmp_path):
+    """There: a warning, and all experts stay as they were."""
+    model = build_model("mixtral")
+    write_checkpoint(model, tmp_path)
+    tensors = {n: t for file in tmp_path.glob("*.safetensors") for n, t in load_file(file).items()}
+    name = next(name for name in sorted(tensors) if ".experts." in name)
+    for file in tmp_path.glob("*.safetensors*"):
+        file.unlink()
+    save_file(tensors | {name: tensors[name][1:].contiguous()}, tmp_path / "model.safetensors")
+    for tensor in model.state_dict().values():
+        tensor.reshape(-1).view(torch.uint8).fill_(POISON)
+    with pytest.raises(amc.NameProblems, match="cannot be converted"):
+        amc.load_model(model, tmp_path)
+    assert all((tensor.reshape(-1).view(torch.uint8) == POISON).all() for tensor in model.state_dict().values())
+
+
+def test_files_beside_the_index_are_not_read(tmp_path):
+    """There: every .safetensors file is, and the last one wins."""
+    model = build_model("mixtral")
+    write_checkpoint(model, tmp_path)
+    assert list(tmp_path.glob("*.index.json"))
+    expected = type(model).from_pretrained(tmp_path).state_dict()
+    strays = {n: t + 1 for file in tmp_path.glob("*.safetensors") for n, t in load_file(file).items()}
+    save_file(strays, tmp_path / "consolidated.safetensors")
+    assert_same(amc.load_state_dict(tmp_path), expected)
+
+
+def test_a_key_mapping_of_the_model_comes_before_that_of_its_type():
+    """There: a table of multimodal types is returned before the argument is looked at."""
+    first = {"^odd\\.": "even."}
+    mapping = amc.get_combined_key_mapping("gemma3", first)
+    assert next(iter(mapping.items())) == ("^odd\\.", "even.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import importlib.util
 import inspect
@@ -251,6 +252,47 @@ def test_a_read_that_fails_names_file_and_tensor(mixtral, monkeypatch):
         with pytest.raises(amc.ReadError, match="Input/output error") as error:
             mixtral[0].from_pretrained(mixtral[1])
     assert ".experts." in str(error.value)
+
+
+# --- rules that are not transformers' own -----------------------------------------------------------------------------
+
+
+class OwnMerge(MergeModulelist):
+    """A user's operation, which does something else."""
+
+    def convert(self, input_dict, *args, **kwargs):
+        return {name: tensor * 2 for name, tensor in super().convert(input_dict, *args, **kwargs).items()}
+
+
+def registered(monkeypatch, operation):
+    """Rules of a user for Mixtral, as upstream's but for one operation."""
+    from transformers import conversion_mapping
+
+    rules = amc.get_checkpoint_conversion_mapping("mixtral")
+    for rule in rules:
+        if hasattr(rule, "operations"):
+            rule.operations = [operation(dim=0) if type(op) is MergeModulelist else op for op in rule.operations]
+    # What the function changes is for the whole process.
+    for name in ("_checkpoint_conversion_mapping_cache", "USER_REGISTERED_MAPPINGS"):
+        if hasattr(conversion_mapping, name):
+            monkeypatch.setattr(conversion_mapping, name, copy.copy(getattr(conversion_mapping, name)))
+    conversion_mapping.register_checkpoint_conversion_mapping("mixtral", rules, overwrite=True)
+
+
+def test_rules_that_a_user_registers_are_lowered_if_their_operations_are_stock(mixtral, monkeypatch):
+    registered(monkeypatch, MergeModulelist)
+    _, _, [load] = both(*mixtral)
+    assert load.lowered
+    assert load.left == {}
+
+
+def test_an_operation_of_a_user_runs_as_it_would_without_the_hook(mixtral, monkeypatch):
+    plain = mixtral[0].from_pretrained(mixtral[1]).model.layers[0].mlp.experts.down_proj
+    registered(monkeypatch, OwnMerge)
+    stock, _, [load] = both(*mixtral)
+    assert load.lowered == ()
+    assert all("OwnMerge" in reason for reason in load.left.values())
+    assert_bytes_equal(stock.model.layers[0].mlp.experts.down_proj.detach(), 2 * plain.detach())
 
 
 # --- the hook itself --------------------------------------------------------------------------------------------------
