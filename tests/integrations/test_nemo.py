@@ -56,7 +56,7 @@ FAMILIES = {
     ),
     "nemotron_h": (
         experts("backbone.layers.1.mixer.experts", gated=False)
-        | others("backbone", "embeddings.weight", "norm_f.weight", "layers.1.norm.weight"),
+        | others("backbone", "norm_f.weight", "layers.1.norm.weight"),
         ("nemotron_v3", "NemotronV3StateDictAdapter", {"expert_activation": "relu2"}),
     ),
     "gpt_oss": (
@@ -124,6 +124,10 @@ def test_adapters_equal_those_written_by_hand(model_type):
     from nemo_automodel.components.moe.config import MoEConfig
 
     checkpoint, (package, name, options) = FAMILIES[model_type]
+    if (
+        model_type == "nemotron_h"
+    ):  # transformers 5.12 has a rule of its own for this name, which it would not bring back
+        checkpoint = checkpoint | {"backbone.embeddings.weight": address_valued((H,), BF16)}
     module = importlib.import_module(f"nemo_automodel.components.models.{package}.state_dict_adapter")
     config = MoEConfig(
         **dict.fromkeys(("n_routed_experts", "n_activated_experts"), E),
