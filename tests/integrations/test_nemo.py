@@ -124,9 +124,7 @@ def test_adapters_equal_those_written_by_hand(model_type):
     from nemo_automodel.components.moe.config import MoEConfig
 
     checkpoint, (package, name, options) = FAMILIES[model_type]
-    if (
-        model_type == "nemotron_h"
-    ):  # transformers 5.12 has a rule of its own for this name, which it would not bring back
+    if model_type == "nemotron_h":  # not above: transformers 5.12 brings this name back as another
         checkpoint = checkpoint | {"backbone.embeddings.weight": address_valued((H,), BF16)}
     module = importlib.import_module(f"nemo_automodel.components.models.{package}.state_dict_adapter")
     config = MoEConfig(
