@@ -42,10 +42,11 @@ def test_nothing_is_measured_without_proc(monkeypatch):
 
 def test_memory_made_ready_is_touched_and_given_back():
     with PeakMemory() as peak:
-        ready_memory(64 * MIB)
+        ready_memory(512 * MIB)
         with PeakMemory() as after:
             pass
-    assert 60 * MIB < peak.anonymous_bytes < 80 * MIB
+    # What earlier tests have left behind may be given back meanwhile, some MiB.
+    assert 480 * MIB < peak.anonymous_bytes < 544 * MIB
     assert after.anonymous_bytes < 8 * MIB
 
 
