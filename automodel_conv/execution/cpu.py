@@ -145,10 +145,11 @@ def _run(
     stop = threading.Event()
     gaps: list[int] = []
 
+    @torch.inference_mode()  # a mode is a thread's own; the caller's tensors may be inference tensors
     def work() -> None:
         # The copies of one thread must not start threads of their own.
         torch.set_num_threads(1)
-        scratch = torch.empty(slot_bytes, dtype=torch.uint8)
+        scratch = torch.empty(slot_bytes, dtype=torch.uint8, device="cpu")
         own_views = [*views, byte_view(scratch)]  # so that SCRATCH finds it
         junk = memoryview(bytearray(GAP_BYTES))
         while not stop.is_set():

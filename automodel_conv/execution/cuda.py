@@ -27,7 +27,7 @@ class CudaStream:
             work()
 
     def record(self) -> torch.cuda.Event:
-        event = torch.cuda.Event()
+        event = torch.cuda.Event(blocking=True)  # threads that wait leave their core to those that read
         event.record(self._stream)
         return event
 
@@ -43,7 +43,7 @@ class CudaDevice:
 
     def pinned(self, nbytes: int) -> Tensor:
         """torch rounds this up to a power of two, and keeps it for the next time."""
-        return torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
+        return torch.empty(nbytes, dtype=torch.uint8, device="cpu", pin_memory=True)
 
     def scratch(self, nbytes: int) -> Tensor:
         return torch.empty(nbytes, dtype=torch.uint8, device=self._device)

@@ -114,7 +114,8 @@ def _failure(text: str, path: str, parts: Sequence[Part], checkpoint: Checkpoint
 
 def read_whole(row: int, checkpoint: Checkpoint) -> Tensor:
     """A source read into a tensor of its own."""
-    tensor = torch.empty(checkpoint.shapes[row], dtype=dtype_of(checkpoint.dtypes[row], checkpoint.names[row]))
+    dtype = dtype_of(checkpoint.dtypes[row], checkpoint.names[row])
+    tensor = torch.empty(checkpoint.shapes[row], dtype=dtype, device="cpu")
     job = Job(
         [Part(checkpoint.file_ids[row], checkpoint.offsets[row], span_bytes(tensor), 0, 0, row)],
         [],

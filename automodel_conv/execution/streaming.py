@@ -18,6 +18,7 @@ from itertools import cycle
 from math import prod
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 from automodel_conv.errors import ConversionError, ReadError, message
@@ -146,9 +147,8 @@ def stream_files(
     copies = [aim(target, tensor) for target, tensor in zip(targets, tensors, strict=True)]
     threads = min(threads, scratch_bytes // (_SLOTS * _LEAST_SLOT_BYTES))
     window_bytes = device_scratch_bytes // _REGIONS // _ALIGN_BYTES * _ALIGN_BYTES
-    chunks, windows = stream_schedule(
-        targets, copies, checkpoint, slot_bytes=scratch_bytes // (threads * _SLOTS), window_bytes=window_bytes
-    )
+    slot_bytes = scratch_bytes // (threads * _SLOTS) // _ALIGN_BYTES * _ALIGN_BYTES
+    chunks, windows = stream_schedule(targets, copies, checkpoint, slot_bytes=slot_bytes, window_bytes=window_bytes)
     bytes_read = sum(chunk.read.nbytes for chunk in chunks)
     bytes_read += sum(checkpoint.nbytes[row] for call in calls for row in call.rows)
     written: list[str] = []
@@ -213,9 +213,8 @@ class _Load:
     def run(self, threads: int) -> LoadStats:
         """Do it all, wait until the device has, and let go of every resource, whatever happens."""
         threads = max(1, min(threads, len(self._not_uploaded)))
-        slot_bytes = max((chunk.read.nbytes for chunk in self._not_uploaded.values()), default=0)
-        region_bytes = max((window.nbytes for window in self._windows), default=0)
-        region_bytes = -(-region_bytes // _ALIGN_BYTES) * _ALIGN_BYTES
+        slot_bytes = _aligned(max((chunk.read.nbytes for chunk in self._not_uploaded.values()), default=0))
+        region_bytes = _aligned(max((window.nbytes for window in self._windows), default=0))
         pinned = self._device.pinned(threads * _SLOTS * slot_bytes)
         slots = deque(_Slot(memory) for memory in pinned.view(threads * _SLOTS, slot_bytes))
         self._regions = [self._device.scratch(region_bytes) for _ in self._windows[:_REGIONS]]
@@ -253,6 +252,7 @@ class _Load:
 
     # --- reader threads ---------------------------------------------------------------------------------------------
 
+    @torch.inference_mode()  # a mode is a thread's own; the caller's tensors may be inference tensors
     def _read(self, slots: Sequence[_Slot]) -> None:
         try:
             self._read_chunks(slots)
@@ -336,6 +336,7 @@ class _Load:
             batch.add(copy, [typed[move.dtype]], self._tensors[move.target])
         return batch
 
+    @torch.inference_mode()
     def _compile(self) -> frozenset[Variant]:
         """Compile the kernels that move the most, judging by the windows that hold something new."""
         if not self._use_kernels:
@@ -354,3 +355,7 @@ class _Load:
         if chosen:
             self._kernels.run(lambda: compile_ahead(chosen, self._regions[0].device))
         return chosen
+
+
+def _aligned(nbytes: int) -> int:
+    return -(-nbytes // _ALIGN_BYTES) * _ALIGN_BYTES

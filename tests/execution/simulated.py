@@ -73,7 +73,8 @@ class Stream:
         if not isinstance(operation, Event) and self.device.fault is None:
             try:
                 self.device.count_operation()
-                operation()
+                with torch.inference_mode():  # a device knows no modes; this one lets every tensor be written
+                    operation()
             except Exception as error:  # of whatever was queued; as a real device, it keeps the first
                 self.device.fault = repr(error)
         self.finished += 1

@@ -530,6 +530,25 @@ def fallback_plan(tmp_path: Path, convert):
     return tensors, checkpoint, plan
 
 
+def test_modes_of_the_calling_thread_change_nothing(tmp_path):
+    tensors, checkpoint, plan = fallback_plan(tmp_path / "upstream", lambda sources: made_of(sources[0]))
+    with torch.inference_mode(), torch.device("meta"):
+        found = allocate(plan.targets)
+        load_files(plan, checkpoint, found)
+    for name, tensor in {**made_of(tensors["a"]), "b": tensors["b"]}.items():
+        assert_bytes_equal(found[name], tensor.to(found[name].dtype))
+    tensors, checkpoint, plan = moe(tmp_path / "copies", *LAYOUTS["transposed"])
+    with torch.inference_mode(), torch.device("meta"):
+        found = allocate(plan.targets)
+        load_files(plan, checkpoint, found)
+    for name, tensor in naive(plan, tensors).items():
+        assert_bytes_equal(found[name], tensor)
+
+
+def made_of(a):
+    return {"sum": a * 2, "flat": a.flatten()}
+
+
 def test_upstream_code_runs_once_for_all_its_targets(tmp_path):
     seen = []
 

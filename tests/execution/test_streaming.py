@@ -19,6 +19,7 @@ import torch
 from automodel_conv.dtypes import torch_dtype
 from automodel_conv.errors import ConversionError, ReadError, UnsupportedError
 from automodel_conv.execution import copy_batch, streaming
+from automodel_conv.execution.buffers import allocate
 from automodel_conv.execution.streaming import MOST_COMPILED, stream_files
 from automodel_conv.execution.windows import stream_schedule
 from automodel_conv.planning.copies import Fallback, Target
@@ -139,13 +140,18 @@ MUTANTS = {
 }
 
 
-@pytest.mark.parametrize("mutant", MUTANTS)
-def test_random_schedules_find_each_fault_planted_in_the_loader(cases, calls, mutant):
-    text, planted = MUTANTS[mutant]
+def planted(text, replacement):
+    """The loader with a fault in it."""
     source = inspect.getsource(streaming)
     assert source.count(text) == 1
     mutated = types.ModuleType("mutated")
-    exec(compile(source.replace(text, planted), "mutated", "exec"), mutated.__dict__)
+    exec(compile(source.replace(text, replacement), "mutated", "exec"), mutated.__dict__)
+    return mutated
+
+
+@pytest.mark.parametrize("mutant", MUTANTS)
+def test_random_schedules_find_each_fault_planted_in_the_loader(cases, calls, mutant):
+    mutated = planted(*MUTANTS[mutant])
     with pytest.raises((AssertionError, KeyError)):  # noqa: PT012
         for seed in range(300):
             run_schedule(cases, seed, calls, mutated.stream_files)
@@ -208,6 +214,25 @@ def test_memory_stays_within_what_is_given_for_it(cases, calls):
         assert device.scratch_bytes == stats.device_scratch_bytes <= 20000
         assert stats.bytes_read == case.plan.bytes_read
         assert_released(device, calls)
+
+
+def test_slots_of_pinned_memory_start_where_any_element_may(cases, monkeypatch):
+    made, real = [], streaming._Slot
+    monkeypatch.setattr(streaming, "_Slot", lambda memory: made.append(real(memory)) or made[-1])
+    load(cases[1], SimulatedDevice(), threads=3, scratch_bytes=30001)
+    assert len(made) == 6
+    assert all(slot.memory.data_ptr() % 64 == 0 for slot in made)
+
+
+@needs_triton
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_tensors_made_in_inference_mode_are_filled_in_it(tmp_path, backend):
+    tensors, checkpoint, plan = moe(tmp_path, *LAYOUTS["transposed"], shape=(3, 16, 32))
+    with torch.inference_mode():
+        found = allocate(plan.targets)
+        stream_files(plan, checkpoint, found, SimulatedDevice(eagerness=1), backend=backend, **SMALL)
+    for name, tensor in naive(plan, tensors).items():
+        assert_bytes_equal(found[name], tensor)
 
 
 def test_nothing_is_allocated_for_copies_where_all_bytes_only_move(tmp_path, calls):
@@ -303,15 +328,85 @@ def test_a_failing_read_is_told_at_once_while_other_threads_still_read(cases, ca
     assert "filled:" in str(error.value)
 
 
-def test_ctrl_c_releases_everything(cases, calls, monkeypatch):
+class Impatient(threading.Condition):
+    """A condition on which nobody waits for more than two seconds, and that tells if somebody would have."""
+
+    def __init__(self):
+        super().__init__()
+        self.somebody_waits = threading.Event()
+        self.gave_up = False
+
+    def wait(self, timeout=None):
+        self.somebody_waits.set()
+        woken = super().wait(2)
+        self.gave_up |= not woken
+        return woken
+
+
+def fail_while_another_thread_waits(module, case, calls, monkeypatch):
+    """A thread fails to read into the first window while another waits for that window to be emptied."""
+    condition = Impatient()
+    monkeypatch.setattr(module, "threading", types.SimpleNamespace(Condition=lambda: condition))
+    calls.reads, calls.fail_read = 0, 1
+    calls.delay = lambda number: number == 1 and condition.somebody_waits.wait(5)
+    ends, real = [], module._Load._read
+
+    def read(load, slots):
+        try:
+            real(load, slots)
+        except Exception as error:
+            ends.append(type(error).__name__)
+            raise
+
+    monkeypatch.setattr(module._Load, "_read", read)
+    device = SimulatedDevice()
+    with pytest.raises((ReadError, KeyError)):
+        load(case, device, threads=2, scratch_bytes=16384, stream_files=module.stream_files)
+    assert condition.somebody_waits.is_set()
+    assert not condition.gave_up
+    assert sorted(ends) == ["ReadError", "_Stopped"]
+    assert_released(device, calls)
+
+
+def test_a_thread_that_waits_for_a_window_ends_when_another_fails(cases, calls, monkeypatch):
+    fail_while_another_thread_waits(streaming, cases[2], calls, monkeypatch)
+
+
+@pytest.mark.parametrize(
+    ("text", "replacement"),
+    [
+        ("self._stopped = True\n            self._changed.notify_all()", "self._stopped = True"),
+        ("if self._stopped:\n                    raise _Stopped", "pass"),
+    ],
+    ids=["it is not woken", "it goes on"],
+)
+def test_a_thread_that_would_wait_or_go_on_after_the_end_is_found(cases, calls, monkeypatch, text, replacement):
+    with pytest.raises(AssertionError):
+        fail_while_another_thread_waits(planted(text, replacement), cases[2], calls, monkeypatch)
+
+
+def interrupt(module, case, calls, monkeypatch):
+    """Ctrl-C while the main thread waits for the readers, which then begin no other chunk."""
+
     def interrupted(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(streaming, "wait", interrupted)
+    monkeypatch.setattr(module, "wait", interrupted)
+    calls.reads, calls.delay = 0, lambda number: time.sleep(0.02)
     device = SimulatedDevice(eagerness=0)
     with pytest.raises(KeyboardInterrupt):
-        load(cases[1], device, threads=2)
+        load(case, device, threads=2, stream_files=module.stream_files)
+    assert calls.reads <= 4
     assert_released(device, calls)
+
+
+def test_ctrl_c_releases_everything(cases, calls, monkeypatch):
+    interrupt(streaming, cases[1], calls, monkeypatch)
+
+
+def test_readers_that_go_on_after_ctrl_c_are_found(cases, calls, monkeypatch):
+    with pytest.raises(AssertionError):
+        interrupt(planted("ending.callback(self._stop)", "pass"), cases[1], calls, monkeypatch)
 
 
 def test_an_explicit_backend_is_refused_before_anything_is_read(cases, calls):
