@@ -13,7 +13,7 @@ import functools
 import importlib
 import os
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from types import ModuleType
@@ -33,7 +33,7 @@ from automodel_conv.planning.copies import SourceTable
 from automodel_conv.planning.models import matching
 from automodel_conv.planning.plan import CopyPlan
 from automodel_conv.planning.registry import transformers_available
-from automodel_conv.planning.rules import RuleSet
+from automodel_conv.planning.rules import RuleSet, natural_key
 
 _CONVERT = "convert_and_load_state_dict_in_model"
 # The modules that open files and convert what is in them; the second from 5.17 on.
@@ -217,6 +217,8 @@ def _opening(safe_open: Callable[..., Any], acceleration: Acceleration) -> Calla
 
 
 def _converting(convert: Callable[..., Any], acceleration: Acceleration) -> Callable[..., Any]:
+    from transformers.utils.import_utils import is_env_variable_true
+
     @functools.wraps(convert)
     def converted(model: Any, state_dict: dict[str, Any], load_config: Any, *args: Any, **kwargs: Any) -> Any:
         rules = RuleSet(load_config.weight_mapping, model)
@@ -224,7 +226,9 @@ def _converting(convert: Callable[..., Any], acceleration: Acceleration) -> Call
         acceleration.loads.append(HookedLoad(type(model).__name__, tuple(work.buffers), work.left))
         if not work.buffers:
             return convert(model, state_dict, load_config, *args, **kwargs)
-        fill(work.plan, work.checkpoint, work.buffers, Limits())
+        # As transformers itself does: without threads if its users have said so.
+        threads = 1 if is_env_variable_true("HF_DEACTIVATE_ASYNC_LOAD") else None
+        fill(work.plan, work.checkpoint, work.buffers, Limits(threads))
         done, *_ = convert(model, dict(work.buffers), replace(load_config, weight_mapping=[]), *args, **kwargs)
         rest = {name: source for name, source in state_dict.items() if name not in work.taken}
         info, *others = convert(model, rest, load_config, *args, **kwargs)
@@ -268,6 +272,10 @@ def _work(model: Any, state_dict: Mapping[str, Any], load_config: Any, rules: Ru
                 conversions.append(conversion)
             else:
                 left[conversion.targets[0].name] = reason
+        taken = {sources.names[row] for conversion in conversions for row in conversion.rows}
+        if _names_are_missed(rules, RuleSet(load_config.weight_mapping, model), state_dict.keys() - taken):
+            left |= {conversion.targets[0].name: _GROUPED for conversion in conversions}
+            conversions = []
     targets = tuple(target for conversion in conversions for target in conversion.targets)
     buffers: dict[str, Tensor] = {}
     for target in targets:
@@ -307,6 +315,22 @@ def _wanted(model: Any, load_config: Any) -> dict[str, _Want]:
             why_not = f"it goes to {device}"
         wanted[name] = _Want(TargetSpec(code or "", tuple(tensor.shape)), device, why_not)
     return wanted
+
+
+_GROUPED = "other tensors are renamed only if transformers sees its sources"
+
+
+def _names_are_missed(rules: RuleSet, fresh: RuleSet, rest: Iterable[str]) -> bool:
+    """True if a group of renamings that waits for one of its names (GroupWeightRename) does not find it in the rest."""
+    if not any(_found(rules)):
+        return False
+    for name in sorted(rest, key=natural_key):
+        fresh.rename(name)
+    return _found(fresh) != _found(rules)
+
+
+def _found(rules: RuleSet) -> list[bool]:
+    return [bool(getattr(renaming, "_active", False)) for renaming in rules.renamings]
 
 
 def _why_left(conversion: Conversion, wanted: Mapping[str, _Want]) -> str | None:
