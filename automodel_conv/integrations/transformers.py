@@ -222,7 +222,9 @@ def _converting(convert: Callable[..., Any], acceleration: Acceleration) -> Call
     @functools.wraps(convert)
     def converted(model: Any, state_dict: dict[str, Any], load_config: Any, *args: Any, **kwargs: Any) -> Any:
         rules = RuleSet(load_config.weight_mapping, model)
-        work = _work(model, state_dict, load_config, rules)
+        # Before 5.17 a plan says what is sharded; since then the parameters do.
+        sharded = kwargs.get("tp_plan") if load_config.device_mesh is not None else None
+        work = _work(model, state_dict, load_config, rules, sharded or {})
         acceleration.loads.append(HookedLoad(type(model).__name__, tuple(work.buffers), work.left))
         if not work.buffers:
             return convert(model, state_dict, load_config, *args, **kwargs)
@@ -254,7 +256,9 @@ class _Work(NamedTuple):
     left: dict[str, str]
 
 
-def _work(model: Any, state_dict: Mapping[str, Any], load_config: Any, rules: RuleSet) -> _Work:
+def _work(
+    model: Any, state_dict: Mapping[str, Any], load_config: Any, rules: RuleSet, tp_plan: Mapping[str, Any]
+) -> _Work:
     slices = {name: source for name, source in state_dict.items() if isinstance(source, _Slice)}
     left: dict[str, str] = {}
     conversions: list[Conversion] = []
@@ -263,7 +267,7 @@ def _work(model: Any, state_dict: Mapping[str, Any], load_config: Any, rules: Ru
         # A file that transformers reads may not pass our checks of its header; then it reads all of them.
         with suppress(CheckpointError):
             checkpoint = _checkpoint(slices)
-        wanted = _wanted(model, load_config)
+        wanted = _wanted(model, load_config, tp_plan)
         sources = SourceTable(checkpoint.names, checkpoint.dtypes, checkpoint.shapes)
         found, left = whole_conversions(sources, rules, {name: want.spec for name, want in wanted.items()})
         for conversion in found:
@@ -294,12 +298,12 @@ class _Want(NamedTuple):
     why_not: str | None
 
 
-def _wanted(model: Any, load_config: Any) -> dict[str, _Want]:
+def _wanted(model: Any, load_config: Any, tp_plan: Mapping[str, Any]) -> dict[str, _Want]:
     from transformers.integrations.accelerate import expand_device_map
 
     state = {name: tensor for name, tensor in model.state_dict().items() if isinstance(tensor, Tensor)}
     devices = expand_device_map(load_config.device_map or {"": "cpu"}, list(state))
-    planned = matching(load_config.dtype_plan or {})
+    planned, sharded = matching(load_config.dtype_plan or {}), matching(tp_plan)
     wanted = {}
     for name, tensor in state.items():
         # As transformers does: what the plan of dtypes says, or else what the parameter has.
@@ -307,7 +311,7 @@ def _wanted(model: Any, load_config: Any) -> dict[str, _Want]:
         device, why_not = devices[name], None
         if load_config.hf_quantizer is not None:
             why_not = "a quantizer takes part"
-        elif hasattr(tensor, "placements"):
+        elif hasattr(tensor, "placements") or sharded(name) is not None:
             why_not = "it is sharded while it is loaded"
         elif device == "disk" or code is None:
             why_not = f"it is {tensor.dtype} on {device}"
