@@ -34,4 +34,8 @@ def assert_same_model(model, expected):
 def saved(model, directory: Path):
     """The files that the model saves: name and hash."""
     model.save_pretrained(directory)
+    return hashes(directory)
+
+
+def hashes(directory: Path):
     return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in directory.glob("*.safetensors*")}
