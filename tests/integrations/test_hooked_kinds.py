@@ -180,7 +180,10 @@ def test_remote_code_without_rules_is_loaded_as_it_is(mixtral, tmp_path):
 # --- adapters ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.skipif(importlib.util.find_spec("peft") is None, reason="peft is not installed")
+needs_peft = pytest.mark.skipif(importlib.util.find_spec("peft") is None, reason="peft is not installed")
+
+
+@needs_peft
 def test_a_checkpoint_of_an_adapter_alone_loads_its_base_under_the_hook(mixtral, tmp_path):
     from peft import LoraConfig, get_peft_model
 
@@ -191,3 +194,51 @@ def test_a_checkpoint_of_an_adapter_alone_loads_its_base_under_the_hook(mixtral,
     assert any("lora_A" in n for n in hooked.state_dict())
     assert sum(len(load.lowered) for load in loads) == 2 * hooked.config.num_hidden_layers
     assert_same_model(hooked, stock)
+
+
+def adapter_of_single_experts(model, directory: Path):
+    """As adapters were saved when each expert was a module of its own."""
+    shapes = {
+        "w1": model.config.intermediate_size,
+        "w3": model.config.intermediate_size,
+        "w2": model.config.hidden_size,
+    }
+    tensors = {}
+    for layer in range(model.config.num_hidden_layers):
+        for e in range(model.config.num_local_experts):
+            for name, out in shapes.items():
+                path = f"base_model.model.model.layers.{layer}.block_sparse_moe.experts.{e}.{name}"
+                other = model.config.hidden_size + model.config.intermediate_size - out
+                tensors[f"{path}.lora_A.weight"] = torch.randn(4, other)
+                tensors[f"{path}.lora_B.weight"] = torch.randn(out, 4)
+    save_file(tensors, directory / "adapter_model.safetensors", metadata={"format": "pt"})
+    config = json.loads((directory / "adapter_config.json").read_text())
+    config |= {"target_modules": list(shapes), "target_parameters": None}
+    (directory / "adapter_config.json").write_text(json.dumps(config))
+
+
+@needs_peft
+@pytest.mark.filterwarnings("ignore::RuntimeWarning", "ignore::FutureWarning")
+@pytest.mark.parametrize("single", [False, True], ids=["grouped experts", "single experts"])
+def test_an_adapter_of_experts_is_loaded_onto_a_base_under_the_hook(mixtral, tmp_path, single):
+    from peft import LoraConfig, get_peft_model
+
+    model, source = mixtral
+    torch.manual_seed(0)
+    experts = [f"mlp.experts.{name}" for name in ("gate_up_proj", "down_proj")]
+    lora = LoraConfig(r=4, target_modules=["q_proj"], target_parameters=experts, init_lora_weights=False)
+    get_peft_model(type(model).from_pretrained(source), lora).save_pretrained(tmp_path)
+    if single:
+        adapter_of_single_experts(model, tmp_path)
+    stock = type(model).from_pretrained(source)
+    stock.load_adapter(tmp_path)
+    with amc.accelerate_transformers() as acceleration:
+        hooked = type(model).from_pretrained(source)
+        hooked.load_adapter(tmp_path)
+    assert_same_model(hooked, stock)
+    base, adapter = acceleration.loads
+    assert base.lowered
+    assert adapter.lowered == ()  # PEFT converts by operations of its own
+    assert bool(adapter.left) is single
+    assert all("is not a stock operation" in reason for reason in adapter.left.values())
+    assert all(t.any() for n, t in hooked.state_dict().items() if "experts" in n and "lora_B" in n)
