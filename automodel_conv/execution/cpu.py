@@ -6,7 +6,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from math import prod
 
 import torch
@@ -53,7 +53,7 @@ def load_files(
         buffers: by target name, on the CPU, of the target's shape and dtype and any strides; other
             names are ignored. Written in place.
         threads: that read and copy; as many as there are cores if not given, at most 16. Fewer take
-            part where scratch_bytes is too small for all.
+            part where scratch_bytes is too small for all. One is the caller's own.
         scratch_bytes: of all threads together, for what cannot be read in place; 64 MiB if not
             given. Sources that are larger go through it in slabs.
         progress: draw a bar.
@@ -147,8 +147,6 @@ def _run(
 
     @torch.inference_mode()  # a mode is a thread's own; the caller's tensors may be inference tensors
     def work() -> None:
-        # The copies of one thread must not start threads of their own.
-        torch.set_num_threads(1)
         scratch = torch.empty(slot_bytes, dtype=torch.uint8, device="cpu")
         own_views = [*views, byte_view(scratch)]  # so that SCRATCH finds it
         junk = memoryview(bytearray(GAP_BYTES))
@@ -163,7 +161,19 @@ def _run(
             advance(job.nbytes)
 
     threads = min(threads, len(jobs))
-    pool = ThreadPoolExecutor(max(threads, 1), thread_name_prefix="automodel_conv")
+    with closing(files):
+        if threads > 1:
+            _in_threads(work, threads, stop)
+        else:
+            work()
+    copy_bytes = min(_COPY_BYTES, _COPY_RATIO * slot_bytes)
+    return LoadStats(0, sum(gaps), threads * (slot_bytes + copy_bytes))
+
+
+def _in_threads(work: Callable[[], None], threads: int, stop: threading.Event) -> None:
+    """Run as many of ``work`` at once; the first error sets ``stop`` and is raised when all have ended."""
+    # The copies of one thread must not start threads of their own.
+    pool = ThreadPoolExecutor(threads, "automodel_conv", torch.set_num_threads, (1,))
     with _keeping_torch_threads():
         try:
             workers = [pool.submit(work) for _ in range(threads)]
@@ -171,11 +181,8 @@ def _run(
         finally:
             stop.set()
             pool.shutdown()
-            files.close()
     for worker in workers:
         worker.result()
-    copy_bytes = min(_COPY_BYTES, _COPY_RATIO * slot_bytes)
-    return LoadStats(0, sum(gaps), threads * (slot_bytes + copy_bytes))
 
 
 def _copy(moves: Sequence[Move], scratch: Tensor, tensors: Sequence[Tensor]) -> None:
