@@ -1,0 +1,73 @@
+"""Threads that take what is to be done, until it is done or one of them fails."""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from contextlib import contextmanager
+from typing import TypeVar
+
+import torch
+
+Item = TypeVar("Item")
+
+
+def work_off(items: Iterable[Item], threads: int, start: Callable[[], Callable[[Item], None]]) -> None:
+    """Hand each item to one of ``threads`` threads, in order; the first error ends all of them and is raised.
+
+    torch works within each of these threads alone, and may write to any tensor, inference tensors too.
+
+    Args:
+        start: called in each thread; returns what takes the items there.
+    """
+    todo = deque(items)
+    stop = threading.Event()
+
+    @torch.inference_mode()  # a mode is a thread's own; the caller's tensors may be inference tensors
+    def work() -> None:
+        torch.set_num_threads(1)
+        take = start()
+        while not stop.is_set():
+            try:
+                item = todo.popleft()
+            except IndexError:
+                return
+            take(item)
+
+    threads = min(threads, len(todo))
+    pool = ThreadPoolExecutor(max(threads, 1), thread_name_prefix="automodel_conv")
+    with _keeping_torch_threads():
+        try:
+            workers = [pool.submit(work) for _ in range(threads)]
+            wait(workers, return_when=FIRST_EXCEPTION)
+        finally:
+            stop.set()
+            pool.shutdown()
+    for worker in workers:
+        worker.result()
+
+
+class _TorchThreads:
+    """The number of torch's threads that works under way will restore, and how many such works there are."""
+
+    lock = threading.Lock()
+    under_way = 0
+    number = 0
+
+
+@contextmanager
+def _keeping_torch_threads() -> Iterator[None]:
+    """Undo, after the last work under way, that a worker's number of torch threads holds for later threads too."""
+    with _TorchThreads.lock:
+        if not _TorchThreads.under_way:
+            _TorchThreads.number = torch.get_num_threads()
+        _TorchThreads.under_way += 1
+    try:
+        yield
+    finally:
+        with _TorchThreads.lock:
+            _TorchThreads.under_way -= 1
+            if not _TorchThreads.under_way:
+                torch.set_num_threads(_TorchThreads.number)
