@@ -16,6 +16,7 @@ import torch
 
 from automodel_conv.dtypes import FLOATING, itemsize
 from automodel_conv.errors import DestinationError, UnsupportedError, VerificationError, WriteError, listing, message
+from automodel_conv.execution.checksums import CHECKSUMS_NAME
 from automodel_conv.execution.reading import OpenFiles
 from automodel_conv.execution.slabs import Slab, slab_schedule
 from automodel_conv.execution.writing import Budget, Maker, SourceFiles, budget, compare_slabs, jobs_of, write_shard
@@ -28,7 +29,7 @@ from automodel_conv.planning.models import meta_model
 from automodel_conv.planning.pipeline import loading_plan, saving_plan
 from automodel_conv.planning.plan import CopyPlan
 from automodel_conv.progress import bytes_progress
-from automodel_conv.saving import places_in, specs_of, with_dtype
+from automodel_conv.saving import places_in, specs_of, with_dtype, write_checksums
 
 DEFAULT_SCRATCH_BYTES = 256 << 20
 PER_EXPERT = "per_expert"
@@ -129,6 +130,7 @@ def convert_checkpoint(
     max_shard_size: int | str = "5GB",
     resume: bool = True,
     verify: bool = True,
+    checksums: bool = False,
     threads: int | None = None,
     scratch_bytes: int | None = None,
     progress: bool = False,
@@ -151,6 +153,7 @@ def convert_checkpoint(
         max_shard_size: of a file's data, in bytes or as "5GB".
         resume: go on with what an earlier call has finished; False: throw that away.
         verify: read each file back, once it is on the disk, and compare all of it with the source.
+        checksums: see ``save_checkpoint``.
         threads: None: as many as there are cores, at most 16.
         scratch_bytes: bound of the memory used; None: 256 MiB.
         progress: show a bar in bytes, GB/s and time left.
@@ -205,6 +208,8 @@ def convert_checkpoint(
             )
         for name in _beside_weights(checkpoint.directory):
             system.copy_file(os.path.join(checkpoint.directory, name), place.path(name))
+        if checksums:
+            write_checksums(place, shards, share.threads)
         place.commit(index_of(shards))
     return ConvertReport(
         tuple(shard.name for shard in shards),
@@ -302,7 +307,7 @@ def _digest(conversion: Conversion) -> str:
 def _beside_weights(directory: str) -> list[str]:
     """Names of the files that go with the weights: configs, tokenizers, code."""
     names = [name for name in system.list_names(directory) if not name.startswith(".")]
-    others = [name for name in names if not name.endswith(WEIGHT_SUFFIXES)]
+    others = [name for name in names if not name.endswith((*WEIGHT_SUFFIXES, CHECKSUMS_NAME))]
     return [name for name in others if system.is_file(os.path.join(directory, name))]
 
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from automodel_conv.dtypes import FLOATING, dtype_code
 from automodel_conv.errors import ConversionError, UnsupportedError, message
 from automodel_conv.execution.buffers import dtype_of
+from automodel_conv.execution.checksums import CHECKSUMS_NAME, checksums_of, checksums_text
 from automodel_conv.execution.cuda import streaming_device
 from automodel_conv.execution.memory import from_real_strides
 from automodel_conv.execution.slabs import slab_schedule
@@ -58,6 +59,7 @@ def save_checkpoint(
     reference: str | os.PathLike[str] | None = None,
     dtype: torch.dtype | None = None,
     max_shard_size: int | str = "5GB",
+    checksums: bool = False,
     threads: int | None = None,
     scratch_bytes: int | None = None,
     progress: bool = False,
@@ -75,6 +77,8 @@ def save_checkpoint(
         reference: a checkpoint whose names, and division into files, to restore.
         dtype: of all floating tensors, but those that a transformers model keeps in float32; None: as they are.
         max_shard_size: of a file's data, in bytes or as "5GB"; not used with a reference.
+        checksums: write one for each tensor beside the index, for ``verify=True`` of the loaders and for ``verify`` of
+            the command line; reads the files once more.
         threads: that copy and write; None: as many as there are cores, at most 16.
         scratch_bytes: bound of the memory used beside the tensors; None: 64 MiB.
         progress: show a bar in bytes and GB/s.
@@ -111,6 +115,8 @@ def save_checkpoint(
         _write(plan, list(tensors.values()), shards, destination, share, advance)
         if model is not None:
             _write_config(model, dtype, destination.staging)
+        if checksums:
+            write_checksums(destination, shards, share.threads)
         destination.commit(index_of(shards))
     return SaveReport(
         tuple(shard.name for shard in shards),
@@ -118,6 +124,14 @@ def save_checkpoint(
         time.perf_counter() - began,
         share.scratch_bytes,
     )
+
+
+def write_checksums(destination: Destination, shards: Sequence[Shard], threads: int) -> None:
+    """Add the checksums of all tensors to what lies in a destination."""
+    sums: dict[str, str] = {}
+    for shard in shards:
+        sums |= checksums_of(open_checkpoint(destination.found(shard.name)), threads)
+    destination.write(CHECKSUMS_NAME, checksums_text(sums))
 
 
 def with_dtype(plan: CopyPlan, dtype: torch.dtype | None, model: nn.Module | None) -> CopyPlan:

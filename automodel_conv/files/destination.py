@@ -44,6 +44,20 @@ class Destination:
         """Where a file lies until all are there."""
         return os.path.join(self.staging, name)
 
+    def found(self, name: str) -> str:
+        """Where a finished file lies: put in its place already, if ``commit`` was cut short, or not yet."""
+        staged = self.path(name)
+        return staged if system.exists(staged) else os.path.join(self.directory, name)
+
+    def write(self, name: str, text: bytes) -> None:
+        """Write a small file that goes with the shards."""
+        fd = system.create(self.path(name))
+        try:
+            system.write_exactly(fd, [memoryview(text)], 0, self.path(name))
+            system.sync(fd)
+        finally:
+            system.close(fd)
+
     def finish(self, shard: Shard) -> None:
         """Note that a shard is on the disk, whole."""
         with _telling(self.directory):
@@ -65,7 +79,7 @@ class Destination:
                 _sync(self.path(name))
             names = [*others, *(shard.name for shard in self._shards)]
             if index is not None:
-                self._write(INDEX_NAME, index)
+                self.write(INDEX_NAME, index)
                 names.append(INDEX_NAME)
             system.sync_directory(self.staging)
             for name in names:
@@ -74,14 +88,6 @@ class Destination:
                 if system.exists(self.path(name)):  # or it was put in its place before a crash
                     system.rename(self.path(name), os.path.join(self.directory, name))
             system.sync_directory(self.directory)
-
-    def _write(self, name: str, text: bytes) -> None:
-        fd = system.create(self.path(name))
-        try:
-            system.write_exactly(fd, [memoryview(text)], 0, self.path(name))
-            system.sync(fd)
-        finally:
-            system.close(fd)
 
 
 def _sync(path: str) -> None:
