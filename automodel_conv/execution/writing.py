@@ -134,6 +134,7 @@ def _writer(maker: Maker, fd: int, path: str, advance: Callable[[int], None]) ->
     def write(slab: Slab) -> None:
         if not maker.copy_within_kernel(slab, fd):
             system.write_exactly(fd, maker(slab), slab.offset_bytes, path)
+        system.begin_writeback(fd, slab.offset_bytes, slab.nbytes)
         advance(slab.nbytes)
 
     return write

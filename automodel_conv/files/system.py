@@ -29,6 +29,9 @@ IOV_MAX = 1024
 # Source: asm-generic/mman-common.h.
 _MADV_HUGEPAGE = 14
 
+# Source: linux/fs.h.
+_SYNC_FILE_RANGE_WRITE = 2
+
 # Without pread, seek and read are two calls on one position; threads must not interleave them.
 _seek_lock = threading.Lock()
 
@@ -282,6 +285,20 @@ def copy_range(source: int, source_offset: int, target: int, target_offset: int,
         if error.errno in (errno.EXDEV, errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS):
             return 0
         raise
+
+
+def begin_writeback(fd: int, offset: int, nbytes: int) -> None:
+    """Let the system start to bring written bytes to the disk, so that ``sync`` has less to wait for; never fails."""
+    if sys.platform == "linux":
+        _sync_file_range()(fd, offset, nbytes, _SYNC_FILE_RANGE_WRITE)
+
+
+@functools.cache
+def _sync_file_range():
+    function = ctypes.CDLL(None).sync_file_range
+    function.argtypes = (ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint)
+    function.restype = ctypes.c_int
+    return function
 
 
 def sync(fd: int) -> None:
