@@ -94,13 +94,19 @@ def divide_like(specs: Iterable[Spec], files: Mapping[str, str]) -> list[Shard]:
 
 
 def shard_of(name: str, specs: Sequence[Spec]) -> Shard:
-    """A file with these tensors: the widest dtypes first, so that each tensor is aligned, and then by name."""
+    """A file with these tensors: the widest dtypes first, so that each tensor is aligned, and then by name.
+
+    Raises:
+        UnsupportedError: a tensor that the format cannot hold: float4 without a dimension.
+    """
     specs = sorted(specs, key=lambda spec: (-_ORDER[spec.dtype], spec.name))
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     starts, end = [], 0
     for spec in specs:
         shape = list(spec.shape)
-        if spec.dtype == "F4" and shape:
+        if spec.dtype == "F4":
+            if not shape:
+                raise UnsupportedError(message(f"{spec.name} is a pair of numbers in the shape of one", found="F4 []"))
             shape[-1] *= 2  # torch counts pairs
         starts.append(end)
         end += spec.nbytes
