@@ -22,7 +22,7 @@ from automodel_conv.execution.memory import from_real_strides
 from automodel_conv.execution.slabs import slab_schedule
 from automodel_conv.execution.writing import Budget, DeviceTensors, HostTensors, budget, write_shard
 from automodel_conv.files.checkpoint import Checkpoint, open_checkpoint
-from automodel_conv.files.destination import Destination, open_destination
+from automodel_conv.files.destination import Destination, open_destination, telling
 from automodel_conv.files.shards import Shard, Spec, divide, divide_like, index_of, parse_size
 from automodel_conv.planning.copies import SourceTable, Target
 from automodel_conv.planning.models import checked_dtype, model_targets, state_table, tied_names
@@ -115,7 +115,8 @@ def save_checkpoint(
     ):
         _write(plan, list(tensors.values()), shards, destination, share, advance)
         if model is not None:
-            _write_config(model, dtype, destination.staging)
+            with telling(destination.directory):
+                _write_config(model, dtype, destination.staging)
         if checksums:
             write_checksums(destination, shards, share.threads)
         destination.commit(index_of(shards, None if model is None else sum(p.numel() for p in model.parameters())))
