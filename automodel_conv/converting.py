@@ -33,7 +33,7 @@ from automodel_conv.files.checkpoint import Checkpoint, open_checkpoint
 from automodel_conv.files.destination import WEIGHT_SUFFIXES, open_destination, telling
 from automodel_conv.files.shards import Shard, Spec, divide, index_of, parse_size
 from automodel_conv.planning.copies import SourceTable
-from automodel_conv.planning.models import meta_model
+from automodel_conv.planning.models import checked_dtype, meta_model
 from automodel_conv.planning.pipeline import loading_plan, saving_plan
 from automodel_conv.planning.plan import CopyPlan
 from automodel_conv.progress import bytes_progress
@@ -95,6 +95,7 @@ def compile_conversion(
     max_shard_size: int | str = "5GB",
 ) -> Conversion:
     """What ``convert_checkpoint`` would do; reads headers only. See there."""
+    checked_dtype(dtype)
     checkpoint = open_checkpoint(source)
     most_bytes = parse_size(max_shard_size)
     table = SourceTable(checkpoint.names, checkpoint.dtypes, checkpoint.shapes)
@@ -196,7 +197,8 @@ def convert_checkpoint(
         if free < nbytes:
             wanted = f"{nbytes} bytes for {len(unfinished)} files"
             raise WriteError(message("the disk has too little room", where=directory, expected=wanted, found=free))
-        with bytes_progress(nbytes * (2 if verify else 1), "converting", progress) as advance:
+        data_bytes = sum(spec.nbytes for shard in shards if shard.name in unfinished for spec in shard.specs)
+        with bytes_progress(data_bytes * (2 if verify else 1), "converting", progress) as advance:
             for file, shard in enumerate(shards):
                 if shard.name in unfinished:
                     slabs = by_file.get(file, [])
