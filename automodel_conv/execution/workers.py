@@ -24,9 +24,11 @@ def work_off(items: Iterable[Item], threads: int, start: Callable[[], Callable[[
     """
     todo = deque(items)
     stop = threading.Event()
+    at_work: set[int] = set()
+    change = threading.Condition()
 
     @torch.inference_mode()  # a mode is a thread's own; the caller's tensors may be inference tensors
-    def work() -> None:
+    def work_on() -> None:
         torch.set_num_threads(1)
         take = start()
         while not stop.is_set():
@@ -36,6 +38,18 @@ def work_off(items: Iterable[Item], threads: int, start: Callable[[], Callable[[
                 return
             take(item)
 
+    def work() -> None:
+        with change:
+            if stop.is_set():
+                return
+            at_work.add(threading.get_ident())
+        try:
+            work_on()
+        finally:
+            with change:
+                at_work.remove(threading.get_ident())
+                change.notify()
+
     threads = min(threads, len(todo))
     pool = ThreadPoolExecutor(max(threads, 1), thread_name_prefix="automodel_conv")
     with _keeping_torch_threads():
@@ -43,7 +57,9 @@ def work_off(items: Iterable[Item], threads: int, start: Callable[[], Callable[[
             workers = [pool.submit(work) for _ in range(threads)]
             wait(workers, return_when=FIRST_EXCEPTION)
         finally:
-            stop.set()
+            with change:  # the pool itself may not know of a thread whose start a signal has interrupted
+                stop.set()
+                change.wait_for(lambda: not at_work)
             pool.shutdown()
     for worker in workers:
         worker.result()
