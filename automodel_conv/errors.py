@@ -64,6 +64,18 @@ class ReadError(ConversionError):
     """Reading tensor data failed after a plan was made; names the targets already filled, if any."""
 
 
+class WriteError(ConversionError):
+    """Writing a checkpoint failed; no loader takes what lies in the directory for complete."""
+
+
+class DestinationError(ConversionError):
+    """A directory cannot become a checkpoint: it is one already, somebody else writes to it, or it holds other work."""
+
+
+class VerificationError(ConversionError):
+    """Two checkpoints that should hold the same tensors do not; names the first difference."""
+
+
 def message(
     what: str,
     *,

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from automodel_conv.dtypes import dtype_code
 from automodel_conv.errors import ConversionError, UnsupportedError, message
 from automodel_conv.execution.buffers import allocate
 from automodel_conv.execution.copy_batch import takes_kernels
@@ -20,7 +19,7 @@ from automodel_conv.execution.memory import convert_tensors
 from automodel_conv.files.checkpoint import open_checkpoint
 from automodel_conv.homes import in_order, with_tied
 from automodel_conv.planning.copies import SourceTable, Target
-from automodel_conv.planning.models import tied_names
+from automodel_conv.planning.models import state_table, tied_names
 from automodel_conv.planning.pipeline import loading_plan, saving_plan
 from automodel_conv.planning.plan import CopyPlan
 
@@ -56,7 +55,7 @@ def convert_state_dict(
     """
     _require_any(model, rules, layout, source_layout)
     plan, problems = loading_plan(
-        _table(state_dict), model=model, rules=rules, layout=layout, source_layout=source_layout
+        state_table(state_dict), model=model, rules=rules, layout=layout, source_layout=source_layout
     )
     problems.raise_unless_fit("the state dict")
     converted = _run(plan, state_dict, out, backend)
@@ -93,27 +92,13 @@ def revert_state_dict(
     if reference is not None:
         checkpoint = open_checkpoint(reference)
         table = SourceTable(checkpoint.names, checkpoint.dtypes, checkpoint.shapes)
-    plan = saving_plan(_table(state_dict), model=model, rules=rules, layout=layout, reference=table)
+    plan = saving_plan(state_table(state_dict), model=model, rules=rules, layout=layout, reference=table)
     return _run(plan, state_dict, out, backend)
 
 
 def _require_any(*said: object) -> None:
     if all(thing is None for thing in said):
         raise UnsupportedError(message("tensors in memory come without a config", do="pass model=, rules= or a layout"))
-
-
-def _table(state_dict: Mapping[str, Tensor]) -> SourceTable:
-    codes = []
-    for name, tensor in state_dict.items():
-        if not isinstance(tensor, Tensor):
-            raise UnsupportedError(
-                message(f"{name} is not a tensor", found=type(tensor).__name__, do="leave extra state out of the dict")
-            )
-        code = dtype_code(tensor.dtype)
-        if code is None:
-            raise UnsupportedError(message(f"{name} has a dtype that is not converted", found=tensor.dtype))
-        codes.append(code)
-    return SourceTable(list(state_dict), codes, [tuple(tensor.shape) for tensor in state_dict.values()])
 
 
 def _run(

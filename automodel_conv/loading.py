@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from automodel_conv.dtypes import FLOATING
 from automodel_conv.execution.buffers import allocate
+from automodel_conv.execution.checksums import verify_checksums
 from automodel_conv.execution.filling import Limits, fill
-from automodel_conv.execution.reading import LoadStats
+from automodel_conv.execution.reading import LoadStats, cores
 from automodel_conv.files.checkpoint import Checkpoint, open_checkpoint
 from automodel_conv.homes import Homes, finish, in_order, loadable, with_tied
 from automodel_conv.kernels.launch import why_not
@@ -110,6 +111,7 @@ def load_state_dict(
     device: str | torch.device = "cpu",
     dtype: torch.dtype | None = None,
     strict: bool = True,
+    verify: bool = False,
     threads: int | None = None,
     scratch_bytes: int | None = None,
     device_scratch_bytes: int | None = None,
@@ -128,6 +130,8 @@ def load_state_dict(
             cast is copied there by Triton kernels, or by torch where Triton cannot run.
         strict: a missing, unexpected, mismatched or doubly provided target raises; False loads what fits, as
             upstream does (the first of two wins), and tells in the report.
+        verify: first compare all tensors with the checksums that ``save_checkpoint(checksums=True)`` wrote; reads the
+            files once more.
         threads: reader threads; None chooses by the machine.
         scratch_bytes: bound of the host memory used beside the final tensors; None: 64 MiB. Where the host is not where
             they are, it is pinned, and torch rounds it up to a power of two and keeps it for the next load.
@@ -137,6 +141,7 @@ def load_state_dict(
 
     Raises:
         CheckpointError, NameProblems, UnsupportedError: see ``compile_plan``; nothing has been read then.
+        VerificationError: a tensor does not have its checksum, or there is none; nothing has been loaded then.
         ReadError: reading failed; names file and tensor.
     """
     device = loadable(device)
@@ -145,6 +150,8 @@ def load_state_dict(
     clock.lap("open")
     plan, problems, model = _plan(checkpoint, model, rules, layout, key_mapping, dtype)
     problems.raise_unless_fit(checkpoint.path, strict)
+    if verify:
+        verify_checksums(checkpoint, cores() if threads is None else threads)
     buffers = allocate(plan.targets, device)
     clock.lap("plan")
     limits = Limits(threads, scratch_bytes, device_scratch_bytes)
@@ -166,6 +173,7 @@ def load_model(
     device: str | torch.device | None = None,
     dtype: torch.dtype | None = None,
     strict: bool = True,
+    verify: bool = False,
     threads: int | None = None,
     scratch_bytes: int | None = None,
     device_scratch_bytes: int | None = None,
@@ -179,11 +187,12 @@ def load_model(
         device: where new parameters go; None: to the device of those whose place they take, from the meta device to the
             CPU. Materialized parameters are filled where they are.
         dtype: if given, parameters of another floating dtype are replaced (see ``compile_plan``).
-        path, rules, key_mapping, strict, threads, scratch_bytes, device_scratch_bytes, progress, revision: see
+        path, rules, key_mapping, strict, verify, threads, scratch_bytes, device_scratch_bytes, progress, revision: see
             ``load_state_dict``.
 
     Raises:
         CheckpointError, NameProblems, UnsupportedError: see ``compile_plan``; no parameter has been written then.
+        VerificationError: see ``load_state_dict``; likewise.
         ReadError: reading failed; names file and tensor, and the targets already filled. Parameters that would have
             been replaced (on the meta device, or of another dtype) are still the old ones.
         ConversionError: the checkpoint has different values for names that are one parameter of the model.
@@ -195,6 +204,8 @@ def load_model(
     clock.lap("open")
     plan, problems, _ = _plan(checkpoint, model, rules, layout, key_mapping, dtype, in_place=True)
     problems.raise_unless_fit(checkpoint.path, strict)
+    if verify:
+        verify_checksums(checkpoint, cores() if threads is None else threads)
     was_meta = any(tensor.is_meta for tensor in model.state_dict().values() if isinstance(tensor, Tensor))
     homes = Homes.of(model, plan, strict, device)
     clock.lap("plan")

@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import threading
-from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
-from contextlib import closing, contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from math import prod
 
 import torch
 from torch import Tensor
 
 from automodel_conv.errors import ConversionError, ReadError, message
-from automodel_conv.execution.buffers import Aim, byte_view, checked, dtype_of, strided
+from automodel_conv.execution.buffers import Aim, byte_view, checked, dtype_of
+from automodel_conv.execution.copying import COPY_BYTES, COPY_RATIO, copy_moves
 from automodel_conv.execution.reading import LoadStats, OpenFiles, cores, read_job, read_whole, with_filled
 from automodel_conv.execution.schedule import GAP_BYTES, Job, Move, schedule
 from automodel_conv.execution.upstream import run_upstream, upstream_calls
+from automodel_conv.execution.workers import work_off
 from automodel_conv.files.checkpoint import Checkpoint
-from automodel_conv.kernels.strided_copy import strided_copy_torch
 from automodel_conv.planning.plan import CopyPlan
 from automodel_conv.progress import bytes_progress
 
@@ -28,10 +25,6 @@ LEAST_SCRATCH_BYTES = 4096
 # Local files are read at full speed by few threads; more only pass the page cache around.
 _MOST_THREADS = 16
 _ALIGN_BYTES = 64
-# What a copy allocates for itself, see transpose_torch: at most this, and at most four times what
-# it reads (two panels, of elements that a cast may have made twice as wide).
-_COPY_BYTES = 4 << 20
-_COPY_RATIO = 4
 
 
 def load_files(
@@ -81,9 +74,9 @@ def load_files(
         checked(target, buffers)
     aim = Aim()
     copies = [aim(target, tensor) for target, tensor in zip(targets, tensors, strict=True)]
-    threads = min(threads, scratch_bytes // (_ALIGN_BYTES * (1 + _COPY_RATIO)))
+    threads = min(threads, scratch_bytes // (_ALIGN_BYTES * (1 + COPY_RATIO)))
     share = scratch_bytes // threads
-    slot_bytes = max(share - _COPY_BYTES, share // (1 + _COPY_RATIO))
+    slot_bytes = max(share - COPY_BYTES, share // (1 + COPY_RATIO))
     slot_bytes -= slot_bytes % _ALIGN_BYTES
     jobs = schedule(targets, copies, checkpoint, threads=threads, slot_bytes=slot_bytes)
     bytes_read = sum(job.nbytes for job in jobs)
@@ -104,30 +97,6 @@ def load_files(
     return stats._replace(bytes_read=bytes_read)
 
 
-class _TorchThreads:
-    """The number of torch's threads that loads under way will restore, and how many such loads there are."""
-
-    lock = threading.Lock()
-    loads = 0
-    number = 0
-
-
-@contextmanager
-def _keeping_torch_threads() -> Iterator[None]:
-    """Undo, after the last load under way, that a worker's number of torch threads holds for later threads too."""
-    with _TorchThreads.lock:
-        if not _TorchThreads.loads:
-            _TorchThreads.number = torch.get_num_threads()
-        _TorchThreads.loads += 1
-    try:
-        yield
-    finally:
-        with _TorchThreads.lock:
-            _TorchThreads.loads -= 1
-            if not _TorchThreads.loads:
-                torch.set_num_threads(_TorchThreads.number)
-
-
 def _run(
     jobs: Sequence[Job],
     checkpoint: Checkpoint,
@@ -141,62 +110,34 @@ def _run(
     views = [byte_view(tensor) for tensor in tensors]
     # Whole alignment units, so that the slot can be seen as elements of any size.
     slot_bytes = -(-max((job.scratch_bytes for job in jobs), default=0) // _ALIGN_BYTES) * _ALIGN_BYTES
-    todo = deque(enumerate(jobs))
-    stop = threading.Event()
     gaps: list[int] = []
 
-    @torch.inference_mode()  # a mode is a thread's own; the caller's tensors may be inference tensors
-    def work() -> None:
+    def start() -> Callable[[tuple[int, Job]], None]:
         scratch = torch.empty(slot_bytes, dtype=torch.uint8, device="cpu")
         own_views = [*views, byte_view(scratch)]  # so that SCRATCH finds it
         junk = memoryview(bytearray(GAP_BYTES))
-        while not stop.is_set():
-            try:
-                number, job = todo.popleft()
-            except IndexError:
-                return
+
+        def take(item: tuple[int, Job]) -> None:
+            number, job = item
             gaps.append(read_job(job, checkpoint, files, own_views, junk))
             _copy(job.moves, scratch, tensors)
             done.add(number)
             advance(job.nbytes)
 
+        return take
+
+    try:
+        work_off(enumerate(jobs), threads, start)
+    finally:
+        files.close()
     threads = min(threads, len(jobs))
-    with closing(files):
-        if threads > 1:
-            _in_threads(work, threads, stop)
-        else:
-            work()
-    copy_bytes = min(_COPY_BYTES, _COPY_RATIO * slot_bytes)
+    copy_bytes = min(COPY_BYTES, COPY_RATIO * slot_bytes)
     return LoadStats(0, sum(gaps), threads * (slot_bytes + copy_bytes))
 
 
-def _in_threads(work: Callable[[], None], threads: int, stop: threading.Event) -> None:
-    """Run as many of ``work`` at once; the first error sets ``stop`` and is raised when all have ended."""
-    # The copies of one thread must not start threads of their own.
-    pool = ThreadPoolExecutor(threads, "automodel_conv", torch.set_num_threads, (1,))
-    with _keeping_torch_threads():
-        try:
-            workers = [pool.submit(work) for _ in range(threads)]
-            wait(workers, return_when=FIRST_EXCEPTION)
-        finally:
-            stop.set()
-            pool.shutdown()
-    for worker in workers:
-        worker.result()
-
-
 def _copy(moves: Sequence[Move], scratch: Tensor, tensors: Sequence[Tensor]) -> None:
-    """Copy from the scratch to the targets, copies of equal geometry in one call."""
-    typed: dict[str, Tensor] = {}
-    groups: dict[tuple[object, ...], tuple[list[Tensor], list[Tensor]]] = {}
+    """Copy from the scratch to the targets."""
+    typed = {dtype: scratch.view(dtype_of(dtype, "a source")) for dtype in {move.dtype for move in moves}}
     # Ordered by place: copies that fill each other's gaps are faster next to each other.
-    for move in sorted(moves, key=lambda move: (move.target, move.target_offset)):
-        if move.dtype not in typed:
-            typed[move.dtype] = scratch.view(dtype_of(move.dtype, "a source"))
-        target = tensors[move.target]
-        key = (move.dtype, target.dtype, move.shape, move.source_strides, move.target_strides)
-        dst, src = groups.setdefault(key, ([], []))
-        dst.append(strided(target, move.shape, move.target_strides, move.target_offset))
-        src.append(strided(typed[move.dtype], move.shape, move.source_strides, move.source_offset))
-    for dst, src in groups.values():
-        strided_copy_torch(dst, src)
+    ordered = sorted(moves, key=lambda move: (move.target, move.target_offset))
+    copy_moves((move, typed[move.dtype], tensors[move.target]) for move in ordered)

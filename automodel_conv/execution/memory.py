@@ -54,7 +54,7 @@ def convert_tensors(
     batch = CopyBatch()
     for target, output, copies in zip(plan.targets, outputs, aimed, strict=True):
         if output.numel() and target.fallback is None:
-            copies, reads = _from_real_strides(copies, [tensors[row] for row in target.sources])
+            copies, reads = from_real_strides(copies, [tensors[row] for row in target.sources])
             for copy in copies:
                 batch.add(copy, reads, output)
     work = batch.run(use_kernels)
@@ -155,7 +155,7 @@ def _place(tensor: Tensor) -> tuple[object, ...]:
     return tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()
 
 
-def _from_real_strides(
+def from_real_strides(
     copies: Sequence[StridedCopy], sources: Sequence[Tensor]
 ) -> tuple[Sequence[StridedCopy], Sequence[Tensor]]:
     """Copies that read sources as they lie, and sources, contiguous where copies cannot follow."""

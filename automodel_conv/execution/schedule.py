@@ -162,7 +162,7 @@ def runs(parts: Sequence[Part], limit: int) -> Iterator[Job]:
     run: list[Part] = []
     nbytes = stop = 0
     for whole in parts:
-        for part in _chopped(whole, limit):
+        for part in chopped(whole, limit):
             gap = part.offset_bytes - stop
             # Every part may need a junk buffer before it.
             full = nbytes + part.nbytes > limit or 2 * len(run) + 2 > system.IOV_MAX
@@ -181,7 +181,7 @@ def portion(total_bytes: int, threads: int) -> int:
     return max(_LEAST_RUN_BYTES, min(_RUN_BYTES, total_bytes // (4 * threads)))
 
 
-def _chopped(part: Part, limit: int) -> Iterator[Part]:
+def chopped(part: Part, limit: int) -> Iterator[Part]:
     if part.nbytes <= limit:
         yield part
         return
@@ -230,7 +230,7 @@ def slabs(moves: Sequence[Move], capacity: int) -> Iterator[tuple[int, int, list
     cut along the dimension that walks the source in the largest steps; one whose steps are wider
     than ``capacity``, or that shares no cut with the others, is first taken apart into its steps.
     """
-    start, stop = _reads(moves)
+    start, stop = reads(moves)
     if stop - start <= capacity:
         yield start, stop, list(moves)
         return
@@ -247,7 +247,7 @@ def slabs(moves: Sequence[Move], capacity: int) -> Iterator[tuple[int, int, list
         tail: list[Move] = []
         for move in todo:
             _divide(move, cut, head, tail)
-        yield *_reads(head), head
+        yield *reads(head), head
         todo = tail
 
 
@@ -274,7 +274,7 @@ def _walk(shape: tuple[int, ...], strides: tuple[int, ...]) -> _Walk:
     return _Walk(dim, size, stride, span - (size - 1) * stride, span)
 
 
-def _reads(moves: Sequence[Move]) -> tuple[int, int]:
+def reads(moves: Sequence[Move]) -> tuple[int, int]:
     """The range of elements between the first and the last that any move reads."""
     start, stop = moves[0].source_offset, 0
     for _, _, shape, strides, offset, _, _ in moves:

@@ -6,19 +6,31 @@ They are called through the module (``system.preadv``) and never imported by nam
 from __future__ import annotations
 
 import ctypes
+import errno
 import functools
 import mmap
 import os
+import shutil
 import sys
 import threading
+from collections.abc import Callable
+from typing import NamedTuple
 
-from automodel_conv.errors import ReadError, message
+from automodel_conv.errors import ConversionError, ReadError, WriteError, message
+
+try:
+    import fcntl
+except ImportError:  # not a POSIX system
+    fcntl = None
 
 # Most buffers of one preadv. Source: UIO_MAXIOV in linux/uio.h; IOV_MAX is the same on macOS.
 IOV_MAX = 1024
 
 # Source: asm-generic/mman-common.h.
 _MADV_HUGEPAGE = 14
+
+# Source: linux/fs.h.
+_SYNC_FILE_RANGE_WRITE = 2
 
 # Without pread, seek and read are two calls on one position; threads must not interleave them.
 _seek_lock = threading.Lock()
@@ -50,8 +62,12 @@ def open_readonly(path: str) -> int:
 
 
 def close(fd: int) -> None:
-    """Close a descriptor."""
-    os.close(fd)
+    """Close a descriptor; what the system may still have to tell about a file, ``sync`` has told before."""
+    try:
+        os.close(fd)
+    except OSError as error:
+        if error.errno == errno.EBADF:  # closed twice: somebody else's file would be next
+            raise
 
 
 def size(fd: int) -> int:
@@ -97,29 +113,89 @@ def read_exactly(fd: int, views: list[memoryview], offset: int, path: str) -> No
     Raises:
         ReadError: the file ends too early, or the system reports an error.
     """
+    _exactly(preadv, fd, views, offset, path, _READ)
+
+
+def pwritev(fd: int, views: list[memoryview], offset: int) -> int:
+    """Write ``views`` one after the other at ``offset``; returns the bytes written, which may be fewer.
+
+    Args:
+        views: at most ``IOV_MAX`` contiguous views of bytes, none of them empty.
+        offset: in bytes from the start of the file.
+    """
+    if hasattr(os, "pwritev"):
+        return os.pwritev(fd, views, offset)
+    return _pwrite(fd, views[0], offset)
+
+
+def _pwrite(fd: int, view: memoryview, offset: int) -> int:
+    if hasattr(os, "pwrite"):
+        return os.pwrite(fd, view, offset)
+    with _seek_lock:
+        os.lseek(fd, offset, os.SEEK_SET)
+        return os.write(fd, view)
+
+
+def write_exactly(fd: int, views: list[memoryview], offset: int, path: str) -> None:
+    """Write all ``views``, one after the other, from ``offset`` on.
+
+    Args:
+        views: any number of contiguous views of bytes; empty ones are skipped.
+        offset: in bytes from the start of the file.
+        path: for the error text alone.
+
+    Raises:
+        WriteError: the system reports an error, a full disk among them.
+    """
+    _exactly(pwritev, fd, views, offset, path, _WRITE)
+
+
+class _Way(NamedTuple):
+    """What the errors of one direction say."""
+
+    error: type[ConversionError]
+    fails: str
+    ends: str
+    do: str
+
+
+_READ = _Way(
+    ReadError, "cannot read a file", "a file ends too early", "the file is truncated: copy or download it again"
+)
+_WRITE = _Way(WriteError, "cannot write a file", "a file takes no more bytes", "look at the disk and its quota")
+
+
+def _exactly(
+    call: Callable[[int, list[memoryview], int], int],
+    fd: int,
+    views: list[memoryview],
+    offset: int,
+    path: str,
+    way: _Way,
+) -> None:
     pending = [view for view in views if len(view)]
     total = sum(map(len, pending))
     done = 0
     while done < total:
         try:
-            count = preadv(fd, pending[:IOV_MAX], offset + done)
+            count = call(fd, pending[:IOV_MAX], offset + done)
         except OSError as error:
-            raise ReadError(
+            raise way.error(
                 message(
-                    "cannot read a file",
+                    way.fails,
                     where=f"{path}, byte {offset + done}",
                     expected=f"{total} bytes from byte {offset}",
                     found=f"{done} bytes, then: {error}",
                 )
             ) from error
         if count == 0:
-            raise ReadError(
+            raise way.error(
                 message(
-                    "a file ends too early",
+                    way.ends,
                     where=f"{path}, byte {offset + done}",
                     expected=f"{total} bytes from byte {offset}",
                     found=f"{done} bytes",
-                    do="the file is truncated: copy or download it again",
+                    do=way.do,
                 )
             )
         done += count
@@ -155,3 +231,145 @@ def _madvise():
     function.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
     function.restype = ctypes.c_int
     return function
+
+
+# --- making files -----------------------------------------------------------------------------------------------------
+
+
+def create(path: str) -> int:
+    """Open a new or emptied file for reading and writing; returns its descriptor."""
+    return os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | getattr(os, "O_BINARY", 0), 0o666)
+
+
+def open_append(path: str) -> int:
+    """Open a file, made if need be, to read it and to write at its end; returns its descriptor."""
+    return os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | getattr(os, "O_BINARY", 0), 0o666)
+
+
+def write_end(fd: int, data: bytes) -> None:
+    """Add ``data`` to a file opened by ``open_append``, and wait until the disk has it."""
+    view = memoryview(data)
+    while len(view):
+        view = view[os.write(fd, view) :]
+    sync(fd)
+
+
+def truncate(fd: int, nbytes: int) -> None:
+    """Cut a file to ``nbytes``, or lengthen it with zeros."""
+    os.ftruncate(fd, nbytes)
+
+
+def reserve(fd: int, nbytes: int) -> None:
+    """Give a file its length, with room on the disk where the file system can promise it.
+
+    Raises:
+        OSError: among others, there is no room.
+    """
+    if hasattr(os, "posix_fallocate"):
+        try:
+            os.posix_fallocate(fd, 0, nbytes)
+            return
+        except OSError as error:
+            if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
+                raise
+    truncate(fd, nbytes)
+
+
+def copy_range(source: int, source_offset: int, target: int, target_offset: int, nbytes: int) -> int:
+    """Copy bytes from file to file within the kernel.
+
+    Returns:
+        The bytes copied, which may be fewer; 0 where these files cannot be copied so, or the source ends.
+    """
+    if not hasattr(os, "copy_file_range"):
+        return 0
+    try:
+        return os.copy_file_range(source, target, nbytes, source_offset, target_offset)
+    except OSError as error:
+        if error.errno in (errno.EXDEV, errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS):
+            return 0
+        raise
+
+
+def begin_writeback(fd: int, offset: int, nbytes: int) -> None:
+    """Let the system start to bring written bytes to the disk, so that ``sync`` has less to wait for; never fails."""
+    if sys.platform == "linux":
+        _sync_file_range()(fd, offset, nbytes, _SYNC_FILE_RANGE_WRITE)
+
+
+@functools.cache
+def _sync_file_range():
+    function = ctypes.CDLL(None).sync_file_range
+    function.argtypes = (ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint)
+    function.restype = ctypes.c_int
+    return function
+
+
+def sync(fd: int) -> None:
+    """Wait until the disk has all that was written to a file."""
+    os.fsync(fd)
+
+
+def sync_directory(path: str) -> None:
+    """Wait until the disk knows the names in a directory."""
+    if os.name == "posix":
+        fd = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+
+
+def make_directory(path: str) -> None:
+    """Make a directory and those above it, where they are missing."""
+    os.makedirs(path, exist_ok=True)
+
+
+def rename(path: str, new: str) -> None:
+    """Give a file another name, at once, in place of any file of that name."""
+    os.replace(path, new)
+
+
+def copy_file(path: str, new: str) -> None:
+    """Copy a small file and its permissions."""
+    shutil.copy(path, new)
+
+
+def remove(path: str) -> None:
+    """Remove a file."""
+    os.remove(path)
+
+
+def remove_directory(path: str) -> None:
+    """Remove an empty directory."""
+    os.rmdir(path)
+
+
+def lock(fd: int) -> bool:
+    """Take an open file for this process alone, until it is closed; False if somebody else has it."""
+    if fcntl is None:
+        return True
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def is_at(fd: int, path: str) -> bool:
+    """Whether an open file is the one that lies at ``path`` now."""
+    try:
+        return os.path.samestat(os.fstat(fd), os.stat(path))
+    except FileNotFoundError:
+        return False
+
+
+def identity(path: str) -> tuple[int, int]:
+    """Size in bytes and time of the last change in nanoseconds: what tells whether a file was changed."""
+    found = os.stat(path)
+    return found.st_size, found.st_mtime_ns
+
+
+def free_bytes(directory: str) -> int:
+    """Bytes that may still be written to the file system of a directory."""
+    return shutil.disk_usage(directory).free

@@ -18,6 +18,7 @@ from automodel_conv.dtypes import FLOATING, dtype_code, torch_dtype
 from automodel_conv.errors import UnsupportedError, message
 from automodel_conv.files import system
 from automodel_conv.planning.compiler import TargetSpec
+from automodel_conv.planning.copies import SourceTable
 from automodel_conv.planning.registry import is_pretrained_model, transformers_available
 
 
@@ -27,6 +28,29 @@ class ExpertLayout(NamedTuple):
     transposed: bool
     interleaved: bool
     gated: bool
+
+
+def state_table(state_dict: Mapping[str, Tensor]) -> SourceTable:
+    """Names, dtypes and shapes of tensors in memory.
+
+    Raises:
+        UnsupportedError: something is no tensor, is sharded, or has a dtype that the safetensors format does not have.
+    """
+    codes = []
+    for name, tensor in state_dict.items():
+        if not isinstance(tensor, Tensor):
+            raise UnsupportedError(
+                message(f"{name} is not a tensor", found=type(tensor).__name__, do="leave extra state out of the dict")
+            )
+        if hasattr(tensor, "placements"):
+            raise UnsupportedError(
+                message(f"{name} is a distributed tensor", do="gather it first; sharded tensors are not supported yet")
+            )
+        code = dtype_code(tensor.dtype)
+        if code is None:
+            raise UnsupportedError(message(f"{name} has a dtype that is not converted", found=tensor.dtype))
+        codes.append(code)
+    return SourceTable(list(state_dict), codes, [tuple(tensor.shape) for tensor in state_dict.values()])
 
 
 def model_targets(model: nn.Module, dtype: torch.dtype | None = None) -> dict[str, TargetSpec]:

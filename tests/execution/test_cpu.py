@@ -17,7 +17,7 @@ from torch import Tensor
 from automodel_conv.dtypes import dtype_code, torch_dtype
 from automodel_conv.errors import ConversionError, ReadError, UnsupportedError
 from automodel_conv.execution import buffers as buffers_module
-from automodel_conv.execution import cpu, schedule
+from automodel_conv.execution import cpu, schedule, workers
 from automodel_conv.execution.buffers import allocate
 from automodel_conv.execution.cpu import load_files
 from automodel_conv.files.checkpoint import Checkpoint, open_checkpoint
@@ -478,7 +478,7 @@ def test_ctrl_c_propagates_and_closes_files(tmp_path, calls, monkeypatch):
     def interrupted(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cpu, "wait", interrupted)
+    monkeypatch.setattr(workers, "wait", interrupted)
     with pytest.raises(KeyboardInterrupt):
         load_files(plan, checkpoint, allocate(plan.targets))
     assert not calls.open

@@ -1,0 +1,387 @@
+"""The front doors for checkpoints on disk: from files to files, any layout to any other, and whether it went well."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from math import prod
+from typing import Any
+
+import numpy as np
+import torch
+
+from automodel_conv.dtypes import FLOATING, itemsize
+from automodel_conv.errors import (
+    DestinationError,
+    ReadError,
+    UnsupportedError,
+    VerificationError,
+    WriteError,
+    listing,
+    message,
+)
+from automodel_conv.execution.checksums import CHECKSUMS_NAME
+from automodel_conv.execution.reading import OpenFiles
+from automodel_conv.execution.slabs import Slab, slab_schedule
+from automodel_conv.execution.writing import Budget, Maker, SourceFiles, budget, compare_slabs, jobs_of, write_shard
+from automodel_conv.files import system
+from automodel_conv.files.checkpoint import Checkpoint, open_checkpoint
+from automodel_conv.files.destination import WEIGHT_SUFFIXES, open_destination, telling
+from automodel_conv.files.shards import Shard, Spec, divide, index_of, parse_size
+from automodel_conv.planning.copies import SourceTable
+from automodel_conv.planning.models import checked_dtype, meta_model
+from automodel_conv.planning.pipeline import loading_plan, saving_plan
+from automodel_conv.planning.plan import CopyPlan
+from automodel_conv.progress import bytes_progress
+from automodel_conv.saving import places_in, specs_of, with_dtype, write_checksums
+
+DEFAULT_SCRATCH_BYTES = 256 << 20
+PER_EXPERT = "per_expert"
+"""The layout of published checkpoints: one tensor for each expert and projection."""
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """A conversion from files to files, planned from headers alone."""
+
+    checkpoint: Checkpoint
+    plan: CopyPlan
+    shards: tuple[Shard, ...]
+
+    @property
+    def left_out(self) -> tuple[str, ...]:
+        """Tensors of the source that nothing is made of, such as those that the model says it ignores."""
+        used = self.plan.used_sources
+        return tuple(name for row, name in enumerate(self.checkpoint.names) if row not in used)
+
+    @property
+    def bytes_needed(self) -> int:
+        """Room on the disk that the weights take."""
+        return sum(shard.nbytes for shard in self.shards)
+
+
+@dataclass(frozen=True)
+class ConvertReport:
+    """What a conversion did."""
+
+    files: tuple[str, ...]
+    """Names of the weight files."""
+    bytes_written: int
+    """In this call; files that an earlier one had finished are not counted."""
+    files_resumed: int
+    """Files that an earlier call had finished."""
+    left_out: tuple[str, ...]
+    """Tensors of the source that nothing was made of."""
+    seconds: float
+    peak_extra_bytes: int
+    """Bound of the memory used."""
+
+    @property
+    def gb_per_s(self) -> float:
+        return self.bytes_written / self.seconds / 1e9 if self.seconds else 0.0
+
+
+def compile_conversion(
+    source: str | os.PathLike[str],
+    *,
+    rules: Iterable[Any] | None = None,
+    layout: str | None = None,
+    source_layout: str | None = None,
+    dtype: torch.dtype | None = None,
+    max_shard_size: int | str = "5GB",
+) -> Conversion:
+    """What ``convert_checkpoint`` would do; reads headers only. See there."""
+    checked_dtype(dtype)
+    checkpoint = open_checkpoint(source)
+    most_bytes = parse_size(max_shard_size)
+    table = SourceTable(checkpoint.names, checkpoint.dtypes, checkpoint.shapes)
+    model = None
+    if rules is None:
+        first = next((code for code in checkpoint.dtypes if code in FLOATING), None)
+        model = meta_model(checkpoint.directory, dtype, first)
+    if layout == PER_EXPERT:
+        plan = with_dtype(saving_plan(table, model=model, rules=rules, layout=source_layout), dtype, model)
+    else:
+        plan, problems = loading_plan(
+            table,
+            model=model,
+            rules=rules,
+            layout=layout,
+            source_layout=source_layout,
+            dtype=None if model is not None else dtype,
+        )
+        problems.raise_unless_fit(checkpoint.path)
+        if dtype is None:
+            plan = _with_dtypes_of_sources(plan)
+    if plan.fallbacks:
+        raise UnsupportedError(
+            message(
+                f"{len(plan.fallbacks)} tensors can only be made by transformers' own code, which needs them in memory",
+                found="\n" + listing(plan.fallbacks),
+                do="load the model and save it",
+            )
+        )
+    return Conversion(checkpoint, plan, tuple(divide(specs_of(plan.targets), most_bytes)))
+
+
+def convert_checkpoint(
+    source: str | os.PathLike[str],
+    destination: str | os.PathLike[str],
+    *,
+    rules: Iterable[Any] | None = None,
+    layout: str | None = None,
+    source_layout: str | None = None,
+    dtype: torch.dtype | None = None,
+    max_shard_size: int | str = "5GB",
+    resume: bool = True,
+    verify: bool = True,
+    checksums: bool = False,
+    threads: int | None = None,
+    scratch_bytes: int | None = None,
+    progress: bool = False,
+) -> ConvertReport:
+    """Write a checkpoint anew with its experts in another layout, from file to file in bounded memory.
+
+    Bytes that only move are copied by the kernel where the file system can. ``config.json``, the tokenizer and whatever
+    else lies beside the weights is copied too. The destination is a checkpoint at the end or not at all: until then all
+    is in a folder of its own there, and after a crash or an error the same call goes on with the files that are not
+    finished yet.
+
+    Args:
+        destination: a directory, new or without weights in it.
+        rules: transformers' rule objects; None: those of the model that ``config.json`` names. An empty list keeps all
+            names, for a change of layout, dtype or file size alone.
+        layout: how routed experts shall lie: "transformers", "nemo", "gpt_oss", "vllm", or "per_expert", as they are
+            published; None: as the model has them.
+        source_layout: how grouped experts in the source lie; None: as the model has them, or one tensor an expert.
+        dtype: of all floating tensors, but those that a transformers model keeps in float32; None: as they are.
+        max_shard_size: of a file's data, in bytes or as "5GB".
+        resume: go on with what an earlier call has finished; False: throw that away.
+        verify: read each file back, once it is on the disk, and compare all of it with the source.
+        checksums: see ``save_checkpoint``.
+        threads: None: as many as there are cores, at most 16.
+        scratch_bytes: bound of the memory used; None: 256 MiB.
+        progress: show a bar in bytes, GB/s and time left.
+
+    Raises:
+        CheckpointError, NameProblems, UnsupportedError: the source is broken, does not fit its model, or cannot be
+            converted; nothing has been written then.
+        DestinationError: the destination holds a checkpoint already, somebody else writes to it, it holds an unfinished
+            work of another kind, or the source has changed.
+        ReadError, WriteError: reading or writing failed, a full disk among other reasons.
+        VerificationError: a file is not what was written.
+    """
+    began = time.perf_counter()
+    conversion = compile_conversion(
+        source, rules=rules, layout=layout, source_layout=source_layout, dtype=dtype, max_shard_size=max_shard_size
+    )
+    checkpoint, shards = conversion.checkpoint, conversion.shards
+    share = budget(threads, DEFAULT_SCRATCH_BYTES if scratch_bytes is None else scratch_bytes, reads_files=True)
+    directory = os.path.abspath(os.fsdecode(destination))
+    state = _state_of(checkpoint)
+    work = {"source files": state, "tensors": _digest(conversion), "files": [shard.name for shard in shards]}
+    targets = [target for target in conversion.plan.targets if prod(target.shape)]
+    made = slab_schedule(
+        targets, [t.copies for t in targets], checkpoint, places_in(shards, targets), most_bytes=share.slab_bytes
+    )
+    by_file = made.by_file()
+    with open_destination(directory, shards, work, resume=resume) as place:
+        unfinished = place.unfinished
+        nbytes = sum(shard.nbytes for shard in shards if shard.name in unfinished)
+        with telling(directory):
+            free = system.free_bytes(directory)
+        if free < nbytes:
+            wanted = f"{nbytes} bytes for {len(unfinished)} files"
+            raise WriteError(message("the disk has too little room", where=directory, expected=wanted, found=free))
+        data_bytes = sum(spec.nbytes for shard in shards if shard.name in unfinished for spec in shard.specs)
+        with bytes_progress(data_bytes * (2 if verify else 1), "converting", progress) as advance:
+            for file, shard in enumerate(shards):
+                if shard.name in unfinished:
+                    slabs = by_file.get(file, [])
+                    with _Makers(checkpoint, slabs, made.dtypes, share) as start:
+                        write_shard(shard, [(slabs, start)], place, share.threads, advance)
+                    if verify:
+                        path = place.path(shard.name)
+                        with _Makers(checkpoint, slabs, made.dtypes, share) as start:
+                            _compare(slabs, path, shard, start, share.threads, advance)
+                    place.finish(shard)
+        now = _state_of(checkpoint)
+        if now != state:
+            raise DestinationError(
+                message(
+                    "the source was changed while it was converted",
+                    where=checkpoint.directory,
+                    found="\n" + listing(name for name in state if now[name] != state[name]),
+                    do="start again with resume=False (--no-resume)",
+                )
+            )
+        with telling(directory):
+            for name in _beside_weights(checkpoint.directory):
+                system.copy_file(os.path.join(checkpoint.directory, name), place.path(name))
+        if checksums:
+            write_checksums(place, shards, share.threads)
+        place.commit(index_of(shards))
+    return ConvertReport(
+        tuple(shard.name for shard in shards),
+        nbytes,
+        len(shards) - len(unfinished),
+        conversion.left_out,
+        time.perf_counter() - began,
+        share.scratch_bytes,
+    )
+
+
+def verify_checkpoint(
+    source: str | os.PathLike[str],
+    destination: str | os.PathLike[str],
+    *,
+    rules: Iterable[Any] | None = None,
+    layout: str | None = None,
+    source_layout: str | None = None,
+    dtype: torch.dtype | None = None,
+    threads: int | None = None,
+    scratch_bytes: int | None = None,
+    progress: bool = False,
+) -> int:
+    """Check that a checkpoint is, bit for bit, what ``convert_checkpoint`` would make of another one.
+
+    Without rules and layouts, two checkpoints with the same names are compared as they are.
+
+    Args:
+        source, destination: the two checkpoints; which files their tensors lie in does not matter.
+        rules, layout, source_layout, dtype, threads, scratch_bytes, progress: see ``convert_checkpoint``.
+
+    Returns:
+        The bytes that were compared: all of the destination's tensors.
+
+    Raises:
+        VerificationError: they differ; names the tensors, or the first element that does.
+        CheckpointError, NameProblems, UnsupportedError, ReadError: see ``convert_checkpoint``.
+    """
+    other = open_checkpoint(destination)
+    if rules is None and layout is None and source_layout is None:
+        rules = [] if set(open_checkpoint(source).names) == set(other.names) else None
+    conversion = compile_conversion(source, rules=rules, layout=layout, source_layout=source_layout, dtype=dtype)
+    checkpoint, plan = conversion.checkpoint, conversion.plan
+    _compare_headers(plan, other)
+    share = budget(threads, DEFAULT_SCRATCH_BYTES if scratch_bytes is None else scratch_bytes, reads_files=True)
+    targets = [target for target in plan.targets if prod(target.shape)]
+    rows = [other.position[target.name] for target in targets]
+    places = [(other.file_ids[row], other.offsets[row]) for row in rows]
+    made = slab_schedule(targets, [t.copies for t in targets], checkpoint, places, most_bytes=share.slab_bytes)
+    with bytes_progress(plan.bytes_written, "verifying", progress) as advance:
+        for file, slabs in made.by_file().items():
+            path = other.files[file]
+            with _Makers(checkpoint, slabs, made.dtypes, share) as start:
+                _compare(slabs, path, _file_of(other, file), start, share.threads, advance)
+    return plan.bytes_written
+
+
+# --- private ----------------------------------------------------------------------------------------------------------
+
+
+def _with_dtypes_of_sources(plan: CopyPlan) -> CopyPlan:
+    """The plan without casts, but where the sources of one target differ."""
+    targets = []
+    for target in plan.targets:
+        dtypes = {plan.sources.dtypes[row] for row in target.sources}
+        targets.append(target._replace(dtype=dtypes.pop()) if len(dtypes) == 1 else target)
+    return CopyPlan(plan.sources, tuple(targets), plan.rules)
+
+
+class _Makers:
+    """Files that are open while slabs are made of them; gives what starts a maker in a thread."""
+
+    def __init__(self, checkpoint: Checkpoint, slabs: Sequence[Slab], dtypes: Sequence[str], share: Budget):
+        jobs = jobs_of(slabs, checkpoint, share.input_bytes)
+        self._files = OpenFiles(checkpoint.files, chain.from_iterable(jobs.values()))
+        self._start = lambda: SourceFiles(checkpoint, self._files, jobs, dtypes, share.slab_bytes, share.input_bytes)
+
+    def __enter__(self) -> Callable[[], Maker]:
+        return self._start
+
+    def __exit__(self, *error: object) -> None:
+        self._files.close()
+
+
+def _state_of(checkpoint: Checkpoint) -> dict[str, tuple[int, int]]:
+    """What tells whether the files were changed.
+
+    Raises:
+        ReadError: one is not there any more.
+    """
+    try:
+        return {os.path.basename(path): system.identity(path) for path in checkpoint.files}
+    except OSError as error:
+        raise ReadError(message("cannot look at the source", where=checkpoint.directory, found=error)) from error
+
+
+def _digest(conversion: Conversion) -> str:
+    """What tells whether two conversions make the same bytes of the same sources."""
+    headers = [shard.header for shard in conversion.shards]
+    return hashlib.blake2b(conversion.plan.to_json().encode() + b"".join(headers), digest_size=16).hexdigest()
+
+
+def _beside_weights(directory: str) -> list[str]:
+    """Names of the files that go with the weights: configs, tokenizers, code."""
+    names = [name for name in system.list_names(directory) if not name.startswith(".")]
+    others = [name for name in names if not name.endswith((*WEIGHT_SUFFIXES, CHECKSUMS_NAME))]
+    return [name for name in others if system.is_file(os.path.join(directory, name))]
+
+
+def _compare_headers(plan: CopyPlan, other: Checkpoint) -> None:
+    wanted = {target.name: f"{target.dtype} {list(target.shape)}" for target in plan.targets}
+    rows = zip(other.names, other.dtypes, other.shapes, strict=True)
+    found = {name: f"{dtype} {list(shape)}" for name, dtype, shape in rows}
+    lines = [f"{name}: missing" for name in wanted if name not in found]
+    lines += [f"{name}: not in the source" for name in found if name not in wanted]
+    both = wanted.keys() & found.keys()
+    lines += [f"{n}: {found[n]} instead of {wanted[n]}" for n in wanted if n in both and found[n] != wanted[n]]
+    if lines:
+        raise VerificationError(
+            message(
+                f"{len(lines)} tensors differ in name, dtype or shape",
+                where=other.path,
+                found="\n" + listing(lines),
+                do="check which layouts the two checkpoints are in",
+            )
+        )
+
+
+def _file_of(checkpoint: Checkpoint, file: int) -> Shard:
+    rows = [row for row, number in enumerate(checkpoint.file_ids) if number == file]
+    specs = [Spec(checkpoint.names[row], checkpoint.dtypes[row], checkpoint.shapes[row]) for row in rows]
+    return Shard(checkpoint.files[file], b"", tuple(specs), tuple(checkpoint.offsets[row] for row in rows))
+
+
+def _compare(
+    slabs: Sequence[Slab],
+    path: str,
+    shard: Shard,
+    start: Callable[[], Maker],
+    threads: int,
+    advance: Callable[[int], None],
+) -> None:
+    """Raise VerificationError for the first element of a file that is not what the slabs make."""
+    at = compare_slabs(slabs, path, start, threads, advance)
+    if at is None:
+        return
+    spec, begin = next(
+        (spec, begin)
+        for spec, begin in zip(shard.specs, shard.offsets, strict=True)
+        if begin <= at < begin + spec.nbytes
+    )
+    element = (at - begin) // itemsize(spec.dtype)
+    index = [int(i) for i in np.unravel_index(element, spec.shape or (1,))]
+    raise VerificationError(
+        message(
+            f"{spec.name} is not what the source makes it",
+            where=f"{path}, byte {at}",
+            found=f"the first element that differs is {index} of {spec.dtype} {list(spec.shape)}",
+            do="the file or the source was changed, or a disk or its memory is broken",
+        )
+    )

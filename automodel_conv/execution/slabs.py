@@ -1,0 +1,177 @@
+"""From copies to slabs: which ranges of which output file are made of what, in portions that run in any order.
+
+Pure: integers in, integers out. A slab is made either of bytes that only move, or of copies that permute or cast and so
+fill memory first. The ranges of all slabs are disjoint and cover the data of every target.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple, Protocol
+
+from automodel_conv.dtypes import itemsize
+from automodel_conv.execution.schedule import Move, Part, chopped, reads, slabs
+from automodel_conv.files import system
+from automodel_conv.planning.copies import StridedCopy, Target
+
+# As large as a call to the system is worth, and as the cache takes beside what is read.
+_SLAB_BYTES = 8 << 20
+
+
+class Places(Protocol):
+    """Where sources lie: by row, the dtype, the file (or whatever holds it) and its first byte there."""
+
+    @property
+    def dtypes(self) -> Sequence[str]: ...
+    @property
+    def file_ids(self) -> Sequence[int]: ...
+    @property
+    def offsets(self) -> Sequence[int]: ...
+
+
+class Slab(NamedTuple):
+    """A range of an output file; ``parts`` or ``moves`` fill all of it, the other is empty.
+
+    Places in ``parts`` count bytes, those in ``moves`` elements, both from the slab's first byte; ``target`` of a move
+    is the row of its dtype in ``Slabs.dtypes``.
+    """
+
+    file: int
+    offset_bytes: int
+    nbytes: int
+    parts: list[Part]
+    moves: dict[int, list[Move]]  # by source row
+
+
+class Slabs(NamedTuple):
+    """All slabs, in the order of the files, and the dtypes that their moves write."""
+
+    slabs: list[Slab]
+    dtypes: tuple[str, ...]
+
+    def by_file(self) -> dict[int, list[Slab]]:
+        groups: dict[int, list[Slab]] = {}
+        for slab in self.slabs:
+            groups.setdefault(slab.file, []).append(slab)
+        return groups
+
+
+def slab_schedule(
+    targets: Sequence[Target],
+    copies: Sequence[Sequence[StridedCopy]],
+    sources: Places,
+    places: Sequence[tuple[int, int]],
+    *,
+    most_bytes: int,
+) -> Slabs:
+    """The slabs that write all targets.
+
+    Args:
+        copies: of each target, as contiguous tensors or aimed at where the sources really lie.
+        places: of each target, the output file and the byte of it where the target's data begins, any byte.
+        most_bytes: of a slab that is made in memory; larger targets are cut where no copy is cut through, if that can
+            be.
+    """
+    dtypes = tuple(sorted({target.dtype for target in targets}))
+    sizes = [itemsize(dtype) for dtype in dtypes]
+    made: list[Slab] = []
+    group: list[Slab] = []
+    nbytes = 0
+    for number in sorted(range(len(targets)), key=lambda number: places[number]):
+        target, (file, begin) = targets[number], places[number]
+        filled = [_seen_from_target(move) for move in _moves(target, copies[number], sources)]
+        if all(_only_moves(move, target.dtype) for move in filled):
+            pieces = _direct(filled, file, begin, sources, min(_SLAB_BYTES, most_bytes))
+        else:
+            pieces = _in_memory(filled, file, begin, itemsize(target.dtype), dtypes.index(target.dtype), most_bytes)
+        for piece in pieces:
+            if group and not _joins(group, nbytes, piece, min(_SLAB_BYTES, most_bytes), target.dtype):
+                made.append(_joined(group, nbytes, sizes))
+                group, nbytes = [], 0
+            group.append(piece)
+            nbytes += piece.nbytes
+    if group:
+        made.append(_joined(group, nbytes, sizes))
+    return Slabs(made, dtypes)
+
+
+def _moves(target: Target, copies: Sequence[StridedCopy], sources: Places) -> Iterator[Move]:
+    for copy in copies:
+        for ordinal, source, place in zip(copy.ordinals, copy.source_offsets, copy.target_offsets, strict=True):
+            row = target.sources[ordinal]
+            yield Move(row, sources.dtypes[row], *copy[:2], source, copy.target_strides, place)
+
+
+def _seen_from_target(move: Move) -> Move:
+    """The same move with its two sides in each other's place; twice is the move itself."""
+    return Move(*move[:3], *move[5:], *move[3:5])
+
+
+def _only_moves(move: Move, dtype: str) -> bool:
+    return move.dtype == dtype and move.source_strides == move.target_strides and move.source_strides in ((), (1,))
+
+
+# --- bytes that only move -------------------------------------------------------------------------
+
+
+def _direct(filled: Sequence[Move], file: int, begin: int, sources: Places, limit: int) -> Iterator[Slab]:
+    for move in sorted(filled, key=lambda move: move.source_offset):
+        row, size = move.target, itemsize(move.dtype)
+        nbytes = size * (move.shape[0] if move.shape else 1)
+        start = sources.offsets[row] + move.target_offset * size
+        whole = Part(sources.file_ids[row], start, nbytes, 0, begin + move.source_offset * size, row)
+        for part in chopped(whole, limit):
+            yield Slab(file, part.start_bytes, part.nbytes, [part._replace(start_bytes=0)], {})
+
+
+# --- bytes that are made in memory ----------------------------------------------------------------
+
+
+def _in_memory(filled: Sequence[Move], file: int, begin: int, size: int, dtype: int, most_bytes: int) -> Iterator[Slab]:
+    for block in _blocks(filled):
+        for start, stop, cut in slabs(block, most_bytes // size):
+            moves: dict[int, list[Move]] = {}
+            for move in cut:
+                swapped = _seen_from_target(move._replace(source_offset=move.source_offset - start))
+                moves.setdefault(move.target, []).append(swapped._replace(target=dtype))
+            yield Slab(file, begin + start * size, (stop - start) * size, [], moves)
+
+
+def _blocks(filled: Iterable[Move]) -> Iterator[list[Move]]:
+    """Moves whose ranges of the target overlap, in the order of the target."""
+    block: list[Move] = []
+    end = 0
+    for move in sorted(filled, key=lambda move: move.source_offset):
+        start, stop = reads([move])
+        if block and start >= end:
+            yield block
+            block = []
+        block.append(move)
+        end = max(end, stop)
+    if block:
+        yield block
+
+
+# --- slabs of several targets ---------------------------------------------------------------------
+
+
+def _joins(group: Sequence[Slab], nbytes: int, piece: Slab, limit: int, dtype: str) -> bool:
+    """Whether a piece joins those before it: all alike, without gaps, few and small, its elements in their places."""
+    first, last = group[0], group[-1]
+    follows = first.file == piece.file and last.offset_bytes + last.nbytes == piece.offset_bytes
+    small = nbytes + piece.nbytes <= limit and len(group) < system.IOV_MAX
+    return follows and small and bool(first.parts) == bool(piece.parts) and nbytes % itemsize(dtype) == 0
+
+
+def _joined(group: Sequence[Slab], nbytes: int, sizes: Sequence[int]) -> Slab:
+    first = group[0]
+    parts: list[Part] = []
+    moves: dict[int, list[Move]] = {}
+    for piece in group:
+        shift = piece.offset_bytes - first.offset_bytes
+        parts += [part._replace(start_bytes=part.start_bytes + shift) for part in piece.parts]
+        for row, group_moves in piece.moves.items():
+            moves.setdefault(row, []).extend(
+                move._replace(target_offset=move.target_offset + shift // sizes[move.target]) for move in group_moves
+            )
+    return Slab(first.file, first.offset_bytes, nbytes, parts, moves)

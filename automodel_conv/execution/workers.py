@@ -1,0 +1,99 @@
+"""Threads that take what is to be done, until it is done or one of them fails."""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from contextlib import contextmanager
+from typing import TypeVar
+
+import torch
+
+Item = TypeVar("Item")
+
+
+def work_off(items: Iterable[Item], threads: int, start: Callable[[], Callable[[Item], None]]) -> None:
+    """Hand each item to one of ``threads`` threads, in order; the first error ends all of them and is raised.
+
+    torch may write to any tensor there, inference tensors too. One thread is the caller's own; of several, each works
+    alone and lets torch start no others.
+
+    Args:
+        start: called in each thread; returns what takes the items there.
+    """
+    todo = deque(items)
+    stop = threading.Event()
+
+    @torch.inference_mode()  # a mode is a thread's own; the caller's tensors may be inference tensors
+    def work() -> None:
+        take = start()
+        while not stop.is_set():
+            try:
+                item = todo.popleft()
+            except IndexError:
+                return
+            take(item)
+
+    threads = min(threads, len(todo))
+    if threads > 1:
+        _in_threads(work, threads, stop)
+    elif todo:
+        work()
+
+
+def _in_threads(work: Callable[[], None], threads: int, stop: threading.Event) -> None:
+    """Run as many of ``work`` at once; the first error sets ``stop`` and is raised when all have ended."""
+    at_work: set[int] = set()
+    change = threading.Condition()
+
+    def counted() -> None:
+        with change:
+            if stop.is_set():
+                return
+            at_work.add(threading.get_ident())
+        try:
+            torch.set_num_threads(1)
+            work()
+        finally:
+            with change:
+                at_work.remove(threading.get_ident())
+                change.notify()
+
+    pool = ThreadPoolExecutor(threads, thread_name_prefix="automodel_conv")
+    with _keeping_torch_threads():
+        try:
+            workers = [pool.submit(counted) for _ in range(threads)]
+            wait(workers, return_when=FIRST_EXCEPTION)
+        finally:
+            with change:  # the pool itself may not know of a thread whose start a signal has interrupted
+                stop.set()
+                change.wait_for(lambda: not at_work)
+            pool.shutdown()
+    for worker in workers:
+        worker.result()
+
+
+class _TorchThreads:
+    """The number of torch's threads that works under way will restore, and how many such works there are."""
+
+    lock = threading.Lock()
+    under_way = 0
+    number = 0
+
+
+@contextmanager
+def _keeping_torch_threads() -> Iterator[None]:
+    """Undo, after the last work under way, that a worker's number of torch threads holds for later threads too."""
+    with _TorchThreads.lock:
+        if not _TorchThreads.under_way:
+            _TorchThreads.number = torch.get_num_threads()
+        _TorchThreads.under_way += 1
+    try:
+        yield
+    finally:
+        with _TorchThreads.lock:
+            _TorchThreads.under_way -= 1
+            if not _TorchThreads.under_way:
+                torch.set_num_threads(_TorchThreads.number)

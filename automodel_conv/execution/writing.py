@@ -1,0 +1,310 @@
+"""From tensors or files to files: slabs made by several threads with bounded scratch, and written where they belong.
+
+What makes the bytes of a slab is a ``Maker``, one a thread: from host tensors, from a device's, or from other files.
+What is done with them, written to a file or compared with one, is the same for all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import NamedTuple, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from automodel_conv.errors import ConversionError, WriteError, message
+from automodel_conv.execution.buffers import byte_view, dtype_of, raw_bytes
+from automodel_conv.execution.copy_batch import CopyBatch, takes_kernels
+from automodel_conv.execution.copying import COPY_BYTES, COPY_RATIO, copy_moves
+from automodel_conv.execution.reading import OpenFiles, cores, read_job, reading
+from automodel_conv.execution.schedule import GAP_BYTES, Job, Move, runs, staged
+from automodel_conv.execution.slabs import Slab
+from automodel_conv.execution.streaming import Device
+from automodel_conv.execution.workers import work_off
+from automodel_conv.files import system
+from automodel_conv.files.checkpoint import Checkpoint
+from automodel_conv.files.destination import Destination
+from automodel_conv.files.shards import Shard
+from automodel_conv.planning.copies import StridedCopy
+
+LEAST_SCRATCH_BYTES = 1 << 16
+
+_MOST_THREADS = 16
+_ALIGN_BYTES = 64
+# Of a source that is permuted: as much as stays in the cache between the read and the copy.
+_INPUT_BYTES = 8 << 20
+# Of a file that is compared.
+_WINDOW_BYTES = 1 << 20
+
+
+class Maker(Protocol):
+    """Makes the bytes of slabs, in one thread."""
+
+    def __call__(self, slab: Slab) -> list[memoryview]:
+        """All bytes of a slab in their order; they hold until the next call."""
+        ...
+
+    def copy_within_kernel(self, slab: Slab, fd: int) -> bool:
+        """Write the slab to its place in ``fd`` if its bytes need not be seen; whether that was done."""
+        ...
+
+
+class Budget(NamedTuple):
+    """Scratch of a work, shared out among its threads; each slab is made in at most ``slab_bytes``."""
+
+    threads: int
+    slab_bytes: int
+    input_bytes: int
+
+    @property
+    def scratch_bytes(self) -> int:
+        copies = min(COPY_BYTES, COPY_RATIO * self.slab_bytes)
+        return self.threads * (self.slab_bytes + self.input_bytes + copies)
+
+
+def budget(threads: int | None, scratch_bytes: int, *, reads_files: bool) -> Budget:
+    """Share out ``scratch_bytes``: for each thread a slab, what a copy allocates, and where files are read, an input.
+
+    Raises:
+        ConversionError: there is too little for one thread, or there are no threads.
+    """
+    threads = min(cores(), _MOST_THREADS) if threads is None else threads
+    if threads < 1 or scratch_bytes < LEAST_SCRATCH_BYTES:
+        raise ConversionError(
+            message(
+                "cannot write with these threads and scratch_bytes",
+                expected=f"threads >= 1, scratch_bytes >= {LEAST_SCRATCH_BYTES}",
+                found=f"threads={threads}, scratch_bytes={scratch_bytes}",
+            )
+        )
+    threads = min(threads, scratch_bytes // LEAST_SCRATCH_BYTES)
+    share = scratch_bytes // threads
+    share = max(share - COPY_BYTES, share // (1 + COPY_RATIO))
+    inputs = min(_INPUT_BYTES, share // 4) if reads_files else 0
+    return Budget(threads, _whole(share - inputs), _whole(inputs))
+
+
+def _whole(nbytes: int) -> int:
+    return nbytes // _ALIGN_BYTES * _ALIGN_BYTES
+
+
+# --- writing and comparing --------------------------------------------------------------------------------------------
+
+
+def write_shard(
+    shard: Shard,
+    slabs: Sequence[tuple[Sequence[Slab], Callable[[], Maker]]],
+    destination: Destination,
+    threads: int,
+    advance: Callable[[int], None],
+) -> None:
+    """Write one file, whole, and wait until the disk has it.
+
+    Args:
+        slabs: groups of slabs of this file, each with what starts a maker for it in a thread.
+
+    Raises:
+        WriteError: the system does not take the bytes; a full disk is told before any data is written, where the file
+            system can tell.
+        ReadError: a source cannot be read.
+    """
+    path = destination.path(shard.name)
+    try:
+        fd = system.create(path)
+        try:
+            system.reserve(fd, shard.nbytes)
+            system.write_exactly(fd, [memoryview(shard.header)], 0, path)
+            for group, start in slabs:
+                work_off(group, threads, lambda start=start: _writer(start(), fd, path, advance))
+            system.sync(fd)
+        finally:
+            system.close(fd)
+    except OSError as error:
+        raise WriteError(
+            message(
+                "cannot write a file",
+                where=path,
+                expected=f"room for {shard.nbytes} bytes",
+                found=error,
+                do="look at the disk, its quota and the permissions",
+            )
+        ) from error
+
+
+def _writer(maker: Maker, fd: int, path: str, advance: Callable[[int], None]) -> Callable[[Slab], None]:
+    def write(slab: Slab) -> None:
+        if not maker.copy_within_kernel(slab, fd):
+            system.write_exactly(fd, maker(slab), slab.offset_bytes, path)
+        system.begin_writeback(fd, slab.offset_bytes, slab.nbytes)
+        advance(slab.nbytes)
+
+    return write
+
+
+def compare_slabs(
+    slabs: Sequence[Slab], path: str, start: Callable[[], Maker], threads: int, advance: Callable[[int], None]
+) -> int | None:
+    """The first byte of a file, among those that ``slabs`` cover, that is not what they make; None if all are."""
+    found: list[int] = []
+    with reading(path) as fd:
+        work_off(slabs, threads, lambda: _comparer(start(), fd, path, found, advance))
+    return min(found, default=None)
+
+
+def _comparer(
+    maker: Maker, fd: int, path: str, found: list[int], advance: Callable[[int], None]
+) -> Callable[[Slab], None]:
+    window = np.empty(_WINDOW_BYTES, np.uint8)
+
+    def compare(slab: Slab) -> None:
+        at = slab.offset_bytes
+        for made in maker(slab):
+            for first in range(0, len(made), _WINDOW_BYTES):
+                wanted = np.frombuffer(made[first : first + _WINDOW_BYTES], np.uint8)
+                there = window[: wanted.size]
+                system.read_exactly(fd, [there.data], at, path)
+                if not np.array_equal(there, wanted):  # which is several times faster than torch.equal on bytes
+                    found.append(at + int(np.argmax(there != wanted)))
+                    return
+                at += wanted.size
+        advance(slab.nbytes)
+
+    return compare
+
+
+# --- where the bytes come from ----------------------------------------------------------------------------------------
+
+
+def _by_place(moves: Mapping[int, Sequence[Move]]) -> list[tuple[int, Move]]:
+    """Source rows and moves; those that fill each other's gaps one after the other, which is faster."""
+    pairs = [(row, move) for row, group in moves.items() for move in group]
+    return sorted(pairs, key=lambda pair: (pair[1].target, pair[1].target_offset))
+
+
+class _Memory:
+    """Scratch of a thread, also as elements of each dtype that moves write."""
+
+    def __init__(self, memory: Tensor, dtypes: Sequence[str]):
+        self.memory = memory
+        self.typed = [memory.view(dtype_of(dtype, "a target")) for dtype in dtypes]
+
+
+def _scratch(nbytes: int) -> Tensor:
+    return torch.empty(nbytes, dtype=torch.uint8, device="cpu")
+
+
+class HostTensors:
+    """Makes slabs of tensors in host memory; bytes that only move are written from where they lie."""
+
+    def __init__(self, tensors: Sequence[Tensor], dtypes: Sequence[str], slab_bytes: int):
+        self._tensors = tensors
+        self._views: dict[int, memoryview] = {}
+        self._slab = _Memory(_scratch(slab_bytes), dtypes)
+        self._view = byte_view(self._slab.memory)
+
+    def __call__(self, slab: Slab) -> list[memoryview]:
+        if slab.parts:
+            return [self._bytes(part.row)[part.offset_bytes : part.offset_bytes + part.nbytes] for part in slab.parts]
+        copy_moves((move, self._tensors[row], self._slab.typed[move.target]) for row, move in _by_place(slab.moves))
+        return [self._view[: slab.nbytes]]
+
+    def copy_within_kernel(self, slab: Slab, fd: int) -> bool:
+        return False
+
+    def _bytes(self, row: int) -> memoryview:
+        if row not in self._views:
+            self._views[row] = byte_view(self._tensors[row])
+        return self._views[row]
+
+
+class DeviceTensors:
+    """Makes slabs of tensors on one device, through pinned memory; copies there are made by kernels, or by torch."""
+
+    def __init__(self, tensors: Sequence[Tensor], dtypes: Sequence[str], slab_bytes: int, device: Device, backend: str):
+        self._tensors = tensors
+        self._stream = device.stream()
+        self._pinned = device.pinned(slab_bytes)
+        self._view = byte_view(self._pinned)
+        self._slab = _Memory(device.scratch(slab_bytes), dtypes)
+        self._use_kernels = takes_kernels(backend, tensors)
+
+    def __call__(self, slab: Slab) -> list[memoryview]:
+        for part in slab.parts:
+            source = raw_bytes(self._tensors[part.row])[part.offset_bytes : part.offset_bytes + part.nbytes]
+            self._stream.copy(self._pinned[part.start_bytes : part.start_bytes + part.nbytes], source)
+        if slab.moves:
+            batch = CopyBatch()
+            for row, move in _by_place(slab.moves):
+                places = ((0,), (move.source_offset,), (move.target_offset,))
+                copy = StridedCopy(move.shape, move.source_strides, move.target_strides, *places)
+                batch.add(copy, [self._tensors[row]], self._slab.typed[move.target])
+            self._stream.run(lambda: self._copy(batch))
+            self._stream.copy(self._pinned[: slab.nbytes], self._slab.memory[: slab.nbytes])
+        self._stream.record().synchronize()
+        return [self._view[: slab.nbytes]]
+
+    def _copy(self, batch: CopyBatch) -> None:
+        batch.run(self._use_kernels)
+
+    def copy_within_kernel(self, slab: Slab, fd: int) -> bool:
+        return False
+
+
+class SourceFiles:
+    """Makes slabs of the files of a checkpoint; what is permuted is read a piece at a time."""
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        files: OpenFiles,
+        jobs: Mapping[tuple[int, int], Sequence[Job]],
+        dtypes: Sequence[str],
+        slab_bytes: int,
+        input_bytes: int,
+    ):
+        self._checkpoint = checkpoint
+        self._files = files
+        self._jobs = jobs
+        self._slab = _Memory(_scratch(slab_bytes), dtypes)
+        self._input = _scratch(input_bytes)
+        self._views = [byte_view(self._slab.memory), byte_view(self._input)]  # so that SCRATCH finds the second
+        self._junk = memoryview(bytearray(GAP_BYTES))
+
+    def __call__(self, slab: Slab) -> list[memoryview]:
+        typed = {}
+        for job in self._jobs[slab.file, slab.offset_bytes]:
+            read_job(job, self._checkpoint, self._files, self._views, self._junk)
+            for dtype in {move.dtype for move in job.moves} - typed.keys():
+                typed[dtype] = self._input.view(dtype_of(dtype, "a source"))
+            ordered = sorted(job.moves, key=lambda move: move.target_offset)
+            copy_moves((move, typed[move.dtype], self._slab.typed[move.target]) for move in ordered)
+        return [self._views[0][: slab.nbytes]]
+
+    def copy_within_kernel(self, slab: Slab, fd: int) -> bool:
+        """Whether the kernel took all parts; where it did not, they are read and written, which tells what is wrong."""
+        if not slab.parts:
+            return False
+        try:
+            for part in slab.parts:
+                source, done = self._files.descriptor(part.file), 0
+                while done < part.nbytes:
+                    at = slab.offset_bytes + part.start_bytes + done
+                    count = system.copy_range(source, part.offset_bytes + done, fd, at, part.nbytes - done)
+                    if not count:
+                        return False
+                    done += count
+        except OSError:
+            return False  # which of the two files it was is found out by reading and writing
+        for job in self._jobs[slab.file, slab.offset_bytes]:
+            self._files.release(job.parts[0].file)
+        return True
+
+
+def jobs_of(slabs: Iterable[Slab], checkpoint: Checkpoint, input_bytes: int) -> dict[tuple[int, int], list[Job]]:
+    """What is read for each slab, by its place."""
+    jobs = {}
+    for slab in slabs:
+        reads = list(runs(sorted(slab.parts), slab.nbytes))
+        jobs[slab.file, slab.offset_bytes] = reads + list(staged(slab.moves, checkpoint, input_bytes))
+    return jobs

@@ -1,0 +1,350 @@
+"""A directory that becomes a checkpoint: nothing in it is one until everything is.
+
+    DIRECTORY/incomplete.automodel_conv/   the shards while they are written, a lock, and a journal of what is finished
+    DIRECTORY/                             all of it, at the end, by renaming; the index last
+
+A loader finds either all files or no index (or no ``model.safetensors``). After a crash the journal says which shards
+are finished, and of what: the same work goes on, other work is refused. A line of the journal is one of
+
+    {"work": what}          the first one; null: it cannot go on
+    {"finished": shard}     that shard is on the disk, whole
+    {"again": shard}        it was, and has to be written anew
+    {"placing": {name: its size and time of change}}   from here on files are put in their places, in this order
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from typing import Any, NamedTuple
+
+from automodel_conv.errors import DestinationError, WriteError, listing, message
+from automodel_conv.files import system
+from automodel_conv.files.shards import INDEX_NAME, Shard
+
+STAGING_NAME = "incomplete.automodel_conv"
+_LOCK = "lock"
+_JOURNAL = "journal.jsonl"
+WEIGHT_SUFFIXES = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json", ".gguf", ".pt", ".pth")
+
+
+class Destination:
+    """A directory that is being written to; made by ``open_destination``."""
+
+    def __init__(self, directory: str, journal: int, shards: Sequence[Shard], finished: set[str]):
+        self.directory = directory
+        self.staging = os.path.join(directory, STAGING_NAME)
+        self.placed: dict[str, list[int]] = {}
+        """Size and time of change of what ``commit`` puts in its place, once it does."""
+        self._journal = journal
+        self._shards = shards
+        self._finished = finished
+
+    @property
+    def unfinished(self) -> frozenset[str]:
+        """Names of the shards that are still to be written."""
+        return frozenset(shard.name for shard in self._shards) - self._finished
+
+    def path(self, name: str) -> str:
+        """Where a file lies until all are there."""
+        return os.path.join(self.staging, name)
+
+    def found(self, name: str) -> str:
+        """Where a finished file lies: put in its place already, if ``commit`` was cut short, or not yet."""
+        staged = self.path(name)
+        return staged if system.exists(staged) else os.path.join(self.directory, name)
+
+    def write(self, name: str, text: bytes) -> None:
+        """Write a small file that goes with the shards."""
+        with telling(self.directory):
+            fd = system.create(self.path(name))
+            try:
+                system.write_exactly(fd, [memoryview(text)], 0, self.path(name))
+                system.sync(fd)
+            finally:
+                system.close(fd)
+
+    def finish(self, shard: Shard) -> None:
+        """Note that a shard is on the disk, whole."""
+        with telling(self.directory):
+            system.write_end(self._journal, _line({"finished": shard.name}))
+        self._finished.add(shard.name)
+
+    def commit(self, index: bytes | None) -> None:
+        """Make the directory a checkpoint, once all shards are finished.
+
+        What else lies in ``staging`` goes with them, in place of files of the same names.
+
+        Args:
+            index: the text of the index, if there is to be one.
+        """
+        shards = [shard.name for shard in self._shards]
+        with telling(self.directory):
+            others = set(system.list_names(self.staging)) - {_LOCK, _JOURNAL, INDEX_NAME, *shards}
+            for name in others:
+                _sync(self.path(name))
+            if index is not None:
+                self.write(INDEX_NAME, index)
+            names = [*sorted(others), *_in_order(shards, index)]
+            placed = {name: [*system.identity(self.found(name))] for name in names}  # fails if one is in neither place
+            system.sync_directory(self.staging)
+            self.placed = placed
+            system.write_end(self._journal, _line({"placing": placed}))
+            staged = set(system.list_names(self.staging))  # the rest was put in its place before a crash
+            for name in names:
+                if name == names[-1]:  # what makes it a checkpoint comes after all else is on the disk
+                    system.sync_directory(self.directory)
+                if name in staged:
+                    system.rename(self.path(name), os.path.join(self.directory, name))
+            system.sync_directory(self.directory)
+
+
+def _in_order(shards: Sequence[str], index: bytes | None) -> list[str]:
+    """The weights and their index in the order in which no loader takes a part of them for all.
+
+    One file that is not numbered may be taken for a checkpoint without an index, but not if an index names others. That
+    of the usual name is even preferred to an index.
+    """
+    if index is None:
+        return list(shards)
+    numbered = all("-of-" in name for name in shards)
+    if numbered:
+        return [*shards, INDEX_NAME]
+    return [INDEX_NAME, *sorted(shards, key=lambda name: name == "model.safetensors")]
+
+
+def _sync(path: str) -> None:
+    fd = system.open_readonly(path)  # which may be all that its permissions allow
+    try:
+        system.sync(fd)
+    finally:
+        system.close(fd)
+
+
+@contextmanager
+def open_destination(
+    directory: str, shards: Sequence[Shard], work: Mapping[str, Any] | None, *, resume: bool = False
+) -> Iterator[Destination]:
+    """Take a directory, made if need be, for the length of a block that ends with ``commit``.
+
+    Args:
+        work: what is written, as JSON, so that a later call can go on with it; the error names the keys in which an
+            earlier work in this directory differs. None: work that cannot go on; if it fails nothing of it stays.
+        resume: go on where an earlier work of the same kind ended; otherwise that is thrown away.
+
+    Raises:
+        DestinationError: the directory is a checkpoint already, another process writes to it, or it holds an earlier
+            work of another kind.
+        WriteError: the system does not let us write there.
+    """
+    staging = os.path.join(directory, STAGING_NAME)
+    with telling(directory):
+        lock = _locked(staging, directory)
+    try:
+        with telling(directory):
+            journal = system.open_append(os.path.join(staging, _JOURNAL))
+        keeps = True
+        try:
+            with telling(directory):
+                earlier = _read(journal)
+                keeps = earlier.work is not None  # and so may go on
+                finished = _taken_over(earlier, journal, directory, shards, work, resume)
+            keeps = work is not None
+            destination = Destination(directory, journal, shards, finished)
+            try:
+                yield destination
+            except BaseException:
+                if not keeps:
+                    _take_back(directory, destination.placed)
+                raise
+            keeps = False
+        finally:
+            system.close(journal)
+            if not keeps:
+                _remove(staging)
+    finally:
+        system.close(lock)
+
+
+def _locked(staging: str, directory: str) -> int:
+    """The lock file, open and locked."""
+    path = os.path.join(staging, _LOCK)
+    while True:
+        system.make_directory(staging)
+        try:
+            fd = system.open_append(path)
+        except FileNotFoundError:
+            continue  # who had it has just finished and removed the directory
+        try:
+            if not system.lock(fd):
+                raise DestinationError(
+                    message(
+                        "another process writes to this directory",
+                        where=directory,
+                        do="wait until it has finished, or choose another directory",
+                    )
+                )
+            if system.is_at(fd, path):
+                return fd
+        except BaseException:
+            system.close(fd)
+            raise
+        system.close(fd)  # likewise
+
+
+def _taken_over(
+    earlier: _Earlier,
+    journal: int,
+    directory: str,
+    shards: Sequence[Shard],
+    work: Mapping[str, Any] | None,
+    resume: bool,
+) -> set[str]:
+    """Names of the shards that an earlier work has finished; what cannot be used of it is thrown away.
+
+    Raises:
+        DestinationError: see ``open_destination``.
+    """
+    staging = os.path.join(directory, STAGING_NAME)
+    work = None if work is None else json.loads(json.dumps(work))
+    finished: set[str] = set()
+    if earlier.work is not None and (resume or work is None):
+        if earlier.work != work:
+            _refuse_other_work(directory, earlier.work, work or {})
+        finished = {shard.name for shard in shards if shard.name in earlier.finished and _is_whole(shard, directory)}
+    placing = earlier.placing
+    if not finished and not any(_is_placed(directory, name, placing[name]) for name in list(placing)[-1:]):
+        _take_back(directory, placing)
+    complete = len(finished) == len(shards)
+    allowed = finished | ({INDEX_NAME} if complete else set())
+    present = [name for name in system.list_names(directory) if name.endswith(WEIGHT_SUFFIXES) and name not in allowed]
+    if present:
+        raise DestinationError(
+            message(
+                "the directory holds a checkpoint already",
+                where=directory,
+                found="\n" + listing(present),
+                do="choose another directory, or remove these files first",
+            )
+        )
+    if not finished:
+        system.truncate(journal, 0)
+        system.write_end(journal, _line({"work": work}))
+    for name in sorted(earlier.finished - finished) if finished else ():
+        system.write_end(journal, _line({"again": name}))  # before it has its size again, but not its bytes
+    for name in system.list_names(staging):
+        if name not in (_LOCK, _JOURNAL, *finished):
+            system.remove(os.path.join(staging, name))
+    return finished
+
+
+def _refuse_other_work(directory: str, begun: Mapping[str, Any], work: Mapping[str, Any]) -> None:
+    differences = list(_differences("", begun, work))
+    raise DestinationError(
+        message(
+            "the directory holds an unfinished work that is not this one",
+            where=os.path.join(directory, STAGING_NAME),
+            expected="\n" + listing(f"{key}: {_short(was)}" for key, was, _ in differences),
+            found="\n" + listing(f"{key}: {_short(now)}" for key, _, now in differences),
+            do="finish it as it was begun, or start it again with resume=False (--no-resume), or remove that folder",
+        )
+    )
+
+
+def _differences(key: str, was: Any, now: Any) -> Iterator[tuple[str, Any, Any]]:
+    """Keys of objects, and of objects in them, whose values differ."""
+    if isinstance(was, dict) and isinstance(now, dict):
+        for inner in sorted({*was, *now}):
+            yield from _differences(f"{key}, {inner}" if key else inner, was.get(inner), now.get(inner))
+    elif was != now:
+        yield key, was, now
+
+
+def _short(value: object, limit: int = 200) -> str:
+    text = str(value)
+    return text if len(text) <= limit else text[:limit] + "..."
+
+
+class _Earlier(NamedTuple):
+    """What a journal says; nothing, if it is no journal."""
+
+    work: dict[str, Any] | None
+    finished: set[str]
+    placing: dict[str, list[int]]
+
+
+def _read(journal: int) -> _Earlier:
+    """What the whole lines say; what a crash left of another one is cut off."""
+    data = bytearray(system.size(journal))
+    system.read_exactly(journal, [memoryview(data)], 0, _JOURNAL)
+    whole = data.rfind(b"\n") + 1
+    if whole < len(data):
+        system.truncate(journal, whole)
+    work, finished, placing = None, set(), {}
+    try:
+        for line in data[:whole].splitlines():
+            match json.loads(line):
+                case {"work": dict(value)}:
+                    work = value
+                case {"work": None}:
+                    pass
+                case {"finished": str(name)}:
+                    finished.add(name)
+                case {"again": str(name)}:
+                    finished.discard(name)
+                case {"placing": dict(value)}:
+                    placing = value
+                case _:
+                    return _Earlier(None, set(), {})
+    except ValueError:
+        return _Earlier(None, set(), {})
+    return _Earlier(work, finished, placing)
+
+
+def _is_placed(directory: str, name: str, identity: list[int]) -> bool:
+    """Whether a file is in its place, and is the one that was put there."""
+    path = os.path.join(directory, name)
+    return system.exists(path) and [*system.identity(path)] == identity
+
+
+def _take_back(directory: str, placed: Mapping[str, list[int]]) -> None:
+    """Remove what a commit that failed has put in its place; first what makes it a checkpoint."""
+    with suppress(OSError):
+        for name in reversed(list(placed)):
+            if _is_placed(directory, name, placed[name]):
+                system.remove(os.path.join(directory, name))
+
+
+def _is_whole(shard: Shard, directory: str) -> bool:
+    places = (os.path.join(directory, STAGING_NAME, shard.name), os.path.join(directory, shard.name))
+    return any(system.is_file(path) and system.identity(path)[0] == shard.nbytes for path in places)
+
+
+def _remove(staging: str) -> None:
+    """Remove what is no longer needed; the next work removes what cannot be removed now."""
+    with suppress(OSError):
+        for name in system.list_names(staging):
+            system.remove(os.path.join(staging, name))
+        system.remove_directory(staging)
+
+
+def _line(record: Mapping[str, Any]) -> bytes:
+    return json.dumps(record).encode() + b"\n"
+
+
+@contextmanager
+def telling(directory: str) -> Iterator[None]:
+    """What the system refuses is told as a WriteError."""
+    try:
+        yield
+    except OSError as error:
+        raise WriteError(
+            message(
+                "cannot write to a directory",
+                where=error.filename or directory,
+                found=error,
+                do="look at the disk, its quota and the permissions",
+            )
+        ) from error

@@ -1,0 +1,306 @@
+"""The front door of saving: a model or its tensors, grouped, straight to per-expert files."""
+
+from __future__ import annotations
+
+import copy
+import os
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from automodel_conv.dtypes import FLOATING, dtype_code
+from automodel_conv.errors import ConversionError, UnsupportedError, message
+from automodel_conv.execution.buffers import dtype_of
+from automodel_conv.execution.checksums import CHECKSUMS_NAME, checksums_of, checksums_text
+from automodel_conv.execution.cuda import streaming_device
+from automodel_conv.execution.memory import from_real_strides
+from automodel_conv.execution.slabs import slab_schedule
+from automodel_conv.execution.writing import Budget, DeviceTensors, HostTensors, budget, write_shard
+from automodel_conv.files.checkpoint import Checkpoint, open_checkpoint
+from automodel_conv.files.destination import Destination, open_destination, telling
+from automodel_conv.files.shards import Shard, Spec, divide, divide_like, index_of, parse_size
+from automodel_conv.planning.copies import SourceTable, Target
+from automodel_conv.planning.models import checked_dtype, model_targets, state_table, tied_names
+from automodel_conv.planning.pipeline import saving_plan
+from automodel_conv.planning.plan import CopyPlan
+from automodel_conv.planning.registry import is_pretrained_model
+from automodel_conv.progress import bytes_progress
+
+DEFAULT_SCRATCH_BYTES = 64 << 20
+
+
+@dataclass(frozen=True)
+class SaveReport:
+    """What was written."""
+
+    files: tuple[str, ...]
+    """Names of the weight files, in the order of their numbers."""
+    bytes_written: int
+    seconds: float
+    peak_extra_bytes: int
+    """Bound of the memory used beside the tensors; on a device, of pinned memory and of the device's, each."""
+
+    @property
+    def gb_per_s(self) -> float:
+        return self.bytes_written / self.seconds / 1e9 if self.seconds else 0.0
+
+
+def save_checkpoint(
+    model_or_state_dict: nn.Module | Mapping[str, Tensor],
+    directory: str | os.PathLike[str],
+    *,
+    rules: Iterable[Any] | None = None,
+    layout: str | None = None,
+    reference: str | os.PathLike[str] | None = None,
+    dtype: torch.dtype | None = None,
+    max_shard_size: int | str = "5GB",
+    checksums: bool = False,
+    threads: int | None = None,
+    scratch_bytes: int | None = None,
+    progress: bool = False,
+) -> SaveReport:
+    """Write a checkpoint in its published, per-expert format, straight from the tensors of a model.
+
+    What ``save_pretrained`` would write: the same names, shapes and bytes, tied weights once, the config besides. No
+    converted copy of the model is made; tensors of a GPU go through pinned memory. The directory is a checkpoint at the
+    end or not at all; if writing fails nothing of it stays.
+
+    Args:
+        directory: new, or without weights in it.
+        rules, layout: see ``revert_state_dict``; for a state dict one of rules, layout, reference is needed, and
+            ``rules=[]`` keeps its names.
+        reference: a checkpoint whose names, and division into files, to restore.
+        dtype: of all floating tensors, but those that a transformers model keeps in float32; None: as they are.
+        max_shard_size: of a file's data, in bytes or as "5GB"; not used with a reference.
+        checksums: write one for each tensor beside the index, for ``verify=True`` of the loaders and for ``verify`` of
+            the command line; reads the files once more.
+        threads: that copy and write; None: as many as there are cores, at most 16.
+        scratch_bytes: bound of the memory used beside the tensors; None: 64 MiB.
+        progress: show a bar in bytes and GB/s.
+
+    Raises:
+        NameProblems, CoverageError: see ``revert_state_dict``; like all but WriteError before anything is written.
+        UnsupportedError: tensors that cannot be saved from here: sharded, offloaded, quantized by transformers, or with
+            adapters.
+        DestinationError: the directory holds a checkpoint already, or somebody else writes to it.
+        WriteError: the disk is full, or the system reports another error.
+    """
+    began = time.perf_counter()
+    if isinstance(model_or_state_dict, nn.Module):
+        model, tensors = model_or_state_dict, _tensors_of(model_or_state_dict)
+    else:
+        model, tensors = None, model_or_state_dict
+    if model is None and rules is None and layout is None and reference is None:
+        raise UnsupportedError(
+            message(
+                "a state dict does not say how its experts are to be taken apart",
+                do="pass the model, rules=, layout= or reference=; rules=[] keeps all names",
+            )
+        )
+    _refuse_without_data(tensors)
+    opened = None if reference is None else open_checkpoint(reference)
+    table = None if opened is None else SourceTable(opened.names, opened.dtypes, opened.shapes)
+    plan = saving_plan(state_table(tensors), model=model, rules=rules, layout=layout, reference=table)
+    plan = with_dtype(plan, dtype, model)
+    shards = _shards(plan, opened, max_shard_size)
+    share = budget(threads, DEFAULT_SCRATCH_BYTES if scratch_bytes is None else scratch_bytes, reads_files=False)
+    with (
+        open_destination(os.path.abspath(os.fsdecode(directory)), shards, None) as destination,
+        bytes_progress(plan.bytes_written, "saving", progress) as advance,
+    ):
+        _write(plan, list(tensors.values()), shards, destination, share, advance)
+        if model is not None:
+            with telling(destination.directory):
+                _write_config(model, dtype, destination.staging)
+        if checksums:
+            write_checksums(destination, shards, share.threads)
+        destination.commit(index_of(shards, None if model is None else sum(p.numel() for p in model.parameters())))
+    return SaveReport(
+        tuple(shard.name for shard in shards),
+        sum(shard.nbytes for shard in shards),
+        time.perf_counter() - began,
+        share.scratch_bytes,
+    )
+
+
+def write_checksums(destination: Destination, shards: Sequence[Shard], threads: int) -> None:
+    """Add the checksums of all tensors to what lies in a destination."""
+    sums: dict[str, str] = {}
+    for shard in shards:
+        sums |= checksums_of(open_checkpoint(destination.found(shard.name)), threads)
+    destination.write(CHECKSUMS_NAME, checksums_text(sums))
+
+
+def with_dtype(plan: CopyPlan, dtype: torch.dtype | None, model: nn.Module | None) -> CopyPlan:
+    """The plan with its floating targets in ``dtype``, but those made of what the model keeps in float32.
+
+    Raises:
+        UnsupportedError: no floating dtype.
+    """
+    checked_dtype(dtype)
+    code = None if dtype is None else dtype_code(dtype)
+    if code is None:
+        return plan
+    kept = {} if model is None else {name: spec.dtype for name, spec in model_targets(model, dtype).items()}
+    targets = []
+    for target in plan.targets:
+        wanted = {kept.get(plan.sources.names[row], code) for row in target.sources}
+        if target.dtype in FLOATING and len(wanted) == 1:
+            target = target._replace(dtype=wanted.pop())
+        targets.append(target)
+    return CopyPlan(plan.sources, tuple(targets), plan.rules)
+
+
+def specs_of(targets: Iterable[Target]) -> list[Spec]:
+    """The targets as tensors to be written.
+
+    Raises:
+        UnsupportedError: a dtype that torch does not know.
+    """
+    specs = []
+    for target in targets:
+        dtype_of(target.dtype, target.name)
+        specs.append(Spec(target.name, target.dtype, target.shape))
+    return specs
+
+
+def places_in(shards: Sequence[Shard], targets: Iterable[Target]) -> list[tuple[int, int]]:
+    """Of each target, the number of its file and its first byte there."""
+    places = {
+        spec.name: (file, offset)
+        for file, shard in enumerate(shards)
+        for spec, offset in zip(shard.specs, shard.offsets, strict=True)
+    }
+    return [places[target.name] for target in targets]
+
+
+# --- private ----------------------------------------------------------------------------------------------------------
+
+
+def _shards(plan: CopyPlan, reference: Checkpoint | None, max_shard_size: int | str) -> list[Shard]:
+    specs = specs_of(plan.targets)
+    if reference is None:
+        return divide(specs, parse_size(max_shard_size))
+    files = [os.path.basename(file) for file in reference.files]
+    return divide_like(
+        specs, {name: files[file] for name, file in zip(reference.names, reference.file_ids, strict=True)}
+    )
+
+
+def _tensors_of(model: nn.Module) -> dict[str, Tensor]:
+    """The tensors of a model that belong into a checkpoint: ties once, under the name that upstream keeps.
+
+    Raises:
+        UnsupportedError: they are not all here, or transformers must save them in its own way.
+    """
+    if is_pretrained_model(model):
+        own_way = {"hf_quantizer": "it is quantized by transformers", "_hf_peft_config_loaded": "it has adapters"}
+        for attribute, reason in own_way.items():
+            if getattr(model, attribute, None):
+                raise UnsupportedError(
+                    message(f"this model cannot be saved from here: {reason}", do="use its save_pretrained")
+                )
+    tensors = model.state_dict()
+    for name in getattr(model, "_keys_to_ignore_on_save", None) or ():
+        tensors.pop(name, None)
+    follows = getattr(model, "all_tied_weights_keys", {})
+    for group in tied_names(model):
+        here = [name for name in group if name in tensors]
+        kept = next((name for name in here if name not in follows), here[0] if here else None)
+        for name in here:
+            if name != kept and _is_same(tensors[name], tensors[kept]):  # type: ignore[index]
+                del tensors[name]
+    return dict(tensors)
+
+
+def _refuse_without_data(tensors: Mapping[str, Tensor]) -> None:
+    for name, tensor in tensors.items():
+        if isinstance(tensor, Tensor) and tensor.is_meta:
+            raise UnsupportedError(
+                message(
+                    f"{name} has no data", found="it is on the meta device", do="load or materialize the model first"
+                )
+            )
+
+
+def _is_same(tensor: Tensor, other: Tensor) -> bool:
+    return (tensor.data_ptr(), tensor.shape, tensor.stride()) == (other.data_ptr(), other.shape, other.stride())
+
+
+def _write(
+    plan: CopyPlan,
+    tensors: Sequence[Tensor],
+    shards: Sequence[Shard],
+    destination: Destination,
+    share: Budget,
+    advance: Any,
+) -> None:
+    """Write all shards; the targets of each device by what is made for it."""
+    by_device: dict[torch.device, list[Target]] = {}
+    for target in plan.targets:
+        devices = {tensors[row].device for row in target.sources}
+        if len(devices) > 1:
+            raise ConversionError(
+                message(f"the parts of {target.name} are on several devices", found=sorted(map(str, devices)))
+            )
+        if prod(target.shape):
+            by_device.setdefault(devices.pop(), []).append(target)
+    groups = []
+    for device, targets in by_device.items():
+        copies = []
+        operands: list[Tensor] = []
+        for number, target in enumerate(targets):
+            copies_of, read = from_real_strides(target.copies, [tensors[row].detach() for row in target.sources])
+            copies.append(copies_of)
+            targets[number] = target._replace(sources=tuple(range(len(operands), len(operands) + len(read))))
+            operands += read
+        made = slab_schedule(
+            targets, copies, _InMemory.of(operands), places_in(shards, targets), most_bytes=share.slab_bytes
+        )
+        groups.append((made.by_file(), _maker(device, operands, made.dtypes, share.slab_bytes)))
+    for file, shard in enumerate(shards):
+        mine = [(by_file.get(file, []), start) for by_file, start in groups]
+        write_shard(shard, mine, destination, share.threads, advance)
+        destination.finish(shard)
+
+
+class _InMemory(NamedTuple):
+    """Sources that each lie in memory of their own; see ``slabs.Places``."""
+
+    dtypes: Sequence[str]
+    file_ids: Sequence[int]
+    offsets: Sequence[int]
+
+    @staticmethod
+    def of(tensors: Sequence[Tensor]) -> _InMemory:
+        codes = [dtype_code(tensor.dtype) or "" for tensor in tensors]
+        return _InMemory(codes, range(len(tensors)), [0] * len(tensors))
+
+
+def _maker(device: torch.device, tensors: Sequence[Tensor], dtypes: Sequence[str], slab_bytes: int) -> Any:
+    streaming = streaming_device(device)
+    if streaming is None:
+        return lambda: HostTensors(tensors, dtypes, slab_bytes)
+    return lambda: DeviceTensors(tensors, dtypes, slab_bytes, streaming, "auto")
+
+
+def _write_config(model: nn.Module, dtype: torch.dtype | None, directory: str) -> None:
+    """What ``save_pretrained`` writes besides the weights. Source: transformers 5.23.0, modeling_utils."""
+    if not is_pretrained_model(model):
+        return
+    cls = next(c for c in type(model).__mro__ if not c.__module__.startswith("torch."))
+    config: Any = copy.deepcopy(model.config)
+    config.architectures = [cls.__name__]
+    config.dtype = str(dtype or model.dtype).removeprefix("torch.")
+    config.save_pretrained(directory)
+    if model.can_generate():  # type: ignore[operator]
+        model.generation_config.save_pretrained(directory)  # type: ignore[union-attr, operator]
+    if getattr(model, "_auto_class", None) is not None:
+        from transformers.dynamic_module_utils import custom_object_save
+
+        custom_object_save(model, directory, config=config)
