@@ -33,7 +33,7 @@ if sys.platform != "linux":
 import automodel_conv as amc  # noqa: E402
 from automodel_conv import converting, saving  # noqa: E402
 from automodel_conv.errors import ConversionError, DestinationError, ReadError, WriteError  # noqa: E402
-from automodel_conv.execution import writing  # noqa: E402
+from automodel_conv.execution import slabs, writing  # noqa: E402
 from automodel_conv.execution.workers import work_off  # noqa: E402
 from automodel_conv.files import destination as destination_module  # noqa: E402
 from automodel_conv.files import system  # noqa: E402
@@ -553,6 +553,7 @@ def test_an_interrupt_while_the_main_thread_waits_for_others(source, wanted, tmp
             signal.pthread_kill(main.ident or 0, signal.SIGINT)
 
     with monkeypatch.context() as patch:
+        patch.setattr(slabs, "_SLAB_BYTES", 4096)  # several a file, for several threads
         replace_calls(("copy_range",), before=interrupt, put=patch.setattr)
         assert_refused(
             partial(amc.convert_checkpoint, source, directory, **KINDS["transformers"]),
