@@ -18,7 +18,7 @@ from typing import Any
 from torch import Tensor
 
 from automodel_conv import conversion_mapping
-from automodel_conv.errors import UnsupportedError, message
+from automodel_conv.errors import NameProblems, UnsupportedError, message
 from automodel_conv.in_memory import convert_state_dict, revert_state_dict
 from automodel_conv.planning.layouts import get_layout, holds_experts
 
@@ -67,6 +67,11 @@ def uninstall() -> None:
         setattr(module, name, theirs)
         if name == _MODULE:
             sys.modules[f"{_PACKAGE}.{_MODULE}"] = theirs
+            for importer in filter(None, map(sys.modules.get, _IMPORTERS)):  # imported meanwhile, with ours in them
+                for function in list(vars(importer)):
+                    ours = getattr(conversion_mapping, function, None)
+                    if callable(ours) and getattr(importer, function) is ours and hasattr(theirs, function):
+                        setattr(importer, function, getattr(theirs, function))
 
 
 def _replace(module: ModuleType, name: str, ours: Any) -> None:
@@ -146,13 +151,24 @@ class StateDictAdapter:
 
 
 def _renamed(tensors: Mapping[str, Tensor], endings: Mapping[str, str]) -> dict[str, Tensor]:
-    """The tensors with the endings of their names exchanged, where whole components are one of ``endings``."""
-    renamed = {}
+    """The tensors with the endings of their names exchanged, where whole components are one of ``endings``.
+
+    Raises:
+        NameProblems: two tensors would have one name.
+    """
+    renamed: dict[str, Tensor] = {}
+    source: dict[str, str] = {}
     for name, tensor in tensors.items():
         parts = name.split(".")
         tails = (".".join(parts[start:]) for start in range(len(parts)))
         tail = next((tail for tail in tails if tail in endings), None)
-        renamed[name if tail is None else name.removesuffix(tail) + endings[tail]] = tensor
+        new = name if tail is None else name.removesuffix(tail) + endings[tail]
+        if new in renamed:
+            both = (source[new], name)
+            raise NameProblems(
+                message(f"two tensors would be {new}", found=" and ".join(both)), duplicated=[(new, both)]
+            )
+        renamed[new], source[new] = tensor, name
     return renamed
 
 

@@ -14,7 +14,7 @@ import importlib
 import os
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -105,9 +105,10 @@ def accelerate_transformers() -> Iterator[Acceleration]:
         yield acceleration
     finally:
         with _HOOK.lock:
-            _HOOK.blocks = max(0, _HOOK.blocks - 1)
-            if not _HOOK.blocks and not _HOOK.kept:
-                _HOOK.take()
+            if _HOOK.acceleration is acceleration:  # unless it was uninstalled meanwhile
+                _HOOK.blocks -= 1
+                if not _HOOK.blocks and not _HOOK.kept:
+                    _HOOK.take()
 
 
 # --- replacing the functions ------------------------------------------------------------------------------------------
@@ -154,7 +155,9 @@ def _loaders() -> list[ModuleType]:
 
     modules = [importlib.import_module(name) for name in _MODULES]
     modules = [module for module in modules if hasattr(module, _CONVERT) and hasattr(module, "safe_open")]
-    if transformers.__version__.split(".")[0] != "5" or not modules:
+    config = getattr(modules[0], "LoadStateDictConfig", None) if modules else None
+    known = "dtype_plan" in getattr(config, "__dataclass_fields__", ())  # not in 5.0
+    if transformers.__version__.split(".")[0] != "5" or not known:
         raise UnsupportedError(
             message(
                 "this transformers loads checkpoints in a way that is not known here",
@@ -181,6 +184,8 @@ class _Slice:
         return self._lazy[index]
 
     def __getattr__(self, attribute: str) -> Any:
+        if attribute == "_lazy":  # of a copy that is not yet filled
+            raise AttributeError(attribute)
         return getattr(self._lazy, attribute)
 
 
@@ -202,12 +207,16 @@ class _OpenFile:
         return self._file.__exit__(*error)
 
     def __getattr__(self, attribute: str) -> Any:
+        if attribute == "_file":
+            raise AttributeError(attribute)
         return getattr(self._file, attribute)
 
 
 def _opening(safe_open: Callable[..., Any], acceleration: Acceleration) -> Callable[..., Any]:
     @functools.wraps(safe_open)
-    def opened(filename: Any, *args: Any, **kwargs: Any) -> _OpenFile:
+    def opened(filename: Any, *args: Any, **kwargs: Any) -> Any:
+        if _HOOK.acceleration is not acceleration:  # uninstalled, under somebody else's replacement
+            return safe_open(filename, *args, **kwargs)
         return _OpenFile(safe_open(filename, *args, **kwargs), os.path.abspath(os.fspath(filename)))
 
     return opened
@@ -221,27 +230,30 @@ def _converting(convert: Callable[..., Any], acceleration: Acceleration) -> Call
 
     @functools.wraps(convert)
     def converted(model: Any, state_dict: dict[str, Any], load_config: Any, *args: Any, **kwargs: Any) -> Any:
+        if _HOOK.acceleration is not acceleration:
+            return convert(model, state_dict, load_config, *args, **kwargs)
         rules = RuleSet(load_config.weight_mapping, model)
         # Before 5.17 a plan says what is sharded; since then the parameters do.
         sharded = kwargs.get("tp_plan") if load_config.device_mesh is not None else None
         work = _work(model, state_dict, load_config, rules, sharded or {})
-        acceleration.loads.append(HookedLoad(type(model).__name__, tuple(work.buffers), work.left))
+        load = HookedLoad(type(model).__name__, tuple(work.buffers), work.left)
         if not work.buffers:
-            return convert(model, state_dict, load_config, *args, **kwargs)
+            found = convert(model, state_dict, load_config, *args, **kwargs)
+            acceleration.loads.append(load)
+            return found
         # As transformers itself does: without threads if its users have said so.
         threads = 1 if is_env_variable_true("HF_DEACTIVATE_ASYNC_LOAD") else None
         fill(work.plan, work.checkpoint, work.buffers, Limits(threads))
-        done, *_ = convert(model, dict(work.buffers), replace(load_config, weight_mapping=[]), *args, **kwargs)
+        of_converted, *_ = convert(model, dict(work.buffers), replace(load_config, weight_mapping=[]), *args, **kwargs)
+        # Which rules a load has used decides how transformers saves the model.
+        for rule, used in zip(load_config.weight_mapping, rules.used, strict=True):
+            if used and hasattr(rule, "_was_used"):
+                rule._was_used = True
         rest = {name: source for name, source in state_dict.items() if name not in work.taken}
-        info, *others = convert(model, rest, load_config, *args, **kwargs)
-        # Which rules it has used decides how transformers saves the model.
-        model._weight_conversions = [
-            rule
-            for rule, used in zip(load_config.weight_mapping, rules.used, strict=True)
-            if used or rule in model._weight_conversions
-        ]
-        _merge(info, done)
-        return (info, *others)
+        of_rest, *others = convert(model, rest, load_config, *args, **kwargs)
+        _merge(of_rest, of_converted)
+        acceleration.loads.append(load)
+        return (of_rest, *others)
 
     return converted
 
@@ -262,31 +274,35 @@ def _work(
     slices = {name: source for name, source in state_dict.items() if isinstance(source, _Slice)}
     left: dict[str, str] = {}
     conversions: list[Conversion] = []
-    checkpoint = _checkpoint({})
+    checkpoint, wanted = _checkpoint({}), {}
     if rules.converters and slices:
-        # A file that transformers reads may not pass our checks of its header; then it reads all of them.
-        with suppress(CheckpointError):
-            checkpoint = _checkpoint(slices)
         wanted = _wanted(model, load_config, tp_plan)
-        sources = SourceTable(checkpoint.names, checkpoint.dtypes, checkpoint.shapes)
+        try:
+            checkpoint = _checkpoint(slices)
+        except CheckpointError as error:  # which transformers may read all the same
+            left = {"all that is converted": str(error)}
+        if len(slices) < len(state_dict):
+            left = {"all that is converted": "some tensors are not in safetensors files opened under the hook"}
+    sources = SourceTable(checkpoint.names, checkpoint.dtypes, checkpoint.shapes)
+    if sources.names and not left:
         found, left = whole_conversions(sources, rules, {name: want.spec for name, want in wanted.items()})
         for conversion in found:
-            reason = _why_left(conversion, wanted)
+            reason = _why_left(conversion, wanted, rules)
             if reason is None:
                 conversions.append(conversion)
             else:
                 left[conversion.targets[0].name] = reason
         taken = {sources.names[row] for conversion in conversions for row in conversion.rows}
-        if _names_are_missed(rules, RuleSet(load_config.weight_mapping, model), state_dict.keys() - taken):
-            left |= {conversion.targets[0].name: _GROUPED for conversion in conversions}
+        if _renames_otherwise_without(taken, load_config.weight_mapping, model, state_dict):
+            left |= {conversion.targets[0].name: _WAITS_FOR_NAMES for conversion in conversions}
             conversions = []
     targets = tuple(target for conversion in conversions for target in conversion.targets)
-    buffers: dict[str, Tensor] = {}
-    for target in targets:
-        buffers |= allocate([target], wanted[target.name].device)
-    taken = frozenset(checkpoint.names[row] for conversion in conversions for row in conversion.rows)
-    plan = CopyPlan(SourceTable(checkpoint.names, checkpoint.dtypes, checkpoint.shapes), targets)
+    plan = CopyPlan(sources, targets)
     plan.validate()
+    buffers = {
+        name: buffer for target in targets for name, buffer in allocate([target], wanted[target.name].device).items()
+    }
+    taken = frozenset(sources.names[row] for conversion in conversions for row in conversion.rows)
     return _Work(plan, checkpoint, buffers, taken, left)
 
 
@@ -321,26 +337,25 @@ def _wanted(model: Any, load_config: Any, tp_plan: Mapping[str, Any]) -> dict[st
     return wanted
 
 
-_GROUPED = "other tensors are renamed only if transformers sees its sources"
+_WAITS_FOR_NAMES = "other tensors are renamed only if transformers sees its sources"
 
 
-def _names_are_missed(rules: RuleSet, fresh: RuleSet, rest: Iterable[str]) -> bool:
-    """True if a group of renamings that waits for one of its names (GroupWeightRename) does not find it in the rest."""
-    if not any(_found(rules)):
+def _renames_otherwise_without(taken: Iterable[str], rules: Iterable[Any], model: Any, names: Iterable[str]) -> bool:
+    """Whether some of the other names would be renamed differently if ``taken`` were not seen: GroupWeightRename."""
+    with_all, with_rest = RuleSet(rules, model), RuleSet(rules, model)
+    if not any(hasattr(renaming, "_active") for renaming in with_all.renamings):
         return False
-    for name in sorted(rest, key=natural_key):
-        fresh.rename(name)
-    return _found(fresh) != _found(rules)
+    taken, ordered = set(taken), sorted(names, key=natural_key)
+    renamed = {name: with_all.rename(name) for name in ordered}
+    return any(with_rest.rename(name) != renamed[name] for name in ordered if name not in taken)
 
 
-def _found(rules: RuleSet) -> list[bool]:
-    return [bool(getattr(renaming, "_active", False)) for renaming in rules.renamings]
-
-
-def _why_left(conversion: Conversion, wanted: Mapping[str, _Want]) -> str | None:
+def _why_left(conversion: Conversion, wanted: Mapping[str, _Want], rules: RuleSet) -> str | None:
     for target in conversion.targets:
         if wanted[target.name].why_not is not None:
             return wanted[target.name].why_not
+        if rules.with_prefix(target.name, wanted) != target.name:
+            return "transformers would change the prefix of its name once more"
     if len({target.dtype for target in conversion.targets}) > 1:
         return "its targets differ in dtype, and transformers casts before it converts"
     return None

@@ -158,17 +158,20 @@ def whole_conversions(
         if assignment.rule < 0:
             continue
         compiler.problems = Problems()
+        made: list[Target] = []
         try:
             made = compiler.targets_of(assignment)
         except UnsupportedError as error:
             left[assignment.target] = str(error)
+        # Also of a rule that is left: what it may make is claimed.
+        claimed.update({*_all_names(rules, assignment), *(target.name for target in made)} - {assignment.target})
+        if assignment.target in left:
             continue
         reasons = [target.fallback.reason for target in made if target.fallback is not None]
         reasons += compiler.problems.reasons()
         if reasons or not made or assignment.target in contested:
             left[assignment.target] = reasons[0] if reasons else "several sources claim it"
             continue
-        claimed.update(target.name for target in made if target.name != assignment.target)
         rows = tuple(row for slot in assignment.slots.values() for row in slot)
         conversions.append((assignment.target, Conversion(rows, tuple(made))))
     whole = []
@@ -178,6 +181,12 @@ def whole_conversions(
         else:
             left[first] = "several sources claim one of its targets"
     return whole, left
+
+
+def _all_names(rules: RuleSet, assignment: Assignment) -> list[str]:
+    """The targets that one use of a rule names."""
+    patterns = rules.patterns(assignment.rule)[1]
+    return [assignment.target.replace(patterns[0], pattern) for pattern in patterns]
 
 
 class _Output(NamedTuple):
@@ -358,8 +367,7 @@ class _Compiler:
         return next(iter(dtypes), "F32")
 
     def _fallback(self, assignment: Assignment, rows: tuple[int, ...], reason: str) -> list[Target]:
-        patterns = self.rules.patterns(assignment.rule)[1]
-        names = [assignment.target.replace(patterns[0], pattern) for pattern in patterns]
+        names = _all_names(self.rules, assignment)
         if self.targets is None:
             self.problems.failed.append((assignment.target, f"{reason}; only a model knows the shape of the result"))
             return []

@@ -212,7 +212,9 @@ def _operation(op: Any, config: Any) -> Operation:
     elif name == "Chunk" and getattr(op, "num_shards_attribute", None) is not None:
         if config is None:
             raise NotLowerable(f"Chunk reads {op.num_shards_attribute} from a config, and there is no model")
-        options["num_shards"] = getattr(config.get_text_config(), op.num_shards_attribute)
+        options["num_shards"] = getattr(config.get_text_config(), op.num_shards_attribute, None)
+        if options["num_shards"] is None:
+            raise NotLowerable(f"Chunk reads {op.num_shards_attribute}, which the model's config does not have")
     return Operation(name, tuple(sorted(options.items())))
 
 

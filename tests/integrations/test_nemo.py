@@ -286,3 +286,22 @@ def test_a_key_mapping_of_the_model_comes_before_that_of_its_type():
     first = {"^odd\\.": "even."}
     mapping = amc.get_combined_key_mapping("gemma3", first)
     assert next(iter(mapping.items())) == ("^odd\\.", "even.")
+
+
+def test_two_tensors_of_one_name_are_refused():
+    router = {"model.layers.0.mlp.router.weight": torch.ones(2), "model.layers.0.mlp.gate.weight": torch.zeros(2)}
+    with pytest.raises(amc.NameProblems, match="two tensors would be model"):
+        StateDictAdapter.of("gpt_oss").from_hf(router)
+
+
+@needs_nemo
+def test_functions_that_were_imported_after_install_are_given_back_too():
+    import nemo_automodel.components.checkpoint.checkpointing as importer
+
+    theirs = importer.get_combined_key_mapping
+    nemo.install()
+    ours = conversion_mapping.get_combined_key_mapping
+    nemo._replaced[:] = [entry for entry in nemo._replaced if entry[0] is not importer]  # as if imported only now
+    importer.get_combined_key_mapping = ours
+    nemo.uninstall()
+    assert importer.get_combined_key_mapping is theirs
