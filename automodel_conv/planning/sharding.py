@@ -84,10 +84,14 @@ def placed(
     Raises:
         UnsupportedError: ``Partial``, which is no part of a tensor.
     """
-    kinds = [(p, size, at) for p, size, at in zip(placements, mesh_shape, coordinate, strict=True) if not p.is_replicate()]
+    kinds = [
+        (p, size, at) for p, size, at in zip(placements, mesh_shape, coordinate, strict=True) if not p.is_replicate()
+    ]
     partial = [str(placement) for placement, _, _ in kinds if placement.is_partial()]
     if partial:
-        raise UnsupportedError(message("partial sums cannot be loaded or saved", found=partial, do="redistribute first"))
+        raise UnsupportedError(
+            message("partial sums cannot be loaded or saved", found=partial, do="redistribute first")
+        )
     runs = []
     for dim, length in enumerate(shape):
         splits = tuple((p, size, at) for p, size, at in kinds if p.dim % len(shape) == dim)
@@ -120,6 +124,8 @@ def shard_plan(plan: CopyPlan, regions: Mapping[str, Region]) -> CopyPlan:
         CoverageError: a region of a tensor of another shape.
         UnsupportedError: a part of a target that upstream's own code makes.
     """
+    if not any(target.name in regions for target in plan.targets):
+        return plan
     targets = []
     for row, target in enumerate(plan.targets):
         region = regions.get(target.name)
@@ -127,7 +133,9 @@ def shard_plan(plan: CopyPlan, regions: Mapping[str, Region]) -> CopyPlan:
             region = whole(target.shape)
         if region.shape != target.shape:
             found = f"a region of {list(region.shape)}"
-            raise CoverageError(message(f"{target.name} is sharded differently", expected=list(target.shape), found=found))
+            raise CoverageError(
+                message(f"{target.name} is sharded differently", expected=list(target.shape), found=found)
+            )
         copies = _copies(region)
         targets.append(Target(target.name, target.dtype, region.local_shape, -1, (row,), copies))
     return plan.then(CopyPlan(table_of(plan.targets), tuple(targets)))

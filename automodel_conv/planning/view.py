@@ -17,7 +17,6 @@ from itertools import pairwise
 from math import prod
 from typing import NamedTuple
 
-
 # Of a dimension whose steps become boxes of their own.
 _MOST_STEPS = 4096
 

@@ -1,0 +1,143 @@
+"""Ranks that work together: all of them end well, or all of them raise.
+
+Communication is torch's, over the groups of the meshes that the tensors are distributed on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from automodel_conv.errors import RankError, listing, message
+
+
+def is_distributed(tensor: Tensor) -> bool:
+    """Whether a tensor is a DTensor, of which each rank holds a part."""
+    return hasattr(tensor, "placements")
+
+
+def meshes_of(tensors: Iterable[Tensor]) -> list[Any]:
+    """The meshes that DTensors among these are distributed on, each once, in the order of their first tensors."""
+    found: list[Any] = []
+    for tensor in tensors:
+        if is_distributed(tensor) and tensor.device_mesh not in found:  # type: ignore[attr-defined]
+            found.append(tensor.device_mesh)  # type: ignore[attr-defined]
+    return found
+
+
+@contextmanager
+def together(groups: Sequence[Any], what: str) -> Iterator[None]:
+    """Wait, at the end of a block, until all ranks of these groups are there; if it failed on one, all of them raise.
+
+    A rank that ends without a word is told by the groups' own time-out, as their backend sees it.
+
+    Args:
+        groups: process groups, the same on all of their ranks and in the same order; none: nothing is waited for.
+
+    Raises:
+        RankError: the block failed on other ranks, or one of them is gone. The rank's own error comes first.
+    """
+    try:
+        yield
+    except Exception as error:
+        _told_by_all(groups, f"rank {_rank()}: {type(error).__name__}: {error}", what)
+        raise
+    others = _told_by_all(groups, None, what)
+    if others:
+        raise RankError(
+            message(f"{what} failed on {len(others)} of the ranks that do it together", found="\n" + listing(others))
+        )
+
+
+def groups_of(meshes: Iterable[Any]) -> list[Any]:
+    """The process groups of all dimensions of meshes that this rank is in."""
+    return [mesh.get_group(dim) for mesh in meshes if mesh.get_coordinate() is not None for dim in range(mesh.ndim)]
+
+
+def _rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def _told_by_all(groups: Sequence[Any], text: str | None, what: str) -> list[str]:
+    """What ranks have to tell, each once: after all dimensions of a mesh, every rank has heard of every other."""
+    told = [] if text is None else [text]
+    for group in groups:
+        heard: list[Any] = [None] * dist.get_world_size(group)
+        try:
+            dist.all_gather_object(heard, told, group=group)
+        except RuntimeError as error:  # what backends raise for a rank that is gone or late
+            if text is not None:
+                return told  # this rank has an error of its own
+            raise _gone(what, error) from error
+        told = list(dict.fromkeys(line for lines in heard for line in lines))
+    return told
+
+
+def send(tensors: Sequence[Tensor], parts: Sequence[Tensor]) -> None:
+    """Give what the first of each set of replicas holds to the others, in place.
+
+    Args:
+        tensors: DTensors, the same on all ranks and in the same order.
+        parts: of each, what this rank holds; written where this rank is not the first replica. One that is not
+            contiguous goes through a contiguous copy of its own.
+
+    Raises:
+        RankError: another rank is gone.
+    """
+    for tensor, part in zip(tensors, parts, strict=True):
+        whole = part.detach().contiguous()
+        for dim, placement in enumerate(tensor.placements):  # type: ignore[attr-defined]
+            if placement.is_replicate() and whole.numel():
+                # From the first in this dimension, along one dimension after the other: then all have it.
+                group = tensor.device_mesh.get_group(dim)  # type: ignore[attr-defined]
+                try:
+                    dist.broadcast(whole.view(torch.uint8), src=dist.get_global_rank(group, 0), group=group)
+                except RuntimeError as error:
+                    raise _gone("sending replicas", error) from error
+        if whole.data_ptr() != part.data_ptr():
+            part.detach().copy_(whole)
+
+
+def _gone(what: str, error: RuntimeError) -> RankError:
+    return RankError(
+        message(f"{what} was not finished by all ranks", found=error, do="look at the other ranks' errors")
+    )
+
+
+def is_first_replica(tensor: Tensor) -> bool:
+    """Whether this rank is the first of those that hold the same part of a DTensor."""
+    coordinate = tensor.device_mesh.get_coordinate()  # type: ignore[attr-defined]
+    if coordinate is None:
+        return False
+    placements = tensor.placements  # type: ignore[attr-defined]
+    return not any(at for at, placement in zip(coordinate, placements, strict=True) if placement.is_replicate())
+
+
+def is_replicated(tensor: Tensor) -> bool:
+    """Whether several ranks hold the same part of a DTensor."""
+    sizes = zip(tensor.device_mesh.shape, tensor.placements, strict=True)  # type: ignore[attr-defined]
+    return any(size > 1 for size, placement in sizes if placement.is_replicate())
+
+
+def as_distributed(local: Tensor, like: Tensor) -> Tensor:
+    """A DTensor of the same mesh, placements and shape as ``like``, of which this rank holds ``local``."""
+    from torch.distributed.tensor import DTensor
+
+    return DTensor.from_local(
+        local,
+        like.device_mesh,  # type: ignore[attr-defined]
+        like.placements,  # type: ignore[attr-defined]
+        run_check=False,
+        shape=like.shape,
+        stride=like.stride(),
+    )
+
+
+def local_of(tensor: Tensor) -> Tensor:
+    """What this rank holds of a tensor, in the same memory: the shard of a DTensor, any other itself."""
+    return tensor.to_local() if is_distributed(tensor) else tensor  # type: ignore[attr-defined]
