@@ -211,8 +211,8 @@ def load_model(
         device: where new parameters go; None: to the device of those whose place they take, from the meta device to the
             CPU. Materialized parameters are filled where they are.
         dtype: if given, parameters of another floating dtype are replaced (see ``compile_plan``).
-        path, rules, key_mapping, strict, verify, broadcast, threads, scratch_bytes, device_scratch_bytes, progress, revision: see
-            ``load_state_dict``.
+        path, rules, key_mapping, strict, verify, broadcast, threads, scratch_bytes, device_scratch_bytes, progress,
+            revision: see ``load_state_dict``.
 
     Raises:
         CheckpointError, NameProblems, UnsupportedError: see ``compile_plan``; no parameter has been written then.
@@ -277,10 +277,8 @@ def _to_read(plan: CopyPlan, state: Mapping[str, Tensor], broadcast: bool) -> tu
     """What this rank reads itself, and the names of what is then sent from rank to rank."""
     if not broadcast:
         return plan, []
-    distributed = [
-        target.name for target in plan.targets if target.name in state and is_distributed(state[target.name])
-    ]
-    shared = [name for name in distributed if is_replicated(state[name])]
+    names = [target.name for target in plan.targets if target.name in state]
+    shared = [name for name in names if is_distributed(state[name]) and is_replicated(state[name])]
     received = {name for name in shared if not is_first_replica(state[name])}
     return replace(plan, targets=tuple(t for t in plan.targets if t.name not in received)), shared
 

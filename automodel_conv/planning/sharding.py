@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
-from itertools import product
+from itertools import pairwise, product
 from typing import Any, NamedTuple
 
 import torch
@@ -158,7 +158,7 @@ def _runs(length: int, dim: int, splits: tuple[tuple[Any, int, int], ...]) -> tu
         return ()
     cuts = (found[1:] != found[:-1] + 1).nonzero().reshape(-1).add(1).tolist()
     bounds = [0, *cuts, len(found)]
-    return tuple((int(found[first]), last - first) for first, last in zip(bounds, bounds[1:], strict=False))
+    return tuple((int(found[first]), last - first) for first, last in pairwise(bounds))
 
 
 def _starts(runs: Sequence[tuple[int, int]]) -> list[int]:

@@ -89,8 +89,8 @@ class _Radix:
     """Weights 1 = w0 < w1 < ... with each dividing the next; digit k has size w(k+1) / w(k).
 
     Args:
-        walks: the dimensions of all pieces, ``(steps, stride)``. Of two strides that do not divide each other, as in a
-            part of an interleaved dimension, the one with fewer steps is no weight: its steps become boxes of their own.
+        walks: the dimensions of all pieces, ``(steps, stride)``. Of two strides that do not divide each other, as in
+            part of an interleaved dimension, the one with fewer steps is no weight: its steps become boxes themselves.
     """
 
     def __init__(self, walks: Iterable[tuple[int, int]], numel: int):
