@@ -107,7 +107,7 @@ def compile_plan(
         UnsupportedError: an unknown layout, or quantized codes where numbers are wanted.
     """
     checkpoint = checkpoint if isinstance(checkpoint, Checkpoint) else open_checkpoint(checkpoint)
-    plan, problems, _ = _plan(checkpoint, model, rules, layout, key_mapping, dtype)
+    plan, problems, _ = load_plan(checkpoint, model, rules, layout, key_mapping, dtype)
     problems.raise_unless_fit(checkpoint.path)
     return plan
 
@@ -164,7 +164,7 @@ def load_state_dict(
         clock = _Clock()
         checkpoint = open_checkpoint(path, revision=revision)
         clock.lap("open")
-        plan, problems, model = _plan(checkpoint, model, rules, layout, key_mapping, dtype)
+        plan, problems, model = load_plan(checkpoint, model, rules, layout, key_mapping, dtype)
         problems.raise_unless_fit(checkpoint.path, strict)
         plan = shard_plan(plan, regions_of(state, plan))
         if verify:
@@ -228,7 +228,7 @@ def load_model(
         clock = _Clock()
         checkpoint = open_checkpoint(path, revision=revision)
         clock.lap("open")
-        plan, problems, _ = _plan(checkpoint, model, rules, layout, key_mapping, dtype, in_place=True)
+        plan, problems, _ = load_plan(checkpoint, model, rules, layout, key_mapping, dtype, in_place=True)
         problems.raise_unless_fit(checkpoint.path, strict)
         if verify:
             verify_checksums(checkpoint, cores() if threads is None else threads)
@@ -246,10 +246,7 @@ def load_model(
     return _report(plan, problems, clock, stats, homes.extra_bytes)
 
 
-# --- private --------------------------------------------------------------------------------------------------------
-
-
-def _plan(
+def load_plan(
     checkpoint: Checkpoint,
     model: nn.Module | None,
     rules: Iterable[Any] | None,
@@ -258,6 +255,7 @@ def _plan(
     dtype: torch.dtype | None,
     in_place: bool = False,
 ) -> tuple[CopyPlan, Problems, nn.Module | None]:
+    """The plan of a load, what does not fit, and the model, made from ``config.json`` if none is given and no rules."""
     checked_dtype(dtype)
     if model is None and rules is None:
         model, dtype = meta_model(checkpoint.directory, dtype, _first_floating(checkpoint)), None
@@ -271,6 +269,9 @@ def _plan(
         in_place=in_place,
     )
     return plan, problems, model
+
+
+# --- private --------------------------------------------------------------------------------------------------------
 
 
 def _to_read(plan: CopyPlan, state: Mapping[str, Tensor], broadcast: bool) -> tuple[CopyPlan, list[str]]:

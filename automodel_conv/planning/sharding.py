@@ -121,23 +121,43 @@ def shard_plan(plan: CopyPlan, regions: Mapping[str, Region]) -> CopyPlan:
         regions: by target name; targets without one are filled whole.
 
     Raises:
-        CoverageError: a region of a tensor of another shape.
-        UnsupportedError: a part of a target that upstream's own code makes.
+        CoverageError, UnsupportedError: see ``parts_plan``.
     """
     if not any(target.name in regions for target in plan.targets):
         return plan
+    names = [target.name for target in plan.targets]
+    wholes = {target.name: whole(target.shape) for target in plan.targets if target.name not in regions}
+    return parts_plan(plan, [Part(name, name, regions[name] if name in regions else wholes[name]) for name in names])
+
+
+class Part(NamedTuple):
+    """A region of a target, to be filled as a tensor of its own."""
+
+    target: str
+    called: str
+    """Its own name."""
+    region: Region
+    dtype: str | None = None
+    """To be cast to; None: the target's."""
+
+
+def parts_plan(plan: CopyPlan, parts: Sequence[Part]) -> CopyPlan:
+    """The plan that makes parts of its targets, each a contiguous tensor of its own.
+
+    Raises:
+        CoverageError: a region of a tensor of another shape.
+        UnsupportedError: a part of a target that upstream's own code makes, or that would be cast twice.
+    """
+    rows = {target.name: row for row, target in enumerate(plan.targets)}
     targets = []
-    for row, target in enumerate(plan.targets):
-        region = regions.get(target.name)
-        if region is None:
-            region = whole(target.shape)
+    for part in parts:
+        row = rows[part.target]
+        target, region = plan.targets[row], part.region
         if region.shape != target.shape:
             found = f"a region of {list(region.shape)}"
-            raise CoverageError(
-                message(f"{target.name} is sharded differently", expected=list(target.shape), found=found)
-            )
-        copies = _copies(region)
-        targets.append(Target(target.name, target.dtype, region.local_shape, -1, (row,), copies))
+            raise CoverageError(message(f"{target.name} has another shape", expected=list(target.shape), found=found))
+        dtype = part.dtype or target.dtype
+        targets.append(Target(part.called, dtype, region.local_shape, -1, (row,), _copies(region)))
     return plan.then(CopyPlan(table_of(plan.targets), tuple(targets)))
 
 
