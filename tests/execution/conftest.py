@@ -26,7 +26,7 @@ class Calls:
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
     seen = Calls()
-    preadv, open_readonly, close = system.preadv, system.open_readonly, system.close
+    preadv, close = system.preadv, system.close
 
     def counted(fd: int, views: list[memoryview], offset: int) -> int:
         with seen.lock:
@@ -42,16 +42,20 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
             seen.nbytes += count
         return count
 
-    def opened(path: str) -> int:
-        fd = open_readonly(path)
-        seen.open.add(fd)
-        return fd
+    def watched(open_file: Callable[[str], int]) -> Callable[[str], int]:
+        def opened(path: str) -> int:
+            fd = open_file(path)
+            seen.open.add(fd)
+            return fd
+
+        return opened
 
     def closed(fd: int) -> None:
         seen.open.remove(fd)
         close(fd)
 
     monkeypatch.setattr(system, "preadv", counted)
-    monkeypatch.setattr(system, "open_readonly", opened)
+    for name in ("open_readonly", "open_append", "create"):
+        monkeypatch.setattr(system, name, watched(getattr(system, name)))
     monkeypatch.setattr(system, "close", closed)
     return seen

@@ -1,0 +1,460 @@
+"""Slabs made of host tensors, of a device's and of files: the same file from all of them, in bounded memory."""
+
+from __future__ import annotations
+
+import gc
+import importlib.util
+import random
+import threading
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from automodel_conv.dtypes import dtype_code
+from automodel_conv.errors import ConversionError, ReadError, WriteError
+from automodel_conv.execution import writing
+from automodel_conv.execution.memory import from_real_strides
+from automodel_conv.execution.reading import OpenFiles
+from automodel_conv.execution.slabs import Slabs, slab_schedule
+from automodel_conv.execution.writing import (
+    LEAST_SCRATCH_BYTES,
+    DeviceTensors,
+    HostTensors,
+    SourceFiles,
+    budget,
+    compare_slabs,
+    jobs_of,
+    write_shard,
+)
+from automodel_conv.files import system
+from automodel_conv.files.checkpoint import Checkpoint, open_checkpoint
+from automodel_conv.files.destination import open_destination
+from automodel_conv.files.shards import Spec, shard_of
+from automodel_conv.planning.plan import CopyPlan
+from automodel_conv.saving import places_in
+from automodel_conv.testing import address_valued, assert_bytes_equal, guarded
+from tests.execution.simulated import DeviceFault, SimulatedDevice
+from tests.execution.support import LAYOUTS, MERGE, columns, experts, moe, naive, plan_of, target, write_checkpoint
+
+needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+MAKERS = ("host", "device", "files")
+SLAB, INPUT = 1024, 512
+
+
+class Lying(NamedTuple):
+    """Where tensors lie; see ``slabs.Places``."""
+
+    dtypes: list[str]
+    file_ids: list[int]
+    offsets: list[int]
+
+
+class Case(NamedTuple):
+    tensors: dict[str, torch.Tensor]
+    checkpoint: Checkpoint
+    plan: CopyPlan
+    expected: dict[str, torch.Tensor]
+
+
+def case(directory, *operations, wanted="BF16", dtype=torch.bfloat16, shape=(3, 9, 14), pad=0):
+    """Experts that become grouped, some cast, and what they become one element at a time."""
+    tensors, checkpoint, plan = moe(directory, *operations, pad=pad, dtype=dtype, shape=shape)
+    plan = plan_of(plan.sources, *(t._replace(dtype=wanted) if t.name != "norm" else t for t in plan.targets))
+    return Case(tensors, checkpoint, plan, naive(plan, tensors))
+
+
+@pytest.fixture(scope="module")
+def cases(tmp_path_factory):
+    """Each layout, with and without a cast, there and back; headers that align the data to anything."""
+    made = []
+    for layout in LAYOUTS:
+        for wanted in ("BF16", "F32"):
+            there = case(tmp_path_factory.mktemp("there"), *LAYOUTS[layout], wanted=wanted, pad=len(made) % 3)
+            grouped = write_checkpoint(tmp_path_factory.mktemp("back"), {"a.safetensors": there.expected}, pad=1)
+            back = there.plan.inverse()
+            made += [there, Case(there.expected, grouped, back, naive(back, there.expected))]
+    return made
+
+
+@contextmanager
+def maker_of(kind, case, slab_bytes=SLAB, input_bytes=INPUT, tensors=None, device=None, backend="torch"):
+    """The schedule of a case, and what starts a maker of one kind for it, with its scratch guarded."""
+    targets = list(case.plan.targets)
+    shard = shard_of("model.safetensors", [Spec(t.name, t.dtype, t.shape) for t in targets])
+    places = places_in([shard], targets)
+    if kind == "files":
+        slabs = slab_schedule(targets, [t.copies for t in targets], case.checkpoint, places, most_bytes=slab_bytes)
+        jobs = jobs_of(slabs.slabs, case.checkpoint, input_bytes)
+        files = OpenFiles(case.checkpoint.files, [job for group in jobs.values() for job in group])
+
+        def start():
+            return SourceFiles(case.checkpoint, files, jobs, slabs.dtypes, slab_bytes, input_bytes)
+
+        try:
+            yield shard, slabs, start
+        finally:
+            files.close()
+        return
+    found = case.tensors if tensors is None else tensors
+    rows = [found[name] for name in case.plan.sources.names]
+    copies, operands = [], []
+    for number, t in enumerate(targets):
+        made, read = from_real_strides(t.copies, [rows[row] for row in t.sources])
+        copies.append(made)
+        targets[number] = t._replace(sources=tuple(range(len(operands), len(operands) + len(read))))
+        operands += read
+    lying = Lying([dtype_code(t.dtype) for t in operands], list(range(len(operands))), [0] * len(operands))
+    slabs = slab_schedule(targets, copies, lying, places, most_bytes=slab_bytes)
+    if kind == "host":
+        yield shard, slabs, lambda: HostTensors(operands, slabs.dtypes, slab_bytes)
+    else:
+        device = device or SimulatedDevice()
+        yield shard, slabs, lambda: DeviceTensors(operands, slabs.dtypes, slab_bytes, device, backend)
+
+
+def write(kind, case, directory, threads=2, **options):
+    """Write a case as one file; returns its path once it is whole."""
+    with maker_of(kind, case, **options) as (shard, slabs, start):
+        seen = []
+        with open_destination(str(directory), [shard], None) as destination:
+            write_shard(shard, [(slabs.slabs, start)], destination, threads, seen.append)
+            destination.finish(shard)
+            destination.commit(None)
+    assert sum(seen) == shard.nbytes - len(shard.header)
+    return Path(directory) / shard.name
+
+
+def assert_holds(path, case):
+    opened = open_checkpoint(path)
+    assert set(opened.names) == case.expected.keys()
+    data = path.read_bytes()
+    for name, tensor in case.expected.items():
+        row = opened.position[name]
+        assert (opened.dtypes[row], opened.shapes[row]) == (dtype_code(tensor.dtype), tuple(tensor.shape))
+        held = bytearray(data[opened.offsets[row] : opened.offsets[row] + opened.nbytes[row]])
+        assert_bytes_equal(torch.frombuffer(held, dtype=tensor.dtype).reshape(tensor.shape), tensor)
+
+
+@pytest.fixture
+def scratches(monkeypatch):
+    """All host scratch, poisoned and guarded; checked at the end."""
+    made = []
+
+    def allocate(nbytes):
+        made.append(guarded((nbytes,), torch.uint8))
+        return made[-1].tensor
+
+    monkeypatch.setattr(writing, "_scratch", allocate)
+    yield made
+    for scratch in made:
+        scratch.check()
+
+
+# --- the same bytes ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", MAKERS)
+@pytest.mark.parametrize("slab_bytes", [256, SLAB, 1 << 16])
+def test_files_hold_what_the_plan_makes_whoever_makes_it(cases, tmp_path, scratches, kind, slab_bytes):
+    for number, case in enumerate(cases):
+        path = write(kind, case, tmp_path / str(number), slab_bytes=slab_bytes, input_bytes=slab_bytes // 2)
+        assert_holds(path, case)
+    assert scratches or kind == "device"
+
+
+@pytest.mark.parametrize("kind", MAKERS)
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float64, torch.bool, torch.float8_e4m3fn], ids=str)
+def test_elements_of_any_width_are_written(tmp_path, kind, dtype):
+    made = case(tmp_path / "source", *LAYOUTS["transposed"], dtype=dtype, wanted=dtype_code(dtype), pad=1)
+    assert_holds(write(kind, made, tmp_path / "made"), made)
+
+
+@pytest.mark.parametrize("kind", MAKERS)
+def test_scalars_and_tensors_without_elements_are_written(tmp_path, kind):
+    tensors = {"scalar": torch.tensor(1.5), "empty": torch.empty(0, 3), "a": address_valued((5,), torch.float32, 3)}
+    checkpoint = write_checkpoint(tmp_path / "source", {"a.safetensors": tensors})
+    sources = columns(checkpoint)
+    plan = plan_of(sources, *(target(sources, name, "F32", [[name]]) for name in ("scalar", "a")))
+    made = Case(tensors, checkpoint, plan, naive(plan, tensors))
+    assert_holds(write(kind, made, tmp_path / "made"), made)
+
+
+def lie_apart(tensor):
+    return torch.stack([tensor, tensor], -1)[..., 0]
+
+
+def lie_turned(tensor):
+    return tensor.t().contiguous().t() if tensor.dim() == 2 else lie_apart(tensor)
+
+
+def lie_among_others(tensor):
+    """A part of a larger tensor, neither at its start nor contiguous."""
+    around = torch.zeros([size + 3 for size in tensor.shape], dtype=tensor.dtype)
+    inner = around[tuple(slice(2, 2 + size) for size in tensor.shape)]
+    inner.copy_(tensor)
+    return inner
+
+
+@pytest.mark.parametrize("kind", ["host", "device"])
+@pytest.mark.parametrize("lie", [lie_apart, lie_turned, lie_among_others])
+def test_tensors_of_any_strides_are_read_as_they_lie(cases, tmp_path, scratches, kind, lie):
+    for number, case in enumerate(cases):
+        tensors = {name: lie(tensor) for name, tensor in case.tensors.items()}
+        assert not all(tensor.is_contiguous() for tensor in tensors.values())
+        assert_holds(write(kind, case, tmp_path / str(number), tensors=tensors), case)
+
+
+@needs_triton
+@pytest.mark.parametrize("wanted", ["BF16", "F32"])
+def test_kernels_make_the_same_bytes(tmp_path, wanted):
+    made = case(tmp_path / "source", *LAYOUTS["transposed"], wanted=wanted, shape=(2, 16, 32))
+    path = write("device", made, tmp_path / "made", slab_bytes=8192, threads=1, backend="triton")
+    assert_holds(path, made)
+
+
+def test_tensors_made_in_inference_mode_are_written(cases, tmp_path):
+    with torch.inference_mode():
+        tensors = {name: tensor.clone() for name, tensor in cases[2].tensors.items()}
+    assert_holds(write("host", cases[2], tmp_path / "a", tensors=tensors), cases[2])
+    with torch.inference_mode():
+        assert_holds(write("host", cases[2], tmp_path / "b", tensors=tensors), cases[2])
+
+
+# --- what the system does ---------------------------------------------------------------------------------------------
+
+
+def fewer(count):
+    """A stand-in for a call of the system that does a few bytes at a time."""
+    numbers = random.Random(count)
+    return lambda most: numbers.randint(1, min(count, most))
+
+
+@pytest.mark.parametrize("kind", MAKERS)
+@pytest.mark.parametrize("most", [1, 7, 300])
+def test_writes_of_a_few_bytes_make_the_same_file(cases, tmp_path, monkeypatch, kind, most):
+    real, take, lock = system.pwritev, fewer(most), threading.Lock()
+
+    def pwritev(fd, views, offset):
+        with lock:
+            count = take(len(views[0]))
+        return real(fd, [views[0][:count]], offset)
+
+    monkeypatch.setattr(system, "pwritev", pwritev)
+    monkeypatch.setattr(system, "copy_range", lambda *arguments: 0)
+    for number, case in enumerate(cases[: 2 if most == 1 else 4]):
+        assert_holds(write(kind, case, tmp_path / str(number)), case)
+
+
+def only_some(rng, real):
+    """Copies within the kernel that are short, or stop somewhere, as at the end of an extent."""
+
+    def copy_range(source, source_offset, target, target_offset, nbytes):
+        if rng.random() < 0.3:
+            return 0
+        return real(source, source_offset, target, target_offset, rng.randint(1, nbytes))
+
+    return copy_range
+
+
+@pytest.mark.parametrize("way", ["not at all", "a few bytes at a time", "whole"])
+def test_copies_within_the_kernel_change_nothing_however_far_they_come(cases, tmp_path, monkeypatch, calls, way):
+    real, copied = system.copy_range, []
+    stand_in = {"not at all": lambda *a: 0, "a few bytes at a time": only_some(random.Random(3), real), "whole": real}
+
+    def copy_range(*arguments):
+        copied.append(stand_in[way](*arguments))
+        return copied[-1]
+
+    monkeypatch.setattr(system, "copy_range", copy_range)
+    for repeat in range(1 if way != "a few bytes at a time" else 5):
+        for number, case in enumerate(cases):
+            assert_holds(write("files", case, tmp_path / f"{repeat}-{number}"), case)
+            assert not calls.open  # the source's files, whoever was the last to need them
+    assert copied
+    if way == "a few bytes at a time":
+        assert 0 in copied
+        assert any(copied)
+
+
+def test_the_bytes_of_what_only_moves_never_enter_the_process(tmp_path, calls):
+    made = case(tmp_path / "source", shape=(4, 16, 32))
+    before = calls.nbytes
+    assert_holds(write("files", made, tmp_path / "made"), made)
+    headers = calls.nbytes - before
+    probe = tmp_path / "probe"
+    probe.write_bytes(b"x" * 100)
+    with probe.open("rb") as source, (tmp_path / "copy").open("wb") as copy:
+        if not system.copy_range(source.fileno(), 0, copy.fileno(), 0, 100):
+            pytest.skip("this file system does not copy within the kernel")
+    assert headers < 2000 < made.plan.bytes_read
+
+
+@pytest.mark.parametrize("kind", MAKERS)
+def test_a_write_that_fails_is_told_with_its_file_and_ends_all_threads(cases, tmp_path, monkeypatch, kind):
+    real, count = system.pwritev, iter(range(1000))
+
+    def pwritev(fd, views, offset):
+        if next(count) == 5:
+            raise OSError(28, "No space left on device")
+        return real(fd, views, offset)
+
+    monkeypatch.setattr(system, "pwritev", pwritev)
+    monkeypatch.setattr(system, "copy_range", lambda *arguments: 0)
+    with pytest.raises(WriteError, match=r"model\.safetensors(.|\n)*No space left"):
+        write(kind, cases[4], tmp_path / "made", slab_bytes=256)
+    assert not [t for t in threading.enumerate() if t.name.startswith("automodel_conv")]
+    assert list((tmp_path / "made").iterdir()) == []
+
+
+def test_a_read_that_fails_names_the_tensor(cases, tmp_path, calls):
+    calls.fail_read = calls.reads + 3
+    with pytest.raises(ReadError, match=r"experts\.(.|\n)*Input/output error"):
+        write("files", cases[4], tmp_path / "made", slab_bytes=256, input_bytes=128)
+    assert not calls.open
+
+
+@pytest.mark.parametrize("fault", [{"fail_at": 7}, {"fail_allocation": 2}])
+def test_a_device_that_fails_is_told_and_nothing_of_it_is_kept(cases, tmp_path, fault):
+    device = SimulatedDevice(**fault)
+    with pytest.raises(DeviceFault):
+        write("device", cases[4], tmp_path / "made", slab_bytes=256, device=device)
+    gc.collect()
+    assert device.live == 0
+    assert list((tmp_path / "made").iterdir()) == []
+
+
+def test_a_late_device_is_waited_for(cases, tmp_path):
+    for seed in range(16):
+        case = cases[seed % len(cases)]
+        device = SimulatedDevice(seed, eagerness=random.Random(seed).choice([0, 0.1, 0.9]))
+        path = write("device", case, tmp_path / str(seed), threads=1 + seed % 3, slab_bytes=512, device=device)
+        assert_holds(path, case)
+        gc.collect()
+        assert (device.live, device.idle) == (0, True)
+
+
+# --- memory -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("reads_files", [False, True])
+@pytest.mark.parametrize("scratch_bytes", [LEAST_SCRATCH_BYTES, 100_003, 1 << 20, 64 << 20, 256 << 20])
+def test_a_budget_shares_out_no_more_than_there_is(scratch_bytes, reads_files):
+    for threads in (1, 2, 3, 16, 100):
+        share = budget(threads, scratch_bytes, reads_files=reads_files)
+        assert 1 <= share.threads <= threads
+        assert share.scratch_bytes <= scratch_bytes
+        assert share.scratch_bytes >= scratch_bytes // 4
+        assert share.slab_bytes % 64 == share.input_bytes % 64 == 0
+        assert share.slab_bytes >= 1024
+        assert (share.input_bytes >= 1024) == reads_files
+    assert 1 <= budget(None, scratch_bytes, reads_files=reads_files).threads <= 16
+
+
+@pytest.mark.parametrize("options", [(0, 1 << 20), (-1, 1 << 20), (1, LEAST_SCRATCH_BYTES - 1)])
+def test_impossible_budgets_are_refused(options):
+    with pytest.raises(ConversionError, match=r"threads >= 1, scratch_bytes >= "):
+        budget(*options, reads_files=True)
+
+
+def peak_bytes(work):
+    """The most that torch had allocated on the host at once while ``work`` ran, beyond what it had before."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+        kept = work()
+    level = peak = 0
+    for event in seen.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            level += event.nbytes()
+            peak = max(peak, level)
+    del kept
+    return peak
+
+
+def test_the_measure_of_memory_sees_what_is_given_back():
+    assert 3_000_000 <= peak_bytes(lambda: torch.empty(3_000_000, dtype=torch.uint8).numel()) < 3_001_000
+    assert peak_bytes(lambda: [torch.empty(1000, dtype=torch.uint8).clone().numel() for _ in range(9)]) < 2500
+
+
+@pytest.mark.parametrize("kind", ["host", "files"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("wanted", ["BF16", "F32"])
+def test_memory_stays_within_the_budget(tmp_path, kind, layout, wanted):
+    tensors = experts(2, 300, 200, torch.bfloat16)
+    checkpoint = write_checkpoint(tmp_path, {"a.safetensors": tensors})
+    sources = columns(checkpoint)
+    plan = plan_of(
+        sources,
+        *(
+            target(sources, name, wanted, [[f"experts.0.{name}", f"experts.1.{name}"]], [MERGE, *LAYOUTS[layout]])
+            for name in ("gate", "up", "down")
+        ),
+    )
+    made = Case(tensors, checkpoint, plan, {})
+    share = budget(1, 100_000, reads_files=kind == "files")
+    with maker_of(kind, made, share.slab_bytes, share.input_bytes) as (_, slabs, start):
+
+        def work():
+            maker = start()
+            for slab in slabs.slabs:
+                assert sum(map(len, maker(slab))) == slab.nbytes
+            return maker
+
+        peak = peak_bytes(work)
+    assert len(slabs.slabs) > 5
+    assert share.slab_bytes <= peak <= share.scratch_bytes <= 100_000
+
+
+def test_a_device_gives_no_more_than_the_budget(cases, tmp_path):
+    device = SimulatedDevice()
+    write("device", cases[4], tmp_path, threads=3, device=device)
+    assert 0 < device.pinned_bytes <= 3 * SLAB
+    assert 0 < device.scratch_bytes <= 3 * SLAB
+
+
+# --- comparing --------------------------------------------------------------------------------------------------------
+
+
+def compared(kind, case, path, threads=2, **options):
+    with maker_of(kind, case, **options) as (_, slabs, start):
+        return compare_slabs(slabs.slabs, str(path), start, threads, lambda nbytes: None)
+
+
+@pytest.mark.parametrize("kind", MAKERS)
+def test_a_file_that_is_right_has_no_first_difference(cases, tmp_path, kind):
+    for number, case in enumerate(cases):
+        path = write("host", case, tmp_path / str(number))
+        assert compared(kind, case, path) is None
+
+
+@pytest.mark.parametrize("kind", MAKERS)
+@pytest.mark.parametrize("window_bytes", [16, 1 << 20])
+def test_the_first_byte_that_differs_is_found_wherever_it_is(cases, tmp_path, monkeypatch, kind, window_bytes):
+    monkeypatch.setattr(writing, "_WINDOW_BYTES", window_bytes)
+    rng = random.Random(5)
+    for number, case in enumerate(cases):
+        path = write("host", case, tmp_path / str(number))
+        right = path.read_bytes()
+        start = len(right) - sum(t.nbytes for t in case.plan.targets)
+        places = [start, len(right) - 1, *(rng.randrange(start, len(right)) for _ in range(6))]
+        for at in places:
+            wrong = bytearray(right)
+            for place in {at, *(rng.randrange(at, len(right)) for _ in range(rng.randint(0, 3)))}:
+                wrong[place] ^= 1 << rng.randrange(8)
+            path.write_bytes(wrong)
+            assert compared(kind, case, path, threads=1) == at
+            assert compared(kind, case, path, threads=3) == at
+
+
+def test_a_file_that_ends_too_early_is_told(cases, tmp_path):
+    path = write("host", cases[0], tmp_path)
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(ReadError, match="ends too early"):
+        compared("host", cases[0], path)
+
+
+def test_nothing_to_compare_is_equal(tmp_path):
+    (tmp_path / "a").write_bytes(b"x")
+    assert compare_slabs(Slabs([], ()).slabs, str(tmp_path / "a"), lambda: None, 2, lambda nbytes: None) is None

@@ -1,0 +1,250 @@
+"""Headers, division and index of what is written, against the libraries whose files they shall equal."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from huggingface_hub import split_torch_state_dict_into_shards
+from hypothesis import example, given
+from hypothesis import strategies as st
+from safetensors import safe_open
+from safetensors.torch import save, save_file
+
+from automodel_conv.dtypes import BITS, dtype_code, nbytes, torch_dtype
+from automodel_conv.errors import UnsupportedError
+from automodel_conv.files.checkpoint import open_checkpoint
+from automodel_conv.files.shards import (
+    INDEX_NAME,
+    Spec,
+    divide,
+    divide_like,
+    index_of,
+    parse_size,
+    shard_of,
+)
+from automodel_conv.testing import address_valued
+
+
+def can_be_saved(code: str) -> bool:
+    """Whether the installed torch has the dtype and the installed safetensors writes it."""
+    if torch_dtype(code) is None:
+        return False
+    try:
+        save({"a": address_valued((2,), torch_dtype(code))})
+    except (KeyError, ValueError, RuntimeError):
+        return False
+    return True
+
+
+DTYPES = [code for code in BITS if can_be_saved(code)]
+NAMES = st.text(st.characters(exclude_categories=["Cs"]), max_size=12).filter(lambda name: name != "__metadata__")
+
+
+@st.composite
+def tensors_by_name(draw, most=6):
+    tensors = {}
+    for start, name in enumerate(draw(st.lists(NAMES, unique=True, max_size=most))):
+        code = draw(st.sampled_from(DTYPES))
+        shape = draw(st.lists(st.integers(0, 5), min_size=code == "F4", max_size=3))
+        tensors[name] = address_valued(shape, torch_dtype(code), start * 100)
+    return tensors
+
+
+def specs_of(tensors):
+    return [Spec(name, dtype_code(tensor.dtype), tuple(tensor.shape)) for name, tensor in tensors.items()]
+
+
+def raw(tensor):
+    return bytes(tensor.reshape(-1).view(torch.uint8).tolist()) if tensor.numel() else b""
+
+
+def test_most_dtypes_can_be_compared():
+    assert {"BOOL", "F8_E4M3", "F8_E5M2", "U8", "I64", "BF16", "F32", "C64"} <= set(DTYPES)
+
+
+# --- headers ----------------------------------------------------------------------------------------------------------
+
+
+@example({})
+@example({"é\u2028\x7f": torch.ones(3), 'quotes " and \\ and \n and \x01': torch.ones(()), "": torch.ones(2, 0)})
+@example({"😀": torch.ones(1), "\uffff": torch.ones(1), "z": torch.ones(1), "Z": torch.ones(1)})
+@given(tensors_by_name())
+def test_file_equals_what_safetensors_writes_byte_for_byte(tensors):
+    shard = shard_of("a", specs_of(tensors))
+    data = bytearray(shard.nbytes)
+    data[: len(shard.header)] = shard.header
+    for spec, offset in zip(shard.specs, shard.offsets, strict=True):
+        data[offset : offset + spec.nbytes] = raw(tensors[spec.name])
+    assert bytes(data) == save(tensors, metadata={"format": "pt"})
+
+
+@pytest.mark.skipif("F4" not in DTYPES, reason="this torch has no float4")
+def test_pairs_of_four_bits_are_counted_as_safetensors_counts_them():
+    tensors = {"odd": address_valued((3, 1), torch_dtype("F4")), "wide": torch.ones(2, dtype=torch.int64)}
+    shard = shard_of("a", specs_of(tensors))
+    assert shard.header == save(tensors, metadata={"format": "pt"})[: len(shard.header)]
+    assert b'"shape":[3,2]' in shard.header
+
+
+def test_a_pair_of_four_bits_without_a_dimension_is_refused_as_nobody_could_read_it():
+    with pytest.raises(UnsupportedError, match="a is a pair"):
+        shard_of("model.safetensors", [Spec("a", "F4", ())])
+
+
+@given(tensors_by_name())
+def test_every_tensor_starts_where_its_elements_may_and_none_share_bytes(tensors):
+    shard = shard_of("a", specs_of(tensors))
+    end = len(shard.header)
+    for spec, offset in zip(shard.specs, shard.offsets, strict=True):
+        assert offset == end
+        assert offset % max(1, BITS[spec.dtype] // 8) == 0
+        end += spec.nbytes
+    assert end == shard.nbytes
+    assert {spec.name for spec in shard.specs} == set(tensors)
+
+
+def test_wider_dtypes_that_torch_lacks_keep_their_place_in_the_order():
+    specs = [Spec(code, code, (8,)) for code in reversed(BITS)]
+    assert [spec.dtype for spec in shard_of("a", specs).specs] == list(BITS)[::-1]
+    assert [spec.nbytes for spec in specs] == [nbytes(code, 8) for code in reversed(BITS)]
+
+
+def test_what_is_written_opens_with_safetensors_and_with_us(tmp_path):
+    tensors = {"b": torch.ones(2, 3), "a": torch.ones((), dtype=torch.int64), "é": torch.ones(0, 4, dtype=torch.bool)}
+    shard = shard_of("model.safetensors", specs_of(tensors))
+    path = tmp_path / shard.name
+    path.write_bytes(shard.header + bytes(shard.nbytes - len(shard.header)))
+    opened = open_checkpoint(path)
+    assert {name: opened.offsets[row] for name, row in opened.position.items()} == {
+        spec.name: offset for spec, offset in zip(shard.specs, shard.offsets, strict=True)
+    }
+    with safe_open(path, "pt") as file:
+        assert file.metadata() == {"format": "pt"}
+        for name, tensor in tensors.items():
+            found = file.get_tensor(name)
+            assert (found.shape, found.dtype) == (tensor.shape, tensor.dtype)
+
+
+# --- division ---------------------------------------------------------------------------------------------------------
+
+
+@example([100, 1, 99, 101, 100, 1], 100)
+@example([101], 100)
+@example([101, 1], 100)
+@example([1, 101], 100)
+@example([50, 50, 50], 100)
+@given(
+    st.lists(st.integers(1, 60) | st.sampled_from([99, 100, 101, 200]), min_size=1, max_size=14), st.integers(1, 120)
+)
+def test_division_equals_that_of_huggingface_hub(sizes, most_bytes):
+    tensors = {f"t{n * 7 % 15}": torch.empty(size, dtype=torch.uint8) for n, size in enumerate(sizes)}
+    theirs = split_torch_state_dict_into_shards(
+        tensors, filename_pattern="model{suffix}.safetensors", max_shard_size=most_bytes
+    )
+    shards = divide(specs_of(tensors), most_bytes)
+    assert {shard.name: sorted(spec.name for spec in shard.specs) for shard in shards} == {
+        name: sorted(names) for name, names in theirs.filename_to_tensors.items()
+    }
+    assert [shard.name for shard in shards] == list(theirs.filename_to_tensors)
+    index = index_of(shards)
+    assert (index is not None) == theirs.is_sharded
+    if index is not None:
+        assert json.loads(index)["weight_map"] == theirs.tensor_to_filename
+        assert json.loads(index)["metadata"]["total_size"] == theirs.metadata["total_size"]
+
+
+def test_empty_tensors_go_with_those_before_them():
+    specs = [Spec("a", "U8", (10,)), Spec("b", "U8", (0,)), Spec("c", "U8", (10,)), Spec("d", "F32", (3, 0))]
+    shards = divide(specs, 10)
+    assert [{spec.name for spec in shard.specs} for shard in shards] == [{"a", "b"}, {"c", "d"}]
+
+
+def test_nothing_is_one_empty_file_without_an_index():
+    [shard] = divide([], 10)
+    assert shard.name == "model.safetensors"
+    assert shard.header == save({}, metadata={"format": "pt"})
+    assert index_of([shard]) is None
+
+
+def test_division_like_a_reference_keeps_its_files_and_leaves_those_out_that_have_nothing():
+    files = {"a": "two.safetensors", "b": "one.safetensors", "c": "two.safetensors", "gone": "three.safetensors"}
+    specs = [Spec(name, "F32", (2,)) for name in "cab"]
+    shards = divide_like(specs, files)
+    assert {shard.name: [spec.name for spec in shard.specs] for shard in shards} == {
+        "one.safetensors": ["b"],
+        "two.safetensors": ["a", "c"],
+    }
+    index = json.loads(index_of(shards))
+    assert index["weight_map"] == {name: files[name] for name in "abc"}
+
+
+def test_a_single_file_under_another_name_has_an_index():
+    [shard] = divide_like([Spec("a", "F32", (2,))], {"a": "weights.safetensors"})
+    assert json.loads(index_of([shard]))["weight_map"] == {"a": "weights.safetensors"}
+
+
+# --- index ------------------------------------------------------------------------------------------------------------
+
+
+def test_index_equals_that_of_save_pretrained(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    config = transformers.LlamaConfig(
+        vocab_size=32, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2
+    )
+    model = transformers.LlamaForCausalLM(config)
+    model.save_pretrained(tmp_path, max_shard_size=3000)
+    shards = divide(specs_of(model.state_dict()), 3000)
+    assert len(shards) > 2
+    assert index_of(shards) == (tmp_path / INDEX_NAME).read_bytes()
+    for shard in shards:
+        assert shard.header == (tmp_path / shard.name).read_bytes()[: len(shard.header)]
+
+
+def test_index_of_names_beyond_ascii_is_read_back(tmp_path):
+    tensors = {"é": torch.ones(3), "😀": torch.ones(2)}
+    shards = divide(specs_of(tensors), 12)
+    assert len(shards) == 2
+    for shard in shards:
+        save_file({spec.name: tensors[spec.name] for spec in shard.specs}, tmp_path / shard.name)
+    (tmp_path / INDEX_NAME).write_bytes(index_of(shards))
+    assert set(open_checkpoint(tmp_path).names) == set(tensors)
+
+
+# --- sizes ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("size", "expected"),
+    [
+        (1, 1),
+        (5_000_000_000, 5_000_000_000),
+        ("5GB", 5_000_000_000),
+        ("5gb", 5_000_000_000),
+        (" 300 MB ", 300_000_000),
+        ("0.5KB", 500),
+        ("1.5 MiB", 3 << 19),
+        ("2TiB", 2 << 40),
+        ("3TB", 3 * 10**12),
+        ("17B", 17),
+        ("17 kib", 17 << 10),
+    ],
+)
+def test_sizes_are_bytes_or_words(size, expected):
+    assert parse_size(size) == expected
+
+
+@pytest.mark.parametrize(
+    "size",
+    [0, -1, True, False, None, 1.5, "", "5", "GB", "5 G B", "-5GB", "5GBs", "0GB", "0.4B", "1e3MB", b"5GB", "5,0GB"],
+)
+def test_what_is_no_size_is_refused(size):
+    with pytest.raises(UnsupportedError, match="not a size"):
+        parse_size(size)
+
+
+@pytest.mark.parametrize("words", ["5GB", "300MB", "17KB", "1TB"])
+def test_words_mean_what_huggingface_hub_means(words):
+    parse = pytest.importorskip("huggingface_hub.serialization._base").parse_size_to_int
+    assert parse_size(words) == parse(words)
