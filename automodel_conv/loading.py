@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from automodel_conv.dtypes import FLOATING
 from automodel_conv.execution.buffers import allocate
 from automodel_conv.execution.checksums import verify_checksums
-from automodel_conv.execution.filling import Limits, fill
+from automodel_conv.execution.filling import Limits, fill, within
 from automodel_conv.execution.ranks import (
     as_distributed,
     groups_of,
@@ -127,6 +127,7 @@ def load_state_dict(
     threads: int | None = None,
     scratch_bytes: int | None = None,
     device_scratch_bytes: int | None = None,
+    memory_budget: int | None = None,
     progress: bool = False,
     revision: str | None = None,
 ) -> LoadedStateDict:
@@ -150,6 +151,8 @@ def load_state_dict(
         scratch_bytes: bound of the host memory used beside the final tensors; None: 64 MiB. Where the host is not where
             they are, it is pinned, and torch rounds it up to a power of two and keeps it for the next load.
         device_scratch_bytes: likewise of the memory of a CUDA device; None: 256 MiB.
+        memory_budget: bound of all memory used beside the final tensors, of the host and a device together, on this
+            rank; makes what is not given of the two above smaller where it must. Plans, which are small, not counted.
         progress: show a bar in bytes and GB/s.
         revision: of an ``org/name`` on the Hub.
 
@@ -157,6 +160,8 @@ def load_state_dict(
         CheckpointError, NameProblems, UnsupportedError: see ``compile_plan``; nothing has been read then.
         VerificationError: a tensor does not have its checksum, or there is none; nothing has been loaded then.
         ReadError: reading failed; names file and tensor.
+        ConversionError: the load does not fit into ``memory_budget``; nothing has been read then.
+        RankError: with DTensors: the load failed on other ranks, or one of them is gone.
     """
     device = loadable(device)
     state = {} if model is None else model.state_dict(keep_vars=True)
@@ -174,7 +179,7 @@ def load_state_dict(
             like = state.get(target.name)
             buffers |= allocate([target], home_of(like) if like is not None and is_distributed(like) else device)
         clock.lap("plan")
-        limits = Limits(threads, scratch_bytes, device_scratch_bytes)
+        limits = within(memory_budget, Limits(threads, scratch_bytes, device_scratch_bytes), plan, buffers)
         mine, shared_names = _to_read(plan, state, broadcast)
         stats = fill(mine, checkpoint, buffers, limits, progress=progress)
         clock.lap("read")
@@ -201,6 +206,7 @@ def load_model(
     threads: int | None = None,
     scratch_bytes: int | None = None,
     device_scratch_bytes: int | None = None,
+    memory_budget: int | None = None,
     progress: bool = False,
     revision: str | None = None,
 ) -> LoadReport:
@@ -211,8 +217,8 @@ def load_model(
         device: where new parameters go; None: to the device of those whose place they take, from the meta device to the
             CPU. Materialized parameters are filled where they are.
         dtype: if given, parameters of another floating dtype are replaced (see ``compile_plan``).
-        path, rules, key_mapping, strict, verify, broadcast, threads, scratch_bytes, device_scratch_bytes, progress,
-            revision: see ``load_state_dict``.
+        path, rules, key_mapping, strict, verify, broadcast, threads, scratch_bytes, device_scratch_bytes, memory_budget,
+            progress, revision: see ``load_state_dict``.
 
     Raises:
         CheckpointError, NameProblems, UnsupportedError: see ``compile_plan``; no parameter has been written then.
@@ -236,6 +242,7 @@ def load_model(
         homes = Homes.of(model, plan, strict, device)
         clock.lap("plan")
         limits = Limits(threads, scratch_bytes, device_scratch_bytes)
+        limits = within(memory_budget, limits, homes.plan, homes.buffers, homes.extra_bytes)
         mine, shared_names = _to_read(homes.plan, state, broadcast)
         stats = fill(mine, checkpoint, homes.buffers, limits, progress=progress)
         clock.lap("read")
