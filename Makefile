@@ -32,7 +32,7 @@ test-main: $(VENV)/installed
 	@$(LEG) "tests" $(PYTEST) -m "not packaging" --doctest-modules --ignore=automodel_conv/kernels automodel_conv tests
 
 # A file to a worker: the tests of one share what it built.
-test-packaging: $(VENV)/transformers-5.17.0/.installed
+test-packaging: $(OTHER_TRANSFORMERS:%=$(VENV)/transformers-%/.installed)
 	@$(LEG) "packaging" $(PYTEST) --dist loadfile -m packaging tests/packaging
 
 test-transformers-%: $(VENV)/transformers-%/.installed

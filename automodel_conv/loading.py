@@ -217,8 +217,8 @@ def load_model(
         device: where new parameters go; None: to the device of those whose place they take, from the meta device to the
             CPU. Materialized parameters are filled where they are.
         dtype: if given, parameters of another floating dtype are replaced (see ``compile_plan``).
-        path, rules, key_mapping, strict, verify, broadcast, threads, scratch_bytes, device_scratch_bytes, memory_budget,
-            progress, revision: see ``load_state_dict``.
+        path, rules, key_mapping, strict, verify, broadcast, threads, scratch_bytes, device_scratch_bytes: see
+            ``load_state_dict``, as for memory_budget, progress and revision.
 
     Raises:
         CheckpointError, NameProblems, UnsupportedError: see ``compile_plan``; no parameter has been written then.

@@ -46,7 +46,7 @@ def load_files(
         buffers: by target name, on the CPU, of the target's shape and dtype and any strides; other
             names are ignored. Written in place.
         threads: that read and copy; as many as there are cores if not given, at most 16. Fewer take
-            part where scratch_bytes is too small for all.
+            part where scratch_bytes is too small for all. One is the caller's own.
         scratch_bytes: of all threads together, for what cannot be read in place; 64 MiB if not
             given. Sources that are larger go through it in slabs.
         progress: draw a bar.

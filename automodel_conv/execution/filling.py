@@ -62,11 +62,8 @@ def within(
         needed = extra_bytes + max(limits.scratch_bytes or least, least)
         if on_device:
             needed += max(limits.device_scratch_bytes or 4 * least, least)
-        raise ConversionError(
-            message(
-                "the load does not fit into memory_budget", expected=f"at least {needed} bytes", found=memory_budget
-            )
-        )
+        expected = f"at least {needed} bytes"
+        raise ConversionError(message("no load fits into memory_budget", expected=expected, found=memory_budget))
     return limits._replace(scratch_bytes=host, device_scratch_bytes=device or None)
 
 

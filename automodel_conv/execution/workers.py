@@ -17,7 +17,8 @@ Item = TypeVar("Item")
 def work_off(items: Iterable[Item], threads: int, start: Callable[[], Callable[[Item], None]]) -> None:
     """Hand each item to one of ``threads`` threads, in order; the first error ends all of them and is raised.
 
-    torch works within each of these threads alone, and may write to any tensor, inference tensors too.
+    torch may write to any tensor there, inference tensors too. One thread is the caller's own; of several, each works
+    alone and lets torch start no others.
 
     Args:
         start: called in each thread; returns what takes the items there.
@@ -27,7 +28,6 @@ def work_off(items: Iterable[Item], threads: int, start: Callable[[], Callable[[
 
     @torch.inference_mode()  # a mode is a thread's own; the caller's tensors may be inference tensors
     def work() -> None:
-        torch.set_num_threads(1)
         take = start()
         while not stop.is_set():
             try:
@@ -37,7 +37,14 @@ def work_off(items: Iterable[Item], threads: int, start: Callable[[], Callable[[
             take(item)
 
     threads = min(threads, len(todo))
-    pool = ThreadPoolExecutor(max(threads, 1), thread_name_prefix="automodel_conv")
+    if threads > 1:
+        _in_threads(work, threads, stop)
+    elif todo:
+        work()
+
+
+def _in_threads(work: Callable[[], None], threads: int, stop: threading.Event) -> None:
+    pool = ThreadPoolExecutor(threads, "automodel_conv", torch.set_num_threads, (1,))
     with _keeping_torch_threads():
         try:
             workers = [pool.submit(work) for _ in range(threads)]

@@ -35,6 +35,11 @@ def install() -> None:
 
     Also where its checkpointer has imported functions of it already. Calling it again changes nothing.
 
+    The checkpointer asks for the outer type of a model only. Name the type of one with experts inside it, and it
+    converts them by the rules of the whole model::
+
+        conversion_mapping.MODELS_REQUIRING_TENSOR_MERGING.add("internvl")
+
     Raises:
         UnsupportedError: nemo_automodel is not installed.
     """

@@ -13,7 +13,7 @@ import functools
 import importlib
 import os
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from types import ModuleType
@@ -33,7 +33,7 @@ from automodel_conv.planning.copies import SourceTable
 from automodel_conv.planning.models import matching
 from automodel_conv.planning.plan import CopyPlan
 from automodel_conv.planning.registry import transformers_available
-from automodel_conv.planning.rules import RuleSet
+from automodel_conv.planning.rules import RuleSet, natural_key
 
 _CONVERT = "convert_and_load_state_dict_in_model"
 # The modules that open files and convert what is in them; the second from 5.17 on.
@@ -217,14 +217,20 @@ def _opening(safe_open: Callable[..., Any], acceleration: Acceleration) -> Calla
 
 
 def _converting(convert: Callable[..., Any], acceleration: Acceleration) -> Callable[..., Any]:
+    from transformers.utils.import_utils import is_env_variable_true
+
     @functools.wraps(convert)
     def converted(model: Any, state_dict: dict[str, Any], load_config: Any, *args: Any, **kwargs: Any) -> Any:
         rules = RuleSet(load_config.weight_mapping, model)
-        work = _work(model, state_dict, load_config, rules)
+        # Before 5.17 a plan says what is sharded; since then the parameters do.
+        sharded = kwargs.get("tp_plan") if load_config.device_mesh is not None else None
+        work = _work(model, state_dict, load_config, rules, sharded or {})
         acceleration.loads.append(HookedLoad(type(model).__name__, tuple(work.buffers), work.left))
         if not work.buffers:
             return convert(model, state_dict, load_config, *args, **kwargs)
-        fill(work.plan, work.checkpoint, work.buffers, Limits())
+        # As transformers itself does: without threads if its users have said so.
+        threads = 1 if is_env_variable_true("HF_DEACTIVATE_ASYNC_LOAD") else None
+        fill(work.plan, work.checkpoint, work.buffers, Limits(threads))
         done, *_ = convert(model, dict(work.buffers), replace(load_config, weight_mapping=[]), *args, **kwargs)
         rest = {name: source for name, source in state_dict.items() if name not in work.taken}
         info, *others = convert(model, rest, load_config, *args, **kwargs)
@@ -250,7 +256,9 @@ class _Work(NamedTuple):
     left: dict[str, str]
 
 
-def _work(model: Any, state_dict: Mapping[str, Any], load_config: Any, rules: RuleSet) -> _Work:
+def _work(
+    model: Any, state_dict: Mapping[str, Any], load_config: Any, rules: RuleSet, tp_plan: Mapping[str, Any]
+) -> _Work:
     slices = {name: source for name, source in state_dict.items() if isinstance(source, _Slice)}
     left: dict[str, str] = {}
     conversions: list[Conversion] = []
@@ -259,7 +267,7 @@ def _work(model: Any, state_dict: Mapping[str, Any], load_config: Any, rules: Ru
         # A file that transformers reads may not pass our checks of its header; then it reads all of them.
         with suppress(CheckpointError):
             checkpoint = _checkpoint(slices)
-        wanted = _wanted(model, load_config)
+        wanted = _wanted(model, load_config, tp_plan)
         sources = SourceTable(checkpoint.names, checkpoint.dtypes, checkpoint.shapes)
         found, left = whole_conversions(sources, rules, {name: want.spec for name, want in wanted.items()})
         for conversion in found:
@@ -268,6 +276,10 @@ def _work(model: Any, state_dict: Mapping[str, Any], load_config: Any, rules: Ru
                 conversions.append(conversion)
             else:
                 left[conversion.targets[0].name] = reason
+        taken = {sources.names[row] for conversion in conversions for row in conversion.rows}
+        if _names_are_missed(rules, RuleSet(load_config.weight_mapping, model), state_dict.keys() - taken):
+            left |= {conversion.targets[0].name: _GROUPED for conversion in conversions}
+            conversions = []
     targets = tuple(target for conversion in conversions for target in conversion.targets)
     buffers: dict[str, Tensor] = {}
     for target in targets:
@@ -286,12 +298,12 @@ class _Want(NamedTuple):
     why_not: str | None
 
 
-def _wanted(model: Any, load_config: Any) -> dict[str, _Want]:
+def _wanted(model: Any, load_config: Any, tp_plan: Mapping[str, Any]) -> dict[str, _Want]:
     from transformers.integrations.accelerate import expand_device_map
 
     state = {name: tensor for name, tensor in model.state_dict().items() if isinstance(tensor, Tensor)}
     devices = expand_device_map(load_config.device_map or {"": "cpu"}, list(state))
-    planned = matching(load_config.dtype_plan or {})
+    planned, sharded = matching(load_config.dtype_plan or {}), matching(tp_plan)
     wanted = {}
     for name, tensor in state.items():
         # As transformers does: what the plan of dtypes says, or else what the parameter has.
@@ -299,7 +311,7 @@ def _wanted(model: Any, load_config: Any) -> dict[str, _Want]:
         device, why_not = devices[name], None
         if load_config.hf_quantizer is not None:
             why_not = "a quantizer takes part"
-        elif hasattr(tensor, "placements"):
+        elif hasattr(tensor, "placements") or sharded(name) is not None:
             why_not = "it is sharded while it is loaded"
         elif device == "disk" or code is None:
             why_not = f"it is {tensor.dtype} on {device}"
@@ -307,6 +319,22 @@ def _wanted(model: Any, load_config: Any) -> dict[str, _Want]:
             why_not = f"it goes to {device}"
         wanted[name] = _Want(TargetSpec(code or "", tuple(tensor.shape)), device, why_not)
     return wanted
+
+
+_GROUPED = "other tensors are renamed only if transformers sees its sources"
+
+
+def _names_are_missed(rules: RuleSet, fresh: RuleSet, rest: Iterable[str]) -> bool:
+    """True if a group of renamings that waits for one of its names (GroupWeightRename) does not find it in the rest."""
+    if not any(_found(rules)):
+        return False
+    for name in sorted(rest, key=natural_key):
+        fresh.rename(name)
+    return _found(fresh) != _found(rules)
+
+
+def _found(rules: RuleSet) -> list[bool]:
+    return [bool(getattr(renaming, "_active", False)) for renaming in rules.renamings]
 
 
 def _why_left(conversion: Conversion, wanted: Mapping[str, _Want]) -> str | None:

@@ -27,6 +27,7 @@ needs_nemo = pytest.mark.skipif(
     importlib.util.find_spec("nemo_automodel") is None, reason="nemo_automodel is not installed"
 )
 E, INNER, H = 4, 6, 10
+MERGING = frozenset(conversion_mapping.MODELS_REQUIRING_TENSOR_MERGING)
 BF16 = torch.bfloat16
 
 
@@ -184,24 +185,46 @@ def test_install_without_nemo_says_so():
         nemo.install()
 
 
+def load_base_model(model, path):
+    """Poison the model, and let NeMo AutoModel's checkpointer load it."""
+    from nemo_automodel.components.checkpoint.checkpointing import Checkpointer
+    from nemo_automodel.components.checkpoint.config import CheckpointingConfig
+
+    for tensor in model.state_dict().values():
+        tensor.reshape(-1).view(torch.uint8).fill_(POISON)
+    config = CheckpointingConfig(checkpoint_dir=path / "out", model_cache_dir=path, save_consolidated=False)
+    Checkpointer(config, 0, 0, 0).load_base_model(model, torch.device("cpu"), str(path), str(path))
+
+
 # In its list of types that need merging, and missing from it.
 @needs_nemo
 @pytest.mark.usefixtures("installed")
 @pytest.mark.parametrize("name", ["mixtral", "qwen3_moe", "minimax_m2", "glm4_moe_lite", "nemotron_h", "solar_open"])
 def test_its_checkpointer_loads_types_that_it_loses_or_refuses_without_us(name, tmp_path):
-    from nemo_automodel.components.checkpoint.checkpointing import Checkpointer
-    from nemo_automodel.components.checkpoint.config import CheckpointingConfig
-
     if name not in zoo_names():
         pytest.skip(f"this transformers has no {name}")
     model = build_model(name)
     write_checkpoint(model, tmp_path)
     expected = type(model).from_pretrained(tmp_path)
     model = type(model).from_pretrained(tmp_path)
-    for tensor in model.state_dict().values():
-        tensor.reshape(-1).view(torch.uint8).fill_(POISON)
-    config = CheckpointingConfig(checkpoint_dir=tmp_path / "out", model_cache_dir=tmp_path, save_consolidated=False)
-    Checkpointer(config, 0, 0, 0).load_base_model(model, torch.device("cpu"), str(tmp_path), str(tmp_path))
+    load_base_model(model, tmp_path)
+    assert_same(model.state_dict(), expected.state_dict())
+
+
+@needs_nemo
+@pytest.mark.usefixtures("installed")
+@pytest.mark.parametrize("name", ["internvl+qwen3_moe", "mistral3+mixtral"])
+def test_its_checkpointer_loads_experts_inside_another_model_once_the_outer_type_is_named(name, tmp_path, monkeypatch):
+    """It asks for the outer type only; without the name it raises, because a grouped tensor is in no file."""
+    monkeypatch.setattr(conversion_mapping, "MODELS_REQUIRING_TENSOR_MERGING", set(MERGING))
+    model = build_model(name)
+    write_checkpoint(model, tmp_path)
+    expected = type(model).from_pretrained(tmp_path)
+    model = type(model).from_pretrained(tmp_path)
+    with pytest.raises(BaseException, match=r"Size mismatch.*mlp\.experts"):  # CheckpointException is no Exception
+        load_base_model(model, tmp_path)
+    conversion_mapping.MODELS_REQUIRING_TENSOR_MERGING.add(model.config.model_type)
+    load_base_model(model, tmp_path)
     assert_same(model.state_dict(), expected.state_dict())
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import hashlib
 import importlib.util
 import inspect
 import json
@@ -25,6 +24,7 @@ from automodel_conv.files import system
 from automodel_conv.files.header import read_header
 from automodel_conv.integrations import transformers as hook
 from automodel_conv.testing import assert_bytes_equal
+from tests.integrations.support import assert_same_model, both, saved
 from tests.model_zoo import EXCLUDED, build_model, write_checkpoint, zoo_names
 
 NAMES = [name for name in zoo_names() if name not in EXCLUDED]
@@ -39,33 +39,6 @@ def _restored():
     yield
     amc.uninstall()
     assert [getattr(module, name) for module, name in REPLACED] == STOCK
-
-
-def both(model_class, path, **options):
-    """Without and under the hook: models, loading infos, and what the hook did."""
-    stock, info = model_class.from_pretrained(path, output_loading_info=True, **options)
-    with amc.accelerate_transformers() as acceleration:
-        hooked, hooked_info = model_class.from_pretrained(path, output_loading_info=True, **options)
-    assert_same_model(hooked, stock)
-    assert hooked_info == info
-    return stock, hooked, acceleration.loads
-
-
-def assert_same_model(model, expected):
-    found, wanted = model.state_dict(), expected.state_dict()
-    assert list(found) == list(wanted)
-    for name, tensor in wanted.items():
-        assert found[name].device == tensor.device
-        if not tensor.is_meta:
-            assert_bytes_equal(found[name], tensor, strides=True)
-    for (name, buffer), (_, other) in zip(model.named_buffers(), expected.named_buffers(), strict=True):
-        assert buffer.is_meta or (assert_bytes_equal(buffer, other), name)
-    assert [p.requires_grad for p in model.parameters()] == [p.requires_grad for p in expected.parameters()]
-
-
-def saved(model, directory: Path):
-    model.save_pretrained(directory)
-    return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in directory.glob("*.safetensors*")}
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,48 @@
+"""A model of transformers from our tensors, with nothing of transformers replaced.
+
+    python examples/load_without_patching.py [PATH]
+
+Without a path it makes a small Qwen3-MoE checkpoint first.
+"""
+
+import sys
+import tempfile
+from pathlib import Path
+
+import transformers
+from transformers import AutoConfig, Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+import automodel_conv as amc
+
+SMALL = Qwen3MoeConfig(
+    hidden_size=256,
+    moe_intermediate_size=128,
+    num_hidden_layers=4,
+    num_experts=32,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=64,
+    vocab_size=1000,
+)
+
+
+def main() -> None:
+    with tempfile.TemporaryDirectory() as directory:
+        path = sys.argv[1] if len(sys.argv) > 1 else directory
+        if path == directory:
+            Qwen3MoeForCausalLM(SMALL).save_pretrained(directory)
+        config = AutoConfig.from_pretrained(path)
+        model_class = getattr(transformers, config.architectures[0])  # Auto classes take no state dict
+
+        # from_pretrained does all else that it does: non-persistent buffers, ties, what is missing, its report.
+        model = model_class.from_pretrained(None, config=config, state_dict=amc.load_state_dict(path))
+        print(f"{sum(p.numel() for p in model.parameters()):,} parameters, none of them copied again")
+
+        # The model does not know that its experts were apart: it would save them grouped.
+        published = amc.revert_state_dict(model.state_dict(), model, reference=path)
+        print(f"to save: {len(published)} tensors under the names of the checkpoint")
+        model.save_pretrained(Path(directory) / "out", state_dict=published, save_original_format=False)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,41 @@
+"""``from_pretrained`` twice, without and under the hook, and what must be the same."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import automodel_conv as amc
+from automodel_conv.testing import assert_bytes_equal
+
+
+def both(model_class, path, **options):
+    """Without and under the hook: models, loading infos, and what the hook did."""
+    stock, info = model_class.from_pretrained(path, output_loading_info=True, **options)
+    with amc.accelerate_transformers() as acceleration:
+        hooked, hooked_info = model_class.from_pretrained(path, output_loading_info=True, **options)
+    assert_same_model(hooked, stock)
+    assert hooked_info == info
+    return stock, hooked, acceleration.loads
+
+
+def assert_same_model(model, expected):
+    found, wanted = model.state_dict(), expected.state_dict()
+    assert list(found) == list(wanted)
+    for name, tensor in wanted.items():
+        assert found[name].device == tensor.device
+        if not tensor.is_meta:
+            assert_bytes_equal(found[name], tensor, strides=True)
+    for (name, buffer), (_, other) in zip(model.named_buffers(), expected.named_buffers(), strict=True):
+        assert buffer.is_meta or (assert_bytes_equal(buffer, other), name)
+    assert [p.requires_grad for p in model.parameters()] == [p.requires_grad for p in expected.parameters()]
+
+
+def saved(model, directory: Path):
+    """The files that the model saves: name and hash."""
+    model.save_pretrained(directory)
+    return hashes(directory)
+
+
+def hashes(directory: Path):
+    return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in directory.glob("*.safetensors*")}

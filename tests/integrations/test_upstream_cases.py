@@ -1,0 +1,631 @@
+"""What transformers' own tests ask of its loader, asked under the hook: the same answers, with tensors made by plan.
+
+Each case of the first part is a small model with experts and something else, loaded by the function that is replaced;
+those of the second are whole models through ``from_pretrained``. Every test counts what was converted by plan.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import threading
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+
+pytest.importorskip("transformers", reason="what is hooked is transformers' loader")
+
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import AutoModel, PreTrainedConfig, PreTrainedModel, core_model_loading, modeling_utils
+from transformers.core_model_loading import (
+    Chunk,
+    Concatenate,
+    ErnieFuseAndSplitTextVisionExperts,
+    MergeModulelist,
+    PrefixChange,
+    WeightConverter,
+    WeightRenaming,
+    revert_weight_conversion,
+)
+from transformers.modeling_utils import LoadStateDictConfig
+
+import automodel_conv as amc
+from automodel_conv.integrations.transformers import HookedLoad
+from automodel_conv.testing import address_valued, assert_bytes_equal
+from tests.integrations.support import assert_same_model, both, saved
+from tests.model_zoo import build_model, write_checkpoint
+
+E, INNER, H = 3, 4, 2
+
+
+def since(name):
+    """Skip where the installed transformers has no such class, which a later one has."""
+    return pytest.mark.skipif(not hasattr(core_model_loading, name), reason=f"this transformers has no {name}")
+
+
+# --- the function that converts ---------------------------------------------------------------------------------------
+
+
+class Small(PreTrainedModel):
+    """A model with these parameters and no computation."""
+
+    config_class = PreTrainedConfig
+
+    def __init__(self, config, shapes, base_model_prefix="model"):
+        super().__init__(config)
+        self.base_model_prefix = base_model_prefix
+        for name, shape in shapes.items():
+            *path, last = name.split(".")
+            module: Any = self
+            for part in path:
+                if part not in module._modules:
+                    module.add_module(part, nn.ModuleDict())
+                module = module._modules[part]
+            module.register_parameter(last, nn.Parameter(torch.full(shape, -1.0)))
+        self.post_init()
+
+
+class Case(NamedTuple):
+    """A model, a checkpoint for it and the rules between them."""
+
+    shapes: dict[str, tuple[int, ...]]
+    tensors: dict[str, torch.Tensor]
+    rules: list[Any]
+    config: PreTrainedConfig | None = None
+    base_model_prefix: str = "model"
+
+
+class Loaded(NamedTuple):
+    model: Any
+    info: Any
+    load: HookedLoad
+    file: Path
+
+
+def convert(case: Case, file: Path):
+    """Load the case's file by whatever ``transformers.modeling_utils`` calls now."""
+    model = Small(copy.deepcopy(case.config) or PreTrainedConfig(), case.shapes, case.base_model_prefix)
+    config = LoadStateDictConfig(weight_mapping=copy.deepcopy(case.rules))
+    function = modeling_utils.convert_and_load_state_dict_in_model
+    plan = {"tp_plan": {}} if "tp_plan" in inspect.signature(function).parameters else {}
+    with modeling_utils.safe_open(file, framework="pt", device="cpu") as opened:
+        slices = {name: opened.get_slice(name) for name in opened.keys()}
+        info, _ = function(model=model, state_dict=slices, load_config=config, disk_offload_index=None, **plan)
+    return model, info, config.weight_mapping
+
+
+def load(case: Case, directory: Path) -> Loaded:
+    """Both ways; the same tensors, the same report, the same rules remembered, and the same way back."""
+    file = directory / "model.safetensors"
+    save_file({name: tensor.contiguous() for name, tensor in case.tensors.items()}, file)
+    stock, info, rules = convert(case, file)
+    with amc.accelerate_transformers() as acceleration:
+        hooked, hooked_info, hooked_rules = convert(case, file)
+    assert vars(hooked_info) == vars(info)
+    assert_same_model(hooked, stock)
+    used, expected = (
+        [number for number, rule in enumerate(all_) if any(rule is kept for kept in model._weight_conversions)]
+        for all_, model in ((hooked_rules, hooked), (rules, stock))
+    )
+    assert used == expected
+    assert_same_tensors(reverted(hooked), reverted(stock))
+    return Loaded(hooked, hooked_info, acceleration.loads[0], file)
+
+
+def reverted(model):
+    return revert_weight_conversion(model, model.state_dict())
+
+
+def assert_same_tensors(found, expected):
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert_bytes_equal(found[name].contiguous(), tensor.contiguous())
+
+
+def assert_fits(loaded: Loaded):
+    info = loaded.info
+    assert (info.missing_keys, info.unexpected_keys, info.mismatched_keys) == (set(), set(), set())
+    assert info.conversion_errors == {}
+
+
+def tensors_of(shapes):
+    return {name: address_valued(shape, torch.float32, 100 * k) for k, (name, shape) in enumerate(shapes.items())}
+
+
+def experts(path="experts", count=E):
+    """Names and shapes of a checkpoint's experts, gate, up and down."""
+    shapes = {"w1": (INNER, H), "w3": (INNER, H), "w2": (H, INNER)}
+    return {f"{path}.{e}.{name}.weight": shape for e in range(count) for name, shape in shapes.items()}
+
+
+def grouped(path="experts", count=E):
+    return {f"{path}.gate_up_proj": (count, 2 * INNER, H), f"{path}.down_proj": (count, H, INNER)}
+
+
+def expert_rules(path="experts", start=""):
+    gate, up, down = (f"{start}{path}.*.{name}.weight" for name in ("w1", "w3", "w2"))
+    operations = [MergeModulelist(dim=0), Concatenate(dim=1)]
+    return [
+        WeightConverter([gate, up], f"{path}.gate_up_proj", operations=operations),
+        WeightConverter(down, f"{path}.down_proj", operations=[MergeModulelist(dim=0)]),
+    ]
+
+
+def assert_grouped(loaded: Loaded, tensors, *, checkpoint="experts", path="experts", numbers=range(E)):
+    """The grouped experts of the model are those of the checkpoint, put together one by one."""
+    state = loaded.model.state_dict()
+    for e, number in enumerate(numbers):
+        w1, w2, w3 = (tensors[f"{checkpoint}.{number}.{name}.weight"] for name in ("w1", "w2", "w3"))
+        assert_bytes_equal(state[f"{path}.gate_up_proj"][e], torch.cat([w1, w3]))
+        assert_bytes_equal(state[f"{path}.down_proj"][e], w2)
+
+
+def qkv(path="self_attn", out=(3, H)):
+    return {f"{path}.{name}_proj.weight": out for name in "qkv"}
+
+
+def qkv_rule(path="self_attn", operations=None):
+    return WeightConverter(f"{path}.qkv_proj.weight", list(qkv(path)), operations=operations or [Chunk(dim=0)])
+
+
+def moe_and_qkv(rule_of_qkv):
+    layers = [f"model.layers.{n}" for n in range(2)]
+    shapes: dict[str, tuple[int, ...]] = {"mlp.down_proj.weight": (H, H)}
+    stored: dict[str, tuple[int, ...]] = {"mlp.w2.weight": (H, H)}
+    for layer in layers:
+        shapes |= grouped(f"{layer}.experts") | qkv(f"{layer}.self_attn")
+        stored |= experts(f"{layer}.experts") | {f"{layer}.self_attn.qkv_proj.weight": (9, H)}
+    rules = [*expert_rules(), rule_of_qkv, WeightRenaming("mlp.w2.weight", "mlp.down_proj.weight")]
+    return Case(shapes, tensors_of(stored), rules)
+
+
+def test_experts_and_qkv_are_converted_and_a_layer_without_a_rule_is_reported(tmp_path):
+    case = moe_and_qkv(qkv_rule("model.layers.0.self_attn"))
+    loaded = load(case, tmp_path)
+    assert loaded.info.missing_keys == set(qkv("model.layers.1.self_attn"))
+    assert loaded.info.unexpected_keys == {"model.layers.1.self_attn.qkv_proj.weight"}
+    assert len(loaded.load.lowered) == 2 * 2 + 3
+    for layer in ("model.layers.0", "model.layers.1"):
+        assert_grouped(loaded, case.tensors, checkpoint=f"{layer}.experts", path=f"{layer}.experts")
+    parts = case.tensors["model.layers.0.self_attn.qkv_proj.weight"].chunk(3)
+    for name, part in zip(qkv("model.layers.0.self_attn"), parts, strict=True):
+        assert_bytes_equal(loaded.model.state_dict()[name], part)
+
+
+def test_experts_and_qkv_are_saved_as_they_were(tmp_path):
+    case = moe_and_qkv(qkv_rule())
+    loaded = load(case, tmp_path)
+    assert_fits(loaded)
+    assert len(loaded.load.lowered) == 2 * (2 + 3)
+    assert_same_tensors(reverted(loaded.model), case.tensors)
+
+
+def test_experts_of_text_and_vision_are_parted_and_saved_as_they_were(tmp_path):
+    fuse = ErnieFuseAndSplitTextVisionExperts
+    rules = [
+        WeightConverter(
+            ["experts.*.w1.weight", "experts.*.w3.weight"],
+            ["experts.gate_up_proj", "extra_experts.gate_up_proj"],
+            operations=[fuse(stack_dim=0, concat_dim=1)],
+        ),
+        WeightConverter(
+            "experts.*.w2.weight",
+            ["experts.down_proj", "extra_experts.down_proj"],
+            operations=[fuse(stack_dim=0, concat_dim=1)],
+        ),
+        qkv_rule(),
+    ]
+    shapes, stored = qkv("layers.0.self_attn"), {"layers.0.self_attn.qkv_proj.weight": (9, H)}
+    for name in ("experts", "extra_experts"):
+        shapes |= grouped(f"layers.0.{name}", 2)
+    stored |= experts("layers.0.experts", 4)
+    case = Case(shapes, tensors_of(stored), rules)
+    loaded = load(case, tmp_path)
+    assert_fits(loaded)
+    assert len(loaded.load.lowered) == 4 + 3
+    for name, numbers in (("experts", (0, 1)), ("extra_experts", (2, 3))):
+        path = f"layers.0.{name}"
+        assert_grouped(loaded, case.tensors, checkpoint="layers.0.experts", path=path, numbers=numbers)
+    assert_same_tensors(reverted(loaded.model), case.tensors)
+
+
+HEADS, HEAD = 2, 8
+
+
+def permuted(tensor, inverse=False):
+    """Rotary halves of each head apart, row by row: row ``2 i + k`` of a head becomes row ``k * HEAD / 2 + i``."""
+    rows = [head * HEAD + 2 * i + k for head in range(HEADS) for k in range(2) for i in range(HEAD // 2)]
+    if inverse:
+        rows = [rows.index(row) for row in range(len(rows))]
+    return tensor[rows]
+
+
+VISION = PreTrainedConfig(
+    vision_config=PreTrainedConfig(hidden_size=HEADS * HEAD, head_dim=HEAD, num_attention_heads=HEADS)
+)
+
+
+@since("VisionUnfuseAndPermuteForRope")
+def test_vision_qkv_is_parted_and_permuted_for_rotary_embeddings(tmp_path):
+    size = HEADS * HEAD
+    unfuse = core_model_loading.VisionUnfuseAndPermuteForRope(dim=0, permute_layer_names=["q_proj", "k_proj"])
+    case = Case(
+        qkv(out=(size, size)) | grouped(),
+        tensors_of({"self_attn.qkv_proj.weight": (3 * size, size)} | experts()),
+        [qkv_rule(operations=[unfuse]), *expert_rules()],
+        VISION,
+    )
+    loaded = load(case, tmp_path)
+    assert_fits(loaded)
+    assert len(loaded.load.lowered) == 3 + 2
+    q, k, v = case.tensors["self_attn.qkv_proj.weight"].chunk(3)
+    for name, part in zip(qkv(), (permuted(q), permuted(k), v), strict=True):
+        assert_bytes_equal(loaded.model.state_dict()[name], part)
+
+
+@since("VisionFuseAndPermuteForRope")
+def test_vision_qkv_is_permuted_back_and_put_together(tmp_path):
+    size = HEADS * HEAD
+    fuse = core_model_loading.VisionFuseAndPermuteForRope(dim=0, permute_layer_names=["q_proj", "k_proj"], inverse=True)
+    case = Case(
+        {"self_attn.qkv_proj.weight": (3 * size, size)} | grouped(),
+        tensors_of(qkv(out=(size, size)) | experts()),
+        [WeightConverter(list(qkv()), "self_attn.qkv_proj.weight", operations=[fuse]), *expert_rules()],
+        VISION,
+    )
+    loaded = load(case, tmp_path)
+    assert_fits(loaded)
+    assert len(loaded.load.lowered) == 1 + 2
+    q, k, v = (case.tensors[name] for name in qkv())
+    expected = torch.cat([permuted(q, inverse=True), permuted(k, inverse=True), v])
+    assert_bytes_equal(loaded.model.state_dict()["self_attn.qkv_proj.weight"], expected)
+
+
+def scoped(rule, scope, base=None):
+    rule.scope_prefix = scope
+    if base is not None:
+        rule.base_model_prefix = base
+    return rule
+
+
+def test_a_scoped_renaming_and_a_scoped_converter_stay_in_their_part_of_the_model(tmp_path):
+    shapes: dict[str, tuple[int, ...]] = {"q.weight": (1, H)}
+    stored: dict[str, tuple[int, ...]] = {"old_q.weight": (1, H)} | experts()
+    for tower in ("vision", "text"):
+        shapes |= {f"{tower}.q.weight": (1, H)} | grouped(f"{tower}.experts")
+        stored |= {f"{tower}.old_q.weight": (1, H)} | experts(f"{tower}.experts")
+    rules = [scoped(rule, "vision") for rule in (WeightRenaming("^old_q", "q"), *expert_rules(start="^"))]
+    loaded = load(Case(shapes, tensors_of(stored), rules, base_model_prefix=""), tmp_path)
+    assert set(loaded.load.lowered) == set(grouped("vision.experts"))
+    assert loaded.info.missing_keys == {"q.weight", "text.q.weight", *grouped("text.experts")}
+    assert "old_q.weight" in loaded.info.unexpected_keys
+    assert "text.old_q.weight" in loaded.info.unexpected_keys
+
+
+@pytest.mark.parametrize(
+    ("scope", "module", "stored"),
+    [("", "model", ""), ("sub", "model.sub", "sub."), ("", "model", "model.")],
+    ids=["base prefix left out", "scope below the base prefix", "base prefix there"],
+)
+def test_a_scope_is_found_with_and_without_the_base_prefix(tmp_path, scope, module, stored):
+    rules = [WeightRenaming("^old_q", "q"), WeightRenaming("^old_experts", "experts")]
+    case = Case(
+        {f"{module}.q.weight": (1, H)} | grouped(f"{module}.experts"),
+        tensors_of({f"{stored}old_q.weight": (1, H)} | experts(f"{stored}old_experts")),
+        [*(scoped(rule, scope, "model") for rule in rules), *expert_rules()],
+    )
+    loaded = load(case, tmp_path)
+    assert_fits(loaded)
+    assert set(loaded.load.lowered) == set(grouped(f"{module}.experts"))
+    assert_grouped(loaded, case.tensors, checkpoint=f"{stored}old_experts", path=f"{module}.experts")
+    if stored == "model.":
+        assert_same_tensors(reverted(loaded.model), case.tensors)
+
+
+def test_a_renaming_before_a_converter_holds_on_the_way_back_too(tmp_path):
+    rules = [WeightRenaming("^decoder", "encoder"), scoped(qkv_rule("attn"), "encoder"), *expert_rules()]
+    stored = {"decoder.attn.qkv_proj.weight": (9, H)} | experts("decoder.experts")
+    shapes = qkv("encoder.attn") | grouped("encoder.experts")
+    case = Case(shapes, tensors_of(stored), rules, base_model_prefix="")
+    loaded = load(case, tmp_path)
+    assert_fits(loaded)
+    assert set(loaded.load.lowered) == set(shapes)
+    assert_same_tensors(reverted(loaded.model), case.tensors)
+
+
+@since("GroupWeightRename")
+@pytest.mark.parametrize("shifted", [True, False], ids=["old names", "names of the model"])
+@pytest.mark.parametrize(
+    ("one", "two"),
+    [("norm", "norm"), ("experts", "experts"), ("experts", "norm"), ("norm", "experts")],
+)
+def test_a_group_is_renamed_only_if_its_first_name_is_there(tmp_path, one, two, shifted):
+    """Its first name may be that of experts; then transformers must see it, or it would not rename the rest."""
+    shapes, stored = grouped("plain"), experts("plain")
+    patterns = [f"^a0.{one}", f"^a1.{two}"], [f"a1.{one}", f"a2.{two}"]
+    rules = [core_model_loading.GroupWeightRename(*patterns), *expert_rules("plain")]
+    for kind, (old, new) in ((one, (0, 1)), (two, (1, 2))):
+        source = f"a{old if shifted else new}.{kind}"
+        stored |= experts(source) if kind == "experts" else {f"{source}.weight": (H,)}
+        shapes |= grouped(f"a{new}.{kind}") if kind == "experts" else {f"a{new}.{kind}.weight": (H,)}
+        rules += expert_rules(f"a{new}.experts") if kind == "experts" else []
+    case = Case(shapes, tensors_of(stored), rules)
+    loaded = load(case, tmp_path)
+    assert_fits(loaded)
+    if shifted and one == "experts":
+        assert loaded.load.lowered == ()
+        assert all("only if transformers sees" in reason for reason in loaded.load.left.values())
+    else:
+        assert set(loaded.load.lowered) == {name for name in shapes if "experts" in name or "plain" in name}
+    if "experts" not in (one, two):  # 5.17 does not bring back names of a group that are converted
+        assert_same_tensors(reverted(loaded.model), case.tensors)
+
+
+@pytest.mark.parametrize("there", [True, False], ids=["names to change", "names of the model"])
+@pytest.mark.parametrize(
+    ("change", "old", "new"),
+    [
+        ({"prefix_to_remove": "odd"}, "odd.model.layers.", "model.layers."),
+        ({"prefix_to_add": "model"}, "layers.", "model.layers."),
+        ({"prefix_to_remove": "odd", "model_prefix": "model.layers"}, "model.layers.odd.", "model.layers."),
+        ({"prefix_to_add": "layers", "model_prefix": "model"}, "model.", "model.layers."),
+    ],
+    ids=["removed", "added", "removed below", "added below"],
+)
+def test_a_prefix_is_changed_if_it_is_there_and_put_back(tmp_path, change, old, new, there):
+    prefix = old if there else new
+    case = Case(
+        {f"{new}0.norm.weight": (H,)} | grouped(f"{new}0.experts"),
+        tensors_of({f"{prefix}0.norm.weight": (H,)} | experts(f"{prefix}0.experts")),
+        [PrefixChange(**change), *expert_rules()],
+    )
+    loaded = load(case, tmp_path)
+    assert_fits(loaded)
+    assert set(loaded.load.lowered) == set(grouped(f"{new}0.experts"))
+    assert_same_tensors(reverted(loaded.model), case.tensors)
+
+
+def test_qkv_of_unequal_heads_is_as_this_transformers_has_it(tmp_path):
+    shapes = {"self_attn.q_proj.weight": (4, H), "self_attn.k_proj.weight": (2, H), "self_attn.v_proj.weight": (2, H)}
+    stored = {"self_attn.qkv_proj.weight": (8, H)} | experts()
+    loaded = load(Case(shapes | grouped(), tensors_of(stored), [qkv_rule(), *expert_rules()]), tmp_path)
+    assert set(grouped()) <= set(loaded.load.lowered)
+
+
+def test_of_two_tensors_with_one_name_upstreams_choice_is_loaded(tmp_path):
+    stored = experts("old_experts") | experts() | {"down.weight": (H,)}
+    rules = [WeightRenaming("old_experts", "experts"), *expert_rules()]
+    extra = grouped("layers.experts") | {"down.weight": (H,)}
+    stored |= experts("layers.experts")
+    loaded = load(Case(grouped() | extra, tensors_of(stored), rules), tmp_path)
+    assert set(loaded.load.lowered) == set(grouped("layers.experts"))
+    assert set(loaded.load.left) == set(grouped())
+
+
+@pytest.mark.skipif(
+    "skipped_pp_keys" not in inspect.signature(modeling_utils.LoadStateDictInfo).parameters,
+    reason="this transformers has no pipeline stages",
+)
+def test_experts_of_another_pipeline_stage_are_skipped_and_not_unexpected(tmp_path, monkeypatch):
+    stage = SimpleNamespace(pp_rank=0, find_rank_for_key=lambda name, layers, prefix: int(name.split(".")[2]))
+    monkeypatch.setattr(Small, "_pp_stage", stage, raising=False)
+    shapes = grouped("model.layers.0.experts") | {"model.layers.2.norm.weight": (H,)}
+    stored = experts("model.layers.0.experts") | experts("model.layers.1.experts") | {"model.layers.0.odd": (H,)}
+    case = Case(shapes, tensors_of(stored), expert_rules())
+    loaded = load(case, tmp_path)
+    assert set(loaded.load.lowered) == set(grouped("model.layers.0.experts"))
+    assert loaded.info.skipped_pp_keys == set(grouped("model.layers.1.experts"))
+    assert loaded.info.unexpected_keys == {"model.layers.0.odd"}
+    assert loaded.info.missing_keys == {"model.layers.2.norm.weight"}
+
+
+def test_an_operation_that_raises_is_in_the_report_and_the_rest_is_loaded(tmp_path, monkeypatch):
+    def convert(self, *args, **kwargs):
+        raise ValueError("no such luck")
+
+    monkeypatch.setattr(MergeModulelist, "convert", convert)
+    loaded = load(moe_and_qkv(qkv_rule()), tmp_path)
+    assert set(loaded.load.lowered) == {f"model.layers.{n}.{name}" for n in range(2) for name in qkv()}
+    assert len(loaded.load.left) == len(loaded.info.conversion_errors) == 4
+    assert all("no such luck" in text for text in loaded.info.conversion_errors.values())
+
+
+# --- whole models -----------------------------------------------------------------------------------------------------
+
+# Experts only; tied embeddings; a text tower with experts inside another model.
+MODELS = ["mixtral", "olmoe-tied", "mistral3+mixtral"]
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory):
+    made = {}
+    for name in MODELS:
+        directory = tmp_path_factory.mktemp("published")
+        model = build_model(name)
+        write_checkpoint(model, directory)
+        made[name] = (type(model), directory)
+    return made
+
+
+def stored(directory: Path):
+    return {n: t for file in sorted(directory.glob("*.safetensors")) for n, t in load_file(file).items()}
+
+
+def changed(source: Path, directory: Path, tensors):
+    """A checkpoint with the source's config and these tensors."""
+    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+    (directory / "config.json").write_bytes((source / "config.json").read_bytes())
+    return directory
+
+
+def under_both(action):
+    """What it gives without and under the hook, from the same random state, and what was converted by plan."""
+    torch.manual_seed(0)
+    stock = action()
+    with amc.accelerate_transformers() as acceleration:
+        torch.manual_seed(0)
+        return stock, action(), acceleration.loads
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_what_was_loaded_is_contiguous_and_saved_as_it_was_published(published, tmp_path, name):
+    model_class, directory = published[name]
+    _, hooked, [load] = both(model_class, directory)
+    assert load.lowered
+    assert load.left == {}
+    assert all(tensor.is_contiguous() for tensor in hooked.state_dict().values())
+    saved(hooked, tmp_path)
+    assert_same_tensors(stored(tmp_path), stored(directory))
+
+
+def test_layers_that_are_grouped_already_are_loaded_beside_others_that_are_not(published, tmp_path):
+    model_class, source = published["mixtral"]
+    state = model_class.from_pretrained(source).state_dict()
+    first = "model.layers.0."
+    tensors = {n: t for n, t in stored(source).items() if not n.startswith(first)}
+    tensors |= {n: t.contiguous() for n, t in state.items() if n.startswith(first)}
+    _, hooked, [load] = both(model_class, changed(source, tmp_path, tensors))
+    assert {name.split(".")[2] for name in load.lowered} == {"1", "2"}
+    assert_same_tensors(hooked.state_dict(), state)
+
+
+def test_a_checkpoint_that_is_grouped_already_is_loaded_as_it_is(published, tmp_path):
+    model_class, source = published["mixtral"]
+    model = model_class.from_pretrained(source)
+    model.save_pretrained(tmp_path, save_original_format=False)
+    _, hooked, [load] = both(model_class, tmp_path)
+    assert load == (model_class.__name__, (), {})
+    assert_same_tensors(hooked.state_dict(), model.state_dict())
+
+
+def test_a_base_model_is_loaded_from_a_model_with_a_head_and_back(published, tmp_path):
+    model_class, source = published["mixtral"]
+    _, hooked, [load] = both(AutoModel, source)
+    assert load.lowered
+    assert not any(name.startswith("model.") for name in load.lowered)
+    hooked.save_pretrained(tmp_path)
+    stock, again, [load] = under_both(lambda: model_class.from_pretrained(tmp_path, output_loading_info=True))
+    assert load.lowered
+    assert again[1] == stock[1]
+    assert again[1]["missing_keys"] == {"lm_head.weight"}
+    assert_same_model(again[0], stock[0])
+
+
+def test_what_is_missing_is_initialized_as_without_the_hook(published, tmp_path):
+    model_class, source = published["mixtral"]
+    tensors = {n: t for n, t in stored(source).items() if "layers.1.block_sparse_moe.experts" not in n}
+    path = changed(source, tmp_path, {n: t for n, t in tensors.items() if not n.startswith("lm_head")})
+    stock, hooked, [load] = under_both(lambda: model_class.from_pretrained(path, output_loading_info=True))
+    assert len(load.lowered) == 2 * 2
+    assert hooked[1] == stock[1]
+    assert len(hooked[1]["missing_keys"]) == 3
+    assert_same_model(hooked[0], stock[0])
+
+
+def test_mismatched_shapes_are_refused_or_initialized_as_without_the_hook(published):
+    model_class, path = published["mixtral"]
+
+    def refused():
+        with pytest.raises(RuntimeError, match="ignore_mismatched_sizes") as error:
+            model_class.from_pretrained(path, vocab_size=77)
+        return str(error.value)
+
+    stock, hooked, [load] = under_both(refused)
+    assert hooked == stock
+    assert load.lowered
+    options = {"vocab_size": 77, "ignore_mismatched_sizes": True, "output_loading_info": True}
+    stock, hooked, [load] = under_both(lambda: model_class.from_pretrained(path, **options))
+    assert load.lowered
+    assert hooked[1] == stock[1]
+    assert len(hooked[1]["mismatched_keys"]) == 2
+    assert_same_model(hooked[0], stock[0])
+
+
+def answer(model):
+    with torch.no_grad():
+        return model(torch.arange(7)[None]).logits
+
+
+def test_a_model_that_is_partly_on_the_disk_gives_the_same_answer(published, tmp_path):
+    model_class, path = published["mixtral"]
+    eager = {"experts_implementation": "eager"}
+    whole = model_class.from_pretrained(path, **eager)
+    size = sum(tensor.nbytes for tensor in whole.state_dict().values())
+    options = {"device_map": "auto", "max_memory": {"cpu": size * 2 // 3}, "offload_folder": tmp_path}
+    options |= eager
+    stock, hooked, [load] = both(model_class, path, **options)
+    assert load.lowered
+    assert load.left
+    assert all("disk" in reason for reason in load.left.values())
+    assert_bytes_equal(answer(hooked), answer(stock))
+    assert_bytes_equal(answer(hooked), answer(whole))
+
+
+def test_the_old_name_of_dtype_is_obeyed(published):
+    model_class, path = published["mixtral"]
+    _, hooked, [load] = both(model_class, path, torch_dtype=torch.float16)
+    assert load.lowered
+    assert_same_model(hooked, model_class.from_pretrained(path, dtype=torch.float16))
+    assert hooked.dtype == torch.float16
+
+
+def test_tied_weights_are_one_tensor_and_none_is_missing(published):
+    model_class, path = published["olmoe-tied"]
+    _, hooked, [load] = both(model_class, path)
+    assert load.lowered
+    assert hooked.lm_head.weight is hooked.model.embed_tokens.weight
+    _, info = model_class.from_pretrained(path, output_loading_info=True)
+    assert info["missing_keys"] == set()
+
+
+def test_an_operation_that_raises_stops_the_load_as_without_the_hook(published, monkeypatch):
+    def convert(self, *args, **kwargs):
+        raise ValueError("no such luck")
+
+    def fails():
+        with pytest.raises(RuntimeError) as error:
+            model_class.from_pretrained(path)
+        return str(error.value)
+
+    model_class, path = published["mixtral"]
+    monkeypatch.setattr(Concatenate, "convert", convert)
+    stock, hooked, [load] = under_both(fails)
+    assert hooked == stock
+    assert load.lowered
+    assert all(name.endswith("down_proj") for name in load.lowered)
+
+
+@pytest.mark.parametrize("deactivated", [True, False])
+def test_transformers_switch_for_loading_without_threads_holds_for_us(published, monkeypatch, deactivated):
+    def start(self, *args, **kwargs):
+        started.append(self)
+        return real(self, *args, **kwargs)
+
+    model_class, path = published["mixtral"]
+    model_class.from_pretrained(path)  # tqdm starts a thread the first time
+    started: list[Any] = []
+    real = threading.Thread.start
+    monkeypatch.setattr(threading.Thread, "start", start)
+    if deactivated:
+        monkeypatch.setenv("HF_DEACTIVATE_ASYNC_LOAD", "1")
+    _, _, [load] = both(model_class, path)
+    assert load.lowered
+    assert bool(started) is not deactivated
+
+
+@pytest.mark.parametrize("kind", ["pytorch_model.bin", "without mmap"])
+def test_what_is_not_read_from_safetensors_by_name_takes_upstreams_way(published, tmp_path, kind):
+    model_class, path = published["mixtral"]
+    options = {}
+    if kind == "without mmap":
+        options = {"disable_mmap": True}
+    else:
+        torch.save(stored(path), tmp_path / kind)
+        (tmp_path / "config.json").write_bytes((path / "config.json").read_bytes())
+        path = tmp_path
+    _, _, [load] = both(model_class, path, **options)
+    assert load.lowered == ()
