@@ -1,7 +1,8 @@
-"""The command line: ``automodel-conv plan | load | demo``."""
+"""The command line: ``automodel-conv plan | load | convert | verify | demo``."""
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -13,9 +14,20 @@ from rich.table import Table
 from typer.core import TyperGroup
 
 import automodel_conv
+from automodel_conv.converting import (
+    Conversion,
+    ConvertReport,
+    compile_conversion,
+    convert_checkpoint,
+    verify_checkpoint,
+)
 from automodel_conv.demo import BIG as DEMO_MODEL
 from automodel_conv.demo import RUNS, DemoModel, DemoResult, run_demo
-from automodel_conv.errors import ConversionError, UnknownTarget
+from automodel_conv.errors import ConversionError, DestinationError, UnknownTarget, WriteError, listing, message
+from automodel_conv.execution.checksums import verify_checksums
+from automodel_conv.execution.reading import cores
+from automodel_conv.files.checkpoint import open_checkpoint
+from automodel_conv.files.room import room_in
 from automodel_conv.loading import LoadReport, compile_plan, load_state_dict
 
 
@@ -45,6 +57,26 @@ _PathArgument = Annotated[
 _LayoutOption = Annotated[
     str | None,
     typer.Option(help="How routed experts shall lie: transformers, nemo, gpt_oss, vllm. Default: the model's."),
+]
+_ProgressOption = Annotated[bool | None, typer.Option(help="Show a bar. Default: on a terminal.")]
+_ThreadsOption = Annotated[int | None, typer.Option(min=1, help="Threads. Default: by the machine.")]
+_NewLayoutOption = Annotated[
+    str | None,
+    typer.Option(
+        help="How routed experts shall lie: transformers, nemo, gpt_oss, vllm, per_expert. Default: the model's."
+    ),
+]
+_SourceLayoutOption = Annotated[
+    str | None,
+    typer.Option(help="How grouped experts of the source lie. Default: the model's, or one tensor an expert."),
+]
+_NewDtypeOption = Annotated[
+    str | None,
+    typer.Option(help="Of floating tensors, such as bfloat16. Default: the source's."),
+]
+_ModelOption = Annotated[
+    bool,
+    typer.Option("--model/--no-model", help="Names of the model of config.json, or those of the source."),
 ]
 
 
@@ -106,7 +138,8 @@ def load(
     device: Annotated[str, typer.Option(help="Where to, such as cuda:0.")] = "cpu",
     threads: Annotated[int | None, typer.Option(min=1, help="Reader threads. Default: by the machine.")] = None,
     strict: Annotated[bool, typer.Option(help="Fail unless names and shapes fit.")] = True,
-    progress: Annotated[bool | None, typer.Option(help="Show a bar. Default: on a terminal.")] = None,
+    verify: Annotated[bool, typer.Option("--verify", help="First compare all tensors with their checksums.")] = False,
+    progress: _ProgressOption = None,
 ) -> None:
     """Load a checkpoint into memory and print how that went."""
     loaded = load_state_dict(
@@ -116,9 +149,93 @@ def load(
         device=device,
         threads=threads,
         strict=strict,
-        progress=sys.stderr.isatty() if progress is None else progress,
+        verify=verify,
+        progress=_shows(progress),
     )
     _print(_report_table(loaded.report, len(loaded)))
+
+
+@app.command()
+def convert(
+    source: _PathArgument,
+    destination: Annotated[str, typer.Argument(help="A directory, new or without weights in it.")],
+    layout: _NewLayoutOption = None,
+    source_layout: _SourceLayoutOption = None,
+    dtype: _NewDtypeOption = None,
+    max_shard_size: Annotated[str, typer.Option(help="Of a file, such as 5GB or 300MiB.")] = "5GB",
+    model: _ModelOption = True,
+    resume: Annotated[bool, typer.Option(help="Go on with what an earlier call has finished, or start anew.")] = True,
+    verify: Annotated[bool, typer.Option(help="Read each file back and compare it with the source.")] = True,
+    checksums: Annotated[bool, typer.Option("--checksums", help="Write a checksum of each tensor.")] = False,
+    threads: _ThreadsOption = None,
+    progress: _ProgressOption = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Tell what would be done; write nothing.")] = False,
+) -> None:
+    """Write a checkpoint anew with its experts in another layout. Interrupted, the same command goes on."""
+    what: dict[str, Any] = {
+        "rules": None if model else [],
+        "layout": layout,
+        "source_layout": source_layout,
+        "dtype": _dtype(dtype),
+        "max_shard_size": max_shard_size,
+    }
+    if dry_run:
+        _tell(compile_conversion(source, **what), destination)
+        return
+    try:
+        report = convert_checkpoint(
+            source,
+            destination,
+            **what,
+            resume=resume,
+            verify=verify,
+            checksums=checksums,
+            threads=threads,
+            progress=_shows(progress),
+        )
+    except KeyboardInterrupt:
+        same = "the same command" if resume else "the same command, with --resume,"
+        typer.echo(f"interrupted: {same} goes on with the files that are not finished", err=True)
+        raise typer.Exit(130) from None
+    _print(_converted_table(report, verify))
+    _name_left_out(report.left_out)
+
+
+@app.command()
+def verify(
+    source: _PathArgument,
+    destination: Annotated[
+        str | None,
+        typer.Argument(help="What was made of it. Left out: the source is compared with its own checksums."),
+    ] = None,
+    layout: _NewLayoutOption = None,
+    source_layout: _SourceLayoutOption = None,
+    dtype: _NewDtypeOption = None,
+    model: _ModelOption = True,
+    threads: _ThreadsOption = None,
+    progress: _ProgressOption = None,
+) -> None:
+    """Check that a checkpoint is, bit for bit, what convert would make of another one."""
+    if destination is None:
+        checkpoint = open_checkpoint(source)
+        nbytes = verify_checksums(checkpoint, cores() if threads is None else threads)
+        typer.echo(f"{len(checkpoint.names)} tensors, {nbytes / 1e9:.3f} GB: all have their checksums")
+        return
+    nbytes = verify_checkpoint(
+        source,
+        destination,
+        rules=None if model else [],
+        layout=layout,
+        source_layout=source_layout,
+        dtype=_dtype(dtype),
+        threads=threads,
+        progress=_shows(progress),
+    )
+    made = open_checkpoint(destination)
+    typer.echo(
+        f"{len(made.names)} tensors in {len(made.files)} files, {nbytes / 1e9:.3f} GB: "
+        "all are, bit for bit, what the source makes them"
+    )
 
 
 @app.command()
@@ -147,6 +264,56 @@ def show_demo(model: DemoModel, directory: str | None = None) -> bool:
     return not result.different
 
 
+def _tell(conversion: Conversion, destination: str) -> None:
+    """Print what a conversion would do.
+
+    Raises:
+        DestinationError: the destination holds a checkpoint already.
+        WriteError: there is too little room.
+    """
+    directory = os.path.abspath(destination)
+    plan, room = conversion.plan, room_in(directory)
+    typer.echo(plan.summary())
+    table = _two_columns()
+    table.add_row("reads", f"{plan.bytes_read / 1e9:.3f} GB")
+    table.add_row("writes", f"{plan.bytes_written / 1e9:.3f} GB")
+    table.add_row("files", str(len(conversion.shards)))
+    table.add_row("needs on the disk", f"{conversion.bytes_needed / 1e9:.3f} GB")
+    table.add_row("free there", f"{room.free_bytes / 1e9:.3f} GB")
+    table.add_row("left out", str(len(conversion.left_out)))
+    if room.unfinished:
+        table.add_row("unfinished work there", "yes")
+    _print(table)
+    _name_left_out(conversion.left_out)
+    if room.in_the_way:
+        raise DestinationError(
+            message(
+                "the directory holds a checkpoint already",
+                where=directory,
+                found="\n" + listing(room.in_the_way),
+                do="choose another directory, or remove these files first",
+            )
+        )
+    if room.free_bytes < conversion.bytes_needed:
+        raise WriteError(
+            message(
+                "the disk has too little room",
+                where=directory,
+                expected=f"{conversion.bytes_needed} bytes for {len(conversion.shards)} files",
+                found=room.free_bytes,
+            )
+        )
+
+
+def _name_left_out(names: tuple[str, ...]) -> None:
+    if names:
+        typer.echo(f"left out, since the model has no use for them:\n{listing(names)}")
+
+
+def _shows(progress: bool | None) -> bool:
+    return sys.stderr.isatty() if progress is None else progress
+
+
 def _dtype(name: str | None) -> torch.dtype | None:
     if name is None:
         return None
@@ -156,10 +323,27 @@ def _dtype(name: str | None) -> torch.dtype | None:
     return dtype
 
 
-def _report_table(report: LoadReport, tensors: int) -> Table:
-    table = Table(show_header=False, caption="plan includes importing transformers, where needed")
+def _two_columns(caption: str | None = None) -> Table:
+    table = Table(show_header=False, caption=caption)
     table.add_column()
     table.add_column(justify="right")
+    return table
+
+
+def _converted_table(report: ConvertReport, verified: bool) -> Table:
+    table = _two_columns("from the call to the last byte on the disk" + (", all read back and compared" * verified))
+    table.add_row("files", str(len(report.files)))
+    table.add_row("of these finished before", str(report.files_resumed))
+    table.add_row("written", f"{report.bytes_written / 1e9:.3f} GB")
+    table.add_row("speed", f"{report.gb_per_s:.2f} GB/s")
+    table.add_row("seconds", f"{report.seconds:.3f}")
+    table.add_row("peak extra memory, at most", f"{report.peak_extra_bytes / 2**20:.1f} MiB")
+    table.add_row("left out", str(len(report.left_out)))
+    return table
+
+
+def _report_table(report: LoadReport, tensors: int) -> Table:
+    table = _two_columns("plan includes importing transformers, where needed")
     table.add_row("tensors", str(tensors))
     table.add_row("read", f"{report.bytes_read / 1e9:.3f} GB")
     table.add_row("speed", f"{report.gb_per_s:.2f} GB/s")

@@ -15,17 +15,25 @@ import numpy as np
 import torch
 
 from automodel_conv.dtypes import FLOATING, itemsize
-from automodel_conv.errors import DestinationError, UnsupportedError, VerificationError, WriteError, listing, message
+from automodel_conv.errors import (
+    DestinationError,
+    ReadError,
+    UnsupportedError,
+    VerificationError,
+    WriteError,
+    listing,
+    message,
+)
 from automodel_conv.execution.checksums import CHECKSUMS_NAME
 from automodel_conv.execution.reading import OpenFiles
 from automodel_conv.execution.slabs import Slab, slab_schedule
 from automodel_conv.execution.writing import Budget, Maker, SourceFiles, budget, compare_slabs, jobs_of, write_shard
 from automodel_conv.files import system
 from automodel_conv.files.checkpoint import Checkpoint, open_checkpoint
-from automodel_conv.files.destination import WEIGHT_SUFFIXES, open_destination
+from automodel_conv.files.destination import WEIGHT_SUFFIXES, open_destination, telling
 from automodel_conv.files.shards import Shard, Spec, divide, index_of, parse_size
 from automodel_conv.planning.copies import SourceTable
-from automodel_conv.planning.models import meta_model
+from automodel_conv.planning.models import checked_dtype, meta_model
 from automodel_conv.planning.pipeline import loading_plan, saving_plan
 from automodel_conv.planning.plan import CopyPlan
 from automodel_conv.progress import bytes_progress
@@ -87,6 +95,7 @@ def compile_conversion(
     max_shard_size: int | str = "5GB",
 ) -> Conversion:
     """What ``convert_checkpoint`` would do; reads headers only. See there."""
+    checked_dtype(dtype)
     checkpoint = open_checkpoint(source)
     most_bytes = parse_size(max_shard_size)
     table = SourceTable(checkpoint.names, checkpoint.dtypes, checkpoint.shapes)
@@ -183,11 +192,13 @@ def convert_checkpoint(
     with open_destination(directory, shards, work, resume=resume) as place:
         unfinished = place.unfinished
         nbytes = sum(shard.nbytes for shard in shards if shard.name in unfinished)
-        free = system.free_bytes(directory)
+        with telling(directory):
+            free = system.free_bytes(directory)
         if free < nbytes:
             wanted = f"{nbytes} bytes for {len(unfinished)} files"
             raise WriteError(message("the disk has too little room", where=directory, expected=wanted, found=free))
-        with bytes_progress(nbytes * (2 if verify else 1), "converting", progress) as advance:
+        data_bytes = sum(spec.nbytes for shard in shards if shard.name in unfinished for spec in shard.specs)
+        with bytes_progress(data_bytes * (2 if verify else 1), "converting", progress) as advance:
             for file, shard in enumerate(shards):
                 if shard.name in unfinished:
                     slabs = by_file.get(file, [])
@@ -198,16 +209,19 @@ def convert_checkpoint(
                         with _Makers(checkpoint, slabs, made.dtypes, share) as start:
                             _compare(slabs, path, shard, start, share.threads, advance)
                     place.finish(shard)
-        if _state_of(checkpoint) != state:
+        now = _state_of(checkpoint)
+        if now != state:
             raise DestinationError(
                 message(
                     "the source was changed while it was converted",
                     where=checkpoint.directory,
+                    found="\n" + listing(name for name in state if now[name] != state[name]),
                     do="start again with resume=False (--no-resume)",
                 )
             )
-        for name in _beside_weights(checkpoint.directory):
-            system.copy_file(os.path.join(checkpoint.directory, name), place.path(name))
+        with telling(directory):
+            for name in _beside_weights(checkpoint.directory):
+                system.copy_file(os.path.join(checkpoint.directory, name), place.path(name))
         if checksums:
             write_checksums(place, shards, share.threads)
         place.commit(index_of(shards))
@@ -295,7 +309,15 @@ class _Makers:
 
 
 def _state_of(checkpoint: Checkpoint) -> dict[str, tuple[int, int]]:
-    return {os.path.basename(path): system.identity(path) for path in checkpoint.files}
+    """What tells whether the files were changed.
+
+    Raises:
+        ReadError: one is not there any more.
+    """
+    try:
+        return {os.path.basename(path): system.identity(path) for path in checkpoint.files}
+    except OSError as error:
+        raise ReadError(message("cannot look at the source", where=checkpoint.directory, found=error)) from error
 
 
 def _digest(conversion: Conversion) -> str:

@@ -22,7 +22,7 @@ from automodel_conv.execution.memory import from_real_strides
 from automodel_conv.execution.slabs import slab_schedule
 from automodel_conv.execution.writing import Budget, DeviceTensors, HostTensors, budget, write_shard
 from automodel_conv.files.checkpoint import Checkpoint, open_checkpoint
-from automodel_conv.files.destination import Destination, open_destination
+from automodel_conv.files.destination import Destination, open_destination, telling
 from automodel_conv.files.shards import Shard, Spec, divide, divide_like, index_of, parse_size
 from automodel_conv.planning.copies import SourceTable, Target
 from automodel_conv.planning.models import checked_dtype, model_targets, state_table, tied_names
@@ -102,6 +102,7 @@ def save_checkpoint(
                 do="pass the model, rules=, layout= or reference=; rules=[] keeps all names",
             )
         )
+    _refuse_without_data(tensors)
     opened = None if reference is None else open_checkpoint(reference)
     table = None if opened is None else SourceTable(opened.names, opened.dtypes, opened.shapes)
     plan = saving_plan(state_table(tensors), model=model, rules=rules, layout=layout, reference=table)
@@ -114,10 +115,11 @@ def save_checkpoint(
     ):
         _write(plan, list(tensors.values()), shards, destination, share, advance)
         if model is not None:
-            _write_config(model, dtype, destination.staging)
+            with telling(destination.directory):
+                _write_config(model, dtype, destination.staging)
         if checksums:
             write_checksums(destination, shards, share.threads)
-        destination.commit(index_of(shards))
+        destination.commit(index_of(shards, None if model is None else sum(p.numel() for p in model.parameters())))
     return SaveReport(
         tuple(shard.name for shard in shards),
         sum(shard.nbytes for shard in shards),
@@ -204,13 +206,6 @@ def _tensors_of(model: nn.Module) -> dict[str, Tensor]:
                     message(f"this model cannot be saved from here: {reason}", do="use its save_pretrained")
                 )
     tensors = model.state_dict()
-    for name, tensor in tensors.items():
-        if isinstance(tensor, Tensor) and tensor.is_meta:
-            raise UnsupportedError(
-                message(
-                    f"{name} has no data", found="it is on the meta device", do="load or materialize the model first"
-                )
-            )
     for name in getattr(model, "_keys_to_ignore_on_save", None) or ():
         tensors.pop(name, None)
     follows = getattr(model, "all_tied_weights_keys", {})
@@ -221,6 +216,16 @@ def _tensors_of(model: nn.Module) -> dict[str, Tensor]:
             if name != kept and _is_same(tensors[name], tensors[kept]):  # type: ignore[index]
                 del tensors[name]
     return dict(tensors)
+
+
+def _refuse_without_data(tensors: Mapping[str, Tensor]) -> None:
+    for name, tensor in tensors.items():
+        if isinstance(tensor, Tensor) and tensor.is_meta:
+            raise UnsupportedError(
+                message(
+                    f"{name} has no data", found="it is on the meta device", do="load or materialize the model first"
+                )
+            )
 
 
 def _is_same(tensor: Tensor, other: Tensor) -> bool:

@@ -11,8 +11,10 @@ import json
 import os
 import zlib
 from collections.abc import Callable
+from contextlib import ExitStack
 
 from automodel_conv.errors import VerificationError, listing, message
+from automodel_conv.execution.reading import reading
 from automodel_conv.execution.workers import work_off
 from automodel_conv.files import system
 from automodel_conv.files.checkpoint import Checkpoint
@@ -30,12 +32,9 @@ def checksums_of(checkpoint: Checkpoint, threads: int) -> dict[str, str]:
         ReadError: a file cannot be read.
     """
     found: dict[str, str] = {}
-    descriptors = [system.open_readonly(path) for path in checkpoint.files]
-    try:
+    with ExitStack() as files:
+        descriptors = [files.enter_context(reading(path)) for path in checkpoint.files]
         work_off(range(len(checkpoint.names)), threads, lambda: _summer(checkpoint, descriptors, found))
-    finally:
-        for fd in descriptors:
-            system.close(fd)
     return {name: found[name] for name in checkpoint.names}
 
 

@@ -6,6 +6,7 @@ import os
 import threading
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -34,6 +35,23 @@ def cores() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
+
+
+@contextmanager
+def reading(path: str) -> Iterator[int]:
+    """A file that is open for the length of a block.
+
+    Raises:
+        ReadError: it cannot be opened.
+    """
+    try:
+        fd = system.open_readonly(path)
+    except OSError as error:
+        raise ReadError(message("cannot open a file", where=path, found=error)) from error
+    try:
+        yield fd
+    finally:
+        system.close(fd)
 
 
 class OpenFiles:

@@ -17,7 +17,7 @@ from automodel_conv.errors import ConversionError, WriteError, message
 from automodel_conv.execution.buffers import byte_view, dtype_of, raw_bytes
 from automodel_conv.execution.copy_batch import CopyBatch, takes_kernels
 from automodel_conv.execution.copying import COPY_BYTES, COPY_RATIO, copy_moves
-from automodel_conv.execution.reading import OpenFiles, cores, read_job
+from automodel_conv.execution.reading import OpenFiles, cores, read_job, reading
 from automodel_conv.execution.schedule import GAP_BYTES, Job, Move, runs, staged
 from automodel_conv.execution.slabs import Slab
 from automodel_conv.execution.streaming import Device
@@ -147,11 +147,8 @@ def compare_slabs(
 ) -> int | None:
     """The first byte of a file, among those that ``slabs`` cover, that is not what they make; None if all are."""
     found: list[int] = []
-    fd = system.open_readonly(path)
-    try:
+    with reading(path) as fd:
         work_off(slabs, threads, lambda: _comparer(start(), fd, path, found, advance))
-    finally:
-        system.close(fd)
     return min(found, default=None)
 
 
@@ -288,14 +285,17 @@ class SourceFiles:
         """Whether the kernel took all parts; where it did not, they are read and written, which tells what is wrong."""
         if not slab.parts:
             return False
-        for part in slab.parts:
-            source, done = self._files.descriptor(part.file), 0
-            while done < part.nbytes:
-                at = slab.offset_bytes + part.start_bytes + done
-                count = system.copy_range(source, part.offset_bytes + done, fd, at, part.nbytes - done)
-                if not count:
-                    return False
-                done += count
+        try:
+            for part in slab.parts:
+                source, done = self._files.descriptor(part.file), 0
+                while done < part.nbytes:
+                    at = slab.offset_bytes + part.start_bytes + done
+                    count = system.copy_range(source, part.offset_bytes + done, fd, at, part.nbytes - done)
+                    if not count:
+                        return False
+                    done += count
+        except OSError:
+            return False  # which of the two files it was is found out by reading and writing
         for job in self._jobs[slab.file, slab.offset_bytes]:
             self._files.release(job.parts[0].file)
         return True

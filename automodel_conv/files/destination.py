@@ -4,7 +4,12 @@
     DIRECTORY/                             all of it, at the end, by renaming; the index last
 
 A loader finds either all files or no index (or no ``model.safetensors``). After a crash the journal says which shards
-are finished, and of what: the same work goes on, other work is refused.
+are finished, and of what: the same work goes on, other work is refused. A line of the journal is one of
+
+    {"work": what}          the first one; null: it cannot go on
+    {"finished": shard}     that shard is on the disk, whole
+    {"again": shard}        it was, and has to be written anew
+    {"placing": {name: its size and time of change}}   from here on files are put in their places, in this order
 """
 
 from __future__ import annotations
@@ -13,7 +18,7 @@ import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from typing import Any
+from typing import Any, NamedTuple
 
 from automodel_conv.errors import DestinationError, WriteError, listing, message
 from automodel_conv.files import system
@@ -31,6 +36,8 @@ class Destination:
     def __init__(self, directory: str, journal: int, shards: Sequence[Shard], finished: set[str]):
         self.directory = directory
         self.staging = os.path.join(directory, STAGING_NAME)
+        self.placed: dict[str, list[int]] = {}
+        """Size and time of change of what ``commit`` puts in its place, once it does."""
         self._journal = journal
         self._shards = shards
         self._finished = finished
@@ -51,16 +58,17 @@ class Destination:
 
     def write(self, name: str, text: bytes) -> None:
         """Write a small file that goes with the shards."""
-        fd = system.create(self.path(name))
-        try:
-            system.write_exactly(fd, [memoryview(text)], 0, self.path(name))
-            system.sync(fd)
-        finally:
-            system.close(fd)
+        with telling(self.directory):
+            fd = system.create(self.path(name))
+            try:
+                system.write_exactly(fd, [memoryview(text)], 0, self.path(name))
+                system.sync(fd)
+            finally:
+                system.close(fd)
 
     def finish(self, shard: Shard) -> None:
         """Note that a shard is on the disk, whole."""
-        with _telling(self.directory):
+        with telling(self.directory):
             system.write_end(self._journal, _line({"finished": shard.name}))
         self._finished.add(shard.name)
 
@@ -72,26 +80,40 @@ class Destination:
         Args:
             index: the text of the index, if there is to be one.
         """
-        own = {_LOCK, _JOURNAL, INDEX_NAME, *(shard.name for shard in self._shards)}
-        with _telling(self.directory):
-            others = [name for name in system.list_names(self.staging) if name not in own]
+        shards = [shard.name for shard in self._shards]
+        with telling(self.directory):
+            others = set(system.list_names(self.staging)) - {_LOCK, _JOURNAL, INDEX_NAME, *shards}
             for name in others:
                 _sync(self.path(name))
-            names = [*others, *(shard.name for shard in self._shards)]
             if index is not None:
                 self.write(INDEX_NAME, index)
-                names.append(INDEX_NAME)
+            names = [*sorted(others), *_in_order(shards, index)]
+            placed = {name: [*system.identity(self.found(name))] for name in names}  # fails if one is in neither place
             system.sync_directory(self.staging)
+            self.placed = placed
+            system.write_end(self._journal, _line({"placing": placed}))
+            staged = set(system.list_names(self.staging))  # the rest was put in its place before a crash
             for name in names:
                 if name == names[-1]:  # what makes it a checkpoint comes after all else is on the disk
                     system.sync_directory(self.directory)
-                if system.exists(self.path(name)):  # or it was put in its place before a crash
+                if name in staged:
                     system.rename(self.path(name), os.path.join(self.directory, name))
             system.sync_directory(self.directory)
 
 
+def _in_order(shards: Sequence[str], index: bytes | None) -> list[str]:
+    """The weights and their index in the order in which no loader takes a part of them for all.
+
+    One file that is not numbered may be taken for a checkpoint without an index, but not if an index names others.
+    """
+    if index is None:
+        return list(shards)
+    numbered = all("-of-" in name for name in shards)
+    return [*shards, INDEX_NAME] if numbered else [INDEX_NAME, *shards]
+
+
 def _sync(path: str) -> None:
-    fd = system.open_append(path)
+    fd = system.open_readonly(path)  # which may be all that its permissions allow
     try:
         system.sync(fd)
     finally:
@@ -115,17 +137,25 @@ def open_destination(
         WriteError: the system does not let us write there.
     """
     staging = os.path.join(directory, STAGING_NAME)
-    with _telling(directory):
+    with telling(directory):
         lock = _locked(staging, directory)
     try:
-        with _telling(directory):
+        with telling(directory):
             journal = system.open_append(os.path.join(staging, _JOURNAL))
+        keeps = True
         try:
-            keeps = system.size(journal) > 0  # an earlier work, which may go on
-            with _telling(directory):
-                finished = _taken_over(journal, directory, shards, work, resume)
+            with telling(directory):
+                earlier = _read(journal)
+                keeps = earlier.work is not None  # and so may go on
+                finished = _taken_over(earlier, journal, directory, shards, work, resume)
             keeps = work is not None
-            yield Destination(directory, journal, shards, finished)
+            destination = Destination(directory, journal, shards, finished)
+            try:
+                yield destination
+            except BaseException:
+                if not keeps:
+                    _take_back(directory, destination.placed)
+                raise
             keeps = False
         finally:
             system.close(journal)
@@ -162,7 +192,12 @@ def _locked(staging: str, directory: str) -> int:
 
 
 def _taken_over(
-    journal: int, directory: str, shards: Sequence[Shard], work: Mapping[str, Any] | None, resume: bool
+    earlier: _Earlier,
+    journal: int,
+    directory: str,
+    shards: Sequence[Shard],
+    work: Mapping[str, Any] | None,
+    resume: bool,
 ) -> set[str]:
     """Names of the shards that an earlier work has finished; what cannot be used of it is thrown away.
 
@@ -171,14 +206,14 @@ def _taken_over(
     """
     staging = os.path.join(directory, STAGING_NAME)
     work = None if work is None else json.loads(json.dumps(work))
-    first, *lines = _journal_lines(journal) or [{}]
-    begun = first.get("work")
     finished: set[str] = set()
-    if begun is not None and (resume or work is None):
-        if begun != work:
-            _refuse_other_work(directory, begun, work or {})
-        noted = {line.get("finished") for line in lines}
-        finished = {shard.name for shard in shards if shard.name in noted and _is_whole(shard, directory)}
+    if earlier.work is not None and (resume or work is None):
+        if earlier.work != work:
+            _refuse_other_work(directory, earlier.work, work or {})
+        finished = {shard.name for shard in shards if shard.name in earlier.finished and _is_whole(shard, directory)}
+    placing = earlier.placing
+    if not finished and not any(_is_placed(directory, name, placing[name]) for name in list(placing)[-1:]):
+        _take_back(directory, placing)
     complete = len(finished) == len(shards)
     allowed = finished | ({INDEX_NAME} if complete else set())
     present = [name for name in system.list_names(directory) if name.endswith(WEIGHT_SUFFIXES) and name not in allowed]
@@ -192,25 +227,36 @@ def _taken_over(
             )
         )
     if not finished:
-        for name in system.list_names(staging):
-            if name not in (_LOCK, _JOURNAL):
-                system.remove(os.path.join(staging, name))
         system.truncate(journal, 0)
         system.write_end(journal, _line({"work": work}))
+    for name in sorted(earlier.finished - finished) if finished else ():
+        system.write_end(journal, _line({"again": name}))  # before it has its size again, but not its bytes
+    for name in system.list_names(staging):
+        if name not in (_LOCK, _JOURNAL, *finished):
+            system.remove(os.path.join(staging, name))
     return finished
 
 
 def _refuse_other_work(directory: str, begun: Mapping[str, Any], work: Mapping[str, Any]) -> None:
-    differ = sorted(key for key in {*begun, *work} if begun.get(key) != work.get(key))
+    differences = list(_differences("", begun, work))
     raise DestinationError(
         message(
             "the directory holds an unfinished work that is not this one",
             where=os.path.join(directory, STAGING_NAME),
-            expected="\n" + listing(f"{key}: {_short(begun.get(key))}" for key in differ),
-            found="\n" + listing(f"{key}: {_short(work.get(key))}" for key in differ),
-            do="finish it as it was begun, or start again with resume=False (--no-resume)",
+            expected="\n" + listing(f"{key}: {_short(was)}" for key, was, _ in differences),
+            found="\n" + listing(f"{key}: {_short(now)}" for key, _, now in differences),
+            do="finish it as it was begun, or start it again with resume=False (--no-resume), or remove that folder",
         )
     )
+
+
+def _differences(key: str, was: Any, now: Any) -> Iterator[tuple[str, Any, Any]]:
+    """Keys of objects, and of objects in them, whose values differ."""
+    if isinstance(was, dict) and isinstance(now, dict):
+        for inner in sorted({*was, *now}):
+            yield from _differences(f"{key}, {inner}" if key else inner, was.get(inner), now.get(inner))
+    elif was != now:
+        yield key, was, now
 
 
 def _short(value: object, limit: int = 200) -> str:
@@ -218,18 +264,54 @@ def _short(value: object, limit: int = 200) -> str:
     return text if len(text) <= limit else text[:limit] + "..."
 
 
-def _journal_lines(journal: int) -> list[dict[str, Any]]:
-    """The whole lines; what a crash left of another one is cut off."""
+class _Earlier(NamedTuple):
+    """What a journal says; nothing, if it is no journal."""
+
+    work: dict[str, Any] | None
+    finished: set[str]
+    placing: dict[str, list[int]]
+
+
+def _read(journal: int) -> _Earlier:
+    """What the whole lines say; what a crash left of another one is cut off."""
     data = bytearray(system.size(journal))
     system.read_exactly(journal, [memoryview(data)], 0, _JOURNAL)
     whole = data.rfind(b"\n") + 1
     if whole < len(data):
         system.truncate(journal, whole)
+    work, finished, placing = None, set(), {}
     try:
-        lines = [json.loads(line) for line in data[:whole].splitlines()]
+        for line in data[:whole].splitlines():
+            match json.loads(line):
+                case {"work": dict(value)}:
+                    work = value
+                case {"work": None}:
+                    pass
+                case {"finished": str(name)}:
+                    finished.add(name)
+                case {"again": str(name)}:
+                    finished.discard(name)
+                case {"placing": dict(value)}:
+                    placing = value
+                case _:
+                    return _Earlier(None, set(), {})
     except ValueError:
-        return []
-    return lines if all(isinstance(line, dict) for line in lines) else []
+        return _Earlier(None, set(), {})
+    return _Earlier(work, finished, placing)
+
+
+def _is_placed(directory: str, name: str, identity: list[int]) -> bool:
+    """Whether a file is in its place, and is the one that was put there."""
+    path = os.path.join(directory, name)
+    return system.exists(path) and [*system.identity(path)] == identity
+
+
+def _take_back(directory: str, placed: Mapping[str, list[int]]) -> None:
+    """Remove what a commit that failed has put in its place; first what makes it a checkpoint."""
+    with suppress(OSError):
+        for name in reversed(list(placed)):
+            if _is_placed(directory, name, placed[name]):
+                system.remove(os.path.join(directory, name))
 
 
 def _is_whole(shard: Shard, directory: str) -> bool:
@@ -250,7 +332,7 @@ def _line(record: Mapping[str, Any]) -> bytes:
 
 
 @contextmanager
-def _telling(directory: str) -> Iterator[None]:
+def telling(directory: str) -> Iterator[None]:
     """What the system refuses is told as a WriteError."""
     try:
         yield

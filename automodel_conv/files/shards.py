@@ -117,13 +117,17 @@ def shard_of(name: str, specs: Sequence[Spec]) -> Shard:
     return Shard(name, len(text).to_bytes(8, "little") + text, tuple(specs), tuple(data + start for start in starts))
 
 
-def index_of(shards: Sequence[Shard]) -> bytes | None:
-    """The text of the index; None for a single file under its usual name, which needs none."""
+def index_of(shards: Sequence[Shard], parameters: int | None = None) -> bytes | None:
+    """The text of the index; None for a single file under its usual name, which needs none.
+
+    Args:
+        parameters: elements of the model's parameters; None: all elements count as such.
+    """
     if [shard.name for shard in shards] == ["model.safetensors"]:
         return None
     specs = [spec for shard in shards for spec in shard.specs]
     metadata = {
-        "total_parameters": sum(prod(spec.shape) for spec in specs),
+        "total_parameters": sum(prod(spec.shape) for spec in specs) if parameters is None else parameters,
         "total_size": sum(spec.nbytes for spec in specs),
     }
     weight_map = {spec.name: shard.name for shard in shards for spec in shard.specs}

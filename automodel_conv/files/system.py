@@ -62,8 +62,12 @@ def open_readonly(path: str) -> int:
 
 
 def close(fd: int) -> None:
-    """Close a descriptor."""
-    os.close(fd)
+    """Close a descriptor; what the system may still have to tell about a file, ``sync`` has told before."""
+    try:
+        os.close(fd)
+    except OSError as error:
+        if error.errno == errno.EBADF:  # closed twice: somebody else's file would be next
+            raise
 
 
 def size(fd: int) -> int:

@@ -6,7 +6,7 @@ shall have. Their composition goes from the sources straight to the final buffer
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -32,6 +32,7 @@ from automodel_conv.planning.registry import (
     is_pretrained_model,
     key_renamings,
     model_rules,
+    saving_order,
     saving_rules,
     without_ignored,
 )
@@ -127,7 +128,8 @@ def saving_plan(
 
     Args:
         table: the tensors of the model, in ``layout`` (None: the model's own).
-        reference: a checkpoint whose names and boundaries to restore; otherwise all rules are reversed.
+        reference: a checkpoint whose names and boundaries to restore; otherwise all rules are reversed, and the targets
+            are in the order in which upstream writes them.
 
     Raises:
         NameProblems: the tensors do not fit the reference.
@@ -153,7 +155,15 @@ def saving_plan(
     shapes = dict(zip(table.names, table.shapes, strict=True))
     plan, problems = compile_targets(table, rule_set, None, parameters=shapes)
     problems.raise_unless_fit("going back to the checkpoint's names")
-    return stages[0].then(plan) if stages else plan
+    return _in_saving_order(stages[0].then(plan) if stages else plan, model)
+
+
+def _in_saving_order(plan: CopyPlan, model: nn.Module | None) -> CopyPlan:
+    """The plan with its targets in the order in which ``save_pretrained`` writes them, which files are divided by."""
+    by_name = saving_order(model)
+    rank: Sequence[Any] = range(len(plan.sources.names)) if by_name is None else [*map(by_name, plan.sources.names)]
+    targets = sorted(plan.targets, key=lambda target: min(rank[row] for row in target.sources))
+    return replace(plan, targets=tuple(targets))
 
 
 def _inverse_of_loading(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -71,6 +71,20 @@ def saving_rules(model: Any, rules: Iterable[Any] | None) -> list[Any]:
 
     legacy = {_patterns(rule) for rule in get_checkpoint_conversion_mapping("legacy") or ()}
     return [rule for rule in rules if type(rule).__name__ != "PrefixChange" and _patterns(rule) not in legacy]
+
+
+def saving_order(model: Any) -> Callable[[str], Any] | None:
+    """The sort key by which upstream orders a model's names when it goes back; None: it keeps their order.
+
+    Source: transformers 5.23.0, ``revert_weight_conversion``; the key differs between versions.
+    """
+    if not is_pretrained_model(model):
+        return None
+    if getattr(model, "_weight_conversions", None) is None and not saving_rules(model, None):
+        return None
+    from transformers import core_model_loading
+
+    return getattr(core_model_loading, "dot_natural_key", None)
 
 
 def _patterns(rule: Any) -> tuple[tuple[str, ...], tuple[str, ...]]:
