@@ -27,7 +27,16 @@ from automodel_conv.errors import (
 from automodel_conv.execution.checksums import CHECKSUMS_NAME
 from automodel_conv.execution.reading import OpenFiles
 from automodel_conv.execution.slabs import Slab, slab_schedule
-from automodel_conv.execution.writing import Budget, Maker, SourceFiles, budget, compare_slabs, jobs_of, write_shard
+from automodel_conv.execution.writing import (
+    Budget,
+    Maker,
+    SourceFiles,
+    begin_shard,
+    budget,
+    compare_slabs,
+    jobs_of,
+    write_slabs,
+)
 from automodel_conv.files import system
 from automodel_conv.files.checkpoint import Checkpoint, open_checkpoint
 from automodel_conv.files.destination import WEIGHT_SUFFIXES, open_destination, telling
@@ -202,10 +211,11 @@ def convert_checkpoint(
             for file, shard in enumerate(shards):
                 if shard.name in unfinished:
                     slabs = by_file.get(file, [])
+                    path = place.path(shard.name)
+                    begin_shard(shard, path)
                     with _Makers(checkpoint, slabs, made.dtypes, share) as start:
-                        write_shard(shard, [(slabs, start)], place, share.threads, advance)
+                        write_slabs([(slabs, start)], path, share.threads, advance)
                     if verify:
-                        path = place.path(shard.name)
                         with _Makers(checkpoint, slabs, made.dtypes, share) as start:
                             _compare(slabs, path, shard, start, share.threads, advance)
                     place.finish(shard)

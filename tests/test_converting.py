@@ -303,9 +303,7 @@ def test_experts_larger_than_the_scratch_are_the_same_bytes(tmp_path, layout, dt
     tensors = {}  # none of them NaN, which casts change
     for n, (e, w) in enumerate((e, w) for e in range(3) for w in ("w1", "w2", "w3")):
         shape = (150, 200) if w != "w2" else (200, 150)
-        tensors[f"experts.{e}.{w}.weight"] = address_valued(
-            shape, torch.bfloat16, 250 * n
-        )
+        tensors[f"experts.{e}.{w}.weight"] = address_valued(shape, torch.bfloat16, 250 * n)
     amc.save_checkpoint(tensors, tmp_path / "saved", rules=[])
     options = {"rules": merging(), "layout": layout, "dtype": dtype}
     report = amc.convert_checkpoint(

@@ -5,6 +5,7 @@ Communication is torch's, over the groups of the meshes that the tensors are dis
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -51,6 +52,20 @@ def together(groups: Sequence[Any], what: str) -> Iterator[None]:
     if others:
         raise RankError(
             message(f"{what} failed on {len(others)} of the ranks that do it together", found="\n" + listing(others))
+        )
+
+
+def same_on_all(groups: Sequence[Any], parts: Iterable[bytes], what: str) -> None:
+    """Make sure that all ranks of these groups have the same bytes.
+
+    Raises:
+        RankError: they do not, on all ranks.
+    """
+    digest = hashlib.blake2b(b"".join(parts), digest_size=16).hexdigest()
+    found = set(_told_by_all(groups, digest, what))
+    if len(found) > 1:
+        raise RankError(
+            message(f"{what} differ from rank to rank", expected="the same names, dtypes and whole shapes on all ranks")
         )
 
 

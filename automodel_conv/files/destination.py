@@ -120,6 +120,11 @@ def _sync(path: str) -> None:
         system.close(fd)
 
 
+def staged_path(directory: str, name: str) -> str:
+    """Where a file of a directory that is written to lies until all are there."""
+    return os.path.join(directory, STAGING_NAME, name)
+
+
 @contextmanager
 def open_destination(
     directory: str, shards: Sequence[Shard], work: Mapping[str, Any] | None, *, resume: bool = False

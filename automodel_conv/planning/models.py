@@ -34,17 +34,13 @@ def state_table(state_dict: Mapping[str, Tensor]) -> SourceTable:
     """Names, dtypes and shapes of tensors in memory.
 
     Raises:
-        UnsupportedError: something is no tensor, is sharded, or has a dtype that the safetensors format does not have.
+        UnsupportedError: something is no tensor, or has a dtype that the safetensors format does not have.
     """
     codes = []
     for name, tensor in state_dict.items():
         if not isinstance(tensor, Tensor):
             raise UnsupportedError(
                 message(f"{name} is not a tensor", found=type(tensor).__name__, do="leave extra state out of the dict")
-            )
-        if hasattr(tensor, "placements"):
-            raise UnsupportedError(
-                message(f"{name} is a distributed tensor", do="gather it first; sharded tensors are not supported yet")
             )
         code = dtype_code(tensor.dtype)
         if code is None:
