@@ -273,7 +273,7 @@ def _is_same(tensor: Tensor, other: Tensor) -> bool:
 
 
 def _holdings(tensors: Iterable[Tensor], leads: bool) -> dict[int, list[Holding]]:
-    """By row, what this process writes: its shards of DTensors, if it is the first to hold them; the leader all else."""
+    """By row, what this process writes: its shards of DTensors, if it holds them first; the leader all others."""
     held = {}
     for row, tensor in enumerate(tensors):
         if is_first_replica(tensor) if is_distributed(tensor) else leads:
