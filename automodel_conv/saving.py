@@ -101,7 +101,7 @@ def save_checkpoint(
     """
     began = time.perf_counter()
     if isinstance(model_or_state_dict, nn.Module):
-        model, tensors = model_or_state_dict, _tensors_of(model_or_state_dict)
+        model, tensors = model_or_state_dict, saved_tensors(model_or_state_dict)
     else:
         model, tensors = None, model_or_state_dict
     if model is None and rules is None and layout is None and reference is None:
@@ -118,7 +118,7 @@ def save_checkpoint(
         table = None if opened is None else SourceTable(opened.names, opened.dtypes, opened.shapes)
         plan = saving_plan(state_table(tensors), model=model, rules=rules, layout=layout, reference=table)
         plan = with_dtype(plan, dtype, model)
-        shards = _shards(plan, opened, max_shard_size)
+        shards = shards_for(plan, opened, max_shard_size)
         share = budget(threads, DEFAULT_SCRATCH_BYTES if scratch_bytes is None else scratch_bytes, reads_files=False)
         leads = not groups or dist.get_rank() == 0
         places = places_in(shards, plan.targets)
@@ -138,8 +138,7 @@ def save_checkpoint(
                     write_slabs(slabs, staged_path(directory, shard.name), share.threads, advance)
         with together(groups, "ending the save"):
             if destination is not None:
-                parameters = None if model is None else sum(parameter.numel() for parameter in model.parameters())
-                _finish(destination, shards, model, dtype, share.threads if checksums else 0, parameters)
+                finish_save(destination, shards, model, dtype, share.threads if checksums else 0)
     return SaveReport(
         tuple(shard.name for shard in shards),
         sum(shard.nbytes for shard in shards),
@@ -148,13 +147,12 @@ def save_checkpoint(
     )
 
 
-def _finish(
+def finish_save(
     destination: Destination,
     shards: Sequence[Shard],
     model: nn.Module | None,
-    dtype: torch.dtype | None,
-    checksum_threads: int,
-    parameters: int | None,
+    dtype: torch.dtype | None = None,
+    checksum_threads: int = 0,
 ) -> None:
     """What follows when the data of all files is on the disk; with no threads for checksums there are none."""
     for shard in shards:
@@ -164,6 +162,7 @@ def _finish(
             _write_config(model, dtype, destination.staging)
     if checksum_threads:
         write_checksums(destination, shards, checksum_threads)
+    parameters = None if model is None else sum(parameter.numel() for parameter in model.parameters())
     destination.commit(index_of(shards, parameters))
 
 
@@ -218,10 +217,12 @@ def places_in(shards: Sequence[Shard], targets: Iterable[Target]) -> list[tuple[
     return [places[target.name] for target in targets]
 
 
-# --- private ----------------------------------------------------------------------------------------------------------
+def shards_for(plan: CopyPlan, reference: Checkpoint | None, max_shard_size: int | str) -> list[Shard]:
+    """The files for the targets of a plan: as a reference is divided, or by size.
 
-
-def _shards(plan: CopyPlan, reference: Checkpoint | None, max_shard_size: int | str) -> list[Shard]:
+    Raises:
+        UnsupportedError: not a size, or a dtype that torch does not know.
+    """
     specs = specs_of(plan.targets)
     if reference is None:
         return divide(specs, parse_size(max_shard_size))
@@ -231,7 +232,7 @@ def _shards(plan: CopyPlan, reference: Checkpoint | None, max_shard_size: int | 
     )
 
 
-def _tensors_of(model: nn.Module) -> dict[str, Tensor]:
+def saved_tensors(model: nn.Module) -> dict[str, Tensor]:
     """The tensors of a model that belong into a checkpoint: ties once, under the name that upstream keeps.
 
     Raises:
@@ -255,6 +256,9 @@ def _tensors_of(model: nn.Module) -> dict[str, Tensor]:
             if name != kept and _is_same(tensors[name], tensors[kept]):  # type: ignore[index]
                 del tensors[name]
     return dict(tensors)
+
+
+# --- private ----------------------------------------------------------------------------------------------------------
 
 
 def _refuse_without_data(tensors: Mapping[str, Tensor]) -> None:

@@ -1,15 +1,19 @@
-"""torch.distributed.checkpoint on published checkpoints: per-expert files into grouped, sharded models.
+"""torch.distributed.checkpoint on published checkpoints: per-expert files to grouped, sharded models and back.
 
     dcp.load(state_dict, storage_reader=HuggingFaceReader(path))
+    dcp.save(state_dict, storage_writer=HuggingFaceWriter(directory, model))
 
-takes the place of ``dcp.HuggingFaceStorageReader`` in code that already calls ``dcp.load``; each rank reads the bytes
-of its own shards. Source of the protocol: torch 2.13.0, ``torch/distributed/checkpoint/storage.py``.
+take the places of ``dcp.HuggingFaceStorageReader`` and ``HuggingFaceStorageWriter`` in code that already calls these;
+each rank reads and writes the bytes of its own shards. Source of the protocol: torch 2.13.0,
+``torch/distributed/checkpoint/storage.py``.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -20,20 +24,27 @@ from torch.distributed.checkpoint.metadata import (
     TensorProperties,
     TensorStorageMetadata,
 )
-from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPlanner
-from torch.distributed.checkpoint.storage import StorageReader
+from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPlanner, SavePlan, SavePlanner
+from torch.distributed.checkpoint.storage import StorageReader, StorageWriter, WriteResult
 from torch.futures import Future
 
 from automodel_conv.dtypes import dtype_code
 from automodel_conv.errors import UnsupportedError, message
 from automodel_conv.execution.buffers import dtype_of
 from automodel_conv.execution.filling import Limits, fill
+from automodel_conv.execution.tensor_slabs import Holding, tensor_slabs
+from automodel_conv.execution.writing import begin_shard, budget, write_slabs
 from automodel_conv.files import system
 from automodel_conv.files.checkpoint import Checkpoint, open_checkpoint
+from automodel_conv.files.destination import Destination, open_destination, staged_path
+from automodel_conv.files.shards import Shard
 from automodel_conv.loading import load_plan
+from automodel_conv.planning.copies import SourceTable
 from automodel_conv.planning.models import tied_names
+from automodel_conv.planning.pipeline import saving_plan
 from automodel_conv.planning.plan import CopyPlan
 from automodel_conv.planning.sharding import Part, box, parts_plan
+from automodel_conv.saving import DEFAULT_SCRATCH_BYTES, finish_save, places_in, saved_tensors, shards_for
 
 
 class HuggingFaceReader(StorageReader):
@@ -134,3 +145,117 @@ class HuggingFaceReader(StorageReader):
     def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
         """Whether there is such a directory or file."""
         return system.exists(os.fsdecode(checkpoint_id))
+
+
+class HuggingFaceWriter(StorageWriter):
+    """Writes a safetensors checkpoint under its published names, experts taken apart, as ``save_checkpoint`` does.
+
+    All ranks write into the same files, on a file system that they share. The directory is a checkpoint once
+    ``dcp.save`` has returned.
+
+    Args:
+        directory: see ``save_checkpoint``; ``checkpoint_id=`` of ``dcp.save`` takes its place.
+        model: whose rules and config to take, and which names are one tensor, to be written once; or give rules, layout
+            or reference.
+        rules, layout, reference, max_shard_size, threads, scratch_bytes: see ``save_checkpoint``.
+
+    Raises:
+        NameProblems, CoverageError, UnsupportedError, DestinationError, WriteError: see ``save_checkpoint``; ``dcp``
+            wraps them in its ``CheckpointException``.
+    """
+
+    def __init__(
+        self,
+        directory: str | os.PathLike[str],
+        model: nn.Module | None = None,
+        *,
+        rules: Iterable[Any] | None = None,
+        layout: str | None = None,
+        reference: str | os.PathLike[str] | None = None,
+        max_shard_size: int | str = "5GB",
+        threads: int | None = None,
+        scratch_bytes: int | None = None,
+    ):
+        self._directory = os.path.abspath(os.fsdecode(directory))
+        self._model = model
+        self._rules = None if rules is None else list(rules)
+        self._layout = layout
+        self._reference = reference
+        self._max_shard_size = max_shard_size
+        self._share = budget(threads, scratch_bytes or DEFAULT_SCRATCH_BYTES, reads_files=False)
+        self._names = None if model is None else saved_tensors(model).keys()
+        self._begun: tuple[Destination, list[Shard]] | None = None
+        self._ending = ExitStack()
+
+    def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
+        """Write to another directory from now on, if one is given; what has failed before is removed."""
+        self._ending.close()
+        self._begun = None
+        if checkpoint_id is not None:
+            self._directory = os.path.abspath(os.fsdecode(checkpoint_id))
+
+    def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
+        """Nothing to do."""
+
+    def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
+        return plan
+
+    def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
+        """Begin all files, on the coordinator."""
+        specs: dict[str, tuple[str, tuple[int, ...]]] = {}
+        for item in (item for plan in plans for item in plan.items):
+            if item.tensor_data is None:
+                raise UnsupportedError(message(f"{item.index.fqn} is no tensor", do="save it elsewhere"))
+            code = dtype_code(item.tensor_data.properties.dtype)
+            if code is None:
+                raise UnsupportedError(message(f"{item.index.fqn} has a dtype that checkpoints cannot hold"))
+            if self._names is None or item.index.fqn in self._names:
+                specs[item.index.fqn] = code, tuple(item.tensor_data.size)
+        names = list(specs) if self._names is None else [name for name in self._names if name in specs]
+        table = SourceTable(names, [specs[name][0] for name in names], [specs[name][1] for name in names])
+        _, shards = self._plan(table)
+        self._begun = self._ending.enter_context(open_destination(self._directory, shards, None)), shards
+        for shard in shards:
+            begin_shard(shard, staged_path(self._directory, shard.name))
+        return [replace(plan, storage_data=table) for plan in plans]
+
+    def _plan(self, table: SourceTable) -> tuple[CopyPlan, list[Shard]]:
+        reference = None if self._reference is None else open_checkpoint(self._reference)
+        like = None if reference is None else SourceTable(reference.names, reference.dtypes, reference.shapes)
+        plan = saving_plan(table, model=self._model, rules=self._rules, layout=self._layout, reference=like)
+        return plan, shards_for(plan, reference, self._max_shard_size)
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+        """Write what this rank's plan has, and wait until the disk has it."""
+        table: SourceTable = plan.storage_data
+        copies, shards = self._plan(table)
+        rows = {name: row for row, name in enumerate(table.names)}
+        holdings: dict[int, list[Holding]] = {}
+        results = []
+        for item in plan.items:
+            results.append(WriteResult(item.index, item.tensor_storage_size() or 0, None))
+            if item.index.fqn in rows and item.tensor_data is not None:
+                chunk, size = item.tensor_data.chunk, item.tensor_data.size
+                tensor = planner.resolve_data(item)
+                held = Holding(box(tuple(size), chunk.offsets, chunk.sizes), tensor.detach())  # type: ignore[union-attr]
+                holdings.setdefault(rows[item.index.fqn], []).append(held)
+        places = places_in(shards, copies.targets)
+        groups = tensor_slabs(copies, holdings, places, most_bytes=self._share.slab_bytes)
+        for file, shard in enumerate(shards):
+            slabs = [(group.by_file.get(file, []), group.start) for group in groups]
+            write_slabs(slabs, staged_path(self._directory, shard.name), self._share.threads, lambda nbytes: None)
+        done: Future[list[WriteResult]] = Future()
+        done.set_result(results)
+        return done
+
+    def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
+        """Make the directory a checkpoint, on the coordinator."""
+        if self._begun is not None:
+            destination, shards = self._begun
+            finish_save(destination, shards, self._model)
+        self.reset()
+
+    @classmethod
+    def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
+        """Whether this can be a directory on a local or mounted file system."""
+        return "://" not in os.fsdecode(checkpoint_id)
