@@ -51,7 +51,10 @@ def assert_same(actual, expected):
 
 # --- the oracle: stack, cat and transpose, a layer at a time ----------------------------------------------------------
 
-RENAMED = {"mixtral": (".block_sparse_moe.", ".mlp."), "nemotron_h": ("backbone.", "model.")}
+RENAMED = {
+    "mixtral": [(".block_sparse_moe.", ".mlp.")],
+    "nemotron_h": [("backbone.", "model."), ("embedding.", "embeddings.")],  # some releases write the latter
+}
 ROLES = {"w1": "gate", "w3": "up", "w2": "down", "gate_proj": "gate", "up_proj": "up", "down_proj": "down"}
 EXPERT = re.compile(r"(.*\.experts)\.(\d+)\.(\w+)\.weight")
 GROUPED = re.compile(r"(.*\.experts)\.(gate_up_proj|down_proj)(_bias|)")
@@ -61,7 +64,8 @@ def taken_apart(name, published):
     """``{module: {role: stacked tensor}}`` of the experts, and all other tensors; both under the model's names."""
     experts, others = {}, {}
     for key, tensor in published.items():
-        key = key.replace(*RENAMED.get(name, ("", "")))
+        for before, after in RENAMED.get(name, ()):
+            key = key.replace(before, after)
         if match := EXPERT.fullmatch(key):
             path, number, projection = match.groups()
             experts.setdefault(path, {}).setdefault(ROLES[projection], {})[int(number)] = tensor

@@ -89,7 +89,7 @@ def read_job(job: Job, checkpoint: Checkpoint, files: OpenFiles, views: Sequence
     except OSError as error:
         raise _failure(f"cannot open a file: {error}", path, job.parts, checkpoint) from error
     gaps = 0
-    for parts in _calls(job.parts):
+    for parts in calls_of(job.parts):
         stop = parts[0].offset_bytes
         slices: list[memoryview] = []
         for part in parts:
@@ -109,7 +109,7 @@ def read_job(job: Job, checkpoint: Checkpoint, files: OpenFiles, views: Sequence
     return gaps
 
 
-def _calls(parts: Sequence[Part]) -> Iterator[Sequence[Part]]:
+def calls_of(parts: Sequence[Part]) -> Iterator[Sequence[Part]]:
     """Groups of parts near enough to be read by one call."""
     first = 0
     for n in range(1, len(parts)):

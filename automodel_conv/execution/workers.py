@@ -44,13 +44,32 @@ def work_off(items: Iterable[Item], threads: int, start: Callable[[], Callable[[
 
 
 def _in_threads(work: Callable[[], None], threads: int, stop: threading.Event) -> None:
-    pool = ThreadPoolExecutor(threads, "automodel_conv", torch.set_num_threads, (1,))
+    """Run as many of ``work`` at once; the first error sets ``stop`` and is raised when all have ended."""
+    at_work: set[int] = set()
+    change = threading.Condition()
+
+    def counted() -> None:
+        with change:
+            if stop.is_set():
+                return
+            at_work.add(threading.get_ident())
+        try:
+            torch.set_num_threads(1)
+            work()
+        finally:
+            with change:
+                at_work.remove(threading.get_ident())
+                change.notify()
+
+    pool = ThreadPoolExecutor(threads, thread_name_prefix="automodel_conv")
     with _keeping_torch_threads():
         try:
-            workers = [pool.submit(work) for _ in range(threads)]
+            workers = [pool.submit(counted) for _ in range(threads)]
             wait(workers, return_when=FIRST_EXCEPTION)
         finally:
-            stop.set()
+            with change:  # the pool itself may not know of a thread whose start a signal has interrupted
+                stop.set()
+                change.wait_for(lambda: not at_work)
             pool.shutdown()
     for worker in workers:
         worker.result()

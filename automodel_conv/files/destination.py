@@ -104,12 +104,15 @@ class Destination:
 def _in_order(shards: Sequence[str], index: bytes | None) -> list[str]:
     """The weights and their index in the order in which no loader takes a part of them for all.
 
-    One file that is not numbered may be taken for a checkpoint without an index, but not if an index names others.
+    One file that is not numbered may be taken for a checkpoint without an index, but not if an index names others. That
+    of the usual name is even preferred to an index.
     """
     if index is None:
         return list(shards)
     numbered = all("-of-" in name for name in shards)
-    return [*shards, INDEX_NAME] if numbered else [INDEX_NAME, *shards]
+    if numbered:
+        return [*shards, INDEX_NAME]
+    return [INDEX_NAME, *sorted(shards, key=lambda name: name == "model.safetensors")]
 
 
 def _sync(path: str) -> None:

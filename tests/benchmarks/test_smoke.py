@@ -7,7 +7,7 @@ import torch
 
 from automodel_conv import open_checkpoint
 from automodel_conv.planning.registry import transformers_available
-from benchmarks import from_pretrained, loading, measure, planning, shapes
+from benchmarks import from_pretrained, loading, measure, planning, saving, shapes
 
 pytestmark = pytest.mark.skipif(not transformers_available(), reason="benchmarks build models of transformers")
 
@@ -80,6 +80,42 @@ def test_from_pretrained_is_timed_with_the_hook_and_without(tmp_path, capsys):
     for kind in ("load", "reach"):
         assert all(runs[0]["seconds"] > 0 for runs in result["runs"][kind].values())
     assert [path.name for path in tmp_path.iterdir()] == ["result.json"]
+
+
+def test_all_ways_of_saving_and_converting_make_the_same_tensors(tmp_path):
+    saving.write_checkpoints(shapes.SMALL, str(tmp_path), 2, saving.TINY_SHARD)
+    found = {m: saving.work(m, str(tmp_path), 2, saving.TINY_SHARD, 0) for m in saving.METHODS}
+    wanted = {form: saving.digest_of(str(tmp_path / "big" / form)) for form in (saving.PER_EXPERT, saving.GROUPED)}
+    assert len(set(wanted.values())) == 2
+    for name, method in saving.METHODS.items():
+        assert found[name]["digest"] == wanted[method.makes], name
+        assert found[name]["seconds"] > 0
+        assert (found[name]["anonymous_bytes"] is None) == ("cp" in name)
+    assert {path.name for path in tmp_path.iterdir()} == {"big", "tiny"}
+
+
+def test_saving_runs_its_workers_and_prints_a_table_now_and_later(tmp_path, capsys):
+    file = tmp_path / "result.json"
+    methods = ["--method", "group: cp, fsync", "--method", "group: ours"]
+    arguments = ["--smoke", "--repetitions", "1", "--threads", "1", "--json", str(file)]
+    saving.main([*arguments, *methods, "--directory", str(tmp_path)])
+    shown = capsys.readouterr().out
+    assert "group: ours" in shown
+    result = json.loads(file.read_text())
+    assert set(result["runs"]) == {"group: cp, fsync", "group: ours"}
+    assert [path.name for path in tmp_path.iterdir()] == ["result.json"]
+    saving.main(["--table", str(file)])
+    assert capsys.readouterr().out == shown
+
+
+def test_saved_tensors_that_differ_from_the_first_files_give_no_number(tmp_path, capsys, monkeypatch):
+    def run_interleaved(commands, repetitions, before):
+        return {m: [{"digest": "another", "seconds": 1.0}] for m in commands}
+
+    monkeypatch.setattr(measure, "run_interleaved", run_interleaved)
+    with pytest.raises(RuntimeError, match="do not make the same tensors"):
+        saving.main(["--smoke", "--method", "save: ours", "--directory", str(tmp_path)])
+    assert capsys.readouterr().out == ""
 
 
 def test_no_number_is_printed_when_tensors_differ(tmp_path, capsys, monkeypatch):

@@ -1,0 +1,368 @@
+"""Saving a grouped model, and converting on disk: seconds, GB/s and peak memory, ours, transformers and ``cp``.
+
+    python -m benchmarks.saving [--layers N] [--smoke] [--repetitions N] [--threads N] [--shard-size SIZE]
+                                [--method NAME ...] [--directory DIR] [--json FILE] [--table FILE]
+
+The checkpoint is that of ``benchmarks.loading``: N layers with the experts of Qwen3-30B-A3B (2 are 2.4 GB), a tensor
+per expert and projection. Beside it lies the same one grouped, ``[E, 2I, H]``. All files that are written have at most
+``--shard-size`` of data, but for those of ``cp``, which are the source's.
+
+save        A model that ``from_pretrained`` has loaded goes back to per-expert files; only that is timed.
+            transformers: ``save_pretrained``. ours: ``save_checkpoint``.
+group       From per-expert files to grouped ones, from disk to disk.
+            transformers: ``from_pretrained``, then ``save_pretrained(save_original_format=False)``.
+            ours: ``convert_checkpoint``.
+ungroup     From grouped files to per-expert ones.
+            transformers: ``from_pretrained``, then ``save_pretrained``, told to forget that the files were grouped:
+            it reverts only what it has converted itself.
+transpose   From per-expert files to ``[E, H, 2I]``: ``convert_checkpoint(layout="nemo")``.
+cp          Within group and ungroup, and compared with by transpose: ``cp`` of the files that they read, as the roof of
+            what only regroups.
+
+Ours ends when the disk has all bytes and names (fsync); transformers and cp end when the page cache has them. So that
+there is a fair pair, both are also measured followed by fsync of all files they made and of their directory ("fsync").
+``verify=False`` where nothing is said; "verified" reads every file back and compares it with the source.
+
+Every run is a process of its own that does the same with a tiny checkpoint first: imports and everything made once are
+not timed. Its sources are in the page cache, nothing of earlier runs waits to be written, and memory of three times the
+size of the files was touched and given back, see ``benchmarks.loading``. Memory is the peak above the level at the
+start of the timing; by then the imports are done, and for save the model is loaded. That of ``cp`` is not measured. CPU
+time is that of the process and of ``cp``, without what the kernel does later to write to the disk.
+
+In the first round each run also computes a digest of the tensors in the files it made, by name, dtype, shape and bytes;
+what was transposed is transposed back for it by torch. No number is printed unless all that end per expert agree with
+each other and with the files at the start, and all that end grouped with each other.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from rich.table import Table
+from safetensors.torch import load_file
+from torch import Tensor
+
+import automodel_conv as amc
+from automodel_conv.measuring import PeakMemory, ready_memory
+from benchmarks import measure
+from benchmarks.shapes import SMALL, Shape, qwen3_30b, write_checkpoint
+from benchmarks.show import show, show_environment
+
+PER_EXPERT, GROUPED = "per-expert", "grouped"
+GROUPS = ("save", "group", "ungroup", "transpose")
+_TRANSPOSED = {"gate_and_up_projs": "gate_up_proj", "down_projs": "down_proj"}
+# For the tiny checkpoint, so that even it has several files.
+TINY_SHARD = "64KB"
+
+
+class Setting(NamedTuple):
+    """Where the checkpoints of one size lie, by form, and how files are written."""
+
+    directory: str
+    threads: int
+    shard_size: str
+
+    def files(self, form: str) -> str:
+        return os.path.join(self.directory, form)
+
+
+Run = Callable[[str], object]
+"""Writes a checkpoint to a new directory; what it returns is kept until the timing is over."""
+Prepare = Callable[[Setting], Run]
+"""What is done before the timing."""
+
+
+class Method(NamedTuple):
+    group: str
+    prepare: Prepare
+    makes: str
+
+
+def save_with_transformers(setting: Setting) -> Run:
+    model = _loaded(setting.files(PER_EXPERT))
+    return lambda out: model.save_pretrained(out, max_shard_size=setting.shard_size)
+
+
+def save_with_ours(setting: Setting) -> Run:
+    model = _loaded(setting.files(PER_EXPERT))
+    return lambda out: amc.save_checkpoint(model, out, max_shard_size=setting.shard_size, threads=setting.threads)
+
+
+def convert_with_transformers(setting: Setting, source: str) -> Run:
+    def run(out: str) -> object:
+        model = _loaded(setting.files(source))
+        back = source == GROUPED
+        if back:
+            model._weight_conversions = None  # none, since the files were grouped already
+        model.save_pretrained(out, save_original_format=back, max_shard_size=setting.shard_size)
+        return model
+
+    return run
+
+
+def convert_with_ours(setting: Setting, source: str, layout: str, verify: bool) -> Run:
+    return lambda out: amc.convert_checkpoint(
+        setting.files(source),
+        out,
+        layout=layout,
+        max_shard_size=setting.shard_size,
+        verify=verify,
+        threads=setting.threads,
+    )
+
+
+def copy_with_cp(setting: Setting, source: str) -> Run:
+    return lambda out: subprocess.run(["cp", "-R", setting.files(source), out], check=True)
+
+
+def _synced(prepare: Prepare) -> Prepare:
+    """Followed by fsync of all that was made."""
+
+    def prepared(setting: Setting) -> Run:
+        run = prepare(setting)
+
+        def run_and_sync(out: str) -> object:
+            made = run(out)
+            for path in (*Path(out).iterdir(), Path(out)):
+                descriptor = os.open(path, os.O_RDONLY)
+                os.fsync(descriptor)
+                os.close(descriptor)
+            return made
+
+        return run_and_sync
+
+    return prepared
+
+
+def _methods() -> dict[str, Method]:
+    found = {
+        "save: transformers": Method("save", save_with_transformers, PER_EXPERT),
+        "save: transformers, fsync": Method("save", _synced(save_with_transformers), PER_EXPERT),
+        "save: ours": Method("save", save_with_ours, PER_EXPERT),
+    }
+    for group, source, made, layout in (
+        ("group", PER_EXPERT, GROUPED, "transformers"),
+        ("ungroup", GROUPED, PER_EXPERT, "per_expert"),
+        ("transpose", PER_EXPERT, GROUPED, "nemo"),
+    ):
+        if group != "transpose":
+            copy, convert = partial(copy_with_cp, source=source), partial(convert_with_transformers, source=source)
+            found[f"{group}: cp"] = Method(group, copy, source)
+            found[f"{group}: cp, fsync"] = Method(group, _synced(copy), source)
+            found[f"{group}: transformers"] = Method(group, convert, made)
+            found[f"{group}: transformers, fsync"] = Method(group, _synced(convert), made)
+        for name, verify in (("ours", False), ("ours, verified", True)):
+            ours = partial(convert_with_ours, source=source, layout=layout, verify=verify)
+            found[f"{group}: {name}"] = Method(group, ours, made)
+    return found
+
+
+METHODS: Mapping[str, Method] = _methods()
+
+
+def work(name: str, directory: str, threads: int, shard_size: str, repetition: int) -> dict[str, Any]:
+    """One run, in this process."""
+    from transformers.utils import logging
+
+    warnings.simplefilter("ignore")
+    logging.disable_progress_bar()
+    method = METHODS[name]
+    out = os.path.join(directory, "out")
+    tiny = Setting(os.path.join(directory, "tiny"), threads, TINY_SHARD)
+    big = Setting(os.path.join(directory, "big"), threads, shard_size)
+    method.prepare(tiny)(out)
+    shutil.rmtree(out)
+    run = method.prepare(big)
+    ready_memory(3 * _bytes_in(big.files(PER_EXPERT)))
+    os.sync()  # the tiny one's files too
+    with PeakMemory() as peak:
+        start, start_cpu = time.perf_counter(), _cpu_seconds()
+        made = run(out)
+        seconds, cpu_seconds = time.perf_counter() - start, _cpu_seconds() - start_cpu
+    del made, run
+    by_other = "cp" in name
+    result = {
+        "seconds": seconds,
+        "cpu_seconds": cpu_seconds,
+        "anonymous_bytes": None if by_other else peak.anonymous_bytes,
+        "resident_bytes": None if by_other else peak.resident_bytes,
+        "digest": digest_of(out) if repetition == 0 else None,
+    }
+    shutil.rmtree(out)
+    return result
+
+
+def digest_of(directory: str) -> str:
+    """Of all tensors in the files, as safetensors reads them; transposed experts as if they were not."""
+    tensors: dict[str, Tensor] = {}
+    for path in sorted(Path(directory).glob("*.safetensors")):
+        for name, tensor in load_file(path).items():
+            stem, _, leaf = name.rpartition(".")
+            if leaf in _TRANSPOSED:
+                name, tensor = f"{stem}.{_TRANSPOSED[leaf]}", tensor.transpose(1, 2).contiguous()
+            tensors[name] = tensor
+    return measure.digest(tensors)
+
+
+def _loaded(directory: str) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(directory)
+
+
+def _cpu_seconds() -> float:
+    """Of this process and the ones it has waited for."""
+    times = os.times()
+    return times.user + times.system + times.children_user + times.children_system
+
+
+def _bytes_in(directory: str) -> int:
+    return sum(path.stat().st_size for path in Path(directory).glob("*.safetensors"))
+
+
+def write_checkpoints(shape: Shape, root: str, threads: int, shard_size: str) -> None:
+    """The checkpoint and a tiny one, each per expert and grouped."""
+    for size, wanted, most_bytes in (("big", shape, shard_size), ("tiny", SMALL, TINY_SHARD)):
+        per_expert, grouped = (os.path.join(root, size, form) for form in (PER_EXPERT, GROUPED))
+        write_checkpoint(wanted, per_expert)
+        amc.convert_checkpoint(per_expert, grouped, layout="transformers", max_shard_size=most_bytes, threads=threads)
+
+
+def run(
+    shape: Shape, methods: list[str], repetitions: int, threads: int, shard_size: str, directory: str | None
+) -> dict[str, Any]:
+    """All runs, and the bytes of the files.
+
+    Raises:
+        RuntimeError: the digests of two methods differ, or a run failed.
+    """
+    with tempfile.TemporaryDirectory(prefix="benchmark-saving-", dir=directory) as root:
+        show(f"  writing {shape.name} to {root}", err=True)
+        write_checkpoints(shape, root, threads, shard_size)
+        big = os.path.join(root, "big")
+        commands = {
+            method: ["-m", "benchmarks.saving", "--worker", method, root, str(threads), shard_size]
+            for method in methods
+        }
+
+        def before() -> None:
+            for form in (PER_EXPERT, GROUPED):
+                measure.read_through(os.path.join(big, form))
+            os.sync()
+
+        runs = measure.run_interleaved(commands, repetitions, before)
+        at_start = digest_of(os.path.join(big, PER_EXPERT))
+        file_bytes = _bytes_in(os.path.join(big, PER_EXPERT))
+    for form, known in ((PER_EXPERT, {"the files at the start": at_start}), (GROUPED, {})):
+        found = known | {name: runs[name][0]["digest"] for name in methods if METHODS[name].makes == form}
+        if len(set(found.values())) > 1:
+            raise RuntimeError(f"the methods do not make the same tensors: {found}")
+    return {
+        "shape": shape.name,
+        "source": shape.source,
+        "file_bytes": file_bytes,
+        "threads": threads,
+        "shard_size": shard_size,
+        "runs": runs,
+    }
+
+
+def table(result: Mapping[str, Any]) -> Table:
+    file_bytes, runs = result["file_bytes"], result["runs"]
+    shown = Table(
+        title=f"{result['shape']}: {file_bytes / 1e9:.2f} GB of files, {result['threads']} threads, "
+        f"sources in the page cache, {len(next(iter(runs.values())))} runs each: median (20th-80th percentile)",
+        title_justify="left",
+    )
+    shown.add_column("method")
+    for title in ("seconds", "s of CPU", "GB/s", "ours is", "x cp, fsync", "anonymous MiB", "resident MiB"):
+        shown.add_column(title, justify="right")
+    seconds = {name: statistics.median(run["seconds"] for run in found) for name, found in runs.items()}
+    for group in GROUPS:
+        ours = seconds.get(f"{group}: ours")
+        roof = seconds.get(f"{'group' if group == 'transpose' else group}: cp, fsync")
+        for name in (name for name in runs if METHODS[name].group == group):
+            found = runs[name]
+            shown.add_row(
+                name,
+                measure.spread([run["seconds"] for run in found]).text(),
+                f"{statistics.median(run['cpu_seconds'] for run in found):.2f}",
+                f"{file_bytes / 1e9 / seconds[name]:.2f}",
+                f"{seconds[name] / ours:.2f}x" if ours else "",
+                f"{seconds[name] / roof:.2f}" if roof else "",
+                *(_peak(found, kind, file_bytes) for kind in ("anonymous_bytes", "resident_bytes")),
+            )
+        shown.add_section()
+    return shown
+
+
+def _peak(runs: list[dict[str, Any]], kind: str, file_bytes: int) -> str:
+    found = [run[kind] for run in runs if run[kind] is not None]
+    return f"{max(found) / 2**20:.0f} ({max(found) / file_bytes:.2f}x)" if found else "-"
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.saving",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--layers", type=int, default=2)
+    parser.add_argument("--smoke", action="store_true", help="tiny; its times mean nothing")
+    parser.add_argument("--repetitions", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=measure.cores())
+    parser.add_argument("--shard-size", default="1GB", help="of the files that are written")
+    parser.add_argument("--method", action="append", choices=METHODS, help="default: all")
+    parser.add_argument("--directory", help="where a temporary directory is made; it needs three times the files")
+    parser.add_argument("--json", metavar="FILE", help="write all runs and the environment")
+    parser.add_argument("--table", metavar="FILE", help="only print the table of such a file")
+    parser.add_argument("--worker", nargs=4, help=argparse.SUPPRESS)
+    parser.add_argument("--repetition", type=int, default=0, help=argparse.SUPPRESS)
+    options = parser.parse_args(arguments)
+    if options.worker:
+        method, directory, threads, shard_size = options.worker
+        result = work(method, directory, int(threads), shard_size, options.repetition)
+        sys.stdout.write(json.dumps(result) + "\n")
+        return
+    if options.table:
+        result = measure.read_json(options.table)
+        show_environment(result["environment"])
+        show(table(result))
+        return
+    environment = measure.environment()
+    shape, shard_size = (SMALL, TINY_SHARD) if options.smoke else (qwen3_30b(options.layers), options.shard_size)
+    methods = options.method or list(METHODS)
+    result = run(shape, methods, options.repetitions, options.threads, shard_size, options.directory)
+    environment["file_system"] = _file_system(options.directory)
+    show_environment(environment)
+    show(table(result))
+    measure.write_json(options.json, {"environment": environment, **result})
+
+
+def _file_system(directory: str | None) -> str | None:
+    """The type of the file system that was written to."""
+    at = str(Path(directory or tempfile.gettempdir()).resolve())
+    try:
+        lines = Path("/proc/self/mounts").read_text().splitlines()
+    except OSError:
+        return None
+    mounts = [line.split()[1:3] for line in lines]
+    over = [(point, kind) for point, kind in mounts if os.path.commonpath([point, at]) == point]
+    return max(over, key=lambda found: len(found[0]), default=("", None))[1]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,193 @@
+"""Faults at the n-th file call, and a program that runs conversions for tests that kill them.
+
+As a program it imports everything once and then forks a child for each line of JSON that it reads, so that killing two
+hundred conversions takes seconds, and pytest's own process is never forked.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from automodel_conv.files import system
+
+# The functions of files/system.py that call the system, but those that never fail.
+CHANGING = (
+    *("create", "open_append", "pwritev", "copy_range", "write_end", "truncate", "reserve", "sync"),
+    *("make_directory", "sync_directory", "rename", "copy_file", "remove", "remove_directory"),
+)
+READING = ("open_readonly", "preadv", "size", "list_names", "identity", "is_at", "lock", "free_bytes")
+NEVER_FAILING = (
+    *("exists", "is_file", "is_directory", "close", "advise_huge_pages", "begin_writeback"),
+    *("read_exactly", "write_exactly"),  # which call preadv and pwritev
+)
+
+Hook = Callable[[int, str, tuple[Any, ...]], None]
+
+
+def replace_calls(
+    names: tuple[str, ...],
+    before: Hook = lambda *call: None,
+    after: Hook = lambda *call: None,
+    put: Callable[[Any, str, Any], None] = setattr,
+) -> None:
+    """Count calls of these functions, from 1, and tell each to ``before`` and, unless it fails, to ``after``."""
+    numbers = itertools.count(1)
+
+    def watched(name: str, real: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any) -> Any:
+            number = next(numbers)
+            before(number, name, arguments)
+            result = real(*arguments)
+            after(number, name, arguments)
+            return result
+
+        return call
+
+    for name in names:
+        put(system, name, watched(name, getattr(system, name)))
+
+
+def descriptors() -> int:
+    return len(os.listdir("/proc/self/fd"))
+
+
+def workers() -> list[str]:
+    """Names of the threads of the package that are alive, a moment after they have nothing to do."""
+    until = time.monotonic() + 10
+    while True:
+        alive = [thread.name for thread in threading.enumerate() if thread.name.startswith("automodel_conv")]
+        if not alive or time.monotonic() > until:
+            return alive
+        time.sleep(0.001)
+
+
+# --- the program ------------------------------------------------------------------------------------------------------
+
+
+class Forks:
+    """The program, as tests talk to it."""
+
+    def __init__(self) -> None:
+        path = os.pathsep.join([str(Path(__file__).resolve().parents[1]), os.environ.get("PYTHONPATH", "")])
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "tests.faults"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=os.environ | {"PYTHONPATH": path},
+        )
+
+    def start(self, verb: str, **job: Any) -> None:
+        """Run ``convert_checkpoint(**arguments)`` in a child, or ``save_checkpoint`` of a model.
+
+        Keywords of a job: ``arguments``; ``signal``, sent at ``call`` (a number among ``CHANGING``), ``when`` "before"
+        or "after" it, or without a call after ``delay`` seconds; ``limit``, of the size of a file in bytes; ``hold``,
+        wait there instead, until it is killed.
+        """
+        assert self._process.stdin is not None
+        self._process.stdin.write(json.dumps({"verb": verb, **job}) + "\n")
+        self._process.stdin.flush()
+
+    def answer(self) -> dict[str, Any]:
+        """Of the last job: its ``status`` as of waitpid, and what a child that lived to tell it has told."""
+        assert self._process.stdout is not None
+        return json.loads(self._process.stdout.readline())
+
+    def run(self, verb: str, **job: Any) -> dict[str, Any]:
+        self.start(verb, **job)
+        return self.answer()
+
+    def close(self) -> None:
+        self._process.communicate("")
+
+
+@contextmanager
+def forks() -> Iterator[Forks]:
+    program = Forks()
+    try:
+        yield program
+    finally:
+        program.close()
+
+
+def _child(job: dict[str, Any], answer: int, convert: Callable[..., Any], save: Callable[..., Any]) -> None:
+    told: dict[str, Any] = {"calls": 0}
+    number = getattr(signal, job["signal"]) if "signal" in job else 0
+
+    def note(call: int, *_: Any) -> None:
+        told["calls"] = call
+
+    def send(call: int, *_: Any) -> None:
+        note(call)
+        if call == job.get("call"):
+            if job.get("hold"):
+                os.write(answer, b"\n")  # which says that it holds
+                time.sleep(60)
+            os.kill(os.getpid(), number)
+
+    hooks = {"before": note} | ({job.get("when", "before"): send} if "call" in job else {})
+    replace_calls(CHANGING, **hooks)
+    if "limit" in job:
+        import resource
+
+        resource.setrlimit(resource.RLIMIT_FSIZE, (job["limit"], job["limit"]))  # Python ignores SIGXFSZ
+    open_before = descriptors()
+    try:
+        report = (convert if job["verb"] == "convert" else save)(**job["arguments"])
+        told |= {"outcome": "done", "resumed": getattr(report, "files_resumed", 0)}
+    except BaseException as error:
+        told |= {"outcome": type(error).__name__, "text": str(error)}
+    calls = told["calls"]
+    told |= {"descriptors": descriptors() - open_before, "workers": workers(), "later": told["calls"] - calls}
+    os.write(answer, json.dumps(told).encode())
+
+
+def _serve() -> None:
+    import torch
+
+    torch.set_num_threads(1)
+    import automodel_conv as amc
+    from tests.model_zoo import build_model
+
+    model = build_model("mixtral")
+    os.fsync = lambda fd: None  # killing a process loses nothing that the system has taken
+    for line in sys.stdin:
+        job = json.loads(line)
+        if job["verb"] == "warm":  # once here, so that no child has to import and look up what all of them need
+            amc.convert_checkpoint(**job["arguments"])
+            print("{}", flush=True)
+            continue
+        read, write = os.pipe()
+        child = os.fork()
+        if not child:
+            os.close(read)
+            try:
+                _child(job, write, amc.convert_checkpoint, lambda **arguments: amc.save_checkpoint(model, **arguments))
+            finally:
+                os._exit(0)
+        os.close(write)
+        if "signal" in job and "call" not in job:
+            time.sleep(job["delay"])
+            os.kill(child, getattr(signal, job["signal"]))
+        with os.fdopen(read, "rb") as pipe:
+            if job.get("hold"):
+                pipe.readline()
+                print(json.dumps({"holds": child}), flush=True)
+            told = pipe.read().strip()
+        status = os.waitpid(child, 0)[1]
+        print(json.dumps({"status": status, **(json.loads(told) if told else {})}), flush=True)
+
+
+if __name__ == "__main__":
+    _serve()

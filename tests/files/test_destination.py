@@ -1,0 +1,151 @@
+"""A directory that becomes a checkpoint; what happens when it is killed on the way is in ``test_crash_safety``."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from automodel_conv.errors import DestinationError, WriteError
+from automodel_conv.files import system
+from automodel_conv.files.destination import STAGING_NAME, open_destination
+from automodel_conv.files.shards import INDEX_NAME, Shard, Spec, shard_of
+
+WORK = {"source files": {"a": [1, 2], "b": [3, 4]}, "files": ["x"]}
+
+
+def shards(count: int = 3) -> list[Shard]:
+    names = [f"model-{number:05}-of-{count:05}.safetensors" for number in range(1, count + 1)]
+    return [shard_of(name, [Spec(f"w{number}", "F32", (4,))]) for number, name in enumerate(names)]
+
+
+def write(place, shard: Shard) -> None:
+    Path(place.path(shard.name)).write_bytes(bytes(shard.nbytes))
+    place.finish(shard)
+
+
+def test_all_files_are_in_their_places_at_the_end_and_nothing_else(tmp_path):
+    made = shards()
+    with open_destination(str(tmp_path / "out"), made, WORK) as place:
+        for shard in made:
+            assert shard.name in place.unfinished
+            write(place, shard)
+        place.write("config.json", b"{}")
+        assert os.listdir(tmp_path / "out") == [STAGING_NAME]
+        place.commit(b"index")
+    assert not place.unfinished
+    assert system.list_names(str(tmp_path / "out")) == ["config.json", *(shard.name for shard in made), INDEX_NAME]
+    assert (tmp_path / "out" / INDEX_NAME).read_bytes() == b"index"
+
+
+def test_the_last_name_comes_when_the_disk_knows_all_others(tmp_path, monkeypatch):
+    made, events = shards(), []
+    rename, sync = system.rename, system.sync_directory
+    monkeypatch.setattr(system, "rename", lambda *names: (events.append(os.path.basename(names[1])), rename(*names)))
+    monkeypatch.setattr(system, "sync_directory", lambda path: (events.append(os.path.basename(path)), sync(path)))
+    with open_destination(str(tmp_path / "out"), made, WORK) as place:
+        for shard in made:
+            write(place, shard)
+        place.commit(b"index")
+    assert events == [STAGING_NAME, *(shard.name for shard in made), "out", INDEX_NAME, "out"]
+
+
+def test_files_that_alone_look_like_a_checkpoint_come_after_the_index(tmp_path, monkeypatch):
+    made = [
+        shard_of(name, [Spec(name, "F32", (4,))]) for name in ("a.safetensors", "model.safetensors", "z.safetensors")
+    ]
+    events, rename = [], system.rename
+    monkeypatch.setattr(system, "rename", lambda *names: (events.append(os.path.basename(names[1])), rename(*names)))
+    with open_destination(str(tmp_path), made, WORK) as place:
+        for shard in made:
+            write(place, shard)
+        place.commit(b"index")
+    assert events == [INDEX_NAME, "a.safetensors", "z.safetensors", "model.safetensors"]
+
+
+def interrupted(directory: Path, made: list[Shard], work=WORK, *, finished: int = 1, resume: bool = True) -> list[str]:
+    """Write some files and then fail; returns those that were finished at the beginning."""
+    with pytest.raises(RuntimeError), open_destination(str(directory), made, work, resume=resume) as place:  # noqa: PT012
+        found = sorted({shard.name for shard in made} - place.unfinished)
+        for shard in made[:finished]:
+            if shard.name in place.unfinished:
+                write(place, shard)
+        raise RuntimeError
+    return found
+
+
+def test_a_work_goes_on_with_what_it_has_finished_and_leftovers_of_the_rest_are_removed(tmp_path):
+    made = shards()
+    assert interrupted(tmp_path, made, finished=2) == []
+    leftover = tmp_path / STAGING_NAME / made[2].name
+    leftover.write_bytes(b"half")
+    assert interrupted(tmp_path, made, finished=2) == [made[0].name, made[1].name]
+    assert not leftover.exists()
+    assert interrupted(tmp_path, made, resume=False) == []
+
+
+def test_work_that_cannot_go_on_leaves_nothing(tmp_path):
+    interrupted(tmp_path, shards(), None, finished=3)
+    assert os.listdir(tmp_path) == []
+
+
+def test_work_that_cannot_go_on_and_was_cut_short_is_thrown_away(tmp_path):
+    staging = tmp_path / STAGING_NAME
+    staging.mkdir()
+    (staging / "journal.jsonl").write_text(json.dumps({"work": None}) + "\n")
+    (staging / "model.safetensors").write_bytes(b"half")
+    assert interrupted(tmp_path, shards(), WORK) == []
+    assert sorted(os.listdir(staging)) == ["journal.jsonl", "lock", "model-00001-of-00003.safetensors"]
+
+
+def test_what_a_cut_short_commit_has_put_in_its_place_is_removed_but_not_what_somebody_else_put_there(tmp_path):
+    mine, theirs = tmp_path / "model-00001-of-00002.safetensors", tmp_path / "model-00002-of-00002.safetensors"
+    for path in (mine, theirs):
+        path.write_bytes(b"data")
+    staging = tmp_path / STAGING_NAME
+    staging.mkdir()
+    placing = {mine.name: [*system.identity(str(mine))], theirs.name: [4, 1], INDEX_NAME: [5, 1]}
+    (staging / "journal.jsonl").write_text(f'{{"work": null}}\n{json.dumps({"placing": placing})}\n')
+    with (
+        pytest.raises(DestinationError, match=theirs.name),
+        open_destination(str(tmp_path), shards(2), None),
+    ):
+        pass
+    assert os.listdir(tmp_path) == [theirs.name]
+
+
+def test_other_work_is_refused_with_the_keys_that_differ(tmp_path):
+    interrupted(tmp_path, shards())
+    other = {"source files": {"a": [1, 2], "b": [3, 5]}, "files": ["x"], "new": 1}
+    with (
+        pytest.raises(DestinationError) as caught,
+        open_destination(str(tmp_path), shards(), other, resume=True),
+    ):
+        pass
+    text = str(caught.value)
+    assert "source files, b: [3, 4]" in text
+    assert "source files, b: [3, 5]" in text
+    assert "new: None" in text
+    assert "source files, a" not in text
+    assert "files: [" not in text.replace("source files", "")
+
+
+@pytest.mark.parametrize("kind", ["file", "file in the way"])
+def test_a_place_where_no_directory_can_be_is_a_write_error(tmp_path, kind):
+    (tmp_path / "out").write_bytes(b"")
+    directory = tmp_path / "out" if kind == "file" else tmp_path / "out" / "inner"
+    with pytest.raises(WriteError, match="out"), open_destination(str(directory), shards(), WORK):
+        pass
+
+
+def test_a_finished_file_that_is_gone_at_the_end_is_an_error(tmp_path):
+    made = shards()
+    with open_destination(str(tmp_path), made, WORK) as place:
+        for shard in made:
+            write(place, shard)
+        os.remove(place.path(made[1].name))
+        with pytest.raises(WriteError, match=made[1].name):
+            place.commit(b"index")
+        assert system.list_names(str(tmp_path)) == [STAGING_NAME]
