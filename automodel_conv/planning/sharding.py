@@ -18,7 +18,7 @@ from automodel_conv.errors import CoverageError, UnsupportedError, message
 from automodel_conv.planning.composition import table_of
 from automodel_conv.planning.copies import Target, group_pieces
 from automodel_conv.planning.plan import CopyPlan
-from automodel_conv.planning.view import Piece, contiguous_strides
+from automodel_conv.planning.view import Piece, canonical, contiguous_strides
 
 
 class Region(NamedTuple):
@@ -146,7 +146,7 @@ def parts_plan(plan: CopyPlan, parts: Sequence[Part]) -> CopyPlan:
 
     Raises:
         CoverageError: a region of a tensor of another shape.
-        UnsupportedError: a part of a target that upstream's own code makes, or that would be cast twice.
+        UnsupportedError: less than all of a target that upstream's own code makes, or a part that would be cast twice.
     """
     rows = {target.name: row for row, target in enumerate(plan.targets)}
     targets = []
@@ -163,7 +163,7 @@ def parts_plan(plan: CopyPlan, parts: Sequence[Part]) -> CopyPlan:
 
 @lru_cache(maxsize=4096)
 def _copies(region: Region):
-    return group_pieces(region.pieces())
+    return group_pieces(map(canonical, region.pieces()))
 
 
 @lru_cache(maxsize=4096)
