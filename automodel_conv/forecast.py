@@ -50,9 +50,8 @@ def parse_mesh(text: str) -> dict[str, int]:
     parts = [part.partition("=") for part in text.replace(" ", "").split(",")]
     mesh = {name: int(size) for name, _, size in parts if name in MESH_NAMES and size.isdecimal() and int(size)}
     if len(mesh) != len(parts):
-        raise UnsupportedError(
-            message("not a mesh", expected=f'sizes of {", ".join(MESH_NAMES)}, such as "ep=64,fsdp=8"', found=repr(text))
-        )
+        expected = f'sizes of {", ".join(MESH_NAMES)}, such as "ep=64,fsdp=8"'
+        raise UnsupportedError(message("not a mesh", expected=expected, found=repr(text)))
     return mesh
 
 
@@ -76,8 +75,9 @@ def forecast(checkpoint: Checkpoint, plan: CopyPlan, mesh: Mapping[str, int]) ->
 
 
 def _cost(checkpoint: Checkpoint, plan: CopyPlan, mesh: Mapping[str, int], coordinate: tuple[int, ...]) -> RankCost:
+    sizes = tuple(mesh.values())
     regions = {
-        target.name: placed(target.shape, tuple(mesh.values()), coordinate, _placements(target.name, target.shape, mesh))
+        target.name: placed(target.shape, sizes, coordinate, _placements(target.name, target.shape, mesh))
         for target in plan.targets
     }
     mine = shard_plan(plan, regions)
