@@ -17,6 +17,7 @@ import stat
 import subprocess
 import sys
 import threading
+import time
 import types
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -32,7 +33,8 @@ if sys.platform != "linux":
 import automodel_conv as amc  # noqa: E402
 from automodel_conv import converting, saving  # noqa: E402
 from automodel_conv.errors import ConversionError, DestinationError, ReadError, WriteError  # noqa: E402
-from automodel_conv.execution import writing  # noqa: E402
+from automodel_conv.execution import slabs, writing  # noqa: E402
+from automodel_conv.execution.workers import work_off  # noqa: E402
 from automodel_conv.files import destination as destination_module  # noqa: E402
 from automodel_conv.files import system  # noqa: E402
 from automodel_conv.files.destination import STAGING_NAME  # noqa: E402
@@ -551,6 +553,7 @@ def test_an_interrupt_while_the_main_thread_waits_for_others(source, wanted, tmp
             signal.pthread_kill(main.ident or 0, signal.SIGINT)
 
     with monkeypatch.context() as patch:
+        patch.setattr(slabs, "_SLAB_BYTES", 4096)  # several a file, for several threads
         replace_calls(("copy_range",), before=interrupt, put=patch.setattr)
         assert_refused(
             partial(amc.convert_checkpoint, source, directory, **KINDS["transformers"]),
@@ -558,6 +561,29 @@ def test_an_interrupt_while_the_main_thread_waits_for_others(source, wanted, tmp
         )
     assert not assert_whole_or_refused(directory, wanted["transformers"])
     finish(source, directory, "transformers", wanted)
+
+
+def test_no_thread_works_on_after_an_interrupt_even_one_whose_start_was_cut_short(monkeypatch):
+    start, working = threading.Thread.start, []
+
+    def interrupted(thread: threading.Thread) -> None:
+        start(thread)
+        while thread.name.startswith("automodel_conv") and not working:
+            time.sleep(0.001)
+        if working:
+            raise KeyboardInterrupt  # before the pool has noted that it has this thread
+
+    def take(item: int) -> None:
+        working.append(item)
+        time.sleep(0.1)
+        working.remove(item)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            work_off(range(3), 2, lambda: take)
+    assert not working
+    assert workers() == []
 
 
 # --- two at once ------------------------------------------------------------------------------------------------------

@@ -74,8 +74,7 @@ def slab_schedule(
 
     Args:
         copies: of each target, as contiguous tensors or aimed at where the sources really lie.
-        places: of each target, the output file and the byte of it where the target's data begins, a multiple of the
-            size of its elements.
+        places: of each target, the output file and the byte of it where the target's data begins, any byte.
         most_bytes: of a slab that is made in memory; larger targets are cut where no copy is cut through, if that can
             be.
     """
