@@ -114,9 +114,7 @@ def plan(
     ] = True,
     mesh: Annotated[
         str | None,
-        typer.Option(
-            help="What each rank would read: sizes of ep, fsdp, replicate, as in ep=64,fsdp=8."
-        ),
+        typer.Option(help="What each rank would read: sizes of ep, fsdp, replicate, as in ep=64,fsdp=8."),
     ] = None,
 ) -> None:
     """Print where every byte of a checkpoint goes. Reads headers only."""

@@ -83,7 +83,8 @@ def save_checkpoint(
         directory: new, or without weights in it.
         rules, layout: see ``revert_state_dict``; for a state dict one of rules, layout, reference is needed, and
             ``rules=[]`` keeps its names.
-        reference: a checkpoint whose names, and division into files, to restore.
+        reference: a checkpoint whose names, and division into files, to restore. Grouped experts in a state dict take
+            rules besides, to be taken apart.
         dtype: of all floating tensors, but those that a transformers model keeps in float32; None: as they are.
         max_shard_size: of a file's data, in bytes or as "5GB"; not used with a reference.
         checksums: write one for each tensor beside the index, for ``verify=True`` of the loaders and for ``verify`` of

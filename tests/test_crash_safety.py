@@ -32,7 +32,13 @@ if sys.platform != "linux":
 
 import automodel_conv as amc  # noqa: E402
 from automodel_conv import converting, saving  # noqa: E402
-from automodel_conv.errors import ConversionError, DestinationError, ReadError, WriteError  # noqa: E402
+from automodel_conv.errors import (  # noqa: E402
+    ConversionError,
+    DestinationError,
+    ReadError,
+    VerificationError,
+    WriteError,
+)
 from automodel_conv.execution import slabs, writing  # noqa: E402
 from automodel_conv.execution.workers import work_off  # noqa: E402
 from automodel_conv.files import destination as destination_module  # noqa: E402
@@ -718,6 +724,25 @@ def test_a_finished_file_that_was_damaged_is_written_again_whatever_happens_then
         damaged.touch()
     assert lengths_again
     assert call().files_resumed == len(done) - 1
+    assert everything(directory) == wanted["nemo"]
+
+
+def test_files_that_were_finished_unverified_are_compared_when_that_is_asked_for(source, wanted, tmp_path):
+    directory = new_directory(tmp_path / "out", source)
+    call = partial(amc.convert_checkpoint, source, directory, **KINDS["nemo"])
+    stop(partial(call, verify=False), 60)
+    done = noted(directory)
+    assert len(done) > 2
+    damaged = directory / STAGING_NAME / min(done)
+    data, times = bytearray(damaged.read_bytes()), damaged.stat()
+    data[-1] ^= 1
+    damaged.write_bytes(data)
+    with pytest.raises(VerificationError, match=damaged.name):
+        call()
+    data[-1] ^= 1
+    damaged.write_bytes(data)
+    os.utime(damaged, ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert call().files_resumed == len(done)
     assert everything(directory) == wanted["nemo"]
 
 
