@@ -8,7 +8,8 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from itertools import chain
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -46,24 +47,29 @@ def together(groups: Sequence[Any], what: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        _told_by_all(groups, f"rank {_rank()}: {type(error).__name__}: {error}", what)
+        _told_by_all(groups, f"rank {_rank()}: {type(error).__name__}: {error}")
         raise
-    others = _told_by_all(groups, None, what)
-    if others:
+    heard = _told_by_all(groups, None)
+    if heard.told:
         raise RankError(
-            message(f"{what} failed on {len(others)} of the ranks that do it together", found="\n" + listing(others))
+            message(
+                f"{what} failed on {len(heard.told)} of the ranks that do it together", found="\n" + listing(heard.told)
+            )
         )
+    if heard.lost:
+        raise _gone(what, "\n" + listing(heard.lost))
 
 
 def same_on_all(groups: Sequence[Any], parts: Iterable[bytes], what: str) -> None:
     """Make sure that all ranks of these groups have the same bytes.
 
     Raises:
-        RankError: they do not, on all ranks.
+        RankError: they do not, on all ranks, or one of them is gone.
     """
-    digest = hashlib.blake2b(b"".join(parts), digest_size=16).hexdigest()
-    found = set(_told_by_all(groups, digest, what))
-    if len(found) > 1:
+    heard = _told_by_all(groups, hashlib.blake2b(b"".join(parts), digest_size=16).hexdigest())
+    if heard.lost:
+        raise _gone(f"comparing {what}", "\n" + listing(heard.lost))
+    if len(heard.told) > 1:
         raise RankError(
             message(f"{what} differ from rank to rank", expected="the same names, dtypes and whole shapes on all ranks")
         )
@@ -78,19 +84,28 @@ def _rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 
 
-def _told_by_all(groups: Sequence[Any], text: str | None, what: str) -> list[str]:
-    """What ranks have to tell, each once: after all dimensions of a mesh, every rank has heard of every other."""
-    told = [] if text is None else [text]
+class _Heard(NamedTuple):
+    """What ranks had to tell, each thing once, and which of them could not reach another one."""
+
+    told: list[str]
+    lost: list[str]
+
+
+def _told_by_all(groups: Sequence[Any], text: str | None) -> _Heard:
+    """What ranks have to tell: after all dimensions of a mesh, every rank has heard of every other.
+
+    A rank that cannot reach one in a group still tells those in the next, who would wait for it otherwise.
+    """
+    known = _Heard([] if text is None else [text], [])
     for group in groups:
         heard: list[Any] = [None] * dist.get_world_size(group)
         try:
-            dist.all_gather_object(heard, told, group=group)
+            dist.all_gather_object(heard, known, group=group)
         except RuntimeError as error:  # what backends raise for a rank that is gone or late
-            if text is not None:
-                return told  # this rank has an error of its own
-            raise _gone(what, error) from error
-        told = list(dict.fromkeys(line for lines in heard for line in lines))
-    return told
+            known.lost.append(f"rank {_rank()}: {error}")
+        else:
+            known = _Heard(*(list(dict.fromkeys(chain.from_iterable(lines))) for lines in zip(*heard, strict=True)))
+    return known
 
 
 def send(tensors: Sequence[Tensor], parts: Sequence[Tensor]) -> None:
@@ -113,14 +128,14 @@ def send(tensors: Sequence[Tensor], parts: Sequence[Tensor]) -> None:
                 try:
                     dist.broadcast(whole.view(torch.uint8), src=dist.get_global_rank(group, 0), group=group)
                 except RuntimeError as error:
-                    raise _gone("sending replicas", error) from error
+                    raise _gone("sending replicas", str(error)) from error
         if whole.data_ptr() != part.data_ptr():
             part.detach().copy_(whole)
 
 
-def _gone(what: str, error: RuntimeError) -> RankError:
+def _gone(what: str, found: str) -> RankError:
     return RankError(
-        message(f"{what} was not finished by all ranks", found=error, do="look at the other ranks' errors")
+        message(f"{what} was not finished by all ranks", found=found, do="look at the other ranks' errors")
     )
 
 

@@ -54,7 +54,7 @@ def prepare(directory: Path, world: int) -> dict[str, Published]:
     return {name: published(name, directory) for name in dict(CHECKS[world])}
 
 
-def rank(common: dict[str, Published]) -> None:
+def rank(common: dict[str, Published], variant: str, directory: Path) -> None:
     meshes = Meshes()
     for name, kind in CHECKS[dist.get_world_size()]:
         of = common[name]

@@ -1,9 +1,10 @@
 """Starts ranks as real processes that talk over gloo: one process imports and prepares everything, then divides.
 
-    python -m tests.distributed.starting SUITE WORLD DIRECTORY
+    python -m tests.distributed.starting SUITE WORLD DIRECTORY VARIANT...
 
-SUITE is a module beside this one with ``prepare(directory, world) -> common`` and ``rank(common)``; what a rank says is
-what the test sees. A rank that raises ends with its traceback; then all are ended.
+SUITE is a module beside this one with ``prepare(directory, world) -> common`` and ``rank(common, variant, directory)``;
+each variant has a group of its own, one after the other. What a rank says is what the test sees. Where one raises, it
+ends with its traceback, and then all are ended.
 """
 
 from __future__ import annotations
@@ -17,12 +18,13 @@ import subprocess
 import sys
 import time
 import traceback
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).parents[2]
 # Longer than anything here takes, on a busy machine too.
-DEADLINE_S = 240
+DEADLINE_S = 200
 
 
 class Ended(NamedTuple):
@@ -33,29 +35,29 @@ class Ended(NamedTuple):
     error: str
 
 
-def started(suite: str, world: int, directory: Path, *, allowed_codes: tuple[int, ...] = (0,)) -> list[list]:
-    """Run a suite; what each rank said.
-
-    Args:
-        allowed_codes: how ranks may end; a killed one ends with the negative number of its signal.
-    """
+def started(suite: str, world: int, directory: Path, variants: Sequence[str] = ("all",)) -> dict[str, list[Ended]]:
+    """Run a suite; of each variant, how its ranks ended."""
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_DEACTIVATE_ASYNC_LOAD": "1"}
     # This checkout comes before an installed one, a transformers given by PYTHONPATH before the environment's.
     environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), *sys.path[1:]])
-    command = [sys.executable, "-m", "tests.distributed.starting", suite, str(world), str(directory)]
-    process = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=2 * DEADLINE_S)
+    command = [sys.executable, "-m", "tests.distributed.starting", suite, str(world), str(directory), *variants]
+    process = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     if process.returncode:
         raise AssertionError(process.stderr[-6000:])
-    ended = [_read(directory, rank) for rank in range(world)]
-    wrong = [f"rank {n} ended with {e.code}\n{e.error}" for n, e in enumerate(ended) if e.code not in allowed_codes]
+    return {variant: [_read(directory / variant, rank) for rank in range(world)] for variant in variants}
+
+
+def said(ended: Sequence[Ended]) -> list[list]:
+    """What each rank said, if all ended well."""
+    wrong = [f"rank {number} ended with {end.code}\n{end.error}" for number, end in enumerate(ended) if end.code]
     if wrong:
         raise AssertionError("\n\n".join(wrong)[-12000:])
     return [end.said for end in ended]
 
 
 def _read(directory: Path, rank: int) -> Ended:
-    said = [json.loads(line) for line in (directory / f"said.{rank}").read_text().splitlines()]
-    return Ended(int((directory / f"code.{rank}").read_text()), said, (directory / f"error.{rank}").read_text())
+    lines = [json.loads(line) for line in (directory / f"said.{rank}").read_text().splitlines()]
+    return Ended(int((directory / f"code.{rank}").read_text()), lines, (directory / f"error.{rank}").read_text())
 
 
 def say(value: object) -> None:
@@ -64,19 +66,21 @@ def say(value: object) -> None:
 
 
 def main() -> None:
-    suite, world, directory = sys.argv[1], int(sys.argv[2]), Path(sys.argv[3])
+    suite, world, directory, *variants = sys.argv[1:]
     import torch
 
     torch.set_num_threads(1)
     module = importlib.import_module(f"tests.distributed.{suite}")
-    common = module.prepare(directory, world)
-    ranks = {_forked(module, common, rank, world, directory): rank for rank in range(world)}
-    codes = _wait_for(dict(ranks))
-    for rank in range(world):
-        (directory / f"code.{rank}").write_text(str(codes[rank]))
+    common = module.prepare(Path(directory), int(world))
+    for variant in variants:
+        own = Path(directory) / variant
+        own.mkdir()
+        ranks = {_forked(module, common, variant, own, rank, int(world)): rank for rank in range(int(world))}
+        for rank, code in _wait_for(ranks).items():
+            (own / f"code.{rank}").write_text(str(code))
 
 
-def _forked(module, common, rank: int, world: int, directory: Path) -> int:
+def _forked(module, common, variant: str, directory: Path, rank: int, world: int) -> int:
     pid = os.fork()
     if pid:
         return pid
@@ -94,7 +98,7 @@ def _forked(module, common, rank: int, world: int, directory: Path) -> int:
             world_size=world,
             timeout=datetime.timedelta(seconds=getattr(module, "TIMEOUT_S", 120)),
         )
-        module.rank(common)
+        module.rank(common, variant, directory)
         code = 0
     except BaseException:
         os.write(2, traceback.format_exc().encode())

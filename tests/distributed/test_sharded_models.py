@@ -7,11 +7,11 @@ import pytest
 pytest.importorskip("transformers", reason="the models are transformers'")
 
 from tests.distributed.sharded_models import CHECKS
-from tests.distributed.starting import started
+from tests.distributed.starting import said, started
 
 
 @pytest.mark.parametrize("world", CHECKS)
 def test_every_rank_holds_its_slice_of_the_full_model_and_saves_it(world, tmp_path):
     """Loads, state dicts, saves and loads by ``torch.distributed.checkpoint``, of all types in all ways."""
-    said = started("sharded_models", world, tmp_path)
-    assert said == [[list(check) for check in CHECKS[world]]] * world
+    ended = started("sharded_models", world, tmp_path)["all"]
+    assert said(ended) == [[list(check) for check in CHECKS[world]]] * world
