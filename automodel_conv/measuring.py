@@ -33,9 +33,10 @@ def ready_memory(nbytes: int) -> None:
 class PeakMemory:
     """``with PeakMemory() as peak: ...``; then ``peak.anonymous_bytes``, ``mapped_bytes``, ``resident_bytes``.
 
-    Anonymous memory is what the process allocated; mapped memory is of files, such as the pages of a checkpoint that
-    is read through mmap; resident memory is both. A thread looks at them every 3 ms, so a shorter spike of the first
-    two can be missed; the kernel keeps the resident peak itself. All stay None where there is no /proc (off Linux).
+    Anonymous memory is what the process allocated; resident memory has mapped files besides, such as the pages of a
+    checkpoint that is read through mmap. Mapped are the pages of files that came into memory in all, also those that
+    left it again. A thread looks at them every 3 ms, so a shorter spike of the first and the last can be missed; the
+    kernel keeps the resident peak itself. All stay None where there is no /proc (off Linux).
     """
 
     def __init__(self) -> None:
@@ -50,7 +51,9 @@ class PeakMemory:
             gc.collect()
             with suppress(OSError), open(_CLEAR_REFS, "w") as clear:
                 clear.write("5")  # VmHWM starts anew, see proc(5)
-            self._start = self._peak = _now()
+            anonymous, self._mapped, resident = _now()
+            self._start = self._peak = anonymous, resident
+            self._rises = 0
             self._high_water = _kib("VmHWM")
             self._thread = threading.Thread(target=self._watch, daemon=True)
             self._thread.start()
@@ -67,21 +70,23 @@ class PeakMemory:
         self._done.set()
         self._thread.join()
         self._look()
-        anonymous, mapped, resident = self._peak
+        anonymous, resident = self._peak
         high_water = _kib("VmHWM")
         if high_water > self._high_water:  # reached within the block, so it belongs to it
             resident = max(resident, high_water)
         self.anonymous_bytes = (anonymous - self._start[0]) * 1024
-        self.mapped_bytes = (mapped - self._start[1]) * 1024
-        self.resident_bytes = (resident - self._start[2]) * 1024
+        self.mapped_bytes = self._rises * 1024
+        self.resident_bytes = (resident - self._start[1]) * 1024
 
     def _watch(self) -> None:
         while not self._done.wait(_INTERVAL_SECONDS):
             self._look()
 
     def _look(self) -> None:
-        anonymous, mapped, resident = map(max, self._peak, _now())
-        self._peak = anonymous, mapped, resident
+        anonymous, mapped, resident = _now()
+        self._peak = max(self._peak[0], anonymous), max(self._peak[1], resident)
+        self._rises += max(0, mapped - self._mapped)
+        self._mapped = mapped
 
 
 def _now() -> tuple[int, int, int]:
