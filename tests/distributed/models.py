@@ -24,7 +24,7 @@ TRANSPOSING = "qwen3_vl_moe"
 
 
 class Published(NamedTuple):
-    """A checkpoint as it is published, the model that transformers makes of it, and that model saved again."""
+    """A checkpoint as it would be published, the model that transformers makes of it, and that model saved again."""
 
     path: str
     saved: str
@@ -37,12 +37,10 @@ def rope_types() -> list[str]:
     return [name for name in ROPE_TYPES if name in known][:1]
 
 
-def published(name: str, directory: Path) -> Published:
-    """A model of the zoo; ``mixtral`` may have a number of experts after a dash."""
-    kind, _, count = name.partition("-")
-    if count.isdigit():
-        model = AutoModelForCausalLM.from_config(small_config(CONFIG_MAPPING[kind], num_local_experts=int(count)))
-        model = model.to(DTYPE)
+def published(name: str, directory: Path, **changes: int) -> Published:
+    """A model of the zoo, or a causal language model with changes to its small config."""
+    if changes:
+        model = AutoModelForCausalLM.from_config(small_config(CONFIG_MAPPING[name], **changes), dtype=DTYPE)
         fill(model)
     else:
         model = build_model(name)
@@ -117,7 +115,7 @@ def sharded(of: Published, kind: str, meshes: Meshes, *, meta: bool = False, dty
     """The model with nothing in it, sharded in one of these ways:
 
     ``experts`` (over all ranks), ``columns``, ``inner`` (the last dimension), ``experts x fsdp`` (both dimensions of
-    the experts), ``fsdp`` (FSDP2), ``hsdp`` (its replicas), ``fsdp over tensor`` (its strided shards).
+    the experts), ``fsdp`` (FSDP2), ``hsdp`` (its replicas), ``fsdp over tensor`` (its strided shards), ``none``.
     """
     world = dist.get_world_size()
     model = copy.deepcopy(of.model)
@@ -132,6 +130,8 @@ def sharded(of: Published, kind: str, meshes: Meshes, *, meta: bool = False, dty
     rules = {"experts": _experts, "columns": _columns, "inner": _inner}
     if kind in rules:
         placed_by(model, meshes(world), rules[kind])
+    elif kind == "none":
+        pass
     elif kind == "experts x fsdp":
         placed_by(model, meshes(world // 2, 2), _experts_and_fsdp)
     elif kind == "fsdp":

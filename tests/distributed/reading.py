@@ -8,7 +8,6 @@ from typing import NamedTuple
 
 import numpy as np
 import torch.distributed as dist
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 import automodel_conv as amc
 from automodel_conv.dtypes import nbytes
@@ -17,9 +16,8 @@ from automodel_conv.files import system
 from automodel_conv.homes import regions_of
 from automodel_conv.planning.plan import CopyPlan
 from automodel_conv.planning.sharding import shard_plan
-from tests.distributed.models import Meshes, Published, assert_holds, sharded
+from tests.distributed.models import Meshes, Published, assert_holds, published, sharded
 from tests.distributed.starting import say
-from tests.model_zoo import DTYPE, fill, small_config, write_checkpoint
 
 KINDS = {
     2: ["experts", "fsdp", "columns", "inner"],
@@ -52,11 +50,7 @@ class Counts(NamedTuple):
 
 
 def prepare(directory: Path, world: int) -> Published:
-    model = AutoModelForCausalLM.from_config(small_config(CONFIG_MAPPING["mixtral"], **SIZES), dtype=DTYPE)
-    fill(model)
-    write_checkpoint(model, directory / "large")
-    full = type(model).from_pretrained(directory / "large")
-    return Published(str(directory / "large"), "", full, full.state_dict())
+    return published("mixtral", directory, **SIZES)
 
 
 def rank(of: Published, variant: str, directory: Path) -> None:

@@ -29,7 +29,7 @@ from tests.distributed.starting import say
 
 TYPES = ["mixtral", "qwen3_moe", "deepseek_v3", TRANSPOSING, *rope_types()]
 TIED = "qwen2_moe-tied"
-UNEVEN = "mixtral-10"  # experts: 4, 4, 2 over three ranks, and some of eight have none
+UNEVEN = "mixtral of 10 experts"  # 4, 4, 2 over three ranks, and some of eight have none
 CHECKS = {
     2: [
         *((name, kind) for name in TYPES for kind in ("experts", "columns", "inner", "fsdp")),
@@ -51,7 +51,9 @@ CHECKS = {
 
 
 def prepare(directory: Path, world: int) -> dict[str, Published]:
-    return {name: published(name, directory) for name in dict(CHECKS[world])}
+    made = {name: published(name, directory) for name in dict(CHECKS[world]) if name != UNEVEN}
+    (directory / UNEVEN).mkdir()
+    return made | {UNEVEN: published("mixtral", directory / UNEVEN, num_local_experts=10)}
 
 
 def rank(common: dict[str, Published], variant: str, directory: Path) -> None:

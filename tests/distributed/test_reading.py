@@ -12,7 +12,7 @@ from tests.distributed.starting import said, started
 
 @pytest.mark.parametrize("world", KINDS)
 def test_a_rank_reads_its_own_bytes(world, tmp_path):
-    """One percent more for small gaps, which are read and thrown away; of inner dimensions whole rows, and no others."""
+    """One percent more for small gaps, read and thrown away; of inner dimensions whole rows, and no others."""
     ranks = [[Counts(**load) for load in loads] for loads in said(started("reading", world, tmp_path)["all"])]
     for loads in ranks:
         assert [load.kind for load in loads] == KINDS[world]
