@@ -12,7 +12,7 @@ from automodel_conv.errors import ConversionError, ReadError, message
 from automodel_conv.execution.buffers import Aim, byte_view, checked, dtype_of
 from automodel_conv.execution.copying import COPY_BYTES, COPY_RATIO, copy_moves
 from automodel_conv.execution.reading import LoadStats, OpenFiles, cores, read_job, read_whole, with_filled
-from automodel_conv.execution.schedule import GAP_BYTES, Job, Move, schedule
+from automodel_conv.execution.schedule import Job, Move, schedule
 from automodel_conv.execution.upstream import run_upstream, upstream_calls
 from automodel_conv.execution.workers import work_off
 from automodel_conv.files.checkpoint import Checkpoint
@@ -115,11 +115,10 @@ def _run(
     def start() -> Callable[[tuple[int, Job]], None]:
         scratch = torch.empty(slot_bytes, dtype=torch.uint8, device="cpu")
         own_views = [*views, byte_view(scratch)]  # so that SCRATCH finds it
-        junk = memoryview(bytearray(GAP_BYTES))
 
         def take(item: tuple[int, Job]) -> None:
             number, job = item
-            gaps.append(read_job(job, checkpoint, files, own_views, junk))
+            gaps.append(read_job(job, checkpoint, files, own_views))
             _copy(job.moves, scratch, tensors)
             done.add(number)
             advance(job.nbytes)

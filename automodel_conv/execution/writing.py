@@ -19,7 +19,7 @@ from automodel_conv.execution.buffers import byte_view, dtype_of, raw_bytes
 from automodel_conv.execution.copy_batch import CopyBatch, takes_kernels
 from automodel_conv.execution.copying import COPY_BYTES, COPY_RATIO, copy_moves
 from automodel_conv.execution.reading import OpenFiles, cores, read_job, reading
-from automodel_conv.execution.schedule import GAP_BYTES, Job, Move, runs, staged
+from automodel_conv.execution.schedule import Job, Move, runs, staged
 from automodel_conv.execution.slabs import Slab
 from automodel_conv.execution.streaming import Device
 from automodel_conv.execution.workers import work_off
@@ -283,12 +283,11 @@ class SourceFiles:
         self._slab = _Memory(_scratch(slab_bytes), dtypes)
         self._input = _scratch(input_bytes)
         self._views = [byte_view(self._slab.memory), byte_view(self._input)]  # so that SCRATCH finds the second
-        self._junk = memoryview(bytearray(GAP_BYTES))
 
     def __call__(self, slab: Slab) -> list[memoryview]:
         typed = {}
         for job in self._jobs[slab.file, slab.offset_bytes]:
-            read_job(job, self._checkpoint, self._files, self._views, self._junk)
+            read_job(job, self._checkpoint, self._files, self._views)
             for dtype in {move.dtype for move in job.moves} - typed.keys():
                 typed[dtype] = self._input.view(dtype_of(dtype, "a source"))
             ordered = sorted(job.moves, key=lambda move: move.target_offset)
