@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from itertools import product
 from math import prod
 from typing import Any, NamedTuple
 
 from automodel_conv.errors import UnsupportedError, message
-from automodel_conv.execution.cpu import DEFAULT_SCRATCH_BYTES
+from automodel_conv.execution.cpu import DEFAULT_SCRATCH_BYTES, bytes_of_slot
 from automodel_conv.execution.reading import calls_of
 from automodel_conv.execution.schedule import schedule
+from automodel_conv.execution.upstream import upstream_calls
 from automodel_conv.files.checkpoint import Checkpoint
 from automodel_conv.planning.plan import CopyPlan
 from automodel_conv.planning.sharding import placed, shard_plan
@@ -69,9 +69,17 @@ def forecast(checkpoint: Checkpoint, plan: CopyPlan, mesh: Mapping[str, int]) ->
     sizes = tuple(mesh.values())
     world_size = prod(sizes)
     count = min(world_size, _MOST_RANKS)
-    numbers = {round(n * (world_size - 1) / max(count - 1, 1)) for n in range(count)}
-    coordinates = [at for number, at in enumerate(product(*map(range, sizes))) if number in numbers]
+    coordinates = [_coordinate(n * (world_size - 1) // max(count - 1, 1), sizes) for n in range(count)]
     return Forecast(tuple(_cost(checkpoint, plan, mesh, at) for at in coordinates), world_size)
+
+
+def _coordinate(rank: int, sizes: Sequence[int]) -> tuple[int, ...]:
+    """Where a rank is in a mesh; the last dimension counts fastest."""
+    found = []
+    for size in reversed(sizes):
+        rank, at = divmod(rank, size)
+        found.append(at)
+    return tuple(reversed(found))
 
 
 def _cost(checkpoint: Checkpoint, plan: CopyPlan, mesh: Mapping[str, int], coordinate: tuple[int, ...]) -> RankCost:
@@ -81,13 +89,18 @@ def _cost(checkpoint: Checkpoint, plan: CopyPlan, mesh: Mapping[str, int], coord
         for target in plan.targets
     }
     mine = shard_plan(plan, regions)
-    targets = [target for target in mine.targets if prod(target.shape)]
-    slot_bytes = DEFAULT_SCRATCH_BYTES // _THREADS
-    jobs = schedule(targets, [t.copies for t in targets], checkpoint, threads=_THREADS, slot_bytes=slot_bytes)
-    calls = [call for job in jobs for call in calls_of(job.parts)]
-    read = sum(call[-1].offset_bytes + call[-1].nbytes - call[0].offset_bytes for call in calls)
-    files = {part.file for job in jobs for part in job.parts}
-    return RankCost(coordinate, mine.bytes_written, read, len(calls), len(files))
+    targets = [target for target in mine.targets if target.fallback is None and prod(target.shape)]
+    slots = bytes_of_slot(_THREADS, DEFAULT_SCRATCH_BYTES)
+    jobs = schedule(targets, [t.copies for t in targets], checkpoint, threads=_THREADS, slot_bytes=slots)
+    reads = [
+        (call[0].file, call[-1].offset_bytes + call[-1].nbytes - call[0].offset_bytes)
+        for job in jobs
+        for call in calls_of(job.parts)
+    ]
+    rows = [row for call in upstream_calls(mine) for row in call.rows]  # read whole
+    reads += [(checkpoint.file_ids[row], checkpoint.nbytes[row]) for row in rows]
+    files = {file for file, _ in reads}
+    return RankCost(coordinate, mine.bytes_written, sum(nbytes for _, nbytes in reads), len(reads), len(files))
 
 
 def _placements(name: str, shape: Sequence[int], mesh: Mapping[str, int]) -> list[Any]:

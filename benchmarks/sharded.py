@@ -65,7 +65,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 import automodel_conv as amc
-from automodel_conv.execution.cpu import DEFAULT_SCRATCH_BYTES
+from automodel_conv.execution.cpu import DEFAULT_SCRATCH_BYTES, bytes_of_slot
 from automodel_conv.execution.ranks import local_of
 from automodel_conv.execution.schedule import schedule
 from automodel_conv.files import system
@@ -197,12 +197,12 @@ class _Counted:
     """``with _Counted() as counted: ...``; then ``counted.nbytes``, of all reads at the file module."""
 
     def __enter__(self) -> _Counted:
-        self.nbytes = 0
+        self._calls: list[int] = []
         self._stock = stock = system.preadv
 
         def preadv(fd: int, views: list[memoryview], offset: int) -> int:
             done = stock(fd, views, offset)
-            self.nbytes += done
+            self._calls.append(done)  # one step, since threads read
             return done
 
         system.preadv = preadv
@@ -210,6 +210,10 @@ class _Counted:
 
     def __exit__(self, *args: object) -> None:
         system.preadv = self._stock
+
+    @property
+    def nbytes(self) -> int:
+        return sum(self._calls)
 
 
 def work(method: str, directory: str, warm_up: str, threads: int, repetition: int) -> dict[str, Any]:
@@ -370,8 +374,8 @@ def run_planning(shape: Shape, ranks: int, repetitions: int, directory: str | No
             laps.append(time.perf_counter())
             copies = [target.copies for target in mine.targets]
             threads = measure.cores()
-            slot_bytes = DEFAULT_SCRATCH_BYTES // threads
-            jobs = schedule(mine.targets, copies, checkpoint, threads=threads, slot_bytes=slot_bytes)
+            slots = bytes_of_slot(threads, DEFAULT_SCRATCH_BYTES)
+            jobs = schedule(mine.targets, copies, checkpoint, threads=threads, slot_bytes=slots)
             laps.append(time.perf_counter())
             if sum(job.nbytes for job in jobs) != mine.bytes_written:
                 raise RuntimeError("the rank would not read what it owns")

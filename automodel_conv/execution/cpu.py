@@ -75,10 +75,7 @@ def load_files(
     aim = Aim()
     copies = [aim(target, tensor) for target, tensor in zip(targets, tensors, strict=True)]
     threads = min(threads, scratch_bytes // (_ALIGN_BYTES * (1 + COPY_RATIO)))
-    share = scratch_bytes // threads
-    slot_bytes = max(share - COPY_BYTES, share // (1 + COPY_RATIO))
-    slot_bytes -= slot_bytes % _ALIGN_BYTES
-    jobs = schedule(targets, copies, checkpoint, threads=threads, slot_bytes=slot_bytes)
+    jobs = schedule(targets, copies, checkpoint, threads=threads, slot_bytes=bytes_of_slot(threads, scratch_bytes))
     bytes_read = sum(job.nbytes for job in jobs)
     bytes_read += sum(checkpoint.nbytes[row] for call in calls for row in call.rows)
     done: set[int] = set()
@@ -95,6 +92,13 @@ def load_files(
             written += [t.name for n, t in enumerate(targets) if n not in unfinished]
             raise with_filled(error, written, len(plan.targets)) from error
     return stats._replace(bytes_read=bytes_read)
+
+
+def bytes_of_slot(threads: int, scratch_bytes: int) -> int:
+    """What is left to each thread for what it reads, of the scratch of all, beside what its copies need."""
+    share = scratch_bytes // threads
+    nbytes = max(share - COPY_BYTES, share // (1 + COPY_RATIO))
+    return nbytes - nbytes % _ALIGN_BYTES
 
 
 def _run(
