@@ -202,7 +202,7 @@ def finish(model: nn.Module, made: Iterable[str], missing: Iterable[str], device
             buffer = module._buffers.get(leaf)
             if buffer is not None and buffer.is_meta:
                 module._buffers[leaf] = torch.empty_like(buffer, device=device or "cpu")
-                module._is_hf_initialized = False  # a model that was loaded before says it is
+                module._is_hf_initialized = False  # type: ignore[assignment]  # one loaded before says it is
     model.initialize_weights()  # type: ignore[operator]
     model.tie_weights(missing_keys=set(missing), recompute_mapping=False)  # type: ignore[operator]
 
