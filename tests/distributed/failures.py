@@ -157,7 +157,7 @@ def cannot_open(of: Published, kind: str, directory: str) -> None:
     real = system.open_readonly
 
     def opened(path):
-        if on(1) and path.endswith("00002-of-00005.safetensors"):
+        if on(1) and "model-00002-of-" in path:
             raise OSError(errno.EACCES, "Permission denied")
         return real(path)
 
