@@ -11,8 +11,13 @@ OTHER_TRANSFORMERS := 5.17.0 5.12.1
 # Where the shared environment is too new for an old release: what goes beside it.
 BESIDE_5.12.1 := tokenizers==0.22.2
 # The test files that a release of transformers can change the outcome of; the sweep walks the whole zoo again.
-TRANSFORMERS_TESTS = $(filter-out tests/test_model_zoo.py tests/benchmarks/% tests/gpu/%,\
+TRANSFORMERS_TESTS = $(filter-out tests/test_model_zoo.py tests/test_crash_safety.py tests/benchmarks/% tests/gpu/% \
+	tests/distributed/% tests/files/%,\
 	$(shell grep -rlwE --include='test_*.py' --exclude-dir=packaging 'transformers|model_zoo' tests))
+
+# Tests of what never asks whether transformers is there.
+KNOW_NO_TRANSFORMERS := machine_code/ kernels/ gpu/ execution/ files/ packaging/ hide/ model_zoo/ test_measuring.py \
+	test_testing.py test_checksums.py
 
 .PHONY: test lint types format demo clean test-style test-main test-packaging \
 	test-without-triton test-without-transformers
@@ -41,12 +46,13 @@ test-transformers-%: $(VENV)/transformers-%/.installed
 
 test-without-triton: $(VENV)/installed
 	@PYTHONPATH=$(CURDIR)/tests/hide HIDDEN_PACKAGES=triton $(LEG) "without triton" \
-		$(PYTEST) -m "not packaging" tests/kernels tests/execution tests/test_imports.py tests/test_in_memory.py \
+		$(PYTEST) -m "not packaging" -k "not random_schedules" tests/kernels tests/execution tests/test_imports.py \
+		tests/test_in_memory.py \
 		tests/test_loading.py tests/test_broken_checkpoints.py
 
 test-without-transformers: $(VENV)/installed
 	@PYTHONPATH=$(CURDIR)/tests/hide HIDDEN_PACKAGES=transformers $(LEG) "without transformers" \
-		$(PYTEST) -m "not packaging" --ignore=tests/machine_code --ignore=tests/kernels --ignore=tests/gpu tests
+		$(PYTEST) -m "not packaging" $(filter-out $(KNOW_NO_TRANSFORMERS:%=tests/%),$(wildcard tests/test_*.py tests/*/))
 
 # The oldest Triton that the kernels are written for.
 test-triton-%: $(VENV)/triton-%/.installed

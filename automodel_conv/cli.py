@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
+from statistics import median
 from typing import Annotated, Any
 
 import torch
@@ -28,6 +29,7 @@ from automodel_conv.execution.checksums import verify_checksums
 from automodel_conv.execution.reading import cores
 from automodel_conv.files.checkpoint import open_checkpoint
 from automodel_conv.files.room import room_in
+from automodel_conv.forecast import Forecast, forecast, parse_mesh
 from automodel_conv.loading import LoadReport, compile_plan, load_state_dict
 
 
@@ -110,10 +112,18 @@ def plan(
             help="Plan for the model of config.json, or keep the names as they are.",
         ),
     ] = True,
+    mesh: Annotated[
+        str | None,
+        typer.Option(help="What each rank would read: sizes of ep, fsdp, replicate, as in ep=64,fsdp=8."),
+    ] = None,
 ) -> None:
     """Print where every byte of a checkpoint goes. Reads headers only."""
-    compiled = compile_plan(path, rules=None if model else [], layout=layout)
+    sizes = None if mesh is None else parse_mesh(mesh)
+    checkpoint = open_checkpoint(path)
+    compiled = compile_plan(checkpoint, rules=None if model else [], layout=layout)
     typer.echo(compiled.summary())
+    if sizes is not None:
+        _print(_mesh_table(forecast(checkpoint, compiled, sizes)))
     for target in explain or ():
         try:
             text = compiled.explain(target)
@@ -340,6 +350,28 @@ def _converted_table(report: ConvertReport, verified: bool) -> Table:
     table.add_row("seconds", f"{report.seconds:.3f}")
     table.add_row("peak extra memory, at most", f"{report.peak_extra_bytes / 2**20:.1f} MiB")
     table.add_row("left out", str(len(report.left_out)))
+    return table
+
+
+def _mesh_table(found: Forecast) -> Table:
+    ranks = found.ranks
+    looked_at = "" if len(ranks) == found.world_size else f", {len(ranks)} of them looked at"
+    owned = [rank.owned_bytes for rank in ranks]
+    caption = (
+        f"{found.world_size} ranks{looked_at}; imbalance: the largest share is "
+        f"{max(owned) * len(owned) / max(sum(owned), 1):.3f} of the mean"
+    )
+    table = Table("a rank", "least", "median", "most", caption=caption)
+    rows: dict[str, tuple[list[float], str]] = {
+        "holds, GB": ([nbytes / 1e9 for nbytes in owned], ".3f"),
+        "reads, GB": ([rank.read_bytes / 1e9 for rank in ranks], ".3f"),
+        "reads a byte it holds, times": ([rank.read_bytes / max(rank.owned_bytes, 1) for rank in ranks], ".3f"),
+        "reads of neighbouring bytes": ([float(rank.calls) for rank in ranks], ".0f"),
+        "files": ([float(rank.files) for rank in ranks], ".0f"),
+        "reads a file": ([rank.calls / max(rank.files, 1) for rank in ranks], ".1f"),
+    }
+    for name, (values, form) in rows.items():
+        table.add_row(name, *(format(value, form) for value in (min(values), median(values), max(values))))
     return table
 
 

@@ -27,7 +27,16 @@ from automodel_conv.errors import (
 from automodel_conv.execution.checksums import CHECKSUMS_NAME
 from automodel_conv.execution.reading import OpenFiles
 from automodel_conv.execution.slabs import Slab, slab_schedule
-from automodel_conv.execution.writing import Budget, Maker, SourceFiles, budget, compare_slabs, jobs_of, write_shard
+from automodel_conv.execution.writing import (
+    Budget,
+    Maker,
+    SourceFiles,
+    begin_shard,
+    budget,
+    compare_slabs,
+    jobs_of,
+    write_slabs,
+)
 from automodel_conv.files import system
 from automodel_conv.files.checkpoint import Checkpoint, open_checkpoint
 from automodel_conv.files.destination import WEIGHT_SUFFIXES, open_destination, telling
@@ -161,7 +170,8 @@ def convert_checkpoint(
         dtype: of all floating tensors, but those that a transformers model keeps in float32; None: as they are.
         max_shard_size: of a file's data, in bytes or as "5GB".
         resume: go on with what an earlier call has finished; False: throw that away.
-        verify: read each file back, once it is on the disk, and compare all of it with the source.
+        verify: read each file back once it is written and compare all of it with the source, also those that an earlier
+            call has finished without; what is read may come from the system's cache of the disk.
         checksums: see ``save_checkpoint``.
         threads: None: as many as there are cores, at most 16.
         scratch_bytes: bound of the memory used; None: 256 MiB.
@@ -197,18 +207,24 @@ def convert_checkpoint(
         if free < nbytes:
             wanted = f"{nbytes} bytes for {len(unfinished)} files"
             raise WriteError(message("the disk has too little room", where=directory, expected=wanted, found=free))
-        data_bytes = sum(spec.nbytes for shard in shards if shard.name in unfinished for spec in shard.specs)
-        with bytes_progress(data_bytes * (2 if verify else 1), "converting", progress) as advance:
+        passes = [(shard.name in unfinished) + (verify and shard.name not in place.verified) for shard in shards]
+        data_bytes = sum(
+            count * spec.nbytes for shard, count in zip(shards, passes, strict=True) for spec in shard.specs
+        )
+        with bytes_progress(data_bytes, "converting", progress) as advance:
             for file, shard in enumerate(shards):
-                if shard.name in unfinished:
-                    slabs = by_file.get(file, [])
+                slabs = by_file.get(file, [])
+                to_write, to_verify = shard.name in unfinished, verify and shard.name not in place.verified
+                if to_write:
+                    path = place.path(shard.name)
+                    begin_shard(shard, path)
                     with _Makers(checkpoint, slabs, made.dtypes, share) as start:
-                        write_shard(shard, [(slabs, start)], place, share.threads, advance)
-                    if verify:
-                        path = place.path(shard.name)
-                        with _Makers(checkpoint, slabs, made.dtypes, share) as start:
-                            _compare(slabs, path, shard, start, share.threads, advance)
-                    place.finish(shard)
+                        write_slabs([(slabs, start)], path, share.threads, advance)
+                if to_verify:
+                    with _Makers(checkpoint, slabs, made.dtypes, share) as start:
+                        _compare(slabs, place.found(shard.name), shard, start, share.threads, advance)
+                if to_write or to_verify:
+                    place.finish(shard, verified=verify)
         now = _state_of(checkpoint)
         if now != state:
             raise DestinationError(

@@ -72,6 +72,10 @@ class DestinationError(ConversionError):
     """A directory cannot become a checkpoint: it is one already, somebody else writes to it, or it holds other work."""
 
 
+class RankError(ConversionError):
+    """What several ranks do together failed on others of them, or one of them is gone."""
+
+
 class VerificationError(ConversionError):
     """Two checkpoints that should hold the same tensors do not; names the first difference."""
 

@@ -12,9 +12,11 @@ from torch import Tensor, nn
 
 from automodel_conv.errors import ConversionError, UnsupportedError, message
 from automodel_conv.execution.buffers import allocate, dtype_of, span_bytes
+from automodel_conv.execution.ranks import as_distributed, is_distributed, local_of
 from automodel_conv.planning.models import tied_names
 from automodel_conv.planning.plan import CopyPlan
 from automodel_conv.planning.registry import is_pretrained_model
+from automodel_conv.planning.sharding import Region, region_of, shard_plan
 
 
 class Place(NamedTuple):
@@ -62,13 +64,14 @@ class Homes:
         """Find a home for every target before anything is read.
 
         Args:
-            device: of new tensors; None: that of the tensor whose place they take, the CPU for one on the meta device.
+            device: of new tensors; None: see ``home_of``.
 
         Raises:
             UnsupportedError: a tensor on a device that is not loaded to, or that ``state_dict`` hands out as a copy.
             ConversionError: two parameters share memory without being one.
         """
         state = model.state_dict(keep_vars=True)
+        plan = shard_plan(plan, regions_of(state, plan))
         homes = Homes(plan, {}, find_places(model), [], [])
         first: dict[int, str] = {}
         targets, fresh = [], []
@@ -96,12 +99,11 @@ class Homes:
                 homes.fresh.append(target.name)
                 fresh.append(target)
             else:
-                homes.buffers[target.name] = tensor.detach()
+                homes.buffers[target.name] = local_of(tensor.detach())
         _refuse_shared_memory(homes.buffers)
         homes.plan = replace(plan, targets=tuple(targets))
         for target in fresh:
-            old = state[target.name].device
-            homes.buffers |= allocate([target], device or ("cpu" if old.type == "meta" else old))
+            homes.buffers |= allocate([target], device or home_of(state[target.name]))
         return homes
 
     @property
@@ -128,7 +130,9 @@ class Homes:
         tied = tied_names(model)
         fresh = set(self.fresh)
         for name in self.fresh:
-            _put_everywhere(self.places[name], self.buffers[name])
+            old, made = self.places[name][0].get(), self.buffers[name]
+            made = as_distributed(made, old) if old is not None and is_distributed(old) else made
+            _put_everywhere(self.places[name], made)
         for group in tied:
             made = [name for name in group if name in self.buffers]
             if not fresh.intersection(made):
@@ -138,6 +142,20 @@ class Homes:
                 if name not in self.buffers or same_bytes(self.buffers[name], self.buffers[made[0]]):
                     for place in self.places[name]:
                         place.put(shared)  # type: ignore[arg-type]
+
+
+def home_of(tensor: Tensor) -> torch.device:
+    """Where a tensor in place of this one goes: to its device, from the meta device to its mesh's or the CPU."""
+    if not tensor.is_meta:
+        return tensor.device
+    kind = tensor.device_mesh.device_type if is_distributed(tensor) else "cpu"  # type: ignore[attr-defined]
+    return loadable(kind)
+
+
+def regions_of(state: Mapping[str, Tensor], plan: CopyPlan) -> dict[str, Region]:
+    """What this rank holds of the targets that are DTensors."""
+    names = [target.name for target in plan.targets]
+    return {name: region_of(state[name]) for name in names if name in state and is_distributed(state[name])}
 
 
 def _put_everywhere(places: Iterable[Place], tensor: Tensor) -> None:
@@ -184,6 +202,7 @@ def finish(model: nn.Module, made: Iterable[str], missing: Iterable[str], device
             buffer = module._buffers.get(leaf)
             if buffer is not None and buffer.is_meta:
                 module._buffers[leaf] = torch.empty_like(buffer, device=device or "cpu")
+                module._is_hf_initialized = False  # type: ignore[assignment]  # one loaded before says it is
     model.initialize_weights()  # type: ignore[operator]
     model.tie_weights(missing_keys=set(missing), recompute_mapping=False)  # type: ignore[operator]
 

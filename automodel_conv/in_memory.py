@@ -16,6 +16,7 @@ from automodel_conv.errors import ConversionError, UnsupportedError, message
 from automodel_conv.execution.buffers import allocate
 from automodel_conv.execution.copy_batch import takes_kernels
 from automodel_conv.execution.memory import convert_tensors
+from automodel_conv.execution.ranks import is_distributed
 from automodel_conv.files.checkpoint import open_checkpoint
 from automodel_conv.homes import in_order, with_tied
 from automodel_conv.planning.copies import SourceTable, Target
@@ -105,6 +106,11 @@ def _run(
     plan: CopyPlan, state_dict: Mapping[str, Tensor], out: Mapping[str, Tensor] | None, backend: str
 ) -> dict[str, Tensor]:
     sources = list(state_dict.values())
+    for name, source in state_dict.items():
+        if is_distributed(source):
+            raise UnsupportedError(
+                message(f"{name} is a distributed tensor", do="convert its local shards, or save and load the model")
+            )
     takes_kernels(backend, sources)  # refuses, even where nothing is to be moved
     if out is not None:
         convert_tensors(plan, sources, out, backend=backend)

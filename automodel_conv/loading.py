@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -14,16 +14,27 @@ from torch import Tensor, nn
 from automodel_conv.dtypes import FLOATING
 from automodel_conv.execution.buffers import allocate
 from automodel_conv.execution.checksums import verify_checksums
-from automodel_conv.execution.filling import Limits, fill
+from automodel_conv.execution.filling import Limits, fill, within
+from automodel_conv.execution.ranks import (
+    as_distributed,
+    groups_of,
+    is_distributed,
+    is_first_replica,
+    is_replicated,
+    meshes_of,
+    send,
+    together,
+)
 from automodel_conv.execution.reading import LoadStats, cores
 from automodel_conv.files.checkpoint import Checkpoint, open_checkpoint
-from automodel_conv.homes import Homes, finish, in_order, loadable, with_tied
+from automodel_conv.homes import Homes, finish, home_of, in_order, loadable, regions_of, with_tied
 from automodel_conv.kernels.launch import why_not
 from automodel_conv.planning.compiler import Problems
 from automodel_conv.planning.copies import SourceTable
 from automodel_conv.planning.models import checked_dtype, meta_model, tied_names
 from automodel_conv.planning.pipeline import loading_plan
 from automodel_conv.planning.plan import CopyPlan
+from automodel_conv.planning.sharding import shard_plan
 
 
 @dataclass(frozen=True)
@@ -96,7 +107,7 @@ def compile_plan(
         UnsupportedError: an unknown layout, or quantized codes where numbers are wanted.
     """
     checkpoint = checkpoint if isinstance(checkpoint, Checkpoint) else open_checkpoint(checkpoint)
-    plan, problems, _ = _plan(checkpoint, model, rules, layout, key_mapping, dtype)
+    plan, problems, _ = load_plan(checkpoint, model, rules, layout, key_mapping, dtype)
     problems.raise_unless_fit(checkpoint.path)
     return plan
 
@@ -112,9 +123,11 @@ def load_state_dict(
     dtype: torch.dtype | None = None,
     strict: bool = True,
     verify: bool = False,
+    broadcast: bool = False,
     threads: int | None = None,
     scratch_bytes: int | None = None,
     device_scratch_bytes: int | None = None,
+    memory_budget: int | None = None,
     progress: bool = False,
     revision: str | None = None,
 ) -> LoadedStateDict:
@@ -132,10 +145,14 @@ def load_state_dict(
             upstream does (the first of two wins), and tells in the report.
         verify: first compare all tensors with the checksums that ``save_checkpoint(checksums=True)`` wrote; reads the
             files once more.
+        broadcast: what several ranks hold of a DTensor is read by the first of them and sent to the others, in place;
+            False: each reads its own.
         threads: reader threads; None chooses by the machine.
         scratch_bytes: bound of the host memory used beside the final tensors; None: 64 MiB. Where the host is not where
             they are, it is pinned, and torch rounds it up to a power of two and keeps it for the next load.
         device_scratch_bytes: likewise of the memory of a CUDA device; None: 256 MiB.
+        memory_budget: bound of all memory used beside the final tensors, of the host and a device together, on this
+            rank; makes what is not given of the two above smaller where it must. Plans, which are small, not counted.
         progress: show a bar in bytes and GB/s.
         revision: of an ``org/name`` on the Hub.
 
@@ -143,21 +160,32 @@ def load_state_dict(
         CheckpointError, NameProblems, UnsupportedError: see ``compile_plan``; nothing has been read then.
         VerificationError: a tensor does not have its checksum, or there is none; nothing has been loaded then.
         ReadError: reading failed; names file and tensor.
+        ConversionError: the load does not fit into ``memory_budget``; nothing has been read then.
+        RankError: with DTensors: the load failed on other ranks, or one of them is gone.
     """
     device = loadable(device)
-    clock = _Clock()
-    checkpoint = open_checkpoint(path, revision=revision)
-    clock.lap("open")
-    plan, problems, model = _plan(checkpoint, model, rules, layout, key_mapping, dtype)
-    problems.raise_unless_fit(checkpoint.path, strict)
-    if verify:
-        verify_checksums(checkpoint, cores() if threads is None else threads)
-    buffers = allocate(plan.targets, device)
-    clock.lap("plan")
-    limits = Limits(threads, scratch_bytes, device_scratch_bytes)
-    stats = fill(plan, checkpoint, buffers, limits, progress=progress)
-    clock.lap("read")
+    state = {} if model is None else model.state_dict(keep_vars=True)
+    with together(groups_of(meshes_of(state.values())), "loading"):
+        clock = _Clock()
+        checkpoint = open_checkpoint(path, revision=revision)
+        clock.lap("open")
+        plan, problems, model = load_plan(checkpoint, model, rules, layout, key_mapping, dtype)
+        problems.raise_unless_fit(checkpoint.path, strict)
+        plan = shard_plan(plan, regions_of(state, plan))
+        if verify:
+            verify_checksums(checkpoint, cores() if threads is None else threads)
+        buffers: dict[str, Tensor] = {}
+        for target in plan.targets:
+            like = state.get(target.name)
+            buffers |= allocate([target], home_of(like) if like is not None and is_distributed(like) else device)
+        clock.lap("plan")
+        limits = within(memory_budget, Limits(threads, scratch_bytes, device_scratch_bytes), plan, buffers)
+        mine, shared_names = _to_read(plan, state, broadcast)
+        stats = fill(mine, checkpoint, buffers, limits, progress=progress)
+        clock.lap("read")
+    send([state[name] for name in shared_names], [buffers[name] for name in shared_names])
     shared = with_tied(buffers, tied_names(model)) if model is not None else buffers
+    shared = _distributed(shared, state)
     loaded = LoadedStateDict(in_order(shared, model) if model is not None else shared)
     loaded.report = _report(plan, problems, clock, stats)
     return loaded
@@ -174,9 +202,11 @@ def load_model(
     dtype: torch.dtype | None = None,
     strict: bool = True,
     verify: bool = False,
+    broadcast: bool = False,
     threads: int | None = None,
     scratch_bytes: int | None = None,
     device_scratch_bytes: int | None = None,
+    memory_budget: int | None = None,
     progress: bool = False,
     revision: str | None = None,
 ) -> LoadReport:
@@ -187,8 +217,8 @@ def load_model(
         device: where new parameters go; None: to the device of those whose place they take, from the meta device to the
             CPU. Materialized parameters are filled where they are.
         dtype: if given, parameters of another floating dtype are replaced (see ``compile_plan``).
-        path, rules, key_mapping, strict, verify, threads, scratch_bytes, device_scratch_bytes, progress, revision: see
-            ``load_state_dict``.
+        path, rules, key_mapping, strict, verify, broadcast, threads, scratch_bytes, device_scratch_bytes: see
+            ``load_state_dict``, as for memory_budget, progress and revision.
 
     Raises:
         CheckpointError, NameProblems, UnsupportedError: see ``compile_plan``; no parameter has been written then.
@@ -199,29 +229,31 @@ def load_model(
     """
     if device is not None:
         device = loadable(device)
-    clock = _Clock()
-    checkpoint = open_checkpoint(path, revision=revision)
-    clock.lap("open")
-    plan, problems, _ = _plan(checkpoint, model, rules, layout, key_mapping, dtype, in_place=True)
-    problems.raise_unless_fit(checkpoint.path, strict)
-    if verify:
-        verify_checksums(checkpoint, cores() if threads is None else threads)
-    was_meta = any(tensor.is_meta for tensor in model.state_dict().values() if isinstance(tensor, Tensor))
-    homes = Homes.of(model, plan, strict, device)
-    clock.lap("plan")
-    limits = Limits(threads, scratch_bytes, device_scratch_bytes)
-    stats = fill(homes.plan, checkpoint, homes.buffers, limits, progress=progress)
-    clock.lap("read")
+    state = model.state_dict(keep_vars=True)
+    with together(groups_of(meshes_of(state.values())), "loading"):
+        clock = _Clock()
+        checkpoint = open_checkpoint(path, revision=revision)
+        clock.lap("open")
+        plan, problems, _ = load_plan(checkpoint, model, rules, layout, key_mapping, dtype, in_place=True)
+        problems.raise_unless_fit(checkpoint.path, strict)
+        if verify:
+            verify_checksums(checkpoint, cores() if threads is None else threads)
+        was_meta = any(tensor.is_meta for tensor in state.values() if isinstance(tensor, Tensor))
+        homes = Homes.of(model, plan, strict, device)
+        clock.lap("plan")
+        limits = Limits(threads, scratch_bytes, device_scratch_bytes)
+        limits = within(memory_budget, limits, homes.plan, homes.buffers, homes.extra_bytes)
+        mine, shared_names = _to_read(homes.plan, state, broadcast)
+        stats = fill(mine, checkpoint, homes.buffers, limits, progress=progress)
+        clock.lap("read")
+    send([state[name] for name in shared_names], [homes.buffers[name] for name in shared_names])
     homes.settle(model)
     if was_meta:
         finish(model, homes.buffers, problems.missing, device)
     return _report(plan, problems, clock, stats, homes.extra_bytes)
 
 
-# --- private --------------------------------------------------------------------------------------------------------
-
-
-def _plan(
+def load_plan(
     checkpoint: Checkpoint,
     model: nn.Module | None,
     rules: Iterable[Any] | None,
@@ -230,6 +262,7 @@ def _plan(
     dtype: torch.dtype | None,
     in_place: bool = False,
 ) -> tuple[CopyPlan, Problems, nn.Module | None]:
+    """The plan of a load, what does not fit, and the model, made from ``config.json`` if none is given and no rules."""
     checked_dtype(dtype)
     if model is None and rules is None:
         model, dtype = meta_model(checkpoint.directory, dtype, _first_floating(checkpoint)), None
@@ -243,6 +276,28 @@ def _plan(
         in_place=in_place,
     )
     return plan, problems, model
+
+
+# --- private --------------------------------------------------------------------------------------------------------
+
+
+def _to_read(plan: CopyPlan, state: Mapping[str, Tensor], broadcast: bool) -> tuple[CopyPlan, list[str]]:
+    """What this rank reads itself, and the names of what is then sent from rank to rank."""
+    if not broadcast:
+        return plan, []
+    names = [target.name for target in plan.targets if target.name in state]
+    shared = [name for name in names if is_distributed(state[name]) and is_replicated(state[name])]
+    received = {name for name in shared if not is_first_replica(state[name])}
+    return replace(plan, targets=tuple(t for t in plan.targets if t.name not in received)), shared
+
+
+def _distributed(tensors: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """DTensors where the model has them; names that share a tensor still do."""
+    made: dict[int, Tensor] = {}
+    for name, tensor in tensors.items():
+        if name in state and is_distributed(state[name]) and id(tensor) not in made:
+            made[id(tensor)] = as_distributed(tensor, state[name])
+    return {name: made.get(id(tensor), tensor) for name, tensor in tensors.items()}
 
 
 def _first_floating(checkpoint: Checkpoint) -> str | None:

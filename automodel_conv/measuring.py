@@ -31,16 +31,17 @@ def ready_memory(nbytes: int) -> None:
 
 
 class PeakMemory:
-    """``with PeakMemory() as peak: ...``; then ``peak.anonymous_bytes``, ``peak.resident_bytes``.
+    """``with PeakMemory() as peak: ...``; then ``peak.anonymous_bytes``, ``mapped_bytes``, ``resident_bytes``.
 
-    Anonymous memory is what the process allocated; resident memory has mapped files besides, such
-    as the pages of a checkpoint that is read through mmap. A thread looks at both every 3 ms, so a
-    shorter spike of anonymous memory can be missed; the kernel keeps the resident peak itself. Both
-    stay None where there is no /proc (off Linux).
+    Anonymous memory is what the process allocated; resident memory has mapped files besides, such as the pages of a
+    checkpoint that is read through mmap. Mapped are the pages of files that came into memory in all, also those that
+    left it again. A thread looks at them every 3 ms, so a shorter spike of the first and the last can be missed; the
+    kernel keeps the resident peak itself. All stay None where there is no /proc (off Linux).
     """
 
     def __init__(self) -> None:
         self.anonymous_bytes: int | None = None
+        self.mapped_bytes: int | None = None
         self.resident_bytes: int | None = None
         self._done = threading.Event()
         self._thread: threading.Thread | None = None
@@ -50,7 +51,9 @@ class PeakMemory:
             gc.collect()
             with suppress(OSError), open(_CLEAR_REFS, "w") as clear:
                 clear.write("5")  # VmHWM starts anew, see proc(5)
-            self._start = self._peak = _anonymous_and_resident()
+            anonymous, self._mapped, resident = _now()
+            self._start = self._peak = anonymous, resident
+            self._rises = 0
             self._high_water = _kib("VmHWM")
             self._thread = threading.Thread(target=self._watch, daemon=True)
             self._thread.start()
@@ -72,6 +75,7 @@ class PeakMemory:
         if high_water > self._high_water:  # reached within the block, so it belongs to it
             resident = max(resident, high_water)
         self.anonymous_bytes = (anonymous - self._start[0]) * 1024
+        self.mapped_bytes = self._rises * 1024
         self.resident_bytes = (resident - self._start[1]) * 1024
 
     def _watch(self) -> None:
@@ -79,13 +83,15 @@ class PeakMemory:
             self._look()
 
     def _look(self) -> None:
-        now = _anonymous_and_resident()
-        self._peak = (max(self._peak[0], now[0]), max(self._peak[1], now[1]))
+        anonymous, mapped, resident = _now()
+        self._peak = max(self._peak[0], anonymous), max(self._peak[1], resident)
+        self._rises += max(0, mapped - self._mapped)
+        self._mapped = mapped
 
 
-def _anonymous_and_resident() -> tuple[int, int]:
-    """Both in KiB."""
-    return _kib("RssAnon"), _kib("VmRSS")
+def _now() -> tuple[int, int, int]:
+    """Anonymous, mapped and resident memory in KiB."""
+    return _kib("RssAnon"), _kib("RssFile"), _kib("VmRSS")
 
 
 def _kib(field: str) -> int:

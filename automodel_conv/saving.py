@@ -6,29 +6,37 @@ import copy
 import os
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
-from math import prod
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from automodel_conv.dtypes import FLOATING, dtype_code
-from automodel_conv.errors import ConversionError, UnsupportedError, message
+from automodel_conv.errors import UnsupportedError, message
 from automodel_conv.execution.buffers import dtype_of
 from automodel_conv.execution.checksums import CHECKSUMS_NAME, checksums_of, checksums_text
-from automodel_conv.execution.cuda import streaming_device
-from automodel_conv.execution.memory import from_real_strides
-from automodel_conv.execution.slabs import slab_schedule
-from automodel_conv.execution.writing import Budget, DeviceTensors, HostTensors, budget, write_shard
+from automodel_conv.execution.ranks import (
+    is_distributed,
+    is_first_replica,
+    local_of,
+    meshes_of,
+    same_on_all,
+    together,
+)
+from automodel_conv.execution.tensor_slabs import Holding, tensor_slabs
+from automodel_conv.execution.writing import begin_shard, budget, write_slabs
 from automodel_conv.files.checkpoint import Checkpoint, open_checkpoint
-from automodel_conv.files.destination import Destination, open_destination, telling
+from automodel_conv.files.destination import Destination, open_destination, staged_path, telling
 from automodel_conv.files.shards import Shard, Spec, divide, divide_like, index_of, parse_size
 from automodel_conv.planning.copies import SourceTable, Target
 from automodel_conv.planning.models import checked_dtype, model_targets, state_table, tied_names
 from automodel_conv.planning.pipeline import saving_plan
 from automodel_conv.planning.plan import CopyPlan
 from automodel_conv.planning.registry import is_pretrained_model
+from automodel_conv.planning.sharding import region_of
 from automodel_conv.progress import bytes_progress
 
 DEFAULT_SCRATCH_BYTES = 64 << 20
@@ -68,13 +76,15 @@ def save_checkpoint(
 
     What ``save_pretrained`` would write: the same names, shapes and bytes, tied weights once, the config besides. No
     converted copy of the model is made; tensors of a GPU go through pinned memory. The directory is a checkpoint at the
-    end or not at all; if writing fails nothing of it stays.
+    end or not at all; if writing fails nothing of it stays. Where there are DTensors all ranks must call this, on a
+    file system that they share: each writes its own parts.
 
     Args:
         directory: new, or without weights in it.
         rules, layout: see ``revert_state_dict``; for a state dict one of rules, layout, reference is needed, and
             ``rules=[]`` keeps its names.
-        reference: a checkpoint whose names, and division into files, to restore.
+        reference: a checkpoint whose names, and division into files, to restore. Grouped experts in a state dict take
+            rules besides, to be taken apart.
         dtype: of all floating tensors, but those that a transformers model keeps in float32; None: as they are.
         max_shard_size: of a file's data, in bytes or as "5GB"; not used with a reference.
         checksums: write one for each tensor beside the index, for ``verify=True`` of the loaders and for ``verify`` of
@@ -85,14 +95,14 @@ def save_checkpoint(
 
     Raises:
         NameProblems, CoverageError: see ``revert_state_dict``; like all but WriteError before anything is written.
-        UnsupportedError: tensors that cannot be saved from here: sharded, offloaded, quantized by transformers, or with
-            adapters.
+        UnsupportedError: tensors that cannot be saved from here: offloaded, quantized by transformers, with adapters.
         DestinationError: the directory holds a checkpoint already, or somebody else writes to it.
         WriteError: the disk is full, or the system reports another error.
+        RankError: with DTensors: saving failed on other ranks, one of them is gone, or they hold different tensors.
     """
     began = time.perf_counter()
     if isinstance(model_or_state_dict, nn.Module):
-        model, tensors = model_or_state_dict, _tensors_of(model_or_state_dict)
+        model, tensors = model_or_state_dict, saved_tensors(model_or_state_dict)
     else:
         model, tensors = None, model_or_state_dict
     if model is None and rules is None and layout is None and reference is None:
@@ -103,29 +113,58 @@ def save_checkpoint(
             )
         )
     _refuse_without_data(tensors)
-    opened = None if reference is None else open_checkpoint(reference)
-    table = None if opened is None else SourceTable(opened.names, opened.dtypes, opened.shapes)
-    plan = saving_plan(state_table(tensors), model=model, rules=rules, layout=layout, reference=table)
-    plan = with_dtype(plan, dtype, model)
-    shards = _shards(plan, opened, max_shard_size)
-    share = budget(threads, DEFAULT_SCRATCH_BYTES if scratch_bytes is None else scratch_bytes, reads_files=False)
-    with (
-        open_destination(os.path.abspath(os.fsdecode(directory)), shards, None) as destination,
-        bytes_progress(plan.bytes_written, "saving", progress) as advance,
-    ):
-        _write(plan, list(tensors.values()), shards, destination, share, advance)
-        if model is not None:
-            with telling(destination.directory):
-                _write_config(model, dtype, destination.staging)
-        if checksums:
-            write_checksums(destination, shards, share.threads)
-        destination.commit(index_of(shards, None if model is None else sum(p.numel() for p in model.parameters())))
+    groups = [dist.group.WORLD] if meshes_of(tensors.values()) else []
+    with together(groups, "planning what to save"):
+        opened = None if reference is None else open_checkpoint(reference)
+        table = None if opened is None else SourceTable(opened.names, opened.dtypes, opened.shapes)
+        plan = saving_plan(state_table(tensors), model=model, rules=rules, layout=layout, reference=table)
+        plan = with_dtype(plan, dtype, model)
+        shards = shards_for(plan, opened, max_shard_size)
+        share = budget(threads, DEFAULT_SCRATCH_BYTES if scratch_bytes is None else scratch_bytes, reads_files=False)
+        leads = not groups or dist.get_rank() == 0
+        places = places_in(shards, plan.targets)
+        made = tensor_slabs(plan, _holdings(tensors.values(), leads), places, most_bytes=share.slab_bytes)
+    same_on_all(groups, [shard.header for shard in shards], "the tensors to be saved")
+    directory = os.path.abspath(os.fsdecode(directory))
+    with ExitStack() as ending:
+        with together(groups, "beginning to save"):
+            destination = ending.enter_context(open_destination(directory, shards, None)) if leads else None
+            for shard in shards if destination is not None else ():
+                begin_shard(shard, staged_path(directory, shard.name))
+        nbytes = sum(group.nbytes for group in made)
+        with together(groups, "saving"), bytes_progress(nbytes, "saving", progress) as advance:
+            for file, shard in enumerate(shards):
+                slabs = [(group.by_file.get(file, []), group.start) for group in made]
+                if any(group for group, _ in slabs) or leads:
+                    write_slabs(slabs, staged_path(directory, shard.name), share.threads, advance)
+        with together(groups, "ending the save"):
+            if destination is not None:
+                finish_save(destination, shards, model, dtype, share.threads if checksums else 0)
     return SaveReport(
         tuple(shard.name for shard in shards),
         sum(shard.nbytes for shard in shards),
         time.perf_counter() - began,
         share.scratch_bytes,
     )
+
+
+def finish_save(
+    destination: Destination,
+    shards: Sequence[Shard],
+    model: nn.Module | None,
+    dtype: torch.dtype | None = None,
+    checksum_threads: int = 0,
+) -> None:
+    """What follows when the data of all files is on the disk; with no threads for checksums there are none."""
+    for shard in shards:
+        destination.finish(shard)
+    if model is not None:
+        with telling(destination.directory):
+            _write_config(model, dtype, destination.staging)
+    if checksum_threads:
+        write_checksums(destination, shards, checksum_threads)
+    parameters = None if model is None else sum(parameter.numel() for parameter in model.parameters())
+    destination.commit(index_of(shards, parameters))
 
 
 def write_checksums(destination: Destination, shards: Sequence[Shard], threads: int) -> None:
@@ -179,10 +218,12 @@ def places_in(shards: Sequence[Shard], targets: Iterable[Target]) -> list[tuple[
     return [places[target.name] for target in targets]
 
 
-# --- private ----------------------------------------------------------------------------------------------------------
+def shards_for(plan: CopyPlan, reference: Checkpoint | None, max_shard_size: int | str) -> list[Shard]:
+    """The files for the targets of a plan: as a reference is divided, or by size.
 
-
-def _shards(plan: CopyPlan, reference: Checkpoint | None, max_shard_size: int | str) -> list[Shard]:
+    Raises:
+        UnsupportedError: not a size, or a dtype that torch does not know.
+    """
     specs = specs_of(plan.targets)
     if reference is None:
         return divide(specs, parse_size(max_shard_size))
@@ -192,7 +233,7 @@ def _shards(plan: CopyPlan, reference: Checkpoint | None, max_shard_size: int | 
     )
 
 
-def _tensors_of(model: nn.Module) -> dict[str, Tensor]:
+def saved_tensors(model: nn.Module) -> dict[str, Tensor]:
     """The tensors of a model that belong into a checkpoint: ties once, under the name that upstream keeps.
 
     Raises:
@@ -218,6 +259,9 @@ def _tensors_of(model: nn.Module) -> dict[str, Tensor]:
     return dict(tensors)
 
 
+# --- private ----------------------------------------------------------------------------------------------------------
+
+
 def _refuse_without_data(tensors: Mapping[str, Tensor]) -> None:
     for name, tensor in tensors.items():
         if isinstance(tensor, Tensor) and tensor.is_meta:
@@ -229,64 +273,17 @@ def _refuse_without_data(tensors: Mapping[str, Tensor]) -> None:
 
 
 def _is_same(tensor: Tensor, other: Tensor) -> bool:
+    tensor, other = local_of(tensor), local_of(other)
     return (tensor.data_ptr(), tensor.shape, tensor.stride()) == (other.data_ptr(), other.shape, other.stride())
 
 
-def _write(
-    plan: CopyPlan,
-    tensors: Sequence[Tensor],
-    shards: Sequence[Shard],
-    destination: Destination,
-    share: Budget,
-    advance: Any,
-) -> None:
-    """Write all shards; the targets of each device by what is made for it."""
-    by_device: dict[torch.device, list[Target]] = {}
-    for target in plan.targets:
-        devices = {tensors[row].device for row in target.sources}
-        if len(devices) > 1:
-            raise ConversionError(
-                message(f"the parts of {target.name} are on several devices", found=sorted(map(str, devices)))
-            )
-        if prod(target.shape):
-            by_device.setdefault(devices.pop(), []).append(target)
-    groups = []
-    for device, targets in by_device.items():
-        copies = []
-        operands: list[Tensor] = []
-        for number, target in enumerate(targets):
-            copies_of, read = from_real_strides(target.copies, [tensors[row].detach() for row in target.sources])
-            copies.append(copies_of)
-            targets[number] = target._replace(sources=tuple(range(len(operands), len(operands) + len(read))))
-            operands += read
-        made = slab_schedule(
-            targets, copies, _InMemory.of(operands), places_in(shards, targets), most_bytes=share.slab_bytes
-        )
-        groups.append((made.by_file(), _maker(device, operands, made.dtypes, share.slab_bytes)))
-    for file, shard in enumerate(shards):
-        mine = [(by_file.get(file, []), start) for by_file, start in groups]
-        write_shard(shard, mine, destination, share.threads, advance)
-        destination.finish(shard)
-
-
-class _InMemory(NamedTuple):
-    """Sources that each lie in memory of their own; see ``slabs.Places``."""
-
-    dtypes: Sequence[str]
-    file_ids: Sequence[int]
-    offsets: Sequence[int]
-
-    @staticmethod
-    def of(tensors: Sequence[Tensor]) -> _InMemory:
-        codes = [dtype_code(tensor.dtype) or "" for tensor in tensors]
-        return _InMemory(codes, range(len(tensors)), [0] * len(tensors))
-
-
-def _maker(device: torch.device, tensors: Sequence[Tensor], dtypes: Sequence[str], slab_bytes: int) -> Any:
-    streaming = streaming_device(device)
-    if streaming is None:
-        return lambda: HostTensors(tensors, dtypes, slab_bytes)
-    return lambda: DeviceTensors(tensors, dtypes, slab_bytes, streaming, "auto")
+def _holdings(tensors: Iterable[Tensor], leads: bool) -> dict[int, list[Holding]]:
+    """By row, what this process writes: its shards of DTensors, if it holds them first; the leader all others."""
+    held = {}
+    for row, tensor in enumerate(tensors):
+        if is_first_replica(tensor) if is_distributed(tensor) else leads:
+            held[row] = [Holding(region_of(tensor), local_of(tensor.detach()))]
+    return held
 
 
 def _write_config(model: nn.Module, dtype: torch.dtype | None, directory: str) -> None:

@@ -90,13 +90,13 @@ def load_with_dcp(directory: str, threads: int, transposed: bool, huge_pages: bo
 
     made: dict[str, Tensor] = {}
     views: dict[str, Tensor] = {}
-    for name, shape in _grouped_shapes(directory).items():
+    for name, shape in grouped_shapes(directory).items():
         if transposed and name.endswith(_GROUPED):
             shape = (shape[0], shape[2], shape[1])
         made[name] = torch.empty(shape, dtype=torch.bfloat16)
         if huge_pages:
-            _advise_huge_pages(made[name])
-        views |= _per_expert(name, made[name].transpose(1, 2) if transposed and len(shape) == 3 else made[name])
+            advise_huge_pages(made[name])
+        views |= per_expert(name, made[name].transpose(1, 2) if transposed and len(shape) == 3 else made[name])
     dcp.load(views, storage_reader=dcp.HuggingFaceStorageReader(directory, thread_count=threads))
     return lambda: made
 
@@ -117,7 +117,7 @@ def read_with_preadv(directory: str, threads: int, transposed: bool) -> Made:
         header_bytes = 8 + int.from_bytes(os.pread(descriptor, 8, 0), "little")
         nbytes = os.fstat(descriptor).st_size - header_bytes
         buffer = buffers[str(path)] = torch.empty(nbytes, dtype=torch.uint8)
-        _advise_huge_pages(buffer)
+        advise_huge_pages(buffer)
         view = memoryview(buffer.numpy())
         runs += [
             (descriptor, header_bytes + start, view[start : start + _RUN_BYTES])
@@ -165,7 +165,7 @@ def work(method: str, directory: str, warm_up: str, threads: int, repetition: in
     }
 
 
-def _grouped_shapes(directory: str) -> dict[str, tuple[int, ...]]:
+def grouped_shapes(directory: str) -> dict[str, tuple[int, ...]]:
     """What the model has: names and shapes, experts grouped."""
     shapes: dict[str, tuple[int, ...]] = {}
     checkpoint = amc.open_checkpoint(directory)
@@ -181,8 +181,12 @@ def _grouped_shapes(directory: str) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def _per_expert(name: str, grouped: Tensor) -> dict[str, Tensor]:
-    """The views of a tensor ``[E, 2I, H]`` or ``[E, H, I]`` that a checkpoint has tensors for."""
+def per_expert(name: str, grouped: Tensor, first: int = 0) -> dict[str, Tensor]:
+    """The views of a tensor ``[E, 2I, H]`` or ``[E, H, I]`` that a checkpoint has tensors for.
+
+    Args:
+        first: number of its first expert.
+    """
     path, _, leaf = name.rpartition(".")
     if leaf == "gate_up_proj":
         parts = zip(("gate_proj", "up_proj"), grouped.chunk(2, dim=1), strict=True)
@@ -190,7 +194,7 @@ def _per_expert(name: str, grouped: Tensor) -> dict[str, Tensor]:
         parts = iter([(leaf, grouped)])
     else:
         return {name: grouped}
-    return {f"{path}.{expert}.{part}.weight": view for part, views in parts for expert, view in enumerate(views)}
+    return {f"{path}.{expert}.{part}.weight": view for part, views in parts for expert, view in enumerate(views, first)}
 
 
 def _in_order(buffers: Mapping[str, Tensor], directory: str) -> dict[str, Tensor]:
@@ -206,14 +210,14 @@ def _in_order(buffers: Mapping[str, Tensor], directory: str) -> dict[str, Tensor
         data = buffers[checkpoint.files[file]][start : start + checkpoint.nbytes[row]]
         found[name] = data.view(torch.bfloat16).view(checkpoint.shapes[row])
     made = {}
-    for name, shape in _grouped_shapes(directory).items():
+    for name, shape in grouped_shapes(directory).items():
         made[name] = torch.empty(shape, dtype=torch.bfloat16)
-        for part, view in _per_expert(name, made[name]).items():
+        for part, view in per_expert(name, made[name]).items():
             view.copy_(found[part])
     return made
 
 
-def _advise_huge_pages(tensor: Tensor) -> None:
+def advise_huge_pages(tensor: Tensor) -> None:
     if tensor.nbytes >= 4 << 20:
         system.advise_huge_pages(tensor.data_ptr(), tensor.nbytes)
 

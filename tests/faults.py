@@ -23,7 +23,7 @@ from automodel_conv.files import system
 
 # The functions of files/system.py that call the system, but those that never fail.
 CHANGING = (
-    *("create", "open_append", "pwritev", "copy_range", "write_end", "truncate", "reserve", "sync"),
+    *("create", "open_append", "open_existing", "pwritev", "copy_range", "write_end", "truncate", "reserve", "sync"),
     *("make_directory", "sync_directory", "rename", "copy_file", "remove", "remove_directory"),
 )
 READING = ("open_readonly", "preadv", "size", "list_names", "identity", "is_at", "lock", "free_bytes")

@@ -1,6 +1,7 @@
 """The command line: what it prints, what it reads, and how it ends."""
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -113,6 +114,98 @@ def test_an_unknown_target_is_refused_with_names_like_it(plain):
     assert result.exit_code == 2
     assert "no target" in result.stderr
     assert "a.weight" in result.stderr
+
+
+@pytest.fixture
+def big(tmp_path):
+    """Headers of 5.03 GB over files that are one hole each: four experts of 1 GB, another GB, and 1,024 small ones."""
+    files = {
+        "model-00001-of-00002.safetensors": {
+            "a.experts.w": ("F32", [4, 1000, 250_000]),
+            "b.experts.w": ("BF16", [1024, 2, 8192]),
+        },
+        "model-00002-of-00002.safetensors": {"norm.weight": ("F32", [1000, 250_000])},
+    }
+    for file, tensors in files.items():
+        header, stop = {}, 0
+        for name, (dtype, shape) in tensors.items():
+            start, stop = stop, stop + math.prod(shape) * {"F32": 4, "BF16": 2}[dtype]
+            header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [start, stop]}
+        text = json.dumps(header).encode()
+        text += b" " * (-len(text) % 8)
+        with (tmp_path / file).open("wb") as out:
+            out.write(len(text).to_bytes(8, "little") + text)
+            out.truncate(8 + len(text) + stop)
+    weight_map = {name: file for file, tensors in files.items() for name in tensors}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    return tmp_path
+
+
+A_RANK_READS = {
+    # Least, median and most. An expert, 1 GB, is 30 reads of at most 32 MiB; 256 small ones, 8.4 MB, are one; the other
+    # file again 30.
+    "ep=4": {
+        "holds, GB": "2.008 2.008 2.008",
+        "reads, GB": "2.008 2.008 2.008",
+        "reads a byte it holds, times": "1.000 1.000 1.000",
+        "reads of neighbouring bytes": "61 61 61",
+        "files": "2 2 2",
+        "reads a file": "30.5 30.5 30.5",
+        "caption": "4 ranks; imbalance: the largest share is 1.000 of the mean",
+    },
+    # Four experts over three ranks: 2, 2, 0; of the small ones 342, 342, 340; the other GB on all.
+    "ep=3": {
+        "holds, GB": "1.011 3.011 3.011",
+        "reads, GB": "1.011 3.011 3.011",
+        "reads a byte it holds, times": "1.000 1.000 1.000",
+        "files": "2 2 2",
+        "caption": "3 ranks; imbalance: the largest share is 1.284 of the mean",
+    },
+    # Experts over both: 2 of 4, half of the rows; the other GB in four parts. Of the small ones 512, a row of each.
+    "ep=2,fsdp=2": {"holds, GB": "1.258 1.258 1.258", "files": "2 2 2"},
+    "replicate=2,fsdp=2": {"holds, GB": "2.517 2.517 2.517", "reads a byte it holds, times": "1.000 1.000 1.000"},
+    "replicate=3": {"holds, GB": "5.034 5.034 5.034", "caption": "3 ranks; imbalance: the largest share is 1.000"},
+    # More than are looked at; most of them have none of the first tensor, and all one small expert.
+    "ep=1024": {"holds, GB": "1.000 1.000 2.000", "caption": "1024 ranks, 64 of them looked at"},
+}
+
+
+@pytest.mark.parametrize("mesh", A_RANK_READS)
+def test_plan_for_a_mesh_tells_what_each_rank_reads(big, mesh, no_tensor_data):
+    result = run("plan", big, "--no-model", "--mesh", mesh)
+    assert result.exit_code == 0, result.output
+    wanted = dict(A_RANK_READS[mesh])
+    assert wanted.pop("caption", "") in " ".join(result.stdout.split())
+    for label, numbers in wanted.items():
+        assert value(result.stdout, label).replace("│", " ").split() == numbers.split(), label
+
+
+def test_rows_that_lie_near_each_other_are_read_with_what_is_between_them(tmp_path):
+    """A row of 16 KiB of each expert: slabs of 1 MiB, 32 rows and the 31 between them."""
+    save_file({"experts.w": torch.zeros(1024, 2, 8192, dtype=torch.bfloat16)}, tmp_path / "model.safetensors")
+    result = run("plan", tmp_path, "--no-model", "--mesh", "ep=1,fsdp=2")
+    assert result.exit_code == 0, result.output
+    wanted = {
+        "holds, GB": "0.017",
+        "reads, GB": "0.033",
+        "reads a byte it holds, times": "1.969",
+        "reads of neighbouring bytes": "32",
+        "reads a file": "32.0",
+    }
+    for label, number in wanted.items():
+        assert value(result.stdout, label).replace("│", " ").split() == [number] * 3, label
+
+
+@pytest.mark.parametrize(
+    "mesh", ["", "ep", "ep=", "ep=0", "ep=-2", "ep=2.5", "ep=two", "ep=2,", "ep=2,ep=4", "tp=2", "ep=2 fsdp=2", "64"]
+)
+def test_what_is_no_mesh_is_one_error_that_shows_one(plain, mesh):
+    result = run("plan", plain, "--no-model", "--mesh", mesh)
+    assert result.exit_code == 1
+    assert result.stderr.startswith("error: not a mesh\n")
+    assert "ep=64,fsdp=8" in result.stderr
+    assert repr(mesh) in result.stderr
+    assert not result.stdout
 
 
 @needs_transformers

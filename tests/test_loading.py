@@ -192,3 +192,18 @@ def test_a_streamed_model_reports_who_copied_and_what_that_took(tmp_path, monkey
     assert (report.copied_by_kernels, report.copied_by_torch) == (0, 1)
     assert report.without_kernels is None  # of the CPU, which nothing is streamed to
     assert 2400 + 120 <= report.peak_extra_bytes <= 16384
+
+
+def test_a_loaded_model_that_goes_to_the_meta_device_gets_its_computed_buffers_back(tmp_path):
+    """transformers marks the modules of a model that it has loaded, and would not compute their buffers again."""
+    pytest.importorskip("transformers", reason="the model is one of transformers")
+    from tests.model_zoo import build_model, write_checkpoint
+
+    write_checkpoint(build_model("mixtral"), tmp_path)
+    model = type(build_model("mixtral")).from_pretrained(tmp_path)
+    wanted = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    assert wanted.keys() - model.state_dict().keys()
+    model.to("meta")
+    amc.load_model(model, tmp_path)
+    for name, buffer in model.named_buffers():
+        assert_bytes_equal(buffer, wanted[name])

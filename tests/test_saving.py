@@ -19,8 +19,8 @@ from safetensors.torch import load_file
 from torch import nn
 
 import automodel_conv as amc
-from automodel_conv import saving
 from automodel_conv.errors import ConversionError, DestinationError, NameProblems, UnsupportedError, WriteError
+from automodel_conv.execution import tensor_slabs
 from automodel_conv.files import system
 from automodel_conv.testing import POISON, address_valued, assert_bytes_equal
 from tests.execution.simulated import SimulatedDevice
@@ -182,7 +182,7 @@ def test_tensors_on_a_device_give_the_same_files(name, tmp_path, monkeypatch):
         devices.append(SimulatedDevice(seed=len(devices)))
         return devices[-1]
 
-    monkeypatch.setattr(saving, "streaming_device", device_of)
+    monkeypatch.setattr(tensor_slabs, "streaming_device", device_of)
     report = amc.save_checkpoint(model, tmp_path / "device", max_shard_size="40KB", threads=2, scratch_bytes=1 << 18)
     assert contents(tmp_path / "device") == contents(tmp_path / "host")
     [device] = devices
@@ -406,12 +406,6 @@ def test_tensors_without_data_are_refused(tmp_path, as_module):
     module = nn.Linear(2, 3, device="meta")
     model = module if as_module else module.state_dict()
     refused(model, tmp_path / "made", UnsupportedError, "weight has no data", **({} if as_module else {"rules": []}))
-
-
-def test_sharded_tensors_are_refused(tmp_path):
-    part = torch.ones(2)
-    part.placements = ("shard",)  # how a DTensor is told
-    refused({"a": part}, tmp_path / "made", UnsupportedError, "a is a distributed tensor", rules=[])
 
 
 @needs_transformers

@@ -12,7 +12,7 @@ from automodel_conv.errors import ConversionError, ReadError, message
 from automodel_conv.execution.buffers import Aim, byte_view, checked, dtype_of
 from automodel_conv.execution.copying import COPY_BYTES, COPY_RATIO, copy_moves
 from automodel_conv.execution.reading import LoadStats, OpenFiles, cores, read_job, read_whole, with_filled
-from automodel_conv.execution.schedule import GAP_BYTES, Job, Move, schedule
+from automodel_conv.execution.schedule import Job, Move, schedule
 from automodel_conv.execution.upstream import run_upstream, upstream_calls
 from automodel_conv.execution.workers import work_off
 from automodel_conv.files.checkpoint import Checkpoint
@@ -75,10 +75,7 @@ def load_files(
     aim = Aim()
     copies = [aim(target, tensor) for target, tensor in zip(targets, tensors, strict=True)]
     threads = min(threads, scratch_bytes // (_ALIGN_BYTES * (1 + COPY_RATIO)))
-    share = scratch_bytes // threads
-    slot_bytes = max(share - COPY_BYTES, share // (1 + COPY_RATIO))
-    slot_bytes -= slot_bytes % _ALIGN_BYTES
-    jobs = schedule(targets, copies, checkpoint, threads=threads, slot_bytes=slot_bytes)
+    jobs = schedule(targets, copies, checkpoint, threads=threads, slot_bytes=bytes_of_slot(threads, scratch_bytes))
     bytes_read = sum(job.nbytes for job in jobs)
     bytes_read += sum(checkpoint.nbytes[row] for call in calls for row in call.rows)
     done: set[int] = set()
@@ -95,6 +92,13 @@ def load_files(
             written += [t.name for n, t in enumerate(targets) if n not in unfinished]
             raise with_filled(error, written, len(plan.targets)) from error
     return stats._replace(bytes_read=bytes_read)
+
+
+def bytes_of_slot(threads: int, scratch_bytes: int) -> int:
+    """What is left to each thread for what it reads, of the scratch of all, beside what its copies need."""
+    share = scratch_bytes // threads
+    nbytes = max(share - COPY_BYTES, share // (1 + COPY_RATIO))
+    return nbytes - nbytes % _ALIGN_BYTES
 
 
 def _run(
@@ -115,11 +119,10 @@ def _run(
     def start() -> Callable[[tuple[int, Job]], None]:
         scratch = torch.empty(slot_bytes, dtype=torch.uint8, device="cpu")
         own_views = [*views, byte_view(scratch)]  # so that SCRATCH finds it
-        junk = memoryview(bytearray(GAP_BYTES))
 
         def take(item: tuple[int, Job]) -> None:
             number, job = item
-            gaps.append(read_job(job, checkpoint, files, own_views, junk))
+            gaps.append(read_job(job, checkpoint, files, own_views))
             _copy(job.moves, scratch, tensors)
             done.add(number)
             advance(job.nbytes)

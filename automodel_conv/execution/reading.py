@@ -19,6 +19,9 @@ from automodel_conv.execution.schedule import GAP_BYTES, Job, Part
 from automodel_conv.files import system
 from automodel_conv.files.checkpoint import Checkpoint
 
+# Where bytes between wanted ones are read to, by all threads at once; nobody looks at it.
+_JUNK = memoryview(bytearray(GAP_BYTES))
+
 
 class LoadStats(NamedTuple):
     """What a load did; ``gap_bytes``, read between wanted bytes, come on top of ``bytes_read``."""
@@ -80,7 +83,7 @@ class OpenFiles:
             system.close(self._open.popitem()[1])
 
 
-def read_job(job: Job, checkpoint: Checkpoint, files: OpenFiles, views: Sequence[memoryview], junk: memoryview) -> int:
+def read_job(job: Job, checkpoint: Checkpoint, files: OpenFiles, views: Sequence[memoryview]) -> int:
     """Read all parts of a job; returns the bytes read between them and thrown away."""
     file = job.parts[0].file
     path = checkpoint.files[file]
@@ -89,12 +92,12 @@ def read_job(job: Job, checkpoint: Checkpoint, files: OpenFiles, views: Sequence
     except OSError as error:
         raise _failure(f"cannot open a file: {error}", path, job.parts, checkpoint) from error
     gaps = 0
-    for parts in _calls(job.parts):
+    for parts in calls_of(job.parts):
         stop = parts[0].offset_bytes
         slices: list[memoryview] = []
         for part in parts:
             if part.offset_bytes > stop:
-                slices.append(junk[: part.offset_bytes - stop])
+                slices.append(_JUNK[: part.offset_bytes - stop])
                 gaps += part.offset_bytes - stop
             slices.append(views[part.target][part.start_bytes : part.start_bytes + part.nbytes])
             stop = part.offset_bytes + part.nbytes
@@ -109,7 +112,7 @@ def read_job(job: Job, checkpoint: Checkpoint, files: OpenFiles, views: Sequence
     return gaps
 
 
-def _calls(parts: Sequence[Part]) -> Iterator[Sequence[Part]]:
+def calls_of(parts: Sequence[Part]) -> Iterator[Sequence[Part]]:
     """Groups of parts near enough to be read by one call."""
     first = 0
     for n in range(1, len(parts)):
@@ -141,7 +144,7 @@ def read_whole(row: int, checkpoint: Checkpoint) -> Tensor:
     )
     files = OpenFiles(checkpoint.files, [job])
     try:
-        read_job(job, checkpoint, files, [byte_view(tensor)], memoryview(b""))
+        read_job(job, checkpoint, files, [byte_view(tensor)])
     finally:
         files.close()
     return tensor

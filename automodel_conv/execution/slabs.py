@@ -1,13 +1,17 @@
 """From copies to slabs: which ranges of which output file are made of what, in portions that run in any order.
 
 Pure: integers in, integers out. A slab is made either of bytes that only move, or of copies that permute or cast and so
-fill memory first. The ranges of all slabs are disjoint and cover the data of every target.
+fill memory first. No byte is in two slabs, and every byte that a copy makes is in one. Where the copies make only part
+of a target, as on one of several ranks, the bytes between are left alone.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from math import prod
 from typing import NamedTuple, Protocol
+
+import numpy as np
 
 from automodel_conv.dtypes import itemsize
 from automodel_conv.execution.schedule import Move, Part, chopped, reads, slabs
@@ -41,6 +45,8 @@ class Slab(NamedTuple):
     nbytes: int
     parts: list[Part]
     moves: dict[int, list[Move]]  # by source row
+    ranges: tuple[tuple[int, int], ...] = ()
+    """What moves fill, first byte and length, if it is not all of the slab."""
 
 
 class Slabs(NamedTuple):
@@ -134,7 +140,29 @@ def _in_memory(filled: Sequence[Move], file: int, begin: int, size: int, dtype: 
             for move in cut:
                 swapped = _seen_from_target(move._replace(source_offset=move.source_offset - start))
                 moves.setdefault(move.target, []).append(swapped._replace(target=dtype))
-            yield Slab(file, begin + start * size, (stop - start) * size, [], moves)
+            ranges: tuple[tuple[int, int], ...] = ()
+            if sum(prod(move.shape) for move in cut) < stop - start:
+                ranges = tuple((first * size, count * size) for first, count in _ranges(cut, start))
+            yield Slab(file, begin + start * size, (stop - start) * size, [], moves, ranges)
+
+
+def _ranges(filled: Sequence[Move], start: int) -> list[tuple[int, int]]:
+    """The elements that moves fill, from ``start`` on, as runs: first one and length."""
+    elements, lengths = [], []
+    for move in filled:
+        run, offsets = 1, np.array([move.source_offset - start])
+        for stride, count in sorted(zip(move.source_strides, move.shape, strict=True)):
+            if stride == run:
+                run *= count
+            else:
+                offsets = (offsets[:, None] + np.arange(count) * stride).reshape(-1)
+        elements.append(offsets)
+        lengths.append(np.full(len(offsets), run))
+    firsts, counts = np.concatenate(elements), np.concatenate(lengths)
+    order = np.argsort(firsts)
+    firsts, counts = firsts[order], counts[order]
+    begins = np.flatnonzero(np.append(True, firsts[1:] != firsts[:-1] + counts[:-1]))
+    return list(zip(firsts[begins].tolist(), np.add.reduceat(counts, begins).tolist(), strict=True))
 
 
 def _blocks(filled: Iterable[Move]) -> Iterator[list[Move]]:
@@ -160,6 +188,8 @@ def _joins(group: Sequence[Slab], nbytes: int, piece: Slab, limit: int, dtype: s
     first, last = group[0], group[-1]
     follows = first.file == piece.file and last.offset_bytes + last.nbytes == piece.offset_bytes
     small = nbytes + piece.nbytes <= limit and len(group) < system.IOV_MAX
+    if first.ranges or piece.ranges:
+        return False
     return follows and small and bool(first.parts) == bool(piece.parts) and nbytes % itemsize(dtype) == 0
 
 
@@ -174,4 +204,4 @@ def _joined(group: Sequence[Slab], nbytes: int, sizes: Sequence[int]) -> Slab:
             moves.setdefault(row, []).extend(
                 move._replace(target_offset=move.target_offset + shift // sizes[move.target]) for move in group_moves
             )
-    return Slab(first.file, first.offset_bytes, nbytes, parts, moves)
+    return Slab(first.file, first.offset_bytes, nbytes, parts, moves, first.ranges)

@@ -25,7 +25,6 @@ from automodel_conv.errors import ConversionError, ReadError, message
 from automodel_conv.execution.buffers import Aim, byte_view, checked, dtype_of, raw_bytes
 from automodel_conv.execution.copy_batch import CopyBatch, Work, takes_kernels
 from automodel_conv.execution.reading import LoadStats, OpenFiles, cores, read_job, read_whole, with_filled
-from automodel_conv.execution.schedule import GAP_BYTES
 from automodel_conv.execution.upstream import run_upstream, upstream_calls
 from automodel_conv.execution.windows import Chunk, Upload, Window, stream_schedule
 from automodel_conv.files.checkpoint import Checkpoint
@@ -261,7 +260,6 @@ class _Load:
             raise
 
     def _read_chunks(self, slots: Sequence[_Slot]) -> None:
-        junk = memoryview(bytearray(GAP_BYTES))
         for slot in cycle(slots):
             if self._stopped:
                 return
@@ -271,7 +269,7 @@ class _Load:
                 return
             if slot.uploaded is not None:
                 slot.uploaded.synchronize()
-            gap_bytes = read_job(chunk.read, self._checkpoint, self._files, [slot.view], junk)
+            gap_bytes = read_job(chunk.read, self._checkpoint, self._files, [slot.view])
             self._upload(chunk, slot)
             with self._changed:
                 self._gap_bytes += gap_bytes

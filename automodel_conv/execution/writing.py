@@ -6,7 +6,8 @@ What is done with them, written to a file or compared with one, is the same for 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -18,13 +19,12 @@ from automodel_conv.execution.buffers import byte_view, dtype_of, raw_bytes
 from automodel_conv.execution.copy_batch import CopyBatch, takes_kernels
 from automodel_conv.execution.copying import COPY_BYTES, COPY_RATIO, copy_moves
 from automodel_conv.execution.reading import OpenFiles, cores, read_job, reading
-from automodel_conv.execution.schedule import GAP_BYTES, Job, Move, runs, staged
+from automodel_conv.execution.schedule import Job, Move, runs, staged
 from automodel_conv.execution.slabs import Slab
 from automodel_conv.execution.streaming import Device
 from automodel_conv.execution.workers import work_off
 from automodel_conv.files import system
 from automodel_conv.files.checkpoint import Checkpoint
-from automodel_conv.files.destination import Destination
 from automodel_conv.files.shards import Shard
 from automodel_conv.planning.copies import StridedCopy
 
@@ -92,50 +92,64 @@ def _whole(nbytes: int) -> int:
 # --- writing and comparing --------------------------------------------------------------------------------------------
 
 
-def write_shard(
-    shard: Shard,
+def begin_shard(shard: Shard, path: str) -> None:
+    """Make a file with its header and room for its data.
+
+    Raises:
+        WriteError: the system does not let us; a full disk is told here, where the file system can tell.
+    """
+    with _telling(path, f"room for {shard.nbytes} bytes"):
+        fd = system.create(path)
+        try:
+            system.reserve(fd, shard.nbytes)
+            system.write_exactly(fd, [memoryview(shard.header)], 0, path)
+        finally:
+            system.close(fd)
+
+
+def write_slabs(
     slabs: Sequence[tuple[Sequence[Slab], Callable[[], Maker]]],
-    destination: Destination,
+    path: str,
     threads: int,
     advance: Callable[[int], None],
 ) -> None:
-    """Write one file, whole, and wait until the disk has it.
+    """Write data into a file that has been begun, and wait until the disk has it.
 
     Args:
         slabs: groups of slabs of this file, each with what starts a maker for it in a thread.
 
     Raises:
-        WriteError: the system does not take the bytes; a full disk is told before any data is written, where the file
-            system can tell.
+        WriteError: the system does not take the bytes.
         ReadError: a source cannot be read.
     """
-    path = destination.path(shard.name)
-    try:
-        fd = system.create(path)
+    with _telling(path, None):
+        fd = system.open_existing(path)
         try:
-            system.reserve(fd, shard.nbytes)
-            system.write_exactly(fd, [memoryview(shard.header)], 0, path)
             for group, start in slabs:
                 work_off(group, threads, lambda start=start: _writer(start(), fd, path, advance))
             system.sync(fd)
         finally:
             system.close(fd)
+
+
+@contextmanager
+def _telling(path: str, expected: str | None) -> Iterator[None]:
+    """What the system refuses is told as a WriteError."""
+    try:
+        yield
     except OSError as error:
-        raise WriteError(
-            message(
-                "cannot write a file",
-                where=path,
-                expected=f"room for {shard.nbytes} bytes",
-                found=error,
-                do="look at the disk, its quota and the permissions",
-            )
-        ) from error
+        do = "look at the disk, its quota and the permissions"
+        raise WriteError(message("cannot write a file", where=path, expected=expected, found=error, do=do)) from error
 
 
 def _writer(maker: Maker, fd: int, path: str, advance: Callable[[int], None]) -> Callable[[Slab], None]:
     def write(slab: Slab) -> None:
         if not maker.copy_within_kernel(slab, fd):
-            system.write_exactly(fd, maker(slab), slab.offset_bytes, path)
+            made = maker(slab)
+            for first, nbytes in slab.ranges:
+                system.write_exactly(fd, [made[0][first : first + nbytes]], slab.offset_bytes + first, path)
+            if not slab.ranges:
+                system.write_exactly(fd, made, slab.offset_bytes, path)
         system.begin_writeback(fd, slab.offset_bytes, slab.nbytes)
         advance(slab.nbytes)
 
@@ -269,12 +283,11 @@ class SourceFiles:
         self._slab = _Memory(_scratch(slab_bytes), dtypes)
         self._input = _scratch(input_bytes)
         self._views = [byte_view(self._slab.memory), byte_view(self._input)]  # so that SCRATCH finds the second
-        self._junk = memoryview(bytearray(GAP_BYTES))
 
     def __call__(self, slab: Slab) -> list[memoryview]:
         typed = {}
         for job in self._jobs[slab.file, slab.offset_bytes]:
-            read_job(job, self._checkpoint, self._files, self._views, self._junk)
+            read_job(job, self._checkpoint, self._files, self._views)
             for dtype in {move.dtype for move in job.moves} - typed.keys():
                 typed[dtype] = self._input.view(dtype_of(dtype, "a source"))
             ordered = sorted(job.moves, key=lambda move: move.target_offset)

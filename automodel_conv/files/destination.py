@@ -33,7 +33,7 @@ WEIGHT_SUFFIXES = (".safetensors", ".safetensors.index.json", ".bin", ".bin.inde
 class Destination:
     """A directory that is being written to; made by ``open_destination``."""
 
-    def __init__(self, directory: str, journal: int, shards: Sequence[Shard], finished: set[str]):
+    def __init__(self, directory: str, journal: int, shards: Sequence[Shard], finished: set[str], verified: set[str]):
         self.directory = directory
         self.staging = os.path.join(directory, STAGING_NAME)
         self.placed: dict[str, list[int]] = {}
@@ -41,6 +41,8 @@ class Destination:
         self._journal = journal
         self._shards = shards
         self._finished = finished
+        self.verified = finished & verified
+        """Names of the shards that have been compared with what they were made of."""
 
     @property
     def unfinished(self) -> frozenset[str]:
@@ -66,10 +68,10 @@ class Destination:
             finally:
                 system.close(fd)
 
-    def finish(self, shard: Shard) -> None:
-        """Note that a shard is on the disk, whole."""
+    def finish(self, shard: Shard, *, verified: bool = False) -> None:
+        """Note that a shard is on the disk, whole, and whether it was compared with what it was made of."""
         with telling(self.directory):
-            system.write_end(self._journal, _line({"finished": shard.name}))
+            system.write_end(self._journal, _line({"finished": shard.name, "verified": verified}))
         self._finished.add(shard.name)
 
     def commit(self, index: bytes | None) -> None:
@@ -123,6 +125,11 @@ def _sync(path: str) -> None:
         system.close(fd)
 
 
+def staged_path(directory: str, name: str) -> str:
+    """Where a file of a directory that is written to lies until all are there."""
+    return os.path.join(directory, STAGING_NAME, name)
+
+
 @contextmanager
 def open_destination(
     directory: str, shards: Sequence[Shard], work: Mapping[str, Any] | None, *, resume: bool = False
@@ -152,7 +159,7 @@ def open_destination(
                 keeps = earlier.work is not None  # and so may go on
                 finished = _taken_over(earlier, journal, directory, shards, work, resume)
             keeps = work is not None
-            destination = Destination(directory, journal, shards, finished)
+            destination = Destination(directory, journal, shards, finished, earlier.verified)
             try:
                 yield destination
             except BaseException:
@@ -272,6 +279,7 @@ class _Earlier(NamedTuple):
 
     work: dict[str, Any] | None
     finished: set[str]
+    verified: set[str]
     placing: dict[str, list[int]]
 
 
@@ -282,25 +290,27 @@ def _read(journal: int) -> _Earlier:
     whole = data.rfind(b"\n") + 1
     if whole < len(data):
         system.truncate(journal, whole)
-    work, finished, placing = None, set(), {}
+    work, finished, verified, placing = None, set(), set(), {}
     try:
         for line in data[:whole].splitlines():
-            match json.loads(line):
+            match record := json.loads(line):
                 case {"work": dict(value)}:
                     work = value
                 case {"work": None}:
                     pass
                 case {"finished": str(name)}:
                     finished.add(name)
+                    if record.get("verified") is True:
+                        verified.add(name)
                 case {"again": str(name)}:
                     finished.discard(name)
                 case {"placing": dict(value)}:
                     placing = value
                 case _:
-                    return _Earlier(None, set(), {})
+                    return _Earlier(None, set(), set(), {})
     except ValueError:
-        return _Earlier(None, set(), {})
-    return _Earlier(work, finished, placing)
+        return _Earlier(None, set(), set(), {})
+    return _Earlier(work, finished, verified, placing)
 
 
 def _is_placed(directory: str, name: str, identity: list[int]) -> bool:

@@ -241,6 +241,11 @@ def create(path: str) -> int:
     return os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | getattr(os, "O_BINARY", 0), 0o666)
 
 
+def open_existing(path: str) -> int:
+    """Open a file that is there, to read it and to write into it; returns its descriptor."""
+    return os.open(path, os.O_RDWR | getattr(os, "O_BINARY", 0))
+
+
 def open_append(path: str) -> int:
     """Open a file, made if need be, to read it and to write at its end; returns its descriptor."""
     return os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | getattr(os, "O_BINARY", 0), 0o666)

@@ -34,17 +34,13 @@ def state_table(state_dict: Mapping[str, Tensor]) -> SourceTable:
     """Names, dtypes and shapes of tensors in memory.
 
     Raises:
-        UnsupportedError: something is no tensor, is sharded, or has a dtype that the safetensors format does not have.
+        UnsupportedError: something is no tensor, or has a dtype that the safetensors format does not have.
     """
     codes = []
     for name, tensor in state_dict.items():
         if not isinstance(tensor, Tensor):
             raise UnsupportedError(
                 message(f"{name} is not a tensor", found=type(tensor).__name__, do="leave extra state out of the dict")
-            )
-        if hasattr(tensor, "placements"):
-            raise UnsupportedError(
-                message(f"{name} is a distributed tensor", do="gather it first; sharded tensors are not supported yet")
             )
         code = dtype_code(tensor.dtype)
         if code is None:
@@ -54,7 +50,7 @@ def state_table(state_dict: Mapping[str, Tensor]) -> SourceTable:
 
 
 def model_targets(model: nn.Module, dtype: torch.dtype | None = None) -> dict[str, TargetSpec]:
-    """Dtype and shape of everything in ``model.state_dict()``, in its order.
+    """Dtype and shape of everything in ``model.state_dict()``, in its order; of a DTensor the shape of the whole.
 
     Args:
         dtype: the dtype for all floating tensors; None keeps each tensor's own. Where no value is there yet (a dtype
@@ -62,20 +58,13 @@ def model_targets(model: nn.Module, dtype: torch.dtype | None = None) -> dict[st
             (``_keep_in_fp32_modules``, ``_keep_in_fp32_modules_strict``) is float32, as in ``from_pretrained``.
 
     Raises:
-        UnsupportedError: a tensor of a dtype that the safetensors format does not have, or a distributed tensor.
+        UnsupportedError: a tensor of a dtype that the safetensors format does not have.
     """
     kept = _kept_in_float32(model, dtype)
     targets: dict[str, TargetSpec] = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
         if not isinstance(tensor, Tensor):
             continue  # extra state of a module, which is no tensor
-        if hasattr(tensor, "placements"):
-            raise UnsupportedError(
-                message(
-                    f"{name} is a distributed tensor",
-                    do="load on one rank; sharded loading is not supported yet",
-                )
-            )
         code = dtype_code(tensor.dtype)
         if code is None:
             raise UnsupportedError(message(f"{name} has a dtype that checkpoints cannot hold", found=tensor.dtype))

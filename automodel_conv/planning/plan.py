@@ -8,12 +8,14 @@ the same rule from sources of the same shapes share their copies, so a plan for 
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from math import prod
 from typing import Any
 
-from automodel_conv.dtypes import BITS
+from automodel_conv.dtypes import BITS, nbytes
 from automodel_conv.errors import ConversionError, UnknownTarget, UnsupportedError, message
 from automodel_conv.planning.composition import chained, inverted, table_of
 from automodel_conv.planning.copies import SourceTable, StridedCopy, Target
@@ -67,8 +69,16 @@ class CopyPlan:
 
     @cached_property
     def bytes_read(self) -> int:
-        """Bytes of the sources that take part, each counted once."""
-        return sum(map(self.sources.nbytes, self.used_sources))
+        """Bytes of the sources that take part, each counted once; gaps that are read with them not counted."""
+        wanted: Counter[int] = Counter()
+        for target in self.targets:
+            if target.fallback is not None:
+                wanted.update({row: self.sources.nbytes(row) for row in target.sources})
+            for copy in target.copies:
+                for ordinal in copy.ordinals:
+                    row = target.sources[ordinal]
+                    wanted[row] += nbytes(self.sources.dtypes[row], prod(copy.shape))
+        return sum(min(count, self.sources.nbytes(row)) for row, count in wanted.items())
 
     @cached_property
     def bytes_written(self) -> int:

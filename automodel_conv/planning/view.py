@@ -17,6 +17,9 @@ from itertools import pairwise
 from math import prod
 from typing import NamedTuple
 
+# Of a dimension whose steps become boxes of their own.
+_MOST_STEPS = 4096
+
 
 class NotAffine(Exception):
     """The copies have no common mixed radix, so they cannot be chained as boxes."""
@@ -83,15 +86,29 @@ class _Box(NamedTuple):
 
 
 class _Radix:
-    """Weights 1 = w0 < w1 < ... with each dividing the next; digit k has size w(k+1) / w(k)."""
+    """Weights 1 = w0 < w1 < ... with each dividing the next; digit k has size w(k+1) / w(k).
 
-    def __init__(self, strides: Iterable[int], numel: int):
-        weights = sorted({1, *strides})
-        if weights[0] < 1:
-            raise NotAffine(f"a dimension repeats or runs backwards, with stride {weights[0]}")
+    Args:
+        walks: the dimensions of all pieces, ``(steps, stride)``. Of two strides that do not divide each other, as in
+            part of an interleaved dimension, the one with fewer steps is no weight: its steps become boxes themselves.
+    """
+
+    def __init__(self, walks: Iterable[tuple[int, int]], numel: int):
+        steps: dict[int, int] = {}
+        for count, stride in walks:
+            if count != 1:
+                steps[stride] = max(count, steps.get(stride, 0))
+        if min(steps, default=1) < 1:
+            raise NotAffine(f"a dimension repeats or runs backwards, with stride {min(steps)}")
+        weights = [1]
+        for stride in sorted(steps.keys() - {1}):
+            while stride % weights[-1] and steps[weights[-1]] < steps[stride]:
+                weights.pop()
+            if stride % weights[-1] == 0 and numel % stride == 0:
+                weights.append(stride)
+        if any(count > _MOST_STEPS for stride, count in steps.items() if stride not in weights):
+            raise NotAffine(f"strides {sorted(steps)} of a tensor of {numel} elements do not divide each other")
         bounds = [*weights, numel]
-        if any(inner > outer or outer % inner for inner, outer in pairwise(bounds)):
-            raise NotAffine(f"strides {weights} of a tensor of {numel} elements do not divide each other")
         self.numel = numel
         self.weights = tuple(weights)
         self.sizes = tuple(outer // inner for inner, outer in pairwise(bounds))
@@ -117,6 +134,10 @@ class _Radix:
             low = [key // weight % size for weight, size in zip(self.weights, self.sizes, strict=True)]
             counts, steps = [1] * len(low), [0] * len(low)
             for i, (count, weight, step) in enumerate(dims):
+                if weight not in self.digit_of:
+                    others = [*dims[:i], *dims[i + 1 :]]
+                    todo += [(others, key + n * weight, other + n * step) for n in range(count)]
+                    break
                 k = self.digit_of[weight]
                 if counts[k] != 1:
                     raise NotAffine(f"two dimensions walk the same stride {weight}")
@@ -170,9 +191,9 @@ def chain(first: Sequence[Piece], second: Sequence[Piece], numel: int) -> list[P
         return [canonical(piece._replace(source=first[0].source)) for piece in second]
     if len(second) == 1 and _is_identity(second[0], numel):
         return list(first)
-    strides = [s for p in first for n, s in zip(p.shape, p.target_strides, strict=True) if n != 1]
-    strides += [s for p in second for n, s in zip(p.shape, p.source_strides, strict=True) if n != 1]
-    radix = _Radix(strides, numel)
+    walks = [walk for p in first for walk in zip(p.shape, p.target_strides, strict=True)]
+    walks += [walk for p in second for walk in zip(p.shape, p.source_strides, strict=True)]
+    radix = _Radix(walks, numel)
     written = _target_boxes(radix, first)
     chained = []
     for p in second:
@@ -227,7 +248,7 @@ def find_overlap(pieces: Sequence[Piece], numel: int) -> Overlap | None:
     """
     if not numel:
         return None
-    radix = _Radix([s for p in pieces for n, s in zip(p.shape, p.target_strides, strict=True) if n != 1], numel)
+    radix = _Radix([walk for p in pieces for walk in zip(p.shape, p.target_strides, strict=True)], numel)
     boxes = _target_boxes(radix, pieces)
     met = _meeting(boxes, len(radix.weights) - 1)
     if met is None:

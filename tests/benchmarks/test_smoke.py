@@ -1,13 +1,15 @@
 """Every benchmark runs, small, and measures what it says."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
 
 from automodel_conv import open_checkpoint
 from automodel_conv.planning.registry import transformers_available
-from benchmarks import from_pretrained, loading, measure, planning, saving, shapes
+from benchmarks import from_pretrained, loading, measure, planning, saving, shapes, sharded
 
 pytestmark = pytest.mark.skipif(not transformers_available(), reason="benchmarks build models of transformers")
 
@@ -116,6 +118,65 @@ def test_saved_tensors_that_differ_from_the_first_files_give_no_number(tmp_path,
     with pytest.raises(RuntimeError, match="do not make the same tensors"):
         saving.main(["--smoke", "--method", "save: ours", "--directory", str(tmp_path)])
     assert capsys.readouterr().out == ""
+
+
+def test_ranks_load_in_all_ways_and_each_ends_with_the_same_parts(tmp_path, capsys):
+    file = tmp_path / "result.json"
+    sharded.main(["--smoke", "--repetitions", "1", "--directory", str(tmp_path), "--json", str(file)])
+    shown = capsys.readouterr().out
+    result = json.loads(file.read_text())
+    runs = result["loads"]["runs"]
+    assert set(runs) == set(sharded.METHODS)
+    ranks = {method: run["ranks"] for method, [run] in runs.items()}
+    digests = {tuple(rank["digest"] for rank in of) for of in ranks.values()}
+    assert len(digests) == 1
+    assert len(set(digests.pop())) == sharded.RANKS  # a rank has other experts than another
+    config = shapes.SMALL.config
+    experts = config["num_hidden_layers"] * 3 * config["moe_intermediate_size"] * config["hidden_size"] * 2
+    for method, of in ranks.items():
+        for rank in of:
+            assert rank["owned_bytes"] == of[0]["owned_bytes"] > experts
+            assert (rank["counted_bytes"] is None) == ("ours" not in method)
+            assert rank["seconds"] > 0
+    # So small that what lies between two wanted tensors is read with them: all but the experts at the ends.
+    whole = sum(p.nbytes for p in shapes.meta_model(shapes.SMALL).state_dict().values())
+    for rank in ranks["ours"] + ranks["ours, dcp"]:
+        assert rank["owned_bytes"] <= rank["counted_bytes"] <= whole
+    assert all(min(laps) > 0 for laps in result["planning"]["seconds"].values())
+    assert [path.name for path in tmp_path.iterdir()] == ["result.json"]
+    sharded.main(["--table", str(file)])
+    assert capsys.readouterr().out == shown
+
+
+def test_parts_of_ranks_that_differ_give_no_number(tmp_path, capsys, monkeypatch):
+    def run_interleaved(commands, repetitions, before):
+        return {m: [{"ranks": [{"digest": "same"}, {"digest": m}], "seconds": 1.0}] for m in commands}
+
+    monkeypatch.setattr(measure, "run_interleaved", run_interleaved)
+    with pytest.raises(RuntimeError, match="do not make the same tensors"):
+        sharded.main(["--smoke", "--directory", str(tmp_path)])
+    assert capsys.readouterr().out == ""
+
+
+def test_a_rank_that_fails_is_reported_and_the_others_are_ended():
+    done = subprocess.run(
+        [sys.executable, "-c", FAILING_RANK], cwd=measure.REPOSITORY, capture_output=True, text=True, timeout=120
+    )
+    assert "RuntimeError: rank 2 failed:" in done.stderr
+    assert "ZeroDivisionError: this one" in done.stderr
+
+
+FAILING_RANK = """
+import torch.distributed as dist
+from benchmarks import sharded
+
+def job():
+    if dist.get_rank() == 2:
+        raise ZeroDivisionError("this one")
+    dist.barrier()
+
+sharded.divided(job)
+"""
 
 
 def test_no_number_is_printed_when_tensors_differ(tmp_path, capsys, monkeypatch):

@@ -55,7 +55,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
         close(fd)
 
     monkeypatch.setattr(system, "preadv", counted)
-    for name in ("open_readonly", "open_append", "create"):
+    for name in ("open_readonly", "open_append", "open_existing", "create"):
         monkeypatch.setattr(system, name, watched(getattr(system, name)))
     monkeypatch.setattr(system, "close", closed)
     return seen

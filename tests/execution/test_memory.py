@@ -17,7 +17,7 @@ from automodel_conv.execution import copy_batch
 from automodel_conv.execution import memory as memory_executor
 from automodel_conv.execution.buffers import allocate
 from automodel_conv.execution.memory import Work, convert_tensors
-from automodel_conv.planning import lowering
+from automodel_conv.planning import lowering, view
 from automodel_conv.planning.copies import Fallback, SourceTable, Target
 from automodel_conv.planning.lowering import Operation, leaf
 from automodel_conv.planning.plan import CopyPlan
@@ -341,7 +341,8 @@ def test_a_source_that_the_plan_was_not_made_for_is_named(source):
         convert_tensors(plan, [source], {"t0": torch.empty(3, 4)})
 
 
-def test_a_buffer_whose_strides_copies_cannot_follow_is_named():
+def test_a_buffer_whose_strides_copies_cannot_follow_is_named(monkeypatch):
+    monkeypatch.setattr(view, "_MOST_STEPS", 4)
     sources = SourceTable(["s"], ["F32"], [(3, 10)])
     # Written in threes, while the buffer has rows of five.
     value = lowering.reshape(lowering.transpose(leaf(0, (3, 10)), 0, 1), (6, 5))
@@ -351,7 +352,18 @@ def test_a_buffer_whose_strides_copies_cannot_follow_is_named():
         convert_tensors(plan, [torch.randn(3, 10)], {"t": buffer})
 
 
-def test_a_source_whose_strides_copies_cannot_follow_is_copied_first():
+def test_a_buffer_whose_strides_do_not_divide_those_of_the_copies_is_written_step_by_step():
+    tensor = torch.arange(30, dtype=torch.float32).reshape(3, 10)
+    value = lowering.reshape(lowering.transpose(leaf(0, (3, 10)), 0, 1), (6, 5))
+    plan = plan_of(table({"s": tensor}), made("t", "F32", value, [0]))
+    buffer = torch.full((5, 6), -1.0).t()
+    convert_tensors(plan, [tensor], {"t": buffer})
+    assert_bytes_equal(buffer, tensor.t().reshape(6, 5))
+
+
+@pytest.mark.parametrize("most_steps", [4, 4096])
+def test_a_source_whose_strides_copies_cannot_follow_is_copied_first(monkeypatch, most_steps):
+    monkeypatch.setattr(view, "_MOST_STEPS", most_steps)
     tensor = torch.arange(30, dtype=torch.float32).reshape(6, 5)
     value = lowering.transpose(lowering.reshape(leaf(0, (6, 5)), (10, 3)), 0, 1)
     plan = plan_of(table({"s": tensor}), made("t", "F32", value, [0]))

@@ -25,10 +25,11 @@ from automodel_conv.execution.writing import (
     DeviceTensors,
     HostTensors,
     SourceFiles,
+    begin_shard,
     budget,
     compare_slabs,
     jobs_of,
-    write_shard,
+    write_slabs,
 )
 from automodel_conv.files import system
 from automodel_conv.files.checkpoint import Checkpoint, open_checkpoint
@@ -121,7 +122,9 @@ def write(kind, case, directory, threads=2, **options):
     with maker_of(kind, case, **options) as (shard, slabs, start):
         seen = []
         with open_destination(str(directory), [shard], None) as destination:
-            write_shard(shard, [(slabs.slabs, start)], destination, threads, seen.append)
+            path = destination.path(shard.name)
+            begin_shard(shard, path)
+            write_slabs([(slabs.slabs, start)], path, threads, seen.append)
             destination.finish(shard)
             destination.commit(None)
     assert sum(seen) == shard.nbytes - len(shard.header)

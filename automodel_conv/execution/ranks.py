@@ -1,0 +1,173 @@
+"""Ranks that work together: all of them end well, or all of them raise.
+
+Communication is torch's, over the groups of the meshes that the tensors are distributed on.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from itertools import chain
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from automodel_conv.errors import RankError, listing, message
+
+
+def is_distributed(tensor: Tensor) -> bool:
+    """Whether a tensor is a DTensor, of which each rank holds a part."""
+    return hasattr(tensor, "placements")
+
+
+def meshes_of(tensors: Iterable[Tensor]) -> list[Any]:
+    """The meshes that DTensors among these are distributed on, each once, in the order of their first tensors."""
+    found: list[Any] = []
+    for tensor in tensors:
+        if is_distributed(tensor) and tensor.device_mesh not in found:  # type: ignore[attr-defined]
+            found.append(tensor.device_mesh)  # type: ignore[attr-defined]
+    return found
+
+
+@contextmanager
+def together(groups: Sequence[Any], what: str) -> Iterator[None]:
+    """Wait, at the end of a block, until all ranks of these groups are there; if it failed on one, all of them raise.
+
+    A rank that ends without a word is told by the groups' own time-out, as their backend sees it.
+
+    Args:
+        groups: process groups, the same on all of their ranks and in the same order; none: nothing is waited for.
+
+    Raises:
+        RankError: the block failed on other ranks, or one of them is gone. The rank's own error comes first.
+    """
+    try:
+        yield
+    except Exception as error:
+        _told_by_all(groups, f"rank {_rank()}: {type(error).__name__}: {error}")
+        raise
+    heard = _told_by_all(groups, None)
+    if heard.told:
+        raise RankError(
+            message(
+                f"{what} failed on {len(heard.told)} of the ranks that do it together", found="\n" + listing(heard.told)
+            )
+        )
+    if heard.lost:
+        raise _gone(what, "\n" + listing(heard.lost))
+
+
+def same_on_all(groups: Sequence[Any], parts: Iterable[bytes], what: str) -> None:
+    """Make sure that all ranks of these groups have the same bytes.
+
+    Raises:
+        RankError: they do not, on all ranks, or one of them is gone.
+    """
+    heard = _told_by_all(groups, hashlib.blake2b(b"".join(parts), digest_size=16).hexdigest())
+    if heard.lost:
+        raise _gone(f"comparing {what}", "\n" + listing(heard.lost))
+    if len(heard.told) > 1:
+        raise RankError(
+            message(f"{what} differ from rank to rank", expected="the same names, dtypes and whole shapes on all ranks")
+        )
+
+
+def groups_of(meshes: Iterable[Any]) -> list[Any]:
+    """The process groups of all dimensions of meshes that this rank is in."""
+    return [mesh.get_group(dim) for mesh in meshes if mesh.get_coordinate() is not None for dim in range(mesh.ndim)]
+
+
+def _rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+class _Heard(NamedTuple):
+    """What ranks had to tell, each thing once, and which of them could not reach another one."""
+
+    told: list[str]
+    lost: list[str]
+
+
+def _told_by_all(groups: Sequence[Any], text: str | None) -> _Heard:
+    """What ranks have to tell: after all dimensions of a mesh, every rank has heard of every other.
+
+    A rank that cannot reach one in a group still tells those in the next, who would wait for it otherwise.
+    """
+    known = _Heard([] if text is None else [text], [])
+    for group in groups:
+        heard: list[Any] = [None] * dist.get_world_size(group)
+        try:
+            dist.all_gather_object(heard, known, group=group)
+        except RuntimeError as error:  # what backends raise for a rank that is gone or late
+            known.lost.append(f"rank {_rank()}: {error}")
+        else:
+            known = _Heard(*(list(dict.fromkeys(chain.from_iterable(lines))) for lines in zip(*heard, strict=True)))
+    return known
+
+
+def send(tensors: Sequence[Tensor], parts: Sequence[Tensor]) -> None:
+    """Give what the first of each set of replicas holds to the others, in place.
+
+    Args:
+        tensors: DTensors, the same on all ranks and in the same order.
+        parts: of each, what this rank holds; written where this rank is not the first replica. One that is not
+            contiguous goes through a contiguous copy of its own.
+
+    Raises:
+        RankError: another rank is gone.
+    """
+    for tensor, part in zip(tensors, parts, strict=True):
+        whole = part.detach().contiguous()
+        for dim, placement in enumerate(tensor.placements):  # type: ignore[attr-defined]
+            if placement.is_replicate() and whole.numel():
+                # From the first in this dimension, along one dimension after the other: then all have it.
+                group = tensor.device_mesh.get_group(dim)  # type: ignore[attr-defined]
+                try:
+                    dist.broadcast(whole.view(torch.uint8), src=dist.get_global_rank(group, 0), group=group)
+                except RuntimeError as error:
+                    raise _gone("sending replicas", str(error)) from error
+        if whole.data_ptr() != part.data_ptr():
+            part.detach().copy_(whole)
+
+
+def _gone(what: str, found: str) -> RankError:
+    return RankError(
+        message(f"{what} was not finished by all ranks", found=found, do="look at the other ranks' errors")
+    )
+
+
+def is_first_replica(tensor: Tensor) -> bool:
+    """Whether this rank is the first of those that hold the same part of a DTensor."""
+    coordinate = tensor.device_mesh.get_coordinate()  # type: ignore[attr-defined]
+    if coordinate is None:
+        return False
+    placements = tensor.placements  # type: ignore[attr-defined]
+    return not any(at for at, placement in zip(coordinate, placements, strict=True) if placement.is_replicate())
+
+
+def is_replicated(tensor: Tensor) -> bool:
+    """Whether several ranks hold the same part of a DTensor."""
+    sizes = zip(tensor.device_mesh.shape, tensor.placements, strict=True)  # type: ignore[attr-defined]
+    return any(size > 1 for size, placement in sizes if placement.is_replicate())
+
+
+def as_distributed(local: Tensor, like: Tensor) -> Tensor:
+    """A DTensor of the same mesh, placements and shape as ``like``, of which this rank holds ``local``."""
+    from torch.distributed.tensor import DTensor
+
+    return DTensor.from_local(
+        local,
+        like.device_mesh,  # type: ignore[attr-defined]
+        like.placements,  # type: ignore[attr-defined]
+        run_check=False,
+        shape=like.shape,
+        stride=like.stride(),
+    )
+
+
+def local_of(tensor: Tensor) -> Tensor:
+    """What this rank holds of a tensor, in the same memory: the shard of a DTensor, any other itself."""
+    return tensor.to_local() if is_distributed(tensor) else tensor  # type: ignore[attr-defined]

@@ -1,0 +1,131 @@
+"""From tensors in memory to slabs: what this process holds of each source, on whatever device, and so writes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from math import prod
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from automodel_conv.dtypes import dtype_code
+from automodel_conv.errors import ConversionError, UnsupportedError, message
+from automodel_conv.execution.cuda import streaming_device
+from automodel_conv.execution.memory import from_real_strides
+from automodel_conv.execution.slabs import Slab, slab_schedule
+from automodel_conv.execution.writing import DeviceTensors, HostTensors, Maker
+from automodel_conv.planning.copies import StridedCopy, Target, group_pieces
+from automodel_conv.planning.plan import CopyPlan
+from automodel_conv.planning.sharding import Region
+from automodel_conv.planning.view import NotAffine, Piece, chain
+
+
+class Holding(NamedTuple):
+    """A region of a source, and the tensor of its local shape that holds it; any strides, any device."""
+
+    region: Region
+    tensor: Tensor
+
+
+class TensorSlabs(NamedTuple):
+    """Slabs made of the tensors of one device, by the number of their file, and what starts their maker in a thread."""
+
+    by_file: dict[int, list[Slab]]
+    start: Callable[[], Maker]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(slab.nbytes for slabs in self.by_file.values() for slab in slabs)
+
+
+def tensor_slabs(
+    plan: CopyPlan,
+    holdings: Mapping[int, Sequence[Holding]],
+    places: Sequence[tuple[int, int]],
+    *,
+    most_bytes: int,
+) -> list[TensorSlabs]:
+    """What writes those parts of a plan's targets that are made of what is held.
+
+    Args:
+        holdings: by source row; they share no element. Of rows that are missing nothing is written.
+        places: of each target, see ``slab_schedule``.
+        most_bytes: of a slab, see there.
+
+    Raises:
+        ConversionError: what a target is made of is on several devices.
+        UnsupportedError: a target is not made of regions like these by strided copies.
+    """
+    by_device: dict[torch.device, _Group] = {}
+    for target, place in zip(plan.targets, places, strict=True):
+        held = [holding for row in target.sources for holding in holdings.get(row, ())]
+        if not held or not prod(target.shape):
+            continue
+        devices = {holding.tensor.device for holding in held}
+        if len(devices) > 1:
+            raise ConversionError(
+                message(f"the parts of {target.name} are on several devices", found=sorted(map(str, devices)))
+            )
+        group = by_device.setdefault(devices.pop(), _Group([], [], [], []))
+        copies, read = from_real_strides(_from_held(target, holdings), [holding.tensor.detach() for holding in held])
+        first = len(group.operands)
+        group.targets.append(target._replace(sources=tuple(range(first, first + len(read)))))
+        group.copies.append(copies)
+        group.places.append(place)
+        group.operands.extend(read)
+    return [_slabs_on(device, group, most_bytes) for device, group in by_device.items()]
+
+
+class _Group(NamedTuple):
+    """Targets made on one device; their sources are rows of ``operands``."""
+
+    targets: list[Target]
+    copies: list[Sequence[StridedCopy]]
+    places: list[tuple[int, int]]
+    operands: list[Tensor]
+
+
+class _InMemory(NamedTuple):
+    """Sources that each lie in memory of their own; see ``slabs.Places``."""
+
+    dtypes: Sequence[str]
+    file_ids: Sequence[int]
+    offsets: Sequence[int]
+
+
+def _slabs_on(device: torch.device, group: _Group, most_bytes: int) -> TensorSlabs:
+    operands = group.operands
+    codes = [dtype_code(tensor.dtype) or "" for tensor in operands]
+    sources = _InMemory(codes, range(len(operands)), [0] * len(operands))
+    made = slab_schedule(group.targets, group.copies, sources, group.places, most_bytes=most_bytes)
+    streamed = streaming_device(device)
+    if streamed is None:
+        return TensorSlabs(made.by_file(), lambda: HostTensors(operands, made.dtypes, most_bytes))
+    return TensorSlabs(made.by_file(), lambda: DeviceTensors(operands, made.dtypes, most_bytes, streamed, "auto"))
+
+
+def _from_held(target: Target, holdings: Mapping[int, Sequence[Holding]]) -> Sequence[StridedCopy]:
+    """The copies of a target that read what is held; ordinals number the holdings of its sources, one after another."""
+    regions = [[holding.region for holding in holdings.get(row, ())] for row in target.sources]
+    if all(len(held) == 1 and held[0].is_whole for held in regions):
+        return target.copies
+    pieces: list[Piece] = []
+    for copy in target.copies:
+        for piece in copy.pieces():
+            before = sum(map(len, regions[: piece.source]))
+            for number, region in enumerate(regions[piece.source]):
+                pieces += _read_from(region, piece, before + number, target)
+    return group_pieces(pieces)
+
+
+def _read_from(region: Region, piece: Piece, ordinal: int, target: Target) -> list[Piece]:
+    placed = [
+        Piece(ordinal, p.shape, p.target_strides, p.target_offset, p.source_strides, p.source_offset)
+        for p in region.pieces()
+    ]
+    try:
+        return chain(placed, [piece], prod(region.shape))
+    except NotAffine as error:
+        text = f"{target.name} cannot be made of a part of its source: {error}"
+        raise UnsupportedError(message(text, found=f"{region}")) from None

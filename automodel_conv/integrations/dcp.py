@@ -1,0 +1,261 @@
+"""torch.distributed.checkpoint on published checkpoints: per-expert files to grouped, sharded models and back.
+
+    dcp.load(state_dict, storage_reader=HuggingFaceReader(path))
+    dcp.save(state_dict, storage_writer=HuggingFaceWriter(directory, model))
+
+take the places of ``dcp.HuggingFaceStorageReader`` and ``HuggingFaceStorageWriter`` in code that already calls these;
+each rank reads and writes the bytes of its own shards. Source of the protocol: torch 2.13.0,
+``torch/distributed/checkpoint/storage.py``.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPlanner, SavePlan, SavePlanner
+from torch.distributed.checkpoint.storage import StorageReader, StorageWriter, WriteResult
+from torch.futures import Future
+
+from automodel_conv.dtypes import dtype_code
+from automodel_conv.errors import UnsupportedError, message
+from automodel_conv.execution.buffers import dtype_of
+from automodel_conv.execution.filling import Limits, fill
+from automodel_conv.execution.tensor_slabs import Holding, tensor_slabs
+from automodel_conv.execution.writing import begin_shard, budget, write_slabs
+from automodel_conv.files import system
+from automodel_conv.files.checkpoint import Checkpoint, open_checkpoint
+from automodel_conv.files.destination import Destination, open_destination, staged_path
+from automodel_conv.files.shards import Shard
+from automodel_conv.loading import load_plan
+from automodel_conv.planning.copies import SourceTable
+from automodel_conv.planning.models import tied_names
+from automodel_conv.planning.pipeline import saving_plan
+from automodel_conv.planning.plan import CopyPlan
+from automodel_conv.planning.sharding import Part, box, parts_plan
+from automodel_conv.saving import DEFAULT_SCRATCH_BYTES, finish_save, places_in, saved_tensors, shards_for
+
+
+class HuggingFaceReader(StorageReader):
+    """Reads a safetensors checkpoint under the names of the model it is for, converted on the way.
+
+    Args:
+        path: see ``load_state_dict``.
+        model, rules, layout, key_mapping: see ``compile_plan``; without model and rules, the model of ``config.json``.
+        threads, scratch_bytes, device_scratch_bytes: see ``load_state_dict``.
+
+    Tensors are cast to the dtype of those they are loaded into.
+
+    Raises:
+        CheckpointError, NameProblems, UnsupportedError: see ``compile_plan``; by ``read_metadata``.
+        ReadError: by ``read_data``.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        model: nn.Module | None = None,
+        *,
+        rules: Iterable[Any] | None = None,
+        layout: str | None = None,
+        key_mapping: Mapping[str, str] | None = None,
+        threads: int | None = None,
+        scratch_bytes: int | None = None,
+        device_scratch_bytes: int | None = None,
+    ):
+        self._path = path
+        self._model = model
+        self._rules = None if rules is None else list(rules)
+        self._layout = layout
+        self._key_mapping = key_mapping
+        self._limits = Limits(threads, scratch_bytes, device_scratch_bytes)
+        self._opened: tuple[Checkpoint, CopyPlan, dict[str, str]] | None = None
+
+    def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
+        """Read another checkpoint from now on, if one is given."""
+        if checkpoint_id is not None:
+            self._path = checkpoint_id
+        self._opened = None
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        """Names, dtypes and shapes of all that can be loaded: those of the model, not those of the files."""
+        self._opened = _, plan, made = self._open()
+        described = {}
+        for name, of in made.items():
+            target = plan.target(of)
+            size = torch.Size(target.shape)
+            chunk = ChunkStorageMetadata(torch.Size([0] * len(size)), size)
+            properties = TensorProperties(dtype=dtype_of(target.dtype, name))
+            described[name] = TensorStorageMetadata(properties, size, [chunk])
+        return Metadata(state_dict_metadata=described)
+
+    def _open(self) -> tuple[Checkpoint, CopyPlan, dict[str, str]]:
+        """The checkpoint, its plan, and of each name that can be loaded the target that has its value."""
+        checkpoint = open_checkpoint(self._path)
+        plan, problems, model = load_plan(checkpoint, self._model, self._rules, self._layout, self._key_mapping, None)
+        problems.raise_unless_fit(checkpoint.path)
+        made = {target.name: target.name for target in plan.targets}
+        for group in tied_names(model) if model is not None else ():
+            first = next((name for name in group if name in made), None)
+            if first is not None:
+                made |= {name: made.get(name, first) for name in group}
+        return checkpoint, plan, made
+
+    def set_up_storage_reader(self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
+        """Nothing to do: the plan is made with the metadata."""
+
+    def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
+        return plan
+
+    def prepare_global_plan(self, plans: list[LoadPlan]) -> list[LoadPlan]:
+        return plans
+
+    def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
+        """Fill what the planner asks for, all of it at once."""
+        checkpoint, whole, made = self._opened or self._open()
+        parts, buffers = [], {}
+        for number, item in enumerate(plan.items):
+            if item.type != LoadItemType.TENSOR:
+                raise UnsupportedError(message(f"{item.dest_index.fqn} is no tensor", do="load it from elsewhere"))
+            name = made[item.storage_index.fqn]
+            tensor = planner.resolve_tensor(item).detach()
+            region = box(whole.target(name).shape, item.storage_offsets, item.lengths)
+            part = Part(name, f"{item.dest_index.fqn}, part {number}", region, dtype_code(tensor.dtype))
+            parts.append(part)
+            buffers[part.called] = tensor
+        fill(parts_plan(whole, parts), checkpoint, buffers, self._limits)
+        for item in plan.items:
+            planner.commit_tensor(item, planner.resolve_tensor(item))
+        done: Future[None] = Future()
+        done.set_result(None)
+        return done
+
+    @classmethod
+    def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
+        """Whether there is such a directory or file."""
+        return system.exists(os.fsdecode(checkpoint_id))
+
+
+class HuggingFaceWriter(StorageWriter):
+    """Writes a safetensors checkpoint under its published names, experts taken apart, as ``save_checkpoint`` does.
+
+    All ranks write into the same files, on a file system that they share. The directory is a checkpoint once
+    ``dcp.save`` has returned.
+
+    Args:
+        directory: see ``save_checkpoint``; ``checkpoint_id=`` of ``dcp.save`` takes its place.
+        model: whose rules and config to take, and which names are one tensor, to be written once; or give rules, layout
+            or reference.
+        rules, layout, reference, max_shard_size, threads, scratch_bytes: see ``save_checkpoint``.
+
+    Raises:
+        NameProblems, CoverageError, UnsupportedError, DestinationError, WriteError: see ``save_checkpoint``; ``dcp``
+            wraps them in its ``CheckpointException``.
+    """
+
+    def __init__(
+        self,
+        directory: str | os.PathLike[str],
+        model: nn.Module | None = None,
+        *,
+        rules: Iterable[Any] | None = None,
+        layout: str | None = None,
+        reference: str | os.PathLike[str] | None = None,
+        max_shard_size: int | str = "5GB",
+        threads: int | None = None,
+        scratch_bytes: int | None = None,
+    ):
+        self._directory = os.path.abspath(os.fsdecode(directory))
+        self._model = model
+        self._rules = None if rules is None else list(rules)
+        self._layout = layout
+        self._reference = reference
+        self._max_shard_size = max_shard_size
+        self._share = budget(threads, scratch_bytes or DEFAULT_SCRATCH_BYTES, reads_files=False)
+        self._names = None if model is None else saved_tensors(model).keys()
+        self._begun: tuple[Destination, list[Shard]] | None = None
+        self._ending = ExitStack()
+
+    def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
+        """Write to another directory from now on, if one is given; what has failed before is removed."""
+        self._ending.close()
+        self._begun = None
+        if checkpoint_id is not None:
+            self._directory = os.path.abspath(os.fsdecode(checkpoint_id))
+
+    def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
+        """Nothing to do."""
+
+    def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
+        return plan
+
+    def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
+        """Begin all files, on the coordinator."""
+        specs: dict[str, tuple[str, tuple[int, ...]]] = {}
+        for item in (item for plan in plans for item in plan.items):
+            if item.tensor_data is None:
+                raise UnsupportedError(message(f"{item.index.fqn} is no tensor", do="save it elsewhere"))
+            code = dtype_code(item.tensor_data.properties.dtype)
+            if code is None:
+                raise UnsupportedError(message(f"{item.index.fqn} has a dtype that checkpoints cannot hold"))
+            if self._names is None or item.index.fqn in self._names:
+                specs[item.index.fqn] = code, tuple(item.tensor_data.size)
+        names = list(specs) if self._names is None else [name for name in self._names if name in specs]
+        table = SourceTable(names, [specs[name][0] for name in names], [specs[name][1] for name in names])
+        _, shards = self._plan(table)
+        self._begun = self._ending.enter_context(open_destination(self._directory, shards, None)), shards
+        for shard in shards:
+            begin_shard(shard, staged_path(self._directory, shard.name))
+        return [replace(plan, storage_data=table) for plan in plans]
+
+    def _plan(self, table: SourceTable) -> tuple[CopyPlan, list[Shard]]:
+        reference = None if self._reference is None else open_checkpoint(self._reference)
+        like = None if reference is None else SourceTable(reference.names, reference.dtypes, reference.shapes)
+        plan = saving_plan(table, model=self._model, rules=self._rules, layout=self._layout, reference=like)
+        return plan, shards_for(plan, reference, self._max_shard_size)
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+        """Write what this rank's plan has, and wait until the disk has it."""
+        table: SourceTable = plan.storage_data
+        copies, shards = self._plan(table)
+        rows = {name: row for row, name in enumerate(table.names)}
+        holdings: dict[int, list[Holding]] = {}
+        results = []
+        for item in plan.items:
+            results.append(WriteResult(item.index, item.tensor_storage_size() or 0, None))
+            if item.index.fqn in rows and item.tensor_data is not None:
+                chunk, size = item.tensor_data.chunk, item.tensor_data.size
+                tensor = planner.resolve_data(item)
+                held = Holding(box(tuple(size), chunk.offsets, chunk.sizes), tensor.detach())  # type: ignore[union-attr]
+                holdings.setdefault(rows[item.index.fqn], []).append(held)
+        places = places_in(shards, copies.targets)
+        groups = tensor_slabs(copies, holdings, places, most_bytes=self._share.slab_bytes)
+        for file, shard in enumerate(shards):
+            slabs = [(group.by_file.get(file, []), group.start) for group in groups]
+            write_slabs(slabs, staged_path(self._directory, shard.name), self._share.threads, lambda nbytes: None)
+        done: Future[list[WriteResult]] = Future()
+        done.set_result(results)
+        return done
+
+    def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
+        """Make the directory a checkpoint, on the coordinator."""
+        if self._begun is not None:
+            destination, shards = self._begun
+            finish_save(destination, shards, self._model)
+        self.reset()
+
+    @classmethod
+    def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
+        """Whether this can be a directory on a local or mounted file system."""
+        return "://" not in os.fsdecode(checkpoint_id)

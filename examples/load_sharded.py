@@ -1,0 +1,83 @@
+"""Expert parallel: two processes load a published checkpoint, each its own experts, and save it again together.
+
+    python examples/load_sharded.py [PATH]
+
+Without a path it makes a small Qwen3-MoE checkpoint first. Then the same by ``torch.distributed.checkpoint``, as code
+does that already calls ``dcp.load`` and ``dcp.save``. All that is written goes to a temporary directory.
+"""
+
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+import torch.multiprocessing as mp
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+from transformers import AutoConfig, AutoModelForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+import automodel_conv as amc
+from automodel_conv.integrations.dcp import HuggingFaceReader, HuggingFaceWriter
+
+RANKS = 2
+SMALL = Qwen3MoeConfig(
+    hidden_size=256,
+    moe_intermediate_size=128,
+    num_hidden_layers=2,
+    num_experts=32,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=64,
+    vocab_size=1000,
+)
+
+
+def main() -> None:
+    with tempfile.TemporaryDirectory() as directory:
+        published = sys.argv[1] if len(sys.argv) > 1 else str(Path(directory, "published"))
+        if len(sys.argv) == 1:
+            Qwen3MoeForCausalLM(SMALL).to(torch.bfloat16).save_pretrained(published)
+        mp.spawn(run_rank, args=(published, directory), nprocs=RANKS)
+
+        # Both ways have written the published tensors, each exactly once.
+        for saved in ("saved", "saved by dcp"):
+            nbytes = amc.verify_checkpoint(published, Path(directory, saved), rules=[])
+            print(f"{saved}: {nbytes / 1e6:.1f} MB are, bit for bit, the published ones")
+
+
+def run_rank(rank: int, published: str, directory: str) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{directory}/store", rank=rank, world_size=RANKS)
+    mesh = init_device_mesh("cpu", (RANKS,), mesh_dim_names=("ep",))
+
+    # The placements of the model's DTensors say what a rank reads.
+    model = expert_parallel(published, mesh)
+    report = amc.load_model(model, published)
+    print(f"rank {rank} has read {report.bytes_read / 1e6:.1f} MB", flush=True)
+    amc.save_checkpoint(model, Path(directory, "saved"))
+
+    # The same by torch.distributed.checkpoint, into a model that has memory already. What no checkpoint holds, such as
+    # rotary frequencies, load_model has computed; here that is left to do.
+    other = expert_parallel(published, mesh).to_empty(device="cpu")
+    dcp.load(other.state_dict(), storage_reader=HuggingFaceReader(published))
+    for (name, tensor), loaded in zip(model.named_parameters(), other.parameters(), strict=True):
+        assert torch.equal(tensor.to_local(), loaded.to_local()), name
+    dcp.save(other.state_dict(), storage_writer=HuggingFaceWriter(Path(directory, "saved by dcp"), other))
+    dist.destroy_process_group()
+
+
+def expert_parallel(path: str, mesh) -> nn.Module:
+    """A model on the meta device: a part of the experts on each rank, all else on all of them."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path), dtype=torch.bfloat16)
+    for name, module in model.named_modules():
+        placements = [Shard(0) if name.endswith(".experts") else Replicate()]
+        for leaf, parameter in list(module.named_parameters(recurse=False)):
+            module.register_parameter(leaf, nn.Parameter(distribute_tensor(parameter, mesh, placements)))
+    return model
+
+
+if __name__ == "__main__":
+    main()

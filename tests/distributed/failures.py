@@ -1,0 +1,297 @@
+"""Suite: what ranks are told when one of them dies, cannot read, or wants something else.
+
+Each scenario has a group of its own, since a group that has lost a rank is of no use. It is rank 1 that fails unless a
+name says otherwise. Ranks stay until all others have ended or given up: nobody is freed by a process that is gone.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+import signal
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file, save_file
+
+import automodel_conv as amc
+from automodel_conv.files import system
+from tests.distributed.models import Meshes, Published, assert_holds, local, published, sharded
+from tests.distributed.starting import say
+
+TIMEOUT_S = 10
+GOES = ("killed", "gone")
+
+
+def prepare(directory: Path, world: int) -> Published:
+    return published("mixtral", directory)
+
+
+def rank(of: Published, variant: str, directory: Path) -> None:
+    name, _, kind = variant.partition(", ")
+    began = time.monotonic()
+    SCENARIOS[name](of, kind, f"{directory}/saved")
+    say({"seconds": time.monotonic() - began})
+    (directory / f"ended.{dist.get_rank()}").touch()
+    stay = dist.get_world_size() - any(word in name for word in GOES)
+    while len(list(directory.glob("ended.*"))) < stay and time.monotonic() - began < 4 * TIMEOUT_S:
+        time.sleep(0.05)
+
+
+def on(number: int) -> bool:
+    return dist.get_rank() == number
+
+
+def tell(error: BaseException | None) -> None:
+    kinds = [cls.__name__ for cls in type(error).__mro__] if error is not None else []
+    say({"error": kinds, "text": str(error)})
+
+
+def trying(work) -> None:
+    try:
+        work()
+    except amc.ConversionError as error:
+        tell(error)
+    else:
+        tell(None)
+
+
+def at_read(number: int, do) -> None:
+    """On rank 1: do something at its read of that number, in the midst of the data."""
+    if not on(1):
+        return
+    real, seen = system.preadv, []
+
+    def read(fd, views, offset):
+        if os.readlink(f"/proc/self/fd/{fd}").endswith(".safetensors") and offset > 8:
+            seen.append(offset)
+            if len(seen) == number:
+                do()
+        return real(fd, views, offset)
+
+    system.preadv = read
+
+
+def at_write(number: int, do, of_rank: int = 1) -> None:
+    if not on(of_rank):
+        return
+    real, seen = system.pwritev, []
+
+    def write(fd, views, offset):
+        if offset:  # not the header
+            seen.append(offset)
+        if len(seen) == number:
+            do()
+        return real(fd, views, offset)
+
+    system.pwritev = write
+
+
+def die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def leave() -> None:
+    os._exit(7)
+
+
+def io_error() -> None:
+    raise OSError(errno.EIO, "Input/output error")
+
+
+def disk_full() -> None:
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+# --- loads ------------------------------------------------------------------------------------------------------------
+
+
+def killed_in_a_load(of: Published, kind: str, directory: str) -> None:
+    model = sharded(of, kind, Meshes())
+    at_read(3, die)
+    trying(lambda: amc.load_model(model, of.path, threads=1))
+
+
+def gone_in_a_load(of: Published, kind: str, directory: str) -> None:
+    model = sharded(of, kind, Meshes())
+    at_read(3, leave)
+    trying(lambda: amc.load_state_dict(of.path, model, threads=1))
+
+
+def killed_before_it_sends(of: Published, kind: str, directory: str) -> None:
+    """A replica that others wait for dies while it reads what it would send them."""
+    model = sharded(of, kind, Meshes())
+    at_read(3, die)
+    trying(lambda: amc.load_model(model, of.path, broadcast=True, threads=1))
+
+
+def cannot_read(of: Published, kind: str, directory: str) -> None:
+    """Of a model on the meta device nothing is changed, on any rank; and the group can go on."""
+    meshes = Meshes()
+    model = sharded(of, kind, meshes, meta=True)
+    real = system.preadv
+    at_read(3, io_error)
+    before = dict(model.state_dict(keep_vars=True))
+    trying(lambda: amc.load_model(model, of.path, threads=2))
+    after = model.state_dict(keep_vars=True)
+    assert all(after[name] is tensor and tensor.is_meta for name, tensor in before.items())
+    system.preadv = real
+    dist.barrier()
+    amc.load_model(model, of.path)
+    assert_holds(model.state_dict(), of)
+
+
+def cannot_read_in_place(of: Published, kind: str, directory: str) -> None:
+    """Materialized parameters were being filled: the rank that failed says how far it came."""
+    model = sharded(of, kind, Meshes())
+    at_read(3, io_error)
+    trying(lambda: amc.load_model(model, of.path, threads=1, broadcast=kind == "hsdp"))
+
+
+def cannot_open(of: Published, kind: str, directory: str) -> None:
+    model = sharded(of, kind, Meshes())
+    real = system.open_readonly
+
+    def opened(path):
+        if on(1) and "model-00002-of-" in path:
+            raise OSError(errno.EACCES, "Permission denied")
+        return real(path)
+
+    system.open_readonly = opened
+    poison = {name: local(t).clone() for name, t in model.state_dict().items()}
+    trying(lambda: amc.load_model(model, of.path))
+    for name, tensor in model.state_dict().items():
+        if not on(1):
+            continue
+        assert torch.equal(local(tensor).view(torch.uint8), poison[name].view(torch.uint8)), "written before it failed"
+
+
+def has_other_names(of: Published, kind: str, directory: str) -> None:
+    """Rank 1 sees a checkpoint that lacks a tensor; the others see all of it."""
+    path = of.path
+    if on(1):
+        path = shutil.copytree(of.path, f"{directory} of rank 1")
+        file = next(Path(path).glob("*00002-of-*.safetensors"))
+        tensors = load_file(file)
+        del tensors[min(tensors)]
+        save_file(tensors, file)
+        index = Path(path) / "model.safetensors.index.json"
+        record = json.loads(index.read_text())
+        record["weight_map"] = {k: v for k, v in record["weight_map"].items() if v != file.name or k in tensors}
+        index.write_text(json.dumps(record))
+    model = sharded(of, kind, Meshes(), meta=True)
+    trying(lambda: amc.load_model(model, path))
+    assert all(tensor.is_meta for tensor in model.state_dict().values())
+
+
+def has_no_checkpoint(of: Published, kind: str, directory: str) -> None:
+    model = sharded(of, kind, Meshes(), meta=True)
+    trying(lambda: amc.load_state_dict(of.path if not on(1) else f"{of.path} that is not there", model))
+
+
+def has_too_little_memory(of: Published, kind: str, directory: str) -> None:
+    model = sharded(of, kind, Meshes(), meta=True)
+    trying(lambda: amc.load_model(model, of.path, memory_budget=100 if on(1) else None))
+    assert all(tensor.is_meta for tensor in model.state_dict().values())
+
+
+# --- saves ------------------------------------------------------------------------------------------------------------
+
+
+def filled(of: Published, kind: str):
+    model = sharded(of, kind, Meshes())
+    amc.load_model(model, of.path)
+    return model
+
+
+def saving(model, directory: str, **options) -> None:
+    trying(lambda: amc.save_checkpoint(model, directory, max_shard_size="60KB", threads=1, **options))
+
+
+def killed_in_a_save(of: Published, kind: str, directory: str) -> None:
+    model = filled(of, kind)
+    at_write(3, die)
+    saving(model, directory)
+
+
+def leader_killed_in_a_save(of: Published, kind: str, directory: str) -> None:
+    model = filled(of, kind)
+    at_write(3, die, 0)
+    saving(model, directory)
+
+
+def cannot_write(of: Published, kind: str, directory: str) -> None:
+    """The directory is free again at once: the same ranks save again."""
+    model = filled(of, kind)
+    real = system.pwritev
+    at_write(3, disk_full)
+    saving(model, directory)
+    dist.barrier()
+    say({"left": sorted(os.listdir(directory))})
+    dist.barrier()
+    system.pwritev = real
+    amc.save_checkpoint(model, directory, max_shard_size="60KB")
+    amc.load_model(again := sharded(of, kind, Meshes()), directory)
+    assert_holds(again.state_dict(), of, whole=False)
+
+
+def leader_cannot_begin(of: Published, kind: str, directory: str) -> None:
+    model = filled(of, kind)
+    if on(0):
+        Path(directory).mkdir()
+        (Path(directory) / "model.safetensors").write_bytes(b"somebody's")
+    dist.barrier()
+    saving(model, directory)
+
+
+def leader_cannot_end(of: Published, kind: str, directory: str) -> None:
+    model = filled(of, kind)
+
+    def rename(path, new):
+        raise OSError(errno.EIO, "Input/output error")
+
+    if on(0):
+        system.rename = rename
+    saving(model, directory)
+
+
+def holds_other_tensors(of: Published, kind: str, directory: str) -> None:
+    model = filled(of, kind)
+    state = dict(model.state_dict())
+    if on(1):
+        state.pop("model.norm.weight")
+    saving(state, directory, rules=[])
+    assert not os.path.exists(directory)
+
+
+def holds_other_dtypes(of: Published, kind: str, directory: str) -> None:
+    model = filled(of, kind)
+    saving(model, directory, dtype=torch.float32 if on(1) else None)
+    assert not os.path.exists(directory)
+
+
+SCENARIOS = {
+    function.__name__.replace("_", " "): function
+    for function in (
+        killed_in_a_load,
+        gone_in_a_load,
+        killed_before_it_sends,
+        cannot_read,
+        cannot_read_in_place,
+        cannot_open,
+        has_other_names,
+        has_no_checkpoint,
+        has_too_little_memory,
+        killed_in_a_save,
+        leader_killed_in_a_save,
+        cannot_write,
+        leader_cannot_begin,
+        leader_cannot_end,
+        holds_other_tensors,
+        holds_other_dtypes,
+    )
+}

@@ -1,0 +1,154 @@
+"""Suite: models sharded in every way are loaded, saved and loaded by ``torch.distributed.checkpoint``."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch.distributed.tensor import DTensor
+
+import automodel_conv as amc
+from automodel_conv.integrations.dcp import HuggingFaceReader
+from automodel_conv.testing import assert_bytes_equal
+from tests.distributed.models import (
+    TRANSPOSING,
+    Meshes,
+    Published,
+    assert_holds,
+    assert_same_tensors,
+    local,
+    published,
+    read_all,
+    rope_types,
+    sharded,
+)
+from tests.distributed.starting import say
+
+TYPES = ["mixtral", "qwen3_moe", "deepseek_v3", TRANSPOSING, *rope_types()]
+TIED = "qwen2_moe-tied"
+UNEVEN = "mixtral of 10 experts"  # 4, 4, 2 over three ranks, and some of eight have none
+CHECKS = {
+    2: [
+        *((name, kind) for name in TYPES for kind in ("experts", "columns", "fsdp")),
+        *((name, "inner") for name in ("mixtral", TRANSPOSING, *rope_types())),
+        *((TIED, kind) for kind in ("experts", "columns")),
+    ],
+    3: [
+        *((UNEVEN, kind) for kind in ("experts", "inner", "fsdp")),
+        *((name, "fsdp") for name in rope_types()),
+        *((name, "columns") for name in ("deepseek_v3", TIED)),
+    ],
+    4: [
+        *((name, "experts x fsdp") for name in ("mixtral", "deepseek_v3")),
+        *((name, "fsdp over tensor") for name in ("qwen3_moe", "deepseek_v3", TRANSPOSING, *rope_types())),
+        ("qwen3_moe", "hsdp"),
+        (UNEVEN, "experts"),
+    ],
+    8: [(UNEVEN, kind) for kind in ("experts", "experts x fsdp", "fsdp over tensor")],
+}
+
+
+def prepare(directory: Path, world: int) -> dict[str, Published]:
+    made = {name: published(name, directory) for name in dict(CHECKS[world]) if name != UNEVEN}
+    (directory / UNEVEN).mkdir()
+    return made | {UNEVEN: published("mixtral", directory / UNEVEN, num_local_experts=10)}
+
+
+def rank(common: dict[str, Published], variant: str, directory: Path) -> None:
+    meshes = Meshes()
+    for name, kind in CHECKS[dist.get_world_size()]:
+        of = common[name]
+        steps = [loads, makes_state_dicts, saves, is_loaded_by_dcp]
+        for step in steps + [computes] * ((name, kind) == ("mixtral", "fsdp")):
+            try:
+                step(of, kind, meshes)
+            except Exception as error:
+                raise AssertionError(f"{name}, {kind}, {step.__name__}") from error
+        say([name, kind])
+
+
+def loads(of: Published, kind: str, meshes: Meshes) -> None:
+    for meta in (False, True):
+        model = sharded(of, kind, meshes, meta=meta)
+        if meta and "fsdp" in kind:
+            model.to_empty(device="cpu")  # as code that uses FSDP2 does
+        for broadcast in (False, True) if kind == "hsdp" or ("experts" in kind and not meta) else (False,):
+            before = model.state_dict()
+            report = amc.load_model(model, of.path, broadcast=broadcast)
+            assert not report.missing_keys
+            assert not report.unexpected_keys
+            assert not report.fallbacks
+            assert_holds(model.state_dict(), of, whole=not meta)
+            if kind == "hsdp":
+                reads_once_a_replica(model, report, broadcast)
+            for name, tensor in model.state_dict().items():
+                was = before[name]
+                assert type(tensor) is type(was)
+                assert getattr(tensor, "placements", None) == getattr(was, "placements", None)
+                if not was.is_meta:
+                    assert local(tensor).data_ptr() == local(was).data_ptr()
+                    local(tensor).reshape(-1).view(torch.uint8).fill_(0x5A)  # for the next load
+
+
+def reads_once_a_replica(model, report, broadcast: bool) -> None:
+    state = model.state_dict()
+    distributed = [t for t in state.values() if isinstance(t, DTensor)]
+    first = distributed[0].device_mesh.get_coordinate()[0] == 0
+    plain = sum(t.nbytes for t in state.values() if not isinstance(t, DTensor))
+    parts = sum(local(t).nbytes for t in distributed)
+    if first or not broadcast:
+        # Rows of a head that are permuted are read with what lies between them.
+        assert plain + parts <= report.bytes_read <= plain + 1.01 * parts
+    else:
+        assert report.bytes_read == plain
+
+
+def makes_state_dicts(of: Published, kind: str, meshes: Meshes) -> None:
+    model = sharded(of, kind, meshes, meta=True)
+    loaded = amc.load_state_dict(of.path, model)
+    for name, like in model.state_dict().items():
+        tensor = loaded[name]
+        assert isinstance(tensor, DTensor) == isinstance(like, DTensor), name
+        if isinstance(like, DTensor):
+            assert (tensor.placements, tensor.device_mesh) == (like.placements, like.device_mesh)
+            assert (tensor.shape, tensor.stride()) == (like.shape, like.stride())
+    assert_holds(loaded, of, whole=False)
+
+
+def saves(of: Published, kind: str, meshes: Meshes) -> None:
+    """Parts of all ranks to files that are what ``save_pretrained`` writes of the whole model, and load again."""
+    model = sharded(of, kind, meshes)
+    amc.load_model(model, of.path)
+    directory = f"{of.saved} {kind}"
+    report = amc.save_checkpoint(model, directory, max_shard_size="60KB")
+    dist.barrier()
+    assert sorted(file for file in os.listdir(directory) if file.endswith(".safetensors")) == sorted(report.files)
+    assert len(report.files) > 2
+    if dist.get_rank() == 0:
+        assert_same_tensors(read_all(directory), read_all(of.saved))
+        again = type(of.model).from_pretrained(directory)
+        assert_same_tensors(again.state_dict(), of.full)
+    amc.load_model(sharded_again := sharded(of, kind, meshes), directory)
+    assert_holds(sharded_again.state_dict(), of, whole=False)
+
+
+def is_loaded_by_dcp(of: Published, kind: str, meshes: Meshes) -> None:
+    for dtype in (None, torch.float32) if kind in ("columns", "fsdp over tensor") else (None,):
+        model = sharded(of, kind, meshes, dtype=dtype)
+        dcp.load(model.state_dict(), storage_reader=HuggingFaceReader(of.path))
+        assert dtype in (None, next(model.parameters()).dtype)
+        assert_holds(model.state_dict(), of, whole=False)
+
+
+def computes(of: Published, kind: str, meshes: Meshes) -> None:
+    """FSDP2 takes the new parameters of a model that was on the meta device for its own: the results are equal."""
+    model = sharded(of, kind, meshes, meta=True)
+    amc.load_model(model, of.path)
+    numbers = torch.arange(12).reshape(2, 6)
+    for each in (model, of.model):
+        each.config._experts_implementation = "eager"  # the others want rounder sizes
+    with torch.no_grad():
+        assert_bytes_equal(model(numbers).logits, of.model(numbers).logits)

@@ -1,0 +1,107 @@
+"""One rank of several dies, cannot read or write, or wants something else: all ranks are told, in time."""
+
+from __future__ import annotations
+
+import os
+import signal
+
+import pytest
+
+pytest.importorskip("transformers", reason="the models are transformers'")
+
+import automodel_conv as amc
+from tests.distributed.failures import TIMEOUT_S
+from tests.distributed.models import assert_same_tensors, read_all
+from tests.distributed.starting import started
+
+# scenario, how the model is sharded -> the error of rank 1; None: it is gone
+OF_TWO = {
+    "killed in a load, fsdp": None,
+    "gone in a load, experts": None,
+    "cannot read, fsdp": "ReadError",
+    "cannot read in place, experts": "ReadError",
+    "cannot open, fsdp": "CheckpointError",
+    "has other names, fsdp": "NameProblems",
+    "has no checkpoint, experts": "CheckpointError",
+    "has too little memory, fsdp": "ConversionError",
+    "killed in a save, fsdp": None,
+    "leader killed in a save, experts": "RankError",
+    "cannot write, fsdp": "WriteError",
+    "leader cannot begin, fsdp": "RankError",
+    "leader cannot end, fsdp": "RankError",
+    "holds other tensors, fsdp": "RankError",
+    "holds other dtypes, experts": "RankError",
+}
+OF_FOUR = {
+    "killed in a load, fsdp over tensor": None,
+    "killed before it sends, hsdp": None,
+    "cannot read in place, hsdp": "ReadError",
+    "cannot read, experts x fsdp": "ReadError",
+    "cannot write, fsdp over tensor": "WriteError",
+}
+# of rank 0 where it is the one that fails
+OF_LEADER = {
+    "leader killed in a save": None,
+    "leader cannot begin": "DestinationError",
+    "leader cannot end": "WriteError",
+    "holds other tensors": "RankError",
+    "holds other dtypes": "RankError",
+}
+
+
+@pytest.mark.parametrize(("world", "errors"), [(2, OF_TWO), (4, OF_FOUR)], ids=["2", "4"])
+def test_all_ranks_end_with_an_error_in_time_and_nothing_that_was_begun_loads(world, errors, tmp_path):
+    wrong = []
+    for variant, ended in started("failures", world, tmp_path, list(errors)).items():
+        try:
+            check(variant, errors[variant], ended)
+            if "save" in variant or "write" in variant or "leader" in variant:
+                check_directory(variant, tmp_path)
+        except AssertionError as error:
+            wrong.append(f"{variant}: {error}\n" + "\n".join(f"rank {n}: {end}" for n, end in enumerate(ended)))
+    assert not wrong, "\n\n".join(wrong)
+
+
+def check(variant, of_rank_1, ended):
+    scenario = variant.partition(", ")[0]
+    wanted = {1: of_rank_1, 0: OF_LEADER.get(scenario, "RankError")}
+    for number, end in enumerate(ended):
+        error = wanted.get(number, "RankError")
+        if error is None:
+            assert end.code in (-signal.SIGKILL, 7)
+            assert not end.said
+            continue
+        assert end.code == 0, "ended badly"
+        assert end.said[0]["error"][0] == error
+        assert "ConversionError" in end.said[0]["error"]
+        text = end.said[0]["text"]
+        if error == "RankError" and of_rank_1 not in (None, "RankError"):
+            assert f"rank 1: {of_rank_1}" in text
+            assert "failed on 1 of the ranks" in text
+        if error == "RankError" and scenario.startswith("leader cannot"):
+            assert f"rank 0: {wanted[0]}" in text
+        if scenario.startswith("holds other"):
+            assert "differ from rank to rank" in text
+        if scenario == "cannot read in place" and number == 1:
+            assert "filled:" in text
+        assert end.said[-1]["seconds"] < TIMEOUT_S
+
+
+def check_directory(variant, tmp_path):
+    """No loader takes it for a checkpoint; and once that is seen, the next save there is whole."""
+    directory = tmp_path / variant / "saved"
+    scenario = variant.partition(", ")[0]
+    if scenario == "cannot write":  # it has been saved again since
+        assert_same_tensors(read_all(directory), read_all(tmp_path / "mixtral saved"))
+        return
+    found = [name for name in os.listdir(directory) if name.endswith((".safetensors", ".json"))]
+    if scenario == "leader cannot begin":
+        assert found == ["model.safetensors"]
+        assert (directory / "model.safetensors").read_bytes() == b"somebody's"
+        return
+    assert found == []
+    with pytest.raises(amc.CheckpointError):
+        amc.open_checkpoint(directory)
+    tensors = read_all(tmp_path / "mixtral saved")
+    amc.save_checkpoint(tensors, directory, rules=[])
+    assert_same_tensors(read_all(directory), tensors)
