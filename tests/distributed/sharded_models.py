@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor
 
 import automodel_conv as amc
 from automodel_conv.files import system
-from automodel_conv.integrations.dcp import HuggingFaceReader
+from automodel_conv.integrations.dcp import HuggingFaceReader, HuggingFaceWriter
 from automodel_conv.testing import assert_bytes_equal
 from tests.distributed.models import (
     TRANSPOSING,
@@ -63,7 +63,7 @@ def rank(common: dict[str, Published], variant: str, directory: Path) -> None:
     meshes = Meshes()
     for name, kind in CHECKS[dist.get_world_size()]:
         of = common[name]
-        steps = [loads, makes_state_dicts, saves, is_loaded_by_dcp]
+        steps = [loads, makes_state_dicts, saves, is_saved_by_dcp, is_loaded_by_dcp]
         for step in steps + [computes] * ((name, kind) == ("mixtral", "fsdp")):
             try:
                 step(of, kind, meshes)
@@ -155,6 +155,20 @@ def saves(of: Published, kind: str, meshes: Meshes) -> None:
         assert_same_tensors(again.state_dict(), of.full)
     amc.load_model(sharded_again := sharded(of, kind, meshes), directory)
     assert_holds(sharded_again.state_dict(), of, whole=False)
+
+
+def is_saved_by_dcp(of: Published, kind: str, meshes: Meshes) -> None:
+    """``dcp.save`` writes the same files as ``save_checkpoint``."""
+    model = sharded(of, kind, meshes)
+    amc.load_model(model, of.path)
+    writer = HuggingFaceWriter(f"{of.saved} {kind} dcp", model, max_shard_size="60KB")
+    dcp.save(model.state_dict(), storage_writer=writer)
+    if dist.get_rank() == 0:
+        ours, theirs = (
+            {file.name: file.read_bytes() for file in Path(directory).iterdir()}
+            for directory in (f"{of.saved} {kind}", f"{of.saved} {kind} dcp")
+        )
+        assert theirs == ours
 
 
 def is_loaded_by_dcp(of: Published, kind: str, meshes: Meshes) -> None:
