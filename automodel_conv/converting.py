@@ -24,7 +24,6 @@ from automodel_conv.errors import (
     listing,
     message,
 )
-from automodel_conv.execution.checksums import CHECKSUMS_NAME
 from automodel_conv.execution.reading import OpenFiles
 from automodel_conv.execution.slabs import Slab, slab_schedule
 from automodel_conv.execution.writing import (
@@ -40,10 +39,10 @@ from automodel_conv.execution.writing import (
 from automodel_conv.files import system
 from automodel_conv.files.checkpoint import Checkpoint, open_checkpoint
 from automodel_conv.files.destination import WEIGHT_SUFFIXES, open_destination, telling
-from automodel_conv.files.shards import Shard, Spec, divide, index_of, parse_size
+from automodel_conv.files.shards import CHECKSUMS_NAME, Shard, Spec, divide, index_of, parse_size
 from automodel_conv.planning.copies import SourceTable
 from automodel_conv.planning.models import checked_dtype, meta_model
-from automodel_conv.planning.pipeline import loading_plan, saving_plan
+from automodel_conv.planning.pipeline import loading_plan, saving_plan, without_casts
 from automodel_conv.planning.plan import CopyPlan
 from automodel_conv.progress import bytes_progress
 from automodel_conv.saving import places_in, specs_of, with_dtype, write_checksums
@@ -125,7 +124,7 @@ def compile_conversion(
         )
         problems.raise_unless_fit(checkpoint.path)
         if dtype is None:
-            plan = _with_dtypes_of_sources(plan)
+            plan = without_casts(plan)
     if plan.fallbacks:
         raise UnsupportedError(
             message(
@@ -155,10 +154,11 @@ def convert_checkpoint(
 ) -> ConvertReport:
     """Write a checkpoint anew with its experts in another layout, from file to file in bounded memory.
 
-    Bytes that only move are copied by the kernel where the file system can. ``config.json``, the tokenizer and whatever
-    else lies beside the weights is copied too. The destination is a checkpoint at the end or not at all: until then all
-    is in a folder of its own there, and after a crash or an error the same call goes on with the files that are not
-    finished yet.
+    Bytes that only move are copied by the kernel where the file system can. ``config.json``, the tokenizer and what
+    else lies in the checkpoint's directory is copied too, but for folders, hidden files, other weights and what
+    trainers keep (``.bin``, ``.pt``, ``.pth``); nothing, if the source is one file. The destination is a checkpoint at
+    the end or not at all: until then all is in a folder of its own there, and after a crash or an error the same call
+    goes on with the files that are not finished yet.
 
     Args:
         destination: a directory, new or without weights in it.
@@ -236,7 +236,7 @@ def convert_checkpoint(
                 )
             )
         with telling(directory):
-            for name in _beside_weights(checkpoint.directory):
+            for name in _beside_weights(checkpoint):
                 system.copy_file(os.path.join(checkpoint.directory, name), place.path(name))
         if checksums:
             write_checksums(place, shards, share.threads)
@@ -279,7 +279,7 @@ def verify_checkpoint(
         CheckpointError, NameProblems, UnsupportedError, ReadError: see ``convert_checkpoint``.
     """
     other = open_checkpoint(destination)
-    if rules is None and layout is None and source_layout is None:
+    if rules is None and layout is None and source_layout is None and dtype is None:
         rules = [] if set(open_checkpoint(source).names) == set(other.names) else None
     conversion = compile_conversion(source, rules=rules, layout=layout, source_layout=source_layout, dtype=dtype)
     checkpoint, plan = conversion.checkpoint, conversion.plan
@@ -298,15 +298,6 @@ def verify_checkpoint(
 
 
 # --- private ----------------------------------------------------------------------------------------------------------
-
-
-def _with_dtypes_of_sources(plan: CopyPlan) -> CopyPlan:
-    """The plan without casts, but where the sources of one target differ."""
-    targets = []
-    for target in plan.targets:
-        dtypes = {plan.sources.dtypes[row] for row in target.sources}
-        targets.append(target._replace(dtype=dtypes.pop()) if len(dtypes) == 1 else target)
-    return CopyPlan(plan.sources, tuple(targets), plan.rules)
 
 
 class _Makers:
@@ -342,8 +333,11 @@ def _digest(conversion: Conversion) -> str:
     return hashlib.blake2b(conversion.plan.to_json().encode() + b"".join(headers), digest_size=16).hexdigest()
 
 
-def _beside_weights(directory: str) -> list[str]:
-    """Names of the files that go with the weights: configs, tokenizers, code."""
+def _beside_weights(checkpoint: Checkpoint) -> list[str]:
+    """Names of the files that go with the weights: configs, tokenizers, code; none beside one file among others."""
+    directory = checkpoint.directory
+    if checkpoint.path.endswith(".safetensors") and system.is_file(checkpoint.path):
+        return []
     names = [name for name in system.list_names(directory) if not name.startswith(".")]
     others = [name for name in names if not name.endswith((*WEIGHT_SUFFIXES, CHECKSUMS_NAME))]
     return [name for name in others if system.is_file(os.path.join(directory, name))]

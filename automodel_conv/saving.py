@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from automodel_conv.dtypes import FLOATING, dtype_code
 from automodel_conv.errors import UnsupportedError, message
 from automodel_conv.execution.buffers import dtype_of
-from automodel_conv.execution.checksums import CHECKSUMS_NAME, checksums_of, checksums_text
+from automodel_conv.execution.checksums import checksums_of, checksums_text
 from automodel_conv.execution.ranks import (
     is_distributed,
     is_first_replica,
@@ -30,7 +30,7 @@ from automodel_conv.execution.tensor_slabs import Holding, tensor_slabs
 from automodel_conv.execution.writing import begin_shard, budget, write_slabs
 from automodel_conv.files.checkpoint import Checkpoint, open_checkpoint
 from automodel_conv.files.destination import Destination, open_destination, staged_path, telling
-from automodel_conv.files.shards import Shard, Spec, divide, divide_like, index_of, parse_size
+from automodel_conv.files.shards import CHECKSUMS_NAME, Shard, Spec, divide, divide_like, index_of, parse_size
 from automodel_conv.planning.copies import SourceTable, Target
 from automodel_conv.planning.models import checked_dtype, model_targets, state_table, tied_names
 from automodel_conv.planning.pipeline import saving_plan
@@ -101,10 +101,8 @@ def save_checkpoint(
         RankError: with DTensors: saving failed on other ranks, one of them is gone, or they hold different tensors.
     """
     began = time.perf_counter()
-    if isinstance(model_or_state_dict, nn.Module):
-        model, tensors = model_or_state_dict, saved_tensors(model_or_state_dict)
-    else:
-        model, tensors = None, model_or_state_dict
+    model = unwrapped(model_or_state_dict) if isinstance(model_or_state_dict, nn.Module) else None
+    state = model.state_dict() if model is not None else model_or_state_dict
     if model is None and rules is None and layout is None and reference is None:
         raise UnsupportedError(
             message(
@@ -112,9 +110,10 @@ def save_checkpoint(
                 do="pass the model, rules=, layout= or reference=; rules=[] keeps all names",
             )
         )
-    _refuse_without_data(tensors)
-    groups = [dist.group.WORLD] if meshes_of(tensors.values()) else []
+    groups = [dist.group.WORLD] if meshes_of(state.values()) else []  # type: ignore[union-attr]
     with together(groups, "planning what to save"):
+        tensors: Mapping[str, Tensor] = saved_tensors(model) if model is not None else state  # type: ignore[assignment]
+        _refuse_without_data(tensors)
         opened = None if reference is None else open_checkpoint(reference)
         table = None if opened is None else SourceTable(opened.names, opened.dtypes, opened.shapes)
         plan = saving_plan(state_table(tensors), model=model, rules=rules, layout=layout, reference=table)
@@ -129,8 +128,8 @@ def save_checkpoint(
     with ExitStack() as ending:
         with together(groups, "beginning to save"):
             destination = ending.enter_context(open_destination(directory, shards, None)) if leads else None
-            for shard in shards if destination is not None else ():
-                begin_shard(shard, staged_path(directory, shard.name))
+            if destination is not None:
+                begin_save(destination, shards, model, dtype)
         nbytes = sum(group.nbytes for group in made)
         with together(groups, "saving"), bytes_progress(nbytes, "saving", progress) as advance:
             for file, shard in enumerate(shards):
@@ -139,7 +138,7 @@ def save_checkpoint(
                     write_slabs(slabs, staged_path(directory, shard.name), share.threads, advance)
         with together(groups, "ending the save"):
             if destination is not None:
-                finish_save(destination, shards, model, dtype, share.threads if checksums else 0)
+                finish_save(destination, shards, model, share.threads if checksums else 0)
     return SaveReport(
         tuple(shard.name for shard in shards),
         sum(shard.nbytes for shard in shards),
@@ -148,23 +147,38 @@ def save_checkpoint(
     )
 
 
+def begin_save(
+    destination: Destination, shards: Sequence[Shard], model: nn.Module | None, dtype: torch.dtype | None = None
+) -> None:
+    """Write what goes before all data: the config, and of each file the header."""
+    if model is not None:
+        with telling(destination.directory):
+            _write_config(model, dtype, destination.staging)
+    for shard in shards:
+        begin_shard(shard, destination.path(shard.name))
+
+
 def finish_save(
-    destination: Destination,
-    shards: Sequence[Shard],
-    model: nn.Module | None,
-    dtype: torch.dtype | None = None,
-    checksum_threads: int = 0,
+    destination: Destination, shards: Sequence[Shard], model: nn.Module | None, checksum_threads: int = 0
 ) -> None:
     """What follows when the data of all files is on the disk; with no threads for checksums there are none."""
     for shard in shards:
         destination.finish(shard)
-    if model is not None:
-        with telling(destination.directory):
-            _write_config(model, dtype, destination.staging)
     if checksum_threads:
         write_checksums(destination, shards, checksum_threads)
     parameters = None if model is None else sum(parameter.numel() for parameter in model.parameters())
     destination.commit(index_of(shards, parameters))
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model that ``torch.compile`` or data parallelism has wrapped, which its names are of."""
+    while True:
+        if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
+            model = model.module
+        elif isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):
+            model = inner
+        else:
+            return model
 
 
 def write_checksums(destination: Destination, shards: Sequence[Shard], threads: int) -> None:
@@ -247,6 +261,14 @@ def saved_tensors(model: nn.Module) -> dict[str, Tensor]:
                     message(f"this model cannot be saved from here: {reason}", do="use its save_pretrained")
                 )
     tensors = model.state_dict()
+    if (getattr(model, "_tp_size", None) or 1) > 1 and not meshes_of(tensors.values()):
+        raise UnsupportedError(
+            message(
+                "this model cannot be saved from here: its tensors are parts that do not say so",
+                found="tensor parallelism of a transformers older than 5.17",
+                do="use its save_pretrained",
+            )
+        )
     for name in getattr(model, "_keys_to_ignore_on_save", None) or ():
         tensors.pop(name, None)
     follows = getattr(model, "all_tied_weights_keys", {})

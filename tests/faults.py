@@ -136,6 +136,7 @@ def _child(job: dict[str, Any], answer: int, convert: Callable[..., Any], save: 
                 time.sleep(60)
             os.kill(os.getpid(), number)
 
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
     hooks = {"before": note} | ({job.get("when", "before"): send} if "call" in job else {})
     replace_calls(CHANGING, **hooks)
     if "limit" in job:

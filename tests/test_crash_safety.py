@@ -553,6 +553,7 @@ def test_a_save_that_is_interrupted_leaves_the_directory_as_it_was(forked, sourc
 def test_an_interrupt_while_the_main_thread_waits_for_others(source, wanted, tmp_path, monkeypatch):
     directory = new_directory(tmp_path / "out", source)
     main = threading.main_thread()
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
 
     def interrupt(number: int, name: str, arguments: tuple[Any, ...]) -> None:
         if number == 5:
@@ -566,6 +567,7 @@ def test_an_interrupt_while_the_main_thread_waits_for_others(source, wanted, tmp
             partial(amc.convert_checkpoint, source, directory, **KINDS["transformers"]),
             KeyboardInterrupt,  # type: ignore[arg-type]
         )
+    signal.signal(signal.SIGINT, handler)
     assert not assert_whole_or_refused(directory, wanted["transformers"])
     finish(source, directory, "transformers", wanted)
 

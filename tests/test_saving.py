@@ -497,3 +497,30 @@ def test_memory_stays_bounded_whatever_the_size_of_the_model(tmp_path, dtype):
     assert bytes_written > 96_000_000
     assert bound_bytes <= 16 << 20
     assert peak_bytes <= bound_bytes
+
+
+@needs_transformers
+def test_a_model_that_torch_has_wrapped_is_saved_under_its_own_names(mixtral, tmp_path):
+    class Compiled(torch.nn.Module):  # as torch.compile wraps
+        def __init__(self, model):
+            super().__init__()
+            self._orig_mod = model
+
+    amc.save_checkpoint(Compiled(mixtral), tmp_path / "wrapped")
+    amc.save_checkpoint(mixtral, tmp_path / "plain")
+    read = [{file.name: file.read_bytes() for file in (tmp_path / n).iterdir()} for n in ("wrapped", "plain")]
+    assert read[0] == read[1]
+
+
+@needs_transformers
+def test_parts_that_do_not_say_that_they_are_parts_are_refused(tmp_path):
+    model = build_model("llama")
+    model._tp_size = 2
+    refused(model, tmp_path / "made", UnsupportedError, "parts that do not say so")
+
+
+def test_checksums_of_an_earlier_checkpoint_do_not_stay(tmp_path):
+    (tmp_path / "model.safetensors.checksums.json").write_text("{}")
+    (tmp_path / "training_args.bin").write_bytes(b"kept")
+    amc.save_checkpoint({"a": torch.ones(2)}, tmp_path, rules=[])
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["model.safetensors", "training_args.bin"]

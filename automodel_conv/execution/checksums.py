@@ -19,14 +19,15 @@ from automodel_conv.execution.workers import work_off
 from automodel_conv.files import system
 from automodel_conv.files.checkpoint import Checkpoint
 from automodel_conv.files.header import parse_object, read_limited, with_open
+from automodel_conv.files.shards import CHECKSUMS_NAME
 
-CHECKSUMS_NAME = "model.safetensors.checksums.json"
 _MOST_BYTES = 500_000_000
-_WINDOW_BYTES = 4 << 20
+_WINDOW_BYTES = 1 << 20
+_MOST_THREADS = 16
 
 
 def checksums_of(checkpoint: Checkpoint, threads: int) -> dict[str, str]:
-    """The checksums of all tensors, read in windows of 4 MiB a thread.
+    """The checksums of all tensors, read in windows of 1 MiB a thread, of 16 threads at most.
 
     Raises:
         ReadError: a file cannot be read.
@@ -34,7 +35,9 @@ def checksums_of(checkpoint: Checkpoint, threads: int) -> dict[str, str]:
     found: dict[str, str] = {}
     with ExitStack() as files:
         descriptors = [files.enter_context(reading(path)) for path in checkpoint.files]
-        work_off(range(len(checkpoint.names)), threads, lambda: _summer(checkpoint, descriptors, found))
+        work_off(
+            range(len(checkpoint.names)), min(threads, _MOST_THREADS), lambda: _summer(checkpoint, descriptors, found)
+        )
     return {name: found[name] for name in checkpoint.names}
 
 

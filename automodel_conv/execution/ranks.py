@@ -125,8 +125,9 @@ def send(tensors: Sequence[Tensor], parts: Sequence[Tensor]) -> None:
             if placement.is_replicate() and whole.numel():
                 # From the first in this dimension, along one dimension after the other: then all have it.
                 group = tensor.device_mesh.get_group(dim)  # type: ignore[attr-defined]
+                sent = whole.reshape(-1).view(torch.uint8)
                 try:
-                    dist.broadcast(whole.view(torch.uint8), src=dist.get_global_rank(group, 0), group=group)
+                    dist.broadcast(sent, src=dist.get_global_rank(group, 0), group=group)
                 except RuntimeError as error:
                     raise _gone("sending replicas", str(error)) from error
         if whole.data_ptr() != part.data_ptr():

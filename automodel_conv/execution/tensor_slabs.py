@@ -18,7 +18,7 @@ from automodel_conv.execution.writing import DeviceTensors, HostTensors, Maker
 from automodel_conv.planning.copies import StridedCopy, Target, group_pieces
 from automodel_conv.planning.plan import CopyPlan
 from automodel_conv.planning.sharding import Region
-from automodel_conv.planning.view import NotAffine, Piece, chain
+from automodel_conv.planning.view import NotAffine, Piece, canonical, chain
 
 
 class Holding(NamedTuple):
@@ -125,7 +125,7 @@ def _read_from(region: Region, piece: Piece, ordinal: int, target: Target) -> li
         for p in region.pieces()
     ]
     try:
-        return chain(placed, [piece], prod(region.shape))
+        return [canonical(made) for made in chain(placed, [piece], prod(region.shape))]
     except NotAffine as error:
         text = f"{target.name} cannot be made of a part of its source: {error}"
         raise UnsupportedError(message(text, found=f"{region}")) from None

@@ -22,12 +22,19 @@ from typing import Any, NamedTuple
 
 from automodel_conv.errors import DestinationError, WriteError, listing, message
 from automodel_conv.files import system
-from automodel_conv.files.shards import INDEX_NAME, Shard
+from automodel_conv.files.shards import CHECKSUMS_NAME, INDEX_NAME, Shard
 
 STAGING_NAME = "incomplete.automodel_conv"
 _LOCK = "lock"
 _JOURNAL = "journal.jsonl"
 WEIGHT_SUFFIXES = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json", ".gguf", ".pt", ".pth")
+"""Of weights in any format, and of what trainers keep beside them (``optimizer.pt``, ``training_args.bin``)."""
+
+
+def is_checkpoint(name: str) -> bool:
+    """Whether a file of this name is one that loaders take weights from."""
+    own = name.endswith((".safetensors", ".safetensors.index.json", ".gguf"))
+    return own or (name.startswith("pytorch_model") and name.endswith((".bin", ".bin.index.json")))
 
 
 class Destination:
@@ -95,6 +102,8 @@ class Destination:
             self.placed = placed
             system.write_end(self._journal, _line({"placing": placed}))
             staged = set(system.list_names(self.staging))  # the rest was put in its place before a crash
+            if CHECKSUMS_NAME not in staged and system.exists(os.path.join(self.directory, CHECKSUMS_NAME)):
+                system.remove(os.path.join(self.directory, CHECKSUMS_NAME))  # of what was there before
             for name in names:
                 if name == names[-1]:  # what makes it a checkpoint comes after all else is on the disk
                     system.sync_directory(self.directory)
@@ -226,7 +235,7 @@ def _taken_over(
         _take_back(directory, placing)
     complete = len(finished) == len(shards)
     allowed = finished | ({INDEX_NAME} if complete else set())
-    present = [name for name in system.list_names(directory) if name.endswith(WEIGHT_SUFFIXES) and name not in allowed]
+    present = [name for name in system.list_names(directory) if is_checkpoint(name) and name not in allowed]
     if present:
         raise DestinationError(
             message(
@@ -300,10 +309,10 @@ def _read(journal: int) -> _Earlier:
                     pass
                 case {"finished": str(name)}:
                     finished.add(name)
-                    if record.get("verified") is True:
-                        verified.add(name)
+                    (verified.add if record.get("verified") is True else verified.discard)(name)
                 case {"again": str(name)}:
                     finished.discard(name)
+                    verified.discard(name)
                 case {"placing": dict(value)}:
                     placing = value
                 case _:
@@ -335,7 +344,7 @@ def _is_whole(shard: Shard, directory: str) -> bool:
 def _remove(staging: str) -> None:
     """Remove what is no longer needed; the next work removes what cannot be removed now."""
     with suppress(OSError):
-        for name in system.list_names(staging):
+        for name in sorted(system.list_names(staging), key=lambda name: name == _LOCK):  # which others look at, last
             system.remove(os.path.join(staging, name))
         system.remove_directory(staging)
 

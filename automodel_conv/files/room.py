@@ -6,7 +6,7 @@ import os
 from typing import NamedTuple
 
 from automodel_conv.files import system
-from automodel_conv.files.destination import STAGING_NAME, WEIGHT_SUFFIXES, telling
+from automodel_conv.files.destination import STAGING_NAME, is_checkpoint, telling
 
 
 class Room(NamedTuple):
@@ -32,7 +32,7 @@ def room_in(directory: str) -> Room:
         staged = [os.path.join(staging, name) for name in system.list_names(staging)] if unfinished else []
         names = system.list_names(directory) if system.is_directory(directory) else []
         free = system.free_bytes(_nearest(directory)) + sum(system.identity(path)[0] for path in staged)
-    weights = () if unfinished else tuple(name for name in names if name.endswith(WEIGHT_SUFFIXES))
+    weights = () if unfinished else tuple(filter(is_checkpoint, names))
     return Room(free, unfinished, weights)
 
 

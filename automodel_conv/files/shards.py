@@ -17,6 +17,7 @@ from automodel_conv.dtypes import BITS, nbytes
 from automodel_conv.errors import UnsupportedError, message
 
 INDEX_NAME = "model.safetensors.index.json"
+CHECKSUMS_NAME = "model.safetensors.checksums.json"
 
 _ORDER = {code: place for place, code in enumerate(BITS)}
 _UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}

@@ -11,13 +11,16 @@ each rank reads and writes the bytes of its own shards. Source of the protocol: 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
-from contextlib import ExitStack
+import sys
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from math import prod
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
     Metadata,
@@ -29,11 +32,12 @@ from torch.distributed.checkpoint.storage import StorageReader, StorageWriter, W
 from torch.futures import Future
 
 from automodel_conv.dtypes import dtype_code
-from automodel_conv.errors import UnsupportedError, message
+from automodel_conv.errors import CoverageError, NameProblems, UnsupportedError, listing, message
 from automodel_conv.execution.buffers import dtype_of
 from automodel_conv.execution.filling import Limits, fill
+from automodel_conv.execution.ranks import is_distributed, local_of
 from automodel_conv.execution.tensor_slabs import Holding, tensor_slabs
-from automodel_conv.execution.writing import begin_shard, budget, write_slabs
+from automodel_conv.execution.writing import budget, write_slabs
 from automodel_conv.files import system
 from automodel_conv.files.checkpoint import Checkpoint, open_checkpoint
 from automodel_conv.files.destination import Destination, open_destination, staged_path
@@ -41,10 +45,10 @@ from automodel_conv.files.shards import Shard
 from automodel_conv.loading import load_plan
 from automodel_conv.planning.copies import SourceTable
 from automodel_conv.planning.models import tied_names
-from automodel_conv.planning.pipeline import saving_plan
+from automodel_conv.planning.pipeline import saving_plan, without_casts
 from automodel_conv.planning.plan import CopyPlan
-from automodel_conv.planning.sharding import Part, box, parts_plan
-from automodel_conv.saving import DEFAULT_SCRATCH_BYTES, finish_save, places_in, saved_tensors, shards_for
+from automodel_conv.planning.sharding import Part, box, parts_plan, region_of
+from automodel_conv.saving import DEFAULT_SCRATCH_BYTES, begin_save, finish_save, places_in, saved_tensors, shards_for
 
 
 class HuggingFaceReader(StorageReader):
@@ -103,8 +107,9 @@ class HuggingFaceReader(StorageReader):
     def _open(self) -> tuple[Checkpoint, CopyPlan, dict[str, str]]:
         """The checkpoint, its plan, and of each name that can be loaded the target that has its value."""
         checkpoint = open_checkpoint(self._path)
-        plan, problems, model = load_plan(checkpoint, self._model, self._rules, self._layout, self._key_mapping, None)
+        whole, problems, model = load_plan(checkpoint, self._model, self._rules, self._layout, self._key_mapping, None)
         problems.raise_unless_fit(checkpoint.path)
+        plan = without_casts(whole)  # to be cast to what is loaded into, once
         made = {target.name: target.name for target in plan.targets}
         for group in tied_names(model) if model is not None else ():
             first = next((name for name in group if name in made), None)
@@ -125,12 +130,23 @@ class HuggingFaceReader(StorageReader):
         """Fill what the planner asks for, all of it at once."""
         checkpoint, whole, made = self._opened or self._open()
         parts, buffers = [], {}
+        state = getattr(planner, "state_dict", {})
+        whole_shards: set[str] = set()
         for number, item in enumerate(plan.items):
             if item.type != LoadItemType.TENSOR:
                 raise UnsupportedError(message(f"{item.dest_index.fqn} is no tensor", do="load it from elsewhere"))
             name = made[item.storage_index.fqn]
-            tensor = planner.resolve_tensor(item).detach()
-            region = box(whole.target(name).shape, item.storage_offsets, item.lengths)
+            entry = state.get(item.dest_index.fqn)
+            shard = region_of(entry) if isinstance(entry, Tensor) and is_distributed(entry) else None
+            if shard is not None and any(len(runs) > 1 for runs in shard.runs):
+                # A shard of several runs of rows: the planner knows boxes only, so it is filled as what it is.
+                if item.dest_index.fqn in whole_shards:
+                    continue
+                whole_shards.add(item.dest_index.fqn)
+                region, tensor = shard, local_of(entry.detach())  # type: ignore[union-attr]
+            else:
+                region = box(whole.target(name).shape, item.storage_offsets, item.lengths)
+                tensor = planner.resolve_tensor(item).detach()
             part = Part(name, f"{item.dest_index.fqn}, part {number}", region, dtype_code(tensor.dtype))
             parts.append(part)
             buffers[part.called] = tensor
@@ -195,29 +211,63 @@ class HuggingFaceWriter(StorageWriter):
             self._directory = os.path.abspath(os.fsdecode(checkpoint_id))
 
     def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
-        """Nothing to do."""
+        """Refuse ranks that do not talk to each other, of which none would know what the others write.
+
+        Raises:
+            UnsupportedError: ``use_collectives=False``.
+        """
+        if kwargs.get("use_collectives") is False:
+            raise UnsupportedError(message("ranks write one checkpoint together", do="leave use_collectives=False out"))
 
     def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
         return plan
 
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
         """Begin all files, on the coordinator."""
+        if any(not getattr(plan, "usable", True) for plan in plans):
+            raise UnsupportedError(message("plans of an earlier save are not kept", do="leave enable_plan_caching out"))
         specs: dict[str, tuple[str, tuple[int, ...]]] = {}
+        held: Counter[str] = Counter()
         for item in (item for plan in plans for item in plan.items):
             if item.tensor_data is None:
                 raise UnsupportedError(message(f"{item.index.fqn} is no tensor", do="save it elsewhere"))
             code = dtype_code(item.tensor_data.properties.dtype)
             if code is None:
                 raise UnsupportedError(message(f"{item.index.fqn} has a dtype that checkpoints cannot hold"))
-            if self._names is None or item.index.fqn in self._names:
-                specs[item.index.fqn] = code, tuple(item.tensor_data.size)
+            specs[item.index.fqn] = code, tuple(item.tensor_data.size)
+            held[item.index.fqn] += prod(item.tensor_data.chunk.sizes)
+        self._check(specs, held)
         names = list(specs) if self._names is None else [name for name in self._names if name in specs]
         table = SourceTable(names, [specs[name][0] for name in names], [specs[name][1] for name in names])
         _, shards = self._plan(table)
         self._begun = self._ending.enter_context(open_destination(self._directory, shards, None)), shards
-        for shard in shards:
-            begin_shard(shard, staged_path(self._directory, shard.name))
+        with self._undone_if_it_fails():
+            begin_save(self._begun[0], shards, self._model)
         return [replace(plan, storage_data=table) for plan in plans]
+
+    def _check(self, specs: Mapping[str, tuple[str, tuple[int, ...]]], held: Mapping[str, int]) -> None:
+        """Raise NameProblems where names are not the model's, CoverageError where ranks do not hold all of a tensor."""
+        if self._model is not None and self._names is not None:
+            known = self._model.state_dict().keys()
+            missing = [name for name in self._names if name not in specs]
+            unexpected = [name for name in specs if name not in known]
+            if missing or unexpected:
+                found = f"{len(missing)} missing, {len(unexpected)} unexpected:\n" + listing([*missing, *unexpected])
+                text = message("the state dict is not the model's", found=found, do="pass model.state_dict() itself")
+                raise NameProblems(text, missing=missing, unexpected=unexpected)
+        for name, (_, shape) in specs.items():
+            if held[name] != prod(shape):
+                expected = f"{prod(shape)} elements, shape {list(shape)}"
+                text = f"the ranks do not hold all of {name} once"
+                raise CoverageError(message(text, expected=expected, found=f"{held[name]} elements"))
+
+    @contextmanager
+    def _undone_if_it_fails(self) -> Iterator[None]:
+        try:
+            yield
+        except BaseException:
+            if not self._ending.__exit__(*sys.exc_info()):
+                raise
 
     def _plan(self, table: SourceTable) -> tuple[CopyPlan, list[Shard]]:
         reference = None if self._reference is None else open_checkpoint(self._reference)
@@ -240,10 +290,11 @@ class HuggingFaceWriter(StorageWriter):
                 held = Holding(box(tuple(size), chunk.offsets, chunk.sizes), tensor.detach())  # type: ignore[union-attr]
                 holdings.setdefault(rows[item.index.fqn], []).append(held)
         places = places_in(shards, copies.targets)
-        groups = tensor_slabs(copies, holdings, places, most_bytes=self._share.slab_bytes)
-        for file, shard in enumerate(shards):
-            slabs = [(group.by_file.get(file, []), group.start) for group in groups]
-            write_slabs(slabs, staged_path(self._directory, shard.name), self._share.threads, lambda nbytes: None)
+        with self._undone_if_it_fails():
+            groups = tensor_slabs(copies, holdings, places, most_bytes=self._share.slab_bytes)
+            for file, shard in enumerate(shards):
+                slabs = [(group.by_file.get(file, []), group.start) for group in groups]
+                write_slabs(slabs, staged_path(self._directory, shard.name), self._share.threads, lambda nbytes: None)
         done: Future[list[WriteResult]] = Future()
         done.set_result(results)
         return done
@@ -252,7 +303,8 @@ class HuggingFaceWriter(StorageWriter):
         """Make the directory a checkpoint, on the coordinator."""
         if self._begun is not None:
             destination, shards = self._begun
-            finish_save(destination, shards, self._model)
+            with self._undone_if_it_fails():
+                finish_save(destination, shards, self._model)
         self.reset()
 
     @classmethod

@@ -166,6 +166,15 @@ def _in_saving_order(plan: CopyPlan, model: nn.Module | None) -> CopyPlan:
     return replace(plan, targets=tuple(targets))
 
 
+def without_casts(plan: CopyPlan) -> CopyPlan:
+    """The plan without casts, but where the sources of one target differ."""
+    targets = []
+    for target in plan.targets:
+        dtypes = {plan.sources.dtypes[row] for row in target.sources}
+        targets.append(target._replace(dtype=dtypes.pop()) if len(dtypes) == 1 else target)
+    return CopyPlan(plan.sources, tuple(targets), plan.rules)
+
+
 def _inverse_of_loading(
     table: SourceTable,
     reference: SourceTable,

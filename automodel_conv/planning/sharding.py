@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from itertools import pairwise, product
+from math import prod
 from typing import Any, NamedTuple
 
 import torch
@@ -103,7 +104,7 @@ def region_of(tensor: Tensor) -> Region:
     """What this rank holds of a tensor: of a DTensor its shard, of any other all.
 
     Raises:
-        UnsupportedError: see ``placed``.
+        UnsupportedError: see ``placed``; or a part of another shape than the placements say.
     """
     if not hasattr(tensor, "placements"):
         return whole(tuple(tensor.shape))
@@ -111,7 +112,18 @@ def region_of(tensor: Tensor) -> Region:
     coordinate = mesh.get_coordinate()
     if coordinate is None:  # this rank is not in the mesh, and holds nothing
         return Region(tuple(tensor.shape), tuple(() for _ in tensor.shape))
-    return placed(tuple(tensor.shape), tuple(mesh.shape), coordinate, tensor.placements)  # type: ignore[attr-defined]
+    found = placed(tuple(tensor.shape), tuple(mesh.shape), coordinate, tensor.placements)  # type: ignore[attr-defined]
+    held = tuple(tensor.to_local().shape)  # type: ignore[attr-defined]
+    if held != found.local_shape:
+        raise UnsupportedError(
+            message(
+                "this rank does not hold the part of a DTensor that its placements say",
+                where=f"{list(tensor.shape)}, {tensor.placements}",  # type: ignore[attr-defined]
+                expected=list(found.local_shape),
+                found=list(held),
+            )
+        )
+    return found
 
 
 def shard_plan(plan: CopyPlan, regions: Mapping[str, Region]) -> CopyPlan:
@@ -170,7 +182,7 @@ def _copies(region: Region):
 def _runs(length: int, dim: int, splits: tuple[tuple[Any, int, int], ...]) -> tuple[tuple[int, int], ...]:
     """The indices of one dimension that are left after placements have split it in turn, as runs."""
     indices = torch.arange(length).reshape([1] * dim + [length])
-    for placement, size, at in splits:
+    for placement, size, at in _in_turn(splits):
         parts, _ = placement._split_tensor(indices, size, with_padding=False, contiguous=False)
         indices = parts[at]
     found = indices.reshape(-1)
@@ -179,6 +191,25 @@ def _runs(length: int, dim: int, splits: tuple[tuple[Any, int, int], ...]) -> tu
     cuts = (found[1:] != found[:-1] + 1).nonzero().reshape(-1).add(1).tolist()
     bounds = [0, *cuts, len(found)]
     return tuple((int(found[first]), last - first) for first, last in pairwise(bounds))
+
+
+def _in_turn(splits: Sequence[tuple[Any, int, int]]) -> list[tuple[Any, int, int]]:
+    """Placements on one dimension in the order in which they split it.
+
+    From left to right; but a strided shard that stands before as many shards as its factor says is FSDP2's over tensor
+    parallelism: it divides, plainly, what these have left.
+    Source: torch 2.13.0, ``_StridedShard`` in placement_types.py and ``FSDPParam._init_sharded_param``.
+    """
+    from torch.distributed.tensor import Shard
+
+    first, last = [], []
+    for number, (placement, size, at) in enumerate(splits):
+        factor = getattr(placement, "split_factor", 1)
+        if factor > 1 and factor == prod(later for _, later, _ in splits[number + 1 :]):
+            last.insert(0, (Shard(placement.dim), size, at))
+        else:
+            first.append((placement, size, at))
+    return [*first, *last]
 
 
 def _starts(runs: Sequence[tuple[int, int]]) -> list[int]:

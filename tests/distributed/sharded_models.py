@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -11,7 +12,8 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.tensor import DTensor
 
 import automodel_conv as amc
-from automodel_conv.integrations.dcp import HuggingFaceReader
+from automodel_conv.files import system
+from automodel_conv.integrations.dcp import HuggingFaceReader, HuggingFaceWriter
 from automodel_conv.testing import assert_bytes_equal
 from tests.distributed.models import (
     TRANSPOSING,
@@ -61,7 +63,7 @@ def rank(common: dict[str, Published], variant: str, directory: Path) -> None:
     meshes = Meshes()
     for name, kind in CHECKS[dist.get_world_size()]:
         of = common[name]
-        steps = [loads, makes_state_dicts, saves, is_loaded_by_dcp]
+        steps = [loads, makes_state_dicts, saves, is_saved_by_dcp, is_loaded_by_dcp]
         for step in steps + [computes] * ((name, kind) == ("mixtral", "fsdp")):
             try:
                 step(of, kind, meshes)
@@ -118,13 +120,33 @@ def makes_state_dicts(of: Published, kind: str, meshes: Meshes) -> None:
     assert_holds(loaded, of, whole=False)
 
 
+@contextmanager
+def written_bytes():
+    """How much each write to a weight file wrote."""
+    real, seen = system.pwritev, []
+
+    def counted(fd, views, offset):
+        count = real(fd, views, offset)
+        seen.append(count * os.readlink(f"/proc/self/fd/{fd}").endswith(".safetensors"))
+        return count
+
+    system.pwritev = counted
+    try:
+        yield seen
+    finally:
+        system.pwritev = real
+
+
 def saves(of: Published, kind: str, meshes: Meshes) -> None:
     """Parts of all ranks to files that are what ``save_pretrained`` writes of the whole model, and load again."""
     model = sharded(of, kind, meshes)
     amc.load_model(model, of.path)
     directory = f"{of.saved} {kind}"
-    report = amc.save_checkpoint(model, directory, max_shard_size="60KB")
-    dist.barrier()
+    with written_bytes() as written:
+        report = amc.save_checkpoint(model, directory, max_shard_size="60KB")
+    total = torch.tensor(sum(written))
+    dist.all_reduce(total)
+    assert total == report.bytes_written  # no byte by two ranks
     assert sorted(file for file in os.listdir(directory) if file.endswith(".safetensors")) == sorted(report.files)
     assert len(report.files) > 2
     if dist.get_rank() == 0:
@@ -133,6 +155,20 @@ def saves(of: Published, kind: str, meshes: Meshes) -> None:
         assert_same_tensors(again.state_dict(), of.full)
     amc.load_model(sharded_again := sharded(of, kind, meshes), directory)
     assert_holds(sharded_again.state_dict(), of, whole=False)
+
+
+def is_saved_by_dcp(of: Published, kind: str, meshes: Meshes) -> None:
+    """``dcp.save`` writes the same files as ``save_checkpoint``."""
+    model = sharded(of, kind, meshes)
+    amc.load_model(model, of.path)
+    writer = HuggingFaceWriter(f"{of.saved} {kind} dcp", model, max_shard_size="60KB")
+    dcp.save(model.state_dict(), storage_writer=writer)
+    if dist.get_rank() == 0:
+        ours, theirs = (
+            {file.name: file.read_bytes() for file in Path(directory).iterdir()}
+            for directory in (f"{of.saved} {kind}", f"{of.saved} {kind} dcp")
+        )
+        assert theirs == ours
 
 
 def is_loaded_by_dcp(of: Published, kind: str, meshes: Meshes) -> None:

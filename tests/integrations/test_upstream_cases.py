@@ -610,8 +610,7 @@ def test_transformers_switch_for_loading_without_threads_holds_for_us(published,
     started: list[Any] = []
     real = threading.Thread.start
     monkeypatch.setattr(threading.Thread, "start", start)
-    if deactivated:
-        monkeypatch.setenv("HF_DEACTIVATE_ASYNC_LOAD", "1")
+    monkeypatch.setenv("HF_DEACTIVATE_ASYNC_LOAD", "1" if deactivated else "0")
     _, _, [load] = both(model_class, path)
     assert load.lowered
     assert bool(started) is not deactivated

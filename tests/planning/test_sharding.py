@@ -6,6 +6,7 @@ import itertools
 import random
 from collections import Counter
 from math import prod
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -61,10 +62,19 @@ def coordinates(mesh):
 
 
 def torch_part(tensor, mesh, coordinate, placements):
-    """What torch gives the rank: each mesh dimension splits what the one before has left."""
-    for placement, size, at in zip(placements, mesh, coordinate, strict=True):
-        if not placement.is_replicate():
+    """What torch gives the rank: each mesh dimension splits what the one before has left, FSDP2 what others have."""
+    splits = [split for split in zip(placements, mesh, coordinate, strict=True) if not split[0].is_replicate()]
+    data_parallel = []
+    while splits:
+        placement, size, at = splits.pop(0)
+        others = prod(other for later, other, _ in splits if later.dim == placement.dim)
+        if 1 < getattr(placement, "split_factor", 1) == others:
+            data_parallel.append((placement.dim, size, at))
+        else:
             tensor = placement._split_tensor(tensor, size, with_padding=False, contiguous=True)[0][at]
+    for dim, size, at in reversed(data_parallel):
+        parts = tensor.chunk(size, dim)
+        tensor = parts[at] if at < len(parts) else tensor.narrow(dim, 0, 0)
     return tensor
 
 
@@ -121,6 +131,39 @@ def test_data_parallel_shards_of_tensor_parallel_shards_alternate():
     placements = [_StridedShard(0, split_factor=2), Shard(0)]
     runs = {at: placed((8,), (2, 2), at, placements).runs for at in coordinates((2, 2))}
     assert runs == {(0, 0): (((0, 2),),), (0, 1): (((4, 2),),), (1, 0): (((2, 2),),), (1, 1): (((6, 2),),)}
+
+
+def test_data_parallel_shards_divide_what_tensor_parallelism_has_left_however_uneven():
+    """7 rows over tp=2 are 4 and 3, and these over dp=3 are 2, 2, 0 and 1, 1, 1."""
+    placements = [_StridedShard(0, split_factor=2), Shard(0)]
+    runs = {at: placed((7,), (3, 2), at, placements).runs for at in coordinates((3, 2))}
+    assert runs == {
+        (0, 0): (((0, 2),),),
+        (1, 0): (((2, 2),),),
+        (2, 0): ((),),
+        (0, 1): (((4, 1),),),
+        (1, 1): (((5, 1),),),
+        (2, 1): (((6, 1),),),
+    }
+
+
+def test_data_parallel_shards_divide_packed_shards():
+    """Gate and up in one: tp=2 takes rows 0, 1, 4, 5 and 2, 3, 6, 7; dp=2 halves of these."""
+    placements = [_StridedShard(0, split_factor=2), _StridedShard(0, split_factor=2)]
+    runs = {at: placed((8,), (2, 2), at, placements).runs for at in coordinates((2, 2))}
+    assert runs == {(0, 0): (((0, 2),),), (1, 0): (((4, 2),),), (0, 1): (((2, 2),),), (1, 1): (((6, 2),),)}
+
+
+def test_a_part_of_another_shape_than_its_placements_say_is_refused():
+    class Distributed:
+        shape, placements = torch.Size([4]), (Shard(0),)
+        device_mesh = SimpleNamespace(shape=(2,), get_coordinate=lambda: [0])
+
+        def to_local(self):
+            return torch.empty(3)
+
+    with pytest.raises(UnsupportedError, match="does not hold the part"):
+        region_of(Distributed())
 
 
 def test_partial_sums_are_no_part_of_a_tensor():

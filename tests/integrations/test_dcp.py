@@ -1,0 +1,95 @@
+"""torch.distributed.checkpoint in one process: what is written and what is refused. Many ranks: tests/distributed."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+
+pytest.importorskip("transformers", reason="the models are transformers'")
+
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
+
+import automodel_conv as amc
+from automodel_conv.integrations.dcp import HuggingFaceReader, HuggingFaceWriter
+from automodel_conv.testing import POISON, assert_bytes_equal
+from tests.model_zoo import build_model, write_checkpoint
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+@pytest.fixture(scope="module")
+def mixtral(tmp_path_factory):
+    model = build_model("mixtral")
+    write_checkpoint(model, directory := tmp_path_factory.mktemp("published"))
+    return type(model).from_pretrained(directory), directory
+
+
+def files(directory):
+    return {file.name: file.read_bytes() for file in directory.iterdir()}
+
+
+def test_what_is_saved_is_what_save_checkpoint_saves_and_loads_again(mixtral, tmp_path):
+    model, _ = mixtral
+    dcp.save(model.state_dict(), storage_writer=HuggingFaceWriter(tmp_path / "dcp", model, max_shard_size="60KB"))
+    amc.save_checkpoint(model, tmp_path / "ours", max_shard_size="60KB")
+    assert files(tmp_path / "dcp") == files(tmp_path / "ours")
+    state = {name: torch.empty_like(tensor) for name, tensor in model.state_dict().items()}
+    for tensor in state.values():
+        tensor.reshape(-1).view(torch.uint8).fill_(POISON)
+    dcp.load(state, storage_reader=HuggingFaceReader(tmp_path / "dcp"))
+    for name, tensor in model.state_dict().items():
+        assert_bytes_equal(state[name], tensor)
+
+
+def test_tensors_are_cast_once_to_what_they_are_loaded_into(mixtral):
+    model, published = mixtral
+    state = {name: torch.empty_like(tensor, dtype=torch.float32) for name, tensor in model.state_dict().items()}
+    dcp.load(state, storage_reader=HuggingFaceReader(published))
+    for name, tensor in model.state_dict().items():
+        assert_bytes_equal(state[name], tensor.float())
+
+
+@pytest.mark.parametrize("change", ["nested", "one more", "one less"])
+def test_names_that_are_not_the_models_are_refused_and_nothing_is_written(mixtral, tmp_path, change):
+    model, _ = mixtral
+    state = model.state_dict()
+    if change == "nested":
+        state = {"model": state}
+    elif change == "one more":
+        state["more"] = torch.ones(2)
+    else:
+        del state["model.norm.weight"]
+    with pytest.raises(CheckpointException, match="the state dict is not the model's"):
+        dcp.save(state, storage_writer=HuggingFaceWriter(tmp_path / "dcp", model))
+    assert not (tmp_path / "dcp").exists()
+
+
+def test_ranks_that_do_not_talk_to_each_other_and_kept_plans_are_refused(mixtral, tmp_path):
+    model, _ = mixtral
+    writer = HuggingFaceWriter(tmp_path / "dcp", model)
+    with pytest.raises(amc.UnsupportedError, match="together"):
+        writer.set_up_storage_writer(True, use_collectives=False)
+    planner = DefaultSavePlanner()
+    planner.set_up_planner(model.state_dict(), is_coordinator=True)
+    plan = planner.create_local_plan()
+    object.__setattr__(plan, "usable", False)
+    with pytest.raises(amc.UnsupportedError, match="earlier save"):
+        writer.prepare_global_plan([plan])
+
+
+def test_a_save_that_fails_leaves_nothing_and_room_for_the_next(mixtral, tmp_path, monkeypatch):
+    model, _ = mixtral
+    writer = HuggingFaceWriter(tmp_path / "dcp", model)
+
+    def full(*arguments):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("automodel_conv.files.system.pwritev", full)
+        with pytest.raises(CheckpointException, match="No space left"):
+            dcp.save(model.state_dict(), storage_writer=writer)
+    assert files(tmp_path / "dcp") == {}
+    dcp.save(model.state_dict(), storage_writer=writer)
+    assert (tmp_path / "dcp" / "model.safetensors").exists()
