@@ -39,7 +39,7 @@ _CONVERT = "convert_and_load_state_dict_in_model"
 # The modules that open files and convert what is in them; the second from 5.17 on.
 _MODULES = ("transformers.modeling_utils", "transformers.modeling_layers")
 
-
+# What is left where nothing of a load is converted here, and reasons why.
 ALL = "all that is converted"
 NOT_OPENED_HERE = "some tensors are not in safetensors files that were opened under the hook"
 WAITS_FOR_NAMES = "other tensors are renamed only if transformers sees its sources"
