@@ -6,12 +6,14 @@ import copy
 import dataclasses
 import inspect
 import shutil
+from functools import partial
 
 import pytest
 import torch
 
 pytest.importorskip("transformers", reason="what is hooked is transformers' own")
 
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import MixtralForCausalLM, PreTrainedConfig, PreTrainedModel, conversion_mapping, core_model_loading
@@ -191,15 +193,17 @@ def test_a_block_that_was_uninstalled_does_not_end_a_later_one():
 
 
 def test_nothing_is_planned_after_uninstall_even_under_somebody_elses_replacement(tmp_path, monkeypatch):
-    name = "convert_and_load_state_dict_in_model"
-    monkeypatch.setattr(upstream, name, getattr(upstream, name))  # to be put back at the end
+    names = ("convert_and_load_state_dict_in_model", "safe_open")
+    for name in names:
+        monkeypatch.setattr(upstream, name, getattr(upstream, name))  # to be put back at the end
     done = amc.install()
-    ours = getattr(upstream, name)
-    monkeypatch.setattr(upstream, name, lambda *args, **kwargs: ours(*args, **kwargs))
+    for name in names:
+        monkeypatch.setattr(upstream, name, partial(getattr(upstream, name)))
     amc.uninstall()
     stock = load(tmp_path, [joined()], **PARTS)
     assert stock[0]["k.weight"] == [[2.0, 2.0], [3.0, 3.0]]
     assert done.loads == []
+    assert type(upstream.safe_open(tmp_path / "toy.safetensors", framework="pt")) is safe_open
     with amc.accelerate_transformers() as again:  # over their replacement of ours, which stays without effect
         assert load(tmp_path, [joined()], **PARTS) == stock
     assert [load.lowered for load in again.loads] == [("k.weight",)]
