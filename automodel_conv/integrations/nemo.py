@@ -27,7 +27,7 @@ _MODULE = "conversion_mapping"
 # Modules that import functions of it by name.
 _IMPORTERS = ("nemo_automodel.components.checkpoint.checkpointing",)
 
-_replaced: list[tuple[ModuleType, str, Any]] = []
+_theirs: list[ModuleType] = []  # their module, while ours is in its place
 
 
 def install() -> None:
@@ -43,40 +43,36 @@ def install() -> None:
     Raises:
         UnsupportedError: nemo_automodel is not installed.
     """
-    if _replaced:
+    if _theirs:
         return
     try:
-        package = importlib.import_module(_PACKAGE)
         theirs = importlib.import_module(f"{_PACKAGE}.{_MODULE}")
     except ImportError as error:
         raise UnsupportedError(message("nemo_automodel cannot be imported", found=error)) from error
-    _replace(package, _MODULE, conversion_mapping)
-    sys.modules[f"{_PACKAGE}.{_MODULE}"] = conversion_mapping
-    for name in _IMPORTERS:
-        importer = sys.modules.get(name)
-        for function in vars(importer) if importer is not None else ():
-            ours = getattr(conversion_mapping, function, None)
-            if callable(ours) and getattr(importer, function) is getattr(theirs, function, None):
-                _replace(importer, function, ours)  # type: ignore[arg-type]
+    _exchange(theirs, conversion_mapping)
+    _theirs.append(theirs)
 
 
 def uninstall() -> None:
-    """Give NeMo AutoModel its own module and functions back."""
-    while _replaced:
-        module, name, theirs = _replaced.pop()
-        setattr(module, name, theirs)
-        if name == _MODULE:
-            sys.modules[f"{_PACKAGE}.{_MODULE}"] = theirs
-            for importer in filter(None, map(sys.modules.get, _IMPORTERS)):  # imported meanwhile, with ours in them
-                for function in list(vars(importer)):
-                    ours = getattr(conversion_mapping, function, None)
-                    if callable(ours) and getattr(importer, function) is ours and hasattr(theirs, function):
-                        setattr(importer, function, getattr(theirs, function))
+    """Give NeMo AutoModel its own module and functions back, also where ours were imported meanwhile.
+
+    What somebody else has put in the place of ours stays.
+    """
+    if _theirs:
+        _exchange(conversion_mapping, _theirs.pop())
 
 
-def _replace(module: ModuleType, name: str, ours: Any) -> None:
-    _replaced.append((module, name, getattr(module, name)))
-    setattr(module, name, ours)
+def _exchange(old: ModuleType, new: ModuleType) -> None:
+    """Wherever NeMo AutoModel has one module, or a function of it, let it have the other."""
+    package = sys.modules[_PACKAGE]
+    if getattr(package, _MODULE, None) is old:
+        setattr(package, _MODULE, new)
+    if sys.modules.get(f"{_PACKAGE}.{_MODULE}") is old:
+        sys.modules[f"{_PACKAGE}.{_MODULE}"] = new
+    for importer in filter(None, map(sys.modules.get, _IMPORTERS)):
+        for name, function in list(vars(importer).items()):
+            if callable(function) and getattr(old, name, None) is function and callable(getattr(new, name, None)):
+                setattr(importer, name, getattr(new, name))
 
 
 class StateDictAdapter:

@@ -13,7 +13,7 @@ import functools
 import importlib
 import os
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from types import ModuleType
@@ -29,7 +29,7 @@ from automodel_conv.execution.filling import Limits, fill
 from automodel_conv.files.checkpoint import Checkpoint
 from automodel_conv.files.header import read_header
 from automodel_conv.planning.compiler import Conversion, TargetSpec, whole_conversions
-from automodel_conv.planning.copies import SourceTable
+from automodel_conv.planning.copies import SourceTable, Target
 from automodel_conv.planning.models import matching
 from automodel_conv.planning.plan import CopyPlan
 from automodel_conv.planning.registry import transformers_available
@@ -38,6 +38,11 @@ from automodel_conv.planning.rules import RuleSet, natural_key
 _CONVERT = "convert_and_load_state_dict_in_model"
 # The modules that open files and convert what is in them; the second from 5.17 on.
 _MODULES = ("transformers.modeling_utils", "transformers.modeling_layers")
+
+# What is left where nothing of a load is converted here, and reasons why.
+ALL = "all that is converted"
+NOT_OPENED_HERE = "some tensors are not in safetensors files that were opened under the hook"
+WAITS_FOR_NAMES = "other tensors are renamed only if transformers sees its sources"
 
 
 class HookedLoad(NamedTuple):
@@ -48,7 +53,7 @@ class HookedLoad(NamedTuple):
     lowered: tuple[str, ...]
     """Targets made by plan."""
     left: Mapping[str, str]
-    """Targets left to transformers, with the reason."""
+    """Targets left to transformers, with the reason; one entry, ``ALL``, where nothing was looked at."""
 
 
 @dataclass
@@ -56,11 +61,13 @@ class Acceleration:
     """The loads that went through the hook."""
 
     loads: list[HookedLoad] = field(default_factory=list)
+    """In order. All are kept, with every name, as long as the hook is; a process that loads without end clears it."""
 
     def __str__(self) -> str:
         lines = []
         for load in self.loads:
-            lines.append(f"{load.model}: {len(load.lowered)} converted by plan, {len(load.left)} by transformers")
+            left = "all" if ALL in load.left else len(load.left)
+            lines.append(f"{load.model}: {len(load.lowered)} converted by plan, {left} by transformers")
             lines += [f"  {name}: {reason}" for name, reason in load.left.items()]
         return "\n".join(lines)
 
@@ -130,7 +137,7 @@ class _Hook:
             replacements = [
                 (module, name, function, wrap(function, acceleration))
                 for module in _loaders()
-                for name, wrap in ((_CONVERT, _converting), ("safe_open", _opening))
+                for name, wrap in ((_CONVERT, _converting), ("safe_open", _Opening))
                 for function in [getattr(module, name)]
             ]
             for module, name, _, replacement in replacements:
@@ -212,14 +219,21 @@ class _OpenFile:
         return getattr(self._file, attribute)
 
 
-def _opening(safe_open: Callable[..., Any], acceleration: Acceleration) -> Callable[..., Any]:
-    @functools.wraps(safe_open)
-    def opened(filename: Any, *args: Any, **kwargs: Any) -> Any:
-        if _HOOK.acceleration is not acceleration:  # uninstalled, under somebody else's replacement
-            return safe_open(filename, *args, **kwargs)
-        return _OpenFile(safe_open(filename, *args, **kwargs), os.path.abspath(os.fspath(filename)))
+class _Opening:
+    """``safe_open``, whose files say where their slices are from; ``isinstance`` takes it for the class it replaces."""
 
-    return opened
+    def __init__(self, safe_open: Any, acceleration: Acceleration):
+        functools.update_wrapper(self, safe_open, updated=())
+        self._safe_open = safe_open
+        self._acceleration = acceleration
+
+    def __call__(self, filename: Any, *args: Any, **kwargs: Any) -> Any:
+        if _HOOK.acceleration is not self._acceleration:  # uninstalled, under somebody else's replacement
+            return self._safe_open(filename, *args, **kwargs)
+        return _OpenFile(self._safe_open(filename, *args, **kwargs), os.path.abspath(os.fspath(filename)))
+
+    def __instancecheck__(self, thing: Any) -> bool:
+        return isinstance(thing, (_OpenFile, self._safe_open))
 
 
 # --- converting -------------------------------------------------------------------------------------------------------
@@ -235,24 +249,27 @@ def _converting(convert: Callable[..., Any], acceleration: Acceleration) -> Call
         rules = RuleSet(load_config.weight_mapping, model)
         # Before 5.17 a plan says what is sharded; since then the parameters do.
         sharded = kwargs.get("tp_plan") if load_config.device_mesh is not None else None
-        work = _work(model, state_dict, load_config, rules, sharded or {})
-        load = HookedLoad(type(model).__name__, tuple(work.buffers), work.left)
-        if not work.buffers:
+        work, left = _planned(model, state_dict, load_config, rules, sharded or {})
+        if work is None:
             found = convert(model, state_dict, load_config, *args, **kwargs)
-            acceleration.loads.append(load)
+            acceleration.loads.append(HookedLoad(type(model).__name__, (), left))
             return found
+        buffers: dict[str, Tensor] = {}
+        for device, targets in work.places.items():
+            buffers |= allocate(targets, device)
         # As transformers itself does: without threads if its users have said so.
         threads = 1 if is_env_variable_true("HF_DEACTIVATE_ASYNC_LOAD") else None
-        fill(work.plan, work.checkpoint, work.buffers, Limits(threads))
-        of_converted, *_ = convert(model, dict(work.buffers), replace(load_config, weight_mapping=[]), *args, **kwargs)
+        fill(work.plan, work.checkpoint, buffers, Limits(threads))
+        of_converted, *_ = convert(model, buffers, replace(load_config, weight_mapping=[]), *args, **kwargs)
         # Which rules a load has used decides how transformers saves the model.
         for rule, used in zip(load_config.weight_mapping, rules.used, strict=True):
             if used and hasattr(rule, "_was_used"):
                 rule._was_used = True
         rest = {name: source for name, source in state_dict.items() if name not in work.taken}
         of_rest, *others = convert(model, rest, load_config, *args, **kwargs)
-        _merge(of_rest, of_converted)
-        acceleration.loads.append(load)
+        _add(of_rest, of_converted)
+        lowered = tuple(target.name for target in work.plan.targets)
+        acceleration.loads.append(HookedLoad(type(model).__name__, lowered, left))
         return (of_rest, *others)
 
     return converted
@@ -263,47 +280,50 @@ class _Work(NamedTuple):
 
     plan: CopyPlan
     checkpoint: Checkpoint
-    buffers: dict[str, Tensor]
+    places: dict[Any, list[Target]]
     taken: frozenset[str]
-    left: dict[str, str]
 
 
-def _work(
+def _planned(
     model: Any, state_dict: Mapping[str, Any], load_config: Any, rules: RuleSet, tp_plan: Mapping[str, Any]
-) -> _Work:
+) -> tuple[_Work | None, dict[str, str]]:
+    """The work that is done here, if any, and what is left to transformers with the reason."""
+    if not rules.converters:
+        return None, {}
+    if load_config.hf_quantizer is not None:
+        return None, {ALL: "a quantizer takes part"}
     slices = {name: source for name, source in state_dict.items() if isinstance(source, _Slice)}
-    left: dict[str, str] = {}
-    conversions: list[Conversion] = []
-    checkpoint, wanted = _checkpoint({}), {}
-    if rules.converters and slices:
-        wanted = _wanted(model, load_config, tp_plan)
-        try:
-            checkpoint = _checkpoint(slices)
-        except CheckpointError as error:  # which transformers may read all the same
-            left = {"all that is converted": str(error)}
-        if len(slices) < len(state_dict):
-            left = {"all that is converted": "some tensors are not in safetensors files opened under the hook"}
+    if len(slices) < len(state_dict):
+        return None, {ALL: NOT_OPENED_HERE}
+    made = type(torch.empty(0, device="cpu"))
+    if made is not Tensor:
+        return None, {ALL: f"torch makes {made.__name__} here, and nothing can be read into one"}
+    try:
+        checkpoint = _checkpoint(slices)
+    except CheckpointError as error:  # which transformers may read all the same
+        return None, {ALL: str(error)}
+    wanted = _wanted(model, load_config, tp_plan)
     sources = SourceTable(checkpoint.names, checkpoint.dtypes, checkpoint.shapes)
-    if sources.names and not left:
-        found, left = whole_conversions(sources, rules, {name: want.spec for name, want in wanted.items()})
-        for conversion in found:
-            reason = _why_left(conversion, wanted, rules)
-            if reason is None:
-                conversions.append(conversion)
-            else:
-                left[conversion.targets[0].name] = reason
-        taken = {sources.names[row] for conversion in conversions for row in conversion.rows}
-        if _renames_otherwise_without(taken, load_config.weight_mapping, model, state_dict):
-            left |= {conversion.targets[0].name: _WAITS_FOR_NAMES for conversion in conversions}
-            conversions = []
-    targets = tuple(target for conversion in conversions for target in conversion.targets)
-    plan = CopyPlan(sources, targets)
-    plan.validate()
-    buffers = {
-        name: buffer for target in targets for name, buffer in allocate([target], wanted[target.name].device).items()
-    }
+    found, left = whole_conversions(sources, rules, {name: want.spec for name, want in wanted.items()})
+    conversions: list[Conversion] = []
+    for conversion in found:
+        reason = _why_left(conversion, wanted, rules)
+        if reason is None:
+            conversions.append(conversion)
+        else:
+            left[conversion.targets[0].name] = reason
     taken = frozenset(sources.names[row] for conversion in conversions for row in conversion.rows)
-    return _Work(plan, checkpoint, buffers, taken, left)
+    if _renames_otherwise_without(taken, load_config.weight_mapping, model, state_dict):
+        left |= {conversion.targets[0].name: WAITS_FOR_NAMES for conversion in conversions}
+        conversions = []
+    if not conversions:
+        return None, left
+    plan = CopyPlan(sources, tuple(target for conversion in conversions for target in conversion.targets))
+    plan.validate()
+    places: dict[Any, list[Target]] = {}
+    for target in plan.targets:
+        places.setdefault(wanted[target.name].device, []).append(target)
+    return _Work(plan, checkpoint, places, taken), left
 
 
 class _Want(NamedTuple):
@@ -325,9 +345,7 @@ def _wanted(model: Any, load_config: Any, tp_plan: Mapping[str, Any]) -> dict[st
         # As transformers does: what the plan of dtypes says, or else what the parameter has.
         code = dtype_code(planned(name) or tensor.dtype)
         device, why_not = devices[name], None
-        if load_config.hf_quantizer is not None:
-            why_not = "a quantizer takes part"
-        elif hasattr(tensor, "placements") or sharded(name) is not None:
+        if hasattr(tensor, "placements") or sharded(name) is not None:
             why_not = "it is sharded while it is loaded"
         elif device == "disk" or code is None:
             why_not = f"it is {tensor.dtype} on {device}"
@@ -337,15 +355,12 @@ def _wanted(model: Any, load_config: Any, tp_plan: Mapping[str, Any]) -> dict[st
     return wanted
 
 
-_WAITS_FOR_NAMES = "other tensors are renamed only if transformers sees its sources"
-
-
-def _renames_otherwise_without(taken: Iterable[str], rules: Iterable[Any], model: Any, names: Iterable[str]) -> bool:
+def _renames_otherwise_without(taken: Container[str], rules: list[Any], model: Any, names: Iterable[str]) -> bool:
     """Whether some of the other names would be renamed differently if ``taken`` were not seen: GroupWeightRename."""
-    with_all, with_rest = RuleSet(rules, model), RuleSet(rules, model)
-    if not any(hasattr(renaming, "_active") for renaming in with_all.renamings):
+    if not any(hasattr(rule, "_active") for rule in rules):
         return False
-    taken, ordered = set(taken), sorted(names, key=natural_key)
+    with_all, with_rest = RuleSet(rules, model), RuleSet(rules, model)
+    ordered = sorted(names, key=natural_key)
     renamed = {name: with_all.rename(name) for name in ordered}
     return any(with_rest.rename(name) != renamed[name] for name in ordered if name not in taken)
 
@@ -388,11 +403,11 @@ def _checkpoint(slices: Mapping[str, _Slice]) -> Checkpoint:
     )
 
 
-def _merge(info: Any, done: Any) -> None:
+def _add(found: Any, of_converted: Any) -> None:
     """Add what the first call found to what the second did: a key is missing if both miss it."""
-    info.missing_keys &= done.missing_keys
+    found.missing_keys &= of_converted.missing_keys
     for name in ("unexpected_keys", "mismatched_keys", "skipped_pp_keys"):
-        if hasattr(info, name):
-            getattr(info, name).update(getattr(done, name))
-    info.conversion_errors.update(done.conversion_errors)
-    info.error_msgs.extend(done.error_msgs)
+        if hasattr(found, name):
+            getattr(found, name).update(getattr(of_converted, name))
+    found.conversion_errors.update(of_converted.conversion_errors)
+    found.error_msgs.extend(of_converted.error_msgs)

@@ -13,7 +13,7 @@ from automodel_conv.errors import NameProblems, UnsupportedError, listing, messa
 from automodel_conv.planning.copies import Fallback, SourceTable, StridedCopy, Target, group_pieces
 from automodel_conv.planning.lowering import Context, LoweringError, Operation, Value, leaf, lower, needs_target_shapes
 from automodel_conv.planning.plan import CopyPlan
-from automodel_conv.planning.resolve import Assignment, missing_parts, resolve
+from automodel_conv.planning.resolve import Assignment, all_targets, missing_parts, resolve
 from automodel_conv.planning.rules import NotLowerable, RuleSet
 from automodel_conv.planning.view import NotAffine
 
@@ -164,7 +164,8 @@ def whole_conversions(
         except UnsupportedError as error:
             left[assignment.target] = str(error)
         # Also of a rule that is left: what it may make is claimed.
-        claimed.update({*_all_names(rules, assignment), *(target.name for target in made)} - {assignment.target})
+        may_make = {*all_targets(rules, assignment.rule, assignment.target), *(target.name for target in made)}
+        claimed.update(may_make - {assignment.target})
         if assignment.target in left:
             continue
         reasons = [target.fallback.reason for target in made if target.fallback is not None]
@@ -181,12 +182,6 @@ def whole_conversions(
         else:
             left[first] = "several sources claim one of its targets"
     return whole, left
-
-
-def _all_names(rules: RuleSet, assignment: Assignment) -> list[str]:
-    """The targets that one use of a rule names."""
-    patterns = rules.patterns(assignment.rule)[1]
-    return [assignment.target.replace(patterns[0], pattern) for pattern in patterns]
 
 
 class _Output(NamedTuple):
@@ -286,7 +281,7 @@ class _Compiler:
             raise chain
         source_patterns, target_patterns = self.rules.patterns(rule)
         shapes = self.sources.shapes
-        wanted = self._target_shapes(assignment, target_patterns) if needs_target_shapes(chain) else ()
+        wanted = self._target_shapes(assignment) if needs_target_shapes(chain) else ()
         key = (
             rule,
             wanted,
@@ -304,8 +299,8 @@ class _Compiler:
             self._lowered[key] = _made(values, slots)
         return self._lowered[key]
 
-    def _target_shapes(self, assignment: Assignment, patterns: Sequence[str]) -> tuple[tuple[int, ...], ...]:
-        names = [assignment.target.replace(patterns[0], pattern) for pattern in patterns]
+    def _target_shapes(self, assignment: Assignment) -> tuple[tuple[int, ...], ...]:
+        names = all_targets(self.rules, assignment.rule, assignment.target)
         if any(name not in self.parameters for name in names):
             raise NotLowerable(f"the operation asks for the shapes of {', '.join(names)}, which only a model knows")
         return tuple(self.parameters[name] for name in names)
@@ -367,7 +362,7 @@ class _Compiler:
         return next(iter(dtypes), "F32")
 
     def _fallback(self, assignment: Assignment, rows: tuple[int, ...], reason: str) -> list[Target]:
-        names = _all_names(self.rules, assignment)
+        names = all_targets(self.rules, assignment.rule, assignment.target)
         if self.targets is None:
             self.problems.failed.append((assignment.target, f"{reason}; only a model knows the shape of the result"))
             return []

@@ -177,10 +177,11 @@ def _claim(
         else:
             left.append(row)
     if left:
-        unexpected.update(dict.fromkeys(_all_targets(rules, claim.rule, target)))
+        unexpected.update(dict.fromkeys(all_targets(rules, claim.rule, target)))
 
 
-def _all_targets(rules: RuleSet, rule: int, target: str) -> list[str]:
+def all_targets(rules: RuleSet, rule: int, target: str) -> list[str]:
+    """The names that one use of a rule makes, from the first of them."""
     if rule < 0:
         return [target]
     patterns = rules.patterns(rule)[1]

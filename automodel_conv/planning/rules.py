@@ -212,9 +212,8 @@ def _operation(op: Any, config: Any) -> Operation:
     elif name == "Chunk" and getattr(op, "num_shards_attribute", None) is not None:
         if config is None:
             raise NotLowerable(f"Chunk reads {op.num_shards_attribute} from a config, and there is no model")
-        options["num_shards"] = getattr(config.get_text_config(), op.num_shards_attribute, None)
-        if options["num_shards"] is None:
-            raise NotLowerable(f"Chunk reads {op.num_shards_attribute}, which the model's config does not have")
+        asked = op.num_shards_attribute
+        options["num_shards"] = _count(name, asked, lambda: getattr(config.get_text_config(), asked))
     return Operation(name, tuple(sorted(options.items())))
 
 
@@ -224,9 +223,27 @@ def _rope_heads(op: Any, config: Any) -> int:
         raise NotLowerable("PermuteForRope of this transformers cannot run without permute_layer_names")
     if config is None:
         raise NotLowerable("PermuteForRope reads num_attention_heads from a config, and there is no model")
-    if op.subconfig_key is not None:
-        config = getattr(config, op.subconfig_key, config)
-    return getattr(config, "num_attention_heads", 1)
+
+    def heads() -> object:
+        part = config if op.subconfig_key is None else getattr(config, op.subconfig_key, config)
+        return getattr(part, "num_attention_heads", 1)
+
+    return _count("PermuteForRope", "num_attention_heads", heads)
+
+
+def _count(operation: str, attribute: str, read: Callable[[], object]) -> int:
+    """A number that an operation asks a config for.
+
+    Raises:
+        NotLowerable: it has none, or not one; what is raised then is up to transformers.
+    """
+    try:
+        found = read()
+    except (AttributeError, ValueError, RuntimeError) as error:  # absent; two text configs; another for each layer
+        raise NotLowerable(f"{operation} reads {attribute} from the config: {error}") from error
+    if not isinstance(found, int) or found < 1:
+        raise NotLowerable(f"{operation} reads {attribute} from the config, which has {found!r}")
+    return found
 
 
 def _frozen(value: object) -> object:

@@ -14,9 +14,11 @@ import torch
 pytest.importorskip("transformers", reason="what is hooked is transformers' from_pretrained")
 
 from safetensors.torch import load_file, save_file
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from transformers import AutoModelForCausalLM, conversion_mapping, dynamic_module_utils, modeling_layers
 
 import automodel_conv as amc
+from automodel_conv.integrations.transformers import ALL
 from automodel_conv.testing import address_valued
 from tests.integrations.support import assert_same_model, both, saved
 from tests.model_zoo import build_model, fill, write_checkpoint
@@ -98,6 +100,19 @@ def test_experts_of_an_mtp_head_are_converted_by_plan(tmp_path, monkeypatch, nam
     assert_same_model(hooked, stock)
     grouped = hooked.layers[0].mtp_block.mlp.experts.down_proj
     assert torch.equal(grouped, -main.model.layers[-1].mlp.experts.down_proj)
+
+
+def test_where_torch_makes_no_real_tensors_transformers_converts(mixtral):
+    model, source = mixtral
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        stock = type(model).from_pretrained(source)
+        with amc.accelerate_transformers() as acceleration:
+            hooked = type(model).from_pretrained(source)
+    for loaded in (stock, hooked):
+        assert isinstance(loaded.model.layers[0].mlp.experts.down_proj.data, FakeTensor)
+    [load] = acceleration.loads
+    assert load.lowered == ()
+    assert "FakeTensor" in load.left[ALL]
 
 
 # --- remote code ------------------------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import sys
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
@@ -294,14 +294,37 @@ def test_two_tensors_of_one_name_are_refused():
         StateDictAdapter.of("gpt_oss").from_hf(router)
 
 
-@needs_nemo
-def test_functions_that_were_imported_after_install_are_given_back_too():
-    import nemo_automodel.components.checkpoint.checkpointing as importer
-
-    theirs = importer.get_combined_key_mapping
-    nemo.install()
-    ours = conversion_mapping.get_combined_key_mapping
-    nemo._replaced[:] = [entry for entry in nemo._replaced if entry[0] is not importer]  # as if imported only now
-    importer.get_combined_key_mapping = ours
+@pytest.fixture
+def stand_in(monkeypatch):
+    """Modules with the names of NeMo AutoModel's: the package, what is replaced in it, and what imports functions."""
+    package = ModuleType("nemo_automodel.components.checkpoint")
+    theirs, importer = (ModuleType(f"{package.__name__}.{name}") for name in ("conversion_mapping", "checkpointing"))
+    theirs.requires_tensor_merging = lambda model_type: False
+    package.conversion_mapping = theirs
+    for module in (package, theirs, importer):
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+    yield package, theirs, importer
     nemo.uninstall()
-    assert importer.get_combined_key_mapping is theirs
+
+
+def test_functions_that_were_imported_after_install_are_given_back_too(stand_in):
+    package, theirs, importer = stand_in
+    nemo.install()
+    exec("from nemo_automodel.components.checkpoint.conversion_mapping import requires_tensor_merging", vars(importer))
+    assert importer.requires_tensor_merging is conversion_mapping.requires_tensor_merging
+    nemo.uninstall()
+    assert importer.requires_tensor_merging is theirs.requires_tensor_merging
+    assert package.conversion_mapping is sys.modules[theirs.__name__] is theirs
+
+
+def test_what_somebody_else_put_over_ours_stays(stand_in):
+    package, theirs, importer = stand_in
+    importer.requires_tensor_merging = theirs.requires_tensor_merging
+    nemo.install()
+    assert importer.requires_tensor_merging is conversion_mapping.requires_tensor_merging
+    patch, module = (lambda model_type: True), ModuleType("somebody's")
+    importer.requires_tensor_merging = patch
+    package.conversion_mapping = sys.modules[theirs.__name__] = module
+    nemo.uninstall()
+    assert importer.requires_tensor_merging is patch
+    assert package.conversion_mapping is sys.modules[theirs.__name__] is module

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import inspect
-import json
 import shutil
+from functools import partial
 
 import pytest
 import torch
 
 pytest.importorskip("transformers", reason="what is hooked is transformers' own")
 
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import MixtralForCausalLM, PreTrainedConfig, PreTrainedModel, conversion_mapping, core_model_loading
@@ -50,16 +52,22 @@ class Toy(PreTrainedModel):
         self.post_init()
 
 
-def load(directory, rules, nested=False, **tensors):
-    """Values of the weights that are loaded, the loading info, and the rules, which know whether they were used."""
+def load(directory, rules, nested=False, between=lambda: None, **tensors):
+    """Values of the weights that are loaded, the loading info, and the rules, which know whether they were used.
+
+    ``between`` is called whenever a tensor was opened.
+    """
     file = directory / "toy.safetensors"
     save_file({name.replace("__", "."): tensor for name, tensor in tensors.items()}, file)
     model = Toy(ToyConfig(), nested).to("meta")
-    opened = upstream.safe_open(file, framework="pt", device="cpu")
+    slices = {}
+    for name in load_file(file):
+        slices[name] = upstream.safe_open(file, framework="pt", device="cpu").get_slice(name)
+        between()
     more = {"tp_plan": None} if "tp_plan" in inspect.signature(STOCK).parameters else {}
     info, *_ = upstream.convert_and_load_state_dict_in_model(
         model=model,
-        state_dict={name: opened.get_slice(name) for name in opened.keys()},
+        state_dict=slices,
         load_config=upstream.LoadStateDictConfig(weight_mapping=rules, dtype=torch.float32),
         **more,
     )
@@ -144,18 +152,33 @@ def test_names_that_wait_for_others_are_renamed_whichever_of_these_a_plan_takes(
     assert info == stock_info
     for loaded in (hooked, stock_model):
         assert_bytes_equal(loaded.model.layers[0].input_layernorm.weight.data, norm)
-    assert hook._WAITS_FOR_NAMES in acceleration.loads[0].left.values()
+    assert hook.WAITS_FOR_NAMES in acceleration.loads[0].left.values()
 
 
-def test_a_header_that_is_not_accepted_here_is_the_reason_for_what_is_left(tmp_path):
-    text = json.dumps({"ka.weight": {"dtype": "F32", "shape": [1, 2], "data_offsets": [0, 8]}}).encode()
-    (tmp_path / "toy.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + bytes(8))
-    opened = hook._Slice(None, str(tmp_path / "missing.safetensors"), "ka.weight")
-    rules = hook.RuleSet([joined()], None)
-    config = upstream.LoadStateDictConfig(weight_mapping=[joined()], dtype=torch.float32)
-    work = hook._work(Toy(ToyConfig()), {"ka.weight": opened}, config, rules, {})
-    assert work.buffers == {}
-    assert "cannot read a file" in work.left["all that is converted"]
+def test_a_header_that_is_not_accepted_here_is_the_reason_for_what_is_left(tmp_path, monkeypatch):
+    def refused(path):
+        raise amc.CheckpointError(f"odd header of {path}")
+
+    monkeypatch.setattr(hook, "read_header", refused)
+    done = same_under_the_hook(tmp_path, [joined()], **PARTS)
+    assert done.lowered == ()
+    assert done.left == {hook.ALL: f"odd header of {tmp_path / 'toy.safetensors'}"}
+    assert "0 converted by plan, all by transformers" in str(hook.Acceleration([done]))
+
+
+def test_a_load_whose_files_were_opened_in_part_before_install_is_left(tmp_path):
+    stock = load(tmp_path, [joined()], **PARTS)
+    installed = []
+    assert load(tmp_path, [joined()], between=lambda: installed.append(amc.install()), **PARTS) == stock
+    assert len(installed) == 2
+    assert installed[0].loads == [("Toy", (), {hook.ALL: hook.NOT_OPENED_HERE})]
+
+
+def test_a_load_whose_files_were_opened_in_part_before_uninstall_ends(tmp_path):
+    stock = load(tmp_path, [joined()], **PARTS)
+    acceleration = amc.install()
+    assert load(tmp_path, [joined()], between=amc.uninstall, **PARTS) == stock
+    assert acceleration.loads == []
 
 
 def test_a_block_that_was_uninstalled_does_not_end_a_later_one():
@@ -170,14 +193,20 @@ def test_a_block_that_was_uninstalled_does_not_end_a_later_one():
 
 
 def test_nothing_is_planned_after_uninstall_even_under_somebody_elses_replacement(tmp_path, monkeypatch):
-    name = "convert_and_load_state_dict_in_model"
-    monkeypatch.setattr(upstream, name, getattr(upstream, name))  # to be put back at the end
+    names = ("convert_and_load_state_dict_in_model", "safe_open")
+    for name in names:
+        monkeypatch.setattr(upstream, name, getattr(upstream, name))  # to be put back at the end
     done = amc.install()
-    ours = getattr(upstream, name)
-    monkeypatch.setattr(upstream, name, lambda *args, **kwargs: ours(*args, **kwargs))
+    for name in names:
+        monkeypatch.setattr(upstream, name, partial(getattr(upstream, name)))
     amc.uninstall()
-    values, *_ = load(tmp_path, [joined()], **PARTS)
-    assert values["k.weight"] == [[2.0, 2.0], [3.0, 3.0]]
+    stock = load(tmp_path, [joined()], **PARTS)
+    assert stock[0]["k.weight"] == [[2.0, 2.0], [3.0, 3.0]]
+    assert done.loads == []
+    assert type(upstream.safe_open(tmp_path / "toy.safetensors", framework="pt")) is safe_open
+    with amc.accelerate_transformers() as again:  # over their replacement of ours, which stays without effect
+        assert load(tmp_path, [joined()], **PARTS) == stock
+    assert [load.lowered for load in again.loads] == [("k.weight",)]
     assert done.loads == []
 
 
@@ -194,3 +223,20 @@ def test_what_the_hook_hands_out_can_be_copied(tmp_path):
     with amc.accelerate_transformers():
         opened = upstream.safe_open(tmp_path / "a.safetensors", framework="pt")
         assert copy.copy(opened).get_slice("a")[:].tolist() == copy.copy(opened.get_slice("a"))[:].tolist() == [1, 1]
+
+
+def test_an_open_file_is_an_instance_of_what_opened_it(tmp_path):
+    save_file({"a": torch.ones(2)}, tmp_path / "a.safetensors")
+    before = upstream.safe_open(tmp_path / "a.safetensors", framework="pt")
+    with amc.accelerate_transformers():
+        opened = upstream.safe_open(tmp_path / "a.safetensors", framework="pt")
+        assert isinstance(opened, upstream.safe_open)
+        assert isinstance(before, upstream.safe_open)
+        assert not isinstance(opened.get_slice("a"), upstream.safe_open)
+
+
+def test_a_transformers_whose_loader_has_no_plan_of_dtypes_is_refused(monkeypatch):
+    monkeypatch.setattr(upstream, "LoadStateDictConfig", dataclasses.make_dataclass("Of50", ["weight_mapping"]))
+    with pytest.raises(amc.UnsupportedError, match=r"expected: transformers 5\.1 or newer"):
+        amc.install()
+    assert upstream.convert_and_load_state_dict_in_model is STOCK

@@ -87,6 +87,51 @@ def test_what_only_a_config_knows_is_not_guessed():
     assert operations_of(rule, Config(shards=3)) == (Operation("Chunk", (("dim", 0), ("num_shards", 3))),)
 
 
+class TwoTexts(Config):
+    def get_text_config(self):
+        raise ValueError("multiple text configs")
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        (Config(), "no attribute 'shards'"),
+        (Config(shards=None), "has None"),
+        (Config(shards=[2, 2]), r"has \[2, 2\]"),
+        (Config(shards=0), "has 0"),
+        (TwoTexts(shards=3), "multiple text configs"),
+        (SimpleNamespace(shards=3), "get_text_config"),
+    ],
+)
+def test_a_config_that_does_not_know_is_the_reason(config, said):
+    try:
+        shards = Chunk(dim=0, num_shards_attribute="shards")
+    except TypeError:
+        pytest.skip("this transformers reads no number of shards from the config")
+    with pytest.raises(NotLowerable, match=said):
+        operations_of(WeightConverter("a", "b.*", operations=[shards]), config)
+
+
+class OfEachLayer(Config):
+    @property
+    def num_attention_heads(self):
+        raise RuntimeError("a per-layer attribute")
+
+
+@pytest.mark.parametrize(
+    "config",
+    [Config(num_attention_heads=None), Config(num_attention_heads=[4, 4]), OfEachLayer()],
+    ids=["none", "list", "layers"],
+)
+def test_heads_that_are_not_one_number_are_the_reason(config):
+    try:
+        rope = core.PermuteForRope(permute_layer_names=["q_proj"])
+    except TypeError:
+        pytest.skip("PermuteForRope of this transformers does not run")
+    with pytest.raises(NotLowerable, match="num_attention_heads"):
+        operations_of(WeightConverter("a", "b", operations=[rope]), config)
+
+
 # --- not stock ------------------------------------------------------------------------------------
 
 
