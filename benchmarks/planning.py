@@ -36,6 +36,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 from rich.table import Table
 from torch import nn
@@ -206,11 +207,13 @@ def main(arguments: list[str] | None = None) -> None:
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    os.environ["HF_DEACTIVATE_ASYNC_LOAD"] = "1"
     environment = measure.environment()
     results = []
     for shape in SIZES[options.size]:
-        with tempfile.TemporaryDirectory(dir=options.directory) as directory:
+        with (
+            tempfile.TemporaryDirectory(dir=options.directory) as directory,
+            mock.patch.dict(os.environ, {"HF_DEACTIVATE_ASYNC_LOAD": "1"}),
+        ):
             show(f"  {shape.name}: {shape.keys:,} tensors", err=True)
             results.append(run_shape(shape, directory, options.repetitions))
     show_environment(environment)

@@ -1,6 +1,7 @@
 """Every benchmark runs, small, and measures what it says."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -24,7 +25,9 @@ def checkpoint(tmp_path_factory):
 def test_planning_times_every_stage_and_writes_it(tmp_path, capsys):
     file = tmp_path / "result.json"
     arguments = ["--size", "small", "--repetitions", "2", "--json", str(file)]
+    before = os.environ.get("HF_DEACTIVATE_ASYNC_LOAD")
     planning.main([*arguments, "--directory", str(tmp_path)])
+    assert os.environ.get("HF_DEACTIVATE_ASYNC_LOAD") == before
     assert "open + plan" in capsys.readouterr().out
     result = json.loads(file.read_text())
     assert result["environment"]["versions"]["torch"] == torch.__version__
