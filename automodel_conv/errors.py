@@ -54,6 +54,10 @@ class UnsupportedError(ConversionError):
     """An operation, layout, dtype or file format that this package does not convert."""
 
 
+class QuantizationError(ConversionError):
+    """A quantized tensor lacks a part, or parts that do not fit each other, or what the config says of them."""
+
+
 class UnknownTarget(ConversionError, KeyError):
     """A plan was asked about a target that it does not have."""
 

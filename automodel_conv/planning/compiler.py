@@ -108,7 +108,7 @@ def compile_targets(
     """
     if parameters is None and targets is not None:
         parameters = {name: spec.shape for name, spec in targets.items()}
-    resolution = resolve(sources.names, rules, targets)
+    resolution = resolve(sources.names, rules, targets, sources.hidden)
     compiler = _Compiler(sources, rules, targets, dtype, parameters or {})
     made: dict[str, Target] = {}
     for assignment in resolution.assignments:
@@ -148,7 +148,7 @@ def whole_conversions(
     What is left out shares no source and no target with what is returned, so that it can be converted apart from it.
     Tensors that are only renamed are in neither.
     """
-    resolution = resolve(sources.names, rules, targets)
+    resolution = resolve(sources.names, rules, targets, sources.hidden)
     claimed = Counter(assignment.target for assignment in resolution.assignments)
     contested = {name for name, _ in resolution.duplicated}
     compiler = _Compiler(sources, rules, targets, None, {name: spec.shape for name, spec in targets.items()})

@@ -118,7 +118,8 @@ def _check_chainable(made: Target, sources: SourceTable, target: Target) -> None
     for thing in (made, target):
         if thing.fallback is not None:
             raise UnsupportedError(message(f"{thing.name} is made by upstream's own code, so plans end there"))
-    casts = [sources.dtypes[row] for row in made.sources if sources.dtypes[row] != made.dtype]
+    numbers = [row for row in made.sources if row not in sources.decodes]  # what is decoded takes any dtype at once
+    casts = [sources.dtypes[row] for row in numbers if sources.dtypes[row] != made.dtype]
     if casts and made.dtype != target.dtype:
         raise UnsupportedError(
             message(

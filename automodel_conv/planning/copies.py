@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import prod
 from typing import Any, NamedTuple
 
@@ -107,13 +107,57 @@ class Target(NamedTuple):
         return nbytes(self.dtype, prod(self.shape))
 
 
+class Decode(NamedTuple):
+    """How the elements of a quantized source come out of its codes; see ``quantization.py``.
+
+    The codes are stored under the source's own row, two to a byte where they have 4 bits, the even column in the low
+    half. The other parts are rows of the same table, which no target takes by their names.
+    """
+
+    format: str
+    """Of a code: "e4m3", "e5m2", "e2m1" or "int4"."""
+    matrix: tuple[int, int]
+    """Rows and columns of the source's last two dimensions, as stored."""
+    block: tuple[int, int]
+    """Rows and columns that share a scale, the last ones of a matrix perhaps fewer."""
+    scales: int
+    zero_points: int | None = None
+    global_scale: int | None = None
+    divides: bool = False
+    """The scale is divided by the global one, not multiplied."""
+    swapped: bool = False
+    """The last two dimensions are meant in the other order than they are stored in."""
+    like_upstream: bool = False
+    """Round as transformers does, not once."""
+
+    @property
+    def bits(self) -> int:
+        """Of a code."""
+        return 4 if self.format in ("e2m1", "int4") else 8
+
+    @property
+    def parts(self) -> tuple[int, ...]:
+        """The rows beside the source's own."""
+        return tuple(row for row in (self.scales, self.zero_points, self.global_scale) if row is not None)
+
+
 @dataclass(frozen=True)
 class SourceTable:
-    """What a checkpoint or a state dict offers, in columns: names, dtype codes, shapes."""
+    """What a checkpoint or a state dict offers, in columns: names, dtype codes, shapes.
+
+    A row in ``decodes`` is a quantized tensor under the name, shape and dtype of what it stands for; it becomes any
+    floating dtype in one step. Rows in ``hidden`` are parts of others and have no name that a target could take.
+    """
 
     names: Sequence[str]
     dtypes: Sequence[str]
     shapes: Sequence[tuple[int, ...]]
+    decodes: Mapping[int, Decode] = field(default_factory=dict)
+    hidden: frozenset[int] = frozenset()
 
-    def nbytes(self, row: int) -> int:
-        return nbytes(self.dtypes[row], prod(self.shapes[row]))
+    def nbytes(self, row: int, numel: int | None = None) -> int:
+        """Bytes that a source, or so many of its elements, are stored in; of a quantized one those of its codes."""
+        numel = prod(self.shapes[row]) if numel is None else numel
+        if row in self.decodes:
+            return -(-numel * self.decodes[row].bits // 8)
+        return nbytes(self.dtypes[row], numel)

@@ -15,11 +15,14 @@ from functools import cached_property
 from math import prod
 from typing import Any
 
-from automodel_conv.dtypes import BITS, nbytes
+from automodel_conv.dtypes import BITS
 from automodel_conv.errors import ConversionError, UnknownTarget, UnsupportedError, message
 from automodel_conv.planning.composition import chained, inverted, table_of
-from automodel_conv.planning.copies import SourceTable, StridedCopy, Target
+from automodel_conv.planning.copies import Decode, SourceTable, StridedCopy, Target
 from automodel_conv.planning.proof import prove
+
+# Of the JSON form.
+_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -69,7 +72,10 @@ class CopyPlan:
 
     @cached_property
     def bytes_read(self) -> int:
-        """Bytes of the sources that take part, each counted once; gaps that are read with them not counted."""
+        """Bytes of the sources that take part, each counted once; gaps that are read with them not counted.
+
+        The scales of a quantized source are counted whole.
+        """
         wanted: Counter[int] = Counter()
         for target in self.targets:
             if target.fallback is not None:
@@ -77,21 +83,29 @@ class CopyPlan:
             for copy in target.copies:
                 for ordinal in copy.ordinals:
                     row = target.sources[ordinal]
-                    wanted[row] += nbytes(self.sources.dtypes[row], prod(copy.shape))
-        return sum(min(count, self.sources.nbytes(row)) for row, count in wanted.items())
+                    wanted[row] += self.sources.nbytes(row, prod(copy.shape))
+        decodes = self.sources.decodes
+        parts = {part for row in wanted if row in decodes for part in decodes[row].parts}
+        sizes = [min(count, self.sources.nbytes(row)) for row, count in wanted.items()]
+        return sum(sizes) + sum(map(self.sources.nbytes, parts))
 
     @cached_property
     def bytes_written(self) -> int:
         return sum(target.nbytes for target in self.targets)
 
     def execution_of(self, target: Target) -> str:
-        """How a target is made: ``read`` (bytes land in place), ``cast``, ``strided`` or both, ``upstream``."""
+        """How a target is made: ``read`` (bytes land in place), ``upstream``, or what of ``strided``, ``cast`` and
+        ``decode`` it takes.
+        """
         if target.fallback is not None:
             return "upstream"
         ways = []
         if not all(copy.is_contiguous for copy in target.copies):
             ways.append("strided")
-        if any(self.sources.dtypes[row] != target.dtype for row in target.sources):
+        decoded = [row in self.sources.decodes for row in target.sources]
+        if any(decoded):
+            ways.append("decode")
+        if any(self.sources.dtypes[row] != target.dtype for row in target.sources) and not all(decoded):
             ways.append("cast")
         return ", ".join(ways) or "read"
 
@@ -135,7 +149,9 @@ class CopyPlan:
         return "\n".join(lines)
 
     def _source_text(self, row: int) -> str:
-        return f"{self.sources.names[row]} {self.sources.dtypes[row]} {list(self.sources.shapes[row])}"
+        decode = self.sources.decodes.get(row)
+        kind = self.sources.dtypes[row] if decode is None else decode.format
+        return f"{self.sources.names[row]} {kind} {list(self.sources.shapes[row])}"
 
     # --- checking it ------------------------------------------------------------------------------------------------
 
@@ -157,7 +173,7 @@ class CopyPlan:
         Only sources that take part come back.
 
         Raises:
-            UnsupportedError: a target is made by upstream's own code.
+            UnsupportedError: a target is made by upstream's own code, or of quantized sources.
             CoverageError: part of a source is not in any target, so it cannot be brought back.
         """
         if self.fallbacks:
@@ -167,6 +183,10 @@ class CopyPlan:
                     found=", ".join(self.fallbacks[:5]),
                 )
             )
+        decoded = [self.sources.names[row] for row in sorted(self.used_sources & self.sources.decodes.keys())]
+        if decoded:
+            found = f"{len(decoded)} quantized sources, {decoded[0]} the first"
+            raise UnsupportedError(message("this plan cannot be inverted: nothing here quantizes", found=found))
         targets = inverted(self.targets, self.sources)
         plan = CopyPlan(table_of(self.targets), tuple(targets), tuple(f"inverse of {rule}" for rule in self.rules))
         plan.validate()
@@ -212,12 +232,14 @@ class CopyPlan:
                 copies.append(target.copies)
         return json.dumps(
             {
-                "version": 1,
+                "version": _VERSION,
                 "sources": [
                     list(self.sources.names),
                     list(self.sources.dtypes),
                     list(self.sources.shapes),
                 ],
+                "decodes": list(self.sources.decodes.items()),
+                "hidden": sorted(self.sources.hidden),
                 "copies": copies,
                 "targets": [[*target[:5], table[id(target.copies)]] for target in self.targets],
                 "rules": self.rules,
@@ -241,15 +263,18 @@ class CopyPlan:
             raise
         except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
             raise UnsupportedError(
-                message("not a plan in JSON form", expected="version 1", found=f"{type(error).__name__}: {error}")
+                message(
+                    "not a plan in JSON form", expected=f"version {_VERSION}", found=f"{type(error).__name__}: {error}"
+                )
             ) from error
         plan.validate()
         return plan
 
 
 def _from_data(data: Any) -> CopyPlan:
-    if data["version"] != 1:
-        raise UnsupportedError(message("not a plan in JSON form", expected="version 1", found=data["version"]))
+    if data["version"] != _VERSION:
+        found = data["version"]
+        raise UnsupportedError(message("not a plan in JSON form", expected=f"version {_VERSION}", found=found))
     copies = [tuple(StridedCopy(*copy) for copy in group) for group in data["copies"]]
     targets = tuple(
         Target(name, dtype, shape, rule, sources, copies[group])
@@ -263,8 +288,12 @@ def _from_data(data: Any) -> CopyPlan:
         raise UnsupportedError(message("a plan with unknown dtypes", found=sorted(unknown)))
     if any(not -1 <= target.rule < len(data["rules"]) for target in targets):
         raise UnsupportedError(message("a plan with targets of unknown rules"))
+    decodes = {row: Decode(*decode) for row, decode in data["decodes"]}
+    rows = [*decodes, *data["hidden"], *(part for decode in decodes.values() for part in decode.parts)]
+    if any(not 0 <= row < len(names) for row in rows):
+        raise UnsupportedError(message("a plan of which parts of quantized sources are no sources"))
     return CopyPlan(
-        SourceTable(list(names), list(dtypes), list(shapes)),
+        SourceTable(list(names), list(dtypes), list(shapes), decodes, frozenset(data["hidden"])),
         targets,
         data["rules"],
         data["missing"],

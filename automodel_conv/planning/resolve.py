@@ -8,7 +8,7 @@ Nothing is raised here: what does not fit is collected, so that one error can te
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from operator import itemgetter
 from typing import NamedTuple
@@ -47,17 +47,23 @@ _MOST_NUMBERS = 100
 _Template = tuple[str | None, ...]  # the components of a name, None for the numeric ones
 
 
-def resolve(names: Sequence[str], rules: RuleSet, targets: Mapping[str, object] | None) -> Resolution:
+def resolve(
+    names: Sequence[str],
+    rules: RuleSet,
+    targets: Mapping[str, object] | None,
+    hidden: Collection[int] = (),
+) -> Resolution:
     """Assign every name to a target.
 
     Args:
         names: source names, in any order.
+        hidden: rows of names that are passed over.
         targets: the names that exist, with anything but None as values; None accepts every name.
     """
     claims: dict[str, list[_Claim]] = {}
     one_by_one: list[int] = []
     unexpected: dict[str, None] = {}
-    for template, (numbers, rows) in _templates(names).items():
+    for template, (numbers, rows) in _templates(names, hidden).items():
         representative = _fill(template, [str(_SENTINEL + i) for i in range(template.count(None))])
         if template.count(None) > _MOST_NUMBERS or rules.looks_at_digits(representative):
             one_by_one += rows
@@ -81,10 +87,14 @@ def resolve(names: Sequence[str], rules: RuleSet, targets: Mapping[str, object] 
     return Resolution(assignments, list(unexpected), duplicated)
 
 
-def _templates(names: Sequence[str]) -> dict[_Template, tuple[list[tuple[str, ...]], list[int]]]:
+def _templates(
+    names: Sequence[str], hidden: Collection[int]
+) -> dict[_Template, tuple[list[tuple[str, ...]], list[int]]]:
     """Names grouped by template: ``("layers", None, "w1") -> ([("0",), ("1",)], [row, row])``."""
     templates: dict[_Template, tuple[list[tuple[str, ...]], list[int]]] = {}
     for row, name in enumerate(names):
+        if row in hidden:
+            continue
         parts = name.split(".")
         template = tuple([None if part.isdecimal() else part for part in parts])
         group = templates.get(template)
