@@ -10,11 +10,22 @@ from collections.abc import Iterator, Sequence
 from functools import cache
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from automodel_conv.errors import ConversionError, UnsupportedError, message
+from automodel_conv.kernels.address_table import WIDEST, Matrices, alignment, as_matrices, at_addresses
+from automodel_conv.kernels.launch import Launches, assigned
+from automodel_conv.kernels.launch import start as start_launches
 from automodel_conv.kernels.strided_copy import strided_copy_torch
+from automodel_conv.kernels.variants import Blocks, Decoding, Geometry, Variant, word
+
+# Rows and columns of a tile: 32 numbers for each thread of a block; in a transposed one runs of 128 bytes on the side
+# that is written.
+_TILE = (16, 256)
+_TRANSPOSED_TILE = (64, 64)
+_SCALAR_TILE = (16, 32)  # larger ones need more registers for addresses than there are
 
 # Bytes of codes decoded at once: with their indices, of 4 or 8 bytes each, they stay in the second-level cache.
 _PIECE_BYTES = 1 << 18
@@ -36,6 +47,134 @@ class _Lookup(NamedTuple):
     nibbles: bool
 
 
+def dequantize(
+    dst: Sequence[Tensor],
+    codes: Sequence[Tensor],
+    cells: Sequence[Tensor],
+    table: Tensor,
+    *,
+    bits: int,
+    block: tuple[int, int],
+    start: tuple[int, int] = (0, 0),
+) -> None:
+    """``dst[k][r, c] = table[cells[k][(r + start[0]) // block[0], (c + start[1]) // block[1]], code[r, c]]``.
+
+    One launch for each alignment of the addresses that occurs.
+
+    Args:
+        dst: ``[R, C]`` of the table's dtype, of one kind: shape, strides, device; any strides, so also transposed.
+            Must overlap neither itself nor a source; nothing here checks it.
+        codes: uint8 ``[R, C * bits // 8]``, of one kind, as many, at any address; elements of a row are adjacent, rows
+            at any stride. Of 4 bits, the even column is the low nibble.
+        cells: uint8 or int32, of one dtype, contiguous: the row of the table for each block that the matrix reaches
+            into. None may lie beyond the table; nothing here checks it.
+        table: ``[T, 2**bits]``, contiguous, elements of 2 or 4 bytes, shared by all.
+        bits: 8 or 4.
+        block: rows and columns of a block; whole bytes of codes, so an even number of columns for 4 bits.
+        start: where in its first block a matrix begins, rows and columns; whole bytes likewise.
+
+    Numbers are written 16 bytes at a time where either the rows or the columns of ``dst`` have adjacent elements and
+    start at multiples of 16 bytes, codes at multiples of 8 (for 2-byte numbers of 4 bits 4), and as many columns lie
+    in one block; otherwise one by one, every other column too. Blocks of powers of two, or as large as the matrix, cost
+    less than others. Uploads one table of addresses; queued on the current stream, so the memory must live until that
+    is done. Compiles one kernel for each combination of these and the dtypes, the first time.
+
+    Raises:
+        ConversionError: operands that do not fit together; nothing is written then.
+        UnsupportedError: other bits, a table of elements of another size, or a device that kernels do not run on.
+    """
+    check_dequantize(dst, codes, cells, table, bits=bits, block=block, start=start)
+    if not dst or not dst[0].numel():
+        return
+    is_transposed = _is_transposed(dst[0])
+    launches = dequantize_launches(
+        _stepped([d.t() for d in dst] if is_transposed else dst),
+        as_matrices("codes", codes),
+        as_matrices("cells", cells),
+        table,
+        bits=bits,
+        block=block,
+        start=start,
+        is_transposed=is_transposed,
+        step=dst[0].stride(0 if is_transposed else 1),
+    )
+    start_launches(launches)
+
+
+def _stepped(tensors: Sequence[Tensor]) -> Matrices:
+    """Matrices of which elements of a row may be apart."""
+    columns = as_matrices("dst", [tensor[:, :1] for tensor in tensors])
+    return columns._replace(columns=tensors[0].shape[1])
+
+
+def dequantize_launches(
+    dst: Matrices,
+    codes: Matrices,
+    cells: Matrices,
+    table: Tensor,
+    *,
+    bits: int,
+    block: tuple[int, int],
+    start: tuple[int, int],
+    is_transposed: bool = False,
+    step: int = 1,
+) -> Launches:
+    """What ``dequantize`` launches.
+
+    Args:
+        dst: ``[R, C]``, or ``[C, R]`` if ``is_transposed``.
+        step: between elements of a row of ``dst``.
+    """
+    per_byte = 8 // bits
+    blocks = Blocks(step, block[0], block[1] // per_byte, start[0], start[1] // per_byte, cells.columns)
+    blocks, by_shifts = _by_shifts(blocks, codes.rows, codes.columns)
+    in_one_block = alignment(np.array([block[1] | start[1]])).item() if cells.columns > 1 else WIDEST
+    geometry = Geometry(codes.rows, codes.columns, codes.row_stride, dst.row_stride, blocks)
+    decoding = Decoding(bits, str(cells.dtype).removeprefix("torch."), by_shifts, is_transposed, step != 1)
+
+    def choose(dst_alignment: int, src_alignment: int) -> tuple[Variant, Geometry]:
+        return dequantize_variant(dst.dtype, decoding, dst_alignment, src_alignment, in_one_block), geometry
+
+    shared = at_addresses(
+        np.full(len(dst.addresses), table.data_ptr()), (len(table), 1 << bits), 1 << bits, table.dtype, table.device
+    )
+    return assigned((dst, codes), 1, choose, (cells, shared))
+
+
+def _by_shifts(blocks: Blocks, rows: int, nbytes: int) -> tuple[Blocks, bool]:
+    """Blocks with binary logarithms of their sizes, if they have such; those larger than the matrix are as good as any
+    that is.
+    """
+    sizes = []
+    for block, begin, size in (
+        (blocks.block_rows, blocks.start_row, rows),
+        (blocks.block_columns, blocks.start_column, nbytes),
+    ):
+        sizes.append(1 << (begin + size).bit_length() if block >= begin + size else block)
+    if any(size & (size - 1) for size in sizes):
+        return blocks, False
+    block_rows, block_columns = (size.bit_length() - 1 for size in sizes)
+    return blocks._replace(block_rows=block_rows, block_columns=block_columns), True
+
+
+def dequantize_variant(
+    dst: torch.dtype, decoding: Decoding, dst_alignment: int, src_alignment: int, in_one_block: int
+) -> Variant:
+    """Vectors of 16 bytes of numbers, or single ones; of codes as many as make one.
+
+    Args:
+        in_one_block: so many columns always lie in one block.
+    """
+    vector = WIDEST // dst.itemsize
+    src_vector = vector * decoding.bits // 8
+    tile = _TRANSPOSED_TILE if decoding.is_transposed else _TILE
+    if decoding.is_stepped or dst_alignment < WIDEST or src_alignment < src_vector or in_one_block < vector:
+        vector, src_vector, tile = 1, 1, _SCALAR_TILE
+    columns = tile[1] * decoding.bits // 8
+    number = word(dst.itemsize)
+    return Variant("dequantize_tiles", "uint8", number, src_vector, vector, tile[0], columns, decoding=decoding)
+
+
 @torch.no_grad()
 def dequantize_torch(
     dst: Sequence[Tensor],
@@ -50,15 +189,8 @@ def dequantize_torch(
     """``dst[k][r, c] = table[cells[k][(r + start[0]) // block[0], (c + start[1]) // block[1]], code[r, c]]``.
 
     Args:
-        dst: ``[R, C]`` of the table's dtype, of one shape, any strides, overlapping neither each other nor a source.
-            Fastest where rows follow each other without a gap.
-        codes: uint8 ``[R, C * bits // 8]``, as many; a row's bytes are adjacent. Of 4 bits, the even column is the low
-            nibble.
-        cells: uint8 or int32, contiguous: the row of the table for each block that the matrix reaches into.
-        table: ``[T, 2**bits]``, contiguous, elements of 2 or 4 bytes, shared by all.
-        bits: 8 or 4.
-        block: rows and columns of a block; whole bytes of codes, so an even number of columns for 4 bits.
-        start: where in its first block a matrix begins, rows and columns; whole bytes likewise.
+        dst, codes, cells, table, bits, block, start: as for ``dequantize``; any strides of ``codes``, and each ``dst``
+            its own. Fastest where rows of ``dst`` follow each other without a gap.
 
     Allocates some 4 MiB of scratch, at most 8 (blocks of one byte), freed on return. Releases the GIL. PyTorch spreads
     the work over its intra-op threads, unless the calling thread has called ``torch.set_num_threads(1)``.
@@ -116,11 +248,11 @@ def check_dequantize(
                 "blocks are of whole bytes of codes", expected="even columns", found=f"start {start}, block {block}"
             )
         )
-    if table.dim() != 2 or table.shape[1] != 1 << bits or not table.is_contiguous() or table.numel() >= _INT32:
+    if table.dim() != 2 or table.shape[1] != 1 << bits or not table.is_contiguous() or not 0 < table.numel() < _INT32:
         raise ConversionError(
             message(
                 "a table has an entry for every code in every row",
-                expected=f"contiguous, [T, {1 << bits}], less than 2**31 entries",
+                expected=f"contiguous, [T, {1 << bits}], up to 2**31 - 1 entries",
                 found=f"{list(table.shape)}, strides {table.stride()}",
             )
         )
