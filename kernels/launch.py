@@ -141,17 +141,19 @@ def assigned(
     operands: Sequence[Matrices],
     dst_count: int,
     choose: Callable[[int, int], tuple[Variant, Geometry]],
+    others: Sequence[Matrices] = (),
 ) -> Launches:
     """Rows of addresses ordered by the variant that their alignment needs.
 
     Args:
         operands: columns of the table, the ``dst_count`` destinations first.
         choose: what to launch for an alignment of the destinations and one of the sources, in bytes.
+        others: further columns, read element by element, so that their alignment is of no account.
 
     Raises:
         ConversionError: a matrix too large for the arithmetic of a tile.
     """
-    table = np.stack([operand.addresses for operand in operands], axis=1)
+    table = np.stack([operand.addresses for operand in (*operands, *others)], axis=1)
     kinds, of_row = _assign(table, operands, dst_count, choose)
     for kind in kinds:
         checked_tiles(*kind)
@@ -196,7 +198,7 @@ def compile_ahead(variants: Iterable[Variant], device: torch.device) -> None:
             destinations, operands = OPERANDS[variant.kernel]
             row = [scratch[int(n >= destinations)].data_ptr() for n in range(operands)]
             table = upload(np.array([row], np.int64), device)
-            moves_triton.launch(variant, (1, 1), table, (1, 1, 1, 1))
+            moves_triton.launch(variant, (1, 1), table, (1,) * variant.integers)
 
 
 def _assign(
@@ -207,7 +209,7 @@ def _assign(
 ) -> tuple[list[tuple[Variant, Geometry]], np.ndarray]:
     """The launches that the rows of a table need, and which of them each row takes."""
     sides = []
-    for columns in (slice(0, dst_count), slice(dst_count, None)):
+    for columns in (slice(0, dst_count), slice(dst_count, len(operands))):
         steps = np.bitwise_or.reduce([operand.steps_bytes for operand in operands[columns]])
         sides.append(alignment(np.bitwise_or.reduce(table[:, columns], axis=1) | steps))
     known: dict[tuple[Variant, Geometry], int] = {}
@@ -223,9 +225,15 @@ def checked_tiles(variant: Variant, geometry: Geometry) -> int:
     rows, columns = variant.tile_rows, variant.tile_columns
     tiles = -(-geometry.rows // rows) * -(-geometry.columns // columns)
     # Tiles of a transposing kernel are written column by column; 8 bytes are a pair of the widest elements.
-    written = rows if variant.kernel == "copy_tiles" else columns
-    reach = 8 * (max(rows * geometry.src_stride, written * geometry.dst_stride) + max(rows, columns))
-    if max(reach, tiles, geometry.rows + rows, geometry.columns + columns) >= _INT32:
+    written, run = (rows, columns) if variant.kernel == "copy_tiles" else (columns, rows)
+    ends = [geometry.rows + rows, geometry.columns + columns]
+    if variant.decoding is not None and geometry.blocks is not None:
+        numbers = columns * 8 // variant.decoding.bits
+        written, run = (numbers, rows) if variant.decoding.is_transposed else (rows, numbers)
+        run *= geometry.blocks.step
+        ends = [ends[0] + geometry.blocks.start_row, ends[1] + geometry.blocks.start_column]
+    reach = 8 * (max(rows * geometry.src_stride, written * geometry.dst_stride) + max(run, rows, columns))
+    if max(reach, tiles, *ends) >= _INT32:
         raise ConversionError(
             message(
                 "a matrix is too large for one call",
@@ -237,12 +245,13 @@ def checked_tiles(variant: Variant, geometry: Geometry) -> int:
     return tiles
 
 
-def _in_vectors(variant: Variant, geometry: Geometry) -> tuple[int, int, int, int]:
+def _in_vectors(variant: Variant, geometry: Geometry) -> tuple[int, ...]:
     """The integers that a kernel takes: what a vector length divides, divided by it."""
-    rows, columns, src_stride, dst_stride = geometry
-    if variant.kernel != "copy_tiles":
+    rows, columns, src_stride, dst_stride, blocks = geometry
+    if variant.kernel != "copy_tiles" and not (variant.decoding and not variant.decoding.is_transposed):
         rows //= variant.dst_vector
     if variant.pairs:
         src_stride //= 2 if variant.kernel == "deinterleave_tiles" else 1
         dst_stride //= 2 if variant.kernel == "interleave_tiles" else 1
-    return rows, columns // variant.src_vector, src_stride // variant.src_vector, dst_stride // variant.dst_vector
+    columns, src_stride = columns // variant.src_vector, src_stride // variant.src_vector
+    return rows, columns, src_stride, dst_stride // variant.dst_vector, *(blocks or ())

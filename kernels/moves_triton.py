@@ -25,6 +25,7 @@ import triton.language as tl
 from automodel_conv.kernels.variants import NUM_WARPS, Variant
 
 _RUNTIME = ["table", "rows", "rows_v", "columns_v", "src_stride_v", "dst_stride_v"]
+_BLOCKS = ["step", "block_rows", "block_columns", "start_row", "start_column", "across"]
 # Neighbouring programs take this many tiles along the rows before the next columns, so that what they read together and
 # what they write together, transposed, are both longer runs than one tile has.
 _GROUP = tl.constexpr(8)
@@ -260,16 +261,114 @@ def deinterleave_tiles(
     tl.store(_pointer(tl.load(entry + 1), DST, DST_VECTOR) + dst_base + offsets, _cast(y, DST), mask=mask)
 
 
+@triton.jit(do_not_specialize=[*_RUNTIME, *_BLOCKS])
+def dequantize_tiles(
+    table,
+    rows_v,
+    columns_v,
+    src_stride_v,
+    dst_stride_v,
+    step,
+    block_rows,
+    block_columns,
+    start_row,
+    start_column,
+    across,
+    DST: tl.constexpr,
+    CELL: tl.constexpr,
+    SRC_VECTOR: tl.constexpr,
+    DST_VECTOR: tl.constexpr,
+    BITS: tl.constexpr,
+    BY_SHIFTS: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
+    STEPPED: tl.constexpr,
+    TILE_ROWS: tl.constexpr,
+    TILE_COLUMNS: tl.constexpr,
+):
+    """``dst[r, c] = numbers[cells[block of (r, c)], code(r, c)]``; table ``[dst, codes, cells, numbers]``.
+
+    Columns, and what blocks have of them, count bytes of codes; columns and the source's stride come in ``SRC_VECTOR``
+    bytes, which lie in one block; the destination's stride in ``DST_VECTOR`` elements, and rows too if ``TRANSPOSED``:
+    then it is ``dst[c, r]``. ``across``: cells in a row of them. ``STEPPED``: elements of a destination's row are
+    ``step`` apart, and are stored one by one.
+
+    What is masked out looks up an entry that is there, the first one.
+    """
+    PER_BYTE: tl.constexpr = 8 // BITS
+    rows = rows_v * (DST_VECTOR if TRANSPOSED else 1)
+    columns = columns_v * SRC_VECTOR
+    src_stride = src_stride_v * SRC_VECTOR
+    dst_stride = dst_stride_v * DST_VECTOR
+    entry = table + tl.program_id(1) * 4
+    r0, b0 = _grouped_tile(rows, columns, TILE_ROWS, TILE_COLUMNS)
+    r = tl.arange(0, TILE_ROWS)[:, None]
+    b = tl.arange(0, TILE_COLUMNS)[None, :]
+    mask = (r < rows - r0) & (b < columns - b0)
+    codes = _pointer(tl.load(entry + 1), tl.uint8, SRC_VECTOR) + (r0.to(tl.int64) * src_stride + b0)
+    codes = tl.load(codes + (r * src_stride + b), mask=mask, other=0).to(tl.int32)
+
+    # One cell for each vector of codes.
+    VECTORS: tl.constexpr = TILE_COLUMNS // SRC_VECTOR
+    v = tl.arange(0, VECTORS)[None, :] * SRC_VECTOR
+    row = r + (r0 + start_row)
+    byte = v + (b0 + start_column)
+    if BY_SHIFTS:
+        cell = (row >> block_rows) * across + (byte >> block_columns)
+    else:
+        # Nothing is negative, and unsigned division takes fewer instructions.
+        row, byte = row.to(tl.uint32) // block_rows.to(tl.uint32), byte.to(tl.uint32) // block_columns.to(tl.uint32)
+        cell = row.to(tl.int32) * across + byte.to(tl.int32)
+    cells = _pointer(tl.load(entry + 2), CELL, 1)
+    first = tl.load(cells + cell, mask=(r < rows - r0) & (v < columns - b0), other=0).to(tl.int32) << BITS
+    first = tl.broadcast_to(first[:, :, None], [TILE_ROWS, VECTORS, SRC_VECTOR])
+    first = tl.reshape(first, [TILE_ROWS, TILE_COLUMNS])
+
+    numbers = _pointer(tl.load(entry + 3), DST, 1)
+    if BITS == 8:
+        x = tl.load(numbers + (first + codes))
+    else:
+        x = tl.join(tl.load(numbers + (first + (codes & 15))), tl.load(numbers + (first + (codes >> 4))))
+        x = tl.reshape(x, [TILE_ROWS, PER_BYTE * TILE_COLUMNS])
+
+    c0 = b0 * PER_BYTE
+    c = tl.arange(0, PER_BYTE * TILE_COLUMNS)
+    r = tl.arange(0, TILE_ROWS)
+    across_step = step if STEPPED else 1
+    dst = _pointer(tl.load(entry), DST, DST_VECTOR)
+    if TRANSPOSED:
+        mask = (c[:, None] < columns * PER_BYTE - c0) & (r[None, :] < rows - r0)
+        dst += c0.to(tl.int64) * dst_stride + r0.to(tl.int64) * across_step
+        tl.store(dst + (c[:, None] * dst_stride + r[None, :] * across_step), tl.trans(x), mask=mask)
+    else:
+        mask = (r[:, None] < rows - r0) & (c[None, :] < columns * PER_BYTE - c0)
+        dst += r0.to(tl.int64) * dst_stride + c0.to(tl.int64) * across_step
+        tl.store(dst + (r[:, None] * dst_stride + c[None, :] * across_step), x, mask=mask)
+
+
 KERNELS: dict[str, Any] = {
     "copy_tiles": copy_tiles,
     "transpose_tiles": transpose_tiles,
     "interleave_tiles": interleave_tiles,
     "deinterleave_tiles": deinterleave_tiles,
+    "dequantize_tiles": dequantize_tiles,
 }
 
 
 def constants(variant: Variant) -> dict[str, Any]:
     """The compile-time arguments of a variant, by name."""
+    if variant.decoding is not None:
+        return {
+            "DST": getattr(tl, variant.dst),
+            "CELL": getattr(tl, variant.decoding.cell),
+            "SRC_VECTOR": variant.src_vector,
+            "DST_VECTOR": variant.dst_vector,
+            "BITS": variant.decoding.bits,
+            "BY_SHIFTS": variant.decoding.by_shifts,
+            "TRANSPOSED": variant.decoding.is_transposed,
+            "STEPPED": variant.decoding.is_stepped,
+            "TILE_ROWS": variant.tile_rows,
+            "TILE_COLUMNS": variant.tile_columns,
+        }
     values: dict[str, Any] = {
         "SRC": getattr(tl, variant.src),
         "DST": getattr(tl, variant.dst),
@@ -286,6 +385,6 @@ def constants(variant: Variant) -> dict[str, Any]:
 OPTIONS: dict[str, Any] = {"num_warps": NUM_WARPS, "enable_fp_fusion": False}
 
 
-def launch(variant: Variant, grid: tuple[int, int], table: Any, integers: tuple[int, int, int, int]) -> None:
+def launch(variant: Variant, grid: tuple[int, int], table: Any, integers: tuple[int, ...]) -> None:
     """Queue one launch on the current stream."""
     KERNELS[variant.kernel][grid](table, *integers, **constants(variant), **OPTIONS)

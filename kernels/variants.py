@@ -13,8 +13,35 @@ CASTS: dict[torch.dtype, str] = {torch.bfloat16: "bfloat16", torch.float16: "flo
 
 NUM_WARPS = 4
 
-OPERANDS = {"copy_tiles": (1, 2), "transpose_tiles": (1, 2), "interleave_tiles": (1, 3), "deinterleave_tiles": (2, 3)}
+OPERANDS = {
+    "copy_tiles": (1, 2),
+    "transpose_tiles": (1, 2),
+    "interleave_tiles": (1, 3),
+    "deinterleave_tiles": (2, 3),
+    "dequantize_tiles": (1, 4),
+}
 """Destinations, and all operands, in a row of the table of each kernel."""
+
+
+class Decoding(NamedTuple):
+    """What ``dequantize_tiles`` is compiled for, besides what every kernel is."""
+
+    bits: int  # of a code
+    cell: str  # Triton's name of the type of a cell
+    by_shifts: bool  # blocks come as binary logarithms
+    is_transposed: bool  # the destination's rows are the source's columns
+    is_stepped: bool  # elements of a destination's row are not adjacent
+
+
+class Blocks(NamedTuple):
+    """What a launch of ``dequantize_tiles`` passes besides the geometry; columns are bytes of codes."""
+
+    step: int  # between elements of a destination's row, in elements
+    block_rows: int  # or its binary logarithm, like the next
+    block_columns: int
+    start_row: int  # where in its first block a matrix begins
+    start_column: int
+    across: int  # cells in a row of them
 
 
 class Variant(NamedTuple):
@@ -32,6 +59,12 @@ class Variant(NamedTuple):
     tile_columns: int
     bytewise: bool = False  # the source is read byte by byte, from any address
     pairs: bool = False  # two elements are moved as one word
+    decoding: Decoding | None = None  # of dequantize_tiles: elements of the source are bytes of codes
+
+    @property
+    def integers(self) -> int:
+        """How many integers the kernel takes."""
+        return len(Geometry._fields) - 1 + (len(Blocks._fields) if self.decoding else 0)
 
 
 class Geometry(NamedTuple):
@@ -44,6 +77,7 @@ class Geometry(NamedTuple):
     columns: int
     src_stride: int
     dst_stride: int
+    blocks: Blocks | None = None
 
 
 def word(nbytes: int) -> str:

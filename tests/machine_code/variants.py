@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import product
 
 import torch
 
+from automodel_conv.kernels.dequantize import dequantize_variant
 from automodel_conv.kernels.interleave import deinterleave_variant, interleave_variant
 from automodel_conv.kernels.strided_copy import byte_variant, cast_variant
 from automodel_conv.kernels.transpose import transpose_variant
-from automodel_conv.kernels.variants import CASTS, Variant
+from automodel_conv.kernels.variants import CASTS, Decoding, Variant
 
 ALIGNMENTS = (1, 2, 4, 8, 16)
 MOVED = (torch.uint8, torch.bfloat16, torch.float32)
@@ -32,6 +34,12 @@ def _all() -> Iterator[Variant]:
                 yield transpose_variant(dst, src, of_dst, of_src)
                 yield interleave_variant(dst, src, of_dst, of_src)
                 yield deinterleave_variant(dst, src, of_dst, of_src)
+    flags = (False, True)
+    for bits, cell, by_shifts, is_transposed, is_stepped in product((4, 8), ("uint8", "int32"), flags, flags, flags):
+        decoding = Decoding(bits, cell, by_shifts, is_transposed, is_stepped)
+        for dst in (torch.bfloat16, torch.float32):
+            for aligned in ALIGNMENTS:
+                yield dequantize_variant(dst, decoding, 16, aligned, 16)
 
 
 def launchable() -> list[Variant]:
