@@ -91,7 +91,8 @@ def _cost(checkpoint: Checkpoint, plan: CopyPlan, mesh: Mapping[str, int], coord
     mine = shard_plan(plan, regions)
     targets = [target for target in mine.targets if target.fallback is None and prod(target.shape)]
     slots = bytes_of_slot(_THREADS, DEFAULT_SCRATCH_BYTES)
-    jobs = schedule(targets, [t.copies for t in targets], checkpoint, threads=_THREADS, slot_bytes=slots)
+    copies = [target.copies for target in targets]
+    jobs = schedule(targets, copies, checkpoint, plan.sources.decodes, threads=_THREADS, slot_bytes=slots)
     reads = [
         (call[0].file, call[-1].offset_bytes + call[-1].nbytes - call[0].offset_bytes)
         for job in jobs

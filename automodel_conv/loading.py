@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from automodel_conv.dtypes import FLOATING
+from automodel_conv.errors import QuantizationError, message
 from automodel_conv.execution.buffers import allocate
 from automodel_conv.execution.checksums import verify_checksums
 from automodel_conv.execution.filling import Limits, fill, within
@@ -27,6 +28,7 @@ from automodel_conv.execution.ranks import (
 )
 from automodel_conv.execution.reading import LoadStats, cores
 from automodel_conv.files.checkpoint import Checkpoint, open_checkpoint
+from automodel_conv.files.config import quantization_config
 from automodel_conv.homes import Homes, finish, home_of, in_order, loadable, regions_of, with_tied
 from automodel_conv.kernels.launch import why_not
 from automodel_conv.planning.compiler import Problems
@@ -34,6 +36,7 @@ from automodel_conv.planning.copies import SourceTable
 from automodel_conv.planning.models import checked_dtype, meta_model, tied_names
 from automodel_conv.planning.pipeline import loading_plan
 from automodel_conv.planning.plan import CopyPlan
+from automodel_conv.planning.quantization import has_codes, quantized_table
 from automodel_conv.planning.sharding import shard_plan
 
 
@@ -89,6 +92,7 @@ def compile_plan(
     layout: str | None = None,
     key_mapping: Mapping[str, str] | None = None,
     dtype: torch.dtype | None = None,
+    dequantize: bool = True,
 ) -> CopyPlan:
     """The plan that loads a checkpoint, from its headers alone.
 
@@ -100,14 +104,17 @@ def compile_plan(
         layout: how routed experts shall lie: "transformers", "nemo", "gpt_oss", "vllm"; None: as the model has them.
         key_mapping: ``{pattern: replacement}`` applied to names before the rules, as in ``from_pretrained``.
         dtype: dtype of the floating targets; None keeps each parameter's own (without a model: the source's).
+        dequantize: what the ``quantization_config`` in the checkpoint's ``config.json`` says is quantized is decoded,
+            each element rounded once to its target's dtype; False takes codes and scales for tensors of their own.
 
     Raises:
         CheckpointError: the checkpoint is broken.
         NameProblems: names or shapes do not fit; lists all of them.
-        UnsupportedError: an unknown layout, or quantized codes where numbers are wanted.
+        QuantizationError: parts of quantized tensors are missing, or do not fit each other or the config; lists all.
+        UnsupportedError: an unknown layout, a quantization that is not decoded, or codes where numbers are wanted.
     """
     checkpoint = checkpoint if isinstance(checkpoint, Checkpoint) else open_checkpoint(checkpoint)
-    plan, problems, _ = load_plan(checkpoint, model, rules, layout, key_mapping, dtype)
+    plan, problems, _ = load_plan(checkpoint, model, rules, layout, key_mapping, dtype, dequantize)
     problems.raise_unless_fit(checkpoint.path)
     return plan
 
@@ -122,6 +129,7 @@ def load_state_dict(
     device: str | torch.device = "cpu",
     dtype: torch.dtype | None = None,
     strict: bool = True,
+    dequantize: bool = True,
     verify: bool = False,
     broadcast: bool = False,
     threads: int | None = None,
@@ -138,7 +146,7 @@ def load_state_dict(
 
     Args:
         path: a directory with or without an index, an index file, a ``.safetensors`` file, or ``org/name``.
-        model, rules, layout, key_mapping, dtype: see ``compile_plan``.
+        model, rules, layout, key_mapping, dtype, dequantize: see ``compile_plan``.
         device: the CPU or a CUDA device. To the latter, bytes go through pinned memory, and what has to be permuted or
             cast is copied there by Triton kernels, or by torch where Triton cannot run.
         strict: a missing, unexpected, mismatched or doubly provided target raises; False loads what fits, as
@@ -157,7 +165,8 @@ def load_state_dict(
         revision: of an ``org/name`` on the Hub.
 
     Raises:
-        CheckpointError, NameProblems, UnsupportedError: see ``compile_plan``; nothing has been read then.
+        CheckpointError, NameProblems, QuantizationError, UnsupportedError: see ``compile_plan``; nothing has been read
+            then.
         VerificationError: a tensor does not have its checksum, or there is none; nothing has been loaded then.
         ReadError: reading failed; names file and tensor.
         ConversionError: the load does not fit into ``memory_budget``; nothing has been read then.
@@ -169,7 +178,7 @@ def load_state_dict(
         clock = _Clock()
         checkpoint = open_checkpoint(path, revision=revision)
         clock.lap("open")
-        plan, problems, model = load_plan(checkpoint, model, rules, layout, key_mapping, dtype)
+        plan, problems, model = load_plan(checkpoint, model, rules, layout, key_mapping, dtype, dequantize)
         problems.raise_unless_fit(checkpoint.path, strict)
         plan = shard_plan(plan, regions_of(state, plan))
         if verify:
@@ -201,6 +210,7 @@ def load_model(
     device: str | torch.device | None = None,
     dtype: torch.dtype | None = None,
     strict: bool = True,
+    dequantize: bool = True,
     verify: bool = False,
     broadcast: bool = False,
     threads: int | None = None,
@@ -217,11 +227,12 @@ def load_model(
         device: where new parameters go; None: to the device of those whose place they take, from the meta device to the
             CPU. Materialized parameters are filled where they are.
         dtype: if given, parameters of another floating dtype are replaced (see ``compile_plan``).
-        path, rules, key_mapping, strict, verify, broadcast, threads, scratch_bytes, device_scratch_bytes: see
-            ``load_state_dict``, as for memory_budget, progress and revision.
+        path, rules, key_mapping, strict, dequantize, verify, broadcast, threads, scratch_bytes, device_scratch_bytes:
+            see ``load_state_dict``, as for memory_budget, progress and revision.
 
     Raises:
-        CheckpointError, NameProblems, UnsupportedError: see ``compile_plan``; no parameter has been written then.
+        CheckpointError, NameProblems, QuantizationError, UnsupportedError: see ``compile_plan``; no parameter has been
+            written then.
         VerificationError: see ``load_state_dict``; likewise.
         ReadError: reading failed; names file and tensor, and the targets already filled. Parameters that would have
             been replaced (on the meta device, or of another dtype) are still the old ones.
@@ -234,7 +245,7 @@ def load_model(
         clock = _Clock()
         checkpoint = open_checkpoint(path, revision=revision)
         clock.lap("open")
-        plan, problems, _ = load_plan(checkpoint, model, rules, layout, key_mapping, dtype, in_place=True)
+        plan, problems, _ = load_plan(checkpoint, model, rules, layout, key_mapping, dtype, dequantize, in_place=True)
         problems.raise_unless_fit(checkpoint.path, strict)
         if verify:
             verify_checksums(checkpoint, cores() if threads is None else threads)
@@ -260,14 +271,18 @@ def load_plan(
     layout: str | None,
     key_mapping: Mapping[str, str] | None,
     dtype: torch.dtype | None,
+    dequantize: bool = True,
     in_place: bool = False,
 ) -> tuple[CopyPlan, Problems, nn.Module | None]:
     """The plan of a load, what does not fit, and the model, made from ``config.json`` if none is given and no rules."""
     checked_dtype(dtype)
     if model is None and rules is None:
         model, dtype = meta_model(checkpoint.directory, dtype, _first_floating(checkpoint)), None
+    table = SourceTable(checkpoint.names, checkpoint.dtypes, checkpoint.shapes)
+    if dequantize:
+        table = _decoded(table, quantization_config(checkpoint.directory), checkpoint.path, model is not None)
     plan, problems = loading_plan(
-        SourceTable(checkpoint.names, checkpoint.dtypes, checkpoint.shapes),
+        table,
         model=model,
         rules=rules,
         layout=layout,
@@ -279,6 +294,27 @@ def load_plan(
 
 
 # --- private --------------------------------------------------------------------------------------------------------
+
+
+def _decoded(table: SourceTable, config: Mapping[str, Any] | None, where: str, wants_numbers: bool) -> SourceTable:
+    """The table with what is quantized as what it stands for.
+
+    Raises:
+        QuantizationError: see ``quantized_table``; or codes and scales without a config, where numbers are wanted.
+    """
+    if config is not None:
+        return quantized_table(table, config)
+    codes = has_codes(table) if wants_numbers else None
+    if codes is not None:
+        raise QuantizationError(
+            message(
+                f"{codes} has the form of quantized codes, and nothing says how they decode",
+                where=where,
+                expected="a quantization_config in the config.json beside the files",
+                do="put config.json there; dequantize=False takes codes for tensors of their own",
+            )
+        )
+    return table
 
 
 def _to_read(plan: CopyPlan, state: Mapping[str, Tensor], broadcast: bool) -> tuple[CopyPlan, list[str]]:

@@ -375,7 +375,7 @@ def run_planning(shape: Shape, ranks: int, repetitions: int, directory: str | No
             copies = [target.copies for target in mine.targets]
             threads = measure.cores()
             slots = bytes_of_slot(threads, DEFAULT_SCRATCH_BYTES)
-            jobs = schedule(mine.targets, copies, checkpoint, threads=threads, slot_bytes=slots)
+            jobs = schedule(mine.targets, copies, checkpoint, {}, threads=threads, slot_bytes=slots)
             laps.append(time.perf_counter())
             if sum(job.nbytes for job in jobs) != mine.bytes_written:
                 raise RuntimeError("the rank would not read what it owns")

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from torch import Tensor
 
 from automodel_conv.execution.buffers import strided
-from automodel_conv.execution.schedule import Move
+from automodel_conv.execution.jobs import Move
 from automodel_conv.kernels.strided_copy import strided_copy_torch
 
 COPY_BYTES = 4 << 20

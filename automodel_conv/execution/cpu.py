@@ -11,8 +11,10 @@ from torch import Tensor
 from automodel_conv.errors import ConversionError, ReadError, message
 from automodel_conv.execution.buffers import Aim, byte_view, checked, dtype_of
 from automodel_conv.execution.copying import COPY_BYTES, COPY_RATIO, copy_moves
+from automodel_conv.execution.decoding import decode_codes
+from automodel_conv.execution.jobs import Job, Move
 from automodel_conv.execution.reading import LoadStats, OpenFiles, cores, read_job, read_whole, with_filled
-from automodel_conv.execution.schedule import Job, Move, schedule
+from automodel_conv.execution.schedule import schedule
 from automodel_conv.execution.upstream import run_upstream, upstream_calls
 from automodel_conv.execution.workers import work_off
 from automodel_conv.files.checkpoint import Checkpoint
@@ -75,7 +77,8 @@ def load_files(
     aim = Aim()
     copies = [aim(target, tensor) for target, tensor in zip(targets, tensors, strict=True)]
     threads = min(threads, scratch_bytes // (_ALIGN_BYTES * (1 + COPY_RATIO)))
-    jobs = schedule(targets, copies, checkpoint, threads=threads, slot_bytes=bytes_of_slot(threads, scratch_bytes))
+    slot_bytes = bytes_of_slot(threads, scratch_bytes)
+    jobs = schedule(targets, copies, checkpoint, plan.sources.decodes, threads=threads, slot_bytes=slot_bytes)
     bytes_read = sum(job.nbytes for job in jobs)
     bytes_read += sum(checkpoint.nbytes[row] for call in calls for row in call.rows)
     done: set[int] = set()
@@ -123,6 +126,7 @@ def _run(
         def take(item: tuple[int, Job]) -> None:
             number, job = item
             gaps.append(read_job(job, checkpoint, files, own_views))
+            decode_codes(job.decodings, scratch)
             _copy(job.moves, scratch, tensors)
             done.add(number)
             advance(job.nbytes)

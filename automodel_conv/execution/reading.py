@@ -7,6 +7,8 @@ import threading
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import groupby
+from operator import attrgetter
 from typing import NamedTuple
 
 import torch
@@ -15,7 +17,7 @@ from torch import Tensor
 from automodel_conv.errors import ReadError, listing, message
 from automodel_conv.execution.buffers import byte_view, dtype_of, span_bytes
 from automodel_conv.execution.copy_batch import Work
-from automodel_conv.execution.schedule import GAP_BYTES, Job, Part
+from automodel_conv.execution.jobs import GAP_BYTES, Job, Part
 from automodel_conv.files import system
 from automodel_conv.files.checkpoint import Checkpoint
 
@@ -62,7 +64,7 @@ class OpenFiles:
 
     def __init__(self, paths: Sequence[str], jobs: Iterable[Job]):
         self._paths = paths
-        self._jobs_left = Counter(job.parts[0].file for job in jobs)
+        self._jobs_left = Counter(file for job in jobs for file in job.files)
         self._open: dict[int, int] = {}
         self._lock = threading.Lock()
 
@@ -85,14 +87,22 @@ class OpenFiles:
 
 def read_job(job: Job, checkpoint: Checkpoint, files: OpenFiles, views: Sequence[memoryview]) -> int:
     """Read all parts of a job; returns the bytes read between them and thrown away."""
-    file = job.parts[0].file
+    by_file = groupby(job.parts, key=attrgetter("file"))
+    return sum(_read_parts(list(parts), checkpoint, files, views) for _, parts in by_file)
+
+
+def _read_parts(
+    parts_of_file: Sequence[Part], checkpoint: Checkpoint, files: OpenFiles, views: Sequence[memoryview]
+) -> int:
+    """Read parts of one file."""
+    file = parts_of_file[0].file
     path = checkpoint.files[file]
     try:
         fd = files.descriptor(file)
     except OSError as error:
-        raise _failure(f"cannot open a file: {error}", path, job.parts, checkpoint) from error
+        raise _failure(f"cannot open a file: {error}", path, parts_of_file, checkpoint) from error
     gaps = 0
-    for parts in calls_of(job.parts):
+    for parts in calls_of(parts_of_file):
         stop = parts[0].offset_bytes
         slices: list[memoryview] = []
         for part in parts:
@@ -118,7 +128,7 @@ def calls_of(parts: Sequence[Part]) -> Iterator[Sequence[Part]]:
     for n in range(1, len(parts)):
         before = parts[n - 1]
         gap = parts[n].offset_bytes - before.offset_bytes - before.nbytes
-        if not 0 <= gap <= GAP_BYTES:
+        if parts[n].file != before.file or not 0 <= gap <= GAP_BYTES:
             yield parts[first:n]
             first = n
     yield parts[first:]

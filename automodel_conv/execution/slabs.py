@@ -14,7 +14,9 @@ from typing import NamedTuple, Protocol
 import numpy as np
 
 from automodel_conv.dtypes import itemsize
-from automodel_conv.execution.schedule import Move, Part, chopped, reads, slabs
+from automodel_conv.execution.cutting import reads, slabs
+from automodel_conv.execution.jobs import Move, Part
+from automodel_conv.execution.schedule import chopped
 from automodel_conv.files import system
 from automodel_conv.planning.copies import StridedCopy, Target
 

@@ -24,10 +24,12 @@ from torch import Tensor
 from automodel_conv.errors import ConversionError, ReadError, message
 from automodel_conv.execution.buffers import Aim, byte_view, checked, dtype_of, raw_bytes
 from automodel_conv.execution.copy_batch import CopyBatch, Work, takes_kernels
+from automodel_conv.execution.decoding import decode_codes
 from automodel_conv.execution.reading import LoadStats, OpenFiles, cores, read_job, read_whole, with_filled
 from automodel_conv.execution.upstream import run_upstream, upstream_calls
 from automodel_conv.execution.windows import Chunk, Upload, Window, stream_schedule
 from automodel_conv.files.checkpoint import Checkpoint
+from automodel_conv.kernels.dequantize import dequantize, dequantize_torch
 from automodel_conv.kernels.launch import compile_ahead
 from automodel_conv.kernels.variants import Variant
 from automodel_conv.planning.copies import StridedCopy
@@ -147,7 +149,9 @@ def stream_files(
     threads = min(threads, scratch_bytes // (_SLOTS * _LEAST_SLOT_BYTES))
     window_bytes = device_scratch_bytes // _REGIONS // _ALIGN_BYTES * _ALIGN_BYTES
     slot_bytes = scratch_bytes // (threads * _SLOTS) // _ALIGN_BYTES * _ALIGN_BYTES
-    chunks, windows = stream_schedule(targets, copies, checkpoint, slot_bytes=slot_bytes, window_bytes=window_bytes)
+    chunks, windows = stream_schedule(
+        targets, copies, checkpoint, plan.sources.decodes, slot_bytes=slot_bytes, window_bytes=window_bytes
+    )
     bytes_read = sum(chunk.read.nbytes for chunk in chunks)
     bytes_read += sum(checkpoint.nbytes[row] for call in calls for row in call.rows)
     written: list[str] = []
@@ -307,7 +311,7 @@ class _Load:
                 return
         self._kernels.wait(self._copies.record())
         batch, chosen = self._batch(window), self._compiled.result()
-        self._kernels.run(lambda: self._copy(batch, chosen))
+        self._kernels.run(lambda: self._copy(window, batch, chosen))
         emptied = self._kernels.record()
         with self._changed:
             self._emptied[window] = emptied
@@ -315,7 +319,9 @@ class _Load:
 
     # --- copies on the device ---------------------------------------------------------------------------------------
 
-    def _copy(self, batch: CopyBatch, chosen: frozenset[Variant]) -> None:
+    def _copy(self, window: int, batch: CopyBatch, chosen: frozenset[Variant]) -> None:
+        verb = dequantize if self._use_kernels else dequantize_torch
+        decode_codes(self._windows[window].decodings, self._regions[window % _REGIONS], verb)
         work = batch.run(self._use_kernels, chosen)
         with self._changed:
             self._work += work

@@ -8,13 +8,14 @@ full. So each byte is read and uploaded once.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import groupby
 from typing import NamedTuple
 
-from automodel_conv.execution.schedule import Job, Move, divide, runs, staged
+from automodel_conv.execution.jobs import Decoding, Job, Move
+from automodel_conv.execution.schedule import divide, runs, staged
 from automodel_conv.files.checkpoint import Checkpoint
-from automodel_conv.planning.copies import StridedCopy, Target
+from automodel_conv.planning.copies import Decode, StridedCopy, Target
 
 
 class Upload(NamedTuple):
@@ -39,12 +40,15 @@ class Window(NamedTuple):
     moves: list[Move]
     nbytes: int
     chunks: int
+    decodings: Sequence[Decoding] = ()
+    """Of codes in it, to be made into numbers before the copies."""
 
 
 def stream_schedule(
     targets: Sequence[Target],
     copies: Sequence[Sequence[StridedCopy]],
     checkpoint: Checkpoint,
+    decodes: Mapping[int, Decode],
     *,
     slot_bytes: int,
     window_bytes: int,
@@ -56,17 +60,22 @@ def stream_schedule(
 
     Args:
         copies: of each target, aimed at its buffer.
+        decodes: of the sources that are quantized, by row.
         slot_bytes: of a chunk, at most.
         window_bytes: of a window, at most; a multiple of 64.
+
+    Raises:
+        ConversionError: ``window_bytes`` is too small for a quantized source.
     """
-    parts, moves = divide(targets, copies, checkpoint)
+    parts, moves = divide(targets, copies, checkpoint, decodes)
     first = len(targets)
-    jobs = list(staged(moves, checkpoint, window_bytes))
+    jobs = list(staged(moves, checkpoint, decodes, window_bytes))
     parts += [part._replace(target=first + number) for number, job in enumerate(jobs) for part in job.parts]
     parts.sort()
     chunks = [_chunk(run, first) for run in runs(parts, slot_bytes)]
     filled = Counter(window for chunk in chunks for window in chunk.to_windows)
-    return chunks, [Window(job.moves, job.scratch_bytes, filled[number]) for number, job in enumerate(jobs)]
+    windows = [Window(job.moves, job.scratch_bytes, filled[n], job.decodings) for n, job in enumerate(jobs)]
+    return chunks, windows
 
 
 def _chunk(run: Job, first_window: int) -> Chunk:

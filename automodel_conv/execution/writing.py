@@ -18,8 +18,9 @@ from automodel_conv.errors import ConversionError, WriteError, message
 from automodel_conv.execution.buffers import byte_view, dtype_of, raw_bytes
 from automodel_conv.execution.copy_batch import CopyBatch, takes_kernels
 from automodel_conv.execution.copying import COPY_BYTES, COPY_RATIO, copy_moves
+from automodel_conv.execution.jobs import Job, Move
 from automodel_conv.execution.reading import OpenFiles, cores, read_job, reading
-from automodel_conv.execution.schedule import Job, Move, runs, staged
+from automodel_conv.execution.schedule import runs, staged
 from automodel_conv.execution.slabs import Slab
 from automodel_conv.execution.streaming import Device
 from automodel_conv.execution.workers import work_off
@@ -319,5 +320,5 @@ def jobs_of(slabs: Iterable[Slab], checkpoint: Checkpoint, input_bytes: int) -> 
     jobs = {}
     for slab in slabs:
         reads = list(runs(sorted(slab.parts), slab.nbytes))
-        jobs[slab.file, slab.offset_bytes] = reads + list(staged(slab.moves, checkpoint, input_bytes))
+        jobs[slab.file, slab.offset_bytes] = reads + list(staged(slab.moves, checkpoint, {}, input_bytes))
     return jobs

@@ -169,7 +169,7 @@ def test_chunks_fill_windows_in_their_order_and_carry_each_byte_once(cases, slot
     for case in cases:
         copies = [t.copies for t in case.plan.targets]
         chunks, windows = stream_schedule(
-            case.plan.targets, copies, case.checkpoint, slot_bytes=slot_bytes, window_bytes=window_bytes
+            case.plan.targets, copies, case.checkpoint, {}, slot_bytes=slot_bytes, window_bytes=window_bytes
         )
         filled = [list(chunk.to_windows) for chunk in chunks if chunk.to_windows]
         assert [window for group in filled for window in group] == sorted(
@@ -196,7 +196,7 @@ def test_neighbours_that_stay_neighbours_are_one_upload(tmp_path):
     sources = columns(checkpoint)
     plan = plan_of(sources, *(target(sources, name, "F32", [[name]]) for name in tensors))
     chunks, windows = stream_schedule(
-        plan.targets, [t.copies for t in plan.targets], checkpoint, slot_bytes=1 << 20, window_bytes=1 << 20
+        plan.targets, [t.copies for t in plan.targets], checkpoint, {}, slot_bytes=1 << 20, window_bytes=1 << 20
     )
     [chunk], [window] = chunks, windows
     assert [len(uploads) for uploads in chunk.to_windows.values()] == [1]

@@ -1,0 +1,154 @@
+"""Cutting a source into ranges that fit into memory, each with the copies out of it; pure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
+from typing import NamedTuple
+
+from automodel_conv.execution.buffers import reach
+from automodel_conv.execution.jobs import Move
+from automodel_conv.planning.view import Piece, canonical
+
+
+def slabs(moves: Sequence[Move], capacity: int) -> Iterator[tuple[int, int, list[Move]]]:
+    """Cut a source into ranges of at most ``capacity`` elements, each with what moves read there.
+
+    No part reads outside its range and no element that is read twice lies in two ranges. Moves are
+    cut along the dimension that walks the source in the largest steps; one whose steps are wider
+    than ``capacity``, or that shares no cut with the others, is first taken apart into its steps.
+    """
+    start, stop = reads(moves)
+    if stop - start <= capacity:
+        yield start, stop, list(moves)
+        return
+    todo = list(moves)
+    while todo:
+        start = min(move.source_offset for move in todo)
+        cut = _common_cut(todo, start, start + capacity)
+        if cut <= start:
+            near = [n for n, move in enumerate(todo) if move.source_offset < start + capacity]
+            widest = max(near, key=lambda n: _walk(*todo[n][2:4]).width)
+            todo[widest : widest + 1] = _taken_apart(todo[widest])
+            continue
+        head: list[Move] = []
+        tail: list[Move] = []
+        for move in todo:
+            _divide(move, cut, head, tail)
+        yield *reads(head), head
+        todo = tail
+
+
+class _Walk(NamedTuple):
+    """How a move walks its source: ``size`` steps along ``dim``, each ``width`` elements wide."""
+
+    dim: int
+    size: int
+    stride: int
+    width: int
+    span: int
+    """Elements from the first to the last that is read."""
+
+
+@lru_cache(maxsize=1024)
+def _walk(shape: tuple[int, ...], strides: tuple[int, ...]) -> _Walk:
+    """The walk along the dimension with the largest stride; moves share shapes, so few are computed."""
+    dims = [d for d, size in enumerate(shape) if size > 1 and strides[d]]
+    if not dims:
+        return _Walk(-1, 1, 1, 1, 1)
+    dim = max(dims, key=lambda d: strides[d])
+    size, stride = shape[dim], strides[dim]
+    span = reach(shape, strides) + 1
+    return _Walk(dim, size, stride, span - (size - 1) * stride, span)
+
+
+def reads(moves: Sequence[Move]) -> tuple[int, int]:
+    """The range of elements between the first and the last that any move reads."""
+    start, stop = moves[0].source_offset, 0
+    for _, _, shape, strides, offset, _, _ in moves:
+        start = min(start, offset)
+        stop = max(stop, offset + _walk(shape, strides).span)
+    return start, stop
+
+
+def _common_cut(moves: Sequence[Move], start: int, cut: int) -> int:
+    """The last element <= ``cut`` that cuts no step of any move in two, if above ``start``."""
+    while cut > start:
+        lower = min(_own_cut(move, cut) for move in moves)
+        if lower == cut:
+            break
+        cut = lower
+    return cut
+
+
+def _own_cut(move: Move, cut: int) -> int:
+    _, _, stride, width, span = _walk(move.shape, move.source_strides)
+    first = move.source_offset
+    if cut <= first or cut >= first + span:
+        return cut
+    if width > stride:  # steps overlap: nowhere
+        return first
+    step = first + (cut - first) // stride * stride
+    return step if cut < step + width else cut
+
+
+def _taken_apart(move: Move) -> list[Move]:
+    dim, size, stride, _, _ = _walk(move.shape, move.source_strides)
+    shape, source, target = (
+        (*column[:dim], *column[dim + 1 :]) for column in (move.shape, move.source_strides, move.target_strides)
+    )
+    return [
+        move._replace(
+            shape=shape,
+            source_strides=source,
+            source_offset=move.source_offset + i * stride,
+            target_strides=target,
+            target_offset=move.target_offset + i * move.target_strides[dim],
+        )
+        for i in range(size)
+    ]
+
+
+def _divide(move: Move, cut: int, head: list[Move], tail: list[Move]) -> None:
+    """Put the steps that start below ``cut`` into ``head`` and the others into ``tail``."""
+    dim, size, stride, _, _ = _walk(move.shape, move.source_strides)
+    below = min(size, max(0, -((move.source_offset - cut) // stride)))
+    if below == size:
+        head.append(move)
+    elif below == 0:
+        tail.append(move)
+    else:
+        head.append(_canonical(_narrowed(move, dim, 0, below)))
+        tail.append(_narrowed(move, dim, below, size - below))
+
+
+def _narrowed(move: Move, dim: int, first: int, size: int) -> Move:
+    return move._replace(
+        shape=(*move.shape[:dim], size, *move.shape[dim + 1 :]),
+        source_offset=move.source_offset + first * move.source_strides[dim],
+        target_offset=move.target_offset + first * move.target_strides[dim],
+    )
+
+
+def _canonical(move: Move) -> Move:
+    return Move(*move[:2], *canonical(Piece(0, *move[2:]))[1:])
+
+
+def ranges(moves: Sequence[Move], gap: int) -> list[tuple[int, int]]:
+    """The elements that moves read, as ranges with more than ``gap`` elements between them."""
+    spans: list[tuple[int, int]] = []
+    for move in moves:
+        _, size, stride, width, span = _walk(move.shape, move.source_strides)
+        first = move.source_offset
+        if stride - width > gap:
+            spans += [(at, at + width) for at in range(first, first + size * stride, stride)]
+        else:
+            spans.append((first, first + span))
+    spans.sort()
+    merged = spans[:1]
+    for start, stop in spans[1:]:
+        if start - merged[-1][1] > gap:
+            merged.append((start, stop))
+        else:
+            merged[-1] = (merged[-1][0], max(stop, merged[-1][1]))
+    return merged

@@ -1,0 +1,94 @@
+"""Codes in a piece of memory into numbers beside them, on the CPU or a device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor
+
+from automodel_conv.dtypes import torch_dtype
+from automodel_conv.execution.jobs import Decoding, Grid
+from automodel_conv.kernels.code_tables import code_table
+from automodel_conv.kernels.dequantize import dequantize_torch
+
+# Entries of the tables made at a time, where each scale has a row of its own.
+_TABLE_ENTRIES = 1 << 18
+
+
+def decode_codes(decodings: Iterable[Decoding], memory: Tensor, verb: Callable[..., None] = dequantize_torch) -> None:
+    """Decode rectangles of codes that lie in ``memory``, uint8 ``[n]`` at a multiple of 64, to numbers that lie there.
+
+    Args:
+        verb: ``dequantize`` or its twin.
+    """
+    for decoding in decodings:
+        for rows in _bands(decoding):
+            _decode(decoding, rows, memory, verb)
+
+
+def _bands(decoding: Decoding) -> Iterable[tuple[int, int]]:
+    """Rows of a rectangle in portions of whole blocks, of which the tables are not too large."""
+    rows, columns = decoding.shape
+    block_rows, block_columns = decoding.decode.block
+    across = -(-(decoding.start[1] + columns) // block_columns)
+    height = max(1, _TABLE_ENTRIES // (across << decoding.decode.bits)) * block_rows
+    at = -decoding.start[0]
+    while at < rows:
+        yield max(0, at), min(rows, at + height)
+        at += height
+
+
+def _decode(decoding: Decoding, rows: tuple[int, int], memory: Tensor, verb: Callable[..., None]) -> None:
+    first, last = rows
+    decode, columns = decoding.decode, decoding.shape[1]
+    block_rows, block_columns = decode.block
+    start = (decoding.start[0] + first) % block_rows, decoding.start[1]
+    top = decoding.block_row + (decoding.start[0] + first) // block_rows
+    blocks = (
+        slice(top, top + -(-(start[0] + last - first) // block_rows)),
+        slice(decoding.block_column, decoding.block_column + -(-(start[1] + columns) // block_columns)),
+    )
+    dtype = torch_dtype(decoding.dtype)
+    scales = _grid(decoding.scales, memory)[blocks].contiguous()
+    global_scale = None
+    if decoding.global_bytes is not None:
+        global_scale = memory[decoding.global_bytes : decoding.global_bytes + 4].view(torch.float32)
+    table, cells = code_table(
+        decode.format,
+        scales,
+        dtype,  # type: ignore[arg-type]
+        zero_points=_zero_points(decoding, blocks, memory),
+        global_scale=global_scale,
+        divide=decode.divides,
+        like_upstream=decode.like_upstream,
+    )
+    codes_at = decoding.codes_bytes + first * decoding.codes_stride
+    codes = memory.as_strided(
+        (last - first, columns * decode.bits // 8),
+        (decoding.codes_stride, 1),
+        memory.storage_offset() + codes_at,
+    )
+    numbers = memory.view(dtype)
+    numbers = numbers.as_strided(
+        (last - first, columns),
+        (decoding.numbers_stride, 1),
+        numbers.storage_offset() + decoding.numbers_bytes // numbers.element_size() + first * decoding.numbers_stride,
+    )
+    verb([numbers], [codes], [cells], table, bits=decode.bits, block=decode.block, start=start)
+
+
+def _grid(grid: Grid, memory: Tensor) -> Tensor:
+    dtype = torch_dtype(grid.dtype)
+    typed = memory.view(dtype)
+    at = typed.storage_offset() + grid.start_bytes // typed.element_size()
+    return typed.as_strided(grid.shape, (grid.shape[1], 1), at)
+
+
+def _zero_points(decoding: Decoding, blocks: tuple[slice, slice], memory: Tensor) -> Tensor | None:
+    """The codes of zero of some blocks: eight to an I32 along the rows, the first in the lowest bits."""
+    if decoding.zero_points is None:
+        return None
+    rows = torch.arange(blocks[0].start, blocks[0].stop, device=memory.device) + decoding.zero_row
+    packed = _grid(decoding.zero_points, memory)[:, blocks[1]].index_select(0, rows // 8)
+    return packed.bitwise_right_shift((rows % 8 * 4).to(torch.int32)[:, None]).bitwise_and_(15)

@@ -1,0 +1,41 @@
+"""What the config.json beside a checkpoint says of its files."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from automodel_conv.errors import CheckpointError, message
+from automodel_conv.files import system
+from automodel_conv.files.header import read_limited, with_open
+
+# Thousands of times what a config is; those of large quantized models list every module that is not.
+_MOST_BYTES = 64 << 20
+
+
+def quantization_config(directory: str) -> Mapping[str, Any] | None:
+    """The ``quantization_config`` of a model, also of one of which only the text part is quantized; None without.
+
+    Raises:
+        CheckpointError: config.json cannot be read, or is not JSON of the form it must have.
+    """
+    path = os.path.join(directory, "config.json")
+    if not system.is_file(path):
+        return None
+    try:
+        config = json.loads(with_open(path, lambda fd: read_limited(fd, path, _MOST_BYTES)))
+    except (ValueError, RecursionError) as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(message("config.json is not JSON", where=path, found=error)) from error
+    text = config.get("text_config") if isinstance(config, dict) else None
+    for part in (config, text):
+        found = part.get("quantization_config", part.get("compression_config")) if isinstance(part, dict) else None
+        if isinstance(found, dict):
+            return found
+        if found is not None:
+            text = message("quantization_config is not an object", where=path, found=type(found).__name__)
+            raise CheckpointError(text)
+    return None
