@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor
 
-from automodel_conv.dtypes import torch_dtype
+from automodel_conv.execution.buffers import dtype_of, strided
 from automodel_conv.execution.jobs import Decoding, Grid
 from automodel_conv.kernels.code_tables import code_table
 from automodel_conv.kernels.dequantize import dequantize_torch
@@ -49,40 +49,30 @@ def _decode(decoding: Decoding, rows: tuple[int, int], memory: Tensor, verb: Cal
         slice(top, top + -(-(start[0] + last - first) // block_rows)),
         slice(decoding.block_column, decoding.block_column + -(-(start[1] + columns) // block_columns)),
     )
-    dtype = torch_dtype(decoding.dtype)
     scales = _grid(decoding.scales, memory)[blocks].contiguous()
     global_scale = None
     if decoding.global_bytes is not None:
         global_scale = memory[decoding.global_bytes : decoding.global_bytes + 4].view(torch.float32)
+    numbers = memory.view(dtype_of(decoding.dtype, "a target"))
     table, cells = code_table(
         decode.format,
         scales,
-        dtype,  # type: ignore[arg-type]
+        numbers.dtype,
         zero_points=_zero_points(decoding, blocks, memory),
         global_scale=global_scale,
         divide=decode.divides,
         like_upstream=decode.like_upstream,
     )
     codes_at = decoding.codes_bytes + first * decoding.codes_stride
-    codes = memory.as_strided(
-        (last - first, columns * decode.bits // 8),
-        (decoding.codes_stride, 1),
-        memory.storage_offset() + codes_at,
-    )
-    numbers = memory.view(dtype)
-    numbers = numbers.as_strided(
-        (last - first, columns),
-        (decoding.numbers_stride, 1),
-        numbers.storage_offset() + decoding.numbers_bytes // numbers.element_size() + first * decoding.numbers_stride,
-    )
+    numbers_at = decoding.numbers_bytes // numbers.element_size() + first * decoding.numbers_stride
+    codes = strided(memory, (last - first, columns * decode.bits // 8), (decoding.codes_stride, 1), codes_at)
+    numbers = strided(numbers, (last - first, columns), (decoding.numbers_stride, 1), numbers_at)
     verb([numbers], [codes], [cells], table, bits=decode.bits, block=decode.block, start=start)
 
 
 def _grid(grid: Grid, memory: Tensor) -> Tensor:
-    dtype = torch_dtype(grid.dtype)
-    typed = memory.view(dtype)
-    at = typed.storage_offset() + grid.start_bytes // typed.element_size()
-    return typed.as_strided(grid.shape, (grid.shape[1], 1), at)
+    typed = memory.view(dtype_of(grid.dtype, "a scale"))
+    return strided(typed, grid.shape, (grid.shape[1], 1), grid.start_bytes // typed.element_size())
 
 
 def _zero_points(decoding: Decoding, blocks: tuple[slice, slice], memory: Tensor) -> Tensor | None:

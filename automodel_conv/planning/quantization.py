@@ -177,7 +177,7 @@ def _schemes(method: str, config: Mapping[str, Any]) -> list[_Scheme]:
         UnsupportedError: one that is not decoded here.
     """
     if method == "fp8":
-        block = config.get("weight_block_size")
+        block = config.get("weight_block_size", (128, 128))  # transformers' default; None is one scale a tensor
         blocks = [_TENSOR, _CHANNEL] if block is None else [_pair(block)]
         fp8 = [_Scheme(format, each) for format in ("e4m3", "e5m2") for each in blocks]
         # DeepSeek-V4's experts: the config tells the block of the other weights alone.
@@ -188,11 +188,8 @@ def _schemes(method: str, config: Mapping[str, Any]) -> list[_Scheme]:
         return [_Scheme("e2m1", (1, 32))]
     if method == "modelopt":
         return _modelopt_schemes(config)
-    groups = config.get("config_groups") or {}
-    whole = config.get("format")
-    return [
-        _compressed_scheme(group, group.get("format") or whole) for group in groups.values() if group.get("weights")
-    ]
+    groups = [group for group in (config.get("config_groups") or {}).values() if group.get("weights")]
+    return [_compressed_scheme(group["weights"], group.get("format") or config.get("format")) for group in groups]
 
 
 def _modelopt_schemes(config: Mapping[str, Any]) -> list[_Scheme]:
@@ -220,9 +217,7 @@ def _compressed_scheme(weights: Mapping[str, Any], stored: Any) -> _Scheme:
     if known is None or known[:2] != (kind, bits):
         raise _unsupported(f"compressed-tensors' {stored} with {bits}-bit {kind} weights", sorted(_COMPRESSED))
     if weights.get("actorder") in ("group", True):
-        raise _unsupported(
-            "compressed-tensors' groups by activation order (actorder)", ["no actorder, or static or weight"]
-        )
+        raise _unsupported("compressed-tensors' groups by activation order", "no actorder, or static or weight")
     return _Scheme(known[2], _compressed_block(weights), not weights.get("symmetric", True))
 
 
@@ -247,10 +242,8 @@ def _pair(block: Sequence[Any]) -> _Block:
 
 
 def _unsupported(what: str, expected: object) -> UnsupportedError:
-    text = f"the quantization scheme is not decoded: {what}"
-    return UnsupportedError(
-        message(text, expected=expected, do="dequantize=False loads the stored tensors as they are")
-    )
+    do = "dequantize=False loads the stored tensors as they are"
+    return UnsupportedError(message(f"this quantization scheme is not decoded: {what}", expected=expected, do=do))
 
 
 # --- what tensors say -----------------------------------------------------------------------------------------------
@@ -292,6 +285,8 @@ class _Finder:
         dtype = self._table.dtypes[row]
         scales = self._find(weight, *self._storage.scales)
         if scales is None:
+            if weight.endswith(self._storage.scales):  # which may be FP8 numbers themselves
+                return False
             if suffix or dtype.startswith("F8_"):
                 wanted = " or ".join(_part(weight, suffix) for suffix in self._storage.scales)
                 self.problems.append(f"{self._table.names[row]} has no scale: nothing is called {wanted}")
@@ -414,9 +409,9 @@ def _scale_shapes(shape: Sequence[int], block: _Block) -> list[tuple[int, ...]]:
     *lead, rows, columns = shape
     down = 1 if block[0] is None else ceil(rows / block[0])
     across = 1 if block[1] is None else ceil(columns / block[1])
-    shapes = [(*lead, down, across)]
+    shapes = [[*lead, down, across]]
     if block[1] is None:
-        shapes.append((*lead, down))
+        shapes.append([*lead, down])
     if block == _TENSOR:
-        shapes += [tuple(lead), *([(1,)] if not lead else [])]
-    return shapes
+        shapes.append(lead)
+    return [tuple(each) for each in shapes]

@@ -1,0 +1,196 @@
+"""Quantized tensors as those who publish them write them: by transformers, compressed-tensors and torchao themselves.
+
+A producer makes, of a weight ``[rows, columns]``, the tensors that are stored for it, by the suffix that follows the
+weight's name, and the numbers that they stand for, exact in float64.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+Stored = dict[str, Tensor]
+
+
+class Producer(NamedTuple):
+    config: Mapping[str, Any]
+    make: Callable[[Tensor], tuple[Stored, Tensor]]
+
+
+def spread(scales: Tensor, block: tuple[int, int], shape: torch.Size) -> Tensor:
+    """Scales as float64, one for each element."""
+    wide = scales.double().reshape(-(-shape[0] // block[0]), -1)
+    return wide.repeat_interleave(block[0], 0)[: shape[0]].repeat_interleave(block[1], 1)[:, : shape[1]]
+
+
+# --- transformers -----------------------------------------------------------------------------------------------------
+
+
+def fine_grained(block: tuple[int, int], scale_fmt: str = "float") -> Producer:
+    """DeepSeek-V3's format; ``Fp8Quantize`` of transformers where the block divides the shape, as it demands."""
+    config = {"quant_method": "fp8", "weight_block_size": list(block), "fmt": "e4m3", "scale_fmt": scale_fmt}
+
+    def make(weight: Tensor) -> tuple[Stored, Tensor]:
+        from transformers.integrations.finegrained_fp8 import Fp8Quantize
+
+        if any(size % b for size, b in zip(weight.shape, block, strict=True)):
+            return block_wise(weight, block)
+        settings = SimpleNamespace(weight_block_size=block, scale_fmt=scale_fmt)
+        made = Fp8Quantize(SimpleNamespace(quantization_config=settings)).convert({"weight": weight})
+        codes, scales = made["weight"], made["weight_scale_inv"]
+        exact = codes.double() * spread(scales, block, weight.shape)
+        return {"": codes, "_scale_inv": scales}, exact
+
+    return Producer(config, make)
+
+
+def block_wise(weight: Tensor, block: tuple[int, int]) -> tuple[Stored, Tensor]:
+    """Blocks of which the last ones are smaller: DeepSeek-V3's kv_a_proj_with_mqa has 576 rows."""
+    rows, columns = weight.shape
+    down, across = -(-rows // block[0]), -(-columns // block[1])
+    padded = torch.zeros(down * block[0], across * block[1])
+    padded[:rows, :columns] = weight.float()
+    largest = padded.reshape(down, block[0], across, block[1]).abs().amax((1, 3))
+    scales = (largest / 448).clamp(min=1e-12)
+    codes = (weight.double() / spread(scales, block, weight.shape)).float().to(torch.float8_e4m3fn)
+    return {"": codes, "_scale_inv": scales}, codes.double() * spread(scales, block, weight.shape)
+
+
+def one_scale(weight: Tensor) -> tuple[Stored, Tensor]:
+    """Mistral's: a scale of the whole tensor, which has no dimensions."""
+    stored, exact = block_wise(weight, (weight.shape[0], weight.shape[1]))
+    return stored | {"_scale_inv": stored["_scale_inv"].reshape(())}, exact
+
+
+def mxfp8(weight: Tensor) -> tuple[Stored, Tensor]:
+    """MiniMax-M3's and Inkling's: exponents in one byte, 32 codes each; made by torchao."""
+    from torchao.prototype.mx_formats.mx_tensor import MXTensor
+
+    made = MXTensor.to_mx(weight, torch.float8_e4m3fn, 32)
+    codes, scales = made.qdata, made.scale.view(torch.uint8)
+    exact = codes.double() * spread(torch.exp2(scales.double() - 127), (1, 32), weight.shape)
+    return {"": codes, "_scale_inv": scales}, exact
+
+
+def packed_fp4(weight: Tensor) -> tuple[Stored, Tensor]:
+    """DeepSeek-V4's experts: two codes to an I8, the even column low, e8m0 scales of 32; made by torchao."""
+    from torchao.prototype.mx_formats.mx_tensor import MXTensor
+
+    made = MXTensor.to_mx(weight, torch.float4_e2m1fn_x2, 32)
+    codes = made.qdata.view(torch.uint8)
+    scales = made.scale.view(torch.uint8)
+    exact = fp4_values(codes) * spread(torch.exp2(scales.double() - 127), (1, 32), weight.shape)
+    return {"": codes.view(torch.int8), ".scale": scales.view(torch.float8_e8m0fnu)}, exact
+
+
+FP4 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], dtype=torch.float64)
+
+
+def fp4_values(codes: Tensor) -> Tensor:
+    """Two numbers of each byte ``[rows, bytes]``, the low half first."""
+    nibbles = torch.stack([codes & 15, codes >> 4], -1).flatten(-2)
+    return FP4[nibbles.long()]
+
+
+# --- compressed-tensors -----------------------------------------------------------------------------------------------
+
+
+def compressed(stored_format: str, divisor: float | None = None, **weights: Any) -> Producer:
+    """One of compressed-tensors' formats, compressed by its own code.
+
+    Args:
+        divisor: of the weights, given as the global scale that such formats have.
+    """
+    group = {"targets": ["Linear"], "weights": weights, "format": stored_format}
+    config = {"quant_method": "compressed-tensors", "format": stored_format, "config_groups": {"group_0": group}}
+
+    def make(weight: Tensor) -> tuple[Stored, Tensor]:
+        from compressed_tensors.compressors import BaseCompressor
+        from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+
+        args = QuantizationArgs(**weights)
+        scheme = QuantizationScheme(targets=["Linear"], weights=args, format=stored_format)
+        shape, block = weight.shape, block_of(weights, weight.shape)
+        given: dict[str, Any] = {"weight": weight}
+        low = -8 if weights["num_bits"] == 4 and weights["type"] == "int" else None
+        padded = weight.float().reshape(shape[0] // block[0], block[0], shape[1] // block[1], block[1])
+        largest, least = padded.amax((1, 3)), padded.amin((1, 3))
+        reach = torch.maximum(largest.abs(), least.abs())
+        top = {("int", 4): 7.5, ("float", 8): 448.0, ("float", 4): 6.0}[weights["type"], weights["num_bits"]]
+        zeros = torch.zeros_like(reach, dtype=torch.int8)
+        scales = reach / top
+        if not weights.get("symmetric", True):
+            scales = (largest - least) / 15
+            zeros = (low - least / scales).round().clamp(-8, 7).to(torch.int8)
+            given["weight_zero_point"] = zeros
+        common = torch.ones(1)
+        if divisor is not None:
+            common = torch.tensor([divisor])
+            given["weight_global_scale"] = common
+            scales = (scales * common).to(torch.float8_e4m3fn).float()
+        if "mx" in stored_format:
+            scales = torch.exp2(torch.ceil(torch.log2(scales)))
+        given["weight_scale"] = scales.to(weight.dtype)
+        made = BaseCompressor.get_value_from_registry(stored_format).compress(given, scheme)
+        values = values_of(made, shape, zeros, block)
+        kept = {name.removeprefix("weight"): tensor for name, tensor in made.items()}
+        exact_scales = made["weight_scale"]
+        if exact_scales.dtype == torch.uint8:
+            exact_scales = torch.exp2(exact_scales.double() - 127)
+        return kept, values * (spread(exact_scales, block, shape) / common.double())
+
+    return Producer(config, make)
+
+
+def block_of(weights: Mapping[str, Any], shape: torch.Size) -> tuple[int, int]:
+    strategy = weights["strategy"]
+    if strategy in ("group", "tensor_group"):
+        return 1, weights["group_size"]
+    if strategy == "block":
+        return tuple(weights["block_structure"])
+    return (1, shape[1]) if strategy == "channel" else (shape[0], shape[1])
+
+
+def values_of(made: Stored, shape: torch.Size, zeros: Tensor, block: tuple[int, int]) -> Tensor:
+    """The numbers of the codes, without scales."""
+    if "weight" in made:
+        return made["weight"].double()
+    packed = made["weight_packed"]
+    if packed.dtype == torch.uint8:
+        return fp4_values(packed)
+    from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
+
+    return unpack_from_int32(packed, 4, shape).double() - spread(zeros, block, shape)
+
+
+INT4 = {"num_bits": 4, "type": "int"}
+FLOAT8 = {"num_bits": 8, "type": "float"}
+FLOAT4 = {"num_bits": 4, "type": "float"}
+PRODUCERS: dict[str, Producer] = {
+    "fp8 128x128": fine_grained((128, 128)),
+    "fp8 32x16": fine_grained((32, 16)),
+    "fp8 ue8m0": fine_grained((32, 32), "ue8m0"),
+    "fp8 per tensor": Producer({"quant_method": "fp8", "weight_block_size": None}, one_scale),
+    "mxfp8": Producer({"quant_method": "fp8", "weight_block_size": [1, 32], "scale_fmt": "ue8m0"}, mxfp8),
+    "fp4 experts": Producer({"quant_method": "fp8", "weight_block_size": [128, 128]}, packed_fp4),
+    "int4 g32": compressed("pack-quantized", **INT4, strategy="group", group_size=32),
+    "int4 g32 with zero points": compressed(
+        "pack-quantized", **INT4, strategy="group", group_size=32, symmetric=False
+    ),
+    "int4 per channel": compressed("pack-quantized", **INT4, strategy="channel"),
+    "fp8 per channel": compressed("float-quantized", **FLOAT8, strategy="channel"),
+    "fp8 blocks of compressed-tensors": compressed(
+        "float-quantized", **FLOAT8, strategy="block", block_structure=[32, 32]
+    ),
+    "mxfp8 of compressed-tensors": compressed(
+        "mxfp8-quantized", **FLOAT8, strategy="group", group_size=32, scale_dtype="torch.uint8"
+    ),
+    "nvfp4": compressed("nvfp4-pack-quantized", 700.0, **FLOAT4, strategy="tensor_group", group_size=16),
+    "mxfp4 of compressed-tensors": compressed(
+        "mxfp4-pack-quantized", **FLOAT4, strategy="group", group_size=32, scale_dtype="torch.uint8"
+    ),
+}
