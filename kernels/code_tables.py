@@ -19,8 +19,9 @@ from torch import Tensor
 
 from automodel_conv.errors import ConversionError, UnsupportedError, message
 
-# Entries of a table computed at a time: their float64 steps stay within the second-level cache.
-_ENTRIES = 1 << 15
+# Entries of a table computed at a time: their float64 steps stay within the second-level cache of a CPU, and give a GPU
+# enough to do.
+_ENTRIES = {"cpu": 1 << 15, "cuda": 1 << 22}
 _INT4_ZERO = 8
 
 CANONICAL_NAN = {torch.float32: 0x7FC00000, torch.bfloat16: 0x7FC0, torch.float16: 0x7E00}
@@ -183,7 +184,7 @@ def _table(
     numbers = torch.tensor(CODE_VALUES[code_format], dtype=exact, device=scales.device)
     table = torch.empty(len(scales), len(numbers), dtype=dtype, device=scales.device)
     common = None if global_scale is None else global_scale.reshape(()).to(exact)
-    rows = max(1, _ENTRIES // len(numbers))
+    rows = _ENTRIES["cuda" if scales.is_cuda else "cpu"] // len(numbers)
     for at in range(0, len(scales), rows):
         of_rows = scales[at : at + rows, None].to(exact)
         numbers_of_rows = numbers

@@ -15,6 +15,7 @@ from automodel_conv.kernels import interleave as interleaving
 from automodel_conv.kernels import transpose as transposing
 from benchmarks.gpu.timing import median_ms
 from benchmarks.operations import OPERATIONS, Case, Experts, Way
+from benchmarks.quantized import QUANTIZED, Quantized
 
 # E, I, H of the published config.json. In this order, so that what comes last is left out where time is short.
 LAYERS = (
@@ -37,8 +38,10 @@ SWEPT = ("concatenate transposed", "interleave columns", "deinterleave columns")
 TILES = ((64, 64), (64, 128), (128, 64), (64, 32), (32, 32))
 
 
-def ways(case: Case) -> dict[str, Way]:
+def ways(case: Case | Quantized) -> dict[str, Way]:
     """What is compared on a case, ours first."""
+    if isinstance(case, Quantized):
+        return case.ways()
     compared = {
         "ours": case.kernel,
         "ours, addresses known": case.with_addresses(),
@@ -57,10 +60,10 @@ def measure_layers(layers: tuple[Experts, ...], device: torch.device, deadline: 
         Mismatch: a way gave wrong bytes; it and what follows is not timed then.
     """
     for layer in layers:
-        for name, (operation, dst, src) in MEASURED.items():
+        for name in (*MEASURED, *QUANTIZED):
             if time.monotonic() > deadline:
                 return
-            case = OPERATIONS[operation](layer, dst, src, device)
+            case = _case(name, layer, device)
             yield {
                 "layer": layer.name,
                 "note": layer.note,
@@ -75,7 +78,16 @@ def measure_layers(layers: tuple[Experts, ...], device: torch.device, deadline: 
                 torch.cuda.empty_cache()
 
 
-def measure_case(case: Case, device: torch.device, time_ms: Callable[..., float] = median_ms) -> dict[str, Any]:
+def _case(name: str, layer: Experts, device: torch.device) -> Case | Quantized:
+    if name in QUANTIZED:
+        return QUANTIZED[name](layer, device)
+    operation, dst, src = MEASURED[name]
+    return OPERATIONS[operation](layer, dst, src, device)
+
+
+def measure_case(
+    case: Case | Quantized, device: torch.device, time_ms: Callable[..., float] = median_ms
+) -> dict[str, Any]:
     """Median milliseconds of each way, None where memory did not suffice; all ways are verified before any is timed."""
     compared = ways(case)
     fits = {name: _within_memory(lambda name=name: case.verify(name, compared[name])) for name in compared}

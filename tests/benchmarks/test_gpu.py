@@ -15,6 +15,7 @@ from automodel_conv.planning.registry import transformers_available
 from benchmarks import measure, operations
 from benchmarks.gpu import __main__ as command
 from benchmarks.gpu import kernels, loading, tables, transfers
+from benchmarks.quantized import QUANTIZED
 
 HIDE = Path(__file__).parents[1] / "hide"
 CPU = torch.device("cpu")
@@ -58,7 +59,7 @@ def test_the_whole_command_runs_and_writes_what_it_measured(files, needs_both):
     assert result["errors"] == {}
     assert result["environment"]["versions"]["torch"] == torch.__version__
     rows = {(row["layer"], row["operation"]) for row in result["kernels"]}
-    assert rows == {(layer.name, name) for layer in kernels.SMOKE_LAYERS for name in kernels.MEASURED}
+    assert rows == {(layer.name, name) for layer in kernels.SMOKE_LAYERS for name in (*kernels.MEASURED, *QUANTIZED)}
     assert all(min(row["ms"].values()) > 0 for row in result["kernels"])
     assert set(result["loads"]["runs"]) == set(loading.METHODS)
     assert all(run["seconds"] > 0 for runs in result["loads"]["runs"].values() for run in runs)
@@ -115,6 +116,16 @@ def test_every_way_is_verified_and_an_output_that_stays_poisoned_is_found(operat
     case.verify(way, run)
     assert case.bytes_moved == case.out.nbytes * 3 // 2
     case.verify("zeros written", lambda: case.out.copy_(torch.stack([case.expected(0), case.expected(1)])))
+    with pytest.raises(operations.Mismatch, match="expert 0"):
+        case.verify("nothing written", lambda: case.out)
+
+
+@pytest.mark.parametrize("name", QUANTIZED)
+def test_every_way_to_dequantize_is_verified_and_an_output_that_stays_poisoned_is_found(name):
+    pytest.importorskip("triton")
+    case = QUANTIZED[name](operations.Experts("", 2, 40, 64, phase_bytes=8), CPU)
+    for way, run in (case.ways() | {"twin": case.twin}).items():
+        case.verify(way, run)
     with pytest.raises(operations.Mismatch, match="expert 0"):
         case.verify("nothing written", lambda: case.out)
 
@@ -244,9 +255,10 @@ def test_tables_are_made_from_a_result(tmp_path, capsys):
         "NVIDIA H100 80GB HBM3, 80 GiB; torch 2.11.0, triton 3.6.0; 16 cores; 2026-11-23, 0123abc",
         "",
         "| layer | operation | `copy_`, GB/s | ours, ms | ours, GB/s | ours, of `copy_` | ours, addresses known, of "
-        "`copy_` | stack, cat, transpose, of `copy_` | _foreach_copy_, of `copy_` | copy_ loop, of `copy_` |",
-        "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
-        "| Mixtral-8x7B (E 8, I 14336, H 4096) | concatenate | 3000 | 1.250 | 2400 | 0.80 | 0.83 |  | 0.50 | 0.25 |",
+        "`copy_` | stack, cat, transpose, of `copy_` | _foreach_copy_, of `copy_` | copy_ loop, of `copy_` "
+        "| ours, tables too, of `copy_` | torch, by fp32, of `copy_` |",
+        "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+        "| Mixtral-8x7B (E 8, I 14336, H 4096) | concatenate | 3000 | 1.250 | 2400 | 0.80 | 0.83 |  | 0.50 | 0.25 |  |  |",
         "",
         "| layer | operation | tile | ours, GB/s | of `copy_` |",
         "| --- | --- | --- | ---: | ---: |",

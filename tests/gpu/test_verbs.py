@@ -5,11 +5,14 @@ import itertools
 import pytest
 import torch
 
+from automodel_conv.kernels.code_tables import code_table
+from automodel_conv.kernels.dequantize import dequantize, dequantize_torch
 from automodel_conv.kernels.interleave import deinterleave, interleave
 from automodel_conv.kernels.strided_copy import strided_copy
 from automodel_conv.kernels.transpose import transpose
 from automodel_conv.testing import POISON, assert_bytes_equal
 from benchmarks.operations import OPERATIONS, Experts
+from benchmarks.quantized import QUANTIZED
 from tests.gpu import raw
 from tests.kernels.support import CASTABLE, DTYPE_PAIRS, PHASES, VERBS, casting_cases, shapes
 
@@ -88,6 +91,54 @@ def test_layers_of_experts_are_moved_as_plain_indexing_does(operation, dtypes, d
     case = OPERATIONS[operation](size, *dtypes, device)
     case.verify(operation, case.kernel)
     case.verify(operation, case.with_addresses())
+
+
+# Strides of [R, C], in elements.
+NUMBERS = {
+    "rows": lambda rows, columns: (columns, 1),
+    "every other column": lambda rows, columns: (2 * columns, 2),
+    "transposed": lambda rows, columns: (1, rows),
+    "transposed, every other": lambda rows, columns: (2, 2 * rows),
+}
+
+
+@pytest.mark.parametrize("sides", [(320, 512), (131, 258)] if ON_GPU else [(16, 32), (5, 6)], ids=str)
+@pytest.mark.parametrize(
+    ("code_format", "block", "start"),
+    [
+        ("e4m3", (128, 128), (0, 0)),
+        ("e4m3", (100, 60), (7, 58)),
+        ("e4m3", (1, 1 << 20), (0, 6)),
+        ("e2m1", (1, 32), (0, 16)),
+        ("int4", (1, 32), (0, 0)),
+    ],
+)
+@pytest.mark.parametrize("layout", NUMBERS)
+def test_dequantize_makes_what_its_twin_makes_on_the_cpu(layout, code_format, block, start, sides, device):
+    (rows, columns), bits = sides, 8 if code_format == "e4m3" else 4
+    grid = [-(-(size + begin) // step) for size, begin, step in zip(sides, start, block, strict=True)]
+    scales = torch.randint(0, 255, grid, dtype=torch.uint8) if code_format == "e2m1" else torch.randn(grid)
+    nbytes = columns * bits // 8
+    for dtype, phase in itertools.product(CASTABLE, PHASES):
+        raw_codes = torch.randint(0, 256, (rows * nbytes + 16,), dtype=torch.uint8)
+        made = []
+        for place, verb in ((torch.device("cpu"), dequantize_torch), (device, dequantize)):
+            table, cells = code_table(code_format, scales.to(place), dtype)
+            memory = torch.full((2 * rows * columns + 16,), -1, dtype=dtype, device=place)
+            out = memory[8:].as_strided(sides, NUMBERS[layout](*sides))
+            codes = raw_codes.to(place)[phase : phase + rows * nbytes].view(rows, nbytes)
+            verb([out], [codes], [cells], table, bits=bits, block=block, start=start)
+            made.append((memory.cpu(), table.cpu(), cells.cpu()))
+        for wanted, found in zip(*made, strict=True):
+            assert_bytes_equal(found, wanted)
+
+
+@pytest.mark.parametrize("name", QUANTIZED)
+def test_layers_of_quantized_experts_are_decoded_as_torch_decodes_them(name, device):
+    size = Experts("", 16, 768, 2048) if device.type == "cuda" else Experts("", 2, 24, 48)
+    case = QUANTIZED[name](size, device)
+    for way, run in case.ways().items():
+        case.verify(way, run)
 
 
 @pytest.fixture
