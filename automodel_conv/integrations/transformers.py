@@ -23,15 +23,18 @@ import torch
 from torch import Tensor
 
 from automodel_conv.dtypes import dtype_code
-from automodel_conv.errors import CheckpointError, UnsupportedError, message
+from automodel_conv.errors import CheckpointError, QuantizationError, UnsupportedError, message
 from automodel_conv.execution.buffers import allocate
 from automodel_conv.execution.filling import Limits, fill
 from automodel_conv.files.checkpoint import Checkpoint
 from automodel_conv.files.header import read_header
+from automodel_conv.integrations.quantizers import PlainLoad, plain_load, rounds_alike
 from automodel_conv.planning.compiler import Conversion, TargetSpec, whole_conversions
+from automodel_conv.planning.composition import table_of
 from automodel_conv.planning.copies import SourceTable, Target
 from automodel_conv.planning.models import matching
 from automodel_conv.planning.plan import CopyPlan
+from automodel_conv.planning.quantization import as_meant, quantized_table
 from automodel_conv.planning.registry import transformers_available
 from automodel_conv.planning.rules import RuleSet, natural_key
 
@@ -246,10 +249,11 @@ def _converting(convert: Callable[..., Any], acceleration: Acceleration) -> Call
     def converted(model: Any, state_dict: dict[str, Any], load_config: Any, *args: Any, **kwargs: Any) -> Any:
         if _HOOK.acceleration is not acceleration:
             return convert(model, state_dict, load_config, *args, **kwargs)
-        rules = RuleSet(load_config.weight_mapping, model)
+        plain = plain_load(load_config.hf_quantizer, load_config.weight_mapping)
+        rules = RuleSet([rule for rule in plain.rules if rule is not None], model)
         # Before 5.17 a plan says what is sharded; since then the parameters do.
         sharded = kwargs.get("tp_plan") if load_config.device_mesh is not None else None
-        work, left = _planned(model, state_dict, load_config, rules, sharded or {})
+        work, left = _planned(model, state_dict, load_config, plain, rules, sharded or {})
         if work is None:
             found = convert(model, state_dict, load_config, *args, **kwargs)
             acceleration.loads.append(HookedLoad(type(model).__name__, (), left))
@@ -260,10 +264,12 @@ def _converting(convert: Callable[..., Any], acceleration: Acceleration) -> Call
         # As transformers itself does: without threads if its users have said so.
         threads = 1 if is_env_variable_true("HF_DEACTIVATE_ASYNC_LOAD") else None
         fill(work.plan, work.checkpoint, buffers, Limits(threads))
-        of_converted, *_ = convert(model, buffers, replace(load_config, weight_mapping=[]), *args, **kwargs)
+        of_plain = replace(load_config, weight_mapping=[], hf_quantizer=None)
+        of_converted, *_ = convert(model, buffers, of_plain, *args, **kwargs)
         # Which rules a load has used decides how transformers saves the model.
-        for rule, used in zip(load_config.weight_mapping, rules.used, strict=True):
-            if used and hasattr(rule, "_was_used"):
+        used = iter(rules.used)
+        for rule, own in zip(load_config.weight_mapping, plain.rules, strict=True):
+            if (work.plan.sources.decodes if own is None else next(used)) and hasattr(rule, "_was_used"):
                 rule._was_used = True
         rest = {name: source for name, source in state_dict.items() if name not in work.taken}
         of_rest, *others = convert(model, rest, load_config, *args, **kwargs)
@@ -285,13 +291,18 @@ class _Work(NamedTuple):
 
 
 def _planned(
-    model: Any, state_dict: Mapping[str, Any], load_config: Any, rules: RuleSet, tp_plan: Mapping[str, Any]
+    model: Any,
+    state_dict: Mapping[str, Any],
+    load_config: Any,
+    plain: PlainLoad,
+    rules: RuleSet,
+    tp_plan: Mapping[str, Any],
 ) -> tuple[_Work | None, dict[str, str]]:
     """The work that is done here, if any, and what is left to transformers with the reason."""
-    if not rules.converters:
+    if plain.why_not is not None:
+        return None, {ALL: plain.why_not}
+    if not rules.converters and plain.config is None:
         return None, {}
-    if load_config.hf_quantizer is not None:
-        return None, {ALL: "a quantizer takes part"}
     slices = {name: source for name, source in state_dict.items() if isinstance(source, _Slice)}
     if len(slices) < len(state_dict):
         return None, {ALL: NOT_OPENED_HERE}
@@ -304,22 +315,40 @@ def _planned(
         return None, {ALL: str(error)}
     wanted = _wanted(model, load_config, tp_plan)
     sources = SourceTable(checkpoint.names, checkpoint.dtypes, checkpoint.shapes)
-    found, left = whole_conversions(sources, rules, {name: want.spec for name, want in wanted.items()})
+    if plain.config is not None:
+        try:
+            sources = quantized_table(sources, plain.config, like_upstream=True)
+        except (QuantizationError, UnsupportedError) as error:  # which transformers may load, or tells in its own way
+            return None, {ALL: str(error)}
+    first, meant, stored = None, sources, range(len(sources.names))
+    if any(decode.swapped for decode in sources.decodes.values()):
+        first = as_meant(sources)
+        meant, stored = table_of(first.targets), [target.sources[0] for target in first.targets]
+    coded = {row for row, own in enumerate(stored) if own in sources.decodes} if sources.decodes else set()
+    specs = {name: want.spec for name, want in wanted.items()}
+    found, left = whole_conversions(meant, rules, specs, coded)
     conversions: list[Conversion] = []
     for conversion in found:
-        reason = _why_left(conversion, wanted, rules)
+        conversion = conversion._replace(rows=tuple(stored[row] for row in conversion.rows))
+        reason = _why_left(conversion, wanted, rules, sources)
         if reason is None:
             conversions.append(conversion)
         else:
             left[conversion.targets[0].name] = reason
-    taken = frozenset(sources.names[row] for conversion in conversions for row in conversion.rows)
+    rows = {row for conversion in conversions for row in conversion.rows}
+    parts = {part for decode in sources.decodes.values() for part in decode.parts}
+    rows |= {part for row in rows & sources.decodes.keys() for part in sources.decodes[row].parts}
+    rows |= sources.hidden - parts  # what belongs to no number
+    taken = frozenset(checkpoint.names[row] for row in rows)
     if _renames_otherwise_without(taken, load_config.weight_mapping, model, state_dict):
         left |= {conversion.targets[0].name: WAITS_FOR_NAMES for conversion in conversions}
         conversions = []
     if not conversions:
         return None, left
-    plan = CopyPlan(sources, tuple(target for conversion in conversions for target in conversion.targets))
+    texts = tuple(rules.describe(row) for row in range(len(rules.converters)))
+    plan = CopyPlan(meant, tuple(target for conversion in conversions for target in conversion.targets), texts)
     plan.validate()
+    plan = plan if first is None else first.then(plan)
     places: dict[Any, list[Target]] = {}
     for target in plan.targets:
         places.setdefault(wanted[target.name].device, []).append(target)
@@ -365,7 +394,11 @@ def _renames_otherwise_without(taken: Container[str], rules: list[Any], model: A
     return any(with_rest.rename(name) != renamed[name] for name in ordered if name not in taken)
 
 
-def _why_left(conversion: Conversion, wanted: Mapping[str, _Want], rules: RuleSet) -> str | None:
+def _why_left(conversion: Conversion, wanted: Mapping[str, _Want], rules: RuleSet, sources: SourceTable) -> str | None:
+    for row in conversion.rows:
+        decode = sources.decodes.get(row)
+        if decode is not None and not rounds_alike(decode, sources.dtypes[row], conversion.targets[0].dtype):
+            return "transformers rounds its numbers on the way in another dtype"
     for target in conversion.targets:
         if wanted[target.name].why_not is not None:
             return wanted[target.name].why_not

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
 from typing import NamedTuple
@@ -141,12 +141,12 @@ class Conversion(NamedTuple):
 
 
 def whole_conversions(
-    sources: SourceTable, rules: RuleSet, targets: Mapping[str, TargetSpec]
+    sources: SourceTable, rules: RuleSet, targets: Mapping[str, TargetSpec], coded: Container[int] = ()
 ) -> tuple[list[Conversion], dict[str, str]]:
     """The uses of rules that fit in every respect, and the targets of all others with the reason.
 
     What is left out shares no source and no target with what is returned, so that it can be converted apart from it.
-    Tensors that are only renamed are in neither.
+    Tensors that are only renamed are in neither, unless their rows are in ``coded``.
     """
     resolution = resolve(sources.names, rules, targets, sources.hidden)
     claimed = Counter(assignment.target for assignment in resolution.assignments)
@@ -155,7 +155,8 @@ def whole_conversions(
     conversions: list[tuple[str, Conversion]] = []
     left: dict[str, str] = {}
     for assignment in resolution.assignments:
-        if assignment.rule < 0:
+        rows = tuple(row for slot in assignment.slots.values() for row in slot)
+        if assignment.rule < 0 and not any(row in coded for row in rows):
             continue
         compiler.problems = Problems()
         made: list[Target] = []
@@ -173,7 +174,6 @@ def whole_conversions(
         if reasons or not made or assignment.target in contested:
             left[assignment.target] = reasons[0] if reasons else "several sources claim it"
             continue
-        rows = tuple(row for slot in assignment.slots.values() for row in slot)
         conversions.append((assignment.target, Conversion(rows, tuple(made))))
     whole = []
     for first, conversion in conversions:

@@ -28,7 +28,7 @@ from automodel_conv.planning.layouts import (
 )
 from automodel_conv.planning.models import ExpertLayout, expert_layouts, model_targets, tied_names
 from automodel_conv.planning.plan import CopyPlan
-from automodel_conv.planning.quantization import swapped_plan
+from automodel_conv.planning.quantization import as_meant
 from automodel_conv.planning.registry import (
     is_pretrained_model,
     key_renamings,
@@ -89,10 +89,9 @@ def loading_plan(
             )
         )
     stages = []
-    swapped = swapped_plan(table)
-    if swapped is not None:
-        stages.append(swapped)
-        table = table_of(swapped.targets)
+    if any(decode.swapped for decode in table.decodes.values()):
+        stages.append(as_meant(table))
+        table = table_of(stages[-1].targets)
     if source_layout is not None:
         incoming = _checked_layout(source_layout, table)
         stages.append(relayout(table, lambda path: incoming, canonical, gated))

@@ -137,11 +137,9 @@ def quantized_table(table: SourceTable, config: Mapping[str, Any], *, like_upstr
     return finder.table()
 
 
-def swapped_plan(table: SourceTable) -> CopyPlan | None:
-    """The plan that brings the sources that are stored transposed into their meant order; None if there are none."""
+def as_meant(table: SourceTable) -> CopyPlan:
+    """The plan that takes every source as it is, but those that are stored transposed in their meant order."""
     swapped = {row for row, decode in table.decodes.items() if decode.swapped}
-    if not swapped:
-        return None
     known: dict[tuple[tuple[int, ...], bool], Any] = {}
     targets = []
     for row, (name, dtype, shape) in enumerate(zip(table.names, table.dtypes, table.shapes, strict=True)):

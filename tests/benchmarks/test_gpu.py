@@ -258,7 +258,7 @@ def test_tables_are_made_from_a_result(tmp_path, capsys):
         "`copy_` | stack, cat, transpose, of `copy_` | _foreach_copy_, of `copy_` | copy_ loop, of `copy_` "
         "| ours, tables too, of `copy_` | torch, by fp32, of `copy_` |",
         "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
-        "| Mixtral-8x7B (E 8, I 14336, H 4096) | concatenate | 3000 | 1.250 | 2400 | 0.80 | 0.83 |  | 0.50 | 0.25 |  |  |",
+        "| Mixtral-8x7B (E 8, I 14336, H 4096) | concatenate | 3000 | 1.250 | 2400 | 0.80 | 0.83 |  | 0.50 | 0.25 |  |  |",  # noqa: E501
         "",
         "| layer | operation | tile | ours, GB/s | of `copy_` |",
         "| --- | --- | --- | ---: | ---: |",

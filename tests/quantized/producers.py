@@ -178,9 +178,7 @@ PRODUCERS: dict[str, Producer] = {
     "mxfp8": Producer({"quant_method": "fp8", "weight_block_size": [1, 32], "scale_fmt": "ue8m0"}, mxfp8),
     "fp4 experts": Producer({"quant_method": "fp8", "weight_block_size": [128, 128]}, packed_fp4),
     "int4 g32": compressed("pack-quantized", **INT4, strategy="group", group_size=32),
-    "int4 g32 with zero points": compressed(
-        "pack-quantized", **INT4, strategy="group", group_size=32, symmetric=False
-    ),
+    "int4 g32 with zero points": compressed("pack-quantized", **INT4, strategy="group", group_size=32, symmetric=False),
     "int4 per channel": compressed("pack-quantized", **INT4, strategy="channel"),
     "fp8 per channel": compressed("float-quantized", **FLOAT8, strategy="channel"),
     "fp8 blocks of compressed-tensors": compressed(

@@ -6,6 +6,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+pytest.importorskip("transformers", reason="producers are transformers, and compressed-tensors, which needs it")
+
 import automodel_conv as amc
 from automodel_conv.testing import assert_bytes_equal
 from tests.kernels.test_code_tables import rounded

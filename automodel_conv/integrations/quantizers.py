@@ -1,0 +1,72 @@
+"""transformers' quantizers, as far as what they do to a checkpoint on the way to plain parameters is planned here.
+
+A quantizer that dequantizes while it loads has put an operation of its own before those of the model's rules, which
+then also collect the scales, and a rule for all other weights. Without them the rules are the model's own again.
+Source: transformers 5.23.0, ``HfQuantizer.update_weight_conversions`` and ``get_weight_conversions``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from automodel_conv.planning.copies import Decode
+
+_DEQUANTIZE = {"Fp8Dequantize", "Mxfp4Dequantize", "CompressedTensorsDequantize"}
+_MODULES = "transformers.integrations."
+
+
+class PlainLoad(NamedTuple):
+    """A load as it would be if its checkpoint were not quantized."""
+
+    rules: list[Any | None]
+    """In the order of the load's own; None for those of the quantizer alone."""
+    config: Mapping[str, Any] | None = None
+    """``quantization_config`` of the checkpoint."""
+    why_not: str | None = None
+    """Why it cannot be one."""
+
+
+def plain_load(quantizer: Any, rules: list[Any]) -> PlainLoad:
+    """The load without its quantizer, if there is one and all that it does is to dequantize."""
+    if quantizer is None:
+        return PlainLoad(rules)
+    config = quantizer.quantization_config
+    if not getattr(quantizer, "pre_quantized", False) or not getattr(config, "dequantize", False):
+        return PlainLoad(rules, None, "a quantizer takes part that does not only dequantize")
+    settings = config.to_dict()
+    # Of compressed-tensors the class holds the config one level deeper.
+    settings = settings.get("quantization_config") or settings
+    method = settings.get("quant_method", getattr(config, "quant_method", None))
+    settings = dict(settings) | {"quant_method": str(getattr(method, "value", method))}
+    return PlainLoad([_own(rule) for rule in rules], settings)
+
+
+def rounds_alike(decode: Decode, natural: str, wanted: str) -> bool:
+    """Whether transformers gets the numbers of a source as we do, which for some schemes depends on their dtype.
+
+    compressed-tensors computes in the dtype of the scales, and divides NVFP4's scales by the global one in it.
+    """
+    return decode.global_scale is None and (decode.format != "int4" or natural == wanted)
+
+
+def _own(rule: Any) -> Any | None:
+    """The model's own rule in what a quantizer has made of it; None if nothing is left."""
+    operations = list(getattr(rule, "operations", None) or ())
+    if not operations or not _dequantizes(operations[0]):
+        return rule
+    if len(operations) == 1:
+        return None
+    # As they were given: the constructor changes them. Older transformers anchor those of weights.
+    sources = [s for s in _given(rule, "source") if s.removesuffix("$").endswith(".weight")]
+    make = getattr(rule, "copy", type(rule))
+    return make(source_patterns=sources, target_patterns=_given(rule, "target"), operations=operations[1:])
+
+
+def _given(rule: Any, side: str) -> list[str]:
+    return list(getattr(rule, f"_original_{side}_patterns", getattr(rule, f"{side}_patterns")))
+
+
+def _dequantizes(operation: Any) -> bool:
+    cls = type(operation)
+    return cls.__name__ in _DEQUANTIZE and cls.__module__.startswith(_MODULES)
