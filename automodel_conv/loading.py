@@ -105,7 +105,8 @@ def compile_plan(
         key_mapping: ``{pattern: replacement}`` applied to names before the rules, as in ``from_pretrained``.
         dtype: dtype of the floating targets; None keeps each parameter's own (without a model: the source's).
         dequantize: what the ``quantization_config`` in the checkpoint's ``config.json`` says is quantized is decoded,
-            each element rounded once to its target's dtype; False takes codes and scales for tensors of their own.
+            each element rounded once to its target's dtype; False takes codes and scales for tensors of their own, as
+            a model of transformers that keeps them wants (its ``hf_quantizer`` knows the rules).
 
     Raises:
         CheckpointError: the checkpoint is broken.
@@ -279,6 +280,7 @@ def load_plan(
     if model is None and rules is None:
         model, dtype = meta_model(checkpoint.directory, dtype, _first_floating(checkpoint)), None
     table = SourceTable(checkpoint.names, checkpoint.dtypes, checkpoint.shapes)
+    quantizer = None if dequantize else getattr(model, "hf_quantizer", None)
     if dequantize:
         table = _decoded(table, quantization_config(checkpoint.directory), checkpoint.path, model is not None)
     plan, problems = loading_plan(
@@ -289,6 +291,7 @@ def load_plan(
         key_mapping=key_mapping,
         dtype=dtype,
         in_place=in_place,
+        quantizer=quantizer,
     )
     return plan, problems, model
 

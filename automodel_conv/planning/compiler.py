@@ -417,6 +417,9 @@ _INTEGERS = frozenset({"BOOL", "I8", "U8", "I16", "U16", "I32", "U32", "I64", "U
 _CODES = frozenset({"F4", "F6_E2M3", "F6_E3M2", "F8_E5M2", "F8_E4M3", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ"})
 
 
+_KEEP = "a quantization_config in config.json says how codes decode; dequantize=False keeps them, for models that do"
+
+
 def _check_cast(source: str, found: str, target: str, wanted: str) -> None:
     """Raise UnsupportedError where a cast would lose more than precision."""
     if found in FLOATING and wanted in FLOATING:
@@ -430,6 +433,6 @@ def _check_cast(source: str, found: str, target: str, wanted: str) -> None:
             + (", one of them holds codes of a quantized tensor" if quantized else ""),
             expected=wanted,
             found=found,
-            do="dequantize the checkpoint first; decoding on the way is not supported yet" if quantized else None,
+            do=_KEEP if quantized else None,
         )
     )

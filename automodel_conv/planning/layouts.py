@@ -83,6 +83,11 @@ LAYOUTS: Mapping[str, Layout] = {
 }
 
 
+SCALES = "_scale_inv"
+"""What the scales of experts that are kept quantized are called after their names; they lie as these do.
+Source: transformers 5.23.0, ``FP8Experts``; vLLM, ``Fp8MoEMethod``."""
+
+
 def get_layout(name: str) -> Layout:
     """The layout of that name.
 
@@ -122,7 +127,8 @@ def relayout(
         gated: whether such a module has a gate; asked only where a name leaves it open.
 
     Raises:
-        UnsupportedError: an experts tensor of a rank the layout cannot have.
+        UnsupportedError: an experts tensor of a rank the layout cannot have, or scales of blocks whose rows would have
+            to alternate.
     """
     rules: dict[str, int] = {}
     shared: dict[object, tuple[tuple[int, ...], tuple[StridedCopy, ...]]] = {}
@@ -132,14 +138,17 @@ def relayout(
         chain, renamed, rule = (), name, -1
         if _is_experts(path):
             before, after = source(path), target(path)
-            role = _role(leaf_name, before, gated(path))
+            of, suffix = leaf_name.removesuffix(SCALES), SCALES if leaf_name.endswith(SCALES) else ""
+            role = _role(of, before, gated(path))
             if role is not None:
                 chain = _operations(role, before, after)
-                renamed = f"{path}.{getattr(after, role)}"
+                if suffix and any(step.name == "Interleave" for step in chain):
+                    raise UnsupportedError(message(f"{name}: gate and up that share a scale cannot alternate"))
+                called = getattr(after, role) + suffix
+                renamed = f"{path}.{called}"
                 if chain or renamed != name:
                     steps = ", ".join(map(str, chain)) or "rename"
-                    text = f"experts.{leaf_name} -> experts.{getattr(after, role)}: {steps}"
-                    rule = rules.setdefault(text, len(rules))
+                    rule = rules.setdefault(f"experts.{leaf_name} -> experts.{called}: {steps}", len(rules))
         key = (chain, shape)
         if key not in shared:
             shared[key] = _lowered(name, shape, chain)

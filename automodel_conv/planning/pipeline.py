@@ -50,18 +50,20 @@ def loading_plan(
     key_mapping: Mapping[str, str] | None = None,
     dtype: torch.dtype | None = None,
     in_place: bool = False,
+    quantizer: Any = None,
     targets: Mapping[str, TargetSpec] | None = None,
 ) -> tuple[CopyPlan, Problems]:
     """The plan from checkpoint names to the model's (or the rules') names, and what did not fit.
 
     Args:
         in_place: the model's own tensors are the destination, so a ``layout`` they do not have is an error.
+        quantizer: transformers' own, of a model that keeps codes and scales: its rules go with the model's.
         targets: what to make, if not the model's state dict.
 
     Raises:
         UnsupportedError: an unknown layout, or one that the model contradicts.
     """
-    objects = model_rules(model, key_mapping) if rules is None else [*key_renamings(key_mapping), *rules]
+    objects = model_rules(model, key_mapping, quantizer) if rules is None else [*key_renamings(key_mapping), *rules]
     rule_set = RuleSet(objects, model)
     given = targets is not None
     if targets is None and model is not None:

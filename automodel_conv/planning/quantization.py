@@ -111,7 +111,13 @@ def quantized_table(table: SourceTable, config: Mapping[str, Any], *, like_upstr
                 do="dequantize=False loads the stored tensors as they are",
             )
         )
-    schemes = _schemes(str(method), config)
+    try:
+        schemes = _schemes(str(method), config)
+    except (TypeError, ValueError, KeyError, AttributeError) as error:
+        if isinstance(error, UnsupportedError):
+            raise
+        text = f"the quantization_config of method {method} is malformed"
+        raise QuantizationError(message(text, found=f"{type(error).__name__}: {error}")) from error
     rows = {name: row for row, name in enumerate(table.names)}
     finder = _Finder(table, rows, storage, schemes, like_upstream)
     formats: dict[str, list[tuple[str, str]]] = {}

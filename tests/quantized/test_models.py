@@ -11,7 +11,8 @@ from safetensors.torch import load_file, save_file
 pytest.importorskip("transformers", reason="the models, and what they are compared with, are transformers'")
 
 from torch.distributed.tensor import Replicate, Shard
-from transformers import AutoModelForCausalLM, GptOssConfig, GptOssForCausalLM, Mxfp4Config
+from transformers import AutoConfig, AutoModelForCausalLM, GptOssConfig, GptOssForCausalLM, Mxfp4Config
+from transformers.quantizers import AutoHfQuantizer
 
 import automodel_conv as amc
 from automodel_conv.execution.buffers import allocate
@@ -23,7 +24,7 @@ from tests.kernels.test_code_tables import rounded
 from tests.model_zoo import build_model, write_checkpoint
 from tests.quantized.producers import fine_grained
 
-QUANTIZED = re.compile(r"(proj|w[123])\.weight$")
+QUANTIZED = re.compile(r"(proj(_with_mqa)?|w[123])\.weight$")
 # Divides what transformers decodes; it would take the scales of others for those of equal blocks.
 DIVIDING = fine_grained((2, 2))
 
@@ -173,3 +174,79 @@ def test_under_the_hook_gpt_oss_in_mxfp4_loads_as_without(tmp_path):
     assert load.left == {}
     assert len(load.lowered) == 4
     assert_same_model(hooked, stock)
+
+
+def keeping(directory, model_class):
+    """The model of a quantized checkpoint with codes and scales for parameters, on the meta device."""
+    config = AutoConfig.from_pretrained(directory)
+    quantizer = AutoHfQuantizer.from_config(dict(config.quantization_config), pre_quantized=True)
+    quantizer.quantization_config.dequantize = False
+    with torch.device("meta"):
+        model = model_class._from_config(config, dtype=torch.bfloat16)
+        quantizer.preprocess_model(model=model, device_map=None, dtype=torch.bfloat16, checkpoint_files=None)
+    model.hf_quantizer = quantizer
+    return model
+
+
+@pytest.mark.parametrize("layout", [None, "nemo", "vllm"])
+def test_codes_and_scales_of_experts_are_grouped_alike_where_a_model_keeps_them(tmp_path, layout):
+    model_class, _ = quantized("qwen3_moe", tmp_path)
+    stored = load_file(tmp_path / "model.safetensors")
+    loaded = amc.load_state_dict(tmp_path, keeping(tmp_path, model_class), layout=layout, dequantize=False)
+    experts = model_class.config_class.from_pretrained(tmp_path).num_experts
+    names = {"nemo": "gate_and_up_projs", "vllm": "w13_weight"}
+    for suffix in ("", "_scale_inv"):
+        both = [
+            torch.cat([stored[f"model.layers.1.mlp.experts.{e}.{side}_proj.weight{suffix}"] for side in ("gate", "up")])
+            for e in range(experts)
+        ]
+        expected = torch.stack(both)
+        if layout == "nemo":
+            expected = expected.transpose(1, 2).contiguous()
+        found = loaded[f"model.layers.1.mlp.experts.{names.get(layout, 'gate_up_proj')}{suffix}"]
+        assert_bytes_equal(found, expected)
+
+
+def test_gate_and_up_that_share_scales_do_not_alternate(tmp_path):
+    model_class, _ = quantized("qwen3_moe", tmp_path)
+    with pytest.raises(amc.UnsupportedError, match="cannot alternate"):
+        amc.load_state_dict(tmp_path, keeping(tmp_path, model_class), layout="gpt_oss", dequantize=False)
+
+
+def test_a_model_that_keeps_codes_is_filled_in_place(tmp_path):
+    model_class, _ = quantized("deepseek_v3", tmp_path)
+    model = keeping(tmp_path, model_class)
+    report = amc.load_model(model, tmp_path, dequantize=False)
+    assert report.missing_keys == report.unexpected_keys == ()
+    stored = load_file(tmp_path / "model.safetensors")
+    state = model.state_dict()
+    assert state["model.layers.0.self_attn.o_proj.weight"].dtype == torch.float8_e4m3fn
+    for key in ("model.layers.0.self_attn.o_proj.weight", "model.layers.0.self_attn.o_proj.weight_scale_inv"):
+        assert_bytes_equal(state[key], stored[key])
+    with pytest.raises(amc.UnsupportedError, match="dequantize=False keeps them"):
+        amc.load_model(keeping(tmp_path, model_class), tmp_path)
+
+
+def test_codes_without_a_config_are_one_error(tmp_path):
+    model_class, _ = quantized("mixtral", tmp_path)
+    with torch.device("meta"):
+        model = model_class(AutoConfig.from_pretrained(tmp_path))
+    (tmp_path / "config.json").unlink()
+    with pytest.raises(amc.QuantizationError, match=r"w1\.weight has the form of quantized codes"):
+        amc.load_model(model, tmp_path)
+
+
+def test_a_lost_scale_is_named_and_nothing_written(tmp_path):
+    _, exact = quantized("mixtral", tmp_path)
+    stored = load_file(tmp_path / "model.safetensors")
+    lost = next(iter(exact)) + "_scale_inv"
+    del stored[lost]
+    save_file(stored, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(amc.QuantizationError, match=re.escape(lost)):
+        amc.load_state_dict(tmp_path)
+
+
+def test_too_little_scratch_is_told_before_anything_is_read(tmp_path):
+    quantized("mixtral", tmp_path)
+    with pytest.raises(amc.ConversionError, match="too small to decode"):
+        amc.load_state_dict(tmp_path, threads=1, scratch_bytes=4096)
