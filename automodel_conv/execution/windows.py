@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from itertools import groupby
 from typing import NamedTuple
 
-from automodel_conv.execution.jobs import Decoding, Job, Move
+from automodel_conv.execution.jobs import Decoding, Job, Move, Part
 from automodel_conv.execution.schedule import divide, runs, staged
 from automodel_conv.files.checkpoint import Checkpoint
 from automodel_conv.planning.copies import Decode, StridedCopy, Target
@@ -70,9 +70,12 @@ def stream_schedule(
     parts, moves = divide(targets, copies, checkpoint, decodes)
     first = len(targets)
     jobs = list(staged(moves, checkpoint, decodes, window_bytes))
-    parts += [part._replace(target=first + number) for number, job in enumerate(jobs) for part in job.parts]
+    coded: list[Part] = []  # by window: codes and their scales may lie far apart
+    for number, job in enumerate(jobs):
+        side = coded if job.decodings else parts
+        side += [part._replace(target=first + number) for part in job.parts]
     parts.sort()
-    chunks = [_chunk(run, first) for run in runs(parts, slot_bytes)]
+    chunks = [_chunk(run, first) for run in runs([*parts, *coded], slot_bytes)]
     filled = Counter(window for chunk in chunks for window in chunk.to_windows)
     windows = [Window(job.moves, job.scratch_bytes, filled[n], job.decodings) for n, job in enumerate(jobs)]
     return chunks, windows

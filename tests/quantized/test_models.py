@@ -11,7 +11,16 @@ from safetensors.torch import load_file, save_file
 pytest.importorskip("transformers", reason="the models, and what they are compared with, are transformers'")
 
 from torch.distributed.tensor import Replicate, Shard
-from transformers import AutoConfig, AutoModelForCausalLM, GptOssConfig, GptOssForCausalLM, Mxfp4Config
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    CompressedTensorsConfig,
+    GptOssConfig,
+    GptOssForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    Mxfp4Config,
+)
 from transformers.quantizers import AutoHfQuantizer
 
 import automodel_conv as amc
@@ -21,17 +30,17 @@ from automodel_conv.planning.sharding import placed, shard_plan
 from automodel_conv.testing import assert_bytes_equal
 from tests.integrations.support import assert_same_model
 from tests.kernels.test_code_tables import rounded
-from tests.model_zoo import build_model, write_checkpoint
-from tests.quantized.producers import fine_grained
+from tests.model_zoo import build_model, fill, write_checkpoint
+from tests.quantized.producers import FLOAT4, FLOAT8, INT4, compressed, fine_grained
 
 QUANTIZED = re.compile(r"(proj(_with_mqa)?|w[123])\.weight$")
 # Divides what transformers decodes; it would take the scales of others for those of equal blocks.
 DIVIDING = fine_grained((2, 2))
 
 
-def quantized(name, directory, producer=DIVIDING):
+def quantized(name, directory, producer=DIVIDING, model=None):
     """A checkpoint of the zoo with its projections quantized, and what those are exactly, by name."""
-    model = build_model(name)
+    model = model or build_model(name)
     write_checkpoint(model, directory, 1 << 30)
     stored, exact = {}, {}
     for key, tensor in load_file(directory / "model.safetensors").items():
@@ -250,3 +259,51 @@ def test_too_little_scratch_is_told_before_anything_is_read(tmp_path):
     quantized("mixtral", tmp_path)
     with pytest.raises(amc.ConversionError, match="too small to decode"):
         amc.load_state_dict(tmp_path, threads=1, scratch_bytes=4096)
+
+
+def small_mixtral():
+    config = MixtralConfig(
+        num_hidden_layers=2,
+        hidden_size=64,
+        intermediate_size=96,
+        num_local_experts=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=128,
+    )
+    model = MixtralForCausalLM._from_config(config, dtype=torch.bfloat16)
+    fill(model)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("producer", "by_plan"),
+    [
+        (compressed("pack-quantized", **INT4, strategy="group", group_size=16), True),
+        (compressed("float-quantized", **FLOAT8, strategy="channel"), True),
+        (compressed("nvfp4-pack-quantized", 700.0, **FLOAT4, strategy="tensor_group", group_size=16), False),
+    ],
+    ids=["int4", "fp8", "nvfp4, which transformers rounds in bfloat16 on the way"],
+)
+def test_under_the_hook_compressed_tensors_load_as_without(tmp_path, producer, by_plan):
+    settings = {"quantization_status": "compressed", "ignore": ["lm_head"]}
+    producer = producer._replace(config=dict(producer.config) | settings)
+    quantized("mixtral", tmp_path, producer, small_mixtral())
+    options = {"quantization_config": CompressedTensorsConfig(dequantize=True)}
+    stock = MixtralForCausalLM.from_pretrained(tmp_path, **options)
+    with amc.accelerate_transformers() as acceleration:
+        hooked = MixtralForCausalLM.from_pretrained(tmp_path, **options)
+    [load] = acceleration.loads
+    assert bool(load.lowered) is by_plan
+    assert bool(load.left) is not by_plan
+    assert_same_model(hooked, stock)
+
+
+def test_int4_with_zero_points_which_transformers_cannot_load_is_loaded(tmp_path):
+    producer = compressed("pack-quantized", **INT4, strategy="group", group_size=16, symmetric=False)
+    _, exact = quantized("mixtral", tmp_path, producer, small_mixtral())
+    loaded = amc.load_state_dict(tmp_path)
+    expected = [exact[f"model.layers.1.block_sparse_moe.experts.{e}.w2.weight"].numpy() for e in range(4)]
+    experts = loaded["model.layers.1.mlp.experts.down_proj"]
+    for expert, numbers in zip(experts, expected, strict=True):
+        assert_bytes_equal(expert.clone(), rounded(numbers, torch.bfloat16))

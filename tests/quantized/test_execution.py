@@ -1,0 +1,133 @@
+"""Decoding on every way that bytes take: any scratch, any number of threads, a device that is late."""
+
+import importlib.util
+import itertools
+
+import pytest
+import torch
+
+import automodel_conv as amc
+from automodel_conv.execution.buffers import allocate
+from automodel_conv.execution.cpu import load_files
+from automodel_conv.execution.jobs import Move
+from automodel_conv.execution.schedule import schedule
+from automodel_conv.execution.streaming import stream_files
+from automodel_conv.planning.copies import Target, group_pieces
+from automodel_conv.planning.lowering import leaf, transpose
+from automodel_conv.planning.plan import CopyPlan
+from automodel_conv.planning.quantization import quantized_table
+from automodel_conv.testing import assert_bytes_equal
+from tests.execution.simulated import SimulatedDevice
+from tests.execution.support import columns
+from tests.quantized.test_schemes import PRODUCERS, weight, write
+
+pytest.importorskip("transformers", reason="producers are transformers, and compressed-tensors, which needs it")
+SCHEMES = ["fp8 32x16", "mxfp8", "int4 g32 with zero points", "nvfp4"]
+needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+
+
+def case(directory, scheme):
+    """Two weights, each as it is and transposed, and what they are."""
+    producer = PRODUCERS[scheme]
+    write(directory, producer, {"a.weight": weight(96, 128), "b.weight": weight(64, 224, seed=1)})
+    checkpoint = amc.open_checkpoint(directory)
+    table = quantized_table(columns(checkpoint), producer.config)
+    expected, targets = amc.load_state_dict(directory, rules=[], dtype=torch.float32), []
+    for row in table.decodes:
+        name, value = table.names[row], leaf(0, table.shapes[row])
+        turned = transpose(value, 0, 1)
+        for called, made in ((name, value), (name + ".T", turned)):
+            targets.append(Target(called, "F32", made.shape, -1, (row,), group_pieces(made.pieces)))
+        expected[name + ".T"] = expected[name].T.contiguous()
+    plan = CopyPlan(table, tuple(targets))
+    plan.validate()
+    return checkpoint, plan, expected
+
+
+def poisoned(plan):
+    buffers = allocate(plan.targets)
+    for buffer in buffers.values():
+        buffer.view(torch.uint8).fill_(0xA5)
+    return buffers
+
+
+def assert_filled(buffers, expected):
+    for name, buffer in buffers.items():
+        assert_bytes_equal(buffer, expected[name])
+
+
+@pytest.mark.parametrize("scratch_bytes", [24_000, 100_003, 1 << 20])
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_any_scratch_and_threads_give_the_same_numbers(tmp_path, scheme, threads, scratch_bytes):
+    checkpoint, plan, expected = case(tmp_path, scheme)
+    buffers = poisoned(plan)
+    stats = load_files(plan, checkpoint, buffers, threads=threads, scratch_bytes=scratch_bytes)
+    assert_filled(buffers, expected)
+    assert stats.scratch_bytes <= scratch_bytes
+
+
+@pytest.mark.parametrize("eagerness", [0, 0.5])
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_a_late_device_decodes_the_same_numbers(tmp_path, scheme, eagerness):
+    checkpoint, plan, expected = case(tmp_path, scheme)
+    for seed in range(4):
+        buffers = poisoned(plan)
+        device = SimulatedDevice(seed, eagerness=eagerness)
+        limits = {"threads": 2, "scratch_bytes": 16384, "device_scratch_bytes": 1 << 16}
+        stream_files(plan, checkpoint, buffers, device, backend="torch", **limits)
+        assert_filled(buffers, expected)
+        assert device.idle
+
+
+@needs_triton
+@pytest.mark.parametrize("scheme", ["fp8 32x16", "nvfp4"])
+def test_kernels_decode_the_same_numbers(tmp_path, scheme):
+    checkpoint, plan, expected = case(tmp_path, scheme)
+    buffers = poisoned(plan)
+    limits = {"threads": 1, "scratch_bytes": 1 << 17, "device_scratch_bytes": 1 << 19}
+    stream_files(plan, checkpoint, buffers, SimulatedDevice(0), backend="triton", **limits)
+    assert_filled(buffers, expected)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_codes_are_read_once_and_scales_that_slabs_share_again(tmp_path, scheme):
+    checkpoint, plan, _ = case(tmp_path, scheme)
+    copies = [target.copies for target in plan.targets]
+    jobs = schedule(plan.targets, copies, checkpoint, plan.sources.decodes, threads=2, slot_bytes=1 << 14)
+    assert len(jobs) > 4
+    for row in plan.sources.decodes:
+        read = sorted(part[1:3] for job in jobs for part in job.parts if part.row == row)
+        ends = [offset + nbytes for offset, nbytes in read]
+        assert [offset for offset, _ in read] == [checkpoint.offsets[row], *ends[:-1]]
+        assert ends[-1] == checkpoint.offsets[row] + checkpoint.nbytes[row]
+    assert all(job.scratch_bytes <= 1 << 14 for job in jobs)
+
+
+def test_a_part_of_the_columns_decodes_no_others(tmp_path):
+    checkpoint, plan, _ = case(tmp_path, "fp8 32x16")
+    [row, *_] = plan.sources.decodes
+    move = Move(0, "F32", (96, 20), (128, 1), 50, (20, 1), 0)
+    from automodel_conv.execution.decode_schedule import decoded
+
+    jobs = list(decoded({row: [move]}, checkpoint, plan.sources.decodes, 1 << 20))
+    shapes = [decoding.shape for job in jobs for decoding in job.decodings]
+    assert {columns for _, columns in shapes} == {20}
+    assert sum(rows for rows, _ in shapes) == 96
+
+
+def test_a_plan_of_quantized_sources_says_so_and_survives_json(tmp_path):
+    _, plan, _ = case(tmp_path, "int4 g32 with zero points")
+    assert plan.execution_of(plan.target("a.weight")) == "decode"
+    assert plan.execution_of(plan.target("a.weight.T")) == "strided, decode"
+    assert "int4 [96, 128]" in plan.explain("a.weight")
+    again = CopyPlan.from_json(plan.to_json())
+    assert again == plan
+    sizes = [plan.sources.nbytes(row) for row in itertools.chain(plan.used_sources, *_parts(plan))]
+    assert plan.bytes_read == sum(sizes)
+    with pytest.raises(amc.UnsupportedError, match="nothing here quantizes"):
+        plan.inverse()
+
+
+def _parts(plan):
+    return [decode.parts for decode in plan.sources.decodes.values()]
