@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import NamedTuple
@@ -111,14 +111,21 @@ class Homes:
         """Bytes of the second copies of parameters that the checkpoint holds under two names."""
         return sum(self.buffers[name].nbytes for name, _ in self.doubled if name in self.buffers)
 
-    def settle(self, model: nn.Module) -> None:
+    def unequal(self, model: nn.Module) -> set[tuple[str, str]]:
+        """Names that are, or would be, one parameter, and for which this rank has loaded different values."""
+        return _unequal([*self.doubled, *_tied_pairs(tied_names(model), self.buffers)], self.buffers)
+
+    def settle(self, model: nn.Module, unequal: Collection[tuple[str, str]]) -> None:
         """Put new tensors into the model, and tie what is one parameter.
+
+        Args:
+            unequal: what any rank has found ``unequal``.
 
         Raises:
             ConversionError: the checkpoint has different values for two names of one parameter.
         """
         for name, other in self.doubled:
-            if name in self.buffers and not same_bytes(self.buffers[name], self.buffers[other]):
+            if (name, other) in unequal:
                 raise ConversionError(
                     message(
                         f"{name} and {other} are one parameter of the model",
@@ -139,7 +146,7 @@ class Homes:
                 continue
             shared = self.places[made[0]][0].get()
             for name in group:
-                if name not in self.buffers or same_bytes(self.buffers[name], self.buffers[made[0]]):
+                if (name, made[0]) not in unequal:
                     for place in self.places[name]:
                         place.put(shared)  # type: ignore[arg-type]
 
@@ -207,13 +214,29 @@ def finish(model: nn.Module, made: Iterable[str], missing: Iterable[str], device
     model.tie_weights(missing_keys=set(missing), recompute_mapping=False)  # type: ignore[operator]
 
 
-def with_tied(tensors: Mapping[str, Tensor], groups: Iterable[tuple[str, ...]]) -> dict[str, Tensor]:
-    """All names of every tied group on one tensor, unless the checkpoint holds different values for them."""
+def unequal_ties(tensors: Mapping[str, Tensor], groups: Iterable[tuple[str, ...]]) -> set[tuple[str, str]]:
+    """Names of tied groups, each with the first of its group, for which this rank has loaded different values."""
+    return _unequal(_tied_pairs(groups, tensors), tensors)
+
+
+def _tied_pairs(groups: Iterable[tuple[str, ...]], tensors: Mapping[str, Tensor]) -> list[tuple[str, str]]:
+    made = ([name for name in group if name in tensors] for group in groups)
+    return [(name, names[0]) for names in made for name in names[1:]]
+
+
+def _unequal(pairs: Iterable[tuple[str, str]], tensors: Mapping[str, Tensor]) -> set[tuple[str, str]]:
+    return {(name, other) for name, other in pairs if name in tensors and not same_bytes(tensors[name], tensors[other])}
+
+
+def with_tied(
+    tensors: Mapping[str, Tensor], groups: Iterable[tuple[str, ...]], unequal: Collection[tuple[str, str]]
+) -> dict[str, Tensor]:
+    """All names of every tied group on one tensor, but for those that are ``unequal`` to the first of their group."""
     shared = dict(tensors)
     for group in groups:
         made = [name for name in group if name in tensors]
         for name in group:
-            if made and (name not in tensors or same_bytes(tensors[name], tensors[made[0]])):
+            if made and (name, made[0]) not in unequal:
                 shared[name] = tensors[made[0]]
     return shared
 

@@ -18,7 +18,7 @@ from automodel_conv.execution.copy_batch import takes_kernels
 from automodel_conv.execution.memory import convert_tensors
 from automodel_conv.execution.ranks import is_distributed
 from automodel_conv.files.checkpoint import open_checkpoint
-from automodel_conv.homes import in_order, with_tied
+from automodel_conv.homes import in_order, unequal_ties, with_tied
 from automodel_conv.planning.copies import SourceTable, Target
 from automodel_conv.planning.models import state_table, tied_names
 from automodel_conv.planning.pipeline import loading_plan, saving_plan
@@ -60,7 +60,10 @@ def convert_state_dict(
     )
     problems.raise_unless_fit("the state dict")
     converted = _run(plan, state_dict, out, backend)
-    return in_order(with_tied(converted, tied_names(model)), model) if model is not None else converted
+    if model is None:
+        return converted
+    ties = tied_names(model)
+    return in_order(with_tied(converted, ties, unequal_ties(converted, ties)), model)
 
 
 def revert_state_dict(

@@ -18,6 +18,7 @@ from automodel_conv.execution.checksums import verify_checksums
 from automodel_conv.execution.filling import Limits, fill, within
 from automodel_conv.execution.ranks import (
     as_distributed,
+    found_by_any,
     groups_of,
     is_distributed,
     is_first_replica,
@@ -29,7 +30,7 @@ from automodel_conv.execution.ranks import (
 from automodel_conv.execution.reading import LoadStats, cores
 from automodel_conv.files.checkpoint import Checkpoint, open_checkpoint
 from automodel_conv.files.config import quantization_config
-from automodel_conv.homes import Homes, finish, home_of, in_order, loadable, regions_of, with_tied
+from automodel_conv.homes import Homes, finish, home_of, in_order, loadable, regions_of, unequal_ties, with_tied
 from automodel_conv.kernels.launch import why_not
 from automodel_conv.planning.compiler import Problems
 from automodel_conv.planning.copies import SourceTable
@@ -173,9 +174,10 @@ def load_state_dict(
         ConversionError: the load does not fit into ``memory_budget``; nothing has been read then.
         RankError: with DTensors: the load failed on other ranks, or one of them is gone.
     """
-    device = loadable(device)
     state = {} if model is None else model.state_dict(keep_vars=True)
-    with together(groups_of(meshes_of(state.values())), "loading"):
+    groups = groups_of(meshes_of(state.values()))
+    with together(groups, "loading"):
+        device = loadable(device)
         clock = _Clock()
         checkpoint = open_checkpoint(path, revision=revision)
         clock.lap("open")
@@ -194,8 +196,9 @@ def load_state_dict(
         stats = fill(mine, checkpoint, buffers, limits, progress=progress)
         clock.lap("read")
     send([state[name] for name in shared_names], [buffers[name] for name in shared_names])
-    shared = with_tied(buffers, tied_names(model)) if model is not None else buffers
-    shared = _distributed(shared, state)
+    ties = tied_names(model) if model is not None else []
+    unequal = found_by_any(groups, unequal_ties(buffers, ties), "comparing tied tensors")
+    shared = _distributed(with_tied(buffers, ties, unequal), state)
     loaded = LoadedStateDict(in_order(shared, model) if model is not None else shared)
     loaded.report = _report(plan, problems, clock, stats)
     return loaded
@@ -239,10 +242,10 @@ def load_model(
             been replaced (on the meta device, or of another dtype) are still the old ones.
         ConversionError: the checkpoint has different values for names that are one parameter of the model.
     """
-    if device is not None:
-        device = loadable(device)
     state = model.state_dict(keep_vars=True)
-    with together(groups_of(meshes_of(state.values())), "loading"):
+    groups = groups_of(meshes_of(state.values()))
+    with together(groups, "loading"):
+        device = None if device is None else loadable(device)
         clock = _Clock()
         checkpoint = open_checkpoint(path, revision=revision)
         clock.lap("open")
@@ -259,7 +262,7 @@ def load_model(
         stats = fill(mine, checkpoint, homes.buffers, limits, progress=progress)
         clock.lap("read")
     send([state[name] for name in shared_names], [homes.buffers[name] for name in shared_names])
-    homes.settle(model)
+    homes.settle(model, found_by_any(groups, homes.unequal(model), "comparing tied tensors"))
     if was_meta:
         finish(model, homes.buffers, problems.missing, device)
     return _report(plan, problems, clock, stats, homes.extra_bytes)

@@ -6,6 +6,7 @@ Communication is torch's, over the groups of the meshes that the tensors are dis
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import chain
@@ -73,6 +74,18 @@ def same_on_all(groups: Sequence[Any], parts: Iterable[bytes], what: str) -> Non
         raise RankError(
             message(f"{what} differ from rank to rank", expected="the same names, dtypes and whole shapes on all ranks")
         )
+
+
+def found_by_any(groups: Sequence[Any], pairs: Iterable[tuple[str, str]], what: str) -> frozenset[tuple[str, str]]:
+    """The pairs that any rank of these groups has found, the same on all of them.
+
+    Raises:
+        RankError: one of the ranks is gone.
+    """
+    heard = _told_by_all(groups, json.dumps(sorted(pairs)))
+    if heard.lost:
+        raise _gone(what, "\n" + listing(heard.lost))
+    return frozenset((first, second) for told in heard.told for first, second in json.loads(told))
 
 
 def groups_of(meshes: Iterable[Any]) -> list[Any]:

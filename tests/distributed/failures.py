@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
+from torch.distributed.tensor import Shard, distribute_tensor
 
 import automodel_conv as amc
 from automodel_conv.files import system
@@ -193,6 +194,23 @@ def has_no_checkpoint(of: Published, kind: str, directory: str) -> None:
     trying(lambda: amc.load_state_dict(of.path if not on(1) else f"{of.path} that is not there", model))
 
 
+def has_no_such_device(of: Published, kind: str, directory: str) -> None:
+    model = sharded(of, kind, Meshes(), meta=True)
+    trying(lambda: amc.load_model(model, of.path, device="xpu" if on(1) else None))
+
+
+def finds_two_values_of_one_parameter(of: Published, kind: str, directory: str) -> None:
+    """The values differ in the rows of rank 1 alone."""
+    values = torch.arange(12.0).reshape(4, 3)
+    if on(0):
+        save_file({"a": values, "b": values + torch.tensor([0, 0, 0, 1])[:, None]}, f"{directory}.safetensors")
+    dist.barrier()
+    module = torch.nn.Module()
+    module.a = torch.nn.Parameter(distribute_tensor(torch.zeros(4, 3), Meshes()(2), [Shard(0)]))
+    module.b = module.a
+    trying(lambda: amc.load_model(module, f"{directory}.safetensors"))
+
+
 def has_too_little_memory(of: Published, kind: str, directory: str) -> None:
     model = sharded(of, kind, Meshes(), meta=True)
     trying(lambda: amc.load_model(model, of.path, memory_budget=100 if on(1) else None))
@@ -286,6 +304,8 @@ SCENARIOS = {
         has_other_names,
         has_no_checkpoint,
         has_too_little_memory,
+        has_no_such_device,
+        finds_two_values_of_one_parameter,
         killed_in_a_save,
         leader_killed_in_a_save,
         cannot_write,

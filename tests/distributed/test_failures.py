@@ -24,6 +24,8 @@ OF_TWO = {
     "has other names, fsdp": "NameProblems",
     "has no checkpoint, experts": "CheckpointError",
     "has too little memory, fsdp": "ConversionError",
+    "has no such device, fsdp": "UnsupportedError",
+    "finds two values of one parameter, ": "ConversionError",
     "killed in a save, fsdp": None,
     "leader killed in a save, experts": "RankError",
     "cannot write, fsdp": "WriteError",
@@ -41,6 +43,7 @@ OF_FOUR = {
 }
 # of rank 0 where it is the one that fails
 OF_LEADER = {
+    "finds two values of one parameter": "ConversionError",
     "leader killed in a save": None,
     "leader cannot begin": "DestinationError",
     "leader cannot end": "WriteError",
