@@ -103,17 +103,17 @@ def save_checkpoint(
     began = time.perf_counter()
     model = unwrapped(model_or_state_dict) if isinstance(model_or_state_dict, nn.Module) else None
     state = model.state_dict() if model is not None else model_or_state_dict
-    if model is None and rules is None and layout is None and reference is None:
-        raise UnsupportedError(
-            message(
-                "a state dict does not say how its experts are to be taken apart",
-                do="pass the model, rules=, layout= or reference=; rules=[] keeps all names",
-            )
-        )
     groups = [dist.group.WORLD] if meshes_of(state.values()) else []  # type: ignore[union-attr]
     with together(groups, "planning what to save"):
+        if model is None and rules is None and layout is None and reference is None:
+            raise UnsupportedError(
+                message(
+                    "a state dict does not say how its experts are to be taken apart",
+                    do="pass the model, rules=, layout= or reference=; rules=[] keeps all names",
+                )
+            )
         tensors: Mapping[str, Tensor] = saved_tensors(model) if model is not None else state  # type: ignore[assignment]
-        _refuse_without_data(tensors)
+        _refuse_unlike_stored(tensors)
         opened = None if reference is None else open_checkpoint(reference)
         table = None if opened is None else SourceTable(opened.names, opened.dtypes, opened.shapes)
         plan = saving_plan(state_table(tensors), model=model, rules=rules, layout=layout, reference=table)
@@ -284,13 +284,21 @@ def saved_tensors(model: nn.Module) -> dict[str, Tensor]:
 # --- private ----------------------------------------------------------------------------------------------------------
 
 
-def _refuse_without_data(tensors: Mapping[str, Tensor]) -> None:
+def _refuse_unlike_stored(tensors: Mapping[str, Tensor]) -> None:
+    """Tensors whose bytes in memory are not what they stand for."""
     for name, tensor in tensors.items():
-        if isinstance(tensor, Tensor) and tensor.is_meta:
+        if not isinstance(tensor, Tensor):
+            continue
+        if tensor.is_meta:
             raise UnsupportedError(
                 message(
                     f"{name} has no data", found="it is on the meta device", do="load or materialize the model first"
                 )
+            )
+        if tensor.is_conj() or tensor.is_neg():
+            found = "a view that is conjugated or negated when it is read"
+            raise UnsupportedError(
+                message(f"{name} cannot be saved as it lies", found=found, do="resolve_conj() and resolve_neg() first")
             )
 
 

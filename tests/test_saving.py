@@ -401,6 +401,12 @@ def test_a_dtype_that_files_cannot_hold_is_refused(tmp_path):
     refused(tensors, tmp_path / "made", UnsupportedError, "a has a dtype", rules=[])
 
 
+@pytest.mark.parametrize("lazy", [torch.conj, torch._neg_view], ids=["conjugated", "negated"])
+def test_views_that_are_computed_when_read_are_refused(tmp_path, lazy):
+    tensors = {"a": lazy(torch.ones(2, dtype=torch.complex64))}
+    refused(tensors, tmp_path / "made", UnsupportedError, "a cannot be saved as it lies", rules=[])
+
+
 @pytest.mark.parametrize("as_module", [True, False])
 def test_tensors_without_data_are_refused(tmp_path, as_module):
     module = nn.Linear(2, 3, device="meta")

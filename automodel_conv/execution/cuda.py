@@ -13,10 +13,10 @@ from automodel_conv.execution.streaming import Device
 class CudaStream:
     """See ``streaming.Stream``."""
 
-    def __init__(self, device: torch.device):
+    def __init__(self, device: torch.device, behind: torch.cuda.Stream):
         self._stream = torch.cuda.Stream(device)
-        # Memory that was freed a moment ago may still be in use there.
-        self._stream.wait_stream(torch.cuda.current_stream(device))
+        # Tensors may still be written there, and memory that was freed a moment ago be in use.
+        self._stream.wait_stream(behind)
 
     def copy(self, dst: Tensor, src: Tensor) -> None:
         with torch.cuda.stream(self._stream):
@@ -36,10 +36,11 @@ class CudaStream:
 
 
 class CudaDevice:
-    """See ``streaming.Device``."""
+    """See ``streaming.Device``. Its streams are behind the current one of the thread that makes it."""
 
     def __init__(self, device: torch.device):
         self._device = device
+        self._current = torch.cuda.current_stream(device)
 
     def pinned(self, nbytes: int) -> Tensor:
         """torch rounds this up to a power of two, and keeps it for the next time."""
@@ -49,7 +50,7 @@ class CudaDevice:
         return torch.empty(nbytes, dtype=torch.uint8, device=self._device)
 
     def stream(self) -> CudaStream:
-        return CudaStream(self._device)
+        return CudaStream(self._device, self._current)
 
 
 def streaming_device(device: torch.device) -> Device | None:

@@ -9,17 +9,20 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from automodel_conv.dtypes import BITS
 from automodel_conv.errors import ConversionError, UnknownTarget, UnsupportedError, message
 from automodel_conv.planning.composition import chained, inverted, table_of
 from automodel_conv.planning.copies import Decode, SourceTable, StridedCopy, Target
 from automodel_conv.planning.proof import prove
+
+if TYPE_CHECKING:
+    from automodel_conv.planning.sharding import Region
 
 # Of the JSON form.
 _VERSION = 2
@@ -213,6 +216,21 @@ class CopyPlan:
         )
         plan.validate()
         return plan
+
+    def shard(self, regions: Mapping[str, Region]) -> CopyPlan:
+        """The plan that fills parts of its targets, each a contiguous tensor of its own, and reads only what they take.
+
+        Args:
+            regions: by target name, from ``planning.sharding``: ``placed`` for a rank's coordinate in a mesh and
+                placements, ``region_of`` for a DTensor, ``box`` for offsets and lengths. Other targets stay whole.
+
+        Raises:
+            CoverageError: a region of a tensor of another shape.
+            UnsupportedError: less than all of a target that upstream's own code makes.
+        """
+        from automodel_conv.planning.sharding import shard_plan  # which chains plans
+
+        return shard_plan(self, regions)
 
     # --- JSON -------------------------------------------------------------------------------------------------------
 

@@ -26,7 +26,7 @@ from transformers.quantizers import AutoHfQuantizer
 import automodel_conv as amc
 from automodel_conv.execution.buffers import allocate
 from automodel_conv.execution.cpu import load_files
-from automodel_conv.planning.sharding import placed, shard_plan
+from automodel_conv.planning.sharding import placed
 from automodel_conv.testing import assert_bytes_equal
 from tests.integrations.support import assert_same_model
 from tests.kernels.test_code_tables import rounded
@@ -160,7 +160,7 @@ def test_a_rank_decodes_what_it_holds_also_where_blocks_are_cut(tmp_path, name, 
     assert experts
     for coordinate in itertools.product(range(3), range(2)):
         regions = {t.name: placed(t.shape, (3, 2), coordinate, placements) for t in experts}
-        mine = shard_plan(plan, regions)
+        mine = plan.shard(regions)
         buffers = allocate(mine.targets)
         for buffer in buffers.values():
             buffer.view(torch.uint8).fill_(0xA5)
