@@ -37,7 +37,7 @@ from automodel_conv.execution.writing import (
     write_slabs,
 )
 from automodel_conv.files import system
-from automodel_conv.files.checkpoint import Checkpoint, open_checkpoint
+from automodel_conv.files.checkpoint import Checkpoint, open_checkpoint, rows_by_file
 from automodel_conv.files.destination import WEIGHT_SUFFIXES, open_destination, telling
 from automodel_conv.files.shards import CHECKSUMS_NAME, Shard, Spec, divide, index_of, parse_size
 from automodel_conv.planning.copies import SourceTable
@@ -290,10 +290,11 @@ def verify_checkpoint(
     places = [(other.file_ids[row], other.offsets[row]) for row in rows]
     made = slab_schedule(targets, [t.copies for t in targets], checkpoint, places, most_bytes=share.slab_bytes)
     with bytes_progress(plan.bytes_written, "verifying", progress) as advance:
+        rows = rows_by_file(other)
         for file, slabs in made.by_file().items():
             path = other.files[file]
             with _Makers(checkpoint, slabs, made.dtypes, share) as start:
-                _compare(slabs, path, _file_of(other, file), start, share.threads, advance)
+                _compare(slabs, path, _file_of(other, file, rows[file]), start, share.threads, advance)
     return plan.bytes_written
 
 
@@ -362,8 +363,7 @@ def _compare_headers(plan: CopyPlan, other: Checkpoint) -> None:
         )
 
 
-def _file_of(checkpoint: Checkpoint, file: int) -> Shard:
-    rows = [row for row, number in enumerate(checkpoint.file_ids) if number == file]
+def _file_of(checkpoint: Checkpoint, file: int, rows: Sequence[int]) -> Shard:
     specs = [Spec(checkpoint.names[row], checkpoint.dtypes[row], checkpoint.shapes[row]) for row in rows]
     return Shard(checkpoint.files[file], b"", tuple(specs), tuple(checkpoint.offsets[row] for row in rows))
 

@@ -13,6 +13,7 @@ from torch import nn
 
 import automodel_conv as amc
 from automodel_conv.execution.checksums import CHECKSUMS_NAME, checksums_of
+from automodel_conv.files import system
 from automodel_conv.testing import address_valued, assert_bytes_equal
 
 OPTIONS = {"rules": [], "max_shard_size": 4000}
@@ -50,6 +51,24 @@ def test_large_tensors_are_summed_in_windows(tmp_path, monkeypatch, tensors):
     whole = checksums_of(amc.open_checkpoint(tmp_path), 2)
     monkeypatch.setattr("automodel_conv.execution.checksums._WINDOW_BYTES", 7)
     assert checksums_of(amc.open_checkpoint(tmp_path), 1) == whole
+
+
+def test_one_file_after_the_other_is_open(tmp_path, monkeypatch, tensors):
+    amc.save_checkpoint(tensors, tmp_path, rules=[], max_shard_size=100)
+    checkpoint = amc.open_checkpoint(tmp_path)
+    assert len(checkpoint.files) > 2
+    open_files, most = set(), []
+    opened, closed = system.open_readonly, system.close
+
+    def watched(path):
+        open_files.add(fd := opened(path))
+        most.append(len(open_files))
+        return fd
+
+    monkeypatch.setattr(system, "open_readonly", watched)
+    monkeypatch.setattr(system, "close", lambda fd: (open_files.discard(fd), closed(fd)))
+    checksums_of(checkpoint, 2)
+    assert max(most) == 1
 
 
 def test_a_checkpoint_that_is_as_it_was_written_loads(saved, tensors):

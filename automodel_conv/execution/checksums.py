@@ -11,13 +11,13 @@ import json
 import os
 import zlib
 from collections.abc import Callable
-from contextlib import ExitStack
+from functools import partial
 
 from automodel_conv.errors import VerificationError, listing, message
 from automodel_conv.execution.reading import reading
 from automodel_conv.execution.workers import work_off
 from automodel_conv.files import system
-from automodel_conv.files.checkpoint import Checkpoint
+from automodel_conv.files.checkpoint import Checkpoint, rows_by_file
 from automodel_conv.files.header import parse_object, read_limited, with_open
 from automodel_conv.files.shards import CHECKSUMS_NAME
 
@@ -27,21 +27,20 @@ _MOST_THREADS = 16
 
 
 def checksums_of(checkpoint: Checkpoint, threads: int) -> dict[str, str]:
-    """The checksums of all tensors, read in windows of 1 MiB a thread, of 16 threads at most.
+    """The checksums of all tensors, read one file after the other, in windows of 1 MiB a thread, of 16 at most.
 
     Raises:
         ReadError: a file cannot be read.
     """
     found: dict[str, str] = {}
-    with ExitStack() as files:
-        descriptors = [files.enter_context(reading(path)) for path in checkpoint.files]
-        work_off(
-            range(len(checkpoint.names)), min(threads, _MOST_THREADS), lambda: _summer(checkpoint, descriptors, found)
-        )
+    for path, rows in zip(checkpoint.files, rows_by_file(checkpoint), strict=True):
+        with reading(path) as fd:
+            start = partial(_summer, checkpoint, fd, found)
+            work_off(rows, min(threads, _MOST_THREADS), start)
     return {name: found[name] for name in checkpoint.names}
 
 
-def _summer(checkpoint: Checkpoint, descriptors: list[int], found: dict[str, str]) -> Callable[[int], None]:
+def _summer(checkpoint: Checkpoint, fd: int, found: dict[str, str]) -> Callable[[int], None]:
     window = memoryview(bytearray(_WINDOW_BYTES))
 
     def take(row: int) -> None:
@@ -49,7 +48,7 @@ def _summer(checkpoint: Checkpoint, descriptors: list[int], found: dict[str, str
         sum_so_far = 0
         for done in range(0, nbytes, _WINDOW_BYTES):
             part = window[: min(_WINDOW_BYTES, nbytes - done)]
-            system.read_exactly(descriptors[file], [part], start + done, checkpoint.files[file])
+            system.read_exactly(fd, [part], start + done, checkpoint.files[file])
             sum_so_far = zlib.crc32(part, sum_so_far)
         found[checkpoint.names[row]] = f"{sum_so_far:08x}"
 

@@ -124,6 +124,14 @@ def _local_path(path: str, revision: str | None) -> str:
         ) from error
 
 
+def rows_by_file(checkpoint: Checkpoint) -> list[list[int]]:
+    """Of each file, the rows of its tensors."""
+    rows: list[list[int]] = [[] for _ in checkpoint.files]
+    for row, file in enumerate(checkpoint.file_ids):
+        rows[file].append(row)
+    return rows
+
+
 def _select(root: str) -> tuple[str, list[str], dict[str, str] | None]:
     """Directory, names of the files in it, and the index's weight_map if there is an index."""
     if system.is_directory(root):
