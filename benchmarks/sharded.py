@@ -25,7 +25,7 @@ The page cache is warm.
 
 Bytes read are told in three ways, since no single one fits all:
 
-counted       At our own calls of ``preadv``, without headers. Exact; only ours.
+counted       At our own calls of ``preadv``, without headers and config.json. Exact; only ours.
 called        What the system counts for all reading calls of the process (rchar of /proc/self/io): headers, and 1 MB a
               second of the measuring itself, are in it; what is read through mmap is not.
 mapped        Pages of files that came into the process's memory (rises of RssFile, looked at every 3 ms): what mmap has
@@ -69,6 +69,7 @@ from automodel_conv.execution.cpu import DEFAULT_SCRATCH_BYTES, bytes_of_slot
 from automodel_conv.execution.ranks import local_of
 from automodel_conv.execution.schedule import schedule
 from automodel_conv.files import system
+from automodel_conv.files.config import quantization_config
 from automodel_conv.measuring import PeakMemory, ready_memory
 from automodel_conv.planning.sharding import placed, shard_plan
 from benchmarks import measure
@@ -221,7 +222,7 @@ def work(method: str, directory: str, warm_up: str, threads: int, repetition: in
     prepare = METHODS[method]
     prepare(warm_up, threads)()
     with _Counted() as headers:
-        amc.open_checkpoint(directory)
+        quantization_config(amc.open_checkpoint(directory).directory)
     start = time.perf_counter()
     run = prepare(directory, threads)
     seconds_before = time.perf_counter() - start
