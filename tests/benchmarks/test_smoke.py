@@ -10,7 +10,7 @@ import torch
 
 from automodel_conv import open_checkpoint
 from automodel_conv.planning.registry import transformers_available
-from benchmarks import from_pretrained, loading, measure, planning, saving, shapes, sharded
+from benchmarks import dequant, from_pretrained, loading, measure, planning, saving, shapes, sharded
 
 pytestmark = pytest.mark.skipif(not transformers_available(), reason="benchmarks build models of transformers")
 
@@ -53,6 +53,28 @@ def test_upstream_is_stopped_once_it_knows_every_tensor(checkpoint, monkeypatch)
     assert len(slices) == shapes.SMALL.keys
     assert core.WeightConverter.convert is stock
     assert all(parameter.is_meta for parameter in model.parameters())
+
+
+@pytest.fixture
+def one_torch_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)  # more would wait for each other beside other tests
+    yield
+    torch.set_num_threads(before)
+
+
+def test_all_ways_of_dequantizing_make_the_same_numbers(tmp_path, one_torch_thread):
+    for place in ("big", "warm-up"):
+        dequant.write_quantized(shapes.SMALL, str(tmp_path / place))
+    for method in (*dequant.MATRICES, *dequant.LAYERS):
+        if method == "matrix: NeMo":
+            continue  # needs nemo_automodel
+        found = dequant.work(method, str(tmp_path), True, 0)
+        count, total, units = found["differ"]
+        assert count <= 1e-4 * total
+        assert units <= 1
+        assert total == found["out_bytes"] // 2 > 0
+        assert found["seconds"] > 0
 
 
 def test_all_ways_of_loading_make_the_same_tensors(checkpoint):
