@@ -74,7 +74,8 @@ class _Source:
     def job(self, start: int, stop: int, cut: Sequence[Move]) -> Job:
         """What reads and decodes elements ``start`` to ``stop`` for the moves ``cut``."""
         bits = self.decode.bits
-        start, stop = start - start % 2, stop + stop % 2  # whole bytes
+        if bits == 4:  # whole bytes
+            start, stop = start - start % 2, stop + stop % 2
         parts: list[Part] = []
         for first, last in ranges(cut, GAP_BYTES * 8 // bits):
             first, last = first * bits // 8, -(-last * bits // 8)

@@ -11,7 +11,7 @@ pytest.importorskip("transformers", reason="producers are transformers, and comp
 import automodel_conv as amc
 from automodel_conv.testing import assert_bytes_equal
 from tests.kernels.test_code_tables import rounded
-from tests.quantized.producers import PRODUCERS
+from tests.quantized.producers import PRODUCERS, block_wise, fine_grained
 
 
 def weight(rows, columns, dtype=torch.bfloat16, seed=0):
@@ -37,6 +37,15 @@ def write(directory, producer, weights):
     return exact
 
 
+@pytest.mark.parametrize("block", [(2, 5), (4, 4), (7, 13), (128, 128)], ids=str)
+def test_an_odd_number_of_codes(tmp_path, block):
+    exact = write(tmp_path, fine_grained(block), {"a.weight": weight(7, 13), "b.weight": weight(1, 1)})
+    for scratch_bytes in (None, 4096):
+        loaded = amc.load_state_dict(tmp_path, rules=[], threads=1, scratch_bytes=scratch_bytes)
+        for key, tensor in loaded.items():
+            assert_bytes_equal(tensor, rounded(exact[key].numpy(), torch.bfloat16))
+
+
 @pytest.mark.parametrize("wanted", [torch.bfloat16, torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("name", PRODUCERS)
 def test_what_producers_write_is_decoded_and_rounded_once(tmp_path, name, wanted):
@@ -45,3 +54,16 @@ def test_what_producers_write_is_decoded_and_rounded_once(tmp_path, name, wanted
     assert loaded.keys() == exact.keys()
     for key, tensor in loaded.items():
         assert_bytes_equal(tensor, rounded(exact[key].numpy(), wanted))
+
+
+@pytest.mark.parametrize("block", [(5, 4), (3, 16), (10, 32)], ids=str)
+def test_experts_stored_in_one_tensor_whose_blocks_end_with_each(tmp_path, block):
+    each = [block_wise(weight(10, 32, seed=seed), block) for seed in range(6)]
+    stored = {"experts.down_proj" + suffix: torch.stack([parts[suffix] for parts, _ in each]) for suffix in each[0][0]}
+    save_file(stored, tmp_path / "model.safetensors")
+    config = {"quant_method": "fp8", "weight_block_size": list(block)}
+    (tmp_path / "config.json").write_text(json.dumps({"quantization_config": config}))
+    expected = torch.stack([rounded(exact.numpy(), torch.bfloat16) for _, exact in each])
+    for scratch_bytes in (None, 4096):
+        loaded = amc.load_state_dict(tmp_path, rules=[], threads=1, scratch_bytes=scratch_bytes)
+        assert_bytes_equal(loaded["experts.down_proj"], expected)
