@@ -1,1 +1,4 @@
-"""Benchmarks: ``python -m benchmarks.planning``, ``.loading``, ``.gpu``, ``.demo``; ``bench_verbs.py`` is pytest's."""
+"""Benchmarks: ``python -m benchmarks.planning``, ``.loading``, ``.dequant``, ``.gpu``, ``.demo``.
+
+``bench_verbs.py`` is pytest's.
+"""
