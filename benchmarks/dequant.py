@@ -1,26 +1,43 @@
-"""Dequantizing on the CPU: GB/s of bfloat16 numbers and peak memory, ours, transformers, torch DCP and NeMo AutoModel.
+"""Quantized weights to bfloat16 on the CPU: seconds, GB/s of output and peak memory, ours and its peers.
 
-    python -m benchmarks.dequant [--smoke] [--repetitions N] [--directory DIR] [--json FILE]
+    python -m benchmarks.dequant [--smoke] [--repetitions N] [--layer-repetitions N] [--threads N]
+                                 [--method NAME ...] [--directory DIR] [--json FILE] [--table FILE]
 
-matrix      FP8 codes (e4m3) [2048, 7168] with float32 scales of blocks of 128x128, in memory, two torch threads.
-            ours: ``code_table`` and ``dequantize_torch``. transformers: ``Fp8Dequantize._dequantize_one``.
-            DCP: the loop of ``QuantizedHuggingFaceStorageReader``. NeMo: ``_dequantize_with_torch`` of its DeepSeek-V3
-            adapter, where nemo_automodel is installed. plain torch: scales repeated and multiplied.
-fp4         The same numbers of codes in FP4 (e2m1), two to a byte, with exponents of 32: ours and transformers.
-int4        Likewise in INT4 with bfloat16 scales of 32: ours and compressed-tensors.
-layer       One layer of Qwen3-30B-A3B with experts in FP8, from files in the page cache to grouped buffers: ours
-            ``load_state_dict``, transformers ``from_pretrained``. DCP: ``dcp.load`` to a tensor an expert and
-            projection, so without the grouping.
+One matrix of an expert of DeepSeek-V3, [2048, 7168], in memory:
 
-Every run is a process of its own, which does the same once before it is timed; of a matrix it takes the median of 7.
-Memory is the peak above the level at the start. In the first round every result is compared with ours: no number is
-printed unless at most one number in 10,000 differs, by one unit in the last place (they round twice, ours once).
+fp8         e4m3, a float32 scale for each 128 x 128.
+mxfp4       e2m1, two codes to a byte, an e8m0 scale for each 32 of a row.
+int4        eight codes to an int32, a bfloat16 scale for each 32 of a row.
+
+ours                    ``code_table`` and ``dequantize_torch``, which lets torch use its threads.
+ours, worker threads    the same on as many bands of rows at once, each by one thread, which is how a load works.
+transformers            ``Fp8Dequantize._dequantize_one``.
+dcp                     ``QuantizedHuggingFaceStorageReader._dequantize_tensor``.
+nemo                    NeMo AutoModel's ``_dequantize_with_torch``; left out where it is not installed.
+compressed-tensors      ``PackedQuantizationCompressor.decompress``; likewise.
+plain torch             float32 times scales that ``repeat_interleave`` has spread.
+
+A layer of 32 such experts (1.4 GB of FP8 in a tensor per expert and projection, 2.8 GB of bfloat16), from files in the
+page cache; grouped to ``[E, 2I, H]`` and ``[E, H, I]``:
+
+ours                    ``load_state_dict``.
+transformers            ``AutoModelForCausalLM.from_pretrained``, which dequantizes FP8 where there is no GPU.
+dcp                     ``QuantizedHuggingFaceStorageReader`` into tensors per expert, as ``torch.empty`` makes them: it
+                        does not group.
+
+Every run is a process of its own. A matrix is dequantized once before the timing and then several times, of which the
+median counts; each time into new memory, tables included. A layer is loaded once, after a tiny one and after memory was
+touched and given back, see ``benchmarks.loading``. Memory is the peak of anonymous memory above the level at the start
+of the timing. All use the same number of threads, as far as they let one choose.
+
+Peers round twice, to float32 and then to bfloat16, where ours rounds once, so their bytes may differ. In the first
+round each run also counts the elements that differ from ours, and takes the digest of ours. No number is printed if
+these digests differ, if more than one element in 10,000 does, or if any does by more than one unit in the last place.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import os
 import statistics
@@ -28,267 +45,484 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from rich.table import Table
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
-from transformers.utils import logging as transformers_logging
 
 import automodel_conv as amc
-from automodel_conv.kernels.code_tables import code_table
+from automodel_conv.demo import fill_with_random_bits
+from automodel_conv.execution import decoding
+from automodel_conv.execution.workers import work_off
+from automodel_conv.kernels.code_tables import CODE_VALUES, code_table
 from automodel_conv.kernels.dequantize import dequantize_torch
 from automodel_conv.measuring import PeakMemory, ready_memory
 from benchmarks import measure
-from benchmarks.shapes import SMALL, qwen3_30b, write_checkpoint
+from benchmarks.loading import per_expert
+from benchmarks.shapes import SMALL, Shape, checkpoint_tensors, meta_model
 from benchmarks.show import show, show_environment
 
-_SHAPE, _SMALL_SHAPE = (2048, 7168), (256, 512)
+MATRIX = (2048, 7168)
+TINY_MATRIX = (256, 384)
+MOST_DIFFERING = 1e-4
+MOST_ULP = 1
 _BLOCK = 128
 _GROUP = 32
-_INNER = 7
-_MOST_DIFFERENT = 1e-4
-Run = Callable[[], Any]
+_LAPS = 7
+_NEMO = "nemo_automodel"
+_COMPRESSED = "compressed_tensors"
 
 
-# --- matrices ---------------------------------------------------------------------------------------------------------
-
-
-class Matrices:
-    """The operands, from one seed."""
-
-    def __init__(self, shape: tuple[int, int]):
-        generator = torch.Generator().manual_seed(0)
-        rows, columns = shape
-        self.shape = shape
-        self.fp8 = random_codes(shape, generator)
-        self.scales = torch.rand(rows // _BLOCK, columns // _BLOCK, generator=generator) * 1e-3
-        self.nibbles = torch.randint(256, (rows, columns // 2), dtype=torch.uint8, generator=generator)
-        grid = (rows, columns // _GROUP)
-        self.exponents = torch.randint(110, 130, grid, dtype=torch.uint8, generator=generator)
-        self.group_scales = torch.rand(grid, generator=generator).mul_(1e-3).to(torch.bfloat16)
-
-
-def random_codes(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
-    """Finite e4m3 codes."""
-    codes = torch.randint(256, shape, dtype=torch.uint8, generator=generator)
-    return torch.where(codes & 127 == 127, codes - 1, codes).view(torch.float8_e4m3fn)
-
-
-def _ours(codes: Tensor, scales: Tensor, code_format: str, bits: int, block: tuple[int, int]) -> Tensor:
-    out = torch.empty(codes.shape[0], codes.shape[1] * 8 // bits, dtype=torch.bfloat16)
-    made = code_table(code_format, scales, torch.bfloat16)
-    dequantize_torch([out], [codes.view(torch.uint8)], [made.cells], made.table, bits=bits, block=block)
-    return out
-
-
-def _by_transformers(codes: Tensor, scales: Tensor) -> Tensor:
-    from transformers.integrations.finegrained_fp8 import Fp8Dequantize
-
-    return Fp8Dequantize(None)._dequantize_one(codes, scales, torch.bfloat16)
-
-
-def _by_dcp(m: Matrices) -> Run:
-    from torch.distributed.checkpoint.quantized_hf_storage import QuantizedHuggingFaceStorageReader
-
-    with tempfile.TemporaryDirectory() as directory:
-        reader = QuantizedHuggingFaceStorageReader(directory, target_dtype=torch.bfloat16)
-    rows, columns = m.shape
-    whole = ((0, rows // _BLOCK), (0, columns // _BLOCK), slice(0, rows), slice(0, columns))
-    return lambda: reader._dequantize_tensor(m.fp8, m.scales, m.fp8.shape, whole)
-
-
-def _by_nemo(m: Matrices) -> Run:
-    from nemo_automodel.components.models.deepseek_v3.state_dict_adapter import (  # type: ignore[import-not-found]
-        _dequantize_with_torch,
+def expert_shape(experts: int, hidden: int, intermediate: int) -> Shape:
+    """A layer of which only the experts count."""
+    sizes = {"num_experts": experts, "hidden_size": hidden, "moe_intermediate_size": intermediate}
+    return Shape(
+        f"a layer of {experts} experts, hidden {hidden}, intermediate {intermediate}",
+        "hidden_size, moe_intermediate_size of config.json of deepseek-ai/DeepSeek-V3",
+        "qwen3_moe",
+        {**SMALL.config, "num_hidden_layers": 1, **sizes},
+        keys=experts * 3 + 9 + 3,
+        files=4,
     )
 
-    return lambda: _dequantize_with_torch(m.fp8, m.scales, torch.bfloat16, _BLOCK)
+
+LAYER = expert_shape(32, MATRIX[1], MATRIX[0])
+TINY_LAYER = expert_shape(4, 256, _BLOCK)
 
 
-def _plainly(m: Matrices) -> Tensor:
-    wide = m.scales.repeat_interleave(_BLOCK, 0).repeat_interleave(_BLOCK, 1)
-    return (m.fp8.float() * wide).to(torch.bfloat16)
+# --- one matrix -------------------------------------------------------------------------------------------------------
 
 
-def _by_compressed_tensors(m: Matrices) -> Run:
-    from compressed_tensors.compressors import BaseCompressor
-    from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+class Matrix(NamedTuple):
+    """A quantized matrix."""
 
-    args = QuantizationArgs(num_bits=4, type="int", strategy="group", group_size=_GROUP)
-    scheme = QuantizationScheme(targets=["Linear"], weights=args, format="pack-quantized")
-    compressor = BaseCompressor.get_value_from_registry("pack-quantized")
+    code_format: str
+    bits: int
+    block: tuple[int, int]
+    shape: tuple[int, int]
+    codes: Tensor  # uint8 [R, bytes]
+    scales: Tensor
+
+
+def matrix(case: str, shape: tuple[int, int]) -> Matrix:
+    """Random, and the same each time."""
+    generator = torch.Generator().manual_seed(0)
+    rows, columns = shape
+    bits = 8 if case == "fp8" else 4
+    codes = torch.randint(0, 256, (rows, columns * bits // 8), dtype=torch.uint8, generator=generator)
+    if case == "fp8":
+        codes.masked_fill_(codes & 127 == 127, 0)  # NaN
+        scales = torch.rand(-(-rows // _BLOCK), -(-columns // _BLOCK), generator=generator) * 1e-2
+        return Matrix("e4m3", bits, (_BLOCK, _BLOCK), shape, codes, scales)
+    grid = rows, columns // _GROUP
+    if case == "mxfp4":
+        exponents = torch.randint(110, 130, grid, dtype=torch.uint8, generator=generator)
+        return Matrix("e2m1", bits, (1, _GROUP), shape, codes, exponents.view(torch.float8_e8m0fnu))
+    scales = (torch.rand(grid, generator=generator) * 1e-2).to(torch.bfloat16)
+    return Matrix("int4", bits, (1, _GROUP), shape, codes, scales)
+
+
+Call = Callable[[], Tensor]
+
+
+def ours(of: Matrix, threads: int) -> Call:
+    def call() -> Tensor:
+        out = torch.empty(of.shape, dtype=torch.bfloat16)
+        _decode(of, out, slice(0, of.shape[0]))
+        return out
+
+    return call
+
+
+def ours_by_workers(of: Matrix, threads: int) -> Call:
+    step = -(-of.shape[0] // threads // of.block[0]) * of.block[0]
+    bands = [slice(row, min(row + step, of.shape[0])) for row in range(0, of.shape[0], step)]
+
+    def call() -> Tensor:
+        out = torch.empty(of.shape, dtype=torch.bfloat16)
+        work_off(bands, threads, lambda: lambda rows: _decode(of, out, rows))
+        return out
+
+    return call
+
+
+def _decode(of: Matrix, out: Tensor, rows: slice) -> None:
+    """Some rows, whole blocks of them, with tables as large as those of a load."""
+    height, entries = of.block[0], of.scales.shape[1] << of.bits
+    step = max(1, decoding.TABLE_ENTRIES // entries) * height
+    for row in range(rows.start, rows.stop, step):
+        band = slice(row, min(row + step, rows.stop))
+        table, cells = code_table(of.code_format, of.scales[row // height : -(-band.stop // height)], out.dtype)
+        dequantize_torch([out[band]], [of.codes[band]], [cells], table, bits=of.bits, block=of.block)
+
+
+def by_transformers(of: Matrix, threads: int) -> Call:
+    from transformers.integrations.finegrained_fp8 import Fp8Dequantize
+
+    operation: Any = Fp8Dequantize(None)
+    codes = of.codes.view(torch.float8_e4m3fn if of.bits == 8 else torch.int8)
+    return lambda: operation._dequantize_one(codes, of.scales, torch.bfloat16)
+
+
+def by_dcp(of: Matrix, threads: int) -> Call:
+    import torch.distributed.checkpoint.quantized_hf_storage as storage
+
+    reader: Any = storage.QuantizedHuggingFaceStorageReader(".", target_dtype=torch.bfloat16)
+    rows, columns = of.scales.shape
+    where = ((0, rows), (0, columns), slice(0, of.shape[0]), slice(0, of.shape[1]))
+    codes = of.codes.view(torch.float8_e4m3fn)
+    return lambda: reader._dequantize_tensor(codes, of.scales, torch.Size(of.shape), where)
+
+
+def by_nemo(of: Matrix, threads: int) -> Call:
+    loop = import_module(f"{_NEMO}.components.models.deepseek_v3.state_dict_adapter")._dequantize_with_torch
+    codes = of.codes.view(torch.float8_e4m3fn)
+    return lambda: loop(codes, of.scales, torch.bfloat16, _BLOCK)
+
+
+def by_compressed_tensors(of: Matrix, threads: int) -> Call:
+    quantization = import_module(f"{_COMPRESSED}.quantization")
+    compressor = import_module(f"{_COMPRESSED}.compressors").BaseCompressor.get_value_from_registry("pack-quantized")
+    args = quantization.QuantizationArgs(num_bits=4, type="int", strategy="group", group_size=_GROUP, symmetric=True)
+    scheme = quantization.QuantizationScheme(targets=["Linear"], weights=args, format="pack-quantized")
     stored = {
-        "weight_packed": m.nibbles.view(torch.int32),
-        "weight_scale": m.group_scales,
-        "weight_shape": torch.tensor(m.shape),
+        "weight_packed": of.codes.view(torch.int32),
+        "weight_scale": of.scales,
+        "weight_shape": torch.tensor(of.shape),
     }
     return lambda: compressor.decompress(stored, scheme)["weight"]
 
 
-MATRICES: dict[str, Callable[[Matrices], Run]] = {
-    "matrix: ours": lambda m: lambda: _ours(m.fp8, m.scales, "e4m3", 8, (_BLOCK, _BLOCK)),
-    "matrix: transformers": lambda m: lambda: _by_transformers(m.fp8, m.scales),
-    "matrix: DCP": _by_dcp,
-    "matrix: NeMo": _by_nemo,
-    "matrix: plain torch": lambda m: lambda: _plainly(m),
-    "fp4: ours": lambda m: lambda: _ours(m.nibbles, m.exponents, "e2m1", 4, (1, _GROUP)),
-    "fp4: transformers": lambda m: lambda: _by_transformers(m.nibbles.view(torch.int8), m.exponents),
-    "int4: ours": lambda m: lambda: _ours(m.nibbles, m.group_scales, "int4", 4, (1, _GROUP)),
-    "int4: compressed-tensors": _by_compressed_tensors,
-}
+def by_plain_torch(of: Matrix, threads: int) -> Call:
+    def call() -> Tensor:
+        if of.bits == 8:
+            numbers = of.codes.view(torch.float8_e4m3fn).float()
+        else:
+            values = torch.tensor(CODE_VALUES[of.code_format])
+            numbers = torch.stack([values[(of.codes & 15).int()], values[(of.codes >> 4).int()]], 2).flatten(1)
+        wide = of.scales.float().repeat_interleave(of.block[0], 0).repeat_interleave(of.block[1], 1)
+        return (numbers * wide).to(torch.bfloat16)
+
+    return call
 
 
-# --- a layer ----------------------------------------------------------------------------------------------------------
+# --- a layer from files -----------------------------------------------------------------------------------------------
 
 
-def write_quantized(shape: Any, directory: str) -> None:
-    """The checkpoint of a shape with its experts in FP8."""
-    write_checkpoint(shape, directory)
-    generator = torch.Generator().manual_seed(1)
-    weight_map = {}
-    for path in sorted(Path(directory).glob("*.safetensors")):
-        tensors = {}
-        for name, tensor in load_file(path).items():
-            if ".experts." in name:
-                grid = [-(-size // _BLOCK) for size in tensor.shape]
-                tensors[name + "_scale_inv"] = torch.rand(grid, generator=generator) * 1e-3
-                tensor = random_codes(tuple(tensor.shape), generator)
-            tensors[name] = tensor
-        save_file(tensors, path, metadata={"format": "pt"})
-        weight_map |= dict.fromkeys(tensors, path.name)
-    index = {"metadata": {}, "weight_map": weight_map}
-    (Path(directory) / "model.safetensors.index.json").write_text(json.dumps(index))
-    file = Path(directory) / "config.json"
-    kept = ["lm_head", "q_proj", "k_proj", "v_proj", "o_proj", "gate"]
-    quantization = {"quant_method": "fp8", "weight_block_size": [_BLOCK] * 2, "modules_to_not_convert": kept}
-    file.write_text(json.dumps(json.loads(file.read_text()) | {"quantization_config": quantization}))
+Made = Callable[[], dict[str, Tensor]]
+"""A finished load: its tensors by name, experts grouped or not."""
 
 
-def _layer_by_transformers(directory: str) -> dict[str, Tensor]:
+def load_with_ours(directory: str, threads: int) -> Made:
+    loaded = amc.load_state_dict(directory, threads=threads)
+    return lambda: loaded
+
+
+def load_with_transformers(directory: str, threads: int) -> Made:
     from transformers import AutoModelForCausalLM
 
-    return AutoModelForCausalLM.from_pretrained(directory).state_dict()
+    return AutoModelForCausalLM.from_pretrained(directory).state_dict
 
 
-def _layer_by_dcp(directory: str) -> dict[str, Tensor]:
+def load_with_dcp(directory: str, threads: int) -> Made:
     import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.quantized_hf_storage import QuantizedHuggingFaceStorageReader
 
     checkpoint = amc.open_checkpoint(directory)
-    tensors = {
+    made = {
         name: torch.empty(shape, dtype=torch.bfloat16)
         for name, shape in zip(checkpoint.names, checkpoint.shapes, strict=True)
-        if ".experts." in name and name.endswith(".weight")
+        if not name.endswith("_scale_inv")
     }
-    reader = QuantizedHuggingFaceStorageReader(directory, thread_count=2, target_dtype=torch.bfloat16)
-    dcp.load(tensors, storage_reader=reader)
-    return tensors
+    reader = QuantizedHuggingFaceStorageReader(directory, thread_count=threads, target_dtype=torch.bfloat16)
+    dcp.load(made, storage_reader=reader)
+    return lambda: made
 
 
-LAYERS: dict[str, Callable[[str], dict[str, Tensor]]] = {
-    "layer: ours": amc.load_state_dict,
-    "layer: transformers": _layer_by_transformers,
-    "layer: DCP, not grouped": _layer_by_dcp,
+def write_checkpoint(shape: Shape, directory: str) -> None:
+    """Experts in FP8 with scales, the rest in bfloat16; on disk when this returns."""
+    model = meta_model(shape)
+    model.config.architectures = [type(model).__name__]
+    model.config.save_pretrained(directory)
+    config_path = Path(directory, "config.json")
+    config = json.loads(config_path.read_text())
+    config["quantization_config"] = {
+        "quant_method": "fp8",
+        "fmt": "e4m3",
+        "activation_scheme": "dynamic",
+        "weight_block_size": [_BLOCK, _BLOCK],
+    }
+    config_path.write_text(json.dumps(config, indent=2))
+    generator = torch.Generator().manual_seed(0)
+    specs = checkpoint_tensors(shape, model)
+    share = -(-len(specs) // shape.files)
+    weight_map: dict[str, str] = {}
+    for number in range(shape.files):
+        file = f"model-{number + 1:05d}-of-{shape.files:05d}.safetensors"
+        tensors: dict[str, Tensor] = {}
+        for spec in specs[number * share : (number + 1) * share]:
+            if ".experts." not in spec.name:
+                tensors[spec.name] = torch.empty(spec.shape, dtype=spec.dtype)
+                fill_with_random_bits(tensors[spec.name], generator)
+                continue
+            codes = torch.randint(0, 256, spec.shape, dtype=torch.uint8, generator=generator)
+            codes.masked_fill_(codes & 127 == 127, 0)  # NaN
+            tensors[spec.name] = codes.view(torch.float8_e4m3fn)
+            grid = [-(-size // _BLOCK) for size in spec.shape]
+            tensors[f"{spec.name}_scale_inv"] = torch.rand(grid, generator=generator) * 1e-2
+        path = os.path.join(directory, file)
+        save_file(tensors, path, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(tensors, file)
+        descriptor = os.open(path, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.close(descriptor)
+    index = {"metadata": {}, "weight_map": weight_map}
+    Path(directory, "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
+
+
+# --- runs -------------------------------------------------------------------------------------------------------------
+
+
+Prepare = Callable[[Matrix, int], Call]
+MATRICES: Mapping[str, Prepare] = {
+    "fp8: ours": ours,
+    "fp8: ours, worker threads": ours_by_workers,
+    "fp8: transformers": by_transformers,
+    "fp8: dcp": by_dcp,
+    "fp8: nemo": by_nemo,
+    "fp8: plain torch": by_plain_torch,
+    "mxfp4: ours": ours,
+    "mxfp4: ours, worker threads": ours_by_workers,
+    "mxfp4: transformers": by_transformers,
+    "mxfp4: plain torch": by_plain_torch,
+    "int4: ours": ours,
+    "int4: ours, worker threads": ours_by_workers,
+    "int4: compressed-tensors": by_compressed_tensors,
+    "int4: plain torch": by_plain_torch,
 }
+LAYERS: Mapping[str, Callable[[str, int], Made]] = {
+    "layer: ours": load_with_ours,
+    "layer: transformers": load_with_transformers,
+    "layer: dcp": load_with_dcp,
+}
+METHODS = (*MATRICES, *LAYERS)
+CASES = ("fp8", "mxfp4", "int4", "layer")
+_NEEDS = {"fp8: nemo": _NEMO, "int4: compressed-tensors": _COMPRESSED}
 
 
-# --- one run ----------------------------------------------------------------------------------------------------------
-
-
-def work(method: str, directory: str, small: bool, repetition: int) -> dict[str, Any]:
+def work(method: str, directory: str, shape: tuple[int, int], threads: int, repetition: int) -> dict[str, Any]:
     """One run, in this process."""
-    if method in MATRICES:
-        run = MATRICES[method](matrices := Matrices(_SMALL_SHAPE if small else _SHAPE))
-        run()
-        times = [_timed(run)[0] for _ in range(_INNER)]
-        with PeakMemory() as peak:
-            made = run()
-        ours = MATRICES[method.partition(":")[0] + ": ours"](matrices)
-        differ = _differing({"": made}, {"": ours()}) if not repetition else None
-        return _said(statistics.median(times), peak, made.nbytes, differ)
-    LAYERS[method](os.path.join(directory, "warm-up"))
-    big = os.path.join(directory, "big")
-    ready_memory(4 * sum(file.stat().st_size for file in os.scandir(big)))
+    warnings.simplefilter("ignore")  # dcp's, about there being no process group
+    torch.set_num_threads(threads)
+    if method in LAYERS:
+        return _work_layer(method, directory, threads, repetition)
+    of = matrix(method.split(":")[0], shape)
+    call = MATRICES[method](of, threads)
+    call()
+    laps, made = [], torch.empty(0)
     with PeakMemory() as peak:
-        seconds, made = _timed(lambda: LAYERS[method](big))
-    differ = None
-    if not repetition:
-        rules = [] if "DCP" in method else None
-        wanted = amc.load_state_dict(big, rules=rules)
-        differ = _differing({name: tensor for name, tensor in made.items() if name in wanted}, wanted)
-    return _said(seconds, peak, sum(t.nbytes for t in made.values()), differ)
+        for _ in range(_LAPS):
+            del made
+            start = time.perf_counter()
+            made = call()
+            laps.append(time.perf_counter() - start)
+    result = {
+        "seconds": statistics.median(laps),
+        "laps": laps,
+        "output_bytes": made.nbytes,
+        "anonymous_bytes": peak.anonymous_bytes,
+    }
+    return result | (compared({"": made}, {"": ours(of, threads)()}) if repetition == 0 else {})
 
 
-def _timed(run: Run) -> tuple[float, Any]:
-    start = time.perf_counter()
-    made = run()
-    return time.perf_counter() - start, made
+def _work_layer(method: str, directory: str, threads: int, repetition: int) -> dict[str, Any]:
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    load = LAYERS[method]
+    load(os.path.join(directory, "tiny"), threads)
+    layer = os.path.join(directory, "layer")
+    ready_memory(3 * sum(file.stat().st_size for file in os.scandir(layer)))
+    with PeakMemory() as peak:
+        start = time.perf_counter()
+        made = load(layer, threads)
+        seconds = time.perf_counter() - start
+    tensors = made()
+    result = {
+        "seconds": seconds,
+        "output_bytes": sum(tensor.nbytes for tensor in tensors.values()),
+        "anonymous_bytes": peak.anonymous_bytes,
+    }
+    return result | (compared(tensors, load_with_ours(layer, threads)()) if repetition == 0 else {})
 
 
-def _said(seconds: float, peak: PeakMemory, out_bytes: int, differ: list[int] | None) -> dict[str, Any]:
-    return {"seconds": seconds, "anonymous_bytes": peak.anonymous_bytes, "out_bytes": out_bytes, "differ": differ}
+def compared(made: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> dict[str, Any]:
+    """How many elements differ from ours, and by how many units in the last place; and ours, as a digest.
 
-
-def _differing(made: dict[str, Tensor], wanted: dict[str, Tensor]) -> list[int]:
-    """How many numbers differ, of how many, and by how many units in the last place at most."""
-    count = total = most = 0
-    for name, tensor in made.items():
-        units = tensor.contiguous().view(torch.int16).int() - wanted[name].contiguous().view(torch.int16).int()
-        count += int(units.count_nonzero())
-        total += units.numel()
-        most = max(most, int(units.abs().max()) if units.numel() else 0)
-    return [count, total, most]
-
-
-# --- all runs ---------------------------------------------------------------------------------------------------------
-
-
-def run(small: bool, repetitions: int, directory: str | None) -> dict[str, Any]:
-    """All runs.
+    Args:
+        made: tensors per expert, or grouped as ``wanted`` are.
 
     Raises:
-        RuntimeError: a result differs too much from ours, or a run failed.
+        RuntimeError: other names, shapes or dtypes.
     """
-    shape = SMALL if small else qwen3_30b(1)
-    left_out = {"matrix: NeMo"} if importlib.util.find_spec("nemo_automodel") is None else set()
-    if importlib.util.find_spec("compressed_tensors") is None:
-        left_out.add("int4: compressed-tensors")
-    methods = [method for method in (*MATRICES, *LAYERS) if method not in left_out]
+    known = dict(wanted)
+    if not set(made) <= set(known):
+        known = {part: view for name, tensor in wanted.items() for part, view in _experts(name, tensor)}
+    kinds = [{name: (t.shape, t.dtype) for name, t in tensors.items()} for tensors in (made, known)]
+    if kinds[0] != kinds[1]:
+        raise RuntimeError("the methods do not make tensors of the same names, shapes and dtypes")
+    differing = most = 0
+    for name, tensor in made.items():
+        found, expected = (t.reshape(-1).view(torch.int16) for t in (tensor.contiguous(), known[name].contiguous()))
+        at = (found != expected).nonzero().view(-1)
+        if len(at):
+            differing += len(at)
+            most = max(most, int((_ordered(found[at]) - _ordered(expected[at])).abs().max()))
+    elements = sum(tensor.numel() for tensor in made.values())
+    return {"digest": measure.digest(wanted), "elements": elements, "differing": differing, "most_ulp": most}
+
+
+def _experts(name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
+    yield from per_expert(name, tensor).items() if ".experts." in name else [(name, tensor)]
+
+
+def _ordered(bits: Tensor) -> Tensor:
+    """Numbers of 16 bits as integers in their order, neighbours one apart."""
+    wide = bits.int()
+    return torch.where(wide < 0, -(wide & 0x7FFF), wide)
+
+
+def run(
+    smoke: bool, methods: list[str], repetitions: tuple[int, int], threads: int, directory: str | None
+) -> dict[str, Any]:
+    """All runs.
+
+    Args:
+        repetitions: of a matrix and of a layer.
+
+    Raises:
+        RuntimeError: a method makes other numbers than ours, or a run failed.
+    """
+    shape, layer = (TINY_MATRIX, TINY_LAYER) if smoke else (MATRIX, LAYER)
+    left_out = [method for method in methods if method in _NEEDS and find_spec(_NEEDS[method]) is None]
     with tempfile.TemporaryDirectory(prefix="benchmark-dequant-", dir=directory) as root:
-        write_quantized(shape, os.path.join(root, "big"))
-        write_quantized(SMALL, os.path.join(root, "warm-up"))
-        command = ["-m", "benchmarks.dequant", *(["--smoke"] if small else []), "--worker"]
-        commands = {method: [*command, method, root] for method in methods}
-        runs = measure.run_interleaved(commands, repetitions, lambda: measure.read_through(os.path.join(root, "big")))
-    for method, of in runs.items():
-        count, total, most = of[0]["differ"]
-        if count > _MOST_DIFFERENT * total or most > 1:
-            raise RuntimeError(f"{method} differs from ours in {count} of {total} numbers, by up to {most} units")
-    return {"matrix": list(_SMALL_SHAPE if small else _SHAPE), "layer": shape.name, "runs": runs}
+        big = os.path.join(root, "layer")
+        if any(method in LAYERS for method in methods):
+            show(f"  writing {layer.name} to {root}", err=True)
+            write_checkpoint(layer, big)
+            write_checkpoint(TINY_LAYER, os.path.join(root, "tiny"))
+        runs: dict[str, list[dict[str, Any]]] = {}
+        for case in CASES:
+            commands = {
+                method: ["-m", "benchmarks.dequant", "--worker", method, root, *map(str, shape), str(threads)]
+                for method in methods
+                if method.startswith(case) and method not in left_out
+            }
+
+            def before(case: str = case) -> None:
+                if case == "layer":
+                    measure.read_through(big)
+
+            rounds = repetitions[case == "layer"]
+            found = measure.run_interleaved(commands, rounds, before) if commands else {}
+            check(found)
+            runs |= found
+    return {
+        "shape": shape,
+        "layer": layer.name,
+        "source": layer.source,
+        "threads": threads,
+        "left_out": left_out,
+        "runs": runs,
+    }
 
 
-def table(result: dict[str, Any]) -> Table:
-    shown = Table(title=f"{result['matrix']}; {result['layer']}; median (20th-80th percentile)", title_justify="left")
-    for column in ("method", "ms", "GB/s out", "ours is", "peak / output", "differ, of 10^6"):
-        shown.add_column(column, justify="left" if column == "method" else "right")
-    medians = {method: statistics.median(run["seconds"] for run in of) for method, of in result["runs"].items()}
-    for method, of in result["runs"].items():
-        seconds = measure.spread([run["seconds"] for run in of])
-        peak = max(run["anonymous_bytes"] or 0 for run in of) / of[0]["out_bytes"]
-        count, total, _ = of[0]["differ"]
-        shown.add_row(
-            method,
-            seconds.text(1e3, 1),
-            f"{of[0]['out_bytes'] / seconds.median / 1e9:.2f}",
-            f"{seconds.median / medians[method.partition(':')[0] + ': ours']:.2f}x",
-            f"{peak:.2f}",
-            f"{count / total * 1e6:.1f}",
-        )
+def check(runs: Mapping[str, list[dict[str, Any]]]) -> None:
+    """Raises:
+    RuntimeError: a method makes other numbers than ours, or ours are not the same each time.
+    """
+    first = {method: found[0] for method, found in runs.items()}
+    if len({result["digest"] for result in first.values()}) > 1:
+        raise RuntimeError(f"ours does not make the same numbers each time: {first}")
+    for method, result in first.items():
+        if result["differing"] > MOST_DIFFERING * result["elements"] or result["most_ulp"] > MOST_ULP:
+            raise RuntimeError(
+                f"{method} does not make our numbers: {result['differing']} of {result['elements']} differ, "
+                f"by up to {result['most_ulp']} units in the last place"
+            )
+
+
+def table(result: Mapping[str, Any]) -> Table:
+    runs = result["runs"]
+    rounds = dict.fromkeys(str(len(found)) for found in runs.values())
+    shown = Table(
+        title=f"to bfloat16: a matrix {list(result['shape'])} in memory; {result['layer']} from the page cache; "
+        f"{result['threads']} threads, {' or '.join(rounds)} runs each: median (20th-80th percentile)",
+        title_justify="left",
+    )
+    shown.add_column("method")
+    for title in ("ms", "GB/s of output", "ours is", "peak / output", "differ", "ulp"):
+        shown.add_column(title, justify="right")
+    for case in CASES:
+        of_case = {method: found for method, found in runs.items() if method.startswith(case)}
+        ours_seconds = _seconds(runs[f"{case}: ours"]) if f"{case}: ours" in runs else None
+        for method, found in of_case.items():
+            seconds, output = _seconds(found), found[0]["output_bytes"]
+            peak = _peak(found)
+            shown.add_row(
+                method,
+                measure.spread([run["seconds"] for run in found]).text(1e3, 1),
+                f"{output / 1e9 / seconds:.2f}",
+                f"{seconds / ours_seconds:.2f}x" if ours_seconds else "",
+                "-" if peak is None else f"{peak:.2f}x",
+                f"{found[0]['differing']} of {found[0]['elements']}",
+                str(found[0]["most_ulp"]),
+            )
+        shown.add_section()
+    for method in result["left_out"]:
+        shown.add_row(method, "left out: it is not installed")
     return shown
+
+
+def targets(result: Mapping[str, Any]) -> list[str]:
+    """What was to be reached, and whether it was."""
+    runs = result["runs"]
+    lines = []
+    for way in ("ours", "ours, worker threads"):
+        for case in CASES:
+            mine = runs.get(f"{case}: {way}")
+            peers = {m: _seconds(found) for m, found in runs.items() if m.startswith(case) and "ours" not in m}
+            if mine is None or not peers:
+                continue
+            if f"{case}: nemo" in peers:
+                lines.append(_line(f"{case}: {way}", "5x nemo", peers[f"{case}: nemo"] / _seconds(mine), 5))
+            name = min(peers, key=lambda method: peers[method])
+            lines.append(_line(f"{case}: {way}", f"faster than {name}", peers[name] / _seconds(mine), 1))
+            peak = _peak(mine)
+            if case == "layer" and peak is not None:
+                holds = "holds" if peak <= 1.1 else "DOES NOT HOLD"
+                lines.append(f"  {case}: {way}, peak at most 1.1x the output: {peak:.2f}x, {holds}")
+    return lines
+
+
+def _line(who: str, what: str, ratio: float, least: float) -> str:
+    return f"  {who}, {what}: {ratio:.2f}x, {'holds' if ratio >= least else 'DOES NOT HOLD'}"
+
+
+def _seconds(runs: list[dict[str, Any]]) -> float:
+    return statistics.median(run["seconds"] for run in runs)
+
+
+def _peak(runs: list[dict[str, Any]]) -> float | None:
+    """Anonymous memory over the output."""
+    found = [run["anonymous_bytes"] for run in runs if run["anonymous_bytes"] is not None]
+    return max(found) / runs[0]["output_bytes"] if found else None
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -297,25 +531,39 @@ def main(arguments: list[str] | None = None) -> None:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--smoke", action="store_true", help="a tiny matrix and model: shows only that all runs")
+    parser.add_argument("--smoke", action="store_true", help="tiny; its times mean nothing")
     parser.add_argument("--repetitions", type=int, default=5)
-    parser.add_argument("--directory", help="where a temporary directory is made; it needs 2 GB")
+    parser.add_argument("--layer-repetitions", type=int, help="as many if not given")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--method", action="append", choices=METHODS, help="default: all")
+    parser.add_argument("--directory", help="where a temporary directory is made; it needs 1.4 GB")
     parser.add_argument("--json", metavar="FILE", help="write all runs and the environment")
-    parser.add_argument("--worker", nargs=2, help=argparse.SUPPRESS)
+    parser.add_argument("--table", metavar="FILE", help="only print the table of such a file")
+    parser.add_argument("--worker", nargs=5, help=argparse.SUPPRESS)
     parser.add_argument("--repetition", type=int, default=0, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if options.worker:
-        warnings.simplefilter("ignore")
-        torch.set_num_threads(2)
-        transformers_logging.disable_progress_bar()
-        found = work(*options.worker, options.smoke, options.repetition)
-        sys.stdout.write(json.dumps(found) + "\n")
+        method, directory, rows, columns, threads = options.worker
+        result = work(method, directory, (int(rows), int(columns)), int(threads), options.repetition)
+        sys.stdout.write(json.dumps(result) + "\n")
+        return
+    if options.table:
+        _show(measure.read_json(options.table))
         return
     environment = measure.environment()
-    result = run(options.smoke, options.repetitions, options.directory)
-    show_environment(environment)
+    methods = options.method or list(METHODS)
+    repetitions = options.repetitions, options.layer_repetitions or options.repetitions
+    result = run(options.smoke, methods, repetitions, options.threads, options.directory)
+    result = {"environment": environment, **result}
+    _show(result)
+    measure.write_json(options.json, result)
+
+
+def _show(result: Mapping[str, Any]) -> None:
+    show_environment(result["environment"])
     show(table(result))
-    measure.write_json(options.json, {"environment": environment, **result})
+    for line in targets(result):
+        show(line)
 
 
 if __name__ == "__main__":

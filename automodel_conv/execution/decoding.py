@@ -13,7 +13,7 @@ from automodel_conv.kernels.code_tables import code_table
 from automodel_conv.kernels.dequantize import dequantize_torch
 
 # Entries of the tables made at a time, where each scale has a row of its own.
-_TABLE_ENTRIES = 1 << 18
+TABLE_ENTRIES = 1 << 18
 
 
 def decode_codes(decodings: Iterable[Decoding], memory: Tensor, verb: Callable[..., None] = dequantize_torch) -> None:
@@ -32,7 +32,7 @@ def _bands(decoding: Decoding) -> Iterable[tuple[int, int]]:
     rows, columns = decoding.shape
     block_rows, block_columns = decoding.decode.block
     across = -(-(decoding.start[1] + columns) // block_columns)
-    height = max(1, _TABLE_ENTRIES // (across << decoding.decode.bits)) * block_rows
+    height = max(1, TABLE_ENTRIES // (across << decoding.decode.bits)) * block_rows
     at = -decoding.start[0]
     while at < rows:
         yield max(0, at), min(rows, at + height)

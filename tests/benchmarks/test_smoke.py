@@ -55,28 +55,6 @@ def test_upstream_is_stopped_once_it_knows_every_tensor(checkpoint, monkeypatch)
     assert all(parameter.is_meta for parameter in model.parameters())
 
 
-@pytest.fixture
-def one_torch_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)  # more would wait for each other beside other tests
-    yield
-    torch.set_num_threads(before)
-
-
-def test_all_ways_of_dequantizing_make_the_same_numbers(tmp_path, one_torch_thread):
-    for place in ("big", "warm-up"):
-        dequant.write_quantized(shapes.SMALL, str(tmp_path / place))
-    for method in (*dequant.MATRICES, *dequant.LAYERS):
-        if method == "matrix: NeMo":
-            continue  # needs nemo_automodel
-        found = dequant.work(method, str(tmp_path), True, 0)
-        count, total, units = found["differ"]
-        assert count <= 1e-4 * total
-        assert units <= 1
-        assert total == found["out_bytes"] // 2 > 0
-        assert found["seconds"] > 0
-
-
 def test_all_ways_of_loading_make_the_same_tensors(checkpoint):
     found = {m: loading.work(m, checkpoint, checkpoint, 2, 0) for m in loading.METHODS}
     for transposed in (False, True):
@@ -143,6 +121,55 @@ def test_saved_tensors_that_differ_from_the_first_files_give_no_number(tmp_path,
     with pytest.raises(RuntimeError, match="do not make the same tensors"):
         saving.main(["--smoke", "--method", "save: ours", "--directory", str(tmp_path)])
     assert capsys.readouterr().out == ""
+
+
+def test_all_ways_of_dequantizing_make_the_same_numbers(tmp_path):
+    for name in ("layer", "tiny"):
+        dequant.write_checkpoint(dequant.TINY_LAYER, str(tmp_path / name))
+    threads = torch.get_num_threads()
+    # nemo is an overlay that only its own tests have on their path
+    methods = [method for method in dequant.METHODS if method != "fp8: nemo"]
+    try:
+        found = {m: [dequant.work(m, str(tmp_path), dequant.TINY_MATRIX, 2, 0)] for m in methods}
+    finally:
+        torch.set_num_threads(threads)
+    for case in dequant.CASES:
+        of_case = {method: runs for method, runs in found.items() if method.startswith(case)}
+        dequant.check(of_case)
+        assert len({runs[0]["output_bytes"] for runs in of_case.values()}) == 1
+    assert all(runs[0]["seconds"] > 0 for runs in found.values())
+
+
+def test_dequantizing_runs_its_workers_and_prints_a_table_now_and_later(tmp_path, capsys):
+    file = tmp_path / "result.json"
+    methods = ["--method", "fp8: ours", "--method", "fp8: plain torch", "--method", "fp8: nemo"]
+    arguments = ["--smoke", "--repetitions", "1", "--json", str(file), *methods, "--directory", str(tmp_path)]
+    dequant.main(arguments)
+    shown = capsys.readouterr().out
+    assert "fp8: ours, faster than fp8: " in shown
+    result = json.loads(file.read_text())
+    assert {*result["runs"], *result["left_out"]} == {"fp8: ours", "fp8: plain torch", "fp8: nemo"}
+    assert [path.name for path in tmp_path.iterdir()] == ["result.json"]
+    dequant.main(["--table", str(file)])
+    assert capsys.readouterr().out == shown
+
+
+def test_numbers_that_are_not_ours_are_counted_and_give_no_number():
+    ours = torch.tensor([1.0, -1.0, 0.0, 2.0], dtype=torch.bfloat16)
+    others = torch.tensor([1.0, -1.0, -0.0, 2.0], dtype=torch.bfloat16)
+    assert dequant.compared({"": others}, {"": ours})["differing"] == 1
+    assert dequant.compared({"": others}, {"": ours})["most_ulp"] == 0
+    others.view(torch.int16)[1] += 2
+    found = dequant.compared({"": others}, {"": ours})
+    assert (found["elements"], found["differing"], found["most_ulp"]) == (4, 2, 2)
+    many = {"elements": 10**6, "digest": "same"}
+    dequant.check({"a": [many | {"differing": 100, "most_ulp": 1}]})
+    for wrong in ({"differing": 101, "most_ulp": 1}, {"differing": 1, "most_ulp": 2}):
+        with pytest.raises(RuntimeError, match="does not make our numbers"):
+            dequant.check({"a": [many | wrong]})
+    same = {"elements": 1, "differing": 0, "most_ulp": 0}
+    with pytest.raises(RuntimeError, match="same numbers each time"):
+        dequant.check({"a": [same | {"digest": "one"}], "b": [same | {"digest": "another"}]})
 
 
 def test_ranks_load_in_all_ways_and_each_ends_with_the_same_parts(tmp_path, capsys):
