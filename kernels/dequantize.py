@@ -21,10 +21,10 @@ from automodel_conv.kernels.launch import start as start_launches
 from automodel_conv.kernels.strided_copy import strided_copy_torch
 from automodel_conv.kernels.variants import Blocks, Decoding, Geometry, Variant, word
 
-# Rows and columns of a tile: 32 numbers for each thread of a block; in a transposed one runs of 128 bytes on the side
-# that is written.
+# Rows and columns of a tile: 32 numbers for each thread of a block; in a transposed one runs of 64 bytes of 2-byte
+# numbers on the side that is written. Longer ones spill registers on sm_100 with Triton 3.6.0.
 _TILE = (16, 256)
-_TRANSPOSED_TILE = (64, 64)
+_TRANSPOSED_TILE = (32, 128)
 _SCALAR_TILE = (16, 32)  # larger ones need more registers for addresses than there are
 
 # Bytes of codes decoded at once: with their indices, of 4 or 8 bytes each, they stay in the second-level cache.
@@ -75,7 +75,7 @@ def dequantize(
 
     Numbers are written 16 bytes at a time where either the rows or the columns of ``dst`` have adjacent elements and
     start at multiples of 16 bytes, codes at multiples of 8 (for 2-byte numbers of 4 bits 4), and as many columns lie
-    in one block; otherwise one by one, every other column too. Blocks of powers of two, or as large as the matrix, cost
+    in one block, the sizes of 4-bit blocks being powers of two; otherwise one by one, every other column too. Blocks of powers of two, or as large as the matrix, cost
     less than others. Uploads one table of addresses; queued on the current stream, so the memory must live until that
     is done. Compiles one kernel for each combination of these and the dtypes, the first time.
 
@@ -168,7 +168,9 @@ def dequantize_variant(
     vector = WIDEST // dst.itemsize
     src_vector = vector * decoding.bits // 8
     tile = _TRANSPOSED_TILE if decoding.is_transposed else _TILE
-    if decoding.is_stepped or dst_alignment < WIDEST or src_alignment < src_vector or in_one_block < vector:
+    # To divide for every cell of so few bytes would leave the memory waiting.
+    divides = decoding.bits == 4 and not decoding.by_shifts
+    if decoding.is_stepped or divides or dst_alignment < WIDEST or src_alignment < src_vector or in_one_block < vector:
         vector, src_vector, tile = 1, 1, _SCALAR_TILE
     columns = tile[1] * decoding.bits // 8
     number = word(dst.itemsize)
