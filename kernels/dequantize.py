@@ -75,9 +75,10 @@ def dequantize(
 
     Numbers are written 16 bytes at a time where either the rows or the columns of ``dst`` have adjacent elements and
     start at multiples of 16 bytes, codes at multiples of 8 (for 2-byte numbers of 4 bits 4), and as many columns lie
-    in one block, the sizes of 4-bit blocks being powers of two; otherwise one by one, every other column too. Blocks of powers of two, or as large as the matrix, cost
-    less than others. Uploads one table of addresses; queued on the current stream, so the memory must live until that
-    is done. Compiles one kernel for each combination of these and the dtypes, the first time.
+    in one block, the sizes of 4-bit blocks being powers of two; otherwise one by one, every other column too. Blocks of
+    powers of two, or as large as the matrix, cost less than others. Uploads one table of addresses; queued on the
+    current stream, so the memory must live until that is done. Compiles one kernel for each combination of these and
+    the dtypes, the first time.
 
     Raises:
         ConversionError: operands that do not fit together; nothing is written then.
