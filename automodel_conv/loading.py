@@ -196,8 +196,10 @@ def load_state_dict(
         stats = fill(mine, checkpoint, buffers, limits, progress=progress)
         clock.lap("read")
     send([state[name] for name in shared_names], [buffers[name] for name in shared_names])
-    ties = tied_names(model) if model is not None else []
-    unequal = found_by_any(groups, unequal_ties(buffers, ties), "comparing tied tensors")
+    with together(groups, "comparing tied tensors"):
+        ties = tied_names(model) if model is not None else []
+        found = unequal_ties(buffers, ties)
+    unequal = found_by_any(groups, found, "comparing tied tensors")
     shared = _distributed(with_tied(buffers, ties, unequal), state)
     loaded = LoadedStateDict(in_order(shared, model) if model is not None else shared)
     loaded.report = _report(plan, problems, clock, stats)
@@ -262,7 +264,10 @@ def load_model(
         stats = fill(mine, checkpoint, homes.buffers, limits, progress=progress)
         clock.lap("read")
     send([state[name] for name in shared_names], [homes.buffers[name] for name in shared_names])
-    homes.settle(model, found_by_any(groups, homes.unequal(model), "comparing tied tensors"))
+    with together(groups, "comparing tied tensors"):
+        found = homes.unequal(model)
+    unequal = found_by_any(groups, found, "comparing tied tensors")
+    homes.settle(model, unequal)
     if was_meta:
         finish(model, homes.buffers, problems.missing, device)
     return _report(plan, problems, clock, stats, homes.extra_bytes)

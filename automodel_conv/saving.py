@@ -105,6 +105,7 @@ def save_checkpoint(
     state = model.state_dict() if model is not None else model_or_state_dict
     groups = [dist.group.WORLD] if meshes_of(state.values()) else []  # type: ignore[union-attr]
     with together(groups, "planning what to save"):
+        directory = os.path.abspath(os.fsdecode(directory))
         if model is None and rules is None and layout is None and reference is None:
             raise UnsupportedError(
                 message(
@@ -124,7 +125,6 @@ def save_checkpoint(
         places = places_in(shards, plan.targets)
         made = tensor_slabs(plan, _holdings(tensors.values(), leads), places, most_bytes=share.slab_bytes)
     same_on_all(groups, [shard.header for shard in shards], "the tensors to be saved")
-    directory = os.path.abspath(os.fsdecode(directory))
     with ExitStack() as ending:
         with together(groups, "beginning to save"):
             destination = ending.enter_context(open_destination(directory, shards, None)) if leads else None

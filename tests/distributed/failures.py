@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch.distributed.tensor import Shard, distribute_tensor
 
 import automodel_conv as amc
+from automodel_conv import homes
 from automodel_conv.files import system
 from tests.distributed.models import Meshes, Published, assert_holds, local, published, sharded
 from tests.distributed.starting import say
@@ -211,6 +212,25 @@ def finds_two_values_of_one_parameter(of: Published, kind: str, directory: str) 
     trying(lambda: amc.load_model(module, f"{directory}.safetensors"))
 
 
+def cannot_compare(of: Published, kind: str, directory: str) -> None:
+    """Rank 1 fails where it compares two names of one parameter, after all have read."""
+    values = torch.arange(12.0).reshape(4, 3)
+    if on(0):
+        save_file({"a": values, "b": values.clone()}, f"{directory}.safetensors")
+    dist.barrier()
+
+    def compared(a, b):
+        raise amc.ConversionError("no memory to compare in")
+
+    if on(1):
+        homes.same_bytes = compared
+    module = torch.nn.Module()
+    module.a = torch.nn.Parameter(distribute_tensor(torch.zeros(4, 3), Meshes()(2), [Shard(0)]))
+    module.b = module.a
+    load = amc.load_model if kind == "model" else lambda m, path: amc.load_state_dict(path, m)
+    trying(lambda: load(module, f"{directory}.safetensors"))
+
+
 def has_too_little_memory(of: Published, kind: str, directory: str) -> None:
     model = sharded(of, kind, Meshes(), meta=True)
     trying(lambda: amc.load_model(model, of.path, memory_budget=100 if on(1) else None))
@@ -286,6 +306,15 @@ def holds_other_tensors(of: Published, kind: str, directory: str) -> None:
     assert not os.path.exists(directory)
 
 
+def names_no_directory(of: Published, kind: str, directory: str) -> None:
+    model = filled(of, kind)
+    try:
+        amc.save_checkpoint(model, directory if not on(1) else None)
+    except (TypeError, amc.ConversionError) as error:
+        tell(error)
+    assert not os.path.exists(directory)
+
+
 def holds_other_dtypes(of: Published, kind: str, directory: str) -> None:
     model = filled(of, kind)
     saving(model, directory, dtype=torch.float32 if on(1) else None)
@@ -306,11 +335,13 @@ SCENARIOS = {
         has_too_little_memory,
         has_no_such_device,
         finds_two_values_of_one_parameter,
+        cannot_compare,
         killed_in_a_save,
         leader_killed_in_a_save,
         cannot_write,
         leader_cannot_begin,
         leader_cannot_end,
+        names_no_directory,
         holds_other_tensors,
         holds_other_dtypes,
     )

@@ -9,7 +9,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from torch.distributed.tensor import DTensor
+from safetensors.torch import save_file
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 import automodel_conv as amc
 from automodel_conv.files import system
@@ -61,6 +62,7 @@ def prepare(directory: Path, world: int) -> dict[str, Published]:
 
 def rank(common: dict[str, Published], variant: str, directory: Path) -> None:
     meshes = Meshes()
+    ties_what_all_ranks_find_equal(meshes, directory)
     for name, kind in CHECKS[dist.get_world_size()]:
         of = common[name]
         steps = [loads, makes_state_dicts, saves, is_saved_by_dcp, is_loaded_by_dcp]
@@ -70,6 +72,24 @@ def rank(common: dict[str, Published], variant: str, directory: Path) -> None:
             except Exception as error:
                 raise AssertionError(f"{name}, {kind}, {step.__name__}") from error
         say([name, kind])
+
+
+def ties_what_all_ranks_find_equal(meshes: Meshes, directory: Path) -> None:
+    """Rows of the last rank differ, or none: names of one parameter are one tensor on no rank, or on all."""
+    world = dist.get_world_size()
+    module = torch.nn.Module()
+    module.a = torch.nn.Parameter(distribute_tensor(torch.zeros(world, 3), meshes(world), [Shard(0)]))
+    module.b = module.a
+    for path, more in (("equal", 0), ("unequal", 1)):
+        values = torch.arange(3.0 * world).reshape(world, 3)
+        other = values.clone()
+        other[-1] += more
+        if dist.get_rank() == 0:
+            save_file({"a": values, "b": other}, directory / f"{path}.safetensors")
+        dist.barrier()
+        loaded = amc.load_state_dict(directory / f"{path}.safetensors", module)
+        assert (loaded["a"] is loaded["b"]) == (path == "equal"), path
+        assert_bytes_equal(loaded["b"].full_tensor(), other)
 
 
 def loads(of: Published, kind: str, meshes: Meshes) -> None:
