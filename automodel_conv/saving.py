@@ -114,7 +114,7 @@ def save_checkpoint(
                 )
             )
         tensors: Mapping[str, Tensor] = saved_tensors(model) if model is not None else state  # type: ignore[assignment]
-        _refuse_unlike_stored(tensors)
+        refuse_unlike_stored(tensors)
         opened = None if reference is None else open_checkpoint(reference)
         table = None if opened is None else SourceTable(opened.names, opened.dtypes, opened.shapes)
         plan = saving_plan(state_table(tensors), model=model, rules=rules, layout=layout, reference=table)
@@ -281,11 +281,12 @@ def saved_tensors(model: nn.Module) -> dict[str, Tensor]:
     return dict(tensors)
 
 
-# --- private ----------------------------------------------------------------------------------------------------------
+def refuse_unlike_stored(tensors: Mapping[str, Tensor]) -> None:
+    """Refuse tensors whose bytes in memory are not what they stand for.
 
-
-def _refuse_unlike_stored(tensors: Mapping[str, Tensor]) -> None:
-    """Tensors whose bytes in memory are not what they stand for."""
+    Raises:
+        UnsupportedError: one is on the meta device, or is conjugated or negated only when it is read.
+    """
     for name, tensor in tensors.items():
         if not isinstance(tensor, Tensor):
             continue
@@ -300,6 +301,9 @@ def _refuse_unlike_stored(tensors: Mapping[str, Tensor]) -> None:
             raise UnsupportedError(
                 message(f"{name} cannot be saved as it lies", found=found, do="resolve_conj() and resolve_neg() first")
             )
+
+
+# --- private ----------------------------------------------------------------------------------------------------------
 
 
 def _is_same(tensor: Tensor, other: Tensor) -> bool:

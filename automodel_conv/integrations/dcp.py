@@ -48,7 +48,15 @@ from automodel_conv.planning.models import tied_names
 from automodel_conv.planning.pipeline import saving_plan, without_casts
 from automodel_conv.planning.plan import CopyPlan
 from automodel_conv.planning.sharding import Part, box, parts_plan, region_of
-from automodel_conv.saving import DEFAULT_SCRATCH_BYTES, begin_save, finish_save, places_in, saved_tensors, shards_for
+from automodel_conv.saving import (
+    DEFAULT_SCRATCH_BYTES,
+    begin_save,
+    finish_save,
+    places_in,
+    refuse_unlike_stored,
+    saved_tensors,
+    shards_for,
+)
 
 
 class HuggingFaceReader(StorageReader):
@@ -286,8 +294,10 @@ class HuggingFaceWriter(StorageWriter):
             results.append(WriteResult(item.index, item.tensor_storage_size() or 0, None))
             if item.index.fqn in rows and item.tensor_data is not None:
                 chunk, size = item.tensor_data.chunk, item.tensor_data.size
-                tensor = planner.resolve_data(item)
-                held = Holding(box(tuple(size), chunk.offsets, chunk.sizes), tensor.detach())  # type: ignore[union-attr]
+                tensor: Tensor = planner.resolve_data(item)  # type: ignore[assignment]
+                with self._undone_if_it_fails():
+                    refuse_unlike_stored({item.index.fqn: tensor})
+                held = Holding(box(tuple(size), chunk.offsets, chunk.sizes), tensor.detach())
                 holdings.setdefault(rows[item.index.fqn], []).append(held)
         places = places_in(shards, copies.targets)
         with self._undone_if_it_fails():

@@ -79,6 +79,14 @@ def test_ranks_that_do_not_talk_to_each_other_and_kept_plans_are_refused(mixtral
         writer.prepare_global_plan([plan])
 
 
+@pytest.mark.parametrize("lazy", [torch.conj, torch._neg_view], ids=["conjugated", "negated"])
+def test_views_that_are_computed_when_read_are_refused(tmp_path, lazy):
+    state = {"a": lazy(torch.ones(2, dtype=torch.complex64))}
+    with pytest.raises(CheckpointException, match="a cannot be saved as it lies"):
+        dcp.save(state, storage_writer=HuggingFaceWriter(tmp_path / "dcp", rules=[]))
+    assert files(tmp_path / "dcp") == {}
+
+
 def test_a_save_that_fails_leaves_nothing_and_room_for_the_next(mixtral, tmp_path, monkeypatch):
     model, _ = mixtral
     writer = HuggingFaceWriter(tmp_path / "dcp", model)
