@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+import json
 import os
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 import torch
@@ -15,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from automodel_conv.dtypes import FLOATING, dtype_code
-from automodel_conv.errors import UnsupportedError, message
+from automodel_conv.errors import CoverageError, UnsupportedError, message
 from automodel_conv.execution.buffers import dtype_of
 from automodel_conv.execution.checksums import checksums_of, checksums_text
 from automodel_conv.execution.ranks import (
@@ -24,6 +26,7 @@ from automodel_conv.execution.ranks import (
     local_of,
     meshes_of,
     same_on_all,
+    summed,
     together,
 )
 from automodel_conv.execution.tensor_slabs import Holding, tensor_slabs
@@ -94,7 +97,8 @@ def save_checkpoint(
         progress: show a bar in bytes and GB/s.
 
     Raises:
-        NameProblems, CoverageError: see ``revert_state_dict``; like all but WriteError before anything is written.
+        NameProblems, CoverageError: see ``revert_state_dict``; like all but WriteError before anything is written. With
+            DTensors CoverageError too where the ranks do not hold all of a tensor.
         UnsupportedError: tensors that cannot be saved from here: offloaded, quantized by transformers, with adapters.
         DestinationError: the directory holds a checkpoint already, or somebody else writes to it.
         WriteError: the disk is full, or the system reports another error.
@@ -123,8 +127,11 @@ def save_checkpoint(
         share = budget(threads, DEFAULT_SCRATCH_BYTES if scratch_bytes is None else scratch_bytes, reads_files=False)
         leads = not groups or dist.get_rank() == 0
         places = places_in(shards, plan.targets)
-        made = tensor_slabs(plan, _holdings(tensors.values(), leads), places, most_bytes=share.slab_bytes)
-    same_on_all(groups, [shard.header for shard in shards], "the tensors to be saved")
+        held = _holdings(tensors.values(), leads)
+        made = tensor_slabs(plan, held, places, most_bytes=share.slab_bytes)
+    names = json.dumps(sorted(tensors)).encode()
+    same_on_all(groups, [names, *(shard.header for shard in shards)], "the tensors to be saved")
+    _refuse_gaps(groups, tensors, held)
     with ExitStack() as ending:
         with together(groups, "beginning to save"):
             destination = ending.enter_context(open_destination(directory, shards, None)) if leads else None
@@ -309,6 +316,31 @@ def refuse_unlike_stored(tensors: Mapping[str, Tensor]) -> None:
 def _is_same(tensor: Tensor, other: Tensor) -> bool:
     tensor, other = local_of(tensor), local_of(other)
     return (tensor.data_ptr(), tensor.shape, tensor.stride()) == (other.data_ptr(), other.shape, other.stride())
+
+
+def _refuse_gaps(groups: Sequence[Any], tensors: Mapping[str, Tensor], held: Mapping[int, Sequence[Holding]]) -> None:
+    """Refuse tensors of which the ranks together do not write all elements, by their number.
+
+    Several times all is right too: a tensor on one dimension of a mesh is written by each of its rows of ranks.
+
+    Raises:
+        CoverageError: on all ranks; names the first tensor.
+        RankError: one of the ranks is gone.
+    """
+    rows = {name: row for row, name in enumerate(tensors)}
+    names = sorted(tensors)
+    counts = [sum(prod(holding.region.local_shape) for holding in held.get(rows[name], ())) for name in names]
+    for name, found in zip(names, summed(groups, counts, "counting what ranks hold"), strict=True):
+        expected = tensors[name].numel()
+        if expected and (not found or found % expected):
+            raise CoverageError(
+                message(
+                    f"the ranks do not hold all of {name}",
+                    expected=f"{expected} elements, shape {list(tensors[name].shape)}, or a multiple",
+                    found=f"{found} elements",
+                    do="give all ranks DTensors of the same mesh, or plain tensors on all",
+                )
+            )
 
 
 def _holdings(tensors: Iterable[Tensor], leads: bool) -> dict[int, list[Holding]]:

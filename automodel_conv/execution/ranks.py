@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import chain
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -86,6 +88,21 @@ def found_by_any(groups: Sequence[Any], pairs: Iterable[tuple[str, str]], what: 
     if heard.lost:
         raise _gone(what, "\n" + listing(heard.lost))
     return frozenset((first, second) for told in heard.told for first, second in json.loads(told))
+
+
+def summed(groups: Sequence[Any], counts: Sequence[int], what: str) -> list[int]:
+    """Of each number the sum over all ranks of these groups, which have as many; the same on all of them.
+
+    Raises:
+        RankError: one of the ranks is gone.
+    """
+    # Packed, since there is one for each tensor of a model and most are alike; with the rank, since each counts.
+    own = zlib.compress(np.array(counts, np.int64).tobytes()).hex()
+    heard = _told_by_all(groups, f"{_rank()} {own}")
+    if heard.lost:
+        raise _gone(what, "\n" + listing(heard.lost))
+    packed = (bytes.fromhex(told.partition(" ")[2]) for told in heard.told)
+    return sum(np.frombuffer(zlib.decompress(each), np.int64) for each in packed).tolist()  # type: ignore[union-attr]
 
 
 def groups_of(meshes: Iterable[Any]) -> list[Any]:

@@ -315,6 +315,13 @@ def names_no_directory(of: Published, kind: str, directory: str) -> None:
     assert not os.path.exists(directory)
 
 
+def holds_no_part(of: Published, kind: str, directory: str) -> None:
+    """Rank 0 has half of a tensor, and rank 1 takes it for one that rank 0 has all of."""
+    part = distribute_tensor(torch.arange(12.0).reshape(4, 3), Meshes()(2), [Shard(0)])
+    saving({"a": torch.zeros(4, 3) if on(1) else part, "b": part}, directory, rules=[])
+    assert not os.path.exists(directory)
+
+
 def holds_other_dtypes(of: Published, kind: str, directory: str) -> None:
     model = filled(of, kind)
     saving(model, directory, dtype=torch.float32 if on(1) else None)
@@ -344,5 +351,6 @@ SCENARIOS = {
         names_no_directory,
         holds_other_tensors,
         holds_other_dtypes,
+        holds_no_part,
     )
 }

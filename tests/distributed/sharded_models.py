@@ -63,6 +63,8 @@ def prepare(directory: Path, world: int) -> dict[str, Published]:
 def rank(common: dict[str, Published], variant: str, directory: Path) -> None:
     meshes = Meshes()
     ties_what_all_ranks_find_equal(meshes, directory)
+    if dist.get_world_size() % 2 == 0:
+        saves_what_several_meshes_hold(meshes, directory)
     for name, kind in CHECKS[dist.get_world_size()]:
         of = common[name]
         steps = [loads, makes_state_dicts, saves, is_saved_by_dcp, is_loaded_by_dcp]
@@ -90,6 +92,16 @@ def ties_what_all_ranks_find_equal(meshes: Meshes, directory: Path) -> None:
         loaded = amc.load_state_dict(directory / f"{path}.safetensors", module)
         assert (loaded["a"] is loaded["b"]) == (path == "equal"), path
         assert_bytes_equal(loaded["b"].full_tensor(), other)
+
+
+def saves_what_several_meshes_hold(meshes: Meshes, directory: Path) -> None:
+    """A tensor on one dimension of a mesh, whose other dimension it does not know of."""
+    values = torch.arange(12.0).reshape(4, 3)
+    inner = meshes(2, dist.get_world_size() // 2)["inner"]
+    state = {"a": distribute_tensor(values, inner, [Shard(0)]), "b": values}
+    amc.save_checkpoint(state, directory / "of meshes", rules=[])
+    for tensor in read_all(directory / "of meshes").values():
+        assert_bytes_equal(tensor, values)
 
 
 def loads(of: Published, kind: str, meshes: Meshes) -> None:

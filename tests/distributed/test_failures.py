@@ -36,6 +36,7 @@ OF_TWO = {
     "leader cannot end, fsdp": "RankError",
     "holds other tensors, fsdp": "RankError",
     "holds other dtypes, experts": "RankError",
+    "holds no part, ": "CoverageError",
 }
 OF_FOUR = {
     "killed in a load, fsdp over tensor": None,
@@ -52,6 +53,7 @@ OF_LEADER = {
     "leader cannot end": "WriteError",
     "holds other tensors": "RankError",
     "holds other dtypes": "RankError",
+    "holds no part": "CoverageError",
 }
 
 
@@ -88,6 +90,10 @@ def check(variant, of_rank_1, ended):
             assert f"rank 0: {wanted[0]}" in text
         if scenario.startswith("holds other"):
             assert "differ from rank to rank" in text
+        if scenario == "holds no part":
+            assert text.startswith("the ranks do not hold all of a\n")
+            assert "12 elements" in text
+            assert "found:    6 elements" in text
         if scenario == "cannot read in place" and number == 1:
             assert "filled:" in text
         assert end.said[-1]["seconds"] < TIMEOUT_S
