@@ -1,0 +1,89 @@
+"""The order of a CUDA device's streams, with torch's streams and events replaced by those of the simulated device."""
+
+from __future__ import annotations
+
+import threading
+from contextlib import contextmanager
+
+import pytest
+import torch
+
+from automodel_conv.execution.cuda import CudaDevice
+from tests.execution import simulated
+
+
+class Stream(simulated.Stream):
+    def wait_stream(self, other):
+        self.wait(other.record())
+
+    def wait_event(self, event):
+        self.wait(event.recorded)
+
+
+class Event:
+    def __init__(self, blocking):
+        self.recorded = None
+
+    def record(self, stream):
+        self.recorded = stream.record()
+
+    def synchronize(self):
+        self.recorded.synchronize()
+
+
+class OnDevice:
+    """A tensor of the device: what is copied there is queued on the thread's current stream."""
+
+    def __init__(self, tensor):
+        self.tensor = tensor
+
+    def copy_(self, source, non_blocking):
+        assert non_blocking
+        torch.cuda.current_stream().copy(self.tensor, source)
+
+
+@pytest.fixture(params=range(8))
+def current(request, monkeypatch):
+    """What makes a stream the current one of a thread, whose own is the default stream otherwise."""
+    device = simulated.SimulatedDevice(request.param, eagerness=0)
+    at_work = threading.local()
+
+    def made(*arguments):
+        device.streams.append(Stream(device))
+        return device.streams[-1]
+
+    default = made()
+
+    @contextmanager
+    def entered(stream):
+        before = getattr(at_work, "stream", default)
+        at_work.stream = stream
+        try:
+            yield
+        finally:
+            at_work.stream = before
+
+    monkeypatch.setattr(torch.cuda, "Stream", made)
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "stream", entered)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: getattr(at_work, "stream", default))
+    return entered
+
+
+def test_a_stream_made_in_a_worker_thread_is_behind_the_callers_current_stream(current):
+    """A caller's side stream still writes a tensor while a worker begins to copy it away."""
+    source, copied = torch.zeros(4), torch.full((4,), -1.0)
+
+    def work():
+        stream = device.stream()
+        stream.copy(OnDevice(copied), source)
+        stream.record().synchronize()
+
+    with current(side := torch.cuda.Stream()):
+        for value in range(1, 6):
+            side.copy(source, torch.full((4,), float(value)))
+        device = CudaDevice(torch.device("cuda"))
+        worker = threading.Thread(target=work)
+        worker.start()
+        worker.join()
+    assert copied.tolist() == [5.0] * 4
