@@ -8,6 +8,7 @@ of a target, as on one of several ranks, the bytes between are left alone.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain
 from math import prod
 from typing import NamedTuple, Protocol
 
@@ -36,7 +37,7 @@ class Places(Protocol):
 
 
 class Slab(NamedTuple):
-    """A range of an output file; ``parts`` or ``moves`` fill all of it, the other is empty.
+    """A range of an output file; ``parts`` or ``moves`` fill it, the other is empty.
 
     Places in ``parts`` count bytes, those in ``moves`` elements, both from the slab's first byte; ``target`` of a move
     is the row of its dtype in ``Slabs.dtypes``.
@@ -47,8 +48,8 @@ class Slab(NamedTuple):
     nbytes: int
     parts: list[Part]
     moves: dict[int, list[Move]]  # by source row
-    ranges: tuple[tuple[int, int], ...] = ()
-    """What moves fill, first byte and length, if it is not all of the slab."""
+    sparse_itemsize: int = 0
+    """Bytes of an element, if moves leave some of the slab alone (see ``filled_ranges``); 0: they fill all of it."""
 
 
 class Slabs(NamedTuple):
@@ -103,6 +104,28 @@ def slab_schedule(
     return Slabs(made, dtypes)
 
 
+def filled_ranges(slab: Slab) -> list[tuple[int, int]]:
+    """What the moves of a sparse slab fill, as runs: first byte from the slab's own on, and length.
+
+    Computed when a slab is written: where ranks hold columns there is a run for each row of a model.
+    """
+    elements, lengths = [], []
+    for move in chain.from_iterable(slab.moves.values()):
+        run, offsets = 1, np.array([move.target_offset])
+        for stride, count in sorted(zip(move.target_strides, move.shape, strict=True)):
+            if stride == run:
+                run *= count
+            else:
+                offsets = (offsets[:, None] + np.arange(count) * stride).reshape(-1)
+        elements.append(offsets)
+        lengths.append(np.full(len(offsets), run))
+    firsts, counts = (np.concatenate(column) * slab.sparse_itemsize for column in (elements, lengths))
+    order = np.argsort(firsts)
+    firsts, counts = firsts[order], counts[order]
+    begins = np.flatnonzero(np.append(True, firsts[1:] != firsts[:-1] + counts[:-1]))
+    return list(zip(firsts[begins].tolist(), np.add.reduceat(counts, begins).tolist(), strict=True))
+
+
 def _moves(target: Target, copies: Sequence[StridedCopy], sources: Places) -> Iterator[Move]:
     for copy in copies:
         for ordinal, source, place in zip(copy.ordinals, copy.source_offsets, copy.target_offsets, strict=True):
@@ -142,29 +165,8 @@ def _in_memory(filled: Sequence[Move], file: int, begin: int, size: int, dtype: 
             for move in cut:
                 swapped = _seen_from_target(move._replace(source_offset=move.source_offset - start))
                 moves.setdefault(move.target, []).append(swapped._replace(target=dtype))
-            ranges: tuple[tuple[int, int], ...] = ()
-            if sum(prod(move.shape) for move in cut) < stop - start:
-                ranges = tuple((first * size, count * size) for first, count in _ranges(cut, start))
-            yield Slab(file, begin + start * size, (stop - start) * size, [], moves, ranges)
-
-
-def _ranges(filled: Sequence[Move], start: int) -> list[tuple[int, int]]:
-    """The elements that moves fill, from ``start`` on, as runs: first one and length."""
-    elements, lengths = [], []
-    for move in filled:
-        run, offsets = 1, np.array([move.source_offset - start])
-        for stride, count in sorted(zip(move.source_strides, move.shape, strict=True)):
-            if stride == run:
-                run *= count
-            else:
-                offsets = (offsets[:, None] + np.arange(count) * stride).reshape(-1)
-        elements.append(offsets)
-        lengths.append(np.full(len(offsets), run))
-    firsts, counts = np.concatenate(elements), np.concatenate(lengths)
-    order = np.argsort(firsts)
-    firsts, counts = firsts[order], counts[order]
-    begins = np.flatnonzero(np.append(True, firsts[1:] != firsts[:-1] + counts[:-1]))
-    return list(zip(firsts[begins].tolist(), np.add.reduceat(counts, begins).tolist(), strict=True))
+            sparse = sum(prod(move.shape) for move in cut) < stop - start
+            yield Slab(file, begin + start * size, (stop - start) * size, [], moves, size if sparse else 0)
 
 
 def _blocks(filled: Iterable[Move]) -> Iterator[list[Move]]:
@@ -190,7 +192,7 @@ def _joins(group: Sequence[Slab], nbytes: int, piece: Slab, limit: int, dtype: s
     first, last = group[0], group[-1]
     follows = first.file == piece.file and last.offset_bytes + last.nbytes == piece.offset_bytes
     small = nbytes + piece.nbytes <= limit and len(group) < system.IOV_MAX
-    if first.ranges or piece.ranges:
+    if first.sparse_itemsize or piece.sparse_itemsize:
         return False
     return follows and small and bool(first.parts) == bool(piece.parts) and nbytes % itemsize(dtype) == 0
 
@@ -206,4 +208,4 @@ def _joined(group: Sequence[Slab], nbytes: int, sizes: Sequence[int]) -> Slab:
             moves.setdefault(row, []).extend(
                 move._replace(target_offset=move.target_offset + shift // sizes[move.target]) for move in group_moves
             )
-    return Slab(first.file, first.offset_bytes, nbytes, parts, moves, first.ranges)
+    return Slab(first.file, first.offset_bytes, nbytes, parts, moves, first.sparse_itemsize)

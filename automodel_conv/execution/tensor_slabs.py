@@ -28,6 +28,10 @@ class Holding(NamedTuple):
     tensor: Tensor
 
 
+# Of each source of a target, what is held.
+_Regions = tuple[tuple[Region, ...], ...]
+
+
 class TensorSlabs(NamedTuple):
     """Slabs made of the tensors of one device, by the number of their file, and what starts their maker in a thread."""
 
@@ -58,6 +62,7 @@ def tensor_slabs(
         UnsupportedError: a target is not made of regions like these by strided copies.
     """
     by_device: dict[torch.device, _Group] = {}
+    chained: dict[tuple[int, _Regions], Sequence[StridedCopy]] = {}  # by identity of copies, which layers share
     for target, place in zip(plan.targets, places, strict=True):
         held = [holding for row in target.sources for holding in holdings.get(row, ())]
         if not held or not prod(target.shape):
@@ -68,7 +73,11 @@ def tensor_slabs(
                 message(f"the parts of {target.name} are on several devices", found=sorted(map(str, devices)))
             )
         group = by_device.setdefault(devices.pop(), _Group([], [], [], []))
-        copies, read = from_real_strides(_from_held(target, holdings), [holding.tensor.detach() for holding in held])
+        regions = tuple(tuple(holding.region for holding in holdings.get(row, ())) for row in target.sources)
+        key = id(target.copies), regions
+        if key not in chained:
+            chained[key] = _from_held(target, regions)
+        copies, read = from_real_strides(chained[key], [holding.tensor.detach() for holding in held])
         first = len(group.operands)
         group.targets.append(target._replace(sources=tuple(range(first, first + len(read)))))
         group.copies.append(copies)
@@ -105,9 +114,8 @@ def _slabs_on(device: torch.device, group: _Group, most_bytes: int) -> TensorSla
     return TensorSlabs(made.by_file(), lambda: DeviceTensors(operands, made.dtypes, most_bytes, streamed, "auto"))
 
 
-def _from_held(target: Target, holdings: Mapping[int, Sequence[Holding]]) -> Sequence[StridedCopy]:
+def _from_held(target: Target, regions: _Regions) -> Sequence[StridedCopy]:
     """The copies of a target that read what is held; ordinals number the holdings of its sources, one after another."""
-    regions = [[holding.region for holding in holdings.get(row, ())] for row in target.sources]
     if all(len(held) == 1 and held[0].is_whole for held in regions):
         return target.copies
     pieces: list[Piece] = []

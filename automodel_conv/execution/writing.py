@@ -21,7 +21,7 @@ from automodel_conv.execution.copying import COPY_BYTES, COPY_RATIO, copy_moves
 from automodel_conv.execution.jobs import Job, Move
 from automodel_conv.execution.reading import OpenFiles, cores, read_job, reading
 from automodel_conv.execution.schedule import runs, staged
-from automodel_conv.execution.slabs import Slab
+from automodel_conv.execution.slabs import Slab, filled_ranges
 from automodel_conv.execution.streaming import Device
 from automodel_conv.execution.workers import work_off
 from automodel_conv.files import system
@@ -147,10 +147,10 @@ def _writer(maker: Maker, fd: int, path: str, advance: Callable[[int], None]) ->
     def write(slab: Slab) -> None:
         if not maker.copy_within_kernel(slab, fd):
             made = maker(slab)
-            for first, nbytes in slab.ranges:
-                system.write_exactly(fd, [made[0][first : first + nbytes]], slab.offset_bytes + first, path)
-            if not slab.ranges:
+            if not slab.sparse_itemsize:
                 system.write_exactly(fd, made, slab.offset_bytes, path)
+            for first, nbytes in filled_ranges(slab) if slab.sparse_itemsize else ():
+                system.write_exactly(fd, [made[0][first : first + nbytes]], slab.offset_bytes + first, path)
         system.begin_writeback(fd, slab.offset_bytes, slab.nbytes)
         advance(slab.nbytes)
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import os
 import random
+import tracemalloc
 from math import prod
 
 import pytest
@@ -16,9 +18,12 @@ from torch.distributed.tensor import Replicate, Shard
 from automodel_conv.dtypes import itemsize
 from automodel_conv.errors import ConversionError
 from automodel_conv.execution import tensor_slabs as module
+from automodel_conv.execution.slabs import filled_ranges
 from automodel_conv.execution.tensor_slabs import Holding, tensor_slabs
 from automodel_conv.execution.writing import write_slabs
 from automodel_conv.files import system
+from automodel_conv.planning import view
+from automodel_conv.planning.lowering import Operation
 from automodel_conv.planning.sharding import box, placed, whole
 from automodel_conv.testing import POISON, address_valued
 from tests.execution.simulated import SimulatedDevice
@@ -252,6 +257,63 @@ def test_a_rank_of_whole_experts_writes_them_as_they_lie(tmp_path):
     [group] = tensor_slabs(back, held, places, most_bytes=1 << 20)
     assert all(slab.parts and not slab.moves for slab in group.by_file[0])
     assert group.nbytes == 2 * 16 * 4 * 2
+
+
+def kept_bytes(make):
+    """Memory that what is made holds on to."""
+    make()  # fills caches
+    gc.collect()
+    tracemalloc.start()
+    try:
+        made = make()
+        gc.collect()
+        return made, tracemalloc.get_traced_memory()[0]
+    finally:
+        tracemalloc.stop()
+
+
+def test_slabs_of_columns_keep_nothing_for_each_row():
+    kept = []
+    for rows in (50, 5000):
+        sources = table({"a": torch.zeros(rows, 8)})
+        plan = plan_of(sources, target(sources, "a", "BF16", [["a"]]))
+        region = placed((rows, 8), (4,), (1,), [Shard(1)])
+        held = {0: [Holding(region, torch.zeros(region.local_shape))]}
+        [group], nbytes = kept_bytes(lambda p=plan, h=held: tensor_slabs(p, h, [(0, 0)], most_bytes=1 << 20))
+        [slab] = group.by_file[0]
+        assert filled_ranges(slab) == [(16 * row, 4) for row in range(rows)]
+        kept.append(nbytes)
+    assert kept[1] < kept[0] + 1000, kept
+
+
+def layers(count, shape=(4, 6)):
+    """As many tensors of one shape, each transposed by the very same copies."""
+    tensors = {f"t{n}": address_valued(shape, torch.bfloat16, n * prod(shape)) for n in range(count)}
+    sources = table(tensors)
+    transpose = Operation("Transpose", (("dim0", 0), ("dim1", 1), ("check_dims", False)))
+    made = [target(sources, f"{name} made", "BF16", [[name]], [transpose]) for name in tensors]
+    return tensors, plan_of(sources, *(t._replace(copies=made[0].copies) for t in made))
+
+
+def test_layers_that_are_held_alike_are_chained_once(monkeypatch):
+    tensors, plan = layers(20)
+    region = placed((4, 6), (2,), (0,), [Shard(0)])
+    held = {row: [Holding(region, tensor[:2])] for row, tensor in enumerate(tensors.values())}
+    chained = []
+    monkeypatch.setattr(module, "chain", lambda *arguments: chained.append(arguments) or view.chain(*arguments))
+    tensor_slabs(plan, held, [(0, 48 * n) for n in range(20)], most_bytes=1000)
+    assert len(chained) == 1
+
+
+def test_layers_that_are_not_held_alike_are_written_as_each_is_held(tmp_path):
+    tensors, plan = layers(3)
+    placements = [Shard(0)], [Shard(1)], [Shard(0)]
+    ranks = [{}, {}]
+    for at, held in enumerate(ranks):
+        for row, (tensor, how) in enumerate(zip(tensors.values(), placements, strict=True)):
+            part = torch_part(tensor, (2,), (at,), how)
+            held[row] = [Holding(placed((4, 6), (2,), (at,), how), part)]
+    check(random.Random(0), tmp_path, ranks, tensors, plan, 1000)
 
 
 def test_what_nobody_here_holds_is_not_written():
