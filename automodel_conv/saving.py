@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from automodel_conv.dtypes import FLOATING, dtype_code
-from automodel_conv.errors import CoverageError, UnsupportedError, message
+from automodel_conv.errors import CoverageError, UnsupportedError, listing, message
 from automodel_conv.execution.buffers import dtype_of
 from automodel_conv.execution.checksums import checksums_of, checksums_text
 from automodel_conv.execution.ranks import (
@@ -99,7 +99,8 @@ def save_checkpoint(
     Raises:
         NameProblems, CoverageError: see ``revert_state_dict``; like all but WriteError before anything is written. With
             DTensors CoverageError too where the ranks do not hold all of a tensor.
-        UnsupportedError: tensors that cannot be saved from here: offloaded, quantized by transformers, with adapters.
+        UnsupportedError: tensors that cannot be saved from here: offloaded, quantized by transformers, with adapters,
+            lazily conjugated or negated; or extra state that is not a tensor.
         DestinationError: the directory holds a checkpoint already, or somebody else writes to it.
         WriteError: the disk is full, or the system reports another error.
         RankError: with DTensors: saving failed on other ranks, one of them is gone, or they hold different tensors.
@@ -278,6 +279,15 @@ def saved_tensors(model: nn.Module) -> dict[str, Tensor]:
         )
     for name in getattr(model, "_keys_to_ignore_on_save", None) or ():
         tensors.pop(name, None)
+    others = [f"{name}: {type(value).__name__}" for name, value in tensors.items() if not isinstance(value, Tensor)]
+    if others:
+        raise UnsupportedError(
+            message(
+                "this model has extra state that is not a tensor, which no checkpoint can hold",
+                found="\n" + listing(others),
+                do="save that apart, and pass the state dict without it, with rules=, layout= or reference=",
+            )
+        )
     follows = getattr(model, "all_tied_weights_keys", {})
     for group in tied_names(model):
         here = [name for name in group if name in tensors]

@@ -396,6 +396,29 @@ def test_what_is_no_tensor_is_refused(tmp_path):
     refused({"a": torch.ones(2), "b": 3}, tmp_path / "made", UnsupportedError, "b is not a tensor", rules=[])
 
 
+class Counted(nn.Linear):
+    """Keeps something beside its tensors."""
+
+    def get_extra_state(self):
+        return {"steps": 3}
+
+    def set_extra_state(self, state):
+        pass
+
+
+def tensors_in(model):
+    return {name: value for name, value in model.state_dict().items() if isinstance(value, torch.Tensor)}
+
+
+def test_a_module_with_extra_state_that_is_no_tensor_is_refused_and_its_tensors_are_not(tmp_path):
+    model, again = (nn.Sequential(Counted(2, 3), nn.Linear(3, 2)) for _ in range(2))
+    text = r"extra state(.|\n)* 0._extra_state: dict(.|\n)*without it"
+    refused(model, tmp_path / "made", UnsupportedError, text)
+    amc.save_checkpoint(tensors_in(model), tmp_path / "made", rules=[])
+    amc.load_model(again, tmp_path / "made", rules=[])
+    assert_same(tensors_in(again), tensors_in(model))
+
+
 def test_a_dtype_that_files_cannot_hold_is_refused(tmp_path):
     tensors = {"a": torch.ones(2, dtype=torch.complex128)}
     refused(tensors, tmp_path / "made", UnsupportedError, "a has a dtype", rules=[])
