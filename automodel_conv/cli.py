@@ -76,6 +76,10 @@ _NewDtypeOption = Annotated[
     str | None,
     typer.Option(help="Of floating tensors, such as bfloat16. Default: the source's."),
 ]
+_DequantizeOption = Annotated[
+    bool,
+    typer.Option("--dequantize", help="Decode what config.json says is quantized, to --dtype or bfloat16."),
+]
 _ModelOption = Annotated[
     bool,
     typer.Option("--model/--no-model", help="Names of the model of config.json, or those of the source."),
@@ -172,6 +176,7 @@ def convert(
     layout: _NewLayoutOption = None,
     source_layout: _SourceLayoutOption = None,
     dtype: _NewDtypeOption = None,
+    dequantize: _DequantizeOption = False,
     max_shard_size: Annotated[str, typer.Option(help="Of a file, such as 5GB or 300MiB.")] = "5GB",
     model: _ModelOption = True,
     resume: Annotated[bool, typer.Option(help="Go on with what an earlier call has finished, or start anew.")] = True,
@@ -187,6 +192,7 @@ def convert(
         "layout": layout,
         "source_layout": source_layout,
         "dtype": _dtype(dtype),
+        "dequantize": dequantize,
         "max_shard_size": max_shard_size,
     }
     if dry_run:
@@ -221,6 +227,7 @@ def verify(
     layout: _NewLayoutOption = None,
     source_layout: _SourceLayoutOption = None,
     dtype: _NewDtypeOption = None,
+    dequantize: _DequantizeOption = False,
     model: _ModelOption = True,
     threads: _ThreadsOption = None,
     progress: _ProgressOption = None,
@@ -238,6 +245,7 @@ def verify(
         layout=layout,
         source_layout=source_layout,
         dtype=_dtype(dtype),
+        dequantize=dequantize,
         threads=threads,
         progress=_shows(progress),
     )

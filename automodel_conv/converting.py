@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from math import prod
@@ -38,9 +38,11 @@ from automodel_conv.execution.writing import (
 )
 from automodel_conv.files import system
 from automodel_conv.files.checkpoint import Checkpoint, open_checkpoint, rows_by_file
+from automodel_conv.files.config import CONFIG_NAME, plain_config
 from automodel_conv.files.destination import WEIGHT_SUFFIXES, open_destination, telling
 from automodel_conv.files.shards import CHECKSUMS_NAME, Shard, Spec, divide, index_of, parse_size
-from automodel_conv.planning.copies import SourceTable
+from automodel_conv.loading import decoded_table
+from automodel_conv.planning.copies import Decode, SourceTable
 from automodel_conv.planning.models import checked_dtype, meta_model
 from automodel_conv.planning.pipeline import loading_plan, saving_plan, without_casts
 from automodel_conv.planning.plan import CopyPlan
@@ -63,7 +65,7 @@ class Conversion:
     @property
     def left_out(self) -> tuple[str, ...]:
         """Tensors of the source that nothing is made of, such as those that the model says it ignores."""
-        used = self.plan.used_sources
+        used = self.plan.used_sources | self.plan.sources.hidden
         return tuple(name for row, name in enumerate(self.checkpoint.names) if row not in used)
 
     @property
@@ -100,13 +102,17 @@ def compile_conversion(
     layout: str | None = None,
     source_layout: str | None = None,
     dtype: torch.dtype | None = None,
+    dequantize: bool = False,
     max_shard_size: int | str = "5GB",
 ) -> Conversion:
     """What ``convert_checkpoint`` would do; reads headers only. See there."""
     checked_dtype(dtype)
     checkpoint = open_checkpoint(source)
     most_bytes = parse_size(max_shard_size)
-    table = SourceTable(checkpoint.names, checkpoint.dtypes, checkpoint.shapes)
+    if dequantize:
+        table = decoded_table(checkpoint, wants_numbers=True)
+    else:
+        table = SourceTable(checkpoint.names, checkpoint.dtypes, checkpoint.shapes)
     model = None
     if rules is None:
         first = next((code for code in checkpoint.dtypes if code in FLOATING), None)
@@ -144,6 +150,7 @@ def convert_checkpoint(
     layout: str | None = None,
     source_layout: str | None = None,
     dtype: torch.dtype | None = None,
+    dequantize: bool = False,
     max_shard_size: int | str = "5GB",
     resume: bool = True,
     verify: bool = True,
@@ -168,6 +175,8 @@ def convert_checkpoint(
             published; None: as the model has them.
         source_layout: how grouped experts in the source lie; None: as the model has them, or one tensor an expert.
         dtype: of all floating tensors, but those that a transformers model keeps in float32; None: as they are.
+        dequantize: decode what ``quantization_config`` in ``config.json`` says is quantized, to ``dtype`` or bfloat16,
+            and leave that setting out of the new ``config.json``. False: codes and scales are tensors as others are.
         max_shard_size: of a file's data, in bytes or as "5GB".
         resume: go on with what an earlier call has finished; False: throw that away.
         verify: read each file back once it is written and compare all of it with the source, also those that an earlier
@@ -187,17 +196,24 @@ def convert_checkpoint(
     """
     began = time.perf_counter()
     conversion = compile_conversion(
-        source, rules=rules, layout=layout, source_layout=source_layout, dtype=dtype, max_shard_size=max_shard_size
+        source,
+        rules=rules,
+        layout=layout,
+        source_layout=source_layout,
+        dtype=dtype,
+        dequantize=dequantize,
+        max_shard_size=max_shard_size,
     )
     checkpoint, shards = conversion.checkpoint, conversion.shards
     share = budget(threads, DEFAULT_SCRATCH_BYTES if scratch_bytes is None else scratch_bytes, reads_files=True)
     directory = os.path.abspath(os.fsdecode(destination))
     state = _state_of(checkpoint)
+    config = plain_config(checkpoint.directory) if dequantize else None
     work = {"source files": state, "tensors": _digest(conversion), "files": [shard.name for shard in shards]}
     targets = [target for target in conversion.plan.targets if prod(target.shape)]
-    made = slab_schedule(
-        targets, [t.copies for t in targets], checkpoint, places_in(shards, targets), most_bytes=share.slab_bytes
-    )
+    decodes = conversion.plan.sources.decodes
+    places = places_in(shards, targets)
+    made = slab_schedule(targets, [t.copies for t in targets], checkpoint, places, decodes, most_bytes=share.slab_bytes)
     by_file = made.by_file()
     with open_destination(directory, shards, work, resume=resume) as place:
         unfinished = place.unfinished
@@ -218,10 +234,10 @@ def convert_checkpoint(
                 if to_write:
                     path = place.path(shard.name)
                     begin_shard(shard, path)
-                    with _Makers(checkpoint, slabs, made.dtypes, share) as start:
+                    with _Makers(checkpoint, slabs, decodes, made.dtypes, share) as start:
                         write_slabs([(slabs, start)], path, share.threads, advance)
                 if to_verify:
-                    with _Makers(checkpoint, slabs, made.dtypes, share) as start:
+                    with _Makers(checkpoint, slabs, decodes, made.dtypes, share) as start:
                         _compare(slabs, place.found(shard.name), shard, start, share.threads, advance)
                 if to_write or to_verify:
                     place.finish(shard, verified=verify)
@@ -237,7 +253,10 @@ def convert_checkpoint(
             )
         with telling(directory):
             for name in _beside_weights(checkpoint):
-                system.copy_file(os.path.join(checkpoint.directory, name), place.path(name))
+                if name == CONFIG_NAME and config is not None:
+                    place.write(name, config)
+                else:
+                    system.copy_file(os.path.join(checkpoint.directory, name), place.path(name))
         if checksums:
             write_checksums(place, shards, share.threads)
         place.commit(index_of(shards))
@@ -259,6 +278,7 @@ def verify_checkpoint(
     layout: str | None = None,
     source_layout: str | None = None,
     dtype: torch.dtype | None = None,
+    dequantize: bool = False,
     threads: int | None = None,
     scratch_bytes: int | None = None,
     progress: bool = False,
@@ -269,7 +289,7 @@ def verify_checkpoint(
 
     Args:
         source, destination: the two checkpoints; which files their tensors lie in does not matter.
-        rules, layout, source_layout, dtype, threads, scratch_bytes, progress: see ``convert_checkpoint``.
+        rules, layout, source_layout, dtype, dequantize, threads, scratch_bytes, progress: see ``convert_checkpoint``.
 
     Returns:
         The bytes that were compared: all of the destination's tensors.
@@ -281,19 +301,22 @@ def verify_checkpoint(
     other = open_checkpoint(destination)
     if rules is None and layout is None and source_layout is None and dtype is None:
         rules = [] if set(open_checkpoint(source).names) == set(other.names) else None
-    conversion = compile_conversion(source, rules=rules, layout=layout, source_layout=source_layout, dtype=dtype)
+    conversion = compile_conversion(
+        source, rules=rules, layout=layout, source_layout=source_layout, dtype=dtype, dequantize=dequantize
+    )
     checkpoint, plan = conversion.checkpoint, conversion.plan
     _compare_headers(plan, other)
     share = budget(threads, DEFAULT_SCRATCH_BYTES if scratch_bytes is None else scratch_bytes, reads_files=True)
     targets = [target for target in plan.targets if prod(target.shape)]
     rows = [other.position[target.name] for target in targets]
     places = [(other.file_ids[row], other.offsets[row]) for row in rows]
-    made = slab_schedule(targets, [t.copies for t in targets], checkpoint, places, most_bytes=share.slab_bytes)
+    decodes = plan.sources.decodes
+    made = slab_schedule(targets, [t.copies for t in targets], checkpoint, places, decodes, most_bytes=share.slab_bytes)
     with bytes_progress(plan.bytes_written, "verifying", progress) as advance:
         rows = rows_by_file(other)
         for file, slabs in made.by_file().items():
             path = other.files[file]
-            with _Makers(checkpoint, slabs, made.dtypes, share) as start:
+            with _Makers(checkpoint, slabs, decodes, made.dtypes, share) as start:
                 _compare(slabs, path, _file_of(other, file, rows[file]), start, share.threads, advance)
     return plan.bytes_written
 
@@ -304,8 +327,15 @@ def verify_checkpoint(
 class _Makers:
     """Files that are open while slabs are made of them; gives what starts a maker in a thread."""
 
-    def __init__(self, checkpoint: Checkpoint, slabs: Sequence[Slab], dtypes: Sequence[str], share: Budget):
-        jobs = jobs_of(slabs, checkpoint, share.input_bytes)
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        slabs: Sequence[Slab],
+        decodes: Mapping[int, Decode],
+        dtypes: Sequence[str],
+        share: Budget,
+    ):
+        jobs = jobs_of(slabs, checkpoint, decodes, share.input_bytes)
         self._files = OpenFiles(checkpoint.files, chain.from_iterable(jobs.values()))
         self._start = lambda: SourceFiles(checkpoint, self._files, jobs, dtypes, share.slab_bytes, share.input_bytes)
 

@@ -287,10 +287,11 @@ def load_plan(
     checked_dtype(dtype)
     if model is None and rules is None:
         model, dtype = meta_model(checkpoint.directory, dtype, _first_floating(checkpoint)), None
-    table = SourceTable(checkpoint.names, checkpoint.dtypes, checkpoint.shapes)
     quantizer = None if dequantize else getattr(model, "hf_quantizer", None)
     if dequantize:
-        table = _decoded(table, quantization_config(checkpoint.directory), checkpoint.path, model is not None)
+        table = decoded_table(checkpoint, wants_numbers=model is not None)
+    else:
+        table = SourceTable(checkpoint.names, checkpoint.dtypes, checkpoint.shapes)
     plan, problems = loading_plan(
         table,
         model=model,
@@ -304,15 +305,18 @@ def load_plan(
     return plan, problems, model
 
 
-# --- private --------------------------------------------------------------------------------------------------------
+def decoded_table(checkpoint: Checkpoint, wants_numbers: bool) -> SourceTable:
+    """What a checkpoint offers, with what is quantized as what it stands for.
 
-
-def _decoded(table: SourceTable, config: Mapping[str, Any] | None, where: str, wants_numbers: bool) -> SourceTable:
-    """The table with what is quantized as what it stands for.
+    Args:
+        wants_numbers: whether codes that nothing says how to decode are an error.
 
     Raises:
+        CheckpointError: ``config.json`` is malformed.
         QuantizationError: see ``quantized_table``; or codes and scales without a config, where numbers are wanted.
     """
+    table = SourceTable(checkpoint.names, checkpoint.dtypes, checkpoint.shapes)
+    config = quantization_config(checkpoint.directory)
     if config is not None:
         return quantized_table(table, config)
     codes = has_codes(table) if wants_numbers else None
@@ -320,12 +324,15 @@ def _decoded(table: SourceTable, config: Mapping[str, Any] | None, where: str, w
         raise QuantizationError(
             message(
                 f"{codes} has the form of quantized codes, and nothing says how they decode",
-                where=where,
+                where=checkpoint.path,
                 expected="a quantization_config in the config.json beside the files",
                 do="put config.json there; dequantize=False takes codes for tensors of their own",
             )
         )
     return table
+
+
+# --- private --------------------------------------------------------------------------------------------------------
 
 
 def _to_read(plan: CopyPlan, state: Mapping[str, Tensor], broadcast: bool) -> tuple[CopyPlan, list[str]]:

@@ -355,6 +355,8 @@ def test_an_interrupted_conversion_says_so_and_the_same_command_goes_on(plain, t
         ([], "rules", None),
         (["--no-model"], "rules", []),
         (["--dtype", "float16"], "dtype", torch.float16),
+        ([], "dequantize", False),
+        (["--dequantize"], "dequantize", True),
         (["--max-shard-size", "1MB"], "max_shard_size", "1MB"),
         (["--checksums"], "checksums", True),
         (["--threads", "3"], "threads", 3),

@@ -7,7 +7,7 @@ of a target, as on one of several ranks, the bytes between are left alone.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import chain
 from math import prod
 from typing import NamedTuple, Protocol
@@ -19,10 +19,11 @@ from automodel_conv.execution.cutting import reads, slabs
 from automodel_conv.execution.jobs import Move, Part
 from automodel_conv.execution.schedule import chopped
 from automodel_conv.files import system
-from automodel_conv.planning.copies import StridedCopy, Target
+from automodel_conv.planning.copies import Decode, StridedCopy, Target
 
 # As large as a call to the system is worth, and as the cache takes beside what is read.
 _SLAB_BYTES = 8 << 20
+_NONE: Mapping[int, Decode] = {}
 
 
 class Places(Protocol):
@@ -70,6 +71,7 @@ def slab_schedule(
     copies: Sequence[Sequence[StridedCopy]],
     sources: Places,
     places: Sequence[tuple[int, int]],
+    decodes: Mapping[int, Decode] = _NONE,
     *,
     most_bytes: int,
 ) -> Slabs:
@@ -78,6 +80,7 @@ def slab_schedule(
     Args:
         copies: of each target, as contiguous tensors or aimed at where the sources really lie.
         places: of each target, the output file and the byte of it where the target's data begins, any byte.
+        decodes: of the sources that are quantized, by row.
         most_bytes: of a slab that is made in memory; larger targets are cut where no copy is cut through, if that can
             be.
     """
@@ -88,8 +91,8 @@ def slab_schedule(
     nbytes = 0
     for number in sorted(range(len(targets)), key=lambda number: places[number]):
         target, (file, begin) = targets[number], places[number]
-        filled = [_seen_from_target(move) for move in _moves(target, copies[number], sources)]
-        if all(_only_moves(move, target.dtype) for move in filled):
+        filled = [_seen_from_target(move) for move in _moves(target, copies[number], sources, decodes)]
+        if all(move.target not in decodes and _only_moves(move, target.dtype) for move in filled):
             pieces = _direct(filled, file, begin, sources, min(_SLAB_BYTES, most_bytes))
         else:
             pieces = _in_memory(filled, file, begin, itemsize(target.dtype), dtypes.index(target.dtype), most_bytes)
@@ -126,11 +129,14 @@ def filled_ranges(slab: Slab) -> list[tuple[int, int]]:
     return list(zip(firsts[begins].tolist(), np.add.reduceat(counts, begins).tolist(), strict=True))
 
 
-def _moves(target: Target, copies: Sequence[StridedCopy], sources: Places) -> Iterator[Move]:
+def _moves(
+    target: Target, copies: Sequence[StridedCopy], sources: Places, decodes: Mapping[int, Decode]
+) -> Iterator[Move]:
     for copy in copies:
         for ordinal, source, place in zip(copy.ordinals, copy.source_offsets, copy.target_offsets, strict=True):
             row = target.sources[ordinal]
-            yield Move(row, sources.dtypes[row], *copy[:2], source, copy.target_strides, place)
+            dtype = target.dtype if row in decodes else sources.dtypes[row]
+            yield Move(row, dtype, *copy[:2], source, copy.target_strides, place)
 
 
 def _seen_from_target(move: Move) -> Move:

@@ -18,6 +18,7 @@ from automodel_conv.errors import ConversionError, WriteError, message
 from automodel_conv.execution.buffers import byte_view, dtype_of, raw_bytes
 from automodel_conv.execution.copy_batch import CopyBatch, takes_kernels
 from automodel_conv.execution.copying import COPY_BYTES, COPY_RATIO, copy_moves
+from automodel_conv.execution.decoding import decode_codes
 from automodel_conv.execution.jobs import Job, Move
 from automodel_conv.execution.reading import OpenFiles, cores, read_job, reading
 from automodel_conv.execution.schedule import runs, staged
@@ -27,7 +28,7 @@ from automodel_conv.execution.workers import work_off
 from automodel_conv.files import system
 from automodel_conv.files.checkpoint import Checkpoint
 from automodel_conv.files.shards import Shard
-from automodel_conv.planning.copies import StridedCopy
+from automodel_conv.planning.copies import Decode, StridedCopy
 
 LEAST_SCRATCH_BYTES = 1 << 16
 
@@ -267,7 +268,7 @@ class DeviceTensors:
 
 
 class SourceFiles:
-    """Makes slabs of the files of a checkpoint; what is permuted is read a piece at a time."""
+    """Makes slabs of the files of a checkpoint; what is permuted or decoded is read a piece at a time."""
 
     def __init__(
         self,
@@ -289,6 +290,7 @@ class SourceFiles:
         typed = {}
         for job in self._jobs[slab.file, slab.offset_bytes]:
             read_job(job, self._checkpoint, self._files, self._views)
+            decode_codes(job.decodings, self._input)
             for dtype in {move.dtype for move in job.moves} - typed.keys():
                 typed[dtype] = self._input.view(dtype_of(dtype, "a source"))
             ordered = sorted(job.moves, key=lambda move: move.target_offset)
@@ -315,10 +317,12 @@ class SourceFiles:
         return True
 
 
-def jobs_of(slabs: Iterable[Slab], checkpoint: Checkpoint, input_bytes: int) -> dict[tuple[int, int], list[Job]]:
+def jobs_of(
+    slabs: Iterable[Slab], checkpoint: Checkpoint, decodes: Mapping[int, Decode], input_bytes: int
+) -> dict[tuple[int, int], list[Job]]:
     """What is read for each slab, by its place."""
     jobs = {}
     for slab in slabs:
         reads = list(runs(sorted(slab.parts), slab.nbytes))
-        jobs[slab.file, slab.offset_bytes] = reads + list(staged(slab.moves, checkpoint, {}, input_bytes))
+        jobs[slab.file, slab.offset_bytes] = reads + list(staged(slab.moves, checkpoint, decodes, input_bytes))
     return jobs

@@ -11,6 +11,7 @@ from automodel_conv.errors import CheckpointError, message
 from automodel_conv.files import system
 from automodel_conv.files.header import read_limited, with_open
 
+CONFIG_NAME = "config.json"
 # Thousands of times what a config is; those of large quantized models list every module that is not.
 _MOST_BYTES = 64 << 20
 
@@ -21,21 +22,44 @@ def quantization_config(directory: str) -> Mapping[str, Any] | None:
     Raises:
         CheckpointError: config.json cannot be read, or is not JSON of the form it must have.
     """
-    path = os.path.join(directory, "config.json")
-    if not system.is_file(path):
-        return None
-    try:
-        config = json.loads(with_open(path, lambda fd: read_limited(fd, path, _MOST_BYTES)))
-    except (ValueError, RecursionError) as error:
-        if isinstance(error, CheckpointError):
-            raise
-        raise CheckpointError(message("config.json is not JSON", where=path, found=error)) from error
-    text = config.get("text_config") if isinstance(config, dict) else None
-    for part in (config, text):
-        found = part.get("quantization_config", part.get("compression_config")) if isinstance(part, dict) else None
+    path = os.path.join(directory, CONFIG_NAME)
+    for part in _parts(_config(path)):
+        found = part.get("quantization_config", part.get("compression_config"))
         if isinstance(found, dict):
             return found
         if found is not None:
             text = message("quantization_config is not an object", where=path, found=type(found).__name__)
             raise CheckpointError(text)
     return None
+
+
+def plain_config(directory: str) -> bytes | None:
+    """``config.json`` without what it says of quantization; None without the file.
+
+    Raises:
+        CheckpointError: see ``quantization_config``.
+    """
+    config = _config(os.path.join(directory, CONFIG_NAME))
+    for part in _parts(config):
+        part.pop("quantization_config", None)
+        part.pop("compression_config", None)
+    return None if config is None else json.dumps(config, indent=2).encode() + b"\n"
+
+
+def _config(path: str) -> Any:
+    """What the file holds; None without it."""
+    if not system.is_file(path):
+        return None
+    try:
+        return json.loads(with_open(path, lambda fd: read_limited(fd, path, _MOST_BYTES)))
+    except (ValueError, RecursionError) as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(message("config.json is not JSON", where=path, found=error)) from error
+
+
+def _parts(config: Any) -> list[dict[str, Any]]:
+    """The objects that may say how a model is quantized."""
+    if not isinstance(config, dict):
+        return []
+    return [part for part in (config, config.get("text_config")) if isinstance(part, dict)]

@@ -90,9 +90,8 @@ def loading_plan(
                 do="leave layout out to load in the model's own layout",
             )
         )
-    stages = []
-    if any(decode.swapped for decode in table.decodes.values()):
-        stages.append(as_meant(table))
+    stages = _meant(table)
+    if stages:
         table = table_of(stages[-1].targets)
     if source_layout is not None:
         incoming = _checked_layout(source_layout, table)
@@ -104,9 +103,7 @@ def loading_plan(
         if model is None and rules is None and source_layout is None:
             _checked_layout("transformers", table)
         stages.append(relayout(table_of(plan.targets), canonical, lambda path: wanted, gated))
-    whole = stages[0]
-    for stage in stages[1:]:
-        whole = whole.then(stage)
+    whole = _composed(stages)
     if destination is not None:
         problems.mismatched += [
             (t.name, t.shape, destination[t.name].shape)
@@ -145,7 +142,9 @@ def saving_plan(
     rule_set = RuleSet(saving_rules(model, rules), model, reverse=True)
     experts = _experts_of(model, layout)
     own = {path: as_layout(said) for path, said in experts.items()}
-    stages = []
+    stages = _meant(table)
+    if stages:
+        table = table_of(stages[-1].targets)
     if layout is not None:
         given = _checked_layout(layout, table)
         gated = _gated_by(experts, rule_set)
@@ -161,7 +160,19 @@ def saving_plan(
     shapes = dict(zip(table.names, table.shapes, strict=True))
     plan, problems = compile_targets(table, rule_set, None, parameters=shapes)
     problems.raise_unless_fit("going back to the checkpoint's names")
-    return _in_saving_order(stages[0].then(plan) if stages else plan, model)
+    return _in_saving_order(_composed([*stages, plan]), model)
+
+
+def _meant(table: SourceTable) -> list[CopyPlan]:
+    """The stage that is needed where quantized sources are stored transposed."""
+    return [as_meant(table)] if any(decode.swapped for decode in table.decodes.values()) else []
+
+
+def _composed(stages: Sequence[CopyPlan]) -> CopyPlan:
+    whole = stages[0]
+    for stage in stages[1:]:
+        whole = whole.then(stage)
+    return whole
 
 
 def _in_saving_order(plan: CopyPlan, model: nn.Module | None) -> CopyPlan:

@@ -89,7 +89,7 @@ def maker_of(kind, case, slab_bytes=SLAB, input_bytes=INPUT, tensors=None, devic
     places = places_in([shard], targets)
     if kind == "files":
         slabs = slab_schedule(targets, [t.copies for t in targets], case.checkpoint, places, most_bytes=slab_bytes)
-        jobs = jobs_of(slabs.slabs, case.checkpoint, input_bytes)
+        jobs = jobs_of(slabs.slabs, case.checkpoint, {}, input_bytes)
         files = OpenFiles(case.checkpoint.files, [job for group in jobs.values() for job in group])
 
         def start():

@@ -1,0 +1,136 @@
+"""Quantized checkpoints from files to files: decoded in every layout, or their codes as they are."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+pytest.importorskip("transformers", reason="the models, and what they are compared with, are transformers'")
+
+from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner
+
+import automodel_conv as amc
+from automodel_conv.cli import app
+from automodel_conv.converting import compile_conversion
+from automodel_conv.testing import assert_bytes_equal
+from tests.quantized.producers import FLOAT4, INT4, compressed, fine_grained
+from tests.quantized.test_models import gpt_oss, quantized, small_mixtral
+
+
+def tensors_of(directory):
+    return {n: t for file in sorted(directory.glob("*.safetensors")) for n, t in load_file(file).items()}
+
+
+def assert_same(found, expected):
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert_bytes_equal(found[name], tensor)
+
+
+def config_of(directory):
+    return json.loads((directory / "config.json").read_text())
+
+
+@pytest.mark.parametrize("layout", [None, "transformers", "nemo", "gpt_oss", "vllm"])
+@pytest.mark.parametrize("name", ["qwen3_moe", "deepseek_v3"])
+def test_decoded_files_hold_what_a_load_decodes(tmp_path, name, layout):
+    quantized(name, tmp_path / "quantized", fine_grained((7, 20)))
+    report = amc.convert_checkpoint(tmp_path / "quantized", tmp_path / "plain", layout=layout, dequantize=True)
+    assert report.left_out == ()
+    assert_same(tensors_of(tmp_path / "plain"), dict(amc.load_state_dict(tmp_path / "quantized", layout=layout)))
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("scratch_bytes", [1 << 17, None])
+def test_a_decoded_checkpoint_is_one_that_transformers_loads(tmp_path, scratch_bytes, threads):
+    """In bfloat16 for everybody: names, shapes and config of the original release."""
+    model_class, exact = quantized("deepseek_v3", tmp_path / "quantized", fine_grained((2, 2)))
+    plain = tmp_path / "plain"
+    what = {"layout": "per_expert", "dequantize": True}
+    amc.convert_checkpoint(tmp_path / "quantized", plain, **what, threads=threads, scratch_bytes=scratch_bytes)
+    config = config_of(tmp_path / "quantized")
+    del config["quantization_config"]
+    assert config_of(plain) == config
+    stored = load_file(tmp_path / "quantized" / "model.safetensors")
+    assert tensors_of(plain).keys() == {name.removesuffix("_scale_inv") for name in stored}
+    assert tensors_of(plain)[next(iter(exact))].dtype == torch.bfloat16
+    loaded = model_class.from_pretrained(plain, dtype="auto").state_dict()
+    assert_same(loaded, dict(amc.load_state_dict(tmp_path / "quantized")))
+    assert amc.verify_checkpoint(tmp_path / "quantized", plain, **what)
+
+
+def test_a_wrong_number_is_found(tmp_path):
+    quantized("qwen3_moe", tmp_path / "quantized")
+    what = {"layout": "per_expert", "dequantize": True}
+    amc.convert_checkpoint(tmp_path / "quantized", tmp_path / "plain", **what)
+    file = tmp_path / "plain" / "model.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+    with pytest.raises(amc.VerificationError, match="is not what the source makes it"):
+        amc.verify_checkpoint(tmp_path / "quantized", tmp_path / "plain", **what)
+
+
+@pytest.mark.parametrize("layout", [None, "nemo", "vllm"])
+def test_gpt_oss_in_mxfp4_is_decoded_in_its_meant_order(tmp_path, layout):
+    gpt_oss(tmp_path / "quantized")
+    amc.convert_checkpoint(tmp_path / "quantized", tmp_path / "plain", layout=layout, dequantize=True)
+    assert_same(tensors_of(tmp_path / "plain"), dict(amc.load_state_dict(tmp_path / "quantized", layout=layout)))
+
+
+@pytest.mark.parametrize(
+    "producer",
+    [
+        compressed("pack-quantized", **INT4, strategy="group", group_size=16),
+        compressed("nvfp4-pack-quantized", 700.0, **FLOAT4, strategy="tensor_group", group_size=16),
+    ],
+    ids=["int4", "nvfp4"],
+)
+def test_packed_codes_are_decoded(tmp_path, producer):
+    quantized("mixtral", tmp_path / "quantized", producer, small_mixtral())
+    what = {"rules": [], "dequantize": True}
+    amc.convert_checkpoint(tmp_path / "quantized", tmp_path / "plain", **what, dtype=torch.float32)
+    expected = amc.load_state_dict(tmp_path / "quantized", rules=[], dtype=torch.float32)
+    assert_same(tensors_of(tmp_path / "plain"), dict(expected))
+
+
+def test_the_command_line_decodes_and_verifies(tmp_path):
+    quantized("qwen3_moe", tmp_path / "quantized")
+    both = [str(tmp_path / "quantized"), str(tmp_path / "plain"), "--layout", "per_expert", "--dequantize"]
+    for command in ("convert", "verify"):
+        result = CliRunner().invoke(app, [command, *both])
+        assert result.exit_code == 0, result.output
+    loaded = dict(amc.load_state_dict(tmp_path / "plain"))
+    assert_same(loaded, dict(amc.load_state_dict(tmp_path / "quantized")))
+
+
+def test_codes_stay_codes_unless_they_are_to_be_decoded(tmp_path):
+    quantized("qwen3_moe", tmp_path / "quantized")
+    amc.convert_checkpoint(tmp_path / "quantized", tmp_path / "copied", rules=[])
+    assert_same(tensors_of(tmp_path / "copied"), tensors_of(tmp_path / "quantized"))
+    assert config_of(tmp_path / "copied") == config_of(tmp_path / "quantized")
+
+
+def test_codes_without_a_config_are_one_error_and_nothing_is_written(tmp_path):
+    quantized("qwen3_moe", tmp_path / "quantized")
+    config = config_of(tmp_path / "quantized")
+    del config["quantization_config"]
+    (tmp_path / "quantized" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(amc.QuantizationError, match="nothing says how they decode"):
+        compile_conversion(tmp_path / "quantized", rules=[], dequantize=True)
+    with pytest.raises(amc.QuantizationError, match="nothing says how they decode"):
+        amc.convert_checkpoint(tmp_path / "quantized", tmp_path / "plain", dequantize=True)
+    assert not (tmp_path / "plain").exists()
+
+
+def test_a_saved_model_that_was_decoded_does_not_say_that_it_is_quantized(tmp_path):
+    model_class, _ = quantized("qwen3_moe", tmp_path / "quantized")
+    model = model_class(model_class.config_class.from_pretrained(tmp_path / "quantized"))
+    assert hasattr(model.config, "quantization_config")
+    amc.load_model(model, tmp_path / "quantized")
+    amc.save_checkpoint(model, tmp_path / "saved")
+    assert "quantization_config" not in config_of(tmp_path / "saved")
+    reloaded = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
+    assert_same(dict(reloaded.state_dict()), dict(model.state_dict()))
