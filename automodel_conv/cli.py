@@ -1,11 +1,10 @@
-"""The command line: ``automodel-conv plan | load | convert | verify | demo``."""
+"""The command line: ``automodel-conv plan | load | convert | verify | bench | demo``."""
 
 from __future__ import annotations
 
 import os
 import sys
 from pathlib import Path
-from statistics import median
 from typing import Annotated, Any
 
 import torch
@@ -15,22 +14,25 @@ from rich.table import Table
 from typer.core import TyperGroup
 
 import automodel_conv
+from automodel_conv.bench import advice
+from automodel_conv.bench import bench as run_bench
 from automodel_conv.converting import (
     Conversion,
-    ConvertReport,
     compile_conversion,
     convert_checkpoint,
     verify_checkpoint,
 )
 from automodel_conv.demo import BIG as DEMO_MODEL
-from automodel_conv.demo import RUNS, DemoModel, DemoResult, run_demo
+from automodel_conv.demo import DemoModel, run_demo
 from automodel_conv.errors import ConversionError, DestinationError, UnknownTarget, WriteError, listing, message
 from automodel_conv.execution.checksums import verify_checksums
 from automodel_conv.execution.reading import cores
 from automodel_conv.files.checkpoint import open_checkpoint
 from automodel_conv.files.room import room_in
-from automodel_conv.forecast import Forecast, forecast, parse_mesh
-from automodel_conv.loading import LoadReport, compile_plan, load_state_dict
+from automodel_conv.files.shards import parse_size
+from automodel_conv.forecast import forecast, parse_mesh
+from automodel_conv.loading import compile_plan, load_state_dict
+from automodel_conv.tables import bench_tables, converted_table, demo_table, mesh_table, report_table, two_columns
 
 
 class _Commands(TyperGroup):
@@ -127,7 +129,7 @@ def plan(
     compiled = compile_plan(checkpoint, rules=None if model else [], layout=layout)
     typer.echo(compiled.summary())
     if sizes is not None:
-        _print(_mesh_table(forecast(checkpoint, compiled, sizes)))
+        _print(mesh_table(forecast(checkpoint, compiled, sizes)))
     for target in explain or ():
         try:
             text = compiled.explain(target)
@@ -166,7 +168,7 @@ def load(
         verify=verify,
         progress=_shows(progress),
     )
-    _print(_report_table(loaded.report, len(loaded)))
+    _print(report_table(loaded.report, len(loaded)))
 
 
 @app.command()
@@ -213,7 +215,7 @@ def convert(
         same = "the same command" if resume else "the same command, with --resume,"
         typer.echo(f"interrupted: {same} goes on with the files that are not finished", err=True)
         raise typer.Exit(130) from None
-    _print(_converted_table(report, verify))
+    _print(converted_table(report, verify))
     _name_left_out(report.left_out)
 
 
@@ -257,6 +259,34 @@ def verify(
 
 
 @app.command()
+def bench(
+    path: _PathArgument,
+    layout: _LayoutOption = None,
+    dtype: _NewDtypeOption = None,
+    model: _ModelOption = True,
+    most: Annotated[str, typer.Option(help="Bytes of tensors that are timed, such as 8GB.")] = "8GB",
+    threads: Annotated[int | None, typer.Option(min=1, help="Up to so many. Default: the default of loads.")] = None,
+    cold: Annotated[
+        bool, typer.Option("--cold", help="First let the system forget what it holds of the files.")
+    ] = False,
+) -> None:
+    """Measure loads of a checkpoint on this machine, against its roof, and say what bounds them."""
+    found = run_bench(
+        path,
+        layout=layout,
+        dtype=_dtype(dtype),
+        use_model=model,
+        most_bytes=parse_size(most),
+        most_threads=threads,
+        drop_cache=cold,
+    )
+    for table in bench_tables(found):
+        _print(table)
+    for text in advice(found):
+        typer.echo(text)
+
+
+@app.command()
 def demo(
     directory: Annotated[
         Path | None, typer.Option(help="Where to put 1 GB for a minute. Default: the system's.")
@@ -275,7 +305,7 @@ def show_demo(model: DemoModel, directory: str | None = None) -> bool:
         f"{result.files} files, {result.file_bytes / 1e9:.2f} GB, "
         f"written in {result.write_seconds:.0f} s to {result.directory}"
     )
-    _print(_demo_table(result))
+    _print(demo_table(result))
     for name in result.different[:10]:
         typer.echo(f"different: {name}", err=True)
     typer.echo("the files are removed")
@@ -292,7 +322,7 @@ def _tell(conversion: Conversion, destination: str) -> None:
     directory = os.path.abspath(destination)
     plan, room = conversion.plan, room_in(directory)
     typer.echo(plan.summary())
-    table = _two_columns()
+    table = two_columns()
     table.add_row("reads", f"{plan.bytes_read / 1e9:.3f} GB")
     table.add_row("writes", f"{plan.bytes_written / 1e9:.3f} GB")
     table.add_row("files", str(len(conversion.shards)))
@@ -339,91 +369,6 @@ def _dtype(name: str | None) -> torch.dtype | None:
     if not isinstance(dtype, torch.dtype):
         raise typer.BadParameter(f"torch has no dtype {name!r}", param_hint="--dtype")
     return dtype
-
-
-def _two_columns(caption: str | None = None) -> Table:
-    table = Table(show_header=False, caption=caption)
-    table.add_column()
-    table.add_column(justify="right")
-    return table
-
-
-def _converted_table(report: ConvertReport, verified: bool) -> Table:
-    compared = "; what was written was read back and compared" if verified else ""
-    table = _two_columns(f"seconds include imports and planning{compared}")
-    table.add_row("files", str(len(report.files)))
-    table.add_row("of these finished before", str(report.files_resumed))
-    table.add_row("written", f"{report.bytes_written / 1e9:.3f} GB")
-    table.add_row("speed", f"{report.gb_per_s:.2f} GB/s")
-    table.add_row("seconds", f"{report.seconds:.3f}")
-    table.add_row("peak extra memory, at most", f"{report.peak_extra_bytes / 2**20:.1f} MiB")
-    table.add_row("left out", str(len(report.left_out)))
-    return table
-
-
-def _mesh_table(found: Forecast) -> Table:
-    ranks = found.ranks
-    looked_at = "" if len(ranks) == found.world_size else f", {len(ranks)} of them looked at"
-    owned = [rank.owned_bytes for rank in ranks]
-    caption = (
-        f"{found.world_size} ranks{looked_at}; imbalance: the largest share is "
-        f"{max(owned) * len(owned) / max(sum(owned), 1):.3f} of the mean"
-    )
-    table = Table("a rank", "least", "median", "most", caption=caption)
-    rows: dict[str, tuple[list[float], str]] = {
-        "holds, GB": ([nbytes / 1e9 for nbytes in owned], ".3f"),
-        "reads, GB": ([rank.read_bytes / 1e9 for rank in ranks], ".3f"),
-        "reads a byte it holds, times": ([rank.read_bytes / max(rank.owned_bytes, 1) for rank in ranks], ".3f"),
-        "reads of neighbouring bytes": ([float(rank.calls) for rank in ranks], ".0f"),
-        "files": ([float(rank.files) for rank in ranks], ".0f"),
-        "reads a file": ([rank.calls / max(rank.files, 1) for rank in ranks], ".1f"),
-    }
-    for name, (values, form) in rows.items():
-        table.add_row(name, *(format(value, form) for value in (min(values), median(values), max(values))))
-    return table
-
-
-def _report_table(report: LoadReport, tensors: int) -> Table:
-    table = _two_columns("plan includes importing transformers, where needed")
-    table.add_row("tensors", str(tensors))
-    table.add_row("read", f"{report.bytes_read / 1e9:.3f} GB")
-    table.add_row("speed", f"{report.gb_per_s:.2f} GB/s")
-    for phase, seconds in report.seconds.items():
-        table.add_row(f"seconds: {phase}", f"{seconds:.3f}")
-    table.add_row("peak extra memory, at most", f"{report.peak_extra_bytes / 2**20:.1f} MiB")
-    table.add_row("made by transformers' own code", str(len(report.fallbacks)))
-    if report.copied_by_kernels or report.copied_by_torch:
-        table.add_row("copies on the device by kernels", str(report.copied_by_kernels))
-        table.add_row("copies on the device by torch", str(report.copied_by_torch))
-    if report.without_kernels is not None:
-        table.add_row("no kernels, because", report.without_kernels)
-    table.add_row("missing", str(len(report.missing_keys)))
-    table.add_row("unexpected", str(len(report.unexpected_keys)))
-    table.add_row("wrong shape", str(len(report.mismatched_keys)))
-    return table
-
-
-def _demo_table(result: DemoResult) -> Table:
-    table = Table(
-        "loaded with", caption=f"median of {RUNS} new processes; memory is the peak above the level after imports"
-    )
-    for title in ("seconds", "GB/s", "peak allocated GB", "peak resident GB", "bit-exact"):
-        table.add_column(title, justify="right")
-    for method, load in result.loads.items():
-        exact = "" if method == "transformers" else "no" if result.different else "yes"
-        table.add_row(
-            method,
-            f"{load.seconds:.2f}",
-            f"{result.file_bytes / 1e9 / load.seconds:.2f}",
-            _gigabytes(load.anonymous_bytes),
-            _gigabytes(load.resident_bytes),
-            exact,
-        )
-    return table
-
-
-def _gigabytes(nbytes: int | None) -> str:
-    return "-" if nbytes is None else f"{nbytes / 1e9:.2f}"
 
 
 def _print(table: Table) -> None:

@@ -29,6 +29,11 @@ _MOST_THREADS = 16
 _ALIGN_BYTES = 64
 
 
+def default_threads() -> int:
+    """How many threads load where nobody says it."""
+    return min(cores(), _MOST_THREADS)
+
+
 def load_files(
     plan: CopyPlan,
     checkpoint: Checkpoint,
@@ -59,7 +64,7 @@ def load_files(
             already complete.
         UnsupportedError: a dtype that torch does not know, or strides that copies cannot follow.
     """
-    threads = min(cores(), _MOST_THREADS) if threads is None else threads
+    threads = default_threads() if threads is None else threads
     scratch_bytes = DEFAULT_SCRATCH_BYTES if scratch_bytes is None else scratch_bytes
     if threads < 1 or scratch_bytes < LEAST_SCRATCH_BYTES:
         raise ConversionError(

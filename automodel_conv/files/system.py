@@ -102,6 +102,25 @@ def _pread(fd: int, nbytes: int, offset: int) -> bytes:
         return os.read(fd, nbytes)
 
 
+def is_cached(fd: int, offset: int) -> bool | None:
+    """Whether the byte at ``offset`` can be read without waiting for a disk; None where the system cannot tell."""
+    if not hasattr(os, "RWF_NOWAIT"):
+        return None
+    try:
+        os.preadv(fd, [bytearray(1)], offset, os.RWF_NOWAIT)
+    except BlockingIOError:
+        return False
+    except OSError:  # a file system without this
+        return None
+    return True
+
+
+def drop_cache(fd: int) -> None:
+    """Let the system forget the file's bytes that it holds and that are on the disk; advice."""
+    if hasattr(os, "posix_fadvise"):
+        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+
+
 def read_exactly(fd: int, views: list[memoryview], offset: int, path: str) -> None:
     """Fill all ``views`` with the bytes that follow ``offset``, in as few calls as possible.
 

@@ -1,0 +1,285 @@
+"""What a load of a checkpoint costs on this machine, against what the machine can do, and what bounds it.
+
+Measured on the targets of a plan up to a number of bytes, so that also a checkpoint larger than the memory can be
+looked at. The roof is the same bytes read in runs of 32 MiB into new memory with huge pages, where they lie in no
+useful order: no load from these files on this machine can be faster.
+"""
+
+from __future__ import annotations
+
+import os
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+
+import torch
+
+from automodel_conv.errors import UnsupportedError, message
+from automodel_conv.execution.buffers import allocate, byte_view
+from automodel_conv.execution.cpu import default_threads, load_files
+from automodel_conv.execution.jobs import Job, Part
+from automodel_conv.execution.reading import OpenFiles, read_job, reading
+from automodel_conv.execution.schedule import divide, runs
+from automodel_conv.execution.workers import work_off
+from automodel_conv.files import system
+from automodel_conv.files.checkpoint import Checkpoint, open_checkpoint
+from automodel_conv.loading import compile_plan
+from automodel_conv.measuring import ready_memory
+from automodel_conv.planning.copies import Target
+from automodel_conv.planning.plan import CopyPlan
+
+DEFAULT_SAMPLE_BYTES = 8 * 10**9
+RUNS = 3
+
+_RUN_BYTES = 32 << 20
+_PROBE_BYTES = 1 << 20
+_TOUCH_BYTES = 256 << 20
+_HUGE_PAGES = "/sys/kernel/mm/transparent_hugepage/enabled"
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What was measured; medians where there are several runs."""
+
+    files: int
+    tensors: int
+    nbytes: int
+    """Of all tensors that the plan reads."""
+    sample_nbytes: int
+    """Of those that were timed."""
+    sample_targets: int
+    scratch_nbytes: int
+    """Of the sample: transposed, interleaved, cast or decoded on the way; the rest is read straight to its place."""
+    open_seconds: float
+    plan_seconds: float
+    """When all imports are done."""
+    cached: float | None
+    """Share of the sample that lay in the page cache before it was first read; None where the system cannot tell."""
+    first_seconds: float
+    """The first read of the sample, as the roof reads it."""
+    roof_seconds: Mapping[int, float]
+    """By threads, from the page cache."""
+    default_threads: int
+    """Of a load where nobody says it."""
+    load_seconds: Mapping[int, float]
+    """By threads, from the page cache, without opening and planning."""
+    touch_gb_per_s: float
+    """First writes to new memory that may have huge pages, by one thread."""
+    touch_small_gb_per_s: float
+    """First writes to new memory of small pages."""
+    huge_pages: str | None
+    """What the system lets processes have: "always", "madvise" or "never"; None where it has no such setting."""
+    memory_bytes: int
+    """Of the machine."""
+
+    @property
+    def threads(self) -> int:
+        """Of the fastest load."""
+        return min(self.load_seconds, key=lambda threads: self.load_seconds[threads])
+
+    @property
+    def share_of_roof(self) -> float:
+        """The time of the fastest read of the bytes, in that of the fastest load."""
+        return min(self.roof_seconds.values()) / self.load_seconds[self.threads]
+
+
+def bench(
+    path: str | os.PathLike[str],
+    *,
+    layout: str | None = None,
+    dtype: torch.dtype | None = None,
+    use_model: bool = True,
+    most_bytes: int = DEFAULT_SAMPLE_BYTES,
+    most_threads: int | None = None,
+    drop_cache: bool = False,
+) -> Bench:
+    """Measure loads to host memory.
+
+    Args:
+        path, layout, dtype: see ``load_state_dict``.
+        use_model: names of the model of ``config.json``; False: those of the checkpoint.
+        most_bytes: of the targets that are timed, but at most a third of the machine's memory.
+        most_threads: threads are 1, 2, 4 and so on up to this; None: the default of loads.
+        drop_cache: first let the system forget what it holds of the files, so that the first read is the disk's.
+
+    Raises:
+        CheckpointError, NameProblems, QuantizationError, UnsupportedError: see ``compile_plan``; or there is nothing
+            to time.
+        ReadError: reading failed.
+    """
+    rules = None if use_model else []
+    compile_plan(path, rules=rules, layout=layout, dtype=dtype)  # imports what it needs
+    start = time.perf_counter()
+    checkpoint = open_checkpoint(path)
+    opened = time.perf_counter()
+    plan = compile_plan(checkpoint, rules=rules, layout=layout, dtype=dtype)
+    planned = time.perf_counter()
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    sample = _sample(plan, min(most_bytes, memory // 3))
+    if not sample.bytes_read:
+        raise UnsupportedError(
+            message("no tensor here is read by plan, so there is nothing to time", where=checkpoint.path)
+        )
+    reads = _reads(sample, checkpoint)
+    if drop_cache:
+        for file in checkpoint.files:
+            with reading(file) as fd:
+                system.drop_cache(fd)
+    cached = _cached(reads, checkpoint)
+    ready_memory(max(sample.bytes_written, sum(job.nbytes for job in reads)))
+    counts = _counts(default_threads(), most_threads)
+    first = _seconds(partial(_read, reads, checkpoint, counts[-1]))
+    roofs: dict[int, list[float]] = {threads: [] for threads in counts}
+    loads: dict[int, list[float]] = {threads: [] for threads in counts}
+    for _ in range(RUNS):
+        for threads in counts:
+            roofs[threads].append(_seconds(partial(_read, reads, checkpoint, threads)))
+            loads[threads].append(_seconds(partial(_load, sample, checkpoint, threads)))
+    parts, _ = divide(sample.targets, [t.copies for t in sample.targets], checkpoint, plan.sources.decodes)
+    return Bench(
+        files=len(checkpoint.files),
+        tensors=len(checkpoint.names),
+        nbytes=plan.bytes_read,
+        sample_nbytes=sample.bytes_read,
+        sample_targets=len(sample.targets),
+        scratch_nbytes=sample.bytes_read - sum(part.nbytes for part in parts),
+        open_seconds=opened - start,
+        plan_seconds=planned - opened,
+        cached=cached,
+        first_seconds=first,
+        default_threads=default_threads(),
+        roof_seconds={threads: statistics.median(found) for threads, found in roofs.items()},
+        load_seconds={threads: statistics.median(found) for threads, found in loads.items()},
+        touch_gb_per_s=_touch_gb_per_s(huge=True),
+        touch_small_gb_per_s=_touch_gb_per_s(huge=False),
+        huge_pages=_huge_pages(),
+        memory_bytes=memory,
+    )
+
+
+def advice(found: Bench) -> list[str]:
+    """What bounds these loads, and what would make them faster, a sentence or two each."""
+    roof, load = min(found.roof_seconds.values()), found.load_seconds[found.threads]
+    gb = found.sample_nbytes / 1e9
+    said = []
+    if found.cached is not None and found.cached < 0.9 and found.first_seconds > 2 * roof:
+        text = f"The disk: it gives {gb / found.first_seconds:.2f} GB/s, and files in the page cache {gb / roof:.2f}."
+        if found.nbytes > found.memory_bytes // 2:
+            text += " The checkpoint is too large to stay there beside the model; only a faster disk helps."
+        said.append(text)
+    if found.huge_pages == "never":
+        said.append(
+            "Huge pages are off, and writing to new memory is slow without them: "
+            f"{found.touch_gb_per_s:.1f} GB/s. 'echo madvise > {_HUGE_PAGES}', as root, lets loads ask for them."
+        )
+    by_default = found.load_seconds[found.default_threads]
+    if by_default > 1.1 * load:
+        said.append(
+            f"Threads: {found.threads} load in {load:.2f} s, the default of {found.default_threads} in "
+            f"{by_default:.2f} s. Pass threads={found.threads}."
+        )
+    share = found.scratch_nbytes / found.sample_nbytes
+    if found.share_of_roof < 0.7 and share > 0.1:
+        said.append(
+            f"Copies: {share:.0%} of the bytes are transposed, interleaved, cast or decoded on the way, by the cores. "
+            "A checkpoint converted once to the layout and dtype that is loaded (automodel-conv convert) is read "
+            "straight to its place."
+        )
+    names = found.open_seconds + found.plan_seconds
+    if names > 0.3 * load * found.nbytes / found.sample_nbytes:
+        said.append(
+            f"Names: opening and planning take {names:.2f} s for {found.tensors} tensors. A checkpoint with grouped "
+            "experts has fewer."
+        )
+    return said or [f"The read itself: the fastest load takes {1 / found.share_of_roof:.2f} times as long as it."]
+
+
+# --- private ----------------------------------------------------------------------------------------------------------
+
+
+def _sample(plan: CopyPlan, most_bytes: int) -> CopyPlan:
+    """The first targets, at least one, up to a number of bytes; none that upstream's own code makes."""
+    targets: list[Target] = []
+    nbytes = 0
+    for target in plan.targets:
+        if target.fallback is None and target.nbytes and (not targets or nbytes + target.nbytes <= most_bytes):
+            targets.append(target)
+            nbytes += target.nbytes
+    return replace(plan, targets=tuple(targets))
+
+
+def _reads(plan: CopyPlan, checkpoint: Checkpoint) -> list[Job]:
+    """The sources of a plan in the order of the files, each to a place of its own behind the one before."""
+    decodes = plan.sources.decodes
+    rows = {part for row in plan.used_sources for part in (row, *(decodes[row].parts if row in decodes else ()))}
+    parts: list[Part] = []
+    start = 0
+    for row in sorted(rows, key=lambda row: (checkpoint.file_ids[row], checkpoint.offsets[row])):
+        if nbytes := checkpoint.nbytes[row]:
+            parts.append(Part(checkpoint.file_ids[row], checkpoint.offsets[row], nbytes, 0, start, row))
+            start += nbytes
+    return list(runs(parts, _RUN_BYTES))
+
+
+def _read(jobs: Sequence[Job], checkpoint: Checkpoint, threads: int) -> None:
+    memory = _new_memory(sum(job.nbytes for job in jobs), huge=True)
+    views = [byte_view(memory)]
+    files = OpenFiles(checkpoint.files, jobs)
+
+    def take(job: Job) -> None:
+        read_job(job, checkpoint, files, views)
+
+    try:
+        work_off(jobs, threads, lambda: take)
+    finally:
+        files.close()
+
+
+def _load(plan: CopyPlan, checkpoint: Checkpoint, threads: int) -> None:
+    load_files(plan, checkpoint, allocate(plan.targets), threads=threads)
+
+
+def _seconds(work: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+def _counts(default: int, most: int | None) -> list[int]:
+    """1, 2, 4 and so on up to ``most``, and the default."""
+    most = default if most is None else most
+    return sorted({default, most, *(1 << power for power in range(most.bit_length()) if 1 << power <= most)})
+
+
+def _cached(jobs: Sequence[Job], checkpoint: Checkpoint) -> float | None:
+    """Share of the bytes that the page cache holds, by looking at one in each MiB."""
+    seen = []
+    for job in jobs:
+        first, last = job.parts[0], job.parts[-1]
+        with reading(checkpoint.files[first.file]) as fd:
+            offsets = range(first.offset_bytes, last.offset_bytes + last.nbytes, _PROBE_BYTES)
+            seen += [system.is_cached(fd, offset) for offset in offsets]
+    known = [found for found in seen if found is not None]
+    return sum(known) / len(known) if known else None
+
+
+def _new_memory(nbytes: int, huge: bool) -> torch.Tensor:
+    memory = torch.empty(nbytes, dtype=torch.uint8, device="cpu")
+    if huge:
+        system.advise_huge_pages(memory.data_ptr(), nbytes)
+    return memory
+
+
+def _touch_gb_per_s(huge: bool) -> float:
+    memory = _new_memory(_TOUCH_BYTES, huge)
+    return _TOUCH_BYTES / 1e9 / _seconds(lambda: memory.fill_(1))
+
+
+def _huge_pages() -> str | None:
+    try:
+        with open(_HUGE_PAGES, encoding="ascii") as setting:
+            return setting.read().partition("[")[2].partition("]")[0] or None
+    except OSError:
+        return None

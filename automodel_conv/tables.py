@@ -1,0 +1,129 @@
+"""What the command line prints of what was done."""
+
+from __future__ import annotations
+
+from statistics import median
+
+from rich.table import Table
+
+from automodel_conv.bench import RUNS as BENCH_RUNS
+from automodel_conv.bench import Bench
+from automodel_conv.converting import ConvertReport
+from automodel_conv.demo import RUNS, DemoResult
+from automodel_conv.forecast import Forecast
+from automodel_conv.loading import LoadReport
+
+
+def two_columns(caption: str | None = None) -> Table:
+    table = Table(show_header=False, caption=caption)
+    table.add_column()
+    table.add_column(justify="right")
+    return table
+
+
+def converted_table(report: ConvertReport, verified: bool) -> Table:
+    compared = "; what was written was read back and compared" if verified else ""
+    table = two_columns(f"seconds include imports and planning{compared}")
+    table.add_row("files", str(len(report.files)))
+    table.add_row("of these finished before", str(report.files_resumed))
+    table.add_row("written", f"{report.bytes_written / 1e9:.3f} GB")
+    table.add_row("speed", f"{report.gb_per_s:.2f} GB/s")
+    table.add_row("seconds", f"{report.seconds:.3f}")
+    table.add_row("peak extra memory, at most", f"{report.peak_extra_bytes / 2**20:.1f} MiB")
+    table.add_row("left out", str(len(report.left_out)))
+    return table
+
+
+def mesh_table(found: Forecast) -> Table:
+    ranks = found.ranks
+    looked_at = "" if len(ranks) == found.world_size else f", {len(ranks)} of them looked at"
+    owned = [rank.owned_bytes for rank in ranks]
+    caption = (
+        f"{found.world_size} ranks{looked_at}; imbalance: the largest share is "
+        f"{max(owned) * len(owned) / max(sum(owned), 1):.3f} of the mean"
+    )
+    table = Table("a rank", "least", "median", "most", caption=caption)
+    rows: dict[str, tuple[list[float], str]] = {
+        "holds, GB": ([nbytes / 1e9 for nbytes in owned], ".3f"),
+        "reads, GB": ([rank.read_bytes / 1e9 for rank in ranks], ".3f"),
+        "reads a byte it holds, times": ([rank.read_bytes / max(rank.owned_bytes, 1) for rank in ranks], ".3f"),
+        "reads of neighbouring bytes": ([float(rank.calls) for rank in ranks], ".0f"),
+        "files": ([float(rank.files) for rank in ranks], ".0f"),
+        "reads a file": ([rank.calls / max(rank.files, 1) for rank in ranks], ".1f"),
+    }
+    for name, (values, form) in rows.items():
+        table.add_row(name, *(format(value, form) for value in (min(values), median(values), max(values))))
+    return table
+
+
+def report_table(report: LoadReport, tensors: int) -> Table:
+    table = two_columns("plan includes importing transformers, where needed")
+    table.add_row("tensors", str(tensors))
+    table.add_row("read", f"{report.bytes_read / 1e9:.3f} GB")
+    table.add_row("speed", f"{report.gb_per_s:.2f} GB/s")
+    for phase, seconds in report.seconds.items():
+        table.add_row(f"seconds: {phase}", f"{seconds:.3f}")
+    table.add_row("peak extra memory, at most", f"{report.peak_extra_bytes / 2**20:.1f} MiB")
+    table.add_row("made by transformers' own code", str(len(report.fallbacks)))
+    if report.copied_by_kernels or report.copied_by_torch:
+        table.add_row("copies on the device by kernels", str(report.copied_by_kernels))
+        table.add_row("copies on the device by torch", str(report.copied_by_torch))
+    if report.without_kernels is not None:
+        table.add_row("no kernels, because", report.without_kernels)
+    table.add_row("missing", str(len(report.missing_keys)))
+    table.add_row("unexpected", str(len(report.unexpected_keys)))
+    table.add_row("wrong shape", str(len(report.mismatched_keys)))
+    return table
+
+
+def demo_table(result: DemoResult) -> Table:
+    table = Table(
+        "loaded with", caption=f"median of {RUNS} new processes; memory is the peak above the level after imports"
+    )
+    for title in ("seconds", "GB/s", "peak allocated GB", "peak resident GB", "bit-exact"):
+        table.add_column(title, justify="right")
+    for method, load in result.loads.items():
+        exact = "" if method == "transformers" else "no" if result.different else "yes"
+        table.add_row(
+            method,
+            f"{load.seconds:.2f}",
+            f"{result.file_bytes / 1e9 / load.seconds:.2f}",
+            _gigabytes(load.anonymous_bytes),
+            _gigabytes(load.resident_bytes),
+            exact,
+        )
+    return table
+
+
+def _gigabytes(nbytes: int | None) -> str:
+    return "-" if nbytes is None else f"{nbytes / 1e9:.2f}"
+
+
+def bench_tables(found: Bench) -> list[Table]:
+    counts = two_columns()
+    cached = "unknown" if found.cached is None else f"{found.cached:.0%}"
+    counts.add_row("files, tensors", f"{found.files}, {found.tensors}")
+    counts.add_row("bytes that a load reads", f"{found.nbytes / 1e9:.3f} GB")
+    counts.add_row("of these timed", f"{found.sample_nbytes / 1e9:.3f} GB, {found.sample_targets} targets")
+    counts.add_row("permuted, cast or decoded on the way", f"{found.scratch_nbytes / found.sample_nbytes:.0%}")
+    counts.add_row("seconds to open, to plan", f"{found.open_seconds:.3f}, {found.plan_seconds:.3f}")
+    counts.add_row("of the bytes in the page cache at first", cached)
+    counts.add_row("first read", f"{found.sample_nbytes / 1e9 / found.first_seconds:.2f} GB/s")
+    touched = f"{found.touch_gb_per_s:.2f} GB/s, small pages {found.touch_small_gb_per_s:.2f}"
+    counts.add_row("first write to new memory, one thread", touched)
+    counts.add_row("huge pages", found.huge_pages or "unknown")
+    speeds = Table(
+        "threads", caption=f"from the page cache, medians of {BENCH_RUNS}; roof: the bytes read, in no order"
+    )
+    for title in ("roof, GB/s", "load, GB/s", "load, seconds", "of the roof"):
+        speeds.add_column(title, justify="right")
+    for threads, seconds in found.load_seconds.items():
+        roof = found.roof_seconds[threads]
+        speeds.add_row(
+            f"{threads} (default)" if threads == found.default_threads else str(threads),
+            f"{found.sample_nbytes / 1e9 / roof:.2f}",
+            f"{found.sample_nbytes / 1e9 / seconds:.2f}",
+            f"{seconds:.3f}",
+            f"{roof / seconds:.2f}",
+        )
+    return [counts, speeds]

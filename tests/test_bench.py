@@ -1,0 +1,144 @@
+"""``bench``: what it measures adds up, and what it advises follows from that."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from typer.testing import CliRunner
+
+import automodel_conv as amc
+from automodel_conv import bench
+from automodel_conv.bench import Bench, advice
+from automodel_conv.cli import app
+from automodel_conv.files import system
+
+FOUND = Bench(
+    files=4,
+    tensors=1000,
+    nbytes=4 * 10**9,
+    sample_nbytes=2 * 10**9,
+    sample_targets=12,
+    scratch_nbytes=0,
+    open_seconds=0.01,
+    plan_seconds=0.02,
+    cached=1.0,
+    first_seconds=0.4,
+    roof_seconds={1: 0.6, 2: 0.4},
+    default_threads=2,
+    load_seconds={1: 0.7, 2: 0.42},
+    touch_gb_per_s=12.0,
+    touch_small_gb_per_s=4.0,
+    huge_pages="madvise",
+    memory_bytes=64 * 10**9,
+)
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("plain")
+    save_file({"a": torch.ones(700_000), "empty": torch.ones(0)}, directory / "first.safetensors")
+    save_file({"b": torch.ones(300, 300), "c": torch.ones(7)}, directory / "second.safetensors")
+    index = '{"weight_map": {"a": "first.safetensors", "empty": "first.safetensors",'
+    index += ' "b": "second.safetensors", "c": "second.safetensors"}}'
+    (directory / "model.safetensors.index.json").write_text(index)
+    return directory
+
+
+def test_all_bytes_are_timed_with_every_number_of_threads(plain):
+    found = bench.bench(plain, use_model=False, most_threads=4)
+    assert (found.files, found.tensors) == (2, 4)
+    assert found.nbytes == found.sample_nbytes == 4 * (700_000 + 300 * 300 + 7)
+    assert found.scratch_nbytes == 0
+    assert {1, 2, 4, found.default_threads} == found.roof_seconds.keys() == found.load_seconds.keys()
+    assert all(seconds > 0 for seconds in (*found.roof_seconds.values(), *found.load_seconds.values()))
+    assert found.load_seconds[found.threads] == min(found.load_seconds.values())
+
+
+def test_bytes_that_are_cast_are_told_from_those_that_only_move(plain):
+    found = bench.bench(plain, use_model=False, dtype=torch.bfloat16, most_threads=1)
+    assert found.scratch_nbytes == found.sample_nbytes
+
+
+def test_no_more_than_asked_is_timed_but_one_target_always_is(plain):
+    few = bench.bench(plain, use_model=False, most_bytes=1, most_threads=1)
+    assert few.sample_targets == 1
+    assert 0 < few.sample_nbytes < few.nbytes
+    some = bench.bench(plain, use_model=False, most_bytes=400_000, most_threads=1)
+    assert some.sample_nbytes < some.nbytes
+
+
+def test_the_first_read_is_of_files_that_were_forgotten(plain, monkeypatch):
+    order = []
+    for name in ("drop_cache", "is_cached", "preadv"):
+        real = getattr(system, name)
+
+        def watched(*arguments, name=name, real=real):
+            order.append((name, arguments[0]))
+            return real(*arguments)
+
+        monkeypatch.setattr(system, name, watched)
+    bench.bench(plain, use_model=False, most_threads=1, drop_cache=True)
+    names = [name for name, _ in order]
+    assert names.count("drop_cache") == 2
+    data_reads = names[len(names) - 1 - names[::-1].index("drop_cache") :]
+    assert data_reads.index("is_cached") < data_reads.index("preadv")
+
+
+@pytest.mark.skipif(not hasattr(os, "RWF_NOWAIT"), reason="this system cannot tell")
+def test_what_was_read_is_known_to_be_cached(plain):
+    (plain / "first.safetensors").read_bytes()
+    fd = system.open_readonly(str(plain / "first.safetensors"))
+    try:
+        assert system.is_cached(fd, 100) in (True, None)
+    finally:
+        system.close(fd)
+
+
+def test_what_the_system_cannot_tell_is_unknown(plain, monkeypatch):
+    monkeypatch.delattr(os, "RWF_NOWAIT", raising=False)
+    monkeypatch.delattr(os, "posix_fadvise", raising=False)
+    assert bench.bench(plain, use_model=False, most_threads=1, drop_cache=True).cached is None
+
+
+def test_a_checkpoint_without_bytes_is_refused(tmp_path):
+    save_file({"empty": torch.ones(0)}, tmp_path / "model.safetensors")
+    with pytest.raises(amc.UnsupportedError, match="nothing to time"):
+        bench.bench(tmp_path, use_model=False)
+
+
+def test_descriptors_are_closed(plain):
+    before = os.listdir("/proc/self/fd")
+    bench.bench(plain, use_model=False, most_threads=2, drop_cache=True)
+    assert os.listdir("/proc/self/fd") == before
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({}, ["The read itself"]),
+        ({"cached": 0.1, "first_seconds": 2.0}, ["The disk: it gives 1.00 GB/s, and files in the page cache 5.00."]),
+        ({"cached": 0.1, "first_seconds": 2.0, "memory_bytes": 10**9}, ["The disk", "too large to stay there"]),
+        ({"cached": 1.0, "first_seconds": 2.0}, ["The read itself"]),
+        ({"huge_pages": "never"}, ["Huge pages are off", "echo madvise"]),
+        ({"load_seconds": {1: 0.42, 2: 0.6}}, ["Pass threads=1."]),
+        ({"load_seconds": {1: 2.0, 2: 1.6}, "scratch_nbytes": 10**9}, ["Copies: 50% of the bytes"]),
+        ({"plan_seconds": 0.5}, ["Names: opening and planning take 0.51 s for 1000 tensors."]),
+    ],
+)
+def test_advice_follows_from_what_was_measured(change, said):
+    found = advice(replace(FOUND, **change))
+    assert len(found) == 1
+    for text in said:
+        assert text in found[0]
+
+
+def test_the_command_prints_rates_and_advice(plain):
+    result = CliRunner().invoke(app, ["bench", str(plain), "--no-model", "--most", "1MB", "--threads", "2", "--cold"])
+    assert result.exit_code == 0, result.output
+    for text in ("of these timed", "of the roof", "huge pages"):
+        assert text in result.output
+    assert any(result.output.rstrip().endswith(end) for end in (".", ".\n"))
