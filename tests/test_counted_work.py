@@ -1,0 +1,169 @@
+"""How much work a load is, counted: a guard of its speed that no busy machine can fail.
+
+Python calls, of C functions too, are counted in the caller's thread, for checkpoints of two sizes: the difference is
+what one more tensor costs. The bounds leave a fourth of room above what was counted with Python 3.11; who makes a load
+cheaper makes them smaller.
+"""
+
+from __future__ import annotations
+
+import resource
+import sys
+from collections import Counter
+
+import pytest
+import torch
+
+pytest.importorskip("transformers", reason="the checkpoints and the rules are those of its models")
+
+import automodel_conv as amc
+from automodel_conv import demo
+from automodel_conv.execution import cpu
+from automodel_conv.execution.buffers import allocate
+from automodel_conv.files import system
+from automodel_conv.measuring import ready_memory
+
+LAYERS, FEW, MANY = 2, 32, 96
+MORE_TENSORS = LAYERS * 3 * (MANY - FEW)
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory):
+    """Checkpoints of few and of many experts, by number, each in one file."""
+    made = {}
+    for experts in (FEW, MANY):
+        made[experts] = tmp_path_factory.mktemp("published")
+        demo.write_checkpoint(demo.DemoModel(LAYERS, experts, 64, 32, "1GB"), str(made[experts]))
+    return made
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory):
+    """Tensors of more than one huge page: 100 MB in one file."""
+    directory = tmp_path_factory.mktemp("large")
+    demo.write_checkpoint(demo.DemoModel(1, 16, 1024, 1024, "1GB"), str(directory))
+    return directory
+
+
+def python_calls(work):
+    """Functions that ``work`` calls in this thread, and what it returns."""
+    count = 0
+
+    def profile(frame, event, argument):
+        nonlocal count
+        count += event in ("call", "c_call")
+
+    sys.setprofile(profile)
+    try:
+        made = work()
+    finally:
+        sys.setprofile(None)
+    return count, made
+
+
+def calls_by_phase(directory, layout):
+    """Python calls of opening, planning and executing, when all imports and caches are made."""
+    amc.load_state_dict(directory, layout=layout, threads=1)
+    opening, checkpoint = python_calls(lambda: amc.open_checkpoint(directory))
+    planning, plan = python_calls(lambda: amc.compile_plan(checkpoint, layout=layout))
+    buffers = allocate(plan.targets)
+    executing, _ = python_calls(lambda: cpu.load_files(plan, checkpoint, buffers, threads=1))
+    return opening, planning, executing
+
+
+@pytest.mark.parametrize(
+    ("layout", "most"), [(None, (1, 115, 15)), ("nemo", (1, 190, 75))], ids=["as the model", "transposed"]
+)
+def test_python_calls_a_tensor(published, layout, most):
+    few, many = (calls_by_phase(published[experts], layout) for experts in (FEW, MANY))
+    a_tensor = [(b - a) / MORE_TENSORS for a, b in zip(few, many, strict=True)]
+    assert a_tensor[0] <= most[0], "opening"
+    assert a_tensor[1] <= most[1], "planning"
+    assert a_tensor[2] <= most[2], "executing"
+
+
+def test_calls_are_counted():
+    assert python_calls(lambda: [abs(n) for n in (-1, -2, -3)])[0] >= 4
+    assert python_calls(lambda: 7)[1] == 7
+
+
+@pytest.fixture
+def system_calls(monkeypatch):
+    """Calls of each function of ``system`` that reads, and all bytes that were read."""
+    counts = Counter()
+    for name in ("open_readonly", "preadv", "size", "close", "advise_huge_pages"):
+        real = getattr(system, name)
+
+        def counted(*arguments, name=name, real=real):
+            counts[name] += 1
+            result = real(*arguments)
+            if name == "preadv":
+                counts["bytes"] += result
+            return result
+
+        monkeypatch.setattr(system, name, counted)
+    return counts
+
+
+@pytest.mark.parametrize("layout", [None, "nemo"])
+def test_every_byte_is_read_once_in_calls_as_large_as_they_can_be(published, system_calls, layout):
+    """One file: opened for its header and for its data; 1,024 buffers to a call."""
+    checkpoint = amc.open_checkpoint(published[MANY])
+    header_bytes, opened = system_calls["bytes"], system_calls["open_readonly"]
+    plan = amc.compile_plan(checkpoint, layout=layout)
+    buffers = allocate(plan.targets)
+    system_calls.clear()
+    stats = cpu.load_files(plan, checkpoint, buffers, threads=1)
+    assert header_bytes < checkpoint.offsets[0] + 4096  # and config.json
+    assert opened <= 2
+    assert system_calls["open_readonly"] == system_calls["close"] == 1
+    assert system_calls["bytes"] == sum(checkpoint.nbytes) + stats.gap_bytes
+    assert stats.gap_bytes <= (0 if layout is None else 64 << 10)
+    assert system_calls["preadv"] <= 8
+
+
+def test_no_byte_is_copied_where_it_only_moves_and_each_once_where_it_is_transposed(published, monkeypatch):
+    copied = Counter()
+    real = cpu.copy_moves
+
+    def counted(moves):
+        moves = list(moves)
+        for move, source, _ in moves:
+            copied["bytes"] += torch.Size(move.shape).numel() * source.element_size()
+        real(moves)
+
+    monkeypatch.setattr(cpu, "copy_moves", counted)
+    amc.load_state_dict(published[MANY])
+    assert copied["bytes"] == 0
+    loaded = amc.load_state_dict(published[MANY], layout="nemo")
+    assert copied["bytes"] == sum(t.nbytes for name, t in loaded.items() if ".experts." in name)
+
+
+def faults(work):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    kept = work()
+    del kept
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+
+def test_page_faults_are_those_of_new_memory_with_huge_pages(large):
+    """As many as touching buffers of the same sizes costs: one for each 2 MiB, where the system gives huge pages."""
+    nbytes = sum(tensor.nbytes for tensor in amc.load_state_dict(large, threads=1).values())
+    ready_memory(2 * nbytes)
+    plan = amc.compile_plan(large)
+
+    def touched():
+        buffers = allocate(plan.targets)
+        for buffer in buffers.values():
+            buffer.view(-1).view(torch.uint8).fill_(1)
+        return buffers
+
+    least = min(faults(touched) for _ in range(3))
+    loading = min(faults(lambda: amc.load_state_dict(large, threads=1)) for _ in range(3))
+    assert loading < least + 2000  # 8 MB of small pages: headers, plans, Python's own
+    assert least > nbytes / (2 << 20)
+
+
+def test_large_buffers_are_advised_to_use_huge_pages_and_small_ones_are_not(large, system_calls):
+    loaded = amc.load_state_dict(large)
+    assert system_calls["advise_huge_pages"] == sum(tensor.nbytes >= 4 << 20 for tensor in loaded.values()) > 0
