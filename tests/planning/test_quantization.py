@@ -21,6 +21,13 @@ def compressed(stored="pack-quantized", **weights):
     return {"quant_method": "compressed-tensors", "format": stored, "config_groups": {"group_0": group}}
 
 
+def blocks(*sizes):
+    """compressed-tensors' FP8 with a group for each size of blocks."""
+    each = {"num_bits": 8, "type": "float", "strategy": "block"}
+    groups = {str(size): {"targets": ["Linear"], "weights": each | {"block_structure": list(size)}} for size in sizes}
+    return {"quant_method": "compressed-tensors", "format": "float-quantized", "config_groups": groups}
+
+
 INT4 = compressed(num_bits=4, type="int", strategy="group", group_size=32)
 
 
@@ -69,6 +76,45 @@ def test_experts_of_another_format_in_an_fp8_checkpoint():
     assert found.shapes[2] == (64, 128)
 
 
+def test_groups_of_a_config_are_told_apart_by_what_they_store():
+    config = blocks((100, 128), (128, 128))
+    config["config_groups"] |= {
+        "packed": {"format": "pack-quantized", "weights": INT4["config_groups"]["group_0"]["weights"]},
+        "with zeros": {
+            "format": "pack-quantized",
+            "weights": INT4["config_groups"]["group_0"]["weights"] | {"symmetric": False},
+        },
+    }
+    found = quantized_table(
+        table(
+            a__weight=("F8_E4M3", (256, 128)),
+            a__weight_scale=("F32", (2, 1)),
+            b__weight=("F8_E4M3", (90, 128)),  # less than a block of either
+            b__weight_scale=("F32", (1, 1)),
+            c__weight_packed=("I32", (64, 16)),
+            c__weight_scale=("F16", (64, 4)),
+            d__weight_packed=("I32", (64, 16)),
+            d__weight_scale=("F16", (64, 4)),
+            d__weight_zero_point=("I32", (8, 4)),
+        ),
+        config,
+    )
+    assert [decode.block for decode in found.decodes.values()] == [(128, 128), (100, 128), (1, 32), (1, 32)]
+    assert [decode.zero_points for decode in found.decodes.values()] == [None, None, None, 8]
+
+
+@pytest.mark.parametrize(
+    ("scale", "block"),
+    [((2, 2), (128, 128)), ((), (256, 200)), ((1,), (256, 200)), ((256, 1), (1, 200)), ((256,), (1, 200))],
+    ids=str,
+)
+def test_where_the_config_gives_no_block_the_scales_tell_it(scale, block):
+    found = quantized_table(
+        table(a__weight=("F8_E4M3", (256, 200)), a__weight_scale=("F32", scale)), {"quant_method": "fp8"}
+    )
+    assert found.decodes[0].block == block
+
+
 def test_codes_with_scales_are_seen_without_a_config():
     assert has_codes(table(a__weight=("F8_E4M3", (8, 8)), a__weight_scale_inv=("F32", (1, 1)))) == "a.weight"
     assert has_codes(table(a__weight=("F8_E4M3", (8, 8)))) is None
@@ -76,6 +122,7 @@ def test_codes_with_scales_are_seen_without_a_config():
 
 
 CODES = {"a__weight": ("F8_E4M3", (256, 256))}
+SCALED = CODES | {"a__weight_scale_inv": ("F32", (2, 2))}
 PACKED = {"a__weight_packed": ("I32", (64, 16)), "a__weight_scale": ("BF16", (64, 4))}
 NVFP4 = compressed("nvfp4-pack-quantized", num_bits=4, type="float", strategy="tensor_group", group_size=16)
 WITH_ZERO_POINTS = compressed(num_bits=4, type="int", strategy="group", group_size=32, symmetric=False)
@@ -107,13 +154,76 @@ WITH_ZERO_POINTS = compressed(num_bits=4, type="int", strategy="group", group_si
         ),
         (INT4, PACKED | {"a__weight_scale": ("BF16", (64, 8))}, "found [64, 8]"),
         (INT4, CODES | {"a__weight_scale": ("BF16", (2, 2))}, "e4m3 codes, of which the config does not speak"),
-        (INT4, PACKED | {"a__weight_zero_point": ("I32", (8, 4))}, "the config says there are none"),
+        (
+            INT4,
+            PACKED | {"a__weight_zero_point": ("I32", (8, 4))},
+            "a.weight_zero_point: the config speaks of no zero points",
+        ),
         (WITH_ZERO_POINTS, PACKED, "a.weight has no zero points"),
         (WITH_ZERO_POINTS, PACKED | {"a__weight_zero_point": ("I32", (64, 4))}, "expected I32 [8, 4]"),
         (
             NVFP4,
             {"a__weight_packed": ("U8", (8, 32)), "a__weight_scale": ("F8_E4M3", (8, 4))},
             "no scale of the whole tensor: nothing is called a.weight_global_scale",
+        ),
+        (
+            NVFP4,
+            {
+                "a__weight_packed": ("U8", (8, 32)),
+                "a__weight_scale": ("U8", (8, 4)),
+                "a__weight_global_scale": ("F32", (1,)),
+            },
+            "a.weight_scale is U8; these e2m1 codes have scales of F8_E4M3",
+        ),
+        (
+            {"quant_method": "modelopt", "quant_algo": "NVFP4"},
+            {"a__weight": ("U8", (8, 32)), "a__weight_scale": ("U8", (8, 4)), "a__weight_scale_2": ("F32", ())},
+            "a.weight_scale is U8; these e2m1 codes have scales of F8_E4M3",
+        ),
+        (
+            compressed("float-quantized", num_bits=8, type="float", strategy="tensor"),
+            CODES | {"a__weight_scale": ("F32", (1,)), "a__weight_global_scale": ("F32", (1,))},
+            "a.weight_global_scale: the config speaks of no scale of the whole tensor",
+        ),
+        (
+            FP8,
+            CODES | {"a__weight_scale_inv": ("F32", (2, 2)), "a__weight_scale": ("F32", (2, 2))},
+            "a.weight has 2 scales: a.weight_scale_inv, a.weight_scale",
+        ),
+        (
+            FP8,
+            SCALED | {"b__weight_scale_inv": ("F32", (2, 2))},
+            "b.weight_scale_inv is the scale of nothing: nothing is called b.weight",
+        ),
+        (
+            INT4,
+            PACKED | {"b__weight_scale": ("BF16", (64, 4))},
+            "b.weight_scale is the scale of nothing: nothing is called b.weight or b.weight_packed",
+        ),
+        (
+            INT4,
+            PACKED | {"b__weight_packed": ("I64", (64, 16)), "b__weight_scale": ("BF16", (64, 4))},
+            "b.weight_scale is the scale of b.weight_packed, which is I64, not codes",
+        ),
+        (INT4, PACKED | {"a__weight": ("BF16", (64, 128))}, "a.weight is there beside its codes, a.weight_packed"),
+        (INT4, PACKED | {"a__weight_g_idx": ("I32", (128,))}, "groups by activation order: a.weight_g_idx"),
+        (
+            INT4,
+            {"a__weight_packed": ("I32", (64, 13)), "a__weight_scale": ("BF16", (64, 4))},
+            "a.weight_packed holds 104 columns, not whole groups of 32",
+        ),
+        (FP8, SCALED | {"b__weight": ("I8", (64, 64))}, "b.weight has no scale: nothing is called b.weight_scale_inv"),
+        (FP8, SCALED | {"b__weight": ("F8_E4M3FNUZ", (8, 8))}, "b.weight is F8_E4M3FNUZ, and nothing says how"),
+        (FP8, {"a__bias": ("F8_E4M3", (2, 2)), "a__scale": ("F32", (1, 1))}, "a.bias has no scale"),
+        (
+            {"quant_method": "mxfp4"},
+            {"a_blocks": ("U8", (2, 8, 3, 16)), "a_scales": ("U8", (2, 8, 3))} | SCALED,
+            "a.weight is F8_E4M3, and nothing says how that decodes",
+        ),
+        (
+            blocks((100, 128), (128, 128)),
+            {"a__weight": ("F8_E4M3", (150, 128)), "a__weight_scale": ("F32", (2, 1))},
+            "fits several blocks: [100, 128] and [128, 128]",
         ),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
@@ -142,7 +252,15 @@ def test_all_that_is_wrong_is_told_at_once():
         (compressed(num_bits=3, type="int", strategy="channel"), "3-bit"),
         (compressed(num_bits=4, type="int", strategy="group", group_size=32, actorder="group"), "activation order"),
         (compressed(num_bits=4, type="int", strategy="token"), "token"),
-        (FP8 | {"weight_block_size": [0, 128]}, "without elements"),
+        (compressed(num_bits=4, type="int", strategy="group", group_size=32, actorder="dynamic"), "activation order"),
+        (compressed(num_bits=4, type="int", strategy="group", group_size=5), "groups of 5 codes"),
+        (
+            compressed("float-quantized", num_bits=8, type="float", strategy="channel", symmetric=False),
+            "zero points of e4m3",
+        ),
+        (compressed("int-quantized", num_bits=8, type="int", strategy="channel"), "int-quantized with 8-bit int"),
+        (INT4 | {"transform_config": {"config_groups": {"R1": {"type": "hadamard"}}}}, "transforms"),
+        (INT4 | {"sparsity_config": {"format": "sparse-24-bitmask"}}, "sparse-24-bitmask"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -160,6 +278,12 @@ def test_schemes_that_are_not_decoded_are_named(config, named):
         compressed(num_bits=4, type="int", strategy="group"),
         compressed("float-quantized", num_bits=8, type="float", strategy="block", block_structure=[1, 2, 3]),
         FP8 | {"weight_block_size": "large"},
+        FP8 | {"weight_block_size": [0, 128]},
+        FP8 | {"weight_block_size": [128.7, 128]},
+        FP8 | {"weight_block_size": [10**30, 128]},
+        compressed(num_bits=4, type="int", strategy="group", group_size=0),
+        compressed(num_bits=4, type="int", strategy="group", group_size=-1),
+        compressed(num_bits=4, type="int", strategy="group", group_size=float("inf")),
         {"quant_method": "modelopt", "quant_algo": "NVFP4", "group_size": [16]},
     ],
     ids=str,

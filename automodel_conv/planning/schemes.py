@@ -1,0 +1,211 @@
+"""What a config says of quantization: by which method, under which names, and in which schemes.
+
+Sources: transformers 5.23.0, ``utils/quantization_config.py``; compressed-tensors 0.20.0, ``compressors/*/base.py`` and
+``quantization/quant_args.py``; the files of DeepSeek-V3, DeepSeek-V4, gpt-oss and Kimi-K2.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from automodel_conv.errors import ConversionError, QuantizationError, UnsupportedError, message
+
+
+class Storage(NamedTuple):
+    """How a method stores a weight called N: suffixes to N, or in place of its last component if they start with a dot.
+
+    ``codes``: by suffix and dtype, the format. ``scales``: exactly one is there. ``dropped``: what only running the
+    model quantized needs. ``refused``: what would change the numbers in a way that is not decoded.
+    """
+
+    codes: Mapping[tuple[str, str], str]
+    scales: tuple[str, ...]
+    dropped: tuple[str, ...] = ()
+    refused: tuple[str, ...] = ()
+    zero_points: str = ""
+    global_scale: str = ""
+    divides: bool = False
+
+
+_FP8 = {("", "F8_E4M3"): "e4m3", ("", "F8_E5M2"): "e5m2"}
+STORAGES: Mapping[str, Storage] = {
+    # DeepSeek-V3, Qwen3-FP8, MiniMax-M2 (_scale_inv); DeepSeek-V4 (.scale; experts e2m1 as I8); Mistral (.qscale_*).
+    "fp8": Storage(
+        {**_FP8, ("", "I8"): "e2m1", ("", "F4"): "e2m1"},
+        ("_scale_inv", "_scale", ".scale", ".qscale_weight"),
+        (".activation_scale", "_activation_scale", ".input_scale", ".qscale_act"),
+    ),
+    "fbgemm_fp8": Storage(_FP8, ("_scale",), (".input_scale_ub",)),
+    # gpt-oss: [..., rows, groups, 16] bytes of codes, meant as [..., columns, rows].
+    "mxfp4": Storage({("_blocks", "U8"): "e2m1"}, ("_scales",)),
+    "compressed-tensors": Storage(
+        {**_FP8, ("_packed", "I32"): "int4", ("_packed", "U8"): "e2m1"},
+        ("_scale",),
+        ("_shape", ".input_scale", ".input_global_scale", ".input_zero_point"),
+        ("_g_idx",),
+        zero_points="_zero_point",
+        global_scale="_global_scale",
+        divides=True,
+    ),
+    "modelopt": Storage(
+        {**_FP8, ("", "U8"): "e2m1"},
+        ("_scale",),
+        (".input_scale", ".k_scale", ".v_scale"),
+        global_scale="_scale_2",
+    ),
+}
+
+
+def part_name(weight: str, suffix: str) -> str | None:
+    """What a part of a weight is called; None where weights of such names have no such part."""
+    if not suffix.startswith("."):
+        return weight + suffix
+    module, _, leaf = weight.rpartition(".")
+    return module + suffix if leaf == "weight" else None
+
+
+# Rows and columns that share a scale, None for all there are.
+Block = tuple[int | None, int | None]
+_TENSOR: Block = (None, None)
+_CHANNEL: Block = (1, None)
+
+_NUMBERS = frozenset({"F32", "BF16", "F16"})
+_EXPONENTS = frozenset({"F8_E8M0", "U8"})
+_FP8_SCALES = frozenset({"F8_E4M3"})
+
+
+class Scheme(NamedTuple):
+    """What a config allows a weight to be."""
+
+    format: str
+    """Of its codes."""
+    block: Block
+    scales: frozenset[str]
+    """Dtypes that its scales may have."""
+    zero_points: bool = False
+    global_scale: bool = False
+
+
+def read_config(config: Mapping[str, Any]) -> tuple[Storage, list[Scheme]]:
+    """How a checkpoint with this ``quantization_config`` is stored, and all schemes that the config allows.
+
+    Raises:
+        UnsupportedError: a method or scheme that is not decoded here; names it.
+        QuantizationError: the config is malformed.
+    """
+    method = config.get("quant_method")
+    storage = STORAGES.get(method) if isinstance(method, str) else None
+    if storage is None:
+        raise UnsupportedError(
+            message(
+                f"checkpoints of the quantization method {method!r} are not decoded",
+                expected=f"one of {sorted(STORAGES)}",
+                do="dequantize=False loads the stored tensors as they are",
+            )
+        )
+    try:
+        schemes = _schemes(str(method), config)
+    except ConversionError:
+        raise
+    except (TypeError, ValueError, KeyError, AttributeError) as error:
+        text = f"the quantization_config of method {method} is malformed"
+        raise QuantizationError(message(text, found=f"{type(error).__name__}: {error}")) from error
+    for scheme in schemes:
+        columns = scheme.block[1]
+        if scheme.format in ("e2m1", "int4") and columns is not None and columns % 2:
+            raise _unsupported(f"groups of {columns} codes of 4 bits", "an even number")
+    return storage, schemes
+
+
+def _schemes(method: str, config: Mapping[str, Any]) -> list[Scheme]:
+    if method == "fp8":
+        return _fp8_schemes(config)
+    if method == "fbgemm_fp8":
+        return [Scheme("e4m3", _CHANNEL, _NUMBERS)]
+    if method == "mxfp4":
+        return [Scheme("e2m1", (1, 32), _EXPONENTS)]
+    if method == "modelopt":
+        return _modelopt_schemes(config)
+    return _compressed_schemes(config)
+
+
+def _fp8_schemes(config: Mapping[str, Any]) -> list[Scheme]:
+    blocks = [_TENSOR, _CHANNEL]
+    if "weight_block_size" not in config:  # transformers' default, while vLLM's is one scale a tensor
+        blocks.insert(0, (128, 128))
+    elif config["weight_block_size"] is not None:
+        blocks = [_block(config["weight_block_size"])]
+    fp8 = [Scheme(format, block, _NUMBERS | _EXPONENTS) for format in ("e4m3", "e5m2") for block in blocks]
+    # DeepSeek-V4's experts: the config tells the block of the other weights alone.
+    return [*fp8, Scheme("e2m1", (1, 32), _EXPONENTS)]
+
+
+def _modelopt_schemes(config: Mapping[str, Any]) -> list[Scheme]:
+    algorithm = str(config.get("quant_algo"))
+    if algorithm == "FP8":
+        return [Scheme("e4m3", _TENSOR, _NUMBERS)]
+    if algorithm == "NVFP4":
+        return [Scheme("e2m1", _block((1, config.get("group_size") or 16)), _FP8_SCALES, global_scale=True)]
+    raise _unsupported(f"modelopt's {algorithm}", ["FP8", "NVFP4"])
+
+
+# compressed-tensors 0.20.0, ``CompressionFormat``: those of which the codes are one of our formats, with their scales.
+_COMPRESSED = {
+    "pack-quantized": ("int", 4, "int4", _NUMBERS),
+    "float-quantized": ("float", 8, "e4m3", _NUMBERS),
+    "naive-quantized": ("float", 8, "e4m3", _NUMBERS),
+    "mxfp8-quantized": ("float", 8, "e4m3", _EXPONENTS),
+    "nvfp4-pack-quantized": ("float", 4, "e2m1", _FP8_SCALES),
+    "mxfp4-pack-quantized": ("float", 4, "e2m1", _EXPONENTS),
+}
+
+
+def _compressed_schemes(config: Mapping[str, Any]) -> list[Scheme]:
+    if (config.get("transform_config") or {}).get("config_groups"):
+        raise _unsupported("compressed-tensors' transforms of weights", "no transform_config")
+    sparse = (config.get("sparsity_config") or {}).get("format")
+    if sparse not in (None, "dense"):
+        raise _unsupported(f"compressed-tensors' {sparse}", "no sparsity_config")
+    groups = [group for group in (config.get("config_groups") or {}).values() if group.get("weights")]
+    return [_compressed_scheme(group["weights"], group.get("format") or config.get("format")) for group in groups]
+
+
+def _compressed_scheme(weights: Mapping[str, Any], stored: Any) -> Scheme:
+    kind, bits = weights.get("type"), weights.get("num_bits")
+    known = _COMPRESSED.get(str(stored))
+    if known is None or known[:2] != (kind, bits):
+        raise _unsupported(f"compressed-tensors' {stored} with {bits}-bit {kind} weights", sorted(_COMPRESSED))
+    if weights.get("actorder") not in (None, False, "static", "weight"):  # "dynamic" is another word for "group"
+        raise _unsupported("compressed-tensors' groups by activation order", "no actorder, or static or weight")
+    _, _, format, scales = known
+    zero_points = not weights.get("symmetric", True)
+    if zero_points and format != "int4":
+        raise _unsupported(f"zero points of {format} codes", "symmetric weights")
+    return Scheme(format, _compressed_block(weights), scales, zero_points, scales is _FP8_SCALES)
+
+
+def _compressed_block(weights: Mapping[str, Any]) -> Block:
+    strategy = weights.get("strategy")
+    if strategy in ("group", "tensor_group"):
+        return _block((1, weights["group_size"]))
+    if strategy == "block":
+        return _block(weights["block_structure"])
+    if strategy == "channel":
+        return _CHANNEL
+    if strategy == "tensor":
+        return _TENSOR
+    raise _unsupported(f"compressed-tensors' strategy {strategy!r}", ["tensor", "channel", "group", "block"])
+
+
+def _block(block: Sequence[Any]) -> Block:
+    rows, columns = block
+    for size in (rows, columns):
+        if type(size) is not int or not 0 < size < 2**31:
+            raise ValueError(f"{size!r} is no size of a block or group")
+    return rows, columns
+
+
+def _unsupported(what: str, expected: object) -> UnsupportedError:
+    do = "dequantize=False loads the stored tensors as they are"
+    return UnsupportedError(message(f"this quantization scheme is not decoded: {what}", expected=expected, do=do))
