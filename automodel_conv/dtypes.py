@@ -65,6 +65,9 @@ _TO_CODE: dict[torch.dtype, str] = {dtype: code for code, dtype in _TO_TORCH.ite
 FLOATING: frozenset[str] = frozenset({"F16", "BF16", "F32", "F64"})
 """Dtypes that ``dtype=`` may cast; fp8 and narrower hold codes of a quantized tensor and are never cast."""
 
+DECODED: frozenset[str] = frozenset({"F16", "BF16", "F32"})
+"""Dtypes that codes are decoded to."""
+
 
 def torch_dtype(code: str) -> torch.dtype | None:
     """The torch dtype of a safetensors code; None where this torch has none (F6, or an older torch)."""

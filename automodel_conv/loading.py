@@ -27,7 +27,7 @@ from automodel_conv.execution.ranks import (
     send,
     together,
 )
-from automodel_conv.execution.reading import LoadStats, cores
+from automodel_conv.execution.reading import LoadStats, cores, read_whole
 from automodel_conv.files.checkpoint import Checkpoint, open_checkpoint
 from automodel_conv.files.config import quantization_config
 from automodel_conv.homes import Homes, finish, home_of, in_order, loadable, regions_of, unequal_ties, with_tied
@@ -318,7 +318,9 @@ def decoded_table(checkpoint: Checkpoint, wants_numbers: bool) -> SourceTable:
     table = SourceTable(checkpoint.names, checkpoint.dtypes, checkpoint.shapes)
     config = quantization_config(checkpoint.directory)
     if config is not None:
-        return quantized_table(table, config)
+        decoded = quantized_table(table, config)
+        _check_padding(checkpoint, decoded)
+        return decoded
     codes = has_codes(table) if wants_numbers else None
     if codes is not None:
         raise QuantizationError(
@@ -333,6 +335,22 @@ def decoded_table(checkpoint: Checkpoint, wants_numbers: bool) -> SourceTable:
 
 
 # --- private --------------------------------------------------------------------------------------------------------
+
+
+def _check_padding(checkpoint: Checkpoint, table: SourceTable) -> None:
+    """Rows of packed codes may end in padding, and where one scale is for all of a row, only ``_shape`` tells.
+
+    Raises:
+        QuantizationError: they do.
+    """
+    for row, decode in table.decodes.items():
+        shape = checkpoint.position.get(f"{table.names[row]}_shape")
+        if decode.format == "int4" and decode.block[1] >= decode.matrix[1] and shape is not None:
+            said = read_whole(shape, checkpoint).tolist()
+            if said != list(table.shapes[row]):
+                name = checkpoint.names[row]
+                text = "the rows of packed codes end in padding, which is not left out here"
+                raise QuantizationError(message(text, where=name, expected=list(table.shapes[row]), found=said))
 
 
 def _to_read(plan: CopyPlan, state: Mapping[str, Tensor], broadcast: bool) -> tuple[CopyPlan, list[str]]:

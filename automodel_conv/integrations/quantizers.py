@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+from automodel_conv.dtypes import DECODED
 from automodel_conv.planning.copies import Decode
 
 _DEQUANTIZE = {"Fp8Dequantize", "Mxfp4Dequantize", "CompressedTensorsDequantize"}
@@ -47,7 +48,7 @@ def rounds_alike(decode: Decode, natural: str, wanted: str) -> bool:
 
     compressed-tensors computes in the dtype of the scales, and divides NVFP4's scales by the global one in it.
     """
-    return decode.global_scale is None and (decode.format != "int4" or natural == wanted)
+    return decode.global_scale is None and (decode.format != "int4" or natural == wanted) and wanted in DECODED
 
 
 def _own(rule: Any) -> Any | None:

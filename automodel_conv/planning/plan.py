@@ -15,7 +15,7 @@ from functools import cached_property
 from math import prod
 from typing import TYPE_CHECKING, Any
 
-from automodel_conv.dtypes import BITS
+from automodel_conv.dtypes import BITS, DECODED
 from automodel_conv.errors import ConversionError, UnknownTarget, UnsupportedError, message
 from automodel_conv.planning.composition import chained, inverted, table_of
 from automodel_conv.planning.copies import Decode, SourceTable, StridedCopy, Target
@@ -165,8 +165,29 @@ class CopyPlan:
 
         Raises:
             CoverageError: names the target, the element and the two sources, or how many elements nobody writes.
+            UnsupportedError: a quantized source is to become what codes are not decoded to.
         """
+        self._check_decoded()
         prove(self.targets, self.sources)
+
+    def _check_decoded(self) -> None:
+        decodes = self.sources.decodes
+        for target in self.targets if decodes else ():
+            row = next((row for row in target.sources if row in decodes), None)
+            if row is None:
+                continue
+            if target.fallback is not None:  # which would be given the codes alone
+                raise UnsupportedError(
+                    message(
+                        f"{target.name} is made by upstream's own code, of a quantized tensor",
+                        where=self.sources.names[row],
+                        found=target.fallback.reason,
+                        do="decode the checkpoint first: convert_checkpoint(..., rules=[], dequantize=True)",
+                    )
+                )
+            if target.dtype not in DECODED:
+                what = f"{self.sources.names[row]} is not decoded to the dtype of {target.name}"
+                raise UnsupportedError(message(what, expected=sorted(DECODED), found=target.dtype))
 
     # --- algebra ----------------------------------------------------------------------------------------------------
 
