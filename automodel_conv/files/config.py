@@ -12,6 +12,7 @@ from automodel_conv.files import system
 from automodel_conv.files.header import read_limited, with_open
 
 CONFIG_NAME = "config.json"
+_KEYS = ("quantization_config", "compression_config")  # the latter of older compressed-tensors
 # Thousands of times what a config is; those of large quantized models list every module that is not.
 _MOST_BYTES = 64 << 20
 
@@ -24,12 +25,12 @@ def quantization_config(directory: str) -> Mapping[str, Any] | None:
     """
     path = os.path.join(directory, CONFIG_NAME)
     for part in _parts(_config(path)):
-        found = part.get("quantization_config", part.get("compression_config"))
-        if isinstance(found, dict):
-            return found
-        if found is not None:
-            text = message("quantization_config is not an object", where=path, found=type(found).__name__)
-            raise CheckpointError(text)
+        for key in _KEYS:
+            found = part.get(key)
+            if isinstance(found, dict):
+                return found
+            if found is not None:
+                raise CheckpointError(message(f"{key} is not an object", where=path, found=type(found).__name__))
     return None
 
 
@@ -41,8 +42,8 @@ def plain_config(directory: str) -> bytes | None:
     """
     config = _config(os.path.join(directory, CONFIG_NAME))
     for part in _parts(config):
-        part.pop("quantization_config", None)
-        part.pop("compression_config", None)
+        for key in _KEYS:
+            part.pop(key, None)
     return None if config is None else json.dumps(config, indent=2).encode() + b"\n"
 
 

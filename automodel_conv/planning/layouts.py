@@ -83,9 +83,11 @@ LAYOUTS: Mapping[str, Layout] = {
 }
 
 
-SCALES = "_scale_inv"
+SCALES = ("_scale_inv", "_scale")
 """What the scales of experts that are kept quantized are called after their names; they lie as these do.
 Source: transformers 5.23.0, ``FP8Experts``; vLLM, ``Fp8MoEMethod``."""
+
+_PACKED = frozenset({"F4", "U8", "I8", "I32"})  # several codes to an element, where there are scales
 
 
 def get_layout(name: str) -> Layout:
@@ -120,7 +122,7 @@ def relayout(
     target: Callable[[str], Layout],
     gated: Callable[[str], bool],
 ) -> CopyPlan:
-    """The plan that lays all grouped experts of ``table`` out anew and passes everything else through.
+    """The plan that lays all grouped experts of ``table`` out anew and passes everything else through, unless hidden.
 
     Args:
         source, target: the layout of an experts module, by the module's name.
@@ -128,22 +130,28 @@ def relayout(
 
     Raises:
         UnsupportedError: an experts tensor of a rank the layout cannot have, or scales of blocks whose rows would have
-            to alternate.
+            to alternate, or packed codes that would have to be moved apart.
     """
+    names = set(table.names)
     rules: dict[str, int] = {}
     shared: dict[object, tuple[tuple[int, ...], tuple[StridedCopy, ...]]] = {}
     targets = []
     for row, (name, dtype, shape) in enumerate(zip(table.names, table.dtypes, table.shapes, strict=True)):
+        if row in table.hidden:
+            continue
         path, _, leaf_name = name.rpartition(".")
         chain, renamed, rule = (), name, -1
         if _is_experts(path):
             before, after = source(path), target(path)
-            of, suffix = leaf_name.removesuffix(SCALES), SCALES if leaf_name.endswith(SCALES) else ""
+            suffix = next((suffix for suffix in SCALES if leaf_name.endswith(suffix)), "")
+            of = leaf_name.removesuffix(suffix)
             role = _role(of, before, gated(path))
             if role is not None:
                 chain = _operations(role, before, after)
                 if suffix and any(step.name == "Interleave" for step in chain):
                     raise UnsupportedError(message(f"{name}: gate and up that share a scale cannot alternate"))
+                if chain and dtype in _PACKED and any(name + scales in names for scales in SCALES):
+                    raise UnsupportedError(message(f"{name}: packed codes cannot be laid out anew", found=dtype))
                 called = getattr(after, role) + suffix
                 renamed = f"{path}.{called}"
                 if chain or renamed != name:

@@ -151,6 +151,37 @@ def test_two_tensors_for_one_name_of_a_layout_are_an_error():
         relayout(sources, lambda path: LAYOUTS["transformers"], lambda path: LAYOUTS["vllm"], lambda path: True)
 
 
+def relaid(target, hidden=frozenset(), **tensors):
+    """Names and shapes of experts' tensors that are laid out anew from the layout "transformers"."""
+    dtypes, shapes = zip(*tensors.values(), strict=True)
+    sources = SourceTable([f"experts.{name}" for name in tensors], dtypes, shapes, hidden=frozenset(hidden))
+    plan = relayout(sources, lambda path: LAYOUTS["transformers"], lambda path: LAYOUTS[target], lambda path: True)
+    return [(made.name.removeprefix("experts."), made.shape) for made in plan.targets]
+
+
+@pytest.mark.parametrize("suffix", ["_scale_inv", "_scale"])
+def test_scales_that_are_kept_lie_as_their_codes(suffix):
+    tensors = {"gate_up_proj": ("F8_E4M3", (2, 8, 6)), "gate_up_proj" + suffix: ("F32", (2, 8, 1))}
+    found = relaid("nemo", **tensors)
+    assert found == [("gate_and_up_projs", (2, 6, 8)), ("gate_and_up_projs" + suffix, (2, 1, 8))]
+    found = relaid("vllm", **tensors)
+    assert found == [("w13_weight", (2, 8, 6)), ("w13_weight" + suffix, (2, 8, 1))]
+
+
+@pytest.mark.parametrize("suffix", ["_scale_inv", "_scale"])
+@pytest.mark.parametrize("dtype", ["U8", "I8", "I32", "F4"])
+def test_packed_codes_are_not_moved_apart(dtype, suffix):
+    tensors = {"gate_up_proj": (dtype, (2, 8, 16)), "gate_up_proj" + suffix: ("F8_E8M0", (2, 8, 1))}
+    with pytest.raises(UnsupportedError, match=r"experts\.gate_up_proj: packed codes cannot be laid out anew"):
+        relaid("nemo", **tensors)
+    assert relaid("vllm", **tensors)[0] == ("w13_weight", (2, 8, 16))
+
+
+def test_what_is_hidden_is_not_laid_out():
+    tensors = {"gate_up_proj": ("BF16", (2, 8, 6)), "gate_up_proj_scale_inv": ("F32", (2, 1, 1))}
+    assert relaid("gpt_oss", {1}, **tensors) == [("gate_up_proj", (2, 6, 8))]
+
+
 def test_an_unknown_layout_lists_those_there_are():
     with pytest.raises(UnsupportedError, match="unknown layout 'vlllm'") as error:
         get_layout("vlllm")

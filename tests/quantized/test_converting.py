@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 pytest.importorskip("transformers", reason="the models, and what they are compared with, are transformers'")
 
@@ -94,6 +94,34 @@ def test_packed_codes_are_decoded(tmp_path, producer):
     amc.convert_checkpoint(tmp_path / "quantized", tmp_path / "plain", **what, dtype=torch.float32)
     expected = amc.load_state_dict(tmp_path / "quantized", rules=[], dtype=torch.float32)
     assert_same(tensors_of(tmp_path / "plain"), dict(expected))
+
+
+@pytest.mark.parametrize("layout", [None, "nemo", "gpt_oss", "vllm", "per_expert"])
+def test_scales_of_grouped_experts_are_not_written_beside_what_they_decode(tmp_path, layout):
+    codes = {"experts.gate_up_proj": torch.randn(2, 8, 6), "experts.down_proj": torch.randn(2, 6, 4)}
+    stored = {name: numbers.to(torch.float8_e4m3fn) for name, numbers in codes.items()}
+    scales = {name: torch.tensor([0.5, 4.0]).reshape(2, 1, 1) for name in codes}
+    (tmp_path / "quantized").mkdir()
+    tensors = stored | {name + "_scale_inv": scale for name, scale in scales.items()}
+    save_file(tensors, tmp_path / "quantized" / "model.safetensors")
+    config = {"quantization_config": {"quant_method": "fp8", "weight_block_size": [8, 8]}}
+    (tmp_path / "quantized" / "config.json").write_text(json.dumps(config))
+    what = {"rules": [], "source_layout": "transformers", "layout": layout}
+    amc.convert_checkpoint(tmp_path / "quantized", tmp_path / "plain", **what, dequantize=True)
+    exact = {name: (stored[name].float() * scales[name]).bfloat16() for name in codes}  # powers of two
+    layout = None if layout == "per_expert" else layout  # which without rules is nothing else
+    expected = amc.convert_state_dict(exact, rules=[], source_layout="transformers", layout=layout)
+    assert_same(tensors_of(tmp_path / "plain"), expected)
+
+
+@pytest.mark.parametrize("config", [{}, {"quantization_config": None}], ids=str)
+def test_a_config_under_its_older_name_is_read(tmp_path, config):
+    codes = torch.randn(8, 6).to(torch.float8_e4m3fn)
+    save_file({"a.weight": codes, "a.weight_scale_inv": torch.tensor([[0.5]])}, tmp_path / "model.safetensors")
+    config = config | {"compression_config": {"quant_method": "fp8", "weight_block_size": [8, 8]}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    loaded = amc.load_state_dict(tmp_path, rules=[])
+    assert_same(dict(loaded), {"a.weight": (codes.float() / 2).bfloat16()})
 
 
 def test_the_command_line_decodes_and_verifies(tmp_path):
