@@ -12,7 +12,7 @@ from automodel_conv.errors import ConversionError, ReadError, message
 from automodel_conv.execution.buffers import Aim, byte_view, checked, dtype_of
 from automodel_conv.execution.copying import COPY_BYTES, COPY_RATIO, copy_moves
 from automodel_conv.execution.decoding import decode_codes
-from automodel_conv.execution.jobs import Job, Move
+from automodel_conv.execution.jobs import ALIGN_BYTES, Job, Move, aligned, aligned_down
 from automodel_conv.execution.reading import LoadStats, OpenFiles, cores, read_job, read_whole, with_filled
 from automodel_conv.execution.schedule import schedule
 from automodel_conv.execution.upstream import run_upstream, upstream_calls
@@ -26,7 +26,6 @@ LEAST_SCRATCH_BYTES = 4096
 
 # Local files are read at full speed by few threads; more only pass the page cache around.
 _MOST_THREADS = 16
-_ALIGN_BYTES = 64
 
 
 def default_threads() -> int:
@@ -81,7 +80,7 @@ def load_files(
         checked(target, buffers)
     aim = Aim()
     copies = [aim(target, tensor) for target, tensor in zip(targets, tensors, strict=True)]
-    threads = min(threads, scratch_bytes // (_ALIGN_BYTES * (1 + COPY_RATIO)))
+    threads = min(threads, scratch_bytes // (ALIGN_BYTES * (1 + COPY_RATIO)))
     slot_bytes = bytes_of_slot(threads, scratch_bytes)
     jobs = schedule(targets, copies, checkpoint, plan.sources.decodes, threads=threads, slot_bytes=slot_bytes)
     bytes_read = sum(job.nbytes for job in jobs)
@@ -106,7 +105,7 @@ def bytes_of_slot(threads: int, scratch_bytes: int) -> int:
     """What is left to each thread for what it reads, of the scratch of all, beside what its copies need."""
     share = scratch_bytes // threads
     nbytes = max(share - COPY_BYTES, share // (1 + COPY_RATIO))
-    return nbytes - nbytes % _ALIGN_BYTES
+    return aligned_down(nbytes)
 
 
 def _run(
@@ -121,7 +120,7 @@ def _run(
     files = OpenFiles(checkpoint.files, jobs)
     views = [byte_view(tensor) for tensor in tensors]
     # Whole alignment units, so that the slot can be seen as elements of any size.
-    slot_bytes = -(-max((job.scratch_bytes for job in jobs), default=0) // _ALIGN_BYTES) * _ALIGN_BYTES
+    slot_bytes = aligned(max((job.scratch_bytes for job in jobs), default=0))
     gaps: list[int] = []
 
     def start() -> Callable[[tuple[int, Job]], None]:

@@ -12,11 +12,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from automodel_conv.dtypes import itemsize
 from automodel_conv.errors import ConversionError, message
 from automodel_conv.execution.cutting import ranges, slabs
-from automodel_conv.execution.jobs import GAP_BYTES, SCRATCH, Decoding, Grid, Job, Move, Part
+from automodel_conv.execution.jobs import ALIGN_BYTES, GAP_BYTES, SCRATCH, Decoding, Grid, Job, Move, Part, aligned
 from automodel_conv.files.checkpoint import Checkpoint
 from automodel_conv.planning.copies import Decode
 
-_ALIGN_BYTES = 64
 # Zero points in a packed I32, along the rows.
 _PACKED = 8
 
@@ -58,15 +57,15 @@ class _Source:
     def capacity(self, limit: int) -> int:
         """Elements of a slab that fits into ``limit`` bytes with all it takes."""
         row_bytes = self.across * itemsize(self.checkpoint.dtypes[self.decode.scales])
-        fixed = 2 * row_bytes + 6 * _ALIGN_BYTES
+        fixed = 2 * row_bytes + 6 * ALIGN_BYTES
         each = self.decode.bits / 8 + itemsize(self.dtype) + row_bytes / (self.columns * self.decode.block[0])
         if self.decode.zero_points is not None:
             fixed += 2 * 4 * self.across
             each += 4 * self.across / (self.columns * self.decode.block[0] * _PACKED)
         found = int((limit - fixed) / each)
-        if found < _ALIGN_BYTES:
+        if found < ALIGN_BYTES:
             name = self.checkpoint.names[self.row]
-            expected = f"at least {int(fixed + _ALIGN_BYTES * each)} bytes for each thread"
+            expected = f"at least {int(fixed + ALIGN_BYTES * each)} bytes for each thread"
             raise ConversionError(message(f"the scratch is too small to decode {name}", expected=expected, found=limit))
         # Whole rows are decoded best.
         return found - found % self.columns if found >= self.columns else found
@@ -80,7 +79,7 @@ class _Source:
         for first, last in ranges(cut, GAP_BYTES * 8 // bits):
             first, last = first * bits // 8, -(-last * bits // 8)
             parts.append(self._part(self.row, first, last - first, first - start * bits // 8))
-        at = _aligned((stop - start) * bits // 8)
+        at = aligned((stop - start) * bits // 8)
         first, last = self._block_row(start), self._block_row(stop - 1) + 1
         scales, at = self._grid(self.decode.scales, first, last, at, parts)
         zero_points = None
@@ -90,7 +89,7 @@ class _Source:
         if self.decode.global_scale is not None:
             global_bytes = at
             parts.append(self._part(self.decode.global_scale, 0, 4, at))
-            at = _aligned(at + 4)
+            at = aligned(at + 4)
         size = itemsize(self.dtype)
         decodings = [
             Decoding(
@@ -123,7 +122,7 @@ class _Source:
         dtype = self.checkpoint.dtypes[row]
         row_bytes = self.across * itemsize(dtype)
         parts.append(self._part(row, first * row_bytes, (last - first) * row_bytes, at))
-        return Grid(at, dtype, (last - first, self.across)), _aligned(at + (last - first) * row_bytes)
+        return Grid(at, dtype, (last - first, self.across)), aligned(at + (last - first) * row_bytes)
 
     def _block_row(self, element: int) -> int:
         """The row of blocks in which an element lies, counted over all matrices."""
@@ -160,7 +159,3 @@ def _columns(moves: Sequence[Move], columns: int, bits: int) -> tuple[int, int]:
         left, right = min(left, first), max(right, first + inner + 1)
     step = 8 // bits
     return left - left % step, min(columns, -(-right // step) * step)
-
-
-def _aligned(nbytes: int) -> int:
-    return -(-nbytes // _ALIGN_BYTES) * _ALIGN_BYTES

@@ -10,8 +10,20 @@ from automodel_conv.planning.copies import Decode
 GAP_BYTES = 64 << 10
 """Wanted bytes closer than this are read in one call, and what lies between them is thrown away."""
 
+ALIGN_BYTES = 64
+"""Tensors of every safetensors dtype may start at multiples of this in scratch, and so may the vectors of any CPU."""
+
 SCRATCH = -1
 """Stands for the thread's scratch where a number of a target stands otherwise."""
+
+
+def aligned(nbytes: int) -> int:
+    """Rounded up to whole alignments."""
+    return -(-nbytes // ALIGN_BYTES) * ALIGN_BYTES
+
+
+def aligned_down(nbytes: int) -> int:
+    return nbytes // ALIGN_BYTES * ALIGN_BYTES
 
 
 class Part(NamedTuple):

@@ -12,13 +12,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from automodel_conv.dtypes import itemsize
 from automodel_conv.execution.cutting import ranges, slabs
 from automodel_conv.execution.decode_schedule import decoded
-from automodel_conv.execution.jobs import GAP_BYTES, SCRATCH, Job, Move, Part
+from automodel_conv.execution.jobs import GAP_BYTES, SCRATCH, Job, Move, Part, aligned
 from automodel_conv.files import system
 from automodel_conv.files.checkpoint import Checkpoint
 from automodel_conv.planning.copies import Decode, StridedCopy, Target
 
-# Every safetensors dtype may start here, and so may the vectors of any CPU.
-_ALIGN_BYTES = 64
 # Larger runs gain nothing once a call moves megabytes; smaller ones would cost calls.
 _RUN_BYTES = 32 << 20
 _LEAST_RUN_BYTES = 1 << 20
@@ -181,7 +179,7 @@ def _joined(moves: Mapping[int, Sequence[Move]], checkpoint: Checkpoint, limit: 
         file, base = file_ids[row], offsets[row]
         size = itemsize(checkpoint.dtypes[row])
         for start, stop, cut in slabs(moves[row], limit // size):
-            place = -(-used // _ALIGN_BYTES) * _ALIGN_BYTES
+            place = aligned(used)
             end = place + (stop - start) * size
             if job.parts and (end > limit or file != job.parts[0].file):
                 yield job._replace(scratch_bytes=used)

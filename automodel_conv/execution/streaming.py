@@ -25,6 +25,7 @@ from automodel_conv.errors import ConversionError, ReadError, message
 from automodel_conv.execution.buffers import Aim, byte_view, checked, dtype_of, raw_bytes
 from automodel_conv.execution.copy_batch import CopyBatch, Work, takes_kernels
 from automodel_conv.execution.decoding import decode_codes
+from automodel_conv.execution.jobs import aligned, aligned_down
 from automodel_conv.execution.reading import LoadStats, OpenFiles, cores, read_job, read_whole, with_filled
 from automodel_conv.execution.upstream import run_upstream, upstream_calls
 from automodel_conv.execution.windows import Chunk, Upload, Window, stream_schedule
@@ -48,7 +49,6 @@ _SLOTS = 2
 _LEAST_SLOT_BYTES = LEAST_SCRATCH_BYTES // _SLOTS
 # One is filled while the other is emptied.
 _REGIONS = 2
-_ALIGN_BYTES = 64
 
 
 class Event(Protocol):
@@ -147,8 +147,8 @@ def stream_files(
     aim = Aim()
     copies = [aim(target, tensor) for target, tensor in zip(targets, tensors, strict=True)]
     threads = min(threads, scratch_bytes // (_SLOTS * _LEAST_SLOT_BYTES))
-    window_bytes = device_scratch_bytes // _REGIONS // _ALIGN_BYTES * _ALIGN_BYTES
-    slot_bytes = scratch_bytes // (threads * _SLOTS) // _ALIGN_BYTES * _ALIGN_BYTES
+    window_bytes = aligned_down(device_scratch_bytes // _REGIONS)
+    slot_bytes = aligned_down(scratch_bytes // (threads * _SLOTS))
     chunks, windows = stream_schedule(
         targets, copies, checkpoint, plan.sources.decodes, slot_bytes=slot_bytes, window_bytes=window_bytes
     )
@@ -216,8 +216,8 @@ class _Load:
     def run(self, threads: int) -> LoadStats:
         """Do it all, wait until the device has, and let go of every resource, whatever happens."""
         threads = max(1, min(threads, len(self._not_uploaded)))
-        slot_bytes = _aligned(max((chunk.read.nbytes for chunk in self._not_uploaded.values()), default=0))
-        region_bytes = _aligned(max((window.nbytes for window in self._windows), default=0))
+        slot_bytes = aligned(max((chunk.read.nbytes for chunk in self._not_uploaded.values()), default=0))
+        region_bytes = aligned(max((window.nbytes for window in self._windows), default=0))
         pinned = self._device.pinned(threads * _SLOTS * slot_bytes)
         slots = deque(_Slot(memory) for memory in pinned.view(threads * _SLOTS, slot_bytes))
         self._regions = [self._device.scratch(region_bytes) for _ in self._windows[:_REGIONS]]
@@ -359,7 +359,3 @@ class _Load:
         if chosen:
             self._kernels.run(lambda: compile_ahead(chosen, self._regions[0].device))
         return chosen
-
-
-def _aligned(nbytes: int) -> int:
-    return -(-nbytes // _ALIGN_BYTES) * _ALIGN_BYTES

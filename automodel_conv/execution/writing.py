@@ -19,7 +19,7 @@ from automodel_conv.execution.buffers import byte_view, dtype_of, raw_bytes
 from automodel_conv.execution.copy_batch import CopyBatch, takes_kernels
 from automodel_conv.execution.copying import COPY_BYTES, COPY_RATIO, copy_moves
 from automodel_conv.execution.decoding import decode_codes
-from automodel_conv.execution.jobs import Job, Move
+from automodel_conv.execution.jobs import Job, Move, aligned_down
 from automodel_conv.execution.reading import OpenFiles, cores, read_job, reading
 from automodel_conv.execution.schedule import runs, staged
 from automodel_conv.execution.slabs import Slab, filled_ranges
@@ -33,7 +33,6 @@ from automodel_conv.planning.copies import Decode, StridedCopy
 LEAST_SCRATCH_BYTES = 1 << 16
 
 _MOST_THREADS = 16
-_ALIGN_BYTES = 64
 # Of a source that is permuted: as much as stays in the cache between the read and the copy.
 _INPUT_BYTES = 8 << 20
 # Of a file that is compared.
@@ -84,11 +83,7 @@ def budget(threads: int | None, scratch_bytes: int, *, reads_files: bool) -> Bud
     share = scratch_bytes // threads
     share = max(share - COPY_BYTES, share // (1 + COPY_RATIO))
     inputs = min(_INPUT_BYTES, share // 4) if reads_files else 0
-    return Budget(threads, _whole(share - inputs), _whole(inputs))
-
-
-def _whole(nbytes: int) -> int:
-    return nbytes // _ALIGN_BYTES * _ALIGN_BYTES
+    return Budget(threads, aligned_down(share - inputs), aligned_down(inputs))
 
 
 # --- writing and comparing --------------------------------------------------------------------------------------------
