@@ -112,7 +112,7 @@ def compile_conversion(
     if dequantize:
         table = decoded_table(checkpoint, wants_numbers=True)
     else:
-        table = SourceTable(checkpoint.names, checkpoint.dtypes, checkpoint.shapes)
+        table = SourceTable.of(checkpoint)
     model = None
     if rules is None:
         first = next((code for code in checkpoint.dtypes if code in FLOATING), None)

@@ -95,7 +95,7 @@ def revert_state_dict(
     table = None
     if reference is not None:
         checkpoint = open_checkpoint(reference)
-        table = SourceTable(checkpoint.names, checkpoint.dtypes, checkpoint.shapes)
+        table = SourceTable.of(checkpoint)
     plan = saving_plan(state_table(state_dict), model=model, rules=rules, layout=layout, reference=table)
     return _run(plan, state_dict, out, backend)
 

@@ -291,7 +291,7 @@ def load_plan(
     if dequantize:
         table = decoded_table(checkpoint, wants_numbers=model is not None)
     else:
-        table = SourceTable(checkpoint.names, checkpoint.dtypes, checkpoint.shapes)
+        table = SourceTable.of(checkpoint)
     plan, problems = loading_plan(
         table,
         model=model,
@@ -315,7 +315,7 @@ def decoded_table(checkpoint: Checkpoint, wants_numbers: bool) -> SourceTable:
         CheckpointError: ``config.json`` is malformed.
         QuantizationError: see ``quantized_table``; or codes and scales without a config, where numbers are wanted.
     """
-    table = SourceTable(checkpoint.names, checkpoint.dtypes, checkpoint.shapes)
+    table = SourceTable.of(checkpoint)
     config = quantization_config(checkpoint.directory)
     if config is not None:
         decoded = quantized_table(table, config)

@@ -121,7 +121,7 @@ def save_checkpoint(
         tensors: Mapping[str, Tensor] = saved_tensors(model) if model is not None else state  # type: ignore[assignment]
         refuse_unlike_stored(tensors)
         opened = None if reference is None else open_checkpoint(reference)
-        table = None if opened is None else SourceTable(opened.names, opened.dtypes, opened.shapes)
+        table = None if opened is None else SourceTable.of(opened)
         plan = saving_plan(state_table(tensors), model=model, rules=rules, layout=layout, reference=table)
         plan = with_dtype(plan, dtype, model)
         shards = shards_for(plan, opened, max_shard_size)

@@ -128,10 +128,7 @@ def _from_held(target: Target, regions: _Regions) -> Sequence[StridedCopy]:
 
 
 def _read_from(region: Region, piece: Piece, ordinal: int, target: Target) -> list[Piece]:
-    placed = [
-        Piece(ordinal, p.shape, p.target_strides, p.target_offset, p.source_strides, p.source_offset)
-        for p in region.pieces()
-    ]
+    placed = [part.turned()._replace(source=ordinal) for part in region.pieces()]
     try:
         return [canonical(made) for made in chain(placed, [piece], prod(region.shape))]
     except NotAffine as error:

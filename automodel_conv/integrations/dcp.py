@@ -279,7 +279,7 @@ class HuggingFaceWriter(StorageWriter):
 
     def _plan(self, table: SourceTable) -> tuple[CopyPlan, list[Shard]]:
         reference = None if self._reference is None else open_checkpoint(self._reference)
-        like = None if reference is None else SourceTable(reference.names, reference.dtypes, reference.shapes)
+        like = None if reference is None else SourceTable.of(reference)
         plan = saving_plan(table, model=self._model, rules=self._rules, layout=self._layout, reference=like)
         return plan, shards_for(plan, reference, self._max_shard_size)
 

@@ -314,7 +314,7 @@ def _planned(
     except CheckpointError as error:  # which transformers may read all the same
         return None, {ALL: str(error)}
     wanted = _wanted(model, load_config, tp_plan)
-    sources = SourceTable(checkpoint.names, checkpoint.dtypes, checkpoint.shapes)
+    sources = SourceTable.of(checkpoint)
     if plain.config is not None:
         try:
             sources = quantized_table(sources, plain.config, like_upstream=True)

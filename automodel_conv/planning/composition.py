@@ -21,7 +21,7 @@ def inverted(targets: Sequence[Target], sources: SourceTable) -> list[Target]:
     for row, target in enumerate(targets):
         for copy in target.copies:
             for piece in copy.pieces():
-                incoming[target.sources[piece.source]].append((row, _swapped(piece)))
+                incoming[target.sources[piece.source]].append((row, piece.turned()))
     shared = _Shared()
     made = []
     for source in sorted(incoming):
@@ -147,14 +147,3 @@ class _Shared:
 
     def __call__(self, copies: tuple[StridedCopy, ...]) -> tuple[StridedCopy, ...]:
         return self._seen.setdefault(copies, copies)
-
-
-def _swapped(piece: Piece) -> Piece:
-    return Piece(
-        piece.source,
-        piece.shape,
-        piece.target_strides,
-        piece.target_offset,
-        piece.source_strides,
-        piece.source_offset,
-    )

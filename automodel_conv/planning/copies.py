@@ -8,6 +8,7 @@ from math import prod
 from typing import Any, NamedTuple
 
 from automodel_conv.dtypes import nbytes
+from automodel_conv.files.checkpoint import Checkpoint
 from automodel_conv.planning.view import Piece
 
 
@@ -154,6 +155,11 @@ class SourceTable:
     shapes: Sequence[tuple[int, ...]]
     decodes: Mapping[int, Decode] = field(default_factory=dict)
     hidden: frozenset[int] = frozenset()
+
+    @classmethod
+    def of(cls, checkpoint: Checkpoint) -> SourceTable:
+        """What a checkpoint offers, its tensors as they are stored."""
+        return cls(checkpoint.names, checkpoint.dtypes, checkpoint.shapes)
 
     def nbytes(self, row: int, numel: int | None = None) -> int:
         """Bytes that a source, or so many of its elements, are stored in; of a quantized one those of its codes."""

@@ -201,7 +201,7 @@ def _inverse_of_loading(
 ) -> CopyPlan:
     has = {n: TargetSpec(d, s) for n, d, s in zip(table.names, table.dtypes, table.shapes, strict=True)}
     dtypes = set(table.dtypes)
-    plain = SourceTable(reference.names, [_floating_like(d, dtypes) for d in reference.dtypes], reference.shapes)
+    plain = replace(reference, dtypes=[_floating_like(d, dtypes) for d in reference.dtypes])
     forward, problems = loading_plan(plain, model=model, rules=rules, layout=layout, targets=has)
     problems.unexpected.clear()  # names of the reference that this state dict leaves out
     problems.raise_unless_fit("the reference checkpoint and the tensors to revert")

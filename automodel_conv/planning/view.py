@@ -35,6 +35,15 @@ class Piece(NamedTuple):
     target_strides: tuple[int, ...]
     target_offset: int
 
+    def turned(self) -> Piece:
+        """The copy back."""
+        return self._replace(
+            source_strides=self.target_strides,
+            source_offset=self.target_offset,
+            target_strides=self.source_strides,
+            target_offset=self.source_offset,
+        )
+
 
 def contiguous_strides(shape: Sequence[int]) -> tuple[int, ...]:
     """Row-major strides in elements; sizes 0 and 1 count as 1."""
