@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from automodel_conv.dtypes import FLOATING
 from automodel_conv.errors import NameProblems, UnsupportedError, listing, message
+from automodel_conv.planning.casts import check_cast
 from automodel_conv.planning.copies import Fallback, SourceTable, StridedCopy, Target, group_pieces
 from automodel_conv.planning.lowering import Context, LoweringError, Operation, Value, leaf, lower, needs_target_shapes
 from automodel_conv.planning.plan import CopyPlan
@@ -344,8 +345,7 @@ class _Compiler:
             self._blame(assignment, (name, shape, spec.shape), "")
             return None
         for row in rows:
-            if dtypes[row] != spec.dtype:
-                _check_cast(self.sources.names[row], dtypes[row], name, spec.dtype)
+            check_cast(self.sources.names[row], dtypes[row], name, spec.dtype)
         return Target(name, spec.dtype, shape, rule, rows, copies)
 
     def _free_dtype(self, name: str, dtypes: set[str]) -> str:
@@ -411,28 +411,3 @@ def _made(values: Mapping[str, Value], slots: Mapping[str, list[Value]]) -> _Mad
         outputs.append(_Output(key, value.shape, copies, reads))
     given = {piece.source for values in slots.values() for value in values for piece in value.pieces}
     return _Made(tuple(outputs), tuple(sorted(given.difference(*(output.reads for output in outputs)))))
-
-
-_INTEGERS = frozenset({"BOOL", "I8", "U8", "I16", "U16", "I32", "U32", "I64", "U64"})
-_CODES = frozenset({"F4", "F6_E2M3", "F6_E3M2", "F8_E5M2", "F8_E4M3", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ"})
-
-
-_KEEP = "a quantization_config in config.json says how codes decode; dequantize=False keeps them, for models that do"
-
-
-def _check_cast(source: str, found: str, target: str, wanted: str) -> None:
-    """Raise UnsupportedError where a cast would lose more than precision."""
-    if found in FLOATING and wanted in FLOATING:
-        return
-    if found in _INTEGERS and (wanted in _INTEGERS or (wanted in FLOATING and found not in ("I8", "U8"))):
-        return
-    quantized = found in _CODES or found in ("I8", "U8") or wanted in _CODES
-    raise UnsupportedError(
-        message(
-            f"{source} cannot be cast for {target}"
-            + (", one of them holds codes of a quantized tensor" if quantized else ""),
-            expected=wanted,
-            found=found,
-            do=_KEEP if quantized else None,
-        )
-    )

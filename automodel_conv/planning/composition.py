@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from math import prod
 
 from automodel_conv.errors import CoverageError, UnsupportedError, message
+from automodel_conv.planning.casts import check_cast
 from automodel_conv.planning.copies import SourceTable, StridedCopy, Target, group_pieces
 from automodel_conv.planning.view import NotAffine, Piece, canonical, chain
 
@@ -50,7 +51,7 @@ def chained(
 
     Raises:
         UnsupportedError: a target is upstream's work where it would be taken apart, would be cast twice, or its copies
-            cannot be chained.
+            cannot be chained; or codes would be cast.
         CoverageError: ``second`` reads something that ``first`` does not make.
     """
     shared = _Shared()
@@ -128,6 +129,8 @@ def _check_chainable(made: Target, sources: SourceTable, target: Target) -> None
                 do="give the dtype to one of the two plans only",
             )
         )
+    for row in numbers:
+        check_cast(sources.names[row], sources.dtypes[row], target.name, target.dtype)
 
 
 def _through(made: Target, read: Piece, target: Target) -> list[Piece]:
