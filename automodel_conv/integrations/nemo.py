@@ -21,6 +21,8 @@ from automodel_conv import conversion_mapping
 from automodel_conv.errors import NameProblems, UnsupportedError, message
 from automodel_conv.in_memory import convert_state_dict, revert_state_dict
 from automodel_conv.planning.layouts import get_layout, holds_experts
+from automodel_conv.planning.models import state_table
+from automodel_conv.planning.quantization import has_codes
 
 _PACKAGE = "nemo_automodel.components.checkpoint"
 _MODULE = "conversion_mapping"
@@ -112,8 +114,12 @@ class StateDictAdapter:
 
         Raises:
             NameProblems: experts are missing.
-            UnsupportedError: a ``device_mesh`` is given.
+            UnsupportedError: a ``device_mesh`` is given, or the tensors are quantized.
         """
+        codes = has_codes(state_table(hf_state_dict))
+        if codes is not None:
+            text = f"{codes} has the form of quantized codes, which are not decoded in memory"
+            raise UnsupportedError(message(text, do="load_state_dict(path, layout='nemo') decodes while it reads"))
         if device_mesh is not None:
             raise UnsupportedError(message("experts cannot be sharded here yet", do="leave device_mesh out"))
         converted = convert_state_dict(hf_state_dict, rules=self._rules, layout=self._layout)

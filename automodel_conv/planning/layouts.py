@@ -87,7 +87,7 @@ SCALES = ("_scale_inv", "_scale")
 """What the scales of experts that are kept quantized are called after their names; they lie as these do.
 Source: transformers 5.23.0, ``FP8Experts``; vLLM, ``Fp8MoEMethod``."""
 
-_PACKED = frozenset({"F4", "U8", "I8", "I32"})  # several codes to an element, where there are scales
+_PACKED = frozenset({"F4", "U8", "I8", "I32"})  # several codes to an element, where the experts have scales
 
 
 def get_layout(name: str) -> Layout:
@@ -132,7 +132,7 @@ def relayout(
         UnsupportedError: an experts tensor of a rank the layout cannot have, or scales of blocks whose rows would have
             to alternate, or packed codes that would have to be moved apart.
     """
-    names = set(table.names)
+    scaled = {name[: name.rfind("experts") + len("experts")] for name in table.names if name.endswith(SCALES)}
     rules: dict[str, int] = {}
     shared: dict[object, tuple[tuple[int, ...], tuple[StridedCopy, ...]]] = {}
     targets = []
@@ -150,7 +150,7 @@ def relayout(
                 chain = _operations(role, before, after)
                 if suffix and any(step.name == "Interleave" for step in chain):
                     raise UnsupportedError(message(f"{name}: gate and up that share a scale cannot alternate"))
-                if chain and dtype in _PACKED and any(name + scales in names for scales in SCALES):
+                if chain and not suffix and dtype in _PACKED and path in scaled:
                     raise UnsupportedError(message(f"{name}: packed codes cannot be laid out anew", found=dtype))
                 called = getattr(after, role) + suffix
                 renamed = f"{path}.{called}"

@@ -331,6 +331,9 @@ def _from_data(data: Any) -> CopyPlan:
     rows = [*decodes, *data["hidden"], *(part for decode in decodes.values() for part in decode.parts)]
     if any(not 0 <= row < len(names) for row in rows):
         raise UnsupportedError(message("a plan of which parts of quantized sources are no sources"))
+    for row, decode in decodes.items():
+        if not _reads_inside(decode, row, shapes):
+            raise UnsupportedError(message(f"a plan in which the parts of {names[row]} do not fit", found=decode))
     return CopyPlan(
         SourceTable(list(names), list(dtypes), list(shapes), decodes, frozenset(data["hidden"])),
         targets,
@@ -339,6 +342,17 @@ def _from_data(data: Any) -> CopyPlan:
         data["unexpected"],
         data["mismatched"],
     )
+
+
+def _reads_inside(decode: Decode, row: int, shapes: Sequence[tuple[int, ...]]) -> bool:
+    """Whether a quantized source has as many scales, zero points and global scales as its blocks take."""
+    *lead, rows, columns = shapes[row]
+    if decode.matrix != (rows, columns) or min(decode.block) < 1:
+        return False
+    down, across = -(-rows // decode.block[0]), -(-columns // decode.block[1])
+    wanted = prod(lead) * down * across, -(-down // 8) * across, 1
+    parts = decode.scales, decode.zero_points, decode.global_scale
+    return all(part is None or prod(shapes[part]) == size for part, size in zip(parts, wanted, strict=True))
 
 
 def _walk(offset: int, shape: Sequence[int], strides: Sequence[int]) -> str:

@@ -111,6 +111,10 @@ def test_what_an_adapter_cannot_do_is_refused():
         adapter.from_hf(checkpoint, device_mesh=object())
     with pytest.raises(amc.UnsupportedError, match="quantization=False"):
         adapter.to_hf(adapter.from_hf(checkpoint), quantization=True)
+    codes = "model.layers.0.mlp.experts.2.up_proj.weight"
+    quantized = checkpoint | {codes: checkpoint[codes].to(torch.float8_e4m3fn), codes + "_scale_inv": torch.ones(1, 1)}
+    with pytest.raises(amc.UnsupportedError, match=r"experts\.2\.up_proj\.weight has the form of quantized codes"):
+        adapter.from_hf(quantized)
     with pytest.raises(amc.UnsupportedError, match="no rules for no_such_type"):
         StateDictAdapter.of("no_such_type")
     missing = {name: tensor for name, tensor in checkpoint.items() if ".2.up_proj" not in name}

@@ -175,6 +175,10 @@ def test_packed_codes_are_not_moved_apart(dtype, suffix):
     with pytest.raises(UnsupportedError, match=r"experts\.gate_up_proj: packed codes cannot be laid out anew"):
         relaid("nemo", **tensors)
     assert relaid("vllm", **tensors)[0] == ("w13_weight", (2, 8, 16))
+    ungrouped = {"gate_up_proj": (dtype, (2, 8, 16)), f"0.w1.weight{suffix}": ("F8_E8M0", (4, 1))}
+    with pytest.raises(UnsupportedError, match="packed codes"):
+        relaid("nemo", **ungrouped)
+    assert relaid("nemo", gate_up_proj=(dtype, (2, 8, 16))) == [("gate_and_up_projs", (2, 16, 8))]
 
 
 def test_what_is_hidden_is_not_laid_out():

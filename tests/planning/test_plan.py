@@ -10,9 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from automodel_conv.errors import CoverageError, UnsupportedError
-from automodel_conv.planning.copies import Fallback, SourceTable, StridedCopy, Target, group_pieces
+from automodel_conv.planning.copies import Decode, Fallback, SourceTable, StridedCopy, Target, group_pieces
 from automodel_conv.planning.lowering import Context, Operation, leaf, lower
 from automodel_conv.planning.plan import CopyPlan
+from automodel_conv.planning.quantization import quantized_table
 from automodel_conv.planning.view import NotAffine, Piece
 from tests.planning import oracles
 from tests.planning.oracles import addressed, execute
@@ -442,6 +443,22 @@ def test_edited_sources_are_proved_again():
     data = json.loads(experts_plan().to_json())
     data["targets"][0][4][0] = 99
     with pytest.raises(CoverageError, match="gate_up"):
+        CopyPlan.from_json(json.dumps(data))
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("matrix", [8, 5]), ("block", [1, 2]), ("block", [0, 2]), ("scales", 0), ("zero_points", 1), ("global_scale", 1)],
+)
+def test_edited_parts_of_quantized_sources_do_not_fit(field, value):
+    stored = SourceTable(["w", "w_scale"], ["F8_E4M3", "F32"], [(8, 6), (2, 3)])
+    sources = quantized_table(stored, {"quant_method": "fp8", "weight_block_size": [4, 2]})
+    target = Target("w", "BF16", (8, 6), -1, (0,), group_pieces([Piece(0, (48,), (1,), 0, (1,), 0)]))
+    plan = CopyPlan(sources, (target,))
+    assert CopyPlan.from_json(plan.to_json()) == plan
+    data = json.loads(plan.to_json())
+    data["decodes"][0][1][Decode._fields.index(field)] = value
+    with pytest.raises(UnsupportedError, match="the parts of w do not fit"):
         CopyPlan.from_json(json.dumps(data))
 
 
