@@ -17,8 +17,8 @@ Item = TypeVar("Item")
 def work_off(items: Iterable[Item], threads: int, start: Callable[[], Callable[[Item], None]]) -> None:
     """Hand each item to one of ``threads`` threads, in order; the first error ends all of them and is raised.
 
-    torch may write to any tensor there, inference tensors too. One thread is the caller's own; of several, each works
-    alone and lets torch start no others.
+    torch may write to any tensor there, inference tensors too, and starts no threads of its own. One thread is the
+    caller's own.
 
     Args:
         start: called in each thread; returns what takes the items there.
@@ -37,10 +37,12 @@ def work_off(items: Iterable[Item], threads: int, start: Callable[[], Callable[[
             take(item)
 
     threads = min(threads, len(todo))
-    if threads > 1:
-        _in_threads(work, threads, stop)
-    elif todo:
-        work()
+    with _keeping_torch_threads():
+        if threads > 1:
+            _in_threads(work, threads, stop)
+        elif todo:
+            torch.set_num_threads(1)
+            work()
 
 
 def _in_threads(work: Callable[[], None], threads: int, stop: threading.Event) -> None:
@@ -62,15 +64,14 @@ def _in_threads(work: Callable[[], None], threads: int, stop: threading.Event) -
                 change.notify()
 
     pool = ThreadPoolExecutor(threads, thread_name_prefix="automodel_conv")
-    with _keeping_torch_threads():
-        try:
-            workers = [pool.submit(counted) for _ in range(threads)]
-            wait(workers, return_when=FIRST_EXCEPTION)
-        finally:
-            with change:  # the pool itself may not know of a thread whose start a signal has interrupted
-                stop.set()
-                change.wait_for(lambda: not at_work)
-            pool.shutdown()
+    try:
+        workers = [pool.submit(counted) for _ in range(threads)]
+        wait(workers, return_when=FIRST_EXCEPTION)
+    finally:
+        with change:  # the pool itself may not know of a thread whose start a signal has interrupted
+            stop.set()
+            change.wait_for(lambda: not at_work)
+        pool.shutdown()
     for worker in workers:
         worker.result()
 

@@ -485,12 +485,17 @@ def test_ctrl_c_propagates_and_closes_files(tmp_path, calls, monkeypatch):
     assert not [t for t in threading.enumerate() if t.name.startswith("automodel_conv")]
 
 
-def test_torch_keeps_its_number_of_threads(tmp_path):
+@pytest.mark.parametrize("number", [1, 2])
+def test_a_thread_of_a_load_is_one_thread_of_torch_which_keeps_its_number(tmp_path, monkeypatch, number):
+    within = []
+    real = cpu.copy_moves
+    monkeypatch.setattr(cpu, "copy_moves", lambda moves: [within.append(torch.get_num_threads()), real(moves)])
     _, checkpoint, plan = moe(tmp_path, TRANSPOSE)
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(3)
-        load_files(plan, checkpoint, allocate(plan.targets), threads=2)
+        load_files(plan, checkpoint, allocate(plan.targets), threads=number)
+        assert set(within) == {1}
         seen = [torch.get_num_threads()]
         thread = threading.Thread(target=lambda: seen.append(torch.get_num_threads()))
         thread.start()
