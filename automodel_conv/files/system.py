@@ -14,6 +14,7 @@ import shutil
 import sys
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from typing import NamedTuple
 
 from automodel_conv.errors import ConversionError, ReadError, WriteError, message
@@ -118,7 +119,8 @@ def is_cached(fd: int, offset: int) -> bool | None:
 def drop_cache(fd: int) -> None:
     """Let the system forget the file's bytes that it holds and that are on the disk; advice."""
     if hasattr(os, "posix_fadvise"):
-        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+        with suppress(OSError):
+            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def read_exactly(fd: int, views: list[memoryview], offset: int, path: str) -> None:

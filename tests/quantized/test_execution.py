@@ -20,6 +20,7 @@ from automodel_conv.testing import assert_bytes_equal
 from tests.execution.simulated import SimulatedDevice
 from tests.execution.support import columns
 from tests.quantized.test_schemes import PRODUCERS, weight, write
+from tests.test_memory_budget import torch_peak
 
 pytest.importorskip("transformers", reason="producers are transformers, and compressed-tensors, which needs it")
 SCHEMES = ["fp8 32x16", "mxfp8", "int4 g32 with zero points", "nvfp4"]
@@ -65,6 +66,15 @@ def test_any_scratch_and_threads_give_the_same_numbers(tmp_path, scheme, threads
     stats = load_files(plan, checkpoint, buffers, threads=threads, scratch_bytes=scratch_bytes)
     assert_filled(buffers, expected)
     assert stats.scratch_bytes <= scratch_bytes
+
+
+@pytest.mark.parametrize("budget", [1 << 18, 1 << 20])
+@pytest.mark.parametrize("scheme", ["fp8 128x128", "mxfp8", "int4 g32 with zero points", "fp8 per channel", "nvfp4"])
+def test_torch_allocates_no_more_than_the_budget(tmp_path, scheme, budget):
+    write(tmp_path, PRODUCERS[scheme], {"a.weight": weight(1024, 1024)})
+    load = lambda: amc.load_state_dict(tmp_path, rules=[], threads=1, memory_budget=budget)  # noqa: E731
+    assert load().report.peak_extra_bytes <= budget
+    assert torch_peak(load) - 2 * 1024 * 1024 <= budget
 
 
 @pytest.mark.parametrize("eagerness", [0, 0.5])
