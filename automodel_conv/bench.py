@@ -68,7 +68,7 @@ class Bench:
     touch_gb_per_s: float
     """First writes to new memory that may have huge pages, by one thread."""
     touch_small_gb_per_s: float
-    """First writes to new memory of small pages."""
+    """The same without asking for huge pages."""
     huge_pages: str | None
     """What the system lets processes have: "always", "madvise" or "never"; None where it has no such setting."""
     memory_bytes: int

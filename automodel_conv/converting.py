@@ -105,7 +105,7 @@ def compile_conversion(
     dequantize: bool = False,
     max_shard_size: int | str = "5GB",
 ) -> Conversion:
-    """What ``convert_checkpoint`` would do; reads headers only. See there."""
+    """What ``convert_checkpoint`` would do; reads no more than ``compile_plan``. See there."""
     checked_dtype(dtype)
     checkpoint = open_checkpoint(source)
     most_bytes = parse_size(max_shard_size)

@@ -370,8 +370,8 @@ def _write_config(model: nn.Module, dtype: torch.dtype | None, directory: str) -
     config: Any = copy.deepcopy(model.config)
     config.architectures = [cls.__name__]
     config.dtype = str(dtype or model.dtype).removeprefix("torch.")
-    keeps_codes = any(dtype_code(parameter.dtype) not in FLOATING for parameter in model.parameters())
-    if hasattr(config, "quantization_config") and not keeps_codes:
+    holds_numbers = all(dtype_code(parameter.dtype) in FLOATING for parameter in model.parameters())
+    if hasattr(config, "quantization_config") and holds_numbers:
         del config.quantization_config  # of the checkpoint that this model was decoded from
     config.save_pretrained(directory)
     if model.can_generate():  # type: ignore[operator]

@@ -109,7 +109,7 @@ def bench_tables(found: Bench) -> list[Table]:
     counts.add_row("seconds to open, to plan", f"{found.open_seconds:.3f}, {found.plan_seconds:.3f}")
     counts.add_row("of the bytes in the page cache at first", cached)
     counts.add_row("first read", f"{found.sample_nbytes / 1e9 / found.first_seconds:.2f} GB/s")
-    touched = f"{found.touch_gb_per_s:.2f} GB/s, small pages {found.touch_small_gb_per_s:.2f}"
+    touched = f"{found.touch_gb_per_s:.2f} GB/s, without asking for huge pages {found.touch_small_gb_per_s:.2f}"
     counts.add_row("first write to new memory, one thread", touched)
     counts.add_row("huge pages", found.huge_pages or "unknown")
     speeds = Table(

@@ -33,14 +33,18 @@ _NARROW = ("F8_", "F6_", "F4")
 
 def has_codes(table: SourceTable) -> str | None:
     """The name of a tensor of ``table`` that has the form of codes with scales, if there is one."""
+    forms: dict[str, list[tuple[str, tuple[str, ...]]]] = {}
+    for storage in STORAGES.values():
+        for suffix, dtype in storage.codes:
+            forms.setdefault(dtype, []).append((suffix, storage.scales))
+    if forms.keys().isdisjoint(table.dtypes):
+        return None
     names = set(table.names)
     for name, dtype in zip(table.names, table.dtypes, strict=True):
-        for storage in STORAGES.values():
-            for (suffix, stored), _ in storage.codes.items():
-                if dtype == stored and name.endswith(suffix):
-                    weight = name.removesuffix(suffix)
-                    if any(part_name(weight, scale) in names for scale in storage.scales):
-                        return name
+        for suffix, scales in forms.get(dtype, ()):
+            weight = name.removesuffix(suffix)
+            if name.endswith(suffix) and any(part_name(weight, scale) in names for scale in scales):
+                return name
     return None
 
 

@@ -217,3 +217,6 @@ def test_padding_of_packed_rows_is_not_taken_for_columns(tmp_path):
     assert_refused(path, poisoned(Linear(16, 104)), amc.QuantizationError, *told, rules=[])
     with pytest.raises(amc.QuantizationError, match="end in padding"):
         amc.load_state_dict(path, rules=[])
+    parts["_shape"] = torch.zeros(1 << 20)  # which is not read
+    checkpoint(tmp_path, producer.config, **parts)
+    assert_refused(path, poisoned(Linear(16, 104)), amc.QuantizationError, "found:    (1048576,)", rules=[])
