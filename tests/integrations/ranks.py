@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
+import time
 
 import torch
 import torch.distributed as dist
@@ -64,6 +65,7 @@ def main() -> None:
         if how is not None:
             print(json.dumps({"kind": kind} | loaded(sys.argv[1], how)), flush=True)
     dist.barrier()
+    time.sleep(0.2)  # for gloo's threads, as in examples/load_sharded.py
     dist.destroy_process_group()
 
 
