@@ -1,4 +1,5 @@
-# `make test` is the whole check, as CI runs it; `make demo` shows what the package does. Both set themselves up.
+# `make test` is the whole check, as CI runs it; `make demo` shows what the package does; `make release-check` is what must
+# hold before a release is tagged. All set themselves up.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -15,12 +16,15 @@ TRANSFORMERS_TESTS = $(filter-out tests/test_model_zoo.py tests/test_crash_safet
 	tests/distributed/% tests/files/%,\
 	$(shell grep -rlwE --include='test_*.py' --exclude-dir=packaging 'transformers|model_zoo' tests))
 
+VERSION = $(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)
+
 # Tests of what never asks whether transformers is there.
 KNOW_NO_TRANSFORMERS := machine_code/ kernels/ gpu/ execution/ files/ packaging/ hide/ model_zoo/ test_measuring.py \
 	test_testing.py test_checksums.py
 
 .PHONY: test lint types format demo clean test-style test-main test-packaging \
-	test-without-triton test-without-transformers
+	test-without-triton test-without-transformers \
+	release-check release-tree release-notes release-distributions release-audit
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
 .SECONDARY: $(OTHER_TRANSFORMERS:%=$(VENV)/transformers-%/.installed) $(VENV)/triton-3.6.0/.installed \
@@ -75,6 +79,27 @@ format: $(VENV)/installed
 demo: $(VENV)/installed
 	$(BIN)/python -m benchmarks.demo
 
+# Cheapest first. The wheel and the source distribution are installed and tried by test-packaging, as part of test.
+release-check: release-tree release-notes release-audit test release-distributions
+	@echo "$(VERSION) can be tagged; what to upload is in dist/"
+
+release-tree:
+	@test -z "$$(git status --porcelain)" || { git status --short; echo "release: commit or remove these first" >&2; exit 1; }
+
+release-notes:
+	@case "$(VERSION)" in *dev*) echo "release: pyproject.toml says $(VERSION), a version under development" >&2; exit 1;; esac
+	@grep -qE '^## \[$(VERSION)\] - [0-9]{4}-[0-9]{2}-[0-9]{2}$$' CHANGELOG.md || \
+		{ echo "release: CHANGELOG.md has no line '## [$(VERSION)] - YYYY-MM-DD'" >&2; exit 1; }
+
+# Known vulnerabilities of all that is pinned, as PyPI tells them.
+release-audit: $(VENV)/release/.installed
+	$(VENV)/release/bin/pip-audit --no-deps --disable-pip --requirement requirements-dev.txt
+
+release-distributions: $(VENV)/release/.installed
+	rm -rf dist
+	$(VENV)/release/bin/python -m build --outdir dist
+	$(VENV)/release/bin/twine check --strict dist/*
+
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
@@ -108,4 +133,9 @@ $(VENV)/transformers-%/.installed: $(VENV)/installed
 	@rm -rf $(@D)
 	@$(LEG) "install transformers $*" \
 		$(BIN)/python -m pip install -qq --no-deps --target $(@D) transformers==$* $(BESIDE_$*)
+	@touch $@
+
+$(VENV)/release/.installed: .ci/release-tools.txt $(VENV)/installed
+	@$(LEG) "new environment" $(PYTHON) -m venv --clear $(@D)
+	@$(LEG) "install release tools" $(@D)/bin/python -m pip install -qq -r $<
 	@touch $@
