@@ -1,7 +1,7 @@
 """What a load of a checkpoint costs on this machine, against what the machine can do, and what bounds it.
 
 Measured on the targets of a plan up to a number of bytes, so that also a checkpoint larger than the memory can be
-looked at. The roof is the same bytes read in runs of 32 MiB into new memory with huge pages, where they lie in no
+looked at. The roof is the same bytes read in runs as long into new memory with huge pages, where they lie in no
 useful order: no load from these files on this machine can be faster.
 """
 
@@ -21,7 +21,7 @@ from automodel_conv.execution.buffers import allocate, byte_view
 from automodel_conv.execution.cpu import default_threads, load_files
 from automodel_conv.execution.jobs import Job, Part
 from automodel_conv.execution.reading import OpenFiles, read_job, reading
-from automodel_conv.execution.schedule import divide, runs
+from automodel_conv.execution.schedule import RUN_BYTES, divide, runs
 from automodel_conv.execution.workers import work_off
 from automodel_conv.files import system
 from automodel_conv.files.checkpoint import Checkpoint, open_checkpoint
@@ -33,7 +33,6 @@ from automodel_conv.planning.plan import CopyPlan
 DEFAULT_SAMPLE_BYTES = 8 * 10**9
 RUNS = 3
 
-_RUN_BYTES = 32 << 20
 _PROBE_BYTES = 1 << 20
 _TOUCH_BYTES = 256 << 20
 _HUGE_PAGES = "/sys/kernel/mm/transparent_hugepage/enabled"
@@ -220,7 +219,7 @@ def _reads(plan: CopyPlan, checkpoint: Checkpoint) -> list[Job]:
         if nbytes := checkpoint.nbytes[row]:
             parts.append(Part(checkpoint.file_ids[row], checkpoint.offsets[row], nbytes, 0, start, row))
             start += nbytes
-    return list(runs(parts, _RUN_BYTES))
+    return list(runs(parts, RUN_BYTES))
 
 
 def _read(jobs: Sequence[Job], checkpoint: Checkpoint, threads: int) -> None:

@@ -52,8 +52,9 @@ from tests.execution.support import (
 @pytest.fixture
 def small_portions(monkeypatch: pytest.MonkeyPatch) -> None:
     """Jobs of a few hundred bytes, so that a small checkpoint makes many."""
-    monkeypatch.setattr(schedule, "_LEAST_RUN_BYTES", 256)
-    monkeypatch.setattr(schedule, "_RUN_BYTES", 256)
+    monkeypatch.setattr(schedule, "_LEAST_JOB_BYTES", 256)
+    monkeypatch.setattr(schedule, "RUN_BYTES", 256)
+    monkeypatch.setattr(schedule, "_SLAB_BYTES", 256)
 
 
 def outputs(plan: CopyPlan) -> dict[str, Guarded]:
