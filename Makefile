@@ -23,16 +23,16 @@ KNOW_NO_TRANSFORMERS := machine_code/ kernels/ gpu/ execution/ files/ packaging/
 	test_testing.py test_checksums.py
 
 .PHONY: test lint types format demo clean test-style test-main test-packaging \
-	test-without-triton test-without-transformers \
+	test-without-triton test-without-transformers test-fuzz \
 	release-check release-tree release-notes release-distributions release-audit
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
 .SECONDARY: $(OTHER_TRANSFORMERS:%=$(VENV)/transformers-%/.installed) $(VENV)/triton-3.6.0/.installed \
-	$(VENV)/nemo-0.7.0/.installed
+	$(VENV)/nemo-0.7.0/.installed $(VENV)/atheris-3.0.0/.installed
 
 # In this order, and the first red leg ends it.
 test: test-style test-main test-packaging $(OTHER_TRANSFORMERS:%=test-transformers-%) test-triton-3.6.0 test-nemo-0.7.0 \
-	test-without-triton test-without-transformers
+	test-without-triton test-without-transformers test-fuzz
 
 test-style: $(VENV)/installed
 	@$(LEG) "ruff and pyright" $(MAKE) --no-print-directory lint types
@@ -57,6 +57,10 @@ test-without-triton: $(VENV)/installed
 test-without-transformers: $(VENV)/installed
 	@PYTHONPATH=$(CURDIR)/tests/hide HIDDEN_PACKAGES=transformers $(LEG) "without transformers" \
 		$(PYTEST) -m "not packaging" $(filter-out $(KNOW_NO_TRANSFORMERS:%=tests/%),$(wildcard tests/test_*.py tests/*/))
+
+# A few seconds for each target, and the planted mistakes.
+test-fuzz: $(VENV)/atheris-3.0.0/.installed
+	@PYTHONPATH=$(CURDIR)/$(VENV)/atheris-3.0.0 $(LEG) "fuzzing" $(PYTEST) tests/fuzz
 
 # The oldest Triton that the kernels are written for.
 test-triton-%: $(VENV)/triton-%/.installed
@@ -127,6 +131,11 @@ $(VENV)/nemo-%/.installed: $(VENV)/installed
 	@rm -rf $(@D)
 	@$(LEG) "install NeMo AutoModel $*" \
 		$(BIN)/python -m pip install -qq --no-deps --target $(@D) nemo_automodel==$* einops==0.8.2
+	@touch $@
+
+$(VENV)/atheris-%/.installed: $(VENV)/installed
+	@rm -rf $(@D)
+	@$(LEG) "install atheris $*" $(BIN)/python -m pip install -qq --no-deps --target $(@D) atheris==$*
 	@touch $@
 
 $(VENV)/transformers-%/.installed: $(VENV)/installed

@@ -27,6 +27,8 @@ from automodel_conv.files.shards import CHECKSUMS_NAME, INDEX_NAME, Shard
 STAGING_NAME = "incomplete.automodel_conv"
 _LOCK = "lock"
 _JOURNAL = "journal.jsonl"
+# Far more than a line for every file of any checkpoint.
+_MOST_JOURNAL_BYTES = 64 << 20
 WEIGHT_SUFFIXES = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json", ".gguf", ".pt", ".pth")
 """Of weights in any format, and of what trainers keep beside them (``optimizer.pt``, ``training_args.bin``)."""
 
@@ -292,9 +294,15 @@ class _Earlier(NamedTuple):
     placing: dict[str, list[int]]
 
 
+_NOTHING = _Earlier(None, set(), set(), {})
+
+
 def _read(journal: int) -> _Earlier:
     """What the whole lines say; what a crash left of another one is cut off."""
-    data = bytearray(system.size(journal))
+    nbytes = system.size(journal)
+    if nbytes > _MOST_JOURNAL_BYTES:
+        return _NOTHING
+    data = bytearray(nbytes)
     system.read_exactly(journal, [memoryview(data)], 0, _JOURNAL)
     whole = data.rfind(b"\n") + 1
     if whole < len(data):
@@ -313,12 +321,12 @@ def _read(journal: int) -> _Earlier:
                 case {"again": str(name)}:
                     finished.discard(name)
                     verified.discard(name)
-                case {"placing": dict(value)}:
+                case {"placing": dict(value)} if all(os.path.basename(name) == name for name in value):
                     placing = value
                 case _:
-                    return _Earlier(None, set(), set(), {})
-    except ValueError:
-        return _Earlier(None, set(), set(), {})
+                    return _NOTHING
+    except (ValueError, RecursionError):
+        return _NOTHING
     return _Earlier(work, finished, verified, placing)
 
 

@@ -123,7 +123,7 @@ def parse_object(data: bytearray, path: str) -> dict[str, Any]:
             _decode_unique(text)
         if "\\u" in text:
             # An escape can spell half of a surrogate pair, which no terminal and no writer accepts.
-            "".join(parsed).encode("utf-8")
+            json.dumps(parsed, ensure_ascii=False).encode("utf-8")
     except (ValueError, RecursionError) as error:
         expected = "one object, no name twice"
         raise checkpoint_error("malformed JSON", where=path, expected=expected, found=error) from error

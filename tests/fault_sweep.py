@@ -1,0 +1,331 @@
+"""Every file call of a load, a save, a conversion and a verification failed in every way, one call at a time.
+
+    python -m tests.fault_sweep            a table: how often each way was tried, and what came of it
+
+The checkpoint is small, and one thread works, so that the n-th call is the same one each time. After each fault: one
+error or none, the right bytes if none; no descriptor, thread or file is left over; a model is untouched, or the error
+names what was filled, and that holds the right bytes. What was to be written is not a checkpoint, and the same call
+then makes it one.
+"""
+
+from __future__ import annotations
+
+import errno
+import itertools
+import json
+import os
+import sys
+import tempfile
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+import automodel_conv as amc
+from automodel_conv.errors import ConversionError
+from automodel_conv.files import system
+from automodel_conv.testing import POISON, assert_bytes_equal
+from tests.faults import CHANGING, READING, descriptors, workers
+
+CALLS = (*CHANGING, *READING)
+OPENING = ("open_readonly", "create", "open_append", "open_existing", "list_names")
+EXPERTS, INTERMEDIATE, HIDDEN = 3, 4, 6
+LAYERS = ("layers.0", "layers.1")
+
+Real = Callable[..., Any]
+
+
+class Fault(NamedTuple):
+    """A way in which a call goes wrong."""
+
+    calls: tuple[str, ...]
+    """Which can go wrong so."""
+    happen: Callable[[Real, tuple[Any, ...]], Any]
+    """Instead of the call."""
+    harmless: bool = False
+    """It must not be an error."""
+    where: Any = system
+    """What has these calls."""
+
+
+def _error(number: int) -> Callable[[Real, tuple[Any, ...]], Any]:
+    def happen(real: Real, arguments: tuple[Any, ...]) -> Any:
+        raise OSError(number, os.strerror(number))
+
+    return happen
+
+
+def _raised(error: BaseException) -> Callable[[Real, tuple[Any, ...]], Any]:
+    def happen(real: Real, arguments: tuple[Any, ...]) -> Any:
+        raise error
+
+    return happen
+
+
+def _short(real: Real, arguments: tuple[Any, ...]) -> Any:
+    """One byte, whatever was asked for."""
+    if len(arguments) == 5:  # copy_range
+        return real(*arguments[:4], 1)
+    fd, views, offset = arguments
+    return real(fd, [views[0][:1]], offset)
+
+
+def _slow(real: Real, arguments: tuple[Any, ...]) -> Any:
+    time.sleep(0.01)
+    return real(*arguments)
+
+
+FAULTS = {
+    "EIO": Fault(CALLS, _error(errno.EIO)),
+    "ESTALE": Fault(CALLS, _error(errno.ESTALE)),
+    "EMFILE": Fault(OPENING, _error(errno.EMFILE)),
+    "ENOSPC": Fault(CHANGING, _error(errno.ENOSPC)),
+    "one byte only": Fault(("preadv", "pwritev", "copy_range"), _short, harmless=True),
+    "slow": Fault(CALLS, _slow, harmless=True),
+    "no memory for a buffer": Fault(CALLS, _raised(MemoryError())),
+    "no memory for a tensor": Fault(("empty",), _raised(RuntimeError("can't allocate memory")), where=torch),
+    "no more threads": Fault(("start",), _raised(RuntimeError("can't start new thread")), where=threading.Thread),
+    "KeyboardInterrupt": Fault(CALLS, _raised(KeyboardInterrupt())),
+}
+
+
+class Model(nn.Module):
+    """Two layers of experts as transformers names and shapes them, poisoned."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([_layer(), _layer()])
+        for tensor in self.state_dict().values():
+            tensor.view(torch.uint8).fill_(POISON)
+
+
+def _layer() -> nn.Module:
+    experts, layer = nn.Module(), nn.Module()
+    experts.gate_up_proj = nn.Parameter(torch.empty(EXPERTS, 2 * INTERMEDIATE, HIDDEN))
+    experts.down_proj = nn.Parameter(torch.empty(EXPERTS, HIDDEN, INTERMEDIATE))
+    layer.experts = experts
+    layer.norm = nn.Parameter(torch.empty(HIDDEN))
+    return layer
+
+
+def rules() -> list[Any]:
+    from transformers.core_model_loading import Concatenate, MergeModulelist, WeightConverter
+
+    gate_up = ["experts.*.gate_proj.weight", "experts.*.up_proj.weight"]
+    return [
+        WeightConverter(gate_up, "experts.gate_up_proj", operations=[MergeModulelist(dim=0), Concatenate(dim=1)]),
+        WeightConverter("experts.*.down_proj.weight", "experts.down_proj", operations=[MergeModulelist(dim=0)]),
+    ]
+
+
+def write_source(directory: Path) -> None:
+    """A checkpoint of two shards, one a layer."""
+    directory.mkdir()
+    weight_map = {}
+    for number, layer in enumerate(LAYERS, 1):
+        generator = torch.Generator().manual_seed(number)
+        made = {f"{layer}.norm": torch.randn(HIDDEN, generator=generator)}
+        for expert in range(EXPERTS):
+            for part, shape in (
+                ("gate", (INTERMEDIATE, HIDDEN)),
+                ("up", (INTERMEDIATE, HIDDEN)),
+                ("down", (HIDDEN, INTERMEDIATE)),
+            ):
+                made[f"{layer}.experts.{expert}.{part}_proj.weight"] = torch.randn(shape, generator=generator)
+        save_file(made, directory / f"model-{number:05}-of-00002.safetensors")
+        weight_map |= dict.fromkeys(made, f"model-{number:05}-of-00002.safetensors")
+    (directory / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+
+
+# --- what is done, and what must hold after it ------------------------------------------------------------------------
+
+
+class Sweep:
+    """A checkpoint, what becomes of it without faults, and a directory to write to."""
+
+    def __init__(self, root: Path, threads: int = 1):
+        self.root = root
+        self.threads = threads
+        self.source = root / "source"
+        write_source(self.source)
+        self.model = Model()
+        amc.load_model(self.model, self.source, rules=rules())
+        self.wanted = {name: tensor.clone() for name, tensor in self.model.state_dict().items()}
+        self.files = {}
+        for verb in ("save", "convert"):
+            getattr(self, verb)(root / verb)
+            self.files[verb] = _files(root / verb)
+        self._number = itertools.count()
+
+    def load(self, model: Model, layout: str | None = None) -> None:
+        amc.load_model(model, self.source, rules=rules(), layout=layout, threads=self.threads)
+
+    def load_state_dict(self) -> dict[str, torch.Tensor]:
+        return amc.load_state_dict(self.source, rules=rules(), threads=self.threads)
+
+    def save(self, directory: Path) -> None:
+        amc.save_checkpoint(self.model, directory, rules=rules(), max_shard_size=700, threads=self.threads)
+
+    def convert(self, directory: Path) -> None:
+        amc.convert_checkpoint(
+            self.source, directory, rules=rules(), max_shard_size=700, threads=self.threads, verify=True
+        )
+
+    def verify(self) -> None:
+        amc.verify_checkpoint(self.source, self.root / "convert", rules=rules(), threads=self.threads)
+
+    def try_load(self, told: Callable[[Callable[[], object]], BaseException | None]) -> None:
+        model = Model()
+        error = told(lambda: self.load(model))
+        filled = str(error).partition("filled:")[2]
+        for name, tensor in model.state_dict().items():
+            if error is None or name in filled.split():
+                assert_bytes_equal(tensor, self.wanted[name])
+        if isinstance(error, ConversionError) and not filled:
+            assert all(bool((t.view(torch.uint8) == POISON).all()) for t in model.state_dict().values())
+
+    def try_load_state_dict(self, told: Callable[[Callable[[], object]], BaseException | None]) -> None:
+        found: list[dict[str, torch.Tensor]] = []
+        if told(lambda: found.append(self.load_state_dict())) is None:
+            for name, tensor in self.wanted.items():
+                assert_bytes_equal(found[0][name], tensor)
+
+    def try_save(self, told: Callable[[Callable[[], object]], BaseException | None]) -> None:
+        directory = self.root / f"out-{next(self._number)}"
+        if told(lambda: self.save(directory)) is not None and not self._is_whole(directory, "save"):
+            left = {path.name for path in directory.rglob("*") if path.is_file()} if directory.exists() else set()
+            assert left <= {"lock", "journal.jsonl"}, left
+            self.save(directory)
+        assert _files(directory) == self.files["save"]
+
+    def try_convert(self, told: Callable[[Callable[[], object]], BaseException | None]) -> None:
+        directory = self.root / f"out-{next(self._number)}"
+        if told(lambda: self.convert(directory)) is not None and not self._is_whole(directory, "convert"):
+            if directory.exists():
+                _assert_refused(directory)
+            self.convert(directory)
+        assert _files(directory) == self.files["convert"]
+
+    def try_verify(self, told: Callable[[Callable[[], object]], BaseException | None]) -> None:
+        told(self.verify)
+
+    def _is_whole(self, directory: Path, verb: str) -> bool:
+        """Whether the fault came when all was done, but for what is tidied up."""
+        return directory.exists() and _files(directory) == self.files[verb]
+
+
+VERBS = ("load", "load_state_dict", "save", "convert", "verify")
+
+
+def _files(directory: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(directory.iterdir()) if path.is_file()}
+
+
+def _assert_refused(directory: Path) -> None:
+    try:
+        amc.open_checkpoint(directory)
+    except ConversionError:
+        return
+    raise AssertionError(f"{directory} is taken for a checkpoint: {sorted(_files(directory))}")
+
+
+# --- the sweep --------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def watched(fault: Fault, before: Callable[[str, Real, tuple[Any, ...]], Any]) -> Iterator[None]:
+    """The calls that a fault can happen to are made by ``before``."""
+    real = {name: getattr(fault.where, name) for name in fault.calls}
+    for name, function in real.items():
+        setattr(fault.where, name, lambda *given, n=name, f=function, **named: before(n, partial(f, **named), given))
+    try:
+        yield
+    finally:
+        for name, function in real.items():
+            setattr(fault.where, name, function)
+
+
+def count_calls(sweep: Sweep, verb: str, fault: Fault) -> int:
+    """How many calls of a verb the fault can happen to."""
+    names: list[str] = []
+
+    def counted(name: str, real: Real, arguments: tuple[Any, ...]) -> Any:
+        names.append(name)
+        return real(*arguments)
+
+    def told(work: Callable[[], object]) -> None:
+        with watched(fault, counted):
+            work()
+
+    getattr(sweep, f"try_{verb}")(told)
+    return len(names)
+
+
+def sweep_one(sweep: Sweep, verb: str, fault: Fault) -> Counter[str]:
+    """A fault at each call of a verb that it can happen to; how often it was an error, and how often none."""
+    found: Counter[str] = Counter()
+    for number in range(count_calls(sweep, verb, fault)):
+        happened, error = fault_at(sweep, verb, fault, number)
+        if happened:  # how many threads are started is not the same each time
+            found["error" if error is not None else "none"] += 1
+    return found
+
+
+def fault_at(sweep: Sweep, verb: str, fault: Fault, at: int) -> tuple[bool, BaseException | None]:
+    """Whether the call with this number was made and went wrong, and the error, if it was one."""
+    numbers = itertools.count()
+    happened: list[str] = []
+
+    def faulty(name: str, real: Real, arguments: tuple[Any, ...]) -> Any:
+        if next(numbers) == at:
+            happened.append(name)
+            return fault.happen(real, arguments)
+        return real(*arguments)
+
+    errors: list[BaseException] = []
+
+    def told(work: Callable[[], object]) -> BaseException | None:
+        with watched(fault, faulty):
+            try:
+                work()
+            except (ConversionError, MemoryError, RuntimeError, KeyboardInterrupt) as error:
+                errors.append(error)
+        return errors[0] if errors else None
+
+    before = descriptors(), threading.active_count()
+    getattr(sweep, f"try_{verb}")(told)
+    assert not (errors and fault.harmless), f"{verb}, {happened}: {errors[0]}"
+    assert workers() == [], f"{verb}, {happened}: a thread is left"
+    assert (descriptors(), threading.active_count()) == before, f"{verb}, {happened}: something is left open"
+    return bool(happened), errors[0] if errors else None
+
+
+def main() -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title="each fault at each call that it can happen to: errors / none, and the right bytes")
+    table.add_column("fault")
+    for verb in VERBS:
+        table.add_column(verb, justify="right")
+    total = 0
+    with tempfile.TemporaryDirectory() as root:
+        sweep = Sweep(Path(root))
+        for name, fault in FAULTS.items():
+            found = {verb: sweep_one(sweep, verb, fault) for verb in VERBS}
+            total += sum(sum(counts.values()) for counts in found.values())
+            table.add_row(name, *(f"{counts['error']} / {counts['none']}" for counts in found.values()))
+    Console(width=120).print(table)
+    sys.stdout.write(f"{total} faults; nothing was left open, and no byte was wrong\n")
+
+
+if __name__ == "__main__":
+    main()
