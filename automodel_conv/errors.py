@@ -6,11 +6,25 @@ rule), what was expected, what was found, what to do. ``message`` builds that te
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
+
+# What moves a terminal's cursor, turns the direction of text or cannot be encoded: C0 but tab and line feed, C1,
+# separators and directions of Unicode, halves of surrogate pairs.
+_UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+_LONGEST_LINE = 2000
 
 
 class ConversionError(ValueError):
-    """Base class of every error this package raises on purpose."""
+    """Base class of every error this package raises on purpose.
+
+    Its text may go to a terminal or a log though names in it come from strangers: what cannot be printed is escaped,
+    and long lines are cut.
+    """
+
+    def __init__(self, text: str = ""):
+        lines = [f"{line[:_LONGEST_LINE]}..." if len(line) > _LONGEST_LINE else line for line in text.split("\n")]
+        super().__init__(_UNPRINTABLE.sub(lambda found: ascii(found[0])[1:-1], "\n".join(lines)))
 
 
 class CheckpointError(ConversionError):

@@ -43,10 +43,25 @@ def allocate(targets: Iterable[Target], device: torch.device | str = "cpu") -> d
 
     Raises:
         UnsupportedError: this torch has no dtype for a target.
+        ConversionError: the host has no memory for it.
     """
     buffers = {}
     for target in targets:
-        buffer = torch.empty(target.shape, dtype=dtype_of(target.dtype, target.name), device=device)
+        dtype = dtype_of(target.dtype, target.name)
+        try:
+            buffer = torch.empty(target.shape, dtype=dtype, device=device)
+        except torch.OutOfMemoryError:  # a device's, which callers know how to meet
+            raise
+        except RuntimeError as error:
+            raise ConversionError(
+                message(
+                    "no memory for a tensor",
+                    where=target.name,
+                    expected=f"{target.nbytes} bytes for {target.dtype} {list(target.shape)}",
+                    found=error,
+                    do="free memory, or load a part of it; if the shape is absurd, do not trust this checkpoint",
+                )
+            ) from error
         if buffer.device.type == "cpu" and buffer.nbytes >= _ADVISE_BYTES:
             system.advise_huge_pages(buffer.data_ptr(), buffer.nbytes)
         buffers[target.name] = buffer

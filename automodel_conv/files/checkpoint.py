@@ -215,6 +215,8 @@ def _refuse_other_formats(file: str) -> None:
 
 
 def _read_index(path: str) -> dict[str, str]:
+    if not system.is_file(path):  # opening a pipe would wait for its other end
+        raise checkpoint_error("an index that is not a file", where=path, expected="a regular file")
     data = with_open(path, lambda fd: read_limited(fd, path, MAX_INDEX_BYTES))
     weight_map = parse_object(data, path).get("weight_map")
     if type(weight_map) is not dict or not weight_map:

@@ -2,7 +2,7 @@
 
 Source: safetensors 0.8.0, the format section of its README and ``Metadata::validate`` in
 ``tensor.rs``. Where the two differ the stricter one holds: a header starts with ``{``, and no name
-occurs twice.
+occurs twice. Stricter than both, names are short and printable.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ from automodel_conv.files import system
 
 # Source: MAX_HEADER_SIZE in safetensors/src/tensor.rs.
 MAX_HEADER_BYTES = 100_000_000
+# Patterns of rules may take a time that grows with the square of a name's length. The longest of a model has some 150.
+_LONGEST_NAME = 1024
 # Sizes are kept as signed 64-bit integers further on.
 _MAX_BITS = 2**63 - 1
 
@@ -143,6 +145,7 @@ def _check_header(data: bytearray, file_bytes: int, path: str) -> Header:
             found=short(metadata),
         )
     names = list(parsed)
+    _check_names(names, path)
     dtypes: list[str] = []
     shapes: list[tuple[int, ...]] = []
     starts: list[int] = []
@@ -167,6 +170,20 @@ def _check_header(data: bytearray, file_bytes: int, path: str) -> Header:
         [data_start + start for start in starts],
         [end - start for start, end in zip(starts, ends, strict=True)],
         metadata,
+    )
+
+
+def _check_names(names: list[str], path: str) -> None:
+    """Names are short, and a line of text."""
+    if "".join(names).isprintable() and max(map(len, names), default=0) <= _LONGEST_NAME:
+        return
+    name = next(name for name in names if len(name) > _LONGEST_NAME or not name.isprintable())
+    raise _fault(
+        "a name that no model has",
+        path,
+        name,
+        f"at most {_LONGEST_NAME} printable characters",
+        f"{len(name)} characters",
     )
 
 

@@ -1,0 +1,142 @@
+"""Many loads at once, in one process and in many; beside a conversion; after a fork; a hook that threads race for."""
+
+import multiprocessing
+import os
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+pytest.importorskip("transformers", reason="the merging rules are transformers'")
+if sys.platform != "linux":
+    pytest.skip("processes are forked", allow_module_level=True)
+
+import automodel_conv as amc
+from automodel_conv.errors import ConversionError
+from automodel_conv.testing import assert_bytes_equal
+from tests.fault_sweep import Model, Sweep, rules
+from tests.faults import descriptors, workers
+
+LOADS = 32
+PROCESSES = 8
+
+
+@pytest.fixture(scope="module")
+def sweep(tmp_path_factory):
+    return Sweep(tmp_path_factory.mktemp("concurrency"))
+
+
+def assert_right(model, sweep):
+    for name, tensor in model.state_dict().items():
+        assert_bytes_equal(tensor, sweep.wanted[name])
+
+
+def load(sweep, threads):
+    model = Model()
+    amc.load_model(model, sweep.source, rules=rules(), threads=threads)
+    return model
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_loads_at_once_in_one_process_are_right(sweep, threads):
+    before = descriptors()
+    start = threading.Barrier(LOADS)
+
+    def one(_):
+        start.wait()
+        return load(sweep, threads)
+
+    with ThreadPoolExecutor(LOADS) as pool:
+        models = list(pool.map(one, range(LOADS)))
+    for model in models:
+        assert_right(model, sweep)
+    assert workers() == []
+    assert descriptors() == before
+
+
+def _in_child(sweep, answers):
+    try:
+        assert_right(load(sweep, 2), sweep)
+        answers.put(None)
+    except BaseException as error:
+        answers.put(repr(error))
+
+
+def test_processes_forked_after_a_load_load_at_once(sweep):
+    """What a load leaves in a process (pools, locks, caches) does not stop its children."""
+    load(sweep, 2)
+    context = multiprocessing.get_context("fork")
+    answers = context.SimpleQueue()
+    children = [context.Process(target=_in_child, args=(sweep, answers)) for _ in range(PROCESSES)]
+    for child in children:
+        child.start()
+    for child in children:
+        child.join(60)
+        assert child.exitcode == 0
+    assert [answers.get() for _ in children] == [None] * PROCESSES
+    assert_right(load(sweep, 2), sweep)
+
+
+def test_a_load_beside_a_conversion_is_refused_or_right(sweep, tmp_path):
+    """Until the index is there the directory is no checkpoint; from then on it is the whole one."""
+    directory = tmp_path / "made"
+    refused, loaded = [], []
+    done = threading.Event()
+
+    def loading():
+        while True:
+            last = done.is_set()
+            try:
+                loaded.append(amc.load_state_dict(directory, rules=[], threads=1))
+            except ConversionError as error:
+                refused.append(error)
+            if last:
+                return
+
+    thread = threading.Thread(target=loading)
+    thread.start()
+    sweep.convert(directory)
+    done.set()
+    thread.join()
+    assert refused
+    assert loaded
+    for found in loaded:
+        for name, tensor in sweep.wanted.items():
+            assert_bytes_equal(found[name], tensor)
+
+
+def test_installing_and_uninstalling_by_many_threads_ends_as_it_began():
+    import transformers.modeling_utils as modeling
+
+    before = dict(vars(modeling)), dict(vars(modeling.PreTrainedModel))
+    start = threading.Barrier(16)
+
+    def race(number):
+        start.wait()
+        for _ in range(50):
+            if number % 2:
+                amc.install()
+                amc.uninstall()
+            else:
+                with amc.accelerate_transformers():
+                    pass
+
+    with ThreadPoolExecutor(16) as pool:
+        list(pool.map(race, range(16)))
+    after = dict(vars(modeling)), dict(vars(modeling.PreTrainedModel))
+    for was, now in zip(before, after, strict=True):
+        assert was.keys() == now.keys()
+        assert all(now[name] is value for name, value in was.items())
+
+
+def test_a_soak_of_a_few_rounds_is_flat(tmp_path):
+    """``python -m tests.soak`` does a thousand."""
+    from tests.soak import soak
+
+    measured = soak(tmp_path, rounds=40, every=10)
+    assert measured[-1].descriptors == measured[0].descriptors
+    assert measured[-1].threads == measured[0].threads
+    assert measured[-1].mappings <= measured[0].mappings + 8
+    assert measured[-1].resident_bytes <= measured[0].resident_bytes + (16 << 20)
+    assert sorted(os.listdir(tmp_path)) == ["convert", "save", "source"]
