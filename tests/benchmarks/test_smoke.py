@@ -10,7 +10,7 @@ import torch
 
 from automodel_conv import open_checkpoint
 from automodel_conv.planning.registry import transformers_available
-from benchmarks import dequant, from_pretrained, loading, measure, planning, saving, shapes, sharded
+from benchmarks import dequant, from_pretrained, integrity, loading, measure, planning, saving, shapes, sharded
 
 pytestmark = pytest.mark.skipif(not transformers_available(), reason="benchmarks build models of transformers")
 
@@ -258,3 +258,13 @@ def test_sparse_checkpoints_have_the_size_but_not_the_blocks(tmp_path):
 @pytest.mark.parametrize("shape", [shapes.QWEN3_235B, shapes.DEEPSEEK_V3], ids=lambda s: s.name)
 def test_shapes_have_as_many_tensors_as_the_published_checkpoints(shape):
     assert len(shapes.checkpoint_tensors(shape, shapes.meta_model(shape))) == shape.keys
+
+
+def test_integrity_times_loads_and_plans_with_and_without(tmp_path, capsys):
+    file = tmp_path / "result.json"
+    arguments = ["--size", "small", "--repetitions", "2", "--directory", str(tmp_path), "--json", str(file)]
+    integrity.main(arguments)
+    assert "checksums verified" in capsys.readouterr().out
+    seconds = json.loads(file.read_text())["seconds"]
+    assert set(seconds) == {"load", "load, checksums verified", "plan", "plan, not proved"}
+    assert all(len(times) == 2 and min(times) > 0 for times in seconds.values())
