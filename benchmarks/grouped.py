@@ -46,9 +46,7 @@ def per_expert(name: str, grouped: Tensor, first: int = 0) -> dict[str, Tensor]:
     return {f"{path}.{expert}.{part}.weight": view for part, views in parts for expert, view in enumerate(views, first)}
 
 
-def new_buffers(
-    shapes: Mapping[str, tuple[int, ...]], transposed: bool
-) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+def new_buffers(shapes: Mapping[str, tuple[int, ...]], transposed: bool) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Memory for a model in bfloat16, advised to use huge pages, and the view of it for each tensor of the checkpoint.
 
     Args:

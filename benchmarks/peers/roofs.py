@@ -50,7 +50,11 @@ def preadv_touched(directory: str, threads: int) -> Callable[[], object]:
 def memcpy(directory: str, threads: int) -> Callable[[], object]:
     """As many bytes from memory to memory; both were written before."""
     sources = [_touched(path.stat().st_size) for path in _files(directory)]
-    runs = [run for source in sources for run in zip(source.split(_RUN_BYTES), _touched(source.nbytes).split(_RUN_BYTES))]
+    runs = [
+        run
+        for source in sources
+        for run in zip(source.split(_RUN_BYTES), _touched(source.nbytes).split(_RUN_BYTES), strict=False)
+    ]
 
     def run() -> None:
         with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
