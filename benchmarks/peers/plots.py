@@ -47,6 +47,8 @@ def draw(path: Path, title: str, folder: Path) -> list[Path]:
         axes.set_yscale("log")
         axes.set_xticks(every, [_short(x) for x in every])
         axes.xaxis.set_minor_locator(ticker.NullLocator())
+        axes.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_minor_locator(ticker.NullLocator())
         axes.yaxis.set_major_formatter(ticker.FormatStrFormatter("%g"))
         axes.set_xlabel(title, color=ink)
         axes.set_ylabel("seconds", color=ink)
