@@ -10,12 +10,13 @@ directory that is removed at the end. What each method does is said in ``methods
 ``roofs.py``; peers are pinned in ``benchmarks/peers.txt`` and installed into ``.venv/peers``.
 
 Every run is a process of its own that first loads a tiny checkpoint in the same way: imports and what is made once are
-not timed. Then it touches memory of one and a half times the size of the files and gives it back: on a virtual machine
-the first touch of memory that the host had taken is many times slower than the reading. Timed is from the call, buffers
-included, until all bytes are in their final places. Methods take turns; medians and 20th to 80th percentiles are told.
+not timed. Last before the timing it touches memory of two and a half times the size of the files and gives it back: on a
+virtual machine the first touch of memory that the host had taken is many times slower than the reading. Timed is from
+the call, buffers included, until all bytes are in their final places. Methods take turns; medians and 20th to 80th
+percentiles are told.
 
 The same for all: ``THP_MEM_ALLOC_ENABLE=1``, so that torch advises its large allocations to use huge pages, and buffers
-given to peers are advised too; the number of threads, where one can choose it. On a warm page cache fastsafetensors and
+given to peers are advised too, except in the row that says so; the number of threads, where one can choose it. On a warm page cache fastsafetensors and
 Run:ai's streamer are told to read through it (``FASTSAFETENSORS_ODIRECT=0``,
 ``RUNAI_STREAMER_FS_STRATEGY=sync_buffered``), on a cold one they have their defaults. Cold: every file is written back
 and dropped from the page cache, which mincore(2) then confirms; what is below (a host, a controller) may still hold it.
@@ -55,6 +56,10 @@ def jobs_of(methods: Sequence[str], caches: Sequence[str], big: str, warm_up: st
     return jobs
 
 
+def _huge_pages(name: str) -> bool:
+    return name in ROOFS or METHODS[name].huge_pages
+
+
 def run(
     shape: Shape, methods: Sequence[str], caches: Sequence[str], repetitions: int, threads: int, directory: str | None
 ) -> dict[str, Any]:
@@ -73,7 +78,7 @@ def run(
             {key: ["-m", "benchmarks.peers", "--worker", json.dumps(job.as_dict())] for key, job in jobs.items()},
             repetitions,
             lambda: None,
-            {key: variables(job.cache) for key, job in jobs.items()},
+            {key: variables(job.cache, _huge_pages(job.method)) for key, job in jobs.items()},
         )
         nbytes = measure.file_bytes(big)
     rows = []

@@ -39,6 +39,8 @@ class Method(NamedTuple):
     prepare: Prepare
     installed: bool = True
     """Whether the development environment has it."""
+    huge_pages: bool = True
+    """Whether torch is told to ask for huge pages, which it does not do by itself."""
 
 
 def from_pretrained(directory: str, threads: int, transposed: bool) -> Run:
@@ -255,6 +257,9 @@ def _files(directory: str) -> list[str]:
 
 METHODS: Mapping[str, Method] = {
     "transformers": Method("transformers from_pretrained", "transformers", from_pretrained),
+    "transformers-as-it-comes": Method(
+        "the same without huge pages, as it comes", "transformers", from_pretrained, huge_pages=False
+    ),
     "safetensors-stack": Method("safetensors, stack and cat", "safetensors", safetensors_stack),
     "safetensors-copy": Method("safetensors, copy_", "safetensors", safetensors_copy),
     "dcp": Method("torch DCP into views", "torch", torch_dcp),

@@ -129,7 +129,7 @@ def run(axis: str, methods: Sequence[str], repetitions: int, smaller: int, direc
             {m: ["-m", "benchmarks.peers", "--worker", json.dumps(job.as_dict())] for m, job in jobs.items()},
             repetitions,
             lambda: None,
-            {m: variables("warm") for m in methods},
+            {m: variables("warm", METHODS[m].huge_pages) for m in methods},
         )
         sizes = [measure.file_bytes(path) for path in where]
     lines = []

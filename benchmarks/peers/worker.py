@@ -21,7 +21,7 @@ LAYOUTS = {"[E, 2I, H]": False, "[E, H, 2I]": True}
 """How gate and up lie, and whether that is transposed."""
 CACHES = ("warm", "cold")
 
-# torch then advises large new tensors to use huge pages, in every method; buffers given to peers are advised besides.
+# torch then advises large new tensors to use huge pages; buffers given to peers are advised besides.
 _HUGE_PAGES = {"THP_MEM_ALLOC_ENABLE": "1"}
 # Else these two would read past the page cache, which is what they are good at, but not while it is warm.
 _BUFFERED = {"FASTSAFETENSORS_ODIRECT": "0", "RUNAI_STREAMER_FS_STRATEGY": "sync_buffered"}
@@ -52,14 +52,15 @@ class Job:
         return asdict(self)
 
 
-def variables(where: str) -> dict[str, str]:
-    """Of the environment of every process, whatever it loads with.
+def variables(where: str, huge_pages: bool = True) -> dict[str, str]:
+    """Of the environment of a process.
 
     Args:
         where: state of the page cache.
+        huge_pages: torch asks for them.
     """
     path = os.pathsep.join(filter(None, (os.environ.get("PYTHONPATH"), str(overlay.FOLDER))))
-    return {**_HUGE_PAGES, **(_BUFFERED if where == "warm" else {}), "PYTHONPATH": path}
+    return {**(_HUGE_PAGES if huge_pages else {}), **(_BUFFERED if where == "warm" else {}), "PYTHONPATH": path}
 
 
 def work(job: Job, repetition: int) -> list[dict[str, Any]]:
@@ -84,12 +85,13 @@ def work(job: Job, repetition: int) -> list[dict[str, Any]]:
 
 def _load(job: Job, directory: str, threads: int, repetition: int) -> dict[str, Any]:
     run = _prepare(job, directory, threads)
-    # On a virtual machine the first touch of memory that the host had taken is many times slower than the reading.
-    ready_memory(3 * measure.file_bytes(directory) // 2)
     if job.cache == "cold":
         cache.evict(directory)
     else:
         measure.read_through(directory)
+    # On a virtual machine the first touch of memory that the host has taken is many times slower than the reading, and
+    # the host takes free memory after a second or two: this is last.
+    ready_memory(5 * measure.file_bytes(directory) // 2)
     share = cache.cached_share(directory)
     if not (share <= _MOST_COLD if job.cache == "cold" else share >= _LEAST_WARM):
         raise RuntimeError(f"{share:.1%} of the files are in the page cache, which is not {job.cache}")

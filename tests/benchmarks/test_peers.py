@@ -60,6 +60,7 @@ def test_only_a_warm_cache_is_asked_for_by_those_who_read_past_it():
     assert variables("warm")["FASTSAFETENSORS_ODIRECT"] == "0"
     assert "FASTSAFETENSORS_ODIRECT" not in variables("cold")
     assert variables("cold")["THP_MEM_ALLOC_ENABLE"] == "1"
+    assert "THP_MEM_ALLOC_ENABLE" not in variables("cold", huge_pages=False)
 
 
 def test_every_peer_is_pinned():
