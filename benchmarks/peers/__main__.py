@@ -10,14 +10,14 @@ directory that is removed at the end. What each method does is said in ``methods
 ``roofs.py``; peers are pinned in ``benchmarks/peers.txt`` and installed into ``.venv/peers``.
 
 Every run is a process of its own that first loads a tiny checkpoint in the same way: imports and what is made once are
-not timed. Last before the timing it touches memory of two and a half times the size of the files and gives it back: on a
-virtual machine the first touch of memory that the host had taken is many times slower than the reading. Timed is from
+not timed. Last before the timing it touches memory of two and a half times the size of the files and gives it back: on
+a virtual machine the first touch of memory that the host had taken is many times slower than the reading. Timed is from
 the call, buffers included, until all bytes are in their final places. Methods take turns; medians and 20th to 80th
 percentiles are told.
 
 The same for all: ``THP_MEM_ALLOC_ENABLE=1``, so that torch advises its large allocations to use huge pages, and buffers
-given to peers are advised too, except in the row that says so; the number of threads, where one can choose it. On a warm page cache fastsafetensors and
-Run:ai's streamer are told to read through it (``FASTSAFETENSORS_ODIRECT=0``,
+given to peers are advised too, except in the row that says so; the number of threads, where one can choose it. On a
+warm page cache fastsafetensors and Run:ai's streamer are told to read through it (``FASTSAFETENSORS_ODIRECT=0``,
 ``RUNAI_STREAMER_FS_STRATEGY=sync_buffered``), on a cold one they have their defaults. Cold: every file is written back
 and dropped from the page cache, which mincore(2) then confirms; what is below (a host, a controller) may still hold it.
 
