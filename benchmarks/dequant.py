@@ -27,7 +27,7 @@ dcp                     ``QuantizedHuggingFaceStorageReader`` into tensors per e
 
 Every run is a process of its own. A matrix is dequantized once before the timing and then several times, of which the
 median counts; each time into new memory, tables included. A layer is loaded once, after a tiny one and after memory was
-touched and given back, see ``benchmarks.loading``. Memory is the peak of anonymous memory above the level at the start
+touched and given back, see ``benchmarks.peers``. Memory is the peak of anonymous memory above the level at the start
 of the timing. All use the same number of threads, as far as they let one choose.
 
 Peers round twice, to float32 and then to bfloat16, where ours rounds once, so their bytes may differ. In the first
@@ -64,7 +64,7 @@ from automodel_conv.kernels.code_tables import CODE_VALUES, code_table
 from automodel_conv.kernels.dequantize import dequantize_torch
 from automodel_conv.measuring import PeakMemory, ready_memory
 from benchmarks import measure
-from benchmarks.loading import per_expert
+from benchmarks.grouped import per_expert
 from benchmarks.shapes import SMALL, Shape, checkpoint_tensors, meta_model
 from benchmarks.show import show, show_environment
 

@@ -3,7 +3,7 @@
     python -m benchmarks.from_pretrained [--layers N] [--size full|small] [--repetitions N] [--directory DIR]
                                          [--json FILE]
 
-The checkpoint is that of ``benchmarks.loading``: N layers with the experts of Qwen3-30B-A3B, in the page cache. Every
+The checkpoint is that of ``benchmarks.peers``: N layers with the experts of Qwen3-30B-A3B, in the page cache. Every
 run is a process of its own that loads a tiny checkpoint first, in the same way. Memory is the peak above the level at
 the start of the timing; what transformers does not convert stays mapped to the files and is resident, not anonymous.
 In the first round the tensors of both are compared by a digest; no number is printed unless they agree.

@@ -12,13 +12,16 @@ import hashlib
 import json
 import os
 import platform
+import resource
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
+from types import TracebackType
 from typing import Any, NamedTuple
 
 import numpy
@@ -26,9 +29,11 @@ from torch import Tensor
 
 import automodel_conv
 from automodel_conv.demo import digests
+from automodel_conv.measuring import PeakMemory
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 _HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+_IO = Path("/proc/self/io")
 _PACKAGES = ("torch", "triton", "transformers", "safetensors", "numpy")
 
 
@@ -56,13 +61,17 @@ def rotated(names: Sequence[str], repetition: int) -> list[str]:
 
 
 def run_interleaved(
-    commands: Mapping[str, Sequence[str]], repetitions: int, before: Callable[[], object]
+    commands: Mapping[str, Sequence[str]],
+    repetitions: int,
+    before: Callable[[], object],
+    settings: Mapping[str, Mapping[str, str]] | None = None,
 ) -> dict[str, list[dict[str, Any]]]:
     """What every worker printed, by method and repetition.
 
     Args:
         commands: arguments to this Python interpreter, by method.
         before: called before each worker starts.
+        settings: variables of a worker's environment besides those of this process, by method.
 
     Raises:
         RuntimeError: a worker failed; with the end of what it printed.
@@ -71,23 +80,83 @@ def run_interleaved(
     for repetition in range(repetitions):
         for method in rotated(list(commands), repetition):
             before()
-            results[method].append(run_worker(commands[method], repetition))
+            variables = settings[method] if settings else None
+            results[method].append(run_worker(commands[method], repetition, variables=variables))
             sys.stderr.write(f"  round {repetition + 1} of {repetitions}: {method}\n")
     return results
 
 
-def run_worker(arguments: Sequence[str], repetition: int, timeout_s: float | None = None) -> dict[str, Any]:
+def run_worker(
+    arguments: Sequence[str],
+    repetition: int,
+    timeout_s: float | None = None,
+    variables: Mapping[str, str] | None = None,
+) -> dict[str, Any]:
     """What a worker printed.
+
+    Args:
+        variables: of its environment, besides those of this process.
 
     Raises:
         RuntimeError: it failed; with the end of what it printed.
         subprocess.TimeoutExpired: it took longer.
     """
     command = [sys.executable, *arguments, "--repetition", str(repetition)]
-    run = subprocess.run(command, capture_output=True, text=True, cwd=REPOSITORY, timeout=timeout_s)
+    run = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        cwd=REPOSITORY,
+        timeout=timeout_s,
+        env={**os.environ, **(variables or {})},
+    )
     if run.returncode:
         raise RuntimeError(f"{' '.join(command)} failed:\n{run.stderr[-4000:]}")
     return json.loads(run.stdout.splitlines()[-1])
+
+
+class Measured:
+    """``with Measured() as measured: ...``; then ``measured.result``.
+
+    Seconds on the clock and of the processor (user and system, all threads), page faults, bytes read, and peak memory
+    above the level at the start. Bytes are read in three ways: ``called_bytes`` by calls that read (rchar of
+    /proc/self/io, the 1 MB a second of the measuring itself included), ``mapped_bytes`` as pages of files that came
+    into memory, ``disk_bytes`` from below the page cache (read_bytes).
+    """
+
+    def __enter__(self) -> Measured:
+        self.result: dict[str, Any] = {}
+        self._peak = PeakMemory()
+        self._peak.__enter__()
+        self._io = _io()
+        self._usage = resource.getrusage(resource.RUSAGE_SELF)
+        self._start = time.perf_counter()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        seconds = time.perf_counter() - self._start
+        usage, io = resource.getrusage(resource.RUSAGE_SELF), _io()
+        self._peak.__exit__(kind, error, trace)
+        self.result |= {
+            "seconds": seconds,
+            "cpu_seconds": usage.ru_utime + usage.ru_stime - self._usage.ru_utime - self._usage.ru_stime,
+            "minor_faults": usage.ru_minflt - self._usage.ru_minflt,
+            "major_faults": usage.ru_majflt - self._usage.ru_majflt,
+            "called_bytes": io["rchar"] - self._io["rchar"] if io else None,
+            "disk_bytes": io["read_bytes"] - self._io["read_bytes"] if io else None,
+            "mapped_bytes": self._peak.mapped_bytes,
+            "anonymous_bytes": self._peak.anonymous_bytes,
+            "resident_bytes": self._peak.resident_bytes,
+        }
+
+
+def _io() -> dict[str, int]:
+    """What /proc/self/io counts; empty where there is none."""
+    if not _IO.exists():
+        return {}
+    return {name: int(count) for name, count in (line.split(": ") for line in _IO.read_text().splitlines())}
 
 
 def cores() -> int:
@@ -110,6 +179,21 @@ def digest(tensors: Mapping[str, Tensor]) -> str:
     with ThreadPoolExecutor(cores()) as pool:
         each = pool.map(lambda item: digests({item[0]: item[1].cpu()}), sorted(tensors.items()))
         return hashlib.blake2b(repr(list(each)).encode(), digest_size=16).hexdigest()
+
+
+def check_digests(found: Mapping[str, Any]) -> None:
+    """No number without the same tensors.
+
+    Raises:
+        RuntimeError: not all digests are equal; with what each method has.
+    """
+    if any(digest != next(iter(found.values())) for digest in found.values()):
+        raise RuntimeError(f"the methods do not make the same tensors: {found}")
+
+
+def file_bytes(directory: str) -> int:
+    """Of all tensor files."""
+    return sum(path.stat().st_size for path in Path(directory).glob("*.safetensors"))
 
 
 def read_through(directory: str) -> int:

@@ -3,7 +3,7 @@
     python -m benchmarks.saving [--layers N] [--smoke] [--repetitions N] [--threads N] [--shard-size SIZE]
                                 [--method NAME ...] [--directory DIR] [--json FILE] [--table FILE]
 
-The checkpoint is that of ``benchmarks.loading``: N layers with the experts of Qwen3-30B-A3B (2 are 2.4 GB), a tensor
+The checkpoint is that of ``benchmarks.peers``: N layers with the experts of Qwen3-30B-A3B (2 are 2.4 GB), a tensor
 per expert and projection. Beside it lies the same one grouped, ``[E, 2I, H]``. All files that are written have at most
 ``--shard-size`` of data, but for those of ``cp``, which are the source's.
 
@@ -25,7 +25,7 @@ there is a fair pair, both are also measured followed by fsync of all files they
 
 Every run is a process of its own that does the same with a tiny checkpoint first: imports and everything made once are
 not timed. Its sources are in the page cache, nothing of earlier runs waits to be written, and memory of three times the
-size of the files was touched and given back, see ``benchmarks.loading``. Memory is the peak above the level at the
+size of the files was touched and given back, see ``benchmarks.peers``. Memory is the peak above the level at the
 start of the timing; by then the imports are done, and for save the model is loaded. That of ``cp`` is not measured. CPU
 time is that of the process and of ``cp``, without what the kernel does later to write to the disk.
 

@@ -3,7 +3,7 @@
     python -m benchmarks.sharded [--layers N] [--smoke] [--repetitions N] [--threads N] [--method NAME ...]
                                  [--directory DIR] [--json FILE] [--table FILE]
 
-The checkpoint is that of ``benchmarks.loading``: N layers with the experts of Qwen3-30B-A3B (2 are 2.4 GB), a tensor
+The checkpoint is that of ``benchmarks.peers``: N layers with the experts of Qwen3-30B-A3B (2 are 2.4 GB), a tensor
 per expert and projection. Four processes that talk over gloo load it: each ends with a quarter of the experts,
 ``[E/4, 2I, H]`` and ``[E/4, H, I]``, and with all of every other tensor.
 
@@ -20,7 +20,7 @@ run is that of its slowest rank. The model on the meta device, or the shapes of 
 Every rank has ``--threads`` threads, as far as it can be told (transformers: its own number).
 
 All ranks of a run are divided from one process that has imported everything; each first loads a tiny checkpoint in the
-same way. Then one of them touches memory of twice the size of the files and gives it back, see ``benchmarks.loading``.
+same way. Then one of them touches memory of twice the size of the files and gives it back, see ``benchmarks.peers``.
 The page cache is warm.
 
 Bytes read are told in three ways, since no single one fits all:
@@ -73,7 +73,7 @@ from automodel_conv.files.config import quantization_config
 from automodel_conv.measuring import PeakMemory, ready_memory
 from automodel_conv.planning.sharding import placed, shard_plan
 from benchmarks import measure
-from benchmarks.loading import advise_huge_pages, grouped_shapes, per_expert
+from benchmarks.grouped import advise_huge_pages, grouped_shapes, per_expert
 from benchmarks.shapes import (
     HALF_A_MILLION,
     SMALL,

@@ -10,7 +10,7 @@ import torch
 
 from automodel_conv import open_checkpoint
 from automodel_conv.planning.registry import transformers_available
-from benchmarks import dequant, from_pretrained, integrity, loading, measure, planning, saving, shapes, sharded
+from benchmarks import dequant, from_pretrained, integrity, measure, planning, saving, shapes, sharded
 
 pytestmark = pytest.mark.skipif(not transformers_available(), reason="benchmarks build models of transformers")
 
@@ -53,27 +53,6 @@ def test_upstream_is_stopped_once_it_knows_every_tensor(checkpoint, monkeypatch)
     assert len(slices) == shapes.SMALL.keys
     assert core.WeightConverter.convert is stock
     assert all(parameter.is_meta for parameter in model.parameters())
-
-
-def test_all_ways_of_loading_make_the_same_tensors(checkpoint):
-    found = {m: loading.work(m, checkpoint, checkpoint, 2, 0) for m in loading.METHODS}
-    for transposed in (False, True):
-        digests = {found[m]["digest"] for m in found if loading.METHODS[m][1] == transposed}
-        assert len(digests) == 1
-    assert found["ours"]["digest"] != found["ours, transposed"]["digest"]
-    assert all(result["seconds"] > 0 for result in found.values())
-
-
-def test_loading_runs_its_workers_and_prints_a_table(tmp_path, capsys):
-    file = tmp_path / "result.json"
-    methods = ["--method", "roof", "--method", "ours"]
-    arguments = ["--size", "small", "--repetitions", "1", "--threads", "1", "--json", str(file)]
-    loading.main([*arguments, *methods, "--directory", str(tmp_path)])
-    shown = capsys.readouterr().out
-    assert "roof" in shown
-    assert "ours" in shown
-    assert set(json.loads(file.read_text())["runs"]) == {"roof", "ours"}
-    assert [path.name for path in tmp_path.iterdir()] == ["result.json"]
 
 
 def test_from_pretrained_is_timed_with_the_hook_and_without(tmp_path, capsys):
@@ -229,16 +208,6 @@ def job():
 
 sharded.divided(job)
 """
-
-
-def test_no_number_is_printed_when_tensors_differ(tmp_path, capsys, monkeypatch):
-    def run_interleaved(commands, repetitions, before):
-        return {m: [{"digest": m, "seconds": 1.0}] for m in commands}
-
-    monkeypatch.setattr(measure, "run_interleaved", run_interleaved)
-    with pytest.raises(RuntimeError, match="do not make the same tensors"):
-        loading.main(["--size", "small", "--directory", str(tmp_path)])
-    assert capsys.readouterr().out == ""
 
 
 def test_a_worker_that_fails_is_reported_with_its_error():

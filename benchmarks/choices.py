@@ -1,0 +1,236 @@
+"""What each choice of the loader is worth: the same load with it, without it, or with another number.
+
+    python -m benchmarks.choices [--group NAME ...] [--layers N] [--size full|small] [--repetitions N]
+                                 [--directory DIR] [--json FILE]
+    python -m benchmarks.choices --from FILE           the table of docs/performance.md from that JSON
+
+Checkpoint, processes, warming up and timing are those of ``python -m benchmarks.peers``; only huge pages are asked for
+by the loader alone. A choice is changed by replacing a function or a number within the process that loads: none of them
+is a setting. What differs within the spread makes no difference.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import sys
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from rich.table import Table
+
+from automodel_conv.execution import copying, reading
+from automodel_conv.execution import schedule as scheduling
+from automodel_conv.files import system
+from automodel_conv.kernels import transpose
+from benchmarks import measure
+from benchmarks.peers.worker import Job, variables, work
+from benchmarks.shapes import SMALL, qwen3_30b, write_checkpoint
+from benchmarks.show import show, show_environment
+
+AS_IT_IS = "as it is"
+_MADV_POPULATE_WRITE = 23
+_TITLES = ("seconds", "times as it is", "s of CPU", "page faults", "allocated")
+
+
+class Group(NamedTuple):
+    """What can be chosen for one kind of load; the first way is how it is."""
+
+    layout: str
+    cache: str
+    ways: Mapping[str, Callable[[], None]]
+
+
+def _put(module: Any, name: str, value: Any) -> Callable[[], None]:
+    return lambda: setattr(module, name, value)
+
+
+def _each_tensor_alone() -> None:
+    reading.calls_of = lambda parts: ([part] for part in parts)
+
+
+def _populate() -> None:
+    advise = system.advise_huge_pages
+
+    def populated(address: int, nbytes: int) -> bool:
+        done = advise(address, nbytes)
+        start = -(-address // 4096) * 4096
+        system._madvise()(start, (address + nbytes) // 4096 * 4096 - start, _MADV_POPULATE_WRITE)
+        return done
+
+    system.advise_huge_pages = populated
+
+
+def _plain_copy() -> None:
+    def copy(dst: Sequence[torch.Tensor], src: Sequence[torch.Tensor]) -> None:
+        for to, of in zip(dst, src, strict=True):
+            to.copy_(of)
+
+    copying.strided_copy_torch = copy
+
+
+def _advised(advice: int) -> Callable[[], None]:
+    def change() -> None:
+        plain = system.open_readonly
+
+        def opened(path: str) -> int:
+            descriptor = plain(path)
+            os.posix_fadvise(descriptor, 0, 0, advice)
+            return descriptor
+
+        system.open_readonly = opened
+
+    return change
+
+
+def _nothing() -> None:
+    pass
+
+
+def _jobs_of(*mib: int) -> dict[str, Callable[[], None]]:
+    return {f"jobs of at most {n} MiB": _put(scheduling, "portion", lambda *_, n=n: n << 20) for n in mib}
+
+
+GROUPS: Mapping[str, Group] = {
+    "concatenated": Group(
+        "[E, 2I, H]",
+        "warm",
+        {
+            AS_IT_IS: _nothing,
+            "no huge pages": _put(system, "advise_huge_pages", lambda *_: False),
+            "pages made before reading (MADV_POPULATE_WRITE)": _populate,
+            "a call for each tensor": _each_tensor_alone,
+            **_jobs_of(1, 32, 128),
+        },
+    ),
+    "transposed": Group(
+        "[E, H, 2I]",
+        "warm",
+        {
+            AS_IT_IS: _nothing,
+            "no huge pages": _put(system, "advise_huge_pages", lambda *_: False),
+            "copy_ of torch from scratch": _plain_copy,
+            "slabs of at most 1 MiB": _put(scheduling, "_SLAB_BYTES", 1 << 20),
+            "slabs of at most 32 MiB": _put(scheduling, "_SLAB_BYTES", 32 << 20),
+            "panels of 64 rows": _put(transpose, "_PANEL_ROWS", 64),
+            "panels of 256 rows": _put(transpose, "_PANEL_ROWS", 256),
+        },
+    ),
+    "cold": Group(
+        "[E, 2I, H]",
+        "cold",
+        {
+            AS_IT_IS: _nothing,
+            "sequential reading told (POSIX_FADV_SEQUENTIAL)": _advised(os.POSIX_FADV_SEQUENTIAL),
+            "the whole file asked for (POSIX_FADV_WILLNEED)": _advised(os.POSIX_FADV_WILLNEED),
+            **_jobs_of(1, 32, 128),
+        },
+    ),
+}
+
+
+def run(names: Sequence[str], layers: int | None, repetitions: int, directory: str | None) -> dict[str, Any]:
+    """All runs, by group and way.
+
+    Args:
+        layers: of the experts of Qwen3-30B-A3B; a tiny checkpoint if not given.
+
+    Raises:
+        RuntimeError: two ways do not make the same tensors, or a run failed.
+    """
+    shape = SMALL if layers is None else qwen3_30b(layers)
+    with tempfile.TemporaryDirectory(prefix="benchmark-choices-", dir=directory) as root:
+        big, warm_up = os.path.join(root, "big"), os.path.join(root, "warm-up")
+        write_checkpoint(shape, big)
+        write_checkpoint(SMALL, warm_up)
+        commands, settings = {}, {}
+        for name in names:
+            for way in GROUPS[name].ways:
+                where = {"group": name, "way": way, "big": big, "warm_up": warm_up}
+                commands[f"{name}: {way}"] = ["-m", "benchmarks.choices", "--worker", json.dumps(where)]
+                settings[f"{name}: {way}"] = variables(GROUPS[name].cache, huge_pages=False)
+        found = measure.run_interleaved(commands, repetitions, lambda: None, settings)
+        nbytes = measure.file_bytes(big)
+    rows = []
+    for name in names:
+        runs = {way: [one["loads"][0] for one in found[f"{name}: {way}"]] for way in GROUPS[name].ways}
+        measure.check_digests({way: each[0]["digest"] for way, each in runs.items()})
+        rows += [{"group": name, "way": way, "runs": each} for way, each in runs.items()]
+    return {"shape": shape.name, "file_bytes": nbytes, "threads": measure.cores(), "rows": rows}
+
+
+def load(group: str, way: str, big: str, warm_up: str, repetition: int) -> list[dict[str, Any]]:
+    """In a process of its own: the change, and then a load."""
+    GROUPS[group].ways[way]()
+    job = Job("ours", [(big, measure.cores())], warm_up, GROUPS[group].layout, GROUPS[group].cache)
+    return work(job, repetition)
+
+
+def cells(result: Mapping[str, Any]) -> list[list[str]]:
+    """The table, a line of cells for each way; a heading is alone."""
+    lines: list[list[str]] = []
+    for row in result["rows"]:
+        if row["way"] == AS_IT_IS:
+            as_it_is = statistics.median(run["seconds"] for run in row["runs"])
+            lines.append([f"{GROUPS[row['group']].layout}, {GROUPS[row['group']].cache} page cache"])
+        medians = {key: statistics.median(run[key] for run in row["runs"]) for key in row["runs"][0] if key != "digest"}
+        lines.append(
+            [
+                row["way"],
+                measure.spread([run["seconds"] for run in row["runs"]]).text(),
+                f"{medians['seconds'] / as_it_is:.2f}x",
+                f"{medians['cpu_seconds']:.2f}",
+                f"{medians['minor_faults']:.0f}",
+                f"{medians['anonymous_bytes'] / result['file_bytes']:.2f}x",
+            ]
+        )
+    return lines
+
+
+def markdown(result: Mapping[str, Any]) -> str:
+    lines = [f"| | {' | '.join(_TITLES)} |", "|---" * (len(_TITLES) + 1) + "|"]
+    for line in cells(result):
+        lines.append(f"| {' | '.join(line)} |" if len(line) > 1 else f"| *{line[0]}* |" + " |" * len(_TITLES))
+    return "\n".join(lines)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.choices", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--group", action="append", choices=GROUPS, help="default: all")
+    parser.add_argument("--layers", type=int, default=2)
+    parser.add_argument("--size", choices=("full", "small"), default="full")
+    parser.add_argument("--repetitions", type=int, default=5)
+    parser.add_argument("--directory", help="where a temporary directory is made; it needs the size of the files")
+    parser.add_argument("--json", metavar="FILE", help="write all runs and the environment")
+    parser.add_argument("--from", dest="source", metavar="FILE", help="print the table of such a file in Markdown")
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    parser.add_argument("--repetition", type=int, default=0, help=argparse.SUPPRESS)
+    options = parser.parse_args(arguments)
+    if options.worker:
+        loads = load(**json.loads(options.worker), repetition=options.repetition)
+        sys.stdout.write(json.dumps({"loads": loads}) + "\n")
+        return
+    if options.source:
+        show(markdown(measure.read_json(options.source)))
+        return
+    environment = measure.environment()
+    layers = options.layers if options.size == "full" else None
+    result = run(options.group or list(GROUPS), layers, options.repetitions, options.directory)
+    show_environment(environment)
+    table = Table(title=f"{result['shape']}, {result['threads']} threads", title_justify="left")
+    for title in ("", *_TITLES):
+        table.add_column(title, justify="right" if title else "left")
+    for line in cells(result):
+        table.add_row(*line)
+    show(table)
+    measure.write_json(options.json, {"environment": environment, **result})
+
+
+if __name__ == "__main__":
+    main()

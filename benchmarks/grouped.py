@@ -1,0 +1,68 @@
+"""Grouped buffers as peers fill them: their names and shapes, and a view of them for every tensor of the checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+import automodel_conv as amc
+from automodel_conv.files import system
+
+GROUPED = ("gate_up_proj", "down_proj")
+"""The last parts of the names of grouped tensors, as transformers has them."""
+
+
+def grouped_shapes(directory: str) -> dict[str, tuple[int, ...]]:
+    """What the model has: names and shapes, experts grouped as ``[E, 2I, H]`` and ``[E, H, I]``."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    checkpoint = amc.open_checkpoint(directory)
+    experts = 1 + max(int(name.split(".")[5]) for name in checkpoint.names if ".experts." in name)
+    for name, shape in zip(checkpoint.names, checkpoint.shapes, strict=True):
+        path, found, part = name.partition(".experts.")
+        if not found:
+            shapes[name] = shape
+        elif part.endswith("gate_proj.weight"):
+            shapes[f"{path}.experts.gate_up_proj"] = (experts, 2 * shape[0], shape[1])
+        elif part.endswith("down_proj.weight"):
+            shapes[f"{path}.experts.down_proj"] = (experts, *shape)
+    return shapes
+
+
+def per_expert(name: str, grouped: Tensor, first: int = 0) -> dict[str, Tensor]:
+    """The views of a tensor ``[E, 2I, H]`` or ``[E, H, I]`` that a checkpoint has tensors for.
+
+    Args:
+        first: number of its first expert.
+    """
+    path, _, leaf = name.rpartition(".")
+    if leaf == "gate_up_proj":
+        parts = zip(("gate_proj", "up_proj"), grouped.chunk(2, dim=1), strict=True)
+    elif leaf == "down_proj":
+        parts = iter([(leaf, grouped)])
+    else:
+        return {name: grouped}
+    return {f"{path}.{expert}.{part}.weight": view for part, views in parts for expert, view in enumerate(views, first)}
+
+
+def new_buffers(shapes: Mapping[str, tuple[int, ...]], transposed: bool) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Memory for a model in bfloat16, advised to use huge pages, and the view of it for each tensor of the checkpoint.
+
+    Args:
+        shapes: as ``grouped_shapes`` tells them.
+        transposed: experts lie as ``[E, H, 2I]`` and ``[E, I, H]``; the views are of the files' shapes all the same.
+    """
+    made: dict[str, Tensor] = {}
+    views: dict[str, Tensor] = {}
+    for name, shape in shapes.items():
+        turned = transposed and name.endswith(GROUPED)
+        made[name] = torch.empty((shape[0], shape[2], shape[1]) if turned else shape, dtype=torch.bfloat16)
+        advise_huge_pages(made[name])
+        views |= per_expert(name, made[name].transpose(1, 2) if turned else made[name])
+    return made, views
+
+
+def advise_huge_pages(tensor: Tensor) -> None:
+    if tensor.nbytes >= 4 << 20:
+        system.advise_huge_pages(tensor.data_ptr(), tensor.nbytes)

@@ -1,0 +1,270 @@
+"""From per-expert files to the same grouped buffers: a function for each peer, and ours.
+
+Each is given the checkpoint, how many threads it may use, and whether experts shall lie as ``[E, H, 2I]``; what it
+prepares is not timed: imports, and the shapes of the buffers, which whoever has a model knows. It returns what is
+timed, buffers included. That ends with all bytes in their final places and returns them under transformers' names.
+"""
+
+from __future__ import annotations
+
+import glob
+import os
+from collections.abc import Callable, Mapping
+from contextlib import closing
+from importlib import import_module
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+import automodel_conv as amc
+from benchmarks.grouped import GROUPED, grouped_shapes, new_buffers
+
+Run = Callable[[], dict[str, Tensor]]
+"""What is timed."""
+Prepare = Callable[[str, int, bool], Run]
+
+# NeMo's names of what transformers calls otherwise.
+_NEMO_NAMES = {"gate_up_proj": "gate_and_up_projs", "down_proj": "down_projs"}
+_TRANSFORMERS_NAMES = {nemo: name for name, nemo in _NEMO_NAMES.items()}
+
+
+class Method(NamedTuple):
+    """One way to load."""
+
+    title: str
+    package: str
+    """The distribution whose version is told."""
+    prepare: Prepare
+    installed: bool = True
+    """Whether the development environment has it."""
+    huge_pages: bool = True
+    """Whether torch is told to ask for huge pages, which it does not do by itself."""
+
+
+def from_pretrained(directory: str, threads: int, transposed: bool) -> Run:
+    """``AutoModelForCausalLM.from_pretrained``, then ``transpose(1, 2).contiguous()``, a tensor after the other."""
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+
+    def run() -> dict[str, Tensor]:
+        model = AutoModelForCausalLM.from_pretrained(directory)
+        if transposed:
+            for name, parameter in model.named_parameters():
+                if name.endswith(GROUPED):
+                    parameter.data = parameter.data.transpose(1, 2).contiguous()
+        return model.state_dict()
+
+    return run
+
+
+def safetensors_copy(directory: str, threads: int, transposed: bool) -> Run:
+    """``copy_`` of every tensor that ``safe_open`` gives, in the order of the files, to its place."""
+    from safetensors import safe_open
+
+    shapes = grouped_shapes(directory)
+
+    def run() -> dict[str, Tensor]:
+        made, views = new_buffers(shapes, transposed)
+        for path in _files(directory):
+            with safe_open(path, "pt") as file:
+                for name in file.offset_keys():
+                    views[name].copy_(file.get_tensor(name))
+        return made
+
+    return run
+
+
+def safetensors_stack(directory: str, threads: int, transposed: bool) -> Run:
+    """``stack`` of each projection and ``cat`` of gate and up, a layer after the other; then transposed."""
+    from safetensors import safe_open
+
+    shapes = grouped_shapes(directory)
+
+    def run() -> dict[str, Tensor]:
+        files = [safe_open(path, "pt") for path in _files(directory)]
+        where = {name: file for file in files for name in file.keys()}
+
+        def stacked(path: str, part: str, experts: int) -> Tensor:
+            names = [f"{path}.{expert}.{part}.weight" for expert in range(experts)]
+            return torch.stack([where[name].get_tensor(name) for name in names])
+
+        made: dict[str, Tensor] = {}
+        for name, shape in shapes.items():
+            path, _, leaf = name.rpartition(".")
+            if leaf not in GROUPED:
+                made[name] = where[name].get_tensor(name).clone()  # else it would stay in the file
+                continue
+            parts = ("gate_proj", "up_proj") if leaf == "gate_up_proj" else ("down_proj",)
+            found = [stacked(path, part, shape[0]) for part in parts]
+            tensor = torch.cat(found, dim=1) if len(found) > 1 else found[0]
+            made[name] = tensor.transpose(1, 2).contiguous() if transposed else tensor
+        return made
+
+    return run
+
+
+def torch_dcp(directory: str, threads: int, transposed: bool) -> Run:
+    """``dcp.load`` with ``HuggingFaceStorageReader`` into views of the buffers; one thread a file."""
+    import torch.distributed.checkpoint as dcp
+
+    shapes = grouped_shapes(directory)
+
+    def run() -> dict[str, Tensor]:
+        made, views = new_buffers(shapes, transposed)
+        dcp.load(views, storage_reader=dcp.HuggingFaceStorageReader(directory, thread_count=threads))
+        return made
+
+    return run
+
+
+def fastsafetensors(directory: str, threads: int, transposed: bool) -> Run:
+    """``copy_`` of every tensor that ``ParallelLoader`` lends."""
+    library = import_module("fastsafetensors")
+    shapes = grouped_shapes(directory)
+
+    def run() -> dict[str, Tensor]:
+        made, views = new_buffers(shapes, transposed)
+        loader = library.ParallelLoader(
+            library.SingleGroup(),
+            _files(directory),
+            use_tqdm_on_load=False,
+            device="cpu",
+            nogds=True,
+            max_threads=threads,
+            accumulate_resident=False,  # which this asks for:
+            borrowed_tensors=True,  # no copy of its own between its buffer and ours
+        )
+        with closing(loader), closing(loader.iterate_weights()) as weights:
+            for name, tensor in weights:
+                views[name].copy_(tensor)
+        return made
+
+    return run
+
+
+def runai_streamer(directory: str, threads: int, transposed: bool) -> Run:
+    """``copy_`` of every tensor that ``SafetensorsStreamer`` lends from its ring."""
+    os.environ["RUNAI_STREAMER_CONCURRENCY"] = str(threads)
+    library = import_module("runai_model_streamer")
+    shapes = grouped_shapes(directory)
+
+    def run() -> dict[str, Tensor]:
+        made, views = new_buffers(shapes, transposed)
+        with library.SafetensorsStreamer() as streamer:
+            streamer.stream_files(_files(directory), device="cpu", owned=False)
+            for name, tensor in streamer.get_tensors():
+                views[name].copy_(tensor)
+        return made
+
+    return run
+
+
+def nemo_automodel(directory: str, threads: int, transposed: bool) -> Run:
+    """What ``Checkpointer.load_base_model`` does with a model on the host.
+
+    ``[E, H, 2I]`` is that of its own models: views of them by ``to_hf``, which ``dcp.load`` fills with NeMo's reader,
+    and ``from_hf``. A model of transformers goes through ``_convert_checkpoint_with_transformers``, and is then copied
+    into.
+    """
+    return (_nemo_model if transposed else _nemo_of_transformers)(directory)
+
+
+def _nemo_of_transformers(directory: str) -> Run:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    checkpointing = import_module("nemo_automodel.components.checkpoint.checkpointing")
+    configs = import_module("nemo_automodel.components.checkpoint.config")
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(directory), dtype=torch.bfloat16)
+    config = configs.CheckpointingConfig(
+        checkpoint_dir=os.path.join(directory, "none"), model_cache_dir=directory, save_consolidated=False
+    )
+    checkpointer = checkpointing.Checkpointer(config, 0, 0, 0)
+
+    def run() -> dict[str, Tensor]:
+        model.to_empty(device="cpu")
+        checkpointer.load_base_model(model, torch.device("cpu"), directory, directory)
+        return model.state_dict()
+
+    return run
+
+
+def _nemo_model(directory: str) -> Run:
+    import torch.distributed.checkpoint as dcp
+
+    reader = import_module("nemo_automodel.components.checkpoint._backports.hf_storage")._HuggingFaceStorageReader
+    shapes = grouped_shapes(directory)
+    adapter = _nemo_adapter(shapes)
+
+    def run() -> dict[str, Tensor]:
+        made, _ = new_buffers(shapes, transposed=True)
+        native = {_renamed(name, _NEMO_NAMES): tensor for name, tensor in made.items()}
+        parts = adapter.to_hf(dict(native), exclude_key_regex=r".*_extra_state.*", for_checkpoint_load=True)
+        dcp.load(parts, storage_reader=reader(directory))
+        for name, tensor in adapter.from_hf(parts).items():
+            if tensor.data_ptr() != native[name].data_ptr():
+                native[name].copy_(tensor)  # as load_state_dict does with what it was not read into
+        return made
+
+    return run
+
+
+def _nemo_adapter(shapes: Mapping[str, tuple[int, ...]]) -> Any:
+    adapters = import_module("nemo_automodel.components.models.qwen3_moe.state_dict_adapter")
+    common = import_module("nemo_automodel.components.models.common")
+    moe = import_module("nemo_automodel.components.moe.config")
+    experts, hidden, intermediate = next(shape for name, shape in shapes.items() if name.endswith("down_proj"))
+    config = moe.MoEConfig(
+        **dict.fromkeys(("n_routed_experts", "n_activated_experts"), experts),
+        **dict.fromkeys(("n_shared_experts", "gate_bias_update_factor", "aux_loss_coeff"), 0),
+        **dict.fromkeys(("n_expert_groups", "n_limited_groups", "route_scale"), 1),
+        **dict.fromkeys(("inter_dim", "moe_inter_dim"), intermediate),
+        **dict.fromkeys(("train_gate", "norm_topk_prob"), True),
+        dim=hidden,
+        score_func="softmax",
+    )
+    backend = common.BackendConfig(
+        attn="sdpa", linear="torch", rms_norm="torch", experts="torch_mm", dispatcher="torch"
+    )
+    return adapters.Qwen3MoeStateDictAdapter(SimpleNamespace(), config, backend, dtype=torch.bfloat16)
+
+
+def ours(directory: str, threads: int, transposed: bool) -> Run:
+    """``load_state_dict``."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+
+    def run() -> dict[str, Tensor]:
+        loaded = amc.load_state_dict(directory, layout="nemo" if transposed else None, threads=threads)
+        return {_renamed(name, _TRANSFORMERS_NAMES): tensor for name, tensor in loaded.items()}
+
+    return run
+
+
+def _renamed(name: str, names: Mapping[str, str]) -> str:
+    path, _, leaf = name.rpartition(".")
+    return f"{path}.{names[leaf]}" if leaf in names else name
+
+
+def _files(directory: str) -> list[str]:
+    return sorted(glob.glob(os.path.join(directory, "*.safetensors")))
+
+
+METHODS: Mapping[str, Method] = {
+    "transformers": Method("transformers from_pretrained", "transformers", from_pretrained),
+    "transformers-as-it-comes": Method(
+        "the same without huge pages, as it comes", "transformers", from_pretrained, huge_pages=False
+    ),
+    "safetensors-stack": Method("safetensors, stack and cat", "safetensors", safetensors_stack),
+    "safetensors-copy": Method("safetensors, copy_", "safetensors", safetensors_copy),
+    "dcp": Method("torch DCP into views", "torch", torch_dcp),
+    "fastsafetensors": Method("fastsafetensors, copy_", "fastsafetensors", fastsafetensors, installed=False),
+    "runai": Method("Run:ai Model Streamer, copy_", "runai-model-streamer", runai_streamer, installed=False),
+    "nemo": Method("NeMo AutoModel", "nemo_automodel", nemo_automodel, installed=False),
+    "ours": Method("automodel_conv", "automodel_conv", ours),
+}

@@ -1,0 +1,44 @@
+"""The peers, pinned in ``benchmarks/peers.txt``, in a folder of their own beside the development environment."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+
+from benchmarks import measure
+
+PINS = measure.REPOSITORY / "benchmarks" / "peers.txt"
+FOLDER = measure.REPOSITORY / ".venv" / "peers"
+_STAMP = "installed.txt"
+
+
+def install(pins: Path = PINS, folder: Path = FOLDER) -> Path:
+    """Install what is pinned, unless it is there; returns the folder, which belongs on the path of Python.
+
+    Raises:
+        subprocess.CalledProcessError: pip failed; it has said why.
+    """
+    stamp = folder / _STAMP
+    if not stamp.exists() or stamp.read_text() != pins.read_text():
+        shutil.rmtree(folder, ignore_errors=True)
+        sys.stderr.write(f"  installing {pins.name} to {folder}\n")
+        pip = [sys.executable, "-m", "pip", "install", "-qq", "--no-deps", "--target", str(folder), "-r", str(pins)]
+        subprocess.run(pip, check=True)
+        stamp.write_text(pins.read_text())
+    return folder
+
+
+def use() -> None:
+    """Install it, and let this process import from it what it lacks."""
+    folder = str(install())
+    if folder not in sys.path:
+        sys.path.append(folder)
+
+
+def version(package: str) -> str | None:
+    """Of what is installed here or in the folder."""
+    found = metadata.distributions(name=package, path=[*sys.path, str(FOLDER)])
+    return next((one.version for one in found), None)

@@ -1,0 +1,122 @@
+"""What no load can beat: the same bytes, not converted and not in their final places.
+
+Like a method, a roof prepares what is not timed and returns what is.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from benchmarks import measure
+from benchmarks.grouped import advise_huge_pages
+
+# The fastest of 1 to 128 MiB here, from memory and from a disk.
+_RUN_BYTES = 4 << 20
+_DIRECT_BYTES = 8 << 20
+
+
+class Roof(NamedTuple):
+    title: str
+    prepare: Callable[[str, int], Callable[[], object]]
+    """Of the checkpoint and the number of threads."""
+    caches: tuple[str, ...]
+    """The states of the page cache that it bounds."""
+
+
+def preadv_untouched(directory: str, threads: int) -> Callable[[], object]:
+    """``os.preadv`` of each file in runs of 4 MiB into new memory of huge pages, as a load has it."""
+
+    def run() -> list[Tensor]:
+        buffers = [_new(path.stat().st_size) for path in _files(directory)]
+        _read(directory, buffers, threads)
+        return buffers
+
+    return run
+
+
+def preadv_touched(directory: str, threads: int) -> Callable[[], object]:
+    """The same into memory that was written before."""
+    buffers = [_touched(path.stat().st_size) for path in _files(directory)]
+    return lambda: _read(directory, buffers, threads)
+
+
+def memcpy(directory: str, threads: int) -> Callable[[], object]:
+    """As many bytes from memory to memory; both were written before."""
+    sources = [_touched(path.stat().st_size) for path in _files(directory)]
+    runs = [
+        run
+        for source in sources
+        for run in zip(source.split(_RUN_BYTES), _touched(source.nbytes).split(_RUN_BYTES), strict=False)
+    ]
+
+    def run() -> None:
+        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            list(pool.map(lambda pair: pair[1].copy_(pair[0]), runs))
+
+    return run
+
+
+def disk(directory: str, threads: int) -> Callable[[], object]:
+    """Every file past the page cache (O_DIRECT), in runs of 8 MiB into a buffer for each thread."""
+    files = _files(directory)
+    runs = [(path, offset) for path in files for offset in range(0, path.stat().st_size, _DIRECT_BYTES)]
+
+    def read(some: list[tuple[Path, int]]) -> None:
+        with mmap.mmap(-1, _DIRECT_BYTES) as buffer:  # aligned to pages
+            for path, offset in some:
+                descriptor = os.open(path, os.O_RDONLY | os.O_DIRECT)
+                try:
+                    wanted = min(_DIRECT_BYTES, path.stat().st_size - offset)
+                    if (found := os.preadv(descriptor, [buffer], offset)) != wanted:
+                        raise EOFError(f"{path}: {found} bytes at {offset}, expected {wanted}")
+                finally:
+                    os.close(descriptor)
+
+    def run() -> None:
+        with ThreadPoolExecutor(threads) as pool:
+            list(pool.map(read, [runs[first::threads] for first in range(threads)]))
+
+    return run
+
+
+def _read(directory: str, buffers: list[Tensor], threads: int) -> None:
+    descriptors = [os.open(path, os.O_RDONLY) for path in _files(directory)]
+    runs = [
+        (descriptor, start, memoryview(buffer.numpy())[start : start + _RUN_BYTES])
+        for descriptor, buffer in zip(descriptors, buffers, strict=True)
+        for start in range(0, buffer.nbytes, _RUN_BYTES)
+    ]
+    with ThreadPoolExecutor(threads) as pool:
+        list(pool.map(lambda run: measure.read_into(*run), runs))
+    for descriptor in descriptors:
+        os.close(descriptor)
+
+
+def _new(nbytes: int) -> Tensor:
+    buffer = torch.empty(nbytes, dtype=torch.uint8)
+    advise_huge_pages(buffer)
+    return buffer
+
+
+def _touched(nbytes: int) -> Tensor:
+    return _new(nbytes).fill_(1)
+
+
+def _files(directory: str) -> list[Path]:
+    return sorted(Path(directory).glob("*.safetensors"))
+
+
+ROOFS: Mapping[str, Roof] = {
+    "preadv": Roof("bare preadv, new memory", preadv_untouched, ("warm", "cold")),
+    "preadv-touched": Roof("bare preadv, memory touched before", preadv_touched, ("warm",)),
+    "memcpy": Roof("memcpy, memory touched before", memcpy, ("warm",)),
+    "disk": Roof("the disk, past the page cache", disk, ("cold",)),
+}
