@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from types import ModuleType
+from types import FunctionType, ModuleType
 
 # What is replaced, and by what; fuzzing ``header`` finds each.
 PLANTED = {
@@ -22,11 +22,12 @@ PLANTED = {
 }
 
 
-def plant(name: str, module: ModuleType) -> None:
-    """Define the functions of a module anew, with a mistake."""
+def plant(name: str, module: ModuleType) -> list[FunctionType]:
+    """Define the functions of a module anew, with a mistake; returns them."""
     source = inspect.getsource(module)
     for right, wrong in PLANTED[name]:
         if source.count(right) != 1:
             raise LookupError(f"{module.__name__} has {right!r} {source.count(right)} times")
         source = source.replace(right, wrong)
     exec(compile(source, module.__file__ or "planted", "exec"), vars(module))
+    return [value for value in vars(module).values() if isinstance(value, FunctionType)]
