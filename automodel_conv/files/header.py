@@ -19,7 +19,7 @@ from automodel_conv.files import system
 # Source: MAX_HEADER_SIZE in safetensors/src/tensor.rs.
 MAX_HEADER_BYTES = 100_000_000
 # Patterns of rules may take a time that grows with the square of a name's length. The longest of a model has some 150.
-_LONGEST_NAME = 1024
+LONGEST_NAME = 1024
 # Sizes are kept as signed 64-bit integers further on.
 _MAX_BITS = 2**63 - 1
 
@@ -145,7 +145,9 @@ def _check_header(data: bytearray, file_bytes: int, path: str) -> Header:
             found=short(metadata),
         )
     names = list(parsed)
-    _check_names(names, path)
+    if (odd := odd_name(names)) is not None:
+        found = f"{len(odd)} characters"
+        raise _fault("a name that no tensor may have", path, odd, f"at most {LONGEST_NAME} printable characters", found)
     dtypes: list[str] = []
     shapes: list[tuple[int, ...]] = []
     starts: list[int] = []
@@ -173,18 +175,11 @@ def _check_header(data: bytearray, file_bytes: int, path: str) -> Header:
     )
 
 
-def _check_names(names: list[str], path: str) -> None:
-    """Names are short, and a line of text."""
-    if "".join(names).isprintable() and max(map(len, names), default=0) <= _LONGEST_NAME:
-        return
-    name = next(name for name in names if len(name) > _LONGEST_NAME or not name.isprintable())
-    raise _fault(
-        "a name that no model has",
-        path,
-        name,
-        f"at most {_LONGEST_NAME} printable characters",
-        f"{len(name)} characters",
-    )
+def odd_name(names: list[str]) -> str | None:
+    """The first name that is too long, or not a line of text; None if all are neither."""
+    if "".join(names).isprintable() and max(map(len, names), default=0) <= LONGEST_NAME:
+        return None
+    return next(name for name in names if len(name) > LONGEST_NAME or not name.isprintable())
 
 
 def _check_entry(name: str, entry: Any, path: str) -> tuple[str, tuple[int, ...], int, int]:

@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 from automodel_conv.dtypes import BITS, nbytes
 from automodel_conv.errors import UnsupportedError, message
+from automodel_conv.files.header import LONGEST_NAME, odd_name, short
 
 INDEX_NAME = "model.safetensors.index.json"
 CHECKSUMS_NAME = "model.safetensors.checksums.json"
@@ -98,8 +99,11 @@ def shard_of(name: str, specs: Sequence[Spec]) -> Shard:
     """A file with these tensors: the widest dtypes first, so that each tensor is aligned, and then by name.
 
     Raises:
-        UnsupportedError: a tensor that the format cannot hold: float4 without a dimension.
+        UnsupportedError: a tensor that the format cannot hold: float4 without a dimension; or a name that is not read.
     """
+    if (odd := odd_name([spec.name for spec in specs])) is not None:
+        expected = f"at most {LONGEST_NAME} printable characters"
+        raise UnsupportedError(message("a name that no tensor may have", expected=expected, found=short(odd)))
     specs = sorted(specs, key=lambda spec: (-_ORDER[spec.dtype], spec.name))
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     starts, end = [], 0

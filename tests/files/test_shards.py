@@ -248,3 +248,9 @@ def test_what_is_no_size_is_refused(size):
 def test_words_mean_what_huggingface_hub_means(words):
     parse = pytest.importorskip("huggingface_hub.serialization._base").parse_size_to_int
     assert parse_size(words) == parse(words)
+
+
+@pytest.mark.parametrize("name", ["a\nb", "a" * 1025, "\x1b[2J"])
+def test_a_name_that_would_not_be_read_is_not_written(name):
+    with pytest.raises(UnsupportedError, match="no tensor may have"):
+        shard_of("model.safetensors", [Spec(name, "U8", (1,))])
