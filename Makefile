@@ -12,15 +12,15 @@ OTHER_TRANSFORMERS := 5.17.0 5.12.1
 # Where the shared environment is too new for an old release: what goes beside it.
 BESIDE_5.12.1 := tokenizers==0.22.2
 # The test files that a release of transformers can change the outcome of; the sweep walks the whole zoo again.
-TRANSFORMERS_TESTS = $(filter-out tests/test_model_zoo.py tests/test_crash_safety.py tests/test_fault_sweep.py \
-	tests/test_hostile_files.py tests/benchmarks/% tests/gpu/% tests/distributed/% tests/files/% tests/fuzz/%,\
+TRANSFORMERS_TESTS = $(filter-out tests/test_model_zoo.py tests/test_fault_sweep.py tests/test_hostile_files.py \
+	tests/crash_safety/% tests/fuzz/% tests/benchmarks/% tests/gpu/% tests/distributed/% tests/files/%,\
 	$(shell grep -rlwE --include='test_*.py' --exclude-dir=packaging 'transformers|model_zoo' tests))
 
 VERSION = $(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)
 
-# Tests of what never asks whether transformers is there.
-KNOW_NO_TRANSFORMERS := machine_code/ kernels/ gpu/ execution/ files/ packaging/ hide/ model_zoo/ test_measuring.py \
-	test_testing.py test_checksums.py
+# Tests of what never asks whether transformers is there, and of what cannot do without it.
+KNOW_NO_TRANSFORMERS := machine_code/ kernels/ gpu/ execution/ files/ packaging/ hide/ model_zoo/ crash_safety/ \
+	test_measuring.py test_testing.py test_checksums.py
 
 .PHONY: test lint types format demo clean test-style test-main test-packaging \
 	test-without-triton test-without-transformers test-fuzz \

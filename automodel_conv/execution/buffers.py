@@ -50,9 +50,9 @@ def allocate(targets: Iterable[Target], device: torch.device | str = "cpu") -> d
         dtype = dtype_of(target.dtype, target.name)
         try:
             buffer = torch.empty(target.shape, dtype=dtype, device=device)
-        except torch.OutOfMemoryError:  # a device's, which callers know how to meet
-            raise
         except RuntimeError as error:
+            if torch.device(device).type != "cpu":  # callers know how to meet those of devices
+                raise
             raise ConversionError(
                 message(
                     "no memory for a tensor",

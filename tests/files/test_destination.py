@@ -1,4 +1,4 @@
-"""A directory that becomes a checkpoint; what happens when it is killed on the way is in ``test_crash_safety``."""
+"""A directory that becomes a checkpoint; what happens when it is killed on the way is in ``crash_safety``."""
 
 from __future__ import annotations
 

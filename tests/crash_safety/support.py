@@ -1,0 +1,174 @@
+"""What is looked at after each fault, and how faults are made."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import os
+import types
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import transformers
+
+import automodel_conv as amc
+from automodel_conv import converting, saving
+from automodel_conv.errors import ConversionError, DestinationError
+from automodel_conv.files.destination import STAGING_NAME
+from tests.faults import Forks, descriptors, replace_calls, workers
+
+INDEX = "model.safetensors.index.json"
+SIZES: dict[str, Any] = {"max_shard_size": 100_000, "threads": 2}
+# With layout="nemo" most bytes are made in memory, otherwise the kernel copies them.
+KINDS: dict[str, dict[str, Any]] = {
+    "nemo": {"layout": "nemo", **SIZES},
+    "transformers": {**SIZES},
+    "regrouped": {"rules": [], "max_shard_size": 250_000, "threads": 2},
+    "in few files": {"layout": "nemo", "max_shard_size": 250_000, "threads": 2},
+}
+
+Files = dict[str, bytes]
+
+
+def files(directory: Path) -> Files:
+    """Names and bytes of the files of a directory, without those of an unfinished work."""
+    return {path.name: path.read_bytes() for path in sorted(directory.iterdir()) if path.is_file()}
+
+
+def everything(directory: Path) -> Files:
+    """Names and bytes of all files below a directory."""
+    return {str(path.relative_to(directory)): path.read_bytes() for path in directory.rglob("*") if path.is_file()}
+
+
+def new_directory(path: Path, source: Path) -> Path:
+    """A directory with a config, so that only the weights keep transformers from loading it."""
+    path.mkdir()
+    (path / "config.json").write_bytes((source / "config.json").read_bytes())
+    return path
+
+
+def assert_whole_or_refused(directory: Path, whole: Files) -> bool:
+    """Whether the directory is a checkpoint: then all of it; otherwise neither we nor transformers may load it."""
+    if not directory.exists():
+        return False
+    found = files(directory)
+    if INDEX in found:  # which comes last
+        assert found == whole
+        amc.open_checkpoint(directory)
+        return True
+    with pytest.raises(ConversionError):
+        amc.open_checkpoint(directory)
+    with pytest.raises((OSError, ValueError)):
+        transformers.AutoModelForCausalLM.from_pretrained(directory)
+    return False
+
+
+def noted(directory: Path) -> set[str]:
+    """Shards that the whole lines of the journal call finished."""
+    journal = directory / STAGING_NAME / "journal.jsonl"
+    if not journal.exists():
+        return set()
+    lines = journal.read_text().split("\n")[:-1]
+    return {line["finished"] for line in map(json.loads, lines) if "finished" in line}
+
+
+def states(directory: Path, names: set[str]) -> dict[str, tuple[int, int]]:
+    found = {}
+    for name in names:
+        staged = directory / STAGING_NAME / name
+        status = (staged if staged.exists() else directory / name).stat()
+        found[name] = (status.st_ino, status.st_mtime_ns)
+    return found
+
+
+def finish(source: Path, directory: Path, kind: str, wanted: dict[str, Files]) -> int:
+    """Call again what did not end; returns the number of files that were not made anew."""
+    done = noted(directory)
+    before = states(directory, done)
+    if done or not directory.exists() or INDEX not in files(directory):
+        resumed = amc.convert_checkpoint(source, directory, **KINDS[kind]).files_resumed
+        assert resumed == len(done)
+    else:  # killed after all of it, when the journal was gone
+        with pytest.raises(DestinationError, match="holds a checkpoint already"):
+            amc.convert_checkpoint(source, directory, **KINDS[kind])
+        resumed = len(wanted[kind])
+    assert states(directory, done) == before, "a finished file was written again"
+    assert files(directory) == wanted[kind]
+    assert not (directory / STAGING_NAME).exists()
+    return resumed
+
+
+def arguments_of(source: Path, directory: Path, kind: str) -> dict[str, Any]:
+    return {"source": str(source), "destination": str(directory), **KINDS[kind]}
+
+
+def calls_of(forked: Forks, verb: str, arguments: dict[str, Any]) -> int:
+    """How many calls that change something a run makes, which threads may vary by a few."""
+    told = forked.run(verb, arguments=arguments)
+    assert told["outcome"] == "done", told
+    return told["calls"]
+
+
+def fail_calls(monkeypatch: pytest.MonkeyPatch, name: str, code: int, numbers: Callable[[int], bool]) -> list[int]:
+    """Let those calls of one function fail; returns the numbers of all its calls, as they come."""
+    seen: list[int] = []
+
+    def fail(number: int, called: str, arguments: tuple[Any, ...]) -> None:
+        seen.append(number)
+        if numbers(number):
+            raise OSError(code, os.strerror(code))
+
+    replace_calls((name,), before=fail, put=monkeypatch.setattr)
+    return seen
+
+
+def assert_refused(
+    call: Callable[[], Any], error: type[Exception] | tuple[type[Exception], ...], *texts: str
+) -> Exception:
+    """The call raises this error and none else, tells this, and leaves nothing open."""
+    before = descriptors()
+    with pytest.raises(error) as caught:
+        call()
+    assert all(text in str(caught.value) for text in texts), str(caught.value)
+    assert descriptors() == before
+    assert workers() == []
+    return caught.value
+
+
+def count_calls(names: tuple[str, ...], call: Callable[[], Any]) -> list[str]:
+    """Names of the calls that a run makes, in their order."""
+    seen: list[str] = []
+    with pytest.MonkeyPatch.context() as patch:
+        replace_calls(names, before=lambda number, name, arguments: seen.append(name), put=patch.setattr)
+        call()
+    return seen
+
+
+def copy_of(source: Path, directory: Path) -> Path:
+    directory.mkdir()
+    for path in source.iterdir():
+        (directory / path.name).write_bytes(path.read_bytes())
+        os.utime(directory / path.name, ns=(1, 10**18))
+    return directory
+
+
+def planted(module: types.ModuleType, text: str, replacement: str) -> types.ModuleType:
+    """A module with a fault in it."""
+    source = inspect.getsource(module)
+    assert source.count(text) == 1
+    mutated = types.ModuleType("mutated")
+    mutated.__dict__["__name__"] = module.__name__  # for its dataclasses
+    exec(compile(source.replace(text, replacement), "mutated", "exec"), mutated.__dict__)
+    return mutated
+
+
+def use(patch: pytest.MonkeyPatch, module: types.ModuleType, mutated: types.ModuleType) -> None:
+    """Put what the front doors use of a module in the place of its own."""
+    if module is converting:
+        patch.setattr(amc, "convert_checkpoint", mutated.convert_checkpoint)
+    for name in ("begin_shard", "write_slabs", "open_destination"):
+        for door in (converting, saving):
+            if hasattr(mutated, name) and module is not converting:
+                patch.setattr(door, name, getattr(mutated, name))

@@ -1,0 +1,99 @@
+"""Ctrl-C: all threads have ended, all files are closed, and what was finished stays."""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+from functools import partial
+from typing import Any
+
+import pytest
+
+import automodel_conv as amc
+from automodel_conv.execution import slabs
+from automodel_conv.execution.workers import work_off
+from tests.crash_safety.support import (
+    KINDS,
+    SIZES,
+    arguments_of,
+    assert_refused,
+    assert_whole_or_refused,
+    everything,
+    finish,
+    new_directory,
+)
+from tests.faults import replace_calls, workers
+
+
+@pytest.mark.parametrize("kind", ["nemo", "transformers"])
+def test_ctrl_c_ends_all_threads_and_closes_all_files(forked, source, wanted, tmp_path, kind):
+    interrupted = 0
+    for call in range(1, 91, 6):
+        directory = new_directory(tmp_path / f"{call}", source)
+        told = forked.run("convert", arguments=arguments_of(source, directory, kind), signal="SIGINT", call=call)
+        assert told["outcome"] in ("KeyboardInterrupt", "done"), told
+        interrupted += told["outcome"] == "KeyboardInterrupt"
+        assert (told["descriptors"], told["workers"], told["later"]) == (0, [], 0)
+        assert_whole_or_refused(directory, wanted[kind])
+        if told["outcome"] == "KeyboardInterrupt":
+            finish(source, directory, kind, wanted)
+    assert interrupted >= 10
+
+
+def test_a_save_that_is_interrupted_leaves_the_directory_as_it_was(forked, source, tmp_path):
+    interrupted = 0
+    for call in range(1, 66, 4):
+        directory = new_directory(tmp_path / f"{call}", source)
+        told = forked.run("save", arguments={"directory": str(directory), **SIZES}, signal="SIGINT", call=call)
+        assert (told["descriptors"], told["workers"], told["later"]) == (0, [], 0)
+        if told["outcome"] == "KeyboardInterrupt":
+            interrupted += 1
+            left = everything(directory)
+            assert set(left) <= {"config.json"}, left.keys()
+    assert interrupted >= 10
+
+
+def test_an_interrupt_while_the_main_thread_waits_for_others(source, wanted, tmp_path, monkeypatch):
+    directory = new_directory(tmp_path / "out", source)
+    main = threading.main_thread()
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
+
+    def interrupt(number: int, name: str, arguments: tuple[Any, ...]) -> None:
+        if number == 5:
+            assert threading.current_thread() is not main
+            signal.pthread_kill(main.ident or 0, signal.SIGINT)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(slabs, "_SLAB_BYTES", 4096)  # several a file, for several threads
+        replace_calls(("copy_range",), before=interrupt, put=patch.setattr)
+        assert_refused(
+            partial(amc.convert_checkpoint, source, directory, **KINDS["transformers"]),
+            KeyboardInterrupt,  # type: ignore[arg-type]
+        )
+    signal.signal(signal.SIGINT, handler)
+    assert not assert_whole_or_refused(directory, wanted["transformers"])
+    finish(source, directory, "transformers", wanted)
+
+
+def test_no_thread_works_on_after_an_interrupt_even_one_whose_start_was_cut_short(monkeypatch):
+    start, working = threading.Thread.start, []
+
+    def interrupted(thread: threading.Thread) -> None:
+        start(thread)
+        while thread.name.startswith("automodel_conv") and not working:
+            time.sleep(0.001)
+        if working:
+            raise KeyboardInterrupt  # before the pool has noted that it has this thread
+
+    def take(item: int) -> None:
+        working.append(item)
+        time.sleep(0.1)
+        working.remove(item)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            work_off(range(3), 2, lambda: take)
+    assert not working
+    assert workers() == []

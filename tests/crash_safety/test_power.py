@@ -1,0 +1,116 @@
+"""The power fails: a simulated disk loses what was not synced, and the same call then makes a checkpoint."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import automodel_conv as amc
+from automodel_conv import converting
+from automodel_conv.errors import DestinationError, VerificationError
+from automodel_conv.execution import writing
+from automodel_conv.files import destination as destination_module
+from tests.crash_safety.disk import stop
+from tests.crash_safety.support import (
+    KINDS,
+    SIZES,
+    Files,
+    assert_whole_or_refused,
+    everything,
+    new_directory,
+    planted,
+    use,
+)
+
+
+def fail_power(
+    call: Callable[[Path], Any], root: Path, source: Path, wanted: Files, *, last: int | None = None, seeds: int = 1
+) -> int:
+    """Let the power fail before each call of ``call(directory)`` that changes something, and then call it again.
+
+    Args:
+        last: only before that many of the last ones.
+    """
+    root.mkdir()
+    total = stop(lambda: call(root / "counted"), 10**9).calls
+    for seed in range(seeds):
+        for number in range(total, 0 if last is None else total - last, -1):
+            directory = new_directory(root / f"{seed}-{number}", source)
+            disk = stop(partial(call, directory), number)
+            disk.lose(directory, random.Random(1000 * seed + number))
+            whole = assert_whole_or_refused(directory, wanted)
+            if whole:
+                with contextlib.suppress(DestinationError):
+                    call(directory)
+            else:
+                call(directory)
+            assert everything(directory) == wanted
+    return total
+
+
+def converts(source: Path, kind: str) -> Callable[[Path], Any]:
+    return lambda directory: amc.convert_checkpoint(source, directory, **KINDS[kind])
+
+
+def saves(model: Any) -> Callable[[Path], Any]:
+    return lambda directory: amc.save_checkpoint(model, directory, **SIZES)
+
+
+def test_a_conversion_whose_power_fails_is_refused_by_loaders_and_then_finished(source, wanted, tmp_path):
+    kind = "in few files"
+    assert fail_power(converts(source, kind), tmp_path / "out", source, wanted[kind]) > 50
+
+
+def test_a_save_whose_power_fails_leaves_nothing_that_loads_and_room_for_the_next(model, source, wanted, tmp_path):
+    assert fail_power(saves(model), tmp_path / "out", source, wanted["saved"]) > 50
+
+
+MUTANTS = {
+    "a file is noted before it is on the disk": (writing, "            system.sync(fd)\n", ""),
+    "a file is noted before it is written": (
+        converting,
+        "                if to_write:\n",
+        "                if to_write:\n                    place.finish(shard)\n",
+    ),
+    "the index comes first": (
+        destination_module,
+        "        return [*shards, INDEX_NAME]",
+        "        return [INDEX_NAME, *shards]",
+    ),
+    "the index may reach the disk before the files": (
+        destination_module,
+        "                if name == names[-1]:",
+        "                if False:",
+    ),
+    "files may reach their places before their bytes": (
+        destination_module,
+        "            for name in others:\n                _sync(self.path(name))\n",
+        "",
+    ),
+    "a file is written where it will lie": (
+        destination_module,
+        "        return os.path.join(self.staging, name)",
+        "        return os.path.join(self.directory, name)",
+    ),
+    "what was put in its place stays": (
+        destination_module,
+        '            system.write_end(self._journal, _line({"placing": placed}))\n',
+        "",
+    ),
+}
+
+
+@pytest.mark.parametrize("mutant", MUTANTS)
+def test_failing_power_finds_each_fault_that_is_planted(model, source, wanted, tmp_path, monkeypatch, mutant):
+    module, *change = MUTANTS[mutant]
+    use(monkeypatch, module, planted(module, *change))
+    kind = "saved" if "placing" in change[0] else "regrouped"
+    call = saves(model) if kind == "saved" else converts(source, kind)
+    with pytest.raises((AssertionError, DestinationError, VerificationError, pytest.fail.Exception)):
+        fail_power(call, tmp_path / "out", source, wanted[kind], last=35, seeds=10)
