@@ -66,7 +66,7 @@ def run(layers: int | None, repetitions: int, directory: str | None) -> dict[str
         for way in ways.values():
             way()
         for repetition in range(repetitions):
-            for way in measure.rotated(list(ways), repetition):
+            for way in measure.shuffled(list(ways), repetition):
                 ready_memory(3 * nbytes // 2)
                 start = time.perf_counter()
                 ways[way]()

@@ -3,7 +3,7 @@
 Needs nothing but numpy, torch and this package, so that it also runs where little is installed; ``show`` prints.
 
 A method is timed by a worker, a command that prints one JSON object on its last line. Workers take
-turns, and the order is rotated every round, so that a slow minute hits all methods alike.
+turns, in another order each round, so that a slow minute hits all methods alike.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import platform
+import random
 import resource
 import subprocess
 import sys
@@ -54,10 +55,9 @@ def spread(values: Sequence[float]) -> Spread:
     return Spread(float(median), float(p20), float(p80))
 
 
-def rotated(names: Sequence[str], repetition: int) -> list[str]:
-    """The order of a round: every method comes first in turn."""
-    start = repetition % len(names)
-    return [*names[start:], *names[:start]]
+def shuffled(names: Sequence[str], repetition: int) -> list[str]:
+    """The order of a round, another one each time: what a method leaves behind does not always meet the same one."""
+    return random.Random(repetition).sample(names, len(names))
 
 
 def run_interleaved(
@@ -78,7 +78,7 @@ def run_interleaved(
     """
     results: dict[str, list[dict[str, Any]]] = {method: [] for method in commands}
     for repetition in range(repetitions):
-        for method in rotated(list(commands), repetition):
+        for method in shuffled(list(commands), repetition):
             before()
             variables = settings[method] if settings else None
             results[method].append(run_worker(commands[method], repetition, variables=variables))

@@ -4,7 +4,7 @@
                                   [--size full|small]
 
 Checkpoints have the names, shapes, headers and number of files of real ones; their data is a hole.
-Per checkpoint and repetition, in one process and in turns, the order rotated:
+Per checkpoint and repetition, in one process and in turns, in another order each time:
 
 open           ``open_checkpoint``: index and all headers, read and checked.
 rules          ours: transformers' rule objects of the model (``get_model_conversion_mapping``),
@@ -134,7 +134,7 @@ def run_shape(shape: Shape, directory: str, repetitions: int) -> dict[str, Any]:
     wall: dict[str, list[float]] = {stage: [] for stage in stages}
     cpu: dict[str, list[float]] = {stage: [] for stage in stages}
     for repetition in range(repetitions):
-        for stage in measure.rotated(list(stages), repetition):
+        for stage in measure.shuffled(list(stages), repetition):
             if stage == "upstream plan":
                 if repetition and shape.keys > _ONCE_ABOVE_KEYS:
                     continue

@@ -321,13 +321,18 @@ def _read(journal: int) -> _Earlier:
                 case {"again": str(name)}:
                     finished.discard(name)
                     verified.discard(name)
-                case {"placing": dict(value)} if all(os.path.basename(name) == name for name in value):
+                case {"placing": dict(value)} if all(map(_is_file_name, value)):
                     placing = value
                 case _:
                     return _NOTHING
     except (ValueError, RecursionError):
         return _NOTHING
     return _Earlier(work, finished, verified, placing)
+
+
+def _is_file_name(name: str) -> bool:
+    """Whether it names something within a directory, and not below or above it."""
+    return os.path.basename(name) == name and name not in ("", ".", "..")
 
 
 def _is_placed(directory: str, name: str, identity: list[int]) -> bool:

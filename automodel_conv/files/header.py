@@ -107,8 +107,16 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return result
 
 
+def _integer(text: str) -> int:
+    if text == "-0":  # which serde takes for a floating number
+        raise ValueError("-0 is not an integer")
+    return int(text)
+
+
 _decode = json.JSONDecoder(parse_constant=_refuse_constant).decode
-_decode_unique = json.JSONDecoder(parse_constant=_refuse_constant, object_pairs_hook=_unique).decode
+_decode_strictly = json.JSONDecoder(
+    parse_constant=_refuse_constant, parse_int=_integer, object_pairs_hook=_unique
+).decode
 
 
 def parse_object(data: bytearray, path: str) -> dict[str, Any]:
@@ -121,8 +129,8 @@ def parse_object(data: bytearray, path: str) -> dict[str, Any]:
         # Each member has one colon, and strings may hold more. So when there are no more colons
         # than members in the result, none was overwritten; otherwise a slower parse looks.
         members = len(parsed) + sum(len(value) for value in parsed.values() if type(value) is dict)
-        if text.count(":") != members:
-            _decode_unique(text)
+        if text.count(":") != members or "-0" in text:
+            _decode_strictly(text)
         if "\\u" in text:
             # An escape can spell half of a surrogate pair, which no terminal and no writer accepts.
             json.dumps(parsed, ensure_ascii=False).encode("utf-8")

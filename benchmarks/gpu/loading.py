@@ -118,7 +118,7 @@ def measure_loads(
     runs: dict[str, list[dict[str, Any]]] = {method: [] for method in METHODS}
     for repetition in range(repetitions):
         start = time.monotonic()
-        for method in measure.rotated(list(METHODS), repetition):
+        for method in measure.shuffled(list(METHODS), repetition):
             measure.read_through(directory)
             command = ["-m", "benchmarks.gpu.loading", method, directory, warm_up, str(device), str(threads)]
             runs[method].append(measure.run_worker(command, repetition, timeout_s=180))

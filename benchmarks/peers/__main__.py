@@ -10,8 +10,8 @@ directory that is removed at the end. What each method does is said in ``methods
 ``roofs.py``; peers are pinned in ``benchmarks/peers.txt`` and installed into ``.venv/peers``.
 
 Every run is a process of its own that first loads a tiny checkpoint in the same way: imports and what is made once are
-not timed. Last before the timing it touches memory of two and a half times the size of the files and gives it back: on
-a virtual machine the first touch of memory that the host had taken is many times slower than the reading. Timed is from
+not timed. Last before the timing it touches memory of three times the size of the files and gives it back: on a virtual
+machine the first touch of memory that the host had taken is many times slower than the reading. Timed is from
 the call, buffers included, until all bytes are in their final places. Methods take turns; medians and 20th to 80th
 percentiles are told.
 

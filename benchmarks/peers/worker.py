@@ -91,7 +91,7 @@ def _load(job: Job, directory: str, threads: int, repetition: int) -> dict[str, 
         measure.read_through(directory)
     # On a virtual machine the first touch of memory that the host has taken is many times slower than the reading, and
     # the host takes free memory after a second or two: this is last.
-    ready_memory(5 * measure.file_bytes(directory) // 2)
+    ready_memory(3 * measure.file_bytes(directory))
     share = cache.cached_share(directory)
     if not (share <= _MOST_COLD if job.cache == "cold" else share >= _LEAST_WARM):
         raise RuntimeError(f"{share:.1%} of the files are in the page cache, which is not {job.cache}")

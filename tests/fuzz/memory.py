@@ -77,7 +77,7 @@ class Memory:
         return done
 
     def identity(self, path: str) -> tuple[int, int]:
-        return len(self.files[os.path.normpath(path)]), 7
+        return (len(self.files[os.path.normpath(path)]) if self.is_file(path) else 0), 7
 
     def truncate(self, fd: int, nbytes: int) -> None:
         del self.files[self._path(fd)][nbytes:]
@@ -87,6 +87,8 @@ class Memory:
 
     def remove(self, path: str) -> None:
         path = os.path.normpath(path)
+        if path not in self.files:
+            raise IsADirectoryError(21, "Is a directory", path)
         del self.files[path]
         self.removed.append(path)
 

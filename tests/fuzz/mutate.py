@@ -101,7 +101,7 @@ def file_bytes(data: bytes, random: Random) -> bytes:
 def _last_offset(header: bytes) -> int:
     try:
         ends = [entry["data_offsets"][1] for entry in json.loads(header).values() if "data_offsets" in entry]
-        return min(4096, max(0, *ends))
+        return int(min(4096, max(0, *ends)))
     except (ValueError, TypeError, AttributeError, LookupError, RecursionError):
         return 0
 
