@@ -217,7 +217,7 @@ def main(arguments: list[str] | None = None) -> None:
         sys.stdout.write(json.dumps({"loads": loads}) + "\n")
         return
     if options.source:
-        show(markdown(measure.read_json(options.source)))
+        sys.stdout.write(markdown(measure.read_json(options.source)) + "\n")
         return
     environment = measure.environment()
     layers = options.layers if options.size == "full" else None

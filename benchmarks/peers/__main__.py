@@ -119,7 +119,7 @@ def main(arguments: list[str] | None = None) -> None:
         sys.stdout.write(json.dumps({"loads": loads}) + "\n")
         return
     if options.source:
-        show(tables.markdown(measure.read_json(options.source)))
+        sys.stdout.write(tables.markdown(measure.read_json(options.source)))
         return
     methods = options.method or list(METHODS)
     if not all(METHODS[method].installed for method in methods):

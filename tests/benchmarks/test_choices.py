@@ -1,0 +1,64 @@
+"""benchmarks.choices: whatever is changed, the same tensors are loaded; what is printed is what was measured."""
+
+import json
+
+import pytest
+
+from automodel_conv.execution import copying, reading
+from automodel_conv.execution import schedule as scheduling
+from automodel_conv.files import system
+from automodel_conv.kernels import transpose
+from automodel_conv.planning.registry import transformers_available
+from benchmarks import choices, shapes
+
+pytestmark = pytest.mark.skipif(not transformers_available(), reason="benchmarks build models of transformers")
+
+CHANGED = (
+    (copying, "strided_copy_torch"),
+    (reading, "calls_of"),
+    (scheduling, "portion"),
+    (scheduling, "_SLAB_BYTES"),
+    (system, "advise_huge_pages"),
+    (system, "open_readonly"),
+    (transpose, "_PANEL_ROWS"),
+)
+
+
+@pytest.fixture
+def restored(monkeypatch):
+    """What the ways replace is put back after each test."""
+    for module, name in CHANGED:
+        monkeypatch.setattr(module, name, getattr(module, name))
+    return {(module, name): getattr(module, name) for module, name in CHANGED}
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("small")
+    shapes.write_checkpoint(shapes.SMALL, str(directory))
+    return str(directory)
+
+
+@pytest.mark.parametrize(
+    ("group", "way"), [(group, way) for group in choices.GROUPS for way in choices.GROUPS[group].ways]
+)
+def test_each_way_changes_something_and_loads_the_same_tensors(checkpoint, restored, group, way):
+    [as_it_is] = choices.load(group, choices.AS_IT_IS, checkpoint, checkpoint, 0)
+    [load] = choices.load(group, way, checkpoint, checkpoint, 0)
+    assert load["digest"] == as_it_is["digest"] is not None
+    changed = [name for (module, name), stock in restored.items() if getattr(module, name) is not stock]
+    assert bool(changed) == (way != choices.AS_IT_IS)
+
+
+def test_the_table_is_that_of_the_measured_seconds(tmp_path, capsys):
+    measured = {"digest": "a", "cpu_seconds": 0.5, "minor_faults": 7, "anonymous_bytes": 200}
+    rows = [
+        {"group": "cold", "way": way, "runs": [{**measured, "seconds": seconds}] * 3}
+        for way, seconds in ((choices.AS_IT_IS, 2.0), ("jobs of at most 1 MiB", 3.0))
+    ]
+    (tmp_path / "result.json").write_text(json.dumps({"file_bytes": 100, "rows": rows}))
+    choices.main(["--from", str(tmp_path / "result.json")])
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[2] == "| *[E, 2I, H], cold page cache* | | | | | |"
+    assert printed[3] == "| as it is | 2.00 (2.00-2.00) | 1.00x | 0.50 | 7 | 2.00x |"
+    assert printed[4] == "| jobs of at most 1 MiB | 3.00 (3.00-3.00) | 1.50x | 0.50 | 7 | 2.00x |"
