@@ -119,8 +119,12 @@ _decode_strictly = json.JSONDecoder(
 ).decode
 
 
-def parse_object(data: bytearray, path: str) -> dict[str, Any]:
-    """A JSON object without duplicate keys at any depth."""
+def parse_object(data: bytearray, path: str, *, strictly: bool = False) -> dict[str, Any]:
+    """A JSON object without duplicate keys at any depth.
+
+    Args:
+        strictly: look for -0 among its integers too.
+    """
     try:
         text = data.decode("utf-8")
         parsed = _decode(text)
@@ -129,7 +133,7 @@ def parse_object(data: bytearray, path: str) -> dict[str, Any]:
         # Each member has one colon, and strings may hold more. So when there are no more colons
         # than members in the result, none was overwritten; otherwise a slower parse looks.
         members = len(parsed) + sum(len(value) for value in parsed.values() if type(value) is dict)
-        if text.count(":") != members or "-0" in text:
+        if strictly or text.count(":") != members:
             _decode_strictly(text)
         if "\\u" in text:
             # An escape can spell half of a surrogate pair, which no terminal and no writer accepts.
@@ -141,7 +145,7 @@ def parse_object(data: bytearray, path: str) -> dict[str, Any]:
 
 
 def _check_header(data: bytearray, file_bytes: int, path: str) -> Header:
-    parsed = parse_object(data, path)
+    parsed = parse_object(data, path, strictly=b"-0" in data)
     metadata = parsed.pop("__metadata__", None)
     if metadata is None:
         metadata = {}
