@@ -142,15 +142,15 @@ def big(tmp_path):
 
 
 A_RANK_READS = {
-    # Least, median and most. An expert, 1 GB, is 30 reads of at most 32 MiB; 256 small ones, 8.4 MB, are one; the other
-    # file again 30.
+    # Least, median and most. An expert, 1 GB, is 239 reads of at most 4 MiB; 256 small ones, 8.4 MB, are two; the other
+    # file again 239.
     "ep=4": {
         "holds, GB": "2.008 2.008 2.008",
         "reads, GB": "2.008 2.008 2.008",
         "reads a byte it holds, times": "1.000 1.000 1.000",
-        "reads of neighbouring bytes": "61 61 61",
+        "reads of neighbouring bytes": "480 480 480",
         "files": "2 2 2",
-        "reads a file": "30.5 30.5 30.5",
+        "reads a file": "240.0 240.0 240.0",
         "caption": "4 ranks; imbalance: the largest share is 1.000 of the mean",
     },
     # Four experts over three ranks: 2, 2, 0; of the small ones 342, 342, 340; the other GB on all.
