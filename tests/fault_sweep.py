@@ -152,6 +152,7 @@ class Sweep:
     """A checkpoint, what becomes of it without faults, and a directory to write to."""
 
     def __init__(self, root: Path, threads: int = 1):
+        root.mkdir(exist_ok=True)
         self.root = root
         self.threads = threads
         self.source = root / "source"

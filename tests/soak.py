@@ -15,6 +15,7 @@ import shutil
 import sys
 import tempfile
 import threading
+from importlib import metadata
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,6 +23,8 @@ import automodel_conv as amc
 from automodel_conv.testing import assert_bytes_equal
 from tests.fault_sweep import Model, Sweep, rules
 from tests.faults import descriptors
+
+VERSIONS = ("torch", "transformers", "safetensors")
 
 
 class Measured(NamedTuple):
@@ -81,8 +84,8 @@ def main() -> None:
     if options.csv:
         with options.csv.open("w", newline="", encoding="utf-8") as file:
             table = csv.writer(file)
-            table.writerow(Measured._fields)
-            table.writerows(held)
+            table.writerow((*Measured._fields, *VERSIONS))
+            table.writerows((*one, *map(metadata.version, VERSIONS)) for one in held)
 
 
 if __name__ == "__main__":

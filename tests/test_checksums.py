@@ -122,3 +122,29 @@ def test_a_conversion_writes_its_own_and_does_not_copy_those_of_the_source(saved
     loaded = amc.load_state_dict(tmp_path / "with", rules=[], verify=True)
     with safe_open(next((tmp_path / "with").glob("*.safetensors")), "pt") as file:
         assert set(file.keys()) == set(loaded)
+
+
+def test_a_bit_flipped_anywhere_is_found_or_changes_no_tensor(saved, tensors):
+    """In headers and the index too; there some say nothing of tensors: metadata, sizes in all."""
+    checkpoint = amc.open_checkpoint(saved)
+    data_starts = {
+        file: min(o for o, f in zip(checkpoint.offsets, checkpoint.file_ids, strict=True) if f == n)
+        for n, file in enumerate(checkpoint.files)
+    }
+    harmless = 0
+    for file in [*checkpoint.files, str(saved / "model.safetensors.index.json")]:
+        whole = Path(file).read_bytes()
+        for at in range(0, len(whole), 7):
+            flip(Path(file), at)
+            try:
+                found = amc.load_state_dict(saved, rules=[], verify=True, threads=1)
+            except amc.ConversionError:
+                pass
+            else:
+                assert at < data_starts.get(file, len(whole)), f"byte {at} of {file} is data"
+                assert found.keys() == tensors.keys()
+                for name, tensor in tensors.items():
+                    assert_bytes_equal(found[name], tensor)
+                harmless += 1
+            Path(file).write_bytes(whole)
+    assert harmless > 0

@@ -78,7 +78,7 @@ def test_processes_forked_after_a_load_load_at_once(sweep):
     assert_right(load(sweep, 2), sweep)
 
 
-def test_a_load_beside_a_conversion_is_refused_or_right(sweep, tmp_path):
+def test_a_load_beside_a_conversion_by_another_process_is_refused_or_right(sweep, tmp_path):
     """Until the index is there the directory is no checkpoint; from then on it is the whole one."""
     directory = tmp_path / "made"
     refused, loaded = [], []
@@ -95,10 +95,13 @@ def test_a_load_beside_a_conversion_is_refused_or_right(sweep, tmp_path):
                 return
 
     thread = threading.Thread(target=loading)
+    converting = multiprocessing.get_context("fork").Process(target=sweep.convert, args=(directory,))
+    converting.start()
     thread.start()
-    sweep.convert(directory)
+    converting.join()
     done.set()
     thread.join()
+    assert converting.exitcode == 0
     assert refused
     assert loaded
     for found in loaded:

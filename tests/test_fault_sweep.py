@@ -27,6 +27,12 @@ def test_a_fault_at_any_call_is_one_error_or_none(sweep, verb, fault):
     assert bool(found["error"]) != FAULTS[fault].harmless or not found
 
 
+@pytest.mark.parametrize("fault", ["EIO", "KeyboardInterrupt"])
+@pytest.mark.parametrize("verb", VERBS)
+def test_a_fault_while_two_threads_work_is_one_error_or_none(tmp_path, verb, fault):
+    assert sweep_one(Sweep(tmp_path / "sweep", threads=2), verb, FAULTS[fault])["error"] > 0
+
+
 def test_all_calls_are_swept(sweep):
     """A load makes few calls, a conversion many."""
     counts = {verb: count_calls(sweep, verb, FAULTS["EIO"]) for verb in VERBS}
