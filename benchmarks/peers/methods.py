@@ -234,13 +234,12 @@ def _nemo_adapter(shapes: Mapping[str, tuple[int, ...]]) -> Any:
 
 
 def ours(directory: str, threads: int, transposed: bool) -> Run:
-    """``load_state_dict``."""
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
+    """``load_state_dict``, given transformers' rules of the model; the shapes follow from them and the files."""
+    rules = amc.get_checkpoint_conversion_mapping("qwen3_moe")
 
     def run() -> dict[str, Tensor]:
-        loaded = amc.load_state_dict(directory, layout="nemo" if transposed else None, threads=threads)
+        layout = "nemo" if transposed else None
+        loaded = amc.load_state_dict(directory, rules=rules, layout=layout, threads=threads)
         return {_renamed(name, _TRANSFORMERS_NAMES): tensor for name, tensor in loaded.items()}
 
     return run
