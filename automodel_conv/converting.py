@@ -23,6 +23,7 @@ from automodel_conv.errors import (
     WriteError,
     listing,
     message,
+    resources_told,
 )
 from automodel_conv.execution.reading import OpenFiles
 from automodel_conv.execution.slabs import Slab, slab_schedule
@@ -142,6 +143,7 @@ def compile_conversion(
     return Conversion(checkpoint, plan, tuple(divide(specs_of(plan.targets), most_bytes)))
 
 
+@resources_told("converting")
 def convert_checkpoint(
     source: str | os.PathLike[str],
     destination: str | os.PathLike[str],
@@ -193,6 +195,7 @@ def convert_checkpoint(
             work of another kind, or the source has changed.
         ReadError, WriteError: reading or writing failed, a full disk among other reasons.
         VerificationError: a file is not what was written.
+        ConversionError: the system gives no more memory or threads; the work can be gone on with.
     """
     began = time.perf_counter()
     conversion = compile_conversion(
@@ -270,6 +273,7 @@ def convert_checkpoint(
     )
 
 
+@resources_told("verifying")
 def verify_checkpoint(
     source: str | os.PathLike[str],
     destination: str | os.PathLike[str],

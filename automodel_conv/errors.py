@@ -7,12 +7,15 @@ rule), what was expected, what was found, what to do. ``message`` builds that te
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 # What moves a terminal's cursor, turns the direction of text or cannot be encoded: C0 but tab and line feed, C1,
 # separators and directions of Unicode, halves of surrogate pairs.
 _UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 _LONGEST_LINE = 2000
+# What Python and torch say, in errors that have no class of their own.
+_EXHAUSTED = re.compile("can't start new thread|DefaultCPUAllocator")
 
 
 class ConversionError(ValueError):
@@ -117,6 +120,23 @@ def message(
     if do is not None:
         lines.append(f"  do:       {do}")
     return "\n".join(lines)
+
+
+@contextmanager
+def resources_told(doing: str) -> Iterator[None]:
+    """Host memory and threads that the system does not give are a ConversionError; a decorator too.
+
+    What a device lacks stays torch's own error, which callers know how to meet.
+    """
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not _EXHAUSTED.search(str(error)):
+            raise
+        found = "\n".join([f"{type(error).__name__}: {error}", *getattr(error, "__notes__", ())])
+        do = "free memory, pass fewer threads or less scratch_bytes, or raise the limits of this process (ulimit -a)"
+        text = message(f"{doing} needs more memory or threads than the system gives", do=do, found=found)
+        raise ConversionError(text) from error
 
 
 def listing(items: Iterable[object], limit: int = 20) -> str:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from automodel_conv.dtypes import FLOATING
-from automodel_conv.errors import QuantizationError, message
+from automodel_conv.errors import QuantizationError, message, resources_told
 from automodel_conv.execution.buffers import allocate
 from automodel_conv.execution.checksums import verify_checksums
 from automodel_conv.execution.filling import Limits, fill, within
@@ -85,6 +85,7 @@ class LoadedStateDict(dict[str, Tensor]):
     report: LoadReport
 
 
+@resources_told("planning")
 def compile_plan(
     checkpoint: Checkpoint | str | os.PathLike[str],
     model: nn.Module | None = None,
@@ -124,6 +125,7 @@ def compile_plan(
     return plan
 
 
+@resources_told("loading")
 def load_state_dict(
     path: str | os.PathLike[str],
     model: nn.Module | None = None,
@@ -174,7 +176,8 @@ def load_state_dict(
             then.
         VerificationError: a tensor does not have its checksum, or there is none; nothing has been loaded then.
         ReadError: reading failed; names file and tensor.
-        ConversionError: the load does not fit into ``memory_budget``; nothing has been read then.
+        ConversionError: the load does not fit into ``memory_budget``; nothing has been read then. Or the system gives
+            no more memory or threads.
         RankError: with DTensors: the load failed on other ranks, or one of them is gone.
     """
     state = {} if model is None else model.state_dict(keep_vars=True)
@@ -209,6 +212,7 @@ def load_state_dict(
     return loaded
 
 
+@resources_told("loading")
 def load_model(
     model: nn.Module,
     path: str | os.PathLike[str],
@@ -245,7 +249,9 @@ def load_model(
         VerificationError: see ``load_state_dict``; likewise.
         ReadError: reading failed; names file and tensor, and the targets already filled. Parameters that would have
             been replaced (on the meta device, or of another dtype) are still the old ones.
-        ConversionError: the checkpoint has different values for names that are one parameter of the model.
+        ConversionError: the checkpoint has different values for names that are one parameter of the model, or the
+            system gives no more memory or threads. The latter, and a KeyboardInterrupt too (in its ``__notes__``), tells
+            the targets already filled, as ReadError does.
     """
     state = model.state_dict(keep_vars=True)
     groups = groups_of(meshes_of(state.values()))

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from automodel_conv.dtypes import FLOATING, dtype_code
-from automodel_conv.errors import CoverageError, UnsupportedError, listing, message
+from automodel_conv.errors import CoverageError, UnsupportedError, listing, message, resources_told
 from automodel_conv.execution.buffers import dtype_of
 from automodel_conv.execution.checksums import checksums_of, checksums_text
 from automodel_conv.execution.ranks import (
@@ -61,6 +61,7 @@ class SaveReport:
         return self.bytes_written / self.seconds / 1e9 if self.seconds else 0.0
 
 
+@resources_told("saving")
 def save_checkpoint(
     model_or_state_dict: nn.Module | Mapping[str, Tensor],
     directory: str | os.PathLike[str],
@@ -103,6 +104,7 @@ def save_checkpoint(
             lazily conjugated or negated; or extra state that is not a tensor.
         DestinationError: the directory holds a checkpoint already, or somebody else writes to it.
         WriteError: the disk is full, or the system reports another error.
+        ConversionError: the system gives no more memory or threads.
         RankError: with DTensors: saving failed on other ranks, one of them is gone, or they hold different tensors.
     """
     began = time.perf_counter()

@@ -1,15 +1,17 @@
 """Every file call of a load, a save, a conversion and a verification failed in every way, one call at a time.
 
-    python -m tests.fault_sweep            a table: how often each way was tried, and what came of it
+    python -m tests.fault_sweep [--csv FILE]       a table: how often each way was tried, and what came of it
 
 The checkpoint is small, and one thread works, so that the n-th call is the same one each time. After each fault: one
-error or none, the right bytes if none; no descriptor, thread or file is left over; a model is untouched, or the error
-names what was filled, and that holds the right bytes. What was to be written is not a checkpoint, and the same call
-then makes it one.
+error or none, the right bytes if none; no descriptor, thread, mapped file or file is left over; a model is untouched,
+or the error names what was filled, and that holds the right bytes. What was to be written is not a checkpoint, and the
+same call then makes it one.
 """
 
 from __future__ import annotations
 
+import argparse
+import csv
 import errno
 import itertools
 import json
@@ -22,6 +24,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,9 +36,10 @@ import automodel_conv as amc
 from automodel_conv.errors import ConversionError
 from automodel_conv.files import system
 from automodel_conv.testing import POISON, assert_bytes_equal
-from tests.faults import CHANGING, READING, descriptors, workers
+from tests.faults import CHANGING, READING, descriptors, mapped_files, workers
 
 CALLS = (*CHANGING, *READING)
+VERSIONS = ("torch", "transformers", "safetensors")
 OPENING = ("open_readonly", "create", "open_append", "open_existing", "list_names")
 EXPERTS, INTERMEDIATE, HIDDEN = 3, 4, 6
 LAYERS = ("layers.0", "layers.1")
@@ -63,9 +67,9 @@ def _error(number: int) -> Callable[[Real, tuple[Any, ...]], Any]:
     return happen
 
 
-def _raised(error: BaseException) -> Callable[[Real, tuple[Any, ...]], Any]:
+def _raised(error: type[BaseException], *text: str) -> Callable[[Real, tuple[Any, ...]], Any]:
     def happen(real: Real, arguments: tuple[Any, ...]) -> Any:
-        raise error
+        raise error(*text)
 
     return happen
 
@@ -76,6 +80,11 @@ def _short(real: Real, arguments: tuple[Any, ...]) -> Any:
         return real(*arguments[:4], 1)
     fd, views, offset = arguments
     return real(fd, [views[0][:1]], offset)
+
+
+def _no_tensor(real: Real, arguments: tuple[Any, ...]) -> Any:
+    """The error is torch's own: no machine has that much."""
+    return real(1 << 60, dtype=torch.uint8)
 
 
 def _slow(real: Real, arguments: tuple[Any, ...]) -> Any:
@@ -90,10 +99,11 @@ FAULTS = {
     "ENOSPC": Fault(CHANGING, _error(errno.ENOSPC)),
     "one byte only": Fault(("preadv", "pwritev", "copy_range"), _short, harmless=True),
     "slow": Fault(CALLS, _slow, harmless=True),
-    "no memory for a buffer": Fault(CALLS, _raised(MemoryError())),
-    "no memory for a tensor": Fault(("empty",), _raised(RuntimeError("can't allocate memory")), where=torch),
-    "no more threads": Fault(("start",), _raised(RuntimeError("can't start new thread")), where=threading.Thread),
-    "KeyboardInterrupt": Fault(CALLS, _raised(KeyboardInterrupt())),
+    "no memory for a buffer": Fault(CALLS, _raised(MemoryError)),
+    "no memory for a tensor": Fault(("empty",), _no_tensor, where=torch),
+    "no more threads": Fault(("start",), _raised(RuntimeError, "can't start new thread"), where=threading.Thread),
+    "a thread that ends": Fault(CALLS, _raised(SystemExit)),
+    "KeyboardInterrupt": Fault(CALLS, _raised(KeyboardInterrupt)),
 }
 
 
@@ -158,7 +168,7 @@ class Sweep:
         self.source = root / "source"
         write_source(self.source)
         self.model = Model()
-        amc.load_model(self.model, self.source, rules=rules())
+        amc.load_model(self.model, self.source, rules=rules(), threads=threads)
         self.wanted = {name: tensor.clone() for name, tensor in self.model.state_dict().items()}
         self.files = {}
         for verb in ("save", "convert"):
@@ -186,11 +196,11 @@ class Sweep:
     def try_load(self, told: Callable[[Callable[[], object]], BaseException | None]) -> None:
         model = Model()
         error = told(lambda: self.load(model))
-        filled = str(error).partition("filled:")[2]
+        filled = "".join([str(error), *getattr(error, "__notes__", ())]).partition("filled:")[2]
         for name, tensor in model.state_dict().items():
             if error is None or name in filled.split():
                 assert_bytes_equal(tensor, self.wanted[name])
-        if isinstance(error, ConversionError) and not filled:
+        if error is not None and not filled:
             assert all(bool((t.view(torch.uint8) == POISON).all()) for t in model.state_dict().values())
 
     def try_load_state_dict(self, told: Callable[[Callable[[], object]], BaseException | None]) -> None:
@@ -297,15 +307,16 @@ def fault_at(sweep: Sweep, verb: str, fault: Fault, at: int) -> tuple[bool, Base
         with watched(fault, faulty):
             try:
                 work()
-            except (ConversionError, MemoryError, RuntimeError, KeyboardInterrupt) as error:
+            except (ConversionError, KeyboardInterrupt, SystemExit) as error:
                 errors.append(error)
         return errors[0] if errors else None
 
-    before = descriptors(), threading.active_count()
+    before = descriptors(), threading.active_count(), mapped_files()
     getattr(sweep, f"try_{verb}")(told)
     assert not (errors and fault.harmless), f"{verb}, {happened}: {errors[0]}"
     assert workers() == [], f"{verb}, {happened}: a thread is left"
-    assert (descriptors(), threading.active_count()) == before, f"{verb}, {happened}: something is left open"
+    after = descriptors(), threading.active_count(), mapped_files()
+    assert after == before, f"{verb}, {happened}: something is left open"
     return bool(happened), errors[0] if errors else None
 
 
@@ -313,18 +324,27 @@ def main() -> None:
     from rich.console import Console
     from rich.table import Table
 
+    parser = argparse.ArgumentParser(prog="python -m tests.fault_sweep", description=__doc__)
+    parser.add_argument("--csv", metavar="FILE", help="write the counts and the versions")
+    options = parser.parse_args()
     table = Table(title="each fault at each call that it can happen to: errors / none, and the right bytes")
     table.add_column("fault")
     for verb in VERBS:
         table.add_column(verb, justify="right")
-    total = 0
+    lines = []
     with tempfile.TemporaryDirectory() as root:
         sweep = Sweep(Path(root))
         for name, fault in FAULTS.items():
             found = {verb: sweep_one(sweep, verb, fault) for verb in VERBS}
-            total += sum(sum(counts.values()) for counts in found.values())
+            lines += [(name, verb, counts["error"], counts["none"]) for verb, counts in found.items()]
             table.add_row(name, *(f"{counts['error']} / {counts['none']}" for counts in found.values()))
     Console(width=120).print(table)
+    if options.csv:
+        with open(options.csv, "w", newline="") as file:
+            writer = csv.writer(file, lineterminator="\n")
+            writer.writerow(("fault", "verb", "errors", "none", *VERSIONS))
+            writer.writerows((*line, *map(metadata.version, VERSIONS)) for line in lines)
+    total = sum(errors + none for _, _, errors, none in lines)
     sys.stdout.write(f"{total} faults; nothing was left open, and no byte was wrong\n")
 
 

@@ -21,10 +21,8 @@ from typing import NamedTuple
 
 import automodel_conv as amc
 from automodel_conv.testing import assert_bytes_equal
-from tests.fault_sweep import Model, Sweep, rules
+from tests.fault_sweep import VERSIONS, Model, Sweep, rules
 from tests.faults import descriptors
-
-VERSIONS = ("torch", "transformers", "safetensors")
 
 
 class Measured(NamedTuple):

@@ -14,9 +14,12 @@ if sys.platform != "linux":
 
 import automodel_conv as amc
 from automodel_conv.errors import ConversionError
+from automodel_conv.execution.workers import _TorchThreads
 from automodel_conv.testing import assert_bytes_equal
 from tests.fault_sweep import Model, Sweep, rules
 from tests.faults import descriptors, workers
+from tests.integrations.support import assert_same_model
+from tests.model_zoo import build_model
 
 LOADS = 32
 PROCESSES = 8
@@ -78,6 +81,42 @@ def test_processes_forked_after_a_load_load_at_once(sweep):
     assert_right(load(sweep, 2), sweep)
 
 
+def test_a_process_forked_while_threads_load_can_load(sweep):
+    """It has none of these threads, and none of their locks stays locked for it."""
+    stop = threading.Event()
+
+    def again():
+        while not stop.is_set():
+            assert_right(load(sweep, 2), sweep)
+
+    with ThreadPoolExecutor(4) as pool:
+        loading = [pool.submit(again) for _ in range(4)]
+        context = multiprocessing.get_context("fork")
+        answers = context.SimpleQueue()
+        try:
+            for _ in range(PROCESSES):
+                child = context.Process(target=_in_child, args=(sweep, answers))
+                child.start()
+                child.join(60)
+                assert child.exitcode == 0
+        finally:
+            stop.set()
+    for one in loading:
+        one.result()
+    assert [answers.get() for _ in range(PROCESSES)] == [None] * PROCESSES
+
+
+def test_a_lock_that_is_held_at_a_fork_does_not_stop_the_child(sweep):
+    context = multiprocessing.get_context("fork")
+    answers = context.SimpleQueue()
+    with _TorchThreads.lock:
+        child = context.Process(target=_in_child, args=(sweep, answers))
+        child.start()
+    child.join(60)
+    assert child.exitcode == 0
+    assert answers.get() is None
+
+
 def test_a_load_beside_a_conversion_by_another_process_is_refused_or_right(sweep, tmp_path):
     """Until the index is there the directory is no checkpoint; from then on it is the whole one."""
     directory = tmp_path / "made"
@@ -131,6 +170,30 @@ def test_installing_and_uninstalling_by_many_threads_ends_as_it_began():
     for was, now in zip(before, after, strict=True):
         assert was.keys() == now.keys()
         assert all(now[name] is value for name, value in was.items())
+
+
+def test_a_hook_that_comes_and_goes_while_a_model_loads_changes_nothing(tmp_path):
+    stock = build_model("mixtral")
+    stock.save_pretrained(tmp_path)
+    wanted = type(stock).from_pretrained(tmp_path)
+    stop, toggled = threading.Event(), []
+
+    def toggle():
+        while not stop.is_set():
+            toggled.append(amc.install())
+            stop.wait(0.0005 * (len(toggled) % 20))
+            amc.uninstall()
+            stop.wait(0.0005 * (len(toggled) % 7))
+
+    thread = threading.Thread(target=toggle)
+    thread.start()
+    try:
+        for _ in range(20):
+            assert_same_model(type(stock).from_pretrained(tmp_path), wanted)
+    finally:
+        stop.set()
+        thread.join()
+    assert any(acceleration.loads for acceleration in toggled)
 
 
 def test_a_soak_of_a_few_rounds_is_flat(tmp_path):

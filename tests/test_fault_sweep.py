@@ -2,16 +2,21 @@
 
 import signal
 import sys
+import threading
 
 import pytest
+import safetensors
 
 pytest.importorskip("transformers", reason="the merging rules are transformers'")
 if sys.platform != "linux":
     pytest.skip("the faults are made with what Linux has", allow_module_level=True)
 
-from automodel_conv.execution import reading
+from automodel_conv.errors import ConversionError
+from automodel_conv.execution import cpu, reading
 from automodel_conv.files import destination, system
-from tests.fault_sweep import FAULTS, VERBS, Sweep, count_calls, sweep_one
+from automodel_conv.testing import assert_bytes_equal
+from tests.fault_sweep import FAULTS, VERBS, Model, Sweep, count_calls, fault_at, sweep_one
+from tests.faults import descriptors, workers
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +32,7 @@ def test_a_fault_at_any_call_is_one_error_or_none(sweep, verb, fault):
     assert bool(found["error"]) != FAULTS[fault].harmless or not found
 
 
-@pytest.mark.parametrize("fault", ["EIO", "KeyboardInterrupt"])
+@pytest.mark.parametrize("fault", ["EIO", "KeyboardInterrupt", "a thread that ends"])
 @pytest.mark.parametrize("verb", VERBS)
 def test_a_fault_while_two_threads_work_is_one_error_or_none(tmp_path, verb, fault):
     assert sweep_one(Sweep(tmp_path / "sweep", threads=2), verb, FAULTS[fault])["error"] > 0
@@ -45,6 +50,27 @@ def test_a_descriptor_that_stays_open_is_found(sweep, monkeypatch):
     monkeypatch.setattr(reading.OpenFiles, "close", lambda self: None)
     with pytest.raises(AssertionError, match="left open"):
         sweep_one(sweep, "load", FAULTS["EIO"])
+
+
+def test_a_mapped_file_that_stays_is_found(sweep, monkeypatch):
+    maps = []
+
+    def mapping(path):
+        if path.endswith(".safetensors"):
+            maps.append(safetensors.safe_open(path, "pt"))
+        return stock(path)
+
+    stock = system.open_readonly
+    monkeypatch.setattr(system, "open_readonly", mapping)
+    with pytest.raises(AssertionError, match="left open"):
+        sweep_one(sweep, "load", FAULTS["EIO"])
+
+
+def test_targets_that_are_filled_and_not_told_are_found(sweep, monkeypatch):
+    monkeypatch.setattr(cpu, "tell_filled", lambda *_: None)
+    for fault in ("KeyboardInterrupt", "no memory for a buffer", "EIO"):
+        with pytest.raises(AssertionError):
+            sweep_one(sweep, "load", FAULTS[fault])
 
 
 def test_a_file_that_stays_is_found(sweep, monkeypatch):
@@ -80,3 +106,76 @@ def test_signals_interrupt_no_call(sweep, verb):
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
     assert len(seen) > 20
+
+
+@pytest.mark.parametrize("fault", ["no memory for a buffer", "no memory for a tensor", "no more threads"])
+def test_what_the_system_does_not_give_is_told_with_what_to_do(tmp_path, fault):
+    sweep = Sweep(tmp_path / "sweep", threads=2)
+    happened, error = fault_at(sweep, "load", FAULTS[fault], 0)
+    assert happened
+    assert isinstance(error, ConversionError)
+    assert "memory" in str(error)
+    assert "do:" in str(error)
+
+
+def test_a_thread_that_ends_while_a_model_is_loaded_names_what_is_filled(sweep):
+    """Like an interrupt it stays what it is."""
+    last = count_calls(sweep, "load", FAULTS["a thread that ends"]) - 1
+    happened, error = fault_at(sweep, "load", FAULTS["a thread that ends"], last)
+    assert happened
+    assert isinstance(error, SystemExit)
+    assert "filled:" in error.__notes__[-1]
+    assert "layers.0.norm" in error.__notes__[-1]
+
+
+# --- a disk that is stuck ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def stuck(monkeypatch):
+    """The first read by a thread of the package lasts until this event."""
+    released, stock, first = threading.Event(), system.preadv, threading.Lock()
+
+    def preadv(fd, views, offset):
+        if threading.current_thread().name.startswith("automodel_conv") and first.acquire(blocking=False):
+            assert released.wait(60)
+        return stock(fd, views, offset)
+
+    monkeypatch.setattr(system, "preadv", preadv)
+    return released
+
+
+def test_a_load_from_a_disk_that_is_stuck_ends_when_it_goes_on(tmp_path, stuck):
+    sweep = Sweep(tmp_path / "sweep", threads=1)
+    sweep.threads, done = 2, []
+    model = Model()
+    thread = threading.Thread(target=lambda: done.append(sweep.load(model)))
+    thread.start()
+    thread.join(0.2)
+    assert not done
+    stuck.set()
+    thread.join(60)
+    assert done
+    for name, tensor in model.state_dict().items():
+        assert_bytes_equal(tensor, sweep.wanted[name])
+
+
+def test_ctrl_c_while_a_disk_is_stuck_is_raised_when_nothing_reads_any_more(tmp_path, stuck):
+    sweep = Sweep(tmp_path / "sweep", threads=1)
+    sweep.threads = 2
+    before, handler = descriptors(), signal.signal(signal.SIGINT, signal.default_int_handler)
+    interrupting = threading.Timer(0.2, signal.pthread_kill, [threading.main_thread().ident, signal.SIGINT])
+    releasing = threading.Timer(0.6, stuck.set)
+    try:
+        for timer in (interrupting, releasing):
+            timer.start()
+        with pytest.raises(KeyboardInterrupt) as raised:
+            sweep.load(Model())
+        assert stuck.is_set()
+    finally:
+        signal.signal(signal.SIGINT, handler)
+        for timer in (interrupting, releasing):
+            timer.join()
+    assert workers() == []
+    assert descriptors() == before
+    assert "filled:" in raised.value.__notes__[-1]

@@ -8,12 +8,12 @@ from math import prod
 import torch
 from torch import Tensor
 
-from automodel_conv.errors import ConversionError, ReadError, message
+from automodel_conv.errors import ConversionError, message
 from automodel_conv.execution.buffers import Aim, byte_view, checked, dtype_of
 from automodel_conv.execution.copying import COPY_BYTES, COPY_RATIO, copy_moves
 from automodel_conv.execution.decoding import decode_codes
 from automodel_conv.execution.jobs import ALIGN_BYTES, Job, Move, aligned, aligned_down
-from automodel_conv.execution.reading import LoadStats, OpenFiles, cores, read_job, read_whole, with_filled
+from automodel_conv.execution.reading import LoadStats, OpenFiles, cores, read_job, read_whole, tell_filled
 from automodel_conv.execution.schedule import schedule
 from automodel_conv.execution.upstream import run_upstream, upstream_calls
 from automodel_conv.execution.workers import work_off
@@ -60,7 +60,7 @@ def load_files(
     Raises:
         ConversionError: a buffer is missing or does not fit, before anything is read.
         ReadError: a file could not be read; names file and tensor, and the targets that were
-            already complete.
+            already complete, as whatever else is raised once reading has begun.
         UnsupportedError: a dtype that torch does not know, or strides that copies cannot follow.
     """
     threads = default_threads() if threads is None else threads
@@ -94,10 +94,11 @@ def load_files(
                 run_upstream(call, {row: read_whole(row, checkpoint) for row in call.rows}, buffers)
                 written += [target.name for target in call.targets]
                 advance(sum(checkpoint.nbytes[row] for row in call.rows))
-        except ReadError as error:
+        except BaseException as error:
             unfinished = {n for k, job in enumerate(jobs) if k not in done for n in job.targets}
             written += [t.name for n, t in enumerate(targets) if n not in unfinished]
-            raise with_filled(error, written, len(plan.targets)) from error
+            tell_filled(error, written, len(plan.targets))
+            raise
     return stats._replace(bytes_read=bytes_read)
 
 

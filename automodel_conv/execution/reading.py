@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from automodel_conv.errors import ReadError, listing, message
+from automodel_conv.errors import ConversionError, ReadError, listing, message
 from automodel_conv.execution.buffers import byte_view, dtype_of, span_bytes
 from automodel_conv.execution.copy_batch import Work
 from automodel_conv.execution.jobs import GAP_BYTES, Job, Part
@@ -160,7 +160,10 @@ def read_whole(row: int, checkpoint: Checkpoint) -> Tensor:
     return tensor
 
 
-def with_filled(error: ReadError, written: Sequence[str], total: int) -> ReadError:
-    """The same error with the names of the targets that are complete, of ``total``."""
-    text = f"  filled:   {len(written)} of {total} targets"
-    return ReadError("\n".join(filter(None, [str(error), text, listing(written)])))
+def tell_filled(error: BaseException, written: Sequence[str], total: int) -> None:
+    """Add the names of the targets that are complete, of ``total``, to an error: to its text, or a note to others'."""
+    text = "\n".join(filter(None, [f"  filled:   {len(written)} of {total} targets", listing(written)]))
+    if isinstance(error, ConversionError):
+        error.args = (f"{error}\n{text}",)
+    else:  # as add_note, which Python 3.10 does not have
+        error.__notes__ = [*getattr(error, "__notes__", ()), text]  # type: ignore[attr-defined]

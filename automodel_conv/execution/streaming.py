@@ -21,12 +21,12 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from automodel_conv.errors import ConversionError, ReadError, message
+from automodel_conv.errors import ConversionError, message
 from automodel_conv.execution.buffers import Aim, byte_view, checked, dtype_of, raw_bytes
 from automodel_conv.execution.copy_batch import CopyBatch, Work, takes_kernels
 from automodel_conv.execution.decoding import decode_codes
 from automodel_conv.execution.jobs import aligned, aligned_down
-from automodel_conv.execution.reading import LoadStats, OpenFiles, cores, read_job, read_whole, with_filled
+from automodel_conv.execution.reading import LoadStats, OpenFiles, cores, read_job, read_whole, tell_filled
 from automodel_conv.execution.upstream import run_upstream, upstream_calls
 from automodel_conv.execution.windows import Chunk, Upload, Window, stream_schedule
 from automodel_conv.files.checkpoint import Checkpoint
@@ -122,7 +122,8 @@ def stream_files(
 
     Raises:
         ConversionError: a buffer is missing or does not fit, before anything is read.
-        ReadError: a file could not be read; names file and tensor, and the targets that were already complete.
+        ReadError: a file could not be read; names file and tensor, and the targets that were already complete,
+            as whatever else is raised once reading has begun.
         UnsupportedError: a dtype that torch does not know, strides that copies cannot follow, or a backend that cannot
             run.
     """
@@ -163,10 +164,11 @@ def stream_files(
                 run_upstream(call, {row: read_whole(row, checkpoint) for row in call.rows}, buffers)
                 written += [target.name for target in call.targets]
                 advance(sum(checkpoint.nbytes[row] for row in call.rows))
-        except ReadError as error:
+        except BaseException as error:
             unfinished = load.unfinished()
             written += [target.name for number, target in enumerate(targets) if number not in unfinished]
-            raise with_filled(error, written, len(plan.targets)) from error
+            tell_filled(error, written, len(plan.targets))
+            raise
     return stats._replace(bytes_read=bytes_read)
 
 

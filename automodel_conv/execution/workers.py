@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -82,6 +83,15 @@ class _TorchThreads:
     lock = threading.Lock()
     under_way = 0
     number = 0
+
+    @classmethod
+    def forget(cls) -> None:
+        """In a child, which has none of the threads that work or hold the lock."""
+        cls.lock, cls.under_way = threading.Lock(), 0
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_TorchThreads.forget)
 
 
 @contextmanager

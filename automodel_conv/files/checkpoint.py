@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
-from automodel_conv.errors import UnsupportedError, listing, message
+from automodel_conv.errors import UnsupportedError, listing, message, resources_told
 from automodel_conv.files import system
 from automodel_conv.files.header import (
     Header,
@@ -68,6 +68,7 @@ class Checkpoint:
     """Row of each name."""
 
 
+@resources_told("opening a checkpoint")
 def open_checkpoint(path: str | os.PathLike[str], *, revision: str | None = None) -> Checkpoint:
     """Read and check the headers of a safetensors checkpoint; no tensor data is touched.
 
