@@ -105,12 +105,12 @@ def _read_parts(
     for parts in calls_of(parts_of_file):
         stop = parts[0].offset_bytes
         slices: list[memoryview] = []
-        for part in parts:
-            if part.offset_bytes > stop:
-                slices.append(_JUNK[: part.offset_bytes - stop])
-                gaps += part.offset_bytes - stop
-            slices.append(views[part.target][part.start_bytes : part.start_bytes + part.nbytes])
-            stop = part.offset_bytes + part.nbytes
+        for _, offset, nbytes, target, start, _ in parts:
+            if offset > stop:
+                slices.append(_JUNK[: offset - stop])
+                gaps += offset - stop
+            slices.append(views[target][start : start + nbytes])
+            stop = offset + nbytes
         try:
             system.read_exactly(fd, slices, parts[0].offset_bytes, path)
         except ReadError as error:
@@ -125,12 +125,12 @@ def _read_parts(
 def calls_of(parts: Sequence[Part]) -> Iterator[Sequence[Part]]:
     """Groups of parts near enough to be read by one call."""
     first = 0
-    for n in range(1, len(parts)):
-        before = parts[n - 1]
-        gap = parts[n].offset_bytes - before.offset_bytes - before.nbytes
-        if parts[n].file != before.file or not 0 <= gap <= GAP_BYTES:
+    file_before, stop = parts[0].file, parts[0].offset_bytes
+    for n, (file, start, nbytes, _, _, _) in enumerate(parts):
+        if file != file_before or not 0 <= start - stop <= GAP_BYTES:
             yield parts[first:n]
             first = n
+        file_before, stop = file, start + nbytes
     yield parts[first:]
 
 

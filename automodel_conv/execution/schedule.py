@@ -81,32 +81,33 @@ def _split(
     parts: list[Part] = []
     moves: dict[int, list[Move]] = {}
     for number, (target, group) in enumerate(zip(targets, copies, strict=True)):
-        size = itemsize(target.dtype)
+        dtype, sources, size = target.dtype, target.sources, itemsize(target.dtype)
         for copy in group:
             plain = copy.is_contiguous
             nbytes = size * (copy.shape[0] if copy.shape else 1)
             columns = zip(copy.ordinals, copy.source_offsets, copy.target_offsets, strict=True)
             for ordinal, source, place in columns:
-                row = target.sources[ordinal]
-                if plain and dtypes[row] == target.dtype and row not in decodes:
+                row = sources[ordinal]
+                if plain and dtypes[row] == dtype and row not in decodes:
                     start = offsets[row] + source * size
                     parts.append(Part(file_ids[row], start, nbytes, number, place * size, row))
                 else:
-                    dtype = target.dtype if row in decodes else dtypes[row]
-                    moves.setdefault(row, []).append(Move(number, dtype, *copy[:2], source, copy.target_strides, place))
+                    read_as = dtype if row in decodes else dtypes[row]
+                    move = Move(number, read_as, *copy[:2], source, copy.target_strides, place)
+                    moves.setdefault(row, []).append(move)
     return parts, moves
 
 
 def _rows_read_twice(parts: Sequence[Part]) -> set[int]:
     """Rows of which parts, sorted by place, overlap."""
     rows: set[int] = set()
-    file = stop = -1
-    for part in parts:
-        if part.file == file and part.offset_bytes < stop:
-            rows.add(part.row)
-            stop = max(stop, part.offset_bytes + part.nbytes)
+    file_before = stop = -1
+    for file, start, nbytes, _, _, row in parts:
+        if file == file_before and start < stop:
+            rows.add(row)
+            stop = max(stop, start + nbytes)
         else:
-            file, stop = part.file, part.offset_bytes + part.nbytes
+            file_before, stop = file, start + nbytes
     return rows
 
 
@@ -122,19 +123,19 @@ def _as_move(part: Part, checkpoint: Checkpoint) -> Move:
 
 def runs(parts: Sequence[Part], limit: int) -> Iterator[Job]:
     """Neighbours in one job of at most ``limit`` bytes, large tensors over several."""
+    most = system.IOV_MAX // 2  # every part may need a junk buffer before it
     run: list[Part] = []
-    nbytes = stop = 0
+    used = file_before = stop = 0
     for whole in parts:
         for part in chopped(whole, limit):
-            gap = part.offset_bytes - stop
-            # Every part may need a junk buffer before it.
-            full = nbytes + part.nbytes > limit or 2 * len(run) + 2 > system.IOV_MAX
-            if run and (full or part.file != run[0].file or not 0 <= gap <= GAP_BYTES):
+            file, start, nbytes, _, _, _ = part
+            full = used + nbytes > limit or len(run) == most
+            if run and (full or file != file_before or not 0 <= start - stop <= GAP_BYTES):
                 yield Job(run, [], 0)
-                run, nbytes = [], 0
+                run, used = [], 0
             run.append(part)
-            nbytes += part.nbytes
-            stop = part.offset_bytes + part.nbytes
+            used += nbytes
+            file_before, stop = file, start + nbytes
     if run:
         yield Job(run, [], 0)
 
@@ -144,16 +145,18 @@ def portion(total_bytes: int, threads: int, most_bytes: int) -> int:
     return max(_LEAST_JOB_BYTES, min(most_bytes, total_bytes // (4 * threads)))
 
 
-def chopped(part: Part, limit: int) -> Iterator[Part]:
+def chopped(part: Part, limit: int) -> Sequence[Part]:
+    """A part as parts of at most ``limit`` bytes."""
     if part.nbytes <= limit:
-        yield part
-        return
-    for done in range(0, part.nbytes, limit):
-        yield part._replace(
+        return (part,)
+    return [
+        part._replace(
             offset_bytes=part.offset_bytes + done,
             nbytes=min(limit, part.nbytes - done),
             start_bytes=part.start_bytes + done,
         )
+        for done in range(0, part.nbytes, limit)
+    ]
 
 
 # --- bytes that go through scratch ----------------------------------------------------------------
