@@ -15,7 +15,7 @@ from contextlib import contextmanager
 _UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 _LONGEST_LINE = 2000
 # What Python and torch say, in errors that have no class of their own.
-_EXHAUSTED = re.compile("can't start new thread|DefaultCPUAllocator")
+_EXHAUSTED = re.compile("can't start new thread|DefaultCPUAllocator|std::bad_alloc")
 
 
 class ConversionError(ValueError):
@@ -124,9 +124,9 @@ def message(
 
 @contextmanager
 def resources_told(doing: str) -> Iterator[None]:
-    """Host memory and threads that the system does not give are a ConversionError; a decorator too.
+    """Memory and threads that the system does not give are a ConversionError; a decorator too.
 
-    What a device lacks stays torch's own error, which callers know how to meet.
+    What a device lacks, and pinned memory, stays torch's own error, which callers know how to meet.
     """
     try:
         yield
@@ -134,7 +134,7 @@ def resources_told(doing: str) -> Iterator[None]:
         if isinstance(error, RuntimeError) and not _EXHAUSTED.search(str(error)):
             raise
         found = "\n".join([f"{type(error).__name__}: {error}", *getattr(error, "__notes__", ())])
-        do = "free memory, pass fewer threads or less scratch_bytes, or raise the limits of this process (ulimit -a)"
+        do = "free memory, raise the limits of this process (ulimit -a), or pass less for threads= and scratch_bytes="
         text = message(f"{doing} needs more memory or threads than the system gives", do=do, found=found)
         raise ConversionError(text) from error
 

@@ -250,8 +250,8 @@ def load_model(
         ReadError: reading failed; names file and tensor, and the targets already filled. Parameters that would have
             been replaced (on the meta device, or of another dtype) are still the old ones.
         ConversionError: the checkpoint has different values for names that are one parameter of the model, or the
-            system gives no more memory or threads. Whatever is raised while parameters are filled, a KeyboardInterrupt
-            too (in its ``__notes__``), tells those already filled, as ReadError does.
+            system gives no more memory or threads. Whatever ends the reading, a KeyboardInterrupt too (in its
+            ``__notes__``), tells the parameters already filled, as ReadError does.
     """
     state = model.state_dict(keep_vars=True)
     groups = groups_of(meshes_of(state.values()))

@@ -7,6 +7,7 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+import torch
 
 pytest.importorskip("transformers", reason="the merging rules are transformers'")
 if sys.platform != "linux":
@@ -58,8 +59,10 @@ def test_loads_at_once_in_one_process_are_right(sweep, threads):
     assert descriptors() == before
 
 
-def _in_child(sweep, answers):
+def _in_child(sweep, answers, torch_threads):
     try:
+        with ThreadPoolExecutor(1) as pool:
+            assert pool.submit(torch.get_num_threads).result() == torch_threads
         assert_right(load(sweep, 2), sweep)
         answers.put(None)
     except BaseException as error:
@@ -71,7 +74,8 @@ def test_processes_forked_after_a_load_load_at_once(sweep):
     load(sweep, 2)
     context = multiprocessing.get_context("fork")
     answers = context.SimpleQueue()
-    children = [context.Process(target=_in_child, args=(sweep, answers)) for _ in range(PROCESSES)]
+    arguments = (sweep, answers, torch.get_num_threads())
+    children = [context.Process(target=_in_child, args=arguments, daemon=True) for _ in range(PROCESSES)]
     for child in children:
         child.start()
     for child in children:
@@ -89,13 +93,14 @@ def test_a_process_forked_while_threads_load_can_load(sweep):
         while not stop.is_set():
             assert_right(load(sweep, 2), sweep)
 
+    context = multiprocessing.get_context("fork")
+    answers = context.SimpleQueue()
+    arguments = (sweep, answers, torch.get_num_threads())
     with ThreadPoolExecutor(4) as pool:
         loading = [pool.submit(again) for _ in range(4)]
-        context = multiprocessing.get_context("fork")
-        answers = context.SimpleQueue()
         try:
             for _ in range(PROCESSES):
-                child = context.Process(target=_in_child, args=(sweep, answers))
+                child = context.Process(target=_in_child, args=arguments, daemon=True)
                 child.start()
                 child.join(60)
                 assert child.exitcode == 0
@@ -109,8 +114,9 @@ def test_a_process_forked_while_threads_load_can_load(sweep):
 def test_a_lock_that_is_held_at_a_fork_does_not_stop_the_child(sweep):
     context = multiprocessing.get_context("fork")
     answers = context.SimpleQueue()
+    arguments = (sweep, answers, torch.get_num_threads())
     with _TorchThreads.lock:
-        child = context.Process(target=_in_child, args=(sweep, answers))
+        child = context.Process(target=_in_child, args=arguments, daemon=True)
         child.start()
     child.join(60)
     assert child.exitcode == 0
@@ -185,14 +191,15 @@ def test_a_hook_that_comes_and_goes_while_a_model_loads_changes_nothing(tmp_path
             amc.uninstall()
             stop.wait(0.0005 * (len(toggled) % 7))
 
-    thread = threading.Thread(target=toggle)
-    thread.start()
-    try:
-        for _ in range(20):
-            assert_same_model(type(stock).from_pretrained(tmp_path), wanted)
-    finally:
-        stop.set()
-        thread.join()
+    with ThreadPoolExecutor(1) as pool:
+        toggling = pool.submit(toggle)
+        try:
+            for _ in range(20):
+                assert_same_model(type(stock).from_pretrained(tmp_path), wanted)
+        finally:
+            stop.set()
+    amc.uninstall()
+    toggling.result()
     assert any(acceleration.loads for acceleration in toggled)
 
 

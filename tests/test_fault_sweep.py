@@ -3,6 +3,8 @@
 import signal
 import sys
 import threading
+import time
+from typing import NamedTuple
 
 import pytest
 import safetensors
@@ -16,7 +18,7 @@ from automodel_conv.execution import cpu, reading
 from automodel_conv.files import destination, system
 from automodel_conv.testing import assert_bytes_equal
 from tests.fault_sweep import FAULTS, VERBS, Model, Sweep, count_calls, fault_at, sweep_one
-from tests.faults import descriptors, workers
+from tests.faults import descriptors, mapped_files, workers
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +34,7 @@ def test_a_fault_at_any_call_is_one_error_or_none(sweep, verb, fault):
     assert bool(found["error"]) != FAULTS[fault].harmless or not found
 
 
-@pytest.mark.parametrize("fault", ["EIO", "KeyboardInterrupt", "a thread that ends"])
+@pytest.mark.parametrize("fault", ["EIO", "KeyboardInterrupt", "SystemExit"])
 @pytest.mark.parametrize("verb", VERBS)
 def test_a_fault_while_two_threads_work_is_one_error_or_none(tmp_path, verb, fault):
     assert sweep_one(Sweep(tmp_path / "sweep", threads=2), verb, FAULTS[fault])["error"] > 0
@@ -64,12 +66,14 @@ def test_a_mapped_file_that_stays_is_found(sweep, monkeypatch):
     monkeypatch.setattr(system, "open_readonly", mapping)
     with pytest.raises(AssertionError, match="left open"):
         sweep_one(sweep, "load", FAULTS["EIO"])
+    assert mapped_files()
+    maps.clear()
 
 
 def test_targets_that_are_filled_and_not_told_are_found(sweep, monkeypatch):
     monkeypatch.setattr(cpu, "tell_filled", lambda *_: None)
     for fault in ("KeyboardInterrupt", "no memory for a buffer", "EIO"):
-        with pytest.raises(AssertionError):
+        with pytest.raises(AssertionError, match="is not told"):
             sweep_one(sweep, "load", FAULTS[fault])
 
 
@@ -120,8 +124,8 @@ def test_what_the_system_does_not_give_is_told_with_what_to_do(tmp_path, fault):
 
 def test_a_thread_that_ends_while_a_model_is_loaded_names_what_is_filled(sweep):
     """Like an interrupt it stays what it is."""
-    last = count_calls(sweep, "load", FAULTS["a thread that ends"]) - 1
-    happened, error = fault_at(sweep, "load", FAULTS["a thread that ends"], last)
+    last = count_calls(sweep, "load", FAULTS["SystemExit"]) - 1
+    happened, error = fault_at(sweep, "load", FAULTS["SystemExit"], last)
     assert happened
     assert isinstance(error, SystemExit)
     assert "filled:" in error.__notes__[-1]
@@ -131,18 +135,25 @@ def test_a_thread_that_ends_while_a_model_is_loaded_names_what_is_filled(sweep):
 # --- a disk that is stuck ---------------------------------------------------------------------------------------------
 
 
+class Stuck(NamedTuple):
+    entered: threading.Event
+    released: threading.Event
+
+
 @pytest.fixture
 def stuck(monkeypatch):
-    """The first read by a thread of the package lasts until this event."""
-    released, stock, first = threading.Event(), system.preadv, threading.Lock()
+    """The first read by a thread of the package is entered, and lasts until it is released."""
+    entered, released = threading.Event(), threading.Event()
+    stock, first = system.preadv, threading.Lock()
 
     def preadv(fd, views, offset):
         if threading.current_thread().name.startswith("automodel_conv") and first.acquire(blocking=False):
+            entered.set()
             assert released.wait(60)
         return stock(fd, views, offset)
 
     monkeypatch.setattr(system, "preadv", preadv)
-    return released
+    return Stuck(entered, released)
 
 
 def test_a_load_from_a_disk_that_is_stuck_ends_when_it_goes_on(tmp_path, stuck):
@@ -151,9 +162,9 @@ def test_a_load_from_a_disk_that_is_stuck_ends_when_it_goes_on(tmp_path, stuck):
     model = Model()
     thread = threading.Thread(target=lambda: done.append(sweep.load(model)))
     thread.start()
-    thread.join(0.2)
+    assert stuck.entered.wait(60)
     assert not done
-    stuck.set()
+    stuck.released.set()
     thread.join(60)
     assert done
     for name, tensor in model.state_dict().items():
@@ -164,18 +175,22 @@ def test_ctrl_c_while_a_disk_is_stuck_is_raised_when_nothing_reads_any_more(tmp_
     sweep = Sweep(tmp_path / "sweep", threads=1)
     sweep.threads = 2
     before, handler = descriptors(), signal.signal(signal.SIGINT, signal.default_int_handler)
-    interrupting = threading.Timer(0.2, signal.pthread_kill, [threading.main_thread().ident, signal.SIGINT])
-    releasing = threading.Timer(0.6, stuck.set)
+
+    def interrupt():
+        assert stuck.entered.wait(60)
+        signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+        time.sleep(0.3)
+        stuck.released.set()
+
+    interrupting = threading.Thread(target=interrupt)
     try:
-        for timer in (interrupting, releasing):
-            timer.start()
+        interrupting.start()
         with pytest.raises(KeyboardInterrupt) as raised:
             sweep.load(Model())
-        assert stuck.is_set()
+        assert stuck.released.is_set()
     finally:
+        interrupting.join()
         signal.signal(signal.SIGINT, handler)
-        for timer in (interrupting, releasing):
-            timer.join()
     assert workers() == []
     assert descriptors() == before
     assert "filled:" in raised.value.__notes__[-1]

@@ -13,7 +13,7 @@ from automodel_conv.errors import ConversionError, UnsupportedError, listing, me
 from automodel_conv.execution import cpu, streaming
 from automodel_conv.execution.cpu import load_files
 from automodel_conv.execution.cuda import streaming_device
-from automodel_conv.execution.reading import LoadStats
+from automodel_conv.execution.reading import LoadStats, tell_filled
 from automodel_conv.execution.streaming import stream_files
 from automodel_conv.files.checkpoint import Checkpoint
 from automodel_conv.planning.copies import Target
@@ -75,18 +75,35 @@ def fill(
     *,
     progress: bool = False,
 ) -> dict[torch.device, LoadStats]:
-    """Fill the buffers of all targets, those of one device after those of another; see the executors."""
+    """Fill the buffers of all targets, those of one device after those of another; see the executors.
+
+    An error names the targets of all devices that are complete.
+    """
     groups: dict[torch.device, list[Target]] = {}
     for target in plan.targets:
         groups.setdefault(buffers[target.name].device, []).append(target)
     stats = {}
     for device, targets in groups.items():
         part = replace(plan, targets=tuple(targets))
-        streamed_to = streaming_device(device)
-        if streamed_to is None:
-            stats[device] = load_files(
-                part, checkpoint, buffers, threads=limits.threads, scratch_bytes=limits.scratch_bytes, progress=progress
-            )
-        else:
-            stats[device] = stream_files(part, checkpoint, buffers, streamed_to, **limits._asdict(), progress=progress)
+        try:
+            stats[device] = _fill_device(part, checkpoint, buffers, device, limits, progress)
+        except BaseException as error:
+            for before in stats:
+                tell_filled(error, [target.name for target in groups[before]], len(groups[before]))
+            raise
     return stats
+
+
+def _fill_device(
+    plan: CopyPlan,
+    checkpoint: Checkpoint,
+    buffers: Mapping[str, Tensor],
+    device: torch.device,
+    limits: Limits,
+    progress: bool,
+) -> LoadStats:
+    streamed_to = streaming_device(device)
+    if streamed_to is not None:
+        return stream_files(plan, checkpoint, buffers, streamed_to, **limits._asdict(), progress=progress)
+    threads, scratch_bytes, _ = limits
+    return load_files(plan, checkpoint, buffers, threads=threads, scratch_bytes=scratch_bytes, progress=progress)

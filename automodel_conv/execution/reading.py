@@ -161,9 +161,12 @@ def read_whole(row: int, checkpoint: Checkpoint) -> Tensor:
 
 
 def tell_filled(error: BaseException, written: Sequence[str], total: int) -> None:
-    """Add the names of the targets that are complete, of ``total``, to an error: to its text, or a note to others'."""
+    """Add the names of the targets that are complete, of ``total``, to the text of our own errors, as a note to others.
+
+    Said of the targets of one device, once for each that has been written to.
+    """
     text = "\n".join(filter(None, [f"  filled:   {len(written)} of {total} targets", listing(written)]))
     if isinstance(error, ConversionError):
-        error.args = (f"{error}\n{text}",)
+        error.args = ConversionError(f"{error}\n{text}").args
     else:  # as add_note, which Python 3.10 does not have
         error.__notes__ = [*getattr(error, "__notes__", ()), text]  # type: ignore[attr-defined]

@@ -214,6 +214,7 @@ class _Load:
         self._compiled: Future[frozenset[Variant]] = Future()
         self._gap_bytes = 0
         self._work = Work(0, 0)
+        self._settled = 0  # streams that have done all without an error
 
     def run(self, threads: int) -> LoadStats:
         """Do it all, wait until the device has, and let go of every resource, whatever happens."""
@@ -230,7 +231,7 @@ class _Load:
             ending.callback(self._regions.clear)
             for stream in (self._copies, self._kernels):
                 # Memory goes back only once nothing uses it.
-                ending.callback(lambda stream=stream: stream.record().synchronize())
+                ending.callback(self._settle, stream)
             ending.callback(self._files.close)
             pool = ThreadPoolExecutor(threads + 1, thread_name_prefix="automodel_conv")
             ending.callback(pool.shutdown)
@@ -244,10 +245,16 @@ class _Load:
                 worker.result()
         return stats._replace(gap_bytes=self._gap_bytes, work=self._work)
 
+    def _settle(self, stream: Stream) -> None:
+        stream.record().synchronize()
+        self._settled += 1
+
     def unfinished(self) -> set[int]:
-        """Numbers of the targets that lack bytes, once ``run`` has returned or raised."""
+        """Numbers of the targets that may lack bytes, once ``run`` has returned or raised."""
+        if self._settled < 2:  # what was queued may have failed
+            return set(range(len(self._tensors)))
         windows = [window for number, window in enumerate(self._windows) if number not in self._emptied]
-        by_upload = {number for chunk in self._not_uploaded.values() for number in chunk.to_targets}
+        by_upload = {number for chunk in list(self._not_uploaded.values()) for number in chunk.to_targets}
         return by_upload | {move.target for window in windows for move in window.moves}
 
     def _stop(self) -> None:

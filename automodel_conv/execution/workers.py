@@ -87,6 +87,8 @@ class _TorchThreads:
     @classmethod
     def forget(cls) -> None:
         """In a child, which has none of the threads that work or hold the lock."""
+        if cls.under_way:
+            torch.set_num_threads(cls.number)
         cls.lock, cls.under_way = threading.Lock(), 0
 
 

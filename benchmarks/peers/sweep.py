@@ -78,8 +78,12 @@ def _by_size(smaller: int) -> list[Point]:
     sizes = [(64 << 10) << 2 * step for step in range(6)]
     if smaller > 1:
         sizes = sizes[:2]
-    shapes = [_shape(1, max(2, _BYTES // smaller // (3 * size)), size, 4) for size in sizes]
-    return [Point(size, shape, measure.cores()) for size, shape in zip(sizes, shapes, strict=True)]
+    points = []
+    for size in sizes:
+        count = max(2, _BYTES // smaller // (3 * size))
+        experts = min(count, 128)
+        points.append(Point(size, _shape(count // experts, experts, size, 4), measure.cores()))
+    return points
 
 
 def _by_experts(smaller: int) -> list[Point]:

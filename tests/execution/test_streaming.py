@@ -62,8 +62,10 @@ def load(case, device, **options):
         for name, tensor in found.items():
             assert_bytes_equal(tensor, case.expected[name])
         return stats
-    except ReadError as error:
-        for name in (line.strip() for line in str(error).partition("filled:")[2].splitlines()[1:]):
+    except (ReadError, DeviceFault) as error:
+        text = "".join([str(error), *getattr(error, "__notes__", ())])
+        assert "filled:" in text
+        for name in (line.strip() for line in text.partition("filled:")[2].splitlines()[1:]):
             assert_bytes_equal(found[name], case.expected[name])
         raise
     finally:
