@@ -116,8 +116,8 @@ GROUPS: Mapping[str, Group] = {
             "copy_ of torch from scratch": _plain_copy,
             "slabs of at most 1 MiB": _put(scheduling, "_SLAB_BYTES", 1 << 20),
             "slabs of at most 32 MiB": _put(scheduling, "_SLAB_BYTES", 32 << 20),
-            "panels of 64 rows": _put(transpose, "_PANEL_ROWS", 64),
-            "panels of 256 rows": _put(transpose, "_PANEL_ROWS", 256),
+            "panels of at most 128 rows": _put(transpose, "_MOST_ROWS", 128),
+            "panels of at most 256 rows": _put(transpose, "_MOST_ROWS", 256),
         },
     ),
     "cold": Group(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import csv
 from pathlib import Path
 
@@ -24,6 +25,8 @@ _STYLES = {
     "ours": ("#009e73", "D"),
 }
 _OTHER = ("#999999", "v")
+_TICKS = [digit * 10.0**exponent for exponent in range(-6, 6) for digit in (1, 2, 5)]
+"""Of seconds."""
 
 
 def draw(path: Path, title: str, folder: Path) -> list[Path]:
@@ -47,7 +50,10 @@ def draw(path: Path, title: str, folder: Path) -> list[Path]:
         axes.set_yscale("log")
         axes.set_xticks(every, [_short(x) for x in every])
         axes.xaxis.set_minor_locator(ticker.NullLocator())
-        axes.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+        low, high = axes.dataLim.intervaly
+        first, last = bisect.bisect_right(_TICKS, low) - 1, bisect.bisect_left(_TICKS, high)
+        axes.set_ylim(_TICKS[first], _TICKS[last])
+        axes.set_yticks(_TICKS[first : last + 1])
         axes.yaxis.set_minor_locator(ticker.NullLocator())
         axes.yaxis.set_major_formatter(ticker.FormatStrFormatter("%g"))
         axes.set_xlabel(title, color=ink)
@@ -56,7 +62,7 @@ def draw(path: Path, title: str, folder: Path) -> list[Path]:
         axes.grid(color=grid, linewidth=0.6)
         for spine in axes.spines.values():
             spine.set_color(grid)
-        axes.legend(frameon=False, labelcolor=ink, fontsize=8)
+        figure.legend(loc="outside upper center", ncols=2, frameon=False, labelcolor=ink, fontsize=8)
         drawn.append(folder / f"{path.stem}-{theme}.svg")
         figure.savefig(drawn[-1], facecolor=back, metadata={"Date": None})
         pyplot.close(figure)

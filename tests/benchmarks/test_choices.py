@@ -20,7 +20,7 @@ CHANGED = (
     (scheduling, "_SLAB_BYTES"),
     (system, "advise_huge_pages"),
     (system, "open_readonly"),
-    (transpose, "_PANEL_ROWS"),
+    (transpose, "_MOST_ROWS"),
 )
 
 

@@ -29,7 +29,8 @@ DTYPES = [
 ]
 # Small panels meet every edge in matrices that a loop over coordinates can check.
 SMALL_PANELS = {
-    "_PANEL_ROWS": 8,
+    "_LEAST_ROWS": 8,
+    "_MOST_ROWS": 8,
     "_PANEL_BYTES": 8 * 4 * 3,
     "_SMALLEST_SIDE": 4,
     "_SMALLEST_NUMEL": 16,
@@ -91,7 +92,7 @@ def test_transpose_puts_every_element_where_loops_put_it(dtype, rows, columns, s
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.bfloat16, torch.float32, torch.int64], ids=str)
-@pytest.mark.parametrize("shape", [(127, 65), (128, 64), (129, 257), (300, 16), (16, 301)], ids=str)
+@pytest.mark.parametrize("shape", [(127, 65), (128, 64), (129, 257), (300, 16), (16, 301), (1030, 24), (513, 3000)], ids=str)
 def test_transpose_keeps_its_promise_at_the_real_panel_size(shape, dtype):
     src = address_valued(shape, dtype)
     dst, check = guarded(shape[::-1], dtype, strides=(2 * shape[0], 1))
@@ -101,7 +102,7 @@ def test_transpose_keeps_its_promise_at_the_real_panel_size(shape, dtype):
 
 
 def test_transpose_splits_rows_too_long_for_one_panel():
-    columns = transpose._PANEL_BYTES // (transpose._PANEL_ROWS * 4) + 5
+    columns = transpose._PANEL_BYTES // (transpose._LEAST_ROWS * 4) + 5
     src = address_valued((130, columns), torch.float32)
     dst, check = guarded((columns, 130), torch.float32)
     transpose_torch([dst], [src])
