@@ -22,11 +22,12 @@ _TILES = {(2, 2): (64, 64), (4, 4): (64, 32), (2, 4): (64, 64), (4, 2): (64, 64)
 # Where elements move one by one, larger tiles need more registers for addresses than there are.
 SCALAR_TILE = (32, 32)
 
-# Rows taken at once: fewer write short pieces to the destination (128 rows of bf16 are 256 bytes),
-# more push the transposed panel out of the second-level cache. From 96 to 192 it makes little odds.
-_PANEL_ROWS = 128
 # A panel, and so each of the (at most two) scratch buffers of a call, stays within this.
 _PANEL_BYTES = 2 << 20
+# Rows taken at once: as many as fit, since fewer write shorter pieces to the destination (128 rows of bf16 are 256
+# bytes), in steps of whole cache lines. Where not even the least number fits, panels have part of the columns, which
+# costs one more copy.
+_LEAST_ROWS, _MOST_ROWS, _ROWS_STEP = 128, 512, 64
 # Below this PyTorch's own strided copy loses less than the panels cost to set up.
 _SMALLEST_SIDE = 16
 _SMALLEST_NUMEL = 64 * 64
@@ -156,7 +157,7 @@ def _interleaved_lanes(dst: Sequence[Tensor], src: Sequence[Tensor], at: int) ->
     """How many destinations from ``at`` on fill each other's gaps; 1 if this one stands alone."""
     first = dst[at]
     lanes = first.stride(1)
-    if not 2 <= lanes <= min(_PANEL_ROWS, len(dst) - at):
+    if not 2 <= lanes <= min(_LEAST_ROWS, len(dst) - at):
         return 1
     for lane in range(1, lanes):
         other = dst[at + lane]
@@ -178,8 +179,10 @@ def _transpose_panels(dst: Tensor, sources: Sequence[Tensor]) -> None:
     rows, columns = sources[0].shape
     per_word = 4 // dst.element_size()
     word_columns = columns - columns % per_word
-    panel_columns = min(word_columns, _PANEL_BYTES // (_PANEL_ROWS * 4) * per_word)
-    panel_rows = min(rows, _PANEL_ROWS // lanes)
+    fitting = _PANEL_BYTES // (columns * dst.element_size()) // _ROWS_STEP * _ROWS_STEP
+    rows_at_once = max(_LEAST_ROWS, min(_MOST_ROWS, fitting))
+    panel_columns = min(word_columns, _PANEL_BYTES // (rows_at_once * 4) * per_word)
+    panel_rows = min(rows, rows_at_once // lanes)
 
     scratch = None
     if panel_columns < columns or not _readable_as_words(dst, sources):

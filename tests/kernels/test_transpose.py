@@ -92,7 +92,9 @@ def test_transpose_puts_every_element_where_loops_put_it(dtype, rows, columns, s
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.bfloat16, torch.float32, torch.int64], ids=str)
-@pytest.mark.parametrize("shape", [(127, 65), (128, 64), (129, 257), (300, 16), (16, 301), (1030, 24), (513, 3000)], ids=str)
+@pytest.mark.parametrize(
+    "shape", [(127, 65), (128, 64), (129, 257), (300, 16), (16, 301), (1030, 24), (513, 3000)], ids=str
+)
 def test_transpose_keeps_its_promise_at_the_real_panel_size(shape, dtype):
     src = address_valued(shape, dtype)
     dst, check = guarded(shape[::-1], dtype, strides=(2 * shape[0], 1))
