@@ -117,7 +117,7 @@ GROUPS: Mapping[str, Group] = {
             "slabs of at most 1 MiB": _put(scheduling, "_SLAB_BYTES", 1 << 20),
             "slabs of at most 32 MiB": _put(scheduling, "_SLAB_BYTES", 32 << 20),
             "panels of at most 128 rows": _put(transpose, "_MOST_ROWS", 128),
-            "panels of at most 256 rows": _put(transpose, "_MOST_ROWS", 256),
+            "panels of at most 512 rows": _put(transpose, "_MOST_ROWS", 512),
         },
     ),
     "cold": Group(

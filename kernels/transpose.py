@@ -25,9 +25,9 @@ SCALAR_TILE = (32, 32)
 # A panel, and so each of the (at most two) scratch buffers of a call, stays within this.
 _PANEL_BYTES = 2 << 20
 # Rows taken at once: as many as fit, since fewer write shorter pieces to the destination (128 rows of bf16 are 256
-# bytes), in steps of whole cache lines. Where not even the least number fits, panels have part of the columns, which
-# costs one more copy.
-_LEAST_ROWS, _MOST_ROWS, _ROWS_STEP = 128, 512, 64
+# bytes), in steps of whole cache lines; more than 256 gain nothing. Where not even the least number fits, panels have
+# part of the columns, which costs one more copy.
+_LEAST_ROWS, _MOST_ROWS, _ROWS_STEP = 128, 256, 64
 # Below this PyTorch's own strided copy loses less than the panels cost to set up.
 _SMALLEST_SIDE = 16
 _SMALLEST_NUMEL = 64 * 64
