@@ -1,0 +1,39 @@
+"""Tables in README and docs are those that the committed data give."""
+
+import re
+
+import pytest
+
+from automodel_conv.planning.registry import transformers_available
+from benchmarks import choices, measure
+from benchmarks.peers import tables
+
+pytestmark = pytest.mark.skipif(not transformers_available(), reason="benchmarks build models of transformers")
+
+_LINK = re.compile(r"(?:\]\(|src=\"|srcset=\")([^)\" ]+)")
+RESULTS = measure.REPOSITORY / "benchmarks" / "results"
+
+
+@pytest.mark.parametrize(
+    ("page", "make", "data"),
+    [
+        ("README.md", tables.markdown, "peers-2-cores.json"),
+        ("docs/performance.md", tables.markdown, "peers-cold-2-cores.json"),
+        ("docs/performance.md", choices.markdown, "choices-concatenated-2-cores.json"),
+        ("docs/performance.md", choices.markdown, "choices-transposed-2-cores.json"),
+        ("docs/performance.md", choices.markdown, "choices-cold-2-cores.json"),
+    ],
+)
+def test_a_table_is_the_one_of_its_data(page, make, data):
+    table = make(measure.read_json(str(RESULTS / data)))
+    assert table.strip() in (measure.REPOSITORY / page).read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/performance.md", "docs/reliability.md"])
+def test_files_that_a_page_refers_to_are_there(page):
+    path = measure.REPOSITORY / page
+    text = path.read_text(encoding="utf-8")
+    links = [link.split("#")[0] for link in _LINK.findall(text)]
+    assert links
+    for link in links:
+        assert "://" in link or not link or (path.parent / link).exists(), link
