@@ -31,7 +31,6 @@ from automodel_conv.execution.reading import LoadStats, cores, read_whole
 from automodel_conv.files.checkpoint import Checkpoint, open_checkpoint
 from automodel_conv.files.config import quantization_config
 from automodel_conv.homes import Homes, finish, home_of, in_order, loadable, regions_of, unequal_ties, with_tied
-from automodel_conv.kernels.launch import why_not
 from automodel_conv.planning.compiler import Problems
 from automodel_conv.planning.copies import SourceTable
 from automodel_conv.planning.models import checked_dtype, meta_model, tied_names
@@ -58,7 +57,8 @@ class LoadReport:
             allocates is not in it.
         copied_by_kernels: copies that Triton kernels made on a device.
         copied_by_torch: copies that torch made on a device, because no kernel fits them or none can run there.
-        without_kernels: why no kernel can run on the device; None where they can, and for loads to the host.
+        without_kernels: why no kernel can run on the device; None where they can, where all bytes only move, and for
+            loads to the host.
     """
 
     missing_keys: tuple[str, ...]
@@ -402,7 +402,6 @@ class _Clock:
 def _report(
     plan: CopyPlan, problems: Problems, clock: _Clock, stats: Mapping[torch.device, LoadStats], extra_bytes: int = 0
 ) -> LoadReport:
-    reasons = [why_not(device) for device in stats if device.type != "cpu"]
     return LoadReport(
         missing_keys=tuple(problems.missing),
         unexpected_keys=tuple(problems.unexpected),
@@ -414,5 +413,5 @@ def _report(
         peak_extra_bytes=sum(part.scratch_bytes + part.device_scratch_bytes for part in stats.values()) + extra_bytes,
         copied_by_kernels=sum(part.work.by_kernels for part in stats.values()),
         copied_by_torch=sum(part.work.by_torch for part in stats.values()),
-        without_kernels=next(filter(None, reasons), None),
+        without_kernels=next((part.without_kernels for part in stats.values() if part.without_kernels), None),
     )

@@ -19,9 +19,9 @@ from torch import Tensor
 
 from automodel_conv.errors import ConversionError, UnsupportedError, message
 
-# Entries of a table computed at a time: their float64 steps stay within the second-level cache of a CPU, and give a GPU
-# enough to do.
-_ENTRIES = {"cpu": 1 << 15, "cuda": 1 << 22}
+# Entries of a table computed at a time: their float64 steps stay within the second-level cache of a CPU, and a GPU has
+# enough to do with little memory.
+_ENTRIES = {"cpu": 1 << 15, "cuda": 1 << 18}
 _INT4_ZERO = 8
 
 CANONICAL_NAN = {torch.float32: 0x7FC00000, torch.bfloat16: 0x7FC0, torch.float16: 0x7E00}
@@ -113,15 +113,24 @@ def code_table(
     values = scales.reshape(-1)
     if scales.dtype in _BYTE_SCALES:
         cells = scales.view(torch.uint8).contiguous()
-        of_bytes = _byte_scale_values(scales.dtype, like_upstream, scales.device)
         if zero_points is None and global_scale is None:
-            return CodeTable(_byte_scale_table(code_format, scales.dtype, dtype, like_upstream, scales.device), cells)
-        if zero_points is None:
-            return CodeTable(_table(code_format, of_bytes, dtype, None, global_scale, divide, like_upstream), cells)
-        values = of_bytes[cells.reshape(-1).to(torch.int32)]
-    zeros = None if zero_points is None else zero_points.reshape(-1)
-    table = _table(code_format, values, dtype, zeros, global_scale, divide, like_upstream)
-    cells = torch.arange(scales.numel(), dtype=torch.int32, device=scales.device).view(scales.shape)
+            return CodeTable(byte_scale_table(code_format, scales.dtype, dtype, like_upstream, scales.device), cells)
+        values = byte_scale_values(scales.dtype, like_upstream, scales.device)
+        if zero_points is not None:
+            values = values[cells.reshape(-1).to(torch.int32)]
+    else:
+        cells = None
+    if cells is None or zero_points is not None:
+        cells = torch.arange(scales.numel(), dtype=torch.int32, device=scales.device).view(scales.shape)
+    table = scale_table(
+        code_format,
+        values,
+        dtype,
+        zero_points=None if zero_points is None else zero_points.reshape(-1),
+        global_scales=global_scale,
+        divide=divide,
+        like_upstream=like_upstream,
+    )
     return CodeTable(table, cells)
 
 
@@ -152,49 +161,77 @@ def _check(
 
 
 @cache
-def _byte_scale_table(
+def byte_scale_table(
     code_format: str, scale: torch.dtype, dtype: torch.dtype, like_upstream: bool, device: torch.device
 ) -> Tensor:
-    scales = _byte_scale_values(scale, like_upstream, device)
-    return _table(code_format, scales, dtype, None, None, False, like_upstream)
+    """The table ``[256, codes]`` of all scales of one byte, made once for each device; read only."""
+    scales = byte_scale_values(scale, like_upstream, device)
+    return _kept(scale_table(code_format, scales, dtype, like_upstream=like_upstream))
 
 
-def _byte_scale_values(scale: torch.dtype, like_upstream: bool, device: torch.device) -> Tensor:
-    """The numbers of the 256 bytes of a scale."""
+@cache
+def byte_scale_values(scale: torch.dtype, like_upstream: bool, device: torch.device) -> Tensor:
+    """The numbers that the 256 bytes of a scale stand for, float32; made once for each device; read only."""
     values = CODE_VALUES["e4m3"] if scale == torch.float8_e4m3fn else E8M0_VALUES
     if scale == torch.uint8 and like_upstream:
         values = (*E8M0_VALUES[:255], inf)
     # All of them are float32 numbers, the least a subnormal one.
-    return torch.tensor(values, dtype=torch.float32, device=device)
+    return _kept(torch.tensor(values, dtype=torch.float32, device=device))
 
 
-def _table(
+@cache
+def _code_numbers(code_format: str, dtype: torch.dtype, device: torch.device) -> Tensor:
+    return _kept(torch.tensor(CODE_VALUES[code_format], dtype=dtype, device=device))
+
+
+def _kept(tensor: Tensor) -> Tensor:
+    """A tensor that every stream may read from now on, because it has been made."""
+    if tensor.is_cuda:
+        torch.cuda.current_stream(tensor.device).synchronize()
+    return tensor
+
+
+def scale_table(
     code_format: str,
     scales: Tensor,
     dtype: torch.dtype,
-    zero_points: Tensor | None,
-    global_scale: Tensor | None,
-    divide: bool,
-    like_upstream: bool,
+    *,
+    zero_points: Tensor | None = None,
+    global_scales: Tensor | None = None,
+    divide: bool = False,
+    like_upstream: bool = False,
+    out: Tensor | None = None,
 ) -> Tensor:
-    """``[T, codes]`` of ``T`` scales."""
+    """A row of numbers for each scale, ``[T, codes]`` of ``dtype``; see ``code_table`` for how they are rounded.
+
+    Args:
+        scales: ``[T]``, floating.
+        zero_points: integers ``[T]``, of int4.
+        global_scales: float32, one number or ``[T]``.
+        out: where the rows are written, contiguous; a new tensor if not given.
+
+    Allocates up to 16 MiB of scratch on a GPU, 2 MiB elsewhere, and does not wait for the device, but the first time
+    that a format is used on it.
+    """
     # A product with at most 8 or 11 significant bits of a scale has at most 15, and is a multiple of 2**-149: every
     # step is exact in float32, or as infinite as the result.
-    exact = torch.float32 if scales.dtype.itemsize == 2 and global_scale is None else torch.float64
-    numbers = torch.tensor(CODE_VALUES[code_format], dtype=exact, device=scales.device)
-    table = torch.empty(len(scales), len(numbers), dtype=dtype, device=scales.device)
-    common = None if global_scale is None else global_scale.reshape(()).to(exact)
+    exact = torch.float32 if scales.dtype.itemsize == 2 and global_scales is None else torch.float64
+    numbers = _code_numbers(code_format, exact, scales.device)
+    if out is None:
+        out = torch.empty(len(scales), len(numbers), dtype=dtype, device=scales.device)
+    common = None if global_scales is None else global_scales.reshape(-1, 1).expand(len(scales), 1)
     rows = _ENTRIES["cuda" if scales.is_cuda else "cpu"] // len(numbers)
     for at in range(0, len(scales), rows):
-        of_rows = scales[at : at + rows, None].to(exact)
-        numbers_of_rows = numbers
+        some = slice(at, at + rows)
+        of_rows = numbers
         if zero_points is not None:
-            numbers_of_rows = numbers - (zero_points[at : at + rows, None].to(exact) - _INT4_ZERO)
-        products = numbers_of_rows * of_rows
+            of_rows = numbers - (zero_points[some, None].to(exact) - _INT4_ZERO)
+        products = of_rows * scales[some, None].to(exact)
         if common is not None:
-            products = products / common if divide else products * common
-        _round(products, table[at : at + rows], like_upstream)
-    return table
+            shared = common[some].to(exact)
+            products = products / shared if divide else products * shared
+        _round(products, out[some], like_upstream)
+    return out
 
 
 def _round(exact: Tensor, out: Tensor, like_upstream: bool) -> None:

@@ -92,7 +92,7 @@ def dequantize(
         _stepped([d.t() for d in dst] if is_transposed else dst),
         as_matrices("codes", codes),
         as_matrices("cells", cells),
-        table,
+        _same_table(table, len(dst)),
         bits=bits,
         block=block,
         start=start,
@@ -100,6 +100,12 @@ def dequantize(
         step=dst[0].stride(0 if is_transposed else 1),
     )
     start_launches(launches)
+
+
+def _same_table(table: Tensor, count: int) -> Matrices:
+    """One table for each of ``count`` matrices."""
+    addresses = np.full(count, table.data_ptr())
+    return at_addresses(addresses, (table.shape[0], table.shape[1]), table.shape[1], table.dtype, table.device)
 
 
 def _stepped(tensors: Sequence[Tensor]) -> Matrices:
@@ -112,7 +118,7 @@ def dequantize_launches(
     dst: Matrices,
     codes: Matrices,
     cells: Matrices,
-    table: Tensor,
+    tables: Matrices,
     *,
     bits: int,
     block: tuple[int, int],
@@ -124,6 +130,8 @@ def dequantize_launches(
 
     Args:
         dst: ``[R, C]``, or ``[C, R]`` if ``is_transposed``.
+        cells: as wide as cells are from one row of blocks to the next.
+        tables: one for each matrix.
         step: between elements of a row of ``dst``.
     """
     per_byte = 8 // bits
@@ -136,10 +144,7 @@ def dequantize_launches(
     def choose(dst_alignment: int, src_alignment: int) -> tuple[Variant, Geometry]:
         return dequantize_variant(dst.dtype, decoding, dst_alignment, src_alignment, in_one_block), geometry
 
-    shared = at_addresses(
-        np.full(len(dst.addresses), table.data_ptr()), (len(table), 1 << bits), 1 << bits, table.dtype, table.device
-    )
-    return assigned((dst, codes), 1, choose, (cells, shared))
+    return assigned((dst, codes), 1, choose, (cells, tables))
 
 
 def _by_shifts(blocks: Blocks, rows: int, nbytes: int) -> tuple[Blocks, bool]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
@@ -18,16 +18,18 @@ class CudaStream:
         # Tensors may still be written there, and memory that was freed a moment ago be in use.
         self._stream.wait_stream(behind)
 
-    def copy(self, dst: Tensor, src: Tensor) -> None:
+    def copy_all(self, pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
         with torch.cuda.stream(self._stream):
-            dst.copy_(src, non_blocking=True)
+            for dst, src in pairs:
+                dst.copy_(src, non_blocking=True)
 
     def run(self, work: Callable[[], None]) -> None:
         with torch.cuda.stream(self._stream):
             work()
 
-    def record(self) -> torch.cuda.Event:
-        event = torch.cuda.Event(blocking=True)  # threads that wait leave their core to those that read
+    def record(self, event: torch.cuda.Event | None = None) -> torch.cuda.Event:
+        if event is None:
+            event = torch.cuda.Event(blocking=True)  # threads that wait leave their core to those that read
         event.record(self._stream)
         return event
 

@@ -17,7 +17,7 @@ from automodel_conv.files.checkpoint import Checkpoint
 from automodel_conv.planning.copies import Decode
 
 # Zero points in a packed I32, along the rows.
-_PACKED = 8
+PACKED = 8
 
 
 def decoded(
@@ -35,12 +35,12 @@ def decoded(
     for row in sorted(moves, key=lambda row: (file_ids[row], offsets[row])):
         for dtype in dict.fromkeys(move.dtype for move in moves[row]):
             alike = [move for move in moves[row] if move.dtype == dtype]
-            source = _Source(row, decodes[row], checkpoint, dtype)
+            source = CodedSource(row, decodes[row], checkpoint, dtype)
             for start, stop, cut in slabs(alike, source.capacity(limit)):
                 yield source.job(start, stop, cut)
 
 
-class _Source:
+class CodedSource:
     """A quantized source and the numbers it becomes."""
 
     def __init__(self, row: int, decode: Decode, checkpoint: Checkpoint, dtype: str):
@@ -61,7 +61,7 @@ class _Source:
         each = self.decode.bits / 8 + itemsize(self.dtype) + row_bytes / (self.columns * self.decode.block[0])
         if self.decode.zero_points is not None:
             fixed += 2 * 4 * self.across
-            each += 4 * self.across / (self.columns * self.decode.block[0] * _PACKED)
+            each += 4 * self.across / (self.columns * self.decode.block[0] * PACKED)
         found = int((limit - fixed) / each)
         if found < ALIGN_BYTES:
             name = self.checkpoint.names[self.row]
@@ -78,17 +78,17 @@ class _Source:
         parts: list[Part] = []
         for first, last in ranges(cut, GAP_BYTES * 8 // bits):
             first, last = first * bits // 8, -(-last * bits // 8)
-            parts.append(self._part(self.row, first, last - first, first - start * bits // 8))
+            parts.append(self.part(self.row, first, last - first, first - start * bits // 8))
         at = aligned((stop - start) * bits // 8)
-        first, last = self._block_row(start), self._block_row(stop - 1) + 1
+        first, last = self.block_row(start), self.block_row(stop - 1) + 1
         scales, at = self._grid(self.decode.scales, first, last, at, parts)
         zero_points = None
         if self.decode.zero_points is not None:
-            zero_points, at = self._grid(self.decode.zero_points, first // _PACKED, -(-last // _PACKED), at, parts)
+            zero_points, at = self._grid(self.decode.zero_points, first // PACKED, -(-last // PACKED), at, parts)
         global_bytes = None
         if self.decode.global_scale is not None:
             global_bytes = at
-            parts.append(self._part(self.decode.global_scale, 0, 4, at))
+            parts.append(self.part(self.decode.global_scale, 0, 4, at))
             at = aligned(at + 4)
         size = itemsize(self.dtype)
         decodings = [
@@ -103,33 +103,33 @@ class _Source:
                 self.columns,
                 scales,
                 zero_points,
-                first % _PACKED,
+                first % PACKED,
                 global_bytes,
-                self._block_row(element) - first,
+                self.block_row(element) - first,
                 c0 // self.decode.block[1],
             )
-            for element, r0, r1, c0, c1 in self._rectangles(start, stop, _columns(cut, self.columns, bits))
+            for element, r0, r1, c0, c1 in self.rectangles(start, stop, _columns(cut, self.columns, bits))
         ]
         shift = at // size - start
         moves = [move._replace(source_offset=move.source_offset + shift) for move in cut]
         return Job(sorted(parts), moves, at + (stop - start) * size, decodings)
 
-    def _part(self, row: int, offset_bytes: int, nbytes: int, start_bytes: int) -> Part:
+    def part(self, row: int, offset_bytes: int, nbytes: int, start_bytes: int, target: int = SCRATCH) -> Part:
         checkpoint = self.checkpoint
-        return Part(checkpoint.file_ids[row], checkpoint.offsets[row] + offset_bytes, nbytes, SCRATCH, start_bytes, row)
+        return Part(checkpoint.file_ids[row], checkpoint.offsets[row] + offset_bytes, nbytes, target, start_bytes, row)
 
     def _grid(self, row: int, first: int, last: int, at: int, parts: list[Part]) -> tuple[Grid, int]:
         dtype = self.checkpoint.dtypes[row]
         row_bytes = self.across * itemsize(dtype)
-        parts.append(self._part(row, first * row_bytes, (last - first) * row_bytes, at))
+        parts.append(self.part(row, first * row_bytes, (last - first) * row_bytes, at))
         return Grid(at, dtype, (last - first, self.across)), aligned(at + (last - first) * row_bytes)
 
-    def _block_row(self, element: int) -> int:
+    def block_row(self, element: int) -> int:
         """The row of blocks in which an element lies, counted over all matrices."""
         matrix, row = divmod(element // self.columns, self.height)
         return matrix * self.blocks_high + row // self.decode.block[0]
 
-    def _rectangles(self, start: int, stop: int, columns: tuple[int, int]) -> Iterator[tuple[int, int, int, int, int]]:
+    def rectangles(self, start: int, stop: int, columns: tuple[int, int]) -> Iterator[tuple[int, int, int, int, int]]:
         """A range of elements as rectangles: first element, rows, columns; none reaches beyond its matrix."""
         at = start
         while at < stop:

@@ -33,6 +33,7 @@ class LoadStats(NamedTuple):
     scratch_bytes: int  # of host memory
     device_scratch_bytes: int = 0
     work: Work = Work(0, 0)  # copies on a device
+    without_kernels: str | None = None  # why none of them could be a kernel's
 
 
 def cores() -> int:

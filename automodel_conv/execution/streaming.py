@@ -10,34 +10,32 @@ waits, until the end. What the device does is behind three protocols, so that te
 from __future__ import annotations
 
 import threading
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack
 from itertools import cycle
 from math import prod
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from automodel_conv.errors import ConversionError, message
-from automodel_conv.execution.buffers import Aim, byte_view, checked, dtype_of, raw_bytes
-from automodel_conv.execution.copy_batch import CopyBatch, Work, takes_kernels
-from automodel_conv.execution.decoding import decode_codes
+from automodel_conv.execution.buffers import Aim, byte_view, checked, raw_bytes
+from automodel_conv.execution.copy_batch import Work, takes_kernels
 from automodel_conv.execution.jobs import aligned, aligned_down
 from automodel_conv.execution.reading import LoadStats, OpenFiles, cores, read_job, read_whole, tell_filled
 from automodel_conv.execution.upstream import run_upstream, upstream_calls
+from automodel_conv.execution.window_copies import WindowCopies
 from automodel_conv.execution.windows import Chunk, Upload, Window, stream_schedule
+from automodel_conv.execution.workers import Stopped
 from automodel_conv.files.checkpoint import Checkpoint
-from automodel_conv.kernels.dequantize import dequantize, dequantize_torch
-from automodel_conv.kernels.launch import compile_ahead
+from automodel_conv.kernels.launch import compile_ahead, why_not
 from automodel_conv.kernels.variants import Variant
-from automodel_conv.planning.copies import StridedCopy
 from automodel_conv.planning.plan import CopyPlan
 from automodel_conv.progress import bytes_progress
 
-DEFAULT_SCRATCH_BYTES = 64 << 20
 DEFAULT_DEVICE_SCRATCH_BYTES = 256 << 20
 LEAST_SCRATCH_BYTES = 8192
 MOST_COMPILED = 3
@@ -46,9 +44,17 @@ MOST_COMPILED = 3
 _MOST_THREADS = 8
 # One is read into while the other is uploaded.
 _SLOTS = 2
+# A chunk takes Python some 70 us, under the GIL. 8 MiB take a bus of 55 GB/s twice as long.
+_SLOT_BYTES = 8 << 20
+_MOST_SLOT_BYTES = 16 << 20
 _LEAST_SLOT_BYTES = LEAST_SCRATCH_BYTES // _SLOTS
+DEFAULT_SCRATCH_BYTES = _MOST_THREADS * _SLOTS * _SLOT_BYTES
+"""Pinned memory of as many threads as read by default."""
+
 # One is filled while the other is emptied.
 _REGIONS = 2
+# How often a load that others may end looks whether they want it to.
+_POLL_S = 0.02
 
 
 class Event(Protocol):
@@ -61,14 +67,14 @@ class Event(Protocol):
 class Stream(Protocol):
     """A queue of a device, worked off in order."""
 
-    def copy(self, dst: Tensor, src: Tensor) -> None:
-        """Queue a copy of bytes from pinned memory; returns at once."""
+    def copy_all(self, pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
+        """Queue copies ``(dst, src)`` of bytes between pinned memory and the device; returns at once."""
 
     def run(self, work: Callable[[], None]) -> None:
         """Queue what ``work`` launches."""
 
-    def record(self) -> Event:
-        """An event after all that is queued."""
+    def record(self, event: Any = None) -> Event:
+        """An event after all that is queued; one that is given is moved there. What waits for it already is not."""
         ...
 
     def wait(self, event: Any) -> None:
@@ -91,6 +97,33 @@ class Device(Protocol):
         ...
 
 
+class Ring(NamedTuple):
+    """Pinned memory of a load: two slots for each thread."""
+
+    threads: int
+    slot_bytes: int
+
+
+def ring_of(threads: int | None, scratch_bytes: int | None) -> Ring:
+    """As many threads and as large slots as are given, or fit into what is given, or do best.
+
+    Slots have 8 to 16 MiB, less only where ``threads`` and ``scratch_bytes`` leave no more.
+
+    >>> ring_of(3, None)
+    Ring(threads=3, slot_bytes=8388608)
+    >>> ring_of(2, 16384)
+    Ring(threads=2, slot_bytes=4096)
+    """
+    if threads is None:
+        threads = min(cores(), _MOST_THREADS)
+        if scratch_bytes is not None:
+            threads = max(1, min(threads, scratch_bytes // (_SLOTS * _SLOT_BYTES)))
+    if scratch_bytes is None:
+        return Ring(threads, _SLOT_BYTES)
+    threads = min(threads, scratch_bytes // (_SLOTS * _LEAST_SLOT_BYTES))
+    return Ring(threads, min(_MOST_SLOT_BYTES, aligned_down(scratch_bytes // (threads * _SLOTS))))
+
+
 def stream_files(
     plan: CopyPlan,
     checkpoint: Checkpoint,
@@ -102,6 +135,7 @@ def stream_files(
     device_scratch_bytes: int | None = None,
     backend: str = "auto",
     progress: bool = False,
+    stop: threading.Event | None = None,
 ) -> LoadStats:
     """Fill the buffers of all targets of a plan, on a device, from the files of its checkpoint.
 
@@ -115,10 +149,12 @@ def stream_files(
             ignored. Written in place.
         threads: that read; as many as there are cores if not given, at most 8. Fewer take part where scratch_bytes is
             too small for all.
-        scratch_bytes: of pinned host memory; 64 MiB if not given.
-        device_scratch_bytes: on the device, for what cannot be uploaded in place; 256 MiB if not given.
+        scratch_bytes: of pinned host memory; 16 MiB for each thread if not given.
+        device_scratch_bytes: on the device, for what cannot be uploaded in place; 256 MiB if not given. Tables of
+            quantized tensors take up to 16 MiB more for a moment.
         backend: what copies on the device, see ``convert_tensors``.
         progress: draw a bar.
+        stop: ends the load early once it is set.
 
     Raises:
         ConversionError: a buffer is missing or does not fit, before anything is read.
@@ -126,11 +162,11 @@ def stream_files(
             as whatever else is raised once reading has begun.
         UnsupportedError: a dtype that torch does not know, strides that copies cannot follow, or a backend that cannot
             run.
+        Stopped: ``stop`` was set before the end.
     """
-    threads = min(cores(), _MOST_THREADS) if threads is None else threads
-    scratch_bytes = DEFAULT_SCRATCH_BYTES if scratch_bytes is None else scratch_bytes
     device_scratch_bytes = DEFAULT_DEVICE_SCRATCH_BYTES if device_scratch_bytes is None else device_scratch_bytes
-    if threads < 1 or min(scratch_bytes, device_scratch_bytes) < LEAST_SCRATCH_BYTES:
+    given = [size for size in (scratch_bytes, device_scratch_bytes) if size is not None]
+    if (threads is not None and threads < 1) or min(given) < LEAST_SCRATCH_BYTES:
         found = f"threads={threads}, scratch_bytes={scratch_bytes}, device_scratch_bytes={device_scratch_bytes}"
         raise ConversionError(
             message(
@@ -139,27 +175,27 @@ def stream_files(
                 found=found,
             )
         )
+    ring = ring_of(threads, scratch_bytes)
     targets = [t for t in plan.targets if t.fallback is None and prod(t.shape)]
     tensors = [checked(target, buffers) for target in targets]
-    use_kernels = takes_kernels(backend, tensors)
+    if backend != "auto":  # which never refuses, so that it need not be asked before the first read
+        takes_kernels(backend, tensors)
     calls = upstream_calls(plan)
     for target in (target for call in calls for target in call.targets):
         checked(target, buffers)
     aim = Aim()
     copies = [aim(target, tensor) for target, tensor in zip(targets, tensors, strict=True)]
-    threads = min(threads, scratch_bytes // (_SLOTS * _LEAST_SLOT_BYTES))
     window_bytes = aligned_down(device_scratch_bytes // _REGIONS)
-    slot_bytes = aligned_down(scratch_bytes // (threads * _SLOTS))
     chunks, windows = stream_schedule(
-        targets, copies, checkpoint, plan.sources.decodes, slot_bytes=slot_bytes, window_bytes=window_bytes
+        targets, copies, checkpoint, plan.sources.decodes, slot_bytes=ring.slot_bytes, window_bytes=window_bytes
     )
     bytes_read = sum(chunk.read.nbytes for chunk in chunks)
     bytes_read += sum(checkpoint.nbytes[row] for call in calls for row in call.rows)
     written: list[str] = []
     with bytes_progress(bytes_read, "loading", progress) as advance:
-        load = _Load(chunks, windows, tensors, checkpoint, device, use_kernels, advance)
+        load = _Load(chunks, windows, tensors, checkpoint, device, backend, advance, stop)
         try:
-            stats = load.run(threads)
+            stats = load.run(ring.threads)
             for call in calls:
                 run_upstream(call, {row: read_whole(row, checkpoint) for row in call.rows}, buffers)
                 written += [target.name for target in call.targets]
@@ -181,10 +217,6 @@ class _Slot:
         self.uploaded: Event | None = None
 
 
-class _Stopped(Exception):
-    """Another thread has failed, so this one ends; nobody sees it."""
-
-
 class _Load:
     """A load under way: what its threads share."""
 
@@ -195,25 +227,30 @@ class _Load:
         tensors: Sequence[Tensor],
         checkpoint: Checkpoint,
         device: Device,
-        use_kernels: bool,
+        backend: str,
         advance: Callable[[int], None],
+        stop: threading.Event | None,
     ):
         self._windows = windows
         self._tensors = tensors
         self._checkpoint = checkpoint
         self._device = device
-        self._use_kernels = use_kernels
+        self._backend = backend
         self._advance = advance
+        self._stop_asked = stop
         self._todo = deque(enumerate(chunks))
         self._not_uploaded = dict(enumerate(chunks))
         self._files = OpenFiles(checkpoint.files, (chunk.read for chunk in chunks))
+        self._target_bytes: dict[int, Tensor] = {}
         self._changed = threading.Condition()
         self._stopped = False
         self._chunks_left = [window.chunks for window in windows]
+        self._filled: dict[int, Event] = {}  # by region, recorded once its uploads are queued
         self._emptied: dict[int, Event] = {}  # by window, recorded once its copies are queued
-        self._compiled: Future[frozenset[Variant]] = Future()
+        self._compiled: Future[frozenset[Variant] | None] = Future()
         self._gap_bytes = 0
         self._work = Work(0, 0)
+        self._without_kernels: str | None = None
         self._settled = 0  # streams that have done all without an error
 
     def run(self, threads: int) -> LoadStats:
@@ -224,11 +261,14 @@ class _Load:
         pinned = self._device.pinned(threads * _SLOTS * slot_bytes)
         slots = deque(_Slot(memory) for memory in pinned.view(threads * _SLOTS, slot_bytes))
         self._regions = [self._device.scratch(region_bytes) for _ in self._windows[:_REGIONS]]
-        stats = LoadStats(0, 0, pinned.nbytes, sum(region.nbytes for region in self._regions))
+        device_bytes = sum(region.nbytes for region in self._regions)
+        # Queued before the streams are made, which are behind it.
+        self._window_copies = WindowCopies(self._windows, self._tensors, self._regions)
+        stats = LoadStats(0, 0, pinned.nbytes, device_bytes + self._window_copies.extra_bytes)
         self._copies, self._kernels = self._device.stream(), self._device.stream()
         del pinned
         with ExitStack() as ending:  # the last one first, each whatever happens to another
-            ending.callback(self._regions.clear)
+            ending.callback(self._release)
             for stream in (self._copies, self._kernels):
                 # Memory goes back only once nothing uses it.
                 ending.callback(self._settle, stream)
@@ -236,18 +276,35 @@ class _Load:
             pool = ThreadPoolExecutor(threads + 1, thread_name_prefix="automodel_conv")
             ending.callback(pool.shutdown)
             ending.callback(self._stop)
-            self._compiled = pool.submit(self._compile)
-            workers = [pool.submit(self._read, [slots.popleft() for _ in range(_SLOTS)]) for _ in range(threads)]
-            futures: list[Future[Any]] = [self._compiled, *workers]
-            wait(futures, return_when=FIRST_EXCEPTION)
+            futures: list[Future[Any]] = []
+            if self._windows:
+                self._compiled = pool.submit(self._compile)
+                futures.append(self._compiled)
+            futures += [pool.submit(self._read, [slots.popleft() for _ in range(_SLOTS)]) for _ in range(threads)]
+            self._wait(futures)
         for worker in futures:
-            if not isinstance(worker.exception(), _Stopped):
+            if not isinstance(worker.exception(), Stopped):
                 worker.result()
-        return stats._replace(gap_bytes=self._gap_bytes, work=self._work)
+        if self._not_uploaded:
+            raise Stopped("a load was asked to end")
+        return stats._replace(gap_bytes=self._gap_bytes, work=self._work, without_kernels=self._without_kernels)
+
+    def _wait(self, futures: Sequence[Future[Any]]) -> None:
+        """Return once all are done, one has failed, or the load is asked to end."""
+        timeout = None if self._stop_asked is None else _POLL_S
+        pending = set(futures)
+        while pending and not (self._stop_asked is not None and self._stop_asked.is_set()):
+            done, pending = wait(pending, timeout, return_when=FIRST_EXCEPTION)
+            if any(future.exception() is not None for future in done):
+                return
 
     def _settle(self, stream: Stream) -> None:
         stream.record().synchronize()
         self._settled += 1
+
+    def _release(self) -> None:
+        self._regions.clear()
+        self._window_copies.release()
 
     def unfinished(self) -> set[int]:
         """Numbers of the targets that may lack bytes, once ``run`` has returned or raised."""
@@ -255,7 +312,9 @@ class _Load:
             return set(range(len(self._tensors)))
         windows = [window for number, window in enumerate(self._windows) if number not in self._emptied]
         by_upload = {number for chunk in list(self._not_uploaded.values()) for number in chunk.to_targets}
-        return by_upload | {move.target for window in windows for move in window.moves}
+        places = [places for window in windows for places in window.rectangles.values()]
+        by_decoding = {number for columns in places for number in columns.targets}
+        return by_upload | by_decoding | {move.target for window in windows for move in window.moves}
 
     def _stop(self) -> None:
         with self._changed:
@@ -290,17 +349,19 @@ class _Load:
             self._advance(chunk.read.nbytes)
 
     def _upload(self, chunk: Chunk, slot: _Slot) -> None:
+        pairs: list[tuple[Tensor, Tensor]] = []
         for target, uploads in chunk.to_targets.items():
-            self._queue(uploads, slot, raw_bytes(self._tensors[target]))
+            if target not in self._target_bytes:
+                self._target_bytes[target] = raw_bytes(self._tensors[target])
+            pairs += _pairs(uploads, slot, self._target_bytes[target])
         for window, uploads in chunk.to_windows.items():
             self._enter(window)
-            self._queue(uploads, slot, self._regions[window % _REGIONS])
+            self._copies.copy_all(pairs + _pairs(uploads, slot, self._regions[window % _REGIONS]))
+            pairs = []
             self._leave(window)
-        slot.uploaded = self._copies.record()
-
-    def _queue(self, uploads: Iterable[Upload], slot: _Slot, memory: Tensor) -> None:
-        for slot_start, nbytes, start_bytes in uploads:
-            self._copies.copy(memory[start_bytes : start_bytes + nbytes], slot.memory[slot_start : slot_start + nbytes])
+        if pairs:
+            self._copies.copy_all(pairs)
+        slot.uploaded = self._copies.record(slot.uploaded)
 
     def _enter(self, window: int) -> None:
         """Wait until the copies out of the window that had this memory before are queued; the stream waits for them."""
@@ -309,7 +370,7 @@ class _Load:
             with self._changed:
                 self._changed.wait_for(lambda: self._stopped or before in self._emptied)
                 if self._stopped:
-                    raise _Stopped
+                    raise Stopped
             self._copies.wait(self._emptied[before])
 
     def _leave(self, window: int) -> None:
@@ -318,53 +379,41 @@ class _Load:
             self._chunks_left[window] -= 1
             if self._chunks_left[window]:
                 return
-        self._kernels.wait(self._copies.record())
-        batch, chosen = self._batch(window), self._compiled.result()
-        self._kernels.run(lambda: self._copy(window, batch, chosen))
-        emptied = self._kernels.record()
+        # Events are used again once all that waits for them has been told to.
+        region = window % _REGIONS
+        self._filled[region] = self._copies.record(self._filled.get(region))
+        self._kernels.wait(self._filled[region])
+        chosen = self._compiled.result()
+        self._kernels.run(lambda: self._copy(window, chosen))
+        emptied = self._kernels.record(self._emptied.get(window - _REGIONS))
         with self._changed:
             self._emptied[window] = emptied
             self._changed.notify_all()
 
     # --- copies on the device ---------------------------------------------------------------------------------------
 
-    def _copy(self, window: int, batch: CopyBatch, chosen: frozenset[Variant]) -> None:
-        verb = dequantize if self._use_kernels else dequantize_torch
-        decode_codes(self._windows[window].decodings, self._regions[window % _REGIONS], verb)
-        work = batch.run(self._use_kernels, chosen)
+    def _copy(self, window: int, chosen: frozenset[Variant] | None) -> None:
+        work = self._window_copies.run(window, chosen)
         with self._changed:
             self._work += work
 
-    def _batch(self, window: int) -> CopyBatch:
-        """The copies out of a window; those that fill each other's gaps come one after the other."""
-        region = self._regions[window % _REGIONS]
-        typed: dict[str, Tensor] = {}
-        batch = CopyBatch()
-        for move in sorted(self._windows[window].moves, key=lambda move: (move.target, move.target_offset)):
-            if move.dtype not in typed:
-                typed[move.dtype] = region.view(dtype_of(move.dtype, "a source"))
-            copy = StridedCopy(
-                move.shape, move.source_strides, move.target_strides, (0,), (move.source_offset,), (move.target_offset,)
-            )
-            batch.add(copy, [typed[move.dtype]], self._tensors[move.target])
-        return batch
-
     @torch.inference_mode()
-    def _compile(self) -> frozenset[Variant]:
-        """Compile the kernels that move the most, judging by the windows that hold something new."""
-        if not self._use_kernels:
-            return frozenset()
-        nbytes: Counter[frozenset[Variant]] = Counter()
-        seen: set[tuple[object, ...]] = set()
-        for number, window in enumerate(self._windows):
-            forms = {(*move[1:4], move.target_strides, self._tensors[move.target].dtype) for move in window.moves}
-            if not forms <= seen:
-                seen |= forms
-                nbytes += self._batch(number).variants()
-        chosen: frozenset[Variant] = frozenset()
-        for variants, _ in nbytes.most_common():
-            if len(chosen | variants) <= MOST_COMPILED:
-                chosen |= variants
+    def _compile(self) -> frozenset[Variant] | None:
+        """Compile the kernels that move the most; None where none can run. Triton is imported and started here, too."""
+        device = self._regions[0].device
+        if self._backend != "torch" and device.type != "cpu":
+            self._without_kernels = why_not(device)
+        if not takes_kernels(self._backend, self._tensors):
+            return None
+        chosen = self._window_copies.variants(MOST_COMPILED)
         if chosen:
-            self._kernels.run(lambda: compile_ahead(chosen, self._regions[0].device))
+            self._kernels.run(lambda: compile_ahead(chosen, device))
         return chosen
+
+
+def _pairs(uploads: Iterable[Upload], slot: _Slot, memory: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """What is copied, and from where in a slot."""
+    return [
+        (memory.narrow(0, start_bytes, nbytes), slot.memory.narrow(0, slot_start, nbytes))
+        for slot_start, nbytes, start_bytes in uploads
+    ]

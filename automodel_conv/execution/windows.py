@@ -8,12 +8,14 @@ full. So each byte is read and uploaded once.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import groupby
 from typing import NamedTuple
 
-from automodel_conv.execution.jobs import Decoding, Job, Move, Part
+from automodel_conv.execution.code_windows import Places, Rectangle, ScaleKind, ScaleRun, code_windows
+from automodel_conv.execution.jobs import Job, Move, Part
 from automodel_conv.execution.schedule import divide, runs, staged
+from automodel_conv.files import system
 from automodel_conv.files.checkpoint import Checkpoint
 from automodel_conv.planning.copies import Decode, StridedCopy, Target
 
@@ -40,8 +42,10 @@ class Window(NamedTuple):
     moves: list[Move]
     nbytes: int
     chunks: int
-    decodings: Sequence[Decoding] = ()
-    """Of codes in it, to be made into numbers before the copies."""
+    runs: Mapping[ScaleKind, ScaleRun]
+    """Of scales in it."""
+    rectangles: Mapping[Rectangle, Places]
+    """Of codes in it, to be decoded before the copies."""
 
 
 def stream_schedule(
@@ -69,24 +73,51 @@ def stream_schedule(
     """
     parts, moves = divide(targets, copies, checkpoint, decodes)
     first = len(targets)
-    jobs = list(staged(moves, checkpoint, decodes, window_bytes))
-    coded: list[Part] = []  # by window: codes and their scales may lie far apart
+    plain = {row: of_row for row, of_row in moves.items() if row not in decodes}
+    coded = {row: of_row for row, of_row in moves.items() if row in decodes}
+    jobs = list(staged(plain, checkpoint, decodes, window_bytes))
     for number, job in enumerate(jobs):
-        side = coded if job.decodings else parts
-        side += [part._replace(target=first + number) for part in job.parts]
+        parts += [part._replace(target=first + number) for part in job.parts]
     parts.sort()
-    chunks = [_chunk(run, first) for run in runs([*parts, *coded], slot_bytes)]
+    of_codes = list(code_windows(coded, checkpoint, decodes, window_bytes, first + len(jobs)))
+    chunks = [_chunk(run.parts, first) for run in runs(parts, slot_bytes)]
+    chunks += [_chunk(some, first) for some in _packed((window.parts for window in of_codes), slot_bytes)]
     filled = Counter(window for chunk in chunks for window in chunk.to_windows)
-    windows = [Window(job.moves, job.scratch_bytes, filled[n], job.decodings) for n, job in enumerate(jobs)]
+    windows = [Window(job.moves, job.scratch_bytes, filled[n], {}, {}) for n, job in enumerate(jobs)]
+    windows += [
+        Window(window.moves, window.nbytes, filled[n], window.runs, window.rectangles)
+        for n, window in enumerate(of_codes, len(jobs))
+    ]
     return chunks, windows
 
 
-def _chunk(run: Job, first_window: int) -> Chunk:
+def _packed(windows: Iterable[Sequence[Part]], limit: int) -> Iterator[list[Part]]:
+    """The parts of windows, one window after another, in chunks of ``limit`` bytes, wherever in the files they lie.
+
+    Scales and codes may lie far apart, so one chunk takes several reads.
+    """
+    chunk: list[Part] = []
+    room = limit
+    for parts in windows:
+        for part in sorted(parts):
+            file, offset, nbytes, target, start, row = part
+            while nbytes:
+                taken = min(nbytes, room)
+                chunk.append(Part(file, offset, taken, target, start, row))
+                offset, start, nbytes, room = offset + taken, start + taken, nbytes - taken, room - taken
+                if not room or len(chunk) == system.IOV_MAX // 2:
+                    yield sorted(chunk)
+                    chunk, room = [], limit
+    if chunk:
+        yield sorted(chunk)
+
+
+def _chunk(parts: Iterable[Part], first_window: int) -> Chunk:
     aimed, uploads, at = [], [], 0
-    for part in run.parts:
-        aimed.append(part._replace(target=0, start_bytes=at))
-        uploads.append((part.target, Upload(at, part.nbytes, part.start_bytes)))
-        at += part.nbytes
+    for file, offset, nbytes, target, start, row in parts:
+        aimed.append(Part(file, offset, nbytes, 0, at, row))
+        uploads.append((target, Upload(at, nbytes, start)))
+        at += nbytes
     to_targets: dict[int, list[Upload]] = {}
     to_windows: dict[int, list[Upload]] = {}
     for place, group in groupby(uploads, key=lambda upload: upload[0]):

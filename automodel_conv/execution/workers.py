@@ -15,6 +15,10 @@ import torch
 Item = TypeVar("Item")
 
 
+class Stopped(Exception):
+    """Raised by work that somebody asked to end."""
+
+
 def work_off(items: Iterable[Item], threads: int, start: Callable[[], Callable[[Item], None]]) -> None:
     """Hand each item to one of ``threads`` threads, in order; the first error ends all of them and is raised.
 

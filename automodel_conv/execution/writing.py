@@ -241,9 +241,13 @@ class DeviceTensors:
         self._use_kernels = takes_kernels(backend, tensors)
 
     def __call__(self, slab: Slab) -> list[memoryview]:
-        for part in slab.parts:
-            source = raw_bytes(self._tensors[part.row])[part.offset_bytes : part.offset_bytes + part.nbytes]
-            self._stream.copy(self._pinned[part.start_bytes : part.start_bytes + part.nbytes], source)
+        self._stream.copy_all(
+            (
+                self._pinned[part.start_bytes : part.start_bytes + part.nbytes],
+                raw_bytes(self._tensors[part.row])[part.offset_bytes : part.offset_bytes + part.nbytes],
+            )
+            for part in slab.parts
+        )
         if slab.moves:
             batch = CopyBatch()
             for row, move in _by_place(slab.moves):
@@ -251,7 +255,7 @@ class DeviceTensors:
                 copy = StridedCopy(move.shape, move.source_strides, move.target_strides, *places)
                 batch.add(copy, [self._tensors[row]], self._slab.typed[move.target])
             self._stream.run(lambda: self._copy(batch))
-            self._stream.copy(self._pinned[: slab.nbytes], self._slab.memory[: slab.nbytes])
+            self._stream.copy_all([(self._pinned[: slab.nbytes], self._slab.memory[: slab.nbytes])])
         self._stream.record().synchronize()
         return [self._view[: slab.nbytes]]
 

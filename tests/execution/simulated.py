@@ -41,19 +41,22 @@ class Stream:
     def __init__(self, device):
         self.device, self.queue, self.finished = device, [], 0
 
-    def copy(self, dst, src):
-        assert dst.numel() == src.numel() > 0
-        self._push(lambda: dst.copy_(src))
+    def copy_all(self, pairs):
+        for dst, src in pairs:
+            assert dst.numel() == src.numel() > 0
+            self._push(lambda dst=dst, src=src: dst.copy_(src))
 
     def run(self, work):
         self._push(work)
 
-    def record(self):
+    def record(self, event=None):
         with self.device.lock:
-            return Event(self, len(self.queue))
+            event = event or Event(self, 0)
+            event.stream, event.position = self, len(self.queue)
+            return event
 
     def wait(self, event):
-        self._push(event)
+        self._push(Event(event.stream, event.position))  # as it is now: it may be recorded again
 
     def _push(self, operation):
         with self.device.lock:

@@ -39,7 +39,7 @@ class OnDevice:
 
     def copy_(self, source, non_blocking):
         assert non_blocking
-        torch.cuda.current_stream().copy(self.tensor, source)
+        torch.cuda.current_stream().copy_all([(self.tensor, source)])
 
 
 @pytest.fixture(params=range(8))
@@ -76,12 +76,12 @@ def test_a_stream_made_in_a_worker_thread_is_behind_the_callers_current_stream(c
 
     def work():
         stream = device.stream()
-        stream.copy(OnDevice(copied), source)
+        stream.copy_all([(OnDevice(copied), source)])
         stream.record().synchronize()
 
     with current(side := torch.cuda.Stream()):
         for value in range(1, 6):
-            side.copy(source, torch.full((4,), float(value)))
+            side.copy_all([(source, torch.full((4,), float(value)))])
         device = CudaDevice(torch.device("cuda"))
         worker = threading.Thread(target=work)
         worker.start()

@@ -1,0 +1,115 @@
+"""What becomes of windows of device memory once they are full: codes are decoded, then copies taken."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+
+from torch import Tensor
+
+from automodel_conv.execution.buffers import dtype_of
+from automodel_conv.execution.code_windows import Places, Rectangle
+from automodel_conv.execution.copy_batch import CopyBatch, Work
+from automodel_conv.execution.window_decoding import WindowDecoder
+from automodel_conv.execution.windows import Window
+from automodel_conv.kernels.launch import MOST_STRIDE, Launches, start
+from automodel_conv.kernels.variants import Variant
+from automodel_conv.planning.copies import StridedCopy
+
+
+class WindowCopies:
+    """The copies out of all windows of a load.
+
+    Args:
+        tensors: the targets, by number.
+        regions: device memory; windows take turns in it.
+    """
+
+    def __init__(self, windows: Sequence[Window], tensors: Sequence[Tensor], regions: Sequence[Tensor]):
+        self._windows = windows
+        self._tensors = tensors
+        self._regions = regions
+        runs = [run for window in windows for run in window.runs.values()]
+        self._decoder = WindowDecoder(runs, tensors, regions[0].device) if runs else None
+
+    def release(self) -> None:
+        """Let go of all device memory."""
+        self._decoder = None
+
+    @property
+    def extra_bytes(self) -> int:
+        """Device memory beside the regions."""
+        return self._decoder.extra_bytes if self._decoder else 0
+
+    def variants(self, most: int) -> frozenset[Variant]:
+        """At most so many variants of kernels, those that move the most, judging by windows that hold something new."""
+        nbytes: Counter[frozenset[Variant]] = Counter()
+        seen: set[object] = set()
+        for number, window in enumerate(self._windows):
+            forms = {(*move[1:4], move.target_strides, self._tensors[move.target].dtype) for move in window.moves}
+            if not forms <= seen:
+                nbytes += self._batch(number).variants()
+            if not window.rectangles.keys() <= seen:
+                for rectangle, places, launches in self._decodes(number):
+                    nbytes[launches.variants] += len(places.targets) * _nbytes(rectangle)
+            seen |= forms
+            seen |= window.rectangles.keys()
+        chosen: frozenset[Variant] = frozenset()
+        for variants, _ in nbytes.most_common():
+            if len(chosen | variants) <= most:
+                chosen |= variants
+        return chosen
+
+    def run(self, number: int, chosen: frozenset[Variant] | None) -> Work:
+        """Queue all that a full window becomes, on the current stream.
+
+        Args:
+            chosen: the variants that may be launched; None: no kernels.
+        """
+        window, region = self._windows[number], self.region(number)
+        work = Work(0, 0)
+        if self._decoder is not None:
+            self._decoder.make_tables(window.runs.values(), region)
+            by_kernels = set()
+            for rectangle, places, launches in self._decodes(number) if chosen is not None else ():
+                if launches.variants <= (chosen or frozenset()):
+                    start(launches)
+                    by_kernels.add(rectangle)
+                    work += Work(len(places.targets), 0)
+            for rectangle, places in window.rectangles.items():
+                if rectangle not in by_kernels:
+                    self._decoder.decode_by_torch(rectangle, places, window.runs[rectangle.kind], region)
+                    work += Work(0, len(places.targets))
+        return work + self._batch(number).run(chosen is not None, chosen)
+
+    def region(self, number: int) -> Tensor:
+        """The memory of a window."""
+        return self._regions[number % len(self._regions)]
+
+    def _decodes(self, number: int) -> Iterator[tuple[Rectangle, Places, Launches]]:
+        """The rectangles of a window that kernels can decode."""
+        window = self._windows[number]
+        for rectangle, places in window.rectangles.items():
+            widest = max(rectangle.shape[1], rectangle.codes_stride, *rectangle.target_strides)
+            if self._decoder is not None and widest <= MOST_STRIDE:
+                run = window.runs[rectangle.kind]
+                yield rectangle, places, self._decoder.launches(rectangle, places, run, self.region(number))
+
+    def _batch(self, number: int) -> CopyBatch:
+        """The copies out of a window; those that fill each other's gaps come one after the other."""
+        region = self.region(number)
+        typed: dict[str, Tensor] = {}
+        batch = CopyBatch()
+        for move in sorted(self._windows[number].moves, key=lambda move: (move.target, move.target_offset)):
+            if move.dtype not in typed:
+                typed[move.dtype] = region.view(dtype_of(move.dtype, "a source"))
+            copy = StridedCopy(
+                move.shape, move.source_strides, move.target_strides, (0,), (move.source_offset,), (move.target_offset,)
+            )
+            batch.add(copy, [typed[move.dtype]], self._tensors[move.target])
+        return batch
+
+
+def _nbytes(rectangle: Rectangle) -> int:
+    rows, columns = rectangle.shape
+    return rows * columns * (2 if rectangle.kind.numbers in ("BF16", "F16") else 4)
