@@ -96,18 +96,18 @@ class Rectangle(NamedTuple):
     """Scales from one row of blocks to the next."""
 
 
-class Places(NamedTuple):
-    """Where rectangles of one geometry are, in columns."""
+class Place(NamedTuple):
+    """Where a rectangle is."""
 
-    targets: list[int]
+    target: int
     """``SCRATCH``: the window."""
-    target_offsets: list[int]
+    target_offset: int
     """In elements."""
-    codes_bytes: list[int]
+    codes_bytes: int
     """From the start of the window."""
-    scales: list[int]
+    scale: int
     """The scale of the first block, counted from the first of the run."""
-    sources: list[int]
+    source: int
     """Counted within the run."""
 
 
@@ -115,9 +115,9 @@ class CodeWindow(NamedTuple):
     """What fills a window, and what becomes of it."""
 
     parts: list[Part]
-    """Of the files; their target is the number of the window."""
+    """Of the files; their target is the number of the window. One part may be several tensors that lie together."""
     runs: dict[ScaleKind, ScaleRun]
-    rectangles: dict[Rectangle, Places]
+    rectangles: dict[Rectangle, list[Place]]
     moves: list[Move]
     """Copies of numbers out of the window, once they are decoded."""
     nbytes: int
@@ -141,40 +141,53 @@ def code_windows(
     """
     number = first
     window = _Window(number, limit)
+    known: dict[tuple[object, ...], tuple[_Slab, ...]] = {}  # sources of one geometry are cut alike
+    dtypes, nbytes = checkpoint.dtypes, checkpoint.nbytes
     for row in sorted(moves, key=lambda row: (checkpoint.file_ids[row], checkpoint.offsets[row])):
-        for dtype in dict.fromkeys(move.dtype for move in moves[row]):
+        decode = decodes[row]
+        others = [None if part is None else dtypes[part] for part in decode[3:6]]
+        for dtype in {move.dtype: None for move in moves[row]}:
             alike = [move for move in moves[row] if move.dtype == dtype]
-            source = CodedSource(row, decodes[row], checkpoint, dtype)
-            for slab in _slabs(source, alike, limit):
+            key = (dtype, nbytes[row], *decode[:3], *decode[6:], *others, *[move[2:6] for move in alike])
+            if key not in known:
+                source = CodedSource(row, decode, checkpoint, dtype)
+                known[key] = tuple(_slabs(source, [Move(n, *m[1:6], 0) for n, m in enumerate(alike)], limit))
+            for slab in known[key]:
                 if not window.takes(slab):
-                    yield window.close()
+                    yield window.close(checkpoint)
                     number += 1
                     window = _Window(number, limit)
-                window.add(slab)
+                window.add(slab, row, decode, alike)
     if window.used:
-        yield window.close()
+        yield window.close(checkpoint)
 
 
 class _Slab(NamedTuple):
-    """A range of a source's elements, and what becomes of them."""
+    """A range of the elements of any source of one geometry, and what becomes of them.
 
-    source: CodedSource
-    start: int
-    stop: int
-    cut: Sequence[Move]
-    regions: Sequence[Region] | None
-    """None: decoded into the window first."""
+    Targets are numbers of the copies that take them, offsets in targets count from where those begin.
+    """
+
+    codes: tuple[tuple[int, int], ...]
+    """The bytes of the source that are read, from and to."""
+    first_byte: int
+    """Of the source's codes; it has the slab's first place in a window."""
+    codes_bytes: int
     block_rows: tuple[int, int]
     """The rows of blocks that it reaches into."""
+    scales: int
     kind: ScaleKind
-
-    @property
-    def scales(self) -> int:
-        return (self.block_rows[1] - self.block_rows[0]) * self.source.across
+    rectangles: tuple[tuple[Rectangle, Place], ...]
+    """Places of codes and scales count from the slab's own."""
+    moves: tuple[Move, ...]
+    """Copies of its numbers, where codes cannot be decoded straight into the targets; offsets count from the first."""
+    numbers_bytes: int
+    nbytes: int
+    """All that it takes of a window, beside the alignment of a new kind of scales."""
 
 
 def _slabs(source: CodedSource, moves: Sequence[Move], limit: int, in_place: bool = True) -> Iterator[_Slab]:
-    """A source in as few slabs as fit into windows, with the rectangles that its copies are."""
+    """A source in as few slabs as fit into windows."""
     in_place = in_place and all(regions_of(move, source) is not None for move in moves)
     for start, stop, cut in slabs(moves, _capacity(source, limit, in_place)):
         regions = [regions_of(move, source) for move in cut] if in_place else []
@@ -183,9 +196,67 @@ def _slabs(source: CodedSource, moves: Sequence[Move], limit: int, in_place: boo
             continue
         if source.decode.bits == 4:  # whole bytes
             start, stop = start - start % 2, stop + stop % 2
-        block_rows = source.block_row(start), source.block_row(stop - 1) + 1
-        found = [region for some in regions for region in some or ()] if in_place else None
-        yield _Slab(source, start, stop, cut, found, block_rows, _kind(source, block_rows))
+        if in_place:
+            yield _slab(source, start, stop, cut, [region for some in regions for region in some or ()], ())
+        else:
+            whole = [
+                Region(element, (r1 - r0, c1 - c0), 1, (source.columns, 1), SCRATCH, element - start)
+                for element, r0, r1, c0, c1 in source.rectangles(start, stop, (0, source.columns))
+            ]
+            copies = tuple(move._replace(source_offset=move.source_offset - start) for move in cut)
+            yield _slab(source, start, stop, cut, whole, copies)
+
+
+def _slab(
+    source: CodedSource,
+    start: int,
+    stop: int,
+    cut: Sequence[Move],
+    regions: Sequence[Region],
+    moves: tuple[Move, ...],
+) -> _Slab:
+    bits, size = source.decode.bits, itemsize(source.dtype)
+    block_rows = source.block_row(start), source.block_row(stop - 1) + 1
+    kind, scales = _kind(source, block_rows), (block_rows[1] - block_rows[0]) * source.across
+    codes = [(first * bits // 8, -(-last * bits // 8)) for first, last in ranges(cut, GAP_BYTES * 8 // bits)]
+    codes_bytes = aligned((stop - start) * bits // 8)
+    numbers_bytes = aligned((stop - start) * size) if moves else 0
+    nbytes = codes_bytes + numbers_bytes + scales * itemsize(kind.scales)
+    if not kind.has_byte_cells:
+        nbytes += scales * (kind.row_bytes + CELL_BYTES)
+    elif kind.has_global:
+        nbytes += _BYTE_SCALES * kind.row_bytes
+    nbytes += _GLOBAL_BYTES if kind.has_global else 0
+    nbytes += _ZERO_POINT_BYTES * kind.zero_points[0] * source.across if kind.zero_points else 0
+    rectangles = tuple(_rectangle(region, source, start, block_rows[0], kind) for region in regions)
+    first_byte = start * bits // 8
+    return _Slab(
+        tuple(codes), first_byte, codes_bytes, block_rows, scales, kind, rectangles, moves, numbers_bytes, nbytes
+    )
+
+
+def _rectangle(
+    region: Region, source: CodedSource, start: int, first_block_row: int, kind: ScaleKind
+) -> tuple[Rectangle, Place]:
+    bits, (block_rows, block_columns), step = source.decode.bits, source.decode.block, region.row_step
+    row, column = divmod(region.element, source.columns)
+    start_row, across = row % source.height % block_rows, source.across
+    if block_rows % step == 0:  # rows of the rectangle, not of the source
+        start_row, block_rows = start_row // step, block_rows // step
+    elif step % block_rows == 0:
+        start_row, block_rows, across = 0, 1, across * (step // block_rows)
+    rectangle = Rectangle(
+        kind,
+        region.shape,
+        step * source.columns * bits // 8,
+        region.target_strides,
+        (block_rows, block_columns),
+        (start_row, column % block_columns),
+        across,
+    )
+    scale = (source.block_row(region.element) - first_block_row) * source.across + column // block_columns
+    codes_bytes = (region.element - start) * bits // 8
+    return rectangle, Place(region.target, region.target_offset, codes_bytes, scale, 0)
 
 
 def _capacity(source: CodedSource, limit: int, in_place: bool) -> int:
@@ -226,6 +297,15 @@ def _kind(source: CodedSource, block_rows: tuple[int, int]) -> ScaleKind:
     return ScaleKind(decode.format, dtypes[decode.scales], source.dtype, *flags, packed, grid)
 
 
+class _Taken(NamedTuple):
+    """A slab of one source."""
+
+    slab: _Slab
+    row: int
+    decode: Decode
+    moves: Sequence[Move]
+
+
 class _Window:
     """A window that is being filled with slabs."""
 
@@ -233,137 +313,97 @@ class _Window:
         self.used = 0
         self._number = number
         self._limit = limit
-        self._slabs: list[_Slab] = []
-        self._by_kind: dict[ScaleKind, list[_Slab]] = {}
+        self._taken: list[_Taken] = []
+        self._by_kind: dict[ScaleKind, list[_Taken]] = {}
+        self._parts: list[Part] = []
 
     def takes(self, slab: _Slab) -> bool:
         """Whether a slab fits in beside those that are there."""
-        return not self._slabs or self.used + self._cost(slab) <= self._limit
+        return not self._taken or self.used + slab.nbytes + 4 * ALIGN_BYTES <= self._limit
 
-    def add(self, slab: _Slab) -> None:
-        self.used += self._cost(slab)
-        self._slabs.append(slab)
-        self._by_kind.setdefault(slab.kind, []).append(slab)
+    def add(self, slab: _Slab, row: int, decode: Decode, moves: Sequence[Move]) -> None:
+        taken = _Taken(slab, row, decode, moves)
+        self.used += slab.nbytes
+        self._taken.append(taken)
+        of_kind = self._by_kind.get(slab.kind)
+        if of_kind is None:
+            self.used += 4 * ALIGN_BYTES
+            of_kind = self._by_kind[slab.kind] = []
+        of_kind.append(taken)
 
-    def _cost(self, slab: _Slab) -> int:
-        """Bytes of a window that a slab takes, and of the numbers of its scales, which all windows share."""
-        kind, numel = slab.kind, slab.stop - slab.start
-        nbytes = aligned(numel * slab.source.decode.bits // 8) + slab.scales * itemsize(kind.scales)
-        if not kind.has_byte_cells:
-            nbytes += slab.scales * (kind.row_bytes + CELL_BYTES)
-        elif kind.has_global:
-            nbytes += _BYTE_SCALES * kind.row_bytes
-        if kind.zero_points:
-            nbytes += _ZERO_POINT_BYTES * kind.zero_points[0] * slab.source.across
-        if slab.regions is None:
-            nbytes += aligned(numel * itemsize(kind.numbers))
-        return nbytes + _GLOBAL_BYTES + (0 if kind in self._by_kind else 4 * ALIGN_BYTES)
-
-    def close(self) -> CodeWindow:
+    def close(self, checkpoint: Checkpoint) -> CodeWindow:
         """The window, laid out: codes, then scales by kind with the table that is made of them, then numbers."""
-        parts: list[Part] = []
         moves: list[Move] = []
-        at, codes_at = 0, []
-        for slab in self._slabs:
-            codes_at.append(at)
-            at = aligned(at + (slab.stop - slab.start) * slab.source.decode.bits // 8)
-        runs = {}
+        rectangles: dict[Rectangle, list[Place]] = {}
+        at = sum([taken.slab.codes_bytes for taken in self._taken])
+        runs: dict[ScaleKind, ScaleRun] = {}
         for kind, alike in self._by_kind.items():
-            runs[kind], at = self._run(kind, alike, at, parts)
-        rectangles: dict[Rectangle, Places] = {}
+            runs[kind], at = self._lay_out(kind, alike, at, checkpoint)
         seen: dict[ScaleKind, tuple[int, int]] = dict.fromkeys(runs, (0, 0))  # sources and scales
-        for slab, codes_bytes in zip(self._slabs, codes_at, strict=True):
+        codes_at = 0
+        for slab, row, _, targets in self._taken:
+            for first, last in slab.codes:
+                self._add(checkpoint, row, first, last - first, codes_at + first - slab.first_byte)
             sources, scales = seen[slab.kind]
             seen[slab.kind] = sources + 1, scales + slab.scales
-            regions = slab.regions
-            if regions is None:
-                regions, at = _into_window(slab, at, moves)
-            for region in regions:
-                _add(rectangles, region, slab, codes_bytes, scales, sources)
-            self._add_codes(slab, codes_bytes, parts)
-        return CodeWindow(parts, runs, rectangles, moves, at)
+            for rectangle, (target, target_offset, codes_bytes, scale, _) in slab.rectangles:
+                if target == SCRATCH:
+                    target_offset += at // itemsize(slab.kind.numbers)
+                else:
+                    target, target_offset = targets[target].target, targets[target].target_offset + target_offset
+                places = rectangles.get(rectangle)
+                if places is None:
+                    places = rectangles[rectangle] = []
+                places.append(Place(target, target_offset, codes_at + codes_bytes, scales + scale, sources))
+            for move in slab.moves:
+                moves.append(_placed(move, targets[move.target], at // itemsize(slab.kind.numbers)))
+            codes_at, at = codes_at + slab.codes_bytes, at + slab.numbers_bytes
+        return CodeWindow(self._parts, runs, rectangles, moves, at)
 
-    def _add_codes(self, slab: _Slab, codes_bytes: int, parts: list[Part]) -> None:
-        source, bits = slab.source, slab.source.decode.bits
-        for first, last in ranges(slab.cut, GAP_BYTES * 8 // bits):
-            first, last = first * bits // 8, -(-last * bits // 8)
-            parts.append(
-                source.part(source.row, first, last - first, codes_bytes + first - slab.start * bits // 8, self._number)
-            )
-
-    def _run(self, kind: ScaleKind, alike: Sequence[_Slab], at: int, parts: list[Part]) -> tuple[ScaleRun, int]:
+    def _lay_out(
+        self, kind: ScaleKind, alike: Sequence[_Taken], at: int, checkpoint: Checkpoint
+    ) -> tuple[ScaleRun, int]:
         """Lay out the scales of a kind from ``at`` on; returns them and where they end."""
-        first = at
-        for slab in alike:
-            at = self._add_blocks(slab, slab.source.decode.scales, slab.block_rows, kind.scales, at, parts)
+        first, row_bytes = at, [itemsize(kind.scales), 4]
+        for slab, _, decode, _ in alike:
+            nbytes = slab.scales * row_bytes[0]
+            across = slab.scales // (slab.block_rows[1] - slab.block_rows[0])
+            self._add(checkpoint, decode.scales, slab.block_rows[0] * across * row_bytes[0], nbytes, at)
+            at += nbytes
         zero_points_bytes = at = aligned(at)
-        for slab in alike:
-            if slab.source.decode.zero_points is not None:
-                packed = slab.block_rows[0] // PACKED, -(-slab.block_rows[1] // PACKED)
-                at = self._add_blocks(slab, slab.source.decode.zero_points, packed, "I32", at, parts)
+        for slab, _, decode, _ in alike:
+            if decode.zero_points is not None and kind.zero_points is not None:
+                across = slab.scales // (slab.block_rows[1] - slab.block_rows[0])
+                nbytes = kind.zero_points[0] * across * _ZERO_POINT_BYTES
+                before = slab.block_rows[0] // PACKED * across * _ZERO_POINT_BYTES
+                self._add(checkpoint, decode.zero_points, before, nbytes, at)
+                at += nbytes
         globals_bytes = at = aligned(at)
-        for slab in alike:
-            if slab.source.decode.global_scale is not None:
-                parts.append(slab.source.part(slab.source.decode.global_scale, 0, _GLOBAL_BYTES, at, self._number))
+        for _, _, decode, _ in alike:
+            if decode.global_scale is not None:
+                self._add(checkpoint, decode.global_scale, 0, _GLOBAL_BYTES, at)
                 at += _GLOBAL_BYTES
         table_bytes = aligned(at)
-        count = sum(slab.scales for slab in alike)
+        count = sum([taken.slab.scales for taken in alike])
         run = ScaleRun(kind, len(alike), count, first, zero_points_bytes, globals_bytes, table_bytes)
         return run, aligned(table_bytes + run.table_rows * kind.row_bytes)
 
-    def _add_blocks(
-        self, slab: _Slab, row: int, block_rows: tuple[int, int], dtype: str, at: int, parts: list[Part]
-    ) -> int:
-        row_bytes = slab.source.across * itemsize(dtype)
-        nbytes = (block_rows[1] - block_rows[0]) * row_bytes
-        parts.append(slab.source.part(row, block_rows[0] * row_bytes, nbytes, at, self._number))
-        return at + nbytes
+    def _add(self, checkpoint: Checkpoint, row: int, offset_bytes: int, nbytes: int, start_bytes: int) -> None:
+        """Read bytes of a source to a place in the window; with those before if both lie there together."""
+        file, offset_bytes = checkpoint.file_ids[row], checkpoint.offsets[row] + offset_bytes
+        if self._parts:
+            last_file, last_offset, last_nbytes, _, last_start, last_row = self._parts[-1]
+            follows = (last_file, last_offset + last_nbytes, last_start + last_nbytes)
+            if follows == (file, offset_bytes, start_bytes):
+                self._parts[-1] = Part(file, last_offset, last_nbytes + nbytes, self._number, last_start, last_row)
+                return
+        self._parts.append(Part(file, offset_bytes, nbytes, self._number, start_bytes, row))
 
 
-def _into_window(slab: _Slab, at: int, moves: list[Move]) -> tuple[list[Region], int]:
-    """Rectangles of numbers that lie in the window from ``at`` on, as the source has them; the copies follow."""
-    source, size = slab.source, itemsize(slab.source.dtype)
-    shift = at // size - slab.start
-    regions = [
-        Region(element, (r1 - r0, c1 - c0), 1, (source.columns, 1), SCRATCH, element + shift)
-        for element, r0, r1, c0, c1 in source.rectangles(slab.start, slab.stop, (0, source.columns))
-    ]
-    moves += [move._replace(source_offset=move.source_offset + shift) for move in slab.cut]
-    return regions, aligned(at + (slab.stop - slab.start) * size)
-
-
-def _add(
-    rectangles: dict[Rectangle, Places], region: Region, slab: _Slab, codes_bytes: int, scales: int, sources: int
-) -> None:
-    """Add a rectangle to those of its geometry.
-
-    Args:
-        codes_bytes: where the codes of the slab begin.
-        scales, sources: of its kind, before those of the slab.
-    """
-    source, step = slab.source, region.row_step
-    bits, (block_rows, block_columns) = source.decode.bits, source.decode.block
-    row, column = divmod(region.element, source.columns)
-    start, across = row % source.height % block_rows, source.across
-    if block_rows % step == 0:  # rows of the rectangle, not of the source
-        start, block_rows = start // step, block_rows // step
-    elif step % block_rows == 0:
-        start, block_rows, across = 0, 1, across * (step // block_rows)
-    rectangle = Rectangle(
-        slab.kind,
-        region.shape,
-        step * source.columns * bits // 8,
-        region.target_strides,
-        (block_rows, block_columns),
-        (start, column % block_columns),
-        across,
+def _placed(move: Move, of: Move, numbers: int) -> Move:
+    """A copy of a slab with its target, and with its source where the numbers are."""
+    return move._replace(
+        target=of.target,
+        target_offset=of.target_offset + move.target_offset,
+        source_offset=move.source_offset + numbers,
     )
-    places = rectangles.get(rectangle)
-    if places is None:
-        places = rectangles[rectangle] = Places([], [], [], [], [])
-    cell = (source.block_row(region.element) - slab.block_rows[0]) * source.across + column // block_columns
-    places.targets.append(region.target)
-    places.target_offsets.append(region.target_offset)
-    places.codes_bytes.append(codes_bytes + (region.element - slab.start) * bits // 8)
-    places.scales.append(scales + cell)
-    places.sources.append(sources)

@@ -78,7 +78,7 @@ class CodedSource:
         parts: list[Part] = []
         for first, last in ranges(cut, GAP_BYTES * 8 // bits):
             first, last = first * bits // 8, -(-last * bits // 8)
-            parts.append(self.part(self.row, first, last - first, first - start * bits // 8))
+            parts.append(self._part(self.row, first, last - first, first - start * bits // 8))
         at = aligned((stop - start) * bits // 8)
         first, last = self.block_row(start), self.block_row(stop - 1) + 1
         scales, at = self._grid(self.decode.scales, first, last, at, parts)
@@ -88,7 +88,7 @@ class CodedSource:
         global_bytes = None
         if self.decode.global_scale is not None:
             global_bytes = at
-            parts.append(self.part(self.decode.global_scale, 0, 4, at))
+            parts.append(self._part(self.decode.global_scale, 0, 4, at))
             at = aligned(at + 4)
         size = itemsize(self.dtype)
         decodings = [
@@ -114,14 +114,14 @@ class CodedSource:
         moves = [move._replace(source_offset=move.source_offset + shift) for move in cut]
         return Job(sorted(parts), moves, at + (stop - start) * size, decodings)
 
-    def part(self, row: int, offset_bytes: int, nbytes: int, start_bytes: int, target: int = SCRATCH) -> Part:
+    def _part(self, row: int, offset_bytes: int, nbytes: int, start_bytes: int) -> Part:
         checkpoint = self.checkpoint
-        return Part(checkpoint.file_ids[row], checkpoint.offsets[row] + offset_bytes, nbytes, target, start_bytes, row)
+        return Part(checkpoint.file_ids[row], checkpoint.offsets[row] + offset_bytes, nbytes, SCRATCH, start_bytes, row)
 
     def _grid(self, row: int, first: int, last: int, at: int, parts: list[Part]) -> tuple[Grid, int]:
         dtype = self.checkpoint.dtypes[row]
         row_bytes = self.across * itemsize(dtype)
-        parts.append(self.part(row, first * row_bytes, (last - first) * row_bytes, at))
+        parts.append(self._part(row, first * row_bytes, (last - first) * row_bytes, at))
         return Grid(at, dtype, (last - first, self.across)), aligned(at + (last - first) * row_bytes)
 
     def block_row(self, element: int) -> int:

@@ -116,9 +116,7 @@ def _read_parts(
             system.read_exactly(fd, slices, parts[0].offset_bytes, path)
         except ReadError as error:
             # If the file shrank its size tells the tensor; any other fault is one of the run's.
-            size = system.size(fd)
-            cut = [part for part in parts if part.offset_bytes + part.nbytes > size]
-            raise _failure(str(error), path, cut[:1] or parts, checkpoint) from error
+            raise _failure(str(error), path, parts, checkpoint, system.size(fd)) from error
     files.release(file)
     return gaps
 
@@ -135,13 +133,28 @@ def calls_of(parts: Sequence[Part]) -> Iterator[Sequence[Part]]:
     yield parts[first:]
 
 
-def _failure(text: str, path: str, parts: Sequence[Part], checkpoint: Checkpoint) -> ReadError:
-    rows = sorted({part.row for part in parts})
+def _failure(text: str, path: str, parts: Sequence[Part], checkpoint: Checkpoint, size: int | None = None) -> ReadError:
+    """The error of a read; names the tensors in it, or the first one that a file of ``size`` bytes does not hold."""
+    rows = _rows_in(parts, checkpoint)
+    cut = [row for row in rows if size is not None and checkpoint.offsets[row] + checkpoint.nbytes[row] > size]
+    rows = cut[:1] or rows
     names = checkpoint.names[rows[0]]
     if len(rows) > 1:
         names = f"one of {len(rows)}, {names} to {checkpoint.names[rows[-1]]}"
     where = f"{path}, from byte {parts[0].offset_bytes}"
     return ReadError(f"{message('tensor data could not be read', where=where)}\n  tensor:   {names}\n{text}")
+
+
+def _rows_in(parts: Sequence[Part], checkpoint: Checkpoint) -> list[int]:
+    """The tensors of one file that parts read bytes of, in the order of the file; a part may be several."""
+    file, spans = parts[0].file, [(part.offset_bytes, part.offset_bytes + part.nbytes) for part in parts]
+    columns = zip(checkpoint.file_ids, checkpoint.offsets, checkpoint.nbytes, strict=True)
+    rows = [
+        row
+        for row, (of_row, start, nbytes) in enumerate(columns)
+        if of_row == file and any(first < start + nbytes and start < last for first, last in spans)
+    ]
+    return sorted(rows, key=lambda row: checkpoint.offsets[row])
 
 
 def read_whole(row: int, checkpoint: Checkpoint) -> Tensor:

@@ -293,10 +293,14 @@ class _Load:
         """Return once all are done, one has failed, or the load is asked to end."""
         timeout = None if self._stop_asked is None else _POLL_S
         pending = set(futures)
-        while pending and not (self._stop_asked is not None and self._stop_asked.is_set()):
+        while pending and not self._is_asked_to_stop:
             done, pending = wait(pending, timeout, return_when=FIRST_EXCEPTION)
             if any(future.exception() is not None for future in done):
                 return
+
+    @property
+    def _is_asked_to_stop(self) -> bool:
+        return self._stop_asked is not None and self._stop_asked.is_set()
 
     def _settle(self, stream: Stream) -> None:
         stream.record().synchronize()
@@ -313,7 +317,7 @@ class _Load:
         windows = [window for number, window in enumerate(self._windows) if number not in self._emptied]
         by_upload = {number for chunk in list(self._not_uploaded.values()) for number in chunk.to_targets}
         places = [places for window in windows for places in window.rectangles.values()]
-        by_decoding = {number for columns in places for number in columns.targets}
+        by_decoding = {place.target for some in places for place in some}
         return by_upload | by_decoding | {move.target for window in windows for move in window.moves}
 
     def _stop(self) -> None:
@@ -333,7 +337,7 @@ class _Load:
 
     def _read_chunks(self, slots: Sequence[_Slot]) -> None:
         for slot in cycle(slots):
-            if self._stopped:
+            if self._stopped or self._is_asked_to_stop:
                 return
             try:
                 number, chunk = self._todo.popleft()

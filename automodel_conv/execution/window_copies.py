@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from torch import Tensor
 
 from automodel_conv.execution.buffers import dtype_of
-from automodel_conv.execution.code_windows import Places, Rectangle
+from automodel_conv.execution.code_windows import Place, Rectangle
 from automodel_conv.execution.copy_batch import CopyBatch, Work
 from automodel_conv.execution.window_decoding import WindowDecoder
 from automodel_conv.execution.windows import Window
@@ -51,7 +51,7 @@ class WindowCopies:
                 nbytes += self._batch(number).variants()
             if not window.rectangles.keys() <= seen:
                 for rectangle, places, launches in self._decodes(number):
-                    nbytes[launches.variants] += len(places.targets) * _nbytes(rectangle)
+                    nbytes[launches.variants] += len(places) * _nbytes(rectangle)
             seen |= forms
             seen |= window.rectangles.keys()
         chosen: frozenset[Variant] = frozenset()
@@ -75,18 +75,18 @@ class WindowCopies:
                 if launches.variants <= (chosen or frozenset()):
                     start(launches)
                     by_kernels.add(rectangle)
-                    work += Work(len(places.targets), 0)
+                    work += Work(len(places), 0)
             for rectangle, places in window.rectangles.items():
                 if rectangle not in by_kernels:
                     self._decoder.decode_by_torch(rectangle, places, window.runs[rectangle.kind], region)
-                    work += Work(0, len(places.targets))
+                    work += Work(0, len(places))
         return work + self._batch(number).run(chosen is not None, chosen)
 
     def region(self, number: int) -> Tensor:
         """The memory of a window."""
         return self._regions[number % len(self._regions)]
 
-    def _decodes(self, number: int) -> Iterator[tuple[Rectangle, Places, Launches]]:
+    def _decodes(self, number: int) -> Iterator[tuple[Rectangle, Sequence[Place], Launches]]:
         """The rectangles of a window that kernels can decode."""
         window = self._windows[number]
         for rectangle, places in window.rectangles.items():

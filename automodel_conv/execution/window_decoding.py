@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from automodel_conv.execution.buffers import dtype_of, strided
-from automodel_conv.execution.code_windows import Places, Rectangle, ScaleKind, ScaleRun
+from automodel_conv.execution.code_windows import CELL_BYTES, Place, Rectangle, ScaleKind, ScaleRun
 from automodel_conv.execution.jobs import SCRATCH
 from automodel_conv.kernels.address_table import Matrices, at_addresses
 from automodel_conv.kernels.code_tables import bits_of, byte_scale_table, byte_scale_values, scale_table
@@ -36,6 +36,7 @@ class WindowDecoder:
             tensors: the targets, by number.
         """
         self._tensors = tensors
+        self._addresses = np.array([tensor.data_ptr() for tensor in tensors], np.int64)
         self._tables: dict[ScaleKind, Tensor] = {}
         self._byte_values: dict[ScaleKind, Tensor] = {}
         most = 0
@@ -89,23 +90,21 @@ class WindowDecoder:
         codes = 1 << bits_of(run.kind.format)
         return _typed(window, run.table_bytes, run.table_rows * codes, _dtype(run.kind.numbers)).view(-1, codes)
 
-    def launches(self, rectangle: Rectangle, places: Places, run: ScaleRun, window: Tensor) -> Launches:
+    def launches(self, rectangle: Rectangle, places: Sequence[Place], run: ScaleRun, window: Tensor) -> Launches:
         """The launches that decode equal rectangles of a window."""
         kind, (rows, columns) = rectangle.kind, rectangle.shape
         bits, device = bits_of(kind.format), window.device
         table, dtype = self._table(run, window), _dtype(kind.numbers)
-        base = window.data_ptr()
-        outputs = [window if target == SCRATCH else self._tensors[target] for target in places.targets]
-        starts = np.fromiter((output.data_ptr() for output in outputs), np.int64, len(outputs))
-        starts += np.array(places.target_offsets, np.int64) * dtype.itemsize
+        targets, offsets, codes_bytes, scales, sources = np.array(places, np.int64).T
+        starts = np.where(targets == SCRATCH, window.data_ptr(), self._addresses[targets]) + offsets * dtype.itemsize
         row_stride, column_stride = rectangle.target_strides
         is_transposed = min(rows, columns) > 1 and row_stride < column_stride
         shape = (columns, rows) if is_transposed else (rows, columns)
-        cells, tables = self._cells_and_tables(places, run, window, table, (rows, rectangle.across))
+        cells, tables = self._cells_and_tables(scales, sources, run, window, table, (rows, rectangle.across))
         return dequantize_launches(
             at_addresses(starts, shape, column_stride if is_transposed else row_stride, dtype, device),
             at_addresses(
-                base + np.array(places.codes_bytes, np.int64),
+                window.data_ptr() + codes_bytes,
                 (rows, columns * bits // 8),
                 rectangle.codes_stride,
                 torch.uint8,
@@ -121,22 +120,29 @@ class WindowDecoder:
         )
 
     def _cells_and_tables(
-        self, places: Places, run: ScaleRun, window: Tensor, table: Tensor, shape: tuple[int, int]
+        self,
+        scales: np.ndarray,
+        sources: np.ndarray,
+        run: ScaleRun,
+        window: Tensor,
+        table: Tensor,
+        shape: tuple[int, int],
     ) -> tuple[Matrices, Matrices]:
-        numbers, codes = np.array(places.scales, np.int64), table.shape[1]
+        """The rows of the table that the blocks of each rectangle take, and the table that each takes."""
+        codes = table.shape[1]
         if run.kind.has_byte_cells:
-            addresses, dtype = window.data_ptr() + run.scales_bytes + numbers, torch.uint8
+            addresses, dtype = window.data_ptr() + run.scales_bytes + scales, torch.uint8
         else:
-            addresses, dtype = self._numbered.data_ptr() + 4 * numbers, torch.int32
-        tables = np.full(len(numbers), table.data_ptr())
+            addresses, dtype = self._numbered.data_ptr() + CELL_BYTES * scales, torch.int32
+        tables = np.full(len(scales), table.data_ptr())
         if run.kind.has_byte_cells and not run.kind.is_shared:
-            tables += np.array(places.sources, np.int64) * (_BYTE_SCALES * codes * table.itemsize)
+            tables += sources * (_BYTE_SCALES * codes * table.itemsize)
         return (
             at_addresses(addresses, shape, shape[1], dtype, window.device),
             at_addresses(tables, (table.shape[0], codes), codes, table.dtype, window.device),
         )
 
-    def decode_by_torch(self, rectangle: Rectangle, places: Places, run: ScaleRun, window: Tensor) -> None:
+    def decode_by_torch(self, rectangle: Rectangle, places: Sequence[Place], run: ScaleRun, window: Tensor) -> None:
         """Decode equal rectangles of a window without kernels, one after another."""
         kind, (rows, columns) = rectangle.kind, rectangle.shape
         bits, table, dtype = bits_of(kind.format), self._table(run, window), _dtype(kind.numbers)
@@ -145,7 +151,7 @@ class WindowDecoder:
             for size, start, block in zip(rectangle.shape, rectangle.start, rectangle.block, strict=True)
         )
         scratch = window.view(dtype)
-        for target, target_offset, codes_bytes, scale, source in zip(*places, strict=True):
+        for target, target_offset, codes_bytes, scale, source in places:
             output = scratch if target == SCRATCH else self._tensors[target]
             if kind.has_byte_cells:
                 cells = strided(window, grid, (rectangle.across, 1), run.scales_bytes + scale)

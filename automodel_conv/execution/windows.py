@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import groupby
 from typing import NamedTuple
 
-from automodel_conv.execution.code_windows import Places, Rectangle, ScaleKind, ScaleRun, code_windows
+from automodel_conv.execution.code_windows import Place, Rectangle, ScaleKind, ScaleRun, code_windows
 from automodel_conv.execution.jobs import Job, Move, Part
 from automodel_conv.execution.schedule import divide, runs, staged
 from automodel_conv.files import system
@@ -44,7 +44,7 @@ class Window(NamedTuple):
     chunks: int
     runs: Mapping[ScaleKind, ScaleRun]
     """Of scales in it."""
-    rectangles: Mapping[Rectangle, Places]
+    rectangles: Mapping[Rectangle, Sequence[Place]]
     """Of codes in it, to be decoded before the copies."""
 
 

@@ -20,7 +20,7 @@ from automodel_conv.dtypes import torch_dtype
 from automodel_conv.errors import ConversionError, ReadError, UnsupportedError
 from automodel_conv.execution import copy_batch, streaming
 from automodel_conv.execution.buffers import allocate
-from automodel_conv.execution.streaming import MOST_COMPILED, stream_files
+from automodel_conv.execution.streaming import MOST_COMPILED, ring_of, stream_files
 from automodel_conv.execution.windows import stream_schedule
 from automodel_conv.execution.workers import Stopped
 from automodel_conv.planning.copies import Fallback, Target
@@ -63,7 +63,7 @@ def load(case, device, **options):
         for name, tensor in found.items():
             assert_bytes_equal(tensor, case.expected[name])
         return stats
-    except (ReadError, DeviceFault) as error:
+    except (ReadError, DeviceFault, Stopped) as error:
         text = "".join([str(error), *getattr(error, "__notes__", ())])
         assert "filled:" in text
         for name in (line.strip() for line in text.partition("filled:")[2].splitlines()[1:]):
@@ -219,6 +219,24 @@ def test_memory_stays_within_what_is_given_for_it(cases, calls):
         assert_released(device, calls)
 
 
+@pytest.mark.parametrize(
+    ("threads", "scratch_bytes", "ring"),
+    [
+        (None, None, (4, 8 << 20)),
+        (16, None, (16, 8 << 20)),
+        (None, 1 << 30, (4, 16 << 20)),
+        (None, 100 << 20, (4, 100 << 17)),
+        (None, 40 << 20, (2, 10 << 20)),
+        (None, 1 << 20, (1, 1 << 19)),
+        (3, 1 << 20, (3, (1 << 20) // 6 // 64 * 64)),
+        (3, 8192, (1, 4096)),
+    ],
+)
+def test_slots_have_8_to_16_mib_unless_what_is_given_leaves_no_more(monkeypatch, threads, scratch_bytes, ring):
+    monkeypatch.setattr(streaming, "cores", lambda: 4)
+    assert ring_of(threads, scratch_bytes) == ring
+
+
 def test_slots_of_pinned_memory_start_where_any_element_may(cases, monkeypatch):
     made, real = [], streaming._Slot
     monkeypatch.setattr(streaming, "_Slot", lambda memory: made.append(real(memory)) or made[-1])
@@ -243,6 +261,23 @@ def test_nothing_is_allocated_for_copies_where_all_bytes_only_move(tmp_path, cal
     device = SimulatedDevice()
     stats = load(Case(checkpoint, plan, naive(plan, tensors)), device)
     assert (device.scratch_bytes, stats.work) == (0, copy_batch.Work(0, 0))
+
+
+def test_triton_is_not_asked_for_where_all_bytes_only_move_and_otherwise_not_by_the_caller(tmp_path, monkeypatch):
+    asked = []
+
+    def takes_kernels(backend, tensors):
+        asked.append(threading.current_thread().name)
+        return False
+
+    monkeypatch.setattr(streaming, "takes_kernels", takes_kernels)
+    tensors, checkpoint, plan = moe(tmp_path / "moves")
+    load(Case(checkpoint, plan, naive(plan, tensors)), SimulatedDevice(), backend="auto")
+    assert asked == []
+    tensors, checkpoint, plan = moe(tmp_path / "turns", *LAYOUTS["transposed"], shape=(3, 16, 32))
+    load(Case(checkpoint, plan, naive(plan, tensors)), SimulatedDevice(), backend="auto")
+    assert len(asked) == 1
+    assert asked[0].startswith("automodel_conv")
 
 
 @needs_triton
@@ -386,6 +421,17 @@ def test_a_thread_that_waits_for_a_window_ends_when_another_fails(cases, calls, 
 def test_a_thread_that_would_wait_or_go_on_after_the_end_is_found(cases, calls, monkeypatch, text, replacement):
     with pytest.raises(AssertionError):
         fail_while_another_thread_waits(planted(text, replacement), cases[2], calls, monkeypatch)
+
+
+@pytest.mark.parametrize("before", [0, 3, 20])
+def test_a_load_that_is_asked_to_end_releases_everything_and_tells_what_is_complete(cases, calls, before):
+    stop = threading.Event()
+    calls.delay = lambda number: stop.set() if number > before else None
+    device = SimulatedDevice(eagerness=0.2)
+    with pytest.raises(Stopped, match="asked to end"):
+        load(cases[2], device, threads=2, stop=stop)
+    assert calls.reads <= before + 4
+    assert_released(device, calls)
 
 
 def interrupt(module, case, calls, monkeypatch):

@@ -1,0 +1,197 @@
+"""Windows of quantized sources against an oracle that decodes one element at a time in float64."""
+
+from __future__ import annotations
+
+import itertools
+from math import prod
+
+import numpy as np
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from automodel_conv.errors import ConversionError
+from automodel_conv.execution.code_windows import code_windows
+from automodel_conv.execution.jobs import Move
+from automodel_conv.execution.window_copies import WindowCopies
+from automodel_conv.execution.windows import Window
+from automodel_conv.kernels.code_tables import CODE_VALUES, E8M0_VALUES
+from automodel_conv.planning.copies import Decode
+from automodel_conv.planning.view import Piece
+from automodel_conv.testing import POISON
+
+SCALES = {"F32": np.float32, "BF16": None, "U8": None}
+
+
+class File:
+    """Tensors of one file, and as much of a checkpoint as schedules ask for."""
+
+    def __init__(self):
+        self.data = b""
+        self.names, self.dtypes, self.shapes, self.offsets, self.nbytes = [], [], [], [], []
+        self.files = ["a.safetensors"]
+
+    @property
+    def file_ids(self):
+        return [0] * len(self.names)
+
+    def add(self, name, dtype, array):
+        self.data += b"\x7e" * (7 * len(self.names) % 13)  # a gap, so that nothing is aligned
+        raw = array.tobytes()
+        for column, value in (
+            (self.names, name),
+            (self.dtypes, dtype),
+            (self.shapes, array.shape),
+            (self.offsets, len(self.data)),
+            (self.nbytes, len(raw)),
+        ):
+            column.append(value)
+        self.data += raw
+        return len(self.names) - 1
+
+
+def add_source(file, random, name, *, code_format, matrices, rows, columns, block, scales, zero_points, has_global):
+    """Add a quantized source; returns its row, its ``Decode`` and its numbers in float64, flat."""
+    bits = 8 if code_format == "e4m3" else 4
+    codes = random.integers(0, 1 << bits, (matrices, rows, columns))
+    if bits == 8:
+        codes[codes % 128 == 127] = 3  # no NaN, of which two are never equal
+    stored = codes if bits == 8 else codes[..., 0::2] | codes[..., 1::2] << 4
+    row = file.add(name, "F8_E4M3" if bits == 8 else "U8", stored.astype(np.uint8))
+    down, across = matrices * -(-rows // block[0]), -(-columns // block[1])
+    if scales == "U8":
+        raw = random.integers(120, 134, (down, across)).astype(np.uint8)
+        values = np.array(E8M0_VALUES)[raw]
+    else:
+        values = random.normal(size=(down, across)).astype(np.float32)
+        raw = values
+        if scales == "BF16":
+            raw = (values.view(np.uint32) >> 16).astype(np.uint16)
+            values = (raw.astype(np.uint32) << 16).view(np.float32)
+    at = file.add(f"{name}.scales", scales, raw)
+    zeros_row = global_row = None
+    zeros = np.full((down, across), 8)
+    if zero_points:
+        zeros = random.integers(0, 16, (down, across))
+        padded = np.zeros((-(-down // 8) * 8, across), np.int64)
+        padded[:down] = zeros
+        packed = sum(padded[k::8] << (4 * k) for k in range(8)).astype(np.uint32).view(np.int32)
+        zeros_row = file.add(f"{name}.zeros", "I32", packed)
+    common = 1.0
+    if has_global:
+        common = float(np.float32(random.normal()))
+        global_row = file.add(f"{name}.global", "F32", np.array([common], np.float32))
+    decode = Decode(code_format, (rows, columns), block, at, zeros_row, global_row)
+    numbers = np.empty((matrices, rows, columns), np.float64)
+    for m, r, c in np.ndindex(numbers.shape):
+        cell = m * -(-rows // block[0]) + r // block[0], c // block[1]
+        number = CODE_VALUES[code_format][codes[m, r, c]]
+        if zero_points:
+            number = float(codes[m, r, c] - zeros[cell])
+        numbers[m, r, c] = number * float(values[cell]) * common
+    return row, decode, numbers.reshape(-1)
+
+
+VIEWS = {
+    "whole": lambda x: x,
+    "flat run that begins and ends within rows": lambda x: x.flatten()[x.shape[2] // 2 : -max(1, x.shape[2] // 3)],
+    "transposed": lambda x: x.transpose(1, 2),
+    "columns": lambda x: x[:, :, x.shape[2] // 4 :],
+    "an odd column": lambda x: x[:, :, 1:],
+    "rows": lambda x: x[:, x.shape[1] // 3 :],
+    "even rows": lambda x: x[:, 0::2],
+    "odd rows transposed": lambda x: x[:, 1::2].transpose(1, 2),
+    "every third row": lambda x: x[:, 0::3],
+    "every other column": lambda x: x[:, :, 0::2],
+    "matrices last": lambda x: x.permute(1, 2, 0),
+    "one element": lambda x: x[0, 0, :1],
+    "each twice": lambda x: x[None].expand(2, *x.shape),
+    "halves of columns apart": lambda x: x.unflatten(2, (2, -1)).permute(2, 0, 1, 3) if x.shape[2] % 2 == 0 else x,
+}
+
+
+def taken(view, numel, shape):
+    """What a view of a source takes, as a copy to a contiguous target."""
+    places = VIEWS[view](torch.arange(numel).view(shape))
+    if not places.numel():
+        return None
+    return Piece(0, tuple(places.shape), tuple(places.stride()), places.storage_offset(), (), 0), places.reshape(-1)
+
+
+def contiguous(shape):
+    return tuple(itertools.accumulate(reversed(shape[1:]), lambda a, b: a * b, initial=1))[::-1]
+
+
+def windows_within(file, decodes, moves, limit):
+    """Windows of ``limit`` bytes, or of what the error says is needed."""
+    for _ in range(1 + len(decodes)):
+        try:
+            windows = list(code_windows(moves, file, decodes, limit, 0))
+            assert all(window.nbytes <= limit for window in windows)
+            return windows
+        except ConversionError as error:
+            needed = int(str(error).split("at least ")[1].split()[0]) // 2
+            assert needed > limit
+            limit = needed
+    raise AssertionError("what an error asks for is not enough")
+
+
+def decoded(file, decodes, moves, targets, limit):
+    """Carry out all windows with torch; the targets, and the windows."""
+    windows = windows_within(file, decodes, moves, limit)
+    tensors = [torch.full((numel,), -1, dtype=torch.uint8).repeat(4).view(torch.float32) for numel in targets]
+    for number, window in enumerate(windows):
+        region = torch.full((window.nbytes + 64,), POISON, dtype=torch.uint8)
+        region = region[-region.data_ptr() % 64 :][: window.nbytes]
+        written = np.zeros(window.nbytes, bool)
+        for part in window.parts:
+            assert part.target == number
+            assert not written[part.start_bytes : part.start_bytes + part.nbytes].any()
+            written[part.start_bytes : part.start_bytes + part.nbytes] = True
+            raw = file.data[part.offset_bytes : part.offset_bytes + part.nbytes]
+            region[part.start_bytes : part.start_bytes + part.nbytes] = torch.frombuffer(
+                bytearray(raw), dtype=torch.uint8
+            )
+        made = Window(window.moves, window.nbytes, 1, window.runs, window.rectangles)
+        WindowCopies([made], tensors, [region]).run(0, None)
+    return tensors, windows
+
+
+sources = st.fixed_dictionaries(
+    {
+        "code_format": st.sampled_from(["e4m3", "e2m1", "int4"]),
+        "matrices": st.integers(1, 3),
+        "rows": st.sampled_from([1, 3, 4, 6, 8, 12]),
+        "columns": st.sampled_from([2, 4, 8, 16, 24]),
+        "block": st.tuples(st.sampled_from([1, 2, 3, 4, 16]), st.sampled_from([2, 4, 16, 1024])),
+        "scales": st.sampled_from(list(SCALES)),
+        "has_global": st.booleans(),
+        "view": st.lists(st.sampled_from(list(VIEWS)), min_size=1, max_size=2),
+    }
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(sources, min_size=1, max_size=3), st.sampled_from([4096, 6000, 20_000, 1 << 20]), st.integers(0, 2**32))
+def test_any_copies_of_any_sources_in_any_window_are_decoded_as_one_element_after_another(some, limit, seed):
+    random = np.random.default_rng(seed)
+    file, decodes, moves, targets, expected = File(), {}, {}, [], []
+    for number, source in enumerate(some):
+        source = dict(source)
+        views = source.pop("view")
+        zero_points = source["code_format"] == "int4" and number % 2 == 0
+        row, decode, numbers = add_source(file, random, f"s{number}", **source, zero_points=zero_points)
+        decodes[row] = decode
+        shape = source["matrices"], source["rows"], source["columns"]
+        for view in views:
+            found = taken(view, prod(shape), shape)
+            if found is None:
+                continue
+            piece, order = found
+            strides = contiguous(piece.shape)
+            moves.setdefault(row, []).append(Move(len(targets), "F32", *piece[1:3], piece.source_offset, strides, 0))
+            targets.append(len(order))
+            expected.append(numbers[order.numpy()].astype(np.float32))
+    tensors, _ = decoded(file, decodes, moves, targets, limit)
+    for tensor, numbers in zip(tensors, expected, strict=True):
+        assert np.array_equal(tensor.numpy(), numbers)

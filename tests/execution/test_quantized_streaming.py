@@ -1,0 +1,313 @@
+"""How much work it is to stream quantized layers of published sizes to a device: windows, reads, Python calls."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+import threading
+from contextlib import contextmanager
+from math import prod
+from typing import NamedTuple
+from unittest import mock
+
+import pytest
+import torch
+from torch.overrides import TorchFunctionMode
+
+from automodel_conv.dtypes import itemsize
+from automodel_conv.errors import ReadError
+from automodel_conv.execution import streaming
+from automodel_conv.execution.buffers import allocate
+from automodel_conv.execution.streaming import ring_of, stream_files
+from automodel_conv.execution.windows import stream_schedule
+from automodel_conv.files.checkpoint import open_checkpoint
+from automodel_conv.kernels import code_tables
+from automodel_conv.planning.lowering import Operation
+from automodel_conv.planning.plan import CopyPlan
+from automodel_conv.planning.quantization import quantized_table
+from automodel_conv.testing import assert_bytes_equal
+from tests.execution.simulated import DeviceFault, SimulatedDevice
+from tests.execution.support import CONCATENATE, MERGE, columns, target
+
+needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+
+MIB = 1 << 20
+CONFIG = {"quant_method": "fp8", "weight_block_size": [128, 128], "fmt": "e4m3"}
+
+
+class Layers(NamedTuple):
+    """Layers of experts in FP8 with a scale for each 128 x 128."""
+
+    experts: int
+    intermediate: int
+    hidden: int
+    scales: str
+    layers: int
+
+    @property
+    def shapes(self):
+        return {
+            "gate_proj": (self.intermediate, self.hidden),
+            "up_proj": (self.intermediate, self.hidden),
+            "down_proj": (self.hidden, self.intermediate),
+        }
+
+    @property
+    def codes_bytes(self):
+        return self.layers * self.experts * sum(map(prod, self.shapes.values()))
+
+
+# Sizes and dtypes of scales: config.json of Qwen/Qwen3-30B-A3B-FP8 and of deepseek-ai/DeepSeek-V3.
+PUBLISHED = {
+    "Qwen3-30B-A3B-FP8": Layers(128, 768, 2048, "BF16", 2),
+    "DeepSeek-V3": Layers(256, 2048, 7168, "F32", 2),
+}
+
+
+def write_sparse(directory, layers):
+    """A file for each layer, as large as a published one, of holes; larger dtypes first, as safetensors writes them."""
+    weight_map = {}
+    for layer in range(layers.layers):
+        tensors = {}
+        for expert in range(layers.experts):
+            for part, (rows, cols) in layers.shapes.items():
+                name = f"layers.{layer}.experts.{expert}.{part}.weight"
+                tensors[name] = ("F8_E4M3", (rows, cols))
+                tensors[f"{name}_scale_inv"] = (layers.scales, (-(-rows // 128), -(-cols // 128)))
+        header, at, file = {}, 0, f"model-{layer + 1:05d}.safetensors"
+        for name in sorted(tensors, key=lambda name: (-itemsize(tensors[name][0]), name)):
+            dtype, shape = tensors[name]
+            nbytes = itemsize(dtype) * prod(shape)
+            header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [at, at + nbytes]}
+            at += nbytes
+            weight_map[name] = file
+        text = json.dumps(header).encode()
+        text += b" " * (-len(text) % 8)
+        with open(directory / file, "wb") as out:
+            out.write(len(text).to_bytes(8, "little") + text)
+            out.truncate(8 + len(text) + at)
+    (directory / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    return open_checkpoint(directory)
+
+
+def plan_for(checkpoint, layers, transposed):
+    """Gate and up of all experts of a layer in one target, down in another."""
+    table = quantized_table(columns(checkpoint), CONFIG)
+    turned = [Operation("Transpose", (("dim0", 1), ("dim1", 2)))] if transposed else []
+    targets = []
+    for layer in range(layers.layers):
+        groups = {
+            part: [f"layers.{layer}.experts.{expert}.{part}.weight" for expert in range(layers.experts)]
+            for part in layers.shapes
+        }
+        pair = [groups["gate_proj"], groups["up_proj"]]
+        targets.append(target(table, f"{layer}.gate_up", "BF16", pair, [MERGE, CONCATENATE, *turned]))
+        targets.append(target(table, f"{layer}.down", "BF16", [groups["down_proj"]], [MERGE, *turned]))
+    return CopyPlan(table, tuple(targets))
+
+
+def scheduled(checkpoint, plan):
+    copies = [t.copies for t in plan.targets]
+    ring = ring_of(None, None)
+    window_bytes = streaming.DEFAULT_DEVICE_SCRATCH_BYTES // 2
+    return stream_schedule(
+        plan.targets,
+        copies,
+        checkpoint,
+        plan.sources.decodes,
+        slot_bytes=ring.slot_bytes,
+        window_bytes=window_bytes,
+    )
+
+
+@pytest.mark.parametrize("transposed", [False, True], ids=["as stored", "transposed"])
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_windows_and_chunks_are_few_and_nothing_passes_through_scratch(tmp_path, name, transposed):
+    layers = PUBLISHED[name]
+    checkpoint = write_sparse(tmp_path, layers)
+    plan = plan_for(checkpoint, layers, transposed)
+    chunks, windows = scheduled(checkpoint, plan)
+    assert len(windows) <= layers.codes_bytes / (32 * MIB)
+    assert len(chunks) <= layers.codes_bytes / (8 * MIB) + 2 * layers.layers
+    assert not any(window.moves for window in windows)
+    # Gate and up have one geometry, down another; each is one launch, and so is its table.
+    assert all(len(window.rectangles) <= 2 and len(window.runs) == 1 for window in windows)
+    assert sum(chunk.read.nbytes for chunk in chunks) == sum(checkpoint.nbytes)
+
+
+class Synchronized(AssertionError):
+    pass
+
+
+class NoSynchronization(TorchFunctionMode):
+    """Refuses what makes the host wait for a device: numbers that come back, and Python lists that go there."""
+
+    WAITING = frozenset(
+        "item tolist cpu numpy tensor as_tensor nonzero masked_select equal unique "
+        "__bool__ __int__ __float__ __index__".split()
+    )
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if getattr(function, "__name__", "") in self.WAITING:
+            raise Synchronized(function.__name__)
+        return function(*args, **(kwargs or {}))
+
+
+class StrictDevice(SimulatedDevice):
+    """Lets nothing wait for it but a thread for its own slot, from the first read to the end."""
+
+    def stream(self):
+        made = super().stream()
+        real = made.run
+
+        def strictly(work):
+            with NoSynchronization():
+                work()
+
+        made.run = lambda work: real(lambda: strictly(work))
+        return made
+
+
+@needs_triton
+@pytest.mark.parametrize("transposed", [False, True], ids=["as stored", "transposed"])
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_nothing_waits_for_the_device_between_the_first_read_and_the_end(tmp_path, backend, transposed):
+    layers = Layers(2, 128, 256, "F32", 2)
+    checkpoint = write_sparse(tmp_path, layers)
+    fill_with_random_bytes(checkpoint)
+    plan = plan_for(checkpoint, layers, transposed)
+    wanted, found = allocate(plan.targets), allocate(plan.targets)
+    stream_files(plan, checkpoint, wanted, SimulatedDevice(), backend="torch")
+    with outside_of_modes():
+        stream_files(plan, checkpoint, found, StrictDevice(), backend=backend, threads=2)
+    for name, tensor in wanted.items():
+        assert_bytes_equal(found[name], tensor)
+
+
+@contextmanager
+def outside_of_modes():
+    """Launches run as they do without a device's rules: the interpreter reads tables on the host."""
+    from automodel_conv.kernels import moves_triton
+
+    real = moves_triton.launch
+
+    def launch(*arguments):
+        with torch._C.DisableTorchFunction():
+            real(*arguments)
+
+    with mock.patch.object(moves_triton, "launch", launch):
+        yield
+
+
+@pytest.mark.parametrize(
+    "waits",
+    [lambda x: x.item(), lambda x: bool(x), lambda x: torch.tensor([1.0]), lambda x: x.cpu(), lambda x: x.tolist()],
+)
+def test_a_wait_for_the_device_is_found(waits):
+    tensor = torch.ones(1)
+    with NoSynchronization(), pytest.raises(Synchronized):
+        waits(tensor)
+
+
+def test_a_constant_that_is_uploaded_for_each_window_is_found(tmp_path, monkeypatch):
+    layers = Layers(1, 128, 128, "F32", 1)
+    checkpoint = write_sparse(tmp_path, layers)
+    plan = plan_for(checkpoint, layers, False)
+    monkeypatch.setattr(code_tables, "_code_numbers", code_tables._code_numbers.__wrapped__)
+    with pytest.raises(DeviceFault, match="Synchronized"):
+        stream_files(plan, checkpoint, allocate(plan.targets), StrictDevice(), backend="torch")
+
+
+def fill_with_random_bytes(checkpoint):
+    generator = torch.Generator().manual_seed(0)
+    for row, dtype in enumerate(checkpoint.dtypes):
+        count = checkpoint.nbytes[row] // itemsize(dtype)
+        values = torch.rand(count, generator=generator)
+        if dtype == "F8_E4M3":
+            values = values.to(torch.float8_e4m3fn)
+        with open(checkpoint.files[checkpoint.file_ids[row]], "r+b") as file:
+            file.seek(checkpoint.offsets[row])
+            file.write(bytes(values.view(torch.uint8).tolist()))
+
+
+def test_a_file_that_is_cut_off_tells_the_tensor_that_it_lacks(tmp_path):
+    checkpoint = write_sparse(tmp_path, Layers(4, 128, 256, "F32", 1))
+    plan = plan_for(checkpoint, Layers(4, 128, 256, "F32", 1), False)
+    row = checkpoint.names.index("layers.0.experts.2.gate_proj.weight")
+    with open(checkpoint.files[0], "r+b") as file:
+        file.truncate(checkpoint.offsets[row] + 100)
+    with pytest.raises(ReadError, match=r"tensor: +layers\.0\.experts\.2\.gate_proj\.weight\n"):
+        stream_files(plan, checkpoint, allocate(plan.targets), SimulatedDevice(), backend="torch")
+
+
+class Done:
+    def synchronize(self):
+        pass
+
+
+class DirectStream:
+    """Does at once what is queued."""
+
+    def copy_all(self, pairs):
+        for dst, src in pairs:
+            dst.copy_(src)
+
+    def run(self, work):
+        work()
+
+    def record(self, event=None):
+        return event or Done()
+
+    def wait(self, event):
+        pass
+
+
+class DirectDevice:
+    def pinned(self, nbytes):
+        return torch.empty(nbytes, dtype=torch.uint8)
+
+    scratch = pinned
+
+    def stream(self):
+        return DirectStream()
+
+
+def calls_in_all_threads(work):
+    """Functions that are called, of C too, by this thread and those that start meanwhile."""
+    counts: dict[int, int] = {}
+
+    def profile(frame, event, argument):
+        if event in ("call", "c_call"):
+            thread = threading.get_ident()
+            counts[thread] = counts.get(thread, 0) + 1
+
+    threading.setprofile(profile)
+    sys.setprofile(profile)
+    try:
+        work()
+    finally:
+        sys.setprofile(None)
+        threading.setprofile(None)
+    return sum(counts.values())
+
+
+@needs_triton
+@pytest.mark.parametrize(
+    ("name", "experts"), [("Qwen3-30B-A3B-FP8", (16, 64)), ("DeepSeek-V3", (2, 8))], ids=["Qwen3-30B", "DeepSeek-V3"]
+)
+def test_python_calls_for_each_mib_of_codes(tmp_path, name, experts):
+    from automodel_conv.kernels import moves_triton
+
+    counts = []
+    with mock.patch.object(moves_triton, "launch"):
+        for number in experts:
+            layers = PUBLISHED[name]._replace(experts=number, layers=1)
+            (tmp_path / str(number)).mkdir()
+            checkpoint = write_sparse(tmp_path / str(number), layers)
+            plan = plan_for(checkpoint, layers, True)
+            buffers = allocate(plan.targets)
+            load = lambda: stream_files(plan, checkpoint, buffers, DirectDevice(), backend="triton", threads=2)  # noqa: B023, E731
+            counts.append((calls_in_all_threads(load), layers.codes_bytes / MIB))
+    (few, few_mib), (many, many_mib) = counts
+    assert (many - few) / (many_mib - few_mib) <= 40
