@@ -23,8 +23,9 @@ from automodel_conv.planning.copies import Decode
 _BYTE_SCALES = 256
 _GLOBAL_BYTES = 4
 _ZERO_POINT_BYTES = 4
-CELL_BYTES = 4
-"""Bytes of the number of a scale; a load has memory for as many as a window has scales that need one."""
+_CELL_BYTES = 4
+# What a run of scales loses to the alignment of its pieces.
+_RUN_ALIGN_BYTES = 5 * ALIGN_BYTES
 
 
 class ScaleKind(NamedTuple):
@@ -69,6 +70,8 @@ class ScaleRun(NamedTuple):
     scales_bytes: int
     zero_points_bytes: int
     globals_bytes: int
+    cells_bytes: int
+    """Where each scale's own number is made, I32, if that is its row of the table."""
     table_bytes: int
 
     @property
@@ -223,7 +226,7 @@ def _slab(
     numbers_bytes = aligned((stop - start) * size) if moves else 0
     nbytes = codes_bytes + numbers_bytes + scales * itemsize(kind.scales)
     if not kind.has_byte_cells:
-        nbytes += scales * (kind.row_bytes + CELL_BYTES)
+        nbytes += scales * (kind.row_bytes + _CELL_BYTES)
     elif kind.has_global:
         nbytes += _BYTE_SCALES * kind.row_bytes
     nbytes += _GLOBAL_BYTES if kind.has_global else 0
@@ -266,7 +269,7 @@ def _capacity(source: CodedSource, limit: int, in_place: bool) -> int:
         ConversionError: not even a few do.
     """
     decode, kind = source.decode, _kind(source, (0, 1))
-    a_scale = itemsize(kind.scales) + (CELL_BYTES if decode.zero_points is None else CELL_BYTES + _ZERO_POINT_BYTES)
+    a_scale = itemsize(kind.scales) + (_CELL_BYTES if decode.zero_points is None else _CELL_BYTES + _ZERO_POINT_BYTES)
     fixed = 8 * ALIGN_BYTES
     if not kind.has_byte_cells:
         a_scale += kind.row_bytes
@@ -319,7 +322,7 @@ class _Window:
 
     def takes(self, slab: _Slab) -> bool:
         """Whether a slab fits in beside those that are there."""
-        return not self._taken or self.used + slab.nbytes + 4 * ALIGN_BYTES <= self._limit
+        return not self._taken or self.used + slab.nbytes + _RUN_ALIGN_BYTES <= self._limit
 
     def add(self, slab: _Slab, row: int, decode: Decode, moves: Sequence[Move]) -> None:
         taken = _Taken(slab, row, decode, moves)
@@ -327,7 +330,7 @@ class _Window:
         self._taken.append(taken)
         of_kind = self._by_kind.get(slab.kind)
         if of_kind is None:
-            self.used += 4 * ALIGN_BYTES
+            self.used += _RUN_ALIGN_BYTES
             of_kind = self._by_kind[slab.kind] = []
         of_kind.append(taken)
 
@@ -383,9 +386,10 @@ class _Window:
             if decode.global_scale is not None:
                 self._add(checkpoint, decode.global_scale, 0, _GLOBAL_BYTES, at)
                 at += _GLOBAL_BYTES
-        table_bytes = aligned(at)
+        cells_bytes = aligned(at)
         count = sum([taken.slab.scales for taken in alike])
-        run = ScaleRun(kind, len(alike), count, first, zero_points_bytes, globals_bytes, table_bytes)
+        table_bytes = aligned(cells_bytes + (0 if kind.has_byte_cells else count * _CELL_BYTES))
+        run = ScaleRun(kind, len(alike), count, first, zero_points_bytes, globals_bytes, cells_bytes, table_bytes)
         return run, aligned(table_bytes + run.table_rows * kind.row_bytes)
 
     def _add(self, checkpoint: Checkpoint, row: int, offset_bytes: int, nbytes: int, start_bytes: int) -> None:

@@ -261,10 +261,9 @@ class _Load:
         pinned = self._device.pinned(threads * _SLOTS * slot_bytes)
         slots = deque(_Slot(memory) for memory in pinned.view(threads * _SLOTS, slot_bytes))
         self._regions = [self._device.scratch(region_bytes) for _ in self._windows[:_REGIONS]]
-        device_bytes = sum(region.nbytes for region in self._regions)
         # Queued before the streams are made, which are behind it.
         self._window_copies = WindowCopies(self._windows, self._tensors, self._regions)
-        stats = LoadStats(0, 0, pinned.nbytes, device_bytes + self._window_copies.extra_bytes)
+        stats = LoadStats(0, 0, pinned.nbytes, sum(region.nbytes for region in self._regions))
         self._copies, self._kernels = self._device.stream(), self._device.stream()
         del pinned
         with ExitStack() as ending:  # the last one first, each whatever happens to another

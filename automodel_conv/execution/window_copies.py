@@ -36,11 +36,6 @@ class WindowCopies:
         """Let go of all device memory."""
         self._decoder = None
 
-    @property
-    def extra_bytes(self) -> int:
-        """Device memory beside the regions."""
-        return self._decoder.extra_bytes if self._decoder else 0
-
     def variants(self, most: int) -> frozenset[Variant]:
         """At most so many variants of kernels, those that move the most, judging by windows that hold something new."""
         nbytes: Counter[frozenset[Variant]] = Counter()

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from automodel_conv.execution.buffers import dtype_of, strided
-from automodel_conv.execution.code_windows import CELL_BYTES, Place, Rectangle, ScaleKind, ScaleRun
+from automodel_conv.execution.code_windows import Place, Rectangle, ScaleKind, ScaleRun
 from automodel_conv.execution.jobs import SCRATCH
 from automodel_conv.kernels.address_table import Matrices, at_addresses
 from automodel_conv.kernels.code_tables import bits_of, byte_scale_table, byte_scale_values, scale_table
@@ -24,8 +24,7 @@ _BYTE_SCALES = 256
 class WindowDecoder:
     """Decodes the windows of one load, on the current stream, and never waits for the device.
 
-    What all windows share is made first: tables that do not depend on scales, the numbers of codes and of scales of one
-    byte, and the numbers from 0 on, which say that a scale takes the row of its own number.
+    What all windows share is made first: tables that do not depend on scales, and the numbers of scales of one byte.
     """
 
     def __init__(self, runs: Iterable[ScaleRun], tensors: Sequence[Tensor], device: torch.device):
@@ -39,22 +38,12 @@ class WindowDecoder:
         self._addresses = np.array([tensor.data_ptr() for tensor in tensors], np.int64)
         self._tables: dict[ScaleKind, Tensor] = {}
         self._byte_values: dict[ScaleKind, Tensor] = {}
-        most = 0
-        for kind, run in ((run.kind, run) for run in runs):
+        for kind in {run.kind for run in runs}:
             scales, numbers = _dtype(kind.scales), _dtype(kind.numbers)
             if kind.is_shared:
-                if kind not in self._tables:
-                    self._tables[kind] = byte_scale_table(kind.format, scales, numbers, kind.like_upstream, device)
-            elif scales.itemsize == 1 and kind not in self._byte_values:
+                self._tables[kind] = byte_scale_table(kind.format, scales, numbers, kind.like_upstream, device)
+            elif scales.itemsize == 1:
                 self._byte_values[kind] = byte_scale_values(scales, kind.like_upstream, device)
-            if not kind.has_byte_cells:
-                most = max(most, run.count)
-        self._numbered = torch.arange(most, dtype=torch.int32, device=device)
-
-    @property
-    def extra_bytes(self) -> int:
-        """Device memory beside the windows, without constants, which are small and kept."""
-        return self._numbered.nbytes
 
     def make_tables(self, runs: Iterable[ScaleRun], window: Tensor) -> None:
         """Make the tables of a window's scales, in the window."""
@@ -73,6 +62,8 @@ class WindowDecoder:
                 like_upstream=kind.like_upstream,
                 out=self._table(run, window),
             )
+            if not kind.has_byte_cells:
+                torch.arange(run.count, out=_cells(run, window))
 
     def _scales(self, run: ScaleRun, window: Tensor) -> Tensor:
         """The scales that a row of the table is made of each."""
@@ -133,7 +124,7 @@ class WindowDecoder:
         if run.kind.has_byte_cells:
             addresses, dtype = window.data_ptr() + run.scales_bytes + scales, torch.uint8
         else:
-            addresses, dtype = self._numbered.data_ptr() + CELL_BYTES * scales, torch.int32
+            addresses, dtype = window.data_ptr() + run.cells_bytes + 4 * scales, torch.int32
         tables = np.full(len(scales), table.data_ptr())
         if run.kind.has_byte_cells and not run.kind.is_shared:
             tables += sources * (_BYTE_SCALES * codes * table.itemsize)
@@ -156,7 +147,7 @@ class WindowDecoder:
             if kind.has_byte_cells:
                 cells = strided(window, grid, (rectangle.across, 1), run.scales_bytes + scale)
             else:
-                cells = strided(self._numbered, grid, (rectangle.across, 1), scale)
+                cells = strided(_cells(run, window), grid, (rectangle.across, 1), scale)
             of_source = table
             if kind.has_byte_cells and not kind.is_shared:
                 of_source = table[source * _BYTE_SCALES : (source + 1) * _BYTE_SCALES]
@@ -178,6 +169,11 @@ def _dtype(code: str) -> torch.dtype:
 def _typed(window: Tensor, start_bytes: int, count: int, dtype: torch.dtype) -> Tensor:
     """``count`` elements that lie in a window, at a multiple of their size."""
     return window[start_bytes : start_bytes + count * dtype.itemsize].view(dtype)
+
+
+def _cells(run: ScaleRun, window: Tensor) -> Tensor:
+    """The number of each scale of a run, which is its row of the table."""
+    return _typed(window, run.cells_bytes, run.count, torch.int32)
 
 
 def _zero_points(run: ScaleRun, window: Tensor) -> Tensor | None:
