@@ -184,6 +184,25 @@ def _code_numbers(code_format: str, dtype: torch.dtype, device: torch.device) ->
     return _kept(torch.tensor(CODE_VALUES[code_format], dtype=dtype, device=device))
 
 
+def _exact_dtype(scales: torch.dtype, has_global: bool) -> torch.dtype:
+    """A dtype that holds the products of codes and scales.
+
+    A product with at most 8 or 11 significant bits of a scale has at most 15, and is a multiple of 2**-149: every step
+    is exact in float32, or as infinite as the result.
+    """
+    return torch.float32 if scales.itemsize == 2 and not has_global else torch.float64
+
+
+def prepare_scale_table(code_format: str, scales: torch.dtype, has_global: bool, device: torch.device) -> None:
+    """Make the constants of ``scale_table``, so that it does not wait for the device.
+
+    Args:
+        scales: the dtype of the scales that it will be given.
+        has_global: whether it will be given global scales.
+    """
+    _code_numbers(code_format, _exact_dtype(scales, has_global), device)
+
+
 def _kept(tensor: Tensor) -> Tensor:
     """A tensor that every stream may read from now on, because it has been made."""
     if tensor.is_cuda:
@@ -210,12 +229,10 @@ def scale_table(
         global_scales: float32, one number or ``[T]``.
         out: where the rows are written, contiguous; a new tensor if not given.
 
-    Allocates up to 16 MiB of scratch on a GPU, 2 MiB elsewhere, and does not wait for the device, but the first time
-    that a format is used on it.
+    Allocates up to 16 MiB of scratch on a GPU, 2 MiB elsewhere. Waits for the device once for each format, unless
+    ``prepare_scale_table`` has.
     """
-    # A product with at most 8 or 11 significant bits of a scale has at most 15, and is a multiple of 2**-149: every
-    # step is exact in float32, or as infinite as the result.
-    exact = torch.float32 if scales.dtype.itemsize == 2 and global_scales is None else torch.float64
+    exact = _exact_dtype(scales.dtype, global_scales is not None)
     numbers = _code_numbers(code_format, exact, scales.device)
     if out is None:
         out = torch.empty(len(scales), len(numbers), dtype=dtype, device=scales.device)

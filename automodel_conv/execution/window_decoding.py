@@ -12,7 +12,13 @@ from automodel_conv.execution.buffers import dtype_of, strided
 from automodel_conv.execution.code_windows import Place, Rectangle, ScaleKind, ScaleRun
 from automodel_conv.execution.jobs import SCRATCH
 from automodel_conv.kernels.address_table import Matrices, at_addresses
-from automodel_conv.kernels.code_tables import bits_of, byte_scale_table, byte_scale_values, scale_table
+from automodel_conv.kernels.code_tables import (
+    bits_of,
+    byte_scale_table,
+    byte_scale_values,
+    prepare_scale_table,
+    scale_table,
+)
 from automodel_conv.kernels.dequantize import dequantize_launches, dequantize_torch
 from automodel_conv.kernels.launch import Launches
 
@@ -42,8 +48,11 @@ class WindowDecoder:
             scales, numbers = _dtype(kind.scales), _dtype(kind.numbers)
             if kind.is_shared:
                 self._tables[kind] = byte_scale_table(kind.format, scales, numbers, kind.like_upstream, device)
-            elif scales.itemsize == 1:
+                continue
+            if scales.itemsize == 1:
                 self._byte_values[kind] = byte_scale_values(scales, kind.like_upstream, device)
+                scales = torch.float32
+            prepare_scale_table(kind.format, scales, kind.has_global, device)
 
     def make_tables(self, runs: Iterable[ScaleRun], window: Tensor) -> None:
         """Make the tables of a window's scales, in the window."""
