@@ -26,16 +26,24 @@ from automodel_conv.execution.buffers import Aim, byte_view, checked, dtype_of, 
 from automodel_conv.execution.copy_batch import CopyBatch, Work, takes_kernels
 from automodel_conv.execution.decoding import decode_codes
 from automodel_conv.execution.jobs import aligned, aligned_down
-from automodel_conv.execution.reading import LoadStats, OpenFiles, cores, read_job, read_whole, tell_filled
+from automodel_conv.execution.reading import (
+    LoadStats,
+    OpenFiles,
+    default_reader_threads,
+    read_job,
+    read_whole,
+    tell_filled,
+)
 from automodel_conv.execution.upstream import run_upstream, upstream_calls
 from automodel_conv.execution.windows import Chunk, Upload, Window, stream_schedule
+from automodel_conv.execution.workers import Stopped, raise_if_stopped
 from automodel_conv.files.checkpoint import Checkpoint
 from automodel_conv.kernels.dequantize import dequantize, dequantize_torch
 from automodel_conv.kernels.launch import compile_ahead
 from automodel_conv.kernels.variants import Variant
 from automodel_conv.planning.copies import StridedCopy
 from automodel_conv.planning.plan import CopyPlan
-from automodel_conv.progress import bytes_progress
+from automodel_conv.progress import SharedBar, bytes_progress
 
 DEFAULT_SCRATCH_BYTES = 64 << 20
 DEFAULT_DEVICE_SCRATCH_BYTES = 256 << 20
@@ -101,7 +109,8 @@ def stream_files(
     scratch_bytes: int | None = None,
     device_scratch_bytes: int | None = None,
     backend: str = "auto",
-    progress: bool = False,
+    progress: SharedBar | bool = False,
+    stop: threading.Event | None = None,
 ) -> LoadStats:
     """Fill the buffers of all targets of a plan, on a device, from the files of its checkpoint.
 
@@ -118,7 +127,8 @@ def stream_files(
         scratch_bytes: of pinned host memory; 64 MiB if not given.
         device_scratch_bytes: on the device, for what cannot be uploaded in place; 256 MiB if not given.
         backend: what copies on the device, see ``convert_tensors``.
-        progress: draw a bar.
+        progress: draw a bar, or draw in one that others share.
+        stop: set by anybody, the load ends as soon as what is being read is uploaded.
 
     Raises:
         ConversionError: a buffer is missing or does not fit, before anything is read.
@@ -126,8 +136,9 @@ def stream_files(
             as whatever else is raised once reading has begun.
         UnsupportedError: a dtype that torch does not know, strides that copies cannot follow, or a backend that cannot
             run.
+        Stopped: ``stop`` was set before all was done.
     """
-    threads = min(cores(), _MOST_THREADS) if threads is None else threads
+    threads = default_reader_threads(_MOST_THREADS) if threads is None else threads
     scratch_bytes = DEFAULT_SCRATCH_BYTES if scratch_bytes is None else scratch_bytes
     device_scratch_bytes = DEFAULT_DEVICE_SCRATCH_BYTES if device_scratch_bytes is None else device_scratch_bytes
     if threads < 1 or min(scratch_bytes, device_scratch_bytes) < LEAST_SCRATCH_BYTES:
@@ -157,10 +168,11 @@ def stream_files(
     bytes_read += sum(checkpoint.nbytes[row] for call in calls for row in call.rows)
     written: list[str] = []
     with bytes_progress(bytes_read, "loading", progress) as advance:
-        load = _Load(chunks, windows, tensors, checkpoint, device, use_kernels, advance)
+        load = _Load(chunks, windows, tensors, checkpoint, device, use_kernels, advance, stop)
         try:
             stats = load.run(threads)
             for call in calls:
+                raise_if_stopped(stop)
                 run_upstream(call, {row: read_whole(row, checkpoint) for row in call.rows}, buffers)
                 written += [target.name for target in call.targets]
                 advance(sum(checkpoint.nbytes[row] for row in call.rows))
@@ -181,10 +193,6 @@ class _Slot:
         self.uploaded: Event | None = None
 
 
-class _Stopped(Exception):
-    """Another thread has failed, so this one ends; nobody sees it."""
-
-
 class _Load:
     """A load under way: what its threads share."""
 
@@ -197,6 +205,7 @@ class _Load:
         device: Device,
         use_kernels: bool,
         advance: Callable[[int], None],
+        stop: threading.Event | None,
     ):
         self._windows = windows
         self._tensors = tensors
@@ -204,6 +213,7 @@ class _Load:
         self._device = device
         self._use_kernels = use_kernels
         self._advance = advance
+        self._stop_asked = stop
         self._todo = deque(enumerate(chunks))
         self._not_uploaded = dict(enumerate(chunks))
         self._files = OpenFiles(checkpoint.files, (chunk.read for chunk in chunks))
@@ -241,8 +251,10 @@ class _Load:
             futures: list[Future[Any]] = [self._compiled, *workers]
             wait(futures, return_when=FIRST_EXCEPTION)
         for worker in futures:
-            if not isinstance(worker.exception(), _Stopped):
+            if not isinstance(worker.exception(), Stopped):
                 worker.result()
+        if self._not_uploaded:
+            raise_if_stopped(self._stop_asked)
         return stats._replace(gap_bytes=self._gap_bytes, work=self._work)
 
     def _settle(self, stream: Stream) -> None:
@@ -274,6 +286,8 @@ class _Load:
 
     def _read_chunks(self, slots: Sequence[_Slot]) -> None:
         for slot in cycle(slots):
+            if self._stop_asked is not None and self._stop_asked.is_set():
+                self._stop()
             if self._stopped:
                 return
             try:
@@ -309,7 +323,7 @@ class _Load:
             with self._changed:
                 self._changed.wait_for(lambda: self._stopped or before in self._emptied)
                 if self._stopped:
-                    raise _Stopped
+                    raise Stopped
             self._copies.wait(self._emptied[before])
 
     def _leave(self, window: int) -> None:
