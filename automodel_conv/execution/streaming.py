@@ -30,13 +30,14 @@ from automodel_conv.execution.reading import (
     LoadStats,
     OpenFiles,
     default_reader_threads,
+    default_ring_bytes,
     read_job,
     read_whole,
     tell_filled,
 )
 from automodel_conv.execution.upstream import run_upstream, upstream_calls
 from automodel_conv.execution.windows import Chunk, Upload, Window, stream_schedule
-from automodel_conv.execution.workers import Stopped, raise_if_stopped
+from automodel_conv.execution.workers import raise_if_stopped
 from automodel_conv.files.checkpoint import Checkpoint
 from automodel_conv.kernels.dequantize import dequantize, dequantize_torch
 from automodel_conv.kernels.launch import compile_ahead
@@ -122,9 +123,9 @@ def stream_files(
         plan: its sources are the checkpoint's rows.
         buffers: by target name, on the device, of the target's shape and dtype and any strides; other names are
             ignored. Written in place.
-        threads: that read; as many as there are cores if not given, at most 8. Fewer take part where scratch_bytes is
-            too small for all.
-        scratch_bytes: of pinned host memory; 64 MiB if not given.
+        threads: that read; as many as there are cores if not given, at most 8; on several ranks of a node, its share of
+            them. Fewer take part where scratch_bytes is too small for all.
+        scratch_bytes: of pinned host memory; 64 MiB if not given, which the ranks of a node share.
         device_scratch_bytes: on the device, for what cannot be uploaded in place; 256 MiB if not given.
         backend: what copies on the device, see ``convert_tensors``.
         progress: draw a bar, or draw in one that others share.
@@ -139,7 +140,7 @@ def stream_files(
         Stopped: ``stop`` was set before all was done.
     """
     threads = default_reader_threads(_MOST_THREADS) if threads is None else threads
-    scratch_bytes = DEFAULT_SCRATCH_BYTES if scratch_bytes is None else scratch_bytes
+    scratch_bytes = default_ring_bytes(DEFAULT_SCRATCH_BYTES) if scratch_bytes is None else scratch_bytes
     device_scratch_bytes = DEFAULT_DEVICE_SCRATCH_BYTES if device_scratch_bytes is None else device_scratch_bytes
     if threads < 1 or min(scratch_bytes, device_scratch_bytes) < LEAST_SCRATCH_BYTES:
         found = f"threads={threads}, scratch_bytes={scratch_bytes}, device_scratch_bytes={device_scratch_bytes}"
@@ -191,6 +192,10 @@ class _Slot:
         self.memory = memory
         self.view = byte_view(memory)
         self.uploaded: Event | None = None
+
+
+class _Stopped(Exception):
+    """Another thread has failed, so this one ends; nobody sees it."""
 
 
 class _Load:
@@ -251,7 +256,7 @@ class _Load:
             futures: list[Future[Any]] = [self._compiled, *workers]
             wait(futures, return_when=FIRST_EXCEPTION)
         for worker in futures:
-            if not isinstance(worker.exception(), Stopped):
+            if not isinstance(worker.exception(), _Stopped):
                 worker.result()
         if self._not_uploaded:
             raise_if_stopped(self._stop_asked)
@@ -323,7 +328,7 @@ class _Load:
             with self._changed:
                 self._changed.wait_for(lambda: self._stopped or before in self._emptied)
                 if self._stopped:
-                    raise Stopped
+                    raise _Stopped
             self._copies.wait(self._emptied[before])
 
     def _leave(self, window: int) -> None:
