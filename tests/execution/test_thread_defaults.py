@@ -39,7 +39,8 @@ def node(monkeypatch):
     ("text", "ranks"),
     [
         ("1", 1), ("8", 8), ("08", 8), ("72", 72),
-        ("0", 1), ("-8", 1), ("", 1), ("8.0", 1), ("eight", 1), (" 8", 1), ("8\n", 1), ("1e3", 1), ("9" * 5000, 1), ("٨", 1),
+        ("0", 1), ("-8", 1), ("", 1), ("8.0", 1), ("eight", 1), (" 8", 1),
+        ("8\n", 1), ("1e3", 1), ("9" * 5000, 1), ("٨", 1),
     ],
 )  # fmt: skip
 def test_ranks_are_what_the_launcher_says_if_that_is_a_number(monkeypatch, text, ranks):
