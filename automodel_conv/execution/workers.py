@@ -86,7 +86,6 @@ def at_once(works: Sequence[Callable[[], None]], stop: threading.Event) -> None:
             work()
         except BaseException as error:
             errors.append(error)
-            stop.set()  # at once, without waiting for the caller to do it
             raise
         finally:
             with change:

@@ -260,8 +260,10 @@ def test_what_fails_on_two_devices_is_told_of_both(tmp_path, devices, monkeypatc
 def test_a_device_that_fails_in_the_middle_settles_and_ends_the_other(many, devices, calls, monkeypatch):
     checkpoint, plan, homes = many
     devices[SECOND].fail_at = 1
-    stops = stops_of(monkeypatch)
-    calls.delay = lambda number: number < 3 or stops[0].wait(10)
+    stops, begun = stops_of(monkeypatch), threading.Event()
+    # The first read is the second device's, which has one only.
+    watched(monkeypatch, before=lambda device: device == SECOND or begun.wait(10))
+    calls.delay = lambda number: begun.set() if number == 1 else number < 4 or stops[0].wait(10)
     with pytest.raises(RuntimeError, match="an illegal access"):
         fill(plan, checkpoint, buffers_on(plan, homes), Limits(2, 4 * 8192, 8192))
     assert calls.reads < MANY
