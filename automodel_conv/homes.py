@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import NamedTuple
@@ -60,11 +60,11 @@ class Homes:
     doubled: list[tuple[str, str]]  # a second name of a parameter that has been loaded under its first
 
     @staticmethod
-    def of(model: nn.Module, plan: CopyPlan, strict: bool, device: torch.device | None) -> Homes:
+    def of(model: nn.Module, plan: CopyPlan, strict: bool, device_of: Callable[[str], torch.device | None]) -> Homes:
         """Find a home for every target before anything is read.
 
         Args:
-            device: of new tensors; None: see ``home_of``.
+            device_of: of new tensors, by name; None: see ``home_of``.
 
         Raises:
             UnsupportedError: a tensor on a device that is not loaded to, or that ``state_dict`` hands out as a copy.
@@ -103,7 +103,7 @@ class Homes:
         _refuse_shared_memory(homes.buffers)
         homes.plan = replace(plan, targets=tuple(targets))
         for target in fresh:
-            homes.buffers |= allocate([target], device or home_of(state[target.name]))
+            homes.buffers |= allocate([target], device_of(target.name) or home_of(state[target.name]))
         return homes
 
     @property
@@ -193,23 +193,48 @@ def _refuse_shared_memory(buffers: Mapping[str, Tensor]) -> None:
             )
 
 
-def finish(model: nn.Module, made: Iterable[str], missing: Iterable[str], device: torch.device | None) -> None:
+class ComputedBuffer(NamedTuple):
+    """A buffer on the meta device that no checkpoint holds, and ``finish`` brings to life."""
+
+    name: str
+    module: nn.Module
+    leaf: str
+    tensor: Tensor
+
+
+def computed_buffers(model: nn.Module) -> Iterator[ComputedBuffer]:
+    """The buffers that ``finish`` computes (rotary frequencies), by the names of their modules."""
+    if not is_pretrained_model(model):
+        return
+    for prefix, module in model.named_modules():
+        for leaf in sorted(module._non_persistent_buffers_set):
+            buffer = module._buffers.get(leaf)
+            if buffer is not None and buffer.is_meta:
+                yield ComputedBuffer(f"{prefix}.{leaf}" if prefix else leaf, module, leaf, buffer)
+
+
+def finish(
+    model: nn.Module,
+    made: Iterable[str],
+    missing: Iterable[str],
+    device_of: Callable[[str], torch.device | None],
+) -> None:
     """Bring to life what no checkpoint holds: ties, and buffers that are computed (rotary frequencies).
 
     Only for models that were on the meta device. A transformers model recomputes its own buffers; those of any other
     module are left on the meta device for their owner.
+
+    Args:
+        device_of: a buffer, by its name; None: the CPU.
     """
     if not is_pretrained_model(model):
         return
     state = model.state_dict(keep_vars=True)
     for name in made:
         state[name]._is_hf_initialized = True
-    for module in model.modules():
-        for leaf in module._non_persistent_buffers_set:
-            buffer = module._buffers.get(leaf)
-            if buffer is not None and buffer.is_meta:
-                module._buffers[leaf] = torch.empty_like(buffer, device=device or "cpu")
-                module._is_hf_initialized = False  # type: ignore[assignment]  # one loaded before says it is
+    for name, module, leaf, buffer in list(computed_buffers(model)):
+        module._buffers[leaf] = torch.empty_like(buffer, device=device_of(name) or "cpu")
+        module._is_hf_initialized = False  # type: ignore[assignment]  # one loaded before says it is
     model.initialize_weights()  # type: ignore[operator]
     model.tie_weights(missing_keys=set(missing), recompute_mapping=False)  # type: ignore[operator]
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from automodel_conv.device_map import DeviceLike, device_map_of
 from automodel_conv.dtypes import FLOATING
 from automodel_conv.errors import QuantizationError, message, resources_told
 from automodel_conv.execution.buffers import allocate
@@ -27,10 +28,20 @@ from automodel_conv.execution.ranks import (
     send,
     together,
 )
-from automodel_conv.execution.reading import LoadStats, cores, read_whole
+from automodel_conv.execution.reading import LoadStats, cores, default_reader_threads, read_whole
 from automodel_conv.files.checkpoint import Checkpoint, open_checkpoint
 from automodel_conv.files.config import quantization_config
-from automodel_conv.homes import Homes, finish, home_of, in_order, loadable, regions_of, unequal_ties, with_tied
+from automodel_conv.homes import (
+    Homes,
+    computed_buffers,
+    finish,
+    home_of,
+    in_order,
+    loadable,
+    regions_of,
+    unequal_ties,
+    with_tied,
+)
 from automodel_conv.planning.compiler import Problems
 from automodel_conv.planning.copies import SourceTable
 from automodel_conv.planning.models import checked_dtype, meta_model, tied_names
@@ -134,6 +145,7 @@ def load_state_dict(
     layout: str | None = None,
     key_mapping: Mapping[str, str] | None = None,
     device: str | torch.device = "cpu",
+    device_map: Mapping[str, DeviceLike] | None = None,
     dtype: torch.dtype | None = None,
     strict: bool = True,
     dequantize: bool = True,
@@ -156,17 +168,22 @@ def load_state_dict(
         model, rules, layout, key_mapping, dtype, dequantize: see ``compile_plan``.
         device: the CPU or a CUDA device. To the latter, bytes go through pinned memory, and what has to be permuted or
             cast is copied there by Triton kernels, or by torch where Triton cannot run.
+        device_map: instead of ``device``: names of modules or parameters to devices, as accelerate writes it
+            (``infer_auto_device_map``, ``model.hf_device_map``). The longest name that a tensor's begins with, whole
+            components, decides, "" for all others; numbers are CUDA devices. All devices are filled at the same time.
         strict: a missing, unexpected, mismatched or doubly provided target raises; False loads what fits, as
             upstream does (the first of two wins), and tells in the report.
         verify: first compare all tensors with the checksums that ``save_checkpoint(checksums=True)`` wrote; reads the
             files once more.
         broadcast: what several ranks hold of a DTensor is read by the first of them and sent to the others, in place;
             False: each reads its own.
-        threads: reader threads; None chooses by the machine.
-        scratch_bytes: bound of the host memory used beside the final tensors; None: 64 MiB. Where the host is not where
-            they are, it is pinned, and torch rounds it up to a power of two and keeps it for the next load.
-        device_scratch_bytes: likewise of the memory of a CUDA device; None: 256 MiB.
-        memory_budget: bound of all memory used beside the final tensors, of the host and a device together, on this
+        threads: reader threads, of all devices together; None chooses by the machine, whose cores are shared by the
+            ranks of this job that run on it (``LOCAL_WORLD_SIZE``).
+        scratch_bytes: bound of the host memory used beside the final tensors, for all devices together; None: 64 MiB.
+            Where the host is not where they are, it is pinned, torch rounds it up to a power of two and keeps it for
+            the next load, and the ranks of a node share the 64 MiB, but for the last 8 MiB of each.
+        device_scratch_bytes: likewise of the memory of each CUDA device; None: 256 MiB.
+        memory_budget: bound of all memory used beside the final tensors, of the host and all devices together, on this
             rank; makes what is not given of the two above smaller where it must. Plans, which are small, not counted.
         progress: show a bar in bytes and GB/s.
         revision: of an ``org/name`` on the Hub.
@@ -176,26 +193,38 @@ def load_state_dict(
             then.
         VerificationError: a tensor does not have its checksum, or there is none; nothing has been loaded then.
         ReadError: reading failed; names file and tensor.
-        ConversionError: the load does not fit into ``memory_budget``; nothing has been read then. Or the system gives
-            no more memory or threads.
+        ConversionError: the load does not fit into ``memory_budget``, or ``device_map`` leaves a tensor out, names
+            what is not there or has two devices for names of one tensor; nothing has been read then. Or the system
+            gives no more memory or threads.
         RankError: with DTensors: the load failed on other ranks, or one of them is gone.
+
+    Example::
+
+        device_map = {"model.embed_tokens": 0, "model.layers.0": 0, "lm_head": "cpu", "": "cuda:1"}
+        tensors = load_state_dict("path/to/Qwen3-30B-A3B", device_map=device_map)
     """
     state = {} if model is None else model.state_dict(keep_vars=True)
     groups = groups_of(meshes_of(state.values()))
     with together(groups, "loading"):
-        device = loadable(device)
+        where = device_map_of(device_map, device, "cpu")
+        everything_on = loadable(device)
+        device_of = where.device_of if where is not None else lambda name: everything_on
         clock = _Clock()
         checkpoint = open_checkpoint(path, revision=revision)
         clock.lap("open")
         plan, problems, model = load_plan(checkpoint, model, rules, layout, key_mapping, dtype, dequantize)
         problems.raise_unless_fit(checkpoint.path, strict)
+        if where is not None:
+            known = {} if model is None else model.state_dict(keep_vars=True)
+            where.check([target.name for target in plan.targets], known, model, strict=strict)
         plan = shard_plan(plan, regions_of(state, plan))
         if verify:
-            verify_checksums(checkpoint, cores() if threads is None else threads)
+            verify_checksums(checkpoint, default_reader_threads(cores()) if threads is None else threads)
         buffers: dict[str, Tensor] = {}
         for target in plan.targets:
             like = state.get(target.name)
-            buffers |= allocate([target], home_of(like) if like is not None and is_distributed(like) else device)
+            own = home_of(like) if like is not None and is_distributed(like) else None
+            buffers |= allocate([target], own or device_of(target.name) or "cpu")
         clock.lap("plan")
         limits = within(memory_budget, Limits(threads, scratch_bytes, device_scratch_bytes), plan, buffers)
         mine, shared_names = _to_read(plan, state, broadcast)
@@ -221,6 +250,7 @@ def load_model(
     layout: str | None = None,
     key_mapping: Mapping[str, str] | None = None,
     device: str | torch.device | None = None,
+    device_map: Mapping[str, DeviceLike] | None = None,
     dtype: torch.dtype | None = None,
     strict: bool = True,
     dequantize: bool = True,
@@ -239,6 +269,9 @@ def load_model(
         layout: the layout the model's experts are in, for modules that are not transformers' own.
         device: where new parameters go; None: to the device of those whose place they take, from the meta device to the
             CPU. Materialized parameters are filled where they are.
+        device_map: see ``load_state_dict``; where new parameters go, and the buffers that a transformers model computes
+            itself. What has memory already must be where the map says. The model is placed, not made to run in parts:
+            that is ``accelerate.dispatch_model(model, device_map)``, afterwards.
         dtype: if given, parameters of another floating dtype are replaced (see ``compile_plan``).
         path, rules, key_mapping, strict, dequantize, verify, broadcast, threads, scratch_bytes, device_scratch_bytes:
             see ``load_state_dict``, as for memory_budget, progress and revision.
@@ -249,23 +282,37 @@ def load_model(
         VerificationError: see ``load_state_dict``; likewise.
         ReadError: reading failed; names file and tensor, and the targets already filled. Parameters that would have
             been replaced (on the meta device, or of another dtype) are still the old ones.
-        ConversionError: the checkpoint has different values for names that are one parameter of the model, or the
-            system gives no more memory or threads. Whatever ends the reading, a KeyboardInterrupt too (in its
-            ``__notes__``), tells the parameters already filled, as ReadError does.
+        ConversionError: the checkpoint has different values for names that are one parameter of the model,
+            ``device_map`` does not fit the model (see ``load_state_dict``; nothing has been read then), or the system
+            gives no more memory or threads. Whatever ends the reading, a KeyboardInterrupt too (in its ``__notes__``),
+            tells the parameters already filled, as ReadError does.
+
+    Example::
+
+        model = AutoModelForCausalLM.from_config(config)  # under torch.device("meta")
+        device_map = accelerate.infer_auto_device_map(model, max_memory)
+        load_model(model, path, device_map=device_map)
+        accelerate.dispatch_model(model, device_map)
     """
     state = model.state_dict(keep_vars=True)
     groups = groups_of(meshes_of(state.values()))
     with together(groups, "loading"):
-        device = None if device is None else loadable(device)
+        where = device_map_of(device_map, device, None)
+        everything_on = None if device is None else loadable(device)
+        device_of = where.device_of if where is not None else lambda name: everything_on
         clock = _Clock()
         checkpoint = open_checkpoint(path, revision=revision)
         clock.lap("open")
         plan, problems, _ = load_plan(checkpoint, model, rules, layout, key_mapping, dtype, dequantize, in_place=True)
         problems.raise_unless_fit(checkpoint.path, strict)
+        if where is not None:
+            names = [target.name for target in plan.targets]
+            where.check([*names, *(buffer.name for buffer in computed_buffers(model))], state, model, strict=strict)
+            where.check_in_place(state, names)
         if verify:
-            verify_checksums(checkpoint, cores() if threads is None else threads)
+            verify_checksums(checkpoint, default_reader_threads(cores()) if threads is None else threads)
         was_meta = any(tensor.is_meta for tensor in state.values() if isinstance(tensor, Tensor))
-        homes = Homes.of(model, plan, strict, device)
+        homes = Homes.of(model, plan, strict, device_of)
         clock.lap("plan")
         limits = Limits(threads, scratch_bytes, device_scratch_bytes)
         limits = within(memory_budget, limits, homes.plan, homes.buffers, homes.extra_bytes)
@@ -278,7 +325,7 @@ def load_model(
     unequal = found_by_any(groups, found, "comparing tied tensors")
     homes.settle(model, unequal)
     if was_meta:
-        finish(model, homes.buffers, problems.missing, device)
+        finish(model, homes.buffers, problems.missing, device_of)
     return _report(plan, problems, clock, stats, homes.extra_bytes)
 
 

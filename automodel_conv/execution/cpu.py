@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from math import prod
 
@@ -13,13 +14,20 @@ from automodel_conv.execution.buffers import Aim, byte_view, checked, dtype_of
 from automodel_conv.execution.copying import COPY_BYTES, COPY_RATIO, copy_moves
 from automodel_conv.execution.decoding import decode_codes
 from automodel_conv.execution.jobs import ALIGN_BYTES, Job, Move, aligned, aligned_down
-from automodel_conv.execution.reading import LoadStats, OpenFiles, cores, read_job, read_whole, tell_filled
+from automodel_conv.execution.reading import (
+    LoadStats,
+    OpenFiles,
+    default_reader_threads,
+    read_job,
+    read_whole,
+    tell_filled,
+)
 from automodel_conv.execution.schedule import schedule
 from automodel_conv.execution.upstream import run_upstream, upstream_calls
-from automodel_conv.execution.workers import work_off
+from automodel_conv.execution.workers import raise_if_stopped, work_off
 from automodel_conv.files.checkpoint import Checkpoint
 from automodel_conv.planning.plan import CopyPlan
-from automodel_conv.progress import bytes_progress
+from automodel_conv.progress import SharedBar, bytes_progress
 
 DEFAULT_SCRATCH_BYTES = 64 << 20
 LEAST_SCRATCH_BYTES = 4096
@@ -29,8 +37,8 @@ _MOST_THREADS = 16
 
 
 def default_threads() -> int:
-    """How many threads load where nobody says it."""
-    return min(cores(), _MOST_THREADS)
+    """How many threads load where nobody says it; ranks of one node share its cores."""
+    return default_reader_threads(_MOST_THREADS)
 
 
 def load_files(
@@ -40,7 +48,8 @@ def load_files(
     *,
     threads: int | None = None,
     scratch_bytes: int | None = None,
-    progress: bool = False,
+    progress: SharedBar | bool = False,
+    stop: threading.Event | None = None,
 ) -> LoadStats:
     """Fill the buffers of all targets of a plan from the files of its checkpoint.
 
@@ -51,17 +60,20 @@ def load_files(
         plan: its sources are the checkpoint's rows.
         buffers: by target name, on the CPU, of the target's shape and dtype and any strides; other
             names are ignored. Written in place.
-        threads: that read and copy; as many as there are cores if not given, at most 16. Fewer take
-            part where scratch_bytes is too small for all. One is the caller's own.
+        threads: that read and copy; as many as there are cores if not given, at most 16; on several ranks of a
+            node, its share of them. Fewer take part where scratch_bytes is too small for all. One is
+            the caller's own.
         scratch_bytes: of all threads together, for what cannot be read in place; 64 MiB if not
             given. Sources that are larger go through it in slabs.
-        progress: draw a bar.
+        progress: draw a bar, or draw in one that others share.
+        stop: set by anybody, the load ends as soon as what is being read is in its place.
 
     Raises:
         ConversionError: a buffer is missing or does not fit, before anything is read.
         ReadError: a file could not be read; names file and tensor, and the targets that were
             already complete, as whatever else is raised once reading has begun.
         UnsupportedError: a dtype that torch does not know, or strides that copies cannot follow.
+        Stopped: ``stop`` was set before all was done.
     """
     threads = default_threads() if threads is None else threads
     scratch_bytes = DEFAULT_SCRATCH_BYTES if scratch_bytes is None else scratch_bytes
@@ -89,8 +101,9 @@ def load_files(
     written: list[str] = []
     with bytes_progress(bytes_read, "loading", progress) as advance:
         try:
-            stats = _run(jobs, checkpoint, tensors, threads, done, advance)
+            stats = _run(jobs, checkpoint, tensors, threads, done, advance, stop)
             for call in calls:
+                raise_if_stopped(stop)
                 run_upstream(call, {row: read_whole(row, checkpoint) for row in call.rows}, buffers)
                 written += [target.name for target in call.targets]
                 advance(sum(checkpoint.nbytes[row] for row in call.rows))
@@ -116,6 +129,7 @@ def _run(
     threads: int,
     done: set[int],
     advance: Callable[[int], None],
+    stop: threading.Event | None,
 ) -> LoadStats:
     """Run the jobs; ``done`` collects the numbers of the finished ones, also when this raises."""
     files = OpenFiles(checkpoint.files, jobs)
@@ -139,7 +153,7 @@ def _run(
         return take
 
     try:
-        work_off(enumerate(jobs), threads, start)
+        work_off(enumerate(jobs), threads, start, stop)
     finally:
         files.close()
     threads = min(threads, len(jobs))

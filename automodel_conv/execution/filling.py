@@ -1,9 +1,12 @@
-"""From files to buffers wherever they are: each device by the executor made for it."""
+"""From files to buffers wherever they are: each device by the executor made for it, all devices at the same time."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
+from itertools import accumulate, pairwise
 from typing import NamedTuple
 
 import torch
@@ -13,25 +16,30 @@ from automodel_conv.errors import ConversionError, UnsupportedError, listing, me
 from automodel_conv.execution import cpu, streaming
 from automodel_conv.execution.cpu import load_files
 from automodel_conv.execution.cuda import streaming_device
-from automodel_conv.execution.reading import LoadStats, tell_filled
-from automodel_conv.execution.streaming import stream_files
+from automodel_conv.execution.reading import LoadStats, default_reader_threads, tell, tell_filled
+from automodel_conv.execution.streaming import Device, ring_of, stream_files
+from automodel_conv.execution.workers import Stopped, at_once
 from automodel_conv.files.checkpoint import Checkpoint
 from automodel_conv.planning.copies import Target
 from automodel_conv.planning.plan import CopyPlan
+from automodel_conv.progress import SharedBar, shared_progress
+
+# Of each device, where several are filled and nobody says how many.
+_MOST_THREADS = 8
 
 
 class Limits(NamedTuple):
-    """What an executor may use; None for its own default."""
+    """What a load may use; None for the executors' own defaults."""
 
-    threads: int | None = None
-    scratch_bytes: int | None = None
-    device_scratch_bytes: int | None = None
+    threads: int | None = None  # of all devices together
+    scratch_bytes: int | None = None  # of host memory, of all devices together
+    device_scratch_bytes: int | None = None  # on each device
 
 
 def within(
     memory_budget: int | None, limits: Limits, plan: CopyPlan, buffers: Mapping[str, Tensor], extra_bytes: int = 0
 ) -> Limits:
-    """Limits under which a load uses at most ``memory_budget`` bytes beside its buffers, on host and device together.
+    """Limits under which a load uses at most ``memory_budget`` bytes beside its buffers, on host and devices together.
 
     What is given in ``limits`` stays as it is; what is not is made smaller where it must be.
 
@@ -47,24 +55,29 @@ def within(
     if plan.fallbacks:
         found = "\n" + listing(plan.fallbacks)
         raise UnsupportedError(message("the memory of transformers' own code cannot be bounded", found=found))
-    on_device = any(streaming_device(buffers[target.name].device) for target in plan.targets)
-    least = streaming.LEAST_SCRATCH_BYTES if on_device else cpu.LEAST_SCRATCH_BYTES
+    homes = {buffers[target.name].device for target in plan.targets}
+    devices = sum(streaming_device(home) is not None for home in homes)
+    # With nothing to load the least is that of the host, as it has always been.
+    least = devices * streaming.LEAST_SCRATCH_BYTES + (devices < max(len(homes), 1)) * cpu.LEAST_SCRATCH_BYTES
+    least_on_each = streaming.LEAST_SCRATCH_BYTES if devices else 0
     left = memory_budget - extra_bytes
-    host, device = limits.scratch_bytes, limits.device_scratch_bytes if on_device else 0
+    host, on_each = limits.scratch_bytes, limits.device_scratch_bytes if devices else 0
     if host is None:
         # Pinned memory comes in powers of two.
-        most = left // 4 if on_device and device is None else left - (device or 0)
-        most = 1 << max(most, 1).bit_length() - 1 if on_device else most
-        host = min(most, streaming.DEFAULT_SCRATCH_BYTES if on_device else cpu.DEFAULT_SCRATCH_BYTES)
-    if device is None:
-        device = min(left - host, streaming.DEFAULT_DEVICE_SCRATCH_BYTES)
-    if host + device > left or host < least or (on_device and device < least):
+        most = left // 4 if devices and on_each is None else left - devices * (on_each or 0)
+        most = 1 << max(most, 1).bit_length() - 1 if devices else most
+        threads = _threads(limits, len(homes))
+        host = min(most, ring_of(threads, None).nbytes if devices else cpu.DEFAULT_SCRATCH_BYTES)
+        host = max(host, least) if len(homes) > 1 else host
+    if on_each is None:
+        on_each = min((left - host) // devices, streaming.DEFAULT_DEVICE_SCRATCH_BYTES)
+    if host + devices * on_each > left or host < least or on_each < least_on_each:
         needed = extra_bytes + max(limits.scratch_bytes or least, least)
-        if on_device:
-            needed += max(limits.device_scratch_bytes or 4 * least, least)
+        if devices:
+            needed += devices * max(limits.device_scratch_bytes or 4 * least_on_each, least_on_each)
         expected = f"at least {needed} bytes"
         raise ConversionError(message("no load fits into memory_budget", expected=expected, found=memory_budget))
-    return limits._replace(scratch_bytes=host, device_scratch_bytes=device or None)
+    return limits._replace(scratch_bytes=host, device_scratch_bytes=on_each or None)
 
 
 def fill(
@@ -75,35 +88,177 @@ def fill(
     *,
     progress: bool = False,
 ) -> dict[torch.device, LoadStats]:
-    """Fill the buffers of all targets, those of one device after those of another; see the executors.
+    """Fill the buffers of all targets, on all devices at the same time, each in a thread of its own; see the executors.
 
-    An error names the targets of all devices that are complete.
+    Threads and scratch are shared out by what each device is filled with; where there are more devices than threads,
+    one is filled after the other. The first error, or an interrupt, ends the loads of the others too; it is raised
+    when nothing is under way any more, and names the targets that are complete, on each device.
+
+    Raises:
+        ConversionError: there is less scratch than all devices need; nothing has been read then.
     """
+    parts = _parts(plan, buffers)
+    shares = shared_out(limits, [part.need for part in parts])
+    stop = threading.Event()
+    stats: dict[torch.device, LoadStats] = {}
+    errors: dict[torch.device, BaseException] = {}
+    with shared_progress("loading", progress) as bar:
+
+        def fill_part(part: _Part, share: Limits) -> None:
+            try:
+                stats[part.device] = _fill_device(part, checkpoint, buffers, share, bar, stop)
+            except BaseException as error:
+                errors[part.device] = error
+                raise
+
+        works = [lambda one=one: fill_part(*one) for one in zip(parts, shares, strict=True)]
+        try:
+            if len(parts) > 1 and (limits.threads is None or limits.threads >= len(parts)):
+                at_once([_as_here(work, part.device) for work, part in zip(works, parts, strict=True)], stop)
+            else:
+                for work in works:
+                    work()
+        except BaseException as error:
+            for part in parts:
+                _tell_of(part, error, part.device in stats, errors.get(part.device, error))
+            errors.clear()  # whose tracebacks hold the memory of their loads
+            raise
+    return {part.device: stats[part.device] for part in parts}
+
+
+class Need(NamedTuple):
+    """What a device takes part in a load with: the bytes it is filled with, and whether they are streamed to it."""
+
+    nbytes: int
+    is_streamed: bool
+
+
+def shared_out(limits: Limits, needs: Sequence[Need]) -> list[Limits]:
+    """The limits of each device, in proportion to its bytes; together they are no more than those of the load.
+
+    Pinned memory, which torch rounds up to a power of two, is rounded down to one.
+
+    Raises:
+        ConversionError: the scratch is too small for so many devices.
+    """
+    if len(needs) < 2:
+        return [limits] * len(needs)
+    weights = [need.nbytes for need in needs]
+    least = [streaming.LEAST_SCRATCH_BYTES if need.is_streamed else cpu.LEAST_SCRATCH_BYTES for need in needs]
+    # Fewer threads than devices are used by one after the other.
+    threads = _threads(limits, len(needs))
+    counts = _divided(threads, weights, [1] * len(needs)) if threads >= len(needs) else [threads] * len(needs)
+    if limits.scratch_bytes is None:  # each device takes what its threads need
+        return [Limits(count, None, limits.device_scratch_bytes) for count in counts]
+    if limits.scratch_bytes < sum(least):
+        expected = f"scratch_bytes >= {sum(least)}"
+        found = limits.scratch_bytes
+        raise ConversionError(message(f"cannot load to {len(needs)} devices", expected=expected, found=found))
+    scratches = [
+        1 << share.bit_length() - 1 if need.is_streamed else share
+        for need, share in zip(needs, _divided(limits.scratch_bytes, weights, least), strict=True)
+    ]
+    return [Limits(*share, limits.device_scratch_bytes) for share in zip(counts, scratches, strict=True)]
+
+
+def _threads(limits: Limits, devices: int) -> int:
+    """Threads of a load to so many devices: what is given, or at least one for each."""
+    if limits.threads is not None:
+        return limits.threads
+    return max(default_reader_threads(_MOST_THREADS * max(devices, 1)), devices)
+
+
+def _divided(total: int, weights: Sequence[int], least: Sequence[int]) -> list[int]:
+    """Shares that sum up to ``total``: the least of each, and of what is left a part in proportion to its weight."""
+    rest, whole = total - sum(least), max(sum(weights), 1)
+    ends = [rest * weight // whole for weight in accumulate(weights, initial=0)]
+    return [low + stop - start for low, (start, stop) in zip(least, pairwise(ends), strict=True)]
+
+
+class _Part(NamedTuple):
+    """What is filled on one device."""
+
+    device: torch.device
+    plan: CopyPlan
+    streamed_to: Device | None
+    need: Need
+
+
+def _parts(plan: CopyPlan, buffers: Mapping[str, Tensor]) -> list[_Part]:
+    """The parts of a load. Made in the caller's thread: streams will be behind the current ones of this thread."""
     groups: dict[torch.device, list[Target]] = {}
     for target in plan.targets:
         groups.setdefault(buffers[target.name].device, []).append(target)
-    stats = {}
+    parts = []
     for device, targets in groups.items():
-        part = replace(plan, targets=tuple(targets))
-        try:
-            stats[device] = _fill_device(part, checkpoint, buffers, device, limits, progress)
-        except BaseException as error:
-            for before in stats:
-                tell_filled(error, [target.name for target in groups[before]], len(groups[before]))
-            raise
-    return stats
+        streamed_to = streaming_device(device)
+        nbytes = sum(buffers[target.name].nbytes for target in targets)
+        need = Need(nbytes, streamed_to is not None)
+        parts.append(_Part(device, replace(plan, targets=tuple(targets)), streamed_to, need))
+    return parts
 
 
 def _fill_device(
-    plan: CopyPlan,
+    part: _Part,
     checkpoint: Checkpoint,
     buffers: Mapping[str, Tensor],
-    device: torch.device,
     limits: Limits,
-    progress: bool,
+    progress: SharedBar | bool,
+    stop: threading.Event,
 ) -> LoadStats:
-    streamed_to = streaming_device(device)
-    if streamed_to is not None:
-        return stream_files(plan, checkpoint, buffers, streamed_to, **limits._asdict(), progress=progress)
-    threads, scratch_bytes, _ = limits
-    return load_files(plan, checkpoint, buffers, threads=threads, scratch_bytes=scratch_bytes, progress=progress)
+    threads, scratch_bytes, device_scratch_bytes = limits
+    if part.streamed_to is None:
+        return load_files(
+            part.plan,
+            checkpoint,
+            buffers,
+            threads=threads,
+            scratch_bytes=scratch_bytes,
+            progress=progress,
+            stop=stop,
+        )
+    return stream_files(
+        part.plan,
+        checkpoint,
+        buffers,
+        part.streamed_to,
+        threads=threads,
+        scratch_bytes=scratch_bytes,
+        device_scratch_bytes=device_scratch_bytes,
+        progress=progress,
+        stop=stop,
+    )
+
+
+def _as_here(work: Callable[[], None], device: torch.device) -> Callable[[], None]:
+    """Work for another thread, with what torch keeps for each thread as it is in this one."""
+    inference, default = torch.is_inference_mode_enabled(), torch.get_default_device()
+    # A thread's own current device is 0, where the first call would make a context.
+    on_device = device.type == "cuda" and torch.cuda.is_initialized()
+    stream = torch.cuda.current_stream(device) if on_device else None
+
+    def there() -> None:
+        with ExitStack() as state:
+            state.enter_context(torch.inference_mode(inference))
+            if default.type != "cpu":
+                state.enter_context(default)
+            if stream is not None:
+                state.enter_context(torch.cuda.stream(stream))
+            work()
+
+    return there
+
+
+def _tell_of(part: _Part, error: BaseException, is_complete: bool, own: BaseException) -> None:
+    """Tell in the error that ends a load what is complete on one device, or what went wrong there besides.
+
+    Args:
+        own: what its executor raised, which has told what is complete; ``error`` itself if that has raised nothing.
+    """
+    if is_complete:
+        tell_filled(error, [target.name for target in part.plan.targets], len(part.plan.targets))
+    elif own is not error:
+        notes = getattr(own, "__notes__", ())
+        failed = () if isinstance(own, Stopped) else (f"  besides:  on {part.device}, {type(own).__name__}: {own}",)
+        for text in (*failed, *notes):
+            tell(error, text)

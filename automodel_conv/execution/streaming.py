@@ -25,16 +25,23 @@ from automodel_conv.errors import ConversionError, message
 from automodel_conv.execution.buffers import Aim, byte_view, checked, raw_bytes
 from automodel_conv.execution.copy_batch import Work, takes_kernels
 from automodel_conv.execution.jobs import aligned, aligned_down
-from automodel_conv.execution.reading import LoadStats, OpenFiles, cores, read_job, read_whole, tell_filled
+from automodel_conv.execution.reading import (
+    LoadStats,
+    OpenFiles,
+    default_reader_threads,
+    read_job,
+    read_whole,
+    tell_filled,
+)
 from automodel_conv.execution.upstream import run_upstream, upstream_calls
 from automodel_conv.execution.window_copies import WindowCopies
 from automodel_conv.execution.windows import Chunk, Upload, Window, stream_schedule
-from automodel_conv.execution.workers import Stopped
+from automodel_conv.execution.workers import Stopped, raise_if_stopped
 from automodel_conv.files.checkpoint import Checkpoint
 from automodel_conv.kernels.launch import compile_ahead, why_not
 from automodel_conv.kernels.variants import Variant
 from automodel_conv.planning.plan import CopyPlan
-from automodel_conv.progress import bytes_progress
+from automodel_conv.progress import SharedBar, bytes_progress
 
 DEFAULT_DEVICE_SCRATCH_BYTES = 256 << 20
 LEAST_SCRATCH_BYTES = 8192
@@ -48,13 +55,8 @@ _SLOTS = 2
 _SLOT_BYTES = 8 << 20
 _MOST_SLOT_BYTES = 16 << 20
 _LEAST_SLOT_BYTES = LEAST_SCRATCH_BYTES // _SLOTS
-DEFAULT_SCRATCH_BYTES = _MOST_THREADS * _SLOTS * _SLOT_BYTES
-"""Pinned memory of as many threads as read by default."""
-
 # One is filled while the other is emptied.
 _REGIONS = 2
-# How often a load that others may end looks whether they want it to.
-_POLL_S = 0.02
 
 
 class Event(Protocol):
@@ -103,6 +105,10 @@ class Ring(NamedTuple):
     threads: int
     slot_bytes: int
 
+    @property
+    def nbytes(self) -> int:
+        return self.threads * _SLOTS * self.slot_bytes
+
 
 def ring_of(threads: int | None, scratch_bytes: int | None) -> Ring:
     """As many threads and as large slots as are given, or fit into what is given, or do best.
@@ -115,7 +121,7 @@ def ring_of(threads: int | None, scratch_bytes: int | None) -> Ring:
     Ring(threads=2, slot_bytes=4096)
     """
     if threads is None:
-        threads = min(cores(), _MOST_THREADS)
+        threads = default_reader_threads(_MOST_THREADS)
         if scratch_bytes is not None:
             threads = max(1, min(threads, scratch_bytes // (_SLOTS * _SLOT_BYTES)))
     if scratch_bytes is None:
@@ -134,7 +140,7 @@ def stream_files(
     scratch_bytes: int | None = None,
     device_scratch_bytes: int | None = None,
     backend: str = "auto",
-    progress: bool = False,
+    progress: SharedBar | bool = False,
     stop: threading.Event | None = None,
 ) -> LoadStats:
     """Fill the buffers of all targets of a plan, on a device, from the files of its checkpoint.
@@ -147,14 +153,14 @@ def stream_files(
         plan: its sources are the checkpoint's rows.
         buffers: by target name, on the device, of the target's shape and dtype and any strides; other names are
             ignored. Written in place.
-        threads: that read; as many as there are cores if not given, at most 8. Fewer take part where scratch_bytes is
-            too small for all.
+        threads: that read; as many as there are cores if not given, at most 8; on several ranks of a node, its share of
+            them. Fewer take part where scratch_bytes is too small for all.
         scratch_bytes: of pinned host memory; 16 MiB for each thread if not given.
         device_scratch_bytes: on the device, for what cannot be uploaded in place; 256 MiB if not given. Tables of
             quantized tensors take up to 16 MiB more for a moment.
         backend: what copies on the device, see ``convert_tensors``.
-        progress: draw a bar.
-        stop: ends the load early once it is set.
+        progress: draw a bar, or draw in one that others share.
+        stop: set by anybody, the load ends as soon as what is being read is uploaded.
 
     Raises:
         ConversionError: a buffer is missing or does not fit, before anything is read.
@@ -162,7 +168,7 @@ def stream_files(
             as whatever else is raised once reading has begun.
         UnsupportedError: a dtype that torch does not know, strides that copies cannot follow, or a backend that cannot
             run.
-        Stopped: ``stop`` was set before the end.
+        Stopped: ``stop`` was set before all was done.
     """
     device_scratch_bytes = DEFAULT_DEVICE_SCRATCH_BYTES if device_scratch_bytes is None else device_scratch_bytes
     given = [size for size in (scratch_bytes, device_scratch_bytes) if size is not None]
@@ -197,6 +203,7 @@ def stream_files(
         try:
             stats = load.run(ring.threads)
             for call in calls:
+                raise_if_stopped(stop)
                 run_upstream(call, {row: read_whole(row, checkpoint) for row in call.rows}, buffers)
                 written += [target.name for target in call.targets]
                 advance(sum(checkpoint.nbytes[row] for row in call.rows))
@@ -280,26 +287,13 @@ class _Load:
                 self._compiled = pool.submit(self._compile)
                 futures.append(self._compiled)
             futures += [pool.submit(self._read, [slots.popleft() for _ in range(_SLOTS)]) for _ in range(threads)]
-            self._wait(futures)
+            wait(futures, return_when=FIRST_EXCEPTION)
         for worker in futures:
             if not isinstance(worker.exception(), Stopped):
                 worker.result()
         if self._not_uploaded:
-            raise Stopped("a load was asked to end")
+            raise_if_stopped(self._stop_asked)
         return stats._replace(gap_bytes=self._gap_bytes, work=self._work, without_kernels=self._without_kernels)
-
-    def _wait(self, futures: Sequence[Future[Any]]) -> None:
-        """Return once all are done, one has failed, or the load is asked to end."""
-        timeout = None if self._stop_asked is None else _POLL_S
-        pending = set(futures)
-        while pending and not self._is_asked_to_stop:
-            done, pending = wait(pending, timeout, return_when=FIRST_EXCEPTION)
-            if any(future.exception() is not None for future in done):
-                return
-
-    @property
-    def _is_asked_to_stop(self) -> bool:
-        return self._stop_asked is not None and self._stop_asked.is_set()
 
     def _settle(self, stream: Stream) -> None:
         stream.record().synchronize()
@@ -336,7 +330,9 @@ class _Load:
 
     def _read_chunks(self, slots: Sequence[_Slot]) -> None:
         for slot in cycle(slots):
-            if self._stopped or self._is_asked_to_stop:
+            if self._stop_asked is not None and self._stop_asked.is_set():
+                self._stop()
+            if self._stopped:
                 return
             try:
                 number, chunk = self._todo.popleft()

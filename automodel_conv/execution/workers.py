@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from typing import TypeVar
@@ -16,10 +16,21 @@ Item = TypeVar("Item")
 
 
 class Stopped(Exception):
-    """Raised by work that somebody asked to end."""
+    """Raised by a load that somebody asked to end."""
 
 
-def work_off(items: Iterable[Item], threads: int, start: Callable[[], Callable[[Item], None]]) -> None:
+def raise_if_stopped(stop: threading.Event | None) -> None:
+    """Raise ``Stopped`` if the event is there and set."""
+    if stop is not None and stop.is_set():
+        raise Stopped
+
+
+def work_off(
+    items: Iterable[Item],
+    threads: int,
+    start: Callable[[], Callable[[Item], None]],
+    stop: threading.Event | None = None,
+) -> None:
     """Hand each item to one of ``threads`` threads, in order; the first error ends all of them and is raised.
 
     torch may write to any tensor there, inference tensors too, and starts no threads of its own. One thread is the
@@ -27,14 +38,19 @@ def work_off(items: Iterable[Item], threads: int, start: Callable[[], Callable[[
 
     Args:
         start: called in each thread; returns what takes the items there.
+        stop: set by anybody, no further item is handed out.
+
+    Raises:
+        Stopped: ``stop`` was set before all items were handed out.
     """
     todo = deque(items)
-    stop = threading.Event()
+    ended = threading.Event()
 
     @torch.inference_mode()  # a mode is a thread's own; the caller's tensors may be inference tensors
     def work() -> None:
+        torch.set_num_threads(1)
         take = start()
-        while not stop.is_set():
+        while not (ended.is_set() or (stop is not None and stop.is_set())):
             try:
                 item = todo.popleft()
             except IndexError:
@@ -44,41 +60,48 @@ def work_off(items: Iterable[Item], threads: int, start: Callable[[], Callable[[
     threads = min(threads, len(todo))
     with _keeping_torch_threads():
         if threads > 1:
-            _in_threads(work, threads, stop)
+            at_once([work] * threads, ended)
         elif todo:
-            torch.set_num_threads(1)
             work()
+    if todo:
+        raise_if_stopped(stop)
 
 
-def _in_threads(work: Callable[[], None], threads: int, stop: threading.Event) -> None:
-    """Run as many of ``work`` at once; the first error sets ``stop`` and is raised when all have ended."""
+def at_once(works: Sequence[Callable[[], None]], stop: threading.Event) -> None:
+    """Run each of ``works`` in a thread of its own, and return when all have ended.
+
+    The first error, or an interrupt of the caller, sets ``stop``, which the works watch, and is raised when they have
+    ended. ``stop`` is set in any case then.
+    """
     at_work: set[int] = set()
     change = threading.Condition()
+    errors: list[BaseException] = []
 
-    def counted() -> None:
+    def counted(work: Callable[[], None]) -> None:
         with change:
             if stop.is_set():
                 return
             at_work.add(threading.get_ident())
         try:
-            torch.set_num_threads(1)
             work()
+        except BaseException as error:
+            errors.append(error)
+            raise
         finally:
             with change:
                 at_work.remove(threading.get_ident())
                 change.notify()
 
-    pool = ThreadPoolExecutor(threads, thread_name_prefix="automodel_conv")
+    pool = ThreadPoolExecutor(len(works), thread_name_prefix="automodel_conv")
     try:
-        workers = [pool.submit(counted) for _ in range(threads)]
-        wait(workers, return_when=FIRST_EXCEPTION)
+        wait([pool.submit(counted, work) for work in works], return_when=FIRST_EXCEPTION)
     finally:
         with change:  # the pool itself may not know of a thread whose start a signal has interrupted
             stop.set()
             change.wait_for(lambda: not at_work)
         pool.shutdown()
-    for worker in workers:
-        worker.result()
+    if errors:
+        raise errors[0]
 
 
 class _TorchThreads:

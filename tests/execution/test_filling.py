@@ -1,35 +1,273 @@
-"""Devices are filled one after the other; an error names what is complete on all of them."""
+"""All devices of a load are filled at the same time; an error ends all of them and names what is complete on each."""
+
+from __future__ import annotations
+
+import gc
+import os
+import signal
+import threading
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from automodel_conv.errors import ConversionError, ReadError
-from automodel_conv.execution import filling
+from automodel_conv.execution import cpu, filling, streaming
 from automodel_conv.execution.buffers import allocate
-from automodel_conv.execution.filling import Limits, fill
-from tests.execution.support import moe
+from automodel_conv.execution.filling import Limits, Need, fill, shared_out
+from automodel_conv.planning.copies import Fallback, Target
+from automodel_conv.testing import POISON, address_valued, assert_bytes_equal
+from tests.execution.elsewhere import FIRST, HOST, SECOND, Devices, put
+from tests.execution.support import columns, moe, naive, plan_of, target, write_checkpoint
+from tests.faults import workers
+
+HOMES = {"gate_up": FIRST, "down": SECOND, "norm": HOST}
+SCRATCH = {"scratch_bytes": 1 << 16, "device_scratch_bytes": 8192}
+MANY = 20
 
 
-@pytest.mark.parametrize("kind", [ReadError, ConversionError, KeyboardInterrupt])
-def test_an_error_on_the_second_device_names_what_the_first_one_holds(tmp_path, monkeypatch, kind):
-    _, checkpoint, plan = moe(tmp_path)
-    buffers = allocate(plan.targets)
-    last = plan.targets[-1].name
-    buffers[last] = buffers[last].to("meta")
+@pytest.fixture
+def devices(monkeypatch):
+    made = Devices()
+    monkeypatch.setattr(filling, "streaming_device", made)
+    return made
+
+
+def buffers_on(plan, homes):
+    """Poisoned buffers, each on its device."""
+    made = {}
+    for name, tensor in allocate(plan.targets).items():
+        tensor.reshape(-1).view(torch.uint8).fill_(POISON)
+        made[name] = put(tensor, homes[name])
+    return made
+
+
+def host_bytes(tensor):
+    return tensor.as_subclass(torch.Tensor)
+
+
+def assert_settled(devices, calls):
+    """Nothing is under way: no thread, no open file, no stream with work, no memory held."""
+    gc.collect()
+    assert workers() == []
+    assert calls.open == set()
+    assert all(device.idle and device.live == 0 for device in devices.values())
+
+
+def watched(monkeypatch, before=None, after=None):
+    """Has functions called around the load of each device, in its thread."""
     stock = filling._fill_device
 
-    def failing(part, checkpoint, buffers, device, *how):
-        if device.type == "meta":
+    def around(part, *how):
+        if before is not None:
+            before(part.device)
+        found = stock(part, *how)
+        if after is not None:
+            after(part.device)
+        return found
+
+    monkeypatch.setattr(filling, "_fill_device", around)
+
+
+def names_filled(error, names):
+    """Names in the text of an error and its notes that were told to be complete."""
+    text = "\n".join([str(error), *getattr(error, "__notes__", ())])
+    return sorted(word for part in text.split("filled:")[1:] for word in part.split() if word in names)
+
+
+@pytest.fixture
+def many(tmp_path):
+    """A checkpoint of many tensors in one file, all to the first device, and one in another file, to the second."""
+    tensors = {f"t{n}": address_valued((32, 64), torch.float32, 5000 * n) for n in range(MANY)}
+    other = {"u": address_valued((32, 64), torch.float32, 7)}
+    checkpoint = write_checkpoint(tmp_path, {"a.safetensors": tensors, "b.safetensors": other})
+    sources = columns(checkpoint)
+    plan = plan_of(sources, *(target(sources, name, "F32", [[name]]) for name in (*tensors, *other)))
+    return checkpoint, plan, {name: SECOND if name == "u" else FIRST for name in (*tensors, *other)}
+
+
+# --- at the same time -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("threads", [None, 1, 2, 3, 7])
+@pytest.mark.parametrize("progress", [False, True])
+def test_buffers_on_several_devices_get_their_bytes(tmp_path, devices, calls, threads, progress, capsys):
+    tensors, checkpoint, plan = moe(tmp_path)
+    buffers = buffers_on(plan, HOMES)
+    stats = fill(plan, checkpoint, buffers, Limits(threads, **SCRATCH), progress=progress)
+    for name, wanted in naive(plan, tensors).items():
+        assert_bytes_equal(host_bytes(buffers[name]), wanted)
+    assert list(stats) == [FIRST, SECOND, HOST]
+    assert sum(part.bytes_read for part in stats.values()) == plan.bytes_read
+    assert sum(part.scratch_bytes for part in stats.values()) <= SCRATCH["scratch_bytes"]
+    assert_settled(devices, calls)
+    bars = capsys.readouterr().err
+    assert bars.count("\n") == progress  # one, of all bytes
+    assert ("loading: 100%" in bars.split("\r")[-1]) == progress
+
+
+def test_devices_are_filled_at_the_same_time(tmp_path, devices, monkeypatch):
+    _, checkpoint, plan = moe(tmp_path)
+    meeting = threading.Barrier(3, timeout=30)
+    watched(monkeypatch, before=lambda device: meeting.wait())
+    fill(plan, checkpoint, buffers_on(plan, HOMES), Limits(**SCRATCH))
+
+
+@pytest.mark.parametrize(("homes", "threads"), [(HOMES, 2), (HOMES, 1), (dict.fromkeys(HOMES, FIRST), None)])
+def test_more_devices_than_threads_and_a_lone_one_are_filled_by_the_caller(
+    tmp_path, devices, monkeypatch, homes, threads
+):
+    _, checkpoint, plan = moe(tmp_path)
+    seen = []
+    watched(monkeypatch, before=lambda device: seen.append(threading.current_thread()))
+    fill(plan, checkpoint, buffers_on(plan, homes), Limits(threads, **SCRATCH))
+    assert seen == [threading.main_thread()] * len(set(homes.values()))
+
+
+def test_streams_are_made_in_the_callers_thread_which_has_the_current_ones(tmp_path, monkeypatch):
+    _, checkpoint, plan = moe(tmp_path)
+    made, seen = Devices(), []
+
+    def streaming_device(device):
+        seen.append(threading.current_thread())
+        return made(device)
+
+    monkeypatch.setattr(filling, "streaming_device", streaming_device)
+    fill(plan, checkpoint, buffers_on(plan, HOMES), Limits(**SCRATCH))
+    assert set(seen) == {threading.main_thread()}
+
+
+def test_what_torch_keeps_for_a_thread_is_in_all_of_them_as_in_the_callers(tmp_path, devices, monkeypatch):
+    _, checkpoint, plan = moe(tmp_path)
+    seen = set()
+    watched(
+        monkeypatch,
+        before=lambda device: seen.add((torch.is_inference_mode_enabled(), torch.get_default_device().type)),
+    )
+    with torch.inference_mode(), torch.device("meta"):
+        fill(plan, checkpoint, buffers_on(plan, HOMES), Limits(**SCRATCH))
+    assert seen == {(True, "meta")}
+
+
+def test_upstreams_own_code_fills_inference_tensors_of_any_device(tmp_path, devices):
+    tensors, checkpoint, plan = moe(tmp_path)
+    rows = (plan.sources.names.index("norm.weight"),)
+    fallback = Fallback("a test", lambda sources: {"extra": sources[rows[0]] * 1})
+    plan = plan_of(plan.sources, *plan.targets, Target("extra", "BF16", (7,), -1, rows, (), fallback))
+    with torch.inference_mode():
+        buffers = buffers_on(plan, HOMES | {"extra": HOST})
+        fill(plan, checkpoint, buffers, Limits(**SCRATCH))
+    assert_bytes_equal(buffers["extra"], tensors["norm.weight"])
+
+
+# --- errors -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", [ReadError, ConversionError, RuntimeError, KeyboardInterrupt])
+@pytest.mark.parametrize("threads", [1, 6])
+def test_an_error_names_what_the_devices_that_are_complete_hold(tmp_path, devices, monkeypatch, kind, threads):
+    _, checkpoint, plan = moe(tmp_path)
+    complete = threading.Semaphore(0)
+
+    def failing(device):
+        if device == HOST:
+            assert complete.acquire(timeout=30)
+            assert complete.acquire(timeout=30)
             raise kind("no such device")
-        return stock(part, checkpoint, buffers, device, *how)
+
+    watched(monkeypatch, before=failing, after=lambda device: complete.release())
+    with pytest.raises(kind, match="no such device") as raised:
+        fill(plan, checkpoint, buffers_on(plan, HOMES), Limits(threads, **SCRATCH))
+    assert names_filled(raised.value, HOMES) == ["down", "gate_up"]
+
+
+def stops_of(monkeypatch):
+    """The events that end loads, as their executors get them."""
+    stops, stock = [], filling._fill_device
+
+    def noting(*arguments):
+        stops.append(arguments[-1])
+        return stock(*arguments)
+
+    monkeypatch.setattr(filling, "_fill_device", noting)
+    return stops
+
+
+def assert_some_are_filled(error, buffers, homes):
+    """Only a part of the first device's targets is told, and these have their bytes."""
+    filled = [name for name in names_filled(error, homes) if name != "u"]
+    text = "\n".join([str(error), *getattr(error, "__notes__", ())])
+    assert f"filled:   {len(filled)} of {MANY} targets" in text
+    assert len(filled) < MANY
+    for name in filled:
+        start = 5000 * int(name[1:])
+        assert_bytes_equal(host_bytes(buffers[name]), address_valued((32, 64), torch.float32, start))
+
+
+def test_an_error_on_one_device_ends_the_load_of_the_others(many, devices, calls, monkeypatch):
+    checkpoint, plan, homes = many
+    (path,) = (file for file in checkpoint.files if file.endswith("b.safetensors"))
+    os.unlink(path)  # so that the only reads are those of the first device
+    stops = stops_of(monkeypatch)
+    calls.delay = lambda number: number < 3 or stops[0].wait(10)
+    buffers = buffers_on(plan, homes)
+    with pytest.raises(ReadError, match=r"b\.safetensors") as raised:
+        fill(plan, checkpoint, buffers, Limits(2, 4 * 8192, 8192))
+    assert calls.reads < MANY
+    assert_some_are_filled(raised.value, buffers, homes)
+    del raised  # whose traceback holds what threads held
+    assert_settled(devices, calls)
+
+
+def test_an_interrupt_ends_the_loads_of_all_devices(many, devices, calls, monkeypatch):
+    checkpoint, plan, homes = many
+    stops = stops_of(monkeypatch)
+
+    def interrupt(number):
+        if number == 5:
+            signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+        if number >= 5:
+            stops[0].wait(10)
+
+    calls.delay = interrupt
+    buffers = buffers_on(plan, homes)
+    with pytest.raises(KeyboardInterrupt) as raised:
+        fill(plan, checkpoint, buffers, Limits(2, 4 * 8192, 8192))
+    assert calls.reads < MANY
+    assert_some_are_filled(raised.value, buffers, homes)
+    del raised  # whose traceback holds what threads held
+    assert_settled(devices, calls)
+
+
+def test_what_fails_on_two_devices_is_told_of_both(tmp_path, devices, monkeypatch):
+    _, checkpoint, plan = moe(tmp_path)
+    stock = filling._fill_device
+
+    def failing(part, *how):
+        if part.device == SECOND:
+            raise ReadError("the first to fail")
+        how[-1].wait(10)
+        if part.device == FIRST:
+            raise RuntimeError("out of memory")
+        return stock(part, *how)
 
     monkeypatch.setattr(filling, "_fill_device", failing)
-    with pytest.raises(kind) as raised:
-        fill(plan, checkpoint, buffers, Limits(threads=1))
-    text = "".join([str(raised.value), *getattr(raised.value, "__notes__", ())])
-    filled = text.partition("filled:")[2].split()
-    assert "no such device" in str(raised.value)
-    assert [name for name in filled if name in buffers] == [t.name for t in plan.targets[:-1]]
+    with pytest.raises(ReadError, match=r"the first to fail[\s\S]*on xpu:0, RuntimeError: out of memory"):
+        fill(plan, checkpoint, buffers_on(plan, HOMES), Limits(**SCRATCH))
+
+
+def test_a_device_that_fails_in_the_middle_settles_and_ends_the_other(many, devices, calls, monkeypatch):
+    checkpoint, plan, homes = many
+    devices[SECOND].fail_at = 1
+    stops, begun = stops_of(monkeypatch), threading.Event()
+    # The first read is the second device's, which has one only.
+    watched(monkeypatch, before=lambda device: device == SECOND or begun.wait(10))
+    calls.delay = lambda number: begun.set() if number == 1 else number < 4 or stops[0].wait(10)
+    with pytest.raises(RuntimeError, match="an illegal access"):
+        fill(plan, checkpoint, buffers_on(plan, homes), Limits(2, 4 * 8192, 8192))
+    assert calls.reads < MANY
+    assert_settled(devices, calls)
 
 
 def test_an_error_before_anything_is_read_names_nothing(tmp_path):
@@ -38,3 +276,53 @@ def test_an_error_before_anything_is_read_names_nothing(tmp_path):
     with pytest.raises(ConversionError) as raised:
         fill(plan, checkpoint, {name: tensor.to(torch.float64) for name, tensor in buffers.items()}, Limits(threads=1))
     assert "filled:" not in str(raised.value)
+
+
+# --- what each device gets --------------------------------------------------------------------------------------------
+
+LEAST = {True: streaming.LEAST_SCRATCH_BYTES, False: cpu.LEAST_SCRATCH_BYTES}
+needs_of = st.builds(Need, st.integers(0, 1 << 45), st.booleans())
+
+
+@given(
+    st.lists(needs_of, min_size=2, max_size=9),
+    st.none() | st.integers(1, 64),
+    st.none() | st.integers(9 * 8192, 1 << 32),
+)
+def test_shares_are_together_no_more_than_the_load_may_use(needs, threads, scratch_bytes):
+    shares = shared_out(Limits(threads, scratch_bytes, 12345), needs)
+    if scratch_bytes is None:  # each device takes what its threads need
+        assert {share.scratch_bytes for share in shares} == {None}
+    else:
+        assert sum(share.scratch_bytes for share in shares) <= scratch_bytes
+    for share, need in zip(shares, needs, strict=True):
+        assert share.threads >= 1
+        assert scratch_bytes is None or share.scratch_bytes >= LEAST[need.is_streamed]
+        assert scratch_bytes is None or not need.is_streamed or share.scratch_bytes.bit_count() == 1
+        assert share.device_scratch_bytes == 12345
+    if threads is not None and threads >= len(needs):
+        assert sum(share.threads for share in shares) == threads
+
+
+def test_shares_go_by_the_bytes_of_a_device():
+    needs = [Need(3 << 30, True), Need(1 << 30, True)]
+    shares = shared_out(Limits(18, 64 << 20), needs)
+    assert [share.threads for share in shares] == [13, 5]
+    assert [share.scratch_bytes for share in shares] == [32 << 20, 16 << 20]
+
+
+def test_a_lone_device_gets_what_was_given():
+    assert shared_out(Limits(), [Need(7, True)]) == [Limits()]
+    assert shared_out(Limits(3, 100, 200), [Need(7, False)]) == [Limits(3, 100, 200)]
+    assert shared_out(Limits(3, 100, 200), []) == []
+
+
+def test_scratch_too_small_for_all_devices_is_refused_before_anything_is_read(tmp_path, devices, calls):
+    _, checkpoint, plan = moe(tmp_path)
+    least = 2 * streaming.LEAST_SCRATCH_BYTES + cpu.LEAST_SCRATCH_BYTES
+    buffers = buffers_on(plan, HOMES)
+    calls.reads = 0
+    with pytest.raises(ConversionError, match=f"to 3 devices[\\s\\S]*scratch_bytes >= {least}"):
+        fill(plan, checkpoint, buffers, Limits(scratch_bytes=least - 1))
+    assert calls.reads == 0
+    fill(plan, checkpoint, buffers, Limits(scratch_bytes=least, device_scratch_bytes=8192))

@@ -1,0 +1,177 @@
+"""Where the parts of a model go: names of modules and parameters to devices, as accelerate writes it."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping
+from itertools import accumulate
+
+import torch
+from torch import Tensor, nn
+
+from automodel_conv.errors import ConversionError, UnsupportedError, listing, message
+from automodel_conv.execution.ranks import is_distributed
+from automodel_conv.homes import loadable
+from automodel_conv.planning.models import tied_names
+
+DeviceLike = int | str | torch.device
+
+
+class DeviceMap:
+    """Looks the device of a tensor up by its name.
+
+    The entry of the longest prefix of whole dotted components wins, and "" is for all that no other covers, as
+    accelerate has it (1.15.0, ``accelerate/utils/modeling.py``: ``_get_param_device`` asks for a name, then for its
+    parents; ``check_device_map`` refuses what is not covered). Numbers are CUDA devices.
+    """
+
+    def __init__(self, entries: Mapping[str, DeviceLike]):
+        """Check every entry before anything is opened.
+
+        Raises:
+            UnsupportedError: something goes to the disk, or to a device that is not there.
+            ConversionError: a name is not a text, or a device is none.
+        """
+        self.entries = {name: _device(name, device) for name, device in entries.items()}
+
+    def device_of(self, name: str) -> torch.device | None:
+        """The device of a parameter, buffer or module; None if no entry covers it."""
+        while name and name not in self.entries:
+            name = name.rpartition(".")[0]
+        return self.entries.get(name)
+
+    def check(
+        self,
+        names: Collection[str],
+        state: Mapping[str, object],
+        model: nn.Module | None,
+        *,
+        strict: bool,
+    ) -> None:
+        """Check the map against what will be placed, before anything is read.
+
+        Args:
+            names: of all that will be placed.
+            state: the state dict of the model, or {}; also of names that the checkpoint lacks.
+            strict: an entry that names nothing is an error.
+
+        Raises:
+            UnsupportedError: a parameter is a DTensor, which its mesh places.
+            ConversionError: a name is not covered; an entry names nothing; names of one tensor go to several devices.
+        """
+        tensors = {name: tensor for name in names if isinstance(tensor := state.get(name), Tensor)}
+        sharded = [name for name, tensor in tensors.items() if is_distributed(tensor)]
+        if sharded:
+            found = "\n" + listing(sharded)
+            do = "leave device_map out; DTensors are loaded to the devices of their meshes"
+            raise UnsupportedError(
+                message("device_map places whole tensors, and these are DTensors", found=found, do=do)
+            )
+        uncovered = [name for name in names if self.device_of(name) is None]
+        if uncovered:
+            raise ConversionError(
+                message(
+                    f"device_map gives no device to {len(uncovered)} of {len(names)} tensors",
+                    found="\n" + listing(uncovered),
+                    do='add their modules, or "" for all that no other entry covers',
+                )
+            )
+        if strict:
+            self._refuse_entries_without_meaning({*names, *state}, model)
+        self._refuse_torn_ties(tied_names(model) if model is not None else ())
+
+    def check_in_place(self, state: Mapping[str, object], names: Iterable[str]) -> None:
+        """Check that tensors that have memory already are where the map has them.
+
+        Raises:
+            ConversionError: some are not.
+        """
+        wrong = [
+            f"{name}: {self.device_of(name)} in the map, {tensor.device} in the model"
+            for name in names
+            if isinstance(tensor := state.get(name), Tensor)
+            and not tensor.is_meta
+            and tensor.device != self.device_of(name)
+        ]
+        if wrong:
+            do = "move the model, or build it on the meta device, where parameters have no place yet"
+            raise ConversionError(
+                message("parameters that have memory are filled where they are", found="\n" + listing(wrong), do=do)
+            )
+
+    def _refuse_entries_without_meaning(self, names: Iterable[str], model: nn.Module | None) -> None:
+        known = {""} if model is None else {name for name, _ in model.named_modules(remove_duplicate=False)}
+        for name in names:
+            known.update(accumulate(name.split("."), lambda path, part: f"{path}.{part}"))
+        unknown = [name for name in self.entries if name not in known]
+        if unknown:
+            found, do = "\n" + listing(unknown), "correct or remove them; strict=False ignores them"
+            raise ConversionError(message("entries of device_map name no module and no parameter", found=found, do=do))
+
+    def _refuse_torn_ties(self, groups: Iterable[tuple[str, ...]]) -> None:
+        for group in groups:
+            devices = {name: device for name in group if (device := self.device_of(name)) is not None}
+            if len(set(devices.values())) > 1:
+                raise ConversionError(
+                    message(
+                        f"{' and '.join(devices)} are one tensor of the model",
+                        expected="one device in device_map",
+                        found=", ".join(str(device) for device in devices.values()),
+                        do="send them to the same device, or untie them in the model",
+                    )
+                )
+
+
+def device_map_of(
+    device_map: Mapping[str, DeviceLike] | None, device: str | torch.device | None, default: str | None
+) -> DeviceMap | None:
+    """The map that a caller has given, if any, instead of ``device``, which is ``default`` then.
+
+    Raises:
+        ConversionError: both are given, or no mapping is.
+        UnsupportedError: see ``DeviceMap``.
+    """
+    if device_map is None:
+        return None
+    if device != default:
+        found = f"device={device!r} and device_map"
+        do = 'put device into the map under ""'
+        raise ConversionError(message("device and device_map exclude each other", found=found, do=do))
+    if not isinstance(device_map, Mapping):
+        raise ConversionError(
+            message(
+                "device_map is not a mapping",
+                expected='names of modules to devices, as in {"model.embed_tokens": 0, "": "cuda:1"}',
+                found=repr(device_map),
+                do="device= is for one device; accelerate.infer_auto_device_map(model) makes a map of a model on the "
+                'meta device; or use from_pretrained(device_map="auto") under accelerate_transformers()',
+            )
+        )
+    return DeviceMap(device_map)
+
+
+def _device(name: object, device: object) -> torch.device:
+    where = f"device_map[{name!r}]"
+    if not isinstance(name, str):
+        raise ConversionError(message("device_map takes names", where=where))
+    if device == "disk":
+        raise UnsupportedError(
+            message(
+                "nothing is loaded to the disk",
+                where=where,
+                do='send it to "cpu", or use from_pretrained(device_map=..., offload_folder=...) under '
+                "accelerate_transformers()",
+            )
+        )
+    try:
+        if isinstance(device, bool) or not isinstance(device, (int, str, torch.device)):
+            raise TypeError(f"a {type(device).__name__} is no device")
+        if isinstance(device, int):
+            if device < 0:
+                raise ValueError("numbers of devices begin with 0")
+            device = torch.device("cuda", device)
+        found = torch.device(device)
+    except (RuntimeError, TypeError, ValueError) as error:
+        expected = 'the number of a CUDA device, "cpu", "cuda:1" or a torch.device'
+        text = str(error).partition("\n")[0]
+        raise ConversionError(message(text, where=where, expected=expected, found=repr(device))) from None
+    return torch.device("cpu") if found.type == "cpu" else loadable(found)

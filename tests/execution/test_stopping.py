@@ -1,0 +1,157 @@
+"""A load that somebody asks to end does, settled, and names what is complete; threads that run at once end together."""
+
+from __future__ import annotations
+
+import gc
+import threading
+
+import pytest
+import torch
+
+from automodel_conv.execution import schedule
+from automodel_conv.execution.buffers import allocate
+from automodel_conv.execution.cpu import load_files
+from automodel_conv.execution.streaming import stream_files
+from automodel_conv.execution.workers import Stopped, at_once, work_off
+from automodel_conv.planning.copies import Fallback, Target
+from automodel_conv.testing import assert_bytes_equal
+from tests.execution.simulated import SimulatedDevice
+from tests.execution.support import TRANSPOSE, columns, moe, naive, plan_of, write_checkpoint
+from tests.faults import workers
+
+SMALL = 8192
+
+
+@pytest.fixture(params=["host", "device"])
+def executor(request, monkeypatch):
+    """Loads with two threads by many small reads."""
+    for size in ("_LEAST_JOB_BYTES", "RUN_BYTES", "_SLAB_BYTES"):
+        monkeypatch.setattr(schedule, size, 256)
+    if request.param == "host":
+        return lambda *load, **how: load_files(*load, threads=2, scratch_bytes=SMALL, **how)
+    device = SimulatedDevice()
+
+    def stream(*load, **how):
+        try:
+            return stream_files(*load, device, threads=2, scratch_bytes=2 * SMALL, device_scratch_bytes=SMALL, **how)
+        finally:
+            assert device.idle
+
+    return stream
+
+
+def case(tmp_path):
+    return moe(tmp_path, TRANSPOSE, shape=(7, 18, 26))
+
+
+@pytest.mark.parametrize("at", [1, 3])
+def test_a_load_ends_when_it_is_asked_to_and_tells_what_is_complete(tmp_path, calls, executor, at):
+    tensors, checkpoint, plan = case(tmp_path)
+    buffers = allocate(plan.targets)
+    stop, calls.reads = threading.Event(), 0
+    calls.delay = lambda number: number == at and stop.set()
+    with pytest.raises(Stopped) as raised:
+        executor(plan, checkpoint, buffers, stop=stop)
+    assert calls.reads <= at + 2
+    (note,) = raised.value.__notes__
+    assert "filled:" in note
+    complete = [name for name in note.split() if name in buffers]
+    assert len(complete) < len(buffers)
+    wanted = naive(plan, tensors)
+    for name in complete:
+        assert_bytes_equal(buffers[name], wanted[name])
+    assert calls.open == set()
+    assert workers() == []
+
+
+def test_a_load_that_shall_not_begin_reads_nothing(tmp_path, calls, executor):
+    _, checkpoint, plan = case(tmp_path)
+    stop, calls.reads = threading.Event(), 0
+    stop.set()
+    with pytest.raises(Stopped):
+        executor(plan, checkpoint, allocate(plan.targets), stop=stop)
+    assert calls.reads == 0
+    assert calls.open == set()
+
+
+def test_nobody_who_asks_in_vain_changes_a_load(tmp_path, executor):
+    tensors, checkpoint, plan = case(tmp_path)
+    buffers, stop = allocate(plan.targets), threading.Event()
+    executor(plan, checkpoint, buffers, stop=stop)
+    assert not stop.is_set()  # which others may share
+    for name, wanted in naive(plan, tensors).items():
+        assert_bytes_equal(buffers[name], wanted)
+
+
+def test_upstreams_own_code_is_not_begun_after_the_end(tmp_path, executor):
+    stop, seen = threading.Event(), []
+
+    def convert(name):
+        def made(sources):
+            seen.append(name)
+            stop.set()
+            return {name: sources[0] * 1}
+
+        return made
+
+    checkpoint = write_checkpoint(tmp_path, {"a.safetensors": {"a": torch.arange(6.0)}})
+    targets = [Target(n, "F32", (6,), -1, (0,), (), Fallback("a test", convert(n))) for n in ("one", "two")]
+    plan = plan_of(columns(checkpoint), *targets)
+    buffers = allocate(plan.targets)
+    with pytest.raises(Stopped) as raised:
+        executor(plan, checkpoint, buffers, stop=stop)
+    assert seen == ["one"]
+    assert [name for name in "".join(raised.value.__notes__).split() if name in buffers] == ["one"]
+
+
+# --- threads ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_items_are_handed_out_until_somebody_says_stop(threads):
+    stop, taken = threading.Event(), []
+
+    def take(item):
+        taken.append(item)
+        if item == 5:
+            stop.set()
+        elif item > 5:
+            stop.wait(10)
+
+    with pytest.raises(Stopped):
+        work_off(range(100), threads, lambda: take, stop)
+    assert set(range(6)) <= set(taken)
+    assert len(taken) <= 6 + threads
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_a_stop_after_the_last_item_is_none(threads):
+    stop, taken = threading.Event(), []
+
+    def take(item):
+        taken.append(item)
+        if len(taken) == 10:
+            stop.set()
+
+    work_off(range(10), threads, lambda: take, stop)
+    assert sorted(taken) == list(range(10))
+
+
+def test_the_first_error_in_time_is_raised_once_all_have_ended():
+    stop, ended, begun = threading.Event(), [], threading.Barrier(3, timeout=10)
+
+    def waits():
+        begun.wait()
+        stop.wait(10)
+        ended.append(threading.current_thread())
+        raise RuntimeError("because of the stop")
+
+    def fails():
+        begun.wait()
+        raise ValueError("the first")
+
+    with pytest.raises(ValueError, match="the first"):
+        at_once([waits, fails, waits], stop)
+    assert len(ended) == 2
+    gc.collect()
+    assert workers() == []

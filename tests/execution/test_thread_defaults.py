@@ -1,0 +1,116 @@
+"""Threads and pinned memory where nobody says how much: the ranks of a node share it."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from automodel_conv.execution import cpu, filling, reading
+from automodel_conv.execution.buffers import allocate
+from automodel_conv.execution.cpu import load_files
+from automodel_conv.execution.filling import Limits, within
+from automodel_conv.execution.reading import (
+    default_reader_threads,
+    ranks_on_this_node,
+    share_of_cores,
+)
+from automodel_conv.execution.streaming import ring_of
+from tests.execution.simulated import SimulatedDevice
+from tests.execution.support import TRANSPOSE, moe
+
+
+@pytest.fixture
+def node(monkeypatch):
+    """A machine with so many cores, of which a process may use some, for so many ranks."""
+
+    def made(machine, usable, ranks):
+        monkeypatch.setattr(os, "cpu_count", lambda: machine)
+        monkeypatch.setattr(reading, "cores", lambda: usable)
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", str(ranks))
+
+    return made
+
+
+@pytest.mark.parametrize(
+    ("text", "ranks"),
+    [
+        ("1", 1), ("8", 8), ("08", 8), ("72", 72),
+        ("0", 1), ("-8", 1), ("", 1), ("8.0", 1), ("eight", 1), (" 8", 1),
+        ("8\n", 1), ("1e3", 1), ("9" * 5000, 1), ("٨", 1),
+    ],
+)  # fmt: skip
+def test_ranks_are_what_the_launcher_says_if_that_is_a_number(monkeypatch, text, ranks):
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", text)
+    assert ranks_on_this_node() == ranks
+
+
+def test_without_a_launcher_there_is_one_rank(monkeypatch):
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    assert ranks_on_this_node() == 1
+
+
+@pytest.mark.parametrize(
+    ("usable", "machine", "ranks", "share"),
+    [
+        (16, 16, 1, 16),  # alone
+        (4, 16, 1, 4),  # alone in a container
+        (16, 16, 8, 2),  # all ranks on all cores
+        (2, 16, 8, 2),  # each rank pinned to its own
+        (1, 16, 8, 1),  # pinned to less
+        (3, 16, 8, 1),  # more than an equal share: not each its own
+        (64, 128, 8, 8),  # a container of half a machine
+        (2, 2, 8, 1),  # more ranks than cores
+        (1, 1, 1, 1),
+    ],
+)
+def test_cores_are_shared_unless_the_launcher_has_done_so(usable, machine, ranks, share):
+    assert share_of_cores(usable, machine, ranks) == share
+
+
+@given(st.integers(1, 512), st.integers(1, 512), st.integers(1, 64))
+def test_a_share_is_at_least_one_core_and_at_most_what_there_is(usable, machine, ranks):
+    share = share_of_cores(min(usable, machine), machine, ranks)
+    assert 1 <= share <= min(usable, machine)
+    assert share * ranks <= machine or share == 1
+
+
+def test_eight_ranks_run_no_more_threads_than_there_are_cores(node):
+    node(16, 16, 8)
+    assert default_reader_threads(8) == 2
+    assert cpu.default_threads() == 2
+    node(16, 16, 1)
+    assert (default_reader_threads(8), cpu.default_threads()) == (8, 16)
+    node(4, 4, 8)
+    assert default_reader_threads(8) == 1
+
+
+@pytest.mark.parametrize(("given_threads", "wanted"), [(None, 2), (5, 5)])
+def test_loads_use_their_share_unless_they_are_told_otherwise(tmp_path, node, monkeypatch, given_threads, wanted):
+    node(16, 16, 8)
+    _, checkpoint, plan = moe(tmp_path, TRANSPOSE)
+    seen, stock = [], cpu.schedule
+
+    def noting(*arguments, threads, slot_bytes):
+        seen.append(threads)
+        return stock(*arguments, threads=threads, slot_bytes=slot_bytes)
+
+    monkeypatch.setattr(cpu, "schedule", noting)
+    load_files(plan, checkpoint, allocate(plan.targets), threads=given_threads)
+    assert seen == [wanted]
+
+
+def test_a_ring_has_whole_slots_for_the_threads_of_its_rank(node):
+    node(16, 16, 8)
+    assert ring_of(None, None) == (2, 8 << 20)
+    node(16, 16, 1)
+    assert ring_of(None, None) == (8, 8 << 20)
+
+
+def test_a_budget_does_not_make_a_ring_larger_than_a_ranks_share(tmp_path, node, monkeypatch):
+    node(16, 16, 8)
+    monkeypatch.setattr(filling, "streaming_device", lambda device: SimulatedDevice())
+    _, _, plan = moe(tmp_path)
+    assert within(1 << 40, Limits(), plan, allocate(plan.targets)).scratch_bytes == 32 << 20
