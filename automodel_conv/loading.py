@@ -179,9 +179,9 @@ def load_state_dict(
             False: each reads its own.
         threads: reader threads, of all devices together; None chooses by the machine, whose cores are shared by the
             ranks of this job that run on it (``LOCAL_WORLD_SIZE``).
-        scratch_bytes: bound of the host memory used beside the final tensors, for all devices together; None: 64 MiB.
-            Where the host is not where they are, it is pinned, torch rounds it up to a power of two and keeps it for
-            the next load, and the ranks of a node share the 64 MiB, but for the last 8 MiB of each.
+        scratch_bytes: bound of the host memory used beside the final tensors, for all devices together; None: 64 MiB
+            for the CPU, 16 MiB for each reader thread of a CUDA device. The latter is pinned; torch rounds it up to a
+            power of two and keeps it for the next load.
         device_scratch_bytes: likewise of the memory of each CUDA device; None: 256 MiB.
         memory_budget: bound of all memory used beside the final tensors, of the host and all devices together, on this
             rank; makes what is not given of the two above smaller where it must. Plans, which are small, not counted.
