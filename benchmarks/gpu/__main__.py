@@ -8,10 +8,10 @@ In this order: the environment; the tests of tests/gpu that run beside each othe
 torch; candidates for other tiles; what bounds a load; whole loads; a round trip, and the tests that need all memory.
 
 OUT is a folder for gpu.json, which is whole after every row, and gpu.log, what the processes of the stages said; all
-else is temporary. Each stage works in processes of its own, has a deadline from the first second, and what fails in it
-costs only itself: a failed test is told, a way that writes a wrong byte is not timed, one that kills its process is left
-out. --resume goes on from the file: what is there stays, what is missing, or was wrong, is done. The exit code is 1 if
-anything was wrong; standard output ends with what was, what was left out for want of time, and how long all took.
+else is temporary. Each stage works in processes of its own, has a deadline from the first second, and what fails in
+it costs only itself: a failed test is told, a way that writes a wrong byte is not timed, one that kills its process is
+left out. --resume goes on from the file: what is there stays, what is missing, or was wrong, is done. The exit code is
+1 if anything was wrong; standard output ends with what was, what was left out for want of time, and how long all took.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ from benchmarks.gpu.stages import STAGES, Run, run_all
 
 _LAYERS = 13
 _LOG = "gpu.log"
+_DEVICE = "cuda:0"
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -83,7 +84,7 @@ def run(options: argparse.Namespace) -> int:
         layers = found.result.setdefault("layers", layers_that_fit(options.layers, shutil.disk_usage(root).free))
         found.write()
         work = Run(
-            device="cpu" if options.smoke else f"cuda:{torch.cuda.current_device()}",
+            device="cpu" if options.smoke else _DEVICE,
             smoke=options.smoke,
             tests=os.path.abspath(options.tests) if os.path.exists(options.tests) else options.tests,
             layers=layers,

@@ -43,19 +43,19 @@ def checkpoints(layers: int, smoke: bool) -> dict[str, Written]:
     Args:
         layers: of the long one, 1.2 GB each; the short one has a third, so that the two have a slope.
     """
-    short, fp8 = qwen3_30b(max(1, layers // 3)), qwen3_30b(max(1, 2 * layers // 3))
+    short = qwen3_30b(max(1, layers // 3))
     return {
         WARM_UP: Written(SMALL),
         WARM_UP_FP8: Written(SMALL, is_fp8=True),
         SHORT: Written(SMALL if smoke else short),
-        FP8: Written(SMALL if smoke else fp8, is_fp8=True),
+        FP8: Written(SMALL if smoke else short, is_fp8=True),
         LONG: Written(_longer(SMALL) if smoke else qwen3_30b(layers)),
     }
 
 
 def layers_that_fit(layers: int, free_bytes: float) -> int:
-    """All of the checkpoints on the disk at once: 1 + 1/3 + half of 2/3 of the layers."""
-    return max(1, min(layers, int(_DISK_SHARE * free_bytes / (5 / 3 * _LAYER_BYTES))))
+    """So many that all of the checkpoints, which have 1 + 1/3 + half of 1/3 of their bytes, and a saved one fit."""
+    return max(1, min(layers, int(_DISK_SHARE * free_bytes / (11 / 6 * _LAYER_BYTES))))
 
 
 def _longer(shape: Shape) -> Shape:

@@ -62,7 +62,8 @@ def look_around(run: Run) -> None:
         SystemExit: there is no such device, or it is another one than that of the record.
     """
     stage = "environment"
-    before = {row["cell"]: row for row in run.record.rows(stage)}
+    known = run.record.rows(stage)
+    before = {row["cell"]: row for row in known}
     run.record.result["rows"][stage] = []
     limits = Limits(time.monotonic() + _ENVIRONMENT_S, _ENVIRONMENT_S)
     run.work_off(stage, limits, Task("benchmarks.gpu.environment", run.order, environment.CELLS))
@@ -70,6 +71,8 @@ def look_around(run: Run) -> None:
     if is_wrong(found.get("device", {"error": "not found"})):
         raise SystemExit(f"no device {run.device}: {found.get('device')}; --smoke tries everything on the CPU")
     if "device" in before and before["device"].get("found") != found["device"]["found"]:
+        run.record.result["rows"][stage] = known
+        run.record.write()
         raise SystemExit(f"the record is of another device, {before['device'].get('found')}; name another folder")
 
 
@@ -99,6 +102,7 @@ def try_candidates(run: Run, limits: Limits) -> None:
     shares = [groups[0][k::count] for k in range(count)] + groups[1:]
     tasks = [Task("benchmarks.gpu.sweep", compiling, tuple(share)) for share in shares if share]
     work_off_together(tasks, "compilation", run.record, run.place, soon, quiet=True)
+    run.record.result["left_out"].pop("compilation", None)  # then it is compiled when it is timed
     broken = {row["cell"] for row in run.record.rows("compilation") if is_wrong(row)}
     order = {**run.order, "compiles_only": False}
     for layer in dict.fromkeys(cell.layer for cell in cells.values()):
