@@ -146,12 +146,12 @@ def finish(run: Run, limits: Limits) -> None:
 
 
 STAGES = {
-    "tests": Stage(50, 60, run_tests),
-    "kernels": Stage(75, 40, measure_kernels),
-    "sweep": Stage(65, 40, try_candidates),
+    "tests": Stage(45, 60, run_tests),
+    "kernels": Stage(70, 40, measure_kernels),
+    "sweep": Stage(60, 40, try_candidates),
     "transfers": Stage(25, 60, measure_transfers),
     "loads": Stage(105, 90, measure_loads),
-    "round trip": Stage(30, 60, finish),
+    "round trip": Stage(45, 60, finish),
 }
 
 

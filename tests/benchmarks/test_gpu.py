@@ -97,12 +97,16 @@ def test_the_whole_command_runs_and_writes_what_it_measured(gpu, needs_both):
     assert [path.name for path in gpu.out.parent.iterdir() if path.name.startswith("benchmark-gpu")] == []
 
 
-# One wrong byte in ours, a baseline that raises, one that is a fault for its process, and a case that is.
+# One wrong byte in ours, a baseline that raises, one that leaves the device broken, one that kills its process, and a
+# case that does.
 FAULTS = """
 import os, signal, sys
 if "benchmarks.gpu.kernels" in sys.orig_argv:
     import torch
     from benchmarks import operations, quantized
+    from benchmarks.gpu import timing
+
+    broken = []
 
     def wrong(dst, src, right=operations.KERNELS["transpose"]):
         right(dst, src)
@@ -117,24 +121,35 @@ if "benchmarks.gpu.kernels" in sys.orig_argv:
     def loop(case, right=operations.Case.loop):
         if case.verb == "interleave":
             raise ValueError("a broken baseline")
+        if case.verb == "deinterleave":
+            broken.append("an illegal memory access was encountered")
+            raise RuntimeError("from now on nothing works")
         return right(case)
 
     operations.KERNELS["transpose"] = wrong
+    timing.why_broken = lambda device: broken[0] if broken else None
     operations.Case.foreach = foreach
     operations.Case.loop = loop
     quantized.QUANTIZED["dequantize mxfp4"] = lambda layer, device: os._exit(7)
 """
 TESTS = """
 import os, signal
+import pytest
+from benchmarks.gpu import timing
 
 def test_wrong():
     assert 1 == 2
 
+def test_sticky():
+    timing.why_broken = lambda device: "sticky"
+    assert 3 == 4
+
 def test_deadly():
     os.kill(os.getpid(), signal.SIGSEGV)
 
-def test_after():
-    pass
+@pytest.mark.parametrize("number", range(3))
+def test_after(number):
+    assert "sticky" not in timing.why_broken.__code__.co_consts
 """
 
 
@@ -166,8 +181,9 @@ def test_whatever_fails_or_kills_it_all_else_is_measured_and_only_what_is_missin
     tests = {name.rpartition("/")[2]: row for name, row in gpu.rows("tests").items()}
     assert {name for name, row in tests.items() if "error" not in row} == {
         "test_right.py::test_right",
-        "test_faults.py::test_after",
+        *(f"test_faults.py::test_after[{number}]" for number in range(3)),
     }
+    assert "assert 3 == 4" in tests["test_faults.py::test_sticky"]["error"]
     assert "assert 1 == 2" in tests["test_faults.py::test_wrong"]["error"]
     assert "SIGSEGV" in tests["test_faults.py::test_deadly"]["error"]
     assert "there_is_no_such_thing" in tests["test_not_to_be_imported.py"]["error"]
@@ -185,6 +201,9 @@ def test_whatever_fails_or_kills_it_all_else_is_measured_and_only_what_is_missin
         if operation == "interleave columns":
             lost = {"copy_ loop"}
             assert "a broken baseline" in row["failed"]["copy_ loop"]
+        if operation == "deinterleave columns":
+            lost = {"copy_ loop"}
+            assert "an illegal memory access" in row["failed"]["copy_ loop"]
         if cell == "tiny: concatenate, bf16 to fp32":
             lost = {"_foreach_copy_"}
             assert "SIGSEGV" in row["failed"]["_foreach_copy_"]
@@ -192,7 +211,7 @@ def test_whatever_fails_or_kills_it_all_else_is_measured_and_only_what_is_missin
         case = kernels.make_case(operation, operations.Experts("", 2, 24, 48), CPU)
         assert set(row["ms"]) == {"copy_", *kernels.ways(case)} - lost
     ending = said[said.index("Wrong: ") :]
-    assert "Wrong: 12\n" in ending  # 3 tests, 4 of transposes, 2 of interleave, 2 of mxfp4, and a fault
+    assert "Wrong: 15\n" in ending  # 4 tests; 4 of transposes, 2 of each interleave, 2 of mxfp4, and a fault
     assert "ours is wrong" in ending
     assert "test_deadly" in ending
 
@@ -259,17 +278,6 @@ def test_all_ways_of_loading_make_the_same_tensors(tmp_path, needs_both):
     digests = {row["cell"]: row["digest"] for row in rows}
     assert digests["ours"] == digests["from_pretrained"] == digests["load_file, stack, cat"]
     assert len({digests[name] for name in ("ours", "ours, nemo", "ours, long", "fp8: ours")}) == 4
-
-
-def test_a_load_of_other_tensors_has_no_number():
-    rows = [
-        {"cell": cell, "checkpoint": "short", "transposed": transposed, "digest": digest, "seconds": 12345.0}
-        for cell, transposed, digest in (("a", False, "1"), ("b", False, "2"), ("c", True, "2"))
-    ]
-    [wrong] = loading.mark_unequal([*rows, {"cell": "d", "error": "dead"}])
-    assert (wrong["cell"], wrong["wrong"]) == ("b", {"load": "not the tensors that 'a' made"})
-    shown = tables.markdown(RESULT | {"rows": RESULT["rows"] | {"loads": [wrong]}})
-    assert "12345" not in shown
 
 
 @pytest.mark.parametrize("change", ["a bit", "two rows", "a name"])
@@ -394,156 +402,3 @@ def test_the_longest_checkpoint_is_as_long_as_the_disk_allows():
     assert checkpoints.layers_that_fit(13, 64e9) == 13
     assert 1 <= checkpoints.layers_that_fit(13, 10e9) < 4
     assert checkpoints.layers_that_fit(13, 1e9) == 1
-
-
-# --- tables -----------------------------------------------------------------------------------------------------------
-
-LOAD = {
-    "checkpoint": "short",
-    "transposed": False,
-    "seconds": 0.5,
-    "again_s": [0.4, 0.3],
-    "pinned_s": 0.03,
-    "detail": {"read": 0.25},
-    "nbytes": 10**10,
-    "peak_device_bytes": 11 * 10**9,
-}
-MOVED = {"layer": "Mixtral-8x7B", "bytes_moved": 3 * 10**9}
-RESULT = {
-    "runs": [{"commit": None}, {"commit": "0123abc"}],
-    "stages_s": {"tests": 31.2, "kernels": 60.0},
-    "left_out": {"loads": ["ours, cold"]},
-    "errors": {"sweep": "no worker"},
-    "rows": {
-        "environment": [
-            {
-                "cell": "environment",
-                "found": {
-                    "versions": {"torch": "2.11.0", "triton": "3.6.0"},
-                    "cores": 16,
-                    "date": "2026-11-23T21:00:00+00:00",
-                    "commit": None,
-                },
-            },
-            {"cell": "device", "found": {"name": "NVIDIA H100 80GB HBM3", "memory_bytes": 80 * 2**30}},
-        ],
-        "tests": [
-            {"cell": "a"},
-            {"cell": "b", "error": "assert 1 == 2"},
-            {"cell": "c", "skipped": "no"},
-            {"cell": "d"},
-        ],
-        "kernels": [
-            {
-                **MOVED,
-                "cell": "Mixtral-8x7B: concatenate",
-                "experts": 8,
-                "intermediate": 14336,
-                "hidden": 4096,
-                "operation": "concatenate",
-                "ms": {
-                    "copy_": 1.0,
-                    "ours": 1.25,
-                    "ours, addresses known": 1.2,
-                    "stack, cat, transpose": None,
-                    "copy_ loop": 4.0,
-                },
-                "failed": {"_foreach_copy_": "killed by signal SIGSEGV"},
-            },
-            {"cell": "Mixtral-8x7B: split back", "error": "RuntimeError: dead"},
-        ],
-        "sweep": [
-            {
-                **MOVED,
-                "cell": name,
-                "operation": "interleave columns",
-                "candidate": name,
-                "ms": {"copy_": 1.0, "ours": ms},
-            }
-            for name, ms in (("64x64", 1.5), ("64x128", 1.25))
-        ],
-        "transfers": [
-            {"cell": "to the device, at once", "gb_per_s": 50.0},
-            {"cell": "pin 64 MiB", "first_s": 0.03, "again_s": 0.0001},
-        ],
-        "checkpoints": [
-            {"cell": "short", "shape": "4 layers", "file_bytes": 5 * 10**9},
-            {"cell": "long", "shape": "13 layers", "file_bytes": 15 * 10**9},
-        ],
-        "loads": [
-            {**LOAD, "cell": "ours"},
-            {**LOAD, "cell": "ours, long", "checkpoint": "long", "seconds": 0.8, "again_s": [0.6, 0.5]},
-            {**LOAD, "cell": "from_pretrained", "again_s": [], "pinned_s": None, "detail": {"how": "device_map"}},
-        ],
-        "round trip": [{"cell": "save from the device", "seconds": 2.0, "nbytes": 5 * 10**9}],
-    },
-}
-
-
-def test_tables_are_made_from_a_result(tmp_path, capsys):
-    file = tmp_path / "gpu.json"
-    measure.write_json(str(file), RESULT)
-    command.main(["--table", str(file)])
-    shown = capsys.readouterr().out.splitlines()
-    assert shown == [
-        "NVIDIA H100 80GB HBM3, 80 GiB; torch 2.11.0, triton 3.6.0; 16 cores; 2026-11-23, 0123abc",
-        "",
-        "Tests: 2 passed, 1 failed, 1 skipped.",
-        "",
-        "| layer | operation | `copy_`, GB/s | ours, ms | ours, GB/s | ours, of `copy_` | ours, addresses known, of "
-        "`copy_` | stack, cat, transpose, of `copy_` | _foreach_copy_, of `copy_` | copy_ loop, of `copy_` "
-        "| ours, tables too, of `copy_` | torch, by fp32, of `copy_` |",
-        "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
-        "| Mixtral-8x7B (E 8, I 14336, H 4096) | concatenate | 3000 | 1.250 | 2400 | 0.80 | 0.83 | out of memory "
-        "| failed | 0.25 |  |  |",
-        "",
-        "| layer | operation | candidate | ours, GB/s | of `copy_` |",
-        "| --- | --- | --- | ---: | ---: |",
-        "| Mixtral-8x7B | interleave columns | 64x128 | 2400 | 0.80 |",
-        "| Mixtral-8x7B | interleave columns | 64x64 | 2000 | 0.67 |",
-        "",
-        "|  | GB/s | first, ms | again, ms |",
-        "| --- | ---: | ---: | ---: |",
-        "| to the device, at once | 50.0 |  |  |",
-        "| pin 64 MiB |  | 30.00 | 0.10 |",
-        "",
-        "Warm page cache. short: 4 layers, 5.00 GB; long: 13 layers, 15.00 GB",
-        "",
-        "|  | checkpoint | seconds | again | GB/s | pinning, s | peak on the device | bus alone, of the reading |",
-        "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |",
-        "| ours | short | 0.50 | 0.30 | 10.0 | 0.030 | 1.10x | 0.40 |",
-        "| ours, long | long | 0.80 | 0.50 | 18.8 | 0.030 | 1.10x | 1.20 |",
-        "| from_pretrained | short | 0.50 |  | 10.0 |  | 1.10x |  |",
-        "",
-        "Slope of ours: 50.0 GB/s from 5.00 to 15.00 GB, and 0.300 s.",
-        "",
-        "save from the device: 2.00 s, 2.5 GB/s",
-    ]
-
-
-def test_the_end_says_what_was_wrong_left_out_and_how_long_it_took():
-    assert tables.ending(RESULT).splitlines() == [
-        "Wrong: 4",
-        "- sweep: no worker",
-        "- tests: b: assert 1 == 2",
-        "- kernels: Mixtral-8x7B: concatenate: _foreach_copy_ is failed: killed by signal SIGSEGV",
-        "- kernels: Mixtral-8x7B: split back: RuntimeError: dead",
-        "Left out for want of time: 1",
-        "- loads: ours, cold",
-        "Took: tests 31 s, kernels 60 s",
-    ]
-
-
-def test_no_more_than_fifty_failures_are_told():
-    many = [{"cell": f"test {number}", "error": "wrong"} for number in range(60)]
-    lines = tables.ending(RESULT | {"errors": {}, "rows": {"tests": many}}).splitlines()
-    assert lines[0] == "Wrong: 60"
-    assert len([line for line in lines if "test " in line]) == 50
-    assert "- and 10 more in gpu.json" in lines
-
-
-def test_a_result_without_some_stages_has_the_other_tables():
-    rows = {stage: RESULT["rows"][stage] for stage in ("environment", "checkpoints", "loads")}
-    shown = tables.markdown(RESULT | {"rows": rows})
-    assert "| ours | short |" in shown
-    assert "pin 64 MiB" not in shown
