@@ -238,8 +238,11 @@ def _commit() -> str | None:
 
 
 def write_json(path: str | None, result: Mapping[str, Any]) -> None:
+    """Write a whole file or leave the one that was there, wherever this process is killed; None: nowhere."""
     if path is not None:
-        Path(path).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        beside = Path(f"{path}.new")
+        beside.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        os.replace(beside, path)
 
 
 def read_json(path: str) -> dict[str, Any]:

@@ -1,204 +1,106 @@
-"""Everything there is to know of one GPU, in one command of less than 10 minutes.
+"""Everything there is to know of one GPU, in one command of a few minutes, whatever goes wrong in it.
 
-    python -m benchmarks.gpu [--json FILE] [--minutes N] [--layers N] [--commit NAME] [--sweep]
-    python -m benchmarks.gpu --table FILE     (prints the README's tables from a result)
-    python -m benchmarks.gpu --smoke          (all of it, tiny, on the CPU, in Triton's interpreter)
+    python -m benchmarks.gpu OUT [--minutes 6] [--stage NAME ...] [--resume] [--commit NAME] [--layers N]
+    python -m benchmarks.gpu --table FILE     (prints the README's tables from a gpu.json)
+    python -m benchmarks.gpu OUT --smoke      (all of it, tiny, on the CPU, in Triton's interpreter)
 
-In this order: the tests of tests/gpu, of which one that fails ends it; kernels against copy_ and against torch; what
-bounds a load; whole loads. What is timed has been verified bit by bit just before, and wrong bytes end it too. The
-result is written after every stage, so that whatever stops the command leaves what was measured; a stage that breaks
-is told in it, and the next begins.
+In this order: the environment; the tests of tests/gpu that run beside each other; kernels against copy_ and against
+torch; candidates for other tiles; what bounds a load; whole loads; a round trip, and the tests that need all memory.
+
+OUT is a folder for gpu.json, which is whole after every row, and gpu.log, what the processes of the stages said; all
+else is temporary. Each stage works in processes of its own, has a deadline from the first second, and what fails in
+it costs only itself: a failed test is told, a way that writes a wrong byte is not timed, one that kills its process is
+left out. --resume goes on from the file: what is there stays, what is missing, or was wrong, is done. The exit code is
+1 if anything was wrong; standard output ends with what was, what was left out for want of time, and how long all took.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
-import re
-import subprocess
+import shutil
 import sys
 import tempfile
-import time
-import traceback
-from collections.abc import Callable, Iterable
-from typing import Any
+from datetime import datetime, timezone
+from pathlib import Path
 
 import torch
 
 from benchmarks import measure
-from benchmarks.gpu import kernels, loading, tables, transfers
-from benchmarks.operations import Mismatch
-from benchmarks.shapes import SMALL, Shape, qwen3_30b, write_checkpoint
+from benchmarks.gpu import record, tables
+from benchmarks.gpu.checkpoints import layers_that_fit
+from benchmarks.gpu.listening import Place
+from benchmarks.gpu.stages import STAGES, Run, run_all
 
-_RESULTS = measure.REPOSITORY / "benchmarks" / "results"
-# Of the whole time: what the tests may take, and by when no further kernel is begun; but some always are.
-_TESTS_SHARE, _KERNELS_SHARE = 0.5, 0.6
-_KERNELS_LEAST_S = 60
-_SWEEP_S = 60
-
-
-class TestsFailed(Exception):
-    """What is not right is not timed."""
+_LAYERS = 13
+_LOG = "gpu.log"
+_DEVICE = "cuda:0"
 
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.gpu", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--json", metavar="FILE", help="default: benchmarks/results/gpu-<name of the GPU>.json")
-    parser.add_argument("--minutes", type=float, default=9.0, help="what to stay within, roughly")
-    parser.add_argument("--layers", type=int, default=4, help="of the checkpoint, 1.2 GB each")
-    parser.add_argument("--repetitions", type=int, default=3, help="rounds of loads, at most")
-    parser.add_argument("--directory", help="where a temporary directory is made, for the checkpoint")
-    parser.add_argument("--tests", default="tests/gpu", help="what to run before anything is timed")
+    parser.add_argument("out", nargs="?", metavar="OUT", help="the folder for gpu.json and gpu.log")
+    parser.add_argument("--minutes", type=float, default=6.0, help="what to stay within")
+    parser.add_argument("--stage", action="append", choices=STAGES, help="only this one; may be given several times")
+    parser.add_argument("--resume", action="store_true", help="go on from OUT/gpu.json")
     parser.add_argument("--commit", help="of the code, where the checkout has no .git")
-    parser.add_argument("--sweep", action="store_true", help="also try other tiles")
+    parser.add_argument("--layers", type=int, default=_LAYERS, help="of the long checkpoint, 1.2 GB each")
+    parser.add_argument("--directory", help="where a temporary directory is made, for the checkpoints")
+    parser.add_argument("--tests", default="tests/gpu", help="the tests to run")
     parser.add_argument("--smoke", action="store_true", help="tiny, on the CPU; the times mean nothing")
-    parser.add_argument("--table", metavar="FILE", help="print the tables of a result and do nothing else")
+    parser.add_argument("--table", metavar="FILE", help="print the tables of a gpu.json and do nothing else")
     options = parser.parse_args(arguments)
     if options.table:
         sys.stdout.write(tables.markdown(measure.read_json(options.table)))
         return
-    if options.smoke:
-        # Before anything asks for a device or imports triton, and for the processes that are started here.
-        os.environ |= {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
-        device = torch.device("cpu")
-    elif torch.cuda.is_available():
-        os.environ["TRITON_INTERPRET"] = "0"  # which the tests would turn on
-        device = torch.device("cuda", torch.cuda.current_device())
-    else:
+    if options.out is None:
+        parser.error("OUT is missing: the folder for gpu.json")
+    if not options.smoke and not torch.cuda.is_available():
         parser.error("there is no CUDA device; --smoke tries everything on the CPU")
-    run(device, options)
+    if (Path(options.out) / record.NAME).exists() and not options.resume:
+        parser.error(f"{options.out} has a {record.NAME} already; --resume goes on from it")
+    sys.exit(run(options))
 
 
-def run(device: torch.device, options: argparse.Namespace) -> None:
-    """All stages; see the top of this file.
-
-    Raises:
-        TestsFailed, Mismatch: something is wrong; no number of what follows is written.
-        SystemExit: a stage broke.
-    """
-    start = time.monotonic()
-    seconds = 60 * options.minutes
-    environment = measure.environment()
-    if options.commit:
-        environment["commit"] = options.commit
-    result: dict[str, Any] = {"environment": environment, "device": describe(device), "stages_s": {}, "errors": {}}
-    path = options.json or str(_RESULTS / f"gpu-{_slug(result['device']['name'])}.json")
-
-    def stage(name: str, do: Callable[[], Any]) -> None:
-        began = time.monotonic()
-        _say(f"[{began - start:4.0f} s] {name}")
-        try:
-            result[name] = do()
-        except (TestsFailed, Mismatch):
-            raise
-        except Exception:
-            # One machine, one chance: what else can be measured is.
-            result["errors"][name] = traceback.format_exc()
-            _say(result["errors"][name])
-        finally:
-            result["stages_s"][name] = round(time.monotonic() - began, 1)
-            measure.write_json(path, result)
-
-    layers = kernels.SMOKE_LAYERS if options.smoke else kernels.LAYERS
-    _say(tables.markdown(result))
-    stage("tests", lambda: run_tests(options.tests, _TESTS_SHARE * seconds))
-    deadline = max(start + _KERNELS_SHARE * seconds, time.monotonic() + _KERNELS_LEAST_S)
-    result["kernels"] = []  # filled row by row: what was measured stays, whatever comes
-    stage("kernels", lambda: _shown(kernels.measure_layers(layers, device, deadline), result["kernels"]))
-    if options.sweep:
-        result["sweep"] = []
-        stage("sweep", lambda: _shown(kernels.sweep(layers[:2], device, time.monotonic() + _SWEEP_S), result["sweep"]))
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
+def run(options: argparse.Namespace) -> int:
+    """Everything that was asked for; returns the exit code."""
+    out = Path(options.out)
+    out.mkdir(parents=True, exist_ok=True)
+    kept = record.Record.of if (out / record.NAME).exists() else record.Record.new
+    found = kept(out / record.NAME)
+    found.say = _say
+    found.result["runs"].append(
+        {
+            "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "minutes": options.minutes,
+            "stages": options.stage,
+            "commit": options.commit,
+        }
+    )
     with tempfile.TemporaryDirectory(prefix="benchmark-gpu-", dir=options.directory) as root:
-        big, warm_up = os.path.join(root, "big"), os.path.join(root, "warm-up")
-        shape = SMALL if options.smoke else qwen3_30b(options.layers)
-        stage("checkpoint", lambda: write(shape, big, warm_up))
-        threads = min(16, measure.cores())
-        stage("transfers", lambda: bounds(big, threads, device, 1 << (24 if options.smoke else 30)))
-        stage("loads", lambda: loads(shape, big, warm_up, threads, device, options, start + seconds))
-    _say(f"[{time.monotonic() - start:4.0f} s] done: {path}\n")
-    sys.stdout.write(tables.markdown(result))
-    if result["errors"]:
-        sys.exit(f"broken: {', '.join(result['errors'])}; see {path}")
+        # Rows of checkpoints of other lengths do not compare.
+        layers = found.result.setdefault("layers", layers_that_fit(options.layers, shutil.disk_usage(root).free))
+        found.write()
+        work = Run(
+            device="cpu" if options.smoke else _DEVICE,
+            smoke=options.smoke,
+            tests=os.path.abspath(options.tests) if os.path.exists(options.tests) else options.tests,
+            layers=layers,
+            root=Path(root),
+            place=Place(_variables(options.smoke), (out / _LOG).absolute()),
+            record=found,
+            only=tuple(options.stage or ()),
+        )
+        run_all(work, 60 * options.minutes, _say)
+    sys.stdout.write(f"{tables.markdown(found.result)}\n{tables.ending(found.result)}")
+    return int(bool(record.problems(found.result)))
 
 
-def write(shape: Shape, big: str, warm_up: str) -> dict[str, Any]:
-    write_checkpoint(SMALL, warm_up)
-    write_checkpoint(shape, big)
-    return {"shape": shape.name, "source": shape.source}
-
-
-def run_tests(tests: str, timeout_s: float) -> dict[str, Any]:
-    """Run the tests in a process of their own.
-
-    Raises:
-        TestsFailed: one of them failed, or they took too long.
-    """
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "--durations=10", tests]
-    path = os.pathsep.join(filter(None, [str(measure.REPOSITORY), os.environ.get("PYTHONPATH")]))
-    environment = os.environ | {"PYTHONPATH": path}
-    try:
-        # To standard error: on standard output there are the tables alone.
-        done = subprocess.run(command, cwd=measure.REPOSITORY, env=environment, stdout=2, timeout=timeout_s)
-    except subprocess.TimeoutExpired as error:
-        raise TestsFailed(f"{tests} took more than {timeout_s:.0f} s; nothing was timed") from error
-    if done.returncode:
-        raise TestsFailed(f"{tests} failed; nothing was timed")
-    return {"passed": tests}
-
-
-def bounds(directory: str, threads: int, device: torch.device, nbytes: int) -> dict[str, Any]:
-    return {
-        "threads": threads,
-        "host_to_device_gb_per_s": transfers.host_to_device_gb_per_s(nbytes, device),
-        "preadv_gb_per_s": transfers.preadv_gb_per_s(directory, nbytes, threads, device),
-        "compilation": transfers.cold_compilation(timeout_s=120),
-    }
-
-
-def loads(
-    shape: Shape,
-    directory: str,
-    warm_up: str,
-    threads: int,
-    device: torch.device,
-    options: argparse.Namespace,
-    deadline: float,
-) -> dict[str, Any]:
-    repetitions = 1 if options.smoke else options.repetitions
-    runs = loading.measure_loads(directory, warm_up, device, threads, repetitions, deadline)
-    return {"shape": shape.name, "file_bytes": measure.read_through(directory), "threads": threads, "runs": runs}
-
-
-def describe(device: torch.device) -> dict[str, Any]:
-    """The device's name, memory and toolkit."""
-    if device.type != "cuda":
-        return {"name": "CPU, interpreted", "memory_bytes": None}
-    found = torch.cuda.get_device_properties(device)
-    return {
-        "name": found.name,
-        "memory_bytes": found.total_memory,
-        "multiprocessors": found.multi_processor_count,
-        "capability": [found.major, found.minor],
-        "cuda": torch.version.cuda,
-    }
-
-
-def _shown(rows: Iterable[dict[str, Any]], found: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Put the rows into ``found``, each said as it comes."""
-    for row in rows:
-        ms = row["ms"]
-        each = ", ".join(f"{way} {time_ms:.3f}" if time_ms else f"{way} no memory" for way, time_ms in ms.items())
-        _say(f"    {row['layer']}: {row['operation']} {row.get('tile', '')}: {each} ms")
-        found.append(row)
-    return found
-
-
-def _slug(name: str) -> str:
-    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+def _variables(smoke: bool) -> dict[str, str]:
+    """The interpreter on or off: the tests would turn it on."""
+    return {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""} if smoke else {"TRITON_INTERPRET": "0"}
 
 
 def _say(text: str) -> None:

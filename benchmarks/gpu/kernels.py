@@ -1,30 +1,32 @@
-"""Kernels against ``copy_`` of the same bytes and against what people write in torch, on layers of real models."""
+"""Kernels against ``copy_`` of the same bytes and against what people write in torch, on layers of real models.
+
+    python -m benchmarks.gpu.kernels    (a worker; a cell is an operation on a layer)
+
+Every way is verified bit by bit just before it is timed, and is not timed if a byte is wrong.
+"""
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
-from unittest import mock
 
 import torch
 from torch import Tensor
 
-from automodel_conv.kernels import interleave as interleaving
-from automodel_conv.kernels import transpose as transposing
-from benchmarks.gpu.timing import median_ms
-from benchmarks.operations import OPERATIONS, Case, Experts, Way
+from benchmarks.gpu.timing import median_ms, why_broken
+from benchmarks.gpu.worker import SILENT, Channel, serve, text_of
+from benchmarks.operations import OPERATIONS, Case, Experts, Mismatch, Way
 from benchmarks.quantized import QUANTIZED, Quantized
 
 # E, I, H of the published config.json. In this order, so that what comes last is left out where time is short.
 LAYERS = (
     Experts("Qwen3-235B-A22B", 128, 1536, 4096),
-    Experts("Mixtral-8x7B", 8, 14336, 4096),
     Experts("gpt-oss-120b", 128, 2880, 2880, note="in bf16; published in mxfp4"),
-    Experts("Qwen3-30B-A3B", 128, 768, 2048),
-    Experts("DeepSeek-V3", 64, 2048, 7168, note="64 of 256 experts, in bf16; published in fp8"),
     Experts("Qwen3-235B-A22B at 8 mod 16", 128, 1536, 4096, note="sources at 8 mod 16 bytes", phase_bytes=8),
+    Experts("DeepSeek-V3", 64, 2048, 7168, note="64 of 256 experts, in bf16; published in fp8"),
+    Experts("Qwen3-30B-A3B", 128, 768, 2048),
+    Experts("Mixtral-8x7B", 8, 14336, 4096),
 )
 SMOKE_LAYERS = (Experts("tiny", 2, 24, 48), Experts("tiny at 8 mod 16", 2, 24, 48, phase_bytes=8))
 
@@ -34,116 +36,154 @@ MEASURED = {name: (name, BF16, BF16) for name in OPERATIONS} | {
     "concatenate, bf16 to fp32": ("concatenate", F32, BF16),
     "concatenate, fp32 to bf16": ("concatenate", BF16, F32),
 }
-SWEPT = ("concatenate transposed", "interleave columns", "deinterleave columns")
-TILES = ((64, 64), (64, 128), (128, 64), (64, 32), (32, 32))
+
+TimeMs = Callable[[Callable[[], object], torch.device], float]
 
 
-def ways(case: Case | Quantized) -> dict[str, Way]:
-    """What is compared on a case, ours first."""
-    if isinstance(case, Quantized):
-        return case.ways()
-    compared = {
-        "ours": case.kernel,
-        "ours, addresses known": case.with_addresses(),
-        "stack, cat, transpose": case.idiom,
-        "copy_ loop": case.loop(),
-    }
-    if case.verb == "strided_copy":
-        compared["_foreach_copy_"] = case.foreach()
-    return compared
+def layers(smoke: bool) -> tuple[Experts, ...]:
+    return SMOKE_LAYERS if smoke else LAYERS
 
 
-def measure_layers(layers: tuple[Experts, ...], device: torch.device, deadline: float) -> Iterator[dict[str, Any]]:
-    """One row for each layer and operation; none begins after ``deadline``, by ``time.monotonic``.
-
-    Raises:
-        Mismatch: a way gave wrong bytes; it and what follows is not timed then.
-    """
-    for layer in layers:
-        for name in (*MEASURED, *QUANTIZED):
-            if time.monotonic() > deadline:
-                return
-            case = _case(name, layer, device)
-            yield {
-                "layer": layer.name,
-                "note": layer.note,
-                "experts": layer.experts,
-                "intermediate": layer.intermediate,
-                "hidden": layer.hidden,
-                "operation": name,
-                **measure_case(case, device),
-            }
-            del case
-            if device.type == "cuda":
-                torch.cuda.empty_cache()
+def cells(smoke: bool) -> dict[str, tuple[Experts, str]]:
+    """Layer and operation, by the name of the cell."""
+    return {f"{layer.name}: {name}": (layer, name) for layer in layers(smoke) for name in (*MEASURED, *QUANTIZED)}
 
 
-def _case(name: str, layer: Experts, device: torch.device) -> Case | Quantized:
+def make_case(name: str, layer: Experts, device: torch.device) -> Case | Quantized:
+    """Buffers of an operation on a layer."""
     if name in QUANTIZED:
         return QUANTIZED[name](layer, device)
     operation, dst, src = MEASURED[name]
     return OPERATIONS[operation](layer, dst, src, device)
 
 
+def ways(case: Case | Quantized) -> dict[str, Callable[[], Way]]:
+    """What is compared on a case, ours first; each is made when it is needed."""
+    if isinstance(case, Quantized):
+        return {name: lambda way=way: way for name, way in case.ways().items()}
+    compared: dict[str, Callable[[], Way]] = {
+        "ours": lambda: case.kernel,
+        "ours, addresses known": case.with_addresses,
+        "stack, cat, transpose": lambda: case.idiom,
+        "copy_ loop": case.loop,
+    }
+    if case.verb == "strided_copy":
+        compared["_foreach_copy_"] = case.foreach
+    return compared
+
+
+class Attempts:
+    """Ways that are tried one by one, and what went wrong with each; see ``benchmarks.gpu.working``."""
+
+    def __init__(self, device: torch.device, channel: Channel, without: Mapping[str, str]):
+        self._device = device
+        self._channel = channel
+        self.wrong: dict[str, str] = {}
+        self.failed: dict[str, str] = dict(without)  # a worker died of them
+        self.no_memory: set[str] = set()
+
+    @contextmanager
+    def of(self, way: str) -> Iterator[None]:
+        """Whatever a way does wrong ends here, and costs only itself."""
+        self._channel.way(way)
+        try:
+            yield
+        except Mismatch as error:
+            self.wrong[way] = text_of(error)
+        except torch.OutOfMemoryError:
+            self.no_memory.add(way)
+            torch.cuda.empty_cache()
+        except Exception as error:  # a way may be anybody's code, which raises anything
+            self.failed[way] = text_of(error)
+        if why := why_broken(self._device):
+            self._channel.broken(f"{self.failed.get(way, '')}\nthe device: {why}".strip())
+
+    def is_sound(self, way: str) -> bool:
+        return way not in self.wrong and way not in self.failed and way not in self.no_memory
+
+
 def measure_case(
-    case: Case | Quantized, device: torch.device, time_ms: Callable[..., float] = median_ms
+    case: Case | Quantized,
+    device: torch.device,
+    *,
+    channel: Channel = SILENT,
+    without: Mapping[str, str] | None = None,
+    time_ms: TimeMs = median_ms,
 ) -> dict[str, Any]:
-    """Median milliseconds of each way, None where memory did not suffice; all ways are verified before any is timed."""
-    compared = ways(case)
-    fits = {name: _within_memory(lambda name=name: case.verify(name, compared[name])) for name in compared}
-    found: dict[str, float | None] = {"copy_": time_ms(_copy(case.bytes_moved, device), device)}
-    for name, way in compared.items():
-        found[name] = None
-        if fits[name]:
-            _within_memory(lambda name=name, way=way: found.update({name: time_ms(way, device)}))
-    return {"bytes_moved": case.bytes_moved, "ms": found}
+    """Median milliseconds of each way, None where memory did not suffice; and by way what is wrong or failed.
+
+    All ways are verified before any is timed.
+
+    Args:
+        without: ways that are not to be tried, and why.
+    """
+    attempts = Attempts(device, channel, without or {})
+    sound: dict[str, Way] = {}
+    for name, make in ways(case).items():
+        if attempts.is_sound(name):
+            with attempts.of(name):
+                way = make()
+                case.verify(name, way)
+                sound[name] = way
+    # The buffers of copy_ go when it is timed.
+    runs: dict[str, Callable[[], Way]] = {"copy_": lambda: copy(case.bytes_moved, device)}
+    runs |= {name: lambda way=way: way for name, way in sound.items()}
+    ms: dict[str, float | None] = {}
+    for name, made in runs.items():
+        if attempts.is_sound(name):
+            with attempts.of(name):
+                ms[name] = time_ms(made(), device)
+    ms |= dict.fromkeys(attempts.no_memory)
+    return {"bytes_moved": case.bytes_moved, "ms": ms, "wrong": attempts.wrong, "failed": attempts.failed}
 
 
-def sweep(layers: tuple[Experts, ...], device: torch.device, deadline: float) -> Iterator[dict[str, Any]]:
-    """The transposing kernels with other tiles."""
-    for layer in layers:
-        for operation in SWEPT:
-            case = OPERATIONS[operation](layer, BF16, BF16, device)
-            roof = median_ms(_copy(case.bytes_moved, device), device)
-            for tile in TILES:
-                if time.monotonic() > deadline:
-                    return
-                with tiles(tile):
-                    case.verify(f"{operation} with tiles {tile}", case.kernel)
-                    ms = median_ms(case.kernel, device)
-                yield {
-                    "layer": layer.name,
-                    "operation": operation,
-                    "tile": list(tile),
-                    "bytes_moved": case.bytes_moved,
-                    "ms": {"copy_": roof, "ours": ms},
-                }
+def copy(bytes_moved: int, device: torch.device) -> Callable[[], Tensor]:
+    """``copy_`` of half as many bytes: each is read and written. Buffers are made at the first call."""
+    made: list[Tensor] = []
+
+    def run() -> Tensor:
+        if not made:
+            src = torch.empty(bytes_moved // 16, dtype=torch.int64, device=device).random_(-(2**63), None)
+            made.extend((torch.empty_like(src), src))
+        return made[0].copy_(made[1])
+
+    return run
+
+
+def work(order: Mapping[str, Any], channel: Channel) -> None:
+    device = torch.device(order["device"])
+    known = cells(order["smoke"])
+    for cell in order["cells"]:
+        channel.begin(cell)
+        with a_cell(cell, device, channel):
+            layer, name = known[cell]
+            without = order["without"].get(cell)
+            found = measure_case(make_case(name, layer, device), device, channel=channel, without=without)
+            channel.row(cell, **described(layer), operation=name, **found)
 
 
 @contextmanager
-def tiles(tile: tuple[int, int]) -> Iterator[None]:
-    """Elements of 2 bytes go in tiles of this many rows and columns."""
-    changed: Mapping[tuple[int, int], tuple[int, int]] = {(2, 2): tile}
-    with (
-        mock.patch.dict(transposing._TILES, changed),
-        mock.patch.dict(interleaving._INTERLEAVE_TILES, changed),
-        mock.patch.dict(interleaving._DEINTERLEAVE_TILES, changed),
-    ):
-        yield
-
-
-def _copy(bytes_moved: int, device: torch.device) -> Callable[[], Tensor]:
-    """``copy_`` of half as many bytes: each is read and written."""
-    src = torch.empty(bytes_moved // 16, dtype=torch.int64, device=device).random_(-(2**63), None)
-    dst = torch.empty_like(src)
-    return lambda: dst.copy_(src)
-
-
-def _within_memory(run: Callable[[], object]) -> bool:
-    """False where the device has not the memory."""
+def a_cell(cell: str, device: torch.device, channel: Channel) -> Iterator[None]:
+    """What fails outside of any way costs the cell."""
     try:
-        run()
-    except torch.OutOfMemoryError:
+        yield
+    except Exception as error:  # the next cell is another matter
+        if why := why_broken(device):
+            channel.broken(f"{text_of(error)}\nthe device: {why}")
+        channel.row(cell, error=text_of(error))
+    if device.type == "cuda":
         torch.cuda.empty_cache()
-        return False
-    return True
+
+
+def described(layer: Experts) -> dict[str, Any]:
+    return {
+        "layer": layer.name,
+        "note": layer.note,
+        "experts": layer.experts,
+        "intermediate": layer.intermediate,
+        "hidden": layer.hidden,
+    }
+
+
+if __name__ == "__main__":
+    serve(work)

@@ -1,34 +1,52 @@
-"""From files in the page cache to tensors on the device: ours and others', a process for each load.
+"""From files in the page cache to tensors on the device: ours and others'.
 
-    python -m benchmarks.gpu.loading METHOD DIRECTORY WARM_UP DEVICE THREADS    (one load; prints JSON)
+    python -m benchmarks.gpu.loading    (a worker; a cell is a load of a checkpoint in one way)
 
-The process first loads a tiny checkpoint in the same way: imports, the device's context and compiled kernels are not
-timed. Timed is from the call until the device is idle. Memory is the peak that torch's allocator gave out in that time.
+A process first loads a tiny checkpoint in the same way, so that imports, the device's context and compiled kernels are
+not timed, and then pins as much memory as the load will, and gives it back, which is timed on its own. Timed is from
+the call until the device is idle: the first load, and some more of the same in the same process. Memory is the peak
+that torch's allocator gave out in the first.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-import statistics
-import sys
-import time
+import gc
+import os
 from collections.abc import Callable, Mapping
 from functools import partial
+from hashlib import blake2b
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 import automodel_conv as amc
-from benchmarks import measure
+from automodel_conv.execution.streaming import DEFAULT_SCRATCH_BYTES
+from benchmarks.gpu import checkpoints
+from benchmarks.gpu.kernels import a_cell
 from benchmarks.gpu.timing import seconds
-from benchmarks.operations import Mismatch, synchronize
+from benchmarks.gpu.worker import Channel, serve
+
+_MIB = 1 << 20
+_AGAIN = 2
+_BLOCK = 128
+_PIECE_ELEMENTS = 16 << 20
+_ODD = 0x9E3779B1
+
+Loaded = tuple[dict[str, Tensor], dict[str, Any]]
+Load = Callable[[str, torch.device], Loaded]
 
 
-def load_ours(directory: str, device: torch.device, threads: int, layout: str) -> tuple[dict[str, Tensor], Any]:
-    loaded = amc.load_state_dict(directory, layout=layout, device=device, threads=threads)
+def load_ours(
+    directory: str,
+    device: torch.device,
+    *,
+    layout: str = "transformers",
+    threads: int | None = None,
+    scratch_bytes: int | None = None,
+) -> Loaded:
+    loaded = amc.load_state_dict(directory, layout=layout, device=device, threads=threads, scratch_bytes=scratch_bytes)
     names = {
         name: name.replace("gate_and_up_projs", "gate_up_proj").replace("down_projs", "down_proj") for name in loaded
     }
@@ -41,25 +59,27 @@ def load_ours(directory: str, device: torch.device, threads: int, layout: str) -
     return {names[name]: tensor for name, tensor in loaded.items()}, detail
 
 
-def load_transformers(directory: str, device: torch.device, threads: int) -> tuple[dict[str, Tensor], Any]:
+def load_transformers(directory: str, device: torch.device) -> Loaded:
     from transformers import AutoModelForCausalLM
-    from transformers.utils import is_accelerate_available
+    from transformers.utils import is_accelerate_available, logging
 
+    logging.disable_progress_bar()
     if is_accelerate_available():
         model = AutoModelForCausalLM.from_pretrained(directory, device_map=str(device))
-        return model.state_dict(), "device_map"
+        return model.state_dict(), {"how": "device_map"}
     model = AutoModelForCausalLM.from_pretrained(directory).to(device)
-    return model.state_dict(), "to the CPU, then to the device: device_map needs accelerate"
+    return model.state_dict(), {"how": "to the CPU, then to the device: device_map needs accelerate"}
 
 
-def load_safetensors(
-    directory: str, device: torch.device, threads: int, transposed: bool
-) -> tuple[dict[str, Tensor], Any]:
+def load_safetensors(directory: str, device: torch.device, *, transposed: bool) -> Loaded:
+    """What people write: files by ``load_file``, experts by stack and cat; FP8 expert by expert before."""
     from safetensors.torch import load_file
 
     found: dict[str, Tensor] = {}
     for path in sorted(Path(directory).glob("*.safetensors")):
         found |= load_file(path, device=str(device))
+    for name in [name for name in found if name.endswith("_scale_inv")]:
+        found[name.removesuffix("_scale_inv")] = _product(found[name.removesuffix("_scale_inv")], found.pop(name))
     made = {name: tensor for name, tensor in found.items() if ".experts." not in name}
     for prefix in sorted({name.partition(".experts.")[0] for name in found if ".experts." in name}):
         count = len([name for name in found if name.startswith(f"{prefix}.experts.") and ".down_proj." in name])
@@ -71,95 +91,139 @@ def load_safetensors(
         del gate, up
         made[f"{prefix}.experts.gate_up_proj"] = both.transpose(1, 2).contiguous() if transposed else both
         made[f"{prefix}.experts.down_proj"] = down.transpose(1, 2).contiguous() if transposed else down
-    return made, None
+    return made, {}
 
 
-METHODS: Mapping[str, tuple[Callable[..., tuple[dict[str, Tensor], Any]], bool]] = {
-    "ours": (partial(load_ours, layout="transformers"), False),
-    "from_pretrained": (load_transformers, False),
-    "load_file, stack, cat": (partial(load_safetensors, transposed=False), False),
-    "ours, nemo": (partial(load_ours, layout="nemo"), True),
-    "load_file, stack, cat, transpose": (partial(load_safetensors, transposed=True), True),
-}
-"""How to load, and whether experts end as ``[E, H, 2I]``."""
+def _product(codes: Tensor, scales: Tensor) -> Tensor:
+    rows, columns = codes.shape
+    wide = scales.repeat_interleave(_BLOCK, 0)[:rows].repeat_interleave(_BLOCK, 1)[:, :columns]
+    return (codes.float() * wide).to(torch.bfloat16)
 
 
-def work(method: str, directory: str, warm_up: str, device: torch.device, threads: int, first: bool) -> dict[str, Any]:
-    """One load in this process; the first of a method also gives a digest of its tensors."""
-    load = METHODS[method][0]
-    load(warm_up, device, threads)
-    synchronize(device)
+class Loading(NamedTuple):
+    """A load to be timed.
+
+    ``scratch_bytes``: pinned memory that it takes, 0 for none. ``group``: loads of one group share a process.
+    """
+
+    checkpoint: str
+    load: Load
+    transposed: bool = False
+    scratch_bytes: int = 0
+    is_cold: bool = False
+    group: str = ""
+
+
+THREADS = (8, 4, 16)
+SCRATCH_MIB = (64, 128, 256)
+PLAIN = "load_file, stack, cat"
+
+
+def loadings(smoke: bool) -> dict[str, Loading]:
+    """By name, the most telling first. The first that makes the same tensors as others is what these must make."""
+    short, long, fp8 = checkpoints.SHORT, checkpoints.LONG, checkpoints.FP8
+    ring = DEFAULT_SCRATCH_BYTES
+    plain = partial(load_safetensors, transposed=False)
+    turned = partial(load_safetensors, transposed=True)
+    nemo = partial(load_ours, layout="nemo")
+    made = {
+        PLAIN: Loading(short, plain, group="plain"),
+        f"{PLAIN}, transpose": Loading(short, turned, transposed=True, group="plain"),
+        f"fp8: {PLAIN}": Loading(fp8, plain, group="plain"),
+        "ours": Loading(short, load_ours, scratch_bytes=ring),
+        "fp8: ours": Loading(fp8, load_ours, scratch_bytes=ring),
+        "ours, nemo": Loading(short, nemo, transposed=True, scratch_bytes=ring),
+        "ours, long": Loading(long, load_ours, scratch_bytes=ring),
+    }
+    for mib in SCRATCH_MIB[:1] if smoke else SCRATCH_MIB:
+        for threads in THREADS[:2] if smoke else THREADS:
+            load = partial(load_ours, threads=threads, scratch_bytes=mib * _MIB)
+            made[f"ours, {threads} threads, {mib} MiB"] = Loading(long, load, scratch_bytes=mib * _MIB, group="grid")
+    made |= {
+        "ours, nemo, long": Loading(long, nemo, transposed=True, scratch_bytes=ring),
+        "from_pretrained": Loading(short, load_transformers),
+        "ours, cold": Loading(short, load_ours, is_cold=True),
+    }
+    if smoke:  # a process for each is what takes the time
+        made = {name: one if one.is_cold else one._replace(group="all") for name, one in made.items()}
+    return made
+
+
+def timed(loading: Loading, root: str, device: torch.device) -> dict[str, Any]:
+    """Loads in this process, and a digest of what the first made."""
+    warm_up = checkpoints.WARM_UP_FP8 if loading.checkpoint == checkpoints.FP8 else checkpoints.WARM_UP
+    if not loading.is_cold:
+        loading.load(os.path.join(root, warm_up), device)
+    pinned_s = _pin(loading.scratch_bytes, device)
     if device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
-    made: list[Any] = []
-    taken = seconds(lambda: made.extend(load(directory, device, threads)), device)
-    tensors, detail = made
-    return {
+    taken, (tensors, detail) = _once(loading, root, device)
+    found = {
+        "checkpoint": loading.checkpoint,
+        "transposed": loading.transposed,
         "seconds": taken,
+        "pinned_s": pinned_s,
         "detail": detail,
         "nbytes": sum(tensor.nbytes for tensor in tensors.values()),
         "peak_device_bytes": torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None,
-        "digest": measure.digest(tensors) if first else None,
+        "digest": digest(tensors),
+        "again_s": [],
     }
+    del tensors
+    for _ in range(0 if loading.is_cold else _AGAIN):
+        gc.collect()  # a model is part of circles
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+        found["again_s"].append(_once(loading, root, device)[0])
+    return found
 
 
-def measure_loads(
-    directory: str, warm_up: str, device: torch.device, threads: int, repetitions: int, deadline: float
-) -> dict[str, list[dict[str, Any]]]:
-    """Interleaved loads by method; no round begins that would not be over by ``deadline``.
-
-    The first round is always run.
-
-    Raises:
-        RuntimeError: a load failed; with the end of what it printed.
-        Mismatch: two methods did not make the same tensors.
-    """
-    runs: dict[str, list[dict[str, Any]]] = {method: [] for method in METHODS}
-    for repetition in range(repetitions):
-        start = time.monotonic()
-        for method in measure.shuffled(list(METHODS), repetition):
-            measure.read_through(directory)
-            command = ["-m", "benchmarks.gpu.loading", method, directory, warm_up, str(device), str(threads)]
-            runs[method].append(measure.run_worker(command, repetition, timeout_s=180))
-            sys.stderr.write(f"    round {repetition + 1} of {repetitions}: {method}\n")
-        if repetition == 0:
-            _same_tensors(runs)
-        now = time.monotonic()
-        if now + (now - start) > deadline:
-            break
-    return runs
+def _once(loading: Loading, root: str, device: torch.device) -> tuple[float, Loaded]:
+    made: list[Loaded] = []
+    directory = os.path.join(root, loading.checkpoint)
+    taken = seconds(lambda: made.append(loading.load(directory, device)), device)
+    return taken, made[0]
 
 
-def median_load_seconds(runs: list[dict[str, Any]]) -> float:
-    return statistics.median(run["seconds"] for run in runs)
+def _pin(nbytes: int, device: torch.device) -> float | None:
+    """Seconds to get pinned memory, which torch keeps for the next who asks for as much."""
+    if not nbytes or device.type != "cuda":
+        return None
+    return seconds(lambda: torch.empty(nbytes, dtype=torch.uint8, pin_memory=True), device)
 
 
-def _same_tensors(runs: Mapping[str, list[dict[str, Any]]]) -> None:
-    for transposed in (False, True):
-        found = {method: runs[method][0]["digest"] for method in runs if METHODS[method][1] == transposed}
-        if len(set(found.values())) > 1:
-            raise Mismatch(f"the methods do not make the same tensors: {found}")
+def digest(tensors: Mapping[str, Tensor]) -> str:
+    """Of names, shapes and all bytes, each by its place; summed up where the tensors are, in little time."""
+    found = blake2b(digest_size=16)
+    for name, tensor in sorted(tensors.items()):
+        found.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        for piece in tensor.contiguous().view(-1).view(torch.int16).split(_PIECE_ELEMENTS):
+            place = torch.arange(1, len(piece) + 1, device=piece.device)
+            found.update(f" {(piece.long() * (place * _ODD | 1)).sum().item()}".encode())
+    return found.hexdigest()
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu.loading")
-    parser.add_argument("method", choices=METHODS)
-    parser.add_argument("directory")
-    parser.add_argument("warm_up")
-    parser.add_argument("device", type=torch.device)
-    parser.add_argument("threads", type=int)
-    parser.add_argument("--repetition", type=int, default=0)
-    options = parser.parse_args()
-    if options.method == "from_pretrained":
-        from transformers.utils import logging
+def mark_unequal(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows of loads that did not make the tensors that the first of their kind made, each with what is wrong."""
+    first: dict[tuple[str, bool], dict[str, Any]] = {}
+    marked = []
+    for row in rows:
+        if "digest" in row:
+            of = first.setdefault((row["checkpoint"], row["transposed"]), row)
+            if row["digest"] != of["digest"]:
+                marked.append({**row, "wrong": {"load": f"not the tensors that {of['cell']!r} made"}})
+    return marked
 
-        logging.disable_progress_bar()
-    result = work(
-        options.method, options.directory, options.warm_up, options.device, options.threads, options.repetition == 0
-    )
-    sys.stdout.write(json.dumps(result) + "\n")
+
+def work(order: Mapping[str, Any], channel: Channel) -> None:
+    device = torch.device(order["device"])
+    known = loadings(order["smoke"])
+    for cell in order["cells"]:
+        channel.begin(cell)
+        with a_cell(cell, device, channel):
+            channel.row(cell, **timed(known[cell], order["root"], device))
 
 
 if __name__ == "__main__":
-    main()
+    serve(work)

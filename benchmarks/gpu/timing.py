@@ -32,3 +32,12 @@ def seconds(run: Callable[[], object], device: torch.device) -> float:
 
 def median_seconds(run: Callable[[], object], device: torch.device, repetitions: int) -> float:
     return statistics.median(seconds(run, device) for _ in range(repetitions))
+
+
+def why_broken(device: torch.device) -> str | None:
+    """What every further call on the device would fail with, if an earlier one was a fault; None if it is sound."""
+    try:
+        synchronize(device)
+    except RuntimeError as error:
+        return str(error)
+    return None

@@ -1,66 +1,118 @@
-"""What bounds a load: bytes from the host to the device, and from the page cache to pinned memory; and compilation."""
+"""What bounds a load: bytes from the host to the device, from the page cache to pinned memory; pinning; compilation.
+
+python -m benchmarks.gpu.transfers    (a worker; a cell is one of these, at one size or number of threads)
+"""
 
 from __future__ import annotations
 
-import json
 import os
-import sys
 import tempfile
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from benchmarks import measure
+from benchmarks.gpu.kernels import a_cell
 from benchmarks.gpu.timing import median_seconds, seconds
+from benchmarks.gpu.worker import Channel, serve
 from benchmarks.operations import OPERATIONS, Experts
 
-_RUN_BYTES = 16 << 20
+_MIB = 1 << 20
+_RUN_BYTES = 16 * _MIB
 _REPETITIONS = 5
+CHUNKS_MIB = (2, 4, 8, 16)
+THREADS = (4, 8, 16)
+PINNED_MIB = (64, 128, 256)
+COLD = "first call of a kernel"
 
 
-def host_to_device_gb_per_s(nbytes: int, device: torch.device) -> float:
-    """``copy_`` from one pinned buffer."""
+def host_to_device(chunk_bytes: int, nbytes: int, device: torch.device) -> dict[str, Any]:
+    """``copy_`` of chunks, one after another, from one pinned buffer."""
     host = _pinned(nbytes, device)
-    host.view(torch.int64).random_(-(2**63), None)
+    host.fill_(7)  # the bus does not compress
     on_device = torch.empty_like(host, device=device)
-    return nbytes / median_seconds(lambda: on_device.copy_(host, non_blocking=True), device, _REPETITIONS) / 1e9
+    pairs = list(zip(on_device.split(chunk_bytes), host.split(chunk_bytes), strict=True))
+
+    def run() -> None:
+        for dst, src in pairs:
+            dst.copy_(src, non_blocking=True)
+
+    run()
+    return {"gb_per_s": nbytes / median_seconds(run, device, _REPETITIONS) / 1e9, "nbytes": nbytes}
 
 
-def preadv_gb_per_s(directory: str, most_bytes: int, threads: int, device: torch.device) -> float:
+def preadv(threads: int, directory: str, most_bytes: int, device: torch.device) -> dict[str, Any]:
     """Files of a directory, in the page cache, into one pinned buffer: ``threads`` take runs of 16 MiB in turn."""
-    runs: list[tuple[int, int, int]] = []  # descriptor, offset, bytes
+    with _runs(directory, most_bytes) as runs:
+        nbytes = sum(run[2] for run in runs)
+        view = memoryview(_pinned(nbytes, device).numpy())
+        jobs, at = [], 0
+        for descriptor, offset, length in runs:
+            jobs.append((descriptor, offset, view[at : at + length]))
+            at += length
+        with ThreadPoolExecutor(threads) as pool:
+
+            def run() -> None:
+                list(pool.map(lambda job: measure.read_into(*job), jobs))
+
+            run()
+            return {"gb_per_s": nbytes / median_seconds(run, device, _REPETITIONS) / 1e9, "nbytes": nbytes}
+
+
+@contextmanager
+def _runs(directory: str, most_bytes: int) -> Iterator[list[tuple[int, int, int]]]:
+    """Descriptor, offset, bytes."""
+    runs: list[tuple[int, int, int]] = []
     for path in sorted(Path(directory).glob("*.safetensors")):
         descriptor = os.open(path, os.O_RDONLY)
         size = os.fstat(descriptor).st_size
         runs += [(descriptor, at, min(_RUN_BYTES, size - at)) for at in range(0, size, _RUN_BYTES)]
-    runs = runs[: max(1, most_bytes // _RUN_BYTES)]
-    nbytes = sum(run[2] for run in runs)
-    view = memoryview(_pinned(nbytes, device).numpy())
-    jobs = []
-    at = 0
-    for descriptor, offset, length in runs:
-        jobs.append((descriptor, offset, view[at : at + length]))
-        at += length
-    with ThreadPoolExecutor(threads) as pool:
-        taken = median_seconds(lambda: list(pool.map(lambda job: measure.read_into(*job), jobs)), device, _REPETITIONS)
-    for descriptor in {run[0] for run in runs}:
-        os.close(descriptor)
-    return nbytes / taken / 1e9
+    try:
+        yield runs[: max(1, most_bytes // _RUN_BYTES)]
+    finally:
+        for descriptor in {run[0] for run in runs}:
+            os.close(descriptor)
 
 
-def cold_compilation(timeout_s: float) -> dict[str, Any]:
-    """Seconds of the first call of one transpose in a new process with an empty cache, and of the second."""
+def pinning(nbytes: int, device: torch.device) -> dict[str, Any]:
+    """Seconds until so much pinned memory is there, and until it is there once more after it was given back."""
+    torch.empty(1, device=device)  # the device's context is there
+    first = seconds(lambda: _pinned(nbytes, device), device)
+    return {"first_s": first, "again_s": seconds(lambda: _pinned(nbytes, device), device), "nbytes": nbytes}
+
+
+def cold_compilation(device: torch.device) -> dict[str, Any]:
+    """Seconds of the first call of one transpose with an empty cache, and of the second; in a new process."""
     with tempfile.TemporaryDirectory(prefix="benchmark-gpu-cache-") as cache:
-        return measure.run_worker(["-m", "benchmarks.gpu.transfers", cache], 0, timeout_s)
+        os.environ["TRITON_CACHE_DIR"] = cache
+        case = OPERATIONS["transpose down"](Experts("", 2, 24, 48), torch.bfloat16, torch.bfloat16, device)
+        first = seconds(case.kernel, device)
+        return {"first_s": first, "again_s": seconds(case.kernel, device)}
 
 
-def _first_calls(cache: str) -> dict[str, float]:
-    os.environ["TRITON_CACHE_DIR"] = cache
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    case = OPERATIONS["transpose down"](Experts("", 2, 24, 48), torch.bfloat16, torch.bfloat16, device)
-    return {"first_call_s": seconds(case.kernel, device), "second_call_s": seconds(case.kernel, device)}
+def cells(directory: str, smoke: bool, device: torch.device) -> dict[str, Callable[[], dict[str, Any]]]:
+    """What to do, by the name of the cell."""
+    unit, most = (1 << 12, 1 << 20) if smoke else (_MIB, 1 << 30)
+    made: dict[str, Callable[[], dict[str, Any]]] = {COLD: partial(cold_compilation, device)}
+    made |= {f"pin {mib} MiB": partial(pinning, mib * unit, device) for mib in PINNED_MIB}
+    chunks = {f"to the device, {mib} MiB chunks": mib * unit for mib in CHUNKS_MIB}
+    made |= {name: partial(host_to_device, nbytes, most, device) for name, nbytes in chunks.items()}
+    made["to the device, at once"] = partial(host_to_device, most, most, device)
+    return made | {f"preadv, {n} threads": partial(preadv, n, directory, most, device) for n in THREADS}
+
+
+def work(order: Mapping[str, Any], channel: Channel) -> None:
+    device = torch.device(order["device"])
+    known = cells(order["directory"], order["smoke"], device)
+    for cell in order["cells"]:
+        channel.begin(cell)
+        with a_cell(cell, device, channel):
+            channel.row(cell, **known[cell]())
 
 
 def _pinned(nbytes: int, device: torch.device) -> torch.Tensor:
@@ -68,4 +120,4 @@ def _pinned(nbytes: int, device: torch.device) -> torch.Tensor:
 
 
 if __name__ == "__main__":
-    sys.stdout.write(json.dumps(_first_calls(sys.argv[1])) + "\n")
+    serve(work)

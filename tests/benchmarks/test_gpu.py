@@ -1,25 +1,27 @@
-"""``python -m benchmarks.gpu`` without a GPU: all of it runs, and nothing wrong is timed."""
+"""``python -m benchmarks.gpu`` without a GPU: all of it runs, and whatever goes wrong costs only itself."""
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
 
-from automodel_conv.kernels.interleave import deinterleave_variant, interleave_variant
-from automodel_conv.kernels.transpose import transpose_variant
 from automodel_conv.planning.registry import transformers_available
 from benchmarks import measure, operations
 from benchmarks.gpu import __main__ as command
-from benchmarks.gpu import kernels, loading, tables, transfers
+from benchmarks.gpu import candidates, checkpoints, environment, kernels, loading, round_trip, stages, sweep, tables
+from benchmarks.gpu.listening import Place
+from benchmarks.gpu.record import Record, is_wrong, problems
+from benchmarks.gpu.worker import Channel
 from benchmarks.quantized import QUANTIZED
 
 HIDE = Path(__file__).parents[1] / "hide"
 CPU = torch.device("cpu")
-CHOOSERS = (transpose_variant, interleave_variant, deinterleave_variant)
 
 
 @pytest.fixture
@@ -29,81 +31,214 @@ def needs_both():
         pytest.skip("the command builds models of transformers")
 
 
+class Command:
+    """The command in a process of its own, with a test in place of tests/gpu, which runs beside these tests."""
+
+    def __init__(self, root):
+        self.out = root / "out"
+        self.tests = root / "planted"
+        self.tests.mkdir()
+        (self.tests / "test_right.py").write_text("def test_right():\n    pass\n")
+
+    def start(self, *arguments, planted=""):
+        """Args:
+        planted: what each process does before anything else, as text.
+        """
+        (self.tests / "sitecustomize.py").write_text(planted)
+        line = [sys.executable, "-m", "benchmarks.gpu", str(self.out), "--smoke", "--tests", str(self.tests)]
+        return subprocess.Popen(
+            [*line, "--directory", str(self.tests.parent), *arguments],
+            cwd=measure.REPOSITORY,
+            env=os.environ | {"PYTHONPATH": str(self.tests), "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    def run(self, *arguments, planted=""):
+        """The exit code, and what was said on standard output and elsewhere."""
+        process = self.start(*arguments, planted=planted)
+        said, told = process.communicate()
+        return process.returncode, said, told
+
+    def result(self):
+        return json.loads((self.out / "gpu.json").read_text())
+
+    def rows(self, stage):
+        return {row["cell"]: row for row in self.result()["rows"].get(stage, [])}
+
+
 @pytest.fixture
-def files(tmp_path, monkeypatch):
-    """Where the result goes, and a test that passes in place of tests/gpu, which runs beside these tests."""
-    monkeypatch.setenv("TRITON_INTERPRET", "1")
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    (tmp_path / "test_right.py").write_text("def test_right():\n    pass\n")
-    return tmp_path
+def gpu(tmp_path):
+    return Command(tmp_path)
 
 
-def arguments(files, test="test_right.py"):
-    return ["--smoke", "--json", str(files / "result.json"), "--tests", str(files / test), "--directory", str(files)]
+def test_the_whole_command_runs_and_writes_what_it_measured(gpu, needs_both):
+    code, said, told = gpu.run("--commit", "0123abc")
+    assert code == 0, said + told
+    result = gpu.result()
+    assert problems(result) == []
+    assert result["left_out"] == {}
+    assert set(result["stages_s"]) == set(stages.STAGES)
+    assert gpu.rows("environment")["environment"]["found"]["versions"]["torch"] == torch.__version__
+    assert set(gpu.rows("environment")) == set(environment.CELLS)
+    assert [Path(test).name for test in gpu.rows("tests")] == ["test_right.py::test_right"]
+    measured = gpu.rows("kernels")
+    assert set(measured) == set(kernels.cells(smoke=True))
+    assert all(min(row["ms"].values()) > 0 for row in measured.values())
+    assert set(gpu.rows("sweep")) == set(gpu.rows("compilation")) == set(sweep.cells(smoke=True))
+    assert all(row["ms"]["ours"] > 0 for row in gpu.rows("sweep").values())
+    assert set(gpu.rows("loads")) == set(loading.loadings(smoke=True))
+    assert all(row["seconds"] > 0 for row in gpu.rows("loads").values())
+    assert set(gpu.rows("round trip")) == set(round_trip.CELLS)
+    assert said == f"{tables.markdown(result)}\n{tables.ending(result)}"
+    assert "0123abc" in said
+    assert sorted(path.name for path in gpu.out.iterdir()) == ["gpu.json", "gpu.log"]
+    assert [path.name for path in gpu.out.parent.iterdir() if path.name.startswith("benchmark-gpu")] == []
 
 
-def found(files):
-    return json.loads((files / "result.json").read_text())
+# One wrong byte in ours, a baseline that raises, one that leaves the device broken, one that kills its process, and a
+# case that does.
+FAULTS = """
+import os, signal, sys
+if "benchmarks.gpu.kernels" in sys.orig_argv:
+    import torch
+    from benchmarks import operations, quantized
+    from benchmarks.gpu import timing
 
+    broken = []
 
-def test_the_whole_command_runs_and_writes_what_it_measured(files, needs_both):
-    run = subprocess.run(
-        [sys.executable, "-m", "benchmarks.gpu", *arguments(files)],
-        cwd=measure.REPOSITORY,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert run.returncode == 0, run.stderr
-    result = found(files)
-    assert result["errors"] == {}
-    assert result["environment"]["versions"]["torch"] == torch.__version__
-    rows = {(row["layer"], row["operation"]) for row in result["kernels"]}
-    assert rows == {(layer.name, name) for layer in kernels.SMOKE_LAYERS for name in (*kernels.MEASURED, *QUANTIZED)}
-    assert all(min(row["ms"].values()) > 0 for row in result["kernels"])
-    assert set(result["loads"]["runs"]) == set(loading.METHODS)
-    assert all(run["seconds"] > 0 for runs in result["loads"]["runs"].values() for run in runs)
-    assert result["transfers"]["compilation"]["first_call_s"] > 0
-    assert set(result["stages_s"]) == {"tests", "kernels", "checkpoint", "transfers", "loads"}
-    assert run.stdout == tables.markdown(result)
-    assert sorted(path.name for path in files.iterdir() if path.name != "__pycache__") == [
-        "result.json",
-        "test_right.py",
-    ]
-
-
-def test_nothing_is_timed_after_a_test_that_failed(files, monkeypatch):
-    (files / "test_wrong.py").write_text("def test_wrong():\n    assert False\n")
-    monkeypatch.setattr(kernels, "median_ms", lambda *_: pytest.fail("timed"))
-    with pytest.raises(command.TestsFailed, match=r"test_wrong\.py failed; nothing was timed"):
-        command.main(arguments(files, "test_wrong.py"))
-    assert set(found(files)["stages_s"]) == {"tests"}
-    assert "kernels" not in found(files)
-
-
-def test_a_kernel_that_writes_one_wrong_byte_is_not_timed(files, needs_both, monkeypatch):
-    def wrong(dst, src):
+    def wrong(dst, src, right=operations.KERNELS["transpose"]):
         right(dst, src)
-        if not isinstance(dst, list):
-            return
-        dst[-1].view(torch.uint8)[-1, -1] ^= 1
+        if isinstance(dst, list):
+            dst[-1].view(torch.uint8)[-1, -1] ^= 1
 
-    right = operations.KERNELS["transpose"]
-    monkeypatch.setitem(operations.KERNELS, "transpose", wrong)
-    timed = []
-    monkeypatch.setattr(kernels, "measure_case", lambda case, device: measured(case, device, timed))
-    with pytest.raises(operations.Mismatch, match="ours: expert 1"):
-        command.main(arguments(files))
-    assert set(timed) == {"strided_copy"}  # what comes before it
-    assert {row["operation"] for row in found(files)["kernels"]} == set(list(kernels.MEASURED)[:3])
-    assert "loads" not in found(files)
+    def foreach(case, right=operations.Case.foreach):
+        if case.out.dtype == torch.float32 and case.operands[1][0].data_ptr() % 16 == 0:
+            os.kill(os.getpid(), signal.SIGSEGV)
+        return right(case)
+
+    def loop(case, right=operations.Case.loop):
+        if case.verb == "interleave":
+            raise ValueError("a broken baseline")
+        if case.verb == "deinterleave":
+            broken.append("an illegal memory access was encountered")
+            raise RuntimeError("from now on nothing works")
+        return right(case)
+
+    operations.KERNELS["transpose"] = wrong
+    timing.why_broken = lambda device: broken[0] if broken else None
+    operations.Case.foreach = foreach
+    operations.Case.loop = loop
+    quantized.QUANTIZED["dequantize mxfp4"] = lambda layer, device: os._exit(7)
+"""
+TESTS = """
+import os, signal
+import pytest
+from benchmarks.gpu import timing
+
+def test_wrong():
+    assert 1 == 2
+
+def test_sticky():
+    timing.why_broken = lambda device: "sticky"
+    assert 3 == 4
+
+def test_deadly():
+    os.kill(os.getpid(), signal.SIGSEGV)
+
+@pytest.mark.parametrize("number", range(3))
+def test_after(number):
+    assert "sticky" not in timing.why_broken.__code__.co_consts
+"""
 
 
-measure_case = kernels.measure_case
+def killed_after(process, has_enough):
+    try:
+        for _ in range(1200):
+            if has_enough():
+                return
+            time.sleep(0.1)
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
 
 
-def measured(case, device, timed):
-    return measure_case(case, device, lambda *_: timed.append(case.verb) or 1.0)
+def test_whatever_fails_or_kills_it_all_else_is_measured_and_only_what_is_missing_is_done_again(gpu, needs_both):
+    (gpu.tests / "test_faults.py").write_text(TESTS)
+    (gpu.tests / "test_not_to_be_imported.py").write_text("import there_is_no_such_thing\n")
+    asked = ("--stage", "tests", "--stage", "kernels")
+    process = gpu.start(*asked, planted=FAULTS)
+    killed_after(process, lambda: (gpu.out / "gpu.json").exists() and len(gpu.rows("kernels")) >= 5)
+    before = gpu.rows("kernels")
+    sound = {cell for cell in before if not is_wrong(before[cell])}
+    assert len(sound) >= 3
+    assert len(before) < len(kernels.cells(smoke=True))
+
+    code, said, told = gpu.run(*asked, "--resume", planted=FAULTS)
+    assert code == 1, told
+    assert {cell: gpu.rows("kernels")[cell] for cell in sound} == {cell: before[cell] for cell in sound}
+    tests = {name.rpartition("/")[2]: row for name, row in gpu.rows("tests").items()}
+    assert {name for name, row in tests.items() if "error" not in row} == {
+        "test_right.py::test_right",
+        *(f"test_faults.py::test_after[{number}]" for number in range(3)),
+    }
+    assert "assert 3 == 4" in tests["test_faults.py::test_sticky"]["error"]
+    assert "assert 1 == 2" in tests["test_faults.py::test_wrong"]["error"]
+    assert "SIGSEGV" in tests["test_faults.py::test_deadly"]["error"]
+    assert "there_is_no_such_thing" in tests["test_not_to_be_imported.py"]["error"]
+    first = gpu.rows("kernels")
+    assert set(first) == set(kernels.cells(smoke=True))
+    for cell, row in first.items():
+        operation = cell.partition(": ")[2]
+        lost = set()
+        if operation == "dequantize mxfp4":
+            assert "exit code 7" in row["error"]
+            continue
+        if operation in ("concatenate transposed", "transpose down"):
+            lost = {"ours"}
+            assert "not what plain indexing gives" in row["wrong"]["ours"]
+        if operation == "interleave columns":
+            lost = {"copy_ loop"}
+            assert "a broken baseline" in row["failed"]["copy_ loop"]
+        if operation == "deinterleave columns":
+            lost = {"copy_ loop"}
+            assert "an illegal memory access" in row["failed"]["copy_ loop"]
+        if cell == "tiny: concatenate, bf16 to fp32":
+            lost = {"_foreach_copy_"}
+            assert "SIGSEGV" in row["failed"]["_foreach_copy_"]
+        assert set(row["wrong"]) | set(row["failed"]) == lost
+        case = kernels.make_case(operation, operations.Experts("", 2, 24, 48), CPU)
+        assert set(row["ms"]) == {"copy_", *kernels.ways(case)} - lost
+    ending = said[said.index("Wrong: ") :]
+    assert "Wrong: 15\n" in ending  # 4 tests; 4 of transposes, 2 of each interleave, 2 of mxfp4, and a fault
+    assert "ours is wrong" in ending
+    assert "test_deadly" in ending
+
+    for name in ("test_faults.py", "test_not_to_be_imported.py"):
+        (gpu.tests / name).unlink()
+    code, said, told = gpu.run(*asked, "--resume")
+    assert code == 0, said + told
+    assert "Wrong: nothing" in said
+    again = gpu.rows("kernels")
+    assert set(again) == set(first)
+    kept = {cell for cell in first if not is_wrong(first[cell])}
+    assert {cell: again[cell] for cell in kept} == {cell: first[cell] for cell in kept}
+
+
+def test_what_there_is_no_time_for_is_listed_and_not_wrong(gpu, needs_both):
+    code, said, told = gpu.run("--stage", "kernels", "--minutes", "0.001")
+    assert code == 0, said + told
+    assert set(gpu.result()["left_out"]["kernels"]) == set(kernels.cells(smoke=True))
+    assert "Left out for want of time: 26\n- kernels: tiny: concatenate\n" in said
+
+
+def test_a_folder_with_a_file_is_not_begun_anew(gpu, capsys):
+    gpu.out.mkdir()
+    (gpu.out / "gpu.json").write_text("{}")
+    with pytest.raises(SystemExit):
+        command.main([str(gpu.out), "--smoke"])
+    assert "--resume" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("way", ["kernel", "twin", "idiom", "loop", "foreach"])
@@ -131,55 +266,89 @@ def test_every_way_to_dequantize_is_verified_and_an_output_that_stays_poisoned_i
 
 
 def test_all_ways_of_loading_make_the_same_tensors(tmp_path, needs_both):
-    command.write(command.SMALL, str(tmp_path / "big"), str(tmp_path / "small"))
-    runs = {
-        method: loading.work(method, str(tmp_path / "big"), str(tmp_path / "small"), CPU, 1, first=True)
-        for method in loading.METHODS
-    }
-    for transposed in (False, True):
-        assert len({runs[m]["digest"] for m in runs if loading.METHODS[m][1] == transposed}) == 1
-    assert runs["ours"]["digest"] != runs["ours, nemo"]["digest"]
+    for name, made in checkpoints.checkpoints(3, smoke=True).items():
+        checkpoints.write(made, str(tmp_path / name))
+    known = loading.loadings(smoke=True)
+    rows = [{"cell": name, **loading.timed(one, str(tmp_path), CPU)} for name, one in known.items()]
+    assert loading.mark_unequal(rows) == []
+    digests = {row["cell"]: row["digest"] for row in rows}
+    assert digests["ours"] == digests["from_pretrained"] == digests["load_file, stack, cat"]
+    assert len({digests[name] for name in ("ours", "ours, nemo", "ours, long", "fp8: ours")}) == 4
 
 
-def test_loads_that_differ_give_no_number(monkeypatch, capsys):
-    monkeypatch.setattr(measure, "run_worker", lambda arguments, *_, **__: {"digest": arguments[2], "seconds": 12345.0})
-    monkeypatch.setattr(measure, "read_through", lambda _: 0)
-    with pytest.raises(operations.Mismatch, match="do not make the same tensors"):
-        loading.measure_loads("", "", CPU, 1, 1, 0.0)
-    assert "12345" not in "".join(capsys.readouterr())
+@pytest.mark.parametrize("change", ["a bit", "two rows", "a name"])
+def test_a_digest_sees_every_bit_and_its_place(change):
+    tensors = {"a": torch.arange(64, dtype=torch.bfloat16).view(8, 8)}
+    before = loading.digest(tensors)
+    assert loading.digest({"a": tensors["a"].clone()}) == before
+    if change == "a bit":
+        tensors["a"].view(torch.int16)[7, 7] ^= 1
+    elif change == "two rows":
+        tensors["a"] = tensors["a"][[1, 0, 2, 3, 4, 5, 6, 7]]
+    else:
+        tensors = {"b": tensors["a"]}
+    assert loading.digest(tensors) != before
 
 
-def test_rounds_of_loads_end_with_the_time(monkeypatch):
-    monkeypatch.setattr(measure, "run_worker", lambda *_, **__: {"digest": "", "seconds": 1.0})
-    monkeypatch.setattr(measure, "read_through", lambda _: 0)
-    assert {len(runs) for runs in loading.measure_loads("", "", CPU, 1, 5, 0.0).values()} == {1}
-    assert {len(runs) for runs in loading.measure_loads("", "", CPU, 1, 5, float("inf")).values()} == {5}
+def test_a_round_trip_that_changes_a_byte_is_wrong(tmp_path, needs_both):
+    root = str(tmp_path)
+    made = checkpoints.checkpoints(3, smoke=True)[checkpoints.SHORT]
+    checkpoints.write(made, f"{root}/{checkpoints.SHORT}")
+    assert round_trip.save(root, CPU)["nbytes"] > 0
+    checkpoints.write(made, f"{root}/other")
+    file = sorted((tmp_path / "other").glob("*.safetensors"))[-1]
+    file.write_bytes(file.read_bytes()[:-1] + b"\0")
+    with pytest.raises(operations.Mismatch, match="is not what was loaded"):
+        round_trip.compare(f"{root}/other", f"{root}/{checkpoints.SHORT}")
 
 
-def test_a_stage_that_breaks_is_told_and_the_next_begins(files, needs_both, monkeypatch, capsys):
-    monkeypatch.setattr(kernels, "measure_layers", lambda *_: iter([]))
-    monkeypatch.setattr(transfers, "cold_compilation", lambda timeout_s: 1 / 0)
-    monkeypatch.setattr(loading, "measure_loads", lambda *_: {"ours": [RUN]})
-    with pytest.raises(SystemExit, match="broken: transfers"):
-        command.main(arguments(files))
-    assert "ZeroDivisionError" in found(files)["errors"]["transfers"]
-    assert found(files)["loads"]["runs"] == {"ours": [RUN]}
-    assert "| ours | 2.00 |" in capsys.readouterr().out
+@pytest.mark.parametrize("candidate", candidates.CANDIDATES, ids=lambda candidate: candidate.name)
+def test_a_candidate_changes_what_there_is_and_puts_it_back(candidate):
+    pytest.importorskip("triton")
+    before = [patch.found() for patch in candidate.patches]
+    with candidates.patched(candidate):
+        during = [patch.found() for patch in candidate.patches]
+    assert [patch.found() for patch in candidate.patches] == before
+    assert list(map(type, during)) == list(map(type, before))
+    assert set(candidate.operations) <= {*kernels.MEASURED, *QUANTIZED}
 
 
-def test_a_sweep_launches_other_tiles():
-    bf16 = torch.bfloat16
-    for tile in kernels.TILES:
-        with kernels.tiles(tile):
-            variants = [choose(bf16, bf16, 16, 16) for choose in CHOOSERS]
-        assert [(v.tile_rows, v.tile_columns) for v in variants] == [tile] * 3
+def test_no_two_candidates_of_an_operation_have_one_name():
+    pairs = [(operation, each.name) for each in candidates.CANDIDATES for operation in each.operations]
+    assert len(set(pairs)) == len(pairs)
 
 
-def test_without_a_device_the_command_says_how_to_try_it(capsys):
+def test_what_kernels_compile_in_is_tried_in_a_process_of_its_own():
+    pytest.importorskip("triton")
+    for candidate in candidates.CANDIDATES:
+        compiled_in = [patch for patch in candidate.patches if type(patch.found()).__name__ == "constexpr"]
+        assert candidate.own_process == bool(compiled_in), candidate.name
+
+
+def test_a_candidate_that_is_wrong_or_of_no_constant_costs_only_itself(monkeypatch):
+    pytest.importorskip("triton")
+    missing = candidates.Patch("automodel_conv.kernels.transpose", "_NO_SUCH_CONSTANT", 1)
+    zeroed = candidates.Patch("automodel_conv.kernels.strided_copy", "start", lambda work: None)
+    made = (
+        candidates.Candidate("no such constant", ("concatenate",), (missing,)),
+        candidates.Candidate("writes nothing", ("concatenate",), (zeroed,)),
+        candidates.Candidate("as it is", ("concatenate",)),
+    )
+    monkeypatch.setattr(sweep, "CANDIDATES", made)
+    lines = []
+    order = {"device": "cpu", "smoke": True, "compiles_only": False, "without": {}, "cells": [*sweep.cells(smoke=True)]}
+    sweep.work(order, Channel(lambda line: lines.append(json.loads(line))))
+    rows = {line["row"]["candidate"]: line["row"] for line in lines if "row" in line}
+    assert "_NO_SUCH_CONSTANT" in rows["no such constant"]["failed"]["ours"]
+    assert "expert 0" in rows["writes nothing"]["wrong"]["ours"]
+    assert [name for name, row in rows.items() if "ours" in row["ms"]] == ["as it is"]
+
+
+def test_without_a_device_the_command_says_how_to_try_it(capsys, tmp_path):
     if torch.cuda.is_available():
         pytest.skip("there is a device")
     with pytest.raises(SystemExit):
-        command.main([])
+        command.main([str(tmp_path)])
     assert "--smoke" in capsys.readouterr().err
 
 
@@ -187,96 +356,45 @@ def test_the_command_needs_none_of_the_packages_that_only_printing_needs():
     hidden = ("accelerate", "psutil", "pytest_benchmark", "rich", "tqdm", "typer", "xdist")
     path = os.pathsep.join([str(HIDE), str(measure.REPOSITORY)])
     environment = os.environ | {"PYTHONPATH": path, "HIDDEN_PACKAGES": ",".join(hidden)}
-    code = "import benchmarks.gpu.__main__, sys; print('triton' in sys.modules)"
+    workers = ("environment", "testing", "kernels", "sweep", "transfers", "checkpoints", "loading", "round_trip")
+    modules = ", ".join(f"benchmarks.gpu.{name}" for name in ("__main__", *workers))
+    code = f"import {modules}, sys; print('triton' in sys.modules)"
     run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
     assert (run.returncode, run.stdout) == (0, "False\n"), run.stderr
 
 
-# --- tables -----------------------------------------------------------------------------------------------------------
+def test_numbers_of_two_devices_do_not_meet_in_one_file(tmp_path, monkeypatch):
+    record = Record.new(tmp_path / "gpu.json")
+    place = Place({}, tmp_path / "log")
+    run = stages.Run("cuda:0", False, "tests/gpu", 1, tmp_path, place, record)
 
-RUN = {"seconds": 2.0, "detail": {"read": 1.6}, "nbytes": 10**10, "peak_device_bytes": 11 * 10**9}
-RESULT = {
-    "environment": {
-        "versions": {"torch": "2.11.0", "triton": "3.6.0"},
-        "cores": 16,
-        "date": "2026-11-23T21:00:00+00:00",
-        "commit": "0123abc",
-    },
-    "device": {"name": "NVIDIA H100 80GB HBM3", "memory_bytes": 80 * 2**30},
-    "kernels": [
-        {
-            "layer": "Mixtral-8x7B",
-            "experts": 8,
-            "intermediate": 14336,
-            "hidden": 4096,
-            "operation": "concatenate",
-            "bytes_moved": 3 * 10**9,
-            "ms": {
-                "copy_": 1.0,
-                "ours": 1.25,
-                "ours, addresses known": 1.2,
-                "stack, cat, transpose": None,
-                "_foreach_copy_": 2.0,
-                "copy_ loop": 4.0,
-            },
-        }
-    ],
-    "sweep": [
-        {
-            "layer": "Mixtral-8x7B",
-            "operation": "interleave columns",
-            "tile": [64, 128],
-            "bytes_moved": 3 * 10**9,
-            "ms": {"copy_": 1.0, "ours": 1.25},
-        }
-    ],
-    "transfers": {
-        "threads": 16,
-        "host_to_device_gb_per_s": 50.0,
-        "preadv_gb_per_s": 40.0,
-        "compilation": {"first_call_s": 1.234, "second_call_s": 0.0001},
-    },
-    "loads": {
-        "shape": "4 layers",
-        "file_bytes": 10**10,
-        "runs": {
-            "ours": [RUN, RUN | {"seconds": 2.5}, RUN | {"seconds": 4.0}],
-            "from_pretrained": [RUN | {"seconds": 5.0, "detail": "device_map", "peak_device_bytes": 2 * 10**10}],
-        },
-    },
-}
+    def on(name):
+        monkeypatch.setattr(stages, "work_off", lambda *_: record.add("environment", {"cell": "device", "found": name}))
+        stages.look_around(run)
+
+    on("H100")
+    on("H100")
+    with pytest.raises(SystemExit, match="another device, H100"):
+        on("H200")
+    assert measure.read_json(str(tmp_path / "gpu.json"))["rows"]["environment"][0]["found"] == "H100"
 
 
-def test_tables_are_made_from_a_result(tmp_path, capsys):
-    file = tmp_path / "result.json"
-    measure.write_json(str(file), RESULT)
-    command.main(["--table", str(file)])
-    assert capsys.readouterr().out.splitlines() == [
-        "NVIDIA H100 80GB HBM3, 80 GiB; torch 2.11.0, triton 3.6.0; 16 cores; 2026-11-23, 0123abc",
-        "",
-        "| layer | operation | `copy_`, GB/s | ours, ms | ours, GB/s | ours, of `copy_` | ours, addresses known, of "
-        "`copy_` | stack, cat, transpose, of `copy_` | _foreach_copy_, of `copy_` | copy_ loop, of `copy_` "
-        "| ours, tables too, of `copy_` | torch, by fp32, of `copy_` |",
-        "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
-        "| Mixtral-8x7B (E 8, I 14336, H 4096) | concatenate | 3000 | 1.250 | 2400 | 0.80 | 0.83 |  | 0.50 | 0.25 |  |  |",  # noqa: E501
-        "",
-        "| layer | operation | tile | ours, GB/s | of `copy_` |",
-        "| --- | --- | --- | ---: | ---: |",
-        "| Mixtral-8x7B | interleave columns | 64x128 | 2400 | 0.80 |",
-        "",
-        "Pinned memory to the device 50.0 GB/s; `preadv` into pinned memory 40.0 GB/s with 16 threads; first call of a "
-        "kernel 1.23 s (an empty cache), the second 0.10 ms.",
-        "",
-        "4 layers, 10.00 GB, warm page cache:",
-        "",
-        "|  | seconds | GB/s | peak on the device | host to device alone, of the reading |",
-        "| --- | ---: | ---: | ---: | ---: |",
-        "| ours | 2.50 | 4.0 | 1.10x | 0.12 |",
-        "| from_pretrained | 5.00 | 2.0 | 2.00x |  |",
-    ]
+def test_a_stage_that_breaks_in_the_command_itself_is_told_and_the_next_begins(tmp_path, monkeypatch):
+    record = Record.new(tmp_path / "gpu.json")
+    run = stages.Run("cpu", True, "tests/gpu", 1, tmp_path, Place({}, tmp_path / "log"), record)
+    done = []
+    made = {
+        "broken": stages.Stage(1, 1, lambda *_: 1 / 0),
+        "next": stages.Stage(3, 1, lambda _, limits: done.append(limits.deadline - time.monotonic())),
+    }
+    monkeypatch.setattr(stages, "STAGES", made)
+    monkeypatch.setattr(stages, "look_around", lambda _: None)
+    stages.run_all(run, 60.0, lambda text: None)
+    assert "ZeroDivisionError" in problems(record.result)[0]
+    assert 59 < done[0] <= 60  # what the first left
 
 
-def test_a_result_without_some_stages_has_the_other_tables():
-    shown = tables.markdown({key: RESULT[key] for key in ("environment", "device", "loads")})
-    assert "| ours | 2.50 |" in shown
-    assert "preadv" not in shown
+def test_the_longest_checkpoint_is_as_long_as_the_disk_allows():
+    assert checkpoints.layers_that_fit(13, 64e9) == 13
+    assert 1 <= checkpoints.layers_that_fit(13, 10e9) < 4
+    assert checkpoints.layers_that_fit(13, 1e9) == 1

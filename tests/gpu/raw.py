@@ -41,7 +41,9 @@ class Raw(NamedTuple):
     def write(self, index: int, values: Tensor) -> None:
         """Write a matrix on the CPU alone."""
         size = self.dtype.itemsize
-        self.raw_elements(index).copy_(values.contiguous().view(torch.uint8).view(*self.shape, size))
+        # Not contiguous(): that returns a single column of any stride as it is, and view refuses the stride.
+        dense = values.clone(memory_format=torch.contiguous_format)
+        self.raw_elements(index).copy_(dense.view(torch.uint8).view(*self.shape, size))
 
 
 def random(shape, dtype, phases, gap, device, *, finite=False) -> Raw:

@@ -1,0 +1,116 @@
+"""What the sweep tries in place of what the kernels do: the table to add to.
+
+A candidate names the operations of ``kernels.MEASURED`` and ``quantized.QUANTIZED`` that it is tried on and what is
+patched while it runs: module, name, what to put there. It is verified bit by bit before it is timed, as all is; one
+that does not compile, or writes a wrong byte, costs only itself. Where a kernel has compiled a constant in, the kernels
+must never have run in that process: such a candidate gets ``own_process=True``.
+
+To try another kernel function, patch an entry of ``moves_triton.KERNELS``:
+``Patch(_MOVES, "KERNELS", another_kernel, key="dequantize_tiles")``.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any, NamedTuple
+from unittest import mock
+
+_MOVES = "automodel_conv.kernels.moves_triton"
+_COPY = "automodel_conv.kernels.strided_copy"
+_TRANSPOSE = "automodel_conv.kernels.transpose"
+_INTERLEAVE = "automodel_conv.kernels.interleave"
+_DEQUANTIZE = "automodel_conv.kernels.dequantize"
+
+_PLAIN = ("concatenate",)
+_TURNED = ("concatenate transposed", "interleave columns", "deinterleave columns")
+_DECODED = ("dequantize fp8", "dequantize mxfp4")
+_DECODED_TURNED = ("dequantize fp8 transposed", "dequantize mxfp4 transposed")
+
+
+class Patch(NamedTuple):
+    """``value`` in place of a module's attribute, or of what a dictionary there has under ``key``."""
+
+    module: str
+    name: str
+    value: Any
+    key: Any = None
+
+    def found(self) -> Any:
+        """What is there.
+
+        Raises:
+            AttributeError, KeyError: nothing is.
+        """
+        owner = getattr(importlib.import_module(self.module), self.name)
+        return owner if self.key is None else owner[self.key]
+
+
+class Candidate(NamedTuple):
+    name: str
+    operations: tuple[str, ...]
+    patches: tuple[Patch, ...] = ()
+    own_process: bool = False
+
+
+def _warps(count: int) -> Patch:
+    return Patch(_MOVES, "OPTIONS", count, key="num_warps")
+
+
+def _tiles(rows: int, columns: int) -> tuple[Patch, ...]:
+    """Elements of 2 bytes go in tiles of this many rows and columns."""
+    places = ((_TRANSPOSE, "_TILES"), (_INTERLEAVE, "_INTERLEAVE_TILES"), (_INTERLEAVE, "_DEINTERLEAVE_TILES"))
+    return tuple(Patch(module, name, (rows, columns), key=(2, 2)) for module, name in places)
+
+
+def _group(count: int) -> Patch:
+    """Made of what is there, a ``tl.constexpr``, so that this file needs no Triton."""
+    return Patch(_MOVES, "_GROUP", _Like(count))
+
+
+class _Like(NamedTuple):
+    """A value of the type of what it takes the place of."""
+
+    value: Any
+
+
+CANDIDATES: tuple[Candidate, ...] = (
+    Candidate("as it is", (*_TURNED, *_PLAIN, *_DECODED, *_DECODED_TURNED)),
+    *(
+        Candidate(f"{rows}x{columns}, {warps} warps", _TURNED, (*_tiles(rows, columns), _warps(warps)))
+        for rows, columns in ((64, 64), (64, 128), (128, 64))
+        for warps in (4, 8)
+    ),
+    *(Candidate(f"groups of {count}", _TURNED, (_group(count),), own_process=True) for count in (1, 16)),
+    *(
+        Candidate(
+            f"{rows}x{nbytes} bytes, {warps} warps", _PLAIN, (Patch(_COPY, "_WIDE", (rows, nbytes)), _warps(warps))
+        )
+        for rows, nbytes, warps in ((8, 2048, 4), (8, 2048, 8), (4, 4096, 4), (4, 4096, 8))
+    ),
+    *(Candidate(f"{rows} rows", _DECODED, (Patch(_DEQUANTIZE, "_TILE", (rows, 256)),)) for rows in (8, 16, 32)),
+    *(
+        Candidate(f"{rows} rows", _DECODED_TURNED, (Patch(_DEQUANTIZE, "_TRANSPOSED_TILE", (rows, 128)),))
+        for rows in (8, 16, 32)
+    ),
+)
+
+
+@contextmanager
+def patched(candidate: Candidate) -> Iterator[None]:
+    """The kernels as a candidate has them.
+
+    Raises:
+        AttributeError, KeyError: there is nothing of the name that it patches.
+    """
+    with ExitStack() as stack:
+        for patch in candidate.patches:
+            found = patch.found()
+            value = type(found)(patch.value.value) if isinstance(patch.value, _Like) else patch.value
+            module = importlib.import_module(patch.module)
+            if patch.key is None:
+                stack.enter_context(mock.patch.object(module, patch.name, value))
+            else:
+                stack.enter_context(mock.patch.dict(getattr(module, patch.name), {patch.key: value}))
+        yield

@@ -1,0 +1,101 @@
+"""All that was found out, in one file that is whole at every moment.
+
+Rows belong to a stage and are known by their ``cell``; a row replaces an earlier one of the same cell. A row in which
+something is not right has ``error`` (the cell as a whole), ``failed`` or ``wrong`` (by the way that did it).
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from benchmarks import measure
+
+NAME = "gpu.json"
+_SOON_S = 0.5
+
+
+class Record:
+    """The file's content; several threads may add to it."""
+
+    def __init__(self, path: Path, result: dict[str, Any]):
+        self.path = path
+        self.say: Callable[[str], None] = lambda text: None  # a line for each row
+        self.result = result
+        self._lock = threading.Lock()
+        self._written = 0.0
+
+    @classmethod
+    def new(cls, path: Path) -> Record:
+        return cls(path, {"runs": [], "stages_s": {}, "left_out": {}, "errors": {}, "rows": {}})
+
+    @classmethod
+    def of(cls, path: Path) -> Record:
+        """What an earlier run left, without what has to be done again."""
+        result = measure.read_json(str(path))
+        result |= {"left_out": {}, "errors": {}}
+        for stage, rows in result["rows"].items():
+            result["rows"][stage] = [row for row in rows if not is_wrong(row)]
+        return cls(path, result)
+
+    def rows(self, stage: str) -> list[dict[str, Any]]:
+        return self.result["rows"].get(stage, [])
+
+    def done(self, stage: str) -> list[str]:
+        return [row["cell"] for row in self.rows(stage)]
+
+    def add(self, stage: str, row: Mapping[str, Any], *, soon: bool = False) -> None:
+        """Keep a row; ``soon``: many come at once, and are written together."""
+        with self._lock:
+            rows = [known for known in self.rows(stage) if known["cell"] != row["cell"]]
+            self.result["rows"][stage] = [*rows, dict(row)]
+            if not soon or time.monotonic() > self._written + _SOON_S:
+                self._write()
+
+    def tell(self, part: str, stage: str, what: Any) -> None:
+        """Keep something of a stage besides its rows: its ``errors``, ``stages_s`` or what was ``left_out``."""
+        with self._lock:
+            self.result[part][stage] = what
+            self._write()
+
+    def leave_out(self, stage: str, cells: list[str]) -> None:
+        """For want of time."""
+        with self._lock:
+            self.result["left_out"].setdefault(stage, []).extend(cells)
+            self._write()
+
+    def write(self, **parts: Any) -> None:
+        with self._lock:
+            self.result |= parts
+            self._write()
+
+    def _write(self) -> None:
+        measure.write_json(str(self.path), self.result)
+        self._written = time.monotonic()
+
+
+def is_wrong(row: Mapping[str, Any]) -> bool:
+    return bool(row.get("error") or row.get("failed") or row.get("wrong"))
+
+
+def problems(result: Mapping[str, Any]) -> list[str]:
+    """Everything that is not right, a line or more each."""
+    found = [f"{stage}: {text}" for stage, text in result["errors"].items()]
+    for stage, rows in result["rows"].items():
+        for row in filter(is_wrong, rows):
+            found += [f"{stage}: {row['cell']}: {what}" for what in _wrongs(row)]
+    return found
+
+
+def _wrongs(row: Mapping[str, Any]) -> Iterator[str]:
+    if row.get("error"):
+        yield row["error"]
+    for kind in ("wrong", "failed"):
+        yield from (f"{way} is {kind}: {text}" for way, text in row.get(kind, {}).items())
+
+
+def left_out(result: Mapping[str, Any]) -> Iterable[str]:
+    return [f"{stage}: {cell}" for stage, cells in result["left_out"].items() for cell in cells]

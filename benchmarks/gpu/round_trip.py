@@ -1,0 +1,107 @@
+"""Back from the device to files, and a load on a stream that is not the default one.
+
+python -m benchmarks.gpu.round_trip    (a worker; a cell is one of these)
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+
+import automodel_conv as amc
+from benchmarks.gpu import checkpoints, loading
+from benchmarks.gpu.kernels import a_cell
+from benchmarks.gpu.timing import seconds
+from benchmarks.gpu.worker import Channel, serve
+from benchmarks.operations import Mismatch
+
+
+def save(root: str, device: torch.device) -> dict[str, Any]:
+    """A model on the device, its experts grouped, to per-expert files: what it was loaded from.
+
+    Raises:
+        Mismatch: names the tensor that is not what it was.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    source, made = os.path.join(root, checkpoints.SHORT), os.path.join(root, "saved")
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(source), dtype=torch.bfloat16)
+    amc.load_model(model, source, device=device)
+    try:
+        taken = seconds(lambda: amc.save_checkpoint(model, made), device)
+        compare(made, source)
+        return {"seconds": taken, "nbytes": sum(tensor.nbytes for tensor in model.state_dict().values())}
+    finally:
+        shutil.rmtree(made, ignore_errors=True)
+
+
+def compare(made: str, source: str) -> None:
+    """All tensors of two directories, byte by byte.
+
+    Raises:
+        Mismatch: names the tensor.
+    """
+    places = [{name: path for path in _files(root) for name in _names(path)} for root in (made, source)]
+    if places[0].keys() != places[1].keys():
+        raise Mismatch(f"other names than those loaded: {sorted(places[0].keys() ^ places[1].keys())[:3]}")
+    for path in _files(source):
+        with safe_open(path, "pt") as file:
+            for name in file.keys():
+                with safe_open(places[0][name], "pt") as other:
+                    found, wanted = other.get_tensor(name), file.get_tensor(name)
+                if found.dtype != wanted.dtype or not torch.equal(found.view(torch.int16), wanted.view(torch.int16)):
+                    raise Mismatch(f"{name} is not what was loaded")
+
+
+def _files(root: str) -> list[Path]:
+    return sorted(Path(root).glob("*.safetensors"))
+
+
+def _names(path: Path) -> list[str]:
+    with safe_open(path, "pt") as file:
+        return [*file.keys()]
+
+
+def side_stream(root: str, device: torch.device) -> dict[str, Any]:
+    """The tensors that a load makes on the default stream.
+
+    Raises:
+        Mismatch: others.
+    """
+    directory = os.path.join(root, checkpoints.SHORT)
+    wanted = loading.digest(loading.load_ours(directory, device, layout="nemo")[0])
+    with _on_side_stream(device):
+        found: list[str] = []
+        taken = seconds(
+            lambda: found.append(loading.digest(loading.load_ours(directory, device, layout="nemo")[0])), device
+        )
+    if found[0] != wanted:
+        raise Mismatch("a load on a side stream does not make the tensors of one on the default stream")
+    return {"seconds": taken}
+
+
+def _on_side_stream(device: torch.device) -> AbstractContextManager[Any]:
+    return torch.cuda.stream(torch.cuda.Stream(device)) if device.type == "cuda" else nullcontext()
+
+
+CELLS = {"save from the device": save, "load on a side stream": side_stream}
+
+
+def work(order: Mapping[str, Any], channel: Channel) -> None:
+    device = torch.device(order["device"])
+    for cell in order["cells"]:
+        channel.begin(cell)
+        with a_cell(cell, device, channel):
+            channel.row(cell, **CELLS[cell](order["root"], device))
+
+
+if __name__ == "__main__":
+    serve(work)

@@ -1,0 +1,186 @@
+"""The stages, in their order, each with its share of the time; what a stage leaves of it goes to those after it."""
+
+from __future__ import annotations
+
+import time
+import traceback
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from benchmarks import measure
+from benchmarks.gpu import candidates, checkpoints, environment, kernels, loading, round_trip, sweep, transfers
+from benchmarks.gpu.listening import Limits, Place
+from benchmarks.gpu.record import Record, is_wrong
+from benchmarks.gpu.working import Task, work_off, work_off_together
+
+_MOST_PROCESSES = 8
+_COMPILING_SHARE = 0.4
+_ENVIRONMENT_S = 60
+
+
+@dataclass
+class Run:
+    """One call of the command: what it was asked for, and where its stages put what they find."""
+
+    device: str
+    smoke: bool
+    tests: str
+    layers: int
+    root: Path  # temporary
+    place: Place
+    record: Record
+    only: tuple[str, ...] = ()
+    written: set[str] = field(default_factory=set)
+
+    @property
+    def order(self) -> dict[str, Any]:
+        return {"device": self.device, "smoke": self.smoke, "root": str(self.root), "layers": self.layers}
+
+    def processes(self) -> int:
+        return min(_MOST_PROCESSES, measure.cores())
+
+    def work_off(self, stage: str, limits: Limits, task: Task) -> None:
+        work_off(task, stage, self.record, self.place, limits)
+
+
+class Stage(NamedTuple):
+    """``share_s``: of six minutes. ``silence_s``: longer than any of its cells takes."""
+
+    share_s: float
+    silence_s: float
+    do: Callable[[Run, Limits], None]
+
+
+def look_around(run: Run) -> None:
+    """The environment, always anew.
+
+    Raises:
+        SystemExit: there is no such device, or it is another one than that of the record.
+    """
+    stage = "environment"
+    known = run.record.rows(stage)
+    before = {row["cell"]: row for row in known}
+    run.record.result["rows"][stage] = []
+    limits = Limits(time.monotonic() + _ENVIRONMENT_S, _ENVIRONMENT_S)
+    run.work_off(stage, limits, Task("benchmarks.gpu.environment", run.order, environment.CELLS))
+    found = {row["cell"]: row for row in run.record.rows(stage)}
+    if is_wrong(found.get("device", {"error": "not found"})):
+        raise SystemExit(f"no device {run.device}: {found.get('device')}; --smoke tries everything on the CPU")
+    if "device" in before and before["device"].get("found") != found["device"]["found"]:
+        run.record.result["rows"][stage] = known
+        run.record.write()
+        raise SystemExit(f"the record is of another device, {before['device'].get('found')}; name another folder")
+
+
+def run_tests(run: Run, limits: Limits) -> None:
+    count = run.processes()
+    order = {**run.order, "tests": run.tests, "huge": False}
+    tasks = [Task("benchmarks.gpu.testing", {**order, "share": [k, count]}, None) for k in range(count)]
+    work_off_together(tasks, "tests", run.record, run.place, limits, quiet=True)
+    if not run.record.rows("tests") and "tests" not in run.record.result["left_out"]:
+        run.record.tell("errors", "tests", f"there is no test in {run.tests}")
+
+
+def measure_kernels(run: Run, limits: Limits) -> None:
+    run.work_off("kernels", limits, Task("benchmarks.gpu.kernels", run.order, tuple(kernels.cells(run.smoke))))
+
+
+def try_candidates(run: Run, limits: Limits) -> None:
+    cells = sweep.cells(run.smoke)
+    alone = {name: cell.candidate for name, cell in cells.items() if cell.candidate.own_process}
+    groups = [[name for name in cells if name not in alone]]
+    groups += [[n for n, of in alone.items() if of is c] for c in candidates.CANDIDATES if c in alone.values()]
+    compiling = {**run.order, "compiles_only": True}
+    now = time.monotonic()
+    soon = limits._replace(deadline=now + _COMPILING_SHARE * (limits.deadline - now))
+    count = 1 if run.smoke else run.processes()
+    # Those that need a process of their own are few.
+    shares = [groups[0][k::count] for k in range(count)] + groups[1:]
+    tasks = [Task("benchmarks.gpu.sweep", compiling, tuple(share)) for share in shares if share]
+    work_off_together(tasks, "compilation", run.record, run.place, soon, quiet=True)
+    run.record.result["left_out"].pop("compilation", None)  # then it is compiled when it is timed
+    broken = {row["cell"] for row in run.record.rows("compilation") if is_wrong(row)}
+    order = {**run.order, "compiles_only": False}
+    for layer in dict.fromkeys(cell.layer for cell in cells.values()):
+        for group in groups:
+            names = tuple(name for name in group if cells[name].layer == layer and name not in broken)
+            run.work_off("sweep", limits, Task("benchmarks.gpu.sweep", order, names))
+
+
+def measure_transfers(run: Run, limits: Limits) -> None:
+    directory = str(run.root / checkpoints.SHORT)
+    names = tuple(transfers.cells(directory, run.smoke, torch.device("cpu")))
+    order = {**run.order, "directory": directory}
+    if not set(names) <= set(run.record.done("transfers")):
+        need(run, limits, (checkpoints.SHORT,))
+    for task in (names[:1], names[1:]):  # the first call of a kernel is that of a new process
+        run.work_off("transfers", limits, Task("benchmarks.gpu.transfers", order, task))
+
+
+def measure_loads(run: Run, limits: Limits) -> None:
+    known = loading.loadings(run.smoke)
+    groups: dict[str, list[str]] = {}
+    for name, one in known.items():
+        groups.setdefault(one.group or name, []).append(name)
+    for group in groups.values():
+        if set(group) <= set(run.record.done("loads")):
+            continue
+        need(run, limits, (checkpoints.WARM_UP, checkpoints.WARM_UP_FP8, *{known[name].checkpoint for name in group}))
+        # An empty cache, so that kernels are compiled.
+        cold = {"TRITON_CACHE_DIR": str(run.root / "triton-cache")} if known[group[0]].is_cold else {}
+        run.work_off("loads", limits, Task("benchmarks.gpu.loading", run.order, tuple(group), cold))
+        for row in loading.mark_unequal(run.record.rows("loads")):
+            run.record.add("loads", row)
+
+
+def finish(run: Run, limits: Limits) -> None:
+    if not set(round_trip.CELLS) <= set(run.record.done("round trip")):
+        need(run, limits, (checkpoints.SHORT,))
+    run.work_off("round trip", limits, Task("benchmarks.gpu.round_trip", run.order, tuple(round_trip.CELLS)))
+    order = {**run.order, "tests": run.tests, "huge": True, "share": [0, 1]}
+    run.work_off("huge tests", limits, Task("benchmarks.gpu.testing", order, None))
+
+
+STAGES = {
+    "tests": Stage(45, 60, run_tests),
+    "kernels": Stage(70, 40, measure_kernels),
+    "sweep": Stage(60, 40, try_candidates),
+    "transfers": Stage(25, 60, measure_transfers),
+    "loads": Stage(105, 90, measure_loads),
+    "round trip": Stage(45, 60, finish),
+}
+
+
+def need(run: Run, limits: Limits, names: Iterable[str]) -> None:
+    """Write the checkpoints of these names that are not there yet; a temporary directory starts empty."""
+    # Tiny ones all at once: what takes the time is the start of a process.
+    wanted = checkpoints.checkpoints(run.layers, run.smoke) if run.smoke else dict.fromkeys(names)
+    missing = tuple(name for name in wanted if name not in run.written)
+    stage = "checkpoints"
+    rows = run.record.result["rows"]
+    rows[stage] = [row for row in run.record.rows(stage) if row["cell"] not in missing]
+    run.work_off(stage, limits, Task("benchmarks.gpu.checkpoints", run.order, missing))
+    run.written |= {row["cell"] for row in run.record.rows(stage) if not is_wrong(row)}
+
+
+def run_all(run: Run, seconds: float, say: Callable[[str], None]) -> None:
+    """Every stage that was asked for, whatever becomes of the one before."""
+    start = time.monotonic()
+    look_around(run)
+    todo = [name for name in STAGES if not run.only or name in run.only]
+    for number, name in enumerate(todo):
+        began = time.monotonic()
+        left_s = seconds - (began - start)
+        share = STAGES[name].share_s / sum(STAGES[later].share_s for later in todo[number:])
+        limits = Limits(began + left_s * share, STAGES[name].silence_s)
+        say(f"[{began - start:4.0f} s] {name}, at most {left_s * share:.0f} s")
+        try:
+            STAGES[name].do(run, limits)
+        except Exception:  # one machine, one chance: what else can be measured is
+            run.record.tell("errors", name, traceback.format_exc()[-2000:])
+        run.record.tell("stages_s", name, round(time.monotonic() - began, 1))
+    run.record.write()

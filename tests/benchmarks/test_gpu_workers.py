@@ -1,0 +1,225 @@
+"""What the command makes of workers that fail, fall silent, take too long, or die; with workers that do only that."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from benchmarks import measure
+from benchmarks.gpu.listening import Limits, Place
+from benchmarks.gpu.record import Record, left_out, problems
+from benchmarks.gpu.working import Task, work_off, work_off_together
+
+STAGE = "stage"
+# Does what a cell's name says.
+WORKER = """
+import os, signal, subprocess, sys, time
+from benchmarks.gpu.worker import serve
+
+def work(order, channel):
+    with open(order["starts"], "a") as file:
+        file.write("x")
+    if order.get("dies"):
+        sys.exit("dead from the start")
+    if order["cells"] is None:
+        channel.cells(["a", "segfault", "b"])
+    for cell in order["cells"] or ["a", "segfault", "b"]:
+        if cell in order["done"]:
+            continue
+        channel.begin(cell)
+        without = order["without"].get(cell, {})
+        print("said on standard output")
+        if cell == "segfault":
+            os.kill(os.getpid(), signal.SIGSEGV)
+        if cell == "exit":
+            print("the last words", file=sys.stderr, flush=True)
+            os._exit(7)
+        if cell == "sleep":
+            subprocess.Popen(["sleep", "61.725"])
+            time.sleep(60)
+        if cell == "broken":
+            channel.broken("the device is gone")
+        if cell == "ways":
+            for way in ("one", "two", "three"):
+                if way not in without:
+                    channel.way(way)
+                    if way != "two":
+                        os.kill(os.getpid(), signal.SIGSEGV if way == "one" else signal.SIGKILL)
+        channel.row(cell, failed=without, value=cell * 2)
+
+serve(work)
+"""
+
+
+@pytest.fixture
+def stage(tmp_path, monkeypatch):
+    """Works cells off; returns the record's content."""
+    (tmp_path / "a_worker.py").write_text(WORKER)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+
+    def work(cells, *, seconds=30.0, silence_s=30.0, **order):
+        record = Record.new(tmp_path / "gpu.json")
+        limits = Limits(time.monotonic() + seconds, silence_s)
+        task = Task("a_worker", {"starts": str(tmp_path / "starts"), **order}, cells)
+        work_off(task, STAGE, record, Place({}, tmp_path / "log"), limits)
+        return measure.read_json(str(tmp_path / "gpu.json"))
+
+    return work
+
+
+def values(result):
+    return {row["cell"]: row.get("value") for row in result["rows"].get(STAGE, [])}
+
+
+def starts(tmp_path):
+    return len((tmp_path / "starts").read_text())
+
+
+def test_cells_are_done_one_after_another_by_one_worker(stage, tmp_path):
+    assert values(stage(("a", "b"))) == {"a": "aa", "b": "bb"}
+    assert starts(tmp_path) == 1
+
+
+@pytest.mark.parametrize(
+    ("cell", "told"),
+    [("segfault", "killed by signal SIGSEGV"), ("exit", "exit code 7"), ("broken", "the device is gone")],
+)
+def test_a_cell_that_kills_its_worker_costs_only_itself(stage, tmp_path, cell, told):
+    result = stage(("a", cell, "b"))
+    assert values(result) == {"a": "aa", cell: None, "b": "bb"}
+    [problem] = problems(result)
+    assert told in problem
+    assert cell != "exit" or "the last words" in problem
+    assert starts(tmp_path) == 2
+
+
+def test_a_way_that_kills_its_worker_is_marked_and_its_cell_done_without_it(stage):
+    result = stage(("a", "ways", "b"))
+    assert values(result) == {"a": "aa", "ways": "waysways", "b": "bb"}
+    failed = result["rows"][STAGE][1]["failed"]
+    assert {way: why.splitlines()[0] for way, why in failed.items()} == {
+        "one": "killed by signal SIGSEGV",
+        "three": "killed by signal SIGKILL",
+    }
+
+
+def test_a_worker_that_finds_out_what_there_is_to_do_goes_on_after_a_fault(stage):
+    assert values(stage(None)) == {"a": "aa", "segfault": None, "b": "bb"}
+
+
+def test_a_cell_that_falls_silent_is_killed_with_all_that_it_started(stage):
+    result = stage(("a", "sleep", "b"), silence_s=1.5)
+    assert values(result) == {"a": "aa", "sleep": None, "b": "bb"}
+    assert "no word for" in problems(result)[0]
+    assert not processes_of("sleep\0" + "61.725")
+
+
+def test_what_the_deadline_cuts_off_is_listed_and_not_wrong(stage):
+    began = time.monotonic()
+    result = stage(("a", "sleep", "b"), seconds=2.0)
+    assert time.monotonic() - began < 10
+    assert values(result) == {"a": "aa"}
+    assert [*left_out(result)] == ["stage: sleep", "stage: b"]
+    assert problems(result) == []
+
+
+def test_workers_that_cannot_even_begin_end_the_stage(stage, tmp_path):
+    result = stage(("a", "b"), dies=True)
+    assert "dead from the start" in result["errors"][STAGE]
+    assert starts(tmp_path) == 2
+    assert [*left_out(result)] == ["stage: a", "stage: b"]
+
+
+def test_workers_side_by_side_keep_all_their_rows(tmp_path, monkeypatch):
+    (tmp_path / "a_worker.py").write_text(WORKER)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    record = Record.new(tmp_path / "gpu.json")
+    tasks = [Task("a_worker", {"starts": os.devnull}, (f"{k}", f"{k}!")) for k in range(4)]
+    work_off_together(tasks, STAGE, record, Place({}, tmp_path / "log"), Limits(time.monotonic() + 30, 30))
+    record.write()
+    assert len(values(measure.read_json(str(tmp_path / "gpu.json")))) == 8
+
+
+LISTENER = """
+import sys, time
+from pathlib import Path
+from benchmarks.gpu.listening import Limits, Place, run_worker
+
+order = {"starts": sys.argv[1], "cells": ["a", "sleep"], "done": [], "without": {}}
+place, limits = Place({}, Path(sys.argv[2])), Limits(time.monotonic() + 60, 60)
+run_worker("a_worker", order, place, limits, lambda message: print(message, flush=True))
+"""
+
+
+def test_no_worker_outlives_a_listener_that_is_killed(tmp_path):
+    (tmp_path / "a_worker.py").write_text(WORKER)
+    path = os.pathsep.join([str(measure.REPOSITORY), str(tmp_path)])
+    listener = subprocess.Popen(
+        [sys.executable, "-c", LISTENER, str(tmp_path / "starts"), str(tmp_path / "log")],
+        env=os.environ | {"PYTHONPATH": path},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        assert any("sleep" in line for line in iter(listener.stdout.readline, ""))
+    finally:
+        listener.send_signal(signal.SIGKILL)
+        listener.wait()
+        listener.stdout.close()
+    for _ in range(100):
+        if not processes_of("a_worker") and not processes_of("sleep\0" + "61.725"):
+            return
+        time.sleep(0.1)
+    pytest.fail("a worker, or what it started, is still there")
+
+
+def processes_of(text):
+    """Processes that have a text in their command line."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            line = path.read_text()
+        except OSError:
+            continue
+        if text in line and str(os.getpid()) != path.parent.name:
+            found.append(line)
+    return found
+
+
+# --- the file ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_file_is_whole_whatever_stops_its_writing(tmp_path, monkeypatch):
+    path = tmp_path / "gpu.json"
+    measure.write_json(str(path), {"old": 1})
+    monkeypatch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        measure.write_json(str(path), {"new": 2})
+    assert json.loads(path.read_text()) == {"old": 1}
+
+
+def test_what_was_wrong_is_done_again_and_what_was_right_is_kept(tmp_path):
+    record = Record.new(tmp_path / "gpu.json")
+    record.add(STAGE, {"cell": "right", "value": 1})
+    record.add(STAGE, {"cell": "wrong", "wrong": {"ours": "a byte"}})
+    record.add(STAGE, {"cell": "failed", "failed": {"theirs": "a fault"}})
+    record.add(STAGE, {"cell": "error", "error": "dead"})
+    record.leave_out(STAGE, ["late"])
+    record.tell("errors", STAGE, "no driver")
+    assert len(problems(record.result)) == 4
+    again = Record.of(tmp_path / "gpu.json")
+    assert again.done(STAGE) == ["right"]
+    assert problems(again.result) == []
+    assert [*left_out(again.result)] == []
+
+
+def test_a_row_takes_the_place_of_an_earlier_one_of_its_cell(tmp_path):
+    record = Record.new(tmp_path / "gpu.json")
+    for value in (1, 2):
+        record.add(STAGE, {"cell": "a", "value": value})
+    assert record.rows(STAGE) == [{"cell": "a", "value": 2}]
