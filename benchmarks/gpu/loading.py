@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 import automodel_conv as amc
-from automodel_conv.execution.streaming import DEFAULT_SCRATCH_BYTES
+from automodel_conv.execution.streaming import ring_of
 from benchmarks.gpu import checkpoints
 from benchmarks.gpu.kernels import a_cell
 from benchmarks.gpu.timing import seconds
@@ -122,7 +122,7 @@ PLAIN = "load_file, stack, cat"
 def loadings(smoke: bool) -> dict[str, Loading]:
     """By name, the most telling first. The first that makes the same tensors as others is what these must make."""
     short, long, fp8 = checkpoints.SHORT, checkpoints.LONG, checkpoints.FP8
-    ring = DEFAULT_SCRATCH_BYTES
+    ring = ring_of(None, None).nbytes
     plain = partial(load_safetensors, transposed=False)
     turned = partial(load_safetensors, transposed=True)
     nemo = partial(load_ours, layout="nemo")
