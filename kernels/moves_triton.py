@@ -328,16 +328,16 @@ def dequantize_tiles(
         row, byte = row.to(tl.uint32) // block_rows.to(tl.uint32), byte.to(tl.uint32) // block_columns.to(tl.uint32)
         cell = row.to(tl.int32) * across + byte.to(tl.int32)
     cells = _pointer(tl.load(entry + 2), CELL, 1)
-    first = tl.load(cells + cell, mask=(r < rows - r0) & (b < columns - b0), other=0).to(tl.int32) << BITS
-    first = tl.reshape(tl.broadcast_to(first[:, None], [VECTORS, SRC_VECTOR]), [TILE_ROWS * READS])
-
-    numbers = _pointer(tl.load(entry + 3), DST, 1)
+    cell = tl.load(cells + cell, mask=(r < rows - r0) & (b < columns - b0), other=0)
+    # A pointer for each vector is cheaper than a sum for each code.
+    numbers = _pointer(tl.load(entry + 3), DST, 1) + (cell.to(tl.int32) << BITS)
+    numbers = tl.reshape(tl.broadcast_to(numbers[:, None], [VECTORS, SRC_VECTOR]), [TILE_ROWS * READS])
     if BITS == 8:
-        x = tl.load(numbers + (first + codes))
+        x = tl.load(numbers + codes)
     elif SRC_VECTOR == 1:
-        x = tl.load(numbers + (first + ((codes >> (at % 2 * 4)) & 15)))
+        x = tl.load(numbers + ((codes >> (at % 2 * 4)) & 15))
     else:
-        x = tl.join(tl.load(numbers + (first + (codes & 15))), tl.load(numbers + (first + (codes >> 4))))
+        x = tl.join(tl.load(numbers + (codes & 15)), tl.load(numbers + (codes >> 4)))
         x = tl.reshape(x, [TILE_ROWS * WIDTH])
 
     c0 = b0 * PER_BYTE
@@ -345,11 +345,8 @@ def dequantize_tiles(
     across_step = step if STEPPED else 1
     dst = _pointer(tl.load(entry), DST, DST_VECTOR)
     if TRANSPOSED:
-        x = tl.trans(tl.reshape(x, [TILE_ROWS, WIDTH]))
-        if STEPPED:
-            x, c, r = tl.reshape(x, [TILE_ROWS * WIDTH]), at // TILE_ROWS, at % TILE_ROWS
-        else:
-            c, r = tl.arange(0, WIDTH)[:, None], tl.arange(0, TILE_ROWS)[None, :]
+        c, r = at // TILE_ROWS, at % TILE_ROWS
+        x = tl.reshape(tl.trans(tl.reshape(x, [TILE_ROWS, WIDTH])), [TILE_ROWS * WIDTH])
         dst += c0.to(tl.int64) * dst_stride + r0.to(tl.int64) * across_step
         offsets = c * dst_stride + r * across_step
     else:

@@ -221,10 +221,13 @@ def _lookups(variant: Variant) -> Counter[int]:
     )
 
 
+def codes_of(variants: Sequence[Variant], arch: int) -> list[Code]:
+    return read([compiled(KERNELS[variant.kernel], constants(variant), arch) for variant in variants], arch)
+
+
 def main(arch: int) -> None:
     variants = launchable()
-    binaries = [compiled(KERNELS[variant.kernel], constants(variant), arch) for variant in variants]
-    checked = [(variant, problems(variant, code)) for variant, code in zip(variants, read(binaries, arch), strict=True)]
+    checked = [(v, problems(v, code)) for v, code in zip(variants, codes_of(variants, arch), strict=True)]
     wrong = {str(variant): texts for variant, texts in checked if texts}
     print(json.dumps({"checked": len(checked), "wrong": wrong, "triton": triton.__version__}, indent=1))
 
