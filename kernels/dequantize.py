@@ -22,7 +22,8 @@ from automodel_conv.kernels.strided_copy import strided_copy_torch
 from automodel_conv.kernels.variants import Blocks, Decoding, Geometry, Variant, word
 
 # Rows and columns of a tile: 32 numbers for each thread of a block; in a transposed one runs of 64 bytes of 2-byte
-# numbers on the side that is written. Longer ones spill registers on sm_100 with Triton 3.6.0.
+# numbers on the side that is written. Twice as many numbers spill registers in places; other shapes of as many do not,
+# and are among the candidates of benchmarks/gpu.
 _TILE = (16, 256)
 _TRANSPOSED_TILE = (32, 128)
 _SCALAR_TILE = (16, 32)  # larger ones need more registers for addresses than there are

@@ -293,6 +293,10 @@ def dequantize_tiles(
     ``step`` apart, and are stored one by one.
 
     What is masked out looks up an entry that is there, the first one.
+
+    The tile is a line, row after row. In two dimensions the layout of a lookup, whose addresses say nothing of what is
+    contiguous, is left to the compiler, and Triton 3.6.0 chooses columns: then all that a thread holds goes through
+    shared memory, several times.
     """
     PER_BYTE: tl.constexpr = 8 // BITS
     rows = rows_v * (DST_VECTOR if TRANSPOSED else 1)
@@ -301,17 +305,22 @@ def dequantize_tiles(
     dst_stride = dst_stride_v * DST_VECTOR
     entry = table + tl.program_id(1) * 4
     r0, b0 = _grouped_tile(rows, columns, TILE_ROWS, TILE_COLUMNS)
-    r = tl.arange(0, TILE_ROWS)[:, None]
-    b = tl.arange(0, TILE_COLUMNS)[None, :]
+    WIDTH: tl.constexpr = PER_BYTE * TILE_COLUMNS
+    # Numbers that are stored one by one are decoded one by one: each of them reads the byte that it lies in.
+    READERS: tl.constexpr = PER_BYTE if SRC_VECTOR == 1 else 1
+    READS: tl.constexpr = READERS * TILE_COLUMNS  # in a row of the tile
+    at = tl.arange(0, TILE_ROWS * READS)
+    r, b = at // READS, at % READS // READERS
     mask = (r < rows - r0) & (b < columns - b0)
     codes = _pointer(tl.load(entry + 1), tl.uint8, SRC_VECTOR) + (r0.to(tl.int64) * src_stride + b0)
     codes = tl.load(codes + (r * src_stride + b), mask=mask, other=0).to(tl.int32)
 
     # One cell for each vector of codes.
-    VECTORS: tl.constexpr = TILE_COLUMNS // SRC_VECTOR
-    v = tl.arange(0, VECTORS)[None, :] * SRC_VECTOR
+    VECTORS: tl.constexpr = TILE_ROWS * READS // SRC_VECTOR
+    at = tl.arange(0, VECTORS) * SRC_VECTOR
+    r, b = at // READS, at % READS // READERS
     row = r + (r0 + start_row)
-    byte = v + (b0 + start_column)
+    byte = b + (b0 + start_column)
     if BY_SHIFTS:
         cell = (row >> block_rows) * across + (byte >> block_columns)
     else:
@@ -319,30 +328,32 @@ def dequantize_tiles(
         row, byte = row.to(tl.uint32) // block_rows.to(tl.uint32), byte.to(tl.uint32) // block_columns.to(tl.uint32)
         cell = row.to(tl.int32) * across + byte.to(tl.int32)
     cells = _pointer(tl.load(entry + 2), CELL, 1)
-    first = tl.load(cells + cell, mask=(r < rows - r0) & (v < columns - b0), other=0).to(tl.int32) << BITS
-    first = tl.broadcast_to(first[:, :, None], [TILE_ROWS, VECTORS, SRC_VECTOR])
-    first = tl.reshape(first, [TILE_ROWS, TILE_COLUMNS])
-
-    numbers = _pointer(tl.load(entry + 3), DST, 1)
+    cell = tl.load(cells + cell, mask=(r < rows - r0) & (b < columns - b0), other=0)
+    # A pointer for each vector is cheaper than a sum for each code.
+    numbers = _pointer(tl.load(entry + 3), DST, 1) + (cell.to(tl.int32) << BITS)
+    numbers = tl.reshape(tl.broadcast_to(numbers[:, None], [VECTORS, SRC_VECTOR]), [TILE_ROWS * READS])
     if BITS == 8:
-        x = tl.load(numbers + (first + codes))
+        x = tl.load(numbers + codes)
+    elif SRC_VECTOR == 1:
+        x = tl.load(numbers + ((codes >> (at % 2 * 4)) & 15))
     else:
-        x = tl.join(tl.load(numbers + (first + (codes & 15))), tl.load(numbers + (first + (codes >> 4))))
-        x = tl.reshape(x, [TILE_ROWS, PER_BYTE * TILE_COLUMNS])
+        x = tl.join(tl.load(numbers + (codes & 15)), tl.load(numbers + (codes >> 4)))
+        x = tl.reshape(x, [TILE_ROWS * WIDTH])
 
     c0 = b0 * PER_BYTE
-    c = tl.arange(0, PER_BYTE * TILE_COLUMNS)
-    r = tl.arange(0, TILE_ROWS)
+    at = tl.arange(0, TILE_ROWS * WIDTH)
     across_step = step if STEPPED else 1
     dst = _pointer(tl.load(entry), DST, DST_VECTOR)
     if TRANSPOSED:
-        mask = (c[:, None] < columns * PER_BYTE - c0) & (r[None, :] < rows - r0)
+        c, r = at // TILE_ROWS, at % TILE_ROWS
+        x = tl.reshape(tl.trans(tl.reshape(x, [TILE_ROWS, WIDTH])), [TILE_ROWS * WIDTH])
         dst += c0.to(tl.int64) * dst_stride + r0.to(tl.int64) * across_step
-        tl.store(dst + (c[:, None] * dst_stride + r[None, :] * across_step), tl.trans(x), mask=mask)
+        offsets = c * dst_stride + r * across_step
     else:
-        mask = (r[:, None] < rows - r0) & (c[None, :] < columns * PER_BYTE - c0)
+        r, c = at // WIDTH, at % WIDTH
         dst += r0.to(tl.int64) * dst_stride + c0.to(tl.int64) * across_step
-        tl.store(dst + (r[:, None] * dst_stride + c[None, :] * across_step), x, mask=mask)
+        offsets = r * dst_stride + c * across_step
+    tl.store(dst + offsets, x, mask=(r < rows - r0) & (c < columns * PER_BYTE - c0))
 
 
 KERNELS: dict[str, Any] = {

@@ -12,7 +12,7 @@ To try another kernel function, patch an entry of ``moves_triton.KERNELS``:
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
 from unittest import mock
@@ -27,6 +27,12 @@ _PLAIN = ("concatenate",)
 _TURNED = ("concatenate transposed", "interleave columns", "deinterleave columns")
 _DECODED = ("dequantize fp8", "dequantize mxfp4")
 _DECODED_TURNED = ("dequantize fp8 transposed", "dequantize mxfp4 transposed")
+
+
+class Made(NamedTuple):
+    """A value that is made of what is there, when it is needed: so this file needs no Triton."""
+
+    make: Callable[[Any], Any]
 
 
 class Patch(NamedTuple):
@@ -65,15 +71,17 @@ def _tiles(rows: int, columns: int) -> tuple[Patch, ...]:
 
 
 def _group(count: int) -> Patch:
-    """Made of what is there, a ``tl.constexpr``, so that this file needs no Triton."""
-    return Patch(_MOVES, "_GROUP", _Like(count))
+    return Patch(_MOVES, "_GROUP", Made(lambda found: type(found)(count)))  # a tl.constexpr
 
 
-class _Like(NamedTuple):
-    """A value of the type of what it takes the place of."""
+def _decoder(name: str) -> Patch:
+    """A kernel of ``benchmarks.gpu.decoders`` in the place of the package's."""
+    made = Made(lambda _: importlib.import_module("benchmarks.gpu.decoders").KERNELS[name])
+    return Patch(_MOVES, "KERNELS", made, key="dequantize_tiles")
 
-    value: Any
 
+DECODERS = ("in two dimensions", "codes past L1", "codes evicted first", "arithmetic")
+"""Kernels of ``benchmarks.gpu.decoders``."""
 
 CANDIDATES: tuple[Candidate, ...] = (
     Candidate("as it is", (*_TURNED, *_PLAIN, *_DECODED, *_DECODED_TURNED)),
@@ -89,11 +97,17 @@ CANDIDATES: tuple[Candidate, ...] = (
         )
         for rows, nbytes, warps in ((8, 2048, 4), (8, 2048, 8), (4, 4096, 4), (4, 4096, 8))
     ),
-    *(Candidate(f"{rows} rows", _DECODED, (Patch(_DEQUANTIZE, "_TILE", (rows, 256)),)) for rows in (8, 16, 32)),
     *(
-        Candidate(f"{rows} rows", _DECODED_TURNED, (Patch(_DEQUANTIZE, "_TRANSPOSED_TILE", (rows, 128)),))
-        for rows in (8, 16, 32)
+        Candidate(f"{rows}x{columns} numbers", _DECODED, (Patch(_DEQUANTIZE, "_TILE", (rows, columns)),))
+        for rows, columns in ((8, 256), (32, 256), (16, 128), (8, 512))
     ),
+    *(
+        Candidate(
+            f"{rows}x{columns} numbers", _DECODED_TURNED, (Patch(_DEQUANTIZE, "_TRANSPOSED_TILE", (rows, columns)),)
+        )
+        for rows, columns in ((16, 128), (64, 128), (64, 64), (32, 64))
+    ),
+    *(Candidate(name, (*_DECODED, *_DECODED_TURNED), (_decoder(name),)) for name in DECODERS),
 )
 
 
@@ -107,7 +121,7 @@ def patched(candidate: Candidate) -> Iterator[None]:
     with ExitStack() as stack:
         for patch in candidate.patches:
             found = patch.found()
-            value = type(found)(patch.value.value) if isinstance(patch.value, _Like) else patch.value
+            value = patch.value.make(found) if isinstance(patch.value, Made) else patch.value
             module = importlib.import_module(patch.module)
             if patch.key is None:
                 stack.enter_context(mock.patch.object(module, patch.name, value))

@@ -309,7 +309,8 @@ def test_a_candidate_changes_what_there_is_and_puts_it_back(candidate):
     with candidates.patched(candidate):
         during = [patch.found() for patch in candidate.patches]
     assert [patch.found() for patch in candidate.patches] == before
-    assert list(map(type, during)) == list(map(type, before))
+    if candidate.name not in candidates.DECODERS:
+        assert list(map(type, during)) == list(map(type, before))
     assert set(candidate.operations) <= {*kernels.MEASURED, *QUANTIZED}
 
 

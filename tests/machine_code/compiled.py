@@ -52,6 +52,10 @@ class Code(NamedTuple):
     stores: Counter[int]
     local: int  # instructions that access spilled registers or a stack
     stack_bytes: int
+    barriers: int  # of all threads of a program
+    shared_loads: int  # instructions that read what other threads wrote into shared memory
+    shared_stores: int
+    shuffles: int  # from thread to thread of a warp
 
 
 def compiled(kernel: Any, values: dict[str, Any], arch: int, **options: Any) -> bytes:
@@ -106,8 +110,18 @@ def _code(names: list[str], usage: str) -> Code:
             width = _WIDTH.search(name)
             accesses[name[:3]][_NBYTES[width.group(1)] if width else 4] += 1
     stack, local = (int(re.search(rf"{word}:(\d+)", usage).group(1)) for word in ("STACK", "LOCAL"))
-    spills = sum(name.partition(".")[0] in ("LDL", "STL") for name in names)
-    return Code(len(names), accesses["LDG"], accesses["STG"], spills, stack + local)
+    kinds = Counter(name.partition(".")[0] for name in names)
+    return Code(
+        len(names),
+        accesses["LDG"],
+        accesses["STG"],
+        kinds["LDL"] + kinds["STL"],
+        stack + local,
+        kinds["BAR"],
+        kinds["LDS"] + kinds["LDSM"],  # LDSM and STSM: of matrices, by a whole warp
+        kinds["STS"] + kinds["STSM"],
+        kinds["SHFL"],
+    )
 
 
 def _tool(name: str, *arguments: Any) -> str:
@@ -126,12 +140,49 @@ def problems(variant: Variant, code: Code) -> list[str]:
     expected = _accesses(variant, "dst")
     if code.stores != expected:
         found.append(f"stores by width {dict(code.stores)}, expected {dict(expected)}")
+    found += _exchanged(variant, code)
     if variant.src_vector > 1 or variant.dst_vector > 1:
         clocks = (_tile_nbytes(variant, "src") + _tile_nbytes(variant, "dst")) / BYTES_PER_CLOCK
         issue = code.instructions * THREADS / THREADS_PER_CLOCK / clocks
         most = MOST_ISSUE_DECODING if variant.decoding else MOST_ISSUE
         if issue > most:
             found.append(f"{code.instructions} instructions take {issue:.2f} of the issue slots, at most {most}")
+    return found
+
+
+def exchanges(variant: Variant) -> int:
+    """How often threads may exchange what they hold through shared memory, all of them at once.
+
+    Only what is transposed has another owner when it is stored than when it was loaded: one tile of elements or of
+    pairs, but of each half of pairs where they are torn apart, or are not moved as words.
+    """
+    if variant.kernel == "copy_tiles":
+        return 0
+    if variant.decoding is not None:
+        return int(variant.decoding.is_transposed)
+    if variant.kernel == "transpose_tiles" or (variant.kernel == "interleave_tiles" and variant.pairs):
+        return 1
+    return 2
+
+
+def _exchanged(variant: Variant, code: Code) -> list[str]:
+    """Each exchange is a write, a barrier and a read, of at most an element at a time; one barrier is between two.
+
+    Elements that go one by one may go otherwise: their addresses do not say what is contiguous, and with Triton 3.6.0
+    lanes of a warp then run along the wrong side, or change over once more. Decoding may not.
+    """
+    times = exchanges(variant)
+    one_by_one = variant.src_vector == variant.dst_vector == 1 and variant.decoding is None
+    elements = _tile_nbytes(variant, "dst") // _size(variant, "dst") // THREADS
+    barriers = {max(0, 2 * times - 1), *((0, 1) if one_by_one else ())}
+    accesses = max(times, one_by_one) * elements
+    found = []
+    if code.barriers not in barriers:
+        found.append(f"barriers: {code.barriers}, expected {sorted(barriers)}")
+    if max(code.shared_loads, code.shared_stores) > accesses:
+        found.append(f"shared memory: {code.shared_loads} loads, {code.shared_stores} stores, at most {accesses}")
+    if code.shuffles:
+        found.append(f"shuffles: {code.shuffles}, expected none")
     return found
 
 
@@ -151,7 +202,12 @@ def _accesses(variant: Variant, side: str) -> Counter[int]:
     width = _size(variant, side) * getattr(variant, f"{side}_vector") * (2 if paired else 1)
     if side == "src" and variant.bytewise:
         width = 1
-    return Counter({width: _tile_nbytes(variant, side) // THREADS // width})
+    return Counter({width: _readers(variant, side) * _tile_nbytes(variant, side) // THREADS // width})
+
+
+def _readers(variant: Variant, side: str) -> int:
+    """How many numbers that are decoded one by one read the same byte."""
+    return 8 // variant.decoding.bits if variant.decoding and side == "src" and variant.src_vector == 1 else 1
 
 
 def _lookups(variant: Variant) -> Counter[int]:
@@ -160,15 +216,18 @@ def _lookups(variant: Variant) -> Counter[int]:
         return Counter()
     codes = variant.tile_rows * variant.tile_columns // THREADS
     cell = getattr(tl, variant.decoding.cell).primitive_bitwidth // 8
-    return Counter({cell: codes // variant.src_vector}) + Counter(
+    return Counter({cell: codes * _readers(variant, "src") // variant.src_vector}) + Counter(
         {_size(variant, "dst"): codes * 8 // variant.decoding.bits}
     )
 
 
+def codes_of(variants: Sequence[Variant], arch: int) -> list[Code]:
+    return read([compiled(KERNELS[variant.kernel], constants(variant), arch) for variant in variants], arch)
+
+
 def main(arch: int) -> None:
     variants = launchable()
-    binaries = [compiled(KERNELS[variant.kernel], constants(variant), arch) for variant in variants]
-    checked = [(variant, problems(variant, code)) for variant, code in zip(variants, read(binaries, arch), strict=True)]
+    checked = [(v, problems(v, code)) for v, code in zip(variants, codes_of(variants, arch), strict=True)]
     wrong = {str(variant): texts for variant, texts in checked if texts}
     print(json.dumps({"checked": len(checked), "wrong": wrong, "triton": triton.__version__}, indent=1))
 

@@ -10,11 +10,13 @@ import json
 import triton
 import triton.language as tl
 
-from automodel_conv.kernels.moves_triton import constants, copy_tiles
-from automodel_conv.kernels.variants import Variant
+from automodel_conv.kernels.moves_triton import constants, copy_tiles, dequantize_tiles
+from automodel_conv.kernels.variants import Decoding, Variant
 from tests.machine_code.compiled import compiled, problems, read
 
 VARIANT = Variant("copy_tiles", "uint32", "uint32", 4, 4, 4, 512)
+ROWS = Variant("dequantize_tiles", "uint8", "uint16", 8, 8, 32, 128, decoding=Decoding(8, "int32", True, False, False))
+TRANSPOSED = ROWS._replace(decoding=Decoding(8, "int32", True, is_transposed=True, is_stepped=False))
 
 
 @triton.jit
@@ -65,6 +67,31 @@ def copy_with_undivided_stores(
     tl.store(dst + r * dst_stride_v + c, x, mask=mask)
 
 
+@triton.jit
+def copy_with_a_sum(
+    table,
+    rows,
+    columns_v,
+    src_stride_v,
+    dst_stride_v,
+    SRC: tl.constexpr,
+    DST: tl.constexpr,
+    VECTOR: tl.constexpr,
+    BYTEWISE: tl.constexpr,
+    TILE_ROWS: tl.constexpr,
+    TILE_COLUMNS: tl.constexpr,
+):
+    entry = table + tl.program_id(1) * 2
+    r = tl.arange(0, TILE_ROWS)[:, None]
+    c = tl.arange(0, TILE_COLUMNS)[None, :]
+    mask = (r < rows) & (c < columns_v * VECTOR)
+    src = tl.multiple_of(tl.load(entry + 1).to(tl.pointer_type(SRC)), 16)
+    dst = tl.multiple_of(tl.load(entry).to(tl.pointer_type(DST)), 16)
+    x = tl.load(src + r * (src_stride_v * VECTOR) + c, mask=mask, other=0)
+    sums = tl.sum(x.to(tl.float32), 1, keep_dims=True).to(SRC)  # of integers it is one instruction on new GPUs
+    tl.store(dst + r * (dst_stride_v * VECTOR) + c, x + sums, mask=mask)
+
+
 def main() -> None:
     values = constants(VARIANT)
     # A register limit is how ptxas is made to spill; a much larger tile gives it enough to keep.
@@ -74,6 +101,10 @@ def main() -> None:
         "lost hint": (VARIANT, compiled(copy_with_a_hint_before_the_cast, values, 90)),
         "narrow store": (VARIANT, compiled(copy_with_undivided_stores, values, 90)),
         "spill": (crowded, compiled(copy_tiles, constants(crowded), 90, maxnreg=24)),
+        # Each is the other, which loads and stores as much and as widely.
+        "exchange": (ROWS, compiled(dequantize_tiles, constants(TRANSPOSED), 90)),
+        "no exchange": (TRANSPOSED, compiled(dequantize_tiles, constants(ROWS), 90)),
+        "shuffles": (VARIANT, compiled(copy_with_a_sum, values, 90)),
     }
     codes = read([binary for _, binary in planted.values()], 90)
     found = {fault: problems(variant, code) for (fault, (variant, _)), code in zip(planted.items(), codes, strict=True)}

@@ -1,7 +1,7 @@
 """What a GPU would run: every variant that the verbs can launch, compiled without a GPU and read.
 
 The interpreter runs the other tests of kernels and notices none of this: accesses narrower than promised, spilled
-registers, too many instructions. It must be off here, hence the processes.
+registers, what threads exchange without need, too many instructions. It must be off here, hence the processes.
 """
 
 import importlib.util
@@ -17,12 +17,16 @@ pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reas
 
 
 def run(module, *arguments):
+    return json.loads(printed(module, *arguments))
+
+
+def printed(module, *arguments):
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, "-m", module, *arguments]
     root = Path(__file__).parents[2]
     done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+    return done.stdout
 
 
 @pytest.mark.parametrize("arch", ["80", "90", "100"])
@@ -34,11 +38,32 @@ def test_every_variant_compiles_to_what_it_promises(arch):
 
 def test_planted_faults_are_found_each_by_its_own_check():
     found = run("tests.machine_code.planted")
-    assert found["none"] == []
-    assert [text.partition(" ")[0] for text in found["lost hint"]] == ["loads"]
-    assert [text.partition(" ")[0] for text in found["narrow store"]] == ["stores"]
-    assert found["spill"][0].startswith("spills")
+    kinds = {fault: [text.partition(":")[0].partition(" by ")[0] for text in texts] for fault, texts in found.items()}
+    assert kinds == {
+        "none": [],
+        "lost hint": ["loads"],
+        "narrow store": ["stores", "barriers", "shared memory"],  # loaded in vectors, and handed on one by one
+        "spill": ["spills"],
+        "exchange": ["barriers", "shared memory"],
+        "no exchange": ["barriers"],
+        "shuffles": ["barriers", "shared memory", "shuffles"],
+    }
 
 
 def test_launches_compile_a_variant_once_and_to_the_code_that_is_checked():
     assert run("tests.machine_code.launched") == {"launches": 12, "compilations": 1, "as checked": True}
+
+
+def test_the_table_of_one_command_has_the_counts_of_every_triton_given():
+    here = str(Path(importlib.util.find_spec("triton").origin).parents[1])
+    text = printed("tests.machine_code.table", "90", "--only", "8 x uint8 to 8 x uint16", "--triton", here)
+    head, _, *lines = text.splitlines()
+    names = [cell.strip() for cell in head.split("|")[1:-1]]
+    rows = [dict(zip(names, (cell.strip() for cell in line.split("|")[1:-1]), strict=True)) for line in lines]
+    counts = {
+        (row["variant"].endswith("transposed"), *(row[name] for name in ("BAR", "LDS", "STS", "SHFL"))) for row in rows
+    }
+    assert counts == {(False, "0", "0", "0", "0"), (True, "1", "4", "4", "0")}
+    assert {row["LDG"] for row in rows} == {"8 x 8, 32 x 2, 4 x 1", "8 x 8, 4 x 4, 32 x 2"}
+    assert {(row["STG"], row["sm"], row["spills"]) for row in rows} == {("4 x 16", "90", "0")}
+    assert rows[::2] == rows[1::2]
