@@ -1,14 +1,15 @@
-"""These tests run on a GPU at real sizes; without one they run tiny, in Triton's interpreter."""
+"""These tests run on a GPU, or on the software GPU, at real sizes; elsewhere they run tiny, in Triton's interpreter."""
 
 import pytest
 import torch
 
-from tests.gpu.raw import ON_GPU
-
 
 @pytest.fixture(scope="session")
 def device():
-    return torch.device("cuda", torch.cuda.current_device()) if ON_GPU else torch.device("cpu")
+    # Not at the top: a plugin that decides it may come after this file.
+    from tests.gpu.place import PLACE, Place
+
+    return torch.device("cuda", torch.cuda.current_device()) if PLACE is Place.GPU else torch.device("cpu")
 
 
 @pytest.fixture(autouse=True)

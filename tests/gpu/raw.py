@@ -1,6 +1,5 @@
 """Matrices at any byte of one raw buffer, on the device and, the same, on the CPU, where plain indexing moves them."""
 
-import os
 from typing import NamedTuple
 
 import torch
@@ -10,7 +9,6 @@ from automodel_conv.kernels.address_table import Matrices, matrices_at
 from automodel_conv.testing import POISON
 
 MARGIN_BYTES = 64
-ON_GPU = torch.cuda.is_available() and os.environ["TRITON_INTERPRET"] == "0"
 
 
 class Raw(NamedTuple):
@@ -41,7 +39,9 @@ class Raw(NamedTuple):
     def write(self, index: int, values: Tensor) -> None:
         """Write a matrix on the CPU alone."""
         size = self.dtype.itemsize
-        self.raw_elements(index).copy_(values.contiguous().view(torch.uint8).view(*self.shape, size))
+        # Not contiguous(), which may leave any strides where a side is 1.
+        plain = values.clone(memory_format=torch.contiguous_format)
+        self.raw_elements(index).copy_(plain.view(torch.uint8).view(*self.shape, size))
 
 
 def random(shape, dtype, phases, gap, device, *, finite=False) -> Raw:

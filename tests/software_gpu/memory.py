@@ -1,0 +1,94 @@
+"""The memory that tensors hold, which is all that a kernel may touch."""
+
+from __future__ import annotations
+
+import gc
+import threading
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+
+from tests.software_gpu.accesses import Box, GpuFault
+
+
+class Allocations:
+    """Finds the storage of each access among the storages of all tensors that are alive.
+
+    They are looked for only when a storage that is known has gone, or an address is in none.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._starts = self._stops = np.empty(0, np.int64)
+        self._storages: list[StorageWeakRef] = []
+        self._host_only: set[StorageWeakRef] = set()
+
+    def keep_from_kernels(self, tensor: Tensor) -> None:
+        """Kernels may not touch the memory of a tensor: it is the host's."""
+        self._host_only.add(StorageWeakRef(tensor.untyped_storage()))
+
+    def allocated_bytes(self) -> int:
+        """Bytes of all storages."""
+        gc.collect()
+        return sum(stop - start for start, stop, _ in _living())
+
+    def check(self, boxes: Sequence[Box]) -> list[StorageWeakRef]:
+        """The storages in which boxes lie.
+
+        Raises:
+            GpuFault: a box leaves the memory of every tensor that is alive, or lies in the host's.
+        """
+        with self._lock:
+            found: set[int] = set()
+            for box in boxes:
+                if box.span_bytes and len(box.starts):
+                    found |= self._check(box)
+            return [self._storages[number] for number in found]
+
+    def _check(self, box: Box) -> set[int]:
+        for attempt in range(2):
+            number = np.searchsorted(self._starts, box.starts, side="right") - 1
+            inside = number >= 0
+            inside[inside] = box.stops[inside] <= self._stops[number[inside]]
+            numbers = set(np.unique(number[inside]).tolist())
+            if inside.all() and not any(self._storages[n].expired() for n in numbers):
+                for n in numbers:
+                    if self._storages[n] in self._host_only:
+                        raise GpuFault(f"a kernel touches the host's memory: {box.name}")
+                return numbers
+            if not attempt:
+                self._look()
+        outside = int(np.flatnonzero(~inside)[0])
+        raise GpuFault(
+            f"{box.name} leaves memory: {box.span_bytes} bytes at {int(box.starts[outside]):#x} lie in no tensor; "
+            f"{list(box.shape)}, strides {list(box.strides)} in bytes"
+        )
+
+    def _look(self) -> None:
+        # Storages of one memory, as those of two arrays of it are, count as the longest of them.
+        spans = sorted(_living(), key=lambda span: (span[0], -span[1]))
+        kept: list[tuple[int, int, StorageWeakRef]] = []
+        for span in spans:
+            if not kept or span[1] > kept[-1][1]:
+                kept.append(span)
+        self._starts = np.array([start for start, _, _ in kept], np.int64)
+        self._stops = np.array([stop for _, stop, _ in kept], np.int64)
+        self._storages = [storage for _, _, storage in kept]
+        self._host_only = {storage for storage in self._host_only if not storage.expired()}
+
+
+_PLAIN = (Tensor, torch.nn.Parameter)
+
+
+def _living() -> list[tuple[int, int, StorageWeakRef]]:
+    """First and last address of each storage in host memory that a tensor holds."""
+    found: dict[tuple[int, int], StorageWeakRef] = {}
+    for tensor in [thing for thing in gc.get_objects() if type(thing) in _PLAIN]:
+        if tensor.device.type == "cpu" and tensor.layout == torch.strided:
+            storage = tensor.untyped_storage()
+            if storage.nbytes():
+                found.setdefault((storage.data_ptr(), storage.nbytes()), StorageWeakRef(storage))
+    return [(start, start + nbytes, storage) for (start, nbytes), storage in found.items()]
