@@ -70,8 +70,9 @@ def conflict(boxes: Sequence[Box]) -> str | None:
     ends = np.append(begins[1:], len(order))
     written = np.array([box.is_written for box in boxes])
     writes = np.add.reduceat(written[owners[order]].astype(np.int64), begins)
-    for first, last in zip(begins[(ends - begins > 1) & (writes > 0)], ends[(ends - begins > 1) & (writes > 0)]):
-        met = _meet(boxes, owners[order[first:last]], starts[order[first:last]], int(reach[last - 1]))
+    for cluster in np.flatnonzero((ends - begins > 1) & (writes > 0)):
+        of_cluster = order[begins[cluster] : ends[cluster]]
+        met = _meet(boxes, owners[of_cluster], starts[of_cluster], int(reach[ends[cluster] - 1]))
         if met is not None:
             return met
     return None

@@ -71,7 +71,7 @@ class Stream(simulated.Stream):
         self._clocks.append(before)
         done = _Done()
         self.done.append(done)
-        with working(done), _Watch(done):
+        with working(done), _Watch(done, self.device.memory):
             super().step()
         self.device.check_alone(self, done, before)
 
@@ -171,12 +171,14 @@ def _single(box: Box) -> Iterator[Box]:
 class _Watch(TorchDispatchMode):
     """Sees what torch itself does for a stream: copies, and all that makes tables."""
 
-    def __init__(self, done: _Done):
+    def __init__(self, done: _Done, memory: Allocations):
         super().__init__()
-        self._done = done
+        self._done, self._memory = done, memory
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # noqa: ANN001
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
+        if isinstance(out, Tensor) and out.device.type == "cpu":
+            self._memory.note(out)
         schema = func._schema
         if not any(given.alias_info and not given.alias_info.is_write for given in schema.arguments):  # else a view
             for given, value in zip(schema.arguments, args):  # noqa: B905  # the rest are defaults
@@ -190,6 +192,7 @@ class _Watch(TorchDispatchMode):
         for tensor in value if isinstance(value, (list, tuple)) else [value]:
             if isinstance(tensor, Tensor) and tensor.device.type == "cpu" and tensor.numel():
                 name = f"torch's {list(tensor.shape)}"
+                self._memory.note(tensor)
                 box = Box(name, np.array([tensor.data_ptr()]), *_flat(tensor), tensor.itemsize, is_written)
                 self._done.touch([box], [StorageWeakRef(tensor.untyped_storage())])
 
@@ -204,4 +207,3 @@ def _flat(tensor: Tensor) -> tuple[tuple[int, int], tuple[int, int]]:
         return (1, span_bytes(tensor) // size), (0, size)
     sides = [(1, 0)] * (2 - len(sides)) + sides
     return (sides[0][0], sides[1][0]), (sides[0][1], sides[1][1])
-

@@ -155,7 +155,9 @@ class Executor:
             demand((vectors == vectors[:, :1]).all(), variant, f"a vector of codes lies in two blocks: {geometry}")
         rows = _of_rows(variant, geometry, blocks)
         last = int(rows[-1]) * blocks.across + int(columns[-1])
-        demand(self._is_compiling or columns[-1] < blocks.across, variant, f"{blocks.across} cells in a row, needs more")
+        demand(
+            self._is_compiling or columns[-1] < blocks.across, variant, f"{blocks.across} cells in a row, needs more"
+        )
         size = size_of(decoding.cell)
         cells = Box("cells", addresses[:, 2], (1, last + 1), (0, size), size, False)
         self.memory.check([cells])

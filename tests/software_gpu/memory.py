@@ -17,14 +17,24 @@ from tests.software_gpu.accesses import Box, GpuFault
 class Allocations:
     """Finds the storage of each access among the storages of all tensors that are alive.
 
-    They are looked for only when a storage that is known has gone, or an address is in none.
+    All are looked through only where an address is in none that is known.
     """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
+        self._known: dict[tuple[int, int], StorageWeakRef] = {}
         self._starts = self._stops = np.empty(0, np.int64)
         self._storages: list[StorageWeakRef] = []
         self._host_only: set[StorageWeakRef] = set()
+
+    def note(self, tensor: Tensor) -> None:
+        """Know the memory of a tensor, without having to look for it."""
+        storage = tensor.untyped_storage()
+        span = storage.data_ptr(), storage.data_ptr() + storage.nbytes()
+        with self._lock:
+            if span not in self._known or self._known[span].expired():
+                self._known[span] = StorageWeakRef(storage)
+                self._starts = self._stops = np.empty(0, np.int64)  # to be sorted again
 
     def keep_from_kernels(self, tensor: Tensor) -> None:
         """Kernels may not touch the memory of a tensor: it is the host's."""
@@ -49,18 +59,17 @@ class Allocations:
             return [self._storages[number] for number in found]
 
     def _check(self, box: Box) -> set[int]:
-        for attempt in range(2):
+        for look in (self._sort, self._look, None):
             number = np.searchsorted(self._starts, box.starts, side="right") - 1
             inside = number >= 0
             inside[inside] = box.stops[inside] <= self._stops[number[inside]]
             numbers = set(np.unique(number[inside]).tolist())
             if inside.all() and not any(self._storages[n].expired() for n in numbers):
-                for n in numbers:
-                    if self._storages[n] in self._host_only:
-                        raise GpuFault(f"a kernel touches the host's memory: {box.name}")
+                if any(self._storages[n] in self._host_only for n in numbers):
+                    raise GpuFault(f"a kernel touches the host's memory: {box.name}")
                 return numbers
-            if not attempt:
-                self._look()
+            if look:
+                look()
         outside = int(np.flatnonzero(~inside)[0])
         raise GpuFault(
             f"{box.name} leaves memory: {box.span_bytes} bytes at {int(box.starts[outside]):#x} lie in no tensor; "
@@ -68,15 +77,19 @@ class Allocations:
         )
 
     def _look(self) -> None:
+        self._known = {(start, stop): storage for start, stop, storage in _living()}
+        self._sort()
+
+    def _sort(self) -> None:
         # Storages of one memory, as those of two arrays of it are, count as the longest of them.
-        spans = sorted(_living(), key=lambda span: (span[0], -span[1]))
-        kept: list[tuple[int, int, StorageWeakRef]] = []
-        for span in spans:
+        kept: list[tuple[int, int]] = []
+        self._known = {span: storage for span, storage in self._known.items() if not storage.expired()}
+        for span in sorted(self._known, key=lambda span: (span[0], -span[1])):
             if not kept or span[1] > kept[-1][1]:
                 kept.append(span)
-        self._starts = np.array([start for start, _, _ in kept], np.int64)
-        self._stops = np.array([stop for _, stop, _ in kept], np.int64)
-        self._storages = [storage for _, _, storage in kept]
+        self._starts = np.array([start for start, _ in kept], np.int64)
+        self._stops = np.array([stop for _, stop in kept], np.int64)
+        self._storages = [self._known[span] for span in kept]
         self._host_only = {storage for storage in self._host_only if not storage.expired()}
 
 
