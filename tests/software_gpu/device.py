@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from automodel_conv.execution.buffers import span_bytes
 from tests.execution import simulated
 from tests.software_gpu.accesses import Box, GpuFault, conflict
-from tests.software_gpu.memory import Allocations
+from tests.software_gpu.memory import Allocations, Touched
 
 _at_work = threading.local()
 
@@ -29,19 +29,21 @@ class _Done:
     """An operation of a stream that was done, and what it touched."""
 
     def __init__(self) -> None:
-        self.boxes: list[Box] = []
-        self.storages: set[StorageWeakRef] = set()
+        self._touched: list[Touched] = []
 
-    def touch(self, boxes: Sequence[Box], storages: Sequence[StorageWeakRef]) -> None:
-        self.boxes += [box for box in boxes if box.span_bytes]
-        self.storages.update(storages)
+    def touch(self, touched: Sequence[Touched]) -> None:
+        self._touched += touched
+
+    def boxes(self) -> list[Box]:
+        """But for those in memory that was given back since, which may be anybody's."""
+        return [touched.box for touched in self._touched if touched.is_alive]
 
 
-def touch(boxes: Sequence[Box], storages: Sequence[StorageWeakRef]) -> None:
+def touch(touched: Sequence[Touched]) -> None:
     """Note what the operation that this thread does for a stream touches, if it does one."""
     done = getattr(_at_work, "done", None)
     if done is not None:
-        done.touch(boxes, storages)
+        done.touch(touched)
 
 
 class Stream(simulated.Stream):
@@ -115,13 +117,10 @@ class SoftwareDevice(simulated.SimulatedDevice):
 
     def check_alone(self, stream: Stream, done: _Done, before: Clock) -> None:
         """Keep a fault if another stream has touched what ``done`` touches, and may do so at the same time."""
-        for other in self.streams:
-            if other is stream or not done.boxes:
-                continue
-            for earlier in other.done[before.get(other.number, 0) :]:
-                if not any(storage in done.storages and not storage.expired() for storage in earlier.storages):
-                    continue
-                shared = conflict_between(earlier.boxes, done.boxes)
+        boxes = done.boxes()
+        for other in self.streams if boxes else ():
+            for earlier in other.done[before.get(other.number, 0) :] if other is not stream else ():
+                shared = conflict_between(earlier.boxes(), boxes)
                 if shared is not None and self.fault is None:
                     self.fault = f"GpuFault: two streams at once: {shared}"
 
@@ -140,7 +139,7 @@ class SoftwareDevice(simulated.SimulatedDevice):
                 pass
             for stream in self.streams:
                 for done in stream.done[self.known_to_host.get(stream.number, 0) :]:
-                    shared = conflict_between(done.boxes, [written])
+                    shared = conflict_between(done.boxes(), [written])
                     if shared is not None:
                         raise GpuFault(f"pinned memory is written while it is uploaded: {shared}")
 
@@ -194,7 +193,7 @@ class _Watch(TorchDispatchMode):
                 name = f"torch's {list(tensor.shape)}"
                 self._memory.note(tensor)
                 box = Box(name, np.array([tensor.data_ptr()]), *_flat(tensor), tensor.itemsize, is_written)
-                self._done.touch([box], [StorageWeakRef(tensor.untyped_storage())])
+                self._done.touch([Touched(box, (StorageWeakRef(tensor.untyped_storage()),))])
 
 
 def _flat(tensor: Tensor) -> tuple[tuple[int, int], tuple[int, int]]:

@@ -13,11 +13,10 @@ from contextlib import contextmanager
 import numpy as np
 import torch
 from torch import Tensor
-from torch.multiprocessing.reductions import StorageWeakRef
 
 from automodel_conv.kernels.variants import OPERANDS, Blocks, Geometry, Variant
 from tests.software_gpu.accesses import Box, GpuFault, array_at, conflict
-from tests.software_gpu.memory import Allocations
+from tests.software_gpu.memory import Allocations, Touched
 
 _NUMPY = {
     "uint8": np.uint8,
@@ -105,20 +104,19 @@ class Executor:
 
     def launch(
         self, variant: Variant, grid: tuple[int, int], table: Tensor, integers: tuple[int, ...]
-    ) -> tuple[list[Box], list[StorageWeakRef]]:
-        """Check a launch and do it; what it touched, and in which storages.
+    ) -> list[Touched]:
+        """Check a launch and do it; what it touched.
 
         Raises:
             GpuFault: it breaks a promise, touches a byte that is no tensor's, or writes one that it touches otherwise.
         """
         geometry = as_kernels_count(variant, integers)
         addresses = self._checked_table(variant, grid, table, geometry)
-        boxes = list(_boxes(variant, geometry, addresses))
         _check_offsets(variant, geometry)
-        storages = self.memory.check(boxes)
+        touched = self.memory.check(list(_boxes(variant, geometry, addresses)))
         if variant.decoding and geometry.blocks:
-            boxes += self._lookups(variant, geometry, geometry.blocks, addresses)
-        shared = conflict(boxes)
+            touched += self._lookups(variant, geometry, geometry.blocks, addresses)
+        shared = conflict([box for box, _ in touched])
         demand(shared is None, variant, str(shared))
         (self.compiled_ahead if self._is_compiling else self.variants).add(variant)
         self.launches += 1
@@ -127,7 +125,7 @@ class Executor:
                 _decode(variant, geometry, geometry.blocks, row)
             else:
                 _move(variant, geometry, row)
-        return boxes, storages
+        return touched
 
     def _checked_table(self, variant: Variant, grid: tuple[int, int], table: Tensor, geometry: Geometry) -> np.ndarray:
         demand(table.dtype == torch.int64 and table.is_contiguous(), variant, "takes a contiguous table of int64")
@@ -144,7 +142,7 @@ class Executor:
                 demand(False, variant, f"promises {promise} bytes for operand {column}, which is at {address:#x}")
         return addresses
 
-    def _lookups(self, variant: Variant, geometry: Geometry, blocks: Blocks, addresses: np.ndarray) -> list[Box]:
+    def _lookups(self, variant: Variant, geometry: Geometry, blocks: Blocks, addresses: np.ndarray) -> list[Touched]:
         """What ``dequantize_tiles`` looks up, checked; every vector of codes takes one cell."""
         decoding = variant.decoding
         assert decoding is not None
@@ -160,7 +158,7 @@ class Executor:
         )
         size = size_of(decoding.cell)
         cells = Box("cells", addresses[:, 2], (1, last + 1), (0, size), size, False)
-        self.memory.check([cells])
+        looked_up = self.memory.check([cells])
         highest = []
         for row in addresses.tolist():
             found = array_at(row[2], (last + 1,), (size,), _NUMPY[decoding.cell])
@@ -173,8 +171,7 @@ class Executor:
             Box("numbers", addresses[n : n + 1, 3], (1, most + 1 << decoding.bits), (0, size), size, False)
             for n, most in enumerate(highest)
         ]
-        self.memory.check(numbers)
-        return [cells, *numbers]
+        return looked_up + self.memory.check(numbers)
 
 
 def _boxes(variant: Variant, geometry: Geometry, addresses: np.ndarray) -> Iterator[Box]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import threading
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -12,6 +13,17 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from tests.software_gpu.accesses import Box, GpuFault
+
+
+class Touched(NamedTuple):
+    """A box that was touched, and the storages in which it lies."""
+
+    box: Box
+    storages: tuple[StorageWeakRef, ...]
+
+    @property
+    def is_alive(self) -> bool:
+        return not all(storage.expired() for storage in self.storages)
 
 
 class Allocations:
@@ -45,18 +57,18 @@ class Allocations:
         gc.collect()
         return sum(stop - start for start, stop, _ in _living())
 
-    def check(self, boxes: Sequence[Box]) -> list[StorageWeakRef]:
-        """The storages in which boxes lie.
+    def check(self, boxes: Sequence[Box]) -> list[Touched]:
+        """Boxes with the storages in which they lie; empty ones are left out.
 
         Raises:
             GpuFault: a box leaves the memory of every tensor that is alive, or lies in the host's.
         """
         with self._lock:
-            found: set[int] = set()
-            for box in boxes:
-                if box.span_bytes and len(box.starts):
-                    found |= self._check(box)
-            return [self._storages[number] for number in found]
+            return [
+                Touched(box, tuple(self._storages[number] for number in self._check(box)))
+                for box in boxes
+                if box.span_bytes and len(box.starts)
+            ]
 
     def _check(self, box: Box) -> set[int]:
         for look in (self._sort, self._look, None):

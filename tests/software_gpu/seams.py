@@ -62,7 +62,7 @@ def install(patch: pytest.MonkeyPatch) -> SoftwareGpu:
     gpu = SoftwareGpu()
 
     def run(variant: Any, grid: Any, table: Any, integers: Any) -> None:
-        devices.touch(*gpu.executor.launch(variant, grid, table, integers))
+        devices.touch(gpu.executor.launch(variant, grid, table, integers))
 
     patch.setattr(moves_triton, "launch", run)
     in_vectors = launch._in_vectors
