@@ -23,13 +23,21 @@ two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two C
 # --- memory -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.fixture(scope="module")
+def warmed(checkpoint, device):
+    """What is made once for a device is there."""
+    amc.load_state_dict(checkpoint, model(), layout="nemo", **on(device))
+
+
 @needs_gpu_memory
+@pytest.mark.usefixtures("warmed")
 def test_a_load_leaves_only_its_tensors(checkpoint, device):
     before = allocated_bytes(device)
     loaded = amc.load_state_dict(checkpoint, model(), layout="nemo", **on(device))
     kept = {tensor.data_ptr(): tensor.nbytes for tensor in loaded.values()}
-    # A caching allocator rounds each up to 512 bytes.
-    assert 0 <= allocated_bytes(device) - before - sum(kept.values()) < 512 * len(kept)
+    # A caching allocator rounds up, and does not cut off what would be less than a MiB.
+    rounding_bytes = sum(512 if nbytes <= 1 << 20 else 1 << 20 for nbytes in kept.values())
+    assert 0 <= allocated_bytes(device) - before - sum(kept.values()) <= rounding_bytes
     del loaded
     assert allocated_bytes(device) == before
 
@@ -55,6 +63,7 @@ def load_of_a_file_that_is_cut(checkpoint, device, layout):
 
 
 @needs_gpu_memory
+@pytest.mark.usefixtures("warmed")
 @pytest.mark.parametrize("layout", ["transformers", "gpt_oss"])
 def test_an_error_in_the_middle_of_a_load_gives_all_memory_back(layout, device, tmp_path):
     from benchmarks import shapes
@@ -98,7 +107,7 @@ def busy(device):
 def test_tensors_that_the_current_stream_still_writes_are_converted_and_saved(
     layout, per_expert, device, busy, tmp_path
 ):
-    late = {name: tensor.to(device, non_blocking=True) for name, tensor in per_expert.items()}
+    late = {name: tensor.pin_memory().to(device, non_blocking=True) for name, tensor in per_expert.items()}
     made = amc.convert_state_dict(late, model(), layout=layout, backend="triton")
     rules = amc.get_checkpoint_conversion_mapping("qwen3_moe")
     amc.save_checkpoint(made, tmp_path, rules=rules, layout=layout)

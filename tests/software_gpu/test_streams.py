@@ -50,7 +50,7 @@ def load(case, device, **options):
     return stats
 
 
-def run_schedules(cases, gpu, make=None, seeds=range(60)):
+def run_schedules(cases, gpu, make=None, seeds=range(40)):
     kernels = 0
     for seed in seeds:
         draw = random.Random(seed)
@@ -64,7 +64,7 @@ def run_schedules(cases, gpu, make=None, seeds=range(60)):
 
 
 def test_random_schedules_write_every_byte_through_kernels_and_race_nowhere(cases, gpu):
-    assert run_schedules(cases, gpu) > 500
+    assert run_schedules(cases, gpu) > 300
     assert gpu.executor.variants
     # Only what was compiled while the first bytes were read.
     assert gpu.executor.variants <= gpu.executor.compiled_ahead
