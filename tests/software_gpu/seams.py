@@ -109,11 +109,12 @@ def install(patch: pytest.MonkeyPatch) -> SoftwareGpu:
     synchronize = simulated.Event.synchronize
 
     def waited(event: simulated.Event) -> None:
+        position = event.position  # an event may be recorded anew
         synchronize(event)
         if isinstance(event.stream, devices.Stream):
             device = event.stream.device
             with device.lock:
-                device.known_to_host = devices.later(device.known_to_host, event.stream.clock(event.position))
+                device.known_to_host = devices.later(device.known_to_host, event.stream.clock(position))
 
     patch.setattr(simulated.Event, "synchronize", waited)
     preadv = system.preadv
