@@ -13,16 +13,16 @@ OTHER_TRANSFORMERS := 5.17.0 5.12.1
 BESIDE_5.12.1 := tokenizers==0.22.2
 # The test files that a release of transformers can change the outcome of; the sweep walks the whole zoo again.
 TRANSFORMERS_TESTS = $(filter-out tests/test_model_zoo.py tests/test_fault_sweep.py tests/test_hostile_files.py \
-	tests/crash_safety/% tests/fuzz/% tests/benchmarks/% tests/gpu/% tests/distributed/% tests/files/%,\
+	tests/crash_safety/% tests/fuzz/% tests/benchmarks/% tests/gpu/% tests/software_gpu/% tests/distributed/% tests/files/%,\
 	$(shell grep -rlwE --include='test_*.py' --exclude-dir=packaging 'transformers|model_zoo' tests))
 
 VERSION = $(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)
 
 # Tests of what never asks whether transformers is there, and of what cannot do without it.
-KNOW_NO_TRANSFORMERS := machine_code/ kernels/ gpu/ execution/ files/ packaging/ hide/ model_zoo/ crash_safety/ \
+KNOW_NO_TRANSFORMERS := machine_code/ kernels/ gpu/ software_gpu/ execution/ files/ packaging/ hide/ model_zoo/ crash_safety/ \
 	test_measuring.py test_testing.py test_checksums.py
 
-.PHONY: test lint types format demo clean test-style test-main test-packaging \
+.PHONY: test lint types format demo clean test-style test-main test-software-gpu test-packaging \
 	test-without-triton test-without-transformers test-fuzz \
 	release-check release-tree release-notes release-distributions release-audit
 .NOTPARALLEL:
@@ -31,7 +31,7 @@ KNOW_NO_TRANSFORMERS := machine_code/ kernels/ gpu/ execution/ files/ packaging/
 	$(VENV)/nemo-0.7.0/.installed $(VENV)/atheris-3.0.0/.installed
 
 # In this order, and the first red leg ends it.
-test: test-style test-main test-packaging $(OTHER_TRANSFORMERS:%=test-transformers-%) test-triton-3.6.0 test-nemo-0.7.0 \
+test: test-style test-main test-software-gpu test-packaging $(OTHER_TRANSFORMERS:%=test-transformers-%) test-triton-3.6.0 test-nemo-0.7.0 \
 	test-without-triton test-without-transformers test-fuzz
 
 test-style: $(VENV)/installed
@@ -39,6 +39,10 @@ test-style: $(VENV)/installed
 
 test-main: $(VENV)/installed
 	@$(LEG) "tests" $(PYTEST) -m "not packaging" --doctest-modules --ignore=automodel_conv/kernels automodel_conv tests
+
+# All that runs on a GPU, at the sizes that it has there; what needs more memory than there is, a real one tests.
+test-software-gpu: $(VENV)/installed
+	@$(LEG) "software GPU" $(PYTEST) -p tests.software_gpu.plugin tests/gpu
 
 # A file to a worker: the tests of one share what it built.
 test-packaging: $(OTHER_TRANSFORMERS:%=$(VENV)/transformers-%/.installed)

@@ -1,16 +1,41 @@
-"""These tests run on a GPU at real sizes; without one they run tiny, in Triton's interpreter."""
+"""These tests run on a GPU, or on the software GPU, at real sizes; elsewhere they run tiny, in Triton's interpreter."""
 
 import pytest
 import torch
 
-from tests.gpu.raw import ON_GPU
+# What depends on where they run is imported late: a plugin that decides it may come after this file.
 
 
 @pytest.fixture(scope="session")
 def device():
-    return torch.device("cuda", torch.cuda.current_device()) if ON_GPU else torch.device("cpu")
+    from tests.gpu.place import PLACE, Place
+
+    return torch.device("cuda", torch.cuda.current_device()) if PLACE is Place.GPU else torch.device("cpu")
 
 
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory):
+    from benchmarks import shapes
+    from tests.gpu.models import SHAPE
+
+    directory = tmp_path_factory.mktemp("checkpoint")
+    shapes.write_checkpoint(SHAPE, str(directory))
+    return directory
+
+
+@pytest.fixture(scope="session")
+def per_expert(checkpoint):
+    """What the files hold, on the CPU."""
+    from tests.gpu.models import tensors_of
+
+    return tensors_of(checkpoint)
+
+
+@pytest.fixture(scope="session")
+def on_device(per_expert, device):
+    return {name: tensor.to(device) for name, tensor in per_expert.items()}

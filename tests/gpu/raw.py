@@ -1,6 +1,5 @@
 """Matrices at any byte of one raw buffer, on the device and, the same, on the CPU, where plain indexing moves them."""
 
-import os
 from typing import NamedTuple
 
 import torch
@@ -10,7 +9,6 @@ from automodel_conv.kernels.address_table import Matrices, matrices_at
 from automodel_conv.testing import POISON
 
 MARGIN_BYTES = 64
-ON_GPU = torch.cuda.is_available() and os.environ["TRITON_INTERPRET"] == "0"
 
 
 class Raw(NamedTuple):

@@ -14,22 +14,22 @@ from automodel_conv.testing import POISON, assert_bytes_equal
 from benchmarks.operations import OPERATIONS, Experts
 from benchmarks.quantized import QUANTIZED
 from tests.gpu import raw
+from tests.gpu.place import FULL_SIZES
 from tests.kernels.support import CASTABLE, DTYPE_PAIRS, PHASES, VERBS, casting_cases, shapes
 
 pytest.importorskip("triton")
 
-ON_GPU = raw.ON_GPU
 # Rows and columns of a source: what 16 bytes divide, several tiles of it; and what nothing divides.
-SIDES = [(192, 320), (131, 257), (1, 4096), (2048, 16)] if ON_GPU else [(16, 32), (19, 7)]
+SIDES = [(192, 320), (131, 257), (1, 4096), (2048, 16)] if FULL_SIZES else [(16, 32), (19, 7)]
 LAYOUTS = ["dense", "every other row"]
 # tests/kernels has all of them in the interpreter; there these show that the tests themselves are right.
 PLACES = (
     [*itertools.product(LAYOUTS, SIDES[:2]), *itertools.product(LAYOUTS[:1], SIDES[2:])]
-    if ON_GPU
+    if FULL_SIZES
     else [*zip(LAYOUTS, SIDES, strict=True)]
 )
 FEW = [torch.bool, torch.bfloat16]
-PAIRS = DTYPE_PAIRS if ON_GPU else [(d, d) for d in FEW] + [(torch.float32, FEW[1]), (FEW[1], torch.float32)]
+PAIRS = DTYPE_PAIRS if FULL_SIZES else [(d, d) for d in FEW] + [(torch.float32, FEW[1]), (FEW[1], torch.float32)]
 
 PLAIN = {
     "strided_copy": lambda src: [src[0]],
@@ -48,7 +48,7 @@ def test_a_verb_moves_every_alignment_as_plain_indexing_does(name, dtypes, layou
     # Bytes go anywhere in strided_copy; all else is written at multiples of an element.
     anywhere = name == "strided_copy" and dst_dtype == src_dtype
     dst_phases = [phase for phase in PHASES if anywhere or phase % dst_dtype.itemsize == 0]
-    phases = list(itertools.product(dst_phases, PHASES)) if ON_GPU else [(0, 0), (0, 1), (8, 8)]
+    phases = list(itertools.product(dst_phases, PHASES)) if FULL_SIZES else [(0, 0), (0, 1), (8, 8)]
     dst_shape, src_shape = shapes(name, *sides)
     gaps = (dst_shape[1], 0) if layout == "every other row" else (0, 0)
     src = [
@@ -66,7 +66,7 @@ def test_a_verb_moves_every_alignment_as_plain_indexing_does(name, dtypes, layou
         assert_bytes_equal(operand.device, operand.host)
 
 
-@pytest.mark.parametrize("name", VERBS if ON_GPU else ["strided_copy"])
+@pytest.mark.parametrize("name", VERBS if FULL_SIZES else ["strided_copy"])
 @pytest.mark.parametrize(("dst_dtype", "src_dtype"), [(d, s) for d in CASTABLE for s in CASTABLE if d != s], ids=str)
 def test_casts_round_as_those_of_the_cpu(name, dst_dtype, src_dtype, device):
     verb, _, src_count = VERBS[name]
@@ -87,7 +87,7 @@ def test_casts_round_as_those_of_the_cpu(name, dst_dtype, src_dtype, device):
 @pytest.mark.parametrize("dtypes", [(torch.bfloat16, torch.bfloat16), (torch.float32, torch.bfloat16)], ids=str)
 @pytest.mark.parametrize("operation", OPERATIONS)
 def test_layers_of_experts_are_moved_as_plain_indexing_does(operation, dtypes, device):
-    size = Experts("", 16, 768, 2048) if device.type == "cuda" else Experts("", 2, 24, 48)
+    size = Experts("", 16, 768, 2048) if FULL_SIZES else Experts("", 2, 24, 48)
     case = OPERATIONS[operation](size, *dtypes, device)
     case.verify(operation, case.kernel)
     case.verify(operation, case.with_addresses())
@@ -102,7 +102,7 @@ NUMBERS = {
 }
 
 
-@pytest.mark.parametrize("sides", [(320, 512), (131, 258)] if ON_GPU else [(16, 32), (5, 6)], ids=str)
+@pytest.mark.parametrize("sides", [(320, 512), (131, 258)] if FULL_SIZES else [(16, 32), (5, 6)], ids=str)
 @pytest.mark.parametrize(
     ("code_format", "block", "start"),
     [
@@ -135,7 +135,7 @@ def test_dequantize_makes_what_its_twin_makes_on_the_cpu(layout, code_format, bl
 
 @pytest.mark.parametrize("name", QUANTIZED)
 def test_layers_of_quantized_experts_are_decoded_as_torch_decodes_them(name, device):
-    size = Experts("", 16, 768, 2048) if device.type == "cuda" else Experts("", 2, 24, 48)
+    size = Experts("", 16, 768, 2048) if FULL_SIZES else Experts("", 2, 24, 48)
     case = QUANTIZED[name](size, device)
     for way, run in case.ways().items():
         case.verify(way, run)

@@ -1,0 +1,182 @@
+"""What else goes on beside a load: other streams, other devices, errors; and that nothing stays behind."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+import automodel_conv as amc
+from automodel_conv.errors import ReadError
+from automodel_conv.files import system
+from automodel_conv.planning.registry import transformers_available
+from automodel_conv.testing import POISON
+from tests.gpu.models import LAYOUTS, assert_same, grouped, model, on, tensors_of
+from tests.gpu.place import PLACE, Place, allocated_bytes, needs_gpu_memory
+
+pytest.importorskip("triton")
+pytestmark = pytest.mark.skipif(not transformers_available(), reason="builds a model of transformers")
+
+two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+
+
+# --- memory -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def warmed(checkpoint, device):
+    """What is made once for a device is there."""
+    amc.load_state_dict(checkpoint, model(), layout="nemo", **on(device))
+
+
+@needs_gpu_memory
+@pytest.mark.usefixtures("warmed")
+def test_a_load_leaves_only_its_tensors(checkpoint, device):
+    before = allocated_bytes(device)
+    loaded = amc.load_state_dict(checkpoint, model(), layout="nemo", **on(device))
+    kept = {tensor.data_ptr(): tensor.nbytes for tensor in loaded.values()}
+    # A caching allocator rounds up, and does not cut off what would be less than a MiB.
+    rounding_bytes = sum(512 if nbytes <= 1 << 20 else 1 << 20 for nbytes in kept.values())
+    assert 0 <= allocated_bytes(device) - before - sum(kept.values()) <= rounding_bytes
+    del loaded
+    assert allocated_bytes(device) == before
+
+
+def load_of_a_file_that_is_cut(checkpoint, device, layout):
+    """The message of a load during which another process cuts every file in half."""
+    read, files = system.preadv, sorted(Path(checkpoint).glob("*.safetensors"))
+    half = {file: file.stat().st_size // 2 for file in files}
+
+    def cutting(fd, views, offset):
+        if offset > 8:  # not an index, nor a header
+            for file, nbytes in half.items():
+                os.truncate(file, nbytes)
+        return read(fd, views, offset)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(system, "preadv", cutting)
+        try:
+            amc.load_state_dict(checkpoint, model(), layout=layout, **on(device))
+        except ReadError as error:
+            return str(error)
+    raise AssertionError("the load has not noticed")
+
+
+@needs_gpu_memory
+@pytest.mark.usefixtures("warmed")
+@pytest.mark.parametrize("layout", ["transformers", "gpt_oss"])
+def test_an_error_in_the_middle_of_a_load_gives_all_memory_back(layout, device, tmp_path):
+    from benchmarks import shapes
+    from tests.gpu.models import SHAPE
+
+    shapes.write_checkpoint(SHAPE, str(tmp_path))
+    before = allocated_bytes(device)
+    text = load_of_a_file_that_is_cut(tmp_path, device, layout)
+    assert ".safetensors" in text
+    assert "filled:" in text
+    assert allocated_bytes(device) == before
+
+
+@needs_gpu_memory
+def test_the_device_can_be_loaded_to_after_an_error(checkpoint, per_expert, device, tmp_path):
+    from benchmarks import shapes
+    from tests.gpu.models import SHAPE
+
+    shapes.write_checkpoint(SHAPE, str(tmp_path))
+    load_of_a_file_that_is_cut(tmp_path, device, "nemo")
+    loaded = amc.load_state_dict(checkpoint, model(), layout="nemo", **on(device))
+    assert_same(loaded, grouped(per_expert, "nemo"), device)
+
+
+# --- streams ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def busy(device):
+    """A stream that is still at work when everything has been queued, and is the current one."""
+    side = torch.cuda.Stream(device)
+    side.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(side):
+        torch.cuda._sleep(200_000_000)  # a tenth of a second
+        yield side
+    torch.cuda.synchronize(device)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_tensors_that_the_current_stream_still_writes_are_converted_and_saved(
+    layout, per_expert, device, busy, tmp_path
+):
+    late = {name: tensor.pin_memory().to(device, non_blocking=True) for name, tensor in per_expert.items()}
+    made = amc.convert_state_dict(late, model(), layout=layout, backend="triton")
+    rules = amc.get_checkpoint_conversion_mapping("qwen3_moe")
+    amc.save_checkpoint(made, tmp_path, rules=rules, layout=layout)
+    busy.synchronize()
+    assert_same(made, grouped(per_expert, layout), device)
+    assert_same(tensors_of(tmp_path), per_expert, torch.device("cpu"))
+
+
+@pytest.mark.gpu
+def test_a_load_comes_after_what_the_current_stream_writes(checkpoint, per_expert, device, busy):
+    made = model().to_empty(device=device)
+    torch.cuda._sleep(200_000_000)
+    for tensor in made.state_dict().values():
+        tensor.view(-1).view(torch.uint8).fill_(POISON)
+    amc.load_model(made, checkpoint, **on(device))
+    busy.synchronize()
+    assert_same(made.state_dict(), grouped(per_expert, "transformers"), device)
+
+
+# --- other devices ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.gpu
+@two_gpus
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_device_that_is_not_the_current_one_is_converted_on_loaded_to_and_saved_from(
+    layout, checkpoint, per_expert, tmp_path
+):
+    other = torch.device("cuda", (torch.cuda.current_device() + 1) % torch.cuda.device_count())
+    loaded = amc.load_state_dict(checkpoint, model(), layout=layout, **on(other))
+    assert_same(loaded, grouped(per_expert, layout), other)
+    there = {name: tensor.to(other) for name, tensor in per_expert.items()}
+    assert_same(amc.convert_state_dict(there, model(), layout=layout, backend="triton"), loaded, other)
+    amc.save_checkpoint(loaded, tmp_path, rules=amc.get_checkpoint_conversion_mapping("qwen3_moe"), layout=layout)
+    assert_same(tensors_of(tmp_path), per_expert, torch.device("cpu"))
+
+
+@pytest.mark.gpu
+@two_gpus
+def test_a_model_on_two_devices_is_filled_and_saved(checkpoint, per_expert, tmp_path):
+    made = model()
+    first, second = torch.device("cuda", 0), torch.device("cuda", 1)
+    made.model.layers[0].to_empty(device=first)
+    made.model.layers[1].to_empty(device=second)
+    amc.load_model(made, checkpoint, device=str(first))
+    wanted = grouped(per_expert, "transformers")
+    for name, tensor in made.state_dict().items():
+        on_second = ".layers.1." in name
+        assert_same({name: tensor}, {name: wanted[name]}, second if on_second else first)
+    amc.save_checkpoint(made, tmp_path)
+    assert_same(tensors_of(tmp_path), per_expert, torch.device("cpu"))
+
+
+# --- the hook ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.gpu
+def test_under_the_hook_a_device_map_gives_the_model_that_transformers_gives(checkpoint, device):
+    pytest.importorskip("accelerate", reason="a device_map needs it")
+    from transformers import AutoModelForCausalLM
+
+    settings = {"dtype": torch.bfloat16, "device_map": "cuda"}
+    stock = AutoModelForCausalLM.from_pretrained(checkpoint, **settings).state_dict()
+    with amc.accelerate_transformers() as acceleration:
+        hooked = AutoModelForCausalLM.from_pretrained(checkpoint, **settings).state_dict()
+    [load] = acceleration.loads
+    assert load.left == {}
+    assert_same(hooked, {name: tensor.cpu() for name, tensor in stock.items()}, device)
+
+
+def test_this_file_knows_where_it_runs(device):
+    assert (PLACE is Place.GPU) == (device.type == "cuda")

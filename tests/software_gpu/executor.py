@@ -1,0 +1,287 @@
+"""Launches done as a GPU would do them, on host memory, after a check of all that the kernels are promised.
+
+Each kernel is what its docstring in ``kernels/moves_triton.py`` says, element by element; the Triton code is not run.
+What comes in is what a kernel gets: the variant, the grid, the table, and the integers, which are counted in vectors.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from automodel_conv.kernels.variants import OPERANDS, Blocks, Geometry, Variant
+from tests.software_gpu.accesses import Box, GpuFault, array_at, conflict
+from tests.software_gpu.memory import Allocations, Touched
+
+_NUMPY = {
+    "uint8": np.uint8,
+    "uint16": np.uint16,
+    "uint32": np.uint32,
+    "int32": np.int32,
+    "float16": np.uint16,
+    "bfloat16": np.uint16,
+    "float32": np.uint32,
+}
+_CASTABLE = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+_SIGNED = {2: torch.int16, 4: torch.int32}
+_INT32 = 2**31
+_MOST_ROWS = 65535  # the second dimension of a CUDA grid
+_MOST_PROGRAMS = _INT32 - 1
+
+
+def demand(holds: object, variant: Variant, what: str) -> None:
+    if not holds:
+        raise GpuFault(f"{variant.kernel}: {what}; {variant}")
+
+
+def size_of(name: str) -> int:
+    return np.dtype(_NUMPY[name]).itemsize
+
+
+def as_kernels_count(variant: Variant, integers: tuple[int, ...]) -> Geometry:
+    """What a kernel makes of its integers: those that come in vectors, multiplied back."""
+    demand(len(integers) == variant.integers, variant, f"takes {variant.integers} integers, gets {len(integers)}")
+    for number in integers:
+        demand(type(number) is int and 0 <= number < _INT32, variant, f"{number} is no int32, so another compilation")
+    rows, columns, src_stride, dst_stride = integers[:4]
+    in_vectors = variant.decoding.is_transposed if variant.decoding else variant.kernel != "copy_tiles"
+    rows *= variant.dst_vector if in_vectors else 1
+    src_stride *= 2 if variant.pairs and variant.kernel == "deinterleave_tiles" else 1
+    dst_stride *= 2 if variant.pairs and variant.kernel == "interleave_tiles" else 1
+    blocks = Blocks(*integers[4:]) if variant.decoding else None
+    return Geometry(
+        rows, columns * variant.src_vector, src_stride * variant.src_vector, dst_stride * variant.dst_vector, blocks
+    )
+
+
+def promised_bytes(variant: Variant) -> list[int]:
+    """What divides the addresses of each column of a table."""
+    destinations, operands = OPERANDS[variant.kernel]
+    written = variant.dst_vector * size_of(variant.dst) * (2 if _pairs(variant, "interleave_tiles") else 1)
+    read = variant.src_vector * size_of(variant.src) * (2 if _pairs(variant, "deinterleave_tiles") else 1)
+    if variant.decoding:
+        return [written, read, size_of(variant.decoding.cell), size_of(variant.dst)]
+    return [written] * destinations + [1 if variant.bytewise else read] * (operands - destinations)
+
+
+def _pairs(variant: Variant, kernel: str) -> bool:
+    return variant.pairs and variant.kernel == kernel
+
+
+class Executor:
+    """Takes the place of ``moves_triton.launch``.
+
+    Attributes:
+        variants: all that were launched.
+        launches: how many.
+        compiled_ahead: the variants that were launched with integers that mean nothing.
+    """
+
+    def __init__(self, memory: Allocations):
+        self.memory = memory
+        self.variants: set[Variant] = set()
+        self.compiled_ahead: set[Variant] = set()
+        self.launches = 0
+        self._thread = threading.local()
+
+    @contextmanager
+    def compiling_ahead(self) -> Iterator[None]:
+        """What this thread launches within is there to be compiled."""
+        self._thread.is_compiling = True
+        try:
+            yield
+        finally:
+            self._thread.is_compiling = False
+
+    @property
+    def _is_compiling(self) -> bool:
+        return getattr(self._thread, "is_compiling", False)
+
+    def launch(
+        self, variant: Variant, grid: tuple[int, int], table: Tensor, integers: tuple[int, ...]
+    ) -> list[Touched]:
+        """Check a launch and do it; what it touched.
+
+        Raises:
+            GpuFault: it breaks a promise, touches a byte that is no tensor's, or writes one that it touches otherwise.
+        """
+        geometry = as_kernels_count(variant, integers)
+        addresses = self._checked_table(variant, grid, table, geometry)
+        _check_offsets(variant, geometry)
+        touched = self.memory.check(list(_boxes(variant, geometry, addresses)))
+        if variant.decoding and geometry.blocks:
+            touched += self._lookups(variant, geometry, geometry.blocks, addresses)
+        shared = conflict([box for box, _ in touched])
+        demand(shared is None, variant, str(shared))
+        (self.compiled_ahead if self._is_compiling else self.variants).add(variant)
+        self.launches += 1
+        for row in addresses.tolist():
+            if variant.decoding and geometry.blocks:
+                _decode(variant, geometry, geometry.blocks, row)
+            else:
+                _move(variant, geometry, row)
+        return touched
+
+    def _checked_table(self, variant: Variant, grid: tuple[int, int], table: Tensor, geometry: Geometry) -> np.ndarray:
+        demand(table.dtype == torch.int64 and table.is_contiguous(), variant, "takes a contiguous table of int64")
+        expected = grid[1], OPERANDS[variant.kernel][1]
+        demand(tuple(table.shape) == expected, variant, f"takes a table {expected}, gets {list(table.shape)}")
+        tiles = -(-geometry.rows // variant.tile_rows) * -(-geometry.columns // variant.tile_columns)
+        demand(grid[0] == tiles > 0, variant, f"needs {tiles} programs for a matrix, gets {grid[0]}; {geometry}")
+        demand(0 < grid[1] <= _MOST_ROWS and grid[0] * grid[1] <= _MOST_PROGRAMS, variant, f"the grid is {grid}")
+        addresses = table.numpy().copy()
+        for column, promise in enumerate(promised_bytes(variant)):
+            off = addresses[:, column] % promise != 0
+            if off.any():
+                address = int(addresses[off, column][0])
+                demand(False, variant, f"promises {promise} bytes for operand {column}, which is at {address:#x}")
+        return addresses
+
+    def _lookups(self, variant: Variant, geometry: Geometry, blocks: Blocks, addresses: np.ndarray) -> list[Touched]:
+        """What ``dequantize_tiles`` looks up, checked; every vector of codes takes one cell."""
+        decoding = variant.decoding
+        assert decoding is not None
+        demand(decoding.is_stepped or blocks.step == 1, variant, f"elements of a row are {blocks.step} apart")
+        columns = _of_columns(variant, geometry, blocks)
+        vectors = columns.reshape(-1, variant.src_vector)
+        if not self._is_compiling:
+            demand((vectors == vectors[:, :1]).all(), variant, f"a vector of codes lies in two blocks: {geometry}")
+        rows = _of_rows(variant, geometry, blocks)
+        last = int(rows[-1]) * blocks.across + int(columns[-1])
+        demand(
+            self._is_compiling or columns[-1] < blocks.across, variant, f"{blocks.across} cells in a row, needs more"
+        )
+        size = size_of(decoding.cell)
+        cells = Box("cells", addresses[:, 2], (1, last + 1), (0, size), size, False)
+        looked_up = self.memory.check([cells])
+        highest = []
+        for row in addresses.tolist():
+            found = array_at(row[2], (last + 1,), (size,), _NUMPY[decoding.cell])
+            found = found[np.unique(rows)[:, None] * blocks.across + np.unique(columns)]
+            demand(found.min() >= 0, variant, "a cell is negative")
+            highest.append(int(found.max()))
+        demand(max(highest) + 1 << decoding.bits < _INT32, variant, f"cell {max(highest)} is beyond 32 bits")
+        size = size_of(variant.dst)
+        numbers = [
+            Box("numbers", addresses[n : n + 1, 3], (1, most + 1 << decoding.bits), (0, size), size, False)
+            for n, most in enumerate(highest)
+        ]
+        return looked_up + self.memory.check(numbers)
+
+
+def _boxes(variant: Variant, geometry: Geometry, addresses: np.ndarray) -> Iterator[Box]:
+    """What all programs of a launch touch, in the order of the table; cells and numbers apart."""
+    rows, columns, src_stride, dst_stride, blocks = geometry
+    src, dst = size_of(variant.src), size_of(variant.dst)
+    twice = 2 if variant.kernel == "deinterleave_tiles" else 1
+    written = {
+        "copy_tiles": (rows, columns),
+        "transpose_tiles": (columns, rows),
+        "interleave_tiles": (columns, 2 * rows),
+        "deinterleave_tiles": (columns, rows),
+        "dequantize_tiles": (rows, columns),
+    }[variant.kernel]
+    step = 1
+    if variant.decoding and blocks:
+        numbers = columns * 8 // variant.decoding.bits
+        written = (numbers, rows) if variant.decoding.is_transposed else (rows, numbers)
+        step = blocks.step if variant.decoding.is_stepped else 1
+    destinations, operands = OPERANDS[variant.kernel]
+    for column in range(destinations):
+        yield Box(f"destination {column}", addresses[:, column], written, (dst_stride * dst, step * dst), dst, True)
+    for column in range(destinations, 2 if variant.decoding else operands):
+        shape, strides = (rows, twice * columns), (src_stride * src, src)
+        yield Box(f"source {column - destinations}", addresses[:, column], shape, strides, src, False)
+
+
+def _check_offsets(variant: Variant, geometry: Geometry) -> None:
+    """Tiles begin at whole vectors, and offsets within one fit 32 bits."""
+    rows, columns = min(geometry.rows, variant.tile_rows), min(geometry.columns, variant.tile_columns)
+    across, down = variant.tile_columns, variant.tile_rows
+    written_by_columns = variant.kernel == "copy_tiles" or (variant.decoding and not variant.decoding.is_transposed)
+    demand(across % variant.src_vector == 0, variant, "a tile ends within a vector that is read")
+    numbers = across * 8 // variant.decoding.bits if variant.decoding else across
+    demand((numbers if written_by_columns else down) % variant.dst_vector == 0, variant, "a tile ends within a vector")
+    size = size_of(variant.src) if variant.bytewise else 1
+    twice = 2 if variant.kernel in ("interleave_tiles", "deinterleave_tiles") else 1
+    read = (rows * geometry.src_stride + twice * columns) * size
+    if variant.decoding and geometry.blocks:
+        numbers = columns * 8 // variant.decoding.bits
+        lines, run = (numbers, rows) if variant.decoding.is_transposed else (rows, numbers)
+        written = lines * geometry.dst_stride + run * geometry.blocks.step
+    elif variant.kernel == "copy_tiles":
+        written = rows * geometry.dst_stride + columns
+    else:
+        written = columns * geometry.dst_stride + twice * rows
+    demand(max(read, written) < _INT32, variant, f"offsets within a tile do not fit 32 bits: {geometry}")
+
+
+def _move(variant: Variant, geometry: Geometry, row: list[int]) -> None:
+    rows, columns, src_stride, dst_stride, _ = geometry
+    src, dst = size_of(variant.src), size_of(variant.dst)
+
+    def read(address: int, width: int = columns) -> np.ndarray:
+        return array_at(address, (rows, width), (src_stride * src, src), _NUMPY[variant.src])
+
+    def write(address: int, shape: tuple[int, int]) -> np.ndarray:
+        return array_at(address, shape, (dst_stride * dst, dst), _NUMPY[variant.dst])
+
+    if variant.kernel == "copy_tiles":
+        write(row[0], (rows, columns))[...] = _cast(variant, read(row[1]))
+    elif variant.kernel == "transpose_tiles":
+        write(row[0], (columns, rows))[...] = _cast(variant, read(row[1])).T
+    elif variant.kernel == "interleave_tiles":
+        for half in (0, 1):
+            write(row[0], (columns, 2 * rows))[:, half::2] = _cast(variant, read(row[1 + half])).T
+    elif variant.kernel == "deinterleave_tiles":
+        for half in (0, 1):
+            write(row[half], (columns, rows))[...] = _cast(variant, read(row[2], 2 * columns)[:, half::2]).T
+    else:
+        raise GpuFault(f"no such kernel: {variant}")
+
+
+def _cast(variant: Variant, values: np.ndarray) -> np.ndarray:
+    """Through float32, to nearest even, as the kernels do."""
+    if variant.src == variant.dst:
+        return values
+    bits = torch.from_numpy(np.ascontiguousarray(values).view(f"i{values.itemsize}"))
+    made = bits.view(_CASTABLE[variant.src]).to(torch.float32).to(_CASTABLE[variant.dst])
+    return made.view(_SIGNED[made.itemsize]).numpy().view(_NUMPY[variant.dst])
+
+
+def _of_rows(variant: Variant, geometry: Geometry, blocks: Blocks) -> np.ndarray:
+    rows = np.arange(geometry.rows) + blocks.start_row
+    return rows >> blocks.block_rows if variant.decoding and variant.decoding.by_shifts else rows // blocks.block_rows
+
+
+def _of_columns(variant: Variant, geometry: Geometry, blocks: Blocks) -> np.ndarray:
+    """The block of each byte of a row of codes."""
+    column = np.arange(geometry.columns) + blocks.start_column
+    by_shifts = variant.decoding and variant.decoding.by_shifts
+    return column >> blocks.block_columns if by_shifts else column // blocks.block_columns
+
+
+def _decode(variant: Variant, geometry: Geometry, blocks: Blocks, row: list[int]) -> None:
+    decoding = variant.decoding
+    assert decoding is not None
+    rows, columns, src_stride, dst_stride, _ = geometry
+    size = size_of(variant.dst)
+    codes = array_at(row[1], (rows, columns), (src_stride, 1), np.uint8)
+    down, across = _of_rows(variant, geometry, blocks), _of_columns(variant, geometry, blocks)
+    across = across.reshape(-1, variant.src_vector)[:, :1].repeat(variant.src_vector, 1).reshape(-1)
+    last = int(down[-1]) * blocks.across + int(across[-1])
+    cells = array_at(row[2], (last + 1,), (size_of(decoding.cell),), _NUMPY[decoding.cell])
+    first = cells[down[:, None] * blocks.across + across].astype(np.int64) << decoding.bits
+    numbers = array_at(row[3], (int(first.max()) + (1 << decoding.bits),), (size,), _NUMPY[variant.dst])
+    if decoding.bits == 8:
+        made = numbers[first + codes]
+    else:
+        made = np.stack([numbers[first + (codes & 15)], numbers[first + (codes >> 4)]], 2).reshape(rows, -1)
+    strides = (dst_stride * size, (blocks.step if decoding.is_stepped else 1) * size)
+    made = made.T if decoding.is_transposed else made
+    array_at(row[0], made.shape, strides, _NUMPY[variant.dst])[...] = made

@@ -1,0 +1,140 @@
+"""Where the package is told that the CPU is a GPU: a handful of names, all of them here."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import pkgutil
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import automodel_conv
+from automodel_conv.execution import copy_batch, cuda
+from automodel_conv.files import system
+from automodel_conv.kernels import launch
+from tests.execution import simulated
+from tests.software_gpu import device as devices
+from tests.software_gpu.accesses import GpuFault
+from tests.software_gpu.device import SoftwareDevice
+from tests.software_gpu.executor import Executor, as_kernels_count
+from tests.software_gpu.memory import Allocations
+
+
+class SoftwareGpu:
+    """A GPU made of host memory: tensors of the CPU are its own, but for what is done ``on_host``.
+
+    Attributes:
+        devices: all that loads and saves have asked for, each with a seed of its own.
+    """
+
+    def __init__(self) -> None:
+        self.memory = Allocations()
+        self.executor = Executor(self.memory)
+        self.devices: list[SoftwareDevice] = []
+        self.is_on = True
+
+    @contextmanager
+    def on_host(self) -> Iterator[None]:
+        """What is done within is done by the CPU's own executors."""
+        before, self.is_on = self.is_on, False
+        try:
+            yield
+        finally:
+            self.is_on = before
+
+    def new_device(self, **how: Any) -> SoftwareDevice:
+        seed = len(self.devices)
+        self.devices.append(SoftwareDevice(self.memory, **({"seed": seed, "eagerness": (0, 0.3, 0.9)[seed % 3]} | how)))
+        return self.devices[-1]
+
+
+def install(patch: pytest.MonkeyPatch) -> SoftwareGpu:
+    """Run kernels on the CPU's tensors, and stream to them and from them; Triton's interpreter must be on."""
+    from automodel_conv.kernels import moves_triton
+
+    assert moves_triton.INTERPRETED
+    gpu = SoftwareGpu()
+
+    def run(variant: Any, grid: Any, table: Any, integers: Any) -> None:
+        devices.touch(gpu.executor.launch(variant, grid, table, integers))
+
+    patch.setattr(moves_triton, "launch", run)
+    in_vectors = launch._in_vectors
+
+    def exactly(variant: Any, geometry: Any) -> tuple[int, ...]:
+        integers = in_vectors(variant, geometry)
+        if as_kernels_count(variant, integers) != geometry:
+            raise GpuFault(f"{variant} cannot count {geometry} in its vectors")
+        return integers
+
+    patch.setattr(launch, "_in_vectors", exactly)
+
+    def stand_in(stock: Callable[..., Any]) -> Callable[[Callable[..., Any]], None]:
+        """Put a function in the place of another, wherever the package has imported it by name."""
+
+        def put(made: Callable[..., Any]) -> None:
+            made = functools.wraps(stock)(made)
+            for module in _package():
+                for name, value in list(vars(module).items()):
+                    if value is stock:
+                        patch.setattr(module, name, made)
+
+        return put
+
+    takes_kernels, streaming_device, compile_ahead = (
+        copy_batch.takes_kernels,
+        cuda.streaming_device,
+        launch.compile_ahead,
+    )
+
+    @stand_in(takes_kernels)
+    def _(backend: str, tensors: Any) -> bool:
+        return takes_kernels("triton" if backend == "auto" and gpu.is_on else backend, tensors)
+
+    @stand_in(streaming_device)
+    def _(device: torch.device) -> Any:
+        return gpu.new_device() if gpu.is_on and device.type == "cpu" else streaming_device(device)
+
+    @stand_in(compile_ahead)
+    def _(*arguments: Any) -> None:
+        with gpu.executor.compiling_ahead():
+            compile_ahead(*arguments)
+
+    synchronize = simulated.Event.synchronize
+
+    def waited(event: simulated.Event) -> None:
+        position = event.position  # an event may be recorded anew
+        synchronize(event)
+        if isinstance(event.stream, devices.Stream):
+            device = event.stream.device
+            with device.lock:
+                device.known_to_host = devices.later(device.known_to_host, event.stream.clock(position))
+
+    patch.setattr(simulated.Event, "synchronize", waited)
+    preadv = system.preadv
+
+    def read(fd: int, views: list[memoryview], offset: int) -> int:
+        for view in views:
+            start = np.frombuffer(view, np.uint8).ctypes.data
+            for device in gpu.devices:
+                device.host_writes(start, start + view.nbytes)
+        return preadv(fd, views, offset)
+
+    patch.setattr(system, "preadv", read)
+    return gpu
+
+
+def _package() -> list[Any]:
+    """All modules of the package that take part."""
+    for part in ("execution", "kernels"):
+        found = importlib.import_module(f"automodel_conv.{part}")
+        for module in pkgutil.iter_modules(found.__path__, f"automodel_conv.{part}."):
+            importlib.import_module(module.name)
+    importlib.import_module("automodel_conv.in_memory")
+    return [module for name, module in list(sys.modules.items()) if name.startswith(automodel_conv.__name__)]
