@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from operator import attrgetter, countOf
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -13,6 +14,12 @@ from automodel_conv.errors import ConversionError, message
 
 WIDEST = 16
 """Bytes of the widest access of a GPU; more alignment than that changes nothing."""
+
+
+_Integers = TypeVar("_Integers", int, np.ndarray)
+
+
+_SHAPE, _DTYPE = attrgetter("shape"), attrgetter("dtype")
 
 
 class Matrices(NamedTuple):
@@ -99,6 +106,41 @@ def as_matrices(name: str, tensors: Sequence[Tensor] | Matrices) -> Matrices:
     if not tensors:
         return Matrices(np.empty(0, np.int64), torch.uint8, 0, 0, 0, torch.device("cpu"))
     first = tensors[0]
+    addresses = np.fromiter(map(Tensor.data_ptr, tensors), np.int64, len(tensors))
+    if not _are_alike(tensors, addresses):
+        _refuse_unlike(name, tensors)
+    return at_addresses(addresses, (first.shape[0], first.shape[1]), first.stride(0), first.dtype, first.device)
+
+
+def _are_alike(tensors: Sequence[Tensor], addresses: np.ndarray) -> bool:
+    """Whether all are matrices of one kind. Never yes where they are not; where it says no they may be, if odd ones.
+
+    A layer has hundreds of tensors, and a call of Python for each costs more than what is read: so attribute by
+    attribute, in loops that are not Python's and keep nothing.
+    """
+    first, count = tensors[0], len(tensors)
+    shape, strides, index = first.shape, first.stride(), first.get_device()
+    if len(shape) != 2 or (strides[1] != 1 and shape[1] > 1):
+        return False
+    if min(shape) > 1 and first.is_contiguous():
+        # Which, with the shape, leaves no choice of strides.
+        has_strides = all(map(Tensor.is_contiguous, tensors))
+    else:
+        has_strides = countOf(map(Tensor.stride, tensors), strides) == count
+    return (
+        has_strides
+        and countOf(map(_SHAPE, tensors), shape) == count
+        and countOf(map(_DTYPE, tensors), first.dtype) == count
+        # torch has one kind of accelerator in a process, so an index is a device; and of those without an index, CPU
+        # and meta, only the CPU has addresses. ``tensor.device`` would make an object for each tensor.
+        and countOf(map(Tensor.get_device, tensors), index) == count
+        and (index >= 0 or bool(addresses.all()))
+    )
+
+
+def _refuse_unlike(name: str, tensors: Sequence[Tensor]) -> None:
+    """Find the first tensor that does not go with the others, if there is one; the errors of ``as_matrices``."""
+    first = tensors[0]
     kind = (first.shape, first.dtype, first.device, first.stride())
     for index, tensor in enumerate(tensors):
         if tensor.dim() != 2 or (tensor.stride(1) != 1 and tensor.shape[1] > 1):
@@ -121,8 +163,6 @@ def as_matrices(name: str, tensors: Sequence[Tensor] | Matrices) -> Matrices:
                     do="one call for each kind",
                 )
             )
-    addresses = np.fromiter((tensor.data_ptr() for tensor in tensors), np.int64, len(tensors))
-    return at_addresses(addresses, (first.shape[0], first.shape[1]), first.stride(0), first.dtype, first.device)
 
 
 def bytes_moved(*operands: Sequence[Tensor] | Matrices) -> int:
@@ -130,7 +170,7 @@ def bytes_moved(*operands: Sequence[Tensor] | Matrices) -> int:
     return sum(as_matrices("bytes_moved", operand).nbytes for operand in operands)
 
 
-def alignment(numbers: np.ndarray) -> np.ndarray:
+def alignment(numbers: _Integers) -> _Integers:
     """The largest power of two, at most ``WIDEST``, that divides each number.
 
     >>> alignment(np.array([0, 6, 24, 4096, 7])).tolist()
@@ -138,11 +178,3 @@ def alignment(numbers: np.ndarray) -> np.ndarray:
     """
     capped = numbers | WIDEST
     return capped & -capped
-
-
-def upload(table: np.ndarray, device: torch.device) -> Tensor:
-    """An int64 table on a device, by one transfer that nobody waits for."""
-    host = torch.from_numpy(np.ascontiguousarray(table))
-    if device.type == "cpu":
-        return host
-    return host.pin_memory().to(device, non_blocking=True)
