@@ -1,6 +1,6 @@
 """What a call of a verb costs the host before its first kernel is launched, on a layer of 128 experts.
 
-    python -m benchmarks.launching [--repetitions N] [--json FILE]
+    python -m benchmarks.launching [--size full|small] [--repetitions N] [--json FILE]
 
 Calls as a user makes them, with lists of tensors: gate and up [768, 2048] and down [2048, 768] of Qwen3-30B-A3B. Runs
 without a GPU: the launch itself does nothing, and the table is staged in ordinary memory and copied on the host, in
@@ -8,7 +8,8 @@ place of pinned memory and a device. So what is left out is what CUDA takes to q
 turns in one process; medians and 20th to 80th percentiles in microseconds. Memory of the matrices is never touched.
 
 ``as_matrices``: checks and addresses; ``plan``: which variant moves which rows; ``upload``: the table; ``start``: all
-from the plan to the launch, the upload in it; ``call``: everything, once more as a whole.
+from the plan to the launch, the upload in it; ``call``: everything, measured as a whole; ``into stacks``: the same call
+with the destinations as one tensor each, where they are a stack.
 """
 
 from __future__ import annotations
@@ -33,12 +34,25 @@ from automodel_conv.kernels.transpose import transpose_launches
 from benchmarks import measure, operations
 from benchmarks.show import show, show_environment
 
-_LAYER = operations.Experts("Qwen3-30B-A3B", 128, 768, 2048)
+_LAYERS = {
+    "full": operations.Experts("Qwen3-30B-A3B", 128, 768, 2048),
+    "small": operations.Experts("small", 4, 16, 32),
+}
 _PLANS: dict[str, Callable[..., launch.Launches]] = {
     "strided_copy": strided_copy_launches,
     "transpose": transpose_launches,
     "interleave": interleave_launches,
     "deinterleave": deinterleave_launches,
+}
+
+
+# Destinations as stacks [n, R, C].
+_STACKS: dict[str, Callable[[Tensor], list[Tensor]]] = {
+    "concatenate": lambda out: [out.unflatten(1, (2, -1)).flatten(0, 1)],
+    "split back": lambda out: [out.flatten(0, 1)],
+    "transpose down": lambda out: [out],
+    "interleave columns": lambda out: [out],
+    "deinterleave columns": lambda out: [out[:, 0], out[:, 1]],
 }
 
 
@@ -48,35 +62,44 @@ def _untouched(
     return torch.empty(count, rows, columns, dtype=dtype, device=device)
 
 
-def _phases(case: operations.Case, stage: Staging) -> dict[str, Callable[[], object]]:
+def _nothing(*arguments: object) -> None:
+    """In place of a launch, and of a reason not to launch; a mock would take longer than what is measured."""
+
+
+def _phases(name: str, case: operations.Case, stage: Staging) -> dict[str, Callable[[], object]]:
     def gather() -> list[launch.Matrices]:
         return [as_matrices("operand", operand) for operand in case.operands]
 
     matrices = gather()
     work = _PLANS[case.verb](*matrices)
-    return {
+    phases: dict[str, Callable[[], object]] = {
         "as_matrices": gather,
         "plan": lambda: _PLANS[case.verb](*matrices),
         "upload": lambda: stage(work.table).clone(),
         "start": lambda: launch.start(work),
         "call": case.kernel,
     }
+    if name in _STACKS:
+        stacks = _STACKS[name](case.out)
+        operands = (*stacks, *case.operands[len(stacks) :])
+        phases["into stacks"] = lambda: operations.KERNELS[case.verb](*operands)
+    return phases
 
 
-def run(repetitions: int) -> dict[str, Any]:
+def run(layer: operations.Experts, repetitions: int) -> dict[str, Any]:
     """Seconds by operation and phase, a list each, and how many tensors a call takes."""
     blocks = itertools.cycle([torch.zeros(1 << 17, dtype=torch.int64) for _ in range(2)])
     stage = Staging(lambda numbers: next(blocks))
     found: dict[str, Any] = {}
     with (
         mock.patch.object(operations, "random_matrices", _untouched),
-        mock.patch.object(moves_triton, "launch"),
-        mock.patch.object(launch, "why_not", return_value=None),
+        mock.patch.object(moves_triton, "launch", _nothing),
+        mock.patch.object(launch, "why_not", _nothing),
         mock.patch.object(launch, "upload", lambda table, device: stage(table).clone()),
     ):
         for name, make in operations.OPERATIONS.items():
-            case = make(_LAYER, torch.bfloat16, torch.bfloat16, torch.device("cpu"))
-            phases = _phases(case, stage)
+            case = make(layer, torch.bfloat16, torch.bfloat16, torch.device("cpu"))
+            phases = _phases(name, case, stage)
             seconds: dict[str, list[float]] = {phase: [] for phase in phases}
             for repetition in range(repetitions):
                 for phase in measure.shuffled(list(phases), repetition):
@@ -93,22 +116,25 @@ def main(arguments: list[str] | None = None) -> None:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    parser.add_argument("--size", choices=tuple(_LAYERS), default="full")
     parser.add_argument("--repetitions", type=int, default=1000)
     parser.add_argument("--json", metavar="FILE", help="write all runs and the environment")
     options = parser.parse_args(arguments)
     environment = measure.environment()
-    found = run(options.repetitions)
+    layer = _LAYERS[options.size]
+    found = run(layer, options.repetitions)
     show_environment(environment)
-    columns = list(next(iter(found.values()))["seconds"])
-    table = Table(title=f"a layer of {_LAYER.experts} experts, microseconds", title_justify="left")
+    columns = list(found["concatenate"]["seconds"])
+    table = Table(title=f"a layer of {layer.experts} experts, microseconds", title_justify="left")
     table.add_column("operation")
     for column in ("tensors", *columns):
         table.add_column(column, justify="right")
     for name, measured in found.items():
-        spreads = [measure.spread(measured["seconds"][phase]).text(1e6, 0) for phase in columns]
+        seconds = measured["seconds"]
+        spreads = [measure.spread(seconds[phase]).text(1e6, 0) if phase in seconds else "-" for phase in columns]
         table.add_row(name, str(measured["tensors"]), *spreads)
     show(table)
-    measure.write_json(options.json, {"environment": environment, "layer": _LAYER.name, "calls": found})
+    measure.write_json(options.json, {"environment": environment, "layer": layer.name, "calls": found})
 
 
 if __name__ == "__main__":

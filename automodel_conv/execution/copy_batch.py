@@ -113,15 +113,18 @@ class CopyBatch:
 
         The tensors must live until the work that ``run`` queues is done.
         """
-        for dtype in {sources[ordinal].dtype for ordinal in copy.ordinals}:
+        dtypes = {sources[ordinal].dtype for ordinal in copy.ordinals}
+        for dtype in dtypes:
             form = Form(*copy[:3], dtype.itemsize, output.dtype.itemsize)
             kind = _Kind(form, dtype, output.dtype, output.device)
-            copies = self._kinds.setdefault(kind, _Copies([], [], [], []))
-            places = [place for place in zip(*copy[3:], strict=True) if sources[place[0]].dtype == dtype]
-            copies.sources.extend(sources[ordinal] for ordinal, _, _ in places)
-            copies.source_offsets.extend(offset for _, offset, _ in places)
-            copies.targets.extend([output] * len(places))
-            copies.target_offsets.extend(offset for _, _, offset in places)
+            if kind not in self._kinds:
+                self._kinds[kind] = _Copies([], [], [], [])
+            copies = self._kinds[kind]
+            places = copy[3:] if len(dtypes) == 1 else _of_dtype(dtype, sources, copy)
+            copies.sources.extend([sources[ordinal] for ordinal in places[0]])
+            copies.source_offsets.extend(places[1])
+            copies.targets.extend([output] * len(places[0]))
+            copies.target_offsets.extend(places[2])
 
     def variants(self) -> Counter[frozenset[Variant]]:
         """Bytes written by the copies of each kind, by the variants that kernels would need for it."""
@@ -156,6 +159,11 @@ class CopyBatch:
         strided_copy_torch(*planned.by_torch)
         self._kinds.clear()
         return planned.work
+
+
+def _of_dtype(dtype: torch.dtype, sources: Sequence[Tensor], copy: StridedCopy) -> Sequence[Sequence[int]]:
+    """The ordinals and offsets of the copies from sources of one dtype."""
+    return [*zip(*(place for place in zip(*copy[3:], strict=True) if sources[place[0]].dtype == dtype), strict=True)]
 
 
 def _planned(kind: _Kind, copies: _Copies, use_kernels: bool, allowed: frozenset[Variant] | None) -> Planned:

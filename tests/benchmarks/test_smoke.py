@@ -37,6 +37,22 @@ def test_planning_times_every_stage_and_writes_it(tmp_path, capsys):
     assert [path.name for path in tmp_path.iterdir()] == ["result.json"]
 
 
+def test_calls_of_verbs_are_timed_by_phase(tmp_path, capsys):
+    pytest.importorskip("triton", reason="what would launch is Triton's")
+    from benchmarks import launching
+
+    file = tmp_path / "result.json"
+    launching.main(["--size", "small", "--repetitions", "2", "--json", str(file)])
+    assert "deinterleave columns" in capsys.readouterr().out
+    calls = json.loads(file.read_text())["calls"]
+    assert calls["concatenate"]["tensors"] == 16
+    assert calls["interleave columns"]["tensors"] == 12
+    for measured in calls.values():
+        seconds = measured["seconds"]
+        assert {"as_matrices", "plan", "upload", "start", "call"} <= set(seconds)
+        assert all(len(times) == 2 and min(times) > 0 for times in seconds.values())
+
+
 def test_upstream_is_stopped_once_it_knows_every_tensor(checkpoint, monkeypatch):
     from transformers import core_model_loading as core
 
