@@ -56,6 +56,7 @@ def upload(table: np.ndarray, device: torch.device) -> Tensor:
     if device.type == "cpu":
         return torch.from_numpy(np.ascontiguousarray(table))
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        # A graph copies again at each replay, from memory that must be its own.
+        # A graph copies again at each replay, from memory that must stay its own: newer torch sees to that, if asked
+        # during the capture; older ones refuse to pin then.
         return torch.from_numpy(np.ascontiguousarray(table)).pin_memory().to(device, non_blocking=True)
     return _STAGING(table).to(device, non_blocking=True)

@@ -135,6 +135,19 @@ def test_a_block_is_not_written_while_copies_out_of_it_are_under_way():
     assert all([*read] == table.reshape(-1).tolist() for table, read in in_flight)
 
 
+def test_a_graph_under_capture_gets_memory_that_is_not_shared():
+    # What torch pins during a capture stays with the graph, whose replays read it again.
+    with (
+        mock.patch.object(staging, "_STAGING") as stage,
+        mock.patch.object(torch.cuda, "is_current_stream_capturing", return_value=True),
+        mock.patch.object(torch.Tensor, "pin_memory") as pin,
+    ):
+        made = staging.upload(np.zeros((3, 2), np.int64), torch.device("cuda"))
+    assert not stage.called
+    assert made is pin.return_value.to.return_value
+    pin.return_value.to.assert_called_once_with(torch.device("cuda"), non_blocking=True)
+
+
 def test_the_cpu_gets_the_table_itself():
     table = np.arange(6).reshape(3, 2)
     made = staging.upload(table, torch.device("cpu"))
