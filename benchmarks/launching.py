@@ -9,7 +9,7 @@ turns in one process; medians and 20th to 80th percentiles in microseconds. Memo
 
 ``as_matrices``: checks and addresses; ``plan``: which variant moves which rows; ``upload``: the table; ``start``: all
 from the plan to the launch, the upload in it; ``call``: everything, measured as a whole; ``into stacks``: the same call
-with the destinations as one tensor each, where they are a stack.
+with all destinations as one tensor.
 """
 
 from __future__ import annotations
@@ -46,10 +46,12 @@ _PLANS: dict[str, Callable[..., launch.Launches]] = {
 }
 
 
-# Destinations as stacks [n, R, C].
+# Destinations as stacks [..., R, C].
 _STACKS: dict[str, Callable[[Tensor], list[Tensor]]] = {
-    "concatenate": lambda out: [out.unflatten(1, (2, -1)).flatten(0, 1)],
-    "split back": lambda out: [out.flatten(0, 1)],
+    "concatenate": lambda out: [out.unflatten(1, (2, -1))],
+    "interleave rows": lambda out: [out.unflatten(1, (-1, 2)).transpose(1, 2)],
+    "split back": lambda out: [out],
+    "concatenate transposed": lambda out: [out.unflatten(2, (2, -1)).transpose(1, 2)],
     "transpose down": lambda out: [out],
     "interleave columns": lambda out: [out],
     "deinterleave columns": lambda out: [out[:, 0], out[:, 1]],
@@ -72,18 +74,16 @@ def _phases(name: str, case: operations.Case, stage: Staging) -> dict[str, Calla
 
     matrices = gather()
     work = _PLANS[case.verb](*matrices)
-    phases: dict[str, Callable[[], object]] = {
+    stacks = _STACKS[name](case.out)
+    into_stacks = (*stacks, *case.operands[len(stacks) :])
+    return {
         "as_matrices": gather,
         "plan": lambda: _PLANS[case.verb](*matrices),
         "upload": lambda: stage(work.table).clone(),
         "start": lambda: launch.start(work),
         "call": case.kernel,
+        "into stacks": lambda: operations.KERNELS[case.verb](*into_stacks),
     }
-    if name in _STACKS:
-        stacks = _STACKS[name](case.out)
-        operands = (*stacks, *case.operands[len(stacks) :])
-        phases["into stacks"] = lambda: operations.KERNELS[case.verb](*operands)
-    return phases
 
 
 def run(layer: operations.Experts, repetitions: int) -> dict[str, Any]:
@@ -130,8 +130,7 @@ def main(arguments: list[str] | None = None) -> None:
     for column in ("tensors", *columns):
         table.add_column(column, justify="right")
     for name, measured in found.items():
-        seconds = measured["seconds"]
-        spreads = [measure.spread(seconds[phase]).text(1e6, 0) if phase in seconds else "-" for phase in columns]
+        spreads = [measure.spread(measured["seconds"][phase]).text(1e6, 0) for phase in columns]
         table.add_row(name, str(measured["tensors"]), *spreads)
     show(table)
     measure.write_json(options.json, {"environment": environment, "layer": layer.name, "calls": found})

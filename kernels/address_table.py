@@ -55,7 +55,8 @@ class Matrices(NamedTuple):
 
 
 Operand = Sequence[Tensor] | Tensor | Matrices
-"""Matrices as the verbs take them: a list of tensors ``[R, C]``, a stack ``[n, R, C]`` of them, or by addresses."""
+"""Matrices as the verbs take them: a list of tensors ``[R, C]``, one tensor ``[..., R, C]`` of them in the order of its
+leading dimensions, whatever their strides, or by addresses."""
 
 
 def matrices_at(
@@ -121,18 +122,20 @@ def as_matrices(name: str, tensors: Operand) -> Matrices:
 
 
 def _of_stack(name: str, stack: Tensor) -> Matrices:
-    if stack.dim() != 3 or (stack.stride(2) != 1 and stack.shape[2] > 1):
+    if stack.dim() < 3 or (stack.stride(-1) != 1 and stack.shape[-1] > 1):
         raise ConversionError(
             message(
                 f"{name} takes matrices with adjacent elements in a row",
                 where=f"the tensor given for {name}",
-                expected="3 dimensions, a stack of matrices, the last stride 1",
+                expected="3 dimensions or more, a stack of matrices, the last stride 1",
                 found=f"shape {list(stack.shape)}, strides {stack.stride()}",
             )
         )
-    count, rows, columns = stack.shape
-    offsets_bytes = np.arange(count) * (stack.stride(0) * stack.itemsize)
-    return at_addresses(stack.data_ptr() + offsets_bytes, (rows, columns), stack.stride(1), stack.dtype, stack.device)
+    offsets = np.zeros(1, np.int64)
+    for size, stride in zip(stack.shape[:-2], stack.stride()[:-2], strict=True):
+        offsets = (offsets[:, None] + np.arange(size) * stride).reshape(-1)
+    addresses = stack.data_ptr() + offsets * stack.itemsize
+    return at_addresses(addresses, (stack.shape[-2], stack.shape[-1]), stack.stride(-2), stack.dtype, stack.device)
 
 
 def _are_alike(tensors: Sequence[Tensor], addresses: np.ndarray) -> bool:

@@ -35,7 +35,7 @@ def interleave(dst: Operand, first: Operand, second: Operand) -> None:
 
     One launch for each alignment of the addresses that occurs.
 
-    Args: lists of tensors, or stacks ``[n, R, C]``, or by addresses; see ``Operand``.
+    Args: lists of tensors, or stacks ``[..., R, C]``, or by addresses; see ``Operand``.
         dst: ``[C, 2R]``, of one kind: shape, dtype, row stride, device; at multiples of its element size. Elements of a
             row are adjacent, rows at any stride. Must overlap neither itself nor a source; nothing here checks it.
         first, second: ``[R, C]``, both of one kind, as many, at any address; rows may overlap each other.

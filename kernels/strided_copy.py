@@ -27,7 +27,7 @@ def strided_copy(dst: Operand, src: Operand) -> None:
 
     Concatenation, interleaving of rows (a destination of every other row), splitting back, casts.
 
-    Args: lists of tensors, or stacks ``[n, R, C]``, or by addresses; see ``Operand``.
+    Args: lists of tensors, or stacks ``[..., R, C]``, or by addresses; see ``Operand``.
         dst: ``[R, C]``, of one kind: shape, dtype, row stride, device. Elements of a row are adjacent, rows at any
             stride. Must overlap neither itself nor ``src``; that is for the caller to see to, nothing here checks it.
         src: ``[R, C]`` likewise, as many; rows may overlap each other.

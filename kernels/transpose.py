@@ -44,7 +44,7 @@ _SIMD_SHUFFLE = hasattr(torch, "native_channel_shuffle") and (torch.backends.cpu
 def transpose(dst: Operand, src: Operand) -> None:
     """``dst[k].copy_(src[k].t())`` for each k, in one launch for each alignment of the addresses that occurs.
 
-    Args: lists of tensors, or stacks ``[n, R, C]``, or by addresses; see ``Operand``.
+    Args: lists of tensors, or stacks ``[..., R, C]``, or by addresses; see ``Operand``.
         dst: ``[C, R]``, of one kind: shape, dtype, row stride, device; at multiples of its element size. Elements of a
             row are adjacent, rows at any stride. Must overlap neither itself nor ``src``; nothing here checks it.
         src: ``[R, C]`` likewise, as many, at any address; rows may overlap each other.

@@ -108,6 +108,12 @@ def test_matrices_that_all_are_meta_are_of_one_kind():
     assert found.device == torch.device("meta")
 
 
+def matrices_of(stack):
+    if stack.dim() == 2:
+        return [stack]
+    return [matrix for part in stack for matrix in matrices_of(part)]
+
+
 @pytest.mark.parametrize(
     "stack",
     [
@@ -118,17 +124,20 @@ def test_matrices_that_all_are_meta_are_of_one_kind():
         torch.zeros(4, 6).expand(3, 4, 6),
         torch.zeros(3, 1, 6),
         torch.zeros(0, 4, 6),
+        torch.zeros(3, 6, 10).unflatten(2, (2, 5)).transpose(1, 2),  # gate and up of [E, H, 2I]
+        torch.zeros(3, 8, 5).unflatten(1, (4, 2)).transpose(1, 2),  # their rows in turn
+        torch.zeros(2, 2, 2, 4, 6)[:, :, 1:],
     ],
     ids=lambda stack: f"{list(stack.shape)} {stack.stride()}",
 )
 def test_a_stack_is_the_list_of_its_matrices(stack):
-    found, listed = as_matrices("dst", stack), as_matrices("dst", [*stack])
+    found, listed = as_matrices("dst", stack), as_matrices("dst", matrices_of(stack))
     assert found.addresses.tolist() == listed.addresses.tolist()
     if len(stack):
         assert found[1:] == listed[1:]
 
 
-@pytest.mark.parametrize("tensor", [torch.zeros(4, 6), torch.zeros(2, 3, 4, 6), torch.zeros(3, 6, 4).transpose(1, 2)])
+@pytest.mark.parametrize("tensor", [torch.zeros(4, 6), torch.zeros(6), torch.zeros(3, 6, 4).transpose(1, 2)])
 def test_a_tensor_that_is_no_stack_of_matrices_is_refused(tensor):
     with pytest.raises(ConversionError, match="dst takes matrices with adjacent elements in a row"):
         as_matrices("dst", tensor)

@@ -9,9 +9,9 @@ import torch
 from automodel_conv.errors import ConversionError
 from automodel_conv.kernels import launch
 from automodel_conv.kernels.address_table import as_matrices
-from automodel_conv.kernels.interleave import interleave_launches, interleave_torch
+from automodel_conv.kernels.interleave import interleave, interleave_launches, interleave_torch
 from automodel_conv.kernels.strided_copy import strided_copy_launches
-from automodel_conv.kernels.transpose import transpose_launches, transpose_torch
+from automodel_conv.kernels.transpose import transpose, transpose_launches, transpose_torch
 from automodel_conv.testing import address_valued, assert_bytes_equal
 
 moves_triton = pytest.importorskip("automodel_conv.kernels.moves_triton", exc_type=ImportError)
@@ -99,6 +99,19 @@ def test_launches_of_several_devices_are_refused_before_anything_is_written():
         launch.start(made[0], elsewhere)
     for output, untouched in zip(outputs[0], poisoned(ROWS, COLUMNS), strict=True):
         assert_bytes_equal(output, untouched)
+
+
+def test_verbs_write_to_the_matrices_of_one_tensor():
+    gate, up, down = sources(0), sources(1), sources(2)
+    raw = torch.full((COUNT, COLUMNS, 2 * ROWS), -1, dtype=torch.int16)
+    woven, halves = raw.view(torch.bfloat16), raw.clone().view(torch.bfloat16)
+    interleave(woven, gate, up)
+    transpose(
+        halves.unflatten(2, (2, ROWS)).transpose(1, 2), [half for pair in zip(gate, down, strict=True) for half in pair]
+    )
+    for k in range(COUNT):
+        assert_bytes_equal(woven[k], torch.stack([gate[k].t(), up[k].t()], 2).flatten(1))
+        assert_bytes_equal(halves[k], torch.cat([gate[k], down[k]]).t().contiguous())
 
 
 def test_matrices_as_good_as_their_rows_are_one_launch_and_keep_their_order():
