@@ -212,16 +212,16 @@ def _uploaded(tables: Sequence[np.ndarray], device: torch.device) -> list[Tensor
 
 
 def _one_device(works: Sequence[Launches]) -> torch.device:
-    devices = {work.device for work in works}
-    if len(devices) > 1:
+    device = works[0].device
+    if any(work.device != device for work in works[1:]):
         raise ConversionError(
             message(
                 "launches of several devices are started apart",
                 expected="one device",
-                found=", ".join(sorted(map(str, devices))),
+                found=", ".join(sorted({str(work.device) for work in works})),
             )
         )
-    return works[0].device
+    return device
 
 
 def compile_ahead(variants: Iterable[Variant], device: torch.device) -> None:
