@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from operator import attrgetter, countOf
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -13,6 +14,12 @@ from automodel_conv.errors import ConversionError, message
 
 WIDEST = 16
 """Bytes of the widest access of a GPU; more alignment than that changes nothing."""
+
+
+_Integers = TypeVar("_Integers", int, np.ndarray)
+
+
+_SHAPE, _DTYPE = attrgetter("shape"), attrgetter("dtype")
 
 
 class Matrices(NamedTuple):
@@ -45,6 +52,11 @@ class Matrices(NamedTuple):
     def steps_bytes(self) -> int:
         """A number with the alignment of a row's length and of the step between rows."""
         return (self.columns | self.row_stride) * self.dtype.itemsize
+
+
+Operand = Sequence[Tensor] | Tensor | Matrices
+"""Matrices as the verbs take them: a list of tensors ``[R, C]``, one tensor ``[..., R, C]`` of them in the order of its
+leading dimensions, whatever their strides, or by addresses."""
 
 
 def matrices_at(
@@ -87,8 +99,10 @@ def at_addresses(
     return Matrices(addresses, dtype, rows, columns, row_stride if rows > 1 else 0, device)
 
 
-def as_matrices(name: str, tensors: Sequence[Tensor] | Matrices) -> Matrices:
+def as_matrices(name: str, tensors: Operand) -> Matrices:
     """Tensors by their addresses; ``name`` says in errors which argument they are.
+
+    A list costs about 0.4 us a tensor, for what is read and compared; a stack next to nothing.
 
     Raises:
         ConversionError: they are not all 2-D, of one shape, dtype, device and row stride, or the elements of a row are
@@ -96,8 +110,62 @@ def as_matrices(name: str, tensors: Sequence[Tensor] | Matrices) -> Matrices:
     """
     if isinstance(tensors, Matrices):
         return tensors
+    if isinstance(tensors, Tensor):
+        return _of_stack(name, tensors)
     if not tensors:
         return Matrices(np.empty(0, np.int64), torch.uint8, 0, 0, 0, torch.device("cpu"))
+    first = tensors[0]
+    addresses = np.fromiter(map(Tensor.data_ptr, tensors), np.int64, len(tensors))
+    if not _are_alike(tensors, addresses):
+        _refuse_unlike(name, tensors)
+    return at_addresses(addresses, (first.shape[0], first.shape[1]), first.stride(0), first.dtype, first.device)
+
+
+def _of_stack(name: str, stack: Tensor) -> Matrices:
+    if stack.dim() < 3 or (stack.stride(-1) != 1 and stack.shape[-1] > 1):
+        raise ConversionError(
+            message(
+                f"{name} takes matrices with adjacent elements in a row",
+                where=f"the tensor given for {name}",
+                expected="3 dimensions or more, a stack of matrices, the last stride 1",
+                found=f"shape {list(stack.shape)}, strides {stack.stride()}",
+            )
+        )
+    offsets = np.zeros(1, np.int64)
+    for size, stride in zip(stack.shape[:-2], stack.stride()[:-2], strict=True):
+        offsets = (offsets[:, None] + np.arange(size) * stride).reshape(-1)
+    addresses = stack.data_ptr() + offsets * stack.itemsize
+    return at_addresses(addresses, (stack.shape[-2], stack.shape[-1]), stack.stride(-2), stack.dtype, stack.device)
+
+
+def _are_alike(tensors: Sequence[Tensor], addresses: np.ndarray) -> bool:
+    """Whether all are matrices of one kind. Never yes where they are not; where it says no they may be, if odd ones.
+
+    A layer has hundreds of tensors, and a call of Python for each costs more than what is read: so attribute by
+    attribute, in loops that are not Python's and keep nothing.
+    """
+    first, count = tensors[0], len(tensors)
+    shape, strides, index = first.shape, first.stride(), first.get_device()
+    if len(shape) != 2 or (strides[1] != 1 and shape[1] > 1):
+        return False
+    if first.is_contiguous():
+        # With the shape, that leaves no choice of strides but of those that are never taken.
+        has_strides = all(map(Tensor.is_contiguous, tensors))
+    else:
+        has_strides = countOf(map(Tensor.stride, tensors), strides) == count
+    return (
+        has_strides
+        and countOf(map(_SHAPE, tensors), shape) == count
+        and countOf(map(_DTYPE, tensors), first.dtype) == count
+        # torch has one kind of accelerator in a process, so an index is a device; and of those without an index, CPU
+        # and meta, only the CPU has addresses. ``tensor.device`` would make an object for each tensor.
+        and countOf(map(Tensor.get_device, tensors), index) == count
+        and (index >= 0 or np.count_nonzero(addresses) == count)
+    )
+
+
+def _refuse_unlike(name: str, tensors: Sequence[Tensor]) -> None:
+    """Find the first tensor that does not go with the others, if there is one; the errors of ``as_matrices``."""
     first = tensors[0]
     kind = (first.shape, first.dtype, first.device, first.stride())
     for index, tensor in enumerate(tensors):
@@ -121,16 +189,14 @@ def as_matrices(name: str, tensors: Sequence[Tensor] | Matrices) -> Matrices:
                     do="one call for each kind",
                 )
             )
-    addresses = np.fromiter((tensor.data_ptr() for tensor in tensors), np.int64, len(tensors))
-    return at_addresses(addresses, (first.shape[0], first.shape[1]), first.stride(0), first.dtype, first.device)
 
 
-def bytes_moved(*operands: Sequence[Tensor] | Matrices) -> int:
+def bytes_moved(*operands: Operand) -> int:
     """Bytes that a verb moves between these operands: each byte of each is read or written once."""
     return sum(as_matrices("bytes_moved", operand).nbytes for operand in operands)
 
 
-def alignment(numbers: np.ndarray) -> np.ndarray:
+def alignment(numbers: _Integers) -> _Integers:
     """The largest power of two, at most ``WIDEST``, that divides each number.
 
     >>> alignment(np.array([0, 6, 24, 4096, 7])).tolist()
@@ -138,11 +204,3 @@ def alignment(numbers: np.ndarray) -> np.ndarray:
     """
     capped = numbers | WIDEST
     return capped & -capped
-
-
-def upload(table: np.ndarray, device: torch.device) -> Tensor:
-    """An int64 table on a device, by one transfer that nobody waits for."""
-    host = torch.from_numpy(np.ascontiguousarray(table))
-    if device.type == "cpu":
-        return host
-    return host.pin_memory().to(device, non_blocking=True)

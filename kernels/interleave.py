@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from automodel_conv.kernels.address_table import WIDEST, Matrices, as_matrices
+from automodel_conv.kernels.address_table import WIDEST, Matrices, Operand, as_matrices
 from automodel_conv.kernels.launch import (
     NO_LAUNCHES,
     Launches,
@@ -30,14 +30,12 @@ _INTERLEAVE_TILES = {(1, 1): (64, 64), (2, 2): (64, 64), (4, 4): (32, 32), (2, 4
 _DEINTERLEAVE_TILES = {(1, 1): (64, 64), (2, 2): (64, 32), (4, 4): (32, 32), (2, 4): (32, 64), (4, 2): (64, 32)}
 
 
-def interleave(
-    dst: Sequence[Tensor] | Matrices, first: Sequence[Tensor] | Matrices, second: Sequence[Tensor] | Matrices
-) -> None:
+def interleave(dst: Operand, first: Operand, second: Operand) -> None:
     """``dst[k][:, 0::2] = first[k].t(); dst[k][:, 1::2] = second[k].t()`` for each k.
 
     One launch for each alignment of the addresses that occurs.
 
-    Args:
+    Args: lists of tensors, or stacks ``[..., R, C]``, or by addresses; see ``Operand``.
         dst: ``[C, 2R]``, of one kind: shape, dtype, row stride, device; at multiples of its element size. Elements of a
             row are adjacent, rows at any stride. Must overlap neither itself nor a source; nothing here checks it.
         first, second: ``[R, C]``, both of one kind, as many, at any address; rows may overlap each other.
@@ -89,9 +87,7 @@ def interleave_torch(dst: Sequence[Tensor], first: Sequence[Tensor], second: Seq
     transpose_torch(_halves(dst), [half for pair in zip(first, second, strict=True) for half in pair])
 
 
-def deinterleave(
-    first: Sequence[Tensor] | Matrices, second: Sequence[Tensor] | Matrices, src: Sequence[Tensor] | Matrices
-) -> None:
+def deinterleave(first: Operand, second: Operand, src: Operand) -> None:
     """``first[k].copy_(src[k][:, 0::2].t()); second[k].copy_(src[k][:, 1::2].t())`` for each k.
 
     Args:

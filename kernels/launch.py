@@ -8,14 +8,17 @@ import os
 import shutil
 import subprocess
 from collections.abc import Callable, Iterable, Sequence
-from functools import cache
+from functools import cache, lru_cache, reduce
+from operator import or_
 from typing import NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from automodel_conv.errors import ConversionError, UnsupportedError, message
-from automodel_conv.kernels.address_table import WIDEST, Matrices, alignment, upload
+from automodel_conv.kernels.address_table import WIDEST, Matrices, alignment
+from automodel_conv.kernels.staging import upload
 from automodel_conv.kernels.variants import OPERANDS, Geometry, Variant
 
 _MOST_ROWS = 65535  # of a table in one launch: the second dimension of a CUDA grid
@@ -71,9 +74,8 @@ def check_destination(verb: str, dst: Matrices) -> None:
     Raises:
         ConversionError: names the first address that does not.
     """
-    off = dst.addresses % dst.dtype.itemsize
-    if off.any():
-        index = int((off != 0).argmax())
+    if np.bitwise_or.reduce(dst.addresses) % dst.dtype.itemsize:
+        index = int((dst.addresses % dst.dtype.itemsize != 0).argmax())
         raise ConversionError(
             message(
                 f"{verb} writes whole elements",
@@ -153,8 +155,19 @@ def assigned(
     Raises:
         ConversionError: a matrix too large for the arithmetic of a tile.
     """
-    table = np.stack([operand.addresses for operand in (*operands, *others)], axis=1)
-    kinds, of_row = _assign(table, operands, dst_count, choose)
+    columns = (*operands, *others)
+    table = np.empty((len(operands[0].addresses), len(columns)), np.int64)
+    for number, operand in enumerate(columns):
+        table[:, number] = operand.addresses
+    sides = operands[:dst_count], operands[dst_count:]
+    steps = [reduce(or_, (operand.steps_bytes for operand in side)) for side in sides]
+    best = [alignment(step) for step in steps]
+    if best == [alignment(step | _all_bits(side)) for step, side in zip(steps, sides, strict=True)]:
+        # No address is worse than rows and strides are: one launch, and nothing to sort.
+        kind = choose(*best)
+        checked_tiles(*kind)
+        return Launches(table, (Launch(*kind, 0, len(table)),), operands[0].device)
+    kinds, of_row = _assign(table[:, : len(operands)], dst_count, steps, choose)
     for kind in kinds:
         checked_tiles(*kind)
     order = np.argsort(of_row, kind="stable")
@@ -163,28 +176,52 @@ def assigned(
     return Launches(table[order], launches, operands[0].device)
 
 
-def start(work: Launches) -> None:
-    """Queue launches on the current stream; uploads their table once.
+def start(*works: Launches) -> None:
+    """Queue launches on the current stream, in this order; uploads all their tables at once.
 
     Raises:
+        ConversionError: they are for several devices; nothing is queued then.
         UnsupportedError: kernels cannot run here.
     """
-    if not work.launches:
+    works = tuple(work for work in works if work.launches)
+    if not works:
         return
-    reason = why_not(work.device)
+    device = _one_device(works)
+    reason = why_not(device)
     if reason is not None:
         raise UnsupportedError(message(f"Triton kernels cannot run: {reason}", do='use backend="torch"'))
     from automodel_conv.kernels import moves_triton
 
-    scope = torch.cuda.device(work.device) if work.device.type == "cuda" else contextlib.nullcontext()
+    scope = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
     with scope:
-        on_device = upload(work.table, work.device)
-        for variant, geometry, first, stop in work.launches:
-            tiles = checked_tiles(variant, geometry)
-            most = min(_MOST_ROWS, _MOST_PROGRAMS // tiles)
-            for at in range(first, stop, most):
-                rows = on_device[at : min(stop, at + most)]
-                moves_triton.launch(variant, (tiles, len(rows)), rows, _in_vectors(variant, geometry))
+        for work, table in zip(works, _uploaded([work.table for work in works], device), strict=True):
+            for variant, geometry, first, stop in work.launches:
+                tiles = checked_tiles(variant, geometry)
+                most = min(_MOST_ROWS, _MOST_PROGRAMS // tiles)
+                for at in range(first, stop, most):
+                    rows = table if stop - first == len(table) <= most else table[at : min(stop, at + most)]
+                    moves_triton.launch(variant, (tiles, len(rows)), rows, _in_vectors(variant, geometry))
+
+
+def _uploaded(tables: Sequence[np.ndarray], device: torch.device) -> list[Tensor]:
+    if len(tables) == 1:
+        return [upload(tables[0], device)]
+    together = upload(np.concatenate([table.reshape(-1) for table in tables]), device)
+    parts = together.split([table.size for table in tables])
+    return [part.view(table.shape) for part, table in zip(parts, tables, strict=True)]
+
+
+def _one_device(works: Sequence[Launches]) -> torch.device:
+    device = works[0].device
+    if any(work.device != device for work in works[1:]):
+        raise ConversionError(
+            message(
+                "launches of several devices are started apart",
+                expected="one device",
+                found=", ".join(sorted({str(work.device) for work in works})),
+            )
+        )
+    return device
 
 
 def compile_ahead(variants: Iterable[Variant], device: torch.device) -> None:
@@ -201,25 +238,36 @@ def compile_ahead(variants: Iterable[Variant], device: torch.device) -> None:
             moves_triton.launch(variant, (1, 1), table, (1,) * variant.integers)
 
 
+def _all_bits(side: Sequence[Matrices]) -> int:
+    """All addresses, or-ed: a number that is aligned as the worst of them is."""
+    return reduce(or_, (int(np.bitwise_or.reduce(operand.addresses)) for operand in side))
+
+
 def _assign(
     table: np.ndarray,
-    operands: Sequence[Matrices],
     dst_count: int,
+    steps: Sequence[int],
     choose: Callable[[int, int], tuple[Variant, Geometry]],
 ) -> tuple[list[tuple[Variant, Geometry]], np.ndarray]:
-    """The launches that the rows of a table need, and which of them each row takes."""
-    sides = []
-    for columns in (slice(0, dst_count), slice(dst_count, len(operands))):
-        steps = np.bitwise_or.reduce([operand.steps_bytes for operand in operands[columns]])
-        sides.append(alignment(np.bitwise_or.reduce(table[:, columns], axis=1) | steps))
+    """The launches that the rows of a table need, and which of them each row takes.
+
+    Args:
+        table: of operands only, whose alignment matters.
+        steps: of the destinations and of the sources, a number with the alignment of what their matrices step by.
+    """
+    dst_alignment, src_alignment = (
+        alignment(np.bitwise_or.reduce(columns, axis=1) | step)
+        for columns, step in zip((table[:, :dst_count], table[:, dst_count:]), steps, strict=True)
+    )
     known: dict[tuple[Variant, Geometry], int] = {}
-    codes = sides[0] * (2 * WIDEST) + sides[1]
+    codes = dst_alignment * (2 * WIDEST) + src_alignment
     of_row = np.empty(len(table), np.int64)
     for code in np.unique(codes).tolist():
         of_row[codes == code] = known.setdefault(choose(*divmod(code, 2 * WIDEST)), len(known))
     return list(known), of_row
 
 
+@lru_cache(maxsize=1024)
 def checked_tiles(variant: Variant, geometry: Geometry) -> int:
     """How many tiles a matrix has, if offsets within one, in elements and in bytes, fit 32 bits."""
     rows, columns = variant.tile_rows, variant.tile_columns

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from automodel_conv.errors import ConversionError, message
-from automodel_conv.kernels.address_table import WIDEST, Matrices, as_matrices, at_addresses
+from automodel_conv.kernels.address_table import WIDEST, Matrices, Operand, as_matrices, at_addresses
 from automodel_conv.kernels.launch import NO_LAUNCHES, Launches, assigned, check_destination, check_operands, start
 from automodel_conv.kernels.transpose import transpose_torch
 from automodel_conv.kernels.variants import Geometry, Variant, element_types, word
@@ -22,12 +22,12 @@ _NARROW = (32, 256)
 _SCALAR = (8, 512)
 
 
-def strided_copy(dst: Sequence[Tensor] | Matrices, src: Sequence[Tensor] | Matrices) -> None:
+def strided_copy(dst: Operand, src: Operand) -> None:
     """``dst[k].copy_(src[k])`` for each k, in one launch for each alignment of the addresses that occurs.
 
     Concatenation, interleaving of rows (a destination of every other row), splitting back, casts.
 
-    Args:
+    Args: lists of tensors, or stacks ``[..., R, C]``, or by addresses; see ``Operand``.
         dst: ``[R, C]``, of one kind: shape, dtype, row stride, device. Elements of a row are adjacent, rows at any
             stride. Must overlap neither itself nor ``src``; that is for the caller to see to, nothing here checks it.
         src: ``[R, C]`` likewise, as many; rows may overlap each other.

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from automodel_conv.errors import ConversionError, message
-from automodel_conv.kernels.address_table import WIDEST, Matrices, as_matrices, at_addresses
+from automodel_conv.kernels.address_table import WIDEST, Matrices, Operand, as_matrices, at_addresses
 from automodel_conv.kernels.launch import NO_LAUNCHES, Launches, assigned, check_destination, check_operands, start
 from automodel_conv.kernels.variants import Geometry, Variant, element_types
 
@@ -41,10 +41,10 @@ _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32}
 _SIMD_SHUFFLE = hasattr(torch, "native_channel_shuffle") and (torch.backends.cpu.get_cpu_capability().startswith("AVX"))
 
 
-def transpose(dst: Sequence[Tensor] | Matrices, src: Sequence[Tensor] | Matrices) -> None:
+def transpose(dst: Operand, src: Operand) -> None:
     """``dst[k].copy_(src[k].t())`` for each k, in one launch for each alignment of the addresses that occurs.
 
-    Args:
+    Args: lists of tensors, or stacks ``[..., R, C]``, or by addresses; see ``Operand``.
         dst: ``[C, R]``, of one kind: shape, dtype, row stride, device; at multiples of its element size. Elements of a
             row are adjacent, rows at any stride. Must overlap neither itself nor ``src``; nothing here checks it.
         src: ``[R, C]`` likewise, as many, at any address; rows may overlap each other.

@@ -87,8 +87,23 @@ class _Copies(NamedTuple):
     target_offsets: list[int]
 
 
+class Planned(NamedTuple):
+    """What a batch comes to: launches, for ``start``, and the copies that no kernel fits, for torch.
+
+    Launches keep nothing alive: the batch does, until it runs or is dropped.
+    """
+
+    launches: list[Launches]
+    by_torch: tuple[list[Tensor], list[Tensor]]  # destinations and their sources, for strided_copy_torch
+    work: Work
+
+
 class CopyBatch:
-    """Copies to be made together; ``run`` makes them, ``variants`` says what it would compile for them."""
+    """Copies to be made together: ``run`` makes them.
+
+    ``plan`` says how, for a caller that starts their launches with others of its own. ``variants`` says what would be
+    compiled for them.
+    """
 
     def __init__(self) -> None:
         self._kinds: dict[_Kind, _Copies] = {}
@@ -98,16 +113,18 @@ class CopyBatch:
 
         The tensors must live until the work that ``run`` queues is done.
         """
-        for dtype in {sources[ordinal].dtype for ordinal in copy.ordinals}:
+        dtypes = {sources[ordinal].dtype for ordinal in copy.ordinals}
+        for dtype in dtypes:
             form = Form(*copy[:3], dtype.itemsize, output.dtype.itemsize)
             kind = _Kind(form, dtype, output.dtype, output.device)
-            copies = self._kinds.setdefault(kind, _Copies([], [], [], []))
-            for ordinal, source_offset, target_offset in zip(*copy[3:], strict=True):
-                if sources[ordinal].dtype == dtype:
-                    copies.sources.append(sources[ordinal])
-                    copies.source_offsets.append(source_offset)
-                    copies.targets.append(output)
-                    copies.target_offsets.append(target_offset)
+            if kind not in self._kinds:
+                self._kinds[kind] = _Copies([], [], [], [])
+            copies = self._kinds[kind]
+            places = copy[3:] if len(dtypes) == 1 else _of_dtype(dtype, sources, copy)
+            copies.sources.extend([sources[ordinal] for ordinal in places[0]])
+            copies.source_offsets.extend(places[1])
+            copies.targets.extend([output] * len(places[0]))
+            copies.target_offsets.extend(places[2])
 
     def variants(self) -> Counter[frozenset[Variant]]:
         """Bytes written by the copies of each kind, by the variants that kernels would need for it."""
@@ -120,52 +137,69 @@ class CopyBatch:
         return found
 
     @torch.no_grad()
+    def plan(self, use_kernels: bool, allowed: frozenset[Variant] | None = None) -> Planned:
+        """How ``run`` makes the copies; queues nothing and writes nothing."""
+        parts = [_planned(kind, copies, use_kernels, allowed) for kind, copies in self._kinds.items()]
+        return Planned(
+            [launches for part in parts for launches in part.launches],
+            ([dst for part in parts for dst in part.by_torch[0]], [src for part in parts for src in part.by_torch[1]]),
+            sum((part.work for part in parts), Work(0, 0)),
+        )
+
+    @torch.no_grad()
     def run(self, use_kernels: bool, allowed: frozenset[Variant] | None = None) -> Work:
-        """Make all copies; kernels are queued on the current stream.
+        """Make all copies; kernels are queued on the current stream, and their tables come by one upload.
 
         Args:
             use_kernels: for the copies that a kernel fits; all others are torch's.
             allowed: the variants that may be compiled; None: any.
         """
-        work = Work(0, 0)
-        for kind, copies in self._kinds.items():
-            work += _run(kind, copies, use_kernels, allowed)
+        planned = self.plan(use_kernels, allowed)
+        start(*planned.launches)
+        strided_copy_torch(*planned.by_torch)
         self._kinds.clear()
-        return work
+        return planned.work
 
 
-def _run(kind: _Kind, copies: _Copies, use_kernels: bool, allowed: frozenset[Variant] | None) -> Work:
+def _of_dtype(dtype: torch.dtype, sources: Sequence[Tensor], copy: StridedCopy) -> Sequence[Sequence[int]]:
+    """The ordinals and offsets of the copies from sources of one dtype."""
+    return [*zip(*(place for place in zip(*copy[3:], strict=True) if sources[place[0]].dtype == dtype), strict=True)]
+
+
+def _planned(kind: _Kind, copies: _Copies, use_kernels: bool, allowed: frozenset[Variant] | None) -> Planned:
     count = len(copies.sources)
     moves = _moves(kind, copies) if use_kernels else None
     launches = _launches(kind, moves) if moves is not None else None
     if moves is None or launches is None or (allowed is not None and not launches.variants <= allowed):
-        strided_copy_torch(
-            [strided(t, *_side(kind.form, 1), at) for t, at in zip(copies.targets, copies.target_offsets, strict=True)],
-            [strided(s, *_side(kind.form, 0), at) for s, at in zip(copies.sources, copies.source_offsets, strict=True)],
-        )
-        return Work(0, count)
-    start(launches)
-    lone = [
-        (
-            strided(target, *_side(moves.lone_form, 1), (int(at_target) - target.data_ptr()) // target.itemsize),
-            strided(source, *_side(moves.lone_form, 0), (int(at_source) - source.data_ptr()) // source.itemsize),
-        )
-        for copy, at_source, at_target in zip(*moves.lone, strict=True)
-        for source, target in [(copies.sources[copy], copies.targets[copy])]
-    ]
-    strided_copy_torch([target for target, _ in lone], [source for _, source in lone])
+        return Planned([], _views(kind.form, *copies), Work(0, count))
+    places = []
+    for copy, at_source, at_target in zip(*moves.lone, strict=True):
+        source, target = copies.sources[copy], copies.targets[copy]
+        source_offset = (int(at_source) - source.data_ptr()) // source.itemsize
+        places.append((source, source_offset, target, (int(at_target) - target.data_ptr()) // target.itemsize))
+    lone = _views(moves.lone_form, *zip(*places, strict=True)) if places else ([], [])
     by_torch = len(np.unique(moves.lone.copies))
-    return Work(count - by_torch, by_torch)
+    return Planned([launches], lone, Work(count - by_torch, by_torch))
 
 
-def _side(form: Form, side: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    return form.shape, (form.source_strides, form.target_strides)[side]
+def _views(
+    form: Form,
+    sources: Iterable[Tensor],
+    source_offsets: Iterable[int],
+    targets: Iterable[Tensor],
+    target_offsets: Iterable[int],
+) -> tuple[list[Tensor], list[Tensor]]:
+    """The destinations and the sources of equal copies, as torch copies them."""
+    return (
+        [strided(t, form.shape, form.target_strides, at) for t, at in zip(targets, target_offsets, strict=True)],
+        [strided(s, form.shape, form.source_strides, at) for s, at in zip(sources, source_offsets, strict=True)],
+    )
 
 
 def _moves(kind: _Kind, copies: _Copies) -> Moves | None:
     """What kernels do for these copies; None where none fits."""
     # Conjugate and negative views are told by a flag that no kernel sees.
-    if any(source.is_conj() or source.is_neg() for source in copies.sources):
+    if any(map(Tensor.is_conj, copies.sources)) or any(map(Tensor.is_neg, copies.sources)):
         return None
     sources = _addresses(copies.sources, copies.source_offsets)
     targets = _addresses(copies.targets, copies.target_offsets)
@@ -174,7 +208,7 @@ def _moves(kind: _Kind, copies: _Copies) -> Moves | None:
 
 
 def _addresses(tensors: Sequence[Tensor], offsets: Sequence[int]) -> np.ndarray:
-    starts = np.fromiter((tensor.data_ptr() for tensor in tensors), np.int64, len(tensors))
+    starts = np.fromiter(map(Tensor.data_ptr, tensors), np.int64, len(tensors))
     return starts + np.array(offsets, np.int64) * (tensors[0].itemsize if tensors else 1)
 
 

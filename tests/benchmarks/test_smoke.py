@@ -37,6 +37,35 @@ def test_planning_times_every_stage_and_writes_it(tmp_path, capsys):
     assert [path.name for path in tmp_path.iterdir()] == ["result.json"]
 
 
+def test_calls_of_verbs_are_timed_by_phase(tmp_path, capsys):
+    pytest.importorskip("triton", reason="what would launch is Triton's")
+    from benchmarks import launching
+
+    file = tmp_path / "result.json"
+    launching.main(["--size", "small", "--repetitions", "2", "--json", str(file)])
+    assert "deinterleave columns" in capsys.readouterr().out
+    calls = json.loads(file.read_text())["calls"]
+    assert calls["concatenate"]["tensors"] == 16
+    assert calls["interleave columns"]["tensors"] == 12
+    for measured in calls.values():
+        seconds = measured["seconds"]
+        assert {"as_matrices", "plan", "upload", "start", "call"} <= set(seconds)
+        assert all(len(times) == 2 and min(times) > 0 for times in seconds.values())
+
+
+def test_the_stacks_that_are_timed_are_the_destinations_of_the_lists():
+    pytest.importorskip("triton", reason="what would launch is Triton's")
+    from automodel_conv.kernels.address_table import as_matrices
+    from benchmarks import launching, operations
+
+    for name, make in operations.OPERATIONS.items():
+        case = make(launching._LAYERS["small"], torch.bfloat16, torch.bfloat16, torch.device("cpu"))
+        for stack, listed in zip(launching._STACKS[name](case.out), case.operands, strict=False):
+            found, expected = as_matrices("stack", stack), as_matrices("list", listed)
+            assert found[1:] == expected[1:], name
+            assert found.addresses.tolist() == expected.addresses.tolist(), name
+
+
 def test_upstream_is_stopped_once_it_knows_every_tensor(checkpoint, monkeypatch):
     from transformers import core_model_loading as core
 

@@ -1,0 +1,140 @@
+"""What a call of a verb costs the host before its first kernel is launched, on a layer of 128 experts.
+
+    python -m benchmarks.launching [--size full|small] [--repetitions N] [--json FILE]
+
+Calls as a user makes them, with lists of tensors: gate and up [768, 2048] and down [2048, 768] of Qwen3-30B-A3B. Runs
+without a GPU: the launch itself does nothing, and the table is staged in ordinary memory and copied on the host, in
+place of pinned memory and a device. So what is left out is what CUDA takes to queue a copy and a launch. All phases in
+turns in one process; medians and 20th to 80th percentiles in microseconds. Memory of the matrices is never touched.
+
+``as_matrices``: checks and addresses; ``plan``: which variant moves which rows; ``upload``: the table; ``start``: all
+from the plan to the launch, the upload in it; ``call``: everything, measured as a whole; ``into stacks``: the same call
+with all destinations as one tensor.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import time
+from collections.abc import Callable
+from typing import Any
+from unittest import mock
+
+import torch
+from rich.table import Table
+from torch import Tensor
+
+from automodel_conv.kernels import launch, moves_triton
+from automodel_conv.kernels.address_table import as_matrices
+from automodel_conv.kernels.interleave import deinterleave_launches, interleave_launches
+from automodel_conv.kernels.staging import Staging
+from automodel_conv.kernels.strided_copy import strided_copy_launches
+from automodel_conv.kernels.transpose import transpose_launches
+from benchmarks import measure, operations
+from benchmarks.show import show, show_environment
+
+_LAYERS = {
+    "full": operations.Experts("Qwen3-30B-A3B", 128, 768, 2048),
+    "small": operations.Experts("small", 4, 16, 32),
+}
+_PLANS: dict[str, Callable[..., launch.Launches]] = {
+    "strided_copy": strided_copy_launches,
+    "transpose": transpose_launches,
+    "interleave": interleave_launches,
+    "deinterleave": deinterleave_launches,
+}
+
+
+# Destinations as stacks [..., R, C].
+_STACKS: dict[str, Callable[[Tensor], list[Tensor]]] = {
+    "concatenate": lambda out: [out.unflatten(1, (2, -1))],
+    "interleave rows": lambda out: [out.unflatten(1, (-1, 2)).transpose(1, 2)],
+    "split back": lambda out: [out],
+    "concatenate transposed": lambda out: [out.unflatten(2, (2, -1)).transpose(1, 2)],
+    "transpose down": lambda out: [out],
+    "interleave columns": lambda out: [out],
+    "deinterleave columns": lambda out: [out[:, 0], out[:, 1]],
+}
+
+
+def _untouched(
+    count: int, rows: int, columns: int, dtype: torch.dtype, device: torch.device, phase_bytes: int = 0
+) -> Tensor:
+    return torch.empty(count, rows, columns, dtype=dtype, device=device)
+
+
+def _nothing(*arguments: object) -> None:
+    """In place of a launch, and of a reason not to launch; a mock would take longer than what is measured."""
+
+
+def _phases(name: str, case: operations.Case, stage: Staging) -> dict[str, Callable[[], object]]:
+    def gather() -> list[launch.Matrices]:
+        return [as_matrices("operand", operand) for operand in case.operands]
+
+    matrices = gather()
+    work = _PLANS[case.verb](*matrices)
+    stacks = _STACKS[name](case.out)
+    into_stacks = (*stacks, *case.operands[len(stacks) :])
+    return {
+        "as_matrices": gather,
+        "plan": lambda: _PLANS[case.verb](*matrices),
+        "upload": lambda: stage(work.table).clone(),
+        "start": lambda: launch.start(work),
+        "call": case.kernel,
+        "into stacks": lambda: operations.KERNELS[case.verb](*into_stacks),
+    }
+
+
+def run(layer: operations.Experts, repetitions: int) -> dict[str, Any]:
+    """Seconds by operation and phase, a list each, and how many tensors a call takes."""
+    blocks = itertools.cycle([torch.zeros(1 << 17, dtype=torch.int64) for _ in range(2)])
+    stage = Staging(lambda numbers: next(blocks))
+    found: dict[str, Any] = {}
+    with (
+        mock.patch.object(operations, "random_matrices", _untouched),
+        mock.patch.object(moves_triton, "launch", _nothing),
+        mock.patch.object(launch, "why_not", _nothing),
+        mock.patch.object(launch, "upload", lambda table, device: stage(table).clone()),
+    ):
+        for name, make in operations.OPERATIONS.items():
+            case = make(layer, torch.bfloat16, torch.bfloat16, torch.device("cpu"))
+            phases = _phases(name, case, stage)
+            seconds: dict[str, list[float]] = {phase: [] for phase in phases}
+            for repetition in range(repetitions):
+                for phase in measure.shuffled(list(phases), repetition):
+                    start = time.perf_counter()
+                    phases[phase]()
+                    seconds[phase].append(time.perf_counter() - start)
+            found[name] = {"tensors": sum(map(len, case.operands)), "seconds": seconds}
+    return found
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.launching",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--size", choices=tuple(_LAYERS), default="full")
+    parser.add_argument("--repetitions", type=int, default=1000)
+    parser.add_argument("--json", metavar="FILE", help="write all runs and the environment")
+    options = parser.parse_args(arguments)
+    environment = measure.environment()
+    layer = _LAYERS[options.size]
+    found = run(layer, options.repetitions)
+    show_environment(environment)
+    columns = list(found["concatenate"]["seconds"])
+    table = Table(title=f"a layer of {layer.experts} experts, microseconds", title_justify="left")
+    table.add_column("operation")
+    for column in ("tensors", *columns):
+        table.add_column(column, justify="right")
+    for name, measured in found.items():
+        spreads = [measure.spread(measured["seconds"][phase]).text(1e6, 0) for phase in columns]
+        table.add_row(name, str(measured["tensors"]), *spreads)
+    show(table)
+    measure.write_json(options.json, {"environment": environment, "layer": layer.name, "calls": found})
+
+
+if __name__ == "__main__":
+    main()
