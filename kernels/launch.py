@@ -7,6 +7,7 @@ import importlib.util
 import os
 import shutil
 import subprocess
+import threading
 from collections.abc import Callable, Iterable, Sequence
 from functools import cache, lru_cache, reduce
 from operator import or_
@@ -23,6 +24,7 @@ from automodel_conv.kernels.variants import OPERANDS, Geometry, Variant
 
 _MOST_ROWS = 65535  # of a table in one launch: the second dimension of a CUDA grid
 _INT32 = 2**31
+_COMPILING = threading.Lock()
 _MOST_PROGRAMS = _INT32 - 1  # in one launch: Triton's launchers multiply in 32 bits, and skip a grid that overflows
 MOST_STRIDE = 2**19
 """Elements: every variant of every verb takes steps between rows up to this, and rows up to this long."""
@@ -225,11 +227,14 @@ def _one_device(works: Sequence[Launches]) -> torch.device:
 
 
 def compile_ahead(variants: Iterable[Variant], device: torch.device) -> None:
-    """Compile variants and load them onto a device, by moving a vector or so from scratch to scratch with each."""
+    """Compile variants and load them onto a device, by one launch each that moves a vector from scratch to scratch.
+
+    One thread at a time does so: loads to several devices share Triton's caches.
+    """
     from automodel_conv.kernels import moves_triton
 
     scope = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
-    with scope:
+    with _COMPILING, scope:
         scratch = torch.zeros(2, 1 << 13, dtype=torch.uint8, device=device)
         for variant in variants:
             destinations, operands = OPERANDS[variant.kernel]

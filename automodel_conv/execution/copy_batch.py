@@ -59,9 +59,9 @@ def takes_kernels(backend: str, tensors: Iterable[Tensor]) -> bool:
         reason = f"the tensors are on several devices: {', '.join(sorted(map(str, devices)))}"
     else:
         (device,) = devices
-        reason = why_not(device)
         if backend == "auto" and device.type != "cuda":
             return False
+        reason = why_not(device)
     if backend == "triton" and reason is not None:
         raise UnsupportedError(
             message(f'backend="triton" cannot run: {reason}', do='backend="torch" gives the same bytes')

@@ -13,6 +13,7 @@ from automodel_conv.execution.copy_batch import CopyBatch, Work
 from automodel_conv.execution.window_decoding import WindowDecoder
 from automodel_conv.execution.windows import Window
 from automodel_conv.kernels.launch import MOST_STRIDE, Launches, start
+from automodel_conv.kernels.strided_copy import strided_copy_torch
 from automodel_conv.kernels.variants import Variant
 from automodel_conv.planning.copies import StridedCopy
 
@@ -61,23 +62,26 @@ class WindowCopies:
         Args:
             chosen: the variants that may be launched; None: no kernels.
         """
-        window, region = self._windows[number], self.region(number)
-        work = Work(0, 0)
-        if self._decoder is not None:
-            self._decoder.make_tables(window.runs.values(), region)
-            by_kernels = set()
-            for rectangle, places, launches in self._decodes(number) if chosen is not None else ():
-                if launches.variants <= (chosen or frozenset()):
-                    start(launches)
+        window, region = self._windows[number], self._region(number)
+        copies = self._batch(number).plan(chosen is not None, chosen)
+        launches, work, by_kernels = [], copies.work, set()
+        if chosen is not None:
+            for rectangle, places, decoding in self._decodes(number):
+                if decoding.variants <= chosen:
+                    launches.append(decoding)
                     by_kernels.add(rectangle)
                     work += Work(len(places), 0)
+        if self._decoder is not None:
+            self._decoder.make_tables(window.runs.values(), region)
             for rectangle, places in window.rectangles.items():
                 if rectangle not in by_kernels:
                     self._decoder.decode_by_torch(rectangle, places, window.runs[rectangle.kind], region)
                     work += Work(0, len(places))
-        return work + self._batch(number).run(chosen is not None, chosen)
+        start(*launches, *copies.launches)  # one upload
+        strided_copy_torch(*copies.by_torch)
+        return work
 
-    def region(self, number: int) -> Tensor:
+    def _region(self, number: int) -> Tensor:
         """The memory of a window."""
         return self._regions[number % len(self._regions)]
 
@@ -88,11 +92,11 @@ class WindowCopies:
             widest = max(rectangle.shape[1], rectangle.codes_stride, *rectangle.target_strides)
             if self._decoder is not None and widest <= MOST_STRIDE:
                 run = window.runs[rectangle.kind]
-                yield rectangle, places, self._decoder.launches(rectangle, places, run, self.region(number))
+                yield rectangle, places, self._decoder.launches(rectangle, places, run, self._region(number))
 
     def _batch(self, number: int) -> CopyBatch:
         """The copies out of a window; those that fill each other's gaps come one after the other."""
-        region = self.region(number)
+        region = self._region(number)
         typed: dict[str, Tensor] = {}
         batch = CopyBatch()
         for move in sorted(self._windows[number].moves, key=lambda move: (move.target, move.target_offset)):
