@@ -134,16 +134,25 @@ def code_table(
     return CodeTable(table, cells)
 
 
-def _check(
-    code_format: str, scales: Tensor, dtype: torch.dtype, zero_points: Tensor | None, global_scale: Tensor | None
-) -> None:
+def check_table(code_format: str, scales: torch.dtype, dtype: torch.dtype) -> None:
+    """There are tables of this format, for scales of one dtype, of numbers of another.
+
+    Raises:
+        UnsupportedError: there are none.
+    """
     for what, found, known in (
         ("this format of codes", code_format, CODE_VALUES),
-        ("scales of this dtype", scales.dtype, (*_BYTE_SCALES, *_WIDE_SCALES)),
+        ("scales of this dtype", scales, (*_BYTE_SCALES, *_WIDE_SCALES)),
         ("numbers of this dtype", dtype, CANONICAL_NAN),
     ):
         if found not in known:
             raise UnsupportedError(message(f"no table has {what}", expected=list(map(str, known)), found=found))
+
+
+def _check(
+    code_format: str, scales: Tensor, dtype: torch.dtype, zero_points: Tensor | None, global_scale: Tensor | None
+) -> None:
+    check_table(code_format, scales.dtype, dtype)
     if scales.dim() != 2:
         raise ConversionError(message("scales are a matrix, one for each block", found=list(scales.shape)))
     if zero_points is not None and (code_format != "int4" or zero_points.shape != scales.shape):

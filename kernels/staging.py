@@ -30,7 +30,7 @@ class Staging:
         self._allocate = allocate
         self._block_numbers = block_bytes // 8
         self._lock = threading.Lock()
-        self._block, self._stop = torch.empty(0, dtype=torch.int64), 0  # up to where places are taken
+        self._block, self._stop = torch.empty(0, dtype=torch.int64, device="cpu"), 0  # up to where places are taken
 
     def __call__(self, table: np.ndarray) -> Tensor:
         """An int64 table in pinned memory, to be copied from there with ``non_blocking=True`` and then dropped."""

@@ -225,6 +225,16 @@ def test_host_and_device_together_stay_within_the_budget(published, devices, bud
     assert_loaded(model.state_dict(), tensors)
 
 
+@pytest.mark.parametrize("threads", [None, 1, 3, 5, 6, 7, 8])
+@pytest.mark.parametrize("mib", [40, 255, 256, 257, 300, 384, 512, 1000])
+def test_pinned_memory_as_torch_rounds_it_is_within_the_budget_too(published, devices, monkeypatch, mib, threads):
+    monkeypatch.setattr(streaming, "default_reader_threads", lambda most: 3)
+    plan = amc.compile_plan(published[0], Cast())
+    limits = filling.within(mib << 20, filling.Limits(threads), plan, Cast().state_dict())
+    ring = streaming.ring_of(limits.threads, limits.scratch_bytes)
+    assert (1 << (ring.nbytes - 1).bit_length()) + limits.device_scratch_bytes <= mib << 20
+
+
 @pytest.mark.parametrize("budget", [0, 10_000, 2 * streaming.LEAST_SCRATCH_BYTES - 1])
 def test_a_budget_too_small_for_a_device_is_refused_before_anything_is_read(published, devices, reads, budget):
     directory, _ = published

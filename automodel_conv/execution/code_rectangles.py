@@ -7,14 +7,14 @@ from itertools import product
 from math import prod
 from typing import NamedTuple
 
-from automodel_conv.execution.decode_schedule import CodedSource
+from automodel_conv.execution.coded_source import CodedSource
 from automodel_conv.execution.jobs import SCRATCH, Move
 
 # A copy that is more rectangles than this is not worth a call for each.
 _MOST_RECTANGLES = 1024
 
 
-class Region(NamedTuple):
+class SourceRectangle(NamedTuple):
     """A rectangle of a source: where it begins, and where it goes."""
 
     element: int
@@ -26,7 +26,7 @@ class Region(NamedTuple):
     target_offset: int
 
 
-def regions_of(move: Move, source: CodedSource) -> tuple[Region, ...] | None:
+def rectangles_of(move: Move, source: CodedSource) -> tuple[SourceRectangle, ...] | None:
     """The rectangles of a source that a copy takes straight to its target; None where its strides do not allow it."""
     found = _rectangles(*move[2:6], source.columns, source.height, source.decode.block[0], source.decode.bits)
     if found is None:
@@ -44,7 +44,7 @@ def _rectangles(
     height: int,
     block_rows: int,
     bits: int,
-) -> tuple[Region, ...] | None:
+) -> tuple[SourceRectangle, ...] | None:
     """Rectangles of a source of rows of ``columns`` elements, in matrices of ``height`` rows, that a copy reads.
 
     Their offsets in the target count from where the copy begins. A rectangle has adjacent columns of one matrix, in
@@ -85,7 +85,9 @@ def _rectangles(
                 if fitting > 1 and step > 1 and block_rows < height and block_rows % step and step % block_rows:
                     return None
                 found.append(
-                    Region(element, (fitting, width), step, (target_stride, run_stride), SCRATCH, target_offset)
+                    SourceRectangle(
+                        element, (fitting, width), step, (target_stride, run_stride), SCRATCH, target_offset
+                    )
                 )
                 element, target_offset = element + fitting * step * columns, target_offset + fitting * target_stride
                 rows -= fitting

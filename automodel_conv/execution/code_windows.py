@@ -12,27 +12,28 @@ from typing import NamedTuple
 
 from automodel_conv.dtypes import itemsize
 from automodel_conv.errors import ConversionError, message
-from automodel_conv.execution.code_rectangles import Region, regions_of
+from automodel_conv.execution.code_rectangles import SourceRectangle, rectangles_of
+from automodel_conv.execution.coded_source import PACKED, CodedSource
 from automodel_conv.execution.cutting import ranges, slabs
-from automodel_conv.execution.decode_schedule import PACKED, CodedSource
 from automodel_conv.execution.jobs import ALIGN_BYTES, GAP_BYTES, SCRATCH, Move, Part, aligned
 from automodel_conv.files.checkpoint import Checkpoint
+from automodel_conv.kernels.code_tables import bits_of
 from automodel_conv.planning.copies import Decode
 
-# A scale of one byte has one of 256 values.
-_BYTE_SCALES = 256
+BYTE_SCALES = 256
+"""A scale of one byte has one of so many values."""
 _GLOBAL_BYTES = 4
 _ZERO_POINT_BYTES = 4
 _CELL_BYTES = 4
-# What a run of scales loses to the alignment of its pieces.
-_RUN_ALIGN_BYTES = 5 * ALIGN_BYTES
+# What a group of scales loses to the alignment of its pieces.
+_GROUP_ALIGN_BYTES = 5 * ALIGN_BYTES
 
 
 class ScaleKind(NamedTuple):
     """What scales have in common that share a table."""
 
     format: str
-    """Of the codes: "e4m3", "e5m2", "e2m1" or "int4"."""
+    """The format of the codes: "e4m3", "e5m2", "e2m1" or "int4"."""
     scales: str
     """The dtype code of the scales as stored."""
     numbers: str
@@ -41,7 +42,7 @@ class ScaleKind(NamedTuple):
     like_upstream: bool
     has_global: bool
     zero_points: tuple[int, int] | None
-    """Packed rows of a source, and the row of the first one in which its first scale has its zero point."""
+    """Packed rows of a source, and which of the eight in the first one its first scale has."""
     grid: tuple[int, int] | None
     """Rows and columns of a source's scales, where each source has a global scale or zero points."""
 
@@ -56,12 +57,17 @@ class ScaleKind(NamedTuple):
         return self.has_byte_cells and not self.has_global
 
     @property
+    def has_table_for_each_source(self) -> bool:
+        """Whether each source has a table of its own, with a row for each of the 256 values of a scale."""
+        return self.has_byte_cells and self.has_global
+
+    @property
     def row_bytes(self) -> int:
         """Bytes of a row of the table: a number for each code."""
-        return itemsize(self.numbers) << (8 if self.format in ("e4m3", "e5m2") else 4)
+        return itemsize(self.numbers) << bits_of(self.format)
 
 
-class ScaleRun(NamedTuple):
+class ScaleGroup(NamedTuple):
     """The scales of one kind in a window: those of one source after those of another; offsets count from its start."""
 
     kind: ScaleKind
@@ -75,15 +81,20 @@ class ScaleRun(NamedTuple):
     table_bytes: int
 
     @property
+    def sources_apart(self) -> int:
+        """The sources, where each has its own share of scales and rows; else all count as one."""
+        return 1 if self.kind.grid is None else self.sources
+
+    @property
     def table_rows(self) -> int:
         """Rows of the table that is made in the window."""
         if self.kind.is_shared:
             return 0
-        return _BYTE_SCALES * self.sources if self.kind.has_byte_cells else self.count
+        return BYTE_SCALES * self.sources if self.kind.has_table_for_each_source else self.count
 
 
 class Rectangle(NamedTuple):
-    """What one call of ``dequantize`` decodes, all but the places."""
+    """A geometry of codes that one call of ``dequantize`` decodes, at any places."""
 
     kind: ScaleKind
     shape: tuple[int, int]
@@ -109,17 +120,18 @@ class Place(NamedTuple):
     codes_bytes: int
     """From the start of the window."""
     scale: int
-    """The scale of the first block, counted from the first of the run."""
+    """The scale of the first block, counted from the first of the group."""
     source: int
-    """Counted within the run."""
+    """Counted within the group."""
 
 
 class CodeWindow(NamedTuple):
-    """What fills a window, and what becomes of it."""
+    """The contents of a window, and their fate."""
 
     parts: list[Part]
-    """Of the files; their target is the number of the window. One part may be several tensors that lie together."""
-    runs: dict[ScaleKind, ScaleRun]
+    """They are read from files; their target is the number of the window. One part may be several tensors that lie
+    together."""
+    groups: dict[ScaleKind, ScaleGroup]
     rectangles: dict[Rectangle, list[Place]]
     moves: list[Move]
     """Copies of numbers out of the window, once they are decoded."""
@@ -166,7 +178,7 @@ def code_windows(
 
 
 class _Slab(NamedTuple):
-    """A range of the elements of any source of one geometry, and what becomes of them.
+    """A range of the elements of any source of one geometry, and their fate.
 
     Targets are numbers of the copies that take them, offsets in targets count from where those begin.
     """
@@ -174,7 +186,7 @@ class _Slab(NamedTuple):
     codes: tuple[tuple[int, int], ...]
     """The bytes of the source that are read, from and to."""
     first_byte: int
-    """Of the source's codes; it has the slab's first place in a window."""
+    """The byte of the source's codes that has the slab's first place in a window."""
     codes_bytes: int
     block_rows: tuple[int, int]
     """The rows of blocks that it reaches into."""
@@ -191,9 +203,9 @@ class _Slab(NamedTuple):
 
 def _slabs(source: CodedSource, moves: Sequence[Move], limit: int, in_place: bool = True) -> Iterator[_Slab]:
     """A source in as few slabs as fit into windows."""
-    in_place = in_place and all(regions_of(move, source) is not None for move in moves)
+    in_place = in_place and all(rectangles_of(move, source) is not None for move in moves)
     for start, stop, cut in slabs(moves, _capacity(source, limit, in_place)):
-        regions = [regions_of(move, source) for move in cut] if in_place else []
+        regions = [rectangles_of(move, source) for move in cut] if in_place else []
         if None in regions:  # a cut between two halves of a byte
             yield from _slabs(source, cut, limit, in_place=False)
             continue
@@ -203,7 +215,7 @@ def _slabs(source: CodedSource, moves: Sequence[Move], limit: int, in_place: boo
             yield _slab(source, start, stop, cut, [region for some in regions for region in some or ()], ())
         else:
             whole = [
-                Region(element, (r1 - r0, c1 - c0), 1, (source.columns, 1), SCRATCH, element - start)
+                SourceRectangle(element, (r1 - r0, c1 - c0), 1, (source.columns, 1), SCRATCH, element - start)
                 for element, r0, r1, c0, c1 in source.rectangles(start, stop, (0, source.columns))
             ]
             copies = tuple(move._replace(source_offset=move.source_offset - start) for move in cut)
@@ -215,7 +227,7 @@ def _slab(
     start: int,
     stop: int,
     cut: Sequence[Move],
-    regions: Sequence[Region],
+    regions: Sequence[SourceRectangle],
     moves: tuple[Move, ...],
 ) -> _Slab:
     bits, size = source.decode.bits, itemsize(source.dtype)
@@ -227,8 +239,8 @@ def _slab(
     nbytes = codes_bytes + numbers_bytes + scales * itemsize(kind.scales)
     if not kind.has_byte_cells:
         nbytes += scales * (kind.row_bytes + _CELL_BYTES)
-    elif kind.has_global:
-        nbytes += _BYTE_SCALES * kind.row_bytes
+    elif kind.has_table_for_each_source:
+        nbytes += BYTE_SCALES * kind.row_bytes
     nbytes += _GLOBAL_BYTES if kind.has_global else 0
     nbytes += _ZERO_POINT_BYTES * kind.zero_points[0] * source.across if kind.zero_points else 0
     rectangles = tuple(_rectangle(region, source, start, block_rows[0], kind) for region in regions)
@@ -239,7 +251,7 @@ def _slab(
 
 
 def _rectangle(
-    region: Region, source: CodedSource, start: int, first_block_row: int, kind: ScaleKind
+    region: SourceRectangle, source: CodedSource, start: int, first_block_row: int, kind: ScaleKind
 ) -> tuple[Rectangle, Place]:
     bits, (block_rows, block_columns), step = source.decode.bits, source.decode.block, region.row_step
     row, column = divmod(region.element, source.columns)
@@ -273,11 +285,11 @@ def _capacity(source: CodedSource, limit: int, in_place: bool) -> int:
     fixed = 8 * ALIGN_BYTES
     if not kind.has_byte_cells:
         a_scale += kind.row_bytes
-    elif kind.has_global:
-        fixed += _BYTE_SCALES * kind.row_bytes
+    elif kind.has_table_for_each_source:
+        fixed += BYTE_SCALES * kind.row_bytes
     block_rows = decode.block[0]
     fixed += (2 if decode.zero_points is None else 2 * PACKED) * source.across * a_scale
-    each = decode.bits / 8 + a_scale * source.across / (source.columns * block_rows)
+    each = decode.bits / 8 + a_scale * source.scales_per_element
     each += 0 if in_place else itemsize(source.dtype)
     found = int((limit - fixed) / each)
     if found < ALIGN_BYTES:
@@ -322,7 +334,7 @@ class _Window:
 
     def takes(self, slab: _Slab) -> bool:
         """Whether a slab fits in beside those that are there."""
-        return not self._taken or self.used + slab.nbytes + _RUN_ALIGN_BYTES <= self._limit
+        return not self._taken or self.used + slab.nbytes + _GROUP_ALIGN_BYTES <= self._limit
 
     def add(self, slab: _Slab, row: int, decode: Decode, moves: Sequence[Move]) -> None:
         taken = _Taken(slab, row, decode, moves)
@@ -330,7 +342,7 @@ class _Window:
         self._taken.append(taken)
         of_kind = self._by_kind.get(slab.kind)
         if of_kind is None:
-            self.used += _RUN_ALIGN_BYTES
+            self.used += _GROUP_ALIGN_BYTES
             of_kind = self._by_kind[slab.kind] = []
         of_kind.append(taken)
 
@@ -339,10 +351,10 @@ class _Window:
         moves: list[Move] = []
         rectangles: dict[Rectangle, list[Place]] = {}
         at = sum([taken.slab.codes_bytes for taken in self._taken])
-        runs: dict[ScaleKind, ScaleRun] = {}
+        groups: dict[ScaleKind, ScaleGroup] = {}
         for kind, alike in self._by_kind.items():
-            runs[kind], at = self._lay_out(kind, alike, at, checkpoint)
-        seen: dict[ScaleKind, tuple[int, int]] = dict.fromkeys(runs, (0, 0))  # sources and scales
+            groups[kind], at = self._lay_out(kind, alike, at, checkpoint)
+        seen: dict[ScaleKind, tuple[int, int]] = dict.fromkeys(groups, (0, 0))  # sources and scales
         codes_at = 0
         for slab, row, _, targets in self._taken:
             for first, last in slab.codes:
@@ -361,17 +373,17 @@ class _Window:
             for move in slab.moves:
                 moves.append(_placed(move, targets[move.target], at // itemsize(slab.kind.numbers)))
             codes_at, at = codes_at + slab.codes_bytes, at + slab.numbers_bytes
-        return CodeWindow(self._parts, runs, rectangles, moves, at)
+        return CodeWindow(self._parts, groups, rectangles, moves, at)
 
     def _lay_out(
         self, kind: ScaleKind, alike: Sequence[_Taken], at: int, checkpoint: Checkpoint
-    ) -> tuple[ScaleRun, int]:
+    ) -> tuple[ScaleGroup, int]:
         """Lay out the scales of a kind from ``at`` on; returns them and where they end."""
-        first, row_bytes = at, [itemsize(kind.scales), 4]
+        first, scale_bytes = at, itemsize(kind.scales)
         for slab, _, decode, _ in alike:
-            nbytes = slab.scales * row_bytes[0]
+            nbytes = slab.scales * scale_bytes
             across = slab.scales // (slab.block_rows[1] - slab.block_rows[0])
-            self._add(checkpoint, decode.scales, slab.block_rows[0] * across * row_bytes[0], nbytes, at)
+            self._add(checkpoint, decode.scales, slab.block_rows[0] * across * scale_bytes, nbytes, at)
             at += nbytes
         zero_points_bytes = at = aligned(at)
         for slab, _, decode, _ in alike:
@@ -389,8 +401,8 @@ class _Window:
         cells_bytes = aligned(at)
         count = sum([taken.slab.scales for taken in alike])
         table_bytes = aligned(cells_bytes + (0 if kind.has_byte_cells else count * _CELL_BYTES))
-        run = ScaleRun(kind, len(alike), count, first, zero_points_bytes, globals_bytes, cells_bytes, table_bytes)
-        return run, aligned(table_bytes + run.table_rows * kind.row_bytes)
+        group = ScaleGroup(kind, len(alike), count, first, zero_points_bytes, globals_bytes, cells_bytes, table_bytes)
+        return group, aligned(table_bytes + group.table_rows * kind.row_bytes)
 
     def _add(self, checkpoint: Checkpoint, row: int, offset_bytes: int, nbytes: int, start_bytes: int) -> None:
         """Read bytes of a source to a place in the window; with those before if both lie there together."""

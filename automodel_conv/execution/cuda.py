@@ -14,6 +14,7 @@ class CudaStream:
     """See ``streaming.Stream``."""
 
     def __init__(self, device: torch.device, behind: torch.cuda.Stream):
+        self._device = device
         self._stream = torch.cuda.Stream(device)
         # Tensors may still be written there, and memory that was freed a moment ago be in use.
         self._stream.wait_stream(behind)
@@ -26,6 +27,10 @@ class CudaStream:
     def run(self, work: Callable[[], None]) -> None:
         with torch.cuda.stream(self._stream):
             work()
+
+    def scratch(self, nbytes: int) -> Tensor:
+        with torch.cuda.stream(self._stream):
+            return torch.empty(nbytes, dtype=torch.uint8, device=self._device)
 
     def record(self, event: torch.cuda.Event | None = None) -> torch.cuda.Event:
         if event is None:

@@ -1,8 +1,8 @@
-"""Codes in a piece of memory into numbers beside them, on the CPU or a device."""
+"""Codes in a piece of host memory into numbers beside them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -16,15 +16,11 @@ from automodel_conv.kernels.dequantize import dequantize_torch
 TABLE_ENTRIES = 1 << 18
 
 
-def decode_codes(decodings: Iterable[Decoding], memory: Tensor, verb: Callable[..., None] = dequantize_torch) -> None:
-    """Decode rectangles of codes that lie in ``memory``, uint8 ``[n]`` at a multiple of 64, to numbers that lie there.
-
-    Args:
-        verb: ``dequantize`` or its twin.
-    """
+def decode_codes(decodings: Iterable[Decoding], memory: Tensor) -> None:
+    """Decode rectangles of codes in ``memory``, uint8 ``[n]`` at a multiple of 64, to numbers that lie there too."""
     for decoding in decodings:
         for rows in _bands(decoding):
-            _decode(decoding, rows, memory, verb)
+            _decode(decoding, rows, memory)
 
 
 def _bands(decoding: Decoding) -> Iterable[tuple[int, int]]:
@@ -39,7 +35,7 @@ def _bands(decoding: Decoding) -> Iterable[tuple[int, int]]:
         at += height
 
 
-def _decode(decoding: Decoding, rows: tuple[int, int], memory: Tensor, verb: Callable[..., None]) -> None:
+def _decode(decoding: Decoding, rows: tuple[int, int], memory: Tensor) -> None:
     first, last = rows
     decode, columns = decoding.decode, decoding.shape[1]
     block_rows, block_columns = decode.block
@@ -67,7 +63,7 @@ def _decode(decoding: Decoding, rows: tuple[int, int], memory: Tensor, verb: Cal
     numbers_at = decoding.numbers_bytes // numbers.element_size() + first * decoding.numbers_stride
     codes = strided(memory, (last - first, columns * decode.bits // 8), (decoding.codes_stride, 1), codes_at)
     numbers = strided(numbers, (last - first, columns), (decoding.numbers_stride, 1), numbers_at)
-    verb([numbers], [codes], [cells], table, bits=decode.bits, block=decode.block, start=start)
+    dequantize_torch([numbers], [codes], [cells], table, bits=decode.bits, block=decode.block, start=start)
 
 
 def _grid(grid: Grid, memory: Tensor) -> Tensor:

@@ -24,9 +24,6 @@ from automodel_conv.planning.copies import Target
 from automodel_conv.planning.plan import CopyPlan
 from automodel_conv.progress import SharedBar, shared_progress
 
-# Of each device, where several are filled and nobody says how many.
-_MOST_THREADS = 8
-
 
 class Limits(NamedTuple):
     """What a load may use; None for the executors' own defaults."""
@@ -67,7 +64,7 @@ def within(
         most = left // 4 if devices and on_each is None else left - devices * (on_each or 0)
         most = 1 << max(most, 1).bit_length() - 1 if devices else most
         threads = _threads(limits, len(homes))
-        host = min(most, ring_of(threads, None).nbytes if devices else cpu.DEFAULT_SCRATCH_BYTES)
+        host = min(most, _pinned_bytes(ring_of(threads, None).nbytes) if devices else cpu.DEFAULT_SCRATCH_BYTES)
         host = max(host, least) if len(homes) > 1 else host
     if on_each is None:
         on_each = min((left - host) // devices, streaming.DEFAULT_DEVICE_SCRATCH_BYTES)
@@ -161,11 +158,16 @@ def shared_out(limits: Limits, needs: Sequence[Need]) -> list[Limits]:
     return [Limits(*share, limits.device_scratch_bytes) for share in zip(counts, scratches, strict=True)]
 
 
+def _pinned_bytes(nbytes: int) -> int:
+    """What torch takes for pinned memory: a power of two."""
+    return 1 << (nbytes - 1).bit_length()
+
+
 def _threads(limits: Limits, devices: int) -> int:
     """Threads of a load to so many devices: what is given, or at least one for each."""
     if limits.threads is not None:
         return limits.threads
-    return max(default_reader_threads(_MOST_THREADS * max(devices, 1)), devices)
+    return max(default_reader_threads(streaming.MOST_THREADS * max(devices, 1)), devices)
 
 
 def _divided(total: int, weights: Sequence[int], least: Sequence[int]) -> list[int]:

@@ -166,13 +166,13 @@ def staged(
     moves: Mapping[int, Sequence[Move]], checkpoint: Checkpoint, decodes: Mapping[int, Decode], limit: int
 ) -> Iterator[Job]:
     """All that goes through at most ``limit`` bytes of scratch."""
-    yield from _joined({row: of_row for row, of_row in moves.items() if row not in decodes}, checkpoint, limit)
+    yield from joined({row: of_row for row, of_row in moves.items() if row not in decodes}, checkpoint, limit)
     coded = {row: of_row for row, of_row in moves.items() if row in decodes}
     if coded:
         yield from decoded(coded, checkpoint, decodes, limit)
 
 
-def _joined(moves: Mapping[int, Sequence[Move]], checkpoint: Checkpoint, limit: int) -> Iterator[Job]:
+def joined(moves: Mapping[int, Sequence[Move]], checkpoint: Checkpoint, limit: int) -> Iterator[Job]:
     """Slabs of sources, several to a job while they fit into ``limit`` bytes of scratch and lie in one file.
 
     Each slab starts at a multiple of 64 bytes.

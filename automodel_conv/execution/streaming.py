@@ -31,6 +31,7 @@ from automodel_conv.execution.reading import (
     default_reader_threads,
     read_job,
     read_whole,
+    tell,
     tell_filled,
 )
 from automodel_conv.execution.upstream import run_upstream, upstream_calls
@@ -48,7 +49,9 @@ LEAST_SCRATCH_BYTES = 8192
 MOST_COMPILED = 3
 """Kernels that one load compiles at most; copies that need others are made by torch, and counted."""
 
-_MOST_THREADS = 8
+MOST_THREADS = 8
+"""Threads that read for one device where nobody says how many."""
+
 # One is read into while the other is uploaded.
 _SLOTS = 2
 # A chunk takes Python some 70 us, under the GIL. 8 MiB take a bus of 55 GB/s twice as long.
@@ -57,6 +60,8 @@ _MOST_SLOT_BYTES = 16 << 20
 _LEAST_SLOT_BYTES = LEAST_SCRATCH_BYTES // _SLOTS
 # One is filled while the other is emptied.
 _REGIONS = 2
+# Larger ones gain nothing, and kernels count within one in 32 bits.
+_MOST_WINDOW_BYTES = 1 << 30
 
 
 class Event(Protocol):
@@ -74,6 +79,10 @@ class Stream(Protocol):
 
     def run(self, work: Callable[[], None]) -> None:
         """Queue what ``work`` launches."""
+
+    def scratch(self, nbytes: int) -> Tensor:
+        """Device memory that only this stream uses, uint8 ``[nbytes]``, at a multiple of 256."""
+        ...
 
     def record(self, event: Any = None) -> Event:
         """An event after all that is queued; one that is given is moved there. What waits for it already is not."""
@@ -121,7 +130,7 @@ def ring_of(threads: int | None, scratch_bytes: int | None) -> Ring:
     Ring(threads=2, slot_bytes=4096)
     """
     if threads is None:
-        threads = default_reader_threads(_MOST_THREADS)
+        threads = default_reader_threads(MOST_THREADS)
         if scratch_bytes is not None:
             threads = max(1, min(threads, scratch_bytes // (_SLOTS * _SLOT_BYTES)))
     if scratch_bytes is None:
@@ -145,8 +154,9 @@ def stream_files(
 ) -> LoadStats:
     """Fill the buffers of all targets of a plan, on a device, from the files of its checkpoint.
 
-    Each byte of a source is read and uploaded once; only sources of targets that upstream's own code makes are read
-    again for each of those, whole, and made into targets on the host. All work is done when this returns or raises.
+    Each byte of a source is read and uploaded once. Exceptions are scales that two windows share, quantized sources
+    that become two dtypes, and sources of targets that upstream's own code makes: these are read again for each such
+    target, whole, and made into it on the host. All work is done when this returns or raises.
     At most ``MOST_COMPILED`` kernels are compiled, while the first bytes are read.
 
     Args:
@@ -191,7 +201,7 @@ def stream_files(
         checked(target, buffers)
     aim = Aim()
     copies = [aim(target, tensor) for target, tensor in zip(targets, tensors, strict=True)]
-    window_bytes = aligned_down(device_scratch_bytes // _REGIONS)
+    window_bytes = aligned_down(min(device_scratch_bytes // _REGIONS, _MOST_WINDOW_BYTES))
     chunks, windows = stream_schedule(
         targets, copies, checkpoint, plan.sources.decodes, slot_bytes=ring.slot_bytes, window_bytes=window_bytes
     )
@@ -273,6 +283,22 @@ class _Load:
         stats = LoadStats(0, 0, pinned.nbytes, sum(region.nbytes for region in self._regions))
         self._copies, self._kernels = self._device.stream(), self._device.stream()
         del pinned
+        futures: list[Future[Any]] = []
+        try:
+            self._work_off(threads, slots, futures)
+        except Exception as error:
+            # A thread's own error says more than what the device says at the end.
+            own = next((f.exception() for f in futures if f.done() and f.exception() is not None), None)
+            if own is None or own is error or isinstance(own, Stopped):
+                raise
+            tell(own, f"  besides:  {type(error).__name__}: {error}")
+            raise own from error
+        if self._not_uploaded:
+            raise_if_stopped(self._stop_asked)
+        return stats._replace(gap_bytes=self._gap_bytes, work=self._work, without_kernels=self._without_kernels)
+
+    def _work_off(self, threads: int, slots: deque[_Slot], futures: list[Future[Any]]) -> None:
+        """Read, upload and copy everything in threads, of which ``futures`` tells."""
         with ExitStack() as ending:  # the last one first, each whatever happens to another
             ending.callback(self._release)
             for stream in (self._copies, self._kernels):
@@ -282,7 +308,6 @@ class _Load:
             pool = ThreadPoolExecutor(threads + 1, thread_name_prefix="automodel_conv")
             ending.callback(pool.shutdown)
             ending.callback(self._stop)
-            futures: list[Future[Any]] = []
             if self._windows:
                 self._compiled = pool.submit(self._compile)
                 futures.append(self._compiled)
@@ -291,9 +316,6 @@ class _Load:
         for worker in futures:
             if not isinstance(worker.exception(), Stopped):
                 worker.result()
-        if self._not_uploaded:
-            raise_if_stopped(self._stop_asked)
-        return stats._replace(gap_bytes=self._gap_bytes, work=self._work, without_kernels=self._without_kernels)
 
     def _settle(self, stream: Stream) -> None:
         stream.record().synchronize()

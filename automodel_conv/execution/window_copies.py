@@ -1,12 +1,14 @@
-"""What becomes of windows of device memory once they are full: codes are decoded, then copies taken."""
+"""Full windows of device memory: their codes are decoded, then copies take all from them to the targets."""
 
 from __future__ import annotations
 
+import threading
 from collections import Counter
 from collections.abc import Iterator, Sequence
 
 from torch import Tensor
 
+from automodel_conv.dtypes import itemsize
 from automodel_conv.execution.buffers import dtype_of
 from automodel_conv.execution.code_windows import Place, Rectangle
 from automodel_conv.execution.copy_batch import CopyBatch, Work
@@ -30,8 +32,9 @@ class WindowCopies:
         self._windows = windows
         self._tensors = tensors
         self._regions = regions
-        runs = [run for window in windows for run in window.runs.values()]
-        self._decoder = WindowDecoder(runs, tensors, regions[0].device) if runs else None
+        self._lock = threading.Lock()
+        groups = [group for window in windows for group in window.scale_groups.values()]
+        self._decoder = WindowDecoder(groups, tensors, regions[0].device) if groups else None
 
     def release(self) -> None:
         """Let go of all device memory."""
@@ -71,14 +74,15 @@ class WindowCopies:
                     launches.append(decoding)
                     by_kernels.add(rectangle)
                     work += Work(len(places), 0)
-        if self._decoder is not None:
-            self._decoder.make_tables(window.runs.values(), region)
-            for rectangle, places in window.rectangles.items():
-                if rectangle not in by_kernels:
-                    self._decoder.decode_by_torch(rectangle, places, window.runs[rectangle.kind], region)
-                    work += Work(0, len(places))
-        start(*launches, *copies.launches)  # one upload
-        strided_copy_torch(*copies.by_torch)
+        with self._lock:  # so that scratch is that of one window
+            if self._decoder is not None:
+                self._decoder.make_tables(window.scale_groups.values(), region)
+                for rectangle, places in window.rectangles.items():
+                    if rectangle not in by_kernels:
+                        self._decoder.decode_by_torch(rectangle, places, window.scale_groups[rectangle.kind], region)
+                        work += Work(0, len(places))
+            start(*launches, *copies.launches)  # one upload
+            strided_copy_torch(*copies.by_torch)
         return work
 
     def _region(self, number: int) -> Tensor:
@@ -91,8 +95,8 @@ class WindowCopies:
         for rectangle, places in window.rectangles.items():
             widest = max(rectangle.shape[1], rectangle.codes_stride, *rectangle.target_strides)
             if self._decoder is not None and widest <= MOST_STRIDE:
-                run = window.runs[rectangle.kind]
-                yield rectangle, places, self._decoder.launches(rectangle, places, run, self._region(number))
+                group = window.scale_groups[rectangle.kind]
+                yield rectangle, places, self._decoder.launches(rectangle, places, group, self._region(number))
 
     def _batch(self, number: int) -> CopyBatch:
         """The copies out of a window; those that fill each other's gaps come one after the other."""
@@ -111,4 +115,4 @@ class WindowCopies:
 
 def _nbytes(rectangle: Rectangle) -> int:
     rows, columns = rectangle.shape
-    return rows * columns * (2 if rectangle.kind.numbers in ("BF16", "F16") else 4)
+    return rows * columns * itemsize(rectangle.kind.numbers)

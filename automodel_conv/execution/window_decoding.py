@@ -2,29 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from automodel_conv.execution.buffers import dtype_of, strided
-from automodel_conv.execution.code_windows import Place, Rectangle, ScaleKind, ScaleRun
+from automodel_conv.execution.code_windows import BYTE_SCALES, Place, Rectangle, ScaleGroup, ScaleKind
+from automodel_conv.execution.coded_source import PACKED
 from automodel_conv.execution.jobs import SCRATCH
 from automodel_conv.kernels.address_table import Matrices, at_addresses
 from automodel_conv.kernels.code_tables import (
     bits_of,
     byte_scale_table,
     byte_scale_values,
+    check_table,
     prepare_scale_table,
     scale_table,
 )
 from automodel_conv.kernels.dequantize import dequantize_launches, dequantize_torch
 from automodel_conv.kernels.launch import Launches
 
-# Zero points that one I32 holds, along the rows; the first in the lowest bits.
-_PACKED = 8
-_BYTE_SCALES = 256
+# Rows of a table that are made at a time, where each takes scratch for its zero point or its global scale.
+_BAND_ROWS = 1 << 16
 
 
 class WindowDecoder:
@@ -33,19 +34,23 @@ class WindowDecoder:
     What all windows share is made first: tables that do not depend on scales, and the numbers of scales of one byte.
     """
 
-    def __init__(self, runs: Iterable[ScaleRun], tensors: Sequence[Tensor], device: torch.device):
+    def __init__(self, groups: Iterable[ScaleGroup], tensors: Sequence[Tensor], device: torch.device):
         """Make what windows share.
 
         Args:
-            runs: of all windows.
+            groups: of all windows.
             tensors: the targets, by number.
+
+        Raises:
+            UnsupportedError: codes do not become numbers of a target's dtype.
         """
         self._tensors = tensors
         self._addresses = np.array([tensor.data_ptr() for tensor in tensors], np.int64)
         self._tables: dict[ScaleKind, Tensor] = {}
         self._byte_values: dict[ScaleKind, Tensor] = {}
-        for kind in {run.kind for run in runs}:
+        for kind in {group.kind for group in groups}:
             scales, numbers = _dtype(kind.scales), _dtype(kind.numbers)
+            check_table(kind.format, scales, numbers)
             if kind.is_shared:
                 self._tables[kind] = byte_scale_table(kind.format, scales, numbers, kind.like_upstream, device)
                 continue
@@ -54,53 +59,55 @@ class WindowDecoder:
                 scales = torch.float32
             prepare_scale_table(kind.format, scales, kind.has_global, device)
 
-    def make_tables(self, runs: Iterable[ScaleRun], window: Tensor) -> None:
+    def make_tables(self, groups: Iterable[ScaleGroup], window: Tensor) -> None:
         """Make the tables of a window's scales, in the window."""
-        for run in runs:
-            kind = run.kind
+        for group in groups:
+            kind = group.kind
             if kind.is_shared:
                 continue
-            scales = self._scales(run, window)
-            scale_table(
-                kind.format,
-                scales,
-                _dtype(kind.numbers),
-                zero_points=_zero_points(run, window),
-                global_scales=_global_scales(run, window, len(scales)),
-                divide=kind.divides,
-                like_upstream=kind.like_upstream,
-                out=self._table(run, window),
-            )
+            table = self._table(group, window)
+            for sources, rows in _bands(group):
+                scale_table(
+                    kind.format,
+                    self._scales(group, window, sources, rows),
+                    table.dtype,
+                    zero_points=_zero_points(group, window, sources, rows),
+                    global_scales=_global_scales(group, window, sources, rows),
+                    divide=kind.divides,
+                    like_upstream=kind.like_upstream,
+                    out=table.view(group.sources_apart, -1, table.shape[1])[sources, rows].flatten(0, 1),
+                )
             if not kind.has_byte_cells:
-                torch.arange(run.count, out=_cells(run, window))
+                torch.arange(group.count, out=_cells(group, window))
 
-    def _scales(self, run: ScaleRun, window: Tensor) -> Tensor:
-        """The scales that a row of the table is made of each."""
-        kind = run.kind
+    def _scales(self, group: ScaleGroup, window: Tensor, sources: slice, rows: slice) -> Tensor:
+        """The scales that rows of the table are made of."""
+        kind, count = group.kind, sources.stop - sources.start
         if kind.has_byte_cells:
-            return self._byte_values[kind].repeat(run.sources)
+            return self._byte_values[kind].repeat(count)
         dtype = _dtype(kind.scales)
-        stored = _typed(window, run.scales_bytes, run.count, dtype if dtype.itemsize > 1 else torch.uint8)
-        return stored if dtype.itemsize > 1 else self._byte_values[kind].index_select(0, stored.to(torch.int32))
+        stored = _typed(window, group.scales_bytes, group.count, dtype if dtype.itemsize > 1 else torch.uint8)
+        some = stored.view(group.sources_apart, -1)[sources, rows].flatten()
+        return some if dtype.itemsize > 1 else self._byte_values[kind].index_select(0, some.to(torch.int32))
 
-    def _table(self, run: ScaleRun, window: Tensor) -> Tensor:
+    def _table(self, group: ScaleGroup, window: Tensor) -> Tensor:
         """``[rows, codes]``: the one that all share, or the one in the window."""
-        if run.kind.is_shared:
-            return self._tables[run.kind]
-        codes = 1 << bits_of(run.kind.format)
-        return _typed(window, run.table_bytes, run.table_rows * codes, _dtype(run.kind.numbers)).view(-1, codes)
+        if group.kind.is_shared:
+            return self._tables[group.kind]
+        codes = 1 << bits_of(group.kind.format)
+        return _typed(window, group.table_bytes, group.table_rows * codes, _dtype(group.kind.numbers)).view(-1, codes)
 
-    def launches(self, rectangle: Rectangle, places: Sequence[Place], run: ScaleRun, window: Tensor) -> Launches:
+    def launches(self, rectangle: Rectangle, places: Sequence[Place], group: ScaleGroup, window: Tensor) -> Launches:
         """The launches that decode equal rectangles of a window."""
         kind, (rows, columns) = rectangle.kind, rectangle.shape
         bits, device = bits_of(kind.format), window.device
-        table, dtype = self._table(run, window), _dtype(kind.numbers)
+        table, dtype = self._table(group, window), _dtype(kind.numbers)
         targets, offsets, codes_bytes, scales, sources = np.array(places, np.int64).T
         starts = np.where(targets == SCRATCH, window.data_ptr(), self._addresses[targets]) + offsets * dtype.itemsize
         row_stride, column_stride = rectangle.target_strides
         is_transposed = min(rows, columns) > 1 and row_stride < column_stride
         shape = (columns, rows) if is_transposed else (rows, columns)
-        cells, tables = self._cells_and_tables(scales, sources, run, window, table, (rows, rectangle.across))
+        cells, tables = self._cells_and_tables(scales, sources, group, window, table, (rows, rectangle.across))
         return dequantize_launches(
             at_addresses(starts, shape, column_stride if is_transposed else row_stride, dtype, device),
             at_addresses(
@@ -123,29 +130,29 @@ class WindowDecoder:
         self,
         scales: np.ndarray,
         sources: np.ndarray,
-        run: ScaleRun,
+        group: ScaleGroup,
         window: Tensor,
         table: Tensor,
         shape: tuple[int, int],
     ) -> tuple[Matrices, Matrices]:
         """The rows of the table that the blocks of each rectangle take, and the table that each takes."""
         codes = table.shape[1]
-        if run.kind.has_byte_cells:
-            addresses, dtype = window.data_ptr() + run.scales_bytes + scales, torch.uint8
+        if group.kind.has_byte_cells:
+            addresses, dtype = window.data_ptr() + group.scales_bytes + scales, torch.uint8
         else:
-            addresses, dtype = window.data_ptr() + run.cells_bytes + 4 * scales, torch.int32
+            addresses, dtype = window.data_ptr() + group.cells_bytes + 4 * scales, torch.int32
         tables = np.full(len(scales), table.data_ptr())
-        if run.kind.has_byte_cells and not run.kind.is_shared:
-            tables += sources * (_BYTE_SCALES * codes * table.itemsize)
+        if group.kind.has_table_for_each_source:
+            tables += sources * (BYTE_SCALES * codes * table.itemsize)
         return (
             at_addresses(addresses, shape, shape[1], dtype, window.device),
             at_addresses(tables, (table.shape[0], codes), codes, table.dtype, window.device),
         )
 
-    def decode_by_torch(self, rectangle: Rectangle, places: Sequence[Place], run: ScaleRun, window: Tensor) -> None:
+    def decode_by_torch(self, rectangle: Rectangle, places: Sequence[Place], group: ScaleGroup, window: Tensor) -> None:
         """Decode equal rectangles of a window without kernels, one after another."""
         kind, (rows, columns) = rectangle.kind, rectangle.shape
-        bits, table, dtype = bits_of(kind.format), self._table(run, window), _dtype(kind.numbers)
+        bits, table, dtype = bits_of(kind.format), self._table(group, window), _dtype(kind.numbers)
         grid = tuple(
             -(-(size + start) // block)
             for size, start, block in zip(rectangle.shape, rectangle.start, rectangle.block, strict=True)
@@ -154,12 +161,12 @@ class WindowDecoder:
         for target, target_offset, codes_bytes, scale, source in places:
             output = scratch if target == SCRATCH else self._tensors[target]
             if kind.has_byte_cells:
-                cells = strided(window, grid, (rectangle.across, 1), run.scales_bytes + scale)
+                cells = strided(window, grid, (rectangle.across, 1), group.scales_bytes + scale)
             else:
-                cells = strided(_cells(run, window), grid, (rectangle.across, 1), scale)
+                cells = strided(_cells(group, window), grid, (rectangle.across, 1), scale)
             of_source = table
-            if kind.has_byte_cells and not kind.is_shared:
-                of_source = table[source * _BYTE_SCALES : (source + 1) * _BYTE_SCALES]
+            if kind.has_table_for_each_source:
+                of_source = table[source * BYTE_SCALES : (source + 1) * BYTE_SCALES]
             dequantize_torch(
                 [strided(output, rectangle.shape, rectangle.target_strides, target_offset)],
                 [strided(window, (rows, columns * bits // 8), (rectangle.codes_stride, 1), codes_bytes)],
@@ -180,26 +187,44 @@ def _typed(window: Tensor, start_bytes: int, count: int, dtype: torch.dtype) -> 
     return window[start_bytes : start_bytes + count * dtype.itemsize].view(dtype)
 
 
-def _cells(run: ScaleRun, window: Tensor) -> Tensor:
-    """The number of each scale of a run, which is its row of the table."""
-    return _typed(window, run.cells_bytes, run.count, torch.int32)
+def _cells(group: ScaleGroup, window: Tensor) -> Tensor:
+    """The number of each scale of a group, which is its row of the table."""
+    return _typed(window, group.cells_bytes, group.count, torch.int32)
 
 
-def _zero_points(run: ScaleRun, window: Tensor) -> Tensor | None:
-    """The code that stands for zero under each scale, 0 to 15."""
-    kind = run.kind
+def _bands(group: ScaleGroup) -> Iterator[tuple[slice, slice]]:
+    """The rows of a group's table in portions, of which the scratch is small: sources, and rows of each of them.
+
+    Rows are whole rows of blocks, where there are zero points.
+    """
+    each = group.table_rows // group.sources_apart
+    if group.kind.grid is None:  # scale_table itself takes them in portions
+        yield slice(0, 1), slice(0, each)
+        return
+    together = max(1, _BAND_ROWS // each)
+    across = group.kind.grid[1] if group.kind.zero_points else 1
+    step = each if each <= _BAND_ROWS else max(1, _BAND_ROWS // across) * across
+    for source in range(0, group.sources, together):
+        for row in range(0, each, step):
+            yield slice(source, min(source + together, group.sources)), slice(row, min(row + step, each))
+
+
+def _zero_points(group: ScaleGroup, window: Tensor, sources: slice, rows: slice) -> Tensor | None:
+    """The codes that stand for zero under some scales, 0 to 15."""
+    kind = group.kind
     if kind.zero_points is None or kind.grid is None:
         return None
-    (packed_rows, first), (rows, across) = kind.zero_points, kind.grid
-    packed = _typed(window, run.zero_points_bytes, run.sources * packed_rows * across, torch.int32)
-    numbers = torch.arange(first, first + rows, dtype=torch.int32, device=window.device)
-    found = packed.view(run.sources, packed_rows, across).index_select(1, numbers // _PACKED)
-    return found.bitwise_right_shift((numbers % _PACKED * 4)[:, None]).bitwise_and_(15).view(-1)
+    (packed_rows, first), (_, across) = kind.zero_points, kind.grid
+    packed = _typed(window, group.zero_points_bytes, group.sources * packed_rows * across, torch.int32)
+    start, stop = first + rows.start // across, first + rows.stop // across
+    numbers = torch.arange(start, stop, dtype=torch.int32, device=window.device)
+    found = packed.view(group.sources, packed_rows, across)[sources].index_select(1, numbers // PACKED)
+    return found.bitwise_right_shift((numbers % PACKED * 4)[:, None]).bitwise_and_(15).flatten()
 
 
-def _global_scales(run: ScaleRun, window: Tensor, rows: int) -> Tensor | None:
+def _global_scales(group: ScaleGroup, window: Tensor, sources: slice, rows: slice) -> Tensor | None:
     """For each row of the table the scale of its source by which its own is multiplied or divided."""
-    if not run.kind.has_global:
+    if not group.kind.has_global:
         return None
-    found = _typed(window, run.globals_bytes, run.sources, torch.float32)
-    return found[:, None].expand(run.sources, rows // run.sources).reshape(-1)
+    found = _typed(window, group.globals_bytes, group.sources, torch.float32)[sources, None]
+    return found.expand(-1, rows.stop - rows.start).flatten()

@@ -12,9 +12,9 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import groupby
 from typing import NamedTuple
 
-from automodel_conv.execution.code_windows import Place, Rectangle, ScaleKind, ScaleRun, code_windows
+from automodel_conv.execution.code_windows import Place, Rectangle, ScaleGroup, ScaleKind, code_windows
 from automodel_conv.execution.jobs import Job, Move, Part
-from automodel_conv.execution.schedule import divide, runs, staged
+from automodel_conv.execution.schedule import divide, joined, runs
 from automodel_conv.files import system
 from automodel_conv.files.checkpoint import Checkpoint
 from automodel_conv.planning.copies import Decode, StridedCopy, Target
@@ -42,10 +42,10 @@ class Window(NamedTuple):
     moves: list[Move]
     nbytes: int
     chunks: int
-    runs: Mapping[ScaleKind, ScaleRun]
-    """Of scales in it."""
+    scale_groups: Mapping[ScaleKind, ScaleGroup]
+    """The scales in it."""
     rectangles: Mapping[Rectangle, Sequence[Place]]
-    """Of codes in it, to be decoded before the copies."""
+    """The codes in it, to be decoded before the copies."""
 
 
 def stream_schedule(
@@ -75,7 +75,7 @@ def stream_schedule(
     first = len(targets)
     plain = {row: of_row for row, of_row in moves.items() if row not in decodes}
     coded = {row: of_row for row, of_row in moves.items() if row in decodes}
-    jobs = list(staged(plain, checkpoint, decodes, window_bytes))
+    jobs = list(joined(plain, checkpoint, window_bytes))
     for number, job in enumerate(jobs):
         parts += [part._replace(target=first + number) for part in job.parts]
     parts.sort()
@@ -85,7 +85,7 @@ def stream_schedule(
     filled = Counter(window for chunk in chunks for window in chunk.to_windows)
     windows = [Window(job.moves, job.scratch_bytes, filled[n], {}, {}) for n, job in enumerate(jobs)]
     windows += [
-        Window(window.moves, window.nbytes, filled[n], window.runs, window.rectangles)
+        Window(window.moves, window.nbytes, filled[n], window.groups, window.rectangles)
         for n, window in enumerate(of_codes, len(jobs))
     ]
     return chunks, windows

@@ -237,13 +237,9 @@ class DeviceTensors:
         self._stream = device.stream()
         self._pinned = device.pinned(slab_bytes)
         self._view = byte_view(self._pinned)
-        # In our own stream: what this thread's current one gives back may still be in use there.
-        self._stream.run(lambda: self._allocate(device, slab_bytes, dtypes))
-        self._stream.record().synchronize()
+        # The stream's own: what this thread's current one gives back may still be in use there.
+        self._slab = _Memory(self._stream.scratch(slab_bytes), dtypes)
         self._use_kernels = takes_kernels(backend, tensors)
-
-    def _allocate(self, device: Device, slab_bytes: int, dtypes: Sequence[str]) -> None:
-        self._slab = _Memory(device.scratch(slab_bytes), dtypes)
 
     def __call__(self, slab: Slab) -> list[memoryview]:
         self._stream.copy_all(

@@ -49,6 +49,9 @@ class Stream:
     def run(self, work):
         self._push(work)
 
+    def scratch(self, nbytes):
+        return self.device.scratch(nbytes)
+
     def record(self, event=None):
         with self.device.lock:
             event = event or Event(self, 0)

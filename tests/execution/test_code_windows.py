@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
+import importlib.util
 import itertools
 from math import prod
 
 import numpy as np
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from automodel_conv.errors import ConversionError
 from automodel_conv.execution.code_windows import code_windows
+from automodel_conv.execution.copy_batch import Work
 from automodel_conv.execution.jobs import Move
 from automodel_conv.execution.window_copies import WindowCopies
+from automodel_conv.execution.window_decoding import WindowDecoder
 from automodel_conv.execution.windows import Window
 from automodel_conv.kernels.code_tables import CODE_VALUES, E8M0_VALUES
 from automodel_conv.planning.copies import Decode
 from automodel_conv.planning.view import Piece
 from automodel_conv.testing import POISON
+from tests.test_memory_budget import torch_peak
 
 SCALES = {"F32": np.float32, "BF16": None, "U8": None}
 
@@ -136,10 +141,11 @@ def windows_within(file, decodes, moves, limit):
     raise AssertionError("what an error asks for is not enough")
 
 
-def decoded(file, decodes, moves, targets, limit):
-    """Carry out all windows with torch; the targets, and the windows."""
+def decoded(file, decodes, moves, targets, limit, by_kernels=False):
+    """Carry out all windows, with kernels wherever they can; returns the targets, and the copies that torch made."""
     windows = windows_within(file, decodes, moves, limit)
-    tensors = [torch.full((numel,), -1, dtype=torch.uint8).repeat(4).view(torch.float32) for numel in targets]
+    tensors = [torch.full((4 * numel,), POISON, dtype=torch.uint8).view(torch.float32) for numel in targets]
+    work = Work(0, 0)
     for number, window in enumerate(windows):
         region = torch.full((window.nbytes + 64,), POISON, dtype=torch.uint8)
         region = region[-region.data_ptr() % 64 :][: window.nbytes]
@@ -152,9 +158,10 @@ def decoded(file, decodes, moves, targets, limit):
             region[part.start_bytes : part.start_bytes + part.nbytes] = torch.frombuffer(
                 bytearray(raw), dtype=torch.uint8
             )
-        made = Window(window.moves, window.nbytes, 1, window.runs, window.rectangles)
-        WindowCopies([made], tensors, [region]).run(0, None)
-    return tensors, windows
+        made = Window(window.moves, window.nbytes, 1, window.groups, window.rectangles)
+        copies = WindowCopies([made], tensors, [region])
+        work += copies.run(0, copies.variants(10**9) if by_kernels else None)
+    return tensors, work
 
 
 sources = st.fixed_dictionaries(
@@ -171,9 +178,7 @@ sources = st.fixed_dictionaries(
 )
 
 
-@settings(max_examples=300, deadline=None)
-@given(st.lists(sources, min_size=1, max_size=3), st.sampled_from([4096, 6000, 20_000, 1 << 20]), st.integers(0, 2**32))
-def test_any_copies_of_any_sources_in_any_window_are_decoded_as_one_element_after_another(some, limit, seed):
+def check(some, limit, seed, gap, by_kernels):
     random = np.random.default_rng(seed)
     file, decodes, moves, targets, expected = File(), {}, {}, [], []
     for number, source in enumerate(some):
@@ -188,10 +193,70 @@ def test_any_copies_of_any_sources_in_any_window_are_decoded_as_one_element_afte
             if found is None:
                 continue
             piece, order = found
-            strides = contiguous(piece.shape)
-            moves.setdefault(row, []).append(Move(len(targets), "F32", *piece[1:3], piece.source_offset, strides, 0))
-            targets.append(len(order))
+            # Targets have ``gap`` elements between those that are written.
+            strides = tuple((1 + gap) * stride for stride in contiguous(piece.shape))
+            moves.setdefault(row, []).append(Move(len(targets), "F32", *piece[1:3], piece.source_offset, strides, gap))
+            targets.append((1 + gap) * len(order))
             expected.append(numbers[order.numpy()].astype(np.float32))
-    tensors, _ = decoded(file, decodes, moves, targets, limit)
+    tensors, work = decoded(file, decodes, moves, targets, limit, by_kernels)
     for tensor, numbers in zip(tensors, expected, strict=True):
-        assert np.array_equal(tensor.numpy(), numbers)
+        found = tensor.numpy().reshape(len(numbers), 1 + gap)
+        assert np.array_equal(found[:, gap], numbers)
+        assert (found[:, :gap].view(np.uint8) == POISON).all()
+    return work
+
+
+limits = st.sampled_from([4096, 6000, 20_000, 1 << 20])
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(sources, min_size=1, max_size=3), limits, st.integers(0, 2**32), st.integers(0, 1))
+def test_any_copies_of_any_sources_in_any_window_are_decoded_as_one_element_after_another(some, limit, seed, gap):
+    check(some, limit, seed, gap, by_kernels=False)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+@settings(max_examples=60, deadline=None)
+@given(st.lists(sources, min_size=1, max_size=2), limits, st.integers(0, 2**32), st.integers(0, 1))
+def test_kernels_decode_them_too(some, limit, seed, gap):
+    check(some, limit, seed, gap, by_kernels=True)
+
+
+@pytest.mark.parametrize("rows", [1, 5, 8])
+def test_many_matrices_that_end_within_blocks_stay_within_the_window(rows):
+    """Their blocks of scales are more than their elements by those of a whole block."""
+    file = File()
+    shape = 2000, rows, 16
+    codes = np.zeros(shape, np.uint8)
+    row = file.add("w", "F8_E4M3", codes)
+    scales = file.add("s", "F32", np.ones((2000 * -(-rows // 4), 8), np.float32))
+    decodes = {row: Decode("e4m3", (rows, 16), (4, 2), scales)}
+    moves = {row: [Move(0, "F32", (codes.size,), (1,), 0, (1,), 0)]}
+    windows = list(code_windows(moves, file, decodes, 1 << 17, 0))
+    assert len(windows) > 10
+    assert all(window.nbytes <= 1 << 17 for window in windows)
+    assert sum(part.nbytes for window in windows for part in window.parts if part.row == row) == codes.size
+
+
+def test_tables_of_many_scales_take_little_scratch():
+    file, rows, columns = File(), 4096, 2048
+    codes = np.zeros((1, rows, columns // 2), np.uint8)
+    row = file.add("w", "U8", codes)
+    scales = file.add("s", "BF16", np.full((rows, columns // 8), 0x3F80, np.uint16))
+    zeros = file.add("z", "I32", np.full((rows // 8, columns // 8), 0x77777777, np.int32))
+    common = file.add("g", "F32", np.array([2.0], np.float32))
+    decodes = {row: Decode("int4", (rows, columns), (1, 8), scales, zeros, common)}
+    moves = {row: [Move(0, "BF16", (rows, columns), (columns, 1), 0, (columns, 1), 0)]}
+    (window,) = code_windows(moves, file, decodes, 1 << 30, 0)
+    (group,) = window.groups.values()
+    assert group.count == rows * columns // 8  # of which the zero points alone would take 4 MiB
+    region = torch.zeros(window.nbytes, dtype=torch.uint8)
+    for part in window.parts:
+        raw = bytearray(file.data[part.offset_bytes : part.offset_bytes + part.nbytes])
+        region[part.start_bytes : part.start_bytes + part.nbytes] = torch.frombuffer(raw, dtype=torch.uint8)
+    target = torch.empty(rows, columns, dtype=torch.bfloat16)
+    decoder = WindowDecoder([group], [target], region.device)
+    peak = torch_peak(lambda: decoder.make_tables([group], region))
+    assert peak < 4 << 20
+    table = region[group.table_bytes : group.table_bytes + group.count * 32].view(torch.bfloat16).view(-1, 16)
+    assert torch.equal(table, (2.0 * (torch.arange(16) - 7)).bfloat16().expand_as(table))

@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import functools
 import importlib.util
 import json
 import sys
 import threading
-from contextlib import contextmanager
 from math import prod
 from typing import NamedTuple
 from unittest import mock
 
 import pytest
 import torch
-from torch.overrides import TorchFunctionMode
 
 from automodel_conv.dtypes import itemsize
 from automodel_conv.errors import ReadError
-from automodel_conv.execution import streaming, window_decoding
+from automodel_conv.execution import streaming
 from automodel_conv.execution.buffers import allocate
 from automodel_conv.execution.cpu import load_files
 from automodel_conv.execution.streaming import ring_of, stream_files
@@ -30,6 +27,7 @@ from automodel_conv.planning.plan import CopyPlan
 from automodel_conv.planning.quantization import quantized_table
 from automodel_conv.testing import assert_bytes_equal
 from tests.execution.simulated import DeviceFault, SimulatedDevice
+from tests.execution.strict import NoSynchronization, StrictDevice, Synchronized, first_load, outside_of_modes
 from tests.execution.support import CONCATENATE, MERGE, columns, target
 
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
@@ -134,50 +132,11 @@ def test_windows_and_chunks_are_few_and_nothing_passes_through_scratch(tmp_path,
     assert len(chunks) <= layers.codes_bytes / (8 * MIB) + 2 * layers.layers
     assert not any(window.moves for window in windows)
     # Gate and up have one geometry, down another; each is one launch, and so is its table.
-    assert all(len(window.rectangles) <= 2 and len(window.runs) == 1 for window in windows)
+    assert all(len(window.rectangles) <= 2 and len(window.scale_groups) == 1 for window in windows)
     assert sum(chunk.read.nbytes for chunk in chunks) == sum(checkpoint.nbytes)
 
 
-class Synchronized(AssertionError):
-    pass
-
-
-class NoSynchronization(TorchFunctionMode):
-    """Refuses what makes the host wait for a device: numbers that come back, and Python lists that go there."""
-
-    WAITING = frozenset(
-        "item tolist cpu numpy tensor as_tensor nonzero masked_select equal unique "
-        "__bool__ __int__ __float__ __index__".split()
-    )
-
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        if getattr(function, "__name__", "") in self.WAITING:
-            raise Synchronized(function.__name__)
-        return function(*args, **(kwargs or {}))
-
-
-class StrictDevice(SimulatedDevice):
-    """Lets nothing wait for it but a thread for its own slot, from the first read to the end."""
-
-    def stream(self):
-        made = super().stream()
-        real = made.run
-
-        def strictly(work):
-            with NoSynchronization():
-                work()
-
-        made.run = lambda work: real(lambda: strictly(work))
-        return made
-
-
-@pytest.fixture
-def first_load(monkeypatch):
-    """No constant has been made yet."""
-    for name in ("_code_numbers", "byte_scale_table", "byte_scale_values"):
-        for module in (code_tables, window_decoding):
-            if hasattr(module, name):
-                monkeypatch.setattr(module, name, functools.cache(getattr(code_tables, name).__wrapped__))
+__all__ = ["first_load"]  # a fixture
 
 
 @needs_triton
@@ -197,24 +156,18 @@ def test_nothing_waits_for_the_device_between_the_first_read_and_the_end(tmp_pat
         assert_bytes_equal(found[name], tensor)
 
 
-@contextmanager
-def outside_of_modes():
-    """Launches run as they do without a device's rules: the interpreter reads tables on the host."""
-    from automodel_conv.kernels import moves_triton
-
-    real = moves_triton.launch
-
-    def launch(*arguments):
-        with torch._C.DisableTorchFunction():
-            real(*arguments)
-
-    with mock.patch.object(moves_triton, "launch", launch):
-        yield
-
-
 @pytest.mark.parametrize(
     "waits",
-    [lambda x: x.item(), lambda x: bool(x), lambda x: torch.tensor([1.0]), lambda x: x.cpu(), lambda x: x.tolist()],
+    [
+        lambda x: x.item(),
+        lambda x: bool(x),
+        lambda x: torch.tensor([1.0]),
+        lambda x: x.cpu(),
+        lambda x: x.tolist(),
+        lambda x: x.to("cpu"),
+        lambda x: x[x > 0],
+        lambda x: x.repeat_interleave(x.int()),
+    ],
 )
 def test_a_wait_for_the_device_is_found(waits):
     tensor = torch.ones(1)

@@ -341,31 +341,24 @@ def test_a_late_device_is_waited_for(cases, tmp_path):
 
 
 class Scoped(SimulatedDevice):
-    """Notes on which stream memory is taken: the one whose work runs; None for what is current in the thread."""
+    """Notes for which stream memory is taken; None for what is current in the thread."""
 
     def __init__(self):
         super().__init__()
-        self.at_work, self.taken_on = None, []
+        self.taken_for = []
 
     def stream(self):
         made = super().stream()
-        run = made.run
 
-        def scoped(work):
-            def at_work():
-                self.at_work = made
-                try:
-                    work()
-                finally:
-                    self.at_work = None
+        def scratch(nbytes):
+            self.taken_for.append(made)
+            return super(Scoped, self).scratch(nbytes)
 
-            run(at_work)
-
-        made.run = scoped
+        made.scratch = scratch
         return made
 
     def scratch(self, nbytes):
-        self.taken_on.append(self.at_work)
+        self.taken_for.append(None)
         return super().scratch(nbytes)
 
 
@@ -373,9 +366,9 @@ def test_each_thread_takes_its_memory_on_the_stream_that_uses_it(cases, tmp_path
     """On a thread's own current stream it may be what other work there, which nobody waits for, still uses."""
     device = Scoped()
     assert_holds(write("device", cases[4], tmp_path, threads=3, device=device), cases[4])
-    assert device.taken_on
-    assert None not in device.taken_on
-    assert len(set(map(id, device.taken_on))) == len(device.taken_on)
+    assert device.taken_for
+    assert None not in device.taken_for
+    assert len(set(map(id, device.taken_for))) == len(device.taken_for)
 
 
 # --- memory -----------------------------------------------------------------------------------------------------------

@@ -17,12 +17,15 @@ from automodel_conv.planning.lowering import leaf, transpose
 from automodel_conv.planning.plan import CopyPlan
 from automodel_conv.planning.quantization import quantized_table
 from automodel_conv.testing import assert_bytes_equal
+from tests.execution.conftest import calls
 from tests.execution.simulated import SimulatedDevice
+from tests.execution.strict import StrictDevice, first_load, outside_of_modes
 from tests.execution.support import columns
 from tests.quantized.test_schemes import PRODUCERS, weight, write
 from tests.test_memory_budget import torch_peak
 
 pytest.importorskip("transformers", reason="producers are transformers, and compressed-tensors, which needs it")
+__all__ = ["calls", "first_load"]  # fixtures
 SCHEMES = ["fp8 32x16", "mxfp8", "int4 g32 with zero points", "nvfp4"]
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 
@@ -91,13 +94,25 @@ def test_a_late_device_decodes_the_same_numbers(tmp_path, scheme, eagerness):
 
 
 @needs_triton
-@pytest.mark.parametrize("scheme", ["fp8 32x16", "nvfp4"])
-def test_kernels_decode_the_same_numbers(tmp_path, scheme):
+@pytest.mark.usefixtures("first_load")
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_kernels_decode_the_same_numbers_and_nothing_waits_for_the_device(tmp_path, scheme):
     checkpoint, plan, expected = case(tmp_path, scheme)
     buffers = poisoned(plan)
     limits = {"threads": 1, "scratch_bytes": 1 << 17, "device_scratch_bytes": 1 << 19}
-    stream_files(plan, checkpoint, buffers, SimulatedDevice(0), backend="triton", **limits)
+    with outside_of_modes():
+        stats = stream_files(plan, checkpoint, buffers, StrictDevice(0), backend="triton", **limits)
     assert_filled(buffers, expected)
+    assert stats.work.by_kernels > 0
+
+
+def test_a_dtype_that_nothing_decodes_to_is_told_before_anything_is_read(tmp_path, calls):
+    checkpoint, plan, _ = case(tmp_path, "fp8 32x16")
+    plan = CopyPlan(plan.sources, tuple(t._replace(dtype="F64") for t in plan.targets))
+    calls.reads = 0
+    with pytest.raises(amc.UnsupportedError, match="numbers of this dtype"):
+        stream_files(plan, checkpoint, poisoned(plan), SimulatedDevice(), backend="torch")
+    assert calls.reads == 0
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)

@@ -1,0 +1,75 @@
+"""A device that refuses whatever makes the host wait for it, but a thread's wait for its own slot."""
+
+from __future__ import annotations
+
+import functools
+from contextlib import contextmanager
+from unittest import mock
+
+import pytest
+import torch
+from torch.overrides import TorchFunctionMode
+
+from automodel_conv.execution import window_decoding
+from automodel_conv.kernels import code_tables
+from tests.execution.simulated import SimulatedDevice
+
+
+class Synchronized(AssertionError):
+    pass
+
+
+class NoSynchronization(TorchFunctionMode):
+    """Refuses what makes the host wait for a device: numbers that come back, and Python lists that go there."""
+
+    WAITING = frozenset(
+        "item tolist cpu numpy tensor as_tensor nonzero masked_select equal unique repeat_interleave "
+        "__bool__ __int__ __float__ __index__".split()
+    )
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        name = getattr(function, "__name__", "")
+        moves = name == "to" and any(str(argument) == "cpu" for argument in args[1:])
+        chooses = name in ("__getitem__", "__setitem__") and isinstance(args[1], (torch.Tensor, list))
+        if name in self.WAITING or moves or chooses:
+            raise Synchronized(name)
+        return function(*args, **(kwargs or {}))
+
+
+class StrictDevice(SimulatedDevice):
+    """Lets nothing wait for it but a thread for its own slot, from the first read to the end."""
+
+    def stream(self):
+        made = super().stream()
+        real = made.run
+
+        def strictly(work):
+            with NoSynchronization():
+                work()
+
+        made.run = lambda work: real(lambda: strictly(work))
+        return made
+
+
+@contextmanager
+def outside_of_modes():
+    """Launches run as they do without a device's rules: the interpreter reads tables on the host."""
+    from automodel_conv.kernels import moves_triton
+
+    real = moves_triton.launch
+
+    def launch(*arguments):
+        with torch._C.DisableTorchFunction():
+            real(*arguments)
+
+    with mock.patch.object(moves_triton, "launch", launch):
+        yield
+
+
+@pytest.fixture
+def first_load(monkeypatch):
+    """No constant has been made yet."""
+    for name in ("_code_numbers", "byte_scale_table", "byte_scale_values"):
+        for module in (code_tables, window_decoding):
+            if hasattr(module, name):
+                monkeypatch.setattr(module, name, functools.cache(getattr(code_tables, name).__wrapped__))
