@@ -366,6 +366,14 @@ def test_a_failing_read_is_told_at_once_while_other_threads_still_read(cases, ca
     assert "filled:" in str(error.value)
 
 
+def test_a_failing_read_is_told_before_what_the_device_says_at_the_end(cases, calls):
+    calls.fail_read = 2
+    device = SimulatedDevice(eagerness=0, fail_at=1)  # which works only when it is waited for, at the end
+    with pytest.raises(ReadError, match=r"Input/output error[\s\S]*besides: +DeviceFault: .*illegal access"):
+        load(cases[0], device, threads=1, scratch_bytes=16384)
+    assert_released(device, calls)
+
+
 class Impatient(threading.Condition):
     """A condition on which nobody waits for more than two seconds, and that tells if somebody would have."""
 
