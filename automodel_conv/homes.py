@@ -38,7 +38,8 @@ class Place(NamedTuple):
 def find_places(model: nn.Module) -> dict[str, list[Place]]:
     """Per name of the state dict, the places that hold that very tensor; none for a copy that a hook handed out.
 
-    By identity, not by name: wrappers rename what ``state_dict`` gives, and shared parameters have several places.
+    Tensors are matched by identity: wrappers rename what ``state_dict`` gives, and shared parameters have several
+    places.
     """
     holders: dict[int, list[Place]] = {}
     for module in model.modules():
@@ -51,7 +52,7 @@ def find_places(model: nn.Module) -> dict[str, list[Place]]:
 
 @dataclass
 class Homes:
-    """What a load into a model writes to: the model's own storage, or new tensors that take their place afterwards."""
+    """The tensors that a load into a model writes: the model's own, or new ones that take their place afterwards."""
 
     plan: CopyPlan
     buffers: dict[str, Tensor]
@@ -160,7 +161,7 @@ def home_of(tensor: Tensor) -> torch.device:
 
 
 def regions_of(state: Mapping[str, Tensor], plan: CopyPlan) -> dict[str, Region]:
-    """What this rank holds of the targets that are DTensors."""
+    """The regions that this rank holds of the targets that are DTensors."""
     names = [target.name for target in plan.targets]
     return {name: region_of(state[name]) for name in names if name in state and is_distributed(state[name])}
 

@@ -54,7 +54,7 @@ from automodel_conv.planning.sharding import shard_plan
 
 @dataclass(frozen=True)
 class LoadReport:
-    """What a load did.
+    """The outcome of a load.
 
     Attributes:
         missing_keys: targets that nothing provided, less what the model says to ignore and what is tied.
@@ -110,8 +110,8 @@ def compile_plan(
 ) -> CopyPlan:
     """The plan that loads a checkpoint, from its headers alone.
 
-    Of INT4 codes with one scale for a whole row the few bytes of ``weight_shape`` are read besides: rows may end in
-    padding, which nothing else tells.
+    The few bytes of ``weight_shape`` are read besides, for INT4 codes with one scale for a whole row: nothing else
+    tells whether rows end in padding.
 
     Args:
         checkpoint: an opened checkpoint, or what ``open_checkpoint`` takes.
@@ -366,7 +366,7 @@ def load_plan(
 
 
 def decoded_table(checkpoint: Checkpoint, wants_numbers: bool) -> SourceTable:
-    """What a checkpoint offers, with what is quantized as what it stands for.
+    """The tensors that a checkpoint offers; quantized ones as the numbers that they stand for.
 
     Args:
         wants_numbers: whether codes that nothing says how to decode are an error.
@@ -415,7 +415,7 @@ def _check_padding(checkpoint: Checkpoint, table: SourceTable) -> None:
 
 
 def _to_read(plan: CopyPlan, state: Mapping[str, Tensor], broadcast: bool) -> tuple[CopyPlan, list[str]]:
-    """What this rank reads itself, and the names of what is then sent from rank to rank."""
+    """The plan of the targets that this rank reads, and the names of those that are then sent from rank to rank."""
     if not broadcast:
         return plan, []
     names = [target.name for target in plan.targets if target.name in state]

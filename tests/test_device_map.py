@@ -514,7 +514,7 @@ def test_parameters_that_a_mesh_places_are_refused(published, devices, monkeypat
 # --- memory -----------------------------------------------------------------------------------------------------------
 
 LEAST = 2 * 2 * streaming.LEAST_SCRATCH_BYTES + cpu.LEAST_SCRATCH_BYTES
-"""Of a ring and windows for each of two devices, and a scratch for the host."""
+"""The least of a ring and windows for each of two devices, and of a scratch for the host."""
 
 
 @pytest.mark.parametrize("budget", [60_000, 100_000, 1 << 20, 1 << 40])

@@ -41,7 +41,7 @@ def within(
 ) -> Limits:
     """Limits under which a load uses at most ``memory_budget`` bytes beside its buffers, on host and devices together.
 
-    What is given in ``limits`` stays as it is; what is not is made smaller where it must be.
+    Limits that are given stay as they are; the others are made smaller where they must be.
 
     Args:
         extra_bytes: that the caller needs besides.

@@ -1,4 +1,4 @@
-"""What else goes on beside a load: other streams, other devices, errors; and that nothing stays behind."""
+"""Loads beside other streams, on other devices and after errors; nothing stays behind."""
 
 import os
 from pathlib import Path
@@ -25,7 +25,7 @@ two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two C
 
 @pytest.fixture(scope="module")
 def warmed(checkpoint, device):
-    """What is made once for a device is there."""
+    """A first load, which makes what is made once for a device."""
     amc.load_state_dict(checkpoint, model(), layout="nemo", **on(device))
 
 
