@@ -1,4 +1,4 @@
-"""Where the parts of a model go: names of modules and parameters to devices, as accelerate writes it."""
+"""``device_map``: devices by names of modules and parameters, as accelerate writes them."""
 
 from __future__ import annotations
 
@@ -17,24 +17,24 @@ DeviceLike = int | str | torch.device
 
 
 class DeviceMap:
-    """Looks the device of a tensor up by its name.
+    """The device of each tensor, found by its name.
 
-    The entry of the longest prefix of whole dotted components wins, and "" is for all that no other covers, as
-    accelerate has it (1.15.0, ``accelerate/utils/modeling.py``: ``_get_param_device`` asks for a name, then for its
-    parents; ``check_device_map`` refuses what is not covered). Numbers are CUDA devices.
+    A name is looked up first, then its parents, then "": the longest prefix of whole components wins. Every tensor
+    needs an entry. Numbers are CUDA devices. Accelerate 1.15.0 does the same in ``accelerate/utils/modeling.py``
+    (``_get_param_device``, ``check_device_map``).
     """
 
     def __init__(self, entries: Mapping[str, DeviceLike]):
-        """Check every entry before anything is opened.
+        """Check every entry.
 
         Raises:
-            UnsupportedError: something goes to the disk, or to a device that is not there.
-            ConversionError: a name is not a text, or a device is none.
+            UnsupportedError: an entry names the disk, or a device that this machine does not have.
+            ConversionError: a key is not a string, or a value is not a device.
         """
         self.entries = {name: _device(name, device) for name, device in entries.items()}
 
     def device_of(self, name: str) -> torch.device | None:
-        """The device of a parameter, buffer or module; None if no entry covers it."""
+        """The device of a parameter, buffer or module, or None if no entry covers it."""
         while name and name not in self.entries:
             name = name.rpartition(".")[0]
         return self.entries.get(name)
@@ -47,16 +47,19 @@ class DeviceMap:
         *,
         strict: bool,
     ) -> None:
-        """Check the map against what will be placed, before anything is read.
+        """Check that the map fits the tensors that will be placed.
 
         Args:
-            names: of all that will be placed.
-            state: the state dict of the model, or {}; also of names that the checkpoint lacks.
-            strict: an entry that names nothing is an error.
+            names: the names of these tensors.
+            state: the whole state dict of the model; {} without a model.
+            model: None where only rules say the names of tensors. Nothing says the names of modules then, so that any
+                entry may name one.
+            strict: whether an entry that names nothing in the model is an error.
 
         Raises:
-            UnsupportedError: a parameter is a DTensor, which its mesh places.
-            ConversionError: a name is not covered; an entry names nothing; names of one tensor go to several devices.
+            UnsupportedError: a tensor is a DTensor, which is placed by its mesh.
+            ConversionError: no entry covers a tensor, an entry names nothing in the model, or names of one tensor go to
+                several devices.
         """
         tensors = {name: tensor for name in names if isinstance(tensor := state.get(name), Tensor)}
         sharded = [name for name, tensor in tensors.items() if is_distributed(tensor)]
@@ -75,22 +78,27 @@ class DeviceMap:
                     do='add their modules, or "" for all that no other entry covers',
                 )
             )
+        if model is None:
+            return
         if strict:
             self._refuse_entries_without_meaning({*names, *state}, model)
-        self._refuse_torn_ties(tied_names(model) if model is not None else ())
+        self._refuse_torn_ties(tied_names(model))
 
-    def check_in_place(self, state: Mapping[str, object], names: Iterable[str]) -> None:
-        """Check that tensors that have memory already are where the map has them.
+    def check_in_place(self, state: Mapping[str, object]) -> None:
+        """Check that parameters that have memory are where the map says. Buffers need not be: a load moves them.
+
+        Args:
+            state: the whole state dict of the model.
 
         Raises:
-            ConversionError: some are not.
+            ConversionError: a parameter is elsewhere.
         """
         wrong = [
-            f"{name}: {self.device_of(name)} in the map, {tensor.device} in the model"
-            for name in names
-            if isinstance(tensor := state.get(name), Tensor)
+            f"{name}: {device} in the map, {tensor.device} in the model"
+            for name, tensor in state.items()
+            if isinstance(tensor, nn.Parameter)
             and not tensor.is_meta
-            and tensor.device != self.device_of(name)
+            and (device := self.device_of(name)) not in (None, tensor.device)
         ]
         if wrong:
             do = "move the model, or build it on the meta device, where parameters have no place yet"
@@ -98,8 +106,8 @@ class DeviceMap:
                 message("parameters that have memory are filled where they are", found="\n" + listing(wrong), do=do)
             )
 
-    def _refuse_entries_without_meaning(self, names: Iterable[str], model: nn.Module | None) -> None:
-        known = {""} if model is None else {name for name, _ in model.named_modules(remove_duplicate=False)}
+    def _refuse_entries_without_meaning(self, names: Iterable[str], model: nn.Module) -> None:
+        known = {name for name, _ in model.named_modules(remove_duplicate=False)}
         for name in names:
             known.update(accumulate(name.split("."), lambda path, part: f"{path}.{part}"))
         unknown = [name for name in self.entries if name not in known]
@@ -124,15 +132,18 @@ class DeviceMap:
 def device_map_of(
     device_map: Mapping[str, DeviceLike] | None, device: str | torch.device | None, default: str | None
 ) -> DeviceMap | None:
-    """The map that a caller has given, if any, instead of ``device``, which is ``default`` then.
+    """The caller's ``device_map``, checked; None if there is none.
+
+    Args:
+        default: the caller's default of ``device``. A map takes no other.
 
     Raises:
-        ConversionError: both are given, or no mapping is.
+        ConversionError: ``device`` is given too, or ``device_map`` is not a mapping; see ``DeviceMap``.
         UnsupportedError: see ``DeviceMap``.
     """
     if device_map is None:
         return None
-    if device != default:
+    if device is not None and str(device) != default:
         found = f"device={device!r} and device_map"
         do = 'put device into the map under ""'
         raise ConversionError(message("device and device_map exclude each other", found=found, do=do))
@@ -156,7 +167,7 @@ def _device(name: object, device: object) -> torch.device:
     if device == "disk":
         raise UnsupportedError(
             message(
-                "nothing is loaded to the disk",
+                "tensors are not loaded to the disk",
                 where=where,
                 do='send it to "cpu", or use from_pretrained(device_map=..., offload_folder=...) under '
                 "accelerate_transformers()",
@@ -164,10 +175,10 @@ def _device(name: object, device: object) -> torch.device:
         )
     try:
         if isinstance(device, bool) or not isinstance(device, (int, str, torch.device)):
-            raise TypeError(f"a {type(device).__name__} is no device")
+            raise TypeError(f"a {type(device).__name__} is not a device")
         if isinstance(device, int):
             if device < 0:
-                raise ValueError("numbers of devices begin with 0")
+                raise ValueError("device numbers start at 0")
             device = torch.device("cuda", device)
         found = torch.device(device)
     except (RuntimeError, TypeError, ValueError) as error:

@@ -38,7 +38,8 @@ class Place(NamedTuple):
 def find_places(model: nn.Module) -> dict[str, list[Place]]:
     """Per name of the state dict, the places that hold that very tensor; none for a copy that a hook handed out.
 
-    By identity, not by name: wrappers rename what ``state_dict`` gives, and shared parameters have several places.
+    Tensors are matched by identity: wrappers rename what ``state_dict`` gives, and shared parameters have several
+    places.
     """
     holders: dict[int, list[Place]] = {}
     for module in model.modules():
@@ -51,7 +52,7 @@ def find_places(model: nn.Module) -> dict[str, list[Place]]:
 
 @dataclass
 class Homes:
-    """What a load into a model writes to: the model's own storage, or new tensors that take their place afterwards."""
+    """The tensors that a load into a model writes: the model's own, or new ones that take their place afterwards."""
 
     plan: CopyPlan
     buffers: dict[str, Tensor]
@@ -160,7 +161,7 @@ def home_of(tensor: Tensor) -> torch.device:
 
 
 def regions_of(state: Mapping[str, Tensor], plan: CopyPlan) -> dict[str, Region]:
-    """What this rank holds of the targets that are DTensors."""
+    """The regions that this rank holds of the targets that are DTensors."""
     names = [target.name for target in plan.targets]
     return {name: region_of(state[name]) for name in names if name in state and is_distributed(state[name])}
 
@@ -193,24 +194,44 @@ def _refuse_shared_memory(buffers: Mapping[str, Tensor]) -> None:
             )
 
 
-class ComputedBuffer(NamedTuple):
-    """A buffer on the meta device that no checkpoint holds, and ``finish`` brings to life."""
+class Buffer(NamedTuple):
+    """A buffer, persistent or not, and the module that holds it."""
 
     name: str
     module: nn.Module
     leaf: str
     tensor: Tensor
 
+    @property
+    def is_computed(self) -> bool:
+        """Whether ``finish`` computes it in a transformers model (rotary frequencies): no checkpoint holds it."""
+        return self.tensor.is_meta and self.leaf in self.module._non_persistent_buffers_set
 
-def computed_buffers(model: nn.Module) -> Iterator[ComputedBuffer]:
-    """The buffers that ``finish`` computes (rotary frequencies), by the names of their modules."""
-    if not is_pretrained_model(model):
-        return
+
+def buffers_of(model: nn.Module) -> Iterator[Buffer]:
+    """The buffers of all modules, each module under its first name."""
     for prefix, module in model.named_modules():
-        for leaf in sorted(module._non_persistent_buffers_set):
-            buffer = module._buffers.get(leaf)
-            if buffer is not None and buffer.is_meta:
-                yield ComputedBuffer(f"{prefix}.{leaf}" if prefix else leaf, module, leaf, buffer)
+        for leaf, buffer in module._buffers.items():
+            if buffer is not None:
+                yield Buffer(f"{prefix}.{leaf}" if prefix else leaf, module, leaf, buffer)
+
+
+def placeable_buffers(model: nn.Module) -> list[str]:
+    """Names of the buffers that a ``device_map`` places: those with memory, and those that ``finish`` computes."""
+    computes = is_pretrained_model(model)
+    return [b.name for b in buffers_of(model) if not b.tensor.is_meta or (computes and b.is_computed)]
+
+
+def move_buffers(model: nn.Module, device_of: Callable[[str], torch.device | None]) -> None:
+    """Move the buffers that have memory to their devices. Modules that share a buffer share its copy on a device."""
+    moved: dict[tuple[int, torch.device], Tensor] = {}
+    for name, module, leaf, buffer in list(buffers_of(model)):
+        device = device_of(name)
+        if buffer.is_meta or device is None or buffer.device == device:
+            continue
+        if (id(buffer), device) not in moved:
+            moved[id(buffer), device] = torch.empty_like(buffer, device=device).copy_(buffer)
+        module._buffers[leaf] = moved[id(buffer), device]
 
 
 def finish(
@@ -232,9 +253,11 @@ def finish(
     state = model.state_dict(keep_vars=True)
     for name in made:
         state[name]._is_hf_initialized = True
-    for name, module, leaf, buffer in list(computed_buffers(model)):
-        module._buffers[leaf] = torch.empty_like(buffer, device=device_of(name) or "cpu")
-        module._is_hf_initialized = False  # type: ignore[assignment]  # one loaded before says it is
+    for buffer in buffers_of(model):
+        if buffer.is_computed:
+            home = device_of(buffer.name) or "cpu"
+            buffer.module._buffers[buffer.leaf] = torch.empty_like(buffer.tensor, device=home)
+            buffer.module._is_hf_initialized = False  # type: ignore[assignment]  # one loaded before says it is
     model.initialize_weights()  # type: ignore[operator]
     model.tie_weights(missing_keys=set(missing), recompute_mapping=False)  # type: ignore[operator]
 

@@ -33,11 +33,12 @@ from automodel_conv.files.checkpoint import Checkpoint, open_checkpoint
 from automodel_conv.files.config import quantization_config
 from automodel_conv.homes import (
     Homes,
-    computed_buffers,
     finish,
     home_of,
     in_order,
     loadable,
+    move_buffers,
+    placeable_buffers,
     regions_of,
     unequal_ties,
     with_tied,
@@ -53,7 +54,7 @@ from automodel_conv.planning.sharding import shard_plan
 
 @dataclass(frozen=True)
 class LoadReport:
-    """What a load did.
+    """The outcome of a load.
 
     Attributes:
         missing_keys: targets that nothing provided, less what the model says to ignore and what is tied.
@@ -109,8 +110,8 @@ def compile_plan(
 ) -> CopyPlan:
     """The plan that loads a checkpoint, from its headers alone.
 
-    Of INT4 codes with one scale for a whole row the few bytes of ``weight_shape`` are read besides: rows may end in
-    padding, which nothing else tells.
+    The few bytes of ``weight_shape`` are read besides, for INT4 codes with one scale for a whole row: nothing else
+    tells whether rows end in padding.
 
     Args:
         checkpoint: an opened checkpoint, or what ``open_checkpoint`` takes.
@@ -168,9 +169,9 @@ def load_state_dict(
         model, rules, layout, key_mapping, dtype, dequantize: see ``compile_plan``.
         device: the CPU or a CUDA device. To the latter, bytes go through pinned memory, and what has to be permuted or
             cast is copied there by Triton kernels, or by torch where Triton cannot run.
-        device_map: instead of ``device``: names of modules or parameters to devices, as accelerate writes it
-            (``infer_auto_device_map``, ``model.hf_device_map``). The longest name that a tensor's begins with, whole
-            components, decides, "" for all others; numbers are CUDA devices. All devices are filled at the same time.
+        device_map: devices by names of modules or parameters, instead of ``device``, as accelerate writes them
+            (``infer_auto_device_map``, ``model.hf_device_map``). The longest prefix of whole components of a tensor's
+            name decides; "" covers the rest; numbers are CUDA devices. All devices are filled at the same time.
         strict: a missing, unexpected, mismatched or doubly provided target raises; False loads what fits, as
             upstream does (the first of two wins), and tells in the report.
         verify: first compare all tensors with the checksums that ``save_checkpoint(checksums=True)`` wrote; reads the
@@ -193,9 +194,9 @@ def load_state_dict(
             then.
         VerificationError: a tensor does not have its checksum, or there is none; nothing has been loaded then.
         ReadError: reading failed; names file and tensor.
-        ConversionError: the load does not fit into ``memory_budget``, or ``device_map`` leaves a tensor out, names
-            what is not there or has two devices for names of one tensor; nothing has been read then. Or the system
-            gives no more memory or threads.
+        ConversionError: the load does not fit into ``memory_budget``; or ``device_map`` leaves a tensor out, names
+            what the model does not have, or sends names of one tensor to several devices; nothing has been read then.
+            Or the system gives no more memory or threads.
         RankError: with DTensors: the load failed on other ranks, or one of them is gone.
 
     Example::
@@ -269,9 +270,10 @@ def load_model(
         layout: the layout the model's experts are in, for modules that are not transformers' own.
         device: where new parameters go; None: to the device of those whose place they take, from the meta device to the
             CPU. Materialized parameters are filled where they are.
-        device_map: see ``load_state_dict``; where new parameters go, and the buffers that a transformers model computes
-            itself. What has memory already must be where the map says. The model is placed, not made to run in parts:
-            that is ``accelerate.dispatch_model(model, device_map)``, afterwards.
+        device_map: where new parameters and all buffers go; see ``load_state_dict``. Materialized parameters must be
+            where the map says already; materialized buffers are moved there after the load
+            (``accelerate.init_empty_weights()`` leaves them on the CPU). The model is placed, but does not run on
+            several devices until ``accelerate.dispatch_model(model, device_map)``.
         dtype: if given, parameters of another floating dtype are replaced (see ``compile_plan``).
         path, rules, key_mapping, strict, dequantize, verify, broadcast, threads, scratch_bytes, device_scratch_bytes:
             see ``load_state_dict``, as for memory_budget, progress and revision.
@@ -306,9 +308,9 @@ def load_model(
         plan, problems, _ = load_plan(checkpoint, model, rules, layout, key_mapping, dtype, dequantize, in_place=True)
         problems.raise_unless_fit(checkpoint.path, strict)
         if where is not None:
-            names = [target.name for target in plan.targets]
-            where.check([*names, *(buffer.name for buffer in computed_buffers(model))], state, model, strict=strict)
-            where.check_in_place(state, names)
+            names = dict.fromkeys([*(target.name for target in plan.targets), *placeable_buffers(model)])
+            where.check(names, state, model, strict=strict)
+            where.check_in_place(state)
         if verify:
             verify_checksums(checkpoint, default_reader_threads(cores()) if threads is None else threads)
         was_meta = any(tensor.is_meta for tensor in state.values() if isinstance(tensor, Tensor))
@@ -326,6 +328,8 @@ def load_model(
     homes.settle(model, unequal)
     if was_meta:
         finish(model, homes.buffers, problems.missing, device_of)
+    if where is not None:
+        move_buffers(model, device_of)
     return _report(plan, problems, clock, stats, homes.extra_bytes)
 
 
@@ -362,7 +366,7 @@ def load_plan(
 
 
 def decoded_table(checkpoint: Checkpoint, wants_numbers: bool) -> SourceTable:
-    """What a checkpoint offers, with what is quantized as what it stands for.
+    """The tensors that a checkpoint offers; quantized ones as the numbers that they stand for.
 
     Args:
         wants_numbers: whether codes that nothing says how to decode are an error.
@@ -411,7 +415,7 @@ def _check_padding(checkpoint: Checkpoint, table: SourceTable) -> None:
 
 
 def _to_read(plan: CopyPlan, state: Mapping[str, Tensor], broadcast: bool) -> tuple[CopyPlan, list[str]]:
-    """What this rank reads itself, and the names of what is then sent from rank to rank."""
+    """The plan of the targets that this rank reads, and the names of those that are then sent from rank to rank."""
     if not broadcast:
         return plan, []
     names = [target.name for target in plan.targets if target.name in state]

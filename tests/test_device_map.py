@@ -215,6 +215,15 @@ def test_parameters_that_have_memory_elsewhere_are_refused(published, devices, r
     assert all((tensor.view(torch.uint8) == POISON).all() for tensor in model.state_dict().values())
 
 
+def test_a_parameter_elsewhere_is_refused_though_the_checkpoint_lacks_it(tmp_path, devices, reads):
+    save_file({name: TENSORS[name] for name in TENSORS if name != "head.weight"}, tmp_path / "model.safetensors")
+    model = meta(Model())
+    model.head = Weight(30, 40)
+    with pytest.raises(amc.ConversionError, match=r"filled where they are[\s\S]*head.weight: xpu:1 in the map, cpu"):
+        amc.load_model(model, tmp_path, device_map=MAP, strict=False)
+    assert reads == []
+
+
 def test_parameters_of_another_dtype_are_replaced_where_they_were(published, devices):
     model = Model().to(torch.float64)
     with pytest.raises(amc.ConversionError, match="filled where they are"):
@@ -272,6 +281,132 @@ def test_a_computed_buffer_that_no_entry_covers_is_named(tmp_path, devices):
         amc.load_model(meta(model), tmp_path, device_map=device_map)
 
 
+def empty_copy(model, build):
+    """A model of the same config, as callers build it whose parameters shall have no memory yet."""
+    accelerate = pytest.importorskip("accelerate") if build == "init_empty_weights" else None
+    with torch.device("meta") if accelerate is None else accelerate.init_empty_weights():
+        return type(model)._from_config(model.config, dtype=torch.bfloat16)
+
+
+def zoo_model(name):
+    """A tiny model of a type, or ``"tied"``: one whose head is its embedding."""
+    from tests.model_zoo import build_model
+
+    if name != "tied":
+        return build_model(name)
+    config = build_model("mixtral").config
+    config.tie_word_embeddings = True
+    return type(build_model("mixtral"))._from_config(config, dtype=torch.bfloat16)
+
+
+@pytest.mark.parametrize("build", ["meta device", "init_empty_weights"])
+@pytest.mark.parametrize("name", ["mixtral", "tied", "deepseek_v3", "qwen3_vl_moe"])
+def test_every_tensor_of_an_empty_model_goes_where_the_map_says(tmp_path, devices, name, build):
+    pytest.importorskip("transformers", reason="the model is one of transformers")
+    from tests.model_zoo import write_checkpoint
+
+    full = zoo_model(name)
+    write_checkpoint(full, tmp_path)
+    wanted = {name: tensor.detach() for name, tensor in full.state_dict(keep_vars=True).items()}
+    wanted |= dict(full.named_buffers())
+    rotary = next(name for name in wanted if name.endswith("inv_freq")).rpartition(".")[0]
+    device_map = {"": 1, rotary: 0, "lm_head": 1}
+    model = empty_copy(full, build)
+    # The dtype, because a buffer with memory would keep its own, where a new one of some is float32.
+    report = amc.load_model(model, tmp_path, device_map=device_map, dtype=torch.bfloat16)
+    assert report.missing_keys == ()
+    found = model.state_dict(keep_vars=True) | dict(model.named_buffers())
+    assert_loaded(found, {name: DeviceMap(device_map).device_of(name) for name in wanted}, wanted)
+    if name == "tied":
+        assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
+@pytest.mark.parametrize("build", ["meta device", "init_empty_weights"])
+def test_a_lenient_load_places_what_there_is(tmp_path, devices, build):
+    pytest.importorskip("transformers", reason="the model is one of transformers")
+    full = mixtral(tmp_path)
+    tensors = amc.load_state_dict(tmp_path, rules=[])
+    del tensors["lm_head.weight"], tensors["model.norm.weight"]
+    save_file(tensors, tmp_path / "some.safetensors")
+    model = empty_copy(full, build)
+    device_map = {"": 1, "no.such.module": 0}
+    report = amc.load_model(model, tmp_path / "some.safetensors", device_map=device_map, strict=False)
+    assert set(report.missing_keys) == {"lm_head.weight", "model.norm.weight"}
+    for name, tensor in (model.state_dict(keep_vars=True) | dict(model.named_buffers())).items():
+        assert tensor.device == (torch.device("meta") if name in report.missing_keys else SECOND), name
+
+
+class Buffered(nn.Module):
+    """A parameter, a buffer of the checkpoint, and one that no checkpoint holds."""
+
+    def __init__(self, table: torch.Tensor) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(7))
+        self.register_buffer("steps", torch.zeros(3))
+        self.register_buffer("table", table, persistent=False)
+
+
+BUFFERED = {"weight": torch.arange(7.0), "steps": torch.arange(3.0)}
+
+
+@pytest.fixture
+def buffered(tmp_path):
+    """Three modules on the meta device with buffers on the CPU, one table for all of them, and their checkpoint."""
+    table = torch.arange(5.0)
+    model = nn.ModuleDict({name: Buffered(table) for name in "abc"})
+    for module in model.values():
+        module.weight = nn.Parameter(module.weight.to("meta"))
+    tensors = {f"{m}.{name}": tensor.clone() for m in "abc" for name, tensor in BUFFERED.items()}
+    save_file(tensors, tmp_path / "m.safetensors")
+    return model, tmp_path / "m.safetensors"
+
+
+def test_buffers_that_have_memory_are_moved(buffered, devices):
+    model, file = buffered
+    amc.load_model(model, file, device_map={"a": 0, "": 1})
+    for module, home in zip(model.values(), (FIRST, SECOND, SECOND), strict=True):
+        wanted = BUFFERED | {"table": torch.arange(5.0)}
+        found = dict(module.named_parameters()) | dict(module.named_buffers())
+        assert_loaded(found, dict.fromkeys(wanted, home), wanted)
+    assert model["b"].table is model["c"].table
+    assert model["a"].table is not model["b"].table
+
+
+def test_a_buffer_that_the_checkpoint_lacks_is_moved_as_it_is(buffered, devices):
+    model, file = buffered
+    save_file({f"{m}.weight": BUFFERED["weight"].clone() for m in "abc"}, file)
+    report = amc.load_model(model, file, device_map={"": 1}, strict=False)
+    assert report.missing_keys == ("a.steps", "b.steps", "c.steps")
+    assert_loaded(dict(model["a"].named_buffers(recurse=False)), {"steps": SECOND, "table": SECOND}, {
+        "steps": torch.zeros(3), "table": torch.arange(5.0),
+    })  # fmt: skip
+
+
+def test_a_load_that_fails_moves_no_buffer(buffered, devices):
+    model, file = buffered
+    devices[FIRST].fail_at = 1
+    before = dict(model.named_buffers(remove_duplicate=False))
+    with pytest.raises(RuntimeError, match="an illegal access"):
+        amc.load_model(model, file, device_map={"": 0})
+    after = dict(model.named_buffers(remove_duplicate=False))
+    assert all(after[name] is buffer for name, buffer in before.items())
+
+
+def test_buffers_stay_where_they_are_without_a_map(buffered):
+    model, file = buffered
+    before = dict(model.named_buffers(remove_duplicate=False))
+    amc.load_model(model, file)
+    assert all(buffer is before[name] for name, buffer in model.named_buffers(remove_duplicate=False))
+
+
+def test_a_buffer_that_has_memory_and_no_entry_is_named(buffered, devices, reads):
+    model, file = buffered
+    device_map = {f"{m}.{name}": 1 for m in "abc" for name in BUFFERED}
+    with pytest.raises(amc.ConversionError, match=r"gives no device to 3 of 9[\s\S]*a\.table"):
+        amc.load_model(model, file, device_map=device_map)
+    assert reads == []
+
+
 # --- maps that do not fit ---------------------------------------------------------------------------------------------
 
 
@@ -307,6 +442,11 @@ def test_an_entry_that_names_nothing_is_refused_unless_the_load_is_lenient(publi
         assert_loaded(amc.load_state_dict(published, device_map=device_map, strict=False, **arguments), WHERE)
 
 
+def test_rules_alone_do_not_say_which_modules_there_are(published, devices):
+    device_map = MAP | {"rotary_emb": 0, "layers.0.act_fn": "cpu"}
+    assert_loaded(amc.load_state_dict(published, rules=[], device_map=device_map), WHERE)
+
+
 def test_names_of_one_tensor_go_to_one_device(tmp_path, devices, reads):
     save_file(
         {name: tensor for name, tensor in TENSORS.items() if name != "head.weight"}, tmp_path / "model.safetensors"
@@ -334,9 +474,9 @@ def test_names_of_one_tensor_go_to_one_device(tmp_path, devices, reads):
         ({"": "cuda:99"}, amc.UnsupportedError, "cannot load to cuda:99"),
         ({"": "mps"}, amc.UnsupportedError, "cannot load to mps"),
         ({"": "meta"}, amc.UnsupportedError, "cannot load to meta"),
-        ({"": -1}, amc.ConversionError, r"begin with 0[\s\S]*-1"),
-        ({"": True}, amc.ConversionError, "a bool is no device"),
-        ({"": None}, amc.ConversionError, "a NoneType is no device"),
+        ({"": -1}, amc.ConversionError, r"start at 0[\s\S]*-1"),
+        ({"": True}, amc.ConversionError, "a bool is not a device"),
+        ({"": None}, amc.ConversionError, "a NoneType is not a device"),
         ({"embed": "gpu"}, amc.ConversionError, r"where: +device_map\['embed'\]"),
         ({1: "cpu"}, amc.ConversionError, r"takes names[\s\S]*device_map\[1\]"),
         ("auto", amc.ConversionError, r"not a mapping[\s\S]*'auto'[\s\S]*infer_auto_device_map"),
@@ -352,10 +492,16 @@ def test_a_map_that_cannot_be_is_refused_before_anything_is_opened(tmp_path, dev
             load()
 
 
-def test_a_device_and_a_map_exclude_each_other(published):
-    for load in both(published, lambda: meta(Model()), device_map={"": "cpu"}, device="cuda:0"):
+@pytest.mark.parametrize("kind", [str, torch.device])
+def test_a_device_and_a_map_exclude_each_other(published, kind):
+    for load in both(published, lambda: meta(Model()), device_map={"": "cpu"}, device=kind("cuda:0")):
         with pytest.raises(amc.ConversionError, match="exclude each other"):
             load()
+    # The default of one load is the CPU, that of the other is none.
+    to_a_dict, to_a_model = both(published, lambda: meta(Model()), device_map={"": "cpu"}, device=kind("cpu"))
+    assert_loaded(to_a_dict(), dict.fromkeys(TENSORS, HOST))
+    with pytest.raises(amc.ConversionError, match="exclude each other"):
+        to_a_model()
 
 
 def test_parameters_that_a_mesh_places_are_refused(published, devices, monkeypatch):
@@ -368,7 +514,7 @@ def test_parameters_that_a_mesh_places_are_refused(published, devices, monkeypat
 # --- memory -----------------------------------------------------------------------------------------------------------
 
 LEAST = 2 * 2 * streaming.LEAST_SCRATCH_BYTES + cpu.LEAST_SCRATCH_BYTES
-"""Of a ring and windows for each of two devices, and a scratch for the host."""
+"""The least of a ring and windows for each of two devices, and of a scratch for the host."""
 
 
 @pytest.mark.parametrize("budget", [60_000, 100_000, 1 << 20, 1 << 40])

@@ -26,7 +26,7 @@ from automodel_conv.progress import SharedBar, shared_progress
 
 
 class Limits(NamedTuple):
-    """What a load may use; None for the executors' own defaults."""
+    """The threads and memory that a load may use; None for the executors' own defaults."""
 
     threads: int | None = None  # of all devices together
     scratch_bytes: int | None = None  # of host memory, of all devices together
@@ -38,7 +38,7 @@ def within(
 ) -> Limits:
     """Limits under which a load uses at most ``memory_budget`` bytes beside its buffers, on host and devices together.
 
-    What is given in ``limits`` stays as it is; what is not is made smaller where it must be.
+    Limits that are given stay as they are; the others are made smaller where they must be.
 
     Args:
         extra_bytes: that the caller needs besides.
@@ -124,7 +124,7 @@ def fill(
 
 
 class Need(NamedTuple):
-    """What a device takes part in a load with: the bytes it is filled with, and whether they are streamed to it."""
+    """The bytes that a device is filled with, and whether they are streamed to it."""
 
     nbytes: int
     is_streamed: bool
@@ -178,7 +178,7 @@ def _divided(total: int, weights: Sequence[int], least: Sequence[int]) -> list[i
 
 
 class _Part(NamedTuple):
-    """What is filled on one device."""
+    """The part of a load that fills one device."""
 
     device: torch.device
     plan: CopyPlan
@@ -233,7 +233,10 @@ def _fill_device(
 
 
 def _as_here(work: Callable[[], None], device: torch.device) -> Callable[[], None]:
-    """Work for another thread, with what torch keeps for each thread as it is in this one."""
+    """Work for another thread, with this thread's inference mode, default device and current stream on ``device``.
+
+    Grad mode and autocast are not copied: a load records no gradients, and chooses its dtypes itself.
+    """
     inference, default = torch.is_inference_mode_enabled(), torch.get_default_device()
     # A thread's own current device is 0, where the first call would make a context.
     on_device = device.type == "cuda" and torch.cuda.is_initialized()

@@ -1,4 +1,4 @@
-"""What else goes on beside a load: other streams, other devices, errors; and that nothing stays behind."""
+"""Loads beside other streams, on other devices and after errors; nothing stays behind."""
 
 import os
 from pathlib import Path
@@ -12,7 +12,7 @@ from automodel_conv.files import system
 from automodel_conv.planning.registry import transformers_available
 from automodel_conv.testing import POISON
 from tests.gpu.models import LAYOUTS, assert_same, grouped, model, on, tensors_of
-from tests.gpu.place import PLACE, Place, allocated_bytes, needs_gpu_memory
+from tests.gpu.place import allocated_bytes, needs_gpu_memory
 
 pytest.importorskip("triton")
 pytestmark = pytest.mark.skipif(not transformers_available(), reason="builds a model of transformers")
@@ -25,7 +25,7 @@ two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two C
 
 @pytest.fixture(scope="module")
 def warmed(checkpoint, device):
-    """What is made once for a device is there."""
+    """A first load, which makes what is made once for a device."""
     amc.load_state_dict(checkpoint, model(), layout="nemo", **on(device))
 
 
@@ -92,38 +92,64 @@ def test_the_device_can_be_loaded_to_after_an_error(checkpoint, per_expert, devi
 
 
 @pytest.fixture
-def busy(device):
-    """A stream that is still at work when everything has been queued, and is the current one."""
-    side = torch.cuda.Stream(device)
-    side.wait_stream(torch.cuda.current_stream(device))
-    with torch.cuda.stream(side):
-        torch.cuda._sleep(200_000_000)  # a tenth of a second
-        yield side
+def side(device):
+    """The current stream, which is not the default one."""
+    stream = torch.cuda.Stream(device)
+    stream.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(stream):
+        yield stream
     torch.cuda.synchronize(device)
+
+
+def poison(tensors):
+    for tensor in tensors.values():
+        tensor.view(-1).view(torch.uint8).fill_(POISON)
+
+
+def written_late(tensors, device, stream):
+    """Copies of pinned or device tensors that the stream has yet to write when this returns: poison until then."""
+    late = {name: torch.empty_like(tensor, device=device) for name, tensor in tensors.items()}
+    poison(late)
+    stream.synchronize()
+    torch.cuda._sleep(2_000_000_000)  # about a second
+    for name, tensor in tensors.items():
+        late[name].copy_(tensor, non_blocking=True)
+    assert not stream.query(), "the stream is done too early to show anything"
+    return late
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_tensors_that_the_current_stream_still_writes_are_converted_and_saved(
-    layout, per_expert, device, busy, tmp_path
+    layout, per_expert, device, side, tmp_path
 ):
-    late = {name: tensor.pin_memory().to(device, non_blocking=True) for name, tensor in per_expert.items()}
-    made = amc.convert_state_dict(late, model(), layout=layout, backend="triton")
-    rules = amc.get_checkpoint_conversion_mapping("qwen3_moe")
-    amc.save_checkpoint(made, tmp_path, rules=rules, layout=layout)
-    busy.synchronize()
-    assert_same(made, grouped(per_expert, layout), device)
-    assert_same(tensors_of(tmp_path), per_expert, torch.device("cpu"))
+    pinned = {name: tensor.pin_memory() for name, tensor in per_expert.items()}
+    wanted, like, rules = grouped(per_expert, layout), model(), amc.get_checkpoint_conversion_mapping("qwen3_moe")
+
+    def convert(tensors):
+        return amc.convert_state_dict(tensors, like, layout=layout, backend="triton")
+
+    def save(tensors, directory):
+        amc.save_checkpoint(tensors, directory, rules=rules, layout=layout)
+
+    # Compiling takes longer than the stream is busy.
+    save(convert({name: tensor.to(device) for name, tensor in pinned.items()}), tmp_path / "first")
+    made = convert(written_late(pinned, device, side))
+    side.synchronize()
+    assert_same(made, wanted, device)
+    save(written_late(made, device, side), tmp_path / "second")
+    assert_same(tensors_of(tmp_path / "second"), per_expert, torch.device("cpu"))
 
 
 @pytest.mark.gpu
-def test_a_load_comes_after_what_the_current_stream_writes(checkpoint, per_expert, device, busy):
+def test_a_load_comes_after_what_the_current_stream_writes(checkpoint, per_expert, device, side):
     made = model().to_empty(device=device)
-    torch.cuda._sleep(200_000_000)
-    for tensor in made.state_dict().values():
-        tensor.view(-1).view(torch.uint8).fill_(POISON)
+    amc.load_model(made, checkpoint, **on(device))  # pins memory, which takes longer than the stream is busy
+    torch.cuda._sleep(2_000_000_000)  # about a second
+    poison(made.state_dict())
+    assert not side.query(), "the stream is done too early to show anything"
     amc.load_model(made, checkpoint, **on(device))
-    busy.synchronize()
+    side.synchronize()
     assert_same(made.state_dict(), grouped(per_expert, "transformers"), device)
 
 
@@ -176,7 +202,3 @@ def test_under_the_hook_a_device_map_gives_the_model_that_transformers_gives(che
     [load] = acceleration.loads
     assert load.left == {}
     assert_same(hooked, {name: tensor.cpu() for name, tensor in stock.items()}, device)
-
-
-def test_this_file_knows_where_it_runs(device):
-    assert (PLACE is Place.GPU) == (device.type == "cuda")
