@@ -17,7 +17,6 @@ from automodel_conv.execution.coded_source import PACKED, CodedSource
 from automodel_conv.execution.cutting import ranges, slabs
 from automodel_conv.execution.jobs import ALIGN_BYTES, GAP_BYTES, SCRATCH, Move, Part, aligned
 from automodel_conv.files.checkpoint import Checkpoint
-from automodel_conv.kernels.code_tables import bits_of
 from automodel_conv.planning.copies import Decode
 
 BYTE_SCALES = 256
@@ -34,6 +33,8 @@ class ScaleKind(NamedTuple):
 
     format: str
     """The format of the codes: "e4m3", "e5m2", "e2m1" or "int4"."""
+    bits: int
+    """Bits of a code."""
     scales: str
     """The dtype code of the scales as stored."""
     numbers: str
@@ -64,7 +65,7 @@ class ScaleKind(NamedTuple):
     @property
     def row_bytes(self) -> int:
         """Bytes of a row of the table: a number for each code."""
-        return itemsize(self.numbers) << bits_of(self.format)
+        return itemsize(self.numbers) << self.bits
 
 
 class ScaleGroup(NamedTuple):
@@ -309,7 +310,7 @@ def _kind(source: CodedSource, block_rows: tuple[int, int]) -> ScaleKind:
     has_global = decode.global_scale is not None
     grid = (last - first, source.across) if packed or has_global else None
     flags = decode.divides, decode.like_upstream, has_global
-    return ScaleKind(decode.format, dtypes[decode.scales], source.dtype, *flags, packed, grid)
+    return ScaleKind(decode.format, decode.bits, dtypes[decode.scales], source.dtype, *flags, packed, grid)
 
 
 class _Taken(NamedTuple):

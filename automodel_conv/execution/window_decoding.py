@@ -14,7 +14,6 @@ from automodel_conv.execution.coded_source import PACKED
 from automodel_conv.execution.jobs import SCRATCH
 from automodel_conv.kernels.address_table import Matrices, at_addresses
 from automodel_conv.kernels.code_tables import (
-    bits_of,
     byte_scale_table,
     byte_scale_values,
     check_table,
@@ -94,13 +93,13 @@ class WindowDecoder:
         """``[rows, codes]``: the one that all share, or the one in the window."""
         if group.kind.is_shared:
             return self._tables[group.kind]
-        codes = 1 << bits_of(group.kind.format)
+        codes = 1 << group.kind.bits
         return _typed(window, group.table_bytes, group.table_rows * codes, _dtype(group.kind.numbers)).view(-1, codes)
 
     def launches(self, rectangle: Rectangle, places: Sequence[Place], group: ScaleGroup, window: Tensor) -> Launches:
         """The launches that decode equal rectangles of a window."""
         kind, (rows, columns) = rectangle.kind, rectangle.shape
-        bits, device = bits_of(kind.format), window.device
+        bits, device = kind.bits, window.device
         table, dtype = self._table(group, window), _dtype(kind.numbers)
         targets, offsets, codes_bytes, scales, sources = np.array(places, np.int64).T
         starts = np.where(targets == SCRATCH, window.data_ptr(), self._addresses[targets]) + offsets * dtype.itemsize
@@ -152,7 +151,7 @@ class WindowDecoder:
     def decode_by_torch(self, rectangle: Rectangle, places: Sequence[Place], group: ScaleGroup, window: Tensor) -> None:
         """Decode equal rectangles of a window without kernels, one after another."""
         kind, (rows, columns) = rectangle.kind, rectangle.shape
-        bits, table, dtype = bits_of(kind.format), self._table(group, window), _dtype(kind.numbers)
+        bits, table, dtype = kind.bits, self._table(group, window), _dtype(kind.numbers)
         grid = tuple(
             -(-(size + start) // block)
             for size, start, block in zip(rectangle.shape, rectangle.start, rectangle.block, strict=True)
