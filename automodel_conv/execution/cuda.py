@@ -7,11 +7,11 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor
 
-from automodel_conv.execution.streaming import Device
+from automodel_conv.execution.device import Device
 
 
 class CudaStream:
-    """See ``streaming.Stream``."""
+    """See ``device.Stream``."""
 
     def __init__(self, device: torch.device, behind: torch.cuda.Stream):
         self._device = device
@@ -43,7 +43,7 @@ class CudaStream:
 
 
 class CudaDevice:
-    """See ``streaming.Device``. Its streams are behind the current one of the thread that makes it."""
+    """See ``device.Device``. Its streams are behind the current one of the thread that makes it."""
 
     def __init__(self, device: torch.device):
         self._device = device

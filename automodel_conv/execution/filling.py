@@ -16,8 +16,9 @@ from automodel_conv.errors import ConversionError, UnsupportedError, listing, me
 from automodel_conv.execution import cpu, streaming
 from automodel_conv.execution.cpu import load_files
 from automodel_conv.execution.cuda import streaming_device
+from automodel_conv.execution.device import Device
 from automodel_conv.execution.reading import LoadStats, default_reader_threads, tell, tell_filled
-from automodel_conv.execution.streaming import Device, ring_of, stream_files
+from automodel_conv.execution.streaming import ring_of, stream_files
 from automodel_conv.execution.workers import Stopped, at_once
 from automodel_conv.files.checkpoint import Checkpoint
 from automodel_conv.planning.copies import Target

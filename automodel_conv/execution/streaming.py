@@ -4,7 +4,7 @@
 
 A thread waits for the event of its own slot before it reads into it again; the copy stream for the copies out of a
 window before that is filled again; the compute stream for the uploads before it copies out of a window. Nothing else
-waits, until the end. What the device does is behind three protocols, so that tests drive this with a simulated one.
+waits, until the end. What the device does is behind the protocols of ``device``.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack
 from itertools import cycle
 from math import prod
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,6 +24,7 @@ from torch import Tensor
 from automodel_conv.errors import ConversionError, message
 from automodel_conv.execution.buffers import Aim, byte_view, checked, raw_bytes
 from automodel_conv.execution.copy_batch import Work, takes_kernels
+from automodel_conv.execution.device import Device, Event, Stream
 from automodel_conv.execution.jobs import aligned, aligned_down
 from automodel_conv.execution.reading import (
     LoadStats,
@@ -62,50 +63,6 @@ _LEAST_SLOT_BYTES = LEAST_SCRATCH_BYTES // _SLOTS
 _REGIONS = 2
 # Larger ones gain nothing, and kernels count within one in 32 bits.
 _MOST_WINDOW_BYTES = 1 << 30
-
-
-class Event(Protocol):
-    """A point in a stream."""
-
-    def synchronize(self) -> None:
-        """Return once all that was queued before this point is done; raise what it failed with."""
-
-
-class Stream(Protocol):
-    """A queue of a device, worked off in order."""
-
-    def copy_all(self, pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
-        """Queue copies ``(dst, src)`` of bytes between pinned memory and the device; returns at once."""
-
-    def run(self, work: Callable[[], None]) -> None:
-        """Queue what ``work`` launches."""
-
-    def scratch(self, nbytes: int) -> Tensor:
-        """Device memory that only this stream uses, uint8 ``[nbytes]``, at a multiple of 256."""
-        ...
-
-    def record(self, event: Any = None) -> Event:
-        """An event after all that is queued; one that is given is moved there. What waits for it already is not."""
-        ...
-
-    def wait(self, event: Any) -> None:
-        """Queue that what follows waits for an event of another stream."""
-
-
-class Device(Protocol):
-    """Memory and streams; memory is given back when no tensor holds it."""
-
-    def pinned(self, nbytes: int) -> Tensor:
-        """Host memory that the device can read by itself, uint8 ``[nbytes]``."""
-        ...
-
-    def scratch(self, nbytes: int) -> Tensor:
-        """Device memory, uint8 ``[nbytes]``, at a multiple of 256."""
-        ...
-
-    def stream(self) -> Stream:
-        """A new stream, behind what has been queued on the current one."""
-        ...
 
 
 class Ring(NamedTuple):

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from automodel_conv.dtypes import itemsize
 from automodel_conv.execution.buffers import dtype_of
-from automodel_conv.execution.code_windows import Place, Rectangle
+from automodel_conv.execution.code_slabs import Place, Rectangle
 from automodel_conv.execution.copy_batch import CopyBatch, Work
 from automodel_conv.execution.window_decoding import WindowDecoder
 from automodel_conv.execution.windows import Window

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from automodel_conv.execution.buffers import dtype_of, strided
-from automodel_conv.execution.code_windows import BYTE_SCALES, Place, Rectangle, ScaleGroup, ScaleKind
+from automodel_conv.execution.code_slabs import BYTE_SCALES, Place, Rectangle, ScaleKind
+from automodel_conv.execution.code_windows import ScaleGroup
 from automodel_conv.execution.coded_source import PACKED
 from automodel_conv.execution.jobs import SCRATCH
 from automodel_conv.kernels.address_table import Matrices, at_addresses

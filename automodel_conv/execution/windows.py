@@ -12,7 +12,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import groupby
 from typing import NamedTuple
 
-from automodel_conv.execution.code_windows import Place, Rectangle, ScaleGroup, ScaleKind, code_windows
+from automodel_conv.execution.code_slabs import Place, Rectangle, ScaleKind
+from automodel_conv.execution.code_windows import ScaleGroup, code_windows
 from automodel_conv.execution.jobs import Job, Move, Part
 from automodel_conv.execution.schedule import divide, joined, runs
 from automodel_conv.files import system

@@ -19,11 +19,11 @@ from automodel_conv.execution.buffers import byte_view, dtype_of, raw_bytes
 from automodel_conv.execution.copy_batch import CopyBatch, takes_kernels
 from automodel_conv.execution.copying import COPY_BYTES, COPY_RATIO, copy_moves
 from automodel_conv.execution.decoding import decode_codes
+from automodel_conv.execution.device import Device
 from automodel_conv.execution.jobs import Job, Move, aligned_down
 from automodel_conv.execution.reading import OpenFiles, cores, read_job, reading
 from automodel_conv.execution.schedule import runs, staged
 from automodel_conv.execution.slabs import Slab, filled_ranges
-from automodel_conv.execution.streaming import Device
 from automodel_conv.execution.workers import work_off
 from automodel_conv.files import system
 from automodel_conv.files.checkpoint import Checkpoint
