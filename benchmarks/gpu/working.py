@@ -31,7 +31,7 @@ class Task(NamedTuple):
 
 
 def work_off(task: Task, stage: str, record: Record, place: Place, limits: Limits, *, quiet: bool = False) -> None:
-    """Do the cells of a task that are not done yet; afterwards each has a row, or is listed as left out.
+    """Do the cells of a task that are not done yet: in the end each has a row, or is listed as left out.
 
     Args:
         quiet: many rows come at once: they are written together, and only what is wrong is said.
@@ -64,7 +64,6 @@ class _Work:
         self._without: dict[str, dict[str, str]] = {}
         self._cell: str | None = None
         self._way: str | None = None
-        self._heard = False
 
     def run(self) -> None:
         barren = 0
@@ -72,7 +71,7 @@ class _Work:
             if time.monotonic() >= self._limits.deadline:
                 break
             self._cell = self._way = None
-            self._heard = False
+            before = self._known()
             why = run_worker(self._task.module, self._order(), self._place, self._limits, self._hear)
             if time.monotonic() >= self._limits.deadline:
                 break
@@ -82,7 +81,7 @@ class _Work:
                 return
             if self._cell is not None:
                 self._mark(self._cell, why)
-            barren = 0 if self._heard else barren + 1
+            barren = 0 if self._known() != before else barren + 1
             if barren == _BARREN:
                 self._record.tell("errors", self._stage, why)
                 break
@@ -95,8 +94,11 @@ class _Work:
         cells = None if self._todo is None else list(self._todo)
         return {**self._task.order, "cells": cells, "done": done, "without": self._without}
 
+    def _known(self) -> tuple[int, int]:
+        """What grows or shrinks whenever a worker got anywhere."""
+        return -1 if self._todo is None else len(self._todo), sum(map(len, self._without.values()))
+
     def _hear(self, message: Message) -> None:
-        self._heard = True
         if "cells" in message:
             if self._todo is None:
                 self._todo = dict.fromkeys(message["cells"])
