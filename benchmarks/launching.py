@@ -1,4 +1,4 @@
-"""What a call of a verb costs the host before its first kernel is launched, on a layer of 128 experts.
+"""The cost of a call of a verb on the host before its first kernel is launched, on a layer of 128 experts.
 
     python -m benchmarks.launching [--size full|small] [--repetitions N] [--json FILE]
 
