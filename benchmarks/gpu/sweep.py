@@ -36,8 +36,9 @@ def cells(smoke: bool) -> dict[str, Cell]:
     A candidate that needs a process of its own is tried on the first layer only, since the process takes longest.
 
     Args:
-        smoke: each candidate at one operation only.
+        smoke: each candidate at one operation only, and only one that needs a process of its own.
     """
+    alone = [candidate for candidate in CANDIDATES if candidate.own_process][: 1 if smoke else None]
     layers = kernels.SMOKE_LAYERS[:1] if smoke else LAYERS
     return {
         f"{layer.name}: {operation}: {candidate.name}": Cell(layer, operation, candidate)
@@ -45,7 +46,7 @@ def cells(smoke: bool) -> dict[str, Cell]:
         for operation in dict.fromkeys(name for candidate in CANDIDATES for name in candidate.operations)
         for candidate in CANDIDATES
         if operation in candidate.operations[: 1 if smoke else None]
-        and (layer is layers[0] or not candidate.own_process)
+        and (not candidate.own_process or (candidate in alone and layer is layers[0]))
     }
 
 
