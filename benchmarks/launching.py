@@ -65,7 +65,7 @@ def _untouched(
 
 
 def _nothing(*arguments: object) -> None:
-    """In place of a launch, and of a reason not to launch; a mock would take longer than what is measured."""
+    """Stands for a launch, and for a reason not to launch; a mock would take longer than what is measured."""
 
 
 def _phases(name: str, case: operations.Case, stage: Staging) -> dict[str, Callable[[], object]]:

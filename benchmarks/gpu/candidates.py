@@ -44,7 +44,7 @@ class Patch(NamedTuple):
     key: Any = None
 
     def found(self) -> Any:
-        """What is there.
+        """The value that is there.
 
         Raises:
             AttributeError, KeyError: nothing is.

@@ -28,13 +28,13 @@ _COMMANDS = {
 _COMMAND_S = 15
 _MOST_CHARACTERS = 4000
 
-# In processes of their own: imports are timed in one that has none yet, and may take long where a disk is slow.
+# A process each: imports are timed in one that has none yet, and may take long where a disk is slow.
 IMPORTS = "imports"
 TASKS = (("device", "environment", *_COMMANDS), (IMPORTS,))
 
 
 def import_seconds() -> dict[str, float | None]:
-    """In this order, each on top of the ones before it; None where it is not installed."""
+    """Seconds of each import on top of the ones before it; None where it is not installed."""
     found: dict[str, float | None] = {}
     for name in _IMPORTED:
         start = time.perf_counter()
@@ -71,7 +71,7 @@ def which(found: Mapping[str, Any]) -> tuple[Any, Any]:
 
 
 def said(command: tuple[str, ...]) -> str:
-    """What a command prints; that it is not there, where it is not."""
+    """The output of a command; that it is not there, where it is not."""
     if shutil.which(command[0]) is None:
         return f"{command[0]} is not installed"
     run = subprocess.run(command, capture_output=True, text=True, timeout=_COMMAND_S, check=False)

@@ -19,7 +19,7 @@ from benchmarks.gpu.worker import SILENT, Channel, serve, text_of
 from benchmarks.operations import OPERATIONS, Case, Experts, Mismatch, Way
 from benchmarks.quantized import QUANTIZED, Quantized
 
-# E, I, H of the published config.json. In this order, so that what comes last is left out where time is short.
+# E, I, H of the published config.json. The last ones are left out where time is short.
 LAYERS = (
     Experts("Qwen3-235B-A22B", 128, 1536, 4096),
     Experts("gpt-oss-120b", 128, 2880, 2880, note="in bf16; published in mxfp4"),

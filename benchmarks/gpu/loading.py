@@ -1,4 +1,4 @@
-"""From files in the page cache to tensors on the device: ours and others'.
+"""Loads from files in the page cache to tensors on the device: ours and others'.
 
     python -m benchmarks.gpu.loading    (a worker; a cell is a load of a checkpoint in one way)
 

@@ -34,7 +34,7 @@ class Record:
 
     @classmethod
     def of(cls, path: Path) -> Record:
-        """What an earlier run left, without what has to be done again."""
+        """The record that an earlier run left, without what has to be done again."""
         result = measure.read_json(str(path))
         result |= {"left_out": {}, "errors": {}}
         for stage, rows in result["rows"].items():

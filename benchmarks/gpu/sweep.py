@@ -31,7 +31,7 @@ class Cell(NamedTuple):
 
 
 def cells(smoke: bool) -> dict[str, Cell]:
-    """By name; candidates at the same operation on the same layer follow one another.
+    """All cells by name; candidates at the same operation on the same layer follow one another.
 
     A candidate that needs a process of its own is tried on the first layer only, since the process takes longest.
 

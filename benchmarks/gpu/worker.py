@@ -31,7 +31,7 @@ BROKEN_EXIT_CODE = 3
 
 
 class Channel:
-    """What a worker says; ``write`` takes one line."""
+    """All that a worker says; ``write`` takes one line."""
 
     def __init__(self, write: Callable[[str], Any]):
         self._write = write
@@ -88,5 +88,5 @@ def _die_with(control: int) -> None:
 
 
 def text_of(error: BaseException) -> str:
-    """What an error says, short enough to be kept."""
+    """The text of an error, short enough to be kept."""
     return f"{type(error).__name__}: {error}"[:TEXT_CHARACTERS]

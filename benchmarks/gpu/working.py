@@ -49,7 +49,7 @@ def work_off_together(
 
 
 class _Work:
-    """What is known of a task under way."""
+    """A task under way, and all that is known of it."""
 
     def __init__(self, task: Task, stage: str, record: Record, place: Place, limits: Limits, quiet: bool):
         self._task = task
@@ -59,7 +59,7 @@ class _Work:
         self._limits = limits
         self._quiet = quiet
         done = set(record.done(stage))
-        # In order; None until it is known what there is to do.
+        # Ordered; None until it is known what there is to do.
         self._todo = None if task.cells is None else dict.fromkeys(c for c in task.cells if c not in done)
         self._without: dict[str, dict[str, str]] = {}
         self._cell: str | None = None
@@ -95,7 +95,7 @@ class _Work:
         return {**self._task.order, "cells": cells, "done": done, "without": self._without}
 
     def _known(self) -> tuple[int, int]:
-        """What grows or shrinks whenever a worker got anywhere."""
+        """Two numbers, one of which changes whenever a worker gets anywhere: cells to do, ways to do without."""
         return -1 if self._todo is None else len(self._todo), sum(map(len, self._without.values()))
 
     def _hear(self, message: Message) -> None:

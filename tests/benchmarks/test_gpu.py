@@ -258,7 +258,7 @@ def test_a_record_keeps_the_length_of_its_checkpoints(gpu):
     gpu.out.mkdir()
     Record.new(gpu.out / "gpu.json").write(layers=3)
     with pytest.raises(SystemExit, match=r"have 3 layers; leave --layers out"):
-        command.main([str(gpu.out), "--smoke", "--resume", "--layers", "13"])
+        command.main([str(gpu.out), "--smoke", "--resume", "--minutes", "0", "--layers", "13"])
 
 
 def test_a_folder_that_a_killed_command_left_goes_when_the_next_begins(tmp_path):
@@ -362,7 +362,7 @@ def test_a_checkpoint_that_was_cut_off_is_written_anew(tmp_path, needs_both):
 
 
 class Workers:
-    """In place of all workers: those of a module do what is planted for it, and all others do their cells."""
+    """Stands for all workers: those of a module do what is planted for it, and all others do their cells."""
 
     def __init__(self, monkeypatch, **planted):
         self.planted = planted

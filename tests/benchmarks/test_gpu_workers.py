@@ -1,4 +1,4 @@
-"""What the command makes of workers that fail, fall silent, take too long, or die; with workers that do only that."""
+"""The command and workers that fail, fall silent, take too long, or die; with workers that do only that."""
 
 import itertools
 import json
@@ -247,7 +247,7 @@ def test_no_worker_outlives_a_listener_that_is_killed(tmp_path, worker):
 
 
 def test_a_worker_that_is_started_by_hand_ends_alone(tmp_path, worker):
-    """In the process group of whoever started it, who lives on."""
+    """Whoever started it is in the same process group, and lives on."""
     order = json.dumps({**worker.order, "cells": ["wait"]})
     by_hand = f"""
 import subprocess, sys
