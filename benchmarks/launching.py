@@ -1,4 +1,4 @@
-"""What a call of a verb costs the host before its first kernel is launched, on a layer of 128 experts.
+"""The cost of a call of a verb on the host before its first kernel is launched, on a layer of 128 experts.
 
     python -m benchmarks.launching [--size full|small] [--repetitions N] [--json FILE]
 
@@ -65,7 +65,7 @@ def _untouched(
 
 
 def _nothing(*arguments: object) -> None:
-    """In place of a launch, and of a reason not to launch; a mock would take longer than what is measured."""
+    """Stands for a launch, and for a reason not to launch; a mock would take longer than what is measured."""
 
 
 def _phases(name: str, case: operations.Case, stage: Staging) -> dict[str, Callable[[], object]]:

@@ -1,4 +1,4 @@
-"""What the sweep tries in place of what the kernels do: the table to add to.
+"""A table of what the sweep tries in place of what the kernels do; add to it.
 
 A candidate names the operations of ``kernels.MEASURED`` and ``quantized.QUANTIZED`` that it is tried on and what is
 patched while it runs: module, name, what to put there. It is verified bit by bit before it is timed, as all is; one
@@ -44,7 +44,7 @@ class Patch(NamedTuple):
     key: Any = None
 
     def found(self) -> Any:
-        """What is there.
+        """The value that is there.
 
         Raises:
             AttributeError, KeyError: nothing is.
@@ -84,7 +84,8 @@ DECODERS = ("in two dimensions", "codes past L1", "codes evicted first", "arithm
 """Kernels of ``benchmarks.gpu.decoders``."""
 
 CANDIDATES: tuple[Candidate, ...] = (
-    Candidate("as it is", (*_TURNED, *_PLAIN, *_DECODED, *_DECODED_TURNED)),
+    # Operations are tried in this order: those whose candidates differ most first, should the time not suffice for all.
+    Candidate("as it is", (*_DECODED, *_DECODED_TURNED, *_TURNED, *_PLAIN)),
     *(
         Candidate(f"{rows}x{columns}, {warps} warps", _TURNED, (*_tiles(rows, columns), _warps(warps)))
         for rows, columns in ((64, 64), (64, 128), (128, 64))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -25,7 +26,7 @@ from benchmarks.shapes import SMALL, Shape, TensorSpec, checkpoint_tensors, meta
 _BLOCK = 128
 _SHIFT_BYTES = 4097
 _THREADS = 8
-# Of the free disk, at most.
+# At most, of the free disk.
 _DISK_SHARE = 0.6
 _LAYER_BYTES = 1.25e9
 
@@ -38,7 +39,7 @@ class Written(NamedTuple):
 
 
 def checkpoints(layers: int, smoke: bool) -> dict[str, Written]:
-    """What is written, by name, the shortest first.
+    """All that is written, by name, the shortest first.
 
     Args:
         layers: of the long one, 1.2 GB each; the short one has a third, so that the two have a slope.
@@ -64,9 +65,10 @@ def _longer(shape: Shape) -> Shape:
 
 
 def write(made: Written, directory: str) -> dict[str, Any]:
-    """Write config, files and index, through the page cache only."""
+    """Write config, files and index, through the page cache only, in place of what one that was cut off has left."""
     start = time.perf_counter()
     shape = made.shape
+    shutil.rmtree(directory, ignore_errors=True)
     Path(directory).mkdir()
     model = meta_model(shape)
     model.config.architectures = [type(model).__name__]

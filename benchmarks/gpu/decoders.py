@@ -17,7 +17,7 @@ from automodel_conv.kernels.moves_triton import _BLOCKS, _RUNTIME, _cast, _group
 
 @triton.jit
 def _times(codes, scale, BITS: tl.constexpr):
-    """What codes stand for under a scale, as the bits of bfloat16: e4m3 of 8 bits, e2m1 of 4."""
+    """The numbers of codes under a scale, as the bits of bfloat16: e4m3 of 8 bits, e2m1 of 4."""
     MANTISSA: tl.constexpr = 3 if BITS == 8 else 1
     BIAS: tl.constexpr = 7 if BITS == 8 else 1
     sign = codes >> (BITS - 1)

@@ -1,4 +1,4 @@
-"""What a number cannot be read without: versions, the device, its driver, memory, disk; and how long imports take.
+"""The context of all numbers: versions, the device, its driver, memory, disk; and how long imports take.
 
     python -m benchmarks.gpu.environment    (a worker; a cell is something to be known)
 
@@ -28,11 +28,13 @@ _COMMANDS = {
 _COMMAND_S = 15
 _MOST_CHARACTERS = 4000
 
-CELLS = ("imports", "environment", "device", *_COMMANDS)
+# A process each: imports are timed in one that has none yet, and may take long where a disk is slow.
+IMPORTS = "imports"
+TASKS = (("device", "environment", *_COMMANDS), (IMPORTS,))
 
 
 def import_seconds() -> dict[str, float | None]:
-    """In this order, each on top of the ones before it; None where it is not installed."""
+    """Seconds of each import on top of the ones before it; None where it is not installed."""
     found: dict[str, float | None] = {}
     for name in _IMPORTED:
         start = time.perf_counter()
@@ -63,8 +65,13 @@ def describe(name: str) -> dict[str, Any]:
     }
 
 
+def which(found: Mapping[str, Any]) -> tuple[Any, Any]:
+    """Numbers of two devices compare where this is the same: memory and drivers differ a little between machines."""
+    return found["name"], found.get("capability")
+
+
 def said(command: tuple[str, ...]) -> str:
-    """What a command prints; that it is not there, where it is not."""
+    """The output of a command; that it is not there, where it is not."""
     if shutil.which(command[0]) is None:
         return f"{command[0]} is not installed"
     run = subprocess.run(command, capture_output=True, text=True, timeout=_COMMAND_S, check=False)
@@ -79,7 +86,7 @@ def environment() -> dict[str, Any]:
 
 def work(order: Mapping[str, Any], channel: Channel) -> None:
     found: dict[str, Callable[[], Any]] = {
-        "imports": import_seconds,
+        IMPORTS: import_seconds,
         "environment": environment,
         "device": lambda: describe(order["device"]),
         **{name: lambda command=command: said(command) for name, command in _COMMANDS.items()},

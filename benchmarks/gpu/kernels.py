@@ -19,7 +19,7 @@ from benchmarks.gpu.worker import SILENT, Channel, serve, text_of
 from benchmarks.operations import OPERATIONS, Case, Experts, Mismatch, Way
 from benchmarks.quantized import QUANTIZED, Quantized
 
-# E, I, H of the published config.json. In this order, so that what comes last is left out where time is short.
+# E, I, H of the published config.json. The last ones are left out where time is short.
 LAYERS = (
     Experts("Qwen3-235B-A22B", 128, 1536, 4096),
     Experts("gpt-oss-120b", 128, 2880, 2880, note="in bf16; published in mxfp4"),
@@ -58,7 +58,7 @@ def make_case(name: str, layer: Experts, device: torch.device) -> Case | Quantiz
 
 
 def ways(case: Case | Quantized) -> dict[str, Callable[[], Way]]:
-    """What is compared on a case, ours first; each is made when it is needed."""
+    """The ways that are compared on a case, ours first; each is made when it is needed."""
     if isinstance(case, Quantized):
         return {name: lambda way=way: way for name, way in case.ways().items()}
     compared: dict[str, Callable[[], Way]] = {
@@ -164,7 +164,7 @@ def work(order: Mapping[str, Any], channel: Channel) -> None:
 
 @contextmanager
 def a_cell(cell: str, device: torch.device, channel: Channel) -> Iterator[None]:
-    """What fails outside of any way costs the cell."""
+    """A failure outside of any way costs the cell."""
     try:
         yield
     except Exception as error:  # the next cell is another matter

@@ -8,29 +8,33 @@ import selectors
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 from benchmarks import measure
 
 _ENDING_S = 10
-_TAIL_CHARACTERS = 1500
+_TAIL_BYTES = 1500
+# The log stays small enough to come back from wherever this runs.
+_MOST_WORDS_BYTES = 64 << 10
+MOST_LOG_BYTES = 8 << 20
 
 Message = Mapping[str, Any]
 
 
 class Place(NamedTuple):
-    """Where workers run: variables of their environment besides those of this process, and where errors go."""
+    """Where workers run: variables of their environment besides those of this process, and where their words go."""
 
     variables: Mapping[str, str]
     log: Path
 
 
 class Limits(NamedTuple):
-    """By ``time.monotonic``; and the longest time for which a worker may say nothing."""
+    """When a worker has to end, by ``time.monotonic``, and the longest time for which it may say nothing."""
 
     deadline: float
     silence_s: float
@@ -39,23 +43,30 @@ class Limits(NamedTuple):
 def run_worker(
     module: str, order: Message, place: Place, limits: Limits, hear: Callable[[Message], None]
 ) -> str | None:
-    """One worker from its start to its end, whatever that is.
+    """One worker from its start to its end, whatever that is; then its words on standard error join the log.
 
     Returns:
         Why it did not end well; None where it did.
     """
+    with tempfile.TemporaryFile() as words:  # its own, since several workers speak at once
+        why = _from_start_to_end(module, order, place, limits, hear, words)
+        _log(place.log, module, _end_of_words(words, _MOST_WORDS_BYTES))
+        return why
+
+
+def _from_start_to_end(
+    module: str, order: Message, place: Place, limits: Limits, hear: Callable[[Message], None], words: IO[bytes]
+) -> str | None:
     path = os.pathsep.join(filter(None, [str(measure.REPOSITORY), os.environ.get("PYTHONPATH")]))
-    with place.log.open("ab") as log:
-        start = log.tell()
-        process = subprocess.Popen(
-            [sys.executable, "-m", module],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=log,
-            cwd=measure.REPOSITORY,
-            env={**os.environ, **place.variables, "PYTHONPATH": path},
-            start_new_session=True,  # its own group, to be killed with all that it starts
-        )
+    process = subprocess.Popen(
+        [sys.executable, "-m", module],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=words,
+        cwd=measure.REPOSITORY,
+        env={**os.environ, **place.variables, "PYTHONPATH": path},
+        start_new_session=True,  # its own group, to be killed with all that it starts
+    )
     broken: list[str] = []
 
     def heard(message: Message) -> None:
@@ -77,7 +88,8 @@ def run_worker(
         return broken[0]
     if ended is None and process.returncode == 0:
         return None
-    return f"{ended or _end_of(process.returncode)}\n{_tail(place.log, start)}".strip()
+    tail = _end_of_words(words, _TAIL_BYTES).decode(errors="replace")
+    return f"{ended or _end_of(process.returncode)}\n{tail}".strip()
 
 
 def _converse(
@@ -90,8 +102,11 @@ def _converse(
     for line in _lines(process.stdout.fileno(), limits):  # type: ignore[union-attr]
         if isinstance(line, str):
             return line
-        with suppress(json.JSONDecodeError):  # the end of one who died in the middle of a word
-            hear(json.loads(line))
+        message = None
+        with suppress(ValueError):  # the end of one who died in the middle of a word
+            message = json.loads(line)
+        if isinstance(message, dict):  # else printed before ``serve`` kept standard output for the worker
+            hear(message)
     try:
         process.wait(_ENDING_S)
     except subprocess.TimeoutExpired:
@@ -121,8 +136,13 @@ def _end_of(code: int) -> str:
     return f"killed by signal {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
 
 
-def _tail(log: Path, start: int) -> str:
-    """The end of what was written to a log since."""
-    with log.open("rb") as file:
-        file.seek(start)
-        return file.read()[-_TAIL_CHARACTERS:].decode(errors="replace")
+def _end_of_words(words: IO[bytes], most_bytes: int) -> bytes:
+    words.seek(max(0, words.seek(0, os.SEEK_END) - most_bytes))
+    return words.read()
+
+
+def _log(log: Path, module: str, words: bytes) -> None:
+    """One write, so that workers that end at the same time follow each other; none into a log that is full."""
+    with log.open("ab", buffering=0) as file:
+        if words and file.tell() + len(words) < MOST_LOG_BYTES:
+            file.write(b"--- %b\n%b\n" % (module.encode(), words.rstrip()))

@@ -1,11 +1,11 @@
-"""From files in the page cache to tensors on the device: ours and others'.
+"""Loads from files in the page cache to tensors on the device: ours and others'.
 
     python -m benchmarks.gpu.loading    (a worker; a cell is a load of a checkpoint in one way)
 
 A process first loads a tiny checkpoint in the same way, so that imports, the device's context and compiled kernels are
 not timed, and then pins as much memory as the load will, and gives it back, which is timed on its own. Timed is from
 the call until the device is idle: the first load, and some more of the same in the same process. Memory is the peak
-that torch's allocator gave out in the first.
+that torch's allocator gave out in the first. A cold load is the first of its process and compiles its kernels.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ import automodel_conv as amc
 from automodel_conv.execution.streaming import ring_of
 from benchmarks.gpu import checkpoints
 from benchmarks.gpu.kernels import a_cell
-from benchmarks.gpu.timing import seconds
+from benchmarks.gpu.timing import pinned, seconds
 from benchmarks.gpu.worker import Channel, serve
 
 _MIB = 1 << 20
@@ -72,7 +72,7 @@ def load_transformers(directory: str, device: torch.device) -> Loaded:
 
 
 def load_safetensors(directory: str, device: torch.device, *, transposed: bool) -> Loaded:
-    """What people write: files by ``load_file``, experts by stack and cat; FP8 expert by expert before."""
+    """As people write it: files by ``load_file``, experts by stack and cat; FP8 expert by expert before."""
     from safetensors.torch import load_file
 
     found: dict[str, Tensor] = {}
@@ -113,6 +113,15 @@ class Loading(NamedTuple):
     is_cold: bool = False
     group: str = ""
 
+    @property
+    def warm_up(self) -> str:
+        return checkpoints.WARM_UP_FP8 if self.checkpoint == checkpoints.FP8 else checkpoints.WARM_UP
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """Names of checkpoints."""
+        return (self.checkpoint,) if self.is_cold else (self.warm_up, self.checkpoint)
+
 
 THREADS = (8, 4, 16)
 SCRATCH_MIB = (64, 128, 256)
@@ -120,7 +129,7 @@ PLAIN = "load_file, stack, cat"
 
 
 def loadings(smoke: bool) -> dict[str, Loading]:
-    """By name, the most telling first. The first that makes the same tensors as others is what these must make."""
+    """All loads by name, the most telling first. The first of those that make the same tensors says which these are."""
     short, long, fp8 = checkpoints.SHORT, checkpoints.LONG, checkpoints.FP8
     ring = ring_of(None, None).nbytes
     plain = partial(load_safetensors, transposed=False)
@@ -142,7 +151,8 @@ def loadings(smoke: bool) -> dict[str, Loading]:
     made |= {
         "ours, nemo, long": Loading(long, nemo, transposed=True, scratch_bytes=ring),
         "from_pretrained": Loading(short, load_transformers),
-        "ours, cold": Loading(short, load_ours, is_cold=True),
+        # Transposed, so that there is something to compile.
+        "ours, nemo, cold": Loading(short, nemo, transposed=True, is_cold=True),
     }
     if smoke:  # a process for each is what takes the time
         made = {name: one if one.is_cold else one._replace(group="all") for name, one in made.items()}
@@ -151,13 +161,14 @@ def loadings(smoke: bool) -> dict[str, Loading]:
 
 def timed(loading: Loading, root: str, device: torch.device) -> dict[str, Any]:
     """Loads in this process, and a digest of what the first made."""
-    warm_up = checkpoints.WARM_UP_FP8 if loading.checkpoint == checkpoints.FP8 else checkpoints.WARM_UP
+    pinned_s = None
     if not loading.is_cold:
-        loading.load(os.path.join(root, warm_up), device)
-    pinned_s = _pin(loading.scratch_bytes, device)
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats(device)
+        loading.load(os.path.join(root, loading.warm_up), device)
+        pinned_s = _pin(loading.scratch_bytes, device)
+        if device.type == "cuda":
+            # A cold process has nothing to forget, and torch refuses to before CUDA is initialized.
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats(device)
     taken, (tensors, detail) = _once(loading, root, device)
     found = {
         "checkpoint": loading.checkpoint,
@@ -188,13 +199,11 @@ def _once(loading: Loading, root: str, device: torch.device) -> tuple[float, Loa
 
 def _pin(nbytes: int, device: torch.device) -> float | None:
     """Seconds to get pinned memory, which torch keeps for the next who asks for as much."""
-    if not nbytes or device.type != "cuda":
-        return None
-    return seconds(lambda: torch.empty(nbytes, dtype=torch.uint8, pin_memory=True), device)
+    return seconds(lambda: pinned(nbytes, device), device) if nbytes and device.type == "cuda" else None
 
 
 def digest(tensors: Mapping[str, Tensor]) -> str:
-    """Of names, shapes and all bytes, each by its place; summed up where the tensors are, in little time."""
+    """A hash of names, shapes and all bytes, each by its place; summed up where the tensors are, in little time."""
     found = blake2b(digest_size=16)
     for name, tensor in sorted(tensors.items()):
         found.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())

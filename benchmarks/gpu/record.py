@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,7 @@ class Record:
 
     @classmethod
     def of(cls, path: Path) -> Record:
-        """What an earlier run left, without what has to be done again."""
+        """The record that an earlier run left, without what has to be done again."""
         result = measure.read_json(str(path))
         result |= {"left_out": {}, "errors": {}}
         for stage, rows in result["rows"].items():
@@ -54,6 +54,13 @@ class Record:
             self.result["rows"][stage] = [*rows, dict(row)]
             if not soon or time.monotonic() > self._written + _SOON_S:
                 self._write()
+
+    def forget(self, stage: str, cells: Collection[str]) -> None:
+        """Cells that are done again: that there is a row of them, and that they were left out."""
+        with self._lock:
+            self.result["rows"][stage] = [row for row in self.rows(stage) if row["cell"] not in cells]
+            left = [cell for cell in self.result["left_out"].pop(stage, []) if cell not in cells]
+            self.result["left_out"] |= {stage: left} if left else {}
 
     def tell(self, part: str, stage: str, what: Any) -> None:
         """Keep something of a stage besides its rows: its ``errors``, ``stages_s`` or what was ``left_out``."""

@@ -7,15 +7,18 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from safetensors import safe_open
 
 import automodel_conv as amc
+from automodel_conv.files import system
 from benchmarks.gpu import checkpoints, loading
 from benchmarks.gpu.kernels import a_cell
 from benchmarks.gpu.timing import seconds
@@ -25,6 +28,9 @@ from benchmarks.operations import Mismatch
 
 def save(root: str, device: torch.device) -> dict[str, Any]:
     """A model on the device, its experts grouped, to per-expert files: what it was loaded from.
+
+    All earlier writing is on the disk before. ``sync_s`` is how long the threads that write, one added to the other,
+    waited for the disk; with ``--directory /dev/shm`` that is nothing.
 
     Raises:
         Mismatch: names the tensor that is not what it was.
@@ -36,11 +42,29 @@ def save(root: str, device: torch.device) -> dict[str, Any]:
         model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(source), dtype=torch.bfloat16)
     amc.load_model(model, source, device=device)
     try:
-        taken = seconds(lambda: amc.save_checkpoint(model, made), device)
+        if device.type == "cuda":  # elsewhere times mean nothing
+            os.sync()
+        with _timed_sync() as sync_s:
+            taken = seconds(lambda: amc.save_checkpoint(model, made), device)
         compare(made, source)
-        return {"seconds": taken, "nbytes": sum(tensor.nbytes for tensor in model.state_dict().values())}
+        nbytes = sum(tensor.nbytes for tensor in model.state_dict().values())
+        return {"seconds": taken, "nbytes": nbytes, "sync_s": sum(sync_s)}
     finally:
         shutil.rmtree(made, ignore_errors=True)
+
+
+@contextmanager
+def _timed_sync() -> Iterator[list[float]]:
+    """How long each of the package's calls takes that wait until a file is on the disk."""
+    taken: list[float] = []
+
+    def timed(descriptor: int, sync: Callable[[int], None] = system.sync) -> None:
+        start = time.perf_counter()
+        sync(descriptor)
+        taken.append(time.perf_counter() - start)
+
+    with mock.patch.object(system, "sync", timed):
+        yield taken
 
 
 def compare(made: str, source: str) -> None:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -56,24 +57,34 @@ class Stage(NamedTuple):
 
 
 def look_around(run: Run) -> None:
-    """The environment, always anew.
+    """The environment, anew but for what imports take; where the time does not suffice, the stages begin without it.
 
     Raises:
         SystemExit: there is no such device, or it is another one than that of the record.
     """
     stage = "environment"
     known = run.record.rows(stage)
-    before = {row["cell"]: row for row in known}
-    run.record.result["rows"][stage] = []
-    limits = Limits(time.monotonic() + _ENVIRONMENT_S, _ENVIRONMENT_S)
-    run.work_off(stage, limits, Task("benchmarks.gpu.environment", run.order, environment.CELLS))
-    found = {row["cell"]: row for row in run.record.rows(stage)}
-    if is_wrong(found.get("device", {"error": "not found"})):
-        raise SystemExit(f"no device {run.device}: {found.get('device')}; --smoke tries everything on the CPU")
-    if "device" in before and before["device"].get("found") != found["device"]["found"]:
-        run.record.result["rows"][stage] = known
+    run.record.result["rows"][stage] = [row for row in known if row["cell"] == environment.IMPORTS]
+    for cells in environment.TASKS:
+        limits = Limits(time.monotonic() + _ENVIRONMENT_S, _ENVIRONMENT_S)
+        run.work_off(stage, limits, Task("benchmarks.gpu.environment", run.order, cells))
+        _check_device(run, known)
+    found = run.record.done(stage)
+    for row in known:
+        if row["cell"] not in found:
+            run.record.add(stage, row)
+
+
+def _check_device(run: Run, known: list[dict[str, Any]]) -> None:
+    before, now = (
+        {row["cell"]: row for row in rows}.get("device", {}) for rows in (known, run.record.rows("environment"))
+    )
+    if is_wrong(now):
+        raise SystemExit(f"no device {run.device}: {now['error']}; --smoke tries everything on the CPU")
+    if before and now and environment.which(before["found"]) != environment.which(now["found"]):
+        run.record.result["rows"]["environment"] = known
         run.record.write()
-        raise SystemExit(f"the record is of another device, {before['device'].get('found')}; name another folder")
+        raise SystemExit(f"the record is of another device, {before['found']}; name another folder")
 
 
 def run_tests(run: Run, limits: Limits) -> None:
@@ -112,13 +123,12 @@ def try_candidates(run: Run, limits: Limits) -> None:
 
 
 def measure_transfers(run: Run, limits: Limits) -> None:
-    directory = str(run.root / checkpoints.SHORT)
-    names = tuple(transfers.cells(directory, run.smoke, torch.device("cpu")))
-    order = {**run.order, "directory": directory}
-    if not set(names) <= set(run.record.done("transfers")):
-        need(run, limits, (checkpoints.SHORT,))
-    for task in (names[:1], names[1:]):  # the first call of a kernel is that of a new process
-        run.work_off("transfers", limits, Task("benchmarks.gpu.transfers", order, task))
+    reads = tuple(transfers.READS)
+    known = transfers.cells(str(run.root), run.smoke, torch.device("cpu"))
+    rest = tuple(name for name in known if name not in reads)
+    run.work_off("transfers", limits, Task("benchmarks.gpu.transfers", run.order, rest))
+    reads = ready(run, limits, "transfers", dict.fromkeys(reads, (checkpoints.SHORT,)))
+    run.work_off("transfers", limits, Task("benchmarks.gpu.transfers", run.order, reads))
 
 
 def measure_loads(run: Run, limits: Limits) -> None:
@@ -127,20 +137,21 @@ def measure_loads(run: Run, limits: Limits) -> None:
     for name, one in known.items():
         groups.setdefault(one.group or name, []).append(name)
     for group in groups.values():
-        if set(group) <= set(run.record.done("loads")):
-            continue
-        need(run, limits, (checkpoints.WARM_UP, checkpoints.WARM_UP_FP8, *{known[name].checkpoint for name in group}))
+        cells = ready(run, limits, "loads", {name: known[name].needs for name in group})
         # An empty cache, so that kernels are compiled.
         cold = {"TRITON_CACHE_DIR": str(run.root / "triton-cache")} if known[group[0]].is_cold else {}
-        run.work_off("loads", limits, Task("benchmarks.gpu.loading", run.order, tuple(group), cold))
+        run.work_off("loads", limits, Task("benchmarks.gpu.loading", run.order, cells, cold))
         for row in loading.mark_unequal(run.record.rows("loads")):
             run.record.add("loads", row)
 
 
 def finish(run: Run, limits: Limits) -> None:
-    if not set(round_trip.CELLS) <= set(run.record.done("round trip")):
-        need(run, limits, (checkpoints.SHORT,))
-    run.work_off("round trip", limits, Task("benchmarks.gpu.round_trip", run.order, tuple(round_trip.CELLS)))
+    # The disk need not take any more of the others.
+    for name in checkpoints.checkpoints(run.layers, run.smoke).keys() - {checkpoints.SHORT}:
+        shutil.rmtree(run.root / name, ignore_errors=True)
+    run.written &= {checkpoints.SHORT}
+    cells = ready(run, limits, "round trip", dict.fromkeys(round_trip.CELLS, (checkpoints.SHORT,)))
+    run.work_off("round trip", limits, Task("benchmarks.gpu.round_trip", run.order, cells))
     order = {**run.order, "tests": run.tests, "huge": True, "share": [0, 1]}
     run.work_off("huge tests", limits, Task("benchmarks.gpu.testing", order, None))
 
@@ -155,16 +166,34 @@ STAGES = {
 }
 
 
+def ready(run: Run, limits: Limits, stage: str, needs: Mapping[str, Iterable[str]]) -> tuple[str, ...]:
+    """Cells that are still to be done, and whose checkpoints are there, written now if need be.
+
+    All others that are still to be done are listed as left out.
+    """
+    done = run.record.done(stage)
+    todo = {cell: names for cell, names in needs.items() if cell not in done}
+    if todo:
+        need(run, limits, dict.fromkeys(name for names in todo.values() for name in names))
+    lacking = [cell for cell, names in todo.items() if not run.written.issuperset(names)]
+    if lacking:
+        run.record.leave_out(stage, lacking)
+    return tuple(cell for cell in todo if cell not in lacking)
+
+
 def need(run: Run, limits: Limits, names: Iterable[str]) -> None:
-    """Write the checkpoints of these names that are not there yet; a temporary directory starts empty."""
+    """Write the checkpoints of these names that are not there yet; a temporary directory starts empty.
+
+    One that failed is not tried again, one that was cut off is.
+    """
+    stage = "checkpoints"
     # Tiny ones all at once: what takes the time is the start of a process.
     wanted = checkpoints.checkpoints(run.layers, run.smoke) if run.smoke else dict.fromkeys(names)
-    missing = tuple(name for name in wanted if name not in run.written)
-    stage = "checkpoints"
-    rows = run.record.result["rows"]
-    rows[stage] = [row for row in run.record.rows(stage) if row["cell"] not in missing]
+    failed = {row["cell"] for row in run.record.rows(stage) if is_wrong(row)}
+    missing = tuple(name for name in wanted if name not in run.written | failed)
+    run.record.forget(stage, missing)
     run.work_off(stage, limits, Task("benchmarks.gpu.checkpoints", run.order, missing))
-    run.written |= {row["cell"] for row in run.record.rows(stage) if not is_wrong(row)}
+    run.written |= {row["cell"] for row in run.record.rows(stage) if row["cell"] in missing and not is_wrong(row)}
 
 
 def run_all(run: Run, seconds: float, say: Callable[[str], None]) -> None:

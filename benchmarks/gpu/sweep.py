@@ -17,8 +17,7 @@ from benchmarks.gpu import kernels
 from benchmarks.gpu.candidates import CANDIDATES, Candidate, patched
 from benchmarks.gpu.timing import median_ms, seconds
 from benchmarks.gpu.worker import Channel, serve
-from benchmarks.operations import Case, Experts
-from benchmarks.quantized import Quantized
+from benchmarks.operations import Experts
 
 LAYERS = kernels.LAYERS[:2]
 # Sides of what is compiled on: the same alignments as a whole layer, and rows as long.
@@ -32,11 +31,14 @@ class Cell(NamedTuple):
 
 
 def cells(smoke: bool) -> dict[str, Cell]:
-    """By name; candidates at the same operation on the same layer follow one another.
+    """All cells by name; candidates at the same operation on the same layer follow one another.
+
+    A candidate that needs a process of its own is tried on the first layer only, since the process takes longest.
 
     Args:
-        smoke: each candidate at one operation only.
+        smoke: each candidate at one operation only, and only one that needs a process of its own.
     """
+    alone = [candidate for candidate in CANDIDATES if candidate.own_process][: 1 if smoke else None]
     layers = kernels.SMOKE_LAYERS[:1] if smoke else LAYERS
     return {
         f"{layer.name}: {operation}: {candidate.name}": Cell(layer, operation, candidate)
@@ -44,6 +46,7 @@ def cells(smoke: bool) -> dict[str, Cell]:
         for operation in dict.fromkeys(name for candidate in CANDIDATES for name in candidate.operations)
         for candidate in CANDIDATES
         if operation in candidate.operations[: 1 if smoke else None]
+        and (not candidate.own_process or (candidate in alone and layer is layers[0]))
     }
 
 
@@ -67,7 +70,7 @@ def _compile(cell: Cell, device: torch.device, smoke: bool) -> float:
     layer = cell.layer if smoke else cell.layer._replace(**_LITTLE)
     case = kernels.make_case(cell.operation, layer, device)
     with patched(cell.candidate):
-        return seconds(_kernel(case), device)
+        return seconds(kernels.ways(case)["ours"](), device)
 
 
 def _row(cell: Cell) -> dict[str, Any]:
@@ -91,14 +94,11 @@ class _Made:
         case, ms = self._case, {"copy_": self._roof}
         if attempts.is_sound("ours"):
             with attempts.of("ours"), patched(cell.candidate):
-                case.verify(cell.candidate.name, _kernel(case))
-                ms["ours"] = median_ms(_kernel(case), self._device)
+                ours = kernels.ways(case)["ours"]()
+                case.verify(cell.candidate.name, ours)
+                ms["ours"] = median_ms(ours, self._device)
         found = {"wrong": attempts.wrong, "failed": attempts.failed}
         return {"bytes_moved": case.bytes_moved, "ms": ms, **found}
-
-
-def _kernel(case: Case | Quantized) -> Any:
-    return case.ways()["ours"] if isinstance(case, Quantized) else case.kernel
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ Row = Mapping[str, Any]
 
 
 def markdown(result: Mapping[str, Any]) -> str:
-    """All tables; of a stage that is not in the result, none. What is wrong has no number in them."""
+    """All tables; none of a stage that is not in the result. A row that is wrong has no number in them."""
     rows = result["rows"]
     parts = [_machine(result), _tests(rows.get("tests", []))]
     parts += [
@@ -34,7 +34,7 @@ def markdown(result: Mapping[str, Any]) -> str:
 
 
 def ending(result: Mapping[str, Any]) -> str:
-    """What was wrong, what was left out for want of time, and how long each stage took."""
+    """The end of the command: all that was wrong or left out for want of time, and how long each stage took."""
     wrong, left = record.problems(result), list(record.left_out(result))
     lines = [f"Wrong: {len(wrong) or 'nothing'}"]
     lines += [f"- {_cut(text)}" for text in wrong[:_MOST_PROBLEMS]]
@@ -179,7 +179,7 @@ def _loads(rows: Mapping[str, list[Row]]) -> str:
 
 
 def _slope(rows: Iterable[Row], written: Mapping[str, Row]) -> str:
-    """What another byte takes, without what a load costs however short: from a short and a long one."""
+    """The time of one more byte, without what a load costs however short: from a short and a long one."""
     by_name = {row["cell"]: row for row in rows}
     lines = []
     for name in ("ours", "ours, nemo"):
@@ -201,6 +201,7 @@ def _round_trip(rows: Iterable[Row]) -> str:
     return "\n".join(
         f"{row['cell']}: {row['seconds']:.2f} s"
         + (f", {row['nbytes'] / row['seconds'] / 1e9:.1f} GB/s" if "nbytes" in row else "")
+        + (f"; its threads waited {row['sync_s']:.2f} s for the disk" if "sync_s" in row else "")
         for row in rows
         if "seconds" in row
     )

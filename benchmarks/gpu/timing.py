@@ -12,7 +12,7 @@ from benchmarks.operations import synchronize
 
 
 def median_ms(run: Callable[[], object], device: torch.device) -> float:
-    """Of many runs with a flushed second-level cache each; without a GPU of one, which only shows that it runs."""
+    """The median of many runs, each after the second-level cache was flushed; without a GPU, the time of one run."""
     if device.type == "cuda":
         # Not at the top: nothing may import triton before the smoke test has turned its interpreter on.
         from triton.testing import do_bench
@@ -34,8 +34,13 @@ def median_seconds(run: Callable[[], object], device: torch.device, repetitions:
     return statistics.median(seconds(run, device) for _ in range(repetitions))
 
 
+def pinned(nbytes: int, device: torch.device) -> torch.Tensor:
+    """Page-locked memory of the host; where there is no GPU, any."""
+    return torch.empty(nbytes, dtype=torch.uint8, pin_memory=device.type == "cuda")
+
+
 def why_broken(device: torch.device) -> str | None:
-    """What every further call on the device would fail with, if an earlier one was a fault; None if it is sound."""
+    """The error of every further call on the device, if an earlier one was a fault; None if it is sound."""
     try:
         synchronize(device)
     except RuntimeError as error:

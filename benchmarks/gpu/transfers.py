@@ -1,4 +1,4 @@
-"""What bounds a load: bytes from the host to the device, from the page cache to pinned memory; pinning; compilation.
+"""The bounds of a load: bytes from the host to the device, from the page cache to pinned memory; pinning; compilation.
 
 python -m benchmarks.gpu.transfers    (a worker; a cell is one of these, at one size or number of threads)
 """
@@ -17,8 +17,9 @@ from typing import Any
 import torch
 
 from benchmarks import measure
+from benchmarks.gpu import checkpoints
 from benchmarks.gpu.kernels import a_cell
-from benchmarks.gpu.timing import median_seconds, seconds
+from benchmarks.gpu.timing import median_seconds, pinned, seconds
 from benchmarks.gpu.worker import Channel, serve
 from benchmarks.operations import OPERATIONS, Experts
 
@@ -29,11 +30,12 @@ CHUNKS_MIB = (2, 4, 8, 16)
 THREADS = (4, 8, 16)
 PINNED_MIB = (64, 128, 256)
 COLD = "first call of a kernel"
+READS = {f"preadv, {threads} threads": threads for threads in THREADS}
 
 
 def host_to_device(chunk_bytes: int, nbytes: int, device: torch.device) -> dict[str, Any]:
     """``copy_`` of chunks, one after another, from one pinned buffer."""
-    host = _pinned(nbytes, device)
+    host = pinned(nbytes, device)
     host.fill_(7)  # the bus does not compress
     on_device = torch.empty_like(host, device=device)
     pairs = list(zip(on_device.split(chunk_bytes), host.split(chunk_bytes), strict=True))
@@ -50,7 +52,7 @@ def preadv(threads: int, directory: str, most_bytes: int, device: torch.device) 
     """Files of a directory, in the page cache, into one pinned buffer: ``threads`` take runs of 16 MiB in turn."""
     with _runs(directory, most_bytes) as runs:
         nbytes = sum(run[2] for run in runs)
-        view = memoryview(_pinned(nbytes, device).numpy())
+        view = memoryview(pinned(nbytes, device).numpy())
         jobs, at = [], 0
         for descriptor, offset, length in runs:
             jobs.append((descriptor, offset, view[at : at + length]))
@@ -82,41 +84,38 @@ def _runs(directory: str, most_bytes: int) -> Iterator[list[tuple[int, int, int]
 def pinning(nbytes: int, device: torch.device) -> dict[str, Any]:
     """Seconds until so much pinned memory is there, and until it is there once more after it was given back."""
     torch.empty(1, device=device)  # the device's context is there
-    first = seconds(lambda: _pinned(nbytes, device), device)
-    return {"first_s": first, "again_s": seconds(lambda: _pinned(nbytes, device), device), "nbytes": nbytes}
+    first = seconds(lambda: pinned(nbytes, device), device)
+    return {"first_s": first, "again_s": seconds(lambda: pinned(nbytes, device), device), "nbytes": nbytes}
 
 
-def cold_compilation(device: torch.device) -> dict[str, Any]:
+def cold_compilation(root: str, device: torch.device) -> dict[str, Any]:
     """Seconds of the first call of one transpose with an empty cache, and of the second; in a new process."""
-    with tempfile.TemporaryDirectory(prefix="benchmark-gpu-cache-") as cache:
+    with tempfile.TemporaryDirectory(dir=root) as cache:
         os.environ["TRITON_CACHE_DIR"] = cache
         case = OPERATIONS["transpose down"](Experts("", 2, 24, 48), torch.bfloat16, torch.bfloat16, device)
         first = seconds(case.kernel, device)
         return {"first_s": first, "again_s": seconds(case.kernel, device)}
 
 
-def cells(directory: str, smoke: bool, device: torch.device) -> dict[str, Callable[[], dict[str, Any]]]:
-    """What to do, by the name of the cell."""
+def cells(root: str, smoke: bool, device: torch.device) -> dict[str, Callable[[], dict[str, Any]]]:
+    """All transfers, by name: first the one that needs a new process, last ``READS``, which need a checkpoint."""
+    directory = os.path.join(root, checkpoints.SHORT)
     unit, most = (1 << 12, 1 << 20) if smoke else (_MIB, 1 << 30)
-    made: dict[str, Callable[[], dict[str, Any]]] = {COLD: partial(cold_compilation, device)}
+    made: dict[str, Callable[[], dict[str, Any]]] = {COLD: partial(cold_compilation, root, device)}
     made |= {f"pin {mib} MiB": partial(pinning, mib * unit, device) for mib in PINNED_MIB}
     chunks = {f"to the device, {mib} MiB chunks": mib * unit for mib in CHUNKS_MIB}
     made |= {name: partial(host_to_device, nbytes, most, device) for name, nbytes in chunks.items()}
     made["to the device, at once"] = partial(host_to_device, most, most, device)
-    return made | {f"preadv, {n} threads": partial(preadv, n, directory, most, device) for n in THREADS}
+    return made | {name: partial(preadv, n, directory, most, device) for name, n in READS.items()}
 
 
 def work(order: Mapping[str, Any], channel: Channel) -> None:
     device = torch.device(order["device"])
-    known = cells(order["directory"], order["smoke"], device)
+    known = cells(order["root"], order["smoke"], device)
     for cell in order["cells"]:
         channel.begin(cell)
         with a_cell(cell, device, channel):
             channel.row(cell, **known[cell]())
-
-
-def _pinned(nbytes: int, device: torch.device) -> torch.Tensor:
-    return torch.empty(nbytes, dtype=torch.uint8, pin_memory=device.type == "cuda")
 
 
 if __name__ == "__main__":

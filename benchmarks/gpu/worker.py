@@ -10,7 +10,8 @@ A worker says
     {"broken": TEXT}                   it can do nothing more; it ends
 
 so that whoever listens knows what was at work when a worker dies. Standard input stays open as long as the listener
-lives; at its end the worker kills itself and all that it started, so that nothing keeps a GPU whose owner is gone.
+lives; at its end the worker ends, and where it leads a process group, all of that group with it, so that nothing keeps
+a GPU whose owner is gone.
 
 Nothing here imports torch: a worker times that itself.
 """
@@ -30,7 +31,7 @@ BROKEN_EXIT_CODE = 3
 
 
 class Channel:
-    """What a worker says; ``write`` takes one line."""
+    """All that a worker says; ``write`` takes one line."""
 
     def __init__(self, write: Callable[[str], Any]):
         self._write = write
@@ -63,7 +64,7 @@ SILENT = Channel(lambda line: None)
 def serve(work: Callable[[dict[str, Any], Channel], None]) -> None:
     """Be a worker: read the order, do it, end."""
     # Whatever else writes to standard output, in C too, goes where errors go; and pytest puts another file at 0.
-    out, control = os.fdopen(os.dup(1), "w", buffering=1), os.dup(0)
+    out, control = os.fdopen(os.dup(1), "w", buffering=1), os.dup(0)  # each line goes out at once
     os.dup2(2, 1)
     line = b""
     while not line.endswith(b"\n"):
@@ -72,13 +73,7 @@ def serve(work: Callable[[dict[str, Any], Channel], None]) -> None:
             return
         line += byte
     threading.Thread(target=_die_with, args=(control,), daemon=True).start()
-
-    def write(text: str) -> None:
-        out.write(text)
-        out.flush()
-
-    work(json.loads(line), Channel(write))
-    write("")
+    work(json.loads(line), Channel(out.write))
     sys.stderr.flush()
     # Not by return: what hangs at the end of a process, or crashes there, costs nothing that was measured.
     os._exit(0)
@@ -87,9 +82,11 @@ def serve(work: Callable[[dict[str, Any], Channel], None]) -> None:
 def _die_with(control: int) -> None:
     while os.read(control, 1):
         pass
-    os.killpg(os.getpgrp(), signal.SIGKILL)
+    if os.getpgrp() == os.getpid():
+        os.killpg(os.getpgrp(), signal.SIGKILL)
+    os._exit(BROKEN_EXIT_CODE)  # the group is that of whoever started this by hand
 
 
 def text_of(error: BaseException) -> str:
-    """What an error says, short enough to be kept."""
+    """The text of an error, short enough to be kept."""
     return f"{type(error).__name__}: {error}"[:TEXT_CHARACTERS]

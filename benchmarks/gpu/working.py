@@ -31,7 +31,7 @@ class Task(NamedTuple):
 
 
 def work_off(task: Task, stage: str, record: Record, place: Place, limits: Limits, *, quiet: bool = False) -> None:
-    """Do the cells of a task that are not done yet; afterwards each has a row, or is listed as left out.
+    """Do the cells of a task that are not done yet: in the end each has a row, or is listed as left out.
 
     Args:
         quiet: many rows come at once: they are written together, and only what is wrong is said.
@@ -49,7 +49,7 @@ def work_off_together(
 
 
 class _Work:
-    """What is known of a task under way."""
+    """A task under way, and all that is known of it."""
 
     def __init__(self, task: Task, stage: str, record: Record, place: Place, limits: Limits, quiet: bool):
         self._task = task
@@ -59,12 +59,11 @@ class _Work:
         self._limits = limits
         self._quiet = quiet
         done = set(record.done(stage))
-        # In order; None until it is known what there is to do.
+        # Ordered; None until it is known what there is to do.
         self._todo = None if task.cells is None else dict.fromkeys(c for c in task.cells if c not in done)
         self._without: dict[str, dict[str, str]] = {}
         self._cell: str | None = None
         self._way: str | None = None
-        self._heard = False
 
     def run(self) -> None:
         barren = 0
@@ -72,7 +71,7 @@ class _Work:
             if time.monotonic() >= self._limits.deadline:
                 break
             self._cell = self._way = None
-            self._heard = False
+            before = self._known()
             why = run_worker(self._task.module, self._order(), self._place, self._limits, self._hear)
             if time.monotonic() >= self._limits.deadline:
                 break
@@ -82,7 +81,7 @@ class _Work:
                 return
             if self._cell is not None:
                 self._mark(self._cell, why)
-            barren = 0 if self._heard else barren + 1
+            barren = 0 if self._known() != before else barren + 1
             if barren == _BARREN:
                 self._record.tell("errors", self._stage, why)
                 break
@@ -95,8 +94,11 @@ class _Work:
         cells = None if self._todo is None else list(self._todo)
         return {**self._task.order, "cells": cells, "done": done, "without": self._without}
 
+    def _known(self) -> tuple[int, int]:
+        """Two numbers, one of which changes whenever a worker gets anywhere: cells to do, ways to do without."""
+        return -1 if self._todo is None else len(self._todo), sum(map(len, self._without.values()))
+
     def _hear(self, message: Message) -> None:
-        self._heard = True
         if "cells" in message:
             if self._todo is None:
                 self._todo = dict.fromkeys(message["cells"])

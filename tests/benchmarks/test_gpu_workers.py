@@ -1,5 +1,6 @@
-"""What the command makes of workers that fail, fall silent, take too long, or die; with workers that do only that."""
+"""The command and workers that fail, fall silent, take too long, or die; with workers that do only that."""
 
+import itertools
 import json
 import os
 import signal
@@ -11,8 +12,10 @@ from pathlib import Path
 import pytest
 
 from benchmarks import measure
+from benchmarks.gpu import listening
 from benchmarks.gpu.listening import Limits, Place
 from benchmarks.gpu.record import Record, left_out, problems
+from benchmarks.gpu.worker import BROKEN_EXIT_CODE
 from benchmarks.gpu.working import Task, work_off, work_off_together
 
 STAGE = "stage"
@@ -31,6 +34,9 @@ def work(order, channel):
     for cell in order["cells"] or ["a", "segfault", "b"]:
         if cell in order["done"]:
             continue
+        if cell == "sleep":  # with what it started, when it falls silent
+            subprocess.Popen(["sleep", order["nap"]])
+            open(order["starts"] + " sleep", "w").close()
         channel.begin(cell)
         without = order["without"].get(cell, {})
         print("said on standard output")
@@ -40,8 +46,14 @@ def work(order, channel):
             print("the last words", file=sys.stderr, flush=True)
             os._exit(7)
         if cell == "sleep":
-            subprocess.Popen(["sleep", "61.725"])
             time.sleep(60)
+        if cell == "wait":
+            time.sleep(60)
+        if cell == "stray":
+            channel.row("of another stage")
+            os._exit(7)
+        if cell == "shout":
+            sys.stderr.write(order["shouts"] * 1000)
         if cell == "broken":
             channel.broken("the device is gone")
         if cell == "ways":
@@ -52,20 +64,63 @@ def work(order, channel):
                         os.kill(os.getpid(), signal.SIGSEGV if way == "one" else signal.SIGKILL)
         channel.row(cell, failed=without, value=cell * 2)
 
+# None of these is a message.
+sys.stdout.buffer.write(b"a word before its time\\nnull\\n3\\n[4]\\n\\xff\\n")
+sys.stdout.flush()
 serve(work)
 """
+NUMBERS = itertools.count()
+
+
+class Worker:
+    """A module for ``WORKER``, and a number of seconds that no other process on this machine sleeps."""
+
+    def __init__(self, folder):
+        number = f"{os.getpid()}_{next(NUMBERS)}"
+        self.name = f"worker_{number}"
+        self.starts = folder / "starts"
+        self.order = {"starts": str(self.starts), "nap": f"61.{number.replace('_', '0')}", "done": [], "without": {}}
+        (folder / f"{self.name}.py").write_text(WORKER)
+
+    def left(self):
+        """Processes of it, and of what it started."""
+        return processes_of(self.name) + processes_of("sleep\0" + self.order["nap"])
 
 
 @pytest.fixture
-def stage(tmp_path, monkeypatch):
-    """Works cells off; returns the record's content."""
-    (tmp_path / "a_worker.py").write_text(WORKER)
+def worker(tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    return Worker(tmp_path)
 
-    def work(cells, *, seconds=30.0, silence_s=30.0, **order):
+
+class AfterAll:
+    """Limits that begin when the worker sleeps: how long Python takes to start is no part of them."""
+
+    def __init__(self, worker, **limits):
+        self._asleep = Path(f"{worker.starts} sleep")
+        self._limits = limits
+        self._start = time.monotonic()
+
+    @property
+    def deadline(self):
+        return self._start + (self._limits.get("seconds", 60) if self._asleep.exists() else 60)
+
+    @property
+    def silence_s(self):
+        if not self._asleep.exists() or "silence_s" not in self._limits:
+            return 60
+        self._asleep.unlink()
+        return self._limits["silence_s"]
+
+
+@pytest.fixture
+def stage(tmp_path, worker):
+    """Works cells off; returns the record's content."""
+
+    def work(cells, *, limits=None, **order):
         record = Record.new(tmp_path / "gpu.json")
-        limits = Limits(time.monotonic() + seconds, silence_s)
-        task = Task("a_worker", {"starts": str(tmp_path / "starts"), **order}, cells)
+        limits = limits or Limits(time.monotonic() + 30, 30)
+        task = Task(worker.name, {**worker.order, **order}, cells)
         work_off(task, STAGE, record, Place({}, tmp_path / "log"), limits)
         return measure.read_json(str(tmp_path / "gpu.json"))
 
@@ -112,17 +167,15 @@ def test_a_worker_that_finds_out_what_there_is_to_do_goes_on_after_a_fault(stage
     assert values(stage(None)) == {"a": "aa", "segfault": None, "b": "bb"}
 
 
-def test_a_cell_that_falls_silent_is_killed_with_all_that_it_started(stage):
-    result = stage(("a", "sleep", "b"), silence_s=1.5)
+def test_a_cell_that_falls_silent_is_killed_with_all_that_it_started(stage, worker):
+    result = stage(("a", "sleep", "b"), limits=AfterAll(worker, silence_s=0.3))
     assert values(result) == {"a": "aa", "sleep": None, "b": "bb"}
     assert "no word for" in problems(result)[0]
-    assert not processes_of("sleep\0" + "61.725")
+    assert not worker.left()
 
 
-def test_what_the_deadline_cuts_off_is_listed_and_not_wrong(stage):
-    began = time.monotonic()
-    result = stage(("a", "sleep", "b"), seconds=2.0)
-    assert time.monotonic() - began < 10
+def test_what_the_deadline_cuts_off_is_listed_and_not_wrong(stage, worker):
+    result = stage(("a", "sleep", "b"), limits=AfterAll(worker, seconds=0))
     assert values(result) == {"a": "aa"}
     assert [*left_out(result)] == ["stage: sleep", "stage: b"]
     assert problems(result) == []
@@ -135,47 +188,95 @@ def test_workers_that_cannot_even_begin_end_the_stage(stage, tmp_path):
     assert [*left_out(result)] == ["stage: a", "stage: b"]
 
 
-def test_workers_side_by_side_keep_all_their_rows(tmp_path, monkeypatch):
-    (tmp_path / "a_worker.py").write_text(WORKER)
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+def test_a_worker_that_only_says_what_nobody_asked_for_gets_nowhere(stage, tmp_path):
+    result = stage(("stray", "b"))
+    assert values(result) == {"of another stage": None}
+    assert "exit code 7" in result["errors"][STAGE]
+    assert starts(tmp_path) == 2
+    assert [*left_out(result)] == ["stage: stray", "stage: b"]
+
+
+def test_workers_side_by_side_keep_all_their_rows_and_their_words_apart(tmp_path, worker):
     record = Record.new(tmp_path / "gpu.json")
-    tasks = [Task("a_worker", {"starts": os.devnull}, (f"{k}", f"{k}!")) for k in range(4)]
+    tasks = [Task(worker.name, {**worker.order, "shouts": f"{k}"}, (f"{k}", "shout")) for k in range(4)]
     work_off_together(tasks, STAGE, record, Place({}, tmp_path / "log"), Limits(time.monotonic() + 30, 30))
     record.write()
-    assert len(values(measure.read_json(str(tmp_path / "gpu.json")))) == 8
+    assert len(values(measure.read_json(str(tmp_path / "gpu.json")))) == 5
+    log = (tmp_path / "log").read_text()
+    assert log.count(f"--- {worker.name}") == 4
+    assert all(f"{k}" * 1000 in log for k in range(4))
+
+
+def test_a_log_that_is_full_takes_no_more(stage, tmp_path, monkeypatch):
+    monkeypatch.setattr(listening, "MOST_LOG_BYTES", 1500)
+    for shouts in ("x", "y"):
+        stage(("shout",), shouts=shouts)
+    log = (tmp_path / "log").read_bytes()
+    assert b"x" * 1000 in log
+    assert b"y" not in log
+    assert len(log) <= 1500
 
 
 LISTENER = """
-import sys, time
+import json, sys, time
 from pathlib import Path
 from benchmarks.gpu.listening import Limits, Place, run_worker
 
-order = {"starts": sys.argv[1], "cells": ["a", "sleep"], "done": [], "without": {}}
-place, limits = Place({}, Path(sys.argv[2])), Limits(time.monotonic() + 60, 60)
-run_worker("a_worker", order, place, limits, lambda message: print(message, flush=True))
+order = {**json.loads(sys.argv[2]), "cells": ["a", "sleep"]}
+place, limits = Place({}, Path(sys.argv[3])), Limits(time.monotonic() + 60, 60)
+run_worker(sys.argv[1], order, place, limits, lambda message: print(message, flush=True))
 """
 
 
-def test_no_worker_outlives_a_listener_that_is_killed(tmp_path):
-    (tmp_path / "a_worker.py").write_text(WORKER)
+def test_no_worker_outlives_a_listener_that_is_killed(tmp_path, worker):
     path = os.pathsep.join([str(measure.REPOSITORY), str(tmp_path)])
     listener = subprocess.Popen(
-        [sys.executable, "-c", LISTENER, str(tmp_path / "starts"), str(tmp_path / "log")],
+        [sys.executable, "-c", LISTENER, worker.name, json.dumps(worker.order), str(tmp_path / "log")],
         env=os.environ | {"PYTHONPATH": path},
         stdout=subprocess.PIPE,
         text=True,
     )
     try:
         assert any("sleep" in line for line in iter(listener.stdout.readline, ""))
+        assert soon(lambda: processes_of("sleep\0" + worker.order["nap"]))
     finally:
         listener.send_signal(signal.SIGKILL)
         listener.wait()
         listener.stdout.close()
+    assert soon(lambda: not worker.left())
+
+
+def test_a_worker_that_is_started_by_hand_ends_alone(tmp_path, worker):
+    """Whoever started it is in the same process group, and lives on."""
+    order = json.dumps({**worker.order, "cells": ["wait"]})
+    by_hand = f"""
+import subprocess, sys
+worker = subprocess.Popen([sys.executable, "-m", "{worker.name}"], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+worker.stdin.write({order!r}.encode() + b"\\n")
+worker.stdin.flush()
+while b'"cell"' not in worker.stdout.readline():
+    pass
+worker.stdin.close()
+print("ended with", worker.wait())
+"""
+    path = os.pathsep.join([str(measure.REPOSITORY), str(tmp_path)])
+    run = subprocess.run(
+        [sys.executable, "-c", by_hand],
+        env=os.environ | {"PYTHONPATH": path},
+        stdout=subprocess.PIPE,
+        start_new_session=True,
+        text=True,
+        check=False,
+    )
+    assert run.stdout == f"ended with {BROKEN_EXIT_CODE}\n"
+
+
+def soon(is_so):
     for _ in range(100):
-        if not processes_of("a_worker") and not processes_of("sleep\0" + "61.725"):
-            return
+        if is_so():
+            return True
         time.sleep(0.1)
-    pytest.fail("a worker, or what it started, is still there")
+    return False
 
 
 def processes_of(text):

@@ -1,4 +1,4 @@
-"""What every launchable variant compiles to, as a table in Markdown, without a GPU.
+"""A table in Markdown of the machine code of every launchable variant, without a GPU.
 
 ``python -m tests.machine_code.table 90``; for several versions of Triton beside each other, name the folders where they
 are installed: ``--triton .venv/triton-3.6.0``. Loads and stores are counted for each thread, by their width in bytes.
