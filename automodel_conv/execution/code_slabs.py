@@ -20,7 +20,7 @@ CELL_BYTES = 4
 
 
 class ScaleKind(NamedTuple):
-    """What scales have in common that share a table."""
+    """A kind of scales: those of one kind share a table."""
 
     format: str
     """The format of the codes: "e4m3", "e5m2", "e2m1" or "int4"."""
@@ -77,7 +77,7 @@ class Rectangle(NamedTuple):
 
 
 class Place(NamedTuple):
-    """Where a rectangle is."""
+    """The place of a rectangle of codes, and of what it takes."""
 
     target: int
     """``SCRATCH``: the window."""

@@ -41,7 +41,7 @@ class ScaleGroup(NamedTuple):
     zero_points_bytes: int
     globals_bytes: int
     cells_bytes: int
-    """Where each scale's own number is made, I32, if that is its row of the table."""
+    """The place of the scales' own numbers, I32, which are their rows of the table."""
     table_bytes: int
 
     @property

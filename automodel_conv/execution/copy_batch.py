@@ -88,7 +88,7 @@ class _Copies(NamedTuple):
 
 
 class Planned(NamedTuple):
-    """What a batch comes to: launches, for ``start``, and the copies that no kernel fits, for torch.
+    """A batch as launches, for ``start``, and as copies that no kernel fits, for torch.
 
     Launches keep nothing alive: the batch does, until it runs or is dropped.
     """

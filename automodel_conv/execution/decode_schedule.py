@@ -56,7 +56,7 @@ def _capacity(source: CodedSource, limit: int) -> int:
 
 
 def _job(source: CodedSource, start: int, stop: int, cut: Sequence[Move]) -> Job:
-    """What reads and decodes elements ``start`` to ``stop`` for the moves ``cut``."""
+    """The job that reads and decodes elements ``start`` to ``stop`` for the moves ``cut``."""
     bits = source.decode.bits
     if bits == 4:  # whole bytes
         start, stop = start - start % 2, stop + stop % 2

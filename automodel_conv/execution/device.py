@@ -1,4 +1,4 @@
-"""What loads and saves ask of a device: memory, streams and events, so that tests drive them with a simulated one."""
+"""The protocols of a device: memory, streams and events. Tests drive loads and saves with a simulated one."""
 
 from __future__ import annotations
 

@@ -160,7 +160,7 @@ def shared_out(limits: Limits, needs: Sequence[Need]) -> list[Limits]:
 
 
 def _pinned_bytes(nbytes: int) -> int:
-    """What torch takes for pinned memory: a power of two."""
+    """The pinned memory that torch takes: a power of two."""
     return 1 << (nbytes - 1).bit_length()
 
 

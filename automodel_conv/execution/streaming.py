@@ -390,7 +390,7 @@ class _Load:
 
 
 def _pairs(uploads: Iterable[Upload], slot: _Slot, memory: Tensor) -> list[tuple[Tensor, Tensor]]:
-    """What is copied, and from where in a slot."""
+    """Copies out of a slot: destinations and sources."""
     return [
         (memory.narrow(0, start_bytes, nbytes), slot.memory.narrow(0, slot_start, nbytes))
         for slot_start, nbytes, start_bytes in uploads
