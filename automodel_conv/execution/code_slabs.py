@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from math import ceil
 from typing import NamedTuple
 
 from automodel_conv.dtypes import itemsize
@@ -206,14 +207,17 @@ def _capacity(source: CodedSource, limit: int, in_place: bool) -> int:
     each = decode.bits / 8 + a_scale * source.scales_per_element
     each += 0 if in_place else itemsize(source.dtype)
     found = int((limit - fixed) / each)
-    if found < ALIGN_BYTES:
+    least = min(ALIGN_BYTES, source.numel)
+    if found < least:
         name = source.checkpoint.names[source.row]
-        expected = f"device_scratch_bytes of at least {2 * int(fixed + ALIGN_BYTES * each + ALIGN_BYTES)}"
+        expected = f"device_scratch_bytes of at least {2 * aligned(ceil(fixed + least * each))}"
         raise ConversionError(message(f"the scratch is too small to decode {name}", expected=expected, found=2 * limit))
-    for unit in (source.columns * block_rows, source.columns):
+    if found >= source.numel:
+        return found
+    for unit in (source.columns * block_rows, source.columns, ALIGN_BYTES):
         if found >= unit:
             return found - found % unit
-    return found - found % ALIGN_BYTES
+    return found
 
 
 def _kind(source: CodedSource, block_rows: tuple[int, int]) -> ScaleKind:

@@ -17,11 +17,11 @@ class CodedSource:
     def __init__(self, row: int, decode: Decode, checkpoint: Checkpoint, dtype: str):
         self.row, self.decode, self.checkpoint, self.dtype = row, decode, checkpoint, dtype
         rows, self.columns = decode.matrix
-        numel = checkpoint.nbytes[row] * 8 // decode.bits
+        self.numel = checkpoint.nbytes[row] * 8 // decode.bits
         block_rows, block_columns = decode.block
         self.down, self.across = -(-rows // block_rows), -(-self.columns // block_columns)
         # Matrices that follow each other are one where blocks do not end within them.
-        matrices = numel // (rows * self.columns)
+        matrices = self.numel // (rows * self.columns)
         self.height = rows if rows % block_rows else rows * matrices
         self.blocks_high = self.down if rows % block_rows else self.down * matrices
 

@@ -8,6 +8,7 @@ read for each.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from math import ceil
 
 from automodel_conv.dtypes import itemsize
 from automodel_conv.errors import ConversionError, message
@@ -47,9 +48,10 @@ def _capacity(source: CodedSource, limit: int) -> int:
         fixed += 2 * 4 * source.across
         each += 4 * source.scales_per_element / PACKED
     found = int((limit - fixed) / each)
-    if found < ALIGN_BYTES:
+    least = min(ALIGN_BYTES, source.numel)
+    if found < least:
         name = source.checkpoint.names[source.row]
-        expected = f"at least {int(fixed + ALIGN_BYTES * each)} bytes for each thread"
+        expected = f"at least {ceil(fixed + least * each)} bytes for each thread"
         raise ConversionError(message(f"the scratch is too small to decode {name}", expected=expected, found=limit))
     # Whole rows are decoded best.
     return found - found % source.columns if found >= source.columns else found
