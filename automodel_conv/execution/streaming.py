@@ -245,8 +245,8 @@ class _Load:
             self._work_off(threads, slots, futures)
         except Exception as error:
             # A thread's own error says more than what the device says at the end.
-            own = next((f.exception() for f in futures if f.done() and f.exception() is not None), None)
-            if own is None or own is error or isinstance(own, Stopped):
+            own = next(filter(None, (_own_error(future) for future in futures)), None)
+            if own is None or own is error:
                 raise
             tell(own, f"  besides:  {type(error).__name__}: {error}")
             raise own from error
@@ -387,6 +387,12 @@ class _Load:
         if chosen:
             self._kernels.run(lambda: compile_ahead(chosen, device))
         return chosen
+
+
+def _own_error(future: Future[Any]) -> BaseException | None:
+    """The error that a thread ended with, unless another's ended it."""
+    error = future.exception() if future.done() else None
+    return None if isinstance(error, Stopped) else error
 
 
 def _pairs(uploads: Iterable[Upload], slot: _Slot, memory: Tensor) -> list[tuple[Tensor, Tensor]]:

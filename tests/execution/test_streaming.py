@@ -418,6 +418,28 @@ def test_a_thread_that_waits_for_a_window_ends_when_another_fails(cases, calls, 
     fail_while_another_thread_waits(streaming, cases[2], calls, monkeypatch)
 
 
+@pytest.mark.parametrize("reverse", [False, True])
+def test_a_failing_read_is_told_where_another_thread_is_stopped_and_the_device_fails(
+    cases, calls, monkeypatch, reverse
+):
+    told, settle, wait = [], streaming._Load._settle, streaming.wait
+
+    def fail_at_the_end(load, stream):
+        settle(load, stream)
+        raise DeviceFault("at the end")
+
+    def wait_for(futures, **options):
+        wait(futures, **options)
+        if reverse:  # either thread may be the one that fails
+            futures.reverse()
+
+    monkeypatch.setattr(streaming, "wait", wait_for)
+    monkeypatch.setattr(streaming._Load, "_settle", fail_at_the_end)
+    monkeypatch.setattr(streaming, "tell", lambda error, text: told.append((type(error), text)))
+    fail_while_another_thread_waits(streaming, cases[2], calls, monkeypatch)
+    assert told == [(ReadError, "  besides:  DeviceFault: at the end")]
+
+
 @pytest.mark.parametrize(
     ("text", "replacement"),
     [
