@@ -84,7 +84,7 @@ class Attempts:
 
     @contextmanager
     def of(self, way: str) -> Iterator[None]:
-        """Whatever a way does wrong ends here, and costs only itself."""
+        """Catch and note all errors of one way, which costs only itself."""
         self._channel.way(way)
         try:
             yield

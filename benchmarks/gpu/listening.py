@@ -27,7 +27,7 @@ Message = Mapping[str, Any]
 
 
 class Place(NamedTuple):
-    """Where workers run: variables of their environment besides those of this process, and where their words go."""
+    """The surroundings of workers: variables added to the environment of this process, and the log for their words."""
 
     variables: Mapping[str, str]
     log: Path

@@ -63,7 +63,7 @@ SILENT = Channel(lambda line: None)
 
 def serve(work: Callable[[dict[str, Any], Channel], None]) -> None:
     """Be a worker: read the order, do it, end."""
-    # Whatever else writes to standard output, in C too, goes where errors go; and pytest puts another file at 0.
+    # Other writes to standard output, from C too, go where errors go; and pytest puts another file at 0.
     out, control = os.fdopen(os.dup(1), "w", buffering=1), os.dup(0)  # each line goes out at once
     os.dup2(2, 1)
     line = b""

@@ -247,7 +247,7 @@ def test_no_worker_outlives_a_listener_that_is_killed(tmp_path, worker):
 
 
 def test_a_worker_that_is_started_by_hand_ends_alone(tmp_path, worker):
-    """Whoever started it is in the same process group, and lives on."""
+    """Its parent is in the same process group, and lives on."""
     order = json.dumps({**worker.order, "cells": ["wait"]})
     by_hand = f"""
 import subprocess, sys

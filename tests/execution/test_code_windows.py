@@ -116,7 +116,7 @@ VIEWS = {
 
 
 def taken(view, numel, shape):
-    """What a view of a source takes, as a copy to a contiguous target."""
+    """A view of a source as a copy to a contiguous target, and the elements that it takes."""
     places = VIEWS[view](torch.arange(numel).view(shape))
     if not places.numel():
         return None

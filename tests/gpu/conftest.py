@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-# What depends on where they run is imported late: a plugin that decides it may come after this file.
+# Modules that depend on where the tests run are imported late: the plugin that decides it may come after this file.
 
 
 @pytest.fixture(scope="session")
@@ -30,7 +30,7 @@ def checkpoint(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def per_expert(checkpoint):
-    """What the files hold, on the CPU."""
+    """The tensors in the files, on the CPU."""
     from tests.gpu.models import tensors_of
 
     return tensors_of(checkpoint)

@@ -35,7 +35,7 @@ def on(device):
 
 
 def tensors_of(directory):
-    """What the files of a directory hold, on the CPU."""
+    """The tensors in the files of a directory, on the CPU."""
     found = {}
     for file in sorted(Path(directory).glob("*.safetensors")):
         found |= load_file(file)
