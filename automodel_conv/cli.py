@@ -72,7 +72,7 @@ _NewLayoutOption = Annotated[
 ]
 _SourceLayoutOption = Annotated[
     str | None,
-    typer.Option(help="How grouped experts of the source lie. Default: the model's, or one tensor an expert."),
+    typer.Option(help="How grouped experts of the source lie. Default: as the files say, or else as the model's."),
 ]
 _NewDtypeOption = Annotated[
     str | None,
@@ -106,6 +106,7 @@ def _version(
 def plan(
     path: _PathArgument,
     layout: _LayoutOption = None,
+    source_layout: _SourceLayoutOption = None,
     explain: Annotated[
         list[str] | None,
         typer.Option(help="A target: print every source of it with its region. May be repeated."),
@@ -126,7 +127,7 @@ def plan(
     """Print where every byte of a checkpoint goes. Reads headers only."""
     sizes = None if mesh is None else parse_mesh(mesh)
     checkpoint = open_checkpoint(path)
-    compiled = compile_plan(checkpoint, rules=None if model else [], layout=layout)
+    compiled = compile_plan(checkpoint, rules=None if model else [], layout=layout, source_layout=source_layout)
     typer.echo(compiled.summary())
     if sizes is not None:
         _print(mesh_table(forecast(checkpoint, compiled, sizes)))
@@ -147,6 +148,7 @@ def plan(
 def load(
     path: _PathArgument,
     layout: _LayoutOption = None,
+    source_layout: _SourceLayoutOption = None,
     dtype: Annotated[
         str | None,
         typer.Option(help="Of floating tensors, such as bfloat16. Default: the model's."),
@@ -161,6 +163,7 @@ def load(
     loaded = load_state_dict(
         path,
         layout=layout,
+        source_layout=source_layout,
         dtype=_dtype(dtype),
         device=device,
         threads=threads,

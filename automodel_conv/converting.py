@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
 from automodel_conv.dtypes import FLOATING, itemsize
 from automodel_conv.errors import (
@@ -41,18 +42,18 @@ from automodel_conv.files import system
 from automodel_conv.files.checkpoint import Checkpoint, open_checkpoint, rows_by_file
 from automodel_conv.files.config import CONFIG_NAME, plain_config
 from automodel_conv.files.destination import WEIGHT_SUFFIXES, open_destination, telling
-from automodel_conv.files.shards import CHECKSUMS_NAME, Shard, Spec, divide, index_of, parse_size
+from automodel_conv.files.shards import CHECKSUMS_NAME, FORM, Form, Shard, Spec, divide, index_of, parse_size
 from automodel_conv.loading import decoded_table
 from automodel_conv.planning.copies import Decode, SourceTable
-from automodel_conv.planning.models import checked_dtype, meta_model
+from automodel_conv.planning.layouts import PER_EXPERT, any_experts, own_layout
+from automodel_conv.planning.marks import form_of, layout_to_read, stated_layout
+from automodel_conv.planning.models import checked_dtype, expert_layouts, meta_model
 from automodel_conv.planning.pipeline import loading_plan, saving_plan, without_casts
 from automodel_conv.planning.plan import CopyPlan
 from automodel_conv.progress import bytes_progress
 from automodel_conv.saving import places_in, specs_of, with_dtype, write_checksums
 
 DEFAULT_SCRATCH_BYTES = 256 << 20
-PER_EXPERT = "per_expert"
-"""The layout of published checkpoints: one tensor for each expert and projection."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,7 @@ class Conversion:
     checkpoint: Checkpoint
     plan: CopyPlan
     shards: tuple[Shard, ...]
+    form: Form
 
     @property
     def left_out(self) -> tuple[str, ...]:
@@ -110,28 +112,29 @@ def compile_conversion(
     checked_dtype(dtype)
     checkpoint = open_checkpoint(source)
     most_bytes = parse_size(max_shard_size)
-    if dequantize:
-        table = decoded_table(checkpoint, wants_numbers=True)
-    else:
-        table = SourceTable.of(checkpoint)
+    rules = None if rules is None else list(rules)
+    keeps_names = layout is None and rules == []
+    source_layout = layout_to_read(checkpoint, source_layout, keeps_names=keeps_names)
+    table = decoded_table(checkpoint, wants_numbers=True) if dequantize else SourceTable.of(checkpoint)
     model = None
     if rules is None:
         first = next((code for code in checkpoint.dtypes if code in FLOATING), None)
         model = meta_model(checkpoint.directory, dtype, first)
+    plan, problems = loading_plan(
+        table,
+        model=model,
+        rules=rules,
+        layout=None if layout == PER_EXPERT else layout,
+        source_layout=source_layout,
+        dtype=None if model is not None else dtype,
+    )
+    problems.raise_unless_fit(checkpoint.path)
     if layout == PER_EXPERT:
-        plan = with_dtype(saving_plan(table, model=model, rules=rules, layout=source_layout), dtype, model)
-    else:
-        plan, problems = loading_plan(
-            table,
-            model=model,
-            rules=rules,
-            layout=layout,
-            source_layout=source_layout,
-            dtype=None if model is not None else dtype,
-        )
-        problems.raise_unless_fit(checkpoint.path)
-        if dtype is None:
-            plan = without_casts(plan)
+        given = None if source_layout == PER_EXPERT else source_layout
+        plan = with_dtype(saving_plan(table, model=model, rules=rules, layout=given, checked=True), dtype, model)
+        _refuse_grouped(plan, model)
+    elif dtype is None:
+        plan = without_casts(plan)
     if plan.fallbacks:
         raise UnsupportedError(
             message(
@@ -140,7 +143,8 @@ def compile_conversion(
                 do="load the model and save it",
             )
         )
-    return Conversion(checkpoint, plan, tuple(divide(specs_of(plan.targets), most_bytes)))
+    form = _form(checkpoint, plan, model, layout, stated_layout(checkpoint, None) if keeps_names else None)
+    return Conversion(checkpoint, plan, tuple(divide(specs_of(plan.targets), most_bytes, form)), form)
 
 
 @resources_told("converting")
@@ -174,8 +178,10 @@ def convert_checkpoint(
         rules: transformers' rule objects; None: those of the model that ``config.json`` names. An empty list keeps all
             names, for a change of layout, dtype or file size alone.
         layout: how routed experts shall lie: "transformers", "nemo", "gpt_oss", "vllm", or "per_expert", as they are
-            published; None: as the model has them.
-        source_layout: how grouped experts in the source lie; None: as the model has them, or one tensor an expert.
+            published; None: as the model has them. The files say which, and where transformers does not load that
+            layout of this type, their names begin with it (``nemo-00001-of-00004.safetensors``), so that
+            ``from_pretrained`` refuses the directory; ``open_checkpoint`` and all that read here find it.
+        source_layout: see ``compile_plan``.
         dtype: of all floating tensors, but those that a transformers model keeps in float32; None: as they are.
         dequantize: decode what ``quantization_config`` in ``config.json`` says is quantized, to ``dtype`` or bfloat16,
             and leave that setting out of the new ``config.json``. False: codes and scales are tensors as others are.
@@ -218,7 +224,7 @@ def convert_checkpoint(
     places = places_in(shards, targets)
     made = slab_schedule(targets, [t.copies for t in targets], checkpoint, places, decodes, most_bytes=share.slab_bytes)
     by_file = made.by_file()
-    with open_destination(directory, shards, work, resume=resume) as place:
+    with open_destination(directory, shards, work, resume=resume, index_name=conversion.form.index_name) as place:
         unfinished = place.unfinished
         nbytes = sum(shard.nbytes for shard in shards if shard.name in unfinished)
         with telling(directory):
@@ -262,7 +268,7 @@ def convert_checkpoint(
                     system.copy_file(os.path.join(checkpoint.directory, name), place.path(name))
         if checksums:
             write_checksums(place, shards, share.threads)
-        place.commit(index_of(shards))
+        place.commit(index_of(shards, form=conversion.form))
     return ConvertReport(
         tuple(shard.name for shard in shards),
         nbytes,
@@ -289,7 +295,8 @@ def verify_checkpoint(
 ) -> int:
     """Check that a checkpoint is, bit for bit, what ``convert_checkpoint`` would make of another one.
 
-    Without rules and layouts, two checkpoints with the same names are compared as they are.
+    Without ``layout``, the layout that the files of the destination name is taken; without rules and any layout, two
+    checkpoints with the same names are compared as they are.
 
     Args:
         source, destination: the two checkpoints; which files their tensors lie in does not matter.
@@ -303,6 +310,8 @@ def verify_checkpoint(
         CheckpointError, NameProblems, UnsupportedError, ReadError: see ``convert_checkpoint``.
     """
     other = open_checkpoint(destination)
+    if layout is None and rules is None:
+        layout = stated_layout(other, None)
     if rules is None and layout is None and source_layout is None and dtype is None:
         rules = [] if set(open_checkpoint(source).names) == set(other.names) else None
     conversion = compile_conversion(
@@ -326,6 +335,47 @@ def verify_checkpoint(
 
 
 # --- private ----------------------------------------------------------------------------------------------------------
+
+
+def _refuse_grouped(plan: CopyPlan, model: nn.Module | None) -> None:
+    """Raise UnsupportedError for experts that no rule takes apart, where no model says that they are published so."""
+    left = [] if model is not None else [target.name for target in plan.targets if any_experts(target.name)]
+    if left:
+        raise UnsupportedError(
+            message(
+                "no rule takes these experts apart",
+                found="\n" + listing(left),
+                do="leave rules out to take those of the model, or leave layout out to keep the experts grouped",
+            )
+        )
+
+
+def _form(
+    checkpoint: Checkpoint, plan: CopyPlan, model: nn.Module | None, layout: str | None, kept: str | None
+) -> Form:
+    """What the files of a conversion are called and say.
+
+    Args:
+        kept: the layout of the source, where its experts stay as they are.
+    """
+    if PER_EXPERT in (layout, kept):
+        return form_of(PER_EXPERT, None)
+    if not any(any_experts(target.name) for target in plan.targets):
+        return FORM
+    if model is None and (layout or kept) in ("transformers", "gpt_oss"):  # which is foreign depends on the type
+        model = _model_of(checkpoint)
+    own = None if model is None else own_layout(expert_layouts(model).values())
+    if layout is None:
+        layout = kept if model is None or kept is not None else own
+    return form_of(layout, own)
+
+
+def _model_of(checkpoint: Checkpoint) -> nn.Module | None:
+    """The model that transformers would make of the directory; None if it cannot, and so loads nothing from it."""
+    try:
+        return meta_model(checkpoint.directory, None, None)
+    except UnsupportedError:
+        return None
 
 
 class _Makers:

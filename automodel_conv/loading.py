@@ -45,6 +45,7 @@ from automodel_conv.homes import (
 )
 from automodel_conv.planning.compiler import Problems
 from automodel_conv.planning.copies import SourceTable
+from automodel_conv.planning.marks import layout_to_read
 from automodel_conv.planning.models import checked_dtype, meta_model, tied_names
 from automodel_conv.planning.pipeline import loading_plan
 from automodel_conv.planning.plan import CopyPlan
@@ -104,6 +105,7 @@ def compile_plan(
     *,
     rules: Iterable[Any] | None = None,
     layout: str | None = None,
+    source_layout: str | None = None,
     key_mapping: Mapping[str, str] | None = None,
     dtype: torch.dtype | None = None,
     dequantize: bool = True,
@@ -119,6 +121,9 @@ def compile_plan(
             meta device, unless ``rules`` are given.
         rules: transformers' rule objects; None takes the model's own. ``[]`` keeps the checkpoint's names.
         layout: how routed experts shall lie: "transformers", "nemo", "gpt_oss", "vllm"; None: as the model has them.
+        source_layout: how grouped experts in the checkpoint lie: a layout, or "per_expert", as the type is published.
+            None: as the files say, which this package writes, or else as the model has them; where the model's shapes
+            contradict that, or leave it open, this is an error.
         key_mapping: ``{pattern: replacement}`` applied to names before the rules, as in ``from_pretrained``.
         dtype: dtype of the floating targets; None keeps each parameter's own (without a model: the source's).
         dequantize: what the ``quantization_config`` in the checkpoint's ``config.json`` says is quantized is decoded,
@@ -129,10 +134,11 @@ def compile_plan(
         CheckpointError: the checkpoint is broken.
         NameProblems: names or shapes do not fit; lists all of them.
         QuantizationError: parts of quantized tensors are missing, or do not fit each other or the config; lists all.
-        UnsupportedError: an unknown layout, a quantization that is not decoded, or codes where numbers are wanted.
+        UnsupportedError: an unknown layout, experts whose layout cannot be told, a quantization that is not decoded, or
+            codes where numbers are wanted.
     """
     checkpoint = checkpoint if isinstance(checkpoint, Checkpoint) else open_checkpoint(checkpoint)
-    plan, problems, _ = load_plan(checkpoint, model, rules, layout, key_mapping, dtype, dequantize)
+    plan, problems, _ = load_plan(checkpoint, model, rules, layout, source_layout, key_mapping, dtype, dequantize)
     problems.raise_unless_fit(checkpoint.path)
     return plan
 
@@ -144,6 +150,7 @@ def load_state_dict(
     *,
     rules: Iterable[Any] | None = None,
     layout: str | None = None,
+    source_layout: str | None = None,
     key_mapping: Mapping[str, str] | None = None,
     device: str | torch.device = "cpu",
     device_map: Mapping[str, DeviceLike] | None = None,
@@ -166,7 +173,7 @@ def load_state_dict(
 
     Args:
         path: a directory with or without an index, an index file, a ``.safetensors`` file, or ``org/name``.
-        model, rules, layout, key_mapping, dtype, dequantize: see ``compile_plan``.
+        model, rules, layout, source_layout, key_mapping, dtype, dequantize: see ``compile_plan``.
         device: the CPU or a CUDA device. To the latter, bytes go through pinned memory, and what has to be permuted or
             cast is copied there by Triton kernels, or by torch where Triton cannot run.
         device_map: devices by names of modules or parameters, instead of ``device``, as accelerate writes them
@@ -213,7 +220,9 @@ def load_state_dict(
         clock = _Clock()
         checkpoint = open_checkpoint(path, revision=revision)
         clock.lap("open")
-        plan, problems, model = load_plan(checkpoint, model, rules, layout, key_mapping, dtype, dequantize)
+        plan, problems, model = load_plan(
+            checkpoint, model, rules, layout, source_layout, key_mapping, dtype, dequantize
+        )
         problems.raise_unless_fit(checkpoint.path, strict)
         if where is not None:
             known = {} if model is None else model.state_dict(keep_vars=True)
@@ -249,6 +258,7 @@ def load_model(
     *,
     rules: Iterable[Any] | None = None,
     layout: str | None = None,
+    source_layout: str | None = None,
     key_mapping: Mapping[str, str] | None = None,
     device: str | torch.device | None = None,
     device_map: Mapping[str, DeviceLike] | None = None,
@@ -275,8 +285,8 @@ def load_model(
             (``accelerate.init_empty_weights()`` leaves them on the CPU). The model is placed, but does not run on
             several devices until ``accelerate.dispatch_model(model, device_map)``.
         dtype: if given, parameters of another floating dtype are replaced (see ``compile_plan``).
-        path, rules, key_mapping, strict, dequantize, verify, broadcast, threads, scratch_bytes, device_scratch_bytes:
-            see ``load_state_dict``, as for memory_budget, progress and revision.
+        path, rules, source_layout, key_mapping, strict, dequantize, verify, broadcast, threads, scratch_bytes,
+            device_scratch_bytes, memory_budget, progress, revision: see ``load_state_dict``.
 
     Raises:
         CheckpointError, NameProblems, QuantizationError, UnsupportedError: see ``compile_plan``; no parameter has been
@@ -305,7 +315,9 @@ def load_model(
         clock = _Clock()
         checkpoint = open_checkpoint(path, revision=revision)
         clock.lap("open")
-        plan, problems, _ = load_plan(checkpoint, model, rules, layout, key_mapping, dtype, dequantize, in_place=True)
+        plan, problems, _ = load_plan(
+            checkpoint, model, rules, layout, source_layout, key_mapping, dtype, dequantize, in_place=True
+        )
         problems.raise_unless_fit(checkpoint.path, strict)
         if where is not None:
             names = dict.fromkeys([*(target.name for target in plan.targets), *placeable_buffers(model)])
@@ -338,6 +350,7 @@ def load_plan(
     model: nn.Module | None,
     rules: Iterable[Any] | None,
     layout: str | None,
+    source_layout: str | None,
     key_mapping: Mapping[str, str] | None,
     dtype: torch.dtype | None,
     dequantize: bool = True,
@@ -345,6 +358,7 @@ def load_plan(
 ) -> tuple[CopyPlan, Problems, nn.Module | None]:
     """The plan of a load, what does not fit, and the model, made from ``config.json`` if none is given and no rules."""
     checked_dtype(dtype)
+    rules = None if rules is None else list(rules)
     if model is None and rules is None:
         model, dtype = meta_model(checkpoint.directory, dtype, _first_floating(checkpoint)), None
     quantizer = None if dequantize else getattr(model, "hf_quantizer", None)
@@ -357,6 +371,9 @@ def load_plan(
         model=model,
         rules=rules,
         layout=layout,
+        source_layout=layout_to_read(
+            checkpoint, source_layout, keeps_names=model is None and not rules and layout is None
+        ),
         key_mapping=key_mapping,
         dtype=dtype,
         in_place=in_place,

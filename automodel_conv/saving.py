@@ -33,8 +33,10 @@ from automodel_conv.execution.tensor_slabs import Holding, tensor_slabs
 from automodel_conv.execution.writing import begin_shard, budget, write_slabs
 from automodel_conv.files.checkpoint import Checkpoint, open_checkpoint
 from automodel_conv.files.destination import Destination, open_destination, staged_path, telling
-from automodel_conv.files.shards import CHECKSUMS_NAME, Shard, Spec, divide, divide_like, index_of, parse_size
+from automodel_conv.files.shards import CHECKSUMS_NAME, Form, Shard, Spec, divide, divide_like, index_of, parse_size
 from automodel_conv.planning.copies import SourceTable, Target
+from automodel_conv.planning.layouts import any_experts
+from automodel_conv.planning.marks import form_like, form_of
 from automodel_conv.planning.models import checked_dtype, model_targets, state_table, tied_names
 from automodel_conv.planning.pipeline import saving_plan
 from automodel_conv.planning.plan import CopyPlan
@@ -126,7 +128,8 @@ def save_checkpoint(
         table = None if opened is None else SourceTable.of(opened)
         plan = saving_plan(state_table(tensors), model=model, rules=rules, layout=layout, reference=table)
         plan = with_dtype(plan, dtype, model)
-        shards = shards_for(plan, opened, max_shard_size)
+        form = saved_form(plan, model, layout, opened)
+        shards = shards_for(plan, opened, max_shard_size, form)
         share = budget(threads, DEFAULT_SCRATCH_BYTES if scratch_bytes is None else scratch_bytes, reads_files=False)
         leads = not groups or dist.get_rank() == 0
         places = places_in(shards, plan.targets)
@@ -137,8 +140,10 @@ def save_checkpoint(
     _refuse_gaps(groups, tensors, held)
     with ExitStack() as ending:
         with together(groups, "beginning to save"):
-            destination = ending.enter_context(open_destination(directory, shards, None)) if leads else None
-            if destination is not None:
+            destination = None
+            if leads:
+                opening = open_destination(directory, shards, None, index_name=form.index_name)
+                destination = ending.enter_context(opening)
                 begin_save(destination, shards, model, dtype)
         nbytes = sum(group.nbytes for group in made)
         with together(groups, "saving"), bytes_progress(nbytes, "saving", progress) as advance:
@@ -148,7 +153,7 @@ def save_checkpoint(
                     write_slabs(slabs, staged_path(directory, shard.name), share.threads, advance)
         with together(groups, "ending the save"):
             if destination is not None:
-                finish_save(destination, shards, model, share.threads if checksums else 0)
+                finish_save(destination, shards, model, form, share.threads if checksums else 0)
     return SaveReport(
         tuple(shard.name for shard in shards),
         sum(shard.nbytes for shard in shards),
@@ -169,7 +174,11 @@ def begin_save(
 
 
 def finish_save(
-    destination: Destination, shards: Sequence[Shard], model: nn.Module | None, checksum_threads: int = 0
+    destination: Destination,
+    shards: Sequence[Shard],
+    model: nn.Module | None,
+    form: Form,
+    checksum_threads: int = 0,
 ) -> None:
     """What follows when the data of all files is on the disk; with no threads for checksums there are none."""
     for shard in shards:
@@ -177,7 +186,7 @@ def finish_save(
     if checksum_threads:
         write_checksums(destination, shards, checksum_threads)
     parameters = None if model is None else sum(parameter.numel() for parameter in model.parameters())
-    destination.commit(index_of(shards, parameters))
+    destination.commit(index_of(shards, parameters, form))
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -242,7 +251,15 @@ def places_in(shards: Sequence[Shard], targets: Iterable[Target]) -> list[tuple[
     return [places[target.name] for target in targets]
 
 
-def shards_for(plan: CopyPlan, reference: Checkpoint | None, max_shard_size: int | str) -> list[Shard]:
+def saved_form(plan: CopyPlan, model: nn.Module | None, layout: str | None, reference: Checkpoint | None) -> Form:
+    """What the files of a save are called and say: nothing, if they are what transformers would write for the model."""
+    if reference is not None:
+        return form_like(reference)
+    relaid = model is None and layout is not None and any(any_experts(target.name) for target in plan.targets)
+    return form_of("transformers" if relaid else None, None)
+
+
+def shards_for(plan: CopyPlan, reference: Checkpoint | None, max_shard_size: int | str, form: Form) -> list[Shard]:
     """The files for the targets of a plan: as a reference is divided, or by size.
 
     Raises:
@@ -250,11 +267,10 @@ def shards_for(plan: CopyPlan, reference: Checkpoint | None, max_shard_size: int
     """
     specs = specs_of(plan.targets)
     if reference is None:
-        return divide(specs, parse_size(max_shard_size))
+        return divide(specs, parse_size(max_shard_size), form)
     files = [os.path.basename(file) for file in reference.files]
-    return divide_like(
-        specs, {name: files[file] for name, file in zip(reference.names, reference.file_ids, strict=True)}
-    )
+    file_of = {name: files[file] for name, file in zip(reference.names, reference.file_ids, strict=True)}
+    return divide_like(specs, file_of, form.layout)
 
 
 def saved_tensors(model: nn.Module) -> dict[str, Tensor]:

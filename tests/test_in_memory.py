@@ -158,7 +158,8 @@ def test_kernels_merge_projections_as_torch_does_and_take_them_apart(layout):
 @needs_transformers
 @pytest.mark.parametrize(("source", "target"), list(itertools.product(LAYOUTS, LAYOUTS)))
 def test_layouts_of_experts_without_a_gate_go_there_and_back(source, target):
-    start = amc.convert_state_dict(grouped(gated=False), layout=source, rules=ungated_rules())
+    of_transformers = {"rules": ungated_rules(), "source_layout": "transformers"}
+    start = amc.convert_state_dict(grouped(gated=False), layout=source, **of_transformers)
     assert sum(name.endswith(("up_proj", "up_projs", "w13_weight")) for name in start) == 1
     made = amc.convert_state_dict(start, layout=target, source_layout=source, rules=ungated_rules())
     back = amc.convert_state_dict(made, layout=source, source_layout=target, rules=ungated_rules())

@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from automodel_conv.errors import UnsupportedError, listing, message, resources_told
 from automodel_conv.files import system
@@ -24,12 +25,13 @@ from automodel_conv.files.header import (
     take,
     with_open,
 )
+from automodel_conv.files.shards import LAYOUT_KEY, Form
 
 # The index format has no limit of its own; 500,000 tensors need about 70 MB.
 MAX_INDEX_BYTES = 500_000_000
 _READERS = 16
-_INDEX_NAME = "model.safetensors.index.json"
-_SINGLE_NAME = "model.safetensors"
+_INDEX_NAME = Form().index_name
+_SINGLE_NAME = Form().file_name(1, 1)
 _INDEX_SUFFIX = ".safetensors.index.json"
 _HUB_PATTERNS = ["*.safetensors", "*" + _INDEX_SUFFIX, "config.json"]
 _REPOSITORY = re.compile(r"[A-Za-z0-9_][\w.-]*/[A-Za-z0-9_][\w.-]*", re.ASCII)
@@ -66,6 +68,8 @@ class Checkpoint:
     """``__metadata__`` of all files; where two files share a key, the later file's value."""
     position: dict[str, int] = field(repr=False)
     """Row of each name."""
+    layouts: tuple[str, ...] = field(repr=False, default=())
+    """What files and index say of the layout of the experts, each thing once; see ``planning/marks.py``."""
 
 
 @resources_told("opening a checkpoint")
@@ -86,7 +90,7 @@ def open_checkpoint(path: str | os.PathLike[str], *, revision: str | None = None
         UnsupportedError: the weights are in another format than safetensors.
     """
     root = os.path.abspath(_local_path(os.fsdecode(path), revision))
-    directory, shards, weight_map = _select(root)
+    directory, shards, index = _select(root)
     files = tuple(os.path.join(directory, shard) for shard in shards)
     absent = [shard for shard, file in zip(shards, files, strict=True) if not system.is_file(file)]
     if absent:
@@ -98,7 +102,7 @@ def open_checkpoint(path: str | os.PathLike[str], *, revision: str | None = None
         )
     with ThreadPoolExecutor(max_workers=min(_READERS, len(files))) as pool:
         headers = list(pool.map(read_header, files))
-    return _merge(root, directory, shards, files, headers, weight_map)
+    return _merge(root, directory, shards, files, headers, index)
 
 
 def _local_path(path: str, revision: str | None) -> str:
@@ -133,16 +137,23 @@ def rows_by_file(checkpoint: Checkpoint) -> list[list[int]]:
     return rows
 
 
-def _select(root: str) -> tuple[str, list[str], dict[str, str] | None]:
-    """Directory, names of the files in it, and the index's weight_map if there is an index."""
+class _Index(NamedTuple):
+    """What an index file says."""
+
+    weight_map: dict[str, str]
+    layout: str | None
+
+
+def _select(root: str) -> tuple[str, list[str], _Index | None]:
+    """Directory, names of the files in it, and the index if there is one."""
     if system.is_directory(root):
         file = os.path.join(root, _choose(root))
     else:
         file = root
     directory = os.path.dirname(file)
     if file.endswith(".json"):
-        weight_map = _read_index(file)
-        return directory, sorted(set(weight_map.values())), weight_map
+        index = _read_index(file)
+        return directory, sorted(set(index.weight_map.values())), index
     _refuse_other_formats(file)
     return directory, [os.path.basename(file)], None
 
@@ -215,11 +226,12 @@ def _refuse_other_formats(file: str) -> None:
         )
 
 
-def _read_index(path: str) -> dict[str, str]:
+def _read_index(path: str) -> _Index:
     if not system.is_file(path):  # opening a pipe would wait for its other end
         raise checkpoint_error("an index that is not a file", where=path, expected="a regular file")
     data = with_open(path, lambda fd: read_limited(fd, path, MAX_INDEX_BYTES))
-    weight_map = parse_object(data, path).get("weight_map")
+    index = parse_object(data, path)
+    weight_map = index.get("weight_map")
     if type(weight_map) is not dict or not weight_map:
         raise checkpoint_error(
             "an index without weight_map",
@@ -241,7 +253,9 @@ def _read_index(path: str) -> dict[str, str]:
             )
         _refuse_other_formats(os.path.join(os.path.dirname(path), file))
         checked.add(file)
-    return weight_map
+    metadata = index.get("metadata")
+    layout = metadata.get(LAYOUT_KEY) if type(metadata) is dict else None
+    return _Index(weight_map, layout if type(layout) is str else None)
 
 
 def _leaves_directory(file: str) -> bool:
@@ -256,7 +270,7 @@ def _merge(
     shards: list[str],
     files: tuple[str, ...],
     headers: list[Header],
-    weight_map: dict[str, str] | None,
+    index: _Index | None,
 ) -> Checkpoint:
     names = _chain(header.names for header in headers)
     file_ids = _chain([file_id] * len(header.names) for file_id, header in enumerate(headers))
@@ -267,15 +281,17 @@ def _merge(
     metadata = {key: value for header in headers for key, value in header.metadata.items()}
     position = dict(zip(names, range(len(names)), strict=True))
     if len(position) != len(names):
-        keep = _rows_to_keep(names, file_ids, shards, files, weight_map or {})
+        keep = _rows_to_keep(names, file_ids, shards, files, {} if index is None else index.weight_map)
         names, dtypes, shapes = take(names, keep), take(dtypes, keep), take(shapes, keep)
         file_ids, offsets, nbytes = take(file_ids, keep), take(offsets, keep), take(nbytes, keep)
         position = dict(zip(names, range(len(names)), strict=True))
+    said = [header.metadata.get(LAYOUT_KEY) for header in headers] + ([] if index is None else [index.layout])
+    layouts = tuple(dict.fromkeys(layout for layout in said if layout is not None))
     checkpoint = Checkpoint(
-        root, directory, files, names, dtypes, shapes, file_ids, offsets, nbytes, metadata, position
+        root, directory, files, names, dtypes, shapes, file_ids, offsets, nbytes, metadata, position, layouts
     )
-    if weight_map is not None:
-        _check_index(checkpoint, shards, weight_map)
+    if index is not None:
+        _check_index(checkpoint, shards, index.weight_map)
     return checkpoint
 
 

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 
 from automodel_conv.errors import DestinationError, WriteError, listing, message
 from automodel_conv.files import system
-from automodel_conv.files.shards import CHECKSUMS_NAME, INDEX_NAME, Shard
+from automodel_conv.files.shards import CHECKSUMS_NAME, Form, Shard
 
 STAGING_NAME = "incomplete.automodel_conv"
 _LOCK = "lock"
@@ -42,7 +42,15 @@ def is_checkpoint(name: str) -> bool:
 class Destination:
     """A directory that is being written to; made by ``open_destination``."""
 
-    def __init__(self, directory: str, journal: int, shards: Sequence[Shard], finished: set[str], verified: set[str]):
+    def __init__(
+        self,
+        directory: str,
+        journal: int,
+        shards: Sequence[Shard],
+        finished: set[str],
+        verified: set[str],
+        index_name: str,
+    ):
         self.directory = directory
         self.staging = os.path.join(directory, STAGING_NAME)
         self.placed: dict[str, list[int]] = {}
@@ -50,6 +58,7 @@ class Destination:
         self._journal = journal
         self._shards = shards
         self._finished = finished
+        self._index_name = index_name
         self.verified = finished & verified
         """Names of the shards that have been compared with what they were made of."""
 
@@ -93,12 +102,12 @@ class Destination:
         """
         shards = [shard.name for shard in self._shards]
         with telling(self.directory):
-            others = set(system.list_names(self.staging)) - {_LOCK, _JOURNAL, INDEX_NAME, *shards}
+            others = set(system.list_names(self.staging)) - {_LOCK, _JOURNAL, self._index_name, *shards}
             for name in others:
                 _sync(self.path(name))
             if index is not None:
-                self.write(INDEX_NAME, index)
-            names = [*sorted(others), *_in_order(shards, index)]
+                self.write(self._index_name, index)
+            names = [*sorted(others), *_in_order(shards, None if index is None else self._index_name)]
             placed = {name: [*system.identity(self.found(name))] for name in names}  # fails if one is in neither place
             system.sync_directory(self.staging)
             self.placed = placed
@@ -114,18 +123,18 @@ class Destination:
             system.sync_directory(self.directory)
 
 
-def _in_order(shards: Sequence[str], index: bytes | None) -> list[str]:
-    """The weights and their index in the order in which no loader takes a part of them for all.
+def _in_order(shards: Sequence[str], index_name: str | None) -> list[str]:
+    """The weights and their index, if they have one, in the order in which no loader takes a part of them for all.
 
     One file that is not numbered may be taken for a checkpoint without an index, but not if an index names others. That
     of the usual name is even preferred to an index.
     """
-    if index is None:
+    if index_name is None:
         return list(shards)
     numbered = all("-of-" in name for name in shards)
     if numbered:
-        return [*shards, INDEX_NAME]
-    return [INDEX_NAME, *sorted(shards, key=lambda name: name == "model.safetensors")]
+        return [*shards, index_name]
+    return [index_name, *sorted(shards, key=lambda name: name == "model.safetensors")]
 
 
 def _sync(path: str) -> None:
@@ -143,7 +152,12 @@ def staged_path(directory: str, name: str) -> str:
 
 @contextmanager
 def open_destination(
-    directory: str, shards: Sequence[Shard], work: Mapping[str, Any] | None, *, resume: bool = False
+    directory: str,
+    shards: Sequence[Shard],
+    work: Mapping[str, Any] | None,
+    *,
+    resume: bool = False,
+    index_name: str = Form().index_name,
 ) -> Iterator[Destination]:
     """Take a directory, made if need be, for the length of a block that ends with ``commit``.
 
@@ -151,6 +165,7 @@ def open_destination(
         work: what is written, as JSON, so that a later call can go on with it; the error names the keys in which an
             earlier work in this directory differs. None: work that cannot go on; if it fails nothing of it stays.
         resume: go on where an earlier work of the same kind ended; otherwise that is thrown away.
+        index_name: what the index is called, if there is to be one.
 
     Raises:
         DestinationError: the directory is a checkpoint already, another process writes to it, or it holds an earlier
@@ -168,9 +183,9 @@ def open_destination(
             with telling(directory):
                 earlier = _read(journal)
                 keeps = earlier.work is not None  # and so may go on
-                finished = _taken_over(earlier, journal, directory, shards, work, resume)
+                finished = _taken_over(earlier, journal, directory, shards, work, resume, index_name)
             keeps = work is not None
-            destination = Destination(directory, journal, shards, finished, earlier.verified)
+            destination = Destination(directory, journal, shards, finished, earlier.verified, index_name)
             try:
                 yield destination
             except BaseException:
@@ -219,6 +234,7 @@ def _taken_over(
     shards: Sequence[Shard],
     work: Mapping[str, Any] | None,
     resume: bool,
+    index_name: str,
 ) -> set[str]:
     """Names of the shards that an earlier work has finished; what cannot be used of it is thrown away.
 
@@ -236,7 +252,7 @@ def _taken_over(
     if not finished and not any(_is_placed(directory, name, placing[name]) for name in list(placing)[-1:]):
         _take_back(directory, placing)
     complete = len(finished) == len(shards)
-    allowed = finished | ({INDEX_NAME} if complete else set())
+    allowed = finished | ({index_name} if complete else set())
     present = [name for name in system.list_names(directory) if is_checkpoint(name) and name not in allowed]
     if present:
         raise DestinationError(

@@ -17,13 +17,35 @@ from automodel_conv.dtypes import BITS, nbytes
 from automodel_conv.errors import UnsupportedError, message
 from automodel_conv.files.header import LONGEST_NAME, odd_name, short
 
-INDEX_NAME = "model.safetensors.index.json"
 CHECKSUMS_NAME = "model.safetensors.checksums.json"
+LAYOUT_KEY = "expert_layout"
+"""Under it the metadata of files and of their index name the layout of the experts."""
 
 _ORDER = {code: place for place, code in enumerate(BITS)}
 _UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?I?B)\s*", re.IGNORECASE)
+
+
+class Form(NamedTuple):
+    """What the files of a checkpoint are called, and what they say of their experts."""
+
+    stem: str = "model"
+    """Names begin with it. transformers and engines look for "model", and pass over others."""
+    layout: str | None = None
+    """Of the experts; None: the files do not say."""
+
+    @property
+    def index_name(self) -> str:
+        return f"{self.stem}.safetensors.index.json"
+
+    def file_name(self, number: int, of: int) -> str:
+        """Name of a file, counted from 1."""
+        return f"{self.stem}-{number:05}-of-{of:05}.safetensors" if of > 1 else f"{self.stem}.safetensors"
+
+
+FORM = Form()
+"""What transformers writes."""
 
 
 class Spec(NamedTuple):
@@ -64,7 +86,7 @@ def parse_size(size: int | str) -> int:
     return found
 
 
-def divide(specs: Iterable[Spec], most_bytes: int) -> list[Shard]:
+def divide(specs: Iterable[Spec], most_bytes: int, form: Form = FORM) -> list[Shard]:
     """Files of at most ``most_bytes`` of data each, in the order of ``specs``; a larger tensor has its own file."""
     groups: list[list[Spec]] = []
     current: list[Spec] = []
@@ -78,24 +100,21 @@ def divide(specs: Iterable[Spec], most_bytes: int) -> list[Shard]:
             current, used = [], 0
         current.append(spec)
         used += spec.nbytes
-    if current:
+    if current or not groups:
         groups.append(current)
-    if len(groups) <= 1:
-        return [shard_of("model.safetensors", groups[0] if groups else [])]
-    return [
-        shard_of(f"model-{number:05}-of-{len(groups):05}.safetensors", group) for number, group in enumerate(groups, 1)
-    ]
+    names = [form.file_name(number, len(groups)) for number in range(1, len(groups) + 1)]
+    return [shard_of(name, group, form.layout) for name, group in zip(names, groups, strict=True)]
 
 
-def divide_like(specs: Iterable[Spec], files: Mapping[str, str]) -> list[Shard]:
+def divide_like(specs: Iterable[Spec], files: Mapping[str, str], layout: str | None = None) -> list[Shard]:
     """The files that ``files`` names for the tensors; all must be in it."""
     groups: dict[str, list[Spec]] = {}
     for spec in specs:
         groups.setdefault(files[spec.name], []).append(spec)
-    return [shard_of(name, groups[name]) for name in sorted(groups)]
+    return [shard_of(name, groups[name], layout) for name in sorted(groups)]
 
 
-def shard_of(name: str, specs: Sequence[Spec]) -> Shard:
+def shard_of(name: str, specs: Sequence[Spec], layout: str | None = None) -> Shard:
     """A file with these tensors: the widest dtypes first, so that each tensor is aligned, and then by name.
 
     Raises:
@@ -105,7 +124,8 @@ def shard_of(name: str, specs: Sequence[Spec]) -> Shard:
         expected = f"at most {LONGEST_NAME} printable characters"
         raise UnsupportedError(message("a name that no tensor may have", expected=expected, found=short(odd)))
     specs = sorted(specs, key=lambda spec: (-_ORDER[spec.dtype], spec.name))
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    metadata = {"format": "pt"} if layout is None else {"format": "pt", LAYOUT_KEY: layout}
+    header: dict[str, object] = {"__metadata__": metadata}
     starts, end = [], 0
     for spec in specs:
         shape = list(spec.shape)
@@ -122,18 +142,20 @@ def shard_of(name: str, specs: Sequence[Spec]) -> Shard:
     return Shard(name, len(text).to_bytes(8, "little") + text, tuple(specs), tuple(data + start for start in starts))
 
 
-def index_of(shards: Sequence[Shard], parameters: int | None = None) -> bytes | None:
+def index_of(shards: Sequence[Shard], parameters: int | None = None, form: Form = FORM) -> bytes | None:
     """The text of the index; None for a single file under its usual name, which needs none.
 
     Args:
         parameters: elements of the model's parameters; None: all elements count as such.
     """
-    if [shard.name for shard in shards] == ["model.safetensors"]:
+    if [shard.name for shard in shards] == [form.file_name(1, 1)]:
         return None
     specs = [spec for shard in shards for spec in shard.specs]
-    metadata = {
+    metadata: dict[str, object] = {
         "total_parameters": sum(prod(spec.shape) for spec in specs) if parameters is None else parameters,
         "total_size": sum(spec.nbytes for spec in specs),
     }
+    if form.layout is not None:
+        metadata[LAYOUT_KEY] = form.layout
     weight_map = {spec.name: shard.name for shard in shards for spec in shard.specs}
     return (json.dumps({"metadata": metadata, "weight_map": weight_map}, indent=2, sort_keys=True) + "\n").encode()

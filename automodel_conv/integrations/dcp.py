@@ -41,7 +41,7 @@ from automodel_conv.execution.writing import budget, write_slabs
 from automodel_conv.files import system
 from automodel_conv.files.checkpoint import Checkpoint, open_checkpoint
 from automodel_conv.files.destination import Destination, open_destination, staged_path
-from automodel_conv.files.shards import Shard
+from automodel_conv.files.shards import Form, Shard
 from automodel_conv.loading import load_plan
 from automodel_conv.planning.copies import SourceTable
 from automodel_conv.planning.models import tied_names
@@ -54,6 +54,7 @@ from automodel_conv.saving import (
     finish_save,
     places_in,
     refuse_unlike_stored,
+    saved_form,
     saved_tensors,
     shards_for,
 )
@@ -64,7 +65,8 @@ class HuggingFaceReader(StorageReader):
 
     Args:
         path: see ``load_state_dict``.
-        model, rules, layout, key_mapping: see ``compile_plan``; without model and rules, the model of ``config.json``.
+        model, rules, layout, source_layout, key_mapping: see ``compile_plan``; without model and rules, the model of
+            ``config.json``.
         threads, scratch_bytes, device_scratch_bytes: see ``load_state_dict``.
 
     Tensors are cast to the dtype of those they are loaded into.
@@ -81,6 +83,7 @@ class HuggingFaceReader(StorageReader):
         *,
         rules: Iterable[Any] | None = None,
         layout: str | None = None,
+        source_layout: str | None = None,
         key_mapping: Mapping[str, str] | None = None,
         threads: int | None = None,
         scratch_bytes: int | None = None,
@@ -90,6 +93,7 @@ class HuggingFaceReader(StorageReader):
         self._model = model
         self._rules = None if rules is None else list(rules)
         self._layout = layout
+        self._source_layout = source_layout
         self._key_mapping = key_mapping
         self._limits = Limits(threads, scratch_bytes, device_scratch_bytes)
         self._opened: tuple[Checkpoint, CopyPlan, dict[str, str]] | None = None
@@ -115,7 +119,9 @@ class HuggingFaceReader(StorageReader):
     def _open(self) -> tuple[Checkpoint, CopyPlan, dict[str, str]]:
         """The checkpoint, its plan, and of each name that can be loaded the target that has its value."""
         checkpoint = open_checkpoint(self._path)
-        whole, problems, model = load_plan(checkpoint, self._model, self._rules, self._layout, self._key_mapping, None)
+        whole, problems, model = load_plan(
+            checkpoint, self._model, self._rules, self._layout, self._source_layout, self._key_mapping, None
+        )
         problems.raise_unless_fit(checkpoint.path)
         plan = without_casts(whole)  # to be cast to what is loaded into, once
         made = {target.name: target.name for target in plan.targets}
@@ -208,7 +214,7 @@ class HuggingFaceWriter(StorageWriter):
         self._max_shard_size = max_shard_size
         self._share = budget(threads, scratch_bytes or DEFAULT_SCRATCH_BYTES, reads_files=False)
         self._names = None if model is None else saved_tensors(model).keys()
-        self._begun: tuple[Destination, list[Shard]] | None = None
+        self._begun: tuple[Destination, list[Shard], Form] | None = None
         self._ending = ExitStack()
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
@@ -247,8 +253,9 @@ class HuggingFaceWriter(StorageWriter):
         self._check(specs, held)
         names = list(specs) if self._names is None else [name for name in self._names if name in specs]
         table = SourceTable(names, [specs[name][0] for name in names], [specs[name][1] for name in names])
-        _, shards = self._plan(table)
-        self._begun = self._ending.enter_context(open_destination(self._directory, shards, None)), shards
+        _, shards, form = self._plan(table)
+        opening = open_destination(self._directory, shards, None, index_name=form.index_name)
+        self._begun = self._ending.enter_context(opening), shards, form
         with self._undone_if_it_fails():
             begin_save(self._begun[0], shards, self._model)
         return [replace(plan, storage_data=table) for plan in plans]
@@ -277,16 +284,17 @@ class HuggingFaceWriter(StorageWriter):
             if not self._ending.__exit__(*sys.exc_info()):
                 raise
 
-    def _plan(self, table: SourceTable) -> tuple[CopyPlan, list[Shard]]:
+    def _plan(self, table: SourceTable) -> tuple[CopyPlan, list[Shard], Form]:
         reference = None if self._reference is None else open_checkpoint(self._reference)
         like = None if reference is None else SourceTable.of(reference)
         plan = saving_plan(table, model=self._model, rules=self._rules, layout=self._layout, reference=like)
-        return plan, shards_for(plan, reference, self._max_shard_size)
+        form = saved_form(plan, self._model, self._layout, reference)
+        return plan, shards_for(plan, reference, self._max_shard_size, form), form
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
         """Write what this rank's plan has, and wait until the disk has it."""
         table: SourceTable = plan.storage_data
-        copies, shards = self._plan(table)
+        copies, shards, _ = self._plan(table)
         rows = {name: row for row, name in enumerate(table.names)}
         holdings: dict[int, list[Holding]] = {}
         results = []
@@ -312,9 +320,9 @@ class HuggingFaceWriter(StorageWriter):
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
         """Make the directory a checkpoint, on the coordinator."""
         if self._begun is not None:
-            destination, shards = self._begun
+            destination, shards, form = self._begun
             with self._undone_if_it_fails():
-                finish_save(destination, shards, self._model)
+                finish_save(destination, shards, self._model, form)
         self.reset()
 
     @classmethod

@@ -7,7 +7,7 @@ called ``experts`` that hold all of them in one buffer. Everything else passes t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
 
 from automodel_conv.errors import UnsupportedError, message
@@ -83,6 +83,9 @@ LAYOUTS: Mapping[str, Layout] = {
 }
 
 
+PER_EXPERT = "per_expert"
+"""As checkpoints of a type are published: most have one tensor for each expert and projection. No layout of buffers."""
+
 SCALES = ("_scale_inv", "_scale")
 """What the scales of experts that are kept quantized are called after their names; they lie as these do.
 Source: transformers 5.23.0, ``FP8Experts``; vLLM, ``Fp8MoEMethod``."""
@@ -110,6 +113,28 @@ def holds_experts(name: str, layout: Layout) -> bool:
     """True if ``name`` is a tensor of grouped experts in that layout."""
     path, _, leaf_name = name.rpartition(".")
     return _is_experts(path) and leaf_name in layout[2:]
+
+
+def own_layout(modules: Iterable[ExpertLayout | None]) -> str | None:
+    """The layout that transformers loads for a type with such experts; None if they do not say, or differ.
+
+    Only layouts under transformers' own names can be it.
+    """
+    said = set(modules)
+    if len(said) != 1 or (own := said.pop()) is None:
+        return None
+    return next((name for name in ("transformers", "gpt_oss") if LAYOUTS[name] == as_layout(own)), None)
+
+
+def any_experts(name: str) -> bool:
+    """True if ``name`` is a tensor of grouped experts in some layout."""
+    return any(holds_experts(name, layout) for layout in LAYOUTS.values())
+
+
+def told_by_name(name: str) -> str | None:
+    """The layout of a tensor of grouped experts whose name only one layout has; None for all other tensors."""
+    found = [called for called, layout in LAYOUTS.items() if holds_experts(name, layout)]
+    return found[0] if len(found) == 1 else None
 
 
 def _is_experts(path: str) -> bool:

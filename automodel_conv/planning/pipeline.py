@@ -20,11 +20,14 @@ from automodel_conv.planning.composition import table_of
 from automodel_conv.planning.copies import SourceTable
 from automodel_conv.planning.layouts import (
     LAYOUTS,
+    PER_EXPERT,
     Layout,
+    any_experts,
     as_layout,
     get_layout,
     holds_experts,
     relayout,
+    told_by_name,
 )
 from automodel_conv.planning.models import ExpertLayout, expert_layouts, model_targets, tied_names
 from automodel_conv.planning.plan import CopyPlan
@@ -38,6 +41,7 @@ from automodel_conv.planning.registry import (
     without_ignored,
 )
 from automodel_conv.planning.rules import RuleSet
+from automodel_conv.planning.unmarked import refuse_contradictions, refuse_other_layouts, refuse_untold
 
 
 def loading_plan(
@@ -56,6 +60,8 @@ def loading_plan(
     """The plan from checkpoint names to the model's (or the rules') names, and what did not fit.
 
     Args:
+        source_layout: how grouped experts among the sources lie, and what is not in that layout is an error;
+            "per_expert": as the type is published; None: as the model has them, which their shapes must bear out.
         in_place: the model's own tensors are the destination, so a ``layout`` they do not have is an error.
         quantizer: transformers' own, of a model that keeps codes and scales: its rules go with the model's.
         targets: what to make, if not the model's state dict.
@@ -70,7 +76,9 @@ def loading_plan(
         targets = model_targets(model, dtype)
     code = None if dtype is None else dtype_code(dtype)
     wanted = None if layout is None else get_layout(layout)
-    experts = _experts_of(model, layout or source_layout)
+    published = source_layout == PER_EXPERT
+    incoming = None if source_layout is None or published else get_layout(source_layout)
+    experts = _experts_of(model, layout or (source_layout if incoming is not None else None))
     own = {path: as_layout(said) for path, said in experts.items()}
     gated = _gated_by(experts, rule_set)
 
@@ -86,22 +94,22 @@ def loading_plan(
             message(
                 f"the model's experts are not in the layout {layout!r}",
                 expected=f"tensors named {wanted.gate_up}, {wanted.down}",
-                found=sorted({name.rpartition(".")[2] for name in targets or () if _any_experts(name)}),
+                found=sorted({name.rpartition(".")[2] for name in targets or () if any_experts(name)}),
                 do="leave layout out to load in the model's own layout",
             )
         )
     stages = _meant(table)
     if stages:
         table = table_of(stages[-1].targets)
-    if source_layout is not None:
-        incoming = _checked_layout(source_layout, table)
+    if incoming is not None and source_layout is not None and not _has_names_of(targets, source_layout):
+        _check_layout(source_layout, table)
         stages.append(relayout(table, lambda path: incoming, canonical, gated))
         table = table_of(stages[-1].targets)
     plan, problems = compile_targets(table, rule_set, targets, code)
     stages.append(plan)
     if wanted is not None:
-        if model is None and rules is None and source_layout is None:
-            _checked_layout("transformers", table)
+        if source_layout is None and targets is None:
+            refuse_untold(plan, canonical, gated)
         stages.append(relayout(table_of(plan.targets), canonical, lambda path: wanted, gated))
     whole = _composed(stages)
     if destination is not None:
@@ -111,6 +119,21 @@ def loading_plan(
             if t.name in destination and destination[t.name].shape != t.shape
         ]
     _forgive(problems, model, whole)
+    if source_layout is None and targets is not None:
+        refuse_other_layouts(problems, plan, rule_set)
+    if (
+        wanted is not None
+        and table.names
+        and not any(map(any_experts, targets or (target.name for target in plan.targets)))
+    ):
+        raise UnsupportedError(
+            message(
+                f"no tensor is in the layout {layout!r} or can be laid out so",
+                expected="grouped experts, or model= or rules= that group them",
+                found=", ".join(table.names[:3]) + ", ...",
+                do="leave layout out for a model without experts",
+            )
+        )
     left_out = {
         "missing": tuple(problems.missing),
         "unexpected": tuple(problems.unexpected),
@@ -126,6 +149,7 @@ def saving_plan(
     rules: Iterable[Any] | None = None,
     layout: str | None = None,
     reference: SourceTable | None = None,
+    checked: bool = False,
 ) -> CopyPlan:
     """The plan from model names back to the checkpoint's names.
 
@@ -133,9 +157,11 @@ def saving_plan(
         table: the tensors of the model, in ``layout`` (None: the model's own).
         reference: a checkpoint whose names and boundaries to restore; otherwise all rules are reversed, and the targets
             are in the order in which upstream writes them.
+        checked: it is known that the experts are in that layout.
 
     Raises:
         NameProblems: the tensors do not fit the reference.
+        UnsupportedError: experts that are not in the layout of the model, or of the rules, and no ``layout``.
     """
     if reference is not None:
         return _inverse_of_loading(table, reference, model, rules, layout)
@@ -146,7 +172,8 @@ def saving_plan(
     if stages:
         table = table_of(stages[-1].targets)
     if layout is not None:
-        given = _checked_layout(layout, table)
+        given = get_layout(layout)
+        _check_layout(layout, table)
         gated = _gated_by(experts, rule_set)
         stages.append(
             relayout(
@@ -157,6 +184,9 @@ def saving_plan(
             )
         )
         table = table_of(stages[-1].targets)
+    elif not checked:
+        has = {} if model is None else {name: spec.shape for name, spec in model_targets(model).items()}
+        refuse_contradictions(table, has, rule_set)
     shapes = dict(zip(table.names, table.shapes, strict=True))
     plan, problems = compile_targets(table, rule_set, None, parameters=shapes)
     problems.raise_unless_fit("going back to the checkpoint's names")
@@ -241,8 +271,8 @@ def _experts_of(model: nn.Module | None, layout: str | None) -> dict[str, Expert
     return {path: own for path, own in said.items() if own is not None}
 
 
-def _checked_layout(name: str, table: SourceTable) -> Layout:
-    """The layout of that name, which some of the tensors must have, if there are any."""
+def _check_layout(name: str, table: SourceTable) -> None:
+    """Raise UnsupportedError if none of the tensors, of which there are some, can be in the layout of that name."""
     layout = get_layout(name)
     if table.names and not any(holds_experts(tensor, layout) for tensor in table.names):
         raise UnsupportedError(
@@ -253,7 +283,11 @@ def _checked_layout(name: str, table: SourceTable) -> Layout:
                 do="per-expert tensors take model= or rules= to be grouped",
             )
         )
-    return layout
+
+
+def _has_names_of(targets: Mapping[str, TargetSpec] | None, layout: str) -> bool:
+    """Whether the experts of a model have names that no other layout has, as those of NeMo's own models."""
+    return any(told_by_name(name) == layout for name in targets or ())
 
 
 def _gated_by(experts: Mapping[str, ExpertLayout], rules: RuleSet) -> Callable[[str], bool]:
@@ -266,13 +300,9 @@ def _gated_by(experts: Mapping[str, ExpertLayout], rules: RuleSet) -> Callable[[
     return lambda path: experts[path].gated if path in experts else not ungated
 
 
-def _any_experts(name: str) -> bool:
-    return any(holds_experts(name, layout) for layout in LAYOUTS.values())
-
-
 def _is_laid_out(targets: Mapping[str, TargetSpec], own: Mapping[str, Layout], wanted: Layout) -> bool:
     """True if all experts among ``targets`` are in the wanted layout, as far as names and the modules tell."""
-    names = [name for name in targets if _any_experts(name)]
+    names = [name for name in targets if any_experts(name)]
     return all(
         holds_experts(name, wanted) and (own.get(name.rpartition(".")[0], wanted)[:2] == wanted[:2]) for name in names
     )

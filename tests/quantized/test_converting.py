@@ -96,7 +96,7 @@ def test_packed_codes_are_decoded(tmp_path, producer):
     assert_same(tensors_of(tmp_path / "plain"), dict(expected))
 
 
-@pytest.mark.parametrize("layout", [None, "nemo", "gpt_oss", "vllm", "per_expert"])
+@pytest.mark.parametrize("layout", [None, "nemo", "gpt_oss", "vllm"])
 def test_scales_of_grouped_experts_are_not_written_beside_what_they_decode(tmp_path, layout):
     codes = {"experts.gate_up_proj": torch.randn(2, 8, 6), "experts.down_proj": torch.randn(2, 6, 4)}
     stored = {name: numbers.to(torch.float8_e4m3fn) for name, numbers in codes.items()}
@@ -109,7 +109,6 @@ def test_scales_of_grouped_experts_are_not_written_beside_what_they_decode(tmp_p
     what = {"rules": [], "source_layout": "transformers", "layout": layout}
     amc.convert_checkpoint(tmp_path / "quantized", tmp_path / "plain", **what, dequantize=True)
     exact = {name: (stored[name].float() * scales[name]).bfloat16() for name in codes}  # powers of two
-    layout = None if layout == "per_expert" else layout  # which without rules is nothing else
     expected = amc.convert_state_dict(exact, rules=[], source_layout="transformers", layout=layout)
     assert_same(tensors_of(tmp_path / "plain"), expected)
 

@@ -1,0 +1,93 @@
+"""How files say in which layout their experts lie: what is read from them, and what is written.
+
+The metadata of every file and of the index names the layout. So do the names of the files where transformers would not
+load the layout as it is: it looks for ``model*.safetensors`` and refuses a directory without. Source: transformers
+5.12.1, 5.17.0 and 5.23.0, ``_get_resolved_checkpoint_files`` in modeling_utils.py; the ``format`` entry of the metadata
+does not keep them from loading.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+
+from automodel_conv.errors import CheckpointError, UnsupportedError, message
+from automodel_conv.files.checkpoint import Checkpoint
+from automodel_conv.files.shards import LAYOUT_KEY, Form
+from automodel_conv.planning.layouts import LAYOUTS, PER_EXPERT, holds_experts
+
+_FILE = re.compile(r"(\w+?)(-\d{5}-of-\d{5})?\.safetensors")
+
+
+def stated_layout(checkpoint: Checkpoint, source_layout: str | None) -> str | None:
+    """The layout of a checkpoint's experts: the caller's word, or else what the files say; None if nobody does.
+
+    Raises:
+        UnsupportedError: the caller and the files say different things, or the files name a layout that is not known.
+        CheckpointError: one file says another thing than another one.
+    """
+    said = tuple(dict.fromkeys([*checkpoint.layouts, *_said_by_names(checkpoint)]))
+    if len(said) > 1:
+        raise CheckpointError(
+            message(
+                "the files of the checkpoint say different things of the layout of their experts",
+                where=checkpoint.path,
+                found=", ".join(said),
+                do="do not put files of two conversions into one directory",
+            )
+        )
+    if said and said[0] not in (*LAYOUTS, PER_EXPERT):
+        raise UnsupportedError(
+            message(
+                "the checkpoint is in a layout that is not known here",
+                where=checkpoint.path,
+                expected=f"one of {sorted(LAYOUTS)}",
+                found=f"{LAYOUT_KEY}: {said[0]}",
+                do="use a newer version of this package",
+            )
+        )
+    if source_layout is not None and said and said[0] != source_layout:
+        raise UnsupportedError(
+            message(
+                f"source_layout is {source_layout!r}, and the checkpoint says otherwise",
+                where=checkpoint.path,
+                found=f"{LAYOUT_KEY}: {said[0]}",
+                do="leave source_layout out",
+            )
+        )
+    return said[0] if said else source_layout
+
+
+def layout_to_read(checkpoint: Checkpoint, source_layout: str | None, *, keeps_names: bool) -> str | None:
+    """What ``loading_plan`` is told of the layout of a checkpoint's experts; see ``stated_layout``.
+
+    Args:
+        keeps_names: neither rules, nor a model, nor another layout: experts stay as they are, whatever the files say.
+    """
+    said = stated_layout(checkpoint, source_layout)
+    return source_layout if keeps_names or said == PER_EXPERT else said
+
+
+def form_like(checkpoint: Checkpoint) -> Form:
+    """The form of a checkpoint whose tensors are written anew, with their names and those of their files."""
+    stems = _said_by_names(checkpoint)
+    return Form(stems[0] if stems else "model", stated_layout(checkpoint, None))
+
+
+def form_of(layout: str | None, own: str | None) -> Form:
+    """What files are called, and what they say.
+
+    Args:
+        layout: of the grouped experts in them; None: there are none, or nobody knows.
+        own: the layout that transformers loads for this type of model; None: not known, taken for "transformers".
+    """
+    if layout is not None and layout in LAYOUTS and layout != (own or "transformers"):
+        return Form(layout, layout)
+    return Form(layout=layout)
+
+
+def _said_by_names(checkpoint: Checkpoint) -> list[str]:
+    """Layouts that names of files begin with, where there are experts that can be in them."""
+    names = (_FILE.fullmatch(os.path.basename(file)) for file in checkpoint.files)
+    stems = dict.fromkeys(match[1] for match in names if match is not None and match[1] in LAYOUTS)
+    return [stem for stem in stems if any(holds_experts(name, LAYOUTS[stem]) for name in checkpoint.names)]

@@ -1,0 +1,142 @@
+"""Grouped experts of which nobody has said how they lie: what shapes and names contradict, or leave open, is an error.
+
+Nothing is guessed here. Without a word, grouped experts are taken to lie as the model has them, or without a model as
+transformers' rules make them, and this must be borne out: by the model's shapes, or by a module's two weights together.
+``[E, 2I, H]`` beside ``[E, H, I]`` is the one, ``[E, H, 2I]`` beside ``[E, I, H]`` the other; a square matrix alone, or
+two of them, are both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+from automodel_conv.errors import UnsupportedError, message
+from automodel_conv.planning.compiler import Problems
+from automodel_conv.planning.copies import SourceTable
+from automodel_conv.planning.layouts import LAYOUTS, Layout, holds_experts, told_by_name
+from automodel_conv.planning.plan import CopyPlan
+from automodel_conv.planning.rules import RuleSet
+
+Shape = tuple[int, ...]
+_NAMES = ", ".join(f'"{name}"' for name in LAYOUTS)
+
+
+def refuse_other_layouts(problems: Problems, plan: CopyPlan, rules: RuleSet) -> None:
+    """Refuse grouped experts that are not in their model's layout, or that may be in another one as well.
+
+    Args:
+        problems: what did not fit the model, less what it ignores.
+        plan: what does.
+        rules: the model's; experts that they do not make have one published form, which is the model's own.
+
+    Raises:
+        UnsupportedError: names the first tensor, and ``source_layout``.
+    """
+    for name, found, expected in problems.mismatched:
+        if _is_weight(name) and found == _turned(expected) != expected:
+            raise _refused(name, "source_layout", f"{list(expected)}, as the model has it", list(found))
+    told = [name for name in problems.unexpected if told_by_name(name) is not None]
+    if told:
+        raise _refused(told[0], "source_layout", "names that the model has", f"{len(told)} such names")
+    made = {pattern.rpartition(".")[2] for row in range(len(rules.converters)) for pattern in rules.patterns(row)[1]}
+    taken = {t.name: t.shape for t in plan.targets if t.rule < 0 and t.name.rpartition(".")[2] in made}
+    for path, weights in _by_module(taken).items():
+        if all(_is_square(shape) for shape in weights.values()):
+            leaf, shape = next(iter(weights.items()))
+            raise _refused(f"{path}.{leaf}", "source_layout", "a matrix that is not square", list(shape))
+
+
+def refuse_untold(plan: CopyPlan, canonical: Callable[[str], Layout], gated: Callable[[str], bool]) -> None:
+    """Refuse grouped experts that no rule has made, no model has, and whose two weights do not tell how they lie.
+
+    Raises:
+        UnsupportedError: names the first tensor, and ``source_layout``.
+    """
+    for path, weights in _by_module({t.name: t.shape for t in plan.targets if t.rule < 0}).items():
+        layout = canonical(path)
+        first, down = weights.get(layout.gate_up), weights.get(layout.down)
+        pair = None if first is None or down is None or not gated(path) else _Pair(first, down)
+        if pair is None or not pair.fits(layout):
+            leaf, shape = next(iter(weights.items()))
+            expected = f"{layout.gate_up} [E, 2I, H] and {layout.down} [E, H, I]"
+            raise _refused(f"{path}.{leaf}", "source_layout", expected, list(shape))
+
+
+def refuse_contradictions(table: SourceTable, shapes: Mapping[str, Shape], rules: RuleSet) -> None:
+    """Refuse tensors of a model whose grouped experts are not in its layout, before rules take them apart.
+
+    Args:
+        shapes: of the model's tensors, by name; those that are not in it are taken to be as the rules make them.
+
+    Raises:
+        UnsupportedError: names the first tensor, and ``layout``.
+    """
+    grouped = dict(zip(table.names, table.shapes, strict=True))
+    takes = any("experts" in pattern for row in range(len(rules.converters)) for pattern in rules.patterns(row)[0])
+    for path, weights in _by_module(grouped).items():
+        for leaf, found in weights.items():
+            name = f"{path}.{leaf}"
+            expected = shapes.get(name)
+            if expected is not None and found == _turned(expected) != expected:
+                raise _refused(name, "layout", f"{list(expected)}, as the model has it", list(found))
+            if takes and expected is None and told_by_name(name) is not None:
+                raise _refused(name, "layout", "names that the rules take apart", list(found))
+        plain = LAYOUTS["transformers"]
+        if takes and plain.gate_up in weights and plain.down in weights and f"{path}.{plain.down}" not in shapes:
+            pair = _Pair(weights[plain.gate_up], weights[plain.down])
+            if pair.fits(LAYOUTS["gpt_oss"]):
+                found = list(weights[plain.gate_up])
+                raise _refused(f"{path}.{plain.gate_up}", "layout", "[E, 2I, H] beside [E, H, I]", found)
+
+
+class _Pair(NamedTuple):
+    """The shapes of a module's two weights, of experts with a gate."""
+
+    first: Shape
+    down: Shape
+
+    def fits(self, layout: Layout) -> bool:
+        if len(self.first) != 3 or len(self.down) != 3:
+            return False
+        first, down = self.first, self.down
+        if layout.transposed:
+            first, down = _turned(first), _turned(down)
+        return first[1:] == (2 * down[2], down[1])
+
+
+def _by_module(tensors: Mapping[str, Shape]) -> dict[str, dict[str, Shape]]:
+    """The weights of grouped experts among these, by the names of their modules and then their own."""
+    modules: dict[str, dict[str, Shape]] = {}
+    for name, shape in tensors.items():
+        if _is_weight(name) and len(shape) == 3:
+            path, _, leaf = name.rpartition(".")
+            modules.setdefault(path, {})[leaf] = shape
+    return modules
+
+
+def _is_weight(name: str) -> bool:
+    leaf = name.rpartition(".")[2]
+    return any(
+        holds_experts(name, layout) and leaf in (layout.gate_up, layout.up, layout.down) for layout in LAYOUTS.values()
+    )
+
+
+def _is_square(shape: Shape) -> bool:
+    return shape[1] == shape[2]
+
+
+def _turned(shape: Shape) -> Shape:
+    return (shape[0], shape[2], shape[1]) if len(shape) == 3 else shape
+
+
+def _refused(name: str, argument: str, expected: object, found: object) -> UnsupportedError:
+    return UnsupportedError(
+        message(
+            "grouped experts lie in a layout that cannot be told",
+            where=name,
+            expected=expected,
+            found=found,
+            do=f"say it: {argument}= takes {_NAMES}",
+        )
+    )
