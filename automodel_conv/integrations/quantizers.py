@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 
 from automodel_conv.dtypes import DECODED
 from automodel_conv.planning.copies import Decode
+from automodel_conv.planning.registry import CORE_MODULE
+from automodel_conv.planning.rules import RuleSet
 
 _DEQUANTIZE = {"Fp8Dequantize", "Mxfp4Dequantize", "CompressedTensorsDequantize"}
 _MODULES = "transformers.integrations."
@@ -49,6 +51,35 @@ def rounds_alike(decode: Decode, natural: str, wanted: str) -> bool:
     compressed-tensors computes in the dtype of the scales, and divides NVFP4's scales by the global one in it.
     """
     return decode.global_scale is None and (decode.format != "int4" or natural == wanted) and wanted in DECODED
+
+
+def quantization_method(model: Any, quantizer: Any) -> str | None:
+    """The method by which a checkpoint says that it is quantized, also where transformers has no quantizer for it."""
+    if quantizer is not None and not getattr(quantizer, "pre_quantized", False):
+        return None
+    if quantizer is not None:
+        found = quantizer.quantization_config
+    else:
+        found = getattr(model.config, "quantization_config", None)
+        found = found or getattr(model.config.get_text_config(decoder=True), "quantization_config", None)
+    method = found.get("quant_method") if isinstance(found, Mapping) else getattr(found, "quant_method", None)
+    return None if method is None else str(getattr(method, "value", method))
+
+
+def quantizes(quantizer: Any, model: Any, target: str) -> bool:
+    """Whether a parameter is quantized from numbers while it is loaded."""
+    if quantizer is None or getattr(quantizer, "pre_quantized", False):
+        return False
+    return bool(quantizer.param_needs_quantization(model, target))
+
+
+def only_moves(rules: RuleSet, row: int) -> bool:
+    """Whether a rule leaves codes that come without their scale as they are; -1 is a name that no converter takes.
+
+    An operation that neither moves nor dequantizes may do anything to them.
+    """
+    operations = rules.converters[row].operations if row >= 0 else ()
+    return all(_dequantizes(operation) or type(operation).__module__ == CORE_MODULE for operation in operations)
 
 
 def _own(rule: Any) -> Any | None:

@@ -4,7 +4,8 @@ transformers opens a checkpoint's files and hands lazy slices to ``convert_and_l
 all that users know: dtypes, placement, offloading, quantization, sharding, the loading report. With the hook that
 function runs twice: first on the converted tensors, whole and under their final names, then on everything else. What
 cannot be lowered (see ``whole_conversions``), is quantized or sharded while it is loaded, or is on its way to the disk,
-is in the second call and takes upstream's way unchanged.
+is in the second call and takes upstream's way unchanged, unless it would make numbers of quantized codes without their
+scales (``codes``): that is an error.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from automodel_conv.execution.buffers import allocate
 from automodel_conv.execution.filling import Limits, fill
 from automodel_conv.files.checkpoint import Checkpoint
 from automodel_conv.files.header import read_header
+from automodel_conv.integrations.codes import refuse_codes
 from automodel_conv.integrations.quantizers import PlainLoad, plain_load, rounds_alike
 from automodel_conv.planning.compiler import Conversion, TargetSpec, whole_conversions
 from automodel_conv.planning.composition import table_of
@@ -78,7 +80,8 @@ class Acceleration:
 def install() -> Acceleration:
     """Let every ``from_pretrained`` of this process convert its tensors by plan, until ``uninstall``.
 
-    Calling it again changes nothing and returns the same object.
+    A load raises QuantizationError where transformers would cast quantized codes without their scales. Calling this
+    again changes nothing and returns the same object.
 
     Raises:
         UnsupportedError: transformers is missing, or its loader is not one that this was made for.
@@ -103,7 +106,8 @@ def uninstall() -> None:
 def accelerate_transformers() -> Iterator[Acceleration]:
     """``install`` for the length of a block. Blocks may be nested, and open in several threads at once.
 
-    Patching is for the whole process: loads of other threads, too, are planned while any block is open.
+    Patching is for the whole process: loads of other threads, too, are planned while any block is open. What a load
+    raises: see ``install``.
 
     Raises:
         UnsupportedError: see ``install``.
@@ -254,6 +258,8 @@ def _converting(convert: Callable[..., Any], acceleration: Acceleration) -> Call
         # Before 5.17 a plan says what is sharded; since then the parameters do.
         sharded = kwargs.get("tp_plan") if load_config.device_mesh is not None else None
         work, left = _planned(model, state_dict, load_config, plain, rules, sharded or {})
+        rest = state_dict if work is None else {n: source for n, source in state_dict.items() if n not in work.taken}
+        refuse_codes(model, rest, load_config)
         if work is None:
             found = convert(model, state_dict, load_config, *args, **kwargs)
             acceleration.loads.append(HookedLoad(type(model).__name__, (), left))
@@ -271,7 +277,6 @@ def _converting(convert: Callable[..., Any], acceleration: Acceleration) -> Call
         for rule, own in zip(load_config.weight_mapping, plain.rules, strict=True):
             if (work.plan.sources.decodes if own is None else next(used)) and hasattr(rule, "_was_used"):
                 rule._was_used = True
-        rest = {name: source for name, source in state_dict.items() if name not in work.taken}
         of_rest, *others = convert(model, rest, load_config, *args, **kwargs)
         _add(of_rest, of_converted)
         lowered = tuple(target.name for target in work.plan.targets)

@@ -29,6 +29,8 @@ from automodel_conv.planning.schemes import STORAGES, Block, Scheme, Storage, pa
 _CODES_IN = {"I32": 8, "U8": 2, "I8": 2, "F4": 2}
 # Of codes, or of scales, and of nothing else.
 _NARROW = ("F8_", "F6_", "F4")
+_CODE_SUFFIXES = tuple(dict.fromkeys(suffix for storage in STORAGES.values() for suffix, _ in storage.codes))
+_SCALES = tuple(dict.fromkeys(scale for storage in STORAGES.values() for scale in storage.scales))
 
 
 def has_codes(table: SourceTable) -> str | None:
@@ -46,6 +48,19 @@ def has_codes(table: SourceTable) -> str | None:
             if name.endswith(suffix) and any(part_name(weight, scale) in names for scale in scales):
                 return name
     return None
+
+
+def scale_names(codes: str) -> list[str]:
+    """The names that a scale of these codes can have, by any method."""
+    weights = [codes.removesuffix(suffix) for suffix in _CODE_SUFFIXES if codes.endswith(suffix)]
+    return [part for weight in weights for scale in _SCALES if (part := part_name(weight, scale)) is not None]
+
+
+def needs_scale(name: str, dtype: str) -> bool:
+    """Whether a tensor of a quantized checkpoint can be nothing but codes: it is a weight, and no scale itself."""
+    if name.endswith(_SCALES) or dtype == "F8_E8M0":
+        return False
+    return dtype.startswith(_NARROW) or (dtype in ("I8", "U8") and name.endswith("weight"))
 
 
 def quantized_table(table: SourceTable, config: Mapping[str, Any], *, like_upstream: bool = False) -> SourceTable:

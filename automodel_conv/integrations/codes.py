@@ -1,0 +1,109 @@
+"""Codes of quantized tensors that transformers would take for numbers.
+
+transformers casts a tensor to the dtype of its parameter. Codes need their scales before: a quantizer puts an operation
+into the rules that takes both, or parameters into the model that keep both. Otherwise the scales are unexpected keys,
+of which transformers warns, and the parameters are wrong by a factor, of which it says nothing.
+Source: transformers 5.23.0, ``convert_and_load_state_dict_in_model`` in ``core_model_loading.py``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from automodel_conv.dtypes import FLOATING, dtype_code
+from automodel_conv.errors import QuantizationError, listing, message
+from automodel_conv.integrations.quantizers import only_moves, quantization_method, quantizes
+from automodel_conv.planning.models import matching
+from automodel_conv.planning.quantization import needs_scale, scale_names
+from automodel_conv.planning.resolve import all_targets, resolve
+from automodel_conv.planning.rules import RuleSet
+from automodel_conv.planning.schemes import STORAGES
+
+
+def refuse_codes(model: Any, sources: Mapping[str, Any], load_config: Any) -> None:
+    """Refuse a load in which codes would become numbers without their scales.
+
+    Codes that no parameter takes pass, and those that a quantizer takes with their scales. So do FP8 tensors without
+    scales, unless the config says that they are quantized by a method whose scales are known here: alone they are
+    plain numbers of few bits.
+
+    Args:
+        sources: what transformers is about to load, tensors or lazy slices of them.
+        load_config: transformers' own, of this load.
+
+    Raises:
+        QuantizationError: names each such tensor, its scale, and what would become of it.
+    """
+    dtypes = {name: code for name, source in sources.items() if (code := _dtype(source)) not in FLOATING}
+    scales = {name: [scale for scale in scale_names(name) if scale in sources] for name in dtypes}
+    suspects = [name for name, dtype in dtypes.items() if dtype and (scales[name] or needs_scale(name, dtype))]
+    if not suspects:
+        return
+    rules = RuleSet(load_config.weight_mapping, model)
+    state = {name: tensor for name, tensor in model.state_dict().items() if isinstance(tensor, Tensor)}
+    places, made = _places(list(sources), rules, state)
+    planned = matching(load_config.dtype_plan or {})
+    has_known_scales = quantization_method(model, load_config.hf_quantizer) in STORAGES
+    problems = []
+    for name in suspects:
+        place = places.get(name)
+        if place is None or not only_moves(rules, place.rule):
+            continue
+        wanted = dtype_code(planned(place.target) or state[place.target].dtype)
+        into_numbers = wanted in FLOATING or quantizes(load_config.hf_quantizer, model, place.target)
+        found = f"{name} is {dtypes[name]}"
+        becomes = f"transformers would cast it for {place.target}, which is {wanted}"
+        if scales[name]:
+            if into_numbers and places.keys().isdisjoint(scales[name]):
+                scale = scales[name][0]
+                problems.append(
+                    f"{found}, its scale is {scale} ({_dtype(sources[scale])}): {becomes}, without the scale"
+                )
+        elif has_known_scales and into_numbers:
+            problems.append(f"{found}, and it has no scale: {becomes}")
+        elif has_known_scales:
+            kept = [scale for scale in scale_names(place.target) if scale in state]
+            if kept and made.isdisjoint(kept):
+                problems.append(f"{found}, and it has no scale: transformers would make {kept[0]} up")
+    if problems:
+        raise QuantizationError(
+            message(
+                "transformers would take codes of quantized tensors for numbers",
+                where=f"a load of {type(model).__name__}, {len(problems)} tensors",
+                expected="that its quantizer takes codes with their scales, as the quantization_config tells it",
+                found="\n" + listing(problems),
+                do="give config.json the quantization_config of these files; load_model() and load_state_dict() decode "
+                "what it describes, also by methods that transformers does not know. uninstall(), or a load outside of "
+                "the block of accelerate_transformers(), lets transformers take the codes",
+            )
+        )
+
+
+# --- private ----------------------------------------------------------------------------------------------------------
+
+
+class _Place(NamedTuple):
+    """Where a source goes: the first target of a rule."""
+
+    target: str
+    rule: int
+
+
+def _places(names: list[str], rules: RuleSet, state: Mapping[str, Tensor]) -> tuple[dict[str, _Place], set[str]]:
+    """The places of the sources that go to the model, and all that is made of them."""
+    places: dict[str, _Place] = {}
+    made: set[str] = set()
+    for target, rule, slots in resolve(names, rules, state).assignments:
+        made.update(all_targets(rules, rule, target))
+        places |= dict.fromkeys([names[row] for rows in slots.values() for row in rows], _Place(target, rule))
+    return places, made
+
+
+def _dtype(source: Any) -> str | None:
+    """The dtype of a tensor or of a lazy slice, as safetensors writes it; None of anything else."""
+    if isinstance(source, Tensor):
+        return dtype_code(source.dtype)
+    return source.get_dtype() if hasattr(source, "get_dtype") else None
