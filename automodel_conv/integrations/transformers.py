@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from automodel_conv.dtypes import dtype_code
-from automodel_conv.errors import CheckpointError, QuantizationError, UnsupportedError, message
+from automodel_conv.errors import CheckpointError, QuantizationError, UnsupportedError, listing, message
 from automodel_conv.execution.buffers import allocate
 from automodel_conv.execution.filling import Limits, fill
 from automodel_conv.files.checkpoint import Checkpoint
@@ -38,7 +38,9 @@ from automodel_conv.planning.models import matching
 from automodel_conv.planning.plan import CopyPlan
 from automodel_conv.planning.quantization import as_meant, quantized_table
 from automodel_conv.planning.registry import transformers_available
+from automodel_conv.planning.resolve import resolve
 from automodel_conv.planning.rules import RuleSet, natural_key
+from automodel_conv.planning.square import rules_that_ask, square_matrices
 
 _CONVERT = "convert_and_load_state_dict_in_model"
 # The modules that open files and convert what is in them; the second from 5.17 on.
@@ -48,6 +50,11 @@ _MODULES = ("transformers.modeling_utils", "transformers.modeling_layers")
 ALL = "all that is converted"
 NOT_OPENED_HERE = "some tensors are not in safetensors files that were opened under the hook"
 WAITS_FOR_NAMES = "other tensors are renamed only if transformers sees its sources"
+
+_LOAD_WITHOUT = (
+    'use load_model(), which needs no hook, with source_layout="transformers" if they lie as the model has them, '
+    'or source_layout="per_expert" if they lie as the type is published, which is transposed'
+)
 
 
 class HookedLoad(NamedTuple):
@@ -254,10 +261,13 @@ def _converting(convert: Callable[..., Any], acceleration: Acceleration) -> Call
         if _HOOK.acceleration is not acceleration:
             return convert(model, state_dict, load_config, *args, **kwargs)
         plain = plain_load(load_config.hf_quantizer, load_config.weight_mapping)
-        rules = RuleSet([rule for rule in plain.rules if rule is not None], model)
+        own = [rule for rule in plain.rules if rule is not None]
+        rules = RuleSet(own, model)
         # Before 5.17 a plan says what is sharded; since then the parameters do.
         sharded = kwargs.get("tp_plan") if load_config.device_mesh is not None else None
+        turned = _square_and_transposed(model, state_dict, RuleSet(own, model))
         work, left = _planned(model, state_dict, load_config, plain, rules, sharded or {})
+        _refuse_left(turned, work, left)
         rest = state_dict if work is None else {n: source for n, source in state_dict.items() if n not in work.taken}
         refuse_codes(model, rest, load_config)
         if work is None:
@@ -358,6 +368,35 @@ def _planned(
     for target in plan.targets:
         places.setdefault(wanted[target.name].device, []).append(target)
     return _Work(plan, checkpoint, places, taken), left
+
+
+def _square_and_transposed(model: Any, state_dict: Mapping[str, Any], rules: RuleSet) -> list[str]:
+    """Targets made of square matrices that lie transposed, which transformers takes for the model's own.
+
+    Raises:
+        UnsupportedError: a square matrix of which nothing tells how it lies.
+    """
+    if not rules_that_ask(rules):
+        return []
+    parameters = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    shapes = [tuple(s.get_shape() if hasattr(s, "get_shape") else s.shape) for s in state_dict.values()]
+    assignments = resolve(list(state_dict), rules, parameters).assignments
+    lies = square_matrices(assignments, rules, shapes, parameters, do=_LOAD_WITHOUT)
+    return [name for name, transposed in lies.items() if transposed]
+
+
+def _refuse_left(turned: Iterable[str], work: _Work | None, left: Mapping[str, str]) -> None:
+    """Raise UnsupportedError if a square matrix that lies transposed is left to transformers."""
+    made = {target.name for target in work.plan.targets} if work is not None else set()
+    wrong = [f"{name}: {left.get(name, left.get(ALL))}" for name in turned if name not in made]
+    if wrong:
+        raise UnsupportedError(
+            message(
+                "square matrices lie transposed, and transformers, to which they are left, does not see it:\n"
+                + listing(wrong),
+                do="use load_model(), which needs no hook",
+            )
+        )
 
 
 class _Want(NamedTuple):

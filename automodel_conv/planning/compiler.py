@@ -16,6 +16,7 @@ from automodel_conv.planning.lowering import Context, LoweringError, Operation, 
 from automodel_conv.planning.plan import CopyPlan
 from automodel_conv.planning.resolve import Assignment, all_targets, missing_parts, resolve
 from automodel_conv.planning.rules import NotLowerable, RuleSet
+from automodel_conv.planning.square import square_matrices
 from automodel_conv.planning.view import NotAffine
 
 
@@ -99,6 +100,7 @@ def compile_targets(
     targets: Mapping[str, TargetSpec] | None,
     dtype: str | None = None,
     parameters: Mapping[str, tuple[int, ...]] | None = None,
+    transposed: bool | None = None,
 ) -> tuple[CopyPlan, Problems]:
     """The plan that makes ``targets`` from ``sources`` by ``rules``, and what did not fit and was left out of it.
 
@@ -106,11 +108,20 @@ def compile_targets(
         targets: what the model has; None makes whatever the rules give, in the sources' dtypes.
         dtype: without targets, the dtype that floating tensors are cast to.
         parameters: shapes of the model's parameters, for operations that ask; the targets', unless given.
+        transposed: whether a matrix of which no shape tells how it lies is transposed, where a rule transposes only
+            what does not have the model's shape; None: it is an error.
+
+    Raises:
+        UnsupportedError: a square matrix of which nothing tells how it lies; see ``square_matrices``.
     """
     if parameters is None and targets is not None:
         parameters = {name: spec.shape for name, spec in targets.items()}
+    parameters = parameters or {}
     resolution = resolve(sources.names, rules, targets, sources.hidden)
-    compiler = _Compiler(sources, rules, targets, dtype, parameters or {})
+    lies = square_matrices(resolution.assignments, rules, sources.shapes, parameters, transposed)
+    if not parameters and transposed is not None:
+        lies = {assignment.target: transposed for assignment in resolution.assignments}
+    compiler = _Compiler(sources, rules, targets, dtype, parameters, lies)
     made: dict[str, Target] = {}
     for assignment in resolution.assignments:
         for target in compiler.targets_of(assignment):
@@ -148,11 +159,16 @@ def whole_conversions(
 
     What is left out shares no source and no target with what is returned, so that it can be converted apart from it.
     Tensors that are only renamed are in neither, unless their rows are in ``coded``.
+
+    Raises:
+        UnsupportedError: a square matrix of which nothing tells how it lies; see ``square_matrices``.
     """
     resolution = resolve(sources.names, rules, targets, sources.hidden)
     claimed = Counter(assignment.target for assignment in resolution.assignments)
     contested = {name for name, _ in resolution.duplicated}
-    compiler = _Compiler(sources, rules, targets, None, {name: spec.shape for name, spec in targets.items()})
+    parameters = {name: spec.shape for name, spec in targets.items()}
+    lies = square_matrices(resolution.assignments, rules, sources.shapes, parameters)
+    compiler = _Compiler(sources, rules, targets, None, parameters, lies)
     conversions: list[tuple[str, Conversion]] = []
     left: dict[str, str] = {}
     for assignment in resolution.assignments:
@@ -211,12 +227,14 @@ class _Compiler:
         targets: Mapping[str, TargetSpec] | None,
         dtype: str | None,
         parameters: Mapping[str, tuple[int, ...]],
+        transposed: Mapping[str, bool],
     ):
         self.sources = sources
         self.rules = rules
         self.targets = targets
         self.dtype = dtype
         self.parameters = parameters
+        self.transposed = transposed  # by an assignment's target, where its shape does not tell
         self.problems = Problems()
         self.touched: set[str] = set()  # targets that something provides, even if wrongly
         self._whole: dict[int, tuple[StridedCopy, ...]] = {}
@@ -282,10 +300,12 @@ class _Compiler:
             raise chain
         source_patterns, target_patterns = self.rules.patterns(rule)
         shapes = self.sources.shapes
-        wanted = self._target_shapes(assignment) if needs_target_shapes(chain) else ()
+        transposed = self.transposed.get(assignment.target)
+        wanted = self._target_shapes(assignment) if needs_target_shapes(chain, transposed) else ()
         key = (
             rule,
             wanted,
+            transposed,
             *(
                 (pattern, len(rows), *_distinct([shapes[row] for row in rows]))
                 for pattern, rows in assignment.slots.items()
@@ -296,7 +316,7 @@ class _Compiler:
             for pattern, rows in assignment.slots.items():
                 slots[pattern] = [leaf(ordinal + i, shapes[row]) for i, row in enumerate(rows)]
                 ordinal += len(rows)
-            values = lower(chain, slots, Context(source_patterns, target_patterns, wanted))
+            values = lower(chain, slots, Context(source_patterns, target_patterns, wanted, transposed))
             self._lowered[key] = _made(values, slots)
         return self._lowered[key]
 

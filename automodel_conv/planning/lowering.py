@@ -122,6 +122,7 @@ class Context(NamedTuple):
     source_patterns: tuple[str, ...]
     target_patterns: tuple[str, ...]
     target_shapes: tuple[tuple[int, ...], ...]  # of the model's parameters, per target pattern; () if not needed
+    transposed: bool | None = None  # what Transpose(check_dims=True) does; None: what the shapes say
 
 
 Inputs = dict[str, "Value | list[Value]"]
@@ -211,9 +212,11 @@ def _transpose(inputs: Inputs, context: Context, dim0: int, dim1: int, check_dim
         target = context.source_patterns[0]
     else:
         raise LoweringError("transposes one source")
-    if check_dims and value.shape == context.target_shapes[0]:
-        return {target: value}
-    return {target: transpose(value, dim0, dim1)}
+    transposed = True
+    if check_dims:
+        told = context.transposed
+        transposed = value.shape != context.target_shapes[0] if told is None else told
+    return {target: transpose(value, dim0, dim1) if transposed else value}
 
 
 def _interleave(inputs: Inputs, context: Context, dim: int, inverse: bool = False) -> Inputs:
@@ -339,9 +342,13 @@ OPERATIONS: Mapping[str, Callable[..., Inputs]] = {
 """What can be lowered, by the name of transformers' class."""
 
 
-def needs_target_shapes(operations: Sequence[Operation]) -> bool:
-    """True if the chain cannot be lowered without the shapes of the model's parameters."""
-    return any(op.name == "Split" or dict(op.options).get("check_dims") for op in operations)
+def needs_target_shapes(operations: Sequence[Operation], transposed: bool | None = None) -> bool:
+    """True if the chain cannot be lowered without the shapes of the model's parameters.
+
+    Args:
+        transposed: see ``Context``.
+    """
+    return any(op.name == "Split" or (transposed is None and dict(op.options).get("check_dims")) for op in operations)
 
 
 def lower(operations: Sequence[Operation], inputs: Mapping[str, list[Value]], context: Context) -> dict[str, Value]:

@@ -76,8 +76,7 @@ def loading_plan(
         targets = model_targets(model, dtype)
     code = None if dtype is None else dtype_code(dtype)
     wanted = None if layout is None else get_layout(layout)
-    published = source_layout == PER_EXPERT
-    incoming = None if source_layout is None or published else get_layout(source_layout)
+    incoming = None if source_layout in (None, PER_EXPERT) else get_layout(source_layout)
     experts = _experts_of(model, layout or (source_layout if incoming is not None else None))
     own = {path: as_layout(said) for path, said in experts.items()}
     gated = _gated_by(experts, rule_set)
@@ -105,7 +104,8 @@ def loading_plan(
         _check_layout(source_layout, table)
         stages.append(relayout(table, lambda path: incoming, canonical, gated))
         table = table_of(stages[-1].targets)
-    plan, problems = compile_targets(table, rule_set, targets, code)
+    transposed = None if source_layout is None else source_layout == PER_EXPERT
+    plan, problems = compile_targets(table, rule_set, targets, code, transposed=transposed)
     stages.append(plan)
     if wanted is not None:
         if source_layout is None and targets is None:

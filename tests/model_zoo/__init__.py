@@ -23,7 +23,17 @@ from transformers.conversion_mapping import _build_checkpoint_conversion_mapping
 from transformers.core_model_loading import WeightConverter, build_glob_alternation
 from transformers.models.auto import modeling_auto
 
-from .sizes import ALWAYS, EXTRAS, OVERRIDES, SIZES, TOWER_SIZES, TRANSPOSED_ON_DISK
+from .sizes import (
+    ALWAYS,
+    EQUAL_SIZES,
+    EXTRAS,
+    OVERRIDES,
+    SIZES,
+    TOWER_EQUAL_SIZES,
+    TOWER_SIZES,
+    TRANSPOSED_ON_DISK,
+    UNEQUAL,
+)
 
 DTYPE = torch.bfloat16
 
@@ -68,16 +78,26 @@ def extra_models() -> list[str]:
     ]
 
 
+def equal_names() -> list[tuple[str, str]]:
+    """What `build_model` takes as name and `equal`."""
+    names = [name for name in zoo_names() if name not in EXCLUDED]
+    return [
+        (name, equal) for name in names for equal in EQUAL_SIZES if name not in UNEQUAL or UNEQUAL[name][0] not in equal
+    ]
+
+
 def zoo_names() -> list[str]:
     """Everything `build_model` takes: converted types, then extras."""
     return [*model_types_with_converters(), *extra_models()]
 
 
-def build_model(name: str, *, seed: int = 0) -> PreTrainedModel:
+def build_model(name: str, *, seed: int = 0, equal: str | None = None) -> PreTrainedModel:
     """A tiny random bf16 model for a registry key or an extra.
 
     For a class name, or a model type without a class of its own in the Auto mappings, it is the
     smallest whole model around it, so that the rules are scoped as in real checkpoints.
+
+    `equal`: which sizes are equal, a key of `EQUAL_SIZES`.
 
     Raises:
         LookupError: no model class of the installed transformers contains the key.
@@ -85,9 +105,9 @@ def build_model(name: str, *, seed: int = 0) -> PreTrainedModel:
     if name in EXTRAS:
         model_type, changes = EXTRAS[name]
         config_class = CONFIG_MAPPING[model_type]
-        model = _instantiate(_heads(config_class)[0], small_config(config_class, **changes))
+        model = _instantiate(_heads(config_class)[0], small_config(config_class, equal, **changes))
     else:
-        model = _build_around(name)
+        model = _build_around(name, equal)
     fill(model, seed)
     return model.eval()
 
@@ -121,14 +141,17 @@ def write_checkpoint(
     )
 
 
-def small_config(config_class: type[PreTrainedConfig], **changes: Any) -> PreTrainedConfig:
-    """The default config of a class with small sizes, then `OVERRIDES`, then `changes`.
+def small_config(config_class: type[PreTrainedConfig], equal: str | None = None, /, **changes: Any) -> PreTrainedConfig:
+    """The default config of a class with small sizes, then `OVERRIDES`, then `EQUAL_SIZES`, then `changes`.
 
     A change of a sub-config names the model type to put there.
     """
+    is_tower = _TOWER.search(config_class.__name__) is not None
+    sizes = SIZES | TOWER_SIZES if is_tower else SIZES
+    special = {} if equal is None else (TOWER_EQUAL_SIZES if is_tower else EQUAL_SIZES)[equal]
+    sizes = sizes | special
     by_type = OVERRIDES.get(config_class.model_type or config_class.__name__, {})
-    changes = by_type | changes
-    sizes = SIZES | TOWER_SIZES if _TOWER.search(config_class.__name__) else SIZES
+    changes = {name: _like(value, special.get(name, value)) for name, value in by_type.items()} | changes
     values: dict[str, Any] = {}
     for field in dataclasses.fields(config_class):
         is_size = isinstance(field.default, int | list | tuple) and bool(field.default)
@@ -143,8 +166,13 @@ def small_config(config_class: type[PreTrainedConfig], **changes: Any) -> PreTra
             sub_class = type(getattr(config_class(), name))
         if issubclass(sub_class, PreTrainedConfig):
             # Dicts: some composite configs hand the value on as keyword arguments.
-            values[name] = small_config(sub_class).to_dict()
+            values[name] = small_config(sub_class, equal).to_dict()
     return config_class(**(values | changes))
+
+
+def _like(value: Any, size: Any) -> Any:
+    """A size for each part, where a type has several."""
+    return [size] * len(value) if isinstance(value, list) and not isinstance(size, list) else size
 
 
 @torch.no_grad()
@@ -173,9 +201,9 @@ def fill(model: PreTrainedModel, seed: int = 0) -> None:
         tensor.copy_(sign * torch.ldexp(mantissa, exponent))
 
 
-def _build_around(name: str) -> PreTrainedModel:
+def _build_around(name: str, equal: str | None) -> PreTrainedModel:
     for model_class, config_class in _candidates(name):
-        model = _instantiate(model_class, small_config(config_class))
+        model = _instantiate(model_class, small_config(config_class, equal))
         for module in model.modules():
             if isinstance(module, PreTrainedModel) and name in (
                 type(module).__name__,

@@ -103,6 +103,53 @@ TOWER_SIZES: dict[str, Any] = {
     "adapter_out_dim": 48,
 }
 
+_INTERMEDIATE = (
+    "intermediate_size",
+    "ffn_hidden_size",
+    "moe_intermediate_size",
+    "expert_ffn_hidden_size",
+    "shared_expert_intermediate_size",
+    "shared_experts_intermediate_size",
+    "moe_shared_expert_intermediate_size",
+    "shared_intermediate_size",
+    "share_expert_dim",
+)
+_EXPERTS = ("num_experts", "n_routed_experts", "num_local_experts", "moe_num_experts")
+_OF_ONE = ("num_experts_per_tok", "moe_k", "moe_topk", "n_group", "topk_group")
+
+
+def _equal_sizes(hidden: int) -> dict[str, dict[str, Any]]:
+    def intermediate(size: int) -> dict[str, Any]:
+        return dict.fromkeys(_INTERMEDIATE, size)
+
+    def experts(size: int) -> dict[str, Any]:
+        return dict.fromkeys(_EXPERTS if size > 1 else (*_EXPERTS, *_OF_ONE), size)
+
+    return {
+        "2I == H": intermediate(hidden // 2),
+        "I == H": intermediate(hidden),
+        "E == I": intermediate(12),
+        "E == H": experts(hidden),
+        "E == 1": experts(1),
+        "E == I == H": experts(hidden) | intermediate(hidden),
+        "E == 2I == H": experts(hidden) | intermediate(hidden // 2),
+        "E == 1, 2I == H": experts(1) | intermediate(hidden // 2),
+        "E == 1, I == H": experts(1) | intermediate(hidden),
+        "I == 1": intermediate(1),
+    }
+
+
+# Sizes with which an axis may be taken for another one without a word, by what is equal: they replace those above.
+# E experts, I their intermediate size, H the hidden size. The second is of towers.
+EQUAL_SIZES = _equal_sizes(SIZES["hidden_size"])
+TOWER_EQUAL_SIZES = _equal_sizes(TOWER_SIZES["hidden_size"])
+
+# Types that cannot be so.
+UNEQUAL: dict[str, tuple[str, str]] = {
+    name: ("E == 1", "Grouped routing requires at least two experts")
+    for name in ("Dots3NoteTextModel", "dots3_note_vision_encoder")
+}
+
 # Set wherever a config has the field, whatever its default: a dense layer first, MoE layers after.
 ALWAYS: dict[str, Any] = {
     "mlp_only_layers": [0],

@@ -1,0 +1,146 @@
+"""Square matrices of rules that transpose only what does not have the model's shape.
+
+transformers' ``Transpose(check_dims=True)`` leaves a tensor as it is if its shape is the model's, and transposes it
+otherwise, so that one rule loads both published experts and those that ``save_pretrained`` wrote. A square matrix has
+the model's shape either way. It lies as the other matrices of its module do, whose shapes tell.
+Source: transformers 5.23.0, ``core_model_loading.py``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+from automodel_conv.errors import UnsupportedError, listing, message
+from automodel_conv.planning.lowering import Context, LoweringError, Operation, leaf, lower
+from automodel_conv.planning.resolve import Assignment, all_targets
+from automodel_conv.planning.rules import NotLowerable, RuleSet
+from automodel_conv.planning.view import NotAffine
+
+SAY_SOURCE_LAYOUT = (
+    'say source_layout="transformers" if they lie as the model has them, '
+    'or source_layout="per_expert" if they lie as the type is published, which is transposed'
+)
+
+
+class Matrix(NamedTuple):
+    """What a rule transposes if its shape is not the model's, as it comes to that operation."""
+
+    target: str
+    operation: Operation
+    shape: tuple[int, ...]
+    wanted: tuple[int, ...]
+
+    @property
+    def module(self) -> str:
+        return self.target.rpartition(".")[0]
+
+    @property
+    def is_square(self) -> bool:
+        """True if it has the model's shape both as it is and transposed, and these two differ."""
+        size = [self.shape[dim] for dim in self._dims]
+        return self.shape == self.wanted == self._swapped and min(size) > 1 and 0 not in self.shape
+
+    @property
+    def is_transposed(self) -> bool | None:
+        """What the shape alone tells; None if it tells nothing."""
+        fits, fits_swapped = self.shape == self.wanted, self._swapped == self.wanted
+        return None if fits == fits_swapped else fits_swapped
+
+    @property
+    def _dims(self) -> tuple[int, int]:
+        options = dict(self.operation.options)
+        dim0, dim1 = (int(str(options[key])) % len(self.shape) for key in ("dim0", "dim1"))
+        return dim0, dim1
+
+    @property
+    def _swapped(self) -> tuple[int, ...]:
+        dim0, dim1 = self._dims
+        shape = list(self.shape)
+        shape[dim0], shape[dim1] = shape[dim1], shape[dim0]
+        return tuple(shape)
+
+
+def square_matrices(
+    assignments: Sequence[Assignment],
+    rules: RuleSet,
+    shapes: Sequence[tuple[int, ...]],
+    parameters: Mapping[str, tuple[int, ...]],
+    transposed: bool | None = None,
+    do: str = SAY_SOURCE_LAYOUT,
+) -> dict[str, bool]:
+    """Whether each square matrix is transposed, by the rule's first target; all others tell it by their own shapes.
+
+    Rules that are reversed ask of no tensor how it lies: it is the model's.
+
+    Args:
+        shapes: of the sources.
+        parameters: shapes of the model's parameters.
+        transposed: of those of which no other matrix tells how they lie; None: they are an error.
+        do: what to do about a matrix of which nothing tells how it lies.
+
+    Raises:
+        UnsupportedError: no other matrix of the module tells, or two of them lie differently.
+    """
+    matrices = [] if rules.reverse else _matrices(assignments, rules, shapes, parameters)
+    seen: dict[tuple[str, Operation], set[bool]] = {}
+    for matrix in matrices:
+        if matrix.is_transposed is not None:
+            seen.setdefault((matrix.module, matrix.operation), set()).add(matrix.is_transposed)
+    square = [matrix for matrix in matrices if matrix.is_square]
+    told = {matrix.target: seen.get((matrix.module, matrix.operation), set()) for matrix in square}
+    unknown = [f"{matrix.target} {list(matrix.shape)}" for matrix in square if len(told[matrix.target]) != 1]
+    if unknown and transposed is None:
+        raise UnsupportedError(
+            message(
+                "square matrices may lie transposed or not, and no other matrix of their module tells which:\n"
+                + listing(unknown),
+                do=do,
+            )
+        )
+    return {target: True in lies if len(lies) == 1 else bool(transposed) for target, lies in told.items()}
+
+
+def _matrices(
+    assignments: Sequence[Assignment],
+    rules: RuleSet,
+    shapes: Sequence[tuple[int, ...]],
+    parameters: Mapping[str, tuple[int, ...]],
+) -> list[Matrix]:
+    chains = rules_that_ask(rules)
+    if not chains:
+        return []
+    matrices = []
+    for assignment in assignments:
+        if assignment.rule not in chains:
+            continue
+        names = all_targets(rules, assignment.rule, assignment.target)
+        if any(name not in parameters for name in names):
+            continue
+        before, operation = chains[assignment.rule]
+        wanted = tuple(parameters[name] for name in names)
+        inputs = {pattern: [leaf(0, shapes[row]) for row in rows] for pattern, rows in assignment.slots.items()}
+        try:
+            made = lower(before, inputs, Context(*rules.patterns(assignment.rule), wanted))
+        except (LoweringError, NotAffine):  # which whoever compiles the rule tells
+            continue
+        shape = next(iter(made.values())).shape
+        options = dict(operation.options)
+        if all(-len(shape) <= int(str(options[key])) < len(shape) for key in ("dim0", "dim1")):
+            matrices.append(Matrix(assignment.target, operation, shape, wanted[0]))
+    return matrices
+
+
+def rules_that_ask(rules: RuleSet) -> dict[int, tuple[tuple[Operation, ...], Operation]]:
+    """The rules that transpose what does not have the model's shape: the operations before that one, and that one."""
+    found = {}
+    for row in range(len(rules.converters)):
+        try:
+            chain = rules.operations(row)
+        except NotLowerable:
+            continue
+        for i, operation in enumerate(chain):
+            if operation.name == "Transpose" and dict(operation.options).get("check_dims"):
+                found[row] = (chain[:i], operation)
+                break
+    return found

@@ -1,0 +1,214 @@
+"""How square matrices lie, told by the other matrices of their module; and what nothing tells."""
+
+from __future__ import annotations
+
+import pytest
+
+pytest.importorskip("transformers", reason="rules are transformers' own objects")
+
+from transformers.core_model_loading import MergeModulelist, Transpose, WeightConverter, WeightRenaming
+
+from automodel_conv.errors import UnsupportedError
+from automodel_conv.planning.compiler import TargetSpec, compile_targets, whole_conversions
+from automodel_conv.planning.copies import SourceTable
+from automodel_conv.planning.resolve import resolve
+from automodel_conv.planning.rules import RuleSet
+from automodel_conv.planning.square import rules_that_ask, square_matrices
+from tests.planning import oracles
+
+PATH = "layers.0.mlp.experts"
+GATE_UP, DOWN = f"{PATH}.gate_up_proj", f"{PATH}.down_proj"
+
+
+def checking(*names, dims=(1, 2)):
+    return [
+        WeightConverter(f"mlp.experts.{n}", f"mlp.experts.{n}", operations=[Transpose(*dims, check_dims=True)])
+        for n in names or ("gate_up_proj", "down_proj")
+    ]
+
+
+def swapped(shape):
+    return (shape[0], shape[2], shape[1])
+
+
+def wanted(hidden, intermediate, experts=2):
+    """As Qwen3-VL-MoE has them."""
+    return {GATE_UP: (experts, 2 * intermediate, hidden), DOWN: (experts, hidden, intermediate)}
+
+
+def compiled(sources, targets, rules=None, **options):
+    table = SourceTable(list(sources), ["I64"] * len(sources), list(sources.values()))
+    specs = None if targets is None else {name: TargetSpec("I64", shape) for name, shape in targets.items()}
+    return compile_targets(table, RuleSet(checking() if rules is None else rules), specs, **options)
+
+
+def lies_transposed(plan):
+    """Of each target, whether its bytes are those of the source transposed, found by moving numbered elements."""
+    numbers = {}
+    for name, shape in zip(plan.sources.names, plan.sources.shapes, strict=True):
+        numbers[name] = list(range(shape[0] * shape[1] * shape[2]))
+    made = oracles.execute(plan, numbers)
+    found = {}
+    for name, shape in zip(plan.sources.names, plan.sources.shapes, strict=True):
+        if name in made:
+            e, rows, columns = shape
+            turned = [(i * rows + j) * columns + k for i in range(e) for k in range(columns) for j in range(rows)]
+            assert made[name] in (numbers[name], turned)
+            found[name] = made[name] == turned
+    return found
+
+
+SQUARE = [(4, 2), (4, 4)]  # hidden and intermediate size: gate_up is square, down is square
+
+
+@pytest.mark.parametrize(("hidden", "intermediate"), [*SQUARE, (4, 3)])
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("experts", [1, 2, 4])
+@pytest.mark.parametrize("order", [1, -1])
+def test_a_square_matrix_lies_as_the_other_of_its_module(hidden, intermediate, transposed, experts, order):
+    targets = wanted(hidden, intermediate, experts)
+    sources = {n: swapped(s) if transposed else s for n, s in list(targets.items())[::order]}
+    plan, problems = compiled(sources, targets)
+    assert problems.reasons() == []
+    assert lies_transposed(plan) == {GATE_UP: transposed, DOWN: transposed}
+    table = SourceTable(list(sources), ["I64"] * 2, list(sources.values()))
+    specs = {name: TargetSpec("I64", shape) for name, shape in targets.items()}
+    whole, left = whole_conversions(table, RuleSet(checking()), specs)
+    assert left == {}
+    assert [target for one in whole for target in one.targets] == list(plan.targets)[::order]
+
+
+def test_each_layer_tells_of_itself():
+    one = wanted(4, 2)
+    two = {name.replace("layers.0", "layers.1"): shape for name, shape in one.items()}
+    plan, _ = compiled(one | {n: swapped(s) for n, s in two.items()}, one | two)
+    assert lies_transposed(plan) == dict.fromkeys(one, False) | dict.fromkeys(two, True)
+
+
+@pytest.mark.parametrize("turned", [GATE_UP, DOWN])
+def test_two_matrices_that_are_not_square_tell_each_of_itself(turned):
+    targets = wanted(4, 3)
+    plan, problems = compiled({n: swapped(s) if n == turned else s for n, s in targets.items()}, targets)
+    assert problems.reasons() == []
+    assert lies_transposed(plan) == {name: name == turned for name in targets}
+
+
+@pytest.mark.parametrize(("hidden", "intermediate"), SQUARE)
+def test_a_square_matrix_alone_is_named(hidden, intermediate):
+    targets = wanted(hidden, intermediate)
+    [square] = [name for name, shape in targets.items() if shape == swapped(shape)]
+    with pytest.raises(UnsupportedError) as error:
+        compiled({square: targets[square]}, targets)
+    for text in (square, "source_layout=", '"transformers"', '"per_expert"'):
+        assert text in str(error.value)
+    assert str(error.value).count("proj") == 1
+
+
+def test_square_matrices_of_one_module_do_not_tell_of_each_other():
+    """Experts without a gate, of one size."""
+    targets = {f"{PATH}.up_proj": (2, 4, 4), DOWN: (2, 4, 4)}
+    with pytest.raises(UnsupportedError) as error:
+        compiled(targets, targets, checking("up_proj", "down_proj"))
+    assert f"{PATH}.up_proj [2, 4, 4]" in str(error.value)
+    assert f"{DOWN} [2, 4, 4]" in str(error.value)
+
+
+def test_a_matrix_that_fits_neither_way_tells_nothing():
+    targets = wanted(4, 2)
+    with pytest.raises(UnsupportedError, match="gate_up_proj"):
+        compiled(targets | {DOWN: (2, 4, 5)}, targets)
+
+
+def test_other_matrices_that_lie_differently_tell_nothing():
+    names = ("gate_up_proj", "down_proj", "gate_proj")
+    targets = wanted(4, 2) | {f"{PATH}.gate_proj": (2, 3, 4)}
+    sources = targets | {DOWN: swapped(targets[DOWN])}
+    with pytest.raises(UnsupportedError, match="gate_up_proj"):
+        compiled(sources, targets, checking(*names))
+
+
+@pytest.mark.parametrize("do", ["absent", "of another module", "of another kind of rule"])
+def test_only_a_matrix_of_the_same_module_and_rule_tells(do):
+    targets = wanted(4, 2)
+    rules = checking()
+    if do == "absent":
+        sources = {GATE_UP: targets[GATE_UP]}
+    elif do == "of another module":
+        targets = {n.replace("layers.0", "layers.1") if n == DOWN else n: s for n, s in targets.items()}
+        sources = targets
+    else:
+        sources, rules = targets, [*checking("gate_up_proj"), *checking("down_proj", dims=(0, 1))]
+    with pytest.raises(UnsupportedError, match="gate_up_proj"):
+        compiled(sources, targets, rules)
+
+
+@pytest.mark.parametrize("shape", [(2, 1, 1), (0, 4, 4), (2, 0, 0)])
+def test_what_transposing_does_not_change_need_not_be_told(shape):
+    plan, problems = compiled({DOWN: shape}, {DOWN: shape})
+    assert problems.reasons() == []
+    assert [target.shape for target in plan.targets] == [shape]
+
+
+def test_shapes_are_those_that_come_to_the_operation():
+    """Square where it is transposed, though no source is: merged from one matrix per expert, in another order."""
+    rules = [
+        WeightConverter(
+            f"mlp.experts.*.{n}.weight",
+            f"mlp.experts.{n}",
+            operations=[MergeModulelist(dim=0), Transpose(1, 2, check_dims=True)],
+        )
+        for n in ("gate_up_proj", "down_proj")
+    ]
+    targets = wanted(4, 2)
+    sources = {
+        f"{PATH}.{e}.{n.rpartition('.')[2]}.weight": swapped(shape)[1:]
+        for n, shape in targets.items()
+        for e in range(2)
+    }
+    plan, problems = compiled(sources, targets, rules)
+    assert problems.reasons() == []
+    square = plan.target(GATE_UP)
+    assert not square.is_whole
+    assert {copy.source_strides for copy in square.copies} == {(1, 4)}
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize(("hidden", "intermediate"), [*SQUARE, (4, 3)])
+def test_who_says_how_they_lie_is_believed_where_shapes_do_not_tell(hidden, intermediate, transposed):
+    targets = wanted(hidden, intermediate)
+    sources = {n: swapped(s) if transposed else s for n, s in targets.items()}
+    for some in (list(sources), [GATE_UP], [DOWN]):
+        plan, problems = compiled({n: sources[n] for n in some}, targets, transposed=transposed)
+        assert problems.reasons() == []
+        assert lies_transposed(plan) == dict.fromkeys(some, transposed)
+    plan, _ = compiled(sources, None, transposed=transposed)  # no model is needed then
+    assert lies_transposed(plan) == dict.fromkeys(sources, transposed)
+
+
+def test_who_says_it_wrongly_is_overruled_by_shapes():
+    targets = wanted(4, 3)
+    plan, problems = compiled(targets, targets, transposed=True)
+    assert problems.reasons() == []
+    assert lies_transposed(plan) == dict.fromkeys(targets, False)
+
+
+@pytest.mark.parametrize(("hidden", "intermediate"), [*SQUARE, (4, 3)])
+def test_saving_never_transposes_and_never_asks(hidden, intermediate):
+    shapes = wanted(hidden, intermediate)
+    for some in (shapes, {GATE_UP: shapes[GATE_UP]}, {DOWN: shapes[DOWN]}):
+        table = SourceTable(list(some), ["I64"] * len(some), list(some.values()))
+        plan, _ = compile_targets(table, RuleSet(checking(), reverse=True), None, parameters=some)
+        assert lies_transposed(plan) == dict.fromkeys(some, False)
+
+
+def test_rules_that_ask_no_shape_are_not_concerned():
+    rules = RuleSet(
+        [
+            WeightRenaming("a", "b"),
+            WeightConverter("mlp.experts.up_proj", "mlp.experts.up_proj", operations=[Transpose(1, 2)]),
+        ]
+    )
+    assert rules_that_ask(rules) == {}
+    shapes = {f"{PATH}.up_proj": (2, 4, 4)}
+    found = resolve(list(shapes), rules, shapes).assignments
+    assert square_matrices(found, rules, list(shapes.values()), shapes) == {}
