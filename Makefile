@@ -1,5 +1,5 @@
-# `make test` is the whole check, as CI runs it; `make demo` shows what the package does; `make release-check` is what must
-# hold before a release is tagged. All set themselves up.
+# `make test` is the whole check, as CI runs it, but for what takes minutes, which is `make test-long`; `make demo` shows what
+# the package does; `make release-check` is what must hold before a release is tagged. All set themselves up.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -22,7 +22,7 @@ VERSION = $(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)
 KNOW_NO_TRANSFORMERS := machine_code/ kernels/ gpu/ software_gpu/ execution/ files/ packaging/ hide/ model_zoo/ crash_safety/ \
 	test_measuring.py test_testing.py test_checksums.py
 
-.PHONY: test lint types format demo clean test-style test-main test-software-gpu test-packaging \
+.PHONY: test lint types format demo clean test-style test-main test-long test-software-gpu test-packaging \
 	test-without-triton test-without-transformers test-fuzz \
 	release-check release-tree release-notes release-distributions release-audit
 .NOTPARALLEL:
@@ -38,7 +38,11 @@ test-style: $(VENV)/installed
 	@$(LEG) "ruff and pyright" $(MAKE) --no-print-directory lint types
 
 test-main: $(VENV)/installed
-	@$(LEG) "tests" $(PYTEST) -m "not packaging" --doctest-modules --ignore=automodel_conv/kernels automodel_conv tests
+	@$(LEG) "tests" $(PYTEST) -m "not packaging and not long" --doctest-modules --ignore=automodel_conv/kernels automodel_conv tests
+
+# What takes minutes: ranks in every number and way.
+test-long: $(VENV)/installed
+	@$(LEG) "long tests" $(PYTEST) -m long tests
 
 # All that runs on a GPU, at the sizes that it has there; what needs more memory than there is, a real one tests.
 test-software-gpu: $(VENV)/installed
@@ -50,17 +54,17 @@ test-packaging: $(OTHER_TRANSFORMERS:%=$(VENV)/transformers-%/.installed)
 
 test-transformers-%: $(VENV)/transformers-%/.installed
 	@PYTHONPATH=$(CURDIR)/$(VENV)/transformers-$* $(LEG) "transformers $*" \
-		$(PYTEST) -m "not packaging" $(TRANSFORMERS_TESTS)
+		$(PYTEST) -m "not packaging and not long" $(TRANSFORMERS_TESTS)
 
 test-without-triton: $(VENV)/installed
 	@PYTHONPATH=$(CURDIR)/tests/hide HIDDEN_PACKAGES=triton $(LEG) "without triton" \
-		$(PYTEST) -m "not packaging" -k "not random_schedules" tests/kernels tests/execution tests/test_imports.py \
+		$(PYTEST) -m "not packaging and not long" -k "not random_schedules" tests/kernels tests/execution tests/test_imports.py \
 		tests/test_in_memory.py \
 		tests/test_loading.py tests/test_broken_checkpoints.py
 
 test-without-transformers: $(VENV)/installed
 	@PYTHONPATH=$(CURDIR)/tests/hide HIDDEN_PACKAGES=transformers $(LEG) "without transformers" \
-		$(PYTEST) -m "not packaging" $(filter-out $(KNOW_NO_TRANSFORMERS:%=tests/%),$(wildcard tests/test_*.py tests/*/))
+		$(PYTEST) -m "not packaging and not long" $(filter-out $(KNOW_NO_TRANSFORMERS:%=tests/%),$(wildcard tests/test_*.py tests/*/))
 
 # A few seconds for each target, and the planted mistakes.
 test-fuzz: $(VENV)/atheris-3.0.0/.installed

@@ -74,7 +74,11 @@ def save_checkpoint(
     What ``save_pretrained`` would write: the same names, shapes and bytes, tied weights once, the config besides. No
     converted copy of the model is made; tensors of a GPU go through pinned memory. The directory is a checkpoint at the
     end or not at all; if writing fails nothing of it stays. Where there are DTensors all ranks must call this, on a
-    file system that they share: each writes its own parts.
+    file system that they share: each writes its own parts. Plain tensors beside them are all ranks' and must be equal
+    on all, buffers too. Where there is none, each rank saves for itself, to a directory of its own.
+
+    What several ranks hold, replicas and plain tensors, each of them reads once for a checksum (CRC32, some 2 GB/s a
+    thread; from a GPU through host memory): nothing in FSDP2, a rank's shard with HSDP, the whole of what is plain.
 
     Args:
         directory: new, or without weights in it.
@@ -91,14 +95,17 @@ def save_checkpoint(
         progress: show a bar in bytes and GB/s.
 
     Raises:
-        NameProblems, CoverageError: see ``revert_state_dict``; like all but WriteError before anything is written. With
-            DTensors CoverageError too where the ranks do not hold all of a tensor.
+        NameProblems, CoverageError: see ``revert_state_dict``; like all but WriteError before anything is written.
+            CoverageError too where tensors have fewer experts than the model's config says (or, in a state dict, the
+            rows of the router), as those of one rank of expert parallelism by hand; and with DTensors where the ranks
+            do not hold all of a tensor, or do not all divide it in the same way.
         UnsupportedError: tensors that cannot be saved from here: offloaded, quantized by transformers, with adapters,
             lazily conjugated or negated; or extra state that is not a tensor.
         DestinationError: the directory holds a checkpoint already, or somebody else writes to it.
         WriteError: the disk is full, or the system reports another error.
         ConversionError: the system gives no more memory or threads.
-        RankError: with DTensors: saving failed on other ranks, one of them is gone, or they hold different tensors.
+        RankError: with DTensors: saving failed on other ranks, one of them is gone, or they hold different tensors, or
+            different bytes of one that they should all have; the same on all ranks.
     """
     began = time.perf_counter()
     model = unwrapped(model_or_state_dict) if isinstance(model_or_state_dict, nn.Module) else None

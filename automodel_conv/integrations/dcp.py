@@ -178,7 +178,9 @@ class HuggingFaceWriter(StorageWriter):
     """Writes a safetensors checkpoint under its published names, experts taken apart, as ``save_checkpoint`` does.
 
     All ranks write into the same files, on a file system that they share. The directory is a checkpoint once
-    ``dcp.save`` has returned.
+    ``dcp.save`` has returned. What several ranks hold is read once more for a checksum, as there, and compared at the
+    end; if it differs nothing stays. Packed shards of tensor parallelism (gate and up each cut in its rows) are
+    refused by torch's own planner; ``save_checkpoint`` takes them.
 
     Args:
         directory: see ``save_checkpoint``; ``checkpoint_id=`` of ``dcp.save`` takes its place.

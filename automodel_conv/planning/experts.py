@@ -17,9 +17,12 @@ from automodel_conv.planning.layouts import LAYOUTS, SCALES, holds_experts
 # ``attribute_map``.
 _NUMBERS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 
+# What routers ``[E, H]`` are called beside ``experts``. Source: transformers 5.23.0, the classes of ``models/``.
+_ROUTERS = ("gate.weight", "router.weight", "router.gate.weight", "gate.wg.weight")
 
-class _Fewer(NamedTuple):
-    """A tensor, or a list of experts, that does not hold all of them."""
+
+class _Count(NamedTuple):
+    """How many experts a tensor, or a list of modules, holds, and how many there are."""
 
     name: str
     expected: int
@@ -40,8 +43,9 @@ def refuse_missing_experts(shapes: Mapping[str, Sequence[int]], model: nn.Module
     Raises:
         CoverageError: names the tensors.
     """
-    fewer = list(_fewer_than_said(shapes, model)) if model is not None else []
-    fewer = fewer or list(_fewer_than_routed(shapes))
+    counts = {} if model is None else {count.name: count for count in _counted_by(model, shapes)}
+    counts |= {count.name: count for count in _counted_by_routers(shapes) if count.name not in counts}
+    fewer = [count for count in counts.values() if count.found < count.expected]
     if not fewer:
         return
     first = fewer[0]
@@ -57,7 +61,7 @@ def refuse_missing_experts(shapes: Mapping[str, Sequence[int]], model: nn.Module
     )
 
 
-def _fewer_than_said(shapes: Mapping[str, Sequence[int]], model: nn.Module) -> Iterator[_Fewer]:
+def _counted_by(model: nn.Module, shapes: Mapping[str, Sequence[int]]) -> Iterator[_Count]:
     numbered = _numbered(shapes)
     for path, module in model.named_modules():
         leaves = [f"{path}.{leaf}".lstrip(".") for leaf in (*module._parameters, *module._buffers)]
@@ -65,11 +69,10 @@ def _fewer_than_said(shapes: Mapping[str, Sequence[int]], model: nn.Module) -> I
         if not held and path not in numbered:
             continue
         told_by, expected = _said(model, path, module)
-        for name in held:
-            if shapes[name][0] < expected:
-                yield _Fewer(name, expected, shapes[name][0], told_by)
-        if 0 < len(numbered.get(path, ())) < expected:
-            yield _Fewer(path, expected, len(numbered[path]), told_by)
+        if expected:
+            yield from (_Count(name, expected, shapes[name][0], told_by) for name in held)
+            if path in numbered:
+                yield _Count(path, expected, len(numbered[path]), told_by)
 
 
 def _is_grouped(name: str, shape: Sequence[int], module: nn.Module) -> bool:
@@ -117,12 +120,13 @@ def _number(of: Any, attribute: str) -> int | None:
     return number if isinstance(number, int) else None
 
 
-def _fewer_than_routed(shapes: Mapping[str, Sequence[int]]) -> Iterator[_Fewer]:
+def _counted_by_routers(shapes: Mapping[str, Sequence[int]]) -> Iterator[_Count]:
     for name, shape in shapes.items():
         if not _holds_experts(name) or not shape:
             continue
-        router = f"{name.rpartition('experts.')[0]}gate.weight"
-        rows = (shapes.get(router) or (0,))[0]
+        beside = name.rpartition("experts.")[0]
+        router = next((beside + leaf for leaf in _ROUTERS if beside + leaf in shapes), "")
+        rows = (*shapes.get(router, ()), 0)[0]
         # A router may know of experts that lie elsewhere, as Inkling's of shared ones; ranks divide experts evenly.
-        if rows > shape[0] and (not shape[0] or rows % shape[0] == 0):
-            yield _Fewer(name, rows, shape[0], router)
+        if not shape[0] or rows % shape[0] == 0:
+            yield _Count(name, rows, shape[0], router)
