@@ -1,5 +1,5 @@
-# `make test` is the whole check, as CI runs it; `make demo` shows what the package does; `make release-check` is what must
-# hold before a release is tagged. All set themselves up.
+# `make test` is the whole check, as CI runs it, but for what takes minutes, which is `make test-long`; `make demo` shows what
+# the package does; `make release-check` is what must hold before a release is tagged. All set themselves up.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin

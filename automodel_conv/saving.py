@@ -9,7 +9,6 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from math import prod
 from typing import Any
 
 import torch
@@ -17,24 +16,18 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from automodel_conv.dtypes import FLOATING, dtype_code
-from automodel_conv.errors import CoverageError, UnsupportedError, listing, message, resources_told
+from automodel_conv.errors import UnsupportedError, listing, message, resources_told
 from automodel_conv.execution.buffers import dtype_of
 from automodel_conv.execution.checksums import checksums_of, checksums_text
-from automodel_conv.execution.ranks import (
-    is_distributed,
-    is_first_replica,
-    local_of,
-    meshes_of,
-    same_on_all,
-    summed,
-    together,
-)
+from automodel_conv.execution.holders import checksums_of_parts, find_holders, refuse_unlike_replicas
+from automodel_conv.execution.ranks import local_of, meshes_of, same_on_all, together
 from automodel_conv.execution.tensor_slabs import Holding, tensor_slabs
 from automodel_conv.execution.writing import begin_shard, budget, write_slabs
 from automodel_conv.files.checkpoint import Checkpoint, open_checkpoint
 from automodel_conv.files.destination import Destination, open_destination, staged_path, telling
 from automodel_conv.files.shards import CHECKSUMS_NAME, Form, Shard, Spec, divide, divide_like, index_of, parse_size
 from automodel_conv.planning.copies import SourceTable, Target
+from automodel_conv.planning.experts import refuse_missing_experts
 from automodel_conv.planning.layouts import any_experts
 from automodel_conv.planning.marks import form_like, form_of
 from automodel_conv.planning.models import checked_dtype, model_targets, state_table, tied_names
@@ -83,7 +76,11 @@ def save_checkpoint(
     What ``save_pretrained`` would write: the same names, shapes and bytes, tied weights once, the config besides. No
     converted copy of the model is made; tensors of a GPU go through pinned memory. The directory is a checkpoint at the
     end or not at all; if writing fails nothing of it stays. Where there are DTensors all ranks must call this, on a
-    file system that they share: each writes its own parts.
+    file system that they share: each writes its own parts. Plain tensors beside them are all ranks' and must be equal
+    on all, buffers too. Where there is none, each rank saves for itself, to a directory of its own.
+
+    What several ranks hold, replicas and plain tensors, each of them reads once for a checksum (CRC32, some 2 GB/s a
+    thread; from a GPU through host memory): nothing in FSDP2, a rank's shard with HSDP, the whole of what is plain.
 
     Args:
         directory: new, or without weights in it.
@@ -100,14 +97,17 @@ def save_checkpoint(
         progress: show a bar in bytes and GB/s.
 
     Raises:
-        NameProblems, CoverageError: see ``revert_state_dict``; like all but WriteError before anything is written. With
-            DTensors CoverageError too where the ranks do not hold all of a tensor.
+        NameProblems, CoverageError: see ``revert_state_dict``; like all but WriteError before anything is written.
+            CoverageError too where tensors have fewer experts than the model's config says (or, in a state dict, the
+            rows of the router), as those of one rank of expert parallelism by hand; and with DTensors where the ranks
+            do not hold all of a tensor, or do not all divide it in the same way.
         UnsupportedError: tensors that cannot be saved from here: offloaded, quantized by transformers, with adapters,
             lazily conjugated or negated; or extra state that is not a tensor.
         DestinationError: the directory holds a checkpoint already, or somebody else writes to it.
         WriteError: the disk is full, or the system reports another error.
         ConversionError: the system gives no more memory or threads.
-        RankError: with DTensors: saving failed on other ranks, one of them is gone, or they hold different tensors.
+        RankError: with DTensors: saving failed on other ranks, one of them is gone, or they hold different tensors, or
+            different bytes of one that they should all have; the same on all ranks.
     """
     began = time.perf_counter()
     model = unwrapped(model_or_state_dict) if isinstance(model_or_state_dict, nn.Module) else None
@@ -132,12 +132,21 @@ def save_checkpoint(
         shards = shards_for(plan, opened, max_shard_size, form)
         share = budget(threads, DEFAULT_SCRATCH_BYTES if scratch_bytes is None else scratch_bytes, reads_files=False)
         leads = not groups or dist.get_rank() == 0
-        places = places_in(shards, plan.targets)
-        held = _holdings(tensors.values(), leads)
-        made = tensor_slabs(plan, held, places, most_bytes=share.slab_bytes)
     names = json.dumps(sorted(tensors)).encode()
     same_on_all(groups, [names, *(shard.header for shard in shards)], "the tensors to be saved")
-    _refuse_gaps(groups, tensors, held)
+    with together(groups, "planning what to save"):
+        refuse_missing_experts({name: tensor.shape for name, tensor in tensors.items()}, model)
+        regions = {name: region_of(tensor) for name, tensor in tensors.items()}
+        parts = {name: local_of(tensor.detach()) for name, tensor in tensors.items()}
+    holders = find_holders(groups, tensors, regions)
+    with together(groups, "comparing replicas"):
+        shared = {name: parts[name] for name in holders.shared}
+        sums = checksums_of_parts(shared, share.threads, share.slab_bytes)
+        held = {
+            row: [Holding(regions[name], parts[name])] for row, name in enumerate(tensors) if name in holders.written
+        }
+        made = tensor_slabs(plan, held, places_in(shards, plan.targets), most_bytes=share.slab_bytes)
+    refuse_unlike_replicas(groups, holders, sums)
     with ExitStack() as ending:
         with together(groups, "beginning to save"):
             destination = None
@@ -344,40 +353,6 @@ def refuse_unlike_stored(tensors: Mapping[str, Tensor]) -> None:
 def _is_same(tensor: Tensor, other: Tensor) -> bool:
     tensor, other = local_of(tensor), local_of(other)
     return (tensor.data_ptr(), tensor.shape, tensor.stride()) == (other.data_ptr(), other.shape, other.stride())
-
-
-def _refuse_gaps(groups: Sequence[Any], tensors: Mapping[str, Tensor], held: Mapping[int, Sequence[Holding]]) -> None:
-    """Refuse tensors of which the ranks together do not write all elements, by their number.
-
-    Several times all is right too: a tensor on one dimension of a mesh is written by each of its rows of ranks.
-
-    Raises:
-        CoverageError: on all ranks; names the first tensor.
-        RankError: one of the ranks is gone.
-    """
-    rows = {name: row for row, name in enumerate(tensors)}
-    names = sorted(tensors)
-    counts = [sum(prod(holding.region.local_shape) for holding in held.get(rows[name], ())) for name in names]
-    for name, found in zip(names, summed(groups, counts, "counting what ranks hold"), strict=True):
-        expected = tensors[name].numel()
-        if expected and (not found or found % expected):
-            raise CoverageError(
-                message(
-                    f"the ranks do not hold all of {name}",
-                    expected=f"{expected} elements, shape {list(tensors[name].shape)}, or a multiple",
-                    found=f"{found} elements",
-                    do="give all ranks DTensors of the same mesh, or plain tensors on all",
-                )
-            )
-
-
-def _holdings(tensors: Iterable[Tensor], leads: bool) -> dict[int, list[Holding]]:
-    """By row, what this process writes: its shards of DTensors, if it holds them first; the leader all others."""
-    held = {}
-    for row, tensor in enumerate(tensors):
-        if is_first_replica(tensor) if is_distributed(tensor) else leads:
-            held[row] = [Holding(region_of(tensor), local_of(tensor.detach()))]
-    return held
 
 
 def _write_config(model: nn.Module, dtype: torch.dtype | None, directory: str) -> None:

@@ -19,7 +19,14 @@ from safetensors.torch import load_file
 from torch import nn
 
 import automodel_conv as amc
-from automodel_conv.errors import ConversionError, DestinationError, NameProblems, UnsupportedError, WriteError
+from automodel_conv.errors import (
+    ConversionError,
+    CoverageError,
+    DestinationError,
+    NameProblems,
+    UnsupportedError,
+    WriteError,
+)
 from automodel_conv.execution import tensor_slabs
 from automodel_conv.files import system
 from automodel_conv.testing import POISON, address_valued, assert_bytes_equal
@@ -553,3 +560,16 @@ def test_checksums_of_an_earlier_checkpoint_do_not_stay(tmp_path):
     (tmp_path / "training_args.bin").write_bytes(b"kept")
     amc.save_checkpoint({"a": torch.ones(2)}, tmp_path, rules=[])
     assert sorted(file.name for file in tmp_path.iterdir()) == ["model.safetensors", "training_args.bin"]
+
+
+@needs_transformers
+def test_a_model_that_holds_a_part_of_its_experts_is_refused_and_nothing_is_written(mixtral, tmp_path):
+    model = copy.deepcopy(mixtral)
+    experts = next(module for name, module in model.named_modules() if name.endswith(".experts"))
+    experts.down_proj = nn.Parameter(experts.down_proj.data[:6].clone())
+    with pytest.raises(CoverageError, match=r"(?s)experts\.down_proj does not hold all experts.*12.*6 experts"):
+        amc.save_checkpoint(model, tmp_path / "saved")
+    rules = amc.get_model_conversion_mapping(model)
+    with pytest.raises(CoverageError, match=r"gate\.weight says"):
+        amc.save_checkpoint(model.state_dict(), tmp_path / "saved", rules=rules)
+    assert not (tmp_path / "saved").exists()

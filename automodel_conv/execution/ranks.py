@@ -13,7 +13,6 @@ from contextlib import contextmanager
 from itertools import chain
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -50,7 +49,7 @@ def together(groups: Sequence[Any], what: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        _told_by_all(groups, f"rank {_rank()}: {type(error).__name__}: {error}")
+        _told_by_all(groups, f"rank {rank_of_this()}: {type(error).__name__}: {error}")
         raise
     heard = _told_by_all(groups, None)
     if heard.told:
@@ -90,19 +89,17 @@ def found_by_any(groups: Sequence[Any], pairs: Iterable[tuple[str, str]], what: 
     return frozenset((first, second) for told in heard.told for first, second in json.loads(told))
 
 
-def summed(groups: Sequence[Any], counts: Sequence[int], what: str) -> list[int]:
-    """Of each number the sum over all ranks of these groups, which have as many; the same on all of them.
+def gathered(groups: Sequence[Any], data: bytes, what: str) -> list[bytes]:
+    """What each rank of these groups has to tell, by rank; the same on all of them.
 
     Raises:
         RankError: one of the ranks is gone.
     """
-    # Packed, since there is one for each tensor of a model and most are alike; with the rank, since each counts.
-    own = zlib.compress(np.array(counts, np.int64).tobytes()).hex()
-    heard = _told_by_all(groups, f"{_rank()} {own}")
+    # Packed, since it has something on each tensor of a model and most are alike.
+    heard = _told_by_all(groups, f"{rank_of_this():010} {zlib.compress(data).hex()}")
     if heard.lost:
         raise _gone(what, "\n" + listing(heard.lost))
-    packed = (bytes.fromhex(told.partition(" ")[2]) for told in heard.told)
-    return sum(np.frombuffer(zlib.decompress(each), np.int64) for each in packed).tolist()  # type: ignore[union-attr]
+    return [zlib.decompress(bytes.fromhex(told.partition(" ")[2])) for told in sorted(heard.told)]
 
 
 def groups_of(meshes: Iterable[Any]) -> list[Any]:
@@ -110,7 +107,8 @@ def groups_of(meshes: Iterable[Any]) -> list[Any]:
     return [mesh.get_group(dim) for mesh in meshes if mesh.get_coordinate() is not None for dim in range(mesh.ndim)]
 
 
-def _rank() -> int:
+def rank_of_this() -> int:
+    """The number of this process among all; 0 where there is only one."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
@@ -132,7 +130,7 @@ def _told_by_all(groups: Sequence[Any], text: str | None) -> _Heard:
         try:
             dist.all_gather_object(heard, known, group=group)
         except RuntimeError as error:  # what backends raise for a rank that is gone or late
-            known.lost.append(f"rank {_rank()}: {error}")
+            known.lost.append(f"rank {rank_of_this()}: {error}")
         else:
             known = _Heard(*(list(dict.fromkeys(chain.from_iterable(lines))) for lines in zip(*heard, strict=True)))
     return known

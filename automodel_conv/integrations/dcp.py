@@ -13,7 +13,7 @@ from __future__ import annotations
 import os
 import sys
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from math import prod
@@ -24,17 +24,19 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
     Metadata,
+    MetadataIndex,
     TensorProperties,
     TensorStorageMetadata,
 )
-from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPlanner, SavePlan, SavePlanner
+from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPlanner, SavePlan, SavePlanner, WriteItem
 from torch.distributed.checkpoint.storage import StorageReader, StorageWriter, WriteResult
 from torch.futures import Future
 
 from automodel_conv.dtypes import dtype_code
-from automodel_conv.errors import CoverageError, NameProblems, UnsupportedError, listing, message
+from automodel_conv.errors import CoverageError, NameProblems, RankError, UnsupportedError, listing, message
 from automodel_conv.execution.buffers import dtype_of
 from automodel_conv.execution.filling import Limits, fill
+from automodel_conv.execution.holders import ALIKE, checksums_of_parts, unlike_replicas
 from automodel_conv.execution.ranks import is_distributed, local_of
 from automodel_conv.execution.tensor_slabs import Holding, tensor_slabs
 from automodel_conv.execution.writing import budget, write_slabs
@@ -44,6 +46,7 @@ from automodel_conv.files.destination import Destination, open_destination, stag
 from automodel_conv.files.shards import Form, Shard
 from automodel_conv.loading import load_plan
 from automodel_conv.planning.copies import SourceTable
+from automodel_conv.planning.experts import refuse_missing_experts
 from automodel_conv.planning.models import tied_names
 from automodel_conv.planning.pipeline import saving_plan, without_casts
 from automodel_conv.planning.plan import CopyPlan
@@ -181,7 +184,9 @@ class HuggingFaceWriter(StorageWriter):
     """Writes a safetensors checkpoint under its published names, experts taken apart, as ``save_checkpoint`` does.
 
     All ranks write into the same files, on a file system that they share. The directory is a checkpoint once
-    ``dcp.save`` has returned.
+    ``dcp.save`` has returned. What several ranks hold is read once more for a checksum, as there, and compared at the
+    end; if it differs nothing stays. Packed shards of tensor parallelism (gate and up each cut in its rows) are
+    refused by torch's own planner; ``save_checkpoint`` takes them.
 
     Args:
         directory: see ``save_checkpoint``; ``checkpoint_id=`` of ``dcp.save`` takes its place.
@@ -190,8 +195,8 @@ class HuggingFaceWriter(StorageWriter):
         rules, layout, reference, max_shard_size, threads, scratch_bytes: see ``save_checkpoint``.
 
     Raises:
-        NameProblems, CoverageError, UnsupportedError, DestinationError, WriteError: see ``save_checkpoint``; ``dcp``
-            wraps them in its ``CheckpointException``.
+        NameProblems, CoverageError, RankError, UnsupportedError, DestinationError, WriteError: see
+            ``save_checkpoint``; ``dcp`` wraps them in its ``CheckpointException``.
     """
 
     def __init__(
@@ -234,10 +239,14 @@ class HuggingFaceWriter(StorageWriter):
             raise UnsupportedError(message("ranks write one checkpoint together", do="leave use_collectives=False out"))
 
     def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
-        return plan
+        """Tell the coordinator all that this rank holds, before the planner keeps one of each set of replicas."""
+        return replace(plan, storage_data=plan.items)
 
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
-        """Begin all files, on the coordinator."""
+        """Begin all files, on the coordinator.
+
+        Ranks are asked for the checksums of what several of them hold; ``finish`` compares these.
+        """
         if any(not getattr(plan, "usable", True) for plan in plans):
             raise UnsupportedError(message("plans of an earlier save are not kept", do="leave enable_plan_caching out"))
         specs: dict[str, tuple[str, tuple[int, ...]]] = {}
@@ -250,6 +259,7 @@ class HuggingFaceWriter(StorageWriter):
                 raise UnsupportedError(message(f"{item.index.fqn} has a dtype that checkpoints cannot hold"))
             specs[item.index.fqn] = code, tuple(item.tensor_data.size)
             held[item.index.fqn] += prod(item.tensor_data.chunk.sizes)
+        shared = _shared([plan.storage_data for plan in plans])
         self._check(specs, held)
         names = list(specs) if self._names is None else [name for name in self._names if name in specs]
         table = SourceTable(names, [specs[name][0] for name in names], [specs[name][1] for name in names])
@@ -258,10 +268,10 @@ class HuggingFaceWriter(StorageWriter):
         self._begun = self._ending.enter_context(opening), shards, form
         with self._undone_if_it_fails():
             begin_save(self._begun[0], shards, self._model)
-        return [replace(plan, storage_data=table) for plan in plans]
+        return [replace(plan, storage_data=(table, items)) for plan, items in zip(plans, shared, strict=True)]
 
     def _check(self, specs: Mapping[str, tuple[str, tuple[int, ...]]], held: Mapping[str, int]) -> None:
-        """Raise NameProblems where names are not the model's, CoverageError where ranks do not hold all of a tensor."""
+        """Raise NameProblems where names are not the model's, CoverageError where ranks do not hold all there is."""
         if self._model is not None and self._names is not None:
             known = self._model.state_dict().keys()
             missing = [name for name in self._names if name not in specs]
@@ -270,6 +280,7 @@ class HuggingFaceWriter(StorageWriter):
                 found = f"{len(missing)} missing, {len(unexpected)} unexpected:\n" + listing([*missing, *unexpected])
                 text = message("the state dict is not the model's", found=found, do="pass model.state_dict() itself")
                 raise NameProblems(text, missing=missing, unexpected=unexpected)
+        refuse_missing_experts({name: shape for name, (_, shape) in specs.items()}, self._model)
         for name, (_, shape) in specs.items():
             if held[name] != prod(shape):
                 expected = f"{prod(shape)} elements, shape {list(shape)}"
@@ -293,20 +304,19 @@ class HuggingFaceWriter(StorageWriter):
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
         """Write what this rank's plan has, and wait until the disk has it."""
-        table: SourceTable = plan.storage_data
+        table, shared = plan.storage_data
         copies, shards, _ = self._plan(table)
         rows = {name: row for row, name in enumerate(table.names)}
         holdings: dict[int, list[Holding]] = {}
         results = []
-        for item in plan.items:
-            results.append(WriteResult(item.index, item.tensor_storage_size() or 0, None))
-            if item.index.fqn in rows and item.tensor_data is not None:
-                chunk, size = item.tensor_data.chunk, item.tensor_data.size
-                tensor: Tensor = planner.resolve_data(item)  # type: ignore[assignment]
-                with self._undone_if_it_fails():
-                    refuse_unlike_stored({item.index.fqn: tensor})
-                held = Holding(box(tuple(size), chunk.offsets, chunk.sizes), tensor.detach())
-                holdings.setdefault(rows[item.index.fqn], []).append(held)
+        with self._undone_if_it_fails():
+            for item in plan.items:
+                results.append(WriteResult(item.index, item.tensor_storage_size() or 0, None))
+                if item.index.fqn in rows and item.tensor_data is not None:
+                    holdings.setdefault(rows[item.index.fqn], []).append(_holding(item, planner))
+            parts = {str(number): _holding(item, planner).tensor for number, item in enumerate(shared)}
+            sums = checksums_of_parts(parts, self._share.threads, self._share.slab_bytes)
+            results += [WriteResult(item.index, 0, sums[str(number)]) for number, item in enumerate(shared)]
         places = places_in(shards, copies.targets)
         with self._undone_if_it_fails():
             groups = tensor_slabs(copies, holdings, places, most_bytes=self._share.slab_bytes)
@@ -318,10 +328,11 @@ class HuggingFaceWriter(StorageWriter):
         return done
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
-        """Make the directory a checkpoint, on the coordinator."""
+        """Make the directory a checkpoint, on the coordinator, if replicas are replicas; else nothing of it stays."""
         if self._begun is not None:
             destination, shards, form = self._begun
             with self._undone_if_it_fails():
+                _refuse_unlike(results)
                 finish_save(destination, shards, self._model, form)
         self.reset()
 
@@ -329,3 +340,63 @@ class HuggingFaceWriter(StorageWriter):
     def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
         """Whether this can be a directory on a local or mounted file system."""
         return "://" not in os.fsdecode(checkpoint_id)
+
+
+# --- private ----------------------------------------------------------------------------------------------------------
+
+
+def _shared(items: Sequence[Sequence[WriteItem]]) -> list[list[WriteItem]]:
+    """Of what each rank holds, what others hold too.
+
+    Raises:
+        RankError: tensors of one name have different shapes or dtypes.
+        CoverageError: parts that begin in the same place have different sizes.
+    """
+    like: dict[str, tuple[object, ...]] = {}
+    sizes: dict[MetadataIndex, tuple[int, ...]] = {}
+    held: Counter[MetadataIndex] = Counter()
+    for item in (item for each in items for item in each):
+        if item.tensor_data is None or not prod(item.tensor_data.chunk.sizes):
+            continue
+        name, data = item.index.fqn, item.tensor_data
+        found = tuple(data.size), data.properties.dtype
+        first = like.setdefault(name, found)
+        if found != first:
+            raise RankError(message(f"{name} differs from rank to rank", found=f"{first} and {found}", do=ALIKE))
+        size = sizes.setdefault(item.index, tuple(data.chunk.sizes))
+        if size != tuple(data.chunk.sizes):
+            found = f"parts of {list(size)} and {list(data.chunk.sizes)} at {list(data.chunk.offsets)}"
+            raise CoverageError(message(f"ranks divide {name} in different ways", found=found, do=ALIKE))
+        held[item.index] += 1
+    return [[item for item in each if held[item.index] > 1] for each in items]
+
+
+def _refuse_unlike(results: Sequence[Sequence[WriteResult]]) -> None:
+    """Compare the checksums of all ranks, which ``write_data`` adds to its results.
+
+    Raises:
+        RankError: ranks that hold the same part of a tensor hold different bytes.
+    """
+    first: dict[MetadataIndex, tuple[int, int]] = {}
+    unlike: dict[str, str] = {}
+    for rank, each in enumerate(results):
+        for result in each:
+            if result.storage_data is not None:
+                of, checksum = first.setdefault(result.index, (rank, result.storage_data))
+                if checksum != result.storage_data:
+                    unlike.setdefault(result.index.fqn, f"rank {rank} and rank {of}")
+    if unlike:
+        raise unlike_replicas(sorted(unlike.items()))
+
+
+def _holding(item: WriteItem, planner: SavePlanner) -> Holding:
+    """What an item of a plan stands for on this rank."""
+    tensor: Tensor = planner.resolve_data(item)  # type: ignore[assignment]
+    refuse_unlike_stored({item.index.fqn: tensor})
+    entry = getattr(planner, "state_dict", {}).get(item.index.fqn)
+    if isinstance(entry, Tensor) and is_distributed(entry):
+        region = region_of(entry)  # which may be several runs of rows, where the planner knows one box
+    else:
+        data = item.tensor_data
+        region = box(tuple(data.size), data.chunk.offsets, data.chunk.sizes)  # type: ignore[union-attr]
+    return Holding(region, tensor.detach())

@@ -91,9 +91,9 @@ def check(variant, of_rank_1, ended):
         if scenario.startswith("holds other"):
             assert "differ from rank to rank" in text
         if scenario == "holds no part":
-            assert text.startswith("the ranks do not hold all of a\n")
-            assert "12 elements" in text
-            assert "found:    6 elements" in text
+            assert text.startswith("the ranks do not hold all of a, or divide it in different ways\n")
+            assert "expected: 12 elements" in text
+            assert "rank 0: 6 elements\n    rank 1: 12 elements" in text
         if scenario == "cannot read in place" and number == 1:
             assert "filled:" in text
         assert end.said[-1]["seconds"] < TIMEOUT_S

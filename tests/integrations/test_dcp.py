@@ -116,3 +116,12 @@ def test_a_save_that_fails_leaves_nothing_and_room_for_the_next(mixtral, tmp_pat
     assert files(tmp_path / "dcp") == {}
     dcp.save(model.state_dict(), storage_writer=writer)
     assert (tmp_path / "dcp" / "model.safetensors").exists()
+
+
+def test_a_model_that_holds_a_part_of_its_experts_is_refused_and_nothing_is_written(mixtral, tmp_path):
+    state = mixtral[0].state_dict()
+    name = next(name for name in state if name.endswith("experts.down_proj"))
+    state[name] = state[name][:6]
+    with pytest.raises(CheckpointException, match=r"experts\.down_proj does not hold all experts"):
+        dcp.save(state, storage_writer=HuggingFaceWriter(tmp_path / "dcp", mixtral[0]))
+    assert not (tmp_path / "dcp").exists()

@@ -1,0 +1,81 @@
+"""Checksums of what ranks hold, and who holds what where there is one process. Many ranks: tests/distributed."""
+
+from __future__ import annotations
+
+import zlib
+from itertools import product
+
+import pytest
+import torch
+
+from automodel_conv.errors import RankError
+from automodel_conv.execution.holders import (
+    Holders,
+    checksum_of,
+    checksums_of_parts,
+    find_holders,
+    refuse_unlike_replicas,
+)
+from automodel_conv.planning.sharding import region_of
+from automodel_conv.testing import address_valued
+
+
+def in_order(tensor):
+    """CRC32 of a tensor's elements, one at a time."""
+    found = 0
+    for index in product(*map(range, tensor.shape)):
+        found = zlib.crc32(tensor[index].reshape(1).contiguous().view(torch.uint8).numpy().tobytes(), found)
+    return found
+
+
+@pytest.mark.parametrize("most_bytes", [1, 7, 16, 1 << 20])
+@pytest.mark.parametrize(
+    "lay",
+    [
+        lambda t: t,
+        lambda t: t.transpose(0, 2),
+        lambda t: t[:, 1:3],
+        lambda t: t[::2, ::3, ::2],
+        lambda t: t[1:2].expand(3, -1, -1),
+        lambda t: t.reshape(-1),
+        lambda t: t.view(1, 1, -1).mT,
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.int64, torch.uint8, torch.complex64], ids=str)
+def test_a_checksum_is_that_of_the_elements_in_their_order(lay, dtype, most_bytes):
+    tensor = lay(address_valued((4, 5, 6), dtype))
+    assert checksum_of(tensor, most_bytes) == in_order(tensor) == checksum_of(tensor.contiguous(), 1 << 20)
+
+
+def test_checksums_of_numbers_of_nothing_and_of_parameters():
+    number = torch.tensor(3.5, requires_grad=True)
+    assert checksum_of(number, 1) == in_order(number.detach())
+    assert checksum_of(torch.empty(0, 5), 1) == checksum_of(torch.empty(5, 0).t(), 64) == 0
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_each_part_has_its_own_checksum(threads):
+    parts = {str(n): torch.arange(n, n + 10) for n in range(8)}
+    found = checksums_of_parts(parts, threads, 64)
+    assert found == {name: zlib.crc32(part.numpy().tobytes()) for name, part in parts.items()}
+    assert len(set(found.values())) == 8
+
+
+def test_one_process_writes_all_that_has_elements_and_shares_nothing():
+    tensors = {"b": torch.ones(2, 3), "a": torch.tensor(1), "none": torch.ones(0, 3)}
+    found = find_holders([], tensors, {name: region_of(tensor) for name, tensor in tensors.items()})
+    assert found == Holders(frozenset("ab"), frozenset(), [])
+    assert find_holders([], {}, {}) == Holders(frozenset(), frozenset(), [])
+    refuse_unlike_replicas([], found, {})
+
+
+def test_all_tensors_and_ranks_that_differ_are_named(monkeypatch):
+    sums = [[1, 2, 3], [1, 2, 3], [1, 9, 3], [1, 9, 8]]
+    from automodel_conv.execution import holders
+
+    monkeypatch.setattr(holders, "gathered", lambda *_: [torch.tensor(s, dtype=torch.uint32).numpy() for s in sums])
+    known = Holders(frozenset(), frozenset("abc"), [(["a", "b"], [[0, 1, 2, 3]]), (["c"], [[0, 2], [1, 3]])])
+    with pytest.raises(RankError) as caught:
+        refuse_unlike_replicas([], known, {"a": 1, "b": 2, "c": 3})
+    assert str(caught.value).startswith("ranks hold different bytes of b\n")
+    assert "b: ranks 2, 3 and rank 0\n    c: rank 3 and rank 1" in str(caught.value)
