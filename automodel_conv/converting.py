@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from automodel_conv.dtypes import FLOATING, itemsize
+from automodel_conv.dtypes import itemsize
 from automodel_conv.errors import (
     DestinationError,
     ReadError,
@@ -44,7 +44,8 @@ from automodel_conv.files.destination import WEIGHT_SUFFIXES, open_destination, 
 from automodel_conv.files.shards import CHECKSUMS_NAME, Shard, Spec, divide, index_of, parse_size
 from automodel_conv.loading import decoded_table
 from automodel_conv.planning.copies import Decode, SourceTable
-from automodel_conv.planning.models import checked_dtype, meta_model
+from automodel_conv.planning.from_config import meta_model
+from automodel_conv.planning.models import checked_dtype
 from automodel_conv.planning.pipeline import loading_plan, saving_plan, without_casts
 from automodel_conv.planning.plan import CopyPlan
 from automodel_conv.progress import bytes_progress
@@ -114,10 +115,7 @@ def compile_conversion(
         table = decoded_table(checkpoint, wants_numbers=True)
     else:
         table = SourceTable.of(checkpoint)
-    model = None
-    if rules is None:
-        first = next((code for code in checkpoint.dtypes if code in FLOATING), None)
-        model = meta_model(checkpoint.directory, dtype, first)
+    model = meta_model(checkpoint, dtype) if rules is None else None
     if layout == PER_EXPERT:
         plan = with_dtype(saving_plan(table, model=model, rules=rules, layout=source_layout), dtype, model)
     else:

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 
 from automodel_conv.device_map import DeviceLike, device_map_of
-from automodel_conv.dtypes import FLOATING
 from automodel_conv.errors import QuantizationError, message, resources_told
 from automodel_conv.execution.buffers import allocate
 from automodel_conv.execution.checksums import verify_checksums
@@ -45,11 +44,13 @@ from automodel_conv.homes import (
 )
 from automodel_conv.planning.compiler import Problems
 from automodel_conv.planning.copies import SourceTable
-from automodel_conv.planning.models import checked_dtype, meta_model, tied_names
+from automodel_conv.planning.from_config import meta_model
+from automodel_conv.planning.models import checked_dtype, tied_names
 from automodel_conv.planning.pipeline import loading_plan
 from automodel_conv.planning.plan import CopyPlan
 from automodel_conv.planning.quantization import has_codes, quantized_table
 from automodel_conv.planning.sharding import shard_plan
+from automodel_conv.planning.stored_dtypes import dequantizer, left_as_stored
 
 
 @dataclass(frozen=True)
@@ -346,12 +347,15 @@ def load_plan(
     """The plan of a load, what does not fit, and the model, made from ``config.json`` if none is given and no rules."""
     checked_dtype(dtype)
     if model is None and rules is None:
-        model, dtype = meta_model(checkpoint.directory, dtype, _first_floating(checkpoint)), None
+        model, dtype = meta_model(checkpoint, dtype), None
     quantizer = None if dequantize else getattr(model, "hf_quantizer", None)
     if dequantize:
         table = decoded_table(checkpoint, wants_numbers=model is not None)
     else:
         table = SourceTable.of(checkpoint)
+    settings = quantization_config(checkpoint.directory) if table.decodes and model is not None else None
+    casting = quantizer if settings is None else dequantizer(settings)
+    decoded = {table.names[row] for row in table.decodes}
     plan, problems = loading_plan(
         table,
         model=model,
@@ -361,6 +365,7 @@ def load_plan(
         dtype=dtype,
         in_place=in_place,
         quantizer=quantizer,
+        as_stored=left_as_stored(model, casting, key_mapping, decoded) if rules is None else None,
     )
     return plan, problems, model
 
@@ -431,10 +436,6 @@ def _distributed(tensors: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> 
         if name in state and is_distributed(state[name]) and id(tensor) not in made:
             made[id(tensor)] = as_distributed(tensor, state[name])
     return {name: made.get(id(tensor), tensor) for name, tensor in tensors.items()}
-
-
-def _first_floating(checkpoint: Checkpoint) -> str | None:
-    return next((dtype for dtype in checkpoint.dtypes if dtype in FLOATING), None)
 
 
 class _Clock:

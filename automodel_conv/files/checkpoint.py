@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 from automodel_conv.errors import UnsupportedError, listing, message, resources_told
 from automodel_conv.files import system
@@ -66,6 +67,8 @@ class Checkpoint:
     """``__metadata__`` of all files; where two files share a key, the later file's value."""
     position: dict[str, int] = field(repr=False)
     """Row of each name."""
+    index_metadata: dict[str, Any] | None = field(default=None, repr=False)
+    """``metadata`` of the index; None without an index."""
 
 
 @resources_told("opening a checkpoint")
@@ -86,7 +89,7 @@ def open_checkpoint(path: str | os.PathLike[str], *, revision: str | None = None
         UnsupportedError: the weights are in another format than safetensors.
     """
     root = os.path.abspath(_local_path(os.fsdecode(path), revision))
-    directory, shards, weight_map = _select(root)
+    directory, shards, index = _select(root)
     files = tuple(os.path.join(directory, shard) for shard in shards)
     absent = [shard for shard, file in zip(shards, files, strict=True) if not system.is_file(file)]
     if absent:
@@ -98,7 +101,7 @@ def open_checkpoint(path: str | os.PathLike[str], *, revision: str | None = None
         )
     with ThreadPoolExecutor(max_workers=min(_READERS, len(files))) as pool:
         headers = list(pool.map(read_header, files))
-    return _merge(root, directory, shards, files, headers, weight_map)
+    return _merge(root, directory, shards, files, headers, index)
 
 
 def _local_path(path: str, revision: str | None) -> str:
@@ -133,16 +136,21 @@ def rows_by_file(checkpoint: Checkpoint) -> list[list[int]]:
     return rows
 
 
-def _select(root: str) -> tuple[str, list[str], dict[str, str] | None]:
-    """Directory, names of the files in it, and the index's weight_map if there is an index."""
+class _Index(NamedTuple):
+    weight_map: dict[str, str]
+    metadata: dict[str, Any]
+
+
+def _select(root: str) -> tuple[str, list[str], _Index | None]:
+    """Directory, names of the files in it, and the index if there is one."""
     if system.is_directory(root):
         file = os.path.join(root, _choose(root))
     else:
         file = root
     directory = os.path.dirname(file)
     if file.endswith(".json"):
-        weight_map = _read_index(file)
-        return directory, sorted(set(weight_map.values())), weight_map
+        index = _read_index(file)
+        return directory, sorted(set(index.weight_map.values())), index
     _refuse_other_formats(file)
     return directory, [os.path.basename(file)], None
 
@@ -215,11 +223,12 @@ def _refuse_other_formats(file: str) -> None:
         )
 
 
-def _read_index(path: str) -> dict[str, str]:
+def _read_index(path: str) -> _Index:
     if not system.is_file(path):  # opening a pipe would wait for its other end
         raise checkpoint_error("an index that is not a file", where=path, expected="a regular file")
     data = with_open(path, lambda fd: read_limited(fd, path, MAX_INDEX_BYTES))
-    weight_map = parse_object(data, path).get("weight_map")
+    parsed = parse_object(data, path)
+    weight_map, metadata = parsed.get("weight_map"), parsed.get("metadata")
     if type(weight_map) is not dict or not weight_map:
         raise checkpoint_error(
             "an index without weight_map",
@@ -241,7 +250,7 @@ def _read_index(path: str) -> dict[str, str]:
             )
         _refuse_other_formats(os.path.join(os.path.dirname(path), file))
         checked.add(file)
-    return weight_map
+    return _Index(weight_map, metadata if type(metadata) is dict else {})
 
 
 def _leaves_directory(file: str) -> bool:
@@ -256,7 +265,7 @@ def _merge(
     shards: list[str],
     files: tuple[str, ...],
     headers: list[Header],
-    weight_map: dict[str, str] | None,
+    index: _Index | None,
 ) -> Checkpoint:
     names = _chain(header.names for header in headers)
     file_ids = _chain([file_id] * len(header.names) for file_id, header in enumerate(headers))
@@ -267,15 +276,16 @@ def _merge(
     metadata = {key: value for header in headers for key, value in header.metadata.items()}
     position = dict(zip(names, range(len(names)), strict=True))
     if len(position) != len(names):
-        keep = _rows_to_keep(names, file_ids, shards, files, weight_map or {})
+        keep = _rows_to_keep(names, file_ids, shards, files, index.weight_map if index else {})
         names, dtypes, shapes = take(names, keep), take(dtypes, keep), take(shapes, keep)
         file_ids, offsets, nbytes = take(file_ids, keep), take(offsets, keep), take(nbytes, keep)
         position = dict(zip(names, range(len(names)), strict=True))
+    said = None if index is None else index.metadata
     checkpoint = Checkpoint(
-        root, directory, files, names, dtypes, shapes, file_ids, offsets, nbytes, metadata, position
+        root, directory, files, names, dtypes, shapes, file_ids, offsets, nbytes, metadata, position, said
     )
-    if weight_map is not None:
-        _check_index(checkpoint, shards, weight_map)
+    if index is not None:
+        _check_index(checkpoint, shards, index.weight_map)
     return checkpoint
 
 
