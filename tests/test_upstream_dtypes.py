@@ -133,10 +133,8 @@ def test_an_operation_gets_its_sources_cast_and_its_result_is_taken_as_it_is(che
     expected = assert_as_upstream(path)
     assert expected[GATE].dtype == dtype
     assert amc.load_state_dict(path).report.fallbacks == (GATE,)
-    # The cast is what makes the difference.
     codes, factor = (tensor.float() for tensor in tensors)
-    late = make(codes, factor).to(dtype)
-    assert torch.equal(late, expected[GATE]) is (tensors[0].dtype == torch.int32 and False)
+    assert not torch.equal(make(codes, factor).to(dtype), expected[GATE])  # a cast at the end gives other numbers
 
 
 @pytest.mark.parametrize("lowered", [True, False], ids=["by plan", "by an operation of a user"])
@@ -170,7 +168,7 @@ def test_parameters_that_are_there_keep_their_dtype(checkpoint, lowered):
     assert_bytes_equal(parameter.detach(), second)
 
 
-def test_checkpoint_tensors_read_through_dcp_are_what_the_operation_makes(checkpoint):
+def test_what_an_operation_makes_can_be_read_through_dcp(checkpoint):
     path = checkpoint(
         ["mlp.gate.codes", "mlp.gate.factor"], ["mlp.gate.weight"], Made(lambda codes, factor: codes * factor), parts()
     )

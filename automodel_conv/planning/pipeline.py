@@ -186,11 +186,12 @@ def _in_saving_order(plan: CopyPlan, model: nn.Module | None) -> CopyPlan:
 
 
 def without_casts(plan: CopyPlan) -> CopyPlan:
-    """The plan without casts, but where the sources of one target differ."""
+    """The plan without casts, but where the sources of one target differ, or upstream's own code makes it."""
     targets = []
     for target in plan.targets:
         dtypes = {plan.sources.dtypes[row] for row in target.sources}
-        targets.append(target._replace(dtype=dtypes.pop()) if len(dtypes) == 1 else target)
+        casts = target.fallback is None and len(dtypes) == 1
+        targets.append(target._replace(dtype=dtypes.pop()) if casts else target)
     return CopyPlan(plan.sources, tuple(targets), plan.rules)
 
 
