@@ -117,11 +117,18 @@ def compile_plan(
     Args:
         checkpoint: an opened checkpoint, or what ``open_checkpoint`` takes.
         model: any module, on the meta device too; None builds the model of the checkpoint's ``config.json`` on the
-            meta device, unless ``rules`` are given.
+            meta device, unless ``rules`` are given. Its class is the one that ``architectures`` name of the config's
+            type, else the first that transformers has for the type: image and text to text, any modality, causal
+            language model, sequence to sequence, speech, masked language model, other heads only where there is no
+            bare model.
         rules: transformers' rule objects; None takes the model's own. ``[]`` keeps the checkpoint's names.
         layout: how routed experts shall lie: "transformers", "nemo", "gpt_oss", "vllm"; None: as the model has them.
         key_mapping: ``{pattern: replacement}`` applied to names before the rules, as in ``from_pretrained``.
-        dtype: dtype of the floating targets; None keeps each parameter's own (without a model: the source's).
+        dtype: dtype of the floating targets; None keeps each parameter's own (without a model: the source's). A new
+            parameter, or one on the meta device, gets what ``from_pretrained`` gives it: its model's dtype, which
+            without one in ``config.json`` is that of the first tensor by name; float32 where the model keeps it in
+            that; all targets of a rule the first one's; the file's in quantized checkpoints, where transformers casts
+            nothing.
         dequantize: what the ``quantization_config`` in the checkpoint's ``config.json`` says is quantized is decoded,
             each element rounded once to its target's dtype; False takes codes and scales for tensors of their own, as
             a model of transformers that keeps them wants (its ``hf_quantizer`` knows the rules).

@@ -7,8 +7,9 @@ import json
 import pytest
 import torch
 
-transformers = pytest.importorskip("transformers", reason="the models, and what they are compared with, are its own")
+pytest.importorskip("transformers", reason="the models, and what they are compared with, are transformers'")
 
+import transformers
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText
 
