@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from automodel_conv.dtypes import FLOATING, itemsize
+from automodel_conv.dtypes import itemsize
 from automodel_conv.errors import (
     DestinationError,
     ReadError,
@@ -45,9 +45,10 @@ from automodel_conv.files.destination import WEIGHT_SUFFIXES, open_destination, 
 from automodel_conv.files.shards import CHECKSUMS_NAME, FORM, Form, Shard, Spec, divide, index_of, parse_size
 from automodel_conv.loading import decoded_table
 from automodel_conv.planning.copies import Decode, SourceTable
+from automodel_conv.planning.from_config import meta_model
 from automodel_conv.planning.layouts import PER_EXPERT, any_experts, own_layout
 from automodel_conv.planning.marks import form_of, layout_to_read, stated_layout
-from automodel_conv.planning.models import checked_dtype, expert_layouts, meta_model
+from automodel_conv.planning.models import checked_dtype, expert_layouts
 from automodel_conv.planning.pipeline import loading_plan, saving_plan, without_casts
 from automodel_conv.planning.plan import CopyPlan
 from automodel_conv.progress import bytes_progress
@@ -116,10 +117,7 @@ def compile_conversion(
     keeps_names = layout is None and rules == []
     source_layout = layout_to_read(checkpoint, source_layout, keeps_names=keeps_names)
     table = decoded_table(checkpoint, wants_numbers=True) if dequantize else SourceTable.of(checkpoint)
-    model = None
-    if rules is None:
-        first = next((code for code in checkpoint.dtypes if code in FLOATING), None)
-        model = meta_model(checkpoint.directory, dtype, first)
+    model = meta_model(checkpoint, dtype) if rules is None else None
     plan, problems = loading_plan(
         table,
         model=model,
@@ -373,7 +371,7 @@ def _form(
 def _model_of(checkpoint: Checkpoint) -> nn.Module | None:
     """The model that transformers would make of the directory; None if it cannot, and so loads nothing from it."""
     try:
-        return meta_model(checkpoint.directory, None, None)
+        return meta_model(checkpoint, None)
     except UnsupportedError:
         return None
 

@@ -6,6 +6,9 @@ Source: safetensors 0.8.0, ``Dtype`` in ``tensor.rs`` and ``_TYPES`` in ``safete
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from functools import reduce
+
 import torch
 
 BITS: dict[str, int] = {
@@ -77,6 +80,12 @@ def torch_dtype(code: str) -> torch.dtype | None:
 def dtype_code(dtype: torch.dtype) -> str | None:
     """The safetensors code of a torch dtype; None where the format has none (complex128, quantized)."""
     return _TO_CODE.get(dtype)
+
+
+def promoted(codes: Iterable[str]) -> str:
+    """The dtype of tensors of these dtypes stacked or concatenated, as torch promotes them."""
+    first, *others = dict.fromkeys(codes)
+    return reduce(lambda a, b: _TO_CODE[torch.promote_types(_TO_TORCH[a], _TO_TORCH[b])], others, first)
 
 
 def nbytes(code: str, numel: int) -> int:

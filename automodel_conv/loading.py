@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 
 from automodel_conv.device_map import DeviceLike, device_map_of
-from automodel_conv.dtypes import FLOATING
 from automodel_conv.errors import QuantizationError, message, resources_told
 from automodel_conv.execution.buffers import allocate
 from automodel_conv.execution.checksums import verify_checksums
@@ -45,12 +44,14 @@ from automodel_conv.homes import (
 )
 from automodel_conv.planning.compiler import Problems
 from automodel_conv.planning.copies import SourceTable
+from automodel_conv.planning.from_config import meta_model
 from automodel_conv.planning.marks import layout_to_read
-from automodel_conv.planning.models import checked_dtype, meta_model, tied_names
+from automodel_conv.planning.models import checked_dtype, tied_names
 from automodel_conv.planning.pipeline import loading_plan
 from automodel_conv.planning.plan import CopyPlan
 from automodel_conv.planning.quantization import has_codes, quantized_table
 from automodel_conv.planning.sharding import shard_plan
+from automodel_conv.planning.stored_dtypes import dequantizer, left_as_stored
 
 
 @dataclass(frozen=True)
@@ -118,14 +119,21 @@ def compile_plan(
     Args:
         checkpoint: an opened checkpoint, or what ``open_checkpoint`` takes.
         model: any module, on the meta device too; None builds the model of the checkpoint's ``config.json`` on the
-            meta device, unless ``rules`` are given.
+            meta device, unless ``rules`` are given. Its class is the one that ``architectures`` name of the config's
+            type, else the first that transformers has for the type: image and text to text, any modality, causal
+            language model, sequence to sequence, speech, masked language model, other heads only where there is no
+            bare model.
         rules: transformers' rule objects; None takes the model's own. ``[]`` keeps the checkpoint's names.
         layout: how routed experts shall lie: "transformers", "nemo", "gpt_oss", "vllm"; None: as the model has them.
         source_layout: how grouped experts in the checkpoint lie: a layout, or "per_expert", as the type is published.
             None: as the files say, which this package writes, or else as the model has them; where the model's shapes
             contradict that, or leave it open, this is an error.
         key_mapping: ``{pattern: replacement}`` applied to names before the rules, as in ``from_pretrained``.
-        dtype: dtype of the floating targets; None keeps each parameter's own (without a model: the source's).
+        dtype: dtype of the floating targets; None keeps each parameter's own (without a model: the source's). A new
+            parameter, or one on the meta device, gets what ``from_pretrained`` gives it: its model's dtype, which
+            without one in ``config.json`` is that of the first tensor by name; float32 where the model keeps it in
+            that; all targets of a rule the first one's; the file's in quantized checkpoints, where transformers casts
+            nothing.
         dequantize: what the ``quantization_config`` in the checkpoint's ``config.json`` says is quantized is decoded,
             each element rounded once to its target's dtype; False takes codes and scales for tensors of their own, as
             a model of transformers that keeps them wants (its ``hf_quantizer`` knows the rules).
@@ -360,12 +368,15 @@ def load_plan(
     checked_dtype(dtype)
     rules = None if rules is None else list(rules)
     if model is None and rules is None:
-        model, dtype = meta_model(checkpoint.directory, dtype, _first_floating(checkpoint)), None
+        model, dtype = meta_model(checkpoint, dtype), None
     quantizer = None if dequantize else getattr(model, "hf_quantizer", None)
     if dequantize:
         table = decoded_table(checkpoint, wants_numbers=model is not None)
     else:
         table = SourceTable.of(checkpoint)
+    settings = quantization_config(checkpoint.directory) if table.decodes and model is not None else None
+    casting = quantizer if settings is None else dequantizer(settings)
+    decoded = {table.names[row] for row in table.decodes}
     plan, problems = loading_plan(
         table,
         model=model,
@@ -378,6 +389,7 @@ def load_plan(
         dtype=dtype,
         in_place=in_place,
         quantizer=quantizer,
+        as_stored=left_as_stored(model, casting, key_mapping, decoded) if rules is None else None,
     )
     return plan, problems, model
 
@@ -448,10 +460,6 @@ def _distributed(tensors: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> 
         if name in state and is_distributed(state[name]) and id(tensor) not in made:
             made[id(tensor)] = as_distributed(tensor, state[name])
     return {name: made.get(id(tensor), tensor) for name, tensor in tensors.items()}
-
-
-def _first_floating(checkpoint: Checkpoint) -> str | None:
-    return next((dtype for dtype in checkpoint.dtypes if dtype in FLOATING), None)
 
 
 class _Clock:

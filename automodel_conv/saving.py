@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
@@ -33,7 +34,9 @@ from automodel_conv.planning.marks import form_like, form_of
 from automodel_conv.planning.models import checked_dtype, model_targets, state_table, tied_names
 from automodel_conv.planning.pipeline import saving_plan
 from automodel_conv.planning.plan import CopyPlan
-from automodel_conv.planning.registry import is_pretrained_model
+from automodel_conv.planning.registry import is_pretrained_model, model_rules
+from automodel_conv.planning.resolve import resolve
+from automodel_conv.planning.rules import RuleSet
 from automodel_conv.planning.sharding import region_of
 from automodel_conv.progress import bytes_progress
 
@@ -127,7 +130,7 @@ def save_checkpoint(
         opened = None if reference is None else open_checkpoint(reference)
         table = None if opened is None else SourceTable.of(opened)
         plan = saving_plan(state_table(tensors), model=model, rules=rules, layout=layout, reference=table)
-        plan = with_dtype(plan, dtype, model)
+        plan = with_dtype(plan, dtype, model, rules)
         form = saved_form(plan, model, layout, opened)
         shards = shards_for(plan, opened, max_shard_size, form)
         share = budget(threads, DEFAULT_SCRATCH_BYTES if scratch_bytes is None else scratch_bytes, reads_files=False)
@@ -217,8 +220,16 @@ def write_checksums(destination: Destination, shards: Sequence[Shard], threads: 
     destination.write(CHECKSUMS_NAME, checksums_text(sums))
 
 
-def with_dtype(plan: CopyPlan, dtype: torch.dtype | None, model: nn.Module | None) -> CopyPlan:
-    """The plan with its floating targets in ``dtype``, but those made of what the model keeps in float32.
+def with_dtype(
+    plan: CopyPlan, dtype: torch.dtype | None, model: nn.Module | None, rules: Iterable[Any] | None = None
+) -> CopyPlan:
+    """The plan with its floating targets in ``dtype``, but those that the model keeps in float32.
+
+    Names of a checkpoint are not always those of the model: a target gets the dtype in which the model would take it.
+
+    Args:
+        plan: makes the tensors of a checkpoint.
+        rules: by which they are loaded; None: the model's own.
 
     Raises:
         UnsupportedError: no floating dtype.
@@ -227,13 +238,16 @@ def with_dtype(plan: CopyPlan, dtype: torch.dtype | None, model: nn.Module | Non
     code = None if dtype is None else dtype_code(dtype)
     if code is None:
         return plan
-    kept = {} if model is None else {name: spec.dtype for name, spec in model_targets(model, dtype).items()}
-    targets = []
-    for target in plan.targets:
-        wanted = {kept.get(plan.sources.names[row], code) for row in target.sources}
-        if target.dtype in FLOATING and len(wanted) == 1:
-            target = target._replace(dtype=wanted.pop())
-        targets.append(target)
+    wanted: dict[int, str] = {}
+    if model is not None:
+        specs = model_targets(model, dtype)
+        rule_set = RuleSet(model_rules(model) if rules is None else rules, model)
+        found = resolve([target.name for target in plan.targets], rule_set, specs)
+        wanted = {row: specs[made.target].dtype for made in found.assignments for row in chain(*made.slots.values())}
+    targets = [
+        target._replace(dtype=wanted.get(row, code)) if target.dtype in FLOATING else target
+        for row, target in enumerate(plan.targets)
+    ]
     return CopyPlan(plan.sources, tuple(targets), plan.rules)
 
 

@@ -194,6 +194,28 @@ def test_dtypes_stay_or_become_the_wanted_one_but_for_what_the_model_keeps_in_fl
     assert_same(tensors_of(tmp_path / "made"), expected)
 
 
+@needs_transformers
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("source", ["published", "grouped"])
+def test_a_dtype_asks_the_model_for_its_own_names_of_what_is_published(tmp_path, source, dtype):
+    """DeepSeek-V4 keeps norms and much else in float32, and publishes hardly any of it under the model's names."""
+    write_checkpoint(build_model("deepseek_v4"), tmp_path / "published", 1 << 30)
+    file = tmp_path / "published" / "model.safetensors"
+    wide = {n: t.float() if t.is_floating_point() else t for n, t in load_file(file).items()}
+    save_file(wide, file, metadata={"format": "pt"})
+    if source == "grouped":
+        amc.convert_checkpoint(tmp_path / "published", tmp_path / "grouped", dtype=torch.float32)
+    amc.convert_checkpoint(tmp_path / source, tmp_path / "made", layout="per_expert", dtype=dtype)
+    made = tensors_of(tmp_path / "made")
+    assert made.keys() == wide.keys()
+    model = type(build_model("deepseek_v4")).from_pretrained(tmp_path / "published", dtype=dtype)
+    model.save_pretrained(tmp_path / "upstream")
+    assert_same(made, tensors_of(tmp_path / "upstream"))
+    assert {made[n].dtype for n in made if n.endswith(("attn_norm.weight", "hc_base"))} == {torch.float32}
+    amc.save_checkpoint(model, tmp_path / "saved", dtype=dtype)
+    assert_same(tensors_of(tmp_path / "saved"), made)
+
+
 def test_dtypes_that_the_config_does_not_say_stay(tmp_path):
     """A checkpoint whose tensors have other dtypes than its config says: nothing is cast unless asked for."""
     if build_model is None:

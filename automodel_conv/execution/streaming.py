@@ -113,7 +113,8 @@ def stream_files(
 
     Each byte of a source is read and uploaded once. Exceptions are scales that two windows share, quantized sources
     that become two dtypes, and sources of targets that upstream's own code makes: these are read again for each such
-    target, whole, and made into it on the host. All work is done when this returns or raises.
+    target, whole, and made into it on the device, but where upstream itself uses the host. All work is done when this
+    returns or raises.
     At most ``MOST_COMPILED`` kernels are compiled, while the first bytes are read.
 
     Args:

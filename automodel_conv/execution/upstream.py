@@ -39,15 +39,17 @@ def upstream_calls(plan: CopyPlan) -> list[Upstream]:
 def run_upstream(call: Upstream, sources: Mapping[int, Tensor], buffers: Mapping[str, Tensor]) -> None:
     """Let upstream's code make its targets, allocating as it does, and copy them to their buffers.
 
-    Floating results are cast to the target's dtype, as a load with ``dtype=`` wants.
+    It runs where the buffers are, as upstream runs it, unless it asks for the host. Floating results are cast to the
+    dtype of targets that have one already.
 
     Raises:
         ConversionError: a target was not made, or has the wrong shape or dtype.
     """
     names = ", ".join(target.name for target in call.targets)
+    device = torch.device("cpu") if call.fallback.on_host else buffers[call.targets[0].name].device
     try:
         with torch.no_grad():
-            made = call.fallback.convert(sources)
+            made = call.fallback.convert({row: tensor.to(device) for row, tensor in sources.items()})
     except Exception as error:  # whatever a user's or upstream's operation raises
         raise ConversionError(message(f"upstream's own code failed on {names}", found=repr(error))) from error
     for target in call.targets:
@@ -64,3 +66,5 @@ def run_upstream(call: Upstream, sources: Mapping[int, Tensor], buffers: Mapping
                 )
             )
         checked(target, buffers).copy_(tensor)
+    if device.type == "cuda":
+        torch.cuda.current_stream(device).synchronize()

@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from automodel_conv.errors import UnsupportedError, listing, message, resources_told
 from automodel_conv.files import system
@@ -68,6 +68,8 @@ class Checkpoint:
     """``__metadata__`` of all files; where two files share a key, the later file's value."""
     position: dict[str, int] = field(repr=False)
     """Row of each name."""
+    index_metadata: dict[str, Any] | None = field(default=None, repr=False)
+    """``metadata`` of the index; None without an index."""
     layouts: tuple[str, ...] = field(repr=False, default=())
     """What files and index say of the layout of the experts, each thing once; see ``planning/marks.py``."""
 
@@ -141,7 +143,7 @@ class _Index(NamedTuple):
     """What an index file says."""
 
     weight_map: dict[str, str]
-    layout: str | None
+    metadata: dict[str, Any]
 
 
 def _select(root: str) -> tuple[str, list[str], _Index | None]:
@@ -230,8 +232,8 @@ def _read_index(path: str) -> _Index:
     if not system.is_file(path):  # opening a pipe would wait for its other end
         raise checkpoint_error("an index that is not a file", where=path, expected="a regular file")
     data = with_open(path, lambda fd: read_limited(fd, path, MAX_INDEX_BYTES))
-    index = parse_object(data, path)
-    weight_map = index.get("weight_map")
+    parsed = parse_object(data, path)
+    weight_map, metadata = parsed.get("weight_map"), parsed.get("metadata")
     if type(weight_map) is not dict or not weight_map:
         raise checkpoint_error(
             "an index without weight_map",
@@ -253,9 +255,7 @@ def _read_index(path: str) -> _Index:
             )
         _refuse_other_formats(os.path.join(os.path.dirname(path), file))
         checked.add(file)
-    metadata = index.get("metadata")
-    layout = metadata.get(LAYOUT_KEY) if type(metadata) is dict else None
-    return _Index(weight_map, layout if type(layout) is str else None)
+    return _Index(weight_map, metadata if type(metadata) is dict else {})
 
 
 def _leaves_directory(file: str) -> bool:
@@ -281,14 +281,15 @@ def _merge(
     metadata = {key: value for header in headers for key, value in header.metadata.items()}
     position = dict(zip(names, range(len(names)), strict=True))
     if len(position) != len(names):
-        keep = _rows_to_keep(names, file_ids, shards, files, {} if index is None else index.weight_map)
+        keep = _rows_to_keep(names, file_ids, shards, files, index.weight_map if index else {})
         names, dtypes, shapes = take(names, keep), take(dtypes, keep), take(shapes, keep)
         file_ids, offsets, nbytes = take(file_ids, keep), take(offsets, keep), take(nbytes, keep)
         position = dict(zip(names, range(len(names)), strict=True))
-    said = [header.metadata.get(LAYOUT_KEY) for header in headers] + ([] if index is None else [index.layout])
-    layouts = tuple(dict.fromkeys(layout for layout in said if layout is not None))
+    of_index = None if index is None else index.metadata
+    said = [header.metadata.get(LAYOUT_KEY) for header in headers] + [(of_index or {}).get(LAYOUT_KEY)]
+    layouts = tuple(dict.fromkeys(layout for layout in said if isinstance(layout, str)))
     checkpoint = Checkpoint(
-        root, directory, files, names, dtypes, shapes, file_ids, offsets, nbytes, metadata, position, layouts
+        root, directory, files, names, dtypes, shapes, file_ids, offsets, nbytes, metadata, position, of_index, layouts
     )
     if index is not None:
         _check_index(checkpoint, shards, index.weight_map)

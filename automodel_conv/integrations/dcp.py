@@ -164,7 +164,10 @@ class HuggingFaceReader(StorageReader):
             else:
                 region = box(whole.target(name).shape, item.storage_offsets, item.lengths)
                 tensor = planner.resolve_tensor(item).detach()
-            part = Part(name, f"{item.dest_index.fqn}, part {number}", region, dtype_code(tensor.dtype))
+            called = f"{item.dest_index.fqn}, part {number}"
+            if whole.target(name).fallback is not None and name not in buffers:
+                called = name  # that upstream's own code knows; all of it, or it is refused
+            part = Part(name, called, region, dtype_code(tensor.dtype))
             parts.append(part)
             buffers[part.called] = tensor
         fill(parts_plan(whole, parts), checkpoint, buffers, self._limits)

@@ -443,6 +443,8 @@ def _why_left(conversion: Conversion, wanted: Mapping[str, _Want], rules: RuleSe
         decode = sources.decodes.get(row)
         if decode is not None and not rounds_alike(decode, sources.dtypes[row], conversion.targets[0].dtype):
             return "transformers rounds its numbers on the way in another dtype"
+        if sources.decodes and decode is None and sources.dtypes[row] != conversion.targets[0].dtype:
+            return "transformers may leave it in its stored dtype"
     for target in conversion.targets:
         if wanted[target.name].why_not is not None:
             return wanted[target.name].why_not

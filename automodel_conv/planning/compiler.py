@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
 from typing import NamedTuple
 
-from automodel_conv.dtypes import FLOATING
+import torch
+from torch import Tensor
+
+from automodel_conv.dtypes import FLOATING, dtype_code, promoted, torch_dtype
 from automodel_conv.errors import NameProblems, UnsupportedError, listing, message
 from automodel_conv.planning.casts import check_cast
 from automodel_conv.planning.copies import Fallback, SourceTable, StridedCopy, Target, group_pieces
@@ -19,12 +22,18 @@ from automodel_conv.planning.rules import NotLowerable, RuleSet
 from automodel_conv.planning.square import square_matrices
 from automodel_conv.planning.view import NotAffine
 
+AsStored = Callable[[str, str, str], bool]
+"""Whether a source of a dtype keeps it on the way to a target: ``(source, dtype code, target)``."""
+
 
 class TargetSpec(NamedTuple):
     """What a target must be."""
 
     dtype: str
     shape: tuple[int, ...]
+    is_new: bool = False
+    """No value is there yet: it takes the dtype that ``from_pretrained`` gives it, which is that of the sources after
+    their cast, and they are cast to ``dtype`` of the first target of their rule."""
 
 
 @dataclass
@@ -101,6 +110,7 @@ def compile_targets(
     dtype: str | None = None,
     parameters: Mapping[str, tuple[int, ...]] | None = None,
     transposed: bool | None = None,
+    as_stored: AsStored | None = None,
 ) -> tuple[CopyPlan, Problems]:
     """The plan that makes ``targets`` from ``sources`` by ``rules``, and what did not fit and was left out of it.
 
@@ -110,6 +120,7 @@ def compile_targets(
         parameters: shapes of the model's parameters, for operations that ask; the targets', unless given.
         transposed: whether a matrix of which no shape tells how it lies is transposed, where a rule transposes only
             what does not have the model's shape; None: it is an error.
+        as_stored: sources that are not cast on their way to new targets.
 
     Raises:
         UnsupportedError: a square matrix of which nothing tells how it lies; see ``square_matrices``.
@@ -121,7 +132,7 @@ def compile_targets(
     lies = square_matrices(resolution.assignments, rules, sources.shapes, parameters, transposed)
     if not parameters and transposed is not None:
         lies = {assignment.target: transposed for assignment in resolution.assignments}
-    compiler = _Compiler(sources, rules, targets, dtype, parameters, lies)
+    compiler = _Compiler(sources, rules, targets, dtype, parameters, lies, as_stored)
     made: dict[str, Target] = {}
     for assignment in resolution.assignments:
         for target in compiler.targets_of(assignment):
@@ -228,6 +239,7 @@ class _Compiler:
         dtype: str | None,
         parameters: Mapping[str, tuple[int, ...]],
         transposed: Mapping[str, bool],
+        as_stored: AsStored | None = None,
     ):
         self.sources = sources
         self.rules = rules
@@ -235,6 +247,7 @@ class _Compiler:
         self.dtype = dtype
         self.parameters = parameters
         self.transposed = transposed  # by an assignment's target, where its shape does not tell
+        self.as_stored = as_stored
         self.problems = Problems()
         self.touched: set[str] = set()  # targets that something provides, even if wrongly
         self._whole: dict[int, tuple[StridedCopy, ...]] = {}
@@ -245,7 +258,7 @@ class _Compiler:
         if assignment.rule < 0:
             row = next(iter(assignment.slots.values()))[0]
             shape = self.sources.shapes[row]
-            target = self._target(assignment.target, -1, shape, (row,), self._whole_copy(prod(shape)))
+            target = self._target(assignment, assignment.target, shape, (row,), self._whole_copy(prod(shape)))
             return [target] if target is not None else []
         return self._converted(assignment)
 
@@ -269,7 +282,7 @@ class _Compiler:
         for output, name in zip(made.outputs, names, strict=True):
             all_read = len(output.reads) in (0, len(rows))  # none: empty tensors, which still tell a dtype
             sources = rows if all_read else tuple([rows[i] for i in output.reads])
-            target = self._target(name, assignment.rule, output.shape, sources, output.copies, assignment)
+            target = self._target(assignment, name, output.shape, sources, output.copies)
             if target is not None:
                 targets.append(target)
         return targets
@@ -339,14 +352,13 @@ class _Compiler:
 
     def _target(
         self,
+        assignment: Assignment,
         name: str,
-        rule: int,
         shape: tuple[int, ...],
         rows: tuple[int, ...],
         copies: tuple[StridedCopy, ...],
-        assignment: Assignment | None = None,
     ) -> Target | None:
-        dtypes = self.sources.dtypes
+        dtypes, rule = self.sources.dtypes, assignment.rule
         if self.targets is None:
             return Target(
                 name,
@@ -362,11 +374,25 @@ class _Compiler:
             self.problems.unexpected.append(name)
             return None
         if spec.shape != shape:
-            self._blame(assignment, (name, shape, spec.shape), "")
+            self._blame(assignment if rule >= 0 else None, (name, shape, spec.shape), "")
             return None
+        dtype = self._new_dtype(rows, assignment.target) if spec.is_new else spec.dtype
         for row in rows:
-            check_cast(self.sources.names[row], dtypes[row], name, spec.dtype)
-        return Target(name, spec.dtype, shape, rule, rows, copies)
+            check_cast(self.sources.names[row], dtypes[row], name, dtype)
+        return Target(name, dtype, shape, rule, rows, copies)
+
+    def _new_dtype(self, rows: Iterable[int], first: str) -> str:
+        """The dtype of what is put together from sources, by the first target of their rule."""
+        if self.as_stored is None:
+            return self.targets[first].dtype  # type: ignore[index]
+        return promoted(self._given_dtype(row, first) for row in rows)
+
+    def _given_dtype(self, row: int, first: str) -> str:
+        """The dtype in which upstream gives a source to the operations of a rule, by the first target of the rule."""
+        stored, wanted = self.sources.dtypes[row], self.targets[first].dtype  # type: ignore[index]
+        if stored == wanted or self.as_stored is None or row in self.sources.decodes:
+            return wanted
+        return stored if self.as_stored(self.sources.names[row], stored, first) else wanted
 
     def _free_dtype(self, name: str, dtypes: set[str]) -> str:
         if self.dtype is not None and dtypes <= FLOATING:
@@ -386,14 +412,43 @@ class _Compiler:
         if self.targets is None:
             self.problems.failed.append((assignment.target, f"{reason}; only a model knows the shape of the result"))
             return []
-        fallback = Fallback(reason, self.rules.upstream(assignment.rule, assignment.target, assignment.slots))
+        dtypes = {row: self._given_dtype(row, assignment.target) for row in rows}
+        cast = {row: dtype for row, dtype in dtypes.items() if dtype != self.sources.dtypes[row]}
+        fallback = Fallback(
+            reason,
+            self.rules.upstream(
+                assignment.rule, assignment.target, assignment.slots, {r: torch_dtype(d) for r, d in cast.items()}
+            ),
+            self.rules.on_host(assignment.rule),
+        )
         self.touched.update(names)
         self.problems.unexpected += [name for name in names if name not in self.targets]
+        specs = {name: self.targets[name] for name in names if name in self.targets}
+        found = self._dtypes_made(fallback, rows) if any(spec.is_new for spec in specs.values()) else {}
         return [
-            Target(name, *self.targets[name], assignment.rule, rows, (), fallback)
-            for name in names
-            if name in self.targets
+            Target(
+                name,
+                found.get(name, self.targets[assignment.target].dtype) if spec.is_new else spec.dtype,
+                spec.shape,
+                assignment.rule,
+                rows,
+                (),
+                fallback,
+            )
+            for name, spec in specs.items()
         ]
+
+    def _dtypes_made(self, fallback: Fallback, rows: Iterable[int]) -> dict[str, str]:
+        """The dtypes of what upstream's own code makes; empty where it cannot tell without values."""
+        shapes, dtypes = self.sources.shapes, self.sources.dtypes
+        try:
+            with torch.no_grad():
+                sources = {row: torch.empty(shapes[row], dtype=torch_dtype(dtypes[row]), device="meta") for row in rows}
+                made = fallback.convert(sources)
+        except Exception:  # whatever an operation raises that wants values; it says so again when it gets them
+            return {}
+        tensors = {name: tensor for name, tensor in made.items() if isinstance(tensor, Tensor)}
+        return {name: code for name, tensor in tensors.items() if (code := dtype_code(tensor.dtype)) is not None}
 
     def _blame(
         self,

@@ -85,6 +85,7 @@ class Fallback(NamedTuple):
 
     reason: str
     convert: Callable[[Mapping[int, Any]], dict[str, Any]]  # source row -> tensor, to target name -> tensor
+    on_host: bool = False  # wherever the targets are; else where they are
 
 
 class Target(NamedTuple):

@@ -6,20 +6,17 @@ names, layout of the experts) is asked through their own attributes.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack, nullcontext
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from automodel_conv.dtypes import FLOATING, dtype_code, torch_dtype
+from automodel_conv.dtypes import FLOATING, dtype_code
 from automodel_conv.errors import UnsupportedError, message
-from automodel_conv.files import system
 from automodel_conv.planning.compiler import TargetSpec
 from automodel_conv.planning.copies import SourceTable
-from automodel_conv.planning.registry import is_pretrained_model, transformers_available
+from automodel_conv.planning.registry import is_pretrained_model
 
 
 class ExpertLayout(NamedTuple):
@@ -55,7 +52,8 @@ def model_targets(model: nn.Module, dtype: torch.dtype | None = None) -> dict[st
     Args:
         dtype: the dtype for all floating tensors; None keeps each tensor's own. Where no value is there yet (a dtype
             is given, or the tensor is on the meta device), what a transformers model keeps in float32
-            (``_keep_in_fp32_modules``, ``_keep_in_fp32_modules_strict``) is float32, as in ``from_pretrained``.
+            (``_keep_in_fp32_modules``, ``_keep_in_fp32_modules_strict``) is float32, as in ``from_pretrained``; such
+            targets are new.
 
     Raises:
         UnsupportedError: a tensor of a dtype that the safetensors format does not have.
@@ -68,9 +66,11 @@ def model_targets(model: nn.Module, dtype: torch.dtype | None = None) -> dict[st
         code = dtype_code(tensor.dtype)
         if code is None:
             raise UnsupportedError(message(f"{name} has a dtype that checkpoints cannot hold", found=tensor.dtype))
-        if code in FLOATING and (dtype is not None or tensor.is_meta):
-            code = dtype_code(kept(name) or dtype or tensor.dtype) or code
-        targets[name] = TargetSpec(code, tuple(tensor.shape))
+        is_new = dtype is not None or tensor.is_meta
+        if is_new:
+            wanted = kept(name) or (dtype if code in FLOATING else None)
+            code = code if wanted is None else dtype_code(wanted) or code
+        targets[name] = TargetSpec(code, tuple(tensor.shape), is_new)
     return targets
 
 
@@ -145,69 +145,3 @@ def expert_layouts(model: nn.Module) -> dict[str, ExpertLayout | None]:
             else None
         )
     return layouts
-
-
-def meta_model(directory: str, dtype: torch.dtype | None, fallback_dtype: str | None) -> nn.Module:
-    """The model of a checkpoint's ``config.json`` on the meta device, as ``from_pretrained`` would build it.
-
-    Args:
-        dtype: None takes the config's, else that of the checkpoint's first floating tensor (``fallback_dtype``).
-
-    Raises:
-        UnsupportedError: no transformers, no config, or a class that this transformers does not have.
-    """
-    if not transformers_available():
-        raise UnsupportedError(
-            message(
-                "building a model from config.json needs transformers",
-                do="pip install transformers, or pass model= or rules=",
-            )
-        )
-    if not system.is_file(os.path.join(directory, "config.json")):
-        raise UnsupportedError(
-            message(
-                "the checkpoint has no config.json to build a model from",
-                where=directory,
-                do="pass model=, or rules= (an empty list loads tensors under their own names)",
-            )
-        )
-    from transformers import AutoConfig, initialization
-
-    try:
-        config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
-        raise UnsupportedError(
-            message(
-                "transformers cannot read the checkpoint's config.json",
-                where=directory,
-                found=error,
-                do="pass model= or rules=, or use a transformers that knows the model (remote code is never run)",
-            )
-        ) from error
-    if dtype is None:
-        dtype = getattr(config, "dtype", None) or torch_dtype(fallback_dtype or "F32")
-    safe_creation = getattr(initialization, "meta_device_safe_creation_ops", nullcontext)
-    with ExitStack() as stack:
-        for context in (torch.device("meta"), safe_creation()):
-            stack.enter_context(context)
-        return _model_class(config, directory)._from_config(config, dtype=dtype)
-
-
-def _model_class(config: Any, directory: str) -> Any:
-    import transformers
-    from transformers import MODEL_MAPPING
-
-    for name in getattr(config, "architectures", None) or ():
-        cls = getattr(transformers, name, None)
-        if isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel):
-            return cls
-    if type(config) in MODEL_MAPPING:
-        return MODEL_MAPPING[type(config)]
-    raise UnsupportedError(
-        message(
-            f"transformers {transformers.__version__} has no model class for this checkpoint",
-            where=os.path.join(directory, "config.json"),
-            found=f"architectures {getattr(config, 'architectures', None)}, model_type {config.model_type}",
-            do="pass model= (remote code is never run from here)",
-        )
-    )

@@ -15,7 +15,7 @@ from torch import nn
 
 from automodel_conv.dtypes import dtype_code
 from automodel_conv.errors import UnsupportedError, message
-from automodel_conv.planning.compiler import Problems, TargetSpec, compile_targets
+from automodel_conv.planning.compiler import AsStored, Problems, TargetSpec, compile_targets
 from automodel_conv.planning.composition import table_of
 from automodel_conv.planning.copies import SourceTable
 from automodel_conv.planning.layouts import (
@@ -56,6 +56,7 @@ def loading_plan(
     in_place: bool = False,
     quantizer: Any = None,
     targets: Mapping[str, TargetSpec] | None = None,
+    as_stored: AsStored | None = None,
 ) -> tuple[CopyPlan, Problems]:
     """The plan from checkpoint names to the model's (or the rules') names, and what did not fit.
 
@@ -65,6 +66,7 @@ def loading_plan(
         in_place: the model's own tensors are the destination, so a ``layout`` they do not have is an error.
         quantizer: transformers' own, of a model that keeps codes and scales: its rules go with the model's.
         targets: what to make, if not the model's state dict.
+        as_stored: see ``compile_targets``.
 
     Raises:
         UnsupportedError: an unknown layout, or one that the model contradicts.
@@ -105,7 +107,7 @@ def loading_plan(
         stages.append(relayout(table, lambda path: incoming, canonical, gated))
         table = table_of(stages[-1].targets)
     transposed = None if source_layout is None else source_layout == PER_EXPERT
-    plan, problems = compile_targets(table, rule_set, targets, code, transposed=transposed)
+    plan, problems = compile_targets(table, rule_set, targets, code, transposed=transposed, as_stored=as_stored)
     stages.append(plan)
     if wanted is not None:
         if source_layout is None and targets is None:
@@ -214,11 +216,12 @@ def _in_saving_order(plan: CopyPlan, model: nn.Module | None) -> CopyPlan:
 
 
 def without_casts(plan: CopyPlan) -> CopyPlan:
-    """The plan without casts, but where the sources of one target differ."""
+    """The plan without casts, but where the sources of one target differ, or upstream's own code makes it."""
     targets = []
     for target in plan.targets:
         dtypes = {plan.sources.dtypes[row] for row in target.sources}
-        targets.append(target._replace(dtype=dtypes.pop()) if len(dtypes) == 1 else target)
+        casts = target.fallback is None and len(dtypes) == 1
+        targets.append(target._replace(dtype=dtypes.pop()) if casts else target)
     return CopyPlan(plan.sources, tuple(targets), plan.rules)
 
 
@@ -320,7 +323,11 @@ def _relaid(
         [spec.shape for spec in targets.values()],
     )
     plan = relayout(table, lambda path: wanted, canonical, gated)
-    return {target.name: TargetSpec(target.dtype, target.shape) for target in plan.targets}
+    specs = list(targets.values())
+    return {
+        target.name: TargetSpec(target.dtype, target.shape, all(specs[row].is_new for row in target.sources))
+        for target in plan.targets
+    }
 
 
 def _forgive(problems: Problems, model: nn.Module | None, plan: CopyPlan) -> None:

@@ -125,11 +125,22 @@ class RuleSet:
             raise NotLowerable("the rule carries a quantization or distributed operation")
         return tuple(_operation(operation, self._config()) for operation in rule.operations)
 
+    def on_host(self, row: int) -> bool:
+        """Whether upstream runs the operations of a converter on the CPU, wherever the target goes."""
+        return bool(getattr(self.converters[row], "force_cpu", False))
+
     def _config(self) -> Any:
         return getattr(self.model, "config", None)
 
-    def upstream(self, row: int, target: str, slots: Mapping[str, Sequence[int]]) -> Callable[..., dict[str, Any]]:
-        """Upstream's own conversion of one target as a function from ``{source row: tensor}`` to ``{name: tensor}``."""
+    def upstream(
+        self, row: int, target: str, slots: Mapping[str, Sequence[int]], cast: Mapping[int, Any]
+    ) -> Callable[..., dict[str, Any]]:
+        """Upstream's own conversion of one target as a function from ``{source row: tensor}`` to ``{name: tensor}``.
+
+        Args:
+            cast: dtypes that sources are cast to before all operations.
+                Source: transformers 5.23.0, ``_materialize_copy`` in ``core_model_loading.py``.
+        """
         model, config = self.model, self._config()
         rule = self.converters[row]
 
@@ -137,7 +148,8 @@ class RuleSet:
             converter = deepcopy(rule)
             for pattern, rows in slots.items():
                 for source in rows:
-                    converter.add_tensor(target, target, pattern, tensors[source])
+                    tensor = tensors[source]
+                    converter.add_tensor(target, target, pattern, tensor.to(cast.get(source, tensor.dtype)))
             made = converter.convert(target, model=model, config=config)
             parts = {name: value[0] if isinstance(value, list) else value for name, value in made.items()}
             return {self.rename_part(name): value for name, value in parts.items()} if self.reverse else parts

@@ -257,7 +257,7 @@ def test_upstreams_own_convert_can_run_again_and_changes_no_rule():
     rule = experts([Louder(dim=0), Concatenate(dim=1)])
     rules = RuleSet([rule])
     slots = {"experts.*.w1.weight": [0, 1], "experts.*.w3.weight": [2, 3]}
-    convert = rules.upstream(0, "m.experts.gate_up_proj", slots)
+    convert = rules.upstream(0, "m.experts.gate_up_proj", slots, {})
     tensors = {row: torch.arange(6.0).reshape(2, 3) + 10 * row for row in range(4)}
     before = deepcopy(rule.collected_tensors)
     for _ in range(2):

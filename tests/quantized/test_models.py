@@ -71,6 +71,27 @@ def test_under_the_hook_fp8_models_load_as_without(tmp_path, name):
             model.save_pretrained(tmp_path / "saved")
 
 
+@pytest.mark.parametrize("name", ["deepseek_v4", "deepseek_v3", "mixtral"])
+def test_what_is_not_quantized_has_the_dtype_that_from_pretrained_gives_it(tmp_path, name):
+    """Most of it keeps the dtype of the file, against the model's own; which, differs between releases."""
+    model_class, _ = quantized(name, tmp_path)
+    file = tmp_path / "model.safetensors"
+    plain = {n: t for n, t in load_file(file).items() if t.element_size() > 1 and not n.endswith("_scale_inv")}
+    bare = {n: t.to(torch.bfloat16) for n, t in plain.items() if t.dtype == torch.float32}
+    wide = {n: t.float() for n, t in plain.items() if n.endswith(("gate.weight", ".bias"))}
+    save_file(load_file(file) | bare | wide, file, metadata={"format": "pt"})
+    stock = model_class.from_pretrained(tmp_path).state_dict()
+    with amc.accelerate_transformers():
+        hooked = model_class.from_pretrained(tmp_path).state_dict()
+    for found in (amc.load_state_dict(tmp_path), hooked):
+        assert found.keys() == stock.keys()
+        for key, tensor in stock.items():
+            assert found[key].dtype == tensor.dtype, key
+            assert_bytes_equal(found[key], tensor)
+    if "model.layers.0.attn_norm.weight" in plain:  # 5.12 saves it under the name of the model
+        assert stock["model.layers.0.input_layernorm.weight"].dtype == torch.bfloat16
+
+
 @pytest.mark.parametrize("block", [(2, 2), (7, 20)], ids=str)
 @pytest.mark.parametrize("name", ["qwen3_moe", "deepseek_v3", "mixtral"])
 def test_fp8_models_are_the_exact_numbers_rounded_once(tmp_path, name, block):

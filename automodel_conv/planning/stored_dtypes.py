@@ -1,0 +1,63 @@
+"""Which tensors of a quantized checkpoint ``from_pretrained`` leaves in their stored dtype, quantized or not.
+
+A quantizer that dequantizes while it loads collects every ``weight`` in an operation of its own, and what one of these
+collects is not cast. Norms of DeepSeek-V4 stay bfloat16 for that reason, though the model wants them in float32.
+Older transformers cast nothing that is renamed.
+Sources: ``core_model_loading.py`` of transformers 5.12.1, 5.17.0 and 5.23.0, ``convert_and_load_state_dict_in_model``;
+``quantizers/base.py`` of 5.23.0, ``get_new_dtype``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Container, Mapping
+from types import SimpleNamespace
+from typing import Any
+
+from automodel_conv.planning.compiler import AsStored
+from automodel_conv.planning.registry import is_pretrained_model, model_rules, transformers_available
+from automodel_conv.planning.rules import RuleSet
+
+_ANY_DTYPE = object()
+
+
+def dequantizer(settings: Mapping[str, Any]) -> Any | None:
+    """transformers' quantizer that decodes what these settings describe; None if it has none."""
+    if not transformers_available():
+        return None
+    from transformers.quantizers.auto import AutoHfQuantizer
+
+    try:
+        quantizer = AutoHfQuantizer.from_config(dict(settings), pre_quantized=True)
+    except Exception:  # a method that this transformers does not know, or whose library is not installed
+        return None
+    quantizer.quantization_config.dequantize = True
+    return quantizer
+
+
+def left_as_stored(
+    model: Any, quantizer: Any, key_mapping: Mapping[str, str] | None = None, decoded: Container[str] = ()
+) -> AsStored | None:
+    """Which sources keep their dtype; None where no quantizer takes part, or one that cannot load this model.
+
+    Args:
+        decoded: names of the sources that are decoded, which is no cast.
+    """
+    if quantizer is None or not is_pretrained_model(model):
+        return None
+    try:
+        rules = RuleSet(model_rules(model, key_mapping, quantizer), model)
+    except Exception:  # of a scheme that is decoded here, and that transformers fails on
+        return None
+
+    def keeps(source: str, dtype: str, target: str) -> bool:
+        if source in decoded:
+            return False
+        if not hasattr(quantizer, "get_new_dtype"):
+            return source != target or not dtype.startswith(("F", "BF"))
+        renamed, row, _ = rules.rename(source)
+        # A name of the model that a rule would take out of the model is not touched by it.
+        applies = row >= 0 and rules.with_prefix(renamed, {target: None}) == target
+        converter = rules.converters[row] if applies else None
+        return quantizer.get_new_dtype(converter, SimpleNamespace(get_dtype=lambda: dtype), _ANY_DTYPE) is None
+
+    return keeps

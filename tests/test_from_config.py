@@ -1,0 +1,244 @@
+"""Which model a checkpoint's config stands for: the class that an Auto class picks, the dtype that a load has."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+pytest.importorskip("transformers", reason="the models, and what they are compared with, are transformers'")
+
+import transformers
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText
+
+import automodel_conv as amc
+from automodel_conv.planning.from_config import meta_model, model_class
+from automodel_conv.testing import assert_bytes_equal
+from tests.model_zoo import build_model, write_checkpoint
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+def changed_config(path, **changes):
+    """Another config beside the same weights; None takes a key out."""
+    config = json.loads((path / "config.json").read_text())
+    config = {key: value for key, value in (config | changes).items() if value is not None}
+    (path / "config.json").write_text(json.dumps(config))
+
+
+def assert_as_upstream(path, auto=AutoModelForCausalLM, **options):
+    stock = auto.from_pretrained(path, **options)
+    loaded = amc.load_state_dict(path, **options)
+    with amc.accelerate_transformers():
+        hooked = auto.from_pretrained(path, **options)
+    model = meta_model(amc.open_checkpoint(path), options.get("dtype"))
+    assert type(model) is type(stock)
+    amc.load_model(model, path)
+    expected = stock.state_dict()
+    for found in (loaded, hooked.state_dict(), model.state_dict()):
+        assert found.keys() == expected.keys()
+        for name, tensor in expected.items():
+            assert_bytes_equal(found[name], tensor)
+    return stock
+
+
+# --- the class --------------------------------------------------------------------------------------------------------
+
+# Source: config.json of bryce-hoehn/Qwen3.5-18B-REAP-A3B-Coding, moonshotai/Kimi-K2.5 and stepfun-ai/Step-3.7-Flash,
+# which name classes of another type, or of their own code.
+FOREIGN = [
+    ("qwen3_5_moe_text", "Qwen3_5MoeForConditionalGeneration", "Qwen3_5MoeForCausalLM"),
+    ("kimi_k25", "KimiK25ForConditionalGeneration", "Kimi_K25ForConditionalGeneration"),
+    ("step3p7", "Step3p7FlashForCausalLM", "Step3p7ForConditionalGeneration"),
+]
+# What a type has beside its causal language model.
+OWN = [
+    ("qwen3_moe", "Qwen3MoeForCausalLM", "Qwen3MoeForCausalLM"),
+    ("qwen3_moe", "Qwen3MoeModel", "Qwen3MoeModel"),
+    ("qwen3_moe", "Qwen3MoeForSequenceClassification", "Qwen3MoeForSequenceClassification"),
+    ("qwen3_moe", "Qwen3MoeForTokenClassification", "Qwen3MoeForTokenClassification"),
+    ("qwen3_5_moe", "Qwen3_5MoeForConditionalGeneration", "Qwen3_5MoeForConditionalGeneration"),
+    ("llama4", "Llama4ForConditionalGeneration", "Llama4ForConditionalGeneration"),
+]
+# The head that a checkpoint most probably has.
+UNSAID = [
+    ("qwen3_moe", None, "Qwen3MoeForCausalLM"),
+    ("qwen3_moe", "SomebodysForCausalLM", "Qwen3MoeForCausalLM"),
+    ("qwen3_moe", "PreTrainedModel", "Qwen3MoeForCausalLM"),
+    ("qwen3_moe", "MixtralForCausalLM", "Qwen3MoeForCausalLM"),
+    ("llama4", "Somebodys", "Llama4ForConditionalGeneration"),
+    ("qwen3_vl_moe", None, "Qwen3VLMoeForConditionalGeneration"),
+    ("t5", None, "T5ForConditionalGeneration"),
+    ("distilbert", None, "DistilBertForMaskedLM"),
+]
+
+
+@pytest.mark.parametrize(("model_type", "named", "expected"), [*FOREIGN, *OWN, *UNSAID])
+def test_the_class_is_what_architectures_name_of_the_type_or_its_default(model_type, named, expected):
+    try:
+        config = AutoConfig.for_model(model_type)
+    except ValueError:
+        pytest.skip(f"this transformers has no {model_type}")
+    config.architectures = None if named is None else [named]
+    cls, taken = model_class(config, "config.json")
+    assert cls.__name__ == expected
+    assert taken is config
+
+
+def test_of_several_architectures_the_first_of_the_type_counts():
+    config = AutoConfig.for_model("qwen3_moe")
+    config.architectures = ["Somebodys", "Qwen3MoeModel", "Qwen3MoeForCausalLM"]
+    assert model_class(config, "")[0].__name__ == "Qwen3MoeModel"
+
+
+def test_the_language_model_alone_takes_the_config_of_the_text_part():
+    config = AutoConfig.for_model("llama4")
+    config.architectures = ["Llama4ForCausalLM"]
+    cls, taken = model_class(config, "")
+    assert cls.__name__ == "Llama4ForCausalLM"
+    assert taken is config.text_config
+
+
+def test_a_class_that_a_user_registered_is_found():
+    class OwnConfig(transformers.MixtralConfig):
+        model_type = "own_mixtral"
+
+    class OwnMixtral(transformers.MixtralForCausalLM):
+        config_class = OwnConfig
+
+    AutoConfig.register("own_mixtral", OwnConfig, exist_ok=True)
+    AutoModelForCausalLM.register(OwnConfig, OwnMixtral, exist_ok=True)
+    assert model_class(OwnConfig(), "")[0] is OwnMixtral
+
+
+def test_a_config_that_no_class_is_for_is_an_error():
+    class Lonely(transformers.PreTrainedConfig):
+        model_type = "lonely"
+
+    with pytest.raises(amc.UnsupportedError, match="no model class"):
+        model_class(Lonely(), "config.json")
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_a_checkpoint_whose_architecture_is_foreign_loads_whole(tmp_path, strict):
+    write_checkpoint(build_model("mixtral"), tmp_path)
+    changed_config(tmp_path, architectures=["SomebodysForConditionalGeneration"])
+    stock = assert_as_upstream(tmp_path)
+    assert amc.load_state_dict(tmp_path, strict=strict).keys() == stock.state_dict().keys()
+
+
+def test_a_base_model_and_another_head_stay_what_they_are(tmp_path):
+    config = build_model("mixtral").config
+    for name, auto in (
+        ("MixtralModel", AutoModel),
+        ("MixtralForSequenceClassification", transformers.AutoModelForSequenceClassification),
+    ):
+        model = getattr(transformers, name)._from_config(config, dtype=torch.bfloat16)
+        model.save_pretrained(tmp_path / name)
+        assert type(assert_as_upstream(tmp_path / name, auto)).__name__ == name
+
+
+def test_composite_models_without_architectures_are_found(tmp_path):
+    model = build_model("qwen3_vl_moe")
+    write_checkpoint(model, tmp_path)
+    changed_config(tmp_path, architectures=None)
+    assert type(assert_as_upstream(tmp_path, AutoModelForImageTextToText)) is type(model)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"model_type": "nobodys", "auto_map": {"AutoConfig": "configuration.Own", "AutoModelForCausalLM": "own.Own"}},
+        {"model_type": "nobodys"},
+        {"dtype": "auto"},
+        {"dtype": "bf16"},
+        {"dtype": "int8"},
+        {"num_hidden_layers": "two"},
+        {"hidden_act": "nobodys"},
+    ],
+    ids=["remote code", "unknown type", "dtype auto", "no dtype of torch", "no floating dtype", "no number", "no act"],
+)
+def test_a_config_that_transformers_fails_on_is_one_error(tmp_path, changes):
+    write_checkpoint(build_model("mixtral"), tmp_path)
+    changed_config(tmp_path, **changes)
+    for action in (amc.load_state_dict, amc.compile_plan):
+        with pytest.raises(amc.UnsupportedError, match=r"config\.json"):
+            action(tmp_path)
+
+
+# --- the dtype --------------------------------------------------------------------------------------------------------
+
+
+def mixed(directory, first, others, names=("lm_head.weight",)):
+    """A checkpoint without a dtype in its config: ``names`` in one dtype, the rest in another."""
+    write_checkpoint(build_model("mixtral"), directory, 1 << 30)
+    tensors = load_file(directory / "model.safetensors")
+    tensors = {name: tensor.to(first if name in names else others) for name, tensor in tensors.items()}
+    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+    changed_config(directory, dtype=None, torch_dtype=None)
+
+
+@pytest.mark.parametrize("first", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("others", [torch.float16, torch.bfloat16, torch.float32])
+def test_without_a_dtype_in_the_config_the_first_tensor_by_name_has_it(tmp_path, first, others):
+    """safetensors writes the widest dtypes first, so the first by place is another one."""
+    mixed(tmp_path, first, others)
+    assert assert_as_upstream(tmp_path).dtype == first
+
+
+@pytest.mark.parametrize("code", [torch.float8_e4m3fn, torch.int8, torch.uint8])
+def test_a_first_tensor_of_codes_is_passed_over(tmp_path, code):
+    mixed(tmp_path, torch.float16, torch.bfloat16)
+    tensors = load_file(tmp_path / "model.safetensors")
+    save_file(tensors | {"a.first": torch.zeros(2, dtype=code)}, tmp_path / "model.safetensors")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path)
+    loaded = amc.load_state_dict(tmp_path, strict=False)
+    for name, tensor in model.state_dict().items():
+        assert_bytes_equal(loaded[name], tensor)
+    assert model.dtype == torch.float16
+
+
+@pytest.mark.parametrize("said", [None, "bfloat16"], ids=["the index says nothing", "the index says it"])
+def test_of_several_files_the_first_counts_unless_the_index_says_it(tmp_path, said):
+    mixed(tmp_path, torch.float16, torch.float32)
+    tensors = load_file(tmp_path / "model.safetensors")
+    (tmp_path / "model.safetensors").unlink()
+    last, files = "lm_head.weight", ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
+    save_file({n: t for n, t in tensors.items() if n != last}, tmp_path / files[0], metadata={"format": "pt"})
+    save_file({last: tensors[last]}, tmp_path / files[1], metadata={"format": "pt"})
+    weight_map = {name: files[name == last] for name in tensors}
+    metadata = {"total_size": 1} | ({} if said is None else {"dtype": said})
+    index = {"metadata": metadata, "weight_map": weight_map}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert assert_as_upstream(tmp_path).dtype == (torch.float32 if said is None else torch.bfloat16)
+
+
+@pytest.mark.parametrize("key", ["dtype", "torch_dtype"])
+@pytest.mark.parametrize("said", ["float32", "float16"])
+def test_the_dtype_of_the_config_wins_over_that_of_the_files(tmp_path, key, said):
+    mixed(tmp_path, torch.bfloat16, torch.bfloat16)
+    changed_config(tmp_path, **{key: said})
+    assert assert_as_upstream(tmp_path).dtype == getattr(torch, said)
+
+
+def test_a_dtype_that_is_asked_for_wins_over_both(tmp_path):
+    mixed(tmp_path, torch.bfloat16, torch.float32)
+    assert assert_as_upstream(tmp_path, dtype=torch.float16).dtype == torch.float16
+
+
+def test_a_dtype_of_the_text_part_alone_is_not_that_of_the_model(tmp_path):
+    model = build_model("qwen3_vl_moe")
+    write_checkpoint(model, tmp_path, 1 << 30)
+    config = json.loads((tmp_path / "config.json").read_text())
+    changed_config(tmp_path, dtype=None, text_config=config["text_config"] | {"dtype": "float16"})
+    assert assert_as_upstream(tmp_path, AutoModelForImageTextToText).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_what_a_model_keeps_in_float32_is_kept_in_each_dtype(tmp_path, dtype):
+    """DeepSeek-V4 keeps its norms in float32; some of its projections for float16 only."""
+    write_checkpoint(build_model("deepseek_v4"), tmp_path)
+    model = assert_as_upstream(tmp_path, dtype=dtype)
+    assert model.state_dict()["model.norm.weight"].dtype == torch.float32
