@@ -129,7 +129,8 @@ def compile_conversion(
     problems.raise_unless_fit(checkpoint.path)
     if layout == PER_EXPERT:
         given = None if source_layout == PER_EXPERT else source_layout
-        plan = with_dtype(saving_plan(table, model=model, rules=rules, layout=given, checked=True), dtype, model)
+        back = saving_plan(table, model=model, rules=rules, layout=given, checked=True)
+        plan = with_dtype(back, dtype, model, rules)
         _refuse_grouped(plan, model)
     elif dtype is None:
         plan = without_casts(plan)
