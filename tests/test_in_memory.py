@@ -332,6 +332,50 @@ def test_a_layout_that_no_tensor_has_is_refused(argument):
         amc.convert_state_dict(per_expert, **{argument: "nemo"})
 
 
+def sized(intermediate, hidden, layout="transformers"):
+    """Grouped experts of other sizes, in a layout."""
+    shapes = {f"{PATH}.gate_up_proj": (E, 2 * intermediate, hidden), f"{PATH}.down_proj": (E, hidden, intermediate)}
+    return amc.convert_state_dict(distinct(shapes), source_layout="transformers", layout=layout)
+
+
+@pytest.mark.parametrize(("intermediate", "hidden"), [(5, 7), (4, 8), (6, 6), (1, 1), (1, 2)])
+def test_grouped_experts_without_a_word_are_what_their_two_shapes_say_or_an_error(intermediate, hidden):
+    plain = sized(intermediate, hidden)
+    assert_same(amc.convert_state_dict(plain, layout="nemo"), sized(intermediate, hidden, "nemo"))
+    with pytest.raises(UnsupportedError, match="source_layout="):
+        amc.convert_state_dict(sized(intermediate, hidden, "gpt_oss"), layout="nemo")
+    for name, tensor in plain.items():
+        with pytest.raises(UnsupportedError, match=f"(?s){name}.*source_layout="):
+            amc.convert_state_dict({name: tensor}, layout="nemo")
+
+
+def test_ungated_experts_without_a_word_are_an_error():
+    tensors = grouped(gated=False)
+    with pytest.raises(UnsupportedError, match=r"(?s)up_proj.*source_layout="):
+        amc.convert_state_dict(tensors, layout="nemo", rules=ungated_rules())
+
+
+@needs_transformers
+@pytest.mark.parametrize("layout", ["nemo", "gpt_oss", "vllm"])
+@pytest.mark.parametrize(("intermediate", "hidden"), [(5, 7), (4, 8), (6, 6)])
+def test_experts_in_another_layout_are_not_taken_apart_without_a_word(intermediate, hidden, layout):
+    made = sized(intermediate, hidden, layout)
+    with pytest.raises(UnsupportedError, match=r"(?s)experts.* layout="):
+        amc.revert_state_dict(made, rules=merging())
+    apart = amc.revert_state_dict(made, rules=merging(), layout=layout)
+    assert_same(apart, amc.revert_state_dict(sized(intermediate, hidden), rules=merging()))
+
+
+@needs_transformers
+def test_a_part_of_a_model_is_taken_apart_by_itself():
+    tensors = sized(4, 8)
+    for name, tensor in tensors.items():
+        whole = amc.revert_state_dict(tensors, rules=merging())
+        part = amc.revert_state_dict({name: tensor}, rules=merging())
+        assert_same(part, {each: whole[each] for each in part})
+        assert len(part) == (2 * E if "gate_up" in name else E)
+
+
 def test_what_is_no_tensor_is_named():
     with pytest.raises(UnsupportedError, match=r"a\._extra_state is not a tensor"):
         amc.convert_state_dict({"a._extra_state": None}, rules=[])
@@ -443,6 +487,17 @@ def assert_loads_as_upstream(model, directory, some_fallbacks):
 
 def plan_names(plan):
     return [target.name for target in plan.targets]
+
+
+@pytest.mark.parametrize("layout", ["nemo", "gpt_oss", "vllm"])
+def test_experts_that_do_not_lie_as_the_model_has_them_are_an_error(mixtral, layout):
+    mixtral, _ = mixtral
+    made = amc.convert_state_dict(mixtral.state_dict(), mixtral, layout=layout)
+    with pytest.raises(UnsupportedError, match="source_layout="):
+        amc.convert_state_dict(made, mixtral)
+    with pytest.raises(UnsupportedError, match=r"(?s)experts.* layout="):
+        amc.revert_state_dict(made, mixtral)
+    assert_same(amc.convert_state_dict(made, mixtral, source_layout=layout), mixtral.state_dict())
 
 
 def test_a_patched_convert_is_run_as_upstream_runs_it(mixtral, monkeypatch):
