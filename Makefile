@@ -38,7 +38,7 @@ test-style: $(VENV)/installed
 	@$(LEG) "ruff and pyright" $(MAKE) --no-print-directory lint types
 
 test-main: $(VENV)/installed
-	@$(LEG) "tests" $(PYTEST) -m "not packaging" --doctest-modules --ignore=automodel_conv/kernels automodel_conv tests
+	@$(LEG) "tests" $(PYTEST) -m "not packaging and not long" --doctest-modules --ignore=automodel_conv/kernels automodel_conv tests
 
 # All that runs on a GPU, at the sizes that it has there; what needs more memory than there is, a real one tests.
 test-software-gpu: $(VENV)/installed
@@ -50,17 +50,17 @@ test-packaging: $(OTHER_TRANSFORMERS:%=$(VENV)/transformers-%/.installed)
 
 test-transformers-%: $(VENV)/transformers-%/.installed
 	@PYTHONPATH=$(CURDIR)/$(VENV)/transformers-$* $(LEG) "transformers $*" \
-		$(PYTEST) -m "not packaging" $(TRANSFORMERS_TESTS)
+		$(PYTEST) -m "not packaging and not long" $(TRANSFORMERS_TESTS)
 
 test-without-triton: $(VENV)/installed
 	@PYTHONPATH=$(CURDIR)/tests/hide HIDDEN_PACKAGES=triton $(LEG) "without triton" \
-		$(PYTEST) -m "not packaging" -k "not random_schedules" tests/kernels tests/execution tests/test_imports.py \
+		$(PYTEST) -m "not packaging and not long" -k "not random_schedules" tests/kernels tests/execution tests/test_imports.py \
 		tests/test_in_memory.py \
 		tests/test_loading.py tests/test_broken_checkpoints.py
 
 test-without-transformers: $(VENV)/installed
 	@PYTHONPATH=$(CURDIR)/tests/hide HIDDEN_PACKAGES=transformers $(LEG) "without transformers" \
-		$(PYTEST) -m "not packaging" $(filter-out $(KNOW_NO_TRANSFORMERS:%=tests/%),$(wildcard tests/test_*.py tests/*/))
+		$(PYTEST) -m "not packaging and not long" $(filter-out $(KNOW_NO_TRANSFORMERS:%=tests/%),$(wildcard tests/test_*.py tests/*/))
 
 # A few seconds for each target, and the planted mistakes.
 test-fuzz: $(VENV)/atheris-3.0.0/.installed
