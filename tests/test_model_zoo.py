@@ -16,7 +16,9 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 
 from tests.model_zoo import (
     DTYPE,
+    EQUAL_SIZES,
     EXCLUDED,
+    UNEQUAL,
     build_model,
     extra_models,
     write_checkpoint,
@@ -80,6 +82,27 @@ def test_exclusions_give_a_reason_and_do_not_build():
         assert EXCLUDED[name]
         with pytest.raises(Exception):  # noqa: B017, PT011 - any failure justifies the exclusion
             build_model(name)
+
+
+def test_equal_sizes_that_are_left_out_are_refused_by_the_config():
+    for name in UNEQUAL.keys() & set(zoo_names()):
+        part, reason = UNEQUAL[name]
+        for equal in EQUAL_SIZES:
+            if part in equal:
+                with pytest.raises(Exception, match=reason):
+                    build_model(name, equal=equal)
+
+
+@pytest.mark.parametrize("name", ["qwen3_moe", "mixtral", "deepseek_v3", "phimoe"])
+@pytest.mark.parametrize("equal", EQUAL_SIZES)
+def test_what_is_said_to_be_equal_is_equal(name, equal):
+    state_dict = build_model(name, equal=equal).state_dict()
+    experts, hidden, size = next(
+        tensor.shape for key, tensor in state_dict.items() if key.endswith("experts.down_proj")
+    )
+    values = {"E": experts, "H": hidden, "I": size, "2I": 2 * size, "1": 1}
+    for part in equal.split(", "):
+        assert len({values[word] for word in part.split(" == ")}) == 1, values
 
 
 @pytest.mark.parametrize("name", BUILT)

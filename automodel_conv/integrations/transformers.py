@@ -267,7 +267,7 @@ def _converting(convert: Callable[..., Any], acceleration: Acceleration) -> Call
         sharded = kwargs.get("tp_plan") if load_config.device_mesh is not None else None
         turned = _square_and_transposed(model, state_dict, RuleSet(own, model))
         work, left = _planned(model, state_dict, load_config, plain, rules, sharded or {})
-        _refuse_left(turned, work, left)
+        _refuse_left(turned, work, left, model)
         rest = state_dict if work is None else {n: source for n, source in state_dict.items() if n not in work.taken}
         refuse_codes(model, rest, load_config)
         if work is None:
@@ -385,10 +385,12 @@ def _square_and_transposed(model: Any, state_dict: Mapping[str, Any], rules: Rul
     return [name for name, transposed in lies.items() if transposed]
 
 
-def _refuse_left(turned: Iterable[str], work: _Work | None, left: Mapping[str, str]) -> None:
-    """Raise UnsupportedError if a square matrix that lies transposed is left to transformers."""
+def _refuse_left(turned: Iterable[str], work: _Work | None, left: Mapping[str, str], model: Any) -> None:
+    """Raise UnsupportedError if a square matrix that lies transposed is left to transformers, which does not see it."""
     made = {target.name for target in work.plan.targets} if work is not None else set()
-    wrong = [f"{name}: {left.get(name, left.get(ALL))}" for name in turned if name not in made]
+    names = [name for name in turned if name not in made]
+    state = model.state_dict() if names else {}
+    wrong = [f"{name}: {left.get(name, left.get(ALL))}" for name in names if not _is_cut(state[name])]
     if wrong:
         raise UnsupportedError(
             message(
@@ -397,6 +399,14 @@ def _refuse_left(turned: Iterable[str], work: _Work | None, left: Mapping[str, s
                 do="use load_model(), which needs no hook",
             )
         )
+
+
+def _is_cut(parameter: Tensor) -> bool:
+    """True if transformers cuts experts out of its source first, whose shape it then takes for one to be transposed."""
+    if not hasattr(parameter, "placements") or parameter.shape[0] < 2:
+        return False
+    sharded = zip(parameter.placements, parameter.device_mesh.shape, strict=True)  # pyright: ignore[reportAttributeAccessIssue]
+    return any(placement.is_shard(0) and ranks > 1 for placement, ranks in sharded)
 
 
 class _Want(NamedTuple):

@@ -1,6 +1,6 @@
 """A rank of ``test_sharded``: loads a checkpoint without and under the hook, sharded; compares; prints a line a kind.
 
-python -m tests.integrations.ranks PATH, with the environment of ``torch.distributed``.
+python -m tests.integrations.ranks PATH SQUARE, with the environment of ``torch.distributed``.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import time
 
 import torch
 import torch.distributed as dist
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Qwen3VLMoeForConditionalGeneration
 from transformers.distributed import DistributedConfig
 
 import automodel_conv as amc
@@ -58,12 +58,27 @@ def loaded(path: str, how: dict) -> dict:
     return {"lowered": load.lowered, "left": dict(load.left), "shapes": shapes}
 
 
+def square(path: str, how: dict) -> dict:
+    """Of square experts that are published transposed: why they are refused, or which are not as they should be."""
+    model_class = Qwen3VLMoeForConditionalGeneration
+    try:
+        with amc.accelerate_transformers():
+            found = model_class.from_pretrained(path, **how).state_dict()
+    except amc.UnsupportedError as error:
+        return {"refused": str(error), "wrong": []}
+    right = amc.load_state_dict(path)
+    whole = {n: t.full_tensor() if hasattr(t, "full_tensor") else t for n, t in found.items() if ".experts." in n}
+    return {"refused": "", "wrong": [n for n, t in whole.items() if not torch.equal(t, right[n])]}
+
+
 def main() -> None:
     dist.init_process_group("gloo")
     for kind in ("tensor", "expert", "data", "pipeline"):
         how = options(kind)
         if how is not None:
             print(json.dumps({"kind": kind} | loaded(sys.argv[1], how)), flush=True)
+        if how is not None and kind != "pipeline":
+            print(json.dumps({"kind": f"square, {kind}"} | square(sys.argv[2], how)), flush=True)
     dist.barrier()
     time.sleep(0.2)  # for gloo's threads, as in examples/load_sharded.py
     dist.destroy_process_group()

@@ -14,7 +14,7 @@ import torch
 
 pytest.importorskip("transformers", reason="what is hooked is transformers' from_pretrained")
 
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoModelForImageTextToText
 
 from tests.model_zoo import fill, small_config, write_checkpoint
 
@@ -30,6 +30,12 @@ def ranks(tmp_path_factory):
     model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     fill(model)
     write_checkpoint(model, path)
+    square = tmp_path_factory.mktemp("square")
+    config = small_config(CONFIG_MAPPING["qwen3_vl_moe"], "2I == H")
+    config.text_config.vocab_size = 66 * RANKS
+    model = AutoModelForImageTextToText.from_config(config, dtype=torch.bfloat16)
+    fill(model)
+    write_checkpoint(model, square)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -37,7 +43,7 @@ def ranks(tmp_path_factory):
     environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path[1:]])}
     processes = [
         subprocess.Popen(
-            [sys.executable, "-m", "tests.integrations.ranks", path],
+            [sys.executable, "-m", "tests.integrations.ranks", path, square],
             cwd=ROOT,
             env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
             stdout=subprocess.PIPE,
@@ -78,3 +84,14 @@ def test_experts_of_a_pipeline_stage_are_converted_by_plan_on_its_rank_only(rank
         assert set(load["lowered"]) == {name for name in load["shapes"] if ".experts." in name}
     lowered = [name for load in loads for name in load["lowered"]]
     assert len(lowered) == len(set(lowered)) == 2 * 2
+
+
+@pytest.mark.parametrize("kind", ["tensor", "expert", "data"])
+def test_square_experts_that_transformers_would_misread_are_refused(ranks, kind):
+    """It misreads none that it cuts experts out of, before it looks at the shape; older releases do not tell which."""
+    for load in of(ranks, f"square, {kind}"):
+        assert load["wrong"] == []
+        if load["refused"]:
+            assert kind == "tensor" or "data" not in ranks[0]
+            assert "mlp.experts.gate_up_proj: it is sharded while it is loaded" in load["refused"]
+            assert "down_proj" not in load["refused"]

@@ -144,10 +144,10 @@ def _equal_sizes(hidden: int) -> dict[str, dict[str, Any]]:
 EQUAL_SIZES = _equal_sizes(SIZES["hidden_size"])
 TOWER_EQUAL_SIZES = _equal_sizes(TOWER_SIZES["hidden_size"])
 
-# Types that cannot be so.
+# Types whose configs refuse sizes, by a part of what is equal, with what they say.
 UNEQUAL: dict[str, tuple[str, str]] = {
-    name: ("E == 1", "Grouped routing requires at least two experts")
-    for name in ("Dots3NoteTextModel", "dots3_note_vision_encoder")
+    "Dots3NoteTextModel": ("E == 1", "Grouped routing requires at least two experts"),
+    "dots3_note_vision_encoder": ("E == 1", "Grouped routing requires at least two experts"),
 }
 
 # Set wherever a config has the field, whatever its default: a dense layer first, MoE layers after.

@@ -1,0 +1,170 @@
+"""Models whose sizes are equal, so that no shape tells one axis from another: every type at every door.
+
+The oracle is the model that was written; transformers loads the same, but where its rule looks at shapes alone.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+from pathlib import Path
+from unittest import mock
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from safetensors.torch import load_file
+
+pytest.importorskip("transformers", reason="the models are transformers'")
+
+from transformers import modeling_utils
+
+import automodel_conv as amc
+from automodel_conv.integrations.dcp import HuggingFaceReader
+from automodel_conv.planning.models import expert_layouts
+from automodel_conv.testing import POISON, assert_bytes_equal
+from tests.model_zoo import build_model, equal_names, write_checkpoint
+
+pytestmark = [pytest.mark.sweep, pytest.mark.filterwarnings("ignore")]
+
+ALWAYS = {
+    ("qwen3_moe", "2I == H"),
+    ("mixtral", "I == H"),
+    ("deepseek_v3", "E == 1, 2I == H"),
+    ("nemotron_h", "I == H"),
+    ("gpt_oss", "I == H"),
+    ("jamba", "E == 2I == H"),
+    *(("qwen3_vl_moe", equal) for equal in ("2I == H", "I == H", "E == I == H", "E == 1, 2I == H")),
+}
+
+# transformers takes a published square matrix for the model's own.
+MISREAD = {("qwen3_vl_moe", equal) for _, equal in equal_names() if "I == H" in equal}
+
+# Upstream writes another one first of several tensors that one operation makes; see test_saving.
+OTHER_ORDER = {"ernie4_5_vl_moe"}
+
+
+class Case:
+    """A model, the checkpoint it is published as, and the one that ``save_pretrained`` writes of it."""
+
+    def __init__(self, name: str, equal: str, directory: Path):
+        self.name, self.equal = name, equal
+        self.model = build_model(name, equal=equal)
+        if shapes_of(self.model) == usual_shapes(name):
+            pytest.skip(f"nothing of {name} becomes equal")
+        self.expected = self.model.state_dict()
+        self.most_bytes = sum(tensor.nbytes for tensor in self.expected.values()) // 4
+        self.published, self.converted, self.saved = (directory / kind for kind in ("published", "converted", "saved"))
+        write_checkpoint(self.model, self.published)
+        write_checkpoint(self.model, self.converted, original_format=False)
+        save_upstream(self.model, self.saved, self.most_bytes)
+
+    def poisoned(self):
+        model = copy.deepcopy(self.model)
+        for tensor in model.state_dict().values():
+            tensor.reshape(-1).view(torch.uint8).fill_(POISON)
+        return model
+
+
+def shapes_of(model):
+    return [tensor.shape for tensor in model.state_dict().values()]
+
+
+@functools.cache
+def usual_shapes(name):
+    return shapes_of(build_model(name))
+
+
+def save_upstream(model, directory, max_shard_size):
+    """``save_pretrained``, with tensors that share memory divided as if they did not; see test_saving."""
+    real = modeling_utils.split_torch_state_dict_into_shards
+
+    def split(tensors, **options):
+        return real({name: tensor.clone() for name, tensor in tensors.items()}, **options)
+
+    with mock.patch.object(modeling_utils, "split_torch_state_dict_into_shards", split):
+        model.save_pretrained(directory, max_shard_size=max_shard_size)
+
+
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param(one, id=": ".join(one), marks=() if one in ALWAYS else pytest.mark.long) for one in equal_names()
+    ],
+)
+def case(request, tmp_path_factory):
+    return Case(*request.param, tmp_path_factory.mktemp("equal"))
+
+
+def assert_same(actual, expected):
+    assert list(actual) == list(expected)
+    for name, tensor in expected.items():
+        assert_bytes_equal(actual[name], tensor)
+
+
+def tensors_of(directory):
+    """All tensors of a directory, read by safetensors, by name."""
+    found = {n: t for file in sorted(Path(directory).glob("*.safetensors")) for n, t in load_file(file).items()}
+    return dict(sorted(found.items()))
+
+
+def contents(directory):
+    return {path.name: path.read_bytes() for path in Path(directory).iterdir()}
+
+
+def assert_files(case, actual, expected):
+    if case.name not in OTHER_ORDER:
+        assert contents(actual) == contents(expected)
+    assert_same(tensors_of(actual), tensors_of(expected))
+
+
+def test_it_loads_as_it_was_at_every_door(case):
+    for directory in (case.published, case.converted):
+        assert_same(amc.load_state_dict(directory), case.expected)
+        model = case.poisoned()
+        amc.load_model(model, directory)
+        assert_same(model.state_dict(), case.expected)
+        with torch.device("meta"):
+            model = type(case.model)._from_config(copy.deepcopy(case.model.config))
+        amc.load_model(model, directory)
+        assert_same(model.state_dict(), case.expected)
+        state = case.poisoned().state_dict()
+        dcp.load(state, storage_reader=HuggingFaceReader(directory))
+        assert_same(state, case.expected)
+        assert_same(amc.convert_state_dict(tensors_of(directory), case.model), case.expected)
+
+
+def test_from_pretrained_loads_it_as_it_was_under_the_hook(case):
+    for directory in (case.published, case.converted):
+        with amc.accelerate_transformers() as acceleration:
+            hooked = type(case.model).from_pretrained(directory)
+        [load] = acceleration.loads
+        assert load.left == {}
+        assert_same(hooked.state_dict(), case.expected)
+        stock = type(case.model).from_pretrained(directory)
+        if directory == case.published and (case.name, case.equal) in MISREAD:
+            assert any(not torch.equal(tensor, case.expected[name]) for name, tensor in stock.state_dict().items())
+        else:
+            assert_same(stock.state_dict(), case.expected)
+
+
+def test_it_is_saved_as_upstream_saves_it_or_as_a_reference_has_it(case, tmp_path):
+    amc.save_checkpoint(case.model, tmp_path / "ours", max_shard_size=case.most_bytes)
+    assert_files(case, tmp_path / "ours", case.saved)
+    for reference in (case.published, case.converted, case.saved):
+        amc.save_checkpoint(case.model, tmp_path / reference.name, reference=reference)
+        assert_files(case, tmp_path / reference.name, reference)
+        reverted = amc.revert_state_dict(case.expected, case.model, reference=reference)
+        assert_same(dict(sorted(reverted.items())), tensors_of(reference))
+
+
+def test_it_is_converted_on_disk_and_back(case, tmp_path):
+    amc.convert_checkpoint(case.published, tmp_path / "own")
+    assert_same(amc.load_state_dict(tmp_path / "own"), case.expected)
+    amc.convert_checkpoint(tmp_path / "own", tmp_path / "back", layout="per_expert")
+    assert_same(tensors_of(tmp_path / "back"), tensors_of(case.saved))
+    said = expert_layouts(case.model).values()
+    if said and None not in said:
+        amc.convert_checkpoint(case.published, tmp_path / "nemo", layout="nemo")
+        amc.convert_checkpoint(tmp_path / "nemo", tmp_path / "again", layout="per_expert", source_layout="nemo")
+        assert_same(tensors_of(tmp_path / "again"), tensors_of(case.saved))
