@@ -19,7 +19,7 @@ from automodel_conv.execution.memory import convert_tensors
 from automodel_conv.execution.ranks import is_distributed
 from automodel_conv.files.checkpoint import open_checkpoint
 from automodel_conv.homes import in_order, unequal_ties, with_tied
-from automodel_conv.planning.copies import SourceTable, Target
+from automodel_conv.planning.copies import Target
 from automodel_conv.planning.models import state_table, tied_names
 from automodel_conv.planning.pipeline import loading_plan, saving_plan
 from automodel_conv.planning.plan import CopyPlan
@@ -94,11 +94,8 @@ def revert_state_dict(
         ConversionError, UnsupportedError: see ``convert_state_dict``.
     """
     _require_any(model, rules, layout, reference)
-    table = None
-    if reference is not None:
-        checkpoint = open_checkpoint(reference)
-        table = SourceTable.of(checkpoint)
-    plan = saving_plan(state_table(state_dict), model=model, rules=rules, layout=layout, reference=table)
+    like = None if reference is None else open_checkpoint(reference)
+    plan = saving_plan(state_table(state_dict), model=model, rules=rules, layout=layout, reference=like)
     return _run(plan, state_dict, out, backend)
 
 

@@ -27,7 +27,7 @@ from automodel_conv.execution.writing import begin_shard, budget, write_slabs
 from automodel_conv.files.checkpoint import Checkpoint, open_checkpoint
 from automodel_conv.files.destination import Destination, open_destination, staged_path, telling
 from automodel_conv.files.shards import CHECKSUMS_NAME, Form, Shard, Spec, divide, divide_like, index_of, parse_size
-from automodel_conv.planning.copies import SourceTable, Target
+from automodel_conv.planning.copies import Target
 from automodel_conv.planning.experts import refuse_missing_experts
 from automodel_conv.planning.layouts import any_experts
 from automodel_conv.planning.marks import form_like, form_of
@@ -128,8 +128,7 @@ def save_checkpoint(
         tensors: Mapping[str, Tensor] = saved_tensors(model) if model is not None else state  # type: ignore[assignment]
         refuse_unlike_stored(tensors)
         opened = None if reference is None else open_checkpoint(reference)
-        table = None if opened is None else SourceTable.of(opened)
-        plan = saving_plan(state_table(tensors), model=model, rules=rules, layout=layout, reference=table)
+        plan = saving_plan(state_table(tensors), model=model, rules=rules, layout=layout, reference=opened)
         plan = with_dtype(plan, dtype, model, rules)
         form = saved_form(plan, model, layout, opened)
         shards = shards_for(plan, opened, max_shard_size, form)

@@ -203,6 +203,21 @@ def test_a_reference_in_a_foreign_layout_is_restored_with_what_it_says(published
     assert_same(amc.load_state_dict(tmp_path / "again"), tensors)
 
 
+@pytest.mark.parametrize("layout", GROUPED)
+@pytest.mark.parametrize("model_type", ["qwen3_moe", "gpt_oss"])
+def test_a_model_is_saved_in_the_layout_of_its_reference(published, tmp_path, model_type, layout):
+    source, tensors = published(model_type)
+    amc.convert_checkpoint(source, tmp_path / "made", layout=layout, max_shard_size="6KB")
+    model_class = getattr(transformers, AutoConfig.from_pretrained(source).architectures[0])
+    model = model_class.from_pretrained(source)
+    amc.save_checkpoint(model, tmp_path / "again", reference=tmp_path / "made")
+    expected = {path.name: path.read_bytes() for path in (tmp_path / "made").glob("*.safetensors")}
+    assert {path.name: path.read_bytes() for path in (tmp_path / "again").glob("*.safetensors")} == expected
+    assert_same(amc.load_state_dict(tmp_path / "again"), tensors)
+    reverted = amc.revert_state_dict(model.state_dict(), model, reference=tmp_path / "made")
+    assert_same(reverted, amc.load_state_dict(tmp_path / "made", rules=[]))
+
+
 def test_what_transformers_would_write_has_no_mark(published, tmp_path):
     source, _ = published("gpt_oss")
     model = transformers.GptOssForCausalLM.from_pretrained(source)

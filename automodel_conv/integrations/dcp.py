@@ -300,8 +300,7 @@ class HuggingFaceWriter(StorageWriter):
 
     def _plan(self, table: SourceTable) -> tuple[CopyPlan, list[Shard], Form]:
         reference = None if self._reference is None else open_checkpoint(self._reference)
-        like = None if reference is None else SourceTable.of(reference)
-        plan = saving_plan(table, model=self._model, rules=self._rules, layout=self._layout, reference=like)
+        plan = saving_plan(table, model=self._model, rules=self._rules, layout=self._layout, reference=reference)
         form = saved_form(plan, self._model, self._layout, reference)
         return plan, shards_for(plan, reference, self._max_shard_size, form), form
 

@@ -15,6 +15,7 @@ from torch import nn
 
 from automodel_conv.dtypes import dtype_code
 from automodel_conv.errors import UnsupportedError, message
+from automodel_conv.files.checkpoint import Checkpoint
 from automodel_conv.planning.compiler import AsStored, Problems, TargetSpec, compile_targets
 from automodel_conv.planning.composition import table_of
 from automodel_conv.planning.copies import SourceTable
@@ -29,6 +30,7 @@ from automodel_conv.planning.layouts import (
     relayout,
     told_by_name,
 )
+from automodel_conv.planning.marks import layout_to_read
 from automodel_conv.planning.models import ExpertLayout, expert_layouts, model_targets, tied_names
 from automodel_conv.planning.plan import CopyPlan
 from automodel_conv.planning.quantization import as_meant
@@ -121,7 +123,7 @@ def loading_plan(
             if t.name in destination and destination[t.name].shape != t.shape
         ]
     _forgive(problems, model, whole)
-    if source_layout is None and targets is not None:
+    if source_layout is None and targets is not None and not given:
         refuse_other_layouts(problems, plan, rule_set)
     if (
         wanted is not None
@@ -150,7 +152,7 @@ def saving_plan(
     model: nn.Module | None = None,
     rules: Iterable[Any] | None = None,
     layout: str | None = None,
-    reference: SourceTable | None = None,
+    reference: Checkpoint | None = None,
     checked: bool = False,
 ) -> CopyPlan:
     """The plan from model names back to the checkpoint's names.
@@ -165,6 +167,7 @@ def saving_plan(
         NameProblems: the tensors do not fit the reference.
         UnsupportedError: experts that are not in the layout of the model, or of the rules, and no ``layout``.
     """
+    rules = None if rules is None else list(rules)
     if reference is not None:
         return _inverse_of_loading(table, reference, model, rules, layout)
     rule_set = RuleSet(saving_rules(model, rules), model, reverse=True)
@@ -227,15 +230,18 @@ def without_casts(plan: CopyPlan) -> CopyPlan:
 
 def _inverse_of_loading(
     table: SourceTable,
-    reference: SourceTable,
+    reference: Checkpoint,
     model: nn.Module | None,
-    rules: Iterable[Any] | None,
+    rules: Sequence[Any] | None,
     layout: str | None,
 ) -> CopyPlan:
     has = {n: TargetSpec(d, s) for n, d, s in zip(table.names, table.dtypes, table.shapes, strict=True)}
     dtypes = set(table.dtypes)
-    plain = replace(reference, dtypes=[_floating_like(d, dtypes) for d in reference.dtypes])
-    forward, problems = loading_plan(plain, model=model, rules=rules, layout=layout, targets=has)
+    plain = replace(SourceTable.of(reference), dtypes=[_floating_like(d, dtypes) for d in reference.dtypes])
+    source_layout = layout_to_read(reference, None, keeps_names=model is None and not rules)
+    forward, problems = loading_plan(
+        plain, model=model, rules=rules, layout=layout, source_layout=source_layout, targets=has
+    )
     problems.unexpected.clear()  # names of the reference that this state dict leaves out
     problems.raise_unless_fit("the reference checkpoint and the tensors to revert")
     back = forward.inverse()
