@@ -23,7 +23,7 @@ import automodel_conv as amc
 from automodel_conv.integrations.dcp import HuggingFaceReader
 from automodel_conv.planning.models import expert_layouts
 from automodel_conv.testing import POISON, assert_bytes_equal
-from tests.model_zoo import build_model, equal_names, write_checkpoint
+from tests.model_zoo import DTYPE, build_model, equal_names, write_checkpoint
 
 pytestmark = [pytest.mark.sweep, pytest.mark.filterwarnings("ignore")]
 
@@ -130,12 +130,12 @@ def test_it_loads_as_it_was_at_every_door(case):
         if said:
             with pytest.raises(amc.UnsupportedError, match="source_layout="):
                 amc.load_state_dict(directory)
-        assert_same(amc.load_state_dict(directory, **said), case.expected)
+        assert_same(amc.load_state_dict(directory, dtype=DTYPE, **said), case.expected)
         model = case.poisoned()
         amc.load_model(model, directory, **said)
         assert_same(model.state_dict(), case.expected)
         with torch.device("meta"):
-            model = type(case.model)._from_config(copy.deepcopy(case.model.config))
+            model = type(case.model)._from_config(copy.deepcopy(case.model.config), dtype=DTYPE)
         amc.load_model(model, directory, **said)
         assert_same(model.state_dict(), case.expected)
         state = case.poisoned().state_dict()
@@ -147,11 +147,11 @@ def test_it_loads_as_it_was_at_every_door(case):
 def test_from_pretrained_loads_it_as_it_was_under_the_hook(case):
     for directory in (case.published, case.converted):
         with amc.accelerate_transformers() as acceleration:
-            hooked = type(case.model).from_pretrained(directory)
+            hooked = type(case.model).from_pretrained(directory, dtype=DTYPE)
         [load] = acceleration.loads
         assert load.left == {}
         assert_same(hooked.state_dict(), case.expected)
-        stock = type(case.model).from_pretrained(directory)
+        stock = type(case.model).from_pretrained(directory, dtype=DTYPE)
         if directory == case.published and (case.name, case.equal) in MISREAD:
             assert any(not torch.equal(tensor, case.expected[name]) for name, tensor in stock.state_dict().items())
         else:
@@ -170,7 +170,7 @@ def test_it_is_saved_as_upstream_saves_it_or_as_a_reference_has_it(case, tmp_pat
 
 def test_it_is_converted_on_disk_and_back(case, tmp_path):
     amc.convert_checkpoint(case.published, tmp_path / "own")
-    assert_same(amc.load_state_dict(tmp_path / "own"), case.expected)
+    assert_same(amc.load_state_dict(tmp_path / "own", dtype=DTYPE), case.expected)
     amc.convert_checkpoint(tmp_path / "own", tmp_path / "back", layout="per_expert")
     assert_same(tensors_of(tmp_path / "back"), tensors_of(case.saved))
     said = expert_layouts(case.model).values()

@@ -127,6 +127,16 @@ def test_other_matrices_that_lie_differently_tell_nothing():
         compiled(sources, targets, checking(*names))
 
 
+@pytest.mark.parametrize("transposed", [False, True])
+def test_one_matrix_tells_of_several(transposed):
+    names = ("gate_proj", "up_proj", "down_proj")
+    targets = {f"{PATH}.gate_proj": (2, 4, 4), f"{PATH}.up_proj": (2, 4, 4), DOWN: (2, 3, 4)}
+    sources = {n: swapped(s) if transposed else s for n, s in targets.items()}
+    plan, problems = compiled(sources, targets, checking(*names))
+    assert problems.reasons() == []
+    assert lies_transposed(plan) == dict.fromkeys(targets, transposed)
+
+
 @pytest.mark.parametrize("do", ["absent", "of another module", "of another kind of rule"])
 def test_only_a_matrix_of_the_same_module_and_rule_tells(do):
     targets = wanted(4, 2)
