@@ -45,7 +45,7 @@ from automodel_conv.homes import (
 from automodel_conv.planning.compiler import Problems
 from automodel_conv.planning.copies import SourceTable
 from automodel_conv.planning.from_config import meta_model
-from automodel_conv.planning.marks import layout_to_read
+from automodel_conv.planning.marks import layout_to_read, stated_layout
 from automodel_conv.planning.models import checked_dtype, tied_names
 from automodel_conv.planning.pipeline import loading_plan
 from automodel_conv.planning.plan import CopyPlan
@@ -94,9 +94,11 @@ class LoadReport:
 
 
 class LoadedStateDict(dict[str, Tensor]):
-    """A state dict that also carries the ``LoadReport`` of how it was made."""
+    """A state dict that also carries the ``LoadReport`` of how it was made, and the layout of its experts."""
 
     report: LoadReport
+    layout: str | None = None
+    """As the caller has asked for it, or as the files say where names are kept; None: as the model has them."""
 
 
 @resources_told("planning")
@@ -256,6 +258,7 @@ def load_state_dict(
     shared = _distributed(with_tied(buffers, ties, unequal), state)
     loaded = LoadedStateDict(in_order(shared, model) if model is not None else shared)
     loaded.report = _report(plan, problems, clock, stats)
+    loaded.layout = stated_layout(checkpoint, None) if layout is None and model is None and not rules else layout
     return loaded
 
 

@@ -26,7 +26,17 @@ from automodel_conv.execution.tensor_slabs import Holding, tensor_slabs
 from automodel_conv.execution.writing import begin_shard, budget, write_slabs
 from automodel_conv.files.checkpoint import Checkpoint, open_checkpoint
 from automodel_conv.files.destination import Destination, open_destination, staged_path, telling
-from automodel_conv.files.shards import CHECKSUMS_NAME, Form, Shard, Spec, divide, divide_like, index_of, parse_size
+from automodel_conv.files.shards import (
+    CHECKSUMS_NAME,
+    FORM,
+    Form,
+    Shard,
+    Spec,
+    divide,
+    divide_like,
+    index_of,
+    parse_size,
+)
 from automodel_conv.planning.copies import Target
 from automodel_conv.planning.experts import refuse_missing_experts
 from automodel_conv.planning.layouts import any_experts
@@ -113,6 +123,7 @@ def save_checkpoint(
             different bytes of one that they should all have; the same on all ranks.
     """
     began = time.perf_counter()
+    rules = None if rules is None else list(rules)
     model = unwrapped(model_or_state_dict) if isinstance(model_or_state_dict, nn.Module) else None
     state = model.state_dict() if model is not None else model_or_state_dict
     groups = [dist.group.WORLD] if meshes_of(state.values()) else []  # type: ignore[union-attr]
@@ -130,7 +141,8 @@ def save_checkpoint(
         opened = None if reference is None else open_checkpoint(reference)
         plan = saving_plan(state_table(tensors), model=model, rules=rules, layout=layout, reference=opened)
         plan = with_dtype(plan, dtype, model, rules)
-        form = saved_form(plan, model, layout, opened)
+        kept = getattr(state, "layout", None) if model is None and layout is None and not rules else None
+        form = saved_form(plan, model, layout, opened, kept)
         shards = shards_for(plan, opened, max_shard_size, form)
         share = budget(threads, DEFAULT_SCRATCH_BYTES if scratch_bytes is None else scratch_bytes, reads_files=False)
         leads = not groups or dist.get_rank() == 0
@@ -273,12 +285,20 @@ def places_in(shards: Sequence[Shard], targets: Iterable[Target]) -> list[tuple[
     return [places[target.name] for target in targets]
 
 
-def saved_form(plan: CopyPlan, model: nn.Module | None, layout: str | None, reference: Checkpoint | None) -> Form:
-    """What the files of a save are called and say: nothing, if they are what transformers would write for the model."""
+def saved_form(
+    plan: CopyPlan, model: nn.Module | None, layout: str | None, reference: Checkpoint | None, kept: str | None = None
+) -> Form:
+    """What the files of a save are called and say: nothing, if they are what transformers would write for the model.
+
+    Args:
+        layout: of the tensors, which are saved as transformers has them; None: they are saved as they are.
+        kept: the layout of tensors that are saved as they are, if it is known.
+    """
     if reference is not None:
         return form_like(reference)
-    relaid = model is None and layout is not None and any(any_experts(target.name) for target in plan.targets)
-    return form_of("transformers" if relaid else None, None)
+    if model is not None or not any(any_experts(target.name) for target in plan.targets):
+        return FORM
+    return form_of(kept if layout is None else "transformers", None)
 
 
 def shards_for(plan: CopyPlan, reference: Checkpoint | None, max_shard_size: int | str, form: Form) -> list[Shard]:

@@ -184,6 +184,19 @@ def test_every_reader_finds_files_of_a_foreign_layout_and_knows_it(published, tm
 
 
 @pytest.mark.parametrize("layout", GROUPED)
+def test_what_was_loaded_in_a_layout_is_saved_as_being_in_it(published, tmp_path, layout):
+    source, tensors = published("qwen3_moe")
+    loaded = amc.load_state_dict(source, layout=layout)
+    amc.save_checkpoint(loaded, tmp_path / "made", rules=[])
+    again = amc.load_state_dict(tmp_path / "made", rules=[])
+    assert loaded.layout == again.layout == layout
+    assert_same(again, loaded)
+    assert weights_in(tmp_path / "made") == [f"{'model' if layout == 'transformers' else layout}.safetensors"]
+    shutil.copy(source / "config.json", tmp_path / "made")
+    assert_same(amc.load_state_dict(tmp_path / "made"), tensors)
+
+
+@pytest.mark.parametrize("layout", GROUPED)
 def test_a_conversion_that_keeps_names_keeps_what_the_files_say(published, tmp_path, layout):
     source, tensors = published("qwen3_moe")
     amc.convert_checkpoint(source, tmp_path / "made", layout=layout)
