@@ -33,7 +33,7 @@ ALWAYS = {
     ("deepseek_v3", "E == 1, 2I == H"),
     ("nemotron_h", "I == H"),
     ("gpt_oss", "I == H"),
-    ("jamba", "E == 2I == H"),
+    ("jamba", "E == I == H"),
     *(("qwen3_vl_moe", equal) for equal in ("2I == H", "I == H", "E == I == H", "E == 1, 2I == H")),
 }
 

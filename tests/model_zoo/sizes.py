@@ -129,12 +129,8 @@ def _equal_sizes(hidden: int) -> dict[str, dict[str, Any]]:
         "2I == H": intermediate(hidden // 2),
         "I == H": intermediate(hidden),
         "E == I": intermediate(12),
-        "E == H": experts(hidden),
-        "E == 1": experts(1),
         "E == I == H": experts(hidden) | intermediate(hidden),
-        "E == 2I == H": experts(hidden) | intermediate(hidden // 2),
         "E == 1, 2I == H": experts(1) | intermediate(hidden // 2),
-        "E == 1, I == H": experts(1) | intermediate(hidden),
         "I == 1": intermediate(1),
     }
 
