@@ -29,8 +29,7 @@ from automodel_conv.files.destination import Destination, open_destination, stag
 from automodel_conv.files.shards import CHECKSUMS_NAME, Form, Shard, Spec, divide, divide_like, index_of, parse_size
 from automodel_conv.planning.copies import Target
 from automodel_conv.planning.experts import refuse_missing_experts
-from automodel_conv.planning.layouts import any_experts
-from automodel_conv.planning.marks import form_like, form_of
+from automodel_conv.planning.marks import form_of_save
 from automodel_conv.planning.models import checked_dtype, model_targets, state_table, tied_names
 from automodel_conv.planning.pipeline import saving_plan
 from automodel_conv.planning.plan import CopyPlan
@@ -130,7 +129,7 @@ def save_checkpoint(
         opened = None if reference is None else open_checkpoint(reference)
         plan = saving_plan(state_table(tensors), model=model, rules=rules, layout=layout, reference=opened)
         plan = with_dtype(plan, dtype, model, rules)
-        form = saved_form(plan, model, layout, opened)
+        form = form_of_save(plan, model, layout, opened)
         shards = shards_for(plan, opened, max_shard_size, form)
         share = budget(threads, DEFAULT_SCRATCH_BYTES if scratch_bytes is None else scratch_bytes, reads_files=False)
         leads = not groups or dist.get_rank() == 0
@@ -271,14 +270,6 @@ def places_in(shards: Sequence[Shard], targets: Iterable[Target]) -> list[tuple[
         for spec, offset in zip(shard.specs, shard.offsets, strict=True)
     }
     return [places[target.name] for target in targets]
-
-
-def saved_form(plan: CopyPlan, model: nn.Module | None, layout: str | None, reference: Checkpoint | None) -> Form:
-    """What the files of a save are called and say: nothing, if they are what transformers would write for the model."""
-    if reference is not None:
-        return form_like(reference)
-    relaid = model is None and layout is not None and any(any_experts(target.name) for target in plan.targets)
-    return form_of("transformers" if relaid else None, None)
 
 
 def shards_for(plan: CopyPlan, reference: Checkpoint | None, max_shard_size: int | str, form: Form) -> list[Shard]:

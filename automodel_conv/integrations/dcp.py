@@ -47,6 +47,7 @@ from automodel_conv.files.shards import Form, Shard
 from automodel_conv.loading import load_plan
 from automodel_conv.planning.copies import SourceTable
 from automodel_conv.planning.experts import refuse_missing_experts
+from automodel_conv.planning.marks import form_of_save
 from automodel_conv.planning.models import tied_names
 from automodel_conv.planning.pipeline import saving_plan, without_casts
 from automodel_conv.planning.plan import CopyPlan
@@ -57,7 +58,6 @@ from automodel_conv.saving import (
     finish_save,
     places_in,
     refuse_unlike_stored,
-    saved_form,
     saved_tensors,
     shards_for,
 )
@@ -301,7 +301,7 @@ class HuggingFaceWriter(StorageWriter):
     def _plan(self, table: SourceTable) -> tuple[CopyPlan, list[Shard], Form]:
         reference = None if self._reference is None else open_checkpoint(self._reference)
         plan = saving_plan(table, model=self._model, rules=self._rules, layout=self._layout, reference=reference)
-        form = saved_form(plan, self._model, self._layout, reference)
+        form = form_of_save(plan, self._model, self._layout, reference)
         return plan, shards_for(plan, reference, self._max_shard_size, form), form
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:

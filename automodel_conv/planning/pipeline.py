@@ -238,7 +238,7 @@ def _inverse_of_loading(
     has = {n: TargetSpec(d, s) for n, d, s in zip(table.names, table.dtypes, table.shapes, strict=True)}
     dtypes = set(table.dtypes)
     plain = replace(SourceTable.of(reference), dtypes=[_floating_like(d, dtypes) for d in reference.dtypes])
-    source_layout = layout_to_read(reference, None, keeps_names=model is None and not rules)
+    source_layout = layout_to_read(reference, None, keeps_names=model is None and not rules and layout is None)
     forward, problems = loading_plan(
         plain, model=model, rules=rules, layout=layout, source_layout=source_layout, targets=has
     )
