@@ -16,6 +16,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from itertools import chain
 from math import prod
 from typing import Any
 
@@ -357,7 +358,7 @@ def _shared(items: Sequence[Sequence[WriteItem]]) -> list[list[WriteItem]]:
     like: dict[str, tuple[object, ...]] = {}
     sizes: dict[MetadataIndex, tuple[int, ...]] = {}
     held: Counter[MetadataIndex] = Counter()
-    for item in (item for each in items for item in each):
+    for item in chain.from_iterable(items):
         if item.tensor_data is None or not prod(item.tensor_data.chunk.sizes):
             continue
         name, data = item.index.fqn, item.tensor_data

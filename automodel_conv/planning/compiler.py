@@ -129,8 +129,9 @@ def compile_targets(
         parameters = {name: spec.shape for name, spec in targets.items()}
     parameters = parameters or {}
     resolution = resolve(sources.names, rules, targets, sources.hidden)
-    lies = square_matrices(resolution.assignments, rules, sources.shapes, parameters, transposed)
-    if not parameters and transposed is not None:
+    if parameters or transposed is None:
+        lies = square_matrices(resolution.assignments, rules, sources.shapes, parameters, transposed)
+    else:  # without a model's shapes no matrix tells how it lies
         lies = {assignment.target: transposed for assignment in resolution.assignments}
     compiler = _Compiler(sources, rules, targets, dtype, parameters, lies, as_stored)
     made: dict[str, Target] = {}
