@@ -23,7 +23,8 @@ from transformers import AutoConfig, AutoModelForImageTextToText
 import automodel_conv as amc
 from automodel_conv.cli import app
 from automodel_conv.files.shards import LAYOUT_KEY
-from automodel_conv.testing import address_valued, assert_bytes_equal
+from automodel_conv.testing import address_valued
+from tests.comparing import assert_same
 
 STEM = re.compile(r"^[a-z_]+")
 GROUPED = ("transformers", "nemo", "gpt_oss", "vllm")
@@ -91,12 +92,6 @@ def published(tmp_path_factory):
 
 def own_of(model_type):
     return "gpt_oss" if model_type == "gpt_oss" else "transformers"
-
-
-def assert_same(found, expected):
-    assert found.keys() == expected.keys()
-    for name, tensor in expected.items():
-        assert_bytes_equal(found[name], tensor)
 
 
 def weights_in(directory):
