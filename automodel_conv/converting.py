@@ -42,13 +42,13 @@ from automodel_conv.files import system
 from automodel_conv.files.checkpoint import Checkpoint, open_checkpoint, rows_by_file
 from automodel_conv.files.config import CONFIG_NAME, plain_config
 from automodel_conv.files.destination import WEIGHT_SUFFIXES, open_destination, telling
-from automodel_conv.files.shards import CHECKSUMS_NAME, FORM, Form, Shard, Spec, divide, index_of, parse_size
+from automodel_conv.files.shards import CHECKSUMS_NAME, Form, Shard, Spec, divide, index_of, parse_size
 from automodel_conv.loading import decoded_table
 from automodel_conv.planning.copies import Decode, SourceTable
 from automodel_conv.planning.from_config import meta_model
-from automodel_conv.planning.layouts import PER_EXPERT, any_experts, own_layout
-from automodel_conv.planning.marks import form_of, layout_to_read, stated_layout
-from automodel_conv.planning.models import checked_dtype, expert_layouts
+from automodel_conv.planning.layouts import PER_EXPERT, any_experts
+from automodel_conv.planning.marks import form_of_conversion, layout_to_read, stated_layout
+from automodel_conv.planning.models import checked_dtype
 from automodel_conv.planning.pipeline import loading_plan, saving_plan, without_casts
 from automodel_conv.planning.plan import CopyPlan
 from automodel_conv.progress import bytes_progress
@@ -114,7 +114,7 @@ def compile_conversion(
     checkpoint = open_checkpoint(source)
     most_bytes = parse_size(max_shard_size)
     rules = None if rules is None else list(rules)
-    keeps_names = layout is None and rules == []
+    keeps_names = layout is None and source_layout is None and rules == []
     source_layout = layout_to_read(checkpoint, source_layout, keeps_names=keeps_names)
     table = decoded_table(checkpoint, wants_numbers=True) if dequantize else SourceTable.of(checkpoint)
     model = meta_model(checkpoint, dtype) if rules is None else None
@@ -142,7 +142,11 @@ def compile_conversion(
                 do="load the model and save it",
             )
         )
-    form = _form(checkpoint, plan, model, layout, stated_layout(checkpoint, None) if keeps_names else None)
+    if keeps_names:
+        layout = stated_layout(checkpoint, None)
+    elif layout is None and model is None and source_layout is not None:
+        layout = PER_EXPERT if source_layout == PER_EXPERT else "transformers"  # what rules are given
+    form = form_of_conversion(checkpoint, plan, model, layout)
     return Conversion(checkpoint, plan, tuple(divide(specs_of(plan.targets), most_bytes, form)), form)
 
 
@@ -347,34 +351,6 @@ def _refuse_grouped(plan: CopyPlan, model: nn.Module | None) -> None:
                 do="leave rules out to take those of the model, or leave layout out to keep the experts grouped",
             )
         )
-
-
-def _form(
-    checkpoint: Checkpoint, plan: CopyPlan, model: nn.Module | None, layout: str | None, kept: str | None
-) -> Form:
-    """What the files of a conversion are called and say.
-
-    Args:
-        kept: the layout of the source, where its experts stay as they are.
-    """
-    if PER_EXPERT in (layout, kept):
-        return form_of(PER_EXPERT, None)
-    if not any(any_experts(target.name) for target in plan.targets):
-        return FORM
-    if model is None and (layout or kept) in ("transformers", "gpt_oss"):  # which is foreign depends on the type
-        model = _model_of(checkpoint)
-    own = None if model is None else own_layout(expert_layouts(model).values())
-    if layout is None:
-        layout = kept if model is None or kept is not None else own
-    return form_of(layout, own)
-
-
-def _model_of(checkpoint: Checkpoint) -> nn.Module | None:
-    """The model that transformers would make of the directory; None if it cannot, and so loads nothing from it."""
-    try:
-        return meta_model(checkpoint, None)
-    except UnsupportedError:
-        return None
 
 
 class _Makers:

@@ -28,7 +28,6 @@ from automodel_conv.files.checkpoint import Checkpoint, open_checkpoint
 from automodel_conv.files.destination import Destination, open_destination, staged_path, telling
 from automodel_conv.files.shards import (
     CHECKSUMS_NAME,
-    FORM,
     Form,
     Shard,
     Spec,
@@ -39,8 +38,7 @@ from automodel_conv.files.shards import (
 )
 from automodel_conv.planning.copies import Target
 from automodel_conv.planning.experts import refuse_missing_experts
-from automodel_conv.planning.layouts import any_experts
-from automodel_conv.planning.marks import form_like, form_of
+from automodel_conv.planning.marks import form_of_save
 from automodel_conv.planning.models import checked_dtype, model_targets, state_table, tied_names
 from automodel_conv.planning.pipeline import saving_plan
 from automodel_conv.planning.plan import CopyPlan
@@ -142,7 +140,7 @@ def save_checkpoint(
         plan = saving_plan(state_table(tensors), model=model, rules=rules, layout=layout, reference=opened)
         plan = with_dtype(plan, dtype, model, rules)
         kept = getattr(state, "layout", None) if model is None and layout is None and not rules else None
-        form = saved_form(plan, model, layout, opened, kept)
+        form = form_of_save(plan, model, layout, opened, kept)
         shards = shards_for(plan, opened, max_shard_size, form)
         share = budget(threads, DEFAULT_SCRATCH_BYTES if scratch_bytes is None else scratch_bytes, reads_files=False)
         leads = not groups or dist.get_rank() == 0
@@ -283,22 +281,6 @@ def places_in(shards: Sequence[Shard], targets: Iterable[Target]) -> list[tuple[
         for spec, offset in zip(shard.specs, shard.offsets, strict=True)
     }
     return [places[target.name] for target in targets]
-
-
-def saved_form(
-    plan: CopyPlan, model: nn.Module | None, layout: str | None, reference: Checkpoint | None, kept: str | None = None
-) -> Form:
-    """What the files of a save are called and say: nothing, if they are what transformers would write for the model.
-
-    Args:
-        layout: of the tensors, which are saved as transformers has them; None: they are saved as they are.
-        kept: the layout of tensors that are saved as they are, if it is known.
-    """
-    if reference is not None:
-        return form_like(reference)
-    if model is not None or not any(any_experts(target.name) for target in plan.targets):
-        return FORM
-    return form_of(kept if layout is None else "transformers", None)
 
 
 def shards_for(plan: CopyPlan, reference: Checkpoint | None, max_shard_size: int | str, form: Form) -> list[Shard]:

@@ -25,7 +25,8 @@ from automodel_conv.errors import (
 )
 from automodel_conv.files import system
 from automodel_conv.files.destination import STAGING_NAME
-from automodel_conv.testing import address_valued, assert_bytes_equal
+from automodel_conv.testing import address_valued
+from tests.comparing import assert_same, tensors_of
 
 try:
     from transformers.core_model_loading import Concatenate, MergeModulelist, WeightConverter
@@ -36,17 +37,6 @@ except ModuleNotFoundError:
 
 needs_transformers = pytest.mark.skipif(build_model is None, reason="transformers is not installed")
 STAGES = ("transformers", "nemo", "gpt_oss", "vllm", "per_expert")
-
-
-def tensors_of(directory):
-    """All tensors of a directory, read by safetensors."""
-    return {n: t for file in sorted(Path(directory).glob("*.safetensors")) for n, t in load_file(file).items()}
-
-
-def assert_same(actual, expected):
-    assert actual.keys() == expected.keys()
-    for name, tensor in expected.items():
-        assert_bytes_equal(actual[name], tensor)
 
 
 # --- the oracle: stack, cat and transpose, a layer at a time ----------------------------------------------------------

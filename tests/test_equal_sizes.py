@@ -8,22 +8,19 @@ from __future__ import annotations
 import copy
 import functools
 from pathlib import Path
-from unittest import mock
 
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from safetensors.torch import load_file
 
 pytest.importorskip("transformers", reason="the models are transformers'")
-
-from transformers import modeling_utils
 
 import automodel_conv as amc
 from automodel_conv.integrations.dcp import HuggingFaceReader
 from automodel_conv.planning.models import expert_layouts
-from automodel_conv.testing import POISON, assert_bytes_equal
-from tests.model_zoo import DTYPE, build_model, equal_names, write_checkpoint
+from automodel_conv.testing import POISON
+from tests.comparing import assert_same, assert_same_in_order, contents, tensors_of
+from tests.model_zoo import DTYPE, OTHER_ORDER, build_model, equal_names, save_upstream, write_checkpoint
 
 pytestmark = [pytest.mark.sweep, pytest.mark.filterwarnings("ignore")]
 
@@ -39,9 +36,6 @@ ALWAYS = {
 
 # transformers takes a published square matrix for the model's own.
 MISREAD = {("qwen3_vl_moe", equal) for _, equal in equal_names() if "I == H" in equal}
-
-# Upstream writes another one first of several tensors that one operation makes; see test_saving.
-OTHER_ORDER = {"ernie4_5_vl_moe"}
 
 
 class Case:
@@ -81,17 +75,6 @@ def usual_shapes(name):
     return shapes_of(build_model(name))
 
 
-def save_upstream(model, directory, max_shard_size):
-    """``save_pretrained``, with tensors that share memory divided as if they did not; see test_saving."""
-    real = modeling_utils.split_torch_state_dict_into_shards
-
-    def split(tensors, **options):
-        return real({name: tensor.clone() for name, tensor in tensors.items()}, **options)
-
-    with mock.patch.object(modeling_utils, "split_torch_state_dict_into_shards", split):
-        model.save_pretrained(directory, max_shard_size=max_shard_size)
-
-
 @pytest.fixture(
     scope="module",
     params=[
@@ -100,22 +83,6 @@ def save_upstream(model, directory, max_shard_size):
 )
 def case(request, tmp_path_factory):
     return Case(*request.param, tmp_path_factory.mktemp("equal"))
-
-
-def assert_same(actual, expected):
-    assert list(actual) == list(expected)
-    for name, tensor in expected.items():
-        assert_bytes_equal(actual[name], tensor)
-
-
-def tensors_of(directory):
-    """All tensors of a directory, read by safetensors, by name."""
-    found = {n: t for file in sorted(Path(directory).glob("*.safetensors")) for n, t in load_file(file).items()}
-    return dict(sorted(found.items()))
-
-
-def contents(directory):
-    return {path.name: path.read_bytes() for path in Path(directory).iterdir()}
 
 
 def assert_files(case, actual, expected):
@@ -130,18 +97,18 @@ def test_it_loads_as_it_was_at_every_door(case):
         if said:
             with pytest.raises(amc.UnsupportedError, match="source_layout="):
                 amc.load_state_dict(directory)
-        assert_same(amc.load_state_dict(directory, dtype=DTYPE, **said), case.expected)
+        assert_same_in_order(amc.load_state_dict(directory, dtype=DTYPE, **said), case.expected)
         model = case.poisoned()
         amc.load_model(model, directory, **said)
-        assert_same(model.state_dict(), case.expected)
+        assert_same_in_order(model.state_dict(), case.expected)
         with torch.device("meta"):
             model = type(case.model)._from_config(copy.deepcopy(case.model.config), dtype=DTYPE)
         amc.load_model(model, directory, **said)
-        assert_same(model.state_dict(), case.expected)
+        assert_same_in_order(model.state_dict(), case.expected)
         state = case.poisoned().state_dict()
         dcp.load(state, storage_reader=HuggingFaceReader(directory, **said))
-        assert_same(state, case.expected)
-        assert_same(amc.convert_state_dict(tensors_of(directory), case.model, **said), case.expected)
+        assert_same_in_order(state, case.expected)
+        assert_same_in_order(amc.convert_state_dict(tensors_of(directory), case.model, **said), case.expected)
 
 
 def test_from_pretrained_loads_it_as_it_was_under_the_hook(case):
@@ -150,12 +117,12 @@ def test_from_pretrained_loads_it_as_it_was_under_the_hook(case):
             hooked = type(case.model).from_pretrained(directory, dtype=DTYPE)
         [load] = acceleration.loads
         assert load.left == {}
-        assert_same(hooked.state_dict(), case.expected)
+        assert_same_in_order(hooked.state_dict(), case.expected)
         stock = type(case.model).from_pretrained(directory, dtype=DTYPE)
         if directory == case.published and (case.name, case.equal) in MISREAD:
             assert any(not torch.equal(tensor, case.expected[name]) for name, tensor in stock.state_dict().items())
         else:
-            assert_same(stock.state_dict(), case.expected)
+            assert_same_in_order(stock.state_dict(), case.expected)
 
 
 def test_it_is_saved_as_upstream_saves_it_or_as_a_reference_has_it(case, tmp_path):
@@ -165,7 +132,7 @@ def test_it_is_saved_as_upstream_saves_it_or_as_a_reference_has_it(case, tmp_pat
         amc.save_checkpoint(case.model, tmp_path / reference.name, reference=reference)
         assert_files(case, tmp_path / reference.name, reference)
         reverted = amc.revert_state_dict(case.expected, case.model, reference=reference)
-        assert_same(dict(sorted(reverted.items())), tensors_of(reference))
+        assert_same(reverted, tensors_of(reference))
 
 
 def test_it_is_converted_on_disk_and_back(case, tmp_path):

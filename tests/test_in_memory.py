@@ -11,6 +11,7 @@ from torch import nn
 import automodel_conv as amc
 from automodel_conv.errors import ConversionError, NameProblems, UnsupportedError
 from automodel_conv.testing import address_valued, assert_bytes_equal, assert_written, guarded
+from tests.comparing import assert_same
 
 try:
     from transformers import core_model_loading as core
@@ -53,12 +54,6 @@ def grouped(gated=True, dtype=torch.bfloat16):
         },
         dtype,
     )
-
-
-def assert_same(actual, expected):
-    assert actual.keys() == expected.keys()
-    for name, tensor in expected.items():
-        assert_bytes_equal(actual[name], tensor)
 
 
 def ungated_rules():
@@ -525,9 +520,8 @@ def test_a_converter_that_a_user_registered_is_run_as_upstream_runs_it(mixtral, 
         operations=[BackToFront(dim=0)],
     )
     rules[rules.index(down)] = mine
-    cache = dict(registry._checkpoint_conversion_mapping_cache)
-    monkeypatch.setattr(registry, "_checkpoint_conversion_mapping_cache", cache)
-    if hasattr(registry, "USER_REGISTERED_MAPPINGS"):
-        monkeypatch.setattr(registry, "USER_REGISTERED_MAPPINGS", set())
+    from tests.model_zoo import isolate_registry
+
+    isolate_registry(monkeypatch)
     registry.register_checkpoint_conversion_mapping("mixtral", rules, overwrite=True)
     assert_loads_as_upstream(*mixtral, some_fallbacks=True)

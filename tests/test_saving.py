@@ -8,9 +8,7 @@ import os
 import re
 import subprocess
 import sys
-from pathlib import Path
 from types import SimpleNamespace
-from unittest import mock
 
 import pytest
 import torch
@@ -30,52 +28,17 @@ from automodel_conv.errors import (
 from automodel_conv.execution import tensor_slabs
 from automodel_conv.files import system
 from automodel_conv.testing import POISON, address_valued, assert_bytes_equal
+from tests.comparing import assert_same, contents, tensors_of
 from tests.execution.simulated import SimulatedDevice
 
 try:
-    from transformers import modeling_utils
-
-    from tests.model_zoo import EXCLUDED, build_model, zoo_names
+    from tests.model_zoo import EXCLUDED, OTHER_ORDER, build_model, save_upstream, zoo_names
 
     NAMES = [name for name in zoo_names() if name not in EXCLUDED]
 except ModuleNotFoundError:
     NAMES = []
 
 needs_transformers = pytest.mark.skipif(not NAMES, reason="transformers is not installed")
-
-# Of several tensors that one operation makes of several, upstream writes another one first; only where a file ends
-# between them are they in different files.
-OTHER_ORDER = {"ernie4_5_vl_moe"}
-
-
-def contents(directory):
-    return {path.name: path.read_bytes() for path in Path(directory).iterdir()}
-
-
-def tensors_of(directory):
-    """All tensors of a directory, read by safetensors."""
-    return {n: t for file in sorted(Path(directory).glob("*.safetensors")) for n, t in load_file(file).items()}
-
-
-def assert_same(actual, expected):
-    assert actual.keys() == expected.keys()
-    for name, tensor in expected.items():
-        assert_bytes_equal(actual[name], tensor)
-
-
-def save_upstream(model, directory, max_shard_size):
-    """``save_pretrained``, but with tensors that share memory divided as if they did not.
-
-    Upstream keeps the experts that were one tensor in one file, because they are views of it; here there is no such
-    tensor.
-    """
-    real = modeling_utils.split_torch_state_dict_into_shards
-
-    def split(tensors, **options):
-        return real({name: tensor.clone() for name, tensor in tensors.items()}, **options)
-
-    with mock.patch.object(modeling_utils, "split_torch_state_dict_into_shards", split):
-        model.save_pretrained(directory, max_shard_size=max_shard_size)
 
 
 def loaded_by_upstream(name, directory):

@@ -15,7 +15,8 @@ pytest.importorskip("transformers", reason="the oracle is transformers' from_pre
 
 import automodel_conv as amc
 from automodel_conv.execution import filling
-from automodel_conv.testing import POISON, assert_bytes_equal
+from automodel_conv.testing import POISON
+from tests.comparing import assert_same_in_order
 from tests.execution.simulated import SimulatedDevice
 from tests.model_zoo import EXCLUDED, build_model, write_checkpoint, zoo_names
 
@@ -36,7 +37,7 @@ def case(request, tmp_path_factory):
 def test_state_dict_equals_from_pretrained(case):
     directory, upstream, info = case
     loaded = amc.load_state_dict(directory)
-    assert_same(loaded, upstream.state_dict())
+    assert_same_in_order(loaded, upstream.state_dict())
     assert_reports(loaded.report, info)
     for name, other in upstream.all_tied_weights_keys.items():
         assert loaded[name].data_ptr() == loaded[other].data_ptr()
@@ -46,7 +47,7 @@ def test_state_dict_streamed_to_a_device_equals_from_pretrained(case, monkeypatc
     directory, upstream, info = case
     monkeypatch.setattr(filling, "streaming_device", lambda device: SimulatedDevice())
     loaded = amc.load_state_dict(directory, threads=2, scratch_bytes=1 << 18, device_scratch_bytes=1 << 17)
-    assert_same(loaded, upstream.state_dict())
+    assert_same_in_order(loaded, upstream.state_dict())
     assert_reports(loaded.report, info)
     assert 0 < loaded.report.peak_extra_bytes <= 3 << 17
 
@@ -58,7 +59,7 @@ def test_model_in_memory_equals_from_pretrained(case):
         tensor.reshape(-1).view(torch.uint8).fill_(POISON)
     addresses = {name: tensor.data_ptr() for name, tensor in model.state_dict().items()}
     report = amc.load_model(model, directory, strict=False)
-    assert_same(provided(model.state_dict(), report), provided(upstream.state_dict(), report))
+    assert_same_in_order(provided(model.state_dict(), report), provided(upstream.state_dict(), report))
     assert {name: tensor.data_ptr() for name, tensor in model.state_dict().items()} == addresses
     assert_reports(report, info)
 
@@ -68,8 +69,8 @@ def test_model_on_meta_equals_from_pretrained_in_computed_buffers_too(case):
     with torch.device("meta"):
         model = type(upstream)._from_config(copy.deepcopy(upstream.config))
     report = amc.load_model(model, directory, strict=False)
-    assert_same(provided(model.state_dict(), report), provided(upstream.state_dict(), report))
-    assert_same(dict(model.named_buffers()), dict(upstream.named_buffers()))
+    assert_same_in_order(provided(model.state_dict(), report), provided(upstream.state_dict(), report))
+    assert_same_in_order(dict(model.named_buffers()), dict(upstream.named_buffers()))
     assert_reports(report, info)
 
 
@@ -79,7 +80,7 @@ def test_converted_format_equals_from_pretrained(name, tmp_path):
     write_checkpoint(model, tmp_path, original_format=False)
     upstream, info = type(model).from_pretrained(tmp_path, output_loading_info=True)
     loaded = amc.load_state_dict(tmp_path, strict=False)
-    assert_same(loaded, provided(upstream.state_dict(), loaded.report))
+    assert_same_in_order(loaded, provided(upstream.state_dict(), loaded.report))
     assert_reports(loaded.report, info)
 
 
@@ -91,12 +92,6 @@ def test_sweep_names_the_models_people_load():
         glm4v_moe kimi_k25 ernie4_5_moe longcat_flash jamba nemotron_h qwen3_vl_moe llava""".split()
     assert {name for name in wanted if name in CONFIG_MAPPING} <= set(NAMES)
     assert any("qwen3_moe" in name and name != "qwen3_moe" for name in NAMES), "a VLM with a MoE text tower"
-
-
-def assert_same(actual, expected) -> None:
-    assert list(actual) == list(expected)
-    for name, tensor in expected.items():
-        assert_bytes_equal(actual[name], tensor)
 
 
 def assert_reports(report, info) -> None:

@@ -18,6 +18,7 @@ from transformers.core_model_loading import Chunk, ConversionOps, WeightConverte
 import automodel_conv as amc
 from automodel_conv.integrations.dcp import HuggingFaceReader
 from automodel_conv.testing import assert_bytes_equal
+from tests.model_zoo import isolate_registry
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -49,10 +50,7 @@ def checkpoint(tmp_path, monkeypatch):
     def write(sources, targets, operation, tensors):
         rules = deepcopy(registry.get_checkpoint_conversion_mapping("qwen3_moe"))
         rules.append(WeightConverter(list(sources), list(targets), operations=[operation]))
-        cache = dict(registry._checkpoint_conversion_mapping_cache)
-        monkeypatch.setattr(registry, "_checkpoint_conversion_mapping_cache", cache)
-        if hasattr(registry, "USER_REGISTERED_MAPPINGS"):
-            monkeypatch.setattr(registry, "USER_REGISTERED_MAPPINGS", set())
+        isolate_registry(monkeypatch)
         config = Qwen3MoeConfig(
             vocab_size=16,
             hidden_size=16,

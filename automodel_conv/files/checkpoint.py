@@ -25,13 +25,13 @@ from automodel_conv.files.header import (
     take,
     with_open,
 )
-from automodel_conv.files.shards import LAYOUT_KEY, Form
+from automodel_conv.files.shards import FORM, LAYOUT_KEY
 
 # The index format has no limit of its own; 500,000 tensors need about 70 MB.
 MAX_INDEX_BYTES = 500_000_000
 _READERS = 16
-_INDEX_NAME = Form().index_name
-_SINGLE_NAME = Form().file_name(1, 1)
+_INDEX_NAME = FORM.index_name
+_SINGLE_NAME = FORM.file_name(1, 1)
 _INDEX_SUFFIX = ".safetensors.index.json"
 _HUB_PATTERNS = ["*.safetensors", "*" + _INDEX_SUFFIX, "config.json"]
 _REPOSITORY = re.compile(r"[A-Za-z0-9_][\w.-]*/[A-Za-z0-9_][\w.-]*", re.ASCII)

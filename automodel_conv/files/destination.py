@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 
 from automodel_conv.errors import DestinationError, WriteError, listing, message
 from automodel_conv.files import system
-from automodel_conv.files.shards import CHECKSUMS_NAME, Form, Shard
+from automodel_conv.files.shards import CHECKSUMS_NAME, FORM, Shard
 
 STAGING_NAME = "incomplete.automodel_conv"
 _LOCK = "lock"
@@ -157,7 +157,7 @@ def open_destination(
     work: Mapping[str, Any] | None,
     *,
     resume: bool = False,
-    index_name: str = Form().index_name,
+    index_name: str = FORM.index_name,
 ) -> Iterator[Destination]:
     """Take a directory, made if need be, for the length of a block that ends with ``commit``.
 

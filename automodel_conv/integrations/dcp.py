@@ -16,6 +16,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from itertools import chain
 from math import prod
 from typing import Any
 
@@ -47,6 +48,7 @@ from automodel_conv.files.shards import Form, Shard
 from automodel_conv.loading import load_plan
 from automodel_conv.planning.copies import SourceTable
 from automodel_conv.planning.experts import refuse_missing_experts
+from automodel_conv.planning.marks import form_of_save
 from automodel_conv.planning.models import tied_names
 from automodel_conv.planning.pipeline import saving_plan, without_casts
 from automodel_conv.planning.plan import CopyPlan
@@ -57,7 +59,6 @@ from automodel_conv.saving import (
     finish_save,
     places_in,
     refuse_unlike_stored,
-    saved_form,
     saved_tensors,
     shards_for,
 )
@@ -301,7 +302,7 @@ class HuggingFaceWriter(StorageWriter):
     def _plan(self, table: SourceTable) -> tuple[CopyPlan, list[Shard], Form]:
         reference = None if self._reference is None else open_checkpoint(self._reference)
         plan = saving_plan(table, model=self._model, rules=self._rules, layout=self._layout, reference=reference)
-        form = saved_form(plan, self._model, self._layout, reference)
+        form = form_of_save(plan, self._model, self._layout, reference)
         return plan, shards_for(plan, reference, self._max_shard_size, form), form
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
@@ -357,7 +358,7 @@ def _shared(items: Sequence[Sequence[WriteItem]]) -> list[list[WriteItem]]:
     like: dict[str, tuple[object, ...]] = {}
     sizes: dict[MetadataIndex, tuple[int, ...]] = {}
     held: Counter[MetadataIndex] = Counter()
-    for item in (item for each in items for item in each):
+    for item in chain.from_iterable(items):
         if item.tensor_data is None or not prod(item.tensor_data.chunk.sizes):
             continue
         name, data = item.index.fqn, item.tensor_data

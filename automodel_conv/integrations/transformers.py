@@ -40,7 +40,7 @@ from automodel_conv.planning.quantization import as_meant, quantized_table
 from automodel_conv.planning.registry import transformers_available
 from automodel_conv.planning.resolve import resolve
 from automodel_conv.planning.rules import RuleSet, natural_key
-from automodel_conv.planning.square import rules_that_ask, square_matrices
+from automodel_conv.planning.square import WHICH_SOURCE_LAYOUT, conditional_transposes, square_matrices
 
 _CONVERT = "convert_and_load_state_dict_in_model"
 # The modules that open files and convert what is in them; the second from 5.17 on.
@@ -50,11 +50,6 @@ _MODULES = ("transformers.modeling_utils", "transformers.modeling_layers")
 ALL = "all that is converted"
 NOT_OPENED_HERE = "some tensors are not in safetensors files that were opened under the hook"
 WAITS_FOR_NAMES = "other tensors are renamed only if transformers sees its sources"
-
-_LOAD_WITHOUT = (
-    'use load_model(), which needs no hook, with source_layout="transformers" if they lie as the model has them, '
-    'or source_layout="per_expert" if they lie as the type is published, which is transposed'
-)
 
 
 class HookedLoad(NamedTuple):
@@ -261,11 +256,12 @@ def _converting(convert: Callable[..., Any], acceleration: Acceleration) -> Call
         if _HOOK.acceleration is not acceleration:
             return convert(model, state_dict, load_config, *args, **kwargs)
         plain = plain_load(load_config.hf_quantizer, load_config.weight_mapping)
-        own = [rule for rule in plain.rules if rule is not None]
-        rules = RuleSet(own, model)
+        objects = [rule for rule in plain.rules if rule is not None]
+        rules = RuleSet(objects, model)
         # Before 5.17 a plan says what is sharded; since then the parameters do.
         sharded = kwargs.get("tp_plan") if load_config.device_mesh is not None else None
-        turned = _square_and_transposed(model, state_dict, RuleSet(own, model))
+        # Rules of its own: the others are asked below which of them this load has used.
+        turned = _square_and_transposed(model, state_dict, RuleSet(objects, model))
         work, left = _planned(model, state_dict, load_config, plain, rules, sharded or {})
         _refuse_left(turned, work, left, model)
         rest = state_dict if work is None else {n: source for n, source in state_dict.items() if n not in work.taken}
@@ -376,12 +372,14 @@ def _square_and_transposed(model: Any, state_dict: Mapping[str, Any], rules: Rul
     Raises:
         UnsupportedError: a square matrix of which nothing tells how it lies.
     """
-    if not rules_that_ask(rules):
+    if not conditional_transposes(rules):
         return []
     parameters = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     shapes = [tuple(s.get_shape() if hasattr(s, "get_shape") else s.shape) for s in state_dict.values()]
     assignments = resolve(list(state_dict), rules, parameters).assignments
-    lies = square_matrices(assignments, rules, shapes, parameters, do=_LOAD_WITHOUT)
+    lies = square_matrices(
+        assignments, rules, shapes, parameters, do=f"use load_model(), which needs no hook, with {WHICH_SOURCE_LAYOUT}"
+    )
     return [name for name, transposed in lies.items() if transposed]
 
 

@@ -129,8 +129,9 @@ def compile_targets(
         parameters = {name: spec.shape for name, spec in targets.items()}
     parameters = parameters or {}
     resolution = resolve(sources.names, rules, targets, sources.hidden)
-    lies = square_matrices(resolution.assignments, rules, sources.shapes, parameters, transposed)
-    if not parameters and transposed is not None:
+    if parameters or transposed is None:
+        lies = square_matrices(resolution.assignments, rules, sources.shapes, parameters, transposed)
+    else:  # without a model's shapes no matrix tells how it lies
         lies = {assignment.target: transposed for assignment in resolution.assignments}
     compiler = _Compiler(sources, rules, targets, dtype, parameters, lies, as_stored)
     made: dict[str, Target] = {}
@@ -238,7 +239,7 @@ class _Compiler:
         targets: Mapping[str, TargetSpec] | None,
         dtype: str | None,
         parameters: Mapping[str, tuple[int, ...]],
-        transposed: Mapping[str, bool],
+        lies_transposed: Mapping[str, bool],
         as_stored: AsStored | None = None,
     ):
         self.sources = sources
@@ -246,7 +247,7 @@ class _Compiler:
         self.targets = targets
         self.dtype = dtype
         self.parameters = parameters
-        self.transposed = transposed  # by an assignment's target, where its shape does not tell
+        self.lies_transposed = lies_transposed  # by an assignment's target, where its shape does not tell
         self.as_stored = as_stored
         self.problems = Problems()
         self.touched: set[str] = set()  # targets that something provides, even if wrongly
@@ -313,7 +314,7 @@ class _Compiler:
             raise chain
         source_patterns, target_patterns = self.rules.patterns(rule)
         shapes = self.sources.shapes
-        transposed = self.transposed.get(assignment.target)
+        transposed = self.lies_transposed.get(assignment.target)
         wanted = self._target_shapes(assignment) if needs_target_shapes(chain, transposed) else ()
         key = (
             rule,

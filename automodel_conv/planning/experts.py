@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from automodel_conv.errors import CoverageError, listing, message
-from automodel_conv.planning.layouts import LAYOUTS, SCALES, holds_experts
+from automodel_conv.planning.layouts import SCALES, any_experts
 
 # What configs call the number of routed experts. Source: transformers 5.23.0, the configs of ``models/`` and their
 # ``attribute_map``.
@@ -83,8 +83,9 @@ def _is_grouped(name: str, shape: Sequence[int], module: nn.Module) -> bool:
 
 
 def _holds_experts(name: str) -> bool:
-    of = next((name.removesuffix(suffix) for suffix in SCALES if name.endswith(suffix)), name)
-    return any(holds_experts(of, layout) for layout in LAYOUTS.values())
+    """Whether a tensor is grouped experts, or the scales of such."""
+    suffix = next((suffix for suffix in SCALES if name.endswith(suffix)), "")
+    return any_experts(name.removesuffix(suffix))
 
 
 def _numbered(shapes: Mapping[str, Sequence[int]]) -> dict[str, set[str]]:
@@ -125,8 +126,10 @@ def _counted_by_routers(shapes: Mapping[str, Sequence[int]]) -> Iterator[_Count]
         if not _holds_experts(name) or not shape:
             continue
         beside = name.rpartition("experts.")[0]
-        router = next((beside + leaf for leaf in _ROUTERS if beside + leaf in shapes), "")
-        rows = (*shapes.get(router, ()), 0)[0]
+        router = next((beside + leaf for leaf in _ROUTERS if shapes.get(beside + leaf)), None)
+        if router is None:
+            continue
+        rows = shapes[router][0]
         # A router may know of experts that lie elsewhere, as Inkling's of shared ones; ranks divide experts evenly.
         if not shape[0] or rows % shape[0] == 0:
             yield _Count(name, rows, shape[0], router)

@@ -11,10 +11,15 @@ from __future__ import annotations
 import os
 import re
 
+from torch import nn
+
 from automodel_conv.errors import CheckpointError, UnsupportedError, message
 from automodel_conv.files.checkpoint import Checkpoint
-from automodel_conv.files.shards import LAYOUT_KEY, Form
-from automodel_conv.planning.layouts import LAYOUTS, PER_EXPERT, holds_experts
+from automodel_conv.files.shards import FORM, LAYOUT_KEY, Form
+from automodel_conv.planning.from_config import meta_model
+from automodel_conv.planning.layouts import LAYOUTS, PER_EXPERT, any_experts, holds_experts, own_layout
+from automodel_conv.planning.models import expert_layouts
+from automodel_conv.planning.plan import CopyPlan
 
 _FILE = re.compile(r"(\w+?)(-\d{5}-of-\d{5})?\.safetensors")
 
@@ -74,16 +79,56 @@ def form_like(checkpoint: Checkpoint) -> Form:
     return Form(stems[0] if stems else "model", stated_layout(checkpoint, None))
 
 
-def form_of(layout: str | None, own: str | None) -> Form:
+def form_of_conversion(checkpoint: Checkpoint, plan: CopyPlan, model: nn.Module | None, layout: str | None) -> Form:
+    """The form of what a plan makes of a checkpoint.
+
+    Args:
+        layout: of the experts that are made; None: as the model has them, or nobody knows.
+    """
+    if layout == PER_EXPERT:
+        return Form(layout=PER_EXPERT)
+    if not any(any_experts(target.name) for target in plan.targets):
+        return FORM
+    if model is None and layout in ("transformers", "gpt_oss"):  # which of these two is foreign depends on the type
+        model = _model_of(checkpoint)
+    own = None if model is None else own_layout(expert_layouts(model).values())
+    return _form_of(layout or own, own)
+
+
+def form_of_save(
+    plan: CopyPlan, model: nn.Module | None, layout: str | None, reference: Checkpoint | None, kept: str | None = None
+) -> Form:
+    """The form of a save: that of a reference, or of what transformers would write, which says no layout.
+
+    Args:
+        layout: of the experts in a state dict; those that no rule takes apart are saved as transformers has them.
+        kept: the layout of experts that are saved as they are, if it is known.
+    """
+    if reference is not None:
+        return form_like(reference)
+    if model is not None or not any(any_experts(target.name) for target in plan.targets):
+        return FORM
+    return _form_of(kept if layout is None else "transformers", None)
+
+
+def _form_of(layout: str | None, own: str | None) -> Form:
     """What files are called, and what they say.
 
     Args:
-        layout: of the grouped experts in them; None: there are none, or nobody knows.
+        layout: of the grouped experts in them; None: nobody knows.
         own: the layout that transformers loads for this type of model; None: not known, taken for "transformers".
     """
     if layout is not None and layout in LAYOUTS and layout != (own or "transformers"):
         return Form(layout, layout)
     return Form(layout=layout)
+
+
+def _model_of(checkpoint: Checkpoint) -> nn.Module | None:
+    """The model that transformers would make of the directory; None if it cannot, and so loads nothing from it."""
+    try:
+        return meta_model(checkpoint, None)
+    except UnsupportedError:
+        return None
 
 
 def _said_by_names(checkpoint: Checkpoint) -> list[str]:

@@ -125,19 +125,8 @@ def loading_plan(
     _forgive(problems, model, whole)
     if source_layout is None and targets is not None and not given:
         refuse_other_layouts(problems, plan, rule_set)
-    if (
-        wanted is not None
-        and table.names
-        and not any(map(any_experts, targets or (target.name for target in plan.targets)))
-    ):
-        raise UnsupportedError(
-            message(
-                f"no tensor is in the layout {layout!r} or can be laid out so",
-                expected="grouped experts, or model= or rules= that group them",
-                found=", ".join(table.names[:3]) + ", ...",
-                do="leave layout out for a model without experts",
-            )
-        )
+    if layout is not None and table.names:
+        _refuse_no_experts(targets or [target.name for target in plan.targets], layout, table)
     left_out = {
         "missing": tuple(problems.missing),
         "unexpected": tuple(problems.unexpected),
@@ -238,7 +227,7 @@ def _inverse_of_loading(
     has = {n: TargetSpec(d, s) for n, d, s in zip(table.names, table.dtypes, table.shapes, strict=True)}
     dtypes = set(table.dtypes)
     plain = replace(SourceTable.of(reference), dtypes=[_floating_like(d, dtypes) for d in reference.dtypes])
-    source_layout = layout_to_read(reference, None, keeps_names=model is None and not rules)
+    source_layout = layout_to_read(reference, None, keeps_names=model is None and not rules and layout is None)
     forward, problems = loading_plan(
         plain, model=model, rules=rules, layout=layout, source_layout=source_layout, targets=has
     )
@@ -290,6 +279,19 @@ def _check_layout(name: str, table: SourceTable) -> None:
                 expected=f"names that end in experts.{layout.gate_up} or experts.{layout.down}",
                 found=", ".join(table.names[:3]) + ", ...",
                 do="per-expert tensors take model= or rules= to be grouped",
+            )
+        )
+
+
+def _refuse_no_experts(made: Iterable[str], layout: str, table: SourceTable) -> None:
+    """Raise UnsupportedError if nothing that is made can be in a layout, which then would change nothing."""
+    if not any(map(any_experts, made)):
+        raise UnsupportedError(
+            message(
+                f"no tensor is in the layout {layout!r} or can be laid out so",
+                expected="grouped experts, or model= or rules= that group them",
+                found=", ".join(table.names[:3]) + ", ...",
+                do="leave layout out for a model without experts",
             )
         )
 

@@ -9,7 +9,7 @@ Source: transformers 5.23.0, ``core_model_loading.py``.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from automodel_conv.errors import UnsupportedError, listing, message
 from automodel_conv.planning.lowering import Context, LoweringError, Operation, leaf, lower
@@ -17,10 +17,11 @@ from automodel_conv.planning.resolve import Assignment, all_targets
 from automodel_conv.planning.rules import NotLowerable, RuleSet
 from automodel_conv.planning.view import NotAffine
 
-SAY_SOURCE_LAYOUT = (
-    'say source_layout="transformers" if they lie as the model has them, '
+WHICH_SOURCE_LAYOUT = (
+    'source_layout="transformers" if they lie as the model has them, '
     'or source_layout="per_expert" if they lie as the type is published, which is transposed'
 )
+"""What a caller can say of square matrices."""
 
 
 class Matrix(NamedTuple):
@@ -28,6 +29,7 @@ class Matrix(NamedTuple):
 
     target: str
     operation: Operation
+    dims: tuple[int, int]
     shape: tuple[int, ...]
     wanted: tuple[int, ...]
 
@@ -38,7 +40,7 @@ class Matrix(NamedTuple):
     @property
     def is_square(self) -> bool:
         """True if it has the model's shape both as it is and transposed, and these two differ."""
-        size = [self.shape[dim] for dim in self._dims]
+        size = [self.shape[dim] for dim in self.dims]
         return self.shape == self.wanted == self._swapped and min(size) > 1 and 0 not in self.shape
 
     @property
@@ -48,14 +50,8 @@ class Matrix(NamedTuple):
         return None if fits == fits_swapped else fits_swapped
 
     @property
-    def _dims(self) -> tuple[int, int]:
-        options = dict(self.operation.options)
-        dim0, dim1 = (int(str(options[key])) % len(self.shape) for key in ("dim0", "dim1"))
-        return dim0, dim1
-
-    @property
     def _swapped(self) -> tuple[int, ...]:
-        dim0, dim1 = self._dims
+        dim0, dim1 = self.dims
         shape = list(self.shape)
         shape[dim0], shape[dim1] = shape[dim1], shape[dim0]
         return tuple(shape)
@@ -67,7 +63,7 @@ def square_matrices(
     shapes: Sequence[tuple[int, ...]],
     parameters: Mapping[str, tuple[int, ...]],
     transposed: bool | None = None,
-    do: str = SAY_SOURCE_LAYOUT,
+    do: str = f"say {WHICH_SOURCE_LAYOUT}",
 ) -> dict[str, bool]:
     """Whether each square matrix is transposed, by the rule's first target; all others tell it by their own shapes.
 
@@ -107,7 +103,7 @@ def _matrices(
     shapes: Sequence[tuple[int, ...]],
     parameters: Mapping[str, tuple[int, ...]],
 ) -> list[Matrix]:
-    chains = rules_that_ask(rules)
+    chains = conditional_transposes(rules)
     if not chains:
         return []
     matrices = []
@@ -125,14 +121,15 @@ def _matrices(
         except (LoweringError, NotAffine):  # which whoever compiles the rule tells
             continue
         shape = next(iter(made.values())).shape
-        options = dict(operation.options)
-        if all(-len(shape) <= int(str(options[key])) < len(shape) for key in ("dim0", "dim1")):
-            matrices.append(Matrix(assignment.target, operation, shape, wanted[0]))
+        options: dict[str, Any] = dict(operation.options)
+        dims = options["dim0"], options["dim1"]
+        if all(-len(shape) <= dim < len(shape) for dim in dims):
+            matrices.append(Matrix(assignment.target, operation, dims, shape, wanted[0]))
     return matrices
 
 
-def rules_that_ask(rules: RuleSet) -> dict[int, tuple[tuple[Operation, ...], Operation]]:
-    """The rules that transpose what does not have the model's shape: the operations before that one, and that one."""
+def conditional_transposes(rules: RuleSet) -> dict[int, tuple[tuple[Operation, ...], Operation]]:
+    """By rule, the operation that transposes what does not have the model's shape, after those that come before it."""
     found = {}
     for row in range(len(rules.converters)):
         try:

@@ -80,8 +80,8 @@ MUTANTS = {
     ),
     "the index comes first": (
         destination_module,
-        "        return [*shards, INDEX_NAME]",
-        "        return [INDEX_NAME, *shards]",
+        "        return [*shards, index_name]",
+        "        return [index_name, *shards]",
     ),
     "the index may reach the disk before the files": (
         destination_module,

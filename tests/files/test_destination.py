@@ -11,7 +11,7 @@ import pytest
 from automodel_conv.errors import DestinationError, WriteError
 from automodel_conv.files import system
 from automodel_conv.files.destination import STAGING_NAME, open_destination
-from automodel_conv.files.shards import Form, Shard, Spec, shard_of
+from automodel_conv.files.shards import FORM, Shard, Spec, shard_of
 
 WORK = {"source files": {"a": [1, 2], "b": [3, 4]}, "files": ["x"]}
 
@@ -39,9 +39,9 @@ def test_all_files_are_in_their_places_at_the_end_and_nothing_else(tmp_path):
     assert system.list_names(str(tmp_path / "out")) == [
         "config.json",
         *(shard.name for shard in made),
-        Form().index_name,
+        FORM.index_name,
     ]
-    assert (tmp_path / "out" / Form().index_name).read_bytes() == b"index"
+    assert (tmp_path / "out" / FORM.index_name).read_bytes() == b"index"
 
 
 def test_the_last_name_comes_when_the_disk_knows_all_others(tmp_path, monkeypatch):
@@ -53,7 +53,7 @@ def test_the_last_name_comes_when_the_disk_knows_all_others(tmp_path, monkeypatc
         for shard in made:
             write(place, shard)
         place.commit(b"index")
-    assert events == [STAGING_NAME, *(shard.name for shard in made), "out", Form().index_name, "out"]
+    assert events == [STAGING_NAME, *(shard.name for shard in made), "out", FORM.index_name, "out"]
 
 
 def test_files_that_alone_look_like_a_checkpoint_come_after_the_index(tmp_path, monkeypatch):
@@ -66,7 +66,7 @@ def test_files_that_alone_look_like_a_checkpoint_come_after_the_index(tmp_path, 
         for shard in made:
             write(place, shard)
         place.commit(b"index")
-    assert events == [Form().index_name, "a.safetensors", "z.safetensors", "model.safetensors"]
+    assert events == [FORM.index_name, "a.safetensors", "z.safetensors", "model.safetensors"]
 
 
 def interrupted(directory: Path, made: list[Shard], work=WORK, *, finished: int = 1, resume: bool = True) -> list[str]:
@@ -110,7 +110,7 @@ def test_what_a_cut_short_commit_has_put_in_its_place_is_removed_but_not_what_so
         path.write_bytes(b"data")
     staging = tmp_path / STAGING_NAME
     staging.mkdir()
-    placing = {mine.name: [*system.identity(str(mine))], theirs.name: [4, 1], Form().index_name: [5, 1]}
+    placing = {mine.name: [*system.identity(str(mine))], theirs.name: [4, 1], FORM.index_name: [5, 1]}
     (staging / "journal.jsonl").write_text(f'{{"work": null}}\n{json.dumps({"placing": placing})}\n')
     with (
         pytest.raises(DestinationError, match=theirs.name),

@@ -15,13 +15,13 @@ pytest.importorskip("transformers", reason="what is hooked is transformers' from
 
 from safetensors.torch import load_file, save_file
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from transformers import AutoModelForCausalLM, conversion_mapping, dynamic_module_utils, modeling_layers
+from transformers import AutoModelForCausalLM, dynamic_module_utils, modeling_layers
 
 import automodel_conv as amc
 from automodel_conv.integrations.transformers import ALL
 from automodel_conv.testing import address_valued
 from tests.integrations.support import assert_same_model, both, saved
-from tests.model_zoo import build_model, fill, write_checkpoint
+from tests.model_zoo import build_model, fill, isolate_registry, write_checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -167,10 +167,7 @@ def own_modules(tmp_path, monkeypatch):
     """Where transformers copies remote code to, and what that code registers, for one test only."""
     monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
     monkeypatch.syspath_prepend(str(tmp_path / "modules"))
-    conversion_mapping.get_checkpoint_conversion_mapping("mixtral")  # fills the cache
-    for name in ("_checkpoint_conversion_mapping_cache", "USER_REGISTERED_MAPPINGS"):
-        if hasattr(conversion_mapping, name):
-            monkeypatch.setattr(conversion_mapping, name, copy.copy(getattr(conversion_mapping, name)))
+    isolate_registry(monkeypatch)
 
 
 @pytest.mark.usefixtures("own_modules")

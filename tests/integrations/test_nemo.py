@@ -21,6 +21,7 @@ from automodel_conv import conversion_mapping
 from automodel_conv.integrations import nemo
 from automodel_conv.integrations.nemo import StateDictAdapter
 from automodel_conv.testing import POISON, address_valued, assert_bytes_equal
+from tests.comparing import assert_same
 from tests.model_zoo import build_model, write_checkpoint, zoo_names
 
 needs_nemo = pytest.mark.skipif(
@@ -69,12 +70,6 @@ FAMILIES = {
         ("gpt_oss", "GPTOSSStateDictAdapter", {}),
     ),
 }
-
-
-def assert_same(found, expected):
-    assert found.keys() == expected.keys()
-    for name, tensor in expected.items():
-        assert_bytes_equal(found[name], tensor)
 
 
 @pytest.mark.parametrize("model_type", FAMILIES)

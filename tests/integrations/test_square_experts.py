@@ -7,10 +7,11 @@ import torch
 
 pytest.importorskip("transformers", reason="what is hooked is transformers' from_pretrained")
 
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 import automodel_conv as amc
 from automodel_conv.testing import assert_bytes_equal
+from tests.comparing import tensors_of
 from tests.integrations.support import assert_same_model, both
 from tests.model_zoo import build_model, write_checkpoint
 
@@ -26,10 +27,6 @@ def case(request, tmp_path_factory):
     write_checkpoint(model, published)
     write_checkpoint(model, saved, original_format=False)
     return model, published, saved, SQUARE[request.param]
-
-
-def tensors_of(directory):
-    return {n: t for file in directory.glob("*.safetensors") for n, t in load_file(file).items()}
 
 
 def assert_refused(error, square):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import importlib.util
 import inspect
 import json
@@ -25,7 +24,7 @@ from automodel_conv.files.header import read_header
 from automodel_conv.integrations import transformers as hook
 from automodel_conv.testing import assert_bytes_equal
 from tests.integrations.support import assert_same_model, both, saved
-from tests.model_zoo import EXCLUDED, build_model, write_checkpoint, zoo_names
+from tests.model_zoo import EXCLUDED, build_model, isolate_registry, write_checkpoint, zoo_names
 
 NAMES = [name for name in zoo_names() if name not in EXCLUDED]
 REPLACED = [
@@ -246,10 +245,7 @@ def registered(monkeypatch, operation):
     for rule in rules:
         if hasattr(rule, "operations"):
             rule.operations = [operation(dim=0) if type(op) is MergeModulelist else op for op in rule.operations]
-    # What the function changes is for the whole process.
-    for name in ("_checkpoint_conversion_mapping_cache", "USER_REGISTERED_MAPPINGS"):
-        if hasattr(conversion_mapping, name):
-            monkeypatch.setattr(conversion_mapping, name, copy.copy(getattr(conversion_mapping, name)))
+    isolate_registry(monkeypatch)
     conversion_mapping.register_checkpoint_conversion_mapping("mixtral", rules, overwrite=True)
 
 

@@ -13,7 +13,7 @@ from automodel_conv.planning.compiler import TargetSpec, compile_targets, whole_
 from automodel_conv.planning.copies import SourceTable
 from automodel_conv.planning.resolve import resolve
 from automodel_conv.planning.rules import RuleSet
-from automodel_conv.planning.square import rules_that_ask, square_matrices
+from automodel_conv.planning.square import conditional_transposes, square_matrices
 from tests.planning import oracles
 
 PATH = "layers.0.mlp.experts"
@@ -218,7 +218,7 @@ def test_rules_that_ask_no_shape_are_not_concerned():
             WeightConverter("mlp.experts.up_proj", "mlp.experts.up_proj", operations=[Transpose(1, 2)]),
         ]
     )
-    assert rules_that_ask(rules) == {}
+    assert conditional_transposes(rules) == {}
     shapes = {f"{PATH}.up_proj": (2, 4, 4)}
     found = resolve(list(shapes), rules, shapes).assignments
     assert square_matrices(found, rules, list(shapes.values()), shapes) == {}

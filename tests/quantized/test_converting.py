@@ -14,19 +14,9 @@ from typer.testing import CliRunner
 import automodel_conv as amc
 from automodel_conv.cli import app
 from automodel_conv.converting import compile_conversion
-from automodel_conv.testing import assert_bytes_equal
+from tests.comparing import assert_same, tensors_of
 from tests.quantized.producers import FLOAT4, INT4, compressed, fine_grained
 from tests.quantized.test_models import gpt_oss, quantized, small_mixtral
-
-
-def tensors_of(directory):
-    return {n: t for file in sorted(directory.glob("*.safetensors")) for n, t in load_file(file).items()}
-
-
-def assert_same(found, expected):
-    assert found.keys() == expected.keys()
-    for name, tensor in expected.items():
-        assert_bytes_equal(found[name], tensor)
 
 
 def config_of(directory):

@@ -1,0 +1,35 @@
+"""What tests compare: tensors by name, and all that lies in a directory."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from os import PathLike
+from pathlib import Path
+
+from safetensors.torch import load_file
+from torch import Tensor
+
+from automodel_conv.testing import assert_bytes_equal
+
+
+def assert_same(actual: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
+    """The same names, in any order, with the same bytes, shapes and dtypes."""
+    assert actual.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert_bytes_equal(actual[name], tensor)
+
+
+def assert_same_in_order(actual: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
+    """The same names in the same order, with the same bytes, shapes and dtypes."""
+    assert list(actual) == list(expected)
+    assert_same(actual, expected)
+
+
+def tensors_of(directory: str | PathLike[str]) -> dict[str, Tensor]:
+    """All tensors of a directory, read by safetensors."""
+    return {n: t for file in sorted(Path(directory).glob("*.safetensors")) for n, t in load_file(file).items()}
+
+
+def contents(directory: str | PathLike[str]) -> dict[str, bytes]:
+    """The bytes of all files of a directory, by name."""
+    return {path.name: path.read_bytes() for path in Path(directory).iterdir()}
