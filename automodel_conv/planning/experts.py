@@ -38,7 +38,7 @@ def refuse_missing_experts(shapes: Mapping[str, Sequence[int]], model: nn.Module
     Args:
         shapes: of whole tensors, by their names in the model.
         model: whose config says how many there are; None, or a model that does not say: the rows of the router
-            (``gate.weight`` ``[E, H]`` beside ``experts``), where they are a multiple of what the experts have.
+            (``gate.weight`` ``[E, H]`` beside ``experts``), where the experts are half of them or fewer.
 
     Raises:
         CoverageError: names the tensors.
@@ -127,6 +127,7 @@ def _counted_by_routers(shapes: Mapping[str, Sequence[int]]) -> Iterator[_Count]
         beside = name.rpartition("experts.")[0]
         router = next((beside + leaf for leaf in _ROUTERS if beside + leaf in shapes), "")
         rows = (*shapes.get(router, ()), 0)[0]
-        # A router may know of experts that lie elsewhere, as Inkling's of shared ones; ranks divide experts evenly.
-        if not shape[0] or rows % shape[0] == 0:
+        # A router may know of a few experts that lie elsewhere, as Inkling's of shared ones. A rank of several has half
+        # of all at most, also where it has one more or less than the others.
+        if shape[0] <= (rows + 1) // 2:
             yield _Count(name, rows, shape[0], router)
