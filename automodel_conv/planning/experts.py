@@ -56,7 +56,8 @@ def refuse_missing_experts(shapes: Mapping[str, Sequence[int]], model: nn.Module
             expected=f"{first.expected} experts, as {first.told_by} says",
             found=f"{first.found} experts" + (f"; and so\n{listing(more)}" if more else ""),
             do="wrap rank-local experts as DTensors with Shard(0) on the mesh that divides them, or gather them first; "
-            "where experts were taken out of the model, say so in its config",
+            "where experts were taken out of the model, say so in its config; where some layers have fewer than others, "
+            "pass its state dict with rules=",
         )
     )
 
@@ -108,7 +109,7 @@ def _said(model: nn.Module, path: str, module: nn.Module) -> tuple[str, int]:
             if number is not None:
                 return f"{type(config).__name__}.{attribute}", number
         if not at:
-            return f"{path}.num_experts", _number(module, "num_experts") or 0
+            return f"{path}.num_experts".lstrip("."), _number(module, "num_experts") or 0
         at = at.rpartition(".")[0]
 
 
