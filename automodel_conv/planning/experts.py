@@ -56,7 +56,7 @@ def refuse_missing_experts(shapes: Mapping[str, Sequence[int]], model: nn.Module
             expected=f"{first.expected} experts, as {first.told_by} says",
             found=f"{first.found} experts" + (f"; and so\n{listing(more)}" if more else ""),
             do="wrap rank-local experts as DTensors with Shard(0) on the mesh that divides them, or gather them first; "
-            "where experts were taken out of the model, say so in its config; where some layers have fewer than others, "
+            "where experts were taken out of the model, say so in its config; where layers have unequal numbers, "
             "pass its state dict with rules=",
         )
     )

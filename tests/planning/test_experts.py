@@ -112,5 +112,6 @@ def test_modules_say_how_many_experts_they_have(kind):
     for held in (4, 5):
         refuse_missing_experts({name: t.shape for name, t in kind(held).state_dict().items()}, kind(held))
     short = kind(3)
-    with pytest.raises(CoverageError, match=r"expected: 4 experts, as (Config\.)?num_experts says\n.*found: +3 experts"):
+    said = r"expected: 4 experts, as (Config\.)?num_experts says\n.*found: +3 experts"
+    with pytest.raises(CoverageError, match=said):
         refuse_missing_experts({name: tensor.shape for name, tensor in short.state_dict().items()}, short)

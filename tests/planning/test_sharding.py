@@ -168,9 +168,8 @@ def test_a_part_of_another_shape_than_its_placements_say_is_refused():
 
 @pytest.mark.parametrize("shape", [(), (3,), (0, 2), (4, 2)])
 def test_a_rank_outside_of_the_mesh_holds_nothing(shape):
-    tensor = torch.zeros(shape)
-    tensor.placements, tensor.device_mesh = [Replicate()], SimpleNamespace(get_coordinate=lambda: None)
-    region = region_of(tensor)
+    mesh = SimpleNamespace(get_coordinate=lambda: None)
+    region = region_of(SimpleNamespace(shape=torch.Size(shape), placements=[Replicate()], device_mesh=mesh))
     assert region.shape == shape
     assert 0 in region.local_shape
     assert region.pieces() == []
