@@ -199,8 +199,8 @@ class HuggingFaceWriter(StorageWriter):
 
     Raises:
         NameProblems, CoverageError, RankError, UnsupportedError, DestinationError, WriteError: see
-            ``save_checkpoint``; ``dcp`` wraps them in its ``CheckpointException``. RankError too where there are several
-            ranks and one of them cannot write; it names the rank and its error.
+            ``save_checkpoint``; ``dcp`` wraps them in its ``CheckpointException``. RankError too where one of several
+            ranks cannot write; it names the rank and its error.
     """
 
     def __init__(
