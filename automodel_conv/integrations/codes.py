@@ -27,8 +27,8 @@ def refuse_codes(model: Any, sources: Mapping[str, Any], load_config: Any) -> No
     """Refuse a load in which codes would become numbers without their scales.
 
     Codes that no parameter takes pass, and those that a quantizer takes with their scales. So do FP8 tensors without
-    scales, unless the config says that they are quantized by a method whose scales are known here: alone they are
-    plain numbers of few bits.
+    scales, unless the config says that they are quantized, by a method whose scales are known here or that transformers
+    does not know: alone they are plain numbers of few bits.
 
     Args:
         sources: what transformers is about to load, tensors or lazy slices of them.
@@ -46,7 +46,9 @@ def refuse_codes(model: Any, sources: Mapping[str, Any], load_config: Any) -> No
     state = {name: tensor for name, tensor in model.state_dict().items() if isinstance(tensor, Tensor)}
     places, made = _places(list(sources), rules, state)
     planned = matching(load_config.dtype_plan or {})
-    has_known_scales = quantization_method(model, load_config.hf_quantizer) in STORAGES
+    method = quantization_method(model, load_config.hf_quantizer)
+    # transformers warns of a method that it does not know, and loads as if there were none.
+    is_quantized = method in STORAGES or (method is not None and load_config.hf_quantizer is None)
     problems = []
     for name in suspects:
         place = places.get(name)
@@ -62,12 +64,12 @@ def refuse_codes(model: Any, sources: Mapping[str, Any], load_config: Any) -> No
                 problems.append(
                     f"{found}, its scale is {scale} ({_dtype(sources[scale])}): {becomes}, without the scale"
                 )
-        elif has_known_scales and into_numbers:
-            problems.append(f"{found}, and it has no scale: {becomes}")
-        elif has_known_scales:
+        elif is_quantized and into_numbers:
+            problems.append(f"{found}, and it has no known scale: {becomes}")
+        elif is_quantized:
             kept = [scale for scale in scale_names(place.target) if scale in state]
             if kept and made.isdisjoint(kept):
-                problems.append(f"{found}, and it has no scale: transformers would make {kept[0]} up")
+                problems.append(f"{found}, and it has no known scale: transformers would make {kept[0]} up")
     if problems:
         raise QuantizationError(
             message(

@@ -200,7 +200,8 @@ class HuggingFaceWriter(StorageWriter):
 
     Raises:
         NameProblems, CoverageError, RankError, UnsupportedError, DestinationError, WriteError: see
-            ``save_checkpoint``; ``dcp`` wraps them in its ``CheckpointException``.
+            ``save_checkpoint``; ``dcp`` wraps them in its ``CheckpointException``. RankError too where one of several
+            ranks cannot write; it names the rank and its error.
     """
 
     def __init__(
@@ -306,35 +307,46 @@ class HuggingFaceWriter(StorageWriter):
         return plan, shards_for(plan, reference, self._max_shard_size, form), form
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
-        """Write what this rank's plan has, and wait until the disk has it."""
+        """Write what this rank's plan has, and wait until the disk has it.
+
+        An error is a result for ``finish``: if this raised, the coordinator would not be asked to end what it began.
+        """
+        try:
+            results = self._written(plan, planner)
+        except Exception as error:
+            results = [WriteResult(MetadataIndex(""), 0, error)]
+        done: Future[list[WriteResult]] = Future()
+        done.set_result(results)
+        return done
+
+    def _written(self, plan: SavePlan, planner: SavePlanner) -> list[WriteResult]:
         table, shared = plan.storage_data
         copies, shards, _ = self._plan(table)
         rows = {name: row for row, name in enumerate(table.names)}
         holdings: dict[int, list[Holding]] = {}
         results = []
-        with self._undone_if_it_fails():
-            for item in plan.items:
-                results.append(WriteResult(item.index, item.tensor_storage_size() or 0, None))
-                if item.index.fqn in rows and item.tensor_data is not None:
-                    holdings.setdefault(rows[item.index.fqn], []).append(_holding(item, planner))
-            parts = {str(number): _holding(item, planner).tensor for number, item in enumerate(shared)}
-            sums = checksums_of_parts(parts, self._share.threads, self._share.slab_bytes)
-            results += [WriteResult(item.index, 0, sums[str(number)]) for number, item in enumerate(shared)]
-        places = places_in(shards, copies.targets)
-        with self._undone_if_it_fails():
-            groups = tensor_slabs(copies, holdings, places, most_bytes=self._share.slab_bytes)
-            for file, shard in enumerate(shards):
-                slabs = [(group.by_file.get(file, []), group.start) for group in groups]
-                write_slabs(slabs, staged_path(self._directory, shard.name), self._share.threads, lambda nbytes: None)
-        done: Future[list[WriteResult]] = Future()
-        done.set_result(results)
-        return done
+        for item in plan.items:
+            results.append(WriteResult(item.index, item.tensor_storage_size() or 0, None))
+            if item.index.fqn in rows and item.tensor_data is not None:
+                holdings.setdefault(rows[item.index.fqn], []).append(_holding(item, planner))
+        parts = {str(number): _holding(item, planner).tensor for number, item in enumerate(shared)}
+        sums = checksums_of_parts(parts, self._share.threads, self._share.slab_bytes)
+        results += [WriteResult(item.index, 0, sums[str(number)]) for number, item in enumerate(shared)]
+        groups = tensor_slabs(copies, holdings, places_in(shards, copies.targets), most_bytes=self._share.slab_bytes)
+        for file, shard in enumerate(shards):
+            slabs = [(group.by_file.get(file, []), group.start) for group in groups]
+            write_slabs(slabs, staged_path(self._directory, shard.name), self._share.threads, lambda nbytes: None)
+        return results
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
-        """Make the directory a checkpoint, on the coordinator, if replicas are replicas; else nothing of it stays."""
+        """Make the directory a checkpoint, on the coordinator, if all ranks have written and replicas are replicas.
+
+        Else nothing of it stays.
+        """
         if self._begun is not None:
             destination, shards, form = self._begun
             with self._undone_if_it_fails():
+                _refuse_failures(results)
                 _refuse_unlike(results)
                 finish_save(destination, shards, self._model, form)
         self.reset()
@@ -372,6 +384,21 @@ def _shared(items: Sequence[Sequence[WriteItem]]) -> list[list[WriteItem]]:
             raise CoverageError(message(f"ranks divide {name} in different ways", found=found, do=ALIKE))
         held[item.index] += 1
     return [[item for item in each if held[item.index] > 1] for each in items]
+
+
+def _refuse_failures(results: Sequence[Sequence[WriteResult]]) -> None:
+    """Raise what ``write_data`` has met: the error itself where there is one rank, RankError where there are more."""
+    errors = {
+        rank: result.storage_data
+        for rank, each in enumerate(results)
+        for result in each
+        if isinstance(result.storage_data, Exception)
+    }
+    if errors and len(results) == 1:
+        raise errors[0]
+    if errors:
+        found = listing(f"rank {rank}: {type(error).__name__}: {error}" for rank, error in errors.items())
+        raise RankError(message(f"saving failed on {len(errors)} of the ranks that do it together", found="\n" + found))
 
 
 def _refuse_unlike(results: Sequence[Sequence[WriteResult]]) -> None:

@@ -38,7 +38,7 @@ def refuse_missing_experts(shapes: Mapping[str, Sequence[int]], model: nn.Module
     Args:
         shapes: of whole tensors, by their names in the model.
         model: whose config says how many there are; None, or a model that does not say: the rows of the router
-            (``gate.weight`` ``[E, H]`` beside ``experts``), where they are a multiple of what the experts have.
+            (``gate.weight`` ``[E, H]`` beside ``experts``), where the experts are half of them or fewer.
 
     Raises:
         CoverageError: names the tensors.
@@ -56,7 +56,8 @@ def refuse_missing_experts(shapes: Mapping[str, Sequence[int]], model: nn.Module
             expected=f"{first.expected} experts, as {first.told_by} says",
             found=f"{first.found} experts" + (f"; and so\n{listing(more)}" if more else ""),
             do="wrap rank-local experts as DTensors with Shard(0) on the mesh that divides them, or gather them first; "
-            "where experts were taken out of the model, say so in its config",
+            "where experts were taken out of the model, say so in its config; where layers have unequal numbers, "
+            "pass its state dict with rules=",
         )
     )
 
@@ -109,7 +110,7 @@ def _said(model: nn.Module, path: str, module: nn.Module) -> tuple[str, int]:
             if number is not None:
                 return f"{type(config).__name__}.{attribute}", number
         if not at:
-            return f"{path}.num_experts", _number(module, "num_experts") or 0
+            return f"{path}.num_experts".lstrip("."), _number(module, "num_experts") or 0
         at = at.rpartition(".")[0]
 
 
@@ -130,6 +131,7 @@ def _counted_by_routers(shapes: Mapping[str, Sequence[int]]) -> Iterator[_Count]
         if router is None:
             continue
         rows = shapes[router][0]
-        # A router may know of experts that lie elsewhere, as Inkling's of shared ones; ranks divide experts evenly.
-        if not shape[0] or rows % shape[0] == 0:
+        # A router may know of a few experts that lie elsewhere, as Inkling's of shared ones. A rank of several has half
+        # of all at most, also where it has one more or less than the others.
+        if shape[0] <= (rows + 1) // 2:
             yield _Count(name, rows, shape[0], router)

@@ -110,8 +110,8 @@ def region_of(tensor: Tensor) -> Region:
         return whole(tuple(tensor.shape))
     mesh = tensor.device_mesh  # type: ignore[attr-defined]
     coordinate = mesh.get_coordinate()
-    if coordinate is None:  # this rank is not in the mesh, and holds nothing
-        return Region(tuple(tensor.shape), tuple(() for _ in tensor.shape))
+    if coordinate is None:  # this rank is not in the mesh, and holds nothing: of a number a part of shape [0]
+        return Region(tuple(tensor.shape), tuple(() for _ in tensor.shape) or ((),))
     found = placed(tuple(tensor.shape), tuple(mesh.shape), coordinate, tensor.placements)  # type: ignore[attr-defined]
     held = tuple(tensor.to_local().shape)  # type: ignore[attr-defined]
     if held != found.local_shape:

@@ -229,8 +229,8 @@ def one_expert(of: Published, meshes: Meshes) -> What:
 
 
 def values(name: str) -> Tensor:
-    shapes = {"one row": (1, 5), "nothing": (0, 5), "a number": (), "rows of some": (3, 2), "not contiguous": (4, 6)}
-    shape = shapes[name]
+    shapes = {"one row": (1, 5), "nothing": (0, 5), "rows of some": (3, 2), "not contiguous": (4, 6)}
+    shape = shapes.get(name, ())
     return torch.arange(torch.Size(shape).numel(), dtype=torch.float32).reshape(shape) + 0.1
 
 
@@ -239,6 +239,7 @@ def odd_shards(of: Published, meshes: Meshes) -> What:
     mesh, some = meshes(dist.get_world_size()), DeviceMesh("cpu", [0])
     state = {name: distribute_tensor(values(name), mesh, [Shard(0)]) for name in ("one row", "nothing")}
     state["a number"] = distribute_tensor(values("a number"), mesh, [Replicate()])
+    state["a number of one"] = distribute_tensor(values("a number of one"), DeviceMesh("cpu", [1]), [Replicate()])
     state["rows of some"] = distribute_tensor(values("rows of some"), some, [Shard(0)])
     state["not contiguous"] = values("not contiguous")
     if dist.get_rank():

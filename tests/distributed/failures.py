@@ -16,12 +16,15 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file, save_file
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.tensor import Shard, distribute_tensor
 
 import automodel_conv as amc
 from automodel_conv import homes
 from automodel_conv.files import system
+from automodel_conv.integrations.dcp import HuggingFaceWriter
 from tests.distributed.models import Meshes, Published, assert_holds, local, published, sharded
 from tests.distributed.starting import say
 
@@ -277,6 +280,25 @@ def cannot_write(of: Published, kind: str, directory: str) -> None:
     assert_holds(again.state_dict(), of, whole=False)
 
 
+def cannot_write_by_dcp(of: Published, kind: str, directory: str) -> None:
+    """The rank that began the files removes them, though it is another one that fails."""
+    model = filled(of, kind)
+    writer = HuggingFaceWriter(directory, model, max_shard_size="60KB", threads=1)
+    real = system.pwritev
+    at_write(3, disk_full)
+    try:
+        dcp.save(model.state_dict(), storage_writer=writer)
+    except CheckpointException as error:
+        [(found, _)] = error.failures.values()
+        tell(found)
+        assert "rank 1: WriteError: " in str(found)
+    dist.barrier()
+    assert not any(files for _, _, files in os.walk(directory))
+    dist.barrier()
+    system.pwritev = real
+    dcp.save(model.state_dict(), storage_writer=writer)
+
+
 def leader_cannot_begin(of: Published, kind: str, directory: str) -> None:
     model = filled(of, kind)
     if on(0):
@@ -346,6 +368,7 @@ SCENARIOS = {
         killed_in_a_save,
         leader_killed_in_a_save,
         cannot_write,
+        cannot_write_by_dcp,
         leader_cannot_begin,
         leader_cannot_end,
         names_no_directory,

@@ -108,7 +108,7 @@ def refused(model_class, path, **options):
 
 
 def told(name, scale=None, dtype="F8_E4M3", wanted="BF16"):
-    scale = rf"its scale is {re.escape(scale)} \(F32\)" if scale else "and it has no scale"
+    scale = rf"its scale is {re.escape(scale)} \(F32\)" if scale else "and it has no known scale"
     return re.compile(rf"{re.escape(name)} is {dtype}, {scale}: transformers would cast it for \S+, which is {wanted}")
 
 
@@ -284,8 +284,15 @@ def test_a_lost_scale_is_named_where_the_model_keeps_codes(keeping, llama, tmp_p
     published(llama, tmp_path, r"_proj\.weight$", FP8, scaled("_scale_inv"))
     rewrite(tmp_path, lose(f"{Q_PROJ}_scale_inv"))
     text = refused(type(llama), tmp_path)
-    assert f"{Q_PROJ} is F8_E4M3, and it has no scale: transformers would make {Q_PROJ}_scale_inv up" in text
+    assert f"{Q_PROJ} is F8_E4M3, and it has no known scale: transformers would make {Q_PROJ}_scale_inv up" in text
     assert "1 tensors" in text
+
+
+@pytest.mark.parametrize("scale", ["_scale_of_mine", ".scale"])
+def test_codes_of_a_method_that_nobody_knows_are_refused_however_their_scales_are_called(llama, tmp_path, scale):
+    exact = published(llama, tmp_path, ATTENTION, {"quant_method": "mine"}, scaled(scale))
+    text = refused(type(llama), tmp_path)
+    assert all(told(name).search(text) for name in exact)
 
 
 def test_codes_of_a_module_that_the_config_calls_unquantized_are_refused(keeping, llama, tmp_path):

@@ -68,9 +68,17 @@ def test_without_a_model_the_router_says_how_many_there_are(leaf, router, share)
     assert f"found:    {share} experts" in str(caught.value)
 
 
+@pytest.mark.parametrize(("rows", "share"), [(60, 8), (60, 4), (5, 3), (5, 2), (3, 2), (1, 0), (256, 128)])
+def test_a_share_that_does_not_divide_the_rows_of_the_router_is_one_too(rows, share):
+    shapes = {"a.gate.weight": (rows, 5), "a.experts.gate_up_proj": (share, 6, 5)}
+    with pytest.raises(CoverageError, match=f"{rows} experts, as a.gate.weight says\n.*found: +{share} experts"):
+        refuse_missing_experts(shapes, None)
+
+
 @pytest.mark.parametrize(
     "shapes",
     [
+        {"a.gate.weight": (768, 5), "a.experts.gate_up_proj": (512, 6, 5)},  # LongCat's that compute nothing
         {"a.gate.weight": (258, 5), "a.experts.gate_up_proj": (256, 6, 5)},  # two more that are shared
         {"a.gate.weight": (4, 5), "a.shared_experts.gate_up_proj": (2, 6, 5)},
         {"a.gate.weight": (4, 5), "b.experts.gate_up_proj": (2, 6, 5)},
@@ -104,5 +112,6 @@ def test_modules_say_how_many_experts_they_have(kind):
     for held in (4, 5):
         refuse_missing_experts({name: t.shape for name, t in kind(held).state_dict().items()}, kind(held))
     short = kind(3)
-    with pytest.raises(CoverageError, match=r"expected: 4 experts, as .*num_experts says\n.*found: +3 experts"):
+    said = r"expected: 4 experts, as (Config\.)?num_experts says\n.*found: +3 experts"
+    with pytest.raises(CoverageError, match=said):
         refuse_missing_experts({name: tensor.shape for name, tensor in short.state_dict().items()}, short)

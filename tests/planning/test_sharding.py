@@ -166,6 +166,15 @@ def test_a_part_of_another_shape_than_its_placements_say_is_refused():
         region_of(Distributed())
 
 
+@pytest.mark.parametrize("shape", [(), (3,), (0, 2), (4, 2)])
+def test_a_rank_outside_of_the_mesh_holds_nothing(shape):
+    mesh = SimpleNamespace(get_coordinate=lambda: None)
+    region = region_of(SimpleNamespace(shape=torch.Size(shape), placements=[Replicate()], device_mesh=mesh))
+    assert region.shape == shape
+    assert 0 in region.local_shape
+    assert region.pieces() == []
+
+
 def test_partial_sums_are_no_part_of_a_tensor():
     with pytest.raises(UnsupportedError, match="partial sums"):
         placed((4, 4), (2, 2), (0, 1), [Shard(0), Partial()])
