@@ -46,11 +46,12 @@ from automodel_conv.files.shards import CHECKSUMS_NAME, FORM, Form, Shard, Spec,
 from automodel_conv.loading import decoded_table
 from automodel_conv.planning.copies import Decode, SourceTable
 from automodel_conv.planning.from_config import meta_model
-from automodel_conv.planning.layouts import PER_EXPERT, any_experts, own_layout
+from automodel_conv.planning.layouts import LAYOUTS, PER_EXPERT, any_experts, own_layout
 from automodel_conv.planning.marks import form_of, layout_to_read, stated_layout
 from automodel_conv.planning.models import checked_dtype, expert_layouts
 from automodel_conv.planning.pipeline import loading_plan, saving_plan, without_casts
 from automodel_conv.planning.plan import CopyPlan
+from automodel_conv.planning.quantization import has_codes
 from automodel_conv.progress import bytes_progress
 from automodel_conv.saving import places_in, specs_of, with_dtype, write_checksums
 
@@ -114,14 +115,19 @@ def compile_conversion(
     checkpoint = open_checkpoint(source)
     most_bytes = parse_size(max_shard_size)
     rules = None if rules is None else list(rules)
+    if layout is None and rules == [] and source_layout in LAYOUTS:
+        layout = "transformers"  # which a layout that is named is brought to, where no model says another one
     keeps_names = layout is None and rules == []
     source_layout = layout_to_read(checkpoint, source_layout, keeps_names=keeps_names)
     table = decoded_table(checkpoint, wants_numbers=True) if dequantize else SourceTable.of(checkpoint)
     model = meta_model(checkpoint, dtype) if rules is None else None
+    # Codes of experts that lie one by one stay as they are: no model takes them, and nothing is taken apart.
+    are_codes = not dequantize and has_codes(table) is not None
+    stay = layout == PER_EXPERT and are_codes and not any(map(any_experts, table.names))
     plan, problems = loading_plan(
         table,
-        model=model,
-        rules=rules,
+        model=None if stay else model,
+        rules=[] if stay else rules,
         layout=None if layout == PER_EXPERT else layout,
         source_layout=source_layout,
         dtype=None if model is not None else dtype,
@@ -310,9 +316,9 @@ def verify_checkpoint(
     """
     other = open_checkpoint(destination)
     if layout is None and rules is None:
-        layout = stated_layout(other, None)
-    if rules is None and layout is None and source_layout is None and dtype is None:
-        rules = [] if set(open_checkpoint(source).names) == set(other.names) else None
+        said = stated_layout(other, None)
+        as_they_are = source_layout is None and dtype is None and _is_alike(open_checkpoint(source), other, said)
+        layout, rules = (None, []) if as_they_are else (said, None)
     conversion = compile_conversion(
         source, rules=rules, layout=layout, source_layout=source_layout, dtype=dtype, dequantize=dequantize
     )
@@ -334,6 +340,11 @@ def verify_checkpoint(
 
 
 # --- private ----------------------------------------------------------------------------------------------------------
+
+
+def _is_alike(source: Checkpoint, other: Checkpoint, said: str | None) -> bool:
+    """Whether two checkpoints have the same names, and the other one says nothing else of its experts."""
+    return said in (None, stated_layout(source, None)) and set(source.names) == set(other.names)
 
 
 def _refuse_grouped(plan: CopyPlan, model: nn.Module | None) -> None:

@@ -193,6 +193,40 @@ def test_a_conversion_that_keeps_names_keeps_what_the_files_say(published, tmp_p
     assert weights_in(tmp_path / "again")[0].startswith("model-" if layout == "transformers" else f"{layout}-")
 
 
+@pytest.mark.parametrize(
+    ("model_type", "sizes"), [("nemotron_h", SIZES[2]), ("qwen3_moe", SIZES[1]), ("gpt_oss", SIZES[1])]
+)
+@pytest.mark.parametrize("layout", GROUPED)
+def test_files_say_the_layout_that_a_named_one_was_brought_to(published, tmp_path, layout, model_type, sizes):
+    source, tensors = published(model_type, sizes)
+    amc.convert_checkpoint(source, tmp_path / "made", layout=layout)
+    amc.convert_checkpoint(tmp_path / "made", tmp_path / "again", rules=[], source_layout=layout)
+    assert amc.open_checkpoint(tmp_path / "again").layouts == ("transformers",)
+    stem = "model" if own_of(model_type) == "transformers" else "transformers"
+    assert weights_in(tmp_path / "again") == [f"{stem}.safetensors"]
+    assert_same(amc.load_state_dict(tmp_path / "again"), tensors)
+    assert amc.verify_checkpoint(tmp_path / "made", tmp_path / "again") > 0
+
+
+@pytest.mark.parametrize("layout", [*GROUPED, "per_expert"])
+def test_marked_files_of_one_layout_are_compared_without_a_config(published, tmp_path, layout):
+    source, _ = published("qwen3_moe")
+    amc.convert_checkpoint(source, tmp_path / "made", layout=layout)
+    (tmp_path / "made" / "config.json").unlink()
+    amc.convert_checkpoint(tmp_path / "made", tmp_path / "again", rules=[], max_shard_size="6KB")
+    assert amc.verify_checkpoint(tmp_path / "made", tmp_path / "again") > 0
+
+
+@pytest.mark.parametrize("layout", GROUPED)
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+def test_a_state_dict_of_experts_without_a_gate_is_saved_under_their_names(published, tmp_path, layout, sizes):
+    source, tensors = published("nemotron_h", sizes)
+    state = dict(amc.load_state_dict(source, layout=layout))
+    amc.save_checkpoint(state, tmp_path / "made", layout=layout)
+    shutil.copy(source / "config.json", tmp_path / "made")
+    assert_same(amc.load_state_dict(tmp_path / "made"), tensors)
+
+
 def test_a_reference_in_a_foreign_layout_is_restored_with_what_it_says(published, tmp_path):
     source, tensors = published("qwen3_moe")
     amc.convert_checkpoint(source, tmp_path / "made", layout="nemo", max_shard_size="6KB")
@@ -307,6 +341,14 @@ def test_a_missing_expert_is_an_error_in_every_layout(published, tmp_path, layou
         with pytest.raises(amc.NameProblems, match="experts"):
             amc.convert_checkpoint(less, tmp_path / f"made-{number}", layout=layout)
         assert not (tmp_path / f"made-{number}").exists()
+
+
+def test_rules_that_only_a_model_can_follow_are_named_before_the_layout(published):
+    source, _ = published("qwen3_vl_moe")
+    model_class = getattr(transformers, AutoConfig.from_pretrained(source).architectures[0])
+    rules = amc.get_model_conversion_mapping(model_class.from_pretrained(source))
+    with pytest.raises(amc.NameProblems, match="which only a model knows"):
+        amc.load_state_dict(source, rules=rules, layout="nemo")
 
 
 def test_a_layout_that_changes_nothing_is_an_error(published, tmp_path):

@@ -137,6 +137,15 @@ def told_by_name(name: str) -> str | None:
     return found[0] if len(found) == 1 else None
 
 
+def has_no_gate(path: str, layout: Layout, shapes: Mapping[str, tuple[int, ...]]) -> bool:
+    """True if the weights of an experts module are up ``[E, I, H]`` and down ``[E, H, I]``, as the layout has them."""
+    up, down = shapes.get(f"{path}.{layout.up}", ()), shapes.get(f"{path}.{layout.down}", ())
+    if len(up) != 3 or len(down) != 3:
+        return False
+    rows, columns = (up[2], down[1]) if layout.transposed else (up[1], down[2])
+    return rows == columns > 0
+
+
 def _is_experts(path: str) -> bool:
     return path.rpartition(".")[2] == "experts"  # not shared_experts, which are no routed ones
 
