@@ -186,7 +186,7 @@ def convert_checkpoint(
             published; None: as the model has them. The files say which, and where transformers does not load that
             layout of this type, their names begin with it (``nemo-00001-of-00004.safetensors``), so that
             ``from_pretrained`` refuses the directory; ``open_checkpoint`` and all that read here find it.
-        source_layout: see ``compile_plan``.
+        source_layout: see ``compile_plan``. With an empty list of rules and no layout, experts become "transformers".
         dtype: of all floating tensors, but those that a transformers model keeps in float32; None: as they are.
         dequantize: decode what ``quantization_config`` in ``config.json`` says is quantized, to ``dtype`` or bfloat16,
             and leave that setting out of the new ``config.json``. False: codes and scales are tensors as others are.

@@ -31,7 +31,7 @@ from automodel_conv.planning.copies import Target
 from automodel_conv.planning.experts import refuse_missing_experts
 from automodel_conv.planning.layouts import any_experts
 from automodel_conv.planning.marks import form_like, form_of
-from automodel_conv.planning.models import checked_dtype, model_targets, state_table, tied_names
+from automodel_conv.planning.models import checked_dtype, expert_layouts, model_targets, state_table, tied_names
 from automodel_conv.planning.pipeline import saving_plan
 from automodel_conv.planning.plan import CopyPlan
 from automodel_conv.planning.registry import is_pretrained_model, model_rules
@@ -277,7 +277,8 @@ def saved_form(plan: CopyPlan, model: nn.Module | None, layout: str | None, refe
     """What the files of a save are called and say: nothing, if they are what transformers would write for the model."""
     if reference is not None:
         return form_like(reference)
-    relaid = model is None and layout is not None and any(any_experts(target.name) for target in plan.targets)
+    says = model is not None and any(expert_layouts(model).values())
+    relaid = not says and layout is not None and any(any_experts(target.name) for target in plan.targets)
     return form_of("transformers" if relaid else None, None)
 
 

@@ -260,6 +260,44 @@ def test_what_transformers_would_write_has_no_mark(published, tmp_path):
         assert file.metadata() == {"format": "pt"}
 
 
+def as_module(tensors):
+    """A module that is none of transformers, with parameters of these names."""
+    root = torch.nn.Module()
+    for name, tensor in tensors.items():
+        *path, leaf = name.split(".")
+        module = root
+        for part in path:
+            if part not in module._modules:
+                module.add_module(part, torch.nn.Module())
+            module = module._modules[part]
+        module.register_parameter(leaf, torch.nn.Parameter(tensor.clone(), requires_grad=False))
+    return root
+
+
+@pytest.mark.parametrize("layout", GROUPED)
+def test_files_of_a_module_that_was_laid_out_anew_say_it(published, tmp_path, layout):
+    source, tensors = published("qwen3_moe")
+    module = as_module(amc.load_state_dict(source, layout=layout))
+    amc.save_checkpoint(module, tmp_path / "made", layout=layout)
+    assert amc.open_checkpoint(tmp_path / "made").layouts == ("transformers",)
+    shutil.copy(source / "config.json", tmp_path / "made")
+    assert_same(amc.load_state_dict(tmp_path / "made"), tensors)
+
+
+@pytest.mark.parametrize("layout", ["nemo", "vllm"])
+def test_a_module_whose_experts_the_rules_do_not_take_apart_is_refused(published, tmp_path, layout):
+    source, tensors = published("qwen3_moe")
+    module = as_module(amc.load_state_dict(source, layout=layout))
+    model = transformers.Qwen3MoeForCausalLM(AutoConfig.from_pretrained(source))
+    rules = amc.get_model_conversion_mapping(model)
+    with pytest.raises(amc.UnsupportedError, match=" layout="):
+        amc.save_checkpoint(module, tmp_path / "made", rules=rules)
+    assert not (tmp_path / "made").exists()
+    amc.save_checkpoint(module, tmp_path / "made", rules=rules, layout=layout)
+    shutil.copy(source / "config.json", tmp_path / "made")
+    assert_same(amc.load_state_dict(tmp_path / "made"), tensors)
+
+
 # --- what is read -----------------------------------------------------------------------------------------------------
 
 
