@@ -128,7 +128,7 @@ def own_layout(modules: Iterable[ExpertLayout | None]) -> str | None:
 
 def any_experts(name: str) -> bool:
     """True if ``name`` is a tensor of grouped experts in some layout."""
-    return any(holds_experts(name, layout) for layout in LAYOUTS.values())
+    return _is_experts(name.rpartition(".")[0]) and any(holds_experts(name, layout) for layout in LAYOUTS.values())
 
 
 def told_by_name(name: str) -> str | None:
