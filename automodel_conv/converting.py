@@ -51,6 +51,7 @@ from automodel_conv.planning.marks import form_of_conversion, layout_to_read, st
 from automodel_conv.planning.models import checked_dtype
 from automodel_conv.planning.pipeline import loading_plan, saving_plan, without_casts
 from automodel_conv.planning.plan import CopyPlan
+from automodel_conv.planning.quantization import has_codes
 from automodel_conv.progress import bytes_progress
 from automodel_conv.saving import places_in, specs_of, with_dtype, write_checksums
 
@@ -118,10 +119,13 @@ def compile_conversion(
     source_layout = layout_to_read(checkpoint, source_layout, keeps_names=keeps_names)
     table = decoded_table(checkpoint, wants_numbers=True) if dequantize else SourceTable.of(checkpoint)
     model = meta_model(checkpoint, dtype) if rules is None else None
+    # Codes of experts that lie one by one stay as they are: no model takes them, and nothing is taken apart.
+    are_codes = not dequantize and has_codes(table) is not None
+    stay = layout == PER_EXPERT and are_codes and not any(map(any_experts, table.names))
     plan, problems = loading_plan(
         table,
-        model=model,
-        rules=rules,
+        model=None if stay else model,
+        rules=[] if stay else rules,
         layout=None if layout == PER_EXPERT else layout,
         source_layout=source_layout,
         dtype=None if model is not None else dtype,
@@ -184,7 +188,7 @@ def convert_checkpoint(
             published; None: as the model has them. The files say which, and where transformers does not load that
             layout of this type, their names begin with it (``nemo-00001-of-00004.safetensors``), so that
             ``from_pretrained`` refuses the directory; ``open_checkpoint`` and all that read here find it.
-        source_layout: see ``compile_plan``.
+        source_layout: see ``compile_plan``. With an empty list of rules and no layout, experts become "transformers".
         dtype: of all floating tensors, but those that a transformers model keeps in float32; None: as they are.
         dequantize: decode what ``quantization_config`` in ``config.json`` says is quantized, to ``dtype`` or bfloat16,
             and leave that setting out of the new ``config.json``. False: codes and scales are tensors as others are.
@@ -314,9 +318,9 @@ def verify_checkpoint(
     """
     other = open_checkpoint(destination)
     if layout is None and rules is None:
-        layout = stated_layout(other, None)
-    if rules is None and layout is None and source_layout is None and dtype is None:
-        rules = [] if set(open_checkpoint(source).names) == set(other.names) else None
+        said = stated_layout(other, None)
+        as_they_are = source_layout is None and dtype is None and _is_alike(open_checkpoint(source), other, said)
+        layout, rules = (None, []) if as_they_are else (said, None)
     conversion = compile_conversion(
         source, rules=rules, layout=layout, source_layout=source_layout, dtype=dtype, dequantize=dequantize
     )
@@ -338,6 +342,11 @@ def verify_checkpoint(
 
 
 # --- private ----------------------------------------------------------------------------------------------------------
+
+
+def _is_alike(source: Checkpoint, other: Checkpoint, said: str | None) -> bool:
+    """Whether two checkpoints have the same names, and the other one says nothing else of its experts."""
+    return said in (None, stated_layout(source, None)) and set(source.names) == set(other.names)
 
 
 def _refuse_grouped(plan: CopyPlan, model: nn.Module | None) -> None:

@@ -200,15 +200,38 @@ def test_a_conversion_that_keeps_names_keeps_what_the_files_say(published, tmp_p
     assert weights_in(tmp_path / "again")[0].startswith("model-" if layout == "transformers" else f"{layout}-")
 
 
+@pytest.mark.parametrize(
+    ("model_type", "sizes"), [("nemotron_h", SIZES[2]), ("qwen3_moe", SIZES[1]), ("gpt_oss", SIZES[1])]
+)
 @pytest.mark.parametrize("layout", GROUPED)
-def test_a_conversion_that_is_told_its_source_layout_says_what_it_has_made(published, tmp_path, layout):
-    source, tensors = published("qwen3_moe")
+def test_files_say_the_layout_that_a_named_one_was_brought_to(published, tmp_path, layout, model_type, sizes):
+    source, tensors = published(model_type, sizes)
     amc.convert_checkpoint(source, tmp_path / "made", layout=layout)
     amc.convert_checkpoint(tmp_path / "made", tmp_path / "again", rules=[], source_layout=layout)
-    assert weights_in(tmp_path / "again") == ["model.safetensors"]
-    with safe_open(tmp_path / "again" / "model.safetensors", "pt") as file:
-        assert file.metadata()[LAYOUT_KEY] == "transformers"
+    assert amc.open_checkpoint(tmp_path / "again").layouts == ("transformers",)
+    stem = "model" if own_of(model_type) == "transformers" else "transformers"
+    assert weights_in(tmp_path / "again") == [f"{stem}.safetensors"]
     assert_same(amc.load_state_dict(tmp_path / "again"), tensors)
+    assert amc.verify_checkpoint(tmp_path / "made", tmp_path / "again") > 0
+
+
+@pytest.mark.parametrize("layout", [*GROUPED, "per_expert"])
+def test_marked_files_of_one_layout_are_compared_without_a_config(published, tmp_path, layout):
+    source, _ = published("qwen3_moe")
+    amc.convert_checkpoint(source, tmp_path / "made", layout=layout)
+    (tmp_path / "made" / "config.json").unlink()
+    amc.convert_checkpoint(tmp_path / "made", tmp_path / "again", rules=[], max_shard_size="6KB")
+    assert amc.verify_checkpoint(tmp_path / "made", tmp_path / "again") > 0
+
+
+@pytest.mark.parametrize("layout", GROUPED)
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+def test_a_state_dict_of_experts_without_a_gate_is_saved_under_their_names(published, tmp_path, layout, sizes):
+    source, tensors = published("nemotron_h", sizes)
+    state = dict(amc.load_state_dict(source, layout=layout))
+    amc.save_checkpoint(state, tmp_path / "made", layout=layout)
+    shutil.copy(source / "config.json", tmp_path / "made")
+    assert_same(amc.load_state_dict(tmp_path / "made"), tensors)
 
 
 def test_a_reference_in_a_foreign_layout_is_restored_with_what_it_says(published, tmp_path):
@@ -253,6 +276,44 @@ def test_what_transformers_would_write_has_no_mark(published, tmp_path):
     amc.save_checkpoint(model, tmp_path / "made")
     with safe_open(tmp_path / "made" / "model.safetensors", "pt") as file:
         assert file.metadata() == {"format": "pt"}
+
+
+def as_module(tensors):
+    """A module that is none of transformers, with parameters of these names."""
+    root = torch.nn.Module()
+    for name, tensor in tensors.items():
+        *path, leaf = name.split(".")
+        module = root
+        for part in path:
+            if part not in module._modules:
+                module.add_module(part, torch.nn.Module())
+            module = module._modules[part]
+        module.register_parameter(leaf, torch.nn.Parameter(tensor.clone(), requires_grad=False))
+    return root
+
+
+@pytest.mark.parametrize("layout", GROUPED)
+def test_files_of_a_module_that_was_laid_out_anew_say_it(published, tmp_path, layout):
+    source, tensors = published("qwen3_moe")
+    module = as_module(amc.load_state_dict(source, layout=layout))
+    amc.save_checkpoint(module, tmp_path / "made", layout=layout)
+    assert amc.open_checkpoint(tmp_path / "made").layouts == ("transformers",)
+    shutil.copy(source / "config.json", tmp_path / "made")
+    assert_same(amc.load_state_dict(tmp_path / "made"), tensors)
+
+
+@pytest.mark.parametrize("layout", ["nemo", "vllm"])
+def test_a_module_whose_experts_the_rules_do_not_take_apart_is_refused(published, tmp_path, layout):
+    source, tensors = published("qwen3_moe")
+    module = as_module(amc.load_state_dict(source, layout=layout))
+    model = transformers.Qwen3MoeForCausalLM(AutoConfig.from_pretrained(source))
+    rules = amc.get_model_conversion_mapping(model)
+    with pytest.raises(amc.UnsupportedError, match=" layout="):
+        amc.save_checkpoint(module, tmp_path / "made", rules=rules)
+    assert not (tmp_path / "made").exists()
+    amc.save_checkpoint(module, tmp_path / "made", rules=rules, layout=layout)
+    shutil.copy(source / "config.json", tmp_path / "made")
+    assert_same(amc.load_state_dict(tmp_path / "made"), tensors)
 
 
 # --- what is read -----------------------------------------------------------------------------------------------------
@@ -336,6 +397,14 @@ def test_a_missing_expert_is_an_error_in_every_layout(published, tmp_path, layou
         with pytest.raises(amc.NameProblems, match="experts"):
             amc.convert_checkpoint(less, tmp_path / f"made-{number}", layout=layout)
         assert not (tmp_path / f"made-{number}").exists()
+
+
+def test_rules_that_only_a_model_can_follow_are_named_before_the_layout(published):
+    source, _ = published("qwen3_vl_moe")
+    model_class = getattr(transformers, AutoConfig.from_pretrained(source).architectures[0])
+    rules = amc.get_model_conversion_mapping(model_class.from_pretrained(source))
+    with pytest.raises(amc.NameProblems, match="which only a model knows"):
+        amc.load_state_dict(source, rules=rules, layout="nemo")
 
 
 def test_a_layout_that_changes_nothing_is_an_error(published, tmp_path):

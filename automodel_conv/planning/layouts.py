@@ -128,13 +128,22 @@ def own_layout(modules: Iterable[ExpertLayout | None]) -> str | None:
 
 def any_experts(name: str) -> bool:
     """True if ``name`` is a tensor of grouped experts in some layout."""
-    return any(holds_experts(name, layout) for layout in LAYOUTS.values())
+    return _is_experts(name.rpartition(".")[0]) and any(holds_experts(name, layout) for layout in LAYOUTS.values())
 
 
 def told_by_name(name: str) -> str | None:
     """The layout of a tensor of grouped experts whose name only one layout has; None for all other tensors."""
     found = [called for called, layout in LAYOUTS.items() if holds_experts(name, layout)]
     return found[0] if len(found) == 1 else None
+
+
+def has_no_gate(path: str, layout: Layout, shapes: Mapping[str, tuple[int, ...]]) -> bool:
+    """True if the weights of an experts module are up ``[E, I, H]`` and down ``[E, H, I]``, as the layout has them."""
+    up, down = shapes.get(f"{path}.{layout.up}", ()), shapes.get(f"{path}.{layout.down}", ())
+    if len(up) != 3 or len(down) != 3:
+        return False
+    rows, columns = (up[2], down[1]) if layout.transposed else (up[1], down[2])
+    return rows == columns > 0
 
 
 def _is_experts(path: str) -> bool:

@@ -106,7 +106,8 @@ def form_of_save(
     """
     if reference is not None:
         return form_like(reference)
-    if model is not None or not any(any_experts(target.name) for target in plan.targets):
+    of_transformers = model is not None and any(expert_layouts(model).values())
+    if of_transformers or not any(any_experts(target.name) for target in plan.targets):
         return FORM
     return _form_of(kept if layout is None else "transformers", None)
 

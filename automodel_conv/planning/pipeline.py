@@ -26,6 +26,7 @@ from automodel_conv.planning.layouts import (
     any_experts,
     as_layout,
     get_layout,
+    has_no_gate,
     holds_experts,
     relayout,
     told_by_name,
@@ -83,7 +84,7 @@ def loading_plan(
     incoming = None if source_layout in (None, PER_EXPERT) else get_layout(source_layout)
     experts = _experts_of(model, layout or (source_layout if incoming is not None else None))
     own = {path: as_layout(said) for path, said in experts.items()}
-    gated = _gated_by(experts, rule_set)
+    gated = _gated_by(experts, rule_set, table, incoming)
 
     def canonical(path: str) -> Layout:
         return own.get(path, LAYOUTS["transformers"])
@@ -125,7 +126,7 @@ def loading_plan(
     _forgive(problems, model, whole)
     if source_layout is None and targets is not None and not given:
         refuse_other_layouts(problems, plan, rule_set)
-    if layout is not None and table.names:
+    if layout is not None and table.names and not problems.failed:  # which tell why there are none
         _refuse_no_experts(targets or [target.name for target in plan.targets], layout, table)
     left_out = {
         "missing": tuple(problems.missing),
@@ -168,7 +169,7 @@ def saving_plan(
     if layout is not None:
         given = get_layout(layout)
         _check_layout(layout, table)
-        gated = _gated_by(experts, rule_set)
+        gated = _gated_by(experts, rule_set, table, given)
         stages.append(
             relayout(
                 table,
@@ -301,14 +302,24 @@ def _has_names_of(targets: Mapping[str, TargetSpec] | None, layout: str) -> bool
     return any(told_by_name(name) == layout for name in targets or ())
 
 
-def _gated_by(experts: Mapping[str, ExpertLayout], rules: RuleSet) -> Callable[[str], bool]:
+def _gated_by(
+    experts: Mapping[str, ExpertLayout], rules: RuleSet, table: SourceTable, layout: Layout | None
+) -> Callable[[str], bool]:
     """Whether an experts module has a gate: as the model says, else by whether the rules speak of ``experts.up_proj``.
 
-    Without either, experts are taken to have one.
+    Else the two weights of the module tell it, where they come in a ``layout``: up has as many rows as down has
+    columns. Without any of these, experts are taken to have a gate.
     """
     patterns = [p for row in range(len(rules.converters)) for side in rules.patterns(row) for p in side]
     ungated = any(pattern.endswith("experts.up_proj") for pattern in patterns)
-    return lambda path: experts[path].gated if path in experts else not ungated
+    shapes = {} if layout is None else dict(zip(table.names, table.shapes, strict=True))
+
+    def gated(path: str) -> bool:
+        if path in experts:
+            return experts[path].gated
+        return not ungated and not (layout is not None and has_no_gate(path, layout, shapes))
+
+    return gated
 
 
 def _is_laid_out(targets: Mapping[str, TargetSpec], own: Mapping[str, Layout], wanted: Layout) -> bool:

@@ -73,14 +73,15 @@ def refuse_contradictions(table: SourceTable, shapes: Mapping[str, Shape], rules
         UnsupportedError: names the first tensor, and ``layout``.
     """
     grouped = dict(zip(table.names, table.shapes, strict=True))
-    takes = any("experts" in pattern for row in range(len(rules.converters)) for pattern in rules.patterns(row)[0])
+    patterns = [pattern for row in range(len(rules.converters)) for pattern in rules.patterns(row)[0]]
+    takes, taken = any("experts" in pattern for pattern in patterns), {p.rpartition(".")[2] for p in patterns}
     for path, weights in _by_module(grouped).items():
         for leaf, found in weights.items():
             name = f"{path}.{leaf}"
             expected = shapes.get(name)
             if expected is not None and found == _turned(expected) != expected:
                 raise _refused(name, "layout", f"{list(expected)}, as the model has it", list(found))
-            if takes and expected is None and told_by_name(name) is not None:
+            if takes and leaf not in taken and told_by_name(name) is not None:
                 raise _refused(name, "layout", "names that the rules take apart", list(found))
         plain = LAYOUTS["transformers"]
         if takes and plain.gate_up in weights and plain.down in weights and f"{path}.{plain.down}" not in shapes:
