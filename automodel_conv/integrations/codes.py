@@ -8,7 +8,7 @@ Source: transformers 5.23.0, ``convert_and_load_state_dict_in_model`` in ``core_
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -22,13 +22,16 @@ from automodel_conv.planning.resolve import all_targets, resolve
 from automodel_conv.planning.rules import RuleSet
 from automodel_conv.planning.schemes import STORAGES
 
+# Source: vLLM 0.33.0, ``BaseKVCacheMethod``; these belong to activations, also where a weight is not quantized.
+_OF_KV_CACHES = frozenset({"k_scale", "v_scale", "q_scale", "prob_scale"})
+
 
 def refuse_codes(model: Any, sources: Mapping[str, Any], load_config: Any) -> None:
     """Refuse a load in which codes would become numbers without their scales.
 
     Codes that no parameter takes pass, and those that a quantizer takes with their scales. So do FP8 tensors without
-    scales, unless the config says that they are quantized, by a method whose scales are known here or that transformers
-    does not know: alone they are plain numbers of few bits.
+    a scale beside them, unless the config says that they are quantized, by a method whose scales are known here or that
+    transformers does not know: alone they are plain numbers of few bits.
 
     Args:
         sources: what transformers is about to load, tensors or lazy slices of them.
@@ -38,7 +41,12 @@ def refuse_codes(model: Any, sources: Mapping[str, Any], load_config: Any) -> No
         QuantizationError: names each such tensor, its scale, and what would become of it.
     """
     dtypes = {name: code for name, source in sources.items() if (code := _dtype(source)) not in FLOATING}
-    scales = {name: [scale for scale in scale_names(name) if scale in sources] for name in dtypes}
+    beside = _unknown_scales(sources)
+    scales = {
+        name: [scale for scale in scale_names(name) if scale in sources]
+        or [scale for parent in (name, name.rpartition(".")[0]) for scale in beside.get(parent, ())]
+        for name in dtypes
+    }
     suspects = [name for name, dtype in dtypes.items() if dtype and (scales[name] or needs_scale(name, dtype))]
     if not suspects:
         return
@@ -92,6 +100,16 @@ class _Place(NamedTuple):
 
     target: str
     rule: int
+
+
+def _unknown_scales(names: Iterable[str]) -> dict[str, list[str]]:
+    """Scales of whatever name, by the module or the tensor that they lie in; not those of a KV cache."""
+    found: dict[str, list[str]] = {}
+    for name in names:
+        parent, _, leaf = name.rpartition(".")
+        if "scale" in leaf and leaf not in _OF_KV_CACHES:
+            found.setdefault(parent, []).append(name)
+    return found
 
 
 def _places(names: list[str], rules: RuleSet, state: Mapping[str, Tensor]) -> tuple[dict[str, _Place], set[str]]:

@@ -28,7 +28,7 @@ def dequantizer(settings: Mapping[str, Any]) -> Any | None:
 
     try:
         quantizer = AutoHfQuantizer.from_config(dict(settings), pre_quantized=True)
-    except Exception:  # a method that this transformers does not know, or whose library is not installed
+    except (ValueError, TypeError, KeyError, ImportError):  # a method that it does not know, or without its library
         return None
     quantizer.quantization_config.dequantize = True
     return quantizer
@@ -46,7 +46,7 @@ def left_as_stored(
         return None
     try:
         rules = RuleSet(model_rules(model, key_mapping, quantizer), model)
-    except Exception:  # of a scheme that is decoded here, and that transformers fails on
+    except (ValueError, TypeError, KeyError, AttributeError, ImportError):  # of a scheme that it fails on
         return None
 
     def keeps(source: str, dtype: str, target: str) -> bool:

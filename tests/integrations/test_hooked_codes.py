@@ -288,11 +288,28 @@ def test_a_lost_scale_is_named_where_the_model_keeps_codes(keeping, llama, tmp_p
     assert "1 tensors" in text
 
 
+@pytest.mark.parametrize("scale", ["_scale_2", ".scale", "_scale_of_mine"])
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.int8], ids=str)
+def test_codes_beside_a_scale_of_whatever_name_are_refused_without_a_config(llama, tmp_path, scale, dtype):
+    published(llama, tmp_path, re.escape(Q_PROJ), make=scaled(scale, dtype))
+    assert f"its scale is {Q_PROJ}{scale}" in refused(LlamaForCausalLM, tmp_path, dtype=torch.bfloat16)
+
+
+def test_float8_beside_scales_of_a_kv_cache_is_cast(llama, tmp_path):
+    def make(weight):
+        codes = weight.to(torch.float8_e4m3fn)
+        return {"": codes}, codes.double()
+
+    published(llama, tmp_path, r"k_proj\.weight$", make=make)
+    rewrite(tmp_path, lambda stored: stored.update({"model.layers.0.self_attn.k_proj.k_scale": torch.tensor(0.5)}))
+    both(LlamaForCausalLM, tmp_path, dtype=torch.bfloat16)
+
+
 @pytest.mark.parametrize("scale", ["_scale_of_mine", ".scale"])
 def test_codes_of_a_method_that_nobody_knows_are_refused_however_their_scales_are_called(llama, tmp_path, scale):
     exact = published(llama, tmp_path, ATTENTION, {"quant_method": "mine"}, scaled(scale))
     text = refused(type(llama), tmp_path)
-    assert all(told(name).search(text) for name in exact)
+    assert all(told(name, name + scale).search(text) for name in exact)
 
 
 def test_codes_of_a_module_that_the_config_calls_unquantized_are_refused(keeping, llama, tmp_path):
