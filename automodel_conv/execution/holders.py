@@ -29,7 +29,7 @@ ALIKE = (
 
 
 class Holders(NamedTuple):
-    """What this rank knows of who holds the parts of tensors."""
+    """Who holds the parts of tensors, as far as this rank knows."""
 
     written: frozenset[str]
     """Names of tensors whose part here this rank writes: of those that hold it, it is the first."""
@@ -40,7 +40,7 @@ class Holders(NamedTuple):
 
 
 class _Part(NamedTuple):
-    """What one rank holds of a tensor."""
+    """The part of a tensor that one rank holds."""
 
     way: str
     """How the tensor is divided: mesh and placements; empty for a plain tensor, and on ranks outside of the mesh."""
@@ -80,7 +80,7 @@ def find_holders(groups: Sequence[Any], tensors: Mapping[str, Tensor], regions: 
     if not names:
         return Holders(frozenset(), frozenset(), [])
     ordered, me = list(parts), rank_of_this() if groups else 0
-    # Of a model's tensors most are divided as many others are: each way is looked at once.
+    # Most tensors of a model are divided in the same few ways: each way is looked at once.
     patterns, of = np.unique(np.stack(columns), axis=1, return_inverse=True)
     written, shared, alike = set(), set(), []
     for number, pattern in enumerate(patterns.T):

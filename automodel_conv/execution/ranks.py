@@ -90,7 +90,7 @@ def found_by_any(groups: Sequence[Any], pairs: Iterable[tuple[str, str]], what: 
 
 
 def gathered(groups: Sequence[Any], data: bytes, what: str) -> list[bytes]:
-    """What each rank of these groups has to tell, by rank; the same on all of them.
+    """The texts of all ranks of these groups, by rank; the same on all of them.
 
     Raises:
         RankError: one of the ranks is gone.

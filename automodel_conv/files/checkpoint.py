@@ -71,7 +71,7 @@ class Checkpoint:
     index_metadata: dict[str, Any] | None = field(default=None, repr=False)
     """``metadata`` of the index; None without an index."""
     layouts: tuple[str, ...] = field(repr=False, default=())
-    """What files and index say of the layout of the experts, each thing once; see ``planning/marks.py``."""
+    """Layouts of experts that files and index name, each once; see ``planning/marks.py``."""
 
 
 @resources_told("opening a checkpoint")
@@ -140,7 +140,7 @@ def rows_by_file(checkpoint: Checkpoint) -> list[list[int]]:
 
 
 class _Index(NamedTuple):
-    """What an index file says."""
+    """The parts of an index file that are used."""
 
     weight_map: dict[str, str]
     metadata: dict[str, Any]

@@ -28,12 +28,12 @@ _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?I?B)\s*", re.IGNORECASE)
 
 
 class Form(NamedTuple):
-    """What the files of a checkpoint are called, and what they say of their experts."""
+    """The names of a checkpoint's files, and the layout of experts that they name."""
 
     stem: str = "model"
     """Names begin with it. transformers and engines look for "model", and pass over others."""
     layout: str | None = None
-    """Of the experts; None: the files do not say."""
+    """The layout of the experts; None: the files do not say."""
 
     @property
     def index_name(self) -> str:
