@@ -6,7 +6,7 @@ import inspect
 import json
 import os
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,11 @@ def everything(directory: Path) -> Files:
     return {str(path.relative_to(directory)): path.read_bytes() for path in directory.rglob("*") if path.is_file()}
 
 
+def has_index(names: Iterable[str]) -> bool:
+    """Whether there is an index among these; its name begins with the layout, if transformers does not load that."""
+    return any(name.endswith(".safetensors.index.json") for name in names)
+
+
 def new_directory(path: Path, source: Path) -> Path:
     """A directory with a config, so that only the weights keep transformers from loading it."""
     path.mkdir()
@@ -54,7 +59,7 @@ def assert_whole_or_refused(directory: Path, whole: Files) -> bool:
     if not directory.exists():
         return False
     found = files(directory)
-    if INDEX in found:  # which comes last
+    if has_index(found):  # which comes last
         assert found == whole
         amc.open_checkpoint(directory)
         return True
@@ -87,7 +92,7 @@ def finish(source: Path, directory: Path, kind: str, wanted: dict[str, Files]) -
     """Call again what did not end; returns the number of files that were not made anew."""
     done = noted(directory)
     before = states(directory, done)
-    if done or not directory.exists() or INDEX not in files(directory):
+    if done or not directory.exists() or not has_index(files(directory)):
         resumed = amc.convert_checkpoint(source, directory, **KINDS[kind]).files_resumed
         assert resumed == len(done)
     else:  # killed after all of it, when the journal was gone

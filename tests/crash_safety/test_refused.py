@@ -90,7 +90,7 @@ def test_room_that_a_file_cut_short_takes_is_room_for_it(source, wanted, tmp_pat
         with pytest.MonkeyPatch.context() as patch:
             fail_calls(patch, "sync", errno.EIO, lambda number: number == 2)  # the first is the journal's
             assert_refused(lambda: amc.convert_checkpoint(source, directory, **big), WriteError, "Input/output error")
-        assert os.path.getsize(directory / STAGING_NAME / "model.safetensors") > 450_000
+        assert os.path.getsize(directory / STAGING_NAME / "nemo.safetensors") > 450_000
         amc.convert_checkpoint(source, directory, **big)
         amc.open_checkpoint(directory)
 

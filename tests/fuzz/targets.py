@@ -218,7 +218,9 @@ def check_journal(data: bytes) -> None:
         journal = memory.open_readonly(f"{_STAGED}/journal.jsonl")
         try:
             earlier = destination._read(journal)
-            destination._taken_over(earlier, journal, "/c", shards, {"kind": "convert"}, True)
+            destination._taken_over(
+                earlier, journal, "/c", shards, {"kind": "convert"}, True, "model.safetensors.index.json"
+            )
         except ConversionError:
             pass
     for path in memory.removed:
