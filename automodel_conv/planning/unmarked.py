@@ -2,8 +2,8 @@
 
 Nothing is guessed here. Without a word, grouped experts are taken to lie as the model has them, or without a model as
 transformers' rules make them, and this must be borne out: by the model's shapes, or by a module's two weights together.
-``[E, 2I, H]`` beside ``[E, H, I]`` is the one, ``[E, H, 2I]`` beside ``[E, I, H]`` the other; a square matrix alone, or
-two of them, are both.
+``[E, 2I, H]`` beside ``[E, H, I]`` is the one, ``[E, H, 2I]`` beside ``[E, I, H]`` the other; 2I is even; a square matrix
+alone, or two of them, are both.
 """
 
 from __future__ import annotations
@@ -56,8 +56,13 @@ def refuse_untold(plan: CopyPlan, canonical: Callable[[str], Layout], gated: Cal
     for path, weights in _by_module({t.name: t.shape for t in plan.targets if t.rule < 0}).items():
         layout = canonical(path)
         first, down = weights.get(layout.gate_up), weights.get(layout.down)
-        pair = None if first is None or down is None or not gated(path) else _Pair(first, down)
-        if pair is None or not pair.fits(layout):
+        if first is None or not gated(path):
+            told = False
+        elif down is None:  # gate and up cannot lie along a dimension that is odd
+            told = not layout.transposed and first[1] % 2 == 0 and first[2] % 2 == 1
+        else:
+            told = _Pair(first, down).fits(layout)
+        if not told:
             leaf, shape = next(iter(weights.items()))
             expected = f"{layout.gate_up} [E, 2I, H] and {layout.down} [E, H, I]"
             raise _refused(f"{path}.{leaf}", "source_layout", expected, list(shape))
