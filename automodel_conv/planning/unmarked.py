@@ -2,8 +2,8 @@
 
 Nothing is guessed here. Without a word, grouped experts are taken to lie as the model has them, or without a model as
 transformers' rules make them, and this must be borne out: by the model's shapes, or by a module's two weights together.
-``[E, 2I, H]`` beside ``[E, H, I]`` is the one, ``[E, H, 2I]`` beside ``[E, I, H]`` the other; 2I is even; a square matrix
-alone, or two of them, are both.
+``[E, 2I, H]`` beside ``[E, H, I]`` is the one, ``[E, H, 2I]`` beside ``[E, I, H]`` the other, and 2I is even; a square
+matrix alone, or two of them, are both.
 """
 
 from __future__ import annotations
