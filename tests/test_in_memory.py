@@ -348,6 +348,7 @@ def test_grouped_experts_without_a_word_are_what_their_two_shapes_say_or_an_erro
             amc.convert_state_dict({name: tensor}, layout="nemo")
 
 
+@needs_transformers
 def test_ungated_experts_without_a_word_are_an_error():
     tensors = grouped(gated=False)
     with pytest.raises(UnsupportedError, match=r"(?s)up_proj.*source_layout="):
