@@ -31,6 +31,7 @@ ALWAYS = {
     ("nemotron_h", "I == H"),
     ("gpt_oss", "I == H"),
     ("jamba", "E == I == H"),
+    ("inkling2_text", "2I == H"),
     *(("qwen3_vl_moe", equal) for equal in ("2I == H", "I == H", "E == I == H", "E == 1, 2I == H")),
 }
 

@@ -40,9 +40,8 @@ def refuse_other_layouts(problems: Problems, plan: CopyPlan, rules: RuleSet) -> 
     if told:
         raise _refused(told[0], "source_layout", "names that the model has", f"{len(told)} such names")
     made = {pattern.rpartition(".")[2] for row in range(len(rules.converters)) for pattern in rules.patterns(row)[1]}
-    taken = {t.name: t.shape for t in plan.targets if t.rule < 0 and t.name.rpartition(".")[2] in made}
-    for path, weights in _by_module(taken).items():
-        if all(_is_square(shape) for shape in weights.values()):
+    for path, weights in _by_module({t.name: t.shape for t in plan.targets if t.rule < 0}).items():
+        if not made.isdisjoint(weights) and all(_is_square(shape) for shape in weights.values()):
             leaf, shape = next(iter(weights.items()))
             raise _refused(f"{path}.{leaf}", "source_layout", "a matrix that is not square", list(shape))
 
