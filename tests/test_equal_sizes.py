@@ -56,7 +56,7 @@ class Case:
 
     def said(self, directory):
         """What has to be said of a directory: the layout of grouped experts without a gate, all of them square."""
-        first = [t.shape for n, t in self.expected.items() if n.endswith("experts.up_proj")]
+        first = [t.shape for n, t in self.expected.items() if n.endswith(".experts.up_proj")]
         untold = directory == self.converted and any(shape[1] == shape[2] for shape in first)
         return {"source_layout": "transformers"} if untold else {}
 
