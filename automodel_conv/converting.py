@@ -184,9 +184,9 @@ def convert_checkpoint(
         destination: a directory, new or without weights in it.
         rules: transformers' rule objects; None: those of the model that ``config.json`` names. An empty list keeps all
             names, for a change of layout, dtype or file size alone.
-        layout: how routed experts shall lie: "transformers", "nemo", "gpt_oss", "vllm", or "per_expert", as they are
-            published; None: as the model has them. The files say which, and where transformers does not load that
-            layout of this type, their names begin with it (``nemo-00001-of-00004.safetensors``), so that
+        layout: how routed experts shall lie: "transformers", "nemo", "gpt_oss", "vllm", or "per_expert", as
+            ``save_pretrained`` writes them; None: as the model has them. The files say which. If transformers does not
+            load that layout of this type, their names begin with it (``nemo-00001-of-00004.safetensors``), so that
             ``from_pretrained`` refuses the directory; ``open_checkpoint`` and all that read here find it.
         source_layout: see ``compile_plan``. With an empty list of rules and no layout, experts become "transformers".
         dtype: of all floating tensors, but those that a transformers model keeps in float32; None: as they are.

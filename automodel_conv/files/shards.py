@@ -45,7 +45,7 @@ class Form(NamedTuple):
 
 
 FORM = Form()
-"""What transformers writes."""
+"""The form of transformers' own files."""
 
 
 class Spec(NamedTuple):

@@ -96,7 +96,7 @@ def refuse_codes(model: Any, sources: Mapping[str, Any], load_config: Any) -> No
 
 
 class _Place(NamedTuple):
-    """Where a source goes: the first target of a rule."""
+    """The target that a source goes to: the first of its rule."""
 
     target: str
     rule: int

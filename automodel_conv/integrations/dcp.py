@@ -361,7 +361,7 @@ class HuggingFaceWriter(StorageWriter):
 
 
 def _shared(items: Sequence[Sequence[WriteItem]]) -> list[list[WriteItem]]:
-    """Of what each rank holds, what others hold too.
+    """The items of each rank that other ranks hold too.
 
     Raises:
         RankError: tensors of one name have different shapes or dtypes.
@@ -420,7 +420,7 @@ def _refuse_unlike(results: Sequence[Sequence[WriteResult]]) -> None:
 
 
 def _holding(item: WriteItem, planner: SavePlanner) -> Holding:
-    """What an item of a plan stands for on this rank."""
+    """The part of a tensor that an item of a plan stands for on this rank."""
     tensor: Tensor = planner.resolve_data(item)  # type: ignore[assignment]
     refuse_unlike_stored({item.index.fqn: tensor})
     entry = getattr(planner, "state_dict", {}).get(item.index.fqn)

@@ -13,11 +13,11 @@ from torch import nn
 from automodel_conv.errors import CoverageError, listing, message
 from automodel_conv.planning.layouts import SCALES, any_experts
 
-# What configs call the number of routed experts. Source: transformers 5.23.0, the configs of ``models/`` and their
+# Names of the number of routed experts in configs. Source: transformers 5.23.0, the configs of ``models/`` and their
 # ``attribute_map``.
 _NUMBERS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 
-# What routers ``[E, H]`` are called beside ``experts``. Source: transformers 5.23.0, the classes of ``models/``.
+# Names of routers ``[E, H]`` beside ``experts``. Source: transformers 5.23.0, the classes of ``models/``.
 _ROUTERS = ("gate.weight", "router.weight", "router.gate.weight", "gate.wg.weight")
 
 
@@ -90,7 +90,7 @@ def _holds_experts(name: str) -> bool:
 
 
 def _numbered(shapes: Mapping[str, Sequence[int]]) -> dict[str, set[str]]:
-    """By the path of a list of experts, their numbers: ``path.experts.17.w1.weight``."""
+    """The numbers of experts in a list, by its path: 17 of ``path.experts.17.w1.weight``."""
     found: dict[str, set[str]] = {}
     for name in shapes:
         before, experts, after = name.rpartition("experts.")

@@ -21,7 +21,7 @@ from automodel_conv.files import system
 from automodel_conv.files.checkpoint import Checkpoint
 from automodel_conv.planning.registry import transformers_available
 
-# Where a config is looked up whose ``architectures`` name nothing of its type: most inputs first, heads before none.
+# Auto mappings for a config whose ``architectures`` name no class of its type: most inputs first, heads before none.
 # Older transformers lack some. Source: transformers 5.23.0, ``models/auto/modeling_auto.py``.
 _DEFAULTS = (
     "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING",
