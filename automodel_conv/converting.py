@@ -6,16 +6,14 @@ import hashlib
 import os
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from itertools import chain
-from math import prod
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
-from automodel_conv.dtypes import itemsize
+from automodel_conv.dtypes import dtype_code, itemsize
 from automodel_conv.errors import (
     DestinationError,
     ReadError,
@@ -26,25 +24,31 @@ from automodel_conv.errors import (
     message,
     resources_told,
 )
-from automodel_conv.execution.reading import OpenFiles
-from automodel_conv.execution.slabs import Slab, slab_schedule
+from automodel_conv.execution.file_slabs import FileSlabs
+from automodel_conv.execution.reading import reading
+from automodel_conv.execution.slabs import Slab
 from automodel_conv.execution.writing import (
     Budget,
     Maker,
-    SourceFiles,
     begin_shard,
     budget,
     compare_slabs,
-    jobs_of,
     write_slabs,
 )
 from automodel_conv.files import system
 from automodel_conv.files.checkpoint import Checkpoint, open_checkpoint, rows_by_file
 from automodel_conv.files.config import CONFIG_NAME, plain_config
-from automodel_conv.files.destination import WEIGHT_SUFFIXES, open_destination, telling
+from automodel_conv.files.destination import (
+    STAGING_NAME,
+    WEIGHT_SUFFIXES,
+    is_checkpoint,
+    open_destination,
+    telling,
+)
 from automodel_conv.files.shards import CHECKSUMS_NAME, Form, Shard, Spec, divide, index_of, parse_size
 from automodel_conv.loading import decoded_table
-from automodel_conv.planning.copies import Decode, SourceTable
+from automodel_conv.planning.carrying import carried_targets, dropped_rows
+from automodel_conv.planning.copies import SourceTable
 from automodel_conv.planning.from_config import meta_model
 from automodel_conv.planning.layouts import PER_EXPERT, any_experts
 from automodel_conv.planning.marks import form_of_conversion, layout_to_read, stated_layout
@@ -66,12 +70,13 @@ class Conversion:
     plan: CopyPlan
     shards: tuple[Shard, ...]
     form: Form
+    carried: tuple[str, ...]
+    """Tensors of the source that the model has no place for, passed on as they are."""
 
     @property
     def left_out(self) -> tuple[str, ...]:
-        """Tensors of the source that nothing is made of, such as those that the model says it ignores."""
-        used = self.plan.used_sources | self.plan.sources.hidden
-        return tuple(name for row, name in enumerate(self.checkpoint.names) if row not in used)
+        """Tensors of the source that nothing is made of: those to be dropped, and scales of activations if decoded."""
+        return tuple(self.checkpoint.names[row] for row in self.plan.unused_sources)
 
     @property
     def bytes_needed(self) -> int:
@@ -89,11 +94,15 @@ class ConvertReport:
     """In this call; files that an earlier one had finished are not counted."""
     files_resumed: int
     """Files that an earlier call had finished."""
+    carried: tuple[str, ...]
+    """Tensors of the source that the model has no place for, passed on as they are."""
     left_out: tuple[str, ...]
-    """Tensors of the source that nothing was made of."""
+    """Tensors of the source that nothing was made of: see ``drop``, and scales of activations if decoded."""
     seconds: float
     peak_extra_bytes: int
     """Bound of the memory used."""
+    was_complete: bool = False
+    """All was there already, was compared with the source, and nothing was written."""
 
     @property
     def gb_per_s(self) -> float:
@@ -108,6 +117,7 @@ def compile_conversion(
     source_layout: str | None = None,
     dtype: torch.dtype | None = None,
     dequantize: bool = False,
+    drop: Iterable[str] = (),
     max_shard_size: int | str = "5GB",
 ) -> Conversion:
     """What ``convert_checkpoint`` would do; reads no more than ``compile_plan``. See there."""
@@ -118,6 +128,7 @@ def compile_conversion(
     keeps_names = layout is None and source_layout is None and rules == []
     source_layout = layout_to_read(checkpoint, source_layout, keeps_names=keeps_names)
     table = decoded_table(checkpoint, wants_numbers=True) if dequantize else SourceTable.of(checkpoint)
+    table = replace(table, hidden=table.hidden | dropped_rows(checkpoint.names, drop))
     model = meta_model(checkpoint, dtype) if rules is None else None
     # Codes of experts that lie one by one stay as they are: no model takes them, and nothing is taken apart.
     are_codes = not dequantize and has_codes(table) is not None
@@ -130,11 +141,13 @@ def compile_conversion(
         source_layout=source_layout,
         dtype=None if model is not None else dtype,
     )
+    carried = problems.set_aside()
     problems.raise_unless_fit(checkpoint.path)
     if layout == PER_EXPERT:
         given = None if source_layout == PER_EXPERT else source_layout
-        back = saving_plan(table, model=model, rules=rules, layout=given, checked=True)
-        plan = with_dtype(back, dtype, model, rules)
+        taken = replace(table, hidden=table.hidden | carried)
+        back = saving_plan(taken, model=model, rules=rules, layout=given, checked=True)
+        plan = with_dtype(CopyPlan(table, back.targets, back.rules), dtype, model, rules)
         _refuse_grouped(plan, model)
     elif dtype is None:
         plan = without_casts(plan)
@@ -151,7 +164,10 @@ def compile_conversion(
     elif layout is None and model is None and source_layout is not None:
         layout = PER_EXPERT if source_layout == PER_EXPERT else "transformers"  # what rules are given
     form = form_of_conversion(checkpoint, plan, model, layout)
-    return Conversion(checkpoint, plan, tuple(divide(specs_of(plan.targets), most_bytes, form)), form)
+    further = carried_targets(table, carried, None if dtype is None else dtype_code(dtype), plan.targets)
+    plan = CopyPlan(table, (*plan.targets, *further), plan.rules)
+    shards = tuple(divide(specs_of(plan.targets), most_bytes, form))
+    return Conversion(checkpoint, plan, shards, form, tuple(checkpoint.names[row] for row in sorted(carried)))
 
 
 @resources_told("converting")
@@ -164,6 +180,7 @@ def convert_checkpoint(
     source_layout: str | None = None,
     dtype: torch.dtype | None = None,
     dequantize: bool = False,
+    drop: Iterable[str] = (),
     max_shard_size: int | str = "5GB",
     resume: bool = True,
     verify: bool = True,
@@ -178,7 +195,11 @@ def convert_checkpoint(
     else lies in the checkpoint's directory is copied too, but for folders, hidden files, other weights and what
     trainers keep (``.bin``, ``.pt``, ``.pth``); nothing, if the source is one file. The destination is a checkpoint at
     the end or not at all: until then all is in a folder of its own there, and after a crash or an error the same call
-    goes on with the files that are not finished yet.
+    goes on with the files that are not finished yet. Called once more after it is complete, it compares all that lies
+    there with the source, and writes nothing.
+
+    Tensors that the model has no place for, such as layers for multi-token prediction and draft heads, are carried
+    along byte for byte under their own names, but decoded if ``dequantize`` is set.
 
     Args:
         destination: a directory, new or without weights in it.
@@ -192,6 +213,8 @@ def convert_checkpoint(
         dtype: of all floating tensors, but those that a transformers model keeps in float32; None: as they are.
         dequantize: decode what ``quantization_config`` in ``config.json`` says is quantized, to ``dtype`` or bfloat16,
             and leave that setting out of the new ``config.json``. False: codes and scales are tensors as others are.
+        drop: tensors to leave out, by their names in the source: patterns with ``*`` for any text, ``?`` for a
+            character and ``[abc]`` for one of these, which match whole names ("mtp.*").
         max_shard_size: of a file's data, in bytes or as "5GB".
         resume: go on with what an earlier call has finished; False: throw that away.
         verify: read each file back once it is written and compare all of it with the source, also those that an earlier
@@ -204,8 +227,8 @@ def convert_checkpoint(
     Raises:
         CheckpointError, NameProblems, UnsupportedError: the source is broken, does not fit its model, or cannot be
             converted; nothing has been written then.
-        DestinationError: the destination holds a checkpoint already, somebody else writes to it, it holds an unfinished
-            work of another kind, or the source has changed.
+        DestinationError: the destination holds another checkpoint already, somebody else writes to it, it holds an
+            unfinished work of another kind, or the source has changed.
         ReadError, WriteError: reading or writing failed, a full disk among other reasons.
         VerificationError: a file is not what was written.
         ConversionError: the system gives no more memory or threads; the work can be gone on with.
@@ -218,6 +241,7 @@ def convert_checkpoint(
         source_layout=source_layout,
         dtype=dtype,
         dequantize=dequantize,
+        drop=drop,
         max_shard_size=max_shard_size,
     )
     checkpoint, shards = conversion.checkpoint, conversion.shards
@@ -226,11 +250,14 @@ def convert_checkpoint(
     state = _state_of(checkpoint)
     config = plain_config(checkpoint.directory) if dequantize else None
     work = {"source files": state, "tensors": _digest(conversion), "files": [shard.name for shard in shards]}
-    targets = [target for target in conversion.plan.targets if prod(target.shape)]
-    decodes = conversion.plan.sources.decodes
-    places = places_in(shards, targets)
-    made = slab_schedule(targets, [t.copies for t in targets], checkpoint, places, decodes, most_bytes=share.slab_bytes)
-    by_file = made.by_file()
+    plan = conversion.plan
+    made = FileSlabs(checkpoint, plan.targets, places_in(shards, plan.targets), plan.sources.decodes, share)
+    beside = {name: config if name == CONFIG_NAME else None for name in _beside_weights(checkpoint)}
+    if resume and _is_written(conversion, directory, beside, checksums):
+        _compare_finished(conversion, directory, made, share, progress)
+        nothing = (0, len(shards), conversion.carried, conversion.left_out)
+        files = tuple(shard.name for shard in shards)
+        return ConvertReport(files, *nothing, time.perf_counter() - began, share.scratch_bytes, was_complete=True)
     with open_destination(directory, shards, work, resume=resume, index_name=conversion.form.index_name) as place:
         unfinished = place.unfinished
         nbytes = sum(shard.nbytes for shard in shards if shard.name in unfinished)
@@ -245,16 +272,15 @@ def convert_checkpoint(
         )
         with bytes_progress(data_bytes, "converting", progress) as advance:
             for file, shard in enumerate(shards):
-                slabs = by_file.get(file, [])
                 to_write, to_verify = shard.name in unfinished, verify and shard.name not in place.verified
                 if to_write:
                     path = place.path(shard.name)
                     begin_shard(shard, path)
-                    with _Makers(checkpoint, slabs, decodes, made.dtypes, share) as start:
-                        write_slabs([(slabs, start)], path, share.threads, advance)
+                    with made.opened(file) as slabs:
+                        write_slabs([slabs], path, share.threads, advance)
                 if to_verify:
-                    with _Makers(checkpoint, slabs, decodes, made.dtypes, share) as start:
-                        _compare(slabs, place.found(shard.name), shard, start, share.threads, advance)
+                    with made.opened(file) as slabs:
+                        _compare(slabs, place.found(shard.name), shard, share.threads, advance)
                 if to_write or to_verify:
                     place.finish(shard, verified=verify)
         now = _state_of(checkpoint)
@@ -268,9 +294,9 @@ def convert_checkpoint(
                 )
             )
         with telling(directory):
-            for name in _beside_weights(checkpoint):
-                if name == CONFIG_NAME and config is not None:
-                    place.write(name, config)
+            for name, text in beside.items():
+                if text is not None:
+                    place.write(name, text)
                 else:
                     system.copy_file(os.path.join(checkpoint.directory, name), place.path(name))
         if checksums:
@@ -280,6 +306,7 @@ def convert_checkpoint(
         tuple(shard.name for shard in shards),
         nbytes,
         len(shards) - len(unfinished),
+        conversion.carried,
         conversion.left_out,
         time.perf_counter() - began,
         share.scratch_bytes,
@@ -296,6 +323,7 @@ def verify_checkpoint(
     source_layout: str | None = None,
     dtype: torch.dtype | None = None,
     dequantize: bool = False,
+    drop: Iterable[str] = (),
     threads: int | None = None,
     scratch_bytes: int | None = None,
     progress: bool = False,
@@ -307,7 +335,8 @@ def verify_checkpoint(
 
     Args:
         source, destination: the two checkpoints; which files their tensors lie in does not matter.
-        rules, layout, source_layout, dtype, dequantize, threads, scratch_bytes, progress: see ``convert_checkpoint``.
+        rules, layout, source_layout, dtype, dequantize, drop, threads, scratch_bytes, progress: see
+            ``convert_checkpoint``.
 
     Returns:
         The bytes that were compared: all of the destination's tensors.
@@ -316,28 +345,33 @@ def verify_checkpoint(
         VerificationError: they differ; names the tensors, or the first element that does.
         CheckpointError, NameProblems, UnsupportedError, ReadError: see ``convert_checkpoint``.
     """
+    drop = list(drop)
     other = open_checkpoint(destination)
     if layout is None and rules is None:
         said = stated_layout(other, None)
-        as_they_are = source_layout is None and dtype is None and _is_alike(open_checkpoint(source), other, said)
+        keeps_all = source_layout is None and dtype is None and not drop
+        as_they_are = keeps_all and _is_alike(open_checkpoint(source), other, said)
         layout, rules = (None, []) if as_they_are else (said, None)
     conversion = compile_conversion(
-        source, rules=rules, layout=layout, source_layout=source_layout, dtype=dtype, dequantize=dequantize
+        source,
+        rules=rules,
+        layout=layout,
+        source_layout=source_layout,
+        dtype=dtype,
+        dequantize=dequantize,
+        drop=drop,
     )
     checkpoint, plan = conversion.checkpoint, conversion.plan
     _compare_headers(plan, other)
     share = budget(threads, DEFAULT_SCRATCH_BYTES if scratch_bytes is None else scratch_bytes, reads_files=True)
-    targets = [target for target in plan.targets if prod(target.shape)]
-    rows = [other.position[target.name] for target in targets]
-    places = [(other.file_ids[row], other.offsets[row]) for row in rows]
-    decodes = plan.sources.decodes
-    made = slab_schedule(targets, [t.copies for t in targets], checkpoint, places, decodes, most_bytes=share.slab_bytes)
+    at = [other.position[target.name] for target in plan.targets]
+    places = [(other.file_ids[row], other.offsets[row]) for row in at]
+    made = FileSlabs(checkpoint, plan.targets, places, plan.sources.decodes, share)
     with bytes_progress(plan.bytes_written, "verifying", progress) as advance:
         rows = rows_by_file(other)
-        for file, slabs in made.by_file().items():
-            path = other.files[file]
-            with _Makers(checkpoint, slabs, decodes, made.dtypes, share) as start:
-                _compare(slabs, path, _file_of(other, file, rows[file]), start, share.threads, advance)
+        for file in made.by_file:
+            with made.opened(file) as slabs:
+                _compare(slabs, other.files[file], _file_of(other, file, rows[file]), share.threads, advance)
     return plan.bytes_written
 
 
@@ -360,28 +394,6 @@ def _refuse_grouped(plan: CopyPlan, model: nn.Module | None) -> None:
                 do="leave rules out to take those of the model, or leave layout out to keep the experts grouped",
             )
         )
-
-
-class _Makers:
-    """Files that are open while slabs are made of them; gives what starts a maker in a thread."""
-
-    def __init__(
-        self,
-        checkpoint: Checkpoint,
-        slabs: Sequence[Slab],
-        decodes: Mapping[int, Decode],
-        dtypes: Sequence[str],
-        share: Budget,
-    ):
-        jobs = jobs_of(slabs, checkpoint, decodes, share.input_bytes)
-        self._files = OpenFiles(checkpoint.files, chain.from_iterable(jobs.values()))
-        self._start = lambda: SourceFiles(checkpoint, self._files, jobs, dtypes, share.slab_bytes, share.input_bytes)
-
-    def __enter__(self) -> Callable[[], Maker]:
-        return self._start
-
-    def __exit__(self, *error: object) -> None:
-        self._files.close()
 
 
 def _state_of(checkpoint: Checkpoint) -> dict[str, tuple[int, int]]:
@@ -436,16 +448,74 @@ def _file_of(checkpoint: Checkpoint, file: int, rows: Sequence[int]) -> Shard:
     return Shard(checkpoint.files[file], b"", tuple(specs), tuple(checkpoint.offsets[row] for row in rows))
 
 
+def _is_written(conversion: Conversion, directory: str, beside: Mapping[str, bytes | None], checksums: bool) -> bool:
+    """Whether a directory is what the conversion makes, as far as headers and all beside the weights tell.
+
+    Args:
+        beside: files of the source that go with the weights, with the text of those that are changed.
+    """
+    checkpoint, shards = conversion.checkpoint, conversion.shards
+    index = index_of(shards, form=conversion.form)
+    names = {shard.name for shard in shards} | ({conversion.form.index_name} if index is not None else set())
+    with telling(directory):
+        if not system.is_directory(directory):
+            return False
+        present = system.list_names(directory)
+        if STAGING_NAME in present or {name for name in present if is_checkpoint(name)} != names:
+            return False
+        if (CHECKSUMS_NAME in present) != checksums:
+            return False
+        begins = {shard.name: (shard.header, shard.nbytes) for shard in shards}
+        if index is not None:
+            begins[conversion.form.index_name] = index, len(index)
+        begins |= {name: (text, len(text)) for name, text in beside.items() if text is not None}
+        if not all(_begins_with(os.path.join(directory, name), *begin) for name, begin in begins.items()):
+            return False
+        copied = [name for name, text in beside.items() if text is None]
+        return all(system.same_bytes(os.path.join(checkpoint.directory, n), os.path.join(directory, n)) for n in copied)
+
+
+def _begins_with(path: str, text: bytes, nbytes: int) -> bool:
+    """Whether a file has this size, and this text at its beginning."""
+    if not system.is_file(path) or system.identity(path)[0] != nbytes:
+        return False
+    with reading(path) as fd:
+        found = bytearray(len(text))
+        system.read_exactly(fd, [memoryview(found)], 0, path)
+    return bytes(found) == text
+
+
+def _compare_finished(conversion: Conversion, directory: str, made: FileSlabs, share: Budget, progress: bool) -> None:
+    """Compare all that lies in a directory with what the conversion makes.
+
+    Raises:
+        DestinationError: it is something else.
+    """
+    with bytes_progress(conversion.plan.bytes_written, "verifying", progress) as advance:
+        for file, shard in enumerate(conversion.shards):
+            with made.opened(file) as slabs:
+                try:
+                    _compare(slabs, os.path.join(directory, shard.name), shard, share.threads, advance)
+                except VerificationError as error:
+                    raise DestinationError(
+                        message(
+                            "the directory holds a checkpoint already, which is not what this conversion makes",
+                            where=directory,
+                            found=str(error).partition("\n")[0],
+                            do="choose another directory, or remove these files first",
+                        )
+                    ) from error
+
+
 def _compare(
-    slabs: Sequence[Slab],
+    slabs: tuple[Sequence[Slab], Callable[[], Maker]],
     path: str,
     shard: Shard,
-    start: Callable[[], Maker],
     threads: int,
     advance: Callable[[int], None],
 ) -> None:
     """Raise VerificationError for the first element of a file that is not what the slabs make."""
-    at = compare_slabs(slabs, path, start, threads, advance)
+    at = compare_slabs(slabs[0], path, slabs[1], threads, advance)
     if at is None:
         return
     spec, begin = next(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,6 +24,23 @@ from automodel_conv.planning.copies import Target
 from automodel_conv.planning.models import state_table, tied_names
 from automodel_conv.planning.pipeline import loading_plan, saving_plan
 from automodel_conv.planning.plan import CopyPlan
+from automodel_conv.saving import not_saved
+
+
+@dataclass(frozen=True)
+class StateDictReport:
+    """The outcome of a conversion in memory."""
+
+    left_out: tuple[str, ...]
+    """Tensors of the state dict, and of a ``reference``, that are not in the result in any form."""
+    carried: tuple[str, ...] = ()
+    """Always empty: nothing is passed on that the model or the rules have no place for."""
+
+
+class ConvertedStateDict(dict[str, Tensor]):
+    """A state dict that also carries the report of how it was made."""
+
+    report: StateDictReport
 
 
 @resources_told("converting")
@@ -35,10 +53,10 @@ def convert_state_dict(
     source_layout: str | None = None,
     out: Mapping[str, Tensor] | None = None,
     backend: str = "auto",
-) -> dict[str, Tensor]:
+) -> ConvertedStateDict:
     """Checkpoint-named tensors to model-named ones, grouped experts included.
 
-    Tensors that nothing converts are returned by reference, unless ``out`` is given.
+    Tensors that nothing converts are returned by reference, unless ``out`` is given. The dict has a ``report``.
 
     Args:
         model: whose names, dtypes and rules to take; its tensors are neither read nor written.
@@ -61,10 +79,10 @@ def convert_state_dict(
     )
     problems.raise_unless_fit("the state dict")
     converted = _run(plan, state_dict, out, backend)
-    if model is None:
-        return converted
-    ties = tied_names(model)
-    return in_order(with_tied(converted, ties, unequal_ties(converted, ties)), model)
+    if model is not None:
+        ties = tied_names(model)
+        converted = in_order(with_tied(converted, ties, unequal_ties(converted, ties)), model)
+    return _reported(converted, plan.left_out)
 
 
 @resources_told("converting")
@@ -77,11 +95,11 @@ def revert_state_dict(
     reference: str | os.PathLike[str] | None = None,
     out: Mapping[str, Tensor] | None = None,
     backend: str = "auto",
-) -> dict[str, Tensor]:
+) -> ConvertedStateDict:
     """Model-named tensors back to checkpoint-named ones, grouped experts taken apart.
 
     Names come from reversing all rules, in upstream's saving order, or from a ``reference`` checkpoint. Tensors keep
-    their dtype.
+    their dtype. The dict has a ``report``, which names what a reference has and the tensors do not make.
 
     Args:
         layout: how the experts in ``state_dict`` lie; None: as the model has them.
@@ -96,7 +114,14 @@ def revert_state_dict(
     _require_any(model, rules, layout, reference)
     like = None if reference is None else open_checkpoint(reference)
     plan = saving_plan(state_table(state_dict), model=model, rules=rules, layout=layout, reference=like)
-    return _run(plan, state_dict, out, backend)
+    reverted = _run(plan, state_dict, out, backend)
+    return _reported(reverted, [*plan.left_out, *not_saved(None, like, reverted)])
+
+
+def _reported(tensors: dict[str, Tensor], left_out: Iterable[str]) -> ConvertedStateDict:
+    made = ConvertedStateDict(tensors)
+    made.report = StateDictReport(tuple(left_out))
+    return made
 
 
 def _require_any(*said: object) -> None:

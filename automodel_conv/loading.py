@@ -69,6 +69,8 @@ class LoadReport:
         peak_extra_bytes: upper bound of the memory used beside the final buffers: scratch on the host and on the
             device, and second copies of parameters that the checkpoint holds under two names. What upstream's own code
             allocates is not in it.
+        left_out: tensors of the checkpoint, by their names in it, that nothing was made of.
+        carried: always empty: a model takes nothing that it has no place for.
         copied_by_kernels: copies that Triton kernels made on a device.
         copied_by_torch: copies that torch made on a device, because no kernel fits them or none can run there.
         without_kernels: why no kernel can run on the device; None where they can, where all bytes only move, and for
@@ -83,6 +85,8 @@ class LoadReport:
     bytes_read: int
     seconds: Mapping[str, float]
     peak_extra_bytes: int
+    left_out: tuple[str, ...] = ()
+    carried: tuple[str, ...] = ()
     copied_by_kernels: int = 0
     copied_by_torch: int = 0
     without_kernels: str | None = None
@@ -237,6 +241,7 @@ def load_state_dict(
         if where is not None:
             known = {} if model is None else model.state_dict(keep_vars=True)
             where.check([target.name for target in plan.targets], known, model, strict=strict)
+        left_out = _names_of(checkpoint, plan.unused_sources)
         plan = shard_plan(plan, regions_of(state, plan))
         if verify:
             verify_checksums(checkpoint, default_reader_threads(cores()) if threads is None else threads)
@@ -257,7 +262,7 @@ def load_state_dict(
     unequal = found_by_any(groups, found, "comparing tied tensors")
     shared = _distributed(with_tied(buffers, ties, unequal), state)
     loaded = LoadedStateDict(in_order(shared, model) if model is not None else shared)
-    loaded.report = _report(plan, problems, clock, stats)
+    loaded.report = _report(plan, problems, left_out, clock, stats)
     loaded.layout = stated_layout(checkpoint, None) if layout is None and model is None and not rules else layout
     return loaded
 
@@ -353,7 +358,8 @@ def load_model(
         finish(model, homes.buffers, problems.missing, device_of)
     if where is not None:
         move_buffers(model, device_of)
-    return _report(plan, problems, clock, stats, homes.extra_bytes)
+    left_out = _names_of(checkpoint, plan.unused_sources)
+    return _report(plan, problems, left_out, clock, stats, homes.extra_bytes)
 
 
 def load_plan(
@@ -478,8 +484,17 @@ class _Clock:
         self._last = now
 
 
+def _names_of(checkpoint: Checkpoint, rows: Iterable[int]) -> tuple[str, ...]:
+    return tuple(checkpoint.names[row] for row in rows)
+
+
 def _report(
-    plan: CopyPlan, problems: Problems, clock: _Clock, stats: Mapping[torch.device, LoadStats], extra_bytes: int = 0
+    plan: CopyPlan,
+    problems: Problems,
+    left_out: tuple[str, ...],
+    clock: _Clock,
+    stats: Mapping[torch.device, LoadStats],
+    extra_bytes: int = 0,
 ) -> LoadReport:
     return LoadReport(
         missing_keys=tuple(problems.missing),
@@ -489,6 +504,7 @@ def _report(
         fallbacks=plan.fallbacks,
         bytes_read=sum(part.bytes_read for part in stats.values()),
         seconds=clock.seconds,
+        left_out=left_out,
         peak_extra_bytes=sum(part.scratch_bytes + part.device_scratch_bytes for part in stats.values()) + extra_bytes,
         copied_by_kernels=sum(part.work.by_kernels for part in stats.values()),
         copied_by_torch=sum(part.work.by_torch for part in stats.values()),

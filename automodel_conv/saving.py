@@ -7,10 +7,10 @@ import json
 import os
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from itertools import chain
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -20,10 +20,11 @@ from automodel_conv.dtypes import FLOATING, dtype_code
 from automodel_conv.errors import UnsupportedError, listing, message, resources_told
 from automodel_conv.execution.buffers import dtype_of
 from automodel_conv.execution.checksums import checksums_of, checksums_text
+from automodel_conv.execution.file_slabs import FileSlabs
 from automodel_conv.execution.holders import checksums_of_parts, find_holders, refuse_unlike_replicas
 from automodel_conv.execution.ranks import local_of, meshes_of, same_on_all, together
 from automodel_conv.execution.tensor_slabs import Holding, tensor_slabs
-from automodel_conv.execution.writing import begin_shard, budget, write_slabs
+from automodel_conv.execution.writing import Budget, begin_shard, budget, write_slabs
 from automodel_conv.files.checkpoint import Checkpoint, open_checkpoint
 from automodel_conv.files.destination import Destination, open_destination, staged_path, telling
 from automodel_conv.files.shards import (
@@ -36,12 +37,16 @@ from automodel_conv.files.shards import (
     index_of,
     parse_size,
 )
-from automodel_conv.planning.copies import Target
+from automodel_conv.loading import decoded_table
+from automodel_conv.planning.carrying import carried_targets, unclaimed_rows
+from automodel_conv.planning.compiler import TargetSpec
+from automodel_conv.planning.copies import SourceTable, Target
 from automodel_conv.planning.experts import refuse_missing_experts
 from automodel_conv.planning.marks import form_of_save
 from automodel_conv.planning.models import checked_dtype, model_targets, state_table, tied_names
 from automodel_conv.planning.pipeline import saving_plan
 from automodel_conv.planning.plan import CopyPlan
+from automodel_conv.planning.quantization import has_codes
 from automodel_conv.planning.registry import is_pretrained_model, model_rules
 from automodel_conv.planning.resolve import resolve
 from automodel_conv.planning.rules import RuleSet
@@ -58,6 +63,10 @@ class SaveReport:
     files: tuple[str, ...]
     """Names of the weight files, in the order of their numbers."""
     bytes_written: int
+    carried: tuple[str, ...]
+    """Tensors of ``carry`` that went to the new files as they are."""
+    left_out: tuple[str, ...]
+    """Tensors of the model, of ``reference`` and of ``carry`` that are not in the new files in any form."""
     seconds: float
     peak_extra_bytes: int
     """Bound of the memory used beside the tensors; on a device, of pinned memory and of the device's, each."""
@@ -75,6 +84,7 @@ def save_checkpoint(
     rules: Iterable[Any] | None = None,
     layout: str | None = None,
     reference: str | os.PathLike[str] | None = None,
+    carry: str | os.PathLike[str] | None = None,
     dtype: torch.dtype | None = None,
     max_shard_size: int | str = "5GB",
     checksums: bool = False,
@@ -99,6 +109,9 @@ def save_checkpoint(
             ``rules=[]`` keeps its names.
         reference: a checkpoint whose names, and division into files, to restore. Grouped experts in a state dict take
             rules besides, to be taken apart.
+        carry: the checkpoint that the model is from. Those of its tensors that the model has no place for, such as
+            layers for multi-token prediction and draft heads, go to the new files byte for byte under their own names;
+            quantized ones are decoded, unless the tensors to be saved are codes themselves.
         dtype: of all floating tensors, but those that a transformers model keeps in float32; None: as they are.
         max_shard_size: of a file's data, in bytes or as "5GB"; not used with a reference.
         checksums: write one for each tensor beside the index, for ``verify=True`` of the loaders and for ``verify`` of
@@ -139,10 +152,14 @@ def save_checkpoint(
         opened = None if reference is None else open_checkpoint(reference)
         plan = saving_plan(state_table(tensors), model=model, rules=rules, layout=layout, reference=opened)
         plan = with_dtype(plan, dtype, model, rules)
+        source = None if carry is None else open_checkpoint(carry)
+        further = None if source is None else _carried(source, tensors, plan, model, rules, layout, dtype)
+        carried = () if further is None else further.targets
         kept = getattr(state, "layout", None) if model is None and layout is None and not rules else None
         form = form_of_save(plan, model, layout, opened, kept)
-        shards = shards_for(plan, opened, max_shard_size, form)
-        share = budget(threads, DEFAULT_SCRATCH_BYTES if scratch_bytes is None else scratch_bytes, reads_files=False)
+        shards = shards_for((*plan.targets, *carried), opened, max_shard_size, form)
+        most_scratch = DEFAULT_SCRATCH_BYTES if scratch_bytes is None else scratch_bytes
+        share = budget(threads, most_scratch, reads_files=further is not None)
         leads = not groups or dist.get_rank() == 0
     names = json.dumps(sorted(tensors)).encode()
     same_on_all(groups, [names, *(shard.header for shard in shards)], "the tensors to be saved")
@@ -158,6 +175,7 @@ def save_checkpoint(
             row: [Holding(regions[name], parts[name])] for row, name in enumerate(tensors) if name in holders.written
         }
         made = tensor_slabs(plan, held, places_in(shards, plan.targets), most_bytes=share.slab_bytes)
+        passed = None if further is None or not leads else further.slabs(shards, share)
     refuse_unlike_replicas(groups, holders, sums)
     with ExitStack() as ending:
         with together(groups, "beginning to save"):
@@ -166,21 +184,37 @@ def save_checkpoint(
                 opening = open_destination(directory, shards, None, index_name=form.index_name)
                 destination = ending.enter_context(opening)
                 begin_save(destination, shards, model, dtype)
-        nbytes = sum(group.nbytes for group in made)
+        nbytes = sum(group.nbytes for group in made) + (0 if passed is None else passed.nbytes)
         with together(groups, "saving"), bytes_progress(nbytes, "saving", progress) as advance:
             for file, shard in enumerate(shards):
                 slabs = [(group.by_file.get(file, []), group.start) for group in made]
-                if any(group for group, _ in slabs) or leads:
-                    write_slabs(slabs, staged_path(directory, shard.name), share.threads, advance)
+                with nullcontext() if passed is None else passed.opened(file) as of_files:
+                    slabs += [] if of_files is None else [of_files]
+                    if any(group for group, _ in slabs) or leads:
+                        write_slabs(slabs, staged_path(directory, shard.name), share.threads, advance)
         with together(groups, "ending the save"):
             if destination is not None:
                 finish_save(destination, shards, model, form, share.threads if checksums else 0)
+    names_carried = tuple(target.name for target in carried)
     return SaveReport(
-        tuple(shard.name for shard in shards),
-        sum(shard.nbytes for shard in shards),
-        time.perf_counter() - began,
-        share.scratch_bytes,
+        files=tuple(shard.name for shard in shards),
+        bytes_written=sum(shard.nbytes for shard in shards),
+        carried=names_carried,
+        left_out=(
+            *not_saved(model, opened, [*names_carried, *(target.name for target in plan.targets)]),
+            *(() if further is None else further.left_out),
+        ),
+        seconds=time.perf_counter() - began,
+        peak_extra_bytes=share.scratch_bytes,
     )
+
+
+def not_saved(model: nn.Module | None, reference: Checkpoint | None, written: Iterable[str]) -> list[str]:
+    """Names of a model that it says to ignore when it is saved, and names of a reference, but for those written."""
+    names = [] if model is None else list(model.state_dict().keys() & set(_ignored_on_save(model)))
+    names += [] if reference is None else reference.names
+    there = set(written)
+    return [name for name in dict.fromkeys(sorted(names)) if name not in there]
 
 
 def begin_save(
@@ -283,17 +317,20 @@ def places_in(shards: Sequence[Shard], targets: Iterable[Target]) -> list[tuple[
     return [places[target.name] for target in targets]
 
 
-def shards_for(plan: CopyPlan, reference: Checkpoint | None, max_shard_size: int | str, form: Form) -> list[Shard]:
-    """The files for the targets of a plan: as a reference is divided, or by size.
+def shards_for(
+    targets: Iterable[Target], reference: Checkpoint | None, max_shard_size: int | str, form: Form
+) -> list[Shard]:
+    """The files for targets: as a reference is divided, which does not name all of them, or by size.
 
     Raises:
         UnsupportedError: not a size, or a dtype that torch does not know.
     """
-    specs = specs_of(plan.targets)
+    specs = specs_of(targets)
     if reference is None:
         return divide(specs, parse_size(max_shard_size), form)
     files = [os.path.basename(file) for file in reference.files]
-    file_of = {name: files[file] for name, file in zip(reference.names, reference.file_ids, strict=True)}
+    file_of = dict.fromkeys((spec.name for spec in specs), files[-1])
+    file_of |= {name: files[file] for name, file in zip(reference.names, reference.file_ids, strict=True)}
     return divide_like(specs, file_of, form.layout)
 
 
@@ -319,7 +356,7 @@ def saved_tensors(model: nn.Module) -> dict[str, Tensor]:
                 do="use its save_pretrained",
             )
         )
-    for name in getattr(model, "_keys_to_ignore_on_save", None) or ():
+    for name in _ignored_on_save(model):
         tensors.pop(name, None)
     others = [f"{name}: {type(value).__name__}" for name, value in tensors.items() if not isinstance(value, Tensor)]
     if others:
@@ -363,6 +400,45 @@ def refuse_unlike_stored(tensors: Mapping[str, Tensor]) -> None:
 
 
 # --- private ----------------------------------------------------------------------------------------------------------
+
+
+def _ignored_on_save(model: nn.Module) -> Iterable[str]:
+    return getattr(model, "_keys_to_ignore_on_save", None) or ()
+
+
+class _Carried(NamedTuple):
+    """What is carried from a checkpoint."""
+
+    checkpoint: Checkpoint
+    table: SourceTable
+    targets: tuple[Target, ...]
+
+    @property
+    def left_out(self) -> tuple[str, ...]:
+        """Names of what only running a quantized model needs, where that is decoded."""
+        parts = {part for decode in self.table.decodes.values() for part in decode.parts}
+        return tuple(self.checkpoint.names[row] for row in sorted(self.table.hidden - parts))
+
+    def slabs(self, shards: Sequence[Shard], share: Budget) -> FileSlabs:
+        return FileSlabs(self.checkpoint, self.targets, places_in(shards, self.targets), self.table.decodes, share)
+
+
+def _carried(
+    source: Checkpoint,
+    tensors: Mapping[str, Tensor],
+    plan: CopyPlan,
+    model: nn.Module | None,
+    rules: Iterable[Any] | None,
+    layout: str | None,
+    dtype: torch.dtype | None,
+) -> _Carried:
+    """What no rule takes of a checkpoint, to be written beside what ``plan`` makes of tensors."""
+    saved = state_table(tensors)
+    table = SourceTable.of(source) if has_codes(saved) else decoded_table(source, wants_numbers=False)
+    has = {n: TargetSpec(d, s) for n, d, s in zip(saved.names, saved.dtypes, saved.shapes, strict=True)}
+    rows = unclaimed_rows(source, table, model, rules, layout, has)
+    made = carried_targets(table, rows, None if dtype is None else dtype_code(dtype), plan.targets)
+    return _Carried(source, table, tuple(made))
 
 
 def _is_same(tensor: Tensor, other: Tensor) -> bool:

@@ -12,13 +12,14 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from itertools import chain
 from math import prod
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -55,8 +56,10 @@ from automodel_conv.planning.plan import CopyPlan
 from automodel_conv.planning.sharding import Part, box, parts_plan, region_of
 from automodel_conv.saving import (
     DEFAULT_SCRATCH_BYTES,
+    SaveReport,
     begin_save,
     finish_save,
+    not_saved,
     places_in,
     refuse_unlike_stored,
     saved_tensors,
@@ -101,6 +104,8 @@ class HuggingFaceReader(StorageReader):
         self._key_mapping = key_mapping
         self._limits = Limits(threads, scratch_bytes, device_scratch_bytes)
         self._opened: tuple[Checkpoint, CopyPlan, dict[str, str]] | None = None
+        self.left_out: tuple[str, ...] = ()
+        """Tensors of the checkpoint that no target is made of, once the metadata has been read."""
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
         """Read another checkpoint from now on, if one is given."""
@@ -127,6 +132,7 @@ class HuggingFaceReader(StorageReader):
             checkpoint, self._model, self._rules, self._layout, self._source_layout, self._key_mapping, None
         )
         problems.raise_unless_fit(checkpoint.path)
+        self.left_out = tuple(checkpoint.names[row] for row in whole.unused_sources)
         plan = without_casts(whole)  # to be cast to what is loaded into, once
         made = {target.name: target.name for target in plan.targets}
         for group in tied_names(model) if model is not None else ():
@@ -224,7 +230,9 @@ class HuggingFaceWriter(StorageWriter):
         self._max_shard_size = max_shard_size
         self._share = budget(threads, scratch_bytes or DEFAULT_SCRATCH_BYTES, reads_files=False)
         self._names = None if model is None else saved_tensors(model).keys()
-        self._begun: tuple[Destination, list[Shard], Form] | None = None
+        self._begun: _Begun | None = None
+        self.report: SaveReport | None = None
+        """Of the last save that has ended, on the coordinator."""
         self._ending = ExitStack()
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
@@ -268,11 +276,14 @@ class HuggingFaceWriter(StorageWriter):
         self._check(specs, held)
         names = list(specs) if self._names is None else [name for name in self._names if name in specs]
         table = SourceTable(names, [specs[name][0] for name in names], [specs[name][1] for name in names])
-        _, shards, form = self._plan(table)
+        copies, shards, form = self._plan(table)
+        reference = None if self._reference is None else open_checkpoint(self._reference)
+        left_out = not_saved(self._model, reference, [target.name for target in copies.targets])
         opening = open_destination(self._directory, shards, None, index_name=form.index_name)
-        self._begun = self._ending.enter_context(opening), shards, form
+        destination = self._ending.enter_context(opening)
+        self._begun = _Begun(destination, shards, form, tuple(left_out), time.perf_counter())
         with self._undone_if_it_fails():
-            begin_save(self._begun[0], shards, self._model)
+            begin_save(destination, shards, self._model)
         return [replace(plan, storage_data=(table, items)) for plan, items in zip(plans, shared, strict=True)]
 
     def _check(self, specs: Mapping[str, tuple[str, tuple[int, ...]]], held: Mapping[str, int]) -> None:
@@ -304,7 +315,7 @@ class HuggingFaceWriter(StorageWriter):
         reference = None if self._reference is None else open_checkpoint(self._reference)
         plan = saving_plan(table, model=self._model, rules=self._rules, layout=self._layout, reference=reference)
         form = form_of_save(plan, self._model, self._layout, reference)
-        return plan, shards_for(plan, reference, self._max_shard_size, form), form
+        return plan, shards_for(plan.targets, reference, self._max_shard_size, form), form
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
         """Write what this rank's plan has, and wait until the disk has it.
@@ -344,11 +355,19 @@ class HuggingFaceWriter(StorageWriter):
         Else nothing of it stays.
         """
         if self._begun is not None:
-            destination, shards, form = self._begun
+            begun = self._begun
             with self._undone_if_it_fails():
                 _refuse_failures(results)
                 _refuse_unlike(results)
-                finish_save(destination, shards, self._model, form)
+                finish_save(begun.destination, begun.shards, self._model, begun.form)
+            self.report = SaveReport(
+                files=tuple(shard.name for shard in begun.shards),
+                bytes_written=sum(shard.nbytes for shard in begun.shards),
+                carried=(),
+                left_out=begun.left_out,
+                seconds=time.perf_counter() - begun.at,
+                peak_extra_bytes=self._share.scratch_bytes,
+            )
         self.reset()
 
     @classmethod
@@ -358,6 +377,16 @@ class HuggingFaceWriter(StorageWriter):
 
 
 # --- private ----------------------------------------------------------------------------------------------------------
+
+
+class _Begun(NamedTuple):
+    """A save that the coordinator has begun."""
+
+    destination: Destination
+    shards: list[Shard]
+    form: Form
+    left_out: tuple[str, ...]
+    at: float
 
 
 def _shared(items: Sequence[Sequence[WriteItem]]) -> list[list[WriteItem]]:

@@ -59,6 +59,8 @@ class HookedLoad(NamedTuple):
     """Class of the model."""
     lowered: tuple[str, ...]
     """Targets made by plan."""
+    left_out: tuple[str, ...]
+    """Tensors of the checkpoint that no parameter takes, also those that the model says to ignore."""
     left: Mapping[str, str]
     """Targets left to transformers, with the reason; one entry, ``ALL``, where nothing was looked at."""
 
@@ -76,6 +78,7 @@ class Acceleration:
             left = "all" if ALL in load.left else len(load.left)
             lines.append(f"{load.model}: {len(load.lowered)} converted by plan, {left} by transformers")
             lines += [f"  {name}: {reason}" for name, reason in load.left.items()]
+            lines += [f"  {name} is left out: no parameter takes it" for name in load.left_out]
         return "\n".join(lines)
 
 
@@ -266,9 +269,12 @@ def _converting(convert: Callable[..., Any], acceleration: Acceleration) -> Call
         _refuse_left(turned, work, left, model)
         rest = state_dict if work is None else {n: source for n, source in state_dict.items() if n not in work.taken}
         refuse_codes(model, rest, load_config)
+        names = list(state_dict)
+        unclaimed = resolve(names, RuleSet(objects, model), model.state_dict()).unclaimed
+        left_out = tuple(names[row] for row in unclaimed)
         if work is None:
             found = convert(model, state_dict, load_config, *args, **kwargs)
-            acceleration.loads.append(HookedLoad(type(model).__name__, (), left))
+            acceleration.loads.append(HookedLoad(type(model).__name__, (), left_out, left))
             return found
         buffers: dict[str, Tensor] = {}
         for device, targets in work.places.items():
@@ -286,7 +292,7 @@ def _converting(convert: Callable[..., Any], acceleration: Acceleration) -> Call
         of_rest, *others = convert(model, rest, load_config, *args, **kwargs)
         _add(of_rest, of_converted)
         lowered = tuple(target.name for target in work.plan.targets)
-        acceleration.loads.append(HookedLoad(type(model).__name__, lowered, left))
+        acceleration.loads.append(HookedLoad(type(model).__name__, lowered, left_out, left))
         return (of_rest, *others)
 
     return converted

@@ -46,6 +46,16 @@ class Problems:
     duplicated: list[tuple[str, tuple[str, ...]]] = field(default_factory=list)
     incomplete: list[tuple[str, tuple[str, ...]]] = field(default_factory=list)
     failed: list[tuple[str, str]] = field(default_factory=list)
+    unclaimed: list[int] = field(default_factory=list)
+    """Rows of the sources that no rule gives to a target."""
+    without_place: list[str] = field(default_factory=list)
+    """Those of ``unexpected`` that they would become."""
+
+    def set_aside(self) -> frozenset[int]:
+        """Take sources that no rule gives to a target for no problem; returns their rows."""
+        forgiven = set(self.without_place)
+        self.unexpected = [name for name in self.unexpected if name not in forgiven]
+        return frozenset(self.unclaimed)
 
     def reasons(self) -> list[str]:
         """A line for each problem of a target that something provides."""
@@ -139,6 +149,8 @@ def compile_targets(
         for target in compiler.targets_of(assignment):
             made.setdefault(target.name, target)
     problems = compiler.problems
+    problems.unclaimed = resolution.unclaimed
+    problems.without_place = [name for name in resolution.unexpected if name not in problems.unexpected]
     problems.unexpected += resolution.unexpected
     problems.duplicated += resolution.duplicated
     if targets is not None:

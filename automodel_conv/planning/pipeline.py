@@ -111,6 +111,8 @@ def loading_plan(
         table = table_of(stages[-1].targets)
     transposed = None if source_layout is None else source_layout == PER_EXPERT
     plan, problems = compile_targets(table, rule_set, targets, code, transposed=transposed, as_stored=as_stored)
+    for stage in reversed(stages):  # each of whose targets is one source
+        problems.unclaimed = [stage.targets[row].sources[0] for row in problems.unclaimed]
     stages.append(plan)
     if wanted is not None:
         if source_layout is None and targets is None:

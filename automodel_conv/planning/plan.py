@@ -68,6 +68,18 @@ class CopyPlan:
     def used_sources(self) -> frozenset[int]:
         return frozenset(row for target in self.targets for row in target.sources)
 
+    @cached_property
+    def unused_sources(self) -> tuple[int, ...]:
+        """Rows that nothing is made of; the scales of codes that are used are used too."""
+        decodes = self.sources.decodes
+        parts = {part for row in self.used_sources & decodes.keys() for part in decodes[row].parts}
+        return tuple(row for row in range(len(self.sources.names)) if row not in self.used_sources and row not in parts)
+
+    @property
+    def left_out(self) -> tuple[str, ...]:
+        """Names of the sources that nothing is made of."""
+        return tuple(self.sources.names[row] for row in self.unused_sources)
+
     @property
     def fallbacks(self) -> tuple[str, ...]:
         """Names of the targets that upstream's own code will make."""
@@ -127,6 +139,7 @@ class CopyPlan:
         lines.append(
             f"{len(self.targets):>8} {len(self.used_sources):>8} {self.bytes_written / 1e9:>9.3f}  "
             f"reads {self.bytes_read / 1e9:.3f} GB, {len(self.fallbacks)} targets by upstream's own code"
+            + (f", {len(self.unused_sources)} sources left out" if self.unused_sources else "")
         )
         return "\n".join(lines)
 

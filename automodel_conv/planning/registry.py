@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Mapping
 from functools import lru_cache
 from importlib.util import find_spec
@@ -14,6 +15,7 @@ from torch import nn
 from automodel_conv.errors import UnsupportedError, message
 
 CORE_MODULE = "transformers.core_model_loading"
+_NUMBERED_LAYER = re.compile(r"layers\\\.\d")  # in a regular expression
 
 
 @lru_cache(maxsize=1)
@@ -122,7 +124,31 @@ def without_ignored(model: Any, missing: Iterable[str], unexpected: Iterable[str
         return missing, unexpected
     info = SimpleNamespace(missing_keys=set(missing), unexpected_keys=set(unexpected))
     model._adjust_missing_and_unexpected_keys(info)
-    return [n for n in missing if n in info.missing_keys], [n for n in unexpected if n in info.unexpected_keys]
+    further = _prediction_layers(model)
+    unexpected = [n for n in unexpected if n in info.unexpected_keys and not n.startswith(further)]
+    return [n for n in missing if n in info.missing_keys], unexpected
+
+
+def _prediction_layers(model: nn.Module) -> tuple[str, ...]:
+    """Beginnings of the names of layers for multi-token prediction, which lie behind the layers of a model.
+
+    transformers does not make them. Its ignore-lists name them by number, as they follow the layers of the published
+    models; here they follow the layers of any model. The config may tell how many there are, else there is one.
+    Source: transformers 5.23.0, ``_keys_to_ignore_on_load_unexpected`` of ``DeepseekV3PreTrainedModel``
+    (``model.layers.61``) and of ``Glm4MoePreTrainedModel``; ``num_nextn_predict_layers`` in DeepSeek-V3's
+    ``config.json``.
+    """
+    found: list[str] = []
+    for path, module in model.named_modules():
+        config, layers = getattr(module, "config", None), getattr(module, "layers", None)
+        if not isinstance(layers, nn.ModuleList) or getattr(config, "num_hidden_layers", None) != len(layers):
+            continue
+        ignored = getattr(module, "_keys_to_ignore_on_load_unexpected", None) or ()
+        one = any(_NUMBERED_LAYER.search(pattern) for pattern in ignored)
+        number = getattr(config, "num_nextn_predict_layers", None) or int(one)
+        before = f"{path}." if path else ""
+        found += [f"{before}layers.{len(layers) + i}." for i in range(number)]
+    return tuple(found)
 
 
 def holds_pretrained(model: nn.Module) -> bool:

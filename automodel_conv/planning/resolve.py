@@ -29,6 +29,7 @@ class Resolution:
     assignments: list[Assignment]
     unexpected: list[str]  # target names that the model does not have
     duplicated: list[tuple[str, tuple[str, ...]]] = field(default_factory=list)
+    unclaimed: list[int] = field(default_factory=list)  # rows of the names behind ``unexpected``
 
 
 class _Claim(NamedTuple):
@@ -84,7 +85,9 @@ def resolve(
         if losers:
             rows = [row for slot in assignment.slots.values() for row in slot]
             duplicated.append((target, tuple(names[row] for row in [*rows[:1], *losers])))
-    return Resolution(assignments, list(unexpected), duplicated)
+    claimed = {row for made in claims.values() for claim in made for row in claim.rows} if unexpected else set()
+    unclaimed = [row for row in range(len(names)) if unexpected and row not in claimed and row not in hidden]
+    return Resolution(assignments, list(unexpected), duplicated, unclaimed)
 
 
 def _templates(

@@ -1,0 +1,98 @@
+"""Tensors that a conversion passes on as they are, since no rule takes them, and those that it is told to drop.
+
+Models have no place for the layers of multi-token prediction and for draft heads. They go to the new checkpoint byte
+for byte, under their own names; only what is quantized is decoded with the rest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import replace
+from fnmatch import fnmatchcase
+from typing import Any
+
+from torch import nn
+
+from automodel_conv.errors import NameProblems, UnsupportedError, listing, message
+from automodel_conv.files.checkpoint import Checkpoint
+from automodel_conv.planning.compiler import TargetSpec
+from automodel_conv.planning.copies import SourceTable, Target
+from automodel_conv.planning.marks import layout_to_read
+from automodel_conv.planning.pipeline import loading_plan
+from automodel_conv.planning.quantization import as_meant
+
+
+def dropped_rows(names: Sequence[str], patterns: Iterable[str]) -> frozenset[int]:
+    """The rows of the names that a pattern matches: ``*`` any text, ``?`` a character, ``[abc]`` one of these.
+
+    Raises:
+        UnsupportedError: a pattern matches no name.
+    """
+    dropped: set[int] = set()
+    for pattern in patterns:
+        found = [row for row, name in enumerate(names) if fnmatchcase(name, pattern)]
+        if not found:
+            expected = "a name, or a pattern such as 'mtp.*' or '*.layers.61.*'"
+            raise UnsupportedError(
+                message("no tensor has such a name to be dropped", expected=expected, found=repr(pattern))
+            )
+        dropped.update(found)
+    return frozenset(dropped)
+
+
+def carried_targets(
+    table: SourceTable, rows: Collection[int], dtype: str | None, made: Iterable[Target]
+) -> list[Target]:
+    """Targets that are sources, whole and under their own names.
+
+    Args:
+        dtype: of the numbers that codes become; None: as ``table`` has them.
+        made: what is made of other sources.
+
+    Raises:
+        NameProblems: one of ``made`` has the name of a tensor that is carried.
+    """
+    others = frozenset(range(len(table.names))).difference(rows)
+    carried = as_meant(replace(table, hidden=others)).targets
+    names = {target.name for target in made}
+    both = [target.name for target in carried if target.name in names]
+    if both:
+        raise NameProblems(
+            message(
+                f"{len(both)} tensors that the model has no place for have names that other tensors are given",
+                found="\n" + listing(both),
+                do="leave them out, or rename them",
+            ),
+            duplicated=[(name, (name,)) for name in both],
+        )
+    return [
+        target._replace(dtype=dtype) if dtype is not None and target.sources[0] in table.decodes else target
+        for target in carried
+    ]
+
+
+def unclaimed_rows(
+    checkpoint: Checkpoint,
+    table: SourceTable,
+    model: nn.Module | None,
+    rules: Iterable[Any] | None,
+    layout: str | None,
+    has: Mapping[str, TargetSpec],
+) -> frozenset[int]:
+    """The rows of a checkpoint's tensors that no rule gives to a model, or to a state dict.
+
+    Args:
+        table: what the checkpoint offers.
+        layout: of the experts in the state dict.
+        has: what the state dict has; not asked where there is a model.
+    """
+    source_layout = layout_to_read(checkpoint, None, keeps_names=model is None and not rules and layout is None)
+    _, problems = loading_plan(
+        table,
+        model=model,
+        rules=rules,
+        layout=layout,
+        source_layout=source_layout,
+        targets=None if model is not None else has,
+    )
+    return frozenset(problems.unclaimed)
