@@ -82,6 +82,10 @@ _DequantizeOption = Annotated[
     bool,
     typer.Option("--dequantize", help="Decode what config.json says is quantized, to --dtype or bfloat16."),
 ]
+_DropOption = Annotated[
+    list[str] | None,
+    typer.Option(metavar="PATTERN", help="Leave out tensors of such names, as in 'mtp.*'. May be repeated."),
+]
 _ModelOption = Annotated[
     bool,
     typer.Option("--model/--no-model", help="Names of the model of config.json, or those of the source."),
@@ -129,6 +133,7 @@ def plan(
     checkpoint = open_checkpoint(path)
     compiled = compile_plan(checkpoint, rules=None if model else [], layout=layout, source_layout=source_layout)
     typer.echo(compiled.summary())
+    _name((), compiled.left_out)
     if sizes is not None:
         _print(mesh_table(forecast(checkpoint, compiled, sizes)))
     for target in explain or ():
@@ -172,6 +177,7 @@ def load(
         progress=_shows(progress),
     )
     _print(report_table(loaded.report, len(loaded)))
+    _name((), loaded.report.left_out)
 
 
 @app.command()
@@ -182,6 +188,7 @@ def convert(
     source_layout: _SourceLayoutOption = None,
     dtype: _NewDtypeOption = None,
     dequantize: _DequantizeOption = False,
+    drop: _DropOption = None,
     max_shard_size: Annotated[str, typer.Option(help="Of a file, such as 5GB or 300MiB.")] = "5GB",
     model: _ModelOption = True,
     resume: Annotated[bool, typer.Option(help="Go on with what an earlier call has finished, or start anew.")] = True,
@@ -198,6 +205,7 @@ def convert(
         "source_layout": source_layout,
         "dtype": _dtype(dtype),
         "dequantize": dequantize,
+        "drop": drop or (),
         "max_shard_size": max_shard_size,
     }
     if dry_run:
@@ -218,8 +226,10 @@ def convert(
         same = "the same command" if resume else "the same command, with --resume,"
         typer.echo(f"interrupted: {same} goes on with the files that are not finished", err=True)
         raise typer.Exit(130) from None
+    if report.was_complete:
+        typer.echo("this conversion was complete: all of it was compared with the source, and nothing was written")
     _print(converted_table(report, verify))
-    _name_left_out(report.left_out)
+    _name(report.carried, report.left_out)
 
 
 @app.command()
@@ -233,6 +243,7 @@ def verify(
     source_layout: _SourceLayoutOption = None,
     dtype: _NewDtypeOption = None,
     dequantize: _DequantizeOption = False,
+    drop: _DropOption = None,
     model: _ModelOption = True,
     threads: _ThreadsOption = None,
     progress: _ProgressOption = None,
@@ -251,6 +262,7 @@ def verify(
         source_layout=source_layout,
         dtype=_dtype(dtype),
         dequantize=dequantize,
+        drop=drop or (),
         threads=threads,
         progress=_shows(progress),
     )
@@ -331,11 +343,12 @@ def _tell(conversion: Conversion, destination: str) -> None:
     table.add_row("files", str(len(conversion.shards)))
     table.add_row("needs on the disk", f"{conversion.bytes_needed / 1e9:.3f} GB")
     table.add_row("free there", f"{room.free_bytes / 1e9:.3f} GB")
+    table.add_row("carried as they are", str(len(conversion.carried)))
     table.add_row("left out", str(len(conversion.left_out)))
     if room.unfinished:
         table.add_row("unfinished work there", "yes")
     _print(table)
-    _name_left_out(conversion.left_out)
+    _name(conversion.carried, conversion.left_out)
     if room.in_the_way:
         raise DestinationError(
             message(
@@ -356,9 +369,11 @@ def _tell(conversion: Conversion, destination: str) -> None:
         )
 
 
-def _name_left_out(names: tuple[str, ...]) -> None:
-    if names:
-        typer.echo(f"left out, since the model has no use for them:\n{listing(names)}")
+def _name(carried: tuple[str, ...], left_out: tuple[str, ...]) -> None:
+    if carried:
+        typer.echo(f"carried as they are, since the model has no place for them:\n{listing(carried)}")
+    if left_out:
+        typer.echo(f"left out:\n{listing(left_out)}")
 
 
 def _shows(progress: bool | None) -> bool:

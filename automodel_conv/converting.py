@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -25,7 +25,6 @@ from automodel_conv.errors import (
     resources_told,
 )
 from automodel_conv.execution.file_slabs import FileSlabs
-from automodel_conv.execution.reading import reading
 from automodel_conv.execution.slabs import Slab
 from automodel_conv.execution.writing import (
     Budget,
@@ -39,12 +38,12 @@ from automodel_conv.files import system
 from automodel_conv.files.checkpoint import Checkpoint, open_checkpoint, rows_by_file
 from automodel_conv.files.config import CONFIG_NAME, plain_config
 from automodel_conv.files.destination import (
-    STAGING_NAME,
     WEIGHT_SUFFIXES,
-    is_checkpoint,
     open_destination,
+    remove_remains,
     telling,
 )
+from automodel_conv.files.finished import is_finished
 from automodel_conv.files.shards import CHECKSUMS_NAME, Form, Shard, Spec, divide, index_of, parse_size
 from automodel_conv.loading import decoded_table
 from automodel_conv.planning.carrying import carried_targets, dropped_rows
@@ -252,12 +251,24 @@ def convert_checkpoint(
     work = {"source files": state, "tensors": _digest(conversion), "files": [shard.name for shard in shards]}
     plan = conversion.plan
     made = FileSlabs(checkpoint, plan.targets, places_in(shards, plan.targets), plan.sources.decodes, share)
-    beside = {name: config if name == CONFIG_NAME else None for name in _beside_weights(checkpoint)}
-    if resume and _is_written(conversion, directory, beside, checksums):
-        _compare_finished(conversion, directory, made, share, progress)
-        nothing = (0, len(shards), conversion.carried, conversion.left_out)
-        files = tuple(shard.name for shard in shards)
-        return ConvertReport(files, *nothing, time.perf_counter() - began, share.scratch_bytes, was_complete=True)
+    texts = {} if config is None else {CONFIG_NAME: config}
+    copies = {n: os.path.join(checkpoint.directory, n) for n in _beside_weights(checkpoint) if n not in texts}
+    index = index_of(shards, form=conversion.form)
+    of_index = {} if index is None else {conversion.form.index_name: index}
+    if resume and directory != checkpoint.directory:
+        if is_finished(directory, shards, texts | of_index, copies, checksums):
+            _compare_finished(conversion, directory, made, share, progress)
+            remove_remains(directory)
+            return ConvertReport(
+                files=tuple(shard.name for shard in shards),
+                bytes_written=0,
+                files_resumed=len(shards),
+                carried=conversion.carried,
+                left_out=conversion.left_out,
+                seconds=time.perf_counter() - began,
+                peak_extra_bytes=share.scratch_bytes,
+                was_complete=True,
+            )
     with open_destination(directory, shards, work, resume=resume, index_name=conversion.form.index_name) as place:
         unfinished = place.unfinished
         nbytes = sum(shard.nbytes for shard in shards if shard.name in unfinished)
@@ -294,22 +305,21 @@ def convert_checkpoint(
                 )
             )
         with telling(directory):
-            for name, text in beside.items():
-                if text is not None:
-                    place.write(name, text)
-                else:
-                    system.copy_file(os.path.join(checkpoint.directory, name), place.path(name))
+            for name, text in texts.items():
+                place.write(name, text)
+            for name, path in copies.items():
+                system.copy_file(path, place.path(name))
         if checksums:
             write_checksums(place, shards, share.threads)
-        place.commit(index_of(shards, form=conversion.form))
+        place.commit(index)
     return ConvertReport(
-        tuple(shard.name for shard in shards),
-        nbytes,
-        len(shards) - len(unfinished),
-        conversion.carried,
-        conversion.left_out,
-        time.perf_counter() - began,
-        share.scratch_bytes,
+        files=tuple(shard.name for shard in shards),
+        bytes_written=nbytes,
+        files_resumed=len(shards) - len(unfinished),
+        carried=conversion.carried,
+        left_out=conversion.left_out,
+        seconds=time.perf_counter() - began,
+        peak_extra_bytes=share.scratch_bytes,
     )
 
 
@@ -419,7 +429,10 @@ def _beside_weights(checkpoint: Checkpoint) -> list[str]:
     directory = checkpoint.directory
     if checkpoint.path.endswith(".safetensors") and system.is_file(checkpoint.path):
         return []
-    names = [name for name in system.list_names(directory) if not name.startswith(".")]
+    try:
+        names = [name for name in system.list_names(directory) if not name.startswith(".")]
+    except OSError as error:
+        raise ReadError(message("cannot list the source", where=directory, found=error)) from error
     others = [name for name in names if not name.endswith((*WEIGHT_SUFFIXES, CHECKSUMS_NAME))]
     return [name for name in others if system.is_file(os.path.join(directory, name))]
 
@@ -446,43 +459,6 @@ def _compare_headers(plan: CopyPlan, other: Checkpoint) -> None:
 def _file_of(checkpoint: Checkpoint, file: int, rows: Sequence[int]) -> Shard:
     specs = [Spec(checkpoint.names[row], checkpoint.dtypes[row], checkpoint.shapes[row]) for row in rows]
     return Shard(checkpoint.files[file], b"", tuple(specs), tuple(checkpoint.offsets[row] for row in rows))
-
-
-def _is_written(conversion: Conversion, directory: str, beside: Mapping[str, bytes | None], checksums: bool) -> bool:
-    """Whether a directory is what the conversion makes, as far as headers and all beside the weights tell.
-
-    Args:
-        beside: files of the source that go with the weights, with the text of those that are changed.
-    """
-    checkpoint, shards = conversion.checkpoint, conversion.shards
-    index = index_of(shards, form=conversion.form)
-    names = {shard.name for shard in shards} | ({conversion.form.index_name} if index is not None else set())
-    with telling(directory):
-        if not system.is_directory(directory):
-            return False
-        present = system.list_names(directory)
-        if STAGING_NAME in present or {name for name in present if is_checkpoint(name)} != names:
-            return False
-        if (CHECKSUMS_NAME in present) != checksums:
-            return False
-        begins = {shard.name: (shard.header, shard.nbytes) for shard in shards}
-        if index is not None:
-            begins[conversion.form.index_name] = index, len(index)
-        begins |= {name: (text, len(text)) for name, text in beside.items() if text is not None}
-        if not all(_begins_with(os.path.join(directory, name), *begin) for name, begin in begins.items()):
-            return False
-        copied = [name for name, text in beside.items() if text is None]
-        return all(system.same_bytes(os.path.join(checkpoint.directory, n), os.path.join(directory, n)) for n in copied)
-
-
-def _begins_with(path: str, text: bytes, nbytes: int) -> bool:
-    """Whether a file has this size, and this text at its beginning."""
-    if not system.is_file(path) or system.identity(path)[0] != nbytes:
-        return False
-    with reading(path) as fd:
-        found = bytearray(len(text))
-        system.read_exactly(fd, [memoryview(found)], 0, path)
-    return bytes(found) == text
 
 
 def _compare_finished(conversion: Conversion, directory: str, made: FileSlabs, share: Budget, progress: bool) -> None:

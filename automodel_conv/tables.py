@@ -30,6 +30,7 @@ def converted_table(report: ConvertReport, verified: bool) -> Table:
     table.add_row("speed", f"{report.gb_per_s:.2f} GB/s")
     table.add_row("seconds", f"{report.seconds:.3f}")
     table.add_row("peak extra memory, at most", f"{report.peak_extra_bytes / 2**20:.1f} MiB")
+    table.add_row("carried as they are", str(len(report.carried)))
     table.add_row("left out", str(len(report.left_out)))
     return table
 
@@ -73,6 +74,7 @@ def report_table(report: LoadReport, tensors: int) -> Table:
     table.add_row("missing", str(len(report.missing_keys)))
     table.add_row("unexpected", str(len(report.unexpected_keys)))
     table.add_row("wrong shape", str(len(report.mismatched_keys)))
+    table.add_row("left out", str(len(report.left_out)))
     return table
 
 

@@ -305,7 +305,7 @@ def test_a_dry_run_fails_where_a_checkpoint_lies(plain):
 
 
 @needs_transformers
-def test_tensors_that_are_left_out_are_named(moe, tmp_path):
+def test_tensors_that_are_carried_or_left_out_are_named(moe, tmp_path):
     source = tmp_path / "source"
     source.mkdir()
     for path in moe.iterdir():
@@ -319,8 +319,26 @@ def test_tensors_that_are_left_out_are_named(moe, tmp_path):
     for arguments in (["--dry-run"], []):
         result = run("convert", source, tmp_path / "new", *arguments)
         assert result.exit_code == 0, result.output
-        assert value(result.stdout, "left out") == "1"
+        assert value(result.stdout, "carried as they are") == "1"
         assert f"    {name}\n" in result.stdout
+    result = run("convert", source, tmp_path / "less", "--drop", "*.inv_freq")
+    assert result.exit_code == 0, result.output
+    assert value(result.stdout, "carried as they are") == "0"
+    assert value(result.stdout, "left out") == "1"
+    assert f"left out:\n    {name}\n" in result.stdout
+    assert run("verify", source, tmp_path / "less", "--drop", "*.inv_freq").exit_code == 0
+    for command in ("plan", "load"):
+        result = run(command, source)
+        assert result.exit_code == 0, result.output
+        assert f"left out:\n    {name}\n" in result.stdout
+
+
+def test_a_conversion_that_was_complete_says_so(plain, tmp_path):
+    command = ["convert", plain, tmp_path / "new", "--no-model"]
+    assert run(*command).exit_code == 0
+    result = run(*command)
+    assert result.exit_code == 0, result.output
+    assert result.stdout.startswith("this conversion was complete")
 
 
 def test_an_interrupted_conversion_says_so_and_the_same_command_goes_on(plain, tmp_path, monkeypatch):

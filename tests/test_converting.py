@@ -14,9 +14,9 @@ from safetensors.torch import load_file, save_file
 
 import automodel_conv as amc
 from automodel_conv import converting
-from automodel_conv.converting import compile_conversion
 from automodel_conv.errors import (
     CheckpointError,
+    DestinationError,
     ConversionError,
     NameProblems,
     UnsupportedError,
@@ -26,7 +26,7 @@ from automodel_conv.errors import (
 from automodel_conv.files import system
 from automodel_conv.files.destination import STAGING_NAME
 from automodel_conv.testing import address_valued
-from tests.comparing import assert_same, tensors_of
+from tests.comparing import assert_same, contents, tensors_of
 
 try:
     from transformers.core_model_loading import Concatenate, MergeModulelist, WeightConverter
@@ -234,23 +234,6 @@ def test_what_lies_beside_the_weights_is_copied_and_nothing_else(published, tmp_
     found = {p.name: p.read_bytes() for p in (tmp_path / "made").iterdir() if p.suffix != ".safetensors"}
     configs = {name: (published / name).read_bytes() for name in ("config.json", "generation_config.json")}
     assert found == beside | configs
-
-
-@needs_transformers
-def test_what_the_model_ignores_is_left_out_and_told(tmp_path):
-    write_checkpoint(build_model("deepseek_v3"), tmp_path / "published")
-    ignored = tensors_of(tmp_path / "published")
-    wanted = laid_out("deepseek_v3", ignored, "nemo")
-    extra = {f"model.layers.61.{n}": address_valued((4, 5), torch.bfloat16) for n in ("eh_proj.weight", "norm.weight")}
-    save_file(extra, tmp_path / "published" / "extra.safetensors")
-    index = tmp_path / "published" / "model.safetensors.index.json"
-    text = json.loads(index.read_text())
-    text["weight_map"] |= dict.fromkeys(extra, "extra.safetensors")
-    index.write_text(json.dumps(text))
-    report = amc.convert_checkpoint(tmp_path / "published", tmp_path / "made", layout="nemo")
-    assert sorted(report.left_out) == sorted(extra)
-    assert_same(tensors_of(tmp_path / "made"), wanted)
-    assert sorted(compile_conversion(tmp_path / "published", layout="nemo").left_out) == sorted(extra)
 
 
 def plain():
@@ -533,3 +516,84 @@ def test_default_scratch_and_files_are_those_of_the_documentation(saved, tmp_pat
     assert report.peak_extra_bytes <= converting.DEFAULT_SCRATCH_BYTES == 256 << 20
     with safe_open(tmp_path / "made" / "model.safetensors", "pt") as file:
         assert file.metadata() == {"format": "pt"}
+
+
+# --- called again when it is complete ---------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def complete(tmp_path):
+    """A source, and what the conversion of it to float32 and other files has made."""
+    source, made = tmp_path / "source", tmp_path / "made"
+    source.mkdir()
+    save_file(plain(), source / "model.safetensors")
+    (source / "config.json").write_text("{}")
+    amc.convert_checkpoint(source, made, rules=[], max_shard_size="300B")
+    return source, made
+
+
+def again(source, made, **options):
+    return amc.convert_checkpoint(source, made, **{"rules": [], "max_shard_size": "300B", **options})
+
+
+@pytest.mark.parametrize("verify", [True, False])
+def test_a_complete_conversion_called_again_compares_and_writes_nothing(complete, verify):
+    before = {path: path.stat().st_mtime_ns for path in complete[1].iterdir()}
+    report = again(*complete, verify=verify)
+    assert report.was_complete
+    assert report.bytes_written == 0
+    assert report.files_resumed == len(report.files) > 1
+    assert {path: path.stat().st_mtime_ns for path in complete[1].iterdir()} == before
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"resume": False}, {"dtype": torch.float32}, {"max_shard_size": "5GB"}, {"drop": ["codes"]}, {"checksums": True}],
+    ids=str,
+)
+def test_other_options_are_refused_by_a_complete_conversion(complete, options):
+    before = contents(complete[1])
+    with pytest.raises(DestinationError, match="holds a checkpoint already"):
+        again(*complete, **options)
+    assert contents(complete[1]) == before
+
+
+def test_another_source_is_refused_by_a_complete_conversion(complete):
+    source, made = complete
+    before = contents(made)
+    other = plain()
+    other["codes"][-1, -1] += 1
+    save_file(other, source / "model.safetensors")
+    with pytest.raises(DestinationError, match="not what this conversion makes") as told:
+        again(source, made)
+    assert "codes" in str(told.value)
+    assert contents(made) == before
+
+
+@pytest.mark.parametrize("change", ["a config", "an index", "one byte", "a file more", "a file less", "a header"])
+def test_what_was_changed_after_a_conversion_is_refused(complete, change):
+    source, made = complete
+    shard = sorted(made.glob("model-*.safetensors"))[0]
+    data = bytearray(shard.read_bytes())
+    if change == "a config":
+        (made / "config.json").write_text("{ }")
+    elif change == "an index":
+        index = made / "model.safetensors.index.json"
+        index.write_text(index.read_text() + "\n")
+    elif change == "a file more":
+        (made / "model.safetensors").write_bytes(bytes(data))
+    elif change == "a file less":
+        shard.unlink()
+    else:
+        data[-1 if change == "one byte" else 9] ^= 1
+        shard.write_bytes(bytes(data))
+    before = contents(made)
+    with pytest.raises(DestinationError):
+        again(source, made)
+    assert contents(made) == before
+
+
+def test_a_complete_conversion_of_one_file_and_of_nothing_beside_it_is_known(tmp_path):
+    save_file({"a": torch.ones(3), "empty": torch.ones(0, 4)}, tmp_path / "one.safetensors")
+    for expected in (False, True):
+        assert again(tmp_path / "one.safetensors", tmp_path / "made").was_complete is expected

@@ -150,6 +150,25 @@ def staged_path(directory: str, name: str) -> str:
     return os.path.join(directory, STAGING_NAME, name)
 
 
+def holds_work(directory: str) -> bool:
+    """Whether a directory holds unfinished work, which its journal tells."""
+    return system.exists(os.path.join(directory, STAGING_NAME, _JOURNAL))
+
+
+def remove_remains(directory: str) -> None:
+    """Remove what is left of a work that was killed after all of it was done.
+
+    Raises:
+        DestinationError: another process writes to the directory.
+    """
+    staging = os.path.join(directory, STAGING_NAME)
+    if system.exists(staging):
+        with telling(directory):
+            lock = _locked(staging, directory)
+        _remove(staging)
+        system.close(lock)
+
+
 @contextmanager
 def open_destination(
     directory: str,

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import ctypes
 import errno
-import filecmp
 import functools
 import mmap
 import os
@@ -360,11 +359,6 @@ def rename(path: str, new: str) -> None:
 def copy_file(path: str, new: str) -> None:
     """Copy a small file and its permissions."""
     shutil.copy(path, new)
-
-
-def same_bytes(path: str, other: str) -> bool:
-    """Whether two files hold the same bytes; False where one is no file."""
-    return is_file(path) and is_file(other) and filecmp.cmp(path, other, shallow=False)
 
 
 def remove(path: str) -> None:

@@ -270,7 +270,7 @@ def _converting(convert: Callable[..., Any], acceleration: Acceleration) -> Call
         rest = state_dict if work is None else {n: source for n, source in state_dict.items() if n not in work.taken}
         refuse_codes(model, rest, load_config)
         names = list(state_dict)
-        unclaimed = resolve(names, RuleSet(objects, model), model.state_dict()).unclaimed
+        unclaimed = resolve(names, RuleSet(load_config.weight_mapping, model), model.state_dict()).unclaimed
         left_out = tuple(names[row] for row in unclaimed)
         if work is None:
             found = convert(model, state_dict, load_config, *args, **kwargs)
