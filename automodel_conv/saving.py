@@ -10,21 +10,21 @@ from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from itertools import chain
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from automodel_conv.carrying import carried_from
 from automodel_conv.dtypes import FLOATING, dtype_code
 from automodel_conv.errors import UnsupportedError, listing, message, resources_told
 from automodel_conv.execution.buffers import dtype_of
 from automodel_conv.execution.checksums import checksums_of, checksums_text
-from automodel_conv.execution.file_slabs import FileSlabs
 from automodel_conv.execution.holders import checksums_of_parts, find_holders, refuse_unlike_replicas
 from automodel_conv.execution.ranks import local_of, meshes_of, same_on_all, together
 from automodel_conv.execution.tensor_slabs import Holding, tensor_slabs
-from automodel_conv.execution.writing import Budget, begin_shard, budget, write_slabs
+from automodel_conv.execution.writing import begin_shard, budget, write_slabs
 from automodel_conv.files.checkpoint import Checkpoint, open_checkpoint
 from automodel_conv.files.destination import Destination, open_destination, staged_path, telling
 from automodel_conv.files.shards import (
@@ -37,16 +37,12 @@ from automodel_conv.files.shards import (
     index_of,
     parse_size,
 )
-from automodel_conv.loading import decoded_table
-from automodel_conv.planning.carrying import carried_targets, unclaimed_rows
-from automodel_conv.planning.compiler import TargetSpec
-from automodel_conv.planning.copies import SourceTable, Target
+from automodel_conv.planning.copies import Target
 from automodel_conv.planning.experts import refuse_missing_experts
 from automodel_conv.planning.marks import form_of_save
 from automodel_conv.planning.models import checked_dtype, model_targets, state_table, tied_names
 from automodel_conv.planning.pipeline import saving_plan
 from automodel_conv.planning.plan import CopyPlan
-from automodel_conv.planning.quantization import has_codes
 from automodel_conv.planning.registry import is_pretrained_model, model_rules
 from automodel_conv.planning.resolve import resolve
 from automodel_conv.planning.rules import RuleSet
@@ -153,13 +149,14 @@ def save_checkpoint(
         plan = saving_plan(state_table(tensors), model=model, rules=rules, layout=layout, reference=opened)
         plan = with_dtype(plan, dtype, model, rules)
         source = None if carry is None else open_checkpoint(carry)
-        further = None if source is None else _carried(source, tensors, plan, model, rules, layout, dtype)
-        carried = () if further is None else further.targets
+        code = None if dtype is None else dtype_code(dtype)
+        carried = None if source is None else carried_from(source, plan, model, rules, layout, code)
+        targets = plan.targets if carried is None else (*plan.targets, *carried.targets)
         kept = getattr(state, "layout", None) if model is None and layout is None and not rules else None
         form = form_of_save(plan, model, layout, opened, kept)
-        shards = shards_for((*plan.targets, *carried), opened, max_shard_size, form)
+        shards = shards_for(targets, opened, max_shard_size, form)
         most_scratch = DEFAULT_SCRATCH_BYTES if scratch_bytes is None else scratch_bytes
-        share = budget(threads, most_scratch, reads_files=further is not None)
+        share = budget(threads, most_scratch, reads_files=carried is not None)
         leads = not groups or dist.get_rank() == 0
     names = json.dumps(sorted(tensors)).encode()
     same_on_all(groups, [names, *(shard.header for shard in shards)], "the tensors to be saved")
@@ -175,7 +172,9 @@ def save_checkpoint(
             row: [Holding(regions[name], parts[name])] for row, name in enumerate(tensors) if name in holders.written
         }
         made = tensor_slabs(plan, held, places_in(shards, plan.targets), most_bytes=share.slab_bytes)
-        passed = None if further is None or not leads else further.slabs(shards, share)
+        passed = None
+        if carried is not None and leads:
+            passed = carried.slabs(places_in(shards, carried.targets), share)
     refuse_unlike_replicas(groups, holders, sums)
     with ExitStack() as ending:
         with together(groups, "beginning to save"):
@@ -195,14 +194,13 @@ def save_checkpoint(
         with together(groups, "ending the save"):
             if destination is not None:
                 finish_save(destination, shards, model, form, share.threads if checksums else 0)
-    names_carried = tuple(target.name for target in carried)
     return SaveReport(
         files=tuple(shard.name for shard in shards),
         bytes_written=sum(shard.nbytes for shard in shards),
-        carried=names_carried,
+        carried=() if carried is None else carried.names,
         left_out=(
-            *not_saved(model, opened, [*names_carried, *(target.name for target in plan.targets)]),
-            *(() if further is None else further.left_out),
+            *not_saved(model, opened, [target.name for target in targets]),
+            *(() if carried is None else carried.left_out),
         ),
         seconds=time.perf_counter() - began,
         peak_extra_bytes=share.scratch_bytes,
@@ -404,41 +402,6 @@ def refuse_unlike_stored(tensors: Mapping[str, Tensor]) -> None:
 
 def _ignored_on_save(model: nn.Module) -> Iterable[str]:
     return getattr(model, "_keys_to_ignore_on_save", None) or ()
-
-
-class _Carried(NamedTuple):
-    """What is carried from a checkpoint."""
-
-    checkpoint: Checkpoint
-    table: SourceTable
-    targets: tuple[Target, ...]
-
-    @property
-    def left_out(self) -> tuple[str, ...]:
-        """Names of what only running a quantized model needs, where that is decoded."""
-        parts = {part for decode in self.table.decodes.values() for part in decode.parts}
-        return tuple(self.checkpoint.names[row] for row in sorted(self.table.hidden - parts))
-
-    def slabs(self, shards: Sequence[Shard], share: Budget) -> FileSlabs:
-        return FileSlabs(self.checkpoint, self.targets, places_in(shards, self.targets), self.table.decodes, share)
-
-
-def _carried(
-    source: Checkpoint,
-    tensors: Mapping[str, Tensor],
-    plan: CopyPlan,
-    model: nn.Module | None,
-    rules: Iterable[Any] | None,
-    layout: str | None,
-    dtype: torch.dtype | None,
-) -> _Carried:
-    """What no rule takes of a checkpoint, to be written beside what ``plan`` makes of tensors."""
-    saved = state_table(tensors)
-    table = SourceTable.of(source) if has_codes(saved) else decoded_table(source, wants_numbers=False)
-    has = {n: TargetSpec(d, s) for n, d, s in zip(saved.names, saved.dtypes, saved.shapes, strict=True)}
-    rows = unclaimed_rows(source, table, model, rules, layout, has)
-    made = carried_targets(table, rows, None if dtype is None else dtype_code(dtype), plan.targets)
-    return _Carried(source, table, tuple(made))
 
 
 def _is_same(tensor: Tensor, other: Tensor) -> bool:

@@ -16,8 +16,8 @@ import automodel_conv as amc
 from automodel_conv import converting
 from automodel_conv.errors import (
     CheckpointError,
-    DestinationError,
     ConversionError,
+    DestinationError,
     NameProblems,
     UnsupportedError,
     VerificationError,
