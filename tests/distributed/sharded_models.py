@@ -68,7 +68,7 @@ def rank(common: dict[str, Published], variant: str, directory: Path) -> None:
     for name, kind in CHECKS[dist.get_world_size()]:
         of = common[name]
         steps = [loads, makes_state_dicts, saves, is_saved_by_dcp, is_loaded_by_dcp]
-        for step in steps + [computes] * ((name, kind) == ("mixtral", "fsdp")):
+        for step in steps + [computes, carries] * ((name, kind) == ("mixtral", "fsdp")):
             try:
                 step(of, kind, meshes)
             except Exception as error:
@@ -187,6 +187,21 @@ def saves(of: Published, kind: str, meshes: Meshes) -> None:
         assert_same_tensors(again.state_dict(), of.full)
     amc.load_model(sharded_again := sharded(of, kind, meshes), directory)
     assert_holds(sharded_again.state_dict(), of, whole=False)
+
+
+def carries(of: Published, kind: str, meshes: Meshes) -> None:
+    """One rank writes what the model has no place for, beside what all write."""
+    extra = {"mtp.fc.weight": torch.arange(6.0).reshape(2, 3), "d2t": torch.arange(5)}
+    source = f"{of.saved} {kind} draft.safetensors"
+    if dist.get_rank() == 0:
+        save_file(extra, source)
+    dist.barrier()
+    model = sharded(of, kind, meshes)
+    amc.load_model(model, of.path)
+    report = amc.save_checkpoint(model, f"{of.saved} {kind} carried", max_shard_size="60KB", carry=source)
+    assert sorted(report.carried) == sorted(extra)
+    if dist.get_rank() == 0:
+        assert_same_tensors(read_all(f"{of.saved} {kind} carried"), read_all(of.saved) | extra)
 
 
 def is_saved_by_dcp(of: Published, kind: str, meshes: Meshes) -> None:

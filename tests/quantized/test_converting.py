@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 
 pytest.importorskip("transformers", reason="the models, and what they are compared with, are transformers'")
 
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 from typer.testing import CliRunner
 
 import automodel_conv as amc
@@ -159,3 +159,45 @@ def test_a_saved_model_that_was_decoded_does_not_say_that_it_is_quantized(tmp_pa
     assert "quantization_config" not in config_of(tmp_path / "saved")
     reloaded = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
     assert_same(dict(reloaded.state_dict()), dict(model.state_dict()))
+
+
+@pytest.fixture
+def with_more(tmp_path):
+    """Quantized experts beside a prediction layer, quantized too, and the scale of an activation."""
+    _, exact = quantized("qwen3_moe", tmp_path / "source", fine_grained((7, 20)))
+    file = tmp_path / "source" / "model.safetensors"
+    stored = load_file(file)
+    name = next(iter(exact))
+    codes, scales = stored[name].clone(), stored[f"{name}_scale_inv"].clone()
+    more = {"mtp.fc.weight": codes, "mtp.fc.weight_scale_inv": scales}
+    more |= {"mtp.norm.weight": torch.ones(3), "draft.d2t": torch.arange(4)}
+    scale = f"{name.removesuffix('.weight')}.input_scale"
+    save_file(stored | more | {scale: torch.ones(())}, file)
+    return tmp_path / "source", more, exact[name], scale
+
+
+def test_what_is_carried_is_decoded_with_the_rest(with_more, tmp_path):
+    source, more, exact, scale = with_more
+    report = amc.convert_checkpoint(source, tmp_path / "plain", layout="nemo", dequantize=True)
+    assert report.left_out == (scale,)
+    made = {name: tensor for name, tensor in tensors_of(tmp_path / "plain").items() if name in more}
+    decoded = {name: tensor for name, tensor in more.items() if name != "mtp.fc.weight_scale_inv"}
+    assert_same(made, decoded | {"mtp.fc.weight": exact.to(torch.bfloat16)})
+    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(source), dtype=torch.bfloat16)
+    loaded = amc.load_model(model, source, strict=False)
+    assert sorted(loaded.left_out) == sorted([*more, scale])
+    report = amc.save_checkpoint(model, tmp_path / "saved", carry=source)
+    assert report.left_out == (scale,)
+    saved = {name: tensor for name, tensor in tensors_of(tmp_path / "saved").items() if name in more}
+    assert_same(saved, made)
+    assert amc.load_state_dict(tmp_path / "saved", strict=False).report.missing_keys == ()
+
+
+def test_codes_are_carried_as_codes_where_the_rest_is_codes(with_more, tmp_path):
+    source, more, _, scale = with_more
+    amc.convert_checkpoint(source, tmp_path / "made", layout="per_expert")
+    assert_same(tensors_of(tmp_path / "made"), tensors_of(source))
+    kept = {name: tensor for name, tensor in tensors_of(source).items() if name not in more and name != scale}
+    report = amc.save_checkpoint(kept, tmp_path / "saved", rules=[], carry=source)
+    assert sorted(report.carried) == sorted([*more, scale])
+    assert_same(tensors_of(tmp_path / "saved"), tensors_of(source))
