@@ -256,9 +256,27 @@ def test_shard_in_a_folder_below_is_read(tmp_path):
     assert content(open_checkpoint(tmp_path), "x") == b"xxx"
 
 
-def test_tensors_that_the_index_leaves_out_belong_to_the_checkpoint(tmp_path):
+def test_tensors_that_the_index_leaves_out_are_no_part_of_the_checkpoint_and_are_named(tmp_path):
     write_sharded(tmp_path, TWO, {"x": "a.safetensors", "z": "b.safetensors"})
-    assert open_checkpoint(tmp_path).names == ["x", "z", "y"]
+    checkpoint = open_checkpoint(tmp_path)
+    assert checkpoint.names == ["x", "z"]
+    assert checkpoint.position == {"x": 0, "z": 1}
+    assert content(checkpoint, "z") == b"zz"
+    assert checkpoint.unindexed == (("y", "b.safetensors"),)
+
+
+def test_unindexed_tensors_are_sorted_by_file_then_name(tmp_path):
+    shards = {"b.safetensors": {"z": b"z", "keep": b"k", "a": b"aa"}, "a.safetensors": {"y": b"y", "stay": b"s"}}
+    write_sharded(tmp_path, shards, {"keep": "b.safetensors", "stay": "a.safetensors"})
+    found = open_checkpoint(tmp_path).unindexed
+    assert found == (("y", "a.safetensors"), ("a", "b.safetensors"), ("z", "b.safetensors"))
+
+
+def test_a_file_that_is_opened_by_itself_is_whole_whatever_an_index_beside_it_says(tmp_path):
+    write_sharded(tmp_path, TWO, {"x": "a.safetensors", "z": "b.safetensors"})
+    checkpoint = open_checkpoint(tmp_path / "b.safetensors")
+    assert sorted(checkpoint.names) == ["y", "z"]
+    assert checkpoint.unindexed == ()
 
 
 @pytest.mark.parametrize("winner", ["a.safetensors", "b.safetensors"])
@@ -270,6 +288,8 @@ def test_index_decides_between_two_files_with_one_name(tmp_path, winner):
     assert {name: checkpoint.names[row] for name, row in checkpoint.position.items()} == {name: name for name in "txy"}
     assert content(checkpoint, "t") == winner[:1].encode() * 2
     assert content(checkpoint, "y") == b"y"
+    (loser,) = shards.keys() - {winner}
+    assert checkpoint.unindexed == (("t", loser),)
 
 
 def test_relative_path_becomes_absolute(tmp_path, monkeypatch):
@@ -571,11 +591,11 @@ def test_tensor_of_the_index_that_its_file_lacks_is_named(tmp_path):
     assert "'x'" not in text
 
 
-def test_name_in_two_files_that_the_index_leaves_out_is_refused(tmp_path):
+def test_name_in_two_files_that_the_index_leaves_out_belongs_to_neither(tmp_path):
     shards = {"a.safetensors": {"t": b"aa", "x": b"x"}, "b.safetensors": {"y": b"y", "t": b"bb"}}
-    write_sharded(tmp_path, shards, {"x": "a.safetensors", "y": "b.safetensors"})
-    names = [str(tmp_path / "a.safetensors"), str(tmp_path / "b.safetensors")]
-    refused(tmp_path, "two files", "tensor 't'", *names)
+    checkpoint = open_checkpoint(write_sharded(tmp_path, shards, {"x": "a.safetensors", "y": "b.safetensors"}))
+    assert checkpoint.names == ["x", "y"]
+    assert checkpoint.unindexed == (("t", "a.safetensors"), ("t", "b.safetensors"))
 
 
 def test_bad_shard_among_good_ones_is_named(tmp_path):
