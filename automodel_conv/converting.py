@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from automodel_conv.doors import door
 from automodel_conv.dtypes import itemsize
 from automodel_conv.errors import (
     DestinationError,
@@ -24,7 +25,6 @@ from automodel_conv.errors import (
     WriteError,
     listing,
     message,
-    resources_told,
 )
 from automodel_conv.execution.reading import OpenFiles
 from automodel_conv.execution.slabs import Slab, slab_schedule
@@ -46,7 +46,7 @@ from automodel_conv.files.shards import CHECKSUMS_NAME, Form, Shard, Spec, divid
 from automodel_conv.loading import decoded_table
 from automodel_conv.planning.copies import Decode, SourceTable
 from automodel_conv.planning.from_config import meta_model
-from automodel_conv.planning.layouts import PER_EXPERT, any_experts
+from automodel_conv.planning.layouts import PER_EXPERT, any_experts, get_layout
 from automodel_conv.planning.marks import form_of_conversion, layout_to_read, stated_layout
 from automodel_conv.planning.models import checked_dtype
 from automodel_conv.planning.pipeline import loading_plan, saving_plan, without_casts
@@ -100,6 +100,7 @@ class ConvertReport:
         return self.bytes_written / self.seconds / 1e9 if self.seconds else 0.0
 
 
+@door("planning")
 def compile_conversion(
     source: str | os.PathLike[str],
     *,
@@ -112,6 +113,8 @@ def compile_conversion(
 ) -> Conversion:
     """What ``convert_checkpoint`` would do; reads no more than ``compile_plan``. See there."""
     checked_dtype(dtype)
+    if layout not in (None, PER_EXPERT):
+        get_layout(layout, PER_EXPERT)
     checkpoint = open_checkpoint(source)
     most_bytes = parse_size(max_shard_size)
     rules = None if rules is None else list(rules)
@@ -130,7 +133,7 @@ def compile_conversion(
         source_layout=source_layout,
         dtype=None if model is not None else dtype,
     )
-    problems.raise_unless_fit(checkpoint.path)
+    problems.raise_unless_fit(checkpoint.path, unindexed=checkpoint.unindexed)
     if layout == PER_EXPERT:
         given = None if source_layout == PER_EXPERT else source_layout
         back = saving_plan(table, model=model, rules=rules, layout=given, checked=True)
@@ -154,7 +157,7 @@ def compile_conversion(
     return Conversion(checkpoint, plan, tuple(divide(specs_of(plan.targets), most_bytes, form)), form)
 
 
-@resources_told("converting")
+@door("converting")
 def convert_checkpoint(
     source: str | os.PathLike[str],
     destination: str | os.PathLike[str],
@@ -264,7 +267,7 @@ def convert_checkpoint(
                     "the source was changed while it was converted",
                     where=checkpoint.directory,
                     found="\n" + listing(name for name in state if now[name] != state[name]),
-                    do="start again with resume=False (--no-resume)",
+                    do="start again with {resume=False}",
                 )
             )
         with telling(directory):
@@ -286,7 +289,7 @@ def convert_checkpoint(
     )
 
 
-@resources_told("verifying")
+@door("verifying")
 def verify_checkpoint(
     source: str | os.PathLike[str],
     destination: str | os.PathLike[str],
@@ -357,7 +360,7 @@ def _refuse_grouped(plan: CopyPlan, model: nn.Module | None) -> None:
             message(
                 "no rule takes these experts apart",
                 found="\n" + listing(left),
-                do="leave rules out to take those of the model, or leave layout out to keep the experts grouped",
+                do=["leave {rules} out to take those of the model", "leave {layout} out to keep the experts grouped"],
             )
         )
 

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from automodel_conv.errors import ConversionError, UnsupportedError, message, resources_told
+from automodel_conv.doors import door
+from automodel_conv.errors import ConversionError, UnsupportedError, message
 from automodel_conv.execution.buffers import allocate
 from automodel_conv.execution.copy_batch import takes_kernels
 from automodel_conv.execution.memory import convert_tensors
@@ -25,7 +26,7 @@ from automodel_conv.planning.pipeline import loading_plan, saving_plan
 from automodel_conv.planning.plan import CopyPlan
 
 
-@resources_told("converting")
+@door("converting")
 def convert_state_dict(
     state_dict: Mapping[str, Tensor],
     model: nn.Module | None = None,
@@ -67,7 +68,7 @@ def convert_state_dict(
     return in_order(with_tied(converted, ties, unequal_ties(converted, ties)), model)
 
 
-@resources_told("converting")
+@door("converting")
 def revert_state_dict(
     state_dict: Mapping[str, Tensor],
     model: nn.Module | None = None,

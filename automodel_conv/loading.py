@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from automodel_conv.device_map import DeviceLike, device_map_of
-from automodel_conv.errors import QuantizationError, message, resources_told
+from automodel_conv.doors import door
+from automodel_conv.errors import QuantizationError, message
 from automodel_conv.execution.buffers import allocate
 from automodel_conv.execution.checksums import verify_checksums
 from automodel_conv.execution.filling import Limits, fill, within
@@ -50,6 +51,7 @@ from automodel_conv.planning.models import checked_dtype, tied_names
 from automodel_conv.planning.pipeline import loading_plan
 from automodel_conv.planning.plan import CopyPlan
 from automodel_conv.planning.quantization import has_codes, quantized_table
+from automodel_conv.planning.schemes import KEEP
 from automodel_conv.planning.sharding import shard_plan
 from automodel_conv.planning.stored_dtypes import dequantizer, left_as_stored
 
@@ -101,7 +103,7 @@ class LoadedStateDict(dict[str, Tensor]):
     """As the caller has asked for it, or as the files say where names are kept; None: as the model has them."""
 
 
-@resources_told("planning")
+@door("planning")
 def compile_plan(
     checkpoint: Checkpoint | str | os.PathLike[str],
     model: nn.Module | None = None,
@@ -149,11 +151,11 @@ def compile_plan(
     """
     checkpoint = checkpoint if isinstance(checkpoint, Checkpoint) else open_checkpoint(checkpoint)
     plan, problems, _ = load_plan(checkpoint, model, rules, layout, source_layout, key_mapping, dtype, dequantize)
-    problems.raise_unless_fit(checkpoint.path)
+    problems.raise_unless_fit(checkpoint.path, unindexed=checkpoint.unindexed)
     return plan
 
 
-@resources_told("loading")
+@door("loading")
 def load_state_dict(
     path: str | os.PathLike[str],
     model: nn.Module | None = None,
@@ -233,7 +235,7 @@ def load_state_dict(
         plan, problems, model = load_plan(
             checkpoint, model, rules, layout, source_layout, key_mapping, dtype, dequantize
         )
-        problems.raise_unless_fit(checkpoint.path, strict)
+        problems.raise_unless_fit(checkpoint.path, strict, checkpoint.unindexed)
         if where is not None:
             known = {} if model is None else model.state_dict(keep_vars=True)
             where.check([target.name for target in plan.targets], known, model, strict=strict)
@@ -262,7 +264,7 @@ def load_state_dict(
     return loaded
 
 
-@resources_told("loading")
+@door("loading")
 def load_model(
     model: nn.Module,
     path: str | os.PathLike[str],
@@ -329,7 +331,7 @@ def load_model(
         plan, problems, _ = load_plan(
             checkpoint, model, rules, layout, source_layout, key_mapping, dtype, dequantize, in_place=True
         )
-        problems.raise_unless_fit(checkpoint.path, strict)
+        problems.raise_unless_fit(checkpoint.path, strict, checkpoint.unindexed)
         if where is not None:
             names = dict.fromkeys([*(target.name for target in plan.targets), *placeable_buffers(model)])
             where.check(names, state, model, strict=strict)
@@ -420,7 +422,7 @@ def decoded_table(checkpoint: Checkpoint, wants_numbers: bool) -> SourceTable:
                 f"{codes} has the form of quantized codes, and nothing says how they decode",
                 where=checkpoint.path,
                 expected="a quantization_config in the config.json beside the files",
-                do="put config.json there; dequantize=False takes codes for tensors of their own",
+                do=["put config.json there", KEEP],
             )
         )
     return table

@@ -10,8 +10,10 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from automodel_conv.errors import UnsupportedError, listing, message, resources_told
+from automodel_conv.doors import door
+from automodel_conv.errors import CheckpointError, UnsupportedError, listing, message
 from automodel_conv.files import system
+from automodel_conv.files.destination import STAGING_NAME
 from automodel_conv.files.header import (
     Header,
     Item,
@@ -76,7 +78,7 @@ class Checkpoint:
     file, then name. They are no part of the checkpoint. Empty without an index."""
 
 
-@resources_told("opening a checkpoint")
+@door("opening a checkpoint")
 def open_checkpoint(path: str | os.PathLike[str], *, revision: str | None = None) -> Checkpoint:
     """Read and check the headers of a safetensors checkpoint; no tensor data is touched.
 
@@ -151,6 +153,8 @@ class _Index(NamedTuple):
 def _select(root: str) -> tuple[str, list[str], _Index | None]:
     """Directory, names of the files in it, and the index if there is one."""
     if system.is_directory(root):
+        if os.path.basename(root) == STAGING_NAME:
+            raise _unfinished(os.path.dirname(root))
         file = os.path.join(root, _choose(root))
     else:
         file = root
@@ -184,10 +188,12 @@ def _choose(directory: str) -> str:
     singles = [name for name in present if name.endswith(".safetensors")]
     if _SINGLE_NAME in singles:
         return _SINGLE_NAME
-    if len(singles) == 1:
+    if len(singles) == 1 and STAGING_NAME not in present:
         shard = _SHARD.search(singles[0])
         if shard is None or int(shard[1]) == 1:
             return singles[0]
+    if STAGING_NAME in present:
+        raise _unfinished(directory)
     if singles:
         raise checkpoint_error(
             f"the index {_INDEX_NAME} is missing",
@@ -211,6 +217,15 @@ def _choose(directory: str) -> str:
         where=directory,
         expected=f"{_INDEX_NAME} or {_SINGLE_NAME}",
         found="\n" + listing(present) if present else "an empty directory",
+    )
+
+
+def _unfinished(directory: str) -> CheckpointError:
+    return checkpoint_error(
+        "no checkpoint yet: a conversion or a save into this directory is not finished",
+        where=directory,
+        found=f"the folder {STAGING_NAME}",
+        do="wait if it still runs; otherwise run the same conversion or save again",
     )
 
 

@@ -398,7 +398,7 @@ def _planned(
         try:
             sources = quantized_table(sources, plain.config, like_upstream=True)
         except (QuantizationError, UnsupportedError) as error:  # which transformers may load, or tells in its own way
-            return None, {ALL: str(error)}
+            return None, {ALL: error.reason()}
     first, meant, stored = None, sources, range(len(sources.names))
     if any(decode.swapped for decode in sources.decodes.values()):
         first = as_meant(sources)
@@ -446,7 +446,11 @@ def _square_and_transposed(model: Any, state_dict: Mapping[str, Any], rules: Rul
     shapes = [tuple(s.get_shape() if hasattr(s, "get_shape") else s.shape) for s in state_dict.values()]
     assignments = resolve(list(state_dict), rules, parameters).assignments
     lies = square_matrices(
-        assignments, rules, shapes, parameters, do=f"use load_model(), which needs no hook, with {WHICH_SOURCE_LAYOUT}"
+        assignments,
+        rules,
+        shapes,
+        parameters,
+        do=[f"use load_model(), which needs no hook, with {WHICH_SOURCE_LAYOUT}"],
     )
     return [name for name, transposed in lies.items() if transposed]
 
