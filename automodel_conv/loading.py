@@ -46,6 +46,7 @@ from automodel_conv.homes import (
 from automodel_conv.planning.compiler import Problems
 from automodel_conv.planning.copies import SourceTable
 from automodel_conv.planning.from_config import meta_model
+from automodel_conv.planning.layouts import PER_EXPERT, get_layout
 from automodel_conv.planning.marks import layout_to_read, stated_layout
 from automodel_conv.planning.models import checked_dtype, tied_names
 from automodel_conv.planning.pipeline import loading_plan
@@ -371,6 +372,9 @@ def load_plan(
 ) -> tuple[CopyPlan, Problems, nn.Module | None]:
     """The plan of a load, what does not fit, and the model, made from ``config.json`` if none is given and no rules."""
     checked_dtype(dtype)
+    for name, others in ((layout, ()), (source_layout, (PER_EXPERT,))):
+        if name is not None and name not in others:
+            get_layout(name, *others)
     rules = None if rules is None else list(rules)
     if model is None and rules is None:
         model, dtype = meta_model(checkpoint, dtype), None

@@ -56,9 +56,8 @@ def stated_layout(checkpoint: Checkpoint, source_layout: str | None) -> str | No
     if source_layout is not None and said and said[0] != source_layout:
         raise UnsupportedError(
             message(
-                "the checkpoint says another layout of its experts than the call",
+                f"the call says that experts lie as {source_layout!r}, and the checkpoint says otherwise",
                 where=checkpoint.path,
-                expected=source_layout,
                 found=f"{LAYOUT_KEY}: {said[0]}",
                 do="leave {source_layout} out",
             )
