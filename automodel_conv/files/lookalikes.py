@@ -16,7 +16,7 @@ class Lookalike(NamedTuple):
 
 _PAGE = "download the file itself; the address was that of a page, or wanted a login"
 _WEIGHTS = "convert these weights to safetensors with the library that wrote them"
-# By the first bytes. Sources: git-lfs 3.7, docs/spec.md; git-xet 0.14, pointer files.
+# By the first bytes. Sources: git-lfs 3.7, docs/spec.md; xet-core, pointer_file.rs.
 _BEGINNINGS = (
     (
         b"version https://git-lfs.github.com/spec/",
@@ -24,7 +24,7 @@ _BEGINNINGS = (
     ),
     (
         b"# xet version",
-        Lookalike("an Xet pointer", "fetch what it points to: download the file again with git-xet"),
+        Lookalike("an Xet pointer", "fetch what it points to: run git xet materialize on it"),
     ),
     (b"PK\x03\x04", Lookalike("a zip archive, as torch.save writes it", _WEIGHTS)),
     (b"GGUF", Lookalike("a GGUF file", _WEIGHTS)),
