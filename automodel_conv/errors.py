@@ -67,8 +67,15 @@ class ConversionError(ValueError):
 
     def say(self, words: Words) -> None:
         """Keep the advice that a door can say, in its words."""
-        self._message = Message(self._message.what, self._message.do, words)
-        self.args = (_printable(self._message), *self.args[1:])
+        self._become(Message(self._message.what, self._message.do, words))
+
+    def add(self, text: str) -> None:
+        """Add lines to what has been found."""
+        self._become(Message(f"{self._message.what}\n{text}", self._message.do))
+
+    def _become(self, text: Message) -> None:
+        self._message = text
+        self.args = (_printable(text), *self.args[1:])
 
     def reason(self) -> str:
         """The text for somebody who has called another function, with the advice that needs no argument."""

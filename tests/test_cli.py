@@ -502,6 +502,18 @@ def test_a_command_advises_the_options_that_it_has(moe, tmp_path):
     assert "strict" not in plan.stderr + convert.stderr
 
 
+@needs_transformers
+def test_a_command_advises_no_option_of_another_one(moe, tmp_path):
+    for file in moe.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"dtype": "int8"}))
+    plan, load, convert = run("plan", tmp_path), run("load", tmp_path), run("convert", tmp_path, tmp_path / "new")
+    for result, options in ((plan, {"--no-model"}), (load, {"--dtype"}), (convert, {"--no-model", "--dtype"})):
+        assert result.exit_code == 1
+        assert set(re.findall(r"--[\w-]+", result.stderr)) == options
+
+
 def test_a_conversion_of_another_kind_is_started_anew_by_an_option(plain, tmp_path):
     staging = tmp_path / "new" / STAGING_NAME
     staging.mkdir(parents=True)

@@ -63,6 +63,13 @@ def test_an_error_that_came_from_another_process_says_the_same():
     assert str(again) == "it\n  do:       look"
 
 
+def test_what_is_added_stays_where_a_door_says_it_again():
+    error = ConversionError(message("it", found="that", do=["{strict=False} is it", "look"]))
+    error.add("  filled:   1 of 2 targets\n    a\x1b")
+    error.say(lambda said: None)
+    assert str(error) == "it\n  found:    that\n  filled:   1 of 2 targets\n    a\\x1b\n  do:       look"
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [

@@ -69,7 +69,7 @@ def meta_model(checkpoint: Checkpoint, dtype: torch.dtype | None) -> nn.Module:
     check_config(directory)
     from transformers import AutoConfig, initialization
 
-    advice = ["use a transformers that knows the model (remote code is never run)", *_OTHERWISE]
+    advice = ["correct it, or use a transformers that knows the model (remote code is never run)", *_OTHERWISE]
     with _told("transformers cannot read the checkpoint's config.json", path, advice):
         config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
     with _told("transformers cannot tell the class of the checkpoint's config.json", path, advice):
