@@ -177,7 +177,7 @@ def advice(found: Bench) -> list[str]:
     if by_default > 1.1 * load:
         said.append(
             f"Threads: {found.threads} load in {load:.2f} s, the default of {found.default_threads} in "
-            f"{by_default:.2f} s. Pass threads={found.threads}."
+            f"{by_default:.2f} s. Load with {found.threads}."
         )
     share = found.scratch_nbytes / found.sample_nbytes
     if found.share_of_roof < 0.7 and share > 0.1:

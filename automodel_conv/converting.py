@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from automodel_conv.doors import door
 from automodel_conv.dtypes import dtype_code, itemsize
 from automodel_conv.errors import (
     DestinationError,
@@ -22,7 +23,6 @@ from automodel_conv.errors import (
     WriteError,
     listing,
     message,
-    resources_told,
 )
 from automodel_conv.execution.file_slabs import FileSlabs
 from automodel_conv.execution.slabs import Slab
@@ -49,7 +49,7 @@ from automodel_conv.loading import decoded_table
 from automodel_conv.planning.carrying import carried_targets, dropped_rows
 from automodel_conv.planning.copies import SourceTable
 from automodel_conv.planning.from_config import meta_model
-from automodel_conv.planning.layouts import PER_EXPERT, any_experts
+from automodel_conv.planning.layouts import PER_EXPERT, any_experts, get_layout
 from automodel_conv.planning.marks import form_of_conversion, layout_to_read, stated_layout
 from automodel_conv.planning.models import checked_dtype
 from automodel_conv.planning.pipeline import loading_plan, saving_plan, without_casts
@@ -108,6 +108,7 @@ class ConvertReport:
         return self.bytes_written / self.seconds / 1e9 if self.seconds else 0.0
 
 
+@door("planning")
 def compile_conversion(
     source: str | os.PathLike[str],
     *,
@@ -121,6 +122,8 @@ def compile_conversion(
 ) -> Conversion:
     """What ``convert_checkpoint`` would do; reads no more than ``compile_plan``. See there."""
     checked_dtype(dtype)
+    if layout not in (None, PER_EXPERT):
+        get_layout(layout, PER_EXPERT)
     checkpoint = open_checkpoint(source)
     most_bytes = parse_size(max_shard_size)
     rules = None if rules is None else list(rules)
@@ -141,7 +144,7 @@ def compile_conversion(
         dtype=None if model is not None else dtype,
     )
     carried = problems.set_aside()
-    problems.raise_unless_fit(checkpoint.path)
+    problems.raise_unless_fit(checkpoint.path, unindexed=checkpoint.unindexed)
     if layout == PER_EXPERT:
         given = None if source_layout == PER_EXPERT else source_layout
         taken = replace(table, hidden=table.hidden | carried)
@@ -169,7 +172,7 @@ def compile_conversion(
     return Conversion(checkpoint, plan, shards, form, tuple(checkpoint.names[row] for row in sorted(carried)))
 
 
-@resources_told("converting")
+@door("converting")
 def convert_checkpoint(
     source: str | os.PathLike[str],
     destination: str | os.PathLike[str],
@@ -301,7 +304,7 @@ def convert_checkpoint(
                     "the source was changed while it was converted",
                     where=checkpoint.directory,
                     found="\n" + listing(name for name in state if now[name] != state[name]),
-                    do="start again with resume=False (--no-resume)",
+                    do="start again with {resume=False}",
                 )
             )
         with telling(directory):
@@ -323,7 +326,7 @@ def convert_checkpoint(
     )
 
 
-@resources_told("verifying")
+@door("verifying")
 def verify_checkpoint(
     source: str | os.PathLike[str],
     destination: str | os.PathLike[str],
@@ -401,7 +404,7 @@ def _refuse_grouped(plan: CopyPlan, model: nn.Module | None) -> None:
             message(
                 "no rule takes these experts apart",
                 found="\n" + listing(left),
-                do="leave rules out to take those of the model, or leave layout out to keep the experts grouped",
+                do=["leave {rules} out to take those of the model", "leave {layout} out to keep the experts grouped"],
             )
         )
 

@@ -23,7 +23,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from automodel_conv.errors import UnsupportedError, message
+from automodel_conv.errors import ConversionError, UnsupportedError, message
+from automodel_conv.files.destination import telling
 from automodel_conv.loading import load_state_dict
 from automodel_conv.measuring import PeakMemory, ready_memory
 from automodel_conv.planning.registry import transformers_available
@@ -78,16 +79,21 @@ def run_demo(model: DemoModel = BIG, directory: str | None = None) -> DemoResult
 
     Raises:
         UnsupportedError: transformers is not installed.
-        RuntimeError: a load failed; with the end of what it printed.
+        WriteError: the system does not let us write there.
+        ConversionError: a load failed; with the end of what it printed.
     """
     if not transformers_available():
         raise UnsupportedError(message("the demo needs transformers", do="pip install transformers"))
-    with tempfile.TemporaryDirectory(prefix="automodel-conv-demo-", dir=directory) as root:
+    where = tempfile.gettempdir() if directory is None else directory
+    with telling(where):
+        temporary = tempfile.TemporaryDirectory(prefix="automodel-conv-demo-", dir=where)
+    with temporary as root:
         big, tiny = os.path.join(root, "big"), os.path.join(root, "tiny")
         start = time.perf_counter()
-        write_checkpoint(model, big)
-        write_seconds = time.perf_counter() - start
-        write_checkpoint(TINY, tiny)
+        with telling(where):
+            write_checkpoint(model, big)
+            write_seconds = time.perf_counter() - start
+            write_checkpoint(TINY, tiny)
         files = [os.path.join(big, file) for file in os.listdir(big) if file.endswith(".safetensors")]
         runs: dict[str, list[DemoLoad]] = {method: [] for method in METHODS}
         for _ in range(RUNS):
@@ -174,7 +180,8 @@ def _in_new_process(method: str, directory: str, warm_up: str) -> DemoLoad:
     command = [sys.executable, "-m", "automodel_conv.demo", method, directory, warm_up]
     run = subprocess.run(command, capture_output=True, text=True)
     if run.returncode:
-        raise RuntimeError(f"loading with {method} failed:\n{run.stderr[-4000:]}")
+        found = f"exit status {run.returncode}\n{run.stderr[-4000:]}"
+        raise ConversionError(message(f"loading with {method} failed", found=found))
     return DemoLoad(**json.loads(run.stdout.splitlines()[-1]))
 
 

@@ -10,10 +10,8 @@ from torch import Tensor, nn
 
 from automodel_conv.errors import ConversionError, UnsupportedError, listing, message
 from automodel_conv.execution.ranks import is_distributed
-from automodel_conv.homes import loadable
+from automodel_conv.homes import DeviceLike, loadable
 from automodel_conv.planning.models import tied_names
-
-DeviceLike = int | str | torch.device
 
 
 class DeviceMap:
@@ -112,7 +110,7 @@ class DeviceMap:
             known.update(accumulate(name.split("."), lambda path, part: f"{path}.{part}"))
         unknown = [name for name in self.entries if name not in known]
         if unknown:
-            found, do = "\n" + listing(unknown), "correct or remove them; strict=False ignores them"
+            found, do = "\n" + listing(unknown), ["correct or remove them", "{strict=False} ignores them"]
             raise ConversionError(message("entries of device_map name no module and no parameter", found=found, do=do))
 
     def _refuse_torn_ties(self, groups: Iterable[tuple[str, ...]]) -> None:
@@ -160,7 +158,7 @@ def device_map_of(
     return DeviceMap(device_map)
 
 
-def _device(name: object, device: object) -> torch.device:
+def _device(name: object, device: DeviceLike) -> torch.device:
     where = f"device_map[{name!r}]"
     if not isinstance(name, str):
         raise ConversionError(message("device_map takes names", where=where))
@@ -173,16 +171,4 @@ def _device(name: object, device: object) -> torch.device:
                 "accelerate_transformers()",
             )
         )
-    try:
-        if isinstance(device, bool) or not isinstance(device, (int, str, torch.device)):
-            raise TypeError(f"a {type(device).__name__} is not a device")
-        if isinstance(device, int):
-            if device < 0:
-                raise ValueError("device numbers start at 0")
-            device = torch.device("cuda", device)
-        found = torch.device(device)
-    except (RuntimeError, TypeError, ValueError) as error:
-        expected = 'the number of a CUDA device, "cpu", "cuda:1" or a torch.device'
-        text = str(error).partition("\n")[0]
-        raise ConversionError(message(text, where=where, expected=expected, found=repr(device))) from None
-    return torch.device("cpu") if found.type == "cpu" else loadable(found)
+    return loadable(device, where)

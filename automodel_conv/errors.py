@@ -2,20 +2,56 @@
 
 Every message answers five questions, in this order and only where they apply: what went wrong, where (file, tensor,
 rule), what was expected, what was found, what to do. ``message`` builds that text, so all errors read alike.
+
+What to do may need an argument of the function that was called, and the code that finds the trouble does not know which
+function that is. It writes the argument in braces, as in ``{strict=False} loads what fits``; ``doors.py`` keeps of the
+advice what the caller can follow.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 
 # What moves a terminal's cursor, turns the direction of text or cannot be encoded: C0 but tab and line feed, C1,
 # separators and directions of Unicode, halves of surrogate pairs.
 _UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 _LONGEST_LINE = 2000
-# What Python and torch say, in errors that have no class of their own.
-_EXHAUSTED = re.compile("can't start new thread|DefaultCPUAllocator|std::bad_alloc")
+# An argument, maybe with its value, or the call of another function.
+_IN_BRACES = re.compile(r"\{(\w[^{}]*)\}")
+
+Words = Callable[[str], str | None]
+"""How a door says what an advice has in braces; None if it has no such argument."""
+Advice = str | tuple[str, ...]
+"""What to do; of several texts the first that the door can say."""
+
+
+class Message(str):
+    """An error text that still knows its advice."""
+
+    what: str
+    do: tuple[Advice, ...]
+
+    def __new__(cls, what: str, do: Sequence[Advice] = (), words: Words = str) -> Message:
+        """The text for a door, with the advice that it can say, and no other; with all of it if no words are given."""
+        kept = tuple(filter(None, (tuple(text for text in _either(each) if _said(text, words)) for each in do)))
+        lines = [what]
+        if kept:
+            lines.append(f"  do:       {'; '.join(_said(each[0], words) or '' for each in kept)}")
+        made = super().__new__(cls, "\n".join(lines))
+        made.what, made.do = what, kept
+        return made
+
+
+def _either(advice: Advice) -> tuple[str, ...]:
+    return (advice,) if isinstance(advice, str) else advice
+
+
+def _said(text: str, words: Words) -> str | None:
+    spelled = {found: words(found) for found in _IN_BRACES.findall(text)}
+    if None in spelled.values():
+        return None
+    return _IN_BRACES.sub(lambda match: spelled[match[1]] or "", text)
 
 
 class ConversionError(ValueError):
@@ -26,8 +62,29 @@ class ConversionError(ValueError):
     """
 
     def __init__(self, text: str = ""):
-        lines = [f"{line[:_LONGEST_LINE]}..." if len(line) > _LONGEST_LINE else line for line in text.split("\n")]
-        super().__init__(_UNPRINTABLE.sub(lambda found: ascii(found[0])[1:-1], "\n".join(lines)))
+        self._message = text if isinstance(text, Message) else Message(text)
+        super().__init__(_printable(text))
+
+    def say(self, words: Words) -> None:
+        """Keep the advice that a door can say, in its words."""
+        self._become(Message(self._message.what, self._message.do, words))
+
+    def add(self, text: str) -> None:
+        """Add lines to what has been found."""
+        self._become(Message(f"{self._message.what}\n{text}", self._message.do))
+
+    def _become(self, text: Message) -> None:
+        self._message = text
+        self.args = (_printable(text), *self.args[1:])
+
+    def reason(self) -> str:
+        """The text for somebody who has called another function, with the advice that needs no argument."""
+        return _printable(Message(self._message.what, self._message.do, lambda argument: None))
+
+
+def _printable(text: str) -> str:
+    lines = [f"{line[:_LONGEST_LINE]}..." if len(line) > _LONGEST_LINE else line for line in text.split("\n")]
+    return _UNPRINTABLE.sub(lambda found: ascii(found[0])[1:-1], "\n".join(lines))
 
 
 class CheckpointError(ConversionError):
@@ -107,9 +164,14 @@ def message(
     where: str | None = None,
     expected: object = None,
     found: object = None,
-    do: str | None = None,
-) -> str:
-    """One error text: what, where, expected, found, what to do."""
+    do: Advice | Sequence[Advice] | None = None,
+) -> Message:
+    """One error text: what, where, expected, found, what to do.
+
+    Args:
+        do: one advice or several; ``{argument}`` or ``{argument=value}`` in it stands for an argument of the function
+            that was called, and an advice is left out where that has no such argument, or has that value already.
+    """
     lines = [what]
     if where is not None:
         lines.append(f"  where:    {where}")
@@ -117,26 +179,7 @@ def message(
         lines.append(f"  expected: {expected}")
     if found is not None:
         lines.append(f"  found:    {found}")
-    if do is not None:
-        lines.append(f"  do:       {do}")
-    return "\n".join(lines)
-
-
-@contextmanager
-def resources_told(doing: str) -> Iterator[None]:
-    """Memory and threads that the system does not give are a ConversionError; a decorator too.
-
-    What a device lacks, and pinned memory, stays torch's own error, which callers know how to meet.
-    """
-    try:
-        yield
-    except (MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and not _EXHAUSTED.search(str(error)):
-            raise
-        found = "\n".join([f"{type(error).__name__}: {error}", *getattr(error, "__notes__", ())])
-        do = "free memory, raise the limits of this process (ulimit -a), or pass less for threads= and scratch_bytes="
-        text = message(f"{doing} needs more memory or threads than the system gives", do=do, found=found)
-        raise ConversionError(text) from error
+    return Message("\n".join(lines), [] if do is None else [do] if isinstance(do, str) else list(do))
 
 
 def listing(items: Iterable[object], limit: int = 20) -> str:

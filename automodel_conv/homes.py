@@ -18,6 +18,8 @@ from automodel_conv.planning.plan import CopyPlan
 from automodel_conv.planning.registry import is_pretrained_model
 from automodel_conv.planning.sharding import Region, region_of, shard_plan
 
+DeviceLike = int | str | torch.device
+
 
 class Place(NamedTuple):
     """An attribute of a module that holds a parameter or a persistent buffer."""
@@ -132,7 +134,11 @@ class Homes:
                         f"{name} and {other} are one parameter of the model",
                         expected="equal values in the checkpoint",
                         found="different values",
-                        do="untie them in the model, or remove one from the checkpoint; strict=False takes the first",
+                        do=[
+                            "untie them in the model",
+                            "remove one from the checkpoint",
+                            "{strict=False} takes the first",
+                        ],
                     )
                 )
         tied = tied_names(model)
@@ -304,23 +310,55 @@ def same_bytes(a: Tensor, b: Tensor) -> bool:
     return torch.equal(*(t.detach().contiguous().reshape(-1).view(torch.uint8) for t in (a, b)))
 
 
-def loadable(device: str | torch.device) -> torch.device:
-    """The device, with its number.
+def as_device(device: object, where: str | None = None) -> torch.device:
+    """The device that a caller names.
 
     Raises:
-        UnsupportedError: it is neither the CPU nor a CUDA device that is there.
+        UnsupportedError: it is no device of torch.
     """
-    device = torch.device(device)
+    try:
+        if isinstance(device, int) and not isinstance(device, bool) and device >= 0:
+            return torch.device("cuda", device)
+        if isinstance(device, (str, torch.device)):
+            return torch.device(device)
+    except RuntimeError:  # torch knows no device of that name
+        pass
+    expected = _devices(torch.cuda.device_count())
+    raise UnsupportedError(message("not a device", where=where, expected=expected, found=repr(device)))
+
+
+def loadable(device: DeviceLike, where: str | None = None) -> torch.device:
+    """The device, with its number.
+
+    Args:
+        device: a number is that of a CUDA device.
+        where: the argument that names it, for the error.
+
+    Raises:
+        UnsupportedError: it is neither the CPU nor a CUDA device that is there, or no device at all.
+    """
+    device = as_device(device, where)
     if device.type == "cpu":
-        return device
+        return torch.device("cpu")
+    if device.type == "meta":
+        text, do = (
+            "the meta device holds no data, so nothing can be loaded to it",
+            "{compile_plan(...)} plans a load alone",
+        )
+        raise UnsupportedError(message(text, where=where, do=do))
     count = torch.cuda.device_count()
     if device.type != "cuda" or (device.index or 0) >= count:
         raise UnsupportedError(
             message(
                 f"cannot load to {device}",
-                expected="the CPU or a CUDA device",
-                found=f"{count} CUDA devices here",
+                where=where,
+                expected=_devices(count),
                 do="load to the CPU and move the model",
             )
         )
     return torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
+
+
+def _devices(count: int) -> str:
+    there = ", ".join(f'"cuda:{number}"' for number in range(count))
+    return '"cpu"' + (f", {there}" if count else "; there are no CUDA devices here")

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from automodel_conv.errors import ConversionError, UnsupportedError, message, resources_told
+from automodel_conv.doors import door
+from automodel_conv.errors import ConversionError, UnsupportedError, message
 from automodel_conv.execution.buffers import allocate
 from automodel_conv.execution.copy_batch import takes_kernels
 from automodel_conv.execution.memory import convert_tensors
@@ -43,7 +44,7 @@ class ConvertedStateDict(dict[str, Tensor]):
     report: StateDictReport
 
 
-@resources_told("converting")
+@door("converting")
 def convert_state_dict(
     state_dict: Mapping[str, Tensor],
     model: nn.Module | None = None,
@@ -85,7 +86,7 @@ def convert_state_dict(
     return _reported(converted, plan.left_out)
 
 
-@resources_told("converting")
+@door("converting")
 def revert_state_dict(
     state_dict: Mapping[str, Tensor],
     model: nn.Module | None = None,

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from automodel_conv.device_map import DeviceLike, device_map_of
-from automodel_conv.errors import QuantizationError, message, resources_told
+from automodel_conv.doors import door
+from automodel_conv.errors import QuantizationError, message
 from automodel_conv.execution.buffers import allocate
 from automodel_conv.execution.checksums import verify_checksums
 from automodel_conv.execution.filling import Limits, fill, within
@@ -45,11 +46,13 @@ from automodel_conv.homes import (
 from automodel_conv.planning.compiler import Problems
 from automodel_conv.planning.copies import SourceTable
 from automodel_conv.planning.from_config import meta_model
+from automodel_conv.planning.layouts import PER_EXPERT, get_layout
 from automodel_conv.planning.marks import layout_to_read, stated_layout
 from automodel_conv.planning.models import checked_dtype, tied_names
 from automodel_conv.planning.pipeline import loading_plan
 from automodel_conv.planning.plan import CopyPlan
 from automodel_conv.planning.quantization import has_codes, quantized_table
+from automodel_conv.planning.schemes import KEEP
 from automodel_conv.planning.sharding import shard_plan
 from automodel_conv.planning.stored_dtypes import dequantizer, left_as_stored
 
@@ -105,7 +108,7 @@ class LoadedStateDict(dict[str, Tensor]):
     """As the caller has asked for it, or as the files say where names are kept; None: as the model has them."""
 
 
-@resources_told("planning")
+@door("planning")
 def compile_plan(
     checkpoint: Checkpoint | str | os.PathLike[str],
     model: nn.Module | None = None,
@@ -153,11 +156,11 @@ def compile_plan(
     """
     checkpoint = checkpoint if isinstance(checkpoint, Checkpoint) else open_checkpoint(checkpoint)
     plan, problems, _ = load_plan(checkpoint, model, rules, layout, source_layout, key_mapping, dtype, dequantize)
-    problems.raise_unless_fit(checkpoint.path)
+    problems.raise_unless_fit(checkpoint.path, unindexed=checkpoint.unindexed)
     return plan
 
 
-@resources_told("loading")
+@door("loading")
 def load_state_dict(
     path: str | os.PathLike[str],
     model: nn.Module | None = None,
@@ -237,7 +240,7 @@ def load_state_dict(
         plan, problems, model = load_plan(
             checkpoint, model, rules, layout, source_layout, key_mapping, dtype, dequantize
         )
-        problems.raise_unless_fit(checkpoint.path, strict)
+        problems.raise_unless_fit(checkpoint.path, strict, checkpoint.unindexed)
         if where is not None:
             known = {} if model is None else model.state_dict(keep_vars=True)
             where.check([target.name for target in plan.targets], known, model, strict=strict)
@@ -267,7 +270,7 @@ def load_state_dict(
     return loaded
 
 
-@resources_told("loading")
+@door("loading")
 def load_model(
     model: nn.Module,
     path: str | os.PathLike[str],
@@ -334,7 +337,7 @@ def load_model(
         plan, problems, _ = load_plan(
             checkpoint, model, rules, layout, source_layout, key_mapping, dtype, dequantize, in_place=True
         )
-        problems.raise_unless_fit(checkpoint.path, strict)
+        problems.raise_unless_fit(checkpoint.path, strict, checkpoint.unindexed)
         if where is not None:
             names = dict.fromkeys([*(target.name for target in plan.targets), *placeable_buffers(model)])
             where.check(names, state, model, strict=strict)
@@ -375,6 +378,9 @@ def load_plan(
 ) -> tuple[CopyPlan, Problems, nn.Module | None]:
     """The plan of a load, what does not fit, and the model, made from ``config.json`` if none is given and no rules."""
     checked_dtype(dtype)
+    for name, others in ((layout, ()), (source_layout, (PER_EXPERT,))):
+        if name is not None and name not in others:
+            get_layout(name, *others)
     rules = None if rules is None else list(rules)
     if model is None and rules is None:
         model, dtype = meta_model(checkpoint, dtype), None
@@ -426,7 +432,7 @@ def decoded_table(checkpoint: Checkpoint, wants_numbers: bool) -> SourceTable:
                 f"{codes} has the form of quantized codes, and nothing says how they decode",
                 where=checkpoint.path,
                 expected="a quantization_config in the config.json beside the files",
-                do="put config.json there; dequantize=False takes codes for tensors of their own",
+                do=["put config.json there", KEEP],
             )
         )
     return table

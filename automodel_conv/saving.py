@@ -17,8 +17,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from automodel_conv.carrying import carried_from
+from automodel_conv.doors import door
 from automodel_conv.dtypes import FLOATING, dtype_code
-from automodel_conv.errors import UnsupportedError, listing, message, resources_told
+from automodel_conv.errors import UnsupportedError, listing, message
 from automodel_conv.execution.buffers import dtype_of
 from automodel_conv.execution.checksums import checksums_of, checksums_text
 from automodel_conv.execution.holders import checksums_of_parts, find_holders, refuse_unlike_replicas
@@ -72,7 +73,7 @@ class SaveReport:
         return self.bytes_written / self.seconds / 1e9 if self.seconds else 0.0
 
 
-@resources_told("saving")
+@door("saving")
 def save_checkpoint(
     model_or_state_dict: nn.Module | Mapping[str, Tensor],
     directory: str | os.PathLike[str],
@@ -296,12 +297,14 @@ def specs_of(targets: Iterable[Target]) -> list[Spec]:
     """The targets as tensors to be written.
 
     Raises:
-        UnsupportedError: a dtype that torch does not know.
+        UnsupportedError: a dtype that torch does not know, or no target at all.
     """
     specs = []
     for target in targets:
         dtype_of(target.dtype, target.name)
         specs.append(Spec(target.name, target.dtype, target.shape))
+    if not specs:
+        raise UnsupportedError(message("there is no tensor to be written, and so no checkpoint to be made"))
     return specs
 
 

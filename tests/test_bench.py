@@ -124,7 +124,7 @@ def test_descriptors_are_closed(plain):
         ({"cached": 0.1, "first_seconds": 2.0, "memory_bytes": 10**9}, ["The disk", "too large to stay there"]),
         ({"cached": 1.0, "first_seconds": 2.0}, ["The read itself"]),
         ({"huge_pages": "never"}, ["Huge pages are off", "echo madvise"]),
-        ({"load_seconds": {1: 0.42, 2: 0.6}}, ["Pass threads=1."]),
+        ({"load_seconds": {1: 0.42, 2: 0.6}}, ["Load with 1."]),
         ({"load_seconds": {1: 2.0, 2: 1.6}, "scratch_nbytes": 10**9}, ["Copies: 50% of the bytes"]),
         ({"plan_seconds": 0.5}, ["Names: opening and planning take 0.51 s for 1000 tensors."]),
     ],

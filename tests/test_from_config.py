@@ -168,6 +168,28 @@ def test_a_config_that_transformers_fails_on_is_one_error(tmp_path, changes):
             action(tmp_path)
 
 
+@pytest.mark.parametrize("class_part", ["__init__", "_from_config"])
+def test_whatever_a_class_of_transformers_raises_is_one_error(tmp_path, monkeypatch, class_part):
+    model = build_model("mixtral")
+    write_checkpoint(model, tmp_path)
+
+    def broken(*args, **kwargs):
+        raise AttributeError("no attribute 'half'")
+
+    monkeypatch.setattr(type(model), class_part, broken)
+    said = r"MixtralForCausalLM[\s\S]*config\.json[\s\S]*AttributeError: no attribute 'half'[\s\S]*model="
+    with pytest.raises(amc.UnsupportedError, match=said):
+        amc.compile_plan(tmp_path)
+
+
+def test_a_config_that_is_a_pointer_is_told_as_one(tmp_path):
+    write_checkpoint(build_model("mixtral"), tmp_path)
+    (tmp_path / "config.json").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+    for action in (amc.load_state_dict, amc.compile_plan):
+        with pytest.raises(amc.CheckpointError, match=r"config\.json[\s\S]*Git-LFS pointer[\s\S]*git lfs pull"):
+            action(tmp_path)
+
+
 # --- the dtype --------------------------------------------------------------------------------------------------------
 
 

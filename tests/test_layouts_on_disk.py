@@ -373,8 +373,19 @@ def test_a_layout_of_a_later_version_is_named(published, tmp_path):
     shutil.copytree(source, tmp_path / "made")
     path = tmp_path / "made" / weights_in(tmp_path / "made")[0]
     save_file(load_file(path), path, metadata={LAYOUT_KEY: "spiral"})
-    with pytest.raises(amc.UnsupportedError, match="spiral"):
+    with pytest.raises(amc.UnsupportedError, match=r"spiral[\s\S]*newer version"):
         amc.load_state_dict(tmp_path / "made")
+
+
+@pytest.mark.parametrize("mark", ["", " "])
+def test_an_empty_mark_is_told_as_one(published, tmp_path, mark):
+    source, _ = published("qwen3_moe")
+    shutil.copytree(source, tmp_path / "made")
+    path = tmp_path / "made" / weights_in(tmp_path / "made")[0]
+    save_file(load_file(path), path, metadata={LAYOUT_KEY: mark})
+    with pytest.raises(amc.UnsupportedError, match=f"per_expert[\\s\\S]*{mark!r}[\\s\\S]*take it out") as error:
+        amc.load_state_dict(tmp_path / "made")
+    assert "newer version" not in str(error.value)
 
 
 @pytest.mark.parametrize("layout", [*GROUPED, "per_expert"])

@@ -124,7 +124,7 @@ def test_a_cast_that_would_lose_more_than_precision_is_refused(tmp_path, found, 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", torch.int8, torch.complex128, torch.float8_e4m3fn])
 def test_dtype_takes_numbers_only(tmp_path, dtype):
-    with pytest.raises(amc.UnsupportedError, match="dtype= takes"):
+    with pytest.raises(amc.UnsupportedError, match="not a floating torch dtype"):
         amc.load_state_dict(write(tmp_path, a=torch.ones(3)), rules=[], dtype=dtype)
 
 

@@ -273,12 +273,6 @@ def test_a_dtype_casts_only_floats(tmp_path):
     assert_same(tensors_of(tmp_path), {n: t.double() if n in floating else t for n, t in plain().items()})
 
 
-def test_an_empty_state_dict_is_an_empty_checkpoint(tmp_path):
-    report = amc.save_checkpoint({}, tmp_path, rules=[])
-    assert tensors_of(tmp_path) == {}
-    assert report.files == ("model.safetensors",)
-
-
 def test_tensors_of_any_strides_and_with_gradients_are_saved(tmp_path):
     wide = address_valued((6, 8), torch.float32)
     tensors = {

@@ -71,7 +71,11 @@ def verify_checksums(checkpoint: Checkpoint, threads: int) -> int:
     path = os.path.join(checkpoint.directory, CHECKSUMS_NAME)
     if not system.is_file(path):
         raise VerificationError(
-            message("no checksums lie beside the checkpoint", where=path, do="write it with checksums=True")
+            message(
+                "no checksums lie beside the checkpoint",
+                where=path,
+                do="{convert_checkpoint(..., checksums=True)} writes them",
+            )
         )
     record = parse_object(with_open(path, lambda fd: read_limited(fd, path, _MOST_BYTES)), path)
     wanted = record.get("tensors")

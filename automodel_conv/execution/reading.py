@@ -211,6 +211,6 @@ def tell_filled(error: BaseException, written: Sequence[str], total: int) -> Non
 def tell(error: BaseException, text: str) -> None:
     """Add lines to the text of our own errors, as a note to others."""
     if isinstance(error, ConversionError):
-        error.args = ConversionError(f"{error}\n{text}").args
+        error.add(text)
     else:  # as add_note, which Python 3.10 does not have
         error.__notes__ = [*getattr(error, "__notes__", ()), text]  # type: ignore[attr-defined]

@@ -5,14 +5,15 @@ from __future__ import annotations
 import ntpath
 import os
 import re
-from collections import Counter
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from automodel_conv.errors import UnsupportedError, listing, message, resources_told
+from automodel_conv.doors import door
+from automodel_conv.errors import CheckpointError, UnsupportedError, listing, message
 from automodel_conv.files import system
+from automodel_conv.files.destination import STAGING_NAME
 from automodel_conv.files.header import (
     Header,
     Item,
@@ -72,9 +73,12 @@ class Checkpoint:
     """``metadata`` of the index; None without an index."""
     layouts: tuple[str, ...] = field(repr=False, default=())
     """Layouts of experts that files and index name, each once; see ``planning/marks.py``."""
+    unindexed: tuple[tuple[str, str], ...] = field(default=(), repr=False)
+    """Name and file name of each tensor that lies in a file of the index without being given to that file, sorted by
+    file, then name. They are no part of the checkpoint. Empty without an index."""
 
 
-@resources_told("opening a checkpoint")
+@door("opening a checkpoint")
 def open_checkpoint(path: str | os.PathLike[str], *, revision: str | None = None) -> Checkpoint:
     """Read and check the headers of a safetensors checkpoint; no tensor data is touched.
 
@@ -84,8 +88,8 @@ def open_checkpoint(path: str | os.PathLike[str], *, revision: str | None = None
             wins over a single file, and files that it does not name are not opened.
         revision: branch, tag or commit; only a download uses it.
 
-    All tensors of the named files belong to the checkpoint, also those that the index leaves out. A
-    name that lies in two files is read from the one that the index gives it.
+    The tensors that the index gives to a file belong to the checkpoint. What else lies in that file does not: it is
+    in ``unindexed`` of the result. Without an index all tensors of the one file belong to it.
 
     Raises:
         CheckpointError: something is missing, unreadable, malformed, or contradicts itself.
@@ -149,6 +153,8 @@ class _Index(NamedTuple):
 def _select(root: str) -> tuple[str, list[str], _Index | None]:
     """Directory, names of the files in it, and the index if there is one."""
     if system.is_directory(root):
+        if os.path.basename(root) == STAGING_NAME:
+            raise _unfinished(os.path.dirname(root))
         file = os.path.join(root, _choose(root))
     else:
         file = root
@@ -182,10 +188,12 @@ def _choose(directory: str) -> str:
     singles = [name for name in present if name.endswith(".safetensors")]
     if _SINGLE_NAME in singles:
         return _SINGLE_NAME
-    if len(singles) == 1:
+    if len(singles) == 1 and STAGING_NAME not in present:
         shard = _SHARD.search(singles[0])
         if shard is None or int(shard[1]) == 1:
             return singles[0]
+    if STAGING_NAME in present:
+        raise _unfinished(directory)
     if singles:
         raise checkpoint_error(
             f"the index {_INDEX_NAME} is missing",
@@ -209,6 +217,15 @@ def _choose(directory: str) -> str:
         where=directory,
         expected=f"{_INDEX_NAME} or {_SINGLE_NAME}",
         found="\n" + listing(present) if present else "an empty directory",
+    )
+
+
+def _unfinished(directory: str) -> CheckpointError:
+    return checkpoint_error(
+        "no checkpoint yet: a conversion or a save into this directory is not finished",
+        where=directory,
+        found=f"the folder {STAGING_NAME}",
+        do="wait if it still runs; otherwise run the same conversion or save again",
     )
 
 
@@ -279,67 +296,60 @@ def _merge(
     offsets = _chain(header.offsets for header in headers)
     nbytes = _chain(header.nbytes for header in headers)
     metadata = {key: value for header in headers for key, value in header.metadata.items()}
+    unindexed: tuple[tuple[str, str], ...] = ()
+    if index is not None:
+        given = list(map(index.weight_map.get, names))
+        holders = take(shards, file_ids)
+        if given != holders or len(names) != len(index.weight_map):
+            _check_index(directory, names, holders, index.weight_map)
+            keep = [row for row, holder in enumerate(holders) if given[row] == holder]
+            dropped = [row for row, holder in enumerate(holders) if given[row] != holder]
+            unindexed = tuple(sorted(((names[row], holders[row]) for row in dropped), key=lambda pair: pair[::-1]))
+            names, dtypes, shapes = take(names, keep), take(dtypes, keep), take(shapes, keep)
+            file_ids, offsets, nbytes = take(file_ids, keep), take(offsets, keep), take(nbytes, keep)
     position = dict(zip(names, range(len(names)), strict=True))
-    if len(position) != len(names):
-        keep = _rows_to_keep(names, file_ids, shards, files, index.weight_map if index else {})
-        names, dtypes, shapes = take(names, keep), take(dtypes, keep), take(shapes, keep)
-        file_ids, offsets, nbytes = take(file_ids, keep), take(offsets, keep), take(nbytes, keep)
-        position = dict(zip(names, range(len(names)), strict=True))
     of_index = None if index is None else index.metadata
     said = [header.metadata.get(LAYOUT_KEY) for header in headers] + [(of_index or {}).get(LAYOUT_KEY)]
     layouts = tuple(dict.fromkeys(layout for layout in said if isinstance(layout, str)))
-    checkpoint = Checkpoint(
-        root, directory, files, names, dtypes, shapes, file_ids, offsets, nbytes, metadata, position, of_index, layouts
+    return Checkpoint(
+        root,
+        directory,
+        files,
+        names,
+        dtypes,
+        shapes,
+        file_ids,
+        offsets,
+        nbytes,
+        metadata,
+        position,
+        of_index,
+        layouts,
+        unindexed,
     )
-    if index is not None:
-        _check_index(checkpoint, shards, index.weight_map)
-    return checkpoint
 
 
 def _chain(parts: Iterable[list[Item]]) -> list[Item]:
     return [item for part in parts for item in part]
 
 
-def _rows_to_keep(
-    names: list[str],
-    file_ids: list[int],
-    shards: list[str],
-    files: tuple[str, ...],
-    weight_map: dict[str, str],
-) -> list[int]:
-    """All rows but those of a name that the index maps to another file."""
-    counts = Counter(names)
-    keep = []
-    for row, name in enumerate(names):
-        if counts[name] > 1:
-            if name not in weight_map:
-                holders = [files[file_ids[i]] for i, other in enumerate(names) if other == name]
-                raise checkpoint_error(
-                    "a tensor lies in two files, and the index does not say which one counts",
-                    where=located(files[file_ids[row]], name),
-                    found="\n" + listing(holders),
-                    do="remove it from one of the files, or name it in the index",
-                )
-            if weight_map[name] != shards[file_ids[row]]:
-                continue
-        keep.append(row)
-    return keep
+def _check_index(directory: str, names: list[str], holders: list[str], weight_map: dict[str, str]) -> None:
+    """Raise CheckpointError if a tensor is not in the file that the index gives.
 
-
-def _check_index(checkpoint: Checkpoint, shards: list[str], weight_map: dict[str, str]) -> None:
-    holders = [shards[file_id] for file_id in checkpoint.file_ids]
-    found = dict(zip(checkpoint.names, holders, strict=True))
-    if found == weight_map:
-        return
-    wrong = [
-        f"{short(name)} in {file}" + (f", which {found[name]} holds" if name in found else "")
-        for name, file in sorted(weight_map.items())
-        if found.get(name) != file
-    ]
-    if wrong:
+    Args:
+        holders: of each of ``names``, the file that it lies in; a name may lie in several.
+    """
+    there = set(zip(names, holders, strict=True))
+    absent = {name for name, file in weight_map.items() if (name, file) not in there}
+    if absent:
+        elsewhere = {name: holder for name, holder in zip(names, holders, strict=True) if name in absent}
+        wrong = [
+            f"{short(name)} in {weight_map[name]}" + (f", which {elsewhere[name]} holds" if name in elsewhere else "")
+            for name in sorted(absent)
+        ]
         raise checkpoint_error(
             "index and files disagree: tensors are not in the files that the index gives",
-            where=checkpoint.directory,
+            where=directory,
             expected="\n" + listing(wrong),
             do="index and files are of different versions: download or write all of them again",
         )

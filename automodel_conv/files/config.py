@@ -9,7 +9,7 @@ from typing import Any
 
 from automodel_conv.errors import CheckpointError, message
 from automodel_conv.files import system
-from automodel_conv.files.header import read_limited, with_open
+from automodel_conv.files.header import malformed_json, read_limited, with_open
 
 CONFIG_NAME = "config.json"
 _KEYS = ("quantization_config", "compression_config")  # the latter of older compressed-tensors
@@ -34,6 +34,11 @@ def quantization_config(directory: str) -> Mapping[str, Any] | None:
     return None
 
 
+def check_config(directory: str) -> None:
+    """Raise CheckpointError if there is a ``config.json`` that cannot be read, or is not JSON."""
+    _config(os.path.join(directory, CONFIG_NAME))
+
+
 def plain_config(directory: str) -> bytes | None:
     """``config.json`` without what it says of quantization; None without the file.
 
@@ -51,12 +56,11 @@ def _config(path: str) -> Any:
     """What the file holds; None without it."""
     if not system.is_file(path):
         return None
+    data = with_open(path, lambda fd: read_limited(fd, path, _MOST_BYTES))
     try:
-        return json.loads(with_open(path, lambda fd: read_limited(fd, path, _MOST_BYTES)))
+        return json.loads(data)
     except (ValueError, RecursionError) as error:
-        if isinstance(error, CheckpointError):
-            raise
-        raise CheckpointError(message("config.json is not JSON", where=path, found=error)) from error
+        raise malformed_json(data, path, "the config of a model", error) from error
 
 
 def _parts(config: Any) -> list[dict[str, Any]]:

@@ -301,7 +301,7 @@ def _refuse_other_work(directory: str, begun: Mapping[str, Any], work: Mapping[s
             where=os.path.join(directory, STAGING_NAME),
             expected="\n" + listing(f"{key}: {_short(was)}" for key, was, _ in differences),
             found="\n" + listing(f"{key}: {_short(now)}" for key, _, now in differences),
-            do="finish it as it was begun, or start it again with resume=False (--no-resume), or remove that folder",
+            do=["finish it as it was begun", "start anew with {resume=False}", "remove that folder"],
         )
     )
 

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple, TypeVar
 from automodel_conv.dtypes import BITS
 from automodel_conv.errors import CheckpointError, ReadError, message
 from automodel_conv.files import system
+from automodel_conv.files.lookalikes import SNIFFED_BYTES, lookalike
 
 # Source: MAX_HEADER_SIZE in safetensors/src/tensor.rs.
 MAX_HEADER_BYTES = 100_000_000
@@ -65,6 +66,7 @@ def _read_header_bytes(fd: int, path: str) -> tuple[bytearray, int]:
     """The JSON of a header and the size of its file; an impossible length allocates nothing."""
     file_bytes = system.size(fd)
     if file_bytes < 8:
+        _refuse_lookalike(fd, path, file_bytes)
         raise checkpoint_error(
             "not a safetensors file: too short for a header",
             where=path,
@@ -76,6 +78,7 @@ def _read_header_bytes(fd: int, path: str) -> tuple[bytearray, int]:
     system.read_exactly(fd, [memoryview(length)], 0, path)
     nbytes = int.from_bytes(length, "little")
     if nbytes > MAX_HEADER_BYTES or nbytes > file_bytes - 8:
+        _refuse_lookalike(fd, path, file_bytes)
         raise checkpoint_error(
             "the length of a header is impossible",
             where=path,
@@ -93,6 +96,15 @@ def _read_header_bytes(fd: int, path: str) -> tuple[bytearray, int]:
             found=bytes(data[:16]),
         )
     return data, file_bytes
+
+
+def _refuse_lookalike(fd: int, path: str, file_bytes: int) -> None:
+    """Raise CheckpointError if a file that is no safetensors file tells what it is."""
+    start = bytearray(min(file_bytes, SNIFFED_BYTES))
+    system.read_exactly(fd, [memoryview(start)], 0, path)
+    found = lookalike(bytes(start))
+    if found is not None:
+        raise checkpoint_error("not a safetensors file", where=path, found=found.what, do=found.do)
 
 
 def _refuse_constant(text: str) -> None:
@@ -140,8 +152,16 @@ def parse_object(data: bytearray, path: str, *, strictly: bool = False) -> dict[
             json.dumps(parsed, ensure_ascii=False).encode("utf-8")
     except (ValueError, RecursionError) as error:
         expected = "one object, no name twice"
-        raise checkpoint_error("malformed JSON", where=path, expected=expected, found=error) from error
+        raise malformed_json(data, path, expected, error) from error
     return parsed
+
+
+def malformed_json(data: bytes | bytearray, path: str, expected: str, error: Exception) -> CheckpointError:
+    """The error for a file that is no JSON; it says what the file is, where that can be told."""
+    found = lookalike(bytes(data[:SNIFFED_BYTES]))
+    if found is None or data.lstrip()[:1] in (b"{", b"["):
+        return checkpoint_error("malformed JSON", where=path, expected=expected, found=error)
+    return checkpoint_error("malformed JSON", where=path, expected=expected, found=found.what, do=found.do)
 
 
 def _check_header(data: bytearray, file_bytes: int, path: str) -> Header:

@@ -34,6 +34,7 @@ from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPla
 from torch.distributed.checkpoint.storage import StorageReader, StorageWriter, WriteResult
 from torch.futures import Future
 
+from automodel_conv.doors import at_door
 from automodel_conv.dtypes import dtype_code
 from automodel_conv.errors import CoverageError, NameProblems, RankError, UnsupportedError, listing, message
 from automodel_conv.execution.buffers import dtype_of
@@ -96,6 +97,7 @@ class HuggingFaceReader(StorageReader):
         scratch_bytes: int | None = None,
         device_scratch_bytes: int | None = None,
     ):
+        self._given = {name: given for name, given in locals().items() if name != "self"}
         self._path = path
         self._model = model
         self._rules = None if rules is None else list(rules)
@@ -115,7 +117,8 @@ class HuggingFaceReader(StorageReader):
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         """Names, dtypes and shapes of all that can be loaded: those of the model, not those of the files."""
-        self._opened = _, plan, made = self._open()
+        with at_door("planning", lambda: self._given):
+            self._opened = _, plan, made = self._open()
         described = {}
         for name, of in made.items():
             target = plan.target(of)
@@ -131,7 +134,7 @@ class HuggingFaceReader(StorageReader):
         whole, problems, model = load_plan(
             checkpoint, self._model, self._rules, self._layout, self._source_layout, self._key_mapping, None
         )
-        problems.raise_unless_fit(checkpoint.path)
+        problems.raise_unless_fit(checkpoint.path, unindexed=checkpoint.unindexed)
         self.left_out = tuple(checkpoint.names[row] for row in whole.unused_sources)
         plan = without_casts(whole)  # to be cast to what is loaded into, once
         made = {target.name: target.name for target in plan.targets}
@@ -177,7 +180,8 @@ class HuggingFaceReader(StorageReader):
             part = Part(name, called, region, dtype_code(tensor.dtype))
             parts.append(part)
             buffers[part.called] = tensor
-        fill(parts_plan(whole, parts), checkpoint, buffers, self._limits)
+        with at_door("loading", lambda: self._given):
+            fill(parts_plan(whole, parts), checkpoint, buffers, self._limits)
         for item in plan.items:
             planner.commit_tensor(item, planner.resolve_tensor(item))
         done: Future[None] = Future()
@@ -222,6 +226,7 @@ class HuggingFaceWriter(StorageWriter):
         threads: int | None = None,
         scratch_bytes: int | None = None,
     ):
+        self._given = {name: given for name, given in locals().items() if name != "self"}
         self._directory = os.path.abspath(os.fsdecode(directory))
         self._model = model
         self._rules = None if rules is None else list(rules)
@@ -280,7 +285,8 @@ class HuggingFaceWriter(StorageWriter):
         reference = None if self._reference is None else open_checkpoint(self._reference)
         left_out = not_saved(self._model, reference, [target.name for target in copies.targets])
         opening = open_destination(self._directory, shards, None, index_name=form.index_name)
-        destination = self._ending.enter_context(opening)
+        with at_door("beginning to save", lambda: self._given):
+            destination = self._ending.enter_context(opening)
         self._begun = _Begun(destination, shards, form, tuple(left_out), time.perf_counter())
         with self._undone_if_it_fails():
             begin_save(destination, shards, self._model)
@@ -312,10 +318,11 @@ class HuggingFaceWriter(StorageWriter):
                 raise
 
     def _plan(self, table: SourceTable) -> tuple[CopyPlan, list[Shard], Form]:
-        reference = None if self._reference is None else open_checkpoint(self._reference)
-        plan = saving_plan(table, model=self._model, rules=self._rules, layout=self._layout, reference=reference)
-        form = form_of_save(plan, self._model, self._layout, reference)
-        return plan, shards_for(plan.targets, reference, self._max_shard_size, form), form
+        with at_door("planning what to save", lambda: self._given):
+            reference = None if self._reference is None else open_checkpoint(self._reference)
+            plan = saving_plan(table, model=self._model, rules=self._rules, layout=self._layout, reference=reference)
+            form = form_of_save(plan, self._model, self._layout, reference)
+            return plan, shards_for(plan.targets, reference, self._max_shard_size, form), form
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
         """Write what this rank's plan has, and wait until the disk has it.

@@ -18,6 +18,7 @@ from typing import Any
 from torch import Tensor
 
 from automodel_conv import conversion_mapping
+from automodel_conv.doors import door
 from automodel_conv.errors import NameProblems, UnsupportedError, message
 from automodel_conv.in_memory import convert_state_dict, revert_state_dict
 from automodel_conv.planning.layouts import get_layout, holds_experts
@@ -106,9 +107,15 @@ class StateDictAdapter:
         rules = conversion_mapping.get_checkpoint_conversion_mapping(model_type)
         renames, layout = _FAMILIES.get(model_type, ({}, "nemo"))
         if not rules and not renames:
-            raise UnsupportedError(message(f"transformers has no rules for {model_type}", do="pass rules="))
+            raise UnsupportedError(
+                message(
+                    f"transformers has no rules for {model_type}",
+                    do="make an adapter of your own rules: StateDictAdapter(rules)",
+                )
+            )
         return cls(rules or (), layout=layout, renames=renames)
 
+    @door("converting")
     def from_hf(self, hf_state_dict: Mapping[str, Tensor], device_mesh: Any = None, **kwargs: Any) -> dict[str, Tensor]:
         """Names and layout of the checkpoint to those of NeMo AutoModel; further arguments are ignored.
 
@@ -125,6 +132,7 @@ class StateDictAdapter:
         converted = convert_state_dict(hf_state_dict, rules=self._rules, layout=self._layout)
         return _renamed(converted, self._renames)
 
+    @door("converting")
     def to_hf(
         self,
         state_dict: Mapping[str, Tensor],

@@ -6,6 +6,9 @@ function runs twice: first on the converted tensors, whole and under their final
 cannot be lowered (see ``whole_conversions``), is quantized or sharded while it is loaded, or is on its way to the disk,
 is in the second call and takes upstream's way unchanged, unless it would make numbers of quantized codes without their
 scales (``codes``): that is an error.
+
+An index decides which file a tensor is read from, as everywhere in this package; transformers alone takes all tensors
+of all files that the index names. Files that it reads whole, with ``disable_mmap=True``, are left to it.
 """
 
 from __future__ import annotations
@@ -43,6 +46,7 @@ from automodel_conv.planning.rules import RuleSet, natural_key
 from automodel_conv.planning.square import WHICH_SOURCE_LAYOUT, conditional_transposes, square_matrices
 
 _CONVERT = "convert_and_load_state_dict_in_model"
+_LIST = "get_checkpoint_shard_files"
 # The modules that open files and convert what is in them; the second from 5.17 on.
 _MODULES = ("transformers.modeling_utils", "transformers.modeling_layers")
 
@@ -63,6 +67,9 @@ class HookedLoad(NamedTuple):
     """Tensors of the checkpoint that no parameter takes, also those that the model says to ignore."""
     left: Mapping[str, str]
     """Targets left to transformers, with the reason; one entry, ``ALL``, where nothing was looked at."""
+    unindexed: tuple[tuple[str, str], ...] = ()
+    """Name and file name of each tensor that was not loaded, since the index does not give it to the file in which it
+    lies; by file, then name."""
 
 
 @dataclass
@@ -79,6 +86,10 @@ class Acceleration:
             lines.append(f"{load.model}: {len(load.lowered)} converted by plan, {left} by transformers")
             lines += [f"  {name}: {reason}" for name, reason in load.left.items()]
             lines += [f"  {name} is left out: no parameter takes it" for name in load.left_out]
+            lines += [
+                f"  {name} of {file}: not loaded, the index gives it to no file or another"
+                for name, file in load.unindexed
+            ]
         return "\n".join(lines)
 
 
@@ -149,8 +160,8 @@ class _Hook:
             replacements = [
                 (module, name, function, wrap(function, acceleration))
                 for module in _loaders()
-                for name, wrap in ((_CONVERT, _converting), ("safe_open", _Opening))
-                for function in [getattr(module, name)]
+                for name, wrap in ((_CONVERT, _converting), ("safe_open", _Opening), (_LIST, _listing))
+                if (function := getattr(module, name, None)) is not None
             ]
             for module, name, _, replacement in replacements:
                 setattr(module, name, replacement)
@@ -188,15 +199,52 @@ def _loaders() -> list[ModuleType]:
     return modules
 
 
+# --- what the index says of a file ------------------------------------------------------------------------------------
+
+
+class _ListedFile(str):
+    """The path of a file of an index, which knows the tensors that the index gives to it."""
+
+    given: frozenset[str]
+    ignored: dict[str, list[str]]
+    """By file name, what lies in a file without being given to it; all files of a load share it, and fill it when they
+    are opened."""
+
+
+def _listing(list_files: Callable[..., Any], acceleration: Acceleration) -> Callable[..., Any]:
+    """transformers' reader of an index, whose paths know what the index gives them.
+
+    transformers itself takes every tensor of these files, and of two with one name the later. Source: transformers
+    5.23.0, ``utils/hub.py`` and ``_load_pretrained_model`` in ``modeling_utils.py``.
+    """
+
+    @functools.wraps(list_files)
+    def listed(*args: Any, **kwargs: Any) -> Any:
+        paths, metadata = list_files(*args, **kwargs)
+        if _HOOK.acceleration is not acceleration:
+            return paths, metadata
+        given: dict[str, set[str]] = {}
+        for name, file in metadata["weight_map"].items():
+            given.setdefault(file, set()).add(name)
+        files = [_ListedFile(path) for path in paths]
+        ignored: dict[str, list[str]] = {}
+        for file, (_, names) in zip(files, sorted(given.items()), strict=True):
+            file.given, file.ignored = frozenset(names), ignored
+        return files, metadata
+
+    return listed
+
+
 # --- knowing where a tensor lies --------------------------------------------------------------------------------------
 
 
 class _Slice:
     """safetensors' lazy slice, that also says which tensor of which file it is."""
 
-    def __init__(self, lazy: Any, path: str, name: str):
+    def __init__(self, lazy: Any, file: _OpenFile, name: str):
         self._lazy = lazy
-        self.path = path
+        self.path = file.path
+        self.listed = file.listed
         self.name = name
 
     def __getitem__(self, index: Any) -> Tensor:
@@ -209,14 +257,26 @@ class _Slice:
 
 
 class _OpenFile:
-    """safetensors' open file, whose slices say where they are from."""
+    """safetensors' open file, whose slices say where they are from.
 
-    def __init__(self, file: Any, path: str):
+    It has the tensors that the index gives to it, where it was found by one, and all of them elsewhere.
+    """
+
+    def __init__(self, file: Any, path: Any):
         self._file = file
-        self._path = path
+        self.path = os.path.abspath(os.fspath(path))
+        self.listed = path if isinstance(path, _ListedFile) else None
+
+    def keys(self) -> list[str]:
+        names = list(self._file.keys())
+        if self.listed is None:
+            return names
+        given = self.listed.given
+        self.listed.ignored[os.path.basename(self.path)] = sorted(name for name in names if name not in given)
+        return [name for name in names if name in given]
 
     def get_slice(self, name: str) -> _Slice:
-        return _Slice(self._file.get_slice(name), self._path, name)
+        return _Slice(self._file.get_slice(name), self, name)
 
     def __enter__(self) -> _OpenFile:
         self._file.__enter__()
@@ -242,7 +302,7 @@ class _Opening:
     def __call__(self, filename: Any, *args: Any, **kwargs: Any) -> Any:
         if _HOOK.acceleration is not self._acceleration:  # uninstalled, under somebody else's replacement
             return self._safe_open(filename, *args, **kwargs)
-        return _OpenFile(self._safe_open(filename, *args, **kwargs), os.path.abspath(os.fspath(filename)))
+        return _OpenFile(self._safe_open(filename, *args, **kwargs), filename)
 
     def __instancecheck__(self, thing: Any) -> bool:
         return isinstance(thing, (_OpenFile, self._safe_open))
@@ -258,6 +318,7 @@ def _converting(convert: Callable[..., Any], acceleration: Acceleration) -> Call
     def converted(model: Any, state_dict: dict[str, Any], load_config: Any, *args: Any, **kwargs: Any) -> Any:
         if _HOOK.acceleration is not acceleration:
             return convert(model, state_dict, load_config, *args, **kwargs)
+        unindexed = _unindexed(state_dict)
         plain = plain_load(load_config.hf_quantizer, load_config.weight_mapping)
         objects = [rule for rule in plain.rules if rule is not None]
         rules = RuleSet(objects, model)
@@ -274,7 +335,7 @@ def _converting(convert: Callable[..., Any], acceleration: Acceleration) -> Call
         left_out = tuple(names[row] for row in unclaimed)
         if work is None:
             found = convert(model, state_dict, load_config, *args, **kwargs)
-            acceleration.loads.append(HookedLoad(type(model).__name__, (), left_out, left))
+            acceleration.loads.append(HookedLoad(type(model).__name__, (), left_out, left, unindexed))
             return found
         buffers: dict[str, Tensor] = {}
         for device, targets in work.places.items():
@@ -292,10 +353,17 @@ def _converting(convert: Callable[..., Any], acceleration: Acceleration) -> Call
         of_rest, *others = convert(model, rest, load_config, *args, **kwargs)
         _add(of_rest, of_converted)
         lowered = tuple(target.name for target in work.plan.targets)
-        acceleration.loads.append(HookedLoad(type(model).__name__, lowered, left_out, left))
+        acceleration.loads.append(HookedLoad(type(model).__name__, lowered, left_out, left, unindexed))
         return (of_rest, *others)
 
     return converted
+
+
+def _unindexed(state_dict: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
+    """Name and file name of what lies in the files of a load, and is not given to them by their index."""
+    listed = (source.listed for source in state_dict.values() if isinstance(source, _Slice))
+    ignored = next((file.ignored for file in listed if file is not None), {})
+    return tuple((name, file) for file, names in sorted(ignored.items()) for name in names)
 
 
 class _Work(NamedTuple):
@@ -336,7 +404,7 @@ def _planned(
         try:
             sources = quantized_table(sources, plain.config, like_upstream=True)
         except (QuantizationError, UnsupportedError) as error:  # which transformers may load, or tells in its own way
-            return None, {ALL: str(error)}
+            return None, {ALL: error.reason()}
     first, meant, stored = None, sources, range(len(sources.names))
     if any(decode.swapped for decode in sources.decodes.values()):
         first = as_meant(sources)
@@ -384,7 +452,11 @@ def _square_and_transposed(model: Any, state_dict: Mapping[str, Any], rules: Rul
     shapes = [tuple(s.get_shape() if hasattr(s, "get_shape") else s.shape) for s in state_dict.values()]
     assignments = resolve(list(state_dict), rules, parameters).assignments
     lies = square_matrices(
-        assignments, rules, shapes, parameters, do=f"use load_model(), which needs no hook, with {WHICH_SOURCE_LAYOUT}"
+        assignments,
+        rules,
+        shapes,
+        parameters,
+        do=[f"use load_model(), which needs no hook, with {WHICH_SOURCE_LAYOUT}"],
     )
     return [name for name, transposed in lies.items() if transposed]
 

@@ -61,7 +61,7 @@ def carried_targets(
             message(
                 f"{len(both)} tensors that the model has no place for have names that other tensors are given",
                 found="\n" + listing(both),
-                do="leave them out, or rename them",
+                do="leave them out with {drop=}",
             ),
             duplicated=[(name, (name,)) for name in both],
         )

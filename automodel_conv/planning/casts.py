@@ -7,7 +7,10 @@ from automodel_conv.errors import UnsupportedError, message
 
 _INTEGERS = frozenset({"BOOL", "I8", "U8", "I16", "U16", "I32", "U32", "I64", "U64"})
 _CODES = frozenset({"F4", "F6_E2M3", "F6_E3M2", "F8_E5M2", "F8_E4M3", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ"})
-_KEEP = "a quantization_config in config.json says how codes decode; dequantize=False keeps them, for models that do"
+_KEEP = (
+    "codes are decoded while a checkpoint is read whose config.json has a quantization_config",
+    "{dequantize=False} keeps them, for models that do",
+)
 
 
 def check_cast(source: str, found: str, target: str, wanted: str) -> None:
@@ -27,6 +30,6 @@ def check_cast(source: str, found: str, target: str, wanted: str) -> None:
             + (", one of them holds codes of a quantized tensor" if quantized else ""),
             expected=wanted,
             found=found,
-            do=_KEEP if quantized else None,
+            do=list(_KEEP) if quantized else None,
         )
     )

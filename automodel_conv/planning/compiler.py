@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from automodel_conv.dtypes import FLOATING, dtype_code, promoted, torch_dtype
-from automodel_conv.errors import NameProblems, UnsupportedError, listing, message
+from automodel_conv.errors import Message, NameProblems, UnsupportedError, listing, message
 from automodel_conv.planning.casts import check_cast
 from automodel_conv.planning.copies import Fallback, SourceTable, StridedCopy, Target, group_pieces
 from automodel_conv.planning.lowering import Context, LoweringError, Operation, Value, leaf, lower, needs_target_shapes
@@ -67,11 +67,13 @@ class Problems:
             *(reason for _, reason in self.failed),
         ]
 
-    def raise_unless_fit(self, where: str, strict: bool = True) -> None:
+    def raise_unless_fit(self, where: str, strict: bool = True, unindexed: Sequence[tuple[str, str]] = ()) -> None:
         """Raise NameProblems with every problem in one text.
 
         Args:
             strict: otherwise only for what cannot be converted at all, as upstream does.
+            unindexed: name and file of what lies in the checkpoint's files and is no part of it, which may be what is
+                missing.
         """
         if not strict and not self.failed:
             return
@@ -86,20 +88,20 @@ class Problems:
                 [_named(n, p) for n, p in self.incomplete],
             ),
             ("wrong shape", [f"{n}: expected {list(e)}, found {list(f)}" for n, f, e in wrong]),
+            (
+                "not taken, as the index does not give them to these files",
+                [f"{name} in {file}" for name, file in unindexed if self.missing or self.incomplete],
+            ),
             ("provided twice", [_named(n, p) for n, p in self.duplicated]),
             ("cannot be converted", [f"{n}: {reason}" for n, reason in failed]),
         ]
         found = [f"  {title} ({len(items)}):\n{listing(items)}" for title, items in parts if items]
         if found:
+            do = ["check that config and checkpoint belong together"]
+            if not failed:
+                do.append("{strict=False} loads what fits, as upstream does")
             raise NameProblems(
-                "\n".join(
-                    [
-                        f"checkpoint and model do not fit together: {where}",
-                        *found,
-                        "  do:       check that config and checkpoint belong together"
-                        + ("; strict=False loads what fits, as upstream does" if strict and not failed else ""),
-                    ]
-                ),
+                Message("\n".join([f"checkpoint and model do not fit together: {where}", *found]), do),
                 missing=self.missing,
                 unexpected=self.unexpected,
                 mismatched=self.mismatched,
@@ -204,7 +206,7 @@ def whole_conversions(
         try:
             made = compiler.targets_of(assignment)
         except UnsupportedError as error:
-            left[assignment.target] = str(error)
+            left[assignment.target] = error.reason()
         # Also of a rule that is left: what it may make is claimed.
         may_make = {*all_targets(rules, assignment.rule, assignment.target), *(target.name for target in made)}
         claimed.update(may_make - {assignment.target})
@@ -415,7 +417,7 @@ class _Compiler:
                 message(
                     f"the parts of {name} have different dtypes",
                     found=sorted(dtypes),
-                    do="give a model or dtype=",
+                    do=["pass {model=}", "pass {dtype=}"],
                 )
             )
         return next(iter(dtypes), "F32")

@@ -8,7 +8,7 @@ what the headers say.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
@@ -16,9 +16,10 @@ import torch
 from torch import nn
 
 from automodel_conv.dtypes import torch_dtype
-from automodel_conv.errors import UnsupportedError, message
+from automodel_conv.errors import ConversionError, UnsupportedError, message
 from automodel_conv.files import system
 from automodel_conv.files.checkpoint import Checkpoint
+from automodel_conv.files.config import check_config
 from automodel_conv.planning.registry import transformers_available
 
 # Auto mappings for a config whose ``architectures`` name no class of its type: most inputs first, heads before none.
@@ -32,6 +33,10 @@ _DEFAULTS = (
     "MODEL_FOR_MASKED_LM_MAPPING",
     "MODEL_MAPPING",
 )
+
+
+# What a caller can do without a model of config.json.
+_OTHERWISE = ("pass {model=}", "{rules=[]} takes the tensors under their own names")
 
 
 def meta_model(checkpoint: Checkpoint, dtype: torch.dtype | None) -> nn.Module:
@@ -49,7 +54,7 @@ def meta_model(checkpoint: Checkpoint, dtype: torch.dtype | None) -> nn.Module:
         raise UnsupportedError(
             message(
                 "building a model from config.json needs transformers",
-                do="pip install transformers, or pass model= or rules=",
+                do=["pip install transformers", *_OTHERWISE],
             )
         )
     path = os.path.join(directory, "config.json")
@@ -58,17 +63,19 @@ def meta_model(checkpoint: Checkpoint, dtype: torch.dtype | None) -> nn.Module:
             message(
                 "the checkpoint has no config.json to build a model from",
                 where=directory,
-                do="pass model=, or rules= (an empty list loads tensors under their own names)",
+                do=["put the model's config.json there", *_OTHERWISE],
             )
         )
+    check_config(directory)
     from transformers import AutoConfig, initialization
 
-    advice = "pass model= or rules=, or use a transformers that knows the model (remote code is never run)"
+    advice = ["correct it, or use a transformers that knows the model (remote code is never run)", *_OTHERWISE]
     with _told("transformers cannot read the checkpoint's config.json", path, advice):
         config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
-    cls, config = model_class(config, path)
+    with _told("transformers cannot tell the class of the checkpoint's config.json", path, advice):
+        cls, config = model_class(config, path)
     safe_creation = getattr(initialization, "meta_device_safe_creation_ops", nullcontext)
-    advice = "pass model=, or dtype= if it is the dtype that does not fit"
+    advice = [*_OTHERWISE, "pass another {dtype=} if it is the dtype that does not fit"]
     with _told(f"transformers cannot build {cls.__name__} from the checkpoint's config.json", path, advice):
         config, dtype = _with_dtype(config, dtype, checkpoint)
         with ExitStack() as stack:
@@ -100,7 +107,7 @@ def model_class(config: Any, where: str) -> tuple[Any, Any]:
                 f"transformers {transformers.__version__} has no model class for this checkpoint",
                 where=where,
                 found=f"architectures {named}, model_type {config.model_type}",
-                do="pass model= (remote code is never run from here)",
+                do=["use a transformers that knows the model (remote code is never run)", *_OTHERWISE],
             )
         )
     text = config.sub_configs.get("text_config")
@@ -112,11 +119,11 @@ def model_class(config: Any, where: str) -> tuple[Any, Any]:
 
 
 @contextmanager
-def _told(what: str, where: str, do: str) -> Iterator[None]:
+def _told(what: str, where: str, do: Sequence[str]) -> Iterator[None]:
     """Tell as UnsupportedError all that transformers raises for a config that it does not expect."""
     try:
         yield
-    except MemoryError:  # which is no fault of the config
+    except (MemoryError, ConversionError):  # the former is no fault of the config, the latter is told
         raise
     except Exception as error:
         found = f"{type(error).__name__}: {error}"

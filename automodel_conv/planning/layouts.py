@@ -7,6 +7,8 @@ called ``experts`` that hold all of them in one buffer. Everything else passes t
 
 from __future__ import annotations
 
+import difflib
+import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
 
@@ -93,15 +95,25 @@ Source: transformers 5.23.0, ``FP8Experts``; vLLM, ``Fp8MoEMethod``."""
 _PACKED = frozenset({"F4", "U8", "I8", "I32"})  # several codes to an element, where the experts have scales
 
 
-def get_layout(name: str) -> Layout:
+def get_layout(name: str, *others: str) -> Layout:
     """The layout of that name.
 
+    Args:
+        others: what the caller takes besides, and is no layout of buffers.
+
     Raises:
-        UnsupportedError: no such layout; lists those there are.
+        UnsupportedError: no such layout; lists those that the caller takes, and names one that is spelled alike.
     """
-    if name not in LAYOUTS:
-        raise UnsupportedError(message(f"unknown layout {name!r}", expected=f"one of {sorted(LAYOUTS)}"))
-    return LAYOUTS[name]
+    if name in LAYOUTS:
+        return LAYOUTS[name]
+    known = sorted([*LAYOUTS, *others])
+    spelled = re.sub(r"\W+", "_", str(name).strip().lower())
+    alike = difflib.get_close_matches(spelled, [*LAYOUTS, PER_EXPERT], 1)
+    if alike == [PER_EXPERT] and PER_EXPERT not in others:
+        do = 'single experts are written by {convert_checkpoint(..., layout="per_expert")}'
+    else:
+        do = f"write {alike[0]!r}" if alike else None
+    raise UnsupportedError(message(f"unknown layout {name!r}", expected=f"one of {known}", do=do))
 
 
 def as_layout(own: ExpertLayout) -> Layout:

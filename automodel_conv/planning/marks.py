@@ -42,22 +42,24 @@ def stated_layout(checkpoint: Checkpoint, source_layout: str | None) -> str | No
             )
         )
     if said and said[0] not in (*LAYOUTS, PER_EXPERT):
+        newer = "use a newer version of this package, if one has written the files"
+        mend = f"correct {LAYOUT_KEY} in the metadata of files and index, or take it out there"
         raise UnsupportedError(
             message(
-                "the checkpoint is in a layout that is not known here",
+                "the checkpoint says a layout of its experts that is not known here",
                 where=checkpoint.path,
-                expected=f"one of {sorted(LAYOUTS)}",
-                found=f"{LAYOUT_KEY}: {said[0]}",
-                do="use a newer version of this package",
+                expected=f"{LAYOUT_KEY}: one of {sorted([*LAYOUTS, PER_EXPERT])}",
+                found=f"{LAYOUT_KEY}: {said[0]!r}",
+                do=[newer, mend] if said[0].strip() else mend,
             )
         )
     if source_layout is not None and said and said[0] != source_layout:
         raise UnsupportedError(
             message(
-                f"source_layout is {source_layout!r}, and the checkpoint says otherwise",
+                f"the call says that experts lie as {source_layout!r}, and the checkpoint says otherwise",
                 where=checkpoint.path,
                 found=f"{LAYOUT_KEY}: {said[0]}",
-                do="leave source_layout out",
+                do="leave {source_layout} out",
             )
         )
     return said[0] if said else source_layout

@@ -100,7 +100,7 @@ def checked_dtype(dtype: torch.dtype | None) -> None:
     if dtype is not None and (not isinstance(dtype, torch.dtype) or dtype_code(dtype) not in FLOATING):
         raise UnsupportedError(
             message(
-                "dtype= takes a floating torch dtype",
+                "not a floating torch dtype",
                 expected="torch.bfloat16, float16, float32 or float64",
                 found=repr(dtype),
             )

@@ -81,7 +81,7 @@ def loading_plan(
         targets = model_targets(model, dtype)
     code = None if dtype is None else dtype_code(dtype)
     wanted = None if layout is None else get_layout(layout)
-    incoming = None if source_layout in (None, PER_EXPERT) else get_layout(source_layout)
+    incoming = None if source_layout in (None, PER_EXPERT) else get_layout(source_layout, PER_EXPERT)
     experts = _experts_of(model, layout or (source_layout if incoming is not None else None))
     own = {path: as_layout(said) for path, said in experts.items()}
     gated = _gated_by(experts, rule_set, table, incoming)
@@ -99,14 +99,14 @@ def loading_plan(
                 f"the model's experts are not in the layout {layout!r}",
                 expected=f"tensors named {wanted.gate_up}, {wanted.down}",
                 found=sorted({name.rpartition(".")[2] for name in targets or () if any_experts(name)}),
-                do="leave layout out to load in the model's own layout",
+                do="leave {layout} out to load in the model's own layout",
             )
         )
     stages = _meant(table)
     if stages:
         table = table_of(stages[-1].targets)
     if incoming is not None and source_layout is not None and not _has_names_of(targets, source_layout):
-        _check_layout(source_layout, table)
+        _check_layout(source_layout, table, "source_layout")
         stages.append(relayout(table, lambda path: incoming, canonical, gated))
         table = table_of(stages[-1].targets)
     transposed = None if source_layout is None else source_layout == PER_EXPERT
@@ -127,7 +127,7 @@ def loading_plan(
         ]
     _forgive(problems, model, whole)
     if source_layout is None and targets is not None and not given:
-        refuse_other_layouts(problems, plan, rule_set)
+        refuse_other_layouts(problems, plan, rule_set, bool(experts) or is_pretrained_model(model))
     if layout is not None and table.names and not problems.failed:  # which tell why there are none
         _refuse_no_experts(targets or [target.name for target in plan.targets], layout, table)
     left_out = {
@@ -170,7 +170,7 @@ def saving_plan(
         table = table_of(stages[-1].targets)
     if layout is not None:
         given = get_layout(layout)
-        _check_layout(layout, table)
+        _check_layout(layout, table, "layout")
         gated = _gated_by(experts, rule_set, table, given)
         stages.append(
             relayout(
@@ -266,22 +266,25 @@ def _experts_of(model: nn.Module | None, layout: str | None) -> dict[str, Expert
             message(
                 f"the layout {layout!r} cannot be reached from these experts, which do not say how they lie",
                 where=f"{silent[0]} of {type(model).__name__}",
-                do="leave layout out to take the experts as the model has them",
+                do="leave {layout} out to take the experts as the model has them",
             )
         )
     return {path: own for path, own in said.items() if own is not None}
 
 
-def _check_layout(name: str, table: SourceTable) -> None:
+def _check_layout(name: str, table: SourceTable, argument: str) -> None:
     """Raise UnsupportedError if none of the tensors, of which there are some, can be in the layout of that name."""
-    layout = get_layout(name)
+    layout = LAYOUTS[name]
     if table.names and not any(holds_experts(tensor, layout) for tensor in table.names):
         raise UnsupportedError(
             message(
                 f"no tensor is in the layout {name!r}",
                 expected=f"names that end in experts.{layout.gate_up} or experts.{layout.down}",
                 found=", ".join(table.names[:3]) + ", ...",
-                do="per-expert tensors take model= or rules= to be grouped",
+                do=[
+                    f"leave {{{argument}}} out if no experts are grouped",
+                    "{rules=} groups tensors of single experts",
+                ],
             )
         )
 
@@ -292,9 +295,9 @@ def _refuse_no_experts(made: Iterable[str], layout: str, table: SourceTable) -> 
         raise UnsupportedError(
             message(
                 f"no tensor is in the layout {layout!r} or can be laid out so",
-                expected="grouped experts, or model= or rules= that group them",
+                expected="grouped experts, or a model or rules that group them",
                 found=", ".join(table.names[:3]) + ", ...",
-                do="leave layout out for a model without experts",
+                do="leave {layout} out for a model without experts",
             )
         )
 

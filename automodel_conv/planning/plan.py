@@ -195,7 +195,7 @@ class CopyPlan:
                         f"{target.name} is made by upstream's own code, of a quantized tensor",
                         where=self.sources.names[row],
                         found=target.fallback.reason,
-                        do="decode the checkpoint first: convert_checkpoint(..., rules=[], dequantize=True)",
+                        do="decode the checkpoint first: {convert_checkpoint(..., rules=[], dequantize=True)}",
                     )
                 )
             if target.dtype not in DECODED:

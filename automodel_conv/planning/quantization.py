@@ -23,7 +23,7 @@ from automodel_conv.errors import QuantizationError, listing, message
 from automodel_conv.planning.copies import Decode, SourceTable, Target, group_pieces
 from automodel_conv.planning.lowering import leaf, transpose
 from automodel_conv.planning.plan import CopyPlan
-from automodel_conv.planning.schemes import STORAGES, Block, Scheme, Storage, part_name, read_config
+from automodel_conv.planning.schemes import KEEP, STORAGES, Block, Scheme, Storage, part_name, read_config
 
 # Of a code's container, by dtype.
 _CODES_IN = {"I32": 8, "U8": 2, "I8": 2, "F4": 2}
@@ -85,7 +85,7 @@ def quantized_table(table: SourceTable, config: Mapping[str, Any], *, like_upstr
                 "the checkpoint's quantized tensors cannot be decoded",
                 where=f"quantization method {config['quant_method']}, {len(finder.problems)} problems",
                 found="\n" + listing(finder.problems),
-                do="check that config.json belongs to these files; dequantize=False loads them as they are",
+                do=["check that config.json belongs to these files", KEEP],
             )
         )
     return finder.decoded()

@@ -11,6 +11,9 @@ from typing import Any, NamedTuple
 
 from automodel_conv.errors import ConversionError, QuantizationError, UnsupportedError, message
 
+KEEP = "{dequantize=False} takes codes and scales for tensors of their own"
+"""What a caller can do about tensors that are not decoded."""
+
 
 class Storage(NamedTuple):
     """How a method stores a weight called N: suffixes to N, or in place of its last component if they start with a dot.
@@ -101,7 +104,7 @@ def read_config(config: Mapping[str, Any]) -> tuple[Storage, list[Scheme]]:
             message(
                 f"checkpoints of the quantization method {method!r} are not decoded",
                 expected=f"one of {sorted(STORAGES)}",
-                do="dequantize=False loads the stored tensors as they are",
+                do=KEEP,
             )
         )
     try:
@@ -207,5 +210,4 @@ def _block(block: Sequence[Any]) -> Block:
 
 
 def _unsupported(what: str, expected: object) -> UnsupportedError:
-    do = "dequantize=False loads the stored tensors as they are"
-    return UnsupportedError(message(f"this quantization scheme is not decoded: {what}", expected=expected, do=do))
+    return UnsupportedError(message(f"this quantization scheme is not decoded: {what}", expected=expected, do=KEEP))

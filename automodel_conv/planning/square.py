@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from automodel_conv.errors import UnsupportedError, listing, message
+from automodel_conv.errors import Advice, UnsupportedError, listing, message
 from automodel_conv.planning.lowering import Context, LoweringError, Operation, leaf, lower
 from automodel_conv.planning.resolve import Assignment, all_targets
 from automodel_conv.planning.rules import NotLowerable, RuleSet
@@ -22,6 +22,13 @@ WHICH_SOURCE_LAYOUT = (
     'or source_layout="per_expert" if they lie as the type is published, which is transposed'
 )
 """What a caller can say of square matrices."""
+
+_SAY = (
+    'say {source_layout="transformers"} if they lie as the model has them, '
+    'or {source_layout="per_expert"} if they lie as the type is published, which is transposed',
+    "leave {reference} out, so that the rules say the names, or pass one that says how its experts lie: "
+    '{convert_checkpoint(..., layout="transformers", source_layout=...)} writes it',
+)
 
 
 class Matrix(NamedTuple):
@@ -63,7 +70,7 @@ def square_matrices(
     shapes: Sequence[tuple[int, ...]],
     parameters: Mapping[str, tuple[int, ...]],
     transposed: bool | None = None,
-    do: str = f"say {WHICH_SOURCE_LAYOUT}",
+    do: Sequence[Advice] = (_SAY,),
 ) -> dict[str, bool]:
     """Whether each square matrix is transposed, by the rule's first target; all others tell it by their own shapes.
 

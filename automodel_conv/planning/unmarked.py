@@ -8,7 +8,7 @@ matrix alone, or two of them, are both.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 from automodel_conv.errors import UnsupportedError, message
@@ -22,28 +22,36 @@ Shape = tuple[int, ...]
 _NAMES = ", ".join(f'"{name}"' for name in LAYOUTS)
 
 
-def refuse_other_layouts(problems: Problems, plan: CopyPlan, rules: RuleSet) -> None:
+def refuse_other_layouts(problems: Problems, plan: CopyPlan, rules: RuleSet, model_says: bool) -> None:
     """Refuse grouped experts that are not in their model's layout, or that may be in another one as well.
 
     Args:
         problems: what did not fit the model, less what it ignores.
         plan: what does.
         rules: the model's; experts that they do not make have one published form, which is the model's own.
+        model_says: the model says how its experts lie, as those of transformers do; others may lie otherwise too.
 
     Raises:
-        UnsupportedError: names the first tensor, and ``source_layout``.
+        UnsupportedError: names the first tensor, and ``source_layout``, or ``layout`` of a model that does not say it.
     """
+    are_grouped = any(map(_is_weight, plan.sources.names))
     for name, found, expected in problems.mismatched:
         if _is_weight(name) and found == _turned(expected) != expected:
-            raise _refused(name, "source_layout", f"{list(expected)}, as the model has it", list(found))
+            do = [_say("source_layout")] if are_grouped else []
+            if not model_says:
+                turned = [
+                    called for called, layout in LAYOUTS.items() if layout.transposed and holds_experts(name, layout)
+                ]
+                do += [f'say {{layout="{called}"}} if the model has its experts in that layout' for called in turned]
+            raise _refused(name, do, f"{list(expected)}, as the model has it", list(found))
     told = [name for name in problems.unexpected if told_by_name(name) is not None]
     if told:
-        raise _refused(told[0], "source_layout", "names that the model has", f"{len(told)} such names")
+        raise _refused(told[0], [_say("source_layout")], "names that the model has", f"{len(told)} such names")
     made = {pattern.rpartition(".")[2] for row in range(len(rules.converters)) for pattern in rules.patterns(row)[1]}
     for path, weights in _by_module({t.name: t.shape for t in plan.targets if t.rule < 0}).items():
         if not made.isdisjoint(weights) and all(_is_square(shape) for shape in weights.values()):
             leaf, shape = next(iter(weights.items()))
-            raise _refused(f"{path}.{leaf}", "source_layout", "a matrix that is not square", list(shape))
+            raise _refused(f"{path}.{leaf}", [_say("source_layout")], "a matrix that is not square", list(shape))
 
 
 def refuse_untold(plan: CopyPlan, canonical: Callable[[str], Layout], gated: Callable[[str], bool]) -> None:
@@ -64,7 +72,7 @@ def refuse_untold(plan: CopyPlan, canonical: Callable[[str], Layout], gated: Cal
         if not told:
             leaf, shape = next(iter(weights.items()))
             expected = f"{layout.gate_up} [E, 2I, H] and {layout.down} [E, H, I]"
-            raise _refused(f"{path}.{leaf}", "source_layout", expected, list(shape))
+            raise _refused(f"{path}.{leaf}", [_say("source_layout")], expected, list(shape))
 
 
 def refuse_contradictions(table: SourceTable, shapes: Mapping[str, Shape], rules: RuleSet) -> None:
@@ -84,15 +92,15 @@ def refuse_contradictions(table: SourceTable, shapes: Mapping[str, Shape], rules
             name = f"{path}.{leaf}"
             expected = shapes.get(name)
             if expected is not None and found == _turned(expected) != expected:
-                raise _refused(name, "layout", f"{list(expected)}, as the model has it", list(found))
+                raise _refused(name, [_say("layout")], f"{list(expected)}, as the model has it", list(found))
             if takes and leaf not in taken and told_by_name(name) is not None:
-                raise _refused(name, "layout", "names that the rules take apart", list(found))
+                raise _refused(name, [_say("layout")], "names that the rules take apart", list(found))
         plain = LAYOUTS["transformers"]
         if takes and plain.gate_up in weights and plain.down in weights and f"{path}.{plain.down}" not in shapes:
             pair = _Pair(weights[plain.gate_up], weights[plain.down])
             if pair.fits(LAYOUTS["gpt_oss"]):
                 found = list(weights[plain.gate_up])
-                raise _refused(f"{path}.{plain.gate_up}", "layout", "[E, 2I, H] beside [E, H, I]", found)
+                raise _refused(f"{path}.{plain.gate_up}", [_say("layout")], "[E, 2I, H] beside [E, H, I]", found)
 
 
 class _Pair(NamedTuple):
@@ -135,13 +143,10 @@ def _turned(shape: Shape) -> Shape:
     return (shape[0], shape[2], shape[1]) if len(shape) == 3 else shape
 
 
-def _refused(name: str, argument: str, expected: object, found: object) -> UnsupportedError:
-    return UnsupportedError(
-        message(
-            "grouped experts lie in a layout that cannot be told",
-            where=name,
-            expected=expected,
-            found=found,
-            do=f"say it: {argument}= takes {_NAMES}",
-        )
-    )
+def _say(argument: str) -> str:
+    return f"say it: {{{argument}=}} takes {_NAMES}"
+
+
+def _refused(name: str, do: Sequence[str], expected: object, found: object) -> UnsupportedError:
+    text = "grouped experts lie in a layout that cannot be told"
+    return UnsupportedError(message(text, where=name, expected=expected, found=found, do=do))

@@ -18,6 +18,7 @@ from automodel_conv.dtypes import BITS, dtype_code, torch_dtype
 from automodel_conv.errors import CheckpointError, UnsupportedError
 from automodel_conv.files import system
 from automodel_conv.files.checkpoint import open_checkpoint
+from automodel_conv.files.destination import STAGING_NAME
 from automodel_conv.files.header import MAX_HEADER_BYTES
 
 A = {"dtype": "U8", "shape": [2], "data_offsets": [0, 2]}
@@ -256,9 +257,27 @@ def test_shard_in_a_folder_below_is_read(tmp_path):
     assert content(open_checkpoint(tmp_path), "x") == b"xxx"
 
 
-def test_tensors_that_the_index_leaves_out_belong_to_the_checkpoint(tmp_path):
+def test_tensors_that_the_index_leaves_out_are_no_part_of_the_checkpoint_and_are_named(tmp_path):
     write_sharded(tmp_path, TWO, {"x": "a.safetensors", "z": "b.safetensors"})
-    assert open_checkpoint(tmp_path).names == ["x", "z", "y"]
+    checkpoint = open_checkpoint(tmp_path)
+    assert checkpoint.names == ["x", "z"]
+    assert checkpoint.position == {"x": 0, "z": 1}
+    assert content(checkpoint, "z") == b"zz"
+    assert checkpoint.unindexed == (("y", "b.safetensors"),)
+
+
+def test_unindexed_tensors_are_sorted_by_file_then_name(tmp_path):
+    shards = {"b.safetensors": {"z": b"z", "keep": b"k", "a": b"aa"}, "a.safetensors": {"y": b"y", "stay": b"s"}}
+    write_sharded(tmp_path, shards, {"keep": "b.safetensors", "stay": "a.safetensors"})
+    found = open_checkpoint(tmp_path).unindexed
+    assert found == (("y", "a.safetensors"), ("a", "b.safetensors"), ("z", "b.safetensors"))
+
+
+def test_a_file_that_is_opened_by_itself_is_whole_whatever_an_index_beside_it_says(tmp_path):
+    write_sharded(tmp_path, TWO, {"x": "a.safetensors", "z": "b.safetensors"})
+    checkpoint = open_checkpoint(tmp_path / "b.safetensors")
+    assert sorted(checkpoint.names) == ["y", "z"]
+    assert checkpoint.unindexed == ()
 
 
 @pytest.mark.parametrize("winner", ["a.safetensors", "b.safetensors"])
@@ -270,6 +289,8 @@ def test_index_decides_between_two_files_with_one_name(tmp_path, winner):
     assert {name: checkpoint.names[row] for name, row in checkpoint.position.items()} == {name: name for name in "txy"}
     assert content(checkpoint, "t") == winner[:1].encode() * 2
     assert content(checkpoint, "y") == b"y"
+    (loser,) = shards.keys() - {winner}
+    assert checkpoint.unindexed == (("t", loser),)
 
 
 def test_relative_path_becomes_absolute(tmp_path, monkeypatch):
@@ -351,6 +372,55 @@ def test_file_too_short_for_a_header(tmp_path, size):
     path = tmp_path / "model.safetensors"
     path.write_bytes(b"\0" * size)
     refused(path, str(path), "at least 8 bytes", f"{size} bytes")
+
+
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:" + 64 * "0" + "\nsize 4976698672\n"
+LOOKALIKES = {
+    "git-lfs": (POINTER.encode(), ["Git-LFS pointer", "git lfs pull"]),
+    "xet": (b"# xet version 0\nfilesize = 5\nhash = '00'\n", ["Xet pointer"]),
+    "page": (b"\n<!DOCTYPE html><html><head><title>Sign in</title>" + 900 * b"x", ["page of HTML", "login"]),
+    "answer": (b'{"error": "Repository not found"}', ["JSON", "Repository not found"]),
+    "words": (b"Access to model is restricted." * 40, ["text: Access to model is restricted.", "login"]),
+    "short": (b"404", ["text: 404"]),
+    "pickle": (b"PK\x03\x04" + bytes(60), ["torch.save"]),
+    "accents": (("é" * 400).encode(), ["text: é"]),
+}
+
+
+@pytest.mark.parametrize(("data", "words"), LOOKALIKES.values(), ids=LOOKALIKES)
+def test_what_stands_in_the_place_of_weights_is_told(tmp_path, data, words):
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(data)
+    refused(tmp_path, str(path), "not a safetensors file", *words)
+
+
+@pytest.mark.parametrize("data", [POINTER.encode(), b"<html></html>"])
+def test_what_stands_in_the_place_of_an_index_is_told(tmp_path, data):
+    write_sharded(tmp_path, TWO)
+    (tmp_path / "model.safetensors.index.json").write_bytes(data)
+    words = ["git lfs pull"] if data.startswith(b"v") else ["page of HTML"]
+    refused(tmp_path, "malformed JSON", "model.safetensors.index.json", *words)
+
+
+def test_an_index_that_is_cut_is_told_as_malformed(tmp_path):
+    write_sharded(tmp_path, TWO)
+    (tmp_path / "model.safetensors.index.json").write_bytes(b'{"weight_map": {"x": "a.saf')
+    assert "login" not in refused(tmp_path, "malformed JSON")
+
+
+@pytest.mark.parametrize("placed", [[], ["model-00001-of-00002.safetensors"], ["a.safetensors"], ["config.json"]])
+def test_an_unfinished_conversion_is_named_as_one(tmp_path, placed):
+    (tmp_path / STAGING_NAME).mkdir()
+    for name in placed:
+        (tmp_path / name).write_bytes(packed({}))
+    refused(tmp_path, "not finished", STAGING_NAME, "same conversion or save again")
+    refused(tmp_path / STAGING_NAME, "not finished", str(tmp_path))
+
+
+def test_a_finished_checkpoint_beside_unfinished_work_is_read(tmp_path):
+    write_sharded(tmp_path, TWO)
+    (tmp_path / STAGING_NAME).mkdir()
+    assert open_checkpoint(tmp_path).names == ["x", "z", "y"]
 
 
 @pytest.mark.parametrize("length", [2**63, 2**64 - 1, MAX_HEADER_BYTES + 1, MAX_HEADER_BYTES, 41])
@@ -571,11 +641,11 @@ def test_tensor_of_the_index_that_its_file_lacks_is_named(tmp_path):
     assert "'x'" not in text
 
 
-def test_name_in_two_files_that_the_index_leaves_out_is_refused(tmp_path):
+def test_name_in_two_files_that_the_index_leaves_out_belongs_to_neither(tmp_path):
     shards = {"a.safetensors": {"t": b"aa", "x": b"x"}, "b.safetensors": {"y": b"y", "t": b"bb"}}
-    write_sharded(tmp_path, shards, {"x": "a.safetensors", "y": "b.safetensors"})
-    names = [str(tmp_path / "a.safetensors"), str(tmp_path / "b.safetensors")]
-    refused(tmp_path, "two files", "tensor 't'", *names)
+    checkpoint = open_checkpoint(write_sharded(tmp_path, shards, {"x": "a.safetensors", "y": "b.safetensors"}))
+    assert checkpoint.names == ["x", "y"]
+    assert checkpoint.unindexed == (("t", "a.safetensors"), ("t", "b.safetensors"))
 
 
 def test_bad_shard_among_good_ones_is_named(tmp_path):

@@ -69,7 +69,13 @@ def test_alone_it_is_named_at_every_door(case, tmp_path):
         "load_model": lambda: amc.load_model(model, tmp_path),
         "convert_checkpoint": lambda: amc.convert_checkpoint(tmp_path, tmp_path / "made"),
         "convert_state_dict": lambda: amc.convert_state_dict(tensors, model),
-        "revert_state_dict": lambda: amc.revert_state_dict(tensors, model, reference=tmp_path),
+    }
+    held = {name: tensor for name, tensor in model.state_dict().items() if name != f"{LAYER}.{other}"}
+    without_source_layout = {
+        "revert_state_dict": lambda: amc.revert_state_dict(held, model, reference=tmp_path),
+        "save_checkpoint": lambda: amc.save_checkpoint(
+            held, tmp_path / "made", rules=amc.get_model_conversion_mapping(model), reference=tmp_path
+        ),
     }
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     for door in doors.values():
@@ -77,6 +83,12 @@ def test_alone_it_is_named_at_every_door(case, tmp_path):
             door()
         assert f"{LAYER}.{square} " in str(error.value)
         assert str(error.value).count("proj") == 1
+    for name, door in without_source_layout.items():
+        with pytest.raises(amc.UnsupportedError, match="leave reference out") as error:
+            door()
+        assert f"{LAYER}.{square} " in str(error.value), name
+        assert "say source_layout" not in str(error.value)
+    assert amc.revert_state_dict(held, model)
     assert not (tmp_path / "made").exists()
     with pytest.raises(amc.UnsupportedError, match=r"load_model.*source_layout=") as error:
         with amc.accelerate_transformers():

@@ -28,7 +28,10 @@ from tests.model_zoo import EXCLUDED, build_model, isolate_registry, write_check
 
 NAMES = [name for name in zoo_names() if name not in EXCLUDED]
 REPLACED = [
-    (module, name) for module in hook._loaders() for name in ("convert_and_load_state_dict_in_model", "safe_open")
+    (module, name)
+    for module in hook._loaders()
+    for name in ("convert_and_load_state_dict_in_model", "safe_open", "get_checkpoint_shard_files")
+    if hasattr(module, name)
 ]
 STOCK = [getattr(module, name) for module, name in REPLACED]
 
@@ -188,13 +191,13 @@ def test_an_adapter_is_loaded_onto_a_base_under_the_hook(mixtral, tmp_path):
 
 def test_a_state_dict_in_memory_takes_upstreams_way(mixtral):
     model_class, source = mixtral
-    tensors = {n: t for f in source.glob("*.safetensors") for n, t in load_file(f).items()}
+    tensors = published(source)
     config = model_class.config_class.from_pretrained(source)
     with amc.accelerate_transformers() as acceleration:
         model = model_class.from_pretrained(None, config=config, state_dict=tensors)
     assert_same_model(model, model_class.from_pretrained(source))
     [load] = acceleration.loads
-    assert load[1:] == ((), {hook.ALL: hook.NOT_OPENED_HERE})
+    assert (load.lowered, load.left) == ((), {hook.ALL: hook.NOT_OPENED_HERE})
 
 
 def test_a_patched_operation_runs_as_it_would_without_the_hook(mixtral, monkeypatch):
@@ -277,6 +280,77 @@ def test_install_is_idempotent_and_uninstall_restores_the_very_functions():
     amc.uninstall()
     amc.uninstall()
     assert [getattr(module, name) for module, name in REPLACED] == STOCK
+
+
+FOLDERS = {
+    "index": ("", "", "model.safetensors.index.json"),
+    "subfolder": ("inner", "", "model.safetensors.index.json"),
+    "variant": ("", "fp16", "model.safetensors.index.fp16.json"),
+}
+
+
+def published(directory):
+    return {n: t for file in directory.glob("*.safetensors") for n, t in load_file(file).items()}
+
+
+@pytest.fixture
+def mistaken(mixtral, tmp_path):
+    """Two files, the later of which holds two tensors besides, that the index gives to the other one and to none."""
+
+    def write(folder="", index="model.safetensors.index.json"):
+        tensors = published(mixtral[1])
+        names = sorted(tensors)
+        a, b = names[::2], names[1::2]
+        weight_map = {name: "a.safetensors" for name in a} | {name: "b.safetensors" for name in b}
+        wrong = {a[0]: torch.full_like(tensors[a[0]], 9), "stale.weight": torch.ones(3)}
+        directory = tmp_path / folder
+        directory.mkdir(exist_ok=True)
+        save_file({n: tensors[n] for n in a}, directory / "a.safetensors", {"format": "pt"})
+        save_file({n: tensors[n] for n in b} | wrong, directory / "b.safetensors", {"format": "pt"})
+        (directory / index).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+        for config in mixtral[1].glob("*config.json"):
+            (directory / config.name).write_bytes(config.read_bytes())
+        return tmp_path, ((a[0], "b.safetensors"), ("stale.weight", "b.safetensors"))
+
+    return write
+
+
+@pytest.mark.parametrize(("folder", "variant", "index"), FOLDERS.values(), ids=FOLDERS.keys())
+def test_the_index_decides_which_file_a_tensor_is_read_from(mixtral, mistaken, folder, variant, index):
+    model_class, source = mixtral
+    path, ignored = mistaken(folder, index)
+    options = {"subfolder": folder} if folder else {"variant": variant} if variant else {}
+    with amc.accelerate_transformers() as acceleration:
+        hooked, info = model_class.from_pretrained(path, output_loading_info=True, **options)
+    assert_same_model(hooked, model_class.from_pretrained(source))
+    assert not info["unexpected_keys"]
+    [load] = acceleration.loads
+    assert load.unindexed == ignored
+    assert "stale.weight of b.safetensors" in str(acceleration)
+
+
+def test_a_tensor_of_no_index_is_missing_under_the_hook(mixtral, mistaken):
+    model_class, _ = mixtral
+    path, ignored = mistaken()
+    index = path / "model.safetensors.index.json"
+    said = json.loads(index.read_text())
+    del said["weight_map"]["lm_head.weight"]
+    index.write_text(json.dumps(said))
+    with amc.accelerate_transformers() as acceleration:
+        _, info = model_class.from_pretrained(path, output_loading_info=True)
+    assert info["missing_keys"] == {"lm_head.weight"}
+    [load] = acceleration.loads
+    assert {name for name, _ in load.unindexed} == {"lm_head.weight", *(name for name, _ in ignored)}
+
+
+def test_a_single_file_is_whole_whatever_an_index_beside_it_names(mixtral, mistaken):
+    model_class, source = mixtral
+    path, _ = mistaken()
+    save_file(published(source), path / "model.safetensors", {"format": "pt"})
+    with amc.accelerate_transformers() as acceleration:
+        hooked = model_class.from_pretrained(path)
+    assert_same_model(hooked, model_class.from_pretrained(source))
+    assert acceleration.loads[0].unindexed == ()
 
 
 def test_blocks_nest_and_leave_what_install_put():

@@ -6,7 +6,7 @@ import pytest
 
 from automodel_conv.errors import CoverageError, UnsupportedError
 from automodel_conv.planning.copies import SourceTable
-from automodel_conv.planning.layouts import LAYOUTS, as_layout, get_layout, holds_experts, relayout
+from automodel_conv.planning.layouts import LAYOUTS, PER_EXPERT, as_layout, get_layout, holds_experts, relayout
 from automodel_conv.planning.models import ExpertLayout
 from tests.planning.oracles import execute
 
@@ -191,6 +191,24 @@ def test_an_unknown_layout_lists_those_there_are():
         get_layout("vlllm")
     assert all(name in str(error.value) for name in NAMES)
     assert get_layout("nemo") is LAYOUTS["nemo"]
+
+
+@pytest.mark.parametrize("name", ["per-expert", "per expert", "PER_EXPERT", "perexpert", "per_experts"])
+def test_one_that_is_spelled_alike_is_named(name):
+    with pytest.raises(UnsupportedError, match=r"(?s)one of .*'per_expert'.*write 'per_expert'"):
+        get_layout(name, PER_EXPERT)
+    with pytest.raises(UnsupportedError, match="convert_checkpoint") as error:
+        get_layout(name)
+    assert "'per_expert'" not in str(error.value)
+
+
+def test_names_unlike_all_layouts_get_the_list_alone():
+    with pytest.raises(UnsupportedError, match="write 'gpt_oss'"):
+        get_layout("gpt-oss")
+    for name in ("megatron", "", "hf"):
+        with pytest.raises(UnsupportedError) as error:
+            get_layout(name)
+        assert "do:" not in str(error.value)
 
 
 def test_a_models_own_flags_are_a_layout():
