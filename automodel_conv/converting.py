@@ -39,10 +39,11 @@ from automodel_conv.execution.writing import (
     write_slabs,
 )
 from automodel_conv.files import system
-from automodel_conv.files.checkpoint import Checkpoint, open_checkpoint, rows_by_file
-from automodel_conv.files.config import CONFIG_NAME, plain_config
-from automodel_conv.files.destination import WEIGHT_SUFFIXES, open_destination, telling
-from automodel_conv.files.shards import CHECKSUMS_NAME, Form, Shard, Spec, divide, index_of, parse_size
+from automodel_conv.files.beside import files_beside
+from automodel_conv.files.checkpoint import Checkpoint, open_checkpoint, open_downloaded, rows_by_file
+from automodel_conv.files.config import CONFIG_NAME, MODELOPT_NAME, plain_config
+from automodel_conv.files.destination import open_destination, telling
+from automodel_conv.files.shards import Form, Shard, Spec, divide, index_of, parse_size
 from automodel_conv.loading import decoded_table
 from automodel_conv.planning.copies import Decode, SourceTable
 from automodel_conv.planning.from_config import meta_model
@@ -91,6 +92,8 @@ class ConvertReport:
     """Files that an earlier call had finished."""
     left_out: tuple[str, ...]
     """Tensors of the source that nothing was made of."""
+    files_copied: tuple[str, ...]
+    """Paths of the files beside the weights that were copied, sorted, with "/" between folders."""
     seconds: float
     peak_extra_bytes: int
     """Bound of the memory used."""
@@ -101,7 +104,7 @@ class ConvertReport:
 
 
 def compile_conversion(
-    source: str | os.PathLike[str],
+    source: Checkpoint | str | os.PathLike[str],
     *,
     rules: Iterable[Any] | None = None,
     layout: str | None = None,
@@ -112,7 +115,7 @@ def compile_conversion(
 ) -> Conversion:
     """What ``convert_checkpoint`` would do; reads no more than ``compile_plan``. See there."""
     checked_dtype(dtype)
-    checkpoint = open_checkpoint(source)
+    checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(source)
     most_bytes = parse_size(max_shard_size)
     rules = None if rules is None else list(rules)
     keeps_names = layout is None and source_layout is None and rules == []
@@ -174,13 +177,16 @@ def convert_checkpoint(
 ) -> ConvertReport:
     """Write a checkpoint anew with its experts in another layout, from file to file in bounded memory.
 
-    Bytes that only move are copied by the kernel where the file system can. ``config.json``, the tokenizer and what
-    else lies in the checkpoint's directory is copied too, but for folders, hidden files, other weights and what
-    trainers keep (``.bin``, ``.pt``, ``.pth``); nothing, if the source is one file. The destination is a checkpoint at
-    the end or not at all: until then all is in a folder of its own there, and after a crash or an error the same call
-    goes on with the files that are not finished yet.
+    Bytes that only move are copied by the kernel where the file system can. ``config.json``, the tokenizer, chat
+    templates, code and all else that lies in the checkpoint's directory or its folders is copied too, and listed in the
+    report. What is not: weights of any format, what trainers keep (``.bin``, ``.pt``, folders ``checkpoint-500``),
+    hidden files and folders, links to folders; nothing is, if the source is one file. The destination is a checkpoint
+    at the end or not at all: until then all is in a folder of its own there, and after a crash or an error the same
+    call goes on with the files that are not finished yet.
 
     Args:
+        source: a directory, an index file, one ``.safetensors`` file, or ``org/name`` on the Hub: what is not in the
+            cache yet is downloaded first, all but weights that do not belong to the checkpoint.
         destination: a directory, new or without weights in it.
         rules: transformers' rule objects; None: those of the model that ``config.json`` names. An empty list keeps all
             names, for a change of layout, dtype or file size alone.
@@ -212,7 +218,7 @@ def convert_checkpoint(
     """
     began = time.perf_counter()
     conversion = compile_conversion(
-        source,
+        open_downloaded(source, beside=True),
         rules=rules,
         layout=layout,
         source_layout=source_layout,
@@ -268,11 +274,12 @@ def convert_checkpoint(
                 )
             )
         with telling(directory):
-            for name in _beside_weights(checkpoint):
+            beside = _beside_weights(checkpoint, directory, dequantize)
+            for name in beside:
                 if name == CONFIG_NAME and config is not None:
                     place.write(name, config)
                 else:
-                    system.copy_file(os.path.join(checkpoint.directory, name), place.path(name))
+                    system.copy_file(os.path.join(checkpoint.directory, *name.split("/")), place.beside(name))
         if checksums:
             write_checksums(place, shards, share.threads)
         place.commit(index_of(shards, form=conversion.form))
@@ -281,6 +288,7 @@ def convert_checkpoint(
         nbytes,
         len(shards) - len(unfinished),
         conversion.left_out,
+        tuple(beside),
         time.perf_counter() - began,
         share.scratch_bytes,
     )
@@ -316,15 +324,15 @@ def verify_checkpoint(
         VerificationError: they differ; names the tensors, or the first element that does.
         CheckpointError, NameProblems, UnsupportedError, ReadError: see ``convert_checkpoint``.
     """
-    other = open_checkpoint(destination)
+    checkpoint, other = open_downloaded(source), open_downloaded(destination)
     if layout is None and rules is None:
         said = stated_layout(other, None)
-        as_they_are = source_layout is None and dtype is None and _is_alike(open_checkpoint(source), other, said)
+        as_they_are = source_layout is None and dtype is None and _is_alike(checkpoint, other, said)
         layout, rules = (None, []) if as_they_are else (said, None)
     conversion = compile_conversion(
-        source, rules=rules, layout=layout, source_layout=source_layout, dtype=dtype, dequantize=dequantize
+        checkpoint, rules=rules, layout=layout, source_layout=source_layout, dtype=dtype, dequantize=dequantize
     )
-    checkpoint, plan = conversion.checkpoint, conversion.plan
+    plan = conversion.plan
     _compare_headers(plan, other)
     share = budget(threads, DEFAULT_SCRATCH_BYTES if scratch_bytes is None else scratch_bytes, reads_files=True)
     targets = [target for target in plan.targets if prod(target.shape)]
@@ -402,14 +410,12 @@ def _digest(conversion: Conversion) -> str:
     return hashlib.blake2b(conversion.plan.to_json().encode() + b"".join(headers), digest_size=16).hexdigest()
 
 
-def _beside_weights(checkpoint: Checkpoint) -> list[str]:
-    """Names of the files that go with the weights: configs, tokenizers, code; none beside one file among others."""
-    directory = checkpoint.directory
+def _beside_weights(checkpoint: Checkpoint, destination: str, dequantize: bool) -> list[str]:
+    """The files that go with the weights, but what says of decoded weights how to decode them; none beside one file."""
     if checkpoint.path.endswith(".safetensors") and system.is_file(checkpoint.path):
         return []
-    names = [name for name in system.list_names(directory) if not name.startswith(".")]
-    others = [name for name in names if not name.endswith((*WEIGHT_SUFFIXES, CHECKSUMS_NAME))]
-    return [name for name in others if system.is_file(os.path.join(directory, name))]
+    beside = files_beside(checkpoint.directory, destination)
+    return [name for name in beside if not (dequantize and name == MODELOPT_NAME)]
 
 
 def _compare_headers(plan: CopyPlan, other: Checkpoint) -> None:

@@ -31,6 +31,7 @@ def converted_table(report: ConvertReport, verified: bool) -> Table:
     table.add_row("seconds", f"{report.seconds:.3f}")
     table.add_row("peak extra memory, at most", f"{report.peak_extra_bytes / 2**20:.1f} MiB")
     table.add_row("left out", str(len(report.left_out)))
+    table.add_row("copied beside the weights", f"{len(report.files_copied)} files")
     return table
 
 
