@@ -1,7 +1,7 @@
 """A Hub on this machine: what huggingface_hub asks of the real one to list, to download and to read by range.
 
 ``with serve({"org/name": directory}) as hub`` starts it; ``use(hub, cache, monkeypatch)`` lets huggingface_hub of this
-process talk to it, and ``environment(hub, cache)`` that of another one. ``hub.requests`` counts what was asked and sent.
+process talk to it, and ``environment(hub, cache)`` that of another one. ``hub.requests`` has what was asked and sent.
 
 Source: huggingface_hub 1.33.0, ``repo_info``, ``list_repo_tree``, ``get_hf_file_metadata``, ``http_get``.
 """

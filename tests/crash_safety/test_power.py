@@ -88,6 +88,11 @@ MUTANTS = {
         "                if name == names[-1]:",
         "                if False:",
     ),
+    "the index may reach the disk before files in folders": (
+        destination_module,
+        "                    for folder in (*folders, self.directory):",
+        "                    for folder in (self.directory,):",
+    ),
     "files may reach their places before their bytes": (
         destination_module,
         "            for path in others.values():\n                _sync(path)\n",

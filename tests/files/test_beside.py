@@ -10,34 +10,21 @@ from automodel_conv.files.beside import files_beside, goes_beside
 from automodel_conv.files.destination import STAGING_NAME
 
 # Names that published repositories have.
-GO = (
-    *("config.json", "generation_config.json", "tokenizer.json", "tokenizer.model", "spiece.model", "merges.txt"),
-    *("chat_template.jinja", "additional_chat_templates/tool_use.jinja", "LICENSE", "README.md", "modeling_own.py"),
-    *("original/params.json", "original/tokenizer.model", "inference/kernel.py", "a/b/c/d.txt", "figures/bench.png"),
-    *(
-        "qwen.tiktoken",
-        "preprocessor_config.json",
-        "assets/sample.mp4",
-        "Makefile",
-        "lock",
-        "journal.jsonl",
-        "beside/x",
-    ),
-)
-STAY = (
-    *(
-        "model.safetensors",
-        "model-00001-of-00002.safetensors",
-        "model.safetensors.index.json",
-        "consolidated.safetensors",
-    ),
-    *("pytorch_model.bin", "pytorch_model.bin.index.json", "original/consolidated.00.pth", "metal/model.bin", "m.PTH"),
-    *("model-Q4_K_M.gguf", "onnx/model.onnx", "onnx/model.onnx_data", "onnx/model.onnx_data_1", "onnx/model.onnx.data"),
-    *("tf_model.h5", "tf_model.h5.index.json", "flax_model.msgpack", "rust_model.ot", "model.ckpt", "model.tflite"),
-    *("optimizer.pt", "scheduler.pt", "rng_state_0.pth", "training_args.bin", "checkpoint-500/trainer_state.json"),
-    *(".gitattributes", ".git/config", ".cache/huggingface/download/x.metadata", "code/.hidden/x", "__pycache__/a.pyc"),
-    *("dcp/__0_0.distcp", "model.safetensors.checksums.json", f"{STAGING_NAME}/journal.jsonl"),
-)
+GO = """
+    config.json generation_config.json tokenizer.json tokenizer.model spiece.model merges.txt qwen.tiktoken
+    chat_template.jinja additional_chat_templates/tool_use.jinja LICENSE README.md Makefile modeling_own.py
+    original/params.json original/tokenizer.model inference/kernel.py a/b/c/d.txt figures/bench.png assets/sample.mp4
+    preprocessor_config.json lock journal.jsonl beside/x
+""".split()
+STAY = f"""
+    model.safetensors model-00001-of-00002.safetensors model.safetensors.index.json consolidated.safetensors
+    pytorch_model.bin pytorch_model.bin.index.json original/consolidated.00.pth metal/model.bin m.PTH model-Q4_K_M.gguf
+    onnx/model.onnx onnx/model.onnx_data onnx/model.onnx_data_1 onnx/model.onnx.data tf_model.h5 tf_model.h5.index.json
+    flax_model.msgpack rust_model.ot model.ckpt model.tflite dcp/__0_0.distcp model.safetensors.checksums.json
+    optimizer.pt scheduler.pt rng_state_0.pth training_args.bin checkpoint-500/trainer_state.json
+    .gitattributes .git/config .cache/huggingface/x.metadata code/.hidden/x __pycache__/a.pyc
+    {STAGING_NAME}/journal.jsonl
+""".split()
 
 
 def written(directory: Path, *names: str) -> Path:
