@@ -24,7 +24,7 @@ from automodel_conv.execution.reading import OpenFiles, read_job, reading
 from automodel_conv.execution.schedule import RUN_BYTES, divide, runs
 from automodel_conv.execution.workers import work_off
 from automodel_conv.files import system
-from automodel_conv.files.checkpoint import Checkpoint, open_checkpoint
+from automodel_conv.files.checkpoint import Checkpoint, open_downloaded
 from automodel_conv.loading import compile_plan
 from automodel_conv.measuring import ready_memory
 from automodel_conv.planning.copies import Target
@@ -111,7 +111,7 @@ def bench(
     rules = None if use_model else []
     compile_plan(path, rules=rules, layout=layout, dtype=dtype)  # imports what it needs
     start = time.perf_counter()
-    checkpoint = open_checkpoint(path)
+    checkpoint = open_downloaded(path)
     opened = time.perf_counter()
     plan = compile_plan(checkpoint, rules=rules, layout=layout, dtype=dtype)
     planned = time.perf_counter()

@@ -28,7 +28,7 @@ from automodel_conv.demo import DemoModel, run_demo
 from automodel_conv.errors import ConversionError, DestinationError, UnknownTarget, WriteError, listing, message
 from automodel_conv.execution.checksums import verify_checksums
 from automodel_conv.execution.reading import cores
-from automodel_conv.files.checkpoint import open_checkpoint
+from automodel_conv.files.checkpoint import open_checkpoint, open_downloaded
 from automodel_conv.files.room import room_in
 from automodel_conv.files.shards import parse_size
 from automodel_conv.forecast import forecast, parse_mesh
@@ -149,6 +149,7 @@ def plan(
     path: _PathArgument,
     layout: _LayoutOption = None,
     source_layout: _SourceLayoutOption = None,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of org/name.")] = None,
     explain: Annotated[
         list[str] | None,
         typer.Option(help="A target: print every source of it with its region. May be repeated."),
@@ -166,9 +167,9 @@ def plan(
         typer.Option(help="What each rank would read: sizes of ep, fsdp, replicate, as in ep=64,fsdp=8."),
     ] = None,
 ) -> None:
-    """Print where every byte of a checkpoint goes. Reads headers only."""
+    """Print where every byte of a checkpoint goes. Reads headers only, of org/name too."""
     sizes = None if mesh is None else parse_mesh(mesh)
-    checkpoint = open_checkpoint(path)
+    checkpoint = open_checkpoint(path, revision=revision)
     compiled = compile_plan(checkpoint, rules=None if model else [], layout=layout, source_layout=source_layout)
     typer.echo(compiled.summary())
     _name((), compiled.left_out)
@@ -288,7 +289,7 @@ def verify(
 ) -> None:
     """Check that a checkpoint is, bit for bit, what convert would make of another one."""
     if destination is None:
-        checkpoint = open_checkpoint(source)
+        checkpoint = open_downloaded(source)
         nbytes = verify_checksums(checkpoint, cores() if threads is None else threads)
         typer.echo(f"{len(checkpoint.names)} tensors, {nbytes / 1e9:.3f} GB: all have their checksums")
         return
@@ -304,7 +305,7 @@ def verify(
         threads=threads,
         progress=_shows(progress),
     )
-    made = open_checkpoint(destination)
+    made = open_downloaded(destination)
     typer.echo(
         f"{len(made.names)} tensors in {len(made.files)} files, {nbytes / 1e9:.3f} GB: "
         "all are, bit for bit, what the source makes them"

@@ -35,16 +35,12 @@ from automodel_conv.execution.writing import (
     write_slabs,
 )
 from automodel_conv.files import system
-from automodel_conv.files.checkpoint import Checkpoint, open_checkpoint, rows_by_file
-from automodel_conv.files.config import CONFIG_NAME, plain_config
-from automodel_conv.files.destination import (
-    WEIGHT_SUFFIXES,
-    open_destination,
-    remove_remains,
-    telling,
-)
+from automodel_conv.files.beside import files_beside
+from automodel_conv.files.checkpoint import Checkpoint, open_checkpoint, open_downloaded, rows_by_file
+from automodel_conv.files.config import CONFIG_NAME, MODELOPT_NAME, plain_config
+from automodel_conv.files.destination import open_destination, remove_remains, telling
 from automodel_conv.files.finished import is_finished
-from automodel_conv.files.shards import CHECKSUMS_NAME, Form, Shard, Spec, divide, index_of, parse_size
+from automodel_conv.files.shards import Form, Shard, Spec, divide, index_of, parse_size
 from automodel_conv.loading import decoded_table
 from automodel_conv.planning.carrying import carried_targets, dropped_rows
 from automodel_conv.planning.copies import SourceTable
@@ -97,6 +93,8 @@ class ConvertReport:
     """Tensors of the source that the model has no place for, passed on as they are."""
     left_out: tuple[str, ...]
     """Tensors of the source that nothing was made of: see ``drop``, and scales of activations if decoded."""
+    files_copied: tuple[str, ...]
+    """Paths of the files beside the weights that were copied, sorted, with "/" between folders."""
     seconds: float
     peak_extra_bytes: int
     """Bound of the memory used."""
@@ -110,7 +108,7 @@ class ConvertReport:
 
 @door("planning")
 def compile_conversion(
-    source: str | os.PathLike[str],
+    source: Checkpoint | str | os.PathLike[str],
     *,
     rules: Iterable[Any] | None = None,
     layout: str | None = None,
@@ -124,7 +122,7 @@ def compile_conversion(
     checked_dtype(dtype)
     if layout not in (None, PER_EXPERT):
         get_layout(layout, PER_EXPERT)
-    checkpoint = open_checkpoint(source)
+    checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(source)
     most_bytes = parse_size(max_shard_size)
     rules = None if rules is None else list(rules)
     keeps_names = layout is None and source_layout is None and rules == []
@@ -193,17 +191,20 @@ def convert_checkpoint(
 ) -> ConvertReport:
     """Write a checkpoint anew with its experts in another layout, from file to file in bounded memory.
 
-    Bytes that only move are copied by the kernel where the file system can. ``config.json``, the tokenizer and what
-    else lies in the checkpoint's directory is copied too, but for folders, hidden files, other weights and what
-    trainers keep (``.bin``, ``.pt``, ``.pth``); nothing, if the source is one file. The destination is a checkpoint at
-    the end or not at all: until then all is in a folder of its own there, and after a crash or an error the same call
-    goes on with the files that are not finished yet. Called once more after it is complete, it compares all that lies
-    there with the source, and writes nothing.
+    Bytes that only move are copied by the kernel where the file system can. ``config.json``, the tokenizer, chat
+    templates, code and all else that lies in the checkpoint's directory or its folders is copied too, and listed in the
+    report. What is not: weights of any format, what trainers keep (``.bin``, ``.pt``, folders ``checkpoint-500``),
+    hidden files and folders; nothing is, if the source is one file. The destination is a checkpoint at the end or not
+    at all: until then all is in a folder of its own there, and after a crash or an error the same call goes on with the
+    files that are not finished yet. Called once more after it is complete, it compares all that lies there with the
+    source, and writes nothing.
 
     Tensors that the model has no place for, such as layers for multi-token prediction and draft heads, are carried
     along byte for byte under their own names, but decoded if ``dequantize`` is set.
 
     Args:
+        source: a directory, an index file, one ``.safetensors`` file, or ``org/name`` on the Hub: what is not in the
+            cache yet is downloaded first, all but weights that do not belong to the checkpoint.
         destination: a directory, new or without weights in it.
         rules: transformers' rule objects; None: those of the model that ``config.json`` names. An empty list keeps all
             names, for a change of layout, dtype or file size alone.
@@ -237,7 +238,7 @@ def convert_checkpoint(
     """
     began = time.perf_counter()
     conversion = compile_conversion(
-        source,
+        open_downloaded(source, beside=True),
         rules=rules,
         layout=layout,
         source_layout=source_layout,
@@ -255,7 +256,8 @@ def convert_checkpoint(
     plan = conversion.plan
     made = FileSlabs(checkpoint, plan.targets, places_in(shards, plan.targets), plan.sources.decodes, share)
     texts = {} if config is None else {CONFIG_NAME: config}
-    copies = {n: os.path.join(checkpoint.directory, n) for n in _beside_weights(checkpoint) if n not in texts}
+    beside = _beside_weights(checkpoint, directory, dequantize)
+    copies = {name: os.path.join(checkpoint.directory, *name.split("/")) for name in beside if name not in texts}
     index = index_of(shards, form=conversion.form)
     of_index = {} if index is None else {conversion.form.index_name: index}
     if resume and directory != checkpoint.directory:
@@ -268,6 +270,7 @@ def convert_checkpoint(
                 files_resumed=len(shards),
                 carried=conversion.carried,
                 left_out=conversion.left_out,
+                files_copied=(),
                 seconds=time.perf_counter() - began,
                 peak_extra_bytes=share.scratch_bytes,
                 was_complete=True,
@@ -311,7 +314,7 @@ def convert_checkpoint(
             for name, text in texts.items():
                 place.write(name, text)
             for name, path in copies.items():
-                system.copy_file(path, place.path(name))
+                system.copy_file(path, place.beside(name))
         if checksums:
             write_checksums(place, shards, share.threads)
         place.commit(index)
@@ -321,6 +324,7 @@ def convert_checkpoint(
         files_resumed=len(shards) - len(unfinished),
         carried=conversion.carried,
         left_out=conversion.left_out,
+        files_copied=beside,
         seconds=time.perf_counter() - began,
         peak_extra_bytes=share.scratch_bytes,
     )
@@ -359,14 +363,14 @@ def verify_checkpoint(
         CheckpointError, NameProblems, UnsupportedError, ReadError: see ``convert_checkpoint``.
     """
     drop = list(drop)
-    other = open_checkpoint(destination)
+    checkpoint, other = open_downloaded(source), open_downloaded(destination)
     if layout is None and rules is None:
         said = stated_layout(other, None)
         keeps_all = source_layout is None and dtype is None and not drop
-        as_they_are = keeps_all and _is_alike(open_checkpoint(source), other, said)
+        as_they_are = keeps_all and _is_alike(checkpoint, other, said)
         layout, rules = (None, []) if as_they_are else (said, None)
     conversion = compile_conversion(
-        source,
+        checkpoint,
         rules=rules,
         layout=layout,
         source_layout=source_layout,
@@ -374,7 +378,7 @@ def verify_checkpoint(
         dequantize=dequantize,
         drop=drop,
     )
-    checkpoint, plan = conversion.checkpoint, conversion.plan
+    plan = conversion.plan
     _compare_headers(plan, other)
     share = budget(threads, DEFAULT_SCRATCH_BYTES if scratch_bytes is None else scratch_bytes, reads_files=True)
     at = [other.position[target.name] for target in plan.targets]
@@ -427,17 +431,16 @@ def _digest(conversion: Conversion) -> str:
     return hashlib.blake2b(conversion.plan.to_json().encode() + b"".join(headers), digest_size=16).hexdigest()
 
 
-def _beside_weights(checkpoint: Checkpoint) -> list[str]:
-    """Names of the files that go with the weights: configs, tokenizers, code; none beside one file among others."""
-    directory = checkpoint.directory
+def _beside_weights(checkpoint: Checkpoint, destination: str, dequantize: bool) -> tuple[str, ...]:
+    """The files that go with the weights, but what says of decoded weights how to decode them; none beside one file."""
     if checkpoint.path.endswith(".safetensors") and system.is_file(checkpoint.path):
-        return []
+        return ()
     try:
-        names = [name for name in system.list_names(directory) if not name.startswith(".")]
+        beside = files_beside(checkpoint.directory, destination)
     except OSError as error:
-        raise ReadError(message("cannot list the source", where=directory, found=error)) from error
-    others = [name for name in names if not name.endswith((*WEIGHT_SUFFIXES, CHECKSUMS_NAME))]
-    return [name for name in others if system.is_file(os.path.join(directory, name))]
+        text = message("cannot look at what lies beside the weights", where=checkpoint.directory, found=error)
+        raise ReadError(text) from error
+    return tuple(name for name in beside if not (dequantize and name == MODELOPT_NAME))
 
 
 def _compare_headers(plan: CopyPlan, other: Checkpoint) -> None:

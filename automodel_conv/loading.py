@@ -29,7 +29,7 @@ from automodel_conv.execution.ranks import (
     together,
 )
 from automodel_conv.execution.reading import LoadStats, cores, default_reader_threads, read_whole
-from automodel_conv.files.checkpoint import Checkpoint, open_checkpoint
+from automodel_conv.files.checkpoint import Checkpoint, open_checkpoint, open_downloaded
 from automodel_conv.files.config import quantization_config
 from automodel_conv.homes import (
     Homes,
@@ -123,10 +123,10 @@ def compile_plan(
     """The plan that loads a checkpoint, from its headers alone.
 
     The few bytes of ``weight_shape`` are read besides, for INT4 codes with one scale for a whole row: nothing else
-    tells whether rows end in padding.
+    tells whether rows end in padding. Of a repository that is not in the cache they are not; loads of it look at them.
 
     Args:
-        checkpoint: an opened checkpoint, or what ``open_checkpoint`` takes.
+        checkpoint: an opened checkpoint, or what ``open_checkpoint`` takes; no weights of ``org/name`` are downloaded.
         model: any module, on the meta device too; None builds the model of the checkpoint's ``config.json`` on the
             meta device, unless ``rules`` are given. Its class is the one that ``architectures`` name of the config's
             type, else the first that transformers has for the type: image and text to text, any modality, causal
@@ -189,7 +189,8 @@ def load_state_dict(
     says what is wanted and is not changed. Without a model the names are what the rules make.
 
     Args:
-        path: a directory with or without an index, an index file, a ``.safetensors`` file, or ``org/name``.
+        path: a directory with or without an index, an index file, a ``.safetensors`` file, or ``org/name`` on the Hub,
+            whose weights, index and config are downloaded first, where the cache lacks them.
         model, rules, layout, source_layout, key_mapping, dtype, dequantize: see ``compile_plan``.
         device: the CPU or a CUDA device. To the latter, bytes go through pinned memory, and what has to be permuted or
             cast is copied there by Triton kernels, or by torch where Triton cannot run.
@@ -235,7 +236,7 @@ def load_state_dict(
         everything_on = loadable(device)
         device_of = where.device_of if where is not None else lambda name: everything_on
         clock = _Clock()
-        checkpoint = open_checkpoint(path, revision=revision)
+        checkpoint = open_downloaded(path, revision=revision)
         clock.lap("open")
         plan, problems, model = load_plan(
             checkpoint, model, rules, layout, source_layout, key_mapping, dtype, dequantize
@@ -332,7 +333,7 @@ def load_model(
         everything_on = None if device is None else loadable(device)
         device_of = where.device_of if where is not None else lambda name: everything_on
         clock = _Clock()
-        checkpoint = open_checkpoint(path, revision=revision)
+        checkpoint = open_downloaded(path, revision=revision)
         clock.lap("open")
         plan, problems, _ = load_plan(
             checkpoint, model, rules, layout, source_layout, key_mapping, dtype, dequantize, in_place=True
@@ -444,9 +445,13 @@ def decoded_table(checkpoint: Checkpoint, wants_numbers: bool) -> SourceTable:
 def _check_padding(checkpoint: Checkpoint, table: SourceTable) -> None:
     """Rows of packed codes may end in padding, and where one scale is for all of a row, only ``_shape`` tells.
 
+    A plan of what is not on this machine comes from headers alone; who reads the data makes another one.
+
     Raises:
         QuantizationError: they do.
     """
+    if checkpoint.is_remote:
+        return
     for row, decode in table.decodes.items():
         shape = checkpoint.position.get(f"{table.names[row]}_shape")
         if decode.format == "int4" and decode.block[1] >= decode.matrix[1] and shape is not None:

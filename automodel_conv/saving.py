@@ -26,7 +26,7 @@ from automodel_conv.execution.holders import checksums_of_parts, find_holders, r
 from automodel_conv.execution.ranks import local_of, meshes_of, same_on_all, together
 from automodel_conv.execution.tensor_slabs import Holding, tensor_slabs
 from automodel_conv.execution.writing import begin_shard, budget, write_slabs
-from automodel_conv.files.checkpoint import Checkpoint, open_checkpoint
+from automodel_conv.files.checkpoint import Checkpoint, open_checkpoint, open_downloaded
 from automodel_conv.files.destination import Destination, open_destination, staged_path, telling
 from automodel_conv.files.shards import (
     CHECKSUMS_NAME,
@@ -149,7 +149,7 @@ def save_checkpoint(
         opened = None if reference is None else open_checkpoint(reference)
         plan = saving_plan(state_table(tensors), model=model, rules=rules, layout=layout, reference=opened)
         plan = with_dtype(plan, dtype, model, rules)
-        source = None if carry is None else open_checkpoint(carry)
+        source = None if carry is None else open_downloaded(carry)
         code = None if dtype is None else dtype_code(dtype)
         carried = None if source is None else carried_from(source, plan, model, rules, layout, code)
         targets = plan.targets if carried is None else (*plan.targets, *carried.targets)

@@ -32,6 +32,7 @@ def converted_table(report: ConvertReport, verified: bool) -> Table:
     table.add_row("peak extra memory, at most", f"{report.peak_extra_bytes / 2**20:.1f} MiB")
     table.add_row("carried as they are", str(len(report.carried)))
     table.add_row("left out", str(len(report.left_out)))
+    table.add_row("copied beside the weights", f"{len(report.files_copied)} files")
     return table
 
 

@@ -224,16 +224,26 @@ def test_what_lies_beside_the_weights_is_copied_and_nothing_else(published, tmp_
     source = tmp_path / "source"
     shutil.copytree(published, source)
     beside = {"tokenizer.json": b"{}", "modeling_own.py": b"# code", "README.md": b"\xff\x00"}
-    for name, content in beside.items():
+    beside |= {"original/params.json": b"{}", "additional_chat_templates/tool_use.jinja": b"{{ x }}", "a/b/c/d": b""}
+    beside |= {"lock": b"1", "journal.jsonl": b"2", "beside": b"3"}  # as files of an unfinished work are called
+    no = ("model.gguf", "pytorch_model.bin", ".hidden", "stray.safetensors", "original/consolidated.pth", ".git/x")
+    for name, content in (beside | dict.fromkeys(no, b"no")).items():
+        (source / name).parent.mkdir(parents=True, exist_ok=True)
         (source / name).write_bytes(content)
-    for name in ("model.gguf", "pytorch_model.bin", ".hidden", "stray.safetensors", "consolidated.pth"):
-        (source / name).write_bytes(b"no")
-    (source / "original").mkdir()
-    (source / "original" / "params.json").write_bytes(b"no")
-    amc.convert_checkpoint(source, tmp_path / "made", layout="nemo")
-    found = {p.name: p.read_bytes() for p in (tmp_path / "made").iterdir() if p.suffix != ".safetensors"}
+    made = source / "made"
+    report = amc.convert_checkpoint(source, made, layout="nemo")
+    found = {p.relative_to(made).as_posix(): p.read_bytes() for p in made.rglob("*") if p.is_file()}
     configs = {name: (published / name).read_bytes() for name in ("config.json", "generation_config.json")}
-    assert found == beside | configs
+    assert {name: data for name, data in found.items() if name not in report.files} == beside | configs
+    assert report.files_copied == tuple(sorted(beside | configs))
+
+
+@needs_transformers
+def test_nothing_lies_beside_one_file(published, tmp_path):
+    file = next(published.glob("*.safetensors"))
+    report = amc.convert_checkpoint(file, tmp_path / "made", rules=[])
+    assert report.files_copied == ()
+    assert {path.name for path in (tmp_path / "made").iterdir()} == set(report.files)
 
 
 def plain():

@@ -87,9 +87,16 @@ def reading(path: str) -> Iterator[int]:
 
 
 class OpenFiles:
-    """Descriptors for all threads, each open from the first job that reads its file to the last."""
+    """Descriptors for all threads, each open from the first job that reads its file to the last.
+
+    Raises:
+        ReadError: the files are those of a repository that was opened from its headers alone.
+    """
 
     def __init__(self, paths: Sequence[str], jobs: Iterable[Job]):
+        if remote := [path for path in paths if "://" in path]:
+            text = "only the headers of this checkpoint were read, its data is not on this machine"
+            raise ReadError(message(text, where=remote[0], do="load it by its name org/name, which downloads it"))
         self._paths = paths
         self._jobs_left = Counter(file for job in jobs for file in job.files)
         self._open: dict[int, int] = {}

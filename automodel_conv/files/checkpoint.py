@@ -1,4 +1,8 @@
-"""Open a safetensors checkpoint: its index and the headers of its files, and nothing else."""
+"""Open a safetensors checkpoint: its index and the headers of its files, and nothing else.
+
+A repository of the Hub is opened where the cache has all of its files, otherwise from its headers alone; who reads the
+data downloads them first (``open_downloaded``).
+"""
 
 from __future__ import annotations
 
@@ -7,12 +11,13 @@ import os
 import re
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 from automodel_conv.doors import door
 from automodel_conv.errors import CheckpointError, UnsupportedError, listing, message
 from automodel_conv.files import system
+from automodel_conv.files.beside import goes_beside
 from automodel_conv.files.destination import STAGING_NAME
 from automodel_conv.files.header import (
     Header,
@@ -26,6 +31,7 @@ from automodel_conv.files.header import (
     take,
     with_open,
 )
+from automodel_conv.files.hub import Repository, download, find_repository, names_in, read_remote_header
 from automodel_conv.files.shards import FORM, LAYOUT_KEY
 
 # The index format has no limit of its own; 500,000 tensors need about 70 MB.
@@ -34,7 +40,9 @@ _READERS = 16
 _INDEX_NAME = FORM.index_name
 _SINGLE_NAME = FORM.file_name(1, 1)
 _INDEX_SUFFIX = ".safetensors.index.json"
-_HUB_PATTERNS = ["*.safetensors", "*" + _INDEX_SUFFIX, "config.json"]
+# What a header is long without its tensors, and what one of them takes in it beside its name, both with some to spare.
+_HEADER_GUESS = 2048
+_ENTRY_GUESS = 110
 _REPOSITORY = re.compile(r"[A-Za-z0-9_][\w.-]*/[A-Za-z0-9_][\w.-]*", re.ASCII)
 _SHARD = re.compile(r"-\d+-of-(\d+)\.safetensors\Z")
 
@@ -53,8 +61,10 @@ class Checkpoint:
     path: str
     """What was opened, as an absolute path; the local snapshot of a repository."""
     directory: str
+    """Where its ``config.json`` lies."""
     files: tuple[str, ...]
-    """Absolute paths of the files that the index names, sorted by name; or of the one file."""
+    """Absolute paths of the files that the index names, sorted by name; or of the one file. URLs, where not all files
+    of a repository are on this machine."""
     names: list[str] = field(repr=False)
     dtypes: list[str] = field(repr=False)
     """safetensors codes, the keys of ``dtypes.BITS``."""
@@ -76,6 +86,8 @@ class Checkpoint:
     unindexed: tuple[tuple[str, str], ...] = field(default=(), repr=False)
     """Name and file name of each tensor that lies in a file of the index without being given to that file, sorted by
     file, then name. They are no part of the checkpoint. Empty without an index."""
+    is_remote: bool = False
+    """Whether the data is not on this machine: such a checkpoint can be planned for, but not read."""
 
 
 @door("opening a checkpoint")
@@ -84,9 +96,10 @@ def open_checkpoint(path: str | os.PathLike[str], *, revision: str | None = None
 
     Args:
         path: a directory, an index file, one ``.safetensors`` file, or where no such path exists
-            ``org/name`` on the Hub, which downloads what is not cached. In a directory an index
-            wins over a single file, and files that it does not name are not opened.
-        revision: branch, tag or commit; only a download uses it.
+            ``org/name`` on the Hub. In a directory an index wins over a single file, and files that
+            it does not name are not opened. Of a repository that is not whole in the cache only the
+            config and the index are downloaded, and the headers are read by range.
+        revision: branch, tag or commit of a repository.
 
     The tensors that the index gives to a file belong to the checkpoint. What else lies in that file does not: it is
     in ``unindexed`` of the result. Without an index all tensors of the one file belong to it.
@@ -95,44 +108,27 @@ def open_checkpoint(path: str | os.PathLike[str], *, revision: str | None = None
         CheckpointError: something is missing, unreadable, malformed, or contradicts itself.
         UnsupportedError: the weights are in another format than safetensors.
     """
-    root = os.path.abspath(_local_path(os.fsdecode(path), revision))
-    directory, shards, index = _select(root)
-    files = tuple(os.path.join(directory, shard) for shard in shards)
-    absent = [shard for shard, file in zip(shards, files, strict=True) if not system.is_file(file)]
-    if absent:
-        raise checkpoint_error(
-            f"{len(absent)} of {len(shards)} files of the checkpoint are missing",
-            where=directory,
-            found="\n" + listing(absent),
-            do="download or copy the missing files",
-        )
-    with ThreadPoolExecutor(max_workers=min(_READERS, len(files))) as pool:
-        headers = list(pool.map(read_header, files))
-    return _merge(root, directory, shards, files, headers, index)
+    place = _find(os.fsdecode(path), revision)
+    if isinstance(place, str):
+        return _open(_select(place))
+    chosen = _select_in(place, names_in(place))
+    return _open_remote(chosen, place) if _absent(chosen) else _open(chosen)
 
 
-def _local_path(path: str, revision: str | None) -> str:
-    if system.exists(path):
-        return path
-    if path.endswith((".safetensors", ".json", *_ADVICE)) or not _REPOSITORY.fullmatch(path):
-        raise checkpoint_error("no such checkpoint", where=path, do="check the path")
-    try:
-        from huggingface_hub import snapshot_download
-    except ImportError as error:
-        raise checkpoint_error(
-            "no such directory, and huggingface_hub, which could download it, is not installed",
-            where=path,
-            do="check the path, or: pip install huggingface_hub",
-        ) from error
-    try:
-        return snapshot_download(path, revision=revision, allow_patterns=_HUB_PATTERNS, ignore_patterns=["*/*"])
-    except (OSError, ValueError) as error:
-        raise checkpoint_error(
-            "neither a local path nor a repository that can be downloaded",
-            where=path if revision is None else f"{path}, revision {revision}",
-            found=f"{type(error).__name__}: {error}",
-            do="check the path, the network and the access rights",
-        ) from error
+@door("opening a checkpoint")
+def open_downloaded(path: str | os.PathLike[str], *, revision: str | None = None, beside: bool = False) -> Checkpoint:
+    """As ``open_checkpoint``, for those who read the data: what the cache lacks of a repository is downloaded.
+
+    Args:
+        beside: download the files that go with the weights too.
+    """
+    place = _find(os.fsdecode(path), revision)
+    if isinstance(place, str):
+        return _open(_select(place))
+    names = names_in(place)
+    chosen = _select_in(place, names)
+    download(place, [*chosen.shards, *(filter(goes_beside, names) if beside else ())])
+    return _open(chosen)
 
 
 def rows_by_file(checkpoint: Checkpoint) -> list[list[int]]:
@@ -143,6 +139,15 @@ def rows_by_file(checkpoint: Checkpoint) -> list[list[int]]:
     return rows
 
 
+def _find(path: str, revision: str | None) -> str | Repository:
+    """The absolute path of what is there, or else the repository of that name."""
+    if system.exists(path):
+        return os.path.abspath(path)
+    if path.endswith((".safetensors", ".json", *_ADVICE)) or not _REPOSITORY.fullmatch(path):
+        raise checkpoint_error("no such checkpoint", where=path, do="check the path")
+    return find_repository(path, revision)
+
+
 class _Index(NamedTuple):
     """The parts of an index file that are used."""
 
@@ -150,28 +155,86 @@ class _Index(NamedTuple):
     metadata: dict[str, Any]
 
 
-def _select(root: str) -> tuple[str, list[str], _Index | None]:
-    """Directory, names of the files in it, and the index if there is one."""
-    if system.is_directory(root):
-        if os.path.basename(root) == STAGING_NAME:
-            raise _unfinished(os.path.dirname(root))
-        file = os.path.join(root, _choose(root))
-    else:
-        file = root
+class _Chosen(NamedTuple):
+    """The files that make up a checkpoint."""
+
+    root: str
+    """What was opened."""
+    directory: str
+    shards: list[str]
+    """Names of the files in it."""
+    index: _Index | None
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        return tuple(os.path.join(self.directory, shard) for shard in self.shards)
+
+
+def _select(root: str) -> _Chosen:
+    if not system.is_directory(root):
+        return _select_file(root, root)
+    if os.path.basename(root) == STAGING_NAME:
+        raise _unfinished(os.path.dirname(root))
+    try:
+        present = system.list_names(root)
+    except OSError as error:
+        raise checkpoint_error("cannot list a directory", where=root, found=error) from error
+    return _select_file(root, os.path.join(root, _choose(root, present)))
+
+
+def _select_in(repository: Repository, names: list[str]) -> _Chosen:
+    """Likewise of a repository, of which all indexes are on this machine."""
+    name = _choose(repository.name, sorted(name for name in names if "/" not in name))
+    chosen = _select_file(repository.folder, os.path.join(repository.folder, name))
+    present = set(names)
+    _refuse_absent([shard for shard in chosen.shards if shard not in present], chosen, repository.name)
+    return chosen
+
+
+def _select_file(root: str, file: str) -> _Chosen:
     directory = os.path.dirname(file)
     if file.endswith(".json"):
         index = _read_index(file)
-        return directory, sorted(set(index.weight_map.values())), index
+        return _Chosen(root, directory, sorted(set(index.weight_map.values())), index)
     _refuse_other_formats(file)
-    return directory, [os.path.basename(file)], None
+    return _Chosen(root, directory, [os.path.basename(file)], None)
 
 
-def _choose(directory: str) -> str:
-    """Name of the index or the single file of a directory."""
-    try:
-        present = system.list_names(directory)
-    except OSError as error:
-        raise checkpoint_error("cannot list a directory", where=directory, found=error) from error
+def _absent(chosen: _Chosen) -> list[str]:
+    """Names of the files that are not on this machine."""
+    return [shard for shard, file in zip(chosen.shards, chosen.files, strict=True) if not system.is_file(file)]
+
+
+def _refuse_absent(absent: list[str], chosen: _Chosen, where: str) -> None:
+    if absent:
+        raise checkpoint_error(
+            f"{len(absent)} of {len(chosen.shards)} files of the checkpoint are missing",
+            where=where,
+            found="\n" + listing(absent),
+            do="download or copy the missing files",
+        )
+
+
+def _open(chosen: _Chosen) -> Checkpoint:
+    _refuse_absent(_absent(chosen), chosen, chosen.directory)
+    with ThreadPoolExecutor(max_workers=min(_READERS, len(chosen.files))) as pool:
+        headers = list(pool.map(read_header, chosen.files))
+    return _merge(chosen, chosen.files, headers)
+
+
+def _open_remote(chosen: _Chosen, repository: Repository) -> Checkpoint:
+    """From headers alone, of files that are not on this machine."""
+    urls = tuple(map(repository.url, chosen.shards))
+    guesses = dict.fromkeys(chosen.shards, _HEADER_GUESS)
+    for name, shard in chosen.index.weight_map.items() if chosen.index else ():
+        guesses[shard] += len(name) + _ENTRY_GUESS
+    with ThreadPoolExecutor(max_workers=min(_READERS, len(urls))) as pool:
+        headers = list(pool.map(read_remote_header, urls, guesses.values()))
+    return replace(_merge(chosen, urls, headers), is_remote=True)
+
+
+def _choose(directory: str, present: list[str]) -> str:
+    """Name of the index or the single file among the names in a directory."""
     indices = [name for name in present if name.endswith(_INDEX_SUFFIX)]
     if _INDEX_NAME in indices:
         return _INDEX_NAME
@@ -281,14 +344,8 @@ def _leaves_directory(file: str) -> bool:
     return not parts[0] or bool(ntpath.splitdrive(file)[0]) or ".." in parts or "\0" in file
 
 
-def _merge(
-    root: str,
-    directory: str,
-    shards: list[str],
-    files: tuple[str, ...],
-    headers: list[Header],
-    index: _Index | None,
-) -> Checkpoint:
+def _merge(chosen: _Chosen, files: tuple[str, ...], headers: list[Header]) -> Checkpoint:
+    root, directory, shards, index = chosen
     names = _chain(header.names for header in headers)
     file_ids = _chain([file_id] * len(header.names) for file_id, header in enumerate(headers))
     dtypes = _chain(header.dtypes for header in headers)

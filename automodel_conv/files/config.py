@@ -12,6 +12,8 @@ from automodel_conv.files import system
 from automodel_conv.files.header import malformed_json, read_limited, with_open
 
 CONFIG_NAME = "config.json"
+MODELOPT_NAME = "hf_quant_config.json"
+"""What ModelOpt writes beside it, which says how the weights are quantized too."""
 _KEYS = ("quantization_config", "compression_config")  # the latter of older compressed-tensors
 # Thousands of times what a config is; those of large quantized models list every module that is not.
 _MOST_BYTES = 64 << 20

@@ -1,6 +1,7 @@
 """A directory that becomes a checkpoint: nothing in it is one until everything is.
 
     DIRECTORY/incomplete.automodel_conv/   the shards while they are written, a lock, and a journal of what is finished
+    DIRECTORY/incomplete.automodel_conv/beside/   the files that go with the shards, in their folders
     DIRECTORY/                             all of it, at the end, by renaming; the index last
 
 A loader finds either all files or no index (or no ``model.safetensors``). After a crash the journal says which shards
@@ -10,13 +11,15 @@ are finished, and of what: the same work goes on, other work is refused. A line 
     {"finished": shard}     that shard is on the disk, whole
     {"again": shard}        it was, and has to be written anew
     {"placing": {name: its size and time of change}}   from here on files are put in their places, in this order
+
+The name of a file that goes with the shards may have folders, each before a "/".
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any, NamedTuple
 
@@ -27,10 +30,9 @@ from automodel_conv.files.shards import CHECKSUMS_NAME, FORM, Shard
 STAGING_NAME = "incomplete.automodel_conv"
 _LOCK = "lock"
 _JOURNAL = "journal.jsonl"
+_BESIDE = "beside"
 # Far more than a line for every file of any checkpoint.
 _MOST_JOURNAL_BYTES = 64 << 20
-WEIGHT_SUFFIXES = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json", ".gguf", ".pt", ".pth")
-"""Of weights in any format, and of what trainers keep beside them (``optimizer.pt``, ``training_args.bin``)."""
 
 
 def is_checkpoint(name: str) -> bool:
@@ -71,6 +73,12 @@ class Destination:
         """Where a file lies until all are there."""
         return os.path.join(self.staging, name)
 
+    def beside(self, name: str) -> str:
+        """Where a file that goes with the shards lies until all are there, in a folder made if need be."""
+        path = _inside(self.path(_BESIDE), name)
+        system.make_directory(os.path.dirname(path))
+        return path
+
     def found(self, name: str) -> str:
         """Where a finished file lies: put in its place already, if ``commit`` was cut short, or not yet."""
         staged = self.path(name)
@@ -102,24 +110,30 @@ class Destination:
         """
         shards = [shard.name for shard in self._shards]
         with telling(self.directory):
-            others = set(system.list_names(self.staging)) - {_LOCK, _JOURNAL, self._index_name, *shards}
-            for name in others:
-                _sync(self.path(name))
+            written = set(system.list_names(self.staging)) - {_LOCK, _JOURNAL, _BESIDE, self._index_name, *shards}
+            others = {name: self.path(name) for name in written} | _files_below(self.path(_BESIDE))
+            for path in others.values():
+                _sync(path)
             if index is not None:
                 self.write(self._index_name, index)
             names = [*sorted(others), *_in_order(shards, None if index is None else self._index_name)]
-            placed = {name: [*system.identity(self.found(name))] for name in names}  # fails if one is in neither place
+            paths = {name: others.get(name) or self.found(name) for name in names}
+            placed = {name: [*system.identity(paths[name])] for name in names}  # fails if one is in neither place
             system.sync_directory(self.staging)
             self.placed = placed
             system.write_end(self._journal, _line({"placing": placed}))
-            staged = set(system.list_names(self.staging))  # the rest was put in its place before a crash
-            if CHECKSUMS_NAME not in staged and system.exists(os.path.join(self.directory, CHECKSUMS_NAME)):
+            if CHECKSUMS_NAME not in others and system.exists(os.path.join(self.directory, CHECKSUMS_NAME)):
                 system.remove(os.path.join(self.directory, CHECKSUMS_NAME))  # of what was there before
+            folders = _folders_of(names, self.directory)
+            for folder in reversed(folders):
+                system.make_directory(folder)
             for name in names:
                 if name == names[-1]:  # what makes it a checkpoint comes after all else is on the disk
-                    system.sync_directory(self.directory)
-                if name in staged:
-                    system.rename(self.path(name), os.path.join(self.directory, name))
+                    for folder in (*folders, self.directory):
+                        system.sync_directory(folder)
+                place = _inside(self.directory, name)
+                if paths[name] != place:  # where it was put before a crash
+                    system.rename(paths[name], place)
             system.sync_directory(self.directory)
 
 
@@ -135,6 +149,30 @@ def _in_order(shards: Sequence[str], index_name: str | None) -> list[str]:
     if numbered:
         return [*shards, index_name]
     return [index_name, *sorted(shards, key=lambda name: name == "model.safetensors")]
+
+
+def _inside(directory: str, name: str) -> str:
+    """The path of a file that a directory or its folders hold."""
+    return os.path.join(directory, *name.split("/"))
+
+
+def _folders_of(names: Iterable[str], directory: str) -> list[str]:
+    """The folders of a directory that hold these files, inner ones first."""
+    parts = [name.split("/")[:-1] for name in names]
+    folders = {os.path.join(directory, *folder[:depth]) for folder in parts for depth in range(1, len(folder) + 1)}
+    return sorted(folders, key=len, reverse=True)
+
+
+def _files_below(directory: str) -> dict[str, str]:
+    """Paths of the files that a directory and its folders hold, by their names from there on; none without it."""
+    found: dict[str, str] = {}
+    for name in system.list_names(directory) if system.is_directory(directory) else ():
+        path = os.path.join(directory, name)
+        if system.is_directory(path):
+            found |= {f"{name}/{below}": file for below, file in _files_below(path).items()}
+        else:
+            found[name] = path
+    return found
 
 
 def _sync(path: str) -> None:
@@ -289,7 +327,7 @@ def _taken_over(
         system.write_end(journal, _line({"again": name}))  # before it has its size again, but not its bytes
     for name in system.list_names(staging):
         if name not in (_LOCK, _JOURNAL, *finished):
-            system.remove(os.path.join(staging, name))
+            _remove_all(os.path.join(staging, name))
     return finished
 
 
@@ -356,7 +394,7 @@ def _read(journal: int) -> _Earlier:
                 case {"again": str(name)}:
                     finished.discard(name)
                     verified.discard(name)
-                case {"placing": dict(value)} if all(map(_is_file_name, value)):
+                case {"placing": dict(value)} if all(map(_is_inside, value)):
                     placing = value
                 case _:
                     return _NOTHING
@@ -365,14 +403,14 @@ def _read(journal: int) -> _Earlier:
     return _Earlier(work, finished, verified, placing)
 
 
-def _is_file_name(name: str) -> bool:
-    """Whether it names something within a directory, and not below or above it."""
-    return os.path.basename(name) == name and name not in ("", ".", "..")
+def _is_inside(name: str) -> bool:
+    """Whether it names something in a directory or in its folders, and not above them."""
+    return all(os.path.basename(part) == part and part not in ("", ".", "..") for part in name.split("/"))
 
 
 def _is_placed(directory: str, name: str, identity: list[int]) -> bool:
     """Whether a file is in its place, and is the one that was put there."""
-    path = os.path.join(directory, name)
+    path = _inside(directory, name)
     return system.exists(path) and [*system.identity(path)] == identity
 
 
@@ -381,7 +419,10 @@ def _take_back(directory: str, placed: Mapping[str, list[int]]) -> None:
     with suppress(OSError):
         for name in reversed(list(placed)):
             if _is_placed(directory, name, placed[name]):
-                system.remove(os.path.join(directory, name))
+                system.remove(_inside(directory, name))
+    for folder in _folders_of(placed, directory):
+        with suppress(OSError):  # others have files in it too
+            system.remove_directory(folder)
 
 
 def _is_whole(shard: Shard, directory: str) -> bool:
@@ -393,8 +434,18 @@ def _remove(staging: str) -> None:
     """Remove what is no longer needed; the next work removes what cannot be removed now."""
     with suppress(OSError):
         for name in sorted(system.list_names(staging), key=lambda name: name == _LOCK):  # which others look at, last
-            system.remove(os.path.join(staging, name))
+            _remove_all(os.path.join(staging, name))
         system.remove_directory(staging)
+
+
+def _remove_all(path: str) -> None:
+    """Remove a file, or a folder with all that is in it; of a link, the link."""
+    if system.is_directory(path) and not system.is_link(path):
+        for name in system.list_names(path):
+            _remove_all(os.path.join(path, name))
+        system.remove_directory(path)
+    else:
+        system.remove(path)
 
 
 def _line(record: Mapping[str, Any]) -> bytes:

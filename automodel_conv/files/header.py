@@ -39,7 +39,26 @@ class Header(NamedTuple):
 
 
 def read_header(path: str) -> Header:
-    return with_open(path, lambda fd: _check_header(*_read_header_bytes(fd, path), path))
+    """The header of a file on this machine."""
+
+    def read(fd: int) -> Header:
+        fill = lambda view, offset: system.read_exactly(fd, [view], offset, path)  # noqa: E731
+        return checked_header(path, system.size(fd), fill)
+
+    return with_open(path, read)
+
+
+def checked_header(path: str, file_bytes: int, fill: Callable[[memoryview, int], None]) -> Header:
+    """The header of a file of so many bytes, from wherever they come.
+
+    Args:
+        path: for the error text alone.
+        fill: fills a view with the bytes that follow an offset in bytes.
+
+    Raises:
+        CheckpointError: it is not the header of such a file.
+    """
+    return _check_header(_read_header_bytes(path, file_bytes, fill), file_bytes, path)
 
 
 def with_open(path: str, read: Callable[[int], Any]) -> Any:
@@ -62,11 +81,10 @@ def read_limited(fd: int, path: str, limit: int) -> bytearray:
     return data
 
 
-def _read_header_bytes(fd: int, path: str) -> tuple[bytearray, int]:
-    """The JSON of a header and the size of its file; an impossible length allocates nothing."""
-    file_bytes = system.size(fd)
+def _read_header_bytes(path: str, file_bytes: int, fill: Callable[[memoryview, int], None]) -> bytearray:
+    """The JSON of a header; an impossible length allocates nothing."""
     if file_bytes < 8:
-        _refuse_lookalike(fd, path, file_bytes)
+        _refuse_lookalike(path, file_bytes, fill)
         raise checkpoint_error(
             "not a safetensors file: too short for a header",
             where=path,
@@ -75,10 +93,10 @@ def _read_header_bytes(fd: int, path: str) -> tuple[bytearray, int]:
             do="the file is truncated or a placeholder: copy or download it again",
         )
     length = bytearray(8)
-    system.read_exactly(fd, [memoryview(length)], 0, path)
+    fill(memoryview(length), 0)
     nbytes = int.from_bytes(length, "little")
     if nbytes > MAX_HEADER_BYTES or nbytes > file_bytes - 8:
-        _refuse_lookalike(fd, path, file_bytes)
+        _refuse_lookalike(path, file_bytes, fill)
         raise checkpoint_error(
             "the length of a header is impossible",
             where=path,
@@ -87,7 +105,7 @@ def _read_header_bytes(fd: int, path: str) -> tuple[bytearray, int]:
             do="the file is truncated or not safetensors: copy or download it again",
         )
     data = bytearray(nbytes)
-    system.read_exactly(fd, [memoryview(data)], 8, path)
+    fill(memoryview(data), 8)
     if not data.startswith(b"{"):
         raise checkpoint_error(
             "a header that is not a JSON object",
@@ -95,13 +113,13 @@ def _read_header_bytes(fd: int, path: str) -> tuple[bytearray, int]:
             expected="{",
             found=bytes(data[:16]),
         )
-    return data, file_bytes
+    return data
 
 
-def _refuse_lookalike(fd: int, path: str, file_bytes: int) -> None:
+def _refuse_lookalike(path: str, file_bytes: int, fill: Callable[[memoryview, int], None]) -> None:
     """Raise CheckpointError if a file that is no safetensors file tells what it is."""
     start = bytearray(min(file_bytes, SNIFFED_BYTES))
-    system.read_exactly(fd, [memoryview(start)], 0, path)
+    fill(memoryview(start), 0)
     found = lookalike(bytes(start))
     if found is not None:
         raise checkpoint_error("not a safetensors file", where=path, found=found.what, do=found.do)

@@ -52,6 +52,16 @@ def is_directory(path: str) -> bool:
     return os.path.isdir(path)
 
 
+def is_link(path: str) -> bool:
+    """Whether ``path`` is a symbolic link."""
+    return os.path.islink(path)
+
+
+def real_path(path: str) -> str:
+    """The absolute path without links in it; as far as it exists."""
+    return os.path.realpath(path)
+
+
 def list_names(directory: str) -> list[str]:
     """Names in a directory, sorted."""
     return sorted(os.listdir(directory))

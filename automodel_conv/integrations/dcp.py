@@ -44,7 +44,7 @@ from automodel_conv.execution.ranks import is_distributed, local_of
 from automodel_conv.execution.tensor_slabs import Holding, tensor_slabs
 from automodel_conv.execution.writing import budget, write_slabs
 from automodel_conv.files import system
-from automodel_conv.files.checkpoint import Checkpoint, open_checkpoint
+from automodel_conv.files.checkpoint import Checkpoint, open_checkpoint, open_downloaded
 from automodel_conv.files.destination import Destination, open_destination, staged_path
 from automodel_conv.files.shards import Form, Shard
 from automodel_conv.loading import load_plan
@@ -130,7 +130,7 @@ class HuggingFaceReader(StorageReader):
 
     def _open(self) -> tuple[Checkpoint, CopyPlan, dict[str, str]]:
         """The checkpoint, its plan, and of each name that can be loaded the target that has its value."""
-        checkpoint = open_checkpoint(self._path)
+        checkpoint = open_downloaded(self._path)
         whole, problems, model = load_plan(
             checkpoint, self._model, self._rules, self._layout, self._source_layout, self._key_mapping, None
         )

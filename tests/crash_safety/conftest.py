@@ -12,6 +12,7 @@ import pytest
 
 import automodel_conv as amc
 from tests.crash_safety.support import (
+    BESIDE,
     KINDS,
     SIZES,
     Files,
@@ -39,6 +40,9 @@ def model() -> Any:
 def source(model: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("source")
     write_checkpoint(model, directory)
+    for name in BESIDE:
+        (directory / name).parent.mkdir(parents=True, exist_ok=True)
+        (directory / name).write_text(name)
     return directory
 
 

@@ -29,12 +29,15 @@ KINDS: dict[str, dict[str, Any]] = {
     "in few files": {"layout": "nemo", "max_shard_size": 250_000, "threads": 2},
 }
 
+# What lies beside the weights of the source, in folders too.
+BESIDE = ("lock", "tokenizer/vocab.json", "tokenizer/added/tokens.json")
+
 Files = dict[str, bytes]
 
 
 def files(directory: Path) -> Files:
-    """Names and bytes of the files of a directory, without those of an unfinished work."""
-    return {path.name: path.read_bytes() for path in sorted(directory.iterdir()) if path.is_file()}
+    """Names and bytes of the files of a directory and its folders, without those of an unfinished work."""
+    return {name: data for name, data in everything(directory).items() if not name.startswith(STAGING_NAME)}
 
 
 def everything(directory: Path) -> Files:
@@ -154,9 +157,10 @@ def count_calls(names: tuple[str, ...], call: Callable[[], Any]) -> list[str]:
 
 def copy_of(source: Path, directory: Path) -> Path:
     directory.mkdir()
-    for path in source.iterdir():
-        (directory / path.name).write_bytes(path.read_bytes())
-        os.utime(directory / path.name, ns=(1, 10**18))
+    for name, data in everything(source).items():
+        (directory / name).parent.mkdir(parents=True, exist_ok=True)
+        (directory / name).write_bytes(data)
+        os.utime(directory / name, ns=(1, 10**18))
     return directory
 
 

@@ -69,7 +69,7 @@ def test_a_conversion_killed_again_and_again_is_finished_without_losing_a_file(f
     directory = new_directory(tmp_path / "out", source)
     kills, done = 0, set()
     for _ in range(100):
-        call = chosen.randrange(12, 30 if kind == "nemo" else 60)
+        call = chosen.randrange(12, 60)
         told = forked.run("convert", arguments=arguments_of(source, directory, kind), signal="SIGKILL", call=call)
         if not os.WIFSIGNALED(told["status"]):
             break

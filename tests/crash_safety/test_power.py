@@ -88,9 +88,14 @@ MUTANTS = {
         "                if name == names[-1]:",
         "                if False:",
     ),
+    "the index may reach the disk before files in folders": (
+        destination_module,
+        "                    for folder in (*folders, self.directory):",
+        "                    for folder in (self.directory,):",
+    ),
     "files may reach their places before their bytes": (
         destination_module,
-        "            for name in others:\n                _sync(self.path(name))\n",
+        "            for path in others.values():\n                _sync(path)\n",
         "",
     ),
     "a file is written where it will lie": (
@@ -113,4 +118,4 @@ def test_failing_power_finds_each_fault_that_is_planted(model, source, wanted, t
     kind = "saved" if "placing" in change[0] else "regrouped"
     call = saves(model) if kind == "saved" else converts(source, kind)
     with pytest.raises((AssertionError, DestinationError, VerificationError, pytest.fail.Exception)):
-        fail_power(call, tmp_path / "out", source, wanted[kind], last=35, seeds=10)
+        fail_power(call, tmp_path / "out", source, wanted[kind], last=55, seeds=10)

@@ -6,7 +6,6 @@ import sys
 import tempfile
 import threading
 import tracemalloc
-import types
 
 import pytest
 import torch
@@ -301,29 +300,6 @@ def test_relative_path_becomes_absolute(tmp_path, monkeypatch):
     assert checkpoint.path == str(tmp_path / "model.safetensors")
 
 
-def fake_hub(monkeypatch, download):
-    hub = types.ModuleType("huggingface_hub")
-    hub.snapshot_download = download
-    monkeypatch.setitem(sys.modules, "huggingface_hub", hub)
-
-
-def test_name_of_a_repository_is_downloaded(tmp_path, monkeypatch):
-    calls = []
-
-    def download(repo, **arguments):
-        calls.append((repo, arguments))
-        return str(write_sharded(tmp_path, TWO))
-
-    fake_hub(monkeypatch, download)
-    checkpoint = open_checkpoint("some-org/Some.Model", revision="v2")
-    assert checkpoint.directory == str(tmp_path)
-    [(repo, arguments)] = calls
-    assert repo == "some-org/Some.Model"
-    assert arguments["revision"] == "v2"
-    wanted = {"*.safetensors", "*.safetensors.index.json", "config.json"}
-    assert set(arguments["allow_patterns"]) == wanted
-
-
 def test_local_path_of_that_shape_is_not_downloaded(tmp_path, monkeypatch):
     (tmp_path / "org").mkdir()
     (tmp_path / "org" / "name").mkdir()
@@ -331,16 +307,6 @@ def test_local_path_of_that_shape_is_not_downloaded(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     assert open_checkpoint("org/name").names == ["x", "z", "y"]
-
-
-@pytest.mark.parametrize("error", [OSError("404"), ValueError("bad name")], ids=str)
-def test_failed_download_names_repository_and_revision(monkeypatch, error):
-    def download(repo, **arguments):
-        raise error
-
-    fake_hub(monkeypatch, download)
-    with pytest.raises(CheckpointError, match=rf"(?s)org/name, revision r.*{error}"):
-        open_checkpoint("org/name", revision="r")
 
 
 def test_repository_without_huggingface_hub_says_what_to_install(monkeypatch):

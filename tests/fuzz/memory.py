@@ -48,6 +48,9 @@ class Memory:
     def is_directory(self, path: str) -> bool:
         return any(name.startswith(os.path.normpath(path) + "/") for name in self.files)
 
+    def is_link(self, path: str) -> bool:
+        return False
+
     def list_names(self, directory: str) -> list[str]:
         start = os.path.normpath(directory) + "/"
         return sorted({path[len(start) :].partition("/")[0] for path in self.files if path.startswith(start)})
@@ -91,6 +94,10 @@ class Memory:
             raise IsADirectoryError(21, "Is a directory", path)
         del self.files[path]
         self.removed.append(path)
+
+    def remove_directory(self, path: str) -> None:
+        if self.is_directory(path):
+            raise OSError(39, "Directory not empty", path)
 
     def _path(self, fd: int) -> str:
         return self._paths[fd - _FIRST_DESCRIPTOR]

@@ -211,6 +211,8 @@ def check_journal(data: bytes) -> None:
         f"{_STAGED}/model-00001-of-00002.safetensors": b"12345678",
         "/c/model-00002-of-00002.safetensors": b"1234",
         "/c/notes.txt": b"1",
+        "/c/folder/notes.txt": b"1",
+        f"{_STAGED}/beside/folder/more.txt": b"1",
         "/secret.txt": b"1",
     }
     shards = [_shard("model-00001-of-00002.safetensors", 8), _shard("model-00002-of-00002.safetensors", 4)]
@@ -224,7 +226,7 @@ def check_journal(data: bytes) -> None:
         except ConversionError:
             pass
     for path in memory.removed:
-        _require(os.path.dirname(path) in ("/c", _STAGED), f"{path} was removed")
+        _require(path.startswith("/c/"), f"{path} was removed")
 
 
 def _shard(name: str, nbytes: int) -> Any:
@@ -241,9 +243,18 @@ def journal_seeds() -> list[bytes]:
     begun = [{"work": {"kind": "convert"}}]
     first = {"finished": "model-00001-of-00002.safetensors", "verified": True}
     second = {"finished": "model-00002-of-00002.safetensors", "verified": False}
-    placing = {"placing": {"notes.txt": [1, 7], "model-00002-of-00002.safetensors": [4, 7]}}
+    placing = {"placing": {"folder/notes.txt": [1, 7], "notes.txt": [1, 7], "model-00002-of-00002.safetensors": [4, 7]}}
     outside = {"placing": {"notes.txt": [1, 7], "../secret.txt": [1, 7]}}
-    journals = ([], begun, [*begun, first], [*begun, first, second, placing], [*begun, outside], [{"work": None}])
+    above = {"placing": {"notes.txt": [1, 7], "folder/../../secret.txt": [1, 7]}}
+    journals = (
+        [],
+        begun,
+        [*begun, first],
+        [*begun, first, second, placing],
+        [*begun, outside],
+        [*begun, above],
+        [{"work": None}],
+    )
     again = [*begun, first, {"again": "model-00001-of-00002.safetensors"}]
     return [b"".join(json.dumps(line).encode() + b"\n" for line in lines) for lines in (*journals, again)]
 

@@ -13,6 +13,7 @@ from transformers import GptOssConfig, GptOssForCausalLM
 from transformers.core_model_loading import ConversionOps, WeightConverter
 
 import automodel_conv as amc
+from tests.loopback_hub import serve, use
 from tests.quantized.producers import FLOAT4, FLOAT8, INT4, compressed, fine_grained
 from tests.quantized.test_models import gpt_oss, quantized, small_mixtral
 
@@ -217,6 +218,11 @@ def test_padding_of_packed_rows_is_not_taken_for_columns(tmp_path):
     assert_refused(path, poisoned(Linear(16, 104)), amc.QuantizationError, *told, rules=[])
     with pytest.raises(amc.QuantizationError, match="end in padding"):
         amc.load_state_dict(path, rules=[])
+    with serve({"org/name": tmp_path}) as hub, pytest.MonkeyPatch.context() as patch:
+        use(hub, tmp_path.with_name("cache of padding"), patch)
+        amc.compile_plan("org/name", rules=[])  # from headers alone, which do not say it
+        with pytest.raises(amc.QuantizationError, match="end in padding"):
+            amc.load_state_dict("org/name", rules=[])
     parts["_shape"] = torch.zeros(1 << 20)  # which is not read
     checkpoint(tmp_path, producer.config, **parts)
     assert_refused(path, poisoned(Linear(16, 104)), amc.QuantizationError, "found:    (1048576,)", rules=[])

@@ -111,6 +111,21 @@ def test_scales_of_grouped_experts_are_not_written_beside_what_they_decode(tmp_p
     assert_same(tensors_of(tmp_path / "plain"), expected)
 
 
+@pytest.mark.parametrize("dequantize", [True, False])
+def test_what_says_how_to_decode_goes_with_codes_alone(tmp_path, dequantize):
+    codes = torch.randn(8, 6).to(torch.float8_e4m3fn)
+    (tmp_path / "quantized").mkdir()
+    tensors = {"a.weight": codes, "a.weight_scale_inv": torch.tensor([[0.5]])}
+    save_file(tensors, tmp_path / "quantized" / "model.safetensors")
+    config = {"quantization_config": {"quant_method": "fp8", "weight_block_size": [8, 8]}}
+    for name, said in (("config.json", config), ("hf_quant_config.json", {"quantization": {"quant_algo": "FP8"}})):
+        (tmp_path / "quantized" / name).write_text(json.dumps(said))
+    report = amc.convert_checkpoint(tmp_path / "quantized", tmp_path / "made", rules=[], dequantize=dequantize)
+    assert report.files_copied == ("config.json",) + (() if dequantize else ("hf_quant_config.json",))
+    assert sorted(path.name for path in (tmp_path / "made").glob("*.json")) == list(report.files_copied)
+    assert config_of(tmp_path / "made") == ({} if dequantize else config)
+
+
 @pytest.mark.parametrize("config", [{}, {"quantization_config": None}], ids=str)
 def test_a_config_under_its_older_name_is_read(tmp_path, config):
     codes = torch.randn(8, 6).to(torch.float8_e4m3fn)
