@@ -40,18 +40,19 @@ from automodel_conv.execution.writing import (
 )
 from automodel_conv.files import system
 from automodel_conv.files.checkpoint import Checkpoint, open_checkpoint, rows_by_file
-from automodel_conv.files.config import CONFIG_NAME, plain_config
+from automodel_conv.files.config import CONFIG_NAME, MODELOPT_NAME, plain_config, quantization
 from automodel_conv.files.destination import WEIGHT_SUFFIXES, open_destination, telling
 from automodel_conv.files.shards import CHECKSUMS_NAME, Form, Shard, Spec, divide, index_of, parse_size
-from automodel_conv.loading import decoded_table
+from automodel_conv.loading import decoded_table, untold
 from automodel_conv.planning.copies import Decode, SourceTable
 from automodel_conv.planning.from_config import meta_model
+from automodel_conv.planning.kept_codes import keep_codes
 from automodel_conv.planning.layouts import PER_EXPERT, any_experts
 from automodel_conv.planning.marks import form_of_conversion, layout_to_read, stated_layout
 from automodel_conv.planning.models import checked_dtype
 from automodel_conv.planning.pipeline import loading_plan, saving_plan, without_casts
 from automodel_conv.planning.plan import CopyPlan
-from automodel_conv.planning.quantization import has_codes
+from automodel_conv.planning.quantization import has_codes, quantized_table
 from automodel_conv.progress import bytes_progress
 from automodel_conv.saving import places_in, specs_of, with_dtype, write_checksums
 
@@ -120,24 +121,42 @@ def compile_conversion(
     table = decoded_table(checkpoint, wants_numbers=True) if dequantize else SourceTable.of(checkpoint)
     model = meta_model(checkpoint, dtype) if rules is None else None
     # Codes of experts that lie one by one stay as they are: no model takes them, and nothing is taken apart.
-    are_codes = not dequantize and has_codes(table) is not None
-    stay = layout == PER_EXPERT and are_codes and not any(map(any_experts, table.names))
-    plan, problems = loading_plan(
-        table,
-        model=None if stay else model,
-        rules=[] if stay else rules,
-        layout=None if layout == PER_EXPERT else layout,
-        source_layout=source_layout,
-        dtype=None if model is not None else dtype,
-    )
-    problems.raise_unless_fit(checkpoint.path)
+    codes = None if dequantize else has_codes(table)
+    stay = layout == PER_EXPERT and codes is not None and not any(map(any_experts, table.names))
+    told = quantization(checkpoint.directory) if codes is not None and not stay and not keeps_names else None
+    if codes is not None and told is None and not stay and rules != []:
+        raise untold(codes, checkpoint)
+
+    def made_of(sources: SourceTable, dtype: torch.dtype | None, *, unbound: bool = False) -> CopyPlan:
+        plan, problems = loading_plan(
+            sources,
+            model=None if stay else model,
+            rules=[] if stay else rules,
+            layout=None if layout == PER_EXPERT else layout,
+            source_layout=source_layout,
+            dtype=None if model is not None else dtype,
+            unbound=unbound,
+        )
+        problems.raise_unless_fit(checkpoint.path)
+        if layout == PER_EXPERT:
+            given = None if source_layout == PER_EXPERT else source_layout
+            back = saving_plan(sources, model=model, rules=rules, layout=given, checked=True)
+            return with_dtype(back, dtype, model, rules)
+        return without_casts(plan) if dtype is None else plan
+
+    if told is None:
+        plan = made_of(table, dtype)
+    else:
+        decoded = decoded_table(checkpoint, wants_numbers=True)
+        plan = keep_codes(
+            table,
+            decoded,
+            made_of(decoded, dtype),
+            lambda scales: made_of(scales, None, unbound=True),
+            lambda made: quantized_table(made, told.settings, where=told.path),
+        )
     if layout == PER_EXPERT:
-        given = None if source_layout == PER_EXPERT else source_layout
-        back = saving_plan(table, model=model, rules=rules, layout=given, checked=True)
-        plan = with_dtype(back, dtype, model, rules)
         _refuse_grouped(plan, model)
-    elif dtype is None:
-        plan = without_casts(plan)
     if plan.fallbacks:
         raise UnsupportedError(
             message(
@@ -191,7 +210,10 @@ def convert_checkpoint(
         source_layout: see ``compile_plan``. With an empty list of rules and no layout, experts become "transformers".
         dtype: of all floating tensors, but those that a transformers model keeps in float32; None: as they are.
         dequantize: decode what ``quantization_config`` in ``config.json`` says is quantized, to ``dtype`` or bfloat16,
-            and leave that setting out of the new ``config.json``. False: codes and scales are tensors as others are.
+            and leave that setting out of the new ``config.json``. False: codes and scales stay as they are, byte for
+            byte. FP8 codes and their scales are grouped and laid out like their weights (``gate_up_proj_scale_inv``),
+            where each block that shares a scale stays one: not where it would hold rows of gate and up, and, in a
+            transposed layout, only where it is square. File names then begin with the layout, whichever it is.
         max_shard_size: of a file's data, in bytes or as "5GB".
         resume: go on with what an earlier call has finished; False: throw that away.
         verify: read each file back once it is written and compare all of it with the source, also those that an earlier
@@ -271,7 +293,7 @@ def convert_checkpoint(
             for name in _beside_weights(checkpoint):
                 if name == CONFIG_NAME and config is not None:
                     place.write(name, config)
-                else:
+                elif name != MODELOPT_NAME or not dequantize:
                     system.copy_file(os.path.join(checkpoint.directory, name), place.path(name))
         if checksums:
             write_checksums(place, shards, share.threads)
