@@ -134,12 +134,8 @@ def _has_same_blocks(source: Decode, made: Decode, copies: Sequence[StridedCopy]
     if None in turned or len(set(turned)) > 1:
         return False
     at = (1, 0) if any(turned) else (0, 1)  # the target's dimensions, in the order of the source's
-    for size, block, new_size, new_block in zip(
-        source.matrix, source.block, (made.matrix[i] for i in at), (made.block[i] for i in at), strict=True
-    ):
-        # The last block of a dimension may be smaller only where the dimension stays as long as it is.
-        if block != new_block or (size != new_size and (size % block or new_size % block)):
-            return False
+    if source.block != tuple(made.block[i] for i in at):
+        return False
     for copy in copies:
         for which, start, new_start in zip(copy.ordinals, copy.source_offsets, copy.target_offsets, strict=True):
             first, new_first = _place(start, source.matrix), _place(new_start, made.matrix)

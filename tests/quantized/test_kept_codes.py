@@ -102,8 +102,9 @@ def test_codes_and_scales_lie_where_the_layout_says(tmp_path, sizes, block, layo
     ("layout", "sizes", "producer"),
     [
         ("nemo", {"intermediate": 24}, fine_grained((16, 16))),
-        ("vllm", {"intermediate": 24}, fine_grained((16, 16))),
-        (None, {"intermediate": 16}, fine_grained((32, 32))),  # one block of gate, as high as one of both would be
+        ("vllm", {"intermediate": 28}, fine_grained((16, 16))),  # gate and up have four blocks, as both together would
+        (None, {"intermediate": 20}, fine_grained((32, 32))),  # one block each, two as both together would
+        (None, {"intermediate": 16}, fine_grained((32, 32))),  # one block each, one as both together would
         (None, {"intermediate": 48}, fine_grained((32, 32))),
         ("nemo", {}, fine_grained((8, 16))),
         ("nemo", {"hidden": 16}, fine_grained((8, 16))),
