@@ -37,20 +37,21 @@ from automodel_conv.execution.writing import (
 from automodel_conv.files import system
 from automodel_conv.files.beside import files_beside
 from automodel_conv.files.checkpoint import Checkpoint, open_checkpoint, open_downloaded, rows_by_file
-from automodel_conv.files.config import CONFIG_NAME, MODELOPT_NAME, plain_config
+from automodel_conv.files.config import CONFIG_NAME, MODELOPT_NAME, plain_config, quantization
 from automodel_conv.files.destination import open_destination, remove_remains, telling
 from automodel_conv.files.finished import is_finished
 from automodel_conv.files.shards import Form, Shard, Spec, divide, index_of, parse_size
-from automodel_conv.loading import decoded_table
+from automodel_conv.loading import decoded_table, untold
 from automodel_conv.planning.carrying import carried_targets, dropped_rows
 from automodel_conv.planning.copies import SourceTable
 from automodel_conv.planning.from_config import meta_model
+from automodel_conv.planning.kept_codes import keep_codes
 from automodel_conv.planning.layouts import PER_EXPERT, any_experts, get_layout
 from automodel_conv.planning.marks import form_of_conversion, layout_to_read, stated_layout
 from automodel_conv.planning.models import checked_dtype
 from automodel_conv.planning.pipeline import loading_plan, saving_plan, without_casts
 from automodel_conv.planning.plan import CopyPlan
-from automodel_conv.planning.quantization import has_codes
+from automodel_conv.planning.quantization import has_codes, quantized_table
 from automodel_conv.progress import bytes_progress
 from automodel_conv.saving import places_in, specs_of, with_dtype, write_checksums
 
@@ -131,26 +132,52 @@ def compile_conversion(
     table = replace(table, hidden=table.hidden | dropped_rows(checkpoint.names, drop))
     model = meta_model(checkpoint, dtype) if rules is None else None
     # Codes of experts that lie one by one stay as they are: no model takes them, and nothing is taken apart.
-    are_codes = not dequantize and has_codes(table) is not None
-    stay = layout == PER_EXPERT and are_codes and not any(map(any_experts, table.names))
-    plan, problems = loading_plan(
-        table,
-        model=None if stay else model,
-        rules=[] if stay else rules,
-        layout=None if layout == PER_EXPERT else layout,
-        source_layout=source_layout,
-        dtype=None if model is not None else dtype,
-    )
-    carried = problems.set_aside()
-    problems.raise_unless_fit(checkpoint.path, unindexed=checkpoint.unindexed)
+    codes = None if dequantize else has_codes(table)
+    stay = layout == PER_EXPERT and codes is not None and not any(map(any_experts, table.names))
+    told = quantization(checkpoint.directory) if codes is not None and not stay and not keeps_names else None
+    if codes is not None and told is None and not stay and rules != []:
+        raise untold(codes, checkpoint)
+
+    def made_of(
+        sources: SourceTable, dtype: torch.dtype | None, *, unbound: bool = False
+    ) -> tuple[CopyPlan, frozenset[int]]:
+        """The plan, and the rows of what is carried."""
+        plan, problems = loading_plan(
+            sources,
+            model=None if stay else model,
+            rules=[] if stay else rules,
+            layout=None if layout == PER_EXPERT else layout,
+            source_layout=source_layout,
+            dtype=None if model is not None else dtype,
+            unbound=unbound,
+        )
+        carried = problems.set_aside()
+        if not dequantize:
+            carried |= plan.sources.hidden - sources.hidden  # of caches
+        problems.raise_unless_fit(checkpoint.path, unindexed=checkpoint.unindexed)
+        if layout == PER_EXPERT:
+            given = None if source_layout == PER_EXPERT else source_layout
+            taken = replace(sources, hidden=plan.sources.hidden | carried)
+            back = saving_plan(taken, model=model, rules=rules, layout=given, checked=True)
+            return with_dtype(CopyPlan(sources, back.targets, back.rules), dtype, model, rules), carried
+        return (without_casts(plan) if dtype is None else plan), carried
+
+    if told is None:
+        plan, carried = made_of(table, dtype)
+    else:
+        decoded = decoded_table(checkpoint, wants_numbers=True)
+        decoded = replace(decoded, hidden=decoded.hidden | table.hidden)
+        numbers, carried = made_of(decoded, dtype)
+        carried |= {part for row in carried & decoded.decodes.keys() for part in decoded.decodes[row].parts}
+        plan = keep_codes(
+            replace(table, hidden=table.hidden | carried),
+            decoded,
+            numbers,
+            lambda scales: made_of(scales, None, unbound=True)[0],
+            lambda made: quantized_table(made, told.settings, where=told.path),
+        )
     if layout == PER_EXPERT:
-        given = None if source_layout == PER_EXPERT else source_layout
-        taken = replace(table, hidden=table.hidden | carried)
-        back = saving_plan(taken, model=model, rules=rules, layout=given, checked=True)
-        plan = with_dtype(CopyPlan(table, back.targets, back.rules), dtype, model, rules)
         _refuse_grouped(plan, model)
-    elif dtype is None:
-        plan = without_casts(plan)
     if plan.fallbacks:
         raise UnsupportedError(
             message(
@@ -215,7 +242,10 @@ def convert_checkpoint(
         source_layout: see ``compile_plan``. With an empty list of rules and no layout, experts become "transformers".
         dtype: of all floating tensors, but those that a transformers model keeps in float32; None: as they are.
         dequantize: decode what ``quantization_config`` in ``config.json`` says is quantized, to ``dtype`` or bfloat16,
-            and leave that setting out of the new ``config.json``. False: codes and scales are tensors as others are.
+            and leave that setting out of the new ``config.json``. False: codes and scales stay as they are, byte for
+            byte. FP8 codes and their scales are grouped and laid out like their weights (``gate_up_proj_scale_inv``),
+            where each block that shares a scale stays one: not where it would hold rows of gate and up, and, in a
+            transposed layout, only where it is square. File names then begin with the layout, whichever it is.
         drop: tensors to leave out, by their names in the source: patterns with ``*`` for any text, ``?`` for a
             character and ``[abc]`` for one of these, which match whole names ("mtp.*").
         max_shard_size: of a file's data, in bytes or as "5GB".

@@ -30,7 +30,7 @@ from automodel_conv.execution.ranks import (
 )
 from automodel_conv.execution.reading import LoadStats, cores, default_reader_threads, read_whole
 from automodel_conv.files.checkpoint import Checkpoint, open_checkpoint, open_downloaded
-from automodel_conv.files.config import quantization_config
+from automodel_conv.files.config import MODELOPT_NAME, quantization, quantization_config
 from automodel_conv.homes import (
     Homes,
     finish,
@@ -417,26 +417,31 @@ def decoded_table(checkpoint: Checkpoint, wants_numbers: bool) -> SourceTable:
         wants_numbers: whether codes that nothing says how to decode are an error.
 
     Raises:
-        CheckpointError: ``config.json`` is malformed.
+        CheckpointError: ``config.json``, or modelopt's own file, is malformed.
         QuantizationError: see ``quantized_table``; or codes and scales without a config, where numbers are wanted.
     """
     table = SourceTable.of(checkpoint)
-    config = quantization_config(checkpoint.directory)
-    if config is not None:
-        decoded = quantized_table(table, config)
+    told = quantization(checkpoint.directory)
+    if told is not None:
+        decoded = quantized_table(table, told.settings, where=told.path)
         _check_padding(checkpoint, decoded)
         return decoded
     codes = has_codes(table) if wants_numbers else None
     if codes is not None:
-        raise QuantizationError(
-            message(
-                f"{codes} has the form of quantized codes, and nothing says how they decode",
-                where=checkpoint.path,
-                expected="a quantization_config in the config.json beside the files",
-                do=["put config.json there", KEEP],
-            )
-        )
+        raise untold(codes, checkpoint)
     return table
+
+
+def untold(codes: str, checkpoint: Checkpoint) -> QuantizationError:
+    """The error for codes of which no config says how they decode."""
+    return QuantizationError(
+        message(
+            f"{codes} has the form of quantized codes, and nothing says how they decode",
+            where=checkpoint.path,
+            expected=f"a quantization_config in the config.json beside the files, or modelopt's {MODELOPT_NAME}",
+            do=["put there what the release has of the two", KEEP],
+        )
+    )
 
 
 # --- private --------------------------------------------------------------------------------------------------------

@@ -20,10 +20,7 @@ from automodel_conv.planning.models import matching
 from automodel_conv.planning.quantization import needs_scale, scale_names
 from automodel_conv.planning.resolve import all_targets, resolve
 from automodel_conv.planning.rules import RuleSet
-from automodel_conv.planning.schemes import STORAGES
-
-# Source: vLLM 0.33.0, ``BaseKVCacheMethod``; these belong to activations, also where a weight is not quantized.
-_OF_KV_CACHES = frozenset({"k_scale", "v_scale", "q_scale", "prob_scale"})
+from automodel_conv.planning.schemes import STORAGES, is_of_kv_cache
 
 
 def refuse_codes(model: Any, sources: Mapping[str, Any], load_config: Any) -> None:
@@ -107,7 +104,7 @@ def _unknown_scales(names: Iterable[str]) -> dict[str, list[str]]:
     found: dict[str, list[str]] = {}
     for name in names:
         parent, _, leaf = name.rpartition(".")
-        if "scale" in leaf and leaf not in _OF_KV_CACHES:
+        if "scale" in leaf and not is_of_kv_cache(name):
             found.setdefault(parent, []).append(name)
     return found
 

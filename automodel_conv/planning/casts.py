@@ -7,10 +7,9 @@ from automodel_conv.errors import UnsupportedError, message
 
 _INTEGERS = frozenset({"BOOL", "I8", "U8", "I16", "U16", "I32", "U32", "I64", "U64"})
 _CODES = frozenset({"F4", "F6_E2M3", "F6_E3M2", "F8_E5M2", "F8_E4M3", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ"})
-_KEEP = (
-    "codes are decoded while a checkpoint is read whose config.json has a quantization_config",
-    "{dequantize=False} keeps them, for models that do",
-)
+_HOLDS_CODES = _CODES | {"I8", "U8"}
+_DECODE = "{dequantize=True} decodes what the quantization_config in config.json says is quantized"
+_KEEP = "{dequantize=False} keeps them, for a model that has codes and scales"
 
 
 def check_cast(source: str, found: str, target: str, wanted: str) -> None:
@@ -23,13 +22,14 @@ def check_cast(source: str, found: str, target: str, wanted: str) -> None:
         return
     if found in _INTEGERS and (wanted in _INTEGERS or (wanted in FLOATING and found not in ("I8", "U8"))):
         return
-    quantized = found in _CODES or found in ("I8", "U8") or wanted in _CODES
+    quantized = found in _HOLDS_CODES or wanted in _CODES
+    advice = _KEEP if found not in _HOLDS_CODES else _DECODE if wanted not in _HOLDS_CODES else "codes are never cast"
     raise UnsupportedError(
         message(
             f"{source} cannot be cast for {target}"
             + (", one of them holds codes of a quantized tensor" if quantized else ""),
             expected=wanted,
             found=found,
-            do=list(_KEEP) if quantized else None,
+            do=advice if quantized else None,
         )
     )

@@ -92,6 +92,7 @@ SCALES = ("_scale_inv", "_scale")
 """What the scales of experts that are kept quantized are called after their names; they lie as these do.
 Source: transformers 5.23.0, ``FP8Experts``; vLLM, ``Fp8MoEMethod``."""
 
+_DO = "{dequantize=True} gives the numbers that they stand for"
 _PACKED = frozenset({"F4", "U8", "I8", "I32"})  # several codes to an element, where the experts have scales
 
 
@@ -195,9 +196,10 @@ def relayout(
             if role is not None:
                 chain = _operations(role, before, after)
                 if suffix and any(step.name == "Interleave" for step in chain):
-                    raise UnsupportedError(message(f"{name}: gate and up that share a scale cannot alternate"))
+                    raise UnsupportedError(message(f"{name}: gate and up that share a scale cannot alternate", do=_DO))
                 if chain and not suffix and dtype in _PACKED and path in scaled:
-                    raise UnsupportedError(message(f"{name}: packed codes cannot be laid out anew", found=dtype))
+                    text = f"{name}: packed codes cannot be laid out anew"
+                    raise UnsupportedError(message(text, found=dtype, do=_DO))
                 called = getattr(after, role) + suffix
                 renamed = f"{path}.{called}"
                 if chain or renamed != name:

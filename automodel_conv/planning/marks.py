@@ -1,7 +1,8 @@
 """How files say in which layout their experts lie: what is read from them, and what is written.
 
 The metadata of every file and of the index names the layout. So do the names of the files where transformers would not
-load the layout as it is: it looks for ``model*.safetensors`` and refuses a directory without. Source: transformers
+load the layout as it is: it looks for ``model*.safetensors`` and refuses a directory without. It does not load grouped
+codes in any layout: on a machine without a GPU it takes them for numbers, without their scales. Source: transformers
 5.12.1, 5.17.0 and 5.23.0, ``_get_resolved_checkpoint_files`` in modeling_utils.py; the ``format`` entry of the metadata
 does not keep them from loading.
 """
@@ -13,6 +14,7 @@ import re
 
 from torch import nn
 
+from automodel_conv.dtypes import FLOATING
 from automodel_conv.errors import CheckpointError, UnsupportedError, message
 from automodel_conv.files.checkpoint import Checkpoint
 from automodel_conv.files.shards import FORM, LAYOUT_KEY, Form
@@ -94,7 +96,7 @@ def form_of_conversion(checkpoint: Checkpoint, plan: CopyPlan, model: nn.Module 
     if model is None and layout in ("transformers", "gpt_oss"):  # which of these two is foreign depends on the type
         model = _model_of(checkpoint)
     own = None if model is None else own_layout(expert_layouts(model).values())
-    return _form_of(layout or own, own)
+    return _form_of(layout or own, own, _holds_codes(plan))
 
 
 def form_of_save(
@@ -111,17 +113,23 @@ def form_of_save(
     of_transformers = model is not None and any(expert_layouts(model).values())
     if of_transformers or not any(any_experts(target.name) for target in plan.targets):
         return FORM
-    return _form_of(kept if layout is None else "transformers", None)
+    return _form_of(kept if layout is None else "transformers", None, _holds_codes(plan))
 
 
-def _form_of(layout: str | None, own: str | None) -> Form:
+def _holds_codes(plan: CopyPlan) -> bool:
+    """Whether grouped experts are codes of quantized ones."""
+    return any(any_experts(target.name) and target.dtype not in FLOATING for target in plan.targets)
+
+
+def _form_of(layout: str | None, own: str | None, are_codes: bool) -> Form:
     """What files are called, and what they say.
 
     Args:
         layout: of the grouped experts in them; None: nobody knows.
         own: the layout that transformers loads for this type of model; None: not known, taken for "transformers".
+        are_codes: the experts are codes.
     """
-    if layout is not None and layout in LAYOUTS and layout != (own or "transformers"):
+    if layout is not None and layout in LAYOUTS and (are_codes or layout != (own or "transformers")):
         return Form(layout, layout)
     return Form(layout=layout)
 

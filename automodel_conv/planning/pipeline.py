@@ -44,6 +44,7 @@ from automodel_conv.planning.registry import (
     without_ignored,
 )
 from automodel_conv.planning.rules import RuleSet
+from automodel_conv.planning.schemes import is_of_kv_cache
 from automodel_conv.planning.unmarked import refuse_contradictions, refuse_other_layouts, refuse_untold
 
 
@@ -60,6 +61,7 @@ def loading_plan(
     quantizer: Any = None,
     targets: Mapping[str, TargetSpec] | None = None,
     as_stored: AsStored | None = None,
+    unbound: bool = False,
 ) -> tuple[CopyPlan, Problems]:
     """The plan from checkpoint names to the model's (or the rules') names, and what did not fit.
 
@@ -70,6 +72,7 @@ def loading_plan(
         quantizer: transformers' own, of a model that keeps codes and scales: its rules go with the model's.
         targets: what to make, if not the model's state dict.
         as_stored: see ``compile_targets``.
+        unbound: make whatever the rules give; of the model only its rules count, and how its experts lie.
 
     Raises:
         UnsupportedError: an unknown layout, or one that the model contradicts.
@@ -77,7 +80,7 @@ def loading_plan(
     objects = model_rules(model, key_mapping, quantizer) if rules is None else [*key_renamings(key_mapping), *rules]
     rule_set = RuleSet(objects, model)
     given = targets is not None
-    if targets is None and model is not None:
+    if targets is None and model is not None and not unbound:
         targets = model_targets(model, dtype)
     code = None if dtype is None else dtype_code(dtype)
     wanted = None if layout is None else get_layout(layout)
@@ -102,6 +105,9 @@ def loading_plan(
                 do="leave {layout} out to load in the model's own layout",
             )
         )
+    if targets is not None and not any(map(is_of_kv_cache, targets)):
+        of_caches = {row for row, name in enumerate(table.names) if is_of_kv_cache(name)}
+        table = replace(table, hidden=table.hidden | of_caches) if of_caches else table
     stages = _meant(table)
     if stages:
         table = table_of(stages[-1].targets)
@@ -115,7 +121,7 @@ def loading_plan(
         problems.unclaimed = [stage.targets[row].sources[0] for row in problems.unclaimed]
     stages.append(plan)
     if wanted is not None:
-        if source_layout is None and targets is None:
+        if source_layout is None and targets is None and not unbound:
             refuse_untold(plan, canonical, gated)
         stages.append(relayout(table_of(plan.targets), canonical, lambda path: wanted, gated))
     whole = _composed(stages)

@@ -23,7 +23,16 @@ from automodel_conv.errors import QuantizationError, listing, message
 from automodel_conv.planning.copies import Decode, SourceTable, Target, group_pieces
 from automodel_conv.planning.lowering import leaf, transpose
 from automodel_conv.planning.plan import CopyPlan
-from automodel_conv.planning.schemes import KEEP, STORAGES, Block, Scheme, Storage, part_name, read_config
+from automodel_conv.planning.schemes import (
+    KEEP,
+    STORAGES,
+    Block,
+    Scheme,
+    Storage,
+    is_of_kv_cache,
+    part_name,
+    read_config,
+)
 
 # Of a code's container, by dtype.
 _CODES_IN = {"I32": 8, "U8": 2, "I8": 2, "F4": 2}
@@ -63,21 +72,26 @@ def needs_scale(name: str, dtype: str) -> bool:
     return dtype.startswith(_NARROW) or (dtype in ("I8", "U8") and name.endswith("weight"))
 
 
-def quantized_table(table: SourceTable, config: Mapping[str, Any], *, like_upstream: bool = False) -> SourceTable:
+def quantized_table(
+    table: SourceTable, config: Mapping[str, Any], *, like_upstream: bool = False, where: str | None = None
+) -> SourceTable:
     """``table`` with codes in the place of the weights that they stand for, and all other parts hidden.
+
+    Hidden are also the scales of a quantized KV cache, which are no part of a weight.
 
     Args:
         config: ``quantization_config`` of the model's ``config.json``.
+        where: the file that holds the config, for errors.
         like_upstream: decode as transformers rounds, where that differs.
 
     Raises:
         UnsupportedError: a method or scheme that is not decoded here; names it.
         QuantizationError: parts are missing, do not fit each other or contradict the config; names all of them.
     """
-    storage, schemes = read_config(config)
+    storage, schemes = read_config(config, where)
     finder = _Finder(table, storage, schemes, like_upstream)
     finder.look()
-    if not finder.problems and not finder.decodes:
+    if schemes and not finder.problems and not finder.decodes:
         finder.problems.append("no tensor has codes and a scale, though the config says that weights are quantized")
     if finder.problems:
         raise QuantizationError(
@@ -85,7 +99,7 @@ def quantized_table(table: SourceTable, config: Mapping[str, Any], *, like_upstr
                 "the checkpoint's quantized tensors cannot be decoded",
                 where=f"quantization method {config['quant_method']}, {len(finder.problems)} problems",
                 found="\n" + listing(finder.problems),
-                do=["check that config.json belongs to these files", KEEP],
+                do=[f"check that {where or 'config.json'} belongs to these files", KEEP],
             )
         )
     return finder.decoded()
@@ -125,7 +139,7 @@ class _Finder:
         self._like_upstream = like_upstream
         self._meant: dict[int, tuple[str, str, tuple[int, ...]]] = {}  # name, dtype and shape of the weight
         self._told: set[int] = set()  # rows that take part in a problem
-        self._hidden: set[int] = set()
+        self._hidden = {row for row, name in enumerate(table.names) if is_of_kv_cache(name)}
         self.decodes: dict[int, Decode] = {}
         self.problems: list[str] = []
 

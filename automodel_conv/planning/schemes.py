@@ -6,10 +6,11 @@ Sources: transformers 5.23.0, ``utils/quantization_config.py``; compressed-tenso
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from automodel_conv.errors import ConversionError, QuantizationError, UnsupportedError, message
+from automodel_conv.errors import QuantizationError, UnsupportedError, message
 
 KEEP = "{dequantize=False} takes codes and scales for tensors of their own"
 """What a caller can do about tensors that are not decoded."""
@@ -54,10 +55,26 @@ STORAGES: Mapping[str, Storage] = {
     "modelopt": Storage(
         {**_FP8, ("", "U8"): "e2m1"},
         ("_scale",),
-        (".input_scale", ".k_scale", ".v_scale"),
+        (".input_scale",),
         global_scale="_scale_2",
     ),
 }
+
+# Under the attention module, its k_proj and v_proj, or whatever holds the cache. Sources: vLLM 0.33.0,
+# ``maybe_remap_kv_scale_name`` in ``model_executor/model_loader/weight_utils.py`` and ``BaseKVCacheMethod``.
+_OF_KV_CACHES = re.compile(
+    r"(?:^|\.)(?:(?:q|k|v|kv|prob)_scale|[qkv]_zero_point|[kv]_cache\.scale|self_attn\.q\.scale)$"
+)
+
+_ENDS_OF_KV_CACHES = ("_scale", "_zero_point", ".scale")  # few names have one, which is found out faster
+
+
+def is_of_kv_cache(name: str) -> bool:
+    """Whether a tensor is a scale or zero point of a quantized KV cache, or of attention that runs quantized.
+
+    It belongs to no weight, and no model of numbers has it.
+    """
+    return name.endswith(_ENDS_OF_KV_CACHES) and _OF_KV_CACHES.search(name) is not None
 
 
 def part_name(weight: str, suffix: str) -> str | None:
@@ -66,6 +83,9 @@ def part_name(weight: str, suffix: str) -> str | None:
         return weight + suffix
     module, _, leaf = weight.rpartition(".")
     return module + suffix if leaf == "weight" else None
+
+
+# What helps where something is not decoded.
 
 
 # Rows and columns that share a scale, None for all there are.
@@ -90,8 +110,13 @@ class Scheme(NamedTuple):
     global_scale: bool = False
 
 
-def read_config(config: Mapping[str, Any]) -> tuple[Storage, list[Scheme]]:
+def read_config(config: Mapping[str, Any], where: str | None = None) -> tuple[Storage, list[Scheme]]:
     """How a checkpoint with this ``quantization_config`` is stored, and all schemes that the config allows.
+
+    No scheme at all is allowed where the config says that only the KV cache is quantized.
+
+    Args:
+        where: the file that says it, for errors.
 
     Raises:
         UnsupportedError: a method or scheme that is not decoded here; names it.
@@ -103,22 +128,29 @@ def read_config(config: Mapping[str, Any]) -> tuple[Storage, list[Scheme]]:
         raise UnsupportedError(
             message(
                 f"checkpoints of the quantization method {method!r} are not decoded",
+                where=where,
                 expected=f"one of {sorted(STORAGES)}",
                 do=KEEP,
             )
         )
     try:
         schemes = _schemes(str(method), config)
-    except ConversionError:
-        raise
+        for scheme in schemes:
+            columns = scheme.block[1]
+            if scheme.format in ("e2m1", "int4") and columns is not None and columns % 2:
+                raise _Undecoded(f"groups of {columns} codes of 4 bits", "an even number")
+    except _Undecoded as error:
+        what, expected = error.args
+        text = f"this quantization scheme is not decoded: {what}"
+        raise UnsupportedError(message(text, where=where, expected=expected, do=KEEP)) from None
     except (TypeError, ValueError, KeyError, AttributeError) as error:
         text = f"the quantization_config of method {method} is malformed"
-        raise QuantizationError(message(text, found=f"{type(error).__name__}: {error}")) from error
-    for scheme in schemes:
-        columns = scheme.block[1]
-        if scheme.format in ("e2m1", "int4") and columns is not None and columns % 2:
-            raise _unsupported(f"groups of {columns} codes of 4 bits", "an even number")
+        raise QuantizationError(message(text, where=where, found=f"{type(error).__name__}: {error}")) from error
     return storage, schemes
+
+
+class _Undecoded(Exception):
+    """A scheme that is not decoded, and what is."""
 
 
 def _schemes(method: str, config: Mapping[str, Any]) -> list[Scheme]:
@@ -145,12 +177,14 @@ def _fp8_schemes(config: Mapping[str, Any]) -> list[Scheme]:
 
 
 def _modelopt_schemes(config: Mapping[str, Any]) -> list[Scheme]:
-    algorithm = str(config.get("quant_algo"))
+    if config.get("quant_algo") is None and config.get("kv_cache_scheme") is not None:
+        return []
+    algorithm = str(config.get("quant_algo")).upper()
     if algorithm == "FP8":
         return [Scheme("e4m3", _TENSOR, _NUMBERS)]
     if algorithm == "NVFP4":
         return [Scheme("e2m1", _block((1, config.get("group_size") or 16)), _FP8_SCALES, global_scale=True)]
-    raise _unsupported(f"modelopt's {algorithm}", ["FP8", "NVFP4"])
+    raise _Undecoded(f"modelopt's {algorithm}", ["FP8", "NVFP4"])
 
 
 # compressed-tensors 0.20.0, ``CompressionFormat``: those of which the codes are one of our formats, with their scales.
@@ -166,10 +200,10 @@ _COMPRESSED = {
 
 def _compressed_schemes(config: Mapping[str, Any]) -> list[Scheme]:
     if (config.get("transform_config") or {}).get("config_groups"):
-        raise _unsupported("compressed-tensors' transforms of weights", "no transform_config")
+        raise _Undecoded("compressed-tensors' transforms of weights", "no transform_config")
     sparse = (config.get("sparsity_config") or {}).get("format")
     if sparse not in (None, "dense"):
-        raise _unsupported(f"compressed-tensors' {sparse}", "no sparsity_config")
+        raise _Undecoded(f"compressed-tensors' {sparse}", "no sparsity_config")
     groups = [group for group in (config.get("config_groups") or {}).values() if group.get("weights")]
     return [_compressed_scheme(group["weights"], group.get("format") or config.get("format")) for group in groups]
 
@@ -178,13 +212,13 @@ def _compressed_scheme(weights: Mapping[str, Any], stored: Any) -> Scheme:
     kind, bits = weights.get("type"), weights.get("num_bits")
     known = _COMPRESSED.get(str(stored))
     if known is None or known[:2] != (kind, bits):
-        raise _unsupported(f"compressed-tensors' {stored} with {bits}-bit {kind} weights", sorted(_COMPRESSED))
+        raise _Undecoded(f"compressed-tensors' {stored} with {bits}-bit {kind} weights", sorted(_COMPRESSED))
     if weights.get("actorder") not in (None, False, "static", "weight"):  # "dynamic" is another word for "group"
-        raise _unsupported("compressed-tensors' groups by activation order", "no actorder, or static or weight")
+        raise _Undecoded("compressed-tensors' groups by activation order", "no actorder, or static or weight")
     _, _, format, scales = known
     zero_points = not weights.get("symmetric", True)
     if zero_points and format != "int4":
-        raise _unsupported(f"zero points of {format} codes", "symmetric weights")
+        raise _Undecoded(f"zero points of {format} codes", "symmetric weights")
     return Scheme(format, _compressed_block(weights), scales, zero_points, scales is _FP8_SCALES)
 
 
@@ -198,7 +232,7 @@ def _compressed_block(weights: Mapping[str, Any]) -> Block:
         return _CHANNEL
     if strategy == "tensor":
         return _TENSOR
-    raise _unsupported(f"compressed-tensors' strategy {strategy!r}", ["tensor", "channel", "group", "block"])
+    raise _Undecoded(f"compressed-tensors' strategy {strategy!r}", ["tensor", "channel", "group", "block"])
 
 
 def _block(block: Sequence[Any]) -> Block:
@@ -207,7 +241,3 @@ def _block(block: Sequence[Any]) -> Block:
         if type(size) is not int or not 0 < size < 2**31:
             raise ValueError(f"{size!r} is no size of a block or group")
     return rows, columns
-
-
-def _unsupported(what: str, expected: object) -> UnsupportedError:
-    return UnsupportedError(message(f"this quantization scheme is not decoded: {what}", expected=expected, do=KEEP))
