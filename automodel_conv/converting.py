@@ -52,6 +52,7 @@ from automodel_conv.planning.models import checked_dtype
 from automodel_conv.planning.pipeline import loading_plan, saving_plan, without_casts
 from automodel_conv.planning.plan import CopyPlan
 from automodel_conv.planning.quantization import has_codes
+from automodel_conv.planning.unmarked import not_taken_apart
 from automodel_conv.progress import bytes_progress
 from automodel_conv.saving import places_in, specs_of, with_dtype, write_checksums
 
@@ -353,13 +354,8 @@ def _refuse_grouped(plan: CopyPlan, model: nn.Module | None) -> None:
     """Raise UnsupportedError for experts that no rule takes apart, where no model says that they are published so."""
     left = [] if model is not None else [target.name for target in plan.targets if any_experts(target.name)]
     if left:
-        raise UnsupportedError(
-            message(
-                "no rule takes these experts apart",
-                found="\n" + listing(left),
-                do="leave rules out to take those of the model, or leave layout out to keep the experts grouped",
-            )
-        )
+        do = "leave rules out to take those of the model, or leave layout out to keep the experts grouped"
+        raise not_taken_apart(left, do)
 
 
 class _Makers:

@@ -23,6 +23,7 @@ from automodel_conv.planning.copies import Target
 from automodel_conv.planning.models import state_table, tied_names
 from automodel_conv.planning.pipeline import loading_plan, saving_plan
 from automodel_conv.planning.plan import CopyPlan
+from automodel_conv.planning.wrappers import plain_model
 
 
 @resources_told("converting")
@@ -56,6 +57,7 @@ def convert_state_dict(
         UnsupportedError: an unknown layout or backend, or "triton" for tensors that kernels cannot reach.
     """
     _require_any(model, rules, layout, source_layout)
+    model = None if model is None else plain_model(model)
     plan, problems = loading_plan(
         state_table(state_dict), model=model, rules=rules, layout=layout, source_layout=source_layout
     )
@@ -94,6 +96,7 @@ def revert_state_dict(
         ConversionError, UnsupportedError: see ``convert_state_dict``.
     """
     _require_any(model, rules, layout, reference)
+    model = None if model is None else plain_model(model)
     like = None if reference is None else open_checkpoint(reference)
     plan = saving_plan(state_table(state_dict), model=model, rules=rules, layout=layout, reference=like)
     return _run(plan, state_dict, out, backend)

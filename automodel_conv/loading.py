@@ -52,6 +52,7 @@ from automodel_conv.planning.plan import CopyPlan
 from automodel_conv.planning.quantization import has_codes, quantized_table
 from automodel_conv.planning.sharding import shard_plan
 from automodel_conv.planning.stored_dtypes import dequantizer, left_as_stored
+from automodel_conv.planning.wrappers import plain_model
 
 
 @dataclass(frozen=True)
@@ -148,6 +149,7 @@ def compile_plan(
             codes where numbers are wanted.
     """
     checkpoint = checkpoint if isinstance(checkpoint, Checkpoint) else open_checkpoint(checkpoint)
+    model = None if model is None else plain_model(model)
     plan, problems, _ = load_plan(checkpoint, model, rules, layout, source_layout, key_mapping, dtype, dequantize)
     problems.raise_unless_fit(checkpoint.path)
     return plan
@@ -221,6 +223,7 @@ def load_state_dict(
         device_map = {"model.embed_tokens": 0, "model.layers.0": 0, "lm_head": "cpu", "": "cuda:1"}
         tensors = load_state_dict("path/to/Qwen3-30B-A3B", device_map=device_map)
     """
+    model = None if model is None else plain_model(model)
     state = {} if model is None else model.state_dict(keep_vars=True)
     groups = groups_of(meshes_of(state.values()))
     with together(groups, "loading"):
@@ -317,6 +320,7 @@ def load_model(
         load_model(model, path, device_map=device_map)
         accelerate.dispatch_model(model, device_map)
     """
+    model = plain_model(model)
     state = model.state_dict(keep_vars=True)
     groups = groups_of(meshes_of(state.values()))
     with together(groups, "loading"):

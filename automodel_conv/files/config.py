@@ -12,7 +12,7 @@ from automodel_conv.files import system
 from automodel_conv.files.header import read_limited, with_open
 
 CONFIG_NAME = "config.json"
-_KEYS = ("quantization_config", "compression_config")  # the latter of older compressed-tensors
+QUANTIZATION_KEYS = ("quantization_config", "compression_config")  # the latter of older compressed-tensors
 # Thousands of times what a config is; those of large quantized models list every module that is not.
 _MOST_BYTES = 64 << 20
 
@@ -25,7 +25,7 @@ def quantization_config(directory: str) -> Mapping[str, Any] | None:
     """
     path = os.path.join(directory, CONFIG_NAME)
     for part in _parts(_config(path)):
-        for key in _KEYS:
+        for key in QUANTIZATION_KEYS:
             found = part.get(key)
             if isinstance(found, dict):
                 return found
@@ -42,7 +42,7 @@ def plain_config(directory: str) -> bytes | None:
     """
     config = _config(os.path.join(directory, CONFIG_NAME))
     for part in _parts(config):
-        for key in _KEYS:
+        for key in QUANTIZATION_KEYS:
             part.pop(key, None)
     return None if config is None else json.dumps(config, indent=2).encode() + b"\n"
 
