@@ -121,11 +121,14 @@ def compile_plan(
 
     Args:
         checkpoint: an opened checkpoint, or what ``open_checkpoint`` takes.
-        model: any module, on the meta device too; None builds the model of the checkpoint's ``config.json`` on the
-            meta device, unless ``rules`` are given. Its class is the one that ``architectures`` name of the config's
-            type, else the first that transformers has for the type: image and text to text, any modality, causal
-            language model, sequence to sequence, speech, masked language model, other heads only where there is no
-            bare model.
+        model: any module, on the meta device too, and as torch wraps it (``torch.compile``, data parallelism,
+            activation checkpointing, whole or in parts): names are then those of the model itself, without what
+            wrappers add, and a checkpoint of a wrapped model, whose names have ``_orig_mod`` or all begin with
+            ``module``, is read as one of the model itself. None builds the model of the checkpoint's ``config.json`` on
+            the meta device, unless ``rules`` are given. Its class is the one that ``architectures`` name of the
+            config's type, else the first that transformers has for the type: image and text to text, any modality,
+            causal language model, sequence to sequence, speech, masked language model, other heads only where there is
+            no bare model.
         rules: transformers' rule objects; None takes the model's own. ``[]`` keeps the checkpoint's names.
         layout: how routed experts shall lie: "transformers", "nemo", "gpt_oss", "vllm"; None: as the model has them.
         source_layout: how grouped experts in the checkpoint lie: a layout, or "per_expert", as the type is published.
@@ -146,7 +149,7 @@ def compile_plan(
         NameProblems: names or shapes do not fit; lists all of them.
         QuantizationError: parts of quantized tensors are missing, or do not fit each other or the config; lists all.
         UnsupportedError: an unknown layout, experts whose layout cannot be told, a quantization that is not decoded, or
-            codes where numbers are wanted.
+            codes where numbers are wanted; or a model with adapters of PEFT, or one that FSDP1 keeps flat.
     """
     checkpoint = checkpoint if isinstance(checkpoint, Checkpoint) else open_checkpoint(checkpoint)
     model = None if model is None else plain_model(model)
@@ -180,8 +183,9 @@ def load_state_dict(
 ) -> LoadedStateDict:
     """Load a checkpoint into new tensors under the model's names.
 
-    The result has exactly the keys of ``model.state_dict()`` in its order; tied names share one tensor. ``model`` only
-    says what is wanted and is not changed. Without a model the names are what the rules make.
+    The result has exactly the keys of ``model.state_dict()`` in its order (of a model that torch has wrapped those of
+    the model itself, as ``get_model_state_dict`` has them); tied names share one tensor. ``model`` only says what is
+    wanted and is not changed. Without a model the names are what the rules make.
 
     Args:
         path: a directory with or without an index, an index file, a ``.safetensors`` file, or ``org/name``.

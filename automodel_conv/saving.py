@@ -96,6 +96,8 @@ def save_checkpoint(
     thread; from a GPU through host memory): nothing in FSDP2, a rank's shard with HSDP, the whole of what is plain.
 
     Args:
+        model_or_state_dict: the model may be wrapped, see ``compile_plan``; names of a state dict are taken without
+            what wrappers add, unless ``rules=[]`` keeps them.
         directory: new, or without weights in it.
         rules, layout: see ``revert_state_dict``; for a state dict one of rules, layout, reference is needed, and
             ``rules=[]`` keeps its names.
@@ -114,8 +116,9 @@ def save_checkpoint(
             CoverageError too where tensors have fewer experts than the model's config says (or, in a state dict, the
             rows of the router), as those of one rank of expert parallelism by hand; and with DTensors where the ranks
             do not hold all of a tensor, or do not all divide it in the same way.
-        UnsupportedError: tensors that cannot be saved from here: offloaded, quantized by transformers, with adapters,
-            lazily conjugated or negated; or extra state that is not a tensor.
+        UnsupportedError: tensors that cannot be saved from here: offloaded, quantized by transformers, with adapters of
+            PEFT, kept flat by FSDP1, lazily conjugated or negated; or extra state that is not a tensor; or grouped
+            experts that the rules are for, under names that these do not meet.
         DestinationError: the directory holds a checkpoint already, or somebody else writes to it.
         WriteError: the disk is full, or the system reports another error.
         ConversionError: the system gives no more memory or threads.
