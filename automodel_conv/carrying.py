@@ -60,5 +60,5 @@ def carried_from(
     saved = plan.sources
     table = SourceTable.of(source) if has_codes(saved) else decoded_table(source, wants_numbers=False)
     has = {n: TargetSpec(d, s) for n, d, s in zip(saved.names, saved.dtypes, saved.shapes, strict=True)}
-    rows = unclaimed_rows(source, table, model, rules, layout, has)
+    table, rows = unclaimed_rows(source, table, model, rules, layout, has)
     return Carried(source, table, tuple(carried_targets(table, rows, dtype, plan.targets)))

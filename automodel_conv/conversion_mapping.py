@@ -25,6 +25,7 @@ from torch import nn
 
 from automodel_conv.errors import NameProblems, listing, message
 from automodel_conv.planning.registry import holds_pretrained, model_rules, transformers_available
+from automodel_conv.planning.wrappers import unwrapped
 
 _TRANSFORMERS_AVAILABLE = transformers_available()
 
@@ -112,12 +113,15 @@ def get_model_conversion_mapping(
 
     ``key_mapping`` comes first, then the rules of the model and, scoped to their prefix, of each
     nested model, then (``add_legacy``) renames of old LayerNorm and weight-norm names, then what
-    the quantizer adds. A model that torch has wrapped at run time, as ``fully_shard`` does, has
-    the rules of the class it wraps. Custom code gets no rules it did not register, as upstream.
+    the quantizer adds. A model that torch has wrapped (``fully_shard``, ``torch.compile``, data
+    parallelism, activation checkpointing), whole or in parts, has the rules of the one it wraps,
+    for the names of that one. Custom code gets no rules it did not register, as upstream.
 
     The rules are the caller's own: transformers copies its registry for each call.
     """
-    return model_rules(model, key_mapping, hf_quantizer, add_legacy=add_legacy) if _TRANSFORMERS_AVAILABLE else []
+    if not _TRANSFORMERS_AVAILABLE:
+        return []
+    return model_rules(unwrapped(model), key_mapping, hf_quantizer, add_legacy=add_legacy)
 
 
 def get_combined_key_mapping(
@@ -145,6 +149,7 @@ def get_combined_key_mapping(
         None if no rule and no ``model_key_mapping`` exists.
     """
     explicit = dict(model_key_mapping or {})
+    model = None if model is None else unwrapped(model)
     if _TRANSFORMERS_AVAILABLE and model is not None and holds_pretrained(model):
         # Legacy renames alone are no reason for a mapping: every model has them.
         if get_model_conversion_mapping(model, add_legacy=False):
@@ -172,6 +177,7 @@ def get_hf_load_key_mapping(model: nn.Module) -> dict[str, str] | None:
     for its (unwrapped) class or its type. Where those cannot be read first-match, this warns, and
     ``get_combined_key_mapping(model_type, model=model)`` has the exact answer.
     """
+    model = unwrapped(model) if isinstance(model, nn.Module) else model
     own = getattr(model, "_checkpoint_conversion_mapping", None)
     if own:
         return own

@@ -52,6 +52,7 @@ from automodel_conv.planning.models import checked_dtype
 from automodel_conv.planning.pipeline import loading_plan, saving_plan, without_casts
 from automodel_conv.planning.plan import CopyPlan
 from automodel_conv.planning.quantization import has_codes, quantized_table
+from automodel_conv.planning.unmarked import not_taken_apart
 from automodel_conv.progress import bytes_progress
 from automodel_conv.saving import places_in, specs_of, with_dtype, write_checksums
 
@@ -157,13 +158,14 @@ def compile_conversion(
         problems.raise_unless_fit(checkpoint.path, unindexed=checkpoint.unindexed)
         if layout == PER_EXPERT:
             given = None if source_layout == PER_EXPERT else source_layout
-            taken = replace(sources, hidden=plan.sources.hidden | carried)
+            taken = replace(plan.sources, hidden=plan.sources.hidden | carried)
             back = saving_plan(taken, model=model, rules=rules, layout=given, checked=True)
-            return with_dtype(CopyPlan(sources, back.targets, back.rules), dtype, model, rules), carried
+            return with_dtype(CopyPlan(plan.sources, back.targets, back.rules), dtype, model, rules), carried
         return (without_casts(plan) if dtype is None else plan), carried
 
     if told is None:
         plan, carried = made_of(table, dtype)
+        table = replace(table, names=plan.sources.names)  # without what torch's wrappers add
     else:
         decoded = decoded_table(checkpoint, wants_numbers=True)
         decoded = replace(decoded, hidden=decoded.hidden | table.hidden)
@@ -434,13 +436,8 @@ def _refuse_grouped(plan: CopyPlan, model: nn.Module | None) -> None:
     """Raise UnsupportedError for experts that no rule takes apart, where no model says that they are published so."""
     left = [] if model is not None else [target.name for target in plan.targets if any_experts(target.name)]
     if left:
-        raise UnsupportedError(
-            message(
-                "no rule takes these experts apart",
-                found="\n" + listing(left),
-                do=["leave {rules} out to take those of the model", "leave {layout} out to keep the experts grouped"],
-            )
-        )
+        do = ["leave {rules} out to take those of the model", "leave {layout} out to keep the experts grouped"]
+        raise not_taken_apart(left, do)
 
 
 def _state_of(checkpoint: Checkpoint) -> dict[str, tuple[int, int]]:

@@ -25,6 +25,7 @@ from automodel_conv.planning.copies import Target
 from automodel_conv.planning.models import state_table, tied_names
 from automodel_conv.planning.pipeline import loading_plan, saving_plan
 from automodel_conv.planning.plan import CopyPlan
+from automodel_conv.planning.wrappers import plain_model
 from automodel_conv.saving import not_saved
 
 
@@ -60,7 +61,8 @@ def convert_state_dict(
     Tensors that nothing converts are returned by reference, unless ``out`` is given. The dict has a ``report``.
 
     Args:
-        model: whose names, dtypes and rules to take; its tensors are neither read nor written.
+        model: whose names, dtypes and rules to take; its tensors are neither read nor written. See ``compile_plan`` for
+            models that torch has wrapped, and for tensors that have such names.
         rules: transformers' rule objects; None takes the model's. One of model, rules, layout, source_layout is needed.
         layout: how routed experts shall lie; None: as the model has them.
         source_layout: how grouped experts in ``state_dict`` lie; never guessed from shapes.
@@ -72,9 +74,11 @@ def convert_state_dict(
         NameProblems: names or shapes do not fit; lists all of them.
         ConversionError: a tensor of ``out`` is missing, does not fit, or shares memory with a source or
             with another one.
-        UnsupportedError: an unknown layout or backend, or "triton" for tensors that kernels cannot reach.
+        UnsupportedError: an unknown layout or backend, "triton" for tensors that kernels cannot reach, or a model with
+            adapters of PEFT or names of its layers.
     """
     _require_any(model, rules, layout, source_layout)
+    model = None if model is None else plain_model(model)
     plan, problems = loading_plan(
         state_table(state_dict), model=model, rules=rules, layout=layout, source_layout=source_layout
     )
@@ -110,9 +114,11 @@ def revert_state_dict(
     Raises:
         NameProblems: the tensors do not fit the reference or the rules.
         CoverageError: a tensor of the reference is only partly in ``state_dict``.
+        UnsupportedError: grouped experts that the rules are for have names that these do not meet.
         ConversionError, UnsupportedError: see ``convert_state_dict``.
     """
     _require_any(model, rules, layout, reference)
+    model = None if model is None else plain_model(model)
     like = None if reference is None else open_checkpoint(reference)
     plan = saving_plan(state_table(state_dict), model=model, rules=rules, layout=layout, reference=like)
     reverted = _run(plan, state_dict, out, backend)

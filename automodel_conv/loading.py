@@ -55,6 +55,7 @@ from automodel_conv.planning.quantization import has_codes, quantized_table
 from automodel_conv.planning.schemes import KEEP
 from automodel_conv.planning.sharding import shard_plan
 from automodel_conv.planning.stored_dtypes import dequantizer, left_as_stored
+from automodel_conv.planning.wrappers import plain_model
 
 
 @dataclass(frozen=True)
@@ -127,11 +128,14 @@ def compile_plan(
 
     Args:
         checkpoint: an opened checkpoint, or what ``open_checkpoint`` takes; no weights of ``org/name`` are downloaded.
-        model: any module, on the meta device too; None builds the model of the checkpoint's ``config.json`` on the
-            meta device, unless ``rules`` are given. Its class is the one that ``architectures`` name of the config's
-            type, else the first that transformers has for the type: image and text to text, any modality, causal
-            language model, sequence to sequence, speech, masked language model, other heads only where there is no
-            bare model.
+        model: any module, on the meta device too, and as torch wraps it (``torch.compile``, data parallelism,
+            activation checkpointing, whole or in parts): names are then those of the model itself, without what
+            wrappers add, and a checkpoint of a wrapped model, whose names have ``_orig_mod`` or all begin with
+            ``module``, is read as one of the model itself. None builds the model of the checkpoint's ``config.json`` on
+            the meta device, unless ``rules`` are given. Its class is the one that ``architectures`` name of the
+            config's type, else the first that transformers has for the type: image and text to text, any modality,
+            causal language model, sequence to sequence, speech, masked language model, other heads only where there is
+            no bare model.
         rules: transformers' rule objects; None takes the model's own. ``[]`` keeps the checkpoint's names.
         layout: how routed experts shall lie: "transformers", "nemo", "gpt_oss", "vllm"; None: as the model has them.
         source_layout: how grouped experts in the checkpoint lie: a layout, or "per_expert", as the type is published.
@@ -152,9 +156,10 @@ def compile_plan(
         NameProblems: names or shapes do not fit; lists all of them.
         QuantizationError: parts of quantized tensors are missing, or do not fit each other or the config; lists all.
         UnsupportedError: an unknown layout, experts whose layout cannot be told, a quantization that is not decoded, or
-            codes where numbers are wanted.
+            codes where numbers are wanted; or a model with adapters of PEFT, or one that FSDP1 keeps flat.
     """
     checkpoint = checkpoint if isinstance(checkpoint, Checkpoint) else open_checkpoint(checkpoint)
+    model = None if model is None else plain_model(model)
     plan, problems, _ = load_plan(checkpoint, model, rules, layout, source_layout, key_mapping, dtype, dequantize)
     problems.raise_unless_fit(checkpoint.path, unindexed=checkpoint.unindexed)
     return plan
@@ -185,8 +190,9 @@ def load_state_dict(
 ) -> LoadedStateDict:
     """Load a checkpoint into new tensors under the model's names.
 
-    The result has exactly the keys of ``model.state_dict()`` in its order; tied names share one tensor. ``model`` only
-    says what is wanted and is not changed. Without a model the names are what the rules make.
+    The result has exactly the keys of ``model.state_dict()`` in its order (of a model that torch has wrapped those of
+    the model itself, as ``get_model_state_dict`` has them); tied names share one tensor. ``model`` only says what is
+    wanted and is not changed. Without a model the names are what the rules make.
 
     Args:
         path: a directory with or without an index, an index file, a ``.safetensors`` file, or ``org/name`` on the Hub,
@@ -229,6 +235,7 @@ def load_state_dict(
         device_map = {"model.embed_tokens": 0, "model.layers.0": 0, "lm_head": "cpu", "": "cuda:1"}
         tensors = load_state_dict("path/to/Qwen3-30B-A3B", device_map=device_map)
     """
+    model = None if model is None else plain_model(model)
     state = {} if model is None else model.state_dict(keep_vars=True)
     groups = groups_of(meshes_of(state.values()))
     with together(groups, "loading"):
@@ -326,6 +333,7 @@ def load_model(
         load_model(model, path, device_map=device_map)
         accelerate.dispatch_model(model, device_map)
     """
+    model = plain_model(model)
     state = model.state_dict(keep_vars=True)
     groups = groups_of(meshes_of(state.values()))
     with together(groups, "loading"):

@@ -27,6 +27,7 @@ from automodel_conv.execution.ranks import local_of, meshes_of, same_on_all, tog
 from automodel_conv.execution.tensor_slabs import Holding, tensor_slabs
 from automodel_conv.execution.writing import begin_shard, budget, write_slabs
 from automodel_conv.files.checkpoint import Checkpoint, open_checkpoint, open_downloaded
+from automodel_conv.files.config import QUANTIZATION_KEYS
 from automodel_conv.files.destination import Destination, open_destination, staged_path, telling
 from automodel_conv.files.shards import (
     CHECKSUMS_NAME,
@@ -48,6 +49,7 @@ from automodel_conv.planning.registry import is_pretrained_model, model_rules
 from automodel_conv.planning.resolve import resolve
 from automodel_conv.planning.rules import RuleSet
 from automodel_conv.planning.sharding import region_of
+from automodel_conv.planning.wrappers import plain_model, plain_tensors
 from automodel_conv.progress import bytes_progress
 
 DEFAULT_SCRATCH_BYTES = 64 << 20
@@ -101,6 +103,8 @@ def save_checkpoint(
     thread; from a GPU through host memory): nothing in FSDP2, a rank's shard with HSDP, the whole of what is plain.
 
     Args:
+        model_or_state_dict: the model may be wrapped, see ``compile_plan``; names of a state dict are taken without
+            what wrappers add, unless ``rules=[]`` keeps them.
         directory: new, or without weights in it.
         rules, layout: see ``revert_state_dict``; for a state dict one of rules, layout, reference is needed, and
             ``rules=[]`` keeps its names.
@@ -122,8 +126,9 @@ def save_checkpoint(
             CoverageError too where tensors have fewer experts than the model's config says (or, in a state dict, the
             rows of the router), as those of one rank of expert parallelism by hand; and with DTensors where the ranks
             do not hold all of a tensor, or do not all divide it in the same way.
-        UnsupportedError: tensors that cannot be saved from here: offloaded, quantized by transformers, with adapters,
-            lazily conjugated or negated; or extra state that is not a tensor.
+        UnsupportedError: tensors that cannot be saved from here: offloaded, quantized by transformers, with adapters of
+            PEFT, kept flat by FSDP1, lazily conjugated or negated; or extra state that is not a tensor; or grouped
+            experts that the rules are for, under names that these do not meet.
         DestinationError: the directory holds a checkpoint already, or somebody else writes to it.
         WriteError: the disk is full, or the system reports another error.
         ConversionError: the system gives no more memory or threads.
@@ -132,7 +137,7 @@ def save_checkpoint(
     """
     began = time.perf_counter()
     rules = None if rules is None else list(rules)
-    model = unwrapped(model_or_state_dict) if isinstance(model_or_state_dict, nn.Module) else None
+    model = plain_model(model_or_state_dict) if isinstance(model_or_state_dict, nn.Module) else None
     state = model.state_dict() if model is not None else model_or_state_dict
     groups = [dist.group.WORLD] if meshes_of(state.values()) else []  # type: ignore[union-attr]
     with together(groups, "planning what to save"):
@@ -144,7 +149,9 @@ def save_checkpoint(
                     do="pass the model, rules=, layout= or reference=; rules=[] keeps all names",
                 )
             )
-        tensors: Mapping[str, Tensor] = saved_tensors(model) if model is not None else state  # type: ignore[assignment]
+        keeps_names = model is None and not rules and layout is None and reference is None
+        named: Mapping[str, Tensor] = saved_tensors(model) if model is not None else state  # type: ignore[assignment]
+        tensors = named if keeps_names else plain_tensors(named)
         refuse_unlike_stored(tensors)
         opened = None if reference is None else open_checkpoint(reference)
         plan = saving_plan(state_table(tensors), model=model, rules=rules, layout=layout, reference=opened)
@@ -243,17 +250,6 @@ def finish_save(
     destination.commit(index_of(shards, parameters, form))
 
 
-def unwrapped(model: nn.Module) -> nn.Module:
-    """The model that ``torch.compile`` or data parallelism has wrapped, which its names are of."""
-    while True:
-        if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
-            model = model.module
-        elif isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):
-            model = inner
-        else:
-            return model
-
-
 def write_checksums(destination: Destination, shards: Sequence[Shard], threads: int) -> None:
     """Add the checksums of all tensors to what lies in a destination."""
     sums: dict[str, str] = {}
@@ -342,12 +338,9 @@ def saved_tensors(model: nn.Module) -> dict[str, Tensor]:
         UnsupportedError: they are not all here, or transformers must save them in its own way.
     """
     if is_pretrained_model(model):
-        own_way = {"hf_quantizer": "it is quantized by transformers", "_hf_peft_config_loaded": "it has adapters"}
-        for attribute, reason in own_way.items():
-            if getattr(model, attribute, None):
-                raise UnsupportedError(
-                    message(f"this model cannot be saved from here: {reason}", do="use its save_pretrained")
-                )
+        if getattr(model, "hf_quantizer", None):
+            text = "this model cannot be saved from here: it is quantized by transformers"
+            raise UnsupportedError(message(text, do="use its save_pretrained"))
     tensors = model.state_dict()
     if (getattr(model, "_tp_size", None) or 1) > 1 and not meshes_of(tensors.values()):
         raise UnsupportedError(
@@ -421,8 +414,9 @@ def _write_config(model: nn.Module, dtype: torch.dtype | None, directory: str) -
     config.architectures = [cls.__name__]
     config.dtype = str(dtype or model.dtype).removeprefix("torch.")
     holds_numbers = all(dtype_code(parameter.dtype) in FLOATING for parameter in model.parameters())
-    if hasattr(config, "quantization_config") and holds_numbers:
-        del config.quantization_config  # of the checkpoint that this model was decoded from
+    for part in (config, getattr(config, "text_config", None)) if holds_numbers else ():
+        for key in QUANTIZATION_KEYS if part is not None else ():
+            vars(part).pop(key, None)  # of the checkpoint that this model was decoded from
     config.save_pretrained(directory)
     if model.can_generate():  # type: ignore[operator]
         model.generation_config.save_pretrained(directory)  # type: ignore[union-attr, operator]

@@ -15,7 +15,7 @@ CONFIG_NAME = "config.json"
 MODELOPT_NAME = "hf_quant_config.json"
 """Where releases of modelopt say how they are quantized, many of them nowhere else. A copy that is not quantized must
 not have this file. Source: vLLM 0.33.0, ``ModelOptQuantConfigBase.get_config_filenames``."""
-_KEYS = ("quantization_config", "compression_config")  # the latter of older compressed-tensors
+QUANTIZATION_KEYS = ("quantization_config", "compression_config")  # the latter of older compressed-tensors
 # Thousands of times what a config is; those of large quantized models list every module that is not.
 _MOST_BYTES = 64 << 20
 
@@ -37,7 +37,7 @@ def quantization(directory: str) -> Quantization | None:
     """
     path = os.path.join(directory, CONFIG_NAME)
     for part in _parts(_config(path)):
-        for key in _KEYS:
+        for key in QUANTIZATION_KEYS:
             found = part.get(key)
             if isinstance(found, dict) and found:  # an empty one says nothing
                 return Quantization(found, path)
@@ -67,7 +67,7 @@ def plain_config(directory: str) -> bytes | None:
     """
     config = _config(os.path.join(directory, CONFIG_NAME))
     for part in _parts(config):
-        for key in _KEYS:
+        for key in QUANTIZATION_KEYS:
             part.pop(key, None)
     return None if config is None else json.dumps(config, indent=2).encode() + b"\n"
 

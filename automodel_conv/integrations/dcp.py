@@ -14,7 +14,7 @@ import os
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from itertools import chain
@@ -55,6 +55,7 @@ from automodel_conv.planning.models import tied_names
 from automodel_conv.planning.pipeline import saving_plan, without_casts
 from automodel_conv.planning.plan import CopyPlan
 from automodel_conv.planning.sharding import Part, box, parts_plan, region_of
+from automodel_conv.planning.wrappers import plain_model, plain_names
 from automodel_conv.saving import (
     DEFAULT_SCRATCH_BYTES,
     SaveReport,
@@ -74,7 +75,8 @@ class HuggingFaceReader(StorageReader):
     Args:
         path: see ``load_state_dict``.
         model, rules, layout, source_layout, key_mapping: see ``compile_plan``; without model and rules, the model of
-            ``config.json``.
+            ``config.json``. The state dict of a model that torch has wrapped may have its names or those of the model
+            itself, as ``get_model_state_dict`` gives them.
         threads, scratch_bytes, device_scratch_bytes: see ``load_state_dict``.
 
     Tensors are cast to the dtype of those they are loaded into.
@@ -99,7 +101,9 @@ class HuggingFaceReader(StorageReader):
     ):
         self._given = {name: given for name, given in locals().items() if name != "self"}
         self._path = path
-        self._model = model
+        self._model = None if model is None else plain_model(model)
+        # What the model's own state dict calls a tensor, where wrappers rename it.
+        self._also_called = {} if model is None or self._model is None else _also_called(model, self._model)
         self._rules = None if rules is None else list(rules)
         self._layout = layout
         self._source_layout = source_layout
@@ -142,6 +146,7 @@ class HuggingFaceReader(StorageReader):
             first = next((name for name in group if name in made), None)
             if first is not None:
                 made |= {name: made.get(name, first) for name in group}
+        made |= {wrapped: made[name] for wrapped, name in self._also_called.items() if name in made}
         return checkpoint, plan, made
 
     def set_up_storage_reader(self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
@@ -228,13 +233,13 @@ class HuggingFaceWriter(StorageWriter):
     ):
         self._given = {name: given for name, given in locals().items() if name != "self"}
         self._directory = os.path.abspath(os.fsdecode(directory))
-        self._model = model
+        self._model = None if model is None else plain_model(model)
         self._rules = None if rules is None else list(rules)
         self._layout = layout
         self._reference = reference
         self._max_shard_size = max_shard_size
         self._share = budget(threads, scratch_bytes or DEFAULT_SCRATCH_BYTES, reads_files=False)
-        self._names = None if model is None else saved_tensors(model).keys()
+        self._names = None if self._model is None else saved_tensors(self._model).keys()
         self._begun: _Begun | None = None
         self.report: SaveReport | None = None
         """Of the last save that has ended, on the coordinator."""
@@ -278,8 +283,9 @@ class HuggingFaceWriter(StorageWriter):
             specs[item.index.fqn] = code, tuple(item.tensor_data.size)
             held[item.index.fqn] += prod(item.tensor_data.chunk.sizes)
         shared = _shared([plan.storage_data for plan in plans])
-        self._check(specs, held)
-        names = list(specs) if self._names is None else [name for name in self._names if name in specs]
+        called = self._called(specs)
+        self._check({plain: specs[name] for plain, name in called.items()}, {p: held[n] for p, n in called.items()})
+        names = list(specs) if self._names is None else [called[plain] for plain in self._names if plain in called]
         table = SourceTable(names, [specs[name][0] for name in names], [specs[name][1] for name in names])
         copies, shards, form = self._plan(table)
         reference = None if self._reference is None else open_checkpoint(self._reference)
@@ -291,6 +297,12 @@ class HuggingFaceWriter(StorageWriter):
         with self._undone_if_it_fails():
             begin_save(destination, shards, self._model)
         return [replace(plan, storage_data=(table, items)) for plan, items in zip(plans, shared, strict=True)]
+
+    def _called(self, names: Collection[str]) -> dict[str, str]:
+        """By the names of the model, which wrappers of it change, those that the state dict has."""
+        if self._model is None:
+            return {name: name for name in names}
+        return dict(zip(plain_names(names, self._model.state_dict()), names, strict=True))
 
     def _check(self, specs: Mapping[str, tuple[str, tuple[int, ...]]], held: Mapping[str, int]) -> None:
         """Raise NameProblems where names are not the model's, CoverageError where ranks do not hold all there is."""
@@ -394,6 +406,13 @@ class _Begun(NamedTuple):
     form: Form
     left_out: tuple[str, ...]
     at: float
+
+
+def _also_called(model: nn.Module, plain: nn.Module) -> dict[str, str]:
+    """Names in the state dict of a wrapped model that are not those of the model itself, with those."""
+    names, known = model.state_dict(), plain.state_dict()
+    called = zip(names, plain_names(names, known), strict=True)
+    return {name: plain for name, plain in called if name not in known}
 
 
 def _shared(items: Sequence[Sequence[WriteItem]]) -> list[list[WriteItem]]:

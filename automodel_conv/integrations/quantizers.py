@@ -1,8 +1,6 @@
 """transformers' quantizers, as far as what they do to a checkpoint on the way to plain parameters is planned here.
 
-A quantizer that dequantizes while it loads has put an operation of its own before those of the model's rules, which
-then also collect the scales, and a rule for all other weights. Without them the rules are the model's own again.
-Source: transformers 5.23.0, ``HfQuantizer.update_weight_conversions`` and ``get_weight_conversions``.
+What a quantizer makes of a model's rules, and how that is undone: ``planning/quantizer_rules.py``.
 """
 
 from __future__ import annotations
@@ -12,11 +10,9 @@ from typing import Any, NamedTuple
 
 from automodel_conv.dtypes import DECODED
 from automodel_conv.planning.copies import Decode
+from automodel_conv.planning.quantizer_rules import dequantizes, own_rule
 from automodel_conv.planning.registry import CORE_MODULE
 from automodel_conv.planning.rules import RuleSet
-
-_DEQUANTIZE = {"Fp8Dequantize", "Mxfp4Dequantize", "CompressedTensorsDequantize"}
-_MODULES = "transformers.integrations."
 
 
 class PlainLoad(NamedTuple):
@@ -42,7 +38,7 @@ def plain_load(quantizer: Any, rules: list[Any]) -> PlainLoad:
     settings = settings.get("quantization_config") or settings
     method = settings.get("quant_method", getattr(config, "quant_method", None))
     settings = dict(settings) | {"quant_method": str(getattr(method, "value", method))}
-    return PlainLoad([_own(rule) for rule in rules], settings)
+    return PlainLoad([own_rule(rule) for rule in rules], settings)
 
 
 def rounds_alike(decode: Decode, natural: str, wanted: str) -> bool:
@@ -79,26 +75,4 @@ def only_moves(rules: RuleSet, row: int) -> bool:
     An operation that neither moves nor dequantizes may do anything to them.
     """
     operations = rules.converters[row].operations if row >= 0 else ()
-    return all(_dequantizes(operation) or type(operation).__module__ == CORE_MODULE for operation in operations)
-
-
-def _own(rule: Any) -> Any | None:
-    """The model's own rule in what a quantizer has made of it; None if nothing is left."""
-    operations = list(getattr(rule, "operations", None) or ())
-    if not operations or not _dequantizes(operations[0]):
-        return rule
-    if len(operations) == 1:
-        return None
-    # As they were given: the constructor changes them. Older transformers anchor those of weights.
-    sources = [s for s in _given(rule, "source") if s.removesuffix("$").endswith(".weight")]
-    make = getattr(rule, "copy", type(rule))
-    return make(source_patterns=sources, target_patterns=_given(rule, "target"), operations=operations[1:])
-
-
-def _given(rule: Any, side: str) -> list[str]:
-    return list(getattr(rule, f"_original_{side}_patterns", getattr(rule, f"{side}_patterns")))
-
-
-def _dequantizes(operation: Any) -> bool:
-    cls = type(operation)
-    return cls.__name__ in _DEQUANTIZE and cls.__module__.startswith(_MODULES)
+    return all(dequantizes(operation) or type(operation).__module__ == CORE_MODULE for operation in operations)

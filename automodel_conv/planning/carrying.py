@@ -78,16 +78,19 @@ def unclaimed_rows(
     rules: Iterable[Any] | None,
     layout: str | None,
     has: Mapping[str, TargetSpec],
-) -> frozenset[int]:
+) -> tuple[SourceTable, frozenset[int]]:
     """The rows of a checkpoint's tensors that no rule gives to a model, or to a state dict.
 
     Args:
         table: what the checkpoint offers.
         layout: of the experts in the state dict.
         has: what the state dict has; not asked where there is a model.
+
+    Returns:
+        ``table``, its names without what torch's wrappers add, and the rows.
     """
     source_layout = layout_to_read(checkpoint, None, keeps_names=model is None and not rules and layout is None)
-    _, problems = loading_plan(
+    plan, problems = loading_plan(
         table,
         model=model,
         rules=rules,
@@ -95,4 +98,4 @@ def unclaimed_rows(
         source_layout=source_layout,
         targets=None if model is not None else has,
     )
-    return frozenset(problems.unclaimed)
+    return replace(table, names=plan.sources.names), frozenset(problems.unclaimed)

@@ -45,7 +45,8 @@ from automodel_conv.planning.registry import (
 )
 from automodel_conv.planning.rules import RuleSet
 from automodel_conv.planning.schemes import is_of_kv_cache
-from automodel_conv.planning.unmarked import refuse_contradictions, refuse_other_layouts, refuse_untold
+from automodel_conv.planning.unmarked import refuse_contradictions, refuse_grouped, refuse_other_layouts, refuse_untold
+from automodel_conv.planning.wrappers import plain_table
 
 
 def loading_plan(
@@ -82,6 +83,8 @@ def loading_plan(
     given = targets is not None
     if targets is None and model is not None and not unbound:
         targets = model_targets(model, dtype)
+    if model is not None or objects or layout is not None or source_layout is not None:
+        table = plain_table(table, targets)
     code = None if dtype is None else dtype_code(dtype)
     wanted = None if layout is None else get_layout(layout)
     incoming = None if source_layout in (None, PER_EXPERT) else get_layout(source_layout, PER_EXPERT)
@@ -163,9 +166,12 @@ def saving_plan(
 
     Raises:
         NameProblems: the tensors do not fit the reference.
-        UnsupportedError: experts that are not in the layout of the model, or of the rules, and no ``layout``.
+        UnsupportedError: experts that are not in the layout of the model, or of the rules, and no ``layout``; or that
+            rules are for, under names that these do not meet.
     """
     rules = None if rules is None else list(rules)
+    if model is not None or rules or layout is not None or reference is not None:
+        table = plain_table(table, None if model is None else model.state_dict())
     if reference is not None:
         return _inverse_of_loading(table, reference, model, rules, layout)
     rule_set = RuleSet(saving_rules(model, rules), model, reverse=True)
@@ -193,6 +199,7 @@ def saving_plan(
     shapes = dict(zip(table.names, table.shapes, strict=True))
     plan, problems = compile_targets(table, rule_set, None, parameters=shapes)
     problems.raise_unless_fit("going back to the checkpoint's names")
+    refuse_grouped(plan, rule_set)
     return _in_saving_order(_composed([*stages, plan]), model)
 
 
@@ -236,6 +243,8 @@ def _inverse_of_loading(
     has = {n: TargetSpec(d, s) for n, d, s in zip(table.names, table.dtypes, table.shapes, strict=True)}
     dtypes = set(table.dtypes)
     plain = replace(SourceTable.of(reference), dtypes=[_floating_like(d, dtypes) for d in reference.dtypes])
+    stored, plain = plain.names, plain_table(plain, has)
+    stored_as = dict(zip(plain.names, stored, strict=True))
     source_layout = layout_to_read(reference, None, keeps_names=model is None and not rules and layout is None)
     forward, problems = loading_plan(
         plain, model=model, rules=rules, layout=layout, source_layout=source_layout, targets=has
@@ -246,9 +255,11 @@ def _inverse_of_loading(
     rows = {name: row for row, name in enumerate(table.names)}
     renumbered = [rows[name] for name in back.sources.names]
     targets = tuple(
-        t._replace(sources=tuple(renumbered[i] for i in t.sources), dtype=back.sources.dtypes[t.sources[0]])
-        if t.sources
-        else t
+        t._replace(
+            name=stored_as[t.name],
+            sources=tuple(renumbered[i] for i in t.sources),
+            dtype=back.sources.dtypes[t.sources[0]] if t.sources else t.dtype,
+        )
         for t in back.targets
     )
     return CopyPlan(table, targets, back.rules)

@@ -13,6 +13,8 @@ from typing import Any
 from torch import nn
 
 from automodel_conv.errors import UnsupportedError, message
+from automodel_conv.planning.quantizer_rules import own_rule
+from automodel_conv.planning.wrappers import stand_in
 
 CORE_MODULE = "transformers.core_model_loading"
 _NUMBERED_LAYER = re.compile(r"layers\\\.\d")  # in a regular expression
@@ -58,13 +60,14 @@ def model_rules(
 def saving_rules(model: Any, rules: Iterable[Any] | None) -> list[Any]:
     """The rules to reverse when going back to the checkpoint's names: upstream's choice, in loading order.
 
-    Rules that a ``from_pretrained`` used are known to the model and taken as they are. Otherwise legacy names are not
-    restored, and neither are prefixes: nothing tells whether the first checkpoint had them.
+    Rules that a ``from_pretrained`` used are known to the model and taken as they are, but for what a quantizer has
+    added to decode the checkpoint: the model has numbers now. Otherwise legacy names are not restored, and neither are
+    prefixes: nothing tells whether the first checkpoint had them.
     """
     if rules is None:
         used = getattr(model, "_weight_conversions", None)
         if used is not None:
-            return list(used)
+            return [own for rule in used if (own := own_rule(rule)) is not None]
         rules = model_rules(model)
     rules = list(rules)
     if not rules:
@@ -175,18 +178,12 @@ def _without_wrappers(model: nn.Module) -> Any:
         if isinstance(module, PreTrainedModel):
             cls = next(c for c in type(module).__mro__ if not c.__module__.startswith("torch."))
             if cls is not type(module):
-                modules[name] = _stand_in(module, cls)
+                modules[name] = stand_in(module, cls)
     has_prefix = hasattr(model, "base_model_prefix")
     if has_prefix and all(modules[name] is module for name, module in model.named_modules()):
         return model
-    root = modules[""] = _stand_in(model, type(modules[""]))
+    root = modules[""] = stand_in(model, type(modules[""]))
     vars(root)["named_modules"] = lambda: iter(modules.items())
     if not has_prefix:
         vars(root)["base_model_prefix"] = ""
     return root
-
-
-def _stand_in(module: nn.Module, cls: type) -> nn.Module:
-    stand_in = object.__new__(cls)
-    vars(stand_in).update(vars(module))
-    return stand_in

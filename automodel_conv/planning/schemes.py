@@ -85,9 +85,6 @@ def part_name(weight: str, suffix: str) -> str | None:
     return module + suffix if leaf == "weight" else None
 
 
-# What helps where something is not decoded.
-
-
 # Rows and columns that share a scale, None for all there are.
 Block = tuple[int | None, int | None]
 _TENSOR: Block = (None, None)

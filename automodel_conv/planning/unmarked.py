@@ -11,10 +11,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
-from automodel_conv.errors import UnsupportedError, message
+from automodel_conv.errors import UnsupportedError, listing, message
 from automodel_conv.planning.compiler import Problems
 from automodel_conv.planning.copies import SourceTable
-from automodel_conv.planning.layouts import LAYOUTS, Layout, holds_experts, told_by_name
+from automodel_conv.planning.layouts import LAYOUTS, Layout, any_experts, holds_experts, told_by_name
 from automodel_conv.planning.plan import CopyPlan
 from automodel_conv.planning.rules import RuleSet
 
@@ -101,6 +101,31 @@ def refuse_contradictions(table: SourceTable, shapes: Mapping[str, Shape], rules
             if pair.fits(LAYOUTS["gpt_oss"]):
                 found = list(weights[plain.gate_up])
                 raise _refused(f"{path}.{plain.gate_up}", [_say("layout")], "[E, 2I, H] beside [E, H, I]", found)
+
+
+def refuse_grouped(plan: CopyPlan, rules: RuleSet) -> None:
+    """Refuse to go back to a checkpoint's names with grouped experts that rules are for and that none of them has met.
+
+    A rule meets no tensor where there are no experts, which is fine, or where they are called otherwise than in the
+    model that it is of: under a prefix of a wrapper, or of the model that holds it.
+
+    Args:
+        plan: what the rules make.
+        rules: reversed.
+
+    Raises:
+        UnsupportedError: names the tensors.
+    """
+    patterns = [p.replace("\\", "").rstrip("$") for row in range(len(rules.converters)) for p in rules.patterns(row)[0]]
+    leaves = {pattern.rpartition(".")[2] for pattern in patterns if any_experts(pattern)}
+    left = [t.name for t in plan.targets if t.rule < 0 and any_experts(t.name) and t.name.rpartition(".")[2] in leaves]
+    if left:
+        raise not_taken_apart(left, "pass them under the names that they have in the model of these rules")
+
+
+def not_taken_apart(names: Sequence[str], do: str | list[str]) -> UnsupportedError:
+    """The error for grouped experts in what should be a checkpoint with one tensor for each expert and projection."""
+    return UnsupportedError(message("no rule takes these experts apart", found="\n" + listing(names), do=do))
 
 
 class _Pair(NamedTuple):

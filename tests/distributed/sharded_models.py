@@ -68,7 +68,8 @@ def rank(common: dict[str, Published], variant: str, directory: Path) -> None:
     for name, kind in CHECKS[dist.get_world_size()]:
         of = common[name]
         steps = [loads, makes_state_dicts, saves, is_saved_by_dcp, is_loaded_by_dcp]
-        for step in steps + [computes, carries] * ((name, kind) == ("mixtral", "fsdp")):
+        more = [is_the_same_compiled, computes, carries]
+        for step in steps + more * ((name, kind) == ("mixtral", "fsdp")):
             try:
                 step(of, kind, meshes)
             except Exception as error:
@@ -224,6 +225,24 @@ def is_loaded_by_dcp(of: Published, kind: str, meshes: Meshes) -> None:
         dcp.load(model.state_dict(), storage_reader=HuggingFaceReader(of.path))
         assert dtype in (None, next(model.parameters()).dtype)
         assert_holds(model.state_dict(), of, whole=False)
+
+
+def is_the_same_compiled(of: Published, kind: str, meshes: Meshes) -> None:
+    """A compiled layer, and a compiled whole, have the names and parts of the model that they wrap."""
+    model = sharded(of, kind, meshes)
+    model.model.layers[0] = torch.compile(model.model.layers[0])
+    compiled = torch.compile(model)
+    for tensor in compiled.state_dict().values():
+        local(tensor).reshape(-1).view(torch.uint8).fill_(0x5A)
+    amc.load_model(compiled, of.path)
+    assert_holds(amc.load_state_dict(of.path, compiled), of, whole=False)
+    amc.save_checkpoint(compiled, f"{of.saved} {kind} compiled", max_shard_size="60KB")
+    if dist.get_rank() == 0:
+        ours, theirs = (
+            {file.name: file.read_bytes() for file in Path(directory).iterdir()}
+            for directory in (f"{of.saved} {kind}", f"{of.saved} {kind} compiled")
+        )
+        assert theirs == ours
 
 
 def computes(of: Published, kind: str, meshes: Meshes) -> None:

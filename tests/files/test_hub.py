@@ -163,11 +163,11 @@ def test_a_server_without_ranges_is_left_once_it_has_sent_enough(repository, tmp
 @pytest.mark.parametrize(
     ("content", "text"),
     [
-        (b"1234", "too short for a header"),
+        (b"\xff\xfe", "too short for a header"),
         (b"\xff" * 8 + b"{}", "the length of a header is impossible"),
         (b"\x02" + bytes(7) + b"[]", "not a JSON object"),
         (b"\x02" + bytes(7) + b"{}tail", "bytes after the last tensor"),
-        (b"version https://git-lfs.github.com/spec/v1\noid sha256:abc", "the length of a header is impossible"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:abc", "a Git-LFS pointer"),
     ],
 )
 def test_remote_headers_are_checked_as_local_ones_are(hub, repository, content, text):
