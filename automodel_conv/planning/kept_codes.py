@@ -44,8 +44,8 @@ def keep_codes(
     suffixes = {target.name: _suffix(target, stored, decoded) for target in coded}
     try:
         scales = plan_of(_scales_as_weights(stored, decoded))
-    except ConversionError:
-        raise _refused(coded[0].name, f"its scales do not come together; {_blocks(coded[0], decoded)}") from None
+    except ConversionError as error:
+        raise _refused(coded[0].name, f"its scales do not come together; {_blocks(coded[0], decoded)}") from error
     left = {target.name: target for target in scales.targets}
     targets: list[Target] = []
     made: dict[str, Target] = {}
@@ -78,7 +78,7 @@ def _scales_as_weights(stored: SourceTable, decoded: SourceTable) -> SourceTable
     """The scales under the names of their weights, and under their own what else is hidden in ``decoded``."""
     names = list(stored.names)
     for row, decode in decoded.decodes.items():
-        names[decode.scales] = decoded.names[row]
+        names[decode.scales], names[row] = decoded.names[row], stored.names[decode.scales]
     return replace(stored, names=names, hidden=stored.hidden | (frozenset(range(len(names))) - decoded.hidden))
 
 
