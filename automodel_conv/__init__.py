@@ -10,7 +10,7 @@ from automodel_conv.conversion_mapping import (
     is_transformers_conversion_available,
     requires_tensor_merging,
 )
-from automodel_conv.converting import ConvertReport, convert_checkpoint, verify_checkpoint
+from automodel_conv.converting import ConvertReport, convert_checkpoint
 from automodel_conv.errors import (
     CheckpointError,
     ConversionError,
@@ -30,6 +30,7 @@ from automodel_conv.integrations.transformers import accelerate_transformers, in
 from automodel_conv.loading import LoadReport, compile_plan, load_model, load_state_dict
 from automodel_conv.planning.plan import CopyPlan
 from automodel_conv.saving import SaveReport, save_checkpoint
+from automodel_conv.verifying import verify_checkpoint
 
 __version__ = "0.1.0.dev0"
 

@@ -31,9 +31,9 @@ class Carried(NamedTuple):
 
     @property
     def left_out(self) -> tuple[str, ...]:
-        """Tensors that only a quantized model needs, where codes are decoded."""
+        """Tensors that only a quantized model needs, where codes are decoded, and those that no index names."""
         parts = {part for decode in self.table.decodes.values() for part in decode.parts}
-        return tuple(self.checkpoint.names[row] for row in sorted(self.table.hidden - parts))
+        return self.checkpoint.left_out(sorted(self.table.hidden - parts))
 
     def slabs(self, places: Sequence[tuple[int, int]], share: Budget) -> FileSlabs:
         """What writes them; for ``places`` see ``slab_schedule``."""

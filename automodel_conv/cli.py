@@ -17,12 +17,8 @@ from typer.core import TyperGroup
 import automodel_conv
 from automodel_conv.bench import advice
 from automodel_conv.bench import bench as run_bench
-from automodel_conv.converting import (
-    Conversion,
-    compile_conversion,
-    convert_checkpoint,
-    verify_checkpoint,
-)
+from automodel_conv.conversion_plan import Conversion, compile_conversion
+from automodel_conv.converting import convert_checkpoint
 from automodel_conv.demo import BIG as DEMO_MODEL
 from automodel_conv.demo import DemoModel, run_demo
 from automodel_conv.errors import ConversionError, DestinationError, UnknownTarget, WriteError, listing, message
@@ -34,6 +30,7 @@ from automodel_conv.files.shards import parse_size
 from automodel_conv.forecast import forecast, parse_mesh
 from automodel_conv.loading import compile_plan, load_state_dict
 from automodel_conv.tables import bench_tables, converted_table, demo_table, mesh_table, report_table, two_columns
+from automodel_conv.verifying import verify_checkpoint
 
 # What errors say in Python's words (see ``errors.py``), in those of the command line.
 _IN_OPTIONS = {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -73,7 +73,8 @@ class LoadReport:
         peak_extra_bytes: upper bound of the memory used beside the final buffers: scratch on the host and on the
             device, and second copies of parameters that the checkpoint holds under two names. What upstream's own code
             allocates is not in it.
-        left_out: tensors of the checkpoint, by their names in it, that nothing was made of.
+        left_out: tensors of the checkpoint, by their names in it, that nothing was made of, and of its files.
+        unindexed: name and file of each tensor that was not read, since the index does not give it to that file.
         carried: always empty: a model takes nothing that it has no place for.
         copied_by_kernels: copies that Triton kernels made on a device.
         copied_by_torch: copies that torch made on a device, because no kernel fits them or none can run there.
@@ -91,6 +92,7 @@ class LoadReport:
     peak_extra_bytes: int
     left_out: tuple[str, ...] = ()
     carried: tuple[str, ...] = ()
+    unindexed: tuple[tuple[str, str], ...] = ()
     copied_by_kernels: int = 0
     copied_by_torch: int = 0
     without_kernels: str | None = None
@@ -252,7 +254,7 @@ def load_state_dict(
         if where is not None:
             known = {} if model is None else model.state_dict(keep_vars=True)
             where.check([target.name for target in plan.targets], known, model, strict=strict)
-        left_out = _names_of(checkpoint, plan.unused_sources)
+        unused = plan.unused_sources
         plan = shard_plan(plan, regions_of(state, plan))
         if verify:
             verify_checksums(checkpoint, default_reader_threads(cores()) if threads is None else threads)
@@ -273,7 +275,7 @@ def load_state_dict(
     unequal = found_by_any(groups, found, "comparing tied tensors")
     shared = _distributed(with_tied(buffers, ties, unequal), state)
     loaded = LoadedStateDict(in_order(shared, model) if model is not None else shared)
-    loaded.report = _report(plan, problems, left_out, clock, stats)
+    loaded.report = _report(checkpoint, plan, unused, problems, clock, stats)
     loaded.layout = stated_layout(checkpoint, None) if layout is None and model is None and not rules else layout
     return loaded
 
@@ -370,8 +372,7 @@ def load_model(
         finish(model, homes.buffers, problems.missing, device_of)
     if where is not None:
         move_buffers(model, device_of)
-    left_out = _names_of(checkpoint, plan.unused_sources)
-    return _report(plan, problems, left_out, clock, stats, homes.extra_bytes)
+    return _report(checkpoint, plan, plan.unused_sources, problems, clock, stats, homes.extra_bytes)
 
 
 def load_plan(
@@ -508,14 +509,11 @@ class _Clock:
         self._last = now
 
 
-def _names_of(checkpoint: Checkpoint, rows: Iterable[int]) -> tuple[str, ...]:
-    return tuple(checkpoint.names[row] for row in rows)
-
-
 def _report(
+    checkpoint: Checkpoint,
     plan: CopyPlan,
+    unused: Sequence[int],
     problems: Problems,
-    left_out: tuple[str, ...],
     clock: _Clock,
     stats: Mapping[torch.device, LoadStats],
     extra_bytes: int = 0,
@@ -528,7 +526,8 @@ def _report(
         fallbacks=plan.fallbacks,
         bytes_read=sum(part.bytes_read for part in stats.values()),
         seconds=clock.seconds,
-        left_out=left_out,
+        left_out=checkpoint.left_out(unused),
+        unindexed=checkpoint.unindexed,
         peak_extra_bytes=sum(part.scratch_bytes + part.device_scratch_bytes for part in stats.values()) + extra_bytes,
         copied_by_kernels=sum(part.work.by_kernels for part in stats.values()),
         copied_by_torch=sum(part.work.by_torch for part in stats.values()),

@@ -218,7 +218,7 @@ def save_checkpoint(
 def not_saved(model: nn.Module | None, reference: Checkpoint | None, written: Iterable[str]) -> list[str]:
     """Names of a model that it says to ignore when it is saved, and names of a reference, but for those written."""
     names = [] if model is None else list(model.state_dict().keys() & set(_ignored_on_save(model)))
-    names += [] if reference is None else reference.names
+    names += [] if reference is None else [*reference.names, *reference.left_out(())]
     there = set(written)
     return [name for name in dict.fromkeys(sorted(names)) if name not in there]
 

@@ -236,6 +236,31 @@ def test_carrying_from_a_converted_checkpoint(one, tmp_path):
     assert_same(tensors_of(tmp_path / "saved"), one.plain | one.extra)
 
 
+@pytest.mark.parametrize("named", [True, False], ids=["named elsewhere", "named nowhere"])
+def test_a_tensor_that_the_index_does_not_give_to_its_file_is_left_out_and_told(one, tmp_path, named):
+    source = tmp_path / "source"
+    write_checkpoint(one.model, source)
+    index = source / "model.safetensors.index.json"
+    text = json.loads(index.read_text())
+    stray = "lm_head.weight" if named else "model.layers.0.mlp.experts.9.w1.weight"
+    save_file({"kept": torch.ones(2), stray: torch.ones(3)}, source / "more.safetensors")
+    text["weight_map"]["kept"] = "more.safetensors"
+    index.write_text(json.dumps(text))
+    left_out = [] if named else [stray]
+    loaded = amc.load_state_dict(source, one.model, strict=False)
+    assert loaded.report.unindexed == ((stray, "more.safetensors"),)
+    assert_names(loaded.report.left_out, ["kept", *left_out])
+    assert_same(loaded, dict(one.model.state_dict()))
+    report = amc.convert_checkpoint(source, tmp_path / "made", layout="nemo")
+    assert report.unindexed == ((stray, "more.safetensors"),)
+    assert report.carried == ("kept",)
+    assert_names(report.left_out, left_out)
+    report = amc.save_checkpoint(one.model, tmp_path / "saved", carry=source, reference=source)
+    assert report.carried == ("kept",)
+    assert set(report.left_out) == set(left_out)
+    assert_same(tensors_of(tmp_path / "saved"), one.plain | {"kept": torch.ones(2)})
+
+
 # --- layers for multi-token prediction, behind those of the model -----------------------------------------------------
 
 

@@ -89,6 +89,11 @@ class Checkpoint:
     is_remote: bool = False
     """Whether the data is not on this machine: such a checkpoint can be planned for, but not read."""
 
+    def left_out(self, rows: Iterable[int]) -> tuple[str, ...]:
+        """Names of the tensors of these rows, and of those that lie in its files and are in no row."""
+        unindexed = dict.fromkeys(name for name, _ in self.unindexed if name not in self.position)
+        return (*(self.names[row] for row in rows), *unindexed)
+
 
 @door("opening a checkpoint")
 def open_checkpoint(path: str | os.PathLike[str], *, revision: str | None = None) -> Checkpoint:

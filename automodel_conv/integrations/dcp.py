@@ -139,7 +139,7 @@ class HuggingFaceReader(StorageReader):
             checkpoint, self._model, self._rules, self._layout, self._source_layout, self._key_mapping, None
         )
         problems.raise_unless_fit(checkpoint.path, unindexed=checkpoint.unindexed)
-        self.left_out = tuple(checkpoint.names[row] for row in whole.unused_sources)
+        self.left_out = checkpoint.left_out(whole.unused_sources)
         plan = without_casts(whole)  # to be cast to what is loaded into, once
         made = {target.name: target.name for target in plan.targets}
         for group in tied_names(model) if model is not None else ():

@@ -117,13 +117,12 @@ def test_codes_and_scales_lie_where_the_layout_says(tmp_path, sizes, block, layo
         (None, {}, compressed("pack-quantized", **INT4, strategy="group", group_size=16)),
         ("vllm", {}, compressed("pack-quantized", **INT4, strategy="group", group_size=16)),
     ],
-    ids=str,
 )
 def test_where_a_scale_would_belong_to_other_numbers_what_helps_is_told(tmp_path, layout, sizes, producer):
     quantized("", tmp_path / "source", producer, qwen(**sizes))
     with pytest.raises(amc.UnsupportedError, match=r"experts\.\w+: codes and scales cannot be kept") as caught:
         amc.convert_checkpoint(tmp_path / "source", tmp_path / "made", layout=layout)
-    assert "dequantize=True (--dequantize)" in str(caught.value)
+    assert "dequantize=True" in str(caught.value)
     assert "dequantize=False" not in str(caught.value)
     assert not (tmp_path / "made").exists()
     amc.convert_checkpoint(tmp_path / "source", tmp_path / "made", layout=layout, dequantize=True)
