@@ -73,7 +73,8 @@ def loading_plan(
         quantizer: transformers' own, of a model that keeps codes and scales: its rules go with the model's.
         targets: what to make, if not the model's state dict.
         as_stored: see ``compile_targets``.
-        unbound: make whatever the rules give; of the model only its rules count, and how its experts lie.
+        unbound: make whatever the rules give; of the model only its rules count, and how its experts lie. There may be no
+            experts.
 
     Raises:
         UnsupportedError: an unknown layout, or one that the model contradicts.
@@ -115,7 +116,8 @@ def loading_plan(
     if stages:
         table = table_of(stages[-1].targets)
     if incoming is not None and source_layout is not None and not _has_names_of(targets, source_layout):
-        _check_layout(source_layout, table, "source_layout")
+        if not unbound:
+            _check_layout(source_layout, table, "source_layout")
         stages.append(relayout(table, lambda path: incoming, canonical, gated))
         table = table_of(stages[-1].targets)
     transposed = None if source_layout is None else source_layout == PER_EXPERT
@@ -137,7 +139,7 @@ def loading_plan(
     _forgive(problems, model, whole)
     if source_layout is None and targets is not None and not given:
         refuse_other_layouts(problems, plan, rule_set, bool(experts) or is_pretrained_model(model))
-    if layout is not None and table.names and not problems.failed:  # which tell why there are none
+    if layout is not None and table.names and not unbound and not problems.failed:  # which tell why there are none
         _refuse_no_experts(targets or [target.name for target in plan.targets], layout, table)
     left_out = {
         "missing": tuple(problems.missing),
@@ -162,7 +164,7 @@ def saving_plan(
         table: the tensors of the model, in ``layout`` (None: the model's own).
         reference: a checkpoint whose names and boundaries to restore; otherwise all rules are reversed, and the targets
             are in the order in which upstream writes them.
-        checked: it is known that the experts are in that layout.
+        checked: it is known that the experts, if there are any, are in that layout.
 
     Raises:
         NameProblems: the tensors do not fit the reference.
@@ -182,7 +184,8 @@ def saving_plan(
         table = table_of(stages[-1].targets)
     if layout is not None:
         given = get_layout(layout)
-        _check_layout(layout, table, "layout")
+        if not checked:
+            _check_layout(layout, table, "layout")
         gated = _gated_by(experts, rule_set, table, given)
         stages.append(
             relayout(

@@ -12,8 +12,15 @@ from typing import Any, NamedTuple
 
 from automodel_conv.errors import QuantizationError, UnsupportedError, message
 
-KEEP = "{dequantize=False} takes codes and scales for tensors of their own"
-"""What a caller can do about tensors that are not decoded."""
+_KEEPS = "keeps codes and scales as they are"
+KEEP = (
+    "leave {carry} out, or carry from a checkpoint that is not quantized",
+    f"{{dequantize=False}} {_KEEPS}, for a {{model}} that has both or with {{rules=[]}}",
+    f"{{dequantize=False}} with {{rules=[]}} {_KEEPS}",
+    f"{{dequantize=False}} {_KEEPS}",
+    f"{{rules=[]}} without {{dequantize=True}} {_KEEPS}",
+)
+"""What a caller can do about tensors that are not decoded. The names of a model of numbers have no place for scales."""
 
 
 class Storage(NamedTuple):
@@ -127,7 +134,7 @@ def read_config(config: Mapping[str, Any], where: str | None = None) -> tuple[St
                 f"checkpoints of the quantization method {method!r} are not decoded",
                 where=where,
                 expected=f"one of {sorted(STORAGES)}",
-                do=KEEP,
+                do=[KEEP],
             )
         )
     try:
@@ -139,7 +146,7 @@ def read_config(config: Mapping[str, Any], where: str | None = None) -> tuple[St
     except _Undecoded as error:
         what, expected = error.args
         text = f"this quantization scheme is not decoded: {what}"
-        raise UnsupportedError(message(text, where=where, expected=expected, do=KEEP)) from None
+        raise UnsupportedError(message(text, where=where, expected=expected, do=[KEEP])) from None
     except (TypeError, ValueError, KeyError, AttributeError) as error:
         text = f"the quantization_config of method {method} is malformed"
         raise QuantizationError(message(text, where=where, found=f"{type(error).__name__}: {error}")) from error

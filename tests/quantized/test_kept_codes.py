@@ -130,6 +130,19 @@ def test_where_a_scale_would_belong_to_other_numbers_what_helps_is_told(tmp_path
     assert_same(tensors_of(tmp_path / "made"), loaded)
 
 
+@pytest.mark.parametrize("layout", [None, "transformers", "nemo", "vllm", "gpt_oss"])
+def test_experts_of_numbers_are_laid_out_anew_beside_codes(tmp_path, layout):
+    quantized("", tmp_path / "source", fine_grained((16, 16)), qwen())
+    decoded = amc.load_state_dict(tmp_path / "source", rules=[])
+    file = tmp_path / "source" / "model.safetensors"
+    numbers = {name: tensor for name, tensor in decoded.items() if ".experts." in name}
+    save_file({n: t for n, t in load_file(file).items() if ".experts." not in n} | numbers, file)
+    assert_kept(tmp_path, layout)
+    codes = [name for name, tensor in tensors_of(tmp_path / "made").items() if tensor.dtype == torch.float8_e4m3fn]
+    assert len(codes) == 4
+    assert all(".self_attn." in name for name in codes)
+
+
 @pytest.mark.parametrize("layout", [None, "vllm"])
 @pytest.mark.parametrize(
     "producer",
