@@ -73,8 +73,8 @@ def loading_plan(
         quantizer: transformers' own, of a model that keeps codes and scales: its rules go with the model's.
         targets: what to make, if not the model's state dict.
         as_stored: see ``compile_targets``.
-        unbound: make whatever the rules give; of the model only its rules count, and how its experts lie. There may be no
-            experts.
+        unbound: make whatever the rules give; of the model only its rules count, and how its experts lie. There may
+            be no experts.
 
     Raises:
         UnsupportedError: an unknown layout, or one that the model contradicts.
