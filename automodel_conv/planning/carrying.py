@@ -98,4 +98,5 @@ def unclaimed_rows(
         source_layout=source_layout,
         targets=None if model is not None else has,
     )
-    return replace(table, names=plan.sources.names), frozenset(problems.unclaimed)
+    of_caches = plan.sources.hidden - table.hidden
+    return replace(table, names=plan.sources.names), of_caches.union(problems.unclaimed)

@@ -90,6 +90,25 @@ def test_scales_of_the_cache_of_a_model_that_is_not_quantized_are_known_too(tmp_
     assert_same({name: kept[name] for name in scales}, scales)
 
 
+def test_saves_carry_the_scales_of_a_cache_or_name_them(tmp_path):
+    write_checkpoint(qwen(), tmp_path / "plain", 1 << 30)
+    _, scales = with_cache_scales(tmp_path / "plain")
+    report = amc.save_checkpoint(qwen(), tmp_path / "saved", carry=tmp_path / "plain")
+    assert sorted(report.carried) == sorted(scales)
+    assert report.left_out == ()
+    assert_same(tensors_of(tmp_path / "saved"), tensors_of(tmp_path / "plain"))
+    quantized("", tmp_path / "codes", fine_grained((16, 16)), qwen())
+    codes = tensors_of(tmp_path / "codes")
+    with_cache_scales(tmp_path / "codes")
+    report = amc.save_checkpoint(qwen(), tmp_path / "decoded", carry=tmp_path / "codes")
+    assert report.carried == ()
+    assert sorted(report.left_out) == sorted(scales)
+    report = amc.save_checkpoint(codes, tmp_path / "kept", rules=[], carry=tmp_path / "codes")
+    assert sorted(report.carried) == sorted(scales)
+    assert report.left_out == ()
+    assert_same(tensors_of(tmp_path / "kept"), tensors_of(tmp_path / "codes"))
+
+
 @pytest.mark.parametrize(
     "config",
     [
