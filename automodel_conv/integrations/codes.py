@@ -82,9 +82,14 @@ def refuse_codes(model: Any, sources: Mapping[str, Any], load_config: Any) -> No
                 where=f"a load of {type(model).__name__}, {len(problems)} tensors",
                 expected="that its quantizer takes codes with their scales, as the quantization_config tells it",
                 found="\n" + listing(problems),
-                do="give config.json the quantization_config of these files; load_model() and load_state_dict() decode "
-                "what it describes, also by methods that transformers does not know. uninstall(), or a load outside of "
-                "the block of accelerate_transformers(), lets transformers take the codes",
+                do=[
+                    f"{'give config.json' if method is None else 'check that config.json has'} the quantization_config "
+                    "of these files",
+                    "load_model() and load_state_dict() decode what it describes, also by methods that transformers "
+                    "does not know",
+                    "uninstall(), or a load outside of the block of accelerate_transformers(), lets transformers take "
+                    "the codes",
+                ],
             )
         )
 

@@ -133,6 +133,8 @@ def test_codes_of_a_method_unknown_to_transformers_are_refused_and_decoded_by_lo
     listed = [name for name in exact if told(name, f"{name}_scale").search(text)]
     assert len(listed) == min(len(exact), 20)  # as many as one error lists
     assert f"{len(exact)} tensors" in text
+    assert "check that config.json has the quantization_config of these files" in text
+    assert "give config.json" not in text  # it has one
     assert "load_state_dict()" in text
     assert "uninstall()" in text
     loaded = amc.load_state_dict(tmp_path)
