@@ -104,7 +104,8 @@ def save_checkpoint(
 
     Args:
         model_or_state_dict: the model may be wrapped, see ``compile_plan``; names of a state dict are taken without
-            what wrappers add, unless ``rules=[]`` keeps them.
+            ``_orig_mod``, unless ``rules=[]`` keeps them. ``module.`` in front of all of them stays: only a model tells
+            whether it is its own.
         directory: new, or without weights in it.
         rules, layout: see ``revert_state_dict``; for a state dict one of rules, layout, reference is needed, and
             ``rules=[]`` keeps its names.
