@@ -234,9 +234,7 @@ GROUPED = {"nemo": ("gate_and_up_projs", "down_projs"), "vllm": ("w13_weight", "
 
 @pytest.mark.parametrize("layout", ["transformers", "nemo", "gpt_oss", "vllm"])
 @pytest.mark.parametrize("names", GROUPED.values(), ids=GROUPED)
-def test_grouped_experts_of_a_prediction_layer_are_carried_whatever_layout_the_others_get(
-    one, tmp_path, layout, names
-):
+def test_grouped_experts_of_a_prediction_layer_are_carried_whatever_layout_the_others_get(one, tmp_path, layout, names):
     source, made, back = tmp_path / "source", tmp_path / "made", tmp_path / "back"
     write_checkpoint(one.model, source)
     extra = {
