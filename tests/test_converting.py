@@ -501,6 +501,19 @@ def test_two_checkpoints_with_the_same_names_are_compared_as_they_are(published,
         amc.verify_checkpoint(published, tmp_path / "grouped", rules=[])
 
 
+@needs_transformers
+def test_what_is_left_of_a_checkpoint_is_compared_as_it_is(published, tmp_path):
+    source, made = tmp_path / "source", tmp_path / "made"
+    shutil.copytree(published, source)
+    for path in source.glob("*.safetensors*"):
+        path.unlink()
+    save_file(tensors_of(published) | {"mtp.norm": torch.ones(3)}, source / "model.safetensors")
+    amc.convert_checkpoint(source, made, rules=[], drop=["mtp.*"])
+    assert amc.verify_checkpoint(source, made, drop=["mtp.*"]) == sum(t.nbytes for t in tensors_of(published).values())
+    with pytest.raises(VerificationError):
+        amc.verify_checkpoint(source, made)
+
+
 def test_a_conversion_that_writes_a_wrong_byte_says_so_and_is_no_checkpoint(saved, tmp_path, monkeypatch):
     real = system.write_exactly
 

@@ -254,6 +254,9 @@ def test_grouped_experts_of_a_prediction_layer_are_carried_whatever_layout_the_o
     with pytest.raises(amc.NameProblems) as told:
         amc.load_state_dict(source)
     assert_names(told.value.unexpected, extra)
+    with pytest.raises(amc.NameProblems) as told:
+        amc.convert_checkpoint(source, tmp_path / "less", layout=layout, drop=["lm_head.weight"])
+    assert told.value.missing == ("lm_head.weight",)
 
 
 def test_carrying_from_a_converted_checkpoint(one, tmp_path):
