@@ -129,7 +129,8 @@ def save_checkpoint(
             do not hold all of a tensor, or do not all divide it in the same way.
         UnsupportedError: tensors that cannot be saved from here: offloaded, quantized by transformers, with adapters of
             PEFT, kept flat by FSDP1, lazily conjugated or negated; or extra state that is not a tensor; or grouped
-            experts that the rules are for, under names that these do not meet.
+            experts that the rules are for, under names that these do not meet; or ``carry`` has other experts, or the
+            same ones in a form that the rules do not read.
         DestinationError: the directory holds a checkpoint already, or somebody else writes to it.
         WriteError: the disk is full, or the system reports another error.
         ConversionError: the system gives no more memory or threads.

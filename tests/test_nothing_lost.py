@@ -259,6 +259,20 @@ def test_grouped_experts_of_a_prediction_layer_are_carried_whatever_layout_the_o
     assert told.value.missing == ("lm_head.weight",)
 
 
+def test_experts_are_not_carried_beside_the_same_ones_in_another_form(one, tmp_path):
+    nemo = amc.load_state_dict(one.directory, one.model, layout="nemo", strict=False)
+    for options in ({"layout": "nemo"}, {"rules": []}):
+        with pytest.raises(amc.UnsupportedError, match=r"(?s)other experts.*pass the rules=") as told:
+            amc.save_checkpoint(nemo, tmp_path / "saved", carry=one.directory, **options)
+        assert "block_sparse_moe.experts.0.w1.weight" in str(told.value)
+    with pytest.raises(amc.UnsupportedError, match="other experts"):
+        amc.save_checkpoint(build_model("qwen3_moe"), tmp_path / "saved", carry=one.directory)
+    assert not (tmp_path / "saved").exists()
+    amc.convert_checkpoint(one.directory, tmp_path / "nemo", layout="nemo")
+    amc.save_checkpoint(nemo, tmp_path / "saved", rules=[], carry=tmp_path / "nemo")
+    assert_same(tensors_of(tmp_path / "saved"), tensors_of(tmp_path / "nemo"))
+
+
 def test_carrying_from_a_converted_checkpoint(one, tmp_path):
     amc.convert_checkpoint(one.directory, tmp_path / "nemo", layout="nemo")
     report = amc.save_checkpoint(one.model, tmp_path / "saved", carry=tmp_path / "nemo")

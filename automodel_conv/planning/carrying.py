@@ -103,6 +103,9 @@ def unclaimed_rows(
 
     Returns:
         ``table``, its names without what torch's wrappers add, and the rows.
+
+    Raises:
+        UnsupportedError: it has experts, but not those of the model or state dict: these are old ones in another form.
     """
     source_layout = layout_to_read(checkpoint, None, keeps_names=model is None and not rules and layout is None)
     plan, problems = loading_plan(
@@ -113,4 +116,17 @@ def unclaimed_rows(
         source_layout=source_layout,
         targets=None if model is not None else has,
     )
-    return replace(table, names=plan.sources.names), frozenset(problems.unclaimed)
+    rows = frozenset(problems.unclaimed)
+    absent = [name for name in problems.missing if ".experts." in name]
+    others = [table.names[row] for row in sorted(rows) if ".experts." in table.names[row]]
+    if absent and others:
+        raise UnsupportedError(
+            message(
+                "the checkpoint to carry tensors from has other experts than what is to be saved",
+                where=checkpoint.path,
+                expected="\n" + listing(absent),
+                found="\n" + listing(others),
+                do=["carry from the checkpoint that the tensors are from", "pass the {rules=} by which it is loaded"],
+            )
+        )
+    return replace(table, names=plan.sources.names), rows
