@@ -120,7 +120,7 @@ def convert_checkpoint(
             transposed layout, only where it is square. File names then begin with the layout, whichever it is.
         drop: tensors to leave out, by their names in the source: patterns with ``*`` for any text, ``?`` for a
             character and ``[abc]`` for one of these, which match whole names ("mtp.*"). Codes that stay codes, and
-            their scales, are dropped together or not at all.
+            their scales, are dropped together or not at all, unless experts too keep their names and places.
         max_shard_size: of a file's data, in bytes or as "5GB".
         resume: go on with what an earlier call has finished; False: throw that away.
         verify: read each file back once it is written and compare all of it with the source, also those that an earlier
