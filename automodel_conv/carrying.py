@@ -55,7 +55,8 @@ def carried_from(
         dtype: of what is decoded; None: bfloat16, or as the scales say.
 
     Raises:
-        NameProblems, QuantizationError, UnsupportedError: the checkpoint is broken, or not the model's.
+        NameProblems: a tensor to be carried has the name of one that ``plan`` makes.
+        QuantizationError, UnsupportedError: the checkpoint is broken, or cannot be decoded.
     """
     saved = plan.sources
     table = SourceTable.of(source) if has_codes(saved) else decoded_table(source, wants_numbers=False)

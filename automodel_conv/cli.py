@@ -37,6 +37,7 @@ _IN_OPTIONS = {
     "checksums=True": "--checksums",
     "dequantize=False": "leaving --dequantize out",
     "dequantize=True": "--dequantize",
+    "drop=": "--drop",
     "dtype=": "--dtype",
     "layout": "--layout",
     "layout=": "--layout",

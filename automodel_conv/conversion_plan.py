@@ -21,7 +21,7 @@ from automodel_conv.files.checkpoint import Checkpoint, open_checkpoint
 from automodel_conv.files.config import quantization
 from automodel_conv.files.shards import Form, Shard, divide, parse_size
 from automodel_conv.loading import decoded_table, untold
-from automodel_conv.planning.carrying import carried_targets, dropped_rows
+from automodel_conv.planning.carrying import carried_targets, dropped_rows, refuse_halves
 from automodel_conv.planning.copies import SourceTable
 from automodel_conv.planning.from_config import meta_model
 from automodel_conv.planning.kept_codes import keep_codes
@@ -82,7 +82,8 @@ def compile_conversion(
     keeps_names = layout is None and source_layout is None and rules == []
     source_layout = layout_to_read(checkpoint, source_layout, keeps_names=keeps_names)
     table = decoded_table(checkpoint, wants_numbers=True) if dequantize else SourceTable.of(checkpoint)
-    table = replace(table, hidden=table.hidden | dropped_rows(checkpoint.names, drop))
+    dropped = dropped_rows(checkpoint.names, drop)
+    table = replace(table, hidden=table.hidden | dropped)
     model = meta_model(checkpoint, dtype) if rules is None else None
     # Codes of experts that lie one by one stay as they are: no model takes them, and nothing is taken apart.
     codes = None if dequantize else has_codes(table)
@@ -120,6 +121,7 @@ def compile_conversion(
         table = replace(table, names=plan.sources.names)  # without what torch's wrappers add
     else:
         decoded = decoded_table(checkpoint, wants_numbers=True)
+        refuse_halves(checkpoint.names, decoded.decodes, dropped)
         decoded = replace(decoded, hidden=decoded.hidden | table.hidden)
         numbers, carried = made_of(decoded, dtype)
         carried |= {part for row in carried & decoded.decodes.keys() for part in decoded.decodes[row].parts}

@@ -119,7 +119,8 @@ def convert_checkpoint(
             where each block that shares a scale stays one: not where it would hold rows of gate and up, and, in a
             transposed layout, only where it is square. File names then begin with the layout, whichever it is.
         drop: tensors to leave out, by their names in the source: patterns with ``*`` for any text, ``?`` for a
-            character and ``[abc]`` for one of these, which match whole names ("mtp.*").
+            character and ``[abc]`` for one of these, which match whole names ("mtp.*"). Codes that stay codes, and
+            their scales, are dropped together or not at all, unless experts too keep their names and places.
         max_shard_size: of a file's data, in bytes or as "5GB".
         resume: go on with what an earlier call has finished; False: throw that away.
         verify: read each file back once it is written and compare all of it with the source, also those that an earlier
@@ -162,7 +163,7 @@ def convert_checkpoint(
     copies = {name: os.path.join(checkpoint.directory, *name.split("/")) for name in beside if name not in texts}
     index = index_of(shards, form=conversion.form)
     of_index = {} if index is None else {conversion.form.index_name: index}
-    if resume and directory != checkpoint.directory:
+    if resume and system.real_path(directory) != system.real_path(checkpoint.directory):
         if is_finished(directory, shards, texts | of_index, copies, checksums):
             _compare_finished(conversion, directory, made, share, progress)
             remove_remains(directory)
@@ -238,13 +239,13 @@ def convert_checkpoint(
 
 
 def _state_of(checkpoint: Checkpoint) -> dict[str, tuple[int, int]]:
-    """What tells whether the files were changed.
+    """What tells whether the files were changed, by their paths from the checkpoint's directory on.
 
     Raises:
         ReadError: one is not there any more.
     """
     try:
-        return {os.path.basename(path): system.identity(path) for path in checkpoint.files}
+        return {os.path.relpath(path, checkpoint.directory): system.identity(path) for path in checkpoint.files}
     except OSError as error:
         raise ReadError(message("cannot look at the source", where=checkpoint.directory, found=error)) from error
 

@@ -113,7 +113,8 @@ def save_checkpoint(
             rules besides, to be taken apart.
         carry: the checkpoint that the model is from. Those of its tensors that the model has no place for, such as
             layers for multi-token prediction and draft heads, go to the new files byte for byte under their own names;
-            quantized ones are decoded, unless the tensors to be saved are codes themselves.
+            quantized ones are decoded, unless the tensors to be saved are codes themselves. With a state dict, all go
+            that make none of its tensors, so it must have both of two tied names.
         dtype: of all floating tensors, but those that a transformers model keeps in float32; None: as they are.
         max_shard_size: of a file's data, in bytes or as "5GB"; not used with a reference.
         checksums: write one for each tensor beside the index, for ``verify=True`` of the loaders and for ``verify`` of
@@ -129,7 +130,8 @@ def save_checkpoint(
             do not hold all of a tensor, or do not all divide it in the same way.
         UnsupportedError: tensors that cannot be saved from here: offloaded, quantized by transformers, with adapters of
             PEFT, kept flat by FSDP1, lazily conjugated or negated; or extra state that is not a tensor; or grouped
-            experts that the rules are for, under names that these do not meet.
+            experts that the rules are for, under names that these do not meet; or ``carry`` has other experts, or the
+            same ones in a form that the rules do not read.
         DestinationError: the directory holds a checkpoint already, or somebody else writes to it.
         WriteError: the disk is full, or the system reports another error.
         ConversionError: the system gives no more memory or threads.

@@ -26,6 +26,7 @@ from automodel_conv.execution.writing import (
 )
 from automodel_conv.files.checkpoint import Checkpoint, open_downloaded, rows_by_file
 from automodel_conv.files.shards import Shard, Spec
+from automodel_conv.planning.carrying import dropped_rows
 from automodel_conv.planning.marks import stated_layout
 from automodel_conv.planning.plan import CopyPlan
 from automodel_conv.progress import bytes_progress
@@ -49,7 +50,7 @@ def verify_checkpoint(
     """Check that a checkpoint is, bit for bit, what ``convert_checkpoint`` would make of another one.
 
     Without ``layout``, the layout that the files of the destination name is taken; without rules and any layout, two
-    checkpoints with the same names are compared as they are.
+    checkpoints with the same names, but for those to be dropped, are compared as they are.
 
     Args:
         source, destination: the two checkpoints; which files their tensors lie in does not matter.
@@ -67,8 +68,8 @@ def verify_checkpoint(
     checkpoint, other = open_downloaded(source), open_downloaded(destination)
     if layout is None and rules is None:
         said = stated_layout(other, None)
-        keeps_all = source_layout is None and dtype is None and not drop
-        as_they_are = keeps_all and _is_alike(checkpoint, other, said)
+        keeps_all = source_layout is None and dtype is None
+        as_they_are = keeps_all and _is_alike(checkpoint, other, said, drop)
         layout, rules = (None, []) if as_they_are else (said, None)
     conversion = compile_conversion(
         checkpoint,
@@ -124,9 +125,11 @@ def compare_file(
 # --- private ----------------------------------------------------------------------------------------------------------
 
 
-def _is_alike(source: Checkpoint, other: Checkpoint, said: str | None) -> bool:
-    """Whether two checkpoints have the same names, and the other one says nothing else of its experts."""
-    return said in (None, stated_layout(source, None)) and set(source.names) == set(other.names)
+def _is_alike(source: Checkpoint, other: Checkpoint, said: str | None, drop: Iterable[str]) -> bool:
+    """Whether two checkpoints have the same names but for those to be dropped, and say the same of their experts."""
+    dropped = dropped_rows(source.names, drop)
+    kept = {name for row, name in enumerate(source.names) if row not in dropped}
+    return said in (None, stated_layout(source, None)) and kept == set(other.names)
 
 
 def _compare_headers(plan: CopyPlan, other: Checkpoint) -> None:

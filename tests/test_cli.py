@@ -335,6 +335,24 @@ def test_tensors_that_are_carried_or_left_out_are_named(moe, tmp_path):
         assert f"left out:\n    {name}\n" in result.stdout
 
 
+@needs_transformers
+def test_dropping_is_advised_where_a_carried_tensor_has_the_name_of_another_one(moe, tmp_path):
+    source = tmp_path / "source"
+    source.mkdir()
+    for path in moe.iterdir():
+        (source / path.name).symlink_to(path)
+    name = "model.layers.0.mlp.experts.gate_and_up_projs"
+    save_file({name: torch.ones(2)}, source / "more.safetensors")
+    index = json.loads((moe / "model.safetensors.index.json").read_text())
+    index["weight_map"][name] = "more.safetensors"
+    (source / "model.safetensors.index.json").unlink()
+    (source / "model.safetensors.index.json").write_text(json.dumps(index))
+    result = run("convert", source, tmp_path / "new", "--layout", "nemo")
+    assert result.exit_code == 1
+    assert name in result.stderr
+    assert "leave them out with --drop" in result.stderr
+
+
 def test_a_conversion_that_was_complete_says_so(plain, tmp_path):
     command = ["convert", plain, tmp_path / "new", "--no-model"]
     assert run(*command).exit_code == 0

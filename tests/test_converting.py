@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 from pathlib import Path
@@ -24,7 +25,7 @@ from automodel_conv.errors import (
     WriteError,
 )
 from automodel_conv.files import system
-from automodel_conv.files.destination import STAGING_NAME
+from automodel_conv.files.destination import STAGING_NAME, Destination
 from automodel_conv.testing import address_valued
 from tests.comparing import assert_same, contents, tensors_of
 
@@ -500,6 +501,19 @@ def test_two_checkpoints_with_the_same_names_are_compared_as_they_are(published,
         amc.verify_checkpoint(published, tmp_path / "grouped", rules=[])
 
 
+@needs_transformers
+def test_what_is_left_of_a_checkpoint_is_compared_as_it_is(published, tmp_path):
+    source, made = tmp_path / "source", tmp_path / "made"
+    shutil.copytree(published, source)
+    for path in source.glob("*.safetensors*"):
+        path.unlink()
+    save_file(tensors_of(published) | {"mtp.norm": torch.ones(3)}, source / "model.safetensors")
+    amc.convert_checkpoint(source, made, rules=[], drop=["mtp.*"])
+    assert amc.verify_checkpoint(source, made, drop=["mtp.*"]) == sum(t.nbytes for t in tensors_of(published).values())
+    with pytest.raises(VerificationError):
+        amc.verify_checkpoint(source, made)
+
+
 def test_a_conversion_that_writes_a_wrong_byte_says_so_and_is_no_checkpoint(saved, tmp_path, monkeypatch):
     real = system.write_exactly
 
@@ -607,3 +621,35 @@ def test_a_complete_conversion_of_one_file_and_of_nothing_beside_it_is_known(tmp
     save_file({"a": torch.ones(3), "empty": torch.ones(0, 4)}, tmp_path / "one.safetensors")
     for expected in (False, True):
         assert again(tmp_path / "one.safetensors", tmp_path / "made").was_complete is expected
+
+
+def test_a_conversion_onto_its_own_source_is_refused_by_whatever_path_it_is_called(complete, tmp_path):
+    made = complete[1]
+    (tmp_path / "link").symlink_to(made)
+    before = contents(made)
+    for place in (made, tmp_path / "link", f"{made}/../{made.name}/"):
+        with pytest.raises(DestinationError, match="holds a checkpoint already"):
+            again(made, place)
+    assert contents(made) == before
+
+
+def test_a_change_of_either_of_two_source_files_of_one_name_is_noticed(tmp_path, monkeypatch):
+    source = tmp_path / "source"
+    for folder in ("a", "b"):
+        (source / folder).mkdir(parents=True)
+        save_file({folder: torch.ones(3)}, source / folder / "x.safetensors")
+    weight_map = {folder: f"{folder}/x.safetensors" for folder in ("a", "b")}
+    (source / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+
+    def stop(*arguments):
+        raise KeyboardInterrupt
+
+    for folder in ("a", "b"):
+        made = tmp_path / f"made {folder}"
+        with monkeypatch.context() as patch:
+            patch.setattr(Destination, "commit", stop)
+            with pytest.raises(KeyboardInterrupt):
+                again(source, made)
+        os.utime(source / folder / "x.safetensors", ns=(1, 2 * 10**18))
+        with pytest.raises(DestinationError, match=f"source files, {folder}/x.safetensors"):
+            again(source, made)

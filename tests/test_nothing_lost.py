@@ -229,6 +229,50 @@ def test_state_dicts_carry_too(one, tmp_path):
     assert_same(tensors_of(tmp_path / "as it is"), one.plain | one.extra)
 
 
+GROUPED = {"nemo": ("gate_and_up_projs", "down_projs"), "vllm": ("w13_weight", "w2_weight")}
+
+
+@pytest.mark.parametrize("layout", ["transformers", "nemo", "gpt_oss", "vllm"])
+@pytest.mark.parametrize("names", GROUPED.values(), ids=GROUPED)
+def test_grouped_experts_of_a_prediction_layer_are_carried_whatever_layout_the_others_get(one, tmp_path, layout, names):
+    source, made, back = tmp_path / "source", tmp_path / "made", tmp_path / "back"
+    write_checkpoint(one.model, source)
+    extra = {
+        f"mtp.layers.0.mlp.experts.{name}": torch.arange(32.0).view(2, 4, 4) + row for row, name in enumerate(names)
+    }
+    add(source, extra)
+    report = amc.convert_checkpoint(source, made, layout=layout)
+    assert_names(report.carried, extra)
+    for directory in (source, made):
+        loaded = amc.load_state_dict(directory, strict=False)
+        assert_names(loaded.report.left_out, extra)
+        assert_same(loaded, dict(one.model.state_dict()))
+    amc.convert_checkpoint(made, back, layout="per_expert")
+    assert_same(tensors_of(back), one.plain | extra)
+    amc.save_checkpoint(one.model, tmp_path / "saved", carry=source)
+    assert_same(tensors_of(tmp_path / "saved"), one.plain | extra)
+    with pytest.raises(amc.NameProblems) as told:
+        amc.load_state_dict(source)
+    assert_names(told.value.unexpected, extra)
+    with pytest.raises(amc.NameProblems) as told:
+        amc.convert_checkpoint(source, tmp_path / "less", layout=layout, drop=["lm_head.weight"])
+    assert told.value.missing == ("lm_head.weight",)
+
+
+def test_experts_are_not_carried_beside_the_same_ones_in_another_form(one, tmp_path):
+    nemo = amc.load_state_dict(one.directory, one.model, layout="nemo", strict=False)
+    for options in ({"layout": "nemo"}, {"rules": []}):
+        with pytest.raises(amc.UnsupportedError, match=r"(?s)other experts.*pass the rules=") as told:
+            amc.save_checkpoint(nemo, tmp_path / "saved", carry=one.directory, **options)
+        assert "block_sparse_moe.experts.0.w1.weight" in str(told.value)
+    with pytest.raises(amc.UnsupportedError, match="other experts"):
+        amc.save_checkpoint(build_model("qwen3_moe"), tmp_path / "saved", carry=one.directory)
+    assert not (tmp_path / "saved").exists()
+    amc.convert_checkpoint(one.directory, tmp_path / "nemo", layout="nemo")
+    amc.save_checkpoint(nemo, tmp_path / "saved", rules=[], carry=tmp_path / "nemo")
+    assert_same(tensors_of(tmp_path / "saved"), tensors_of(tmp_path / "nemo"))
+
+
 def test_carrying_from_a_converted_checkpoint(one, tmp_path):
     amc.convert_checkpoint(one.directory, tmp_path / "nemo", layout="nemo")
     report = amc.save_checkpoint(one.model, tmp_path / "saved", carry=tmp_path / "nemo")

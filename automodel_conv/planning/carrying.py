@@ -16,7 +16,7 @@ from torch import nn
 from automodel_conv.errors import NameProblems, UnsupportedError, listing, message
 from automodel_conv.files.checkpoint import Checkpoint
 from automodel_conv.planning.compiler import TargetSpec
-from automodel_conv.planning.copies import SourceTable, Target
+from automodel_conv.planning.copies import Decode, SourceTable, Target
 from automodel_conv.planning.marks import layout_to_read
 from automodel_conv.planning.pipeline import loading_plan
 from automodel_conv.planning.quantization import as_meant
@@ -32,12 +32,27 @@ def dropped_rows(names: Sequence[str], patterns: Iterable[str]) -> frozenset[int
     for pattern in patterns:
         found = [row for row, name in enumerate(names) if fnmatchcase(name, pattern)]
         if not found:
-            expected = "a name, or a pattern such as 'mtp.*' or '*.layers.61.*'"
+            expected = "in a list: names, and patterns such as 'mtp.*' or '*.layers.61.*'"
             raise UnsupportedError(
                 message("no tensor has such a name to be dropped", expected=expected, found=repr(pattern))
             )
         dropped.update(found)
     return frozenset(dropped)
+
+
+def refuse_halves(names: Sequence[str], decodes: Mapping[int, Decode], dropped: Collection[int]) -> None:
+    """Refuse to drop codes without their scales, or scales without their codes, where both stay as they are.
+
+    Raises:
+        UnsupportedError: names what is left of them.
+    """
+    whole = [{row, *decode.parts} for row, decode in decodes.items()]
+    halves = [parts for parts in whole if not parts.isdisjoint(dropped) and not parts.issubset(dropped)]
+    if halves:
+        left = sorted({names[row] for parts in halves for row in parts.difference(dropped)})
+        text = f"{len(left)} tensors mean nothing without those that are to be dropped"
+        do = "drop codes and scales together: a pattern such as 'NAME.weight*' matches both"
+        raise UnsupportedError(message(text, found="\n" + listing(left), do=do))
 
 
 def carried_targets(
@@ -88,6 +103,9 @@ def unclaimed_rows(
 
     Returns:
         ``table``, its names without what torch's wrappers add, and the rows.
+
+    Raises:
+        UnsupportedError: it has experts, but not those of the model or state dict: these are old ones in another form.
     """
     source_layout = layout_to_read(checkpoint, None, keeps_names=model is None and not rules and layout is None)
     plan, problems = loading_plan(
@@ -99,4 +117,22 @@ def unclaimed_rows(
         targets=None if model is not None else has,
     )
     of_caches = plan.sources.hidden - table.hidden
-    return replace(table, names=plan.sources.names), of_caches.union(problems.unclaimed)
+    rows = of_caches.union(problems.unclaimed)
+    absent = {_experts_of(name): name for name in problems.missing if ".experts." in name}
+    others = [table.names[row] for row in sorted(rows) if _experts_of(table.names[row]) in absent]
+    if others:
+        raise UnsupportedError(
+            message(
+                "the checkpoint to carry tensors from has other experts than what is to be saved",
+                where=checkpoint.path,
+                expected="\n" + listing(absent.values()),
+                found="\n" + listing(others),
+                do=["carry from the checkpoint that the tensors are from", "pass the {rules=} by which it is loaded"],
+            )
+        )
+    return replace(table, names=plan.sources.names), rows
+
+
+def _experts_of(name: str) -> str:
+    """The module of experts that a tensor is of."""
+    return name.partition(".experts.")[0]

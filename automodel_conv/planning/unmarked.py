@@ -45,7 +45,7 @@ def refuse_other_layouts(problems: Problems, plan: CopyPlan, rules: RuleSet, mod
                 do += [f'say {{layout="{called}"}} if the model has its experts in that layout' for called in turned]
             raise _refused(name, do, f"{list(expected)}, as the model has it", list(found))
     told = [name for name in problems.unexpected if told_by_name(name) is not None]
-    if told:
+    if told and any(".experts." in name for name in problems.missing):  # else the model has all of its own
         raise _refused(told[0], [_say("source_layout")], "names that the model has", f"{len(told)} such names")
     made = {pattern.rpartition(".")[2] for row in range(len(rules.converters)) for pattern in rules.patterns(row)[1]}
     for path, weights in _by_module({t.name: t.shape for t in plan.targets if t.rule < 0}).items():

@@ -216,3 +216,29 @@ def test_codes_are_carried_as_codes_where_the_rest_is_codes(with_more, tmp_path)
     report = amc.save_checkpoint(kept, tmp_path / "saved", rules=[], carry=source)
     assert sorted(report.carried) == sorted([*more, scale])
     assert_same(tensors_of(tmp_path / "saved"), tensors_of(source))
+
+
+@pytest.mark.parametrize("layout", [None, "nemo"])
+@pytest.mark.parametrize(
+    ("pattern", "left"),
+    [
+        ("mtp.fc.weight", "mtp.fc.weight_scale_inv"),
+        ("mtp.fc.weight_scale_inv", "mtp.fc.weight"),
+        ("*.1.mlp.experts.2.up_proj.weight_scale_inv", "model.layers.1.mlp.experts.2.up_proj.weight"),
+    ],
+)
+def test_codes_are_not_dropped_without_their_scales(tmp_path, layout, pattern, left):
+    quantized("qwen3_moe", tmp_path / "source", fine_grained((4, 4)))
+    file = tmp_path / "source" / "model.safetensors"
+    stored = load_file(file)
+    like = next(name for name in stored if name.endswith("up_proj.weight_scale_inv")).removesuffix("_scale_inv")
+    more = {f"mtp.fc.weight{suffix}": stored[f"{like}{suffix}"].clone() for suffix in ("", "_scale_inv")}
+    save_file(stored | more, file)
+    with pytest.raises(amc.UnsupportedError, match="mean nothing without those") as told:
+        amc.convert_checkpoint(tmp_path / "source", tmp_path / "made", layout=layout, drop=[pattern])
+    assert f"    {left}\n" in str(told.value)
+    assert not (tmp_path / "made").exists()
+    report = amc.convert_checkpoint(tmp_path / "source", tmp_path / "made", layout=layout, drop=["mtp.fc.weight*"])
+    assert sorted(report.left_out) == sorted(more)
+    assert report.carried == ()
+    assert more.keys().isdisjoint(tensors_of(tmp_path / "made"))
