@@ -63,10 +63,10 @@ class HookedLoad(NamedTuple):
     """Class of the model."""
     lowered: tuple[str, ...]
     """Targets made by plan."""
-    left_out: tuple[str, ...]
-    """Tensors of the checkpoint that no parameter takes, also those that the model says to ignore."""
     left: Mapping[str, str]
     """Targets left to transformers, with the reason; one entry, ``ALL``, where nothing was looked at."""
+    left_out: tuple[str, ...] = ()
+    """Tensors of the checkpoint that no parameter takes, also those that the model says to ignore."""
     unindexed: tuple[tuple[str, str], ...] = ()
     """Name and file name of each tensor that was not loaded, since the index does not give it to the file in which it
     lies; by file, then name."""
@@ -335,7 +335,7 @@ def _converting(convert: Callable[..., Any], acceleration: Acceleration) -> Call
         left_out = tuple(names[row] for row in unclaimed)
         if work is None:
             found = convert(model, state_dict, load_config, *args, **kwargs)
-            acceleration.loads.append(HookedLoad(type(model).__name__, (), left_out, left, unindexed))
+            acceleration.loads.append(HookedLoad(type(model).__name__, (), left, left_out, unindexed))
             return found
         buffers: dict[str, Tensor] = {}
         for device, targets in work.places.items():
@@ -353,7 +353,7 @@ def _converting(convert: Callable[..., Any], acceleration: Acceleration) -> Call
         of_rest, *others = convert(model, rest, load_config, *args, **kwargs)
         _add(of_rest, of_converted)
         lowered = tuple(target.name for target in work.plan.targets)
-        acceleration.loads.append(HookedLoad(type(model).__name__, lowered, left_out, left, unindexed))
+        acceleration.loads.append(HookedLoad(type(model).__name__, lowered, left, left_out, unindexed))
         return (of_rest, *others)
 
     return converted
