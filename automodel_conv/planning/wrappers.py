@@ -81,7 +81,7 @@ def stand_in(module: nn.Module, cls: type, modules: Mapping[str, nn.Module | Non
 def plain_names(names: Iterable[str], known: Collection[str] | None = None) -> list[str]:
     """The names without what wrappers have put into them.
 
-    Components ``_orig_mod`` are taken out, unless one of ``known`` has one. A leading ``module`` is, if all names have it
+    Components ``_orig_mod`` are taken out, unless ``known`` have some. A leading ``module`` is, if all names have it
     and none of ``known`` does.
 
     Args:
