@@ -189,3 +189,8 @@ def listing(items: Iterable[object], limit: int = 20) -> str:
     if more > 0:
         shown.append(f"    ... and {more} more")
     return "\n".join(shown)
+
+
+def kind_of(thing: object) -> str:
+    """What was given instead of something else."""
+    return f"the class {thing.__name__}" if isinstance(thing, type) else f"a {type(thing).__name__}"

@@ -316,13 +316,14 @@ def as_device(device: object, where: str | None = None) -> torch.device:
     Raises:
         UnsupportedError: it is no device of torch.
     """
-    try:
-        if isinstance(device, int) and not isinstance(device, bool) and device >= 0:
-            return torch.device("cuda", device)
-        if isinstance(device, (str, torch.device)):
-            return torch.device(device)
-    except RuntimeError:  # torch knows no device of that name
-        pass
+    if isinstance(device, (int, str, torch.device)) and not isinstance(device, bool):
+        name = f"cuda:{device}" if isinstance(device, int) else str(device)
+        try:
+            found = torch.device(name)
+            if str(found) == name:  # torch counts them in 8 bits: its "cuda:256" is cuda:0
+                return found
+        except RuntimeError:  # torch knows no device of that name
+            pass
     expected = _devices(torch.cuda.device_count())
     raise UnsupportedError(message("not a device", where=where, expected=expected, found=repr(device)))
 

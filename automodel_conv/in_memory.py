@@ -122,7 +122,14 @@ def revert_state_dict(
     like = None if reference is None else open_checkpoint(reference)
     plan = saving_plan(state_table(state_dict), model=model, rules=rules, layout=layout, reference=like)
     reverted = _run(plan, state_dict, out, backend)
-    return _reported(reverted, [*plan.left_out, *not_saved(None, like, reverted)])
+    return _reported(reverted, [*_without_ties(plan, state_dict), *not_saved(None, like, reverted)])
+
+
+def _without_ties(plan: CopyPlan, state_dict: Mapping[str, Tensor]) -> list[str]:
+    """What a plan leaves out, but for second names of tensors that it takes under another name."""
+    memory = [(tensor.data_ptr(), tensor.shape, tensor.stride()) for tensor in state_dict.values()]
+    taken = {memory[row] for row in plan.used_sources}
+    return [plan.sources.names[row] for row in plan.unused_sources if memory[row] not in taken or not memory[row][0]]
 
 
 def _reported(tensors: dict[str, Tensor], left_out: Iterable[str]) -> ConvertedStateDict:

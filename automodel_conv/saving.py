@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from automodel_conv.carrying import carried_from
 from automodel_conv.doors import door
 from automodel_conv.dtypes import FLOATING, dtype_code
-from automodel_conv.errors import UnsupportedError, listing, message
+from automodel_conv.errors import UnsupportedError, kind_of, listing, message
 from automodel_conv.execution.buffers import dtype_of
 from automodel_conv.execution.checksums import checksums_of, checksums_text
 from automodel_conv.execution.holders import checksums_of_parts, find_holders, refuse_unlike_replicas
@@ -142,7 +142,9 @@ def save_checkpoint(
     rules = None if rules is None else list(rules)
     model = plain_model(model_or_state_dict) if isinstance(model_or_state_dict, nn.Module) else None
     state = model.state_dict() if model is not None else model_or_state_dict
-    groups = [dist.group.WORLD] if meshes_of(state.values()) else []  # type: ignore[union-attr]
+    if not isinstance(state, Mapping):
+        raise UnsupportedError(message("neither a model nor a state dict", found=kind_of(state)))
+    groups = [dist.group.WORLD] if meshes_of(state.values()) else []
     with together(groups, "planning what to save"):
         directory = os.path.abspath(os.fsdecode(directory))
         if model is None and rules is None and layout is None and reference is None:
@@ -153,8 +155,8 @@ def save_checkpoint(
                 )
             )
         keeps_names = model is None and not rules and layout is None and reference is None
-        named: Mapping[str, Tensor] = saved_tensors(model) if model is not None else state  # type: ignore[assignment]
-        tensors = named if keeps_names else plain_tensors(named)
+        named = saved_tensors(model) if model is not None else state
+        tensors = named if keeps_names or model is not None else plain_tensors(named)
         refuse_unlike_stored(tensors)
         opened = None if reference is None else open_checkpoint(reference)
         plan = saving_plan(state_table(tensors), model=model, rules=rules, layout=layout, reference=opened)

@@ -14,6 +14,7 @@ from torch import nn
 import automodel_conv as amc
 from automodel_conv.doors import at_door
 from automodel_conv.errors import ConversionError, NameProblems, UnsupportedError, message
+from automodel_conv.execution import ranks
 from automodel_conv.files.destination import STAGING_NAME
 from automodel_conv.planning.registry import transformers_available
 
@@ -193,6 +194,33 @@ def test_converting_nothing_is_refused_before_anything_is_written(tmp_path):
     with pytest.raises(UnsupportedError, match="no tensor to be written"):
         amc.convert_checkpoint(tmp_path, tmp_path / "made", rules=[])
     assert not (tmp_path / "made").exists()
+
+
+@pytest.mark.parametrize("given", ["a path", {}, nn.Linear, torch.ones(1)], ids=["path", "dict", "class", "tensor"])
+def test_what_is_no_model_is_refused(two, tmp_path, given):
+    calls = [
+        lambda: amc.load_model(given, two),
+        lambda: amc.load_state_dict(two, given),
+        lambda: amc.compile_plan(two, given),
+        lambda: amc.convert_state_dict({}, given),
+        lambda: amc.revert_state_dict({}, given),
+    ]
+    calls += [lambda: amc.get_model_conversion_mapping(given)] if transformers_available() else []
+    for call in calls:
+        with pytest.raises(UnsupportedError, match=r"model= is not a model\n  expected: a torch.nn.Module"):
+            call()
+    if given != {}:
+        with pytest.raises(UnsupportedError, match="neither a model nor a state dict"):
+            amc.save_checkpoint(given, tmp_path / "made", rules=[])
+    assert not (tmp_path / "made").exists()
+
+
+def test_other_ranks_hear_no_advice_that_the_door_has_not_said(monkeypatch):
+    told = []
+    monkeypatch.setattr(ranks, "_told_by_all", lambda groups, text: told.append(text))
+    with pytest.raises(NameProblems), ranks.together([], "saving"):
+        raise NameProblems(message("it", do=["{strict=False} is it", "look"]))
+    assert told == ["rank 0: NameProblems: it\n  do:       look"]
 
 
 def test_a_state_dict_of_none_is_refused(tmp_path):

@@ -355,3 +355,16 @@ def test_more_layers_than_the_config_says_are_unexpected(tmp_path):
         amc.load_state_dict(tmp_path / "source")
     assert told.value.unexpected
     assert all(name.startswith("model.layers.3.") for name in told.value.unexpected)
+
+
+@pytest.mark.parametrize("said", SAID)
+def test_a_layer_that_the_config_leaves_out_is_unexpected(tmp_path, said):
+    """It lies where a prediction layer would, and has nothing that tells it from the layers of the model."""
+    source = tmp_path / "source"
+    deepseek(source, 2, 0, SAID[said])
+    config = json.loads((source / "config.json").read_text()) | {"num_hidden_layers": 1}
+    (source / "config.json").write_text(json.dumps(config))
+    with pytest.raises(amc.NameProblems) as told:
+        amc.load_state_dict(source)
+    assert told.value.unexpected
+    assert all(name.startswith("model.layers.1.") for name in told.value.unexpected)

@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from automodel_conv.errors import RankError, listing, message
+from automodel_conv.errors import ConversionError, RankError, listing, message
 
 
 def is_distributed(tensor: Tensor) -> bool:
@@ -49,7 +49,9 @@ def together(groups: Sequence[Any], what: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        _told_by_all(groups, f"rank {rank_of_this()}: {type(error).__name__}: {error}")
+        # The function that was called has not yet said which of the advice it can follow.
+        text = error.reason() if isinstance(error, ConversionError) else str(error)
+        _told_by_all(groups, f"rank {rank_of_this()}: {type(error).__name__}: {text}")
         raise
     heard = _told_by_all(groups, None)
     if heard.told:

@@ -34,7 +34,12 @@ _BEGINNINGS = (
 
 
 def lookalike(start: bytes) -> Lookalike | None:
-    """What a file is that begins with ``start`` and is not what its name says; None if that cannot be told."""
+    """What a file is that begins with ``start`` and is not what its name says; None if that cannot be told.
+
+    The length that a safetensors file begins with may have the bytes of any of these; a JSON object follows it.
+    """
+    if start[8:9] == b"{" and start[7] == 0:
+        return None
     for beginning, what in _BEGINNINGS:
         if start.startswith(beginning):
             return what

@@ -121,8 +121,7 @@ class HuggingFaceReader(StorageReader):
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         """Names, dtypes and shapes of all that can be loaded: those of the model, not those of the files."""
-        with at_door("planning", lambda: self._given):
-            self._opened = _, plan, made = self._open()
+        self._opened = _, plan, made = self._open()
         described = {}
         for name, of in made.items():
             target = plan.target(of)
@@ -134,12 +133,13 @@ class HuggingFaceReader(StorageReader):
 
     def _open(self) -> tuple[Checkpoint, CopyPlan, dict[str, str]]:
         """The checkpoint, its plan, and of each name that can be loaded the target that has its value."""
-        checkpoint = open_downloaded(self._path)
-        whole, problems, model = load_plan(
-            checkpoint, self._model, self._rules, self._layout, self._source_layout, self._key_mapping, None
-        )
-        problems.raise_unless_fit(checkpoint.path, unindexed=checkpoint.unindexed)
-        self.left_out = checkpoint.left_out(whole.unused_sources)
+        with at_door("planning", lambda: self._given):
+            checkpoint = open_downloaded(self._path)
+            whole, problems, model = load_plan(
+                checkpoint, self._model, self._rules, self._layout, self._source_layout, self._key_mapping, None
+            )
+            problems.raise_unless_fit(checkpoint.path, unindexed=checkpoint.unindexed)
+            self.left_out = checkpoint.left_out(whole.unused_sources)
         plan = without_casts(whole)  # to be cast to what is loaded into, once
         made = {target.name: target.name for target in plan.targets}
         for group in tied_names(model) if model is not None else ():

@@ -97,9 +97,10 @@ def quantized_table(
         raise QuantizationError(
             message(
                 "the checkpoint's quantized tensors cannot be decoded",
-                where=f"quantization method {config['quant_method']}, {len(finder.problems)} problems",
+                where=f"{where or 'config.json'}, quantization method {config['quant_method']}, "
+                f"{len(finder.problems)} problems",
                 found="\n" + listing(finder.problems),
-                do=[f"check that {where or 'config.json'} belongs to these files", KEEP],
+                do=["check that the config belongs to these files", KEEP],
             )
         )
     return finder.decoded()

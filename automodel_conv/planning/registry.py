@@ -127,16 +127,17 @@ def without_ignored(model: Any, missing: Iterable[str], unexpected: Iterable[str
         return missing, unexpected
     info = SimpleNamespace(missing_keys=set(missing), unexpected_keys=set(unexpected))
     model._adjust_missing_and_unexpected_keys(info)
-    further = _prediction_layers(model)
-    unexpected = [n for n in unexpected if n in info.unexpected_keys and not n.startswith(further)]
-    return [n for n in missing if n in info.missing_keys], unexpected
+    unexpected = [n for n in unexpected if n in info.unexpected_keys]
+    further = _prediction_layers(model, unexpected)
+    return [n for n in missing if n in info.missing_keys], [n for n in unexpected if not n.startswith(further)]
 
 
-def _prediction_layers(model: nn.Module) -> tuple[str, ...]:
+def _prediction_layers(model: nn.Module, unexpected: Iterable[str]) -> tuple[str, ...]:
     """Beginnings of the names of layers for multi-token prediction, which lie behind the layers of a model.
 
     transformers does not make them. Its ignore-lists name them by number, as they follow the layers of the published
-    models; here they follow the layers of any model. The config may tell how many there are, else there is one.
+    models; here they follow the layers of any model. The config may tell how many there are, else there is one. Such a
+    layer has modules that the others lack (``eh_proj``); one that has not is a layer that the config leaves out.
     Source: transformers 5.23.0, ``_keys_to_ignore_on_load_unexpected`` of ``DeepseekV3PreTrainedModel``
     (``model.layers.61``) and of ``Glm4MoePreTrainedModel``; ``num_nextn_predict_layers`` in DeepSeek-V3's
     ``config.json``.
@@ -150,7 +151,10 @@ def _prediction_layers(model: nn.Module) -> tuple[str, ...]:
         one = any(_NUMBERED_LAYER.search(pattern) for pattern in ignored)
         number = getattr(config, "num_nextn_predict_layers", None) or int(one)
         before = f"{path}." if path else ""
-        found += [f"{before}layers.{len(layers) + i}." for i in range(number)]
+        known = {name for layer in layers for name in layer._modules}
+        for start in (f"{before}layers.{len(layers) + i}." for i in range(number)):
+            modules = {name.removeprefix(start).partition(".")[0] for name in unexpected if name.startswith(start)}
+            found += [start] if modules - known else []
     return tuple(found)
 
 

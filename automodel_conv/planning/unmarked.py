@@ -34,9 +34,9 @@ def refuse_other_layouts(problems: Problems, plan: CopyPlan, rules: RuleSet, mod
     Raises:
         UnsupportedError: names the first tensor, and ``source_layout``, or ``layout`` of a model that does not say it.
     """
-    are_grouped = any(map(_is_weight, plan.sources.names))
     for name, found, expected in problems.mismatched:
         if _is_weight(name) and found == _turned(expected) != expected:
+            are_grouped = any(map(_is_weight, plan.sources.names))
             do = [_say("source_layout")] if are_grouped else []
             if not model_says:
                 turned = [

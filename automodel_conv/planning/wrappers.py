@@ -10,12 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
-from automodel_conv.errors import NameProblems, UnsupportedError, listing, message
+from automodel_conv.errors import NameProblems, UnsupportedError, kind_of, listing, message
 from automodel_conv.planning.copies import SourceTable
 
 T = TypeVar("T")
@@ -35,7 +35,12 @@ def unwrapped(model: nn.Module) -> nn.Module:
     wrap; ``fully_shard`` and ``module.compile()`` do not. Nothing of ``model`` is changed. Where a module in it is
     wrapped, those above it are stand-ins that share its attributes, parameters and buffers: a tensor that is put into
     one is in both.
+
+    Raises:
+        UnsupportedError: it is no module.
     """
+    if not isinstance(model, nn.Module):
+        raise UnsupportedError(message("model= is not a model", expected="a torch.nn.Module", found=kind_of(model)))
     return _unwrapped(model, {})
 
 
@@ -43,8 +48,10 @@ def plain_model(model: nn.Module) -> nn.Module:
     """``unwrapped``, for a model whose tensors are read or written: they must be the model's own, and whole.
 
     Raises:
-        UnsupportedError: it has adapters of PEFT, whose tensors are not a checkpoint's, or FSDP1 keeps it flat.
+        UnsupportedError: it is no module; or it has adapters of PEFT, whose tensors are not a checkpoint's, or FSDP1
+            keeps it flat.
     """
+    plain = unwrapped(model)
     for name, module in model.named_modules():
         where = f"{name or 'the model'}, a {type(module).__name__}"
         if _FULLY_SHARDED in module._modules:
@@ -59,7 +66,7 @@ def plain_model(model: nn.Module) -> nn.Module:
             )
         if _is_adapter(module):
             raise _has_adapters(where)
-    return unwrapped(model)
+    return plain
 
 
 def stand_in(module: nn.Module, cls: type, modules: Mapping[str, nn.Module | None] | None = None) -> nn.Module:
@@ -74,7 +81,8 @@ def stand_in(module: nn.Module, cls: type, modules: Mapping[str, nn.Module | Non
 def plain_names(names: Iterable[str], known: Collection[str] | None = None) -> list[str]:
     """The names without what wrappers have put into them.
 
-    Components ``_orig_mod`` are taken out. A leading ``module`` is, if all names have it and none of ``known`` does.
+    Components ``_orig_mod`` are taken out, unless ``known`` have some. A leading ``module`` is, if all names have it
+    and none of ``known`` does.
 
     Args:
         known: names of the model's tensors; None: nobody knows them.
@@ -84,7 +92,8 @@ def plain_names(names: Iterable[str], known: Collection[str] | None = None) -> l
         UnsupportedError: names that PEFT gives to tensors.
     """
     names = list(names)
-    plain = [_without(name, _COMPILED) for name in names]
+    is_own = any(_COMPILED in name.split(".") for name in known or ())
+    plain = names if is_own else [_without(name, _COMPILED) for name in names]
     if known and plain and all(map(_in_module, plain)) and not any(map(_in_module, known)):
         plain = [name.partition(".")[2] for name in plain]
     origins: dict[str, list[str]] = {}
@@ -134,9 +143,10 @@ def _inner(module: nn.Module) -> nn.Module | None:
     """What a wrapper wraps; None for any other module."""
     if isinstance(module, _HOLDS_MODULE):
         return module.module
-    # Accelerate keeps the original of a model with compiled regions as a plain attribute.
-    held: list[Any] = [place[name] for name in _INNER for place in (module._modules, vars(module)) if name in place]
-    return next((each for each in held if isinstance(each, nn.Module)), None)
+    if len(module._modules) != 1 or module._parameters or module._buffers:
+        return None  # it has more than what it would wrap, so these names are its own
+    [(name, child)] = module._modules.items()
+    return child if name in _INNER else None
 
 
 def _is_adapter(module: nn.Module) -> bool:

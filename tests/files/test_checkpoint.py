@@ -360,6 +360,12 @@ def test_what_stands_in_the_place_of_weights_is_told(tmp_path, data, words):
     refused(tmp_path, str(path), "not a safetensors file", *words)
 
 
+@pytest.mark.parametrize("length", [int.from_bytes(start, "little") for start in (b"\x80\x02", b"\x1f\x8b", b"<a>")])
+def test_a_cut_file_is_not_taken_for_what_the_length_of_its_header_looks_like(tmp_path, length):
+    (tmp_path / "model.safetensors").write_bytes(length.to_bytes(8, "little") + b'{"a":')
+    refused(tmp_path, "the length of a header is impossible", "truncated", f"{length} bytes")
+
+
 @pytest.mark.parametrize("data", [POINTER.encode(), b"<html></html>"])
 def test_what_stands_in_the_place_of_an_index_is_told(tmp_path, data):
     write_sharded(tmp_path, TWO)

@@ -348,6 +348,40 @@ def test_a_model_with_a_module_called_module_keeps_it():
         amc.convert_state_dict(wrapped, Held())
 
 
+class Original(nn.Module):
+    """Not a wrapper, for all its name: what it holds beside ``_orig_mod`` is its own."""
+
+    def __init__(self, beside):
+        super().__init__()
+        self._orig_mod = nn.Linear(2, 2)
+        if beside == "a module":
+            self.other = nn.Linear(2, 2)
+        if beside == "a parameter":
+            self.other = nn.Parameter(torch.ones(2))
+        if beside == "a buffer":
+            self.register_buffer("other", torch.ones(2))
+
+
+@pytest.mark.parametrize("wrap", [lambda model: model, torch.compile, nn.DataParallel])
+@pytest.mark.parametrize("beside", ["a module", "a parameter", "a buffer"])
+def test_a_model_with_a_module_called_orig_mod_beside_others_keeps_all(beside, wrap, tmp_path):
+    model = Original(beside)
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    wrapped = wrap(model)
+    amc.save_checkpoint(wrapped, tmp_path)
+    assert_same(load_file(tmp_path / "model.safetensors"), state)
+    assert_same_in_order(amc.convert_state_dict(state, wrapped), state)
+    assert_same_in_order(amc.revert_state_dict(state, wrapped), state)
+    for tensor in model.state_dict().values():
+        tensor.fill_(7)
+    amc.load_model(wrapped, tmp_path)
+    assert_same(model.state_dict(), state)
+    for tensor in model.state_dict().values():
+        tensor.fill_(7)
+    dcp.load(model.state_dict(), storage_reader=HuggingFaceReader(tmp_path, model))
+    assert_same(model.state_dict(), state)
+
+
 def test_only_names_that_all_begin_with_module_are_of_data_parallelism():
     state = {"module.0.weight": torch.ones(2, 2), "1.weight": torch.ones(2, 2)}
     model = nn.Sequential(nn.Linear(2, 2, bias=False), nn.Linear(2, 2, bias=False))
