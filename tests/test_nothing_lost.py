@@ -273,6 +273,13 @@ def test_experts_are_not_carried_beside_the_same_ones_in_another_form(one, tmp_p
     assert_same(tensors_of(tmp_path / "saved"), tensors_of(tmp_path / "nemo"))
 
 
+def test_a_file_of_prediction_layers_alone_is_carried(one, tmp_path):
+    save_file(one.extra, tmp_path / "mtp.safetensors")
+    report = amc.save_checkpoint(one.model, tmp_path / "saved", carry=tmp_path / "mtp.safetensors")
+    assert_names(report.carried, one.extra)
+    assert_same(tensors_of(tmp_path / "saved"), one.plain | one.extra)
+
+
 def test_carrying_from_a_converted_checkpoint(one, tmp_path):
     amc.convert_checkpoint(one.directory, tmp_path / "nemo", layout="nemo")
     report = amc.save_checkpoint(one.model, tmp_path / "saved", carry=tmp_path / "nemo")

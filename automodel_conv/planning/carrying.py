@@ -118,8 +118,9 @@ def unclaimed_rows(
     )
     of_caches = plan.sources.hidden - table.hidden
     rows = of_caches.union(problems.unclaimed)
-    absent = {_experts_of(name): name for name in problems.missing if ".experts." in name}
-    others = [table.names[row] for row in sorted(rows) if _experts_of(table.names[row]) in absent]
+    absent = {_layer_of(name): name for name in problems.missing if ".experts." in name}
+    others = [table.names[row] for row in sorted(rows) if ".experts." in table.names[row]]
+    others = [name for name in others if _layer_of(name) in absent]
     if others:
         raise UnsupportedError(
             message(
@@ -133,6 +134,6 @@ def unclaimed_rows(
     return replace(table, names=plan.sources.names), rows
 
 
-def _experts_of(name: str) -> str:
-    """The module of experts that a tensor is of."""
-    return name.partition(".experts.")[0]
+def _layer_of(name: str) -> str:
+    """The layer that a tensor of experts is in, whatever its module is called there."""
+    return name.partition(".experts.")[0].rpartition(".")[0]

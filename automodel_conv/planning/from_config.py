@@ -66,12 +66,15 @@ def meta_model(checkpoint: Checkpoint, dtype: torch.dtype | None) -> nn.Module:
                 do=["put the model's config.json there", *_OTHERWISE],
             )
         )
-    check_config(directory)
     from transformers import AutoConfig, initialization
 
     advice = ["correct it, or use a transformers that knows the model (remote code is never run)", *_OTHERWISE]
     with _told("transformers cannot read the checkpoint's config.json", path, advice):
-        config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
+        try:
+            config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
+        except Exception:
+            check_config(directory)  # tells what stands there instead of a config
+            raise
     with _told("transformers cannot tell the class of the checkpoint's config.json", path, advice):
         cls, config = model_class(config, path)
     safe_creation = getattr(initialization, "meta_device_safe_creation_ops", nullcontext)
