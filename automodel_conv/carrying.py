@@ -1,4 +1,4 @@
-"""What a save carries from the checkpoint that its model is from: tensors that the model has no place for."""
+"""Tensors that a save carries from the checkpoint that its model is from, since the model has no place for them."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Carried(NamedTuple):
         return self.checkpoint.left_out(sorted(self.table.hidden - parts))
 
     def slabs(self, places: Sequence[tuple[int, int]], share: Budget) -> FileSlabs:
-        """What writes them; for ``places`` see ``slab_schedule``."""
+        """The slabs that write them; for ``places`` see ``slab_schedule``."""
         return FileSlabs(self.checkpoint, self.targets, places, self.table.decodes, share)
 
 
@@ -48,10 +48,10 @@ def carried_from(
     layout: str | None,
     dtype: str | None,
 ) -> Carried:
-    """What no rule takes of a checkpoint, to be written beside what ``plan`` makes of tensors in memory.
+    """The tensors of a checkpoint that no rule takes, to be written beside what ``plan`` makes of tensors in memory.
 
     Args:
-        model, rules, layout: of these tensors; see ``saving_plan``.
+        model, rules, layout: see ``saving_plan``.
         dtype: of what is decoded; None: bfloat16, or as the scales say.
 
     Raises:

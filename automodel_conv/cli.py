@@ -32,7 +32,7 @@ from automodel_conv.loading import compile_plan, load_state_dict
 from automodel_conv.tables import bench_tables, converted_table, demo_table, mesh_table, report_table, two_columns
 from automodel_conv.verifying import verify_checkpoint
 
-# What errors say in Python's words (see ``errors.py``), in those of the command line.
+# Advice in Python's words (see ``errors.py``), and in those of the command line.
 _IN_OPTIONS = {
     "checksums=True": "--checksums",
     "dequantize=False": "leaving --dequantize out",

@@ -1,4 +1,4 @@
-"""What a conversion from files to files does, planned from headers alone."""
+"""The plan of a conversion from files to files, made from headers alone."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from automodel_conv.planning.unmarked import not_taken_apart
 from automodel_conv.saving import specs_of, with_dtype
 
 DEFAULT_SCRATCH_BYTES = 256 << 20
-"""Of a conversion, and of a comparison with what one makes."""
+"""Memory that a conversion uses at most, and a comparison of two checkpoints."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ def compile_conversion(
     drop: Iterable[str] = (),
     max_shard_size: int | str = "5GB",
 ) -> Conversion:
-    """What ``convert_checkpoint`` would do; reads no more than ``compile_plan``. See there."""
+    """The plan of ``convert_checkpoint``, which see; reads no more than ``compile_plan``."""
     checked_dtype(dtype)
     if layout not in (None, PER_EXPERT):
         get_layout(layout, PER_EXPERT)

@@ -239,7 +239,7 @@ def convert_checkpoint(
 
 
 def _state_of(checkpoint: Checkpoint) -> dict[str, tuple[int, int]]:
-    """What tells whether the files were changed, by their paths from the checkpoint's directory on.
+    """Size and time of change of each file, by its path from the checkpoint's directory on.
 
     Raises:
         ReadError: one is not there any more.
