@@ -66,7 +66,7 @@ class HookedLoad(NamedTuple):
     left: Mapping[str, str]
     """Targets left to transformers, with the reason; one entry, ``ALL``, where nothing was looked at."""
     left_out: tuple[str, ...] = ()
-    """Tensors of the checkpoint that no parameter takes, also those that the model says to ignore."""
+    """Tensors of the checkpoint that no parameter takes, also those that the model says to ignore, and of its files."""
     unindexed: tuple[tuple[str, str], ...] = ()
     """Name and file name of each tensor that was not loaded, since the index does not give it to the file in which it
     lies; by file, then name."""
@@ -332,7 +332,7 @@ def _converting(convert: Callable[..., Any], acceleration: Acceleration) -> Call
         refuse_codes(model, rest, load_config)
         names = list(state_dict)
         unclaimed = resolve(names, RuleSet(load_config.weight_mapping, model), model.state_dict()).unclaimed
-        left_out = tuple(names[row] for row in unclaimed)
+        left_out = (*(names[row] for row in unclaimed), *(name for name, _ in unindexed if name not in state_dict))
         if work is None:
             found = convert(model, state_dict, load_config, *args, **kwargs)
             acceleration.loads.append(HookedLoad(type(model).__name__, (), left, left_out, unindexed))

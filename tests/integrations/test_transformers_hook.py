@@ -326,6 +326,7 @@ def test_the_index_decides_which_file_a_tensor_is_read_from(mixtral, mistaken, f
     assert not info["unexpected_keys"]
     [load] = acceleration.loads
     assert load.unindexed == ignored
+    assert load.left_out == ("stale.weight",)
     assert "stale.weight of b.safetensors" in str(acceleration)
 
 
