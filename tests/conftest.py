@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import signal
 
 import pytest
 import torch
@@ -17,6 +18,9 @@ settings.load_profile("default")
 
 
 def pytest_configure(config):
+    # A shell lets what it starts in the background ignore Ctrl-C, which tests send to themselves.
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     # A leg that hides a package and does not would pass without having tested anything.
     for package in filter(None, os.environ.get("HIDDEN_PACKAGES", "").split(",")):
         if importlib.util.find_spec(package) is not None:
