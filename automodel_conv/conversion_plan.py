@@ -69,7 +69,7 @@ def compile_conversion(
     source_layout: str | None = None,
     dtype: torch.dtype | None = None,
     dequantize: bool = False,
-    drop: Iterable[str] = (),
+    drop: str | Iterable[str] = (),
     max_shard_size: int | str = "5GB",
 ) -> Conversion:
     """The plan of ``convert_checkpoint``, which see; reads no more than ``compile_plan``."""

@@ -79,7 +79,7 @@ def convert_checkpoint(
     source_layout: str | None = None,
     dtype: torch.dtype | None = None,
     dequantize: bool = False,
-    drop: Iterable[str] = (),
+    drop: str | Iterable[str] = (),
     max_shard_size: int | str = "5GB",
     resume: bool = True,
     verify: bool = True,
@@ -118,9 +118,9 @@ def convert_checkpoint(
             byte. FP8 codes and their scales are grouped and laid out like their weights (``gate_up_proj_scale_inv``),
             where each block that shares a scale stays one: not where it would hold rows of gate and up, and, in a
             transposed layout, only where it is square. File names then begin with the layout, whichever it is.
-        drop: tensors to leave out, by their names in the source: patterns with ``*`` for any text, ``?`` for a
-            character and ``[abc]`` for one of these, which match whole names ("mtp.*"). Codes that stay codes, and
-            their scales, are dropped together or not at all, unless experts too keep their names and places.
+        drop: tensors to leave out, by their names in the source: a pattern, or several, with ``*`` for any text, ``?``
+            for a character and ``[abc]`` for one of these, which match whole names ("mtp.*"). Codes that stay codes,
+            and their scales, are dropped together or not at all, unless experts too keep their names and places.
         max_shard_size: of a file's data, in bytes or as "5GB".
         resume: go on with what an earlier call has finished; False: throw that away.
         verify: read each file back once it is written and compare all of it with the source, also those that an earlier

@@ -42,7 +42,7 @@ def verify_checkpoint(
     source_layout: str | None = None,
     dtype: torch.dtype | None = None,
     dequantize: bool = False,
-    drop: Iterable[str] = (),
+    drop: str | Iterable[str] = (),
     threads: int | None = None,
     scratch_bytes: int | None = None,
     progress: bool = False,
@@ -64,7 +64,7 @@ def verify_checkpoint(
         VerificationError: they differ; names the tensors, or the first element that does.
         CheckpointError, NameProblems, UnsupportedError, ReadError: see ``convert_checkpoint``.
     """
-    drop = list(drop)
+    drop = [drop] if isinstance(drop, str) else list(drop)
     checkpoint, other = open_downloaded(source), open_downloaded(destination)
     if layout is None and rules is None:
         said = stated_layout(other, None)

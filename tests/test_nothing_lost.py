@@ -186,6 +186,12 @@ def test_what_is_dropped_is_named_and_not_there(one, tmp_path):
         amc.verify_checkpoint(one.directory, tmp_path / "made")
 
 
+def test_one_pattern_needs_no_list(one, tmp_path):
+    report = amc.convert_checkpoint(one.directory, tmp_path / "made", drop="mtp.*")
+    assert_names(report.left_out, {name for name in one.extra if name.startswith("mtp.")})
+    amc.verify_checkpoint(one.directory, tmp_path / "made", drop="mtp.*")
+
+
 @pytest.mark.parametrize("pattern", ["mtp", "layers.*", ""])
 def test_a_pattern_that_matches_no_name_is_an_error(one, tmp_path, pattern):
     with pytest.raises(amc.UnsupportedError, match="to be dropped"):

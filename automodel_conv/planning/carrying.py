@@ -22,17 +22,17 @@ from automodel_conv.planning.pipeline import loading_plan
 from automodel_conv.planning.quantization import as_meant
 
 
-def dropped_rows(names: Sequence[str], patterns: Iterable[str]) -> frozenset[int]:
-    """The rows of the names that a pattern matches: ``*`` any text, ``?`` a character, ``[abc]`` one of these.
+def dropped_rows(names: Sequence[str], patterns: str | Iterable[str]) -> frozenset[int]:
+    """The rows of the names that a pattern, or one of several, matches: ``*`` any text, ``?`` a character, ``[abc]`` one of these.
 
     Raises:
         UnsupportedError: a pattern matches no name.
     """
     dropped: set[int] = set()
-    for pattern in patterns:
+    for pattern in [patterns] if isinstance(patterns, str) else patterns:
         found = [row for row, name in enumerate(names) if fnmatchcase(name, pattern)]
         if not found:
-            expected = "in a list: names, and patterns such as 'mtp.*' or '*.layers.61.*'"
+            expected = "a name, or a pattern such as 'mtp.*' or '*.layers.61.*'"
             raise UnsupportedError(
                 message("no tensor has such a name to be dropped", expected=expected, found=repr(pattern))
             )
