@@ -23,7 +23,9 @@ from automodel_conv.planning.quantization import as_meant
 
 
 def dropped_rows(names: Sequence[str], patterns: str | Iterable[str]) -> frozenset[int]:
-    """The rows of the names that a pattern, or one of several, matches: ``*`` any text, ``?`` a character, ``[abc]`` one of these.
+    """The rows of the names that a pattern, or one of several, matches.
+
+    In a pattern ``*`` is any text, ``?`` a character, and ``[abc]`` one of these.
 
     Raises:
         UnsupportedError: a pattern matches no name.
