@@ -128,7 +128,7 @@ def without_ignored(model: Any, missing: Iterable[str], unexpected: Iterable[str
     info = SimpleNamespace(missing_keys=set(missing), unexpected_keys=set(unexpected))
     model._adjust_missing_and_unexpected_keys(info)
     unexpected = [n for n in unexpected if n in info.unexpected_keys]
-    further = _prediction_layers(model, unexpected)
+    further = _prediction_layers(model, unexpected) if unexpected else ()
     return [n for n in missing if n in info.missing_keys], [n for n in unexpected if not n.startswith(further)]
 
 
