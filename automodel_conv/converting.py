@@ -53,7 +53,7 @@ class ConvertReport:
     carried: tuple[str, ...]
     """Tensors of the source that the model has no place for, passed on as they are."""
     left_out: tuple[str, ...]
-    """Tensors of the source that nothing was made of: see ``drop``, and scales of activations if decoded."""
+    """Tensors of the source that nothing was made of: dropped, unindexed, or scales of activations if decoded."""
     unindexed: tuple[tuple[str, str], ...]
     """Name and file of each tensor that was not read, since the index of the source does not give it to that file."""
     files_copied: tuple[str, ...]

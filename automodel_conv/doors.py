@@ -11,7 +11,7 @@ from typing import Any, ParamSpec, TypeVar
 
 from automodel_conv.errors import ConversionError, Words, message
 
-# What Python and torch say, in errors that have no class of their own.
+# Texts of Python and torch for a lack of memory or threads; these errors have no class of their own.
 _EXHAUSTED = re.compile("can't start new thread|DefaultCPUAllocator|std::bad_alloc")
 
 _Given = ParamSpec("_Given")

@@ -23,7 +23,7 @@ _IN_BRACES = re.compile(r"\{(\w[^{}]*)\}")
 Words = Callable[[str], str | None]
 """How a door says what an advice has in braces; None if it has no such argument."""
 Advice = str | tuple[str, ...]
-"""What to do; of several texts the first that the door can say."""
+"""One advice. A tuple holds several wordings of it: a door takes the first that it can say."""
 
 
 class Message(str):
@@ -192,5 +192,5 @@ def listing(items: Iterable[object], limit: int = 20) -> str:
 
 
 def kind_of(thing: object) -> str:
-    """What was given instead of something else."""
+    """The kind of thing that a caller has given: a class, or an object of one."""
     return f"the class {thing.__name__}" if isinstance(thing, type) else f"a {type(thing).__name__}"

@@ -12,7 +12,7 @@ from automodel_conv.files import system
 from automodel_conv.files.destination import STAGING_NAME
 from automodel_conv.files.shards import CHECKSUMS_NAME
 
-# Of weights in any format, with their indexes and parts, and of what trainers keep (optimizer.pt, training_args.bin):
+# Names of weights in any format, with their indexes and parts, and of files that trainers keep (optimizer.pt):
 # safetensors, pickles, GGUF, Rust, Keras, Flax, Paddle, ONNX, TFLite, Core ML, torch.distributed, NeMo.
 _WEIGHTS = re.compile(
     r".*\.(safetensors|bin|pth?|ckpt|pkl|pickle|gguf|ggml|ot|h5|msgpack|pdparams|onnx([._]data(_\d+)?)?|tflite|mlmodel"

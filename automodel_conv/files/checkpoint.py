@@ -40,7 +40,7 @@ _READERS = 16
 _INDEX_NAME = FORM.index_name
 _SINGLE_NAME = FORM.file_name(1, 1)
 _INDEX_SUFFIX = ".safetensors.index.json"
-# What a header is long without its tensors, and what one of them takes in it beside its name, both with some to spare.
+# Bytes of a header without its tensors, and bytes that a tensor adds to it beside its name; both are rather too large.
 _HEADER_GUESS = 2048
 _ENTRY_GUESS = 110
 _REPOSITORY = re.compile(r"[A-Za-z0-9_][\w.-]*/[A-Za-z0-9_][\w.-]*", re.ASCII)
@@ -61,7 +61,7 @@ class Checkpoint:
     path: str
     """What was opened, as an absolute path; the local snapshot of a repository."""
     directory: str
-    """Where its ``config.json`` lies."""
+    """Absolute path of the directory of its ``config.json``."""
     files: tuple[str, ...]
     """Absolute paths of the files that the index names, sorted by name; or of the one file. URLs, where not all files
     of a repository are on this machine."""
@@ -164,7 +164,7 @@ class _Chosen(NamedTuple):
     """The files that make up a checkpoint."""
 
     root: str
-    """What was opened."""
+    """The path that was opened."""
     directory: str
     shards: list[str]
     """Names of the files in it."""
@@ -188,7 +188,7 @@ def _select(root: str) -> _Chosen:
 
 
 def _select_in(repository: Repository, names: list[str]) -> _Chosen:
-    """Likewise of a repository, of which all indexes are on this machine."""
+    """The files that make up the checkpoint of a repository, whose indexes are all on this machine."""
     name = _choose(repository.name, sorted(name for name in names if "/" not in name))
     chosen = _select_file(repository.folder, os.path.join(repository.folder, name))
     present = set(names)

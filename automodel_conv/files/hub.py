@@ -20,7 +20,7 @@ from automodel_conv.files.header import Header, checked_header, checkpoint_error
 from automodel_conv.files.shards import CHECKSUMS_NAME
 
 _SMALL = ("*.safetensors.index.json", CONFIG_NAME, MODELOPT_NAME, CHECKSUMS_NAME)
-"""What is read whole of any repository: it says which weights there are, and what they are."""
+"""These files are downloaded of any repository: they say which weights there are, and what they are."""
 _SECONDS_WITHOUT_A_BYTE = 60
 _SIZE = re.compile(r"bytes .*/(\d+)")
 
