@@ -18,7 +18,9 @@ from automodel_conv.errors import ConversionError, UnsupportedError, message
 from automodel_conv.execution.buffers import allocate
 from automodel_conv.execution.copy_batch import takes_kernels
 from automodel_conv.execution.memory import convert_tensors
+from automodel_conv.execution.new_memory import NewMemory
 from automodel_conv.execution.ranks import is_distributed
+from automodel_conv.execution.reading import cores
 from automodel_conv.files.checkpoint import open_checkpoint
 from automodel_conv.homes import in_order, unequal_ties, with_tied
 from automodel_conv.planning.copies import Target
@@ -167,6 +169,8 @@ def _run(
             )
         )
     buffers = allocate(made, device)
+    if device.type == "cpu":
+        NewMemory(list(buffers.values())).make_all(cores())
     convert_tensors(CopyPlan(plan.sources, tuple(made), plan.rules), sources, buffers, backend=backend)
     return {target.name: passed.get(target.name, buffers.get(target.name)) for target in plan.targets}  # type: ignore[misc]
 

@@ -17,6 +17,7 @@ from automodel_conv.errors import QuantizationError, message
 from automodel_conv.execution.buffers import allocate
 from automodel_conv.execution.checksums import verify_checksums
 from automodel_conv.execution.filling import Limits, fill, within
+from automodel_conv.execution.page_policy import PageUse
 from automodel_conv.execution.ranks import (
     as_distributed,
     found_by_any,
@@ -80,6 +81,9 @@ class LoadReport:
         copied_by_torch: copies that torch made on a device, because no kernel fits them or none can run there.
         without_kernels: why no kernel can run on the device; None where they can, where all bytes only move, and for
             loads to the host.
+        threads: the most that read at the same time, of all devices together.
+        pages: the new host memory by the size of its pages, and how fast each size was made; ``str`` says it in words;
+            None for loads to other devices alone.
     """
 
     missing_keys: tuple[str, ...]
@@ -96,6 +100,8 @@ class LoadReport:
     copied_by_kernels: int = 0
     copied_by_torch: int = 0
     without_kernels: str | None = None
+    threads: int = 0
+    pages: PageUse | None = None
 
     @property
     def gb_per_s(self) -> float:
@@ -187,6 +193,7 @@ def load_state_dict(
     scratch_bytes: int | None = None,
     device_scratch_bytes: int | None = None,
     memory_budget: int | None = None,
+    huge_pages: bool | None = None,
     progress: bool = False,
     revision: str | None = None,
 ) -> LoadedStateDict:
@@ -212,13 +219,17 @@ def load_state_dict(
         broadcast: what several ranks hold of a DTensor is read by the first of them and sent to the others, in place;
             False: each reads its own.
         threads: reader threads, of all devices together; None chooses by the machine, whose cores are shared by the
-            ranks of this job that run on it (``LOCAL_WORLD_SIZE``).
+            ranks of this job that run on it (``LOCAL_WORLD_SIZE``), and adds threads in a load to the host while that
+            makes it faster, as it does where they wait for a network.
         scratch_bytes: bound of the host memory used beside the final tensors, for all devices together; None: 64 MiB
             for the CPU, 16 MiB for each reader thread of a CUDA device. The latter is pinned; torch rounds it up to a
             power of two and keeps it for the next load.
         device_scratch_bytes: likewise of the memory of each CUDA device; None: 256 MiB.
         memory_budget: bound of all memory used beside the final tensors, of the host and all devices together, on this
             rank; makes what is not given of the two above smaller where it must. Plans, which are small, not counted.
+        huge_pages: whether new host memory, in tensors of 4 MiB or more, has huge pages (2 MiB; Linux). None measures
+            during the load which size this machine makes faster: huge pages on most, small ones on virtual machines
+            that give their free memory back to the host.
         progress: show a bar in bytes and GB/s.
         revision: of an ``org/name`` on the Hub.
 
@@ -264,7 +275,7 @@ def load_state_dict(
             own = home_of(like) if like is not None and is_distributed(like) else None
             buffers |= allocate([target], own or device_of(target.name) or "cpu")
         clock.lap("plan")
-        limits = within(memory_budget, Limits(threads, scratch_bytes, device_scratch_bytes), plan, buffers)
+        limits = within(memory_budget, Limits(threads, scratch_bytes, device_scratch_bytes, huge_pages), plan, buffers)
         mine, shared_names = _to_read(plan, state, broadcast)
         stats = fill(mine, checkpoint, buffers, limits, progress=progress)
         clock.lap("read")
@@ -300,6 +311,7 @@ def load_model(
     scratch_bytes: int | None = None,
     device_scratch_bytes: int | None = None,
     memory_budget: int | None = None,
+    huge_pages: bool | None = None,
     progress: bool = False,
     revision: str | None = None,
 ) -> LoadReport:
@@ -315,7 +327,7 @@ def load_model(
             several devices until ``accelerate.dispatch_model(model, device_map)``.
         dtype: if given, parameters of another floating dtype are replaced (see ``compile_plan``).
         path, rules, source_layout, key_mapping, strict, dequantize, verify, broadcast, threads, scratch_bytes,
-            device_scratch_bytes, memory_budget, progress, revision: see ``load_state_dict``.
+            device_scratch_bytes, memory_budget, huge_pages, progress, revision: see ``load_state_dict``.
 
     Raises:
         CheckpointError, NameProblems, QuantizationError, UnsupportedError: see ``compile_plan``; no parameter has been
@@ -358,7 +370,7 @@ def load_model(
         was_meta = any(tensor.is_meta for tensor in state.values() if isinstance(tensor, Tensor))
         homes = Homes.of(model, plan, strict, device_of)
         clock.lap("plan")
-        limits = Limits(threads, scratch_bytes, device_scratch_bytes)
+        limits = Limits(threads, scratch_bytes, device_scratch_bytes, huge_pages)
         limits = within(memory_budget, limits, homes.plan, homes.buffers, homes.extra_bytes)
         mine, shared_names = _to_read(homes.plan, state, broadcast)
         stats = fill(mine, checkpoint, homes.buffers, limits, progress=progress)
@@ -531,5 +543,7 @@ def _report(
         peak_extra_bytes=sum(part.scratch_bytes + part.device_scratch_bytes for part in stats.values()) + extra_bytes,
         copied_by_kernels=sum(part.work.by_kernels for part in stats.values()),
         copied_by_torch=sum(part.work.by_torch for part in stats.values()),
+        threads=sum(part.threads for part in stats.values()),
+        pages=next((part.pages for device, part in stats.items() if device.type == "cpu"), None),
         without_kernels=next((part.without_kernels for part in stats.values() if part.without_kernels), None),
     )

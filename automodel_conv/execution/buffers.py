@@ -10,12 +10,8 @@ from torch import Tensor
 
 from automodel_conv.dtypes import torch_dtype
 from automodel_conv.errors import ConversionError, UnsupportedError, message
-from automodel_conv.files import system
 from automodel_conv.planning.copies import StridedCopy, Target, group_pieces
 from automodel_conv.planning.view import NotAffine, Piece, chain, contiguous_strides
-
-# Below two huge pages of 2 MiB there may be no whole aligned one inside.
-_ADVISE_BYTES = 4 << 20
 
 
 def dtype_of(code: str, name: str) -> torch.dtype:
@@ -39,8 +35,6 @@ def dtype_of(code: str, name: str) -> torch.dtype:
 def allocate(targets: Iterable[Target], device: torch.device | str = "cpu") -> dict[str, Tensor]:
     """Uninitialized, contiguous tensors for the targets, by name; no page is touched.
 
-    Large host tensors are advised to use huge pages, which makes the first touch much faster.
-
     Raises:
         UnsupportedError: this torch has no dtype for a target.
         ConversionError: the host has no memory for it.
@@ -62,8 +56,6 @@ def allocate(targets: Iterable[Target], device: torch.device | str = "cpu") -> d
                     do="free memory, or load a part of it; if the shape is absurd, do not trust this checkpoint",
                 )
             ) from error
-        if buffer.device.type == "cpu" and buffer.nbytes >= _ADVISE_BYTES:
-            system.advise_huge_pages(buffer.data_ptr(), buffer.nbytes)
         buffers[target.name] = buffer
     return buffers
 

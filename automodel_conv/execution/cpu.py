@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
 from math import prod
 
@@ -14,6 +15,7 @@ from automodel_conv.execution.buffers import Aim, byte_view, checked, dtype_of
 from automodel_conv.execution.copying import COPY_BYTES, COPY_RATIO, copy_moves
 from automodel_conv.execution.decoding import decode_codes
 from automodel_conv.execution.jobs import ALIGN_BYTES, Job, Move, aligned, aligned_down
+from automodel_conv.execution.new_memory import NewMemory
 from automodel_conv.execution.reading import (
     LoadStats,
     OpenFiles,
@@ -23,8 +25,10 @@ from automodel_conv.execution.reading import (
     tell_filled,
 )
 from automodel_conv.execution.schedule import schedule
+from automodel_conv.execution.thread_policy import ThreadPolicy
 from automodel_conv.execution.upstream import run_upstream, upstream_calls
 from automodel_conv.execution.workers import raise_if_stopped, work_off
+from automodel_conv.files import system
 from automodel_conv.files.checkpoint import Checkpoint
 from automodel_conv.planning.plan import CopyPlan
 from automodel_conv.progress import SharedBar, bytes_progress
@@ -34,6 +38,10 @@ LEAST_SCRATCH_BYTES = 4096
 
 # Local files are read at full speed by few threads; more only pass the page cache around.
 _MOST_THREADS = 16
+# Of threads that wait: for a network, or for a disk that answers many at once.
+_MOST_WAITING_THREADS = 32
+# Loads below this are over before more threads could help.
+_ADAPTED_BYTES = 256 << 20
 
 
 def default_threads() -> int:
@@ -48,6 +56,7 @@ def load_files(
     *,
     threads: int | None = None,
     scratch_bytes: int | None = None,
+    huge_pages: bool | None = None,
     progress: SharedBar | bool = False,
     stop: threading.Event | None = None,
 ) -> LoadStats:
@@ -60,11 +69,12 @@ def load_files(
         plan: its sources are the checkpoint's rows.
         buffers: by target name, on the CPU, of the target's shape and dtype and any strides; other
             names are ignored. Written in place.
-        threads: that read and copy; as many as there are cores if not given, at most 16; on several ranks of a
-            node, its share of them. Fewer take part where scratch_bytes is too small for all. One is
-            the caller's own.
+        threads: that read and copy. Not given: as many as there are cores, at most 16, on several ranks of a node its
+            share of them, and up to 32 while that many read faster because they wait. Fewer take part where
+            scratch_bytes is too small for all. One is the caller's own.
         scratch_bytes: of all threads together, for what cannot be read in place; 64 MiB if not
             given. Sources that are larger go through it in slabs.
+        huge_pages: the pages of buffers that are new memory; None: of the size that is made faster, see ``NewMemory``.
         progress: draw a bar, or draw in one that others share.
         stop: set by anybody, the load ends as soon as what is being read is in its place.
 
@@ -75,6 +85,7 @@ def load_files(
         UnsupportedError: a dtype that torch does not know, or strides that copies cannot follow.
         Stopped: ``stop`` was set before all was done.
     """
+    adapts = threads is None
     threads = default_threads() if threads is None else threads
     scratch_bytes = DEFAULT_SCRATCH_BYTES if scratch_bytes is None else scratch_bytes
     if threads < 1 or scratch_bytes < LEAST_SCRATCH_BYTES:
@@ -101,7 +112,9 @@ def load_files(
     written: list[str] = []
     with bytes_progress(bytes_read, "loading", progress) as advance:
         try:
-            stats = _run(jobs, checkpoint, tensors, threads, done, advance, stop)
+            most = _most_threads(jobs, threads, scratch_bytes) if adapts else threads
+            crew = ThreadPolicy(threads, most)
+            stats = _run(jobs, checkpoint, tensors, crew, huge_pages, done, advance, stop)
             for call in calls:
                 raise_if_stopped(stop)
                 run_upstream(call, {row: read_whole(row, checkpoint) for row in call.rows}, buffers)
@@ -122,11 +135,32 @@ def bytes_of_slot(threads: int, scratch_bytes: int) -> int:
     return aligned_down(nbytes)
 
 
+def _most_threads(jobs: Sequence[Job], threads: int, scratch_bytes: int) -> int:
+    """How many threads there may be where they wait: scratch for each of them, and time to find out."""
+    if sum(job.nbytes for job in jobs) < _ADAPTED_BYTES:
+        return threads
+    of_each = _scratch_of_thread(jobs)
+    fitting = scratch_bytes // of_each if of_each else _MOST_WAITING_THREADS
+    return max(threads, min(fitting, _MOST_WAITING_THREADS))
+
+
+def _slot_bytes(jobs: Sequence[Job]) -> int:
+    # Whole alignment units, so that the slot can be seen as elements of any size.
+    return aligned(max((job.scratch_bytes for job in jobs), default=0))
+
+
+def _scratch_of_thread(jobs: Sequence[Job]) -> int:
+    """What a thread reads into, and what its copies need besides."""
+    slot_bytes = _slot_bytes(jobs)
+    return slot_bytes + min(COPY_BYTES, COPY_RATIO * slot_bytes)
+
+
 def _run(
     jobs: Sequence[Job],
     checkpoint: Checkpoint,
     tensors: Sequence[Tensor],
-    threads: int,
+    policy: ThreadPolicy,
+    huge_pages: bool | None,
     done: set[int],
     advance: Callable[[int], None],
     stop: threading.Event | None,
@@ -134,8 +168,8 @@ def _run(
     """Run the jobs; ``done`` collects the numbers of the finished ones, also when this raises."""
     files = OpenFiles(checkpoint.files, jobs)
     views = [byte_view(tensor) for tensor in tensors]
-    # Whole alignment units, so that the slot can be seen as elements of any size.
-    slot_bytes = aligned(max((job.scratch_bytes for job in jobs), default=0))
+    memory = NewMemory(tensors, huge_pages)
+    slot_bytes = _slot_bytes(jobs)
     gaps: list[int] = []
 
     def start() -> Callable[[tuple[int, Job]], None]:
@@ -144,21 +178,41 @@ def _run(
 
         def take(item: tuple[int, Job]) -> None:
             number, job = item
+            memory.make_for(job)
             gaps.append(read_job(job, checkpoint, files, own_views))
             decode_codes(job.decodings, scratch)
             _copy(job.moves, scratch, tensors)
             done.add(number)
             advance(job.nbytes)
 
-        return take
+        return _telling(take, policy, lock) if adapts else take
 
+    adapts, lock = policy.most > policy.threads, threading.Lock()
+    wanted = (lambda: policy.threads) if adapts else None
     try:
-        work_off(enumerate(jobs), threads, start, stop)
+        most = work_off(enumerate(jobs), policy.threads, start, stop, most=policy.most, wanted=wanted)
     finally:
         files.close()
-    threads = min(threads, len(jobs))
-    copy_bytes = min(COPY_BYTES, COPY_RATIO * slot_bytes)
-    return LoadStats(0, sum(gaps), threads * (slot_bytes + copy_bytes))
+    return LoadStats(0, sum(gaps), most * _scratch_of_thread(jobs), threads=most, pages=memory.use())
+
+
+def _telling(
+    take: Callable[[tuple[int, Job]], None], policy: ThreadPolicy, lock: threading.Lock
+) -> Callable[[tuple[int, Job]], None]:
+    """``take``, and what it has taken told to ``policy``."""
+
+    last, last_ready = time.perf_counter(), system.seconds_ready()
+
+    def told(item: tuple[int, Job]) -> None:
+        nonlocal last, last_ready
+        take(item)
+        begin, last = last, time.perf_counter()
+        ready, last_ready = last_ready, system.seconds_ready()
+        seconds = last - begin
+        with lock:
+            policy.tell(item[1].nbytes, seconds - (last_ready - ready), seconds, last)
+
+    return told
 
 
 def _copy(moves: Sequence[Move], scratch: Tensor, tensors: Sequence[Tensor]) -> None:

@@ -32,6 +32,7 @@ class Limits(NamedTuple):
     threads: int | None = None  # of all devices together
     scratch_bytes: int | None = None  # of host memory, of all devices together
     device_scratch_bytes: int | None = None  # on each device
+    huge_pages: bool | None = None  # of new host memory
 
 
 def within(
@@ -147,7 +148,7 @@ def shared_out(limits: Limits, needs: Sequence[Need]) -> list[Limits]:
     threads = _threads(limits, len(needs))
     counts = _divided(threads, weights, [1] * len(needs)) if threads >= len(needs) else [threads] * len(needs)
     if limits.scratch_bytes is None:  # each device takes what its threads need
-        return [Limits(count, None, limits.device_scratch_bytes) for count in counts]
+        return [limits._replace(threads=count) for count in counts]
     if limits.scratch_bytes < sum(least):
         expected = f"scratch_bytes >= {sum(least)}"
         found = limits.scratch_bytes
@@ -156,7 +157,8 @@ def shared_out(limits: Limits, needs: Sequence[Need]) -> list[Limits]:
         1 << share.bit_length() - 1 if need.is_streamed else share
         for need, share in zip(needs, _divided(limits.scratch_bytes, weights, least), strict=True)
     ]
-    return [Limits(*share, limits.device_scratch_bytes) for share in zip(counts, scratches, strict=True)]
+    shares = zip(counts, scratches, strict=True)
+    return [limits._replace(threads=count, scratch_bytes=scratch) for count, scratch in shares]
 
 
 def _pinned_bytes(nbytes: int) -> int:
@@ -209,7 +211,7 @@ def _fill_device(
     progress: SharedBar | bool,
     stop: threading.Event,
 ) -> LoadStats:
-    threads, scratch_bytes, device_scratch_bytes = limits
+    threads, scratch_bytes, device_scratch_bytes, huge_pages = limits
     if part.streamed_to is None:
         return load_files(
             part.plan,
@@ -217,6 +219,7 @@ def _fill_device(
             buffers,
             threads=threads,
             scratch_bytes=scratch_bytes,
+            huge_pages=huge_pages,
             progress=progress,
             stop=stop,
         )

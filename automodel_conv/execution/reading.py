@@ -19,6 +19,7 @@ from automodel_conv.errors import ConversionError, ReadError, listing, message
 from automodel_conv.execution.buffers import byte_view, dtype_of, span_bytes
 from automodel_conv.execution.copy_batch import Work
 from automodel_conv.execution.jobs import GAP_BYTES, Job, Part
+from automodel_conv.execution.page_policy import PageUse
 from automodel_conv.files import system
 from automodel_conv.files.checkpoint import Checkpoint
 
@@ -35,6 +36,8 @@ class LoadStats(NamedTuple):
     device_scratch_bytes: int = 0
     work: Work = Work(0, 0)  # copies on a device
     without_kernels: str | None = None  # why none of them could be a kernel's
+    threads: int = 0  # the most that read at the same time
+    pages: PageUse = PageUse()  # of new host memory
 
 
 def cores() -> int:

@@ -238,7 +238,7 @@ class _Load:
         self._regions = [self._device.scratch(region_bytes) for _ in self._windows[:_REGIONS]]
         # Queued before the streams are made, which are behind it.
         self._window_copies = WindowCopies(self._windows, self._tensors, self._regions)
-        stats = LoadStats(0, 0, pinned.nbytes, sum(region.nbytes for region in self._regions))
+        stats = LoadStats(0, 0, pinned.nbytes, sum(region.nbytes for region in self._regions), threads=threads)
         self._copies, self._kernels = self._device.stream(), self._device.stream()
         del pinned
         futures: list[Future[Any]] = []

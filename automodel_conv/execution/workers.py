@@ -6,7 +6,7 @@ import os
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from typing import TypeVar
 
@@ -30,7 +30,10 @@ def work_off(
     threads: int,
     start: Callable[[], Callable[[Item], None]],
     stop: threading.Event | None = None,
-) -> None:
+    *,
+    most: int = 0,
+    wanted: Callable[[], int] | None = None,
+) -> int:
     """Hand each item to one of ``threads`` threads, in order; the first error ends all of them and is raised.
 
     torch may write to any tensor there, inference tensors too, and starts no threads of its own. One thread is the
@@ -39,12 +42,28 @@ def work_off(
     Args:
         start: called in each thread; returns what takes the items there.
         stop: set by anybody, no further item is handed out.
+        most: threads at the same time, where ``wanted`` is given.
+        wanted: how many threads shall work from now on; asked after each item. None: as many as at first.
+
+    Returns:
+        The most threads that worked at the same time.
 
     Raises:
         Stopped: ``stop`` was set before all items were handed out.
     """
     todo = deque(items)
     ended = threading.Event()
+    threads = min(threads, len(todo))
+    crew = _Crew(max(threads, most), ended)
+    count = _Count(threads)
+
+    def goes_on() -> bool:
+        if wanted is None:
+            return True
+        change = count.follow(min(wanted(), len(todo)))
+        for _ in range(change):
+            crew.start(work)
+        return change >= 0
 
     @torch.inference_mode()  # a mode is a thread's own; the caller's tensors may be inference tensors
     def work() -> None:
@@ -56,15 +75,33 @@ def work_off(
             except IndexError:
                 return
             take(item)
+            if not goes_on():
+                return
 
-    threads = min(threads, len(todo))
     with _keeping_torch_threads():
-        if threads > 1:
-            at_once([work] * threads, ended)
+        if threads > 1 or (wanted is not None and todo):
+            crew.run([work] * threads)
         elif todo:
             work()
     if todo:
         raise_if_stopped(stop)
+    return count.most
+
+
+class _Count:
+    """How many threads work, and the most that did; only the one that asks ends, any number may be started."""
+
+    def __init__(self, threads: int):
+        self.most = self._threads = threads
+        self._lock = threading.Lock()
+
+    def follow(self, wanted: int) -> int:
+        """Threads to start for as many as are wanted; -1: the one that asks is to end, which the last one never is."""
+        with self._lock:
+            change = max(wanted - self._threads, -1) if wanted else 0
+            self._threads += change
+            self.most = max(self.most, self._threads)
+            return change
 
 
 def at_once(works: Sequence[Callable[[], None]], stop: threading.Event) -> None:
@@ -73,35 +110,60 @@ def at_once(works: Sequence[Callable[[], None]], stop: threading.Event) -> None:
     The first error, or an interrupt of the caller, sets ``stop``, which the works watch, and is raised when they have
     ended. ``stop`` is set in any case then.
     """
-    at_work: set[int] = set()
-    change = threading.Condition()
-    errors: list[BaseException] = []
+    _Crew(len(works), stop).run(works)
 
-    def counted(work: Callable[[], None]) -> None:
-        with change:
-            if stop.is_set():
+
+class _Crew:
+    """Threads at work, which may start others; see ``at_once``."""
+
+    def __init__(self, most: int, stop: threading.Event):
+        self._stop = stop
+        self._at_work: set[int] = set()
+        self._change = threading.Condition()
+        self._errors: list[BaseException] = []
+        self._futures: list[Future[None]] = []
+        self._most = most
+        self._pool: ThreadPoolExecutor | None = None
+
+    def run(self, works: Iterable[Callable[[], None]]) -> None:
+        self._pool = ThreadPoolExecutor(self._most, thread_name_prefix="automodel_conv")
+        try:
+            for work in works:
+                self.start(work)
+            # Who starts another one has not ended then, so none is overlooked.
+            while left := [future for future in self._futures if not future.done()]:
+                wait(left, return_when=FIRST_EXCEPTION)
+                if self._errors:
+                    break
+        finally:
+            with self._change:  # the pool itself may not know of a thread whose start a signal has interrupted
+                self._stop.set()
+                self._change.wait_for(lambda: not self._at_work)
+            self._pool.shutdown()
+        if self._errors:
+            raise self._errors[0]
+
+    def start(self, work: Callable[[], None]) -> None:
+        """Start one more, unless all are to end."""
+        with self._change:
+            if self._pool is not None and not self._stop.is_set():
+                self._futures.append(self._pool.submit(self._counted, work))
+
+    def _counted(self, work: Callable[[], None]) -> None:
+        with self._change:
+            if self._stop.is_set():
                 return
-            at_work.add(threading.get_ident())
+            self._at_work.add(threading.get_ident())
         try:
             work()
         except BaseException as error:
-            errors.append(error)
+            self._errors.append(error)
+            self._stop.set()
             raise
         finally:
-            with change:
-                at_work.remove(threading.get_ident())
-                change.notify()
-
-    pool = ThreadPoolExecutor(len(works), thread_name_prefix="automodel_conv")
-    try:
-        wait([pool.submit(counted, work) for work in works], return_when=FIRST_EXCEPTION)
-    finally:
-        with change:  # the pool itself may not know of a thread whose start a signal has interrupted
-            stop.set()
-            change.wait_for(lambda: not at_work)
-        pool.shutdown()
-    if errors:
-        raise errors[0]
+            with self._change:
+                self._at_work.remove(threading.get_ident())
+                self._change.notify()
 
 
 class _TorchThreads:

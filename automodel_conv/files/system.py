@@ -13,6 +13,7 @@ import os
 import shutil
 import sys
 import threading
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from typing import NamedTuple
@@ -29,6 +30,8 @@ IOV_MAX = 1024
 
 # Source: asm-generic/mman-common.h.
 _MADV_HUGEPAGE = 14
+_MADV_NOHUGEPAGE = 15
+_MADV_POPULATE_WRITE = 23
 
 # Source: linux/fs.h.
 _SYNC_FILE_RANGE_WRITE = 2
@@ -243,8 +246,29 @@ def _after(views: list[memoryview], count: int) -> list[memoryview]:
     return [views[full][count:], *views[full + 1 :]]
 
 
-def advise_huge_pages(address: int, nbytes: int) -> bool:
-    """Ask for huge pages within ``[address, address + nbytes)``; advice, so it never fails.
+def seconds_ready() -> float:
+    """How long this thread has had a core, or was ready to run and waited for one; off Linux the former alone.
+
+    Source: "schedstat" in proc(5): nanoseconds on a core, and waiting for one.
+    """
+    try:
+        fd = os.open("/proc/thread-self/schedstat", os.O_RDONLY)
+    except OSError:
+        return time.thread_time()
+    try:
+        running, ready, _ = os.read(fd, 128).split()
+    finally:
+        os.close(fd)
+    return (int(running) + int(ready)) / 1e9
+
+
+def knows_pages() -> bool:
+    """Whether this system takes advice about the pages of memory."""
+    return sys.platform == "linux"
+
+
+def advise_huge_pages(address: int, nbytes: int, use: bool = True) -> bool:
+    """Ask for huge pages within ``[address, address + nbytes)``, or for none; advice, so it never fails.
 
     Returns:
         Whether the kernel took it: False off Linux, below one whole page, or without huge pages.
@@ -253,13 +277,40 @@ def advise_huge_pages(address: int, nbytes: int) -> bool:
     stop = (address + nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
     if sys.platform != "linux" or stop <= start:
         return False
-    return _madvise()(start, stop - start, _MADV_HUGEPAGE) == 0
+    return _memory_call("madvise")(start, stop - start, _MADV_HUGEPAGE if use else _MADV_NOHUGEPAGE) == 0
+
+
+def make_pages(address: int, nbytes: int) -> bool:
+    """Make the pages of new memory, as if each was written to; those that are there keep what they hold.
+
+    Args:
+        address: of a page.
+        nbytes: of whole pages.
+
+    Returns:
+        Whether the system has done it: False off Linux, before Linux 5.14, and where memory is short.
+    """
+    return sys.platform == "linux" and _memory_call("madvise")(address, nbytes, _MADV_POPULATE_WRITE) == 0
+
+
+def resident_share(address: int, nbytes: int) -> float:
+    """How many of these pages are in memory, from 0 to 1; 1 where the system cannot tell.
+
+    Args:
+        address: of a page.
+        nbytes: of whole pages, at least one.
+    """
+    pages = bytearray(nbytes // mmap.PAGESIZE)
+    place = (ctypes.c_ubyte * len(pages)).from_buffer(pages)
+    if sys.platform != "linux" or _memory_call("mincore")(address, nbytes, ctypes.addressof(place)):
+        return 1.0
+    return pages.count(1) / len(pages)
 
 
 @functools.cache
-def _madvise():
-    function = ctypes.CDLL(None).madvise
-    function.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+def _memory_call(name: str):
+    function = getattr(ctypes.CDLL(None), name)
+    function.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p if name == "mincore" else ctypes.c_int)
     function.restype = ctypes.c_int
     return function
 
