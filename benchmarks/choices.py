@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import torch
 from rich.table import Table
 
-from automodel_conv.execution import copying, reading
+from automodel_conv.execution import copying, cpu, new_memory, reading
 from automodel_conv.execution import schedule as scheduling
 from automodel_conv.files import system
 from automodel_conv.kernels import transpose
@@ -33,7 +33,6 @@ from benchmarks.shapes import SMALL, qwen3_30b, write_checkpoint
 from benchmarks.show import show, show_environment
 
 AS_IT_IS = "as it is"
-_MADV_POPULATE_WRITE = 23
 _TITLES = ("seconds", "times as it is", "s of CPU", "page faults", "allocated")
 
 
@@ -53,16 +52,14 @@ def _each_tensor_alone() -> None:
     reading.calls_of = lambda parts: ([part] for part in parts)
 
 
-def _populate() -> None:
-    advise = system.advise_huge_pages
+def _pages(huge: bool, *, made_before: bool = True) -> Callable[[], None]:
+    def change() -> None:
+        # Of this size whatever the load says: where pages cannot be made, it asks for huge ones.
+        cpu.NewMemory = lambda tensors, _: new_memory.NewMemory(tensors, huge)  # type: ignore[assignment,misc]
+        if not made_before:
+            system.make_pages = lambda address, nbytes: False
 
-    def populated(address: int, nbytes: int) -> bool:
-        done = advise(address, nbytes)
-        start = -(-address // 4096) * 4096
-        system._madvise()(start, (address + nbytes) // 4096 * 4096 - start, _MADV_POPULATE_WRITE)
-        return done
-
-    system.advise_huge_pages = populated
+    return change
 
 
 def _plain_copy() -> None:
@@ -101,8 +98,10 @@ GROUPS: Mapping[str, Group] = {
         "warm",
         {
             AS_IT_IS: _nothing,
-            "no huge pages": _put(system, "advise_huge_pages", lambda *_: False),
-            "pages made before reading (MADV_POPULATE_WRITE)": _populate,
+            "huge pages": _pages(huge=True),
+            "small pages": _pages(huge=False),
+            "huge pages, made by page faults": _pages(huge=True, made_before=False),
+            "small pages, made by page faults": _pages(huge=False, made_before=False),
             "a call for each tensor": _each_tensor_alone,
             **_jobs_of(1, 32, 128),
         },
@@ -112,7 +111,8 @@ GROUPS: Mapping[str, Group] = {
         "warm",
         {
             AS_IT_IS: _nothing,
-            "no huge pages": _put(system, "advise_huge_pages", lambda *_: False),
+            "huge pages": _pages(huge=True),
+            "small pages": _pages(huge=False),
             "copy_ of torch from scratch": _plain_copy,
             "slabs of at most 1 MiB": _put(scheduling, "_SLAB_BYTES", 1 << 20),
             "slabs of at most 32 MiB": _put(scheduling, "_SLAB_BYTES", 32 << 20),

@@ -29,7 +29,7 @@ CHANGING = (
 READING = ("open_readonly", "preadv", "size", "list_names", "identity", "is_at", "lock", "free_bytes")
 NEVER_FAILING = (
     *("exists", "is_file", "is_directory", "is_link", "real_path", "close", "advise_huge_pages", "begin_writeback"),
-    *("is_cached", "drop_cache"),
+    *("is_cached", "drop_cache", "knows_pages", "make_pages", "resident_share", "seconds_ready"),
     *("read_exactly", "write_exactly"),  # which call preadv and pwritev
 )
 

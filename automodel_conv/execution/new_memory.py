@@ -68,9 +68,9 @@ class NewMemory:
     """
 
     def __init__(self, tensors: Sequence[Tensor], huge_pages: bool | None = None):
+        self._tensors = tensors  # whose memory must not go meanwhile
         spans = [(tensor.data_ptr(), span_bytes(tensor)) for tensor in tensors]
         self._spans = [_Span(*span) if span[1] >= _LEAST_BYTES and system.knows_pages() else None for span in spans]
-        self._sizes = [tensor.element_size() for tensor in tensors]
         self._policy = PagePolicy(huge_pages)
         self._without_measuring = huge_pages is not False
         self._lock = threading.Lock()
@@ -84,7 +84,7 @@ class NewMemory:
                 self._make(span, start, start + nbytes)
         for move in job.moves:
             if (span := spans[move.target]) is not None:
-                size = self._sizes[move.target]
+                size = self._tensors[move.target].element_size()
                 stop = move.target_offset + 1 + reach(move.shape, move.target_strides)
                 self._make(span, move.target_offset * size, stop * size)
 

@@ -48,6 +48,7 @@ class PageUse(NamedTuple):
         said = [
             f"{size} pages for {made / nbytes:.0%}" + (f" ({speed:.1f} GB/s)" if speed else "")
             for size, made, speed in sorted(sizes, key=lambda size: -size[1])
+            if made
         ]
         return f"{', '.join(said)} of {nbytes / 1e9:.2f} GB"
 

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from automodel_conv.execution import copying, reading
+from automodel_conv.execution import copying, cpu, reading
 from automodel_conv.execution import schedule as scheduling
 from automodel_conv.files import system
 from automodel_conv.kernels import transpose
@@ -18,7 +18,8 @@ CHANGED = (
     (reading, "calls_of"),
     (scheduling, "portion"),
     (scheduling, "_SLAB_BYTES"),
-    (system, "advise_huge_pages"),
+    (cpu, "NewMemory"),
+    (system, "make_pages"),
     (system, "open_readonly"),
     (transpose, "_MOST_ROWS"),
 )

@@ -16,7 +16,6 @@ from torch import Tensor
 
 from automodel_conv.dtypes import dtype_code, torch_dtype
 from automodel_conv.errors import ConversionError, ReadError, UnsupportedError
-from automodel_conv.execution import buffers as buffers_module
 from automodel_conv.execution import cpu, schedule, workers
 from automodel_conv.execution.buffers import allocate
 from automodel_conv.execution.cpu import load_files
@@ -398,9 +397,7 @@ def test_impossible_options_are_refused(tmp_path, options):
         load_files(plan, checkpoint, allocate(plan.targets), **options)
 
 
-def test_allocate_gives_the_shapes_and_dtypes_of_the_plan(tmp_path, monkeypatch):
-    advised = []
-    monkeypatch.setattr(buffers_module.system, "advise_huge_pages", lambda address, nbytes: advised.append(nbytes))
+def test_allocate_gives_the_shapes_and_dtypes_of_the_plan():
     targets = [
         Target("big", "F32", (3, 1 << 20), -1, (), ()),
         Target("s", "F8_E4M3", (), -1, (), ()),
@@ -408,7 +405,6 @@ def test_allocate_gives_the_shapes_and_dtypes_of_the_plan(tmp_path, monkeypatch)
     tensors = allocate(targets)
     assert (tensors["big"].shape, tensors["big"].dtype) == ((3, 1 << 20), torch.float32)
     assert (tensors["s"].shape, tensors["s"].dtype) == ((), torch.float8_e4m3fn)
-    assert advised == [12 << 20]
     with pytest.raises(UnsupportedError, match="odd"):
         allocate([Target("odd", "F6_E2M3", (4,), -1, (), ())])
 

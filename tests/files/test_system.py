@@ -3,6 +3,7 @@ import errno
 import mmap
 import os
 import sys
+import time
 
 import pytest
 
@@ -113,13 +114,18 @@ def test_error_of_the_system_names_file_and_offset(fd, file, monkeypatch):
 @pytest.mark.skipif(sys.platform != "linux", reason="madvise with huge pages is Linux's")
 def test_huge_page_advice_covers_whole_pages_inside_the_range_alone(monkeypatch):
     calls = []
-    monkeypatch.setattr(system, "_madvise", lambda: lambda *arguments: calls.append(arguments) or 0)
+    monkeypatch.setattr(system, "_memory_call", lambda name: lambda *arguments: calls.append((name, *arguments)) or 0)
     page = mmap.PAGESIZE
     assert system.advise_huge_pages(10 * page + 1, 3 * page)
     assert system.advise_huge_pages(10 * page, 2 * page + 5)
     assert not system.advise_huge_pages(10 * page + 1, 2 * page - 2)
     assert not system.advise_huge_pages(10 * page, 0)
-    assert calls == [(11 * page, 2 * page, 14), (10 * page, 2 * page, 14)]
+    assert system.advise_huge_pages(10 * page, page, use=False)
+    assert calls == [
+        ("madvise", 11 * page, 2 * page, 14),
+        ("madvise", 10 * page, 2 * page, 14),
+        ("madvise", 10 * page, page, 15),
+    ]
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="madvise with huge pages is Linux's")
@@ -133,10 +139,40 @@ def test_huge_page_advice_keeps_the_contents_and_ignores_refusal():
     assert not system.advise_huge_pages(2**64 - 2 * mmap.PAGESIZE, mmap.PAGESIZE)
 
 
-def test_huge_page_advice_does_nothing_elsewhere(monkeypatch):
+@pytest.mark.skipif(sys.platform != "linux", reason="populating pages is Linux's")
+def test_pages_are_made_once_and_keep_what_they_hold():
+    page = mmap.PAGESIZE
+    buffer = mmap.mmap(-1, 8 * page)
+    buffer[3 * page] = 7
+    address = ctypes.addressof(ctypes.c_char.from_buffer(buffer))
+    assert system.resident_share(address, 8 * page) == 1 / 8
+    assert system.make_pages(address, 6 * page)
+    assert system.resident_share(address, 8 * page) == 6 / 8
+    assert system.make_pages(address, 8 * page)
+    assert system.resident_share(address, 8 * page) == 1
+    assert buffer[3 * page] == 7
+    assert buffer[:].count(0) == 8 * page - 1
+    assert not system.make_pages(2**64 - 2 * page, page)
+    assert system.resident_share(2**64 - 2 * page, page) == 1
+
+
+def test_memory_is_left_alone_elsewhere(monkeypatch):
     monkeypatch.setattr(sys, "platform", "darwin")
-    monkeypatch.delattr(system, "_madvise")
+    monkeypatch.delattr(system, "_memory_call")
+    assert not system.knows_pages()
     assert not system.advise_huge_pages(0, 1 << 30)
+    assert not system.make_pages(0, 1 << 30)
+    assert system.resident_share(0, 1 << 30) == 1
+
+
+def test_a_thread_that_works_is_ready_and_one_that_sleeps_is_not():
+    before, begin = system.seconds_ready(), time.perf_counter()
+    while time.perf_counter() - begin < 0.05:
+        pass
+    worked = system.seconds_ready()
+    assert 0.02 < worked - before
+    time.sleep(0.2)
+    assert system.seconds_ready() - worked < 0.1
 
 
 def test_listing_and_kinds_of_paths(tmp_path, file):

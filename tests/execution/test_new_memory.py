@@ -1,0 +1,148 @@
+"""New memory gets its pages before bytes go there; old memory is left as it is, and so is all beside the buffers."""
+
+from __future__ import annotations
+
+import mmap
+import sys
+
+import pytest
+import torch
+
+from automodel_conv.execution.jobs import SCRATCH, Job, Move, Part
+from automodel_conv.execution.new_memory import BLOCK_BYTES, NewMemory
+from automodel_conv.files import system
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="pages are asked for on Linux")
+
+MIB = 1 << 20
+
+
+def new(nbytes):
+    """New memory of that many bytes, and the mapping that keeps it."""
+    mapping = mmap.mmap(-1, nbytes)
+    return torch.frombuffer(mapping, dtype=torch.uint8)
+
+
+def share(tensor):
+    start = -(-tensor.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
+    stop = (tensor.data_ptr() + tensor.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
+    return system.resident_share(start, stop - start)
+
+
+def part(start, nbytes, target=0):
+    return Part(0, 0, nbytes, target, start, 0)
+
+
+@pytest.fixture
+def advice(monkeypatch):
+    calls = []
+    stock = system.advise_huge_pages
+    monkeypatch.setattr(system, "advise_huge_pages", lambda *arguments: calls.append(arguments) or stock(*arguments))
+    return calls
+
+
+@pytest.mark.parametrize("huge_pages", [None, True, False])
+def test_what_a_job_writes_to_is_made_and_nothing_far_from_it(huge_pages):
+    buffer = new(64 * MIB)
+    memory = NewMemory([buffer], huge_pages)
+    memory.make_for(Job([part(16 * MIB + 5, 3 * MIB)], [], 0))
+    assert share(buffer[16 * MIB : 19 * MIB]) == 1
+    assert share(buffer[: 14 * MIB]) == share(buffer[22 * MIB :]) == 0
+    assert not buffer.any()
+
+
+@pytest.mark.parametrize("huge_pages", [True, False])
+def test_a_size_that_is_given_is_asked_for_once(huge_pages, advice):
+    buffers = [new(16 * MIB), new(16 * MIB)]
+    memory = NewMemory(buffers, huge_pages)
+    for _ in range(2):
+        memory.make_for(Job([part(start * MIB, MIB, n) for n in (0, 1) for start in range(16)], [], 0))
+    assert [share(buffer) for buffer in buffers] == [1, 1]
+    assert [call[2] for call in advice] == [huge_pages] * 2
+    use = memory.use()
+    assert (use.huge_bytes, use.small_bytes)[not huge_pages] == 32 * MIB
+    assert (use.huge_bytes, use.small_bytes)[huge_pages] == 0
+
+
+def test_the_span_of_a_move_is_made():
+    buffer = new(32 * MIB)
+    column = Move(0, "U8", (8, 16), (16, 1), 0, (2 * MIB, 1), 8 * MIB)
+    NewMemory([buffer]).make_for(Job([part(0, 128, SCRATCH)], [column], 128))
+    assert share(buffer[8 * MIB : 22 * MIB]) == 1
+    assert share(buffer[: 6 * MIB]) == 0
+
+
+def test_offsets_of_moves_count_elements():
+    buffer = new(32 * MIB).view(torch.float32)
+    NewMemory([buffer]).make_for(Job([], [Move(0, "F32", (16,), (1,), 0, (1,), 4 * MIB)], 64))
+    assert share(buffer.view(torch.uint8)[16 * MIB : 18 * MIB]) == 1
+    assert share(buffer.view(torch.uint8)[: 14 * MIB]) == 0
+
+
+def test_memory_that_was_written_to_is_left_as_it_is(advice):
+    buffer = new(16 * MIB).fill_(7)
+    memory = NewMemory([buffer])
+    memory.make_for(Job([part(0, 16 * MIB)], [], 0))
+    assert memory.use().huge_bytes == memory.use().small_bytes == 0
+    assert advice == []
+    assert bool((buffer == 7).all())
+
+
+def test_a_block_that_another_job_has_begun_is_made_too():
+    buffer = new(16 * MIB)
+    buffer[4 * MIB : 4 * MIB + 100] = 7
+    NewMemory([buffer]).make_for(Job([part(0, 16 * MIB)], [], 0))
+    assert share(buffer) == 1
+    assert int(buffer.sum()) == 700
+
+
+def test_small_buffers_are_left_to_the_system(advice):
+    buffer = new(2 * BLOCK_BYTES - mmap.PAGESIZE)
+    memory = NewMemory([buffer, torch.empty(0), torch.tensor(1)])
+    memory.make_for(Job([part(0, buffer.nbytes)], [], 0))
+    memory.make_all(1)
+    assert advice == []
+    assert share(buffer) == 0
+
+
+def test_nothing_outside_of_a_buffer_is_made():
+    whole = new(32 * MIB)
+    inside = whole[8 * MIB + 100 : 16 * MIB + 200]
+    NewMemory([inside]).make_all(2)
+    assert share(whole[8 * MIB + mmap.PAGESIZE : 16 * MIB]) == 1
+    assert share(whole[: 8 * MIB]) == share(whole[16 * MIB + mmap.PAGESIZE :]) == 0
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_all_of_it_is_made(threads):
+    buffers = [new(20 * MIB), new(5 * MIB).view(torch.bfloat16)]
+    memory = NewMemory(buffers)
+    memory.make_all(threads)
+    assert [share(buffer) for buffer in buffers] == [1, 1]
+    use = memory.use()
+    assert use.huge_bytes + use.small_bytes == 25 * MIB
+    assert None not in (use.huge_gb_per_s, use.small_gb_per_s)
+
+
+def test_both_sizes_are_tried(advice):
+    NewMemory([new(64 * MIB)]).make_all(1)
+    assert [call[2] for call in advice[:6]] == [True, False] * 3
+
+
+@pytest.mark.parametrize(("huge_pages", "asked"), [(None, True), (True, True), (False, False)])
+def test_a_system_that_cannot_make_pages_is_asked_for_huge_ones(monkeypatch, advice, huge_pages, asked):
+    monkeypatch.setattr(system, "make_pages", lambda address, nbytes: False)
+    buffer = new(64 * MIB)
+    memory = NewMemory([buffer], huge_pages)
+    memory.make_all(1)
+    assert advice[-1][2] is asked
+    assert share(buffer) == 0
+    assert memory.use().huge_gb_per_s is None
+
+
+def test_nothing_is_asked_where_the_system_knows_no_pages(monkeypatch, advice):
+    monkeypatch.setattr(system, "knows_pages", lambda: False)
+    buffer = new(16 * MIB)
+    NewMemory([buffer]).make_all(2)
+    assert advice == []
+    assert share(buffer) == 0

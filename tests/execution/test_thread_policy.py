@@ -1,0 +1,142 @@
+"""How many threads read, on machines that are simulated: the page cache, a disk, a network that answers late."""
+
+from __future__ import annotations
+
+import heapq
+import time
+
+import pytest
+
+from automodel_conv.execution import cpu, thread_policy
+from automodel_conv.execution.buffers import allocate
+from automodel_conv.execution.cpu import load_files
+from automodel_conv.execution.thread_policy import ThreadPolicy
+from automodel_conv.execution.workers import work_off
+from automodel_conv.files import system
+from automodel_conv.testing import assert_bytes_equal
+from tests.execution.support import moe, naive
+
+JOB_BYTES = 4 << 20
+MOST = 32
+
+
+class Machine:
+    """Reads of 4 MiB by threads: each waits, then needs a core; all together no faster than the way to the data."""
+
+    def __init__(self, wait_ms, core_ms=1.0, gb_per_s=100.0, cores=2):
+        self.wait, self.core, self.cores = 1e-3 * wait_ms, 1e-3 * core_ms, cores
+        self.shared = JOB_BYTES / (1e9 * gb_per_s)
+
+    def run(self, policy, jobs, change=None):
+        """Seconds that the jobs take with the threads that the policy wants, and their number after each."""
+        ends = [(0.0, n) for n in range(policy.threads)]
+        free_at, numbers = 0.0, []
+        for job in range(jobs):
+            if change is not None:
+                change(self, job)
+            now, thread = heapq.heappop(ends)
+            crowd = max(1.0, len(ends) * self.core / (self.cores * (self.core + self.wait)))
+            free_at = max(free_at + self.shared, now + self.wait)
+            end = free_at + self.core * crowd
+            policy.tell(JOB_BYTES, end - now - self.core * crowd, end - now, end)
+            numbers.append(policy.threads)
+            heapq.heappush(ends, (end, thread))
+            while len(ends) < policy.threads:
+                heapq.heappush(ends, (end, len(ends)))
+            while len(ends) > policy.threads:
+                heapq.heappop(ends)
+        return max(ends)[0], numbers
+
+
+def test_a_network_that_answers_late_gets_more_threads():
+    policy = ThreadPolicy(2, MOST)
+    seconds, numbers = Machine(wait_ms=50, gb_per_s=20).run(policy, 2000)
+    assert policy.threads == MOST
+    assert seconds < 0.2 * Machine(wait_ms=50, gb_per_s=20).run(ThreadPolicy(2, 2), 2000)[0]
+    assert numbers == sorted(numbers)
+
+
+def test_threads_that_do_not_wait_stay_as_many_as_they_are():
+    policy = ThreadPolicy(2, MOST)
+    _, numbers = Machine(wait_ms=0).run(policy, 2000)
+    assert set(numbers) == {2}
+
+
+def test_a_disk_at_its_limit_is_not_asked_by_more_threads_for_long():
+    policy = ThreadPolicy(4, MOST)
+    _, numbers = Machine(wait_ms=1, core_ms=0.5, gb_per_s=1.0).run(policy, 4000)
+    assert policy.threads == 4
+    assert sum(number > 4 for number in numbers) < 0.1 * len(numbers)
+
+
+def test_a_cache_that_ends_is_noticed():
+    def end(machine, job):
+        machine.wait = 0.05 if job > 500 else 0.0
+
+    policy = ThreadPolicy(2, MOST)
+    _, numbers = Machine(wait_ms=0, gb_per_s=20).run(policy, 3000, end)
+    assert set(numbers[:500]) == {2}
+    assert policy.threads >= 16
+
+
+def test_no_more_than_most():
+    policy = ThreadPolicy(3, 5)
+    Machine(wait_ms=50).run(policy, 1000)
+    assert policy.threads == 5
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_a_load_whose_reads_wait_gets_threads_and_right_bytes(tmp_path, monkeypatch, threads):
+    tensors, checkpoint, plan = moe(tmp_path, shape=(16, 64, 512))
+    monkeypatch.setattr(cpu, "_ADAPTED_BYTES", 0)
+    monkeypatch.setattr(cpu, "default_threads", lambda: threads)
+    monkeypatch.setattr(cpu, "schedule", _in_pieces_of(32 << 10))
+    for name, value in (("_WINDOW_BYTES", 0), ("_WINDOW_SECONDS", 0.0)):
+        monkeypatch.setattr(thread_policy, name, value)
+    stock = system.preadv
+
+    def late(*arguments):
+        time.sleep(0.005)
+        return stock(*arguments)
+
+    monkeypatch.setattr(system, "preadv", late)
+    buffers = allocate(plan.targets)
+    stats = load_files(plan, checkpoint, buffers)
+    for name, tensor in naive(plan, tensors).items():
+        assert_bytes_equal(buffers[name], tensor)
+    assert threads < stats.threads <= 32
+    assert load_files(plan, checkpoint, buffers, threads=threads).threads == threads
+
+
+def _in_pieces_of(nbytes):
+    stock = cpu.schedule
+
+    def schedule(*arguments, **options):
+        from automodel_conv.execution.schedule import runs
+
+        parts = [part for job in stock(*arguments, **options) for part in job.parts]
+        return list(runs(parts, nbytes))
+
+    return schedule
+
+
+def test_threads_come_and_go_as_they_are_wanted():
+    wanted, seen = iter([1, 4, 4, 2] + [1] * 100), []
+
+    def take(item):
+        time.sleep(0.002)
+        seen.append(item)
+
+    most = work_off(range(60), 1, lambda: take, most=4, wanted=lambda: next(wanted))
+    assert sorted(seen) == list(range(60))
+    assert most == 4
+
+
+def test_an_error_of_a_thread_that_came_later_is_raised():
+    def take(item):
+        if item == 30:
+            raise ValueError("thirty")
+        time.sleep(0.001)
+
+    with pytest.raises(ValueError, match="thirty"):
+        work_off(range(60), 1, lambda: take, most=8, wanted=lambda: 8)
