@@ -1,8 +1,8 @@
 """What a load of a checkpoint costs on this machine, against what the machine can do, and what bounds it.
 
 Measured on the targets of a plan up to a number of bytes, so that also a checkpoint larger than the memory can be
-looked at. The roof is the same bytes read in runs as long into new memory with huge pages, where they lie in no
-useful order: no load from these files on this machine can be faster.
+looked at. The roof is the same bytes read in runs as long into new memory, where they lie in no useful order; with huge
+pages or with small ones, whichever is faster here. Memory is as it comes.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from automodel_conv.errors import UnsupportedError, message
 from automodel_conv.execution.buffers import allocate, byte_view
 from automodel_conv.execution.cpu import default_threads, load_files
 from automodel_conv.execution.jobs import Job, Part
+from automodel_conv.execution.page_policy import PageUse
 from automodel_conv.execution.reading import OpenFiles, read_job, reading
 from automodel_conv.execution.schedule import RUN_BYTES, divide, runs
 from automodel_conv.execution.workers import work_off
 from automodel_conv.files import system
 from automodel_conv.files.checkpoint import Checkpoint, open_downloaded
 from automodel_conv.loading import compile_plan
-from automodel_conv.measuring import ready_memory
 from automodel_conv.planning.copies import Target
 from automodel_conv.planning.plan import CopyPlan
 
@@ -59,11 +59,15 @@ class Bench:
     first_seconds: float
     """The first read of the sample, as the roof reads it."""
     roof_seconds: Mapping[int, float]
-    """By threads, from the page cache."""
+    """By threads, from the page cache, with pages of the faster size."""
+    roof_has_huge_pages: bool
+    """The size that is faster with most numbers of threads."""
     default_threads: int
     """Of a load where nobody says it."""
     load_seconds: Mapping[int, float]
     """By threads, from the page cache, without opening and planning."""
+    pages: PageUse
+    """Of the new memory of the last load, which has measured which size is faster."""
     touch_gb_per_s: float
     """First writes to new memory that may have huge pages, by one thread."""
     touch_small_gb_per_s: float
@@ -127,15 +131,20 @@ def bench(
             with reading(file) as fd:
                 system.drop_cache(fd)
     cached = _cached(reads, checkpoint)
-    ready_memory(max(sample.bytes_written, sum(job.nbytes for job in reads)))
     counts = _counts(default_threads(), most_threads)
-    first = _seconds(partial(_read, reads, checkpoint, counts[-1]))
-    roofs: dict[int, list[float]] = {threads: [] for threads in counts}
+    first = _seconds(partial(_read, reads, checkpoint, counts[-1], huge=False))
+    roofs: dict[tuple[int, bool], list[float]] = {(threads, huge): [] for threads in counts for huge in (True, False)}
     loads: dict[int, list[float]] = {threads: [] for threads in counts}
+    pages = PageUse()
     for _ in range(RUNS):
         for threads in counts:
-            roofs[threads].append(_seconds(partial(_read, reads, checkpoint, threads)))
-            loads[threads].append(_seconds(partial(_load, sample, checkpoint, threads)))
+            for huge in (True, False):
+                roofs[threads, huge].append(_seconds(partial(_read, reads, checkpoint, threads, huge=huge)))
+            begin = time.perf_counter()
+            pages = _load(sample, checkpoint, threads)
+            loads[threads].append(time.perf_counter() - begin)
+    medians = {way: statistics.median(found) for way, found in roofs.items()}
+    huge_wins = sum(medians[threads, True] < medians[threads, False] for threads in counts)
     parts, _ = divide(sample.targets, [t.copies for t in sample.targets], checkpoint, plan.sources.decodes)
     return Bench(
         files=len(checkpoint.files),
@@ -149,8 +158,10 @@ def bench(
         cached=cached,
         first_seconds=first,
         default_threads=default_threads(),
-        roof_seconds={threads: statistics.median(found) for threads, found in roofs.items()},
+        roof_seconds={threads: min(medians[threads, True], medians[threads, False]) for threads in counts},
+        roof_has_huge_pages=2 * huge_wins > len(counts),
         load_seconds={threads: statistics.median(found) for threads, found in loads.items()},
+        pages=pages,
         touch_gb_per_s=_touch_gb_per_s(huge=True),
         touch_small_gb_per_s=_touch_gb_per_s(huge=False),
         huge_pages=_huge_pages(),
@@ -170,8 +181,8 @@ def advice(found: Bench) -> list[str]:
         said.append(text)
     if found.huge_pages == "never":
         said.append(
-            "Huge pages are off, and writing to new memory is slow without them: "
-            f"{found.touch_gb_per_s:.1f} GB/s. 'echo madvise > {_HUGE_PAGES}', as root, lets loads ask for them."
+            f"Huge pages are off; without them new memory is written at {found.touch_small_gb_per_s:.1f} GB/s. "
+            f"'echo madvise > {_HUGE_PAGES}', as root, lets loads ask for them, where they are faster."
         )
     by_default = found.load_seconds[found.default_threads]
     if by_default > 1.1 * load:
@@ -222,8 +233,8 @@ def _reads(plan: CopyPlan, checkpoint: Checkpoint) -> list[Job]:
     return list(runs(parts, RUN_BYTES))
 
 
-def _read(jobs: Sequence[Job], checkpoint: Checkpoint, threads: int) -> None:
-    memory = _new_memory(sum(job.nbytes for job in jobs), huge=True)
+def _read(jobs: Sequence[Job], checkpoint: Checkpoint, threads: int, huge: bool) -> None:
+    memory = _new_memory(sum(job.nbytes for job in jobs), huge)
     views = [byte_view(memory)]
     files = OpenFiles(checkpoint.files, jobs)
 
@@ -236,8 +247,8 @@ def _read(jobs: Sequence[Job], checkpoint: Checkpoint, threads: int) -> None:
         files.close()
 
 
-def _load(plan: CopyPlan, checkpoint: Checkpoint, threads: int) -> None:
-    load_files(plan, checkpoint, allocate(plan.targets), threads=threads)
+def _load(plan: CopyPlan, checkpoint: Checkpoint, threads: int) -> PageUse:
+    return load_files(plan, checkpoint, allocate(plan.targets), threads=threads).pages
 
 
 def _seconds(work: Callable[[], object]) -> float:
@@ -266,8 +277,7 @@ def _cached(jobs: Sequence[Job], checkpoint: Checkpoint) -> float | None:
 
 def _new_memory(nbytes: int, huge: bool) -> torch.Tensor:
     memory = torch.empty(nbytes, dtype=torch.uint8, device="cpu")
-    if huge:
-        system.advise_huge_pages(memory.data_ptr(), nbytes)
+    system.advise_huge_pages(memory.data_ptr(), nbytes, huge)
     return memory
 
 

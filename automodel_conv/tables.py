@@ -66,6 +66,9 @@ def report_table(report: LoadReport, tensors: int) -> Table:
     for phase, seconds in report.seconds.items():
         table.add_row(f"seconds: {phase}", f"{seconds:.3f}")
     table.add_row("peak extra memory, at most", f"{report.peak_extra_bytes / 2**20:.1f} MiB")
+    table.add_row("threads, at most", str(report.threads))
+    if report.pages is not None:
+        table.add_row("new memory", str(report.pages))
     table.add_row("made by transformers' own code", str(len(report.fallbacks)))
     if report.copied_by_kernels or report.copied_by_torch:
         table.add_row("copies on the device by kernels", str(report.copied_by_kernels))
@@ -114,10 +117,11 @@ def bench_tables(found: Bench) -> list[Table]:
     counts.add_row("first read", f"{found.sample_nbytes / 1e9 / found.first_seconds:.2f} GB/s")
     touched = f"{found.touch_gb_per_s:.2f} GB/s, without asking for huge pages {found.touch_small_gb_per_s:.2f}"
     counts.add_row("first write to new memory, one thread", touched)
-    counts.add_row("huge pages", found.huge_pages or "unknown")
-    speeds = Table(
-        "threads", caption=f"from the page cache, medians of {BENCH_RUNS}; roof: the bytes read, in no order"
-    )
+    counts.add_row("huge pages are allowed", found.huge_pages or "unknown")
+    counts.add_row("loads have chosen", str(found.pages))
+    size = "huge" if found.roof_has_huge_pages else "small"
+    caption = f"from the page cache, medians of {BENCH_RUNS}; roof: the bytes read, in no order, to new {size} pages"
+    speeds = Table("threads", caption=caption)
     for title in ("roof, GB/s", "load, GB/s", "load, seconds", "of the roof"):
         speeds.add_column(title, justify="right")
     for threads, seconds in found.load_seconds.items():

@@ -14,6 +14,7 @@ import automodel_conv as amc
 from automodel_conv import bench
 from automodel_conv.bench import Bench, advice
 from automodel_conv.cli import app
+from automodel_conv.execution.page_policy import PageUse
 from automodel_conv.files import system
 
 FOUND = Bench(
@@ -28,8 +29,10 @@ FOUND = Bench(
     cached=1.0,
     first_seconds=0.4,
     roof_seconds={1: 0.6, 2: 0.4},
+    roof_has_huge_pages=True,
     default_threads=2,
     load_seconds={1: 0.7, 2: 0.42},
+    pages=PageUse(2 * 10**9, 0, 7.0, 2.0),
     touch_gb_per_s=12.0,
     touch_small_gb_per_s=4.0,
     huge_pages="madvise",
