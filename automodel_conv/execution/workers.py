@@ -144,10 +144,9 @@ class _Crew:
             raise self._errors[0]
 
     def start(self, work: Callable[[], None]) -> None:
-        """Start one more, unless all are to end."""
-        with self._change:
-            if self._pool is not None and not self._stop.is_set():
-                self._futures.append(self._pool.submit(self._counted, work))
+        """Start one more, unless all are to end. Called by ``run`` or by one at work, so the pool takes it."""
+        if self._pool is not None and not self._stop.is_set():
+            self._futures.append(self._pool.submit(self._counted, work))
 
     def _counted(self, work: Callable[[], None]) -> None:
         with self._change:
