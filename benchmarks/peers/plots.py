@@ -68,9 +68,14 @@ def draw_memory(results: Sequence[Mapping[str, Any]], folder: Path) -> list[Path
 
     Args:
         results: of ``python -m benchmarks.peers``; rows of other machines and layouts than the first are left out.
+
+    Raises:
+        ValueError: no row is left.
     """
     rows = [row for result in results for row in result["rows"] if (row["machine"], row["cache"]) == (QUIET, "warm")]
-    layout = next(row["layout"] for row in rows if row["layout"])
+    layout = next((row["layout"] for row in rows if row["layout"]), None)
+    if layout is None:
+        raise ValueError("there are no loads on a quiet machine from a warm page cache to draw")
     spreads = {
         (row["memory"], row["method"]): measure.spread([run["seconds"] for run in row["runs"]])
         for row in rows
