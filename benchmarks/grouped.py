@@ -47,7 +47,7 @@ def per_expert(name: str, grouped: Tensor, first: int = 0) -> dict[str, Tensor]:
 
 
 def new_buffers(shapes: Mapping[str, tuple[int, ...]], transposed: bool) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Memory for a model in bfloat16, advised to use huge pages, and the view of it for each tensor of the checkpoint.
+    """Memory for a model in bfloat16, and the view of it for each tensor of the checkpoint.
 
     Args:
         shapes: as ``grouped_shapes`` tells them.
@@ -58,7 +58,6 @@ def new_buffers(shapes: Mapping[str, tuple[int, ...]], transposed: bool) -> tupl
     for name, shape in shapes.items():
         turned = transposed and name.endswith(GROUPED)
         made[name] = torch.empty((shape[0], shape[2], shape[1]) if turned else shape, dtype=torch.bfloat16)
-        advise_huge_pages(made[name])
         views |= per_expert(name, made[name].transpose(1, 2) if turned else made[name])
     return made, views
 

@@ -14,6 +14,7 @@ import os
 import platform
 import random
 import resource
+import signal
 import subprocess
 import sys
 import time
@@ -31,10 +32,13 @@ from torch import Tensor
 import automodel_conv
 from automodel_conv.demo import digests
 from automodel_conv.measuring import PeakMemory
+from benchmarks import memory
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 _HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 _IO = Path("/proc/self/io")
+_CPUS = Path("/proc/cpuinfo")
+_KILLED = (-signal.SIGKILL, 128 + signal.SIGKILL)  # as Python tells it, and as a shell does
 _PACKAGES = ("torch", "triton", "transformers", "safetensors", "numpy")
 
 
@@ -76,14 +80,28 @@ def run_interleaved(
     Raises:
         RuntimeError: a worker failed; with the end of what it printed.
     """
-    results: dict[str, list[dict[str, Any]]] = {method: [] for method in commands}
+
+    def run(method: str, repetition: int) -> dict[str, Any]:
+        before()
+        return run_worker(commands[method], repetition, variables=settings[method] if settings else None)
+
+    return interleaved(list(commands), repetitions, run)
+
+
+def interleaved(
+    methods: Sequence[str], repetitions: int, run: Callable[[str, int], dict[str, Any]]
+) -> dict[str, list[dict[str, Any]]]:
+    """Results of ``run``, which is given a method and a repetition, by method; methods take turns."""
+    results: dict[str, list[dict[str, Any]]] = {method: [] for method in methods}
     for repetition in range(repetitions):
-        for method in shuffled(list(commands), repetition):
-            before()
-            variables = settings[method] if settings else None
-            results[method].append(run_worker(commands[method], repetition, variables=variables))
+        for method in shuffled(methods, repetition):
+            results[method].append(run(method, repetition))
             sys.stderr.write(f"  round {repetition + 1} of {repetitions}: {method}\n")
     return results
+
+
+class Killed(RuntimeError):
+    """A worker was killed, as by a limit of memory."""
 
 
 def run_worker(
@@ -91,17 +109,20 @@ def run_worker(
     repetition: int,
     timeout_s: float | None = None,
     variables: Mapping[str, str] | None = None,
+    prefix: Sequence[str] = (),
 ) -> dict[str, Any]:
     """What a worker printed.
 
     Args:
         variables: of its environment, besides those of this process.
+        prefix: a command that runs the one after it.
 
     Raises:
+        Killed: it was killed.
         RuntimeError: it failed; with the end of what it printed.
         subprocess.TimeoutExpired: it took longer.
     """
-    command = [sys.executable, *arguments, "--repetition", str(repetition)]
+    command = [*prefix, sys.executable, *arguments, "--repetition", str(repetition)]
     run = subprocess.run(
         command,
         capture_output=True,
@@ -110,6 +131,8 @@ def run_worker(
         timeout=timeout_s,
         env={**os.environ, **(variables or {})},
     )
+    if run.returncode in _KILLED:
+        raise Killed(f"{' '.join(command)} was killed")
     if run.returncode:
         raise RuntimeError(f"{' '.join(command)} failed:\n{run.stderr[-4000:]}")
     return json.loads(run.stdout.splitlines()[-1])
@@ -207,8 +230,12 @@ def read_through(directory: str) -> int:
     return total
 
 
-def environment() -> dict[str, Any]:
-    """What a number cannot be read without."""
+def environment(touch: bool = False) -> dict[str, Any]:
+    """What a number cannot be read without.
+
+    Args:
+        touch: how fast memory is touched, too (``memory.touch_speeds``), which takes 2 GB and half a minute at most.
+    """
     versions: dict[str, str | None] = {"automodel_conv": automodel_conv.__version__}
     for package in _PACKAGES:
         try:
@@ -220,12 +247,44 @@ def environment() -> dict[str, Any]:
         "python": platform.python_version(),
         "kernel": platform.release(),
         "machine": platform.machine(),
+        "cpu": _cpu(),
+        "memory_bytes": memory.total_bytes(),
         "cores": cores(),
         "load_average": [round(load, 2) for load in os.getloadavg()],
         "huge_pages": _HUGE_PAGES.read_text().strip() if _HUGE_PAGES.exists() else None,
+        "touched_gb_per_s": memory.touch_speeds() if touch else None,
         "commit": _commit(),
         "versions": versions,
     }
+
+
+def about(environment: Mapping[str, Any]) -> str:
+    """The machine in a line, as far as it is known."""
+    cpu, total, pages, speeds = (
+        environment.get(key) for key in ("cpu", "memory_bytes", "huge_pages", "touched_gb_per_s")
+    )
+    told = [
+        f"{environment['cores']} cores of {cpu or environment['machine']}",
+        f"{total / 2**30:.0f} GiB" if total else "",
+        f"Linux {environment['kernel']}",
+        f"transparent huge pages: {_chosen(pages)}" if pages else "",
+    ]
+    if speeds:
+        just, ago = (f"{speeds[name]:.1f} GB/s" for name in ("freed_just_now", "freed_seconds_ago"))
+        goes = "goes back to the host" if memory.goes_back(speeds) else "stays with the machine"
+        told.append(f"memory is touched at {just} if it was freed just now, at {ago} if 3 s ago: free memory {goes}")
+    return "; ".join(filter(None, told)) + "."
+
+
+def _chosen(setting: str) -> str:
+    """The word in brackets, as files of /sys mark what is set."""
+    return next((word.strip("[]") for word in setting.split() if word.startswith("[")), setting)
+
+
+def _cpu() -> str | None:
+    """As /proc/cpuinfo has it, where there is one and it does."""
+    lines = _CPUS.read_text().splitlines() if _CPUS.exists() else []
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), None)
 
 
 def _commit() -> str | None:

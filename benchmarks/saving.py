@@ -1,7 +1,8 @@
 """Saving a grouped model, and converting on disk: seconds, GB/s and peak memory, ours, transformers and ``cp``.
 
     python -m benchmarks.saving [--layers N] [--smoke] [--repetitions N] [--threads N] [--shard-size SIZE]
-                                [--method NAME ...] [--directory DIR] [--json FILE] [--table FILE]
+                                [--method NAME ...] [--memory ready|as-found ...] [--directory DIR] [--json FILE]
+    python -m benchmarks.saving --table FILE       the tables again from that JSON
 
 The checkpoint is that of ``benchmarks.peers``: N layers with the experts of Qwen3-30B-A3B (2 are 2.4 GB), a tensor
 per expert and projection. Beside it lies the same one grouped, ``[E, 2I, H]``. All files that are written have at most
@@ -24,10 +25,10 @@ there is a fair pair, both are also measured followed by fsync of all files they
 ``verify=False`` where nothing is said; "verified" reads every file back and compares it with the source.
 
 Every run is a process of its own that does the same with a tiny checkpoint first: imports and everything made once are
-not timed. Its sources are in the page cache, nothing of earlier runs waits to be written, and memory of three times the
-size of the files was touched and given back, see ``benchmarks.peers``. Memory is the peak above the level at the
-start of the timing; by then the imports are done, and for save the model is loaded. That of ``cp`` is not measured. CPU
-time is that of the process and of ``cp``, without what the kernel does later to write to the disk.
+not timed. Its sources are in the page cache, nothing of earlier runs waits to be written, and free memory is in one of
+two states, made ready or as found, see ``benchmarks/memory.py``. Memory is the peak above the level at the start of the
+timing; by then the imports are done, and for save the model is loaded. That of ``cp`` is not measured. CPU time is that
+of the process and of ``cp``, without what the kernel does later to write to the disk.
 
 In the first round each run also computes a digest of the tensors in the files it made, by name, dtype, shape and bytes;
 what was transposed is transposed back for it by torch. No number is printed unless all that end per expert agree with
@@ -56,8 +57,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import automodel_conv as amc
-from automodel_conv.measuring import PeakMemory, ready_memory
-from benchmarks import measure
+from automodel_conv.measuring import PeakMemory
+from benchmarks import measure, memory
 from benchmarks.shapes import SMALL, Shape, qwen3_30b, write_checkpoint
 from benchmarks.show import show, show_environment
 
@@ -173,8 +174,12 @@ def _methods() -> dict[str, Method]:
 METHODS: Mapping[str, Method] = _methods()
 
 
-def work(name: str, directory: str, threads: int, shard_size: str, repetition: int) -> dict[str, Any]:
-    """One run, in this process."""
+def work(name: str, directory: str, threads: int, shard_size: str, state: str, repetition: int) -> dict[str, Any]:
+    """One run, in this process.
+
+    Args:
+        state: of free memory.
+    """
     from transformers.utils import logging
 
     warnings.simplefilter("ignore")
@@ -186,7 +191,7 @@ def work(name: str, directory: str, threads: int, shard_size: str, repetition: i
     method.prepare(tiny)(out)
     shutil.rmtree(out)
     run = method.prepare(big)
-    ready_memory(3 * _bytes_in(big.files(PER_EXPERT)))
+    memory.prepare(state, _bytes_in(big.files(PER_EXPERT)))
     os.sync()  # the tiny one's files too
     with PeakMemory() as peak:
         start, start_cpu = time.perf_counter(), _cpu_seconds()
@@ -242,9 +247,15 @@ def write_checkpoints(shape: Shape, root: str, threads: int, shard_size: str) ->
 
 
 def run(
-    shape: Shape, methods: list[str], repetitions: int, threads: int, shard_size: str, directory: str | None
+    shape: Shape,
+    methods: list[str],
+    states: list[str],
+    repetitions: int,
+    threads: int,
+    shard_size: str,
+    directory: str | None,
 ) -> dict[str, Any]:
-    """All runs, and the bytes of the files.
+    """All runs, by state of free memory and method, and the bytes of the files.
 
     Raises:
         RuntimeError: the digests of two methods differ, or a run failed.
@@ -253,21 +264,29 @@ def run(
         show(f"  writing {shape.name} to {root}", err=True)
         write_checkpoints(shape, root, threads, shard_size)
         big = os.path.join(root, "big")
-        commands = {
-            method: ["-m", "benchmarks.saving", "--worker", method, root, str(threads), shard_size]
-            for method in methods
-        }
 
-        def before() -> None:
-            for form in (PER_EXPERT, GROUPED):
-                measure.read_through(os.path.join(big, form))
-            os.sync()
+        def run_all(state: str) -> dict[str, list[dict[str, Any]]]:
+            worker = ["-m", "benchmarks.saving", "--worker"]
+            commands = {method: [*worker, method, root, str(threads), shard_size, state] for method in methods}
 
-        runs = measure.run_interleaved(commands, repetitions, before)
+            def before() -> None:
+                for form in (PER_EXPERT, GROUPED):
+                    measure.read_through(os.path.join(big, form))
+                os.sync()
+                memory.wait(state)
+
+            return measure.run_interleaved(commands, repetitions, before)
+
+        runs = {state: run_all(state) for state in states}
         at_start = digest_of(os.path.join(big, PER_EXPERT))
         file_bytes = _bytes_in(os.path.join(big, PER_EXPERT))
     for form, known in ((PER_EXPERT, {"the files at the start": at_start}), (GROUPED, {})):
-        found = known | {name: runs[name][0]["digest"] for name in methods if METHODS[name].makes == form}
+        found = known | {
+            f"{name}, {state}": each[name][0]["digest"]
+            for state, each in runs.items()
+            for name in methods
+            if METHODS[name].makes == form
+        }
         if len(set(found.values())) > 1:
             raise RuntimeError(f"the methods do not make the same tensors: {found}")
     return {
@@ -280,11 +299,13 @@ def run(
     }
 
 
-def table(result: Mapping[str, Any]) -> Table:
-    file_bytes, runs = result["file_bytes"], result["runs"]
+def table(result: Mapping[str, Any], state: str) -> Table:
+    """Of the runs in one state of free memory."""
+    file_bytes, runs = result["file_bytes"], result["runs"][state]
     shown = Table(
         title=f"{result['shape']}: {file_bytes / 1e9:.2f} GB of files, {result['threads']} threads, "
-        f"sources in the page cache, {len(next(iter(runs.values())))} runs each: median (20th-80th percentile)",
+        f"sources in the page cache, {memory.MEMORY[state]}, {len(next(iter(runs.values())))} runs each: "
+        "median (20th-80th percentile)",
         title_justify="left",
     )
     shown.add_column("method")
@@ -326,30 +347,37 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--threads", type=int, default=measure.cores())
     parser.add_argument("--shard-size", default="1GB", help="of the files that are written")
     parser.add_argument("--method", action="append", choices=METHODS, help="default: all")
+    parser.add_argument("--memory", action="append", choices=memory.MEMORY, help="default: both")
     parser.add_argument("--directory", help="where a temporary directory is made; it needs three times the files")
     parser.add_argument("--json", metavar="FILE", help="write all runs and the environment")
-    parser.add_argument("--table", metavar="FILE", help="only print the table of such a file")
-    parser.add_argument("--worker", nargs=4, help=argparse.SUPPRESS)
+    parser.add_argument("--table", metavar="FILE", help="only print the tables of such a file")
+    parser.add_argument("--worker", nargs=5, help=argparse.SUPPRESS)
     parser.add_argument("--repetition", type=int, default=0, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if options.worker:
-        method, directory, threads, shard_size = options.worker
-        result = work(method, directory, int(threads), shard_size, options.repetition)
+        method, directory, threads, shard_size, state = options.worker
+        result = work(method, directory, int(threads), shard_size, state, options.repetition)
         sys.stdout.write(json.dumps(result) + "\n")
         return
     if options.table:
         result = measure.read_json(options.table)
-        show_environment(result["environment"])
-        show(table(result))
+        _show(result)
         return
-    environment = measure.environment()
+    environment = measure.environment(touch=not options.smoke)
     shape, shard_size = (SMALL, TINY_SHARD) if options.smoke else (qwen3_30b(options.layers), options.shard_size)
     methods = options.method or list(METHODS)
-    result = run(shape, methods, options.repetitions, options.threads, shard_size, options.directory)
+    states = options.memory or list(memory.MEMORY)
+    found = run(shape, methods, states, options.repetitions, options.threads, shard_size, options.directory)
     environment["file_system"] = _file_system(options.directory)
-    show_environment(environment)
-    show(table(result))
-    measure.write_json(options.json, {"environment": environment, **result})
+    result = {"environment": environment, **found}
+    _show(result)
+    measure.write_json(options.json, result)
+
+
+def _show(result: Mapping[str, Any]) -> None:
+    show_environment(result["environment"])
+    for state in result["runs"]:
+        show(table(result, state))
 
 
 def _file_system(directory: str | None) -> str | None:

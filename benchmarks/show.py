@@ -9,6 +9,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks import measure
+
 
 def show(what: str | Table, err: bool = False) -> None:
     terminal = sys.stderr.isatty() if err else sys.stdout.isatty()
@@ -18,4 +20,5 @@ def show(what: str | Table, err: bool = False) -> None:
 def show_environment(found: Mapping[str, Any]) -> None:
     versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
     load = ", ".join(str(load) for load in found["load_average"])
-    show(f"Python {found['python']}, {versions}; {found['cores']} cores, load average {load}")
+    show(f"Python {found['python']}, {versions}; load average {load}")
+    show(measure.about(found))

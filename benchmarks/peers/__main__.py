@@ -1,8 +1,9 @@
 """The same checkpoint to the same final buffers, by everything a user would pick: seconds, memory, faults, bytes.
 
     python -m benchmarks.peers [--layers N] [--size full|small] [--repetitions N] [--threads N] [--method NAME ...]
-                               [--cache warm|cold ...] [--directory DIR] [--json FILE]
-    python -m benchmarks.peers --from FILE             the README's table from that JSON
+                               [--memory ready|as-found ...] [--cache warm|cold ...] [--layout LAYOUT ...]
+                               [--machine NAME ...] [--directory DIR] [--json FILE]
+    python -m benchmarks.peers --from FILE ... [--plot DIR]    the README's tables from such JSON, and the plot
 
 The checkpoint has N layers with the experts of Qwen3-30B-A3B (128 experts, hidden 2048, intermediate 768; 2 layers are
 2.4 GB), random numbers in bfloat16, a tensor per expert and projection, two files a layer. It lies in a temporary
@@ -10,16 +11,24 @@ directory that is removed at the end. What each method does is said in ``methods
 ``roofs.py``; peers are pinned in ``benchmarks/peers.txt`` and installed into ``.venv/peers``.
 
 Every run is a process of its own that first loads a tiny checkpoint in the same way: imports and what is made once are
-not timed. Last before the timing it touches memory of three times the size of the files and gives it back: on a virtual
-machine the first touch of memory that the host had taken is many times slower than the reading. Timed is from
-the call, buffers included, until all bytes are in their final places. Methods take turns; medians and 20th to 80th
-percentiles are told.
+not timed. Timed is from the call, buffers included, until all bytes are in their final places; "s of reading" is what
+ours tells of that phase. Methods take turns; medians and 20th to 80th percentiles are told.
 
-The same for all: ``THP_MEM_ALLOC_ENABLE=1``, so that torch advises its large allocations to use huge pages, and buffers
-given to peers are advised too, except in the row that says so; the number of threads, where one can choose it. On a
-warm page cache fastsafetensors and Run:ai's streamer are told to read through it (``FASTSAFETENSORS_ODIRECT=0``,
-``RUNAI_STREAMER_FS_STRATEGY=sync_buffered``), on a cold one they have their defaults. Cold: every file is written back
-and dropped from the page cache, which mincore(2) then confirms; what is below (a host, a controller) may still hold it.
+Free memory is in one of two states (``benchmarks/memory.py``). "ready": the process touches memory of three times the
+size of the files and gives it back, last before the timing. "as-found": nothing is touched, and between runs the driver
+waits until a virtual machine has given its free memory back to the host. The first tells what the code costs, the
+second what a user's process sees.
+
+While memory is ready, torch is told to ask for huge pages (``THP_MEM_ALLOC_ENABLE=1``) in all rows but ours, which asks
+by itself, and the one that says so. As found, only the row that says so is told. The number of threads is the same for
+all, where one can choose it. On a warm page cache fastsafetensors and Run:ai's streamer are told to read through it
+(``FASTSAFETENSORS_ODIRECT=0``, ``RUNAI_STREAMER_FS_STRATEGY=sync_buffered``), on a cold one they have their defaults.
+Cold: every file is written back and dropped from the page cache, which mincore(2) then confirms; what is below (a host,
+a controller) may still hold it.
+
+``--machine`` loads in a state that a machine may be in, memory as found, to ``[E, 2I, H]``; unless ``--method`` says
+otherwise, by ``from_pretrained`` as it comes and ours, beside the roofs. ``machines.py`` makes these states. A state
+that cannot be made here stands in the result with why, and a method that was killed there stands so too.
 
 Memory is the peak above the level at the start of the timing: anonymous memory is what was allocated, resident memory
 has mapped files besides. Bytes read are those of calls and of mapped pages on a warm cache, those of the disk on a cold
@@ -34,53 +43,99 @@ import json
 import os
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
-from benchmarks import measure
+from benchmarks import measure, memory
 from benchmarks.peers import overlay, tables
+from benchmarks.peers.machines import MACHINES, QUIET, CannotBeMade
 from benchmarks.peers.methods import METHODS
 from benchmarks.peers.roofs import ROOFS
-from benchmarks.peers.worker import CACHES, LAYOUTS, Job, variables, work
+from benchmarks.peers.running import run_jobs
+from benchmarks.peers.worker import CACHES, LAYOUTS, Job, work
 from benchmarks.shapes import SMALL, Shape, qwen3_30b, write_checkpoint
 from benchmarks.show import show, show_environment
 
+_ON_A_MACHINE = ("transformers-as-it-comes", "ours")
 
-def jobs_of(methods: Sequence[str], caches: Sequence[str], big: str, warm_up: str, threads: int) -> list[Job]:
-    """What is run in a round: roofs, then every method in both layouts, for each state of the page cache."""
+
+def jobs_of(
+    methods: Sequence[str],
+    layouts: Sequence[str],
+    caches: Sequence[str],
+    state: str,
+    big: str,
+    warm_up: str,
+    threads: int,
+) -> dict[str, Job]:
+    """What is run in a round: roofs, then every method in each layout, for each state of the page cache.
+
+    Args:
+        state: of free memory.
+    """
     jobs = []
     for cache in caches:
-        of = {"points": [(big, threads)], "warm_up": warm_up, "cache": cache}
-        jobs += [Job(name, layout="", **of) for name, roof in ROOFS.items() if cache in roof.caches]
-        jobs += [Job(name, layout=layout, **of) for layout in LAYOUTS for name in methods]
-    return jobs
-
-
-def _huge_pages(name: str) -> bool:
-    return name in ROOFS or METHODS[name].huge_pages
+        of = {"points": [(big, threads)], "warm_up": warm_up, "cache": cache, "memory": state}
+        jobs += [Job(name, layout="", **of) for name, r in ROOFS.items() if cache in r.caches and state in r.memory]
+        jobs += [Job(name, layout=layout, **of) for layout in layouts for name in methods]
+    return {f"{job.method} {job.layout} {job.cache}": job for job in jobs}
 
 
 def run(
-    shape: Shape, methods: Sequence[str], caches: Sequence[str], repetitions: int, threads: int, directory: str | None
+    shape: Shape,
+    machines: Sequence[str],
+    states: Sequence[str],
+    methods: Sequence[str] | None,
+    layouts: Sequence[str],
+    caches: Sequence[str],
+    repetitions: int,
+    threads: int,
+    directory: str | None,
 ) -> dict[str, Any]:
-    """All runs, by method, layout and state of the page cache.
+    """All runs, by machine, state of free memory and of the page cache, layout and method.
+
+    Args:
+        states: of free memory; on a machine that is not quiet it is as found.
+        methods: None: all on a quiet machine, elsewhere the two that most is said by.
 
     Raises:
         RuntimeError: two methods do not make the same tensors, or a run failed.
     """
+    rows: list[dict[str, Any]] = []
+    not_made: dict[str, str] = {}
     with tempfile.TemporaryDirectory(prefix="benchmark-peers-", dir=directory) as root:
         big, warm_up = os.path.join(root, "big"), os.path.join(root, "warm-up")
         show(f"  writing {shape.name} to {big}", err=True)
         write_checkpoint(shape, big)
         write_checkpoint(SMALL, warm_up)
-        jobs = {f"{j.method} {j.layout} {j.cache}": j for j in jobs_of(methods, caches, big, warm_up, threads)}
-        found = measure.run_interleaved(
-            {key: ["-m", "benchmarks.peers", "--worker", json.dumps(job.as_dict())] for key, job in jobs.items()},
-            repetitions,
-            lambda: None,
-            {key: variables(job.cache, _huge_pages(job.method)) for key, job in jobs.items()},
-        )
+        os.sync()
         nbytes = measure.file_bytes(big)
+        for name in machines:
+            alone = name == QUIET
+            wanted = methods or (list(METHODS) if alone else _ON_A_MACHINE)
+            with tempfile.TemporaryDirectory(dir=root) as place:
+                try:
+                    with MACHINES[name].make(big, place, shape is not SMALL) as made:
+                        for state in states if alone else (memory.AS_FOUND,):
+                            on = [cache for cache in caches if cache in MACHINES[name].caches]
+                            to = layouts if alone else layouts[:1]
+                            jobs = jobs_of(wanted, to, on, state, made.directory, warm_up, threads)
+                            rows += _rows(name, jobs, run_jobs(jobs, repetitions, made))
+                except CannotBeMade as error:
+                    not_made[name] = str(error)
+    tables.check(rows)
+    return {
+        "shape": shape.name,
+        "source": shape.source,
+        "file_bytes": nbytes,
+        "threads": threads,
+        "rows": rows,
+        "not_made": not_made,
+    }
+
+
+def _rows(machine: str, jobs: Mapping[str, Job], found: Mapping[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
     rows = []
     for key, job in jobs.items():
         of_method = METHODS.get(job.method)
@@ -89,13 +144,14 @@ def run(
                 "method": job.method,
                 "title": of_method.title if of_method else ROOFS[job.method].title,
                 "version": overlay.version(of_method.package) if of_method else None,
-                "layout": job.layout,
+                "machine": machine,
+                "memory": job.memory,
                 "cache": job.cache,
-                "runs": [one["loads"][0] for one in found[key]],
+                "layout": job.layout,
+                "runs": found[key],
             }
         )
-    tables.check(rows)
-    return {"shape": shape.name, "source": shape.source, "file_bytes": nbytes, "threads": threads, "rows": rows}
+    return rows
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -107,10 +163,14 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--repetitions", type=int, default=5)
     parser.add_argument("--threads", type=int, default=measure.cores())
     parser.add_argument("--method", action="append", choices=METHODS, help="default: all")
+    parser.add_argument("--memory", action="append", choices=memory.MEMORY, help="default: both")
     parser.add_argument("--cache", action="append", choices=CACHES, help="default: both")
+    parser.add_argument("--layout", action="append", choices=LAYOUTS, help="default: both")
+    parser.add_argument("--machine", action="append", choices=MACHINES, help="default: quiet")
     parser.add_argument("--directory", help="where a temporary directory is made; it needs the size of the files")
     parser.add_argument("--json", metavar="FILE", help="write all runs and the environment")
-    parser.add_argument("--from", dest="source", metavar="FILE", help="print the table of such a file in Markdown")
+    parser.add_argument("--from", dest="sources", nargs="+", metavar="FILE", help="print their tables in Markdown")
+    parser.add_argument("--plot", metavar="DIR", help="with --from: draw both states of free memory there, too")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     parser.add_argument("--repetition", type=int, default=0, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
@@ -118,20 +178,42 @@ def main(arguments: list[str] | None = None) -> None:
         loads = work(Job(**json.loads(options.worker)), options.repetition)
         sys.stdout.write(json.dumps({"loads": loads}) + "\n")
         return
-    if options.source:
-        sys.stdout.write(tables.markdown(measure.read_json(options.source)))
+    if options.sources:
+        results = [measure.read_json(source) for source in options.sources]
+        sys.stdout.write("\n".join(tables.markdown(result) for result in results))
+        if options.plot:
+            _draw(results, options.plot)
         return
-    methods = options.method or list(METHODS)
+    small = options.size == "small"
+    machines = options.machine or [QUIET]
+    methods = options.method or (METHODS if QUIET in machines else _ON_A_MACHINE)
     if not all(METHODS[method].installed for method in methods):
         overlay.use()
-    environment = measure.environment()
-    shape = SMALL if options.size == "small" else qwen3_30b(options.layers)
-    caches = options.cache or list(CACHES)
-    result = run(shape, methods, caches, options.repetitions, options.threads, options.directory)
+    environment = measure.environment(touch=not small)
+    result = run(
+        SMALL if small else qwen3_30b(options.layers),
+        machines,
+        options.memory or list(memory.MEMORY),
+        options.method,
+        options.layout or list(LAYOUTS),
+        options.cache or list(CACHES),
+        options.repetitions,
+        options.threads,
+        options.directory,
+    )
+    result = {"environment": environment, **result}
     show_environment(environment)
     for table in tables.terminal(result):
         show(table)
-    measure.write_json(options.json, {"environment": environment, **result})
+    measure.write_json(options.json, result)
+
+
+def _draw(results: Sequence[Mapping[str, Any]], folder: str) -> None:
+    overlay.use()
+    from benchmarks.peers.plots import draw_memory
+
+    for path in draw_memory(results, Path(folder)):
+        show(str(path), err=True)
 
 
 if __name__ == "__main__":

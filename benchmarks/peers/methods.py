@@ -11,6 +11,7 @@ import glob
 import os
 from collections.abc import Callable, Mapping
 from contextlib import closing
+from functools import partial
 from importlib import import_module
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -20,6 +21,7 @@ from torch import Tensor
 
 import automodel_conv as amc
 from benchmarks.grouped import GROUPED, grouped_shapes, new_buffers
+from benchmarks.memory import AS_FOUND, READY
 
 Run = Callable[[], dict[str, Tensor]]
 """What is timed."""
@@ -28,6 +30,12 @@ Prepare = Callable[[str, int, bool], Run]
 # NeMo's names of what transformers calls otherwise.
 _NEMO_NAMES = {"gate_up_proj": "gate_and_up_projs", "down_proj": "down_projs"}
 _TRANSFORMERS_NAMES = {nemo: name for name, nemo in _NEMO_NAMES.items()}
+
+
+class Loaded(dict[str, Tensor]):
+    """Tensors by name, and how long reading alone took, of those who tell it."""
+
+    read_seconds: float | None = None
 
 
 class Method(NamedTuple):
@@ -39,8 +47,8 @@ class Method(NamedTuple):
     prepare: Prepare
     installed: bool = True
     """Whether the development environment has it."""
-    huge_pages: bool = True
-    """Whether torch is told to ask for huge pages, which it does not do by itself."""
+    huge_pages: tuple[str, ...] = (READY,)
+    """The states of memory in which torch is told to ask for huge pages, which it does not do by itself."""
 
 
 def from_pretrained(directory: str, threads: int, transposed: bool) -> Run:
@@ -233,14 +241,16 @@ def _nemo_adapter(shapes: Mapping[str, tuple[int, ...]]) -> Any:
     return adapters.Qwen3MoeStateDictAdapter(SimpleNamespace(), config, backend, dtype=torch.bfloat16)
 
 
-def ours(directory: str, threads: int, transposed: bool) -> Run:
+def ours(directory: str, threads: int, transposed: bool, **choices: Any) -> Run:
     """``load_state_dict``, given transformers' rules of the model; the shapes follow from them and the files."""
     rules = amc.get_checkpoint_conversion_mapping("qwen3_moe")
 
-    def run() -> dict[str, Tensor]:
+    def run() -> Loaded:
         layout = "nemo" if transposed else None
-        loaded = amc.load_state_dict(directory, rules=rules, layout=layout, threads=threads)
-        return {_renamed(name, _TRANSFORMERS_NAMES): tensor for name, tensor in loaded.items()}
+        loaded = amc.load_state_dict(directory, rules=rules, layout=layout, threads=threads, **choices)
+        made = Loaded({_renamed(name, _TRANSFORMERS_NAMES): tensor for name, tensor in loaded.items()})
+        made.read_seconds = loaded.report.seconds["read"]
+        return made
 
     return run
 
@@ -255,9 +265,11 @@ def _files(directory: str) -> list[str]:
 
 
 METHODS: Mapping[str, Method] = {
-    "transformers": Method("transformers from_pretrained", "transformers", from_pretrained),
+    "transformers": Method(
+        "transformers from_pretrained, huge pages", "transformers", from_pretrained, huge_pages=(READY, AS_FOUND)
+    ),
     "transformers-as-it-comes": Method(
-        "the same without huge pages, as it comes", "transformers", from_pretrained, huge_pages=False
+        "transformers from_pretrained, as it comes", "transformers", from_pretrained, huge_pages=()
     ),
     "safetensors-stack": Method("safetensors, stack and cat", "safetensors", safetensors_stack),
     "safetensors-copy": Method("safetensors, copy_", "safetensors", safetensors_copy),
@@ -265,5 +277,9 @@ METHODS: Mapping[str, Method] = {
     "fastsafetensors": Method("fastsafetensors, copy_", "fastsafetensors", fastsafetensors, installed=False),
     "runai": Method("Run:ai Model Streamer, copy_", "runai-model-streamer", runai_streamer, installed=False),
     "nemo": Method("NeMo AutoModel", "nemo_automodel", nemo_automodel, installed=False),
-    "ours": Method("automodel_conv", "automodel_conv", ours),
+    "ours-huge": Method("automodel_conv, huge pages", "automodel_conv", partial(ours, huge_pages=True), huge_pages=()),
+    "ours-small": Method(
+        "automodel_conv, small pages", "automodel_conv", partial(ours, huge_pages=False), huge_pages=()
+    ),
+    "ours": Method("automodel_conv", "automodel_conv", ours, huge_pages=()),
 }

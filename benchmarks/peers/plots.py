@@ -1,15 +1,19 @@
-"""Sweeps as plots, on light and on dark: medians as lines, the 20th to 80th percentiles as bands."""
+"""Plots, on light and on dark: sweeps, and loads in both states of free memory; medians, 20th to 80th percentiles."""
 
 from __future__ import annotations
 
 import bisect
 import csv
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 
-from benchmarks import measure
+from benchmarks import measure, memory
+from benchmarks.peers.machines import QUIET
 from benchmarks.peers.methods import METHODS
+from benchmarks.peers.roofs import LOADS
 
 matplotlib.use("svg")
 from matplotlib import pyplot, ticker
@@ -50,23 +54,91 @@ def draw(path: Path, title: str, folder: Path) -> list[Path]:
         axes.set_yscale("log")
         axes.set_xticks(every, [_short(x) for x in every])
         axes.xaxis.set_minor_locator(ticker.NullLocator())
-        low, high = axes.dataLim.intervaly
-        first, last = bisect.bisect_right(_TICKS, low) - 1, bisect.bisect_left(_TICKS, high)
-        axes.set_ylim(_TICKS[first], _TICKS[last])
-        axes.set_yticks(_TICKS[first : last + 1])
-        axes.yaxis.set_minor_locator(ticker.NullLocator())
-        axes.yaxis.set_major_formatter(ticker.FormatStrFormatter("%g"))
+        axes.set_ylim(*_ticked(axes.yaxis, *axes.dataLim.intervaly))
         axes.set_xlabel(title, color=ink)
         axes.set_ylabel("seconds", color=ink)
-        axes.tick_params(colors=ink, which="both")
-        axes.grid(color=grid, linewidth=0.6)
-        for spine in axes.spines.values():
-            spine.set_color(grid)
+        _coloured(axes, ink, grid)
         figure.legend(loc="outside upper center", ncols=2, frameon=False, labelcolor=ink, fontsize=8)
-        drawn.append(folder / f"{path.stem}-{theme}.svg")
-        figure.savefig(drawn[-1], facecolor=back, metadata={"Date": None})
-        pyplot.close(figure)
+        drawn.append(_saved(figure, folder / f"{path.stem}-{theme}.svg", back))
     return drawn
+
+
+def draw_memory(results: Sequence[Mapping[str, Any]], folder: Path) -> list[Path]:
+    """Two SVG files: a panel for each state of free memory, a line of it for each method, from a warm page cache.
+
+    Args:
+        results: of ``python -m benchmarks.peers``; rows of other machines and layouts than the first are left out.
+
+    Raises:
+        ValueError: no row is left.
+    """
+    rows = [row for result in results for row in result["rows"] if (row["machine"], row["cache"]) == (QUIET, "warm")]
+    layout = next((row["layout"] for row in rows if row["layout"]), None)
+    if layout is None:
+        raise ValueError("there are no loads on a quiet machine from a warm page cache to draw")
+    spreads = {
+        (row["memory"], row["method"]): measure.spread([run["seconds"] for run in row["runs"]])
+        for row in rows
+        if row["layout"] == layout or row["method"] in LOADS
+    }
+    titles = {row["method"]: row["title"] for row in rows if (row["memory"], row["method"]) in spreads}
+    lines = [method for method in METHODS if method in titles]
+    panels = [state for state in memory.MEMORY if any(of == state for of, _ in spreads)]
+    drawn = []
+    for theme, (back, ink, grid) in THEMES.items():
+        figure, found = pyplot.subplots(
+            *(1, len(panels)),
+            figsize=(9.6, 0.9 + 0.3 * len(lines)),
+            facecolor=back,
+            layout="constrained",
+            sharex=True,
+            sharey=True,
+            squeeze=False,
+        )
+        for state, axes in zip(panels, found[0], strict=True):
+            axes.set_facecolor(back)
+            for place, method in enumerate(reversed(lines)):
+                if spread := spreads.get((state, method)):
+                    colour, marker = _STYLES.get(method, _OTHER)
+                    axes.hlines(place, spread.p20, spread.p80, color=colour, linewidth=4, alpha=0.4)
+                    axes.plot([spread.median], [place], color=colour, marker=marker, markersize=6)
+            for method, style in zip(LOADS, ("--", ":"), strict=True):
+                if roof := spreads.get((state, method)):
+                    label = titles[method] if state == panels[-1] else None
+                    axes.axvline(roof.median, color=ink, linestyle=style, linewidth=1, label=label)
+            axes.set_title(memory.MEMORY[state], color=ink, fontsize=10)
+            axes.set_xscale("log")
+            axes.set_yticks(range(len(lines)), [titles[method] for method in reversed(lines)], fontsize=8)
+            axes.set_xlabel(f"seconds, to {layout}", color=ink, fontsize=8)
+            _coloured(axes, ink, grid)
+        low, high = min(spread.p20 for spread in spreads.values()), max(spread.p80 for spread in spreads.values())
+        for axes in found[0]:
+            axes.set_xlim(*_ticked(axes.xaxis, low, high))
+        figure.legend(loc="outside upper right", ncols=2, frameon=False, labelcolor=ink, fontsize=8)
+        drawn.append(_saved(figure, folder / f"memory-{theme}.svg", back))
+    return drawn
+
+
+def _ticked(axis: Any, low: float, high: float) -> tuple[float, float]:
+    """A logarithmic axis of seconds with ticks at 1, 2 and 5; returns the ticks around what is drawn."""
+    first, last = bisect.bisect_right(_TICKS, low) - 1, bisect.bisect_left(_TICKS, high)
+    axis.set_ticks(_TICKS[first : last + 1])
+    axis.set_minor_locator(ticker.NullLocator())
+    axis.set_major_formatter(ticker.FormatStrFormatter("%g"))
+    return _TICKS[first], _TICKS[last]
+
+
+def _coloured(axes: Any, ink: str, grid: str) -> None:
+    axes.tick_params(colors=ink, which="both")
+    axes.grid(color=grid, linewidth=0.6)
+    for spine in axes.spines.values():
+        spine.set_color(grid)
+
+
+def _saved(figure: Any, path: Path, back: str) -> Path:
+    figure.savefig(path, facecolor=back, metadata={"Date": None})
+    pyplot.close(figure)
+    return path
 
 
 def _short(count: int) -> str:

@@ -9,6 +9,7 @@ import mmap
 import os
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import measure
-from benchmarks.grouped import advise_huge_pages
+from benchmarks.memory import AS_FOUND, READY, advise
 
 # The fastest of 1 to 128 MiB here, from memory and from a disk.
 _RUN_BYTES = 4 << 20
@@ -29,13 +30,15 @@ class Roof(NamedTuple):
     """Of the checkpoint and the number of threads."""
     caches: tuple[str, ...]
     """The states of the page cache that it bounds."""
+    memory: tuple[str, ...] = (READY, AS_FOUND)
+    """The states of free memory in which it means something."""
 
 
-def preadv_untouched(directory: str, threads: int) -> Callable[[], object]:
-    """``os.preadv`` of each file in runs of 4 MiB into new memory of huge pages, as a load has it."""
+def preadv_untouched(directory: str, threads: int, huge: bool) -> Callable[[], object]:
+    """``os.preadv`` of each file in runs of 4 MiB into new memory of huge or of small pages, as a load has it."""
 
     def run() -> list[Tensor]:
-        buffers = [_new(path.stat().st_size) for path in _files(directory)]
+        buffers = [_new(path.stat().st_size, huge) for path in _files(directory)]
         _read(directory, buffers, threads)
         return buffers
 
@@ -100,14 +103,14 @@ def _read(directory: str, buffers: list[Tensor], threads: int) -> None:
         os.close(descriptor)
 
 
-def _new(nbytes: int) -> Tensor:
+def _new(nbytes: int, huge: bool) -> Tensor:
     buffer = torch.empty(nbytes, dtype=torch.uint8)
-    advise_huge_pages(buffer)
+    advise(buffer.data_ptr(), nbytes, huge)
     return buffer
 
 
 def _touched(nbytes: int) -> Tensor:
-    return _new(nbytes).fill_(1)
+    return _new(nbytes, huge=True).fill_(1)
 
 
 def _files(directory: str) -> list[Path]:
@@ -115,8 +118,11 @@ def _files(directory: str) -> list[Path]:
 
 
 ROOFS: Mapping[str, Roof] = {
-    "preadv": Roof("bare preadv, new memory", preadv_untouched, ("warm", "cold")),
-    "preadv-touched": Roof("bare preadv, memory touched before", preadv_touched, ("warm",)),
-    "memcpy": Roof("memcpy, memory touched before", memcpy, ("warm",)),
-    "disk": Roof("the disk, past the page cache", disk, ("cold",)),
+    "preadv": Roof("bare preadv, huge pages", partial(preadv_untouched, huge=True), ("warm", "cold")),
+    "preadv-small": Roof("bare preadv, small pages", partial(preadv_untouched, huge=False), ("warm", "cold")),
+    "preadv-touched": Roof("bare preadv, memory touched before", preadv_touched, ("warm",), (READY,)),
+    "memcpy": Roof("memcpy, memory touched before", memcpy, ("warm",), (READY,)),
+    "disk": Roof("the disk, past the page cache", disk, ("cold",), (READY,)),
 }
+LOADS = ("preadv", "preadv-small")
+"""Those of a load into new memory; the faster one is the roof that a load is compared with."""

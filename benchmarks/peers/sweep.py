@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from benchmarks import measure
+from benchmarks.memory import READY
 from benchmarks.peers import overlay
 from benchmarks.peers.methods import METHODS
 from benchmarks.peers.worker import Job, variables
@@ -133,7 +134,7 @@ def run(axis: str, methods: Sequence[str], repetitions: int, smaller: int, direc
             {m: ["-m", "benchmarks.peers", "--worker", json.dumps(job.as_dict())] for m, job in jobs.items()},
             repetitions,
             lambda: None,
-            {m: variables("warm", METHODS[m].huge_pages) for m in methods},
+            {m: variables("warm", READY in METHODS[m].huge_pages) for m in methods},
         )
         sizes = [measure.file_bytes(path) for path in where]
     lines = []

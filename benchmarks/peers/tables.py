@@ -8,38 +8,57 @@ from typing import Any
 
 from rich.table import Table
 
-from benchmarks import measure
+from benchmarks import measure, memory
+from benchmarks.peers.machines import MACHINES, QUIET
+from benchmarks.peers.roofs import LOADS
 
 _TITLES = (
-    *("seconds", "GB/s", "ours is", "of the roof", "s of CPU", "allocated", "resident", "page faults", "bytes read"),
+    *("seconds", "s of reading", "GB/s", "ours is", "of the roof", "s of CPU", "allocated", "resident", "page faults"),
+    "bytes read",
 )
+Row = Mapping[str, Any]
 
 
-def _median(row: Mapping[str, Any], key: str) -> float:
+def _median(row: Row, key: str) -> float:
     return statistics.median(run[key] or 0 for run in row["runs"])
 
 
-def groups(result: Mapping[str, Any]) -> Iterator[tuple[str, str, list[Mapping[str, Any]]]]:
-    """The rows of each state of the page cache and each layout, in their order; roofs have no layout."""
-    keys = dict.fromkeys((row["cache"], row["layout"]) for row in result["rows"])
-    for cache, layout in keys:
-        yield cache, layout, [r for r in result["rows"] if (r["cache"], r["layout"]) == (cache, layout)]
+def _place(row: Row) -> tuple[str, ...]:
+    """Rows of one place are comparable: machine, free memory, page cache."""
+    return row["machine"], row["memory"], row["cache"]
 
 
-def _cells(row: Mapping[str, Any], result: Mapping[str, Any]) -> list[str]:
+def _killed(row: Row) -> bool:
+    return any("killed" in run for run in row["runs"])
+
+
+def groups(result: Mapping[str, Any]) -> Iterator[list[Row]]:
+    """The rows of each place and each layout, in their order; roofs are a group of their own on a quiet machine."""
+    found: dict[tuple[str, ...], list[Row]] = {}
+    for row in result["rows"]:
+        layout = row["layout"] if row["machine"] == QUIET else ""
+        found.setdefault((*_place(row), layout), []).append(row)
+    yield from found.values()
+
+
+def _cells(row: Row, result: Mapping[str, Any]) -> list[str]:
+    if _killed(row):
+        return ["killed", *[""] * (len(_TITLES) - 1)]
     nbytes = result["file_bytes"]
     seconds = _median(row, "seconds")
-    alike = [other for other in result["rows"] if other["cache"] == row["cache"]]
-    ours = [r for r in alike if r["method"] == "ours" and r["layout"] == row["layout"]]
-    roofs = [r for r in alike if r["method"] == "preadv"]
+    alike = [other for other in result["rows"] if _place(other) == _place(row) and not _killed(other)]
+    ours = [_median(r, "seconds") for r in alike if r["method"] == "ours" and r["layout"] == row["layout"]]
+    roofs = [_median(r, "seconds") for r in alike if r["method"] in LOADS]
     read = sum(_median(row, key) for key in ("called_bytes", "mapped_bytes"))
     if row["cache"] == "cold":
         read = _median(row, "disk_bytes")
+    reading = [run["read_seconds"] for run in row["runs"] if run.get("read_seconds") is not None]
     return [
         measure.spread([run["seconds"] for run in row["runs"]]).text(),
+        measure.spread(reading).text() if reading else "",
         f"{nbytes / 1e9 / seconds:.2f}",
-        f"{seconds / _median(ours[0], 'seconds'):.2f}x" if ours else "",
-        f"{_median(roofs[0], 'seconds') / seconds:.2f}" if roofs else "",
+        f"{seconds / ours[0]:.2f}x" if ours else "",
+        f"{min(roofs) / seconds:.2f}" if roofs else "",
         f"{_median(row, 'cpu_seconds'):.2f}",
         f"{_median(row, 'anonymous_bytes') / nbytes:.2f}x",
         f"{_median(row, 'resident_bytes') / nbytes:.2f}x",
@@ -48,31 +67,50 @@ def _cells(row: Mapping[str, Any], result: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _heading(result: Mapping[str, Any], cache: str, layout: str) -> str:
-    what = f"to {layout}" if layout else "roofs"
-    return f"{what}, {cache} page cache"
+def _heading(rows: Sequence[Row]) -> str:
+    row = rows[-1]
+    what = f"to {row['layout']}" if row["layout"] else "roofs"
+    where = f"{what}, {row['cache']} page cache, {memory.MEMORY[row['memory']]}"
+    return where if row["machine"] == QUIET else f"{where}, {MACHINES[row['machine']].title}{_free(rows)}"
 
 
-def terminal(result: Mapping[str, Any]) -> Iterator[Table]:
-    for cache, layout, rows in groups(result):
-        table = Table(title=_heading(result, cache, layout), title_justify="left")
+def _free(rows: Sequence[Row]) -> str:
+    """The free memory when the runs began."""
+    runs = [run for row in rows for run in row["runs"] if run.get("free_bytes")]
+    if not runs:
+        return ""
+    free, huge = (statistics.median(run[key] for run in runs) for key in ("free_bytes", "free_huge_bytes"))
+    return f" ({free / 1e9:.1f} GB free, {huge / free:.0%} of it in blocks of 2 MiB or more)"
+
+
+def _not_made(result: Mapping[str, Any]) -> Iterator[str]:
+    for name, why in result["not_made"].items():
+        yield f"{MACHINES[name].title}: cannot be made here ({' '.join(why.split())})"
+
+
+def terminal(result: Mapping[str, Any]) -> Iterator[Table | str]:
+    for rows in groups(result):
+        table = Table(title=_heading(rows), title_justify="left")
         table.add_column("method")
         for title in _TITLES:
             table.add_column(title, justify="right")
         for row in rows:
             table.add_row(_called(row), *_cells(row, result))
         yield table
+    yield from _not_made(result)
 
 
 def markdown(result: Mapping[str, Any]) -> str:
-    lines = [f"| | {' | '.join(_TITLES)} |", "|---" * (len(_TITLES) + 1) + "|"]
-    for cache, layout, rows in groups(result):
-        lines.append(f"| *{_heading(result, cache, layout)}* |" + " |" * len(_TITLES))
+    lines = [measure.about(result["environment"]), ""]
+    lines += [f"| | {' | '.join(_TITLES)} |", "|---" * (len(_TITLES) + 1) + "|"]
+    for rows in groups(result):
+        lines.append(f"| *{_heading(rows)}* |" + " |" * len(_TITLES))
         for row in rows:
             cells = [_called(row), *_cells(row, result)]
             if row["method"] == "ours":
                 cells = [f"**{cell}**" if cell else cell for cell in cells]
             lines.append(f"| {' | '.join(cells)} |")
+    lines += [f"| *{line}* |" + " |" * len(_TITLES) for line in _not_made(result)]
     return "\n".join(lines) + "\n"
 
 
@@ -88,7 +126,8 @@ def check(rows: Sequence[Mapping[str, Any]]) -> None:
     """
     by_layout: dict[str, dict[str, Any]] = {}
     for row in rows:
-        if row["layout"]:
-            by_layout.setdefault(row["layout"], {})[f"{row['method']}, {row['cache']}"] = row["runs"][0]["digest"]
+        if row["layout"] and not _killed(row):
+            name = ", ".join((row["method"], *_place(row)))
+            by_layout.setdefault(row["layout"], {})[name] = row["runs"][0]["digest"]
     for found in by_layout.values():
         measure.check_digests(found)

@@ -4,29 +4,31 @@ from __future__ import annotations
 
 import logging
 import os
+import time
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from automodel_conv.measuring import ready_memory
-from benchmarks import measure
+from benchmarks import measure, memory
 from benchmarks.peers import cache, overlay
-from benchmarks.peers.methods import METHODS
+from benchmarks.peers.methods import METHODS, Loaded
 from benchmarks.peers.roofs import ROOFS
 
 LAYOUTS = {"[E, 2I, H]": False, "[E, H, 2I]": True}
 """How gate and up lie, and whether that is transposed."""
 CACHES = ("warm", "cold")
 
-# torch then advises large new tensors to use huge pages; buffers given to peers are advised besides.
+# torch then advises large new tensors to use huge pages, those that peers are given as buffers too.
 _HUGE_PAGES = {"THP_MEM_ALLOC_ENABLE": "1"}
 # Else these two would read past the page cache, which is what they are good at, but not while it is warm.
 _BUFFERED = {"FASTSAFETENSORS_ODIRECT": "0", "RUNAI_STREAMER_FS_STRATEGY": "sync_buffered"}
 # Of a cold file, a few pages may be found by chance: those that the system has read for its names.
 _MOST_COLD, _LEAST_WARM = 0.01, 0.99
+_MOST_WAITED_SECONDS = 120
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,8 @@ class Job:
         warm_up: a tiny checkpoint, loaded first.
         growth: for each point, how many times the seconds of the one before are to be expected.
         most_seconds: a point that is expected to take longer is left out, and all after it.
+        memory: state of free memory, one of ``memory.MEMORY``.
+        meet: an empty directory, in which two processes wait for each other before the timing and after it.
     """
 
     method: str
@@ -47,6 +51,8 @@ class Job:
     cache: str = "warm"
     growth: Sequence[float] = ()
     most_seconds: float = float("inf")
+    memory: str = memory.READY
+    meet: str | None = None
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -89,16 +95,34 @@ def _load(job: Job, directory: str, threads: int, repetition: int) -> dict[str, 
         cache.evict(directory)
     else:
         measure.read_through(directory)
-    # On a virtual machine the first touch of memory that the host has taken is many times slower than the reading, and
-    # the host takes free memory after a second or two: this is last.
-    ready_memory(3 * measure.file_bytes(directory))
+    # The host takes free memory back after a second or two: this is last.
+    memory.prepare(job.memory, measure.file_bytes(directory))
     share = cache.cached_share(directory)
     if not (share <= _MOST_COLD if job.cache == "cold" else share >= _LEAST_WARM):
         raise RuntimeError(f"{share:.1%} of the files are in the page cache, which is not {job.cache}")
+    _meet(job, "before")
     with measure.Measured() as measured:
         made = run()
+    _meet(job, "after")
     digest = measure.digest(made) if repetition == 0 and isinstance(made, Mapping) else None
-    return {**measured.result, "cached_share": share, "digest": digest}
+    read_seconds = made.read_seconds if isinstance(made, Loaded) else None
+    return {**measured.result, "read_seconds": read_seconds, "cached_share": share, "digest": digest}
+
+
+def _meet(job: Job, when: str) -> None:
+    """Wait until the other process is there too.
+
+    Raises:
+        TimeoutError: it does not come.
+    """
+    if job.meet is None:
+        return
+    Path(job.meet, f"{when}-{os.getpid()}").touch()
+    latest = time.monotonic() + _MOST_WAITED_SECONDS
+    while len(list(Path(job.meet).glob(f"{when}-*"))) < 2:
+        if time.monotonic() > latest:
+            raise TimeoutError(f"the other process has not come in {_MOST_WAITED_SECONDS} s")
+        time.sleep(0.001)
 
 
 def _prepare(job: Job, directory: str, threads: int):

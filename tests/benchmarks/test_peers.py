@@ -1,20 +1,38 @@
 """benchmarks.peers: all ways make the same tensors, a warm cache is warm, and what is printed is what was measured."""
 
 import csv
+import inspect
 import json
 
 import pytest
 
+import automodel_conv as amc
 from automodel_conv.planning.registry import transformers_available
-from benchmarks import measure, shapes
+from benchmarks import measure, memory, shapes
 from benchmarks.peers import __main__ as peers
-from benchmarks.peers import cache, overlay, sweep, tables
+from benchmarks.peers import cache, overlay, pairs, running, sweep, tables
+from benchmarks.peers.machines import Made
 from benchmarks.peers.methods import METHODS
 from benchmarks.peers.roofs import ROOFS
 from benchmarks.peers.worker import LAYOUTS, Job, variables, work
 
 pytestmark = pytest.mark.skipif(not transformers_available(), reason="benchmarks build models of transformers")
 HERE = [name for name, method in METHODS.items() if method.installed]
+
+
+@pytest.fixture
+def page_sizes(monkeypatch):
+    """A loader that can be told the size of pages; what it was told."""
+    load, told = amc.load_state_dict, []
+
+    def load_state_dict(*arguments, **options):
+        told.append(options.get("huge_pages", "nothing"))
+        if "huge_pages" not in inspect.signature(load).parameters:
+            options.pop("huge_pages", None)
+        return load(*arguments, **options)
+
+    monkeypatch.setattr(amc, "load_state_dict", load_state_dict)
+    return told
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +42,7 @@ def checkpoint(tmp_path_factory):
     return str(directory)
 
 
-def test_all_that_is_installed_makes_the_same_tensors(checkpoint):
+def test_all_that_is_installed_makes_the_same_tensors(checkpoint, page_sizes):
     digests = {}
     for layout in LAYOUTS:
         for method in HERE:
@@ -34,6 +52,15 @@ def test_all_that_is_installed_makes_the_same_tensors(checkpoint):
             assert load["cached_share"] == 1
     assert [len(found) for found in digests.values()] == [1, 1]
     assert len(set.union(*digests.values())) == 2
+
+
+def test_the_loader_is_told_a_size_of_pages_only_in_the_rows_that_say_so(checkpoint, page_sizes):
+    reading = []
+    for method in ("ours", "ours-huge", "ours-small"):
+        [load] = work(Job(method, [(checkpoint, 2)], checkpoint, memory=memory.AS_FOUND), 1)
+        reading.append(load["read_seconds"] / load["seconds"])
+    assert page_sizes == ["nothing"] * 2 + [True] * 2 + [False] * 2
+    assert all(0 < share < 1 for share in reading)
 
 
 @pytest.mark.parametrize("name", [name for name, roof in ROOFS.items() if "warm" in roof.caches])
@@ -63,48 +90,144 @@ def test_only_a_warm_cache_is_asked_for_by_those_who_read_past_it():
     assert "THP_MEM_ALLOC_ENABLE" not in variables("cold", huge_pages=False)
 
 
+def test_memory_is_touched_beforehand_only_to_make_it_ready(checkpoint, monkeypatch):
+    touched = []
+    monkeypatch.setattr(memory, "ready_memory", touched.append)
+    for state in memory.MEMORY:
+        work(Job("preadv", [(checkpoint, 2)], checkpoint, "", memory=state), 1)
+    assert touched == [3 * measure.file_bytes(checkpoint)]
+
+
+def test_who_starts_loads_waits_where_memory_is_as_found(checkpoint, monkeypatch):
+    waited = []
+    monkeypatch.setattr(memory.time, "sleep", waited.append)
+    monkeypatch.setattr(measure, "run_worker", lambda *_, **__: {"loads": [{"seconds": 1.0}]})
+    for state in memory.MEMORY:
+        running.run_jobs({"a": Job("preadv", [(checkpoint, 2)], checkpoint, "", memory=state)}, 2, Made(checkpoint))
+    assert waited == [3.0, 3.0]
+
+
+def test_memory_of_files_that_leave_the_page_cache_is_free_before_the_wait(checkpoint, monkeypatch):
+    measure.read_through(checkpoint)
+    cached = []
+    monkeypatch.setattr(memory.time, "sleep", lambda _: cached.append(cache.cached_share(checkpoint)))
+    monkeypatch.setattr(measure, "run_worker", lambda *_, **__: {"loads": [{"seconds": 1.0}]})
+    job = Job("preadv", [(checkpoint, 2)], checkpoint, "", "cold", memory=memory.AS_FOUND)
+    running.run_jobs({"a": job}, 1, Made(checkpoint))
+    assert cached == [0]
+
+
+def test_torch_is_told_to_ask_for_huge_pages_where_a_row_says_so(checkpoint, monkeypatch):
+    told = {}
+
+    def run_worker(command, repetition, variables, prefix):
+        job = json.loads(command[-1])
+        if "THP_MEM_ALLOC_ENABLE" in variables:
+            told.setdefault(job["memory"], set()).add(job["method"])
+        return {"loads": [{"seconds": 1.0}]}
+
+    monkeypatch.setattr(measure, "run_worker", run_worker)
+    monkeypatch.setattr(memory, "wait", lambda state: None)
+    for state in memory.MEMORY:
+        layouts = list(LAYOUTS)[:1]
+        jobs = peers.jobs_of(list(METHODS), layouts, ["warm"], state, checkpoint, checkpoint, 1)
+        running.run_jobs(jobs, 1, Made(checkpoint))
+    by_itself = {"transformers-as-it-comes", "ours", "ours-huge", "ours-small"}
+    assert told == {memory.READY: set(METHODS) - by_itself, memory.AS_FOUND: {"transformers"}}
+
+
 def test_every_peer_is_pinned():
     pins = overlay.PINS.read_text()
     for method in METHODS.values():
         assert method.installed or f"{method.package}==" in pins
 
 
-def test_runs_become_a_table_and_the_file_becomes_markdown(tmp_path, capsys):
-    file = tmp_path / "result.json"
+def test_runs_become_a_table_and_the_file_becomes_markdown(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(memory, "_RETURN_SECONDS", 0.0)
+    file, layout = tmp_path / "result.json", next(iter(LAYOUTS))
     arguments = ["--size", "small", "--repetitions", "1", "--threads", "1", "--cache", "warm", "--json", str(file)]
-    peers.main([*arguments, "--method", "safetensors-copy", "--method", "ours", "--directory", str(tmp_path)])
+    peers.main([*arguments, "--method", "ours", "--layout", layout, "--directory", str(tmp_path)])
     shown = capsys.readouterr().out
     assert "bare preadv" in shown
-    assert "safetensors, copy_" in shown
+    assert "memory as found" in shown
     result = json.loads(file.read_text())
-    assert {(row["method"], row["layout"]) for row in result["rows"]} == {
-        *((name, "") for name, roof in ROOFS.items() if "warm" in roof.caches),
-        *((name, layout) for name in ("safetensors-copy", "ours") for layout in LAYOUTS),
+    assert {(row["memory"], row["method"], row["layout"]) for row in result["rows"]} == {
+        *((state, name, "") for name, r in ROOFS.items() if "warm" in r.caches for state in r.memory),
+        *((state, "ours", layout) for state in memory.MEMORY),
     }
     assert all(len(row["runs"]) == 1 for row in result["rows"])
+    assert all(run["free_bytes"] >= run["free_huge_bytes"] > 0 for row in result["rows"] for run in row["runs"])
     assert [path.name for path in tmp_path.iterdir()] == ["result.json"]
     peers.main(["--from", str(file)])
     lines = capsys.readouterr().out.splitlines()
     assert sum("**automodel_conv" in line for line in lines) == 2
 
 
-def _row(method, layout, digest, seconds=1.0):
+ENVIRONMENT = {"cores": 2, "machine": "x86_64", "kernel": "6.18"}
+
+
+def _row(method, layout, digest, seconds=1.0, state=memory.READY, machine="quiet"):
     run = dict.fromkeys(("cpu_seconds", "minor_faults", "major_faults", "called_bytes", "mapped_bytes"), 0)
     run |= {"seconds": seconds, "anonymous_bytes": 10, "resident_bytes": 20, "digest": digest}
-    return {"method": method, "title": method, "version": "1", "layout": layout, "cache": "warm", "runs": [run]}
+    row = {"method": method, "title": method, "version": "1", "layout": layout, "cache": "warm"}
+    return row | {"memory": state, "machine": machine, "runs": [run]}
+
+
+def _markdown(rows, environment=(), not_made=()):
+    about = ENVIRONMENT | dict(environment)
+    return tables.markdown({"environment": about, "rows": rows, "file_bytes": 10, "not_made": dict(not_made)})
 
 
 def test_tensors_that_differ_give_no_table():
     tables.check([_row("a", "x", "1"), _row("b", "x", "1"), _row("a", "y", "2")])
     with pytest.raises(RuntimeError, match="do not make the same tensors"):
         tables.check([_row("a", "x", "1"), _row("b", "x", "2")])
+    with pytest.raises(RuntimeError, match="do not make the same tensors"):
+        tables.check([_row("a", "x", "1"), _row("a", "x", "2", state=memory.AS_FOUND)])
 
 
-def test_ratios_are_to_ours_of_the_same_layout_and_to_the_roof():
-    rows = [_row("preadv", "", None, 0.5), _row("a", "x", "1", 3.0), _row("ours", "x", "1", 1.0)]
-    text = tables.markdown({"rows": rows, "file_bytes": 10})
-    [line] = [line for line in text.splitlines() if line.startswith("| a (1)")]
-    assert "| 3.00x | 0.17 |" in line
+def test_ratios_are_to_ours_of_the_same_layout_and_memory_and_to_the_faster_roof():
+    rows = [_row("preadv", "", None, 0.5), _row("preadv-small", "", None, 0.75), _row("preadv-touched", "", None, 0.1)]
+    rows += [_row("a", "x", "1", 3.0), _row("ours", "x", "1", 1.0), _row("ours", "y", "1", 9.0)]
+    rows += [_row(m, "x", "1", 2.0, memory.AS_FOUND) for m in ("a", "ours")]
+    rows += [_row("preadv", "", None, 2.0, memory.AS_FOUND), _row("preadv-small", "", None, 1.5, memory.AS_FOUND)]
+    ready, found = (line for line in _markdown(rows).splitlines() if line.startswith("| a (1)"))
+    assert "| 3.00x | 0.17 |" in ready
+    assert "| 1.00x | 0.75 |" in found
+
+
+def test_a_method_that_was_killed_has_no_number_and_is_no_measure():
+    killed = _row("preadv", "", None) | {"runs": [{"killed": True}]}
+    rows = [killed, _row("preadv-small", "", None, 0.5), _row("ours", "x", "1", 1.0)]
+    tables.check([killed | {"layout": "x"}, rows[-1]])
+    text = _markdown(rows)
+    assert "| preadv (1) | killed |" in text
+    assert "**0.50**" in text
+
+
+def test_a_table_says_what_is_known_of_the_machine():
+    assert _markdown([]).startswith("2 cores of x86_64; Linux 6.18.\n")
+    known = {"cpu": "Some CPU", "memory_bytes": 24 << 30, "huge_pages": "always [madvise] never"}
+    told = _markdown([], known | {"touched_gb_per_s": {"freed_just_now": 4.7, "freed_seconds_ago": 0.5}})
+    assert told.startswith("2 cores of Some CPU; 24 GiB; Linux 6.18; transparent huge pages: madvise; ")
+    assert "at 4.7 GB/s if it was freed just now, at 0.5 GB/s if 3 s ago: free memory goes back to the host." in told
+    kept = {"touched_gb_per_s": {"freed_just_now": 4.7, "freed_seconds_ago": 4.0}}
+    assert "free memory stays with the machine." in _markdown([], kept)
+
+
+def test_the_speed_of_touching_memory_is_measured():
+    speeds = memory.touch_speeds(4 << 20, 1, 0.0)
+    assert set(speeds) == {"freed_just_now", "freed_seconds_ago"}
+    assert min(speeds.values()) > 0
+
+
+def test_pairs_are_compared_one_by_one():
+    def runs(*seconds):
+        return [{"seconds": one, "read_seconds": one / 2} for one in seconds]
+
+    result = {"environment": ENVIRONMENT, "against": "ours-small"}
+    result["runs"] = {"ours": runs(1.0, 4.0, 3.0), "ours-small": runs(1.0, 2.0, 3.0)}
+    assert "whole load, 3 pairs: 1.00 (1.00-1.60)x, at worst 2.00x" in list(pairs.lines(result))
 
 
 def test_a_sweep_becomes_a_csv(tmp_path):

@@ -10,7 +10,7 @@ import torch
 
 from automodel_conv import open_checkpoint
 from automodel_conv.planning.registry import transformers_available
-from benchmarks import dequant, from_pretrained, integrity, measure, planning, saving, shapes, sharded
+from benchmarks import dequant, from_pretrained, integrity, measure, memory, planning, saving, shapes, sharded
 
 pytestmark = pytest.mark.skipif(not transformers_available(), reason="benchmarks build models of transformers")
 
@@ -97,7 +97,7 @@ def test_from_pretrained_is_timed_with_the_hook_and_without(tmp_path, capsys):
 
 def test_all_ways_of_saving_and_converting_make_the_same_tensors(tmp_path):
     saving.write_checkpoints(shapes.SMALL, str(tmp_path), 2, saving.TINY_SHARD)
-    found = {m: saving.work(m, str(tmp_path), 2, saving.TINY_SHARD, 0) for m in saving.METHODS}
+    found = {m: saving.work(m, str(tmp_path), 2, saving.TINY_SHARD, "as-found", 0) for m in saving.METHODS}
     wanted = {form: saving.digest_of(str(tmp_path / "big" / form)) for form in (saving.PER_EXPERT, saving.GROUPED)}
     assert len(set(wanted.values())) == 2
     for name, method in saving.METHODS.items():
@@ -107,7 +107,8 @@ def test_all_ways_of_saving_and_converting_make_the_same_tensors(tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"big", "tiny"}
 
 
-def test_saving_runs_its_workers_and_prints_a_table_now_and_later(tmp_path, capsys):
+def test_saving_runs_its_workers_and_prints_a_table_now_and_later(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(memory, "_RETURN_SECONDS", 0.0)
     file = tmp_path / "result.json"
     methods = ["--method", "group: cp, fsync", "--method", "group: ours"]
     arguments = ["--smoke", "--repetitions", "1", "--threads", "1", "--json", str(file)]
@@ -115,7 +116,8 @@ def test_saving_runs_its_workers_and_prints_a_table_now_and_later(tmp_path, caps
     shown = capsys.readouterr().out
     assert "group: ours" in shown
     result = json.loads(file.read_text())
-    assert set(result["runs"]) == {"group: cp, fsync", "group: ours"}
+    assert set(result["runs"]) == {"ready", "as-found"}
+    assert all(set(runs) == {"group: cp, fsync", "group: ours"} for runs in result["runs"].values())
     assert [path.name for path in tmp_path.iterdir()] == ["result.json"]
     saving.main(["--table", str(file)])
     assert capsys.readouterr().out == shown

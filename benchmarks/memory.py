@@ -1,0 +1,120 @@
+"""Free memory when a load begins: in two states, which all benchmarks name alike, and what can be told of it.
+
+ready       The process touches memory of three times the size of the files and gives it back, last before the timing.
+            The load then finds memory at the machine's own speed.
+as-found    Nothing is touched beforehand, as in a user's process. The driver waits between runs until a virtual machine
+            has given its free memory back to its host, if it does so; the host then maps and clears it anew.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import mmap
+import statistics
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy
+
+from automodel_conv.measuring import ready_memory
+
+READY, AS_FOUND = "ready", "as-found"
+MEMORY: Mapping[str, str] = {READY: "memory made ready", AS_FOUND: "memory as found"}
+"""The states and their names in tables."""
+
+# Linux reports free memory to the host after 2 s (``mm/page_reporting.c``, PAGE_REPORTING_DELAY).
+_RETURN_SECONDS = 3.0
+_HUGE_BYTES = 2 << 20
+_MADV_HUGEPAGE, _MADV_NOHUGEPAGE = 14, 15
+
+
+def prepare(memory: str, nbytes: int) -> None:
+    """Last before the timing, in the process that loads.
+
+    Args:
+        nbytes: of the files.
+    """
+    if memory == READY:
+        ready_memory(3 * nbytes)
+
+
+def wait(memory: str) -> None:
+    """Before that process starts, in the one that starts it."""
+    if memory == AS_FOUND:
+        time.sleep(_RETURN_SECONDS)
+
+
+def free() -> dict[str, int | None]:
+    """Bytes that nobody uses, the page cache included in what is used, and those of them in blocks of 2 MiB or more.
+
+    None off Linux.
+    """
+    try:
+        lines = Path("/proc/buddyinfo").read_text().splitlines()
+    except OSError:
+        return {"free_bytes": None, "free_huge_bytes": None}
+    blocks = [
+        (int(count), mmap.PAGESIZE << order)
+        for line in lines
+        for order, count in enumerate(line.split("zone")[1].split()[1:])
+    ]
+    return {
+        "free_bytes": sum(count * size for count, size in blocks),
+        "free_huge_bytes": sum(count * size for count, size in blocks if size >= _HUGE_BYTES),
+    }
+
+
+def total_bytes() -> int | None:
+    """Bytes of the machine's memory; None off Linux."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return None
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemTotal:"))
+
+
+def touch_speeds(nbytes: int = 512 << 20, rounds: int = 3, seconds: float = _RETURN_SECONDS) -> dict[str, float]:
+    """GB/s of the first touch of memory that was freed just now, and of memory that was freed some seconds ago.
+
+    If the second is much slower, free memory goes back to a host in between.
+    """
+    speeds: dict[str, list[float]] = {"freed_just_now": [], "freed_seconds_ago": []}
+    for _ in range(rounds):
+        for name, pause in (("freed_just_now", 0.0), ("freed_seconds_ago", seconds)):
+            ready_memory(3 * nbytes)
+            time.sleep(pause)
+            speeds[name].append(nbytes / 1e9 / _touch(nbytes))
+    return {name: statistics.median(found) for name, found in speeds.items()}
+
+
+def goes_back(speeds: Mapping[str, float]) -> bool:
+    """Whether ``touch_speeds`` tells that free memory goes back to the host."""
+    return speeds["freed_seconds_ago"] < speeds["freed_just_now"] / 2
+
+
+def advise(address: int, nbytes: int, huge: bool) -> None:
+    """Ask for huge pages, or for small ones only, in the whole pages of ``[address, address + nbytes)``."""
+    start = -(-address // mmap.PAGESIZE) * mmap.PAGESIZE
+    stop = (address + nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
+    if stop > start:
+        _madvise()(start, stop - start, _MADV_HUGEPAGE if huge else _MADV_NOHUGEPAGE)
+
+
+def _touch(nbytes: int) -> float:
+    """Seconds."""
+    memory = numpy.empty(nbytes, numpy.uint8)
+    advise(memory.ctypes.data, nbytes, huge=True)
+    start = time.perf_counter()
+    memory[:: mmap.PAGESIZE] = 1
+    return time.perf_counter() - start
+
+
+@functools.cache
+def _madvise() -> Any:
+    function = ctypes.CDLL(None).madvise
+    function.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+    function.restype = ctypes.c_int
+    return function

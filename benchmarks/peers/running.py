@@ -1,0 +1,57 @@
+"""Jobs run by turns, each in a process of its own, on a machine in one of the states of ``machines``."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from typing import Any
+
+from benchmarks import measure, memory
+from benchmarks.peers import cache
+from benchmarks.peers.machines import Made
+from benchmarks.peers.methods import METHODS
+from benchmarks.peers.worker import Job, variables
+
+
+def run_jobs(jobs: Mapping[str, Job], repetitions: int, made: Made) -> dict[str, list[dict[str, Any]]]:
+    """The measurements of each job, by its key and repetition; a run that was killed has ``killed`` alone.
+
+    Raises:
+        RuntimeError: a run failed.
+    """
+    return measure.interleaved(list(jobs), repetitions, lambda key, repetition: _run(jobs[key], repetition, made))
+
+
+def _run(job: Job, repetition: int, made: Made) -> dict[str, Any]:
+    if job.cache == "cold":  # before waiting: this, too, makes memory free
+        for directory, _ in job.points:
+            cache.evict(directory)
+    made.before()
+    memory.wait(job.memory)
+    free = memory.free()
+    try:
+        return (_load if made.loads == 1 else _load_twice)(job, repetition, made) | free
+    except measure.Killed:
+        return {"killed": True}
+
+
+def _load(job: Job, repetition: int, made: Made) -> dict[str, Any]:
+    told = job.method in METHODS and job.memory in METHODS[job.method].huge_pages
+    found = measure.run_worker(
+        ["-m", "benchmarks.peers", "--worker", json.dumps(job.as_dict())],
+        repetition,
+        variables=variables(job.cache, told),
+        prefix=made.prefix,
+    )
+    return found["loads"][0]
+
+
+def _load_twice(job: Job, repetition: int, made: Made) -> dict[str, Any]:
+    """Two begin at the same time; the one that ends last is told."""
+    with tempfile.TemporaryDirectory(prefix="benchmark-meet-") as place, ThreadPoolExecutor(2) as pool:
+        both = list(pool.map(lambda _: _load(replace(job, meet=place), repetition, made), range(2)))
+    measure.check_digests({f"load {number}": load["digest"] for number, load in enumerate(both)})
+    return max(both, key=lambda load: load["seconds"])

@@ -1,0 +1,125 @@
+"""benchmarks.peers.machines: each state is what it says, ends with its block, and is told where it cannot be made."""
+
+import os
+import subprocess
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from automodel_conv.planning.registry import transformers_available
+from benchmarks import measure, memory, shapes
+from benchmarks.peers import __main__ as peers
+from benchmarks.peers import cache, machines, tables
+from benchmarks.peers.machines import MACHINES, CannotBeMade, Machine, Made
+from benchmarks.peers.running import run_jobs
+from benchmarks.peers.worker import Job
+
+pytestmark = pytest.mark.skipif(not transformers_available(), reason="benchmarks build models of transformers")
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    shapes.write_checkpoint(shapes.SMALL, str(tmp_path / "files"))
+    return str(tmp_path / "files")
+
+
+@pytest.fixture
+def root(tmp_path):
+    (tmp_path / "root").mkdir()
+    return str(tmp_path / "root")
+
+
+@contextmanager
+def made(name, checkpoint, root):
+    try:
+        with MACHINES[name].make(checkpoint, root, False) as state:
+            yield state
+    except CannotBeMade as error:
+        pytest.skip(str(error))
+
+
+def test_the_page_cache_holds_another_file(checkpoint, root):
+    with made("page-cache-full", checkpoint, root) as state:
+        assert cache.cached_share(root) == 1
+        assert Path(root, "other").stat().st_blocks == 0
+        cache.evict(root)
+        state.before()
+        assert cache.cached_share(root) == 1
+
+
+def test_who_fragments_memory_holds_a_sixteenth_of_it():
+    command = [sys.executable, "-m", "benchmarks.peers.holding", str(512 << 20)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=measure.REPOSITORY) as helper:
+        for _ in range(2):
+            helper.stdin.write(b"\n")
+            helper.stdin.flush()
+            assert helper.stdout.readline() == b"held\n"
+            status = Path(f"/proc/{helper.pid}/status").read_text().splitlines()
+            anonymous = next(int(line.split()[1]) << 10 for line in status if line.startswith("RssAnon"))
+            assert 32 << 20 <= anonymous <= 96 << 20
+        helper.stdin.close()
+    assert helper.returncode == 0
+
+
+def test_memory_is_fragmented_anew_before_each_run_until_the_block_ends(checkpoint, root, monkeypatch):
+    started = []
+    popen = subprocess.Popen
+    monkeypatch.setattr(subprocess, "Popen", lambda *a, **k: started.append(popen(*a, **k)) or started[-1])
+    with made("fragmented", checkpoint, root) as state:
+        state.before()
+        state.before()
+        assert started[0].poll() is None
+    assert started[0].returncode == 0
+
+
+def test_files_on_overlayfs_are_the_same_and_leave_no_mount(checkpoint, root):
+    with made("overlayfs", checkpoint, root) as state:
+        shown = subprocess.run([*state.prefix, "ls", state.directory], capture_output=True, text=True, check=True)
+        assert shown.stdout.split() == sorted(os.listdir(checkpoint))
+        assert os.listdir(state.directory) == []
+
+
+def test_two_loads_begin_at_the_same_time_and_the_last_one_counts(checkpoint, root):
+    with made("two-loads", checkpoint, root) as state:
+        found = run_jobs({"a": Job("preadv", [(checkpoint, 1)], checkpoint, "")}, 1, state)
+    assert found["a"][0]["seconds"] > 0
+
+
+def test_a_process_under_a_limit_is_in_the_group_that_has_it(checkpoint, tmp_path, monkeypatch):
+    group = tmp_path / f"benchmark-{os.getpid()}"
+    monkeypatch.setattr(machines, "_parent_group", lambda: tmp_path)
+    monkeypatch.setattr(Path, "exists", lambda path: False)  # no systemd
+    monkeypatch.setattr(Path, "rmdir", lambda path: None)  # a file system of cgroups lets go of the files within
+    with MACHINES["memory-limit"].make(checkpoint, "", True) as state:
+        assert int((group / "memory.max").read_text()) == int(1.15 * measure.file_bytes(checkpoint)) + (320 << 20)
+        run = subprocess.run([*state.prefix, "sh", "-c", "echo $$"], capture_output=True, text=True, check=True)
+        assert (group / "cgroup.procs").read_text() == run.stdout
+
+
+def test_a_worker_that_is_killed_is_told_as_such(checkpoint, monkeypatch):
+    kill = ["-c", "import os; os.kill(os.getpid(), 9)"]
+    for prefix in ((), ("sh", "-c", '"$@"; exit $?', "sh")):
+        with pytest.raises(measure.Killed):
+            measure.run_worker(kill, 0, prefix=prefix)
+    worker = measure.run_worker
+    monkeypatch.setattr(measure, "run_worker", lambda *_, **__: worker(kill, 0))
+    jobs = {"a": Job("preadv", [(checkpoint, 1)], checkpoint, "")}
+    assert run_jobs(jobs, 1, Made(checkpoint)) == {"a": [{"killed": True}]}
+
+
+def test_a_state_that_cannot_be_made_stands_in_the_result_with_why(tmp_path, monkeypatch):
+    @contextmanager
+    def make(checkpoint, root, fully):
+        raise CannotBeMade("no rights\nat all")
+        yield
+
+    monkeypatch.setitem(MACHINES, "overlayfs", Machine("files on overlayfs", make))
+    result = peers.run(
+        shapes.SMALL, ["overlayfs"], list(memory.MEMORY), None, ["[E, 2I, H]"], ["warm"], 1, 1, str(tmp_path)
+    )
+    assert result["not_made"] == {"overlayfs": "no rights\nat all"}
+    text = tables.markdown({"environment": measure.environment(), **result})
+    assert "| *files on overlayfs: cannot be made here (no rights at all)* |" in text
+    assert os.listdir(tmp_path) == []
