@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from math import prod
 
 from automodel_conv.errors import CoverageError, message
-from automodel_conv.planning.copies import SourceTable, Target
-from automodel_conv.planning.view import NotAffine, find_overlap
+from automodel_conv.planning.copies import SourceTable, StridedCopy, Target
+from automodel_conv.planning.view import NotAffine, Overlap, Piece, find_overlap
 
 
 def prove(targets: Sequence[Target], sources: SourceTable) -> None:
@@ -33,9 +34,8 @@ def prove(targets: Sequence[Target], sources: SourceTable) -> None:
 
 
 def _prove_written_once(target: Target, numel: int, sources: SourceTable) -> None:
-    pieces = [piece for copy in target.copies for piece in copy.pieces()]
     try:
-        overlap = find_overlap(pieces, numel)
+        overlap = _overlap(target, numel)
     except NotAffine as error:
         raise CoverageError(message(f"the copies of {target.name} cannot be proved: {error}")) from None
     if overlap is not None:
@@ -46,7 +46,7 @@ def _prove_written_once(target: Target, numel: int, sources: SourceTable) -> Non
                 found=names,
             )
         )
-    written = sum(prod(piece.shape) for piece in pieces)
+    written = sum(prod(copy.shape) * len(copy.ordinals) for copy in target.copies)
     if written != numel:
         raise CoverageError(
             message(
@@ -55,6 +55,26 @@ def _prove_written_once(target: Target, numel: int, sources: SourceTable) -> Non
                 found=f"{written} elements from {len(target.sources)} sources",
             )
         )
+
+
+def _overlap(target: Target, numel: int) -> Overlap | None:
+    """As ``find_overlap`` of all pieces of a target, which are looked at one by one only where that is needed."""
+    try:
+        if find_overlap([piece for copy in target.copies for piece in _evenly_spaced(copy)], numel) is None:
+            return None
+    except NotAffine:  # which all pieces by themselves may not be
+        pass
+    return find_overlap([piece for copy in target.copies for piece in copy.pieces()], numel)
+
+
+def _evenly_spaced(copy: StridedCopy) -> list[Piece]:
+    """Pieces that write what a copy writes: a single one if its places are as far apart as each other."""
+    places = copy.target_offsets
+    steps = {after - before for before, after in pairwise(places)}
+    if len(steps) != 1 or min(steps) <= 0:
+        return copy.pieces()
+    shape, strides = (len(places), *copy.shape), (*steps, *copy.target_strides)
+    return [Piece(0, shape, strides, 0, strides, places[0])]
 
 
 def _prove_reads_inside(target: Target, sources: SourceTable) -> None:
