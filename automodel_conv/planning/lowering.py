@@ -1,7 +1,7 @@
 """From a chain of operations to strided copies: one small function per operation.
 
-All sources of a rule lie in one long row here, ``SPAN`` elements apart. So a walk over sources is a dimension like any
-other: thousands of experts are one piece, and what an operation does to them is computed once.
+All sources of a rule lie in one long row here, ``SPAN`` elements apart: thousands of experts are one piece, and what an
+operation does to them is computed once.
 
 An operation is plain data here (a name and its options); the functions below say in a line or two what it does to
 values that know, for every element, which source element it comes from. Semantics: transformers 5.23.0,
@@ -14,8 +14,8 @@ from collections.abc import Callable, Mapping, Sequence
 from math import ceil, prod
 from typing import NamedTuple, cast
 
-from automodel_conv.planning.copies import StridedCopy, group_pieces
-from automodel_conv.planning.view import Piece, canonical, chain, contiguous_strides
+from automodel_conv.planning.copies import SPAN, StridedCopy, by_source, group_pieces
+from automodel_conv.planning.view import Piece, chain, contiguous_strides
 
 
 class LoweringError(Exception):
@@ -30,10 +30,6 @@ class Operation(NamedTuple):
 
     def __str__(self) -> str:
         return f"{self.name}({', '.join(f'{key}={value}' for key, value in self.options)})"
-
-
-SPAN = 1 << 64
-"""From the first element of one source to that of the next; no source is as long."""
 
 
 class Value(NamedTuple):
@@ -434,21 +430,5 @@ def lower(operations: Sequence[Operation], inputs: Mapping[str, list[Value]], co
 
 def copies_of(value: Value) -> tuple[StridedCopy, ...]:
     """The copies that make a value; their ordinals are the numbers of the sources."""
-    return group_pieces([piece for walk in value.pieces for piece in _by_source(walk, value.source)])
-
-
-def _by_source(piece: Piece, first: int) -> list[Piece]:
-    """The pieces of the single sources that a piece reads."""
-    source, read = divmod(piece.source_offset, SPAN)
-    places = [(first + source, piece.target_offset)]
-    inner = []
-    for dim in zip(piece.shape, piece.source_strides, piece.target_strides, strict=True):
-        count, step, apart = dim
-        if step < SPAN:
-            inner.append(dim)
-        else:
-            skip = step // SPAN
-            places = [(source + i * skip, at + i * apart) for source, at in places for i in range(count)]
-    shape, source_strides, target_strides = tuple(zip(*inner, strict=True)) or ((), (), ())
-    one = canonical(Piece(0, shape, source_strides, read, target_strides, 0))
-    return [Piece(source, *one[1:5], at) for source, at in places]
+    moved = [piece._replace(source_offset=piece.source_offset + value.source * SPAN) for piece in value.pieces]
+    return group_pieces([piece for walk in moved for piece in by_source(walk)])

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import pairwise
 from math import prod
 
 from automodel_conv.errors import CoverageError, message
-from automodel_conv.planning.copies import SourceTable, StridedCopy, Target
-from automodel_conv.planning.view import NotAffine, Overlap, Piece, find_overlap
+from automodel_conv.planning.copies import SourceTable, Target, over_sources
+from automodel_conv.planning.view import NotAffine, Overlap, find_overlap
 
 
 def prove(targets: Sequence[Target], sources: SourceTable) -> None:
@@ -60,21 +59,11 @@ def _prove_written_once(target: Target, numel: int, sources: SourceTable) -> Non
 def _overlap(target: Target, numel: int) -> Overlap | None:
     """As ``find_overlap`` of all pieces of a target, which are looked at one by one only where that is needed."""
     try:
-        if find_overlap([piece for copy in target.copies for piece in _evenly_spaced(copy)], numel) is None:
+        if find_overlap([piece for copy in target.copies for piece in over_sources(copy)], numel) is None:
             return None
     except NotAffine:  # which all pieces by themselves may not be
         pass
     return find_overlap([piece for copy in target.copies for piece in copy.pieces()], numel)
-
-
-def _evenly_spaced(copy: StridedCopy) -> list[Piece]:
-    """Pieces that write what a copy writes: a single one if its places are as far apart as each other."""
-    places = copy.target_offsets
-    steps = {after - before for before, after in pairwise(places)}
-    if len(steps) != 1 or min(steps) <= 0:
-        return copy.pieces()
-    shape, strides = (len(places), *copy.shape), (*steps, *copy.target_strides)
-    return [Piece(0, shape, strides, 0, strides, places[0])]
 
 
 def _prove_reads_inside(target: Target, sources: SourceTable) -> None:
