@@ -37,8 +37,6 @@ class Columns(NamedTuple):
 
 def usual_object(data: bytes | bytearray) -> dict[str, Any] | None:
     """A JSON object without duplicate keys at any depth; None if it may not be one."""
-    if b"\\" in data:  # an escape can spell half a character
-        return None
     try:
         parsed = msgspec.json.decode(data)
     except (ValueError, RecursionError):
@@ -51,13 +49,14 @@ def usual_object(data: bytes | bytearray) -> dict[str, Any] | None:
 
 def usual_columns(data: bytes | bytearray) -> Columns | None:
     """The entries of a header; None if there may be anything wrong with them."""
-    if b"\\" in data or b"-0" in data:  # serde takes -0 for a floating number
+    if b"-0" in data:  # serde takes -0 for a floating number
         return None
     try:
         entries = _entries(data)
-        metadata, others = {}, 0
+        metadata: dict[str, str] = {}
+        others = 0
         if entries.pop("__metadata__", None) is not None:
-            metadata = _metadata(data).metadata or {}
+            metadata = _metadata(data).metadata
             others = 1 + len(metadata)
         kinds = _Kinds()
         rows = [kinds[entry.dtype, entry.shape] for entry in entries.values()]
@@ -88,7 +87,7 @@ class _Entry(msgspec.Struct, gc=False):
 
 
 class _Metadata(msgspec.Struct):
-    metadata: dict[str, str] | None = msgspec.field(name="__metadata__", default=None)
+    metadata: dict[str, str] = msgspec.field(name="__metadata__")
 
 
 _entries = msgspec.json.Decoder(dict[str, _Entry]).decode
