@@ -1,7 +1,7 @@
 """What names and headers cost: microseconds per tensor of a checkpoint, without any tensor data.
 
     python -m benchmarks.planning [--json FILE] [--repetitions N] [--directory DIR]
-                                  [--size full|small]
+                                  [--size full|many|small]
 
 Checkpoints have the names, shapes, headers and number of files of real ones; their data is a hole.
 Per checkpoint and repetition, in one process and in turns, in another order each time:
@@ -48,6 +48,7 @@ from benchmarks import measure
 from benchmarks.shapes import (
     DEEPSEEK_V3,
     HALF_A_MILLION,
+    ONE_LAYER,
     QWEN3_235B,
     SMALL,
     Shape,
@@ -56,7 +57,11 @@ from benchmarks.shapes import (
 )
 from benchmarks.show import show, show_environment
 
-SIZES = {"full": (QWEN3_235B, DEEPSEEK_V3, HALF_A_MILLION), "small": (SMALL,)}
+SIZES = {
+    "full": (QWEN3_235B, DEEPSEEK_V3, HALF_A_MILLION, ONE_LAYER),
+    "many": (HALF_A_MILLION, ONE_LAYER),
+    "small": (SMALL,),
+}
 # At more keys upstream takes about a minute, so it runs once.
 _ONCE_ABOVE_KEYS = 100_000
 

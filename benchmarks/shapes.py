@@ -92,6 +92,19 @@ HALF_A_MILLION = Shape(
     keys=502_206,
     files=512,
 )
+ONE_LAYER = Shape(
+    "one layer",
+    "no published model: a layer of Qwen3-MoE with 64 times the experts, which no other layer shares a plan with",
+    "qwen3_moe",
+    {
+        **QWEN3_235B.config,
+        "num_hidden_layers": 1,
+        "num_experts": 8192,
+        "moe_intermediate_size": 768,
+    },
+    keys=8192 * 3 + 9 + 3,
+    files=64,
+)
 SMALL = Shape(
     "small",
     "for tests of the benchmarks",

@@ -10,6 +10,7 @@ from __future__ import annotations
 import resource
 import sys
 from collections import Counter
+from itertools import product
 
 import pytest
 import torch
@@ -23,17 +24,16 @@ from automodel_conv.execution.buffers import allocate
 from automodel_conv.files import system
 from automodel_conv.measuring import ready_memory
 
-LAYERS, FEW, MANY = 2, 32, 96
-MORE_TENSORS = LAYERS * 3 * (MANY - FEW)
+FEW, MANY = 32, 96
 
 
 @pytest.fixture(scope="module")
 def published(tmp_path_factory):
-    """Checkpoints of few and of many experts, by number, each in one file."""
+    """Checkpoints of few and of many experts, by numbers of layers and of experts, each in one file."""
     made = {}
-    for experts in (FEW, MANY):
-        made[experts] = tmp_path_factory.mktemp("published")
-        demo.write_checkpoint(demo.DemoModel(LAYERS, experts, 64, 32, "1GB"), str(made[experts]))
+    for layers, experts in product((1, 2), (FEW, MANY)):
+        made[layers, experts] = tmp_path_factory.mktemp("published")
+        demo.write_checkpoint(demo.DemoModel(layers, experts, 64, 32, "1GB"), str(made[layers, experts]))
     return made
 
 
@@ -72,11 +72,14 @@ def calls_by_phase(directory, layout):
 
 
 @pytest.mark.parametrize(
-    ("layout", "most"), [(None, (1, 115, 15)), ("nemo", (1, 190, 75))], ids=["as the model", "transposed"]
+    ("layers", "layout", "most"),
+    [(2, None, (1, 20, 15)), (1, None, (1, 28, 15)), (2, "nemo", (1, 38, 75)), (1, "nemo", (1, 56, 75))],
+    ids=["as the model", "one layer as the model", "transposed", "one layer transposed"],
 )
-def test_python_calls_a_tensor(published, layout, most):
-    few, many = (calls_by_phase(published[experts], layout) for experts in (FEW, MANY))
-    a_tensor = [(b - a) / MORE_TENSORS for a, b in zip(few, many, strict=True)]
+def test_python_calls_a_tensor(published, layers, layout, most):
+    """Layers that are alike share what is planned for them; one layer has nothing to share it with."""
+    few, many = (calls_by_phase(published[layers, experts], layout) for experts in (FEW, MANY))
+    a_tensor = [(b - a) / (layers * 3 * (MANY - FEW)) for a, b in zip(few, many, strict=True)]
     assert a_tensor[0] <= most[0], "opening"
     assert a_tensor[1] <= most[1], "planning"
     assert a_tensor[2] <= most[2], "executing"
@@ -108,7 +111,7 @@ def system_calls(monkeypatch):
 @pytest.mark.parametrize("layout", [None, "nemo"])
 def test_every_byte_is_read_once_in_calls_as_large_as_they_can_be(published, system_calls, layout):
     """One file: opened for its header and for its data; 1,024 buffers to a call."""
-    checkpoint = amc.open_checkpoint(published[MANY])
+    checkpoint = amc.open_checkpoint(published[2, MANY])
     header_bytes, opened = system_calls["bytes"], system_calls["open_readonly"]
     plan = amc.compile_plan(checkpoint, layout=layout)
     buffers = allocate(plan.targets)
@@ -133,9 +136,9 @@ def test_no_byte_is_copied_where_it_only_moves_and_each_once_where_it_is_transpo
         real(moves)
 
     monkeypatch.setattr(cpu, "copy_moves", counted)
-    amc.load_state_dict(published[MANY])
+    amc.load_state_dict(published[2, MANY])
     assert copied["bytes"] == 0
-    loaded = amc.load_state_dict(published[MANY], layout="nemo")
+    loaded = amc.load_state_dict(published[2, MANY], layout="nemo")
     assert copied["bytes"] == sum(t.nbytes for name, t in loaded.items() if ".experts." in name)
 
 

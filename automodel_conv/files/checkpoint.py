@@ -12,6 +12,7 @@ import re
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from typing import Any, NamedTuple
 
 from automodel_conv.doors import door
@@ -392,7 +393,7 @@ def _merge(chosen: _Chosen, files: tuple[str, ...], headers: list[Header]) -> Ch
 
 
 def _chain(parts: Iterable[list[Item]]) -> list[Item]:
-    return [item for part in parts for item in part]
+    return list(chain.from_iterable(parts))
 
 
 def _check_index(directory: str, names: list[str], holders: list[str], weight_map: dict[str, str]) -> None:

@@ -10,19 +10,19 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Callable
+from operator import sub
 from typing import Any, NamedTuple, TypeVar
 
 from automodel_conv.dtypes import BITS
 from automodel_conv.errors import CheckpointError, ReadError, message
 from automodel_conv.files import system
 from automodel_conv.files.lookalikes import SNIFFED_BYTES, lookalike
+from automodel_conv.files.usual import MAX_BITS, Columns, usual_columns, usual_object
 
 # Source: MAX_HEADER_SIZE in safetensors/src/tensor.rs.
 MAX_HEADER_BYTES = 100_000_000
 # Patterns of rules may take a time that grows with the square of a name's length. The longest of a model has some 150.
 LONGEST_NAME = 1024
-# Sizes are kept as signed 64-bit integers further on.
-_MAX_BITS = 2**63 - 1
 
 Item = TypeVar("Item")
 
@@ -143,28 +143,24 @@ def _integer(text: str) -> int:
     return int(text)
 
 
-_decode = json.JSONDecoder(parse_constant=_refuse_constant).decode
-_decode_strictly = json.JSONDecoder(
+_decode = json.JSONDecoder(parse_constant=_refuse_constant, object_pairs_hook=_unique).decode
+_decode_like_serde = json.JSONDecoder(
     parse_constant=_refuse_constant, parse_int=_integer, object_pairs_hook=_unique
 ).decode
 
 
-def parse_object(data: bytearray, path: str, *, strictly: bool = False) -> dict[str, Any]:
-    """A JSON object without duplicate keys at any depth.
+def parse_object(data: bytearray, path: str) -> dict[str, Any]:
+    """A JSON object without duplicate keys at any depth."""
+    parsed = usual_object(data)
+    return _checked_object(data, path, _decode) if parsed is None else parsed
 
-    Args:
-        strictly: look for -0 among its integers too.
-    """
+
+def _checked_object(data: bytearray, path: str, decode: Callable[[str], Any]) -> dict[str, Any]:
     try:
         text = data.decode("utf-8")
-        parsed = _decode(text)
+        parsed = decode(text)
         if type(parsed) is not dict:
             raise ValueError(f"{type(parsed).__name__} instead of an object")
-        # Each member has one colon, and strings may hold more. So when there are no more colons
-        # than members in the result, none was overwritten; otherwise a slower parse looks.
-        members = len(parsed) + sum(len(value) for value in parsed.values() if type(value) is dict)
-        if strictly or text.count(":") != members:
-            _decode_strictly(text)
         if "\\u" in text:
             # An escape can spell half of a surrogate pair, which no terminal and no writer accepts.
             json.dumps(parsed, ensure_ascii=False).encode("utf-8")
@@ -183,31 +179,11 @@ def malformed_json(data: bytes | bytearray, path: str, expected: str, error: Exc
 
 
 def _check_header(data: bytearray, file_bytes: int, path: str) -> Header:
-    parsed = parse_object(data, path, strictly=b"-0" in data)
-    metadata = parsed.pop("__metadata__", None)
-    if metadata is None:
-        metadata = {}
-    if type(metadata) is not dict or not all(type(value) is str for value in metadata.values()):
-        raise checkpoint_error(
-            "malformed __metadata__",
-            where=path,
-            expected="an object of strings",
-            found=short(metadata),
-        )
-    names = list(parsed)
-    if (odd := odd_name(names)) is not None:
-        found = f"{len(odd)} characters"
-        raise _fault("a name that no tensor may have", path, odd, f"at most {LONGEST_NAME} printable characters", found)
-    dtypes: list[str] = []
-    shapes: list[tuple[int, ...]] = []
-    starts: list[int] = []
-    ends: list[int] = []
-    for name, entry in parsed.items():
-        dtype, shape, start, end = _check_entry(name, entry, path)
-        dtypes.append(dtype)
-        shapes.append(shape)
-        starts.append(start)
-        ends.append(end)
+    columns = usual_columns(data)
+    if columns is None:
+        columns = _checked_columns(data, path)
+    names, dtypes, shapes, starts, ends, metadata = columns
+    _refuse_odd_names(names, path)
     if starts[1:] != ends[:-1]:
         # Files come sorted from every common writer, but the format does not ask for it.
         order = sorted(range(len(names)), key=lambda row: (starts[row], ends[row]))
@@ -220,9 +196,39 @@ def _check_header(data: bytearray, file_bytes: int, path: str) -> Header:
         dtypes,
         shapes,
         [data_start + start for start in starts],
-        [end - start for start, end in zip(starts, ends, strict=True)],
+        list(map(sub, ends, starts)),
         metadata,
     )
+
+
+def _checked_columns(data: bytearray, path: str) -> Columns:
+    """The entries of any header, looked at one by one.
+
+    Raises:
+        CheckpointError: names the entry that is wrong.
+    """
+    parsed = _checked_object(data, path, _decode_like_serde)
+    metadata = parsed.pop("__metadata__", None)
+    if metadata is None:
+        metadata = {}
+    if type(metadata) is not dict or not all(type(value) is str for value in metadata.values()):
+        raise checkpoint_error(
+            "malformed __metadata__",
+            where=path,
+            expected="an object of strings",
+            found=short(metadata),
+        )
+    names = list(parsed)
+    _refuse_odd_names(names, path)
+    rows = [_check_entry(name, entry, path) for name, entry in parsed.items()]
+    dtypes, shapes = [row[0] for row in rows], [row[1] for row in rows]
+    return Columns(names, dtypes, shapes, [row[2] for row in rows], [row[3] for row in rows], metadata)
+
+
+def _refuse_odd_names(names: list[str], path: str) -> None:
+    if (odd := odd_name(names)) is not None:
+        found = f"{len(odd)} characters"
+        raise _fault("a name that no tensor may have", path, odd, f"at most {LONGEST_NAME} printable characters", found)
 
 
 def odd_name(names: list[str]) -> str | None:
@@ -248,7 +254,7 @@ def _check_entry(name: str, entry: Any, path: str) -> tuple[str, tuple[int, ...]
         if type(dim) is not int or dim < 0:
             raise _fault("malformed shape", path, name, "a list of integers >= 0", shape)
         size_bits *= dim
-        if size_bits > _MAX_BITS or dim > _MAX_BITS:
+        if size_bits > MAX_BITS or dim > MAX_BITS:
             raise _fault("a shape is too large", path, name, "less than 2^63 bits", shape)
     if type(start) is not int or type(end) is not int or not 0 <= start <= end:
         offsets = entry["data_offsets"]

@@ -14,8 +14,18 @@ from torch import Tensor
 from automodel_conv.dtypes import FLOATING, dtype_code, promoted, torch_dtype
 from automodel_conv.errors import Message, NameProblems, UnsupportedError, listing, message
 from automodel_conv.planning.casts import check_cast
-from automodel_conv.planning.copies import Fallback, SourceTable, StridedCopy, Target, group_pieces
-from automodel_conv.planning.lowering import Context, LoweringError, Operation, Value, leaf, lower, needs_target_shapes
+from automodel_conv.planning.copies import Fallback, SourceTable, StridedCopy, Target
+from automodel_conv.planning.lowering import (
+    Context,
+    LoweringError,
+    Operation,
+    Value,
+    copies_of,
+    leaf,
+    leaves,
+    lower,
+    needs_target_shapes,
+)
 from automodel_conv.planning.plan import CopyPlan
 from automodel_conv.planning.resolve import Assignment, all_targets, missing_parts, resolve
 from automodel_conv.planning.rules import NotLowerable, RuleSet
@@ -279,7 +289,7 @@ class _Compiler:
 
     def _whole_copy(self, numel: int) -> tuple[StridedCopy, ...]:
         if numel not in self._whole:
-            self._whole[numel] = group_pieces(leaf(0, (numel,)).pieces)
+            self._whole[numel] = copies_of(leaf(0, (numel,)))
         return self._whole[numel]
 
     def _converted(self, assignment: Assignment) -> list[Target]:
@@ -342,10 +352,10 @@ class _Compiler:
         if key not in self._lowered:
             slots, ordinal = {}, 0
             for pattern, rows in assignment.slots.items():
-                slots[pattern] = [leaf(ordinal + i, shapes[row]) for i, row in enumerate(rows)]
+                slots[pattern] = leaves(ordinal, [shapes[row] for row in rows])
                 ordinal += len(rows)
             values = lower(chain, slots, Context(source_patterns, target_patterns, wanted, transposed))
-            self._lowered[key] = _made(values, slots)
+            self._lowered[key] = _made(values, [shapes[row] for rows in assignment.slots.values() for row in rows])
         return self._lowered[key]
 
     def _target_shapes(self, assignment: Assignment) -> tuple[tuple[int, ...], ...]:
@@ -393,7 +403,8 @@ class _Compiler:
             return None
         dtype = self._new_dtype(rows, assignment.target) if spec.is_new else spec.dtype
         for row in rows:
-            check_cast(self.sources.names[row], dtypes[row], name, dtype)
+            if dtypes[row] != dtype:
+                check_cast(self.sources.names[row], dtypes[row], name, dtype)
         return Target(name, dtype, shape, rule, rows, copies)
 
     def _new_dtype(self, rows: Iterable[int], first: str) -> str:
@@ -492,12 +503,14 @@ def _distinct(shapes: list[tuple[int, ...]]) -> list[tuple[int, ...]]:
     return shapes[:1] if shapes.count(shapes[0]) == len(shapes) else shapes
 
 
-def _made(values: Mapping[str, Value], slots: Mapping[str, list[Value]]) -> _Made:
+def _made(values: Mapping[str, Value], shapes: Sequence[tuple[int, ...]]) -> _Made:
+    """What a rule makes of sources of these shapes, from the values that its operations leave."""
     outputs = []
     for key, value in values.items():
-        reads = tuple(sorted({piece.source for piece in value.pieces}))
+        copies = copies_of(value)
+        reads = tuple(sorted({ordinal for copy in copies for ordinal in copy.ordinals}))
         place = {ordinal: i for i, ordinal in enumerate(reads)}
-        copies = group_pieces(piece._replace(source=place[piece.source]) for piece in value.pieces)
+        copies = tuple(copy._replace(ordinals=tuple([place[o] for o in copy.ordinals])) for copy in copies)
         outputs.append(_Output(key, value.shape, copies, reads))
-    given = {piece.source for values in slots.values() for value in values for piece in value.pieces}
+    given = {ordinal for ordinal, shape in enumerate(shapes) if prod(shape)}
     return _Made(tuple(outputs), tuple(sorted(given.difference(*(output.reads for output in outputs)))))

@@ -7,7 +7,7 @@ from math import prod
 
 from automodel_conv.errors import CoverageError, UnsupportedError, message
 from automodel_conv.planning.casts import check_cast
-from automodel_conv.planning.copies import SourceTable, StridedCopy, Target, group_pieces
+from automodel_conv.planning.copies import SourceTable, StridedCopy, Target, by_source, group_pieces, over_sources
 from automodel_conv.planning.view import NotAffine, Piece, canonical, chain
 
 
@@ -70,14 +70,14 @@ def chained(
         key = (id(target.copies), places, *((id(before.copies), before.shape) for before in middle))
         if key not in seen:
             pieces = [
-                piece._replace(source=places[read.source][piece.source])
+                Piece(places[read.source][piece.source], *piece[1:])
                 for copy in target.copies
                 for read in copy.pieces()
                 for piece in _through(middle[read.source], read, target)
             ]
             used = tuple(sorted({piece.source for piece in pieces}))
             place = {ordinal: i for i, ordinal in enumerate(used)}
-            copies = group_pieces(piece._replace(source=place[piece.source]) for piece in pieces)
+            copies = group_pieces(Piece(place[piece.source], *piece[1:]) for piece in pieces)
             seen[key] = shared(copies), used
         copies, used = seen[key]
         all_rows = list(rows)
@@ -134,9 +134,14 @@ def _check_chainable(made: Target, sources: SourceTable, target: Target) -> None
 
 
 def _through(made: Target, read: Piece, target: Target) -> list[Piece]:
-    written = [piece for copy in made.copies for piece in copy.pieces()]
+    numel = prod(made.shape)
     try:
-        return chain(written, [read], prod(made.shape))
+        walks = chain([piece for copy in made.copies for piece in over_sources(copy)], [read], numel)
+        return [piece for walk in walks for piece in by_source(walk)]
+    except NotAffine:  # which all pieces by themselves may not be
+        pass
+    try:
+        return chain([piece for copy in made.copies for piece in copy.pieces()], [read], numel)
     except NotAffine as error:
         text = f"{target.name} cannot be made straight from the sources of {made.name}: {error}"
         raise UnsupportedError(message(text)) from None

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from automodel_conv.dtypes import nbytes
 from automodel_conv.files.checkpoint import Checkpoint
-from automodel_conv.planning.view import Piece
+from automodel_conv.planning.view import Piece, canonical
 
 
 class StridedCopy(NamedTuple):
@@ -37,6 +37,58 @@ class StridedCopy(NamedTuple):
             Piece(ordinal, self.shape, self.source_strides, source, self.target_strides, target)
             for ordinal, source, target in zip(self.ordinals, self.source_offsets, self.target_offsets, strict=True)
         ]
+
+
+SPAN = 1 << 64
+"""From the first element of one source to that of the next, where all sources lie in one long row; none is as long.
+
+There a walk over sources is a dimension like any other, so that one piece can read thousands of them.
+"""
+
+
+def over_sources(copy: StridedCopy) -> list[Piece]:
+    """The pieces of a copy, which read the row of all sources: one for columns that are evenly spaced."""
+    columns = sorted(zip(copy.ordinals, copy.target_offsets, copy.source_offsets, strict=True))
+    runs: list[list[int]] = []  # of columns: source, place in it, place in the target; how many, how far apart each
+    ordinal = written = read = skip = apart = count = 0
+    for column in columns:
+        skips, moves = column[0] - ordinal, column[1] - written
+        goes_on = (skips == skip and moves == apart) if count > 1 else (count and skips > 0 and moves > 0)
+        ordinal, written = column[:2]
+        if goes_on and column[2] == read:
+            skip, apart, count = skips, moves, count + 1
+            runs[-1][3:] = count, skip, apart
+        else:
+            read, skip, apart, count = column[2], 0, 0, 1
+            runs.append([ordinal, read, written, 1, 0, 0])
+    return [
+        Piece(
+            0,
+            (count, *copy.shape),
+            (skip * SPAN, *copy.source_strides),
+            ordinal * SPAN + read,
+            (apart, *copy.target_strides),
+            written,
+        )
+        for ordinal, read, written, count, skip, apart in runs
+    ]
+
+
+def by_source(piece: Piece) -> list[Piece]:
+    """The pieces of the single sources that a piece reads in the row of all."""
+    source, read = divmod(piece.source_offset, SPAN)
+    places = [(source, piece.target_offset)]
+    inner = []
+    for dim in zip(piece.shape, piece.source_strides, piece.target_strides, strict=True):
+        count, step, apart = dim
+        if step < SPAN:
+            inner.append(dim)
+        else:
+            skip = step // SPAN
+            places = [(source + i * skip, at + i * apart) for source, at in places for i in range(count)]
+    shape, source_strides, target_strides = tuple(zip(*inner, strict=True)) or ((), (), ())
+    one = canonical(Piece(0, shape, source_strides, read, target_strides, 0))
+    return [Piece(source, *one[1:5], at) for source, at in places]
 
 
 def group_pieces(pieces: Iterable[Piece]) -> tuple[StridedCopy, ...]:

@@ -13,8 +13,8 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
 
 from automodel_conv.errors import UnsupportedError, message
-from automodel_conv.planning.copies import SourceTable, StridedCopy, Target, group_pieces
-from automodel_conv.planning.lowering import Context, LoweringError, Operation, leaf, lower
+from automodel_conv.planning.copies import SourceTable, StridedCopy, Target
+from automodel_conv.planning.lowering import Context, LoweringError, Operation, copies_of, leaf, lower
 from automodel_conv.planning.models import ExpertLayout
 from automodel_conv.planning.plan import CopyPlan
 
@@ -256,4 +256,4 @@ def _lowered(
                 found=f"{list(shape)}: {error}",
             )
         ) from None
-    return value.shape, group_pieces(value.pieces)
+    return value.shape, copies_of(value)

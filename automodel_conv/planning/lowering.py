@@ -1,5 +1,8 @@
 """From a chain of operations to strided copies: one small function per operation.
 
+All sources of a rule lie in one long row here, ``SPAN`` elements apart: thousands of experts are one piece, and what an
+operation does to them is computed once.
+
 An operation is plain data here (a name and its options); the functions below say in a line or two what it does to
 values that know, for every element, which source element it comes from. Semantics: transformers 5.23.0,
 ``core_model_loading.py``, the ``convert`` method of the class of the same name.
@@ -11,6 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from math import ceil, prod
 from typing import NamedTuple, cast
 
+from automodel_conv.planning.copies import SPAN, StridedCopy, by_source, group_pieces
 from automodel_conv.planning.view import Piece, chain, contiguous_strides
 
 
@@ -29,21 +33,28 @@ class Operation(NamedTuple):
 
 
 class Value(NamedTuple):
-    """A tensor that is still only a description: its shape, and the pieces that would fill it."""
+    """A tensor that is still only a description: its shape, and the pieces that would fill it.
+
+    Their ``source`` is 0: they read the row of all sources, with element n of source k at ``k * SPAN + n``.
+    """
 
     shape: tuple[int, ...]
     pieces: list[Piece]
+    source: int = 0
+    """Added to the sources that the pieces read, so that values of equal pieces can share them."""
 
 
 def leaf(source: int, shape: tuple[int, ...]) -> Value:
     """A whole source tensor."""
     numel = prod(shape)
-    if not numel:
-        return Value(shape, [])
-    return Value(
-        shape,
-        [Piece(source, (numel,), (1,), 0, (1,), 0) if numel > 1 else Piece(source, (), (), 0, (), 0)],
-    )
+    run = ((numel,), (1,)) if numel > 1 else ((), ())
+    return Value(shape, [Piece(0, run[0], run[1], 0, run[1], 0)] if numel else [], source)
+
+
+def leaves(first: int, shapes: Sequence[tuple[int, ...]]) -> list[Value]:
+    """Whole source tensors, numbered from ``first``."""
+    pieces = {shape: leaf(0, shape).pieces for shape in dict.fromkeys(shapes)}
+    return [Value(shape, pieces[shape], source) for source, shape in enumerate(shapes, first)]
 
 
 # --- values: the five things operations are made of -----------------------------------------------------------------
@@ -54,13 +65,13 @@ def _mapped(value: Value, shape: tuple[int, ...], sizes: Sequence[int], read: Se
     if not prod(sizes):
         return Value(shape, [])
     geometry = Piece(0, tuple(sizes), tuple(read), start, contiguous_strides(sizes), 0)
-    return Value(shape, chain(value.pieces, [geometry], prod(value.shape)))
+    return Value(shape, chain(value.pieces, [geometry], prod(value.shape)), value.source)
 
 
 def reshape(value: Value, shape: Sequence[int]) -> Value:
     if prod(shape) != prod(value.shape):
         raise LoweringError(f"cannot reshape {value.shape} to {tuple(shape)}")
-    return Value(tuple(shape), value.pieces)
+    return value._replace(shape=tuple(shape))
 
 
 def transpose(value: Value, dim0: int, dim1: int) -> Value:
@@ -80,22 +91,7 @@ def narrow(value: Value, dim: int, start: int, length: int) -> Value:
 
 
 def concatenate(values: Sequence[Value], dim: int) -> Value:
-    first = values[0]
-    dim = _dim(first, dim)
-    rest = (*first.shape[:dim], *first.shape[dim + 1 :])
-    for value in values:
-        if (*value.shape[:dim], *value.shape[dim + 1 :]) != rest or len(value.shape) != len(first.shape):
-            raise LoweringError(f"cannot join shapes {first.shape} and {value.shape} along dimension {dim}")
-    shape = (*first.shape[:dim], sum(value.shape[dim] for value in values), *first.shape[dim + 1 :])
-    strides = contiguous_strides(shape)
-    pieces: list[Piece] = []
-    start = 0
-    for value in values:
-        if prod(value.shape):
-            geometry = Piece(0, value.shape, contiguous_strides(value.shape), 0, strides, start * strides[dim])
-            pieces += chain(value.pieces, [geometry], prod(value.shape))
-        start += value.shape[dim]
-    return Value(shape, pieces)
+    return _joined(_series(values), dim)
 
 
 def stack(values: Sequence[Value], dim: int) -> Value:
@@ -103,7 +99,72 @@ def stack(values: Sequence[Value], dim: int) -> Value:
     if not -rank <= dim < rank:
         raise LoweringError(f"cannot stack tensors of shape {values[0].shape} along dimension {dim}")
     dim %= rank
-    return concatenate([reshape(v, (*v.shape[:dim], 1, *v.shape[dim:])) for v in values], dim)
+    opened = [
+        series._replace(first=reshape(series.first, (*series.first.shape[:dim], 1, *series.first.shape[dim:])))
+        for series in _series(values)
+    ]
+    return _joined(opened, dim)
+
+
+class _Series(NamedTuple):
+    """Values that are equal but for their sources, of which each starts ``step`` after the one before."""
+
+    first: Value
+    count: int
+    step: int
+
+
+def _series(values: Sequence[Value]) -> list[_Series]:
+    """The values in as few series as follow each other."""
+    made: list[_Series] = []
+    first, count, step = values[0], 0, 0
+    for value in values:
+        apart = value.source - first.source
+        if count == 0 or (value[:2] == first[:2] and (apart == count * step or (count == 1 and apart > 0))):
+            step = apart if count == 1 else step
+            count += 1
+            continue
+        made.append(_Series(first, count, step))
+        first, count, step = value, 1, 0
+    return [*made, _Series(first, count, step)]
+
+
+def _joined(all_series: Sequence[_Series], dim: int) -> Value:
+    first = all_series[0].first
+    dim = _dim(first, dim)
+    rest = (*first.shape[:dim], *first.shape[dim + 1 :])
+    for value, _, _ in all_series:
+        if (*value.shape[:dim], *value.shape[dim + 1 :]) != rest or len(value.shape) != len(first.shape):
+            raise LoweringError(f"cannot join shapes {first.shape} and {value.shape} along dimension {dim}")
+    size = sum(series.count * series.first.shape[dim] for series in all_series)
+    shape = (*first.shape[:dim], size, *first.shape[dim + 1 :])
+    strides = contiguous_strides(shape)
+    pieces: list[Piece] = []
+    start = 0
+    for series in all_series:
+        value, length = series.first, series.first.shape[dim]
+        whole, apart = (series.count, *value.shape), (length * strides[dim], *strides)
+        if prod(whole):
+            geometry = Piece(0, whole, contiguous_strides(whole), 0, apart, start * strides[dim])
+            pieces += chain(_one_after_the_other(series), [geometry], prod(whole))
+        start += series.count * length
+    return Value(shape, pieces)
+
+
+def _one_after_the_other(series: _Series) -> list[Piece]:
+    """The pieces of all values of a series, laid end to end."""
+    (shape, pieces, source), count, step = series
+    pieces = [piece._replace(source_offset=piece.source_offset + source * SPAN) for piece in pieces]
+    if count == 1:
+        return pieces
+    return [
+        piece._replace(
+            shape=(count, *piece.shape),
+            source_strides=(step * SPAN, *piece.source_strides),
+            target_strides=(prod(shape), *piece.target_strides),
+        )
+        for piece in pieces
+    ]
 
 
 def _dim(value: Value, dim: int) -> int:
@@ -365,3 +426,9 @@ def lower(operations: Sequence[Operation], inputs: Mapping[str, list[Value]], co
         except LoweringError as error:
             raise LoweringError(f"{operation}: {error}") from None
     return {name: _single(value) for name, value in values.items()}
+
+
+def copies_of(value: Value) -> tuple[StridedCopy, ...]:
+    """The copies that make a value; their ordinals are the numbers of the sources."""
+    moved = [piece._replace(source_offset=piece.source_offset + value.source * SPAN) for piece in value.pieces]
+    return group_pieces([piece for walk in moved for piece in by_source(walk)])

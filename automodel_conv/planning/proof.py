@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from math import prod
 
 from automodel_conv.errors import CoverageError, message
-from automodel_conv.planning.copies import SourceTable, Target
-from automodel_conv.planning.view import NotAffine, find_overlap
+from automodel_conv.planning.copies import SourceTable, Target, over_sources
+from automodel_conv.planning.view import NotAffine, Overlap, find_overlap
 
 
 def prove(targets: Sequence[Target], sources: SourceTable) -> None:
@@ -33,9 +33,8 @@ def prove(targets: Sequence[Target], sources: SourceTable) -> None:
 
 
 def _prove_written_once(target: Target, numel: int, sources: SourceTable) -> None:
-    pieces = [piece for copy in target.copies for piece in copy.pieces()]
     try:
-        overlap = find_overlap(pieces, numel)
+        overlap = _overlap(target, numel)
     except NotAffine as error:
         raise CoverageError(message(f"the copies of {target.name} cannot be proved: {error}")) from None
     if overlap is not None:
@@ -46,7 +45,7 @@ def _prove_written_once(target: Target, numel: int, sources: SourceTable) -> Non
                 found=names,
             )
         )
-    written = sum(prod(piece.shape) for piece in pieces)
+    written = sum(prod(copy.shape) * len(copy.ordinals) for copy in target.copies)
     if written != numel:
         raise CoverageError(
             message(
@@ -55,6 +54,16 @@ def _prove_written_once(target: Target, numel: int, sources: SourceTable) -> Non
                 found=f"{written} elements from {len(target.sources)} sources",
             )
         )
+
+
+def _overlap(target: Target, numel: int) -> Overlap | None:
+    """As ``find_overlap`` of all pieces of a target, which are looked at one by one only where that is needed."""
+    try:
+        if find_overlap([piece for copy in target.copies for piece in over_sources(copy)], numel) is None:
+            return None
+    except NotAffine:  # which all pieces by themselves may not be
+        pass
+    return find_overlap([piece for copy in target.copies for piece in copy.pieces()], numel)
 
 
 def _prove_reads_inside(target: Target, sources: SourceTable) -> None:

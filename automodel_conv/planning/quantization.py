@@ -20,8 +20,8 @@ from typing import Any
 
 from automodel_conv.dtypes import FLOATING
 from automodel_conv.errors import QuantizationError, listing, message
-from automodel_conv.planning.copies import Decode, SourceTable, Target, group_pieces
-from automodel_conv.planning.lowering import leaf, transpose
+from automodel_conv.planning.copies import Decode, SourceTable, Target
+from automodel_conv.planning.lowering import copies_of, leaf, transpose
 from automodel_conv.planning.plan import CopyPlan
 from automodel_conv.planning.schemes import (
     KEEP,
@@ -118,7 +118,7 @@ def as_meant(table: SourceTable) -> CopyPlan:
         if key not in known:
             value = leaf(0, shape)
             value = transpose(value, -2, -1) if row in swapped else value
-            known[key] = value.shape, group_pieces(value.pieces)
+            known[key] = value.shape, copies_of(value)
         made, copies = known[key]
         targets.append(Target(name, dtype, made, -1, (row,), copies))
     plan = CopyPlan(table, tuple(targets))

@@ -8,9 +8,9 @@ Nothing is raised here: what does not fit is collected, so that one error can te
 from __future__ import annotations
 
 import re
+from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from operator import itemgetter
 from typing import NamedTuple
 
 from automodel_conv.planning.rules import RuleSet, natural_key
@@ -45,7 +45,17 @@ _SENTINEL = 9_700_000
 _SENTINELS = re.compile(r"97000\d\d")
 _MOST_NUMBERS = 100
 
-_Template = tuple[str | None, ...]  # the components of a name, None for the numeric ones
+# What stands for a numeric component in a template, and what ends a name where many are one text.
+_NUMBER, _END = "\0", "\n"
+_NUMBERS = re.compile(r"\.(\d+)(?=[.\n])")
+
+
+class _Group(NamedTuple):
+    """All names of one template."""
+
+    numbers: list[list[str]]
+    """Columns: of each numeric component, what each name has there."""
+    rows: list[int]
 
 
 def resolve(
@@ -62,11 +72,11 @@ def resolve(
         targets: the names that exist, with anything but None as values; None accepts every name.
     """
     claims: dict[str, list[_Claim]] = {}
-    one_by_one: list[int] = []
     unexpected: dict[str, None] = {}
-    for template, (numbers, rows) in _templates(names, hidden).items():
-        representative = _fill(template, [str(_SENTINEL + i) for i in range(template.count(None))])
-        if template.count(None) > _MOST_NUMBERS or rules.looks_at_digits(representative):
+    templates, one_by_one = _templates(names, hidden)
+    for template, (numbers, rows) in templates.items():
+        representative = _representative(template)
+        if len(numbers) > _MOST_NUMBERS or rules.looks_at_digits(representative):
             one_by_one += rows
             continue
         renamed, rule, pattern = rules.rename(representative)
@@ -90,33 +100,46 @@ def resolve(
     return Resolution(assignments, list(unexpected), duplicated, unclaimed)
 
 
-def _templates(
-    names: Sequence[str], hidden: Collection[int]
-) -> dict[_Template, tuple[list[tuple[str, ...]], list[int]]]:
-    """Names grouped by template: ``("layers", None, "w1") -> ([("0",), ("1",)], [row, row])``."""
-    templates: dict[_Template, tuple[list[tuple[str, ...]], list[int]]] = {}
-    for row, name in enumerate(names):
-        if row in hidden:
-            continue
-        parts = name.split(".")
-        template = tuple([None if part.isdecimal() else part for part in parts])
-        group = templates.get(template)
+def _templates(names: Sequence[str], hidden: Collection[int]) -> tuple[dict[str, _Group], list[int]]:
+    """Names grouped by template: ``".layers\\0.w1" -> _Group([["0", "1"]], [row, row])``.
+
+    Also the rows of names that hold what a template marks numbers and ends with. All names are searched as one text,
+    several times as fast as one after the other.
+    """
+    rows = [row for row in range(len(names)) if row not in hidden] if hidden else list(range(len(names)))
+    text = "".join([f".{names[row]}{_END}" for row in rows])
+    odd: list[int] = []
+    if _NUMBER in text or text.count(_END) != len(rows):
+        odd = [row for row in rows if _NUMBER in names[row] or _END in names[row]]
+        rows = sorted(set(rows).difference(odd))
+        text = "".join([f".{names[row]}{_END}" for row in rows])
+    parts = _NUMBERS.split(text)
+    texts, numbers = parts[::2], parts[1::2]
+    groups: dict[str, tuple[int, list[int], list[int]]] = {}
+    at = 0
+    for row, template in zip(rows, _NUMBER.join(texts).split(_END), strict=False):
+        group = groups.get(template)
         if group is None:
-            group = templates[template] = ([], [])
-        group[0].append(tuple([part for part in parts if part.isdecimal()]))
-        group[1].append(row)
-    return templates
+            group = groups[template] = (template.count(_NUMBER), [], [])
+        group[1].append(at)
+        group[2].append(row)
+        at += group[0]
+    return {
+        template: _Group([[numbers[at + i] for at in places] for i in range(count)], members)
+        for template, (count, places, members) in groups.items()
+    }, odd
 
 
-def _fill(template: _Template, numbers: Sequence[str]) -> str:
-    remaining = iter(numbers)
-    return ".".join([next(remaining) if part is None else part for part in template])
+def _representative(template: str) -> str:
+    """The name of a template whose numbers are sentinels."""
+    first, *rest = template.split(_NUMBER)
+    return (first + "".join(f".{_SENTINEL + i}{text}" for i, text in enumerate(rest)))[1:]
 
 
 def _depends_on_length(
     names: Sequence[str],
     rules: RuleSet,
-    numbers: list[tuple[str, ...]],
+    numbers: list[list[str]],
     rows: list[int],
     outcome: tuple[str, int, str],
 ) -> bool:
@@ -124,46 +147,37 @@ def _depends_on_length(
 
     Numbers of the same lengths are renamed alike once no rule looks at their digits, so one name of each is asked.
     """
-    if not numbers[0] or not len(rules):
+    if not numbers or not len(rules):
         return False
     renamed, rule, pattern = outcome
-    of_each_length = {tuple(map(len, n)): (n, row) for n, row in zip(numbers, rows, strict=True)}
-    for n, row in of_each_length.values():
-        expected = _SENTINELS.sub(lambda match, n=n: n[int(match.group()) - _SENTINEL], renamed)
-        if rules.rename(names[row]) != (expected, rule, pattern if rule >= 0 else names[row]):
+    of_each_length = dict(
+        zip(zip(*[map(len, column) for column in numbers], strict=True), range(len(rows)), strict=True)
+    )
+    for at in of_each_length.values():
+        expected = _SENTINELS.sub(lambda match, at=at: numbers[int(match.group()) - _SENTINEL][at], renamed)
+        name = names[rows[at]]
+        if rules.rename(name) != (expected, rule, pattern if rule >= 0 else name):
             return True
     return False
 
 
-def _instances(renamed: str, numbers: list[tuple[str, ...]], rows: list[int]) -> list[tuple[str, list[int]]]:
+def _instances(renamed: str, numbers: list[list[str]], rows: list[int]) -> list[tuple[str, list[int]]]:
     """The targets of one template with their rows, each in the natural order of the numbers that the target lost."""
     kept = [int(sentinel) - _SENTINEL for sentinel in _SENTINELS.findall(renamed)]
     texts = _SENTINELS.split(renamed)
-    lost = [i for i in range(len(numbers[0])) if i not in kept]
+    lost = [i for i in range(len(numbers)) if i not in kept]
+    keys = zip(*[numbers[i] for i in kept], strict=True) if kept else [()] * len(rows)
     if not lost:
-        return [
-            (
-                "".join([t for pair in zip(texts, [*(n[i] for i in kept), ""], strict=True) for t in pair]),
-                [row],
-            )
-            for n, row in zip(numbers, rows, strict=True)
-        ]
-    groups: dict[tuple[str, ...] | str, list[tuple[int, ...]]] = {}
-    key = itemgetter(*kept) if kept else lambda n: ()
-    if len(lost) == 1:
-        only = lost[0]
-        for n, row in zip(numbers, rows, strict=True):
-            groups.setdefault(key(n), []).append((int(n[only]), row))
-    else:
-        for n, row in zip(numbers, rows, strict=True):
-            groups.setdefault(key(n), []).append((*[int(n[i]) for i in lost], row))
-    made = []
-    for values, members in groups.items():
-        members.sort()
-        filled = [values] if isinstance(values, str) else list(values)
-        name = "".join([t for pair in zip(texts, [*filled, ""], strict=True) for t in pair])
-        made.append((name, [member[-1] for member in members]))
-    return made
+        return [(_filled(texts, key), [row]) for key, row in zip(keys, rows, strict=True)]
+    groups: defaultdict[tuple[str, ...], list[tuple[int, ...]]] = defaultdict(list)
+    for key, member in zip(keys, zip(*[map(int, numbers[i]) for i in lost], rows, strict=True), strict=True):
+        groups[key].append(member)
+    return [(_filled(texts, key), [member[-1] for member in sorted(members)]) for key, members in groups.items()]
+
+
+def _filled(texts: Sequence[str], numbers: Sequence[str]) -> str:
+    """A name from the texts between its numbers."""
+    return "".join([part for pair in zip(texts, [*numbers, ""], strict=True) for part in pair])
 
 
 def _claim(

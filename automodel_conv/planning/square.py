@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from automodel_conv.errors import Advice, UnsupportedError, listing, message
-from automodel_conv.planning.lowering import Context, LoweringError, Operation, leaf, lower
+from automodel_conv.planning.lowering import Context, LoweringError, Operation, leaves, lower
 from automodel_conv.planning.resolve import Assignment, all_targets
 from automodel_conv.planning.rules import NotLowerable, RuleSet
 from automodel_conv.planning.view import NotAffine
@@ -122,7 +122,7 @@ def _matrices(
             continue
         before, operation = chains[assignment.rule]
         wanted = tuple(parameters[name] for name in names)
-        inputs = {pattern: [leaf(0, shapes[row]) for row in rows] for pattern, rows in assignment.slots.items()}
+        inputs = {pattern: leaves(0, [shapes[row] for row in rows]) for pattern, rows in assignment.slots.items()}
         try:
             made = lower(before, inputs, Context(*rules.patterns(assignment.rule), wanted))
         except (LoweringError, NotAffine):  # which whoever compiles the rule tells

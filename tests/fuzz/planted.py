@@ -16,7 +16,7 @@ PLANTED = {
     "a product that wraps": (
         [
             ("size_bits *= dim\n", "size_bits = size_bits * dim % 2**64\n"),
-            ("if size_bits > _MAX_BITS or dim > _MAX_BITS:", "if dim >= 2**64:"),
+            ("if size_bits > MAX_BITS or dim > MAX_BITS:", "if dim >= 2**64:"),
         ]
     ),
 }

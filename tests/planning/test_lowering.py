@@ -17,6 +17,7 @@ from automodel_conv.planning.lowering import (
     Context,
     LoweringError,
     Operation,
+    copies_of,
     leaf,
     lower,
     needs_target_shapes,
@@ -296,7 +297,7 @@ def lowered(operations, case):
     values = lower(operations, leaves, Context(tuple(case.sources), tuple(case.targets), case.shapes))
     made = {}
     for key, value in values.items():
-        target = oracles.written(value.pieces)
+        target = oracles.written(piece for copy in copies_of(value) for piece in copy.pieces())
         assert sorted(target) == list(range(prod(value.shape))), key
         made[key] = (value.shape, [elements[s][e] for _, (s, e) in sorted(target.items())])
     return made

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from automodel_conv.errors import CoverageError, UnsupportedError
 from automodel_conv.planning.copies import Decode, Fallback, SourceTable, StridedCopy, Target, group_pieces
-from automodel_conv.planning.lowering import Context, Operation, leaf, lower
+from automodel_conv.planning.lowering import Context, Operation, copies_of, leaf, lower
 from automodel_conv.planning.plan import CopyPlan
 from automodel_conv.planning.quantization import quantized_table
 from automodel_conv.planning.view import NotAffine, Piece
@@ -45,7 +45,7 @@ def made(sources, groups, operations, outputs, dtype="BF16", rule=-1):
     values = lower(operations, leaves, Context(tuple(leaves), tuple(outputs), ()))
     if not operations:
         values = {outputs[0]: values["p0"]}
-    return [Target(name, dtype, v.shape, rule, tuple(rows), group_pieces(v.pieces)) for name, v in values.items()]
+    return [Target(name, dtype, v.shape, rule, tuple(rows), copies_of(v)) for name, v in values.items()]
 
 
 def plan_of(sources, targets, **more):

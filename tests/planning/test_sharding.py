@@ -17,8 +17,8 @@ from torch.distributed.tensor.placement_types import _StridedShard
 
 from automodel_conv.dtypes import nbytes
 from automodel_conv.errors import CoverageError, UnsupportedError
-from automodel_conv.planning.copies import Fallback, SourceTable, Target, group_pieces
-from automodel_conv.planning.lowering import Context, LoweringError, Operation, leaf, lower
+from automodel_conv.planning.copies import Fallback, SourceTable, Target
+from automodel_conv.planning.lowering import Context, LoweringError, Operation, copies_of, leaf, lower
 from automodel_conv.planning.plan import CopyPlan
 from automodel_conv.planning.sharding import (
     Part,
@@ -235,7 +235,7 @@ def plan_of_case(operations, inputs, context):
     values = lower(operations, leaves, context)
     sources = SourceTable(list(elements), ["I64"] * len(elements), shapes)
     targets = [
-        Target(name, "I64", tuple(value.shape), -1, tuple(range(len(elements))), group_pieces(value.pieces))
+        Target(name, "I64", tuple(value.shape), -1, tuple(range(len(elements))), copies_of(value))
         for name, value in values.items()
     ]
     plan = CopyPlan(sources, tuple(targets))
@@ -357,7 +357,7 @@ def moe_plan(count=4, rows=6, columns=4, *more, dtype="BF16", source="BF16"):
     leaves = {p: [leaf(next(ordinals), (rows, columns)) for _ in range(count)] for p in ("gate", "up")}
     operations = [Operation("MergeModulelist", (("dim", 0),)), Operation("Concatenate", (("dim", 1),)), *more]
     value = lower(operations, leaves, Context(("gate", "up"), ("made",), ()))["made"]
-    target = Target("made", dtype, tuple(value.shape), -1, tuple(range(len(names))), group_pieces(value.pieces))
+    target = Target("made", dtype, tuple(value.shape), -1, tuple(range(len(names))), copies_of(value))
     return CopyPlan(sources, (target,))
 
 

@@ -1,0 +1,54 @@
+"""Copies over the row of all sources: fewer pieces that move the same elements."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from automodel_conv.planning.copies import StridedCopy, by_source, over_sources
+from automodel_conv.planning.view import Piece, canonical
+
+EXPERTS = 8192
+
+
+def copy_of(columns, shape=(3,), strides=(1,)):
+    ordinals, reads, writes = zip(*columns, strict=True)
+    return StridedCopy(shape, strides, strides, ordinals, reads, writes)
+
+
+def again(copy):
+    return [piece for walk in over_sources(copy) for piece in by_source(walk)]
+
+
+PLACES = st.integers(0, 4)
+
+
+@given(st.lists(st.tuples(PLACES, PLACES, PLACES), min_size=1, max_size=8), st.sampled_from([(), (1,), (3,), (2, 3)]))
+def test_pieces_of_single_sources_come_back(columns, shape):
+    copy = copy_of(columns, shape, (7, 2)[2 - len(shape) :] if shape else ())
+    assert sorted(again(copy)) == sorted(map(canonical, copy.pieces()))
+
+
+@pytest.mark.parametrize("step", [1, 2])
+def test_evenly_spaced_experts_are_one_piece(step):
+    copy = copy_of([(step * expert, 5, 3 * expert + 1) for expert in range(EXPERTS)])
+    assert len(over_sources(copy)) == 1
+    assert again(copy) == copy.pieces()
+
+
+def test_gate_and_up_that_alternate_are_two():
+    columns = [(part * EXPERTS + expert, 0, 6 * expert + 3 * part) for expert in range(EXPERTS) for part in (0, 1)]
+    copy = copy_of(columns)
+    assert len(over_sources(copy)) == 2
+    assert sorted(again(copy)) == sorted(copy.pieces())
+
+
+def test_a_gap_parts_two_runs():
+    copy = copy_of([(0, 0, 0), (1, 0, 3), (3, 0, 6), (4, 0, 9)])
+    assert len(over_sources(copy)) == 2
+    assert again(copy) == copy.pieces()
+
+
+def test_runs_within_one_source_stay_apart():
+    """They are no walk over sources: as one piece they would have another shape."""
+    copy = copy_of([(0, 0, 0), (0, 6, 3), (0, 12, 6)])
+    assert again(copy) == copy.pieces() == [Piece(0, (3,), (1,), i * 6, (1,), i * 3) for i in range(3)]
