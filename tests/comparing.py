@@ -41,7 +41,7 @@ def unpadded(path: Path) -> bytes:
     These let the data of what this package writes begin at a page, and are all in which a file of upstream's differs.
     """
     data = path.read_bytes()
-    if path.suffix != ".safetensors":
-        return data
     start = 8 + int.from_bytes(data[:8], "little")
+    if path.suffix != ".safetensors" or start > len(data):
+        return data
     return data[8:start].rstrip(b" ") + data[start:]
