@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from automodel_conv.errors import ConversionError, UnsupportedError, message
-from automodel_conv.execution.buffers import allocate, dtype_of, span_bytes
+from automodel_conv.execution.buffers import dtype_of, span_bytes
+from automodel_conv.execution.mapping import with_new
 from automodel_conv.execution.ranks import as_distributed, is_distributed, local_of
 from automodel_conv.planning.models import tied_names
 from automodel_conv.planning.plan import CopyPlan
@@ -61,13 +62,21 @@ class Homes:
     places: dict[str, list[Place]]
     fresh: list[str]
     doubled: list[tuple[str, str]]  # a second name of a parameter that has been loaded under its first
+    mapped: Mapping[str, Tensor]  # buffers that need not be filled
 
     @staticmethod
-    def of(model: nn.Module, plan: CopyPlan, strict: bool, device_of: Callable[[str], torch.device | None]) -> Homes:
+    def of(
+        model: nn.Module,
+        plan: CopyPlan,
+        strict: bool,
+        device_of: Callable[[str], torch.device | None],
+        map_new: Callable[[CopyPlan, Mapping[str, torch.device]], Mapping[str, Tensor]],
+    ) -> Homes:
         """Find a home for every target before anything is read.
 
         Args:
             device_of: of new tensors, by name; None: see ``home_of``.
+            map_new: maps what it can of the new tensors, of which it is given the plan and the devices.
 
         Raises:
             UnsupportedError: a tensor on a device that is not loaded to, or that ``state_dict`` hands out as a copy.
@@ -75,7 +84,7 @@ class Homes:
         """
         state = model.state_dict(keep_vars=True)
         plan = shard_plan(plan, regions_of(state, plan))
-        homes = Homes(plan, {}, find_places(model), [], [])
+        homes = Homes(plan, {}, find_places(model), [], [], {})
         first: dict[int, str] = {}
         targets, fresh = [], []
         for target in plan.targets:
@@ -105,14 +114,16 @@ class Homes:
                 homes.buffers[target.name] = local_of(tensor.detach())
         _refuse_shared_memory(homes.buffers)
         homes.plan = replace(plan, targets=tuple(targets))
-        for target in fresh:
-            homes.buffers |= allocate([target], device_of(target.name) or home_of(state[target.name]))
+        devices = {target.name: device_of(target.name) or home_of(state[target.name]) for target in fresh}
+        homes.mapped = map_new(replace(plan, targets=tuple(fresh)), devices)
+        homes.buffers |= with_new(fresh, homes.mapped, devices)
         return homes
 
     @property
     def extra_bytes(self) -> int:
-        """Bytes of the second copies of parameters that the checkpoint holds under two names."""
-        return sum(self.buffers[name].nbytes for name, _ in self.doubled if name in self.buffers)
+        """Bytes of the second copies, unless mapped, of parameters that the checkpoint holds under two names."""
+        doubled = {name for name, _ in self.doubled if name not in self.mapped}
+        return sum(self.buffers[name].nbytes for name in doubled & self.buffers.keys())
 
     def unequal(self, model: nn.Module) -> set[tuple[str, str]]:
         """Names that are, or would be, one parameter, and for which this rank has loaded different values."""

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from automodel_conv.device_map import DeviceLike, device_map_of
 from automodel_conv.doors import door
 from automodel_conv.errors import QuantizationError, message
-from automodel_conv.execution.buffers import allocate
 from automodel_conv.execution.checksums import verify_checksums
 from automodel_conv.execution.filling import Limits, fill, within
+from automodel_conv.execution.mapping import map_targets, with_new, without
 from automodel_conv.execution.page_policy import PageUse
 from automodel_conv.execution.ranks import (
     as_distributed,
@@ -69,11 +69,11 @@ class LoadReport:
         mismatched_keys: ``(name, found shape, expected shape)``; those targets were left as they were.
         duplicated_keys: ``(name, sources)`` where several sources claim a target; the first was taken.
         fallbacks: targets made by upstream's own code, because an operation could not be lowered.
-        bytes_read: bytes of tensor data that took part.
+        bytes_read: bytes of tensor data that took part and were read; those of mapped targets are not.
         seconds: by phase: ``open``, ``plan``, ``read``.
         peak_extra_bytes: upper bound of the memory used beside the final buffers: scratch on the host and on the
-            device, and second copies of parameters that the checkpoint holds under two names. What upstream's own code
-            allocates is not in it.
+            device, and second copies of parameters that the checkpoint holds under two names, unless they are mapped.
+            What upstream's own code allocates is not in it.
         left_out: tensors of the checkpoint, by their names in it, that nothing was made of, and of its files.
         unindexed: name and file of each tensor that was not read, since the index does not give it to that file.
         carried: always empty: a model takes nothing that it has no place for.
@@ -84,6 +84,8 @@ class LoadReport:
         threads: the most that read at the same time, of all devices together.
         pages: the new host memory by the size of its pages, and how fast each size was made; ``str`` says it in words;
             None for loads to other devices alone.
+        bytes_mapped: bytes of targets that were mapped (``memory_map=True``), and so not read; their pages come into
+            memory when they are touched.
     """
 
     missing_keys: tuple[str, ...]
@@ -102,10 +104,11 @@ class LoadReport:
     without_kernels: str | None = None
     threads: int = 0
     pages: PageUse | None = None
+    bytes_mapped: int = 0
 
     @property
     def gb_per_s(self) -> float:
-        """10^9 bytes read per second of the read phase."""
+        """10^9 bytes read per second of the read phase; mapped ones do not count."""
         return self.bytes_read / 1e9 / max(self.seconds["read"], 1e-9)
 
 
@@ -194,6 +197,7 @@ def load_state_dict(
     device_scratch_bytes: int | None = None,
     memory_budget: int | None = None,
     huge_pages: bool | None = None,
+    memory_map: bool = False,
     progress: bool = False,
     revision: str | None = None,
 ) -> LoadedStateDict:
@@ -230,6 +234,11 @@ def load_state_dict(
         huge_pages: whether new host memory, in tensors of 4 MiB or more, has huge pages (2 MiB; Linux). None measures
             during the load which size this machine makes faster: huge pages on most, small ones on virtual machines
             that give their free memory back to the host.
+        memory_map: on Linux, do not read but map new tensors on the CPU that lie in a file as they shall lie in memory:
+            one run of bytes, in the right dtype, at a multiple of the elements' size. Writing to them copies pages and
+            never reaches the file; processes share the pages that none of them writes to. All others are read. For
+            files that nobody writes to or cuts as long as a tensor lives, which would change it or end the process; see
+            docs/performance.md.
         progress: show a bar in bytes and GB/s.
         revision: of an ``org/name`` on the Hub.
 
@@ -269,15 +278,18 @@ def load_state_dict(
         plan = shard_plan(plan, regions_of(state, plan))
         if verify:
             verify_checksums(checkpoint, default_reader_threads(cores()) if threads is None else threads)
-        buffers: dict[str, Tensor] = {}
+        devices: dict[str, torch.device] = {}
         for target in plan.targets:
             like = state.get(target.name)
             own = home_of(like) if like is not None and is_distributed(like) else None
-            buffers |= allocate([target], own or device_of(target.name) or "cpu")
-        clock.lap("plan")
-        limits = within(memory_budget, Limits(threads, scratch_bytes, device_scratch_bytes, huge_pages), plan, buffers)
+            devices[target.name] = own or device_of(target.name) or torch.device("cpu")
         mine, shared_names = _to_read(plan, state, broadcast)
-        stats = fill(mine, checkpoint, buffers, limits, progress=progress)
+        mapped = map_targets(mine, checkpoint, devices) if memory_map else {}
+        buffers = with_new(plan.targets, mapped, devices)
+        clock.lap("plan")
+        limits = Limits(threads, scratch_bytes, device_scratch_bytes, huge_pages)
+        limits = within(memory_budget, limits, without(plan, mapped), buffers)
+        stats = fill(without(mine, mapped), checkpoint, buffers, limits, progress=progress)
         clock.lap("read")
     send([state[name] for name in shared_names], [buffers[name] for name in shared_names])
     with together(groups, "comparing tied tensors"):
@@ -286,7 +298,7 @@ def load_state_dict(
     unequal = found_by_any(groups, found, "comparing tied tensors")
     shared = _distributed(with_tied(buffers, ties, unequal), state)
     loaded = LoadedStateDict(in_order(shared, model) if model is not None else shared)
-    loaded.report = _report(checkpoint, plan, unused, problems, clock, stats)
+    loaded.report = _report(checkpoint, plan, unused, problems, clock, stats, mapped)
     loaded.layout = stated_layout(checkpoint, None) if layout is None and model is None and not rules else layout
     return loaded
 
@@ -312,6 +324,7 @@ def load_model(
     device_scratch_bytes: int | None = None,
     memory_budget: int | None = None,
     huge_pages: bool | None = None,
+    memory_map: bool = False,
     progress: bool = False,
     revision: str | None = None,
 ) -> LoadReport:
@@ -328,6 +341,7 @@ def load_model(
         dtype: if given, parameters of another floating dtype are replaced (see ``compile_plan``).
         path, rules, source_layout, key_mapping, strict, dequantize, verify, broadcast, threads, scratch_bytes,
             device_scratch_bytes, memory_budget, huge_pages, progress, revision: see ``load_state_dict``.
+        memory_map: likewise, of the tensors that new parameters and buffers get; materialized ones are read in place.
 
     Raises:
         CheckpointError, NameProblems, QuantizationError, UnsupportedError: see ``compile_plan``; no parameter has been
@@ -368,12 +382,16 @@ def load_model(
         if verify:
             verify_checksums(checkpoint, default_reader_threads(cores()) if threads is None else threads)
         was_meta = any(tensor.is_meta for tensor in state.values() if isinstance(tensor, Tensor))
-        homes = Homes.of(model, plan, strict, device_of)
+
+        def map_new(fresh: CopyPlan, devices: Mapping[str, torch.device]) -> dict[str, Tensor]:
+            return map_targets(_to_read(fresh, state, broadcast)[0], checkpoint, devices) if memory_map else {}
+
+        homes = Homes.of(model, plan, strict, device_of, map_new)
         clock.lap("plan")
         limits = Limits(threads, scratch_bytes, device_scratch_bytes, huge_pages)
-        limits = within(memory_budget, limits, homes.plan, homes.buffers, homes.extra_bytes)
+        limits = within(memory_budget, limits, without(homes.plan, homes.mapped), homes.buffers, homes.extra_bytes)
         mine, shared_names = _to_read(homes.plan, state, broadcast)
-        stats = fill(mine, checkpoint, homes.buffers, limits, progress=progress)
+        stats = fill(without(mine, homes.mapped), checkpoint, homes.buffers, limits, progress=progress)
         clock.lap("read")
     send([state[name] for name in shared_names], [homes.buffers[name] for name in shared_names])
     with together(groups, "comparing tied tensors"):
@@ -384,7 +402,7 @@ def load_model(
         finish(model, homes.buffers, problems.missing, device_of)
     if where is not None:
         move_buffers(model, device_of)
-    return _report(checkpoint, plan, plan.unused_sources, problems, clock, stats, homes.extra_bytes)
+    return _report(checkpoint, plan, plan.unused_sources, problems, clock, stats, homes.mapped, homes.extra_bytes)
 
 
 def load_plan(
@@ -528,6 +546,7 @@ def _report(
     problems: Problems,
     clock: _Clock,
     stats: Mapping[torch.device, LoadStats],
+    mapped: Mapping[str, Tensor],
     extra_bytes: int = 0,
 ) -> LoadReport:
     return LoadReport(
@@ -546,4 +565,5 @@ def _report(
         threads=sum(part.threads for part in stats.values()),
         pages=next((part.pages for device, part in stats.items() if device.type == "cpu"), None),
         without_kernels=next((part.without_kernels for part in stats.values() if part.without_kernels), None),
+        bytes_mapped=sum(tensor.nbytes for tensor in mapped.values()),
     )

@@ -219,6 +219,18 @@ def file_bytes(directory: str) -> int:
     return sum(path.stat().st_size for path in Path(directory).glob("*.safetensors"))
 
 
+def mapped_pss(directory: str) -> int:
+    """Bytes of this process's pages of mapped files of a directory, each divided by the processes that have it."""
+    kib, inside = 0, False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        words = line.split(maxsplit=5)
+        if not words[0].endswith(":"):  # a mapping begins: addresses, rights, offset, device, inode, path
+            inside = len(words) > 5 and words[5].startswith(f"{os.path.realpath(directory)}{os.sep}")
+        elif inside and words[0] == "Pss:":
+            kib += int(words[1])
+    return kib * 1024
+
+
 def read_through(directory: str) -> int:
     """Read every file once, so that all are in the page cache; returns their bytes."""
     buffer = bytearray(16 << 20)

@@ -31,5 +31,17 @@ def tensors_of(directory: str | PathLike[str]) -> dict[str, Tensor]:
 
 
 def contents(directory: str | PathLike[str]) -> dict[str, bytes]:
-    """The bytes of all files of a directory, by name."""
-    return {path.name: path.read_bytes() for path in Path(directory).iterdir()}
+    """The bytes of all files of a directory, by name, as ``unpadded``."""
+    return {path.name: unpadded(path) for path in Path(directory).iterdir()}
+
+
+def unpadded(path: Path) -> bytes:
+    """The bytes of a file; of a safetensors file without the header's length and the spaces at the header's end.
+
+    These let the data of what this package writes begin at a page, and are all in which a file of upstream's differs.
+    """
+    data = path.read_bytes()
+    start = 8 + int.from_bytes(data[:8], "little")
+    if path.suffix != ".safetensors" or start > len(data):
+        return data
+    return data[8:start].rstrip(b" ") + data[start:]

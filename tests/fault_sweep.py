@@ -179,8 +179,8 @@ class Sweep:
     def load(self, model: Model, layout: str | None = None) -> None:
         amc.load_model(model, self.source, rules=rules(), layout=layout, threads=self.threads)
 
-    def load_state_dict(self) -> dict[str, torch.Tensor]:
-        return amc.load_state_dict(self.source, rules=rules(), threads=self.threads)
+    def load_state_dict(self, memory_map: bool = False) -> dict[str, torch.Tensor]:
+        return amc.load_state_dict(self.source, rules=rules(), threads=self.threads, memory_map=memory_map)
 
     def save(self, directory: Path) -> None:
         amc.save_checkpoint(self.model, directory, rules=rules(), max_shard_size=700, threads=self.threads)
@@ -210,6 +210,16 @@ class Sweep:
             for name, tensor in self.wanted.items():
                 assert_bytes_equal(found[0][name], tensor)
 
+    def try_map(self, told: Callable[[Callable[[], object]], BaseException | None]) -> None:
+        """Some is mapped, and what has to be merged is read."""
+        found: list[dict[str, torch.Tensor]] = []
+        error = told(lambda: found.append(self.load_state_dict(memory_map=True)))
+        if error is None:
+            for name, tensor in self.wanted.items():
+                assert_bytes_equal(found[0][name], tensor)
+        while error is not None:  # whose frames hold what was mapped, as long as it lives
+            error.__traceback__, error = None, error.__cause__ or error.__context__
+
     def try_save(self, told: Callable[[Callable[[], object]], BaseException | None]) -> None:
         directory = self.root / f"out-{next(self._number)}"
         if told(lambda: self.save(directory)) is not None and not self._is_whole(directory, "save"):
@@ -234,7 +244,7 @@ class Sweep:
         return directory.exists() and _files(directory) == self.files[verb]
 
 
-VERBS = ("load", "load_state_dict", "save", "convert", "verify")
+VERBS = ("load", "load_state_dict", "map", "save", "convert", "verify")
 
 
 def _files(directory: Path) -> dict[str, bytes]:

@@ -294,7 +294,7 @@ def test_a_dry_run_fails_where_the_disk_has_no_room(plain, tmp_path, monkeypatch
     assert "needs on the disk" in result.stdout
     # What an unfinished work has taken there is free for its end, or for another one.
     (tmp_path / "new" / STAGING_NAME).mkdir(parents=True)
-    (tmp_path / "new" / STAGING_NAME / "model.safetensors").write_bytes(bytes(400))
+    (tmp_path / "new" / STAGING_NAME / "model.safetensors").write_bytes(bytes(5000))
     result = run("convert", plain, tmp_path / "new", "--no-model", "--dry-run")
     assert result.exit_code == 0, result.output
     assert value(result.stdout, "unfinished work there") == "yes"

@@ -33,7 +33,7 @@ from automodel_conv.files.header import (
     with_open,
 )
 from automodel_conv.files.hub import Repository, download, find_repository, names_in, read_remote_header
-from automodel_conv.files.shards import FORM, LAYOUT_KEY
+from automodel_conv.files.shards import FORM, LAYOUT_KEY, PAGE_BYTES
 
 # The index format has no limit of its own; 500,000 tensors need about 70 MB.
 MAX_INDEX_BYTES = 500_000_000
@@ -235,7 +235,8 @@ def _open_remote(chosen: _Chosen, repository: Repository) -> Checkpoint:
     for name, shard in chosen.index.weight_map.items() if chosen.index else ():
         guesses[shard] += len(name) + _ENTRY_GUESS
     with ThreadPoolExecutor(max_workers=min(_READERS, len(urls))) as pool:
-        headers = list(pool.map(read_remote_header, urls, guesses.values()))
+        pages = (-(-guess // PAGE_BYTES) * PAGE_BYTES for guess in guesses.values())  # which our own headers fill
+        headers = list(pool.map(read_remote_header, urls, pages))
     return replace(_merge(chosen, urls, headers), is_remote=True)
 
 

@@ -1,8 +1,10 @@
 """The files of a checkpoint to be written: which tensor lies where, headers and index, before any data is there.
 
-Pure. Files are laid out as the safetensors library does it, so that the same tensors give the same bytes, and divided
-as huggingface_hub does it. Source: safetensors 0.8.0, ``prepare`` in ``tensor.rs``; huggingface_hub 1.33.0,
-``split_state_dict_into_shards_factory``; transformers 5.23.0, ``save_pretrained``.
+Pure. Files are laid out as the safetensors library does it, so that the same tensors give the same bytes, but for the
+spaces at the end of the header: as many as let the data begin at a page, so that it can be mapped in whole pages. Files
+are divided as huggingface_hub does it. Source: safetensors 0.8.0, ``prepare`` in ``tensor.rs``, and the format section
+of its README, which allows the spaces; huggingface_hub 1.33.0, ``split_state_dict_into_shards_factory``; transformers
+5.23.0, ``save_pretrained``.
 """
 
 from __future__ import annotations
@@ -20,6 +22,9 @@ from automodel_conv.files.header import LONGEST_NAME, odd_name, short
 CHECKSUMS_NAME = "model.safetensors.checksums.json"
 LAYOUT_KEY = "expert_layout"
 """Under it the metadata of files and of their index name the layout of the experts."""
+
+PAGE_BYTES = 4096
+"""The data of a file begins at a multiple of it."""
 
 _ORDER = {code: place for place, code in enumerate(BITS)}
 _UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
@@ -137,7 +142,7 @@ def shard_of(name: str, specs: Sequence[Spec], layout: str | None = None) -> Sha
         end += spec.nbytes
         header[spec.name] = {"dtype": spec.dtype, "shape": shape, "data_offsets": [starts[-1], end]}
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)
+    text += b" " * (-(8 + len(text)) % PAGE_BYTES)
     data = 8 + len(text)
     return Shard(name, len(text).to_bytes(8, "little") + text, tuple(specs), tuple(data + start for start in starts))
 

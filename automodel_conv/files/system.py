@@ -33,6 +33,10 @@ _MADV_HUGEPAGE = 14
 _MADV_NOHUGEPAGE = 15
 _MADV_POPULATE_WRITE = 23
 
+# Source: asm-generic/mman-common.h, asm-generic/mman.h. Python's mmap module has the last from 3.13 on.
+_PROT_READ, _PROT_WRITE = 1, 2
+_MAP_PRIVATE, _MAP_NORESERVE = 0x02, 0x4000
+
 # Source: linux/fs.h.
 _SYNC_FILE_RANGE_WRITE = 2
 
@@ -311,6 +315,50 @@ def resident_share(address: int, nbytes: int) -> float:
 def _memory_call(name: str):
     function = getattr(ctypes.CDLL(None), name)
     function.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p if name == "mincore" else ctypes.c_int)
+    function.restype = ctypes.c_int
+    return function
+
+
+def can_map() -> bool:
+    """Whether ``map_private`` works here: on Linux."""
+    return sys.platform == "linux"
+
+
+def map_private(fd: int, offset: int, nbytes: int) -> int:
+    """Map bytes of a file into memory, copy-on-write; returns the address of the first.
+
+    What is written there never reaches the file, and takes memory only once it is written. Python's own ``mmap`` would
+    keep a descriptor open as long as the mapping lives.
+
+    Args:
+        offset: a multiple of ``mmap.ALLOCATIONGRANULARITY``.
+        nbytes: at least one, all of them within the file: a touch beyond its end ends the process (SIGBUS).
+    """
+    protection, flags = _PROT_READ | _PROT_WRITE, _MAP_PRIVATE | _MAP_NORESERVE
+    address = _mmap()(None, nbytes, protection, flags, fd, offset)
+    if address == ctypes.c_void_p(-1).value:
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number))
+    return address
+
+
+def unmap(address: int, nbytes: int) -> None:
+    """Take a mapping back; nothing may touch it any more."""
+    _munmap()(address, nbytes)
+
+
+@functools.cache
+def _mmap():
+    function = ctypes.CDLL(None, use_errno=True).mmap
+    function.argtypes = (*(ctypes.c_void_p, ctypes.c_size_t), *[ctypes.c_int] * 3, ctypes.c_int64)
+    function.restype = ctypes.c_void_p
+    return function
+
+
+@functools.cache
+def _munmap():
+    function = ctypes.CDLL(None).munmap
+    function.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
     function.restype = ctypes.c_int
     return function
 

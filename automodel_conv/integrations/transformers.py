@@ -9,6 +9,11 @@ scales (``codes``): that is an error.
 
 An index decides which file a tensor is read from, as everywhere in this package; transformers alone takes all tensors
 of all files that the index names. Files that it reads whole, with ``disable_mmap=True``, are left to it.
+
+transformers itself maps what it does not convert, cast or move to a device: safetensors' slices are views of a private
+mapping of the file. With ``memory_map`` the same holds for what is converted here and lies in a file as it shall in the
+model. Source: transformers 5.23.0, ``_materialize_copy`` in ``core_model_loading.py``; safetensors 0.8.0, ``open`` in
+``bindings/python/src/lib.rs``.
 """
 
 from __future__ import annotations
@@ -28,15 +33,15 @@ from torch import Tensor
 
 from automodel_conv.dtypes import dtype_code
 from automodel_conv.errors import CheckpointError, QuantizationError, UnsupportedError, listing, message
-from automodel_conv.execution.buffers import allocate
 from automodel_conv.execution.filling import Limits, fill
+from automodel_conv.execution.mapping import map_targets, with_new, without
 from automodel_conv.files.checkpoint import Checkpoint
 from automodel_conv.files.header import read_header
 from automodel_conv.integrations.codes import refuse_codes
 from automodel_conv.integrations.quantizers import PlainLoad, plain_load, rounds_alike
 from automodel_conv.planning.compiler import Conversion, TargetSpec, whole_conversions
 from automodel_conv.planning.composition import table_of
-from automodel_conv.planning.copies import SourceTable, Target
+from automodel_conv.planning.copies import SourceTable
 from automodel_conv.planning.models import matching
 from automodel_conv.planning.plan import CopyPlan
 from automodel_conv.planning.quantization import as_meant, quantized_table
@@ -70,6 +75,8 @@ class HookedLoad(NamedTuple):
     unindexed: tuple[tuple[str, str], ...] = ()
     """Name and file name of each tensor that was not loaded, since the index does not give it to the file in which it
     lies; by file, then name."""
+    bytes_mapped: int = 0
+    """Of the targets made by plan that were mapped, and so not read (``memory_map=True``)."""
 
 
 @dataclass
@@ -93,18 +100,22 @@ class Acceleration:
         return "\n".join(lines)
 
 
-def install() -> Acceleration:
+def install(memory_map: bool = False) -> Acceleration:
     """Let every ``from_pretrained`` of this process convert its tensors by plan, until ``uninstall``.
 
     A load raises QuantizationError where transformers would cast quantized codes without their scales. Calling this
-    again changes nothing and returns the same object.
+    again changes ``memory_map`` alone and returns the same object.
+
+    Args:
+        memory_map: map what need not move, as ``load_model`` does: parameters on the CPU whose sources lie in a file
+            one after the other in the order of the parameter. What transformers does not convert, it maps anyway.
 
     Raises:
         UnsupportedError: transformers is missing, or its loader is not one that this was made for.
     """
     with _HOOK.lock:
         acceleration = _HOOK.put()
-        _HOOK.kept = True
+        _HOOK.kept, _HOOK.kept_maps = True, memory_map
         return acceleration
 
 
@@ -114,16 +125,19 @@ def uninstall() -> None:
     Loads under way end as they began. A block of ``accelerate_transformers`` that is still open stays without effect.
     """
     with _HOOK.lock:
-        _HOOK.kept, _HOOK.blocks = False, 0
+        _HOOK.kept, _HOOK.kept_maps, _HOOK.blocks, _HOOK.mapping_blocks = False, False, 0, 0
         _HOOK.take()
 
 
 @contextmanager
-def accelerate_transformers() -> Iterator[Acceleration]:
+def accelerate_transformers(memory_map: bool = False) -> Iterator[Acceleration]:
     """``install`` for the length of a block. Blocks may be nested, and open in several threads at once.
 
-    Patching is for the whole process: loads of other threads, too, are planned while any block is open. What a load
-    raises: see ``install``.
+    Patching is for the whole process: loads of other threads, too, are planned while any block is open, and mapped
+    while any that is open says ``memory_map``. What a load raises: see ``install``.
+
+    Args:
+        memory_map: see ``install``.
 
     Raises:
         UnsupportedError: see ``install``.
@@ -131,12 +145,14 @@ def accelerate_transformers() -> Iterator[Acceleration]:
     with _HOOK.lock:
         acceleration = _HOOK.put()
         _HOOK.blocks += 1
+        _HOOK.mapping_blocks += memory_map
     try:
         yield acceleration
     finally:
         with _HOOK.lock:
             if _HOOK.acceleration is acceleration:  # unless it was uninstalled meanwhile
                 _HOOK.blocks -= 1
+                _HOOK.mapping_blocks -= memory_map
                 if not _HOOK.blocks and not _HOOK.kept:
                     _HOOK.take()
 
@@ -150,9 +166,16 @@ class _Hook:
     def __init__(self) -> None:
         self.lock = threading.RLock()
         self.kept = False  # by install()
+        self.kept_maps = False
         self.blocks = 0
+        self.mapping_blocks = 0
         self.acceleration: Acceleration | None = None
         self._replaced: list[tuple[ModuleType, str, Any, Any]] = []
+
+    @property
+    def maps(self) -> bool:
+        """Whether anybody has asked for ``memory_map``."""
+        return self.kept_maps or self.mapping_blocks > 0
 
     def put(self) -> Acceleration:
         if self.acceleration is None:
@@ -337,12 +360,11 @@ def _converting(convert: Callable[..., Any], acceleration: Acceleration) -> Call
             found = convert(model, state_dict, load_config, *args, **kwargs)
             acceleration.loads.append(HookedLoad(type(model).__name__, (), left, left_out, unindexed))
             return found
-        buffers: dict[str, Tensor] = {}
-        for device, targets in work.places.items():
-            buffers |= allocate(targets, device)
+        mapped = map_targets(work.plan, work.checkpoint, work.devices) if _HOOK.maps else {}
+        buffers = with_new(work.plan.targets, mapped, work.devices)
         # As transformers itself does: without threads if its users have said so.
         threads = 1 if is_env_variable_true("HF_DEACTIVATE_ASYNC_LOAD") else None
-        fill(work.plan, work.checkpoint, buffers, Limits(threads))
+        fill(without(work.plan, mapped), work.checkpoint, buffers, Limits(threads))
         of_plain = replace(load_config, weight_mapping=[], hf_quantizer=None)
         of_converted, *_ = convert(model, buffers, of_plain, *args, **kwargs)
         # Which rules a load has used decides how transformers saves the model.
@@ -353,7 +375,8 @@ def _converting(convert: Callable[..., Any], acceleration: Acceleration) -> Call
         of_rest, *others = convert(model, rest, load_config, *args, **kwargs)
         _add(of_rest, of_converted)
         lowered = tuple(target.name for target in work.plan.targets)
-        acceleration.loads.append(HookedLoad(type(model).__name__, lowered, left, left_out, unindexed))
+        bytes_mapped = sum(tensor.nbytes for tensor in mapped.values())
+        acceleration.loads.append(HookedLoad(type(model).__name__, lowered, left, left_out, unindexed, bytes_mapped))
         return (of_rest, *others)
 
     return converted
@@ -371,7 +394,7 @@ class _Work(NamedTuple):
 
     plan: CopyPlan
     checkpoint: Checkpoint
-    places: dict[Any, list[Target]]
+    devices: dict[str, torch.device]
     taken: frozenset[str]
 
 
@@ -434,10 +457,8 @@ def _planned(
     plan = CopyPlan(meant, tuple(target for conversion in conversions for target in conversion.targets), texts)
     plan.validate()
     plan = plan if first is None else first.then(plan)
-    places: dict[Any, list[Target]] = {}
-    for target in plan.targets:
-        places.setdefault(wanted[target.name].device, []).append(target)
-    return _Work(plan, checkpoint, places, taken), left
+    devices = {target.name: torch.device(wanted[target.name].device) for target in plan.targets}
+    return _Work(plan, checkpoint, devices, taken), left
 
 
 def _square_and_transposed(model: Any, state_dict: Mapping[str, Any], rules: RuleSet) -> list[str]:

@@ -10,7 +10,18 @@ import torch
 
 from automodel_conv import open_checkpoint
 from automodel_conv.planning.registry import transformers_available
-from benchmarks import dequant, from_pretrained, integrity, measure, memory, planning, saving, shapes, sharded
+from benchmarks import (
+    dequant,
+    from_pretrained,
+    integrity,
+    mapping,
+    measure,
+    memory,
+    planning,
+    saving,
+    shapes,
+    sharded,
+)
 
 pytestmark = pytest.mark.skipif(not transformers_available(), reason="benchmarks build models of transformers")
 
@@ -268,3 +279,16 @@ def test_integrity_times_loads_and_plans_with_and_without(tmp_path, capsys):
     seconds = json.loads(file.read_text())["seconds"]
     assert set(seconds) == {"load", "load, checksums verified", "plan", "plan, not proved"}
     assert all(len(times) == 2 and min(times) > 0 for times in seconds.values())
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="files are mapped on Linux")
+def test_a_mapped_load_reads_nothing_and_makes_the_same_tensors(tmp_path):
+    shapes.write_checkpoint(shapes.SMALL, str(tmp_path / "published"))
+    mapping.amc.convert_checkpoint(tmp_path / "published", tmp_path / "own")
+    found = {
+        method: mapping.work(method, str(tmp_path), "small", 2)
+        for method in ("load_model(memory_map=True)", "load_state_dict", "from_pretrained, published files")
+    }
+    measure.check_digests({method: result["digest"] for method, result in found.items()})
+    assert found["load_model(memory_map=True)"]["bytes_read"] == found["load_state_dict"]["bytes_mapped"] == 0
+    assert found["load_model(memory_map=True)"]["bytes_mapped"] == found["load_state_dict"]["bytes_read"] > 0

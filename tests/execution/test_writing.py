@@ -293,7 +293,7 @@ def test_the_bytes_of_what_only_moves_never_enter_the_process(tmp_path, calls):
     with probe.open("rb") as source, (tmp_path / "copy").open("wb") as copy:
         if not system.copy_range(source.fileno(), 0, copy.fileno(), 0, 100):
             pytest.skip("this file system does not copy within the kernel")
-    assert headers < 2000 < made.plan.bytes_read
+    assert headers <= 4096 < made.plan.bytes_read
 
 
 @pytest.mark.parametrize("kind", MAKERS)

@@ -17,6 +17,7 @@ from automodel_conv.errors import UnsupportedError
 from automodel_conv.files.checkpoint import open_checkpoint
 from automodel_conv.files.shards import (
     FORM,
+    PAGE_BYTES,
     Spec,
     divide,
     divide_like,
@@ -67,24 +68,48 @@ def test_most_dtypes_can_be_compared():
 # --- headers ----------------------------------------------------------------------------------------------------------
 
 
+def text_of(header: bytes) -> bytes:
+    """The JSON of a header, without the spaces at its end."""
+    assert int.from_bytes(header[:8], "little") == len(header) - 8
+    return header[8:].rstrip(b" ")
+
+
+def header_of(data: bytes) -> bytes:
+    """What a file has before its data."""
+    return data[: 8 + int.from_bytes(data[:8], "little")]
+
+
 @example({})
 @example({"é": torch.ones(3), "quotes \" and \\ and '": torch.ones(()), "": torch.ones(2, 0)})
 @example({"😀": torch.ones(1), "\uff5e": torch.ones(1), "z": torch.ones(1), "Z": torch.ones(1)})
 @given(tensors_by_name())
-def test_file_equals_what_safetensors_writes_byte_for_byte(tensors):
+def test_header_and_data_equal_what_safetensors_writes_byte_for_byte_but_for_spaces_between(tensors):
     shard = shard_of("a", specs_of(tensors))
     data = bytearray(shard.nbytes)
     data[: len(shard.header)] = shard.header
     for spec, offset in zip(shard.specs, shard.offsets, strict=True):
         data[offset : offset + spec.nbytes] = raw(tensors[spec.name])
-    assert bytes(data) == save(tensors, metadata={"format": "pt"})
+    expected = save(tensors, metadata={"format": "pt"})
+    assert text_of(shard.header) == text_of(header_of(expected))
+    assert data[len(shard.header) :] == expected[len(header_of(expected)) :]
+
+
+def test_data_begins_at_the_next_page_whatever_the_length_of_the_header():
+    spaces = set()
+    for length in range(1, 1000):
+        specs = [Spec("a" * 1000, "U8", (1,)), Spec("b" * 1000, "U8", (1,)), Spec("c" * 1000, "U8", (1,))]
+        header = shard_of("a", [*specs, Spec("d" * length, "U8", (1,))]).header
+        assert len(header) % PAGE_BYTES == 0
+        spaces.add(len(header) - 8 - len(text_of(header)))
+    assert min(spaces) == 0
+    assert 900 < max(spaces) < PAGE_BYTES
 
 
 @pytest.mark.skipif("F4" not in DTYPES, reason="this torch has no float4")
 def test_pairs_of_four_bits_are_counted_as_safetensors_counts_them():
     tensors = {"odd": address_valued((3, 1), torch_dtype("F4")), "wide": torch.ones(2, dtype=torch.int64)}
     shard = shard_of("a", specs_of(tensors))
-    assert shard.header == save(tensors, metadata={"format": "pt"})[: len(shard.header)]
+    assert text_of(shard.header) == text_of(header_of(save(tensors, metadata={"format": "pt"})))
     assert b'"shape":[3,2]' in shard.header
 
 
@@ -164,7 +189,7 @@ def test_empty_tensors_go_with_those_before_them():
 def test_nothing_is_one_empty_file_without_an_index():
     [shard] = divide([], 10)
     assert shard.name == "model.safetensors"
-    assert shard.header == save({}, metadata={"format": "pt"})
+    assert text_of(shard.header) == text_of(save({}, metadata={"format": "pt"}))
     assert index_of([shard]) is None
 
 
@@ -199,7 +224,7 @@ def test_index_equals_that_of_save_pretrained(tmp_path):
     assert len(shards) > 2
     assert index_of(shards) == (tmp_path / FORM.index_name).read_bytes()
     for shard in shards:
-        assert shard.header == (tmp_path / shard.name).read_bytes()[: len(shard.header)]
+        assert text_of(shard.header) == text_of(header_of((tmp_path / shard.name).read_bytes()))
 
 
 def test_index_of_names_beyond_ascii_is_read_back(tmp_path):

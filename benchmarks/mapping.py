@@ -1,0 +1,225 @@
+"""What need not move: a checkpoint in the model's own layout, mapped, beside the same loads that read it.
+
+    python -m benchmarks.mapping [--layers N] [--size full|small] [--repetitions N] [--directory DIR] [--json FILE]
+
+``convert_checkpoint`` brings layers with the experts of Qwen3-30B-A3B to the model's own layout first. Every load is a
+process of its own, from a warm page cache, with all modules imported, the model's among them; ``load_model`` gets a
+model on the meta device that was made before. ``from_pretrained`` loads the published files, and those in the model's
+own layout, which it maps too. "Touched" is the time to look at each page once, which is when pages of a mapped file
+come into the process, after the load. All loads are compared by a digest; then each writes to its tensors, and the
+files must be as they were.
+
+At the end four processes have the mapped checkpoint at once and have touched all pages: the memory of each is the sum
+of its pages, each divided by the processes that have it (PSS).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from rich.table import Table
+from torch import Tensor, nn
+
+import automodel_conv as amc
+from automodel_conv.measuring import ready_memory
+from benchmarks import measure
+from benchmarks.shapes import SMALL, Shape, meta_model, qwen3_30b, write_checkpoint
+from benchmarks.show import show, show_environment
+
+PROCESSES = 4
+_PAGE_BYTES = 4096
+
+Loaded = tuple[Mapping[str, Tensor], Any]
+"""Tensors by name, and the report if there is one."""
+
+
+def _state_dict(directory: str, model: nn.Module, memory_map: bool) -> Loaded:
+    loaded = amc.load_state_dict(directory, memory_map=memory_map)
+    return loaded, loaded.report
+
+
+def _model(directory: str, model: nn.Module, memory_map: bool) -> Loaded:
+    report = amc.load_model(model, directory, memory_map=memory_map)
+    return model.state_dict(), report
+
+
+def _from_pretrained(directory: str, model: nn.Module, memory_map: bool) -> Loaded:
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(directory).state_dict(), None
+
+
+# By name: what loads, whether it maps, and which directory.
+METHODS: dict[str, tuple[Callable[[str, nn.Module, bool], Loaded], bool, str]] = {
+    "load_state_dict(memory_map=True)": (_state_dict, True, "own"),
+    "load_model(memory_map=True)": (_model, True, "own"),
+    "load_state_dict": (_state_dict, False, "own"),
+    "load_model": (_model, False, "own"),
+    "from_pretrained": (_from_pretrained, False, "own"),
+    "from_pretrained, published files": (_from_pretrained, False, "published"),
+}
+
+
+def touched(tensors: Mapping[str, Tensor]) -> float:
+    """Seconds to look at one byte of each page."""
+    start = time.perf_counter()
+    for tensor in tensors.values():
+        tensor.detach().reshape(-1).view(torch.uint8)[::_PAGE_BYTES].sum()
+    return time.perf_counter() - start
+
+
+def work(method: str, root: str, size: str, layers: int) -> dict[str, Any]:
+    """One load, in this process."""
+    from transformers.utils import logging
+
+    warnings.filterwarnings("ignore")
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    load, memory_map, place = METHODS[method]
+    directory, model = os.path.join(root, place), meta_model(_shape(size, layers))
+    if not memory_map:
+        ready_memory(3 * measure.file_bytes(directory) // 2)
+    start = time.perf_counter()
+    tensors, report = load(directory, model, memory_map)
+    seconds = time.perf_counter() - start
+    result = {
+        "seconds": seconds,
+        "touched_seconds": touched(tensors),
+        "bytes_read": None if report is None else report.bytes_read,
+        "bytes_mapped": None if report is None else report.bytes_mapped,
+        "phases": None if report is None else dict(report.seconds),
+        "digest": measure.digest(tensors),
+    }
+    for tensor in tensors.values():  # which must not reach the files
+        tensor.detach().reshape(-1)[:_PAGE_BYTES].fill_(1)
+    return result
+
+
+def share(directory: str) -> None:
+    """One of the processes that have the mapped checkpoint at once: says when it has touched all, then its PSS."""
+    loaded = amc.load_state_dict(directory, rules=[], memory_map=True)
+    touched(loaded)
+    _say(None)
+    sys.stdin.readline()
+    _say(measure.mapped_pss(directory))
+    sys.stdin.readline()
+
+
+def _say(value: object) -> None:
+    sys.stdout.write(json.dumps(value) + "\n")
+    sys.stdout.flush()
+
+
+def shared(directory: str) -> list[int]:
+    """PSS in bytes of the files of a directory, in each of the processes that have touched all of them at once."""
+    command = [sys.executable, "-m", "benchmarks.mapping", "--share", directory]
+    pipe = subprocess.PIPE
+    processes = [
+        subprocess.Popen(command, cwd=measure.REPOSITORY, text=True, bufsize=1, stdin=pipe, stdout=pipe)
+        for _ in range(PROCESSES)
+    ]
+
+    def ask_all() -> list[Any]:
+        return [json.loads(process.stdout.readline()) for process in processes if process.stdout is not None]
+
+    def tell_all() -> None:
+        for process in processes:
+            if process.stdin is not None:
+                process.stdin.write("\n")
+
+    try:
+        ask_all()
+        tell_all()
+        return ask_all()
+    finally:
+        for process in processes:
+            process.communicate("\n")
+
+
+def _shape(size: str, layers: int) -> Shape:
+    return SMALL if size == "small" else qwen3_30b(layers)
+
+
+def run(layers: int, size: str, repetitions: int, directory: str | None) -> dict[str, Any]:
+    """All runs by method, the bytes of the files, and PSS.
+
+    Raises:
+        RuntimeError: two loads differ, or writing to tensors has reached the files.
+    """
+    shape = _shape(size, layers)
+    with tempfile.TemporaryDirectory(prefix="benchmark-mapping-", dir=directory) as root:
+        published, own = os.path.join(root, "published"), os.path.join(root, "own")
+        write_checkpoint(shape, published)
+        amc.convert_checkpoint(published, own)
+        before = measure.digest(amc.load_state_dict(own, rules=[]))
+        common = [root, size, str(layers)]
+        commands = {method: ["-m", "benchmarks.mapping", "--worker", method, *common] for method in METHODS}
+        runs = measure.run_interleaved(commands, repetitions, lambda: measure.read_through(own))
+        measure.check_digests({method: found["digest"] for method, of in runs.items() for found in of})
+        if measure.digest(amc.load_state_dict(own, rules=[])) != before:
+            raise RuntimeError("writing to tensors has reached the files")
+        file_bytes = measure.file_bytes(own)
+        pss = shared(own)
+    return {"shape": shape.name, "file_bytes": file_bytes, "runs": runs, "pss_bytes": pss}
+
+
+def table(result: dict[str, Any]) -> Table:
+    shown = Table(
+        title=f"{result['shape']}: {result['file_bytes'] / 1e9:.2f} GB; median (20th-80th percentile)",
+        title_justify="left",
+    )
+    shown.add_column("load")
+    for title in ("seconds", "touched, seconds", "GB read", "GB mapped"):
+        shown.add_column(title, justify="right")
+    for method, loads in result["runs"].items():
+        seconds, touches = (measure.spread([load[kind] for load in loads]) for kind in ("seconds", "touched_seconds"))
+        gigabytes = [
+            "-" if loads[0][kind] is None else f"{loads[0][kind] / 1e9:.2f}" for kind in ("bytes_read", "bytes_mapped")
+        ]
+        shown.add_row(method, seconds.text(digits=3), touches.text(digits=3), *gigabytes)
+    return shown
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.mapping",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--layers", type=int, default=2)
+    parser.add_argument("--size", choices=("full", "small"), default="full")
+    parser.add_argument("--repetitions", type=int, default=3)
+    parser.add_argument("--directory", help="where a temporary directory is made; it needs twice the size of the files")
+    parser.add_argument("--json", metavar="FILE", help="write all runs and the environment")
+    parser.add_argument("--worker", nargs=4, help=argparse.SUPPRESS)
+    parser.add_argument("--share", help=argparse.SUPPRESS)
+    parser.add_argument("--repetition", type=int, default=0, help=argparse.SUPPRESS)
+    options = parser.parse_args(arguments)
+    if options.share:
+        share(options.share)
+        return
+    if options.worker:
+        method, root, size, layers = options.worker
+        _say(work(method, root, size, int(layers)))
+        return
+    environment = measure.environment()
+    result = run(options.layers, options.size, options.repetitions, options.directory)
+    show_environment(environment)
+    show(table(result))
+    pss = ", ".join(f"{found / result['file_bytes']:.2f}" for found in result["pss_bytes"])
+    show(f"memory of {PROCESSES} processes that have all of it mapped and touched, each x files (PSS): {pss}")
+    measure.write_json(options.json, {"environment": environment, **result})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,568 @@
+"""Loads with ``memory_map=True``: the same tensors, on the bytes of the files, which no write reaches."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import os
+import pickle
+import shutil
+import subprocess
+import sys
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+import automodel_conv as amc
+from automodel_conv.dtypes import BITS, dtype_code, torch_dtype
+from automodel_conv.errors import DestinationError, ReadError, UnsupportedError, VerificationError
+from automodel_conv.execution.mapping import map_targets, place_of, spans
+from automodel_conv.files import system
+from automodel_conv.testing import POISON, address_valued, assert_bytes_equal
+from tests.comparing import assert_same, assert_same_in_order, contents, tensors_of
+from tests.faults import descriptors, mapped_files
+
+try:
+    from tests.model_zoo import build_model, write_checkpoint
+except ModuleNotFoundError:
+    build_model = None
+
+needs_transformers = pytest.mark.skipif(build_model is None, reason="transformers is not installed")
+pytestmark = [
+    pytest.mark.skipif(sys.platform != "linux", reason="files are mapped on Linux"),
+    pytest.mark.filterwarnings("ignore"),
+]
+DTYPES = [torch_dtype(code) for code in BITS if torch_dtype(code) is not None]
+
+
+def write(directory: Path, **tensors: torch.Tensor) -> Path:
+    save_file({name.replace("__", "."): tensor for name, tensor in tensors.items()}, directory / "model.safetensors")
+    return directory
+
+
+def write_by_hand(directory: Path, pad: int, **tensors: torch.Tensor) -> Path:
+    """A file whose tensors lie in the order that is given, and whose header has ``pad`` more spaces than it needs."""
+    header, data = {}, b""
+    for name, tensor in tensors.items():
+        raw = bytes(tensor.reshape(-1).view(torch.uint8).numpy())
+        entry = {"dtype": dtype_code(tensor.dtype), "shape": list(tensor.shape)}
+        header[name] = entry | {"data_offsets": [len(data), len(data) + len(raw)]}
+        data += raw
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8 + pad)
+    (directory / "model.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + data)
+    return directory
+
+
+def total(tensors) -> int:
+    return sum(tensor.nbytes for tensor in tensors.values())
+
+
+def overwrite(tensors) -> None:
+    for tensor in tensors.values():
+        tensor.detach().reshape(-1).view(torch.uint8).fill_(POISON)
+
+
+def hashes(directory: Path) -> dict[str, str]:
+    return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in directory.glob("*.safetensors")}
+
+
+def maps_of(directory: Path) -> int:
+    return sum(path.startswith(f"{directory}{os.sep}") for path in mapped_files())
+
+
+# --- tensors without a model ------------------------------------------------------------------------------------------
+
+
+def test_tensors_of_every_dtype_and_shape_are_mapped_as_they_are_read(tmp_path):
+    tensors = {}
+    for dtype in DTYPES:
+        for shape in ((), (1,), (3, 5), (4, 4), (2, 0, 3), (7, 1, 2)):
+            if shape or dtype_code(dtype) != "F4":  # half a byte
+                tensors[f"{dtype}.{shape}"] = address_valued(shape, dtype)
+    save_file(tensors, tmp_path / "model.safetensors")
+    before = hashes(tmp_path)
+    mapped = amc.load_state_dict(tmp_path, rules=[], memory_map=True)
+    read = amc.load_state_dict(tmp_path, rules=[])
+    assert mapped.report.bytes_read == 0
+    assert mapped.report.bytes_mapped == read.report.bytes_read == total(tensors)
+    assert read.report.bytes_mapped == 0
+    assert mapped.report.gb_per_s == 0
+    assert mapped.report.peak_extra_bytes == 0
+    assert list(mapped) == list(read)
+    for name, tensor in tensors.items():
+        assert_bytes_equal(mapped[name], tensor, strides=True)
+        assert mapped[name].storage_offset() == 0
+        assert mapped[name].untyped_storage().nbytes() == tensor.nbytes
+        assert mapped[name]._base is None
+    overwrite(mapped)
+    assert hashes(tmp_path) == before
+    assert_same(amc.load_state_dict(tmp_path, rules=[], memory_map=True), tensors)
+
+
+def test_nothing_is_mapped_unless_it_is_asked_for(tmp_path):
+    write(tmp_path, a=torch.ones(10_000))
+    tensors = amc.load_state_dict(tmp_path, rules=[])
+    assert (maps_of(tmp_path), tensors.report.bytes_mapped) == (0, 0)
+
+
+def test_a_file_is_unmapped_with_its_last_tensor_and_holds_no_descriptor(tmp_path):
+    write(tmp_path, a=torch.ones(5000), b=torch.ones(3))
+    open_files = descriptors()
+    tensors = dict(amc.load_state_dict(tmp_path, rules=[], memory_map=True))
+    assert descriptors() == open_files
+    view = tensors.pop("a")[10:20]
+    assert maps_of(tmp_path) == 1
+    tensors.clear()
+    assert maps_of(tmp_path) == 1
+    assert_bytes_equal(view, torch.ones(10))
+    del view
+    assert maps_of(tmp_path) == 0
+
+
+@pytest.mark.parametrize("pad", range(5))
+def test_what_does_not_lie_at_a_multiple_of_its_elements_is_read(tmp_path, pad):
+    """By a file with an odd header, and by a neighbour of an odd size."""
+    a, b = torch.arange(10_000.0), torch.arange(77, dtype=torch.int16)
+    wanted = {"a": a, "c": torch.ones(3, dtype=torch.int8), "b": b, "d": torch.tensor(2.0)}
+    write_by_hand(tmp_path, pad, **wanted)
+    loaded = amc.load_state_dict(tmp_path, rules=[], memory_map=True)
+    checkpoint = amc.open_checkpoint(tmp_path)
+    offsets = {name: checkpoint.offsets[row] for name, row in checkpoint.position.items()}
+    odd = {name for name, tensor in wanted.items() if offsets[name] % tensor.element_size()}
+    assert "b" in odd or "d" in odd or "a" in odd
+    assert loaded.report.bytes_read == sum(wanted[name].nbytes for name in odd)
+    assert loaded.report.bytes_mapped == sum(wanted[name].nbytes for name in wanted.keys() - odd)
+    assert_same(loaded, wanted)
+
+
+def test_neighbours_share_a_mapping_up_to_its_size_and_no_two_places_of_one_overlap(tmp_path):
+    tensors = {f"{number:03}": torch.full((100,), float(number)) for number in range(30)}
+    write_by_hand(tmp_path, 0, **tensors)
+    checkpoint = amc.open_checkpoint(tmp_path)
+    plan = amc.compile_plan(checkpoint, rules=[])
+    places = [place_of(target, checkpoint, {}) for target in plan.targets]
+    for limit, count in ((400, 30), (1199, 15), (1200, 10), (12_000, 1), (1, 30)):
+        made = list(spans(places[::-1], limit))
+        assert len(made) == count
+        assert sorted(place.target.name for span in made for place in span) == list(tensors)
+    twice = list(spans([*places, *places]))
+    assert sum(map(len, twice)) == 60
+    for span in twice:
+        assert all(a.stop_bytes <= b.offset_bytes for a, b in pairwise(span))
+
+
+def test_many_small_tensors_need_one_mapping(tmp_path):
+    tensors = {f"{number:04}": torch.tensor([float(number)]) for number in range(5_000)}
+    save_file(tensors, tmp_path / "model.safetensors")
+    loaded = amc.load_state_dict(tmp_path, rules=[], memory_map=True)
+    assert maps_of(tmp_path) == 1
+    assert loaded.report.bytes_read == 0
+    assert_same(loaded, tensors)
+
+
+def test_a_file_that_became_shorter_is_one_error_that_names_what_is_cut(tmp_path, monkeypatch):
+    write(tmp_path, a=torch.ones(5000), b=torch.ones(5000))
+    monkeypatch.setattr(system, "map_private", lambda *_: pytest.fail("a file that is too short was mapped"))
+    opened = amc.loading.load_plan
+
+    def cut(*args, **kwargs):
+        os.truncate(tmp_path / "model.safetensors", 8 + 3 * 5000 * 2)
+        return opened(*args, **kwargs)
+
+    monkeypatch.setattr(amc.loading, "load_plan", cut)
+    open_files = descriptors()
+    with pytest.raises(ReadError, match="too short to be mapped") as caught:
+        amc.load_state_dict(tmp_path, rules=[], memory_map=True)
+    assert "model.safetensors" in str(caught.value)
+    assert str(caught.value).endswith("targets:\n    b")
+    assert descriptors() == open_files
+
+
+def test_a_file_that_cannot_be_mapped_is_one_error_that_advises_to_read(tmp_path, monkeypatch):
+    write(tmp_path, a=torch.ones(50))
+
+    def fails(*_):
+        raise OSError(19, "No such device")
+
+    monkeypatch.setattr(system, "map_private", fails)
+    open_files = descriptors()
+    with pytest.raises(ReadError, match="cannot be mapped") as caught:
+        amc.load_state_dict(tmp_path, rules=[], memory_map=True)
+    assert "memory_map=False reads it" in str(caught.value)
+    assert descriptors() == open_files
+
+
+def test_the_system_says_why_it_maps_nothing(tmp_path):
+    fd = system.open_readonly(str(write(tmp_path, a=torch.ones(50)) / "model.safetensors"))
+    with pytest.raises(OSError, match="Invalid argument"):
+        system.map_private(fd, 1, 10)
+    system.close(fd)
+
+
+def test_off_linux_all_is_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(system, "can_map", lambda: False)
+    loaded = amc.load_state_dict(write(tmp_path, a=torch.ones(50)), rules=[], memory_map=True)
+    assert (loaded.report.bytes_mapped, loaded.report.bytes_read) == (0, 200)
+
+
+def test_a_file_that_is_removed_or_replaced_stays_as_it_was_mapped(tmp_path):
+    values = torch.arange(100_000.0)
+    loaded = amc.load_state_dict(write(tmp_path, a=values), rules=[], memory_map=True)
+    (tmp_path / "new").mkdir()
+    write(tmp_path / "new", a=-values)
+    os.replace(tmp_path / "new" / "model.safetensors", tmp_path / "model.safetensors")
+    assert_bytes_equal(loaded["a"], values)
+    again = amc.load_state_dict(tmp_path, rules=[], memory_map=True)
+    (tmp_path / "model.safetensors").unlink()
+    assert_bytes_equal(again["a"], -values)
+    assert_bytes_equal(loaded["a"], values)
+
+
+def test_mapped_tensors_are_copied_pickled_and_shared_as_any_other(tmp_path):
+    wanted = {"a": torch.arange(3000.0).reshape(30, 100), "b": torch.ones(500_000)}
+    loaded = amc.load_state_dict(write(tmp_path, **wanted), rules=[], memory_map=True)
+    a = loaded["a"]
+    torch.save(a, tmp_path / "a.pt")
+    assert (tmp_path / "a.pt").stat().st_size < 2 * a.nbytes  # not what else is mapped with it
+    for other in (copy.deepcopy(a), pickle.loads(pickle.dumps(a)), torch.load(tmp_path / "a.pt"), a.clone()):
+        assert_bytes_equal(other, wanted["a"], strides=True)
+        other.zero_()
+    assert_bytes_equal(a, wanted["a"])
+    a.share_memory_()
+    assert_bytes_equal(a, wanted["a"])
+
+
+def test_checksums_are_verified_of_what_is_mapped(tmp_path):
+    amc.save_checkpoint({"a": torch.ones(5000)}, tmp_path, rules=[], checksums=True)
+    loaded = amc.load_state_dict(tmp_path, rules=[], memory_map=True, verify=True)
+    assert loaded.report.bytes_mapped == 20_000
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1] + b"!")
+    with pytest.raises(VerificationError):
+        amc.load_state_dict(tmp_path, rules=[], memory_map=True, verify=True)
+
+
+def test_a_budget_counts_mapped_targets_as_nothing(tmp_path):
+    write(tmp_path, a=torch.ones(500_000))
+    assert amc.load_state_dict(tmp_path, rules=[], memory_map=True, memory_budget=4096).report.peak_extra_bytes == 0
+
+
+def test_another_dtype_is_cast_and_not_mapped(tmp_path):
+    write(tmp_path, a=torch.ones(50), b=torch.arange(3))
+    loaded = amc.load_state_dict(tmp_path, rules=[], dtype=torch.bfloat16, memory_map=True)
+    assert (loaded.report.bytes_mapped, loaded.report.bytes_read) == (24, 200)
+    assert_same(loaded, {"a": torch.ones(50, dtype=torch.bfloat16), "b": torch.arange(3)})
+
+
+def test_a_dtype_that_torch_lacks_is_refused_as_without(tmp_path):
+    text = b'{"a":{"dtype":"F6_E2M3","shape":[8],"data_offsets":[0,6]}}'
+    (tmp_path / "model.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + bytes(6))
+    with pytest.raises(UnsupportedError, match="does not know"):
+        amc.load_state_dict(tmp_path, rules=[], memory_map=True)
+
+
+def test_tensors_made_in_inference_mode_and_under_a_default_device_are_mapped_too(tmp_path):
+    write(tmp_path, a=torch.ones(50))
+    with torch.inference_mode():
+        assert amc.load_state_dict(tmp_path, rules=[], memory_map=True)["a"].is_inference()
+    with torch.device("meta"):
+        tensor = amc.load_state_dict(tmp_path, rules=[], memory_map=True)["a"]
+    assert_bytes_equal(tensor, torch.ones(50))
+
+
+# --- modules ----------------------------------------------------------------------------------------------------------
+
+
+class Two(nn.Module):
+    def __init__(self, device: str = "meta", tied: bool = False) -> None:
+        super().__init__()
+        self.a = nn.Parameter(torch.zeros(3, 40, device=device))
+        self.b = self.a if tied else nn.Parameter(torch.zeros(3, 40, device=device))
+        self.register_buffer("count", torch.zeros((), dtype=torch.int64, device=device))
+
+
+VALUES = {"a": torch.arange(120.0).reshape(3, 40), "b": torch.ones(3, 40), "count": torch.tensor(7)}
+
+
+def test_new_parameters_and_buffers_are_mapped_and_materialized_ones_are_read_in_place(tmp_path):
+    write(tmp_path, **VALUES)
+    model = Two()
+    model.a = nn.Parameter(torch.zeros(3, 40))
+    place = model.a.data_ptr()
+    report = amc.load_model(model, tmp_path, memory_map=True)
+    assert model.a.data_ptr() == place
+    assert (report.bytes_read, report.bytes_mapped) == (480, 488)
+    assert_same(dict(model.state_dict()), VALUES)
+    assert type(model.b) is nn.Parameter
+    assert model.b.requires_grad
+
+
+def test_a_parameter_of_another_dtype_is_replaced_by_a_mapped_one(tmp_path):
+    write(tmp_path, **{name: v.bfloat16() if v.is_floating_point() else v for name, v in VALUES.items()})
+    model = Two("cpu")
+    report = amc.load_model(model, tmp_path, dtype=torch.bfloat16, memory_map=True)
+    assert (report.bytes_read, report.bytes_mapped) == (8, 480)
+    assert model.a.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("names", [("a",), ("b",), ("a", "b")])
+def test_what_is_one_parameter_shares_memory_and_takes_no_second_copy(tmp_path, names):
+    write(tmp_path, count=VALUES["count"], **{name: VALUES["a"].clone() for name in names})
+    model = Two(tied=True)
+    report = amc.load_model(model, tmp_path, memory_map=True)
+    assert model.a is model.b
+    assert_bytes_equal(model.a.detach(), VALUES["a"])
+    assert (report.bytes_read, report.peak_extra_bytes) == (0, 0)
+    loaded = amc.load_state_dict(tmp_path, Two(tied=True), memory_map=True)
+    assert loaded["a"] is loaded["b"]
+
+
+def test_targets_on_the_same_bytes_do_not_share_memory(tmp_path):
+    plan = amc.compile_plan(write(tmp_path, a=VALUES["a"]), rules=[])
+    checkpoint = amc.open_checkpoint(tmp_path)
+    target = plan.targets[0]
+    twice = amc.CopyPlan(plan.sources, (target, target._replace(name="b")), plan.rules)
+    host = dict.fromkeys("ab", torch.device("cpu"))
+    mapped = map_targets(twice, checkpoint, host)
+    mapped["a"].zero_()
+    assert_bytes_equal(mapped["b"], VALUES["a"])
+    mapped["b"].zero_()
+    assert_bytes_equal(amc.load_state_dict(tmp_path, rules=[], memory_map=True)["a"], VALUES["a"])
+
+
+def test_a_mapped_model_trains_and_its_files_stay(tmp_path):
+    write(tmp_path, **VALUES)
+    before = hashes(tmp_path)
+    models = []
+    for memory_map in (True, False):
+        torch.manual_seed(0)
+        model = Two()
+        amc.load_model(model, tmp_path, memory_map=memory_map)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+        for _ in range(3):
+            ((model.a * model.b).sum() ** 2).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        models.append(model)
+    assert_same(dict(models[0].state_dict()), dict(models[1].state_dict()))
+    assert not torch.equal(models[0].a, VALUES["a"])
+    assert hashes(tmp_path) == before
+
+
+# --- transformers' models ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory):
+    model = build_model("mixtral")
+    write_checkpoint(model, directory := tmp_path_factory.mktemp("published"))
+    return directory
+
+
+@pytest.fixture(scope="module")
+def own(published, tmp_path_factory):
+    """The checkpoint in the model's own layout."""
+    directory = tmp_path_factory.mktemp("own") / "made"
+    amc.convert_checkpoint(published, directory)
+    return directory
+
+
+def meta_model(directory: Path) -> nn.Module:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(directory))
+
+
+@needs_transformers
+def test_a_checkpoint_in_the_models_own_layout_is_mapped_whole_and_equals_from_pretrained(published, own):
+    from transformers import AutoModelForCausalLM
+
+    expected = AutoModelForCausalLM.from_pretrained(published)
+    before = hashes(own)
+    loaded = amc.load_state_dict(own, memory_map=True)
+    assert_same_in_order(loaded, expected.state_dict())
+    assert loaded.report.bytes_read == 0
+    assert loaded.report.bytes_mapped == total(loaded)
+    model = meta_model(own)
+    report = amc.load_model(model, own, memory_map=True)
+    assert (report.bytes_read, report.bytes_mapped) == (0, total(loaded))
+    assert_same_in_order(model.state_dict(), expected.state_dict())
+    tokens = torch.arange(6).reshape(1, 6)
+    for each in (model, expected):
+        each.config._experts_implementation = "eager"  # others want sizes that the small model has not
+    assert_bytes_equal(model.eval()(tokens).logits, expected.eval()(tokens).logits)
+    overwrite(model.state_dict())
+    overwrite(loaded)
+    assert hashes(own) == before
+
+
+@needs_transformers
+def test_what_is_merged_of_parts_that_lie_apart_is_read(published):
+    checkpoint = amc.open_checkpoint(published)
+    loaded = amc.load_state_dict(published, memory_map=True)
+    experts = {name for name in loaded if ".experts." in name}
+    assert experts
+    assert loaded.report.bytes_mapped == sum(loaded[name].nbytes for name in loaded.keys() - experts)
+    assert loaded.report.bytes_read == sum(loaded[name].nbytes for name in experts)
+    assert loaded.report.bytes_read + loaded.report.bytes_mapped == sum(checkpoint.nbytes)
+    assert_same_in_order(loaded, amc.load_state_dict(published))
+
+
+def in_runs(published: Path, directory: Path, order: tuple[str, ...] = ("w1", "w3")) -> Path:
+    """The same checkpoint in one file: layer by layer ``order`` of each expert in turn, and w2 of all experts."""
+
+    def place(name):
+        layer, _, expert = name.partition(".experts.")
+        if not expert:
+            return ("", name)
+        number, part, _ = expert.split(".")
+        return (layer, part == "w2", int(number), part != order[0])
+
+    parts = tensors_of(published)
+    write_by_hand(directory, 0, **{name: parts[name] for name in sorted(parts, key=place)})
+    (directory / "config.json").write_bytes((published / "config.json").read_bytes())
+    return directory
+
+
+@needs_transformers
+@pytest.mark.parametrize("order", [("w1", "w3"), ("w3", "w1")])
+def test_parts_that_follow_each_other_in_the_order_of_the_target_are_one_region(published, tmp_path, order):
+    loaded = amc.load_state_dict(in_runs(published, tmp_path, order), memory_map=True)
+    merged = {name for name in loaded if name.endswith("experts.gate_up_proj")}
+    read = set() if order == ("w1", "w3") else merged
+    assert merged
+    assert loaded.report.bytes_read == sum(loaded[name].nbytes for name in read)
+    assert loaded.report.bytes_mapped == sum(loaded[name].nbytes for name in loaded.keys() - read)
+    assert_same_in_order(loaded, amc.load_state_dict(published))
+
+
+@needs_transformers
+@pytest.mark.parametrize("layout", ["nemo", "gpt_oss", "vllm", "transformers"])
+def test_other_layouts_have_the_same_bytes_mapped_or_not(published, tmp_path, layout):
+    amc.convert_checkpoint(published, tmp_path / layout, layout=layout)
+    mapped = amc.load_state_dict(tmp_path / layout, rules=[], memory_map=True)
+    assert mapped.report.bytes_read == 0
+    assert_same_in_order(mapped, amc.load_state_dict(tmp_path / layout, rules=[]))
+    again = amc.load_state_dict(tmp_path / layout, memory_map=True)
+    permutes = layout in ("nemo", "gpt_oss")
+    assert (again.report.bytes_read > 0) == permutes
+    assert again.report.bytes_read < total(again)
+    assert_same_in_order(again, amc.load_state_dict(published))
+
+
+@needs_transformers
+@pytest.mark.parametrize("saves", ["beside", "after removing", "by transformers"])
+def test_a_mapped_model_is_saved_over_its_own_files(own, tmp_path, saves):
+    """Files are written under other names, which then take the place of the old ones. Source: safetensors 0.8.0."""
+    place = tmp_path / "place"
+    shutil.copytree(own, place)
+    before = contents(place)
+    model = meta_model(place)
+    amc.load_model(model, place, memory_map=True)
+    if saves == "beside":
+        with pytest.raises(DestinationError, match="a checkpoint already"):
+            amc.save_checkpoint(model, place, reference=own)
+        amc.save_checkpoint(model, tmp_path / "made", reference=place)
+        assert contents(tmp_path / "made") == before
+    elif saves == "after removing":
+        for file in place.glob("*.safetensors*"):
+            file.unlink()
+        amc.save_checkpoint(model, place, reference=own)
+    else:
+        model.save_pretrained(place, save_original_format=False)
+    assert_same(tensors_of(place), tensors_of(own))
+    assert_same(dict(model.state_dict()), amc.load_state_dict(own))
+
+
+# --- the hook ---------------------------------------------------------------------------------------------------------
+
+
+@needs_transformers
+def test_under_the_hook_what_is_made_by_plan_and_lies_in_a_file_is_mapped(published, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    in_runs(published, tmp_path)
+    expected = AutoModelForCausalLM.from_pretrained(tmp_path)
+    experts = {name: tensor for name, tensor in expected.state_dict().items() if ".experts." in name}
+    before = hashes(tmp_path)
+    with amc.accelerate_transformers() as plain:
+        AutoModelForCausalLM.from_pretrained(tmp_path)
+    with amc.accelerate_transformers(memory_map=True) as acceleration:
+        model = AutoModelForCausalLM.from_pretrained(tmp_path)
+        with amc.accelerate_transformers():
+            AutoModelForCausalLM.from_pretrained(tmp_path)
+        cast = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    assert [load.bytes_mapped for load in plain.loads] == [0]
+    assert [load.bytes_mapped for load in acceleration.loads] == [total(experts)] * 2 + [0]
+    assert_same_in_order(model.state_dict(), expected.state_dict())
+    assert cast.dtype == torch.float32
+    overwrite(model.state_dict())
+    assert hashes(tmp_path) == before
+    assert not amc.integrations.transformers._HOOK.maps
+
+
+@needs_transformers
+def test_the_last_install_says_whether_to_map():
+    from automodel_conv.integrations.transformers import _HOOK
+
+    try:
+        first = amc.install(memory_map=True)
+        assert _HOOK.maps
+        assert amc.install() is first
+        assert not _HOOK.maps
+        with amc.accelerate_transformers(memory_map=True):
+            assert _HOOK.maps
+            amc.uninstall()
+            assert not _HOOK.maps
+        assert not _HOOK.maps
+    finally:
+        amc.uninstall()
+
+
+# --- processes --------------------------------------------------------------------------------------------------------
+
+_TOUCH = """
+import json, os, sys, torch
+import automodel_conv as amc
+from benchmarks.measure import mapped_pss
+
+directory, children = sys.argv[1], []
+touched, asked = os.pipe(), os.pipe()
+for _ in range(2):
+    if not os.fork():
+        tensors = amc.load_state_dict(directory, rules=[], memory_map=True)
+        found = int(tensors["a"][::512].sum())
+        os.write(touched[1], b".")
+        os.read(asked[0], 1)
+        os.write(1, json.dumps([found, mapped_pss(directory)]).encode() + b"\\n")
+        os.write(touched[1], b".")
+        os.read(asked[0], 1)
+        os._exit(0)
+for _ in range(2):
+    for _ in range(2):
+        os.read(touched[0], 1)
+    os.write(asked[1], b"..")
+for _ in range(2):
+    assert os.wait()[1] == 0
+"""
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/smaps"), reason="no /proc/self/smaps")
+def test_two_processes_share_the_pages_of_a_mapped_file(tmp_path):
+    values = torch.arange(8 << 20)  # 64 MiB
+    write(tmp_path, a=values)
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), *sys.path[1:]])}
+    command = [sys.executable, "-c", _TOUCH, str(tmp_path)]
+    printed = subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout
+    found = [json.loads(line) for line in printed.splitlines()]
+    assert len(found) == 2
+    for total_of_touched, pss in found:
+        assert total_of_touched == int(values[::512].sum())
+        assert 0.45 * values.nbytes < pss < 0.55 * values.nbytes  # each page counts half in each process
