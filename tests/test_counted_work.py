@@ -72,7 +72,7 @@ def calls_by_phase(directory, layout):
 
 
 @pytest.mark.parametrize(
-    ("layout", "most"), [(None, (1, 115, 15)), ("nemo", (1, 190, 75))], ids=["as the model", "transposed"]
+    ("layout", "most"), [(None, (10, 115, 15)), ("nemo", (10, 190, 75))], ids=["as the model", "transposed"]
 )
 def test_python_calls_a_tensor(published, layout, most):
     few, many = (calls_by_phase(published[experts], layout) for experts in (FEW, MANY))
