@@ -6,6 +6,7 @@ import hashlib
 import os
 import time
 from collections.abc import Iterable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,6 +36,7 @@ from automodel_conv.files.config import CONFIG_NAME, MODELOPT_NAME, plain_config
 from automodel_conv.files.destination import open_destination, remove_remains, telling
 from automodel_conv.files.finished import is_finished
 from automodel_conv.files.shards import index_of
+from automodel_conv.loading import while_importing
 from automodel_conv.progress import bytes_progress
 from automodel_conv.saving import places_in, write_checksums
 from automodel_conv.verifying import compare_file
@@ -140,16 +142,18 @@ def convert_checkpoint(
         ConversionError: the system gives no more memory or threads; the work can be gone on with.
     """
     began = time.perf_counter()
-    conversion = compile_conversion(
-        open_downloaded(source, beside=True),
-        rules=rules,
-        layout=layout,
-        source_layout=source_layout,
-        dtype=dtype,
-        dequantize=dequantize,
-        drop=drop,
-        max_shard_size=max_shard_size,
-    )
+    opened = open_downloaded(source, beside=True)
+    with while_importing(opened) if rules is None else nullcontext():
+        conversion = compile_conversion(
+            opened,
+            rules=rules,
+            layout=layout,
+            source_layout=source_layout,
+            dtype=dtype,
+            dequantize=dequantize,
+            drop=drop,
+            max_shard_size=max_shard_size,
+        )
     checkpoint, shards = conversion.checkpoint, conversion.shards
     share = budget(threads, DEFAULT_SCRATCH_BYTES if scratch_bytes is None else scratch_bytes, reads_files=True)
     directory = os.path.abspath(os.fsdecode(destination))

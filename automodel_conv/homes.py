@@ -14,7 +14,6 @@ from automodel_conv.errors import ConversionError, UnsupportedError, message
 from automodel_conv.execution.buffers import dtype_of, span_bytes
 from automodel_conv.execution.mapping import with_new
 from automodel_conv.execution.ranks import as_distributed, is_distributed, local_of
-from automodel_conv.planning.models import tied_names
 from automodel_conv.planning.plan import CopyPlan
 from automodel_conv.planning.registry import is_pretrained_model
 from automodel_conv.planning.sharding import Region, region_of, shard_plan
@@ -38,8 +37,8 @@ class Place(NamedTuple):
             self.module._parameters[self.leaf] = tensor  # type: ignore[assignment]
 
 
-def find_places(model: nn.Module) -> dict[str, list[Place]]:
-    """Per name of the state dict, the places that hold that very tensor; none for a copy that a hook handed out.
+def find_places(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, list[Place]]:
+    """Per name of a model's state dict, the places that hold that very tensor; none for a copy that a hook handed out.
 
     Tensors are matched by identity: wrappers rename what ``state_dict`` gives, and shared parameters have several
     places.
@@ -49,7 +48,6 @@ def find_places(model: nn.Module) -> dict[str, list[Place]]:
         for leaf, tensor in (*module._parameters.items(), *module._buffers.items()):
             if tensor is not None:
                 holders.setdefault(id(tensor), []).append(Place(module, leaf))
-    state = model.state_dict(keep_vars=True)
     return {name: holders.get(id(tensor), []) for name, tensor in state.items() if isinstance(tensor, Tensor)}
 
 
@@ -63,10 +61,12 @@ class Homes:
     fresh: list[str]
     doubled: list[tuple[str, str]]  # a second name of a parameter that has been loaded under its first
     mapped: Mapping[str, Tensor]  # buffers that need not be filled
+    tied: tuple[tuple[str, ...], ...]  # groups of names that are, or would be, one parameter
 
     @staticmethod
     def of(
         model: nn.Module,
+        state: Mapping[str, Tensor],
         plan: CopyPlan,
         strict: bool,
         device_of: Callable[[str], torch.device | None],
@@ -75,6 +75,7 @@ class Homes:
         """Find a home for every target before anything is read.
 
         Args:
+            state: the model's state dict.
             device_of: of new tensors, by name; None: see ``home_of``.
             map_new: maps what it can of the new tensors, of which it is given the plan and the devices.
 
@@ -82,9 +83,9 @@ class Homes:
             UnsupportedError: a tensor on a device that is not loaded to, or that ``state_dict`` hands out as a copy.
             ConversionError: two parameters share memory without being one.
         """
-        state = model.state_dict(keep_vars=True)
+        tied = plan.tied
         plan = shard_plan(plan, regions_of(state, plan))
-        homes = Homes(plan, {}, find_places(model), [], [], {})
+        homes = Homes(plan, {}, find_places(model, state), [], [], {}, tied)
         first: dict[int, str] = {}
         targets, fresh = [], []
         for target in plan.targets:
@@ -125,11 +126,11 @@ class Homes:
         doubled = {name for name, _ in self.doubled if name not in self.mapped}
         return sum(self.buffers[name].nbytes for name in doubled & self.buffers.keys())
 
-    def unequal(self, model: nn.Module) -> set[tuple[str, str]]:
+    def unequal(self) -> set[tuple[str, str]]:
         """Names that are, or would be, one parameter, and for which this rank has loaded different values."""
-        return _unequal([*self.doubled, *_tied_pairs(tied_names(model), self.buffers)], self.buffers)
+        return _unequal([*self.doubled, *_tied_pairs(self.tied, self.buffers)], self.buffers)
 
-    def settle(self, model: nn.Module, unequal: Collection[tuple[str, str]]) -> None:
+    def settle(self, unequal: Collection[tuple[str, str]]) -> None:
         """Put new tensors into the model, and tie what is one parameter.
 
         Args:
@@ -152,13 +153,12 @@ class Homes:
                         ],
                     )
                 )
-        tied = tied_names(model)
         fresh = set(self.fresh)
         for name in self.fresh:
             old, made = self.places[name][0].get(), self.buffers[name]
             made = as_distributed(made, old) if old is not None and is_distributed(old) else made
             _put_everywhere(self.places[name], made)
-        for group in tied:
+        for group in self.tied:
             made = [name for name in group if name in self.buffers]
             if not fresh.intersection(made):
                 continue
@@ -306,9 +306,9 @@ def with_tied(
     return shared
 
 
-def in_order(tensors: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """The same tensors in the order of the model's state dict; names that it does not have come last."""
-    order = {name: tensors[name] for name in model.state_dict() if name in tensors}
+def in_order(tensors: Mapping[str, Tensor], names: Iterable[str]) -> dict[str, Tensor]:
+    """The same tensors in the order of the names of a model's state dict; those that it does not have come last."""
+    order = {name: tensors[name] for name in names if name in tensors}
     return order | {name: tensor for name, tensor in tensors.items() if name not in order}
 
 

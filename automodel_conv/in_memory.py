@@ -88,7 +88,7 @@ def convert_state_dict(
     converted = _run(plan, state_dict, out, backend)
     if model is not None:
         ties = tied_names(model)
-        converted = in_order(with_tied(converted, ties, unequal_ties(converted, ties)), model)
+        converted = in_order(with_tied(converted, ties, unequal_ties(converted, ties)), model.state_dict())
     return _reported(converted, plan.left_out)
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 
 from automodel_conv.device_map import DeviceLike, device_map_of
 from automodel_conv.doors import door
-from automodel_conv.errors import QuantizationError, message
+from automodel_conv.errors import QuantizationError, UnsupportedError, message
 from automodel_conv.execution.checksums import verify_checksums
 from automodel_conv.execution.filling import Limits, fill, within
 from automodel_conv.execution.mapping import map_targets, with_new, without
@@ -29,9 +30,17 @@ from automodel_conv.execution.ranks import (
     send,
     together,
 )
-from automodel_conv.execution.reading import LoadStats, cores, default_reader_threads, read_whole
+from automodel_conv.execution.reading import (
+    LoadStats,
+    cores,
+    default_reader_threads,
+    rank_on_this_node,
+    ranks_on_this_node,
+    read_whole,
+)
 from automodel_conv.files.checkpoint import Checkpoint, open_checkpoint, open_downloaded
 from automodel_conv.files.config import MODELOPT_NAME, quantization, quantization_config
+from automodel_conv.files.reading_ahead import reading_ahead
 from automodel_conv.homes import (
     Homes,
     finish,
@@ -47,12 +56,14 @@ from automodel_conv.homes import (
 from automodel_conv.planning.compiler import Problems
 from automodel_conv.planning.copies import SourceTable
 from automodel_conv.planning.from_config import meta_model
-from automodel_conv.planning.layouts import PER_EXPERT, get_layout
+from automodel_conv.planning.given import Misfits, as_plan, fit_sources, fit_targets, refuse_decided
+from automodel_conv.planning.layouts import LAYOUTS, PER_EXPERT, get_layout
 from automodel_conv.planning.marks import layout_to_read, stated_layout
 from automodel_conv.planning.models import checked_dtype, tied_names
-from automodel_conv.planning.pipeline import loading_plan
+from automodel_conv.planning.pipeline import loading_plan, shapes_to_make, without_tied
 from automodel_conv.planning.plan import CopyPlan
 from automodel_conv.planning.quantization import has_codes, quantized_table
+from automodel_conv.planning.registry import models_are_imported, without_ignored
 from automodel_conv.planning.schemes import KEEP
 from automodel_conv.planning.sharding import shard_plan
 from automodel_conv.planning.stored_dtypes import dequantizer, left_as_stored
@@ -181,6 +192,7 @@ def load_state_dict(
     path: str | os.PathLike[str],
     model: nn.Module | None = None,
     *,
+    plan: CopyPlan | str | None = None,
     rules: Iterable[Any] | None = None,
     layout: str | None = None,
     source_layout: str | None = None,
@@ -210,6 +222,11 @@ def load_state_dict(
     Args:
         path: a directory with or without an index, an index file, a ``.safetensors`` file, or ``org/name`` on the Hub,
             whose weights, index and config are downloaded first, where the cache lacks them.
+        plan: what ``compile_plan`` has made for this checkpoint, or its JSON; executed as it is, without planning
+            again. Names, dtypes and shapes of the checkpoint must be those of the plan, if ``strict`` also of what the
+            plan makes nothing of; where they lie in which files may differ. The plan's targets must fit the model.
+            Dtypes and layout are the plan's, so none of the other arguments of ``compile_plan`` is given. Without a
+            model, names are the plan's and ties those of the model that it was made for; names that are tied come last.
         model, rules, layout, source_layout, key_mapping, dtype, dequantize: see ``compile_plan``.
         device: the CPU or a CUDA device. To the latter, bytes go through pinned memory, and what has to be permuted or
             cast is copied there by Triton kernels, or by torch where Triton cannot run.
@@ -244,18 +261,31 @@ def load_state_dict(
 
     Raises:
         CheckpointError, NameProblems, QuantizationError, UnsupportedError: see ``compile_plan``; nothing has been read
-            then.
+            then. NameProblems also if ``plan`` does not fit, and CoverageError if its JSON does not write all once.
         VerificationError: a tensor does not have its checksum, or there is none; nothing has been loaded then.
         ReadError: reading failed; names file and tensor.
-        ConversionError: the load does not fit into ``memory_budget``; or ``device_map`` leaves a tensor out, names
-            what the model does not have, or sends names of one tensor to several devices; nothing has been read then.
-            Or the system gives no more memory or threads.
+        ConversionError: an argument that ``plan`` decides; the load does not fit into ``memory_budget``; or
+            ``device_map`` leaves a tensor out, names what the model does not have, or sends names of one tensor to
+            several devices; nothing has been read then. Or the system gives no more memory or threads.
         RankError: with DTensors: the load failed on other ranks, or one of them is gone.
 
     Example::
 
         device_map = {"model.embed_tokens": 0, "model.layers.0": 0, "lm_head": "cpu", "": "cuda:1"}
         tensors = load_state_dict("path/to/Qwen3-30B-A3B", device_map=device_map)
+
+    A plan is made once for all checkpoints of a run, and may be kept in a file:
+
+    >>> from safetensors.torch import save_file
+    >>> from tempfile import TemporaryDirectory
+    >>> model = nn.Linear(3, 2)
+    >>> with TemporaryDirectory() as directory:
+    ...     save_file(model.state_dict(), f"{directory}/model.safetensors")
+    ...     text = compile_plan(directory, model).to_json()
+    ...     loaded = load_state_dict(directory, model, plan=text)
+    ...     report = load_model(model, directory, plan=text)
+    >>> list(loaded), report.bytes_read
+    (['weight', 'bias'], 32)
     """
     model = None if model is None else plain_model(model)
     state = {} if model is None else model.state_dict(keep_vars=True)
@@ -267,15 +297,19 @@ def load_state_dict(
         clock = _Clock()
         checkpoint = open_downloaded(path, revision=revision)
         clock.lap("open")
-        plan, problems, model = load_plan(
-            checkpoint, model, rules, layout, source_layout, key_mapping, dtype, dequantize
-        )
-        problems.raise_unless_fit(checkpoint.path, strict, checkpoint.unindexed)
+        if plan is None:
+            with while_importing(checkpoint) if model is None and rules is None else nullcontext():
+                whole, problems, model = load_plan(
+                    checkpoint, model, rules, layout, source_layout, key_mapping, dtype, dequantize
+                )
+            problems.raise_unless_fit(checkpoint.path, strict, checkpoint.unindexed)
+        else:
+            refuse_decided(_decided(rules, layout, source_layout, key_mapping, dtype, dequantize))
+            whole, problems = given_plan(plan, checkpoint, model, state, strict)
+        known = state if model is None or state else model.state_dict(keep_vars=True)
         if where is not None:
-            known = {} if model is None else model.state_dict(keep_vars=True)
-            where.check([target.name for target in plan.targets], known, model, strict=strict)
-        unused = plan.unused_sources
-        plan = shard_plan(plan, regions_of(state, plan))
+            where.check([target.name for target in whole.targets], known, model, strict=strict)
+        plan = shard_plan(whole, regions_of(state, whole))
         if verify:
             verify_checksums(checkpoint, default_reader_threads(cores()) if threads is None else threads)
         devices: dict[str, torch.device] = {}
@@ -293,13 +327,11 @@ def load_state_dict(
         clock.lap("read")
     send([state[name] for name in shared_names], [buffers[name] for name in shared_names])
     with together(groups, "comparing tied tensors"):
-        ties = tied_names(model) if model is not None else []
-        found = unequal_ties(buffers, ties)
+        found = unequal_ties(buffers, whole.tied)
     unequal = found_by_any(groups, found, "comparing tied tensors")
-    shared = _distributed(with_tied(buffers, ties, unequal), state)
-    loaded = LoadedStateDict(in_order(shared, model) if model is not None else shared)
-    loaded.report = _report(checkpoint, plan, unused, problems, clock, stats, mapped)
-    loaded.layout = stated_layout(checkpoint, None) if layout is None and model is None and not rules else layout
+    loaded = LoadedStateDict(in_order(_distributed(with_tied(buffers, whole.tied, unequal), state), known))
+    loaded.report = _report(checkpoint, whole, problems, clock, stats, mapped)
+    loaded.layout = whole.layout
     return loaded
 
 
@@ -308,6 +340,7 @@ def load_model(
     model: nn.Module,
     path: str | os.PathLike[str],
     *,
+    plan: CopyPlan | str | None = None,
     rules: Iterable[Any] | None = None,
     layout: str | None = None,
     source_layout: str | None = None,
@@ -339,8 +372,9 @@ def load_model(
             (``accelerate.init_empty_weights()`` leaves them on the CPU). The model is placed, but does not run on
             several devices until ``accelerate.dispatch_model(model, device_map)``.
         dtype: if given, parameters of another floating dtype are replaced (see ``compile_plan``).
-        path, rules, source_layout, key_mapping, strict, dequantize, verify, broadcast, threads, scratch_bytes,
-            device_scratch_bytes, memory_budget, huge_pages, progress, revision: see ``load_state_dict``.
+        plan, path, rules, source_layout, key_mapping, strict, dequantize, verify, broadcast, threads, scratch_bytes,
+            device_scratch_bytes, memory_budget, huge_pages, progress, revision: see ``load_state_dict``. A plan is that
+            of the whole model, also where parameters are DTensors.
         memory_map: likewise, of the tensors that new parameters and buffers get; materialized ones are read in place.
 
     Raises:
@@ -371,12 +405,16 @@ def load_model(
         clock = _Clock()
         checkpoint = open_downloaded(path, revision=revision)
         clock.lap("open")
-        plan, problems, _ = load_plan(
-            checkpoint, model, rules, layout, source_layout, key_mapping, dtype, dequantize, in_place=True
-        )
-        problems.raise_unless_fit(checkpoint.path, strict, checkpoint.unindexed)
+        if plan is None:
+            whole, problems, _ = load_plan(
+                checkpoint, model, rules, layout, source_layout, key_mapping, dtype, dequantize, in_place=True
+            )
+            problems.raise_unless_fit(checkpoint.path, strict, checkpoint.unindexed)
+        else:
+            refuse_decided(_decided(rules, layout, source_layout, key_mapping, dtype, dequantize))
+            whole, problems = given_plan(plan, checkpoint, model, state, strict, in_place=True)
         if where is not None:
-            names = dict.fromkeys([*(target.name for target in plan.targets), *placeable_buffers(model)])
+            names = dict.fromkeys([*(target.name for target in whole.targets), *placeable_buffers(model)])
             where.check(names, state, model, strict=strict)
             where.check_in_place(state)
         if verify:
@@ -386,7 +424,7 @@ def load_model(
         def map_new(fresh: CopyPlan, devices: Mapping[str, torch.device]) -> dict[str, Tensor]:
             return map_targets(_to_read(fresh, state, broadcast)[0], checkpoint, devices) if memory_map else {}
 
-        homes = Homes.of(model, plan, strict, device_of, map_new)
+        homes = Homes.of(model, state, whole, strict, device_of, map_new)
         clock.lap("plan")
         limits = Limits(threads, scratch_bytes, device_scratch_bytes, huge_pages)
         limits = within(memory_budget, limits, without(homes.plan, homes.mapped), homes.buffers, homes.extra_bytes)
@@ -395,14 +433,14 @@ def load_model(
         clock.lap("read")
     send([state[name] for name in shared_names], [homes.buffers[name] for name in shared_names])
     with together(groups, "comparing tied tensors"):
-        found = homes.unequal(model)
+        found = homes.unequal()
     unequal = found_by_any(groups, found, "comparing tied tensors")
-    homes.settle(model, unequal)
+    homes.settle(unequal)
     if was_meta:
         finish(model, homes.buffers, problems.missing, device_of)
     if where is not None:
         move_buffers(model, device_of)
-    return _report(checkpoint, plan, plan.unused_sources, problems, clock, stats, homes.mapped, homes.extra_bytes)
+    return _report(checkpoint, whole, problems, clock, stats, homes.mapped, homes.extra_bytes)
 
 
 def load_plan(
@@ -432,21 +470,74 @@ def load_plan(
     settings = quantization_config(checkpoint.directory) if table.decodes and model is not None else None
     casting = quantizer if settings is None else dequantizer(settings)
     decoded = {table.names[row] for row in table.decodes}
+    keeps_names = model is None and not rules and layout is None
     plan, problems = loading_plan(
         table,
         model=model,
         rules=rules,
         layout=layout,
-        source_layout=layout_to_read(
-            checkpoint, source_layout, keeps_names=model is None and not rules and layout is None
-        ),
+        source_layout=layout_to_read(checkpoint, source_layout, keeps_names=keeps_names),
         key_mapping=key_mapping,
         dtype=dtype,
         in_place=in_place,
         quantizer=quantizer,
         as_stored=left_as_stored(model, casting, key_mapping, decoded) if rules is None else None,
     )
-    return plan, problems, model
+    said = stated_layout(checkpoint, source_layout)
+    if keeps_names:
+        layout = "transformers" if source_layout in LAYOUTS else said
+    return replace(plan, layout=layout, source_layout=said), problems, model
+
+
+def while_importing(checkpoint: Checkpoint) -> AbstractContextManager[None]:
+    """The time in which transformers is imported to build a model, spent on reading ahead; none if it is imported."""
+    if models_are_imported():
+        return nullcontext()
+    return reading_ahead(checkpoint, (rank_on_this_node(), ranks_on_this_node()))
+
+
+def given_plan(
+    plan: CopyPlan | str,
+    checkpoint: Checkpoint,
+    model: nn.Module | None,
+    state: Mapping[str, Tensor],
+    strict: bool,
+    in_place: bool = False,
+) -> tuple[CopyPlan, Problems]:
+    """A plan that the caller hands in, on the rows of this checkpoint, and what it leaves out.
+
+    Args:
+        state: the model's state dict.
+
+    Raises:
+        UnsupportedError, CoverageError: see ``as_plan``; or the files say another layout of their experts than those
+            that the plan was made for, or the model's experts do not lie as the plan says.
+        NameProblems: it does not fit the checkpoint or the model.
+    """
+    plan = as_plan(plan)
+    said = stated_layout(checkpoint, None)
+    if said not in (None, plan.source_layout):
+        raise UnsupportedError(
+            message(
+                "the plan was made for experts that lie otherwise",
+                where=checkpoint.path,
+                expected=f"experts in the layout {plan.source_layout!r}" if plan.source_layout else "no stated layout",
+                found=f"the files say {said!r}",
+                do=["make the plan of this checkpoint: {compile_plan(...)}", "leave {plan} out"],
+            )
+        )
+    misfits = Misfits()
+    table = decoded_table(checkpoint, wants_numbers=False) if plan.sources.decodes else SourceTable.of(checkpoint)
+    fitted = fit_sources(plan, table, misfits, strict)
+    problems = Problems(list(plan.missing), list(plan.unexpected), list(plan.mismatched))
+    if model is not None:
+        missing = fit_targets(plan, shapes_to_make(model, state, plan.layout, in_place=in_place), misfits)
+        fitted = replace(fitted, tied=tuple(tied_names(model)))
+        missing = without_tied(missing, plan, fitted.tied)
+        problems.missing, problems.unexpected = without_ignored(model, missing, problems.unexpected)
+    misfits.raise_if_any(checkpoint.path, plan, problems.missing if strict else [])
+    problems.raise_unless_fit(checkpoint.path, strict, checkpoint.unindexed)
+    return fitted, problems
 
 
 def decoded_table(checkpoint: Checkpoint, wants_numbers: bool) -> SourceTable:
@@ -507,6 +598,20 @@ def _check_padding(checkpoint: Checkpoint, table: SourceTable) -> None:
                 raise QuantizationError(message(text, where=name, expected=list(table.shapes[row]), found=said))
 
 
+def _decided(
+    rules: Any, layout: str | None, source_layout: str | None, key_mapping: Any, dtype: Any, dequantize: bool
+) -> dict[str, object]:
+    """The arguments of a load that a plan decides, by name; None those that were not given."""
+    return {
+        "rules": rules,
+        "layout": layout,
+        "source_layout": source_layout,
+        "key_mapping": key_mapping,
+        "dtype": dtype,
+        "dequantize": None if dequantize else False,
+    }
+
+
 def _to_read(plan: CopyPlan, state: Mapping[str, Tensor], broadcast: bool) -> tuple[CopyPlan, list[str]]:
     """The plan of the targets that this rank reads, and the names of those that are then sent from rank to rank."""
     if not broadcast:
@@ -542,7 +647,6 @@ class _Clock:
 def _report(
     checkpoint: Checkpoint,
     plan: CopyPlan,
-    unused: Sequence[int],
     problems: Problems,
     clock: _Clock,
     stats: Mapping[torch.device, LoadStats],
@@ -557,7 +661,7 @@ def _report(
         fallbacks=plan.fallbacks,
         bytes_read=sum(part.bytes_read for part in stats.values()),
         seconds=clock.seconds,
-        left_out=checkpoint.left_out(unused),
+        left_out=checkpoint.left_out(plan.unused_sources),
         unindexed=checkpoint.unindexed,
         peak_extra_bytes=sum(part.scratch_bytes + part.device_scratch_bytes for part in stats.values()) + extra_bytes,
         copied_by_kernels=sum(part.work.by_kernels for part in stats.values()),

@@ -26,11 +26,22 @@ CHANGING = (
     *("create", "open_append", "open_existing", "pwritev", "copy_range", "write_end", "truncate", "reserve", "sync"),
     *("make_directory", "sync_directory", "rename", "copy_file", "remove", "remove_directory"),
 )
-READING = ("open_readonly", "preadv", "size", "map_private", "list_names", "identity", "is_at", "lock", "free_bytes")
+READING = (
+    "open_readonly",
+    "preadv",
+    "bring_in",
+    "size",
+    "map_private",
+    "list_names",
+    "identity",
+    "is_at",
+    "lock",
+    "free_bytes",
+)
 NEVER_FAILING = (
     *("exists", "is_file", "is_directory", "is_link", "real_path", "close", "advise_huge_pages", "begin_writeback"),
     *("is_cached", "drop_cache", "knows_pages", "make_pages", "resident_share", "seconds_ready"),
-    *("can_map", "unmap"),
+    *("can_map", "unmap", "read_text"),
     *("read_exactly", "write_exactly"),  # which call preadv and pwritev
 )
 

@@ -73,7 +73,7 @@ def calls_by_phase(directory, layout):
 
 @pytest.mark.parametrize(
     ("layers", "layout", "most"),
-    [(2, None, (1, 20, 15)), (1, None, (1, 28, 15)), (2, "nemo", (1, 38, 75)), (1, "nemo", (1, 56, 75))],
+    [(2, None, (10, 20, 15)), (1, None, (10, 28, 15)), (2, "nemo", (10, 38, 75)), (1, "nemo", (10, 56, 75))],
     ids=["as the model", "one layer as the model", "transposed", "one layer transposed"],
 )
 def test_python_calls_a_tensor(published, layers, layout, most):

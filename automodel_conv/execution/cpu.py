@@ -42,11 +42,18 @@ _MOST_THREADS = 16
 _MOST_WAITING_THREADS = 32
 # Loads below this are over before more threads could help.
 _ADAPTED_BYTES = 256 << 20
+# To start a thread takes as long as reading half a megabyte to two; one that finds less than this to do is no gain.
+_BYTES_A_THREAD = 8 << 20
 
 
-def default_threads() -> int:
-    """How many threads load where nobody says it; ranks of one node share its cores."""
-    return default_reader_threads(_MOST_THREADS)
+def default_threads(nbytes: int | None = None) -> int:
+    """How many threads load where nobody says it; ranks of one node share its cores.
+
+    Args:
+        nbytes: to be loaded, if that is known: few bytes are loaded by few threads.
+    """
+    most = _MOST_THREADS if nbytes is None else min(_MOST_THREADS, max(1, nbytes // _BYTES_A_THREAD))
+    return default_reader_threads(most)
 
 
 def load_files(
@@ -69,9 +76,9 @@ def load_files(
         plan: its sources are the checkpoint's rows.
         buffers: by target name, on the CPU, of the target's shape and dtype and any strides; other
             names are ignored. Written in place.
-        threads: that read and copy. Not given: as many as there are cores, at most 16, on several ranks of a node its
-            share of them, and up to 32 while that many read faster because they wait. Fewer take part where
-            scratch_bytes is too small for all. One is the caller's own.
+        threads: that read and copy. Not given: as many as there are cores, at most 16 and one for each 8 MiB, on
+            several ranks of a node its share of them; and up to 32 while that many read faster because they wait.
+            Fewer take part where scratch_bytes is too small for all. One is the caller's own.
         scratch_bytes: of all threads together, for what cannot be read in place; 64 MiB if not
             given. Sources that are larger go through it in slabs.
         huge_pages: the pages of buffers that are new memory; None: of the size that is made faster, see ``NewMemory``.
@@ -86,7 +93,7 @@ def load_files(
         Stopped: ``stop`` was set before all was done.
     """
     adapts = threads is None
-    threads = default_threads() if threads is None else threads
+    threads = default_threads(plan.bytes_written) if threads is None else threads
     scratch_bytes = DEFAULT_SCRATCH_BYTES if scratch_bytes is None else scratch_bytes
     if threads < 1 or scratch_bytes < LEAST_SCRATCH_BYTES:
         raise ConversionError(

@@ -58,6 +58,13 @@ def ranks_on_this_node() -> int:
     return int(text) if re.fullmatch("0*[1-9][0-9]{0,5}", text) else 1
 
 
+def rank_on_this_node() -> int:
+    """The number of this process among those of its job on this machine, from ``LOCAL_RANK``; 0 where nobody says."""
+    text = os.environ.get("LOCAL_RANK", "")
+    number = int(text) if re.fullmatch("[0-9]{1,6}", text) else 0
+    return number if number < ranks_on_this_node() else 0
+
+
 def share_of_cores(usable: int, machine: int, ranks: int) -> int:
     """Cores for one of ``ranks`` processes, each of which may use ``usable`` of the ``machine``'s.
 

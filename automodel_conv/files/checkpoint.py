@@ -223,6 +223,8 @@ def _refuse_absent(absent: list[str], chosen: _Chosen, where: str) -> None:
 
 def _open(chosen: _Chosen) -> Checkpoint:
     _refuse_absent(_absent(chosen), chosen, chosen.directory)
+    if len(chosen.files) == 1:  # of which a thread would take as long to start
+        return _merge(chosen, chosen.files, [read_header(chosen.files[0])])
     with ThreadPoolExecutor(max_workers=min(_READERS, len(chosen.files))) as pool:
         headers = list(pool.map(read_header, chosen.files))
     return _merge(chosen, chosen.files, headers)

@@ -133,6 +133,30 @@ def is_cached(fd: int, offset: int) -> bool | None:
     return True
 
 
+def read_text(path: str) -> str | None:
+    """The text of a small file of the system's own; None if it cannot be read."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            return file.read()
+    except (OSError, UnicodeError):
+        return None
+
+
+def bring_in(fd: int, offset: int, nbytes: int) -> int:
+    """Read bytes of a file into the system's cache alone, and wait until they are there.
+
+    The kernel throws pages away that are sent to ``/dev/null``, and does not copy them.
+
+    Returns:
+        The bytes that were brought in, which may be fewer; 0 where the file ends.
+    """
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    try:
+        return os.sendfile(nowhere, fd, offset, nbytes)
+    finally:
+        os.close(nowhere)
+
+
 def drop_cache(fd: int) -> None:
     """Let the system forget the file's bytes that it holds and that are on the disk; advice."""
     if hasattr(os, "posix_fadvise"):

@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from automodel_conv.dtypes import dtype_code
 from automodel_conv.errors import UnsupportedError, message
@@ -100,15 +100,8 @@ def loading_plan(
     if wanted is not None and targets is not None and _is_laid_out(targets, {} if given else own, wanted):
         destination = targets
         targets = _relaid(targets, wanted, canonical, gated)
-    elif in_place and wanted is not None:
-        raise UnsupportedError(
-            message(
-                f"the model's experts are not in the layout {layout!r}",
-                expected=f"tensors named {wanted.gate_up}, {wanted.down}",
-                found=sorted({name.rpartition(".")[2] for name in targets or () if any_experts(name)}),
-                do="leave {layout} out to load in the model's own layout",
-            )
-        )
+    elif in_place and wanted is not None and layout is not None:
+        raise _not_laid_out(targets or (), wanted, layout)
     if targets is not None and not any(map(is_of_kv_cache, targets)):
         of_caches = {row for row, name in enumerate(table.names) if is_of_kv_cache(name)}
         table = replace(table, hidden=table.hidden | of_caches) if of_caches else table
@@ -136,17 +129,61 @@ def loading_plan(
             for t in whole.targets
             if t.name in destination and destination[t.name].shape != t.shape
         ]
-    _forgive(problems, model, whole)
+    tied = () if model is None else tuple(tied_names(model))
+    problems.missing = without_tied(problems.missing, whole, tied)
+    problems.missing, problems.unexpected = without_ignored(model, problems.missing, problems.unexpected)
     if source_layout is None and targets is not None and not given:
         refuse_other_layouts(problems, plan, rule_set, bool(experts) or is_pretrained_model(model))
     if layout is not None and table.names and not unbound and not problems.failed:  # which tell why there are none
         _refuse_no_experts(targets or [target.name for target in plan.targets], layout, table)
-    left_out = {
-        "missing": tuple(problems.missing),
-        "unexpected": tuple(problems.unexpected),
-        "mismatched": tuple(problems.mismatched),
-    }
-    return replace(whole, **left_out), problems
+    whole = replace(
+        whole,
+        missing=tuple(problems.missing),
+        unexpected=tuple(problems.unexpected),
+        mismatched=tuple(problems.mismatched),
+        tied=tied,
+    )
+    return whole, problems
+
+
+def shapes_to_make(
+    model: nn.Module, state: Mapping[str, Tensor], layout: str | None, *, in_place: bool
+) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of all that a load makes for a model, its experts in a ``layout``.
+
+    Args:
+        state: the model's state dict.
+        in_place: see ``loading_plan``.
+
+    Raises:
+        UnsupportedError: see ``loading_plan``.
+    """
+    shapes = {name: tuple(tensor.shape) for name, tensor in state.items() if isinstance(tensor, Tensor)}
+    if layout is None:
+        return shapes
+    wanted = get_layout(layout)
+    experts = _experts_of(model, layout)
+    own = {path: as_layout(said) for path, said in experts.items()}
+    if _is_laid_out(shapes, own, wanted):
+        return shapes
+    if in_place:
+        raise _not_laid_out(shapes, wanted, layout)
+
+    def canonical(path: str) -> Layout:
+        return own.get(path, LAYOUTS["transformers"])
+
+    def gated(path: str) -> bool:
+        return experts[path].gated if path in experts else f"{path}.{canonical(path).gate_up}" in shapes
+
+    table = SourceTable(list(shapes), ["F32"] * len(shapes), list(shapes.values()))
+    return {target.name: target.shape for target in relayout(table, canonical, lambda path: wanted, gated).targets}
+
+
+def without_tied(missing: Iterable[str], plan: CopyPlan, tied: Iterable[tuple[str, ...]]) -> list[str]:
+    """Missing names less those that are tied to a name that is made."""
+    made = {target.name for target in plan.targets}
+    provided = {name for group in tied if made.intersection(group) for name in group}
+    return [name for name in missing if name not in provided]
 
 
 def saving_plan(
@@ -347,11 +384,23 @@ def _gated_by(
     return gated
 
 
-def _is_laid_out(targets: Mapping[str, TargetSpec], own: Mapping[str, Layout], wanted: Layout) -> bool:
+def _is_laid_out(targets: Iterable[str], own: Mapping[str, Layout], wanted: Layout) -> bool:
     """True if all experts among ``targets`` are in the wanted layout, as far as names and the modules tell."""
     names = [name for name in targets if any_experts(name)]
     return all(
         holds_experts(name, wanted) and (own.get(name.rpartition(".")[0], wanted)[:2] == wanted[:2]) for name in names
+    )
+
+
+def _not_laid_out(targets: Iterable[str], wanted: Layout, called: str) -> UnsupportedError:
+    """The error for a model that is to be filled in a layout that its experts are not in."""
+    return UnsupportedError(
+        message(
+            f"the model's experts are not in the layout {called!r}",
+            expected=f"tensors named {wanted.gate_up}, {wanted.down}",
+            found=sorted({name.rpartition(".")[2] for name in targets if any_experts(name)}),
+            do="leave {layout} out to load in the model's own layout",
+        )
     )
 
 
@@ -372,13 +421,3 @@ def _relaid(
         target.name: TargetSpec(target.dtype, target.shape, all(specs[row].is_new for row in target.sources))
         for target in plan.targets
     }
-
-
-def _forgive(problems: Problems, model: nn.Module | None, plan: CopyPlan) -> None:
-    """Take out what is no problem: tied names of which one is provided, and what the model says to ignore."""
-    if model is None:
-        return
-    made = {target.name for target in plan.targets}
-    tied = {name for group in tied_names(model) if made.intersection(group) for name in group}
-    missing = [name for name in problems.missing if name not in tied]
-    problems.missing, problems.unexpected = without_ignored(model, missing, problems.unexpected)

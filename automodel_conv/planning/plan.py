@@ -25,12 +25,15 @@ if TYPE_CHECKING:
     from automodel_conv.planning.sharding import Region
 
 # Of the JSON form.
-_VERSION = 2
+_VERSION = 3
 
 
 @dataclass(frozen=True)
 class CopyPlan:
-    """A validated conversion. ``missing``, ``unexpected`` and ``mismatched`` are what a non-strict plan left out."""
+    """A validated conversion. ``missing``, ``unexpected`` and ``mismatched`` are what a non-strict plan left out.
+
+    ``tied``, ``layout`` and ``source_layout`` are what loads by this plan know of its model and its checkpoint.
+    """
 
     sources: SourceTable
     targets: tuple[Target, ...]
@@ -38,6 +41,12 @@ class CopyPlan:
     missing: tuple[str, ...] = ()
     unexpected: tuple[str, ...] = ()
     mismatched: tuple[tuple[str, tuple[int, ...], tuple[int, ...]], ...] = ()
+    tied: tuple[tuple[str, ...], ...] = ()
+    """Groups of names of the model that are one tensor."""
+    layout: str | None = None
+    """Of the experts that are made, as the caller has asked for it; None: as the model has them."""
+    source_layout: str | None = None
+    """Of the experts that are read, as files or caller say; None: nobody has said it."""
 
     # --- looking at it ----------------------------------------------------------------------------------------------
 
@@ -298,6 +307,8 @@ class CopyPlan:
                 "missing": self.missing,
                 "unexpected": self.unexpected,
                 "mismatched": self.mismatched,
+                "tied": self.tied,
+                "layouts": [self.layout, self.source_layout],
             }
         )
 
@@ -347,6 +358,12 @@ def _from_data(data: Any) -> CopyPlan:
     for row, decode in decodes.items():
         if not _reads_inside(decode, row, shapes):
             raise UnsupportedError(message(f"a plan in which the parts of {names[row]} do not fit", found=decode))
+    tied, layouts = data["tied"], data["layouts"]
+    if not all(type(group) is tuple and all(type(name) is str for name in group) for group in tied):
+        raise UnsupportedError(message("a plan with ties that are no groups of names", found=tied))
+    if not all(said is None or type(said) is str for said in layouts):
+        raise UnsupportedError(message("a plan with layouts that are no names", found=layouts))
+    layout, source_layout = layouts
     return CopyPlan(
         SourceTable(list(names), list(dtypes), list(shapes), decodes, frozenset(data["hidden"])),
         targets,
@@ -354,6 +371,9 @@ def _from_data(data: Any) -> CopyPlan:
         data["missing"],
         data["unexpected"],
         data["mismatched"],
+        tied,
+        layout,
+        source_layout,
     )
 
 

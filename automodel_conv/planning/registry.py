@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from functools import lru_cache
 from importlib.util import find_spec
@@ -32,6 +33,11 @@ def transformers_available() -> bool:
     if spec is None or spec.submodule_search_locations is None:
         return False
     return any((Path(folder) / "conversion_mapping.py").is_file() for folder in spec.submodule_search_locations)
+
+
+def models_are_imported() -> bool:
+    """Whether transformers has imported what its models are made of, which takes seconds."""
+    return "transformers.modeling_utils" in sys.modules
 
 
 def model_rules(

@@ -80,6 +80,12 @@ def rank(of: Published, variant: str, directory: Path) -> None:
         assert plan.bytes_read == owned
         say(Counts(kind, sum(read), owned, report.bytes_read, rows_touched(plan))._asdict())
         assert_holds(state, of, whole=False)
+        whole = amc.compile_plan(of.path, model)
+        for tensor in state.values():
+            local_of(tensor).zero_()
+        assert amc.load_model(model, of.path, plan=whole).bytes_read == report.bytes_read
+        assert_holds(state, of, whole=False)
+        assert_holds(amc.load_state_dict(of.path, model, plan=whole.to_json()), of, whole=False)
 
 
 def rows_touched(plan: CopyPlan) -> int:

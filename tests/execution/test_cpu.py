@@ -477,7 +477,7 @@ def test_ctrl_c_propagates_and_closes_files(tmp_path, calls, monkeypatch):
 
     monkeypatch.setattr(workers, "wait", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        load_files(plan, checkpoint, allocate(plan.targets))
+        load_files(plan, checkpoint, allocate(plan.targets), threads=2)
     assert not calls.open
     assert not [t for t in threading.enumerate() if t.name.startswith("automodel_conv")]
 

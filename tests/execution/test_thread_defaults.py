@@ -14,6 +14,7 @@ from automodel_conv.execution.cpu import load_files
 from automodel_conv.execution.filling import Limits, within
 from automodel_conv.execution.reading import (
     default_reader_threads,
+    rank_on_this_node,
     ranks_on_this_node,
     share_of_cores,
 )
@@ -98,8 +99,24 @@ def test_loads_use_their_share_unless_they_are_told_otherwise(tmp_path, node, mo
         return stock(*arguments, threads=threads, slot_bytes=slot_bytes)
 
     monkeypatch.setattr(cpu, "schedule", noting)
+    monkeypatch.setattr(cpu, "_BYTES_A_THREAD", 1)
     load_files(plan, checkpoint, allocate(plan.targets), threads=given_threads)
     assert seen == [wanted]
+
+
+def test_few_bytes_are_loaded_by_few_threads(node):
+    node(16, 16, 1)
+    sizes = (0, 1, (16 << 20) - 1, 16 << 20, 100 << 20, 1 << 40)
+    assert [cpu.default_threads(nbytes) for nbytes in sizes] == [1, 1, 1, 2, 12, 16]
+    node(4, 4, 1)
+    assert cpu.default_threads(100 << 20) == 4
+
+
+@pytest.mark.parametrize(("text", "ranks", "rank"), [("3", 8, 3), ("8", 8, 0), ("-1", 8, 0), ("", 8, 0), ("1", 1, 0)])
+def test_the_number_of_a_rank_is_what_the_launcher_says_if_that_can_be(monkeypatch, text, ranks, rank):
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(ranks))
+    monkeypatch.setenv("LOCAL_RANK", text)
+    assert rank_on_this_node() == rank
 
 
 def test_a_ring_has_whole_slots_for_the_threads_of_its_rank(node):

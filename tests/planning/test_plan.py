@@ -462,7 +462,7 @@ def test_edited_parts_of_quantized_sources_do_not_fit(field, value):
         CopyPlan.from_json(json.dumps(data))
 
 
-@pytest.mark.parametrize("text", ["{}", "[]", "3", '{"version": 2}', "not json", ""])
+@pytest.mark.parametrize("text", ["{}", "[]", "3", '{"version": 3}', "not json", ""])
 def test_other_text_is_no_plan(text):
     with pytest.raises(UnsupportedError, match="not a plan"):
         CopyPlan.from_json(text)

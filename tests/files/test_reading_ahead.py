@@ -1,0 +1,337 @@
+"""Files are in the cache afterwards; what is short, broken or ended stops it without a word."""
+
+import ctypes
+import errno
+import mmap
+import os
+import sys
+import threading
+import time
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import automodel_conv as amc
+from automodel_conv import converting, loading
+from automodel_conv.files import reading_ahead as module
+from automodel_conv.files import system
+from automodel_conv.files.free_memory import free_memory
+from automodel_conv.files.reading_ahead import LEAST_BYTES, read_ahead, reading_ahead
+from tests.faults import descriptors, workers
+
+ALL = (0, 1)
+PORTION_BYTES = 1 << 20
+# One page beyond whole portions, so that the last portion is a short one.
+SIZES = (3 * PORTION_BYTES, PORTION_BYTES + 4096)
+
+
+@pytest.fixture(autouse=True)
+def small_portions(monkeypatch):
+    monkeypatch.setattr(module, "PORTION_BYTES", PORTION_BYTES)
+
+
+@pytest.fixture
+def files(tmp_path):
+    """Files that the disk has and the cache has forgotten."""
+    if sys.platform != "linux" or not hasattr(os, "RWF_NOWAIT"):
+        pytest.skip("only Linux tells what is cached")
+    made = [str(tmp_path / f"{number}.safetensors") for number in range(len(SIZES))]
+    for path, nbytes in zip(made, SIZES, strict=True):
+        with open(path, "wb") as file:
+            file.write(bytes(nbytes))
+            file.flush()
+            os.fsync(file.fileno())
+            system.drop_cache(file.fileno())
+    if any(map(cached_pages, made)):
+        pytest.skip("this file system does not forget")
+    return made
+
+
+def cached_pages(path):
+    """How many pages of a file are in the cache. To read a byte without waiting, to see that, lets its page come."""
+    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY) as mapped:
+        pages = -(-len(mapped) // mmap.PAGESIZE)
+        found = (ctypes.c_ubyte * pages)()
+        first = ctypes.c_char.from_buffer(mapped)
+        start, nbytes = ctypes.c_void_p(ctypes.addressof(first)), ctypes.c_size_t(len(mapped))
+        failed = ctypes.CDLL(None).mincore(start, nbytes, found)
+        del first
+        assert not failed
+        return sum(byte & 1 for byte in found)
+
+
+def wait_until_cached(files):
+    """Until what is under way has come."""
+    until = time.monotonic() + 60
+    while sum(map(cached_pages, files)) * mmap.PAGESIZE < sum(SIZES):
+        assert time.monotonic() < until
+        time.sleep(0.01)
+
+
+@pytest.fixture
+def fake(tmp_path, monkeypatch):
+    """Two files of which nothing is cached, and what is brought in of them: (file, offset, bytes)."""
+    calls = []
+    paths = []
+    for number, nbytes in enumerate(SIZES):
+        paths.append(str(tmp_path / f"{number}.safetensors"))
+        with open(paths[-1], "wb") as file:
+            file.truncate(nbytes)
+
+    def bring_in(fd, offset, nbytes):
+        calls.append((paths.index(os.readlink(f"/proc/self/fd/{fd}")), offset, nbytes))
+        return nbytes
+
+    monkeypatch.setattr(system, "is_cached", lambda fd, offset: False)
+    monkeypatch.setattr(system, "bring_in", bring_in)
+    monkeypatch.setattr(module, "free_memory", lambda: 1 << 60)
+    return SimpleNamespace(paths=paths, calls=calls)
+
+
+def test_all_is_cached_afterwards_and_nothing_is_read_twice(files, monkeypatch):
+    assert 0 < read_ahead(files, ALL, threading.Event()) <= sum(SIZES)
+    wait_until_cached(files)
+    monkeypatch.setattr(system, "bring_in", None)
+    assert read_ahead(files, ALL, threading.Event()) == 0
+
+
+def test_a_block_reads_ahead_until_it_ends(files):
+    checkpoint: Any = SimpleNamespace(files=tuple(files), is_remote=False, nbytes=[LEAST_BYTES])
+    with reading_ahead(checkpoint):
+        wait_until_cached(files)
+    assert workers() == []
+
+
+def test_portions_come_in_the_order_of_the_files(fake):
+    assert read_ahead(fake.paths, ALL, threading.Event()) == sum(SIZES)
+    last = (1, PORTION_BYTES, 4096)
+    assert fake.calls == [*((0, n * PORTION_BYTES, PORTION_BYTES) for n in range(3)), (1, 0, PORTION_BYTES), last]
+
+
+@pytest.mark.parametrize("shares", [1, 2, 3, 8])
+def test_ranks_read_each_portion_once(fake, shares):
+    expected = read_ahead(fake.paths, ALL, threading.Event())
+    whole = sorted(fake.calls)
+    fake.calls.clear()
+    parts = [read_ahead(fake.paths, (number, shares), threading.Event()) for number in range(shares)]
+    assert sorted(fake.calls) == whole
+    assert sum(parts) == expected
+
+
+def test_it_stops_after_the_portion_that_is_under_way(fake, monkeypatch):
+    stop, bring_in = threading.Event(), system.bring_in
+
+    def stopping(*arguments):
+        stop.set()
+        return bring_in(*arguments)
+
+    monkeypatch.setattr(system, "bring_in", stopping)
+    assert read_ahead(fake.paths, ALL, stop) == PORTION_BYTES
+    assert read_ahead(fake.paths, ALL, stop) == 0
+    assert len(fake.calls) == 1
+
+
+def test_where_the_system_cannot_tell_what_is_cached_nothing_is_read(fake, monkeypatch):
+    monkeypatch.setattr(system, "is_cached", lambda fd, offset: None)
+    assert read_ahead(fake.paths, ALL, threading.Event()) == 0
+
+
+@pytest.mark.parametrize("shares", [1, 2])
+def test_all_ranks_together_take_half_of_the_free_memory(fake, monkeypatch, shares):
+    monkeypatch.setattr(module, "free_memory", lambda: 4 * PORTION_BYTES)
+    assert read_ahead(fake.paths, (0, shares), threading.Event()) == 2 * PORTION_BYTES // shares
+
+
+def test_memory_that_becomes_short_ends_it(fake, monkeypatch):
+    free = iter([1 << 60, 1 << 60, 4 * PORTION_BYTES])
+    monkeypatch.setattr(module, "free_memory", lambda: next(free))
+    monkeypatch.setattr(module, "_LOOK_BYTES", PORTION_BYTES)
+    assert read_ahead(fake.paths, ALL, threading.Event()) == 2 * PORTION_BYTES
+
+
+@pytest.mark.parametrize("free", [None, 0])
+def test_without_memory_nothing_is_read(fake, monkeypatch, free):
+    monkeypatch.setattr(module, "free_memory", lambda: free)
+    assert read_ahead(fake.paths, ALL, threading.Event()) == 0
+
+
+@pytest.mark.parametrize("call", ["open_readonly", "size", "bring_in"])
+def test_a_call_that_fails_ends_it_without_a_word(fake, monkeypatch, call):
+    def fail(*arguments):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    before = descriptors()
+    monkeypatch.setattr(system, call, fail)
+    assert read_ahead(fake.paths, ALL, threading.Event()) == 0
+    assert descriptors() == before
+
+
+@pytest.fixture
+def large(fake):
+    return SimpleNamespace(files=tuple(fake.paths), is_remote=False, nbytes=[LEAST_BYTES])
+
+
+@pytest.mark.parametrize("error", [None, KeyError, KeyboardInterrupt], ids=str)
+def test_no_thread_is_left_also_where_the_block_raises(large, monkeypatch, error):
+    started = threading.Event()
+
+    def reads(files, share, stop):
+        started.set()
+        assert stop.wait(60)
+
+    monkeypatch.setattr(module, "read_ahead", reads)
+    caught = None
+    try:
+        with reading_ahead(large):
+            assert started.wait(60)
+            if error is not None:
+                raise error
+    except (KeyError, KeyboardInterrupt) as raised:
+        caught = type(raised)
+    assert caught is error
+    assert [thread.name for thread in threading.enumerate() if "ahead" in thread.name] == []
+
+
+@pytest.mark.parametrize("change", [{"is_remote": True}, {"nbytes": [LEAST_BYTES - 1]}], ids=str)
+def test_remote_and_small_checkpoints_are_not_read_ahead(large, monkeypatch, change):
+    monkeypatch.setattr(threading.Thread, "start", None)
+    vars(large).update(change)
+    with reading_ahead(large):
+        pass
+
+
+def test_no_more_threads_are_no_error(large, monkeypatch):
+    def refuse(thread):
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    with reading_ahead(large):
+        pass
+
+
+@pytest.fixture
+def tried(monkeypatch):
+    """Whether doors read ahead, in a process that has imported no models yet."""
+    shares = []
+
+    def noting(checkpoint, share):
+        shares.append(share)
+        return reading_ahead(checkpoint, share)
+
+    monkeypatch.setattr(loading, "models_are_imported", lambda: False)
+    monkeypatch.setattr(loading, "reading_ahead", noting)
+    return shares
+
+
+def test_only_loads_that_build_a_model_read_ahead(tmp_path, tried, monkeypatch):
+    pytest.importorskip("transformers", reason="the model is one of transformers'")
+    from tests.model_zoo import build_model, write_checkpoint
+
+    model = build_model("mixtral")
+    write_checkpoint(model, tmp_path / "published", 1 << 30)
+    plan = amc.compile_plan(tmp_path / "published")
+    amc.load_state_dict(tmp_path / "published", model)
+    amc.load_state_dict(tmp_path / "published", plan=plan)
+    amc.load_state_dict(tmp_path / "published", rules=[])
+    amc.load_model(model, tmp_path / "published")
+    amc.convert_checkpoint(tmp_path / "published", tmp_path / "copied", rules=[])
+    assert tried == []
+    amc.load_state_dict(tmp_path / "published")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    amc.convert_checkpoint(tmp_path / "published", tmp_path / "grouped", layout="nemo")
+    assert tried == [(0, 1), (3, 4)]
+    monkeypatch.setattr(loading, "models_are_imported", lambda: True)
+    amc.load_state_dict(tmp_path / "published")
+    assert len(tried) == 2
+    assert converting.while_importing is loading.while_importing
+
+
+def test_errors_of_planning_are_told_as_ever(tmp_path, tried):
+    save_file({"a": torch.ones(2)}, tmp_path / "model.safetensors")
+    with pytest.raises(amc.UnsupportedError, match=r"config\.json|needs transformers"):
+        amc.load_state_dict(tmp_path)
+    assert tried == [(0, 1)]
+    assert workers() == []
+
+
+# --- memory that is free ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def machine(tmp_path):
+    """Write the files of a system; its free memory."""
+
+    def made(files):
+        for path, text in ({"proc/meminfo": "MemTotal: 99 kB\nMemAvailable:    1000 kB\n"} | files).items():
+            (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / path).write_text(text)
+        return free_memory(str(tmp_path))
+
+    return made
+
+
+V2, V1 = "sys/fs/cgroup", "sys/fs/cgroup/memory"
+
+
+@pytest.mark.parametrize(
+    ("files", "free"),
+    [
+        ({}, 1000 << 10),
+        ({"proc/meminfo": "MemTotal: 5 kB\n"}, None),
+        ({"proc/meminfo": ""}, None),
+        (
+            {
+                "proc/self/cgroup": "0::/a/b\n",
+                f"{V2}/a/b/memory.max": "5000\n",
+                f"{V2}/a/b/memory.current": "4000\n",
+                f"{V2}/a/b/memory.stat": "anon 9\ninactive_file 100\nactive_file 20\nfile 7000\n",
+            },
+            1120,
+        ),
+        (
+            {
+                "proc/self/cgroup": "0::/a/b\n",
+                f"{V2}/a/b/memory.max": "max\n",
+                f"{V2}/a/b/memory.current": "4000\n",
+                f"{V2}/a/memory.max": "4500\n",
+                f"{V2}/a/memory.current": "4000\n",
+            },
+            500,
+        ),
+        (
+            {
+                "proc/self/cgroup": "5:cpu:/\n4:memory:/not/seen/here\n0::/\n",
+                f"{V1}/memory.limit_in_bytes": "3000\n",
+                f"{V1}/memory.usage_in_bytes": "4000\n",
+            },
+            0,
+        ),
+        (
+            {
+                "proc/self/cgroup": "4:memory:/\n",
+                f"{V1}/memory.limit_in_bytes": "9223372036854771712\n",
+                f"{V1}/memory.usage_in_bytes": "4000\n",
+            },
+            1000 << 10,
+        ),
+        ({"proc/self/cgroup": "nonsense\n"}, 1000 << 10),
+    ],
+    ids=["no groups", "old kernel", "empty", "version 2", "of a parent", "version 1", "no limit", "nonsense"],
+)
+def test_free_memory_is_what_machine_and_groups_leave(machine, files, free):
+    assert machine(files) == free
+
+
+def test_a_system_that_tells_nothing_has_no_known_memory(tmp_path):
+    assert free_memory(str(tmp_path)) is None
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells")
+def test_this_machine_has_free_memory():
+    free = free_memory()
+    assert free is not None
+    assert free > 0
