@@ -175,7 +175,8 @@ def _threads(limits: Limits, devices: int) -> int:
 
 def _divided(total: int, weights: Sequence[int], least: Sequence[int]) -> list[int]:
     """Shares that sum up to ``total``: the least of each, and of what is left a part in proportion to its weight."""
-    rest, whole = total - sum(least), max(sum(weights), 1)
+    weights = weights if any(weights) else [1] * len(weights)
+    rest, whole = total - sum(least), sum(weights)
     ends = [rest * weight // whole for weight in accumulate(weights, initial=0)]
     return [low + stop - start for low, (start, stop) in zip(least, pairwise(ends), strict=True)]
 
