@@ -7,25 +7,21 @@ the same rule from sources of the same shapes share their copies, so a plan for 
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from automodel_conv.dtypes import BITS, DECODED
-from automodel_conv.errors import ConversionError, UnknownTarget, UnsupportedError, message
+from automodel_conv.dtypes import DECODED
+from automodel_conv.errors import UnknownTarget, UnsupportedError, message
 from automodel_conv.planning.composition import chained, inverted, table_of
-from automodel_conv.planning.copies import Decode, SourceTable, StridedCopy, Target
+from automodel_conv.planning.copies import SourceTable, Target
 from automodel_conv.planning.proof import prove
 
 if TYPE_CHECKING:
     from automodel_conv.planning.sharding import Region
-
-# Of the JSON form.
-_VERSION = 3
 
 
 @dataclass(frozen=True)
@@ -285,32 +281,9 @@ class CopyPlan:
         """
         if self.fallbacks:
             raise UnsupportedError(message("a plan with targets made by upstream's own code has no JSON form"))
-        table: dict[int, int] = {}
-        copies: list[tuple[StridedCopy, ...]] = []
-        for target in self.targets:
-            if id(target.copies) not in table:
-                table[id(target.copies)] = len(copies)
-                copies.append(target.copies)
-        return json.dumps(
-            {
-                "version": _VERSION,
-                "sources": [
-                    list(self.sources.names),
-                    list(self.sources.dtypes),
-                    list(self.sources.shapes),
-                ],
-                "decodes": list(self.sources.decodes.items()),
-                "hidden": sorted(self.sources.hidden),
-                "copies": copies,
-                "targets": [[*target[:5], table[id(target.copies)]] for target in self.targets],
-                "rules": self.rules,
-                "missing": self.missing,
-                "unexpected": self.unexpected,
-                "mismatched": self.mismatched,
-                "tied": self.tied,
-                "layouts": [self.layout, self.source_layout],
-            }
-        )
+        from automodel_conv.planning.plan_json import text_of  # which makes plans
+
+        return text_of(self)
 
     @staticmethod
     def from_json(text: str) -> CopyPlan:
@@ -320,82 +293,13 @@ class CopyPlan:
             UnsupportedError: not a plan of this version.
             CoverageError: the plan does not write every element once.
         """
-        try:
-            plan = _from_data(_tuples(json.loads(text)))
-        except ConversionError:
-            raise
-        except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
-            raise UnsupportedError(
-                message(
-                    "not a plan in JSON form", expected=f"version {_VERSION}", found=f"{type(error).__name__}: {error}"
-                )
-            ) from error
+        from automodel_conv.planning.plan_json import plan_of  # which makes plans
+
+        plan = plan_of(text)
         plan.validate()
         return plan
-
-
-def _from_data(data: Any) -> CopyPlan:
-    if data["version"] != _VERSION:
-        found = data["version"]
-        raise UnsupportedError(message("not a plan in JSON form", expected=f"version {_VERSION}", found=found))
-    copies = [tuple(StridedCopy(*copy) for copy in group) for group in data["copies"]]
-    targets = tuple(
-        Target(name, dtype, shape, rule, sources, copies[group])
-        for name, dtype, shape, rule, sources, group in data["targets"]
-    )
-    names, dtypes, shapes = data["sources"]
-    if not len(names) == len(dtypes) == len(shapes):
-        raise UnsupportedError(message("a plan whose source columns differ in length"))
-    unknown = {*dtypes, *(target.dtype for target in targets)} - BITS.keys()
-    if unknown:
-        raise UnsupportedError(message("a plan with unknown dtypes", found=sorted(unknown)))
-    if any(not -1 <= target.rule < len(data["rules"]) for target in targets):
-        raise UnsupportedError(message("a plan with targets of unknown rules"))
-    decodes = {row: Decode(*decode) for row, decode in data["decodes"]}
-    rows = [*decodes, *data["hidden"], *(part for decode in decodes.values() for part in decode.parts)]
-    if any(not 0 <= row < len(names) for row in rows):
-        raise UnsupportedError(message("a plan of which parts of quantized sources are no sources"))
-    for row, decode in decodes.items():
-        if not _reads_inside(decode, row, shapes):
-            raise UnsupportedError(message(f"a plan in which the parts of {names[row]} do not fit", found=decode))
-    tied, layouts = data["tied"], data["layouts"]
-    if not all(type(group) is tuple and all(type(name) is str for name in group) for group in tied):
-        raise UnsupportedError(message("a plan with ties that are no groups of names", found=tied))
-    if not all(said is None or type(said) is str for said in layouts):
-        raise UnsupportedError(message("a plan with layouts that are no names", found=layouts))
-    layout, source_layout = layouts
-    return CopyPlan(
-        SourceTable(list(names), list(dtypes), list(shapes), decodes, frozenset(data["hidden"])),
-        targets,
-        data["rules"],
-        data["missing"],
-        data["unexpected"],
-        data["mismatched"],
-        tied,
-        layout,
-        source_layout,
-    )
-
-
-def _reads_inside(decode: Decode, row: int, shapes: Sequence[tuple[int, ...]]) -> bool:
-    """Whether a quantized source has as many scales, zero points and global scales as its blocks take."""
-    *lead, rows, columns = shapes[row]
-    if decode.matrix != (rows, columns) or min(decode.block) < 1:
-        return False
-    down, across = -(-rows // decode.block[0]), -(-columns // decode.block[1])
-    wanted = prod(lead) * down * across, -(-down // 8) * across, 1
-    parts = decode.scales, decode.zero_points, decode.global_scale
-    return all(part is None or prod(shapes[part]) == size for part, size in zip(parts, wanted, strict=True))
 
 
 def _walk(offset: int, shape: Sequence[int], strides: Sequence[int]) -> str:
     steps = " ".join(f"{size}x{stride}" for size, stride in zip(shape, strides, strict=True))
     return f"[{offset}{' + ' if steps else ''}{steps}]"
-
-
-def _tuples(value: Any) -> Any:
-    if isinstance(value, list):
-        return tuple(_tuples(item) for item in value)
-    if isinstance(value, dict):
-        return {key: _tuples(item) for key, item in value.items()}
-    return value

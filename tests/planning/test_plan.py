@@ -3,13 +3,15 @@
 import json
 import random
 from dataclasses import replace
+from functools import reduce
+from operator import getitem
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from automodel_conv.errors import CoverageError, UnsupportedError
+from automodel_conv.errors import ConversionError, CoverageError, UnsupportedError
 from automodel_conv.planning.copies import Decode, Fallback, SourceTable, StridedCopy, Target, group_pieces
 from automodel_conv.planning.lowering import Context, Operation, copies_of, leaf, lower
 from automodel_conv.planning.plan import CopyPlan
@@ -466,6 +468,61 @@ def test_edited_parts_of_quantized_sources_do_not_fit(field, value):
 def test_other_text_is_no_plan(text):
     with pytest.raises(UnsupportedError, match="not a plan"):
         CopyPlan.from_json(text)
+
+
+def test_the_form_of_another_version_is_one_error_that_says_what_to_do():
+    text = experts_plan().to_json().replace('"version": 3', '"version": 2')
+    with pytest.raises(UnsupportedError, match=r"version 3\n.*version 2\n.*make the plan again"):
+        CopyPlan.from_json(text)
+
+
+def places_in(data, before=()):
+    """The ways to all that lies in some JSON."""
+    inner = data.items() if isinstance(data, dict) else enumerate(data) if isinstance(data, list) else ()
+    for key, value in inner:
+        yield (*before, key)
+        yield from places_in(value, (*before, key))
+
+
+def test_no_edit_of_json_is_more_than_an_error_of_ours():
+    plan = replace(experts_plan(), missing=("m",), mismatched=(("x", (1,), (2, 3)),), tied=(("a", "b"),), layout="nemo")
+    text = plan.to_json()
+    accepted = set()
+    for path in list(places_in(json.loads(text))):
+        for value in (None, True, -1, 1.5, 10**30, "x", [], {}, [["a"]]):
+            data = json.loads(text)
+            place = reduce(getitem, path[:-1], data)
+            if type(place[path[-1]]) is type(value) or place[path[-1]] == value:
+                continue
+            place[path[-1]] = value
+            try:
+                CopyPlan.from_json(json.dumps(data))
+                accepted.add((path[0], repr(value)))
+            except ConversionError:
+                pass
+    assert accepted == {("layouts", "None"), ("layouts", "'x'")}
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "told"),
+    [
+        (("copies", 0, 0, 0), [2, -6], "negative size"),
+        (("sources", 2, 0), [-3, -4], "negative size"),
+        (("copies", 0, 0, 1), [1, 1, 1], "differ in length"),
+        (("copies", 0, 0, 4), [0], "differ in length"),
+        (("targets", 0, 5), -1, "unknown copies"),
+        (("targets", 0, 5), 99, "unknown copies"),
+        (("targets", 0, 3), 99, "unknown rules"),
+        (("sources", 0), [], "differ in length"),
+        (("hidden",), [-1], "no sources"),
+    ],
+    ids=str,
+)
+def test_lengths_rows_and_sizes_in_json_are_looked_at(path, value, told):
+    data = json.loads(experts_plan().to_json())
+    reduce(getitem, path[:-1], data)[path[-1]] = value
+    with pytest.raises(UnsupportedError, match=told):
+        CopyPlan.from_json(json.dumps(data))
 
 
 def test_unknown_dtypes_in_json_are_named():

@@ -1,0 +1,155 @@
+"""The JSON form of a plan: written, and read back with a look at every type, length and row."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from math import prod
+from typing import TypeVar
+
+import msgspec
+
+from automodel_conv.dtypes import BITS
+from automodel_conv.errors import UnsupportedError, message
+from automodel_conv.planning.copies import Decode, SourceTable, StridedCopy, Target
+from automodel_conv.planning.plan import CopyPlan
+
+_VERSION = 3
+
+T = TypeVar("T")
+
+
+def text_of(plan: CopyPlan) -> str:
+    """The JSON form; copies that targets share are written once."""
+    table: dict[int, int] = {}
+    copies: list[tuple[StridedCopy, ...]] = []
+    for target in plan.targets:
+        if id(target.copies) not in table:
+            table[id(target.copies)] = len(copies)
+            copies.append(target.copies)
+    sources = plan.sources
+    return json.dumps(
+        {
+            "version": _VERSION,
+            "sources": [list(sources.names), list(sources.dtypes), list(sources.shapes)],
+            "decodes": list(sources.decodes.items()),
+            "hidden": sorted(sources.hidden),
+            "copies": copies,
+            "targets": [[*target[:5], table[id(target.copies)]] for target in plan.targets],
+            "rules": plan.rules,
+            "missing": plan.missing,
+            "unexpected": plan.unexpected,
+            "mismatched": plan.mismatched,
+            "tied": plan.tied,
+            "layouts": [plan.layout, plan.source_layout],
+        }
+    )
+
+
+def plan_of(text: str) -> CopyPlan:
+    """The plan of a JSON form, which is still to be validated.
+
+    Raises:
+        UnsupportedError: it is the form of another version, or none.
+    """
+    version = _decoded(text, _Versioned).version
+    if version != _VERSION:
+        raise _no_plan(f"version {version}")
+    return _plan(_decoded(text, _Form))
+
+
+# --- private ----------------------------------------------------------------------------------------------------------
+
+
+class _Versioned(msgspec.Struct):
+    version: int
+
+
+class _Form(msgspec.Struct):
+    """As ``text_of`` writes it."""
+
+    sources: tuple[list[str], list[str], list[tuple[int, ...]]]
+    decodes: list[tuple[int, Decode]]
+    hidden: list[int]
+    copies: list[tuple[StridedCopy, ...]]
+    targets: list[tuple[str, str, tuple[int, ...], int, tuple[int, ...], int]]
+    rules: tuple[str, ...]
+    missing: tuple[str, ...]
+    unexpected: tuple[str, ...]
+    mismatched: tuple[tuple[str, tuple[int, ...], tuple[int, ...]], ...]
+    tied: tuple[tuple[str, ...], ...]
+    layouts: tuple[str | None, str | None]
+
+
+def _decoded(text: str, form: type[T]) -> T:
+    try:
+        return msgspec.json.decode(text, type=form)
+    except (ValueError, RecursionError) as error:
+        raise _no_plan(error) from error
+
+
+def _no_plan(found: object) -> UnsupportedError:
+    expected = f"what to_json() of a plan gives, version {_VERSION}"
+    do = "make the plan again: {compile_plan(...)}"
+    return UnsupportedError(message("not a plan in JSON form", expected=expected, found=found, do=do))
+
+
+def _plan(form: _Form) -> CopyPlan:
+    names, dtypes, shapes = form.sources
+    if not len(names) == len(dtypes) == len(shapes):
+        raise _no_plan("source columns that differ in length")
+    unknown = {*dtypes, *(dtype for _, dtype, *_ in form.targets)} - BITS.keys()
+    if unknown:
+        raise _no_plan(f"unknown dtypes {sorted(unknown)}")
+    copies = [copy for group in form.copies for copy in group]
+    sizes = [*shapes, *(shape for _, _, shape, *_ in form.targets), *(copy.shape for copy in copies)]
+    if any(min(shape, default=0) < 0 for shape in sizes):
+        raise _no_plan("a negative size")
+    if not all(map(_is_even, copies)):
+        raise _no_plan("copies whose shape and strides, or whose columns, differ in length")
+    if any(not 0 <= group < len(form.copies) for *_, group in form.targets):
+        raise _no_plan("targets of unknown copies")
+    if any(not -1 <= rule < len(form.rules) for _, _, _, rule, *_ in form.targets):
+        raise _no_plan("targets of unknown rules")
+    decodes = dict(form.decodes)
+    rows = [*decodes, *form.hidden, *(part for decode in decodes.values() for part in decode.parts)]
+    if any(not 0 <= row < len(names) for row in rows):
+        raise _no_plan("parts of quantized sources that are no sources")
+    for row, decode in decodes.items():
+        if not _reads_inside(decode, row, shapes):
+            raise _no_plan(f"the parts of {names[row]} do not fit: {decode}")
+    targets = tuple(
+        Target(name, dtype, shape, rule, sources, form.copies[group])
+        for name, dtype, shape, rule, sources, group in form.targets
+    )
+    layout, source_layout = form.layouts
+    return CopyPlan(
+        SourceTable(names, dtypes, shapes, decodes, frozenset(form.hidden)),
+        targets,
+        form.rules,
+        form.missing,
+        form.unexpected,
+        form.mismatched,
+        form.tied,
+        layout,
+        source_layout,
+    )
+
+
+def _is_even(copy: StridedCopy) -> bool:
+    return len(copy.shape) == len(copy.source_strides) == len(copy.target_strides) and len(copy.ordinals) == len(
+        copy.source_offsets
+    ) == len(copy.target_offsets)
+
+
+def _reads_inside(decode: Decode, row: int, shapes: Sequence[tuple[int, ...]]) -> bool:
+    """Whether a quantized source has as many scales, zero points and global scales as its blocks take."""
+    if len(shapes[row]) < 2:
+        return False
+    *lead, rows, columns = shapes[row]
+    if decode.matrix != (rows, columns) or min(decode.block) < 1:
+        return False
+    down, across = -(-rows // decode.block[0]), -(-columns // decode.block[1])
+    wanted = prod(lead) * down * across, -(-down // 8) * across, 1
+    parts = decode.scales, decode.zero_points, decode.global_scale
+    return all(part is None or prod(shapes[part]) == size for part, size in zip(parts, wanted, strict=True))
