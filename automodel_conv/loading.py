@@ -56,7 +56,7 @@ from automodel_conv.homes import (
 from automodel_conv.planning.compiler import Problems
 from automodel_conv.planning.copies import SourceTable
 from automodel_conv.planning.from_config import meta_model
-from automodel_conv.planning.given import Misfits, as_plan, fit_sources, fit_targets, refuse_decided
+from automodel_conv.planning.given import Misfits, as_plan, fit_sources, fit_targets
 from automodel_conv.planning.layouts import LAYOUTS, PER_EXPERT, get_layout
 from automodel_conv.planning.marks import layout_to_read, stated_layout
 from automodel_conv.planning.models import checked_dtype, tied_names
@@ -80,7 +80,7 @@ class LoadReport:
         mismatched_keys: ``(name, found shape, expected shape)``; those targets were left as they were.
         duplicated_keys: ``(name, sources)`` where several sources claim a target; the first was taken.
         fallbacks: targets made by upstream's own code, because an operation could not be lowered.
-        bytes_read: bytes of tensor data that took part and were read; those of mapped targets are not.
+        bytes_read: bytes of tensor data that were read; mapped targets are not read.
         seconds: by phase: ``open``, ``plan``, ``read``.
         peak_extra_bytes: upper bound of the memory used beside the final buffers: scratch on the host and on the
             device, and second copies of parameters that the checkpoint holds under two names, unless they are mapped.
@@ -94,9 +94,9 @@ class LoadReport:
             loads to the host.
         threads: the most that read at the same time, of all devices together.
         pages: the new host memory by the size of its pages, and how fast each size was made; ``str`` says it in words;
-            None for loads to other devices alone.
-        bytes_mapped: bytes of targets that were mapped (``memory_map=True``), and so not read; their pages come into
-            memory when they are touched.
+            None where no target was read to the host.
+        bytes_mapped: bytes of the targets that were mapped (``memory_map=True``). They were not read: their pages come
+            into memory when they are touched.
     """
 
     missing_keys: tuple[str, ...]
@@ -222,11 +222,13 @@ def load_state_dict(
     Args:
         path: a directory with or without an index, an index file, a ``.safetensors`` file, or ``org/name`` on the Hub,
             whose weights, index and config are downloaded first, where the cache lacks them.
-        plan: what ``compile_plan`` has made for this checkpoint, or its JSON; executed as it is, without planning
-            again. Names, dtypes and shapes of the checkpoint must be those of the plan, if ``strict`` also of what the
-            plan makes nothing of; where they lie in which files may differ. The plan's targets must fit the model.
-            Dtypes and layout are the plan's, so none of the other arguments of ``compile_plan`` is given. Without a
-            model, names are the plan's and ties those of the model that it was made for; names that are tied come last.
+        plan: a plan from ``compile_plan``, or the text of its ``to_json()``. The load executes it and does not plan
+            again. The checkpoint must have the tensors that the plan reads, with the same names, dtypes and shapes;
+            with ``strict``, it must have exactly the tensors that the plan knows. Their files and their places in them
+            may differ. All that the plan makes must fit the model, also if ``strict`` is False. The plan decides
+            dtypes and layout, so ``rules``, ``layout``, ``source_layout``, ``key_mapping``, ``dtype`` and
+            ``dequantize`` must be left out. Without a model, the names and the ties are the plan's, and tied names come
+            last.
         model, rules, layout, source_layout, key_mapping, dtype, dequantize: see ``compile_plan``.
         device: the CPU or a CUDA device. To the latter, bytes go through pinned memory, and what has to be permuted or
             cast is copied there by Triton kernels, or by torch where Triton cannot run.
@@ -251,20 +253,22 @@ def load_state_dict(
         huge_pages: whether new host memory, in tensors of 4 MiB or more, has huge pages (2 MiB; Linux). None measures
             during the load which size this machine makes faster: huge pages on most, small ones on virtual machines
             that give their free memory back to the host.
-        memory_map: on Linux, do not read but map new tensors on the CPU that lie in a file as they shall lie in memory:
-            one run of bytes, in the right dtype, at a multiple of the elements' size. Writing to them copies pages and
-            never reaches the file; processes share the pages that none of them writes to. All others are read. For
-            files that nobody writes to or cuts as long as a tensor lives, which would change it or end the process; see
-            docs/performance.md.
+        memory_map: map new tensors on the CPU instead of reading them, where a file has their very bytes: in one run,
+            in the right dtype, at a multiple of the element size (Linux only). All other tensors are read. A write to a
+            mapped tensor changes a copy of the page and never the file. Processes that map one file share the pages
+            that they do not write to. The file must not be changed or cut while such a tensor lives: a change may show
+            in the tensor, and a touch of what was cut ends the process (SIGBUS). To remove or replace the file is safe.
+            See docs/performance.md.
         progress: show a bar in bytes and GB/s.
         revision: of an ``org/name`` on the Hub.
 
     Raises:
         CheckpointError, NameProblems, QuantizationError, UnsupportedError: see ``compile_plan``; nothing has been read
-            then. NameProblems also if ``plan`` does not fit, and CoverageError if its JSON does not write all once.
+            then. NameProblems also if ``plan`` does not fit.
+        CoverageError: the JSON of ``plan`` does not write each element once.
         VerificationError: a tensor does not have its checksum, or there is none; nothing has been loaded then.
-        ReadError: reading failed; names file and tensor.
-        ConversionError: an argument that ``plan`` decides; the load does not fit into ``memory_budget``; or
+        ReadError: reading or mapping failed; names file and tensor.
+        ConversionError: an argument is given that ``plan`` decides; the load does not fit into ``memory_budget``; or
             ``device_map`` leaves a tensor out, names what the model does not have, or sends names of one tensor to
             several devices; nothing has been read then. Or the system gives no more memory or threads.
         RankError: with DTensors: the load failed on other ranks, or one of them is gone.
@@ -295,17 +299,19 @@ def load_state_dict(
         everything_on = loadable(device)
         device_of = where.device_of if where is not None else lambda name: everything_on
         clock = _Clock()
+        decided = _decided(rules, layout, source_layout, key_mapping, dtype, dequantize)
+        given = None if plan is None else as_plan(plan, decided)
+        clock.lap("plan")
         checkpoint = open_downloaded(path, revision=revision)
         clock.lap("open")
-        if plan is None:
+        if given is None:
             with while_importing(checkpoint) if model is None and rules is None else nullcontext():
                 whole, problems, model = load_plan(
                     checkpoint, model, rules, layout, source_layout, key_mapping, dtype, dequantize
                 )
             problems.raise_unless_fit(checkpoint.path, strict, checkpoint.unindexed)
         else:
-            refuse_decided(_decided(rules, layout, source_layout, key_mapping, dtype, dequantize))
-            whole, problems = given_plan(plan, checkpoint, model, state, strict)
+            whole, problems = fitted_plan(given, checkpoint, model, state, strict)
         known = state if model is None or state else model.state_dict(keep_vars=True)
         if where is not None:
             where.check([target.name for target in whole.targets], known, model, strict=strict)
@@ -372,21 +378,25 @@ def load_model(
             (``accelerate.init_empty_weights()`` leaves them on the CPU). The model is placed, but does not run on
             several devices until ``accelerate.dispatch_model(model, device_map)``.
         dtype: if given, parameters of another floating dtype are replaced (see ``compile_plan``).
-        plan, path, rules, source_layout, key_mapping, strict, dequantize, verify, broadcast, threads, scratch_bytes,
-            device_scratch_bytes, memory_budget, huge_pages, progress, revision: see ``load_state_dict``. A plan is that
-            of the whole model, also where parameters are DTensors.
-        memory_map: likewise, of the tensors that new parameters and buffers get; materialized ones are read in place.
+        plan: see ``load_state_dict``. It is the plan of the whole model, also where parameters are DTensors.
+        memory_map: see ``load_state_dict``. It maps new parameters and buffers; materialized ones are read in place.
+        path, rules, source_layout, key_mapping, strict, dequantize, verify, broadcast, threads, scratch_bytes,
+            device_scratch_bytes, memory_budget, huge_pages, progress, revision: see ``load_state_dict``.
 
     Raises:
-        CheckpointError, NameProblems, QuantizationError, UnsupportedError: see ``compile_plan``; no parameter has been
-            written then.
+        CheckpointError, NameProblems, CoverageError, QuantizationError, UnsupportedError: see ``load_state_dict``; no
+            parameter has been written then.
         VerificationError: see ``load_state_dict``; likewise.
         ReadError: reading failed; names file and tensor, and the targets already filled. Parameters that would have
             been replaced (on the meta device, or of another dtype) are still the old ones.
-        ConversionError: the checkpoint has different values for names that are one parameter of the model,
-            ``device_map`` does not fit the model (see ``load_state_dict``; nothing has been read then), or the system
-            gives no more memory or threads. Whatever ends the reading, a KeyboardInterrupt too (in its ``__notes__``),
-            tells the parameters already filled, as ReadError does.
+        ConversionError: an argument is given that ``plan`` decides, the load does not fit into ``memory_budget``, or
+            ``device_map`` does not fit the model (see ``load_state_dict``); nothing has been read then. Or the
+            checkpoint has different values for names that are one parameter of the model, or the system gives no more
+            memory or threads.
+        RankError: see ``load_state_dict``.
+
+    Whatever ends the reading, a KeyboardInterrupt too, tells the parameters already filled (in its ``__notes__``, if it
+    is none of these errors).
 
     Example::
 
@@ -403,16 +413,18 @@ def load_model(
         everything_on = None if device is None else loadable(device)
         device_of = where.device_of if where is not None else lambda name: everything_on
         clock = _Clock()
+        decided = _decided(rules, layout, source_layout, key_mapping, dtype, dequantize)
+        given = None if plan is None else as_plan(plan, decided)
+        clock.lap("plan")
         checkpoint = open_downloaded(path, revision=revision)
         clock.lap("open")
-        if plan is None:
+        if given is None:
             whole, problems, _ = load_plan(
                 checkpoint, model, rules, layout, source_layout, key_mapping, dtype, dequantize, in_place=True
             )
             problems.raise_unless_fit(checkpoint.path, strict, checkpoint.unindexed)
         else:
-            refuse_decided(_decided(rules, layout, source_layout, key_mapping, dtype, dequantize))
-            whole, problems = given_plan(plan, checkpoint, model, state, strict, in_place=True)
+            whole, problems = fitted_plan(given, checkpoint, model, state, strict, in_place=True)
         if where is not None:
             names = dict.fromkeys([*(target.name for target in whole.targets), *placeable_buffers(model)])
             where.check(names, state, model, strict=strict)
@@ -496,8 +508,8 @@ def while_importing(checkpoint: Checkpoint) -> AbstractContextManager[None]:
     return reading_ahead(checkpoint, (rank_on_this_node(), ranks_on_this_node()))
 
 
-def given_plan(
-    plan: CopyPlan | str,
+def fitted_plan(
+    plan: CopyPlan,
     checkpoint: Checkpoint,
     model: nn.Module | None,
     state: Mapping[str, Tensor],
@@ -510,11 +522,10 @@ def given_plan(
         state: the model's state dict.
 
     Raises:
-        UnsupportedError, CoverageError: see ``as_plan``; or the files say another layout of their experts than those
-            that the plan was made for, or the model's experts do not lie as the plan says.
+        UnsupportedError: the files say another layout of their experts than those that the plan was made for, or the
+            model's experts do not lie as the plan says.
         NameProblems: it does not fit the checkpoint or the model.
     """
-    plan = as_plan(plan)
     said = stated_layout(checkpoint, None)
     if said not in (None, plan.source_layout):
         raise UnsupportedError(
@@ -635,12 +646,12 @@ class _Clock:
     """Seconds by phase."""
 
     def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
+        self.seconds = dict.fromkeys(("open", "plan", "read"), 0.0)
         self._last = time.perf_counter()
 
     def lap(self, phase: str) -> None:
         now = time.perf_counter()
-        self.seconds[phase] = now - self._last
+        self.seconds[phase] += now - self._last
         self._last = now
 
 

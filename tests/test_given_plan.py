@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -76,6 +77,12 @@ def never_planned(monkeypatch):
 
     for module, name in [(loading, "load_plan"), (loading, "meta_model"), (pipeline, "RuleSet")]:
         monkeypatch.setattr(module, name, refuse)
+
+
+@pytest.fixture
+def never_opened(monkeypatch):
+    """To open a checkpoint, and so to download it, is an error."""
+    monkeypatch.setattr(loading, "open_downloaded", None)
 
 
 @pytest.mark.parametrize("form", ["plan", "json"])
@@ -346,7 +353,7 @@ def test_files_that_say_another_layout_than_the_plan_was_made_for_are_refused(mi
     ],
     ids=lambda decided: ", ".join(decided),
 )
-def test_arguments_that_a_plan_decides_are_refused_in_one_error(mixtral, decided):
+def test_arguments_that_a_plan_decides_are_refused_in_one_error(mixtral, never_opened, decided):
     model = build_model("mixtral")
     for load in (
         lambda: amc.load_model(model, mixtral.path, plan=mixtral.plan, **decided),
@@ -357,10 +364,26 @@ def test_arguments_that_a_plan_decides_are_refused_in_one_error(mixtral, decided
         assert all(f"{name}={value!r}" in str(caught.value) for name, value in decided.items())
 
 
-@pytest.mark.parametrize("plan", [3, b"{}", {"version": 3}, "path/to/plan.json", "{}", ""], ids=repr)
-def test_what_is_no_plan_is_refused(mixtral, plan):
-    with pytest.raises(amc.UnsupportedError, match=r"no plan|not a plan"):
-        amc.load_state_dict(mixtral.path, plan=plan)
+PLANS_IN_FILES = ["path/to/plan.json", Path("plan.json"), ""]
+
+
+@pytest.mark.parametrize("plan", [3, b"{}", {"version": 3}, "{}", *PLANS_IN_FILES], ids=repr)
+def test_what_is_no_plan_is_refused_before_anything_is_opened(mixtral, never_opened, plan):
+    for load in (
+        lambda: amc.load_state_dict(mixtral.path, plan=plan),
+        lambda: amc.load_model(build_model("mixtral"), mixtral.path, plan=plan),
+    ):
+        with pytest.raises(amc.UnsupportedError, match=r"no plan|not a plan") as caught:
+            load()
+        assert ("pass the text" in str(caught.value)) == (plan != "{}")
+
+
+def test_reading_a_plan_is_planning(mixtral, monkeypatch):
+    clock = iter(range(100))
+    monkeypatch.setattr(loading.time, "perf_counter", lambda: next(clock))
+    seconds = amc.load_state_dict(mixtral.path, plan=mixtral.plan.to_json(), threads=1).report.seconds
+    assert list(seconds) == ["open", "plan", "read"]
+    assert seconds["plan"] == seconds["open"] + 1
 
 
 def test_a_plan_from_json_is_proved(mixtral):

@@ -8,7 +8,6 @@ import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import groupby
-from operator import attrgetter
 from typing import NamedTuple
 
 import torch
@@ -141,17 +140,18 @@ def without(plan: CopyPlan, names: Iterable[str]) -> CopyPlan:
 
 def _map(span: Sequence[Place], fd: int, path: str) -> dict[str, Tensor]:
     """The tensors of a span, by name."""
-    stop = max(map(attrgetter("stop_bytes"), span))
+    stop = span[-1].stop_bytes
     start = span[0].offset_bytes // mmap.ALLOCATIONGRANULARITY * mmap.ALLOCATIONGRANULARITY
     try:
         file_bytes = system.size(fd)
         if file_bytes < stop:
             cut = [place.target.name for place in span if place.stop_bytes > file_bytes]
-            raise _error("a file is too short to be mapped", path, cut, file_bytes, f"at least {stop} bytes")
+            do = "the file is truncated: copy or download it again"
+            raise _error("a file is too short to be mapped", path, cut, f"{file_bytes} bytes", do, f"{stop} bytes")
         address = system.map_private(fd, start, stop - start)
     except OSError as error:
         names = [place.target.name for place in span]
-        raise _error("a file cannot be mapped", path, names, error, do="{memory_map=False} reads it") from error
+        raise _error("a file cannot be mapped", path, names, error, "{memory_map=False} reads it") from error
     memory = (ctypes.c_ubyte * (stop - start)).from_address(address)
     # At its end a process gives all back by itself, and threads may still use tensors then.
     weakref.finalize(memory, system.unmap, address, stop - start).atexit = False
@@ -168,7 +168,8 @@ def _tensor(place: Place, memory: ctypes.Array[ctypes.c_ubyte], start: int) -> T
 
 
 def _error(
-    what: str, path: str, names: Sequence[str], found: object, expected: object = None, do: str | None = None
+    what: str, path: str, names: Sequence[str], found: object, do: str, expected: str | None = None
 ) -> ReadError:
-    text = message(what, where=path, expected=expected, found=found, do=do)
-    return ReadError(f"{text}\n  targets:\n{listing(names)}")
+    error = ReadError(message(what, where=path, expected=expected, found=found, do=do))
+    error.add(f"  targets:\n{listing(names)}")
+    return error

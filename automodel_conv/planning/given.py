@@ -14,24 +14,18 @@ from automodel_conv.planning.wrappers import plain_names
 _ANEW = "make the plan of this checkpoint and this model: {compile_plan(...)}"
 
 
-def as_plan(plan: object) -> CopyPlan:
+def as_plan(plan: object, decided: Mapping[str, object]) -> CopyPlan:
     """The plan, or the one that a text is the JSON of; validated then.
 
+    Args:
+        decided: the arguments that a plan decides already, by name; None those that the caller has not given.
+
     Raises:
-        UnsupportedError: it is neither.
+        ConversionError: one of them is given.
+        UnsupportedError: it is neither a plan nor such a text.
         CoverageError: see ``CopyPlan.from_json``.
     """
-    if isinstance(plan, CopyPlan):
-        return plan
-    if isinstance(plan, str):
-        return CopyPlan.from_json(plan)
-    expected = "what compile_plan() returns, or the text that its to_json() gives"
-    raise UnsupportedError(message("plan= is no plan", expected=expected, found=kind_of(plan)))
-
-
-def refuse_decided(arguments: Mapping[str, object]) -> None:
-    """Raise ConversionError for arguments that a plan decides already; those that are not given are None."""
-    given = [f"{name}={value!r}" for name, value in arguments.items() if value is not None]
+    given = [f"{name}={value!r}" for name, value in decided.items() if value is not None]
     if given:
         raise ConversionError(
             message(
@@ -40,6 +34,18 @@ def refuse_decided(arguments: Mapping[str, object]) -> None:
                 do=["leave them out", "leave {plan} out, or pass them to compile_plan(), which makes the plan"],
             )
         )
+    if isinstance(plan, CopyPlan):
+        return plan
+    if isinstance(plan, str) and plan.lstrip().startswith("{"):
+        return CopyPlan.from_json(plan)
+    raise UnsupportedError(
+        message(
+            "plan= is no plan",
+            expected="what compile_plan() returns, or the text that its to_json() gives",
+            found=kind_of(plan),
+            do="of a plan in a file, pass the text: Path(file).read_text()",
+        )
+    )
 
 
 @dataclass
