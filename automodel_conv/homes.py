@@ -61,7 +61,6 @@ class Homes:
     fresh: list[str]
     doubled: list[tuple[str, str]]  # a second name of a parameter that has been loaded under its first
     mapped: Mapping[str, Tensor]  # buffers that need not be filled
-    tied: tuple[tuple[str, ...], ...]  # groups of names that are, or would be, one parameter
 
     @staticmethod
     def of(
@@ -83,9 +82,8 @@ class Homes:
             UnsupportedError: a tensor on a device that is not loaded to, or that ``state_dict`` hands out as a copy.
             ConversionError: two parameters share memory without being one.
         """
-        tied = plan.tied
         plan = shard_plan(plan, regions_of(state, plan))
-        homes = Homes(plan, {}, find_places(model, state), [], [], {}, tied)
+        homes = Homes(plan, {}, find_places(model, state), [], [], {})
         first: dict[int, str] = {}
         targets, fresh = [], []
         for target in plan.targets:
@@ -128,7 +126,7 @@ class Homes:
 
     def unequal(self) -> set[tuple[str, str]]:
         """Names that are, or would be, one parameter, and for which this rank has loaded different values."""
-        return _unequal([*self.doubled, *_tied_pairs(self.tied, self.buffers)], self.buffers)
+        return _unequal([*self.doubled, *_tied_pairs(self.plan.tied, self.buffers)], self.buffers)
 
     def settle(self, unequal: Collection[tuple[str, str]]) -> None:
         """Put new tensors into the model, and tie what is one parameter.
@@ -158,7 +156,7 @@ class Homes:
             old, made = self.places[name][0].get(), self.buffers[name]
             made = as_distributed(made, old) if old is not None and is_distributed(old) else made
             _put_everywhere(self.places[name], made)
-        for group in self.tied:
+        for group in self.plan.tied:
             made = [name for name in group if name in self.buffers]
             if not fresh.intersection(made):
                 continue

@@ -530,10 +530,10 @@ def fitted_plan(
     if said not in (None, plan.source_layout):
         raise UnsupportedError(
             message(
-                "the plan was made for experts that lie otherwise",
+                "the files say a layout of their experts that the plan was not made for",
                 where=checkpoint.path,
-                expected=f"experts in the layout {plan.source_layout!r}" if plan.source_layout else "no stated layout",
-                found=f"the files say {said!r}",
+                expected=repr(plan.source_layout) if plan.source_layout else "files that say none",
+                found=repr(said),
                 do=["make the plan of this checkpoint: {compile_plan(...)}", "leave {plan} out"],
             )
         )

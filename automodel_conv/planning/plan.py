@@ -230,7 +230,13 @@ class CopyPlan:
             found = f"{len(decoded)} quantized sources, {decoded[0]} the first"
             raise UnsupportedError(message("this plan cannot be inverted: nothing here quantizes", found=found))
         targets = inverted(self.targets, self.sources)
-        plan = CopyPlan(table_of(self.targets), tuple(targets), tuple(f"inverse of {rule}" for rule in self.rules))
+        plan = CopyPlan(
+            table_of(self.targets),
+            tuple(targets),
+            tuple(f"inverse of {rule}" for rule in self.rules),
+            layout=self.source_layout,
+            source_layout=self.layout,
+        )
         plan.validate()
         return plan
 
@@ -252,6 +258,9 @@ class CopyPlan:
             (*self.missing, *following.missing),
             (*self.unexpected, *following.unexpected),
             (*self.mismatched, *following.mismatched),
+            following.tied,
+            following.layout,
+            self.source_layout,
         )
         plan.validate()
         return plan

@@ -7,6 +7,7 @@ indices of a dimension as it would split the tensor.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import lru_cache
 from itertools import pairwise, product
 from math import prod
@@ -139,7 +140,8 @@ def shard_plan(plan: CopyPlan, regions: Mapping[str, Region]) -> CopyPlan:
         return plan
     names = [target.name for target in plan.targets]
     wholes = {target.name: whole(target.shape) for target in plan.targets if target.name not in regions}
-    return parts_plan(plan, [Part(name, name, regions[name] if name in regions else wholes[name]) for name in names])
+    parts = [Part(name, name, regions[name] if name in regions else wholes[name]) for name in names]
+    return replace(parts_plan(plan, parts), tied=plan.tied, layout=plan.layout)
 
 
 class Part(NamedTuple):

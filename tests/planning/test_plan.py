@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from automodel_conv.errors import ConversionError, CoverageError, UnsupportedError
+from automodel_conv.planning import sharding
 from automodel_conv.planning.copies import Decode, Fallback, SourceTable, StridedCopy, Target, group_pieces
 from automodel_conv.planning.lowering import Context, Operation, copies_of, leaf, lower
 from automodel_conv.planning.plan import CopyPlan
@@ -410,6 +411,18 @@ def test_upstreams_work_has_neither_inverse_nor_json():
         plan.to_json()
     assert plan.summary().splitlines()[1].split()[3] == "upstream"
     assert "because it is not stock" in plan.explain("b")
+
+
+def test_shards_chains_and_inverses_keep_what_a_plan_knows_of_model_and_files():
+    plan = replace(experts_plan(), tied=(("a", "b"),), layout="nemo", source_layout="per_expert")
+    regions = {target.name: sharding.whole(target.shape) for target in plan.targets}
+    made = plan.shard(regions), plan.inverse(), plan.inverse().then(plan)
+    known = [(each.tied, each.layout, each.source_layout) for each in made]
+    assert known == [
+        ((("a", "b"),), "nemo", "per_expert"),
+        ((), "per_expert", "nemo"),
+        ((("a", "b"),), "nemo", "nemo"),
+    ]
 
 
 # --- JSON -----------------------------------------------------------------------------------------
