@@ -148,6 +148,12 @@ def test_quantized_tensors_are_decoded_as_the_plan_says(tmp_path):
     assert loaded.report.left_out == ()
 
 
+def test_codes_stay_codes_where_the_plan_says_so(tmp_path):
+    quantized("qwen3_moe", tmp_path)
+    plan = amc.compile_plan(tmp_path, rules=[], dequantize=False)
+    assert_same(amc.load_state_dict(tmp_path, plan=plan.to_json()), tensors_of(tmp_path))
+
+
 def test_codes_that_decode_otherwise_do_not_fit(tmp_path):
     quantized("qwen3_moe", tmp_path / "a")
     plan = amc.compile_plan(tmp_path / "a")
@@ -300,6 +306,28 @@ def test_names_that_the_plan_does_not_make_are_missing(tmp_path):
         assert load(strict=False).missing_keys == ("bias",)
     assert_bytes_equal(model.weight.detach(), torch.ones(2, 3))
     assert_bytes_equal(model.bias.detach(), before)
+
+
+def test_names_that_the_model_says_to_ignore_are_not_missing(mixtral):
+    plan = replace(mixtral.plan, targets=tuple(t for t in mixtral.plan.targets if t.name != "lm_head.weight"))
+    model = build_model("mixtral")
+    with pytest.raises(amc.NameProblems, match=r"the plan does not make \(1\):\n *lm_head\.weight"):
+        amc.load_model(model, mixtral.path, plan=plan)
+    model._keys_to_ignore_on_load_missing = ["lm_head"]
+    assert amc.load_model(model, mixtral.path, plan=plan).missing_keys == ()
+    assert "lm_head.weight" not in amc.load_state_dict(mixtral.path, model, plan=plan)
+
+
+def test_what_a_plan_has_left_out_is_an_error_or_told(tmp_path):
+    save_file({"a": torch.ones(2)}, tmp_path / "model.safetensors")
+    plan = amc.compile_plan(tmp_path, rules=[])
+    left_out = {"missing": ("m",), "unexpected": ("u",), "mismatched": (("x", (1,), (2,)),)}
+    for name, value in left_out.items():
+        lacking = replace(plan, **{name: value}).to_json()
+        with pytest.raises(amc.NameProblems) as caught:
+            amc.load_state_dict(tmp_path, plan=lacking)
+        assert getattr(caught.value, name) == value
+        assert getattr(amc.load_state_dict(tmp_path, plan=lacking, strict=False).report, f"{name}_keys") == value
 
 
 def test_dtypes_are_those_of_the_plan(mixtral):

@@ -338,6 +338,12 @@ def test_targets_on_the_same_bytes_do_not_share_memory(tmp_path):
     assert_bytes_equal(amc.load_state_dict(tmp_path, rules=[], memory_map=True)["a"], VALUES["a"])
 
 
+def test_only_targets_on_the_cpu_are_mapped(tmp_path):
+    checkpoint = amc.open_checkpoint(write(tmp_path, a=VALUES["a"], b=VALUES["b"]))
+    devices = {"a": torch.device("cpu"), "b": torch.device("cuda", 0)}
+    assert list(map_targets(amc.compile_plan(checkpoint, rules=[]), checkpoint, devices)) == ["a"]
+
+
 def test_a_mapped_model_trains_and_its_files_stay(tmp_path):
     write(tmp_path, **VALUES)
     before = hashes(tmp_path)
@@ -556,14 +562,32 @@ for _ in range(2):
 """
 
 
+_AT_EXIT = """
+import atexit, os, sys
+
+kept = []
+atexit.register(lambda: os.write(1, str(int(kept[0].sum())).encode()))  # the first one is called last
+import automodel_conv as amc
+kept.append(amc.load_state_dict(sys.argv[1], rules=[], memory_map=True)["a"])
+"""
+
+
+def run(script: str, directory: Path) -> str:
+    """What a process of its own prints."""
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), *sys.path[1:]])}
+    command = [sys.executable, "-c", script, str(directory)]
+    return subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout
+
+
+def test_mapped_tensors_live_to_the_very_end_of_a_process(tmp_path):
+    assert run(_AT_EXIT, write(tmp_path, a=torch.ones(5000))) == "5000"
+
+
 @pytest.mark.skipif(not os.path.exists("/proc/self/smaps"), reason="no /proc/self/smaps")
 def test_two_processes_share_the_pages_of_a_mapped_file(tmp_path):
     values = torch.arange(8 << 20)  # 64 MiB
     write(tmp_path, a=values)
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), *sys.path[1:]])}
-    command = [sys.executable, "-c", _TOUCH, str(tmp_path)]
-    printed = subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout
-    found = [json.loads(line) for line in printed.splitlines()]
+    found = [json.loads(line) for line in run(_TOUCH, tmp_path).splitlines()]
     assert len(found) == 2
     for total_of_touched, pss in found:
         assert total_of_touched == int(values[::512].sum())
