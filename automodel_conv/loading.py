@@ -646,7 +646,7 @@ class _Clock:
     """Seconds by phase."""
 
     def __init__(self) -> None:
-        self.seconds = dict.fromkeys(("open", "plan", "read"), 0.0)
+        self.seconds: dict[str, float] = dict.fromkeys(("open", "plan", "read"), 0.0)
         self._last = time.perf_counter()
 
     def lap(self, phase: str) -> None:

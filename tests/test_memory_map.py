@@ -147,7 +147,7 @@ def test_neighbours_share_a_mapping_up_to_its_size_and_no_two_places_of_one_over
     write_by_hand(tmp_path, 0, **tensors)
     checkpoint = amc.open_checkpoint(tmp_path)
     plan = amc.compile_plan(checkpoint, rules=[])
-    places = [place_of(target, checkpoint, {}) for target in plan.targets]
+    places = [place_of(target, checkpoint) for target in plan.targets]
     for limit, count in ((400, 30), (1199, 15), (1200, 10), (12_000, 1), (1, 30)):
         made = list(spans(places[::-1], limit))
         assert len(made) == count

@@ -18,7 +18,7 @@ from automodel_conv.execution.buffers import allocate, dtype_of
 from automodel_conv.execution.reading import reading
 from automodel_conv.files import system
 from automodel_conv.files.checkpoint import Checkpoint
-from automodel_conv.planning.copies import Decode, Target
+from automodel_conv.planning.copies import Target
 from automodel_conv.planning.plan import CopyPlan
 from automodel_conv.planning.view import contiguous_strides
 
@@ -40,20 +40,18 @@ class Place(NamedTuple):
         return self.offset_bytes + self.nbytes
 
 
-def place_of(target: Target, checkpoint: Checkpoint, decodes: Mapping[int, Decode]) -> Place | None:
+def place_of(target: Target, checkpoint: Checkpoint) -> Place | None:
     """Where a file has a target's very bytes, in their order, at a multiple of its elements' size; None: nowhere.
 
     Sources that follow each other in the file are as good as one. A target without bytes lies nowhere.
-
-    Args:
-        decodes: of the sources that are quantized, by row.
 
     Raises:
         UnsupportedError: this torch has no dtype for it.
     """
     if target.fallback is not None or not target.nbytes:
         return None
-    if any(checkpoint.dtypes[row] != target.dtype or row in decodes for row in target.sources):
+    # Codes are stored in no dtype that they are decoded to.
+    if any(checkpoint.dtypes[row] != target.dtype for row in target.sources):
         return None
     size = dtype_of(target.dtype, target.name).itemsize
     found: tuple[int, int] | None = None
@@ -107,7 +105,7 @@ def map_targets(plan: CopyPlan, checkpoint: Checkpoint, devices: Mapping[str, to
     if not system.can_map():
         return {}
     on_host = (target for target in plan.targets if devices[target.name].type == "cpu")
-    found = (place_of(target, checkpoint, plan.sources.decodes) for target in on_host)
+    found = (place_of(target, checkpoint) for target in on_host)
     tensors: dict[str, Tensor] = {}
     for file, of_file in groupby(spans(filter(None, found)), key=lambda span: span[0].file):
         path = checkpoint.files[file]
