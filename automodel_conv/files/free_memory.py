@@ -38,8 +38,8 @@ def _left_in_groups(root: str) -> Iterator[int]:
         for depth in range(len(parts) + 1):
             folder = "/".join([mount, *parts[:depth]])
             for most, used in _LIMITS:
-                limit, current = (system.read_text(f"{folder}/{name}") for name in (most, used))
-                if limit is not None and current is not None and limit.strip().isdecimal():
+                limit, current = ((system.read_text(f"{folder}/{name}") or "").strip() for name in (most, used))
+                if limit.isdecimal() and current.isdecimal():
                     stat = system.read_text(f"{folder}/memory.stat") or ""
                     cached = re.findall(r"^(?:in)?active_file (\d+)$", stat, re.MULTILINE)
                     yield int(limit) - int(current) + sum(map(int, cached))

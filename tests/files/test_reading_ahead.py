@@ -319,8 +319,22 @@ V2, V1 = "sys/fs/cgroup", "sys/fs/cgroup/memory"
             1000 << 10,
         ),
         ({"proc/self/cgroup": "nonsense\n"}, 1000 << 10),
+        (
+            {"proc/self/cgroup": "0::/\n", f"{V2}/memory.max": "5000\n", f"{V2}/memory.current": "\n"},
+            1000 << 10,
+        ),
     ],
-    ids=["no groups", "old kernel", "empty", "version 2", "of a parent", "version 1", "no limit", "nonsense"],
+    ids=[
+        "no groups",
+        "old kernel",
+        "empty",
+        "version 2",
+        "of a parent",
+        "version 1",
+        "no limit",
+        "nonsense",
+        "no use told",
+    ],
 )
 def test_free_memory_is_what_machine_and_groups_leave(machine, files, free):
     assert machine(files) == free
