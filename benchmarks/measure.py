@@ -70,7 +70,7 @@ def run_interleaved(
     before: Callable[[], object],
     settings: Mapping[str, Mapping[str, str]] | None = None,
 ) -> dict[str, list[dict[str, Any]]]:
-    """What every worker printed, by method and repetition.
+    """The JSON that every worker printed, by method and repetition.
 
     Args:
         commands: arguments to this Python interpreter, by method.
@@ -111,7 +111,7 @@ def run_worker(
     variables: Mapping[str, str] | None = None,
     prefix: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """What a worker printed.
+    """The JSON that a worker printed.
 
     Args:
         variables: of its environment, besides those of this process.
@@ -215,7 +215,7 @@ def check_digests(found: Mapping[str, Any]) -> None:
 
 
 def file_bytes(directory: str) -> int:
-    """Of all tensor files."""
+    """The size of all tensor files together."""
     return sum(path.stat().st_size for path in Path(directory).glob("*.safetensors"))
 
 
@@ -243,7 +243,7 @@ def read_through(directory: str) -> int:
 
 
 def environment(touch: bool = False) -> dict[str, Any]:
-    """What a number cannot be read without.
+    """The machine and the versions, which no number can be read without.
 
     Args:
         touch: how fast memory is touched, too (``memory.touch_speeds``), which takes 2 GB and two minutes at most.

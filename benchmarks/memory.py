@@ -97,10 +97,14 @@ def goes_back(speeds: Mapping[str, float]) -> bool:
     return speeds["freed_long_ago"] < speeds["freed_just_now"] / 2
 
 
+def pages(address: int, nbytes: int) -> tuple[int, int]:
+    """The first byte of the whole pages in ``[address, address + nbytes)``, and the one after their last."""
+    return -(-address // mmap.PAGESIZE) * mmap.PAGESIZE, (address + nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
+
+
 def advise(address: int, nbytes: int, huge: bool) -> None:
     """Ask for huge pages, or for small ones only, in the whole pages of ``[address, address + nbytes)``."""
-    start = -(-address // mmap.PAGESIZE) * mmap.PAGESIZE
-    stop = (address + nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
+    start, stop = pages(address, nbytes)
     if stop > start:
         _madvise()(start, stop - start, _MADV_HUGEPAGE if huge else _MADV_NOHUGEPAGE)
 

@@ -2,10 +2,14 @@
 
 import csv
 import json
+import mmap
+import sys
+from pathlib import Path
 
 import pytest
 
 import automodel_conv as amc
+from automodel_conv.files import system
 from automodel_conv.planning.registry import transformers_available
 from benchmarks import measure, memory, shapes
 from benchmarks.peers import __main__ as peers
@@ -21,7 +25,7 @@ HERE = [name for name, method in METHODS.items() if method.installed]
 
 @pytest.fixture
 def page_sizes(monkeypatch):
-    """What the loader was told about the size of pages."""
+    """The sizes of pages that the loader was told."""
     load, told = amc.load_state_dict, []
 
     def load_state_dict(*arguments, **options):
@@ -65,6 +69,18 @@ def test_roofs_run(checkpoint, name):
     [load] = work(Job(name, [(checkpoint, 2)], checkpoint, ""), 0)
     assert load["seconds"] > 0
     assert load["digest"] is None
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="pages are made on Linux")
+def test_pages_are_made_before_the_read_in_the_roof_of_small_ones_alone(checkpoint, monkeypatch):
+    make_pages, made = system.make_pages, []
+    monkeypatch.setattr(system, "make_pages", lambda *pages: made.append(pages[1]) or make_pages(*pages))
+    files = [path.stat().st_size for path in Path(checkpoint).glob("*.safetensors")]
+    ROOFS["preadv"].prepare(checkpoint, 1)()
+    assert made == []
+    buffers = ROOFS["preadv-small"].prepare(checkpoint, 1)()
+    assert sum(files) - 2 * len(files) * mmap.PAGESIZE <= sum(made) <= sum(files)
+    assert sum(int(buffer.count_nonzero()) for buffer in buffers) > sum(files) // 2
 
 
 def test_a_point_that_would_take_too_long_is_left_out(checkpoint):
