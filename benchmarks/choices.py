@@ -1,12 +1,13 @@
-"""What each choice of the loader is worth: the same load with it, without it, or with another number.
+"""The worth of each choice of the loader: the same load with it, without it, or with another number.
 
     python -m benchmarks.choices [--group NAME ...] [--layers N] [--size full|small] [--repetitions N]
                                  [--directory DIR] [--json FILE]
     python -m benchmarks.choices --from FILE           the table of docs/performance.md from that JSON
 
-Checkpoint, processes, warming up and timing are those of ``python -m benchmarks.peers``; only huge pages are asked for
-by the loader alone. A choice is changed by replacing a function or a number within the process that loads: none of them
-is a setting. What differs within the spread makes no difference.
+Checkpoint, processes, warming up and timing are those of ``python -m benchmarks.peers`` with memory made ready, where
+huge pages are the faster ones on most machines; only the loader asks for them. A choice is changed by replacing a
+function or a number within the process that loads: only the size of pages is a setting too (``huge_pages=``). A
+difference within the spread is none.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ _TITLES = ("seconds", "times as it is", "s of CPU", "page faults", "allocated")
 
 
 class Group(NamedTuple):
-    """What can be chosen for one kind of load; the first way is how it is."""
+    """The ways of one kind of load; the first is how it is."""
 
     layout: str
     cache: str
@@ -54,7 +55,7 @@ def _each_tensor_alone() -> None:
 
 def _pages(huge: bool, *, made_before: bool = True) -> Callable[[], None]:
     def change() -> None:
-        # Of this size whatever the load says: where pages cannot be made, it asks for huge ones.
+        # This size, whatever the load says: it asks for huge pages where the system cannot make them.
         cpu.NewMemory = lambda tensors, _: new_memory.NewMemory(tensors, huge)  # type: ignore[assignment,misc]
         if not made_before:
             system.make_pages = lambda address, nbytes: False

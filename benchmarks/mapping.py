@@ -1,13 +1,13 @@
-"""What need not move: a checkpoint in the model's own layout, mapped, beside the same loads that read it.
+"""Loads that need not read: a checkpoint in the model's own layout, mapped, beside loads that read it.
 
     python -m benchmarks.mapping [--layers N] [--size full|small] [--repetitions N] [--directory DIR] [--json FILE]
 
 ``convert_checkpoint`` brings layers with the experts of Qwen3-30B-A3B to the model's own layout first. Every load is a
-process of its own, from a warm page cache, with all modules imported, the model's among them; ``load_model`` gets a
-model on the meta device that was made before. ``from_pretrained`` loads the published files, and those in the model's
-own layout, which it maps too. "Touched" is the time to look at each page once, which is when pages of a mapped file
-come into the process, after the load. All loads are compared by a digest; then each writes to its tensors, and the
-files must be as they were.
+process of its own, from a warm page cache, with all modules imported, the model's among them, and memory made ready
+(``benchmarks/memory.py``); ``load_model`` gets a model on the meta device that was made before. ``from_pretrained``
+loads the published files, and those in the model's own layout, which it maps too. "Touched" is the time to look at each
+page once after the load, which is when pages of a mapped file come into the process. All loads are compared by a
+digest; then each writes to its tensors, and the files must be as they were.
 
 At the end four processes have the mapped checkpoint at once and have touched all pages: the memory of each is the sum
 of its pages, each divided by the processes that have it (PSS).
@@ -31,8 +31,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 import automodel_conv as amc
-from automodel_conv.measuring import ready_memory
-from benchmarks import measure
+from benchmarks import measure, memory
 from benchmarks.shapes import SMALL, Shape, meta_model, qwen3_30b, write_checkpoint
 from benchmarks.show import show, show_environment
 
@@ -59,7 +58,7 @@ def _from_pretrained(directory: str, model: nn.Module, memory_map: bool) -> Load
     return AutoModelForCausalLM.from_pretrained(directory).state_dict(), None
 
 
-# By name: what loads, whether it maps, and which directory.
+# The function that loads, whether it maps, and the directory, by name.
 METHODS: dict[str, tuple[Callable[[str, nn.Module, bool], Loaded], bool, str]] = {
     "load_state_dict(memory_map=True)": (_state_dict, True, "own"),
     "load_model(memory_map=True)": (_model, True, "own"),
@@ -87,8 +86,7 @@ def work(method: str, root: str, size: str, layers: int) -> dict[str, Any]:
     logging.disable_progress_bar()
     load, memory_map, place = METHODS[method]
     directory, model = os.path.join(root, place), meta_model(_shape(size, layers))
-    if not memory_map:
-        ready_memory(3 * measure.file_bytes(directory) // 2)
+    memory.prepare(memory.READY, measure.file_bytes(directory))
     start = time.perf_counter()
     tensors, report = load(directory, model, memory_map)
     seconds = time.perf_counter() - start
@@ -161,12 +159,17 @@ def run(layers: int, size: str, repetitions: int, directory: str | None) -> dict
         published, own = os.path.join(root, "published"), os.path.join(root, "own")
         write_checkpoint(shape, published)
         amc.convert_checkpoint(published, own)
-        before = measure.digest(amc.load_state_dict(own, rules=[]))
+        at_start = measure.digest(amc.load_state_dict(own, rules=[]))
         common = [root, size, str(layers)]
         commands = {method: ["-m", "benchmarks.mapping", "--worker", method, *common] for method in METHODS}
-        runs = measure.run_interleaved(commands, repetitions, lambda: measure.read_through(own))
+
+        def before() -> None:
+            for place in (published, own):
+                measure.read_through(place)
+
+        runs = measure.run_interleaved(commands, repetitions, before)
         measure.check_digests({method: found["digest"] for method, of in runs.items() for found in of})
-        if measure.digest(amc.load_state_dict(own, rules=[])) != before:
+        if measure.digest(amc.load_state_dict(own, rules=[])) != at_start:
             raise RuntimeError("writing to tensors has reached the files")
         file_bytes = measure.file_bytes(own)
         pss = shared(own)

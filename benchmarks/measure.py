@@ -70,7 +70,7 @@ def run_interleaved(
     before: Callable[[], object],
     settings: Mapping[str, Mapping[str, str]] | None = None,
 ) -> dict[str, list[dict[str, Any]]]:
-    """What every worker printed, by method and repetition.
+    """The JSON that every worker printed, by method and repetition.
 
     Args:
         commands: arguments to this Python interpreter, by method.
@@ -111,7 +111,7 @@ def run_worker(
     variables: Mapping[str, str] | None = None,
     prefix: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """What a worker printed.
+    """The JSON that a worker printed.
 
     Args:
         variables: of its environment, besides those of this process.
@@ -215,7 +215,7 @@ def check_digests(found: Mapping[str, Any]) -> None:
 
 
 def file_bytes(directory: str) -> int:
-    """Of all tensor files."""
+    """The size of all tensor files together."""
     return sum(path.stat().st_size for path in Path(directory).glob("*.safetensors"))
 
 
@@ -243,10 +243,10 @@ def read_through(directory: str) -> int:
 
 
 def environment(touch: bool = False) -> dict[str, Any]:
-    """What a number cannot be read without.
+    """The machine and the versions, which no number can be read without.
 
     Args:
-        touch: how fast memory is touched, too (``memory.touch_speeds``), which takes 2 GB and half a minute at most.
+        touch: how fast memory is touched, too (``memory.touch_speeds``), which takes 2 GB and two minutes at most.
     """
     versions: dict[str, str | None] = {"automodel_conv": automodel_conv.__version__}
     for package in _PACKAGES:
@@ -282,9 +282,10 @@ def about(environment: Mapping[str, Any]) -> str:
         f"transparent huge pages: {_chosen(pages)}" if pages else "",
     ]
     if speeds:
-        just, ago = (f"{speeds[name]:.1f} GB/s" for name in ("freed_just_now", "freed_seconds_ago"))
+        just, ago = (f"{speeds[name]:.1f} GB/s" for name in ("freed_just_now", "freed_long_ago"))
         goes = "goes back to the host" if memory.goes_back(speeds) else "stays with the machine"
-        told.append(f"memory is touched at {just} if it was freed just now, at {ago} if 3 s ago: free memory {goes}")
+        long = f"{memory.RETURN_SECONDS:.0f} s"
+        told.append(f"memory is touched at {just} if it was freed just now, at {ago} if {long} ago: free memory {goes}")
     return "; ".join(filter(None, told)) + "."
 
 

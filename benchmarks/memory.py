@@ -2,8 +2,9 @@
 
 ready       The process touches memory of three times the size of the files and gives it back, last before the timing.
             The load then finds memory at the machine's own speed.
-as-found    Nothing is touched beforehand, as in a user's process. The driver waits between runs until a virtual machine
-            has given its free memory back to its host, if it does so; the host then maps and clears it anew.
+as-found    Nothing is touched beforehand, as in a user's process. The driver waits half a minute before each run, in
+            which a virtual machine gives its free memory back to its host, if it does so; the host then maps and
+            clears it anew.
 """
 
 from __future__ import annotations
@@ -25,8 +26,9 @@ READY, AS_FOUND = "ready", "as-found"
 MEMORY: Mapping[str, str] = {READY: "memory made ready", AS_FOUND: "memory as found"}
 """The states and their names in tables."""
 
-# Linux reports free memory to the host after 2 s (``mm/page_reporting.c``, PAGE_REPORTING_DELAY).
-_RETURN_SECONDS = 3.0
+# Linux reports a sixteenth of each list of free blocks to the host every 2 s, all of them "in about 30 seconds"
+# (``mm/page_reporting.c``, PAGE_REPORTING_DELAY, page_reporting_cycle). After 3 s here, 1.3 of 3 GB were still fast.
+RETURN_SECONDS = 30.0
 _HUGE_BYTES = 2 << 20
 _MADV_HUGEPAGE, _MADV_NOHUGEPAGE = 14, 15
 
@@ -44,7 +46,7 @@ def prepare(memory: str, nbytes: int) -> None:
 def wait(memory: str) -> None:
     """Before that process starts, in the one that starts it."""
     if memory == AS_FOUND:
-        time.sleep(_RETURN_SECONDS)
+        time.sleep(RETURN_SECONDS)
 
 
 def free() -> dict[str, int | None]:
@@ -76,14 +78,14 @@ def total_bytes() -> int | None:
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemTotal:"))
 
 
-def touch_speeds(nbytes: int = 512 << 20, rounds: int = 3, seconds: float = _RETURN_SECONDS) -> dict[str, float]:
-    """GB/s of the first touch of memory that was freed just now, and of memory that was freed some seconds ago.
+def touch_speeds(nbytes: int = 512 << 20, rounds: int = 3, seconds: float = RETURN_SECONDS) -> dict[str, float]:
+    """GB/s of the first touch of memory that was freed just now, and of memory that was freed half a minute ago.
 
     If the second is much slower, free memory goes back to a host in between.
     """
-    speeds: dict[str, list[float]] = {"freed_just_now": [], "freed_seconds_ago": []}
+    speeds: dict[str, list[float]] = {"freed_just_now": [], "freed_long_ago": []}
     for _ in range(rounds):
-        for name, pause in (("freed_just_now", 0.0), ("freed_seconds_ago", seconds)):
+        for name, pause in (("freed_just_now", 0.0), ("freed_long_ago", seconds)):
             ready_memory(3 * nbytes)
             time.sleep(pause)
             speeds[name].append(nbytes / 1e9 / _touch(nbytes))
@@ -92,13 +94,17 @@ def touch_speeds(nbytes: int = 512 << 20, rounds: int = 3, seconds: float = _RET
 
 def goes_back(speeds: Mapping[str, float]) -> bool:
     """Whether ``touch_speeds`` tells that free memory goes back to the host."""
-    return speeds["freed_seconds_ago"] < speeds["freed_just_now"] / 2
+    return speeds["freed_long_ago"] < speeds["freed_just_now"] / 2
+
+
+def pages(address: int, nbytes: int) -> tuple[int, int]:
+    """The first byte of the whole pages in ``[address, address + nbytes)``, and the one after their last."""
+    return -(-address // mmap.PAGESIZE) * mmap.PAGESIZE, (address + nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
 
 
 def advise(address: int, nbytes: int, huge: bool) -> None:
     """Ask for huge pages, or for small ones only, in the whole pages of ``[address, address + nbytes)``."""
-    start = -(-address // mmap.PAGESIZE) * mmap.PAGESIZE
-    stop = (address + nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
+    start, stop = pages(address, nbytes)
     if stop > start:
         _madvise()(start, stop - start, _MADV_HUGEPAGE if huge else _MADV_NOHUGEPAGE)
 

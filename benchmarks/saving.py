@@ -27,7 +27,7 @@ there is a fair pair, both are also measured followed by fsync of all files they
 Every run is a process of its own that does the same with a tiny checkpoint first: imports and everything made once are
 not timed. Its sources are in the page cache, nothing of earlier runs waits to be written, and free memory is in one of
 two states, made ready or as found, see ``benchmarks/memory.py``. Memory is the peak above the level at the start of the
-timing; by then the imports are done, and for save the model is loaded. That of ``cp`` is not measured. CPU time is that
+timing; by then the imports are done, and for save the model is loaded. It is not measured for ``cp``. CPU time is that
 of the process and of ``cp``, without what the kernel does later to write to the disk.
 
 In the first round each run also computes a digest of the tensors in the files it made, by name, dtype, shape and bytes;
@@ -70,7 +70,7 @@ TINY_SHARD = "64KB"
 
 
 class Setting(NamedTuple):
-    """Where the checkpoints of one size lie, by form, and how files are written."""
+    """The places of the checkpoints of one size, by form, and how files are written."""
 
     directory: str
     threads: int
@@ -83,7 +83,7 @@ class Setting(NamedTuple):
 Run = Callable[[str], object]
 """Writes a checkpoint to a new directory; what it returns is kept until the timing is over."""
 Prepare = Callable[[Setting], Run]
-"""What is done before the timing."""
+"""Called before the timing."""
 
 
 class Method(NamedTuple):
@@ -191,8 +191,8 @@ def work(name: str, directory: str, threads: int, shard_size: str, state: str, r
     method.prepare(tiny)(out)
     shutil.rmtree(out)
     run = method.prepare(big)
-    memory.prepare(state, _bytes_in(big.files(PER_EXPERT)))
     os.sync()  # the tiny one's files too
+    memory.prepare(state, _bytes_in(big.files(PER_EXPERT)))
     with PeakMemory() as peak:
         start, start_cpu = time.perf_counter(), _cpu_seconds()
         made = run(out)
@@ -211,7 +211,7 @@ def work(name: str, directory: str, threads: int, shard_size: str, state: str, r
 
 
 def digest_of(directory: str) -> str:
-    """Of all tensors in the files, as safetensors reads them; transposed experts as if they were not."""
+    """One digest of all tensors in the files, as safetensors reads them; transposed experts as if they were not."""
     tensors: dict[str, Tensor] = {}
     for path in sorted(Path(directory).glob("*.safetensors")):
         for name, tensor in load_file(path).items():
@@ -229,7 +229,7 @@ def _loaded(directory: str) -> Any:
 
 
 def _cpu_seconds() -> float:
-    """Of this process and the ones it has waited for."""
+    """Time of this process and of those that it has waited for."""
     times = os.times()
     return times.user + times.system + times.children_user + times.children_system
 
@@ -300,7 +300,7 @@ def run(
 
 
 def table(result: Mapping[str, Any], state: str) -> Table:
-    """Of the runs in one state of free memory."""
+    """The runs in one state of free memory."""
     file_bytes, runs = result["file_bytes"], result["runs"][state]
     shown = Table(
         title=f"{result['shape']}: {file_bytes / 1e9:.2f} GB of files, {result['threads']} threads, "

@@ -7,17 +7,17 @@
 
 The checkpoint has N layers with the experts of Qwen3-30B-A3B (128 experts, hidden 2048, intermediate 768; 2 layers are
 2.4 GB), random numbers in bfloat16, a tensor per expert and projection, two files a layer. It lies in a temporary
-directory that is removed at the end. What each method does is said in ``methods.py``, what the roofs are in
-``roofs.py``; peers are pinned in ``benchmarks/peers.txt`` and installed into ``.venv/peers``.
+directory that is removed at the end. ``methods.py`` says what each method does, ``roofs.py`` what the
+roofs are; peers are pinned in ``benchmarks/peers.txt`` and installed into ``.venv/peers``.
 
 Every run is a process of its own that first loads a tiny checkpoint in the same way: imports and what is made once are
 not timed. Timed is from the call, buffers included, until all bytes are in their final places; "s of reading" is what
 ours tells of that phase. Methods take turns; medians and 20th to 80th percentiles are told.
 
 Free memory is in one of two states (``benchmarks/memory.py``). "ready": the process touches memory of three times the
-size of the files and gives it back, last before the timing. "as-found": nothing is touched, and between runs the driver
-waits until a virtual machine has given its free memory back to the host. The first tells what the code costs, the
-second what a user's process sees.
+size of the files and gives it back, last before the timing. "as-found": nothing is touched, and before each run the
+driver waits half a minute, in which a virtual machine gives its free memory back to the host. The first tells what the
+code costs, the second what a user's process sees.
 
 While memory is ready, torch is told to ask for huge pages (``THP_MEM_ALLOC_ENABLE=1``) in all rows but ours, which asks
 by itself, and the one that says so. As found, only the row that says so is told. The number of threads is the same for
@@ -26,9 +26,9 @@ all, where one can choose it. On a warm page cache fastsafetensors and Run:ai's 
 Cold: every file is written back and dropped from the page cache, which mincore(2) then confirms; what is below (a host,
 a controller) may still hold it.
 
-``--machine`` loads in a state that a machine may be in, memory as found, to ``[E, 2I, H]``; unless ``--method`` says
-otherwise, by ``from_pretrained`` as it comes and ours, beside the roofs. ``machines.py`` makes these states. A state
-that cannot be made here stands in the result with why, and a method that was killed there stands so too.
+``--machine`` loads in a state that a machine may be in, memory as found, to the first ``--layout``; unless ``--method``
+says otherwise, by ``from_pretrained`` as it comes and ours, beside the roofs. ``machines.py`` makes these states. A
+state that cannot be made here stands in the result with why, and a method that was killed there stands so too.
 
 Memory is the peak above the level at the start of the timing: anonymous memory is what was allocated, resident memory
 has mapped files besides. Bytes read are those of calls and of mapped pages on a warm cache, those of the disk on a cold
@@ -69,7 +69,7 @@ def jobs_of(
     warm_up: str,
     threads: int,
 ) -> dict[str, Job]:
-    """What is run in a round: roofs, then every method in each layout, for each state of the page cache.
+    """The jobs of a round: roofs, then every method in each layout, for each state of the page cache.
 
     Args:
         state: of free memory.
@@ -113,12 +113,15 @@ def run(
         nbytes = measure.file_bytes(big)
         for name in machines:
             alone = name == QUIET
+            on = [cache for cache in caches if cache in MACHINES[name].caches]
+            if not on:
+                not_made[name] = f"it needs --cache {' or '.join(MACHINES[name].caches)}"
+                continue
             wanted = methods or (list(METHODS) if alone else _ON_A_MACHINE)
             with tempfile.TemporaryDirectory(dir=root) as place:
                 try:
                     with MACHINES[name].make(big, place, shape is not SMALL) as made:
                         for state in states if alone else (memory.AS_FOUND,):
-                            on = [cache for cache in caches if cache in MACHINES[name].caches]
                             to = layouts if alone else layouts[:1]
                             jobs = jobs_of(wanted, to, on, state, made.directory, warm_up, threads)
                             rows += _rows(name, jobs, run_jobs(jobs, repetitions, made))

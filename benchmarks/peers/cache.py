@@ -33,7 +33,7 @@ def cached_share(directory: str) -> float:
 
 
 def _resident(path: Path) -> numpy.ndarray:
-    """Of each page of a file, whether it is in memory."""
+    """Whether each page of a file is in memory."""
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY) as mapped:
         found = (ctypes.c_ubyte * -(-len(mapped) // mmap.PAGESIZE))()
         first = ctypes.c_char.from_buffer(mapped)

@@ -2,7 +2,7 @@
 
 Each is given the checkpoint, how many threads it may use, and whether experts shall lie as ``[E, H, 2I]``; what it
 prepares is not timed: imports, and the shapes of the buffers, which whoever has a model knows. It returns what is
-timed, buffers included. That ends with all bytes in their final places and returns them under transformers' names.
+timed, buffers included. It ends with all bytes in their final places and returns them under transformers' names.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from benchmarks.grouped import GROUPED, grouped_shapes, new_buffers
 from benchmarks.memory import AS_FOUND, READY
 
 Run = Callable[[], dict[str, Tensor]]
-"""What is timed."""
+"""Called while the clock runs."""
 Prepare = Callable[[str, int, bool], Run]
 
 # NeMo's names of what transformers calls otherwise.

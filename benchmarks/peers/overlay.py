@@ -39,6 +39,6 @@ def use() -> None:
 
 
 def version(package: str) -> str | None:
-    """Of what is installed here or in the folder."""
+    """The version of a package that is installed here or in the folder."""
     found = metadata.distributions(name=package, path=[*sys.path, str(FOLDER)])
     return next((one.version for one in found), None)

@@ -30,7 +30,7 @@ _STYLES = {
 }
 _OTHER = ("#999999", "v")
 _TICKS = [digit * 10.0**exponent for exponent in range(-6, 6) for digit in (1, 2, 5)]
-"""Of seconds."""
+"""Marks of seconds."""
 
 
 def draw(path: Path, title: str, folder: Path) -> list[Path]:
@@ -67,12 +67,18 @@ def draw_memory(results: Sequence[Mapping[str, Any]], folder: Path) -> list[Path
     """Two SVG files: a panel for each state of free memory, a line of it for each method, from a warm page cache.
 
     Args:
-        results: of ``python -m benchmarks.peers``; rows of other machines and layouts than the first are left out.
+        results: of ``python -m benchmarks.peers``; rows of other machines, of other layouts than the first, and of
+            what was killed are left out.
 
     Raises:
         ValueError: no row is left.
     """
-    rows = [row for result in results for row in result["rows"] if (row["machine"], row["cache"]) == (QUIET, "warm")]
+    rows = [
+        row
+        for result in results
+        for row in result["rows"]
+        if (row["machine"], row["cache"]) == (QUIET, "warm") and all("seconds" in run for run in row["runs"])
+    ]
     layout = next((row["layout"] for row in rows if row["layout"]), None)
     if layout is None:
         raise ValueError("there are no loads on a quiet machine from a warm page cache to draw")

@@ -1,4 +1,4 @@
-"""What no load can beat: the same bytes, not converted and not in their final places.
+"""The roofs, which no load can beat: the same bytes, not converted and not in their final places.
 
 Like a method, a roof prepares what is not timed and returns what is.
 """
@@ -16,8 +16,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from benchmarks import measure
-from benchmarks.memory import AS_FOUND, READY, advise
+from automodel_conv.files import system
+from benchmarks import measure, memory
+from benchmarks.memory import AS_FOUND, READY
 
 # The fastest of 1 to 128 MiB here, from memory and from a disk.
 _RUN_BYTES = 4 << 20
@@ -27,7 +28,7 @@ _DIRECT_BYTES = 8 << 20
 class Roof(NamedTuple):
     title: str
     prepare: Callable[[str, int], Callable[[], object]]
-    """Of the checkpoint and the number of threads."""
+    """Given the checkpoint and the number of threads."""
     caches: tuple[str, ...]
     """The states of the page cache that it bounds."""
     memory: tuple[str, ...] = (READY, AS_FOUND)
@@ -35,11 +36,15 @@ class Roof(NamedTuple):
 
 
 def preadv_untouched(directory: str, threads: int, huge: bool) -> Callable[[], object]:
-    """``os.preadv`` of each file in runs of 4 MiB into new memory of huge or of small pages, as a load has it."""
+    """``os.preadv`` of each file in runs of 4 MiB into new memory of huge or of small pages.
+
+    Each size is made in the way that is faster: huge pages by page faults of the read, small ones all at once before a
+    run is read (``MADV_POPULATE_WRITE``).
+    """
 
     def run() -> list[Tensor]:
         buffers = [_new(path.stat().st_size, huge) for path in _files(directory)]
-        _read(directory, buffers, threads)
+        _read(directory, buffers, threads, make=not huge)
         return buffers
 
     return run
@@ -90,22 +95,35 @@ def disk(directory: str, threads: int) -> Callable[[], object]:
     return run
 
 
-def _read(directory: str, buffers: list[Tensor], threads: int) -> None:
+def _read(directory: str, buffers: list[Tensor], threads: int, make: bool = False) -> None:
     descriptors = [os.open(path, os.O_RDONLY) for path in _files(directory)]
     runs = [
         (descriptor, start, memoryview(buffer.numpy())[start : start + _RUN_BYTES])
         for descriptor, buffer in zip(descriptors, buffers, strict=True)
         for start in range(0, buffer.nbytes, _RUN_BYTES)
     ]
+
+    def read(run: tuple[int, int, memoryview]) -> None:
+        if make:
+            _make_pages(run[2])
+        measure.read_into(*run)
+
     with ThreadPoolExecutor(threads) as pool:
-        list(pool.map(lambda run: measure.read_into(*run), runs))
+        list(pool.map(read, runs))
     for descriptor in descriptors:
         os.close(descriptor)
 
 
+def _make_pages(view: memoryview) -> None:
+    """The whole pages within; where the system cannot (before Linux 5.14), the read makes them."""
+    start, stop = memory.pages(torch.frombuffer(view, dtype=torch.uint8).data_ptr(), len(view))
+    if stop > start:
+        system.make_pages(start, stop - start)
+
+
 def _new(nbytes: int, huge: bool) -> Tensor:
     buffer = torch.empty(nbytes, dtype=torch.uint8)
-    advise(buffer.data_ptr(), nbytes, huge)
+    memory.advise(buffer.data_ptr(), nbytes, huge)
     return buffer
 
 
@@ -119,7 +137,9 @@ def _files(directory: str) -> list[Path]:
 
 ROOFS: Mapping[str, Roof] = {
     "preadv": Roof("bare preadv, huge pages", partial(preadv_untouched, huge=True), ("warm", "cold")),
-    "preadv-small": Roof("bare preadv, small pages", partial(preadv_untouched, huge=False), ("warm", "cold")),
+    "preadv-small": Roof(
+        "bare preadv, small pages made before", partial(preadv_untouched, huge=False), ("warm", "cold")
+    ),
     "preadv-touched": Roof("bare preadv, memory touched before", preadv_touched, ("warm",), (READY,)),
     "memcpy": Roof("memcpy, memory touched before", memcpy, ("warm",), (READY,)),
     "disk": Roof("the disk, past the page cache", disk, ("cold",), (READY,)),

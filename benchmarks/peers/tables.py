@@ -1,4 +1,4 @@
-"""What was measured, as tables: for the terminal, and in Markdown for the README."""
+"""The measurements as tables: for the terminal, and in Markdown for the README."""
 
 from __future__ import annotations
 

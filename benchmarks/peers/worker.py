@@ -26,14 +26,14 @@ CACHES = ("warm", "cold")
 _HUGE_PAGES = {"THP_MEM_ALLOC_ENABLE": "1"}
 # Else these two would read past the page cache, which is what they are good at, but not while it is warm.
 _BUFFERED = {"FASTSAFETENSORS_ODIRECT": "0", "RUNAI_STREAMER_FS_STRATEGY": "sync_buffered"}
-# Of a cold file, a few pages may be found by chance: those that the system has read for its names.
+# A few pages of a cold file may be there by chance: those that the system has read for its names.
 _MOST_COLD, _LEAST_WARM = 0.01, 0.99
 _MOST_WAITED_SECONDS = 120
 
 
 @dataclass(frozen=True)
 class Job:
-    """What one process loads, one after the other.
+    """The loads of one process, one after the other.
 
     Args:
         points: checkpoints, and how many threads load each.
@@ -59,7 +59,7 @@ class Job:
 
 
 def variables(where: str, huge_pages: bool = True) -> dict[str, str]:
-    """Of the environment of a process.
+    """Variables of the environment of a process.
 
     Args:
         where: state of the page cache.
@@ -70,7 +70,7 @@ def variables(where: str, huge_pages: bool = True) -> dict[str, str]:
 
 
 def work(job: Job, repetition: int) -> list[dict[str, Any]]:
-    """The loads of a process, in this one; of those left out, ``expected_seconds`` only."""
+    """The loads of a process, in this one; those left out have ``expected_seconds`` only."""
     warnings.simplefilter("ignore")  # dcp's, about there being no process group
     logging.disable(logging.INFO)
     results: list[dict[str, Any]] = []

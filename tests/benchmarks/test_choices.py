@@ -27,7 +27,7 @@ CHANGED = (
 
 @pytest.fixture
 def restored(monkeypatch):
-    """What the ways replace is put back after each test."""
+    """Puts back after each test all that the ways replace."""
     for module, name in CHANGED:
         monkeypatch.setattr(module, name, getattr(module, name))
     return {(module, name): getattr(module, name) for module, name in CHANGED}

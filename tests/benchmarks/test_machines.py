@@ -1,5 +1,6 @@
 """benchmarks.peers.machines: each state is what it says, ends with its block, and is told where it cannot be made."""
 
+import json
 import os
 import subprocess
 import sys
@@ -81,10 +82,25 @@ def test_files_on_overlayfs_are_the_same_and_leave_no_mount(checkpoint, root):
         assert os.listdir(state.directory) == []
 
 
-def test_two_loads_begin_at_the_same_time_and_the_last_one_counts(checkpoint, root):
+def test_two_loads_wait_for_each_other_before_they_begin(checkpoint, root):
     with made("two-loads", checkpoint, root) as state:
         found = run_jobs({"a": Job("preadv", [(checkpoint, 1)], checkpoint, "")}, 1, state)
     assert found["a"][0]["seconds"] > 0
+
+
+def test_of_two_loads_the_one_that_ends_last_counts(checkpoint, monkeypatch):
+    seconds, met = [3.0, 1.0, 1.0, 3.0], []
+
+    def run_worker(command, *_, **__):
+        met.append(json.loads(command[-1])["meet"])
+        return {"loads": [{"seconds": seconds.pop(), "digest": None}]}
+
+    monkeypatch.setattr(measure, "run_worker", run_worker)
+    jobs = {"a": Job("preadv", [(checkpoint, 1)], checkpoint, "")}
+    found = run_jobs(jobs, 2, Made(checkpoint, loads=2))
+    assert [load["seconds"] for load in found["a"]] == [3.0, 3.0]
+    assert len(set(met)) == 2
+    assert None not in met
 
 
 def test_a_process_under_a_limit_is_in_the_group_that_has_it(checkpoint, tmp_path, monkeypatch):
@@ -123,3 +139,11 @@ def test_a_state_that_cannot_be_made_stands_in_the_result_with_why(tmp_path, mon
     text = tables.markdown({"environment": measure.environment(), **result})
     assert "| *files on overlayfs: cannot be made here (no rights at all)* |" in text
     assert os.listdir(tmp_path) == []
+
+
+def test_a_machine_whose_page_cache_is_not_asked_for_stands_in_the_result_with_why(tmp_path):
+    result = peers.run(
+        shapes.SMALL, ["cold-cache"], [memory.READY], None, ["[E, 2I, H]"], ["warm"], 1, 1, str(tmp_path)
+    )
+    assert result["rows"] == []
+    assert result["not_made"] == {"cold-cache": "it needs --cache cold"}

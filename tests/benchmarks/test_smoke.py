@@ -119,7 +119,7 @@ def test_all_ways_of_saving_and_converting_make_the_same_tensors(tmp_path):
 
 
 def test_saving_runs_its_workers_and_prints_a_table_now_and_later(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(memory, "_RETURN_SECONDS", 0.0)
+    monkeypatch.setattr(memory, "RETURN_SECONDS", 0.0)
     file = tmp_path / "result.json"
     methods = ["--method", "group: cp, fsync", "--method", "group: ours"]
     arguments = ["--smoke", "--repetitions", "1", "--threads", "1", "--json", str(file)]
