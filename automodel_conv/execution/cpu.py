@@ -78,7 +78,7 @@ def load_files(
             names are ignored. Written in place.
         threads: that read and copy. Not given: as many as there are cores, at most 16 and one for each 8 MiB, on
             several ranks of a node its share of them; and up to 32 while that many read faster because they wait.
-            Fewer take part where scratch_bytes is too small for all. One is the caller's own.
+            Fewer take part where scratch_bytes is too small for all. A single one that is given is the caller's own.
         scratch_bytes: of all threads together, for what cannot be read in place; 64 MiB if not
             given. Sources that are larger go through it in slabs.
         huge_pages: the pages of buffers that are new memory; None: of the size that is made faster, see ``NewMemory``.

@@ -36,14 +36,15 @@ def work_off(
 ) -> int:
     """Hand each item to one of ``threads`` threads, in order; the first error ends all of them and is raised.
 
-    torch may write to any tensor there, inference tensors too, and starts no threads of its own. One thread is the
-    caller's own.
+    torch may write to any tensor there, inference tensors too, and starts no threads of its own. A single thread is the
+    caller's own, unless others may come.
 
     Args:
         start: called in each thread; returns what takes the items there.
         stop: set by anybody, no further item is handed out.
         most: threads at the same time, where ``wanted`` is given.
-        wanted: how many threads shall work from now on; asked after each item. None: as many as at first.
+        wanted: how many threads shall work from now on, at least one; asked after each item. None: as many as at
+            first. Fewer work where the system starts no more.
 
     Returns:
         The most threads that worked at the same time.
@@ -60,9 +61,13 @@ def work_off(
     def goes_on() -> bool:
         if wanted is None:
             return True
-        change = count.follow(min(wanted(), len(todo)))
-        for _ in range(change):
-            crew.start(work)
+        change = count.follow(wanted(), len(todo))
+        for started in range(change):
+            try:
+                crew.start(work)
+            except RuntimeError:  # the system starts no more threads: those that work go on
+                count.take_back(change - started)
+                break
         return change >= 0
 
     @torch.inference_mode()  # a mode is a thread's own; the caller's tensors may be inference tensors
@@ -89,19 +94,28 @@ def work_off(
 
 
 class _Count:
-    """How many threads work, and the most that did; only the one that asks ends, any number may be started."""
+    """How many threads work, and the most that did; any number may be started, and only the one that asks ends."""
 
     def __init__(self, threads: int):
         self.most = self._threads = threads
         self._lock = threading.Lock()
 
-    def follow(self, wanted: int) -> int:
-        """Threads to start for as many as are wanted; -1: the one that asks is to end, which the last one never is."""
+    def follow(self, wanted: int, left: int) -> int:
+        """How many threads to start, no more than there are items left; -1: the one that asks is to end.
+
+        Args:
+            wanted: threads, at least one, so that the last one never ends before all is done.
+        """
         with self._lock:
-            change = max(wanted - self._threads, -1) if wanted else 0
+            change = max(min(wanted - self._threads, left), -1)
             self._threads += change
             self.most = max(self.most, self._threads)
             return change
+
+    def take_back(self, threads: int) -> None:
+        """Some threads could not be started."""
+        with self._lock:
+            self._threads -= threads
 
 
 def at_once(works: Sequence[Callable[[], None]], stop: threading.Event) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import heapq
+import threading
 import time
 
 import pytest
@@ -140,3 +141,34 @@ def test_an_error_of_a_thread_that_came_later_is_raised():
 
     with pytest.raises(ValueError, match="thirty"):
         work_off(range(60), 1, lambda: take, most=8, wanted=lambda: 8)
+
+
+def test_the_last_item_is_taken_while_all_others_are_under_way():
+    last_taken = threading.Event()
+
+    def take(item):
+        if item == 4:
+            last_taken.set()
+        elif item:
+            assert last_taken.wait(30)
+
+    assert work_off(range(5), 4, lambda: take, most=4, wanted=lambda: 4) == 4
+
+
+def test_no_more_threads_are_started_than_items_are_left():
+    assert work_off(range(3), 1, lambda: lambda item: None, most=32, wanted=lambda: 32) <= 3
+
+
+def test_threads_that_the_system_does_not_start_are_done_without(monkeypatch):
+    """Those that work do not end because of threads that were wanted, but never came."""
+    seen, stock = [], threading.Thread.start
+
+    def start(thread):
+        if seen and thread.name.startswith("automodel_conv"):
+            raise RuntimeError("can't start new thread")
+        stock(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", start)
+    wanted = iter([4] * 10 + [1] * 100)
+    work_off(range(60), 1, lambda: seen.append, most=4, wanted=lambda: next(wanted))
+    assert sorted(seen) == list(range(60))
