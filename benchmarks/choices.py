@@ -63,6 +63,15 @@ def _pages(huge: bool, *, made_before: bool = True) -> Callable[[], None]:
     return change
 
 
+def _all_pages_first() -> None:
+    def made(tensors: Sequence[torch.Tensor], huge_pages: bool | None) -> new_memory.NewMemory:
+        memory = new_memory.NewMemory(tensors, huge_pages)
+        memory.make_all(measure.cores())
+        return memory
+
+    cpu.NewMemory = made  # type: ignore[assignment,misc]
+
+
 def _plain_copy() -> None:
     def copy(dst: Sequence[torch.Tensor], src: Sequence[torch.Tensor]) -> None:
         for to, of in zip(dst, src, strict=True):
@@ -103,6 +112,7 @@ GROUPS: Mapping[str, Group] = {
             "small pages": _pages(huge=False),
             "huge pages, made by page faults": _pages(huge=True, made_before=False),
             "small pages, made by page faults": _pages(huge=False, made_before=False),
+            "all pages made before reading": _all_pages_first,
             "a call for each tensor": _each_tensor_alone,
             **_jobs_of(1, 32, 128),
         },
