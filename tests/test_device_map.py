@@ -13,9 +13,9 @@ from torch import nn
 
 import automodel_conv as amc
 from automodel_conv import device_map as device_map_module
-from automodel_conv import homes, loading
+from automodel_conv import homes
 from automodel_conv.device_map import DeviceMap
-from automodel_conv.execution import cpu, filling, streaming
+from automodel_conv.execution import cpu, filling, mapping, streaming
 from automodel_conv.execution.buffers import allocate
 from automodel_conv.homes import loadable
 from automodel_conv.testing import POISON, assert_bytes_equal
@@ -90,8 +90,7 @@ def devices(monkeypatch):
 
     monkeypatch.setattr(device_map_module, "loadable", there)
     monkeypatch.setattr(filling, "streaming_device", made)
-    for module in (loading, homes):
-        monkeypatch.setattr(module, "allocate", allocate_there)
+    monkeypatch.setattr(mapping, "allocate", allocate_there)
     monkeypatch.setattr(torch, "empty_like", empty_like_there)
     return made
 

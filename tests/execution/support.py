@@ -13,8 +13,8 @@ from torch import Tensor
 
 from automodel_conv.dtypes import dtype_code, torch_dtype
 from automodel_conv.files.checkpoint import Checkpoint, open_checkpoint
-from automodel_conv.planning.copies import SourceTable, Target, group_pieces
-from automodel_conv.planning.lowering import Context, Operation, Value, leaf, lower
+from automodel_conv.planning.copies import SourceTable, Target
+from automodel_conv.planning.lowering import Context, Operation, Value, copies_of, leaf, lower
 from automodel_conv.planning.plan import CopyPlan
 from automodel_conv.testing import address_valued
 
@@ -84,7 +84,7 @@ def target(
 
 
 def made(name: str, dtype: str, value: Value, rows: Iterable[int]) -> Target:
-    return Target(name, dtype, value.shape, -1, tuple(rows), group_pieces(value.pieces))
+    return Target(name, dtype, value.shape, -1, tuple(rows), copies_of(value))
 
 
 def plan_of(sources: SourceTable, *targets: Target) -> CopyPlan:
