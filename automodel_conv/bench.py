@@ -20,6 +20,7 @@ from automodel_conv.errors import UnsupportedError, message
 from automodel_conv.execution.buffers import allocate, byte_view
 from automodel_conv.execution.cpu import default_threads, load_files
 from automodel_conv.execution.jobs import Job, Part
+from automodel_conv.execution.new_memory import NewMemory
 from automodel_conv.execution.page_policy import PageUse
 from automodel_conv.execution.reading import OpenFiles, read_job, reading
 from automodel_conv.execution.schedule import RUN_BYTES, divide, runs
@@ -234,11 +235,13 @@ def _reads(plan: CopyPlan, checkpoint: Checkpoint) -> list[Job]:
 
 
 def _read(jobs: Sequence[Job], checkpoint: Checkpoint, threads: int, huge: bool) -> None:
-    memory = _new_memory(sum(job.nbytes for job in jobs), huge)
+    memory = torch.empty(sum(job.nbytes for job in jobs), dtype=torch.uint8, device="cpu")
+    pages = NewMemory([memory], huge)
     views = [byte_view(memory)]
     files = OpenFiles(checkpoint.files, jobs)
 
     def take(job: Job) -> None:
+        pages.make_for(job)
         read_job(job, checkpoint, files, views)
 
     try:
@@ -275,14 +278,9 @@ def _cached(jobs: Sequence[Job], checkpoint: Checkpoint) -> float | None:
     return sum(known) / len(known) if known else None
 
 
-def _new_memory(nbytes: int, huge: bool) -> torch.Tensor:
-    memory = torch.empty(nbytes, dtype=torch.uint8, device="cpu")
-    system.advise_huge_pages(memory.data_ptr(), nbytes, huge)
-    return memory
-
-
 def _touch_gb_per_s(huge: bool) -> float:
-    memory = _new_memory(_TOUCH_BYTES, huge)
+    memory = torch.empty(_TOUCH_BYTES, dtype=torch.uint8, device="cpu")
+    system.advise_huge_pages(memory.data_ptr(), memory.nbytes, huge)
     return _TOUCH_BYTES / 1e9 / _seconds(lambda: memory.fill_(1))
 
 
