@@ -60,7 +60,7 @@ class Bench:
     first_seconds: float
     """The first read of the sample, as the roof reads it."""
     roof_seconds: Mapping[int, float]
-    """By threads, from the page cache, with pages of the faster size."""
+    """Keyed by threads; from the page cache, with pages of the faster size."""
     roof_has_huge_pages: bool
     """The size that is faster with most numbers of threads."""
     default_threads: int
@@ -68,7 +68,7 @@ class Bench:
     load_seconds: Mapping[int, float]
     """By threads, from the page cache, without opening and planning."""
     pages: PageUse
-    """Of the new memory of the last load, which has measured which size is faster."""
+    """The new memory of the last load, which has measured the faster size."""
     touch_gb_per_s: float
     """First writes to new memory that may have huge pages, by one thread."""
     touch_small_gb_per_s: float

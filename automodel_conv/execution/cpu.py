@@ -38,7 +38,7 @@ LEAST_SCRATCH_BYTES = 4096
 
 # Local files are read at full speed by few threads; more only pass the page cache around.
 _MOST_THREADS = 16
-# Of threads that wait: for a network, or for a disk that answers many at once.
+# Threads that wait may be more: a network, or a disk, answers many at once.
 _MOST_WAITING_THREADS = 32
 # Loads below this are over before more threads could help.
 _ADAPTED_BYTES = 256 << 20
@@ -157,7 +157,7 @@ def _slot_bytes(jobs: Sequence[Job]) -> int:
 
 
 def _scratch_of_thread(jobs: Sequence[Job]) -> int:
-    """What a thread reads into, and what its copies need besides."""
+    """A slot to read into, and the memory that copies out of it need."""
     slot_bytes = _slot_bytes(jobs)
     return slot_bytes + min(COPY_BYTES, COPY_RATIO * slot_bytes)
 

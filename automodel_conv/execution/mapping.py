@@ -41,7 +41,7 @@ class Place(NamedTuple):
 
 
 def place_of(target: Target, checkpoint: Checkpoint) -> Place | None:
-    """Where a file has a target's very bytes, in their order, at a multiple of its elements' size; None: nowhere.
+    """The bytes of a file that are a target, in its order and at a multiple of its elements' size; None if there are none.
 
     Sources that follow each other in the file are as good as one. A target without bytes lies nowhere.
 

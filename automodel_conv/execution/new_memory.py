@@ -111,7 +111,7 @@ class NewMemory:
     def _make_some(self, span: _Span, first: int, stop: int) -> int:
         """Make the memory of some blocks; returns how many of them are done."""
         address, nbytes = span.pages_of(first, stop)
-        # What another job has just written beside does not make it old.
+        # A few pages may be there: another job has just written to the same block.
         if nbytes <= 0 or system.resident_share(address, nbytes) > 0.5:
             return stop - first
         with self._lock:

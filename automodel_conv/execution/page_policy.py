@@ -82,7 +82,7 @@ class PagePolicy:
         return PageChoice(best, False)
 
     def tell(self, choice: PageChoice, nbytes: int, seconds: float) -> None:
-        """What making pages has taken, by one thread."""
+        """Take note of the seconds that one thread has taken to make pages."""
         self._made[choice.huge] += nbytes
         if self._fixed is not None:
             self._recent[choice.huge].append(seconds / nbytes)

@@ -5,7 +5,7 @@ Pure: bytes and seconds in, a number of threads out.
 
 from __future__ import annotations
 
-# What one measurement takes: bytes, jobs of each thread, and seconds.
+# One measurement takes at least so many bytes, jobs of each thread, and seconds.
 _WINDOW_BYTES, _WINDOW_JOBS, _WINDOW_SECONDS = 32 << 20, 2, 0.05
 # Threads that wait for less of their time are as fast as the cores.
 _LEAST_WAITING = 0.6
@@ -33,7 +33,7 @@ class ThreadPolicy:
         self._waiting_seconds = self._seconds = 0.0
 
     def tell(self, nbytes: int, waiting_seconds: float, seconds: float, now: float) -> None:
-        """What a job has taken.
+        """Take note of a job.
 
         Args:
             waiting_seconds: of its thread, for anything but a core.
