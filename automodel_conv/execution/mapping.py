@@ -41,7 +41,7 @@ class Place(NamedTuple):
 
 
 def place_of(target: Target, checkpoint: Checkpoint) -> Place | None:
-    """The bytes of a file that are a target, in its order and at a multiple of its elements' size; None if there are none.
+    """The bytes of a file that are a target, in its order, at a multiple of its elements' size; None: there are none.
 
     Sources that follow each other in the file are as good as one. A target without bytes lies nowhere.
 
