@@ -185,7 +185,7 @@ def test_remote_code_that_registers_rules_is_converted_by_plan(mixtral, tmp_path
 def test_remote_code_without_rules_is_loaded_as_it_is(mixtral, tmp_path):
     path = remote(mixtral, tmp_path, MODELING, grouped=True)
     _, hooked, [load] = both(AutoModelForCausalLM, path, trust_remote_code=True)
-    assert load == ("OwnForCausalLM", (), {}, (), ())
+    assert load == ("OwnForCausalLM", (), {}, (), (), 0)
     assert_same_model(hooked, mixtral[0])
 
 

@@ -171,7 +171,7 @@ def test_a_load_whose_files_were_opened_in_part_before_install_is_left(tmp_path)
     installed = []
     assert load(tmp_path, [joined()], between=lambda: installed.append(amc.install()), **PARTS) == stock
     assert len(installed) == 2
-    assert installed[0].loads == [("Toy", (), {hook.ALL: hook.NOT_OPENED_HERE}, (), ())]
+    assert installed[0].loads == [("Toy", (), {hook.ALL: hook.NOT_OPENED_HERE}, (), (), 0)]
 
 
 def test_a_load_whose_files_were_opened_in_part_before_uninstall_ends(tmp_path):

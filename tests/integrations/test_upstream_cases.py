@@ -498,7 +498,7 @@ def test_a_checkpoint_that_is_grouped_already_is_loaded_as_it_is(published, tmp_
     model = model_class.from_pretrained(source)
     model.save_pretrained(tmp_path, save_original_format=False)
     _, hooked, [load] = both(model_class, tmp_path)
-    assert load == (model_class.__name__, (), {}, (), ())
+    assert load == (model_class.__name__, (), {}, (), (), 0)
     assert_same_tensors(hooked.state_dict(), model.state_dict())
 
 
