@@ -10,7 +10,7 @@ from __future__ import annotations
 import mmap
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 from torch import Tensor
 
@@ -34,26 +34,52 @@ class _Span:
     def __init__(self, address: int, nbytes: int):
         self.start = -(-address // mmap.PAGESIZE) * mmap.PAGESIZE
         self.stop = (address + nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
+        self._outer_start = address // mmap.PAGESIZE * mmap.PAGESIZE
+        self._outer_stop = -(-(address + nbytes) // mmap.PAGESIZE) * mmap.PAGESIZE
         self.address = address
         self.first = self.start // BLOCK_BYTES
         self.seen = bytearray(-(-self.stop // BLOCK_BYTES) - self.first)
         self.advised: bool | None = None
 
-    def unseen(self, start_bytes: int, stop_bytes: int) -> Iterator[tuple[int, int]]:
-        """Mark the blocks under these bytes of the buffer; gives the runs of those that were not marked."""
-        first = max((self.address + start_bytes) // BLOCK_BYTES - self.first, 0)
-        stop = min((self.address + stop_bytes - 1) // BLOCK_BYTES - self.first + 1, len(self.seen))
-        while (first := self.seen.find(0, first, stop)) >= 0:
-            after = self.seen.find(1, first, stop)
-            after = stop if after < 0 else after
-            self.seen[first:after] = b"\1" * (after - first)
-            yield first, after
-            first = after
+    def blocks(self, start_bytes: int, stop_bytes: int) -> tuple[int, int]:
+        """The first block under these bytes of the buffer, and the one after the last."""
+        first = (self.address + start_bytes) // BLOCK_BYTES - self.first
+        stop = (self.address + stop_bytes - 1) // BLOCK_BYTES - self.first + 1
+        return max(first, 0), min(stop, len(self.seen))
+
+    def mark(self, first: int, stop: int) -> tuple[int, int]:
+        """Mark the next blocks that are not, at most ``_RUN_BLOCKS``; a block that is not whole comes alone."""
+        first = self.seen.find(0, first, stop)
+        if first < 0:
+            return stop, stop
+        after = self.seen.find(1, first, stop)
+        stop = min(stop if after < 0 else after, first + (_RUN_BLOCKS if self.is_whole(first) else 1))
+        if stop - first > 1 and not self.is_whole(stop - 1):
+            stop -= 1
+        self.seen[first:stop] = b"\1" * (stop - first)
+        return first, stop
+
+    def unmark(self, first: int, stop: int) -> None:
+        self.seen[first:stop] = bytes(stop - first)
+
+    def is_whole(self, block: int) -> bool:
+        """Whether all of a block is the buffer's, so that it can be a huge page."""
+        return self.pages_of(block, block + 1)[1] == BLOCK_BYTES
 
     def pages_of(self, first: int, stop: int) -> tuple[int, int]:
         """Address and bytes of the whole pages of some blocks."""
         start = max(self.start, (self.first + first) * BLOCK_BYTES)
         return start, min(self.stop, (self.first + stop) * BLOCK_BYTES) - start
+
+    def advise(self, huge: bool) -> None:
+        """Ask for pages of one size, unless they are asked for already.
+
+        Pages that are the buffer's in part are asked for too. Else each would be a mapping of its own between tensors,
+        and a process may have some 65,000 (vm.max_map_count).
+        """
+        if self.advised != huge:
+            self.advised = huge
+            system.advise_huge_pages(self._outer_start, self._outer_stop - self._outer_start, huge)
 
 
 class NewMemory:
@@ -69,10 +95,8 @@ class NewMemory:
 
     def __init__(self, tensors: Sequence[Tensor], huge_pages: bool | None = None):
         self._tensors = tensors  # whose memory must not go meanwhile
-        spans = [(tensor.data_ptr(), span_bytes(tensor)) for tensor in tensors]
-        self._spans = [_Span(*span) if span[1] >= _LEAST_BYTES and system.knows_pages() else None for span in spans]
+        self._spans = [_span_of(tensor) if system.knows_pages() else None for tensor in tensors]
         self._policy = PagePolicy(huge_pages)
-        self._without_measuring = huge_pages is not False
         self._lock = threading.Lock()
         self._can_make = True
 
@@ -104,33 +128,45 @@ class NewMemory:
         return self._policy.use()
 
     def _make(self, span: _Span, start_bytes: int, stop_bytes: int) -> None:
-        for first, stop in span.unseen(start_bytes, stop_bytes):
-            while first < stop:
-                first += self._make_some(span, first, stop)
+        first, stop = span.blocks(start_bytes, stop_bytes)
+        while span.seen.find(0, first, stop) >= 0:
+            with self._lock:
+                first, after = span.mark(first, stop)
+            if first < after:
+                first = self._make_run(span, first, after)
 
-    def _make_some(self, span: _Span, first: int, stop: int) -> int:
-        """Make the memory of some blocks; returns how many of them are done."""
+    def _make_run(self, span: _Span, first: int, stop: int) -> int:
+        """Make the memory of some blocks, or of the first one alone; returns the one after the last."""
         address, nbytes = span.pages_of(first, stop)
         # A few pages may be there: another job has just written to the same block.
         if nbytes <= 0 or system.resident_share(address, nbytes) > 0.5:
-            return stop - first
+            return stop
+        is_whole = span.is_whole(first)
         with self._lock:
-            choice = self._policy.choose(min(nbytes, BLOCK_BYTES))
+            choice = self._policy.choose(BLOCK_BYTES, may_try=is_whole)
             if choice.is_try:
+                span.unmark(first + 1, stop)
                 stop = first + 1
-                address, nbytes = span.pages_of(first, stop)
+                nbytes = BLOCK_BYTES
                 system.advise_huge_pages(address, nbytes, choice.huge)
-            elif span.advised != choice.huge:
-                span.advised = choice.huge
-                system.advise_huge_pages(span.start, span.stop - span.start, choice.huge)
-        if not self._can_make:
-            return stop - first
-        begin = time.perf_counter()
-        self._can_make = system.make_pages(address, nbytes)
-        seconds = time.perf_counter() - begin
+            else:
+                span.advise(choice.huge)
+        seconds = self._seconds_to_make(address, nbytes) if self._can_make else None
         with self._lock:
-            if self._can_make:
-                self._policy.tell(choice, nbytes, seconds)
-            else:  # nothing can be measured here
-                self._policy = PagePolicy(self._without_measuring)
-        return stop - first
+            if seconds is None:  # nothing can be measured here
+                self._can_make = False
+                self._policy.settle()
+            self._policy.tell(choice, nbytes, seconds if is_whole else None)
+            if choice.is_try and span.advised is not None:  # one mapping again
+                system.advise_huge_pages(address, nbytes, span.advised)
+        return stop
+
+    def _seconds_to_make(self, address: int, nbytes: int) -> float | None:
+        begin = time.perf_counter()
+        return time.perf_counter() - begin if system.make_pages(address, nbytes) else None
+
+
+def _span_of(tensor: Tensor) -> _Span | None:
+    """None for a small tensor, and for one with gaps that nobody writes to."""
+    nbytes = span_bytes(tensor)
+    return _Span(tensor.data_ptr(), nbytes) if _LEAST_BYTES <= nbytes <= 2 * tensor.nbytes else None

@@ -32,7 +32,7 @@ class PageChoice(NamedTuple):
 
 
 class PageUse(NamedTuple):
-    """The pages that a load has made, and how fast each size was when it was last measured."""
+    """New memory by the size of pages that a load has asked for, and how fast each size was when last measured."""
 
     huge_bytes: int = 0
     small_bytes: int = 0
@@ -68,10 +68,17 @@ class PagePolicy:
         self._gap_bytes, self._since_try_bytes = _FIRST_GAP_BYTES, 0
         self._seconds = self._lost_seconds = 0.0
 
-    def choose(self, nbytes: int) -> PageChoice:
-        """The size of the next pages; of a try, no more than ``nbytes`` are made, which ``tell`` is then told of."""
+    def choose(self, nbytes: int, may_try: bool = True) -> PageChoice:
+        """The size of the next pages.
+
+        Args:
+            nbytes: that a try would make.
+            may_try: whether the size may be another one than the one that is faster so far.
+        """
         if self._fixed is not None:
             return PageChoice(self._fixed, False)
+        if not may_try:
+            return PageChoice(self._faster(), False)
         if min(self._tries.values()) < _TRIES:
             return self._try(self._tries[True] <= self._tries[False])
         best = self._faster()
@@ -81,9 +88,19 @@ class PagePolicy:
             return self._try(not best)
         return PageChoice(best, False)
 
-    def tell(self, choice: PageChoice, nbytes: int, seconds: float) -> None:
-        """Take note of the seconds that one thread has taken to make pages."""
+    def settle(self) -> None:
+        """Choose huge pages from now on, unless a size is given: nothing can be measured."""
+        self._fixed = True if self._fixed is None else self._fixed
+
+    def tell(self, choice: PageChoice, nbytes: int, seconds: float | None) -> None:
+        """Take note of pages that were asked for, and of the seconds that one thread took to make them.
+
+        Args:
+            seconds: None if they say nothing of the size, or are not known.
+        """
         self._made[choice.huge] += nbytes
+        if seconds is None:
+            return
         if self._fixed is not None:
             self._recent[choice.huge].append(seconds / nbytes)
             return

@@ -101,13 +101,13 @@ class _Count:
         self._lock = threading.Lock()
 
     def follow(self, wanted: int, left: int) -> int:
-        """How many threads to start, no more than there are items left; -1: the one that asks is to end.
+        """How many threads to start, until there are as many as items left; -1: the one that asks is to end.
 
         Args:
             wanted: threads, at least one, so that the last one never ends before all is done.
         """
         with self._lock:
-            change = max(min(wanted - self._threads, left), -1)
+            change = max(min(wanted, max(left, self._threads)) - self._threads, -1)
             self._threads += change
             self.most = max(self.most, self._threads)
             return change

@@ -277,17 +277,12 @@ def _after(views: list[memoryview], count: int) -> list[memoryview]:
 def seconds_ready() -> float:
     """How long this thread has had a core, or was ready to run and waited for one; off Linux the former alone.
 
-    Source: "schedstat" in proc(5): nanoseconds on a core, and waiting for one.
+    Source: Documentation/scheduler/sched-stats.rst of Linux, ``/proc/<pid>/schedstat``: nanoseconds on a core, then
+    nanoseconds of waiting for one; both are 0 where the kernel keeps no account.
     """
-    try:
-        fd = os.open("/proc/thread-self/schedstat", os.O_RDONLY)
-    except OSError:
-        return time.thread_time()
-    try:
-        running, ready, _ = os.read(fd, 128).split()
-    finally:
-        os.close(fd)
-    return (int(running) + int(ready)) / 1e9
+    text = read_text("/proc/thread-self/schedstat")
+    waited = int(text.split()[1]) / 1e9 if text else 0.0
+    return time.thread_time() + waited
 
 
 def knows_pages() -> bool:

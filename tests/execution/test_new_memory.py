@@ -18,9 +18,10 @@ MIB = 1 << 20
 
 
 def new(nbytes):
-    """New memory of that many bytes, and the mapping that keeps it."""
-    mapping = mmap.mmap(-1, nbytes)
-    return torch.frombuffer(mapping, dtype=torch.uint8)
+    """New memory of that many bytes, which begins with a block."""
+    memory = torch.frombuffer(mmap.mmap(-1, nbytes + BLOCK_BYTES), dtype=torch.uint8)
+    start = -memory.data_ptr() % BLOCK_BYTES
+    return memory[start : start + nbytes]
 
 
 def share(tensor):
@@ -138,6 +139,45 @@ def test_a_system_that_cannot_make_pages_is_asked_for_huge_ones(monkeypatch, adv
     assert advice[-1][2] is asked
     assert share(buffer) == 0
     assert memory.use().huge_gb_per_s is None
+
+
+def test_tensors_of_a_size_need_one_mapping_not_one_each():
+    """torch's tensors lie one after another, each with a page of the allocator's own between."""
+
+    def mappings():
+        with open("/proc/self/maps") as maps:
+            return len(maps.readlines())
+
+    before = mappings()
+    tensors = [torch.empty(40 * MIB, dtype=torch.uint8) for _ in range(20)]
+    for huge_pages in (False, None, True, None):
+        NewMemory(tensors, huge_pages).make_all(1)
+        assert mappings() - before < 20
+
+
+def test_a_block_that_is_not_whole_is_no_try(advice):
+    """It cannot be a huge page, so its time says nothing of huge pages."""
+    buffer = new(32 * MIB)[MIB : 13 * MIB]  # half a block, five whole ones, half a block
+    memory = NewMemory([buffer])
+    memory.make_all(1)
+    assert share(buffer) == 1
+    sizes = [(nbytes, address % BLOCK_BYTES) for address, nbytes, _ in advice if nbytes < buffer.nbytes]
+    assert set(sizes) == {(BLOCK_BYTES, 0)}
+    assert sum(memory.use()[:2]) == 12 * MIB
+
+
+def test_what_nobody_writes_to_is_not_made():
+    columns = new(64 * MIB).view(-1, 4096)[:, :100]
+    NewMemory([columns]).make_all(1)
+    assert system.resident_share(columns.data_ptr(), 60 * MIB) == 0
+
+
+def test_what_was_asked_for_is_told_where_pages_cannot_be_made(monkeypatch):
+    monkeypatch.setattr(system, "make_pages", lambda address, nbytes: False)
+    buffer = new(64 * MIB)
+    memory = NewMemory([buffer])
+    memory.make_all(1)
+    assert memory.use() == (64 * MIB, 0, None, None)
 
 
 def test_nothing_is_asked_where_the_system_knows_no_pages(monkeypatch, advice):

@@ -144,13 +144,15 @@ def test_an_error_of_a_thread_that_came_later_is_raised():
 
 
 def test_the_last_item_is_taken_while_all_others_are_under_way():
-    last_taken = threading.Event()
+    all_at_work, last_taken = threading.Barrier(4), threading.Event()
 
     def take(item):
         if item == 4:
             last_taken.set()
-        elif item:
-            assert last_taken.wait(30)
+            return
+        all_at_work.wait(30)
+        if item:
+            assert last_taken.wait(10)
 
     assert work_off(range(5), 4, lambda: take, most=4, wanted=lambda: 4) == 4
 
