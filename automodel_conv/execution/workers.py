@@ -145,10 +145,10 @@ class _Crew:
             for work in works:
                 self.start(work)
             # Who starts another one has not ended then, so none is overlooked.
-            while left := [future for future in self._futures if not future.done()]:
-                wait(left, return_when=FIRST_EXCEPTION)
-                if self._errors:
-                    break
+            known = 0
+            while known < len(self._futures) and not self._errors:
+                known = len(self._futures)
+                wait(self._futures[:known], return_when=FIRST_EXCEPTION)
         finally:
             with self._change:  # the pool itself may not know of a thread whose start a signal has interrupted
                 self._stop.set()
