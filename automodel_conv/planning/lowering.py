@@ -120,7 +120,8 @@ def _series(values: Sequence[Value]) -> list[_Series]:
     first, count, step = values[0], 0, 0
     for value in values:
         apart = value.source - first.source
-        if count == 0 or (value[:2] == first[:2] and (apart == count * step or (count == 1 and apart > 0))):
+        goes_on = apart == count * step if count > 1 else apart > 0
+        if count == 0 or (goes_on and value[:2] == first[:2]):
             step = apart if count == 1 else step
             count += 1
             continue

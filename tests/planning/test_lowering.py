@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from automodel_conv.planning import lowering
 from automodel_conv.planning.compiler import compile_targets
 from automodel_conv.planning.copies import SourceTable
 from automodel_conv.planning.lowering import (
@@ -501,6 +502,7 @@ def test_registry_has_chains():
         (Operation("PermuteForRope", (("heads", 4),)), [(6, 2)], "cannot reshape"),
         (Operation("Split", (("dim", 0),)), [(5,)], "cannot split"),
         (Operation("Conv3dToLinear"), [(2, 3, 4)], "5-D or 2-D"),
+        (Operation("MergeModulelist", (("dim", 0),)), [(2, 3), (2, 3), (3, 2)], "cannot join"),
         (
             Operation("LinearToConv3d", (("in_channels", 2), ("kernel_size", (2, 2, 2)))),
             [(3, 15)],
@@ -539,3 +541,15 @@ def test_operations_without_a_config_are_not_guessed():
     rule = core.WeightConverter("a", "b", operations=[operation])
     with pytest.raises(NotLowerable, match="PermuteForRope"):
         RuleSet([rule]).operations(0)
+
+
+def test_tensors_of_other_ranks_are_not_joined():
+    with pytest.raises(LoweringError, match="cannot join"):
+        lowering.concatenate([leaf(0, (2, 3)), leaf(1, (2,))], 1)
+
+
+def test_a_source_that_is_stacked_twice_is_two_copies():
+    """No walk with a step of 0, which could not be turned around."""
+    copies = copies_of(lowering.stack([leaf(1, (2, 3)), leaf(1, (2, 3)), leaf(2, (2, 3))], 0))
+    assert [copy.ordinals for copy in copies] == [(1, 1, 2)]
+    assert all(copy.is_contiguous for copy in copies)
