@@ -76,7 +76,7 @@ def resolve(
     templates, one_by_one = _templates(names, hidden)
     for template, (numbers, rows) in templates.items():
         representative = _representative(template)
-        if len(numbers) > _MOST_NUMBERS or rules.looks_at_digits(representative):
+        if len(numbers) > _MOST_NUMBERS or _SENTINELS.search(template) or rules.looks_at_digits(representative):
             one_by_one += rows
             continue
         renamed, rule, pattern = rules.rename(representative)

@@ -399,3 +399,13 @@ def test_empty_experts_keep_their_dtype():
     table = SourceTable([f"experts.{e}.w1.weight" for e in range(3)], ["BF16"] * 3, [(0, 5)] * 3)
     plan, _ = compile_targets(table, RuleSet([merging()]), None)
     assert [(target.dtype, target.shape) for target in plan.targets] == [("BF16", (3, 0, 5))]
+
+
+def test_names_that_hold_what_stands_for_a_number_are_kept():
+    names = ["w9700000", "layers9700000.0.w", "layers9700000.1.w", "a.9700001.b9700000"]
+    assert sorted(made.target for made in resolve(names, RuleSet([]), None).assignments) == sorted(names)
+
+
+def test_names_that_end_lines_are_kept():
+    names = ["a\n.1.w", "a.1.w", "a.1\n", "\n"]
+    assert sorted(made.target for made in resolve(names, RuleSet([]), None).assignments) == sorted(names)
