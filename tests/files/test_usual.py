@@ -57,6 +57,11 @@ def test_what_python_writes_is_usual(metadata, separators):
     assert found.metadata == metadata
 
 
+def test_an_index_as_transformers_writes_it_is_usual():
+    index = {"metadata": {"total_size": 3}, "weight_map": {f"a.{i}.w": "x.safetensors" for i in range(3)}}
+    assert usual_object((json.dumps(index, indent=2, sort_keys=True) + "\n").encode()) == index
+
+
 def test_escapes_are_usual():
     data = json.dumps({"é": TWO["a.0"], "\U0001f600": TWO["b"]}).encode()
     assert b"\\u" in data
@@ -137,6 +142,7 @@ NOT_USUAL = {
     + "[" * 100_000
     + "]" * 100_000
     + "}}",
+    "65 dimensions": f'{{"a":{{"dtype":"U8","shape":{[1] * 65},"data_offsets":[0,1]}}}}',
     "a byte after the end": f'{{"a":{ENTRY}}}\0',
     "a comma at the end": f'{{"a":{ENTRY},}}',
     "an object that is cut": f'{{"a":{ENTRY}',
