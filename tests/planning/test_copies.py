@@ -48,6 +48,12 @@ def test_a_gap_parts_two_runs():
     assert again(copy) == copy.pieces()
 
 
+def test_experts_that_come_in_falling_order_stay_apart():
+    copy = copy_of([(0, 0, 6), (1, 0, 3), (2, 0, 0)])
+    assert len(over_sources(copy)) == 3
+    assert again(copy) == copy.pieces()
+
+
 def test_runs_within_one_source_stay_apart():
     """They are no walk over sources: as one piece they would have another shape."""
     copy = copy_of([(0, 0, 0), (0, 6, 3), (0, 12, 6)])

@@ -477,6 +477,25 @@ def test_edited_parts_of_quantized_sources_do_not_fit(field, value):
         CopyPlan.from_json(json.dumps(data))
 
 
+def test_what_is_no_box_over_all_sources_is_looked_at_piece_by_piece():
+    """Two walks of more steps than become boxes of their own, whose strides 3 and 2 do not divide each other."""
+    one, many, numel = range(5000), range(10_000), 27_000
+    copies = (
+        StridedCopy((), (), (), tuple(one), (0,) * 5000, tuple(3 * i for i in one)),
+        StridedCopy((), (), (), (5000,) * 10_000, tuple(many), tuple(3 * (i // 2) + 1 + i % 2 for i in many)),
+        StridedCopy((6000,), (1,), (2,), (5001, 5001), (0, 6000), (15_000, 15_001)),
+    )
+    shapes = [*[(1,)] * 5000, (10_000,), (12_000,)]
+    sources = SourceTable([f"s{i}" for i in range(5002)], ["BF16"] * 5002, shapes)
+    plan = plan_of(sources, [Target("a", "BF16", (numel,), -1, tuple(range(5002)), copies)])
+    halves = [Piece(0, (numel // 2,), (1,), at, (1,), numel // 2 - at) for at in (0, numel // 2)]
+    middle = SourceTable(["a"], ["BF16"], [(numel,)])
+    turned = plan.then(plan_of(middle, [Target("b", "BF16", (numel,), -1, (0,), group_pieces(halves))]))
+    values = addressed(sources)
+    made, turned = execute(plan, values)["a"], execute(turned, values)["b"]
+    assert turned == made[numel // 2 :] + made[: numel // 2]
+
+
 @pytest.mark.parametrize("text", ["{}", "[]", "3", '{"version": 3}', "not json", ""])
 def test_other_text_is_no_plan(text):
     with pytest.raises(UnsupportedError, match="not a plan"):
