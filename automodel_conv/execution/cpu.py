@@ -120,8 +120,8 @@ def load_files(
     with bytes_progress(bytes_read, "loading", progress) as advance:
         try:
             most = _most_threads(jobs, threads, scratch_bytes) if adapts else threads
-            crew = ThreadPolicy(threads, most)
-            stats = _run(jobs, checkpoint, tensors, crew, huge_pages, done, advance, stop)
+            policy = ThreadPolicy(threads, most)
+            stats = _run(jobs, checkpoint, tensors, policy, huge_pages, done, advance, stop)
             for call in calls:
                 raise_if_stopped(stop)
                 run_upstream(call, {row: read_whole(row, checkpoint) for row in call.rows}, buffers)

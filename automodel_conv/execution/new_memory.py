@@ -86,7 +86,7 @@ class NewMemory:
     """The buffers of a load on the host, as far as they are new memory; all threads of the load use one.
 
     Buffers below 4 MiB, and memory that was written to before, are left as they are. So is everything where the system
-    knows no such calls (off Linux); where it can only be advised (before Linux 5.14), huge pages are.
+    knows no such calls (off Linux). Before Linux 5.14 nothing can be measured, and huge pages are asked for.
 
     Args:
         tensors: by the numbers of the jobs' targets; any strides.
@@ -153,7 +153,7 @@ class NewMemory:
                 span.advise(choice.huge)
         seconds = self._seconds_to_make(address, nbytes) if self._can_make else None
         with self._lock:
-            if seconds is None:  # nothing can be measured here
+            if seconds is None:  # nothing can be measured any more
                 self._can_make = False
                 self._policy.settle()
             self._policy.tell(choice, nbytes, seconds if is_whole else None)
@@ -162,8 +162,10 @@ class NewMemory:
         return stop
 
     def _seconds_to_make(self, address: int, nbytes: int) -> float | None:
+        """None if the system cannot make them."""
         begin = time.perf_counter()
-        return time.perf_counter() - begin if system.make_pages(address, nbytes) else None
+        made = system.make_pages(address, nbytes)
+        return time.perf_counter() - begin if made else None
 
 
 def _span_of(tensor: Tensor) -> _Span | None:

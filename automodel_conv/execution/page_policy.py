@@ -89,8 +89,8 @@ class PagePolicy:
         return PageChoice(best, False)
 
     def settle(self) -> None:
-        """Choose huge pages from now on, unless a size is given: nothing can be measured."""
-        self._fixed = True if self._fixed is None else self._fixed
+        """Stay with the faster size from now on, huge pages if none was measured, unless a size is given."""
+        self._fixed = self._faster() if self._fixed is None else self._fixed
 
     def tell(self, choice: PageChoice, nbytes: int, seconds: float | None) -> None:
         """Take note of pages that were asked for, and of the seconds that one thread took to make them.

@@ -30,7 +30,7 @@ def free_memory(root: str = "") -> int | None:
 
 
 def _left_in_groups(root: str) -> Iterator[int]:
-    """What the limit of each control group around this process leaves, as far as it can be seen from here."""
+    """The bytes that the limit of each control group around this process leaves, for those that are seen from here."""
     groups = system.read_text(f"{root}/proc/self/cgroup") or ""
     for controller, path in re.findall(r"^\d+:(memory|):(.*)$", groups, re.MULTILINE):
         mount = f"{root}/sys/fs/cgroup/{controller}".rstrip("/")

@@ -20,7 +20,7 @@ from automodel_conv.dtypes import BITS
 
 # Sizes are kept as signed 64-bit integers further on.
 MAX_BITS = 2**63 - 1
-# Of more, a product may take very long.
+# The product of more sizes may take very long.
 _MOST_DIMENSIONS = 64
 
 
@@ -95,7 +95,7 @@ _metadata = msgspec.json.Decoder(_Metadata).decode
 
 
 class _Kind(NamedTuple):
-    """What all tensors of one dtype and shape share."""
+    """A dtype and a shape, which many tensors share."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -104,7 +104,7 @@ class _Kind(NamedTuple):
 
 
 class _Kinds(dict["tuple[str, tuple[int, ...] | None]", _Kind]):
-    """By dtype and shape as the header has them; raises ValueError for what no tensor has."""
+    """Kinds by dtype and shape as the header has them; a pair that no tensor has raises ValueError."""
 
     def __missing__(self, key: tuple[str, tuple[int, ...] | None]) -> _Kind:
         dtype, shape = key

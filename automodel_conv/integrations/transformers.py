@@ -76,7 +76,7 @@ class HookedLoad(NamedTuple):
     """Name and file name of each tensor that was not loaded, since the index does not give it to the file in which it
     lies; by file, then name."""
     bytes_mapped: int = 0
-    """Of the targets made by plan that were mapped, and so not read (``memory_map=True``)."""
+    """Bytes of ``lowered`` that were mapped, and so not read (``memory_map=True``)."""
 
 
 @dataclass

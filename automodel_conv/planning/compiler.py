@@ -504,7 +504,7 @@ def _distinct(shapes: list[tuple[int, ...]]) -> list[tuple[int, ...]]:
 
 
 def _made(values: Mapping[str, Value], shapes: Sequence[tuple[int, ...]]) -> _Made:
-    """What a rule makes of sources of these shapes, from the values that its operations leave."""
+    """The outputs of a rule for sources of these shapes, from the values that its operations leave."""
     outputs = []
     for key, value in values.items():
         copies = copies_of(value)

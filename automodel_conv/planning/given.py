@@ -167,7 +167,7 @@ def fit_targets(plan: CopyPlan, shapes: Mapping[str, tuple[int, ...]], misfits: 
 
 
 class _Source(NamedTuple):
-    """What a table says of a tensor."""
+    """A tensor as a table has it."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -175,7 +175,7 @@ class _Source(NamedTuple):
 
     @staticmethod
     def of(table: SourceTable, row: int, rows: list[int | None] | None = None) -> _Source:
-        """Of a row; the parts of a quantized tensor by the rows that they have elsewhere, if such are given."""
+        """The tensor of a row. ``rows`` renumbers the parts of a quantized one: the rows that they have elsewhere."""
         decode = table.decodes.get(row)
         if decode is not None and rows is not None:
             scales, zero_points, global_scale = (

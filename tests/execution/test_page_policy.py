@@ -114,6 +114,15 @@ def test_a_size_that_is_given_is_always_chosen(huge):
     assert {choice for _, choice in load.chosen} == {(huge, False)}
 
 
+def test_the_faster_size_stays_where_measuring_ends():
+    load = Load(MACHINES["huge pages slow"], nbytes=100 * MIB)
+    load.policy.settle()
+    assert {load.policy.choose(BLOCK_BYTES) for _ in range(1000)} == {(False, False)}
+    new = PagePolicy()
+    new.settle()
+    assert new.choose(BLOCK_BYTES) == (True, False)
+
+
 def test_what_was_made_is_told():
     load = Load(MACHINES["huge pages slow"])
     use = load.policy.use()
