@@ -3,11 +3,11 @@
     python -m benchmarks.mapping [--layers N] [--size full|small] [--repetitions N] [--directory DIR] [--json FILE]
 
 ``convert_checkpoint`` brings layers with the experts of Qwen3-30B-A3B to the model's own layout first. Every load is a
-process of its own, from a warm page cache, with all modules imported, the model's among them, and memory made ready
-(``benchmarks/memory.py``); ``load_model`` gets a model on the meta device that was made before. ``from_pretrained``
-loads the published files, and those in the model's own layout, which it maps too. "Touched" is the time to look at each
-page once after the load, which is when pages of a mapped file come into the process. All loads are compared by a
-digest; then each writes to its tensors, and the files must be as they were.
+process of its own, from a warm page cache, with all modules imported, the model's among them, and memory as found
+(``benchmarks/memory.py``): half a minute passes before each. ``load_model`` gets a model on the meta device that was
+made before. ``from_pretrained`` loads the published files, and those in the model's own layout, which it maps too.
+"Touched" is the time to look at each page once after the load, which is when pages of a mapped file come into the
+process. All loads are compared by a digest; then each writes to its tensors, and the files must be as they were.
 
 At the end four processes have the mapped checkpoint at once and have touched all pages: the memory of each is the sum
 of its pages, each divided by the processes that have it (PSS).
@@ -86,7 +86,6 @@ def work(method: str, root: str, size: str, layers: int) -> dict[str, Any]:
     logging.disable_progress_bar()
     load, memory_map, place = METHODS[method]
     directory, model = os.path.join(root, place), meta_model(_shape(size, layers))
-    memory.prepare(memory.READY, measure.file_bytes(directory))
     start = time.perf_counter()
     tensors, report = load(directory, model, memory_map)
     seconds = time.perf_counter() - start
@@ -166,6 +165,7 @@ def run(layers: int, size: str, repetitions: int, directory: str | None) -> dict
         def before() -> None:
             for place in (published, own):
                 measure.read_through(place)
+            memory.wait(memory.AS_FOUND)
 
         runs = measure.run_interleaved(commands, repetitions, before)
         measure.check_digests({method: found["digest"] for method, of in runs.items() for found in of})

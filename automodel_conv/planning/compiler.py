@@ -512,5 +512,5 @@ def _made(values: Mapping[str, Value], shapes: Sequence[tuple[int, ...]]) -> _Ma
         place = {ordinal: i for i, ordinal in enumerate(reads)}
         copies = tuple(copy._replace(ordinals=tuple([place[o] for o in copy.ordinals])) for copy in copies)
         outputs.append(_Output(key, value.shape, copies, reads))
-    given = {ordinal for ordinal, shape in enumerate(shapes) if prod(shape)}
+    given = {ordinal for ordinal, shape in enumerate(shapes) if 0 not in shape}
     return _Made(tuple(outputs), tuple(sorted(given.difference(*(output.reads for output in outputs)))))

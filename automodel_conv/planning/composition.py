@@ -137,7 +137,7 @@ def _through(made: Target, read: Piece, target: Target) -> list[Piece]:
     numel = prod(made.shape)
     try:
         walks = chain([piece for copy in made.copies for piece in over_sources(copy)], [read], numel)
-        return [piece for walk in walks for piece in by_source(walk)]
+        return [piece for walk in walks for piece in by_source(walk).pieces()]
     except NotAffine:  # which all pieces by themselves may not be
         pass
     try:

@@ -74,10 +74,10 @@ def over_sources(copy: StridedCopy) -> list[Piece]:
     ]
 
 
-def by_source(piece: Piece) -> list[Piece]:
-    """The pieces of the single sources that a piece reads in the row of all."""
-    source, read = divmod(piece.source_offset, SPAN)
-    places = [(source, piece.target_offset)]
+def by_source(piece: Piece) -> StridedCopy:
+    """What a piece reads in the row of all sources, from each of them: a column for each."""
+    first, read = divmod(piece.source_offset, SPAN)
+    sources, targets = [first], [piece.target_offset]
     inner = []
     for dim in zip(piece.shape, piece.source_strides, piece.target_strides, strict=True):
         count, step, apart = dim
@@ -85,10 +85,32 @@ def by_source(piece: Piece) -> list[Piece]:
             inner.append(dim)
         else:
             skip = step // SPAN
-            places = [(source + i * skip, at + i * apart) for source, at in places for i in range(count)]
+            sources = [source + i * skip for source in sources for i in range(count)]
+            targets = [target + i * apart for target in targets for i in range(count)]
     shape, source_strides, target_strides = tuple(zip(*inner, strict=True)) or ((), (), ())
     one = canonical(Piece(0, shape, source_strides, read, target_strides, 0))
-    return [Piece(source, *one[1:5], at) for source, at in places]
+    return StridedCopy(
+        *(one.shape, one.source_strides, one.target_strides),
+        *(tuple(sources), (one.source_offset,) * len(sources), tuple(targets)),
+    )
+
+
+def group_copies(copies: Sequence[StridedCopy]) -> tuple[StridedCopy, ...]:
+    """``group_pieces`` of the pieces of all copies, without an object for each where no source is in two columns."""
+    sources = [source for copy in copies for source in copy.ordinals]
+    if len(set(sources)) < len(sources):
+        return group_pieces([piece for copy in copies for piece in copy.pieces()])
+    alike: dict[tuple[tuple[int, ...], ...], list[StridedCopy]] = {}
+    for copy in copies:
+        alike.setdefault(copy[:3], []).append(copy)
+    grouped = []
+    for group in alike.values():
+        columns = sorted(
+            (target, source, read) for copy in group for source, read, target in zip(*copy[3:], strict=True)
+        )
+        targets, ordinals, reads = zip(*columns, strict=True)
+        grouped.append(StridedCopy(*group[0][:3], ordinals, reads, targets))
+    return tuple(sorted(grouped, key=lambda copy: copy.target_offsets[0]))
 
 
 def group_pieces(pieces: Iterable[Piece]) -> tuple[StridedCopy, ...]:

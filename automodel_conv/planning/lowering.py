@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from math import ceil, prod
 from typing import NamedTuple, cast
 
-from automodel_conv.planning.copies import SPAN, StridedCopy, by_source, group_pieces
+from automodel_conv.planning.copies import SPAN, StridedCopy, by_source, group_copies
 from automodel_conv.planning.view import Piece, chain, contiguous_strides
 
 
@@ -432,4 +432,4 @@ def lower(operations: Sequence[Operation], inputs: Mapping[str, list[Value]], co
 def copies_of(value: Value) -> tuple[StridedCopy, ...]:
     """The copies that make a value; their ordinals are the numbers of the sources."""
     moved = [piece._replace(source_offset=piece.source_offset + value.source * SPAN) for piece in value.pieces]
-    return group_pieces([piece for walk in moved for piece in by_source(walk)])
+    return group_copies([by_source(walk) for walk in moved])

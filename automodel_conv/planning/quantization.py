@@ -29,7 +29,7 @@ from automodel_conv.planning.schemes import (
     Block,
     Scheme,
     Storage,
-    is_of_kv_cache,
+    of_kv_caches,
     part_name,
     read_config,
 )
@@ -140,7 +140,7 @@ class _Finder:
         self._like_upstream = like_upstream
         self._meant: dict[int, tuple[str, str, tuple[int, ...]]] = {}  # name, dtype and shape of the weight
         self._told: set[int] = set()  # rows that take part in a problem
-        self._hidden = {row for row, name in enumerate(table.names) if is_of_kv_cache(name)}
+        self._hidden = set(of_kv_caches(table.names))
         self.decodes: dict[int, Decode] = {}
         self.problems: list[str] = []
 

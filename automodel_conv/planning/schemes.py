@@ -7,7 +7,7 @@ Sources: transformers 5.23.0, ``utils/quantization_config.py``; compressed-tenso
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from automodel_conv.errors import QuantizationError, UnsupportedError, message
@@ -81,7 +81,16 @@ def is_of_kv_cache(name: str) -> bool:
 
     It belongs to no weight, and no model of numbers has it.
     """
-    return name.endswith(_ENDS_OF_KV_CACHES) and _OF_KV_CACHES.search(name) is not None
+    return bool(of_kv_caches([name]))
+
+
+def of_kv_caches(names: Iterable[str]) -> list[int]:
+    """The places in ``names`` of those that ``is_of_kv_cache`` tells."""
+    return [
+        place
+        for place, name in enumerate(names)
+        if name.endswith(_ENDS_OF_KV_CACHES) and _OF_KV_CACHES.search(name) is not None
+    ]
 
 
 def part_name(weight: str, suffix: str) -> str | None:

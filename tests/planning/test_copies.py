@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from automodel_conv.planning.copies import StridedCopy, by_source, over_sources
+from automodel_conv.planning.copies import StridedCopy, by_source, group_copies, group_pieces, over_sources
 from automodel_conv.planning.view import Piece, canonical
 
 EXPERTS = 8192
@@ -16,7 +16,7 @@ def copy_of(columns, shape=(3,), strides=(1,)):
 
 
 def again(copy):
-    return [piece for walk in over_sources(copy) for piece in by_source(walk)]
+    return [piece for walk in over_sources(copy) for piece in by_source(walk).pieces()]
 
 
 PLACES = st.integers(0, 4)
@@ -58,3 +58,16 @@ def test_runs_within_one_source_stay_apart():
     """They are no walk over sources: as one piece they would have another shape."""
     copy = copy_of([(0, 0, 0), (0, 6, 3), (0, 12, 6)])
     assert again(copy) == copy.pieces() == [Piece(0, (3,), (1,), i * 6, (1,), i * 3) for i in range(3)]
+
+
+@given(
+    st.lists(st.lists(st.tuples(st.integers(0, 9), PLACES), min_size=1, max_size=4), min_size=1, max_size=4), st.data()
+)
+def test_copies_are_grouped_as_their_pieces_are(columns, data):
+    free = iter(data.draw(st.permutations(range(sum(map(len, columns))))))
+    shapes = [data.draw(st.sampled_from([(3,), (3, 3)])) for _ in columns]
+    copies = [
+        copy_of([(source, 3 * read, 3 * next(free)) for source, read in group], shape, (5, 1)[2 - len(shape) :])
+        for group, shape in zip(columns, shapes, strict=True)
+    ]
+    assert group_copies(copies) == group_pieces([piece for copy in copies for piece in copy.pieces()])
