@@ -1,6 +1,7 @@
 """Loads that need not read: a checkpoint in the model's own layout, mapped, beside loads that read it.
 
     python -m benchmarks.mapping [--layers N] [--size full|small] [--repetitions N] [--directory DIR] [--json FILE]
+    python -m benchmarks.mapping --from FILE           the table of docs/performance.md from that JSON
 
 ``convert_checkpoint`` brings layers with the experts of Qwen3-30B-A3B to the model's own layout first. Every load is a
 process of its own, from a warm page cache, with all modules imported, the model's among them, and memory as found
@@ -176,21 +177,34 @@ def run(layers: int, size: str, repetitions: int, directory: str | None) -> dict
     return {"shape": shape.name, "file_bytes": file_bytes, "runs": runs, "pss_bytes": pss}
 
 
+_TITLES = ("seconds", "all pages touched, seconds more", "GB read", "GB mapped")
+
+
+def _cells(loads: list[dict[str, Any]]) -> list[str]:
+    seconds, touches = (measure.spread([load[kind] for load in loads]) for kind in ("seconds", "touched_seconds"))
+    gigabytes = [
+        "-" if loads[0][kind] is None else f"{loads[0][kind] / 1e9:.2f}" for kind in ("bytes_read", "bytes_mapped")
+    ]
+    return [seconds.text(digits=3), touches.text(digits=3), *gigabytes]
+
+
 def table(result: dict[str, Any]) -> Table:
     shown = Table(
         title=f"{result['shape']}: {result['file_bytes'] / 1e9:.2f} GB; median (20th-80th percentile)",
         title_justify="left",
     )
     shown.add_column("load")
-    for title in ("seconds", "touched, seconds", "GB read", "GB mapped"):
+    for title in _TITLES:
         shown.add_column(title, justify="right")
     for method, loads in result["runs"].items():
-        seconds, touches = (measure.spread([load[kind] for load in loads]) for kind in ("seconds", "touched_seconds"))
-        gigabytes = [
-            "-" if loads[0][kind] is None else f"{loads[0][kind] / 1e9:.2f}" for kind in ("bytes_read", "bytes_mapped")
-        ]
-        shown.add_row(method, seconds.text(digits=3), touches.text(digits=3), *gigabytes)
+        shown.add_row(method, *_cells(loads))
     return shown
+
+
+def markdown(result: dict[str, Any]) -> str:
+    lines = [f"| load | {' | '.join(_TITLES)} |", "|---" * (len(_TITLES) + 1) + "|"]
+    lines += [f"| `{method}` | {' | '.join(_cells(loads))} |" for method, loads in result["runs"].items()]
+    return "\n".join(lines)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -204,6 +218,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--repetitions", type=int, default=3)
     parser.add_argument("--directory", help="where a temporary directory is made; it needs twice the size of the files")
     parser.add_argument("--json", metavar="FILE", help="write all runs and the environment")
+    parser.add_argument("--from", dest="source", metavar="FILE", help="print the table of such a file in Markdown")
     parser.add_argument("--worker", nargs=4, help=argparse.SUPPRESS)
     parser.add_argument("--share", help=argparse.SUPPRESS)
     parser.add_argument("--repetition", type=int, default=0, help=argparse.SUPPRESS)
@@ -214,6 +229,9 @@ def main(arguments: list[str] | None = None) -> None:
     if options.worker:
         method, root, size, layers = options.worker
         _say(work(method, root, size, int(layers)))
+        return
+    if options.source:
+        sys.stdout.write(markdown(measure.read_json(options.source)) + "\n")
         return
     environment = measure.environment()
     result = run(options.layers, options.size, options.repetitions, options.directory)

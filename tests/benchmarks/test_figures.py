@@ -5,7 +5,7 @@ import re
 import pytest
 
 from automodel_conv.planning.registry import transformers_available
-from benchmarks import choices, measure
+from benchmarks import choices, mapping, measure
 from benchmarks.peers import tables
 
 pytestmark = pytest.mark.skipif(not transformers_available(), reason="benchmarks build models of transformers")
@@ -22,6 +22,7 @@ RESULTS = measure.REPOSITORY / "benchmarks" / "results"
         ("docs/performance.md", choices.markdown, "choices-concatenated-2-cores.json"),
         ("docs/performance.md", choices.markdown, "choices-transposed-2-cores.json"),
         ("docs/performance.md", choices.markdown, "choices-cold-2-cores.json"),
+        ("docs/performance.md", mapping.markdown, "mapping-2-cores.json"),
     ],
 )
 def test_a_table_is_the_one_of_its_data(page, make, data):
