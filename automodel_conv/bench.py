@@ -70,9 +70,9 @@ class Bench:
     pages: PageUse
     """The new memory of the last load, which has measured the faster size."""
     touch_gb_per_s: float
-    """First writes to new memory that may have huge pages, by one thread."""
+    """First writes to new memory in huge pages, where the system gives any, by one thread."""
     touch_small_gb_per_s: float
-    """The same without asking for huge pages."""
+    """The same in small pages."""
     huge_pages: str | None
     """What the system lets processes have: "always", "madvise" or "never"; None where it has no such setting."""
     memory_bytes: int

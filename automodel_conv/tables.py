@@ -115,12 +115,13 @@ def bench_tables(found: Bench) -> list[Table]:
     counts.add_row("seconds to open, to plan", f"{found.open_seconds:.3f}, {found.plan_seconds:.3f}")
     counts.add_row("of the bytes in the page cache at first", cached)
     counts.add_row("first read", f"{found.sample_nbytes / 1e9 / found.first_seconds:.2f} GB/s")
-    touched = f"{found.touch_gb_per_s:.2f} GB/s, without asking for huge pages {found.touch_small_gb_per_s:.2f}"
+    touched = f"{found.touch_gb_per_s:.2f} GB/s in huge pages, {found.touch_small_gb_per_s:.2f} in small ones"
     counts.add_row("first write to new memory, one thread", touched)
     counts.add_row("huge pages are allowed", found.huge_pages or "unknown")
     counts.add_row("loads have chosen", str(found.pages))
     size = "huge" if found.roof_has_huge_pages else "small"
-    caption = f"from the page cache, medians of {BENCH_RUNS}; roof: the bytes read, in no order, to new {size} pages"
+    roof_is = f"the bytes read, in no order, to new memory in pages of the faster size, most often {size} ones"
+    caption = f"from the page cache, medians of {BENCH_RUNS}; roof: {roof_is}"
     speeds = Table("threads", caption=caption)
     for title in ("roof, GB/s", "load, GB/s", "load, seconds", "of the roof"):
         speeds.add_column(title, justify="right")
