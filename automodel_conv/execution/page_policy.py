@@ -13,10 +13,12 @@ import statistics
 from collections import deque
 from typing import NamedTuple
 
-# Each size is tried this often before one is preferred: the median of three is right if one was disturbed.
-_TRIES = 3
-# As many of the last measurements tell how fast a size is.
-_RECENT = 5
+# Each size is tried this often before one is preferred. The faster of two measurements is right if one was disturbed, as
+# the lower median is of more.
+_TRIES = 2
+# As many of the last measurements tell how fast a size is. With five, three disturbed ones come together often enough
+# to cost a tenth of a load on a busy machine (``tests/execution/test_page_policy.py``).
+_RECENT = 7
 # Bytes until the other size is tried again; doubled each time that it is still slower.
 _FIRST_GAP_BYTES, _MOST_GAP_BYTES = 32 << 20, 256 << 20
 # Part of the time that may be lost with such tries.
@@ -133,4 +135,4 @@ class PagePolicy:
         return self._seconds_a_byte(True) <= self._seconds_a_byte(False)
 
     def _seconds_a_byte(self, huge: bool) -> float:
-        return statistics.median(self._recent[huge]) if self._recent[huge] else 0.0
+        return statistics.median_low(self._recent[huge]) if self._recent[huge] else 0.0

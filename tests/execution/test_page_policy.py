@@ -98,13 +98,14 @@ def test_noise_costs_little(name):
 
         rounds.append(Load(MACHINES[name], noise=noise).ms)
     best = Load(MACHINES[name]).best(MACHINES[name])
-    assert sorted(rounds)[10] <= 1.08 * best
+    assert sorted(rounds)[10] <= 1.03 * best
+    assert sorted(rounds)[18] <= 1.06 * best
     assert max(rounds) <= 1.3 * best
 
 
-def test_small_loads_try_each_size_on_three_blocks():
-    load = Load(MACHINES["huge pages slow"], nbytes=12 * MIB)
-    assert [choice.huge for _, choice in load.chosen] == [True, False] * 3
+def test_small_loads_try_each_size_on_two_blocks():
+    load = Load(MACHINES["huge pages slow"], nbytes=8 * MIB)
+    assert [choice.huge for _, choice in load.chosen] == [True, False] * 2
     assert all(choice.is_try for _, choice in load.chosen)
 
 
