@@ -13,8 +13,8 @@ import statistics
 from collections import deque
 from typing import NamedTuple
 
-# Each size is tried this often before one is preferred. The faster of two measurements is right if one was disturbed, as
-# the lower median is of more.
+# Each size is tried this often before one is preferred. The faster of two measurements is right if one was disturbed,
+# as the lower median is of more.
 _TRIES = 2
 # As many of the last measurements tell how fast a size is. With five, three disturbed ones come together often enough
 # to cost a tenth of a load on a busy machine (``tests/execution/test_page_policy.py``).
