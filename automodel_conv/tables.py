@@ -120,8 +120,8 @@ def bench_tables(found: Bench) -> list[Table]:
     counts.add_row("huge pages are allowed", found.huge_pages or "unknown")
     counts.add_row("loads have chosen", str(found.pages))
     size = "huge" if found.roof_has_huge_pages else "small"
-    roof_is = f"the bytes read, in no order, to new memory in pages of the faster size, most often {size} ones"
-    caption = f"from the page cache, medians of {BENCH_RUNS}; roof: {roof_is}"
+    roof_note = f"roof: the bytes read, in no order, into new memory, with pages of the faster size (mostly {size})"
+    caption = f"from the page cache, medians of {BENCH_RUNS}; {roof_note}"
     speeds = Table("threads", caption=caption)
     for title in ("roof, GB/s", "load, GB/s", "load, seconds", "of the roof"):
         speeds.add_column(title, justify="right")

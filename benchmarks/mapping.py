@@ -7,7 +7,7 @@
 process of its own, from a warm page cache, with all modules imported, the model's among them, and memory as found
 (``benchmarks/memory.py``): half a minute passes before each. ``load_model`` gets a model on the meta device that was
 made before. ``from_pretrained`` loads the published files, and those in the model's own layout, which it maps too.
-"Touched" is the time to look at each page once after the load, which is when pages of a mapped file come into the
+"All pages touched" is the time to look at each page once after the load: then pages of a mapped file come into the
 process. All loads are compared by a digest; then each writes to its tensors, and the files must be as they were.
 
 At the end four processes have the mapped checkpoint at once and have touched all pages: the memory of each is the sum

@@ -177,5 +177,5 @@ def test_measuring_costs_a_few_calls_more(large, system_calls, monkeypatch):
     monkeypatch.setattr(system, "resident_share", lambda address, nbytes: 0.0)
     loaded = amc.load_state_dict(large, threads=1)
     buffers = sum(tensor.nbytes >= 4 << 20 for tensor in loaded.values())
-    # Six tries, and one call or two where a noisy machine changes the size that is faster.
+    # Four tries, and one call or two where a noisy machine changes the size that is faster.
     assert system_calls["advise_huge_pages"] <= 2 * buffers + 48

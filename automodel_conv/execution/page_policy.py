@@ -13,11 +13,11 @@ import statistics
 from collections import deque
 from typing import NamedTuple
 
-# Each size is tried this often before one is preferred. The faster of two measurements is right if one was disturbed,
-# as the lower median is of more.
+# Each size is tried this often before one is preferred. Of two measurements the lower one counts, so one may be
+# disturbed.
 _TRIES = 2
 # As many of the last measurements tell how fast a size is. With five, three disturbed ones come together often enough
-# to cost a tenth of a load on a busy machine (``tests/execution/test_page_policy.py``).
+# to slow a load on a busy machine.
 _RECENT = 7
 # Bytes until the other size is tried again; doubled each time that it is still slower.
 _FIRST_GAP_BYTES, _MOST_GAP_BYTES = 32 << 20, 256 << 20
@@ -81,7 +81,7 @@ class PagePolicy:
             return PageChoice(self._fixed, False)
         if not may_try:
             return PageChoice(self._faster(), False)
-        if min(self._tries.values()) < _TRIES:
+        if min(self._tries.values()) < _TRIES or not all(self._recent.values()):
             return self._try(self._tries[True] <= self._tries[False])
         best = self._faster()
         loss = (self._seconds_a_byte(not best) - self._seconds_a_byte(best)) * nbytes
@@ -135,4 +135,5 @@ class PagePolicy:
         return self._seconds_a_byte(True) <= self._seconds_a_byte(False)
 
     def _seconds_a_byte(self, huge: bool) -> float:
+        """The lower median, so that of two measurements a disturbed one does not count."""
         return statistics.median_low(self._recent[huge]) if self._recent[huge] else 0.0

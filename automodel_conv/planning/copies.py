@@ -39,6 +39,9 @@ class StridedCopy(NamedTuple):
         ]
 
 
+_Geometry = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
+"""Shape, source strides, target strides."""
+
 SPAN = 1 << 64
 """From the first element of one source to that of the next, where all sources lie in one long row; none is as long.
 
@@ -75,7 +78,7 @@ def over_sources(copy: StridedCopy) -> list[Piece]:
 
 
 def by_source(piece: Piece) -> StridedCopy:
-    """What a piece reads in the row of all sources, from each of them: a column for each."""
+    """A piece that reads the row of all sources, as a copy with a column for each source."""
     first, read = divmod(piece.source_offset, SPAN)
     sources, targets = [first], [piece.target_offset]
     inner = []
@@ -90,32 +93,33 @@ def by_source(piece: Piece) -> StridedCopy:
     shape, source_strides, target_strides = tuple(zip(*inner, strict=True)) or ((), (), ())
     one = canonical(Piece(0, shape, source_strides, read, target_strides, 0))
     return StridedCopy(
-        *(one.shape, one.source_strides, one.target_strides),
-        *(tuple(sources), (one.source_offset,) * len(sources), tuple(targets)),
+        one.shape, one.source_strides, one.target_strides, tuple(sources), (read,) * len(sources), tuple(targets)
     )
 
 
 def group_copies(copies: Sequence[StridedCopy]) -> tuple[StridedCopy, ...]:
-    """``group_pieces`` of the pieces of all copies, without an object for each where no source is in two columns."""
+    """As ``group_pieces`` of the pieces of all copies, with ``Piece`` objects only if a source is in two columns.
+
+    No two columns write from the same place.
+    """
     sources = [source for copy in copies for source in copy.ordinals]
     if len(set(sources)) < len(sources):
         return group_pieces([piece for copy in copies for piece in copy.pieces()])
-    alike: dict[tuple[tuple[int, ...], ...], list[StridedCopy]] = {}
+    alike: dict[_Geometry, list[tuple[int, int, int]]] = {}
     for copy in copies:
-        alike.setdefault(copy[:3], []).append(copy)
+        columns = zip(copy.target_offsets, copy.ordinals, copy.source_offsets, strict=True)
+        alike.setdefault(copy[:3], []).extend(columns)
     grouped = []
-    for group in alike.values():
-        columns = sorted(
-            (target, source, read) for copy in group for source, read, target in zip(*copy[3:], strict=True)
-        )
-        targets, ordinals, reads = zip(*columns, strict=True)
-        grouped.append(StridedCopy(*group[0][:3], ordinals, reads, targets))
+    for geometry, columns_of_geometry in alike.items():
+        if columns_of_geometry:
+            targets, ordinals, reads = zip(*sorted(columns_of_geometry), strict=True)
+            grouped.append(StridedCopy(*geometry, ordinals, reads, targets))
     return tuple(sorted(grouped, key=lambda copy: copy.target_offsets[0]))
 
 
 def group_pieces(pieces: Iterable[Piece]) -> tuple[StridedCopy, ...]:
     """Pieces of equal geometry as columns, ordered by where they write; runs that follow each other become one."""
-    groups: dict[tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]], list[Piece]] = {}
+    groups: dict[_Geometry, list[Piece]] = {}
     for piece in _joined(sorted(pieces, key=lambda p: p.target_offset)):
         groups.setdefault((piece.shape, piece.source_strides, piece.target_strides), []).append(piece)
     return tuple(

@@ -44,7 +44,7 @@ from automodel_conv.planning.registry import (
     without_ignored,
 )
 from automodel_conv.planning.rules import RuleSet
-from automodel_conv.planning.schemes import of_kv_caches
+from automodel_conv.planning.schemes import rows_of_kv_caches
 from automodel_conv.planning.unmarked import refuse_contradictions, refuse_grouped, refuse_other_layouts, refuse_untold
 from automodel_conv.planning.wrappers import plain_table
 
@@ -102,8 +102,8 @@ def loading_plan(
         targets = _relaid(targets, wanted, canonical, gated)
     elif in_place and wanted is not None and layout is not None:
         raise _not_laid_out(targets or (), wanted, layout)
-    if targets is not None and not of_kv_caches(targets):
-        of_caches = of_kv_caches(table.names)
+    if targets is not None and not rows_of_kv_caches(targets):
+        of_caches = rows_of_kv_caches(table.names)
         table = replace(table, hidden=table.hidden.union(of_caches)) if of_caches else table
     stages = _meant(table)
     if stages:

@@ -29,9 +29,9 @@ from automodel_conv.planning.schemes import (
     Block,
     Scheme,
     Storage,
-    of_kv_caches,
     part_name,
     read_config,
+    rows_of_kv_caches,
 )
 
 # Of a code's container, by dtype.
@@ -140,7 +140,7 @@ class _Finder:
         self._like_upstream = like_upstream
         self._meant: dict[int, tuple[str, str, tuple[int, ...]]] = {}  # name, dtype and shape of the weight
         self._told: set[int] = set()  # rows that take part in a problem
-        self._hidden = set(of_kv_caches(table.names))
+        self._hidden = set(rows_of_kv_caches(table.names))
         self.decodes: dict[int, Decode] = {}
         self.problems: list[str] = []
 

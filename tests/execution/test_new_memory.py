@@ -127,7 +127,7 @@ def test_all_of_it_is_made(threads):
 
 def test_both_sizes_are_tried(advice):
     NewMemory([new(64 * MIB)]).make_all(1)
-    assert [call[2] for call in advice[:6]] == [True, False] * 3
+    assert [call[2] for call in advice[:4]] == [True, False] * 2
 
 
 @pytest.mark.parametrize(("huge_pages", "asked"), [(None, True), (True, True), (False, False)])

@@ -109,6 +109,16 @@ def test_small_loads_try_each_size_on_two_blocks():
     assert all(choice.is_try for _, choice in load.chosen)
 
 
+def test_threads_that_start_together_try_one_block_each():
+    """Until both sizes are measured, none makes many pages of a size that may be the slow one."""
+    policy = PagePolicy()
+    choices = [policy.choose(BLOCK_BYTES) for _ in range(16)]
+    assert choices == [(True, True), (False, True)] * 8
+    for choice in choices:
+        policy.tell(choice, BLOCK_BYTES, 1e-3 * (HOST if choice.huge else SMALL))
+    assert policy.choose(BLOCK_BYTES) == (False, False)
+
+
 @pytest.mark.parametrize("huge", [True, False])
 def test_a_size_that_is_given_is_always_chosen(huge):
     load = Load(MACHINES["huge pages slow"], huge)

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from automodel_conv.planning.copies import StridedCopy, by_source, group_copies, group_pieces, over_sources
+from automodel_conv.planning.copies import SPAN, StridedCopy, by_source, group_copies, group_pieces, over_sources
 from automodel_conv.planning.view import Piece, canonical
 
 EXPERTS = 8192
@@ -60,14 +60,22 @@ def test_runs_within_one_source_stay_apart():
     assert again(copy) == copy.pieces() == [Piece(0, (3,), (1,), i * 6, (1,), i * 3) for i in range(3)]
 
 
-@given(
-    st.lists(st.lists(st.tuples(st.integers(0, 9), PLACES), min_size=1, max_size=4), min_size=1, max_size=4), st.data()
-)
+COLUMNS = st.lists(st.lists(st.tuples(st.integers(0, 9), PLACES), max_size=4), min_size=1, max_size=4)
+GEOMETRIES = st.sampled_from([((3,), (1,)), ((3, 3), (5, 1))])
+
+
+@given(COLUMNS, st.data())
 def test_copies_are_grouped_as_their_pieces_are(columns, data):
-    free = iter(data.draw(st.permutations(range(sum(map(len, columns))))))
-    shapes = [data.draw(st.sampled_from([(3,), (3, 3)])) for _ in columns]
-    copies = [
-        copy_of([(source, 3 * read, 3 * next(free)) for source, read in group], shape, (5, 1)[2 - len(shape) :])
-        for group, shape in zip(columns, shapes, strict=True)
-    ]
+    places = iter(data.draw(st.permutations(range(sum(map(len, columns))))))
+    copies = []
+    for group in columns:
+        shape, strides = data.draw(GEOMETRIES)
+        made = tuple(zip(*[(source, 3 * read, 3 * next(places)) for source, read in group], strict=True))
+        copies.append(StridedCopy(shape, strides, strides, *(made or ((), (), ()))))
     assert group_copies(copies) == group_pieces([piece for copy in copies for piece in copy.pieces()])
+
+
+def test_a_piece_that_walks_over_sources_in_two_dimensions_is_a_copy_of_each():
+    walk = Piece(0, (2, 3, 4), (3 * SPAN, SPAN, 1), SPAN + 7, (24, 8, 1), 100)
+    writes = (100, 108, 116, 124, 132, 140)
+    assert by_source(walk) == StridedCopy((4,), (1,), (1,), (1, 2, 3, 4, 5, 6), (7,) * 6, writes)
