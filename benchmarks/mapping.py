@@ -87,6 +87,7 @@ def work(method: str, root: str, size: str, layers: int) -> dict[str, Any]:
     logging.disable_progress_bar()
     load, memory_map, place = METHODS[method]
     directory, model = os.path.join(root, place), meta_model(_shape(size, layers))
+    measure.read_through(directory)  # last: of what was read before the wait, the page cache may have given up some
     start = time.perf_counter()
     tensors, report = load(directory, model, memory_map)
     seconds = time.perf_counter() - start
@@ -162,13 +163,7 @@ def run(layers: int, size: str, repetitions: int, directory: str | None) -> dict
         at_start = measure.digest(amc.load_state_dict(own, rules=[]))
         common = [root, size, str(layers)]
         commands = {method: ["-m", "benchmarks.mapping", "--worker", method, *common] for method in METHODS}
-
-        def before() -> None:
-            for place in (published, own):
-                measure.read_through(place)
-            memory.wait(memory.AS_FOUND)
-
-        runs = measure.run_interleaved(commands, repetitions, before)
+        runs = measure.run_interleaved(commands, repetitions, lambda: memory.wait(memory.AS_FOUND))
         measure.check_digests({method: found["digest"] for method, of in runs.items() for found in of})
         if measure.digest(amc.load_state_dict(own, rules=[])) != at_start:
             raise RuntimeError("writing to tensors has reached the files")

@@ -18,6 +18,8 @@ RESULTS = measure.REPOSITORY / "benchmarks" / "results"
     ("page", "make", "data"),
     [
         ("README.md", tables.markdown, "peers-2-cores.json"),
+        ("README.md", tables.markdown, "peers-as-found-2-cores.json"),
+        ("docs/performance.md", tables.markdown, "machines-2-cores.json"),
         ("docs/performance.md", tables.markdown, "peers-cold-2-cores.json"),
         ("docs/performance.md", choices.markdown, "choices-concatenated-2-cores.json"),
         ("docs/performance.md", choices.markdown, "choices-transposed-2-cores.json"),
