@@ -18,6 +18,7 @@ def test_memory_given_back_before_the_end_counts():
     kept = torch.ones(64 * MIB, dtype=torch.uint8)
     with PeakMemory() as peak:
         made = torch.ones(96 * MIB, dtype=torch.uint8)
+        time.sleep(0.1)  # to be looked at
         del made
     assert 90 * MIB < peak.anonymous_bytes < 110 * MIB
     assert peak.mapped_bytes < 8 * MIB
@@ -32,8 +33,8 @@ def test_mapped_files_are_resident_but_not_anonymous(tmp_path):
         for _ in range(2):
             with mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
                 assert sum(mapped[:: mmap.PAGESIZE]) == 0
-                time.sleep(0.02)  # to be looked at
-            time.sleep(0.02)
+                time.sleep(0.1)  # to be looked at
+            time.sleep(0.1)
     assert peak.anonymous_bytes < 8 * MIB
     assert 56 * MIB < peak.resident_bytes < 72 * MIB
     assert 120 * MIB < peak.mapped_bytes < 144 * MIB
@@ -51,8 +52,9 @@ def test_memory_made_ready_is_touched_and_given_back():
         ready_memory(512 * MIB)
         with PeakMemory() as after:
             pass
-    # What earlier tests have left behind may be given back meanwhile, some MiB.
-    assert 480 * MIB < peak.anonymous_bytes < 544 * MIB
+    # The memory goes as soon as it is touched, so only the kernel's own mark is sure to see all of it. What earlier
+    # tests have left behind may be given back meanwhile, some MiB.
+    assert 480 * MIB < peak.resident_bytes < 544 * MIB
     assert after.anonymous_bytes < 8 * MIB
 
 
