@@ -15,6 +15,8 @@ import torch.distributed.checkpoint as dcp
 
 pytest.importorskip("transformers", reason="the models are transformers'")
 
+from transformers.core_model_loading import SplitModulelist
+
 import automodel_conv as amc
 from automodel_conv.integrations.dcp import HuggingFaceReader
 from automodel_conv.planning.models import expert_layouts
@@ -39,11 +41,20 @@ ALWAYS = {
 MISREAD = {("qwen3_vl_moe", equal) for _, equal in equal_names() if "I == H" in equal}
 
 
+@functools.cache
+def keeps_sizes_of_one():
+    """Whether transformers keeps dimensions of size 1 where it takes experts apart; 5.17.0 writes other shapes then."""
+    made = SplitModulelist(dim=0).convert({"a": torch.zeros(2, 1, 3)}, ["a"], ["b.*"])
+    return made["b.0"].shape == (1, 3)
+
+
 class Case:
     """A model, the checkpoint it is published as, and the one that ``save_pretrained`` writes of it."""
 
     def __init__(self, name: str, equal: str, directory: Path):
         self.name, self.equal = name, equal
+        if "I == 1" in equal and not keeps_sizes_of_one():
+            pytest.skip("this transformers publishes experts without their dimension of size 1")
         self.model = build_model(name, equal=equal)
         if shapes_of(self.model) == usual_shapes(name):
             pytest.skip(f"nothing of {name} becomes equal")

@@ -86,7 +86,8 @@ def header_seeds() -> list[bytes]:
     odd = {"b": entry("F4", [2, 4], 8, 12), "a": entry("F32", [2], 0, 8), "none": entry("I64", [0, 4], 12, 12)}
     scalar = {"s": entry("F64", [], 0, 8), "t": entry("BOOL", [1], 8, 9), "u": entry("F8_E4M3", [1, 1], 9, 10)}
     files = [packed(two, bytes(range(11))), packed(odd, bytes(range(12))), packed(scalar, bytes(range(10)))]
-    return [*files, packed({}, b""), packed({"__metadata__": {}}, b"")]
+    empty = packed({"none": entry("U8", [0], 0, 0)}, b"")
+    return [*files, empty, packed({}, b""), packed({"__metadata__": {}}, b"")]
 
 
 # --- loads ------------------------------------------------------------------------------------------------------------
