@@ -31,7 +31,7 @@ VALUES = (
     {},
     [0],
     [2, 2],
-    *([2**32, 2**32], [2**63, 2]),  # whose product is 0 in 64 bits
+    *([2**32, 2**32], [2**63, 2], [2**62, 4], [2**61, 8]),  # whose product is 0 in 64 bits
 )
 TEXTS = (b"NaN", b"-Infinity", b"1e999", b'"\\ud800"', b'{"a":1,"a":2}', b"[" * 4000, b"0" * 5000, b"\xff", b"\n", b" ")
 
