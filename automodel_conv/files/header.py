@@ -8,6 +8,7 @@ occurs twice. Stricter than both, names are short and printable.
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
 from collections.abc import Callable
 from operator import sub
@@ -140,12 +141,20 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def _integer(text: str) -> int:
     if text == "-0":  # which serde takes for a floating number
         raise ValueError("-0 is not an integer")
+    _floating(text)
     return int(text)
+
+
+def _floating(text: str) -> float:
+    number = float(text)
+    if math.isinf(number):  # which serde refuses
+        raise ValueError(f"{text[:40]} is out of range")
+    return number
 
 
 _decode = json.JSONDecoder(parse_constant=_refuse_constant, object_pairs_hook=_unique).decode
 _decode_like_serde = json.JSONDecoder(
-    parse_constant=_refuse_constant, parse_int=_integer, object_pairs_hook=_unique
+    parse_constant=_refuse_constant, parse_int=_integer, parse_float=_floating, object_pairs_hook=_unique
 ).decode
 
 
