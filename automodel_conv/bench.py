@@ -19,17 +19,17 @@ import torch
 from automodel_conv.errors import UnsupportedError, message
 from automodel_conv.execution.buffers import allocate, byte_view
 from automodel_conv.execution.cpu import default_threads, load_files
-from automodel_conv.execution.jobs import Job, Part
 from automodel_conv.execution.new_memory import NewMemory
 from automodel_conv.execution.page_policy import PageUse
-from automodel_conv.execution.reading import OpenFiles, read_job, reading
-from automodel_conv.execution.schedule import RUN_BYTES, divide, runs
+from automodel_conv.execution.reading import OpenFiles, read, reading
 from automodel_conv.execution.workers import work_off
 from automodel_conv.files import system
 from automodel_conv.files.checkpoint import Checkpoint, open_downloaded
 from automodel_conv.loading import compile_plan
 from automodel_conv.planning.copies import Target
 from automodel_conv.planning.plan import CopyPlan
+from automodel_conv.schedule.host import RUN_BYTES, divide, runs
+from automodel_conv.schedule.jobs import Read, ReadInPlace, Reads
 
 DEFAULT_SAMPLE_BYTES = 8 * 10**9
 RUNS = 3
@@ -146,14 +146,14 @@ def bench(
             loads[threads].append(time.perf_counter() - begin)
     medians = {way: statistics.median(found) for way, found in roofs.items()}
     huge_wins = sum(medians[threads, True] < medians[threads, False] for threads in counts)
-    parts, _ = divide(sample.targets, [t.copies for t in sample.targets], checkpoint, plan.sources.decodes)
+    in_place, _ = divide(sample.targets, [t.copies for t in sample.targets], checkpoint, plan.sources.decodes)
     return Bench(
         files=len(checkpoint.files),
         tensors=len(checkpoint.names),
         nbytes=plan.bytes_read,
         sample_nbytes=sample.bytes_read,
         sample_targets=len(sample.targets),
-        scratch_nbytes=sample.bytes_read - sum(part.nbytes for part in parts),
+        scratch_nbytes=sample.bytes_read - in_place.total_bytes,
         open_seconds=opened - start,
         plan_seconds=planned - opened,
         cached=cached,
@@ -221,28 +221,28 @@ def _sample(plan: CopyPlan, most_bytes: int) -> CopyPlan:
     return replace(plan, targets=tuple(targets))
 
 
-def _reads(plan: CopyPlan, checkpoint: Checkpoint) -> list[Job]:
+def _reads(plan: CopyPlan, checkpoint: Checkpoint) -> list[ReadInPlace]:
     """The sources of a plan in the order of the files, each to a place of its own behind the one before."""
     decodes = plan.sources.decodes
     rows = {part for row in plan.used_sources for part in (row, *(decodes[row].parts if row in decodes else ()))}
-    parts: list[Part] = []
+    reads: list[Read] = []
     start = 0
     for row in sorted(rows, key=lambda row: (checkpoint.file_ids[row], checkpoint.offsets[row])):
         if nbytes := checkpoint.nbytes[row]:
-            parts.append(Part(checkpoint.file_ids[row], checkpoint.offsets[row], nbytes, 0, start, row))
+            reads.append(Read(checkpoint.file_ids[row], checkpoint.offsets[row], nbytes, 0, start))
             start += nbytes
-    return list(runs(parts, RUN_BYTES))
+    return [ReadInPlace(run) for run in runs(Reads.of(reads), RUN_BYTES)]
 
 
-def _read(jobs: Sequence[Job], checkpoint: Checkpoint, threads: int, huge: bool) -> None:
-    memory = torch.empty(sum(job.nbytes for job in jobs), dtype=torch.uint8, device="cpu")
+def _read(jobs: Sequence[ReadInPlace], checkpoint: Checkpoint, threads: int, huge: bool) -> None:
+    memory = torch.empty(sum(job.reads.total_bytes for job in jobs), dtype=torch.uint8, device="cpu")
     pages = NewMemory([memory], huge)
     views = [byte_view(memory)]
-    files = OpenFiles(checkpoint.files, jobs)
+    files = OpenFiles(checkpoint.files, (job.reads for job in jobs))
 
-    def take(job: Job) -> None:
+    def take(job: ReadInPlace) -> None:
         pages.make_for(job)
-        read_job(job, checkpoint, files, views)
+        read(job.reads, checkpoint, files, views)
 
     try:
         work_off(jobs, threads, lambda: take)
@@ -266,13 +266,13 @@ def _counts(default: int, most: int | None) -> list[int]:
     return sorted({default, most, *(1 << power for power in range(most.bit_length()) if 1 << power <= most)})
 
 
-def _cached(jobs: Sequence[Job], checkpoint: Checkpoint) -> float | None:
+def _cached(jobs: Sequence[ReadInPlace], checkpoint: Checkpoint) -> float | None:
     """Share of the bytes that the page cache holds, by looking at one in each MiB."""
     seen = []
     for job in jobs:
-        first, last = job.parts[0], job.parts[-1]
-        with reading(checkpoint.files[first.file]) as fd:
-            offsets = range(first.offset_bytes, last.offset_bytes + last.nbytes, _PROBE_BYTES)
+        reads = job.reads
+        with reading(checkpoint.files[int(reads.file[0])]) as fd:
+            offsets = range(int(reads.offset_bytes[0]), int(reads.stop_bytes[-1]), _PROBE_BYTES)
             seen += [system.is_cached(fd, offset) for offset in offsets]
     known = [found for found in seen if found is not None]
     return sum(known) / len(known) if known else None

@@ -8,12 +8,11 @@ from typing import Any, NamedTuple
 
 from automodel_conv.errors import UnsupportedError, message
 from automodel_conv.execution.cpu import DEFAULT_SCRATCH_BYTES, bytes_of_slot
-from automodel_conv.execution.reading import calls_of
-from automodel_conv.execution.schedule import schedule
 from automodel_conv.execution.upstream import upstream_calls
 from automodel_conv.files.checkpoint import Checkpoint
 from automodel_conv.planning.plan import CopyPlan
 from automodel_conv.planning.sharding import placed, shard_plan
+from automodel_conv.schedule.host import schedule
 
 MESH_NAMES = ("replicate", "ep", "fsdp")
 # Ranks that are looked at; those of larger meshes are sampled evenly, the first and the last among them.
@@ -93,11 +92,8 @@ def _cost(checkpoint: Checkpoint, plan: CopyPlan, mesh: Mapping[str, int], coord
     slots = bytes_of_slot(_THREADS, DEFAULT_SCRATCH_BYTES)
     copies = [target.copies for target in targets]
     jobs = schedule(targets, copies, checkpoint, plan.sources.decodes, threads=_THREADS, slot_bytes=slots)
-    reads = [
-        (call[0].file, call[-1].offset_bytes + call[-1].nbytes - call[0].offset_bytes)
-        for job in jobs
-        for call in calls_of(job.parts)
-    ]
+    calls = [call for job in jobs for call in job.reads.calls()]
+    reads = [(int(call.file[0]), int(call.stop_bytes[-1] - call.offset_bytes[0])) for call in calls]
     rows = [row for call in upstream_calls(mine) for row in call.rows]  # read whole
     reads += [(checkpoint.file_ids[row], checkpoint.nbytes[row]) for row in rows]
     files = {file for file, _ in reads}

@@ -18,7 +18,6 @@ from automodel_conv.errors import (
     message,
 )
 from automodel_conv.execution.file_slabs import FileSlabs
-from automodel_conv.execution.slabs import Slab
 from automodel_conv.execution.writing import (
     Maker,
     budget,
@@ -30,6 +29,7 @@ from automodel_conv.planning.carrying import dropped_rows
 from automodel_conv.planning.marks import stated_layout
 from automodel_conv.planning.plan import CopyPlan
 from automodel_conv.progress import bytes_progress
+from automodel_conv.schedule.writes import Slab
 
 
 @door("verifying")

@@ -24,10 +24,11 @@ from typing import Any, NamedTuple
 import torch
 from rich.table import Table
 
-from automodel_conv.execution import copying, cpu, new_memory, reading
-from automodel_conv.execution import schedule as scheduling
+from automodel_conv.execution import copying, cpu, new_memory
 from automodel_conv.files import system
 from automodel_conv.kernels import transpose
+from automodel_conv.schedule import host as scheduling
+from automodel_conv.schedule import jobs
 from benchmarks import measure
 from benchmarks.peers.worker import Job, variables, work
 from benchmarks.shapes import SMALL, qwen3_30b, write_checkpoint
@@ -50,7 +51,7 @@ def _put(module: Any, name: str, value: Any) -> Callable[[], None]:
 
 
 def _each_tensor_alone() -> None:
-    reading.calls_of = lambda parts: ([part] for part in parts)
+    jobs.Reads.calls = lambda reads: (reads.take(slice(n, n + 1)) for n in range(len(reads.file)))  # type: ignore[method-assign]
 
 
 def _pages(huge: bool, *, made_before: bool = True) -> Callable[[], None]:

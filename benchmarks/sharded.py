@@ -67,11 +67,11 @@ from torch import Tensor, nn
 import automodel_conv as amc
 from automodel_conv.execution.cpu import DEFAULT_SCRATCH_BYTES, bytes_of_slot
 from automodel_conv.execution.ranks import local_of
-from automodel_conv.execution.schedule import schedule
 from automodel_conv.files import system
 from automodel_conv.files.config import quantization_config
 from automodel_conv.measuring import PeakMemory, ready_memory
 from automodel_conv.planning.sharding import placed, shard_plan
+from automodel_conv.schedule.host import schedule
 from benchmarks import measure
 from benchmarks.grouped import advise_huge_pages, grouped_shapes, per_expert
 from benchmarks.shapes import (

@@ -56,16 +56,16 @@ def published(tmp_path):
 
 @pytest.fixture
 def reads(monkeypatch):
-    """The jobs of all reads of tensor data."""
+    """All reads of tensor data."""
     seen = []
     for module in (cpu, streaming):
-        stock = module.read_job
+        stock = module.read
 
-        def noted(job, *how, stock=stock):
-            seen.append(job)
-            return stock(job, *how)
+        def noted(reads, *how, stock=stock):
+            seen.append(reads)
+            return stock(reads, *how)
 
-        monkeypatch.setattr(module, "read_job", noted)
+        monkeypatch.setattr(module, "read", noted)
     return seen
 
 

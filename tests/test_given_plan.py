@@ -18,10 +18,10 @@ pytest.importorskip("transformers", reason="the models, their rules and their ch
 import automodel_conv as amc
 from automodel_conv import loading
 from automodel_conv.planning import pipeline
+from automodel_conv.planning.boxes import Box, Piece
 from automodel_conv.planning.copies import Decode, Fallback, SourceTable, Target, group_pieces
 from automodel_conv.planning.given import Misfits, fit_sources
 from automodel_conv.planning.plan import CopyPlan
-from automodel_conv.planning.view import Piece
 from automodel_conv.testing import POISON, assert_bytes_equal
 from tests.comparing import assert_same, assert_same_in_order, tensors_of
 from tests.model_zoo import build_model, write_checkpoint
@@ -166,7 +166,7 @@ def test_codes_that_decode_otherwise_do_not_fit(tmp_path):
 def test_how_a_source_decodes_is_part_of_it(other):
     decode = Decode("e4m3", (4, 4), (4, 4), 1)
     names, dtypes, shapes = ["w", "w_scale", "w_scale_2"], ["BF16", "F32", "F32"], [(4, 4), (1, 1), (1, 1)]
-    target = Target("w", "BF16", (4, 4), -1, (0,), group_pieces([Piece(0, (16,), (1,), 0, (1,), 0)]))
+    target = Target("w", "BF16", (4, 4), -1, (0,), group_pieces([Piece(0, Box((16,), (1,), (1,)), 0, 0)]))
     plan = CopyPlan(SourceTable(names, dtypes, shapes, {0: decode}), (target,))
     for table, fits in (
         (plan.sources, True),

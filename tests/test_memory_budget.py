@@ -12,9 +12,9 @@ from torch.profiler import ProfilerActivity, profile
 
 import automodel_conv as amc
 from automodel_conv.execution import cpu, filling, streaming
-from automodel_conv.execution.jobs import GAP_BYTES
 from automodel_conv.files import system
 from automodel_conv.planning.copies import Fallback
+from automodel_conv.schedule.jobs import GAP_BYTES
 from automodel_conv.testing import POISON, assert_bytes_equal
 from tests.execution.simulated import SimulatedDevice
 

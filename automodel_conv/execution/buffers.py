@@ -10,8 +10,8 @@ from torch import Tensor
 
 from automodel_conv.dtypes import torch_dtype
 from automodel_conv.errors import ConversionError, UnsupportedError, message
+from automodel_conv.planning.boxes import Box, NotAffine, Piece, chain, contiguous_strides, reach
 from automodel_conv.planning.copies import StridedCopy, Target, group_pieces
-from automodel_conv.planning.view import NotAffine, Piece, chain, contiguous_strides
 
 
 def dtype_of(code: str, name: str) -> torch.dtype:
@@ -109,7 +109,7 @@ class Aim:
         strides = buffer.stride()
         key = (id(target.copies), target.shape, strides)
         if key not in self._known:
-            real = Piece(0, target.shape, contiguous_strides(target.shape), 0, strides, 0)
+            real = Piece(0, Box(target.shape, contiguous_strides(target.shape), strides), 0, 0)
             first = [piece for copy in target.copies for piece in copy.pieces()]
             try:
                 self._known[key] = group_pieces(chain(first, [real], buffer.numel()))
@@ -129,11 +129,6 @@ def span_bytes(tensor: Tensor) -> int:
     if not tensor.numel():
         return 0
     return (1 + reach(tensor.shape, tensor.stride())) * tensor.element_size()
-
-
-def reach(shape: Sequence[int], strides: Sequence[int]) -> int:
-    """Elements from the first to the last of a view."""
-    return sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
 
 
 def byte_view(tensor: Tensor) -> memoryview:

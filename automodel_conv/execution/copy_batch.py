@@ -19,6 +19,7 @@ from automodel_conv.kernels.launch import MOST_RUN, MOST_STRIDE, Launches, start
 from automodel_conv.kernels.strided_copy import is_foldable, strided_copy_launches, strided_copy_torch
 from automodel_conv.kernels.transpose import transpose_launches
 from automodel_conv.kernels.variants import CASTS, Variant
+from automodel_conv.planning.boxes import Box
 from automodel_conv.planning.copies import StridedCopy
 
 BACKENDS = ("auto", "torch", "triton")
@@ -115,16 +116,16 @@ class CopyBatch:
         """
         dtypes = {sources[ordinal].dtype for ordinal in copy.ordinals}
         for dtype in dtypes:
-            form = Form(*copy[:3], dtype.itemsize, output.dtype.itemsize)
+            form = Form(copy.box, dtype.itemsize, output.dtype.itemsize)
             kind = _Kind(form, dtype, output.dtype, output.device)
             if kind not in self._kinds:
                 self._kinds[kind] = _Copies([], [], [], [])
             copies = self._kinds[kind]
-            places = copy[3:] if len(dtypes) == 1 else _of_dtype(dtype, sources, copy)
-            copies.sources.extend([sources[ordinal] for ordinal in places[0]])
-            copies.source_offsets.extend(places[1])
-            copies.targets.extend([output] * len(places[0]))
-            copies.target_offsets.extend(places[2])
+            _, ordinals, source_offsets, target_offsets = copy if len(dtypes) == 1 else _of_dtype(dtype, sources, copy)
+            copies.sources.extend([sources[ordinal] for ordinal in ordinals])
+            copies.source_offsets.extend(source_offsets)
+            copies.targets.extend([output] * len(ordinals))
+            copies.target_offsets.extend(target_offsets)
 
     def variants(self) -> Counter[frozenset[Variant]]:
         """Bytes written by the copies of each kind, by the variants that kernels would need for it."""
@@ -132,7 +133,7 @@ class CopyBatch:
         for kind, copies in self._kinds.items():
             moves = _moves(kind, copies)
             if moves is not None:
-                nbytes = len(copies.sources) * int(np.prod(kind.form.shape)) * kind.form.target_itemsize
+                nbytes = len(copies.sources) * kind.form.box.numel * kind.form.target_itemsize
                 found[_launches(kind, moves).variants] += nbytes
         return found
 
@@ -161,9 +162,11 @@ class CopyBatch:
         return planned.work
 
 
-def _of_dtype(dtype: torch.dtype, sources: Sequence[Tensor], copy: StridedCopy) -> Sequence[Sequence[int]]:
-    """The ordinals and offsets of the copies from sources of one dtype."""
-    return [*zip(*(place for place in zip(*copy[3:], strict=True) if sources[place[0]].dtype == dtype), strict=True)]
+def _of_dtype(dtype: torch.dtype, sources: Sequence[Tensor], copy: StridedCopy) -> StridedCopy:
+    """The copies from sources of one dtype."""
+    box, *columns = copy
+    of_dtype = [place for place in zip(*columns, strict=True) if sources[place[0]].dtype == dtype]
+    return StridedCopy(box, *zip(*of_dtype, strict=True))
 
 
 def _planned(kind: _Kind, copies: _Copies, use_kernels: bool, allowed: frozenset[Variant] | None) -> Planned:
@@ -171,19 +174,19 @@ def _planned(kind: _Kind, copies: _Copies, use_kernels: bool, allowed: frozenset
     moves = _moves(kind, copies) if use_kernels else None
     launches = _launches(kind, moves) if moves is not None else None
     if moves is None or launches is None or (allowed is not None and not launches.variants <= allowed):
-        return Planned([], _views(kind.form, *copies), Work(0, count))
+        return Planned([], _views(kind.form.box, *copies), Work(0, count))
     places = []
     for copy, at_source, at_target in zip(*moves.lone, strict=True):
         source, target = copies.sources[copy], copies.targets[copy]
         source_offset = (int(at_source) - source.data_ptr()) // source.itemsize
         places.append((source, source_offset, target, (int(at_target) - target.data_ptr()) // target.itemsize))
-    lone = _views(moves.lone_form, *zip(*places, strict=True)) if places else ([], [])
+    lone = _views(moves.lone_form.box, *zip(*places, strict=True)) if places else ([], [])
     by_torch = len(np.unique(moves.lone.copies))
     return Planned([launches], lone, Work(count - by_torch, by_torch))
 
 
 def _views(
-    form: Form,
+    box: Box,
     sources: Iterable[Tensor],
     source_offsets: Iterable[int],
     targets: Iterable[Tensor],
@@ -191,8 +194,8 @@ def _views(
 ) -> tuple[list[Tensor], list[Tensor]]:
     """The destinations and the sources of equal copies, as torch copies them."""
     return (
-        [strided(t, form.shape, form.target_strides, at) for t, at in zip(targets, target_offsets, strict=True)],
-        [strided(s, form.shape, form.source_strides, at) for s, at in zip(sources, source_offsets, strict=True)],
+        [strided(t, box.shape, box.target_strides, at) for t, at in zip(targets, target_offsets, strict=True)],
+        [strided(s, box.shape, box.source_strides, at) for s, at in zip(sources, source_offsets, strict=True)],
     )
 
 

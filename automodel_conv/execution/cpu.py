@@ -12,19 +12,17 @@ from torch import Tensor
 
 from automodel_conv.errors import ConversionError, message
 from automodel_conv.execution.buffers import Aim, byte_view, checked, dtype_of
-from automodel_conv.execution.copying import COPY_BYTES, COPY_RATIO, copy_moves
+from automodel_conv.execution.copying import COPY_BYTES, COPY_RATIO, copy_equal
 from automodel_conv.execution.decoding import decode_codes
-from automodel_conv.execution.jobs import ALIGN_BYTES, Job, Move, aligned, aligned_down
 from automodel_conv.execution.new_memory import NewMemory
 from automodel_conv.execution.reading import (
     LoadStats,
     OpenFiles,
     default_reader_threads,
-    read_job,
+    read,
     read_whole,
     tell_filled,
 )
-from automodel_conv.execution.schedule import schedule
 from automodel_conv.execution.thread_policy import ThreadPolicy
 from automodel_conv.execution.upstream import run_upstream, upstream_calls
 from automodel_conv.execution.workers import raise_if_stopped, work_off
@@ -32,6 +30,8 @@ from automodel_conv.files import system
 from automodel_conv.files.checkpoint import Checkpoint
 from automodel_conv.planning.plan import CopyPlan
 from automodel_conv.progress import SharedBar, bytes_progress
+from automodel_conv.schedule.host import schedule
+from automodel_conv.schedule.jobs import ALIGN_BYTES, Copies, Job, ReadAndCopy, aligned, aligned_down
 
 DEFAULT_SCRATCH_BYTES = 64 << 20
 LEAST_SCRATCH_BYTES = 4096
@@ -113,7 +113,7 @@ def load_files(
     threads = min(threads, scratch_bytes // (ALIGN_BYTES * (1 + COPY_RATIO)))
     slot_bytes = bytes_of_slot(threads, scratch_bytes)
     jobs = schedule(targets, copies, checkpoint, plan.sources.decodes, threads=threads, slot_bytes=slot_bytes)
-    bytes_read = sum(job.nbytes for job in jobs)
+    bytes_read = sum(job.reads.total_bytes for job in jobs)
     bytes_read += sum(checkpoint.nbytes[row] for call in calls for row in call.rows)
     done: set[int] = set()
     written: list[str] = []
@@ -144,7 +144,7 @@ def bytes_of_slot(threads: int, scratch_bytes: int) -> int:
 
 def _most_threads(jobs: Sequence[Job], threads: int, scratch_bytes: int) -> int:
     """How many threads there may be where they wait: scratch for each of them, and time to find out."""
-    if sum(job.nbytes for job in jobs) < _ADAPTED_BYTES:
+    if sum(job.reads.total_bytes for job in jobs) < _ADAPTED_BYTES:
         return threads
     of_each = _scratch_of_thread(jobs)
     fitting = scratch_bytes // of_each if of_each else _MOST_WAITING_THREADS
@@ -153,7 +153,7 @@ def _most_threads(jobs: Sequence[Job], threads: int, scratch_bytes: int) -> int:
 
 def _slot_bytes(jobs: Sequence[Job]) -> int:
     # Whole alignment units, so that the slot can be seen as elements of any size.
-    return aligned(max((job.scratch_bytes for job in jobs), default=0))
+    return aligned(max((job.scratch_bytes for job in jobs if isinstance(job, ReadAndCopy)), default=0))
 
 
 def _scratch_of_thread(jobs: Sequence[Job]) -> int:
@@ -173,7 +173,7 @@ def _run(
     stop: threading.Event | None,
 ) -> LoadStats:
     """Run the jobs; ``done`` collects the numbers of the finished ones, also when this raises."""
-    files = OpenFiles(checkpoint.files, jobs)
+    files = OpenFiles(checkpoint.files, (job.reads for job in jobs))
     views = [byte_view(tensor) for tensor in tensors]
     memory = NewMemory(tensors, huge_pages)
     slot_bytes = _slot_bytes(jobs)
@@ -181,16 +181,18 @@ def _run(
 
     def start() -> Callable[[tuple[int, Job]], None]:
         scratch = torch.empty(slot_bytes, dtype=torch.uint8, device="cpu")
-        own_views = [*views, byte_view(scratch)]  # so that SCRATCH finds it
+        scratch_view = [byte_view(scratch)]
 
         def take(item: tuple[int, Job]) -> None:
             number, job = item
             memory.make_for(job)
-            gaps.append(read_job(job, checkpoint, files, own_views))
-            decode_codes(job.decodings, scratch)
-            _copy(job.moves, scratch, tensors)
+            through_scratch = isinstance(job, ReadAndCopy)
+            gaps.append(read(job.reads, checkpoint, files, scratch_view if through_scratch else views))
+            if through_scratch:
+                decode_codes(job.decodings, scratch)
+                _copy(job.copies, scratch, tensors)
             done.add(number)
-            advance(job.nbytes)
+            advance(job.reads.total_bytes)
 
         return _telling(take, policy, lock) if adapts else take
 
@@ -217,14 +219,12 @@ def _telling(
         ready, last_ready = last_ready, system.seconds_ready()
         seconds = last - begin
         with lock:
-            policy.tell(item[1].nbytes, seconds - (last_ready - ready), seconds, last)
+            policy.tell(item[1].reads.total_bytes, seconds - (last_ready - ready), seconds, last)
 
     return told
 
 
-def _copy(moves: Sequence[Move], scratch: Tensor, tensors: Sequence[Tensor]) -> None:
+def _copy(batches: Sequence[Copies], scratch: Tensor, tensors: Sequence[Tensor]) -> None:
     """Copy from the scratch to the targets."""
-    typed = {dtype: scratch.view(dtype_of(dtype, "a source")) for dtype in {move.dtype for move in moves}}
-    # Ordered by place: copies that fill each other's gaps are faster next to each other.
-    ordered = sorted(moves, key=lambda move: (move.target, move.target_offset))
-    copy_moves((move, typed[move.dtype], tensors[move.target]) for move in ordered)
+    typed = {dtype: scratch.view(dtype_of(dtype, "a source")) for dtype in {copies.dtype for copies in batches}}
+    copy_equal((copies, typed[copies.dtype], tensors[copies.target]) for copies in batches)

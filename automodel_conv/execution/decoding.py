@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from automodel_conv.execution.buffers import dtype_of, strided
-from automodel_conv.execution.jobs import Decoding, Grid
 from automodel_conv.kernels.code_tables import code_table
 from automodel_conv.kernels.dequantize import dequantize_torch
+from automodel_conv.schedule.jobs import Decoding, Grid
 
 # Entries of the tables made at a time, where each scale has a row of its own.
 TABLE_ENTRIES = 1 << 18

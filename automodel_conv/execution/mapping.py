@@ -18,9 +18,9 @@ from automodel_conv.execution.buffers import allocate, dtype_of
 from automodel_conv.execution.reading import reading
 from automodel_conv.files import system
 from automodel_conv.files.checkpoint import Checkpoint
+from automodel_conv.planning.boxes import contiguous_strides
 from automodel_conv.planning.copies import Target
 from automodel_conv.planning.plan import CopyPlan
-from automodel_conv.planning.view import contiguous_strides
 
 # Smaller neighbours share a mapping, for a process may have some 65,000 (vm.max_map_count). What was written to one of
 # them is kept until the last of them is freed, so mappings are no larger than they must be.
@@ -56,7 +56,7 @@ def place_of(target: Target, checkpoint: Checkpoint) -> Place | None:
     size = dtype_of(target.dtype, target.name).itemsize
     found: tuple[int, int] | None = None
     for copy in target.copies:
-        if not copy.is_contiguous:
+        if not copy.box.is_run:
             return None
         for ordinal, source, place in zip(copy.ordinals, copy.source_offsets, copy.target_offsets, strict=True):
             row = target.sources[ordinal]

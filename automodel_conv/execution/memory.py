@@ -14,9 +14,9 @@ from automodel_conv.errors import ConversionError, message
 from automodel_conv.execution.buffers import Aim, checked, dtype_of, span_bytes
 from automodel_conv.execution.copy_batch import CopyBatch, Work, takes_kernels
 from automodel_conv.execution.upstream import run_upstream, upstream_calls
+from automodel_conv.planning.boxes import Box, NotAffine, Piece, chain, contiguous_strides
 from automodel_conv.planning.copies import StridedCopy, Target, group_pieces
 from automodel_conv.planning.plan import CopyPlan
-from automodel_conv.planning.view import NotAffine, Piece, chain, contiguous_strides
 
 # Of numpy's search for a shared byte: milliseconds.
 _MOST_WORK = 100_000
@@ -170,7 +170,7 @@ def from_real_strides(
         source = sources[ordinal]
         if not source.is_contiguous():
             shape = tuple(source.shape)
-            real = Piece(ordinal, shape, source.stride(), 0, contiguous_strides(shape), 0)
+            real = Piece(ordinal, Box(shape, source.stride(), contiguous_strides(shape)), 0, 0)
             try:
                 pieces[ordinal] = chain([real], reads, source.numel())
             except NotAffine:

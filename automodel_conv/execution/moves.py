@@ -7,6 +7,8 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
+from automodel_conv.planning.boxes import Box
+
 Verb = Literal["strided_copy", "transpose", "interleave", "deinterleave"]
 
 # Beyond this many matrices for one copy, they are too small for tiles to be worth it, and their table too large.
@@ -14,11 +16,9 @@ _MOST_MATRICES = 1 << 16
 
 
 class Form(NamedTuple):
-    """What equal copies have in common; strides in elements."""
+    """What equal copies have in common."""
 
-    shape: tuple[int, ...]
-    source_strides: tuple[int, ...]
-    target_strides: tuple[int, ...]
+    box: Box
     source_itemsize: int
     target_itemsize: int
 
@@ -72,7 +72,7 @@ def moves_of(form: Form, sources: np.ndarray, targets: np.ndarray) -> Moves | No
     Args:
         sources, targets: int64 ``[n]``, the address of the first element that each copy reads and writes, in bytes.
     """
-    dims = [_Dim(*dim) for dim in zip(*form[:3], strict=True) if dim[0] != 1]
+    dims = [_Dim(*dim) for dim in zip(*form.box, strict=True) if dim[0] != 1]
     places = Places(np.arange(len(sources)), sources, targets)
     lanes = _lanes(dims)
     if lanes is not None:
@@ -98,11 +98,7 @@ def moves_of(form: Form, sources: np.ndarray, targets: np.ndarray) -> Moves | No
                 return None
             places = _spread(places, dim, form)
     shape = (rows.size, by_source.size)
-    lone_form = form._replace(
-        shape=shape,
-        source_strides=(rows.source, by_source.source),
-        target_strides=(rows.target, by_source.target),
-    )
+    lone_form = form._replace(box=Box(shape, (rows.source, by_source.source), (rows.target, by_source.target)))
     none = Places(*(column[:0] for column in places))
     if verb == "strided_copy":
         matrix = Matrix(verb, shape, rows.source, rows.target)

@@ -12,13 +12,15 @@ import threading
 import time
 from collections.abc import Sequence
 
+import numpy as np
 from torch import Tensor
 
-from automodel_conv.execution.buffers import reach, span_bytes
-from automodel_conv.execution.jobs import SCRATCH, Job
+from automodel_conv.execution.buffers import span_bytes
 from automodel_conv.execution.page_policy import PagePolicy, PageUse
 from automodel_conv.execution.workers import work_off
 from automodel_conv.files import system
+from automodel_conv.planning.boxes import reach
+from automodel_conv.schedule.jobs import Copies, Job, ReadInPlace, Reads
 
 # A huge page of x86-64, and of arm64 with pages of 4 KiB.
 BLOCK_BYTES = 2 << 20
@@ -96,21 +98,41 @@ class NewMemory:
     def __init__(self, tensors: Sequence[Tensor], huge_pages: bool | None = None):
         self._tensors = tensors  # whose memory must not go meanwhile
         self._spans = [_span_of(tensor) if system.knows_pages() else None for tensor in tensors]
+        self._addresses = np.array([span.address if span else 0 for span in self._spans], np.int64)
+        self._is_span = np.array([span is not None for span in self._spans], bool)
         self._policy = PagePolicy(huge_pages)
         self._lock = threading.Lock()
         self._can_make = True
 
     def make_for(self, job: Job) -> None:
         """Make the memory that a job writes to, as far as it is new."""
-        spans = self._spans
-        for _, _, nbytes, target, start, _ in job.parts:
-            if target != SCRATCH and (span := spans[target]) is not None:
+        if isinstance(job, ReadInPlace):
+            self._make_for_reads(job.reads)
+        else:
+            for copies in job.copies:
+                self._make_for_copies(copies)
+
+    def _make_for_reads(self, reads: Reads) -> None:
+        """Make what reads fill; of small ones in one block the first makes all of it."""
+        reads = reads.take(self._is_span[reads.memory])
+        if not len(reads.memory):
+            return
+        start = self._addresses[reads.memory] + reads.start_bytes
+        first, last = start // BLOCK_BYTES, (start + reads.nbytes - 1) // BLOCK_BYTES
+        _, alone = np.unique(np.where(first == last, first, -1 - np.arange(len(first))), return_index=True)
+        few = reads.take(alone)
+        for memory, start, nbytes in zip(*(c.tolist() for c in (few.memory, few.start_bytes, few.nbytes)), strict=True):
+            span = self._spans[memory]
+            if span is not None:
                 self._make(span, start, start + nbytes)
-        for move in job.moves:
-            if (span := spans[move.target]) is not None:
-                size = self._tensors[move.target].element_size()
-                stop = move.target_offset + 1 + reach(move.shape, move.target_strides)
-                self._make(span, move.target_offset * size, stop * size)
+
+    def _make_for_copies(self, copies: Copies) -> None:
+        span = self._spans[copies.target]
+        if span is not None:
+            size = self._tensors[copies.target].element_size()
+            span_elements = 1 + reach(copies.box.shape, copies.box.target_strides)
+            for offset in copies.target_offsets:
+                self._make(span, offset * size, (offset + span_elements) * size)
 
     def make_all(self, threads: int) -> None:
         """Make all of it, by some threads."""

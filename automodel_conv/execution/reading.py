@@ -8,8 +8,6 @@ import threading
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from itertools import groupby
-from operator import attrgetter
 from typing import NamedTuple
 
 import torch
@@ -18,10 +16,10 @@ from torch import Tensor
 from automodel_conv.errors import ConversionError, ReadError, listing, message
 from automodel_conv.execution.buffers import byte_view, dtype_of, span_bytes
 from automodel_conv.execution.copy_batch import Work
-from automodel_conv.execution.jobs import GAP_BYTES, Job, Part
 from automodel_conv.execution.page_policy import PageUse
 from automodel_conv.files import system
 from automodel_conv.files.checkpoint import Checkpoint
+from automodel_conv.schedule.jobs import GAP_BYTES, Read, Reads
 
 # Where bytes between wanted ones are read to, by all threads at once; nobody looks at it.
 _JUNK = memoryview(bytearray(GAP_BYTES))
@@ -103,12 +101,12 @@ class OpenFiles:
         ReadError: the files are those of a repository that was opened from its headers alone.
     """
 
-    def __init__(self, paths: Sequence[str], jobs: Iterable[Job]):
+    def __init__(self, paths: Sequence[str], jobs: Iterable[Reads]):
         if remote := [path for path in paths if "://" in path]:
             text = "only the headers of this checkpoint were read, its data is not on this machine"
             raise ReadError(message(text, where=remote[0], do="load it by its name org/name, which downloads it"))
         self._paths = paths
-        self._jobs_left = Counter(file for job in jobs for file in job.files)
+        self._jobs_left = Counter(file for reads in jobs for file in reads.files)
         self._open: dict[int, int] = {}
         self._lock = threading.Lock()
 
@@ -129,68 +127,57 @@ class OpenFiles:
             system.close(self._open.popitem()[1])
 
 
-def read_job(job: Job, checkpoint: Checkpoint, files: OpenFiles, views: Sequence[memoryview]) -> int:
-    """Read all parts of a job; returns the bytes read between them and thrown away."""
-    by_file = groupby(job.parts, key=attrgetter("file"))
-    return sum(_read_parts(list(parts), checkpoint, files, views) for _, parts in by_file)
-
-
-def _read_parts(
-    parts_of_file: Sequence[Part], checkpoint: Checkpoint, files: OpenFiles, views: Sequence[memoryview]
-) -> int:
-    """Read parts of one file."""
-    file = parts_of_file[0].file
-    path = checkpoint.files[file]
-    try:
-        fd = files.descriptor(file)
-    except OSError as error:
-        raise _failure(f"cannot open a file: {error}", path, parts_of_file, checkpoint) from error
-    gaps = 0
-    for parts in calls_of(parts_of_file):
-        stop = parts[0].offset_bytes
-        slices: list[memoryview] = []
-        for _, offset, nbytes, target, start, _ in parts:
-            if offset > stop:
-                slices.append(_JUNK[: offset - stop])
-                gaps += offset - stop
-            slices.append(views[target][start : start + nbytes])
-            stop = offset + nbytes
+def read(reads: Reads, checkpoint: Checkpoint, files: OpenFiles, memories: Sequence[memoryview]) -> int:
+    """Do all reads of a job, into memories by their numbers; returns the bytes read between them and thrown away."""
+    gap_bytes = 0
+    for call in reads.calls():
+        file = int(call.file[0])
+        path = checkpoint.files[file]
         try:
-            system.read_exactly(fd, slices, parts[0].offset_bytes, path)
+            fd = files.descriptor(file)
+        except OSError as error:
+            raise _failure(f"cannot open a file: {error}", path, call, checkpoint) from error
+        views, gaps = _views(call, memories)
+        gap_bytes += gaps
+        try:
+            system.read_exactly(fd, views, int(call.offset_bytes[0]), path)
         except ReadError as error:
-            # If the file shrank its size tells the tensor; any other fault is one of the run's.
-            raise _failure(str(error), path, parts, checkpoint, system.size(fd)) from error
-    files.release(file)
-    return gaps
+            # If the file shrank its size tells the tensor; any other fault is one of the call's.
+            raise _failure(str(error), path, call, checkpoint, system.size(fd)) from error
+    for file in reads.files:
+        files.release(file)
+    return gap_bytes
 
 
-def calls_of(parts: Sequence[Part]) -> Iterator[Sequence[Part]]:
-    """Groups of parts near enough to be read by one call."""
-    first = 0
-    file_before, stop = parts[0].file, parts[0].offset_bytes
-    for n, (file, start, nbytes, _, _, _) in enumerate(parts):
-        if file != file_before or not 0 <= start - stop <= GAP_BYTES:
-            yield parts[first:n]
-            first = n
-        file_before, stop = file, start + nbytes
-    yield parts[first:]
+def _views(call: Reads, memories: Sequence[memoryview]) -> tuple[list[memoryview], int]:
+    """The memory that one call fills, and how much of it is for what lies between wanted bytes."""
+    columns = (call.memory, call.start_bytes, call.start_bytes + call.nbytes)
+    places = zip(*(column.tolist() for column in columns), strict=True)
+    views = [memories[memory][start:stop] for memory, start, stop in places]
+    gaps = call.offset_bytes[1:] - call.stop_bytes[:-1]
+    gap_bytes = int(gaps.sum())
+    if gap_bytes:
+        between = ([_JUNK[:gap]] if gap else [] for gap in gaps.tolist())
+        views = [views[0], *(part for gap, view in zip(between, views[1:], strict=True) for part in (*gap, view))]
+    return views, gap_bytes
 
 
-def _failure(text: str, path: str, parts: Sequence[Part], checkpoint: Checkpoint, size: int | None = None) -> ReadError:
+def _failure(text: str, path: str, call: Reads, checkpoint: Checkpoint, size: int | None = None) -> ReadError:
     """The error of a read; names the tensors in it, or the first one that a file of ``size`` bytes does not hold."""
-    rows = _rows_in(parts, checkpoint)
+    rows = _rows_in(call, checkpoint)
     cut = [row for row in rows if size is not None and checkpoint.offsets[row] + checkpoint.nbytes[row] > size]
     rows = cut[:1] or rows
     names = checkpoint.names[rows[0]]
     if len(rows) > 1:
         names = f"one of {len(rows)}, {names} to {checkpoint.names[rows[-1]]}"
-    where = f"{path}, from byte {parts[0].offset_bytes}"
+    where = f"{path}, from byte {call.offset_bytes[0]}"
     return ReadError(f"{message('tensor data could not be read', where=where)}\n  tensor:   {names}\n{text}")
 
 
-def _rows_in(parts: Sequence[Part], checkpoint: Checkpoint) -> list[int]:
-    """The tensors of one file that parts read bytes of, in the order of the file; a part may be several."""
-    file, spans = parts[0].file, [(part.offset_bytes, part.offset_bytes + part.nbytes) for part in parts]
+def _rows_in(call: Reads, checkpoint: Checkpoint) -> list[int]:
+    """The tensors of one file that a call reads bytes of, in the order of the file; a read may be several."""
+    file = call.file[0]
+    spans = list(zip(call.offset_bytes.tolist(), call.stop_bytes.tolist(), strict=True))
     columns = zip(checkpoint.file_ids, checkpoint.offsets, checkpoint.nbytes, strict=True)
     rows = [
         row
@@ -204,14 +191,10 @@ def read_whole(row: int, checkpoint: Checkpoint) -> Tensor:
     """A source read into a tensor of its own."""
     dtype = dtype_of(checkpoint.dtypes[row], checkpoint.names[row])
     tensor = torch.empty(checkpoint.shapes[row], dtype=dtype, device="cpu")
-    job = Job(
-        [Part(checkpoint.file_ids[row], checkpoint.offsets[row], span_bytes(tensor), 0, 0, row)],
-        [],
-        0,
-    )
-    files = OpenFiles(checkpoint.files, [job])
+    reads = Reads.of([Read(checkpoint.file_ids[row], checkpoint.offsets[row], span_bytes(tensor), 0, 0)])
+    files = OpenFiles(checkpoint.files, [reads])
     try:
-        read_job(job, checkpoint, files, [byte_view(tensor)])
+        read(reads, checkpoint, files, [byte_view(tensor)])
     finally:
         files.close()
     return tensor

@@ -25,25 +25,25 @@ from automodel_conv.errors import ConversionError, message
 from automodel_conv.execution.buffers import Aim, byte_view, checked, raw_bytes
 from automodel_conv.execution.copy_batch import Work, takes_kernels
 from automodel_conv.execution.device import Device, Event, Stream
-from automodel_conv.execution.jobs import aligned, aligned_down
 from automodel_conv.execution.reading import (
     LoadStats,
     OpenFiles,
     default_reader_threads,
-    read_job,
+    read,
     read_whole,
     tell,
     tell_filled,
 )
 from automodel_conv.execution.upstream import run_upstream, upstream_calls
 from automodel_conv.execution.window_copies import WindowCopies
-from automodel_conv.execution.windows import Chunk, Upload, Window, stream_schedule
 from automodel_conv.execution.workers import Stopped, raise_if_stopped
 from automodel_conv.files.checkpoint import Checkpoint
 from automodel_conv.kernels.launch import compile_ahead, why_not
 from automodel_conv.kernels.variants import Variant
 from automodel_conv.planning.plan import CopyPlan
 from automodel_conv.progress import SharedBar, bytes_progress
+from automodel_conv.schedule.device import Chunk, Upload, Window, stream_schedule
+from automodel_conv.schedule.jobs import aligned, aligned_down
 
 DEFAULT_DEVICE_SCRATCH_BYTES = 256 << 20
 LEAST_SCRATCH_BYTES = 8192
@@ -163,7 +163,7 @@ def stream_files(
     chunks, windows = stream_schedule(
         targets, copies, checkpoint, plan.sources.decodes, slot_bytes=ring.slot_bytes, window_bytes=window_bytes
     )
-    bytes_read = sum(chunk.read.nbytes for chunk in chunks)
+    bytes_read = sum(chunk.reads.total_bytes for chunk in chunks)
     bytes_read += sum(checkpoint.nbytes[row] for call in calls for row in call.rows)
     written: list[str] = []
     with bytes_progress(bytes_read, "loading", progress) as advance:
@@ -215,7 +215,7 @@ class _Load:
         self._stop_asked = stop
         self._todo = deque(enumerate(chunks))
         self._not_uploaded = dict(enumerate(chunks))
-        self._files = OpenFiles(checkpoint.files, (chunk.read for chunk in chunks))
+        self._files = OpenFiles(checkpoint.files, (chunk.reads for chunk in chunks))
         self._target_bytes: dict[int, Tensor] = {}
         self._changed = threading.Condition()
         self._stopped = False
@@ -231,7 +231,7 @@ class _Load:
     def run(self, threads: int) -> LoadStats:
         """Do it all, wait until the device has, and let go of every resource, whatever happens."""
         threads = max(1, min(threads, len(self._not_uploaded)))
-        slot_bytes = aligned(max((chunk.read.nbytes for chunk in self._not_uploaded.values()), default=0))
+        slot_bytes = aligned(max((chunk.reads.total_bytes for chunk in self._not_uploaded.values()), default=0))
         region_bytes = aligned(max((window.nbytes for window in self._windows), default=0))
         pinned = self._device.pinned(threads * _SLOTS * slot_bytes)
         slots = deque(_Slot(memory) for memory in pinned.view(threads * _SLOTS, slot_bytes))
@@ -289,9 +289,7 @@ class _Load:
             return set(range(len(self._tensors)))
         windows = [window for number, window in enumerate(self._windows) if number not in self._emptied]
         by_upload = {number for chunk in list(self._not_uploaded.values()) for number in chunk.to_targets}
-        places = [places for window in windows for places in window.rectangles.values()]
-        by_decoding = {place.target for some in places for place in some}
-        return by_upload | by_decoding | {move.target for window in windows for move in window.moves}
+        return by_upload.union(*(window.targets for window in windows))
 
     def _stop(self) -> None:
         with self._changed:
@@ -320,12 +318,12 @@ class _Load:
                 return
             if slot.uploaded is not None:
                 slot.uploaded.synchronize()
-            gap_bytes = read_job(chunk.read, self._checkpoint, self._files, [slot.view])
+            gap_bytes = read(chunk.reads, self._checkpoint, self._files, [slot.view])
             self._upload(chunk, slot)
             with self._changed:
                 self._gap_bytes += gap_bytes
                 del self._not_uploaded[number]
-            self._advance(chunk.read.nbytes)
+            self._advance(chunk.reads.total_bytes)
 
     def _upload(self, chunk: Chunk, slot: _Slot) -> None:
         pairs: list[tuple[Tensor, Tensor]] = []

@@ -13,12 +13,12 @@ from automodel_conv.dtypes import dtype_code
 from automodel_conv.errors import ConversionError, UnsupportedError, message
 from automodel_conv.execution.cuda import streaming_device
 from automodel_conv.execution.memory import from_real_strides
-from automodel_conv.execution.slabs import Slab, slab_schedule
 from automodel_conv.execution.writing import DeviceTensors, HostTensors, Maker
+from automodel_conv.planning.boxes import NotAffine, Piece, chain
 from automodel_conv.planning.copies import StridedCopy, Target, group_pieces
 from automodel_conv.planning.plan import CopyPlan
 from automodel_conv.planning.sharding import Region
-from automodel_conv.planning.view import NotAffine, Piece, canonical, chain
+from automodel_conv.schedule.writes import Slab, slab_schedule
 
 
 class Holding(NamedTuple):
@@ -130,7 +130,7 @@ def _from_held(target: Target, regions: _Regions) -> Sequence[StridedCopy]:
 def _read_from(region: Region, piece: Piece, ordinal: int, target: Target) -> list[Piece]:
     placed = [part.turned()._replace(source=ordinal) for part in region.pieces()]
     try:
-        return [canonical(made) for made in chain(placed, [piece], prod(region.shape))]
+        return [made.canonical() for made in chain(placed, [piece], prod(region.shape))]
     except NotAffine as error:
         text = f"{target.name} cannot be made of a part of its source: {error}"
         raise UnsupportedError(message(text, found=f"{region}")) from None

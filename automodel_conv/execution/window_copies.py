@@ -10,14 +10,13 @@ from torch import Tensor
 
 from automodel_conv.dtypes import itemsize
 from automodel_conv.execution.buffers import dtype_of
-from automodel_conv.execution.code_slabs import Place, Rectangle
 from automodel_conv.execution.copy_batch import CopyBatch, Work
 from automodel_conv.execution.window_decoding import WindowDecoder
-from automodel_conv.execution.windows import Window
 from automodel_conv.kernels.launch import MOST_STRIDE, Launches, start
 from automodel_conv.kernels.strided_copy import strided_copy_torch
 from automodel_conv.kernels.variants import Variant
-from automodel_conv.planning.copies import StridedCopy
+from automodel_conv.schedule.code_slabs import Place, Rectangle
+from automodel_conv.schedule.device import Window
 
 
 class WindowCopies:
@@ -45,7 +44,7 @@ class WindowCopies:
         nbytes: Counter[frozenset[Variant]] = Counter()
         seen: set[object] = set()
         for number, window in enumerate(self._windows):
-            forms = {(*move[1:4], move.target_strides, self._tensors[move.target].dtype) for move in window.moves}
+            forms = {(c.dtype, c.box, self._tensors[c.target].dtype) for c in window.copies}
             if not forms <= seen:
                 nbytes += self._batch(number).variants()
             if not window.rectangles.keys() <= seen:
@@ -103,13 +102,10 @@ class WindowCopies:
         region = self._region(number)
         typed: dict[str, Tensor] = {}
         batch = CopyBatch()
-        for move in sorted(self._windows[number].moves, key=lambda move: (move.target, move.target_offset)):
-            if move.dtype not in typed:
-                typed[move.dtype] = region.view(dtype_of(move.dtype, "a source"))
-            copy = StridedCopy(
-                move.shape, move.source_strides, move.target_strides, (0,), (move.source_offset,), (move.target_offset,)
-            )
-            batch.add(copy, [typed[move.dtype]], self._tensors[move.target])
+        for copies in self._windows[number].copies:
+            if copies.dtype not in typed:
+                typed[copies.dtype] = region.view(dtype_of(copies.dtype, "a source"))
+            batch.add(copies.out_of_one(), [typed[copies.dtype]], self._tensors[copies.target])
         return batch
 
 

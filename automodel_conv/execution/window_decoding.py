@@ -9,10 +9,6 @@ import torch
 from torch import Tensor
 
 from automodel_conv.execution.buffers import dtype_of, strided
-from automodel_conv.execution.code_slabs import BYTE_SCALES, Place, Rectangle, ScaleKind
-from automodel_conv.execution.code_windows import ScaleGroup
-from automodel_conv.execution.coded_source import PACKED
-from automodel_conv.execution.jobs import SCRATCH
 from automodel_conv.kernels.address_table import Matrices, at_addresses
 from automodel_conv.kernels.code_tables import (
     byte_scale_table,
@@ -23,6 +19,9 @@ from automodel_conv.kernels.code_tables import (
 )
 from automodel_conv.kernels.dequantize import dequantize_launches, dequantize_torch
 from automodel_conv.kernels.launch import Launches
+from automodel_conv.schedule.code_slabs import BYTE_SCALES, Place, Rectangle, ScaleKind
+from automodel_conv.schedule.code_windows import ScaleGroup
+from automodel_conv.schedule.coded_source import PACKED
 
 # Rows of a table that are made at a time, where each takes scratch for its zero point or its global scale.
 _BAND_ROWS = 1 << 16
@@ -103,7 +102,8 @@ class WindowDecoder:
         bits, device = kind.bits, window.device
         table, dtype = self._table(group, window), _dtype(kind.numbers)
         targets, offsets, codes_bytes, scales, sources = np.array(places, np.int64).T
-        starts = np.where(targets == SCRATCH, window.data_ptr(), self._addresses[targets]) + offsets * dtype.itemsize
+        bases = window.data_ptr() if rectangle.in_window else self._addresses[targets]
+        starts = bases + offsets * dtype.itemsize
         row_stride, column_stride = rectangle.target_strides
         is_transposed = min(rows, columns) > 1 and row_stride < column_stride
         shape = (columns, rows) if is_transposed else (rows, columns)
@@ -159,7 +159,7 @@ class WindowDecoder:
         )
         scratch = window.view(dtype)
         for target, target_offset, codes_bytes, scale, source in places:
-            output = scratch if target == SCRATCH else self._tensors[target]
+            output = scratch if rectangle.in_window else self._tensors[target]
             if kind.has_byte_cells:
                 cells = strided(window, grid, (rectangle.across, 1), group.scales_bytes + scale)
             else:

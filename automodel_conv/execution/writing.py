@@ -17,18 +17,18 @@ from torch import Tensor
 from automodel_conv.errors import ConversionError, WriteError, message
 from automodel_conv.execution.buffers import byte_view, dtype_of, raw_bytes
 from automodel_conv.execution.copy_batch import CopyBatch, takes_kernels
-from automodel_conv.execution.copying import COPY_BYTES, COPY_RATIO, copy_moves
+from automodel_conv.execution.copying import COPY_BYTES, COPY_RATIO, copy_equal
 from automodel_conv.execution.decoding import decode_codes
 from automodel_conv.execution.device import Device
-from automodel_conv.execution.jobs import Job, Move, aligned_down
-from automodel_conv.execution.reading import OpenFiles, cores, read_job, reading
-from automodel_conv.execution.schedule import runs, staged
-from automodel_conv.execution.slabs import Slab, filled_ranges
+from automodel_conv.execution.reading import OpenFiles, cores, read, reading
 from automodel_conv.execution.workers import work_off
 from automodel_conv.files import system
 from automodel_conv.files.checkpoint import Checkpoint
 from automodel_conv.files.shards import Shard
-from automodel_conv.planning.copies import Decode, StridedCopy
+from automodel_conv.planning.copies import Decode
+from automodel_conv.schedule.host import runs, staged
+from automodel_conv.schedule.jobs import Copies, Job, Move, ReadInPlace, Reads, aligned_down, grouped
+from automodel_conv.schedule.writes import Slab, filled_ranges
 
 LEAST_SCRATCH_BYTES = 1 << 16
 
@@ -187,10 +187,10 @@ def _comparer(
 # --- where the bytes come from ----------------------------------------------------------------------------------------
 
 
-def _by_place(moves: Mapping[int, Sequence[Move]]) -> list[tuple[int, Move]]:
-    """Source rows and moves; those that fill each other's gaps one after the other, which is faster."""
-    pairs = [(row, move) for row, group in moves.items() for move in group]
-    return sorted(pairs, key=lambda pair: (pair[1].target, pair[1].target_offset))
+def _by_place(moves: Mapping[int, Sequence[Move]]) -> list[tuple[int, Copies]]:
+    """Source rows and copies; those that fill each other's gaps one after the other, which is faster."""
+    pairs = [(row, copies) for row, group in moves.items() for copies in grouped(group)]
+    return sorted(pairs, key=lambda pair: (pair[1].target, pair[1].target_offsets[0]))
 
 
 class _Memory:
@@ -215,9 +215,10 @@ class HostTensors:
         self._view = byte_view(self._slab.memory)
 
     def __call__(self, slab: Slab) -> list[memoryview]:
-        if slab.parts:
-            return [self._bytes(part.row)[part.offset_bytes : part.offset_bytes + part.nbytes] for part in slab.parts]
-        copy_moves((move, self._tensors[row], self._slab.typed[move.target]) for row, move in _by_place(slab.moves))
+        if slab.reads:
+            return [self._bytes(file)[start : start + nbytes] for file, start, nbytes, *_ in slab.reads]
+        batches = _by_place(slab.moves)
+        copy_equal((copies, self._tensors[row], self._slab.typed[copies.target]) for row, copies in batches)
         return [self._view[: slab.nbytes]]
 
     def copy_within_kernel(self, slab: Slab, fd: int) -> bool:
@@ -244,17 +245,15 @@ class DeviceTensors:
     def __call__(self, slab: Slab) -> list[memoryview]:
         self._stream.copy_all(
             (
-                self._pinned[part.start_bytes : part.start_bytes + part.nbytes],
-                raw_bytes(self._tensors[part.row])[part.offset_bytes : part.offset_bytes + part.nbytes],
+                self._pinned[start : start + nbytes],
+                raw_bytes(self._tensors[file])[offset : offset + nbytes],
             )
-            for part in slab.parts
+            for file, offset, nbytes, _, start in slab.reads
         )
         if slab.moves:
             batch = CopyBatch()
-            for row, move in _by_place(slab.moves):
-                places = ((0,), (move.source_offset,), (move.target_offset,))
-                copy = StridedCopy(move.shape, move.source_strides, move.target_strides, *places)
-                batch.add(copy, [self._tensors[row]], self._slab.typed[move.target])
+            for row, copies in _by_place(slab.moves):
+                batch.add(copies.out_of_one(), [self._tensors[row]], self._slab.typed[copies.target])
             self._stream.run(lambda: self._copy(batch))
             self._stream.copy_all([(self._pinned[: slab.nbytes], self._slab.memory[: slab.nbytes])])
         self._stream.record().synchronize()
@@ -284,36 +283,39 @@ class SourceFiles:
         self._jobs = jobs
         self._slab = _Memory(_scratch(slab_bytes), dtypes)
         self._input = _scratch(input_bytes)
-        self._views = [byte_view(self._slab.memory), byte_view(self._input)]  # so that SCRATCH finds the second
+        self._slab_view, self._input_view = byte_view(self._slab.memory), byte_view(self._input)
 
     def __call__(self, slab: Slab) -> list[memoryview]:
         typed = {}
         for job in self._jobs[slab.file, slab.offset_bytes]:
-            read_job(job, self._checkpoint, self._files, self._views)
+            if isinstance(job, ReadInPlace):
+                read(job.reads, self._checkpoint, self._files, [self._slab_view])
+                continue
+            read(job.reads, self._checkpoint, self._files, [self._input_view])
             decode_codes(job.decodings, self._input)
-            for dtype in {move.dtype for move in job.moves} - typed.keys():
+            for dtype in {copies.dtype for copies in job.copies} - typed.keys():
                 typed[dtype] = self._input.view(dtype_of(dtype, "a source"))
-            ordered = sorted(job.moves, key=lambda move: move.target_offset)
-            copy_moves((move, typed[move.dtype], self._slab.typed[move.target]) for move in ordered)
-        return [self._views[0][: slab.nbytes]]
+            copy_equal((copies, typed[copies.dtype], self._slab.typed[copies.target]) for copies in job.copies)
+        return [self._slab_view[: slab.nbytes]]
 
     def copy_within_kernel(self, slab: Slab, fd: int) -> bool:
         """Whether the kernel took all parts; where it did not, they are read and written, which tells what is wrong."""
-        if not slab.parts:
+        if not slab.reads:
             return False
         try:
-            for part in slab.parts:
-                source, done = self._files.descriptor(part.file), 0
-                while done < part.nbytes:
-                    at = slab.offset_bytes + part.start_bytes + done
-                    count = system.copy_range(source, part.offset_bytes + done, fd, at, part.nbytes - done)
+            for file, offset, nbytes, _, start in slab.reads:
+                source, done = self._files.descriptor(file), 0
+                while done < nbytes:
+                    at = slab.offset_bytes + start + done
+                    count = system.copy_range(source, offset + done, fd, at, nbytes - done)
                     if not count:
                         return False
                     done += count
         except OSError:
             return False  # which of the two files it was is found out by reading and writing
         for job in self._jobs[slab.file, slab.offset_bytes]:
-            self._files.release(job.parts[0].file)
+            for file in job.reads.files:
+                self._files.release(file)
         return True
 
 
@@ -321,8 +323,9 @@ def jobs_of(
     slabs: Iterable[Slab], checkpoint: Checkpoint, decodes: Mapping[int, Decode], input_bytes: int
 ) -> dict[tuple[int, int], list[Job]]:
     """What is read for each slab, by its place."""
-    jobs = {}
+    jobs: dict[tuple[int, int], list[Job]] = {}
     for slab in slabs:
-        reads = list(runs(sorted(slab.parts), slab.nbytes))
-        jobs[slab.file, slab.offset_bytes] = reads + list(staged(slab.moves, checkpoint, decodes, input_bytes))
+        in_place = runs(Reads.of(sorted(slab.reads)), slab.nbytes)
+        through_input = staged(slab.moves, checkpoint, decodes, input_bytes)
+        jobs[slab.file, slab.offset_bytes] = [*map(ReadInPlace, in_place), *through_input]
     return jobs

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from automodel_conv.dtypes import FLOATING, dtype_code, promoted, torch_dtype
 from automodel_conv.errors import Message, NameProblems, UnsupportedError, listing, message
+from automodel_conv.planning.boxes import NotAffine
 from automodel_conv.planning.casts import check_cast
 from automodel_conv.planning.copies import Fallback, SourceTable, StridedCopy, Target
 from automodel_conv.planning.lowering import (
@@ -30,7 +31,6 @@ from automodel_conv.planning.plan import CopyPlan
 from automodel_conv.planning.resolve import Assignment, all_targets, missing_parts, resolve
 from automodel_conv.planning.rules import NotLowerable, RuleSet
 from automodel_conv.planning.square import square_matrices
-from automodel_conv.planning.view import NotAffine
 
 AsStored = Callable[[str, str, str], bool]
 """Whether a source of a dtype keeps it on the way to a target: ``(source, dtype code, target)``."""

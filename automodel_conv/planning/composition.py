@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from math import prod
 
 from automodel_conv.errors import CoverageError, UnsupportedError, message
+from automodel_conv.planning.boxes import NotAffine, Piece, chain
 from automodel_conv.planning.casts import check_cast
 from automodel_conv.planning.copies import SourceTable, StridedCopy, Target, by_source, group_pieces, over_sources
-from automodel_conv.planning.view import NotAffine, Piece, canonical, chain
 
 
 def table_of(targets: Sequence[Target]) -> SourceTable:
@@ -28,7 +28,7 @@ def inverted(targets: Sequence[Target], sources: SourceTable) -> list[Target]:
     for source in sorted(incoming):
         rows = sorted({row for row, _ in incoming[source]})
         ordinal = {row: i for i, row in enumerate(rows)}
-        pieces = (canonical(piece._replace(source=ordinal[row])) for row, piece in incoming[source])
+        pieces = (piece.canonical()._replace(source=ordinal[row]) for row, piece in incoming[source])
         rule = targets[rows[0]].rule if rows else -1
         name, dtype, shape = sources.names[source], sources.dtypes[source], sources.shapes[source]
         made.append(Target(name, dtype, shape, rule, tuple(rows), shared(group_pieces(pieces))))
@@ -70,14 +70,14 @@ def chained(
         key = (id(target.copies), places, *((id(before.copies), before.shape) for before in middle))
         if key not in seen:
             pieces = [
-                Piece(places[read.source][piece.source], *piece[1:])
+                piece._replace(source=places[read.source][piece.source])
                 for copy in target.copies
                 for read in copy.pieces()
                 for piece in _through(middle[read.source], read, target)
             ]
             used = tuple(sorted({piece.source for piece in pieces}))
             place = {ordinal: i for i, ordinal in enumerate(used)}
-            copies = group_pieces(Piece(place[piece.source], *piece[1:]) for piece in pieces)
+            copies = group_pieces(piece._replace(source=place[piece.source]) for piece in pieces)
             seen[key] = shared(copies), used
         copies, used = seen[key]
         all_rows = list(rows)

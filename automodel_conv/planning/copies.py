@@ -9,38 +9,29 @@ from typing import Any, NamedTuple
 
 from automodel_conv.dtypes import nbytes
 from automodel_conv.files.checkpoint import Checkpoint
-from automodel_conv.planning.view import Piece, canonical
+from automodel_conv.planning.boxes import Box, Piece, run_of
 
 
 class StridedCopy(NamedTuple):
-    """Equal copies at different places: for each column k and every index i < shape,
+    """Equal copies at different places: for each column k and every index i < box.shape,
 
     ``target[target_offsets[k] + i . target_strides] = source[ordinals[k]][source_offsets[k] + i . source_strides]``
 
     All strides and offsets are in elements of contiguous tensors; ``ordinals`` index the target's ``sources``.
     """
 
-    shape: tuple[int, ...]
-    source_strides: tuple[int, ...]
-    target_strides: tuple[int, ...]
+    box: Box
     ordinals: tuple[int, ...]
     source_offsets: tuple[int, ...]
     target_offsets: tuple[int, ...]
 
-    @property
-    def is_contiguous(self) -> bool:
-        """True if both sides are one run of elements, so that bytes can be moved without a look at them."""
-        return self.source_strides == self.target_strides and self.source_strides in ((), (1,))
-
     def pieces(self) -> list[Piece]:
+        """The copies one by one."""
         return [
-            Piece(ordinal, self.shape, self.source_strides, source, self.target_strides, target)
+            Piece(ordinal, self.box, source, target)
             for ordinal, source, target in zip(self.ordinals, self.source_offsets, self.target_offsets, strict=True)
         ]
 
-
-_Geometry = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
-"""Shape, source strides, target strides."""
 
 SPAN = 1 << 64
 """From the first element of one source to that of the next, where all sources lie in one long row; none is as long.
@@ -64,13 +55,12 @@ def over_sources(copy: StridedCopy) -> list[Piece]:
         else:
             read, skip, apart, count = column[2], 0, 0, 1
             runs.append([ordinal, read, written, 1, 0, 0])
+    (shape, source_strides, target_strides), *_ = copy
     return [
         Piece(
             0,
-            (count, *copy.shape),
-            (skip * SPAN, *copy.source_strides),
+            Box((count, *shape), (skip * SPAN, *source_strides), (apart, *target_strides)),
             ordinal * SPAN + read,
-            (apart, *copy.target_strides),
             written,
         )
         for ordinal, read, written, count, skip, apart in runs
@@ -82,7 +72,7 @@ def by_source(piece: Piece) -> StridedCopy:
     first, read = divmod(piece.source_offset, SPAN)
     sources, targets = [first], [piece.target_offset]
     inner = []
-    for dim in zip(piece.shape, piece.source_strides, piece.target_strides, strict=True):
+    for dim in zip(*piece.box, strict=True):
         count, step, apart = dim
         if step < SPAN:
             inner.append(dim)
@@ -91,10 +81,8 @@ def by_source(piece: Piece) -> StridedCopy:
             sources = [source + i * skip for source in sources for i in range(count)]
             targets = [target + i * apart for target in targets for i in range(count)]
     shape, source_strides, target_strides = tuple(zip(*inner, strict=True)) or ((), (), ())
-    one = canonical(Piece(0, shape, source_strides, read, target_strides, 0))
-    return StridedCopy(
-        one.shape, one.source_strides, one.target_strides, tuple(sources), (read,) * len(sources), tuple(targets)
-    )
+    box = Box(shape, source_strides, target_strides).canonical()
+    return StridedCopy(box, tuple(sources), (read,) * len(sources), tuple(targets))
 
 
 def group_copies(copies: Sequence[StridedCopy]) -> tuple[StridedCopy, ...]:
@@ -105,54 +93,45 @@ def group_copies(copies: Sequence[StridedCopy]) -> tuple[StridedCopy, ...]:
     sources = [source for copy in copies for source in copy.ordinals]
     if len(set(sources)) < len(sources):
         return group_pieces([piece for copy in copies for piece in copy.pieces()])
-    alike: dict[_Geometry, list[tuple[int, int, int]]] = {}
+    alike: dict[Box, list[tuple[int, int, int]]] = {}
     for copy in copies:
         columns = zip(copy.target_offsets, copy.ordinals, copy.source_offsets, strict=True)
-        alike.setdefault(copy[:3], []).extend(columns)
+        alike.setdefault(copy.box, []).extend(columns)
     grouped = []
-    for geometry, columns_of_geometry in alike.items():
-        if columns_of_geometry:
-            targets, ordinals, reads = zip(*sorted(columns_of_geometry), strict=True)
-            grouped.append(StridedCopy(*geometry, ordinals, reads, targets))
+    for box, columns_of_box in alike.items():
+        if columns_of_box:
+            targets, ordinals, reads = zip(*sorted(columns_of_box), strict=True)
+            grouped.append(StridedCopy(box, ordinals, reads, targets))
     return tuple(sorted(grouped, key=lambda copy: copy.target_offsets[0]))
 
 
 def group_pieces(pieces: Iterable[Piece]) -> tuple[StridedCopy, ...]:
-    """Pieces of equal geometry as columns, ordered by where they write; runs that follow each other become one."""
-    groups: dict[_Geometry, list[Piece]] = {}
+    """Pieces of equal boxes as columns, ordered by where they write; runs that follow each other become one."""
+    groups: dict[Box, list[Piece]] = {}
     for piece in _joined(sorted(pieces, key=lambda p: p.target_offset)):
-        groups.setdefault((piece.shape, piece.source_strides, piece.target_strides), []).append(piece)
+        groups.setdefault(piece.box, []).append(piece)
     return tuple(
         StridedCopy(
-            shape,
-            source_strides,
-            target_strides,
+            box,
             tuple(p.source for p in group),
             tuple(p.source_offset for p in group),
             tuple(p.target_offset for p in group),
         )
-        for (shape, source_strides, target_strides), group in groups.items()
+        for box, group in groups.items()
     )
 
 
 def _joined(pieces: Sequence[Piece]) -> list[Piece]:
-    """Contiguous pieces that continue each other in source and target, as one piece."""
+    """Runs that continue each other in source and target, as one piece."""
     joined: list[Piece] = []
     for piece in pieces:
-        if joined and joined[-1].source == piece.source and _is_run(joined[-1]) and _is_run(piece):
-            before, size = joined[-1], prod(joined[-1].shape)
-            follows = (before.source_offset + size, before.target_offset + size)
-            if follows == (piece.source_offset, piece.target_offset):
-                joined[-1] = before._replace(
-                    shape=(size + prod(piece.shape),), source_strides=(1,), target_strides=(1,)
-                )
+        if joined and joined[-1].source == piece.source and joined[-1].box.is_run and piece.box.is_run:
+            before, numel = joined[-1], joined[-1].box.numel
+            if (before.source_offset + numel, before.target_offset + numel) == piece[2:]:
+                joined[-1] = before._replace(box=run_of(numel + piece.box.numel))
                 continue
         joined.append(piece)
     return joined
-
-
-def _is_run(piece: Piece) -> bool:
-    return piece.source_strides == piece.target_strides and piece.source_strides in ((), (1,))
 
 
 class Fallback(NamedTuple):
@@ -180,7 +159,7 @@ class Target(NamedTuple):
     @property
     def is_whole(self) -> bool:
         """True if one copy moves everything in one run, so that a target of its source's size equals it."""
-        return len(self.copies) <= 1 and all(c.is_contiguous and len(c.ordinals) == 1 for c in self.copies)
+        return len(self.copies) <= 1 and all(c.box.is_run and len(c.ordinals) == 1 for c in self.copies)
 
     @property
     def nbytes(self) -> int:

@@ -152,7 +152,7 @@ def _is_turned(copy: StridedCopy, source: Matrix, target: Matrix) -> bool | None
     """
     (rows, columns), (new_rows, new_columns) = source, target
     turned = False
-    for size, step, new_step in zip(copy.shape, copy.source_strides, copy.target_strides, strict=True):
+    for size, step, new_step in zip(*copy.box, strict=True):
         if size == 1:
             continue
         if step == new_step == 1:

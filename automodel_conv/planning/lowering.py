@@ -14,8 +14,8 @@ from collections.abc import Callable, Mapping, Sequence
 from math import ceil, prod
 from typing import NamedTuple, cast
 
+from automodel_conv.planning.boxes import Box, Piece, chain, contiguous_strides, run_of
 from automodel_conv.planning.copies import SPAN, StridedCopy, by_source, group_copies
-from automodel_conv.planning.view import Piece, chain, contiguous_strides
 
 
 class LoweringError(Exception):
@@ -47,8 +47,7 @@ class Value(NamedTuple):
 def leaf(source: int, shape: tuple[int, ...]) -> Value:
     """A whole source tensor."""
     numel = prod(shape)
-    run = ((numel,), (1,)) if numel > 1 else ((), ())
-    return Value(shape, [Piece(0, run[0], run[1], 0, run[1], 0)] if numel else [], source)
+    return Value(shape, [Piece(0, run_of(numel), 0, 0)] if numel else [], source)
 
 
 def leaves(first: int, shapes: Sequence[tuple[int, ...]]) -> list[Value]:
@@ -64,8 +63,8 @@ def _mapped(value: Value, shape: tuple[int, ...], sizes: Sequence[int], read: Se
     """Elements ``start + i . read`` of ``value``, for all i < sizes in order, laid out contiguously as ``shape``."""
     if not prod(sizes):
         return Value(shape, [])
-    geometry = Piece(0, tuple(sizes), tuple(read), start, contiguous_strides(sizes), 0)
-    return Value(shape, chain(value.pieces, [geometry], prod(value.shape)), value.source)
+    walk = Piece(0, Box(tuple(sizes), tuple(read), contiguous_strides(sizes)), start, 0)
+    return Value(shape, chain(value.pieces, [walk], prod(value.shape)), value.source)
 
 
 def reshape(value: Value, shape: Sequence[int]) -> Value:
@@ -146,8 +145,8 @@ def _joined(all_series: Sequence[_Series], dim: int) -> Value:
         value, length = series.first, series.first.shape[dim]
         whole, apart = (series.count, *value.shape), (length * strides[dim], *strides)
         if prod(whole):
-            geometry = Piece(0, whole, contiguous_strides(whole), 0, apart, start * strides[dim])
-            pieces += chain(_one_after_the_other(series), [geometry], prod(whole))
+            walk = Piece(0, Box(whole, contiguous_strides(whole), apart), 0, start * strides[dim])
+            pieces += chain(_one_after_the_other(series), [walk], prod(whole))
         start += series.count * length
     return Value(shape, pieces)
 
@@ -160,9 +159,11 @@ def _one_after_the_other(series: _Series) -> list[Piece]:
         return pieces
     return [
         piece._replace(
-            shape=(count, *piece.shape),
-            source_strides=(step * SPAN, *piece.source_strides),
-            target_strides=(prod(shape), *piece.target_strides),
+            box=Box(
+                (count, *piece.box.shape),
+                (step * SPAN, *piece.box.source_strides),
+                (prod(shape), *piece.box.target_strides),
+            )
         )
         for piece in pieces
     ]

@@ -11,7 +11,6 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from math import prod
 from typing import TYPE_CHECKING
 
 from automodel_conv.dtypes import DECODED
@@ -103,7 +102,7 @@ class CopyPlan:
             for copy in target.copies:
                 for ordinal in copy.ordinals:
                     row = target.sources[ordinal]
-                    wanted[row] += self.sources.nbytes(row, prod(copy.shape))
+                    wanted[row] += self.sources.nbytes(row, copy.box.numel)
         decodes = self.sources.decodes
         parts = {part for row in wanted if row in decodes for part in decodes[row].parts}
         sizes = [min(count, self.sources.nbytes(row)) for row, count in wanted.items()]
@@ -120,7 +119,7 @@ class CopyPlan:
         if target.fallback is not None:
             return "upstream"
         ways = []
-        if not all(copy.is_contiguous for copy in target.copies):
+        if not all(copy.box.is_run for copy in target.copies):
             ways.append("strided")
         decoded = [row in self.sources.decodes for row in target.sources]
         if any(decoded):
@@ -164,8 +163,9 @@ class CopyPlan:
             lines += [f"  {self._source_text(row)}" for row in target.sources]
         pieces = [piece for copy in target.copies for piece in copy.pieces()]
         for piece in sorted(pieces, key=lambda p: p.target_offset):
-            read = _walk(piece.source_offset, piece.shape, piece.source_strides)
-            written = _walk(piece.target_offset, piece.shape, piece.target_strides)
+            box = piece.box
+            read = _walk(piece.source_offset, box.shape, box.source_strides)
+            written = _walk(piece.target_offset, box.shape, box.target_strides)
             lines.append(f"  {self._source_text(target.sources[piece.source])}{read} -> {written}")
         return "\n".join(lines)
 

@@ -14,7 +14,7 @@ from automodel_conv.errors import UnsupportedError, message
 from automodel_conv.planning.copies import Decode, SourceTable, StridedCopy, Target
 from automodel_conv.planning.plan import CopyPlan
 
-_VERSION = 3
+_VERSION = 4
 
 T = TypeVar("T")
 
@@ -102,7 +102,7 @@ def _plan(form: _Form) -> CopyPlan:
     if unknown:
         raise _no_plan(f"unknown dtypes {sorted(unknown)}")
     copies = [copy for group in form.copies for copy in group]
-    sizes = [*shapes, *(shape for _, _, shape, *_ in form.targets), *(copy.shape for copy in copies)]
+    sizes = [*shapes, *(shape for _, _, shape, *_ in form.targets), *(copy.box.shape for copy in copies)]
     if any(min(shape, default=0) < 0 for shape in sizes):
         raise _no_plan("a negative size")
     if not all(map(_is_even, copies)):
@@ -137,9 +137,9 @@ def _plan(form: _Form) -> CopyPlan:
 
 
 def _is_even(copy: StridedCopy) -> bool:
-    return len(copy.shape) == len(copy.source_strides) == len(copy.target_strides) and len(copy.ordinals) == len(
-        copy.source_offsets
-    ) == len(copy.target_offsets)
+    """Whether all dimensions have a stride on both sides, and all columns are as long."""
+    box, *columns = copy
+    return len(set(map(len, box))) == len(set(map(len, columns))) == 1
 
 
 def _reads_inside(decode: Decode, row: int, shapes: Sequence[tuple[int, ...]]) -> bool:

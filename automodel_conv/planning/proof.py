@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from math import prod
 
 from automodel_conv.errors import CoverageError, message
+from automodel_conv.planning.boxes import NotAffine, Overlap, find_overlap, reach
 from automodel_conv.planning.copies import SourceTable, Target, over_sources
-from automodel_conv.planning.view import NotAffine, Overlap, find_overlap
 
 
 def prove(targets: Sequence[Target], sources: SourceTable) -> None:
@@ -45,7 +45,7 @@ def _prove_written_once(target: Target, numel: int, sources: SourceTable) -> Non
                 found=names,
             )
         )
-    written = sum(prod(copy.shape) * len(copy.ordinals) for copy in target.copies)
+    written = sum(copy.box.numel * len(copy.ordinals) for copy in target.copies)
     if written != numel:
         raise CoverageError(
             message(
@@ -72,21 +72,21 @@ def _prove_reads_inside(target: Target, sources: SourceTable) -> None:
     shapes = [sources.shapes[row] for row in target.sources]
     alike = len(shapes) > 1 and shapes.count(shapes[0]) == len(shapes)
     for copy in target.copies:
-        if min(copy.source_strides, default=0) < 0:
+        if min(copy.box.source_strides, default=0) < 0:
             raise CoverageError(message(f"{target.name} would be read backwards"))
         if not copy.ordinals:
             continue
         if not 0 <= min(copy.ordinals) <= max(copy.ordinals) < len(shapes):
             raise CoverageError(message(f"{target.name} reads sources that it does not have"))
-        reach = sum((size - 1) * stride for size, stride in zip(copy.shape, copy.source_strides, strict=True))
-        if alike and 0 <= min(copy.source_offsets) and max(copy.source_offsets) + reach < prod(shapes[0]):
+        reached = reach(copy.box.shape, copy.box.source_strides)
+        if alike and 0 <= min(copy.source_offsets) and max(copy.source_offsets) + reached < prod(shapes[0]):
             continue
         for ordinal, offset in zip(copy.ordinals, copy.source_offsets, strict=True):
-            if not 0 <= offset <= offset + reach < prod(shapes[ordinal]):
+            if not 0 <= offset <= offset + reached < prod(shapes[ordinal]):
                 raise CoverageError(
                     message(
                         f"{target.name} would read outside {sources.names[target.sources[ordinal]]}",
                         expected=f"elements below {prod(shapes[ordinal])}",
-                        found=f"elements {offset} to {offset + reach}",
+                        found=f"elements {offset} to {offset + reached}",
                     )
                 )

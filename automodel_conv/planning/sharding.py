@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 
 from automodel_conv.errors import CoverageError, UnsupportedError, message
+from automodel_conv.planning.boxes import Box, Piece, contiguous_strides
 from automodel_conv.planning.composition import table_of
 from automodel_conv.planning.copies import Target, group_pieces
 from automodel_conv.planning.plan import CopyPlan
-from automodel_conv.planning.view import Piece, canonical, contiguous_strides
 
 
 class Region(NamedTuple):
@@ -46,10 +46,8 @@ class Region(NamedTuple):
         return [
             Piece(
                 0,
-                tuple(length for (_, length), _ in box),
-                outer,
+                Box(tuple(length for (_, length), _ in box), outer, inner),
                 sum(start * stride for ((start, _), _), stride in zip(box, outer, strict=True)),
-                inner,
                 sum(start * stride for (_, start), stride in zip(box, inner, strict=True)),
             )
             for box in product(*placed)
@@ -177,7 +175,7 @@ def parts_plan(plan: CopyPlan, parts: Sequence[Part]) -> CopyPlan:
 
 @lru_cache(maxsize=4096)
 def _copies(region: Region):
-    return group_pieces(map(canonical, region.pieces()))
+    return group_pieces(piece.canonical() for piece in region.pieces())
 
 
 @lru_cache(maxsize=4096)

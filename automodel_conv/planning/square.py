@@ -12,10 +12,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from automodel_conv.errors import Advice, UnsupportedError, listing, message
+from automodel_conv.planning.boxes import NotAffine
 from automodel_conv.planning.lowering import Context, LoweringError, Operation, leaves, lower
 from automodel_conv.planning.resolve import Assignment, all_targets
 from automodel_conv.planning.rules import NotLowerable, RuleSet
-from automodel_conv.planning.view import NotAffine
 
 WHICH_SOURCE_LAYOUT = (
     'source_layout="transformers" if they lie as the model has them, '

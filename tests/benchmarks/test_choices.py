@@ -4,18 +4,19 @@ import json
 
 import pytest
 
-from automodel_conv.execution import copying, cpu, reading
-from automodel_conv.execution import schedule as scheduling
+from automodel_conv.execution import copying, cpu
 from automodel_conv.files import system
 from automodel_conv.kernels import transpose
 from automodel_conv.planning.registry import transformers_available
+from automodel_conv.schedule import host as scheduling
+from automodel_conv.schedule import jobs
 from benchmarks import choices, shapes
 
 pytestmark = pytest.mark.skipif(not transformers_available(), reason="benchmarks build models of transformers")
 
 CHANGED = (
     (copying, "strided_copy_torch"),
-    (reading, "calls_of"),
+    (jobs.Reads, "calls"),
     (scheduling, "portion"),
     (scheduling, "_SLAB_BYTES"),
     (cpu, "NewMemory"),

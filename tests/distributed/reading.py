@@ -95,7 +95,7 @@ def rows_touched(plan: CopyPlan) -> int:
         for copy in target.copies:
             for piece in copy.pieces():
                 elements = np.array(piece.source_offset)
-                for count, stride in zip(piece.shape, piece.source_strides, strict=True):
+                for count, stride in zip(piece.box.shape, piece.box.source_strides, strict=True):
                     elements = elements[..., None] + np.arange(count) * stride
                 row = target.sources[piece.source]
                 rows[row][np.unique(elements // plan.sources.shapes[row][-1])] = True

@@ -101,9 +101,9 @@ def naive(plan: CopyPlan, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         for copy in t.copies:
             for piece in copy.pieces():
                 flat = tensors[plan.sources.names[t.sources[piece.source]]].contiguous().reshape(-1)
-                for index in itertools.product(*map(range, piece.shape)):
-                    read = piece.source_offset + _dot(index, piece.source_strides)
-                    write = piece.target_offset + _dot(index, piece.target_strides)
+                for index in itertools.product(*map(range, piece.box.shape)):
+                    read = piece.source_offset + _dot(index, piece.box.source_strides)
+                    write = piece.target_offset + _dot(index, piece.box.target_strides)
                     assert out[write] is None
                     out[write] = flat[read].to(torch_dtype(t.dtype))
         empty = torch.empty(t.shape, dtype=torch_dtype(t.dtype))

@@ -13,15 +13,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from automodel_conv.errors import ConversionError
-from automodel_conv.execution.code_windows import code_windows
 from automodel_conv.execution.copy_batch import Work
-from automodel_conv.execution.jobs import Move
 from automodel_conv.execution.window_copies import WindowCopies
 from automodel_conv.execution.window_decoding import WindowDecoder
-from automodel_conv.execution.windows import Window
 from automodel_conv.kernels.code_tables import CODE_VALUES, E8M0_VALUES
+from automodel_conv.planning.boxes import Box, Piece, run_of
 from automodel_conv.planning.copies import Decode
-from automodel_conv.planning.view import Piece
+from automodel_conv.schedule.code_windows import code_windows
+from automodel_conv.schedule.device import Window
+from automodel_conv.schedule.jobs import Move, grouped
 from automodel_conv.testing import POISON
 from tests.test_memory_budget import torch_peak
 
@@ -120,7 +120,8 @@ def taken(view, numel, shape):
     places = VIEWS[view](torch.arange(numel).view(shape))
     if not places.numel():
         return None
-    return Piece(0, tuple(places.shape), tuple(places.stride()), places.storage_offset(), (), 0), places.reshape(-1)
+    box = Box(tuple(places.shape), tuple(places.stride()), contiguous(places.shape))
+    return Piece(0, box, places.storage_offset(), 0), places.reshape(-1)
 
 
 def contiguous(shape):
@@ -150,15 +151,13 @@ def decoded(file, decodes, moves, targets, limit, by_kernels=False):
         region = torch.full((window.nbytes + 64,), POISON, dtype=torch.uint8)
         region = region[-region.data_ptr() % 64 :][: window.nbytes]
         written = np.zeros(window.nbytes, bool)
-        for part in window.parts:
-            assert part.target == number
-            assert not written[part.start_bytes : part.start_bytes + part.nbytes].any()
-            written[part.start_bytes : part.start_bytes + part.nbytes] = True
-            raw = file.data[part.offset_bytes : part.offset_bytes + part.nbytes]
-            region[part.start_bytes : part.start_bytes + part.nbytes] = torch.frombuffer(
-                bytearray(raw), dtype=torch.uint8
-            )
-        made = Window(window.moves, window.nbytes, 1, window.groups, window.rectangles)
+        for _, offset, nbytes, memory, start in window.reads:
+            assert memory == number
+            assert not written[start : start + nbytes].any()
+            written[start : start + nbytes] = True
+            raw = bytearray(file.data[offset : offset + nbytes])
+            region[start : start + nbytes] = torch.frombuffer(raw, dtype=torch.uint8)
+        made = Window(grouped(window.moves), window.nbytes, 1, window.groups, window.rectangles)
         copies = WindowCopies([made], tensors, [region])
         work += copies.run(0, copies.variants(10**9) if by_kernels else None)
     return tensors, work
@@ -194,8 +193,8 @@ def check(some, limit, seed, gap, by_kernels):
                 continue
             piece, order = found
             # Targets have ``gap`` elements between those that are written.
-            strides = tuple((1 + gap) * stride for stride in contiguous(piece.shape))
-            moves.setdefault(row, []).append(Move(len(targets), "F32", *piece[1:3], piece.source_offset, strides, gap))
+            box = piece.box._replace(target_strides=tuple((1 + gap) * stride for stride in piece.box.target_strides))
+            moves.setdefault(row, []).append(Move(len(targets), "F32", box, piece.source_offset, gap))
             targets.append((1 + gap) * len(order))
             expected.append(numbers[order.numpy()].astype(np.float32))
     tensors, work = decoded(file, decodes, moves, targets, limit, by_kernels)
@@ -231,11 +230,14 @@ def test_many_matrices_that_end_within_blocks_stay_within_the_window(rows):
     row = file.add("w", "F8_E4M3", codes)
     scales = file.add("s", "F32", np.ones((2000 * -(-rows // 4), 8), np.float32))
     decodes = {row: Decode("e4m3", (rows, 16), (4, 2), scales)}
-    moves = {row: [Move(0, "F32", (codes.size,), (1,), 0, (1,), 0)]}
+    moves = {row: [Move(0, "F32", run_of(codes.size), 0, 0)]}
     windows = list(code_windows(moves, file, decodes, 1 << 17, 0))
     assert len(windows) > 10
     assert all(window.nbytes <= 1 << 17 for window in windows)
-    assert sum(part.nbytes for window in windows for part in window.parts if part.row == row) == codes.size
+    of_codes = range(file.offsets[row], file.offsets[row] + codes.size)
+    assert (
+        sum(read.nbytes for window in windows for read in window.reads if read.offset_bytes in of_codes) == codes.size
+    )
 
 
 def test_tables_of_many_scales_take_little_scratch():
@@ -246,14 +248,14 @@ def test_tables_of_many_scales_take_little_scratch():
     zeros = file.add("z", "I32", np.full((rows // 8, columns // 8), 0x77777777, np.int32))
     common = file.add("g", "F32", np.array([2.0], np.float32))
     decodes = {row: Decode("int4", (rows, columns), (1, 8), scales, zeros, common)}
-    moves = {row: [Move(0, "BF16", (rows, columns), (columns, 1), 0, (columns, 1), 0)]}
+    moves = {row: [Move(0, "BF16", Box((rows, columns), (columns, 1), (columns, 1)), 0, 0)]}
     (window,) = code_windows(moves, file, decodes, 1 << 30, 0)
     (group,) = window.groups.values()
     assert group.count == rows * columns // 8  # of which the zero points alone would take 4 MiB
     region = torch.zeros(window.nbytes, dtype=torch.uint8)
-    for part in window.parts:
-        raw = bytearray(file.data[part.offset_bytes : part.offset_bytes + part.nbytes])
-        region[part.start_bytes : part.start_bytes + part.nbytes] = torch.frombuffer(raw, dtype=torch.uint8)
+    for _, offset, nbytes, _, start in window.reads:
+        raw = bytearray(file.data[offset : offset + nbytes])
+        region[start : start + nbytes] = torch.frombuffer(raw, dtype=torch.uint8)
     target = torch.empty(rows, columns, dtype=torch.bfloat16)
     decoder = WindowDecoder([group], [target], region.device)
     peak = torch_peak(lambda: decoder.make_tables([group], region))

@@ -10,6 +10,7 @@ from automodel_conv.execution.copy_batch import CopyBatch, Work
 from automodel_conv.kernels import launch
 from automodel_conv.kernels.strided_copy import strided_copy_torch
 from automodel_conv.kernels.variants import Variant
+from automodel_conv.planning.boxes import Box
 from automodel_conv.planning.copies import StridedCopy
 from automodel_conv.testing import POISON, address_valued, assert_bytes_equal
 
@@ -60,7 +61,7 @@ def copies():
     for name, (*columns, shape) in made.items():
         sources = columns.pop(3)
         outputs[name] = poisoned(shape, sources[0].dtype)
-        batch.add(StridedCopy(*columns), sources, outputs[name])
+        batch.add(StridedCopy(Box(*columns[:3]), *columns[3:]), sources, outputs[name])
     return batch, outputs, expected
 
 
@@ -124,7 +125,7 @@ def test_copies_from_sources_of_unlike_dtypes_keep_their_places():
     output = poisoned((32,), torch.float32)
     batch = CopyBatch()
     batch.add(
-        StridedCopy((4,), (1,), (1,), (0, 1, 0, 1), (4, 0, 0, 4), (0, 8, 16, 28)),
+        StridedCopy(Box((4,), (1,), (1,)), (0, 1, 0, 1), (4, 0, 0, 4), (0, 8, 16, 28)),
         [half, full],
         output,
     )

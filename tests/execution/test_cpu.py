@@ -16,15 +16,18 @@ from torch import Tensor
 
 from automodel_conv.dtypes import dtype_code, torch_dtype
 from automodel_conv.errors import ConversionError, ReadError, UnsupportedError
-from automodel_conv.execution import cpu, schedule, workers
+from automodel_conv.execution import cpu, workers
 from automodel_conv.execution.buffers import allocate
 from automodel_conv.execution.cpu import load_files
 from automodel_conv.files.checkpoint import Checkpoint, open_checkpoint
 from automodel_conv.planning import lowering
+from automodel_conv.planning.boxes import Box, NotAffine
 from automodel_conv.planning.copies import Fallback, Target
 from automodel_conv.planning.lowering import Operation, Value, leaf
 from automodel_conv.planning.plan import CopyPlan
-from automodel_conv.planning.view import NotAffine
+from automodel_conv.schedule import host as schedule
+from automodel_conv.schedule.cutting import slabs
+from automodel_conv.schedule.jobs import GAP_BYTES, Move
 from automodel_conv.testing import (
     Guarded,
     address_valued,
@@ -221,7 +224,7 @@ def test_small_gaps_are_read_through_and_counted_and_large_ones_skipped(tmp_path
         "a": address_valued((100,), torch.uint8),
         "small gap": torch.zeros(1000, dtype=torch.uint8),
         "b": address_valued((50,), torch.uint8, 100),
-        "large gap": torch.zeros(schedule.GAP_BYTES + 1, dtype=torch.uint8),
+        "large gap": torch.zeros(GAP_BYTES + 1, dtype=torch.uint8),
         "c": address_valued((10,), torch.uint8, 150),
     }
     checkpoint = write_checkpoint(tmp_path, {"a.safetensors": tensors})
@@ -237,7 +240,7 @@ def test_small_gaps_are_read_through_and_counted_and_large_ones_skipped(tmp_path
 @pytest.mark.parametrize("scratch_bytes", [1 << 20, None])
 def test_only_the_wanted_part_of_a_source_is_read(tmp_path, calls, scratch_bytes):
     """Columns of a source that lie further apart than a small gap, in several slabs and in one."""
-    wide = schedule.GAP_BYTES + 8
+    wide = GAP_BYTES + 8
     source = address_valued((3, 2 * wide), torch.uint8)
     checkpoint = write_checkpoint(tmp_path, {"a.safetensors": {"w": source}})
     value = lowering.narrow(leaf(0, (3, 2 * wide)), 1, 0, wide)
@@ -271,23 +274,23 @@ def test_slabs_hold_each_move_element_once_and_stay_small(data):
         strides = tuple(data.draw(st.integers(0, 12)) for _ in shape)
         places = lowering.contiguous_strides(shape)
         start = data.draw(st.integers(0, 9))
-        moves.append(schedule.Move(number, "U8", shape, strides, start, places, 0))
+        moves.append(Move(number, "U8", Box(shape, strides, places), start, 0))
     capacity = data.draw(st.integers(1, 20))
 
     def pairs(some):
         found = []
         for move in some:
             for index in (
-                torch.cartesian_prod(*map(torch.arange, move.shape)).reshape(-1, len(move.shape)).tolist()
-                if move.shape
+                torch.cartesian_prod(*map(torch.arange, move.box.shape)).reshape(-1, len(move.box.shape)).tolist()
+                if move.box.shape
                 else [[]]
             ):
-                read = move.source_offset + sum(i * s for i, s in zip(index, move.source_strides, strict=True))
-                write = move.target_offset + sum(i * s for i, s in zip(index, move.target_strides, strict=True))
+                read = move.source_offset + sum(i * s for i, s in zip(index, move.box.source_strides, strict=True))
+                write = move.target_offset + sum(i * s for i, s in zip(index, move.box.target_strides, strict=True))
                 found.append((move.target, write, read))
         return found
 
-    cut = list(schedule.slabs(moves, capacity))
+    cut = list(slabs(moves, capacity))
     assert sorted(p for _, _, part in cut for p in pairs(part)) == sorted(pairs(moves))
     ends = [(start, stop) for start, stop, _ in cut]
     for start, stop, part in cut:
@@ -485,8 +488,8 @@ def test_ctrl_c_propagates_and_closes_files(tmp_path, calls, monkeypatch):
 @pytest.mark.parametrize("number", [1, 2])
 def test_a_thread_of_a_load_is_one_thread_of_torch_which_keeps_its_number(tmp_path, monkeypatch, number):
     within = []
-    real = cpu.copy_moves
-    monkeypatch.setattr(cpu, "copy_moves", lambda moves: [within.append(torch.get_num_threads()), real(moves)])
+    real = cpu.copy_equal
+    monkeypatch.setattr(cpu, "copy_equal", lambda batches: [within.append(torch.get_num_threads()), real(batches)])
     _, checkpoint, plan = moe(tmp_path, TRANSPOSE)
     before = torch.get_num_threads()
     try:

@@ -18,10 +18,10 @@ from automodel_conv.execution import memory as memory_executor
 from automodel_conv.execution.buffers import allocate
 from automodel_conv.execution.memory import Work, convert_tensors
 from automodel_conv.planning import lowering, view
+from automodel_conv.planning.boxes import NotAffine
 from automodel_conv.planning.copies import Fallback, SourceTable, Target
 from automodel_conv.planning.lowering import Operation, leaf
 from automodel_conv.planning.plan import CopyPlan
-from automodel_conv.planning.view import NotAffine
 from automodel_conv.testing import address_valued, assert_bytes_equal, guarded
 from tests.execution.support import (
     CONCATENATE,

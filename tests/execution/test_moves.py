@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 from automodel_conv.execution import moves as module
 from automodel_conv.execution.moves import Form
+from automodel_conv.planning.boxes import Box, contiguous_strides
 from automodel_conv.planning.copies import StridedCopy
-from automodel_conv.planning.view import contiguous_strides
 
 SOURCE_BYTES, TARGET_BYTES = 2, 4  # unlike ones, so that neither is taken for the other
 APART = 1 << 20  # bytes between tensors
@@ -18,23 +18,25 @@ APART = 1 << 20  # bytes between tensors
 
 def copy(shape, source_strides, target_strides, *columns):
     """Columns are (ordinal, source offset, target offset)."""
-    return StridedCopy(shape, source_strides, target_strides, *(tuple(column) for column in zip(*columns, strict=True)))
+    return StridedCopy(
+        Box(shape, source_strides, target_strides), *(tuple(column) for column in zip(*columns, strict=True))
+    )
 
 
 def elements_of_copy(made):
     """Every (ordinal, source element, target element)."""
     found = []
     for ordinal, source, target in zip(made.ordinals, made.source_offsets, made.target_offsets, strict=True):
-        for index in itertools.product(*map(range, made.shape)):
-            read = source + sum(i * s for i, s in zip(index, made.source_strides, strict=True))
-            written = target + sum(i * s for i, s in zip(index, made.target_strides, strict=True))
+        for index in itertools.product(*map(range, made.box.shape)):
+            read = source + sum(i * s for i, s in zip(index, made.box.source_strides, strict=True))
+            written = target + sum(i * s for i, s in zip(index, made.box.target_strides, strict=True))
             found.append((ordinal, read, written))
     return sorted(found)
 
 
 def moves_of(made):
     """The moves of copies whose sources lie far apart."""
-    form = Form(*made[:3], SOURCE_BYTES, TARGET_BYTES)
+    form = Form(made.box, SOURCE_BYTES, TARGET_BYTES)
     sources = np.array(made.ordinals, np.int64) * APART + np.array(made.source_offsets, np.int64) * SOURCE_BYTES
     return module.moves_of(form, sources, np.array(made.target_offsets, np.int64) * TARGET_BYTES)
 
@@ -60,7 +62,7 @@ def elements_of_moves(moves):
                 found.append((ordinal, read, written))
     for _, address, target in zip(*moves.lone, strict=True):
         ordinal, source = divmod(int(address), APART)
-        lone = StridedCopy(*moves.lone_form[:3], (ordinal,), (source // SOURCE_BYTES,), (int(target) // TARGET_BYTES,))
+        lone = StridedCopy(moves.lone_form.box, (ordinal,), (source // SOURCE_BYTES,), (int(target) // TARGET_BYTES,))
         found += elements_of_copy(lone)
     return sorted(found)
 
@@ -169,7 +171,7 @@ def test_moves_read_and_write_what_the_copy_does(sizes, source_order, target_ord
         columns = [(column[0], column[1] + lane) for column in columns for lane in (0, 1)]
     targets = [total * (k // 2) + k % 2 if lanes else total * k for k in range(len(columns))]
     made = StridedCopy(
-        tuple(sizes), *strides, tuple(o for o, _ in columns), tuple(s for _, s in columns), tuple(targets)
+        Box(tuple(sizes), *strides), tuple(o for o, _ in columns), tuple(s for _, s in columns), tuple(targets)
     )
     moves = moves_of(made)
     if moves is not None:

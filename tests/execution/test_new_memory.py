@@ -8,9 +8,10 @@ import sys
 import pytest
 import torch
 
-from automodel_conv.execution.jobs import SCRATCH, Job, Move, Part
 from automodel_conv.execution.new_memory import BLOCK_BYTES, NewMemory
 from automodel_conv.files import system
+from automodel_conv.planning.boxes import Box, run_of
+from automodel_conv.schedule.jobs import Copies, Read, ReadAndCopy, ReadInPlace, Reads
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="pages are asked for on Linux")
 
@@ -30,8 +31,13 @@ def share(tensor):
     return system.resident_share(start, stop - start)
 
 
-def part(start, nbytes, target=0):
-    return Part(0, 0, nbytes, target, start, 0)
+def filling(*places):
+    """A job that fills some bytes: ``(start, length)``, or ``(start, length, tensor)``."""
+    return ReadInPlace(Reads.of([Read(0, 0, nbytes, *target or (0,), start) for start, nbytes, *target in places]))
+
+
+def copying(copies):
+    return ReadAndCopy(Reads.of([Read(0, 0, 128, 0, 0)]), 128, [copies])
 
 
 @pytest.fixture
@@ -46,7 +52,7 @@ def advice(monkeypatch):
 def test_what_a_job_writes_to_is_made_and_nothing_far_from_it(huge_pages):
     buffer = new(64 * MIB)
     memory = NewMemory([buffer], huge_pages)
-    memory.make_for(Job([part(16 * MIB + 5, 3 * MIB)], [], 0))
+    memory.make_for(filling((16 * MIB + 5, 3 * MIB)))
     assert share(buffer[16 * MIB : 19 * MIB]) == 1
     assert share(buffer[: 14 * MIB]) == share(buffer[22 * MIB :]) == 0
     assert not buffer.any()
@@ -57,7 +63,7 @@ def test_a_size_that_is_given_is_asked_for_once(huge_pages, advice):
     buffers = [new(16 * MIB), new(16 * MIB)]
     memory = NewMemory(buffers, huge_pages)
     for _ in range(2):
-        memory.make_for(Job([part(start * MIB, MIB, n) for n in (0, 1) for start in range(16)], [], 0))
+        memory.make_for(filling(*((start * MIB, MIB, n) for n in (0, 1) for start in range(16))))
     assert [share(buffer) for buffer in buffers] == [1, 1]
     assert [call[2] for call in advice] == [huge_pages] * 2
     use = memory.use()
@@ -67,15 +73,15 @@ def test_a_size_that_is_given_is_asked_for_once(huge_pages, advice):
 
 def test_the_span_of_a_move_is_made():
     buffer = new(32 * MIB)
-    column = Move(0, "U8", (8, 16), (16, 1), 0, (2 * MIB, 1), 8 * MIB)
-    NewMemory([buffer]).make_for(Job([part(0, 128, SCRATCH)], [column], 128))
+    column = Copies(0, "U8", Box((8, 16), (16, 1), (2 * MIB, 1)), [0], [8 * MIB])
+    NewMemory([buffer]).make_for(copying(column))
     assert share(buffer[8 * MIB : 22 * MIB]) == 1
     assert share(buffer[: 6 * MIB]) == 0
 
 
 def test_offsets_of_moves_count_elements():
     buffer = new(32 * MIB).view(torch.float32)
-    NewMemory([buffer]).make_for(Job([], [Move(0, "F32", (16,), (1,), 0, (1,), 4 * MIB)], 64))
+    NewMemory([buffer]).make_for(copying(Copies(0, "F32", run_of(16), [0], [4 * MIB])))
     assert share(buffer.view(torch.uint8)[16 * MIB : 18 * MIB]) == 1
     assert share(buffer.view(torch.uint8)[: 14 * MIB]) == 0
 
@@ -83,7 +89,7 @@ def test_offsets_of_moves_count_elements():
 def test_memory_that_was_written_to_is_left_as_it_is(advice):
     buffer = new(16 * MIB).fill_(7)
     memory = NewMemory([buffer])
-    memory.make_for(Job([part(0, 16 * MIB)], [], 0))
+    memory.make_for(filling((0, 16 * MIB)))
     assert memory.use().huge_bytes == memory.use().small_bytes == 0
     assert advice == []
     assert bool((buffer == 7).all())
@@ -92,7 +98,7 @@ def test_memory_that_was_written_to_is_left_as_it_is(advice):
 def test_a_block_that_another_job_has_begun_is_made_too():
     buffer = new(16 * MIB)
     buffer[4 * MIB : 4 * MIB + 100] = 7
-    NewMemory([buffer]).make_for(Job([part(0, 16 * MIB)], [], 0))
+    NewMemory([buffer]).make_for(filling((0, 16 * MIB)))
     assert share(buffer) == 1
     assert int(buffer.sum()) == 700
 
@@ -100,7 +106,7 @@ def test_a_block_that_another_job_has_begun_is_made_too():
 def test_small_buffers_are_left_to_the_system(advice):
     buffer = new(2 * BLOCK_BYTES - mmap.PAGESIZE)
     memory = NewMemory([buffer, torch.empty(0), torch.tensor(1)])
-    memory.make_for(Job([part(0, buffer.nbytes)], [], 0))
+    memory.make_for(filling((0, buffer.nbytes)))
     memory.make_all(1)
     assert advice == []
     assert share(buffer) == 0

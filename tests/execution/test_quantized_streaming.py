@@ -19,12 +19,12 @@ from automodel_conv.execution import streaming
 from automodel_conv.execution.buffers import allocate
 from automodel_conv.execution.cpu import load_files
 from automodel_conv.execution.streaming import ring_of, stream_files
-from automodel_conv.execution.windows import stream_schedule
 from automodel_conv.files.checkpoint import open_checkpoint
 from automodel_conv.kernels import code_tables
 from automodel_conv.planning.lowering import Operation
 from automodel_conv.planning.plan import CopyPlan
 from automodel_conv.planning.quantization import quantized_table
+from automodel_conv.schedule.device import stream_schedule
 from automodel_conv.testing import assert_bytes_equal
 from tests.execution.simulated import DeviceFault, SimulatedDevice
 from tests.execution.strict import NoSynchronization, StrictDevice, Synchronized, first_load, outside_of_modes
@@ -130,10 +130,10 @@ def test_windows_and_chunks_are_few_and_nothing_passes_through_scratch(tmp_path,
     chunks, windows = scheduled(checkpoint, plan)
     assert len(windows) <= layers.codes_bytes / (32 * MIB)
     assert len(chunks) <= layers.codes_bytes / (8 * MIB) + 2 * layers.layers
-    assert not any(window.moves for window in windows)
+    assert not any(window.copies for window in windows)
     # Gate and up have one geometry, down another; each is one launch, and so is its table.
     assert all(len(window.rectangles) <= 2 and len(window.scale_groups) == 1 for window in windows)
-    assert sum(chunk.read.nbytes for chunk in chunks) == sum(checkpoint.nbytes)
+    assert sum(chunk.reads.total_bytes for chunk in chunks) == sum(checkpoint.nbytes)
 
 
 __all__ = ["first_load"]  # a fixture

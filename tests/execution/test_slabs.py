@@ -12,9 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from automodel_conv.dtypes import itemsize, torch_dtype
-from automodel_conv.execution.slabs import slab_schedule
 from automodel_conv.files import system
 from automodel_conv.planning.lowering import Operation
+from automodel_conv.schedule.writes import slab_schedule
 from automodel_conv.testing import address_valued
 from tests.execution.support import (
     CONCATENATE,
@@ -93,23 +93,23 @@ def executed(slabs, plan, tensors, sources, blobs):
     """What the slabs write: file -> byte -> value; each byte once, and each slab all of its own."""
     written = {}
     for slab in slabs.slabs:
-        assert bool(slab.parts) != bool(slab.moves)
+        assert bool(slab.reads) != bool(slab.moves)
         own = {}
-        for part in slab.parts:
-            first = sources.offsets[part.row]
-            assert part.file == sources.file_ids[part.row]
-            size = plan.sources.nbytes(part.row)
-            assert first <= part.offset_bytes <= part.offset_bytes + part.nbytes <= first + size
-            put(own, part.start_bytes, blobs[part.file][part.offset_bytes : part.offset_bytes + part.nbytes])
+        for file, offset, nbytes, memory, start in slab.reads:
+            assert memory == 0
+            sizes = map(plan.sources.nbytes, range(len(sources.offsets)))
+            rows = zip(sources.file_ids, sources.offsets, sizes, strict=True)
+            assert any(file == of and first <= offset <= offset + nbytes <= first + size for of, first, size in rows)
+            put(own, start, blobs[file][offset : offset + nbytes])
         for row, moves in slab.moves.items():
             for move in moves:
                 code = slabs.dtypes[move.target]
                 elements = raw(tensors[plan.sources.names[row]].to(torch_dtype(code)))
                 size = itemsize(code)
                 assert move.dtype == plan.sources.dtypes[row]
-                for index in itertools.product(*map(range, move.shape)):
-                    read = move.source_offset + dot(index, move.source_strides)
-                    write = move.target_offset + dot(index, move.target_strides)
+                for index in itertools.product(*map(range, move.box.shape)):
+                    read = move.source_offset + dot(index, move.box.source_strides)
+                    write = move.target_offset + dot(index, move.box.target_strides)
                     put(own, write * size, elements[read * size : (read + 1) * size])
         assert sorted(own) == list(range(slab.nbytes))
         put(written, 0, own.values(), [(slab.file, slab.offset_bytes + at) for at in own])
@@ -189,14 +189,14 @@ def neighbours(count, code="BF16", wanted="BF16", gap=0):
 @pytest.mark.parametrize("wanted", ["BF16", "F32"])
 def test_small_neighbours_are_one_slab(wanted):
     [slab] = neighbours(100, wanted=wanted)
-    assert bool(slab.parts) == (wanted == "BF16")
+    assert bool(slab.reads) == (wanted == "BF16")
     assert slab.nbytes == 100 * 4 * itemsize(wanted)
     assert len(neighbours(100, wanted=wanted, gap=1)) == 100
 
 
 def test_a_slab_has_no_more_parts_than_a_call_to_the_system_takes():
     slabs = neighbours(2 * system.IOV_MAX + 5)
-    assert [len(slab.parts) for slab in slabs] == [system.IOV_MAX, system.IOV_MAX, 5]
+    assert [len(slab.reads) for slab in slabs] == [system.IOV_MAX, system.IOV_MAX, 5]
 
 
 def test_what_moves_and_what_is_made_are_never_one_slab():
@@ -205,7 +205,7 @@ def test_what_moves_and_what_is_made_are_never_one_slab():
     plan = plan_of(sources, *(target(sources, name, "F32", [[name]]) for name in "ab"))
     lying = Sources(list(sources.dtypes), [0, 0], [0, 8])
     slabs = slab_schedule(plan.targets, [t.copies for t in plan.targets], lying, [(0, 0), (0, 16)], most_bytes=1000)
-    assert [bool(slab.parts) for slab in slabs.slabs] == [False, True]
+    assert [bool(slab.reads) for slab in slabs.slabs] == [False, True]
 
 
 def test_elements_of_a_slab_lie_at_multiples_of_their_size():
@@ -225,5 +225,5 @@ def test_large_targets_that_only_move_are_cut_anywhere():
     lying = Sources(["BF16"], [7], [40])
     slabs = slab_schedule(plan.targets, [plan.targets[0].copies], lying, [(3, 11)], most_bytes=300).slabs
     assert [slab.nbytes for slab in slabs] == [300] * 6 + [200]
-    assert [part.offset_bytes for slab in slabs for part in slab.parts] == list(range(40, 2040, 300))
-    assert {(slab.file, *(part.file for part in slab.parts)) for slab in slabs} == {(3, 7)}
+    assert [read.offset_bytes for slab in slabs for read in slab.reads] == list(range(40, 2040, 300))
+    assert {(slab.file, *(read.file for read in slab.reads)) for slab in slabs} == {(3, 7)}

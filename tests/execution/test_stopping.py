@@ -8,12 +8,12 @@ import threading
 import pytest
 import torch
 
-from automodel_conv.execution import schedule
 from automodel_conv.execution.buffers import allocate
 from automodel_conv.execution.cpu import load_files
 from automodel_conv.execution.streaming import stream_files
 from automodel_conv.execution.workers import Stopped, at_once, work_off
 from automodel_conv.planning.copies import Fallback, Target
+from automodel_conv.schedule import host as schedule
 from automodel_conv.testing import assert_bytes_equal
 from tests.execution.simulated import SimulatedDevice
 from tests.execution.support import TRANSPOSE, columns, moe, naive, plan_of, write_checkpoint

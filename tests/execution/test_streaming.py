@@ -21,10 +21,10 @@ from automodel_conv.errors import ConversionError, ReadError, UnsupportedError
 from automodel_conv.execution import copy_batch, streaming
 from automodel_conv.execution.buffers import allocate
 from automodel_conv.execution.streaming import MOST_COMPILED, ring_of, stream_files
-from automodel_conv.execution.windows import stream_schedule
 from automodel_conv.execution.workers import Stopped
 from automodel_conv.planning.copies import Fallback, Target
 from automodel_conv.planning.lowering import Operation
+from automodel_conv.schedule.device import stream_schedule
 from automodel_conv.testing import address_valued, assert_bytes_equal, guarded
 from tests.execution.simulated import DeviceFault, Event, SimulatedDevice
 from tests.execution.support import LAYOUTS, columns, experts, moe, naive, plan_of, target, write_checkpoint
@@ -182,15 +182,15 @@ def test_chunks_fill_windows_in_their_order_and_carry_each_byte_once(cases, slot
             sum(n in group for group in filled) for n in range(len(windows))
         ]
         assert all(window.nbytes <= window_bytes for window in windows)
-        parts = sorted(part[:3] for chunk in chunks for part in chunk.read.parts)
+        parts = sorted(read[:3] for chunk in chunks for read in chunk.reads.one_by_one())
         assert all(first[:1] != after[:1] or sum(first[1:]) <= after[1] for first, after in itertools.pairwise(parts))
         assert sum(part[2] for part in parts) == case.plan.bytes_read
         for chunk in chunks:
-            assert chunk.read.nbytes <= slot_bytes
+            assert chunk.reads.total_bytes <= slot_bytes
             uploads = [u for side in (chunk.to_targets, chunk.to_windows) for group in side.values() for u in group]
             spans = sorted((upload.slot_start, upload.slot_start + upload.nbytes) for upload in uploads)
             assert [start for start, _ in spans] == [0, *(stop for _, stop in spans[:-1])]
-            assert spans[-1][1] == chunk.read.nbytes
+            assert spans[-1][1] == chunk.reads.total_bytes
 
 
 def test_neighbours_that_stay_neighbours_are_one_upload(tmp_path):

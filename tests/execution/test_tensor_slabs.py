@@ -18,13 +18,13 @@ from torch.distributed.tensor import Replicate, Shard
 from automodel_conv.dtypes import itemsize
 from automodel_conv.errors import ConversionError
 from automodel_conv.execution import tensor_slabs as module
-from automodel_conv.execution.slabs import filled_ranges
 from automodel_conv.execution.tensor_slabs import Holding, tensor_slabs
 from automodel_conv.execution.writing import write_slabs
 from automodel_conv.files import system
 from automodel_conv.planning import view
 from automodel_conv.planning.lowering import Operation
 from automodel_conv.planning.sharding import box, placed, whole
+from automodel_conv.schedule.writes import filled_ranges
 from automodel_conv.testing import POISON, address_valued
 from tests.execution.simulated import SimulatedDevice
 from tests.execution.support import LAYOUTS, MERGE, moe, naive, plan_of, table, target
@@ -201,8 +201,8 @@ def test_one_rank_alone_leaves_the_bytes_of_the_others_as_they_were(tmp_path_fac
         for copy in t.copies:
             for piece in copy.pieces():
                 row = t.sources[piece.source]
-                for index in itertools.product(*map(range, piece.shape)):
-                    at = piece.source_offset + sum(i * s for i, s in zip(index, piece.source_strides, strict=True))
+                for index in itertools.product(*map(range, piece.box.shape)):
+                    at = piece.source_offset + sum(i * s for i, s in zip(index, piece.box.source_strides, strict=True))
                     reads[row][at] += 1
                     widths[row, at] = widths.get((row, at), 0) + itemsize(t.dtype)
     owned = 0
@@ -210,7 +210,9 @@ def test_one_rank_alone_leaves_the_bytes_of_the_others_as_they_were(tmp_path_fac
         numbers = torch.arange(prod(plan.sources.shapes[row])).reshape(plan.sources.shapes[row])
         for holding in holdings:
             for piece in holding.region.pieces():
-                elements = numbers.reshape(-1).as_strided(piece.shape, piece.source_strides, piece.source_offset)
+                elements = numbers.reshape(-1).as_strided(
+                    piece.box.shape, piece.box.source_strides, piece.source_offset
+                )
                 owned += sum(widths.get((row, at), 0) for at in elements.reshape(-1).tolist())
     assert sum(map(sum, files.written)) == owned
 
@@ -255,7 +257,7 @@ def test_a_rank_of_whole_experts_writes_them_as_they_lie(tmp_path):
     held = {row: [Holding(region, grouped["gate_up"][2:4].contiguous())]}
     places = [(0, 64 * n) for n in range(len(back.targets))]
     [group] = tensor_slabs(back, held, places, most_bytes=1 << 20)
-    assert all(slab.parts and not slab.moves for slab in group.by_file[0])
+    assert all(slab.reads and not slab.moves for slab in group.by_file[0])
     assert group.nbytes == 2 * 16 * 4 * 2
 
 

@@ -14,6 +14,8 @@ from automodel_conv.execution.cpu import load_files
 from automodel_conv.execution.thread_policy import ThreadPolicy
 from automodel_conv.execution.workers import work_off
 from automodel_conv.files import system
+from automodel_conv.schedule.host import runs
+from automodel_conv.schedule.jobs import ReadInPlace, together
 from automodel_conv.testing import assert_bytes_equal
 from tests.execution.support import moe, naive
 
@@ -113,10 +115,8 @@ def _in_pieces_of(nbytes):
     stock = cpu.schedule
 
     def schedule(*arguments, **options):
-        from automodel_conv.execution.schedule import runs
-
-        parts = [part for job in stock(*arguments, **options) for part in job.parts]
-        return list(runs(parts, nbytes))
+        reads = together(job.reads for job in stock(*arguments, **options))
+        return [ReadInPlace(run) for run in runs(reads, nbytes)]
 
     return schedule
 

@@ -19,7 +19,6 @@ from automodel_conv.errors import ConversionError, ReadError, WriteError
 from automodel_conv.execution import writing
 from automodel_conv.execution.memory import from_real_strides
 from automodel_conv.execution.reading import OpenFiles
-from automodel_conv.execution.slabs import Slabs, slab_schedule
 from automodel_conv.execution.writing import (
     LEAST_SCRATCH_BYTES,
     DeviceTensors,
@@ -37,6 +36,7 @@ from automodel_conv.files.destination import open_destination
 from automodel_conv.files.shards import Spec, shard_of
 from automodel_conv.planning.plan import CopyPlan
 from automodel_conv.saving import places_in
+from automodel_conv.schedule.writes import Slabs, slab_schedule
 from automodel_conv.testing import address_valued, assert_bytes_equal, guarded
 from tests.execution.simulated import DeviceFault, SimulatedDevice
 from tests.execution.support import LAYOUTS, MERGE, columns, experts, moe, naive, plan_of, target, write_checkpoint

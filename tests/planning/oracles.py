@@ -8,9 +8,9 @@ from copy import deepcopy
 from math import ceil, prod
 from typing import Any, NamedTuple
 
+from automodel_conv.planning.boxes import Piece
 from automodel_conv.planning.copies import SourceTable
 from automodel_conv.planning.plan import CopyPlan
-from automodel_conv.planning.view import Piece
 
 # --- pieces and plans -----------------------------------------------------------------------------
 
@@ -19,10 +19,10 @@ def pairs(piece: Piece) -> list[tuple[int, int]]:
     """(source element, target element) of everything a piece copies."""
     return [
         (
-            piece.source_offset + _dot(index, piece.source_strides),
-            piece.target_offset + _dot(index, piece.target_strides),
+            piece.source_offset + _dot(index, piece.box.source_strides),
+            piece.target_offset + _dot(index, piece.box.target_strides),
         )
-        for index in itertools.product(*map(range, piece.shape))
+        for index in itertools.product(*map(range, piece.box.shape))
     ]
 
 

@@ -4,15 +4,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from automodel_conv.planning.boxes import Box, Piece
 from automodel_conv.planning.copies import SPAN, StridedCopy, by_source, group_copies, group_pieces, over_sources
-from automodel_conv.planning.view import Piece, canonical
 
 EXPERTS = 8192
 
 
 def copy_of(columns, shape=(3,), strides=(1,)):
     ordinals, reads, writes = zip(*columns, strict=True)
-    return StridedCopy(shape, strides, strides, ordinals, reads, writes)
+    return StridedCopy(Box(shape, strides, strides), ordinals, reads, writes)
 
 
 def again(copy):
@@ -25,7 +25,7 @@ PLACES = st.integers(0, 4)
 @given(st.lists(st.tuples(PLACES, PLACES, PLACES), min_size=1, max_size=8), st.sampled_from([(), (1,), (3,), (2, 3)]))
 def test_pieces_of_single_sources_come_back(columns, shape):
     copy = copy_of(columns, shape, (7, 2)[2 - len(shape) :] if shape else ())
-    assert sorted(again(copy)) == sorted(map(canonical, copy.pieces()))
+    assert sorted(again(copy)) == sorted(piece.canonical() for piece in copy.pieces())
 
 
 @pytest.mark.parametrize("step", [1, 2])
@@ -57,7 +57,7 @@ def test_experts_that_come_in_falling_order_stay_apart():
 def test_runs_within_one_source_stay_apart():
     """They are no walk over sources: as one piece they would have another shape."""
     copy = copy_of([(0, 0, 0), (0, 6, 3), (0, 12, 6)])
-    assert again(copy) == copy.pieces() == [Piece(0, (3,), (1,), i * 6, (1,), i * 3) for i in range(3)]
+    assert again(copy) == copy.pieces() == [Piece(0, Box((3,), (1,), (1,)), i * 6, i * 3) for i in range(3)]
 
 
 COLUMNS = st.lists(st.lists(st.tuples(st.integers(0, 9), PLACES), max_size=4), min_size=1, max_size=4)
@@ -71,11 +71,11 @@ def test_copies_are_grouped_as_their_pieces_are(columns, data):
     for group in columns:
         shape, strides = data.draw(GEOMETRIES)
         made = tuple(zip(*[(source, 3 * read, 3 * next(places)) for source, read in group], strict=True))
-        copies.append(StridedCopy(shape, strides, strides, *(made or ((), (), ()))))
+        copies.append(StridedCopy(Box(shape, strides, strides), *(made or ((), (), ()))))
     assert group_copies(copies) == group_pieces([piece for copy in copies for piece in copy.pieces()])
 
 
 def test_a_piece_that_walks_over_sources_in_two_dimensions_is_a_copy_of_each():
-    walk = Piece(0, (2, 3, 4), (3 * SPAN, SPAN, 1), SPAN + 7, (24, 8, 1), 100)
+    walk = Piece(0, Box((2, 3, 4), (3 * SPAN, SPAN, 1), (24, 8, 1)), SPAN + 7, 100)
     writes = (100, 108, 116, 124, 132, 140)
-    assert by_source(walk) == StridedCopy((4,), (1,), (1,), (1, 2, 3, 4, 5, 6), (7,) * 6, writes)
+    assert by_source(walk) == StridedCopy(Box((4,), (1,), (1,)), (1, 2, 3, 4, 5, 6), (7,) * 6, writes)

@@ -552,4 +552,4 @@ def test_a_source_that_is_stacked_twice_is_two_copies():
     """No walk with a step of 0, which could not be turned around."""
     copies = copies_of(lowering.stack([leaf(1, (2, 3)), leaf(1, (2, 3)), leaf(2, (2, 3))], 0))
     assert [copy.ordinals for copy in copies] == [(1, 1, 2)]
-    assert all(copy.is_contiguous for copy in copies)
+    assert all(copy.box.is_run for copy in copies)

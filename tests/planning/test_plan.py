@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 
 from automodel_conv.errors import ConversionError, CoverageError, UnsupportedError
 from automodel_conv.planning import sharding
+from automodel_conv.planning.boxes import Box, NotAffine, Piece
 from automodel_conv.planning.copies import Decode, Fallback, SourceTable, StridedCopy, Target, group_pieces
 from automodel_conv.planning.lowering import Context, Operation, copies_of, leaf, lower
 from automodel_conv.planning.plan import CopyPlan
 from automodel_conv.planning.quantization import quantized_table
-from automodel_conv.planning.view import NotAffine, Piece
 from tests.planning import oracles
 from tests.planning.oracles import addressed, execute
 
@@ -177,14 +177,14 @@ def test_any_change_of_a_valid_set_of_pieces_is_caught(seed):
     elif kind == "moved in the source":
         pieces[at] = piece._replace(source_offset=piece.source_offset + rng.choice((-1, 1)))
     else:
-        if not piece.shape:
+        if not piece.box.shape:
             return
-        dim = rng.randrange(len(piece.shape))
-        shape = list(piece.shape)
+        dim = rng.randrange(len(piece.box.shape))
+        shape = list(piece.box.shape)
         shape[dim] += -1 if kind == "narrowed" else 1
-        pieces[at] = piece._replace(shape=tuple(shape))
+        pieces[at] = piece._replace(box=piece.box._replace(shape=tuple(shape)))
     spoiled = replace(plan, targets=(target._replace(copies=group_pieces(pieces)),))
-    if kind == "moved in the source" and len(target.copies[0].shape) and _still_inside(spoiled):
+    if kind == "moved in the source" and len(target.copies[0].box.shape) and _still_inside(spoiled):
         return
     with pytest.raises(CoverageError, match="made"):
         spoiled.validate()
@@ -202,19 +202,10 @@ def _still_inside(plan):
 
 
 def whole(copy_fields):
-    return StridedCopy(
-        **(
-            {
-                "shape": (4,),
-                "source_strides": (1,),
-                "target_strides": (1,),
-                "ordinals": (0,),
-                "source_offsets": (0,),
-                "target_offsets": (0,),
-            }
-            | copy_fields
-        )
-    )
+    box = {"shape": (4,), "source_strides": (1,), "target_strides": (1,)}
+    columns = {"ordinals": (0,), "source_offsets": (0,), "target_offsets": (0,)}
+    all_fields = box | columns | copy_fields
+    return StridedCopy(Box(*(all_fields[name] for name in box)), *(all_fields[name] for name in columns))
 
 
 @pytest.mark.parametrize(
@@ -325,7 +316,7 @@ def test_then_equals_one_after_the_other_for_any_chain(seed):
 def test_then_does_not_skip_a_tensor_that_is_rearranged_under_its_own_name():
     sources = table(a=(4,))
     first = plan_of(sources, made(sources, [["a"]], [], ["a"]))
-    halves = [Piece(0, (2,), (1,), 2, (1,), 0), Piece(0, (2,), (1,), 0, (1,), 2)]
+    halves = [Piece(0, Box((2,), (1,), (1,)), 2, 0), Piece(0, Box((2,), (1,), (1,)), 0, 2)]
     swap = plan_of(sources, [Target("a", "BF16", (4,), -1, (0,), group_pieces(halves))])
     start = addressed(sources)
     assert execute(first.then(swap), start) == execute(swap, start)
@@ -468,7 +459,7 @@ def test_edited_sources_are_proved_again():
 def test_edited_parts_of_quantized_sources_do_not_fit(field, value):
     stored = SourceTable(["w", "w_scale"], ["F8_E4M3", "F32"], [(8, 6), (2, 3)])
     sources = quantized_table(stored, {"quant_method": "fp8", "weight_block_size": [4, 2]})
-    target = Target("w", "BF16", (8, 6), -1, (0,), group_pieces([Piece(0, (48,), (1,), 0, (1,), 0)]))
+    target = Target("w", "BF16", (8, 6), -1, (0,), group_pieces([Piece(0, Box((48,), (1,), (1,)), 0, 0)]))
     plan = CopyPlan(sources, (target,))
     assert CopyPlan.from_json(plan.to_json()) == plan
     data = json.loads(plan.to_json())
@@ -481,14 +472,14 @@ def test_what_is_no_box_over_all_sources_is_looked_at_piece_by_piece():
     """Two walks of more steps than become boxes of their own, whose strides 3 and 2 do not divide each other."""
     one, many, numel = range(5000), range(10_000), 27_000
     copies = (
-        StridedCopy((), (), (), tuple(one), (0,) * 5000, tuple(3 * i for i in one)),
-        StridedCopy((), (), (), (5000,) * 10_000, tuple(many), tuple(3 * (i // 2) + 1 + i % 2 for i in many)),
-        StridedCopy((6000,), (1,), (2,), (5001, 5001), (0, 6000), (15_000, 15_001)),
+        StridedCopy(Box((), (), ()), tuple(one), (0,) * 5000, tuple(3 * i for i in one)),
+        StridedCopy(Box((), (), ()), (5000,) * 10_000, tuple(many), tuple(3 * (i // 2) + 1 + i % 2 for i in many)),
+        StridedCopy(Box((6000,), (1,), (2,)), (5001, 5001), (0, 6000), (15_000, 15_001)),
     )
     shapes = [*[(1,)] * 5000, (10_000,), (12_000,)]
     sources = SourceTable([f"s{i}" for i in range(5002)], ["BF16"] * 5002, shapes)
     plan = plan_of(sources, [Target("a", "BF16", (numel,), -1, tuple(range(5002)), copies)])
-    halves = [Piece(0, (numel // 2,), (1,), at, (1,), numel // 2 - at) for at in (0, numel // 2)]
+    halves = [Piece(0, Box((numel // 2,), (1,), (1,)), at, numel // 2 - at) for at in (0, numel // 2)]
     middle = SourceTable(["a"], ["BF16"], [(numel,)])
     turned = plan.then(plan_of(middle, [Target("b", "BF16", (numel,), -1, (0,), group_pieces(halves))]))
     values = addressed(sources)
@@ -565,7 +556,7 @@ def test_unknown_dtypes_in_json_are_named():
 
 def test_json_shares_equal_copies():
     sources = table(**{f"e__{i}": (4,) for i in range(50)})
-    copies = group_pieces([Piece(0, (4,), (1,), 0, (1,), 0)])
+    copies = group_pieces([Piece(0, Box((4,), (1,), (1,)), 0, 0)])
     targets = [Target(f"t.{i}", "BF16", (4,), -1, (i,), copies) for i in range(50)]
     data = json.loads(plan_of(sources, targets).to_json())
     assert len(data["copies"]) == 1
@@ -574,7 +565,7 @@ def test_json_shares_equal_copies():
 def test_there_and_back_is_one_copy_of_the_whole():
     """qkv to q, k, v and back again: the parts join up, and each source is named once."""
     thirds = [
-        Target(name, "F32", (2, 5), -1, (0,), group_pieces([Piece(0, (10,), (1,), 10 * i, (1,), 0)]))
+        Target(name, "F32", (2, 5), -1, (0,), group_pieces([Piece(0, Box((10,), (1,), (1,)), 10 * i, 0)]))
         for i, name in enumerate("qkv")
     ]
     there = CopyPlan(SourceTable(["qkv"], ["F32"], [(6, 5)]), tuple(thirds))
@@ -585,7 +576,7 @@ def test_there_and_back_is_one_copy_of_the_whole():
 
 def test_a_part_of_a_merged_tensor_reads_only_its_own_source():
     merged = Target(
-        "all", "F32", (3, 4), -1, (0, 1, 2), group_pieces(Piece(i, (4,), (1,), 0, (1,), 4 * i) for i in range(3))
+        "all", "F32", (3, 4), -1, (0, 1, 2), group_pieces(Piece(i, Box((4,), (1,), (1,)), 0, 4 * i) for i in range(3))
     )
     there = CopyPlan(SourceTable(["a", "b", "c"], ["F32"] * 3, [(4,)] * 3), (merged,))
     back = there.then(there.inverse())

@@ -17,6 +17,7 @@ from torch.distributed.tensor.placement_types import _StridedShard
 
 from automodel_conv.dtypes import nbytes
 from automodel_conv.errors import CoverageError, UnsupportedError
+from automodel_conv.planning.boxes import Box, NotAffine, Piece, chain, contiguous_strides, find_overlap
 from automodel_conv.planning.copies import Fallback, SourceTable, Target
 from automodel_conv.planning.lowering import Context, LoweringError, Operation, copies_of, leaf, lower
 from automodel_conv.planning.plan import CopyPlan
@@ -30,7 +31,6 @@ from automodel_conv.planning.sharding import (
     shard_plan,
     whole,
 )
-from automodel_conv.planning.view import NotAffine, Piece, chain, contiguous_strides, find_overlap
 from tests.planning import oracles
 from tests.planning.oracles import flat
 from tests.planning.test_lowering import CASES, HEADS
@@ -453,14 +453,18 @@ def test_a_part_may_have_a_dtype_of_its_own_but_is_cast_once():
 # --- strides that do not divide each other ----------------------------------------------------------------------------
 
 
+def walk(source, shape, read, written):
+    """A piece that reads and writes by these strides, from these offsets on."""
+    return Piece(source, Box(shape, read[0], written[0]), read[1], written[1])
+
+
 def combs(numel, step, reading):
     """Copies of a tensor of ``numel`` elements that take every ``step``-th: written there, or read from there."""
     pieces, start = [], 0
     for first in range(min(step, numel)):
         count = len(range(first, numel, step))
         there, here = ((step,), first), ((1,), start if reading else 0)
-        walk = (*there, *here) if reading else (*here, *there)
-        pieces.append(Piece(0 if reading else first, (count,), *walk))
+        pieces.append(walk(0 if reading else first, (count,), *((there, here) if reading else (here, there))))
         start += count
     return pieces
 
@@ -478,8 +482,7 @@ def random_walks(rng, numel, reading):
         if not reading:
             free -= set(reach)
         here, there = (contiguous_strides(shape), start if reading else 0), (tuple(strides), offset)
-        walk = (*there, *here) if reading else (*here, *there)
-        pieces.append(Piece(0 if reading else source, shape, *walk))
+        pieces.append(walk(0 if reading else source, shape, *((there, here) if reading else (here, there))))
         start += prod(shape)
     return pieces
 

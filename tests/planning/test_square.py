@@ -179,7 +179,7 @@ def test_shapes_are_those_that_come_to_the_operation():
     assert problems.reasons() == []
     square = plan.target(GATE_UP)
     assert not square.is_whole
-    assert {copy.source_strides for copy in square.copies} == {(1, 4)}
+    assert {copy.box.source_strides for copy in square.copies} == {(1, 4)}
 
 
 @pytest.mark.parametrize("transposed", [False, True])

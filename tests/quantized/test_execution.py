@@ -9,13 +9,14 @@ import torch
 import automodel_conv as amc
 from automodel_conv.execution.buffers import allocate
 from automodel_conv.execution.cpu import load_files
-from automodel_conv.execution.jobs import Move
-from automodel_conv.execution.schedule import schedule
 from automodel_conv.execution.streaming import stream_files
+from automodel_conv.planning.boxes import Box
 from automodel_conv.planning.copies import Target, group_pieces
 from automodel_conv.planning.lowering import leaf, transpose
 from automodel_conv.planning.plan import CopyPlan
 from automodel_conv.planning.quantization import quantized_table
+from automodel_conv.schedule.host import schedule
+from automodel_conv.schedule.jobs import Move
 from automodel_conv.testing import assert_bytes_equal
 from tests.execution.conftest import calls
 from tests.execution.simulated import SimulatedDevice
@@ -122,7 +123,10 @@ def test_codes_are_read_once_and_scales_that_slabs_share_again(tmp_path, scheme)
     jobs = schedule(plan.targets, copies, checkpoint, plan.sources.decodes, threads=2, slot_bytes=1 << 14)
     assert len(jobs) > 4
     for row in plan.sources.decodes:
-        read = sorted(part[1:3] for job in jobs for part in job.parts if part.row == row)
+        begin, file = checkpoint.offsets[row], checkpoint.file_ids[row]
+        within = range(begin, begin + checkpoint.nbytes[row])
+        reads = [read for job in jobs for read in job.reads.one_by_one()]
+        read = sorted(read[1:3] for read in reads if read.file == file and read.offset_bytes in within)
         ends = [offset + nbytes for offset, nbytes in read]
         assert [offset for offset, _ in read] == [checkpoint.offsets[row], *ends[:-1]]
         assert ends[-1] == checkpoint.offsets[row] + checkpoint.nbytes[row]
@@ -132,8 +136,8 @@ def test_codes_are_read_once_and_scales_that_slabs_share_again(tmp_path, scheme)
 def test_a_part_of_the_columns_decodes_no_others(tmp_path):
     checkpoint, plan, _ = case(tmp_path, "fp8 32x16")
     [row, *_] = plan.sources.decodes
-    move = Move(0, "F32", (96, 20), (128, 1), 50, (20, 1), 0)
-    from automodel_conv.execution.decode_schedule import decoded
+    move = Move(0, "F32", Box((96, 20), (128, 1), (20, 1)), 50, 0)
+    from automodel_conv.schedule.decoding import decoded
 
     jobs = list(decoded({row: [move]}, checkpoint, plan.sources.decodes, 1 << 20))
     shapes = [decoding.shape for job in jobs for decoding in job.decodings]

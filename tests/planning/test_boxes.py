@@ -8,11 +8,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from automodel_conv.planning.view import (
+from automodel_conv.planning.boxes import (
+    Box,
     NotAffine,
     Overlap,
     Piece,
-    canonical,
     chain,
     contiguous_strides,
     find_overlap,
@@ -33,7 +33,7 @@ def random_shape(rng, rank, most=60):
 def shuffled(rng, source, shape, source_strides, source_offset, target_strides, target_offset):
     order = rng.sample(range(len(shape)), len(shape))
     pick = [tuple(columns[i] for i in order) for columns in (shape, source_strides, target_strides)]
-    return Piece(source, pick[0], pick[1], source_offset, pick[2], target_offset)
+    return Piece(source, Box(*pick), source_offset, target_offset)
 
 
 def random_source_side(rng, shape):
@@ -122,10 +122,10 @@ def test_canonical_keeps_the_pairs_and_is_idempotent(seed):
     rng = random.Random(seed)
     shape = tuple(rng.choice((0, 1, 2, 3, 5)) for _ in range(rng.randrange(5)))
     strides = [tuple(rng.choice((1, 2, 3, 4, 6, 12)) for _ in shape) for _ in range(2)]
-    piece = Piece(3, shape, strides[0], rng.randrange(9), strides[1], rng.randrange(9))
-    once = canonical(piece)
+    piece = Piece(3, Box(shape, *strides), rng.randrange(9), rng.randrange(9))
+    once = piece.canonical()
     assert Counter(pairs(once)) == Counter(pairs(piece))
-    assert canonical(once) == once
+    assert once.canonical() == once
 
 
 @given(SEEDS)
@@ -133,15 +133,15 @@ def test_canonical_makes_equal_copies_equal(seed):
     rng = random.Random(seed)
     shape = random_shape(rng, 3)
     source_strides, offset = random_source_side(rng, shape)
-    piece = Piece(0, shape, source_strides, offset, contiguous_strides(shape), 0)
+    piece = Piece(0, Box(shape, source_strides, contiguous_strides(shape)), offset, 0)
     finer_shape, finer_source, finer_target = [], [], []
-    for size, source, target in zip(*piece[1:3], piece.target_strides, strict=True):
+    for size, source, target in zip(*piece.box, strict=True):
         inner = rng.choice([f for f in range(1, size + 1) if size % f == 0])
         finer_shape += [size // inner, inner]
         finer_source += [source * inner, source]
         finer_target += [target * inner, target]
     finer = shuffled(rng, 0, finer_shape, finer_source, offset, finer_target, 0)
-    assert canonical(finer) == canonical(piece)
+    assert finer.canonical() == piece.canonical()
 
 
 @given(SEEDS)
@@ -166,12 +166,12 @@ def test_chain_rarely_gives_up():
 
 def test_chain_carries_over_odd_sizes():
     # [7, 3] tiled by rows 0-2 and 3-6, read as 21 elements from 5 on, and as columns.
-    first = [Piece(0, (9,), (1,), 0, (1,), 0), Piece(1, (12,), (1,), 0, (1,), 9)]
+    first = [Piece(0, Box((9,), (1,), (1,)), 0, 0), Piece(1, Box((12,), (1,), (1,)), 0, 9)]
     for second in (
-        Piece(0, (13,), (1,), 5, (1,), 0),
-        Piece(0, (3, 7), (1, 3), 0, (7, 1), 0),
-        Piece(0, (3, 2), (3, 1), 5, (2, 1), 0),
-        Piece(0, (10,), (2,), 1, (1,), 0),
+        Piece(0, Box((13,), (1,), (1,)), 5, 0),
+        Piece(0, Box((3, 7), (1, 3), (7, 1)), 0, 0),
+        Piece(0, Box((3, 2), (3, 1), (2, 1)), 5, 0),
+        Piece(0, Box((10,), (2,), (1,)), 1, 0),
     ):
         try:
             chained = chain(first, [second], 21)
@@ -183,23 +183,23 @@ def test_chain_carries_over_odd_sizes():
 
 def test_chain_of_nothing_is_nothing():
     assert chain([], [], 0) == []
-    assert chain([], [Piece(0, (4,), (1,), 0, (1,), 0)], 4) == []
-    scalar = Piece(5, (), (), 3, (), 0)
-    assert chain([scalar], [Piece(0, (), (), 0, (), 2)], 1) == [Piece(5, (), (), 3, (), 2)]
-    assert chain([scalar], [Piece(0, (1, 1), (7, 9), 0, (5, 5), 2)], 1) == [Piece(5, (), (), 3, (), 2)]
+    assert chain([], [Piece(0, Box((4,), (1,), (1,)), 0, 0)], 4) == []
+    scalar = Piece(5, Box((), (), ()), 3, 0)
+    assert chain([scalar], [Piece(0, Box((), (), ()), 0, 2)], 1) == [Piece(5, Box((), (), ()), 3, 2)]
+    assert chain([scalar], [Piece(0, Box((1, 1), (7, 9), (5, 5)), 0, 2)], 1) == [Piece(5, Box((), (), ()), 3, 2)]
 
 
 @pytest.mark.parametrize(
     "read",
     [
-        Piece(0, (3, 4), (0, 1), 0, (4, 1), 0),  # broadcast
-        Piece(0, (4,), (-1,), 3, (1,), 0),  # flipped
-        Piece(0, (3,), (2,), 0, (1,), 0),  # leaves the tensor
-        Piece(0, (2, 2), (1, 1), 0, (2, 1), 0),  # walks one stride twice
+        Piece(0, Box((3, 4), (0, 1), (4, 1)), 0, 0),  # broadcast
+        Piece(0, Box((4,), (-1,), (1,)), 3, 0),  # flipped
+        Piece(0, Box((3,), (2,), (1,)), 0, 0),  # leaves the tensor
+        Piece(0, Box((2, 2), (1, 1), (2, 1)), 0, 0),  # walks one stride twice
     ],
 )
 def test_chain_refuses_reads_that_are_no_boxes(read):
-    first = [Piece(0, (2,), (1,), 0, (1,), 0), Piece(1, (2,), (1,), 0, (1,), 2)]
+    first = [Piece(0, Box((2,), (1,), (1,)), 0, 0), Piece(1, Box((2,), (1,), (1,)), 0, 2)]
     with pytest.raises(NotAffine):
         chain(first, [read], 4)
 
@@ -243,9 +243,9 @@ def test_overlap_is_rarely_undecided():
 def test_overlap_of_small_things():
     assert find_overlap([], 0) is None
     assert find_overlap([], 5) is None
-    scalar = Piece(4, (), (), 0, (), 0)
+    scalar = Piece(4, Box((), (), ()), 0, 0)
     assert find_overlap([scalar], 1) is None
-    assert find_overlap([scalar, Piece(5, (0,), (1,), 0, (1,), 0)], 1) is None
+    assert find_overlap([scalar, Piece(5, Box((0,), (1,), (1,)), 0, 0)], 1) is None
     assert find_overlap([scalar, scalar._replace(source=6)], 1) == Overlap(0, (4, 6))
 
 
@@ -256,4 +256,4 @@ def test_overlap_of_small_things():
 )
 def test_overlap_refuses_pieces_that_are_no_boxes_of_the_target(strides, offset):
     with pytest.raises(NotAffine):
-        find_overlap([Piece(0, (4,), (1,), 0, strides, offset)], 4)
+        find_overlap([Piece(0, Box((4,), (1,), strides), 0, offset)], 4)

@@ -8,10 +8,10 @@ from typing import NamedTuple
 
 from automodel_conv.dtypes import itemsize
 from automodel_conv.errors import ConversionError, message
-from automodel_conv.execution.code_rectangles import SourceRectangle, rectangles_of
-from automodel_conv.execution.coded_source import PACKED, CodedSource
-from automodel_conv.execution.cutting import ranges, slabs
-from automodel_conv.execution.jobs import ALIGN_BYTES, GAP_BYTES, SCRATCH, Move, aligned
+from automodel_conv.schedule.code_rectangles import SourceRectangle, rectangles_of
+from automodel_conv.schedule.coded_source import PACKED, CodedSource
+from automodel_conv.schedule.cutting import ranges, slabs
+from automodel_conv.schedule.jobs import ALIGN_BYTES, GAP_BYTES, Move, aligned
 
 BYTE_SCALES = 256
 """A scale of one byte has one of so many values."""
@@ -75,15 +75,17 @@ class Rectangle(NamedTuple):
     """The first row and column within their first block."""
     across: int
     """Scales from one row of blocks to the next."""
+    in_window: bool
+    """Whether its numbers stay in the window, for copies to take them from there; else they are in a target."""
 
 
 class Place(NamedTuple):
     """The place of a rectangle of codes, and of what it takes."""
 
     target: int
-    """``SCRATCH``: the window."""
+    """Which of the tensors that are written; 0 for a rectangle in the window."""
     target_offset: int
-    """In elements."""
+    """Of its numbers, in elements: in the target, or in the window."""
     codes_bytes: int
     """From the start of the window."""
     scale: int
@@ -130,7 +132,7 @@ def slabs_of(source: CodedSource, moves: Sequence[Move], limit: int, in_place: b
             yield _slab(source, start, stop, cut, [region for some in regions for region in some or ()], ())
         else:
             whole = [
-                SourceRectangle(element, (r1 - r0, c1 - c0), 1, (source.columns, 1), SCRATCH, element - start)
+                SourceRectangle(element, (r1 - r0, c1 - c0), 1, (source.columns, 1), 0, element - start)
                 for element, r0, r1, c0, c1 in source.rectangles(start, stop, (0, source.columns))
             ]
             copies = tuple(move._replace(source_offset=move.source_offset - start) for move in cut)
@@ -158,7 +160,7 @@ def _slab(
         nbytes += BYTE_SCALES * kind.row_bytes
     nbytes += GLOBAL_BYTES if kind.has_global else 0
     nbytes += ZERO_POINT_BYTES * kind.zero_points[0] * source.across if kind.zero_points else 0
-    rectangles = tuple(_rectangle(region, source, start, block_rows[0], kind) for region in regions)
+    rectangles = tuple(_rectangle(region, source, start, block_rows[0], kind, bool(moves)) for region in regions)
     first_byte = start * bits // 8
     return Slab(
         tuple(codes), first_byte, codes_bytes, block_rows, scales, kind, rectangles, moves, numbers_bytes, nbytes
@@ -166,7 +168,7 @@ def _slab(
 
 
 def _rectangle(
-    region: SourceRectangle, source: CodedSource, start: int, first_block_row: int, kind: ScaleKind
+    region: SourceRectangle, source: CodedSource, start: int, first_block_row: int, kind: ScaleKind, in_window: bool
 ) -> tuple[Rectangle, Place]:
     bits, (block_rows, block_columns), step = source.decode.bits, source.decode.block, region.row_step
     row, column = divmod(region.element, source.columns)
@@ -183,6 +185,7 @@ def _rectangle(
         (block_rows, block_columns),
         (start_row, column % block_columns),
         across,
+        in_window,
     )
     scale = (source.block_row(region.element) - first_block_row) * source.across + column // block_columns
     codes_bytes = (region.element - start) * bits // 8

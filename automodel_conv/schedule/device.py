@@ -9,16 +9,17 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from itertools import groupby
 from typing import NamedTuple
 
-from automodel_conv.execution.code_slabs import Place, Rectangle, ScaleKind
-from automodel_conv.execution.code_windows import ScaleGroup, code_windows
-from automodel_conv.execution.jobs import Job, Move, Part
-from automodel_conv.execution.schedule import divide, joined, runs
+import numpy as np
+
 from automodel_conv.files import system
 from automodel_conv.files.checkpoint import Checkpoint
 from automodel_conv.planning.copies import Decode, StridedCopy, Target
+from automodel_conv.schedule.code_slabs import Place, Rectangle, ScaleKind
+from automodel_conv.schedule.code_windows import ScaleGroup, code_windows
+from automodel_conv.schedule.host import divide, joined, runs
+from automodel_conv.schedule.jobs import Copies, Read, Reads, grouped, together
 
 
 class Upload(NamedTuple):
@@ -30,9 +31,10 @@ class Upload(NamedTuple):
 
 
 class Chunk(NamedTuple):
-    """What is read at once, one part after the other into a slot, and uploaded from it."""
+    """What is read at once, one read after the other into a slot, and uploaded from it."""
 
-    read: Job
+    reads: Reads
+    """In order; the slot is their only memory."""
     to_targets: dict[int, list[Upload]]
     to_windows: dict[int, list[Upload]]  # ascending
 
@@ -40,13 +42,19 @@ class Chunk(NamedTuple):
 class Window(NamedTuple):
     """Copies out of a piece of device memory, once ``chunks`` chunks have filled it; offsets count from its start."""
 
-    moves: list[Move]
+    copies: Sequence[Copies]
     nbytes: int
     chunks: int
     scale_groups: Mapping[ScaleKind, ScaleGroup]
     """The scales in it."""
     rectangles: Mapping[Rectangle, Sequence[Place]]
     """The codes in it, to be decoded before the copies."""
+
+    @property
+    def targets(self) -> set[int]:
+        """The tensors that it writes."""
+        decoded = (places for rectangle, places in self.rectangles.items() if not rectangle.in_window)
+        return {copies.target for copies in self.copies} | {place.target for places in decoded for place in places}
 
 
 def stream_schedule(
@@ -72,60 +80,55 @@ def stream_schedule(
     Raises:
         ConversionError: ``window_bytes`` is too small for a quantized source.
     """
-    parts, moves = divide(targets, copies, checkpoint, decodes)
-    first = len(targets)
+    in_place, moves = divide(targets, copies, checkpoint, decodes)
+    first = len(targets)  # the memories of all reads here: the targets, then the windows
     plain = {row: of_row for row, of_row in moves.items() if row not in decodes}
     coded = {row: of_row for row, of_row in moves.items() if row in decodes}
     jobs = list(joined(plain, checkpoint, window_bytes))
-    for number, job in enumerate(jobs):
-        parts += [part._replace(target=first + number) for part in job.parts]
-    parts.sort()
+    to_windows = [job.reads._replace(memory=job.reads.memory + first + number) for number, job in enumerate(jobs)]
+    reads = together([in_place, *to_windows]).in_order()
     of_codes = list(code_windows(coded, checkpoint, decodes, window_bytes, first + len(jobs)))
-    chunks = [_chunk(run.parts, first) for run in runs(parts, slot_bytes)]
-    chunks += [_chunk(some, first) for some in _packed((window.parts for window in of_codes), slot_bytes)]
+    chunks = [_chunk(run, first) for run in runs(reads, slot_bytes)]
+    chunks += [_chunk(some, first) for some in _packed((window.reads for window in of_codes), slot_bytes)]
     filled = Counter(window for chunk in chunks for window in chunk.to_windows)
-    windows = [Window(job.moves, job.scratch_bytes, filled[n], {}, {}) for n, job in enumerate(jobs)]
+    windows = [Window(job.copies, job.scratch_bytes, filled[n], {}, {}) for n, job in enumerate(jobs)]
     windows += [
-        Window(window.moves, window.nbytes, filled[n], window.groups, window.rectangles)
+        Window(grouped(window.moves), window.nbytes, filled[n], window.groups, window.rectangles)
         for n, window in enumerate(of_codes, len(jobs))
     ]
     return chunks, windows
 
 
-def _packed(windows: Iterable[Sequence[Part]], limit: int) -> Iterator[list[Part]]:
-    """The parts of windows, one window after another, in chunks of ``limit`` bytes, wherever in the files they lie.
+def _packed(windows: Iterable[Sequence[Read]], limit: int) -> Iterator[Reads]:
+    """The reads of windows, one window after another, in chunks of ``limit`` bytes, wherever in the files they lie.
 
-    Scales and codes may lie far apart, so one chunk takes several reads.
+    Scales and codes may lie far apart, so one chunk takes several calls.
     """
-    chunk: list[Part] = []
+    chunk: list[Read] = []
     room = limit
-    for parts in windows:
-        for part in sorted(parts):
-            file, offset, nbytes, target, start, row = part
+    for reads in windows:
+        for file, offset, nbytes, memory, start in sorted(reads):
             while nbytes:
                 taken = min(nbytes, room)
-                chunk.append(Part(file, offset, taken, target, start, row))
+                chunk.append(Read(file, offset, taken, memory, start))
                 offset, start, nbytes, room = offset + taken, start + taken, nbytes - taken, room - taken
                 if not room or len(chunk) == system.IOV_MAX // 2:
-                    yield sorted(chunk)
+                    yield Reads.of(sorted(chunk))
                     chunk, room = [], limit
     if chunk:
-        yield sorted(chunk)
+        yield Reads.of(sorted(chunk))
 
 
-def _chunk(parts: Iterable[Part], first_window: int) -> Chunk:
-    aimed, uploads, at = [], [], 0
-    for file, offset, nbytes, target, start, row in parts:
-        aimed.append(Part(file, offset, nbytes, 0, at, row))
-        uploads.append((target, Upload(at, nbytes, start)))
-        at += nbytes
+def _chunk(reads: Reads, first_window: int) -> Chunk:
+    at = np.cumsum(reads.nbytes) - reads.nbytes
     to_targets: dict[int, list[Upload]] = {}
     to_windows: dict[int, list[Upload]] = {}
-    for place, group in groupby(uploads, key=lambda upload: upload[0]):
-        side, number = (to_targets, place) if place < first_window else (to_windows, place - first_window)
-        for _, upload in group:
-            _append(side.setdefault(number, []), upload)
-    return Chunk(Job(aimed, [], 0), to_targets, dict(sorted(to_windows.items())))
+    columns = (reads.memory, at, reads.nbytes, reads.start_bytes)
+    for memory, *upload in zip(*(column.tolist() for column in columns), strict=True):
+        side, number = (to_targets, memory) if memory < first_window else (to_windows, memory - first_window)
+        _append(side.setdefault(number, []), Upload(*upload))
+    into_slot = reads._replace(memory=np.zeros_like(reads.memory), start_bytes=at)
+    return Chunk(into_slot, to_targets, dict(sorted(to_windows.items())))
 
 
 def _append(uploads: list[Upload], upload: Upload) -> None:

@@ -11,7 +11,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from automodel_conv.dtypes import itemsize
-from automodel_conv.execution.code_slabs import (
+from automodel_conv.files.checkpoint import Checkpoint
+from automodel_conv.planning.copies import Decode
+from automodel_conv.schedule.code_slabs import (
     BYTE_SCALES,
     CELL_BYTES,
     GLOBAL_BYTES,
@@ -22,10 +24,8 @@ from automodel_conv.execution.code_slabs import (
     Slab,
     slabs_of,
 )
-from automodel_conv.execution.coded_source import PACKED, CodedSource
-from automodel_conv.execution.jobs import ALIGN_BYTES, SCRATCH, Move, Part, aligned
-from automodel_conv.files.checkpoint import Checkpoint
-from automodel_conv.planning.copies import Decode
+from automodel_conv.schedule.coded_source import PACKED, CodedSource
+from automodel_conv.schedule.jobs import ALIGN_BYTES, Move, Read, aligned
 
 # A group of scales loses so many bytes to the alignment of its pieces.
 _GROUP_ALIGN_BYTES = 5 * ALIGN_BYTES
@@ -60,9 +60,8 @@ class ScaleGroup(NamedTuple):
 class CodeWindow(NamedTuple):
     """The contents of a window, and their fate."""
 
-    parts: list[Part]
-    """They are read from files; their target is the number of the window. One part may be several tensors that lie
-    together."""
+    reads: list[Read]
+    """Their memory is the number of the window. One read may be several tensors that lie together."""
     groups: dict[ScaleKind, ScaleGroup]
     rectangles: dict[Rectangle, list[Place]]
     moves: list[Move]
@@ -81,7 +80,7 @@ def code_windows(
 
     Args:
         moves: by source row; their dtype is that of the target.
-        first: the number of the first window, which its parts have for a target.
+        first: the number of the first window, which its reads have for a memory.
 
     Raises:
         ConversionError: ``limit`` does not hold two rows of blocks of scales and some elements of a source.
@@ -95,10 +94,12 @@ def code_windows(
         others = [None if part is None else dtypes[part] for part in decode[3:6]]
         for dtype in {move.dtype: None for move in moves[row]}:
             alike = [move for move in moves[row] if move.dtype == dtype]
-            key = (dtype, nbytes[row], *decode[:3], *decode[6:], *others, *[move[2:6] for move in alike])
+            read_alike = [(move.box, move.source_offset) for move in alike]
+            key = (dtype, nbytes[row], *decode[:3], *decode[6:], *others, *read_alike)
             if key not in known:
                 source = CodedSource(row, decode, checkpoint, dtype)
-                known[key] = tuple(slabs_of(source, [Move(n, *m[1:6], 0) for n, m in enumerate(alike)], limit))
+                numbered = [move._replace(target=n, target_offset=0) for n, move in enumerate(alike)]
+                known[key] = tuple(slabs_of(source, numbered, limit))
             for slab in known[key]:
                 if not window.takes(slab):
                     yield window.close(checkpoint)
@@ -127,7 +128,7 @@ class _Window:
         self._limit = limit
         self._taken: list[_Taken] = []
         self._by_kind: dict[ScaleKind, list[_Taken]] = {}
-        self._parts: list[Part] = []
+        self._reads: list[Read] = []
 
     def takes(self, slab: Slab) -> bool:
         """Whether a slab fits in beside those that are there."""
@@ -159,7 +160,7 @@ class _Window:
             sources, scales = seen[slab.kind]
             seen[slab.kind] = sources + 1, scales + slab.scales
             for rectangle, (target, target_offset, codes_bytes, scale, _) in slab.rectangles:
-                if target == SCRATCH:
+                if rectangle.in_window:
                     target_offset += at // itemsize(slab.kind.numbers)
                 else:
                     target, target_offset = targets[target].target, targets[target].target_offset + target_offset
@@ -170,7 +171,7 @@ class _Window:
             for move in slab.moves:
                 moves.append(_placed(move, targets[move.target], at // itemsize(slab.kind.numbers)))
             codes_at, at = codes_at + slab.codes_bytes, at + slab.numbers_bytes
-        return CodeWindow(self._parts, groups, rectangles, moves, at)
+        return CodeWindow(self._reads, groups, rectangles, moves, at)
 
     def _lay_out(
         self, kind: ScaleKind, alike: Sequence[_Taken], at: int, checkpoint: Checkpoint
@@ -204,13 +205,13 @@ class _Window:
     def _add(self, checkpoint: Checkpoint, row: int, offset_bytes: int, nbytes: int, start_bytes: int) -> None:
         """Read bytes of a source to a place in the window; with those before if both lie there together."""
         file, offset_bytes = checkpoint.file_ids[row], checkpoint.offsets[row] + offset_bytes
-        if self._parts:
-            last_file, last_offset, last_nbytes, _, last_start, last_row = self._parts[-1]
-            follows = (last_file, last_offset + last_nbytes, last_start + last_nbytes)
+        if self._reads:
+            before = self._reads[-1]
+            follows = (before.file, before.offset_bytes + before.nbytes, before.start_bytes + before.nbytes)
             if follows == (file, offset_bytes, start_bytes):
-                self._parts[-1] = Part(file, last_offset, last_nbytes + nbytes, self._number, last_start, last_row)
+                self._reads[-1] = before._replace(nbytes=before.nbytes + nbytes)
                 return
-        self._parts.append(Part(file, offset_bytes, nbytes, self._number, start_bytes, row))
+        self._reads.append(Read(file, offset_bytes, nbytes, self._number, start_bytes))
 
 
 def _placed(move: Move, of: Move, numbers: int) -> Move:

@@ -9,17 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import chain
-from math import prod
 from typing import NamedTuple, Protocol
 
 import numpy as np
 
 from automodel_conv.dtypes import itemsize
-from automodel_conv.execution.cutting import reads, slabs
-from automodel_conv.execution.jobs import Move, Part
-from automodel_conv.execution.schedule import chopped
 from automodel_conv.files import system
+from automodel_conv.planning.boxes import Box
 from automodel_conv.planning.copies import Decode, StridedCopy, Target
+from automodel_conv.schedule.cutting import reads, slabs
+from automodel_conv.schedule.jobs import Move, Read
 
 # As large as a call to the system is worth, and as the cache takes beside what is read.
 _SLAB_BYTES = 8 << 20
@@ -38,16 +37,16 @@ class Places(Protocol):
 
 
 class Slab(NamedTuple):
-    """A range of an output file; ``parts`` or ``moves`` fill it, the other is empty.
+    """A range of an output file; ``reads`` or ``moves`` fill it, the other is empty.
 
-    Places in ``parts`` count bytes, those in ``moves`` elements, both from the slab's first byte; ``target`` of a move
-    is the row of its dtype in ``Slabs.dtypes``.
+    Places in ``reads`` count bytes, those in ``moves`` elements, both from the slab's first byte. The slab is the only
+    memory of the reads; ``target`` of a move is the row of its dtype in ``Slabs.dtypes``.
     """
 
     file: int
     offset_bytes: int
     nbytes: int
-    parts: list[Part]
+    reads: list[Read]
     moves: dict[int, list[Move]]  # by source row
     sparse_itemsize: int = 0
     """Bytes of an element, if moves leave some of the slab alone (see ``filled_ranges``); 0: they fill all of it."""
@@ -91,8 +90,8 @@ def slab_schedule(
     nbytes = 0
     for number in sorted(range(len(targets)), key=lambda number: places[number]):
         target, (file, begin) = targets[number], places[number]
-        filled = [_seen_from_target(move) for move in _moves(target, copies[number], sources, decodes)]
-        if all(move.target not in decodes and _only_moves(move, target.dtype) for move in filled):
+        filled = list(_fills(target, copies[number], sources, decodes))
+        if all(fill.box.is_run and fill.dtype == target.dtype and fill.row not in decodes for fill in filled):
             pieces = _direct(filled, file, begin, sources, min(_SLAB_BYTES, most_bytes))
         else:
             pieces = _in_memory(filled, file, begin, itemsize(target.dtype), dtypes.index(target.dtype), most_bytes)
@@ -115,7 +114,7 @@ def filled_ranges(slab: Slab) -> list[tuple[int, int]]:
     elements, lengths = [], []
     for move in chain.from_iterable(slab.moves.values()):
         run, offsets = 1, np.array([move.target_offset])
-        for stride, count in sorted(zip(move.target_strides, move.shape, strict=True)):
+        for stride, count in sorted(zip(move.box.target_strides, move.box.shape, strict=True)):
             if stride == run:
                 run *= count
             else:
@@ -129,62 +128,69 @@ def filled_ranges(slab: Slab) -> list[tuple[int, int]]:
     return list(zip(firsts[begins].tolist(), np.add.reduceat(counts, begins).tolist(), strict=True))
 
 
-def _moves(
+class _Fill(NamedTuple):
+    """A copy seen from its target, which is what is cut: ``source_offset`` and the box's source side are places there.
+
+    ``target_offset`` and the other side are places in the source.
+    """
+
+    row: int
+    dtype: str
+    """That the source is read as."""
+    box: Box
+    source_offset: int
+    target_offset: int
+
+
+def _fills(
     target: Target, copies: Sequence[StridedCopy], sources: Places, decodes: Mapping[int, Decode]
-) -> Iterator[Move]:
+) -> Iterator[_Fill]:
     for copy in copies:
+        box = copy.box.turned()
         for ordinal, source, place in zip(copy.ordinals, copy.source_offsets, copy.target_offsets, strict=True):
             row = target.sources[ordinal]
-            dtype = target.dtype if row in decodes else sources.dtypes[row]
-            yield Move(row, dtype, *copy[:2], source, copy.target_strides, place)
-
-
-def _seen_from_target(move: Move) -> Move:
-    """The same move with its two sides in each other's place; twice is the move itself."""
-    return Move(*move[:3], *move[5:], *move[3:5])
-
-
-def _only_moves(move: Move, dtype: str) -> bool:
-    return move.dtype == dtype and move.source_strides == move.target_strides and move.source_strides in ((), (1,))
+            yield _Fill(row, target.dtype if row in decodes else sources.dtypes[row], box, place, source)
 
 
 # --- bytes that only move -------------------------------------------------------------------------
 
 
-def _direct(filled: Sequence[Move], file: int, begin: int, sources: Places, limit: int) -> Iterator[Slab]:
-    for move in sorted(filled, key=lambda move: move.source_offset):
-        row, size = move.target, itemsize(move.dtype)
-        nbytes = size * (move.shape[0] if move.shape else 1)
-        start = sources.offsets[row] + move.target_offset * size
-        whole = Part(sources.file_ids[row], start, nbytes, 0, begin + move.source_offset * size, row)
-        for part in chopped(whole, limit):
-            yield Slab(file, part.start_bytes, part.nbytes, [part._replace(start_bytes=0)], {})
+def _direct(filled: Sequence[_Fill], file: int, begin: int, sources: Places, limit: int) -> Iterator[Slab]:
+    for row, dtype, box, place, source in sorted(filled, key=lambda fill: fill.source_offset):
+        size = itemsize(dtype)
+        nbytes = box.numel * size
+        for done in range(0, nbytes, limit):
+            length = min(limit, nbytes - done)
+            read = Read(sources.file_ids[row], sources.offsets[row] + source * size + done, length, 0, 0)
+            yield Slab(file, begin + place * size + done, length, [read], {})
 
 
 # --- bytes that are made in memory ----------------------------------------------------------------
 
 
-def _in_memory(filled: Sequence[Move], file: int, begin: int, size: int, dtype: int, most_bytes: int) -> Iterator[Slab]:
+def _in_memory(
+    filled: Sequence[_Fill], file: int, begin: int, size: int, dtype: int, most_bytes: int
+) -> Iterator[Slab]:
     for block in _blocks(filled):
         for start, stop, cut in slabs(block, most_bytes // size):
             moves: dict[int, list[Move]] = {}
-            for move in cut:
-                swapped = _seen_from_target(move._replace(source_offset=move.source_offset - start))
-                moves.setdefault(move.target, []).append(swapped._replace(target=dtype))
-            sparse = sum(prod(move.shape) for move in cut) < stop - start
+            for fill in cut:
+                move = Move(dtype, fill.dtype, fill.box.turned(), fill.target_offset, fill.source_offset - start)
+                moves.setdefault(fill.row, []).append(move)
+            sparse = sum(fill.box.numel for fill in cut) < stop - start
             yield Slab(file, begin + start * size, (stop - start) * size, [], moves, size if sparse else 0)
 
 
-def _blocks(filled: Iterable[Move]) -> Iterator[list[Move]]:
-    """Moves whose ranges of the target overlap, in the order of the target."""
-    block: list[Move] = []
+def _blocks(filled: Iterable[_Fill]) -> Iterator[list[_Fill]]:
+    """Copies whose ranges of the target overlap, in the order of the target."""
+    block: list[_Fill] = []
     end = 0
-    for move in sorted(filled, key=lambda move: move.source_offset):
-        start, stop = reads([move])
+    for fill in sorted(filled, key=lambda fill: fill.source_offset):
+        start, stop = reads([fill])
         if block and start >= end:
             yield block
             block = []
-        block.append(move)
+        block.append(fill)
         end = max(end, stop)
     if block:
         yield block
@@ -200,18 +206,18 @@ def _joins(group: Sequence[Slab], nbytes: int, piece: Slab, limit: int, dtype: s
     small = nbytes + piece.nbytes <= limit and len(group) < system.IOV_MAX
     if first.sparse_itemsize or piece.sparse_itemsize:
         return False
-    return follows and small and bool(first.parts) == bool(piece.parts) and nbytes % itemsize(dtype) == 0
+    return follows and small and bool(first.reads) == bool(piece.reads) and nbytes % itemsize(dtype) == 0
 
 
 def _joined(group: Sequence[Slab], nbytes: int, sizes: Sequence[int]) -> Slab:
     first = group[0]
-    parts: list[Part] = []
+    read: list[Read] = []
     moves: dict[int, list[Move]] = {}
     for piece in group:
         shift = piece.offset_bytes - first.offset_bytes
-        parts += [part._replace(start_bytes=part.start_bytes + shift) for part in piece.parts]
+        read += [one._replace(start_bytes=one.start_bytes + shift) for one in piece.reads]
         for row, group_moves in piece.moves.items():
             moves.setdefault(row, []).extend(
                 move._replace(target_offset=move.target_offset + shift // sizes[move.target]) for move in group_moves
             )
-    return Slab(first.file, first.offset_bytes, nbytes, parts, moves, first.sparse_itemsize)
+    return Slab(first.file, first.offset_bytes, nbytes, read, moves, first.sparse_itemsize)

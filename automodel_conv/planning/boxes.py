@@ -1,9 +1,9 @@
 """Strided copies between flat, contiguous tensors, and the algebra that chains them.
 
-A ``Piece`` copies one box of elements from a source to a target; both sides are (strides, offset) over a common index
-space, counted in elements of a *contiguous* tensor. The algebra is closed: chaining two sets of pieces gives pieces
-again, static integers only, no masks and no views of views. What does not fit (strides that do not divide each other)
-raises ``NotAffine``, and the caller falls back.
+A ``Box`` is the geometry of a copy: both sides walk a common index space, in elements of a *contiguous* tensor. A
+``Piece`` is a box with the element where each side starts. The algebra is closed: chaining two sets of pieces gives
+pieces again, static integers only, no masks and no views of views. What does not fit (strides that do not divide each
+other) raises ``NotAffine``, and the caller falls back.
 
 How chaining works: all strides that walk the tensor in the middle are put into one chain of divisors (a mixed radix).
 In that radix every piece is a box of digits, cut where it carries into the next digit, so two pieces meet where their
@@ -25,24 +25,79 @@ class NotAffine(Exception):
     """The copies have no common mixed radix, so they cannot be chained as boxes."""
 
 
-class Piece(NamedTuple):
-    """For all i < shape: target[target_offset + i . target_strides] = source[source_offset + i . source_strides]."""
+class Box(NamedTuple):
+    """The geometry of a copy: ``target[i . target_strides] = source[i . source_strides]`` for all i < shape.
 
-    source: int
+    Strides are in elements; where the copy starts on either side is said beside it.
+    """
+
     shape: tuple[int, ...]
     source_strides: tuple[int, ...]
-    source_offset: int
     target_strides: tuple[int, ...]
+
+    @property
+    def numel(self) -> int:
+        """Elements that are copied."""
+        return prod(self.shape)
+
+    @property
+    def is_run(self) -> bool:
+        """True if both sides are one run of adjacent elements, so that bytes can be moved without a look at them."""
+        return self.source_strides == self.target_strides and self.source_strides in ((), (1,))
+
+    def turned(self) -> Box:
+        """The geometry of the copy back."""
+        return Box(self.shape, self.target_strides, self.source_strides)
+
+    def canonical(self) -> Box:
+        """The same copy with dimensions ordered by target stride, sizes of 1 dropped and adjacent dimensions merged.
+
+        The result visits the same pairs of elements; it is unchanged when called twice; equal copies become equal
+        values.
+        """
+        dims = zip(self.target_strides, self.source_strides, self.shape, strict=True)
+        dims = sorted((dim for dim in dims if dim[2] != 1), reverse=True)
+        merged: list[tuple[int, int, int]] = []
+        for target, source, size in dims:
+            if merged:
+                outer_target, outer_source, outer_size = merged[-1]
+                if outer_target == target * size and outer_source == source * size:
+                    merged[-1] = (target, source, outer_size * size)
+                    continue
+            merged.append((target, source, size))
+        target_strides, source_strides, shape = tuple(zip(*merged, strict=True)) or ((), (), ())
+        return Box(shape, source_strides, target_strides)
+
+
+def run_of(numel: int) -> Box:
+    """So many adjacent elements on both sides."""
+    return Box((numel,), (1,), (1,)) if numel != 1 else Box((), (), ())
+
+
+def reach(shape: Sequence[int], strides: Sequence[int]) -> int:
+    """Elements from the first to the last of a view."""
+    return sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
+
+
+class Piece(NamedTuple):
+    """A box in its place: ``target[target_offset + i . target_strides] = source[source_offset + i . source_strides]``.
+
+    All offsets are in elements.
+    """
+
+    source: int
+    """Which of several sources."""
+    box: Box
+    source_offset: int
     target_offset: int
 
     def turned(self) -> Piece:
         """The copy back."""
-        return self._replace(
-            source_strides=self.target_strides,
-            source_offset=self.target_offset,
-            target_strides=self.source_strides,
-            target_offset=self.source_offset,
-        )
+        return Piece(self.source, self.box.turned(), self.target_offset, self.source_offset)
+
+    def canonical(self) -> Piece:
+        """The same copy with a canonical box."""
+        return self._replace(box=self.box.canonical())
 
 
 def contiguous_strides(shape: Sequence[int]) -> tuple[int, ...]:
@@ -54,39 +109,8 @@ def contiguous_strides(shape: Sequence[int]) -> tuple[int, ...]:
     return tuple(reversed(strides))
 
 
-def canonical(piece: Piece) -> Piece:
-    """The same copy with dimensions ordered by target stride, sizes of 1 dropped and adjacent dimensions merged.
-
-    The result visits the same pairs of elements; it is unchanged when called twice; equal copies become equal values.
-    """
-    dims = sorted(
-        (
-            (target, source, size)
-            for size, source, target in zip(piece.shape, piece.source_strides, piece.target_strides, strict=True)
-            if size != 1
-        ),
-        reverse=True,
-    )
-    merged: list[tuple[int, int, int]] = []
-    for target, source, size in dims:
-        if merged:
-            outer_target, outer_source, outer_size = merged[-1]
-            if outer_target == target * size and outer_source == source * size:
-                merged[-1] = (target, source, outer_size * size)
-                continue
-        merged.append((target, source, size))
-    return Piece(
-        piece.source,
-        tuple(size for _, _, size in merged),
-        tuple(source for _, source, _ in merged),
-        piece.source_offset,
-        tuple(target for target, _, _ in merged),
-        piece.target_offset,
-    )
-
-
-class _Box(NamedTuple):
-    """A piece in a mixed radix: digit k runs from low[k] below high[k] while the other side moves by strides[k]."""
+class _Digits(NamedTuple):
+    """A box in a mixed radix: digit k runs from low[k] below high[k] while the other side moves by strides[k]."""
 
     low: tuple[int, ...]
     high: tuple[int, ...]
@@ -130,7 +154,7 @@ class _Radix:
         key_offset: int,
         strides: Sequence[int],
         offset: int,
-    ) -> list[_Box]:
+    ) -> list[_Digits]:
         """The boxes of a view (key) together with the other side's strides and offset; cut where a digit carries."""
         if 0 in shape:
             return []
@@ -173,15 +197,15 @@ class _Radix:
                 break
             else:
                 high = tuple(digit + count for digit, count in zip(low, counts, strict=True))
-                done.append(_Box(tuple(low), high, tuple(steps), other))
+                done.append(_Digits(tuple(low), high, tuple(steps), other))
         return done
 
 
-def _target_boxes(radix: _Radix, pieces: Sequence[Piece]) -> list[tuple[int, _Box]]:
+def _target_boxes(radix: _Radix, pieces: Sequence[Piece]) -> list[tuple[int, _Digits]]:
     return [
-        (p.source, box)
-        for p in pieces
-        for box in radix.boxes(p.shape, p.target_strides, p.target_offset, p.source_strides, p.source_offset)
+        (source, digits)
+        for source, (shape, source_strides, target_strides), source_offset, target_offset in pieces
+        for digits in radix.boxes(shape, target_strides, target_offset, source_strides, source_offset)
     ]
 
 
@@ -197,46 +221,37 @@ def chain(first: Sequence[Piece], second: Sequence[Piece], numel: int) -> list[P
     if not numel:
         return []
     if len(first) == 1 and _is_identity(first[0], numel):
-        return [canonical(piece._replace(source=first[0].source)) for piece in second]
+        return [piece.canonical()._replace(source=first[0].source) for piece in second]
     if len(second) == 1 and _is_identity(second[0], numel):
         return list(first)
-    walks = [walk for p in first for walk in zip(p.shape, p.target_strides, strict=True)]
-    walks += [walk for p in second for walk in zip(p.shape, p.source_strides, strict=True)]
+    walks = [walk for p in first for walk in zip(p.box.shape, p.box.target_strides, strict=True)]
+    walks += [walk for p in second for walk in zip(p.box.shape, p.box.source_strides, strict=True)]
     radix = _Radix(walks, numel)
     written = _target_boxes(radix, first)
     chained = []
-    for p in second:
-        for read in radix.boxes(p.shape, p.source_strides, p.source_offset, p.target_strides, p.target_offset):
+    for _, (shape, source_strides, target_strides), source_offset, target_offset in second:
+        for read in radix.boxes(shape, source_strides, source_offset, target_strides, target_offset):
             for source, write in written:
                 low = tuple(map(max, write.low, read.low))
-                shape = tuple(high - at for high, at in zip(map(min, write.high, read.high), low, strict=True))
-                if min(shape) > 0:
-                    chained.append(
-                        canonical(
-                            Piece(
-                                source,
-                                shape,
-                                write.strides,
-                                write.offset + _advance(low, write),
-                                read.strides,
-                                read.offset + _advance(low, read),
-                            )
-                        )
-                    )
+                common = tuple(high - at for high, at in zip(map(min, write.high, read.high), low, strict=True))
+                if min(common) > 0:
+                    box = Box(common, write.strides, read.strides).canonical()
+                    starts = write.offset + _advance(low, write), read.offset + _advance(low, read)
+                    chained.append(Piece(source, box, *starts))
     return chained
 
 
 def _is_identity(piece: Piece, numel: int) -> bool:
-    size = prod(piece.shape)
+    box = piece.box
     return (
-        size == numel
+        box.numel == numel
         and piece.source_offset == piece.target_offset == 0
-        and piece.source_strides == piece.target_strides
-        and len(piece.shape) <= 1
+        and box.source_strides == box.target_strides
+        and len(box.shape) <= 1
     )
 
 
-def _advance(low: tuple[int, ...], box: _Box) -> int:
+def _advance(low: tuple[int, ...], box: _Digits) -> int:
     return sum((at - start) * step for at, start, step in zip(low, box.low, box.strides, strict=True))
 
 
@@ -257,7 +272,7 @@ def find_overlap(pieces: Sequence[Piece], numel: int) -> Overlap | None:
     """
     if not numel:
         return None
-    radix = _Radix([walk for p in pieces for walk in zip(p.shape, p.target_strides, strict=True)], numel)
+    radix = _Radix([walk for p in pieces for walk in zip(p.box.shape, p.box.target_strides, strict=True)], numel)
     boxes = _target_boxes(radix, pieces)
     met = _meeting(boxes, len(radix.weights) - 1)
     if met is None:
@@ -267,14 +282,14 @@ def find_overlap(pieces: Sequence[Piece], numel: int) -> Overlap | None:
     return Overlap(element, (a, b))
 
 
-def _meeting(boxes: list[tuple[int, _Box]], digit: int) -> tuple[tuple[int, _Box], tuple[int, _Box]] | None:
+def _meeting(boxes: list[tuple[int, _Digits]], digit: int) -> tuple[tuple[int, _Digits], tuple[int, _Digits]] | None:
     """Two boxes that share a point in digits 0..digit, all given boxes sharing one in the digits above."""
     if len(boxes) < 2:
         return None
     if digit < 0:
         return boxes[0], boxes[1]
     by_low = sorted(boxes, key=lambda item: item[1].low[digit])
-    active: list[tuple[int, _Box]] = []
+    active: list[tuple[int, _Digits]] = []
     at = 0
     while at < len(by_low):
         start = by_low[at][1].low[digit]

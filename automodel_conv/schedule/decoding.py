@@ -12,16 +12,27 @@ from math import ceil
 
 from automodel_conv.dtypes import itemsize
 from automodel_conv.errors import ConversionError, message
-from automodel_conv.execution.coded_source import PACKED, CodedSource
-from automodel_conv.execution.cutting import ranges, slabs
-from automodel_conv.execution.jobs import ALIGN_BYTES, GAP_BYTES, SCRATCH, Decoding, Grid, Job, Move, Part, aligned
 from automodel_conv.files.checkpoint import Checkpoint
 from automodel_conv.planning.copies import Decode
+from automodel_conv.schedule.coded_source import PACKED, CodedSource
+from automodel_conv.schedule.cutting import ranges, slabs
+from automodel_conv.schedule.jobs import (
+    ALIGN_BYTES,
+    GAP_BYTES,
+    Decoding,
+    Grid,
+    Move,
+    Read,
+    ReadAndCopy,
+    Reads,
+    aligned,
+    grouped,
+)
 
 
 def decoded(
     moves: Mapping[int, Sequence[Move]], checkpoint: Checkpoint, decodes: Mapping[int, Decode], limit: int
-) -> Iterator[Job]:
+) -> Iterator[ReadAndCopy]:
     """Slabs of quantized sources, one a job, in the order of the files, in at most ``limit`` bytes of scratch.
 
     Args:
@@ -57,25 +68,25 @@ def _capacity(source: CodedSource, limit: int) -> int:
     return found - found % source.columns if found >= source.columns else found
 
 
-def _job(source: CodedSource, start: int, stop: int, cut: Sequence[Move]) -> Job:
+def _job(source: CodedSource, start: int, stop: int, cut: Sequence[Move]) -> ReadAndCopy:
     """The job that reads and decodes elements ``start`` to ``stop`` for the moves ``cut``."""
     bits = source.decode.bits
     if bits == 4:  # whole bytes
         start, stop = start - start % 2, stop + stop % 2
-    parts: list[Part] = []
+    reads: list[Read] = []
     for first, last in ranges(cut, GAP_BYTES * 8 // bits):
         first, last = first * bits // 8, -(-last * bits // 8)
-        parts.append(_part(source, source.row, first, last - first, first - start * bits // 8))
+        reads.append(_read(source, source.row, first, last - first, first - start * bits // 8))
     at = aligned((stop - start) * bits // 8)
     first, last = source.block_row(start), source.block_row(stop - 1) + 1
-    scales, at = _grid(source, source.decode.scales, first, last, at, parts)
+    scales, at = _grid(source, source.decode.scales, first, last, at, reads)
     zero_points = None
     if source.decode.zero_points is not None:
-        zero_points, at = _grid(source, source.decode.zero_points, first // PACKED, -(-last // PACKED), at, parts)
+        zero_points, at = _grid(source, source.decode.zero_points, first // PACKED, -(-last // PACKED), at, reads)
     global_bytes = None
     if source.decode.global_scale is not None:
         global_bytes = at
-        parts.append(_part(source, source.decode.global_scale, 0, 4, at))
+        reads.append(_read(source, source.decode.global_scale, 0, 4, at))
         at = aligned(at + 4)
     size = itemsize(source.dtype)
     decodings = [
@@ -99,18 +110,18 @@ def _job(source: CodedSource, start: int, stop: int, cut: Sequence[Move]) -> Job
     ]
     shift = at // size - start
     moves = [move._replace(source_offset=move.source_offset + shift) for move in cut]
-    return Job(sorted(parts), moves, at + (stop - start) * size, decodings)
+    return ReadAndCopy(Reads.of(sorted(reads)), at + (stop - start) * size, grouped(moves), decodings)
 
 
-def _part(source: CodedSource, row: int, offset_bytes: int, nbytes: int, start_bytes: int) -> Part:
+def _read(source: CodedSource, row: int, offset_bytes: int, nbytes: int, start_bytes: int) -> Read:
     checkpoint = source.checkpoint
-    return Part(checkpoint.file_ids[row], checkpoint.offsets[row] + offset_bytes, nbytes, SCRATCH, start_bytes, row)
+    return Read(checkpoint.file_ids[row], checkpoint.offsets[row] + offset_bytes, nbytes, 0, start_bytes)
 
 
-def _grid(source: CodedSource, row: int, first: int, last: int, at: int, parts: list[Part]) -> tuple[Grid, int]:
+def _grid(source: CodedSource, row: int, first: int, last: int, at: int, reads: list[Read]) -> tuple[Grid, int]:
     dtype = source.checkpoint.dtypes[row]
     row_bytes = source.across * itemsize(dtype)
-    parts.append(_part(source, row, first * row_bytes, (last - first) * row_bytes, at))
+    reads.append(_read(source, row, first * row_bytes, (last - first) * row_bytes, at))
     return Grid(at, dtype, (last - first, source.across)), aligned(at + (last - first) * row_bytes)
 
 
@@ -118,8 +129,8 @@ def _columns(moves: Sequence[Move], columns: int, bits: int) -> tuple[int, int]:
     """The columns that moves read, as one range of whole bytes; all where a move runs over the end of a row."""
     left, right = columns, 0
     for move in moves:
-        walks = [(size - 1) * stride for size, stride in zip(move.shape, move.source_strides, strict=True)]
-        inner = sum(walk for walk, stride in zip(walks, move.source_strides, strict=True) if stride % columns)
+        walks = list(zip(move.box.shape, move.box.source_strides, strict=True))
+        inner = sum((size - 1) * stride for size, stride in walks if stride % columns)
         first = move.source_offset % columns
         if first + inner >= columns:
             return 0, columns

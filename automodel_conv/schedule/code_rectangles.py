@@ -7,8 +7,9 @@ from itertools import product
 from math import prod
 from typing import NamedTuple
 
-from automodel_conv.execution.coded_source import CodedSource
-from automodel_conv.execution.jobs import SCRATCH, Move
+from automodel_conv.planning.boxes import Box
+from automodel_conv.schedule.coded_source import CodedSource
+from automodel_conv.schedule.jobs import Move
 
 # A copy that is more rectangles than this is not worth a call for each.
 _MOST_RECTANGLES = 1024
@@ -23,12 +24,14 @@ class SourceRectangle(NamedTuple):
     """Rows of the source from one row of the rectangle to the next."""
     target_strides: tuple[int, int]
     target: int
+    """Which of the tensors that are written; 0 where it goes to the window."""
     target_offset: int
 
 
 def rectangles_of(move: Move, source: CodedSource) -> tuple[SourceRectangle, ...] | None:
     """The rectangles of a source that a copy takes straight to its target; None where its strides do not allow it."""
-    found = _rectangles(*move[2:6], source.columns, source.height, source.decode.block[0], source.decode.bits)
+    decode = source.decode
+    found = _rectangles(move.box, move.source_offset, source.columns, source.height, decode.block[0], decode.bits)
     if found is None:
         return None
     return tuple(r._replace(target=move.target, target_offset=move.target_offset + r.target_offset) for r in found)
@@ -36,10 +39,8 @@ def rectangles_of(move: Move, source: CodedSource) -> tuple[SourceRectangle, ...
 
 @lru_cache(maxsize=4096)
 def _rectangles(
-    shape: tuple[int, ...],
-    source_strides: tuple[int, ...],
+    box: Box,
     source_offset: int,
-    target_strides: tuple[int, ...],
     columns: int,
     height: int,
     block_rows: int,
@@ -50,7 +51,7 @@ def _rectangles(
     Their offsets in the target count from where the copy begins. A rectangle has adjacent columns of one matrix, in
     rows that are equally far apart, and whole bytes of codes.
     """
-    dims = sorted(d for d in zip(source_strides, shape, target_strides, strict=True) if d[1] != 1)
+    dims = sorted(d for d in zip(box.source_strides, box.shape, box.target_strides, strict=True) if d[1] != 1)
     repeated = [d for d in dims if not d[0]]
     dims = [d for d in dims if d[0]]
     run, run_stride = 1, 1
@@ -84,11 +85,8 @@ def _rectangles(
                 fitting = min(rows, -(-(height - row) // step))
                 if fitting > 1 and step > 1 and block_rows < height and block_rows % step and step % block_rows:
                     return None
-                found.append(
-                    SourceRectangle(
-                        element, (fitting, width), step, (target_stride, run_stride), SCRATCH, target_offset
-                    )
-                )
+                strides = target_stride, run_stride
+                found.append(SourceRectangle(element, (fitting, width), step, strides, 0, target_offset))
                 element, target_offset = element + fitting * step * columns, target_offset + fitting * target_stride
                 rows -= fitting
                 if len(found) > _MOST_RECTANGLES:

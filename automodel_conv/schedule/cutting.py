@@ -4,14 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol, TypeVar
 
-from automodel_conv.execution.buffers import reach
-from automodel_conv.execution.jobs import Move
-from automodel_conv.planning.view import Piece, canonical
+from automodel_conv.planning.boxes import Box, reach
 
 
-def slabs(moves: Sequence[Move], capacity: int) -> Iterator[tuple[int, int, list[Move]]]:
+class Cuttable(Protocol):
+    """A copy out of a source, as a named tuple; offsets in elements."""
+
+    @property
+    def box(self) -> Box: ...
+    @property
+    def source_offset(self) -> int: ...
+    @property
+    def target_offset(self) -> int: ...
+    def _replace(self, **fields: Any) -> Any: ...
+
+
+Cut = TypeVar("Cut", bound=Cuttable)
+
+
+def slabs(moves: Sequence[Cut], capacity: int) -> Iterator[tuple[int, int, list[Cut]]]:
     """Cut a source into ranges of at most ``capacity`` elements, each with what moves read there.
 
     No part reads outside its range and no element that is read twice lies in two ranges. Moves are
@@ -28,11 +41,11 @@ def slabs(moves: Sequence[Move], capacity: int) -> Iterator[tuple[int, int, list
         cut = _common_cut(todo, start, start + capacity)
         if cut <= start:
             near = [n for n, move in enumerate(todo) if move.source_offset < start + capacity]
-            widest = max(near, key=lambda n: _walk(*todo[n][2:4]).width)
+            widest = max(near, key=lambda n: _walk(todo[n].box).width)
             todo[widest : widest + 1] = _taken_apart(todo[widest])
             continue
-        head: list[Move] = []
-        tail: list[Move] = []
+        head: list[Cut] = []
+        tail: list[Cut] = []
         for move in todo:
             _divide(move, cut, head, tail)
         yield *reads(head), head
@@ -51,8 +64,9 @@ class _Walk(NamedTuple):
 
 
 @lru_cache(maxsize=1024)
-def _walk(shape: tuple[int, ...], strides: tuple[int, ...]) -> _Walk:
-    """The walk along the dimension with the largest stride; moves share shapes, so few are computed."""
+def _walk(box: Box) -> _Walk:
+    """The walk along the dimension with the largest stride; moves share boxes, so few are computed."""
+    shape, strides = box.shape, box.source_strides
     dims = [d for d, size in enumerate(shape) if size > 1 and strides[d]]
     if not dims:
         return _Walk(-1, 1, 1, 1, 1)
@@ -62,16 +76,16 @@ def _walk(shape: tuple[int, ...], strides: tuple[int, ...]) -> _Walk:
     return _Walk(dim, size, stride, span - (size - 1) * stride, span)
 
 
-def reads(moves: Sequence[Move]) -> tuple[int, int]:
+def reads(moves: Sequence[Cuttable]) -> tuple[int, int]:
     """The range of elements between the first and the last that any move reads."""
     start, stop = moves[0].source_offset, 0
-    for _, _, shape, strides, offset, _, _ in moves:
-        start = min(start, offset)
-        stop = max(stop, offset + _walk(shape, strides).span)
+    for move in moves:
+        start = min(start, move.source_offset)
+        stop = max(stop, move.source_offset + _walk(move.box).span)
     return start, stop
 
 
-def _common_cut(moves: Sequence[Move], start: int, cut: int) -> int:
+def _common_cut(moves: Sequence[Cuttable], start: int, cut: int) -> int:
     """The last element <= ``cut`` that cuts no step of any move in two, if above ``start``."""
     while cut > start:
         lower = min(_own_cut(move, cut) for move in moves)
@@ -81,8 +95,8 @@ def _common_cut(moves: Sequence[Move], start: int, cut: int) -> int:
     return cut
 
 
-def _own_cut(move: Move, cut: int) -> int:
-    _, _, stride, width, span = _walk(move.shape, move.source_strides)
+def _own_cut(move: Cuttable, cut: int) -> int:
+    _, _, stride, width, span = _walk(move.box)
     first = move.source_offset
     if cut <= first or cut >= first + span:
         return cut
@@ -92,53 +106,47 @@ def _own_cut(move: Move, cut: int) -> int:
     return step if cut < step + width else cut
 
 
-def _taken_apart(move: Move) -> list[Move]:
-    dim, size, stride, _, _ = _walk(move.shape, move.source_strides)
-    shape, source, target = (
-        (*column[:dim], *column[dim + 1 :]) for column in (move.shape, move.source_strides, move.target_strides)
-    )
+def _taken_apart(move: Cut) -> list[Cut]:
+    dim, size, stride, _, _ = _walk(move.box)
+    box, step = Box(*((*column[:dim], *column[dim + 1 :]) for column in move.box)), move.box.target_strides[dim]
     return [
         move._replace(
-            shape=shape,
-            source_strides=source,
+            box=box,
             source_offset=move.source_offset + i * stride,
-            target_strides=target,
-            target_offset=move.target_offset + i * move.target_strides[dim],
+            target_offset=move.target_offset + i * step,
         )
         for i in range(size)
     ]
 
 
-def _divide(move: Move, cut: int, head: list[Move], tail: list[Move]) -> None:
+def _divide(move: Cut, cut: int, head: list[Cut], tail: list[Cut]) -> None:
     """Put the steps that start below ``cut`` into ``head`` and the others into ``tail``."""
-    dim, size, stride, _, _ = _walk(move.shape, move.source_strides)
+    dim, size, stride, _, _ = _walk(move.box)
     below = min(size, max(0, -((move.source_offset - cut) // stride)))
     if below == size:
         head.append(move)
     elif below == 0:
         tail.append(move)
     else:
-        head.append(_canonical(_narrowed(move, dim, 0, below)))
+        first = _narrowed(move, dim, 0, below)
+        head.append(first._replace(box=first.box.canonical()))
         tail.append(_narrowed(move, dim, below, size - below))
 
 
-def _narrowed(move: Move, dim: int, first: int, size: int) -> Move:
+def _narrowed(move: Cut, dim: int, first: int, size: int) -> Cut:
+    shape, source_strides, target_strides = move.box
     return move._replace(
-        shape=(*move.shape[:dim], size, *move.shape[dim + 1 :]),
-        source_offset=move.source_offset + first * move.source_strides[dim],
-        target_offset=move.target_offset + first * move.target_strides[dim],
+        box=move.box._replace(shape=(*shape[:dim], size, *shape[dim + 1 :])),
+        source_offset=move.source_offset + first * source_strides[dim],
+        target_offset=move.target_offset + first * target_strides[dim],
     )
 
 
-def _canonical(move: Move) -> Move:
-    return Move(*move[:2], *canonical(Piece(0, *move[2:]))[1:])
-
-
-def ranges(moves: Sequence[Move], gap: int) -> list[tuple[int, int]]:
+def ranges(moves: Sequence[Cuttable], gap: int) -> list[tuple[int, int]]:
     """The elements that moves read, as ranges with more than ``gap`` elements between them."""
     spans: list[tuple[int, int]] = []
     for move in moves:
-        _, size, stride, width, span = _walk(move.shape, move.source_strides)
+        _, size, stride, width, span = _walk(move.box)
         first = move.source_offset
         if stride - width > gap:
             spans += [(at, at + width) for at in range(first, first + size * stride, stride)]
