@@ -6,12 +6,12 @@ from collections.abc import Mapping, Sequence
 from math import prod
 from typing import Any, NamedTuple
 
+from automodel_conv.distributed.placements import placed
 from automodel_conv.errors import UnsupportedError, message
 from automodel_conv.execution.cpu import DEFAULT_SCRATCH_BYTES, bytes_of_slot
 from automodel_conv.execution.upstream import upstream_calls
 from automodel_conv.files.checkpoint import Checkpoint
 from automodel_conv.planning.plan import CopyPlan
-from automodel_conv.planning.sharding import placed, shard_plan
 from automodel_conv.schedule.host import schedule
 
 MESH_NAMES = ("replicate", "ep", "fsdp")
@@ -87,7 +87,7 @@ def _cost(checkpoint: Checkpoint, plan: CopyPlan, mesh: Mapping[str, int], coord
         target.name: placed(target.shape, sizes, coordinate, _placements(target.name, target.shape, mesh))
         for target in plan.targets
     }
-    mine = shard_plan(plan, regions)
+    mine = plan.shard(regions)
     targets = [target for target in mine.targets if target.fallback is None and prod(target.shape)]
     slots = bytes_of_slot(_THREADS, DEFAULT_SCRATCH_BYTES)
     copies = [target.copies for target in targets]

@@ -10,13 +10,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from automodel_conv.distributed.placements import as_distributed, is_distributed, local_of, region_of
 from automodel_conv.errors import ConversionError, UnsupportedError, message
 from automodel_conv.execution.buffers import dtype_of, span_bytes
 from automodel_conv.execution.mapping import with_new
-from automodel_conv.execution.ranks import as_distributed, is_distributed, local_of
 from automodel_conv.planning.plan import CopyPlan
+from automodel_conv.planning.regions import Region
 from automodel_conv.planning.registry import is_pretrained_model
-from automodel_conv.planning.sharding import Region, region_of, shard_plan
 
 DeviceLike = int | str | torch.device
 
@@ -82,7 +82,7 @@ class Homes:
             UnsupportedError: a tensor on a device that is not loaded to, or that ``state_dict`` hands out as a copy.
             ConversionError: two parameters share memory without being one.
         """
-        plan = shard_plan(plan, regions_of(state, plan))
+        plan = plan.shard(regions_of(state, plan))
         homes = Homes(plan, {}, find_places(model, state), [], [], {})
         first: dict[int, str] = {}
         targets, fresh = [], []

@@ -13,13 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from automodel_conv.distributed.placements import is_distributed
 from automodel_conv.doors import door
 from automodel_conv.errors import ConversionError, UnsupportedError, message
 from automodel_conv.execution.buffers import allocate
 from automodel_conv.execution.copy_batch import takes_kernels
 from automodel_conv.execution.memory import convert_tensors
 from automodel_conv.execution.new_memory import NewMemory
-from automodel_conv.execution.ranks import is_distributed
 from automodel_conv.execution.reading import cores
 from automodel_conv.files.checkpoint import open_checkpoint
 from automodel_conv.homes import in_order, unequal_ties, with_tied

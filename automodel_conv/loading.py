@@ -13,23 +13,20 @@ import torch
 from torch import Tensor, nn
 
 from automodel_conv.device_map import DeviceLike, device_map_of
+from automodel_conv.distributed.collectives import found_by_any, groups_of, send, together
+from automodel_conv.distributed.placements import (
+    as_distributed,
+    is_distributed,
+    is_first_replica,
+    is_replicated,
+    meshes_of,
+)
 from automodel_conv.doors import door
 from automodel_conv.errors import QuantizationError, UnsupportedError, message
 from automodel_conv.execution.checksums import verify_checksums
 from automodel_conv.execution.filling import Limits, fill, within
 from automodel_conv.execution.mapping import map_targets, with_new, without
 from automodel_conv.execution.page_policy import PageUse
-from automodel_conv.execution.ranks import (
-    as_distributed,
-    found_by_any,
-    groups_of,
-    is_distributed,
-    is_first_replica,
-    is_replicated,
-    meshes_of,
-    send,
-    together,
-)
 from automodel_conv.execution.reading import (
     LoadStats,
     cores,
@@ -65,7 +62,6 @@ from automodel_conv.planning.plan import CopyPlan
 from automodel_conv.planning.quantization import has_codes, quantized_table
 from automodel_conv.planning.registry import models_are_imported, without_ignored
 from automodel_conv.planning.schemes import KEEP
-from automodel_conv.planning.sharding import shard_plan
 from automodel_conv.planning.stored_dtypes import dequantizer, left_as_stored
 from automodel_conv.planning.wrappers import plain_model
 
@@ -315,7 +311,7 @@ def load_state_dict(
         known = state if model is None or state else model.state_dict(keep_vars=True)
         if where is not None:
             where.check([target.name for target in whole.targets], known, model, strict=strict)
-        plan = shard_plan(whole, regions_of(state, whole))
+        plan = whole.shard(regions_of(state, whole))
         if verify:
             verify_checksums(checkpoint, default_reader_threads(cores()) if threads is None else threads)
         devices: dict[str, torch.device] = {}

@@ -17,13 +17,14 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from automodel_conv.carrying import carried_from
+from automodel_conv.distributed.collectives import same_on_all, together
+from automodel_conv.distributed.holders import checksums_of_parts, find_holders, refuse_unlike_replicas
+from automodel_conv.distributed.placements import local_of, meshes_of, region_of
 from automodel_conv.doors import door
 from automodel_conv.dtypes import FLOATING, dtype_code
 from automodel_conv.errors import UnsupportedError, kind_of, listing, message
 from automodel_conv.execution.buffers import dtype_of
 from automodel_conv.execution.checksums import checksums_of, checksums_text
-from automodel_conv.execution.holders import checksums_of_parts, find_holders, refuse_unlike_replicas
-from automodel_conv.execution.ranks import local_of, meshes_of, same_on_all, together
 from automodel_conv.execution.tensor_slabs import Holding, tensor_slabs
 from automodel_conv.execution.writing import begin_shard, budget, write_slabs
 from automodel_conv.files.checkpoint import Checkpoint, open_checkpoint, open_downloaded
@@ -48,7 +49,6 @@ from automodel_conv.planning.plan import CopyPlan
 from automodel_conv.planning.registry import is_pretrained_model, model_rules
 from automodel_conv.planning.resolve import resolve
 from automodel_conv.planning.rules import RuleSet
-from automodel_conv.planning.sharding import region_of
 from automodel_conv.planning.wrappers import plain_model, plain_tensors
 from automodel_conv.progress import bytes_progress
 

@@ -65,12 +65,11 @@ from rich.table import Table
 from torch import Tensor, nn
 
 import automodel_conv as amc
+from automodel_conv.distributed.placements import local_of, placed
 from automodel_conv.execution.cpu import DEFAULT_SCRATCH_BYTES, bytes_of_slot
-from automodel_conv.execution.ranks import local_of
 from automodel_conv.files import system
 from automodel_conv.files.config import quantization_config
 from automodel_conv.measuring import PeakMemory, ready_memory
-from automodel_conv.planning.sharding import placed, shard_plan
 from automodel_conv.schedule.host import schedule
 from benchmarks import measure
 from benchmarks.grouped import advise_huge_pages, grouped_shapes, per_expert
@@ -363,22 +362,15 @@ def run_planning(shape: Shape, ranks: int, repetitions: int, directory: str | No
             plan = amc.compile_plan(checkpoint, model)
             laps.append(time.perf_counter())
             rank = repetition % ranks
-            mine = shard_plan(
-                plan,
-                {
-                    target.name: placed(
-                        target.shape, (ranks,), (rank,), [Shard(0) if ".experts." in target.name else Replicate()]
-                    )
-                    for target in plan.targets
-                },
-            )
+            placements = {t.name: [Shard(0) if ".experts." in t.name else Replicate()] for t in plan.targets}
+            mine = plan.shard({t.name: placed(t.shape, (ranks,), (rank,), placements[t.name]) for t in plan.targets})
             laps.append(time.perf_counter())
             copies = [target.copies for target in mine.targets]
             threads = measure.cores()
             slots = bytes_of_slot(threads, DEFAULT_SCRATCH_BYTES)
             jobs = schedule(mine.targets, copies, checkpoint, {}, threads=threads, slot_bytes=slots)
             laps.append(time.perf_counter())
-            if sum(job.nbytes for job in jobs) != mine.bytes_written:
+            if sum(job.reads.total_bytes for job in jobs) != mine.bytes_written:
                 raise RuntimeError("the rank would not read what it owns")
             for stage, start, stop in zip(seconds, laps, laps[1:], strict=False):
                 if repetition:

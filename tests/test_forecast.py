@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch.distributed.tensor import Replicate, Shard
 
+from automodel_conv.distributed.placements import placed
 from automodel_conv.dtypes import torch_dtype
 from automodel_conv.errors import UnsupportedError
 from automodel_conv.execution.cpu import load_files
@@ -18,7 +19,6 @@ from automodel_conv.loading import compile_plan
 from automodel_conv.planning.copies import Fallback
 from automodel_conv.planning.plan import CopyPlan
 from automodel_conv.planning.registry import transformers_available
-from automodel_conv.planning.sharding import placed, shard_plan
 from tests.execution.support import LAYOUTS, moe
 
 THREADS = 8  # as the forecast has it: the number decides how jobs are cut
@@ -61,7 +61,7 @@ def assert_foretold(checkpoint, plan, mesh: str, monkeypatch) -> Forecast:
             grouped = target.name.split(".")[-2:-1] == ["experts"]
             placements = experts if grouped and len(target.shape) > 1 else others
             regions[target.name] = placed(target.shape, tuple(sizes.values()), rank.coordinate, placements)
-        mine = shard_plan(plan, regions)
+        mine = plan.shard(regions)
         buffers = {t.name: torch.empty(t.shape, dtype=torch_dtype(t.dtype)) for t in mine.targets}
         read = Read()
         with monkeypatch.context() as patched:

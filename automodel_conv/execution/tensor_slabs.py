@@ -17,7 +17,7 @@ from automodel_conv.execution.writing import DeviceTensors, HostTensors, Maker
 from automodel_conv.planning.boxes import NotAffine, Piece, chain
 from automodel_conv.planning.copies import StridedCopy, Target, group_pieces
 from automodel_conv.planning.plan import CopyPlan
-from automodel_conv.planning.sharding import Region
+from automodel_conv.planning.regions import Region
 from automodel_conv.schedule.writes import Slab, slab_schedule
 
 

@@ -34,13 +34,13 @@ from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPla
 from torch.distributed.checkpoint.storage import StorageReader, StorageWriter, WriteResult
 from torch.futures import Future
 
+from automodel_conv.distributed.holders import ALIKE, checksums_of_parts, unlike_replicas
+from automodel_conv.distributed.placements import is_distributed, local_of, region_of
 from automodel_conv.doors import at_door
 from automodel_conv.dtypes import dtype_code
 from automodel_conv.errors import CoverageError, NameProblems, RankError, UnsupportedError, listing, message
 from automodel_conv.execution.buffers import dtype_of
 from automodel_conv.execution.filling import Limits, fill
-from automodel_conv.execution.holders import ALIKE, checksums_of_parts, unlike_replicas
-from automodel_conv.execution.ranks import is_distributed, local_of
 from automodel_conv.execution.tensor_slabs import Holding, tensor_slabs
 from automodel_conv.execution.writing import budget, write_slabs
 from automodel_conv.files import system
@@ -54,7 +54,7 @@ from automodel_conv.planning.marks import form_of_save
 from automodel_conv.planning.models import tied_names
 from automodel_conv.planning.pipeline import saving_plan, without_casts
 from automodel_conv.planning.plan import CopyPlan
-from automodel_conv.planning.sharding import Part, box, parts_plan, region_of
+from automodel_conv.planning.regions import Part, box
 from automodel_conv.planning.wrappers import plain_model, plain_names
 from automodel_conv.saving import (
     DEFAULT_SCRATCH_BYTES,
@@ -186,7 +186,7 @@ class HuggingFaceReader(StorageReader):
             parts.append(part)
             buffers[part.called] = tensor
         with at_door("loading", lambda: self._given):
-            fill(parts_plan(whole, parts), checkpoint, buffers, self._limits)
+            fill(whole.parts(parts), checkpoint, buffers, self._limits)
         for item in plan.items:
             planner.commit_tensor(item, planner.resolve_tensor(item))
         done: Future[None] = Future()

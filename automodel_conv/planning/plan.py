@@ -8,19 +8,17 @@ the same rule from sources of the same shapes share their copies, so a plan for 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
-from typing import TYPE_CHECKING
 
 from automodel_conv.dtypes import DECODED
 from automodel_conv.errors import UnknownTarget, UnsupportedError, message
 from automodel_conv.planning.composition import chained, inverted, table_of
 from automodel_conv.planning.copies import SourceTable, Target
+from automodel_conv.planning.plan_json import fields_of, text_of
 from automodel_conv.planning.proof import prove
-
-if TYPE_CHECKING:
-    from automodel_conv.planning.sharding import Region
+from automodel_conv.planning.regions import Part, Region, parts_of, whole
 
 
 @dataclass(frozen=True)
@@ -269,16 +267,28 @@ class CopyPlan:
         """The plan that fills parts of its targets, each a contiguous tensor of its own, and reads only what they take.
 
         Args:
-            regions: by target name, from ``planning.sharding``: ``placed`` for a rank's coordinate in a mesh and
-                placements, ``region_of`` for a DTensor, ``box`` for offsets and lengths. Other targets stay whole.
+            regions: by target name: ``distributed.placements.placed`` for a rank's coordinate in a mesh and
+                placements, ``region_of`` there for a DTensor, ``planning.regions.box`` for offsets and lengths. Other
+                targets stay whole.
 
         Raises:
             CoverageError: a region of a tensor of another shape.
             UnsupportedError: less than all of a target that upstream's own code makes.
         """
-        from automodel_conv.planning.sharding import shard_plan  # which chains plans
+        if not any(target.name in regions for target in self.targets):
+            return self
+        parts = [Part(t.name, t.name, regions.get(t.name) or whole(t.shape)) for t in self.targets]
+        return replace(self.parts(parts), tied=self.tied, layout=self.layout)
 
-        return shard_plan(self, regions)
+    def parts(self, parts: Iterable[Part]) -> CopyPlan:
+        """The plan that makes parts of its targets, each a contiguous tensor of its own.
+
+        Raises:
+            CoverageError: a region of a tensor of another shape.
+            UnsupportedError: less than all of a target that upstream's own code makes, or a part that would be cast
+                twice.
+        """
+        return self.then(CopyPlan(table_of(self.targets), tuple(parts_of(self.targets, parts))))
 
     # --- JSON -------------------------------------------------------------------------------------------------------
 
@@ -290,9 +300,7 @@ class CopyPlan:
         """
         if self.fallbacks:
             raise UnsupportedError(message("a plan with targets made by upstream's own code has no JSON form"))
-        from automodel_conv.planning.plan_json import text_of  # which makes plans
-
-        return text_of(self)
+        return text_of({field.name: getattr(self, field.name) for field in fields(self)})
 
     @staticmethod
     def from_json(text: str) -> CopyPlan:
@@ -302,9 +310,7 @@ class CopyPlan:
             UnsupportedError: not a plan of this version.
             CoverageError: the plan does not write every element once.
         """
-        from automodel_conv.planning.plan_json import plan_of  # which makes plans
-
-        plan = plan_of(text)
+        plan = CopyPlan(**fields_of(text))
         plan.validate()
         return plan
 

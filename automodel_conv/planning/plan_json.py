@@ -1,33 +1,34 @@
-"""The JSON form of a plan: written, and read back with a look at every type, length and row."""
+"""The JSON form of a plan: its fields written, and read back with a look at every type, length and row."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from math import prod
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import msgspec
 
 from automodel_conv.dtypes import BITS
 from automodel_conv.errors import UnsupportedError, message
 from automodel_conv.planning.copies import Decode, SourceTable, StridedCopy, Target
-from automodel_conv.planning.plan import CopyPlan
 
 _VERSION = 4
+_AS_THEY_ARE = ("rules", "missing", "unexpected", "mismatched", "tied")
 
 T = TypeVar("T")
 
 
-def text_of(plan: CopyPlan) -> str:
-    """The JSON form; copies that targets share are written once."""
+def text_of(plan: Mapping[str, Any]) -> str:
+    """The JSON form of the fields of a plan; copies that targets share are written once."""
     table: dict[int, int] = {}
     copies: list[tuple[StridedCopy, ...]] = []
-    for target in plan.targets:
+    targets: Sequence[Target] = plan["targets"]
+    for target in targets:
         if id(target.copies) not in table:
             table[id(target.copies)] = len(copies)
             copies.append(target.copies)
-    sources = plan.sources
+    sources: SourceTable = plan["sources"]
     return json.dumps(
         {
             "version": _VERSION,
@@ -35,19 +36,15 @@ def text_of(plan: CopyPlan) -> str:
             "decodes": list(sources.decodes.items()),
             "hidden": sorted(sources.hidden),
             "copies": copies,
-            "targets": [[*target[:5], table[id(target.copies)]] for target in plan.targets],
-            "rules": plan.rules,
-            "missing": plan.missing,
-            "unexpected": plan.unexpected,
-            "mismatched": plan.mismatched,
-            "tied": plan.tied,
-            "layouts": [plan.layout, plan.source_layout],
+            "targets": [[*target[:5], table[id(target.copies)]] for target in targets],
+            **{name: plan[name] for name in _AS_THEY_ARE},
+            "layouts": [plan["layout"], plan["source_layout"]],
         }
     )
 
 
-def plan_of(text: str) -> CopyPlan:
-    """The plan of a JSON form, which is still to be validated.
+def fields_of(text: str) -> dict[str, Any]:
+    """The fields of a plan from its JSON form; the plan is still to be validated.
 
     Raises:
         UnsupportedError: it is the form of another version, or none.
@@ -55,7 +52,7 @@ def plan_of(text: str) -> CopyPlan:
     version = _decoded(text, _Versioned).version
     if version != _VERSION:
         raise _no_plan(f"version {version}")
-    return _plan(_decoded(text, _Form))
+    return _fields(_decoded(text, _Form))
 
 
 # --- private ----------------------------------------------------------------------------------------------------------
@@ -94,7 +91,7 @@ def _no_plan(found: object) -> UnsupportedError:
     return UnsupportedError(message("not a plan in JSON form", expected=expected, found=found, do=do))
 
 
-def _plan(form: _Form) -> CopyPlan:
+def _fields(form: _Form) -> dict[str, Any]:
     names, dtypes, shapes = form.sources
     if not len(names) == len(dtypes) == len(shapes):
         raise _no_plan("source columns that differ in length")
@@ -123,17 +120,13 @@ def _plan(form: _Form) -> CopyPlan:
         for name, dtype, shape, rule, sources, group in form.targets
     )
     layout, source_layout = form.layouts
-    return CopyPlan(
-        SourceTable(names, dtypes, shapes, decodes, frozenset(form.hidden)),
-        targets,
-        form.rules,
-        form.missing,
-        form.unexpected,
-        form.mismatched,
-        form.tied,
-        layout,
-        source_layout,
-    )
+    return {
+        "sources": SourceTable(names, dtypes, shapes, decodes, frozenset(form.hidden)),
+        "targets": targets,
+        **{name: getattr(form, name) for name in _AS_THEY_ARE},
+        "layout": layout,
+        "source_layout": source_layout,
+    }
 
 
 def _is_even(copy: StridedCopy) -> bool:

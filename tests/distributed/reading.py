@@ -10,12 +10,11 @@ import numpy as np
 import torch.distributed as dist
 
 import automodel_conv as amc
+from automodel_conv.distributed.placements import local_of
 from automodel_conv.dtypes import nbytes
-from automodel_conv.execution.ranks import local_of
 from automodel_conv.files import system
 from automodel_conv.homes import regions_of
 from automodel_conv.planning.plan import CopyPlan
-from automodel_conv.planning.sharding import shard_plan
 from tests.distributed.models import Meshes, Published, assert_holds, published, sharded
 from tests.distributed.starting import say
 
@@ -76,7 +75,7 @@ def rank(of: Published, variant: str, directory: Path) -> None:
         state = model.state_dict()
         owned = sum(local_of(tensor).nbytes for tensor in state.values())
         plan = amc.compile_plan(of.path, model)
-        plan = shard_plan(plan, regions_of(state, plan))
+        plan = plan.shard(regions_of(state, plan))
         assert plan.bytes_read == owned
         say(Counts(kind, sum(read), owned, report.bytes_read, rows_touched(plan))._asdict())
         assert_holds(state, of, whole=False)

@@ -8,15 +8,15 @@ from itertools import product
 import pytest
 import torch
 
-from automodel_conv.errors import RankError
-from automodel_conv.execution.holders import (
+from automodel_conv.distributed.holders import (
     Holders,
     checksum_of,
     checksums_of_parts,
     find_holders,
     refuse_unlike_replicas,
 )
-from automodel_conv.planning.sharding import region_of
+from automodel_conv.distributed.placements import region_of
+from automodel_conv.errors import RankError
 from automodel_conv.testing import address_valued
 
 

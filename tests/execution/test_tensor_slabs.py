@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.distributed.tensor import Replicate, Shard
 
+from automodel_conv.distributed.placements import placed
 from automodel_conv.dtypes import itemsize
 from automodel_conv.errors import ConversionError
 from automodel_conv.execution import tensor_slabs as module
@@ -23,13 +24,13 @@ from automodel_conv.execution.writing import write_slabs
 from automodel_conv.files import system
 from automodel_conv.planning import view
 from automodel_conv.planning.lowering import Operation
-from automodel_conv.planning.sharding import box, placed, whole
+from automodel_conv.planning.regions import box, whole
 from automodel_conv.schedule.writes import filled_ranges
 from automodel_conv.testing import POISON, address_valued
 from tests.execution.simulated import SimulatedDevice
 from tests.execution.support import LAYOUTS, MERGE, moe, naive, plan_of, table, target
 from tests.execution.test_slabs import laid_out, random_case, raw
-from tests.planning.test_sharding import coordinates, random_mesh, random_placements, torch_part
+from tests.planning.test_regions import coordinates, random_mesh, random_placements, torch_part
 
 SEEDS = st.integers(0, 2**32)
 # Of a slab: for elements of any width.

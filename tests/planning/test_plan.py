@@ -12,12 +12,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from automodel_conv.errors import ConversionError, CoverageError, UnsupportedError
-from automodel_conv.planning import sharding
 from automodel_conv.planning.boxes import Box, NotAffine, Piece
 from automodel_conv.planning.copies import Decode, Fallback, SourceTable, StridedCopy, Target, group_pieces
 from automodel_conv.planning.lowering import Context, Operation, copies_of, leaf, lower
 from automodel_conv.planning.plan import CopyPlan
 from automodel_conv.planning.quantization import quantized_table
+from automodel_conv.planning.regions import whole as whole_of
 from tests.planning import oracles
 from tests.planning.oracles import addressed, execute
 
@@ -406,7 +406,7 @@ def test_upstreams_work_has_neither_inverse_nor_json():
 
 def test_shards_chains_and_inverses_keep_what_a_plan_knows_of_model_and_files():
     plan = replace(experts_plan(), tied=(("a", "b"),), layout="nemo", source_layout="per_expert")
-    regions = {target.name: sharding.whole(target.shape) for target in plan.targets}
+    regions = {target.name: whole_of(target.shape) for target in plan.targets}
     made = plan.shard(regions), plan.inverse(), plan.inverse().then(plan)
     known = [(each.tied, each.layout, each.source_layout) for each in made]
     assert known == [

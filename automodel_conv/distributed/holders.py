@@ -16,11 +16,12 @@ from typing import Any, NamedTuple
 import numpy as np
 from torch import Tensor
 
+from automodel_conv.distributed.collectives import gathered, rank_of_this
+from automodel_conv.distributed.placements import is_distributed
 from automodel_conv.errors import CoverageError, RankError, listing, message
 from automodel_conv.execution.buffers import byte_view
-from automodel_conv.execution.ranks import gathered, is_distributed, rank_of_this
 from automodel_conv.execution.workers import work_off
-from automodel_conv.planning.sharding import Region
+from automodel_conv.planning.regions import Region
 
 ALIKE = (
     "wrap rank-local experts as DTensors with Shard(0) on the mesh that divides them, or gather them first; make "

@@ -15,22 +15,14 @@ from hypothesis import strategies as st
 from torch.distributed.tensor import Partial, Replicate, Shard
 from torch.distributed.tensor.placement_types import _StridedShard
 
+from automodel_conv.distributed.placements import placed, region_of
 from automodel_conv.dtypes import nbytes
 from automodel_conv.errors import CoverageError, UnsupportedError
 from automodel_conv.planning.boxes import Box, NotAffine, Piece, chain, contiguous_strides, find_overlap
 from automodel_conv.planning.copies import Fallback, SourceTable, Target
 from automodel_conv.planning.lowering import Context, LoweringError, Operation, copies_of, leaf, lower
 from automodel_conv.planning.plan import CopyPlan
-from automodel_conv.planning.sharding import (
-    Part,
-    Region,
-    box,
-    parts_plan,
-    placed,
-    region_of,
-    shard_plan,
-    whole,
-)
+from automodel_conv.planning.regions import Part, Region, box, whole
 from tests.planning import oracles
 from tests.planning.oracles import flat
 from tests.planning.test_lowering import CASES, HEADS
@@ -275,7 +267,7 @@ def check_parts(rng, plan, elements):
             wanted[name] = torch_part(tensor, mesh, coordinate, placements)
         else:  # no region: whole
             wanted[name] = tensor
-    part = shard_plan(plan, regions)
+    part = plan.shard(regions)
     part.validate()
     assert [target.name for target in part.targets] == [target.name for target in plan.targets]
     found = results(part, elements)
@@ -364,7 +356,7 @@ def moe_plan(count=4, rows=6, columns=4, *more, dtype="BF16", source="BF16"):
 def test_a_rank_of_experts_reads_its_own_experts_only():
     plan = moe_plan()
     for at in range(3):  # 4 experts over 3 ranks: 2, 2, 0
-        part = shard_plan(plan, {"made": placed((4, 12, 4), (3,), (at,), [Shard(0)])})
+        part = plan.shard({"made": placed((4, 12, 4), (3,), (at,), [Shard(0)])})
         mine = range(2 * at, min(2 * at + 2, 4))
         names = {part.sources.names[row] for target in part.targets for row in target.sources}
         assert names == {f"{e}.{p}" for e in mine for p in ("gate", "up")}
@@ -373,7 +365,7 @@ def test_a_rank_of_experts_reads_its_own_experts_only():
 
 @pytest.mark.parametrize("source", ["BF16", "F32", "F64"])
 def test_bytes_of_a_part_are_counted_in_the_dtypes_they_have(source):
-    part = shard_plan(moe_plan(source=source), {"made": box((4, 12, 4), [1, 5, 1], [2, 3, 2])})
+    part = moe_plan(source=source).shard({"made": box((4, 12, 4), [1, 5, 1], [2, 3, 2])})
     assert part.bytes_read == nbytes(source, 2 * 3 * 2)
     assert part.bytes_written == nbytes("BF16", 2 * 3 * 2)
 
@@ -381,27 +373,27 @@ def test_bytes_of_a_part_are_counted_in_the_dtypes_they_have(source):
 def test_copies_of_a_part_stay_few():
     """A part of many experts is as small a plan as the whole."""
     plan = moe_plan(64, 8, 6)
-    part = shard_plan(plan, {"made": placed((64, 16, 6), (2, 2), (1, 0), [Shard(0), Shard(2)])})
+    part = plan.shard({"made": placed((64, 16, 6), (2, 2), (1, 0), [Shard(0), Shard(2)])})
     assert len(part.targets[0].copies) <= 2
     assert len(part.targets[0].sources) == 64
 
 
 def test_a_plan_without_regions_is_left_as_it_is():
     plan = moe_plan()
-    assert shard_plan(plan, {}) is plan
-    assert shard_plan(plan, {"another": whole((3,))}) is plan
+    assert plan.shard({}) is plan
+    assert plan.shard({"another": whole((3,))}) is plan
 
 
 def test_what_a_plan_leaves_out_is_still_told_by_its_parts():
     plan = moe_plan()
     plan = CopyPlan(plan.sources, plan.targets, (), ("lost",), ("extra",), (("odd", (1,), (2,)),))
-    part = shard_plan(plan, {"made": box((4, 12, 4), [0, 0, 0], [1, 12, 4])})
+    part = plan.shard({"made": box((4, 12, 4), [0, 0, 0], [1, 12, 4])})
     assert (part.missing, part.unexpected, part.mismatched) == (plan.missing, plan.unexpected, plan.mismatched)
 
 
 def test_a_region_of_another_shape_is_refused():
     with pytest.raises(CoverageError, match="made has another shape"):
-        shard_plan(moe_plan(), {"made": whole((4, 4, 12))})
+        moe_plan().shard({"made": whole((4, 4, 12))})
 
 
 def test_what_transformers_own_code_makes_has_no_parts():
@@ -410,7 +402,7 @@ def test_what_transformers_own_code_makes_has_no_parts():
     target = plan.targets[0]._replace(copies=(), fallback=fallback)
     plan = CopyPlan(plan.sources, (target,))
     with pytest.raises(UnsupportedError, match="made by upstream's own code"):
-        shard_plan(plan, {"made": box((4, 12, 4), [0, 0, 0], [1, 12, 4])})
+        plan.shard({"made": box((4, 12, 4), [0, 0, 0], [1, 12, 4])})
 
 
 @pytest.mark.parametrize("region", [None, whole((4, 12, 4)), placed((4, 12, 4), (2,), (1,), [Replicate()])])
@@ -420,7 +412,7 @@ def test_what_transformers_own_code_makes_may_be_whole_beside_parts_of_others(re
     code = made._replace(name="code", copies=(), fallback=Fallback("a test", lambda tensors: {}))
     plan = CopyPlan(plan.sources, (made, code))
     regions = {"made": box((4, 12, 4), [0, 0, 0], [1, 12, 4])} | ({} if region is None else {"code": region})
-    part = shard_plan(plan, regions)
+    part = plan.shard(regions)
     assert part.target("code") == code
     assert part.target("made").shape == (1, 12, 4)
 
@@ -432,7 +424,7 @@ def test_parts_of_one_target_are_tensors_of_their_own():
     plan = moe_plan(2, 3, 2)
     regions = [box((2, 6, 2), [0, 0, 0], [1, 6, 2]), box((2, 6, 2), [0, 2, 1], [2, 3, 1]), whole((2, 6, 2))]
     parts = [Part("made", f"part {number}", region) for number, region in enumerate(regions)]
-    made = parts_plan(plan, parts)
+    made = plan.parts(parts)
     elements = {name: [(name, i) for i in range(6)] for name in plan.sources.names}
     of_whole = oracles.execute(plan, elements)["made"]
     found = oracles.execute(made, elements)
@@ -443,11 +435,11 @@ def test_parts_of_one_target_are_tensors_of_their_own():
 
 def test_a_part_may_have_a_dtype_of_its_own_but_is_cast_once():
     region = box((4, 12, 4), [0, 0, 0], [2, 12, 4])
-    made = parts_plan(moe_plan(), [Part("made", "wide", region, "F32"), Part("made", "plain", region)])
+    made = moe_plan().parts([Part("made", "wide", region, "F32"), Part("made", "plain", region)])
     assert [target.dtype for target in made.targets] == ["F32", "BF16"]
-    assert parts_plan(moe_plan(dtype="F32"), [Part("made", "p", region)]).targets[0].dtype == "F32"
+    assert moe_plan(dtype="F32").parts([Part("made", "p", region)]).targets[0].dtype == "F32"
     with pytest.raises(UnsupportedError, match="cast twice"):
-        parts_plan(moe_plan(dtype="F32"), [Part("made", "back", region, "F64")])
+        moe_plan(dtype="F32").parts([Part("made", "back", region, "F64")])
 
 
 # --- strides that do not divide each other ----------------------------------------------------------------------------
@@ -546,7 +538,7 @@ def test_half_of_an_interleaved_dimension_is_no_more_pieces_than_it_has_steps():
     interleave = Operation("Interleave", (("dim", 1), ("inverse", True)))
     plan = moe_plan(2, 9, 4, interleave, Operation("Transpose", (("dim0", 1), ("dim1", 2))))
     assert plan.targets[0].shape == (2, 4, 18)
-    part = shard_plan(plan, {"made": placed((2, 4, 18), (2,), (0,), [Shard(2)])})
+    part = plan.shard({"made": placed((2, 4, 18), (2,), (0,), [Shard(2)])})
     part.validate()
     assert len([1 for copy in part.targets[0].copies for _ in copy.pieces()]) <= 2 * 9
 

@@ -1,0 +1,106 @@
+"""Regions of tensors, and the targets that fill parts of others as tensors of their own; pure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from functools import lru_cache
+from itertools import product
+from typing import NamedTuple
+
+from automodel_conv.errors import CoverageError, message
+from automodel_conv.planning.boxes import Box, Piece, contiguous_strides
+from automodel_conv.planning.copies import StridedCopy, Target, group_pieces
+
+
+class Region(NamedTuple):
+    """Part of a tensor: in each dimension, runs ``(start, length)`` of indices, which the part holds one by one."""
+
+    shape: tuple[int, ...]
+    """Of the whole tensor."""
+    runs: tuple[tuple[tuple[int, int], ...], ...]
+
+    @property
+    def local_shape(self) -> tuple[int, ...]:
+        """Of the part."""
+        return tuple(sum(length for _, length in runs) for runs in self.runs)
+
+    @property
+    def is_whole(self) -> bool:
+        return self.local_shape == self.shape
+
+    def pieces(self) -> list[Piece]:
+        """Copies from the whole, contiguous, to the part, contiguous."""
+        outer, inner = contiguous_strides(self.shape), contiguous_strides(self.local_shape)
+        placed = [list(zip(runs, _starts(runs), strict=True)) for runs in self.runs]
+        return [
+            Piece(
+                0,
+                Box(tuple(length for (_, length), _ in box), outer, inner),
+                sum(start * stride for ((start, _), _), stride in zip(box, outer, strict=True)),
+                sum(start * stride for (_, start), stride in zip(box, inner, strict=True)),
+            )
+            for box in product(*placed)
+        ]
+
+
+def whole(shape: Sequence[int]) -> Region:
+    """All of a tensor."""
+    return box(shape, [0] * len(shape), shape)
+
+
+def box(shape: Sequence[int], offsets: Sequence[int], lengths: Sequence[int]) -> Region:
+    """One rectangle of a tensor.
+
+    Raises:
+        CoverageError: it leaves the tensor.
+    """
+    if not len(shape) == len(offsets) == len(lengths) or any(
+        not 0 <= offset <= offset + length <= size for size, offset, length in zip(shape, offsets, lengths, strict=True)
+    ):
+        found = f"offsets {list(offsets)}, lengths {list(lengths)}"
+        raise CoverageError(message("a box that leaves its tensor", expected=f"within {list(shape)}", found=found))
+    runs = tuple(((offset, length),) if length else () for offset, length in zip(offsets, lengths, strict=True))
+    return Region(tuple(shape), runs)
+
+
+class Part(NamedTuple):
+    """A region of a target, to be filled as a tensor of its own."""
+
+    target: str
+    called: str
+    """Its own name."""
+    region: Region
+    dtype: str | None = None
+    """To be cast to; None: the target's."""
+
+
+def parts_of(targets: Sequence[Target], parts: Iterable[Part]) -> list[Target]:
+    """Targets that are parts of ``targets``, which are their sources, each a contiguous tensor of its own.
+
+    Raises:
+        CoverageError: a region of a tensor of another shape.
+    """
+    rows = {target.name: row for row, target in enumerate(targets)}
+    made = []
+    for part in parts:
+        row = rows[part.target]
+        target, region = targets[row], part.region
+        if region.shape != target.shape:
+            found = f"a region of {list(region.shape)}"
+            raise CoverageError(message(f"{target.name} has another shape", expected=list(target.shape), found=found))
+        dtype = part.dtype or target.dtype
+        made.append(Target(part.called, dtype, region.local_shape, -1, (row,), _copies(region)))
+    return made
+
+
+@lru_cache(maxsize=4096)
+def _copies(region: Region) -> tuple[StridedCopy, ...]:
+    return group_pieces(piece.canonical() for piece in region.pieces())
+
+
+def _starts(runs: Sequence[tuple[int, int]]) -> list[int]:
+    starts, at = [], 0
+    for _, length in runs:
+        starts.append(at)
+        at += length
+    return starts
