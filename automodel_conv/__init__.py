@@ -1,38 +1,75 @@
 """Mixture-of-Experts checkpoints between the Hugging Face per-expert format and the grouped buffers models run on.
 
-Importing this package imports neither transformers nor triton.
+Importing this package imports nothing else: what is named here is imported when it is first asked for, and transformers
+and triton when a call needs them.
 """
 
-from automodel_conv.conversion_mapping import (
-    get_checkpoint_conversion_mapping,
-    get_combined_key_mapping,
-    get_model_conversion_mapping,
-    is_transformers_conversion_available,
-    requires_tensor_merging,
-)
-from automodel_conv.converting import ConvertReport, convert_checkpoint
-from automodel_conv.errors import (
-    CheckpointError,
-    ConversionError,
-    CoverageError,
-    DestinationError,
-    NameProblems,
-    QuantizationError,
-    RankError,
-    ReadError,
-    UnsupportedError,
-    VerificationError,
-    WriteError,
-)
-from automodel_conv.files.checkpoint import Checkpoint, open_checkpoint
-from automodel_conv.in_memory import convert_state_dict, revert_state_dict
-from automodel_conv.integrations.transformers import accelerate_transformers, install, uninstall
-from automodel_conv.loading import LoadReport, compile_plan, load_model, load_state_dict
-from automodel_conv.planning.plan import CopyPlan
-from automodel_conv.saving import SaveReport, save_checkpoint
-from automodel_conv.verifying import verify_checkpoint
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from automodel_conv.conversion_mapping import (
+        get_checkpoint_conversion_mapping,
+        get_combined_key_mapping,
+        get_model_conversion_mapping,
+        is_transformers_conversion_available,
+        requires_tensor_merging,
+    )
+    from automodel_conv.converting import ConvertReport, convert_checkpoint
+    from automodel_conv.errors import (
+        CheckpointError,
+        ConversionError,
+        CoverageError,
+        DestinationError,
+        NameProblems,
+        QuantizationError,
+        RankError,
+        ReadError,
+        UnsupportedError,
+        VerificationError,
+        WriteError,
+    )
+    from automodel_conv.files.checkpoint import Checkpoint, open_checkpoint
+    from automodel_conv.in_memory import convert_state_dict, revert_state_dict
+    from automodel_conv.integrations.transformers import accelerate_transformers, install, uninstall
+    from automodel_conv.loading import LoadReport, compile_plan, load_model, load_state_dict
+    from automodel_conv.planning.plan import CopyPlan
+    from automodel_conv.saving import SaveReport, save_checkpoint
+    from automodel_conv.verifying import verify_checkpoint
 
 __version__ = "0.1.0.dev0"
+
+_HOMES = {
+    "automodel_conv.conversion_mapping": (
+        "get_checkpoint_conversion_mapping",
+        "get_combined_key_mapping",
+        "get_model_conversion_mapping",
+        "is_transformers_conversion_available",
+        "requires_tensor_merging",
+    ),
+    "automodel_conv.converting": ("ConvertReport", "convert_checkpoint"),
+    "automodel_conv.errors": (
+        "CheckpointError",
+        "ConversionError",
+        "CoverageError",
+        "DestinationError",
+        "NameProblems",
+        "QuantizationError",
+        "RankError",
+        "ReadError",
+        "UnsupportedError",
+        "VerificationError",
+        "WriteError",
+    ),
+    "automodel_conv.files.checkpoint": ("Checkpoint", "open_checkpoint"),
+    "automodel_conv.in_memory": ("convert_state_dict", "revert_state_dict"),
+    "automodel_conv.integrations.transformers": ("accelerate_transformers", "install", "uninstall"),
+    "automodel_conv.loading": ("LoadReport", "compile_plan", "load_model", "load_state_dict"),
+    "automodel_conv.planning.plan": ("CopyPlan",),
+    "automodel_conv.saving": ("SaveReport", "save_checkpoint"),
+    "automodel_conv.verifying": ("verify_checkpoint",),
+}
+"""The public names by the module that each comes from."""
 
 __all__ = [
     "Checkpoint",
@@ -69,3 +106,22 @@ __all__ = [
     "uninstall",
     "verify_checkpoint",
 ]
+
+
+def __getattr__(name: str) -> object:
+    """Import a public name, or a module of this package, when it is first asked for (PEP 562)."""
+    home = next((module for module, names in _HOMES.items() if name in names), None)
+    if home is not None:
+        globals()[name] = getattr(import_module(home), name)
+        return globals()[name]
+    if not name.startswith("_"):
+        try:
+            return import_module(f"{__name__}.{name}")
+        except ModuleNotFoundError as error:
+            if error.name != f"{__name__}.{name}":  # the module is there, and lacks something
+                raise
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

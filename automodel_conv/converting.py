@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 
-from automodel_conv.conversion_plan import DEFAULT_SCRATCH_BYTES, Conversion, compile_conversion
 from automodel_conv.doors import door
 from automodel_conv.errors import (
     DestinationError,
@@ -22,6 +21,7 @@ from automodel_conv.errors import (
     listing,
     message,
 )
+from automodel_conv.execution.comparing import compare_file
 from automodel_conv.execution.file_slabs import FileSlabs
 from automodel_conv.execution.writing import (
     Budget,
@@ -36,10 +36,11 @@ from automodel_conv.files.config import CONFIG_NAME, MODELOPT_NAME, plain_config
 from automodel_conv.files.destination import open_destination, remove_remains, telling
 from automodel_conv.files.finished import is_finished
 from automodel_conv.files.shards import index_of
-from automodel_conv.loading import while_importing
+from automodel_conv.opening import while_importing
 from automodel_conv.progress import bytes_progress
-from automodel_conv.saving import places_in, write_checksums
-from automodel_conv.verifying import compare_file
+from automodel_conv.publishing.beside import write_checksums
+from automodel_conv.publishing.conversion import DEFAULT_SCRATCH_BYTES, Conversion, compile_conversion
+from automodel_conv.publishing.saved import places_in
 
 
 @dataclass(frozen=True)

@@ -13,22 +13,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from automodel_conv.destinations.ties import in_order, unequal_ties, with_tied
 from automodel_conv.distributed.placements import is_distributed
 from automodel_conv.doors import door
 from automodel_conv.errors import ConversionError, UnsupportedError, message
 from automodel_conv.execution.buffers import allocate
 from automodel_conv.execution.copy_batch import takes_kernels
+from automodel_conv.execution.cores import cores
 from automodel_conv.execution.memory import convert_tensors
 from automodel_conv.execution.new_memory import NewMemory
-from automodel_conv.execution.reading import cores
 from automodel_conv.files.checkpoint import open_checkpoint
-from automodel_conv.homes import in_order, unequal_ties, with_tied
 from automodel_conv.planning.copies import Target
 from automodel_conv.planning.models import state_table, tied_names
 from automodel_conv.planning.pipeline import loading_plan, saving_plan
 from automodel_conv.planning.plan import CopyPlan
 from automodel_conv.planning.wrappers import plain_model
-from automodel_conv.saving import not_saved
+from automodel_conv.publishing.saved import not_saved
 
 
 @dataclass(frozen=True)

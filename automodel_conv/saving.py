@@ -2,55 +2,44 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import os
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
-from itertools import chain
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from automodel_conv.carrying import carried_from
 from automodel_conv.distributed.collectives import same_on_all, together
 from automodel_conv.distributed.holders import checksums_of_parts, find_holders, refuse_unlike_replicas
 from automodel_conv.distributed.placements import local_of, meshes_of, region_of
 from automodel_conv.doors import door
-from automodel_conv.dtypes import FLOATING, dtype_code
-from automodel_conv.errors import UnsupportedError, kind_of, listing, message
-from automodel_conv.execution.buffers import dtype_of
-from automodel_conv.execution.checksums import checksums_of, checksums_text
+from automodel_conv.dtypes import dtype_code
+from automodel_conv.errors import UnsupportedError, kind_of, message
 from automodel_conv.execution.tensor_slabs import Holding, tensor_slabs
-from automodel_conv.execution.writing import begin_shard, budget, write_slabs
-from automodel_conv.files.checkpoint import Checkpoint, open_checkpoint, open_downloaded
-from automodel_conv.files.config import QUANTIZATION_KEYS
-from automodel_conv.files.destination import Destination, open_destination, staged_path, telling
-from automodel_conv.files.shards import (
-    CHECKSUMS_NAME,
-    Form,
-    Shard,
-    Spec,
-    divide,
-    divide_like,
-    index_of,
-    parse_size,
-)
-from automodel_conv.planning.copies import Target
+from automodel_conv.execution.writing import budget, write_slabs
+from automodel_conv.files.checkpoint import open_checkpoint, open_downloaded
+from automodel_conv.files.destination import open_destination, staged_path
 from automodel_conv.planning.experts import refuse_missing_experts
 from automodel_conv.planning.marks import form_of_save
-from automodel_conv.planning.models import checked_dtype, model_targets, state_table, tied_names
+from automodel_conv.planning.models import state_table
 from automodel_conv.planning.pipeline import saving_plan
-from automodel_conv.planning.plan import CopyPlan
-from automodel_conv.planning.registry import is_pretrained_model, model_rules
-from automodel_conv.planning.resolve import resolve
-from automodel_conv.planning.rules import RuleSet
 from automodel_conv.planning.wrappers import plain_model, plain_tensors
 from automodel_conv.progress import bytes_progress
+from automodel_conv.publishing.beside import begin_save, finish_save
+from automodel_conv.publishing.carrying import carried_from
+from automodel_conv.publishing.saved import (
+    not_saved,
+    places_in,
+    refuse_unlike_stored,
+    saved_tensors,
+    shards_for,
+    with_dtype,
+)
 
 DEFAULT_SCRATCH_BYTES = 64 << 20
 
@@ -220,212 +209,4 @@ def save_checkpoint(
     )
 
 
-def not_saved(model: nn.Module | None, reference: Checkpoint | None, written: Iterable[str]) -> list[str]:
-    """Names of a model that it says to ignore when it is saved, and names of a reference, but for those written."""
-    names = [] if model is None else list(model.state_dict().keys() & set(_ignored_on_save(model)))
-    names += [] if reference is None else [*reference.names, *reference.left_out(())]
-    there = set(written)
-    return [name for name in dict.fromkeys(sorted(names)) if name not in there]
-
-
-def begin_save(
-    destination: Destination, shards: Sequence[Shard], model: nn.Module | None, dtype: torch.dtype | None = None
-) -> None:
-    """Write what goes before all data: the config, and of each file the header."""
-    if model is not None:
-        with telling(destination.directory):
-            _write_config(model, dtype, destination.staging)
-    for shard in shards:
-        begin_shard(shard, destination.path(shard.name))
-
-
-def finish_save(
-    destination: Destination,
-    shards: Sequence[Shard],
-    model: nn.Module | None,
-    form: Form,
-    checksum_threads: int = 0,
-) -> None:
-    """What follows when the data of all files is on the disk; with no threads for checksums there are none."""
-    for shard in shards:
-        destination.finish(shard)
-    if checksum_threads:
-        write_checksums(destination, shards, checksum_threads)
-    parameters = None if model is None else sum(parameter.numel() for parameter in model.parameters())
-    destination.commit(index_of(shards, parameters, form))
-
-
-def write_checksums(destination: Destination, shards: Sequence[Shard], threads: int) -> None:
-    """Add the checksums of all tensors to what lies in a destination."""
-    sums: dict[str, str] = {}
-    for shard in shards:
-        sums |= checksums_of(open_checkpoint(destination.found(shard.name)), threads)
-    destination.write(CHECKSUMS_NAME, checksums_text(sums))
-
-
-def with_dtype(
-    plan: CopyPlan, dtype: torch.dtype | None, model: nn.Module | None, rules: Iterable[Any] | None = None
-) -> CopyPlan:
-    """The plan with its floating targets in ``dtype``, but those that the model keeps in float32.
-
-    Names of a checkpoint are not always those of the model: a target gets the dtype in which the model would take it.
-
-    Args:
-        plan: makes the tensors of a checkpoint.
-        rules: by which they are loaded; None: the model's own.
-
-    Raises:
-        UnsupportedError: no floating dtype.
-    """
-    checked_dtype(dtype)
-    code = None if dtype is None else dtype_code(dtype)
-    if code is None:
-        return plan
-    wanted: dict[int, str] = {}
-    if model is not None:
-        specs = model_targets(model, dtype)
-        rule_set = RuleSet(model_rules(model) if rules is None else rules, model)
-        found = resolve([target.name for target in plan.targets], rule_set, specs)
-        wanted = {row: specs[made.target].dtype for made in found.assignments for row in chain(*made.slots.values())}
-    targets = [
-        target._replace(dtype=wanted.get(row, code)) if target.dtype in FLOATING else target
-        for row, target in enumerate(plan.targets)
-    ]
-    return CopyPlan(plan.sources, tuple(targets), plan.rules)
-
-
-def specs_of(targets: Iterable[Target]) -> list[Spec]:
-    """The targets as tensors to be written.
-
-    Raises:
-        UnsupportedError: a dtype that torch does not know, or no target at all.
-    """
-    specs = []
-    for target in targets:
-        dtype_of(target.dtype, target.name)
-        specs.append(Spec(target.name, target.dtype, target.shape))
-    if not specs:
-        raise UnsupportedError(message("there is no tensor to be written, and so no checkpoint to be made"))
-    return specs
-
-
-def places_in(shards: Sequence[Shard], targets: Iterable[Target]) -> list[tuple[int, int]]:
-    """Of each target, the number of its file and its first byte there."""
-    places = {
-        spec.name: (file, offset)
-        for file, shard in enumerate(shards)
-        for spec, offset in zip(shard.specs, shard.offsets, strict=True)
-    }
-    return [places[target.name] for target in targets]
-
-
-def shards_for(
-    targets: Iterable[Target], reference: Checkpoint | None, max_shard_size: int | str, form: Form
-) -> list[Shard]:
-    """The files for targets: as a reference is divided, which does not name all of them, or by size.
-
-    Raises:
-        UnsupportedError: not a size, or a dtype that torch does not know.
-    """
-    specs = specs_of(targets)
-    if reference is None:
-        return divide(specs, parse_size(max_shard_size), form)
-    files = [os.path.basename(file) for file in reference.files]
-    file_of = dict.fromkeys((spec.name for spec in specs), files[-1])
-    file_of |= {name: files[file] for name, file in zip(reference.names, reference.file_ids, strict=True)}
-    return divide_like(specs, file_of, form.layout)
-
-
-def saved_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """The tensors of a model that belong into a checkpoint: ties once, under the name that upstream keeps.
-
-    Raises:
-        UnsupportedError: they are not all here, or transformers must save them in its own way.
-    """
-    if is_pretrained_model(model):
-        if getattr(model, "hf_quantizer", None):
-            text = "this model cannot be saved from here: it is quantized by transformers"
-            raise UnsupportedError(message(text, do="use its save_pretrained"))
-    tensors = model.state_dict()
-    if (getattr(model, "_tp_size", None) or 1) > 1 and not meshes_of(tensors.values()):
-        raise UnsupportedError(
-            message(
-                "this model cannot be saved from here: its tensors are parts that do not say so",
-                found="tensor parallelism of a transformers older than 5.17",
-                do="use its save_pretrained",
-            )
-        )
-    for name in _ignored_on_save(model):
-        tensors.pop(name, None)
-    others = [f"{name}: {type(value).__name__}" for name, value in tensors.items() if not isinstance(value, Tensor)]
-    if others:
-        raise UnsupportedError(
-            message(
-                "this model has extra state that is not a tensor, which no checkpoint can hold",
-                found="\n" + listing(others),
-                do="save that apart, and pass the state dict without it, with rules=, layout= or reference=",
-            )
-        )
-    follows = getattr(model, "all_tied_weights_keys", {})
-    for group in tied_names(model):
-        here = [name for name in group if name in tensors]
-        kept = next((name for name in here if name not in follows), here[0] if here else None)
-        for name in here:
-            if name != kept and _is_same(tensors[name], tensors[kept]):  # type: ignore[index]
-                del tensors[name]
-    return dict(tensors)
-
-
-def refuse_unlike_stored(tensors: Mapping[str, Tensor]) -> None:
-    """Refuse tensors whose bytes in memory are not what they stand for.
-
-    Raises:
-        UnsupportedError: one is on the meta device, or is conjugated or negated only when it is read.
-    """
-    for name, tensor in tensors.items():
-        if not isinstance(tensor, Tensor):
-            continue
-        if tensor.is_meta:
-            raise UnsupportedError(
-                message(
-                    f"{name} has no data", found="it is on the meta device", do="load or materialize the model first"
-                )
-            )
-        if tensor.is_conj() or tensor.is_neg():
-            found = "a view that is conjugated or negated when it is read"
-            raise UnsupportedError(
-                message(f"{name} cannot be saved as it lies", found=found, do="resolve_conj() and resolve_neg() first")
-            )
-
-
 # --- private ----------------------------------------------------------------------------------------------------------
-
-
-def _ignored_on_save(model: nn.Module) -> Iterable[str]:
-    return getattr(model, "_keys_to_ignore_on_save", None) or ()
-
-
-def _is_same(tensor: Tensor, other: Tensor) -> bool:
-    tensor, other = local_of(tensor), local_of(other)
-    return (tensor.data_ptr(), tensor.shape, tensor.stride()) == (other.data_ptr(), other.shape, other.stride())
-
-
-def _write_config(model: nn.Module, dtype: torch.dtype | None, directory: str) -> None:
-    """What ``save_pretrained`` writes besides the weights. Source: transformers 5.23.0, modeling_utils."""
-    if not is_pretrained_model(model):
-        return
-    cls = next(c for c in type(model).__mro__ if not c.__module__.startswith("torch."))
-    config: Any = copy.deepcopy(model.config)
-    config.architectures = [cls.__name__]
-    config.dtype = str(dtype or model.dtype).removeprefix("torch.")
-    holds_numbers = all(dtype_code(parameter.dtype) in FLOATING for parameter in model.parameters())
-    for part in (config, getattr(config, "text_config", None)) if holds_numbers else ():
-        for key in QUANTIZATION_KEYS if part is not None else ():
-            vars(part).pop(key, None)  # of the checkpoint that this model was decoded from
-    config.save_pretrained(directory)
-    if model.can_generate():  # type: ignore[operator]
-        model.generation_config.save_pretrained(directory)  # type: ignore[union-attr, operator]
-    if getattr(model, "_auto_class", None) is not None:
-        from transformers.dynamic_module_utils import custom_object_save
-
-        custom_object_save(model, directory, config=config)

@@ -3,25 +3,21 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 
-from automodel_conv.conversion_plan import DEFAULT_SCRATCH_BYTES, compile_conversion
 from automodel_conv.doors import door
-from automodel_conv.dtypes import itemsize
 from automodel_conv.errors import (
     VerificationError,
     listing,
     message,
 )
+from automodel_conv.execution.comparing import compare_file
 from automodel_conv.execution.file_slabs import FileSlabs
 from automodel_conv.execution.writing import (
-    Maker,
     budget,
-    compare_slabs,
 )
 from automodel_conv.files.checkpoint import Checkpoint, open_downloaded, rows_by_file
 from automodel_conv.files.shards import Shard, Spec
@@ -29,7 +25,7 @@ from automodel_conv.planning.carrying import dropped_rows
 from automodel_conv.planning.marks import stated_layout
 from automodel_conv.planning.plan import CopyPlan
 from automodel_conv.progress import bytes_progress
-from automodel_conv.schedule.writes import Slab
+from automodel_conv.publishing.conversion import DEFAULT_SCRATCH_BYTES, compile_conversion
 
 
 @door("verifying")
@@ -92,34 +88,6 @@ def verify_checkpoint(
             with made.opened(file) as slabs:
                 compare_file(slabs, other.files[file], _file_of(other, file, rows[file]), share.threads, advance)
     return plan.bytes_written
-
-
-def compare_file(
-    slabs: tuple[Sequence[Slab], Callable[[], Maker]],
-    path: str,
-    shard: Shard,
-    threads: int,
-    advance: Callable[[int], None],
-) -> None:
-    """Raise VerificationError for the first element of a file that is not what the slabs make."""
-    at = compare_slabs(slabs[0], path, slabs[1], threads, advance)
-    if at is None:
-        return
-    spec, begin = next(
-        (spec, begin)
-        for spec, begin in zip(shard.specs, shard.offsets, strict=True)
-        if begin <= at < begin + spec.nbytes
-    )
-    element = (at - begin) // itemsize(spec.dtype)
-    index = [int(i) for i in np.unravel_index(element, spec.shape or (1,))]
-    raise VerificationError(
-        message(
-            f"{spec.name} is not what the source makes it",
-            where=f"{path}, byte {at}",
-            found=f"the first element that differs is {index} of {spec.dtype} {list(spec.shape)}",
-            do="the file or the source was changed, or a disk or its memory is broken",
-        )
-    )
 
 
 # --- private ----------------------------------------------------------------------------------------------------------

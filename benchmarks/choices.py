@@ -24,7 +24,8 @@ from typing import Any, NamedTuple
 import torch
 from rich.table import Table
 
-from automodel_conv.execution import copying, cpu, new_memory
+from automodel_conv.execution import copying, new_memory
+from automodel_conv.execution import host as cpu
 from automodel_conv.files import system
 from automodel_conv.kernels import transpose
 from automodel_conv.schedule import host as scheduling

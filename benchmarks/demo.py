@@ -2,7 +2,7 @@
 
 import sys
 
-from automodel_conv.cli import app
+from automodel_conv.cli.app import app
 
 if __name__ == "__main__":
     app(["demo", *sys.argv[1:]])

@@ -57,12 +57,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import automodel_conv as amc
-from automodel_conv.demo import fill_with_random_bits
-from automodel_conv.execution import decoding
+from automodel_conv.cli.demo import fill_with_random_bits
+from automodel_conv.cli.measuring import PeakMemory, ready_memory
+from automodel_conv.execution import host_decoding as decoding
 from automodel_conv.execution.workers import work_off
 from automodel_conv.kernels.code_tables import CODE_VALUES, code_table
 from automodel_conv.kernels.dequantize import dequantize_torch
-from automodel_conv.measuring import PeakMemory, ready_memory
 from benchmarks import measure
 from benchmarks.grouped import per_expert
 from benchmarks.shapes import SMALL, Shape, checkpoint_tensors, meta_model

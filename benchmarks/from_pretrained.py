@@ -30,8 +30,8 @@ from unittest import mock
 from rich.table import Table
 
 import automodel_conv as amc
+from automodel_conv.cli.measuring import PeakMemory, ready_memory
 from automodel_conv.integrations import transformers as hook
-from automodel_conv.measuring import PeakMemory, ready_memory
 from benchmarks import measure
 from benchmarks.shapes import DEEPSEEK_V3, SMALL, qwen3_30b, write_checkpoint, write_sparse_checkpoint
 from benchmarks.show import show, show_environment

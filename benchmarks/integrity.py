@@ -21,8 +21,8 @@ from unittest import mock
 from rich.table import Table
 
 import automodel_conv as amc
+from automodel_conv.cli.measuring import ready_memory
 from automodel_conv.files.checkpoint import Checkpoint
-from automodel_conv.measuring import ready_memory
 from automodel_conv.planning import plan as planning
 from benchmarks import measure
 from benchmarks.shapes import DEEPSEEK_V3, SMALL, meta_model, qwen3_30b, write_checkpoint, write_sparse_checkpoint

@@ -30,8 +30,8 @@ import numpy
 from torch import Tensor
 
 import automodel_conv
-from automodel_conv.demo import digests
-from automodel_conv.measuring import PeakMemory
+from automodel_conv.cli.demo import digests
+from automodel_conv.cli.measuring import PeakMemory
 from benchmarks import memory
 
 REPOSITORY = Path(__file__).resolve().parent.parent

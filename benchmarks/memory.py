@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy
 
-from automodel_conv.measuring import ready_memory
+from automodel_conv.cli.measuring import ready_memory
 
 READY, AS_FOUND = "ready", "as-found"
 MEMORY: Mapping[str, str] = {READY: "memory made ready", AS_FOUND: "memory as found"}

@@ -57,7 +57,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import automodel_conv as amc
-from automodel_conv.measuring import PeakMemory
+from automodel_conv.cli.measuring import PeakMemory
 from benchmarks import measure, memory
 from benchmarks.shapes import SMALL, Shape, qwen3_30b, write_checkpoint
 from benchmarks.show import show, show_environment

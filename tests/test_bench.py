@@ -11,9 +11,9 @@ from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 import automodel_conv as amc
-from automodel_conv import bench
-from automodel_conv.bench import Bench, advice
-from automodel_conv.cli import app
+from automodel_conv.cli import bench
+from automodel_conv.cli.app import app
+from automodel_conv.cli.bench import Bench, advice
 from automodel_conv.execution.page_policy import PageUse
 from automodel_conv.files import system
 

@@ -15,8 +15,9 @@ from typer.main import get_command
 from typer.testing import CliRunner
 
 import automodel_conv
-from automodel_conv import cli, demo
-from automodel_conv.cli import app, show_demo
+from automodel_conv.cli import app as cli
+from automodel_conv.cli import demo
+from automodel_conv.cli.app import app, show_demo
 from automodel_conv.files import system
 from automodel_conv.files.destination import STAGING_NAME
 from automodel_conv.planning.plan import CopyPlan
@@ -409,7 +410,7 @@ def test_options_of_convert_reach_it(plain, tmp_path, monkeypatch, option, key, 
         seen.update(arguments)
         raise automodel_conv.UnsupportedError("seen")
 
-    monkeypatch.setattr("automodel_conv.cli.convert_checkpoint", convert)
+    monkeypatch.setattr("automodel_conv.convert_checkpoint", convert)
     assert run("convert", plain, tmp_path / "new", *option).stderr == "error: seen\n"
     assert seen[key] == wanted
 
@@ -418,7 +419,7 @@ def test_interrupted_without_resume_the_message_names_the_other_option(plain, tm
     def convert(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("automodel_conv.cli.convert_checkpoint", convert)
+    monkeypatch.setattr("automodel_conv.convert_checkpoint", convert)
     result = run("convert", plain, tmp_path / "new", "--no-resume")
     assert result.exit_code == 130
     assert "with --resume" in result.stderr
@@ -570,7 +571,7 @@ def test_any_other_exception_propagates(plain, monkeypatch):
     def broken(*args, **kwargs):
         raise ZeroDivisionError
 
-    monkeypatch.setattr("automodel_conv.cli.compile_plan", broken)
+    monkeypatch.setattr("automodel_conv.compile_plan", broken)
     assert isinstance(run("plan", plain).exception, ZeroDivisionError)
 
 
@@ -620,7 +621,7 @@ def test_demo_fails_and_names_the_tensor_where_one_bit_differs(tmp_path, monkeyp
         return load
 
     monkeypatch.setattr(demo, "_in_new_process", lying)
-    monkeypatch.setattr("automodel_conv.cli.DEMO_MODEL", demo.TINY)
+    monkeypatch.setattr(demo, "BIG", demo.TINY)
     result = run("demo", "--directory", tmp_path)
     assert result.exit_code == 1
     assert f"different: {GATE_UP}" in result.stderr

@@ -18,11 +18,11 @@ import torch
 pytest.importorskip("transformers", reason="the checkpoints and the rules are those of its models")
 
 import automodel_conv as amc
-from automodel_conv import demo
-from automodel_conv.execution import cpu
+from automodel_conv.cli import demo
+from automodel_conv.cli.measuring import ready_memory
+from automodel_conv.execution import host as cpu
 from automodel_conv.execution.buffers import allocate
 from automodel_conv.files import system
-from automodel_conv.measuring import ready_memory
 
 FEW, MANY = 32, 96
 

@@ -12,12 +12,14 @@ from safetensors.torch import save_file
 from torch import nn
 
 import automodel_conv as amc
-from automodel_conv import device_map as device_map_module
-from automodel_conv import homes
-from automodel_conv.device_map import DeviceMap
-from automodel_conv.execution import cpu, filling, mapping, streaming
+from automodel_conv.destinations import device_map as device_map_module
+from automodel_conv.destinations import model as homes
+from automodel_conv.destinations.device_map import DeviceMap
+from automodel_conv.destinations.devices import loadable
+from automodel_conv.execution import device as streaming
+from automodel_conv.execution import filling, mapping
+from automodel_conv.execution import host as cpu
 from automodel_conv.execution.buffers import allocate
-from automodel_conv.homes import loadable
 from automodel_conv.testing import POISON, assert_bytes_equal
 from tests.execution.elsewhere import FIRST, HOST, SECOND, Devices, Elsewhere, put
 

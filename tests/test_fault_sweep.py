@@ -14,7 +14,8 @@ if sys.platform != "linux":
     pytest.skip("the faults are made with what Linux has", allow_module_level=True)
 
 from automodel_conv.errors import ConversionError
-from automodel_conv.execution import cpu, reading
+from automodel_conv.execution import host as cpu
+from automodel_conv.execution import reading
 from automodel_conv.files import destination, system
 from automodel_conv.testing import assert_bytes_equal
 from tests.fault_sweep import FAULTS, VERBS, Model, Sweep, count_calls, fault_at, sweep_one

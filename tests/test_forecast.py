@@ -8,13 +8,13 @@ import pytest
 import torch
 from torch.distributed.tensor import Replicate, Shard
 
+from automodel_conv.cli.forecast import Forecast, forecast, parse_mesh
 from automodel_conv.distributed.placements import placed
 from automodel_conv.dtypes import torch_dtype
 from automodel_conv.errors import UnsupportedError
-from automodel_conv.execution.cpu import load_files
+from automodel_conv.execution.host import load_files
 from automodel_conv.files import system
 from automodel_conv.files.checkpoint import open_checkpoint
-from automodel_conv.forecast import Forecast, forecast, parse_mesh
 from automodel_conv.loading import compile_plan
 from automodel_conv.planning.copies import Fallback
 from automodel_conv.planning.plan import CopyPlan

@@ -21,7 +21,7 @@ import transformers
 from transformers import AutoConfig, AutoModelForImageTextToText
 
 import automodel_conv as amc
-from automodel_conv.cli import app
+from automodel_conv.cli.app import app
 from automodel_conv.files.shards import LAYOUT_KEY
 from automodel_conv.testing import address_valued
 from tests.comparing import assert_same

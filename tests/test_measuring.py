@@ -7,7 +7,7 @@ import time
 import pytest
 import torch
 
-from automodel_conv.measuring import PeakMemory, ready_memory
+from automodel_conv.cli.measuring import PeakMemory, ready_memory
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 
@@ -41,7 +41,7 @@ def test_mapped_files_are_resident_but_not_anonymous(tmp_path):
 
 
 def test_nothing_is_measured_without_proc(monkeypatch):
-    monkeypatch.setattr("automodel_conv.measuring._STATUS", "/nowhere")
+    monkeypatch.setattr("automodel_conv.cli.measuring._STATUS", "/nowhere")
     with PeakMemory() as peak:
         pass
     assert (peak.anonymous_bytes, peak.mapped_bytes, peak.resident_bytes) == (None, None, None)

@@ -11,7 +11,9 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 import automodel_conv as amc
-from automodel_conv.execution import cpu, filling, streaming
+from automodel_conv.execution import device as streaming
+from automodel_conv.execution import filling
+from automodel_conv.execution import host as cpu
 from automodel_conv.files import system
 from automodel_conv.planning.copies import Fallback
 from automodel_conv.schedule.jobs import GAP_BYTES

@@ -466,7 +466,7 @@ MEASURE = """
 import sys
 import torch
 import automodel_conv as amc
-from automodel_conv.measuring import PeakMemory
+from automodel_conv.cli.measuring import PeakMemory
 
 path, dtype = sys.argv[1], sys.argv[2]
 E, I, H = 16, 512, 1024

@@ -13,6 +13,7 @@ from torch import Tensor
 from automodel_conv.errors import UnsupportedError, message
 from automodel_conv.execution.buffers import strided
 from automodel_conv.execution.moves import Form, Matrix, Moves, Verb, moves_of
+from automodel_conv.execution.stats import Work
 from automodel_conv.kernels.address_table import Matrices, at_addresses
 from automodel_conv.kernels.interleave import deinterleave_launches, interleave_launches
 from automodel_conv.kernels.launch import MOST_RUN, MOST_STRIDE, Launches, start, why_not
@@ -29,16 +30,6 @@ _VERBS: dict[Verb, Callable[..., Launches]] = {
     "interleave": interleave_launches,
     "deinterleave": deinterleave_launches,
 }
-
-
-class Work(NamedTuple):
-    """How many copies kernels made, and how many torch made one by one."""
-
-    by_kernels: int
-    by_torch: int
-
-    def __add__(self, other: Work) -> Work:  # type: ignore[override]
-        return Work(self.by_kernels + other.by_kernels, self.by_torch + other.by_torch)
 
 
 def takes_kernels(backend: str, tensors: Iterable[Tensor]) -> bool:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor
 
-from automodel_conv.execution.device import Device
+from automodel_conv.execution.protocols import Device
 
 
 class CudaStream:

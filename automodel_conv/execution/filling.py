@@ -13,12 +13,15 @@ import torch
 from torch import Tensor
 
 from automodel_conv.errors import ConversionError, UnsupportedError, listing, message
-from automodel_conv.execution import cpu, streaming
-from automodel_conv.execution.cpu import load_files
+from automodel_conv.execution import device as streaming
+from automodel_conv.execution import host as cpu
+from automodel_conv.execution.cores import default_reader_threads
 from automodel_conv.execution.cuda import streaming_device
-from automodel_conv.execution.device import Device
-from automodel_conv.execution.reading import LoadStats, default_reader_threads, tell, tell_filled
-from automodel_conv.execution.streaming import ring_of, stream_files
+from automodel_conv.execution.device import ring_of, stream_files
+from automodel_conv.execution.host import load_files
+from automodel_conv.execution.protocols import Device
+from automodel_conv.execution.reading import tell, tell_filled
+from automodel_conv.execution.stats import LoadStats
 from automodel_conv.execution.workers import Stopped, at_once
 from automodel_conv.files.checkpoint import Checkpoint
 from automodel_conv.planning.copies import Target

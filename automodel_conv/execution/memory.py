@@ -12,7 +12,8 @@ from torch import Tensor
 
 from automodel_conv.errors import ConversionError, message
 from automodel_conv.execution.buffers import Aim, checked, dtype_of, span_bytes
-from automodel_conv.execution.copy_batch import CopyBatch, Work, takes_kernels
+from automodel_conv.execution.copy_batch import CopyBatch, takes_kernels
+from automodel_conv.execution.stats import Work
 from automodel_conv.execution.upstream import run_upstream, upstream_calls
 from automodel_conv.planning.boxes import Box, NotAffine, Piece, chain, contiguous_strides
 from automodel_conv.planning.copies import StridedCopy, Target, group_pieces

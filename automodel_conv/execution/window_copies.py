@@ -10,7 +10,8 @@ from torch import Tensor
 
 from automodel_conv.dtypes import itemsize
 from automodel_conv.execution.buffers import dtype_of
-from automodel_conv.execution.copy_batch import CopyBatch, Work
+from automodel_conv.execution.copy_batch import CopyBatch
+from automodel_conv.execution.stats import Work
 from automodel_conv.execution.window_decoding import WindowDecoder
 from automodel_conv.kernels.launch import MOST_STRIDE, Launches, start
 from automodel_conv.kernels.strided_copy import strided_copy_torch

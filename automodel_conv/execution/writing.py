@@ -18,9 +18,10 @@ from automodel_conv.errors import ConversionError, WriteError, message
 from automodel_conv.execution.buffers import byte_view, dtype_of, raw_bytes
 from automodel_conv.execution.copy_batch import CopyBatch, takes_kernels
 from automodel_conv.execution.copying import COPY_BYTES, COPY_RATIO, copy_equal
-from automodel_conv.execution.decoding import decode_codes
-from automodel_conv.execution.device import Device
-from automodel_conv.execution.reading import OpenFiles, cores, read, reading
+from automodel_conv.execution.cores import cores
+from automodel_conv.execution.host_decoding import decode_codes
+from automodel_conv.execution.protocols import Device
+from automodel_conv.execution.reading import OpenFiles, read, reading
 from automodel_conv.execution.workers import work_off
 from automodel_conv.files import system
 from automodel_conv.files.checkpoint import Checkpoint

@@ -47,7 +47,7 @@ from automodel_conv.files import system
 from automodel_conv.files.checkpoint import Checkpoint, open_checkpoint, open_downloaded
 from automodel_conv.files.destination import Destination, open_destination, staged_path
 from automodel_conv.files.shards import Form, Shard
-from automodel_conv.loading import load_plan
+from automodel_conv.opening import load_plan
 from automodel_conv.planning.copies import SourceTable
 from automodel_conv.planning.experts import refuse_missing_experts
 from automodel_conv.planning.marks import form_of_save
@@ -56,17 +56,9 @@ from automodel_conv.planning.pipeline import saving_plan, without_casts
 from automodel_conv.planning.plan import CopyPlan
 from automodel_conv.planning.regions import Part, box
 from automodel_conv.planning.wrappers import plain_model, plain_names
-from automodel_conv.saving import (
-    DEFAULT_SCRATCH_BYTES,
-    SaveReport,
-    begin_save,
-    finish_save,
-    not_saved,
-    places_in,
-    refuse_unlike_stored,
-    saved_tensors,
-    shards_for,
-)
+from automodel_conv.publishing.beside import begin_save, finish_save
+from automodel_conv.publishing.saved import not_saved, places_in, refuse_unlike_stored, saved_tensors, shards_for
+from automodel_conv.saving import DEFAULT_SCRATCH_BYTES, SaveReport
 
 
 class HuggingFaceReader(StorageReader):

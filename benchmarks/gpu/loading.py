@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 import automodel_conv as amc
-from automodel_conv.execution.streaming import ring_of
+from automodel_conv.execution.device import ring_of
 from benchmarks.gpu import checkpoints
 from benchmarks.gpu.kernels import a_cell
 from benchmarks.gpu.timing import pinned, seconds

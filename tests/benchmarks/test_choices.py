@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from automodel_conv.execution import copying, cpu
+from automodel_conv.execution import copying
+from automodel_conv.execution import host as cpu
 from automodel_conv.files import system
 from automodel_conv.kernels import transpose
 from automodel_conv.planning.registry import transformers_available

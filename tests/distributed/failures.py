@@ -22,7 +22,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.tensor import Shard, distribute_tensor
 
 import automodel_conv as amc
-from automodel_conv import homes
+from automodel_conv.destinations import model as homes
 from automodel_conv.files import system
 from automodel_conv.integrations.dcp import HuggingFaceWriter
 from tests.distributed.models import Meshes, Published, assert_holds, local, published, sharded

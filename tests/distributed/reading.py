@@ -10,10 +10,10 @@ import numpy as np
 import torch.distributed as dist
 
 import automodel_conv as amc
+from automodel_conv.destinations.model import regions_of
 from automodel_conv.distributed.placements import local_of
 from automodel_conv.dtypes import nbytes
 from automodel_conv.files import system
-from automodel_conv.homes import regions_of
 from automodel_conv.planning.plan import CopyPlan
 from tests.distributed.models import Meshes, Published, assert_holds, published, sharded
 from tests.distributed.starting import say

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from automodel_conv.errors import ConversionError
-from automodel_conv.execution.copy_batch import Work
+from automodel_conv.execution.stats import Work
 from automodel_conv.execution.window_copies import WindowCopies
 from automodel_conv.execution.window_decoding import WindowDecoder
 from automodel_conv.kernels.code_tables import CODE_VALUES, E8M0_VALUES

@@ -6,7 +6,8 @@ from unittest import mock
 import pytest
 import torch
 
-from automodel_conv.execution.copy_batch import CopyBatch, Work
+from automodel_conv.execution.copy_batch import CopyBatch
+from automodel_conv.execution.stats import Work
 from automodel_conv.kernels import launch
 from automodel_conv.kernels.strided_copy import strided_copy_torch
 from automodel_conv.kernels.variants import Variant

@@ -16,9 +16,10 @@ from torch import Tensor
 
 from automodel_conv.dtypes import dtype_code, torch_dtype
 from automodel_conv.errors import ConversionError, ReadError, UnsupportedError
-from automodel_conv.execution import cpu, workers
+from automodel_conv.execution import host as cpu
+from automodel_conv.execution import workers
 from automodel_conv.execution.buffers import allocate
-from automodel_conv.execution.cpu import load_files
+from automodel_conv.execution.host import load_files
 from automodel_conv.files.checkpoint import Checkpoint, open_checkpoint
 from automodel_conv.planning import lowering
 from automodel_conv.planning.boxes import Box, NotAffine

@@ -13,7 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from automodel_conv.errors import ConversionError, ReadError
-from automodel_conv.execution import cpu, filling, streaming
+from automodel_conv.execution import device as streaming
+from automodel_conv.execution import filling
+from automodel_conv.execution import host as cpu
 from automodel_conv.execution.buffers import allocate
 from automodel_conv.execution.filling import Limits, Need, fill, shared_out
 from automodel_conv.planning.copies import Fallback, Target

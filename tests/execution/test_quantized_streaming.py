@@ -15,10 +15,10 @@ import torch
 
 from automodel_conv.dtypes import itemsize
 from automodel_conv.errors import ReadError
-from automodel_conv.execution import streaming
+from automodel_conv.execution import device as streaming
 from automodel_conv.execution.buffers import allocate
-from automodel_conv.execution.cpu import load_files
-from automodel_conv.execution.streaming import ring_of, stream_files
+from automodel_conv.execution.device import ring_of, stream_files
+from automodel_conv.execution.host import load_files
 from automodel_conv.files.checkpoint import open_checkpoint
 from automodel_conv.kernels import code_tables
 from automodel_conv.planning.lowering import Operation

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from automodel_conv.execution.buffers import allocate
-from automodel_conv.execution.cpu import load_files
-from automodel_conv.execution.streaming import stream_files
+from automodel_conv.execution.device import stream_files
+from automodel_conv.execution.host import load_files
 from automodel_conv.execution.workers import Stopped, at_once, work_off
 from automodel_conv.planning.copies import Fallback, Target
 from automodel_conv.schedule import host as schedule

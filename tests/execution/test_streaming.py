@@ -18,9 +18,10 @@ import torch
 
 from automodel_conv.dtypes import torch_dtype
 from automodel_conv.errors import ConversionError, ReadError, UnsupportedError
-from automodel_conv.execution import copy_batch, streaming
+from automodel_conv.execution import copy_batch
+from automodel_conv.execution import device as streaming
 from automodel_conv.execution.buffers import allocate
-from automodel_conv.execution.streaming import MOST_COMPILED, ring_of, stream_files
+from automodel_conv.execution.device import MOST_COMPILED, ring_of, stream_files
 from automodel_conv.execution.workers import Stopped
 from automodel_conv.planning.copies import Fallback, Target
 from automodel_conv.planning.lowering import Operation

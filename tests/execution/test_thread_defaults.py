@@ -8,17 +8,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from automodel_conv.execution import cpu, filling, reading
+from automodel_conv.execution import filling, reading
+from automodel_conv.execution import host as cpu
 from automodel_conv.execution.buffers import allocate
-from automodel_conv.execution.cpu import load_files
+from automodel_conv.execution.cores import default_reader_threads, rank_on_this_node, ranks_on_this_node, share_of_cores
+from automodel_conv.execution.device import ring_of
 from automodel_conv.execution.filling import Limits, within
-from automodel_conv.execution.reading import (
-    default_reader_threads,
-    rank_on_this_node,
-    ranks_on_this_node,
-    share_of_cores,
-)
-from automodel_conv.execution.streaming import ring_of
+from automodel_conv.execution.host import load_files
 from tests.execution.simulated import SimulatedDevice
 from tests.execution.support import TRANSPOSE, moe
 

@@ -8,9 +8,10 @@ import time
 
 import pytest
 
-from automodel_conv.execution import cpu, thread_policy
+from automodel_conv.execution import host as cpu
+from automodel_conv.execution import thread_policy
 from automodel_conv.execution.buffers import allocate
-from automodel_conv.execution.cpu import load_files
+from automodel_conv.execution.host import load_files
 from automodel_conv.execution.thread_policy import ThreadPolicy
 from automodel_conv.execution.workers import work_off
 from automodel_conv.files import system

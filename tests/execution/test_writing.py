@@ -35,7 +35,7 @@ from automodel_conv.files.checkpoint import Checkpoint, open_checkpoint
 from automodel_conv.files.destination import open_destination
 from automodel_conv.files.shards import Spec, shard_of
 from automodel_conv.planning.plan import CopyPlan
-from automodel_conv.saving import places_in
+from automodel_conv.publishing.saved import places_in
 from automodel_conv.schedule.writes import Slabs, slab_schedule
 from automodel_conv.testing import address_valued, assert_bytes_equal, guarded
 from tests.execution.simulated import DeviceFault, SimulatedDevice

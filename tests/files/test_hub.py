@@ -16,7 +16,7 @@ from safetensors.numpy import save_file
 
 import automodel_conv as amc
 from automodel_conv.errors import CheckpointError, ReadError, UnsupportedError
-from automodel_conv.execution.cpu import load_files
+from automodel_conv.execution.host import load_files
 from automodel_conv.files.shards import Spec, divide, index_of
 from tests.comparing import assert_same
 from tests.loopback_hub import Hub, Request, environment, serve, use

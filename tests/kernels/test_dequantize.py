@@ -341,7 +341,7 @@ def test_other_codes_and_numbers_are_refused(bits, dtype, verb):
 
 
 @needs_triton
-def test_destinations_of_two_kinds_are_refused_by_the_kernel():
+def test_destinationsof_two_kinds_are_refused_by_the_kernel():
     problem = Problem(8, (4, 4), (2, 2), (0, 0), BF16, torch.uint8, 3, count=2)
     out = [torch.zeros(4, 4, dtype=BF16), torch.zeros(4, 4, dtype=BF16).t()]
     with pytest.raises(ConversionError, match="of one kind"):

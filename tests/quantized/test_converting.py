@@ -12,8 +12,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from typer.testing import CliRunner
 
 import automodel_conv as amc
-from automodel_conv.cli import app
-from automodel_conv.conversion_plan import compile_conversion
+from automodel_conv.cli.app import app
+from automodel_conv.publishing.conversion import compile_conversion
 from tests.comparing import assert_same, tensors_of
 from tests.quantized.producers import FLOAT4, INT4, compressed, fine_grained
 from tests.quantized.test_models import gpt_oss, quantized, small_mixtral

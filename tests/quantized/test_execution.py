@@ -8,8 +8,8 @@ import torch
 
 import automodel_conv as amc
 from automodel_conv.execution.buffers import allocate
-from automodel_conv.execution.cpu import load_files
-from automodel_conv.execution.streaming import stream_files
+from automodel_conv.execution.device import stream_files
+from automodel_conv.execution.host import load_files
 from automodel_conv.planning.boxes import Box
 from automodel_conv.planning.copies import Target, group_pieces
 from automodel_conv.planning.lowering import leaf, transpose

@@ -193,7 +193,7 @@ def test_pinned_memory_is_not_a_kernels(gpu):
         strided_copy([bytes_of(64).view(1, 64)], [pinned.view(1, 64)])
 
 
-def test_two_destinations_that_share_a_byte_are_found(gpu):
+def test_two_destinationsthat_share_a_byte_are_found(gpu):
     memory, src = bytes_of(8192), bytes_of(8192)
     dst = matrices_at(memory, [0, 128 * 3 + 48], (4, 64), 128, torch.uint8)
     with pytest.raises(GpuFault, match="shares bytes with destination 0"):

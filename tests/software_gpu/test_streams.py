@@ -14,7 +14,7 @@ pytest.importorskip("triton")
 import automodel_conv as amc
 from automodel_conv.dtypes import torch_dtype
 from automodel_conv.execution.buffers import allocate
-from automodel_conv.execution.streaming import stream_files
+from automodel_conv.execution.device import stream_files
 from automodel_conv.testing import assert_bytes_equal, guarded
 from tests.execution import simulated
 from tests.execution.simulated import DeviceFault

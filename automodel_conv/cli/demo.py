@@ -23,10 +23,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from automodel_conv.cli.measuring import PeakMemory, ready_memory
 from automodel_conv.errors import ConversionError, UnsupportedError, message
 from automodel_conv.files.destination import telling
 from automodel_conv.loading import load_state_dict
-from automodel_conv.measuring import PeakMemory, ready_memory
 from automodel_conv.planning.registry import transformers_available
 
 METHODS = ("transformers", "automodel_conv")
@@ -177,7 +177,7 @@ def _together(runs: Sequence[DemoLoad]) -> DemoLoad:
 
 
 def _in_new_process(method: str, directory: str, warm_up: str) -> DemoLoad:
-    command = [sys.executable, "-m", "automodel_conv.demo", method, directory, warm_up]
+    command = [sys.executable, "-m", "automodel_conv.cli.demo", method, directory, warm_up]
     run = subprocess.run(command, capture_output=True, text=True)
     if run.returncode:
         found = f"exit status {run.returncode}\n{run.stderr[-4000:]}"

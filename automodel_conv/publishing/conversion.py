@@ -20,7 +20,7 @@ from automodel_conv.errors import (
 from automodel_conv.files.checkpoint import Checkpoint, open_checkpoint
 from automodel_conv.files.config import quantization
 from automodel_conv.files.shards import Form, Shard, divide, parse_size
-from automodel_conv.loading import decoded_table, untold
+from automodel_conv.opening import decoded_table, untold
 from automodel_conv.planning.carrying import carried_targets, dropped_rows, refuse_halves
 from automodel_conv.planning.copies import SourceTable
 from automodel_conv.planning.from_config import meta_model
@@ -32,7 +32,7 @@ from automodel_conv.planning.pipeline import loading_plan, saving_plan, without_
 from automodel_conv.planning.plan import CopyPlan
 from automodel_conv.planning.quantization import has_codes, quantized_table
 from automodel_conv.planning.unmarked import not_taken_apart
-from automodel_conv.saving import specs_of, with_dtype
+from automodel_conv.publishing.saved import specs_of, with_dtype
 
 DEFAULT_SCRATCH_BYTES = 256 << 20
 """Memory that a conversion uses at most, and a comparison of two checkpoints."""

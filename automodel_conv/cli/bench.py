@@ -18,7 +18,7 @@ import torch
 
 from automodel_conv.errors import UnsupportedError, message
 from automodel_conv.execution.buffers import allocate, byte_view
-from automodel_conv.execution.cpu import default_threads, load_files
+from automodel_conv.execution.host import default_threads, load_files
 from automodel_conv.execution.new_memory import NewMemory
 from automodel_conv.execution.page_policy import PageUse
 from automodel_conv.execution.reading import OpenFiles, read, reading

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from automodel_conv.distributed.placements import placed
 from automodel_conv.errors import UnsupportedError, message
-from automodel_conv.execution.cpu import DEFAULT_SCRATCH_BYTES, bytes_of_slot
+from automodel_conv.execution.host import DEFAULT_SCRATCH_BYTES, bytes_of_slot
 from automodel_conv.execution.upstream import upstream_calls
 from automodel_conv.files.checkpoint import Checkpoint
 from automodel_conv.planning.plan import CopyPlan

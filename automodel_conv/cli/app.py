@@ -1,4 +1,7 @@
-"""The command line: ``automodel-conv plan | load | convert | verify | bench | demo``."""
+"""The command line: ``automodel-conv plan | load | convert | verify | bench | demo``.
+
+A command imports what it needs when it is called, so that help comes without torch.
+"""
 
 from __future__ import annotations
 
@@ -6,31 +9,20 @@ import os
 import sys
 from collections.abc import Container
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-import torch
 import typer
-from rich.console import Console
-from rich.table import Table
 from typer.core import TyperGroup
 
 import automodel_conv
-from automodel_conv.bench import advice
-from automodel_conv.bench import bench as run_bench
-from automodel_conv.conversion_plan import Conversion, compile_conversion
-from automodel_conv.converting import convert_checkpoint
-from automodel_conv.demo import BIG as DEMO_MODEL
-from automodel_conv.demo import DemoModel, run_demo
 from automodel_conv.errors import ConversionError, DestinationError, UnknownTarget, WriteError, listing, message
-from automodel_conv.execution.checksums import verify_checksums
-from automodel_conv.execution.reading import cores
-from automodel_conv.files.checkpoint import open_checkpoint, open_downloaded
-from automodel_conv.files.room import room_in
-from automodel_conv.files.shards import parse_size
-from automodel_conv.forecast import forecast, parse_mesh
-from automodel_conv.loading import compile_plan, load_state_dict
-from automodel_conv.tables import bench_tables, converted_table, demo_table, mesh_table, report_table, two_columns
-from automodel_conv.verifying import verify_checkpoint
+
+if TYPE_CHECKING:
+    import torch
+    from rich.table import Table
+
+    from automodel_conv.cli.demo import DemoModel
+    from automodel_conv.publishing.conversion import Conversion
 
 # Advice in Python's words (see ``errors.py``), and in those of the command line.
 _IN_OPTIONS = {
@@ -166,9 +158,14 @@ def plan(
     ] = None,
 ) -> None:
     """Print where every byte of a checkpoint goes. Reads headers only, of org/name too."""
+    from automodel_conv.cli.forecast import forecast, parse_mesh
+    from automodel_conv.cli.tables import mesh_table
+
     sizes = None if mesh is None else parse_mesh(mesh)
-    checkpoint = open_checkpoint(path, revision=revision)
-    compiled = compile_plan(checkpoint, rules=None if model else [], layout=layout, source_layout=source_layout)
+    checkpoint = automodel_conv.open_checkpoint(path, revision=revision)
+    compiled = automodel_conv.compile_plan(
+        checkpoint, rules=None if model else [], layout=layout, source_layout=source_layout
+    )
     typer.echo(compiled.summary())
     _name((), compiled.left_out)
     if sizes is not None:
@@ -202,7 +199,9 @@ def load(
     progress: _ProgressOption = None,
 ) -> None:
     """Load a checkpoint into memory and print how that went."""
-    loaded = load_state_dict(
+    from automodel_conv.cli.tables import report_table
+
+    loaded = automodel_conv.load_state_dict(
         path,
         layout=layout,
         source_layout=source_layout,
@@ -236,6 +235,9 @@ def convert(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Tell what would be done; write nothing.")] = False,
 ) -> None:
     """Write a checkpoint anew with its experts in another layout. Interrupted, the same command goes on."""
+    from automodel_conv.cli.tables import converted_table
+    from automodel_conv.publishing.conversion import compile_conversion
+
     what: dict[str, Any] = {
         "rules": None if model else [],
         "layout": layout,
@@ -249,7 +251,7 @@ def convert(
         _tell(compile_conversion(source, **what), destination)
         return
     try:
-        report = convert_checkpoint(
+        report = automodel_conv.convert_checkpoint(
             source,
             destination,
             **what,
@@ -286,12 +288,16 @@ def verify(
     progress: _ProgressOption = None,
 ) -> None:
     """Check that a checkpoint is, bit for bit, what convert would make of another one."""
+    from automodel_conv.execution.checksums import verify_checksums
+    from automodel_conv.execution.cores import cores
+    from automodel_conv.files.checkpoint import open_downloaded
+
     if destination is None:
         checkpoint = open_downloaded(source)
         nbytes = verify_checksums(checkpoint, cores() if threads is None else threads)
         typer.echo(f"{len(checkpoint.names)} tensors, {nbytes / 1e9:.3f} GB: all have their checksums")
         return
-    nbytes = verify_checkpoint(
+    nbytes = automodel_conv.verify_checkpoint(
         source,
         destination,
         rules=None if model else [],
@@ -310,8 +316,8 @@ def verify(
     )
 
 
-@app.command()
-def bench(
+@app.command("bench")
+def measure(
     path: _PathArgument,
     layout: _LayoutOption = None,
     dtype: _NewDtypeOption = None,
@@ -323,7 +329,11 @@ def bench(
     ] = False,
 ) -> None:
     """Measure loads of a checkpoint on this machine, against its roof, and say what bounds them."""
-    found = run_bench(
+    from automodel_conv.cli.bench import advice, bench
+    from automodel_conv.cli.tables import bench_tables
+    from automodel_conv.files.shards import parse_size
+
+    found = bench(
         path,
         layout=layout,
         dtype=_dtype(dtype),
@@ -338,19 +348,24 @@ def bench(
         typer.echo(text)
 
 
-@app.command()
-def demo(
+@app.command("demo")
+def compare(
     directory: Annotated[
         Path | None, typer.Option(help="Where to put 1 GB for a minute. Default: the system's.")
     ] = None,
 ) -> None:
     """Load a new checkpoint of 1 GB with transformers and with this package, and compare them."""
-    if not show_demo(DEMO_MODEL, None if directory is None else str(directory)):
+    from automodel_conv.cli import demo
+
+    if not show_demo(demo.BIG, None if directory is None else str(directory)):
         raise typer.Exit(1)
 
 
 def show_demo(model: DemoModel, directory: str | None = None) -> bool:
     """Run the demo and print its table; returns whether all tensors were equal, bit for bit."""
+    from automodel_conv.cli.demo import run_demo
+    from automodel_conv.cli.tables import demo_table
+
     typer.echo("writing a Mixture-of-Experts checkpoint with transformers, then loading it with both ...")
     result = run_demo(model, directory)
     typer.echo(
@@ -371,6 +386,9 @@ def _tell(conversion: Conversion, destination: str) -> None:
         DestinationError: the destination holds a checkpoint already.
         WriteError: there is too little room.
     """
+    from automodel_conv.cli.tables import two_columns
+    from automodel_conv.files.room import room_in
+
     directory = os.path.abspath(destination)
     plan, room = conversion.plan, room_in(directory)
     typer.echo(plan.summary())
@@ -420,6 +438,8 @@ def _shows(progress: bool | None) -> bool:
 def _dtype(name: str | None) -> torch.dtype | None:
     if name is None:
         return None
+    import torch
+
     dtype = getattr(torch, name, None)
     if not isinstance(dtype, torch.dtype):
         raise typer.BadParameter(f"torch has no dtype {name!r}", param_hint="--dtype")
@@ -427,4 +447,6 @@ def _dtype(name: str | None) -> torch.dtype | None:
 
 
 def _print(table: Table) -> None:
+    from rich.console import Console
+
     Console(width=None if sys.stdout.isatty() else 100).print(table)

@@ -10,6 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from automodel_conv.destinations.devices import loadable
+from automodel_conv.destinations.ties import _tied_pairs, _unequal
 from automodel_conv.distributed.placements import as_distributed, is_distributed, local_of, region_of
 from automodel_conv.errors import ConversionError, UnsupportedError, message
 from automodel_conv.execution.buffers import dtype_of, span_bytes
@@ -17,8 +19,6 @@ from automodel_conv.execution.mapping import with_new
 from automodel_conv.planning.plan import CopyPlan
 from automodel_conv.planning.regions import Region
 from automodel_conv.planning.registry import is_pretrained_model
-
-DeviceLike = int | str | torch.device
 
 
 class Place(NamedTuple):
@@ -275,100 +275,3 @@ def finish(
             buffer.module._is_hf_initialized = False  # type: ignore[assignment]  # one loaded before says it is
     model.initialize_weights()  # type: ignore[operator]
     model.tie_weights(missing_keys=set(missing), recompute_mapping=False)  # type: ignore[operator]
-
-
-def unequal_ties(tensors: Mapping[str, Tensor], groups: Iterable[tuple[str, ...]]) -> set[tuple[str, str]]:
-    """Names of tied groups, each with the first of its group, for which this rank has loaded different values."""
-    return _unequal(_tied_pairs(groups, tensors), tensors)
-
-
-def _tied_pairs(groups: Iterable[tuple[str, ...]], tensors: Mapping[str, Tensor]) -> list[tuple[str, str]]:
-    made = ([name for name in group if name in tensors] for group in groups)
-    return [(name, names[0]) for names in made for name in names[1:]]
-
-
-def _unequal(pairs: Iterable[tuple[str, str]], tensors: Mapping[str, Tensor]) -> set[tuple[str, str]]:
-    return {(name, other) for name, other in pairs if name in tensors and not same_bytes(tensors[name], tensors[other])}
-
-
-def with_tied(
-    tensors: Mapping[str, Tensor], groups: Iterable[tuple[str, ...]], unequal: Collection[tuple[str, str]]
-) -> dict[str, Tensor]:
-    """All names of every tied group on one tensor, but for those that are ``unequal`` to the first of their group."""
-    shared = dict(tensors)
-    for group in groups:
-        made = [name for name in group if name in tensors]
-        for name in group:
-            if made and (name, made[0]) not in unequal:
-                shared[name] = tensors[made[0]]
-    return shared
-
-
-def in_order(tensors: Mapping[str, Tensor], names: Iterable[str]) -> dict[str, Tensor]:
-    """The same tensors in the order of the names of a model's state dict; those that it does not have come last."""
-    order = {name: tensors[name] for name in names if name in tensors}
-    return order | {name: tensor for name, tensor in tensors.items() if name not in order}
-
-
-def same_bytes(a: Tensor, b: Tensor) -> bool:
-    """Equal shape, dtype and bytes: a NaN equals itself, and 0.0 is not -0.0."""
-    if a is b:
-        return True
-    if (a.shape, a.dtype) != (b.shape, b.dtype):
-        return False
-    return torch.equal(*(t.detach().contiguous().reshape(-1).view(torch.uint8) for t in (a, b)))
-
-
-def as_device(device: object, where: str | None = None) -> torch.device:
-    """The device that a caller names.
-
-    Raises:
-        UnsupportedError: it is no device of torch.
-    """
-    if isinstance(device, (int, str, torch.device)) and not isinstance(device, bool):
-        name = f"cuda:{device}" if isinstance(device, int) else str(device)
-        try:
-            found = torch.device(name)
-            if str(found) == name:  # torch counts them in 8 bits: its "cuda:256" is cuda:0
-                return found
-        except RuntimeError:  # torch knows no device of that name
-            pass
-    expected = _devices(torch.cuda.device_count())
-    raise UnsupportedError(message("not a device", where=where, expected=expected, found=repr(device)))
-
-
-def loadable(device: DeviceLike, where: str | None = None) -> torch.device:
-    """The device, with its number.
-
-    Args:
-        device: a number is that of a CUDA device.
-        where: the argument that names it, for the error.
-
-    Raises:
-        UnsupportedError: it is neither the CPU nor a CUDA device that is there, or no device at all.
-    """
-    device = as_device(device, where)
-    if device.type == "cpu":
-        return torch.device("cpu")
-    if device.type == "meta":
-        text, do = (
-            "the meta device holds no data, so nothing can be loaded to it",
-            "{compile_plan(...)} plans a load alone",
-        )
-        raise UnsupportedError(message(text, where=where, do=do))
-    count = torch.cuda.device_count()
-    if device.type != "cuda" or (device.index or 0) >= count:
-        raise UnsupportedError(
-            message(
-                f"cannot load to {device}",
-                where=where,
-                expected=_devices(count),
-                do="load to the CPU and move the model",
-            )
-        )
-    return torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
-
-
-def _devices(count: int) -> str:
-    there = ", ".join(f'"cuda:{number}"' for number in range(count))
-    return '"cpu"' + (f", {there}" if count else "; there are no CUDA devices here")

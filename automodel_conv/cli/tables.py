@@ -6,11 +6,11 @@ from statistics import median
 
 from rich.table import Table
 
-from automodel_conv.bench import RUNS as BENCH_RUNS
-from automodel_conv.bench import Bench
+from automodel_conv.cli.bench import RUNS as BENCH_RUNS
+from automodel_conv.cli.bench import Bench
+from automodel_conv.cli.demo import RUNS, DemoResult
+from automodel_conv.cli.forecast import Forecast
 from automodel_conv.converting import ConvertReport
-from automodel_conv.demo import RUNS, DemoResult
-from automodel_conv.forecast import Forecast
 from automodel_conv.loading import LoadReport
 
 

@@ -13,16 +13,11 @@ from torch import Tensor
 from automodel_conv.errors import ConversionError, message
 from automodel_conv.execution.buffers import Aim, byte_view, checked, dtype_of
 from automodel_conv.execution.copying import COPY_BYTES, COPY_RATIO, copy_equal
-from automodel_conv.execution.decoding import decode_codes
+from automodel_conv.execution.cores import default_reader_threads
+from automodel_conv.execution.host_decoding import decode_codes
 from automodel_conv.execution.new_memory import NewMemory
-from automodel_conv.execution.reading import (
-    LoadStats,
-    OpenFiles,
-    default_reader_threads,
-    read,
-    read_whole,
-    tell_filled,
-)
+from automodel_conv.execution.reading import OpenFiles, read, read_whole, tell_filled
+from automodel_conv.execution.stats import LoadStats
 from automodel_conv.execution.thread_policy import ThreadPolicy
 from automodel_conv.execution.upstream import run_upstream, upstream_calls
 from automodel_conv.execution.workers import raise_if_stopped, work_off
