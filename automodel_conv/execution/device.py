@@ -15,27 +15,26 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack
 from itertools import cycle
-from math import prod
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from automodel_conv.errors import ConversionError, message
-from automodel_conv.execution.buffers import Aim, byte_view, checked, raw_bytes
+from automodel_conv.execution.buffers import byte_view, raw_bytes
 from automodel_conv.execution.copy_batch import takes_kernels
 from automodel_conv.execution.cores import default_reader_threads
+from automodel_conv.execution.load import begin, carry_out, tell
 from automodel_conv.execution.protocols import Device, Event, Stream
-from automodel_conv.execution.reading import OpenFiles, read, read_whole, tell, tell_filled
+from automodel_conv.execution.reading import OpenFiles, read
 from automodel_conv.execution.stats import LoadStats, Work
-from automodel_conv.execution.upstream import run_upstream, upstream_calls
 from automodel_conv.execution.window_copies import WindowCopies
 from automodel_conv.execution.workers import Stopped, raise_if_stopped
 from automodel_conv.files.checkpoint import Checkpoint
 from automodel_conv.kernels.launch import compile_ahead, why_not
 from automodel_conv.kernels.variants import Variant
 from automodel_conv.planning.plan import CopyPlan
-from automodel_conv.progress import SharedBar, bytes_progress
+from automodel_conv.progress import SharedBar
 from automodel_conv.schedule.device import Chunk, Upload, Window, stream_schedule
 from automodel_conv.schedule.jobs import aligned, aligned_down
 
@@ -144,37 +143,23 @@ def stream_files(
             )
         )
     ring = ring_of(threads, scratch_bytes)
-    targets = [t for t in plan.targets if t.fallback is None and prod(t.shape)]
-    tensors = [checked(target, buffers) for target in targets]
+    load = begin(plan, checkpoint, buffers)
     if backend != "auto":  # which never refuses, so that it need not be asked before the first read
-        takes_kernels(backend, tensors)
-    calls = upstream_calls(plan)
-    for target in (target for call in calls for target in call.targets):
-        checked(target, buffers)
-    aim = Aim()
-    copies = [aim(target, tensor) for target, tensor in zip(targets, tensors, strict=True)]
+        takes_kernels(backend, load.tensors)
     window_bytes = aligned_down(min(device_scratch_bytes // _REGIONS, _MOST_WINDOW_BYTES))
     chunks, windows = stream_schedule(
-        targets, copies, checkpoint, plan.sources.decodes, slot_bytes=ring.slot_bytes, window_bytes=window_bytes
+        load.targets,
+        load.copies,
+        checkpoint,
+        plan.sources.decodes,
+        slot_bytes=ring.slot_bytes,
+        window_bytes=window_bytes,
     )
-    bytes_read = sum(chunk.reads.total_bytes for chunk in chunks)
-    bytes_read += sum(checkpoint.nbytes[row] for call in calls for row in call.rows)
-    written: list[str] = []
-    with bytes_progress(bytes_read, "loading", progress) as advance:
-        load = _Load(chunks, windows, tensors, checkpoint, device, backend, advance, stop)
-        try:
-            stats = load.run(ring.threads)
-            for call in calls:
-                raise_if_stopped(stop)
-                run_upstream(call, {row: read_whole(row, checkpoint) for row in call.rows}, buffers)
-                written += [target.name for target in call.targets]
-                advance(sum(checkpoint.nbytes[row] for row in call.rows))
-        except BaseException as error:
-            unfinished = load.unfinished()
-            written += [target.name for number, target in enumerate(targets) if number not in unfinished]
-            tell_filled(error, written, len(plan.targets))
-            raise
-    return stats._replace(bytes_read=bytes_read)
+    stream = _Streaming(chunks, windows, load.tensors, checkpoint, device, backend, stop)
+    bytes_copied = sum(chunk.reads.total_bytes for chunk in chunks)
+    return carry_out(
+        load, bytes_copied, lambda advance: stream.run(ring.threads, advance), stream.unfinished, progress, stop
+    )
 
 
 class _Slot:
@@ -186,7 +171,7 @@ class _Slot:
         self.uploaded: Event | None = None
 
 
-class _Load:
+class _Streaming:
     """A load under way: what its threads share."""
 
     def __init__(
@@ -197,7 +182,6 @@ class _Load:
         checkpoint: Checkpoint,
         device: Device,
         backend: str,
-        advance: Callable[[int], None],
         stop: threading.Event | None,
     ):
         self._windows = windows
@@ -205,7 +189,6 @@ class _Load:
         self._checkpoint = checkpoint
         self._device = device
         self._backend = backend
-        self._advance = advance
         self._stop_asked = stop
         self._todo = deque(enumerate(chunks))
         self._not_uploaded = dict(enumerate(chunks))
@@ -222,8 +205,9 @@ class _Load:
         self._without_kernels: str | None = None
         self._settled = 0  # streams that have done all without an error
 
-    def run(self, threads: int) -> LoadStats:
+    def run(self, threads: int, advance: Callable[[int], None]) -> LoadStats:
         """Do it all, wait until the device has, and let go of every resource, whatever happens."""
+        self._advance = advance
         threads = max(1, min(threads, len(self._not_uploaded)))
         slot_bytes = aligned(max((chunk.reads.total_bytes for chunk in self._not_uploaded.values()), default=0))
         region_bytes = aligned(max((window.nbytes for window in self._windows), default=0))

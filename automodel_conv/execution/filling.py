@@ -19,8 +19,8 @@ from automodel_conv.execution.cores import default_reader_threads
 from automodel_conv.execution.cuda import streaming_device
 from automodel_conv.execution.device import ring_of, stream_files
 from automodel_conv.execution.host import load_files
+from automodel_conv.execution.load import tell, tell_filled
 from automodel_conv.execution.protocols import Device
-from automodel_conv.execution.reading import tell, tell_filled
 from automodel_conv.execution.stats import LoadStats
 from automodel_conv.execution.workers import Stopped, at_once
 from automodel_conv.files.checkpoint import Checkpoint

@@ -5,26 +5,25 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from math import prod
 
 import torch
 from torch import Tensor
 
 from automodel_conv.errors import ConversionError, message
-from automodel_conv.execution.buffers import Aim, byte_view, checked, dtype_of
+from automodel_conv.execution.buffers import byte_view, dtype_of
 from automodel_conv.execution.copying import COPY_BYTES, COPY_RATIO, copy_equal
 from automodel_conv.execution.cores import default_reader_threads
 from automodel_conv.execution.host_decoding import decode_codes
+from automodel_conv.execution.load import begin, carry_out
 from automodel_conv.execution.new_memory import NewMemory
-from automodel_conv.execution.reading import OpenFiles, read, read_whole, tell_filled
+from automodel_conv.execution.reading import OpenFiles, read
 from automodel_conv.execution.stats import LoadStats
 from automodel_conv.execution.thread_policy import ThreadPolicy
-from automodel_conv.execution.upstream import run_upstream, upstream_calls
-from automodel_conv.execution.workers import raise_if_stopped, work_off
+from automodel_conv.execution.workers import work_off
 from automodel_conv.files import system
 from automodel_conv.files.checkpoint import Checkpoint
 from automodel_conv.planning.plan import CopyPlan
-from automodel_conv.progress import SharedBar, bytes_progress
+from automodel_conv.progress import SharedBar
 from automodel_conv.schedule.host import schedule
 from automodel_conv.schedule.jobs import ALIGN_BYTES, Copies, Job, ReadAndCopy, aligned, aligned_down
 
@@ -98,36 +97,22 @@ def load_files(
                 found=f"threads={threads}, scratch_bytes={scratch_bytes}",
             )
         )
-    targets = [t for t in plan.targets if t.fallback is None and prod(t.shape)]
-    tensors = [checked(target, buffers) for target in targets]
-    calls = upstream_calls(plan)
-    for target in (target for call in calls for target in call.targets):
-        checked(target, buffers)
-    aim = Aim()
-    copies = [aim(target, tensor) for target, tensor in zip(targets, tensors, strict=True)]
+    load = begin(plan, checkpoint, buffers)
     threads = min(threads, scratch_bytes // (ALIGN_BYTES * (1 + COPY_RATIO)))
     slot_bytes = bytes_of_slot(threads, scratch_bytes)
-    jobs = schedule(targets, copies, checkpoint, plan.sources.decodes, threads=threads, slot_bytes=slot_bytes)
-    bytes_read = sum(job.reads.total_bytes for job in jobs)
-    bytes_read += sum(checkpoint.nbytes[row] for call in calls for row in call.rows)
+    decodes = plan.sources.decodes
+    jobs = schedule(load.targets, load.copies, checkpoint, decodes, threads=threads, slot_bytes=slot_bytes)
+    most = _most_threads(jobs, threads, scratch_bytes) if adapts else threads
     done: set[int] = set()
-    written: list[str] = []
-    with bytes_progress(bytes_read, "loading", progress) as advance:
-        try:
-            most = _most_threads(jobs, threads, scratch_bytes) if adapts else threads
-            policy = ThreadPolicy(threads, most)
-            stats = _run(jobs, checkpoint, tensors, policy, huge_pages, done, advance, stop)
-            for call in calls:
-                raise_if_stopped(stop)
-                run_upstream(call, {row: read_whole(row, checkpoint) for row in call.rows}, buffers)
-                written += [target.name for target in call.targets]
-                advance(sum(checkpoint.nbytes[row] for row in call.rows))
-        except BaseException as error:
-            unfinished = {n for k, job in enumerate(jobs) if k not in done for n in job.targets}
-            written += [t.name for n, t in enumerate(targets) if n not in unfinished]
-            tell_filled(error, written, len(plan.targets))
-            raise
-    return stats._replace(bytes_read=bytes_read)
+
+    def run(advance: Callable[[int], None]) -> LoadStats:
+        policy = ThreadPolicy(threads, most)
+        return _run(jobs, checkpoint, load.tensors, policy, huge_pages, done, advance, stop)
+
+    def unfinished() -> set[int]:
+        return {target for number, job in enumerate(jobs) if number not in done for target in job.targets}
+
+    return carry_out(load, sum(job.reads.total_bytes for job in jobs), run, unfinished, progress, stop)
 
 
 def bytes_of_slot(threads: int, scratch_bytes: int) -> int:

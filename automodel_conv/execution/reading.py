@@ -10,7 +10,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from automodel_conv.errors import ConversionError, ReadError, listing, message
+from automodel_conv.errors import ReadError, message
 from automodel_conv.execution.buffers import byte_view, dtype_of, span_bytes
 from automodel_conv.files import system
 from automodel_conv.files.checkpoint import Checkpoint
@@ -141,19 +141,3 @@ def read_whole(row: int, checkpoint: Checkpoint) -> Tensor:
     finally:
         files.close()
     return tensor
-
-
-def tell_filled(error: BaseException, written: Sequence[str], total: int) -> None:
-    """Add the names of the targets that are complete, of ``total``, to the text of our own errors, as a note to others.
-
-    Said of the targets of one device, once for each that has been written to.
-    """
-    tell(error, "\n".join(filter(None, [f"  filled:   {len(written)} of {total} targets", listing(written)])))
-
-
-def tell(error: BaseException, text: str) -> None:
-    """Add lines to the text of our own errors, as a note to others."""
-    if isinstance(error, ConversionError):
-        error.add(text)
-    else:  # as add_note, which Python 3.10 does not have
-        error.__notes__ = [*getattr(error, "__notes__", ()), text]  # type: ignore[attr-defined]
