@@ -16,21 +16,13 @@ from automodel_conv.errors import Message, NameProblems, UnsupportedError, listi
 from automodel_conv.planning.boxes import NotAffine
 from automodel_conv.planning.casts import check_cast
 from automodel_conv.planning.copies import Fallback, SourceTable, StridedCopy, Target
-from automodel_conv.planning.lowering import (
-    Context,
-    LoweringError,
-    Operation,
-    Value,
-    copies_of,
-    leaf,
-    leaves,
-    lower,
-    needs_target_shapes,
-)
+from automodel_conv.planning.lowering import copies_of, lower, needs_target_shapes
+from automodel_conv.planning.operations import OPERATIONS, Context, NotLowerable, Operation
 from automodel_conv.planning.plan import CopyPlan
 from automodel_conv.planning.resolve import Assignment, all_targets, missing_parts, resolve
-from automodel_conv.planning.rules import NotLowerable, RuleSet
+from automodel_conv.planning.rules import RuleSet
 from automodel_conv.planning.square import square_matrices
+from automodel_conv.planning.values import LoweringError, Value, leaf, leaves
 
 AsStored = Callable[[str, str, str], bool]
 """Whether a source of a dtype keeps it on the way to a target: ``(source, dtype code, target)``."""
@@ -324,7 +316,7 @@ class _Compiler:
                 self.problems.incomplete.append((assignment.target, tuple(parts)))
 
     def _merges(self, assignment: Assignment) -> bool:
-        return any(op.name == "MergeModulelist" for op in self.rules.operations(assignment.rule))
+        return any(OPERATIONS[op.name].merges for op in self.rules.operations(assignment.rule))
 
     def _lower(self, assignment: Assignment) -> _Made:
         rule = assignment.rule

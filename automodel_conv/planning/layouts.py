@@ -14,9 +14,11 @@ from typing import NamedTuple
 
 from automodel_conv.errors import UnsupportedError, message
 from automodel_conv.planning.copies import SourceTable, StridedCopy, Target
-from automodel_conv.planning.lowering import Context, LoweringError, Operation, copies_of, leaf, lower
+from automodel_conv.planning.lowering import copies_of, lower
 from automodel_conv.planning.models import ExpertLayout
+from automodel_conv.planning.operations import Context, Operation
 from automodel_conv.planning.plan import CopyPlan
+from automodel_conv.planning.values import LoweringError, leaf
 
 
 class Layout(NamedTuple):

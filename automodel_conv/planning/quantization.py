@@ -21,7 +21,7 @@ from typing import Any
 from automodel_conv.dtypes import FLOATING
 from automodel_conv.errors import QuantizationError, listing, message
 from automodel_conv.planning.copies import Decode, SourceTable, Target
-from automodel_conv.planning.lowering import copies_of, leaf, transpose
+from automodel_conv.planning.lowering import copies_of
 from automodel_conv.planning.plan import CopyPlan
 from automodel_conv.planning.schemes import (
     KEEP,
@@ -33,6 +33,7 @@ from automodel_conv.planning.schemes import (
     read_config,
     rows_of_kv_caches,
 )
+from automodel_conv.planning.values import leaf, transpose
 
 # Of a code's container, by dtype.
 _CODES_IN = {"I32": 8, "U8": 2, "I8": 2, "F4": 2}

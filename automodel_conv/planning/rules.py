@@ -17,12 +17,13 @@ from typing import Any
 import torch.utils._contextlib
 
 from automodel_conv.planning.digits import ANY_NAME, digit_pattern
-from automodel_conv.planning.lowering import OPERATIONS, Operation
+from automodel_conv.planning.operations import (
+    OPERATIONS,
+    NotLowerable,
+    Operation,
+    options_of,
+)
 from automodel_conv.planning.registry import CORE_MODULE, is_pretrained_model
-
-
-class NotLowerable(Exception):
-    """A rule whose operations are not all stock; the text says which and why."""
 
 
 class RuleSet:
@@ -192,71 +193,8 @@ def _is_stock(thing: Any, name: str | None = None) -> bool:
     return True
 
 
-# The attributes each operation's ``convert`` depends on.
-_ATTRIBUTES: Mapping[str, tuple[str, ...]] = {
-    "MergeModulelist": ("dim",),
-    "SplitModulelist": ("dim",),
-    "Concatenate": ("dim",),
-    "Chunk": ("dim",),
-    "Split": ("dim",),
-    "Transpose": ("dim0", "dim1", "check_dims"),
-    "Interleave": ("dim", "inverse"),
-    "Conv3dToLinear": (),
-    "LinearToConv3d": ("in_channels", "kernel_size"),
-    "PermuteForRope": ("inverse", "permute_layer_names"),
-    "ErnieFuseAndSplitTextVisionExperts": ("stack_dim", "concat_dim"),
-    "ErnieSplitAndDecoupleTextVisionExperts": ("stack_dim", "concat_dim"),
-    "VisionFuseAndPermuteForRope": ("dim",),
-    "VisionUnfuseAndPermuteForRope": ("dim",),
-    "_IdentityOp": (),
-}
-
-
 def _operation(op: Any, config: Any) -> Operation:
     name = type(op).__name__
     if name not in OPERATIONS or not _is_stock(op):
         raise NotLowerable(f"{type(op).__module__}.{name} is not a stock operation with its stock convert")
-    options: dict[str, object] = {key: _frozen(getattr(op, key)) for key in _ATTRIBUTES[name] if hasattr(op, key)}
-    if name == "PermuteForRope":
-        options["heads"] = _rope_heads(op, config)
-    elif name.startswith("Vision"):
-        options |= dict(_operation(op.permute_op, config).options)
-    elif name == "Chunk" and getattr(op, "num_shards_attribute", None) is not None:
-        if config is None:
-            raise NotLowerable(f"Chunk reads {op.num_shards_attribute} from a config, and there is no model")
-        asked = op.num_shards_attribute
-        options["num_shards"] = _count(name, asked, lambda: getattr(config.get_text_config(), asked))
-    return Operation(name, tuple(sorted(options.items())))
-
-
-def _rope_heads(op: Any, config: Any) -> int:
-    # 5.17 fails without permute_layer_names, 5.12 always; what upstream cannot run, we do not pretend to.
-    if not hasattr(op, "_permute_for_rope") and getattr(op, "permute_layer_names", None) is None:
-        raise NotLowerable("PermuteForRope of this transformers cannot run without permute_layer_names")
-    if config is None:
-        raise NotLowerable("PermuteForRope reads num_attention_heads from a config, and there is no model")
-
-    def heads() -> object:
-        part = config if op.subconfig_key is None else getattr(config, op.subconfig_key, config)
-        return getattr(part, "num_attention_heads", 1)
-
-    return _count("PermuteForRope", "num_attention_heads", heads)
-
-
-def _count(operation: str, attribute: str, read: Callable[[], object]) -> int:
-    """A number that an operation asks a config for.
-
-    Raises:
-        NotLowerable: it has none, or not one; what is raised then is up to transformers.
-    """
-    try:
-        found = read()
-    except (AttributeError, ValueError, RuntimeError) as error:  # absent; two text configs; another for each layer
-        raise NotLowerable(f"{operation} reads {attribute} from the config: {error}") from error
-    if not isinstance(found, int) or found < 1:
-        raise NotLowerable(f"{operation} reads {attribute} from the config, which has {found!r}")
-    return found
-
-
-def _frozen(value: object) -> object:
-    return tuple(value) if isinstance(value, list) else value
+    return Operation(name, options_of(op, OPERATIONS[name], config))

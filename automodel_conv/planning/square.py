@@ -13,9 +13,11 @@ from typing import Any, NamedTuple
 
 from automodel_conv.errors import Advice, UnsupportedError, listing, message
 from automodel_conv.planning.boxes import NotAffine
-from automodel_conv.planning.lowering import Context, LoweringError, Operation, leaves, lower
+from automodel_conv.planning.lowering import lower
+from automodel_conv.planning.operations import OPERATIONS, Context, NotLowerable, Operation
 from automodel_conv.planning.resolve import Assignment, all_targets
-from automodel_conv.planning.rules import NotLowerable, RuleSet
+from automodel_conv.planning.rules import RuleSet
+from automodel_conv.planning.values import LoweringError, leaves
 
 WHICH_SOURCE_LAYOUT = (
     'source_layout="transformers" if they lie as the model has them, '
@@ -144,7 +146,7 @@ def conditional_transposes(rules: RuleSet) -> dict[int, tuple[tuple[Operation, .
         except NotLowerable:
             continue
         for i, operation in enumerate(chain):
-            if operation.name == "Transpose" and dict(operation.options).get("check_dims"):
+            if OPERATIONS[operation.name].only_if and operation.option(OPERATIONS[operation.name].only_if):
                 found[row] = (chain[:i], operation)
                 break
     return found

@@ -14,8 +14,10 @@ from torch import Tensor
 from automodel_conv.dtypes import dtype_code, torch_dtype
 from automodel_conv.files.checkpoint import Checkpoint, open_checkpoint
 from automodel_conv.planning.copies import SourceTable, Target
-from automodel_conv.planning.lowering import Context, Operation, Value, copies_of, leaf, lower
+from automodel_conv.planning.lowering import copies_of, lower
+from automodel_conv.planning.operations import Context, Operation
 from automodel_conv.planning.plan import CopyPlan
+from automodel_conv.planning.values import Value, leaf
 from automodel_conv.testing import address_valued
 
 MERGE = Operation("MergeModulelist", (("dim", 0),))

@@ -24,8 +24,9 @@ from automodel_conv.files.checkpoint import Checkpoint, open_checkpoint
 from automodel_conv.planning import lowering
 from automodel_conv.planning.boxes import Box, NotAffine
 from automodel_conv.planning.copies import Fallback, Target
-from automodel_conv.planning.lowering import Operation, Value, leaf
+from automodel_conv.planning.operations import Operation
 from automodel_conv.planning.plan import CopyPlan
+from automodel_conv.planning.values import Value, leaf
 from automodel_conv.schedule import host as schedule
 from automodel_conv.schedule.cutting import slabs
 from automodel_conv.schedule.jobs import GAP_BYTES, Move

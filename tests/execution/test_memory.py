@@ -20,8 +20,9 @@ from automodel_conv.execution.memory import Work, convert_tensors
 from automodel_conv.planning import lowering, view
 from automodel_conv.planning.boxes import NotAffine
 from automodel_conv.planning.copies import Fallback, SourceTable, Target
-from automodel_conv.planning.lowering import Operation, leaf
+from automodel_conv.planning.operations import Operation
 from automodel_conv.planning.plan import CopyPlan
+from automodel_conv.planning.values import leaf
 from automodel_conv.testing import address_valued, assert_bytes_equal, guarded
 from tests.execution.support import (
     CONCATENATE,

@@ -21,7 +21,7 @@ from automodel_conv.execution.device import ring_of, stream_files
 from automodel_conv.execution.host import load_files
 from automodel_conv.files.checkpoint import open_checkpoint
 from automodel_conv.kernels import code_tables
-from automodel_conv.planning.lowering import Operation
+from automodel_conv.planning.operations import Operation
 from automodel_conv.planning.plan import CopyPlan
 from automodel_conv.planning.quantization import quantized_table
 from automodel_conv.schedule.device import stream_schedule

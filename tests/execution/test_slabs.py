@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from automodel_conv.dtypes import itemsize, torch_dtype
 from automodel_conv.files import system
-from automodel_conv.planning.lowering import Operation
+from automodel_conv.planning.operations import Operation
 from automodel_conv.schedule.writes import slab_schedule
 from automodel_conv.testing import address_valued
 from tests.execution.support import (

@@ -24,7 +24,7 @@ from automodel_conv.execution.buffers import allocate
 from automodel_conv.execution.device import MOST_COMPILED, ring_of, stream_files
 from automodel_conv.execution.workers import Stopped
 from automodel_conv.planning.copies import Fallback, Target
-from automodel_conv.planning.lowering import Operation
+from automodel_conv.planning.operations import Operation
 from automodel_conv.schedule.device import stream_schedule
 from automodel_conv.testing import address_valued, assert_bytes_equal, guarded
 from tests.execution.simulated import DeviceFault, Event, SimulatedDevice

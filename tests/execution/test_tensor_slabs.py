@@ -23,7 +23,7 @@ from automodel_conv.execution.tensor_slabs import Holding, tensor_slabs
 from automodel_conv.execution.writing import write_slabs
 from automodel_conv.files import system
 from automodel_conv.planning import view
-from automodel_conv.planning.lowering import Operation
+from automodel_conv.planning.operations import Operation
 from automodel_conv.planning.regions import box, whole
 from automodel_conv.schedule.writes import filled_ranges
 from automodel_conv.testing import POISON, address_valued

@@ -13,17 +13,10 @@ from hypothesis import strategies as st
 from automodel_conv.planning import lowering
 from automodel_conv.planning.compiler import compile_targets
 from automodel_conv.planning.copies import SourceTable
-from automodel_conv.planning.lowering import (
-    OPERATIONS,
-    Context,
-    LoweringError,
-    Operation,
-    copies_of,
-    leaf,
-    lower,
-    needs_target_shapes,
-)
-from automodel_conv.planning.rules import NotLowerable, RuleSet
+from automodel_conv.planning.lowering import copies_of, lower, needs_target_shapes
+from automodel_conv.planning.operations import OPERATIONS, Context, NotLowerable, Operation
+from automodel_conv.planning.rules import RuleSet
+from automodel_conv.planning.values import LoweringError, leaf
 from tests.planning import oracles
 from tests.planning.oracles import Cells, cells, flat
 

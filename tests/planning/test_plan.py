@@ -14,10 +14,12 @@ from hypothesis import strategies as st
 from automodel_conv.errors import ConversionError, CoverageError, UnsupportedError
 from automodel_conv.planning.boxes import Box, NotAffine, Piece
 from automodel_conv.planning.copies import Decode, Fallback, SourceTable, StridedCopy, Target, group_pieces
-from automodel_conv.planning.lowering import Context, Operation, copies_of, leaf, lower
+from automodel_conv.planning.lowering import copies_of, lower
+from automodel_conv.planning.operations import Context, Operation
 from automodel_conv.planning.plan import CopyPlan
 from automodel_conv.planning.quantization import quantized_table
 from automodel_conv.planning.regions import whole as whole_of
+from automodel_conv.planning.values import leaf
 from tests.planning import oracles
 from tests.planning.oracles import addressed, execute
 

@@ -20,9 +20,11 @@ from automodel_conv.dtypes import nbytes
 from automodel_conv.errors import CoverageError, UnsupportedError
 from automodel_conv.planning.boxes import Box, NotAffine, Piece, chain, contiguous_strides, find_overlap
 from automodel_conv.planning.copies import Fallback, SourceTable, Target
-from automodel_conv.planning.lowering import Context, LoweringError, Operation, copies_of, leaf, lower
+from automodel_conv.planning.lowering import copies_of, lower
+from automodel_conv.planning.operations import Context, Operation
 from automodel_conv.planning.plan import CopyPlan
 from automodel_conv.planning.regions import Part, Region, box, whole
+from automodel_conv.planning.values import LoweringError, leaf
 from tests.planning import oracles
 from tests.planning.oracles import flat
 from tests.planning.test_lowering import CASES, HEADS

@@ -21,13 +21,13 @@ from transformers.core_model_loading import (
     WeightRenaming,
 )
 
-from automodel_conv.planning.lowering import Operation
+from automodel_conv.planning.operations import NotLowerable, Operation
 from automodel_conv.planning.registry import (
     key_renamings,
     model_rules,
     without_ignored,
 )
-from automodel_conv.planning.rules import NotLowerable, RuleSet, natural_key
+from automodel_conv.planning.rules import RuleSet, natural_key
 
 
 class Config(SimpleNamespace):

@@ -12,9 +12,9 @@ from automodel_conv.execution.device import stream_files
 from automodel_conv.execution.host import load_files
 from automodel_conv.planning.boxes import Box
 from automodel_conv.planning.copies import Target, group_pieces
-from automodel_conv.planning.lowering import leaf, transpose
 from automodel_conv.planning.plan import CopyPlan
 from automodel_conv.planning.quantization import quantized_table
+from automodel_conv.planning.values import leaf, transpose
 from automodel_conv.schedule.host import schedule
 from automodel_conv.schedule.jobs import Move
 from automodel_conv.testing import assert_bytes_equal
