@@ -24,8 +24,8 @@ from collections.abc import Callable, Iterable, Mapping
 from torch import nn
 
 from automodel_conv.errors import NameProblems, listing, message
-from automodel_conv.planning.registry import holds_pretrained, model_rules, transformers_available
-from automodel_conv.planning.wrappers import unwrapped
+from automodel_conv.upstream.registry import holds_pretrained, model_rules, transformers_available
+from automodel_conv.upstream.wrappers import unwrapped
 
 _TRANSFORMERS_AVAILABLE = transformers_available()
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from automodel_conv.compiling.opening import while_importing
 from automodel_conv.doors import door
 from automodel_conv.errors import (
     DestinationError,
@@ -36,7 +37,6 @@ from automodel_conv.files.config import CONFIG_NAME, MODELOPT_NAME, plain_config
 from automodel_conv.files.destination import open_destination, remove_remains, telling
 from automodel_conv.files.finished import is_finished
 from automodel_conv.files.shards import index_of
-from automodel_conv.opening import while_importing
 from automodel_conv.progress import bytes_progress
 from automodel_conv.publishing.beside import write_checksums
 from automodel_conv.publishing.conversion import DEFAULT_SCRATCH_BYTES, Conversion, compile_conversion

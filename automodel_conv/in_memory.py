@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from automodel_conv.compiling.pipeline import loading_plan, saving_plan
 from automodel_conv.destinations.ties import in_order, unequal_ties, with_tied
 from automodel_conv.distributed.placements import is_distributed
 from automodel_conv.doors import door
@@ -24,11 +25,10 @@ from automodel_conv.execution.memory import convert_tensors
 from automodel_conv.execution.new_memory import NewMemory
 from automodel_conv.files.checkpoint import open_checkpoint
 from automodel_conv.planning.copies import Target
-from automodel_conv.planning.models import state_table, tied_names
-from automodel_conv.planning.pipeline import loading_plan, saving_plan
 from automodel_conv.planning.plan import CopyPlan
-from automodel_conv.planning.wrappers import plain_model
 from automodel_conv.publishing.saved import not_saved
+from automodel_conv.upstream.models import state_table, tied_names
+from automodel_conv.upstream.wrappers import plain_model
 
 
 @dataclass(frozen=True)

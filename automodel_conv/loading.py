@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from automodel_conv.compiling.opening import fitted_plan, load_plan, while_importing
 from automodel_conv.destinations.device_map import DeviceLike, device_map_of
 from automodel_conv.destinations.devices import loadable
 from automodel_conv.destinations.model import Homes, finish, home_of, move_buffers, placeable_buffers, regions_of
@@ -32,11 +33,10 @@ from automodel_conv.execution.mapping import map_targets, with_new, without
 from automodel_conv.execution.page_policy import PageUse
 from automodel_conv.execution.stats import LoadStats
 from automodel_conv.files.checkpoint import Checkpoint, open_checkpoint, open_downloaded
-from automodel_conv.opening import fitted_plan, load_plan, while_importing
 from automodel_conv.planning.compiler import Problems
 from automodel_conv.planning.given import as_plan
 from automodel_conv.planning.plan import CopyPlan
-from automodel_conv.planning.wrappers import plain_model
+from automodel_conv.upstream.wrappers import plain_model
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from automodel_conv.compiling.experts import refuse_missing_experts
+from automodel_conv.compiling.marks import form_of_save
+from automodel_conv.compiling.pipeline import saving_plan
 from automodel_conv.distributed.collectives import same_on_all, together
 from automodel_conv.distributed.holders import checksums_of_parts, find_holders, refuse_unlike_replicas
 from automodel_conv.distributed.placements import local_of, meshes_of, region_of
@@ -24,11 +27,7 @@ from automodel_conv.execution.tensor_slabs import Holding, tensor_slabs
 from automodel_conv.execution.writing import budget, write_slabs
 from automodel_conv.files.checkpoint import open_checkpoint, open_downloaded
 from automodel_conv.files.destination import open_destination, staged_path
-from automodel_conv.planning.experts import refuse_missing_experts
-from automodel_conv.planning.marks import form_of_save
-from automodel_conv.planning.models import state_table
-from automodel_conv.planning.pipeline import saving_plan
-from automodel_conv.planning.wrappers import plain_model, plain_tensors
+from automodel_conv.planning.names import plain_tensors
 from automodel_conv.progress import bytes_progress
 from automodel_conv.publishing.beside import begin_save, finish_save
 from automodel_conv.publishing.carrying import carried_from
@@ -40,6 +39,8 @@ from automodel_conv.publishing.saved import (
     shards_for,
     with_dtype,
 )
+from automodel_conv.upstream.models import state_table
+from automodel_conv.upstream.wrappers import plain_model
 
 DEFAULT_SCRATCH_BYTES = 64 << 20
 

@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from automodel_conv.compiling.carrying import dropped_rows
+from automodel_conv.compiling.marks import stated_layout
 from automodel_conv.doors import door
 from automodel_conv.errors import (
     VerificationError,
@@ -21,8 +23,6 @@ from automodel_conv.execution.writing import (
 )
 from automodel_conv.files.checkpoint import Checkpoint, open_downloaded, rows_by_file
 from automodel_conv.files.shards import Shard, Spec
-from automodel_conv.planning.carrying import dropped_rows
-from automodel_conv.planning.marks import stated_layout
 from automodel_conv.planning.plan import CopyPlan
 from automodel_conv.progress import bytes_progress
 from automodel_conv.publishing.conversion import DEFAULT_SCRATCH_BYTES, compile_conversion

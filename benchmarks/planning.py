@@ -42,8 +42,8 @@ from rich.table import Table
 from torch import nn
 
 import automodel_conv as amc
-from automodel_conv.planning.registry import model_rules
-from automodel_conv.planning.rules import RuleSet
+from automodel_conv.upstream.registry import model_rules
+from automodel_conv.upstream.rules import RuleSet
 from benchmarks import measure
 from benchmarks.shapes import (
     DEEPSEEK_V3,

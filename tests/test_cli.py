@@ -21,7 +21,7 @@ from automodel_conv.cli.app import app, show_demo
 from automodel_conv.files import system
 from automodel_conv.files.destination import STAGING_NAME
 from automodel_conv.planning.plan import CopyPlan
-from automodel_conv.planning.registry import transformers_available
+from automodel_conv.upstream.registry import transformers_available
 
 HIDE = Path(__file__).parent / "hide"
 BARS = {"convert": "converting", "verify": "verifying"}

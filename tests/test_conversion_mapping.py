@@ -19,7 +19,7 @@ from torch import nn
 
 from automodel_conv import conversion_mapping as queries
 from automodel_conv.errors import NameProblems
-from automodel_conv.planning.registry import transformers_available
+from automodel_conv.upstream.registry import transformers_available
 
 try:
     import transformers

@@ -13,9 +13,8 @@ from torch import nn
 
 import automodel_conv as amc
 from automodel_conv.destinations import device_map as device_map_module
-from automodel_conv.destinations import model as homes
 from automodel_conv.destinations.device_map import DeviceMap
-from automodel_conv.destinations.devices import loadable
+from automodel_conv.destinations.devices import as_device, loadable
 from automodel_conv.execution import device as streaming
 from automodel_conv.execution import filling, mapping
 from automodel_conv.execution import host as cpu
@@ -77,7 +76,7 @@ def devices(monkeypatch):
     made, empty_like = Devices(), torch.empty_like
 
     def there(device, where=None):
-        device = homes.as_device(device, where)
+        device = as_device(device, where)
         return (
             torch.device("xpu", device.index or 0)
             if device.type == "cuda" and (device.index or 0) < 2

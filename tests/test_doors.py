@@ -12,11 +12,11 @@ from safetensors.torch import save_file
 from torch import nn
 
 import automodel_conv as amc
+from automodel_conv.distributed import collectives
 from automodel_conv.doors import at_door
 from automodel_conv.errors import ConversionError, NameProblems, UnsupportedError, message
-from automodel_conv.execution import ranks
 from automodel_conv.files.destination import STAGING_NAME
-from automodel_conv.planning.registry import transformers_available
+from automodel_conv.upstream.registry import transformers_available
 
 needs_transformers = pytest.mark.skipif(not transformers_available(), reason="takes rules of transformers")
 
@@ -217,8 +217,8 @@ def test_what_is_no_model_is_refused(two, tmp_path, given):
 
 def test_other_ranks_hear_no_advice_that_the_door_has_not_said(monkeypatch):
     told = []
-    monkeypatch.setattr(ranks, "_told_by_all", lambda groups, text: told.append(text))
-    with pytest.raises(NameProblems), ranks.together([], "saving"):
+    monkeypatch.setattr(collectives, "_told_by_all", lambda groups, text: told.append(text))
+    with pytest.raises(NameProblems), collectives.together([], "saving"):
         raise NameProblems(message("it", do=["{strict=False} is it", "look"]))
     assert told == ["rank 0: NameProblems: it\n  do:       look"]
 

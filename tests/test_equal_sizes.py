@@ -19,8 +19,8 @@ from transformers.core_model_loading import SplitModulelist
 
 import automodel_conv as amc
 from automodel_conv.integrations.dcp import HuggingFaceReader
-from automodel_conv.planning.models import expert_layouts
 from automodel_conv.testing import POISON
+from automodel_conv.upstream.models import expert_layouts
 from tests.comparing import assert_same, assert_same_in_order, contents, tensors_of
 from tests.model_zoo import DTYPE, OTHER_ORDER, build_model, equal_names, save_upstream, write_checkpoint
 

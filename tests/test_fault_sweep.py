@@ -14,8 +14,7 @@ if sys.platform != "linux":
     pytest.skip("the faults are made with what Linux has", allow_module_level=True)
 
 from automodel_conv.errors import ConversionError
-from automodel_conv.execution import host as cpu
-from automodel_conv.execution import reading
+from automodel_conv.execution import load, reading
 from automodel_conv.files import destination, system
 from automodel_conv.testing import assert_bytes_equal
 from tests.fault_sweep import FAULTS, VERBS, Model, Sweep, count_calls, fault_at, sweep_one
@@ -72,7 +71,7 @@ def test_a_mapped_file_that_stays_is_found(sweep, monkeypatch):
 
 
 def test_targets_that_are_filled_and_not_told_are_found(sweep, monkeypatch):
-    monkeypatch.setattr(cpu, "tell_filled", lambda *_: None)
+    monkeypatch.setattr(load, "tell_filled", lambda *_: None)
     for fault in ("KeyboardInterrupt", "no memory for a buffer", "EIO"):
         with pytest.raises(AssertionError, match="is not told"):
             sweep_one(sweep, "load", FAULTS[fault])

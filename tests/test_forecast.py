@@ -18,7 +18,7 @@ from automodel_conv.files.checkpoint import open_checkpoint
 from automodel_conv.loading import compile_plan
 from automodel_conv.planning.copies import Fallback
 from automodel_conv.planning.plan import CopyPlan
-from automodel_conv.planning.registry import transformers_available
+from automodel_conv.upstream.registry import transformers_available
 from tests.execution.support import LAYOUTS, moe
 
 THREADS = 8  # as the forecast has it: the number decides how jobs are cut

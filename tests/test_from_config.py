@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText
 
 import automodel_conv as amc
-from automodel_conv.planning.from_config import meta_model, model_class
 from automodel_conv.testing import assert_bytes_equal
+from automodel_conv.upstream.from_config import meta_model, model_class
 from tests.model_zoo import build_model, write_checkpoint
 
 pytestmark = pytest.mark.filterwarnings("ignore")

@@ -17,7 +17,7 @@ pytest.importorskip("transformers", reason="the models, their rules and their ch
 
 import automodel_conv as amc
 from automodel_conv import loading
-from automodel_conv.planning import pipeline
+from automodel_conv.compiling import opening, pipeline
 from automodel_conv.planning.boxes import Box, Piece
 from automodel_conv.planning.copies import Decode, Fallback, SourceTable, Target, group_pieces
 from automodel_conv.planning.given import Misfits, fit_sources
@@ -75,7 +75,7 @@ def never_planned(monkeypatch):
     def refuse(*arguments, **keywords):
         raise AssertionError("a plan was given")
 
-    for module, name in [(loading, "load_plan"), (loading, "meta_model"), (pipeline, "RuleSet")]:
+    for module, name in [(loading, "load_plan"), (opening, "meta_model"), (pipeline, "RuleSet")]:
         monkeypatch.setattr(module, name, refuse)
 
 

@@ -22,8 +22,8 @@ import transformers
 import automodel_conv as amc
 from automodel_conv.integrations.dcp import HuggingFaceReader, HuggingFaceWriter
 from automodel_conv.planning.layouts import any_experts
-from automodel_conv.planning.models import expert_layouts
 from automodel_conv.testing import POISON, address_valued
+from automodel_conv.upstream.models import expert_layouts
 from tests.comparing import assert_same, tensors_of
 from tests.model_zoo import EXCLUDED, build_model, write_checkpoint, zoo_names
 

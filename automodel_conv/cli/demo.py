@@ -27,7 +27,7 @@ from automodel_conv.cli.measuring import PeakMemory, ready_memory
 from automodel_conv.errors import ConversionError, UnsupportedError, message
 from automodel_conv.files.destination import telling
 from automodel_conv.loading import load_state_dict
-from automodel_conv.planning.registry import transformers_available
+from automodel_conv.upstream.registry import transformers_available
 
 METHODS = ("transformers", "automodel_conv")
 RUNS = 3

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from automodel_conv.destinations.devices import DeviceLike, loadable
 from automodel_conv.distributed.placements import is_distributed
 from automodel_conv.errors import ConversionError, UnsupportedError, listing, message
-from automodel_conv.planning.models import tied_names
+from automodel_conv.upstream.models import tied_names
 
 
 class DeviceMap:

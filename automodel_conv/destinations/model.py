@@ -18,7 +18,7 @@ from automodel_conv.execution.buffers import dtype_of, span_bytes
 from automodel_conv.execution.mapping import with_new
 from automodel_conv.planning.plan import CopyPlan
 from automodel_conv.planning.regions import Region
-from automodel_conv.planning.registry import is_pretrained_model
+from automodel_conv.upstream.registry import is_pretrained_model
 
 
 class Place(NamedTuple):

@@ -156,7 +156,7 @@ def stream_files(
         window_bytes=window_bytes,
     )
     stream = _Streaming(chunks, windows, load.tensors, checkpoint, device, backend, stop)
-    bytes_copied = sum(chunk.reads.total_bytes for chunk in chunks)
+    bytes_copied = sum(chunk.nbytes for chunk in chunks)
     return carry_out(
         load, bytes_copied, lambda advance: stream.run(ring.threads, advance), stream.unfinished, progress, stop
     )
@@ -209,7 +209,7 @@ class _Streaming:
         """Do it all, wait until the device has, and let go of every resource, whatever happens."""
         self._advance = advance
         threads = max(1, min(threads, len(self._not_uploaded)))
-        slot_bytes = aligned(max((chunk.reads.total_bytes for chunk in self._not_uploaded.values()), default=0))
+        slot_bytes = aligned(max((chunk.nbytes for chunk in self._not_uploaded.values()), default=0))
         region_bytes = aligned(max((window.nbytes for window in self._windows), default=0))
         pinned = self._device.pinned(threads * _SLOTS * slot_bytes)
         slots = deque(_Slot(memory) for memory in pinned.view(threads * _SLOTS, slot_bytes))
@@ -301,7 +301,7 @@ class _Streaming:
             with self._changed:
                 self._gap_bytes += gap_bytes
                 del self._not_uploaded[number]
-            self._advance(chunk.reads.total_bytes)
+            self._advance(chunk.nbytes)
 
     def _upload(self, chunk: Chunk, slot: _Slot) -> None:
         pairs: list[tuple[Tensor, Tensor]] = []

@@ -31,7 +31,7 @@ class Load(NamedTuple):
     """Made by copies, and not empty."""
     tensors: list[Tensor]
     """Their buffers."""
-    copies: list[Sequence[StridedCopy]]
+    copies: Sequence[Sequence[StridedCopy]]
     """Of each, aimed at its buffer."""
     calls: list[Upstream]
 

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -94,8 +95,7 @@ def read(reads: Reads, checkpoint: Checkpoint, files: OpenFiles, memories: Seque
 
 def _views(call: Reads, memories: Sequence[memoryview]) -> tuple[list[memoryview], int]:
     """The memory that one call fills, and how much of it is for what lies between wanted bytes."""
-    columns = (call.memory, call.start_bytes, call.start_bytes + call.nbytes)
-    places = zip(*(column.tolist() for column in columns), strict=True)
+    places = np.array((call.memory, call.start_bytes, call.start_bytes + call.nbytes)).T.tolist()
     views = [memories[memory][start:stop] for memory, start, stop in places]
     gaps = call.offset_bytes[1:] - call.stop_bytes[:-1]
     gap_bytes = int(gaps.sum())

@@ -16,11 +16,11 @@ from torch import Tensor
 from automodel_conv.dtypes import FLOATING, dtype_code
 from automodel_conv.errors import QuantizationError, listing, message
 from automodel_conv.integrations.quantizers import only_moves, quantization_method, quantizes
-from automodel_conv.planning.models import matching
 from automodel_conv.planning.quantization import needs_scale, scale_names
 from automodel_conv.planning.resolve import all_targets, resolve
-from automodel_conv.planning.rules import RuleSet
 from automodel_conv.planning.schemes import STORAGES, is_of_kv_cache
+from automodel_conv.upstream.models import matching
+from automodel_conv.upstream.rules import RuleSet
 
 
 def refuse_codes(model: Any, sources: Mapping[str, Any], load_config: Any) -> None:

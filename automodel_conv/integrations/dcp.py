@@ -34,6 +34,10 @@ from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPla
 from torch.distributed.checkpoint.storage import StorageReader, StorageWriter, WriteResult
 from torch.futures import Future
 
+from automodel_conv.compiling.experts import refuse_missing_experts
+from automodel_conv.compiling.marks import form_of_save
+from automodel_conv.compiling.opening import load_plan
+from automodel_conv.compiling.pipeline import saving_plan, without_casts
 from automodel_conv.distributed.holders import ALIKE, checksums_of_parts, unlike_replicas
 from automodel_conv.distributed.placements import is_distributed, local_of, region_of
 from automodel_conv.doors import at_door
@@ -47,18 +51,15 @@ from automodel_conv.files import system
 from automodel_conv.files.checkpoint import Checkpoint, open_checkpoint, open_downloaded
 from automodel_conv.files.destination import Destination, open_destination, staged_path
 from automodel_conv.files.shards import Form, Shard
-from automodel_conv.opening import load_plan
 from automodel_conv.planning.copies import SourceTable
-from automodel_conv.planning.experts import refuse_missing_experts
-from automodel_conv.planning.marks import form_of_save
-from automodel_conv.planning.models import tied_names
-from automodel_conv.planning.pipeline import saving_plan, without_casts
+from automodel_conv.planning.names import plain_names
 from automodel_conv.planning.plan import CopyPlan
 from automodel_conv.planning.regions import Part, box
-from automodel_conv.planning.wrappers import plain_model, plain_names
 from automodel_conv.publishing.beside import begin_save, finish_save
 from automodel_conv.publishing.saved import not_saved, places_in, refuse_unlike_stored, saved_tensors, shards_for
 from automodel_conv.saving import DEFAULT_SCRATCH_BYTES, SaveReport
+from automodel_conv.upstream.models import tied_names
+from automodel_conv.upstream.wrappers import plain_model
 
 
 class HuggingFaceReader(StorageReader):

@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 
 from automodel_conv.dtypes import DECODED
 from automodel_conv.planning.copies import Decode
-from automodel_conv.planning.quantizer_rules import dequantizes, own_rule
-from automodel_conv.planning.registry import CORE_MODULE
-from automodel_conv.planning.rules import RuleSet
+from automodel_conv.upstream.quantizer_rules import dequantizes, own_rule
+from automodel_conv.upstream.registry import CORE_MODULE
+from automodel_conv.upstream.rules import RuleSet
 
 
 class PlainLoad(NamedTuple):

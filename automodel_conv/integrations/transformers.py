@@ -42,13 +42,13 @@ from automodel_conv.integrations.quantizers import PlainLoad, plain_load, rounds
 from automodel_conv.planning.compiler import Conversion, TargetSpec, whole_conversions
 from automodel_conv.planning.composition import table_of
 from automodel_conv.planning.copies import SourceTable
-from automodel_conv.planning.models import matching
 from automodel_conv.planning.plan import CopyPlan
 from automodel_conv.planning.quantization import as_meant, quantized_table
-from automodel_conv.planning.registry import transformers_available
 from automodel_conv.planning.resolve import resolve
-from automodel_conv.planning.rules import RuleSet, natural_key
 from automodel_conv.planning.square import WHICH_SOURCE_LAYOUT, conditional_transposes, square_matrices
+from automodel_conv.upstream.models import matching
+from automodel_conv.upstream.registry import transformers_available
+from automodel_conv.upstream.rules import RuleSet, natural_key
 
 _CONVERT = "convert_and_load_state_dict_in_model"
 _LIST = "get_checkpoint_shard_files"

@@ -20,7 +20,7 @@ from automodel_conv.planning.lowering import copies_of, lower, needs_target_shap
 from automodel_conv.planning.operations import OPERATIONS, Context, NotLowerable, Operation
 from automodel_conv.planning.plan import CopyPlan
 from automodel_conv.planning.resolve import Assignment, all_targets, missing_parts, resolve
-from automodel_conv.planning.rules import RuleSet
+from automodel_conv.planning.rules import Rules
 from automodel_conv.planning.square import square_matrices
 from automodel_conv.planning.values import LoweringError, Value, leaf, leaves
 
@@ -119,7 +119,7 @@ def _named(name: str, parts: Sequence[str]) -> str:
 
 def compile_targets(
     sources: SourceTable,
-    rules: RuleSet,
+    rules: Rules,
     targets: Mapping[str, TargetSpec] | None,
     dtype: str | None = None,
     parameters: Mapping[str, tuple[int, ...]] | None = None,
@@ -181,7 +181,7 @@ class Conversion(NamedTuple):
 
 
 def whole_conversions(
-    sources: SourceTable, rules: RuleSet, targets: Mapping[str, TargetSpec], coded: Container[int] = ()
+    sources: SourceTable, rules: Rules, targets: Mapping[str, TargetSpec], coded: Container[int] = ()
 ) -> tuple[list[Conversion], dict[str, str]]:
     """The uses of rules that fit in every respect, and the targets of all others with the reason.
 
@@ -251,7 +251,7 @@ class _Compiler:
     def __init__(
         self,
         sources: SourceTable,
-        rules: RuleSet,
+        rules: Rules,
         targets: Mapping[str, TargetSpec] | None,
         dtype: str | None,
         parameters: Mapping[str, tuple[int, ...]],

@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 
 from automodel_conv.errors import ConversionError, Message, NameProblems, UnsupportedError, kind_of, listing, message
 from automodel_conv.planning.copies import Decode, Fallback, SourceTable
+from automodel_conv.planning.names import plain_names
 from automodel_conv.planning.plan import CopyPlan
-from automodel_conv.planning.wrappers import plain_names
 
 _ANEW = "make the plan of this checkpoint and this model: {compile_plan(...)}"
 

@@ -15,10 +15,17 @@ from typing import NamedTuple
 from automodel_conv.errors import UnsupportedError, message
 from automodel_conv.planning.copies import SourceTable, StridedCopy, Target
 from automodel_conv.planning.lowering import copies_of, lower
-from automodel_conv.planning.models import ExpertLayout
 from automodel_conv.planning.operations import Context, Operation
 from automodel_conv.planning.plan import CopyPlan
 from automodel_conv.planning.values import LoweringError, leaf
+
+
+class ExpertLayout(NamedTuple):
+    """How one experts module stores its weights, in the words of transformers' ``use_experts_implementation``."""
+
+    transposed: bool
+    interleaved: bool
+    gated: bool
 
 
 class Layout(NamedTuple):

@@ -13,7 +13,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from automodel_conv.planning.rules import RuleSet, natural_key
+from automodel_conv.planning.rules import Rules
 
 
 class Assignment(NamedTuple):
@@ -60,7 +60,7 @@ class _Group(NamedTuple):
 
 def resolve(
     names: Sequence[str],
-    rules: RuleSet,
+    rules: Rules,
     targets: Mapping[str, object] | None,
     hidden: Collection[int] = (),
 ) -> Resolution:
@@ -85,12 +85,12 @@ def resolve(
             continue
         for target, members in _instances(renamed, numbers, rows):
             _claim(names, rules, targets, claims, unexpected, target, _Claim(rule, pattern, members))
-    for row in sorted(one_by_one, key=lambda row: natural_key(names[row])):
+    for row in sorted(one_by_one, key=lambda row: rules.natural_key(names[row])):
         renamed, rule, pattern = rules.rename(names[row])
         _claim(names, rules, targets, claims, unexpected, renamed, _Claim(rule, pattern, [row]))
     assignments, duplicated = [], []
     for target, made in claims.items():
-        assignment, losers = _settle(names, target, made)
+        assignment, losers = _settle(names, rules, target, made)
         assignments.append(assignment)
         if losers:
             rows = [row for slot in assignment.slots.values() for row in slot]
@@ -138,7 +138,7 @@ def _representative(template: str) -> str:
 
 def _depends_on_length(
     names: Sequence[str],
-    rules: RuleSet,
+    rules: Rules,
     numbers: list[list[str]],
     rows: list[int],
     outcome: tuple[str, int, str],
@@ -182,7 +182,7 @@ def _filled(texts: Sequence[str], numbers: Sequence[str]) -> str:
 
 def _claim(
     names: Sequence[str],
-    rules: RuleSet,
+    rules: Rules,
     targets: Mapping[str, object] | None,
     claims: dict[str, list[_Claim]],
     unexpected: dict[str, None],
@@ -207,7 +207,7 @@ def _claim(
         unexpected.update(dict.fromkeys(all_targets(rules, claim.rule, target)))
 
 
-def all_targets(rules: RuleSet, rule: int, target: str) -> list[str]:
+def all_targets(rules: Rules, rule: int, target: str) -> list[str]:
     """The names that one use of a rule makes, from the first of them."""
     if rule < 0:
         return [target]
@@ -215,11 +215,11 @@ def all_targets(rules: RuleSet, rule: int, target: str) -> list[str]:
     return [target.replace(patterns[0], pattern) for pattern in patterns]
 
 
-def _settle(names: Sequence[str], target: str, claims: list[_Claim]) -> tuple[Assignment, list[int]]:
+def _settle(names: Sequence[str], rules: Rules, target: str, claims: list[_Claim]) -> tuple[Assignment, list[int]]:
     """One assignment from all claims on a target, and the rows that lost; the first name in natural order wins."""
     contested = len(claims) > 1 and (claims[0].rule < 0 or len({claim.rule for claim in claims}) > 1)
     if contested:
-        claims = sorted(claims, key=lambda claim: min(natural_key(names[row]) for row in claim.rows))
+        claims = sorted(claims, key=lambda claim: min(rules.natural_key(names[row]) for row in claim.rows))
     rule = claims[0].rule
     slots: dict[str, list[int]] = {}
     losers: list[int] = []
@@ -230,7 +230,9 @@ def _settle(names: Sequence[str], target: str, claims: list[_Claim]) -> tuple[As
             slots[claim.pattern] = claim.rows[:1]
             losers += claim.rows[1:]
         elif claim.pattern in slots:
-            slots[claim.pattern] = sorted(slots[claim.pattern] + claim.rows, key=lambda row: natural_key(names[row]))
+            slots[claim.pattern] = sorted(
+                slots[claim.pattern] + claim.rows, key=lambda row: rules.natural_key(names[row])
+            )
         else:
             slots[claim.pattern] = claim.rows
     return Assignment(target, rule, slots), losers

@@ -1,200 +1,72 @@
-"""The one gateway to transformers' rule machinery.
-
-Nothing else in the planning storey knows transformers. Names are renamed by the *installed* rule objects through the
-installed ``rename_source_key`` (its pattern semantics changed three times between 5.0 and 5.23, so they are never
-re-implemented here); operations become data only when their class is a stock one with its stock ``convert``. Whatever
-else a rule holds is run as upstream would run it, one target at a time.
-
-Rule objects carry run-time state, so a ``RuleSet`` works on deep copies and never touches the caller's.
-"""
+"""What planning asks of a list of rules; ``upstream/rules.py`` answers with transformers' own code."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from copy import deepcopy
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
 
-import torch.utils._contextlib
-
-from automodel_conv.planning.digits import ANY_NAME, digit_pattern
-from automodel_conv.planning.operations import (
-    OPERATIONS,
-    NotLowerable,
-    Operation,
-    options_of,
-)
-from automodel_conv.planning.registry import CORE_MODULE, is_pretrained_model
+from automodel_conv.planning.operations import Operation
 
 
-class RuleSet:
-    """An ordered list of rules, ready to be asked about the names of one checkpoint; see the module's docstring.
+class Rules(Protocol):
+    """An ordered list of rules, ready to be asked about the names of one checkpoint.
 
-    Guarded renames remember what they have seen, so another checkpoint takes another ``RuleSet``.
-
-    Args:
-        rules: transformers' WeightRenaming / WeightConverter objects; may be empty.
-        model: where operations look up the config and parameter shapes; None is fine for rules that look up neither.
-        reverse: the rules are to be used in the saving direction, converters before renamings, on model names.
+    Rules that rename come first, then converters, which have rows; reversed, for saving, it is the other way round.
     """
 
-    def __init__(self, rules: Iterable[Any] | None, model: Any = None, *, reverse: bool = False):
-        rules = deepcopy(list(rules or ()))
-        if reverse:
-            rules = [rule.reverse_transform() for rule in rules[::-1]]
-        self._rules = rules
-        self.converters = [rule for rule in rules if _has_operations(rule)]
-        self.renamings = [rule for rule in rules if not _has_operations(rule)]
-        self.reverse = reverse
-        self.model = model
-        self.base_model_prefix: str | None = model.base_model_prefix if is_pretrained_model(model) else None
-        self._row_of = {p: row for row, rule in enumerate(self.converters) for p in rule.source_patterns}
-        self._probes = deepcopy(self.renamings)  # some renamings change state when they match
-        self._digit_rules = [
-            pattern for rule in (*self.renamings, *self.converters) if (pattern := digit_pattern(rule)) is not None
-        ]
+    reverse: bool
 
     def __len__(self) -> int:
-        return len(self.converters) + len(self.renamings)
+        """All rules, those that only rename too."""
+        ...
 
     @property
-    def used(self) -> list[bool]:
-        """Of each rule given, whether it has matched a name so far; older transformers do not say, and all count."""
-        return [rule.was_used() if hasattr(rule, "was_used") else True for rule in self._rules]
-
-    # --- names ------------------------------------------------------------------------------------------------------
+    def converters(self) -> Sequence[Any]:
+        """The rules that convert, by row."""
+        ...
 
     def rename(self, name: str) -> tuple[str, int, str]:
-        """``(target name, converter row or -1, source pattern)``, without the model's prefix.
-
-        When reversed, a name that a converter takes is not renamed further: its parts are, with ``rename_part``.
-        """
-        if not len(self):
-            return name, -1, name
-        rename_source_key = _core().rename_source_key
-        if not self.reverse:
-            renamed, pattern = rename_source_key(name, self.renamings, self.converters)
-        else:
-            renamed, pattern = rename_source_key(name, [], self.converters)
-            if pattern is None:
-                renamed, _ = rename_source_key(name, self.renamings, [])
-        return renamed, self._row_of[pattern] if pattern is not None else -1, pattern or name
+        """``(target name, converter row or -1, source pattern)``, without the model's prefix."""
+        ...
 
     def rename_part(self, name: str) -> str:
         """The final name of something a reversed converter made."""
-        return _core().rename_source_key(name, self.renamings, [])[0] if self.renamings else name
+        ...
 
     def with_prefix(self, name: str, targets: Mapping[str, object]) -> str:
         """The name with the model's base prefix added or removed, where that makes it one of the targets."""
-        prefix = self.base_model_prefix
-        if prefix is None or not (name.startswith(prefix) or f"{prefix}.{name}" in targets):
-            return name
-        return _core().rename_source_key(name, [], [], self.base_model_prefix, targets)[0]
+        ...
 
     def looks_at_digits(self, name: str) -> bool:
-        """True if some rule could treat this name differently with other numbers in it.
+        """True if some rule could treat this name differently with other numbers in it."""
+        ...
 
-        ``name`` stands for all names that differ from it in purely numeric components only.
-        """
-        if not self._digit_rules:
-            return False
-        names = [name]
-        for renaming in self._probes:
-            names.append(renaming.rename_source_key(names[-1])[0])
-        return any(pattern is ANY_NAME or pattern.search(n) for pattern in self._digit_rules for n in names)
-
-    # --- operations -------------------------------------------------------------------------------------------------
+    def natural_key(self, name: str) -> Any:
+        """The order in which the parts of a merged target are collected."""
+        ...
 
     def patterns(self, row: int) -> tuple[tuple[str, ...], tuple[str, ...]]:
-        rule = self.converters[row]
-        return tuple(rule.source_patterns), tuple(rule.target_patterns)
+        """The source and the target patterns of a converter."""
+        ...
 
     def describe(self, row: int) -> str:
-        sources, targets = self.patterns(row)
-        operations = ", ".join(repr(operation) for operation in self.converters[row].operations)
-        return f"{' + '.join(sources)} -> {' + '.join(targets)}: {operations}"
+        """A converter in words."""
+        ...
 
     def operations(self, row: int) -> tuple[Operation, ...]:
-        """The converter's chain as data.
+        """A converter's chain as data.
 
         Raises:
-            NotLowerable: an operation, or the converter itself, is not transformers' own.
+            NotLowerable: it cannot be had as data; the text says why.
         """
-        rule = self.converters[row]
-        if not _is_stock(rule, "WeightConverter"):
-            raise NotLowerable(f"{type(rule).__name__} is not transformers' own WeightConverter")
-        if getattr(rule, "quantization_operation", None) or getattr(rule, "distributed_operation", None):
-            raise NotLowerable("the rule carries a quantization or distributed operation")
-        return tuple(_operation(operation, self._config()) for operation in rule.operations)
+        ...
 
     def on_host(self, row: int) -> bool:
-        """Whether upstream runs the operations of a converter on the CPU, wherever the target goes."""
-        return bool(getattr(self.converters[row], "force_cpu", False))
-
-    def _config(self) -> Any:
-        return getattr(self.model, "config", None)
+        """Whether the operations of a converter run on the CPU, wherever the target goes."""
+        ...
 
     def upstream(
         self, row: int, target: str, slots: Mapping[str, Sequence[int]], cast: Mapping[int, Any]
     ) -> Callable[..., dict[str, Any]]:
-        """Upstream's own conversion of one target as a function from ``{source row: tensor}`` to ``{name: tensor}``.
-
-        Args:
-            cast: dtypes that sources are cast to before all operations.
-                Source: transformers 5.23.0, ``_materialize_copy`` in ``core_model_loading.py``.
-        """
-        model, config = self.model, self._config()
-        rule = self.converters[row]
-
-        def convert(tensors: Mapping[int, Any]) -> dict[str, Any]:
-            converter = deepcopy(rule)
-            for pattern, rows in slots.items():
-                for source in rows:
-                    tensor = tensors[source]
-                    converter.add_tensor(target, target, pattern, tensor.to(cast.get(source, tensor.dtype)))
-            made = converter.convert(target, model=model, config=config)
-            parts = {name: value[0] if isinstance(value, list) else value for name, value in made.items()}
-            return {self.rename_part(name): value for name, value in parts.items()} if self.reverse else parts
-
-        return convert
-
-
-def natural_key(name: str) -> list[Any]:
-    """The order in which upstream collects the parts of a merged target."""
-    return _core().dot_natural_key(name)
-
-
-# --- private --------------------------------------------------------------------------------------------------------
-
-
-def _core() -> Any:
-    import transformers.core_model_loading as core
-
-    return core
-
-
-def _has_operations(rule: Any) -> bool:
-    return bool(getattr(rule, "operations", None))
-
-
-def _is_stock(thing: Any, name: str | None = None) -> bool:
-    """True if the class is transformers' own and ``convert`` the function its source file defines, not a patch."""
-    cls = type(thing)
-    if cls.__module__ != CORE_MODULE or (name is not None and cls.__name__ != name):
-        return False
-    if "convert" in getattr(thing, "__dict__", ()):
-        return False
-    # A patch made with functools.wraps has the right name and module, but its code lies elsewhere.
-    files = {_core().__file__, torch.utils._contextlib.__file__}  # the latter is @torch.no_grad
-    function = getattr(cls, "convert", None)
-    while function is not None:
-        if getattr(getattr(function, "__code__", None), "co_filename", None) not in files:
-            return False
-        function = getattr(function, "__wrapped__", None)
-    return True
-
-
-def _operation(op: Any, config: Any) -> Operation:
-    name = type(op).__name__
-    if name not in OPERATIONS or not _is_stock(op):
-        raise NotLowerable(f"{type(op).__module__}.{name} is not a stock operation with its stock convert")
-    return Operation(name, options_of(op, OPERATIONS[name], config))
+        """The conversion of one target by the rule's own code, from ``{source row: tensor}`` to ``{name: tensor}``."""
+        ...

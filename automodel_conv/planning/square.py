@@ -16,7 +16,7 @@ from automodel_conv.planning.boxes import NotAffine
 from automodel_conv.planning.lowering import lower
 from automodel_conv.planning.operations import OPERATIONS, Context, NotLowerable, Operation
 from automodel_conv.planning.resolve import Assignment, all_targets
-from automodel_conv.planning.rules import RuleSet
+from automodel_conv.planning.rules import Rules
 from automodel_conv.planning.values import LoweringError, leaves
 
 WHICH_SOURCE_LAYOUT = (
@@ -68,7 +68,7 @@ class Matrix(NamedTuple):
 
 def square_matrices(
     assignments: Sequence[Assignment],
-    rules: RuleSet,
+    rules: Rules,
     shapes: Sequence[tuple[int, ...]],
     parameters: Mapping[str, tuple[int, ...]],
     transposed: bool | None = None,
@@ -108,7 +108,7 @@ def square_matrices(
 
 def _matrices(
     assignments: Sequence[Assignment],
-    rules: RuleSet,
+    rules: Rules,
     shapes: Sequence[tuple[int, ...]],
     parameters: Mapping[str, tuple[int, ...]],
 ) -> list[Matrix]:
@@ -137,7 +137,7 @@ def _matrices(
     return matrices
 
 
-def conditional_transposes(rules: RuleSet) -> dict[int, tuple[tuple[Operation, ...], Operation]]:
+def conditional_transposes(rules: Rules) -> dict[int, tuple[tuple[Operation, ...], Operation]]:
     """By rule, the operation that transposes what does not have the model's shape, after those that come before it."""
     found = {}
     for row in range(len(rules.converters)):
@@ -146,7 +146,8 @@ def conditional_transposes(rules: RuleSet) -> dict[int, tuple[tuple[Operation, .
         except NotLowerable:
             continue
         for i, operation in enumerate(chain):
-            if OPERATIONS[operation.name].only_if and operation.option(OPERATIONS[operation.name].only_if):
+            condition = OPERATIONS[operation.name].only_if
+            if condition is not None and operation.option(condition):
                 found[row] = (chain[:i], operation)
                 break
     return found

@@ -16,13 +16,13 @@ from automodel_conv.planning.compiler import Problems
 from automodel_conv.planning.copies import SourceTable
 from automodel_conv.planning.layouts import LAYOUTS, Layout, any_experts, holds_experts, told_by_name
 from automodel_conv.planning.plan import CopyPlan
-from automodel_conv.planning.rules import RuleSet
+from automodel_conv.planning.rules import Rules
 
 Shape = tuple[int, ...]
 _NAMES = ", ".join(f'"{name}"' for name in LAYOUTS)
 
 
-def refuse_other_layouts(problems: Problems, plan: CopyPlan, rules: RuleSet, model_says: bool) -> None:
+def refuse_other_layouts(problems: Problems, plan: CopyPlan, rules: Rules, model_says: bool) -> None:
     """Refuse grouped experts that are not in their model's layout, or that may be in another one as well.
 
     Args:
@@ -75,7 +75,7 @@ def refuse_untold(plan: CopyPlan, canonical: Callable[[str], Layout], gated: Cal
             raise _refused(f"{path}.{leaf}", [_say("source_layout")], expected, list(shape))
 
 
-def refuse_contradictions(table: SourceTable, shapes: Mapping[str, Shape], rules: RuleSet) -> None:
+def refuse_contradictions(table: SourceTable, shapes: Mapping[str, Shape], rules: Rules) -> None:
     """Refuse tensors of a model whose grouped experts are not in its layout, before rules take them apart.
 
     Args:
@@ -103,7 +103,7 @@ def refuse_contradictions(table: SourceTable, shapes: Mapping[str, Shape], rules
                 raise _refused(f"{path}.{plain.gate_up}", [_say("layout")], "[E, 2I, H] beside [E, H, I]", found)
 
 
-def refuse_grouped(plan: CopyPlan, rules: RuleSet) -> None:
+def refuse_grouped(plan: CopyPlan, rules: Rules) -> None:
     """Refuse to go back to a checkpoint's names with grouped experts that rules are for and that none of them has met.
 
     A rule meets no tensor where there are no experts, which is fine, or where they are called otherwise than in the

@@ -16,7 +16,7 @@ from automodel_conv.files.checkpoint import open_checkpoint
 from automodel_conv.files.config import QUANTIZATION_KEYS
 from automodel_conv.files.destination import Destination, telling
 from automodel_conv.files.shards import CHECKSUMS_NAME, Form, Shard, index_of
-from automodel_conv.planning.registry import is_pretrained_model
+from automodel_conv.upstream.registry import is_pretrained_model
 
 
 def begin_save(

@@ -10,6 +10,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from automodel_conv.compiling.carrying import carried_targets, dropped_rows, refuse_halves
+from automodel_conv.compiling.marks import form_of_conversion, layout_to_read, stated_layout
+from automodel_conv.compiling.opening import decoded_table, untold
+from automodel_conv.compiling.pipeline import loading_plan, saving_plan, without_casts
 from automodel_conv.doors import door
 from automodel_conv.dtypes import dtype_code
 from automodel_conv.errors import (
@@ -20,19 +24,15 @@ from automodel_conv.errors import (
 from automodel_conv.files.checkpoint import Checkpoint, open_checkpoint
 from automodel_conv.files.config import quantization
 from automodel_conv.files.shards import Form, Shard, divide, parse_size
-from automodel_conv.opening import decoded_table, untold
-from automodel_conv.planning.carrying import carried_targets, dropped_rows, refuse_halves
 from automodel_conv.planning.copies import SourceTable
-from automodel_conv.planning.from_config import meta_model
 from automodel_conv.planning.kept_codes import keep_codes
 from automodel_conv.planning.layouts import PER_EXPERT, any_experts, get_layout
-from automodel_conv.planning.marks import form_of_conversion, layout_to_read, stated_layout
-from automodel_conv.planning.models import checked_dtype
-from automodel_conv.planning.pipeline import loading_plan, saving_plan, without_casts
 from automodel_conv.planning.plan import CopyPlan
 from automodel_conv.planning.quantization import has_codes, quantized_table
 from automodel_conv.planning.unmarked import not_taken_apart
 from automodel_conv.publishing.saved import specs_of, with_dtype
+from automodel_conv.upstream.from_config import meta_model
+from automodel_conv.upstream.models import checked_dtype
 
 DEFAULT_SCRATCH_BYTES = 256 << 20
 """Memory that a conversion uses at most, and a comparison of two checkpoints."""

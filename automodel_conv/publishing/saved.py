@@ -17,11 +17,11 @@ from automodel_conv.execution.buffers import dtype_of
 from automodel_conv.files.checkpoint import Checkpoint
 from automodel_conv.files.shards import Form, Shard, Spec, divide, divide_like, parse_size
 from automodel_conv.planning.copies import Target
-from automodel_conv.planning.models import checked_dtype, model_targets, tied_names
 from automodel_conv.planning.plan import CopyPlan
-from automodel_conv.planning.registry import is_pretrained_model, model_rules
 from automodel_conv.planning.resolve import resolve
-from automodel_conv.planning.rules import RuleSet
+from automodel_conv.upstream.models import checked_dtype, model_targets, tied_names
+from automodel_conv.upstream.registry import is_pretrained_model, model_rules
+from automodel_conv.upstream.rules import RuleSet
 
 
 def not_saved(model: nn.Module | None, reference: Checkpoint | None, written: Iterable[str]) -> list[str]:

@@ -206,10 +206,10 @@ class _Window:
         """Read bytes of a source to a place in the window; with those before if both lie there together."""
         file, offset_bytes = checkpoint.file_ids[row], checkpoint.offsets[row] + offset_bytes
         if self._reads:
-            before = self._reads[-1]
-            follows = (before.file, before.offset_bytes + before.nbytes, before.start_bytes + before.nbytes)
+            last_file, last_offset, last_nbytes, _, last_start = self._reads[-1]
+            follows = (last_file, last_offset + last_nbytes, last_start + last_nbytes)
             if follows == (file, offset_bytes, start_bytes):
-                self._reads[-1] = before._replace(nbytes=before.nbytes + nbytes)
+                self._reads[-1] = Read(file, last_offset, last_nbytes + nbytes, self._number, last_start)
                 return
         self._reads.append(Read(file, offset_bytes, nbytes, self._number, start_bytes))
 

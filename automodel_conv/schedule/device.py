@@ -35,6 +35,7 @@ class Chunk(NamedTuple):
 
     reads: Reads
     """In order; the slot is their only memory."""
+    nbytes: int
     to_targets: dict[int, list[Upload]]
     to_windows: dict[int, list[Upload]]  # ascending
 
@@ -123,12 +124,11 @@ def _chunk(reads: Reads, first_window: int) -> Chunk:
     at = np.cumsum(reads.nbytes) - reads.nbytes
     to_targets: dict[int, list[Upload]] = {}
     to_windows: dict[int, list[Upload]] = {}
-    columns = (reads.memory, at, reads.nbytes, reads.start_bytes)
-    for memory, *upload in zip(*(column.tolist() for column in columns), strict=True):
+    for memory, slot_start, nbytes, start in np.array((reads.memory, at, reads.nbytes, reads.start_bytes)).T.tolist():
         side, number = (to_targets, memory) if memory < first_window else (to_windows, memory - first_window)
-        _append(side.setdefault(number, []), Upload(*upload))
-    into_slot = reads._replace(memory=np.zeros_like(reads.memory), start_bytes=at)
-    return Chunk(into_slot, to_targets, dict(sorted(to_windows.items())))
+        _append(side.setdefault(number, []), Upload(slot_start, nbytes, start))
+    into_slot = Reads(reads.file, reads.offset_bytes, reads.nbytes, np.zeros_like(at), at)
+    return Chunk(into_slot, into_slot.total_bytes, to_targets, dict(sorted(to_windows.items())))
 
 
 def _append(uploads: list[Upload], upload: Upload) -> None:

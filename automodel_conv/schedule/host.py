@@ -125,7 +125,7 @@ def _split(
                 found.groups.append((number, size, box.numel * size, len(rows)))
                 continue
             for row, source, place in zip(rows, copy.source_offsets, copy.target_offsets, strict=True):
-                if box.is_run and dtypes[row] == dtype and row not in decodes:
+                if row not in decodes and dtypes[row] == dtype and box.is_run:
                     found.rows.append(row)
                     found.source_offsets.append(source)
                     found.target_offsets.append(place)

@@ -71,7 +71,13 @@ class Reads(NamedTuple):
 
     def take(self, which: slice | np.ndarray) -> Reads:
         """Some of them, as numpy selects elements."""
-        return Reads(*(column[which] for column in self))
+        return Reads(
+            self.file[which],
+            self.offset_bytes[which],
+            self.nbytes[which],
+            self.memory[which],
+            self.start_bytes[which],
+        )
 
     def in_order(self) -> Reads:
         """Ordered by file and offset."""
@@ -79,7 +85,7 @@ class Reads(NamedTuple):
         return self if np.array_equal(order, np.arange(len(order))) else self.take(order)
 
     def one_by_one(self) -> Iterator[Read]:
-        return map(Read._make, zip(*(column.tolist() for column in self), strict=True))
+        return map(Read._make, np.array(self).T.tolist())
 
     def calls(self) -> Iterator[Reads]:
         """Groups that are near enough in one file to be read by one call; they are in order."""

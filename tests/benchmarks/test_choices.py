@@ -8,9 +8,9 @@ from automodel_conv.execution import copying
 from automodel_conv.execution import host as cpu
 from automodel_conv.files import system
 from automodel_conv.kernels import transpose
-from automodel_conv.planning.registry import transformers_available
 from automodel_conv.schedule import host as scheduling
 from automodel_conv.schedule import jobs
+from automodel_conv.upstream.registry import transformers_available
 from benchmarks import choices, shapes
 
 pytestmark = pytest.mark.skipif(not transformers_available(), reason="benchmarks build models of transformers")

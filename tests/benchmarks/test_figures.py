@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from automodel_conv.planning.registry import transformers_available
+from automodel_conv.upstream.registry import transformers_available
 from benchmarks import choices, mapping, measure
 from benchmarks.peers import tables
 

@@ -15,7 +15,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from automodel_conv.planning.registry import transformers_available
+from automodel_conv.upstream.registry import transformers_available
 from benchmarks import measure, operations
 from benchmarks.gpu import __main__ as command
 from benchmarks.gpu import (

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from automodel_conv.planning.registry import transformers_available
+from automodel_conv.upstream.registry import transformers_available
 from benchmarks import measure, memory, shapes
 from benchmarks.peers import __main__ as peers
 from benchmarks.peers import cache, machines, tables

@@ -10,7 +10,7 @@ import pytest
 
 import automodel_conv as amc
 from automodel_conv.files import system
-from automodel_conv.planning.registry import transformers_available
+from automodel_conv.upstream.registry import transformers_available
 from benchmarks import measure, memory, shapes
 from benchmarks.peers import __main__ as peers
 from benchmarks.peers import cache, overlay, pairs, running, sweep, tables

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from automodel_conv import open_checkpoint
-from automodel_conv.planning.registry import transformers_available
+from automodel_conv.upstream.registry import transformers_available
 from benchmarks import (
     dequant,
     from_pretrained,

@@ -17,6 +17,7 @@ import automodel_conv as amc
 from automodel_conv import converting, saving
 from automodel_conv.errors import ConversionError
 from automodel_conv.files.destination import STAGING_NAME
+from automodel_conv.publishing import beside
 from tests.faults import Forks, descriptors, replace_calls, workers
 
 INDEX = "model.safetensors.index.json"
@@ -179,6 +180,6 @@ def use(patch: pytest.MonkeyPatch, module: types.ModuleType, mutated: types.Modu
     if module is converting:
         patch.setattr(amc, "convert_checkpoint", mutated.convert_checkpoint)
     for name in ("begin_shard", "write_slabs", "open_destination"):
-        for door in (converting, saving):
-            if hasattr(mutated, name) and module is not converting:
-                patch.setattr(door, name, getattr(mutated, name))
+        for user in (converting, saving, beside):
+            if hasattr(mutated, name) and hasattr(user, name) and module is not converting:
+                patch.setattr(user, name, getattr(mutated, name))

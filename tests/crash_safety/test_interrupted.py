@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 import automodel_conv as amc
-from automodel_conv.execution import slabs
 from automodel_conv.execution.workers import work_off
+from automodel_conv.schedule import writes
 from tests.crash_safety.support import (
     KINDS,
     SIZES,
@@ -65,7 +65,7 @@ def test_an_interrupt_while_the_main_thread_waits_for_others(source, wanted, tmp
             signal.pthread_kill(main.ident or 0, signal.SIGINT)
 
     with monkeypatch.context() as patch:
-        patch.setattr(slabs, "_SLAB_BYTES", 4096)  # several a file, for several threads
+        patch.setattr(writes, "_SLAB_BYTES", 4096)  # several a file, for several threads
         replace_calls(("copy_range",), before=interrupt, put=patch.setattr)
         assert_refused(
             partial(amc.convert_checkpoint, source, directory, **KINDS["transformers"]),

@@ -22,7 +22,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.tensor import Shard, distribute_tensor
 
 import automodel_conv as amc
-from automodel_conv.destinations import model as homes
+from automodel_conv.destinations import ties
 from automodel_conv.files import system
 from automodel_conv.integrations.dcp import HuggingFaceWriter
 from tests.distributed.models import Meshes, Published, assert_holds, local, published, sharded
@@ -226,7 +226,7 @@ def cannot_compare(of: Published, kind: str, directory: str) -> None:
         raise amc.ConversionError("no memory to compare in")
 
     if on(1):
-        homes.same_bytes = compared
+        ties.same_bytes = compared
     module = torch.nn.Module()
     module.a = torch.nn.Parameter(distribute_tensor(torch.zeros(4, 3), Meshes()(2), [Shard(0)]))
     module.b = module.a

@@ -21,8 +21,8 @@ from automodel_conv.execution import workers
 from automodel_conv.execution.buffers import allocate
 from automodel_conv.execution.host import load_files
 from automodel_conv.files.checkpoint import Checkpoint, open_checkpoint
-from automodel_conv.planning import lowering
-from automodel_conv.planning.boxes import Box, NotAffine
+from automodel_conv.planning import values
+from automodel_conv.planning.boxes import Box, NotAffine, contiguous_strides
 from automodel_conv.planning.copies import Fallback, Target
 from automodel_conv.planning.operations import Operation
 from automodel_conv.planning.plan import CopyPlan
@@ -245,7 +245,7 @@ def test_only_the_wanted_part_of_a_source_is_read(tmp_path, calls, scratch_bytes
     wide = GAP_BYTES + 8
     source = address_valued((3, 2 * wide), torch.uint8)
     checkpoint = write_checkpoint(tmp_path, {"a.safetensors": {"w": source}})
-    value = lowering.narrow(leaf(0, (3, 2 * wide)), 1, 0, wide)
+    value = values.narrow(leaf(0, (3, 2 * wide)), 1, 0, wide)
     plan = plan_of(columns(checkpoint), made("t", "U8", value, [0]))
     before = calls.nbytes
     check_load(plan, checkpoint, {"t": source[:, :wide]}, scratch_bytes=scratch_bytes)
@@ -274,7 +274,7 @@ def test_slabs_hold_each_move_element_once_and_stay_small(data):
     for number in range(data.draw(st.integers(1, 3))):
         shape = tuple(data.draw(st.lists(size, max_size=3)))
         strides = tuple(data.draw(st.integers(0, 12)) for _ in shape)
-        places = lowering.contiguous_strides(shape)
+        places = contiguous_strides(shape)
         start = data.draw(st.integers(0, 9))
         moves.append(Move(number, "U8", Box(shape, strides, places), start, 0))
     capacity = data.draw(st.integers(1, 20))
@@ -603,23 +603,23 @@ def random_plans(draw):
         f"s{i}": (torch.arange(torch.Size(shape).numel()) + i * 50).remainder(251).to(torch_dtype(code)).reshape(shape)
         for i in range(count)
     }
-    values = [leaf(i, shape) for i in range(count)]
+    leaves = [leaf(i, shape) for i in range(count)]
     join = draw(st.sampled_from(["stack", "concatenate"]))
     dim = draw(st.integers(0, len(shape) - 1))
-    value: Value = getattr(lowering, join)(values, dim)
+    value: Value = getattr(values, join)(leaves, dim)
     for _ in range(draw(st.integers(0, 2))):
         rank = len(value.shape)
         a, b = draw(st.integers(0, rank - 1)), draw(st.integers(0, rank - 1))
         if draw(st.booleans()):
-            value = lowering.transpose(value, a, b)
+            value = values.transpose(value, a, b)
         else:
-            value = lowering.reshape(value, (*value.shape[:a], *[1] * (a == b), *value.shape[a:]))
+            value = values.reshape(value, (*value.shape[:a], *[1] * (a == b), *value.shape[a:]))
     parts = [value]
     if draw(st.booleans()):
         axis = draw(st.integers(0, len(value.shape) - 1))
         at = draw(st.integers(0, value.shape[axis]))
         halves = ((0, at), (at, value.shape[axis] - at))
-        parts = [lowering.narrow(value, axis, start, length) for start, length in halves]
+        parts = [values.narrow(value, axis, start, length) for start, length in halves]
     if draw(st.booleans()):
         parts.append(value)
     results = [draw(st.sampled_from([code, *(["F32"] if code != "U8" else [])])) for _ in parts]

@@ -17,7 +17,7 @@ from automodel_conv.execution import copy_batch
 from automodel_conv.execution import memory as memory_executor
 from automodel_conv.execution.buffers import allocate
 from automodel_conv.execution.memory import Work, convert_tensors
-from automodel_conv.planning import lowering, view
+from automodel_conv.planning import boxes, values
 from automodel_conv.planning.boxes import NotAffine
 from automodel_conv.planning.copies import Fallback, SourceTable, Target
 from automodel_conv.planning.operations import Operation
@@ -343,10 +343,10 @@ def test_a_source_that_the_plan_was_not_made_for_is_named(source):
 
 
 def test_a_buffer_whose_strides_copies_cannot_follow_is_named(monkeypatch):
-    monkeypatch.setattr(view, "_MOST_STEPS", 4)
+    monkeypatch.setattr(boxes, "_MOST_STEPS", 4)
     sources = SourceTable(["s"], ["F32"], [(3, 10)])
     # Written in threes, while the buffer has rows of five.
-    value = lowering.reshape(lowering.transpose(leaf(0, (3, 10)), 0, 1), (6, 5))
+    value = values.reshape(values.transpose(leaf(0, (3, 10)), 0, 1), (6, 5))
     plan = plan_of(sources, made("t", "F32", value, [0]))
     buffer = torch.empty(5, 6).t()
     with pytest.raises(UnsupportedError, match="t cannot be written straight"):
@@ -355,7 +355,7 @@ def test_a_buffer_whose_strides_copies_cannot_follow_is_named(monkeypatch):
 
 def test_a_buffer_whose_strides_do_not_divide_those_of_the_copies_is_written_step_by_step():
     tensor = torch.arange(30, dtype=torch.float32).reshape(3, 10)
-    value = lowering.reshape(lowering.transpose(leaf(0, (3, 10)), 0, 1), (6, 5))
+    value = values.reshape(values.transpose(leaf(0, (3, 10)), 0, 1), (6, 5))
     plan = plan_of(table({"s": tensor}), made("t", "F32", value, [0]))
     buffer = torch.full((5, 6), -1.0).t()
     convert_tensors(plan, [tensor], {"t": buffer})
@@ -364,16 +364,16 @@ def test_a_buffer_whose_strides_do_not_divide_those_of_the_copies_is_written_ste
 
 @pytest.mark.parametrize("most_steps", [4, 4096])
 def test_a_source_whose_strides_copies_cannot_follow_is_copied_first(monkeypatch, most_steps):
-    monkeypatch.setattr(view, "_MOST_STEPS", most_steps)
+    monkeypatch.setattr(boxes, "_MOST_STEPS", most_steps)
     tensor = torch.arange(30, dtype=torch.float32).reshape(6, 5)
-    value = lowering.transpose(lowering.reshape(leaf(0, (6, 5)), (10, 3)), 0, 1)
+    value = values.transpose(values.reshape(leaf(0, (6, 5)), (10, 3)), 0, 1)
     plan = plan_of(table({"s": tensor}), made("t", "F32", value, [0]))
     check_conversion(plan, {"s": tensor}, [laid_out(tensor, (0, 1))])
 
 
 def test_sources_that_had_to_be_copied_live_until_kernels_read_them():
     tensors = {f"s{i}": address_valued((6, 5), torch.float32, 30 * i) for i in range(6)}
-    value = lowering.transpose(lowering.reshape(leaf(0, (6, 5)), (10, 3)), 0, 1)
+    value = values.transpose(values.reshape(leaf(0, (6, 5)), (10, 3)), 0, 1)
     plan = plan_of(table(tensors), *(made(f"t{i}", "F32", value, [i]) for i in range(6)))
     check_conversion(plan, tensors, [laid_out(t, (0, 1)) for t in tensors.values()])
 
@@ -416,11 +416,9 @@ def test_any_chain_from_any_strides_to_any_strides(data, shape, count, result):
         .reshape(shape)
         for i in range(count)
     }
-    value = lowering.concatenate(
-        [leaf(i, tuple(shape)) for i in range(count)], data.draw(st.integers(0, len(shape) - 1))
-    )
+    value = values.concatenate([leaf(i, tuple(shape)) for i in range(count)], data.draw(st.integers(0, len(shape) - 1)))
     dims = st.integers(0, len(shape) - 1)
-    value = lowering.transpose(value, data.draw(dims), data.draw(dims))
+    value = values.transpose(value, data.draw(dims), data.draw(dims))
     try:
         plan = plan_of(table(tensors), made("t", result, value, range(count)))
     except NotAffine:

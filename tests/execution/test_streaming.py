@@ -396,7 +396,7 @@ def fail_while_another_thread_waits(module, case, calls, monkeypatch):
     monkeypatch.setattr(module, "threading", types.SimpleNamespace(Condition=lambda: condition))
     calls.reads, calls.fail_read = 0, 1
     calls.delay = lambda number: number == 1 and condition.somebody_waits.wait(5)
-    ends, real = [], module._Load._read
+    ends, real = [], module._Streaming._read
 
     def read(load, slots):
         try:
@@ -405,7 +405,7 @@ def fail_while_another_thread_waits(module, case, calls, monkeypatch):
             ends.append(type(error).__name__)
             raise
 
-    monkeypatch.setattr(module._Load, "_read", read)
+    monkeypatch.setattr(module._Streaming, "_read", read)
     device = SimulatedDevice()
     with pytest.raises((ReadError, KeyError)):
         load(case, device, threads=2, scratch_bytes=16384, stream_files=module.stream_files)
@@ -423,7 +423,7 @@ def test_a_thread_that_waits_for_a_window_ends_when_another_fails(cases, calls, 
 def test_a_failing_read_is_told_where_another_thread_is_stopped_and_the_device_fails(
     cases, calls, monkeypatch, reverse
 ):
-    told, settle, wait = [], streaming._Load._settle, streaming.wait
+    told, settle, wait = [], streaming._Streaming._settle, streaming.wait
 
     def fail_at_the_end(load, stream):
         settle(load, stream)
@@ -435,7 +435,7 @@ def test_a_failing_read_is_told_where_another_thread_is_stopped_and_the_device_f
             futures.reverse()
 
     monkeypatch.setattr(streaming, "wait", wait_for)
-    monkeypatch.setattr(streaming._Load, "_settle", fail_at_the_end)
+    monkeypatch.setattr(streaming._Streaming, "_settle", fail_at_the_end)
     monkeypatch.setattr(streaming, "tell", lambda error, text: told.append((type(error), text)))
     fail_while_another_thread_waits(streaming, cases[2], calls, monkeypatch)
     assert told == [(ReadError, "  besides:  DeviceFault: at the end")]

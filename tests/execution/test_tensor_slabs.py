@@ -22,7 +22,7 @@ from automodel_conv.execution import tensor_slabs as module
 from automodel_conv.execution.tensor_slabs import Holding, tensor_slabs
 from automodel_conv.execution.writing import write_slabs
 from automodel_conv.files import system
-from automodel_conv.planning import view
+from automodel_conv.planning import boxes
 from automodel_conv.planning.operations import Operation
 from automodel_conv.planning.regions import box, whole
 from automodel_conv.schedule.writes import filled_ranges
@@ -303,7 +303,7 @@ def test_layers_that_are_held_alike_are_chained_once(monkeypatch):
     region = placed((4, 6), (2,), (0,), [Shard(0)])
     held = {row: [Holding(region, tensor[:2])] for row, tensor in enumerate(tensors.values())}
     chained = []
-    monkeypatch.setattr(module, "chain", lambda *arguments: chained.append(arguments) or view.chain(*arguments))
+    monkeypatch.setattr(module, "chain", lambda *arguments: chained.append(arguments) or boxes.chain(*arguments))
     tensor_slabs(plan, held, [(0, 48 * n) for n in range(20)], most_bytes=1000)
     assert len(chained) == 1
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from automodel_conv.execution import filling, reading
+from automodel_conv.execution import cores, filling
 from automodel_conv.execution import host as cpu
 from automodel_conv.execution.buffers import allocate
 from automodel_conv.execution.cores import default_reader_threads, rank_on_this_node, ranks_on_this_node, share_of_cores
@@ -25,7 +25,7 @@ def node(monkeypatch):
 
     def made(machine, usable, ranks):
         monkeypatch.setattr(os, "cpu_count", lambda: machine)
-        monkeypatch.setattr(reading, "cores", lambda: usable)
+        monkeypatch.setattr(cores, "cores", lambda: usable)
         monkeypatch.setenv("LOCAL_WORLD_SIZE", str(ranks))
 
     return made

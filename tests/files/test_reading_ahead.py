@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 
 import automodel_conv as amc
 from automodel_conv import converting, loading
+from automodel_conv.compiling import opening
 from automodel_conv.files import reading_ahead as module
 from automodel_conv.files import system
 from automodel_conv.files.free_memory import free_memory
@@ -221,8 +222,8 @@ def tried(monkeypatch):
         shares.append(share)
         return reading_ahead(checkpoint, share)
 
-    monkeypatch.setattr(loading, "models_are_imported", lambda: False)
-    monkeypatch.setattr(loading, "reading_ahead", noting)
+    monkeypatch.setattr(opening, "models_are_imported", lambda: False)
+    monkeypatch.setattr(opening, "reading_ahead", noting)
     return shares
 
 
@@ -244,7 +245,7 @@ def test_only_loads_that_build_a_model_read_ahead(tmp_path, tried, monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", "3")
     amc.convert_checkpoint(tmp_path / "published", tmp_path / "grouped", layout="nemo")
     assert tried == [(0, 1), (3, 4)]
-    monkeypatch.setattr(loading, "models_are_imported", lambda: True)
+    monkeypatch.setattr(opening, "models_are_imported", lambda: True)
     amc.load_state_dict(tmp_path / "published")
     assert len(tried) == 2
     assert converting.while_importing is loading.while_importing

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 from safetensors import SafetensorError, deserialize
 
 import automodel_conv as amc
+from automodel_conv.compiling.opening import decoded_table
 from automodel_conv.dtypes import torch_dtype
 from automodel_conv.errors import CheckpointError, ConversionError, UnsupportedError, VerificationError
 from automodel_conv.execution import checksums
@@ -23,7 +24,6 @@ from automodel_conv.execution import host as cpu
 from automodel_conv.files import destination, header
 from automodel_conv.files.checkpoint import Checkpoint, open_checkpoint
 from automodel_conv.files.shards import CHECKSUMS_NAME
-from automodel_conv.opening import decoded_table
 from automodel_conv.testing import guarded
 from tests.fuzz import mutate
 from tests.fuzz.memory import Memory, memory_of

@@ -5,7 +5,7 @@ import torch
 
 import automodel_conv as amc
 from automodel_conv.kernels.launch import why_not
-from automodel_conv.planning.registry import transformers_available
+from automodel_conv.upstream.registry import transformers_available
 from tests.gpu.models import LAYOUTS, assert_same, grouped, model, on
 from tests.gpu.place import PLACE, Place, on_host
 

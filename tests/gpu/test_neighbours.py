@@ -9,8 +9,8 @@ import torch
 import automodel_conv as amc
 from automodel_conv.errors import ReadError
 from automodel_conv.files import system
-from automodel_conv.planning.registry import transformers_available
 from automodel_conv.testing import POISON
+from automodel_conv.upstream.registry import transformers_available
 from tests.gpu.models import LAYOUTS, assert_same, grouped, model, on, tensors_of
 from tests.gpu.place import allocated_bytes, needs_gpu_memory
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import automodel_conv as amc
-from automodel_conv.planning.registry import transformers_available
+from automodel_conv.upstream.registry import transformers_available
 from tests.gpu.models import assert_same, launched, on, write_fp8, write_mxfp4
 from tests.gpu.place import PLACE, Place, on_host
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import automodel_conv as amc
-from automodel_conv.planning.registry import transformers_available
+from automodel_conv.upstream.registry import transformers_available
 from tests.gpu.models import LAYOUTS, SCRATCH_BYTES, assert_same, grouped, model, on, tensors_of
 from tests.gpu.place import on_host
 

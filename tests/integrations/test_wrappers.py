@@ -22,8 +22,8 @@ from torch.optim.swa_utils import AveragedModel
 import automodel_conv as amc
 from automodel_conv.errors import NameProblems, UnsupportedError
 from automodel_conv.integrations.dcp import HuggingFaceReader, HuggingFaceWriter
-from automodel_conv.planning.wrappers import unwrapped
 from automodel_conv.testing import POISON, assert_bytes_equal
+from automodel_conv.upstream.wrappers import unwrapped
 from tests.comparing import assert_same, assert_same_in_order, contents
 from tests.model_zoo import build_model, save_upstream
 

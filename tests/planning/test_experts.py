@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
+from automodel_conv.compiling.experts import refuse_missing_experts
 from automodel_conv.errors import CoverageError
-from automodel_conv.planning.experts import refuse_missing_experts
 
 ROUTERS = ["gate.weight", "router.weight", "router.gate.weight", "gate.wg.weight"]
 GROUPED = {

@@ -6,8 +6,15 @@ import pytest
 
 from automodel_conv.errors import CoverageError, UnsupportedError
 from automodel_conv.planning.copies import SourceTable
-from automodel_conv.planning.layouts import LAYOUTS, PER_EXPERT, as_layout, get_layout, holds_experts, relayout
-from automodel_conv.planning.models import ExpertLayout
+from automodel_conv.planning.layouts import (
+    LAYOUTS,
+    PER_EXPERT,
+    ExpertLayout,
+    as_layout,
+    get_layout,
+    holds_experts,
+    relayout,
+)
 from tests.planning.oracles import execute
 
 PATH = "model.layers.3.mlp.experts"

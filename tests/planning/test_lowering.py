@@ -10,13 +10,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from automodel_conv.planning import lowering
+from automodel_conv.planning import values
 from automodel_conv.planning.compiler import compile_targets
 from automodel_conv.planning.copies import SourceTable
 from automodel_conv.planning.lowering import copies_of, lower, needs_target_shapes
 from automodel_conv.planning.operations import OPERATIONS, Context, NotLowerable, Operation
-from automodel_conv.planning.rules import RuleSet
 from automodel_conv.planning.values import LoweringError, leaf
+from automodel_conv.upstream.rules import RuleSet
 from tests.planning import oracles
 from tests.planning.oracles import Cells, cells, flat
 
@@ -538,11 +538,11 @@ def test_operations_without_a_config_are_not_guessed():
 
 def test_tensors_of_other_ranks_are_not_joined():
     with pytest.raises(LoweringError, match="cannot join"):
-        lowering.concatenate([leaf(0, (2, 3)), leaf(1, (2,))], 1)
+        values.concatenate([leaf(0, (2, 3)), leaf(1, (2,))], 1)
 
 
 def test_a_source_that_is_stacked_twice_is_two_copies():
     """No walk with a step of 0, which could not be turned around."""
-    copies = copies_of(lowering.stack([leaf(1, (2, 3)), leaf(1, (2, 3)), leaf(2, (2, 3))], 0))
+    copies = copies_of(values.stack([leaf(1, (2, 3)), leaf(1, (2, 3)), leaf(2, (2, 3))], 0))
     assert [copy.ordinals for copy in copies] == [(1, 1, 2)]
     assert all(copy.box.is_run for copy in copies)

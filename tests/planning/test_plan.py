@@ -531,10 +531,10 @@ def test_no_edit_of_json_is_more_than_an_error_of_ours():
 @pytest.mark.parametrize(
     ("path", "value", "told"),
     [
-        (("copies", 0, 0, 0), [2, -6], "negative size"),
+        (("copies", 0, 0, 0, 0), [2, -6], "negative size"),
         (("sources", 2, 0), [-3, -4], "negative size"),
-        (("copies", 0, 0, 1), [1, 1, 1], "differ in length"),
-        (("copies", 0, 0, 4), [0], "differ in length"),
+        (("copies", 0, 0, 0, 1), [1, 1, 1], "differ in length"),
+        (("copies", 0, 0, 2), [0], "differ in length"),
         (("targets", 0, 5), -1, "unknown copies"),
         (("targets", 0, 5), 99, "unknown copies"),
         (("targets", 0, 3), 99, "unknown rules"),

@@ -23,7 +23,7 @@ from transformers.core_model_loading import (
 from automodel_conv.planning.compiler import TargetSpec, compile_targets
 from automodel_conv.planning.copies import SourceTable
 from automodel_conv.planning.resolve import resolve
-from automodel_conv.planning.rules import RuleSet
+from automodel_conv.upstream.rules import RuleSet
 
 REGISTRY = oracles.registry()
 NUMBERS = (0, 1, 2, 9, 10, 11, 12)

@@ -22,12 +22,12 @@ from transformers.core_model_loading import (
 )
 
 from automodel_conv.planning.operations import NotLowerable, Operation
-from automodel_conv.planning.registry import (
+from automodel_conv.upstream.registry import (
     key_renamings,
     model_rules,
     without_ignored,
 )
-from automodel_conv.planning.rules import RuleSet, natural_key
+from automodel_conv.upstream.rules import RuleSet, natural_key
 
 
 class Config(SimpleNamespace):

@@ -12,8 +12,8 @@ from automodel_conv.errors import UnsupportedError
 from automodel_conv.planning.compiler import TargetSpec, compile_targets, whole_conversions
 from automodel_conv.planning.copies import SourceTable
 from automodel_conv.planning.resolve import resolve
-from automodel_conv.planning.rules import RuleSet
 from automodel_conv.planning.square import conditional_transposes, square_matrices
+from automodel_conv.upstream.rules import RuleSet
 from tests.planning import oracles
 
 PATH = "layers.0.mlp.experts"

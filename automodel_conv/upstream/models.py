@@ -7,7 +7,6 @@ names, layout of the experts) is asked through their own attributes.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,15 +15,8 @@ from automodel_conv.dtypes import FLOATING, dtype_code
 from automodel_conv.errors import UnsupportedError, message
 from automodel_conv.planning.compiler import TargetSpec
 from automodel_conv.planning.copies import SourceTable
-from automodel_conv.planning.registry import is_pretrained_model
-
-
-class ExpertLayout(NamedTuple):
-    """How one experts module stores its weights, in the words of transformers' ``use_experts_implementation``."""
-
-    transposed: bool
-    interleaved: bool
-    gated: bool
+from automodel_conv.planning.layouts import ExpertLayout
+from automodel_conv.upstream.registry import is_pretrained_model
 
 
 def state_table(state_dict: Mapping[str, Tensor]) -> SourceTable:

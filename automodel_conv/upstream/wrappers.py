@@ -8,23 +8,18 @@ Source: torch 2.13.0, ``_get_fqns`` in ``distributed/checkpoint/state_dict.py``.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
-from dataclasses import replace
-from typing import TypeVar
+from collections.abc import Mapping
 
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
-from automodel_conv.errors import NameProblems, UnsupportedError, kind_of, listing, message
-from automodel_conv.planning.copies import SourceTable
+from automodel_conv.errors import UnsupportedError, kind_of, message
+from automodel_conv.planning.names import COMPILED, has_adapters
 
-T = TypeVar("T")
-
-_COMPILED = "_orig_mod"
 _FULLY_SHARDED = "_fsdp_wrapped_module"  # FSDP1
 # Names by which wrappers hold what they wrap. Source: torch 2.13.0, ``OptimizedModule`` in ``_dynamo/eval_frame.py``,
 # ``ActivationWrapper`` in ``distributed/algorithms/_checkpoint/checkpoint_wrapper.py``, ``FullyShardedDataParallel``.
-_INNER = (_COMPILED, "_checkpoint_wrapped_module", _FULLY_SHARDED)
+_INNER = (COMPILED, "_checkpoint_wrapped_module", _FULLY_SHARDED)
 _HOLDS_MODULE = (nn.parallel.DistributedDataParallel, nn.DataParallel, AveragedModel)
 
 
@@ -65,7 +60,7 @@ def plain_model(model: nn.Module) -> nn.Module:
                 )
             )
         if _is_adapter(module):
-            raise _has_adapters(where)
+            raise has_adapters(where)
     return plain
 
 
@@ -76,56 +71,6 @@ def stand_in(module: nn.Module, cls: type, modules: Mapping[str, nn.Module | Non
     if modules is not None:
         vars(made)["_modules"] = dict(modules)
     return made
-
-
-def plain_names(names: Iterable[str], known: Collection[str] | None = None) -> list[str]:
-    """The names without what wrappers have put into them.
-
-    Components ``_orig_mod`` are taken out, unless ``known`` have some. A leading ``module`` is, if all names have it
-    and none of ``known`` does.
-
-    Args:
-        known: names of the model's tensors; None: nobody knows them.
-
-    Raises:
-        NameProblems: two names become one.
-        UnsupportedError: names that PEFT gives to tensors.
-    """
-    names = list(names)
-    text = "\n".join(names)
-    if not (_COMPILED in text or "base_layer" in text or text.startswith("module.")):
-        return names  # as nearly always; a look at all names at once is several times faster than one at each
-    is_own = any(_COMPILED in name.split(".") for name in known or ())
-    plain = names if is_own else [_without(name, _COMPILED) for name in names]
-    if known and plain and all(map(_in_module, plain)) and not any(map(_in_module, known)):
-        plain = [name.partition(".")[2] for name in plain]
-    origins: dict[str, list[str]] = {}
-    for name, made in zip(names, plain, strict=True):
-        origins.setdefault(made, []).append(name)
-    shared = [(made, tuple(each)) for made, each in origins.items() if len(each) > 1]
-    if shared:
-        raise NameProblems(
-            message(
-                "tensors have one name without what torch.compile and data parallelism add to it",
-                found="\n" + listing(f"{made} <- {', '.join(each)}" for made, each in shared),
-                do="leave one of them out",
-            ),
-            duplicated=shared,
-        )
-    adapted = next((name for name in plain if "base_layer" in name.split(".")), None)
-    if adapted is not None:
-        raise _has_adapters(adapted)
-    return plain
-
-
-def plain_tensors(tensors: Mapping[str, T], known: Collection[str] | None = None) -> dict[str, T]:
-    """The tensors under their ``plain_names``."""
-    return dict(zip(plain_names(tensors, known), tensors.values(), strict=True))
-
-
-def plain_table(table: SourceTable, known: Collection[str] | None = None) -> SourceTable:
-    """The table with its ``plain_names``; rows stay."""
-    return replace(table, names=plain_names(table.names, known))
 
 
 # --- private ----------------------------------------------------------------------------------------------------------
@@ -159,24 +104,3 @@ def _is_adapter(module: nn.Module) -> bool:
         or vars(module).get("_hf_peft_config_loaded", False)
         or any(cls.__module__.partition(".")[0] == "peft" for cls in type(module).__mro__)
     )
-
-
-def _has_adapters(where: str) -> UnsupportedError:
-    return UnsupportedError(
-        message(
-            "models with adapters of PEFT are not converted",
-            where=where,
-            do="merge_and_unload() of the PeftModel gives the merged model, to be saved or filled; save_pretrained() "
-            "writes the adapter alone. Load the base model before adapters are put on",
-        )
-    )
-
-
-def _without(name: str, component: str) -> str:
-    if component not in name:
-        return name
-    return ".".join(part for part in name.split(".") if part != component)
-
-
-def _in_module(name: str) -> bool:
-    return name.startswith("module.")

@@ -20,7 +20,7 @@ from automodel_conv.errors import ConversionError, UnsupportedError, message
 from automodel_conv.files import system
 from automodel_conv.files.checkpoint import Checkpoint
 from automodel_conv.files.config import check_config
-from automodel_conv.planning.registry import transformers_available
+from automodel_conv.upstream.registry import transformers_available
 
 # Auto mappings for a config whose ``architectures`` name no class of its type: most inputs first, heads before none.
 # Older transformers lack some. Source: transformers 5.23.0, ``models/auto/modeling_auto.py``.

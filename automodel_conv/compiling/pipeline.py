@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from automodel_conv.compiling.marks import layout_to_read
 from automodel_conv.dtypes import dtype_code
 from automodel_conv.errors import UnsupportedError, message
 from automodel_conv.files.checkpoint import Checkpoint
@@ -22,6 +23,7 @@ from automodel_conv.planning.copies import SourceTable
 from automodel_conv.planning.layouts import (
     LAYOUTS,
     PER_EXPERT,
+    ExpertLayout,
     Layout,
     any_experts,
     as_layout,
@@ -31,11 +33,13 @@ from automodel_conv.planning.layouts import (
     relayout,
     told_by_name,
 )
-from automodel_conv.planning.marks import layout_to_read
-from automodel_conv.planning.models import ExpertLayout, expert_layouts, model_targets, tied_names
+from automodel_conv.planning.names import plain_table
 from automodel_conv.planning.plan import CopyPlan
 from automodel_conv.planning.quantization import as_meant
-from automodel_conv.planning.registry import (
+from automodel_conv.planning.schemes import rows_of_kv_caches
+from automodel_conv.planning.unmarked import refuse_contradictions, refuse_grouped, refuse_other_layouts, refuse_untold
+from automodel_conv.upstream.models import expert_layouts, model_targets, tied_names
+from automodel_conv.upstream.registry import (
     is_pretrained_model,
     key_renamings,
     model_rules,
@@ -43,10 +47,7 @@ from automodel_conv.planning.registry import (
     saving_rules,
     without_ignored,
 )
-from automodel_conv.planning.rules import RuleSet
-from automodel_conv.planning.schemes import rows_of_kv_caches
-from automodel_conv.planning.unmarked import refuse_contradictions, refuse_grouped, refuse_other_layouts, refuse_untold
-from automodel_conv.planning.wrappers import plain_table
+from automodel_conv.upstream.rules import RuleSet
 
 
 def loading_plan(

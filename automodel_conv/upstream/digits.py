@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from automodel_conv.planning.registry import CORE_MODULE
+from automodel_conv.upstream.registry import CORE_MODULE
 
 ANY_NAME = re.compile("")
 _LOOKAROUND = re.compile(r"\(\?<?[=!][^()]*\d[^()]*\)")

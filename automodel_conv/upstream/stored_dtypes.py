@@ -14,8 +14,8 @@ from types import SimpleNamespace
 from typing import Any
 
 from automodel_conv.planning.compiler import AsStored
-from automodel_conv.planning.registry import is_pretrained_model, model_rules, transformers_available
-from automodel_conv.planning.rules import RuleSet
+from automodel_conv.upstream.registry import is_pretrained_model, model_rules, transformers_available
+from automodel_conv.upstream.rules import RuleSet
 
 _ANY_DTYPE = object()
 

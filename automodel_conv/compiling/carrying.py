@@ -13,12 +13,12 @@ from typing import Any
 
 from torch import nn
 
+from automodel_conv.compiling.marks import layout_to_read
+from automodel_conv.compiling.pipeline import loading_plan
 from automodel_conv.errors import NameProblems, UnsupportedError, listing, message
 from automodel_conv.files.checkpoint import Checkpoint
 from automodel_conv.planning.compiler import TargetSpec
 from automodel_conv.planning.copies import Decode, SourceTable, Target
-from automodel_conv.planning.marks import layout_to_read
-from automodel_conv.planning.pipeline import loading_plan
 from automodel_conv.planning.quantization import as_meant
 
 

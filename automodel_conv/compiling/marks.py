@@ -18,10 +18,10 @@ from automodel_conv.dtypes import FLOATING
 from automodel_conv.errors import CheckpointError, UnsupportedError, message
 from automodel_conv.files.checkpoint import Checkpoint
 from automodel_conv.files.shards import FORM, LAYOUT_KEY, Form
-from automodel_conv.planning.from_config import meta_model
 from automodel_conv.planning.layouts import LAYOUTS, PER_EXPERT, any_experts, holds_experts, own_layout
-from automodel_conv.planning.models import expert_layouts
 from automodel_conv.planning.plan import CopyPlan
+from automodel_conv.upstream.from_config import meta_model
+from automodel_conv.upstream.models import expert_layouts
 
 _FILE = re.compile(r"(\w+?)(-\d{5}-of-\d{5})?\.safetensors")
 

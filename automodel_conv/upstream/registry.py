@@ -14,8 +14,8 @@ from typing import Any
 from torch import nn
 
 from automodel_conv.errors import UnsupportedError, message
-from automodel_conv.planning.quantizer_rules import own_rule
-from automodel_conv.planning.wrappers import stand_in
+from automodel_conv.upstream.quantizer_rules import own_rule
+from automodel_conv.upstream.wrappers import stand_in
 
 CORE_MODULE = "transformers.core_model_loading"
 _NUMBERED_LAYER = re.compile(r"layers\\\.\d")  # in a regular expression

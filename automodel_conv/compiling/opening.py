@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from automodel_conv.compiling.marks import layout_to_read, stated_layout
+from automodel_conv.compiling.pipeline import loading_plan, shapes_to_make, without_tied
 from automodel_conv.errors import QuantizationError, UnsupportedError, message
 from automodel_conv.execution.cores import rank_on_this_node, ranks_on_this_node
 from automodel_conv.execution.reading import read_whole
@@ -18,17 +20,15 @@ from automodel_conv.files.config import MODELOPT_NAME, quantization, quantizatio
 from automodel_conv.files.reading_ahead import reading_ahead
 from automodel_conv.planning.compiler import Problems
 from automodel_conv.planning.copies import SourceTable
-from automodel_conv.planning.from_config import meta_model
 from automodel_conv.planning.given import Misfits, fit_sources, fit_targets
 from automodel_conv.planning.layouts import LAYOUTS, PER_EXPERT, get_layout
-from automodel_conv.planning.marks import layout_to_read, stated_layout
-from automodel_conv.planning.models import checked_dtype, tied_names
-from automodel_conv.planning.pipeline import loading_plan, shapes_to_make, without_tied
 from automodel_conv.planning.plan import CopyPlan
 from automodel_conv.planning.quantization import has_codes, quantized_table
-from automodel_conv.planning.registry import models_are_imported, without_ignored
 from automodel_conv.planning.schemes import KEEP
-from automodel_conv.planning.stored_dtypes import dequantizer, left_as_stored
+from automodel_conv.upstream.from_config import meta_model
+from automodel_conv.upstream.models import checked_dtype, tied_names
+from automodel_conv.upstream.registry import models_are_imported, without_ignored
+from automodel_conv.upstream.stored_dtypes import dequantizer, left_as_stored
 
 
 def load_plan(
