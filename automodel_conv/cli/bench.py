@@ -21,10 +21,11 @@ from automodel_conv.execution.buffers import allocate, byte_view
 from automodel_conv.execution.host import default_threads, load_files
 from automodel_conv.execution.new_memory import NewMemory
 from automodel_conv.execution.page_policy import PageUse
-from automodel_conv.execution.reading import OpenFiles, read, reading
+from automodel_conv.execution.reading import OpenFiles, read
 from automodel_conv.execution.workers import work_off
 from automodel_conv.files import system
 from automodel_conv.files.checkpoint import Checkpoint, open_downloaded
+from automodel_conv.files.source import opened
 from automodel_conv.loading import compile_plan
 from automodel_conv.planning.copies import Target
 from automodel_conv.planning.plan import CopyPlan
@@ -117,7 +118,7 @@ def bench(
     compile_plan(path, rules=rules, layout=layout, dtype=dtype)  # imports what it needs
     start = time.perf_counter()
     checkpoint = open_downloaded(path)
-    opened = time.perf_counter()
+    opened_at = time.perf_counter()
     plan = compile_plan(checkpoint, rules=rules, layout=layout, dtype=dtype)
     planned = time.perf_counter()
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
@@ -128,9 +129,10 @@ def bench(
         )
     reads = _reads(sample, checkpoint)
     if drop_cache:
-        for file in checkpoint.files:
-            with reading(file) as fd:
-                system.drop_cache(fd)
+        for source in checkpoint.sources:
+            with opened(source) as file:
+                if (fd := file.descriptor()) is not None:
+                    system.drop_cache(fd)
     cached = _cached(reads, checkpoint)
     counts = _counts(default_threads(), most_threads)
     first = _seconds(partial(_read, reads, checkpoint, counts[-1], huge=False))
@@ -154,8 +156,8 @@ def bench(
         sample_nbytes=sample.bytes_read,
         sample_targets=len(sample.targets),
         scratch_nbytes=sample.bytes_read - in_place.total_bytes,
-        open_seconds=opened - start,
-        plan_seconds=planned - opened,
+        open_seconds=opened_at - start,
+        plan_seconds=planned - opened_at,
         cached=cached,
         first_seconds=first,
         default_threads=default_threads(),
@@ -238,7 +240,7 @@ def _read(jobs: Sequence[ReadInPlace], checkpoint: Checkpoint, threads: int, hug
     memory = torch.empty(sum(job.reads.total_bytes for job in jobs), dtype=torch.uint8, device="cpu")
     pages = NewMemory([memory], huge)
     views = [byte_view(memory)]
-    files = OpenFiles(checkpoint.files, (job.reads for job in jobs))
+    files = OpenFiles(checkpoint, (job.reads for job in jobs))
 
     def take(job: ReadInPlace) -> None:
         pages.make_for(job)
@@ -271,9 +273,10 @@ def _cached(jobs: Sequence[ReadInPlace], checkpoint: Checkpoint) -> float | None
     seen = []
     for job in jobs:
         reads = job.reads
-        with reading(checkpoint.files[int(reads.file[0])]) as fd:
+        with opened(checkpoint.sources[int(reads.file[0])]) as file:
+            fd = file.descriptor()
             offsets = range(int(reads.offset_bytes[0]), int(reads.stop_bytes[-1]), _PROBE_BYTES)
-            seen += [system.is_cached(fd, offset) for offset in offsets]
+            seen += [None if fd is None else system.is_cached(fd, offset) for offset in offsets]
     known = [found for found in seen if found is not None]
     return sum(known) / len(known) if known else None
 

@@ -14,12 +14,12 @@ from collections.abc import Callable
 from functools import partial
 
 from automodel_conv.errors import VerificationError, listing, message
-from automodel_conv.execution.reading import reading
 from automodel_conv.execution.workers import work_off
 from automodel_conv.files import system
 from automodel_conv.files.checkpoint import Checkpoint, rows_by_file
 from automodel_conv.files.header import parse_object, read_limited, with_open
 from automodel_conv.files.shards import CHECKSUMS_NAME
+from automodel_conv.files.source import OpenSource, opened
 
 _MOST_BYTES = 500_000_000
 _WINDOW_BYTES = 1 << 20
@@ -33,22 +33,22 @@ def checksums_of(checkpoint: Checkpoint, threads: int) -> dict[str, str]:
         ReadError: a file cannot be read.
     """
     found: dict[str, str] = {}
-    for path, rows in zip(checkpoint.files, rows_by_file(checkpoint), strict=True):
-        with reading(path) as fd:
-            start = partial(_summer, checkpoint, fd, found)
+    for source, rows in zip(checkpoint.sources, rows_by_file(checkpoint), strict=True):
+        with opened(source) as file:
+            start = partial(_summer, checkpoint, file, found)
             work_off(rows, min(threads, _MOST_THREADS), start)
     return {name: found[name] for name in checkpoint.names}
 
 
-def _summer(checkpoint: Checkpoint, fd: int, found: dict[str, str]) -> Callable[[int], None]:
+def _summer(checkpoint: Checkpoint, file: OpenSource, found: dict[str, str]) -> Callable[[int], None]:
     window = memoryview(bytearray(_WINDOW_BYTES))
 
     def take(row: int) -> None:
-        file, start, nbytes = checkpoint.file_ids[row], checkpoint.offsets[row], checkpoint.nbytes[row]
+        start, nbytes = checkpoint.offsets[row], checkpoint.nbytes[row]
         sum_so_far = 0
         for done in range(0, nbytes, _WINDOW_BYTES):
             part = window[: min(_WINDOW_BYTES, nbytes - done)]
-            system.read_exactly(fd, [part], start + done, checkpoint.files[file])
+            file.read_into([part], start + done)
             sum_so_far = zlib.crc32(part, sum_so_far)
         found[checkpoint.names[row]] = f"{sum_so_far:08x}"
 

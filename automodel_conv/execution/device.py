@@ -192,7 +192,7 @@ class _Streaming:
         self._stop_asked = stop
         self._todo = deque(enumerate(chunks))
         self._not_uploaded = dict(enumerate(chunks))
-        self._files = OpenFiles(checkpoint.files, (chunk.reads for chunk in chunks))
+        self._files = OpenFiles(checkpoint, (chunk.reads for chunk in chunks))
         self._target_bytes: dict[int, Tensor] = {}
         self._changed = threading.Condition()
         self._stopped = False

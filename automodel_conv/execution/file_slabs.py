@@ -47,7 +47,7 @@ class FileSlabs:
         """The slabs of an output file, and what starts their maker in a thread; the block's end closes the sources."""
         slabs, share = self.by_file.get(file, []), self._share
         jobs = jobs_of(slabs, self._checkpoint, self._decodes, share.input_bytes)
-        files = OpenFiles(self._checkpoint.files, (job.reads for job in chain.from_iterable(jobs.values())))
+        files = OpenFiles(self._checkpoint, (job.reads for job in chain.from_iterable(jobs.values())))
 
         def start() -> Maker:
             return SourceFiles(self._checkpoint, files, jobs, self._dtypes, share.slab_bytes, share.input_bytes)

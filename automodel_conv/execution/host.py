@@ -153,7 +153,7 @@ def _run(
     stop: threading.Event | None,
 ) -> LoadStats:
     """Run the jobs; ``done`` collects the numbers of the finished ones, also when this raises."""
-    files = OpenFiles(checkpoint.files, (job.reads for job in jobs))
+    files = OpenFiles(checkpoint, (job.reads for job in jobs))
     views = [byte_view(tensor) for tensor in tensors]
     memory = NewMemory(tensors, huge_pages)
     slot_bytes = _slot_bytes(jobs)

@@ -15,9 +15,9 @@ from torch import Tensor
 
 from automodel_conv.errors import ReadError, listing, message
 from automodel_conv.execution.buffers import allocate, dtype_of
-from automodel_conv.execution.reading import reading
 from automodel_conv.files import system
 from automodel_conv.files.checkpoint import Checkpoint
+from automodel_conv.files.source import opened
 from automodel_conv.planning.boxes import contiguous_strides
 from automodel_conv.planning.copies import Target
 from automodel_conv.planning.plan import CopyPlan
@@ -108,10 +108,13 @@ def map_targets(plan: CopyPlan, checkpoint: Checkpoint, devices: Mapping[str, to
     found = (place_of(target, checkpoint) for target in on_host)
     tensors: dict[str, Tensor] = {}
     for file, of_file in groupby(spans(filter(None, found)), key=lambda span: span[0].file):
-        path = checkpoint.files[file]
-        with reading(path) as fd:
+        source = checkpoint.sources[file]
+        with opened(source) as open_file:
+            fd = open_file.descriptor()
+            if fd is None:
+                continue
             for span in of_file:
-                tensors |= _map(span, fd, path)
+                tensors |= _map(span, fd, source.describe())
     return tensors
 
 

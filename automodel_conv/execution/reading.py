@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import torch
@@ -13,81 +12,70 @@ from torch import Tensor
 
 from automodel_conv.errors import ReadError, message
 from automodel_conv.execution.buffers import byte_view, dtype_of, span_bytes
-from automodel_conv.files import system
 from automodel_conv.files.checkpoint import Checkpoint
+from automodel_conv.files.source import OpenSource
 from automodel_conv.schedule.jobs import GAP_BYTES, Read, Reads
 
 # Where bytes between wanted ones are read to, by all threads at once; nobody looks at it.
 _JUNK = memoryview(bytearray(GAP_BYTES))
 
 
-@contextmanager
-def reading(path: str) -> Iterator[int]:
-    """A file that is open for the length of a block.
-
-    Raises:
-        ReadError: it cannot be opened.
-    """
-    try:
-        fd = system.open_readonly(path)
-    except OSError as error:
-        raise ReadError(message("cannot open a file", where=path, found=error)) from error
-    try:
-        yield fd
-    finally:
-        system.close(fd)
-
-
 class OpenFiles:
-    """Descriptors for all threads, each open from the first job that reads its file to the last.
+    """The files of a checkpoint for all threads, each open from the first job that reads it to the last.
 
     Raises:
         ReadError: the files are those of a repository that was opened from its headers alone.
     """
 
-    def __init__(self, paths: Sequence[str], jobs: Iterable[Reads]):
-        if remote := [path for path in paths if "://" in path]:
-            text = "only the headers of this checkpoint were read, its data is not on this machine"
-            raise ReadError(message(text, where=remote[0], do="load it by its name org/name, which downloads it"))
-        self._paths = paths
+    def __init__(self, checkpoint: Checkpoint, jobs: Iterable[Reads]):
+        if checkpoint.is_remote:
+            text, where = "only the headers of this checkpoint were read, its data is not on this machine", None
+            do = "load it by its name org/name, which downloads it"
+            raise ReadError(message(text, where=next(iter(checkpoint.files), where), do=do))
+        self._sources = checkpoint.sources
         self._jobs_left = Counter(file for reads in jobs for file in reads.files)
-        self._open: dict[int, int] = {}
+        self._open: dict[int, OpenSource] = {}
         self._lock = threading.Lock()
 
-    def descriptor(self, file: int) -> int:
+    def opened(self, file: int) -> OpenSource:
+        """An open file.
+
+        Raises:
+            OSError: it cannot be opened.
+        """
         with self._lock:
             if file not in self._open:
-                self._open[file] = system.open_readonly(self._paths[file])
+                self._open[file] = self._sources[file].open()
             return self._open[file]
 
     def release(self, file: int) -> None:
         with self._lock:
             self._jobs_left[file] -= 1
             if not self._jobs_left[file]:
-                system.close(self._open.pop(file))
+                self._open.pop(file).close()
 
     def close(self) -> None:
         while self._open:
-            system.close(self._open.popitem()[1])
+            self._open.popitem()[1].close()
 
 
 def read(reads: Reads, checkpoint: Checkpoint, files: OpenFiles, memories: Sequence[memoryview]) -> int:
     """Do all reads of a job, into memories by their numbers; returns the bytes read between them and thrown away."""
     gap_bytes = 0
     for call in reads.calls():
-        file = int(call.file[0])
-        path = checkpoint.files[file]
+        number = int(call.file[0])
+        path = checkpoint.files[number]
         try:
-            fd = files.descriptor(file)
+            file = files.opened(number)
         except OSError as error:
             raise _failure(f"cannot open a file: {error}", path, call, checkpoint) from error
         views, gaps = _views(call, memories)
         gap_bytes += gaps
         try:
-            system.read_exactly(fd, views, int(call.offset_bytes[0]), path)
+            file.read_into(views, int(call.offset_bytes[0]))
         except ReadError as error:
             # If the file shrank its size tells the tensor; any other fault is one of the call's.
-            raise _failure(str(error), path, call, checkpoint, system.size(fd)) from error
+            raise _failure(str(error), path, call, checkpoint, file.size()) from error
     for file in reads.files:
         files.release(file)
     return gap_bytes
@@ -135,7 +123,7 @@ def read_whole(row: int, checkpoint: Checkpoint) -> Tensor:
     dtype = dtype_of(checkpoint.dtypes[row], checkpoint.names[row])
     tensor = torch.empty(checkpoint.shapes[row], dtype=dtype, device="cpu")
     reads = Reads.of([Read(checkpoint.file_ids[row], checkpoint.offsets[row], span_bytes(tensor), 0, 0)])
-    files = OpenFiles(checkpoint.files, [reads])
+    files = OpenFiles(checkpoint, [reads])
     try:
         read(reads, checkpoint, files, [byte_view(tensor)])
     finally:

@@ -21,11 +21,12 @@ from automodel_conv.execution.copying import COPY_BYTES, COPY_RATIO, copy_equal
 from automodel_conv.execution.cores import cores
 from automodel_conv.execution.host_decoding import decode_codes
 from automodel_conv.execution.protocols import Device
-from automodel_conv.execution.reading import OpenFiles, read, reading
+from automodel_conv.execution.reading import OpenFiles, read
 from automodel_conv.execution.workers import work_off
 from automodel_conv.files import system
 from automodel_conv.files.checkpoint import Checkpoint
 from automodel_conv.files.shards import Shard
+from automodel_conv.files.source import LocalFile, OpenSource, opened
 from automodel_conv.planning.copies import Decode
 from automodel_conv.schedule.host import runs, staged
 from automodel_conv.schedule.jobs import Copies, Job, Move, ReadInPlace, Reads, aligned_down, grouped
@@ -159,13 +160,13 @@ def compare_slabs(
 ) -> int | None:
     """The first byte of a file, among those that ``slabs`` cover, that is not what they make; None if all are."""
     found: list[int] = []
-    with reading(path) as fd:
-        work_off(slabs, threads, lambda: _comparer(start(), fd, path, found, advance))
+    with opened(LocalFile(path)) as file:
+        work_off(slabs, threads, lambda: _comparer(start(), file, found, advance))
     return min(found, default=None)
 
 
 def _comparer(
-    maker: Maker, fd: int, path: str, found: list[int], advance: Callable[[int], None]
+    maker: Maker, file: OpenSource, found: list[int], advance: Callable[[int], None]
 ) -> Callable[[Slab], None]:
     window = np.empty(_WINDOW_BYTES, np.uint8)
 
@@ -175,7 +176,7 @@ def _comparer(
             for first in range(0, len(made), _WINDOW_BYTES):
                 wanted = np.frombuffer(made[first : first + _WINDOW_BYTES], np.uint8)
                 there = window[: wanted.size]
-                system.read_exactly(fd, [there.data], at, path)
+                file.read_into([there.data], at)
                 if not np.array_equal(there, wanted):  # which is several times faster than torch.equal on bytes
                     found.append(at + int(np.argmax(there != wanted)))
                     return
@@ -305,7 +306,9 @@ class SourceFiles:
             return False
         try:
             for file, offset, nbytes, _, start in slab.reads:
-                source, done = self._files.descriptor(file), 0
+                source, done = self._files.opened(file).descriptor(), 0
+                if source is None:
+                    return False
                 while done < nbytes:
                     at = slab.offset_bytes + start + done
                     count = system.copy_range(source, offset + done, fd, at, nbytes - done)

@@ -32,8 +32,9 @@ from automodel_conv.files.header import (
     take,
     with_open,
 )
-from automodel_conv.files.hub import Repository, download, find_repository, names_in, read_remote_header
+from automodel_conv.files.hub import HubFile, Repository, download, find_repository, names_in
 from automodel_conv.files.shards import FORM, LAYOUT_KEY, PAGE_BYTES
+from automodel_conv.files.source import ByteSource, LocalFile
 
 # The index format has no limit of its own; 500,000 tensors need about 70 MB.
 MAX_INDEX_BYTES = 500_000_000
@@ -87,6 +88,8 @@ class Checkpoint:
     unindexed: tuple[tuple[str, str], ...] = field(default=(), repr=False)
     """Name and file name of each tensor that lies in a file of the index without being given to that file, sorted by
     file, then name. They are no part of the checkpoint. Empty without an index."""
+    sources: tuple[ByteSource, ...] = field(default=(), repr=False)
+    """Of each file, where its bytes come from."""
     is_remote: bool = False
     """Whether the data is not on this machine: such a checkpoint can be planned for, but not read."""
 
@@ -223,23 +226,24 @@ def _refuse_absent(absent: list[str], chosen: _Chosen, where: str) -> None:
 
 def _open(chosen: _Chosen) -> Checkpoint:
     _refuse_absent(_absent(chosen), chosen, chosen.directory)
-    if len(chosen.files) == 1:  # of which a thread would take as long to start
-        return _merge(chosen, chosen.files, [read_header(chosen.files[0])])
+    sources = tuple(map(LocalFile, chosen.files))
+    if len(sources) == 1:  # of which a thread would take as long to start
+        return _merge(chosen, sources, [read_header(sources[0])])
     with ThreadPoolExecutor(max_workers=min(_READERS, len(chosen.files))) as pool:
-        headers = list(pool.map(read_header, chosen.files))
-    return _merge(chosen, chosen.files, headers)
+        headers = list(pool.map(read_header, sources))
+    return _merge(chosen, sources, headers)
 
 
 def _open_remote(chosen: _Chosen, repository: Repository) -> Checkpoint:
     """From headers alone, of files that are not on this machine."""
-    urls = tuple(map(repository.url, chosen.shards))
     guesses = dict.fromkeys(chosen.shards, _HEADER_GUESS)
     for name, shard in chosen.index.weight_map.items() if chosen.index else ():
         guesses[shard] += len(name) + _ENTRY_GUESS
-    with ThreadPoolExecutor(max_workers=min(_READERS, len(urls))) as pool:
-        pages = (-(-guess // PAGE_BYTES) * PAGE_BYTES for guess in guesses.values())  # which our own headers fill
-        headers = list(pool.map(read_remote_header, urls, pages))
-    return replace(_merge(chosen, urls, headers), is_remote=True)
+    pages = (-(-guess // PAGE_BYTES) * PAGE_BYTES for guess in guesses.values())  # which our own headers fill
+    sources = tuple(map(HubFile, map(repository.url, chosen.shards), pages))
+    with ThreadPoolExecutor(max_workers=min(_READERS, len(sources))) as pool:
+        headers = list(pool.map(read_header, sources))
+    return replace(_merge(chosen, sources, headers), is_remote=True)
 
 
 def _choose(directory: str, present: list[str]) -> str:
@@ -353,7 +357,7 @@ def _leaves_directory(file: str) -> bool:
     return not parts[0] or bool(ntpath.splitdrive(file)[0]) or ".." in parts or "\0" in file
 
 
-def _merge(chosen: _Chosen, files: tuple[str, ...], headers: list[Header]) -> Checkpoint:
+def _merge(chosen: _Chosen, sources: tuple[ByteSource, ...], headers: list[Header]) -> Checkpoint:
     root, directory, shards, index = chosen
     names = _chain(header.names for header in headers)
     file_ids = _chain([file_id] * len(header.names) for file_id, header in enumerate(headers))
@@ -380,7 +384,7 @@ def _merge(chosen: _Chosen, files: tuple[str, ...], headers: list[Header]) -> Ch
     return Checkpoint(
         root,
         directory,
-        files,
+        tuple(source.describe() for source in sources),
         names,
         dtypes,
         shapes,
@@ -392,6 +396,7 @@ def _merge(chosen: _Chosen, files: tuple[str, ...], headers: list[Header]) -> Ch
         of_index,
         layouts,
         unindexed,
+        sources,
     )
 
 

@@ -11,6 +11,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Callable
+from contextlib import closing
 from operator import sub
 from typing import Any, NamedTuple, TypeVar
 
@@ -18,6 +19,7 @@ from automodel_conv.dtypes import BITS
 from automodel_conv.errors import CheckpointError, ReadError, message
 from automodel_conv.files import system
 from automodel_conv.files.lookalikes import SNIFFED_BYTES, lookalike
+from automodel_conv.files.source import ByteSource, OpenSource
 from automodel_conv.files.usual import MAX_BITS, Columns, usual_columns, usual_object
 
 # Source: MAX_HEADER_SIZE in safetensors/src/tensor.rs.
@@ -39,27 +41,19 @@ class Header(NamedTuple):
     metadata: dict[str, str]
 
 
-def read_header(path: str) -> Header:
-    """The header of a file on this machine."""
-
-    def read(fd: int) -> Header:
-        fill = lambda view, offset: system.read_exactly(fd, [view], offset, path)  # noqa: E731
-        return checked_header(path, system.size(fd), fill)
-
-    return with_open(path, read)
-
-
-def checked_header(path: str, file_bytes: int, fill: Callable[[memoryview, int], None]) -> Header:
-    """The header of a file of so many bytes, from wherever they come.
-
-    Args:
-        path: for the error text alone.
-        fill: fills a view with the bytes that follow an offset in bytes.
+def read_header(source: ByteSource) -> Header:
+    """The header of a file.
 
     Raises:
-        CheckpointError: it is not the header of such a file.
+        CheckpointError: the file cannot be read, or its header is not one.
     """
-    return _check_header(_read_header_bytes(path, file_bytes, fill), file_bytes, path)
+    path = source.describe()
+    try:
+        with closing(source.open()) as file:
+            file_bytes = file.size()
+            return _check_header(_read_header_bytes(path, file_bytes, file), file_bytes, path)
+    except (OSError, ReadError) as error:
+        raise checkpoint_error("cannot read a file of the checkpoint", where=path, found=error) from error
 
 
 def with_open(path: str, read: Callable[[int], Any]) -> Any:
@@ -82,10 +76,10 @@ def read_limited(fd: int, path: str, limit: int) -> bytearray:
     return data
 
 
-def _read_header_bytes(path: str, file_bytes: int, fill: Callable[[memoryview, int], None]) -> bytearray:
+def _read_header_bytes(path: str, file_bytes: int, file: OpenSource) -> bytearray:
     """The JSON of a header; an impossible length allocates nothing."""
     if file_bytes < 8:
-        _refuse_lookalike(path, file_bytes, fill)
+        _refuse_lookalike(path, file_bytes, file)
         raise checkpoint_error(
             "not a safetensors file: too short for a header",
             where=path,
@@ -94,10 +88,10 @@ def _read_header_bytes(path: str, file_bytes: int, fill: Callable[[memoryview, i
             do="the file is truncated or a placeholder: copy or download it again",
         )
     length = bytearray(8)
-    fill(memoryview(length), 0)
+    file.read_into([memoryview(length)], 0)
     nbytes = int.from_bytes(length, "little")
     if nbytes > MAX_HEADER_BYTES or nbytes > file_bytes - 8:
-        _refuse_lookalike(path, file_bytes, fill)
+        _refuse_lookalike(path, file_bytes, file)
         raise checkpoint_error(
             "the length of a header is impossible",
             where=path,
@@ -106,7 +100,7 @@ def _read_header_bytes(path: str, file_bytes: int, fill: Callable[[memoryview, i
             do="the file is truncated or not safetensors: copy or download it again",
         )
     data = bytearray(nbytes)
-    fill(memoryview(data), 8)
+    file.read_into([memoryview(data)], 8)
     if not data.startswith(b"{"):
         raise checkpoint_error(
             "a header that is not a JSON object",
@@ -117,10 +111,10 @@ def _read_header_bytes(path: str, file_bytes: int, fill: Callable[[memoryview, i
     return data
 
 
-def _refuse_lookalike(path: str, file_bytes: int, fill: Callable[[memoryview, int], None]) -> None:
+def _refuse_lookalike(path: str, file_bytes: int, file: OpenSource) -> None:
     """Raise CheckpointError if a file that is no safetensors file tells what it is."""
     start = bytearray(min(file_bytes, SNIFFED_BYTES))
-    fill(memoryview(start), 0)
+    file.read_into([memoryview(start)], 0)
     found = lookalike(bytes(start))
     if found is not None:
         raise checkpoint_error("not a safetensors file", where=path, found=found.what, do=found.do)

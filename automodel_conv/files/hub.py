@@ -16,8 +16,9 @@ from typing import NamedTuple
 
 from automodel_conv.files import system
 from automodel_conv.files.config import CONFIG_NAME, MODELOPT_NAME
-from automodel_conv.files.header import Header, checked_header, checkpoint_error
+from automodel_conv.files.header import checkpoint_error
 from automodel_conv.files.shards import CHECKSUMS_NAME
+from automodel_conv.files.source import OpenSource
 
 _SMALL = ("*.safetensors.index.json", CONFIG_NAME, MODELOPT_NAME, CHECKSUMS_NAME)
 """These files are downloaded of any repository: they say which weights there are, and what they are."""
@@ -90,24 +91,48 @@ def download(repository: Repository, files: Iterable[str]) -> None:
             )
 
 
-def read_remote_header(url: str, guess: int) -> Header:
-    """The header of a file that is not on this machine, in one request, or two where it is longer than guessed.
+class HubFile(NamedTuple):
+    """A file of a repository that is not on this machine: of its header it is read in one request, or two.
 
-    Args:
-        guess: bytes that the file is expected to begin with before its data.
-
-    Raises:
-        CheckpointError: the file cannot be read, or its header is not one.
+    ``guess`` is how many bytes it is expected to begin with before its data.
     """
-    start, file_bytes = _fetch(url, 0, max(8, guess))
 
-    def fill(view: memoryview, offset: int) -> None:
-        stop = offset + len(view)
-        if stop > len(start):
-            start.extend(_fetch(url, len(start), stop - len(start))[0])
-        view[:] = start[offset:stop]
+    url: str
+    guess: int
 
-    return checked_header(url, file_bytes, fill)
+    def describe(self) -> str:
+        return self.url
+
+    def open(self) -> OpenSource:
+        """Ask for its size and its first bytes.
+
+        Raises:
+            CheckpointError: it cannot be read.
+        """
+        return _OpenHubFile(self.url, *_fetch(self.url, 0, max(8, self.guess)))
+
+
+class _OpenHubFile(NamedTuple):
+    url: str
+    start: bytearray
+    nbytes: int
+
+    def size(self) -> int:
+        return self.nbytes
+
+    def read_into(self, views: list[memoryview], offset: int) -> None:
+        for view in views:
+            stop = offset + len(view)
+            if stop > len(self.start):
+                self.start.extend(_fetch(self.url, len(self.start), stop - len(self.start))[0])
+            view[:] = self.start[offset:stop]
+            offset = stop
+
+    def descriptor(self) -> int | None:
+        return None
+
+    def close(self) -> None:
+        pass
 
 
 # --- private ----------------------------------------------------------------------------------------------------------

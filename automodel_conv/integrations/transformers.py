@@ -37,6 +37,7 @@ from automodel_conv.execution.filling import Limits, fill
 from automodel_conv.execution.mapping import map_targets, with_new, without
 from automodel_conv.files.checkpoint import Checkpoint
 from automodel_conv.files.header import read_header
+from automodel_conv.files.source import LocalFile
 from automodel_conv.integrations.codes import refuse_codes
 from automodel_conv.integrations.quantizers import PlainLoad, plain_load, rounds_alike
 from automodel_conv.planning.compiler import Conversion, TargetSpec, whole_conversions
@@ -569,7 +570,8 @@ def _checkpoint(slices: Mapping[str, _Slice]) -> Checkpoint:
         CheckpointError: the header of a file is broken.
     """
     files = tuple(sorted({source.path for source in slices.values()}))
-    headers = {path: read_header(path) for path in files}
+    sources = {path: LocalFile(path) for path in files}
+    headers = {path: read_header(source) for path, source in sources.items()}
     rows = {path: {name: row for row, name in enumerate(header.names)} for path, header in headers.items()}
     number = {path: file for file, path in enumerate(files)}
     places = [(headers[source.path], rows[source.path][source.name]) for source in slices.values()]
@@ -586,6 +588,7 @@ def _checkpoint(slices: Mapping[str, _Slice]) -> Checkpoint:
         nbytes=[header.nbytes[row] for header, row in places],
         metadata={},
         position={name: row for row, name in enumerate(names)},
+        sources=tuple(sources.values()),
     )
 
 

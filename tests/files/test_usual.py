@@ -14,6 +14,7 @@ from safetensors.torch import save
 from automodel_conv.errors import CheckpointError
 from automodel_conv.files import header
 from automodel_conv.files.header import _checked_columns, _checked_object, _decode
+from automodel_conv.files.source import LocalFile
 from automodel_conv.files.usual import usual_columns, usual_object
 from tests.fuzz import mutate
 from tests.fuzz.targets import entry, header_seeds, index_seeds
@@ -225,4 +226,4 @@ def test_any_json_is_taken_as_the_strict_parser_takes_it(entries, escaped, twice
 def test_headers_are_read_by_the_usual_parser_alone(tmp_path, monkeypatch):
     monkeypatch.setattr(header, "_checked_columns", None)
     (tmp_path / "x.safetensors").write_bytes(save({"a": torch.zeros(2, 3)}))
-    assert header.read_header(str(tmp_path / "x.safetensors")).shapes == [(2, 3)]
+    assert header.read_header(LocalFile(str(tmp_path / "x.safetensors"))).shapes == [(2, 3)]

@@ -24,6 +24,7 @@ from automodel_conv.execution import host as cpu
 from automodel_conv.files import destination, header
 from automodel_conv.files.checkpoint import Checkpoint, open_checkpoint
 from automodel_conv.files.shards import CHECKSUMS_NAME
+from automodel_conv.files.source import LocalFile
 from automodel_conv.testing import guarded
 from tests.fuzz import mutate
 from tests.fuzz.memory import Memory, memory_of
@@ -61,7 +62,7 @@ def check_header(data: bytes) -> None:
     """What ``read_header`` accepts, safetensors accepts, and finds the same in it."""
     with memory_of(**{"x.safetensors": data}) as memory:
         try:
-            found = header.read_header("/c/x.safetensors")
+            found = header.read_header(LocalFile("/c/x.safetensors"))
         except CheckpointError:
             return
     for _, start, stop in memory.reads:

@@ -156,8 +156,8 @@ def test_names_that_wait_for_others_are_renamed_whichever_of_these_a_plan_takes(
 
 
 def test_a_header_that_is_not_accepted_here_is_the_reason_for_what_is_left(tmp_path, monkeypatch):
-    def refused(path):
-        raise amc.CheckpointError(f"odd header of {path}")
+    def refused(source):
+        raise amc.CheckpointError(f"odd header of {source.describe()}")
 
     monkeypatch.setattr(hook, "read_header", refused)
     done = same_under_the_hook(tmp_path, [joined()], **PARTS)

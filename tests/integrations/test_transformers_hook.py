@@ -21,6 +21,7 @@ from transformers.core_model_loading import MergeModulelist
 import automodel_conv as amc
 from automodel_conv.files import system
 from automodel_conv.files.header import read_header
+from automodel_conv.files.source import LocalFile
 from automodel_conv.integrations import transformers as hook
 from automodel_conv.testing import assert_bytes_equal
 from tests.integrations.support import assert_same_model, both, saved
@@ -220,7 +221,8 @@ def test_a_read_that_fails_names_file_and_tensor(mixtral, monkeypatch):
     def failing(fd, views, offset):
         raise OSError(5, "Input/output error")
 
-    headers = {str(file): read_header(str(file)) for file in mixtral[1].glob("*.safetensors")}
+    sources = [LocalFile(str(file)) for file in mixtral[1].glob("*.safetensors")]
+    headers = {source: read_header(source) for source in sources}
     amc.install()
     with monkeypatch.context() as patch:
         patch.setattr(system, "preadv", failing)

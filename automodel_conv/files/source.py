@@ -1,0 +1,96 @@
+"""Where the bytes of a checkpoint's files come from: what readers ask for, and files on this machine."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NamedTuple, Protocol
+
+from automodel_conv.errors import ReadError, message
+from automodel_conv.files import system
+
+
+class OpenSource(Protocol):
+    """A source that is open; threads share it."""
+
+    def size(self) -> int:
+        """Length in bytes."""
+        ...
+
+    def read_into(self, views: list[memoryview], offset: int) -> None:
+        """Fill all views, one after the other, with the bytes that follow ``offset``.
+
+        Raises:
+            ReadError: there are fewer bytes, or they cannot be read.
+        """
+        ...
+
+    def descriptor(self) -> int | None:
+        """The descriptor of a file of the system, which can be mapped, or copied by the kernel; None: it is none."""
+        ...
+
+    def close(self) -> None:
+        """Let go of it; nobody reads any more."""
+        ...
+
+
+class ByteSource(Protocol):
+    """The bytes of one file of a checkpoint, wherever they lie."""
+
+    def describe(self) -> str:
+        """A path or a URL, for errors."""
+        ...
+
+    def open(self) -> OpenSource:
+        """Make it ready to be read.
+
+        Raises:
+            OSError: it cannot be.
+        """
+        ...
+
+
+class LocalFile(NamedTuple):
+    """A file on this machine."""
+
+    path: str
+
+    def describe(self) -> str:
+        return self.path
+
+    def open(self) -> OpenSource:
+        return _OpenFile(system.open_readonly(self.path), self.path)
+
+
+class _OpenFile(NamedTuple):
+    fd: int
+    path: str
+
+    def size(self) -> int:
+        return system.size(self.fd)
+
+    def read_into(self, views: list[memoryview], offset: int) -> None:
+        system.read_exactly(self.fd, views, offset, self.path)
+
+    def descriptor(self) -> int | None:
+        return self.fd
+
+    def close(self) -> None:
+        system.close(self.fd)
+
+
+@contextmanager
+def opened(source: ByteSource) -> Iterator[OpenSource]:
+    """A source that is open for the length of a block.
+
+    Raises:
+        ReadError: it cannot be opened.
+    """
+    try:
+        file = source.open()
+    except OSError as error:
+        raise ReadError(message("cannot open a file", where=source.describe(), found=error)) from error
+    try:
+        yield file
+    finally:
+        file.close()
