@@ -18,7 +18,15 @@ from automodel_conv.dtypes import FLOATING
 from automodel_conv.errors import CheckpointError, UnsupportedError, message
 from automodel_conv.files.checkpoint import Checkpoint
 from automodel_conv.files.shards import FORM, LAYOUT_KEY, Form
-from automodel_conv.planning.layouts import LAYOUTS, PER_EXPERT, any_experts, holds_experts, own_layout
+from automodel_conv.planning.layouts import (
+    LAYOUTS,
+    PER_EXPERT,
+    TRANSFORMERS,
+    any_experts,
+    holds_experts,
+    own_layout,
+    same_names,
+)
 from automodel_conv.planning.plan import CopyPlan
 from automodel_conv.upstream.from_config import meta_model
 from automodel_conv.upstream.models import expert_layouts
@@ -93,7 +101,7 @@ def form_of_conversion(checkpoint: Checkpoint, plan: CopyPlan, model: nn.Module 
         return Form(layout=PER_EXPERT)
     if not any(any_experts(target.name) for target in plan.targets):
         return FORM
-    if model is None and layout in ("transformers", "gpt_oss"):  # which of these two is foreign depends on the type
+    if model is None and layout in same_names(TRANSFORMERS):  # which of these is foreign depends on the type
         model = _model_of(checkpoint)
     own = None if model is None else own_layout(expert_layouts(model).values())
     return _form_of(layout or own, own, _holds_codes(plan))

@@ -23,6 +23,7 @@ from automodel_conv.planning.copies import SourceTable
 from automodel_conv.planning.layouts import (
     LAYOUTS,
     PER_EXPERT,
+    TRANSFORMERS,
     ExpertLayout,
     Layout,
     any_experts,
@@ -30,12 +31,12 @@ from automodel_conv.planning.layouts import (
     get_layout,
     has_no_gate,
     holds_experts,
-    relayout,
     told_by_name,
 )
 from automodel_conv.planning.names import plain_table
 from automodel_conv.planning.plan import CopyPlan
 from automodel_conv.planning.quantization import as_meant
+from automodel_conv.planning.relayout import relayout
 from automodel_conv.planning.schemes import rows_of_kv_caches
 from automodel_conv.planning.unmarked import refuse_contradictions, refuse_grouped, refuse_other_layouts, refuse_untold
 from automodel_conv.upstream.models import expert_layouts, model_targets, tied_names
@@ -95,7 +96,7 @@ def loading_plan(
     gated = _gated_by(experts, rule_set, table, incoming)
 
     def canonical(path: str) -> Layout:
-        return own.get(path, LAYOUTS["transformers"])
+        return own.get(path, TRANSFORMERS)
 
     destination: Mapping[str, TargetSpec] | None = None  # what the model has, where that is in the wanted layout
     if wanted is not None and targets is not None and _is_laid_out(targets, {} if given else own, wanted):
@@ -116,8 +117,8 @@ def loading_plan(
         table = table_of(stages[-1].targets)
     transposed = None if source_layout is None else source_layout == PER_EXPERT
     plan, problems = compile_targets(table, rule_set, targets, code, transposed=transposed, as_stored=as_stored)
-    for stage in reversed(stages):  # each of whose targets is one source
-        problems.unclaimed = [stage.targets[row].sources[0] for row in problems.unclaimed]
+    for stage in reversed(stages):
+        problems.unclaimed = [source for row in problems.unclaimed for source in stage.targets[row].sources]
     stages.append(plan)
     if wanted is not None:
         if source_layout is None and targets is None and not unbound:
@@ -171,10 +172,10 @@ def shapes_to_make(
         raise _not_laid_out(shapes, wanted, layout)
 
     def canonical(path: str) -> Layout:
-        return own.get(path, LAYOUTS["transformers"])
+        return own.get(path, TRANSFORMERS)
 
     def gated(path: str) -> bool:
-        return experts[path].gated if path in experts else f"{path}.{canonical(path).gate_up}" in shapes
+        return experts[path].gated if path in experts else f"{path}.{canonical(path).first[0].name}" in shapes
 
     table = SourceTable(list(shapes), ["F32"] * len(shapes), list(shapes.values()))
     return {target.name: target.shape for target in relayout(table, canonical, lambda path: wanted, gated).targets}
@@ -229,7 +230,7 @@ def saving_plan(
             relayout(
                 table,
                 lambda path: given,
-                lambda path: own.get(path, LAYOUTS["transformers"]),
+                lambda path: own.get(path, TRANSFORMERS),
                 gated,
             )
         )
@@ -337,7 +338,7 @@ def _check_layout(name: str, table: SourceTable, argument: str) -> None:
         raise UnsupportedError(
             message(
                 f"no tensor is in the layout {name!r}",
-                expected=f"names that end in experts.{layout.gate_up} or experts.{layout.down}",
+                expected="names that end in " + " or ".join(f"experts.{weight}" for weight in layout.expected()),
                 found=", ".join(table.names[:3]) + ", ...",
                 do=[
                     f"leave {{{argument}}} out if no experts are grouped",
@@ -389,7 +390,7 @@ def _is_laid_out(targets: Iterable[str], own: Mapping[str, Layout], wanted: Layo
     """True if all experts among ``targets`` are in the wanted layout, as far as names and the modules tell."""
     names = [name for name in targets if any_experts(name)]
     return all(
-        holds_experts(name, wanted) and (own.get(name.rpartition(".")[0], wanted)[:2] == wanted[:2]) for name in names
+        holds_experts(name, wanted) and own.get(name.rpartition(".")[0], wanted).axes == wanted.axes for name in names
     )
 
 
@@ -398,7 +399,7 @@ def _not_laid_out(targets: Iterable[str], wanted: Layout, called: str) -> Unsupp
     return UnsupportedError(
         message(
             f"the model's experts are not in the layout {called!r}",
-            expected=f"tensors named {wanted.gate_up}, {wanted.down}",
+            expected="tensors named " + ", ".join(wanted.expected()),
             found=sorted({name.rpartition(".")[2] for name in targets if any_experts(name)}),
             do="leave {layout} out to load in the model's own layout",
         )

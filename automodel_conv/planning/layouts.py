@@ -1,98 +1,137 @@
-"""Named layouts of grouped experts, as data, and the plan that goes from one to another.
+"""Named layouts of grouped experts: one entry of ``LAYOUTS`` each, and what names and shapes say of them; pure.
 
-E experts, I intermediate size, H hidden size. A layout says which axis order the weights have, whether gate and up are
-interleaved, and what the tensors are called; biases follow. Only *routed experts* are concerned: tensors of a module
-called ``experts`` that hold all of them in one buffer. Everything else passes through.
+Only *routed experts* are concerned: tensors of a module called ``experts`` that hold all of them in one buffer.
 """
 
 from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 from automodel_conv.errors import UnsupportedError, message
-from automodel_conv.planning.copies import SourceTable, StridedCopy, Target
-from automodel_conv.planning.lowering import copies_of, lower
-from automodel_conv.planning.operations import Context, Operation
-from automodel_conv.planning.plan import CopyPlan
-from automodel_conv.planning.values import LoweringError, leaf
+from automodel_conv.planning.axes import dims_of, sizes_of
+from automodel_conv.planning.values import LoweringError
+
+GATE_UP = ("gate", "up")
+UP = ("up",)
+DOWN = ("down",)
 
 
-class ExpertLayout(NamedTuple):
-    """How one experts module stores its weights, in the words of transformers' ``use_experts_implementation``."""
+class Buffer(NamedTuple):
+    """A tensor that holds one or two projections of all experts of a module.
 
-    transposed: bool
-    interleaved: bool
-    gated: bool
-
-
-class Layout(NamedTuple):
-    """How experts lie in memory.
-
-    ``transposed``: weights are ``[E, in, out]``, not ``[E, out, in]``. ``interleaved``: gate and up alternate along the
-    2I axis, gate first; otherwise gate comes before up as a whole. ``up`` and ``up_bias`` are the names for experts
-    without a gate.
+    ``axes``, as in einops: E experts, g projections, i intermediate size, h hidden size. Parentheses make one dimension
+    of g and another axis. ``projections`` are in their order along g.
     """
 
-    transposed: bool
-    interleaved: bool
-    gate_up: str
-    up: str
-    down: str
-    gate_up_bias: str
-    up_bias: str
-    down_bias: str
+    name: str
+    axes: str
+    projections: tuple[str, ...]
+
+    @property
+    def is_weight(self) -> bool:
+        """Whether it is no bias."""
+        return {"i", "h"} <= {axis for dim in dims_of(self.axes) for axis in dim}
+
+    def sizes(self, shape: Sequence[int]) -> dict[str, int] | None:
+        """The size of each axis; None for a shape that the buffer cannot have."""
+        try:
+            return sizes_of(dims_of(self.axes), shape, {"g": len(self.projections)})
+        except LoweringError:
+            return None
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What the tensors of grouped experts are called, and how they lie in memory.
+
+    ``first`` hold gate and up, in one buffer or in one each; ``ungated`` hold up, of experts without a gate. A weight
+    comes before its bias.
+    """
+
+    first: tuple[Buffer, ...]
+    ungated: tuple[Buffer, ...]
+    down: tuple[Buffer, ...]
+
+    @cached_property
+    def names(self) -> frozenset[str]:
+        """Of weights and biases, with and without a gate."""
+        return frozenset(buffer.name for buffer in (*self.first, *self.ungated, *self.down))
+
+    @cached_property
+    def weights(self) -> frozenset[str]:
+        """The names of the weights."""
+        return frozenset(buffer.name for buffer in (*self.first, *self.ungated, *self.down) if buffer.is_weight)
+
+    @cached_property
+    def axes(self) -> tuple[tuple[str, tuple[str, ...]], ...]:
+        """How the buffers lie, whatever they are called."""
+        return tuple((buffer.axes, buffer.projections) for buffer in (*self.first, *self.ungated, *self.down))
+
+    @property
+    def transposed(self) -> bool:
+        """Whether weights are ``[E, in, out]``, not ``[E, out, in]``."""
+        axes = [axis for dim in dims_of(self.down[0].axes) for axis in dim]
+        return axes.index("i") < axes.index("h")
+
+    def of(self, gated: bool) -> tuple[Buffer, ...]:
+        """The buffers of experts with a gate, or without one."""
+        return (*(self.first if gated else self.ungated), *self.down)
+
+    def expected(self) -> list[str]:
+        """The names of the weights of experts with a gate, in order, for errors."""
+        return [buffer.name for buffer in self.of(True) if buffer.is_weight]
+
+    def fits(self, shapes: Mapping[str, Sequence[int]], gated: bool = True) -> bool:
+        """Whether these can be the weights of one module, all of them.
+
+        Args:
+            shapes: by the name of the tensor.
+        """
+        made: dict[str, int] = {}
+        for buffer in self.of(gated):
+            if buffer.is_weight:
+                sizes = buffer.sizes(shapes.get(buffer.name, ()))
+                if sizes is None or any(made.setdefault(axis, sizes[axis]) != sizes[axis] for axis in ("i", "h")):
+                    return False
+        return True
 
 
 LAYOUTS: Mapping[str, Layout] = {
     # transformers 5.x, `integrations/moe.py`: gate_up_proj [E, 2I, H], down_proj [E, H, I].
     "transformers": Layout(
-        transposed=False,
-        interleaved=False,
-        gate_up="gate_up_proj",
-        up="up_proj",
-        down="down_proj",
-        gate_up_bias="gate_up_proj_bias",
-        up_bias="up_proj_bias",
-        down_bias="down_proj_bias",
+        first=(Buffer("gate_up_proj", "E (g i) h", GATE_UP), Buffer("gate_up_proj_bias", "E (g i)", GATE_UP)),
+        ungated=(Buffer("up_proj", "E i h", UP), Buffer("up_proj_bias", "E i", UP)),
+        down=(Buffer("down_proj", "E h i", DOWN), Buffer("down_proj_bias", "E h", DOWN)),
     ),
     # NeMo AutoModel 0.7.0, `components/moe/experts.py`: gate_and_up_projs [E, H, 2I], down_projs [E, I, H].
     "nemo": Layout(
-        transposed=True,
-        interleaved=False,
-        gate_up="gate_and_up_projs",
-        up="gate_and_up_projs",
-        down="down_projs",
-        gate_up_bias="gate_up_proj_bias",
-        up_bias="gate_up_proj_bias",
-        down_bias="down_proj_bias",
+        first=(Buffer("gate_and_up_projs", "E h (g i)", GATE_UP), Buffer("gate_up_proj_bias", "E (g i)", GATE_UP)),
+        ungated=(Buffer("gate_and_up_projs", "E h i", UP), Buffer("gate_up_proj_bias", "E i", UP)),
+        down=(Buffer("down_projs", "E i h", DOWN), Buffer("down_proj_bias", "E h", DOWN)),
     ),
     # transformers 5.x, `models/gpt_oss`: gate_up_proj [E, H, 2I] with gate and up alternating, down_proj [E, I, H].
     "gpt_oss": Layout(
-        transposed=True,
-        interleaved=True,
-        gate_up="gate_up_proj",
-        up="up_proj",
-        down="down_proj",
-        gate_up_bias="gate_up_proj_bias",
-        up_bias="up_proj_bias",
-        down_bias="down_proj_bias",
+        first=(Buffer("gate_up_proj", "E h (i g)", GATE_UP), Buffer("gate_up_proj_bias", "E (i g)", GATE_UP)),
+        ungated=(Buffer("up_proj", "E h i", UP), Buffer("up_proj_bias", "E i", UP)),
+        down=(Buffer("down_proj", "E i h", DOWN), Buffer("down_proj_bias", "E h", DOWN)),
     ),
     # vLLM, `FusedMoE`: w13_weight [E, 2I, H], w2_weight [E, H, I].
     "vllm": Layout(
-        transposed=False,
-        interleaved=False,
-        gate_up="w13_weight",
-        up="w13_weight",
-        down="w2_weight",
-        gate_up_bias="w13_bias",
-        up_bias="w13_bias",
-        down_bias="w2_bias",
+        first=(Buffer("w13_weight", "E (g i) h", GATE_UP), Buffer("w13_bias", "E (g i)", GATE_UP)),
+        ungated=(Buffer("w13_weight", "E i h", UP), Buffer("w13_bias", "E i", UP)),
+        down=(Buffer("w2_weight", "E h i", DOWN), Buffer("w2_bias", "E h", DOWN)),
     ),
 }
+"""Gate and up in one buffer each are two of ``first``, as ``Buffer("gate", "E i h", ("gate",))``; up before gate is
+``("up", "gate")``."""
 
+TRANSFORMERS = LAYOUTS["transformers"]
+"""What rules of transformers make, unless the model says otherwise."""
 
 PER_EXPERT = "per_expert"
 """As checkpoints of a type are published: most have one tensor for each expert and projection. No layout of buffers."""
@@ -101,8 +140,13 @@ SCALES = ("_scale_inv", "_scale")
 """What the scales of experts that are kept quantized are called after their names; they lie as these do.
 Source: transformers 5.23.0, ``FP8Experts``; vLLM, ``Fp8MoEMethod``."""
 
-_DO = "{dequantize=True} gives the numbers that they stand for"
-_PACKED = frozenset({"F4", "U8", "I8", "I32"})  # several codes to an element, where the experts have scales
+
+class ExpertLayout(NamedTuple):
+    """How one experts module stores its weights, in the words of transformers' ``use_experts_implementation``."""
+
+    transposed: bool
+    interleaved: bool
+    gated: bool
 
 
 def get_layout(name: str, *others: str) -> Layout:
@@ -128,13 +172,28 @@ def get_layout(name: str, *others: str) -> Layout:
 
 def as_layout(own: ExpertLayout) -> Layout:
     """A model's own way as a layout under transformers' names."""
-    return LAYOUTS["transformers"]._replace(transposed=own.transposed, interleaved=own.interleaved)
+    first = "(i g)" if own.interleaved else "(g i)"
+    weight, up, down = ("E h {}", "E h i", "E i h") if own.transposed else ("E {} h", "E i h", "E h i")
+
+    def lying(buffers: tuple[Buffer, ...], weight: str, bias: str) -> tuple[Buffer, ...]:
+        return tuple(buffer._replace(axes=weight if buffer.is_weight else bias) for buffer in buffers)
+
+    return Layout(
+        lying(TRANSFORMERS.first, weight.format(first), f"E {first}"),
+        lying(TRANSFORMERS.ungated, up, "E i"),
+        lying(TRANSFORMERS.down, down, "E h"),
+    )
+
+
+def same_names(layout: Layout) -> list[str]:
+    """The layouts whose tensors are called as those of this one, so that nothing but a mark or a model tells which."""
+    return [name for name, other in LAYOUTS.items() if other.names == layout.names]
 
 
 def holds_experts(name: str, layout: Layout) -> bool:
     """True if ``name`` is a tensor of grouped experts in that layout."""
     path, _, leaf_name = name.rpartition(".")
-    return _is_experts(path) and leaf_name in layout[2:]
+    return is_experts(path) and leaf_name in layout.names
 
 
 def own_layout(modules: Iterable[ExpertLayout | None]) -> str | None:
@@ -145,12 +204,19 @@ def own_layout(modules: Iterable[ExpertLayout | None]) -> str | None:
     said = set(modules)
     if len(said) != 1 or (own := said.pop()) is None:
         return None
-    return next((name for name in ("transformers", "gpt_oss") if LAYOUTS[name] == as_layout(own)), None)
+    return next((name for name in same_names(TRANSFORMERS) if LAYOUTS[name] == as_layout(own)), None)
 
 
 def any_experts(name: str) -> bool:
     """True if ``name`` is a tensor of grouped experts in some layout."""
-    return _is_experts(name.rpartition(".")[0]) and any(holds_experts(name, layout) for layout in LAYOUTS.values())
+    path, _, leaf_name = name.rpartition(".")
+    return is_experts(path) and any(leaf_name in layout.names for layout in LAYOUTS.values())
+
+
+def is_weight(name: str) -> bool:
+    """True if ``name`` is a weight of grouped experts in some layout."""
+    path, _, leaf_name = name.rpartition(".")
+    return is_experts(path) and any(leaf_name in layout.weights for layout in LAYOUTS.values())
 
 
 def told_by_name(name: str) -> str | None:
@@ -160,109 +226,16 @@ def told_by_name(name: str) -> str | None:
 
 
 def has_no_gate(path: str, layout: Layout, shapes: Mapping[str, tuple[int, ...]]) -> bool:
-    """True if the weights of an experts module are up ``[E, I, H]`` and down ``[E, H, I]``, as the layout has them."""
-    up, down = shapes.get(f"{path}.{layout.up}", ()), shapes.get(f"{path}.{layout.down}", ())
-    if len(up) != 3 or len(down) != 3:
+    """True if the weights of an experts module are up and down alone, which agree on the intermediate size."""
+    alone = layout.of(gated=False)
+    ungated = {buffer.name for buffer in alone}
+    if any(f"{path}.{buffer.name}" in shapes for buffer in layout.first if buffer.name not in ungated):
         return False
-    rows, columns = (up[2], down[1]) if layout.transposed else (up[1], down[2])
-    return rows == columns > 0
+    sizes = [buffer.sizes(shapes.get(f"{path}.{buffer.name}", ())) for buffer in alone if buffer.is_weight]
+    up, down = (0 if size is None else size["i"] for size in sizes)
+    return up == down > 0
 
 
-def _is_experts(path: str) -> bool:
+def is_experts(path: str) -> bool:
+    """True for the name of a module of routed experts."""
     return path.rpartition(".")[2] == "experts"  # not shared_experts, which are no routed ones
-
-
-def relayout(
-    table: SourceTable,
-    source: Callable[[str], Layout],
-    target: Callable[[str], Layout],
-    gated: Callable[[str], bool],
-) -> CopyPlan:
-    """The plan that lays all grouped experts of ``table`` out anew and passes everything else through, unless hidden.
-
-    Args:
-        source, target: the layout of an experts module, by the module's name.
-        gated: whether such a module has a gate; asked only where a name leaves it open.
-
-    Raises:
-        UnsupportedError: an experts tensor of a rank the layout cannot have, or scales of blocks whose rows would have
-            to alternate, or packed codes that would have to be moved apart.
-    """
-    scaled = {name[: name.rfind("experts") + len("experts")] for name in table.names if name.endswith(SCALES)}
-    rules: dict[str, int] = {}
-    shared: dict[object, tuple[tuple[int, ...], tuple[StridedCopy, ...]]] = {}
-    targets = []
-    for row, (name, dtype, shape) in enumerate(zip(table.names, table.dtypes, table.shapes, strict=True)):
-        if row in table.hidden:
-            continue
-        path, _, leaf_name = name.rpartition(".")
-        chain, renamed, rule = (), name, -1
-        if _is_experts(path):
-            before, after = source(path), target(path)
-            suffix = next((suffix for suffix in SCALES if leaf_name.endswith(suffix)), "")
-            of = leaf_name.removesuffix(suffix)
-            role = _role(of, before, gated(path))
-            if role is not None:
-                chain = _operations(role, before, after)
-                if suffix and any(step.name == "Interleave" for step in chain):
-                    raise UnsupportedError(message(f"{name}: gate and up that share a scale cannot alternate", do=_DO))
-                if chain and not suffix and dtype in _PACKED and path in scaled:
-                    text = f"{name}: packed codes cannot be laid out anew"
-                    raise UnsupportedError(message(text, found=dtype, do=_DO))
-                called = getattr(after, role) + suffix
-                renamed = f"{path}.{called}"
-                if chain or renamed != name:
-                    steps = ", ".join(map(str, chain)) or "rename"
-                    rule = rules.setdefault(f"experts.{leaf_name} -> experts.{called}: {steps}", len(rules))
-        key = (chain, shape)
-        if key not in shared:
-            shared[key] = _lowered(name, shape, chain)
-        made_shape, copies = shared[key]
-        targets.append(Target(renamed, dtype, made_shape, rule, (row,), copies))
-    plan = CopyPlan(table, tuple(targets), tuple(rules))
-    plan.validate()
-    return plan
-
-
-def _role(leaf_name: str, layout: Layout, gated: bool) -> str | None:
-    either = ("gate_up", "gate_up_bias"), ("up", "up_bias")
-    first, second = either if gated else either[::-1]
-    roles = (*first, *second, "down", "down_bias")
-    return next((role for role in roles if leaf_name == getattr(layout, role)), None)
-
-
-_SWAP = Operation("Transpose", (("dim0", 1), ("dim1", 2)))
-_SEPARATE = Operation("Interleave", (("dim", 1), ("inverse", False)))
-_ALTERNATE = Operation("Interleave", (("dim", 1), ("inverse", True)))
-
-
-def _operations(role: str, before: Layout, after: Layout) -> tuple[Operation, ...]:
-    """From one layout to the other by way of ``[E, 2I, H]`` / ``[E, H, I]``, without steps that undo each other."""
-    is_weight = role in ("gate_up", "up", "down")
-    alternates = role in ("gate_up", "gate_up_bias") and before.interleaved != after.interleaved
-    swaps = is_weight and before.transposed != after.transposed
-    chain: list[Operation] = []
-    if alternates:
-        around = is_weight and before.transposed
-        step = _ALTERNATE if after.interleaved else _SEPARATE
-        chain = [_SWAP, step] if around else [step]
-        if is_weight and after.transposed:
-            chain.append(_SWAP)
-    elif swaps:
-        chain = [_SWAP]
-    return tuple(chain)
-
-
-def _lowered(
-    name: str, shape: tuple[int, ...], chain: tuple[Operation, ...]
-) -> tuple[tuple[int, ...], tuple[StridedCopy, ...]]:
-    try:
-        value = lower(chain, {"x": [leaf(0, shape)]}, Context(("x",), ("x",), ()))["x"]
-    except LoweringError as error:
-        raise UnsupportedError(
-            message(
-                f"{name} does not have the shape that its layout says",
-                found=f"{list(shape)}: {error}",
-            )
-        ) from None
-    return value.shape, copies_of(value)

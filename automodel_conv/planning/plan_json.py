@@ -5,15 +5,16 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from math import prod
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import msgspec
 
 from automodel_conv.dtypes import BITS
 from automodel_conv.errors import UnsupportedError, message
+from automodel_conv.planning.boxes import Box
 from automodel_conv.planning.copies import Decode, SourceTable, StridedCopy, Target
 
-_VERSION = 4
+_VERSION = 3
 _AS_THEY_ARE = ("rules", "missing", "unexpected", "mismatched", "tied")
 
 T = TypeVar("T")
@@ -35,12 +36,16 @@ def text_of(plan: Mapping[str, Any]) -> str:
             "sources": [list(sources.names), list(sources.dtypes), list(sources.shapes)],
             "decodes": list(sources.decodes.items()),
             "hidden": sorted(sources.hidden),
-            "copies": copies,
+            "copies": [[_row(copy) for copy in group] for group in copies],
             "targets": [[*target[:5], table[id(target.copies)]] for target in targets],
             **{name: plan[name] for name in _AS_THEY_ARE},
             "layouts": [plan["layout"], plan["source_layout"]],
         }
     )
+
+
+def _row(copy: StridedCopy) -> _Copy:
+    return _Copy(*copy.box, copy.ordinals, copy.source_offsets, copy.target_offsets)
 
 
 def fields_of(text: str) -> dict[str, Any]:
@@ -62,13 +67,35 @@ class _Versioned(msgspec.Struct):
     version: int
 
 
+class _Copy(NamedTuple):
+    """A ``StridedCopy``, the fields of its box and its columns in one row."""
+
+    shape: tuple[int, ...]
+    source_strides: tuple[int, ...]
+    target_strides: tuple[int, ...]
+    ordinals: tuple[int, ...]
+    source_offsets: tuple[int, ...]
+    target_offsets: tuple[int, ...]
+
+    @property
+    def is_even(self) -> bool:
+        """Whether all dimensions have a stride on both sides, and all columns are as long."""
+        strides = len(self.source_strides), len(self.target_strides)
+        columns = len(self.source_offsets), len(self.target_offsets)
+        return strides == (len(self.shape),) * 2 and columns == (len(self.ordinals),) * 2
+
+    def copy(self) -> StridedCopy:
+        box = Box(self.shape, self.source_strides, self.target_strides)
+        return StridedCopy(box, self.ordinals, self.source_offsets, self.target_offsets)
+
+
 class _Form(msgspec.Struct):
     """As ``text_of`` writes it."""
 
     sources: tuple[list[str], list[str], list[tuple[int, ...]]]
     decodes: list[tuple[int, Decode]]
     hidden: list[int]
-    copies: list[tuple[StridedCopy, ...]]
+    copies: list[list[_Copy]]
     targets: list[tuple[str, str, tuple[int, ...], int, tuple[int, ...], int]]
     rules: tuple[str, ...]
     missing: tuple[str, ...]
@@ -99,10 +126,10 @@ def _fields(form: _Form) -> dict[str, Any]:
     if unknown:
         raise _no_plan(f"unknown dtypes {sorted(unknown)}")
     copies = [copy for group in form.copies for copy in group]
-    sizes = [*shapes, *(shape for _, _, shape, *_ in form.targets), *(copy.box.shape for copy in copies)]
+    sizes = [*shapes, *(shape for _, _, shape, *_ in form.targets), *(copy.shape for copy in copies)]
     if any(min(shape, default=0) < 0 for shape in sizes):
         raise _no_plan("a negative size")
-    if not all(map(_is_even, copies)):
+    if not all(copy.is_even for copy in copies):
         raise _no_plan("copies whose shape and strides, or whose columns, differ in length")
     if any(not 0 <= group < len(form.copies) for *_, group in form.targets):
         raise _no_plan("targets of unknown copies")
@@ -115,8 +142,9 @@ def _fields(form: _Form) -> dict[str, Any]:
     for row, decode in decodes.items():
         if not _reads_inside(decode, row, shapes):
             raise _no_plan(f"the parts of {names[row]} do not fit: {decode}")
+    groups = [tuple(copy.copy() for copy in group) for group in form.copies]
     targets = tuple(
-        Target(name, dtype, shape, rule, sources, form.copies[group])
+        Target(name, dtype, shape, rule, sources, groups[group])
         for name, dtype, shape, rule, sources, group in form.targets
     )
     layout, source_layout = form.layouts
@@ -127,12 +155,6 @@ def _fields(form: _Form) -> dict[str, Any]:
         "layout": layout,
         "source_layout": source_layout,
     }
-
-
-def _is_even(copy: StridedCopy) -> bool:
-    """Whether all dimensions have a stride on both sides, and all columns are as long."""
-    box, *columns = copy
-    return len(set(map(len, box))) == len(set(map(len, columns))) == 1
 
 
 def _reads_inside(decode: Decode, row: int, shapes: Sequence[tuple[int, ...]]) -> bool:

@@ -9,17 +9,24 @@ matrix alone, or two of them, are both.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
 
 from automodel_conv.errors import UnsupportedError, listing, message
 from automodel_conv.planning.compiler import Problems
 from automodel_conv.planning.copies import SourceTable
-from automodel_conv.planning.layouts import LAYOUTS, Layout, any_experts, holds_experts, told_by_name
+from automodel_conv.planning.layouts import (
+    LAYOUTS,
+    TRANSFORMERS,
+    Layout,
+    any_experts,
+    holds_experts,
+    is_weight,
+    same_names,
+    told_by_name,
+)
 from automodel_conv.planning.plan import CopyPlan
 from automodel_conv.planning.rules import Rules
 
 Shape = tuple[int, ...]
-_NAMES = ", ".join(f'"{name}"' for name in LAYOUTS)
 
 
 def refuse_other_layouts(problems: Problems, plan: CopyPlan, rules: Rules, model_says: bool) -> None:
@@ -35,13 +42,11 @@ def refuse_other_layouts(problems: Problems, plan: CopyPlan, rules: Rules, model
         UnsupportedError: names the first tensor, and ``source_layout``, or ``layout`` of a model that does not say it.
     """
     for name, found, expected in problems.mismatched:
-        if _is_weight(name) and found == _turned(expected) != expected:
-            are_grouped = any(map(_is_weight, plan.sources.names))
+        if is_weight(name) and found == _turned(expected) != expected:
+            are_grouped = any(map(is_weight, plan.sources.names))
             do = [_say("source_layout")] if are_grouped else []
             if not model_says:
-                turned = [
-                    called for called, layout in LAYOUTS.items() if layout.transposed and holds_experts(name, layout)
-                ]
+                turned = [n for n, layout in LAYOUTS.items() if layout.transposed and holds_experts(name, layout)]
                 do += [f'say {{layout="{called}"}} if the model has its experts in that layout' for called in turned]
             raise _refused(name, do, f"{list(expected)}, as the model has it", list(found))
     told = [name for name in problems.unexpected if told_by_name(name) is not None]
@@ -62,16 +67,17 @@ def refuse_untold(plan: CopyPlan, canonical: Callable[[str], Layout], gated: Cal
     """
     for path, weights in _by_module({t.name: t.shape for t in plan.targets if t.rule < 0}).items():
         layout = canonical(path)
-        first, down = weights.get(layout.gate_up), weights.get(layout.down)
-        if first is None or not gated(path):
+        first, down = layout.first[0], layout.down[0]
+        if first.name not in weights or not gated(path):
             told = False
-        elif down is None:  # gate and up cannot lie along a dimension that is odd
-            told = not layout.transposed and first[1] % 2 == 0 and first[2] % 2 == 1
+        elif down.name not in weights:  # gate and up cannot lie along a dimension that is odd
+            shape = weights[first.name]
+            told = not layout.transposed and first.sizes(shape) is not None and first.sizes(_turned(shape)) is None
         else:
-            told = _Pair(first, down).fits(layout)
+            told = layout.fits(weights)
         if not told:
             leaf, shape = next(iter(weights.items()))
-            expected = f"{layout.gate_up} [E, 2I, H] and {layout.down} [E, H, I]"
+            expected = f"{first.name} [E, 2I, H] and {down.name} [E, H, I]"
             raise _refused(f"{path}.{leaf}", [_say("source_layout")], expected, list(shape))
 
 
@@ -95,12 +101,11 @@ def refuse_contradictions(table: SourceTable, shapes: Mapping[str, Shape], rules
                 raise _refused(name, [_say("layout")], f"{list(expected)}, as the model has it", list(found))
             if takes and leaf not in taken and told_by_name(name) is not None:
                 raise _refused(name, [_say("layout")], "names that the rules take apart", list(found))
-        plain = LAYOUTS["transformers"]
-        if takes and plain.gate_up in weights and plain.down in weights and f"{path}.{plain.down}" not in shapes:
-            pair = _Pair(weights[plain.gate_up], weights[plain.down])
-            if pair.fits(LAYOUTS["gpt_oss"]):
-                found = list(weights[plain.gate_up])
-                raise _refused(f"{path}.{plain.gate_up}", [_say("layout")], "[E, 2I, H] beside [E, H, I]", found)
+        first, down = TRANSFORMERS.first[0].name, TRANSFORMERS.down[0].name
+        if takes and f"{path}.{down}" not in shapes and not TRANSFORMERS.fits(weights):
+            if any(LAYOUTS[other].fits(weights) for other in same_names(TRANSFORMERS)):
+                found = list(weights[first])
+                raise _refused(f"{path}.{first}", [_say("layout")], "[E, 2I, H] beside [E, H, I]", found)
 
 
 def refuse_grouped(plan: CopyPlan, rules: Rules) -> None:
@@ -128,36 +133,14 @@ def not_taken_apart(names: Sequence[str], do: str | list[str]) -> UnsupportedErr
     return UnsupportedError(message("no rule takes these experts apart", found="\n" + listing(names), do=do))
 
 
-class _Pair(NamedTuple):
-    """The shapes of a module's two weights, of experts with a gate."""
-
-    first: Shape
-    down: Shape
-
-    def fits(self, layout: Layout) -> bool:
-        if len(self.first) != 3 or len(self.down) != 3:
-            return False
-        first, down = self.first, self.down
-        if layout.transposed:
-            first, down = _turned(first), _turned(down)
-        return first[1:] == (2 * down[2], down[1])
-
-
 def _by_module(tensors: Mapping[str, Shape]) -> dict[str, dict[str, Shape]]:
     """The weights of grouped experts among these, by the names of their modules and then their own."""
     modules: dict[str, dict[str, Shape]] = {}
     for name, shape in tensors.items():
-        if _is_weight(name) and len(shape) == 3:
+        if is_weight(name) and len(shape) == 3:
             path, _, leaf = name.rpartition(".")
             modules.setdefault(path, {})[leaf] = shape
     return modules
-
-
-def _is_weight(name: str) -> bool:
-    leaf = name.rpartition(".")[2]
-    return any(
-        holds_experts(name, layout) and leaf in (layout.gate_up, layout.up, layout.down) for layout in LAYOUTS.values()
-    )
 
 
 def _is_square(shape: Shape) -> bool:
@@ -169,7 +152,7 @@ def _turned(shape: Shape) -> Shape:
 
 
 def _say(argument: str) -> str:
-    return f"say it: {{{argument}=}} takes {_NAMES}"
+    return f"say it: {{{argument}=}} takes " + ", ".join(f'"{name}"' for name in LAYOUTS)
 
 
 def _refused(name: str, do: Sequence[str], expected: object, found: object) -> UnsupportedError:

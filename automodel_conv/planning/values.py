@@ -1,4 +1,4 @@
-"""Tensors that are still only descriptions, and the five things that operations are made of; pure.
+"""Tensors that are still only descriptions, and the six things that operations and layouts are made of; pure.
 
 All sources of a rule lie in one long row here, ``SPAN`` elements apart: thousands of experts are one piece, and what an
 operation does to them is computed once.
@@ -60,9 +60,13 @@ def transpose(value: Value, dim0: int, dim1: int) -> Value:
     order = list(range(len(value.shape)))
     dim0, dim1 = _dim(value, dim0), _dim(value, dim1)
     order[dim0], order[dim1] = dim1, dim0
+    return permute(value, order)
+
+
+def permute(value: Value, order: Sequence[int]) -> Value:
     strides = contiguous_strides(value.shape)
-    shape = tuple(value.shape[d] for d in order)
-    return _mapped(value, shape, shape, [strides[d] for d in order], 0)
+    shape = tuple(value.shape[dim] for dim in order)
+    return _mapped(value, shape, shape, [strides[dim] for dim in order], 0)
 
 
 def narrow(value: Value, dim: int, start: int, length: int) -> Value:

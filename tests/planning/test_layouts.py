@@ -13,8 +13,8 @@ from automodel_conv.planning.layouts import (
     as_layout,
     get_layout,
     holds_experts,
-    relayout,
 )
+from automodel_conv.planning.relayout import relayout
 from tests.planning.oracles import execute
 
 PATH = "model.layers.3.mlp.experts"

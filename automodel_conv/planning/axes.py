@@ -1,0 +1,70 @@
+"""Axes of a buffer, written as in einops: ``"E (g i) h"`` has three dimensions, the second of them g by i; pure."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import cache
+from math import prod
+
+from automodel_conv.planning.values import LoweringError, Value, permute, reshape
+
+Dims = tuple[tuple[str, ...], ...]
+
+
+@cache
+def dims_of(axes: str) -> Dims:
+    """The axes of each dimension, outermost first.
+
+    >>> dims_of("E (g i) h")
+    (('E',), ('g', 'i'), ('h',))
+    """
+    dims: list[tuple[str, ...]] = []
+    for number, part in enumerate(axes.replace(")", "(").split("(")):
+        within = tuple(part.split())
+        dims += [within] if number % 2 else [(axis,) for axis in within]
+    return tuple(dims)
+
+
+def sizes_of(dims: Dims, shape: Sequence[int], known: Mapping[str, int]) -> dict[str, int]:
+    """The size of each axis of a buffer of that shape.
+
+    Args:
+        known: sizes that the shape must agree with; all but one in each dimension of several axes.
+
+    Raises:
+        LoweringError: the shape has another rank, or a size that the known ones do not divide.
+    """
+    if len(dims) != len(shape):
+        raise LoweringError(f"a tensor of shape {tuple(shape)} has not {len(dims)} dimensions")
+    sizes = dict(known)
+    for dim, size in zip(dims, shape, strict=True):
+        of_known = prod(known[axis] for axis in dim if axis in known)
+        unknown = [axis for axis in dim if axis not in known]
+        if unknown:
+            sizes[unknown[0]] = size // of_known
+        if size % of_known or (not unknown and size != of_known):
+            raise LoweringError(f"a dimension of size {size} is not {' by '.join(dim)} with {dict(known)}")
+    return sizes
+
+
+def rearrange(value: Value, before: str, after: str, known: Mapping[str, int]) -> Value:
+    """A buffer with its axes in another order, as ``einops.rearrange``.
+
+    Args:
+        known: sizes of axes that share a dimension with another one, where they part.
+
+    Raises:
+        LoweringError: see ``sizes_of``.
+    """
+    dims, wanted = dims_of(before), dims_of(after)
+    together = {dim for dim in dims if dim in wanted}  # one axis each: what stays together is not taken apart
+    opened, made = _opened(dims, together), _opened(wanted, together)
+    sizes = sizes_of(tuple(opened), value.shape, known)
+    axes = [axis for dim in opened for axis in dim]
+    order = [axes.index(axis) for dim in made for axis in dim]
+    turned = permute(reshape(value, [sizes[axis] for axis in axes]), order)
+    return reshape(turned, [prod(sizes[axis] for axis in dim) for dim in made])
+
+
+def _opened(dims: Dims, together: set[tuple[str, ...]]) -> list[tuple[str, ...]]:
+    return [(" ".join(dim),) if dim in together else dim for dim in dims]
