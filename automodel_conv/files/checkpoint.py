@@ -88,10 +88,10 @@ class Checkpoint:
     unindexed: tuple[tuple[str, str], ...] = field(default=(), repr=False)
     """Name and file name of each tensor that lies in a file of the index without being given to that file, sorted by
     file, then name. They are no part of the checkpoint. Empty without an index."""
-    sources: tuple[ByteSource, ...] = field(default=(), repr=False)
-    """Of each file, where its bytes come from."""
     is_remote: bool = False
     """Whether the data is not on this machine: such a checkpoint can be planned for, but not read."""
+    sources: tuple[ByteSource, ...] = field(default=(), repr=False)
+    """Of each file, where its bytes come from."""
 
     def left_out(self, rows: Iterable[int]) -> tuple[str, ...]:
         """Names of the tensors of these rows, and of those that lie in its files and are in no row."""
@@ -396,7 +396,7 @@ def _merge(chosen: _Chosen, sources: tuple[ByteSource, ...], headers: list[Heade
         of_index,
         layouts,
         unindexed,
-        sources,
+        sources=sources,
     )
 
 
