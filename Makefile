@@ -14,13 +14,13 @@ BESIDE_5.12.1 := tokenizers==0.22.2
 # The test files that a release of transformers can change the outcome of; the sweep walks the whole zoo again, and
 # test-long the zoo of equal sizes.
 TRANSFORMERS_TESTS = $(filter-out tests/test_model_zoo.py tests/test_equal_sizes.py tests/test_fault_sweep.py tests/test_hostile_files.py \
-	tests/crash_safety/% tests/fuzz/% tests/benchmarks/% tests/gpu/% tests/software_gpu/% tests/distributed/% tests/files/%,\
+	tests/crash_safety/% tests/fuzz/% tests/benchmarks/% tests/gpu/% tests/software_gpu/% tests/distributed/% tests/files/% tests/house/%,\
 	$(shell grep -rlwE --include='test_*.py' --exclude-dir=packaging 'transformers|model_zoo' tests))
 
 VERSION = $(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)
 
 # Tests of what never asks whether transformers is there, and of what cannot do without it.
-KNOW_NO_TRANSFORMERS := machine_code/ kernels/ gpu/ software_gpu/ execution/ files/ packaging/ hide/ model_zoo/ crash_safety/ \
+KNOW_NO_TRANSFORMERS := machine_code/ kernels/ gpu/ software_gpu/ execution/ files/ packaging/ hide/ house/ model_zoo/ crash_safety/ \
 	test_measuring.py test_testing.py test_checksums.py
 
 .PHONY: test lint types format demo clean test-style test-main test-software-gpu test-packaging \
