@@ -1,0 +1,52 @@
+"""The public API is what ``public_api.txt`` says: a change of it is made there too, and so seen."""
+
+import difflib
+from pathlib import Path
+
+import automodel_conv
+from tests.house.public_api import listing, public_names
+
+WRITTEN = Path(__file__).with_name("public_api.txt")
+
+
+def changed(found):
+    written = WRITTEN.read_text(encoding="utf-8").splitlines()
+    return "\n".join(difflib.unified_diff(written, found.splitlines(), "public_api.txt", "found", lineterm="", n=3))
+
+
+def test_the_public_api_is_as_written():
+    difference = changed(listing())
+    advice = (
+        "if that is meant: python -m tests.house.public_api > tests/house/public_api.txt, and say it in CHANGELOG.md"
+    )
+    assert not difference, f"the public API has changed:\n{difference}\n{advice}"
+
+
+def test_a_default_that_changes_is_seen(monkeypatch):
+    def open_checkpoint(path: "str | os.PathLike[str]", *, revision: "str | None" = "main") -> "Checkpoint":  # noqa: F821
+        raise AssertionError
+
+    from automodel_conv.files import checkpoint
+
+    monkeypatch.setattr(checkpoint, "open_checkpoint", open_checkpoint)
+    monkeypatch.setattr(automodel_conv, "open_checkpoint", open_checkpoint)
+    difference = changed(listing())
+    assert (
+        "-  open_checkpoint(path: str | os.PathLike[str], *, revision: str | None = None) -> Checkpoint" in difference
+    )
+    assert (
+        "+  open_checkpoint(path: str | os.PathLike[str], *, revision: str | None = 'main') -> Checkpoint" in difference
+    )
+
+
+def test_a_name_that_comes_or_goes_is_seen(monkeypatch):
+    monkeypatch.setattr(automodel_conv, "__all__", [name for name in automodel_conv.__all__ if name != "ReadError"])
+    assert "-  class ReadError(ConversionError)" in changed(listing())
+
+
+def test_names_that_a_module_only_imports_or_keeps_to_itself_are_not_public():
+    from automodel_conv import testing
+
+    assert {"POISON", "Guarded", "guarded"} <= {*public_names(testing)}
+    assert {"torch", "Tensor", "prod", "_GUARD"} <= vars(testing).keys()
+    assert not {"torch", "Tensor", "prod", "_GUARD"} & {*public_names(testing)}
