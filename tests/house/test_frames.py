@@ -1,0 +1,112 @@
+"""How many functions of this package lie between a public one and the call that reads, copies or writes bytes.
+
+Who reads the way from a call down to its bytes reads one function after the other: they are counted, and no more may
+come between unseen. Who takes one out makes the bound smaller.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+pytest.importorskip("transformers", reason="the rules are those of its models")
+
+import automodel_conv as amc
+
+PACKAGE = os.path.dirname(amc.__file__) + os.sep
+# What moves bytes: calls of the system, and copies of torch.
+MOVES = {"preadv", "pwritev", "copy_file_range", "copy_", "native_channel_shuffle"}
+EXPERTS, SIDE = 4, 32
+
+
+@pytest.fixture(scope="module")
+def rules():
+    return amc.get_checkpoint_conversion_mapping("qwen3_moe")
+
+
+@pytest.fixture(scope="module")
+def tensors():
+    experts = "model.layers.0.mlp.experts"
+    names = [f"{experts}.{e}.{part}_proj.weight" for e in range(EXPERTS) for part in ("gate", "up", "down")]
+    return {name: torch.full((SIDE, SIDE), at, dtype=torch.bfloat16) for at, name in enumerate(names)}
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory, tensors):
+    directory = tmp_path_factory.mktemp("published")
+    save_file(tensors, directory / "model.safetensors")
+    return directory
+
+
+def ways_down(work):
+    """The longest way down to a call that moves bytes, as functions of this package, by the name of what is called."""
+    longest: dict[str, list[str]] = {}
+
+    def profile(frame, event, argument):
+        if event == "c_call" and argument.__name__ in MOVES:
+            way = []
+            while frame is not None:
+                if frame.f_code.co_filename.startswith(PACKAGE):
+                    way.append(f"{frame.f_code.co_filename.removeprefix(PACKAGE)}:{frame.f_code.co_name}")
+                frame = frame.f_back
+            longest[argument.__name__] = max(longest.get(argument.__name__, []), way[::-1], key=len)
+
+    sys.setprofile(profile)
+    try:
+        work()
+    finally:
+        sys.setprofile(None)
+    return longest
+
+
+def refuse_longer(found, **most):
+    """By what is called, the most frames that there may be, that of the public function included."""
+    assert found.keys() == most.keys()
+    for name, way in found.items():
+        shown = "\n  ".join([*way, name])
+        assert len(way) <= most[name], f"{len(way)} frames down to {name}, not {most[name]}; call fewer:\n  {shown}"
+
+
+def load(published, rules, layout):
+    plan = amc.compile_plan(published, rules=rules, layout=layout)
+    return lambda: amc.load_state_dict(published, plan=plan, threads=1)
+
+
+def test_frames_from_a_load_to_its_reads(published, rules):
+    refuse_longer(ways_down(load(published, rules, None)), preadv=18)
+
+
+def test_frames_from_a_load_to_its_copies(published, rules):
+    refuse_longer(ways_down(load(published, rules, "nemo")), preadv=18, copy_=17)
+
+
+def test_frames_from_a_conversion_in_memory_to_its_copies(tensors, rules):
+    refuse_longer(ways_down(lambda: amc.convert_state_dict(tensors, rules=rules)), copy_=6)
+    refuse_longer(ways_down(lambda: amc.convert_state_dict(tensors, rules=rules, layout="nemo")), copy_=7)
+
+
+def test_frames_from_a_save_to_its_writes(tmp_path, tensors, rules):
+    grouped = amc.convert_state_dict(tensors, rules=rules)
+    found = ways_down(lambda: amc.save_checkpoint(grouped, tmp_path / "saved", rules=rules, threads=1))
+    refuse_longer(found, pwritev=9)
+
+
+def test_frames_from_a_conversion_of_files_to_its_reads_copies_and_writes(tmp_path, published, rules):
+    def convert():
+        amc.convert_checkpoint(published, tmp_path / "own", rules=rules, layout="nemo", threads=1)
+
+    refuse_longer(ways_down(convert), preadv=13, copy_=11, pwritev=9)
+
+
+def test_a_way_that_becomes_longer_is_told(published, rules, monkeypatch):
+    from automodel_conv.files import system
+
+    with pytest.raises(AssertionError, match=r"18 frames down to preadv, not 17; call fewer:\s+doors.py:called\s"):
+        refuse_longer(ways_down(load(published, rules, None)), preadv=17)
+    stock = system.preadv
+    monkeypatch.setattr(system, "preadv", lambda fd, views, offset: stock(fd, views, offset))
+    refuse_longer(ways_down(load(published, rules, None)), preadv=18)  # functions of others do not count
