@@ -12,6 +12,8 @@ from automodel_conv import open_checkpoint
 from automodel_conv.upstream.registry import transformers_available
 from benchmarks import (
     dequant,
+    executing,
+    executing_worker,
     from_pretrained,
     integrity,
     mapping,
@@ -46,6 +48,42 @@ def test_planning_times_every_stage_and_writes_it(tmp_path, capsys):
     assert all(len(times) == 2 and min(times) > 0 for times in small["wall_seconds"].values())
     assert set(small["wall_seconds"]) == {"open", "rules", "plan", "upstream open", "upstream plan"}
     assert [path.name for path in tmp_path.iterdir()] == ["result.json"]
+
+
+def test_executing_is_timed_here_and_in_another_checkout(tmp_path, capsys):
+    file, case = tmp_path / "result.json", "grouped, transposed"
+    arguments = ["--size", "small", "--case", case, "--repetitions", "1", "--rounds", "2", "--json", str(file)]
+    executing.main([*arguments, "--against", str(measure.REPOSITORY), "--directory", str(tmp_path)])
+    shown = capsys.readouterr().out
+    assert "above the floor" in shown
+    assert "here / against" in shown
+    [(found, results)] = json.loads(file.read_text())["results"].items()
+    assert found == case
+    assert set(results) == {"here", "against"}
+    for [one] in results.values():
+        assert one["tensors"] == 384
+        assert all(len(times) == 2 and min(times) > 0 for times in one["seconds"].values())
+    assert [path.name for path in tmp_path.iterdir()] == ["result.json"]
+
+
+@pytest.mark.parametrize("case", executing_worker.CASES)
+def test_what_executing_is_timed_against_makes_the_same_bytes(tmp_path, case, monkeypatch):
+    path = str(tmp_path / "model.safetensors")
+    executing_worker.write_file(path, 2)
+    found = executing_worker.work(case, path, 2, 1)["seconds"]
+    assert all(len(times) == 1 for times in found.values())
+    monkeypatch.setattr(executing_worker.Floor, "_read", lambda floor, into, first: into)
+    with pytest.raises(RuntimeError, match="is not what the floor makes"):
+        executing_worker.work(case, path, 2, 1)
+
+
+def test_what_another_checkout_does_not_tell_is_left_out():
+    runs = [
+        {"tensors": 2, "seconds": {"load": [4.0, 6.0, 5.0], "schedule": times, "floor": [1.0]}} for times in ([2.0], [])
+    ]
+    told, untold = (executing.per_tensor([one]) for one in runs)
+    assert told == {"load": [2.5], "schedule": [1.0], "floor": [0.5], "execute": [1.5], "above": [2.0]}
+    assert untold == {"load": [2.5], "floor": [0.5], "above": [2.0]}
 
 
 def test_calls_of_verbs_are_timed_by_phase(tmp_path, capsys):
