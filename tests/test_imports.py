@@ -36,6 +36,14 @@ def optional_packages_loaded_by(code: str) -> set[str]:
     return {name.partition(".")[0] for name in loaded} & set(OPTIONAL)
 
 
+def loaded_by_module(*arguments: str) -> set[str]:
+    """Which packages a new interpreter loads that runs the package as a command."""
+    command = [sys.executable, "-X", "importtime", "-m", "automodel_conv", *arguments]
+    run = subprocess.run(command, capture_output=True, text=True, check=True)
+    lines = [line for line in run.stderr.splitlines() if line.startswith("import time:")]
+    return {line.rpartition("|")[2].strip().partition(".")[0] for line in lines}
+
+
 def failures_without_optional_packages(names: list[str]) -> dict[str, str]:
     """The error of each module that cannot be imported where no optional package is installed."""
     code = """
@@ -61,6 +69,19 @@ print(json.dumps(failures))
 
 def test_importing_the_package_loads_no_optional_package():
     assert optional_packages_loaded_by("import automodel_conv") == set()
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["convert", "--help"]], ids=" ".join)
+def test_help_loads_nothing_large(arguments):
+    loaded = loaded_by_module(*arguments)
+    assert {"automodel_conv", "typer"} <= loaded
+    assert not loaded & {"torch", "numpy", "safetensors", *OPTIONAL}
+
+
+def test_what_a_command_loads_is_reported(tmp_path):
+    file = tmp_path / "model.safetensors"
+    file.write_bytes((2).to_bytes(8, "little") + b"{}")
+    assert {"torch", "numpy"} <= loaded_by_module("plan", str(file), "--no-model")
 
 
 @pytest.mark.parametrize("package", OPTIONAL)
