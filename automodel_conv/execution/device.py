@@ -14,6 +14,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack
+from functools import partial
 from itertools import cycle
 from typing import Any, NamedTuple
 
@@ -157,9 +158,7 @@ def stream_files(
     )
     stream = _Streaming(chunks, windows, load.tensors, checkpoint, device, backend, stop)
     bytes_copied = sum(chunk.nbytes for chunk in chunks)
-    return carry_out(
-        load, bytes_copied, lambda advance: stream.run(ring.threads, advance), stream.unfinished, progress, stop
-    )
+    return carry_out(load, bytes_copied, partial(stream.run, ring.threads), stream.unfinished, progress, stop)
 
 
 class _Slot:

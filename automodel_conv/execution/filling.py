@@ -6,6 +6,7 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from itertools import accumulate, pairwise
 from typing import NamedTuple
 
@@ -113,7 +114,7 @@ def fill(
                 errors[part.device] = error
                 raise
 
-        works = [lambda one=one: fill_part(*one) for one in zip(parts, shares, strict=True)]
+        works = [partial(fill_part, part, share) for part, share in zip(parts, shares, strict=True)]
         try:
             if len(parts) > 1 and (limits.threads is None or limits.threads >= len(parts)):
                 at_once([_as_here(work, part.device) for work, part in zip(works, parts, strict=True)], stop)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -105,9 +106,7 @@ def load_files(
     most = _most_threads(jobs, threads, scratch_bytes) if adapts else threads
     done: set[int] = set()
 
-    def run(advance: Callable[[int], None]) -> LoadStats:
-        policy = ThreadPolicy(threads, most)
-        return _run(jobs, checkpoint, load.tensors, policy, huge_pages, done, advance, stop)
+    run = partial(_run, jobs, checkpoint, load.tensors, ThreadPolicy(threads, most), huge_pages, done, stop)
 
     def unfinished() -> set[int]:
         return {target for number, job in enumerate(jobs) if number not in done for target in job.targets}
@@ -149,8 +148,8 @@ def _run(
     policy: ThreadPolicy,
     huge_pages: bool | None,
     done: set[int],
-    advance: Callable[[int], None],
     stop: threading.Event | None,
+    advance: Callable[[int], None],
 ) -> LoadStats:
     """Run the jobs; ``done`` collects the numbers of the finished ones, also when this raises."""
     files = OpenFiles(checkpoint, (job.reads for job in jobs))

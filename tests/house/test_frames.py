@@ -77,11 +77,11 @@ def load(published, rules, layout):
 
 
 def test_frames_from_a_load_to_its_reads(published, rules):
-    refuse_longer(ways_down(load(published, rules, None)), preadv=18)
+    refuse_longer(ways_down(load(published, rules, None)), preadv=16)
 
 
 def test_frames_from_a_load_to_its_copies(published, rules):
-    refuse_longer(ways_down(load(published, rules, "nemo")), preadv=18, copy_=17)
+    refuse_longer(ways_down(load(published, rules, "nemo")), preadv=16, copy_=15)
 
 
 def test_frames_from_a_conversion_in_memory_to_its_copies(tensors, rules):
@@ -105,8 +105,8 @@ def test_frames_from_a_conversion_of_files_to_its_reads_copies_and_writes(tmp_pa
 def test_a_way_that_becomes_longer_is_told(published, rules, monkeypatch):
     from automodel_conv.files import system
 
-    with pytest.raises(AssertionError, match=r"18 frames down to preadv, not 17; call fewer:\s+doors.py:called\s"):
-        refuse_longer(ways_down(load(published, rules, None)), preadv=17)
+    with pytest.raises(AssertionError, match=r"16 frames down to preadv, not 15; call fewer:\s+doors.py:called\s"):
+        refuse_longer(ways_down(load(published, rules, None)), preadv=15)
     stock = system.preadv
     monkeypatch.setattr(system, "preadv", lambda fd, views, offset: stock(fd, views, offset))
-    refuse_longer(ways_down(load(published, rules, None)), preadv=18)  # functions of others do not count
+    refuse_longer(ways_down(load(published, rules, None)), preadv=16)  # functions of others do not count
