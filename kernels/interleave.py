@@ -21,8 +21,8 @@ from automodel_conv.kernels.launch import (
     check_operands,
     start,
 )
-from automodel_conv.kernels.panels import transpose_torch
-from automodel_conv.kernels.variants import SCALAR_TILE, Geometry, Variant, element_types
+from automodel_conv.kernels.transpose import SCALAR_TILE, transpose_torch
+from automodel_conv.kernels.variants import Geometry, Variant, element_types
 
 # Rows and columns of a tile by the sizes of a source's and a destination's element, in bytes: runs of at least 128
 # bytes where single elements lie and, in pairs, where pairs lie; at most what registers hold without spilling.

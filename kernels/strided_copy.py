@@ -11,7 +11,7 @@ from torch import Tensor
 from automodel_conv.errors import ConversionError, message
 from automodel_conv.kernels.address_table import WIDEST, Matrices, Operand, as_matrices, at_addresses
 from automodel_conv.kernels.launch import NO_LAUNCHES, Launches, assigned, check_destination, check_operands, start
-from automodel_conv.kernels.panels import transpose_torch
+from automodel_conv.kernels.transpose import transpose_torch
 from automodel_conv.kernels.variants import Geometry, Variant, element_types, word
 
 # Tiles of 8 KiB, [rows, bytes of a row on the wider side]: 128 bytes for each thread of a block, so that enough are in

@@ -13,10 +13,6 @@ CASTS: dict[torch.dtype, str] = {torch.bfloat16: "bfloat16", torch.float16: "flo
 
 NUM_WARPS = 4
 
-# Rows and columns where elements move one by one and transposed; larger tiles need more registers for addresses than
-# there are.
-SCALAR_TILE = (32, 32)
-
 OPERANDS = {
     "copy_tiles": (1, 2),
     "transpose_tiles": (1, 2),

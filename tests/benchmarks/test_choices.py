@@ -7,7 +7,7 @@ import pytest
 from automodel_conv.execution import copying
 from automodel_conv.execution import host as cpu
 from automodel_conv.files import system
-from automodel_conv.kernels import panels
+from automodel_conv.kernels import transpose
 from automodel_conv.schedule import host as scheduling
 from automodel_conv.schedule import jobs
 from automodel_conv.upstream.registry import transformers_available
@@ -23,7 +23,7 @@ CHANGED = (
     (cpu, "NewMemory"),
     (system, "make_pages"),
     (system, "open_readonly"),
-    (panels, "_MOST_ROWS"),
+    (transpose, "_MOST_ROWS"),
 )
 
 

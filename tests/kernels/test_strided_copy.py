@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from automodel_conv.errors import ConversionError
-from automodel_conv.kernels import panels, strided_copy
+from automodel_conv.kernels import strided_copy, transpose
 from automodel_conv.kernels.strided_copy import strided_copy_torch
 from automodel_conv.testing import address_valued, assert_bytes_equal, guarded, poisoned
 
@@ -66,7 +66,7 @@ def shapes():
 def test_strided_copy_puts_every_element_where_loops_put_it(dtype, data, shape):
     src = data.draw(sources(shape, dtype))
     dst, check = guarded(shape, dtype, strides=data.draw(strides_of(shape)))
-    with mock.patch.multiple(panels, **SMALL_PANELS):
+    with mock.patch.multiple(transpose, **SMALL_PANELS):
         strided_copy_torch([dst], [src])
     assert_bytes_equal(dst.clone(memory_format=torch.contiguous_format), copied_by_hand(src))
     check()
@@ -74,7 +74,7 @@ def test_strided_copy_puts_every_element_where_loops_put_it(dtype, data, shape):
 
 def matrices_of(dst, src):
     """The shapes that ``strided_copy_torch`` hands to the transpose."""
-    with mock.patch.object(strided_copy, "transpose_torch", wraps=panels.transpose_torch) as call:
+    with mock.patch.object(strided_copy, "transpose_torch", wraps=transpose.transpose_torch) as call:
         strided_copy_torch([dst], [src])
     (matrices, _), _ = call.call_args
     return [tuple(matrix.shape) for matrix in matrices]
@@ -100,9 +100,9 @@ def test_a_stack_of_experts_is_transposed_one_by_one():
 def test_gate_and_up_interleave_in_one_call():
     whole = poisoned((80, 64, 2), torch.bfloat16)
     gate, up = (address_valued((64, 80), torch.bfloat16, start) for start in (0, 6000))
-    with mock.patch.object(panels, "_transpose_panels", wraps=panels._transpose_panels) as call:
+    with mock.patch.object(transpose, "_transpose_panels", wraps=transpose._transpose_panels) as panels:
         strided_copy_torch([whole[..., 0].t(), whole[..., 1].t()], [gate, up])
-    assert call.call_count == 1
+    assert panels.call_count == 1
     assert_bytes_equal(whole, torch.stack([gate.t(), up.t()], -1))
 
 

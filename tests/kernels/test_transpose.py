@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from automodel_conv.errors import ConversionError
-from automodel_conv.kernels import panels
+from automodel_conv.kernels import transpose
 from automodel_conv.kernels.transpose import transpose_torch
 from automodel_conv.testing import address_valued, assert_bytes_equal, guarded, poisoned
 
@@ -69,7 +69,7 @@ def packed(tensor):
 
 
 def simd_or_not():
-    return st.sampled_from([panels._SIMD_SHUFFLE, False])
+    return st.sampled_from([transpose._SIMD_SHUFFLE, False])
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -84,7 +84,7 @@ def test_transpose_puts_every_element_where_loops_put_it(dtype, rows, columns, s
     src = SOURCE_LAYOUTS[source_layout](rows, columns, dtype)
     dst, check = guarded((columns, rows), dtype, strides=DESTINATION_LAYOUTS[destination_layout](columns, rows))
     expected = transposed_by_hand(src)
-    with mock.patch.multiple(panels, **SMALL_PANELS, _SIMD_SHUFFLE=simd):
+    with mock.patch.multiple(transpose, **SMALL_PANELS, _SIMD_SHUFFLE=simd):
         transpose_torch([dst], [src])
     assert_bytes_equal(packed(dst), expected)
     assert_bytes_equal(transposed_by_hand(src), expected)
@@ -104,7 +104,7 @@ def test_transpose_keeps_its_promise_at_the_real_panel_size(shape, dtype):
 
 
 def test_transpose_splits_rows_too_long_for_one_panel():
-    columns = panels._PANEL_BYTES // (panels._LEAST_ROWS * 4) + 5
+    columns = transpose._PANEL_BYTES // (transpose._LEAST_ROWS * 4) + 5
     src = address_valued((130, columns), torch.float32)
     dst, check = guarded((columns, 130), torch.float32)
     transpose_torch([dst], [src])
@@ -122,7 +122,7 @@ def test_transpose_splits_rows_too_long_for_one_panel():
 def test_interleaved_destinationseach_get_their_own_source(dtype, lanes, rows, columns, layout):
     whole, check = guarded((columns, rows, lanes), dtype, strides=(rows * lanes + 5, lanes, 1))
     sources = [SOURCE_LAYOUTS[layout](rows, columns, torch.int64).add(17 * lane).to(dtype) for lane in range(lanes)]
-    with mock.patch.multiple(panels, **SMALL_PANELS):
+    with mock.patch.multiple(transpose, **SMALL_PANELS):
         transpose_torch(list(whole.unbind(-1)), sources)
     for lane, source in enumerate(sources):
         assert_bytes_equal(packed(whole[..., lane]), transposed_by_hand(source))
@@ -132,9 +132,9 @@ def test_interleaved_destinationseach_get_their_own_source(dtype, lanes, rows, c
 def test_interleaved_destinationsare_written_together():
     whole = poisoned((64, 128), torch.bfloat16)
     sources = [address_valued((64, 64), torch.bfloat16, start) for start in (0, 5000)]
-    with mock.patch.object(panels, "_transpose_panels", wraps=panels._transpose_panels) as call:
+    with mock.patch.object(transpose, "_transpose_panels", wraps=transpose._transpose_panels) as panels:
         transpose_torch([whole[:, 0::2], whole[:, 1::2]], sources)
-    assert call.call_count == 1
+    assert panels.call_count == 1
     assert_bytes_equal(whole[:, 1::2], transposed_by_hand(sources[1]))
 
 
@@ -173,7 +173,7 @@ def test_interleaved_sources_of_different_dtypes_are_each_cast():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.int16], ids=str)
 @pytest.mark.parametrize("simd", [True, False])
 def test_all_16_bit_patterns_arrive_as_they_left(dtype, simd, monkeypatch):
-    monkeypatch.setattr(panels, "_SIMD_SHUFFLE", simd and panels._SIMD_SHUFFLE)
+    monkeypatch.setattr(transpose, "_SIMD_SHUFFLE", simd and transpose._SIMD_SHUFFLE)
     src = address_valued((256, 256), dtype)
     for source in (src, src.flip(0), src[:, 1:], src.t().contiguous()):
         dst = poisoned(source.t().shape, dtype)
@@ -236,9 +236,9 @@ def test_casts_round_as_tensor_to_does(source, target, shape):
 @pytest.mark.parametrize("simd", [True, False])
 @pytest.mark.parametrize("shape", [(1, 1), (1, 5), (5, 1), (16, 16), (37, 53), (128, 500)], ids=str)
 def test_words_are_transposed_into_memory_of_their_own(shape, simd, monkeypatch):
-    monkeypatch.setattr(panels, "_SIMD_SHUFFLE", simd and panels._SIMD_SHUFFLE)
+    monkeypatch.setattr(transpose, "_SIMD_SHUFFLE", simd and transpose._SIMD_SHUFFLE)
     words = address_valued(shape, torch.float32, start=0x7F7FFFF0)
-    out = panels._transposed_words(words)
+    out = transpose._transposed_words(words)
     expected = transposed_by_hand(words.view(torch.int32))
     assert out.is_contiguous()
     assert_bytes_equal(out, expected)
@@ -262,7 +262,7 @@ def test_scratch_stays_within_its_bound():
 
     with Storages():
         transpose_torch([whole[:, :300]], [src])
-    assert 0 < max(sizes) <= panels._PANEL_BYTES
+    assert 0 < max(sizes) <= transpose._PANEL_BYTES
     assert_bytes_equal(whole[:, :300], src.t())
 
 
