@@ -27,7 +27,7 @@ from rich.table import Table
 from automodel_conv.execution import copying, new_memory
 from automodel_conv.execution import host as cpu
 from automodel_conv.files import system
-from automodel_conv.kernels import transpose
+from automodel_conv.kernels import transpose_torch
 from automodel_conv.schedule import host as scheduling
 from automodel_conv.schedule import jobs
 from benchmarks import measure
@@ -129,8 +129,8 @@ GROUPS: Mapping[str, Group] = {
             "copy_ of torch from scratch": _plain_copy,
             "slabs of at most 1 MiB": _put(scheduling, "_SLAB_BYTES", 1 << 20),
             "slabs of at most 32 MiB": _put(scheduling, "_SLAB_BYTES", 32 << 20),
-            "panels of at most 128 rows": _put(transpose, "_MOST_ROWS", 128),
-            "panels of at most 512 rows": _put(transpose, "_MOST_ROWS", 512),
+            "panels of at most 128 rows": _put(transpose_torch, "_MOST_ROWS", 128),
+            "panels of at most 512 rows": _put(transpose_torch, "_MOST_ROWS", 512),
         },
     ),
     "cold": Group(

@@ -62,7 +62,7 @@ from automodel_conv.cli.measuring import PeakMemory, ready_memory
 from automodel_conv.execution import host_decoding as decoding
 from automodel_conv.execution.workers import work_off
 from automodel_conv.kernels.code_tables import CODE_VALUES, code_table
-from automodel_conv.kernels.dequantize import dequantize_torch
+from automodel_conv.kernels.dequantize_torch import dequantize_torch
 from benchmarks import measure
 from benchmarks.grouped import per_expert
 from benchmarks.shapes import SMALL, Shape, checkpoint_tensors, meta_model

@@ -25,9 +25,10 @@ import torch
 from rich.table import Table
 from torch import Tensor
 
-from automodel_conv.kernels import launch, moves_triton
+from automodel_conv.kernels import launch
 from automodel_conv.kernels.address_table import as_matrices
-from automodel_conv.kernels.interleave import deinterleave_launches, interleave_launches
+from automodel_conv.kernels.deinterleave import deinterleave_launches
+from automodel_conv.kernels.interleave import interleave_launches
 from automodel_conv.kernels.staging import Staging
 from automodel_conv.kernels.strided_copy import strided_copy_launches
 from automodel_conv.kernels.transpose import transpose_launches
@@ -93,7 +94,7 @@ def run(layer: operations.Experts, repetitions: int) -> dict[str, Any]:
     found: dict[str, Any] = {}
     with (
         mock.patch.object(operations, "random_matrices", _untouched),
-        mock.patch.object(moves_triton, "launch", _nothing),
+        mock.patch.object(launch, "queue", _nothing),
         mock.patch.object(launch, "why_not", _nothing),
         mock.patch.object(launch, "upload", lambda table, device: stage(table).clone()),
     ):

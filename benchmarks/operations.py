@@ -6,30 +6,36 @@ in torch. ``verify`` compares a way with plain indexing, expert by expert, on an
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from functools import cache
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from automodel_conv.kernels.address_table import Matrices, as_matrices
-from automodel_conv.kernels.interleave import deinterleave, deinterleave_torch, interleave, interleave_torch
-from automodel_conv.kernels.strided_copy import strided_copy, strided_copy_torch
-from automodel_conv.kernels.transpose import transpose, transpose_torch
 from automodel_conv.testing import POISON
 
-KERNELS: dict[str, Callable[..., None]] = {
-    "strided_copy": strided_copy,
-    "transpose": transpose,
-    "interleave": interleave,
-    "deinterleave": deinterleave,
-}
-TWINS: dict[str, Callable[..., None]] = {
-    "strided_copy": strided_copy_torch,
-    "transpose": transpose_torch,
-    "interleave": interleave_torch,
-    "deinterleave": deinterleave_torch,
-}
+VERBS = ("strided_copy", "transpose", "interleave", "deinterleave")
+
+
+@cache
+def _found(verb: str, name: str) -> Callable[..., None]:
+    return getattr(importlib.import_module(f"automodel_conv.kernels.{verb}"), name)
+
+
+def _at_first_call(verb: str, name: str) -> Callable[..., None]:
+    """A function of a verb's file, which imports Triton: nothing here does before it is called."""
+
+    def call(*operands: Any) -> None:
+        _found(verb, name)(*operands)
+
+    return call
+
+
+KERNELS = {verb: _at_first_call(verb, verb) for verb in VERBS}
+TWINS = {verb: _at_first_call(verb, f"{verb}_torch") for verb in VERBS}
 
 Way = Callable[[], Tensor]
 """Does the operation once, anew; returns the result, ``[E, ...]``. On a GPU it is queued, not done."""

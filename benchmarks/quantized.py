@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from automodel_conv.kernels.code_tables import CODE_VALUES, CodeTable, bits_of, code_table
-from automodel_conv.kernels.dequantize import dequantize, dequantize_torch
+from automodel_conv.kernels.dequantize_torch import dequantize_torch
 from automodel_conv.testing import POISON
 from benchmarks.operations import Experts, Mismatch, Way
 
@@ -50,6 +50,8 @@ class Quantized(NamedTuple):
         return self.out
 
     def ways(self) -> dict[str, Way]:
+        from automodel_conv.kernels.dequantize import dequantize  # and Triton with it
+
         return {
             "ours": lambda: self.decode(dequantize, self.made),
             "ours, tables too": lambda: self.decode(dequantize, self.table()),

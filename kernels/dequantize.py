@@ -6,20 +6,21 @@ them, and ``[R, C]`` numbers, which may lie transposed. Nothing is computed here
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from functools import cache
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from automodel_conv.errors import ConversionError, UnsupportedError, message
 from automodel_conv.kernels.address_table import WIDEST, Matrices, alignment, as_matrices, at_addresses
+from automodel_conv.kernels.dequantize_torch import check_dequantize, lies_transposed
+from automodel_conv.kernels.dequantize_torch import dequantize_torch as dequantize_torch
+from automodel_conv.kernels.jit import jit, tl
 from automodel_conv.kernels.launch import Launches, assigned
 from automodel_conv.kernels.launch import start as start_launches
-from automodel_conv.kernels.strided_copy import strided_copy_torch
-from automodel_conv.kernels.variants import Blocks, Decoding, Geometry, Variant, word
+from automodel_conv.kernels.tiles import RUNTIME, grouped_tile, pointer_to
+from automodel_conv.kernels.variants import Geometry, Kernel, Reach, Variant, word
 
 # Rows and columns of a tile: 32 numbers for each thread of a block; in a transposed one runs of 64 bytes of 2-byte
 # numbers on the side that is written. Twice as many numbers spill registers in places; other shapes of as many do not,
@@ -28,24 +29,26 @@ _TILE = (16, 256)
 _TRANSPOSED_TILE = (32, 128)
 _SCALAR_TILE = (16, 32)  # larger ones need more registers for addresses than there are
 
-# Bytes of codes decoded at once: with their indices, of 4 or 8 bytes each, they stay in the second-level cache.
-_PIECE_BYTES = 1 << 18
-# Rows of a piece that is written transposed: as many as transpose_torch takes at once.
-_TRANSPOSED_ROWS = 128
-# A table of pairs of nibbles has up to this many rows of 256, and is made for this many times as many bytes to decode.
-_MOST_PAIRED_ROWS = 1024
-_PAIRS_WORTH = 2
 
-_INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
-_INT32 = 2**31
+class Decoding(NamedTuple):
+    """What the kernel is compiled for, besides what every kernel is."""
+
+    bits: int  # of a code
+    cell: str  # Triton's name of the type of a cell
+    by_shifts: bool  # blocks come as binary logarithms
+    is_transposed: bool  # the destination's rows are the source's columns
+    is_stepped: bool  # elements of a destination's row are not adjacent
 
 
-class _Lookup(NamedTuple):
-    """A table as one line of words, of which each byte of codes takes one, or two if ``nibbles``."""
+class Blocks(NamedTuple):
+    """What a launch of the kernel passes besides the geometry; columns are bytes of codes."""
 
-    words: Tensor  # 1-D, integers
-    width: int  # words of a row of the table
-    nibbles: bool
+    step: int  # between elements of a destination's row, in elements
+    block_rows: int  # or its binary logarithm, like the next
+    block_columns: int
+    start_row: int  # where in its first block a matrix begins
+    start_column: int
+    across: int  # cells in a row of them
 
 
 def dequantize(
@@ -88,7 +91,7 @@ def dequantize(
     check_dequantize(dst, codes, cells, table, bits=bits, block=block, start=start)
     if not dst or not dst[0].numel():
         return
-    is_transposed = _is_transposed(dst[0])
+    is_transposed = lies_transposed(dst[0])
     launches = dequantize_launches(
         _stepped([d.t() for d in dst] if is_transposed else dst),
         as_matrices("codes", codes),
@@ -181,198 +184,143 @@ def dequantize_variant(
         vector, src_vector, tile = 1, 1, _SCALAR_TILE
     columns = tile[1] * decoding.bits // 8
     number = word(dst.itemsize)
-    return Variant("dequantize_tiles", "uint8", number, src_vector, vector, tile[0], columns, decoding=decoding)
+    return Variant(DEQUANTIZE_TILES, "uint8", number, src_vector, vector, tile[0], columns, details=decoding)
 
 
-@torch.no_grad()
-def dequantize_torch(
-    dst: Sequence[Tensor],
-    codes: Sequence[Tensor],
-    cells: Sequence[Tensor],
-    table: Tensor,
-    *,
-    bits: int,
-    block: tuple[int, int],
-    start: tuple[int, int] = (0, 0),
-) -> None:
-    """``dst[k][r, c] = table[cells[k][(r + start[0]) // block[0], (c + start[1]) // block[1]], code[r, c]]``.
+@jit(do_not_specialize=[*RUNTIME, *Blocks._fields])
+def dequantize_tiles(
+    table,
+    rows_v,
+    columns_v,
+    src_stride_v,
+    dst_stride_v,
+    step,
+    block_rows,
+    block_columns,
+    start_row,
+    start_column,
+    across,
+    DST: tl.constexpr,
+    CELL: tl.constexpr,
+    SRC_VECTOR: tl.constexpr,
+    DST_VECTOR: tl.constexpr,
+    BITS: tl.constexpr,
+    BY_SHIFTS: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
+    STEPPED: tl.constexpr,
+    TILE_ROWS: tl.constexpr,
+    TILE_COLUMNS: tl.constexpr,
+):
+    """``dst[r, c] = numbers[cells[block of (r, c)], code(r, c)]``; table ``[dst, codes, cells, numbers]``.
 
-    Args:
-        dst, codes, cells, table, bits, block, start: as for ``dequantize``; any strides of ``codes``, and each ``dst``
-            its own. Fastest where rows of ``dst`` follow each other without a gap.
+    Columns, and what blocks have of them, count bytes of codes; columns and the source's stride come in ``SRC_VECTOR``
+    bytes, which lie in one block; the destination's stride in ``DST_VECTOR`` elements, and rows too if ``TRANSPOSED``:
+    then it is ``dst[c, r]``. ``across``: cells in a row of them. ``STEPPED``: elements of a destination's row are
+    ``step`` apart, and are stored one by one.
 
-    Allocates some 4 MiB of scratch, at most 8 (blocks of one byte), freed on return. Releases the GIL. PyTorch spreads
-    the work over its intra-op threads, unless the calling thread has called ``torch.set_num_threads(1)``.
+    What is masked out looks up an entry that is there, the first one.
 
-    Raises:
-        ConversionError: operands that do not fit together; nothing is written then.
-        UnsupportedError: other bits, or a table of elements of another size.
-        IndexError: a cell beyond the table.
+    The tile is a line, row after row. In two dimensions the layout of a lookup, whose addresses say nothing of what is
+    contiguous, is left to the compiler, and Triton 3.6.0 chooses columns: then all that a thread holds goes through
+    shared memory, several times.
     """
-    check_dequantize(dst, codes, cells, table, bits=bits, block=block, start=start)
-    if not dst or not dst[0].numel():
-        return
-    lookup = _lookup(table, bits, len(codes) * codes[0].numel())
-    block_bytes, first_byte = block[1] * bits // 8, start[1] * bits // 8
-    for out, code, cell in zip(dst, codes, cells, strict=True):
-        for rows, columns in _pieces(*code.shape, is_transposed=_is_transposed(out)):
-            index = _index(code[rows, columns], lookup)
-            of_rows = torch.arange(start[0] + rows.start, start[0] + rows.stop, device=table.device) // block[0]
-            begin, end = first_byte + columns.start, first_byte + columns.stop
-            of_columns = cell[:, begin // block_bytes : -(-end // block_bytes)]
-            _add_cells(index, of_columns.index_select(0, of_rows), begin % block_bytes, block_bytes, lookup)
-            _look_up(out[rows, columns.start * 8 // bits : columns.stop * 8 // bits], index, lookup)
+    PER_BYTE: tl.constexpr = 8 // BITS
+    rows = rows_v * (DST_VECTOR if TRANSPOSED else 1)
+    columns = columns_v * SRC_VECTOR
+    src_stride = src_stride_v * SRC_VECTOR
+    dst_stride = dst_stride_v * DST_VECTOR
+    entry = table + tl.program_id(1) * 4
+    r0, b0 = grouped_tile(rows, columns, TILE_ROWS, TILE_COLUMNS)
+    WIDTH: tl.constexpr = PER_BYTE * TILE_COLUMNS
+    # Numbers that are stored one by one are decoded one by one: each of them reads the byte that it lies in.
+    READERS: tl.constexpr = PER_BYTE if SRC_VECTOR == 1 else 1
+    READS: tl.constexpr = READERS * TILE_COLUMNS  # in a row of the tile
+    at = tl.arange(0, TILE_ROWS * READS)
+    r, b = at // READS, at % READS // READERS
+    mask = (r < rows - r0) & (b < columns - b0)
+    codes = pointer_to(tl.load(entry + 1), tl.uint8, SRC_VECTOR) + (r0.to(tl.int64) * src_stride + b0)
+    codes = tl.load(codes + (r * src_stride + b), mask=mask, other=0).to(tl.int32)
+
+    # One cell for each vector of codes.
+    VECTORS: tl.constexpr = TILE_ROWS * READS // SRC_VECTOR
+    at = tl.arange(0, VECTORS) * SRC_VECTOR
+    r, b = at // READS, at % READS // READERS
+    row = r + (r0 + start_row)
+    byte = b + (b0 + start_column)
+    if BY_SHIFTS:
+        cell = (row >> block_rows) * across + (byte >> block_columns)
+    else:
+        # Nothing is negative, and unsigned division takes fewer instructions.
+        row, byte = row.to(tl.uint32) // block_rows.to(tl.uint32), byte.to(tl.uint32) // block_columns.to(tl.uint32)
+        cell = row.to(tl.int32) * across + byte.to(tl.int32)
+    cells = pointer_to(tl.load(entry + 2), CELL, 1)
+    cell = tl.load(cells + cell, mask=(r < rows - r0) & (b < columns - b0), other=0)
+    # A pointer for each vector is cheaper than a sum for each code.
+    numbers = pointer_to(tl.load(entry + 3), DST, 1) + (cell.to(tl.int32) << BITS)
+    numbers = tl.reshape(tl.broadcast_to(numbers[:, None], [VECTORS, SRC_VECTOR]), [TILE_ROWS * READS])
+    if BITS == 8:
+        x = tl.load(numbers + codes)
+    elif SRC_VECTOR == 1:
+        x = tl.load(numbers + ((codes >> (at % 2 * 4)) & 15))
+    else:
+        x = tl.join(tl.load(numbers + (codes & 15)), tl.load(numbers + (codes >> 4)))
+        x = tl.reshape(x, [TILE_ROWS * WIDTH])
+
+    c0 = b0 * PER_BYTE
+    at = tl.arange(0, TILE_ROWS * WIDTH)
+    across_step = step if STEPPED else 1
+    dst = pointer_to(tl.load(entry), DST, DST_VECTOR)
+    if TRANSPOSED:
+        c, r = at // TILE_ROWS, at % TILE_ROWS
+        x = tl.reshape(tl.trans(tl.reshape(x, [TILE_ROWS, WIDTH])), [TILE_ROWS * WIDTH])
+        dst += c0.to(tl.int64) * dst_stride + r0.to(tl.int64) * across_step
+        offsets = c * dst_stride + r * across_step
+    else:
+        r, c = at // WIDTH, at % WIDTH
+        dst += r0.to(tl.int64) * dst_stride + c0.to(tl.int64) * across_step
+        offsets = r * dst_stride + c * across_step
+    tl.store(dst + offsets, x, mask=(r < rows - r0) & (c < columns * PER_BYTE - c0))
 
 
-def check_dequantize(
-    dst: Sequence[Tensor],
-    codes: Sequence[Tensor],
-    cells: Sequence[Tensor],
-    table: Tensor,
-    *,
-    bits: int,
-    block: tuple[int, int],
-    start: tuple[int, int],
-) -> None:
-    """All operands are as many, of the shapes, dtypes and device that they must have.
-
-    Raises:
-        ConversionError: names the operand that is not.
-        UnsupportedError: other bits, or a table of elements of another size.
-    """
-    if bits not in (4, 8) or table.element_size() not in (2, 4):
-        raise UnsupportedError(
-            message(
-                "dequantize does not decode these",
-                expected="codes of 4 or 8 bits, numbers of 2 or 4 bytes",
-                found=f"{bits} bits, {table.dtype}",
-            )
-        )
-    step = 8 // bits
-    if min(block) < 1 or any(not 0 <= s < b for s, b in zip(start, block, strict=True)):
-        raise ConversionError(message("matrices begin within a block", found=f"start {start}, block {block}"))
-    if block[1] % step or start[1] % step:
-        raise ConversionError(
-            message(
-                "blocks are of whole bytes of codes", expected="even columns", found=f"start {start}, block {block}"
-            )
-        )
-    if table.dim() != 2 or table.shape[1] != 1 << bits or not table.is_contiguous() or not 0 < table.numel() < _INT32:
-        raise ConversionError(
-            message(
-                "a table has an entry for every code in every row",
-                expected=f"contiguous, [T, {1 << bits}], up to 2**31 - 1 entries",
-                found=f"{list(table.shape)}, strides {table.stride()}",
-            )
-        )
-    if not len(dst) == len(codes) == len(cells):
-        raise ConversionError(
-            message("dequantize takes codes and cells for each destination", found=[len(dst), len(codes), len(cells)])
-        )
-    if not dst:
-        return
-    rows, columns = _two(dst[0])
-    shapes = {
-        "dst": ((rows, columns), (table.dtype,)),
-        "codes": ((rows, columns // step), (torch.uint8,)),
-        "cells": (
-            (-(-(rows + start[0]) // block[0]), -(-(columns + start[1]) // block[1])),
-            (torch.uint8, torch.int32),
-        ),
+def _constants(variant: Variant) -> dict[str, Any]:
+    decoding: Decoding = variant.details
+    return {
+        "DST": getattr(tl, variant.dst),
+        "CELL": getattr(tl, decoding.cell),
+        "SRC_VECTOR": variant.src_vector,
+        "DST_VECTOR": variant.dst_vector,
+        "BITS": decoding.bits,
+        "BY_SHIFTS": decoding.by_shifts,
+        "TRANSPOSED": decoding.is_transposed,
+        "STEPPED": decoding.is_stepped,
+        "TILE_ROWS": variant.tile_rows,
+        "TILE_COLUMNS": variant.tile_columns,
     }
-    for name, tensors in (("dst", dst), ("codes", codes), ("cells", cells)):
-        shape, dtypes = shapes[name]
-        for index, tensor in enumerate(tensors):
-            if tensor.shape != shape or tensor.dtype not in dtypes or tensor.device != table.device or columns % step:
-                raise ConversionError(
-                    message(
-                        "the operands of dequantize do not fit together",
-                        where=f"{name}[{index}]",
-                        expected=f"{' or '.join(map(str, dtypes))} {list(shape)} on {table.device}, whole bytes",
-                        found=f"{tensor.dtype} {list(tensor.shape)} on {tensor.device}",
-                    )
-                )
 
 
-def _two(tensor: Tensor) -> tuple[int, int]:
-    if tensor.dim() != 2:
-        raise ConversionError(message("dequantize takes matrices", where="dst[0]", found=list(tensor.shape)))
-    return tensor.shape[0], tensor.shape[1]
+def _in_vectors(variant: Variant, geometry: Geometry) -> tuple[int, ...]:
+    rows, columns, src_stride, dst_stride, blocks = geometry
+    if variant.details.is_transposed:
+        rows //= variant.dst_vector
+    read, written = variant.src_vector, variant.dst_vector
+    return rows, columns // read, src_stride // read, dst_stride // written, *blocks
 
 
-def _is_transposed(out: Tensor) -> bool:
-    return min(out.shape) > 1 and out.stride(0) < out.stride(1)
+def _reach(variant: Variant, geometry: Geometry) -> Reach:
+    decoding: Decoding = variant.details
+    blocks: Blocks = geometry.details
+    rows, numbers = variant.tile_rows, variant.tile_columns * 8 // decoding.bits
+    lines, run = (numbers, rows) if decoding.is_transposed else (rows, numbers)
+    return Reach(lines, run * blocks.step, blocks.start_row, blocks.start_column)
 
 
-def _pieces(rows: int, nbytes: int, *, is_transposed: bool) -> Iterator[tuple[slice, slice]]:
-    """Rows, and bytes of a row, in pieces of at most ``_PIECE_BYTES``."""
-    width = max(1, min(nbytes, _PIECE_BYTES // min(rows, _TRANSPOSED_ROWS) if is_transposed else _PIECE_BYTES))
-    height = max(1, _PIECE_BYTES // width)
-    for row in range(0, rows, height):
-        for byte in range(0, nbytes, width):
-            yield slice(row, min(row + height, rows)), slice(byte, min(byte + width, nbytes))
-
-
-def _lookup(table: Tensor, bits: int, nbytes: int) -> _Lookup:
-    """How to look up ``nbytes`` bytes of codes."""
-    words = table.view(_INTEGERS[table.element_size()])
-    rows = len(table)
-    if bits == 8:
-        return _Lookup(words.view(-1), 256, nibbles=False)
-    if rows > _MOST_PAIRED_ROWS or 256 * rows * _PAIRS_WORTH > nbytes:
-        return _Lookup(words.view(-1), 16, nibbles=True)
-    pairs = torch.stack([words.repeat(1, 16), words.repeat_interleave(16, 1)], 2)
-    return _Lookup(pairs.view(_INTEGERS[2 * table.element_size()]).view(-1), 256, nibbles=False)
-
-
-@cache
-def _nibbles(device: torch.device) -> Tensor:
-    """The two nibbles of each byte as int32, the low one first, both in one int64 ``[256]``."""
-    byte = torch.arange(256, device=device)
-    return byte & 15 | byte >> 4 << 32
-
-
-def _index(codes: Tensor, lookup: _Lookup) -> Tensor:
-    """Where in a row of the table the codes are: int32 ``[rows, bytes]``, or int64 of two int32 if ``nibbles``."""
-    index = codes.to(torch.int32, memory_format=torch.contiguous_format)
-    if not lookup.nibbles:
-        return index
-    return torch.index_select(_nibbles(codes.device), 0, index.view(-1)).view(index.shape)
-
-
-def _add_cells(index: Tensor, cells: Tensor, begin: int, block_bytes: int, lookup: _Lookup) -> None:
-    """Add where rows of the table begin.
-
-    Args:
-        index: ``[rows, bytes]``.
-        cells: ``[rows, blocks]``.
-        begin: the byte of the first block at which a row of ``index`` begins.
-    """
-    offsets = cells.to(index.dtype).mul_(lookup.width * (1 + (1 << 32)) if lookup.nibbles else lookup.width)
-    nbytes = index.shape[1]
-    head = min(block_bytes - begin, nbytes)
-    index[:, :head] += offsets[:, :1]
-    whole = (nbytes - head) // block_bytes
-    tail = head + whole * block_bytes
-    if whole:
-        index[:, head:tail].unflatten(1, (whole, block_bytes)).add_(offsets[:, 1 : whole + 1, None])
-    if tail < nbytes:
-        index[:, tail:] += offsets[:, -1:]
-
-
-def _look_up(out: Tensor, index: Tensor, lookup: _Lookup) -> None:
-    flat = (index.view(torch.int32) if lookup.nibbles else index).view(-1)
-    target = _as_line(out, lookup.words.dtype)
-    if target is not None:
-        torch.index_select(lookup.words, 0, flat, out=target)
-        return
-    made = torch.index_select(lookup.words, 0, flat)
-    strided_copy_torch([out], [made.view(out.dtype).view(out.shape)])
-
-
-def _as_line(out: Tensor, dtype: torch.dtype) -> Tensor | None:
-    """A matrix without gaps as one line of words, which hold one or two elements; None if it has gaps or lies askew."""
-    per_word = dtype.itemsize // out.element_size()
-    if not out.is_contiguous() or out.storage_offset() % per_word or out.data_ptr() % dtype.itemsize:
-        return None
-    return out.view(-1).view(dtype)
+DEQUANTIZE_TILES = Kernel(
+    "dequantize_tiles",
+    dequantize_tiles,
+    destinations=1,
+    operands=4,
+    constants=_constants,
+    in_vectors=_in_vectors,
+    reach=_reach,
+    integers=4 + len(Blocks._fields),
+)

@@ -1,4 +1,4 @@
-"""Interleave: two matrices into one whose columns alternate between them, transposed; and back.
+"""Interleave: two matrices into one whose columns alternate between them, transposed.
 
 Shapes: gate and up ``[I, H]`` of an expert, and ``[H, 2I]``, as gpt-oss has it. Bytes move as they are, so every bit
 pattern arrives as it left; only a cast computes.
@@ -7,11 +7,13 @@ pattern arrives as it left; only a cast computes.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from automodel_conv.kernels.address_table import WIDEST, Matrices, Operand, as_matrices
+from automodel_conv.kernels.jit import jit, tl
 from automodel_conv.kernels.launch import (
     NO_LAUNCHES,
     Launches,
@@ -21,13 +23,14 @@ from automodel_conv.kernels.launch import (
     check_operands,
     start,
 )
-from automodel_conv.kernels.transpose import SCALAR_TILE, transpose_torch
-from automodel_conv.kernels.variants import Geometry, Variant, element_types
+from automodel_conv.kernels.tiles import RUNTIME, SCALAR_TILE, cast, constants, grouped_tile, load, pointer_to
+from automodel_conv.kernels.transpose_torch import halves, transpose_torch
+from automodel_conv.kernels.variants import Geometry, Kernel, Reach, Variant, element_types
+from automodel_conv.kernels.verb import Verb, takes_turned
 
 # Rows and columns of a tile by the sizes of a source's and a destination's element, in bytes: runs of at least 128
 # bytes where single elements lie and, in pairs, where pairs lie; at most what registers hold without spilling.
-_INTERLEAVE_TILES = {(1, 1): (64, 64), (2, 2): (64, 64), (4, 4): (32, 32), (2, 4): (32, 64), (4, 2): (64, 32)}
-_DEINTERLEAVE_TILES = {(1, 1): (64, 64), (2, 2): (64, 32), (4, 4): (32, 32), (2, 4): (32, 64), (4, 2): (64, 32)}
+_TILES = {(1, 1): (64, 64), (2, 2): (64, 64), (4, 4): (32, 32), (2, 4): (32, 64), (4, 2): (64, 32)}
 
 
 def interleave(dst: Operand, first: Operand, second: Operand) -> None:
@@ -76,64 +79,94 @@ def interleave_variant(dst: torch.dtype, src: torch.dtype, dst_alignment: int, s
     dst_type, src_type = element_types(dst, src)
     both = min(dst_alignment, src_alignment)
     if both == WIDEST or (both == WIDEST // 2 and dst == src):
-        tile = _INTERLEAVE_TILES[src.itemsize, dst.itemsize]
+        tile = _TILES[src.itemsize, dst.itemsize]
         src_vector, dst_vector = both // src.itemsize, both // (2 * dst.itemsize)
-        return Variant("interleave_tiles", src_type, dst_type, src_vector, dst_vector, *tile, pairs=True)
-    return Variant("interleave_tiles", src_type, dst_type, 1, 1, *SCALAR_TILE, bytewise=src_alignment < src.itemsize)
+        return Variant(INTERLEAVE_TILES, src_type, dst_type, src_vector, dst_vector, *tile, pairs=True)
+    return Variant(INTERLEAVE_TILES, src_type, dst_type, 1, 1, *SCALAR_TILE, bytewise=src_alignment < src.itemsize)
 
 
 def interleave_torch(dst: Sequence[Tensor], first: Sequence[Tensor], second: Sequence[Tensor]) -> None:
     """The same as ``interleave`` in plain torch, for any strides and devices; see ``transpose_torch``."""
-    transpose_torch(_halves(dst), [half for pair in zip(first, second, strict=True) for half in pair])
+    transpose_torch(halves(dst), [half for pair in zip(first, second, strict=True) for half in pair])
 
 
-def deinterleave(first: Operand, second: Operand, src: Operand) -> None:
-    """``first[k].copy_(src[k][:, 0::2].t()); second[k].copy_(src[k][:, 1::2].t())`` for each k.
+@jit(do_not_specialize=RUNTIME)
+def interleave_tiles(
+    table,
+    rows_v,
+    columns_v,
+    src_stride_v,
+    dst_stride_v,
+    SRC: tl.constexpr,
+    DST: tl.constexpr,
+    SRC_VECTOR: tl.constexpr,
+    DST_VECTOR: tl.constexpr,
+    PAIRS: tl.constexpr,
+    BYTEWISE: tl.constexpr,
+    TILE_ROWS: tl.constexpr,
+    TILE_COLUMNS: tl.constexpr,
+):
+    """``dst[c, 2 * r + k] = cast(src_k[r, c])`` for k = 0, 1; table ``[dst, src_0, src_1]``.
 
-    Args:
-        first, second: ``[C, R]``, as ``dst`` of ``interleave``.
-        src: ``[R, 2C]``, as ``first`` of ``interleave``.
-
-    Everything else, errors too, as for ``interleave``, which this is the inverse of.
+    ``PAIRS``: each two elements that end up side by side are packed into a word, and words are transposed; then
+    ``DST_VECTOR`` and the destination's stride count words. Otherwise elements are stored one by one, and the stride
+    counts elements.
     """
-    operands = as_matrices("first", first), as_matrices("second", second), as_matrices("src", src)
-    start(deinterleave_launches(*operands))
+    rows = rows_v * DST_VECTOR
+    columns = columns_v * SRC_VECTOR
+    src_stride = src_stride_v * SRC_VECTOR
+    dst_stride = dst_stride_v * DST_VECTOR
+    entry = table + tl.program_id(1) * 3
+    r0, c0 = grouped_tile(rows, columns, TILE_ROWS, TILE_COLUMNS)
+    r = tl.arange(0, TILE_ROWS)
+    c = tl.arange(0, TILE_COLUMNS)
+    mask = (r[:, None] < rows - r0) & (c[None, :] < columns - c0)
+    base = r0.to(tl.int64) * src_stride + c0
+    offsets = r[:, None] * src_stride + c[None, :]
+    x = cast(load(tl.load(entry + 1), base, offsets, mask, SRC, SRC_VECTOR, BYTEWISE), DST)
+    y = cast(load(tl.load(entry + 2), base, offsets, mask, SRC, SRC_VECTOR, BYTEWISE), DST)
+    mask = (c[:, None] < columns - c0) & (r[None, :] < rows - r0)
+    BITS: tl.constexpr = DST.primitive_bitwidth
+    if PAIRS:
+        HALF: tl.constexpr = tl.uint8 if BITS == 8 else tl.uint16 if BITS == 16 else tl.uint32
+        WORD: tl.constexpr = tl.uint16 if BITS == 8 else tl.uint32 if BITS == 16 else tl.uint64
+        pairs = x.to(HALF, bitcast=True).to(WORD) | (y.to(HALF, bitcast=True).to(WORD) << BITS)
+        dst = pointer_to(tl.load(entry), WORD, DST_VECTOR) + (c0.to(tl.int64) * dst_stride + r0)
+        tl.store(dst + (c[:, None] * dst_stride + r[None, :]), tl.trans(pairs), mask=mask)
+    else:
+        dst = pointer_to(tl.load(entry), DST, 1) + (c0.to(tl.int64) * dst_stride + 2 * r0.to(tl.int64))
+        offsets = c[:, None] * dst_stride + 2 * r[None, :]
+        tl.store(dst + offsets, tl.trans(x), mask=mask)
+        tl.store(dst + (offsets + 1), tl.trans(y), mask=mask)
 
 
-def deinterleave_launches(first: Matrices, second: Matrices, src: Matrices) -> Launches:
-    """What ``deinterleave`` launches."""
-    check_operands(
-        "deinterleave",
-        {"first": first, "second": second, "src": src},
-        {"first": first.shape, "second": first.shape, "src": (first.columns, 2 * first.rows)},
-    )
-    check_alike("first and second", first, second)
-    element_types(first.dtype, src.dtype)
-    if not src.nbytes:
-        return NO_LAUNCHES
-    check_destination("deinterleave", first)
-    check_destination("deinterleave", second)
-    geometry = Geometry(src.rows, first.rows, src.row_stride, first.row_stride)
-    return assigned(
-        (first, second, src), 2, lambda d, s: (deinterleave_variant(first.dtype, src.dtype, d, s), geometry)
-    )
+def _in_vectors(variant: Variant, geometry: Geometry) -> tuple[int, ...]:
+    words = 2 if variant.pairs else 1
+    rows, columns = geometry.rows // variant.dst_vector, geometry.columns // variant.src_vector
+    return rows, columns, geometry.src_stride // variant.src_vector, geometry.dst_stride // (words * variant.dst_vector)
 
 
-def deinterleave_variant(dst: torch.dtype, src: torch.dtype, dst_alignment: int, src_alignment: int) -> Variant:
-    """Pairs in vectors as long as the lesser alignment allows, for casts only whole ones of 16 bytes; or elements."""
-    dst_type, src_type = element_types(dst, src)
-    both = min(dst_alignment, src_alignment)
-    if both == WIDEST or (both == WIDEST // 2 and dst == src):
-        tile = _DEINTERLEAVE_TILES[src.itemsize, dst.itemsize]
-        src_vector, dst_vector = both // (2 * src.itemsize), both // dst.itemsize
-        return Variant("deinterleave_tiles", src_type, dst_type, src_vector, dst_vector, *tile, pairs=True)
-    return Variant("deinterleave_tiles", src_type, dst_type, 1, 1, *SCALAR_TILE, bytewise=src_alignment < src.itemsize)
+def _constants(variant: Variant) -> dict[str, Any]:
+    return constants(variant, SRC_VECTOR=variant.src_vector, DST_VECTOR=variant.dst_vector, PAIRS=variant.pairs)
 
 
-def deinterleave_torch(first: Sequence[Tensor], second: Sequence[Tensor], src: Sequence[Tensor]) -> None:
-    """The same as ``deinterleave`` in plain torch, for any strides and devices; see ``transpose_torch``."""
-    transpose_torch([half for pair in zip(first, second, strict=True) for half in pair], _halves(src))
+INTERLEAVE_TILES = Kernel(
+    "interleave_tiles",
+    interleave_tiles,
+    destinations=1,
+    operands=3,
+    constants=_constants,
+    in_vectors=_in_vectors,
+    reach=lambda variant, _: Reach(variant.tile_columns, variant.tile_rows),
+)
 
-
-def _halves(matrices: Sequence[Tensor]) -> list[Tensor]:
-    return [matrix[:, half::2] for matrix in matrices for half in (0, 1)]
+INTERLEAVE = Verb(
+    "interleave",
+    turns=True,
+    steps=(1, 2),
+    destinations=1,
+    sources=2,
+    shapes=lambda matrix: ((matrix.columns, 2 * matrix.rows), matrix[:2]),
+    takes=takes_turned,
+    launches=interleave_launches,
+)

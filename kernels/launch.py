@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import os
 import shutil
 import subprocess
@@ -11,7 +10,7 @@ import threading
 from collections.abc import Callable, Iterable, Sequence
 from functools import cache, lru_cache, reduce
 from operator import or_
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -20,7 +19,7 @@ from torch import Tensor
 from automodel_conv.errors import ConversionError, UnsupportedError, message
 from automodel_conv.kernels.address_table import WIDEST, Matrices, alignment
 from automodel_conv.kernels.staging import upload
-from automodel_conv.kernels.variants import OPERANDS, Geometry, Variant
+from automodel_conv.kernels.variants import Geometry, Variant
 
 _MOST_ROWS = 65535  # of a table in one launch: the second dimension of a CUDA grid
 _INT32 = 2**31
@@ -28,8 +27,8 @@ _COMPILING = threading.Lock()
 _MOST_PROGRAMS = _INT32 - 1  # in one launch: Triton's launchers multiply in 32 bits, and skip a grid that overflows
 MOST_STRIDE = 2**19
 """Elements: every variant of every verb takes steps between rows up to this, and rows up to this long."""
-MOST_RUN = 2**30
-"""Bytes: ``strided_copy`` takes rows up to this long, where there is one row or no gap between rows."""
+OPTIONS: dict[str, Any] = {"num_warps": 4, "enable_fp_fusion": False}
+"""What all kernels are compiled with."""
 
 
 def check_operands(verb: str, operands: dict[str, Matrices], shapes: dict[str, tuple[int, int]]) -> None:
@@ -91,10 +90,10 @@ def check_destination(verb: str, dst: Matrices) -> None:
 @cache
 def why_not(device: torch.device) -> str | None:
     """Why kernels cannot run on tensors of this device; None where they can."""
-    if importlib.util.find_spec("triton") is None:
-        return "triton is not installed"
-    from automodel_conv.kernels.moves_triton import INTERPRETED
+    from automodel_conv.kernels.jit import INTERPRETED, IS_INSTALLED
 
+    if not IS_INSTALLED:
+        return "triton is not installed"
     if INTERPRETED and device.type != "cpu":
         return "Triton's interpreter is on, which reads host memory"
     if not INTERPRETED and device.type != "cuda":
@@ -192,8 +191,6 @@ def start(*works: Launches) -> None:
     reason = why_not(device)
     if reason is not None:
         raise UnsupportedError(message(f"Triton kernels cannot run: {reason}", do='use backend="torch"'))
-    from automodel_conv.kernels import moves_triton
-
     scope = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
     with scope:
         for work, table in zip(works, _uploaded([work.table for work in works], device), strict=True):
@@ -202,7 +199,13 @@ def start(*works: Launches) -> None:
                 most = min(_MOST_ROWS, _MOST_PROGRAMS // tiles)
                 for at in range(first, stop, most):
                     rows = table if stop - first == len(table) <= most else table[at : min(stop, at + most)]
-                    moves_triton.launch(variant, (tiles, len(rows)), rows, _in_vectors(variant, geometry))
+                    queue(variant, (tiles, len(rows)), rows, variant.kernel.in_vectors(variant, geometry))
+
+
+def queue(variant: Variant, grid: tuple[int, int], table: Tensor, integers: tuple[int, ...]) -> None:
+    """Queue one launch of a kernel on the current stream."""
+    kernel = variant.kernel
+    kernel.function[grid](table, *integers, **kernel.constants(variant), **OPTIONS)
 
 
 def _uploaded(tables: Sequence[np.ndarray], device: torch.device) -> list[Tensor]:
@@ -231,16 +234,14 @@ def compile_ahead(variants: Iterable[Variant], device: torch.device) -> None:
 
     One thread at a time does so: loads to several devices share Triton's caches.
     """
-    from automodel_conv.kernels import moves_triton
-
     scope = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
     with _COMPILING, scope:
         scratch = torch.zeros(2, 1 << 13, dtype=torch.uint8, device=device)
         for variant in variants:
-            destinations, operands = OPERANDS[variant.kernel]
-            row = [scratch[int(n >= destinations)].data_ptr() for n in range(operands)]
+            kernel = variant.kernel
+            row = [scratch[int(n >= kernel.destinations)].data_ptr() for n in range(kernel.operands)]
             table = upload(np.array([row], np.int64), device)
-            moves_triton.launch(variant, (1, 1), table, (1,) * variant.integers)
+            queue(variant, (1, 1), table, (1,) * kernel.integers)
 
 
 def _all_bits(side: Sequence[Matrices]) -> int:
@@ -277,15 +278,10 @@ def checked_tiles(variant: Variant, geometry: Geometry) -> int:
     """How many tiles a matrix has, if offsets within one, in elements and in bytes, fit 32 bits."""
     rows, columns = variant.tile_rows, variant.tile_columns
     tiles = -(-geometry.rows // rows) * -(-geometry.columns // columns)
-    # Tiles of a transposing kernel are written column by column; 8 bytes are a pair of the widest elements.
-    written, run = (rows, columns) if variant.kernel == "copy_tiles" else (columns, rows)
-    ends = [geometry.rows + rows, geometry.columns + columns]
-    if variant.decoding is not None and geometry.blocks is not None:
-        numbers = columns * 8 // variant.decoding.bits
-        written, run = (numbers, rows) if variant.decoding.is_transposed else (rows, numbers)
-        run *= geometry.blocks.step
-        ends = [ends[0] + geometry.blocks.start_row, ends[1] + geometry.blocks.start_column]
-    reach = 8 * (max(rows * geometry.src_stride, written * geometry.dst_stride) + max(run, rows, columns))
+    lines, run, *begin = variant.kernel.reach(variant, geometry)
+    ends = begin[0] + geometry.rows + rows, begin[1] + geometry.columns + columns
+    # 8 bytes are a pair of the widest elements.
+    reach = 8 * (max(rows * geometry.src_stride, lines * geometry.dst_stride) + max(run, rows, columns))
     if max(reach, tiles, *ends) >= _INT32:
         raise ConversionError(
             message(
@@ -296,15 +292,3 @@ def checked_tiles(variant: Variant, geometry: Geometry) -> int:
             )
         )
     return tiles
-
-
-def _in_vectors(variant: Variant, geometry: Geometry) -> tuple[int, ...]:
-    """The integers that a kernel takes: what a vector length divides, divided by it."""
-    rows, columns, src_stride, dst_stride, blocks = geometry
-    if variant.kernel != "copy_tiles" and not (variant.decoding and not variant.decoding.is_transposed):
-        rows //= variant.dst_vector
-    if variant.pairs:
-        src_stride //= 2 if variant.kernel == "deinterleave_tiles" else 1
-        dst_stride //= 2 if variant.kernel == "interleave_tiles" else 1
-    columns, src_stride = columns // variant.src_vector, src_stride // variant.src_vector
-    return rows, columns, src_stride, dst_stride // variant.dst_vector, *(blocks or ())

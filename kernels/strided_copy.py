@@ -2,17 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from math import gcd
 
 import torch
-from torch import Tensor
 
-from automodel_conv.errors import ConversionError, message
 from automodel_conv.kernels.address_table import WIDEST, Matrices, Operand, as_matrices, at_addresses
-from automodel_conv.kernels.launch import NO_LAUNCHES, Launches, assigned, check_destination, check_operands, start
-from automodel_conv.kernels.transpose import transpose_torch
-from automodel_conv.kernels.variants import Geometry, Variant, element_types, word
+from automodel_conv.kernels.jit import jit, tl
+from automodel_conv.kernels.launch import (
+    MOST_STRIDE,
+    NO_LAUNCHES,
+    Launches,
+    assigned,
+    check_destination,
+    check_operands,
+    start,
+)
+from automodel_conv.kernels.strided_copy_torch import strided_copy_torch as strided_copy_torch
+from automodel_conv.kernels.tiles import RUNTIME, cast, constants, load, pointer_to
+from automodel_conv.kernels.variants import Geometry, Kernel, Reach, Variant, element_types, is_moved, word
+from automodel_conv.kernels.verb import Matrix, Verb
+
+MOST_RUN = 2**30
+"""Bytes: ``strided_copy`` takes rows up to this long, where there is one row or no gap between rows."""
 
 # Tiles of 8 KiB, [rows, bytes of a row on the wider side]: 128 bytes for each thread of a block, so that enough are in
 # flight to fill the memory's latency. Wide ones for long rows, narrow ones where a wide one would stand mostly empty.
@@ -66,7 +77,7 @@ def _as_bytes(matrices: Matrices) -> Matrices:
     return matrices._replace(dtype=torch.uint8, columns=matrices.columns * size, row_stride=matrices.row_stride * size)
 
 
-def is_foldable(run_nbytes: int) -> bool:
+def _is_foldable(run_nbytes: int) -> bool:
     """Whether a run of that many bytes is a whole number of rows of a tile, so that it may have any length."""
     return run_nbytes % _NARROW[1] == 0
 
@@ -74,7 +85,7 @@ def is_foldable(run_nbytes: int) -> bool:
 def _folded(run: Matrices, itemsize: int) -> Matrices:
     """A run as rows of at most a wide tile, or one row if it doesn't divide; ``itemsize`` is that of the wider side."""
     numel = run.rows * run.columns
-    columns = gcd(numel * itemsize, _WIDE[1]) // itemsize if is_foldable(numel * itemsize) else numel
+    columns = gcd(numel * itemsize, _WIDE[1]) // itemsize if _is_foldable(numel * itemsize) else numel
     return at_addresses(run.addresses, (numel // columns, columns), columns, run.dtype, run.device)
 
 
@@ -92,7 +103,7 @@ def byte_variant(alignment: int, row_nbytes: int) -> Variant:
     size = min(alignment, 4)
     rows, nbytes = _tile(row_nbytes) if size == 4 else _SCALAR
     vector = alignment // size
-    return Variant("copy_tiles", word(size), word(size), vector, vector, rows, nbytes // size)
+    return Variant(COPY_TILES, word(size), word(size), vector, vector, rows, nbytes // size)
 
 
 def _copy_cast(dst: Matrices, src: Matrices) -> Launches:
@@ -110,64 +121,77 @@ def cast_variant(dst: torch.dtype, src: torch.dtype, dst_alignment: int, src_ali
         vector = 1
         rows, nbytes = _SCALAR
     bytewise = src_alignment < src.itemsize
-    return Variant("copy_tiles", src_type, dst_type, vector, vector, rows, nbytes // wider, bytewise)
+    return Variant(COPY_TILES, src_type, dst_type, vector, vector, rows, nbytes // wider, bytewise)
 
 
 def _tile(row_nbytes: int) -> tuple[int, int]:
     return _WIDE if row_nbytes >= _WIDE[1] // 2 else _NARROW
 
 
-@torch.no_grad()
-def strided_copy_torch(dst: Sequence[Tensor], src: Sequence[Tensor]) -> None:
-    """``dst[k].copy_(src[k])`` for each k, several times faster where the two lie in unlike order.
-
-    Where both walk fastest along the same dimension this is ``copy_``. Where they do not, the two
-    fast dimensions go through ``transpose_torch``, one matrix for each index of the others.
-
-    Args:
-        dst: any rank and strides, not overlapping each other or any source.
-        src: of the same shapes, any strides, expanded ones too; cast to ``dst``'s dtype as
-            ``Tensor.to`` casts.
-
-    Scratch and threads are those of ``transpose_torch``.
-
-    Raises:
-        ConversionError: the lists differ in length, or a pair in shape; nothing is written then.
-    """
-    if len(dst) != len(src):
-        raise ConversionError(
-            message("strided_copy takes one source per destination", expected=len(dst), found=len(src))
-        )
-    for index, (d, s) in enumerate(zip(dst, src, strict=True)):
-        if d.shape != s.shape:
-            raise ConversionError(
-                message(
-                    "strided_copy takes pairs of equal shape",
-                    where=f"pair {index}",
-                    expected=f"src {list(d.shape)}",
-                    found=f"src {list(s.shape)}",
-                )
-            )
-    # Transposed together at the end, so that interleaved destinations meet in one list.
-    transposed: list[tuple[Tensor, Tensor]] = []
-    for d, s in zip(dst, src, strict=True):
-        d_fast, s_fast = _fastest_dim(d), _fastest_dim(s)
-        # copy_ refuses to write one address twice; cut into matrices that would not be noticed.
-        if d_fast is None or s_fast is None or d_fast == s_fast or 0 in d.stride():
-            d.copy_(s)
-            continue
-        matrices = [(d.movedim((s_fast, d_fast), (-2, -1)), s.movedim((d_fast, s_fast), (-2, -1)))]
-        for _ in range(d.dim() - 2):
-            matrices = [pair for dm, sm in matrices for pair in zip(dm.unbind(), sm.unbind(), strict=True)]
-        transposed += matrices
-    transpose_torch([d for d, _ in transposed], [s for _, s in transposed])
+@jit(do_not_specialize=RUNTIME)
+def copy_tiles(
+    table,
+    rows,
+    columns_v,
+    src_stride_v,
+    dst_stride_v,
+    SRC: tl.constexpr,
+    DST: tl.constexpr,
+    VECTOR: tl.constexpr,
+    BYTEWISE: tl.constexpr,
+    TILE_ROWS: tl.constexpr,
+    TILE_COLUMNS: tl.constexpr,
+):
+    """``dst[r, c] = cast(src[r, c])``; table ``[dst, src]``; ``_v`` counts ``VECTOR`` elements, of either side."""
+    columns = columns_v * VECTOR
+    src_stride = src_stride_v * VECTOR
+    dst_stride = dst_stride_v * VECTOR
+    entry = table + tl.program_id(1) * 2
+    across = tl.cdiv(columns, TILE_COLUMNS)
+    r0 = (tl.program_id(0) // across) * TILE_ROWS
+    c0 = (tl.program_id(0) % across) * TILE_COLUMNS
+    r = tl.arange(0, TILE_ROWS)[:, None]
+    c = tl.arange(0, TILE_COLUMNS)[None, :]
+    mask = (r < rows - r0) & (c < columns - c0)
+    src_base = r0.to(tl.int64) * src_stride + c0
+    x = load(tl.load(entry + 1), src_base, r * src_stride + c, mask, SRC, VECTOR, BYTEWISE)
+    dst = pointer_to(tl.load(entry), DST, VECTOR) + (r0.to(tl.int64) * dst_stride + c0)
+    tl.store(dst + (r * dst_stride + c), cast(x, DST), mask=mask)
 
 
-def _fastest_dim(tensor: Tensor) -> int | None:
-    """The dimension along which addresses change least; None where no dimension moves them."""
-    moving = [
-        (stride, -dim)
-        for dim, (size, stride) in enumerate(zip(tensor.shape, tensor.stride(), strict=True))
-        if size > 1 and stride != 0
-    ]
-    return -min(moving)[1] if moving else None
+def _in_vectors(variant: Variant, geometry: Geometry) -> tuple[int, ...]:
+    vector = variant.src_vector
+    return geometry.rows, geometry.columns // vector, geometry.src_stride // vector, geometry.dst_stride // vector
+
+
+COPY_TILES = Kernel(
+    "copy_tiles",
+    copy_tiles,
+    destinations=1,
+    operands=2,
+    constants=lambda variant: constants(variant, VECTOR=variant.src_vector),
+    in_vectors=_in_vectors,
+    reach=lambda variant, _: Reach(variant.tile_rows, variant.tile_columns),
+)
+
+
+def _takes(matrix: Matrix, src: torch.dtype, dst: torch.dtype) -> bool:
+    rows, columns, *strides = matrix
+    if not is_moved(dst, src):
+        return False
+    if rows == 1 or strides == [columns, columns]:
+        nbytes = rows * columns * max(src.itemsize, dst.itemsize)
+        return nbytes <= MOST_RUN or _is_foldable(nbytes)
+    return max(columns, *strides) <= MOST_STRIDE
+
+
+STRIDED_COPY = Verb(
+    "strided_copy",
+    turns=False,
+    steps=(1, 1),
+    destinations=1,
+    sources=1,
+    shapes=lambda matrix: (matrix[:2], matrix[:2]),
+    takes=_takes,
+    launches=strided_copy_launches,
+)

@@ -1,8 +1,10 @@
-"""What a kernel is compiled for, and what it is then told: integers and names, without Triton."""
+"""What a kernel is, what it is compiled for, and what it is then told: integers, names and functions of them."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 
@@ -11,46 +13,40 @@ from automodel_conv.errors import UnsupportedError, message
 CASTS: dict[torch.dtype, str] = {torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float32: "float32"}
 """The dtypes between which verbs cast, by Triton's names; each to each, rounding to nearest even."""
 
-NUM_WARPS = 4
 
-OPERANDS = {
-    "copy_tiles": (1, 2),
-    "transpose_tiles": (1, 2),
-    "interleave_tiles": (1, 3),
-    "deinterleave_tiles": (2, 3),
-    "dequantize_tiles": (1, 4),
-}
-"""Destinations, and all operands, in a row of the table of each kernel."""
+@dataclass(frozen=True, eq=False, repr=False)
+class Kernel:
+    """A kernel and all that is asked of it by what launches and compiles it; equal to itself only."""
 
+    name: str
+    function: Any  # of Triton; ``tiles`` says what it takes
+    destinations: int  # in a row of the table
+    operands: int  # likewise, destinations and all others
+    constants: Callable[[Variant], dict[str, Any]]  # the compile-time arguments of a variant, by name
+    in_vectors: Callable[[Variant, Geometry], tuple[int, ...]]  # its integers: what a vector divides, divided by it
+    reach: Callable[[Variant, Geometry], Reach]
+    integers: int = 4  # how many it takes
 
-class Decoding(NamedTuple):
-    """What ``dequantize_tiles`` is compiled for, besides what every kernel is."""
-
-    bits: int  # of a code
-    cell: str  # Triton's name of the type of a cell
-    by_shifts: bool  # blocks come as binary logarithms
-    is_transposed: bool  # the destination's rows are the source's columns
-    is_stepped: bool  # elements of a destination's row are not adjacent
+    def __repr__(self) -> str:
+        return self.name
 
 
-class Blocks(NamedTuple):
-    """What a launch of ``dequantize_tiles`` passes besides the geometry; columns are bytes of codes."""
+class Reach(NamedTuple):
+    """How far a tile goes on the side that is written, in elements, and where a kernel begins to count."""
 
-    step: int  # between elements of a destination's row, in elements
-    block_rows: int  # or its binary logarithm, like the next
-    block_columns: int
-    start_row: int  # where in its first block a matrix begins
-    start_column: int
-    across: int  # cells in a row of them
+    lines: int  # rows of a destination that a tile writes
+    run: int  # from end to end of what it writes of one
+    first_row: int = 0
+    first_column: int = 0
 
 
 class Variant(NamedTuple):
-    """A kernel of ``moves_triton`` and all its compile-time constants: what is compiled once.
+    """A kernel and all its compile-time constants: what is compiled once.
 
     A launch promises that every vector starts at a multiple of its size, on either side. Tiles are those of the source.
     """
 
-    kernel: str
+    kernel: Kernel
     src: str  # Triton's name of the type of an element
     dst: str
     src_vector: int  # in elements, or in pairs where the source holds pairs moved as words
@@ -59,12 +55,7 @@ class Variant(NamedTuple):
     tile_columns: int
     bytewise: bool = False  # the source is read byte by byte, from any address
     pairs: bool = False  # two elements are moved as one word
-    decoding: Decoding | None = None  # of dequantize_tiles: elements of the source are bytes of codes
-
-    @property
-    def integers(self) -> int:
-        """How many integers the kernel takes."""
-        return len(Geometry._fields) - 1 + (len(Blocks._fields) if self.decoding else 0)
+    details: Any = None  # what only this kernel is compiled for besides; hashable
 
 
 class Geometry(NamedTuple):
@@ -77,12 +68,17 @@ class Geometry(NamedTuple):
     columns: int
     src_stride: int
     dst_stride: int
-    blocks: Blocks | None = None
+    details: Any = None  # the integers that only this kernel takes; hashable
 
 
 def word(nbytes: int) -> str:
     """Triton's name of the unsigned integer of that size."""
     return f"uint{8 * nbytes}"
+
+
+def is_moved(dst: torch.dtype, src: torch.dtype) -> bool:
+    """Whether elements move as they are or are cast, as far as dtypes tell."""
+    return dst == src or (dst in CASTS and src in CASTS)
 
 
 def element_types(dst: torch.dtype, src: torch.dtype) -> tuple[str, str]:

@@ -23,11 +23,6 @@ def modules() -> list[str]:
     return sorted(name.removesuffix("/__init__").replace("/", ".") for name in names)
 
 
-def without_kernels(names: list[str]) -> list[str]:
-    """All but the modules of Triton kernels, which end in ``_triton`` and are imported where they are launched."""
-    return [name for name in names if not name.endswith("_triton")]
-
-
 def optional_packages_loaded_by(code: str) -> set[str]:
     """Which optional packages a new interpreter has loaded after running ``code``."""
     report = "\nimport json, sys; print(json.dumps(sorted(sys.modules)))"
@@ -92,15 +87,20 @@ def test_an_optional_package_that_is_loaded_is_reported(package):
 
 
 def test_every_module_imports_without_optional_packages():
-    assert "automodel_conv.dtypes" in modules()
-    assert failures_without_optional_packages(without_kernels(modules())) == {}
+    assert {"automodel_conv.dtypes", "automodel_conv.kernels.verbs"} <= set(modules())
+    assert failures_without_optional_packages(modules()) == {}
 
 
-def test_only_modules_named_so_need_triton():
-    assert without_kernels(modules()) != modules()
-    failures = failures_without_optional_packages(modules())
-    assert set(failures) == set(modules()) - set(without_kernels(modules()))
-    assert all("triton" in error for error in failures.values())
+def test_only_verbs_import_triton():
+    """A load on the host imports no verb; tables, twins and what plans launches need none."""
+    pytest.importorskip("triton")
+    doors = ("automodel_conv.loading", "automodel_conv.saving", "automodel_conv.converting", "automodel_conv.in_memory")
+    execution = [name for name in modules() if name.startswith("automodel_conv.execution")]
+    verbs = {"strided_copy", "transpose", "interleave", "deinterleave", "dequantize"}
+    made_of_triton = {f"automodel_conv.kernels.{name}" for name in (*verbs, "verbs", "tiles", "jit")}
+    others = [name for name in modules() if name.startswith("automodel_conv.kernels.") and name not in made_of_triton]
+    assert "triton" not in optional_packages_loaded_by(f"import {', '.join((*doors, *execution, *others))}")
+    assert "triton" in optional_packages_loaded_by("import automodel_conv.kernels.verbs")
 
 
 def test_a_module_that_needs_an_optional_package_is_reported():

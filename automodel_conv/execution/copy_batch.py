@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -12,24 +12,16 @@ from torch import Tensor
 
 from automodel_conv.errors import UnsupportedError, message
 from automodel_conv.execution.buffers import strided
-from automodel_conv.execution.moves import Form, Matrix, Moves, Verb, moves_of
+from automodel_conv.execution.moves import Form, Moves, moves_of
 from automodel_conv.execution.stats import Work
-from automodel_conv.kernels.address_table import Matrices, at_addresses
-from automodel_conv.kernels.interleave import deinterleave_launches, interleave_launches
-from automodel_conv.kernels.launch import MOST_RUN, MOST_STRIDE, Launches, start, why_not
-from automodel_conv.kernels.strided_copy import is_foldable, strided_copy_launches, strided_copy_torch
-from automodel_conv.kernels.transpose import transpose_launches
-from automodel_conv.kernels.variants import CASTS, Variant
+from automodel_conv.kernels.address_table import at_addresses
+from automodel_conv.kernels.launch import Launches, start, why_not
+from automodel_conv.kernels.strided_copy_torch import strided_copy_torch
+from automodel_conv.kernels.variants import Variant
 from automodel_conv.planning.boxes import Box
 from automodel_conv.planning.copies import StridedCopy
 
 BACKENDS = ("auto", "torch", "triton")
-_VERBS: dict[Verb, Callable[..., Launches]] = {
-    "strided_copy": strided_copy_launches,
-    "transpose": transpose_launches,
-    "interleave": interleave_launches,
-    "deinterleave": deinterleave_launches,
-}
 
 
 def takes_kernels(backend: str, tensors: Iterable[Tensor]) -> bool:
@@ -192,13 +184,17 @@ def _views(
 
 def _moves(kind: _Kind, copies: _Copies) -> Moves | None:
     """What kernels do for these copies; None where none fits."""
+    from automodel_conv.kernels.verbs import VERBS  # and Triton with it
+
     # Conjugate and negative views are told by a flag that no kernel sees.
     if any(map(Tensor.is_conj, copies.sources)) or any(map(Tensor.is_neg, copies.sources)):
         return None
     sources = _addresses(copies.sources, copies.source_offsets)
     targets = _addresses(copies.targets, copies.target_offsets)
-    moves = moves_of(kind.form, sources, targets)
-    return moves if moves is not None and _fits(moves.matrix, kind.source_dtype, kind.target_dtype) else None
+    moves = moves_of(kind.form, sources, targets, VERBS)
+    if moves is None or not moves.verb.takes(moves.matrix, kind.source_dtype, kind.target_dtype):
+        return None
+    return moves
 
 
 def _addresses(tensors: Sequence[Tensor], offsets: Sequence[int]) -> np.ndarray:
@@ -207,28 +203,15 @@ def _addresses(tensors: Sequence[Tensor], offsets: Sequence[int]) -> np.ndarray:
 
 
 def _launches(kind: _Kind, moves: Moves) -> Launches:
-    verb, (rows, columns), source_stride, target_stride = moves.matrix
-    halves = 2 if verb == "deinterleave" else 1
-    twice = 2 if verb == "interleave" else 1
-    target_shape = (rows, columns) if verb == "strided_copy" else (columns // halves, rows * twice)
-
-    def matrices(side: tuple[np.ndarray, ...], shape: tuple[int, int], stride: int, dtype: torch.dtype):
-        return [at_addresses(addresses, shape, stride, dtype, kind.device) for addresses in side]
-
-    operands: list[Matrices] = matrices(moves.targets, target_shape, target_stride, kind.target_dtype)
-    operands += matrices(moves.sources, (rows, columns), source_stride, kind.source_dtype)
-    return _VERBS[verb](*operands)
-
-
-def _fits(matrix: Matrix, src: torch.dtype, dst: torch.dtype) -> bool:
-    """Whether the verb moves these dtypes, and matrices this wide."""
-    if src != dst and not (src in CASTS and dst in CASTS):
-        return False
-    strides = (matrix.source_stride, matrix.target_stride)
-    if matrix.verb == "strided_copy":
-        rows, columns = matrix.shape
-        if rows == 1 or strides == (columns, columns):
-            nbytes = rows * columns * max(src.itemsize, dst.itemsize)
-            return nbytes <= MOST_RUN or is_foldable(nbytes)
-        return max(columns, *strides) <= MOST_STRIDE
-    return src.itemsize <= 4 and max(*matrix.shape, *strides) <= MOST_STRIDE
+    verb, matrix, sources, targets, *_ = moves
+    target_shape, source_shape = verb.shapes(matrix)
+    return verb.launches(
+        *(
+            at_addresses(column, target_shape, matrix.target_stride, kind.target_dtype, kind.device)
+            for column in targets
+        ),
+        *(
+            at_addresses(column, source_shape, matrix.source_stride, kind.source_dtype, kind.device)
+            for column in sources
+        ),
+    )

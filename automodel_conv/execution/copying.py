@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from torch import Tensor
 
 from automodel_conv.execution.buffers import strided
-from automodel_conv.kernels.strided_copy import strided_copy_torch
+from automodel_conv.kernels.strided_copy_torch import strided_copy_torch
 from automodel_conv.schedule.jobs import Copies
 
 COPY_BYTES = 4 << 20

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from automodel_conv.execution.buffers import dtype_of, strided
 from automodel_conv.kernels.code_tables import code_table
-from automodel_conv.kernels.dequantize import dequantize_torch
+from automodel_conv.kernels.dequantize_torch import dequantize_torch
 from automodel_conv.schedule.jobs import Decoding, Grid
 
 # Entries of the tables made at a time, where each scale has a row of its own.

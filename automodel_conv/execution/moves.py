@@ -1,15 +1,14 @@
-"""Which kernel carries out equal strided copies: integers in, integers out."""
+"""Which verb carries out equal strided copies: integers in, integers out."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
+from automodel_conv.kernels.verb import Matrix, Verb
 from automodel_conv.planning.boxes import Box
-
-Verb = Literal["strided_copy", "transpose", "interleave", "deinterleave"]
 
 # Beyond this many matrices for one copy, they are too small for tiles to be worth it, and their table too large.
 _MOST_MATRICES = 1 << 16
@@ -31,24 +30,13 @@ class Places(NamedTuple):
     targets: np.ndarray
 
 
-class Matrix(NamedTuple):
-    """What a verb moves at each place: a shape and a row's stride on either side, in elements.
-
-    ``shape`` is that of a source as the verb takes it, for ``deinterleave`` ``[R, 2C]``.
-    """
-
-    verb: Verb
-    shape: tuple[int, int]
-    source_stride: int
-    target_stride: int
-
-
 class Moves(NamedTuple):
     """Equal matrices for one verb: columns of addresses for its operands; and what no partner was found for.
 
     A lone place is a copy of ``lone_form``.
     """
 
+    verb: Verb
     matrix: Matrix
     sources: tuple[np.ndarray, ...]
     targets: tuple[np.ndarray, ...]
@@ -62,19 +50,19 @@ class _Dim(NamedTuple):
     target: int
 
 
-def moves_of(form: Form, sources: np.ndarray, targets: np.ndarray) -> Moves | None:
-    """The kernel moves that carry out equal copies; None where no kernel fits their strides.
+def moves_of(form: Form, sources: np.ndarray, targets: np.ndarray, verbs: Sequence[Verb]) -> Moves | None:
+    """The kernel moves that carry out equal copies; None where no verb walks as they do.
 
-    Where both sides walk fastest along one dimension with stride 1, that is ``strided_copy``; where they walk along
-    two, ``transpose``. Two of the latter that fill each other's gaps in steps of 2, on either side, are ``interleave``
-    or ``deinterleave``, and those that find no partner are lone. Further dimensions become matrices of their own.
+    A verb is found by how both sides walk along the dimension that is fastest there: whether that is the same one, and
+    by which steps. For a verb that weaves several operands together, copies that fill each other's gaps go together;
+    those that find no partners are lone. Further dimensions become matrices of their own.
 
     Args:
         sources, targets: int64 ``[n]``, the address of the first element that each copy reads and writes, in bytes.
     """
     dims = [_Dim(*dim) for dim in zip(*form.box, strict=True) if dim[0] != 1]
     places = Places(np.arange(len(sources)), sources, targets)
-    lanes = _lanes(dims)
+    lanes = _lanes(dims, {max(verb.sources, verb.destinations) for verb in verbs} - {1})
     if lanes is not None:
         # Never as matrices two elements wide: torch is faster then.
         places = _spread(places, lanes, form)
@@ -83,13 +71,12 @@ def moves_of(form: Form, sources: np.ndarray, targets: np.ndarray) -> Moves | No
     # A stride of 0 repeats an element, which is not walking.
     by_source = min(dims, key=lambda dim: (dim.source == 0, dim.source))
     by_target = min(dims, key=lambda dim: dim.target)
-    steps = by_source.source, by_target.target
-    if by_source is by_target:
+    turns = by_source is not by_target
+    rows = by_target
+    if not turns:
         rows = max((dim for dim in dims if dim is not by_source), key=lambda dim: dim.size, default=_Dim(1, 0, 0))
-        verb = "strided_copy" if steps == (1, 1) else None
-    else:
-        rows = by_target
-        verb = _TRANSPOSING.get(steps)
+    walk = turns, (by_source.source, by_target.target)
+    verb = next((verb for verb in verbs if (verb.turns, verb.steps) == walk), None)
     if verb is None:
         return None
     for dim in dims:
@@ -97,33 +84,27 @@ def moves_of(form: Form, sources: np.ndarray, targets: np.ndarray) -> Moves | No
             if len(places.copies) * dim.size > _MOST_MATRICES * len(sources):
                 return None
             places = _spread(places, dim, form)
-    shape = (rows.size, by_source.size)
-    lone_form = form._replace(box=Box(shape, (rows.source, by_source.source), (rows.target, by_source.target)))
-    none = Places(*(column[:0] for column in places))
-    if verb == "strided_copy":
-        matrix = Matrix(verb, shape, rows.source, rows.target)
-        return Moves(matrix, (places.sources,), (places.targets,), none, lone_form)
-    if verb == "transpose":
-        matrix = Matrix(verb, shape, rows.source, by_source.target)
-        return Moves(matrix, (places.sources,), (places.targets,), none, lone_form)
-    if verb == "interleave":
-        first, second, lone = _pairs(places, places.targets, form.target_itemsize)
-        matrix = Matrix(verb, shape, rows.source, by_source.target)
-        return Moves(matrix, (first.sources, second.sources), (first.targets,), lone, lone_form)
-    first, second, lone = _pairs(places, places.sources, form.source_itemsize)
-    matrix = Matrix(verb, (rows.size, 2 * by_source.size), rows.source, by_source.target)
-    return Moves(matrix, (first.sources,), (first.targets, second.targets), lone, lone_form)
+    box = Box((rows.size, by_source.size), (rows.source, by_source.source), (rows.target, by_source.target))
+    matrix = Matrix(rows.size, by_source.size, rows.source, (by_source if turns else rows).target)
+    if verb.sources > 1:
+        lots, lone = _lots(places, places.targets, form.target_itemsize, verb.sources)
+    else:
+        lots, lone = _lots(places, places.sources, form.source_itemsize, verb.destinations)
+    return Moves(
+        verb,
+        matrix,
+        tuple(lot.sources for lot in lots[: verb.sources]),
+        tuple(lot.targets for lot in lots[: verb.destinations]),
+        lone,
+        form._replace(box=box),
+    )
 
 
-# By the steps, in elements, in which the source walks its fastest dimension, and the target its own.
-_TRANSPOSING: dict[tuple[int, int], Verb] = {(1, 1): "transpose", (1, 2): "interleave", (2, 1): "deinterleave"}
-
-
-def _lanes(dims: Sequence[_Dim]) -> _Dim | None:
-    """The dimension of two lanes that alternate on one side, if there is one."""
+def _lanes(dims: Sequence[_Dim], counts: Iterable[int]) -> _Dim | None:
+    """The dimension of so many lanes that alternate on one side, if there is one."""
     for dim in dims:
         for side in (1, 2):
-            if dim.size == 2 and dim[side] == 1 and any(other[side] == 2 for other in dims):
+            if dim.size in counts and dim[side] == 1 and any(other[side] == dim.size for other in dims):
                 return dim
     return None
 
@@ -134,20 +115,23 @@ def _spread(places: Places, dim: _Dim, form: Form) -> Places:
     return Places(*(np.stack(places)[:, :, None] + steps[:, None] * np.arange(dim.size)).reshape(3, -1))
 
 
-def _pairs(places: Places, addresses: np.ndarray, itemsize: int) -> tuple[Places, Places, Places]:
-    """Places as pairs of which the second starts one element after the first; and those left over.
+def _lots(places: Places, addresses: np.ndarray, itemsize: int, count: int) -> tuple[list[Places], Places]:
+    """Places in lots of so many, each of which starts one element after the one before; and those left over.
 
-    >>> first, second, lone = _pairs(Places(*np.array([[0, 1, 2], [0, 0, 0], [32, 4, 6]])), np.array([32, 4, 6]), 2)
+    >>> places = Places(*np.array([[0, 1, 2], [0, 0, 0], [32, 4, 6]]))
+    >>> (first, second), lone = _lots(places, places.targets, 2, 2)
     >>> first.copies.tolist(), second.copies.tolist(), lone.copies.tolist()
     ([1], [2], [0])
     """
+    if count == 1:
+        return [places], Places(*(column[:0] for column in places))
     order = np.argsort(addresses, kind="stable")
     index = np.arange(len(order))
     follows = np.diff(addresses[order], prepend=-1 - itemsize) == itemsize
-    # In a run of neighbours the second, the fourth, ... end a pair.
     run_start = np.maximum.accumulate(np.where(follows, 0, index))
-    ends = follows & ((index - run_start) % 2 == 1)
-    begins = np.append(ends[1:], False)
-    chosen = (begins, ends, ~(begins | ends))
-    first, second, lone = (Places(*(column[order[which]] for column in places)) for which in chosen)
-    return first, second, lone
+    # In a run of neighbours each one that has as many before it as it takes ends a lot.
+    ends = index[(index - run_start) % count == count - 1]
+    chosen = [ends - before for before in reversed(range(count))]
+    lone = np.setdiff1d(index, np.concatenate(chosen))
+    *lots, lone = (Places(*(column[order[which]] for column in places)) for which in (*chosen, lone))
+    return lots, lone

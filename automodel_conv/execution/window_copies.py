@@ -14,7 +14,7 @@ from automodel_conv.execution.copy_batch import CopyBatch
 from automodel_conv.execution.stats import Work
 from automodel_conv.execution.window_decoding import WindowDecoder
 from automodel_conv.kernels.launch import MOST_STRIDE, Launches, start
-from automodel_conv.kernels.strided_copy import strided_copy_torch
+from automodel_conv.kernels.strided_copy_torch import strided_copy_torch
 from automodel_conv.kernels.variants import Variant
 from automodel_conv.schedule.code_slabs import Place, Rectangle
 from automodel_conv.schedule.device import Window

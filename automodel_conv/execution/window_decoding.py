@@ -17,7 +17,7 @@ from automodel_conv.kernels.code_tables import (
     prepare_scale_table,
     scale_table,
 )
-from automodel_conv.kernels.dequantize import dequantize_launches, dequantize_torch
+from automodel_conv.kernels.dequantize_torch import dequantize_torch
 from automodel_conv.kernels.launch import Launches
 from automodel_conv.schedule.code_slabs import BYTE_SCALES, Place, Rectangle, ScaleKind
 from automodel_conv.schedule.code_windows import ScaleGroup
@@ -98,6 +98,8 @@ class WindowDecoder:
 
     def launches(self, rectangle: Rectangle, places: Sequence[Place], group: ScaleGroup, window: Tensor) -> Launches:
         """The launches that decode equal rectangles of a window."""
+        from automodel_conv.kernels.dequantize import dequantize_launches  # and Triton with it
+
         kind, (rows, columns) = rectangle.kind, rectangle.shape
         bits, device = kind.bits, window.device
         table, dtype = self._table(group, window), _dtype(kind.numbers)

@@ -5,8 +5,7 @@ patched while it runs: module, name, what to put there. It is verified bit by bi
 that does not compile, or writes a wrong byte, costs only itself. Where a kernel has compiled a constant in, the kernels
 must never have run in that process: such a candidate gets ``own_process=True``.
 
-To try another kernel function, patch an entry of ``moves_triton.KERNELS``:
-``Patch(_MOVES, "KERNELS", another_kernel, key="dequantize_tiles")``.
+To try another kernel function, patch a verb's kernel: see ``_decoder``.
 """
 
 from __future__ import annotations
@@ -14,13 +13,16 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from typing import Any, NamedTuple
 from unittest import mock
 
-_MOVES = "automodel_conv.kernels.moves_triton"
+_LAUNCH = "automodel_conv.kernels.launch"
+_TILES = "automodel_conv.kernels.tiles"
 _COPY = "automodel_conv.kernels.strided_copy"
 _TRANSPOSE = "automodel_conv.kernels.transpose"
 _INTERLEAVE = "automodel_conv.kernels.interleave"
+_DEINTERLEAVE = "automodel_conv.kernels.deinterleave"
 _DEQUANTIZE = "automodel_conv.kernels.dequantize"
 
 _PLAIN = ("concatenate",)
@@ -61,23 +63,25 @@ class Candidate(NamedTuple):
 
 
 def _warps(count: int) -> Patch:
-    return Patch(_MOVES, "OPTIONS", count, key="num_warps")
+    return Patch(_LAUNCH, "OPTIONS", count, key="num_warps")
 
 
 def _tiles(rows: int, columns: int) -> tuple[Patch, ...]:
     """Elements of 2 bytes go in tiles of this many rows and columns."""
-    places = ((_TRANSPOSE, "_TILES"), (_INTERLEAVE, "_INTERLEAVE_TILES"), (_INTERLEAVE, "_DEINTERLEAVE_TILES"))
-    return tuple(Patch(module, name, (rows, columns), key=(2, 2)) for module, name in places)
+    return tuple(
+        Patch(module, "_TILES", (rows, columns), key=(2, 2)) for module in (_TRANSPOSE, _INTERLEAVE, _DEINTERLEAVE)
+    )
 
 
 def _group(count: int) -> Patch:
-    return Patch(_MOVES, "_GROUP", Made(lambda found: type(found)(count)))  # a tl.constexpr
+    return Patch(_TILES, "_GROUP", Made(lambda found: type(found)(count)))  # a tl.constexpr
 
 
 def _decoder(name: str) -> Patch:
     """A kernel of ``benchmarks.gpu.decoders`` in the place of the package's."""
-    made = Made(lambda _: importlib.import_module("benchmarks.gpu.decoders").KERNELS[name])
-    return Patch(_MOVES, "KERNELS", made, key="dequantize_tiles")
+    decoders = "benchmarks.gpu.decoders"
+    made = Made(lambda found: replace(found, function=importlib.import_module(decoders).KERNELS[name]))
+    return Patch(_DEQUANTIZE, "DEQUANTIZE_TILES", made)
 
 
 DECODERS = ("in two dimensions", "codes past L1", "codes evicted first", "arithmetic")

@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from automodel_conv.kernels.moves_triton import _BLOCKS, _RUNTIME, _cast, _grouped_tile, _pointer
+from automodel_conv.kernels.dequantize import Blocks
+from automodel_conv.kernels.tiles import RUNTIME, cast, grouped_tile, pointer_to
 
 
 @triton.jit
@@ -26,10 +27,10 @@ def _times(codes, scale, BITS: tl.constexpr):
     x = ((sign << 31) | (magnitude << (23 - MANTISSA))).to(tl.float32, bitcast=True) * 2.0 ** (127 - BIAS)
     if BITS == 8:
         x = tl.where(magnitude == 127, float("nan"), x)
-    return _cast(x * scale, tl.bfloat16).to(tl.uint16, bitcast=True)
+    return cast(x * scale, tl.bfloat16).to(tl.uint16, bitcast=True)
 
 
-@triton.jit(do_not_specialize=[*_RUNTIME, *_BLOCKS])
+@triton.jit(do_not_specialize=[*RUNTIME, *Blocks._fields])
 def decode_lines(
     table,
     rows_v,
@@ -70,21 +71,23 @@ def decode_lines(
     src_stride = src_stride_v * SRC_VECTOR
     dst_stride = dst_stride_v * DST_VECTOR
     entry = table + tl.program_id(1) * 4
-    r0, b0 = _grouped_tile(rows, columns, TILE_ROWS, TILE_COLUMNS)
+    r0, b0 = grouped_tile(rows, columns, TILE_ROWS, TILE_COLUMNS)
     at = tl.arange(0, N)
     r, b = at // TILE_COLUMNS, at % TILE_COLUMNS
     mask = (r < rows - r0) & (b < columns - b0)
     codes = (
-        _pointer(tl.load(entry + 1), tl.uint8, SRC_VECTOR) + (r0.to(tl.int64) * src_stride + b0) + (r * src_stride + b)
+        pointer_to(tl.load(entry + 1), tl.uint8, SRC_VECTOR)
+        + (r0.to(tl.int64) * src_stride + b0)
+        + (r * src_stride + b)
     )
     codes = tl.load(codes, mask=mask, other=0, cache_modifier=CACHE, eviction_policy=EVICTION).to(tl.uint32)
 
     at = tl.arange(0, VECTORS) * SRC_VECTOR
     r, b = at // TILE_COLUMNS, at % TILE_COLUMNS
     cell = ((r + (r0 + start_row)) >> block_rows) * across + ((b + (b0 + start_column)) >> block_columns)
-    cells = _pointer(tl.load(entry + 2), CELL, 1)
+    cells = pointer_to(tl.load(entry + 2), CELL, 1)
     cell = tl.load(cells + cell, mask=(r < rows - r0) & (b < columns - b0), other=0)
-    numbers = _pointer(tl.load(entry + 3), DST, 1) + (cell.to(tl.int32) << BITS)
+    numbers = pointer_to(tl.load(entry + 3), DST, 1) + (cell.to(tl.int32) << BITS)
     if ARITHMETIC:
         scale = tl.load(numbers + (0x38 if BITS == 8 else 2))
         scale = (scale.to(tl.uint32) << 16).to(tl.float32, bitcast=True)
@@ -102,7 +105,7 @@ def decode_lines(
 
     c0 = b0 * PER_BYTE
     at = tl.arange(0, PER_BYTE * N)
-    dst = _pointer(tl.load(entry), DST, DST_VECTOR)
+    dst = pointer_to(tl.load(entry), DST, DST_VECTOR)
     if TRANSPOSED:
         c, r = at // TILE_ROWS, at % TILE_ROWS
         x = tl.reshape(tl.trans(tl.reshape(x, [TILE_ROWS, WIDTH])), [PER_BYTE * N])
@@ -115,7 +118,7 @@ def decode_lines(
     tl.store(dst + offsets, x, mask=(r < rows - r0) & (c < columns * PER_BYTE - c0))
 
 
-@triton.jit(do_not_specialize=[*_RUNTIME, *_BLOCKS])
+@triton.jit(do_not_specialize=[*RUNTIME, *Blocks._fields])
 def decode_rectangles(
     table,
     rows_v,
@@ -148,19 +151,19 @@ def decode_rectangles(
     src_stride = src_stride_v * SRC_VECTOR
     dst_stride = dst_stride_v * DST_VECTOR
     entry = table + tl.program_id(1) * 4
-    r0, b0 = _grouped_tile(rows, columns, TILE_ROWS, TILE_COLUMNS)
+    r0, b0 = grouped_tile(rows, columns, TILE_ROWS, TILE_COLUMNS)
     r = tl.arange(0, TILE_ROWS)[:, None]
     b = tl.arange(0, TILE_COLUMNS)[None, :]
-    codes = _pointer(tl.load(entry + 1), tl.uint8, SRC_VECTOR) + (r0.to(tl.int64) * src_stride + b0)
+    codes = pointer_to(tl.load(entry + 1), tl.uint8, SRC_VECTOR) + (r0.to(tl.int64) * src_stride + b0)
     mask = (r < rows - r0) & (b < columns - b0)
     codes = tl.load(codes + (r * src_stride + b), mask=mask, other=0).to(tl.int32)
     v = tl.arange(0, VECTORS)[None, :] * SRC_VECTOR
     cell = ((r + (r0 + start_row)) >> block_rows) * across + ((v + (b0 + start_column)) >> block_columns)
-    cells = _pointer(tl.load(entry + 2), CELL, 1)
+    cells = pointer_to(tl.load(entry + 2), CELL, 1)
     first = tl.load(cells + cell, mask=(r < rows - r0) & (v < columns - b0), other=0).to(tl.int32) << BITS
     first = tl.broadcast_to(first[:, :, None], [TILE_ROWS, VECTORS, SRC_VECTOR])
     first = tl.reshape(first, [TILE_ROWS, TILE_COLUMNS])
-    numbers = _pointer(tl.load(entry + 3), DST, 1)
+    numbers = pointer_to(tl.load(entry + 3), DST, 1)
     if BITS == 8:
         x = tl.load(numbers + (first + codes))
     else:
@@ -169,7 +172,7 @@ def decode_rectangles(
     c0 = b0 * PER_BYTE
     c = tl.arange(0, PER_BYTE * TILE_COLUMNS)
     r = tl.arange(0, TILE_ROWS)
-    dst = _pointer(tl.load(entry), DST, DST_VECTOR)
+    dst = pointer_to(tl.load(entry), DST, DST_VECTOR)
     if TRANSPOSED:
         mask = (c[:, None] < columns * PER_BYTE - c0) & (r[None, :] < rows - r0)
         dst += c0.to(tl.int64) * dst_stride + r0

@@ -36,21 +36,21 @@ def test_the_table_has_every_decoder():
 
 COMPILED = """
 import json
-from automodel_conv.kernels.moves_triton import constants
-from automodel_conv.kernels.variants import Decoding, Variant
+from automodel_conv.kernels.dequantize import DEQUANTIZE_TILES, Decoding
+from automodel_conv.kernels.variants import Variant
 from benchmarks.gpu.decoders import KERNELS
 from tests.machine_code.compiled import compiled, read
 
 variants = {
     (bits, is_transposed): Variant(
-        "dequantize_tiles", "uint8", "uint16", bits, 8, *((32, 16 * bits) if is_transposed else (16, 32 * bits)),
-        decoding=Decoding(bits, cell, True, is_transposed, False),
+        DEQUANTIZE_TILES, "uint8", "uint16", bits, 8, *((32, 16 * bits) if is_transposed else (16, 32 * bits)),
+        details=Decoding(bits, cell, True, is_transposed, False),
     )
     for bits, cell in ((8, "int32"), (4, "uint8"))
     for is_transposed in (False, True)
 }
 made = {
-    (name, *key): compiled(instead.kernel, constants(variant) | instead.constants, 90)
+    (name, *key): compiled(instead.kernel, DEQUANTIZE_TILES.constants(variant) | instead.constants, 90)
     for name, instead in KERNELS.items()
     for key, variant in variants.items()
 }

@@ -11,7 +11,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from automodel_conv.execution import window_decoding
-from automodel_conv.kernels import code_tables
+from automodel_conv.kernels import code_tables, launch
 from tests.execution.simulated import SimulatedDevice
 
 
@@ -54,15 +54,13 @@ class StrictDevice(SimulatedDevice):
 @contextmanager
 def outside_of_modes():
     """Launches run as they do without a device's rules: the interpreter reads tables on the host."""
-    from automodel_conv.kernels import moves_triton
+    real = launch.queue
 
-    real = moves_triton.launch
-
-    def launch(*arguments):
+    def queue(*arguments):
         with torch._C.DisableTorchFunction():
             real(*arguments)
 
-    with mock.patch.object(moves_triton, "launch", launch):
+    with mock.patch.object(launch, "queue", queue):
         yield
 
 

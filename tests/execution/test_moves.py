@@ -1,6 +1,7 @@
 """Which verb carries out which copy: by example, and by running the moves one element at a time."""
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,6 +10,8 @@ from hypothesis import strategies as st
 
 from automodel_conv.execution import moves as module
 from automodel_conv.execution.moves import Form
+from automodel_conv.kernels.interleave import INTERLEAVE
+from automodel_conv.kernels.verbs import VERBS
 from automodel_conv.planning.boxes import Box, contiguous_strides
 from automodel_conv.planning.copies import StridedCopy
 
@@ -34,17 +37,18 @@ def elements_of_copy(made):
     return sorted(found)
 
 
-def moves_of(made):
+def moves_of(made, verbs=VERBS):
     """The moves of copies whose sources lie far apart."""
     form = Form(made.box, SOURCE_BYTES, TARGET_BYTES)
     sources = np.array(made.ordinals, np.int64) * APART + np.array(made.source_offsets, np.int64) * SOURCE_BYTES
-    return module.moves_of(form, sources, np.array(made.target_offsets, np.int64) * TARGET_BYTES)
+    return module.moves_of(form, sources, np.array(made.target_offsets, np.int64) * TARGET_BYTES, verbs)
 
 
 def elements_of_moves(moves):
     """The same, by the definition of each verb, and lone places by their form."""
     found = []
-    verb, (rows, columns), source_stride, target_stride = moves.matrix
+    verb, (_, (rows, columns)) = moves.verb.name, moves.verb.shapes(moves.matrix)
+    *_, source_stride, target_stride = moves.matrix
     for k in range(len(moves.sources[0])):
         targets = [int(column[k]) // TARGET_BYTES for column in moves.targets]
         for r, c in itertools.product(range(rows), range(columns)):
@@ -56,7 +60,7 @@ def elements_of_moves(moves):
                 elif verb == "transpose":
                     written = targets[0] + c * target_stride + r
                 elif verb == "interleave":
-                    written = targets[0] + c * target_stride + 2 * r + lane
+                    written = targets[0] + c * target_stride + len(moves.sources) * r + lane
                 else:
                     written = targets[c % 2] + c // 2 * target_stride + r
                 found.append((ordinal, read, written))
@@ -104,7 +108,7 @@ def test_copies_of_experts_are_moved_by_the_verb_made_for_them(name):
     verb, shape, made = COPIES[name]
     moves = moves_of(made)
     assert moves is not None
-    assert moves.matrix[:2] == (verb, shape)
+    assert (moves.verb.name, moves.verb.shapes(moves.matrix)[1]) == (verb, shape)
     assert not len(moves.lone.copies)
     assert elements_of_moves(moves) == elements_of_copy(made)
 
@@ -135,6 +139,16 @@ def test_halves_without_a_partner_are_lone_and_the_others_pairs(name):
     made, lone = LONE[name]
     moves = moves_of(made)
     assert sorted(moves.lone.copies.tolist()) == lone
+    assert elements_of_moves(moves) == elements_of_copy(made)
+
+
+def test_a_verb_of_more_sources_gets_as_many_neighbours():
+    made = copy((5, 4), (1, 5), (12, 3), *((k, 0, at) for k, at in enumerate((61, 0, 2, 1, 60, 120, 121, 122))))
+    assert moves_of(made) is None
+    three = replace(INTERLEAVE, sources=3, steps=(1, 3), shapes=lambda matrix: ((matrix.columns, 0), matrix[:2]))
+    moves = moves_of(made, (*VERBS, three))
+    assert len(moves.sources) == 3
+    assert sorted(moves.lone.copies.tolist()) == [0, 4]
     assert elements_of_moves(moves) == elements_of_copy(made)
 
 

@@ -20,7 +20,7 @@ from automodel_conv.execution.buffers import allocate
 from automodel_conv.execution.device import ring_of, stream_files
 from automodel_conv.execution.host import load_files
 from automodel_conv.files.checkpoint import open_checkpoint
-from automodel_conv.kernels import code_tables
+from automodel_conv.kernels import code_tables, launch
 from automodel_conv.planning.operations import Operation
 from automodel_conv.planning.plan import CopyPlan
 from automodel_conv.planning.quantization import quantized_table
@@ -262,10 +262,8 @@ def calls_in_all_threads(work):
     ("name", "experts"), [("Qwen3-30B-A3B-FP8", (16, 64)), ("DeepSeek-V3", (2, 8))], ids=["Qwen3-30B", "DeepSeek-V3"]
 )
 def test_python_calls_for_each_mib_of_codes(tmp_path, name, experts):
-    from automodel_conv.kernels import moves_triton
-
     counts = []
-    with mock.patch.object(moves_triton, "launch"):
+    with mock.patch.object(launch, "queue"):
         for number in experts:
             layers = PUBLISHED[name]._replace(experts=number, layers=1)
             (tmp_path / str(number)).mkdir()

@@ -23,6 +23,7 @@ from automodel_conv.execution import device as streaming
 from automodel_conv.execution.buffers import allocate
 from automodel_conv.execution.device import MOST_COMPILED, ring_of, stream_files
 from automodel_conv.execution.workers import Stopped
+from automodel_conv.kernels import launch
 from automodel_conv.planning.copies import Fallback, Target
 from automodel_conv.planning.operations import Operation
 from automodel_conv.schedule.device import stream_schedule
@@ -285,8 +286,6 @@ def test_triton_is_not_asked_for_where_all_bytes_only_move_and_otherwise_not_by_
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("code", ["BF16", "F32"])
 def test_kernels_make_the_same_bytes_and_are_compiled_before_they_are_needed(tmp_path, layout, code):
-    from automodel_conv.kernels import moves_triton
-
     tensors, checkpoint, plan = moe(tmp_path, *LAYOUTS[layout], shape=(3, 16, 32))
     plan = plan_of(plan.sources, *(t._replace(dtype=code) for t in plan.targets))
     launched = []
@@ -295,8 +294,8 @@ def test_kernels_make_the_same_bytes_and_are_compiled_before_they_are_needed(tmp
         launched.append(variant)
         return real(variant, *arguments)
 
-    real = moves_triton.launch
-    with mock.patch.object(moves_triton, "launch", spy):
+    real = launch.queue
+    with mock.patch.object(launch, "queue", spy):
         stats = load(Case(checkpoint, plan, naive(plan, tensors)), SimulatedDevice(), backend="triton", threads=2)
     variants = set(launched)
     assert len(variants) <= MOST_COMPILED
@@ -307,8 +306,6 @@ def test_kernels_make_the_same_bytes_and_are_compiled_before_they_are_needed(tmp
 
 @needs_triton
 def test_a_load_compiles_three_kernels_at_most_and_torch_makes_the_other_copies(tmp_path):
-    from automodel_conv.kernels import moves_triton
-
     shapes = {"a": (16, 32), "b": (33, 7), "c": (5, 3), "d": (64, 8), "e": (4, 36)}
     tensors = {name: address_valued(shape, torch.bfloat16) for name, shape in shapes.items()}
     checkpoint = write_checkpoint(tmp_path, {"a.safetensors": tensors})
@@ -319,8 +316,8 @@ def test_a_load_compiles_three_kernels_at_most_and_torch_makes_the_other_copies(
     targets += [target(sources, f"{name}.turned.wide", "F32", [[name]], turned) for name in shapes]
     plan = plan_of(sources, *targets)
     launched = set()
-    real = moves_triton.launch
-    with mock.patch.object(moves_triton, "launch", lambda *a: (launched.add(a[0]), real(*a))):
+    real = launch.queue
+    with mock.patch.object(launch, "queue", lambda *a: (launched.add(a[0]), real(*a))):
         stats = load(Case(checkpoint, plan, naive(plan, tensors)), SimulatedDevice(), backend="triton")
     assert len(launched) == MOST_COMPILED
     assert stats.work.by_kernels > 0

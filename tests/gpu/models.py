@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from automodel_conv.kernels import launch
 from automodel_conv.testing import assert_bytes_equal
 from benchmarks import shapes
 from tests.gpu.place import FULL_SIZES, PLACE, Place
@@ -75,15 +76,13 @@ def assert_same(made, wanted, device):
 
 def launched(patch: pytest.MonkeyPatch) -> list:
     """The variants that are launched from now on; none where loads to the device are loads to the CPU."""
-    from automodel_conv.kernels import moves_triton
-
-    found, launch = [], moves_triton.launch
+    found, queue = [], launch.queue
 
     def spy(variant, *rest):
         found.append(variant)
-        launch(variant, *rest)
+        queue(variant, *rest)
 
-    patch.setattr(moves_triton, "launch", spy)
+    patch.setattr(launch, "queue", spy)
     return found
 
 

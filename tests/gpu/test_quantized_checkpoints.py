@@ -31,7 +31,7 @@ def test_codes_are_decoded_to_what_the_cpu_makes_of_them(name, layout, quantized
     loaded = amc.load_state_dict(quantized[name], layout=layout, **on(device))
     assert_same(loaded, wanted, device)
     if PLACE is not Place.INTERPRETER:
-        assert any(variant.decoding for variant in variants)
+        assert any(variant.details for variant in variants)
 
 
 @pytest.mark.parametrize("name", ["fp8", "mxfp4"])

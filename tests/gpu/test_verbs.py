@@ -6,8 +6,10 @@ import pytest
 import torch
 
 from automodel_conv.kernels.code_tables import code_table
-from automodel_conv.kernels.dequantize import dequantize, dequantize_torch
-from automodel_conv.kernels.interleave import deinterleave, interleave
+from automodel_conv.kernels.deinterleave import deinterleave
+from automodel_conv.kernels.dequantize import dequantize
+from automodel_conv.kernels.dequantize_torch import dequantize_torch
+from automodel_conv.kernels.interleave import interleave
 from automodel_conv.kernels.strided_copy import strided_copy
 from automodel_conv.kernels.transpose import transpose
 from automodel_conv.testing import POISON, assert_bytes_equal

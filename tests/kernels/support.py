@@ -2,7 +2,8 @@
 
 import torch
 
-from automodel_conv.kernels.interleave import deinterleave, interleave
+from automodel_conv.kernels.deinterleave import deinterleave
+from automodel_conv.kernels.interleave import interleave
 from automodel_conv.kernels.strided_copy import strided_copy
 from automodel_conv.kernels.transpose import transpose
 

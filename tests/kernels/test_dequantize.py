@@ -11,17 +11,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from automodel_conv.errors import ConversionError, UnsupportedError
 from automodel_conv.kernels import dequantize as module
+from automodel_conv.kernels import dequantize_torch as twin
+from automodel_conv.kernels import jit, launch
 from automodel_conv.kernels.code_tables import code_table
-from automodel_conv.kernels.dequantize import dequantize, dequantize_torch
+from automodel_conv.kernels.dequantize import dequantize
+from automodel_conv.kernels.dequantize_torch import dequantize_torch
 from automodel_conv.testing import address_valued, assert_bytes_equal, guarded
 from tests.machine_code.variants import launchable
 
-try:
-    from automodel_conv.kernels import moves_triton
-except ModuleNotFoundError:
-    moves_triton = None
-
-needs_triton = pytest.mark.skipif(moves_triton is None, reason="triton is not installed")
+needs_triton = pytest.mark.skipif(not jit.IS_INSTALLED, reason="triton is not installed")
 
 BF16, F32 = torch.bfloat16, torch.float32
 # Strides of [R, C], in elements.
@@ -107,7 +105,7 @@ def problems(draw, most=40):
 
 def pieces(nbytes, pairs_worth=2):
     """Pieces that small matrices have several of."""
-    return mock.patch.multiple(module, _PIECE_BYTES=nbytes, _TRANSPOSED_ROWS=8, _PAIRS_WORTH=pairs_worth)
+    return mock.patch.multiple(twin, _PIECE_BYTES=nbytes, _TRANSPOSED_ROWS=8, _PAIRS_WORTH=pairs_worth)
 
 
 @settings(max_examples=200)
@@ -226,8 +224,8 @@ def launched():
         seen.append(variant)
         return real(variant, grid, table, integers)
 
-    real = moves_triton.launch
-    with mock.patch.object(moves_triton, "launch", spy):
+    real = launch.queue
+    with mock.patch.object(launch, "queue", spy):
         yield seen
 
 
@@ -246,13 +244,13 @@ def test_the_kernel_makes_what_the_definition_says(problem, layout):
 
 @needs_triton
 def test_every_variant_decodes_right_and_its_machine_code_is_checked(launched):
-    known = {variant for variant in launchable() if variant.kernel == "dequantize_tiles"}
+    known = {variant for variant in launchable() if variant.kernel.name == "dequantize_tiles"}
     cases = product((4, 8), (BF16, F32), (torch.uint8, torch.int32), [(1, 16), (12, 48)], LAYOUTS, (0, 1))
     for bits, dtype, cell, block, layout, gap in cases:
         problem = Problem(bits, (32, 48), block, (0, 0), dtype, cell, 300, gap)
         out = guarded(problem.shape, dtype, strides=LAYOUTS[layout](*problem.shape)).tensor
         before = len(launched)
-        with mock.patch.object(moves_triton, "launch", lambda variant, *_: launched.append(variant)):
+        with mock.patch.object(launch, "queue", lambda variant, *_: launched.append(variant)):
             dequantize([out], problem.codes, problem.cells, problem.table, **problem.how)
         if launched[-1] not in launched[:before]:
             problem.check(dequantize, layout)
@@ -280,7 +278,7 @@ def test_vectors_are_as_long_as_blocks_allow(launched, block, start, vector):
 @pytest.mark.parametrize("block", [(128, 128), (1, 40), (64, 40), (1, 1 << 20), (1 << 30, 1 << 30)])
 def test_blocks_of_powers_of_two_or_as_large_as_the_matrix_need_no_division(launched, block):
     Problem(8, (3, 40), block, (0, 0), BF16, torch.uint8, 9).check(dequantize, "rows")
-    assert [variant.decoding.by_shifts for variant in launched] == [True]
+    assert [variant.details.by_shifts for variant in launched] == [True]
 
 
 @needs_triton

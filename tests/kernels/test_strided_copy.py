@@ -9,8 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from automodel_conv.errors import ConversionError
-from automodel_conv.kernels import strided_copy, transpose
-from automodel_conv.kernels.strided_copy import strided_copy_torch
+from automodel_conv.kernels import strided_copy_torch as strided_copy
+from automodel_conv.kernels import transpose_torch as transpose
+from automodel_conv.kernels.strided_copy_torch import strided_copy_torch
 from automodel_conv.testing import address_valued, assert_bytes_equal, guarded, poisoned
 
 INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from automodel_conv.errors import ConversionError
-from automodel_conv.kernels import transpose
-from automodel_conv.kernels.transpose import transpose_torch
+from automodel_conv.kernels import transpose_torch as transpose
+from automodel_conv.kernels.transpose_torch import transpose_torch
 from automodel_conv.testing import address_valued, assert_bytes_equal, guarded, poisoned
 
 INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}

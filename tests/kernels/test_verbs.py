@@ -6,6 +6,7 @@ import os
 import struct
 import subprocess
 import sys
+from contextlib import ExitStack
 from typing import NamedTuple
 from unittest import mock
 
@@ -16,21 +17,18 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from automodel_conv.errors import ConversionError, UnsupportedError
+from automodel_conv.kernels import deinterleave as deinterleaving
 from automodel_conv.kernels import interleave as interleaving
-from automodel_conv.kernels import launch, strided_copy, transpose
+from automodel_conv.kernels import jit, launch, strided_copy, transpose
 from automodel_conv.kernels.address_table import alignment, at_addresses, bytes_moved, matrices_at
-from automodel_conv.kernels.interleave import deinterleave, interleave
+from automodel_conv.kernels.deinterleave import deinterleave
+from automodel_conv.kernels.interleave import interleave
 from automodel_conv.testing import address_valued, assert_bytes_equal
 from tests.kernels.support import CASTABLE, DTYPE_PAIRS, PHASES, VERBS, casting_cases, shapes
 from tests.machine_code.variants import DTYPE_PAIRS as DTYPES_CHECKED
 from tests.machine_code.variants import launchable
 
-try:
-    from automodel_conv.kernels import moves_triton
-except ModuleNotFoundError:
-    moves_triton = None
-
-needs_triton = pytest.mark.skipif(moves_triton is None, reason="triton is not installed")
+needs_triton = pytest.mark.skipif(not jit.IS_INSTALLED, reason="triton is not installed")
 
 SIDES = [0, 1, 2, 3, 7, 8, 15, 16, 17, 24, 31, 32, 33, 40]
 POISON = 0x5C
@@ -159,14 +157,16 @@ def small_tiles():
     return (
         mock.patch.multiple(strided_copy, _WIDE=(4, 64), _NARROW=(8, 32), _SCALAR=(4, 32)),
         mock.patch.multiple(transpose, _TILES=tiles, SCALAR_TILE=(16, 16)),
-        mock.patch.multiple(interleaving, _INTERLEAVE_TILES=tiles, _DEINTERLEAVE_TILES=tiles, SCALAR_TILE=(16, 16)),
+        mock.patch.multiple(interleaving, _TILES=tiles, SCALAR_TILE=(16, 16)),
+        mock.patch.multiple(deinterleaving, _TILES=tiles, SCALAR_TILE=(16, 16)),
     )
 
 
 @pytest.fixture(autouse=True)
 def _small_tiles():
-    copying, transposing, pairing = small_tiles()
-    with copying, transposing, pairing:
+    with ExitStack() as stack:
+        for patch in small_tiles():
+            stack.enter_context(patch)
         yield
 
 
@@ -244,13 +244,15 @@ ELEMENTS = {
 }
 
 
-@pytest.fixture(autouse=moves_triton is not None)
+@pytest.fixture(autouse=jit.IS_INSTALLED)
 def launched():
     """The variants launched, with the number of matrices; and the promise kept that the interpreter does not check."""
     seen = []
 
     def spy(variant, grid, table, integers):
-        pairs_at = {"interleave_tiles": "dst", "deinterleave_tiles": "src"}.get(variant.kernel) if variant.pairs else ""
+        pairs_at = (
+            {"interleave_tiles": "dst", "deinterleave_tiles": "src"}.get(variant.kernel.name) if variant.pairs else ""
+        )
         src, dst = (
             nbytes * vector * (2 if pairs_at == side else 1)
             for side, nbytes, vector in (
@@ -258,14 +260,14 @@ def launched():
                 ("dst", BYTES[variant.dst], variant.dst_vector),
             )
         )
-        destinations = 2 if variant.kernel == "deinterleave_tiles" else 1
+        destinations = 2 if variant.kernel.name == "deinterleave_tiles" else 1
         assert not (table[:, :destinations] % dst).any()
         assert not (table[:, destinations:] % src).any()
         seen.append((variant, grid[1]))
         return real(variant, grid, table, integers)
 
-    real = moves_triton.launch
-    with mock.patch.object(moves_triton, "launch", spy):
+    real = launch.queue
+    with mock.patch.object(launch, "queue", spy):
         yield seen
 
 
@@ -282,15 +284,15 @@ def test_every_variant_of_a_verb_moves_right_and_its_machine_code_is_checked(nam
         dst = [lot(dst_shape, dst_dtype, [dst_phase], 0, poisoned=True) for _ in range(dst_count)]
         src = [lot(src_shape, src_dtype, [src_phase], 0) for _ in range(src_count)]
         before = len(launched)
-        with mock.patch.object(moves_triton, "launch", lambda variant, *_: launched.append((variant, 1))):
+        with mock.patch.object(launch, "queue", lambda variant, *_: launched.append((variant, 1))):
             verb(*(d.matrices for d in dst), *(s.matrices for s in src))
         if launched[-1] not in launched[:before]:
             run(verb, dst, src, ELEMENTS[name])
     kernels = {"transpose": {"transpose_tiles", "interleave_tiles"}, "strided_copy": {"copy_tiles"}}
-    expected = {variant for variant in known if variant.kernel in kernels.get(name, {f"{name}_tiles"})}
+    expected = {variant for variant in known if variant.kernel.name in kernels.get(name, {f"{name}_tiles"})}
     found = {variant for variant, _ in launched}
     assert found <= expected
-    assert {variant for variant in expected if not (name == "transpose" and "inter" in variant.kernel)} <= found
+    assert {variant for variant in expected if not (name == "transpose" and "inter" in variant.kernel.name)} <= found
 
 
 @needs_triton
@@ -330,8 +332,8 @@ def test_a_grid_of_more_programs_than_triton_counts_takes_more_launches(launched
 def test_a_run_of_any_shape_is_taken_up_to_the_length_promised(shape):
     # Addresses that nothing looks at: the launch is left out.
     runs = at_addresses(np.array([64]), shape, shape[1], torch.uint8, torch.device("cpu"))
-    assert launch.MOST_RUN - runs.nbytes < 2**28
-    with mock.patch.object(moves_triton, "launch") as launched:
+    assert strided_copy.MOST_RUN - runs.nbytes < 2**28
+    with mock.patch.object(launch, "queue") as launched:
         strided_copy.strided_copy(runs, runs)
     assert launched.call_count == 1
 
@@ -369,7 +371,7 @@ def test_loose_tensors_are_moved_as_their_twin_moves_them(name):
         "strided_copy": strided_copy.strided_copy_torch,
         "transpose": transpose.transpose_torch,
         "interleave": interleaving.interleave_torch,
-        "deinterleave": interleaving.deinterleave_torch,
+        "deinterleave": deinterleaving.deinterleave_torch,
     }[name]
     dst_shape, src_shape = shapes(name, 6, 20)
     sources = [
@@ -390,7 +392,8 @@ def test_loose_tensors_are_moved_as_their_twin_moves_them(name):
 def test_what_lies_beyond_4_gib_is_reached():
     code = """
 import torch
-from automodel_conv.kernels.interleave import deinterleave, interleave
+from automodel_conv.kernels.deinterleave import deinterleave
+from automodel_conv.kernels.interleave import interleave
 from automodel_conv.kernels.strided_copy import strided_copy
 from automodel_conv.kernels.transpose import transpose
 
@@ -523,7 +526,7 @@ def test_what_triton_lacks_on_a_gpu_is_told_beforehand(monkeypatch):
             self.active = mock.Mock(**{"get_current_target.side_effect": errors or None})
 
     def reason(driver):
-        with mock.patch("triton.runtime.driver", driver), mock.patch.object(moves_triton, "INTERPRETED", False):
+        with mock.patch("triton.runtime.driver", driver), mock.patch.object(jit, "INTERPRETED", False):
             return launch.why_not.__wrapped__(torch.device("cuda", 0))
 
     monkeypatch.setenv("CC", sys.executable)

@@ -24,8 +24,9 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from automodel_conv.kernels.moves_triton import KERNELS, OPTIONS, constants
-from automodel_conv.kernels.variants import OPERANDS, Variant
+from automodel_conv.kernels.dequantize import Decoding
+from automodel_conv.kernels.launch import OPTIONS
+from automodel_conv.kernels.variants import Variant
 from tests.machine_code.variants import launchable
 
 THREADS = 32 * OPTIONS["num_warps"]
@@ -133,8 +134,7 @@ def problems(variant: Variant, code: Code) -> list[str]:
     found = []
     if code.local or code.stack_bytes:
         found.append(f"spills: {code.local} accesses, {code.stack_bytes} bytes of stack")
-    _, addresses = OPERANDS[variant.kernel]
-    expected = _accesses(variant, "src") + _lookups(variant) + Counter({8: addresses})
+    expected = _accesses(variant, "src") + _lookups(variant) + Counter({8: variant.kernel.operands})
     if code.loads != expected:
         found.append(f"loads by width {dict(code.loads)}, expected {dict(expected)}")
     expected = _accesses(variant, "dst")
@@ -144,7 +144,7 @@ def problems(variant: Variant, code: Code) -> list[str]:
     if variant.src_vector > 1 or variant.dst_vector > 1:
         clocks = (_tile_nbytes(variant, "src") + _tile_nbytes(variant, "dst")) / BYTES_PER_CLOCK
         issue = code.instructions * THREADS / THREADS_PER_CLOCK / clocks
-        most = MOST_ISSUE_DECODING if variant.decoding else MOST_ISSUE
+        most = MOST_ISSUE_DECODING if _decoding(variant) else MOST_ISSUE
         if issue > most:
             found.append(f"{code.instructions} instructions take {issue:.2f} of the issue slots, at most {most}")
     return found
@@ -156,13 +156,18 @@ def exchanges(variant: Variant) -> int:
     Only what is transposed has another owner when it is stored than when it was loaded: one tile of elements or of
     pairs, but of each half of pairs where they are torn apart, or are not moved as words.
     """
-    if variant.kernel == "copy_tiles":
+    if variant.kernel.name == "copy_tiles":
         return 0
-    if variant.decoding is not None:
-        return int(variant.decoding.is_transposed)
-    if variant.kernel == "transpose_tiles" or (variant.kernel == "interleave_tiles" and variant.pairs):
+    decoding = _decoding(variant)
+    if decoding is not None:
+        return int(decoding.is_transposed)
+    if variant.kernel.name == "transpose_tiles" or (variant.kernel.name == "interleave_tiles" and variant.pairs):
         return 1
     return 2
+
+
+def _decoding(variant: Variant) -> Decoding | None:
+    return variant.details if isinstance(variant.details, Decoding) else None
 
 
 def _exchanged(variant: Variant, code: Code) -> list[str]:
@@ -172,7 +177,7 @@ def _exchanged(variant: Variant, code: Code) -> list[str]:
     lanes of a warp then run along the wrong side, or change over once more. Decoding may not.
     """
     times = exchanges(variant)
-    one_by_one = variant.src_vector == variant.dst_vector == 1 and variant.decoding is None
+    one_by_one = variant.src_vector == variant.dst_vector == 1 and _decoding(variant) is None
     elements = _tile_nbytes(variant, "dst") // _size(variant, "dst") // THREADS
     barriers = {max(0, 2 * times - 1), *((0, 1) if one_by_one else ())}
     accesses = max(times, one_by_one) * elements
@@ -191,14 +196,15 @@ def _size(variant: Variant, side: str) -> int:
 
 
 def _tile_nbytes(variant: Variant, side: str) -> int:
-    matrices = 2 if variant.kernel in ("interleave_tiles", "deinterleave_tiles") else 1
-    numbers = 8 // variant.decoding.bits if variant.decoding and side == "dst" else 1
+    matrices = 2 if variant.kernel.name in ("interleave_tiles", "deinterleave_tiles") else 1
+    decoding = _decoding(variant)
+    numbers = 8 // decoding.bits if decoding and side == "dst" else 1
     return matrices * numbers * variant.tile_rows * variant.tile_columns * _size(variant, side)
 
 
 def _accesses(variant: Variant, side: str) -> Counter[int]:
     """Accesses of a thread, by their width, if all are as wide as promised."""
-    paired = variant.pairs and (side == "dst") == (variant.kernel == "interleave_tiles")
+    paired = variant.pairs and (side == "dst") == (variant.kernel.name == "interleave_tiles")
     width = _size(variant, side) * getattr(variant, f"{side}_vector") * (2 if paired else 1)
     if side == "src" and variant.bytewise:
         width = 1
@@ -207,22 +213,26 @@ def _accesses(variant: Variant, side: str) -> Counter[int]:
 
 def _readers(variant: Variant, side: str) -> int:
     """How many numbers that are decoded one by one read the same byte."""
-    return 8 // variant.decoding.bits if variant.decoding and side == "src" and variant.src_vector == 1 else 1
+    decoding = _decoding(variant)
+    return 8 // decoding.bits if decoding and side == "src" and variant.src_vector == 1 else 1
 
 
 def _lookups(variant: Variant) -> Counter[int]:
     """Reads of cells, one for each vector of codes, and of numbers, one for each code."""
-    if variant.decoding is None:
+    decoding = _decoding(variant)
+    if decoding is None:
         return Counter()
     codes = variant.tile_rows * variant.tile_columns // THREADS
-    cell = getattr(tl, variant.decoding.cell).primitive_bitwidth // 8
+    cell = getattr(tl, decoding.cell).primitive_bitwidth // 8
     return Counter({cell: codes * _readers(variant, "src") // variant.src_vector}) + Counter(
-        {_size(variant, "dst"): codes * 8 // variant.decoding.bits}
+        {_size(variant, "dst"): codes * 8 // decoding.bits}
     )
 
 
 def codes_of(variants: Sequence[Variant], arch: int) -> list[Code]:
-    return read([compiled(KERNELS[variant.kernel], constants(variant), arch) for variant in variants], arch)
+    return read(
+        [compiled(variant.kernel.function, variant.kernel.constants(variant), arch) for variant in variants], arch
+    )
 
 
 def main(arch: int) -> None:

@@ -12,7 +12,7 @@ import torch
 from triton.backends.compiler import GPUTarget
 from triton.runtime import JITFunction, driver
 
-from automodel_conv.kernels import moves_triton
+from automodel_conv.kernels import launch
 from tests.machine_code.compiled import compiled
 from tests.machine_code.planted import VARIANT
 
@@ -34,17 +34,17 @@ class NoGpu:
 
 def main() -> None:
     driver.set_active(NoGpu())  # type: ignore[arg-type]
-    launch, made = JITFunction.run, []
+    run, made = JITFunction.run, []
 
     def compile_only(self, *args, grid, warmup, **options):
-        made.append(launch(self, *args, grid=grid, warmup=True, **options))
+        made.append(run(self, *args, grid=grid, warmup=True, **options))
 
     table = torch.zeros(8, dtype=torch.int64)
     with mock.patch.object(JITFunction, "run", compile_only):
         for start in (0, 1, 2):  # tables at several alignments
             for integers in INTEGERS:
-                moves_triton.launch(VARIANT, (1, 1), table[start:], integers)
-    checked = compiled(moves_triton.KERNELS[VARIANT.kernel], moves_triton.constants(VARIANT), 90)
+                launch.queue(VARIANT, (1, 1), table[start:], integers)
+    checked = compiled(VARIANT.kernel.function, VARIANT.kernel.constants(VARIANT), 90)
     report = {
         "launches": len(made),
         "compilations": len(set(map(id, made))),

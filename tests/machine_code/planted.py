@@ -10,13 +10,14 @@ import json
 import triton
 import triton.language as tl
 
-from automodel_conv.kernels.moves_triton import constants, copy_tiles, dequantize_tiles
-from automodel_conv.kernels.variants import Decoding, Variant
+from automodel_conv.kernels.dequantize import DEQUANTIZE_TILES, Decoding
+from automodel_conv.kernels.strided_copy import COPY_TILES
+from automodel_conv.kernels.variants import Variant
 from tests.machine_code.compiled import compiled, problems, read
 
-VARIANT = Variant("copy_tiles", "uint32", "uint32", 4, 4, 4, 512)
-ROWS = Variant("dequantize_tiles", "uint8", "uint16", 8, 8, 32, 128, decoding=Decoding(8, "int32", True, False, False))
-TRANSPOSED = ROWS._replace(decoding=Decoding(8, "int32", True, is_transposed=True, is_stepped=False))
+VARIANT = Variant(COPY_TILES, "uint32", "uint32", 4, 4, 4, 512)
+ROWS = Variant(DEQUANTIZE_TILES, "uint8", "uint16", 8, 8, 32, 128, details=Decoding(8, "int32", True, False, False))
+TRANSPOSED = ROWS._replace(details=Decoding(8, "int32", True, is_transposed=True, is_stepped=False))
 
 
 @triton.jit
@@ -93,17 +94,18 @@ def copy_with_a_sum(
 
 
 def main() -> None:
-    values = constants(VARIANT)
+    copying, decoding = COPY_TILES.function, DEQUANTIZE_TILES.function
+    values = COPY_TILES.constants(VARIANT)
     # A register limit is how ptxas is made to spill; a much larger tile gives it enough to keep.
     crowded = VARIANT._replace(tile_rows=64)
     planted = {
-        "none": (VARIANT, compiled(copy_tiles, values, 90)),
+        "none": (VARIANT, compiled(copying, values, 90)),
         "lost hint": (VARIANT, compiled(copy_with_a_hint_before_the_cast, values, 90)),
         "narrow store": (VARIANT, compiled(copy_with_undivided_stores, values, 90)),
-        "spill": (crowded, compiled(copy_tiles, constants(crowded), 90, maxnreg=24)),
+        "spill": (crowded, compiled(copying, COPY_TILES.constants(crowded), 90, maxnreg=24)),
         # Each is the other, which loads and stores as much and as widely.
-        "exchange": (ROWS, compiled(dequantize_tiles, constants(TRANSPOSED), 90)),
-        "no exchange": (TRANSPOSED, compiled(dequantize_tiles, constants(ROWS), 90)),
+        "exchange": (ROWS, compiled(decoding, DEQUANTIZE_TILES.constants(TRANSPOSED), 90)),
+        "no exchange": (TRANSPOSED, compiled(decoding, DEQUANTIZE_TILES.constants(ROWS), 90)),
         "shuffles": (VARIANT, compiled(copy_with_a_sum, values, 90)),
     }
     codes = read([binary for _, binary in planted.values()], 90)

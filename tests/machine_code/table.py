@@ -16,6 +16,7 @@ from collections.abc import Iterator, Sequence
 
 import triton
 
+from automodel_conv.kernels.dequantize import Decoding
 from automodel_conv.kernels.variants import Variant
 from tests.machine_code.compiled import Code, codes_of
 from tests.machine_code.variants import launchable
@@ -28,8 +29,8 @@ def text(variant: Variant) -> str:
     tile = f"{variant.src_vector} x {variant.src} to {variant.dst_vector} x {variant.dst}"
     parts = [tile, f"{variant.tile_rows} x {variant.tile_columns}"]
     parts += [word for word in ("bytewise", "pairs") if getattr(variant, word)]
-    if variant.decoding is not None:
-        bits, cell, by_shifts, is_transposed, is_stepped = variant.decoding
+    if isinstance(variant.details, Decoding):
+        bits, cell, by_shifts, is_transposed, is_stepped = variant.details
         parts += [f"{bits} bits", f"cells {cell}", "shifts" if by_shifts else "divisions"]
         parts += ["transposed"] * is_transposed + ["stepped"] * is_stepped
     return ", ".join(parts)
@@ -40,7 +41,7 @@ def rows(variants: Sequence[Variant], codes: Sequence[Code], arch: int) -> Itera
         counts = code.barriers, code.shared_loads, code.shared_stores, code.shuffles, code.local
         widths = _widths(code.loads), _widths(code.stores)
         place = str(arch), triton.__version__
-        yield [variant.kernel, text(variant), *place, str(code.instructions), *widths, *map(str, counts)]
+        yield [variant.kernel.name, text(variant), *place, str(code.instructions), *widths, *map(str, counts)]
 
 
 def _widths(accesses: Counter[int]) -> str:

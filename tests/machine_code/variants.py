@@ -7,11 +7,12 @@ from itertools import product
 
 import torch
 
-from automodel_conv.kernels.dequantize import dequantize_variant
-from automodel_conv.kernels.interleave import deinterleave_variant, interleave_variant
+from automodel_conv.kernels.deinterleave import deinterleave_variant
+from automodel_conv.kernels.dequantize import Decoding, dequantize_variant
+from automodel_conv.kernels.interleave import interleave_variant
 from automodel_conv.kernels.strided_copy import byte_variant, cast_variant
 from automodel_conv.kernels.transpose import transpose_variant
-from automodel_conv.kernels.variants import CASTS, Decoding, Variant
+from automodel_conv.kernels.variants import CASTS, Variant
 
 ALIGNMENTS = (1, 2, 4, 8, 16)
 MOVED = (torch.uint8, torch.bfloat16, torch.float32)

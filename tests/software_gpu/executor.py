@@ -1,6 +1,6 @@
 """Launches done as a GPU would do them, on host memory, after a check of all that the kernels are promised.
 
-Each kernel is what its docstring in ``kernels/moves_triton.py`` says, element by element; the Triton code is not run.
+Each kernel is what its docstring in ``kernels/`` says, element by element; the Triton code is not run.
 What comes in is what a kernel gets: the variant, the grid, the table, and the integers, which are counted in vectors.
 """
 
@@ -14,7 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from automodel_conv.kernels.variants import OPERANDS, Blocks, Geometry, Variant
+from automodel_conv.kernels.dequantize import Blocks, Decoding
+from automodel_conv.kernels.variants import Geometry, Variant
 from tests.software_gpu.accesses import Box, GpuFault, array_at, conflict
 from tests.software_gpu.memory import Allocations, Touched
 
@@ -45,15 +46,17 @@ def size_of(name: str) -> int:
 
 def as_kernels_count(variant: Variant, integers: tuple[int, ...]) -> Geometry:
     """What a kernel makes of its integers: those that come in vectors, multiplied back."""
-    demand(len(integers) == variant.integers, variant, f"takes {variant.integers} integers, gets {len(integers)}")
+    takes = 4 + (len(Blocks._fields) if _decoding(variant) else 0)
+    demand(len(integers) == takes == variant.kernel.integers, variant, f"takes {takes} integers, gets {len(integers)}")
     for number in integers:
         demand(type(number) is int and 0 <= number < _INT32, variant, f"{number} is no int32, so another compilation")
     rows, columns, src_stride, dst_stride = integers[:4]
-    in_vectors = variant.decoding.is_transposed if variant.decoding else variant.kernel != "copy_tiles"
+    decoding = _decoding(variant)
+    in_vectors = decoding.is_transposed if decoding else variant.kernel.name != "copy_tiles"
     rows *= variant.dst_vector if in_vectors else 1
-    src_stride *= 2 if variant.pairs and variant.kernel == "deinterleave_tiles" else 1
-    dst_stride *= 2 if variant.pairs and variant.kernel == "interleave_tiles" else 1
-    blocks = Blocks(*integers[4:]) if variant.decoding else None
+    src_stride *= 2 if variant.pairs and variant.kernel.name == "deinterleave_tiles" else 1
+    dst_stride *= 2 if variant.pairs and variant.kernel.name == "interleave_tiles" else 1
+    blocks = Blocks(*integers[4:]) if decoding else None
     return Geometry(
         rows, columns * variant.src_vector, src_stride * variant.src_vector, dst_stride * variant.dst_vector, blocks
     )
@@ -61,20 +64,25 @@ def as_kernels_count(variant: Variant, integers: tuple[int, ...]) -> Geometry:
 
 def promised_bytes(variant: Variant) -> list[int]:
     """What divides the addresses of each column of a table."""
-    destinations, operands = OPERANDS[variant.kernel]
+    destinations, operands = variant.kernel.destinations, variant.kernel.operands
     written = variant.dst_vector * size_of(variant.dst) * (2 if _pairs(variant, "interleave_tiles") else 1)
     read = variant.src_vector * size_of(variant.src) * (2 if _pairs(variant, "deinterleave_tiles") else 1)
-    if variant.decoding:
-        return [written, read, size_of(variant.decoding.cell), size_of(variant.dst)]
+    decoding = _decoding(variant)
+    if decoding:
+        return [written, read, size_of(decoding.cell), size_of(variant.dst)]
     return [written] * destinations + [1 if variant.bytewise else read] * (operands - destinations)
 
 
 def _pairs(variant: Variant, kernel: str) -> bool:
-    return variant.pairs and variant.kernel == kernel
+    return variant.pairs and variant.kernel.name == kernel
+
+
+def _decoding(variant: Variant) -> Decoding | None:
+    return variant.details if isinstance(variant.details, Decoding) else None
 
 
 class Executor:
-    """Takes the place of ``moves_triton.launch``.
+    """Takes the place of ``launch.queue``.
 
     Attributes:
         variants: all that were launched.
@@ -114,22 +122,22 @@ class Executor:
         addresses = self._checked_table(variant, grid, table, geometry)
         _check_offsets(variant, geometry)
         touched = self.memory.check(list(_boxes(variant, geometry, addresses)))
-        if variant.decoding and geometry.blocks:
-            touched += self._lookups(variant, geometry, geometry.blocks, addresses)
+        if _decoding(variant):
+            touched += self._lookups(variant, geometry, geometry.details, addresses)
         shared = conflict([box for box, _ in touched])
         demand(shared is None, variant, str(shared))
         (self.compiled_ahead if self._is_compiling else self.variants).add(variant)
         self.launches += 1
         for row in addresses.tolist():
-            if variant.decoding and geometry.blocks:
-                _decode(variant, geometry, geometry.blocks, row)
+            if _decoding(variant):
+                _decode(variant, geometry, geometry.details, row)
             else:
                 _move(variant, geometry, row)
         return touched
 
     def _checked_table(self, variant: Variant, grid: tuple[int, int], table: Tensor, geometry: Geometry) -> np.ndarray:
         demand(table.dtype == torch.int64 and table.is_contiguous(), variant, "takes a contiguous table of int64")
-        expected = grid[1], OPERANDS[variant.kernel][1]
+        expected = grid[1], variant.kernel.operands
         demand(tuple(table.shape) == expected, variant, f"takes a table {expected}, gets {list(table.shape)}")
         tiles = -(-geometry.rows // variant.tile_rows) * -(-geometry.columns // variant.tile_columns)
         demand(grid[0] == tiles > 0, variant, f"needs {tiles} programs for a matrix, gets {grid[0]}; {geometry}")
@@ -144,7 +152,7 @@ class Executor:
 
     def _lookups(self, variant: Variant, geometry: Geometry, blocks: Blocks, addresses: np.ndarray) -> list[Touched]:
         """What ``dequantize_tiles`` looks up, checked; every vector of codes takes one cell."""
-        decoding = variant.decoding
+        decoding = _decoding(variant)
         assert decoding is not None
         demand(decoding.is_stepped or blocks.step == 1, variant, f"elements of a row are {blocks.step} apart")
         columns = _of_columns(variant, geometry, blocks)
@@ -178,23 +186,23 @@ def _boxes(variant: Variant, geometry: Geometry, addresses: np.ndarray) -> Itera
     """What all programs of a launch touch, in the order of the table; cells and numbers apart."""
     rows, columns, src_stride, dst_stride, blocks = geometry
     src, dst = size_of(variant.src), size_of(variant.dst)
-    twice = 2 if variant.kernel == "deinterleave_tiles" else 1
+    twice = 2 if variant.kernel.name == "deinterleave_tiles" else 1
     written = {
         "copy_tiles": (rows, columns),
         "transpose_tiles": (columns, rows),
         "interleave_tiles": (columns, 2 * rows),
         "deinterleave_tiles": (columns, rows),
         "dequantize_tiles": (rows, columns),
-    }[variant.kernel]
-    step = 1
-    if variant.decoding and blocks:
-        numbers = columns * 8 // variant.decoding.bits
-        written = (numbers, rows) if variant.decoding.is_transposed else (rows, numbers)
-        step = blocks.step if variant.decoding.is_stepped else 1
-    destinations, operands = OPERANDS[variant.kernel]
+    }[variant.kernel.name]
+    step, decoding = 1, _decoding(variant)
+    if decoding:
+        numbers = columns * 8 // decoding.bits
+        written = (numbers, rows) if decoding.is_transposed else (rows, numbers)
+        step = blocks.step if decoding.is_stepped else 1
+    destinations, operands = variant.kernel.destinations, variant.kernel.operands
     for column in range(destinations):
         yield Box(f"destination {column}", addresses[:, column], written, (dst_stride * dst, step * dst), dst, True)
-    for column in range(destinations, 2 if variant.decoding else operands):
+    for column in range(destinations, 2 if decoding else operands):
         shape, strides = (rows, twice * columns), (src_stride * src, src)
         yield Box(f"source {column - destinations}", addresses[:, column], shape, strides, src, False)
 
@@ -203,18 +211,19 @@ def _check_offsets(variant: Variant, geometry: Geometry) -> None:
     """Tiles begin at whole vectors, and offsets within one fit 32 bits."""
     rows, columns = min(geometry.rows, variant.tile_rows), min(geometry.columns, variant.tile_columns)
     across, down = variant.tile_columns, variant.tile_rows
-    written_by_columns = variant.kernel == "copy_tiles" or (variant.decoding and not variant.decoding.is_transposed)
+    decoding = _decoding(variant)
+    written_by_columns = variant.kernel.name == "copy_tiles" or (decoding and not decoding.is_transposed)
     demand(across % variant.src_vector == 0, variant, "a tile ends within a vector that is read")
-    numbers = across * 8 // variant.decoding.bits if variant.decoding else across
+    numbers = across * 8 // decoding.bits if decoding else across
     demand((numbers if written_by_columns else down) % variant.dst_vector == 0, variant, "a tile ends within a vector")
     size = size_of(variant.src) if variant.bytewise else 1
-    twice = 2 if variant.kernel in ("interleave_tiles", "deinterleave_tiles") else 1
+    twice = 2 if variant.kernel.name in ("interleave_tiles", "deinterleave_tiles") else 1
     read = (rows * geometry.src_stride + twice * columns) * size
-    if variant.decoding and geometry.blocks:
-        numbers = columns * 8 // variant.decoding.bits
-        lines, run = (numbers, rows) if variant.decoding.is_transposed else (rows, numbers)
-        written = lines * geometry.dst_stride + run * geometry.blocks.step
-    elif variant.kernel == "copy_tiles":
+    if decoding:
+        numbers = columns * 8 // decoding.bits
+        lines, run = (numbers, rows) if decoding.is_transposed else (rows, numbers)
+        written = lines * geometry.dst_stride + run * geometry.details.step
+    elif variant.kernel.name == "copy_tiles":
         written = rows * geometry.dst_stride + columns
     else:
         written = columns * geometry.dst_stride + twice * rows
@@ -231,14 +240,14 @@ def _move(variant: Variant, geometry: Geometry, row: list[int]) -> None:
     def write(address: int, shape: tuple[int, int]) -> np.ndarray:
         return array_at(address, shape, (dst_stride * dst, dst), _NUMPY[variant.dst])
 
-    if variant.kernel == "copy_tiles":
+    if variant.kernel.name == "copy_tiles":
         write(row[0], (rows, columns))[...] = _cast(variant, read(row[1]))
-    elif variant.kernel == "transpose_tiles":
+    elif variant.kernel.name == "transpose_tiles":
         write(row[0], (columns, rows))[...] = _cast(variant, read(row[1])).T
-    elif variant.kernel == "interleave_tiles":
+    elif variant.kernel.name == "interleave_tiles":
         for half in (0, 1):
             write(row[0], (columns, 2 * rows))[:, half::2] = _cast(variant, read(row[1 + half])).T
-    elif variant.kernel == "deinterleave_tiles":
+    elif variant.kernel.name == "deinterleave_tiles":
         for half in (0, 1):
             write(row[half], (columns, rows))[...] = _cast(variant, read(row[2], 2 * columns)[:, half::2]).T
     else:
@@ -256,18 +265,17 @@ def _cast(variant: Variant, values: np.ndarray) -> np.ndarray:
 
 def _of_rows(variant: Variant, geometry: Geometry, blocks: Blocks) -> np.ndarray:
     rows = np.arange(geometry.rows) + blocks.start_row
-    return rows >> blocks.block_rows if variant.decoding and variant.decoding.by_shifts else rows // blocks.block_rows
+    return rows >> blocks.block_rows if variant.details.by_shifts else rows // blocks.block_rows
 
 
 def _of_columns(variant: Variant, geometry: Geometry, blocks: Blocks) -> np.ndarray:
     """The block of each byte of a row of codes."""
     column = np.arange(geometry.columns) + blocks.start_column
-    by_shifts = variant.decoding and variant.decoding.by_shifts
-    return column >> blocks.block_columns if by_shifts else column // blocks.block_columns
+    return column >> blocks.block_columns if variant.details.by_shifts else column // blocks.block_columns
 
 
 def _decode(variant: Variant, geometry: Geometry, blocks: Blocks, row: list[int]) -> None:
-    decoding = variant.decoding
+    decoding = _decoding(variant)
     assert decoding is not None
     rows, columns, src_stride, dst_stride, _ = geometry
     size = size_of(variant.dst)

@@ -56,24 +56,15 @@ class SoftwareGpu:
 
 def install(patch: pytest.MonkeyPatch) -> SoftwareGpu:
     """Run kernels on the CPU's tensors, and stream to them and from them; Triton's interpreter must be on."""
-    from automodel_conv.kernels import moves_triton
+    from automodel_conv.kernels import jit
 
-    assert moves_triton.INTERPRETED
+    assert jit.INTERPRETED
     gpu = SoftwareGpu()
 
     def run(variant: Any, grid: Any, table: Any, integers: Any) -> None:
         devices.touch(gpu.executor.launch(variant, grid, table, integers))
 
-    patch.setattr(moves_triton, "launch", run)
-    in_vectors = launch._in_vectors
-
-    def exactly(variant: Any, geometry: Any) -> tuple[int, ...]:
-        integers = in_vectors(variant, geometry)
-        if as_kernels_count(variant, integers) != geometry:
-            raise GpuFault(f"{variant} cannot count {geometry} in its vectors")
-        return integers
-
-    patch.setattr(launch, "_in_vectors", exactly)
+    patch.setattr(launch, "queue", run)
 
     def stand_in(stock: Callable[..., Any]) -> Callable[[Callable[..., Any]], None]:
         """Put a function in the place of another, wherever the package has imported it by name."""
@@ -87,11 +78,19 @@ def install(patch: pytest.MonkeyPatch) -> SoftwareGpu:
 
         return put
 
-    takes_kernels, streaming_device, compile_ahead = (
+    takes_kernels, streaming_device, compile_ahead, start = (
         copy_batch.takes_kernels,
         cuda.streaming_device,
         launch.compile_ahead,
+        launch.start,
     )
+
+    @stand_in(start)
+    def _(*works: Any) -> None:
+        for variant, geometry, *_ in (one for work in works for one in work.launches):
+            if as_kernels_count(variant, variant.kernel.in_vectors(variant, geometry)) != geometry:
+                raise GpuFault(f"{variant} cannot count {geometry} in its vectors")
+        start(*works)
 
     @stand_in(takes_kernels)
     def _(backend: str, tensors: Any) -> bool:

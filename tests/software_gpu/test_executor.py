@@ -12,8 +12,10 @@ from automodel_conv.kernels import strided_copy as strided_copy_module
 from automodel_conv.kernels import transpose as transpose_module
 from automodel_conv.kernels.address_table import at_addresses, matrices_at
 from automodel_conv.kernels.code_tables import code_table
-from automodel_conv.kernels.dequantize import dequantize, dequantize_torch
-from automodel_conv.kernels.interleave import deinterleave, interleave
+from automodel_conv.kernels.deinterleave import deinterleave
+from automodel_conv.kernels.dequantize import dequantize
+from automodel_conv.kernels.dequantize_torch import dequantize_torch
+from automodel_conv.kernels.interleave import interleave
 from automodel_conv.kernels.strided_copy import strided_copy
 from automodel_conv.kernels.transpose import transpose
 from automodel_conv.testing import POISON, assert_bytes_equal
@@ -135,8 +137,8 @@ def test_a_cell_beyond_the_table_is_found(gpu):
 
 
 def test_a_stride_that_is_not_passed_on_is_found(gpu, monkeypatch):
-    real = launching._in_vectors
-    monkeypatch.setattr(launching, "_in_vectors", lambda variant, geometry: (*real(variant, geometry)[:3], 0))
+    real = launching.queue
+    monkeypatch.setattr(launching, "queue", lambda *first: real(*first[:3], (*first[3][:3], 0)))
     with pytest.raises(GpuFault, match="share memory"):
         strided_copy([bytes_of(8192).view(4, 2048)[:, :1024]], [bytes_of(4096).view(4, 1024)])
 
@@ -151,13 +153,11 @@ def test_more_rows_than_a_grid_has_are_found(gpu, monkeypatch):
 
 @pytest.mark.parametrize(("wrong", "text"), [((2, 1), "programs"), ((1, 2), "takes a table")])
 def test_a_grid_of_another_size_than_the_work_is_found(gpu, wrong, text):
-    from automodel_conv.kernels import moves_triton
-
     variant = strided_copy_module.byte_variant(16, 64)
     memory = bytes_of(256)
     table = torch.tensor([[memory.data_ptr(), memory.data_ptr() + 128]])
     with pytest.raises(GpuFault, match=text):
-        moves_triton.launch(variant, wrong, table, (1, 4, 0, 0))
+        launching.queue(variant, wrong, table, (1, 4, 0, 0))
 
 
 # --- what is touched --------------------------------------------------------------------------------------------------

@@ -156,7 +156,7 @@ def test_codes_are_decoded_by_kernels_as_on_the_cpu(tmp_path, gpu, scheme):
         assert gpu.executor.launches > before
         for name, tensor in expected.items():
             assert_bytes_equal(loaded[name], tensor)
-    assert any(variant.decoding for variant in gpu.executor.variants)
+    assert any(variant.details for variant in gpu.executor.variants)
     assert all(device.live == 0 for device in gpu.devices)
 
 

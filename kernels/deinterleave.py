@@ -1,0 +1,159 @@
+"""Deinterleave: a matrix into two, to which its columns go in turns, transposed; see ``interleave``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from automodel_conv.kernels.address_table import WIDEST, Matrices, Operand, as_matrices
+from automodel_conv.kernels.jit import jit, tl
+from automodel_conv.kernels.launch import (
+    NO_LAUNCHES,
+    Launches,
+    assigned,
+    check_alike,
+    check_destination,
+    check_operands,
+    start,
+)
+from automodel_conv.kernels.tiles import RUNTIME, SCALAR_TILE, cast, constants, grouped_tile, load, pointer_to
+from automodel_conv.kernels.transpose_torch import halves, transpose_torch
+from automodel_conv.kernels.variants import Geometry, Kernel, Reach, Variant, element_types
+from automodel_conv.kernels.verb import Verb, takes_turned
+
+# Rows and columns of a tile by the sizes of a source's and a destination's element, in bytes: runs of at least 128
+# bytes where single elements lie and, in pairs, where pairs lie; at most what registers hold without spilling.
+_TILES = {(1, 1): (64, 64), (2, 2): (64, 32), (4, 4): (32, 32), (2, 4): (32, 64), (4, 2): (64, 32)}
+
+
+def deinterleave(first: Operand, second: Operand, src: Operand) -> None:
+    """``first[k].copy_(src[k][:, 0::2].t()); second[k].copy_(src[k][:, 1::2].t())`` for each k.
+
+    Args:
+        first, second: ``[C, R]``, as ``dst`` of ``interleave``.
+        src: ``[R, 2C]``, as ``first`` of ``interleave``.
+
+    Everything else, errors too, as for ``interleave``, which this is the inverse of.
+    """
+    operands = as_matrices("first", first), as_matrices("second", second), as_matrices("src", src)
+    start(deinterleave_launches(*operands))
+
+
+def deinterleave_launches(first: Matrices, second: Matrices, src: Matrices) -> Launches:
+    """What ``deinterleave`` launches."""
+    check_operands(
+        "deinterleave",
+        {"first": first, "second": second, "src": src},
+        {"first": first.shape, "second": first.shape, "src": (first.columns, 2 * first.rows)},
+    )
+    check_alike("first and second", first, second)
+    element_types(first.dtype, src.dtype)
+    if not src.nbytes:
+        return NO_LAUNCHES
+    check_destination("deinterleave", first)
+    check_destination("deinterleave", second)
+    geometry = Geometry(src.rows, first.rows, src.row_stride, first.row_stride)
+    return assigned(
+        (first, second, src), 2, lambda d, s: (deinterleave_variant(first.dtype, src.dtype, d, s), geometry)
+    )
+
+
+def deinterleave_variant(dst: torch.dtype, src: torch.dtype, dst_alignment: int, src_alignment: int) -> Variant:
+    """Pairs in vectors as long as the lesser alignment allows, for casts only whole ones of 16 bytes; or elements."""
+    dst_type, src_type = element_types(dst, src)
+    both = min(dst_alignment, src_alignment)
+    if both == WIDEST or (both == WIDEST // 2 and dst == src):
+        tile = _TILES[src.itemsize, dst.itemsize]
+        src_vector, dst_vector = both // (2 * src.itemsize), both // dst.itemsize
+        return Variant(DEINTERLEAVE_TILES, src_type, dst_type, src_vector, dst_vector, *tile, pairs=True)
+    return Variant(DEINTERLEAVE_TILES, src_type, dst_type, 1, 1, *SCALAR_TILE, bytewise=src_alignment < src.itemsize)
+
+
+def deinterleave_torch(first: Sequence[Tensor], second: Sequence[Tensor], src: Sequence[Tensor]) -> None:
+    """The same as ``deinterleave`` in plain torch, for any strides and devices; see ``transpose_torch``."""
+    transpose_torch([half for pair in zip(first, second, strict=True) for half in pair], halves(src))
+
+
+@jit(do_not_specialize=RUNTIME)
+def deinterleave_tiles(
+    table,
+    rows_v,
+    columns_v,
+    src_stride_v,
+    dst_stride_v,
+    SRC: tl.constexpr,
+    DST: tl.constexpr,
+    SRC_VECTOR: tl.constexpr,
+    DST_VECTOR: tl.constexpr,
+    PAIRS: tl.constexpr,
+    BYTEWISE: tl.constexpr,
+    TILE_ROWS: tl.constexpr,
+    TILE_COLUMNS: tl.constexpr,
+):
+    """``dst_k[c, r] = cast(src[r, 2 * c + k])`` for k = 0, 1; table ``[dst_0, dst_1, src]``; columns count pairs.
+
+    ``PAIRS``: pairs are read and transposed as words; then ``SRC_VECTOR`` and the source's stride count words.
+    """
+    rows = rows_v * DST_VECTOR
+    columns = columns_v * SRC_VECTOR
+    src_stride = src_stride_v * SRC_VECTOR
+    dst_stride = dst_stride_v * DST_VECTOR
+    entry = table + tl.program_id(1) * 3
+    r0, c0 = grouped_tile(rows, columns, TILE_ROWS, TILE_COLUMNS)
+    r = tl.arange(0, TILE_ROWS)
+    c = tl.arange(0, TILE_COLUMNS)
+    mask = (r[:, None] < rows - r0) & (c[None, :] < columns - c0)
+    BITS: tl.constexpr = SRC.primitive_bitwidth
+    if PAIRS:
+        HALF: tl.constexpr = tl.uint8 if BITS == 8 else tl.uint16 if BITS == 16 else tl.uint32
+        WORD: tl.constexpr = tl.uint16 if BITS == 8 else tl.uint32 if BITS == 16 else tl.uint64
+        base = r0.to(tl.int64) * src_stride + c0
+        offsets = r[:, None] * src_stride + c[None, :]
+        pairs = tl.trans(load(tl.load(entry + 2), base, offsets, mask, WORD, SRC_VECTOR, BYTEWISE))
+        x = pairs.to(HALF).to(SRC, bitcast=True)
+        y = (pairs >> BITS).to(HALF).to(SRC, bitcast=True)
+    else:
+        base = r0.to(tl.int64) * src_stride + 2 * c0.to(tl.int64)
+        offsets = r[:, None] * src_stride + 2 * c[None, :]
+        x = tl.trans(load(tl.load(entry + 2), base, offsets, mask, SRC, 1, BYTEWISE))
+        y = tl.trans(load(tl.load(entry + 2), base, offsets + 1, mask, SRC, 1, BYTEWISE))
+    mask = (c[:, None] < columns - c0) & (r[None, :] < rows - r0)
+    offsets = c[:, None] * dst_stride + r[None, :]
+    dst_base = c0.to(tl.int64) * dst_stride + r0
+    tl.store(pointer_to(tl.load(entry), DST, DST_VECTOR) + dst_base + offsets, cast(x, DST), mask=mask)
+    tl.store(pointer_to(tl.load(entry + 1), DST, DST_VECTOR) + dst_base + offsets, cast(y, DST), mask=mask)
+
+
+def _in_vectors(variant: Variant, geometry: Geometry) -> tuple[int, ...]:
+    words = 2 if variant.pairs else 1
+    rows, columns = geometry.rows // variant.dst_vector, geometry.columns // variant.src_vector
+    return rows, columns, geometry.src_stride // (words * variant.src_vector), geometry.dst_stride // variant.dst_vector
+
+
+def _constants(variant: Variant) -> dict[str, Any]:
+    return constants(variant, SRC_VECTOR=variant.src_vector, DST_VECTOR=variant.dst_vector, PAIRS=variant.pairs)
+
+
+DEINTERLEAVE_TILES = Kernel(
+    "deinterleave_tiles",
+    deinterleave_tiles,
+    destinations=2,
+    operands=3,
+    constants=_constants,
+    in_vectors=_in_vectors,
+    reach=lambda variant, _: Reach(variant.tile_columns, variant.tile_rows),
+)
+
+DEINTERLEAVE = Verb(
+    "deinterleave",
+    turns=True,
+    steps=(2, 1),
+    destinations=2,
+    sources=1,
+    shapes=lambda matrix: ((matrix.columns, matrix.rows), (matrix.rows, 2 * matrix.columns)),
+    takes=lambda matrix, src, dst: takes_turned(matrix._replace(columns=2 * matrix.columns), src, dst),
+    launches=deinterleave_launches,
+)
