@@ -18,12 +18,13 @@ from automodel_conv.execution.reading import read_whole
 from automodel_conv.files.checkpoint import Checkpoint
 from automodel_conv.files.config import MODELOPT_NAME, quantization, quantization_config
 from automodel_conv.files.reading_ahead import reading_ahead
+from automodel_conv.planning.code_names import has_codes
 from automodel_conv.planning.compiler import Problems
 from automodel_conv.planning.copies import SourceTable
 from automodel_conv.planning.given import Misfits, fit_sources, fit_targets
 from automodel_conv.planning.layouts import LAYOUTS, PER_EXPERT, get_layout
 from automodel_conv.planning.plan import CopyPlan
-from automodel_conv.planning.quantization import has_codes, quantized_table
+from automodel_conv.planning.quantization import quantized_table, tellers_of_padding
 from automodel_conv.planning.schemes import KEEP
 from automodel_conv.upstream.from_config import meta_model
 from automodel_conv.upstream.models import checked_dtype, tied_names
@@ -141,7 +142,7 @@ def decoded_table(checkpoint: Checkpoint, wants_numbers: bool) -> SourceTable:
     told = quantization(checkpoint.directory)
     if told is not None:
         decoded = quantized_table(table, told.settings, where=told.path)
-        _check_padding(checkpoint, decoded)
+        _check_padding(checkpoint, tellers_of_padding(table, decoded, told.settings), decoded)
         return decoded
     codes = has_codes(table) if wants_numbers else None
     if codes is not None:
@@ -161,22 +162,26 @@ def untold(codes: str, checkpoint: Checkpoint) -> QuantizationError:
     )
 
 
-def _check_padding(checkpoint: Checkpoint, table: SourceTable) -> None:
-    """Rows of packed codes may end in padding, and where one scale is for all of a row, only ``_shape`` tells.
+def _check_padding(checkpoint: Checkpoint, tellers: Iterable[tuple[int, str]], table: SourceTable) -> None:
+    """Rows of packed codes may end in padding, which is not left out here.
 
     A plan of what is not on this machine comes from headers alone; who reads the data makes another one.
+
+    Args:
+        tellers: rows, and the names of the tensors that tell their shapes.
 
     Raises:
         QuantizationError: they do.
     """
     if checkpoint.is_remote:
         return
-    for row, decode in table.decodes.items():
-        shape = checkpoint.position.get(f"{table.names[row]}_shape")
-        if decode.format == "int4" and decode.block[1] >= decode.matrix[1] and shape is not None:
-            is_shape = checkpoint.shapes[shape] == (len(table.shapes[row]),)
-            said = read_whole(shape, checkpoint).tolist() if is_shape else checkpoint.shapes[shape]
-            if said != list(table.shapes[row]):
-                name = checkpoint.names[row]
-                text = "the rows of packed codes end in padding, which is not left out here"
-                raise QuantizationError(message(text, where=name, expected=list(table.shapes[row]), found=said))
+    for row, teller in tellers:
+        shape = checkpoint.position.get(teller)
+        if shape is None:
+            continue
+        is_shape = checkpoint.shapes[shape] == (len(table.shapes[row]),)
+        said = read_whole(shape, checkpoint).tolist() if is_shape else checkpoint.shapes[shape]
+        if said != list(table.shapes[row]):
+            name = checkpoint.names[row]
+            text = "the rows of packed codes end in padding, which is not left out here"
+            raise QuantizationError(message(text, where=name, expected=list(table.shapes[row]), found=said))

@@ -10,6 +10,7 @@ from torch import Tensor
 from automodel_conv.execution.buffers import dtype_of, strided
 from automodel_conv.kernels.code_tables import code_table
 from automodel_conv.kernels.dequantize_torch import dequantize_torch
+from automodel_conv.planning.copies import ZEROS_IN_I32
 from automodel_conv.schedule.jobs import Decoding, Grid
 
 # Entries of the tables made at a time, where each scale has a row of its own.
@@ -72,9 +73,9 @@ def _grid(grid: Grid, memory: Tensor) -> Tensor:
 
 
 def _zero_points(decoding: Decoding, blocks: tuple[slice, slice], memory: Tensor) -> Tensor | None:
-    """The codes of zero of some blocks: eight to an I32 along the rows, the first in the lowest bits."""
+    """The codes of zero of some blocks."""
     if decoding.zero_points is None:
         return None
     rows = torch.arange(blocks[0].start, blocks[0].stop, device=memory.device) + decoding.zero_row
-    packed = _grid(decoding.zero_points, memory)[:, blocks[1]].index_select(0, rows // 8)
-    return packed.bitwise_right_shift((rows % 8 * 4).to(torch.int32)[:, None]).bitwise_and_(15)
+    packed = _grid(decoding.zero_points, memory)[:, blocks[1]].index_select(0, rows // ZEROS_IN_I32)
+    return packed.bitwise_right_shift((rows % ZEROS_IN_I32 * 4).to(torch.int32)[:, None]).bitwise_and_(15)

@@ -19,9 +19,9 @@ from automodel_conv.kernels.code_tables import (
 )
 from automodel_conv.kernels.dequantize_torch import dequantize_torch
 from automodel_conv.kernels.launch import Launches
+from automodel_conv.planning.copies import ZEROS_IN_I32
 from automodel_conv.schedule.code_slabs import BYTE_SCALES, Place, Rectangle, ScaleKind
 from automodel_conv.schedule.code_windows import ScaleGroup
-from automodel_conv.schedule.coded_source import PACKED
 
 # Rows of a table that are made at a time, where each takes scratch for its zero point or its global scale.
 _BAND_ROWS = 1 << 16
@@ -220,8 +220,8 @@ def _zero_points(group: ScaleGroup, window: Tensor, sources: slice, rows: slice)
     packed = _typed(window, group.zero_points_bytes, group.sources * packed_rows * across, torch.int32)
     start, stop = first + rows.start // across, first + rows.stop // across
     numbers = torch.arange(start, stop, dtype=torch.int32, device=window.device)
-    found = packed.view(group.sources, packed_rows, across)[sources].index_select(1, numbers // PACKED)
-    return found.bitwise_right_shift((numbers % PACKED * 4)[:, None]).bitwise_and_(15).flatten()
+    found = packed.view(group.sources, packed_rows, across)[sources].index_select(1, numbers // ZEROS_IN_I32)
+    return found.bitwise_right_shift((numbers % ZEROS_IN_I32 * 4)[:, None]).bitwise_and_(15).flatten()
 
 
 def _global_scales(group: ScaleGroup, window: Tensor, sources: slice, rows: slice) -> Tensor | None:

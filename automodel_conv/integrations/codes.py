@@ -16,9 +16,10 @@ from torch import Tensor
 from automodel_conv.dtypes import FLOATING, dtype_code
 from automodel_conv.errors import QuantizationError, listing, message
 from automodel_conv.integrations.quantizers import only_moves, quantization_method, quantizes
-from automodel_conv.planning.quantization import needs_scale, scale_names
+from automodel_conv.planning.code_names import CodeNames
+from automodel_conv.planning.methods.table import METHODS
 from automodel_conv.planning.resolve import all_targets, resolve
-from automodel_conv.planning.schemes import STORAGES, is_of_kv_cache
+from automodel_conv.planning.schemes import is_of_kv_cache
 from automodel_conv.upstream.models import matching
 from automodel_conv.upstream.rules import RuleSet
 
@@ -39,12 +40,13 @@ def refuse_codes(model: Any, sources: Mapping[str, Any], load_config: Any) -> No
     """
     dtypes = {name: code for name, source in sources.items() if (code := _dtype(source)) not in FLOATING}
     beside = _unknown_scales(sources)
+    known = CodeNames.of_all_methods()
     scales = {
-        name: [scale for scale in scale_names(name) if scale in sources]
+        name: [scale for scale in known.scale_names(name) if scale in sources]
         or [scale for parent in (name, name.rpartition(".")[0]) for scale in beside.get(parent, ())]
         for name in dtypes
     }
-    suspects = [name for name, dtype in dtypes.items() if dtype and (scales[name] or needs_scale(name, dtype))]
+    suspects = [name for name, dtype in dtypes.items() if dtype and (scales[name] or known.needs_scale(name, dtype))]
     if not suspects:
         return
     rules = RuleSet(load_config.weight_mapping, model)
@@ -53,7 +55,7 @@ def refuse_codes(model: Any, sources: Mapping[str, Any], load_config: Any) -> No
     planned = matching(load_config.dtype_plan or {})
     method = quantization_method(model, load_config.hf_quantizer)
     # transformers warns of a method that it does not know, and loads as if there were none.
-    is_quantized = method in STORAGES or (method is not None and load_config.hf_quantizer is None)
+    is_quantized = method in METHODS or (method is not None and load_config.hf_quantizer is None)
     problems = []
     for name in suspects:
         place = places.get(name)
@@ -72,7 +74,7 @@ def refuse_codes(model: Any, sources: Mapping[str, Any], load_config: Any) -> No
         elif is_quantized and into_numbers:
             problems.append(f"{found}, and it has no known scale: {becomes}")
         elif is_quantized:
-            kept = [scale for scale in scale_names(place.target) if scale in state]
+            kept = [scale for scale in known.scale_names(place.target) if scale in state]
             if kept and made.isdisjoint(kept):
                 problems.append(f"{found}, and it has no known scale: transformers would make {kept[0]} up")
     if problems:

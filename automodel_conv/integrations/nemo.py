@@ -21,8 +21,8 @@ from automodel_conv import conversion_mapping
 from automodel_conv.doors import door
 from automodel_conv.errors import NameProblems, UnsupportedError, message
 from automodel_conv.in_memory import convert_state_dict, revert_state_dict
+from automodel_conv.planning.code_names import has_codes
 from automodel_conv.planning.layouts import get_layout, holds_experts
-from automodel_conv.planning.quantization import has_codes
 from automodel_conv.upstream.models import state_table
 
 _PACKAGE = "nemo_automodel.components.checkpoint"

@@ -166,6 +166,13 @@ class Target(NamedTuple):
         return nbytes(self.dtype, prod(self.shape))
 
 
+CODE_BITS = {"e4m3": 8, "e5m2": 8, "e2m1": 4, "int4": 4}
+"""The formats of codes, and how many bits a code has; see ``quantization.py``."""
+
+ZEROS_IN_I32 = 8
+"""Zero points in an I32, of rows that follow each other, the first in the lowest bits."""
+
+
 class Decode(NamedTuple):
     """How the elements of a quantized source come out of its codes; see ``quantization.py``.
 
@@ -174,7 +181,7 @@ class Decode(NamedTuple):
     """
 
     format: str
-    """Of a code: "e4m3", "e5m2", "e2m1" or "int4"."""
+    """Of a code, one of ``CODE_BITS``."""
     matrix: tuple[int, int]
     """Rows and columns of the source's last two dimensions, as stored."""
     block: tuple[int, int]
@@ -192,7 +199,7 @@ class Decode(NamedTuple):
     @property
     def bits(self) -> int:
         """Of a code."""
-        return 4 if self.format in ("e2m1", "int4") else 8
+        return CODE_BITS[self.format]
 
     @property
     def parts(self) -> tuple[int, ...]:

@@ -12,7 +12,7 @@ import msgspec
 from automodel_conv.dtypes import BITS
 from automodel_conv.errors import UnsupportedError, message
 from automodel_conv.planning.boxes import Box
-from automodel_conv.planning.copies import Decode, SourceTable, StridedCopy, Target
+from automodel_conv.planning.copies import CODE_BITS, ZEROS_IN_I32, Decode, SourceTable, StridedCopy, Target
 
 _VERSION = 3
 _AS_THEY_ARE = ("rules", "missing", "unexpected", "mismatched", "tied")
@@ -159,12 +159,12 @@ def _fields(form: _Form) -> dict[str, Any]:
 
 def _reads_inside(decode: Decode, row: int, shapes: Sequence[tuple[int, ...]]) -> bool:
     """Whether a quantized source has as many scales, zero points and global scales as its blocks take."""
-    if len(shapes[row]) < 2:
+    if decode.format not in CODE_BITS or len(shapes[row]) < 2:
         return False
     *lead, rows, columns = shapes[row]
     if decode.matrix != (rows, columns) or min(decode.block) < 1:
         return False
     down, across = -(-rows // decode.block[0]), -(-columns // decode.block[1])
-    wanted = prod(lead) * down * across, -(-down // 8) * across, 1
+    wanted = prod(lead) * down * across, -(-down // ZEROS_IN_I32) * across, 1
     parts = decode.scales, decode.zero_points, decode.global_scale
     return all(part is None or prod(shapes[part]) == size for part, size in zip(parts, wanted, strict=True))

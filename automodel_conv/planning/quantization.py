@@ -13,64 +13,21 @@ compressed-tensors 0.20.0, ``compressors/*/base.py``.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from math import ceil, prod
 from typing import Any
 
 from automodel_conv.dtypes import FLOATING
 from automodel_conv.errors import QuantizationError, listing, message
-from automodel_conv.planning.copies import Decode, SourceTable, Target
+from automodel_conv.planning.code_names import NARROW
+from automodel_conv.planning.copies import ZEROS_IN_I32, Decode, SourceTable, Target
 from automodel_conv.planning.lowering import copies_of
+from automodel_conv.planning.methods.method import Block, Method, Packing, Scheme, part_name, weight_name
+from automodel_conv.planning.methods.table import METHODS
 from automodel_conv.planning.plan import CopyPlan
-from automodel_conv.planning.schemes import (
-    KEEP,
-    STORAGES,
-    Block,
-    Scheme,
-    Storage,
-    part_name,
-    read_config,
-    rows_of_kv_caches,
-)
+from automodel_conv.planning.schemes import KEEP, read_config, rows_of_kv_caches
 from automodel_conv.planning.values import leaf, transpose
-
-# Of a code's container, by dtype.
-_CODES_IN = {"I32": 8, "U8": 2, "I8": 2, "F4": 2}
-# Of codes, or of scales, and of nothing else.
-_NARROW = ("F8_", "F6_", "F4")
-_CODE_SUFFIXES = tuple(dict.fromkeys(suffix for storage in STORAGES.values() for suffix, _ in storage.codes))
-_SCALES = tuple(dict.fromkeys(scale for storage in STORAGES.values() for scale in storage.scales))
-
-
-def has_codes(table: SourceTable) -> str | None:
-    """The name of a tensor of ``table`` that has the form of codes with scales, if there is one."""
-    forms: dict[str, list[tuple[str, tuple[str, ...]]]] = {}
-    for storage in STORAGES.values():
-        for suffix, dtype in storage.codes:
-            forms.setdefault(dtype, []).append((suffix, storage.scales))
-    if forms.keys().isdisjoint(table.dtypes):
-        return None
-    names = set(table.names)
-    for name, dtype in zip(table.names, table.dtypes, strict=True):
-        for suffix, scales in forms.get(dtype, ()):
-            weight = name.removesuffix(suffix)
-            if name.endswith(suffix) and any(part_name(weight, scale) in names for scale in scales):
-                return name
-    return None
-
-
-def scale_names(codes: str) -> list[str]:
-    """The names that a scale of these codes can have, by any method."""
-    weights = [codes.removesuffix(suffix) for suffix in _CODE_SUFFIXES if codes.endswith(suffix)]
-    return [part for weight in weights for scale in _SCALES if (part := part_name(weight, scale)) is not None]
-
-
-def needs_scale(name: str, dtype: str) -> bool:
-    """Whether a tensor of a quantized checkpoint can be nothing but codes: it is a weight, and no scale itself."""
-    if name.endswith(_SCALES) or dtype == "F8_E8M0":
-        return False
-    return dtype.startswith(_NARROW) or (dtype in ("I8", "U8") and name.endswith("weight"))
 
 
 def quantized_table(
@@ -89,8 +46,8 @@ def quantized_table(
         UnsupportedError: a method or scheme that is not decoded here; names it.
         QuantizationError: parts are missing, do not fit each other or contradict the config; names all of them.
     """
-    storage, schemes = read_config(config, where)
-    finder = _Finder(table, storage, schemes, like_upstream)
+    method, schemes = read_config(config, where)
+    finder = _Finder(table, method, schemes, like_upstream)
     finder.look()
     if schemes and not finder.problems and not finder.decodes:
         finder.problems.append("no tensor has codes and a scale, though the config says that weights are quantized")
@@ -98,13 +55,31 @@ def quantized_table(
         raise QuantizationError(
             message(
                 "the checkpoint's quantized tensors cannot be decoded",
-                where=f"{where or 'config.json'}, quantization method {config['quant_method']}, "
-                f"{len(finder.problems)} problems",
+                where=f"{where or 'config.json'}, quantization method {method.name}, {len(finder.problems)} problems",
                 found="\n" + listing(finder.problems),
                 do=["check that the config belongs to these files", KEEP],
             )
         )
     return finder.decoded()
+
+
+def tellers_of_padding(
+    stored: SourceTable, decoded: SourceTable, config: Mapping[str, Any]
+) -> Iterator[tuple[int, str]]:
+    """Rows of codes that may end in padding where one scale is for all of a row, and the tensors that tell.
+
+    Args:
+        decoded: ``stored`` by this config.
+    """
+    packings = [packing for packing in METHODS[config["quant_method"]].codes if packing.padding_told_by]
+    for row, decode in decoded.decodes.items() if packings else ():
+        if decode.block[1] < decode.matrix[1]:
+            continue
+        for packing in packings:
+            if stored.dtypes[row] == packing.dtype and stored.names[row].endswith(packing.suffix):
+                teller = part_name(decoded.names[row], packing.padding_told_by)
+                if teller is not None:
+                    yield row, teller
 
 
 def as_meant(table: SourceTable) -> CopyPlan:
@@ -133,10 +108,10 @@ def as_meant(table: SourceTable) -> CopyPlan:
 class _Finder:
     """Goes through codes, finds their other parts, and collects what does not fit."""
 
-    def __init__(self, table: SourceTable, storage: Storage, schemes: Sequence[Scheme], like_upstream: bool):
+    def __init__(self, table: SourceTable, method: Method, schemes: Sequence[Scheme], like_upstream: bool):
         self._table = table
         self._rows = {name: row for row, name in enumerate(table.names)}
-        self._storage = storage
+        self._method = method
         self._schemes = schemes
         self._like_upstream = like_upstream
         self._meant: dict[int, tuple[str, str, tuple[int, ...]]] = {}  # name, dtype and shape of the weight
@@ -146,16 +121,16 @@ class _Finder:
         self.problems: list[str] = []
 
     def look(self) -> None:
-        formats: dict[str, list[tuple[str, str]]] = {}
-        for (suffix, dtype), format in self._storage.codes.items():
-            formats.setdefault(dtype, []).append((suffix, format))
+        packings: dict[str, list[Packing]] = {}
+        for packing in self._method.codes:
+            packings.setdefault(packing.dtype, []).append(packing)
         for row, (name, dtype) in enumerate(zip(self._table.names, self._table.dtypes, strict=True)):
-            for suffix, format in formats.get(dtype, ()):
-                if name.endswith(suffix) and self._take(row, name.removesuffix(suffix), suffix, format):
+            for packing in packings.get(dtype, ()):
+                if name.endswith(packing.suffix) and self._take(row, weight_name(name, packing.suffix), packing):
                     break
         self._look_for_orphans()
         for row, (name, dtype) in enumerate(zip(self._table.names, self._table.dtypes, strict=True)):
-            if dtype.startswith(_NARROW) and not (row in self._meant or row in self._hidden or row in self._told):
+            if dtype.startswith(NARROW) and not (row in self._meant or row in self._hidden or row in self._told):
                 self.problems.append(f"{name} is {dtype}, and nothing says how that decodes")
 
     def decoded(self) -> SourceTable:
@@ -166,56 +141,58 @@ class _Finder:
             self._table, names=names, dtypes=dtypes, shapes=shapes, decodes=self.decodes, hidden=frozenset(self._hidden)
         )
 
-    def _take(self, row: int, weight: str, suffix: str, format: str) -> bool:
+    def _take(self, row: int, weight: str, packing: Packing) -> bool:
         """Take a tensor for the codes of ``weight``, unless it cannot be codes; False then."""
         name, dtype = self._table.names[row], self._table.dtypes[row]
-        scales = self._found(weight, self._storage.scales)
+        scales = self._found(weight, self._method.scales)
         if not scales:
-            if weight.endswith(self._storage.scales):  # which may be FP8 numbers themselves
+            if weight.endswith(self._method.scales):  # which may be FP8 numbers themselves
                 return False
-            if suffix or dtype.startswith(_NARROW) or weight.endswith("weight"):
-                wanted = " or ".join(filter(None, (part_name(weight, scale) for scale in self._storage.scales)))
+            if packing.suffix or dtype.startswith(NARROW) or weight.endswith("weight"):
+                wanted = " or ".join(filter(None, (part_name(weight, scale) for scale in self._method.scales)))
                 self._tell(row, f"{name} has no scale: nothing is called {wanted}")
                 return True
             return False
-        zero_points = self._part(weight, self._storage.zero_points)
-        global_scale = self._part(weight, self._storage.global_scale)
+        zero_points = self._part(weight, self._method.zero_points)
+        global_scale = self._part(weight, self._method.global_scale)
         others = [part for part in (zero_points, global_scale) if part is not None]
-        self._hidden.update(scales, others, self._found(weight, self._storage.dropped))
-        refused = self._found(weight, self._storage.refused)
+        self._hidden.update(scales, others, self._found(weight, self._method.dropped))
+        refused = self._found(weight, self._method.refused)
         if len(scales) > 1:
             self._tell(row, f"{name} has {len(scales)} scales: {', '.join(self._table.names[s] for s in scales)}")
         elif refused:
-            self._tell(row, f"{weight} is in groups by activation order: {self._table.names[refused[0]]}")
-        elif suffix and weight in self._rows:
+            part = self._table.names[refused[0]]
+            why = next(why for suffix, why in self._method.refused.items() if part_name(weight, suffix) == part)
+            self._tell(row, f"{weight} {why}: {part}")
+        elif packing.suffix and weight in self._rows:
             self._tell(row, f"{weight} is there beside its codes, {name}")
         else:
-            shape = self._shape(row, format)
-            scheme = (
-                None
-                if shape is None
-                else self._scheme(row, weight, format, shape, scales[0], zero_points, global_scale)
-            )
-            if shape is not None and scheme is not None:
+            shape = packing.unpacked(self._table.shapes[row])
+            if shape is None:
+                found = list(self._table.shapes[row])
+                self._tell(row, f"{name} has the shape {found}, not {packing.form}")
+                return True
+            scheme = self._scheme(row, weight, packing, shape, scales[0], zero_points, global_scale)
+            if scheme is not None:
                 kind, (rows, columns) = self._table.dtypes[scales[0]], shape[-2:]
                 self._meant[row] = weight, kind if kind in FLOATING and kind != "F32" else "BF16", shape
                 self.decodes[row] = Decode(
-                    format,
+                    packing.format,
                     (rows, columns),
                     (scheme.block[0] or max(1, rows), scheme.block[1] or max(1, columns)),
                     scales[0],
                     zero_points,
                     global_scale,
-                    self._storage.divides,
-                    suffix == "_blocks",
+                    self._method.divides,
+                    packing.swapped,
                     self._like_upstream,
                 )
         return True
 
     def _look_for_orphans(self) -> None:
         """Scales without codes: whoever wrote them meant something else than we would load."""
-        suffixes = tuple(suffix for suffix in self._storage.scales if suffix.startswith("_"))
-        codes = {suffix for suffix, _ in self._storage.codes}
+        suffixes = tuple(suffix for suffix in self._method.scales if suffix.startswith("_"))
+        codes = {packing.suffix for packing in self._method.codes}
         for name, row in self._rows.items():
             if row in self._hidden or not name.endswith(suffixes):
                 continue
@@ -228,37 +205,26 @@ class _Finder:
                 found = " and ".join(f"{self._table.names[each]}, which is {self._table.dtypes[each]}" for each in of)
                 self._tell(row, f"{name} is the scale of {found}, not codes")
             elif suffix != "_scale" or weight.endswith("weight"):  # "_scale" alone is an ending of other things too
-                wanted = " or ".join(sorted(weight + each for each in codes))
-                self._tell(row, f"{name} is the scale of nothing: nothing is called {wanted}")
+                wanted = " or ".join(sorted(filter(None, (part_name(weight, each) for each in codes))))
+                self._tell(row, f"{name} is the scale of nothing: nothing is called {wanted or weight}")
 
     def _tell(self, row: int, problem: str) -> None:
         self._told.add(row)
         self.problems.append(problem)
 
     def _part(self, weight: str, suffix: str) -> int | None:
-        return self._rows.get(weight + suffix) if suffix else None
+        name = part_name(weight, suffix) if suffix else None
+        return None if name is None else self._rows.get(name)
 
     def _found(self, weight: str, suffixes: Iterable[str]) -> list[int]:
-        names = (part_name(weight, suffix) for suffix in suffixes)
+        names = [part_name(weight, suffix) for suffix in suffixes]
         return [self._rows[name] for name in names if name in self._rows]
-
-    def _shape(self, row: int, format: str) -> tuple[int, ...] | None:
-        """The shape of the weight, as stored."""
-        name, dtype, shape = self._table.names[row], self._table.dtypes[row], self._table.shapes[row]
-        in_blocks = name.endswith("_blocks")
-        if len(shape) < 2 + in_blocks or (in_blocks and shape[-1] != 16):
-            expected = "[..., rows, groups, 16]" if in_blocks else "[..., rows, columns]"
-            self._tell(row, f"{name} has the shape {list(shape)}, not {expected}")
-            return None
-        if in_blocks:
-            return (*shape[:-2], shape[-2] * 32)
-        return (*shape[:-1], shape[-1] * (_CODES_IN[dtype] if format in ("e2m1", "int4") else 1))
 
     def _scheme(
         self,
         row: int,
         weight: str,
-        format: str,
+        packing: Packing,
         shape: tuple[int, ...],
         scales: int,
         zero_points: int | None,
@@ -266,6 +232,7 @@ class _Finder:
     ) -> Scheme | None:
         """The scheme of the config that the parts of a weight agree with."""
         names, dtypes, shapes = self._table.names, self._table.dtypes, self._table.shapes
+        format = packing.format
         allowed = [scheme for scheme in self._schemes if scheme.format == format]
         if not allowed:
             return self._tell(row, f"{names[row]} has {format} codes, of which the config does not speak")
@@ -279,12 +246,12 @@ class _Finder:
             found = f"expected {wanted}, found {list(shapes[scales])}"
             return self._tell(row, f"{names[scales]} of {weight} {list(shape)}: {found}")
         for part, suffix, flag, what in (
-            (zero_points, self._storage.zero_points, "zero_points", "zero points"),
-            (global_scale, self._storage.global_scale, "global_scale", "scale of the whole tensor"),
+            (zero_points, self._method.zero_points, "zero_points", "zero points"),
+            (global_scale, self._method.global_scale, "global_scale", "scale of the whole tensor"),
         ):
             agreeing = [scheme for scheme in fitting if getattr(scheme, flag) == (part is not None)]
             if not agreeing:
-                missing = f"{weight} has no {what}: nothing is called {weight}{suffix}"
+                missing = f"{weight} has no {what}: nothing is called {part_name(weight, suffix) or suffix}"
                 return self._tell(row, missing if part is None else f"{names[part]}: the config speaks of no {what}")
             fitting = agreeing
         if len({_within(scheme.block, shape) for scheme in fitting}) > 1:
@@ -292,12 +259,11 @@ class _Finder:
             return self._tell(row, f"{names[scales]} of {weight} {list(shape)} fits several blocks: {blocks}")
         scheme = fitting[0]
         rows, columns = _within(scheme.block, shape)
-        # Packed rows end in padding where there are not enough codes; whole groups leave none.
-        if format == "int4" and scheme.block[1] is not None and shape[-1] % scheme.block[1]:
+        # Whole groups leave no padding.
+        if packing.padding_told_by and scheme.block[1] is not None and shape[-1] % scheme.block[1]:
             return self._tell(row, f"{names[row]} holds {shape[-1]} columns, not whole groups of {scheme.block[1]}")
         if zero_points is not None:
-            # Packed along the rows, eight to an I32, the first in the lowest bits.
-            wanted = ceil(ceil(shape[-2] / rows) / 8), ceil(shape[-1] / columns)
+            wanted = ceil(ceil(shape[-2] / rows) / ZEROS_IN_I32), ceil(shape[-1] / columns)
             if len(shape) > 2 or (dtypes[zero_points], shapes[zero_points]) != ("I32", wanted):
                 found = f"expected I32 {list(wanted)}, found {dtypes[zero_points]} {list(shapes[zero_points])}"
                 return self._tell(row, f"{names[zero_points]}: {found}")

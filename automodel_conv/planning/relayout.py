@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from automodel_conv.errors import UnsupportedError, message
 from automodel_conv.planning.axes import dims_of, rearrange
+from automodel_conv.planning.code_names import packed_dtypes
 from automodel_conv.planning.copies import SourceTable, StridedCopy, Target
 from automodel_conv.planning.layouts import SCALES, Buffer, Layout, is_experts
 from automodel_conv.planning.lowering import copies_of
@@ -14,7 +15,6 @@ from automodel_conv.planning.plan import CopyPlan
 from automodel_conv.planning.values import LoweringError, Value, leaf, narrow, reshape, stack
 
 _DO = "{dequantize=True} gives the numbers that they stand for"
-_PACKED = frozenset({"F4", "U8", "I8", "I32"})  # several codes to an element, where the experts have scales
 _Made = tuple[tuple[int, ...], tuple[StridedCopy, ...]]  # a target's shape and its copies
 
 
@@ -55,6 +55,7 @@ def relayout(
     """
     rows = {name: row for row, name in enumerate(table.names) if row not in table.hidden}
     scaled = {name[: name.rfind("experts") + len("experts")] for name in table.names if name.endswith(SCALES)}
+    packed = packed_dtypes()
     rules: dict[str, int] = {}
     shared: dict[tuple[_Step | None, tuple[tuple[int, ...], ...]], _Made] = {}
     targets: list[Target] = []
@@ -85,7 +86,7 @@ def relayout(
                 raise _not_together(names, table, rows)
             if step.moves and suffix and step.parts_gate_and_up:
                 raise UnsupportedError(message(f"{name}: gate and up that share a scale cannot be moved apart", do=_DO))
-            if step.moves and not suffix and table.dtypes[row] in _PACKED and path in scaled:
+            if step.moves and not suffix and table.dtypes[row] in packed and path in scaled:
                 text = f"{name}: packed codes cannot be laid out anew"
                 raise UnsupportedError(message(text, found=table.dtypes[row], do=_DO))
             made = f"{path}.{step.target.name}{suffix}"

@@ -24,11 +24,12 @@ from automodel_conv.errors import (
 from automodel_conv.files.checkpoint import Checkpoint, open_checkpoint
 from automodel_conv.files.config import quantization
 from automodel_conv.files.shards import Form, Shard, divide, parse_size
+from automodel_conv.planning.code_names import has_codes
 from automodel_conv.planning.copies import SourceTable
 from automodel_conv.planning.kept_codes import keep_codes
 from automodel_conv.planning.layouts import PER_EXPERT, any_experts, get_layout
 from automodel_conv.planning.plan import CopyPlan
-from automodel_conv.planning.quantization import has_codes, quantized_table
+from automodel_conv.planning.quantization import quantized_table
 from automodel_conv.planning.unmarked import not_taken_apart
 from automodel_conv.publishing.saved import specs_of, with_dtype
 from automodel_conv.upstream.from_config import meta_model

@@ -8,8 +8,9 @@ from typing import NamedTuple
 
 from automodel_conv.dtypes import itemsize
 from automodel_conv.errors import ConversionError, message
+from automodel_conv.planning.copies import ZEROS_IN_I32
 from automodel_conv.schedule.code_rectangles import SourceRectangle, rectangles_of
-from automodel_conv.schedule.coded_source import PACKED, CodedSource
+from automodel_conv.schedule.coded_source import CodedSource
 from automodel_conv.schedule.cutting import ranges, slabs
 from automodel_conv.schedule.jobs import ALIGN_BYTES, GAP_BYTES, Move, aligned
 
@@ -24,7 +25,7 @@ class ScaleKind(NamedTuple):
     """A kind of scales: those of one kind share a table."""
 
     format: str
-    """The format of the codes: "e4m3", "e5m2", "e2m1" or "int4"."""
+    """The format of the codes, one of ``CODE_BITS``."""
     bits: int
     """Bits of a code."""
     scales: str
@@ -206,7 +207,7 @@ def _capacity(source: CodedSource, limit: int, in_place: bool) -> int:
     elif kind.has_table_for_each_source:
         fixed += BYTE_SCALES * kind.row_bytes
     block_rows = decode.block[0]
-    fixed += (2 if decode.zero_points is None else 2 * PACKED) * source.across * a_scale
+    fixed += (2 if decode.zero_points is None else 2 * ZEROS_IN_I32) * source.across * a_scale
     each = decode.bits / 8 + a_scale * source.scales_per_element
     each += 0 if in_place else itemsize(source.dtype)
     found = int((limit - fixed) / each)
@@ -226,7 +227,9 @@ def _capacity(source: CodedSource, limit: int, in_place: bool) -> int:
 def _kind(source: CodedSource, block_rows: tuple[int, int]) -> ScaleKind:
     decode, dtypes = source.decode, source.checkpoint.dtypes
     first, last = block_rows
-    packed = None if decode.zero_points is None else (-(-last // PACKED) - first // PACKED, first % PACKED)
+    packed = (
+        None if decode.zero_points is None else (-(-last // ZEROS_IN_I32) - first // ZEROS_IN_I32, first % ZEROS_IN_I32)
+    )
     has_global = decode.global_scale is not None
     grid = (last - first, source.across) if packed or has_global else None
     flags = decode.divides, decode.like_upstream, has_global

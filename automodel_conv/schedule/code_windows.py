@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from automodel_conv.dtypes import itemsize
 from automodel_conv.files.checkpoint import Checkpoint
-from automodel_conv.planning.copies import Decode
+from automodel_conv.planning.copies import ZEROS_IN_I32, Decode
 from automodel_conv.schedule.code_slabs import (
     BYTE_SCALES,
     CELL_BYTES,
@@ -24,7 +24,7 @@ from automodel_conv.schedule.code_slabs import (
     Slab,
     slabs_of,
 )
-from automodel_conv.schedule.coded_source import PACKED, CodedSource
+from automodel_conv.schedule.coded_source import CodedSource
 from automodel_conv.schedule.jobs import ALIGN_BYTES, Move, Read, aligned
 
 # A group of scales loses so many bytes to the alignment of its pieces.
@@ -188,7 +188,7 @@ class _Window:
             if decode.zero_points is not None and kind.zero_points is not None:
                 across = slab.scales // (slab.block_rows[1] - slab.block_rows[0])
                 nbytes = kind.zero_points[0] * across * ZERO_POINT_BYTES
-                before = slab.block_rows[0] // PACKED * across * ZERO_POINT_BYTES
+                before = slab.block_rows[0] // ZEROS_IN_I32 * across * ZERO_POINT_BYTES
                 self._add(checkpoint, decode.zero_points, before, nbytes, at)
                 at += nbytes
         globals_bytes = at = aligned(at)

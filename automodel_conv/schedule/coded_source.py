@@ -7,9 +7,6 @@ from collections.abc import Iterator
 from automodel_conv.files.checkpoint import Checkpoint
 from automodel_conv.planning.copies import Decode
 
-PACKED = 8
-"""Zero points in a packed I32, along the rows."""
-
 
 class CodedSource:
     """A quantized source and the numbers it becomes."""

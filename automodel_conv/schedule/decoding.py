@@ -13,8 +13,8 @@ from math import ceil
 from automodel_conv.dtypes import itemsize
 from automodel_conv.errors import ConversionError, message
 from automodel_conv.files.checkpoint import Checkpoint
-from automodel_conv.planning.copies import Decode
-from automodel_conv.schedule.coded_source import PACKED, CodedSource
+from automodel_conv.planning.copies import ZEROS_IN_I32, Decode
+from automodel_conv.schedule.coded_source import CodedSource
 from automodel_conv.schedule.cutting import ranges, slabs
 from automodel_conv.schedule.jobs import (
     ALIGN_BYTES,
@@ -57,7 +57,7 @@ def _capacity(source: CodedSource, limit: int) -> int:
     each = source.decode.bits / 8 + itemsize(source.dtype) + scale_bytes * source.scales_per_element
     if source.decode.zero_points is not None:
         fixed += 2 * 4 * source.across
-        each += 4 * source.scales_per_element / PACKED
+        each += 4 * source.scales_per_element / ZEROS_IN_I32
     found = int((limit - fixed) / each)
     least = min(ALIGN_BYTES, source.numel)
     if found < least:
@@ -82,7 +82,9 @@ def _job(source: CodedSource, start: int, stop: int, cut: Sequence[Move]) -> Rea
     scales, at = _grid(source, source.decode.scales, first, last, at, reads)
     zero_points = None
     if source.decode.zero_points is not None:
-        zero_points, at = _grid(source, source.decode.zero_points, first // PACKED, -(-last // PACKED), at, reads)
+        zero_points, at = _grid(
+            source, source.decode.zero_points, first // ZEROS_IN_I32, -(-last // ZEROS_IN_I32), at, reads
+        )
     global_bytes = None
     if source.decode.global_scale is not None:
         global_bytes = at
@@ -101,7 +103,7 @@ def _job(source: CodedSource, start: int, stop: int, cut: Sequence[Move]) -> Rea
             source.columns,
             scales,
             zero_points,
-            first % PACKED,
+            first % ZEROS_IN_I32,
             global_bytes,
             source.block_row(element) - first,
             c0 // source.decode.block[1],

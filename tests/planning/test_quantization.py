@@ -3,8 +3,9 @@
 import pytest
 
 from automodel_conv.errors import QuantizationError, UnsupportedError
+from automodel_conv.planning.code_names import has_codes
 from automodel_conv.planning.copies import Decode, SourceTable
-from automodel_conv.planning.quantization import has_codes, quantized_table
+from automodel_conv.planning.quantization import quantized_table
 
 FP8 = {"quant_method": "fp8", "weight_block_size": [128, 128]}
 

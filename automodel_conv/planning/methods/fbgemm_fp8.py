@@ -1,0 +1,16 @@
+"""FBGEMM's FP8: a scale for each row.
+
+Source: transformers 5.23.0, ``FbgemmFp8Config`` in ``utils/quantization_config.py``.
+"""
+
+from __future__ import annotations
+
+from automodel_conv.planning.methods.method import CHANNEL, FP8_CODES, NUMBERS, Method, Scheme
+
+FBGEMM_FP8 = Method(
+    name="fbgemm_fp8",
+    schemes=lambda config: [Scheme("e4m3", CHANNEL, NUMBERS)],
+    codes=FP8_CODES,
+    scales=("_scale",),
+    dropped=(".input_scale_ub",),
+)

@@ -1,0 +1,43 @@
+"""FP8 in blocks, of DeepSeek-V3 and all who follow it.
+
+Sources: transformers 5.23.0, ``FineGrainedFP8Config`` in ``utils/quantization_config.py`` and
+``integrations/finegrained_fp8.py``; the files of DeepSeek-V3, Qwen3-FP8, MiniMax-M2 (``_scale_inv``), DeepSeek-V4
+(``.scale``; experts are FP4 in I8) and Mistral (``.qscale_*``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from automodel_conv.planning.methods.method import (
+    CHANNEL,
+    EXPONENTS,
+    FP8_CODES,
+    NUMBERS,
+    TENSOR,
+    Method,
+    Packing,
+    Scheme,
+    block_of,
+)
+
+
+def _schemes(config: Mapping[str, Any]) -> list[Scheme]:
+    blocks = [TENSOR, CHANNEL]
+    if "weight_block_size" not in config:  # transformers' default, while vLLM's is one scale a tensor
+        blocks.insert(0, (128, 128))
+    elif config["weight_block_size"] is not None:
+        blocks = [block_of(config["weight_block_size"])]
+    fp8 = [Scheme(format, block, NUMBERS | EXPONENTS) for format in ("e4m3", "e5m2") for block in blocks]
+    # DeepSeek-V4's experts: the config tells the block of the other weights alone.
+    return [*fp8, Scheme("e2m1", (1, 32), EXPONENTS)]
+
+
+FP8 = Method(
+    name="fp8",
+    schemes=_schemes,
+    codes=(*FP8_CODES, Packing("", "I8", "e2m1"), Packing("", "F4", "e2m1")),
+    scales=("_scale_inv", "_scale", ".scale", ".qscale_weight"),
+    dropped=(".activation_scale", "_activation_scale", ".input_scale", ".qscale_act"),
+)

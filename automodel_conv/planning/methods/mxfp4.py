@@ -1,0 +1,15 @@
+"""MXFP4, of gpt-oss: ``[..., rows, groups, 16]`` bytes of codes, meant as ``[..., columns, rows]``.
+
+Sources: OCP Microscaling Formats 1.0; transformers 5.23.0, ``integrations/mxfp4.py``; the files of gpt-oss.
+"""
+
+from __future__ import annotations
+
+from automodel_conv.planning.methods.method import EXPONENTS, Method, Packing, Scheme
+
+MXFP4 = Method(
+    name="mxfp4",
+    schemes=lambda config: [Scheme("e2m1", (1, 32), EXPONENTS)],
+    codes=(Packing("_blocks", "U8", "e2m1", group=16, swapped=True),),
+    scales=("_scales",),
+)
