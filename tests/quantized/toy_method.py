@@ -1,0 +1,20 @@
+"""A quantization method that nobody has, in one file: names, groups and elements of its own."""
+
+from automodel_conv.planning.methods.method import NUMBERS, Method, Packing, Scheme, Undecoded, block_of
+
+
+def _schemes(config):
+    if config.get("style") != "plain":
+        raise Undecoded(f"toy's {config.get('style')}", "plain")
+    return [Scheme(format, block_of(config["tile"]), NUMBERS) for format in ("int4", "e4m3")]
+
+
+TOY = Method(
+    name="toy",
+    schemes=_schemes,
+    # Three I16 hold the 12 codes of a group, of a weight that is meant transposed; an I32 holds four FP8 codes.
+    codes=(Packing(".nibbles", "I16", "int4", group=3, swapped=True), Packing("_quads", "I32", "e4m3")),
+    scales=(".steps",),
+    dropped=(".note",),
+    refused={".shuffle": "is in an order of its own"},
+)
