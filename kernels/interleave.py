@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 
 from automodel_conv.kernels.address_table import WIDEST, Matrices, Operand, as_matrices
+from automodel_conv.kernels.deinterleave import deinterleave as deinterleave  # the inverse: found here too
+from automodel_conv.kernels.deinterleave import deinterleave_torch as deinterleave_torch
 from automodel_conv.kernels.jit import jit, tl
 from automodel_conv.kernels.launch import (
     NO_LAUNCHES,
