@@ -157,7 +157,7 @@ class _Finder:
         global_scale = self._part(weight, self._method.global_scale)
         others = [part for part in (zero_points, global_scale) if part is not None]
         self._hidden.update(scales, others, self._found(weight, self._method.dropped))
-        refused = self._found(weight, self._method.refused)
+        refused = self._found(weight, self._method.refused) if self._method.refused else []
         if len(scales) > 1:
             self._tell(row, f"{name} has {len(scales)} scales: {', '.join(self._table.names[s] for s in scales)}")
         elif refused:

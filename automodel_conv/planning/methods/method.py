@@ -46,7 +46,10 @@ class Packing(NamedTuple):
             if len(shape) < 3 or shape[-1] != self.group:
                 return None
             shape = (*shape[:-2], shape[-2] * self.group)
-        return (*shape[:-1], shape[-1] * self.codes_per_element) if len(shape) > 1 else None
+        if len(shape) < 2:
+            return None
+        each = self.codes_per_element
+        return shape if each == 1 else (*shape[:-1], shape[-1] * each)
 
 
 # Rows and columns that share a scale, None for all there are.
