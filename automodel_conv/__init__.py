@@ -8,6 +8,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from automodel_conv.compiling.planned import compile_plan
     from automodel_conv.conversion_mapping import (
         get_checkpoint_conversion_mapping,
         get_combined_key_mapping,
@@ -29,10 +30,11 @@ if TYPE_CHECKING:
         VerificationError,
         WriteError,
     )
+    from automodel_conv.execution.report import LoadReport
     from automodel_conv.files.checkpoint import Checkpoint, open_checkpoint
     from automodel_conv.in_memory import convert_state_dict, revert_state_dict
     from automodel_conv.integrations.transformers import accelerate_transformers, install, uninstall
-    from automodel_conv.loading import LoadReport, compile_plan, load_model, load_state_dict
+    from automodel_conv.loading import load_model, load_state_dict
     from automodel_conv.planning.plan import CopyPlan
     from automodel_conv.saving import SaveReport, save_checkpoint
     from automodel_conv.verifying import verify_checkpoint
@@ -47,6 +49,7 @@ _HOMES = {
         "is_transformers_conversion_available",
         "requires_tensor_merging",
     ),
+    "automodel_conv.compiling.planned": ("compile_plan",),
     "automodel_conv.converting": ("ConvertReport", "convert_checkpoint"),
     "automodel_conv.errors": (
         "CheckpointError",
@@ -61,10 +64,11 @@ _HOMES = {
         "VerificationError",
         "WriteError",
     ),
+    "automodel_conv.execution.report": ("LoadReport",),
     "automodel_conv.files.checkpoint": ("Checkpoint", "open_checkpoint"),
     "automodel_conv.in_memory": ("convert_state_dict", "revert_state_dict"),
     "automodel_conv.integrations.transformers": ("accelerate_transformers", "install", "uninstall"),
-    "automodel_conv.loading": ("LoadReport", "compile_plan", "load_model", "load_state_dict"),
+    "automodel_conv.loading": ("load_model", "load_state_dict"),
     "automodel_conv.planning.plan": ("CopyPlan",),
     "automodel_conv.saving": ("SaveReport", "save_checkpoint"),
     "automodel_conv.verifying": ("verify_checkpoint",),

@@ -34,9 +34,11 @@ from automodel_conv.files import system
 from automodel_conv.files.beside import files_beside
 from automodel_conv.files.checkpoint import Checkpoint, open_downloaded
 from automodel_conv.files.config import CONFIG_NAME, MODELOPT_NAME, plain_config
-from automodel_conv.files.destination import open_destination, remove_remains, telling
+from automodel_conv.files.destination import open_destination
 from automodel_conv.files.finished import is_finished
 from automodel_conv.files.shards import index_of
+from automodel_conv.files.staging import remove_remains
+from automodel_conv.files.write_errors import write_errors
 from automodel_conv.progress import bytes_progress
 from automodel_conv.publishing.beside import write_checksums
 from automodel_conv.publishing.conversion import DEFAULT_SCRATCH_BYTES, Conversion, compile_conversion
@@ -187,7 +189,7 @@ def convert_checkpoint(
     with open_destination(directory, shards, work, resume=resume, index_name=conversion.form.index_name) as place:
         unfinished = place.unfinished
         nbytes = sum(shard.nbytes for shard in shards if shard.name in unfinished)
-        with telling(directory):
+        with write_errors(directory):
             free = system.free_bytes(directory)
         if free < nbytes:
             wanted = f"{nbytes} bytes for {len(unfinished)} files"
@@ -219,7 +221,7 @@ def convert_checkpoint(
                     do="start again with {resume=False}",
                 )
             )
-        with telling(directory):
+        with write_errors(directory):
             for name, text in texts.items():
                 place.write(name, text)
             for name, path in copies.items():

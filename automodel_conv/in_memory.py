@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from automodel_conv.compiling.pipeline import loading_plan, saving_plan
+from automodel_conv.compiling.to_checkpoint import saving_plan
+from automodel_conv.compiling.to_model import loading_plan
 from automodel_conv.destinations.ties import in_order, unequal_ties, with_tied
 from automodel_conv.distributed.placements import is_distributed
 from automodel_conv.doors import door

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from automodel_conv.compiling.experts import refuse_missing_experts
 from automodel_conv.compiling.marks import form_of_save
-from automodel_conv.compiling.pipeline import saving_plan
+from automodel_conv.compiling.to_checkpoint import saving_plan
 from automodel_conv.distributed.collectives import same_on_all, together
 from automodel_conv.distributed.holders import checksums_of_parts, find_holders, refuse_unlike_replicas
 from automodel_conv.distributed.placements import local_of, meshes_of, region_of
@@ -26,7 +26,8 @@ from automodel_conv.errors import UnsupportedError, kind_of, message
 from automodel_conv.execution.tensor_slabs import Holding, tensor_slabs
 from automodel_conv.execution.writing import budget, write_slabs
 from automodel_conv.files.checkpoint import open_checkpoint, open_downloaded
-from automodel_conv.files.destination import open_destination, staged_path
+from automodel_conv.files.destination import open_destination
+from automodel_conv.files.staging import staged_path
 from automodel_conv.planning.names import plain_tensors
 from automodel_conv.progress import bytes_progress
 from automodel_conv.publishing.beside import begin_save, finish_save

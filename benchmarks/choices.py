@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 import torch
 from rich.table import Table
 
-from automodel_conv.execution import copying, new_memory
+from automodel_conv.execution import copying, new_memory, page_calls
 from automodel_conv.execution import host as cpu
 from automodel_conv.files import system
 from automodel_conv.kernels import transpose_torch
@@ -60,7 +60,7 @@ def _pages(huge: bool, *, made_before: bool = True) -> Callable[[], None]:
         # This size, whatever the load says: it asks for huge pages where the system cannot make them.
         cpu.NewMemory = lambda tensors, _: new_memory.NewMemory(tensors, huge)  # type: ignore[assignment,misc]
         if not made_before:
-            system.make_pages = lambda address, nbytes: False
+            page_calls.make_pages = lambda address, nbytes: False
 
     return change
 

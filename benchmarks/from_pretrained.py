@@ -31,7 +31,7 @@ from rich.table import Table
 
 import automodel_conv as amc
 from automodel_conv.cli.measuring import PeakMemory, ready_memory
-from automodel_conv.integrations import transformers as hook
+from automodel_conv.integrations import hooked_load
 from benchmarks import measure
 from benchmarks.shapes import DEEPSEEK_V3, SMALL, qwen3_30b, write_checkpoint, write_sparse_checkpoint
 from benchmarks.show import show, show_environment
@@ -71,7 +71,7 @@ def reach(method: str, directory: str, warm_up: str) -> dict[str, Any]:
     # A patched convert is not lowered, so each has its own places.
     places: list[Any] = [(WeightConverter, "convert"), (WeightRenaming, "convert")]
     if METHODS[method] is amc.accelerate_transformers:
-        places = [(hook, "fill")]
+        places = [(hooked_load, "fill")]
 
     def reached(*args: Any, **kwargs: Any) -> None:
         raise _Reached

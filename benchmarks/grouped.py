@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 import automodel_conv as amc
-from automodel_conv.files import system
+from automodel_conv.execution import page_calls
 
 GROUPED = ("gate_up_proj", "down_proj")
 """The last parts of the names of grouped tensors, as transformers has them."""
@@ -64,4 +64,4 @@ def new_buffers(shapes: Mapping[str, tuple[int, ...]], transposed: bool) -> tupl
 
 def advise_huge_pages(tensor: Tensor) -> None:
     if tensor.nbytes >= 4 << 20:
-        system.advise_huge_pages(tensor.data_ptr(), tensor.nbytes)
+        page_calls.advise_huge_pages(tensor.data_ptr(), tensor.nbytes)

@@ -39,10 +39,8 @@ READING = (
     "free_bytes",
 )
 NEVER_FAILING = (
-    *("exists", "is_file", "is_directory", "is_link", "real_path", "close", "advise_huge_pages", "begin_writeback"),
-    *("is_cached", "drop_cache", "knows_pages", "make_pages", "resident_share", "seconds_ready"),
-    *("can_map", "unmap", "read_text"),
-    *("read_exactly", "write_exactly"),  # which call preadv and pwritev
+    *("exists", "is_file", "is_directory", "is_link", "real_path", "close", "begin_writeback"),
+    *("is_cached", "drop_cache", "seconds_ready", "can_map", "unmap", "read_text"),
 )
 
 Hook = Callable[[int, str, tuple[Any, ...]], None]

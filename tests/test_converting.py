@@ -24,8 +24,10 @@ from automodel_conv.errors import (
     VerificationError,
     WriteError,
 )
+from automodel_conv.execution import writing
 from automodel_conv.files import system
-from automodel_conv.files.destination import STAGING_NAME, Destination
+from automodel_conv.files.destination import Destination
+from automodel_conv.files.staging import STAGING_NAME
 from automodel_conv.testing import address_valued
 from tests.comparing import assert_same, contents, tensors_of
 
@@ -515,7 +517,7 @@ def test_what_is_left_of_a_checkpoint_is_compared_as_it_is(published, tmp_path):
 
 
 def test_a_conversion_that_writes_a_wrong_byte_says_so_and_is_no_checkpoint(saved, tmp_path, monkeypatch):
-    real = system.write_exactly
+    real = writing.write_exactly
 
     def write_exactly(fd, views, offset, path):
         views = [bytearray(view) for view in views]
@@ -524,7 +526,7 @@ def test_a_conversion_that_writes_a_wrong_byte_says_so_and_is_no_checkpoint(save
         real(fd, [memoryview(view) for view in views], offset, path)
 
     monkeypatch.setattr(system, "copy_range", lambda *arguments: 0)
-    monkeypatch.setattr(system, "write_exactly", write_exactly)
+    monkeypatch.setattr(writing, "write_exactly", write_exactly)
     with pytest.raises(VerificationError, match="is not what the source makes it"):
         amc.convert_checkpoint(saved, tmp_path / "made", rules=[])
     assert not list((tmp_path / "made").glob("*.safetensors*"))

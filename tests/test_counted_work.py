@@ -21,6 +21,7 @@ import automodel_conv as amc
 from automodel_conv.cli import demo
 from automodel_conv.cli.measuring import ready_memory
 from automodel_conv.execution import host as cpu
+from automodel_conv.execution import page_calls
 from automodel_conv.execution.buffers import allocate
 from automodel_conv.files import system
 
@@ -92,10 +93,11 @@ def test_calls_are_counted():
 
 @pytest.fixture
 def system_calls(monkeypatch):
-    """Calls of each function of ``system`` that reads, and all bytes that were read."""
+    """Calls of each function that asks the system in a load, and all bytes that were read."""
     counts = Counter()
-    for name in ("open_readonly", "preadv", "size", "close", "advise_huge_pages"):
-        real = getattr(system, name)
+    reading = [(system, name) for name in ("open_readonly", "preadv", "size", "close")]
+    for module, name in [*reading, (page_calls, "advise_huge_pages")]:
+        real = getattr(module, name)
 
         def counted(*arguments, name=name, real=real):
             counts[name] += 1
@@ -104,7 +106,7 @@ def system_calls(monkeypatch):
                 counts["bytes"] += result
             return result
 
-        monkeypatch.setattr(system, name, counted)
+        monkeypatch.setattr(module, name, counted)
     return counts
 
 
@@ -158,7 +160,7 @@ def test_page_faults_are_those_of_new_memory_with_huge_pages(large):
     def touched():
         buffers = allocate(plan.targets)
         for buffer in buffers.values():
-            system.advise_huge_pages(buffer.data_ptr(), buffer.nbytes)
+            page_calls.advise_huge_pages(buffer.data_ptr(), buffer.nbytes)
             buffer.view(-1).view(torch.uint8).fill_(1)
         return buffers
 
@@ -168,13 +170,13 @@ def test_page_faults_are_those_of_new_memory_with_huge_pages(large):
 
 
 def test_buffers_of_4_mib_are_advised_once_and_small_ones_never(large, system_calls, monkeypatch):
-    monkeypatch.setattr(system, "resident_share", lambda address, nbytes: 0.0)  # all memory is new
+    monkeypatch.setattr(page_calls, "resident_share", lambda address, nbytes: 0.0)  # all memory is new
     loaded = amc.load_state_dict(large, huge_pages=True, threads=1)
     assert system_calls["advise_huge_pages"] == sum(tensor.nbytes >= 4 << 20 for tensor in loaded.values()) > 0
 
 
 def test_measuring_costs_a_few_calls_more(large, system_calls, monkeypatch):
-    monkeypatch.setattr(system, "resident_share", lambda address, nbytes: 0.0)
+    monkeypatch.setattr(page_calls, "resident_share", lambda address, nbytes: 0.0)
     loaded = amc.load_state_dict(large, threads=1)
     buffers = sum(tensor.nbytes >= 4 << 20 for tensor in loaded.values())
     # Four tries, and one call or two where a noisy machine changes the size that is faster.

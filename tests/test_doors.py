@@ -15,7 +15,7 @@ import automodel_conv as amc
 from automodel_conv.distributed import collectives
 from automodel_conv.doors import at_door
 from automodel_conv.errors import ConversionError, NameProblems, UnsupportedError, message
-from automodel_conv.files.destination import STAGING_NAME
+from automodel_conv.files.staging import STAGING_NAME
 from automodel_conv.upstream.registry import transformers_available
 
 needs_transformers = pytest.mark.skipif(not transformers_available(), reason="takes rules of transformers")

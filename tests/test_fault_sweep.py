@@ -15,7 +15,7 @@ if sys.platform != "linux":
 
 from automodel_conv.errors import ConversionError
 from automodel_conv.execution import load, reading
-from automodel_conv.files import destination, system
+from automodel_conv.files import destination, source, system
 from automodel_conv.testing import assert_bytes_equal
 from tests.fault_sweep import FAULTS, VERBS, Model, Sweep, count_calls, fault_at, sweep_one
 from tests.faults import descriptors, mapped_files, workers
@@ -78,13 +78,13 @@ def test_targets_that_are_filled_and_not_told_are_found(sweep, monkeypatch):
 
 
 def test_a_file_that_stays_is_found(sweep, monkeypatch):
-    monkeypatch.setattr(destination, "_remove", lambda staging: None)
+    monkeypatch.setattr(destination, "remove_staging", lambda staging: None)
     with pytest.raises(AssertionError):
         sweep_one(sweep, "save", FAULTS["EIO"])
 
 
 def test_an_error_that_is_swallowed_is_found(sweep, monkeypatch):
-    stock = system.read_exactly
+    stock = source.read_exactly
 
     def swallowing(*arguments):
         try:
@@ -92,7 +92,7 @@ def test_an_error_that_is_swallowed_is_found(sweep, monkeypatch):
         except Exception:
             return
 
-    monkeypatch.setattr(system, "read_exactly", swallowing)
+    monkeypatch.setattr(source, "read_exactly", swallowing)
     with pytest.raises(AssertionError):
         sweep_one(sweep, "load", FAULTS["EIO"])
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import time
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,8 +17,7 @@ from torch import nn
 pytest.importorskip("transformers", reason="the models, their rules and their checkpoints are transformers'")
 
 import automodel_conv as amc
-from automodel_conv import loading
-from automodel_conv.compiling import opening, pipeline
+from automodel_conv.compiling import opening, planned, to_model
 from automodel_conv.planning.boxes import Box, Piece
 from automodel_conv.planning.copies import Decode, Fallback, SourceTable, Target, group_pieces
 from automodel_conv.planning.given import Misfits, fit_sources
@@ -75,14 +75,14 @@ def never_planned(monkeypatch):
     def refuse(*arguments, **keywords):
         raise AssertionError("a plan was given")
 
-    for module, name in [(loading, "load_plan"), (opening, "meta_model"), (pipeline, "RuleSet")]:
+    for module, name in [(opening, "load_plan"), (planned, "meta_model"), (to_model, "RuleSet")]:
         monkeypatch.setattr(module, name, refuse)
 
 
 @pytest.fixture
 def never_opened(monkeypatch):
     """To open a checkpoint, and so to download it, is an error."""
-    monkeypatch.setattr(loading, "open_downloaded", None)
+    monkeypatch.setattr(opening, "open_downloaded", None)
 
 
 @pytest.mark.parametrize("form", ["plan", "json"])
@@ -408,7 +408,7 @@ def test_what_is_no_plan_is_refused_before_anything_is_opened(mixtral, never_ope
 
 def test_reading_a_plan_is_planning(mixtral, monkeypatch):
     clock = iter(range(100))
-    monkeypatch.setattr(loading.time, "perf_counter", lambda: next(clock))
+    monkeypatch.setattr(time, "perf_counter", lambda: next(clock))
     seconds = amc.load_state_dict(mixtral.path, plan=mixtral.plan.to_json(), threads=1).report.seconds
     assert list(seconds) == ["open", "plan", "read"]
     assert seconds["plan"] == seconds["open"] + 1

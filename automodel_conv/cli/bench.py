@@ -16,7 +16,9 @@ from functools import partial
 
 import torch
 
+from automodel_conv.compiling.planned import compile_plan
 from automodel_conv.errors import UnsupportedError, message
+from automodel_conv.execution import page_calls
 from automodel_conv.execution.buffers import allocate, byte_view
 from automodel_conv.execution.host import default_threads, load_files
 from automodel_conv.execution.new_memory import NewMemory
@@ -26,7 +28,6 @@ from automodel_conv.execution.workers import work_off
 from automodel_conv.files import system
 from automodel_conv.files.checkpoint import Checkpoint, open_downloaded
 from automodel_conv.files.source import opened
-from automodel_conv.loading import compile_plan
 from automodel_conv.planning.copies import Target
 from automodel_conv.planning.plan import CopyPlan
 from automodel_conv.schedule.host import RUN_BYTES, divide, runs
@@ -283,7 +284,7 @@ def _cached(jobs: Sequence[ReadInPlace], checkpoint: Checkpoint) -> float | None
 
 def _touch_gb_per_s(huge: bool) -> float:
     memory = torch.empty(_TOUCH_BYTES, dtype=torch.uint8, device="cpu")
-    system.advise_huge_pages(memory.data_ptr(), memory.nbytes, huge)
+    page_calls.advise_huge_pages(memory.data_ptr(), memory.nbytes, huge)
     return _TOUCH_BYTES / 1e9 / _seconds(lambda: memory.fill_(1))
 
 

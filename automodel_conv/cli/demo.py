@@ -25,7 +25,7 @@ from torch import Tensor
 
 from automodel_conv.cli.measuring import PeakMemory, ready_memory
 from automodel_conv.errors import ConversionError, UnsupportedError, message
-from automodel_conv.files.destination import telling
+from automodel_conv.files.write_errors import write_errors
 from automodel_conv.loading import load_state_dict
 from automodel_conv.upstream.registry import transformers_available
 
@@ -85,12 +85,12 @@ def run_demo(model: DemoModel = BIG, directory: str | None = None) -> DemoResult
     if not transformers_available():
         raise UnsupportedError(message("the demo needs transformers", do="pip install transformers"))
     where = tempfile.gettempdir() if directory is None else directory
-    with telling(where):
+    with write_errors(where):
         temporary = tempfile.TemporaryDirectory(prefix="automodel-conv-demo-", dir=where)
     with temporary as root:
         big, tiny = os.path.join(root, "big"), os.path.join(root, "tiny")
         start = time.perf_counter()
-        with telling(where):
+        with write_errors(where):
             write_checkpoint(model, big)
             write_seconds = time.perf_counter() - start
             write_checkpoint(TINY, tiny)

@@ -11,7 +11,7 @@ from types import TracebackType
 
 import torch
 
-from automodel_conv.files import system
+from automodel_conv.execution import page_calls
 
 _STATUS = "/proc/self/status"
 _CLEAR_REFS = "/proc/self/clear_refs"
@@ -26,7 +26,7 @@ def ready_memory(nbytes: int) -> None:
     many times the reading of the same bytes, for whoever happens to come first.
     """
     memory = torch.empty(nbytes, dtype=torch.uint8)
-    system.advise_huge_pages(memory.data_ptr(), nbytes)
+    page_calls.advise_huge_pages(memory.data_ptr(), nbytes)
     memory[:: mmap.PAGESIZE] = 1
 
 

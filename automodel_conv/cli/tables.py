@@ -11,7 +11,7 @@ from automodel_conv.cli.bench import Bench
 from automodel_conv.cli.demo import RUNS, DemoResult
 from automodel_conv.cli.forecast import Forecast
 from automodel_conv.converting import ConvertReport
-from automodel_conv.loading import LoadReport
+from automodel_conv.execution.report import LoadReport
 
 
 def two_columns(caption: str | None = None) -> Table:

@@ -14,12 +14,12 @@ from typing import Any
 from torch import nn
 
 from automodel_conv.compiling.marks import layout_to_read
-from automodel_conv.compiling.pipeline import loading_plan
+from automodel_conv.compiling.to_model import loading_plan
 from automodel_conv.errors import NameProblems, UnsupportedError, listing, message
 from automodel_conv.files.checkpoint import Checkpoint
-from automodel_conv.planning.compiler import TargetSpec
 from automodel_conv.planning.copies import Decode, SourceTable, Target
 from automodel_conv.planning.quantization import as_meant
+from automodel_conv.planning.wanted import TargetSpec
 
 
 def dropped_rows(names: Sequence[str], patterns: str | Iterable[str]) -> frozenset[int]:

@@ -1,81 +1,74 @@
-"""What a door opens before it executes: a checkpoint's tensors, decoded if need be, the model, and their plan."""
+"""What a load opens before it executes: a checkpoint, and the plan made for it or fitted to it."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import os
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
-from typing import Any
+from typing import NamedTuple
 
-import torch
 from torch import Tensor, nn
 
-from automodel_conv.compiling.marks import layout_to_read, stated_layout
-from automodel_conv.compiling.pipeline import loading_plan, shapes_to_make, without_tied
-from automodel_conv.errors import QuantizationError, UnsupportedError, message
+from automodel_conv.compiling.decoded import decoded_table
+from automodel_conv.compiling.marks import stated_layout
+from automodel_conv.compiling.options import LoadOptions
+from automodel_conv.compiling.planned import load_plan
+from automodel_conv.compiling.to_model import shapes_to_make, without_tied
+from automodel_conv.errors import UnsupportedError, message
 from automodel_conv.execution.cores import rank_on_this_node, ranks_on_this_node
-from automodel_conv.execution.reading import read_whole
-from automodel_conv.files.checkpoint import Checkpoint
-from automodel_conv.files.config import MODELOPT_NAME, quantization, quantization_config
+from automodel_conv.execution.report import Clock
+from automodel_conv.files.checkpoint import Checkpoint, open_downloaded
 from automodel_conv.files.reading_ahead import reading_ahead
-from automodel_conv.planning.code_names import has_codes
-from automodel_conv.planning.compiler import Problems
 from automodel_conv.planning.copies import SourceTable
-from automodel_conv.planning.given import Misfits, fit_sources, fit_targets
-from automodel_conv.planning.layouts import LAYOUTS, PER_EXPERT, get_layout
+from automodel_conv.planning.given import Misfits, as_plan, fit_sources, fit_targets
 from automodel_conv.planning.plan import CopyPlan
-from automodel_conv.planning.quantization import quantized_table, tellers_of_padding
-from automodel_conv.planning.schemes import KEEP
-from automodel_conv.upstream.from_config import meta_model
-from automodel_conv.upstream.models import checked_dtype, tied_names
+from automodel_conv.planning.problems import Problems
+from automodel_conv.upstream.models import tied_names
 from automodel_conv.upstream.registry import models_are_imported, without_ignored
-from automodel_conv.upstream.stored_dtypes import dequantizer, left_as_stored
 
 
-def load_plan(
-    checkpoint: Checkpoint,
+class Opened(NamedTuple):
+    """A checkpoint and the plan that loads it."""
+
+    checkpoint: Checkpoint
+    plan: CopyPlan
+    """Of the whole model."""
+    problems: Problems
+    model: nn.Module | None
+    """As given, or made from ``config.json``."""
+
+
+def open_to_load(
+    path: str | os.PathLike[str],
     model: nn.Module | None,
-    rules: Iterable[Any] | None,
-    layout: str | None,
-    source_layout: str | None,
-    key_mapping: Mapping[str, str] | None,
-    dtype: torch.dtype | None,
-    dequantize: bool = True,
+    state: Mapping[str, Tensor],
+    options: LoadOptions,
+    clock: Clock,
+    *,
     in_place: bool = False,
-) -> tuple[CopyPlan, Problems, nn.Module | None]:
-    """The plan of a load, what does not fit, and the model, made from ``config.json`` if none is given and no rules."""
-    checked_dtype(dtype)
-    for name, others in ((layout, ()), (source_layout, (PER_EXPERT,))):
-        if name is not None and name not in others:
-            get_layout(name, *others)
-    rules = None if rules is None else list(rules)
-    if model is None and rules is None:
-        model, dtype = meta_model(checkpoint, dtype), None
-    quantizer = None if dequantize else getattr(model, "hf_quantizer", None)
-    if dequantize:
-        table = decoded_table(checkpoint, wants_numbers=model is not None)
-    else:
-        table = SourceTable.of(checkpoint)
-    settings = quantization_config(checkpoint.directory) if table.decodes and model is not None else None
-    casting = quantizer if settings is None else dequantizer(settings)
-    decoded = {table.names[row] for row in table.decodes}
-    keeps_names = model is None and not rules and layout is None
-    plan, problems = loading_plan(
-        table,
-        model=model,
-        rules=rules,
-        layout=layout,
-        source_layout=layout_to_read(checkpoint, source_layout, keeps_names=keeps_names),
-        key_mapping=key_mapping,
-        dtype=dtype,
-        in_place=in_place,
-        quantizer=quantizer,
-        as_stored=left_as_stored(model, casting, key_mapping, decoded) if rules is None else None,
-    )
-    said = stated_layout(checkpoint, source_layout)
-    if keeps_names:
-        layout = "transformers" if source_layout in LAYOUTS else said
-    return replace(plan, layout=layout, source_layout=said), problems, model
+) -> Opened:
+    """Open a checkpoint and plan its load, or fit the plan that is given to it.
+
+    Args:
+        state: the model's state dict.
+        in_place: see ``loading_plan``.
+
+    Raises:
+        CheckpointError, NameProblems, QuantizationError, UnsupportedError: see ``load_state_dict``.
+    """
+    given = None if options.plan is None else as_plan(options.plan, options.planning.given())
+    clock.lap("plan")
+    checkpoint = open_downloaded(path, revision=options.revision)
+    clock.lap("open")
+    if given is not None:
+        fitted, problems = fitted_plan(given, checkpoint, model, state, options.strict, in_place)
+        return Opened(checkpoint, fitted, problems, model)
+    builds = model is None and options.planning.rules is None
+    with while_importing(checkpoint) if builds else nullcontext():
+        plan, problems, model = load_plan(checkpoint, model, options.planning, in_place)
+    problems.raise_unless_fit(checkpoint.path, options.strict, checkpoint.unindexed)
+    return Opened(checkpoint, plan, problems, model)
 
 
 def while_importing(checkpoint: Checkpoint) -> AbstractContextManager[None]:
@@ -126,62 +119,3 @@ def fitted_plan(
     misfits.raise_if_any(checkpoint.path, plan, problems.missing if strict else [])
     problems.raise_unless_fit(checkpoint.path, strict, checkpoint.unindexed)
     return fitted, problems
-
-
-def decoded_table(checkpoint: Checkpoint, wants_numbers: bool) -> SourceTable:
-    """The tensors that a checkpoint offers; quantized ones as the numbers that they stand for.
-
-    Args:
-        wants_numbers: whether codes that nothing says how to decode are an error.
-
-    Raises:
-        CheckpointError: ``config.json``, or modelopt's own file, is malformed.
-        QuantizationError: see ``quantized_table``; or codes and scales without a config, where numbers are wanted.
-    """
-    table = SourceTable.of(checkpoint)
-    told = quantization(checkpoint.directory)
-    if told is not None:
-        decoded = quantized_table(table, told.settings, where=told.path)
-        _check_padding(checkpoint, tellers_of_padding(table, decoded, told.settings), decoded)
-        return decoded
-    codes = has_codes(table) if wants_numbers else None
-    if codes is not None:
-        raise untold(codes, checkpoint)
-    return table
-
-
-def untold(codes: str, checkpoint: Checkpoint) -> QuantizationError:
-    """The error for codes of which no config says how they decode."""
-    return QuantizationError(
-        message(
-            f"{codes} has the form of quantized codes, and nothing says how they decode",
-            where=checkpoint.path,
-            expected=f"a quantization_config in the config.json beside the files, or modelopt's {MODELOPT_NAME}",
-            do=["put there what the release has of the two", KEEP],
-        )
-    )
-
-
-def _check_padding(checkpoint: Checkpoint, tellers: Iterable[tuple[int, str]], table: SourceTable) -> None:
-    """Rows of packed codes may end in padding, which is not left out here.
-
-    A plan of what is not on this machine comes from headers alone; who reads the data makes another one.
-
-    Args:
-        tellers: rows, and the names of the tensors that tell their shapes.
-
-    Raises:
-        QuantizationError: they do.
-    """
-    if checkpoint.is_remote:
-        return
-    for row, teller in tellers:
-        shape = checkpoint.position.get(teller)
-        if shape is None:
-            continue
-        is_shape = checkpoint.shapes[shape] == (len(table.shapes[row]),)
-        said = read_whole(shape, checkpoint).tolist() if is_shape else checkpoint.shapes[shape]
-        if said != list(table.shapes[row]):
-            name = checkpoint.names[row]
-            text = "the rows of packed codes end in padding, which is not left out here"
-            raise QuantizationError(message(text, where=name, expected=list(table.shapes[row]), found=said))

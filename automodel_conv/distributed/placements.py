@@ -5,7 +5,7 @@ It splits the indices of a dimension as it would split the tensor.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
 from itertools import pairwise
 from math import prod
@@ -59,6 +59,15 @@ def as_distributed(local: Tensor, like: Tensor) -> Tensor:
         shape=like.shape,
         stride=like.stride(),
     )
+
+
+def all_as_distributed(tensors: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """DTensors where the model has them; names that share a tensor still do."""
+    made: dict[int, Tensor] = {}
+    for name, tensor in tensors.items():
+        if name in state and is_distributed(state[name]) and id(tensor) not in made:
+            made[id(tensor)] = as_distributed(tensor, state[name])
+    return {name: made.get(id(tensor), tensor) for name, tensor in tensors.items()}
 
 
 def local_of(tensor: Tensor) -> Tensor:

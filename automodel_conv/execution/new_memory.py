@@ -15,10 +15,10 @@ from collections.abc import Sequence
 import numpy as np
 from torch import Tensor
 
+from automodel_conv.execution import page_calls
 from automodel_conv.execution.buffers import span_bytes
 from automodel_conv.execution.page_policy import PagePolicy, PageUse
 from automodel_conv.execution.workers import work_off
-from automodel_conv.files import system
 from automodel_conv.planning.boxes import reach
 from automodel_conv.schedule.jobs import Copies, Job, ReadInPlace, Reads
 
@@ -81,7 +81,7 @@ class _Span:
         """
         if self.advised != huge:
             self.advised = huge
-            system.advise_huge_pages(self._outer_start, self._outer_stop - self._outer_start, huge)
+            page_calls.advise_huge_pages(self._outer_start, self._outer_stop - self._outer_start, huge)
 
 
 class NewMemory:
@@ -97,7 +97,7 @@ class NewMemory:
 
     def __init__(self, tensors: Sequence[Tensor], huge_pages: bool | None = None):
         self._tensors = tensors  # whose memory must not go meanwhile
-        self._spans = [_span_of(tensor) if system.knows_pages() else None for tensor in tensors]
+        self._spans = [_span_of(tensor) if page_calls.knows_pages() else None for tensor in tensors]
         self._addresses = np.array([span.address if span else 0 for span in self._spans], np.int64)
         self._is_span = np.array([span is not None for span in self._spans], bool)
         self._policy = PagePolicy(huge_pages)
@@ -161,7 +161,7 @@ class NewMemory:
         """Make the memory of some blocks, or of the first one alone; returns the one after the last."""
         address, nbytes = span.pages_of(first, stop)
         # A few pages may be there: another job has just written to the same block.
-        if nbytes <= 0 or system.resident_share(address, nbytes) > 0.5:
+        if nbytes <= 0 or page_calls.resident_share(address, nbytes) > 0.5:
             return stop
         is_whole = span.is_whole(first)
         with self._lock:
@@ -170,7 +170,7 @@ class NewMemory:
                 span.unmark(first + 1, stop)
                 stop = first + 1
                 nbytes = BLOCK_BYTES
-                system.advise_huge_pages(address, nbytes, choice.huge)
+                page_calls.advise_huge_pages(address, nbytes, choice.huge)
             else:
                 span.advise(choice.huge)
         seconds = self._seconds_to_make(address, nbytes) if self._can_make else None
@@ -180,13 +180,13 @@ class NewMemory:
                 self._policy.settle()
             self._policy.tell(choice, nbytes, seconds if is_whole else None)
             if choice.is_try and span.advised is not None:  # one mapping again
-                system.advise_huge_pages(address, nbytes, span.advised)
+                page_calls.advise_huge_pages(address, nbytes, span.advised)
         return stop
 
     def _seconds_to_make(self, address: int, nbytes: int) -> float | None:
         """None if the system cannot make them."""
         begin = time.perf_counter()
-        made = system.make_pages(address, nbytes)
+        made = page_calls.make_pages(address, nbytes)
         return time.perf_counter() - begin if made else None
 
 

@@ -6,15 +6,14 @@ What is done with them, written to a file or compared with one, is the same for 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from automodel_conv.errors import ConversionError, WriteError, message
+from automodel_conv.errors import ConversionError, message
 from automodel_conv.execution.buffers import byte_view, dtype_of, raw_bytes
 from automodel_conv.execution.copy_batch import CopyBatch, takes_kernels
 from automodel_conv.execution.copying import COPY_BYTES, COPY_RATIO, copy_equal
@@ -25,8 +24,10 @@ from automodel_conv.execution.reading import OpenFiles, read
 from automodel_conv.execution.workers import work_off
 from automodel_conv.files import system
 from automodel_conv.files.checkpoint import Checkpoint
+from automodel_conv.files.exactly import write_exactly
 from automodel_conv.files.shards import Shard
 from automodel_conv.files.source import LocalFile, OpenSource, opened
+from automodel_conv.files.write_errors import write_errors
 from automodel_conv.planning.copies import Decode
 from automodel_conv.schedule.host import runs, staged
 from automodel_conv.schedule.jobs import Copies, Job, Move, ReadInPlace, Reads, aligned_down, grouped
@@ -97,11 +98,11 @@ def begin_shard(shard: Shard, path: str) -> None:
     Raises:
         WriteError: the system does not let us; a full disk is told here, where the file system can tell.
     """
-    with _telling(path, f"room for {shard.nbytes} bytes"):
+    with write_errors(path, "a file", f"room for {shard.nbytes} bytes"):
         fd = system.create(path)
         try:
             system.reserve(fd, shard.nbytes)
-            system.write_exactly(fd, [memoryview(shard.header)], 0, path)
+            write_exactly(fd, [memoryview(shard.header)], 0, path)
         finally:
             system.close(fd)
 
@@ -121,7 +122,7 @@ def write_slabs(
         WriteError: the system does not take the bytes.
         ReadError: a source cannot be read.
     """
-    with _telling(path, None):
+    with write_errors(path, "a file"):
         fd = system.open_existing(path)
         try:
             for group, start in slabs:
@@ -131,24 +132,14 @@ def write_slabs(
             system.close(fd)
 
 
-@contextmanager
-def _telling(path: str, expected: str | None) -> Iterator[None]:
-    """What the system refuses is told as a WriteError."""
-    try:
-        yield
-    except OSError as error:
-        do = "look at the disk, its quota and the permissions"
-        raise WriteError(message("cannot write a file", where=path, expected=expected, found=error, do=do)) from error
-
-
 def _writer(maker: Maker, fd: int, path: str, advance: Callable[[int], None]) -> Callable[[Slab], None]:
     def write(slab: Slab) -> None:
         if not maker.copy_within_kernel(slab, fd):
             made = maker(slab)
             if not slab.sparse_itemsize:
-                system.write_exactly(fd, made, slab.offset_bytes, path)
+                write_exactly(fd, made, slab.offset_bytes, path)
             for first, nbytes in filled_ranges(slab) if slab.sparse_itemsize else ():
-                system.write_exactly(fd, [made[0][first : first + nbytes]], slab.offset_bytes + first, path)
+                write_exactly(fd, [made[0][first : first + nbytes]], slab.offset_bytes + first, path)
         system.begin_writeback(fd, slab.offset_bytes, slab.nbytes)
         advance(slab.nbytes)
 

@@ -9,8 +9,8 @@ import os
 import re
 
 from automodel_conv.files import system
-from automodel_conv.files.destination import STAGING_NAME
 from automodel_conv.files.shards import CHECKSUMS_NAME
+from automodel_conv.files.staging import STAGING_NAME
 
 # Names of weights in any format, with their indexes and parts, and of files that trainers keep (optimizer.pt):
 # safetensors, pickles, GGUF, Rust, Keras, Flax, Paddle, ONNX, TFLite, Core ML, torch.distributed, NeMo.

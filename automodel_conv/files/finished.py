@@ -7,8 +7,9 @@ from collections.abc import Mapping, Sequence
 
 from automodel_conv.errors import ReadError, message
 from automodel_conv.files import system
-from automodel_conv.files.destination import holds_work, is_checkpoint
-from automodel_conv.files.shards import CHECKSUMS_NAME, Shard
+from automodel_conv.files.exactly import read_exactly
+from automodel_conv.files.shards import CHECKSUMS_NAME, Shard, is_checkpoint
+from automodel_conv.files.staging import holds_work
 
 _WINDOW_BYTES = 1 << 20
 
@@ -68,7 +69,7 @@ def _read(path: str, at: int, nbytes: int) -> bytes:
     fd = system.open_readonly(path)
     try:
         found = bytearray(nbytes)
-        system.read_exactly(fd, [memoryview(found)], at, path)
+        read_exactly(fd, [memoryview(found)], at, path)
         return bytes(found)
     finally:
         system.close(fd)

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple, TypeVar
 from automodel_conv.dtypes import BITS
 from automodel_conv.errors import CheckpointError, ReadError, message
 from automodel_conv.files import system
+from automodel_conv.files.exactly import read_exactly
 from automodel_conv.files.lookalikes import SNIFFED_BYTES, lookalike
 from automodel_conv.files.source import ByteSource, OpenSource
 from automodel_conv.files.usual import MAX_BITS, Columns, usual_columns, usual_object
@@ -72,7 +73,7 @@ def read_limited(fd: int, path: str, limit: int) -> bytearray:
     if nbytes > limit:
         raise checkpoint_error("an index is too large", where=path, expected=f"at most {limit} bytes", found=nbytes)
     data = bytearray(nbytes)
-    system.read_exactly(fd, [memoryview(data)], 0, path)
+    read_exactly(fd, [memoryview(data)], 0, path)
     return data
 
 

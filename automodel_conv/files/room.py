@@ -6,7 +6,9 @@ import os
 from typing import NamedTuple
 
 from automodel_conv.files import system
-from automodel_conv.files.destination import STAGING_NAME, is_checkpoint, telling
+from automodel_conv.files.shards import is_checkpoint
+from automodel_conv.files.staging import STAGING_NAME
+from automodel_conv.files.write_errors import write_errors
 
 
 class Room(NamedTuple):
@@ -26,7 +28,7 @@ def room_in(directory: str) -> Room:
     Raises:
         WriteError: the system does not let us look.
     """
-    with telling(directory):
+    with write_errors(directory):
         staging = os.path.join(directory, STAGING_NAME)
         unfinished = system.is_directory(staging)
         staged = [os.path.join(staging, name) for name in system.list_names(staging)] if unfinished else []

@@ -164,3 +164,9 @@ def index_of(shards: Sequence[Shard], parameters: int | None = None, form: Form 
         metadata[LAYOUT_KEY] = form.layout
     weight_map = {spec.name: shard.name for shard in shards for spec in shard.specs}
     return (json.dumps({"metadata": metadata, "weight_map": weight_map}, indent=2, sort_keys=True) + "\n").encode()
+
+
+def is_checkpoint(name: str) -> bool:
+    """Whether a file of this name is one that loaders take weights from."""
+    own = name.endswith((".safetensors", ".safetensors.index.json", ".gguf"))
+    return own or (name.startswith("pytorch_model") and name.endswith((".bin", ".bin.index.json")))

@@ -8,6 +8,7 @@ from typing import NamedTuple, Protocol
 
 from automodel_conv.errors import ReadError, message
 from automodel_conv.files import system
+from automodel_conv.files.exactly import read_exactly
 
 
 class OpenSource(Protocol):
@@ -70,7 +71,7 @@ class _OpenFile(NamedTuple):
         return system.size(self.fd)
 
     def read_into(self, views: list[memoryview], offset: int) -> None:
-        system.read_exactly(self.fd, views, offset, self.path)
+        read_exactly(self.fd, views, offset, self.path)
 
     def descriptor(self) -> int | None:
         return self.fd

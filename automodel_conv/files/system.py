@@ -8,30 +8,18 @@ from __future__ import annotations
 import ctypes
 import errno
 import functools
-import mmap
 import os
 import shutil
 import sys
 import threading
 import time
-from collections.abc import Callable
 from contextlib import suppress
-from typing import NamedTuple
-
-from automodel_conv.errors import ConversionError, ReadError, WriteError, message
 
 try:
     import fcntl
 except ImportError:  # not a POSIX system
     fcntl = None
 
-# Most buffers of one preadv. Source: UIO_MAXIOV in linux/uio.h; IOV_MAX is the same on macOS.
-IOV_MAX = 1024
-
-# Source: asm-generic/mman-common.h.
-_MADV_HUGEPAGE = 14
-_MADV_NOHUGEPAGE = 15
-_MADV_POPULATE_WRITE = 23
 
 # Source: asm-generic/mman-common.h, asm-generic/mman.h. Python's mmap module has the last from 3.13 on.
 _PROT_READ, _PROT_WRITE = 1, 2
@@ -97,7 +85,7 @@ def preadv(fd: int, views: list[memoryview], offset: int) -> int:
     """Read at ``offset`` into ``views`` in turn; returns the bytes read, which may be fewer.
 
     Args:
-        views: at most ``IOV_MAX`` writable, contiguous views of bytes, none of them empty.
+        views: at most ``exactly.IOV_MAX`` writable, contiguous views of bytes, none of them empty.
         offset: in bytes from the start of the file.
     """
     if hasattr(os, "preadv"):
@@ -164,25 +152,11 @@ def drop_cache(fd: int) -> None:
             os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-def read_exactly(fd: int, views: list[memoryview], offset: int, path: str) -> None:
-    """Fill all ``views`` with the bytes that follow ``offset``, in as few calls as possible.
-
-    Args:
-        views: any number of writable, contiguous views of bytes; empty ones are skipped.
-        offset: in bytes from the start of the file.
-        path: for the error text alone.
-
-    Raises:
-        ReadError: the file ends too early, or the system reports an error.
-    """
-    _exactly(preadv, fd, views, offset, path, _READ)
-
-
 def pwritev(fd: int, views: list[memoryview], offset: int) -> int:
     """Write ``views`` one after the other at ``offset``; returns the bytes written, which may be fewer.
 
     Args:
-        views: at most ``IOV_MAX`` contiguous views of bytes, none of them empty.
+        views: at most ``exactly.IOV_MAX`` contiguous views of bytes, none of them empty.
         offset: in bytes from the start of the file.
     """
     if hasattr(os, "pwritev"):
@@ -198,82 +172,6 @@ def _pwrite(fd: int, view: memoryview, offset: int) -> int:
         return os.write(fd, view)
 
 
-def write_exactly(fd: int, views: list[memoryview], offset: int, path: str) -> None:
-    """Write all ``views``, one after the other, from ``offset`` on.
-
-    Args:
-        views: any number of contiguous views of bytes; empty ones are skipped.
-        offset: in bytes from the start of the file.
-        path: for the error text alone.
-
-    Raises:
-        WriteError: the system reports an error, a full disk among them.
-    """
-    _exactly(pwritev, fd, views, offset, path, _WRITE)
-
-
-class _Way(NamedTuple):
-    """What the errors of one direction say."""
-
-    error: type[ConversionError]
-    fails: str
-    ends: str
-    do: str
-
-
-_READ = _Way(
-    ReadError, "cannot read a file", "a file ends too early", "the file is truncated: copy or download it again"
-)
-_WRITE = _Way(WriteError, "cannot write a file", "a file takes no more bytes", "look at the disk and its quota")
-
-
-def _exactly(
-    call: Callable[[int, list[memoryview], int], int],
-    fd: int,
-    views: list[memoryview],
-    offset: int,
-    path: str,
-    way: _Way,
-) -> None:
-    pending = [view for view in views if len(view)]
-    total = sum(map(len, pending))
-    done = 0
-    while done < total:
-        try:
-            count = call(fd, pending[:IOV_MAX], offset + done)
-        except OSError as error:
-            raise way.error(
-                message(
-                    way.fails,
-                    where=f"{path}, byte {offset + done}",
-                    expected=f"{total} bytes from byte {offset}",
-                    found=f"{done} bytes, then: {error}",
-                )
-            ) from error
-        if count == 0:
-            raise way.error(
-                message(
-                    way.ends,
-                    where=f"{path}, byte {offset + done}",
-                    expected=f"{total} bytes from byte {offset}",
-                    found=f"{done} bytes",
-                    do=way.do,
-                )
-            )
-        done += count
-        if done < total:
-            pending = _after(pending, count)
-
-
-def _after(views: list[memoryview], count: int) -> list[memoryview]:
-    """What is left of ``views`` once their first ``count`` bytes are filled."""
-    full = 0
-    while count >= len(views[full]):
-        count -= len(views[full])
-        full += 1
-    return [views[full][count:], *views[full + 1 :]]
-
-
 def seconds_ready() -> float:
     """How long this thread has had a core, or was ready to run and waited for one; off Linux the former alone.
 
@@ -283,59 +181,6 @@ def seconds_ready() -> float:
     text = read_text("/proc/thread-self/schedstat")
     waited = int(text.split()[1]) / 1e9 if text else 0.0
     return time.thread_time() + waited
-
-
-def knows_pages() -> bool:
-    """Whether this system takes advice about the pages of memory."""
-    return sys.platform == "linux"
-
-
-def advise_huge_pages(address: int, nbytes: int, use: bool = True) -> bool:
-    """Ask for huge pages within ``[address, address + nbytes)``, or for none; advice, so it never fails.
-
-    Returns:
-        Whether the kernel took it: False off Linux, below one whole page, or without huge pages.
-    """
-    start = -(-address // mmap.PAGESIZE) * mmap.PAGESIZE
-    stop = (address + nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
-    if sys.platform != "linux" or stop <= start:
-        return False
-    return _memory_call("madvise")(start, stop - start, _MADV_HUGEPAGE if use else _MADV_NOHUGEPAGE) == 0
-
-
-def make_pages(address: int, nbytes: int) -> bool:
-    """Make the pages of new memory, as if each was written to; those that are there keep what they hold.
-
-    Args:
-        address: of a page.
-        nbytes: of whole pages.
-
-    Returns:
-        Whether the system has done it: False off Linux, before Linux 5.14, and where memory is short.
-    """
-    return sys.platform == "linux" and _memory_call("madvise")(address, nbytes, _MADV_POPULATE_WRITE) == 0
-
-
-def resident_share(address: int, nbytes: int) -> float:
-    """How many of these pages are in memory, from 0 to 1; 1 where the system cannot tell.
-
-    Args:
-        address: of a page.
-        nbytes: of whole pages, at least one.
-    """
-    pages = bytearray(nbytes // mmap.PAGESIZE)
-    place = (ctypes.c_ubyte * len(pages)).from_buffer(pages)
-    if sys.platform != "linux" or _memory_call("mincore")(address, nbytes, ctypes.addressof(place)):
-        return 1.0
-    return pages.count(1) / len(pages)
-
-
-@functools.cache
-def _memory_call(name: str):
-    function = getattr(ctypes.CDLL(None), name)
-    function.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p if name == "mincore" else ctypes.c_int)
-    function.restype = ctypes.c_int
-    return function
 
 
 def can_map() -> bool:

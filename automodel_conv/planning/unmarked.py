@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 
 from automodel_conv.errors import UnsupportedError, listing, message
-from automodel_conv.planning.compiler import Problems
 from automodel_conv.planning.copies import SourceTable
 from automodel_conv.planning.layouts import (
     LAYOUTS,
@@ -24,6 +23,7 @@ from automodel_conv.planning.layouts import (
     told_by_name,
 )
 from automodel_conv.planning.plan import CopyPlan
+from automodel_conv.planning.problems import Problems
 from automodel_conv.planning.rules import Rules
 
 Shape = tuple[int, ...]

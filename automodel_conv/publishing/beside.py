@@ -10,8 +10,9 @@ from torch import nn
 from automodel_conv.execution.checksums import checksums_of, checksums_text
 from automodel_conv.execution.writing import begin_shard
 from automodel_conv.files.checkpoint import open_checkpoint
-from automodel_conv.files.destination import Destination, telling
+from automodel_conv.files.destination import Destination
 from automodel_conv.files.shards import CHECKSUMS_NAME, Form, Shard, index_of
+from automodel_conv.files.write_errors import write_errors
 from automodel_conv.upstream.saved_config import write_config
 
 
@@ -20,7 +21,7 @@ def begin_save(
 ) -> None:
     """Write what goes before all data: the config, and of each file the header."""
     if model is not None:
-        with telling(destination.directory):
+        with write_errors(destination.directory):
             write_config(model, dtype, destination.staging)
     for shard in shards:
         begin_shard(shard, destination.path(shard.name))

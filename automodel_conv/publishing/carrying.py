@@ -8,14 +8,14 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from automodel_conv.compiling.carrying import carried_targets, unclaimed_rows
-from automodel_conv.compiling.opening import decoded_table
+from automodel_conv.compiling.decoded import decoded_table
 from automodel_conv.execution.file_slabs import FileSlabs
 from automodel_conv.execution.writing import Budget
 from automodel_conv.files.checkpoint import Checkpoint
 from automodel_conv.planning.code_names import has_codes
-from automodel_conv.planning.compiler import TargetSpec
 from automodel_conv.planning.copies import SourceTable, Target
 from automodel_conv.planning.plan import CopyPlan
+from automodel_conv.planning.wanted import TargetSpec
 
 
 class Carried(NamedTuple):

@@ -11,9 +11,11 @@ import torch
 from torch import nn
 
 from automodel_conv.compiling.carrying import carried_targets, dropped_rows, refuse_halves
+from automodel_conv.compiling.decoded import decoded_table, untold
 from automodel_conv.compiling.marks import form_of_conversion, layout_to_read, stated_layout
-from automodel_conv.compiling.opening import decoded_table, untold
-from automodel_conv.compiling.pipeline import loading_plan, saving_plan, without_casts
+from automodel_conv.compiling.stages import without_casts
+from automodel_conv.compiling.to_checkpoint import saving_plan
+from automodel_conv.compiling.to_model import loading_plan
 from automodel_conv.doors import door
 from automodel_conv.dtypes import dtype_code
 from automodel_conv.errors import (

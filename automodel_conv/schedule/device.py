@@ -13,8 +13,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from automodel_conv.files import system
 from automodel_conv.files.checkpoint import Checkpoint
+from automodel_conv.files.exactly import IOV_MAX
 from automodel_conv.planning.copies import Decode, StridedCopy, Target
 from automodel_conv.schedule.code_slabs import Place, Rectangle, ScaleKind
 from automodel_conv.schedule.code_windows import ScaleGroup, code_windows
@@ -113,7 +113,7 @@ def _packed(windows: Iterable[Sequence[Read]], limit: int) -> Iterator[Reads]:
                 taken = min(nbytes, room)
                 chunk.append(Read(file, offset, taken, memory, start))
                 offset, start, nbytes, room = offset + taken, start + taken, nbytes - taken, room - taken
-                if not room or len(chunk) == system.IOV_MAX // 2:
+                if not room or len(chunk) == IOV_MAX // 2:
                     yield Reads.of(sorted(chunk))
                     chunk, room = [], limit
     if chunk:

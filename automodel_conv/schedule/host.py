@@ -13,8 +13,8 @@ from typing import NamedTuple
 import numpy as np
 
 from automodel_conv.dtypes import itemsize
-from automodel_conv.files import system
 from automodel_conv.files.checkpoint import Checkpoint
+from automodel_conv.files.exactly import IOV_MAX
 from automodel_conv.planning.boxes import run_of
 from automodel_conv.planning.copies import Decode, StridedCopy, Target
 from automodel_conv.schedule.cutting import ranges, slabs
@@ -99,7 +99,8 @@ class _Runs(NamedTuple):
         """The same as bytes of files, and the row of each."""
         groups = np.array(self.groups, np.int64).reshape(-1, 4)
         number, size, nbytes = np.repeat(groups[:, :3], groups[:, 3], axis=0).T
-        rows, source, target = (np.array(column, np.int64) for column in self[:3])
+        columns = (self.rows, self.source_offsets, self.target_offsets)
+        rows, source, target = (np.array(column, np.int64) for column in columns)
         file_ids, offsets = np.array(checkpoint.file_ids, np.int64), np.array(checkpoint.offsets, np.int64)
         return Reads(file_ids[rows], offsets[rows] + source * size, nbytes, number, target * size), rows
 
@@ -157,7 +158,7 @@ def runs(reads: Reads, limit: int) -> Iterator[Reads]:
     """Neighbours together, at most ``limit`` bytes; large tensors cut. The reads are in order."""
     reads = chopped(reads, limit)
     count = len(reads.file)
-    most = system.IOV_MAX // 2  # every read may need a junk buffer before it
+    most = IOV_MAX // 2  # every read may need a junk buffer before it
     gaps = reads.offset_bytes[1:] - reads.stop_bytes[:-1]
     near = (reads.file[1:] == reads.file[:-1]) & (gaps >= 0) & (gaps <= GAP_BYTES)
     ends = np.append(np.flatnonzero(~near) + 1, count)

@@ -14,7 +14,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 
 from automodel_conv.dtypes import itemsize
-from automodel_conv.files import system
+from automodel_conv.files.exactly import IOV_MAX
 from automodel_conv.planning.boxes import Box
 from automodel_conv.planning.copies import Decode, StridedCopy, Target
 from automodel_conv.schedule.cutting import reads, slabs
@@ -203,7 +203,7 @@ def _joins(group: Sequence[Slab], nbytes: int, piece: Slab, limit: int, dtype: s
     """Whether a piece joins those before it: all alike, without gaps, few and small, its elements in their places."""
     first, last = group[0], group[-1]
     follows = first.file == piece.file and last.offset_bytes + last.nbytes == piece.offset_bytes
-    small = nbytes + piece.nbytes <= limit and len(group) < system.IOV_MAX
+    small = nbytes + piece.nbytes <= limit and len(group) < IOV_MAX
     if first.sparse_itemsize or piece.sparse_itemsize:
         return False
     return follows and small and bool(first.reads) == bool(piece.reads) and nbytes % itemsize(dtype) == 0

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from automodel_conv.dtypes import FLOATING, dtype_code
 from automodel_conv.errors import UnsupportedError, message
-from automodel_conv.planning.compiler import TargetSpec
 from automodel_conv.planning.copies import SourceTable
 from automodel_conv.planning.layouts import ExpertLayout
+from automodel_conv.planning.wanted import TargetSpec
 from automodel_conv.upstream.registry import is_pretrained_model
 
 

@@ -13,7 +13,7 @@ from collections.abc import Container, Mapping
 from types import SimpleNamespace
 from typing import Any
 
-from automodel_conv.planning.compiler import AsStored
+from automodel_conv.planning.wanted import AsStored
 from automodel_conv.upstream.registry import is_pretrained_model, model_rules, transformers_available
 from automodel_conv.upstream.rules import RuleSet
 

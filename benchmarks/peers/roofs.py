@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from automodel_conv.files import system
+from automodel_conv.execution import page_calls
 from benchmarks import measure, memory
 from benchmarks.memory import AS_FOUND, READY
 
@@ -118,7 +118,7 @@ def _make_pages(view: memoryview) -> None:
     """The whole pages within; where the system cannot (before Linux 5.14), the read makes them."""
     start, stop = memory.pages(torch.frombuffer(view, dtype=torch.uint8).data_ptr(), len(view))
     if stop > start:
-        system.make_pages(start, stop - start)
+        page_calls.make_pages(start, stop - start)
 
 
 def _new(nbytes: int, huge: bool) -> Tensor:

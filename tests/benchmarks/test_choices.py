@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from automodel_conv.execution import copying
+from automodel_conv.execution import copying, page_calls
 from automodel_conv.execution import host as cpu
 from automodel_conv.files import system
 from automodel_conv.kernels import transpose
@@ -21,7 +21,7 @@ CHANGED = (
     (scheduling, "portion"),
     (scheduling, "_SLAB_BYTES"),
     (cpu, "NewMemory"),
-    (system, "make_pages"),
+    (page_calls, "make_pages"),
     (system, "open_readonly"),
     (transpose, "_MOST_ROWS"),
 )

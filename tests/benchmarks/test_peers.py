@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import automodel_conv as amc
-from automodel_conv.files import system
+from automodel_conv.execution import page_calls
 from automodel_conv.upstream.registry import transformers_available
 from benchmarks import measure, memory, shapes
 from benchmarks.peers import __main__ as peers
@@ -73,8 +73,8 @@ def test_roofs_run(checkpoint, name):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="pages are made on Linux")
 def test_pages_are_made_before_the_read_in_the_roof_of_small_ones_alone(checkpoint, monkeypatch):
-    make_pages, made = system.make_pages, []
-    monkeypatch.setattr(system, "make_pages", lambda *pages: made.append(pages[1]) or make_pages(*pages))
+    make_pages, made = page_calls.make_pages, []
+    monkeypatch.setattr(page_calls, "make_pages", lambda *pages: made.append(pages[1]) or make_pages(*pages))
     files = [path.stat().st_size for path in Path(checkpoint).glob("*.safetensors")]
     ROOFS["preadv"].prepare(checkpoint, 1)()
     assert made == []

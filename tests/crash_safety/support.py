@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import os
+import sys
 import types
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -14,10 +15,9 @@ import pytest
 import transformers
 
 import automodel_conv as amc
-from automodel_conv import converting, saving
+from automodel_conv import converting
 from automodel_conv.errors import ConversionError
-from automodel_conv.files.destination import STAGING_NAME
-from automodel_conv.publishing import beside
+from automodel_conv.files.staging import STAGING_NAME
 from tests.faults import Forks, descriptors, replace_calls, workers
 
 INDEX = "model.safetensors.index.json"
@@ -176,10 +176,12 @@ def planted(module: types.ModuleType, text: str, replacement: str) -> types.Modu
 
 
 def use(patch: pytest.MonkeyPatch, module: types.ModuleType, mutated: types.ModuleType) -> None:
-    """Put what the front doors use of a module in the place of its own."""
+    """Put the functions of a module with a fault in the place of its own, wherever they are used."""
+    own = {name: value for name, value in vars(module).items() if getattr(value, "__module__", "") == module.__name__}
+    users = [user for name, user in sys.modules.items() if name.startswith("automodel_conv.")]
     if module is converting:
         patch.setattr(amc, "convert_checkpoint", mutated.convert_checkpoint)
-    for name in ("begin_shard", "write_slabs", "open_destination"):
-        for user in (converting, saving, beside):
-            if hasattr(mutated, name) and hasattr(user, name) and module is not converting:
+    for name in filter(own.get, own):
+        for user in users:
+            if getattr(user, name, None) is own[name]:
                 patch.setattr(user, name, getattr(mutated, name))

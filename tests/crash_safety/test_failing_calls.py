@@ -14,7 +14,7 @@ import pytest
 import automodel_conv as amc
 from automodel_conv.errors import ConversionError
 from automodel_conv.files import system
-from automodel_conv.files.destination import STAGING_NAME
+from automodel_conv.files.staging import STAGING_NAME
 from tests.crash_safety.support import (
     KINDS,
     assert_whole_or_refused,

@@ -105,7 +105,7 @@ MUTANTS = {
     ),
     "what was put in its place stays": (
         destination_module,
-        '            system.write_end(self._journal, _line({"placing": placed}))\n',
+        '            note(self._journal, {"placing": placed})\n',
         "",
     ),
 }

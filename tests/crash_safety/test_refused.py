@@ -17,7 +17,7 @@ import pytest
 import automodel_conv as amc
 from automodel_conv.errors import ReadError, WriteError
 from automodel_conv.files import system
-from automodel_conv.files.destination import STAGING_NAME
+from automodel_conv.files.staging import STAGING_NAME
 from tests.crash_safety.support import (
     KINDS,
     SIZES,

@@ -14,7 +14,7 @@ import transformers
 
 import automodel_conv as amc
 from automodel_conv.errors import ConversionError, DestinationError, VerificationError, WriteError
-from automodel_conv.files.destination import STAGING_NAME
+from automodel_conv.files.staging import STAGING_NAME
 from tests.crash_safety.disk import stop
 from tests.crash_safety.support import (
     INDEX,

@@ -8,8 +8,8 @@ import sys
 import pytest
 import torch
 
+from automodel_conv.execution import page_calls
 from automodel_conv.execution.new_memory import BLOCK_BYTES, NewMemory
-from automodel_conv.files import system
 from automodel_conv.planning.boxes import Box, run_of
 from automodel_conv.schedule.jobs import Copies, Read, ReadAndCopy, ReadInPlace, Reads
 
@@ -28,7 +28,7 @@ def new(nbytes):
 def share(tensor):
     start = -(-tensor.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
     stop = (tensor.data_ptr() + tensor.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
-    return system.resident_share(start, stop - start)
+    return page_calls.resident_share(start, stop - start)
 
 
 def filling(*places):
@@ -43,8 +43,10 @@ def copying(copies):
 @pytest.fixture
 def advice(monkeypatch):
     calls = []
-    stock = system.advise_huge_pages
-    monkeypatch.setattr(system, "advise_huge_pages", lambda *arguments: calls.append(arguments) or stock(*arguments))
+    stock = page_calls.advise_huge_pages
+    monkeypatch.setattr(
+        page_calls, "advise_huge_pages", lambda *arguments: calls.append(arguments) or stock(*arguments)
+    )
     return calls
 
 
@@ -138,7 +140,7 @@ def test_both_sizes_are_tried(advice):
 
 @pytest.mark.parametrize(("huge_pages", "asked"), [(None, True), (True, True), (False, False)])
 def test_a_system_that_cannot_make_pages_is_asked_for_huge_ones(monkeypatch, advice, huge_pages, asked):
-    monkeypatch.setattr(system, "make_pages", lambda address, nbytes: False)
+    monkeypatch.setattr(page_calls, "make_pages", lambda address, nbytes: False)
     buffer = new(64 * MIB)
     memory = NewMemory([buffer], huge_pages)
     memory.make_all(1)
@@ -175,11 +177,11 @@ def test_a_block_that_is_not_whole_is_no_try(advice):
 def test_what_nobody_writes_to_is_not_made():
     columns = new(64 * MIB).view(-1, 4096)[:, :100]
     NewMemory([columns]).make_all(1)
-    assert system.resident_share(columns.data_ptr(), 60 * MIB) == 0
+    assert page_calls.resident_share(columns.data_ptr(), 60 * MIB) == 0
 
 
 def test_what_was_asked_for_is_told_where_pages_cannot_be_made(monkeypatch):
-    monkeypatch.setattr(system, "make_pages", lambda address, nbytes: False)
+    monkeypatch.setattr(page_calls, "make_pages", lambda address, nbytes: False)
     buffer = new(64 * MIB)
     memory = NewMemory([buffer])
     memory.make_all(1)
@@ -187,7 +189,7 @@ def test_what_was_asked_for_is_told_where_pages_cannot_be_made(monkeypatch):
 
 
 def test_nothing_is_asked_where_the_system_knows_no_pages(monkeypatch, advice):
-    monkeypatch.setattr(system, "knows_pages", lambda: False)
+    monkeypatch.setattr(page_calls, "knows_pages", lambda: False)
     buffer = new(16 * MIB)
     NewMemory([buffer]).make_all(2)
     assert advice == []

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from automodel_conv.dtypes import itemsize, torch_dtype
-from automodel_conv.files import system
+from automodel_conv.files.exactly import IOV_MAX
 from automodel_conv.planning.operations import Operation
 from automodel_conv.schedule.writes import slab_schedule
 from automodel_conv.testing import address_valued
@@ -195,8 +195,8 @@ def test_small_neighbours_are_one_slab(wanted):
 
 
 def test_a_slab_has_no_more_parts_than_a_call_to_the_system_takes():
-    slabs = neighbours(2 * system.IOV_MAX + 5)
-    assert [len(slab.reads) for slab in slabs] == [system.IOV_MAX, system.IOV_MAX, 5]
+    slabs = neighbours(2 * IOV_MAX + 5)
+    assert [len(slab.reads) for slab in slabs] == [IOV_MAX, IOV_MAX, 5]
 
 
 def test_what_moves_and_what_is_made_are_never_one_slab():

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from automodel_conv.files.beside import files_beside, goes_beside
-from automodel_conv.files.destination import STAGING_NAME
+from automodel_conv.files.staging import STAGING_NAME
 
 # Names that published repositories have.
 GO = """

@@ -17,8 +17,8 @@ from automodel_conv.dtypes import BITS, dtype_code, torch_dtype
 from automodel_conv.errors import CheckpointError, UnsupportedError
 from automodel_conv.files import system
 from automodel_conv.files.checkpoint import open_checkpoint
-from automodel_conv.files.destination import STAGING_NAME
 from automodel_conv.files.header import MAX_HEADER_BYTES
+from automodel_conv.files.staging import STAGING_NAME
 
 A = {"dtype": "U8", "shape": [2], "data_offsets": [0, 2]}
 B = {"dtype": "BF16", "shape": [2], "data_offsets": [2, 6]}

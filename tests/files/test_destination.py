@@ -10,8 +10,9 @@ import pytest
 
 from automodel_conv.errors import DestinationError, WriteError
 from automodel_conv.files import system
-from automodel_conv.files.destination import STAGING_NAME, open_destination
+from automodel_conv.files.destination import open_destination
 from automodel_conv.files.shards import FORM, Shard, Spec, shard_of
+from automodel_conv.files.staging import STAGING_NAME
 
 WORK = {"source files": {"a": [1, 2], "b": [3, 4]}, "files": ["x"]}
 

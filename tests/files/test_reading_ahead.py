@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import save_file
 
 import automodel_conv as amc
-from automodel_conv import converting, loading
+from automodel_conv import converting
 from automodel_conv.compiling import opening
 from automodel_conv.files import reading_ahead as module
 from automodel_conv.files import system
@@ -248,7 +248,7 @@ def test_only_loads_that_build_a_model_read_ahead(tmp_path, tried, monkeypatch):
     monkeypatch.setattr(opening, "models_are_imported", lambda: True)
     amc.load_state_dict(tmp_path / "published")
     assert len(tried) == 2
-    assert converting.while_importing is loading.while_importing
+    assert converting.while_importing is opening.while_importing
 
 
 def test_errors_of_planning_are_told_as_ever(tmp_path, tried):

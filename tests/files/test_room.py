@@ -4,8 +4,8 @@ import pytest
 
 from automodel_conv.errors import WriteError
 from automodel_conv.files import system
-from automodel_conv.files.destination import STAGING_NAME
 from automodel_conv.files.room import room_in
+from automodel_conv.files.staging import STAGING_NAME
 
 
 @pytest.fixture(autouse=True)

@@ -1,6 +1,4 @@
-import ctypes
 import errno
-import mmap
 import os
 import sys
 import time
@@ -9,6 +7,7 @@ import pytest
 
 from automodel_conv.errors import ReadError, WriteError
 from automodel_conv.files import system
+from automodel_conv.files.exactly import IOV_MAX, read_exactly, write_exactly
 
 CONTENT = bytes(range(256)) * 20
 
@@ -42,7 +41,7 @@ def test_read_exactly_scatters_without_preadv_and_pread_too(fd, file, monkeypatc
     for name in missing:
         monkeypatch.delattr(os, name)
     buffers, views = slots([3, 0, 100, 1, 0])
-    system.read_exactly(fd, views, 7, file)
+    read_exactly(fd, views, 7, file)
     assert b"".join(buffers) == CONTENT[7:111]
 
 
@@ -61,7 +60,7 @@ def test_read_exactly_goes_on_after_short_reads(fd, file, monkeypatch, cap):
     monkeypatch.setattr(system, "preadv", short)
     buffers, views = slots([2, 7, 0, 1, 13])
     kept = list(views)
-    system.read_exactly(fd, views, 5, file)
+    read_exactly(fd, views, 5, file)
     assert b"".join(buffers) == CONTENT[5:28]
     assert views == kept, "the caller's list is his own"
 
@@ -74,27 +73,27 @@ def test_read_exactly_never_passes_more_views_than_the_system_takes(fd, file, mo
         return real(fd, views, offset)
 
     monkeypatch.setattr(system, "preadv", counted)
-    buffers, views = slots([1] * (2 * system.IOV_MAX + 5))
-    system.read_exactly(fd, views, 0, file)
+    buffers, views = slots([1] * (2 * IOV_MAX + 5))
+    read_exactly(fd, views, 0, file)
     assert b"".join(buffers) == CONTENT[: len(views)]
-    assert counts == [system.IOV_MAX, system.IOV_MAX, 5]
+    assert counts == [IOV_MAX, IOV_MAX, 5]
 
 
 def test_read_exactly_of_nothing_makes_no_call(fd, file, monkeypatch):
     monkeypatch.setattr(system, "preadv", None)
-    system.read_exactly(fd, [], 0, file)
-    system.read_exactly(fd, slots([0, 0])[1], 10**9, file)
+    read_exactly(fd, [], 0, file)
+    read_exactly(fd, slots([0, 0])[1], 10**9, file)
 
 
 def test_many_empty_views_are_not_the_end_of_the_file(fd, file):
-    buffers, views = slots([0] * (system.IOV_MAX + 1) + [4])
-    system.read_exactly(fd, views, 9, file)
+    buffers, views = slots([0] * (IOV_MAX + 1) + [4])
+    read_exactly(fd, views, 9, file)
     assert buffers[-1] == CONTENT[9:13]
 
 
 def test_end_of_file_names_file_offset_expected_and_found(fd, file):
     with pytest.raises(ReadError) as caught:
-        system.read_exactly(fd, slots([4, 8])[1], len(CONTENT) - 10, file)
+        read_exactly(fd, slots([4, 8])[1], len(CONTENT) - 10, file)
     text = str(caught.value)
     assert f"{file}, byte {len(CONTENT)}" in text
     assert f"expected: 12 bytes from byte {len(CONTENT) - 10}" in text
@@ -107,62 +106,8 @@ def test_error_of_the_system_names_file_and_offset(fd, file, monkeypatch):
 
     monkeypatch.setattr(system, "preadv", broken)
     with pytest.raises(ReadError, match=r"(?s)data, byte 7.*Input/output error") as caught:
-        system.read_exactly(fd, slots([4])[1], 7, file)
+        read_exactly(fd, slots([4])[1], 7, file)
     assert isinstance(caught.value.__cause__, OSError)
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="madvise with huge pages is Linux's")
-def test_huge_page_advice_covers_whole_pages_inside_the_range_alone(monkeypatch):
-    calls = []
-    monkeypatch.setattr(system, "_memory_call", lambda name: lambda *arguments: calls.append((name, *arguments)) or 0)
-    page = mmap.PAGESIZE
-    assert system.advise_huge_pages(10 * page + 1, 3 * page)
-    assert system.advise_huge_pages(10 * page, 2 * page + 5)
-    assert not system.advise_huge_pages(10 * page + 1, 2 * page - 2)
-    assert not system.advise_huge_pages(10 * page, 0)
-    assert system.advise_huge_pages(10 * page, page, use=False)
-    assert calls == [
-        ("madvise", 11 * page, 2 * page, 14),
-        ("madvise", 10 * page, 2 * page, 14),
-        ("madvise", 10 * page, page, 15),
-    ]
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="madvise with huge pages is Linux's")
-def test_huge_page_advice_keeps_the_contents_and_ignores_refusal():
-    buffer = mmap.mmap(-1, 4 << 20)
-    buffer[:] = b"\x5a" * len(buffer)
-    address = ctypes.addressof(ctypes.c_char.from_buffer(buffer))
-    system.advise_huge_pages(address, len(buffer))
-    assert buffer[:] == b"\x5a" * (4 << 20)
-    # The last page of the address space is never mapped for a process: the kernel refuses.
-    assert not system.advise_huge_pages(2**64 - 2 * mmap.PAGESIZE, mmap.PAGESIZE)
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="populating pages is Linux's")
-def test_pages_are_made_once_and_keep_what_they_hold():
-    page = mmap.PAGESIZE
-    buffer = mmap.mmap(-1, 8 * page)
-    buffer[3 * page] = 7
-    address = ctypes.addressof(ctypes.c_char.from_buffer(buffer))
-    assert system.resident_share(address, 8 * page) == 1 / 8
-    assert system.make_pages(address, 6 * page)
-    assert system.resident_share(address, 8 * page) == 6 / 8
-    assert system.make_pages(address, 8 * page)
-    assert system.resident_share(address, 8 * page) == 1
-    assert buffer[3 * page] == 7
-    assert buffer[:].count(0) == 8 * page - 1
-    assert not system.make_pages(2**64 - 2 * page, page)
-    assert system.resident_share(2**64 - 2 * page, page) == 1
-
-
-def test_memory_is_left_alone_elsewhere(monkeypatch):
-    monkeypatch.setattr(sys, "platform", "darwin")
-    monkeypatch.delattr(system, "_memory_call")
-    assert not system.knows_pages()
-    assert not system.advise_huge_pages(0, 1 << 30)
-    assert not system.make_pages(0, 1 << 30)
-    assert system.resident_share(0, 1 << 30) == 1
 
 
 def test_a_thread_that_works_is_ready_and_one_that_sleeps_is_not():
@@ -200,7 +145,7 @@ def target(tmp_path):
 def test_write_exactly_gathers_without_pwritev_and_pwrite_too(target, tmp_path, monkeypatch, missing):
     for name in missing:
         monkeypatch.delattr(os, name)
-    system.write_exactly(target, [memoryview(b"abc"), memoryview(b""), memoryview(b"defgh")], 3, "new")
+    write_exactly(target, [memoryview(b"abc"), memoryview(b""), memoryview(b"defgh")], 3, "new")
     assert (tmp_path / "new").read_bytes() == b"\0\0\0abcdefgh"
 
 
@@ -208,7 +153,7 @@ def test_write_exactly_gathers_without_pwritev_and_pwrite_too(target, tmp_path, 
 def test_write_exactly_goes_on_after_short_writes(target, tmp_path, monkeypatch, cap):
     real = system.pwritev
     monkeypatch.setattr(system, "pwritev", lambda fd, views, offset: real(fd, [views[0][:cap]], offset))
-    system.write_exactly(target, [memoryview(CONTENT[:7]), memoryview(CONTENT[7:20])], 0, "new")
+    write_exactly(target, [memoryview(CONTENT[:7]), memoryview(CONTENT[7:20])], 0, "new")
     assert (tmp_path / "new").read_bytes() == CONTENT[:20]
 
 
@@ -221,7 +166,7 @@ def test_a_write_that_ends_names_file_and_offset(target, monkeypatch, count):
 
     monkeypatch.setattr(system, "pwritev", full)
     with pytest.raises(WriteError, match=r"(?s)new, byte 7.*expected: 4 bytes from byte 7.*found:    0 bytes"):
-        system.write_exactly(target, [memoryview(b"abcd")], 7, "new")
+        write_exactly(target, [memoryview(b"abcd")], 7, "new")
 
 
 def test_a_file_of_a_journal_grows_at_its_end_alone(tmp_path):

@@ -16,15 +16,18 @@ from typing import Any, NamedTuple
 from safetensors import SafetensorError, deserialize
 
 import automodel_conv as amc
-from automodel_conv.compiling.opening import decoded_table
+from automodel_conv.compiling.decoded import decoded_table
 from automodel_conv.dtypes import torch_dtype
 from automodel_conv.errors import CheckpointError, ConversionError, UnsupportedError, VerificationError
 from automodel_conv.execution import checksums
 from automodel_conv.execution import host as cpu
-from automodel_conv.files import destination, header
+from automodel_conv.files import header
 from automodel_conv.files.checkpoint import Checkpoint, open_checkpoint
+from automodel_conv.files.earlier import taken_over
+from automodel_conv.files.journal import read_journal
 from automodel_conv.files.shards import CHECKSUMS_NAME
 from automodel_conv.files.source import LocalFile
+from automodel_conv.files.staging import STAGING_NAME
 from automodel_conv.testing import guarded
 from tests.fuzz import mutate
 from tests.fuzz.memory import Memory, memory_of
@@ -203,7 +206,7 @@ def config_seeds() -> list[bytes]:
 
 # --- journals ---------------------------------------------------------------------------------------------------------
 
-_STAGED = "/c/" + destination.STAGING_NAME
+_STAGED = "/c/" + STAGING_NAME
 
 
 def check_journal(data: bytes) -> None:
@@ -222,10 +225,8 @@ def check_journal(data: bytes) -> None:
     with Memory(files) as memory:
         journal = memory.open_readonly(f"{_STAGED}/journal.jsonl")
         try:
-            earlier = destination._read(journal)
-            destination._taken_over(
-                earlier, journal, "/c", shards, {"kind": "convert"}, True, "model.safetensors.index.json"
-            )
+            earlier = read_journal(journal)
+            taken_over(earlier, journal, "/c", shards, {"kind": "convert"}, True, "model.safetensors.index.json")
         except ConversionError:
             pass
     for path in memory.removed:

@@ -18,7 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from transformers import AutoModelForCausalLM, dynamic_module_utils, modeling_layers
 
 import automodel_conv as amc
-from automodel_conv.integrations.transformers import ALL
+from automodel_conv.integrations.hooked_plan import ALL
 from automodel_conv.testing import address_valued
 from tests.integrations.support import assert_same_model, both, saved
 from tests.model_zoo import build_model, fill, isolate_registry, write_checkpoint

@@ -21,7 +21,9 @@ from transformers import modeling_utils as upstream
 from transformers.core_model_loading import Chunk, Concatenate, WeightConverter, WeightRenaming
 
 import automodel_conv as amc
+from automodel_conv.integrations import hooked_files, hooked_load
 from automodel_conv.integrations import transformers as hook
+from automodel_conv.integrations.hooked_plan import NOT_OPENED_HERE, WAITS_FOR_NAMES
 from automodel_conv.testing import assert_bytes_equal
 from tests.model_zoo import build_model, write_checkpoint
 
@@ -152,14 +154,14 @@ def test_names_that_wait_for_others_are_renamed_whichever_of_these_a_plan_takes(
     assert info == stock_info
     for loaded in (hooked, stock_model):
         assert_bytes_equal(loaded.model.layers[0].input_layernorm.weight.data, norm)
-    assert hook.WAITS_FOR_NAMES in acceleration.loads[0].left.values()
+    assert WAITS_FOR_NAMES in acceleration.loads[0].left.values()
 
 
 def test_a_header_that_is_not_accepted_here_is_the_reason_for_what_is_left(tmp_path, monkeypatch):
     def refused(source):
         raise amc.CheckpointError(f"odd header of {source.describe()}")
 
-    monkeypatch.setattr(hook, "read_header", refused)
+    monkeypatch.setattr(hooked_files, "read_header", refused)
     done = same_under_the_hook(tmp_path, [joined()], **PARTS)
     assert done.lowered == ()
     assert done.left == {hook.ALL: f"odd header of {tmp_path / 'toy.safetensors'}"}
@@ -171,7 +173,7 @@ def test_a_load_whose_files_were_opened_in_part_before_install_is_left(tmp_path)
     installed = []
     assert load(tmp_path, [joined()], between=lambda: installed.append(amc.install()), **PARTS) == stock
     assert len(installed) == 2
-    assert installed[0].loads == [("Toy", (), {hook.ALL: hook.NOT_OPENED_HERE}, (), (), 0)]
+    assert installed[0].loads == [("Toy", (), {hook.ALL: NOT_OPENED_HERE}, (), (), 0)]
 
 
 def test_a_load_whose_files_were_opened_in_part_before_uninstall_ends(tmp_path):
@@ -212,7 +214,7 @@ def test_nothing_is_planned_after_uninstall_even_under_somebody_elses_replacemen
 
 def test_a_load_that_fails_is_not_reported_as_done(tmp_path, monkeypatch):
     with amc.accelerate_transformers() as done, monkeypatch.context() as patch:
-        patch.setattr(hook, "fill", lambda *args: (_ for _ in ()).throw(amc.ReadError("no")))
+        patch.setattr(hooked_load, "fill", lambda *args: (_ for _ in ()).throw(amc.ReadError("no")))
         with pytest.raises(amc.ReadError):
             load(tmp_path, [joined()], **PARTS)
         assert done.loads == []

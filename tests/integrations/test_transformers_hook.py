@@ -22,7 +22,9 @@ import automodel_conv as amc
 from automodel_conv.files import system
 from automodel_conv.files.header import read_header
 from automodel_conv.files.source import LocalFile
+from automodel_conv.integrations import hooked_files
 from automodel_conv.integrations import transformers as hook
+from automodel_conv.integrations.hooked_plan import NOT_OPENED_HERE
 from automodel_conv.testing import assert_bytes_equal
 from tests.integrations.support import assert_same_model, both, saved
 from tests.model_zoo import EXCLUDED, build_model, isolate_registry, write_checkpoint, zoo_names
@@ -198,7 +200,7 @@ def test_a_state_dict_in_memory_takes_upstreams_way(mixtral):
         model = model_class.from_pretrained(None, config=config, state_dict=tensors)
     assert_same_model(model, model_class.from_pretrained(source))
     [load] = acceleration.loads
-    assert (load.lowered, load.left) == ((), {hook.ALL: hook.NOT_OPENED_HERE})
+    assert (load.lowered, load.left) == ((), {hook.ALL: NOT_OPENED_HERE})
 
 
 def test_a_patched_operation_runs_as_it_would_without_the_hook(mixtral, monkeypatch):
@@ -226,7 +228,7 @@ def test_a_read_that_fails_names_file_and_tensor(mixtral, monkeypatch):
     amc.install()
     with monkeypatch.context() as patch:
         patch.setattr(system, "preadv", failing)
-        patch.setattr(hook, "read_header", headers.__getitem__)
+        patch.setattr(hooked_files, "read_header", headers.__getitem__)
         with pytest.raises(amc.ReadError, match="Input/output error") as error:
             mixtral[0].from_pretrained(mixtral[1])
     assert ".experts." in str(error.value)

@@ -34,7 +34,7 @@ from transformers.core_model_loading import (
 from transformers.modeling_utils import LoadStateDictConfig
 
 import automodel_conv as amc
-from automodel_conv.integrations.transformers import HookedLoad
+from automodel_conv.integrations.hooked_load import HookedLoad
 from automodel_conv.testing import address_valued, assert_bytes_equal
 from tests.integrations.support import assert_same_model, both, saved
 from tests.model_zoo import build_model, write_checkpoint

@@ -20,9 +20,10 @@ from transformers.core_model_loading import (
     WeightRenaming,
 )
 
-from automodel_conv.planning.compiler import TargetSpec, compile_targets
+from automodel_conv.planning.compiler import compile_targets
 from automodel_conv.planning.copies import SourceTable
 from automodel_conv.planning.resolve import resolve
+from automodel_conv.planning.wanted import TargetSpec
 from automodel_conv.upstream.rules import RuleSet
 
 REGISTRY = oracles.registry()

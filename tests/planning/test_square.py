@@ -9,10 +9,12 @@ pytest.importorskip("transformers", reason="rules are transformers' own objects"
 from transformers.core_model_loading import MergeModulelist, Transpose, WeightConverter, WeightRenaming
 
 from automodel_conv.errors import UnsupportedError
-from automodel_conv.planning.compiler import TargetSpec, compile_targets, whole_conversions
+from automodel_conv.planning.compiler import compile_targets
 from automodel_conv.planning.copies import SourceTable
 from automodel_conv.planning.resolve import resolve
 from automodel_conv.planning.square import conditional_transposes, square_matrices
+from automodel_conv.planning.wanted import TargetSpec
+from automodel_conv.planning.whole import whole_conversions
 from automodel_conv.upstream.rules import RuleSet
 from tests.planning import oracles
 

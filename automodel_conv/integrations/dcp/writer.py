@@ -1,12 +1,4 @@
-"""torch.distributed.checkpoint on published checkpoints: per-expert files to grouped, sharded models and back.
-
-    dcp.load(state_dict, storage_reader=HuggingFaceReader(path))
-    dcp.save(state_dict, storage_writer=HuggingFaceWriter(directory, model))
-
-take the places of ``dcp.HuggingFaceStorageReader`` and ``HuggingFaceStorageWriter`` in code that already calls these;
-each rank reads and writes the bytes of its own shards. Source of the protocol: torch 2.13.0,
-``torch/distributed/checkpoint/storage.py``.
-"""
+"""Tensors of a model to published, per-expert files: the writer for ``dcp.save``."""
 
 from __future__ import annotations
 
@@ -14,182 +6,44 @@ import os
 import sys
 import time
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
-from itertools import chain
 from math import prod
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor, nn
 from torch.distributed.checkpoint.metadata import (
-    ChunkStorageMetadata,
     Metadata,
     MetadataIndex,
-    TensorProperties,
-    TensorStorageMetadata,
 )
-from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPlanner, SavePlan, SavePlanner, WriteItem
-from torch.distributed.checkpoint.storage import StorageReader, StorageWriter, WriteResult
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem
+from torch.distributed.checkpoint.storage import StorageWriter, WriteResult
 from torch.futures import Future
 
 from automodel_conv.compiling.experts import refuse_missing_experts
 from automodel_conv.compiling.marks import form_of_save
-from automodel_conv.compiling.opening import load_plan
-from automodel_conv.compiling.pipeline import saving_plan, without_casts
-from automodel_conv.distributed.holders import ALIKE, checksums_of_parts, unlike_replicas
-from automodel_conv.distributed.placements import is_distributed, local_of, region_of
+from automodel_conv.compiling.to_checkpoint import saving_plan
+from automodel_conv.distributed.holders import checksums_of_parts
+from automodel_conv.distributed.placements import is_distributed, region_of
 from automodel_conv.doors import at_door
 from automodel_conv.dtypes import dtype_code
-from automodel_conv.errors import CoverageError, NameProblems, RankError, UnsupportedError, listing, message
-from automodel_conv.execution.buffers import dtype_of
-from automodel_conv.execution.filling import Limits, fill
+from automodel_conv.errors import CoverageError, NameProblems, UnsupportedError, listing, message
 from automodel_conv.execution.tensor_slabs import Holding, tensor_slabs
 from automodel_conv.execution.writing import budget, write_slabs
-from automodel_conv.files import system
-from automodel_conv.files.checkpoint import Checkpoint, open_checkpoint, open_downloaded
-from automodel_conv.files.destination import Destination, open_destination, staged_path
+from automodel_conv.files.checkpoint import open_checkpoint
+from automodel_conv.files.destination import Destination, open_destination
 from automodel_conv.files.shards import Form, Shard
+from automodel_conv.files.staging import staged_path
+from automodel_conv.integrations.dcp.agreeing import refuse_failures, refuse_unlike, shared_items
 from automodel_conv.planning.copies import SourceTable
 from automodel_conv.planning.names import plain_names
 from automodel_conv.planning.plan import CopyPlan
-from automodel_conv.planning.regions import Part, box
+from automodel_conv.planning.regions import box
 from automodel_conv.publishing.beside import begin_save, finish_save
 from automodel_conv.publishing.saved import not_saved, places_in, refuse_unlike_stored, saved_tensors, shards_for
 from automodel_conv.saving import DEFAULT_SCRATCH_BYTES, SaveReport
-from automodel_conv.upstream.models import tied_names
 from automodel_conv.upstream.wrappers import plain_model
-
-
-class HuggingFaceReader(StorageReader):
-    """Reads a safetensors checkpoint under the names of the model it is for, converted on the way.
-
-    Args:
-        path: see ``load_state_dict``.
-        model, rules, layout, source_layout, key_mapping: see ``compile_plan``; without model and rules, the model of
-            ``config.json``. The state dict of a model that torch has wrapped may have its names or those of the model
-            itself, as ``get_model_state_dict`` gives them.
-        threads, scratch_bytes, device_scratch_bytes: see ``load_state_dict``.
-
-    Tensors are cast to the dtype of those they are loaded into.
-
-    Raises:
-        CheckpointError, NameProblems, UnsupportedError: see ``compile_plan``; by ``read_metadata``.
-        ReadError: by ``read_data``.
-    """
-
-    def __init__(
-        self,
-        path: str | os.PathLike[str],
-        model: nn.Module | None = None,
-        *,
-        rules: Iterable[Any] | None = None,
-        layout: str | None = None,
-        source_layout: str | None = None,
-        key_mapping: Mapping[str, str] | None = None,
-        threads: int | None = None,
-        scratch_bytes: int | None = None,
-        device_scratch_bytes: int | None = None,
-    ):
-        self._given = {name: given for name, given in locals().items() if name != "self"}
-        self._path = path
-        self._model = None if model is None else plain_model(model)
-        # What the model's own state dict calls a tensor, where wrappers rename it.
-        self._also_called = {} if model is None or self._model is None else _also_called(model, self._model)
-        self._rules = None if rules is None else list(rules)
-        self._layout = layout
-        self._source_layout = source_layout
-        self._key_mapping = key_mapping
-        self._limits = Limits(threads, scratch_bytes, device_scratch_bytes)
-        self._opened: tuple[Checkpoint, CopyPlan, dict[str, str]] | None = None
-        self.left_out: tuple[str, ...] = ()
-        """Tensors of the checkpoint that no target is made of, once the metadata has been read."""
-
-    def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
-        """Read another checkpoint from now on, if one is given."""
-        if checkpoint_id is not None:
-            self._path = checkpoint_id
-        self._opened = None
-
-    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        """Names, dtypes and shapes of all that can be loaded: those of the model, not those of the files."""
-        self._opened = _, plan, made = self._open()
-        described = {}
-        for name, of in made.items():
-            target = plan.target(of)
-            size = torch.Size(target.shape)
-            chunk = ChunkStorageMetadata(torch.Size([0] * len(size)), size)
-            properties = TensorProperties(dtype=dtype_of(target.dtype, name))
-            described[name] = TensorStorageMetadata(properties, size, [chunk])
-        return Metadata(state_dict_metadata=described)
-
-    def _open(self) -> tuple[Checkpoint, CopyPlan, dict[str, str]]:
-        """The checkpoint, its plan, and of each name that can be loaded the target that has its value."""
-        with at_door("planning", lambda: self._given):
-            checkpoint = open_downloaded(self._path)
-            whole, problems, model = load_plan(
-                checkpoint, self._model, self._rules, self._layout, self._source_layout, self._key_mapping, None
-            )
-            problems.raise_unless_fit(checkpoint.path, unindexed=checkpoint.unindexed)
-            self.left_out = checkpoint.left_out(whole.unused_sources)
-        plan = without_casts(whole)  # to be cast to what is loaded into, once
-        made = {target.name: target.name for target in plan.targets}
-        for group in tied_names(model) if model is not None else ():
-            first = next((name for name in group if name in made), None)
-            if first is not None:
-                made |= {name: made.get(name, first) for name in group}
-        made |= {wrapped: made[name] for wrapped, name in self._also_called.items() if name in made}
-        return checkpoint, plan, made
-
-    def set_up_storage_reader(self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
-        """Nothing to do: the plan is made with the metadata."""
-
-    def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
-        return plan
-
-    def prepare_global_plan(self, plans: list[LoadPlan]) -> list[LoadPlan]:
-        return plans
-
-    def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
-        """Fill what the planner asks for, all of it at once."""
-        checkpoint, whole, made = self._opened or self._open()
-        parts, buffers = [], {}
-        state = getattr(planner, "state_dict", {})
-        whole_shards: set[str] = set()
-        for number, item in enumerate(plan.items):
-            if item.type != LoadItemType.TENSOR:
-                raise UnsupportedError(message(f"{item.dest_index.fqn} is no tensor", do="load it from elsewhere"))
-            name = made[item.storage_index.fqn]
-            entry = state.get(item.dest_index.fqn)
-            shard = region_of(entry) if isinstance(entry, Tensor) and is_distributed(entry) else None
-            if shard is not None and any(len(runs) > 1 for runs in shard.runs):
-                # A shard of several runs of rows: the planner knows boxes only, so it is filled as what it is.
-                if item.dest_index.fqn in whole_shards:
-                    continue
-                whole_shards.add(item.dest_index.fqn)
-                region, tensor = shard, local_of(entry.detach())  # type: ignore[union-attr]
-            else:
-                region = box(whole.target(name).shape, item.storage_offsets, item.lengths)
-                tensor = planner.resolve_tensor(item).detach()
-            called = f"{item.dest_index.fqn}, part {number}"
-            if whole.target(name).fallback is not None and name not in buffers:
-                called = name  # that upstream's own code knows; all of it, or it is refused
-            part = Part(name, called, region, dtype_code(tensor.dtype))
-            parts.append(part)
-            buffers[part.called] = tensor
-        with at_door("loading", lambda: self._given):
-            fill(whole.parts(parts), checkpoint, buffers, self._limits)
-        for item in plan.items:
-            planner.commit_tensor(item, planner.resolve_tensor(item))
-        done: Future[None] = Future()
-        done.set_result(None)
-        return done
-
-    @classmethod
-    def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
-        """Whether there is such a directory or file."""
-        return system.exists(os.fsdecode(checkpoint_id))
 
 
 class HuggingFaceWriter(StorageWriter):
@@ -275,7 +129,7 @@ class HuggingFaceWriter(StorageWriter):
                 raise UnsupportedError(message(f"{item.index.fqn} has a dtype that checkpoints cannot hold"))
             specs[item.index.fqn] = code, tuple(item.tensor_data.size)
             held[item.index.fqn] += prod(item.tensor_data.chunk.sizes)
-        shared = _shared([plan.storage_data for plan in plans])
+        shared = shared_items([plan.storage_data for plan in plans])
         called = self._called(specs)
         self._check({plain: specs[name] for plain, name in called.items()}, {p: held[n] for p, n in called.items()})
         names = list(specs) if self._names is None else [called[plain] for plain in self._names if plain in called]
@@ -369,8 +223,8 @@ class HuggingFaceWriter(StorageWriter):
         if self._begun is not None:
             begun = self._begun
             with self._undone_if_it_fails():
-                _refuse_failures(results)
-                _refuse_unlike(results)
+                refuse_failures(results)
+                refuse_unlike(results)
                 finish_save(begun.destination, begun.shards, self._model, begun.form)
             self.report = SaveReport(
                 files=tuple(shard.name for shard in begun.shards),
@@ -388,9 +242,6 @@ class HuggingFaceWriter(StorageWriter):
         return "://" not in os.fsdecode(checkpoint_id)
 
 
-# --- private ----------------------------------------------------------------------------------------------------------
-
-
 class _Begun(NamedTuple):
     """A save that the coordinator has begun."""
 
@@ -399,72 +250,6 @@ class _Begun(NamedTuple):
     form: Form
     left_out: tuple[str, ...]
     at: float
-
-
-def _also_called(model: nn.Module, plain: nn.Module) -> dict[str, str]:
-    """Names in the state dict of a wrapped model that are not those of the model itself, with those."""
-    names, known = model.state_dict(), plain.state_dict()
-    called = zip(names, plain_names(names, known), strict=True)
-    return {name: plain for name, plain in called if name not in known}
-
-
-def _shared(items: Sequence[Sequence[WriteItem]]) -> list[list[WriteItem]]:
-    """The items of each rank that other ranks hold too.
-
-    Raises:
-        RankError: tensors of one name have different shapes or dtypes.
-        CoverageError: parts that begin in the same place have different sizes.
-    """
-    like: dict[str, tuple[object, ...]] = {}
-    sizes: dict[MetadataIndex, tuple[int, ...]] = {}
-    held: Counter[MetadataIndex] = Counter()
-    for item in chain.from_iterable(items):
-        if item.tensor_data is None or not prod(item.tensor_data.chunk.sizes):
-            continue
-        name, data = item.index.fqn, item.tensor_data
-        found = tuple(data.size), data.properties.dtype
-        first = like.setdefault(name, found)
-        if found != first:
-            raise RankError(message(f"{name} differs from rank to rank", found=f"{first} and {found}", do=ALIKE))
-        size = sizes.setdefault(item.index, tuple(data.chunk.sizes))
-        if size != tuple(data.chunk.sizes):
-            found = f"parts of {list(size)} and {list(data.chunk.sizes)} at {list(data.chunk.offsets)}"
-            raise CoverageError(message(f"ranks divide {name} in different ways", found=found, do=ALIKE))
-        held[item.index] += 1
-    return [[item for item in each if held[item.index] > 1] for each in items]
-
-
-def _refuse_failures(results: Sequence[Sequence[WriteResult]]) -> None:
-    """Raise what ``write_data`` has met: the error itself where there is one rank, RankError where there are more."""
-    errors = {
-        rank: result.storage_data
-        for rank, each in enumerate(results)
-        for result in each
-        if isinstance(result.storage_data, Exception)
-    }
-    if errors and len(results) == 1:
-        raise errors[0]
-    if errors:
-        found = listing(f"rank {rank}: {type(error).__name__}: {error}" for rank, error in errors.items())
-        raise RankError(message(f"saving failed on {len(errors)} of the ranks that do it together", found="\n" + found))
-
-
-def _refuse_unlike(results: Sequence[Sequence[WriteResult]]) -> None:
-    """Compare the checksums of all ranks, which ``write_data`` adds to its results.
-
-    Raises:
-        RankError: ranks that hold the same part of a tensor hold different bytes.
-    """
-    first: dict[MetadataIndex, tuple[int, int]] = {}
-    unlike: dict[str, str] = {}
-    for rank, each in enumerate(results):
-        for result in each:
-            if result.storage_data is not None:
-                of, checksum = first.setdefault(result.index, (rank, result.storage_data))
-                if checksum != result.storage_data:
-                    unlike.setdefault(result.index.fqn, f"rank {rank} and rank {of}")
-    if unlike:
-        raise unlike_replicas(sorted(unlike.items()))
 
 
 def _holding(item: WriteItem, planner: SavePlanner) -> Holding:

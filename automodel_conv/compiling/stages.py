@@ -1,0 +1,32 @@
+"""The stages of a conversion, each a plan of its own: their composition, and a plan without the casts of its stages."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from automodel_conv.planning.copies import SourceTable
+from automodel_conv.planning.plan import CopyPlan
+from automodel_conv.planning.quantization import as_meant
+
+
+def meant_stages(table: SourceTable) -> list[CopyPlan]:
+    """The stage that is needed where quantized sources are stored transposed."""
+    return [as_meant(table)] if any(decode.swapped for decode in table.decodes.values()) else []
+
+
+def composed(stages: Sequence[CopyPlan]) -> CopyPlan:
+    """The plan from the sources of the first stage straight to the targets of the last."""
+    whole = stages[0]
+    for stage in stages[1:]:
+        whole = whole.then(stage)
+    return whole
+
+
+def without_casts(plan: CopyPlan) -> CopyPlan:
+    """The plan without casts, but where the sources of one target differ, or upstream's own code makes it."""
+    targets = []
+    for target in plan.targets:
+        dtypes = {plan.sources.dtypes[row] for row in target.sources}
+        casts = target.fallback is None and len(dtypes) == 1
+        targets.append(target._replace(dtype=dtypes.pop()) if casts else target)
+    return CopyPlan(plan.sources, tuple(targets), plan.rules)

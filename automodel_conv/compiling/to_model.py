@@ -1,0 +1,189 @@
+"""The plan from a checkpoint's tensors to a model's, by all that a caller says: model, rules, layouts, dtype.
+
+A conversion has up to three stages, each a plan of its own: the layout the experts come in, the rules, the layout they
+shall have. Their composition goes from the sources straight to the final buffers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from automodel_conv.compiling.laid_experts import (
+    check_layout,
+    experts_of,
+    gated_by,
+    has_names_of,
+    is_laid_out,
+    not_laid_out,
+    refuse_no_experts,
+    relaid_specs,
+)
+from automodel_conv.compiling.stages import composed, meant_stages
+from automodel_conv.dtypes import dtype_code
+from automodel_conv.planning.compiler import compile_targets
+from automodel_conv.planning.composition import table_of
+from automodel_conv.planning.copies import SourceTable
+from automodel_conv.planning.layouts import (
+    PER_EXPERT,
+    TRANSFORMERS,
+    Layout,
+    as_layout,
+    get_layout,
+)
+from automodel_conv.planning.names import plain_table
+from automodel_conv.planning.plan import CopyPlan
+from automodel_conv.planning.problems import Problems
+from automodel_conv.planning.relayout import relayout
+from automodel_conv.planning.schemes import rows_of_kv_caches
+from automodel_conv.planning.unmarked import refuse_other_layouts, refuse_untold
+from automodel_conv.planning.wanted import AsStored, TargetSpec
+from automodel_conv.upstream.models import model_targets, tied_names
+from automodel_conv.upstream.registry import (
+    is_pretrained_model,
+    key_renamings,
+    model_rules,
+    without_ignored,
+)
+from automodel_conv.upstream.rules import RuleSet
+
+
+def loading_plan(
+    table: SourceTable,
+    *,
+    model: nn.Module | None = None,
+    rules: Iterable[Any] | None = None,
+    layout: str | None = None,
+    source_layout: str | None = None,
+    key_mapping: Mapping[str, str] | None = None,
+    dtype: torch.dtype | None = None,
+    in_place: bool = False,
+    quantizer: Any = None,
+    targets: Mapping[str, TargetSpec] | None = None,
+    as_stored: AsStored | None = None,
+    unbound: bool = False,
+) -> tuple[CopyPlan, Problems]:
+    """The plan from checkpoint names to the model's (or the rules') names, and what did not fit.
+
+    Args:
+        source_layout: how grouped experts among the sources lie, and what is not in that layout is an error;
+            "per_expert": as the type is published; None: as the model has them, which their shapes must bear out.
+        in_place: the model's own tensors are the destination, so a ``layout`` they do not have is an error.
+        quantizer: transformers' own, of a model that keeps codes and scales: its rules go with the model's.
+        targets: what to make, if not the model's state dict.
+        as_stored: see ``compile_targets``.
+        unbound: make whatever the rules give; of the model only its rules count, and how its experts lie. There may
+            be no experts.
+
+    Raises:
+        UnsupportedError: an unknown layout, or one that the model contradicts.
+    """
+    objects = model_rules(model, key_mapping, quantizer) if rules is None else [*key_renamings(key_mapping), *rules]
+    rule_set = RuleSet(objects, model)
+    given = targets is not None
+    if targets is None and model is not None and not unbound:
+        targets = model_targets(model, dtype)
+    if model is not None or objects or layout is not None or source_layout is not None:
+        table = plain_table(table, targets)
+    code = None if dtype is None else dtype_code(dtype)
+    wanted = None if layout is None else get_layout(layout)
+    incoming = None if source_layout in (None, PER_EXPERT) else get_layout(source_layout, PER_EXPERT)
+    experts = experts_of(model, layout or (source_layout if incoming is not None else None))
+    own = {path: as_layout(said) for path, said in experts.items()}
+    gated = gated_by(experts, rule_set, table, incoming)
+
+    def canonical(path: str) -> Layout:
+        return own.get(path, TRANSFORMERS)
+
+    destination: Mapping[str, TargetSpec] | None = None  # what the model has, where that is in the wanted layout
+    if wanted is not None and targets is not None and is_laid_out(targets, {} if given else own, wanted):
+        destination = targets
+        targets = relaid_specs(targets, wanted, canonical, gated)
+    elif in_place and wanted is not None and layout is not None:
+        raise not_laid_out(targets or (), wanted, layout)
+    if targets is not None and not rows_of_kv_caches(targets):
+        of_caches = rows_of_kv_caches(table.names)
+        table = replace(table, hidden=table.hidden.union(of_caches)) if of_caches else table
+    stages = meant_stages(table)
+    if stages:
+        table = table_of(stages[-1].targets)
+    if incoming is not None and source_layout is not None and not has_names_of(targets, source_layout):
+        if not unbound:
+            check_layout(source_layout, table, "source_layout")
+        stages.append(relayout(table, lambda path: incoming, canonical, gated))
+        table = table_of(stages[-1].targets)
+    transposed = None if source_layout is None else source_layout == PER_EXPERT
+    plan, problems = compile_targets(table, rule_set, targets, code, transposed=transposed, as_stored=as_stored)
+    for stage in reversed(stages):
+        problems.unclaimed = [source for row in problems.unclaimed for source in stage.targets[row].sources]
+    stages.append(plan)
+    if wanted is not None:
+        if source_layout is None and targets is None and not unbound:
+            refuse_untold(plan, canonical, gated)
+        stages.append(relayout(table_of(plan.targets), canonical, lambda path: wanted, gated))
+    whole = composed(stages)
+    if destination is not None:
+        problems.mismatched += [
+            (t.name, t.shape, destination[t.name].shape)
+            for t in whole.targets
+            if t.name in destination and destination[t.name].shape != t.shape
+        ]
+    tied = () if model is None else tuple(tied_names(model))
+    problems.missing = without_tied(problems.missing, whole, tied)
+    problems.missing, problems.unexpected = without_ignored(model, problems.missing, problems.unexpected)
+    if source_layout is None and targets is not None and not given:
+        refuse_other_layouts(problems, plan, rule_set, bool(experts) or is_pretrained_model(model))
+    if layout is not None and table.names and not unbound and not problems.failed:  # which tell why there are none
+        refuse_no_experts(targets or [target.name for target in plan.targets], layout, table)
+    whole = replace(
+        whole,
+        missing=tuple(problems.missing),
+        unexpected=tuple(problems.unexpected),
+        mismatched=tuple(problems.mismatched),
+        tied=tied,
+    )
+    return whole, problems
+
+
+def shapes_to_make(
+    model: nn.Module, state: Mapping[str, Tensor], layout: str | None, *, in_place: bool
+) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of all that a load makes for a model, its experts in a ``layout``.
+
+    Args:
+        state: the model's state dict.
+        in_place: see ``loading_plan``.
+
+    Raises:
+        UnsupportedError: see ``loading_plan``.
+    """
+    shapes = {name: tuple(tensor.shape) for name, tensor in state.items() if isinstance(tensor, Tensor)}
+    if layout is None:
+        return shapes
+    wanted = get_layout(layout)
+    experts = experts_of(model, layout)
+    own = {path: as_layout(said) for path, said in experts.items()}
+    if is_laid_out(shapes, own, wanted):
+        return shapes
+    if in_place:
+        raise not_laid_out(shapes, wanted, layout)
+
+    def canonical(path: str) -> Layout:
+        return own.get(path, TRANSFORMERS)
+
+    def gated(path: str) -> bool:
+        return experts[path].gated if path in experts else f"{path}.{canonical(path).first[0].name}" in shapes
+
+    table = SourceTable(list(shapes), ["F32"] * len(shapes), list(shapes.values()))
+    return {target.name: target.shape for target in relayout(table, canonical, lambda path: wanted, gated).targets}
+
+
+def without_tied(missing: Iterable[str], plan: CopyPlan, tied: Iterable[tuple[str, ...]]) -> list[str]:
+    """Missing names less those that are tied to a name that is made."""
+    made = {target.name for target in plan.targets}
+    provided = {name for group in tied if made.intersection(group) for name in group}
+    return [name for name in missing if name not in provided]

@@ -1,0 +1,206 @@
+"""Which files make up a checkpoint: as its index says, or the one file that there is."""
+
+from __future__ import annotations
+
+import ntpath
+import os
+import re
+from typing import Any, NamedTuple
+
+from automodel_conv.errors import CheckpointError, UnsupportedError, listing, message
+from automodel_conv.files import system
+from automodel_conv.files.header import checkpoint_error, located, parse_object, read_limited, short, with_open
+from automodel_conv.files.hub import Repository
+from automodel_conv.files.shards import FORM
+from automodel_conv.files.staging import STAGING_NAME
+
+# The index format has no limit of its own; 500,000 tensors need about 70 MB.
+MAX_INDEX_BYTES = 500_000_000
+_INDEX_NAME = FORM.index_name
+_SINGLE_NAME = FORM.file_name(1, 1)
+_INDEX_SUFFIX = ".safetensors.index.json"
+_SHARD = re.compile(r"-\d+-of-(\d+)\.safetensors\Z")
+ADVICE = {
+    ".bin": "convert pickled weights: load them with transformers and call save_pretrained",
+    ".gguf": "convert GGUF: from_pretrained(..., gguf_file=...) of transformers, then save",
+}
+for _suffix in (".pt", ".pth", ".ckpt", ".pkl", ".pickle"):
+    ADVICE[_suffix] = ADVICE[".bin"]
+
+
+class Index(NamedTuple):
+    """The parts of an index file that are used."""
+
+    weight_map: dict[str, str]
+    metadata: dict[str, Any]
+
+
+class Chosen(NamedTuple):
+    """The files that make up a checkpoint."""
+
+    root: str
+    """The path that was opened."""
+    directory: str
+    shards: list[str]
+    """Names of the files in it."""
+    index: Index | None
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        return tuple(os.path.join(self.directory, shard) for shard in self.shards)
+
+
+def select(root: str) -> Chosen:
+    if not system.is_directory(root):
+        return _select_file(root, root)
+    if os.path.basename(root) == STAGING_NAME:
+        raise _unfinished(os.path.dirname(root))
+    try:
+        present = system.list_names(root)
+    except OSError as error:
+        raise checkpoint_error("cannot list a directory", where=root, found=error) from error
+    return _select_file(root, os.path.join(root, _choose(root, present)))
+
+
+def select_in(repository: Repository, names: list[str]) -> Chosen:
+    """The files that make up the checkpoint of a repository, whose indexes are all on this machine."""
+    name = _choose(repository.name, sorted(name for name in names if "/" not in name))
+    chosen = _select_file(repository.folder, os.path.join(repository.folder, name))
+    present = set(names)
+    refuse_absent([shard for shard in chosen.shards if shard not in present], chosen, repository.name)
+    return chosen
+
+
+def _select_file(root: str, file: str) -> Chosen:
+    directory = os.path.dirname(file)
+    if file.endswith(".json"):
+        index = _read_index(file)
+        return Chosen(root, directory, sorted(set(index.weight_map.values())), index)
+    _refuse_other_formats(file)
+    return Chosen(root, directory, [os.path.basename(file)], None)
+
+
+def absent_files(chosen: Chosen) -> list[str]:
+    """Names of the files that are not on this machine."""
+    return [shard for shard, file in zip(chosen.shards, chosen.files, strict=True) if not system.is_file(file)]
+
+
+def refuse_absent(absent: list[str], chosen: Chosen, where: str) -> None:
+    if absent:
+        raise checkpoint_error(
+            f"{len(absent)} of {len(chosen.shards)} files of the checkpoint are missing",
+            where=where,
+            found="\n" + listing(absent),
+            do="download or copy the missing files",
+        )
+
+
+def _choose(directory: str, present: list[str]) -> str:
+    """Name of the index or the single file among the names in a directory."""
+    indices = [name for name in present if name.endswith(_INDEX_SUFFIX)]
+    if _INDEX_NAME in indices:
+        return _INDEX_NAME
+    if len(indices) == 1:
+        return indices[0]
+    if indices:
+        raise checkpoint_error(
+            "more than one index",
+            where=directory,
+            expected=f"{_INDEX_NAME}, or one index",
+            found="\n" + listing(indices),
+            do="open one of them by its own path",
+        )
+    singles = [name for name in present if name.endswith(".safetensors")]
+    if _SINGLE_NAME in singles:
+        return _SINGLE_NAME
+    if len(singles) == 1 and STAGING_NAME not in present:
+        shard = _SHARD.search(singles[0])
+        if shard is None or int(shard[1]) == 1:
+            return singles[0]
+    if STAGING_NAME in present:
+        raise _unfinished(directory)
+    if singles:
+        raise checkpoint_error(
+            f"the index {_INDEX_NAME} is missing",
+            where=directory,
+            expected="an index that says which files make up the checkpoint",
+            found="\n" + listing(singles),
+            do="download the index, or open one file by its own path",
+        )
+    foreign = [name for name in present if _advice(name)]
+    if foreign:
+        raise UnsupportedError(
+            message(
+                "no safetensors weights, but files of other formats",
+                where=directory,
+                found="\n" + listing(foreign),
+                do=_advice(foreign[0]),
+            )
+        )
+    raise checkpoint_error(
+        "no safetensors weights",
+        where=directory,
+        expected=f"{_INDEX_NAME} or {_SINGLE_NAME}",
+        found="\n" + listing(present) if present else "an empty directory",
+    )
+
+
+def _unfinished(directory: str) -> CheckpointError:
+    return checkpoint_error(
+        "no checkpoint yet: a conversion or a save into this directory is not finished",
+        where=directory,
+        found=f"the folder {STAGING_NAME}",
+        do="wait if it still runs; otherwise run the same conversion or save again",
+    )
+
+
+def _advice(file: str) -> str | None:
+    return ADVICE.get(os.path.splitext(file)[1].lower())
+
+
+def _refuse_other_formats(file: str) -> None:
+    if not file.endswith(".safetensors"):
+        raise UnsupportedError(
+            message(
+                "these weights are not in the safetensors format",
+                where=file,
+                expected="a .safetensors file, an index of such files, or a directory of them",
+                do=_advice(file),
+            )
+        )
+
+
+def _read_index(path: str) -> Index:
+    if not system.is_file(path):  # opening a pipe would wait for its other end
+        raise checkpoint_error("an index that is not a file", where=path, expected="a regular file")
+    data = with_open(path, lambda fd: read_limited(fd, path, MAX_INDEX_BYTES))
+    parsed = parse_object(data, path)
+    weight_map, metadata = parsed.get("weight_map"), parsed.get("metadata")
+    if type(weight_map) is not dict or not weight_map:
+        raise checkpoint_error(
+            "an index without weight_map",
+            where=path,
+            expected="weight_map, an object from tensor names to file names",
+            found=short(weight_map),
+        )
+    checked: set[str] = set()
+    for name, file in weight_map.items():
+        if type(file) is str and file in checked:
+            continue
+        if type(file) is not str or _leaves_directory(file):
+            raise checkpoint_error(
+                "the index names a file outside of its directory, or no file at all",
+                where=located(path, name),
+                expected="a file name below the directory of the index",
+                found=short(file),
+                do="do not trust this checkpoint; if you trust its source, correct the index",
+            )
+        _refuse_other_formats(os.path.join(os.path.dirname(path), file))
+        checked.add(file)
+    return Index(weight_map, metadata if type(metadata) is dict else {})
+
+
+def _leaves_directory(file: str) -> bool:
+    """By the name alone: a snapshot of the Hub holds links to files elsewhere, which is fine."""
+    parts = re.split(r"[/\\]", file)
+    return not parts[0] or bool(ntpath.splitdrive(file)[0]) or ".." in parts or "\0" in file

@@ -1,0 +1,14 @@
+"""torch.distributed.checkpoint on published checkpoints: per-expert files to grouped, sharded models and back.
+
+    dcp.load(state_dict, storage_reader=HuggingFaceReader(path))
+    dcp.save(state_dict, storage_writer=HuggingFaceWriter(directory, model))
+
+take the places of ``dcp.HuggingFaceStorageReader`` and ``HuggingFaceStorageWriter`` in code that already calls these;
+each rank reads and writes the bytes of its own shards. Source of the protocol: torch 2.13.0,
+``torch/distributed/checkpoint/storage.py``.
+"""
+
+from automodel_conv.integrations.dcp.reader import HuggingFaceReader
+from automodel_conv.integrations.dcp.writer import HuggingFaceWriter
+
+__all__ = ["HuggingFaceReader", "HuggingFaceWriter"]

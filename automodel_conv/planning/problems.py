@@ -1,0 +1,87 @@
+"""What does not fit between a checkpoint and a model, collected and told at once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from automodel_conv.errors import Message, NameProblems, listing
+
+
+@dataclass
+class Problems:
+    """Everything that does not fit, collected over a whole plan."""
+
+    missing: list[str] = field(default_factory=list)
+    unexpected: list[str] = field(default_factory=list)
+    mismatched: list[tuple[str, tuple[int, ...], tuple[int, ...]]] = field(default_factory=list)
+    duplicated: list[tuple[str, tuple[str, ...]]] = field(default_factory=list)
+    incomplete: list[tuple[str, tuple[str, ...]]] = field(default_factory=list)
+    failed: list[tuple[str, str]] = field(default_factory=list)
+    unclaimed: list[int] = field(default_factory=list)
+    """Rows of the sources that no rule gives to a target."""
+    without_place: list[str] = field(default_factory=list)
+    """Those of ``unexpected`` that they would become."""
+
+    def set_aside(self) -> frozenset[int]:
+        """Take sources that no rule gives to a target for no problem; returns their rows."""
+        forgiven = set(self.without_place)
+        self.unexpected = [name for name in self.unexpected if name not in forgiven]
+        return frozenset(self.unclaimed)
+
+    def reasons(self) -> list[str]:
+        """A line for each problem of a target that something provides."""
+        return [
+            *(f"parts are absent: {', '.join(parts[:3])}" for _, parts in self.incomplete),
+            *(f"shape {list(found)} instead of {list(expected)}" for _, found, expected in self.mismatched),
+            *(f"several sources claim it: {', '.join(sources[:3])}" for _, sources in self.duplicated),
+            *(f"the model has no {name}" for name in self.unexpected),
+            *(reason for _, reason in self.failed),
+        ]
+
+    def raise_unless_fit(self, where: str, strict: bool = True, unindexed: Sequence[tuple[str, str]] = ()) -> None:
+        """Raise NameProblems with every problem in one text.
+
+        Args:
+            strict: otherwise only for what cannot be converted at all, as upstream does.
+            unindexed: name and file of what lies in the checkpoint's files and is no part of it, which may be what is
+                missing.
+        """
+        if not strict and not self.failed:
+            return
+        explained = {name for name, _ in self.incomplete}
+        wrong = [item for item in self.mismatched if item[0] not in explained]
+        failed = [item for item in self.failed if item[0] not in explained]
+        parts = [
+            ("missing: nothing in the checkpoint provides", self.missing),
+            ("unexpected: no parameter takes", self.unexpected),
+            (
+                "incomplete: parts of a merged parameter are absent",
+                [_named(n, p) for n, p in self.incomplete],
+            ),
+            ("wrong shape", [f"{n}: expected {list(e)}, found {list(f)}" for n, f, e in wrong]),
+            (
+                "not taken, as the index does not give them to these files",
+                [f"{name} in {file}" for name, file in unindexed if self.missing or self.incomplete],
+            ),
+            ("provided twice", [_named(n, p) for n, p in self.duplicated]),
+            ("cannot be converted", [f"{n}: {reason}" for n, reason in failed]),
+        ]
+        found = [f"  {title} ({len(items)}):\n{listing(items)}" for title, items in parts if items]
+        if found:
+            do = ["check that config and checkpoint belong together"]
+            if not failed:
+                do.append("{strict=False} loads what fits, as upstream does")
+            raise NameProblems(
+                Message("\n".join([f"checkpoint and model do not fit together: {where}", *found]), do),
+                missing=self.missing,
+                unexpected=self.unexpected,
+                mismatched=self.mismatched,
+                duplicated=self.duplicated,
+                incomplete=self.incomplete,
+            )
+
+
+def _named(name: str, parts: Sequence[str]) -> str:
+    shown = ", ".join(parts[:4]) + (f", ... {len(parts) - 4} more" if len(parts) > 4 else "")
+    return f"{name}: {shown}"
