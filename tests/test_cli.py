@@ -15,11 +15,10 @@ from typer.main import get_command
 from typer.testing import CliRunner
 
 import automodel_conv
-from automodel_conv.cli import app as cli
-from automodel_conv.cli import demo
+from automodel_conv.cli import demo, words
 from automodel_conv.cli.app import app, show_demo
 from automodel_conv.files import system
-from automodel_conv.files.destination import STAGING_NAME
+from automodel_conv.files.staging import STAGING_NAME
 from automodel_conv.planning.plan import CopyPlan
 from automodel_conv.upstream.registry import transformers_available
 
@@ -563,7 +562,7 @@ def test_a_conversion_of_another_kind_is_started_anew_by_an_option(plain, tmp_pa
 def test_every_option_that_errors_name_is_there():
     options = {option for command in get_command(app).commands.values() for p in command.params for option in p.opts}
     options |= {o for command in get_command(app).commands.values() for p in command.params for o in p.secondary_opts}
-    said = " ".join([*cli._IN_OPTIONS.values(), *cli._IN_COMMANDS.values()])
+    said = " ".join([*words.IN_OPTIONS.values(), *words.IN_COMMANDS.values()])
     assert set(re.findall(r"--[\w-]+", said)) <= options
 
 

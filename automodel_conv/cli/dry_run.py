@@ -1,0 +1,59 @@
+"""What a conversion would do, printed instead of done."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+import typer
+
+from automodel_conv.cli.printing import print_names, print_table
+from automodel_conv.errors import DestinationError, WriteError, listing, message
+
+if TYPE_CHECKING:
+    from automodel_conv.publishing.conversion import Conversion
+
+
+def tell_dry_run(conversion: Conversion, destination: str) -> None:
+    """Print what a conversion would do.
+
+    Raises:
+        DestinationError: the destination holds a checkpoint already.
+        WriteError: there is too little room.
+    """
+    from automodel_conv.cli.tables import two_columns
+    from automodel_conv.files.room import room_in
+
+    directory = os.path.abspath(destination)
+    plan, room = conversion.plan, room_in(directory)
+    typer.echo(plan.summary())
+    table = two_columns()
+    table.add_row("reads", f"{plan.bytes_read / 1e9:.3f} GB")
+    table.add_row("writes", f"{plan.bytes_written / 1e9:.3f} GB")
+    table.add_row("files", str(len(conversion.shards)))
+    table.add_row("needs on the disk", f"{conversion.bytes_needed / 1e9:.3f} GB")
+    table.add_row("free there", f"{room.free_bytes / 1e9:.3f} GB")
+    table.add_row("carried as they are", str(len(conversion.carried)))
+    table.add_row("left out", str(len(conversion.left_out)))
+    if room.unfinished:
+        table.add_row("unfinished work there", "yes")
+    print_table(table)
+    print_names(conversion.carried, conversion.left_out)
+    if room.in_the_way:
+        raise DestinationError(
+            message(
+                "the directory holds a checkpoint already",
+                where=directory,
+                found="\n" + listing(room.in_the_way),
+                do="choose another directory, or remove these files first",
+            )
+        )
+    if room.free_bytes < conversion.bytes_needed:
+        raise WriteError(
+            message(
+                "the disk has too little room",
+                where=directory,
+                expected=f"{conversion.bytes_needed} bytes for {len(conversion.shards)} files",
+                found=room.free_bytes,
+            )
+        )
