@@ -75,7 +75,7 @@ def spans(places: Iterable[Place], limit: int = _SPAN_BYTES) -> Iterator[Sequenc
     No two of a span overlap, so that what is written to a target is written to no other.
     """
     span: list[Place] = []
-    for place in sorted(places, key=lambda place: place[:3]):
+    for place in sorted(places, key=lambda place: (place.file, place.offset_bytes, place.nbytes)):
         if span and (
             place.file != span[0].file
             or place.offset_bytes < span[-1].stop_bytes

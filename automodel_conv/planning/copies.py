@@ -45,21 +45,21 @@ def over_sources(copy: StridedCopy) -> list[Piece]:
     columns = sorted(zip(copy.ordinals, copy.target_offsets, copy.source_offsets, strict=True))
     runs: list[list[int]] = []  # of columns: source, place in it, place in the target; how many, how far apart each
     ordinal = written = read = skip = apart = count = 0
-    for column in columns:
-        skips, moves = column[0] - ordinal, column[1] - written
+    for column_ordinal, column_written, column_read in columns:
+        skips, moves = column_ordinal - ordinal, column_written - written
         goes_on = (skips == skip and moves == apart) if count > 1 else (count and skips > 0 and moves > 0)
-        ordinal, written = column[:2]
-        if goes_on and column[2] == read:
+        ordinal, written = column_ordinal, column_written
+        if goes_on and column_read == read:
             skip, apart, count = skips, moves, count + 1
             runs[-1][3:] = count, skip, apart
         else:
-            read, skip, apart, count = column[2], 0, 0, 1
+            read, skip, apart, count = column_read, 0, 0, 1
             runs.append([ordinal, read, written, 1, 0, 0])
-    (shape, source_strides, target_strides), *_ = copy
+    box = copy.box
     return [
         Piece(
             0,
-            Box((count, *shape), (skip * SPAN, *source_strides), (apart, *target_strides)),
+            Box((count, *box.shape), (skip * SPAN, *box.source_strides), (apart, *box.target_strides)),
             ordinal * SPAN + read,
             written,
         )
@@ -127,7 +127,8 @@ def _joined(pieces: Sequence[Piece]) -> list[Piece]:
     for piece in pieces:
         if joined and joined[-1].source == piece.source and joined[-1].box.is_run and piece.box.is_run:
             before, numel = joined[-1], joined[-1].box.numel
-            if (before.source_offset + numel, before.target_offset + numel) == piece[2:]:
+            ends = before.source_offset + numel, before.target_offset + numel
+            if ends == (piece.source_offset, piece.target_offset):
                 joined[-1] = before._replace(box=run_of(numel + piece.box.numel))
                 continue
         joined.append(piece)
@@ -200,6 +201,11 @@ class Decode(NamedTuple):
     def bits(self) -> int:
         """Of a code."""
         return CODE_BITS[self.format]
+
+    @property
+    def kind(self) -> tuple[object, ...]:
+        """All but the rows: sources of equal kinds decode alike."""
+        return self.format, self.matrix, self.block, self.divides, self.swapped, self.like_upstream
 
     @property
     def parts(self) -> tuple[int, ...]:

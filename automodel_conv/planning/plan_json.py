@@ -37,7 +37,7 @@ def text_of(plan: Mapping[str, Any]) -> str:
             "decodes": list(sources.decodes.items()),
             "hidden": sorted(sources.hidden),
             "copies": [[_row(copy) for copy in group] for group in copies],
-            "targets": [[*target[:5], table[id(target.copies)]] for target in targets],
+            "targets": [[t.name, t.dtype, t.shape, t.rule, t.sources, table[id(t.copies)]] for t in targets],
             **{name: plan[name] for name in _AS_THEY_ARE},
             "layouts": [plan["layout"], plan["source_layout"]],
         }

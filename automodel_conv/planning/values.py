@@ -107,7 +107,7 @@ def _series(values: Sequence[Value]) -> list[_Series]:
     for value in values:
         apart = value.source - first.source
         goes_on = apart == count * step if count > 1 else apart > 0
-        if count == 0 or (goes_on and value[:2] == first[:2]):
+        if count == 0 or (goes_on and value.shape == first.shape and value.pieces == first.pieces):
             step = apart if count == 1 else step
             count += 1
             continue

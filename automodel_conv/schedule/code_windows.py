@@ -91,11 +91,12 @@ def code_windows(
     dtypes, nbytes = checkpoint.dtypes, checkpoint.nbytes
     for row in sorted(moves, key=lambda row: (checkpoint.file_ids[row], checkpoint.offsets[row])):
         decode = decodes[row]
-        others = [None if part is None else dtypes[part] for part in decode[3:6]]
+        parts = (decode.scales, decode.zero_points, decode.global_scale)
+        others = [None if part is None else dtypes[part] for part in parts]
         for dtype in {move.dtype: None for move in moves[row]}:
             alike = [move for move in moves[row] if move.dtype == dtype]
             read_alike = [(move.box, move.source_offset) for move in alike]
-            key = (dtype, nbytes[row], *decode[:3], *decode[6:], *others, *read_alike)
+            key = (dtype, nbytes[row], decode.kind, *others, *read_alike)
             if key not in known:
                 source = CodedSource(row, decode, checkpoint, dtype)
                 numbered = [move._replace(target=n, target_offset=0) for n, move in enumerate(alike)]
