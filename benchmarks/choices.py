@@ -12,7 +12,6 @@ difference within the spread is none.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import statistics
@@ -30,7 +29,7 @@ from automodel_conv.files import system
 from automodel_conv.kernels import transpose_torch
 from automodel_conv.schedule import host as scheduling
 from automodel_conv.schedule import jobs
-from benchmarks import measure
+from benchmarks import measure, options
 from benchmarks.peers.worker import Job, variables, work
 from benchmarks.shapes import SMALL, qwen3_30b, write_checkpoint
 from benchmarks.show import show, show_environment
@@ -212,29 +211,23 @@ def markdown(result: Mapping[str, Any]) -> str:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.choices", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = options.parser("choices", __doc__, repetitions=5, room="the size of the files")
     parser.add_argument("--group", action="append", choices=GROUPS, help="default: all")
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--size", choices=("full", "small"), default="full")
-    parser.add_argument("--repetitions", type=int, default=5)
-    parser.add_argument("--directory", help="where a temporary directory is made; it needs the size of the files")
-    parser.add_argument("--json", metavar="FILE", help="write all runs and the environment")
     parser.add_argument("--from", dest="source", metavar="FILE", help="print the table of such a file in Markdown")
-    parser.add_argument("--worker", help=argparse.SUPPRESS)
-    parser.add_argument("--repetition", type=int, default=0, help=argparse.SUPPRESS)
-    options = parser.parse_args(arguments)
-    if options.worker:
-        loads = load(**json.loads(options.worker), repetition=options.repetition)
+    options.add_worker(parser)
+    given = parser.parse_args(arguments)
+    if given.worker:
+        loads = load(**json.loads(given.worker), repetition=given.repetition)
         sys.stdout.write(json.dumps({"loads": loads}) + "\n")
         return
-    if options.source:
-        sys.stdout.write(markdown(measure.read_json(options.source)) + "\n")
+    if given.source:
+        sys.stdout.write(markdown(measure.read_json(given.source)) + "\n")
         return
     environment = measure.environment()
-    layers = options.layers if options.size == "full" else None
-    result = run(options.group or list(GROUPS), layers, options.repetitions, options.directory)
+    layers = given.layers if given.size == "full" else None
+    result = run(given.group or list(GROUPS), layers, given.repetitions, given.directory)
     show_environment(environment)
     table = Table(title=f"{result['shape']}, {result['threads']} threads", title_justify="left")
     for title in ("", *_TITLES):
@@ -242,7 +235,7 @@ def main(arguments: list[str] | None = None) -> None:
     for line in cells(result):
         table.add_row(*line)
     show(table)
-    measure.write_json(options.json, {"environment": environment, **result})
+    measure.write_json(given.json, {"environment": environment, **result})
 
 
 if __name__ == "__main__":

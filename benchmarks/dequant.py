@@ -37,7 +37,6 @@ these digests differ, if more than one element in 10,000 does, or if any does by
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import statistics
@@ -63,7 +62,7 @@ from automodel_conv.execution import host_decoding as decoding
 from automodel_conv.execution.workers import work_off
 from automodel_conv.kernels.code_tables import CODE_VALUES, code_table
 from automodel_conv.kernels.dequantize_torch import dequantize_torch
-from benchmarks import measure
+from benchmarks import measure, options
 from benchmarks.grouped import per_expert
 from benchmarks.shapes import SMALL, Shape, checkpoint_tensors, meta_model
 from benchmarks.show import show, show_environment
@@ -526,37 +525,29 @@ def _peak(runs: list[dict[str, Any]]) -> float | None:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.dequant",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = options.parser("dequant", __doc__, repetitions=5, room="1.4 GB")
     parser.add_argument("--smoke", action="store_true", help="tiny; its times mean nothing")
-    parser.add_argument("--repetitions", type=int, default=5)
     parser.add_argument("--layer-repetitions", type=int, help="as many if not given")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--method", action="append", choices=METHODS, help="default: all")
-    parser.add_argument("--directory", help="where a temporary directory is made; it needs 1.4 GB")
-    parser.add_argument("--json", metavar="FILE", help="write all runs and the environment")
     parser.add_argument("--table", metavar="FILE", help="only print the table of such a file")
-    parser.add_argument("--worker", nargs=5, help=argparse.SUPPRESS)
-    parser.add_argument("--repetition", type=int, default=0, help=argparse.SUPPRESS)
-    options = parser.parse_args(arguments)
-    if options.worker:
-        method, directory, rows, columns, threads = options.worker
-        result = work(method, directory, (int(rows), int(columns)), int(threads), options.repetition)
+    options.add_worker(parser, 5)
+    given = parser.parse_args(arguments)
+    if given.worker:
+        method, directory, rows, columns, threads = given.worker
+        result = work(method, directory, (int(rows), int(columns)), int(threads), given.repetition)
         sys.stdout.write(json.dumps(result) + "\n")
         return
-    if options.table:
-        _show(measure.read_json(options.table))
+    if given.table:
+        _show(measure.read_json(given.table))
         return
     environment = measure.environment()
-    methods = options.method or list(METHODS)
-    repetitions = options.repetitions, options.layer_repetitions or options.repetitions
-    result = run(options.smoke, methods, repetitions, options.threads, options.directory)
+    methods = given.method or list(METHODS)
+    repetitions = given.repetitions, given.layer_repetitions or given.repetitions
+    result = run(given.smoke, methods, repetitions, given.threads, given.directory)
     result = {"environment": environment, **result}
     _show(result)
-    measure.write_json(options.json, result)
+    measure.write_json(given.json, result)
 
 
 def _show(result: Mapping[str, Any]) -> None:

@@ -14,7 +14,6 @@ hole each): from the call until transformers converts a tensor, or the hook's pl
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import sys
@@ -32,7 +31,7 @@ from rich.table import Table
 import automodel_conv as amc
 from automodel_conv.cli.measuring import PeakMemory, ready_memory
 from automodel_conv.integrations import hooked_load
-from benchmarks import measure
+from benchmarks import measure, options
 from benchmarks.shapes import DEEPSEEK_V3, SMALL, qwen3_30b, write_checkpoint, write_sparse_checkpoint
 from benchmarks.show import show, show_environment
 
@@ -152,29 +151,21 @@ _MEMORY = ("anonymous_bytes", "resident_bytes")
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.from_pretrained",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = options.parser("from_pretrained", __doc__, repetitions=5, room="the size of the files")
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--size", choices=("full", "small"), default="full")
-    parser.add_argument("--repetitions", type=int, default=5)
-    parser.add_argument("--directory", help="where a temporary directory is made; it needs the size of the files")
-    parser.add_argument("--json", metavar="FILE", help="write all runs and the environment")
-    parser.add_argument("--worker", nargs=4, help=argparse.SUPPRESS)
-    parser.add_argument("--repetition", type=int, default=0, help=argparse.SUPPRESS)
-    options = parser.parse_args(arguments)
-    if options.worker:
-        kind, *rest = options.worker
-        result = work(*rest, options.repetition) if kind == "load" else reach(*rest)
+    options.add_worker(parser, 4)
+    given = parser.parse_args(arguments)
+    if given.worker:
+        kind, *rest = given.worker
+        result = work(*rest, given.repetition) if kind == "load" else reach(*rest)
         sys.stdout.write(json.dumps(result) + "\n")
         return
     environment = measure.environment()
-    result = run(options.layers, options.size == "small", options.repetitions, options.directory)
+    result = run(given.layers, given.size == "small", given.repetitions, given.directory)
     show_environment(environment)
     show(table(result))
-    measure.write_json(options.json, {"environment": environment, **result})
+    measure.write_json(given.json, {"environment": environment, **result})
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ turns; medians and 20th to 80th percentiles.
 
 from __future__ import annotations
 
-import argparse
 import os
 import tempfile
 import time
@@ -24,7 +23,7 @@ import automodel_conv as amc
 from automodel_conv.cli.measuring import ready_memory
 from automodel_conv.files.checkpoint import Checkpoint
 from automodel_conv.planning import plan as planning
-from benchmarks import measure
+from benchmarks import measure, options
 from benchmarks.shapes import DEEPSEEK_V3, SMALL, meta_model, qwen3_30b, write_checkpoint, write_sparse_checkpoint
 from benchmarks.show import show, show_environment
 
@@ -75,19 +74,12 @@ def run(layers: int | None, repetitions: int, directory: str | None) -> dict[str
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.integrity",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = options.parser("integrity", __doc__, repetitions=5, room="the size of the files")
     parser.add_argument("--layers", type=int, default=1)
     parser.add_argument("--size", choices=("full", "small"), default="full")
-    parser.add_argument("--repetitions", type=int, default=5)
-    parser.add_argument("--directory", help="where a temporary directory is made; it needs the size of the files")
-    parser.add_argument("--json", metavar="FILE", help="write all runs and the environment")
-    options = parser.parse_args(arguments)
+    given = parser.parse_args(arguments)
     environment = measure.environment()
-    result = run(options.layers if options.size == "full" else None, options.repetitions, options.directory)
+    result = run(given.layers if given.size == "full" else None, given.repetitions, given.directory)
     show_environment(environment)
     table = Table(title=f"{result['shape']}; plans of {result['planned']}", title_justify="left")
     table.add_column("")
@@ -95,7 +87,7 @@ def main(arguments: list[str] | None = None) -> None:
     for way, seconds in result["seconds"].items():
         table.add_row(way, measure.spread(seconds).text(digits=3))
     show(table)
-    measure.write_json(options.json, {"environment": environment, **result})
+    measure.write_json(given.json, {"environment": environment, **result})
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ with all destinations as one tensor.
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import time
 from collections.abc import Callable
@@ -32,7 +31,7 @@ from automodel_conv.kernels.interleave import interleave_launches
 from automodel_conv.kernels.staging import Staging
 from automodel_conv.kernels.strided_copy import strided_copy_launches
 from automodel_conv.kernels.transpose import transpose_launches
-from benchmarks import measure, operations
+from benchmarks import measure, operations, options
 from benchmarks.show import show, show_environment
 
 _LAYERS = {
@@ -112,18 +111,12 @@ def run(layer: operations.Experts, repetitions: int) -> dict[str, Any]:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.launching",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = options.parser("launching", __doc__, repetitions=1000)
     parser.add_argument("--size", choices=tuple(_LAYERS), default="full")
-    parser.add_argument("--repetitions", type=int, default=1000)
-    parser.add_argument("--json", metavar="FILE", help="write all runs and the environment")
-    options = parser.parse_args(arguments)
+    given = parser.parse_args(arguments)
     environment = measure.environment()
-    layer = _LAYERS[options.size]
-    found = run(layer, options.repetitions)
+    layer = _LAYERS[given.size]
+    found = run(layer, given.repetitions)
     show_environment(environment)
     columns = list(found["concatenate"]["seconds"])
     table = Table(title=f"a layer of {layer.experts} experts, microseconds", title_justify="left")
@@ -134,7 +127,7 @@ def main(arguments: list[str] | None = None) -> None:
         spreads = [measure.spread(measured["seconds"][phase]).text(1e6, 0) for phase in columns]
         table.add_row(name, str(measured["tensors"]), *spreads)
     show(table)
-    measure.write_json(options.json, {"environment": environment, "layer": layer.name, "calls": found})
+    measure.write_json(given.json, {"environment": environment, "layer": layer.name, "calls": found})
 
 
 if __name__ == "__main__":

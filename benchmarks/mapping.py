@@ -32,7 +32,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 import automodel_conv as amc
-from benchmarks import measure, memory
+from benchmarks import measure, memory, options
 from benchmarks.shapes import SMALL, Shape, meta_model, qwen3_30b, write_checkpoint
 from benchmarks.show import show, show_environment
 
@@ -203,38 +203,30 @@ def markdown(result: dict[str, Any]) -> str:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.mapping",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = options.parser("mapping", __doc__, repetitions=3, room="twice the size of the files")
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--size", choices=("full", "small"), default="full")
-    parser.add_argument("--repetitions", type=int, default=3)
-    parser.add_argument("--directory", help="where a temporary directory is made; it needs twice the size of the files")
-    parser.add_argument("--json", metavar="FILE", help="write all runs and the environment")
     parser.add_argument("--from", dest="source", metavar="FILE", help="print the table of such a file in Markdown")
-    parser.add_argument("--worker", nargs=4, help=argparse.SUPPRESS)
+    options.add_worker(parser, 4)
     parser.add_argument("--share", help=argparse.SUPPRESS)
-    parser.add_argument("--repetition", type=int, default=0, help=argparse.SUPPRESS)
-    options = parser.parse_args(arguments)
-    if options.share:
-        share(options.share)
+    given = parser.parse_args(arguments)
+    if given.share:
+        share(given.share)
         return
-    if options.worker:
-        method, root, size, layers = options.worker
+    if given.worker:
+        method, root, size, layers = given.worker
         _say(work(method, root, size, int(layers)))
         return
-    if options.source:
-        sys.stdout.write(markdown(measure.read_json(options.source)) + "\n")
+    if given.source:
+        sys.stdout.write(markdown(measure.read_json(given.source)) + "\n")
         return
     environment = measure.environment()
-    result = run(options.layers, options.size, options.repetitions, options.directory)
+    result = run(given.layers, given.size, given.repetitions, given.directory)
     show_environment(environment)
     show(table(result))
     pss = ", ".join(f"{found / result['file_bytes']:.2f}" for found in result["pss_bytes"])
     show(f"memory of {PROCESSES} processes that have all of it mapped and touched, each x files (PSS): {pss}")
-    measure.write_json(options.json, {"environment": environment, **result})
+    measure.write_json(given.json, {"environment": environment, **result})
 
 
 if __name__ == "__main__":

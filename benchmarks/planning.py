@@ -26,7 +26,6 @@ the clock.
 
 from __future__ import annotations
 
-import argparse
 import gc
 import inspect
 import json
@@ -44,7 +43,7 @@ from torch import nn
 import automodel_conv as amc
 from automodel_conv.upstream.registry import model_rules
 from automodel_conv.upstream.rules import RuleSet
-from benchmarks import measure
+from benchmarks import measure, options
 from benchmarks.shapes import (
     DEEPSEEK_V3,
     HALF_A_MILLION,
@@ -198,32 +197,25 @@ def table(results: list[dict[str, Any]]) -> Table:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.planning",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--json", metavar="FILE", help="write all timings and the environment")
-    parser.add_argument("--repetitions", type=int, default=7)
-    parser.add_argument("--directory", help="where a temporary directory is made; it needs 200 MB")
+    parser = options.parser("planning", __doc__, repetitions=7, room="200 MB")
     parser.add_argument("--size", choices=SIZES, default="full")
-    options = parser.parse_args(arguments)
+    given = parser.parse_args(arguments)
 
     from transformers.utils import logging
 
     logging.disable_progress_bar()
     environment = measure.environment()
     results = []
-    for shape in SIZES[options.size]:
+    for shape in SIZES[given.size]:
         with (
-            tempfile.TemporaryDirectory(dir=options.directory) as directory,
+            tempfile.TemporaryDirectory(dir=given.directory) as directory,
             mock.patch.dict(os.environ, {"HF_DEACTIVATE_ASYNC_LOAD": "1"}),
         ):
             show(f"  {shape.name}: {shape.keys:,} tensors", err=True)
-            results.append(run_shape(shape, directory, options.repetitions))
+            results.append(run_shape(shape, directory, given.repetitions))
     show_environment(environment)
     show(table(results))
-    measure.write_json(options.json, {"environment": environment, "results": results})
+    measure.write_json(given.json, {"environment": environment, "results": results})
 
 
 if __name__ == "__main__":

@@ -37,7 +37,6 @@ each other and with the files at the start, and all that end grouped with each o
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import shutil
@@ -58,7 +57,7 @@ from torch import Tensor
 
 import automodel_conv as amc
 from automodel_conv.cli.measuring import PeakMemory
-from benchmarks import measure, memory
+from benchmarks import measure, memory, options
 from benchmarks.shapes import SMALL, Shape, qwen3_30b, write_checkpoint
 from benchmarks.show import show, show_environment
 
@@ -336,42 +335,34 @@ def _peak(runs: list[dict[str, Any]], kind: str, file_bytes: int) -> str:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.saving",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = options.parser("saving", __doc__, repetitions=5, room="three times the files")
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--smoke", action="store_true", help="tiny; its times mean nothing")
-    parser.add_argument("--repetitions", type=int, default=5)
     parser.add_argument("--threads", type=int, default=measure.cores())
     parser.add_argument("--shard-size", default="1GB", help="of the files that are written")
     parser.add_argument("--method", action="append", choices=METHODS, help="default: all")
     parser.add_argument("--memory", action="append", choices=memory.MEMORY, help="default: both")
-    parser.add_argument("--directory", help="where a temporary directory is made; it needs three times the files")
-    parser.add_argument("--json", metavar="FILE", help="write all runs and the environment")
     parser.add_argument("--table", metavar="FILE", help="only print the tables of such a file")
-    parser.add_argument("--worker", nargs=5, help=argparse.SUPPRESS)
-    parser.add_argument("--repetition", type=int, default=0, help=argparse.SUPPRESS)
-    options = parser.parse_args(arguments)
-    if options.worker:
-        method, directory, threads, shard_size, state = options.worker
-        result = work(method, directory, int(threads), shard_size, state, options.repetition)
+    options.add_worker(parser, 5)
+    given = parser.parse_args(arguments)
+    if given.worker:
+        method, directory, threads, shard_size, state = given.worker
+        result = work(method, directory, int(threads), shard_size, state, given.repetition)
         sys.stdout.write(json.dumps(result) + "\n")
         return
-    if options.table:
-        result = measure.read_json(options.table)
+    if given.table:
+        result = measure.read_json(given.table)
         _show(result)
         return
-    environment = measure.environment(touch=not options.smoke)
-    shape, shard_size = (SMALL, TINY_SHARD) if options.smoke else (qwen3_30b(options.layers), options.shard_size)
-    methods = options.method or list(METHODS)
-    states = options.memory or list(memory.MEMORY)
-    found = run(shape, methods, states, options.repetitions, options.threads, shard_size, options.directory)
-    environment["file_system"] = _file_system(options.directory)
+    environment = measure.environment(touch=not given.smoke)
+    shape, shard_size = (SMALL, TINY_SHARD) if given.smoke else (qwen3_30b(given.layers), given.shard_size)
+    methods = given.method or list(METHODS)
+    states = given.memory or list(memory.MEMORY)
+    found = run(shape, methods, states, given.repetitions, given.threads, shard_size, given.directory)
+    environment["file_system"] = _file_system(given.directory)
     result = {"environment": environment, **found}
     _show(result)
-    measure.write_json(options.json, result)
+    measure.write_json(given.json, result)
 
 
 def _show(result: Mapping[str, Any]) -> None:

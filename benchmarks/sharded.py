@@ -43,7 +43,6 @@ Planning is measured besides, in one process, on sparse headers of half a millio
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import gc
 import json
@@ -71,7 +70,7 @@ from automodel_conv.execution.host import DEFAULT_SCRATCH_BYTES, bytes_of_slot
 from automodel_conv.files import system
 from automodel_conv.files.config import quantization_config
 from automodel_conv.schedule.host import schedule
-from benchmarks import measure
+from benchmarks import measure, options
 from benchmarks.grouped import advise_huge_pages, grouped_shapes, per_expert
 from benchmarks.shapes import (
     HALF_A_MILLION,
@@ -455,37 +454,29 @@ def planning_table(result: Mapping[str, Any]) -> Table:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.sharded",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = options.parser("sharded", __doc__, repetitions=5, room="the size of the files")
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--smoke", action="store_true", help="tiny; its times mean nothing")
-    parser.add_argument("--repetitions", type=int, default=5)
     parser.add_argument("--threads", type=int, default=max(1, measure.cores() // RANKS), help="of each rank")
     parser.add_argument("--method", action="append", choices=METHODS, help="default: all")
-    parser.add_argument("--directory", help="where temporary directories are made; they need the size of the files")
-    parser.add_argument("--json", metavar="FILE", help="write all runs and the environment")
     parser.add_argument("--table", metavar="FILE", help="only print the tables of such a file")
-    parser.add_argument("--worker", nargs=4, help=argparse.SUPPRESS)
-    parser.add_argument("--repetition", type=int, default=0, help=argparse.SUPPRESS)
-    options = parser.parse_args(arguments)
-    if options.worker:
-        method, directory, warm_up, threads = options.worker
-        result = run_ranks(method, directory, warm_up, int(threads), options.repetition)
+    options.add_worker(parser, 4)
+    given = parser.parse_args(arguments)
+    if given.worker:
+        method, directory, warm_up, threads = given.worker
+        result = run_ranks(method, directory, warm_up, int(threads), given.repetition)
         sys.stdout.write(json.dumps(result) + "\n")
         return
-    if options.table:
-        result = measure.read_json(options.table)
+    if given.table:
+        result = measure.read_json(given.table)
     else:
-        shape, planned, ranks = (SMALL, SMALL, 4) if options.smoke else (qwen3_30b(options.layers), HALF_A_MILLION, 64)
-        methods = options.method or list(METHODS)
+        shape, planned, ranks = (SMALL, SMALL, 4) if given.smoke else (qwen3_30b(given.layers), HALF_A_MILLION, 64)
+        methods = given.method or list(METHODS)
         environment = measure.environment()
-        loads = run(shape, methods, options.repetitions, options.threads, options.directory)
-        planning = run_planning(planned, ranks, options.repetitions, options.directory)
+        loads = run(shape, methods, given.repetitions, given.threads, given.directory)
+        planning = run_planning(planned, ranks, given.repetitions, given.directory)
         result = {"environment": environment, "loads": loads, "planning": planning}
-        measure.write_json(options.json, result)
+        measure.write_json(given.json, result)
     show_environment(result["environment"])
     show(table(result["loads"]))
     show(planning_table(result["planning"]))
