@@ -52,7 +52,9 @@ def listing() -> str:
 
 
 def public_names(module: Any) -> list[str]:
-    """What a module defines, not what it imports."""
+    """What a module says that it has, or else what it defines, not what it imports."""
+    if hasattr(module, "__all__"):
+        return sorted(module.__all__)
     found: set[str] = set()
     for node in ast.parse(inspect.getsource(module)).body:
         if isinstance(node, ast.FunctionDef | ast.ClassDef):
@@ -72,8 +74,6 @@ def _lines(module: Any, names: Iterable[str], homes: dict[str, str] | None = Non
         value = getattr(module, name)
         if homes is not None and getattr(import_module(homes[name]), name) is not value:
             raise ImportError(f"{name} is another thing in {homes[name]}")
-        if homes is not None:
-            yield f"  # {homes[name]}"
         yield from _indented(_said(name, value), "  ")
         if inspect.isclass(value):
             for member in _members(value):
