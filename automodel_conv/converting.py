@@ -37,6 +37,7 @@ from automodel_conv.files.config import CONFIG_NAME, MODELOPT_NAME, plain_config
 from automodel_conv.files.destination import open_destination
 from automodel_conv.files.finished import is_finished
 from automodel_conv.files.shards import index_of
+from automodel_conv.files.source import Identity
 from automodel_conv.files.staging import remove_remains
 from automodel_conv.files.write_errors import write_errors
 from automodel_conv.progress import bytes_progress
@@ -245,14 +246,16 @@ def convert_checkpoint(
 # --- private ----------------------------------------------------------------------------------------------------------
 
 
-def _state_of(checkpoint: Checkpoint) -> dict[str, tuple[int, int]]:
-    """Size and time of change of each file, by its path from the checkpoint's directory on.
+def _state_of(checkpoint: Checkpoint) -> dict[str, Identity]:
+    """What tells whether each file was changed, by its path from the checkpoint's directory on.
 
     Raises:
         ReadError: one is not there any more.
     """
     try:
-        return {os.path.relpath(path, checkpoint.directory): system.identity(path) for path in checkpoint.files}
+        return {
+            os.path.relpath(source.describe(), checkpoint.directory): source.identity() for source in checkpoint.sources
+        }
     except OSError as error:
         raise ReadError(message("cannot look at the source", where=checkpoint.directory, found=error)) from error
 

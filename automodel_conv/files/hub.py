@@ -18,7 +18,7 @@ from automodel_conv.files import system
 from automodel_conv.files.config import CONFIG_NAME, MODELOPT_NAME
 from automodel_conv.files.header import checkpoint_error
 from automodel_conv.files.shards import CHECKSUMS_NAME
-from automodel_conv.files.source import OpenSource
+from automodel_conv.files.source import Identity, OpenSource
 
 _SMALL = ("*.safetensors.index.json", CONFIG_NAME, MODELOPT_NAME, CHECKSUMS_NAME)
 """These files are downloaded of any repository: they say which weights there are, and what they are."""
@@ -102,6 +102,9 @@ class HubFile(NamedTuple):
 
     def describe(self) -> str:
         return self.url
+
+    def identity(self) -> Identity:
+        return self.url  # which names the commit
 
     def open(self) -> OpenSource:
         """Ask for its size and its first bytes.

@@ -10,6 +10,8 @@ from automodel_conv.errors import ReadError, message
 from automodel_conv.files import system
 from automodel_conv.files.exactly import read_exactly
 
+Identity = tuple[int, int] | str
+
 
 class OpenSource(Protocol):
     """A source that is open; threads share it."""
@@ -42,6 +44,14 @@ class ByteSource(Protocol):
         """A path or a URL, for errors."""
         ...
 
+    def identity(self) -> Identity:
+        """What tells whether the bytes were changed since, as JSON: size and time of the last change, or a version.
+
+        Raises:
+            OSError: it is not there any more.
+        """
+        ...
+
     def open(self) -> OpenSource:
         """Make it ready to be read.
 
@@ -58,6 +68,9 @@ class LocalFile(NamedTuple):
 
     def describe(self) -> str:
         return self.path
+
+    def identity(self) -> Identity:
+        return system.identity(self.path)
 
     def open(self) -> OpenSource:
         return _OpenFile(system.open_readonly(self.path), self.path)

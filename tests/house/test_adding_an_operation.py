@@ -1,0 +1,105 @@
+"""An operation is one function and its entry of ``OPERATIONS``: rules, plans and loads need no other change.
+
+The toy is an operation of transformers that is not there yet: it turns the rows of a matrix round by as many as the
+model's config says.
+"""
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+pytest.importorskip("transformers", reason="its classes hold the rules")
+
+from transformers import core_model_loading as upstream
+
+import automodel_conv as amc
+from automodel_conv.errors import NameProblems
+from automodel_conv.planning.operations import OPERATIONS, OperationSpec
+from automodel_conv.planning.values import concatenate, narrow
+
+SOURCE = """
+class RollRows(ConversionOps):
+    def __init__(self, by):
+        self.by = by
+
+    def convert(self, input_dict, source_patterns, target_patterns, **_):
+        ((_, tensors),) = input_dict.items()
+        tensor = tensors[0] if isinstance(tensors, list) else tensors
+        return {target_patterns[0]: torch.roll(tensor, self.by, 0)}
+
+    @property
+    def reverse_op(self):
+        return RollRows(-self.by)
+"""
+# As if the installed release had it: only its own operations are taken to do what we know of them.
+LATER = {**vars(upstream)}
+exec(compile(SOURCE, upstream.__file__, "exec"), LATER)
+RollRows = LATER["RollRows"]
+
+
+def roll_rows(inputs, context, by):
+    """The whole of what has to be written for it."""
+    (values,) = inputs.values()
+    value = values[0] if isinstance(values, list) else values
+    rows = value.shape[0]
+    start = -by % rows if rows else 0
+    parts = narrow(value, 0, start, rows - start), narrow(value, 0, 0, start)
+    return {context.target_patterns[0]: concatenate(parts, 0)}
+
+
+@pytest.fixture
+def known(monkeypatch):
+    monkeypatch.setitem(OPERATIONS, "RollRows", OperationSpec(roll_rows, ("by",)))
+
+
+def rules(by):
+    return [upstream.WeightConverter("stored", "rolled", operations=[RollRows(by)])]
+
+
+@pytest.fixture
+def published(tmp_path):
+    shapes = [(5, 3), (1, 4), (4, 4), (6, 1), (2, 0)]
+    tensors = {
+        f"stored.{n}.weight": torch.arange(rows * columns, dtype=torch.float32).reshape(rows, columns)
+        for n, (rows, columns) in enumerate(shapes)
+    }
+    save_file(tensors, tmp_path / "model.safetensors")
+    return tmp_path, tensors
+
+
+def rolled(tensors, by):
+    return {
+        name.replace("stored", "rolled"): torch.tensor(
+            [tensor[(r - by) % len(tensor)].tolist() for r in range(len(tensor))]
+        ).reshape(tensor.shape)
+        for name, tensor in tensors.items()
+    }
+
+
+@pytest.mark.parametrize("by", [0, 1, -2, 7])
+def test_it_is_planned_as_copies_and_gives_the_bytes_of_upstream(known, published, by):
+    directory, tensors = published
+    plan = amc.compile_plan(directory, rules=rules(by))
+    assert plan.fallbacks == ()
+    made = amc.load_state_dict(directory, rules=rules(by))
+    expected = rolled(tensors, by)
+    assert made.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert torch.equal(made[name], tensor), name
+        stored = {"s": [tensors[name.replace("rolled", "stored")]]}
+        assert torch.equal(made[name], RollRows(by).convert(stored, ["s"], ["t"])["t"]), name
+
+
+def test_it_goes_back_by_its_own_reverse(known, published, tmp_path):
+    directory, tensors = published
+    made = amc.load_state_dict(directory, rules=rules(2))
+    back = amc.revert_state_dict(made, rules=rules(2))
+    assert back.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        assert torch.equal(back[name], tensor), name
+
+
+def test_without_its_entry_it_is_upstreams_alone(published):
+    directory, _ = published
+    with pytest.raises(NameProblems, match="RollRows is not a stock operation"):
+        amc.compile_plan(directory, rules=rules(1))
