@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from automodel_conv.planning.layouts import LAYOUTS, PER_EXPERT
+
 if TYPE_CHECKING:
     import torch
 
@@ -17,15 +19,13 @@ PathArgument = Annotated[
 ]
 LayoutOption = Annotated[
     str | None,
-    typer.Option(help="How routed experts shall lie: transformers, nemo, gpt_oss, vllm. Default: the model's."),
+    typer.Option(help=f"How routed experts shall lie: {', '.join(LAYOUTS)}. Default: the model's."),
 ]
 ProgressOption = Annotated[bool | None, typer.Option(help="Show a bar. Default: on a terminal.")]
 ThreadsOption = Annotated[int | None, typer.Option(min=1, help="Threads. Default: by the machine.")]
 NewLayoutOption = Annotated[
     str | None,
-    typer.Option(
-        help="How routed experts shall lie: transformers, nemo, gpt_oss, vllm, per_expert. Default: the model's."
-    ),
+    typer.Option(help=f"How routed experts shall lie: {', '.join([*LAYOUTS, PER_EXPERT])}. Default: the model's."),
 ]
 SourceLayoutOption = Annotated[
     str | None,

@@ -1,12 +1,10 @@
-"""Axes of a buffer, written as in einops: ``"E (g i) h"`` has three dimensions, the second of them g by i; pure."""
+"""Axes of a buffer, written as in einops: ``"E (g i) h"`` has three dimensions, the second of them g by i."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import cache
 from math import prod
-
-from automodel_conv.planning.values import LoweringError, Value, permute, reshape
 
 Dims = tuple[tuple[str, ...], ...]
 
@@ -32,10 +30,10 @@ def sizes_of(dims: Dims, shape: Sequence[int], known: Mapping[str, int]) -> dict
         known: sizes that the shape must agree with; all but one in each dimension of several axes.
 
     Raises:
-        LoweringError: the shape has another rank, or a size that the known ones do not divide.
+        ValueError: the shape has another rank, or a size that the known ones do not divide.
     """
     if len(dims) != len(shape):
-        raise LoweringError(f"a tensor of shape {tuple(shape)} has not {len(dims)} dimensions")
+        raise ValueError(f"a tensor of shape {tuple(shape)} has not {len(dims)} dimensions")
     sizes = dict(known)
     for dim, size in zip(dims, shape, strict=True):
         of_known = prod(known[axis] for axis in dim if axis in known)
@@ -43,28 +41,5 @@ def sizes_of(dims: Dims, shape: Sequence[int], known: Mapping[str, int]) -> dict
         if unknown:
             sizes[unknown[0]] = size // of_known
         if size % of_known or (not unknown and size != of_known):
-            raise LoweringError(f"a dimension of size {size} is not {' by '.join(dim)} with {dict(known)}")
+            raise ValueError(f"a dimension of size {size} is not {' by '.join(dim)} with {dict(known)}")
     return sizes
-
-
-def rearrange(value: Value, before: str, after: str, known: Mapping[str, int]) -> Value:
-    """A buffer with its axes in another order, as ``einops.rearrange``.
-
-    Args:
-        known: sizes of axes that share a dimension with another one, where they part.
-
-    Raises:
-        LoweringError: see ``sizes_of``.
-    """
-    dims, wanted = dims_of(before), dims_of(after)
-    together = {dim for dim in dims if dim in wanted}  # one axis each: what stays together is not taken apart
-    opened, made = _opened(dims, together), _opened(wanted, together)
-    sizes = sizes_of(tuple(opened), value.shape, known)
-    axes = [axis for dim in opened for axis in dim]
-    order = [axes.index(axis) for dim in made for axis in dim]
-    turned = permute(reshape(value, [sizes[axis] for axis in axes]), order)
-    return reshape(turned, [prod(sizes[axis] for axis in dim) for dim in made])
-
-
-def _opened(dims: Dims, together: set[tuple[str, ...]]) -> list[tuple[str, ...]]:
-    return [(" ".join(dim),) if dim in together else dim for dim in dims]

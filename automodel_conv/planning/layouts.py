@@ -14,7 +14,6 @@ from typing import NamedTuple
 
 from automodel_conv.errors import UnsupportedError, message
 from automodel_conv.planning.axes import dims_of, sizes_of
-from automodel_conv.planning.values import LoweringError
 
 GATE_UP = ("gate", "up")
 UP = ("up",)
@@ -41,7 +40,7 @@ class Buffer(NamedTuple):
         """The size of each axis; None for a shape that the buffer cannot have."""
         try:
             return sizes_of(dims_of(self.axes), shape, {"g": len(self.projections)})
-        except LoweringError:
+        except ValueError:
             return None
 
 

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from math import prod
 from typing import NamedTuple
 
 from automodel_conv.errors import UnsupportedError, message
-from automodel_conv.planning.axes import dims_of, rearrange
+from automodel_conv.planning.axes import Dims, dims_of, sizes_of
 from automodel_conv.planning.code_names import packed_dtypes
 from automodel_conv.planning.copies import SourceTable, StridedCopy, Target
 from automodel_conv.planning.layouts import SCALES, Buffer, Layout, is_experts
 from automodel_conv.planning.lowering import copies_of
 from automodel_conv.planning.plan import CopyPlan
-from automodel_conv.planning.values import LoweringError, Value, leaf, narrow, reshape, stack
+from automodel_conv.planning.values import LoweringError, Value, leaf, narrow, permute, reshape, stack
 
 _DO = "{dequantize=True} gives the numbers that they stand for"
 _Made = tuple[tuple[int, ...], tuple[StridedCopy, ...]]  # a target's shape and its copies
@@ -155,21 +156,47 @@ def _lowered(name: str, step: _Step | None, shapes: Sequence[tuple[int, ...]]) -
 def _made(step: _Step, values: Sequence[Value]) -> Value:
     sources, target = step
     if sources[0].projections == target.projections:
-        return rearrange(values[0], sources[0].axes, target.axes, {"g": len(target.projections)})
+        return _rearranged(values[0], sources[0].axes, target.axes, {"g": len(target.projections)})
     plain = " ".join(axis for dim in dims_of(target.axes) for axis in dim if axis != "g")
     apart: dict[str, Value] = {}
     for source, value in zip(sources, values, strict=True):
         apart |= _projections(source, value, plain)
     if len(target.projections) == 1:
-        return rearrange(apart[target.projections[0]], plain, target.axes, {})
-    return rearrange(stack([apart[each] for each in target.projections], 0), f"g {plain}", target.axes, {})
+        return _rearranged(apart[target.projections[0]], plain, target.axes, {})
+    return _rearranged(stack([apart[each] for each in target.projections], 0), f"g {plain}", target.axes, {})
+
+
+def _rearranged(value: Value, before: str, after: str, known: Mapping[str, int]) -> Value:
+    """A buffer with its axes in another order, as ``einops.rearrange``.
+
+    Args:
+        known: sizes of axes that share a dimension with another one, where they part.
+
+    Raises:
+        LoweringError: the value has another rank, or a size that the known ones do not divide.
+    """
+    dims, wanted = dims_of(before), dims_of(after)
+    together = {dim for dim in dims if dim in wanted}  # one axis each: what stays together is not taken apart
+    opened, made = _opened(dims, together), _opened(wanted, together)
+    try:
+        sizes = sizes_of(tuple(opened), value.shape, known)
+    except ValueError as error:
+        raise LoweringError(str(error)) from None
+    axes = [axis for dim in opened for axis in dim]
+    order = [axes.index(axis) for dim in made for axis in dim]
+    turned = permute(reshape(value, [sizes[axis] for axis in axes]), order)
+    return reshape(turned, [prod(sizes[axis] for axis in dim) for dim in made])
+
+
+def _opened(dims: Dims, together: set[tuple[str, ...]]) -> list[tuple[str, ...]]:
+    return [(" ".join(dim),) if dim in together else dim for dim in dims]
 
 
 def _projections(buffer: Buffer, value: Value, plain: str) -> Mapping[str, Value]:
     """Each projection of a buffer by itself, its axes in the order of ``plain``."""
     if len(buffer.projections) == 1:
-        return {buffer.projections[0]: rearrange(value, buffer.axes, plain, {})}
-    opened = rearrange(value, buffer.axes, f"g {plain}", {"g": len(buffer.projections)})
+        return {buffer.projections[0]: _rearranged(value, buffer.axes, plain, {})}
+    opened = _rearranged(value, buffer.axes, f"g {plain}", {"g": len(buffer.projections)})
     return {
         projection: reshape(narrow(opened, 0, number, 1), opened.shape[1:])
         for number, projection in enumerate(buffer.projections)
