@@ -112,20 +112,21 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> object:
-    """Import a public name, or a module of this package, when it is first asked for (PEP 562)."""
-    home = next((module for module, names in _HOMES.items() if name in names), None)
-    if home is not None:
-        globals()[name] = getattr(import_module(home), name)
-        return globals()[name]
-    if not name.startswith("_"):
-        try:
-            return import_module(f"{__name__}.{name}")
-        except ModuleNotFoundError as error:
-            if error.name != f"{__name__}.{name}":  # the module is there, and lacks something
-                raise
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+if not TYPE_CHECKING:  # type checkers take the imports above, and tell names that are not there
 
+    def __getattr__(name: str) -> object:
+        """Import a public name, or a module of this package, when it is first asked for (PEP 562)."""
+        home = next((module for module, names in _HOMES.items() if name in names), None)
+        if home is not None:
+            globals()[name] = getattr(import_module(home), name)
+            return globals()[name]
+        if not name.startswith("_"):
+            try:
+                return import_module(f"{__name__}.{name}")
+            except ModuleNotFoundError as error:
+                if error.name != f"{__name__}.{name}":  # the module is there, and lacks something
+                    raise
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    def __dir__() -> list[str]:
+        return sorted({*globals(), *__all__} - {"TYPE_CHECKING", "import_module", "_HOMES", "annotations"})

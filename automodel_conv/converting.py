@@ -37,7 +37,7 @@ from automodel_conv.files.config import CONFIG_NAME, MODELOPT_NAME, plain_config
 from automodel_conv.files.destination import open_destination
 from automodel_conv.files.finished import is_finished
 from automodel_conv.files.shards import index_of
-from automodel_conv.files.source import Identity
+from automodel_conv.files.source import Identity, LocalFile
 from automodel_conv.files.staging import remove_remains
 from automodel_conv.files.write_errors import write_errors
 from automodel_conv.progress import bytes_progress
@@ -209,7 +209,7 @@ def convert_checkpoint(
                         write_slabs([slabs], path, share.threads, advance)
                 if to_verify:
                     with made.opened(file) as slabs:
-                        compare_file(slabs, place.found(shard.name), shard, share.threads, advance)
+                        compare_file(slabs, LocalFile(place.found(shard.name)), shard, share.threads, advance)
                 if to_write or to_verify:
                     place.finish(shard, verified=verify)
         now = _state_of(checkpoint)
@@ -288,7 +288,8 @@ def _compare_finished(conversion: Conversion, directory: str, made: FileSlabs, s
         for file, shard in enumerate(conversion.shards):
             with made.opened(file) as slabs:
                 try:
-                    compare_file(slabs, os.path.join(directory, shard.name), shard, share.threads, advance)
+                    source = LocalFile(os.path.join(directory, shard.name))
+                    compare_file(slabs, source, shard, share.threads, advance)
                 except VerificationError as error:
                     raise DestinationError(
                         message(

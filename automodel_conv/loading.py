@@ -157,9 +157,9 @@ def load_state_dict(
         known = state if model is None or state else model.state_dict(keep_vars=True)
         if where is not None:
             where.check([target.name for target in whole.targets], known, model, strict=options.strict)
+        own = whole.shard(regions_of(state, whole))
         if options.verify:
             verify_checksums(checkpoint, options.reader_threads)
-        own = whole.shard(regions_of(state, whole))
         devices = devices_of_new(own.targets, state, device_of)
         mine, shared_names = to_read(own, state, options.broadcast)
         mapped = map_targets(mine, checkpoint, devices) if options.memory_map else {}

@@ -86,7 +86,7 @@ def verify_checkpoint(
         rows = rows_by_file(other)
         for file in made.by_file:
             with made.opened(file) as slabs:
-                compare_file(slabs, other.files[file], _file_of(other, file, rows[file]), share.threads, advance)
+                compare_file(slabs, other.sources[file], _file_of(other, file, rows[file]), share.threads, advance)
     return plan.bytes_written
 
 

@@ -66,6 +66,17 @@ def test_importing_the_package_loads_no_optional_package():
     assert optional_packages_loaded_by("import automodel_conv") == set()
 
 
+def test_dir_lists_the_public_names_before_they_are_imported():
+    code = "import automodel_conv as amc; print(*(name for name in dir(amc) if not name.startswith('_')))"
+    listed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    assert set(listed) - {"doors", "errors"} == set(automodel_conv.__all__) - {"__version__"}
+
+
+def test_a_name_that_is_not_there_is_an_attribute_error():
+    with pytest.raises(AttributeError, match="load_modle"):
+        automodel_conv.load_modle  # noqa: B018
+
+
 @pytest.mark.parametrize("arguments", [["--help"], ["convert", "--help"]], ids=" ".join)
 def test_help_loads_nothing_large(arguments):
     loaded = loaded_by_module(*arguments)

@@ -1,0 +1,8 @@
+"""The command line."""
+
+
+def main() -> None:
+    """Run the command that the arguments of this process name."""
+    from automodel_conv.cli.app import main as run
+
+    run()

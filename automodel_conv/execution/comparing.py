@@ -10,18 +10,19 @@ from automodel_conv.dtypes import itemsize
 from automodel_conv.errors import VerificationError, message
 from automodel_conv.execution.writing import Maker, compare_slabs
 from automodel_conv.files.shards import Shard
+from automodel_conv.files.source import ByteSource
 from automodel_conv.schedule.writes import Slab
 
 
 def compare_file(
     slabs: tuple[Sequence[Slab], Callable[[], Maker]],
-    path: str,
+    source: ByteSource,
     shard: Shard,
     threads: int,
     advance: Callable[[int], None],
 ) -> None:
     """Raise VerificationError for the first element of a file that is not what the slabs make."""
-    at = compare_slabs(slabs[0], path, slabs[1], threads, advance)
+    at = compare_slabs(slabs[0], source, slabs[1], threads, advance)
     if at is None:
         return
     spec, begin = next(
@@ -34,7 +35,7 @@ def compare_file(
     raise VerificationError(
         message(
             f"{spec.name} is not what the source makes it",
-            where=f"{path}, byte {at}",
+            where=f"{source.describe()}, byte {at}",
             found=f"the first element that differs is {index} of {spec.dtype} {list(spec.shape)}",
             do="the file or the source was changed, or a disk or its memory is broken",
         )

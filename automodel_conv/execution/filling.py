@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from automodel_conv.errors import ConversionError, UnsupportedError, listing, message
-from automodel_conv.execution import device as streaming
-from automodel_conv.execution import host as cpu
+from automodel_conv.execution import device as to_device
+from automodel_conv.execution import host as to_host
 from automodel_conv.execution.cores import default_reader_threads
 from automodel_conv.execution.cuda import streaming_device
 from automodel_conv.execution.device import ring_of, stream_files
@@ -61,8 +61,8 @@ def within(
     homes = {buffers[target.name].device for target in plan.targets}
     devices = sum(streaming_device(home) is not None for home in homes)
     # With nothing to load the least is that of the host, as it has always been.
-    least = devices * streaming.LEAST_SCRATCH_BYTES + (devices < max(len(homes), 1)) * cpu.LEAST_SCRATCH_BYTES
-    least_on_each = streaming.LEAST_SCRATCH_BYTES if devices else 0
+    least = devices * to_device.LEAST_SCRATCH_BYTES + (devices < max(len(homes), 1)) * to_host.LEAST_SCRATCH_BYTES
+    least_on_each = to_device.LEAST_SCRATCH_BYTES if devices else 0
     left = memory_budget - extra_bytes
     host, on_each = limits.scratch_bytes, limits.device_scratch_bytes if devices else 0
     if host is None:
@@ -70,10 +70,10 @@ def within(
         most = left // 4 if devices and on_each is None else left - devices * (on_each or 0)
         most = 1 << max(most, 1).bit_length() - 1 if devices else most
         threads = _threads(limits, len(homes))
-        host = min(most, _pinned_bytes(ring_of(threads, None).nbytes) if devices else cpu.DEFAULT_SCRATCH_BYTES)
+        host = min(most, _pinned_bytes(ring_of(threads, None).nbytes) if devices else to_host.DEFAULT_SCRATCH_BYTES)
         host = max(host, least) if len(homes) > 1 else host
     if on_each is None:
-        on_each = min((left - host) // devices, streaming.DEFAULT_DEVICE_SCRATCH_BYTES)
+        on_each = min((left - host) // devices, to_device.DEFAULT_DEVICE_SCRATCH_BYTES)
     if host + devices * on_each > left or host < least or on_each < least_on_each:
         needed = extra_bytes + max(limits.scratch_bytes or least, least)
         if devices:
@@ -147,7 +147,7 @@ def shared_out(limits: Limits, needs: Sequence[Need]) -> list[Limits]:
     if len(needs) < 2:
         return [limits] * len(needs)
     weights = [need.nbytes for need in needs]
-    least = [streaming.LEAST_SCRATCH_BYTES if need.is_streamed else cpu.LEAST_SCRATCH_BYTES for need in needs]
+    least = [to_device.LEAST_SCRATCH_BYTES if need.is_streamed else to_host.LEAST_SCRATCH_BYTES for need in needs]
     # Fewer threads than devices are used by one after the other.
     threads = _threads(limits, len(needs))
     counts = _divided(threads, weights, [1] * len(needs)) if threads >= len(needs) else [threads] * len(needs)
@@ -174,7 +174,7 @@ def _threads(limits: Limits, devices: int) -> int:
     """Threads of a load to so many devices: what is given, or at least one for each."""
     if limits.threads is not None:
         return limits.threads
-    return max(default_reader_threads(streaming.MOST_THREADS * max(devices, 1)), devices)
+    return max(default_reader_threads(to_device.MOST_THREADS * max(devices, 1)), devices)
 
 
 def _divided(total: int, weights: Sequence[int], least: Sequence[int]) -> list[int]:

@@ -29,9 +29,9 @@ class OpenFiles:
 
     def __init__(self, checkpoint: Checkpoint, jobs: Iterable[Reads]):
         if checkpoint.is_remote:
-            text, where = "only the headers of this checkpoint were read, its data is not on this machine", None
+            text = "only the headers of this checkpoint were read, its data is not on this machine"
             do = "load it by its name org/name, which downloads it"
-            raise ReadError(message(text, where=next(iter(checkpoint.files), where), do=do))
+            raise ReadError(message(text, where=next(iter(checkpoint.files), None), do=do))
         self._sources = checkpoint.sources
         self._jobs_left = Counter(file for reads in jobs for file in reads.files)
         self._open: dict[int, OpenSource] = {}

@@ -26,7 +26,7 @@ from automodel_conv.files import system
 from automodel_conv.files.checkpoint import Checkpoint
 from automodel_conv.files.exactly import write_exactly
 from automodel_conv.files.shards import Shard
-from automodel_conv.files.source import LocalFile, OpenSource, opened
+from automodel_conv.files.source import ByteSource, OpenSource, opened
 from automodel_conv.files.write_errors import write_errors
 from automodel_conv.planning.copies import Decode
 from automodel_conv.schedule.host import runs, staged
@@ -147,11 +147,11 @@ def _writer(maker: Maker, fd: int, path: str, advance: Callable[[int], None]) ->
 
 
 def compare_slabs(
-    slabs: Sequence[Slab], path: str, start: Callable[[], Maker], threads: int, advance: Callable[[int], None]
+    slabs: Sequence[Slab], source: ByteSource, start: Callable[[], Maker], threads: int, advance: Callable[[int], None]
 ) -> int | None:
     """The first byte of a file, among those that ``slabs`` cover, that is not what they make; None if all are."""
     found: list[int] = []
-    with opened(LocalFile(path)) as file:
+    with opened(source) as file:
         work_off(slabs, threads, lambda: _comparer(start(), file, found, advance))
     return min(found, default=None)
 

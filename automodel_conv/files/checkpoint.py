@@ -73,7 +73,11 @@ class Checkpoint:
     is_remote: bool = False
     """Whether the data is not on this machine: such a checkpoint can be planned for, but not read."""
     sources: tuple[ByteSource, ...] = field(default=(), repr=False)
-    """Of each file, where its bytes come from."""
+    """Of each file, where its bytes come from. Not given: from the files on this machine."""
+
+    def __post_init__(self) -> None:
+        if not self.sources:
+            object.__setattr__(self, "sources", tuple(map(LocalFile, self.files)))
 
     def left_out(self, rows: Iterable[int]) -> tuple[str, ...]:
         """Names of the tensors of these rows, and of those that lie in its files and are in no row."""

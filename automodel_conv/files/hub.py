@@ -116,6 +116,8 @@ class HubFile(NamedTuple):
 
 
 class _OpenHubFile(NamedTuple):
+    """For headers, which one thread reads."""
+
     url: str
     start: bytearray
     nbytes: int

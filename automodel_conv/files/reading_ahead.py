@@ -13,6 +13,7 @@ from contextlib import contextmanager, suppress
 from automodel_conv.files import system
 from automodel_conv.files.checkpoint import Checkpoint
 from automodel_conv.files.free_memory import free_memory
+from automodel_conv.files.source import LocalFile
 
 # Brought in by one call. While Python imports, a thread gets the interpreter every few milliseconds only, so that small
 # portions would come slowly; who ends it waits for the last one.
@@ -34,7 +35,8 @@ def reading_ahead(checkpoint: Checkpoint, share: tuple[int, int] = (0, 1)) -> It
         share: number of this process and how many there are: each reads other portions.
     """
     stop = threading.Event()
-    arguments = (checkpoint.files, share, stop)
+    here = [source.path for source in checkpoint.sources if isinstance(source, LocalFile)]
+    arguments = (here, share, stop)
     thread = threading.Thread(target=read_ahead, args=arguments, name="automodel_conv reading ahead", daemon=True)
     try:
         if not checkpoint.is_remote and sum(checkpoint.nbytes) >= LEAST_BYTES:

@@ -278,17 +278,7 @@ class CopyPlan:
         if not any(target.name in regions for target in self.targets):
             return self
         parts = [Part(t.name, t.name, regions.get(t.name) or whole(t.shape)) for t in self.targets]
-        return replace(self.parts(parts), tied=self.tied, layout=self.layout)
-
-    def parts(self, parts: Iterable[Part]) -> CopyPlan:
-        """The plan that makes parts of its targets, each a contiguous tensor of its own.
-
-        Raises:
-            CoverageError: a region of a tensor of another shape.
-            UnsupportedError: less than all of a target that upstream's own code makes, or a part that would be cast
-                twice.
-        """
-        return self.then(CopyPlan(table_of(self.targets), tuple(parts_of(self.targets, parts))))
+        return replace(plan_of_parts(self, parts), tied=self.tied, layout=self.layout)
 
     # --- JSON -------------------------------------------------------------------------------------------------------
 
@@ -318,3 +308,13 @@ class CopyPlan:
 def _walk(offset: int, shape: Sequence[int], strides: Sequence[int]) -> str:
     steps = " ".join(f"{size}x{stride}" for size, stride in zip(shape, strides, strict=True))
     return f"[{offset}{' + ' if steps else ''}{steps}]"
+
+
+def plan_of_parts(plan: CopyPlan, parts: Iterable[Part]) -> CopyPlan:
+    """The plan that makes parts of a plan's targets, each a contiguous tensor of its own.
+
+    Raises:
+        CoverageError: a region of a tensor of another shape.
+        UnsupportedError: less than all of a target that upstream's own code makes, or a part that would be cast twice.
+    """
+    return plan.then(CopyPlan(table_of(plan.targets), tuple(parts_of(plan.targets, parts))))

@@ -69,7 +69,9 @@ def relayout(
         shape, copies = shared[step, shapes]
         targets.append(Target(made, table.dtypes[sources[0]], shape, rule, sources, copies))
 
-    for name, row in rows.items():
+    for row, name in enumerate(table.names):
+        if row in table.hidden:
+            continue
         path, _, leaf_name = name.rpartition(".")
         steps: list[_Step] = []
         suffix = ""

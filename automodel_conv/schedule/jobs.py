@@ -89,6 +89,8 @@ class Reads(NamedTuple):
 
     def calls(self) -> Iterator[Reads]:
         """Groups that are near enough in one file to be read by one call; they are in order."""
+        if not len(self.file):
+            return iter(())
         gaps = self.offset_bytes[1:] - self.stop_bytes[:-1]
         near = (self.file[1:] == self.file[:-1]) & (gaps >= 0) & (gaps <= GAP_BYTES)
         bounds = [0, *(np.flatnonzero(~near) + 1).tolist(), len(self.file)]

@@ -34,6 +34,7 @@ from automodel_conv.files import system
 from automodel_conv.files.checkpoint import Checkpoint, open_checkpoint
 from automodel_conv.files.destination import open_destination
 from automodel_conv.files.shards import Spec, shard_of
+from automodel_conv.files.source import LocalFile
 from automodel_conv.planning.plan import CopyPlan
 from automodel_conv.publishing.saved import places_in
 from automodel_conv.schedule.writes import Slabs, slab_schedule
@@ -453,7 +454,7 @@ def test_a_device_gives_no_more_than_the_budget(cases, tmp_path):
 
 def compared(kind, case, path, threads=2, **options):
     with maker_of(kind, case, **options) as (_, slabs, start):
-        return compare_slabs(slabs.slabs, str(path), start, threads, lambda nbytes: None)
+        return compare_slabs(slabs.slabs, LocalFile(str(path)), start, threads, lambda nbytes: None)
 
 
 @pytest.mark.parametrize("kind", MAKERS)
@@ -491,4 +492,6 @@ def test_a_file_that_ends_too_early_is_told(cases, tmp_path):
 
 def test_nothing_to_compare_is_equal(tmp_path):
     (tmp_path / "a").write_bytes(b"x")
-    assert compare_slabs(Slabs([], ()).slabs, str(tmp_path / "a"), lambda: None, 2, lambda nbytes: None) is None
+    assert (
+        compare_slabs(Slabs([], ()).slabs, LocalFile(str(tmp_path / "a")), lambda: None, 2, lambda nbytes: None) is None
+    )

@@ -14,9 +14,10 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from automodel_conv.dtypes import BITS, dtype_code, torch_dtype
-from automodel_conv.errors import CheckpointError, UnsupportedError
+from automodel_conv.errors import CheckpointError, ReadError, UnsupportedError
+from automodel_conv.execution.reading import read_whole
 from automodel_conv.files import system
-from automodel_conv.files.checkpoint import open_checkpoint
+from automodel_conv.files.checkpoint import Checkpoint, open_checkpoint
 from automodel_conv.files.header import MAX_HEADER_BYTES
 from automodel_conv.files.staging import STAGING_NAME
 
@@ -727,3 +728,16 @@ def test_any_failing_file_call_is_one_clean_error_and_leaves_nothing_open(tmp_pa
         assert caught is not None, fail_at
         assert str(tmp_path) in str(caught)
         assert sorted(opened) == sorted(closed)
+
+
+def test_one_made_of_columns_reads_its_files_on_this_machine(tmp_path):
+    """As callers made it before files had other places to come from."""
+    save_file({"a": torch.arange(3)}, tmp_path / "a.safetensors")
+    opened = open_checkpoint(tmp_path / "a.safetensors")
+    fields = (opened.path, opened.directory, opened.files, opened.names, opened.dtypes, opened.shapes, opened.file_ids)
+    made = Checkpoint(*fields, opened.offsets, opened.nbytes, opened.metadata, opened.position)
+    assert made.sources == opened.sources
+    assert torch.equal(read_whole(0, made), torch.arange(3))
+    (tmp_path / "a.safetensors").unlink()
+    with pytest.raises(ReadError, match=r"a\.safetensors"):
+        read_whole(0, made)

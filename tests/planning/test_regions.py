@@ -22,7 +22,7 @@ from automodel_conv.planning.boxes import Box, NotAffine, Piece, chain, contiguo
 from automodel_conv.planning.copies import Fallback, SourceTable, Target
 from automodel_conv.planning.lowering import copies_of, lower
 from automodel_conv.planning.operations import Context, Operation
-from automodel_conv.planning.plan import CopyPlan
+from automodel_conv.planning.plan import CopyPlan, plan_of_parts
 from automodel_conv.planning.regions import Part, Region, box, whole
 from automodel_conv.planning.values import LoweringError, leaf
 from tests.planning import oracles
@@ -426,7 +426,7 @@ def test_parts_of_one_target_are_tensors_of_their_own():
     plan = moe_plan(2, 3, 2)
     regions = [box((2, 6, 2), [0, 0, 0], [1, 6, 2]), box((2, 6, 2), [0, 2, 1], [2, 3, 1]), whole((2, 6, 2))]
     parts = [Part("made", f"part {number}", region) for number, region in enumerate(regions)]
-    made = plan.parts(parts)
+    made = plan_of_parts(plan, parts)
     elements = {name: [(name, i) for i in range(6)] for name in plan.sources.names}
     of_whole = oracles.execute(plan, elements)["made"]
     found = oracles.execute(made, elements)
@@ -437,11 +437,11 @@ def test_parts_of_one_target_are_tensors_of_their_own():
 
 def test_a_part_may_have_a_dtype_of_its_own_but_is_cast_once():
     region = box((4, 12, 4), [0, 0, 0], [2, 12, 4])
-    made = moe_plan().parts([Part("made", "wide", region, "F32"), Part("made", "plain", region)])
+    made = plan_of_parts(moe_plan(), [Part("made", "wide", region, "F32"), Part("made", "plain", region)])
     assert [target.dtype for target in made.targets] == ["F32", "BF16"]
-    assert moe_plan(dtype="F32").parts([Part("made", "p", region)]).targets[0].dtype == "F32"
+    assert plan_of_parts(moe_plan(dtype="F32"), [Part("made", "p", region)]).targets[0].dtype == "F32"
     with pytest.raises(UnsupportedError, match="cast twice"):
-        moe_plan(dtype="F32").parts([Part("made", "back", region, "F64")])
+        plan_of_parts(moe_plan(dtype="F32"), [Part("made", "back", region, "F64")])
 
 
 # --- strides that do not divide each other ----------------------------------------------------------------------------

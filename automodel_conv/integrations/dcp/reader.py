@@ -30,7 +30,7 @@ from automodel_conv.execution.filling import Limits, fill
 from automodel_conv.files import system
 from automodel_conv.files.checkpoint import Checkpoint, open_downloaded
 from automodel_conv.planning.names import plain_names
-from automodel_conv.planning.plan import CopyPlan
+from automodel_conv.planning.plan import CopyPlan, plan_of_parts
 from automodel_conv.planning.regions import Part, box
 from automodel_conv.upstream.models import tied_names
 from automodel_conv.upstream.wrappers import plain_model
@@ -149,7 +149,7 @@ class HuggingFaceReader(StorageReader):
             parts.append(part)
             buffers[part.called] = tensor
         with at_door("loading", lambda: self._given):
-            fill(whole.parts(parts), checkpoint, buffers, self._limits)
+            fill(plan_of_parts(whole, parts), checkpoint, buffers, self._limits)
         for item in plan.items:
             planner.commit_tensor(item, planner.resolve_tensor(item))
         done: Future[None] = Future()
