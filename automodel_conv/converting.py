@@ -243,9 +243,6 @@ def convert_checkpoint(
     )
 
 
-# --- private ----------------------------------------------------------------------------------------------------------
-
-
 def _state_of(checkpoint: Checkpoint) -> dict[str, Identity]:
     """What tells whether each file was changed, by its path from the checkpoint's directory on.
 

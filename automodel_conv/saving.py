@@ -209,6 +209,3 @@ def save_checkpoint(
         seconds=time.perf_counter() - began,
         peak_extra_bytes=share.scratch_bytes,
     )
-
-
-# --- private ----------------------------------------------------------------------------------------------------------

@@ -90,9 +90,6 @@ def verify_checkpoint(
     return plan.bytes_written
 
 
-# --- private ----------------------------------------------------------------------------------------------------------
-
-
 def _is_alike(source: Checkpoint, other: Checkpoint, said: str | None, drop: Iterable[str]) -> bool:
     """Whether two checkpoints have the same names but for those to be dropped, and say the same of their experts."""
     dropped = dropped_rows(source.names, drop)

@@ -210,9 +210,6 @@ def advice(found: Bench) -> list[str]:
     return said or [f"The read itself: the fastest load takes {1 / found.share_of_roof:.2f} times as long as it."]
 
 
-# --- private ----------------------------------------------------------------------------------------------------------
-
-
 def _sample(plan: CopyPlan, most_bytes: int) -> CopyPlan:
     """The first targets, at least one, up to a number of bytes; none that upstream's own code makes."""
     targets: list[Target] = []

@@ -161,9 +161,6 @@ def unlike_replicas(found: Sequence[tuple[str, str]]) -> RankError:
     )
 
 
-# --- private ----------------------------------------------------------------------------------------------------------
-
-
 def _parts(tensors: Sequence[Tensor], regions: Sequence[Region]) -> list[_Part]:
     ways: dict[tuple[int, str], tuple[str, int]] = {}
     named: dict[Region, str] = {}

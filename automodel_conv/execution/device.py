@@ -273,8 +273,6 @@ class _Streaming:
             self._stopped = True
             self._changed.notify_all()
 
-    # --- reader threads ---------------------------------------------------------------------------------------------
-
     @torch.inference_mode()  # a mode is a thread's own; the caller's tensors may be inference tensors
     def _read(self, slots: Sequence[_Slot]) -> None:
         try:
@@ -343,8 +341,6 @@ class _Streaming:
         with self._changed:
             self._emptied[window] = emptied
             self._changed.notify_all()
-
-    # --- copies on the device ---------------------------------------------------------------------------------------
 
     def _copy(self, window: int, chosen: frozenset[Variant] | None) -> None:
         work = self._window_copies.run(window, chosen)

@@ -89,9 +89,6 @@ def budget(threads: int | None, scratch_bytes: int, *, reads_files: bool) -> Bud
     return Budget(threads, aligned_down(share - inputs), aligned_down(inputs))
 
 
-# --- writing and comparing --------------------------------------------------------------------------------------------
-
-
 def begin_shard(shard: Shard, path: str) -> None:
     """Make a file with its header and room for its data.
 
@@ -175,9 +172,6 @@ def _comparer(
         advance(slab.nbytes)
 
     return compare
-
-
-# --- where the bytes come from ----------------------------------------------------------------------------------------
 
 
 def _by_place(moves: Mapping[int, Sequence[Move]]) -> list[tuple[int, Copies]]:

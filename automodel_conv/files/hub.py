@@ -140,9 +140,6 @@ class _OpenHubFile(NamedTuple):
         pass
 
 
-# --- private ----------------------------------------------------------------------------------------------------------
-
-
 def _fetch(url: str, offset: int, nbytes: int) -> tuple[bytearray, int]:
     """Bytes of a remote file, fewer only at its end, and the size of the whole."""
     with _told("a remote file cannot be read", url):

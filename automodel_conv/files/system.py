@@ -227,9 +227,6 @@ def _munmap():
     return function
 
 
-# --- making files -----------------------------------------------------------------------------------------------------
-
-
 def create(path: str) -> int:
     """Open a new or emptied file for reading and writing; returns its descriptor."""
     return os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | getattr(os, "O_BINARY", 0), 0o666)

@@ -96,9 +96,6 @@ def refuse_codes(model: Any, sources: Mapping[str, Any], load_config: Any) -> No
         )
 
 
-# --- private ----------------------------------------------------------------------------------------------------------
-
-
 class _Place(NamedTuple):
     """The target that a source goes to: the first of its rule."""
 

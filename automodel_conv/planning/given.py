@@ -163,9 +163,6 @@ def fit_targets(plan: CopyPlan, shapes: Mapping[str, tuple[int, ...]], misfits: 
     return [name for name in shapes if name not in made]
 
 
-# --- private ----------------------------------------------------------------------------------------------------------
-
-
 class _Source(NamedTuple):
     """A tensor as a table has it."""
 

@@ -71,9 +71,6 @@ def keep_codes(
     return plan
 
 
-# --- private ----------------------------------------------------------------------------------------------------------
-
-
 def _scales_as_weights(stored: SourceTable, decoded: SourceTable) -> SourceTable:
     """The scales under the names of their weights, and under their own what else is hidden in ``decoded``."""
     names = list(stored.names)

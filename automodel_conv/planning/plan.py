@@ -41,8 +41,6 @@ class CopyPlan:
     source_layout: str | None = None
     """Of the experts that are read, as files or caller say; None: nobody has said it."""
 
-    # --- looking at it ----------------------------------------------------------------------------------------------
-
     def target(self, name: str) -> Target:
         """The target of that name.
 
@@ -172,8 +170,6 @@ class CopyPlan:
         kind = self.sources.dtypes[row] if decode is None else decode.format
         return f"{self.sources.names[row]} {kind} {list(self.sources.shapes[row])}"
 
-    # --- checking it ------------------------------------------------------------------------------------------------
-
     def validate(self) -> None:
         """Prove that every element of every target is written exactly once and every read stays inside its source.
 
@@ -204,8 +200,6 @@ class CopyPlan:
             if target.dtype not in DECODED:
                 what = f"{self.sources.names[row]} is not decoded to the dtype of {target.name}"
                 raise UnsupportedError(message(what, expected=sorted(DECODED), found=target.dtype))
-
-    # --- algebra ----------------------------------------------------------------------------------------------------
 
     def inverse(self) -> CopyPlan:
         """The plan that makes this plan's sources from its targets, casting back where this one casts.
@@ -279,8 +273,6 @@ class CopyPlan:
             return self
         parts = [Part(t.name, t.name, regions.get(t.name) or whole(t.shape)) for t in self.targets]
         return replace(plan_of_parts(self, parts), tied=self.tied, layout=self.layout)
-
-    # --- JSON -------------------------------------------------------------------------------------------------------
 
     def to_json(self) -> str:
         """The whole plan as JSON; ``from_json`` gives an equal plan back.

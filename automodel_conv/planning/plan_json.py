@@ -60,9 +60,6 @@ def fields_of(text: str) -> dict[str, Any]:
     return _fields(_decoded(text, _Form))
 
 
-# --- private ----------------------------------------------------------------------------------------------------------
-
-
 class _Versioned(msgspec.Struct):
     version: int
 

@@ -102,9 +102,6 @@ def as_meant(table: SourceTable) -> CopyPlan:
     return plan
 
 
-# --- private ----------------------------------------------------------------------------------------------------------
-
-
 class _Finder:
     """Goes through codes, finds their other parts, and collects what does not fit."""
 

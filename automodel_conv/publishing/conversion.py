@@ -156,9 +156,6 @@ def compile_conversion(
     return Conversion(checkpoint, plan, shards, form, tuple(checkpoint.names[row] for row in sorted(carried)))
 
 
-# --- private ----------------------------------------------------------------------------------------------------------
-
-
 def _refuse_grouped(plan: CopyPlan, model: nn.Module | None) -> None:
     """Raise UnsupportedError for experts that no rule takes apart, where no model says that they are published so."""
     left = [] if model is not None else [target.name for target in plan.targets if any_experts(target.name)]

@@ -66,9 +66,6 @@ def schedule(
     return jobs
 
 
-# --- what is read in place --------------------------------------------------------------------------------------------
-
-
 def divide(
     targets: Sequence[Target],
     copies: Sequence[Sequence[StridedCopy]],
@@ -186,9 +183,6 @@ def chopped(reads: Reads, limit: int) -> Reads:
     done = (np.arange(len(first)) - first) * limit
     file, offset_bytes, nbytes, memory, start_bytes = reads.take(np.repeat(np.arange(len(counts)), counts))
     return Reads(file, offset_bytes + done, np.minimum(limit, nbytes - done), memory, start_bytes + done)
-
-
-# --- what goes through scratch ----------------------------------------------------------------------------------------
 
 
 def staged(

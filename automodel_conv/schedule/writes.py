@@ -152,9 +152,6 @@ def _fills(
             yield _Fill(row, target.dtype if row in decodes else sources.dtypes[row], box, place, source)
 
 
-# --- bytes that only move -------------------------------------------------------------------------
-
-
 def _direct(filled: Sequence[_Fill], file: int, begin: int, sources: Places, limit: int) -> Iterator[Slab]:
     for row, dtype, box, place, source in sorted(filled, key=lambda fill: fill.source_offset):
         size = itemsize(dtype)
@@ -163,9 +160,6 @@ def _direct(filled: Sequence[_Fill], file: int, begin: int, sources: Places, lim
             length = min(limit, nbytes - done)
             read = Read(sources.file_ids[row], sources.offsets[row] + source * size + done, length, 0, 0)
             yield Slab(file, begin + place * size + done, length, [read], {})
-
-
-# --- bytes that are made in memory ----------------------------------------------------------------
 
 
 def _in_memory(
@@ -194,9 +188,6 @@ def _blocks(filled: Iterable[_Fill]) -> Iterator[list[_Fill]]:
         end = max(end, stop)
     if block:
         yield block
-
-
-# --- slabs of several targets ---------------------------------------------------------------------
 
 
 def _joins(group: Sequence[Slab], nbytes: int, piece: Slab, limit: int, dtype: str) -> bool:

@@ -118,9 +118,6 @@ def model_class(config: Any, where: str) -> tuple[Any, Any]:
     return cls, config.get_text_config() if is_text_alone else config
 
 
-# --- private ----------------------------------------------------------------------------------------------------------
-
-
 @contextmanager
 def _told(what: str, where: str, do: Sequence[str]) -> Iterator[None]:
     """Tell as UnsupportedError all that transformers raises for a config that it does not expect."""

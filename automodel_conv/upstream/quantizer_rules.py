@@ -33,8 +33,5 @@ def dequantizes(operation: Any) -> bool:
     return cls.__name__ in _DEQUANTIZE and cls.__module__.startswith(_MODULES)
 
 
-# --- private ----------------------------------------------------------------------------------------------------------
-
-
 def _given(rule: Any, side: str) -> list[str]:
     return list(getattr(rule, f"_original_{side}_patterns", getattr(rule, f"{side}_patterns")))

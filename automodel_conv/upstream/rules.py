@@ -66,8 +66,6 @@ class RuleSet:
         """Of each rule given, whether it has matched a name so far; older transformers do not say, and all count."""
         return [rule.was_used() if hasattr(rule, "was_used") else True for rule in self._rules]
 
-    # --- names ------------------------------------------------------------------------------------------------------
-
     def rename(self, name: str) -> tuple[str, int, str]:
         """``(target name, converter row or -1, source pattern)``, without the model's prefix.
 
@@ -110,8 +108,6 @@ class RuleSet:
     def natural_key(self, name: str) -> Any:
         """The order in which upstream collects the parts of a merged target."""
         return natural_key(name)
-
-    # --- operations -------------------------------------------------------------------------------------------------
 
     def patterns(self, row: int) -> tuple[tuple[str, ...], tuple[str, ...]]:
         rule = self.converters[row]
@@ -165,9 +161,6 @@ class RuleSet:
             return {self.rename_part(name): value for name, value in parts.items()} if self.reverse else parts
 
         return convert
-
-
-# --- private --------------------------------------------------------------------------------------------------------
 
 
 def _core() -> Any:

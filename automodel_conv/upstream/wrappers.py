@@ -73,9 +73,6 @@ def stand_in(module: nn.Module, cls: type, modules: Mapping[str, nn.Module | Non
     return made
 
 
-# --- private ----------------------------------------------------------------------------------------------------------
-
-
 def _unwrapped(module: nn.Module, done: dict[int, nn.Module]) -> nn.Module:
     while (inner := _inner(module)) is not None:
         module = inner

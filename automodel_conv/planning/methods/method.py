@@ -117,8 +117,7 @@ def weight_name(part: str, suffix: str) -> str:
     return weight + ".weight" if suffix.startswith(".") else weight
 
 
-# --- what several methods have in common ------------------------------------------------------------------------------
-
+# Several methods share what follows.
 FP8_CODES = (Packing("", "F8_E4M3", "e4m3"), Packing("", "F8_E5M2", "e5m2"))
 
 TENSOR: Block = (None, None)
