@@ -1,6 +1,6 @@
 """The command line: ``automodel-conv plan | load | convert | verify | bench | demo``.
 
-A command imports what it needs when it is called, so that help comes without torch.
+Each command imports what it needs when it runs, so help does not import torch.
 """
 
 from __future__ import annotations

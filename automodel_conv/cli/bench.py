@@ -1,8 +1,8 @@
-"""What a load of a checkpoint costs on this machine, against what the machine can do, and what bounds it.
+"""Measure how fast a checkpoint loads on this machine, how fast it could load, and what limits it.
 
-Measured on the targets of a plan up to a number of bytes, so that also a checkpoint larger than the memory can be
-looked at. The roof is the same bytes read in runs as long into new memory, where they lie in no useful order; with huge
-pages or with small ones, whichever is faster here. Memory is as it comes.
+The measurement loads the targets of a plan up to a number of bytes, so the checkpoint may be larger than memory. The
+roof is the time to read the same bytes, in runs of the same length, into new memory without laying them out, with huge
+or small pages, whichever is faster here. Memory is as found.
 """
 
 from __future__ import annotations

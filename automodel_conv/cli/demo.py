@@ -1,9 +1,8 @@
-"""What the package does, shown on a real checkpoint: transformers and we load the same files.
+"""Compare transformers and this package on a real checkpoint: both load the same files.
 
-Each load is a process of its own and is timed when its imports are done: it has loaded a tiny
-checkpoint of the same kind before. The big one was just written, so its files are in the page cache;
-the memory that the load will take was touched and given back (see ``ready_memory``).
-Both methods take turns.
+Each load is a process of its own. Its timing starts after the imports and after the load of a tiny checkpoint of the
+same kind. The big checkpoint was just written, so its files are in the page cache; the memory that the load will take
+was touched and given back (see ``ready_memory``). The two methods take turns.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What a conversion would do, printed instead of done."""
+"""Print what a conversion would do, without doing it."""
 
 from __future__ import annotations
 

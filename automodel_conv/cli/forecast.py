@@ -1,4 +1,4 @@
-"""What a load on many ranks would cost, from headers alone: a plan for machines that are not here."""
+"""What each rank of a mesh would hold and read in a load, computed from headers alone, without the ranks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a fair measurement of a load needs: peak memory, and memory that is not slow to get."""
+"""Measure a load fairly: record its peak memory, and touch memory beforehand."""
 
 from __future__ import annotations
 

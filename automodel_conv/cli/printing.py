@@ -1,4 +1,4 @@
-"""Tables and names on the terminal."""
+"""Print tables and names to the terminal."""
 
 from __future__ import annotations
 

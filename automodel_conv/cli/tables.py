@@ -1,4 +1,4 @@
-"""What the command line prints of what was done."""
+"""The tables in which commands report what they did."""
 
 from __future__ import annotations
 

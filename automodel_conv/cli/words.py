@@ -1,4 +1,4 @@
-"""Errors in the words of the command line."""
+"""Put errors in the words of the command line: the Python arguments that they advise become options."""
 
 from __future__ import annotations
 
