@@ -1,7 +1,7 @@
-"""Tensors that a conversion passes on as they are, since no rule takes them, and those that it is told to drop.
+"""Tensors that a conversion copies unchanged because no rule takes them, and tensors that it is told to drop.
 
-Models have no place for the layers of multi-token prediction and for draft heads. They go to the new checkpoint byte
-for byte, under their own names; only what is quantized is decoded with the rest.
+Models have no place for the layers of multi-token prediction and for draft heads. These tensors go to the new
+checkpoint byte for byte, under their own names; quantized ones are decoded where the rest is.
 """
 
 from __future__ import annotations

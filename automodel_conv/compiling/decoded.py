@@ -1,4 +1,4 @@
-"""The tensors that a checkpoint offers, quantized ones as the numbers that they stand for."""
+"""The tensors of a checkpoint as a table of sources, in which quantized tensors stand for their decoded values."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How the experts of a model lie, as it says itself, and what does not lie as a caller says."""
+"""The layout of the experts of a model, and errors where it contradicts the layout that a caller asks for."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""How files say in which layout their experts lie: what is read from them, and what is written.
+"""Read and write the layout of experts that the files of a checkpoint name.
 
-The metadata of every file and of the index names the layout. So do the names of the files where transformers would not
-load the layout as it is: it looks for ``model*.safetensors`` and refuses a directory without. It does not load grouped
-codes in any layout: on a machine without a GPU it takes them for numbers, without their scales. Source: transformers
+The metadata of every file and of the index names the layout. File names begin with it where transformers cannot load
+the layout: transformers looks for ``model*.safetensors`` and refuses a directory without such files. It loads grouped
+codes in no layout: on a machine without a GPU it takes them for numbers, without their scales. Source: transformers
 5.12.1, 5.17.0 and 5.23.0, ``_get_resolved_checkpoint_files`` in modeling_utils.py; the ``format`` entry of the metadata
 does not keep them from loading.
 """

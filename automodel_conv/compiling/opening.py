@@ -1,4 +1,4 @@
-"""What a load opens before it executes: a checkpoint, and the plan made for it or fitted to it."""
+"""Open a checkpoint for a load, and plan the load or fit the caller's plan to it."""
 
 from __future__ import annotations
 

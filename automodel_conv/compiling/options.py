@@ -1,4 +1,4 @@
-"""What a caller says of a plan and of a load, as one value each."""
+"""The options of planning and of loading, as dataclasses."""
 
 from __future__ import annotations
 

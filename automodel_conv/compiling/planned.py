@@ -1,4 +1,4 @@
-"""The plan that loads a checkpoint, from its headers alone."""
+"""Plan the load of a checkpoint from its headers alone."""
 
 from __future__ import annotations
 

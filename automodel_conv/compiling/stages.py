@@ -1,4 +1,4 @@
-"""The stages of a conversion, each a plan of its own: their composition, and a plan without the casts of its stages."""
+"""Compose the stages of a conversion, each of which is a plan, and remove casts from a plan."""
 
 from __future__ import annotations
 

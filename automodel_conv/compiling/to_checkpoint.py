@@ -1,4 +1,4 @@
-"""The plan from a model's tensors back to a checkpoint's."""
+"""Plan the way from the tensors of a model back to those of a checkpoint."""
 
 from __future__ import annotations
 

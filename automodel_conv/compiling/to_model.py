@@ -1,7 +1,8 @@
-"""The plan from a checkpoint's tensors to a model's, by all that a caller says: model, rules, layouts, dtype.
+"""Plan the way from the tensors of a checkpoint to those of a model, as model, rules, layouts and dtype say.
 
-A conversion has up to three stages, each a plan of its own: the layout the experts come in, the rules, the layout they
-shall have. Their composition goes from the sources straight to the final buffers.
+A conversion has up to four stages, each a plan: turn quantized sources that are stored transposed, take experts out of
+the source layout, apply the rules, bring experts to the wanted layout. The composed plan copies from the sources
+straight to the final buffers.
 """
 
 from __future__ import annotations

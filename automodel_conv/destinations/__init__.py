@@ -1,0 +1,1 @@
+"""Where a load puts tensors: parameters and buffers of a model, and devices."""

@@ -1,4 +1,4 @@
-"""Buffers of a model: where a load places them, and those that no checkpoint holds."""
+"""The buffers of a model: move them to their devices, and fill those that no checkpoint holds."""
 
 from __future__ import annotations
 

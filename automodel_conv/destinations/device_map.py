@@ -1,4 +1,4 @@
-"""``device_map``: devices by names of modules and parameters, as accelerate writes them."""
+"""``device_map``: a device for each name of a module or parameter, as in accelerate."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Devices as callers name them."""
+"""Check the devices that callers name."""
 
 from __future__ import annotations
 

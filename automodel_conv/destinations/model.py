@@ -1,4 +1,4 @@
-"""Where loaded tensors live in a model: found before anything is read, filled or put in place afterwards."""
+"""Find where loaded tensors go in a model before anything is read, and put new tensors in place afterwards."""
 
 from __future__ import annotations
 

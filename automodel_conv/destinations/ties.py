@@ -1,4 +1,4 @@
-"""Names that are one tensor: tied after a load, and compared where a checkpoint has values for both."""
+"""Tied names share one tensor: tie them after a load, and compare them where a checkpoint holds several."""
 
 from __future__ import annotations
 

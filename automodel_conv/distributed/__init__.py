@@ -1,0 +1,1 @@
+"""Distributed tensors: what each rank holds, and how ranks communicate."""

@@ -1,6 +1,6 @@
-"""Ranks that work together: all of them end well, or all of them raise.
+"""Collectives over the ranks of a load or save: all ranks succeed, or all raise.
 
-Communication is torch's, over the groups of the meshes that the tensors are distributed on.
+They use torch's process groups, those of the meshes that the tensors are distributed on.
 """
 
 from __future__ import annotations

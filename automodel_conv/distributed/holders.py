@@ -1,7 +1,7 @@
-"""Which ranks hold which parts of tensors: who writes them, and whether those that hold the same hold the same bytes.
+"""Find which ranks hold which parts of tensors, which rank writes each part, and whether replicas hold the same bytes.
 
-A name, a shape and a number of elements do not make a replica. Experts that each rank holds its own of, as plain
-tensors or as DTensors on a part of the ranks, agree in all three.
+Tensors with the same name, shape and number of elements need not be replicas. Experts that each rank holds alone, as
+plain tensors or as DTensors on some of the ranks, agree in all three.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""What a rank holds of a distributed tensor: placements are torch's own, and torch's own code says what they mean.
+"""What a rank holds of a distributed tensor, as torch's own placements say.
 
-It splits the indices of a dimension as it would split the tensor.
+torch's code splits the indices of a dimension as it would split the tensor.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What ranks that hold the same part of a DTensor share: one of them reads it, and sends it to the others."""
+"""Choose the rank that reads each replicated part of a DTensor; the others receive it."""
 
 from __future__ import annotations
 

@@ -1,0 +1,1 @@
+"""What a directory needs to be a checkpoint: which files to write, and what lies beside the weights."""

@@ -1,4 +1,4 @@
-"""What a checkpoint has beside its data: config, headers, checksums and index."""
+"""Write what a checkpoint has beside its tensor data: config, headers, checksums and index."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tensors that a save carries from the checkpoint that its model is from, since the model has no place for them."""
+"""Tensors that a save copies from the model's source checkpoint because the model has no place for them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The plan of a conversion from files to files, made from headers alone."""
+"""Plan a conversion from files to files, from headers alone."""
 
 from __future__ import annotations
 

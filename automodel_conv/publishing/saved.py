@@ -1,4 +1,4 @@
-"""What a save writes: the tensors of a model, their dtypes, and the files that they are divided into."""
+"""What a save writes: the tensors of a model, their dtypes, and the files that hold them."""
 
 from __future__ import annotations
 
