@@ -1,4 +1,4 @@
-"""Axes of a buffer, written as in einops: ``"E (g i) h"`` has three dimensions, the second of them g by i."""
+"""Axes of a buffer in the notation of einops: ``"E (g i) h"`` has three dimensions, the second of them g by i."""
 
 from __future__ import annotations
 

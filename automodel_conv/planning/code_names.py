@@ -1,4 +1,4 @@
-"""What names and dtypes alone tell of codes and scales, whatever the method."""
+"""Recognize codes and scales by their names and dtypes, whatever the method."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Names without what torch's wrappers put into them; see ``upstream/wrappers.py``."""
+"""Strip from names what torch's wrappers add to them; see ``upstream/wrappers.py``."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""The operations of transformers that can be lowered: one entry of ``OPERATIONS`` for each.
+"""The operations of transformers that can be lowered: one entry of ``OPERATIONS`` each.
 
-An operation is plain data (a name and its options). Its function says in a line or two what it does to values that
-know, for every element, which source element it comes from. Semantics: transformers 5.23.0, ``core_model_loading.py``,
-the ``convert`` method of the class of the same name.
+An operation is plain data (a name and its options). Its function says in a line or two what the operation does to
+values, which know the source element of each of their elements. Semantics: transformers 5.23.0,
+``core_model_loading.py``, the ``convert`` method of the class of the same name.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What does not fit between a checkpoint and a model, collected and told at once."""
+"""Collect what does not fit between a checkpoint and a model, and raise it as one error."""
 
 from __future__ import annotations
 

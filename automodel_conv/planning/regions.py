@@ -1,4 +1,4 @@
-"""Regions of tensors, and the targets that fill parts of others as tensors of their own; pure."""
+"""Regions of tensors, and targets that are cut along them to tensors of their own; pure."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The plan that takes grouped experts from one layout to another; pure."""
+"""Plan the way of grouped experts from one layout to another; pure."""
 
 from __future__ import annotations
 

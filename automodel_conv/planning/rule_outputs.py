@@ -1,4 +1,4 @@
-"""What rules make of sources of given shapes, as copies; equal rules over equal shapes are lowered once."""
+"""Lower rules to copies for sources of given shapes; equal rules over equal shapes are lowered once."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Tensors that are still only descriptions, and the six things that operations and layouts are made of; pure.
+"""Values are tensors that are only described; six functions of them make up all operations and layouts; pure.
 
-All sources of a rule lie in one long row here, ``SPAN`` elements apart: thousands of experts are one piece, and what an
+All sources of a rule lie in one long row, ``SPAN`` elements apart. So thousands of experts are one piece, and what an
 operation does to them is computed once.
 """
 

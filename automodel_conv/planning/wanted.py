@@ -1,4 +1,4 @@
-"""What the targets of a plan must be."""
+"""What a target must be: its dtype and shape."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which uses of rules fit in every respect, for a load that converts some tensors by plan and leaves others alone."""
+"""Select the uses of rules that fit in every respect, for a load that leaves all other tensors alone."""
 
 from __future__ import annotations
 

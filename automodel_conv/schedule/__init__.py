@@ -1,0 +1,1 @@
+"""Schedules: which bytes are read, moved and written together; pure."""

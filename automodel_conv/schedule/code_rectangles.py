@@ -1,4 +1,4 @@
-"""From a copy out of a quantized source to rectangles of codes, which can be decoded straight into the target; pure."""
+"""Turn a copy out of a quantized source into rectangles of codes, which are decoded straight into the target; pure."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A quantized source, cut into slabs that fit into windows: the bytes to read and the rectangles to decode; pure."""
+"""Cut a quantized source into slabs that fit into windows: bytes to read and rectangles to decode; pure."""
 
 from __future__ import annotations
 

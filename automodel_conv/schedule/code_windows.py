@@ -1,4 +1,4 @@
-"""From copies out of quantized sources to windows of device memory, each with many sources and all their scales.
+"""Schedule windows of device memory for quantized sources, each with many sources and all their scales.
 
 Pure: integers in, integers out. A window holds the codes of sources that follow each other in the files, then their
 scales, gathered so that one table is made for all scales of a kind. Rectangles of codes are decoded straight into the

@@ -1,4 +1,4 @@
-"""How a quantized source lies: rows of codes in matrices, and the blocks of them that share a scale; pure."""
+"""How a quantized source is stored: rows of codes in matrices, and the blocks of them that share a scale; pure."""
 
 from __future__ import annotations
 

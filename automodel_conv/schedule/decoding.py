@@ -1,8 +1,7 @@
-"""From copies out of quantized sources to jobs: which codes and scales are read together, and what they become.
+"""Schedule the decoding of quantized sources on the host: which codes and scales are read together.
 
-Pure: integers in, integers out. A slab of a source, its codes with the scales they need, is read into scratch and
-becomes numbers beside it, of the dtype of the targets, from where copies take them. Scales that two slabs share are
-read for each.
+Pure: integers in, integers out. A job reads a slab of codes and the scales that they need into scratch, decodes them
+there to the dtype of the targets, and copies the numbers to the targets. Scales that two slabs share are read for each.
 """
 
 from __future__ import annotations

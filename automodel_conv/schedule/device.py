@@ -1,8 +1,8 @@
-"""From copies to chunks and windows: how the bytes of files reach a GPU, in the order of the files.
+"""Schedule a load to a GPU: chunks to read and windows to empty, in the order of the files.
 
 Pure: integers in, integers out. A chunk is read into pinned memory and uploaded from there: bytes that only move
-straight into their final place, all others into a window of device memory, from which copies take them once it is
-full. So each byte is read and uploaded once.
+straight to their final place, all others to a window of device memory, from which copies take them once it is full. So
+each byte is read and uploaded once.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""From copies to jobs: which bytes of which file go where, in portions that run in any order.
+"""Schedule a load to the host: jobs that say which bytes of which file go where, and that run in any order.
 
-Pure: integers in, integers out. Bytes that only move are read straight into their final place.
-Bytes that are permuted or cast, or that several targets want, are read into scratch, a slab of a
-source at a time, and copied from there. So each byte is read once.
+Pure: integers in, integers out. Bytes that only move are read straight into their final place. Bytes that are permuted
+or cast, or that several targets want, are read into scratch, a slab of a source at a time, and copied from there. So
+each byte is read once.
 """
 
 from __future__ import annotations

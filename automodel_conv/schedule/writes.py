@@ -1,4 +1,4 @@
-"""From copies to slabs: which ranges of which output file are made of what, in portions that run in any order.
+"""Schedule the writing of files: slabs are ranges of an output file that are made and written in any order.
 
 Pure: integers in, integers out. A slab is made either of bytes that only move, or of copies that permute or cast and so
 fill memory first. No byte is in two slabs, and every byte that a copy makes is in one. Where the copies make only part

@@ -1,0 +1,1 @@
+"""What transformers and torch say of models, rules and configs."""

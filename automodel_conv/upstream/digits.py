@@ -1,4 +1,4 @@
-"""Which rules look at the numbers in a name, and which names they could treat differently because of them."""
+"""Find the rules that look at the numbers in a name, and the names that they could treat differently for it."""
 
 from __future__ import annotations
 

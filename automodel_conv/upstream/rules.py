@@ -1,9 +1,8 @@
-"""The one gateway to transformers' rule machinery.
+"""Ask transformers' rule objects: ``RuleSet`` answers the protocol ``Rules`` of ``planning/rules.py``.
 
-Nothing else in the planning storey knows transformers. Names are renamed by the *installed* rule objects through the
-installed ``rename_source_key`` (its pattern semantics changed three times between 5.0 and 5.23, so they are never
-re-implemented here); operations become data only when their class is a stock one with its stock ``convert``. Whatever
-else a rule holds is run as upstream would run it, one target at a time.
+The *installed* rule objects rename names through the installed ``rename_source_key``, whose pattern semantics changed
+three times between 5.0 and 5.23, so they are never re-implemented here. Operations become data only when their class is
+a stock one with its stock ``convert``. Whatever else a rule holds runs as upstream runs it, one target at a time.
 
 Rule objects carry run-time state, so a ``RuleSet`` works on deep copies and never touches the caller's.
 """

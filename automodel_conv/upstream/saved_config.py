@@ -1,4 +1,4 @@
-"""What ``save_pretrained`` writes besides the weights."""
+"""Write the configs and code that ``save_pretrained`` writes beside the weights."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""compressed-tensors, of llm-compressor and Kimi-K2: integers, FP8 and FP4, one format for each group of weights.
+"""The method of compressed-tensors (llm-compressor, Kimi-K2): integers, FP8 and FP4, one format per group of weights.
 
 Sources: compressed-tensors 0.20.0, ``compressors/*/base.py``, ``quantization/quant_args.py`` and
 ``CompressionFormat``; the files of Kimi-K2.

@@ -1,4 +1,4 @@
-"""FBGEMM's FP8: a scale for each row.
+"""The method of FBGEMM: FP8 with a scale for each row.
 
 Source: transformers 5.23.0, ``FbgemmFp8Config`` in ``utils/quantization_config.py``.
 """

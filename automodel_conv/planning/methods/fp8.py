@@ -1,4 +1,4 @@
-"""FP8 in blocks, of DeepSeek-V3 and all who follow it.
+"""The method of DeepSeek-V3 and its followers: FP8 in blocks.
 
 Sources: transformers 5.23.0, ``FineGrainedFP8Config`` in ``utils/quantization_config.py`` and
 ``integrations/finegrained_fp8.py``; the files of DeepSeek-V3, Qwen3-FP8, MiniMax-M2 (``_scale_inv``), DeepSeek-V4

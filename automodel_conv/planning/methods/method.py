@@ -1,6 +1,6 @@
-"""What a quantization method is, as data: how its tensors are called and packed, and what its config allows.
+"""A quantization method as data: the names and the packing of its tensors, and the schemes that its config allows.
 
-Each method has a file beside this one, and a line in ``table.py``. Nothing else knows a method by its name.
+Each method has a file in this folder and an entry in ``table.py``.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""NVIDIA Model Optimizer's FP8 and NVFP4.
+"""The method of NVIDIA Model Optimizer: FP8 and NVFP4.
 
 Sources: NVIDIA Model Optimizer 0.40, ``torch/export/convert_hf_config.py``; the files that it writes.
 """

@@ -1,4 +1,4 @@
-"""MXFP4, of gpt-oss: ``[..., rows, groups, 16]`` bytes of codes, meant as ``[..., columns, rows]``.
+"""The method of gpt-oss: MXFP4, stored as ``[..., rows, groups, 16]`` bytes that mean ``[..., columns, rows]``.
 
 Sources: OCP Microscaling Formats 1.0; transformers 5.23.0, ``integrations/mxfp4.py``; the files of gpt-oss.
 """

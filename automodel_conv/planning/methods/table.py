@@ -1,4 +1,4 @@
-"""The quantization methods that are decoded."""
+"""The table of quantization methods that this package decodes."""
 
 from __future__ import annotations
 
