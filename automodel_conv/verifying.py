@@ -1,4 +1,4 @@
-"""The front door that tells whether a conversion went well, and how a file is compared with what is made of others."""
+"""The front door that tells whether a conversion went well."""
 
 from __future__ import annotations
 

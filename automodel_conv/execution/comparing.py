@@ -1,4 +1,4 @@
-"""What lies in files against what is made of others."""
+"""Compare a file with the bytes that its slabs make."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How many threads a process may take: the cores of the machine, shared by the ranks on it."""
+"""The default number of threads: the cores of the machine, shared by the ranks on it."""
 
 from __future__ import annotations
 

@@ -4,7 +4,7 @@
 
 A thread waits for the event of its own slot before it reads into it again; the copy stream for the copies out of a
 window before that is filled again; the compute stream for the uploads before it copies out of a window. Nothing else
-waits, until the end. What the device does is behind the protocols of ``device``.
+waits, until the end. What the device does is behind ``protocols``.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""From files to host buffers: every byte read once, straight to its place or through a scratch."""
+"""Load files to host buffers: each byte is read once, in place or through scratch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Codes in a piece of host memory into numbers beside them."""
+"""Decode quantized codes in host memory to numbers in the same memory."""
 
 from __future__ import annotations
 

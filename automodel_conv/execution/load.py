@@ -1,4 +1,4 @@
-"""What loads to the host and to a device have in common: before the first read, after the last, and where one fails."""
+"""What loads to the host and to a device share: checks before the first read, work after the last, and errors."""
 
 from __future__ import annotations
 

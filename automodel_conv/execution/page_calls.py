@@ -1,6 +1,6 @@
-"""Calls of the system about the pages of memory, one thin function each.
+"""System calls for pages of memory, one thin function each.
 
-They are called through the module (``page_calls.make_pages``) and never imported by name.
+Callers write ``page_calls.make_pages`` and import no function by name, so that tests can replace it.
 """
 
 from __future__ import annotations

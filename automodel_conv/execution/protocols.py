@@ -1,4 +1,4 @@
-"""The protocols of a device: memory, streams and events. Tests drive loads and saves with a simulated one."""
+"""The protocols of a device: its memory, streams and events. Tests implement them by a simulated device."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The outcome of a load."""
+"""``LoadReport``, the outcome of a load, and the clock that times its phases."""
 
 from __future__ import annotations
 

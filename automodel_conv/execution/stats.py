@@ -1,4 +1,4 @@
-"""What executors tell of their work."""
+"""What executors count: bytes, memory, threads, and copies by kernels or by torch."""
 
 from __future__ import annotations
 

@@ -96,7 +96,7 @@ class _Group(NamedTuple):
 
 
 class _InMemory(NamedTuple):
-    """Sources that each lie in memory of their own; see ``slabs.Places``."""
+    """Sources that each lie in memory of their own; see ``writes.Places``."""
 
     dtypes: Sequence[str]
     file_ids: Sequence[int]

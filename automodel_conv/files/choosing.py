@@ -1,4 +1,4 @@
-"""Which files make up a checkpoint: as its index says, or the one file that there is."""
+"""Choose the files of a checkpoint: those that its index names, or its only file."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What an earlier work has left in a directory: gone on with, thrown away, or refused."""
+"""Take over what earlier work left in a directory: go on with it, discard it, or refuse."""
 
 from __future__ import annotations
 

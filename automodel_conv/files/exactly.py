@@ -1,4 +1,4 @@
-"""Fill or write many buffers in as few calls as possible, all of them or an error that says how far it came."""
+"""Read or write many buffers in as few calls as possible, all of them or with an error that says how far it came."""
 
 from __future__ import annotations
 

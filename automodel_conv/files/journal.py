@@ -1,10 +1,10 @@
-"""What a work in a directory has come to, line by line, so that it can go on after a crash.
+"""The journal of the work in a directory, line by line, so that the work can go on after a crash.
 
-A line of the journal is one of
+Each line is one of
 
-    {"work": what}          the first one; null: it cannot go on
-    {"finished": shard}     that shard is on the disk, whole
-    {"again": shard}        it was, and has to be written anew
+    {"work": what}          the first line; null: the work cannot go on
+    {"finished": shard}     the shard is on the disk, whole
+    {"again": shard}        the shard was finished, and has to be written anew
     {"placing": {name: its size and time of change}}   from here on files are put in their places, in this order
 
 The name of a file that goes with the shards may have folders, each before a "/".

@@ -1,4 +1,4 @@
-"""Files that are put in their places in a directory, and taken back from there."""
+"""Files in their final places in a directory: their paths, whether they are there, and how to remove them again."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where the bytes of a checkpoint's files come from: what readers ask for, and files on this machine."""
+"""``ByteSource``, the bytes of one file of a checkpoint wherever they lie; ``LocalFile``, a file on this machine."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The folder of unfinished work in a directory: what it is called, who has it, and its end."""
+"""The folder of unfinished work in a directory: its name, its lock and its removal."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the system refuses while something is written, as a WriteError."""
+"""Raise what the system refuses during a write as a WriteError."""
 
 from __future__ import annotations
 
