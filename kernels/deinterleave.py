@@ -1,4 +1,4 @@
-"""Deinterleave: a matrix into two, to which its columns go in turns, transposed; see ``interleave``."""
+"""Deinterleave: one matrix into two that take its columns in turn, transposed; the inverse of ``interleave``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The twin of ``dequantize`` in plain torch, which the host uses itself, and the checks of both; without Triton."""
+"""The pure-torch twin of ``dequantize``, which the host uses, and the checks of both; imports no Triton."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Triton; where it is not installed, as much in its place as lets the files of verbs be imported.
+"""Triton, or a stand-in where it is not installed, so that the files of verbs can be imported.
 
-Whoever imports a verb's file imports Triton, where there is one: so ``execution`` does so only where kernels run.
+A verb's file imports Triton where it is installed. So ``execution`` imports such a file only where kernels run.
 """
 
 from __future__ import annotations

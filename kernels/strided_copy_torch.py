@@ -1,4 +1,4 @@
-"""The twin of ``strided_copy`` in plain torch, which the host uses itself; without Triton."""
+"""The pure-torch twin of ``strided_copy``, which the host uses; imports no Triton."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
-"""What kernels are made of: how elements are read, cast and addressed, and how tiles follow each other.
+"""What kernels are made of: functions that read, cast and address elements, and the order of tiles.
 
 Every kernel takes an int64 table of absolute byte addresses, one row per matrix (or pair of matrices), destinations
 first, and runs on a grid of (tiles of one matrix, rows of the table). ``rows`` and ``columns`` are the source's.
 
-Whether memory is accessed 16 bytes at a time is promised here and nowhere else, and easily lost without a trace:
+Only the code here promises that memory is accessed 16 bytes at a time, and a change can lose that without a trace:
 - Lengths and strides (``*_v``) come divided by a vector length that is a compile-time constant and are multiplied back,
   which is how the compiler learns what divides them. None is specialized on its value: one compilation per ``Variant``.
 - ``tl.multiple_of`` is said of the pointer, after the cast from an integer, which forgets what divided the integer.

@@ -1,4 +1,4 @@
-"""What a verb is to strided copies that look for one: which of them it carries out, and how it is launched."""
+"""``Verb``: which strided copies a verb carries out, and how it is launched."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The table of verbs that strided copies may become. A verb's file has all else, here it has its line."""
+"""The table of verbs that strided copies may become: one line each, all else is in the verb's file."""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""The files that transformers opens under the hook: slices say where they lie, and paths what an index gives them."""
+"""The files that transformers opens under the hook.
+
+A slice knows which tensor of which file it is, and a path knows which tensors the index gives to the file.
+"""
 
 from __future__ import annotations
 

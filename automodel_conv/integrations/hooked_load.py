@@ -1,4 +1,4 @@
-"""A load under the hook: what is planned is executed, and transformers does the rest."""
+"""Run one load under the hook: execute the plan, then let transformers load the rest."""
 
 from __future__ import annotations
 

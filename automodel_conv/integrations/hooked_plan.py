@@ -1,4 +1,4 @@
-"""What a load under the hook converts by plan, and what it leaves to transformers, with the reason."""
+"""Plan one load under the hook: what is converted here, and what is left to transformers and why."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Square matrices that lie transposed, which transformers does not see where they are left to it."""
+"""Find square matrices that are stored transposed; transformers cannot tell, so they must not be left to it."""
 
 from __future__ import annotations
 

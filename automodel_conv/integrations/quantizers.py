@@ -1,6 +1,6 @@
 """transformers' quantizers, as far as what they do to a checkpoint on the way to plain parameters is planned here.
 
-What a quantizer makes of a model's rules, and how that is undone: ``planning/quantizer_rules.py``.
+What a quantizer makes of a model's rules, and how that is undone: ``upstream/quantizer_rules.py``.
 """
 
 from __future__ import annotations

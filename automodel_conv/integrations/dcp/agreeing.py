@@ -1,4 +1,4 @@
-"""What ranks must agree on when they save together, and what ends a save where they do not."""
+"""What ranks that save together must agree on, and the errors where they do not."""
 
 from __future__ import annotations
 

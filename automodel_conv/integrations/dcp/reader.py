@@ -1,4 +1,4 @@
-"""Published, per-expert files to tensors of a model: the reader for ``dcp.load``."""
+"""The reader for ``dcp.load``: from published, per-expert files to the tensors of a model."""
 
 from __future__ import annotations
 

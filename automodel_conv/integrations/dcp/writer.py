@@ -1,4 +1,4 @@
-"""Tensors of a model to published, per-expert files: the writer for ``dcp.save``."""
+"""The writer for ``dcp.save``: from the tensors of a model to published, per-expert files."""
 
 from __future__ import annotations
 
