@@ -1,1 +1,1 @@
-"""Benchmarks: ``python -m benchmarks.planning``, ``.loading``, ``.dequant``, ``.gpu``, ``.demo``, and others."""
+"""Benchmarks: ``python -m benchmarks.planning``, ``.peers``, ``.dequant``, ``.gpu``, ``.demo``, and others."""
