@@ -244,7 +244,7 @@ def convert_checkpoint(
 
 
 def _state_of(checkpoint: Checkpoint) -> dict[str, Identity]:
-    """What tells whether each file was changed, by its path from the checkpoint's directory on.
+    """The identity of each file, by its path relative to the checkpoint's directory; it changes when the file does.
 
     Raises:
         ReadError: one is not there any more.

@@ -25,13 +25,13 @@ class PlanOptions:
     dequantize: bool = True
 
     def given(self) -> Mapping[str, object]:
-        """By name; None what was not given."""
+        """The options by name; None for those left at their defaults."""
         return vars(self) | {"dequantize": None if self.dequantize else False}
 
 
 @dataclass(frozen=True)
 class LoadOptions:
-    """What decides a load, but for where it goes; see ``load_state_dict``."""
+    """What decides a load, except where it goes; see ``load_state_dict``."""
 
     planning: PlanOptions
     plan: CopyPlan | str | None

@@ -38,7 +38,7 @@ class Place(NamedTuple):
 
 
 def find_places(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, list[Place]]:
-    """Per name of a model's state dict, the places that hold that very tensor; none for a copy that a hook handed out.
+    """Per name of a model's state dict, the places that hold that very tensor; none if a hook returned a copy.
 
     Tensors are matched by identity: wrappers rename what ``state_dict`` gives, and shared parameters have several
     places.

@@ -24,7 +24,7 @@ from automodel_conv.errors import ConversionError, RankError, listing, message
 def together(groups: Sequence[Any], what: str) -> Iterator[None]:
     """Wait, at the end of a block, until all ranks of these groups are there; if it failed on one, all of them raise.
 
-    A rank that ends without a word is told by the groups' own time-out, as their backend sees it.
+    A rank that dies surfaces as the time-out of the process groups, as their backend reports it.
 
     Args:
         groups: process groups, the same on all of their ranks and in the same order; none: nothing is waited for.

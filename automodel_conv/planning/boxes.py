@@ -70,7 +70,7 @@ class Box(NamedTuple):
 
 
 def run_of(numel: int) -> Box:
-    """So many adjacent elements on both sides."""
+    """A run of ``numel`` adjacent elements on both sides."""
     return Box((numel,), (1,), (1,)) if numel != 1 else Box((), (), ())
 
 

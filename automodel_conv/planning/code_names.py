@@ -60,7 +60,7 @@ def has_codes(table: SourceTable) -> str | None:
 
 
 def packed_dtypes() -> frozenset[str]:
-    """The dtypes of tensors of which an element may hold several codes."""
+    """The dtypes of tensors whose elements may hold several codes."""
     return frozenset(packing.dtype for packing in _packings() if packing.codes_per_element > 1)
 
 

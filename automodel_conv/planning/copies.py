@@ -204,7 +204,7 @@ class Decode(NamedTuple):
 
     @property
     def kind(self) -> tuple[object, ...]:
-        """All but the rows: sources of equal kinds decode alike."""
+        """All fields except the rows; sources of equal kinds decode alike."""
         return self.format, self.matrix, self.block, self.divides, self.swapped, self.like_upstream
 
     @property

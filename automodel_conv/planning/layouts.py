@@ -33,7 +33,7 @@ class Buffer(NamedTuple):
 
     @property
     def is_weight(self) -> bool:
-        """Whether it is no bias."""
+        """Whether the buffer holds weights, not biases."""
         return {"i", "h"} <= {axis for dim in dims_of(self.axes) for axis in dim}
 
     def sizes(self, shape: Sequence[int]) -> dict[str, int] | None:
@@ -185,7 +185,7 @@ def as_layout(own: ExpertLayout) -> Layout:
 
 
 def same_names(layout: Layout) -> list[str]:
-    """The layouts whose tensors are called as those of this one, so that nothing but a mark or a model tells which."""
+    """The layouts with the same names of tensors; only a mark or a model tells them apart."""
     return [name for name, other in LAYOUTS.items() if other.names == layout.names]
 
 

@@ -289,7 +289,7 @@ def _of_rope(op: Any, config: Any) -> dict[str, object]:
 
 
 def _of_vision(op: Any, config: Any) -> dict[str, object]:
-    """Those of the rope operation that it holds."""
+    """The options of the rope operation that ``op`` holds."""
     return dict(options_of(op.permute_op, OPERATIONS["PermuteForRope"], config))
 
 
@@ -303,7 +303,7 @@ def _of_chunk(op: Any, config: Any) -> dict[str, object]:
 
 
 class OperationSpec(NamedTuple):
-    """All that is known of an operation."""
+    """How an operation is lowered, and what it depends on."""
 
     lower: Callable[..., Inputs]
     """Takes the values by pattern and the context, and its options by name."""

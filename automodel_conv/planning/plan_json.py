@@ -76,7 +76,7 @@ class _Copy(NamedTuple):
 
     @property
     def is_even(self) -> bool:
-        """Whether all dimensions have a stride on both sides, and all columns are as long."""
+        """Whether every dimension has a stride on both sides, and all columns have the same length."""
         strides = len(self.source_strides), len(self.target_strides)
         columns = len(self.source_offsets), len(self.target_offsets)
         return strides == (len(self.shape),) * 2 and columns == (len(self.ordinals),) * 2

@@ -66,7 +66,7 @@ def quantized_table(
 def tellers_of_padding(
     stored: SourceTable, decoded: SourceTable, config: Mapping[str, Any]
 ) -> Iterator[tuple[int, str]]:
-    """Rows of codes that may end in padding where one scale is for all of a row, and the tensors that tell.
+    """Rows of codes that may end in padding because one scale serves the whole row, and the tensors that tell.
 
     Args:
         decoded: ``stored`` by this config.

@@ -33,7 +33,7 @@ class _Step(NamedTuple):
 
     @property
     def parts_gate_and_up(self) -> bool:
-        """Whether gate and up lie otherwise to each other afterwards."""
+        """Whether gate and up change how they lie relative to each other."""
         before, after = self.sources[0], self.target
         return before.projections != after.projections or _dim_of_g(before) != _dim_of_g(after)
 
@@ -101,7 +101,7 @@ def relayout(
 
 
 def _steps(leaf_name: str, before: Layout, after: Layout, gated: bool) -> list[_Step]:
-    """All that is made of the buffer of that name; nothing of a name that the layout does not have."""
+    """The steps that use the buffer of that name; none if the old layout has no such buffer."""
     for has_gate in (gated, not gated):
         old, new = before.of(has_gate), after.of(has_gate)
         found = next((buffer for buffer in old if buffer.name == leaf_name), None)
@@ -124,7 +124,7 @@ def _dim_of_g(buffer: Buffer) -> tuple[str, ...] | None:
 
 
 def _rule(step: _Step, suffix: str) -> str:
-    """What a plan says of a step.
+    """The text of the rule that a plan names for a step.
 
     >>> from automodel_conv.planning.layouts import LAYOUTS
     >>> print(_rule(_Step(LAYOUTS["transformers"].first[:1], LAYOUTS["nemo"].first[0]), ""))
@@ -206,7 +206,7 @@ def _projections(buffer: Buffer, value: Value, plain: str) -> Mapping[str, Value
 
 
 def _not_together(names: Sequence[str], table: SourceTable, rows: Mapping[str, int]) -> UnsupportedError:
-    """The error for gate and up that one buffer would take, and of which one is not there or has another dtype."""
+    """The error for gate and up that one buffer should hold, where one is missing or their dtypes differ."""
     return UnsupportedError(
         message(
             "gate and up of experts cannot be laid out together",

@@ -53,7 +53,7 @@ class RuleOutputs:
         self._chains: dict[int, tuple[Operation, ...] | NotLowerable] = {}
 
     def whole(self, numel: int) -> tuple[StridedCopy, ...]:
-        """The copies of a tensor that stays as it is."""
+        """The copies of a tensor that stays unchanged."""
         if numel not in self._whole:
             self._whole[numel] = copies_of(leaf(0, (numel,)))
         return self._whole[numel]

@@ -65,7 +65,7 @@ class _Walk(NamedTuple):
 
 @lru_cache(maxsize=1024)
 def _walk(box: Box) -> _Walk:
-    """The walk along the dimension with the largest stride; moves share boxes, so few are computed."""
+    """The walk along the dimension with the largest stride; cached, because moves share boxes."""
     shape, strides = box.shape, box.source_strides
     dims = [d for d, size in enumerate(shape) if size > 1 and strides[d]]
     if not dims:

@@ -84,7 +84,7 @@ def divide(
 
 
 class _Runs(NamedTuple):
-    """Runs of elements that go to targets as they are; equal ones of one target have a line in ``groups``."""
+    """Runs of elements that go to targets unchanged; equal runs of one target share an entry of ``groups``."""
 
     rows: list[int]
     source_offsets: list[int]
@@ -93,7 +93,7 @@ class _Runs(NamedTuple):
     """Number of the target, bytes of an element, bytes of a run, how many runs."""
 
     def reads(self, checkpoint: Checkpoint) -> tuple[Reads, np.ndarray]:
-        """The same as bytes of files, and the row of each."""
+        """The runs as reads of files, and the source row of each."""
         groups = np.array(self.groups, np.int64).reshape(-1, 4)
         number, size, nbytes = np.repeat(groups[:, :3], groups[:, 3], axis=0).T
         columns = (self.rows, self.source_offsets, self.target_offsets)
@@ -135,7 +135,7 @@ def _split(
 
 
 def _rows_read_twice(reads: Reads, rows: np.ndarray) -> list[int]:
-    """Rows of which reads, which are in order, overlap."""
+    """Source rows whose reads overlap; the reads are in order."""
     if not len(rows):
         return []
     stop = reads.stop_bytes
@@ -152,7 +152,7 @@ def _as_move(read: Read, row: int, checkpoint: Checkpoint) -> Move:
 
 
 def runs(reads: Reads, limit: int) -> Iterator[Reads]:
-    """Neighbours together, at most ``limit`` bytes; large tensors cut. The reads are in order."""
+    """Join neighbouring reads and cut large ones to runs of at most ``limit`` bytes; the reads are in order."""
     reads = chopped(reads, limit)
     count = len(reads.file)
     most = IOV_MAX // 2  # every read may need a junk buffer before it

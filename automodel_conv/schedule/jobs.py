@@ -60,17 +60,17 @@ class Reads(NamedTuple):
 
     @property
     def files(self) -> set[int]:
-        """The files that are read; they are in order."""
+        """The files that are read; the reads must be in order."""
         first_and_last = set(self.file[[0, -1]].tolist()) if len(self.file) else set()
         return first_and_last if len(first_and_last) < 2 else set(self.file.tolist())
 
     @property
     def stop_bytes(self) -> np.ndarray:
-        """The byte of the file after the last one, of each."""
+        """For each read, the offset in the file just after its last byte."""
         return self.offset_bytes + self.nbytes
 
     def take(self, which: slice | np.ndarray) -> Reads:
-        """Some of them, as numpy selects elements."""
+        """Select reads by a numpy index."""
         return Reads(
             self.file[which],
             self.offset_bytes[which],
@@ -88,7 +88,7 @@ class Reads(NamedTuple):
         return map(Read._make, np.array(self).T.tolist())
 
     def calls(self) -> Iterator[Reads]:
-        """Groups that are near enough in one file to be read by one call; they are in order."""
+        """Groups of reads that lie near enough in one file for one call; the reads must be in order."""
         if not len(self.file):
             return iter(())
         gaps = self.offset_bytes[1:] - self.stop_bytes[:-1]
@@ -98,7 +98,7 @@ class Reads(NamedTuple):
 
 
 def together(several: Iterable[Reads]) -> Reads:
-    """All reads of several, one after the other."""
+    """Concatenate reads."""
     columns = zip(*several, strict=True)
     return Reads(*map(np.concatenate, columns))
 
@@ -127,13 +127,13 @@ class Copies(NamedTuple):
     target_offsets: list[int]
 
     def out_of_one(self) -> StridedCopy:
-        """The same as copies of a target whose only source is the memory."""
+        """The same copies, for a target whose only source is the memory."""
         ordinals = (0,) * len(self.source_offsets)
         return StridedCopy(self.box, ordinals, tuple(self.source_offsets), tuple(self.target_offsets))
 
 
 def grouped(moves: Iterable[Move]) -> list[Copies]:
-    """Moves out of one memory as columns, in the order of where they write."""
+    """Group equal moves out of one memory as columns, ordered by where they write."""
     groups: dict[tuple[int, str, Box], Copies] = {}
     by_place = sorted(moves, key=lambda move: (move.target, move.target_offset))
     for target, dtype, box, source_offset, target_offset in by_place:

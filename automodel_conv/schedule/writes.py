@@ -129,9 +129,10 @@ def filled_ranges(slab: Slab) -> list[tuple[int, int]]:
 
 
 class _Fill(NamedTuple):
-    """A copy seen from its target, which is what is cut: ``source_offset`` and the box's source side are places there.
+    """A copy with its sides swapped, so that it is cut along the target.
 
-    ``target_offset`` and the other side are places in the source.
+    ``source_offset`` and the source side of the box are places in the target; ``target_offset`` and the target side are
+    places in the source.
     """
 
     row: int

@@ -14,7 +14,7 @@ from automodel_conv.upstream.registry import is_pretrained_model
 
 
 def write_config(model: nn.Module, dtype: torch.dtype | None, directory: str) -> None:
-    """Write the configs of a model of transformers, and its code; of others nothing.
+    """Write the configs and code of a transformers model; for other models do nothing.
 
     Source: transformers 5.23.0, ``save_pretrained`` in ``modeling_utils``.
     """

@@ -24,7 +24,7 @@ from automodel_conv.planning.methods.method import (
     block_of,
 )
 
-# Those of which the codes are one of our formats, with their scales.
+# By format: type, bits, our format of the codes, and the dtypes that their scales may have.
 _FORMATS = {
     "pack-quantized": ("int", 4, "int4", NUMBERS),
     "float-quantized": ("float", 8, "e4m3", NUMBERS),

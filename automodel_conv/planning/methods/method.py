@@ -101,7 +101,7 @@ class Undecoded(Exception):
 
 
 def part_name(weight: str, suffix: str) -> str | None:
-    """What a part of a weight is called; None where weights of such names have no such part.
+    """The name of a part of a weight; None if a weight of that name has no such part.
 
     A suffix follows the name of the weight, or takes the place of its last component if it starts with a dot.
     """
@@ -112,7 +112,7 @@ def part_name(weight: str, suffix: str) -> str | None:
 
 
 def weight_name(part: str, suffix: str) -> str:
-    """What the weight is called of which a part has this name, which ends with the suffix."""
+    """The name of the weight that this part, whose name ends with the suffix, belongs to."""
     weight = part.removesuffix(suffix)
     return weight + ".weight" if suffix.startswith(".") else weight
 
