@@ -31,7 +31,7 @@ _SCALAR_TILE = (16, 32)  # larger ones need more registers for addresses than th
 
 
 class Decoding(NamedTuple):
-    """What the kernel is compiled for, besides what every kernel is."""
+    """The compile-time constants of this kernel alone."""
 
     bits: int  # of a code
     cell: str  # Triton's name of the type of a cell
@@ -41,7 +41,7 @@ class Decoding(NamedTuple):
 
 
 class Blocks(NamedTuple):
-    """What a launch of the kernel passes besides the geometry; columns are bytes of codes."""
+    """The arguments of a launch besides its geometry; columns count bytes of codes."""
 
     step: int  # between elements of a destination's row, in elements
     block_rows: int  # or its binary logarithm, like the next

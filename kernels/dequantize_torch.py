@@ -149,7 +149,7 @@ def _two(tensor: Tensor) -> tuple[int, int]:
 
 
 def lies_transposed(out: Tensor) -> bool:
-    """Whether rows of numbers lie as columns do."""
+    """Whether ``out`` is stored by columns."""
     return min(out.shape) > 1 and out.stride(0) < out.stride(1)
 
 

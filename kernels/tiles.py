@@ -93,7 +93,7 @@ def grouped_tile(rows, columns, TILE_ROWS: tl.constexpr, TILE_COLUMNS: tl.conste
 
 
 def constants(variant: Variant, **others: Any) -> dict[str, Any]:
-    """The compile-time arguments of a kernel that moves elements, by name, and others that it has."""
+    """The compile-time arguments that kernels that move elements share, by name, with ``others`` added."""
     return {
         "SRC": getattr(tl, variant.src),
         "DST": getattr(tl, variant.dst),

@@ -76,7 +76,7 @@ def transpose_torch(dst: Sequence[Tensor], src: Sequence[Tensor]) -> None:
 
 
 def halves(matrices: Sequence[Tensor]) -> list[Tensor]:
-    """Of each matrix the even columns and the odd ones."""
+    """The even columns and the odd columns of each matrix."""
     return [matrix[:, half::2] for matrix in matrices for half in (0, 1)]
 
 

@@ -16,7 +16,7 @@ CASTS: dict[torch.dtype, str] = {torch.bfloat16: "bfloat16", torch.float16: "flo
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Kernel:
-    """A kernel and all that is asked of it by what launches and compiles it; equal to itself only."""
+    """A kernel and what is needed to compile and launch it; compared by identity."""
 
     name: str
     function: Any  # of Triton; ``tiles`` says what it takes
@@ -32,7 +32,7 @@ class Kernel:
 
 
 class Reach(NamedTuple):
-    """How far a tile goes on the side that is written, in elements, and where a kernel begins to count."""
+    """How far a tile reaches in a destination, in elements, and where the kernel starts to count."""
 
     lines: int  # rows of a destination that a tile writes
     run: int  # from end to end of what it writes of one

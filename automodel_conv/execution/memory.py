@@ -19,7 +19,7 @@ from automodel_conv.planning.boxes import Box, NotAffine, Piece, chain, contiguo
 from automodel_conv.planning.copies import StridedCopy, Target, group_pieces
 from automodel_conv.planning.plan import CopyPlan
 
-# Of numpy's search for a shared byte: milliseconds.
+# ``max_work`` of ``np.shares_memory``, which takes milliseconds; beyond it, tensors count as apart.
 _MOST_WORK = 100_000
 
 

@@ -31,9 +31,9 @@ class Places(NamedTuple):
 
 
 class Moves(NamedTuple):
-    """Equal matrices for one verb: columns of addresses for its operands; and what no partner was found for.
+    """Equal matrices for one verb, as columns of addresses of its operands, and the places without partners.
 
-    A lone place is a copy of ``lone_form``.
+    A lone place has no partners to interleave with; it is a copy of ``lone_form``.
     """
 
     verb: Verb
@@ -101,7 +101,7 @@ def moves_of(form: Form, sources: np.ndarray, targets: np.ndarray, verbs: Sequen
 
 
 def _lanes(dims: Sequence[_Dim], counts: Iterable[int]) -> _Dim | None:
-    """The dimension of so many lanes that alternate on one side, if there is one."""
+    """A dimension whose size is one of ``counts`` and whose elements alternate on one side; None if there is none."""
     for dim in dims:
         for side in (1, 2):
             if dim.size in counts and dim[side] == 1 and any(other[side] == dim.size for other in dims):
@@ -116,7 +116,7 @@ def _spread(places: Places, dim: _Dim, form: Form) -> Places:
 
 
 def _lots(places: Places, addresses: np.ndarray, itemsize: int, count: int) -> tuple[list[Places], Places]:
-    """Places in lots of so many, each of which starts one element after the one before; and those left over.
+    """Group places into lots of ``count`` neighbours, each one element after the last; returns lots and leftovers.
 
     >>> places = Places(*np.array([[0, 1, 2], [0, 0, 0], [32, 4, 6]]))
     >>> (first, second), lone = _lots(places, places.targets, 2, 2)

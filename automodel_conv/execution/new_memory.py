@@ -113,7 +113,7 @@ class NewMemory:
                 self._make_for_copies(copies)
 
     def _make_for_reads(self, reads: Reads) -> None:
-        """Make what reads fill; of small ones in one block the first makes all of it."""
+        """Make the memory that reads fill; for small reads in one block, the first makes the whole block."""
         reads = reads.take(self._is_span[reads.memory])
         if not len(reads.memory):
             return

@@ -60,7 +60,7 @@ class OpenFiles:
 
 
 def read(reads: Reads, checkpoint: Checkpoint, files: OpenFiles, memories: Sequence[memoryview]) -> int:
-    """Do all reads of a job, into memories by their numbers; returns the bytes read between them and thrown away."""
+    """Do all reads of a job, into numbered memories; returns the bytes of gaps, which are read and thrown away."""
     gap_bytes = 0
     for call in reads.calls():
         number = int(call.file[0])
@@ -82,7 +82,7 @@ def read(reads: Reads, checkpoint: Checkpoint, files: OpenFiles, memories: Seque
 
 
 def _views(call: Reads, memories: Sequence[memoryview]) -> tuple[list[memoryview], int]:
-    """The memory that one call fills, and how much of it is for what lies between wanted bytes."""
+    """The memory that one call fills, and how many bytes of it are gaps between wanted bytes."""
     places = np.array((call.memory, call.start_bytes, call.start_bytes + call.nbytes)).T.tolist()
     views = [memories[memory][start:stop] for memory, start, stop in places]
     gaps = call.offset_bytes[1:] - call.stop_bytes[:-1]
@@ -106,7 +106,7 @@ def _failure(text: str, path: str, call: Reads, checkpoint: Checkpoint, size: in
 
 
 def _rows_in(call: Reads, checkpoint: Checkpoint) -> list[int]:
-    """The tensors of one file that a call reads bytes of, in the order of the file; a read may be several."""
+    """The tensors that a call reads bytes of, in the order of the file; one read may touch several."""
     file = call.file[0]
     spans = list(zip(call.offset_bytes.tolist(), call.stop_bytes.tolist(), strict=True))
     columns = zip(checkpoint.file_ids, checkpoint.offsets, checkpoint.nbytes, strict=True)

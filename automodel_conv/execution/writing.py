@@ -175,7 +175,7 @@ def _comparer(
 
 
 def _by_place(moves: Mapping[int, Sequence[Move]]) -> list[tuple[int, Copies]]:
-    """Source rows and copies; those that fill each other's gaps one after the other, which is faster."""
+    """Pairs of source row and copies, ordered by where they write: filling gaps one after the other is faster."""
     pairs = [(row, copies) for row, group in moves.items() for copies in grouped(group)]
     return sorted(pairs, key=lambda pair: (pair[1].target, pair[1].target_offsets[0]))
 

@@ -92,7 +92,7 @@ def download(repository: Repository, files: Iterable[str]) -> None:
 
 
 class HubFile(NamedTuple):
-    """A file of a repository that is not on this machine: of its header it is read in one request, or two.
+    """A file of a repository that is not on this machine; one or two requests read its header.
 
     ``guess`` is how many bytes it is expected to begin with before its data.
     """

@@ -29,11 +29,11 @@ class OpenSource(Protocol):
         ...
 
     def descriptor(self) -> int | None:
-        """The descriptor of a file of the system, which can be mapped, or copied by the kernel; None: it is none."""
+        """The descriptor of a local file, which can be mapped, or copied by the kernel; None for other sources."""
         ...
 
     def close(self) -> None:
-        """Let go of it; nobody reads any more."""
+        """Close it; nobody reads after that."""
         ...
 
 
@@ -45,7 +45,7 @@ class ByteSource(Protocol):
         ...
 
     def identity(self) -> Identity:
-        """What tells whether the bytes were changed since, as JSON: size and time of the last change, or a version.
+        """A JSON value that differs once the bytes were changed: size and time of the last change, or a version.
 
         Raises:
             OSError: it is not there any more.

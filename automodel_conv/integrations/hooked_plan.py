@@ -97,7 +97,7 @@ def planned(
 
 
 def _rows_taken(uses: Iterable[RuleUse], sources: SourceTable) -> set[int]:
-    """Rows of the tensors that transformers shall not see: those of these uses, and what belongs to no number."""
+    """Rows that transformers must not see: those of these uses, and hidden ones that are part of no decoding."""
     rows = {row for use in uses for row in use.rows}
     parts = {part for decode in sources.decodes.values() for part in decode.parts}
     rows |= {part for row in rows & sources.decodes.keys() for part in sources.decodes[row].parts}
