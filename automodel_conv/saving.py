@@ -19,7 +19,7 @@ from automodel_conv.compiling.marks import form_of_save
 from automodel_conv.compiling.to_checkpoint import saving_plan
 from automodel_conv.distributed.collectives import same_on_all, together
 from automodel_conv.distributed.holders import checksums_of_parts, find_holders, refuse_unlike_replicas
-from automodel_conv.distributed.placements import local_of, meshes_of, region_of
+from automodel_conv.distributed.placements import local_of, meshes_of
 from automodel_conv.doors import door
 from automodel_conv.dtypes import dtype_code
 from automodel_conv.errors import UnsupportedError, kind_of, message
@@ -29,6 +29,7 @@ from automodel_conv.files.checkpoint import open_checkpoint, open_downloaded
 from automodel_conv.files.destination import open_destination
 from automodel_conv.files.staging import staged_path
 from automodel_conv.planning.names import plain_tensors
+from automodel_conv.planning.sharding import region_of
 from automodel_conv.progress import bytes_progress
 from automodel_conv.publishing.beside import begin_save, finish_save
 from automodel_conv.publishing.carrying import carried_from

@@ -65,10 +65,11 @@ from torch import Tensor, nn
 
 import automodel_conv as amc
 from automodel_conv.cli.measuring import PeakMemory, ready_memory
-from automodel_conv.distributed.placements import local_of, placed
+from automodel_conv.distributed.placements import local_of
 from automodel_conv.execution.host import DEFAULT_SCRATCH_BYTES, bytes_of_slot
 from automodel_conv.files import system
 from automodel_conv.files.config import quantization_config
+from automodel_conv.planning.sharding import placed
 from automodel_conv.schedule.host import schedule
 from benchmarks import measure, options
 from benchmarks.grouped import advise_huge_pages, grouped_shapes, per_expert

@@ -10,7 +10,6 @@ from torch.distributed.tensor import Replicate, Shard
 
 from automodel_conv.cli.forecast import Forecast, forecast, parse_mesh
 from automodel_conv.compiling.planned import compile_plan
-from automodel_conv.distributed.placements import placed
 from automodel_conv.dtypes import torch_dtype
 from automodel_conv.errors import UnsupportedError
 from automodel_conv.execution.host import load_files
@@ -18,6 +17,7 @@ from automodel_conv.files import system
 from automodel_conv.files.checkpoint import open_checkpoint
 from automodel_conv.planning.copies import Fallback
 from automodel_conv.planning.plan import CopyPlan
+from automodel_conv.planning.sharding import placed
 from automodel_conv.upstream.registry import transformers_available
 from tests.execution.support import LAYOUTS, moe
 

@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 import automodel_conv as amc
+from automodel_conv.compiling import opening
 from automodel_conv.dtypes import BITS, dtype_code, torch_dtype
 from automodel_conv.errors import DestinationError, ReadError, UnsupportedError, VerificationError
 from automodel_conv.execution.mapping import map_targets, place_of, spans
@@ -170,13 +171,13 @@ def test_many_small_tensors_need_one_mapping(tmp_path):
 def test_a_file_that_became_shorter_is_one_error_that_names_what_is_cut(tmp_path, monkeypatch):
     write(tmp_path, a=torch.ones(5000), b=torch.ones(5000))
     monkeypatch.setattr(system, "map_private", lambda *_: pytest.fail("a file that is too short was mapped"))
-    opened = amc.loading.load_plan
+    opened = opening.load_plan
 
     def cut(*args, **kwargs):
         os.truncate(tmp_path / "model.safetensors", 8 + 3 * 5000 * 2)
         return opened(*args, **kwargs)
 
-    monkeypatch.setattr(amc.loading, "load_plan", cut)
+    monkeypatch.setattr(opening, "load_plan", cut)
     open_files = descriptors()
     with pytest.raises(ReadError, match="too short to be mapped") as caught:
         amc.load_state_dict(tmp_path, rules=[], memory_map=True)

@@ -6,12 +6,12 @@ from collections.abc import Mapping, Sequence
 from math import prod
 from typing import Any, NamedTuple
 
-from automodel_conv.distributed.placements import placed
 from automodel_conv.errors import UnsupportedError, message
 from automodel_conv.execution.host import DEFAULT_SCRATCH_BYTES, bytes_of_slot
 from automodel_conv.execution.upstream import upstream_calls
 from automodel_conv.files.checkpoint import Checkpoint
 from automodel_conv.planning.plan import CopyPlan
+from automodel_conv.planning.sharding import placed
 from automodel_conv.schedule.host import schedule
 
 MESH_NAMES = ("replicate", "ep", "fsdp")

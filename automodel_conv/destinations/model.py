@@ -12,13 +12,14 @@ from torch import Tensor, nn
 
 from automodel_conv.destinations.devices import loadable
 from automodel_conv.destinations.ties import _tied_pairs, _unequal
-from automodel_conv.distributed.placements import as_distributed, is_distributed, local_of, region_of
+from automodel_conv.distributed.placements import as_distributed, is_distributed, local_of
 from automodel_conv.errors import ConversionError, UnsupportedError, message
 from automodel_conv.execution.buffers import dtype_of, span_bytes
 from automodel_conv.execution.mapping import with_new
 from automodel_conv.planning.copies import Target
 from automodel_conv.planning.plan import CopyPlan
 from automodel_conv.planning.regions import Region
+from automodel_conv.planning.sharding import region_of
 
 
 class Place(NamedTuple):

@@ -261,7 +261,7 @@ class CopyPlan:
         """The plan that fills parts of its targets, each a contiguous tensor of its own, and reads only what they take.
 
         Args:
-            regions: by target name: ``distributed.placements.placed`` for a rank's coordinate in a mesh and
+            regions: by target name: ``planning.sharding.placed`` for a rank's coordinate in a mesh and
                 placements, ``region_of`` there for a DTensor, ``planning.regions.box`` for offsets and lengths. Other
                 targets stay whole.
 

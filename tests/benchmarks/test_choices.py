@@ -7,7 +7,7 @@ import pytest
 from automodel_conv.execution import copying, page_calls
 from automodel_conv.execution import host as cpu
 from automodel_conv.files import system
-from automodel_conv.kernels import transpose
+from automodel_conv.kernels import transpose_torch
 from automodel_conv.schedule import host as scheduling
 from automodel_conv.schedule import jobs
 from automodel_conv.upstream.registry import transformers_available
@@ -23,7 +23,7 @@ CHANGED = (
     (cpu, "NewMemory"),
     (page_calls, "make_pages"),
     (system, "open_readonly"),
-    (transpose, "_MOST_ROWS"),
+    (transpose_torch, "_MOST_ROWS"),
 )
 
 

@@ -15,8 +15,8 @@ from automodel_conv.distributed.holders import (
     find_holders,
     refuse_unlike_replicas,
 )
-from automodel_conv.distributed.placements import region_of
 from automodel_conv.errors import RankError
+from automodel_conv.planning.sharding import region_of
 from automodel_conv.testing import address_valued
 
 

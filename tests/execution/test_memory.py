@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from dataclasses import replace
 from unittest import mock
 
 import pytest
@@ -17,6 +18,7 @@ from automodel_conv.execution import copy_batch
 from automodel_conv.execution import memory as memory_executor
 from automodel_conv.execution.buffers import allocate
 from automodel_conv.execution.memory import Work, convert_tensors
+from automodel_conv.kernels import verbs
 from automodel_conv.planning import boxes, values
 from automodel_conv.planning.boxes import NotAffine
 from automodel_conv.planning.copies import Fallback, SourceTable, Target
@@ -101,7 +103,8 @@ def test_layers_of_one_geometry_are_one_launch_for_each_verb():
             target(sources, f"{n}.down", "BF16", [down], [MERGE]),
         ]
     launched = []
-    with mock.patch.multiple(copy_batch, _VERBS={v: spy(f, launched) for v, f in copy_batch._VERBS.items()}):
+    spied = tuple(replace(verb, launches=spy(verb.launches, launched)) for verb in verbs.VERBS)
+    with mock.patch.object(verbs, "VERBS", spied):
         (work,) = check_conversion(plan_of(sources, *targets), layers, list(layers.values()), ["triton"])
     assert sorted(launched) == [("strided_copy_launches", 12), ("transpose_launches", 24)]
     assert work == Work(by_kernels=36, by_torch=0)

@@ -15,7 +15,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.distributed.tensor import Replicate, Shard
 
-from automodel_conv.distributed.placements import placed
 from automodel_conv.dtypes import itemsize
 from automodel_conv.errors import ConversionError
 from automodel_conv.execution import tensor_slabs as module
@@ -25,6 +24,7 @@ from automodel_conv.files import system
 from automodel_conv.planning import boxes
 from automodel_conv.planning.operations import Operation
 from automodel_conv.planning.regions import box, whole
+from automodel_conv.planning.sharding import placed
 from automodel_conv.schedule.writes import filled_ranges
 from automodel_conv.testing import POISON, address_valued
 from tests.execution.simulated import SimulatedDevice

@@ -15,7 +15,6 @@ from hypothesis import strategies as st
 from torch.distributed.tensor import Partial, Replicate, Shard
 from torch.distributed.tensor.placement_types import _StridedShard
 
-from automodel_conv.distributed.placements import placed, region_of
 from automodel_conv.dtypes import nbytes
 from automodel_conv.errors import CoverageError, UnsupportedError
 from automodel_conv.planning.boxes import Box, NotAffine, Piece, chain, contiguous_strides, find_overlap
@@ -24,6 +23,7 @@ from automodel_conv.planning.lowering import copies_of, lower
 from automodel_conv.planning.operations import Context, Operation
 from automodel_conv.planning.plan import CopyPlan, plan_of_parts
 from automodel_conv.planning.regions import Part, Region, box, whole
+from automodel_conv.planning.sharding import placed, region_of
 from automodel_conv.planning.values import LoweringError, leaf
 from tests.planning import oracles
 from tests.planning.oracles import flat

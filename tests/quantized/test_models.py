@@ -24,9 +24,9 @@ from transformers import (
 from transformers.quantizers import AutoHfQuantizer, HfQuantizer
 
 import automodel_conv as amc
-from automodel_conv.distributed.placements import placed
 from automodel_conv.execution.buffers import allocate
 from automodel_conv.execution.host import load_files
+from automodel_conv.planning.sharding import placed
 from automodel_conv.testing import assert_bytes_equal
 from tests.integrations.support import assert_same_model
 from tests.kernels.test_code_tables import rounded

@@ -21,7 +21,7 @@ from torch.futures import Future
 from automodel_conv.compiling.options import PlanOptions
 from automodel_conv.compiling.planned import load_plan
 from automodel_conv.compiling.stages import without_casts
-from automodel_conv.distributed.placements import is_distributed, local_of, region_of
+from automodel_conv.distributed.placements import is_distributed, local_of
 from automodel_conv.doors import at_door
 from automodel_conv.dtypes import dtype_code
 from automodel_conv.errors import UnsupportedError, message
@@ -32,6 +32,7 @@ from automodel_conv.files.checkpoint import Checkpoint, open_downloaded
 from automodel_conv.planning.names import plain_names
 from automodel_conv.planning.plan import CopyPlan, plan_of_parts
 from automodel_conv.planning.regions import Part, box
+from automodel_conv.planning.sharding import region_of
 from automodel_conv.upstream.models import tied_names
 from automodel_conv.upstream.wrappers import plain_model
 

@@ -25,7 +25,7 @@ from automodel_conv.compiling.experts import refuse_missing_experts
 from automodel_conv.compiling.marks import form_of_save
 from automodel_conv.compiling.to_checkpoint import saving_plan
 from automodel_conv.distributed.holders import checksums_of_parts
-from automodel_conv.distributed.placements import is_distributed, region_of
+from automodel_conv.distributed.placements import is_distributed
 from automodel_conv.doors import at_door
 from automodel_conv.dtypes import dtype_code
 from automodel_conv.errors import CoverageError, NameProblems, UnsupportedError, listing, message
@@ -40,6 +40,7 @@ from automodel_conv.planning.copies import SourceTable
 from automodel_conv.planning.names import plain_names
 from automodel_conv.planning.plan import CopyPlan
 from automodel_conv.planning.regions import box
+from automodel_conv.planning.sharding import region_of
 from automodel_conv.publishing.beside import begin_save, finish_save
 from automodel_conv.publishing.saved import not_saved, places_in, refuse_unlike_stored, saved_tensors, shards_for
 from automodel_conv.saving import DEFAULT_SCRATCH_BYTES, SaveReport
