@@ -24,10 +24,10 @@ import torch
 from rich.table import Table
 
 from automodel_conv.execution import copying, new_memory, page_calls
-from automodel_conv.execution import host as cpu
+from automodel_conv.execution import host as host_loads
 from automodel_conv.files import system
 from automodel_conv.kernels import transpose_torch
-from automodel_conv.schedule import host as scheduling
+from automodel_conv.schedule import host as host_schedule
 from automodel_conv.schedule import jobs
 from benchmarks import measure, options
 from benchmarks.peers.worker import Job, variables, work
@@ -57,7 +57,7 @@ def _each_tensor_alone() -> None:
 def _pages(huge: bool, *, made_before: bool = True) -> Callable[[], None]:
     def change() -> None:
         # This size, whatever the load says: it asks for huge pages where the system cannot make them.
-        cpu.NewMemory = lambda tensors, _: new_memory.NewMemory(tensors, huge)  # type: ignore[assignment,misc]
+        host_loads.NewMemory = lambda tensors, _: new_memory.NewMemory(tensors, huge)  # type: ignore[assignment,misc]
         if not made_before:
             page_calls.make_pages = lambda address, nbytes: False
 
@@ -70,7 +70,7 @@ def _all_pages_first() -> None:
         memory.make_all(measure.cores())
         return memory
 
-    cpu.NewMemory = made  # type: ignore[assignment,misc]
+    host_loads.NewMemory = made  # type: ignore[assignment,misc]
 
 
 def _plain_copy() -> None:
@@ -100,7 +100,7 @@ def _nothing() -> None:
 
 
 def _jobs_of(*mib: int) -> dict[str, Callable[[], None]]:
-    return {f"jobs of at most {n} MiB": _put(scheduling, "portion", lambda *_, n=n: n << 20) for n in mib}
+    return {f"jobs of at most {n} MiB": _put(host_schedule, "portion", lambda *_, n=n: n << 20) for n in mib}
 
 
 GROUPS: Mapping[str, Group] = {
@@ -126,8 +126,8 @@ GROUPS: Mapping[str, Group] = {
             "huge pages": _pages(huge=True),
             "small pages": _pages(huge=False),
             "copy_ of torch from scratch": _plain_copy,
-            "slabs of at most 1 MiB": _put(scheduling, "_SLAB_BYTES", 1 << 20),
-            "slabs of at most 32 MiB": _put(scheduling, "_SLAB_BYTES", 32 << 20),
+            "slabs of at most 1 MiB": _put(host_schedule, "_SLAB_BYTES", 1 << 20),
+            "slabs of at most 32 MiB": _put(host_schedule, "_SLAB_BYTES", 32 << 20),
             "panels of at most 128 rows": _put(transpose_torch, "_MOST_ROWS", 128),
             "panels of at most 512 rows": _put(transpose_torch, "_MOST_ROWS", 512),
         },

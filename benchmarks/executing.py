@@ -21,7 +21,6 @@ another checkout of this package in turns with this one, by public functions onl
 
 from __future__ import annotations
 
-import argparse
 import os
 import statistics
 import tempfile
@@ -31,7 +30,7 @@ from typing import Any
 
 from rich.table import Table
 
-from benchmarks import measure
+from benchmarks import measure, options
 from benchmarks.executing_worker import CASES, write_file
 from benchmarks.show import show, show_environment
 
@@ -111,28 +110,21 @@ def _ratio(times: Sequence[Sequence[float] | None]) -> list[str]:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.executing",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = options.parser("executing", __doc__, repetitions=7, room="90 MB")
     parser.add_argument("--case", action="append", choices=CASES, help="default: all")
     parser.add_argument("--against", metavar="CHECKOUT", help="another checkout of this package, timed in turns")
     parser.add_argument("--size", choices=LAYERS, default="full")
-    parser.add_argument("--repetitions", type=int, default=7, help="processes of each case and checkout")
     parser.add_argument("--rounds", type=int, default=5, help="loads in each process")
-    parser.add_argument("--directory", help="where a temporary directory is made; it needs 90 MB")
-    parser.add_argument("--json", metavar="FILE", help="write all runs and the environment")
-    options = parser.parse_args(arguments)
+    given = parser.parse_args(arguments)
     checkouts = {HERE: str(measure.REPOSITORY)}
-    if options.against:
-        checkouts[THERE] = os.path.realpath(options.against)
+    if given.against:
+        checkouts[THERE] = os.path.realpath(given.against)
     environment = measure.environment()
-    cases = options.case or list(CASES)
-    results = run(cases, LAYERS[options.size], checkouts, options.repetitions, options.rounds, options.directory)
+    cases = given.case or list(CASES)
+    results = run(cases, LAYERS[given.size], checkouts, given.repetitions, given.rounds, given.directory)
     show_environment(environment)
     show(table(results))
-    measure.write_json(options.json, {"environment": environment, "results": results})
+    measure.write_json(given.json, {"environment": environment, "results": results})
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ BLOCK_BYTES = 2 << 20
 # Below two blocks there may be no whole aligned one inside.
 _LEAST_BYTES = 2 * BLOCK_BYTES
 # Made in one call where nothing is read in between.
+_FEW_READS = 32  # of a job: a loop over so many is faster than numpy
 _RUN_BLOCKS = 4
 
 
@@ -99,7 +100,6 @@ class NewMemory:
         self._tensors = tensors  # whose memory must not go meanwhile
         self._spans = [_span_of(tensor) if page_calls.knows_pages() else None for tensor in tensors]
         self._addresses = np.array([span.address if span else 0 for span in self._spans], np.int64)
-        self._is_span = np.array([span is not None for span in self._spans], bool)
         self._policy = PagePolicy(huge_pages)
         self._lock = threading.Lock()
         self._can_make = True
@@ -113,18 +113,22 @@ class NewMemory:
                 self._make_for_copies(copies)
 
     def _make_for_reads(self, reads: Reads) -> None:
-        """Make the memory that reads fill; for small reads in one block, the first makes the whole block."""
-        reads = reads.take(self._is_span[reads.memory])
-        if not len(reads.memory):
-            return
-        start = self._addresses[reads.memory] + reads.start_bytes
-        first, last = start // BLOCK_BYTES, (start + reads.nbytes - 1) // BLOCK_BYTES
-        _, alone = np.unique(np.where(first == last, first, -1 - np.arange(len(first))), return_index=True)
-        few = reads.take(alone)
-        for memory, start, nbytes in zip(*(c.tolist() for c in (few.memory, few.start_bytes, few.nbytes)), strict=True):
+        """Make the memory that reads fill."""
+        if len(reads.memory) > _FEW_READS:
+            reads = reads.take(self._first_in_blocks(reads))
+        columns = reads.memory.tolist(), reads.start_bytes.tolist(), reads.nbytes.tolist()
+        for memory, start, nbytes in zip(*columns, strict=True):
             span = self._spans[memory]
             if span is not None:
                 self._make(span, start, start + nbytes)
+
+    def _first_in_blocks(self, reads: Reads) -> np.ndarray:
+        """Which reads make all blocks: of those that lie in one block of a buffer, the first makes it."""
+        start = self._addresses[reads.memory] + reads.start_bytes
+        first, last = start // BLOCK_BYTES, (start + reads.nbytes - 1) // BLOCK_BYTES
+        block = first * len(self._spans) + reads.memory
+        _, needed = np.unique(np.where(first == last, block, -1 - np.arange(len(first))), return_index=True)
+        return np.sort(needed)
 
     def _make_for_copies(self, copies: Copies) -> None:
         span = self._spans[copies.target]

@@ -6,7 +6,6 @@ import threading
 from collections import Counter
 from collections.abc import Iterable, Sequence
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -83,8 +82,10 @@ def read(reads: Reads, checkpoint: Checkpoint, files: OpenFiles, memories: Seque
 
 def _views(call: Reads, memories: Sequence[memoryview]) -> tuple[list[memoryview], int]:
     """The memory that one call fills, and how many bytes of it are gaps between wanted bytes."""
-    places = np.array((call.memory, call.start_bytes, call.start_bytes + call.nbytes)).T.tolist()
-    views = [memories[memory][start:stop] for memory, start, stop in places]
+    columns = call.memory.tolist(), call.start_bytes.tolist(), call.nbytes.tolist()
+    views = [memories[memory][start : start + nbytes] for memory, start, nbytes in zip(*columns, strict=True)]
+    if len(views) == 1:
+        return views, 0
     gaps = call.offset_bytes[1:] - call.stop_bytes[:-1]
     gap_bytes = int(gaps.sum())
     if gap_bytes:

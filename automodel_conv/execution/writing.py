@@ -7,6 +7,7 @@ What is done with them, written to a file or compared with one, is the same for 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import groupby
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -30,7 +31,7 @@ from automodel_conv.files.source import ByteSource, OpenSource, opened
 from automodel_conv.files.write_errors import write_errors
 from automodel_conv.planning.copies import Decode
 from automodel_conv.schedule.host import runs, staged
-from automodel_conv.schedule.jobs import Copies, Job, Move, ReadInPlace, Reads, aligned_down, grouped
+from automodel_conv.schedule.jobs import Copies, Job, Move, ReadInPlace, Reads, aligned_down
 from automodel_conv.schedule.writes import Slab, filled_ranges
 
 LEAST_SCRATCH_BYTES = 1 << 16
@@ -176,8 +177,15 @@ def _comparer(
 
 def _by_place(moves: Mapping[int, Sequence[Move]]) -> list[tuple[int, Copies]]:
     """Pairs of source row and copies, ordered by where they write: filling gaps one after the other is faster."""
-    pairs = [(row, copies) for row, group in moves.items() for copies in grouped(group)]
-    return sorted(pairs, key=lambda pair: (pair[1].target, pair[1].target_offsets[0]))
+    pairs = sorted(
+        ((row, move) for row, group in moves.items() for move in group),
+        key=lambda pair: (pair[1].target, pair[1].target_offset),
+    )
+    made: list[tuple[int, Copies]] = []
+    for (row, target, dtype, box), run in groupby(pairs, lambda pair: (pair[0], *pair[1].of)):
+        places = [(move.source_offset, move.target_offset) for _, move in run]
+        made.append((row, Copies(target, dtype, box, *map(list, zip(*places, strict=True)))))
+    return made
 
 
 class _Memory:

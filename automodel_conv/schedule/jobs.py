@@ -61,8 +61,10 @@ class Reads(NamedTuple):
     @property
     def files(self) -> set[int]:
         """The files that are read; the reads must be in order."""
-        first_and_last = set(self.file[[0, -1]].tolist()) if len(self.file) else set()
-        return first_and_last if len(first_and_last) < 2 else set(self.file.tolist())
+        if not len(self.file):
+            return set()
+        first, last = int(self.file[0]), int(self.file[-1])
+        return {first} if first == last else set(self.file.tolist())
 
     @property
     def stop_bytes(self) -> np.ndarray:
@@ -89,8 +91,8 @@ class Reads(NamedTuple):
 
     def calls(self) -> Iterator[Reads]:
         """Groups of reads that lie near enough in one file for one call; the reads must be in order."""
-        if not len(self.file):
-            return iter(())
+        if len(self.file) < 2:
+            return iter((self,) if len(self.file) else ())
         gaps = self.offset_bytes[1:] - self.stop_bytes[:-1]
         near = (self.file[1:] == self.file[:-1]) & (gaps >= 0) & (gaps <= GAP_BYTES)
         bounds = [0, *(np.flatnonzero(~near) + 1).tolist(), len(self.file)]
@@ -113,6 +115,11 @@ class Move(NamedTuple):
     box: Box
     source_offset: int
     target_offset: int
+
+    @property
+    def of(self) -> tuple[int, str, Box]:
+        """What moves that are columns of one ``Copies`` have in common."""
+        return self.target, self.dtype, self.box
 
 
 class Copies(NamedTuple):

@@ -5,10 +5,10 @@ import json
 import pytest
 
 from automodel_conv.execution import copying, page_calls
-from automodel_conv.execution import host as cpu
+from automodel_conv.execution import host as host_loads
 from automodel_conv.files import system
 from automodel_conv.kernels import transpose_torch
-from automodel_conv.schedule import host as scheduling
+from automodel_conv.schedule import host as host_schedule
 from automodel_conv.schedule import jobs
 from automodel_conv.upstream.registry import transformers_available
 from benchmarks import choices, shapes
@@ -18,9 +18,9 @@ pytestmark = pytest.mark.skipif(not transformers_available(), reason="benchmarks
 CHANGED = (
     (copying, "strided_copy_torch"),
     (jobs.Reads, "calls"),
-    (scheduling, "portion"),
-    (scheduling, "_SLAB_BYTES"),
-    (cpu, "NewMemory"),
+    (host_schedule, "portion"),
+    (host_schedule, "_SLAB_BYTES"),
+    (host_loads, "NewMemory"),
     (page_calls, "make_pages"),
     (system, "open_readonly"),
     (transpose_torch, "_MOST_ROWS"),
