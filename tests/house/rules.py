@@ -11,7 +11,6 @@ from tests.house.source_tree import Import, SourceTree, circles
 
 _ROOM = re.compile(r"`([\w.]+\.py|\w+/)`")
 _HEADER = "| storey | rooms |"
-_OVER = " over "
 FRONT_DOORS = "front doors:"
 """What the table says of the storey of the doors begins so."""
 
@@ -28,7 +27,7 @@ class Storeys(NamedTuple):
     """The table of CONTRIBUTING.md. What stands first is highest."""
 
     levels: list[list[str]]
-    """Rooms of one level use none of each other; within a storey ``over`` begins another level."""
+    """The rooms of each storey, which use none of each other."""
     doors: list[str]
 
     @classmethod
@@ -36,10 +35,9 @@ class Storeys(NamedTuple):
         levels: list[list[str]] = []
         doors: list[str] = []
         for _, rooms, what, *_ in _rows(text):
-            named = [_ROOM.findall(level) for level in rooms.split(_OVER)]
-            levels += named
+            levels.append(_ROOM.findall(rooms))
             if what.startswith(FRONT_DOORS):
-                doors += [room for level in named for room in level]
+                doors += levels[-1]
         return cls(levels, doors)
 
     @property

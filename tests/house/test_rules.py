@@ -9,10 +9,13 @@ from tests.house.source_tree import SourceTree
 TABLE = """
 | storey | rooms | what | knows |
 |---|---|---|---|
-| 3 | `cli/` over `__init__.py` | the command line | all |
-| 2 | `loading.py`, `saving.py` | front doors: arguments | plans |
-| 1 | `schedule/`, `upstream/` over `planning/` | plans | shapes |
-| 0 | `files/` over `errors.py` | files | bytes |
+| 6 | `cli/` | the command line | all |
+| 5 | `__init__.py` | names | all |
+| 4 | `loading.py`, `saving.py` | front doors: arguments | plans |
+| 3 | `schedule/`, `upstream/` | plans | shapes |
+| 2 | `planning/` | plans | shapes |
+| 1 | `files/` | files | bytes |
+| 0 | `errors.py` | errors | nothing |
 
 | another | table | of | no | concern |
 """
