@@ -21,6 +21,7 @@ from automodel_conv.files import reading_ahead as module
 from automodel_conv.files import system
 from automodel_conv.files.free_memory import free_memory
 from automodel_conv.files.reading_ahead import LEAST_BYTES, read_ahead, reading_ahead
+from automodel_conv.files.source import LocalFile
 from tests.faults import descriptors, workers
 
 ALL = (0, 1)
@@ -100,7 +101,7 @@ def test_all_is_cached_afterwards_and_nothing_is_read_twice(files, monkeypatch):
 
 
 def test_a_block_reads_ahead_until_it_ends(files):
-    checkpoint: Any = SimpleNamespace(files=tuple(files), is_remote=False, nbytes=[LEAST_BYTES])
+    checkpoint: Any = SimpleNamespace(sources=tuple(map(LocalFile, files)), is_remote=False, nbytes=[LEAST_BYTES])
     with reading_ahead(checkpoint):
         wait_until_cached(files)
     assert workers() == []
@@ -172,7 +173,7 @@ def test_a_call_that_fails_ends_it_without_a_word(fake, monkeypatch, call):
 
 @pytest.fixture
 def large(fake):
-    return SimpleNamespace(files=tuple(fake.paths), is_remote=False, nbytes=[LEAST_BYTES])
+    return SimpleNamespace(sources=tuple(map(LocalFile, fake.paths)), is_remote=False, nbytes=[LEAST_BYTES])
 
 
 @pytest.mark.parametrize("error", [None, KeyError, KeyboardInterrupt], ids=str)
