@@ -1,4 +1,4 @@
-"""What each rank of a mesh would hold and read in a load, computed from headers alone, without the ranks."""
+"""Forecast, from headers alone, what each rank of a mesh would hold and read in a load."""
 
 from __future__ import annotations
 

@@ -33,7 +33,7 @@ class Opened(NamedTuple):
 
     checkpoint: Checkpoint
     plan: CopyPlan
-    """Of the whole model."""
+    """The plan of the whole model."""
     problems: Problems
     model: nn.Module | None
     """As given, or made from ``config.json``."""

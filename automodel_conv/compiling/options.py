@@ -15,7 +15,7 @@ from automodel_conv.planning.plan import CopyPlan
 
 @dataclass(frozen=True)
 class PlanOptions:
-    """What decides a plan; see ``compile_plan``."""
+    """The options of ``compile_plan``."""
 
     rules: Iterable[Any] | None = None
     layout: str | None = None
@@ -31,7 +31,7 @@ class PlanOptions:
 
 @dataclass(frozen=True)
 class LoadOptions:
-    """What decides a load, except where it goes; see ``load_state_dict``."""
+    """The options of ``load_state_dict`` and ``load_model``, except devices."""
 
     planning: PlanOptions
     plan: CopyPlan | str | None

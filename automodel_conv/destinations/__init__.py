@@ -1,1 +1,1 @@
-"""Where a load puts tensors: parameters and buffers of a model, and devices."""
+"""The places that a load fills: parameters and buffers of a model, on their devices."""

@@ -179,7 +179,7 @@ def home_of(tensor: Tensor) -> torch.device:
 def devices_of_new(
     targets: Iterable[Target], state: Mapping[str, Tensor], device_of: Callable[[str], torch.device | None]
 ) -> dict[str, torch.device]:
-    """Where new tensors of all targets go: DTensors to their mesh's device, the others as ``device_of`` says."""
+    """The device of each new tensor: a DTensor goes to its mesh's device, any other where ``device_of`` says."""
     devices: dict[str, torch.device] = {}
     for target in targets:
         like = state.get(target.name)

@@ -61,5 +61,5 @@ def all_as_distributed(tensors: Mapping[str, Tensor], state: Mapping[str, Tensor
 
 
 def local_of(tensor: Tensor) -> Tensor:
-    """What this rank holds of a tensor, in the same memory: the shard of a DTensor, any other itself."""
+    """The local shard of a DTensor, in the same memory; any other tensor itself."""
     return tensor.to_local() if is_distributed(tensor) else tensor  # type: ignore[attr-defined]

@@ -1,4 +1,4 @@
-"""What loads to the host and to a device share: checks before the first read, work after the last, and errors."""
+"""Loads to the host and to a device share this: checks before the first read, work after the last, and errors."""
 
 from __future__ import annotations
 
