@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0.dev0"
 
-_HOMES = {
+_DEFINED_IN = {
     "automodel_conv.conversion_mapping": (
         "get_checkpoint_conversion_mapping",
         "get_combined_key_mapping",
@@ -116,7 +116,7 @@ if not TYPE_CHECKING:  # type checkers take the imports above, and tell names th
 
     def __getattr__(name: str) -> object:
         """Import a public name, or a module of this package, when it is first asked for (PEP 562)."""
-        home = next((module for module, names in _HOMES.items() if name in names), None)
+        home = next((module for module, names in _DEFINED_IN.items() if name in names), None)
         if home is not None:
             globals()[name] = getattr(import_module(home), name)
             return globals()[name]
@@ -129,4 +129,4 @@ if not TYPE_CHECKING:  # type checkers take the imports above, and tell names th
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
     def __dir__() -> list[str]:
-        return sorted({*globals(), *__all__} - {"TYPE_CHECKING", "import_module", "_HOMES", "annotations"})
+        return sorted({*globals(), *__all__} - {"TYPE_CHECKING", "import_module", "_DEFINED_IN", "annotations"})

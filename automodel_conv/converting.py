@@ -31,8 +31,8 @@ from automodel_conv.execution.writing import (
     write_slabs,
 )
 from automodel_conv.files import system
-from automodel_conv.files.beside import files_beside
 from automodel_conv.files.checkpoint import Checkpoint, open_downloaded
+from automodel_conv.files.companions import companions_of
 from automodel_conv.files.config import CONFIG_NAME, MODELOPT_NAME, plain_config
 from automodel_conv.files.destination import open_destination
 from automodel_conv.files.finished import is_finished
@@ -41,8 +41,8 @@ from automodel_conv.files.source import Identity, LocalFile
 from automodel_conv.files.staging import remove_remains
 from automodel_conv.files.write_errors import write_errors
 from automodel_conv.progress import bytes_progress
-from automodel_conv.publishing.beside import write_checksums
 from automodel_conv.publishing.conversion import DEFAULT_SCRATCH_BYTES, Conversion, compile_conversion
+from automodel_conv.publishing.save_files import write_checksums
 from automodel_conv.publishing.saved import places_in
 
 
@@ -268,7 +268,7 @@ def _beside_weights(checkpoint: Checkpoint, destination: str, dequantize: bool) 
     if checkpoint.path.endswith(".safetensors") and system.is_file(checkpoint.path):
         return ()
     try:
-        beside = files_beside(checkpoint.directory, destination)
+        beside = companions_of(checkpoint.directory, destination)
     except OSError as error:
         text = message("cannot look at what lies beside the weights", where=checkpoint.directory, found=error)
         raise ReadError(text) from error

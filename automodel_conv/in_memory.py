@@ -171,7 +171,7 @@ def _run(
         )
     buffers = allocate(made, device)
     if device.type == "cpu":
-        NewMemory(list(buffers.values())).make_all(cores())
+        NewMemory(list(buffers.values())).populate_all(cores())
     convert_tensors(CopyPlan(plan.sources, tuple(made), plan.rules), sources, buffers, backend=backend)
     return {target.name: passed.get(target.name, buffers.get(target.name)) for target in plan.targets}  # type: ignore[misc]
 

@@ -14,9 +14,9 @@ from automodel_conv.compiling.options import LoadOptions, PlanOptions
 from automodel_conv.destinations.buffers import finish, move_buffers, placeable_buffers
 from automodel_conv.destinations.device_map import DeviceLike, device_map_of
 from automodel_conv.destinations.devices import loadable
-from automodel_conv.destinations.model import Homes, devices_of_new, regions_of
+from automodel_conv.destinations.model import ModelTensors, devices_of_new, regions_of
 from automodel_conv.destinations.ties import in_order, unequal_ties, with_tied
-from automodel_conv.distributed.collectives import found_by_any, groups_of, send, together
+from automodel_conv.distributed.collectives import all_or_raise, groups_of, send, union_over_ranks
 from automodel_conv.distributed.placements import all_as_distributed, meshes_of
 from automodel_conv.distributed.replicas import to_read
 from automodel_conv.doors import door
@@ -148,7 +148,7 @@ def load_state_dict(
     model = None if model is None else plain_model(model)
     state = {} if model is None else model.state_dict(keep_vars=True)
     groups = groups_of(meshes_of(state.values()))
-    with together(groups, "loading"):
+    with all_or_raise(groups, "loading"):
         where = device_map_of(device_map, device, "cpu")
         everything_on = loadable(device)
         device_of = where.device_of if where is not None else lambda name: everything_on
@@ -169,9 +169,9 @@ def load_state_dict(
         stats = fill(without(mine, mapped), checkpoint, buffers, limits, progress=options.progress)
         clock.lap("read")
     send([state[name] for name in shared_names], [buffers[name] for name in shared_names])
-    with together(groups, "comparing tied tensors"):
+    with all_or_raise(groups, "comparing tied tensors"):
         found = unequal_ties(buffers, whole.tied)
-    unequal = found_by_any(groups, found, "comparing tied tensors")
+    unequal = union_over_ranks(groups, found, "comparing tied tensors")
     loaded = LoadedStateDict(in_order(all_as_distributed(with_tied(buffers, whole.tied, unequal), state), known))
     loaded.report = report_of(checkpoint, whole, problems, clock, stats, mapped)
     loaded.layout = whole.layout
@@ -257,7 +257,7 @@ def load_model(
     model = plain_model(model)
     state = model.state_dict(keep_vars=True)
     groups = groups_of(meshes_of(state.values()))
-    with together(groups, "loading"):
+    with all_or_raise(groups, "loading"):
         where = device_map_of(device_map, device, None)
         everything_on = None if device is None else loadable(device)
         device_of = where.device_of if where is not None else lambda name: everything_on
@@ -275,20 +275,24 @@ def load_model(
             part, _ = to_read(fresh, state, options.broadcast)
             return map_targets(part, checkpoint, devices) if options.memory_map else {}
 
-        homes = Homes.of(model, state, whole, options.strict, device_of, map_new)
+        model_tensors = ModelTensors.of(model, state, whole, options.strict, device_of, map_new)
         clock.lap("plan")
-        to_fill = without(homes.plan, homes.mapped)
-        limits = within(options.memory_budget, options.limits, to_fill, homes.buffers, homes.extra_bytes)
-        mine, shared_names = to_read(homes.plan, state, options.broadcast)
-        stats = fill(without(mine, homes.mapped), checkpoint, homes.buffers, limits, progress=options.progress)
+        to_fill = without(model_tensors.plan, model_tensors.mapped)
+        limits = within(
+            options.memory_budget, options.limits, to_fill, model_tensors.buffers, model_tensors.extra_bytes
+        )
+        mine, shared_names = to_read(model_tensors.plan, state, options.broadcast)
+        stats = fill(
+            without(mine, model_tensors.mapped), checkpoint, model_tensors.buffers, limits, progress=options.progress
+        )
         clock.lap("read")
-    send([state[name] for name in shared_names], [homes.buffers[name] for name in shared_names])
-    with together(groups, "comparing tied tensors"):
-        found = homes.unequal()
-    unequal = found_by_any(groups, found, "comparing tied tensors")
-    homes.settle(unequal)
+    send([state[name] for name in shared_names], [model_tensors.buffers[name] for name in shared_names])
+    with all_or_raise(groups, "comparing tied tensors"):
+        found = model_tensors.unequal()
+    unequal = union_over_ranks(groups, found, "comparing tied tensors")
+    model_tensors.settle(unequal)
     if was_meta:
-        finish(model, homes.buffers, problems.missing, device_of)
+        finish(model, model_tensors.buffers, problems.missing, device_of)
     if where is not None:
         move_buffers(model, device_of)
-    return report_of(checkpoint, whole, problems, clock, stats, homes.mapped, homes.extra_bytes)
+    return report_of(checkpoint, whole, problems, clock, stats, model_tensors.mapped, model_tensors.extra_bytes)

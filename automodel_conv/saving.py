@@ -17,13 +17,13 @@ from torch import Tensor, nn
 from automodel_conv.compiling.experts import refuse_missing_experts
 from automodel_conv.compiling.marks import form_of_save
 from automodel_conv.compiling.to_checkpoint import saving_plan
-from automodel_conv.distributed.collectives import same_on_all, together
+from automodel_conv.distributed.collectives import all_or_raise, same_on_all
 from automodel_conv.distributed.holders import checksums_of_parts, find_holders, refuse_unlike_replicas
 from automodel_conv.distributed.placements import local_of, meshes_of
 from automodel_conv.doors import door
 from automodel_conv.dtypes import dtype_code
 from automodel_conv.errors import UnsupportedError, kind_of, message
-from automodel_conv.execution.tensor_slabs import Holding, tensor_slabs
+from automodel_conv.execution.tensor_slabs import LocalTensor, tensor_slabs
 from automodel_conv.execution.writing import budget, write_slabs
 from automodel_conv.files.checkpoint import open_checkpoint, open_downloaded
 from automodel_conv.files.destination import open_destination
@@ -31,8 +31,8 @@ from automodel_conv.files.staging import staged_path
 from automodel_conv.planning.names import plain_tensors
 from automodel_conv.planning.sharding import region_of
 from automodel_conv.progress import bytes_progress
-from automodel_conv.publishing.beside import begin_save, finish_save
 from automodel_conv.publishing.carrying import carried_from
+from automodel_conv.publishing.save_files import begin_save, finish_save
 from automodel_conv.publishing.saved import (
     not_saved,
     places_in,
@@ -137,7 +137,7 @@ def save_checkpoint(
     if not isinstance(state, Mapping):
         raise UnsupportedError(message("neither a model nor a state dict", found=kind_of(state)))
     groups = [dist.group.WORLD] if meshes_of(state.values()) else []
-    with together(groups, "planning what to save"):
+    with all_or_raise(groups, "planning what to save"):
         directory = os.path.abspath(os.fsdecode(directory))
         if model is None and rules is None and layout is None and reference is None:
             raise UnsupportedError(
@@ -165,16 +165,18 @@ def save_checkpoint(
         leads = not groups or dist.get_rank() == 0
     names = json.dumps(sorted(tensors)).encode()
     same_on_all(groups, [names, *(shard.header for shard in shards)], "the tensors to be saved")
-    with together(groups, "planning what to save"):
+    with all_or_raise(groups, "planning what to save"):
         refuse_missing_experts({name: tensor.shape for name, tensor in tensors.items()}, model)
         regions = {name: region_of(tensor) for name, tensor in tensors.items()}
         parts = {name: local_of(tensor.detach()) for name, tensor in tensors.items()}
     holders = find_holders(groups, tensors, regions)
-    with together(groups, "comparing replicas"):
+    with all_or_raise(groups, "comparing replicas"):
         shared = {name: parts[name] for name in holders.shared}
         sums = checksums_of_parts(shared, share.threads, share.slab_bytes)
         held = {
-            row: [Holding(regions[name], parts[name])] for row, name in enumerate(tensors) if name in holders.written
+            row: [LocalTensor(regions[name], parts[name])]
+            for row, name in enumerate(tensors)
+            if name in holders.written
         }
         made = tensor_slabs(plan, held, places_in(shards, plan.targets), most_bytes=share.slab_bytes)
         passed = None
@@ -182,21 +184,21 @@ def save_checkpoint(
             passed = carried.slabs(places_in(shards, carried.targets), share)
     refuse_unlike_replicas(groups, holders, sums)
     with ExitStack() as ending:
-        with together(groups, "beginning to save"):
+        with all_or_raise(groups, "beginning to save"):
             destination = None
             if leads:
                 opening = open_destination(directory, shards, None, index_name=form.index_name)
                 destination = ending.enter_context(opening)
                 begin_save(destination, shards, model, dtype)
         nbytes = sum(group.nbytes for group in made) + (0 if passed is None else passed.nbytes)
-        with together(groups, "saving"), bytes_progress(nbytes, "saving", progress) as advance:
+        with all_or_raise(groups, "saving"), bytes_progress(nbytes, "saving", progress) as advance:
             for file, shard in enumerate(shards):
                 slabs = [(group.by_file.get(file, []), group.start) for group in made]
                 with nullcontext() if passed is None else passed.opened(file) as of_files:
                     slabs += [] if of_files is None else [of_files]
                     if any(group for group, _ in slabs) or leads:
                         write_slabs(slabs, staged_path(directory, shard.name), share.threads, advance)
-        with together(groups, "ending the save"):
+        with all_or_raise(groups, "ending the save"):
             if destination is not None:
                 finish_save(destination, shards, model, form, share.threads if checksums else 0)
     return SaveReport(

@@ -59,7 +59,7 @@ def _pages(huge: bool, *, made_before: bool = True) -> Callable[[], None]:
         # This size, whatever the load says: it asks for huge pages where the system cannot make them.
         host_loads.NewMemory = lambda tensors, _: new_memory.NewMemory(tensors, huge)  # type: ignore[assignment,misc]
         if not made_before:
-            page_calls.make_pages = lambda address, nbytes: False
+            page_calls.populate_pages = lambda address, nbytes: False
 
     return change
 
@@ -67,7 +67,7 @@ def _pages(huge: bool, *, made_before: bool = True) -> Callable[[], None]:
 def _all_pages_first() -> None:
     def made(tensors: Sequence[torch.Tensor], huge_pages: bool | None) -> new_memory.NewMemory:
         memory = new_memory.NewMemory(tensors, huge_pages)
-        memory.make_all(measure.cores())
+        memory.populate_all(measure.cores())
         return memory
 
     host_loads.NewMemory = made  # type: ignore[assignment,misc]

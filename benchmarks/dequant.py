@@ -59,7 +59,7 @@ import automodel_conv as amc
 from automodel_conv.cli.demo import fill_with_random_bits
 from automodel_conv.cli.measuring import PeakMemory, ready_memory
 from automodel_conv.execution import host_decoding as decoding
-from automodel_conv.execution.workers import work_off
+from automodel_conv.execution.workers import run_in_threads
 from automodel_conv.kernels.code_tables import CODE_VALUES, code_table
 from automodel_conv.kernels.dequantize_torch import dequantize_torch
 from benchmarks import measure, options
@@ -145,7 +145,7 @@ def ours_by_workers(of: Matrix, threads: int) -> Call:
 
     def call() -> Tensor:
         out = torch.empty(of.shape, dtype=torch.bfloat16)
-        work_off(bands, threads, lambda: lambda rows: _decode(of, out, rows))
+        run_in_threads(bands, threads, lambda: lambda rows: _decode(of, out, rows))
         return out
 
     return call
@@ -157,8 +157,8 @@ def _decode(of: Matrix, out: Tensor, rows: slice) -> None:
     step = max(1, decoding.TABLE_ENTRIES // entries) * height
     for row in range(rows.start, rows.stop, step):
         band = slice(row, min(row + step, rows.stop))
-        table, cells = code_table(of.code_format, of.scales[row // height : -(-band.stop // height)], out.dtype)
-        dequantize_torch([out[band]], [of.codes[band]], [cells], table, bits=of.bits, block=of.block)
+        table, table_rows = code_table(of.code_format, of.scales[row // height : -(-band.stop // height)], out.dtype)
+        dequantize_torch([out[band]], [of.codes[band]], [table_rows], table, bits=of.bits, block=of.block)
 
 
 def by_transformers(of: Matrix, threads: int) -> Call:

@@ -36,7 +36,7 @@ class CodeTable(NamedTuple):
     """What ``dequantize`` takes besides codes."""
 
     table: Tensor  # [T, 2**bits], a row for each scale that there is
-    cells: Tensor  # uint8 or int32 [SR, SC], which row each block takes
+    table_rows: Tensor  # uint8 or int32 [SR, SC], which row each block takes
 
 
 def _float_values(exponent_bits: int, mantissa_bits: int, bias: int) -> list[float]:
@@ -112,16 +112,18 @@ def code_table(
     _check(code_format, scales, dtype, zero_points, global_scale)
     values = scales.reshape(-1)
     if scales.dtype in _BYTE_SCALES:
-        cells = scales.view(torch.uint8).contiguous()
+        table_rows = scales.view(torch.uint8).contiguous()
         if zero_points is None and global_scale is None:
-            return CodeTable(byte_scale_table(code_format, scales.dtype, dtype, like_upstream, scales.device), cells)
+            return CodeTable(
+                byte_scale_table(code_format, scales.dtype, dtype, like_upstream, scales.device), table_rows
+            )
         values = byte_scale_values(scales.dtype, like_upstream, scales.device)
         if zero_points is not None:
-            values = values[cells.reshape(-1).to(torch.int32)]
+            values = values[table_rows.reshape(-1).to(torch.int32)]
     else:
-        cells = None
-    if cells is None or zero_points is not None:
-        cells = torch.arange(scales.numel(), dtype=torch.int32, device=scales.device).view(scales.shape)
+        table_rows = None
+    if table_rows is None or zero_points is not None:
+        table_rows = torch.arange(scales.numel(), dtype=torch.int32, device=scales.device).view(scales.shape)
     table = scale_table(
         code_format,
         values,
@@ -131,7 +133,7 @@ def code_table(
         divide=divide,
         like_upstream=like_upstream,
     )
-    return CodeTable(table, cells)
+    return CodeTable(table, table_rows)
 
 
 def check_table(code_format: str, scales: torch.dtype, dtype: torch.dtype) -> None:

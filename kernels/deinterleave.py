@@ -22,7 +22,7 @@ from automodel_conv.kernels.launch import (
 from automodel_conv.kernels.tiles import RUNTIME, SCALAR_TILE, cast, constants, grouped_tile, load, pointer_to
 from automodel_conv.kernels.transpose_torch import halves, transpose_torch
 from automodel_conv.kernels.variants import Geometry, Kernel, Reach, Variant, element_types
-from automodel_conv.kernels.verb import Verb, takes_turned
+from automodel_conv.kernels.verb import Verb, takes_transposed
 
 # Rows and columns of a tile by the sizes of a source's and a destination's element, in bytes: runs of at least 128
 # bytes where single elements lie and, in pairs, where pairs lie; at most what registers hold without spilling.
@@ -149,11 +149,11 @@ DEINTERLEAVE_TILES = Kernel(
 
 DEINTERLEAVE = Verb(
     "deinterleave",
-    turns=True,
+    transposes=True,
     steps=(2, 1),
     destinations=2,
     sources=1,
     shapes=lambda matrix: ((matrix.columns, matrix.rows), (matrix.rows, 2 * matrix.columns)),
-    takes=lambda matrix, src, dst: takes_turned(matrix._replace(columns=2 * matrix.columns), src, dst),
+    takes=lambda matrix, src, dst: takes_transposed(matrix._replace(columns=2 * matrix.columns), src, dst),
     launches=deinterleave_launches,
 )

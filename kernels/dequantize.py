@@ -30,11 +30,11 @@ _TRANSPOSED_TILE = (32, 128)
 _SCALAR_TILE = (16, 32)  # larger ones need more registers for addresses than there are
 
 
-class Decoding(NamedTuple):
+class DequantizeConstants(NamedTuple):
     """The compile-time constants of this kernel alone."""
 
     bits: int  # of a code
-    cell: str  # Triton's name of the type of a cell
+    table_row: str  # Triton's name of the type of a cell
     by_shifts: bool  # blocks come as binary logarithms
     is_transposed: bool  # the destination's rows are the source's columns
     is_stepped: bool  # elements of a destination's row are not adjacent
@@ -54,14 +54,14 @@ class Blocks(NamedTuple):
 def dequantize(
     dst: Sequence[Tensor],
     codes: Sequence[Tensor],
-    cells: Sequence[Tensor],
+    table_rows: Sequence[Tensor],
     table: Tensor,
     *,
     bits: int,
     block: tuple[int, int],
     start: tuple[int, int] = (0, 0),
 ) -> None:
-    """``dst[k][r, c] = table[cells[k][(r + start[0]) // block[0], (c + start[1]) // block[1]], code[r, c]]``.
+    """``dst[k][r, c] = table[table_rows[k][(r + start[0]) // block[0], (c + start[1]) // block[1]], code[r, c]]``.
 
     One launch for each alignment of the addresses that occurs.
 
@@ -70,8 +70,8 @@ def dequantize(
             Must overlap neither itself nor a source; nothing here checks it.
         codes: uint8 ``[R, C * bits // 8]``, of one kind, as many, at any address; elements of a row are adjacent, rows
             at any stride. Of 4 bits, the even column is the low nibble.
-        cells: uint8 or int32, of one dtype, contiguous: the row of the table for each block that the matrix reaches
-            into. None may lie beyond the table; nothing here checks it.
+        table_rows: uint8 or int32, of one dtype, contiguous: for each block that the matrix reaches into, its row of
+            ``table``. None may lie beyond the table; nothing here checks it.
         table: ``[T, 2**bits]``, contiguous, elements of 2 or 4 bytes, shared by all.
         bits: 8 or 4.
         block: rows and columns of a block; whole bytes of codes, so an even number of columns for 4 bits.
@@ -88,14 +88,14 @@ def dequantize(
         ConversionError: operands that do not fit together; nothing is written then.
         UnsupportedError: other bits, a table of elements of another size, or a device that kernels do not run on.
     """
-    check_dequantize(dst, codes, cells, table, bits=bits, block=block, start=start)
+    check_dequantize(dst, codes, table_rows, table, bits=bits, block=block, start=start)
     if not dst or not dst[0].numel():
         return
     is_transposed = lies_transposed(dst[0])
     launches = dequantize_launches(
         _stepped([d.t() for d in dst] if is_transposed else dst),
         as_matrices("codes", codes),
-        as_matrices("cells", cells),
+        as_matrices("table_rows", table_rows),
         _same_table(table, len(dst)),
         bits=bits,
         block=block,
@@ -121,7 +121,7 @@ def _stepped(tensors: Sequence[Tensor]) -> Matrices:
 def dequantize_launches(
     dst: Matrices,
     codes: Matrices,
-    cells: Matrices,
+    table_rows: Matrices,
     tables: Matrices,
     *,
     bits: int,
@@ -134,21 +134,23 @@ def dequantize_launches(
 
     Args:
         dst: ``[R, C]``, or ``[C, R]`` if ``is_transposed``.
-        cells: as wide as cells are from one row of blocks to the next.
+        table_rows: as wide as cells are from one row of blocks to the next.
         tables: one for each matrix.
         step: between elements of a row of ``dst``.
     """
     per_byte = 8 // bits
-    blocks = Blocks(step, block[0], block[1] // per_byte, start[0], start[1] // per_byte, cells.columns)
+    blocks = Blocks(step, block[0], block[1] // per_byte, start[0], start[1] // per_byte, table_rows.columns)
     blocks, by_shifts = _by_shifts(blocks, codes.rows, codes.columns)
-    in_one_block = alignment(np.array([block[1] | start[1]])).item() if cells.columns > 1 else WIDEST
+    in_one_block = alignment(np.array([block[1] | start[1]])).item() if table_rows.columns > 1 else WIDEST
     geometry = Geometry(codes.rows, codes.columns, codes.row_stride, dst.row_stride, blocks)
-    decoding = Decoding(bits, str(cells.dtype).removeprefix("torch."), by_shifts, is_transposed, step != 1)
+    decoding = DequantizeConstants(
+        bits, str(table_rows.dtype).removeprefix("torch."), by_shifts, is_transposed, step != 1
+    )
 
     def choose(dst_alignment: int, src_alignment: int) -> tuple[Variant, Geometry]:
         return dequantize_variant(dst.dtype, decoding, dst_alignment, src_alignment, in_one_block), geometry
 
-    return assigned((dst, codes), 1, choose, (cells, tables))
+    return assigned((dst, codes), 1, choose, (table_rows, tables))
 
 
 def _by_shifts(blocks: Blocks, rows: int, nbytes: int) -> tuple[Blocks, bool]:
@@ -168,7 +170,7 @@ def _by_shifts(blocks: Blocks, rows: int, nbytes: int) -> tuple[Blocks, bool]:
 
 
 def dequantize_variant(
-    dst: torch.dtype, decoding: Decoding, dst_alignment: int, src_alignment: int, in_one_block: int
+    dst: torch.dtype, decoding: DequantizeConstants, dst_alignment: int, src_alignment: int, in_one_block: int
 ) -> Variant:
     """Vectors of 16 bytes of numbers, or single ones; of codes as many as make one.
 
@@ -201,7 +203,7 @@ def dequantize_tiles(
     start_column,
     across,
     DST: tl.constexpr,
-    CELL: tl.constexpr,
+    TABLE_ROW: tl.constexpr,
     SRC_VECTOR: tl.constexpr,
     DST_VECTOR: tl.constexpr,
     BITS: tl.constexpr,
@@ -211,7 +213,7 @@ def dequantize_tiles(
     TILE_ROWS: tl.constexpr,
     TILE_COLUMNS: tl.constexpr,
 ):
-    """``dst[r, c] = numbers[cells[block of (r, c)], code(r, c)]``; table ``[dst, codes, cells, numbers]``.
+    """``dst[r, c] = numbers[table_rows[block of (r, c)], code(r, c)]``; table ``[dst, codes, table_rows, numbers]``.
 
     Columns, and what blocks have of them, count bytes of codes; columns and the source's stride come in ``SRC_VECTOR``
     bytes, which lie in one block; the destination's stride in ``DST_VECTOR`` elements, and rows too if ``TRANSPOSED``:
@@ -248,15 +250,15 @@ def dequantize_tiles(
     row = r + (r0 + start_row)
     byte = b + (b0 + start_column)
     if BY_SHIFTS:
-        cell = (row >> block_rows) * across + (byte >> block_columns)
+        table_row = (row >> block_rows) * across + (byte >> block_columns)
     else:
         # Nothing is negative, and unsigned division takes fewer instructions.
         row, byte = row.to(tl.uint32) // block_rows.to(tl.uint32), byte.to(tl.uint32) // block_columns.to(tl.uint32)
-        cell = row.to(tl.int32) * across + byte.to(tl.int32)
-    cells = pointer_to(tl.load(entry + 2), CELL, 1)
-    cell = tl.load(cells + cell, mask=(r < rows - r0) & (b < columns - b0), other=0)
+        table_row = row.to(tl.int32) * across + byte.to(tl.int32)
+    table_rows = pointer_to(tl.load(entry + 2), TABLE_ROW, 1)
+    table_row = tl.load(table_rows + table_row, mask=(r < rows - r0) & (b < columns - b0), other=0)
     # A pointer for each vector is cheaper than a sum for each code.
-    numbers = pointer_to(tl.load(entry + 3), DST, 1) + (cell.to(tl.int32) << BITS)
+    numbers = pointer_to(tl.load(entry + 3), DST, 1) + (table_row.to(tl.int32) << BITS)
     numbers = tl.reshape(tl.broadcast_to(numbers[:, None], [VECTORS, SRC_VECTOR]), [TILE_ROWS * READS])
     if BITS == 8:
         x = tl.load(numbers + codes)
@@ -283,10 +285,10 @@ def dequantize_tiles(
 
 
 def _constants(variant: Variant) -> dict[str, Any]:
-    decoding: Decoding = variant.details
+    decoding: DequantizeConstants = variant.details
     return {
         "DST": getattr(tl, variant.dst),
-        "CELL": getattr(tl, decoding.cell),
+        "TABLE_ROW": getattr(tl, decoding.table_row),
         "SRC_VECTOR": variant.src_vector,
         "DST_VECTOR": variant.dst_vector,
         "BITS": decoding.bits,
@@ -307,7 +309,7 @@ def _in_vectors(variant: Variant, geometry: Geometry) -> tuple[int, ...]:
 
 
 def _reach(variant: Variant, geometry: Geometry) -> Reach:
-    decoding: Decoding = variant.details
+    decoding: DequantizeConstants = variant.details
     blocks: Blocks = geometry.details
     rows, numbers = variant.tile_rows, variant.tile_columns * 8 // decoding.bits
     lines, run = (numbers, rows) if decoding.is_transposed else (rows, numbers)

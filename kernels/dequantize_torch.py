@@ -36,18 +36,18 @@ class _Lookup(NamedTuple):
 def dequantize_torch(
     dst: Sequence[Tensor],
     codes: Sequence[Tensor],
-    cells: Sequence[Tensor],
+    table_rows: Sequence[Tensor],
     table: Tensor,
     *,
     bits: int,
     block: tuple[int, int],
     start: tuple[int, int] = (0, 0),
 ) -> None:
-    """``dst[k][r, c] = table[cells[k][(r + start[0]) // block[0], (c + start[1]) // block[1]], code[r, c]]``.
+    """``dst[k][r, c] = table[table_rows[k][(r + start[0]) // block[0], (c + start[1]) // block[1]], code[r, c]]``.
 
     Args:
-        dst, codes, cells, table, bits, block, start: as for ``dequantize``; any strides of ``codes``, and each ``dst``
-            its own. Fastest where rows of ``dst`` follow each other without a gap.
+        dst, codes, table_rows, table, bits, block, start: as for ``dequantize``; any strides of ``codes``, and of each
+            ``dst`` its own. Fastest where rows of ``dst`` follow each other without a gap.
 
     Allocates some 4 MiB of scratch, at most 8 (blocks of one byte), freed on return. Releases the GIL. PyTorch spreads
     the work over its intra-op threads, unless the calling thread has called ``torch.set_num_threads(1)``.
@@ -55,27 +55,27 @@ def dequantize_torch(
     Raises:
         ConversionError: operands that do not fit together; nothing is written then.
         UnsupportedError: other bits, or a table of elements of another size.
-        IndexError: a cell beyond the table.
+        IndexError: a row beyond the table.
     """
-    check_dequantize(dst, codes, cells, table, bits=bits, block=block, start=start)
+    check_dequantize(dst, codes, table_rows, table, bits=bits, block=block, start=start)
     if not dst or not dst[0].numel():
         return
     lookup = _lookup(table, bits, len(codes) * codes[0].numel())
     block_bytes, first_byte = block[1] * bits // 8, start[1] * bits // 8
-    for out, code, cell in zip(dst, codes, cells, strict=True):
+    for out, code, table_row in zip(dst, codes, table_rows, strict=True):
         for rows, columns in _pieces(*code.shape, is_transposed=lies_transposed(out)):
             index = _index(code[rows, columns], lookup)
             of_rows = torch.arange(start[0] + rows.start, start[0] + rows.stop, device=table.device) // block[0]
             begin, end = first_byte + columns.start, first_byte + columns.stop
-            of_columns = cell[:, begin // block_bytes : -(-end // block_bytes)]
-            _add_cells(index, of_columns.index_select(0, of_rows), begin % block_bytes, block_bytes, lookup)
+            of_columns = table_row[:, begin // block_bytes : -(-end // block_bytes)]
+            _add_table_rows(index, of_columns.index_select(0, of_rows), begin % block_bytes, block_bytes, lookup)
             _look_up(out[rows, columns.start * 8 // bits : columns.stop * 8 // bits], index, lookup)
 
 
 def check_dequantize(
     dst: Sequence[Tensor],
     codes: Sequence[Tensor],
-    cells: Sequence[Tensor],
+    table_rows: Sequence[Tensor],
     table: Tensor,
     *,
     bits: int,
@@ -113,9 +113,12 @@ def check_dequantize(
                 found=f"{list(table.shape)}, strides {table.stride()}",
             )
         )
-    if not len(dst) == len(codes) == len(cells):
+    if not len(dst) == len(codes) == len(table_rows):
         raise ConversionError(
-            message("dequantize takes codes and cells for each destination", found=[len(dst), len(codes), len(cells)])
+            message(
+                "dequantize takes codes and table_rows for each destination",
+                found=[len(dst), len(codes), len(table_rows)],
+            )
         )
     if not dst:
         return
@@ -123,12 +126,12 @@ def check_dequantize(
     shapes = {
         "dst": ((rows, columns), (table.dtype,)),
         "codes": ((rows, columns // step), (torch.uint8,)),
-        "cells": (
+        "table_rows": (
             (-(-(rows + start[0]) // block[0]), -(-(columns + start[1]) // block[1])),
             (torch.uint8, torch.int32),
         ),
     }
-    for name, tensors in (("dst", dst), ("codes", codes), ("cells", cells)):
+    for name, tensors in (("dst", dst), ("codes", codes), ("table_rows", table_rows)):
         shape, dtypes = shapes[name]
         for index, tensor in enumerate(tensors):
             if tensor.shape != shape or tensor.dtype not in dtypes or tensor.device != table.device or columns % step:
@@ -189,15 +192,15 @@ def _index(codes: Tensor, lookup: _Lookup) -> Tensor:
     return torch.index_select(_nibbles(codes.device), 0, index.view(-1)).view(index.shape)
 
 
-def _add_cells(index: Tensor, cells: Tensor, begin: int, block_bytes: int, lookup: _Lookup) -> None:
+def _add_table_rows(index: Tensor, table_rows: Tensor, begin: int, block_bytes: int, lookup: _Lookup) -> None:
     """Add where rows of the table begin.
 
     Args:
         index: ``[rows, bytes]``.
-        cells: ``[rows, blocks]``.
+        table_rows: ``[rows, blocks]``.
         begin: the byte of the first block at which a row of ``index`` begins.
     """
-    offsets = cells.to(index.dtype).mul_(lookup.width * (1 + (1 << 32)) if lookup.nibbles else lookup.width)
+    offsets = table_rows.to(index.dtype).mul_(lookup.width * (1 + (1 << 32)) if lookup.nibbles else lookup.width)
     nbytes = index.shape[1]
     head = min(block_bytes - begin, nbytes)
     index[:, :head] += offsets[:, :1]

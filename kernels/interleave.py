@@ -28,7 +28,7 @@ from automodel_conv.kernels.launch import (
 from automodel_conv.kernels.tiles import RUNTIME, SCALAR_TILE, cast, constants, grouped_tile, load, pointer_to
 from automodel_conv.kernels.transpose_torch import halves, transpose_torch
 from automodel_conv.kernels.variants import Geometry, Kernel, Reach, Variant, element_types
-from automodel_conv.kernels.verb import Verb, takes_turned
+from automodel_conv.kernels.verb import Verb, takes_transposed
 
 # Rows and columns of a tile by the sizes of a source's and a destination's element, in bytes: runs of at least 128
 # bytes where single elements lie and, in pairs, where pairs lie; at most what registers hold without spilling.
@@ -164,11 +164,11 @@ INTERLEAVE_TILES = Kernel(
 
 INTERLEAVE = Verb(
     "interleave",
-    turns=True,
+    transposes=True,
     steps=(1, 2),
     destinations=1,
     sources=2,
     shapes=lambda matrix: ((matrix.columns, 2 * matrix.rows), matrix[:2]),
-    takes=takes_turned,
+    takes=takes_transposed,
     launches=interleave_launches,
 )

@@ -187,7 +187,7 @@ def _takes(matrix: Matrix, src: torch.dtype, dst: torch.dtype) -> bool:
 
 STRIDED_COPY = Verb(
     "strided_copy",
-    turns=False,
+    transposes=False,
     steps=(1, 1),
     destinations=1,
     sources=1,

@@ -15,7 +15,7 @@ from automodel_conv.kernels.launch import NO_LAUNCHES, Launches, assigned, check
 from automodel_conv.kernels.tiles import RUNTIME, SCALAR_TILE, cast, constants, grouped_tile, load, pointer_to
 from automodel_conv.kernels.transpose_torch import transpose_torch as transpose_torch
 from automodel_conv.kernels.variants import Geometry, Kernel, Reach, Variant, element_types
-from automodel_conv.kernels.verb import Verb, takes_turned
+from automodel_conv.kernels.verb import Verb, takes_transposed
 
 # Rows and columns of a tile by the sizes of a source's and a destination's element, in bytes: runs of at least 128
 # bytes on both sides, at least 8 KiB for a block of 128 threads. 64 divides the widths of common models, 2880 too.
@@ -131,11 +131,11 @@ TRANSPOSE_TILES = Kernel(
 
 TRANSPOSE = Verb(
     "transpose",
-    turns=True,
+    transposes=True,
     steps=(1, 1),
     destinations=1,
     sources=1,
     shapes=lambda matrix: ((matrix.columns, matrix.rows), matrix[:2]),
-    takes=takes_turned,
+    takes=takes_transposed,
     launches=transpose_launches,
 )

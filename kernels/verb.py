@@ -33,7 +33,7 @@ class Verb:
     """
 
     name: str
-    turns: bool  # the fastest dimension of the source is another than that of the target
+    transposes: bool  # the fastest dimension of the source is another than that of the target
     steps: tuple[int, int]  # along the fastest dimension, in elements: of the source and of the target
     destinations: int
     sources: int
@@ -42,6 +42,6 @@ class Verb:
     launches: Callable[..., Launches]  # what it launches for ``Matrices``, destinations first
 
 
-def takes_turned(matrix: Matrix, src: torch.dtype, dst: torch.dtype) -> bool:
+def takes_transposed(matrix: Matrix, src: torch.dtype, dst: torch.dtype) -> bool:
     """Whether the verbs that transpose take matrices of these sides, strides and dtypes."""
     return is_moved(dst, src) and src.itemsize <= 4 and max(matrix) <= MOST_STRIDE

@@ -68,7 +68,7 @@ def calls_by_phase(directory, layout):
     opening, checkpoint = python_calls(lambda: amc.open_checkpoint(directory))
     planning, plan = python_calls(lambda: amc.compile_plan(checkpoint, layout=layout))
     buffers = allocate(plan.targets)
-    executing, _ = python_calls(lambda: cpu.load_files(plan, checkpoint, buffers, threads=1))
+    executing, _ = python_calls(lambda: cpu.load_to_host(plan, checkpoint, buffers, threads=1))
     return opening, planning, executing
 
 
@@ -118,7 +118,7 @@ def test_every_byte_is_read_once_in_calls_as_large_as_they_can_be(published, sys
     plan = amc.compile_plan(checkpoint, layout=layout)
     buffers = allocate(plan.targets)
     system_calls.clear()
-    stats = cpu.load_files(plan, checkpoint, buffers, threads=1)
+    stats = cpu.load_to_host(plan, checkpoint, buffers, threads=1)
     assert header_bytes < checkpoint.offsets[0] + 4096  # and config.json
     assert opened <= 2
     assert system_calls["open_readonly"] == system_calls["close"] == 1

@@ -90,7 +90,7 @@ def devices(monkeypatch):
         return put(empty_like(tensor, device="cpu"), torch.device(device))
 
     monkeypatch.setattr(device_map_module, "loadable", there)
-    monkeypatch.setattr(filling, "streaming_device", made)
+    monkeypatch.setattr(filling, "transfer_device", made)
     monkeypatch.setattr(mapping, "allocate", allocate_there)
     monkeypatch.setattr(torch, "empty_like", empty_like_there)
     return made

@@ -217,8 +217,8 @@ def test_what_is_no_model_is_refused(two, tmp_path, given):
 
 def test_other_ranks_hear_no_advice_that_the_door_has_not_said(monkeypatch):
     told = []
-    monkeypatch.setattr(collectives, "_told_by_all", lambda groups, text: told.append(text))
-    with pytest.raises(NameProblems), collectives.together([], "saving"):
+    monkeypatch.setattr(collectives, "_exchange", lambda groups, text: told.append(text))
+    with pytest.raises(NameProblems), collectives.all_or_raise([], "saving"):
         raise NameProblems(message("it", do=["{strict=False} is it", "look"]))
     assert told == ["rank 0: NameProblems: it\n  do:       look"]
 

@@ -12,7 +12,7 @@ from automodel_conv.cli.forecast import Forecast, forecast, parse_mesh
 from automodel_conv.compiling.planned import compile_plan
 from automodel_conv.dtypes import torch_dtype
 from automodel_conv.errors import UnsupportedError
-from automodel_conv.execution.host import load_files
+from automodel_conv.execution.host import load_to_host
 from automodel_conv.files import system
 from automodel_conv.files.checkpoint import open_checkpoint
 from automodel_conv.planning.copies import Fallback
@@ -66,7 +66,7 @@ def assert_foretold(checkpoint, plan, mesh: str, monkeypatch) -> Forecast:
         read = Read()
         with monkeypatch.context() as patched:
             patched.setattr(system, "preadv", read.preadv)
-            load_files(mine, checkpoint, buffers, threads=THREADS)
+            load_to_host(mine, checkpoint, buffers, threads=THREADS)
         owned = sum(buffer.nbytes for buffer in buffers.values())
         files, nbytes = zip(*read.calls, strict=True) if read.calls else ((), ())
         assert rank[1:] == (owned, sum(nbytes), len(nbytes), len(set(files))), rank

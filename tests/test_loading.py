@@ -183,7 +183,7 @@ def test_a_device_that_cannot_be_loaded_to_is_refused(tmp_path, device):
 
 
 def test_a_streamed_model_reports_who_copied_and_what_that_took(tmp_path, monkeypatch):
-    monkeypatch.setattr(filling, "streaming_device", lambda device: SimulatedDevice())
+    monkeypatch.setattr(filling, "transfer_device", lambda device: SimulatedDevice())
     model = poisoned(nn.Linear(40, 30))
     write(tmp_path, weight=torch.arange(1200.0).reshape(30, 40).to(torch.float16), bias=torch.ones(30))
     report = amc.load_model(model, tmp_path, scratch_bytes=8192, device_scratch_bytes=8192)

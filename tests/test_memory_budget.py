@@ -208,7 +208,7 @@ def devices(monkeypatch):
         made.append(Watched())
         return made[-1]
 
-    monkeypatch.setattr(filling, "streaming_device", device)
+    monkeypatch.setattr(filling, "transfer_device", device)
     return made
 
 

@@ -152,7 +152,7 @@ def test_tensors_on_a_device_give_the_same_files(name, tmp_path, monkeypatch):
         devices.append(SimulatedDevice(seed=len(devices)))
         return devices[-1]
 
-    monkeypatch.setattr(tensor_slabs, "streaming_device", device_of)
+    monkeypatch.setattr(tensor_slabs, "transfer_device", device_of)
     report = amc.save_checkpoint(model, tmp_path / "device", max_shard_size="40KB", threads=2, scratch_bytes=1 << 18)
     assert contents(tmp_path / "device") == contents(tmp_path / "host")
     [device] = devices

@@ -45,7 +45,7 @@ def test_state_dict_equals_from_pretrained(case):
 
 def test_state_dict_streamed_to_a_device_equals_from_pretrained(case, monkeypatch):
     directory, upstream, info = case
-    monkeypatch.setattr(filling, "streaming_device", lambda device: SimulatedDevice())
+    monkeypatch.setattr(filling, "transfer_device", lambda device: SimulatedDevice())
     loaded = amc.load_state_dict(directory, threads=2, scratch_bytes=1 << 18, device_scratch_bytes=1 << 17)
     assert_same_in_order(loaded, upstream.state_dict())
     assert_reports(loaded.report, info)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 import automodel_conv
-from automodel_conv.cli.dry_run import tell_dry_run
+from automodel_conv.cli.dry_run import print_dry_run
 from automodel_conv.cli.options import (
     DequantizeOption,
     DropOption,
@@ -171,7 +171,7 @@ def convert(
         "max_shard_size": max_shard_size,
     }
     if dry_run:
-        tell_dry_run(compile_conversion(source, **what), destination)
+        print_dry_run(compile_conversion(source, **what), destination)
         return
     try:
         report = automodel_conv.convert_checkpoint(

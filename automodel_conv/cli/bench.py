@@ -20,11 +20,11 @@ from automodel_conv.compiling.planned import compile_plan
 from automodel_conv.errors import UnsupportedError, message
 from automodel_conv.execution import page_calls
 from automodel_conv.execution.buffers import allocate, byte_view
-from automodel_conv.execution.host import default_threads, load_files
+from automodel_conv.execution.host import default_threads, load_to_host
 from automodel_conv.execution.new_memory import NewMemory
 from automodel_conv.execution.page_policy import PageUse
 from automodel_conv.execution.reading import OpenFiles, read
-from automodel_conv.execution.workers import work_off
+from automodel_conv.execution.workers import run_in_threads
 from automodel_conv.files import system
 from automodel_conv.files.checkpoint import Checkpoint, open_downloaded
 from automodel_conv.files.source import opened
@@ -241,17 +241,17 @@ def _read(jobs: Sequence[ReadInPlace], checkpoint: Checkpoint, threads: int, hug
     files = OpenFiles(checkpoint, (job.reads for job in jobs))
 
     def take(job: ReadInPlace) -> None:
-        pages.make_for(job)
+        pages.populate_for(job)
         read(job.reads, checkpoint, files, views)
 
     try:
-        work_off(jobs, threads, lambda: take)
+        run_in_threads(jobs, threads, lambda: take)
     finally:
         files.close()
 
 
 def _load(plan: CopyPlan, checkpoint: Checkpoint, threads: int) -> PageUse:
-    return load_files(plan, checkpoint, allocate(plan.targets), threads=threads).pages
+    return load_to_host(plan, checkpoint, allocate(plan.targets), threads=threads).pages
 
 
 def _seconds(work: Callable[[], object]) -> float:

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from automodel_conv.publishing.conversion import Conversion
 
 
-def tell_dry_run(conversion: Conversion, destination: str) -> None:
+def print_dry_run(conversion: Conversion, destination: str) -> None:
     """Print what a conversion would do.
 
     Raises:
@@ -22,10 +22,10 @@ def tell_dry_run(conversion: Conversion, destination: str) -> None:
         WriteError: there is too little room.
     """
     from automodel_conv.cli.tables import two_columns
-    from automodel_conv.files.room import room_in
+    from automodel_conv.files.disk_space import disk_space_of
 
     directory = os.path.abspath(destination)
-    plan, room = conversion.plan, room_in(directory)
+    plan, room = conversion.plan, disk_space_of(directory)
     typer.echo(plan.summary())
     table = two_columns()
     table.add_row("reads", f"{plan.bytes_read / 1e9:.3f} GB")

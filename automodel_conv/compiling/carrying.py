@@ -18,7 +18,7 @@ from automodel_conv.compiling.to_model import loading_plan
 from automodel_conv.errors import NameProblems, UnsupportedError, listing, message
 from automodel_conv.files.checkpoint import Checkpoint
 from automodel_conv.planning.copies import Decode, SourceTable, Target
-from automodel_conv.planning.quantization import as_meant
+from automodel_conv.planning.quantization import untransposed_plan
 from automodel_conv.planning.wanted import TargetSpec
 
 
@@ -70,7 +70,7 @@ def carried_targets(
         NameProblems: one of ``made`` has the name of a tensor that is carried.
     """
     others = frozenset(range(len(table.names))).difference(rows)
-    carried = as_meant(replace(table, hidden=others)).targets
+    carried = untransposed_plan(replace(table, hidden=others)).targets
     names = {target.name for target in made}
     both = [target.name for target in carried if target.name in names]
     if both:

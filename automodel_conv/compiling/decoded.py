@@ -10,7 +10,7 @@ from automodel_conv.files.checkpoint import Checkpoint
 from automodel_conv.files.config import MODELOPT_NAME, quantization
 from automodel_conv.planning.code_names import has_codes
 from automodel_conv.planning.copies import SourceTable
-from automodel_conv.planning.quantization import quantized_table, tellers_of_padding
+from automodel_conv.planning.quantization import padding_suspects, quantized_table
 from automodel_conv.planning.schemes import KEEP
 
 
@@ -28,15 +28,15 @@ def decoded_table(checkpoint: Checkpoint, wants_numbers: bool) -> SourceTable:
     told = quantization(checkpoint.directory)
     if told is not None:
         decoded = quantized_table(table, told.settings, where=told.path)
-        _check_padding(checkpoint, tellers_of_padding(table, decoded, told.settings), decoded)
+        _check_padding(checkpoint, padding_suspects(table, decoded, told.settings), decoded)
         return decoded
     codes = has_codes(table) if wants_numbers else None
     if codes is not None:
-        raise untold(codes, checkpoint)
+        raise unknown_codes(codes, checkpoint)
     return table
 
 
-def untold(codes: str, checkpoint: Checkpoint) -> QuantizationError:
+def unknown_codes(codes: str, checkpoint: Checkpoint) -> QuantizationError:
     """The error for codes of which no config says how they decode."""
     return QuantizationError(
         message(

@@ -21,7 +21,7 @@ from automodel_conv.execution.report import Clock
 from automodel_conv.files.checkpoint import Checkpoint, open_downloaded
 from automodel_conv.files.reading_ahead import reading_ahead
 from automodel_conv.planning.copies import SourceTable
-from automodel_conv.planning.given import Misfits, as_plan, fit_sources, fit_targets
+from automodel_conv.planning.given_plan import Misfits, as_plan, fit_sources, fit_targets
 from automodel_conv.planning.plan import CopyPlan
 from automodel_conv.planning.problems import Problems
 from automodel_conv.upstream.models import tied_names

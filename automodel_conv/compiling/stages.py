@@ -6,12 +6,12 @@ from collections.abc import Sequence
 
 from automodel_conv.planning.copies import SourceTable
 from automodel_conv.planning.plan import CopyPlan
-from automodel_conv.planning.quantization import as_meant
+from automodel_conv.planning.quantization import untransposed_plan
 
 
-def meant_stages(table: SourceTable) -> list[CopyPlan]:
+def untranspose_stages(table: SourceTable) -> list[CopyPlan]:
     """The stage that is needed where quantized sources are stored transposed."""
-    return [as_meant(table)] if any(decode.swapped for decode in table.decodes.values()) else []
+    return [untransposed_plan(table)] if any(decode.stored_transposed for decode in table.decodes.values()) else []
 
 
 def composed(stages: Sequence[CopyPlan]) -> CopyPlan:

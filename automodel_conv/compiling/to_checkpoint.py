@@ -8,9 +8,9 @@ from typing import Any
 
 from torch import nn
 
-from automodel_conv.compiling.laid_experts import check_layout, experts_of, gated_by
+from automodel_conv.compiling.expert_layouts import check_layout, experts_of, gated_by
 from automodel_conv.compiling.marks import layout_to_read
-from automodel_conv.compiling.stages import composed, meant_stages
+from automodel_conv.compiling.stages import composed, untranspose_stages
 from automodel_conv.compiling.to_model import loading_plan
 from automodel_conv.files.checkpoint import Checkpoint
 from automodel_conv.planning.compiler import compile_targets
@@ -57,7 +57,7 @@ def saving_plan(
     rule_set = RuleSet(saving_rules(model, rules), model, reverse=True)
     experts = experts_of(model, layout)
     own = {path: as_layout(said) for path, said in experts.items()}
-    stages = meant_stages(table)
+    stages = untranspose_stages(table)
     if stages:
         table = table_of(stages[-1].targets)
     if layout is not None:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from automodel_conv.compiling.laid_experts import (
+from automodel_conv.compiling.expert_layouts import (
     check_layout,
     experts_of,
     gated_by,
@@ -24,7 +24,7 @@ from automodel_conv.compiling.laid_experts import (
     refuse_no_experts,
     relaid_specs,
 )
-from automodel_conv.compiling.stages import composed, meant_stages
+from automodel_conv.compiling.stages import composed, untranspose_stages
 from automodel_conv.dtypes import dtype_code
 from automodel_conv.planning.compiler import compile_targets
 from automodel_conv.planning.composition import table_of
@@ -41,7 +41,7 @@ from automodel_conv.planning.plan import CopyPlan
 from automodel_conv.planning.problems import Problems
 from automodel_conv.planning.relayout import relayout
 from automodel_conv.planning.schemes import rows_of_kv_caches
-from automodel_conv.planning.unmarked import refuse_other_layouts, refuse_untold
+from automodel_conv.planning.unmarked import refuse_other_layouts, refuse_unknown_layout
 from automodel_conv.planning.wanted import AsStored, TargetSpec
 from automodel_conv.upstream.models import model_targets, tied_names
 from automodel_conv.upstream.registry import (
@@ -109,7 +109,7 @@ def loading_plan(
     if targets is not None and not rows_of_kv_caches(targets):
         of_caches = rows_of_kv_caches(table.names)
         table = replace(table, hidden=table.hidden.union(of_caches)) if of_caches else table
-    stages = meant_stages(table)
+    stages = untranspose_stages(table)
     if stages:
         table = table_of(stages[-1].targets)
     if incoming is not None and source_layout is not None and not has_names_of(targets, source_layout):
@@ -124,7 +124,7 @@ def loading_plan(
     stages.append(plan)
     if wanted is not None:
         if source_layout is None and targets is None and not unbound:
-            refuse_untold(plan, canonical, gated)
+            refuse_unknown_layout(plan, canonical, gated)
         stages.append(relayout(table_of(plan.targets), canonical, lambda path: wanted, gated))
     whole = composed(stages)
     if destination is not None:

@@ -22,7 +22,7 @@ from automodel_conv.planning.regions import Region
 from automodel_conv.planning.sharding import region_of
 
 
-class Place(NamedTuple):
+class ModuleAttribute(NamedTuple):
     """An attribute of a module that holds a parameter or a persistent buffer."""
 
     module: nn.Module
@@ -38,27 +38,27 @@ class Place(NamedTuple):
             self.module._parameters[self.leaf] = tensor  # type: ignore[assignment]
 
 
-def find_places(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, list[Place]]:
+def find_attributes(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, list[ModuleAttribute]]:
     """Per name of a model's state dict, the places that hold that very tensor; none if a hook returned a copy.
 
     Tensors are matched by identity: wrappers rename what ``state_dict`` gives, and shared parameters have several
     places.
     """
-    holders: dict[int, list[Place]] = {}
+    holders: dict[int, list[ModuleAttribute]] = {}
     for module in model.modules():
         for leaf, tensor in (*module._parameters.items(), *module._buffers.items()):
             if tensor is not None:
-                holders.setdefault(id(tensor), []).append(Place(module, leaf))
+                holders.setdefault(id(tensor), []).append(ModuleAttribute(module, leaf))
     return {name: holders.get(id(tensor), []) for name, tensor in state.items() if isinstance(tensor, Tensor)}
 
 
 @dataclass
-class Homes:
+class ModelTensors:
     """The tensors that a load into a model writes: the model's own, or new ones that take their place afterwards."""
 
     plan: CopyPlan
     buffers: dict[str, Tensor]
-    places: dict[str, list[Place]]
+    places: dict[str, list[ModuleAttribute]]
     fresh: list[str]
     doubled: list[tuple[str, str]]  # a second name of a parameter that has been loaded under its first
     mapped: Mapping[str, Tensor]  # buffers that need not be filled
@@ -71,12 +71,12 @@ class Homes:
         strict: bool,
         device_of: Callable[[str], torch.device | None],
         map_new: Callable[[CopyPlan, Mapping[str, torch.device]], Mapping[str, Tensor]],
-    ) -> Homes:
+    ) -> ModelTensors:
         """Find a home for every target before anything is read.
 
         Args:
             state: the model's state dict.
-            device_of: of new tensors, by name; None: see ``home_of``.
+            device_of: of new tensors, by name; None: see ``device_for``.
             map_new: maps what it can of the new tensors, of which it is given the plan and the devices.
 
         Raises:
@@ -84,12 +84,12 @@ class Homes:
             ConversionError: two parameters share memory without being one.
         """
         plan = plan.shard(regions_of(state, plan))
-        homes = Homes(plan, {}, find_places(model, state), [], [], {})
+        model_tensors = ModelTensors(plan, {}, find_attributes(model, state), [], [], {})
         first: dict[int, str] = {}
         targets, fresh = [], []
         for target in plan.targets:
             tensor = state[target.name]
-            if not homes.places[target.name]:
+            if not model_tensors.places[target.name]:
                 raise UnsupportedError(
                     message(
                         f"{target.name} is neither a parameter nor a buffer of the model",
@@ -100,7 +100,7 @@ class Homes:
             if not tensor.is_meta:
                 loadable(tensor.device)
             if id(tensor) in first:
-                homes.doubled.append((target.name, first[id(tensor)]))
+                model_tensors.doubled.append((target.name, first[id(tensor)]))
                 if strict:  # to be compared; otherwise the first of two wins
                     targets.append(target)
                     fresh.append(target)
@@ -108,16 +108,16 @@ class Homes:
             first[id(tensor)] = target.name
             targets.append(target)
             if tensor.is_meta or tensor.dtype != dtype_of(target.dtype, target.name):
-                homes.fresh.append(target.name)
+                model_tensors.fresh.append(target.name)
                 fresh.append(target)
             else:
-                homes.buffers[target.name] = local_of(tensor.detach())
-        _refuse_shared_memory(homes.buffers)
-        homes.plan = replace(plan, targets=tuple(targets))
-        devices = {target.name: device_of(target.name) or home_of(state[target.name]) for target in fresh}
-        homes.mapped = map_new(replace(plan, targets=tuple(fresh)), devices)
-        homes.buffers |= with_new(fresh, homes.mapped, devices)
-        return homes
+                model_tensors.buffers[target.name] = local_of(tensor.detach())
+        _refuse_shared_memory(model_tensors.buffers)
+        model_tensors.plan = replace(plan, targets=tuple(targets))
+        devices = {target.name: device_of(target.name) or device_for(state[target.name]) for target in fresh}
+        model_tensors.mapped = map_new(replace(plan, targets=tuple(fresh)), devices)
+        model_tensors.buffers |= with_new(fresh, model_tensors.mapped, devices)
+        return model_tensors
 
     @property
     def extra_bytes(self) -> int:
@@ -168,7 +168,7 @@ class Homes:
                         place.put(shared)  # type: ignore[arg-type]
 
 
-def home_of(tensor: Tensor) -> torch.device:
+def device_for(tensor: Tensor) -> torch.device:
     """Where a tensor in place of this one goes: to its device, from the meta device to its mesh's or the CPU."""
     if not tensor.is_meta:
         return tensor.device
@@ -183,7 +183,7 @@ def devices_of_new(
     devices: dict[str, torch.device] = {}
     for target in targets:
         like = state.get(target.name)
-        own = home_of(like) if like is not None and is_distributed(like) else None
+        own = device_for(like) if like is not None and is_distributed(like) else None
         devices[target.name] = own or device_of(target.name) or torch.device("cpu")
     return devices
 
@@ -194,7 +194,7 @@ def regions_of(state: Mapping[str, Tensor], plan: CopyPlan) -> dict[str, Region]
     return {name: region_of(state[name]) for name in names if name in state and is_distributed(state[name])}
 
 
-def _put_everywhere(places: Iterable[Place], tensor: Tensor) -> None:
+def _put_everywhere(places: Iterable[ModuleAttribute], tensor: Tensor) -> None:
     """Make ``tensor`` the one parameter or buffer of all these places."""
     parameter: nn.Parameter | None = None
     for place in places:

@@ -21,7 +21,7 @@ from automodel_conv.errors import ConversionError, RankError, listing, message
 
 
 @contextmanager
-def together(groups: Sequence[Any], what: str) -> Iterator[None]:
+def all_or_raise(groups: Sequence[Any], what: str) -> Iterator[None]:
     """Wait, at the end of a block, until all ranks of these groups are there; if it failed on one, all of them raise.
 
     A rank that dies surfaces as the time-out of the process groups, as their backend reports it.
@@ -37,9 +37,9 @@ def together(groups: Sequence[Any], what: str) -> Iterator[None]:
     except Exception as error:
         # The function that was called has not yet said which of the advice it can follow.
         text = error.reason() if isinstance(error, ConversionError) else str(error)
-        _told_by_all(groups, f"rank {rank_of_this()}: {type(error).__name__}: {text}")
+        _exchange(groups, f"rank {rank_of_this()}: {type(error).__name__}: {text}")
         raise
-    heard = _told_by_all(groups, None)
+    heard = _exchange(groups, None)
     if heard.told:
         raise RankError(
             message(
@@ -47,7 +47,7 @@ def together(groups: Sequence[Any], what: str) -> Iterator[None]:
             )
         )
     if heard.lost:
-        raise _gone(what, "\n" + listing(heard.lost))
+        raise _lost_rank_error(what, "\n" + listing(heard.lost))
 
 
 def same_on_all(groups: Sequence[Any], parts: Iterable[bytes], what: str) -> None:
@@ -56,37 +56,37 @@ def same_on_all(groups: Sequence[Any], parts: Iterable[bytes], what: str) -> Non
     Raises:
         RankError: they do not, on all ranks, or one of them is gone.
     """
-    heard = _told_by_all(groups, hashlib.blake2b(b"".join(parts), digest_size=16).hexdigest())
+    heard = _exchange(groups, hashlib.blake2b(b"".join(parts), digest_size=16).hexdigest())
     if heard.lost:
-        raise _gone(f"comparing {what}", "\n" + listing(heard.lost))
+        raise _lost_rank_error(f"comparing {what}", "\n" + listing(heard.lost))
     if len(heard.told) > 1:
         raise RankError(
             message(f"{what} differ from rank to rank", expected="the same names, dtypes and whole shapes on all ranks")
         )
 
 
-def found_by_any(groups: Sequence[Any], pairs: Iterable[tuple[str, str]], what: str) -> frozenset[tuple[str, str]]:
+def union_over_ranks(groups: Sequence[Any], pairs: Iterable[tuple[str, str]], what: str) -> frozenset[tuple[str, str]]:
     """The pairs that any rank of these groups has found, the same on all of them.
 
     Raises:
         RankError: one of the ranks is gone.
     """
-    heard = _told_by_all(groups, json.dumps(sorted(pairs)))
+    heard = _exchange(groups, json.dumps(sorted(pairs)))
     if heard.lost:
-        raise _gone(what, "\n" + listing(heard.lost))
+        raise _lost_rank_error(what, "\n" + listing(heard.lost))
     return frozenset((first, second) for told in heard.told for first, second in json.loads(told))
 
 
-def gathered(groups: Sequence[Any], data: bytes, what: str) -> list[bytes]:
+def all_gather_bytes(groups: Sequence[Any], data: bytes, what: str) -> list[bytes]:
     """The texts of all ranks of these groups, by rank; the same on all of them.
 
     Raises:
         RankError: one of the ranks is gone.
     """
     # Packed, since it has something on each tensor of a model and most are alike.
-    heard = _told_by_all(groups, f"{rank_of_this():010} {zlib.compress(data).hex()}")
+    heard = _exchange(groups, f"{rank_of_this():010} {zlib.compress(data).hex()}")
     if heard.lost:
-        raise _gone(what, "\n" + listing(heard.lost))
+        raise _lost_rank_error(what, "\n" + listing(heard.lost))
     return [zlib.decompress(bytes.fromhex(told.partition(" ")[2])) for told in sorted(heard.told)]
 
 
@@ -100,19 +100,19 @@ def rank_of_this() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 
 
-class _Heard(NamedTuple):
+class _Messages(NamedTuple):
     """What ranks had to tell, each thing once, and which of them could not reach another one."""
 
     told: list[str]
     lost: list[str]
 
 
-def _told_by_all(groups: Sequence[Any], text: str | None) -> _Heard:
+def _exchange(groups: Sequence[Any], text: str | None) -> _Messages:
     """What ranks have to tell: after all dimensions of a mesh, every rank has heard of every other.
 
     A rank that cannot reach one in a group still tells those in the next, who would wait for it otherwise.
     """
-    known = _Heard([] if text is None else [text], [])
+    known = _Messages([] if text is None else [text], [])
     for group in groups:
         heard: list[Any] = [None] * dist.get_world_size(group)
         try:
@@ -120,7 +120,7 @@ def _told_by_all(groups: Sequence[Any], text: str | None) -> _Heard:
         except RuntimeError as error:  # what backends raise for a rank that is gone or late
             known.lost.append(f"rank {rank_of_this()}: {error}")
         else:
-            known = _Heard(*(list(dict.fromkeys(chain.from_iterable(lines))) for lines in zip(*heard, strict=True)))
+            known = _Messages(*(list(dict.fromkeys(chain.from_iterable(lines))) for lines in zip(*heard, strict=True)))
     return known
 
 
@@ -145,12 +145,12 @@ def send(tensors: Sequence[Tensor], parts: Sequence[Tensor]) -> None:
                 try:
                     dist.broadcast(sent, src=dist.get_global_rank(group, 0), group=group)
                 except RuntimeError as error:
-                    raise _gone("sending replicas", str(error)) from error
+                    raise _lost_rank_error("sending replicas", str(error)) from error
         if whole.data_ptr() != part.data_ptr():
             part.detach().copy_(whole)
 
 
-def _gone(what: str, found: str) -> RankError:
+def _lost_rank_error(what: str, found: str) -> RankError:
     return RankError(
         message(f"{what} was not finished by all ranks", found=found, do="look at the other ranks' errors")
     )

@@ -16,11 +16,11 @@ from typing import Any, NamedTuple
 import numpy as np
 from torch import Tensor
 
-from automodel_conv.distributed.collectives import gathered, rank_of_this
+from automodel_conv.distributed.collectives import all_gather_bytes, rank_of_this
 from automodel_conv.distributed.placements import is_distributed
 from automodel_conv.errors import CoverageError, RankError, listing, message
 from automodel_conv.execution.buffers import byte_view
-from automodel_conv.execution.workers import work_off
+from automodel_conv.execution.workers import run_in_threads
 from automodel_conv.planning.regions import Region
 
 ALIKE = (
@@ -71,7 +71,7 @@ def find_holders(groups: Sequence[Any], tensors: Mapping[str, Tensor], regions: 
     own = list(dict.fromkeys(here))
     numbers = {part: number for number, part in enumerate(own)}
     column = np.array([numbers[part] for part in here], np.int32)
-    told = gathered(groups, json.dumps([own, column.tobytes().hex()]).encode(), "finding out who holds what")
+    told = all_gather_bytes(groups, json.dumps([own, column.tobytes().hex()]).encode(), "finding out who holds what")
     parts: dict[_Part, int] = {}
     columns = []
     for each in told:
@@ -108,7 +108,7 @@ def checksums_of_parts(parts: Mapping[str, Tensor], threads: int, most_bytes: in
     def take(name: str) -> None:
         found[name] = checksum_of(parts[name], most_bytes)
 
-    work_off(sorted(parts, key=lambda name: -parts[name].nbytes), threads, lambda: take)
+    run_in_threads(sorted(parts, key=lambda name: -parts[name].nbytes), threads, lambda: take)
     return found
 
 
@@ -136,7 +136,7 @@ def refuse_unlike_replicas(groups: Sequence[Any], holders: Holders, checksums: M
     own = np.zeros(len(rows), np.uint32)
     for name, checksum in checksums.items():
         own[rows[name]] = checksum
-    told = [np.frombuffer(each, np.uint32) for each in gathered(groups, own.tobytes(), "comparing replicas")]
+    told = [np.frombuffer(each, np.uint32) for each in all_gather_bytes(groups, own.tobytes(), "comparing replicas")]
     unlike: dict[str, str] = {}
     for those, together in holders.alike:
         at = [rows[name] for name in those]

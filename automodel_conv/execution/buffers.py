@@ -89,7 +89,7 @@ def checked(target: Target, buffers: Mapping[str, Tensor]) -> Tensor:
     return buffer.detach()
 
 
-class Aim:
+class BufferCopies:
     """Copies of targets, re-aimed from contiguous tensors to the strides that buffers really have.
 
     Targets that share their copies share the result.

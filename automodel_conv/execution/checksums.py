@@ -14,7 +14,7 @@ from collections.abc import Callable
 from functools import partial
 
 from automodel_conv.errors import VerificationError, listing, message
-from automodel_conv.execution.workers import work_off
+from automodel_conv.execution.workers import run_in_threads
 from automodel_conv.files import system
 from automodel_conv.files.checkpoint import Checkpoint, rows_by_file
 from automodel_conv.files.header import parse_object, read_limited, with_open
@@ -36,7 +36,7 @@ def checksums_of(checkpoint: Checkpoint, threads: int) -> dict[str, str]:
     for source, rows in zip(checkpoint.sources, rows_by_file(checkpoint), strict=True):
         with opened(source) as file:
             start = partial(_summer, checkpoint, file, found)
-            work_off(rows, min(threads, _MOST_THREADS), start)
+            run_in_threads(rows, min(threads, _MOST_THREADS), start)
     return {name: found[name] for name in checkpoint.names}
 
 

@@ -159,13 +159,13 @@ def _planned(kind: _Kind, copies: _Copies, use_kernels: bool, allowed: frozenset
     if moves is None or launches is None or (allowed is not None and not launches.variants <= allowed):
         return Planned([], _views(kind.form.box, *copies), Work(0, count))
     places = []
-    for copy, at_source, at_target in zip(*moves.lone, strict=True):
+    for copy, at_source, at_target in zip(*moves.unpaired, strict=True):
         source, target = copies.sources[copy], copies.targets[copy]
         source_offset = (int(at_source) - source.data_ptr()) // source.itemsize
         places.append((source, source_offset, target, (int(at_target) - target.data_ptr()) // target.itemsize))
-    lone = _views(moves.lone_form.box, *zip(*places, strict=True)) if places else ([], [])
-    by_torch = len(np.unique(moves.lone.copies))
-    return Planned([launches], lone, Work(count - by_torch, by_torch))
+    unpaired = _views(moves.unpaired_form.box, *zip(*places, strict=True)) if places else ([], [])
+    by_torch = len(np.unique(moves.unpaired.copies))
+    return Planned([launches], unpaired, Work(count - by_torch, by_torch))
 
 
 def _views(

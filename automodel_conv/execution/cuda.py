@@ -60,6 +60,6 @@ class CudaDevice:
         return CudaStream(self._device, self._current)
 
 
-def streaming_device(device: torch.device) -> Device | None:
+def transfer_device(device: torch.device) -> Device | None:
     """What streams to tensors of a device; None for the CPU, which files are read straight to."""
     return None if device.type == "cpu" else CudaDevice(device)

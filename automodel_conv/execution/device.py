@@ -36,8 +36,8 @@ from automodel_conv.kernels.launch import compile_ahead, why_not
 from automodel_conv.kernels.variants import Variant
 from automodel_conv.planning.plan import CopyPlan
 from automodel_conv.progress import SharedBar
-from automodel_conv.schedule.device import Chunk, Upload, Window, stream_schedule
-from automodel_conv.schedule.jobs import aligned, aligned_down
+from automodel_conv.schedule.device import Chunk, Upload, Window, device_schedule
+from automodel_conv.schedule.jobs import align_down, align_up
 
 DEFAULT_DEVICE_SCRATCH_BYTES = 256 << 20
 LEAST_SCRATCH_BYTES = 8192
@@ -87,10 +87,10 @@ def ring_of(threads: int | None, scratch_bytes: int | None) -> Ring:
     if scratch_bytes is None:
         return Ring(threads, _SLOT_BYTES)
     threads = min(threads, scratch_bytes // (_SLOTS * _LEAST_SLOT_BYTES))
-    return Ring(threads, min(_MOST_SLOT_BYTES, aligned_down(scratch_bytes // (threads * _SLOTS))))
+    return Ring(threads, min(_MOST_SLOT_BYTES, align_down(scratch_bytes // (threads * _SLOTS))))
 
 
-def stream_files(
+def load_to_device(
     plan: CopyPlan,
     checkpoint: Checkpoint,
     buffers: Mapping[str, Tensor],
@@ -147,8 +147,8 @@ def stream_files(
     load = begin(plan, checkpoint, buffers)
     if backend != "auto":  # which never refuses, so that it need not be asked before the first read
         takes_kernels(backend, load.tensors)
-    window_bytes = aligned_down(min(device_scratch_bytes // _REGIONS, _MOST_WINDOW_BYTES))
-    chunks, windows = stream_schedule(
+    window_bytes = align_down(min(device_scratch_bytes // _REGIONS, _MOST_WINDOW_BYTES))
+    chunks, windows = device_schedule(
         load.targets,
         load.copies,
         checkpoint,
@@ -156,7 +156,7 @@ def stream_files(
         slot_bytes=ring.slot_bytes,
         window_bytes=window_bytes,
     )
-    stream = _Streaming(chunks, windows, load.tensors, checkpoint, device, backend, stop)
+    stream = _DeviceLoad(chunks, windows, load.tensors, checkpoint, device, backend, stop)
     bytes_copied = sum(chunk.nbytes for chunk in chunks)
     return carry_out(load, bytes_copied, partial(stream.run, ring.threads), stream.unfinished, progress, stop)
 
@@ -170,7 +170,7 @@ class _Slot:
         self.uploaded: Event | None = None
 
 
-class _Streaming:
+class _DeviceLoad:
     """A load under way: what its threads share."""
 
     def __init__(
@@ -208,8 +208,8 @@ class _Streaming:
         """Do it all, wait until the device has, and let go of every resource, whatever happens."""
         self._advance = advance
         threads = max(1, min(threads, len(self._not_uploaded)))
-        slot_bytes = aligned(max((chunk.nbytes for chunk in self._not_uploaded.values()), default=0))
-        region_bytes = aligned(max((window.nbytes for window in self._windows), default=0))
+        slot_bytes = align_up(max((chunk.nbytes for chunk in self._not_uploaded.values()), default=0))
+        region_bytes = align_up(max((window.nbytes for window in self._windows), default=0))
         pinned = self._device.pinned(threads * _SLOTS * slot_bytes)
         slots = deque(_Slot(memory) for memory in pinned.view(threads * _SLOTS, slot_bytes))
         self._regions = [self._device.scratch(region_bytes) for _ in self._windows[:_REGIONS]]
@@ -220,7 +220,7 @@ class _Streaming:
         del pinned
         futures: list[Future[Any]] = []
         try:
-            self._work_off(threads, slots, futures)
+            self._run_threads(threads, slots, futures)
         except Exception as error:
             # A thread's own error says more than what the device says at the end.
             own = next(filter(None, (_own_error(future) for future in futures)), None)
@@ -232,7 +232,7 @@ class _Streaming:
             raise_if_stopped(self._stop_asked)
         return stats._replace(gap_bytes=self._gap_bytes, work=self._work, without_kernels=self._without_kernels)
 
-    def _work_off(self, threads: int, slots: deque[_Slot], futures: list[Future[Any]]) -> None:
+    def _run_threads(self, threads: int, slots: deque[_Slot], futures: list[Future[Any]]) -> None:
         """Read, upload and copy everything in threads, of which ``futures`` tells."""
         with ExitStack() as ending:  # the last one first, each whatever happens to another
             ending.callback(self._release)

@@ -17,13 +17,13 @@ from automodel_conv.errors import ConversionError, UnsupportedError, listing, me
 from automodel_conv.execution import device as to_device
 from automodel_conv.execution import host as to_host
 from automodel_conv.execution.cores import default_reader_threads
-from automodel_conv.execution.cuda import streaming_device
-from automodel_conv.execution.device import ring_of, stream_files
-from automodel_conv.execution.host import load_files
-from automodel_conv.execution.load import tell, tell_filled
+from automodel_conv.execution.cuda import transfer_device
+from automodel_conv.execution.device import load_to_device, ring_of
+from automodel_conv.execution.host import load_to_host
+from automodel_conv.execution.load import note_filled, tell
 from automodel_conv.execution.protocols import Device
 from automodel_conv.execution.stats import LoadStats
-from automodel_conv.execution.workers import Stopped, at_once
+from automodel_conv.execution.workers import Stopped, run_concurrently
 from automodel_conv.files.checkpoint import Checkpoint
 from automodel_conv.planning.copies import Target
 from automodel_conv.planning.plan import CopyPlan
@@ -59,7 +59,7 @@ def within(
         found = "\n" + listing(plan.fallbacks)
         raise UnsupportedError(message("the memory of transformers' own code cannot be bounded", found=found))
     homes = {buffers[target.name].device for target in plan.targets}
-    devices = sum(streaming_device(home) is not None for home in homes)
+    devices = sum(transfer_device(home) is not None for home in homes)
     # With nothing to load the least is that of the host, as it has always been.
     least = devices * to_device.LEAST_SCRATCH_BYTES + (devices < max(len(homes), 1)) * to_host.LEAST_SCRATCH_BYTES
     least_on_each = to_device.LEAST_SCRATCH_BYTES if devices else 0
@@ -117,13 +117,13 @@ def fill(
         works = [partial(fill_part, part, share) for part, share in zip(parts, shares, strict=True)]
         try:
             if len(parts) > 1 and (limits.threads is None or limits.threads >= len(parts)):
-                at_once([_as_here(work, part.device) for work, part in zip(works, parts, strict=True)], stop)
+                run_concurrently([_as_here(work, part.device) for work, part in zip(works, parts, strict=True)], stop)
             else:
                 for work in works:
                     work()
         except BaseException as error:
             for part in parts:
-                _tell_of(part, error, part.device in stats, errors.get(part.device, error))
+                _note_device(part, error, part.device in stats, errors.get(part.device, error))
             errors.clear()  # whose tracebacks hold the memory of their loads
             raise
     return {part.device: stats[part.device] for part in parts}
@@ -201,7 +201,7 @@ def _parts(plan: CopyPlan, buffers: Mapping[str, Tensor]) -> list[_Part]:
         groups.setdefault(buffers[target.name].device, []).append(target)
     parts = []
     for device, targets in groups.items():
-        streamed_to = streaming_device(device)
+        streamed_to = transfer_device(device)
         nbytes = sum(buffers[target.name].nbytes for target in targets)
         need = Need(nbytes, streamed_to is not None)
         parts.append(_Part(device, replace(plan, targets=tuple(targets)), streamed_to, need))
@@ -218,7 +218,7 @@ def _fill_device(
 ) -> LoadStats:
     threads, scratch_bytes, device_scratch_bytes, huge_pages = limits
     if part.streamed_to is None:
-        return load_files(
+        return load_to_host(
             part.plan,
             checkpoint,
             buffers,
@@ -228,7 +228,7 @@ def _fill_device(
             progress=progress,
             stop=stop,
         )
-    return stream_files(
+    return load_to_device(
         part.plan,
         checkpoint,
         buffers,
@@ -263,14 +263,14 @@ def _as_here(work: Callable[[], None], device: torch.device) -> Callable[[], Non
     return there
 
 
-def _tell_of(part: _Part, error: BaseException, is_complete: bool, own: BaseException) -> None:
+def _note_device(part: _Part, error: BaseException, is_complete: bool, own: BaseException) -> None:
     """Tell in the error that ends a load what is complete on one device, or what went wrong there besides.
 
     Args:
         own: what its executor raised, which has told what is complete; ``error`` itself if that has raised nothing.
     """
     if is_complete:
-        tell_filled(error, [target.name for target in part.plan.targets], len(part.plan.targets))
+        note_filled(error, [target.name for target in part.plan.targets], len(part.plan.targets))
     elif own is not error:
         notes = getattr(own, "__notes__", ())
         failed = () if isinstance(own, Stopped) else (f"  besides:  on {part.device}, {type(own).__name__}: {own}",)

@@ -20,13 +20,13 @@ from automodel_conv.execution.new_memory import NewMemory
 from automodel_conv.execution.reading import OpenFiles, read
 from automodel_conv.execution.stats import LoadStats
 from automodel_conv.execution.thread_policy import ThreadPolicy
-from automodel_conv.execution.workers import work_off
+from automodel_conv.execution.workers import run_in_threads
 from automodel_conv.files import system
 from automodel_conv.files.checkpoint import Checkpoint
 from automodel_conv.planning.plan import CopyPlan
 from automodel_conv.progress import SharedBar
 from automodel_conv.schedule.host import schedule
-from automodel_conv.schedule.jobs import ALIGN_BYTES, Copies, Job, ReadAndCopy, aligned, aligned_down
+from automodel_conv.schedule.jobs import ALIGN_BYTES, Copies, Job, ReadAndCopy, align_down, align_up
 
 DEFAULT_SCRATCH_BYTES = 64 << 20
 LEAST_SCRATCH_BYTES = 4096
@@ -51,7 +51,7 @@ def default_threads(nbytes: int | None = None) -> int:
     return default_reader_threads(most)
 
 
-def load_files(
+def load_to_host(
     plan: CopyPlan,
     checkpoint: Checkpoint,
     buffers: Mapping[str, Tensor],
@@ -118,7 +118,7 @@ def bytes_of_slot(threads: int, scratch_bytes: int) -> int:
     """What is left to each thread for what it reads, of the scratch of all, beside what its copies need."""
     share = scratch_bytes // threads
     nbytes = max(share - COPY_BYTES, share // (1 + COPY_RATIO))
-    return aligned_down(nbytes)
+    return align_down(nbytes)
 
 
 def _most_threads(jobs: Sequence[Job], threads: int, scratch_bytes: int) -> int:
@@ -132,7 +132,7 @@ def _most_threads(jobs: Sequence[Job], threads: int, scratch_bytes: int) -> int:
 
 def _slot_bytes(jobs: Sequence[Job]) -> int:
     # Whole alignment units, so that the slot can be seen as elements of any size.
-    return aligned(max((job.scratch_bytes for job in jobs if isinstance(job, ReadAndCopy)), default=0))
+    return align_up(max((job.scratch_bytes for job in jobs if isinstance(job, ReadAndCopy)), default=0))
 
 
 def _scratch_of_thread(jobs: Sequence[Job]) -> int:
@@ -164,7 +164,7 @@ def _run(
 
         def take(item: tuple[int, Job]) -> None:
             number, job = item
-            memory.make_for(job)
+            memory.populate_for(job)
             through_scratch = isinstance(job, ReadAndCopy)
             gaps.append(read(job.reads, checkpoint, files, scratch_view if through_scratch else views))
             if through_scratch:
@@ -173,18 +173,18 @@ def _run(
             done.add(number)
             advance(job.reads.total_bytes)
 
-        return _telling(take, policy, lock) if adapts else take
+        return _recording(take, policy, lock) if adapts else take
 
     adapts, lock = policy.most > policy.threads, threading.Lock()
     wanted = (lambda: policy.threads) if adapts else None
     try:
-        most = work_off(enumerate(jobs), policy.threads, start, stop, most=policy.most, wanted=wanted)
+        most = run_in_threads(enumerate(jobs), policy.threads, start, stop, most=policy.most, wanted=wanted)
     finally:
         files.close()
     return LoadStats(0, sum(gaps), most * _scratch_of_thread(jobs), threads=most, pages=memory.use())
 
 
-def _telling(
+def _recording(
     take: Callable[[tuple[int, Job]], None], policy: ThreadPolicy, lock: threading.Lock
 ) -> Callable[[tuple[int, Job]], None]:
     """``take``, and what it has taken told to ``policy``."""

@@ -51,7 +51,7 @@ def _decode(decoding: Decoding, rows: tuple[int, int], memory: Tensor) -> None:
     if decoding.global_bytes is not None:
         global_scale = memory[decoding.global_bytes : decoding.global_bytes + 4].view(torch.float32)
     numbers = memory.view(dtype_of(decoding.dtype, "a target"))
-    table, cells = code_table(
+    table, table_rows = code_table(
         decode.format,
         scales,
         numbers.dtype,
@@ -64,7 +64,7 @@ def _decode(decoding: Decoding, rows: tuple[int, int], memory: Tensor) -> None:
     numbers_at = decoding.numbers_bytes // numbers.element_size() + first * decoding.numbers_stride
     codes = strided(memory, (last - first, columns * decode.bits // 8), (decoding.codes_stride, 1), codes_at)
     numbers = strided(numbers, (last - first, columns), (decoding.numbers_stride, 1), numbers_at)
-    dequantize_torch([numbers], [codes], [cells], table, bits=decode.bits, block=decode.block, start=start)
+    dequantize_torch([numbers], [codes], [table_rows], table, bits=decode.bits, block=decode.block, start=start)
 
 
 def _grid(grid: Grid, memory: Tensor) -> Tensor:

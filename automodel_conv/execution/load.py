@@ -10,7 +10,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from automodel_conv.errors import ConversionError, listing
-from automodel_conv.execution.buffers import Aim, checked
+from automodel_conv.execution.buffers import BufferCopies, checked
 from automodel_conv.execution.reading import read_whole
 from automodel_conv.execution.stats import LoadStats
 from automodel_conv.execution.upstream import Upstream, run_upstream, upstream_calls
@@ -61,8 +61,8 @@ def begin(plan: CopyPlan, checkpoint: Checkpoint, buffers: Mapping[str, Tensor])
     calls = upstream_calls(plan)
     for target in (target for call in calls for target in call.targets):
         checked(target, buffers)
-    aim = Aim()
-    copies = [aim(target, tensor) for target, tensor in zip(targets, tensors, strict=True)]
+    copies_for = BufferCopies()
+    copies = [copies_for(target, tensor) for target, tensor in zip(targets, tensors, strict=True)]
     return Load(plan, checkpoint, buffers, targets, tensors, copies, calls)
 
 
@@ -97,12 +97,12 @@ def carry_out(
         except BaseException as error:
             lacking = unfinished()
             written += [target.name for number, target in enumerate(load.targets) if number not in lacking]
-            tell_filled(error, written, len(load.plan.targets))
+            note_filled(error, written, len(load.plan.targets))
             raise
     return stats._replace(bytes_read=bytes_read)
 
 
-def tell_filled(error: BaseException, written: Sequence[str], total: int) -> None:
+def note_filled(error: BaseException, written: Sequence[str], total: int) -> None:
     """Add the names of the targets that are complete, of ``total``, to the text of our own errors, as a note to others.
 
     Said of the targets of one device, once for each that has been written to.

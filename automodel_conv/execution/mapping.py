@@ -27,7 +27,7 @@ from automodel_conv.planning.plan import CopyPlan
 _SPAN_BYTES = 64 << 20
 
 
-class Place(NamedTuple):
+class FileRange(NamedTuple):
     """The bytes of a file that are a target."""
 
     file: int
@@ -40,7 +40,7 @@ class Place(NamedTuple):
         return self.offset_bytes + self.nbytes
 
 
-def place_of(target: Target, checkpoint: Checkpoint) -> Place | None:
+def file_range_of(target: Target, checkpoint: Checkpoint) -> FileRange | None:
     """The bytes of a file that are a target, in its order, at a multiple of its elements' size; None: there are none.
 
     Sources that follow each other in the file are as good as one. A target without bytes lies nowhere.
@@ -66,15 +66,15 @@ def place_of(target: Target, checkpoint: Checkpoint) -> Place | None:
             found = begin
     if found is None or found[1] % size:
         return None
-    return Place(*found, target.nbytes, target)
+    return FileRange(*found, target.nbytes, target)
 
 
-def spans(places: Iterable[Place], limit: int = _SPAN_BYTES) -> Iterator[Sequence[Place]]:
+def spans(places: Iterable[FileRange], limit: int = _SPAN_BYTES) -> Iterator[Sequence[FileRange]]:
     """Places that are mapped together: neighbours in one file of at most ``limit`` bytes in all, or a single one.
 
     No two of a span overlap, so that what is written to a target is written to no other.
     """
-    span: list[Place] = []
+    span: list[FileRange] = []
     for place in sorted(places, key=lambda place: (place.file, place.offset_bytes, place.nbytes)):
         if span and (
             place.file != span[0].file
@@ -105,7 +105,7 @@ def map_targets(plan: CopyPlan, checkpoint: Checkpoint, devices: Mapping[str, to
     if not system.can_map():
         return {}
     on_host = (target for target in plan.targets if devices[target.name].type == "cpu")
-    found = (place_of(target, checkpoint) for target in on_host)
+    found = (file_range_of(target, checkpoint) for target in on_host)
     tensors: dict[str, Tensor] = {}
     for file, of_file in groupby(spans(filter(None, found)), key=lambda span: span[0].file):
         source = checkpoint.sources[file]
@@ -139,7 +139,7 @@ def without(plan: CopyPlan, names: Iterable[str]) -> CopyPlan:
     return replace(plan, targets=tuple(target for target in plan.targets if target.name not in left_out))
 
 
-def _map(span: Sequence[Place], fd: int, path: str) -> dict[str, Tensor]:
+def _map(span: Sequence[FileRange], fd: int, path: str) -> dict[str, Tensor]:
     """The tensors of a span, by name."""
     stop = span[-1].stop_bytes
     start = span[0].offset_bytes // mmap.ALLOCATIONGRANULARITY * mmap.ALLOCATIONGRANULARITY
@@ -159,7 +159,7 @@ def _map(span: Sequence[Place], fd: int, path: str) -> dict[str, Tensor]:
     return {place.target.name: _tensor(place, memory, place.offset_bytes - start) for place in span}
 
 
-def _tensor(place: Place, memory: ctypes.Array[ctypes.c_ubyte], start: int) -> Tensor:
+def _tensor(place: FileRange, memory: ctypes.Array[ctypes.c_ubyte], start: int) -> Tensor:
     """The tensor of a place, whose storage keeps the memory alive and holds nothing else."""
     target = place.target
     dtype = dtype_of(target.dtype, target.name)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from automodel_conv.errors import ConversionError, message
-from automodel_conv.execution.buffers import Aim, checked, dtype_of, span_bytes
+from automodel_conv.execution.buffers import BufferCopies, checked, dtype_of, span_bytes
 from automodel_conv.execution.copy_batch import CopyBatch, takes_kernels
 from automodel_conv.execution.stats import Work
 from automodel_conv.execution.upstream import run_upstream, upstream_calls
@@ -50,12 +50,12 @@ def convert_tensors(
     written = [_Operand(target.name, output, target) for target, output in zip(plan.targets, outputs, strict=True)]
     _refuse_shared_memory([*read, *written], tensors)
     use_kernels = takes_kernels(backend, [*tensors.values(), *outputs])
-    aim = Aim()
-    aimed = [aim(target, output) for target, output in zip(plan.targets, outputs, strict=True)]
+    copies_for = BufferCopies()
+    aimed = [copies_for(target, output) for target, output in zip(plan.targets, outputs, strict=True)]
     batch = CopyBatch()
     for target, output, copies in zip(plan.targets, outputs, aimed, strict=True):
         if output.numel() and target.fallback is None:
-            copies, reads = from_real_strides(copies, [tensors[row] for row in target.sources])
+            copies, reads = with_source_strides(copies, [tensors[row] for row in target.sources])
             for copy in copies:
                 batch.add(copy, reads, output)
     work = batch.run(use_kernels)
@@ -156,7 +156,7 @@ def _place(tensor: Tensor) -> tuple[object, ...]:
     return tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()
 
 
-def from_real_strides(
+def with_source_strides(
     copies: Sequence[StridedCopy], sources: Sequence[Tensor]
 ) -> tuple[Sequence[StridedCopy], Sequence[Tensor]]:
     """Copies that read sources as they lie, and sources, contiguous where copies cannot follow."""

@@ -22,7 +22,7 @@ class Form(NamedTuple):
     target_itemsize: int
 
 
-class Places(NamedTuple):
+class Addresses(NamedTuple):
     """Where copies start, in bytes, and which of the copies given each belongs to."""
 
     copies: np.ndarray  # int64 [n]
@@ -33,15 +33,15 @@ class Places(NamedTuple):
 class Moves(NamedTuple):
     """Equal matrices for one verb, as columns of addresses of its operands, and the places without partners.
 
-    A lone place has no partners to interleave with; it is a copy of ``lone_form``.
+    A lone place has no partners to interleave with; it is a copy of ``unpaired_form``.
     """
 
     verb: Verb
     matrix: Matrix
     sources: tuple[np.ndarray, ...]
     targets: tuple[np.ndarray, ...]
-    lone: Places
-    lone_form: Form
+    unpaired: Addresses
+    unpaired_form: Form
 
 
 class _Dim(NamedTuple):
@@ -61,7 +61,7 @@ def moves_of(form: Form, sources: np.ndarray, targets: np.ndarray, verbs: Sequen
         sources, targets: int64 ``[n]``, the address of the first element that each copy reads and writes, in bytes.
     """
     dims = [_Dim(*dim) for dim in zip(*form.box, strict=True) if dim[0] != 1]
-    places = Places(np.arange(len(sources)), sources, targets)
+    places = Addresses(np.arange(len(sources)), sources, targets)
     lanes = _lanes(dims, {max(verb.sources, verb.destinations) for verb in verbs} - {1})
     if lanes is not None:
         # Never as matrices two elements wide: torch is faster then.
@@ -71,12 +71,12 @@ def moves_of(form: Form, sources: np.ndarray, targets: np.ndarray, verbs: Sequen
     # A stride of 0 repeats an element, which is not walking.
     by_source = min(dims, key=lambda dim: (dim.source == 0, dim.source))
     by_target = min(dims, key=lambda dim: dim.target)
-    turns = by_source is not by_target
+    transposes = by_source is not by_target
     rows = by_target
-    if not turns:
+    if not transposes:
         rows = max((dim for dim in dims if dim is not by_source), key=lambda dim: dim.size, default=_Dim(1, 0, 0))
-    walk = turns, (by_source.source, by_target.target)
-    verb = next((verb for verb in verbs if (verb.turns, verb.steps) == walk), None)
+    walk = transposes, (by_source.source, by_target.target)
+    verb = next((verb for verb in verbs if (verb.transposes, verb.steps) == walk), None)
     if verb is None:
         return None
     for dim in dims:
@@ -85,17 +85,17 @@ def moves_of(form: Form, sources: np.ndarray, targets: np.ndarray, verbs: Sequen
                 return None
             places = _spread(places, dim, form)
     box = Box((rows.size, by_source.size), (rows.source, by_source.source), (rows.target, by_source.target))
-    matrix = Matrix(rows.size, by_source.size, rows.source, (by_source if turns else rows).target)
+    matrix = Matrix(rows.size, by_source.size, rows.source, (by_source if transposes else rows).target)
     if verb.sources > 1:
-        lots, lone = _lots(places, places.targets, form.target_itemsize, verb.sources)
+        lots, unpaired = _runs_of_neighbours(places, places.targets, form.target_itemsize, verb.sources)
     else:
-        lots, lone = _lots(places, places.sources, form.source_itemsize, verb.destinations)
+        lots, unpaired = _runs_of_neighbours(places, places.sources, form.source_itemsize, verb.destinations)
     return Moves(
         verb,
         matrix,
         tuple(lot.sources for lot in lots[: verb.sources]),
         tuple(lot.targets for lot in lots[: verb.destinations]),
-        lone,
+        unpaired,
         form._replace(box=box),
     )
 
@@ -109,22 +109,24 @@ def _lanes(dims: Sequence[_Dim], counts: Iterable[int]) -> _Dim | None:
     return None
 
 
-def _spread(places: Places, dim: _Dim, form: Form) -> Places:
+def _spread(places: Addresses, dim: _Dim, form: Form) -> Addresses:
     """Each place once for each index of a dimension."""
     steps = np.array([[0], [dim.source * form.source_itemsize], [dim.target * form.target_itemsize]])
-    return Places(*(np.stack(places)[:, :, None] + steps[:, None] * np.arange(dim.size)).reshape(3, -1))
+    return Addresses(*(np.stack(places)[:, :, None] + steps[:, None] * np.arange(dim.size)).reshape(3, -1))
 
 
-def _lots(places: Places, addresses: np.ndarray, itemsize: int, count: int) -> tuple[list[Places], Places]:
+def _runs_of_neighbours(
+    places: Addresses, addresses: np.ndarray, itemsize: int, count: int
+) -> tuple[list[Addresses], Addresses]:
     """Group places into lots of ``count`` neighbours, each one element after the last; returns lots and leftovers.
 
-    >>> places = Places(*np.array([[0, 1, 2], [0, 0, 0], [32, 4, 6]]))
-    >>> (first, second), lone = _lots(places, places.targets, 2, 2)
-    >>> first.copies.tolist(), second.copies.tolist(), lone.copies.tolist()
+    >>> places = Addresses(*np.array([[0, 1, 2], [0, 0, 0], [32, 4, 6]]))
+    >>> (first, second), unpaired = _runs_of_neighbours(places, places.targets, 2, 2)
+    >>> first.copies.tolist(), second.copies.tolist(), unpaired.copies.tolist()
     ([1], [2], [0])
     """
     if count == 1:
-        return [places], Places(*(column[:0] for column in places))
+        return [places], Addresses(*(column[:0] for column in places))
     order = np.argsort(addresses, kind="stable")
     index = np.arange(len(order))
     follows = np.diff(addresses[order], prepend=-1 - itemsize) == itemsize
@@ -132,6 +134,6 @@ def _lots(places: Places, addresses: np.ndarray, itemsize: int, count: int) -> t
     # In a run of neighbours each one that has as many before it as it takes ends a lot.
     ends = index[(index - run_start) % count == count - 1]
     chosen = [ends - before for before in reversed(range(count))]
-    lone = np.setdiff1d(index, np.concatenate(chosen))
-    *lots, lone = (Places(*(column[order[which]] for column in places)) for which in (*chosen, lone))
-    return lots, lone
+    unpaired = np.setdiff1d(index, np.concatenate(chosen))
+    *lots, unpaired = (Addresses(*(column[order[which]] for column in places)) for which in (*chosen, unpaired))
+    return lots, unpaired

@@ -18,7 +18,7 @@ from torch import Tensor
 from automodel_conv.execution import page_calls
 from automodel_conv.execution.buffers import span_bytes
 from automodel_conv.execution.page_policy import PagePolicy, PageUse
-from automodel_conv.execution.workers import work_off
+from automodel_conv.execution.workers import run_in_threads
 from automodel_conv.planning.boxes import reach
 from automodel_conv.schedule.jobs import Copies, Job, ReadInPlace, Reads
 
@@ -98,13 +98,13 @@ class NewMemory:
 
     def __init__(self, tensors: Sequence[Tensor], huge_pages: bool | None = None):
         self._tensors = tensors  # whose memory must not go meanwhile
-        self._spans = [_span_of(tensor) if page_calls.knows_pages() else None for tensor in tensors]
+        self._spans = [_span_of(tensor) if page_calls.can_advise() else None for tensor in tensors]
         self._addresses = np.array([span.address if span else 0 for span in self._spans], np.int64)
         self._policy = PagePolicy(huge_pages)
         self._lock = threading.Lock()
         self._can_make = True
 
-    def make_for(self, job: Job) -> None:
+    def populate_for(self, job: Job) -> None:
         """Make the memory that a job writes to, as far as it is new."""
         if isinstance(job, ReadInPlace):
             self._make_for_reads(job.reads)
@@ -138,7 +138,7 @@ class NewMemory:
             for offset in copies.target_offsets:
                 self._make(span, offset * size, (offset + span_elements) * size)
 
-    def make_all(self, threads: int) -> None:
+    def populate_all(self, threads: int) -> None:
         """Make all of it, by some threads."""
         step = _RUN_BLOCKS * BLOCK_BYTES
         runs = [
@@ -147,7 +147,7 @@ class NewMemory:
             if span is not None
             for start in range(0, span.stop - span.address, step)
         ]
-        work_off(runs, threads, lambda: lambda run: self._make(*run))
+        run_in_threads(runs, threads, lambda: lambda run: self._make(*run))
 
     def use(self) -> PageUse:
         """The pages made so far."""
@@ -190,7 +190,7 @@ class NewMemory:
     def _seconds_to_make(self, address: int, nbytes: int) -> float | None:
         """None if the system cannot make them."""
         begin = time.perf_counter()
-        made = page_calls.make_pages(address, nbytes)
+        made = page_calls.populate_pages(address, nbytes)
         return time.perf_counter() - begin if made else None
 
 

@@ -1,6 +1,6 @@
 """System calls for pages of memory, one thin function each.
 
-Callers write ``page_calls.make_pages`` and import no function by name, so that tests can replace it.
+Callers write ``page_calls.populate_pages`` and import no function by name, so that tests can replace it.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ _MADV_NOHUGEPAGE = 15
 _MADV_POPULATE_WRITE = 23
 
 
-def knows_pages() -> bool:
+def can_advise() -> bool:
     """Whether this system takes advice about the pages of memory."""
     return sys.platform == "linux"
 
@@ -34,7 +34,7 @@ def advise_huge_pages(address: int, nbytes: int, use: bool = True) -> bool:
     return _memory_call("madvise")(start, stop - start, _MADV_HUGEPAGE if use else _MADV_NOHUGEPAGE) == 0
 
 
-def make_pages(address: int, nbytes: int) -> bool:
+def populate_pages(address: int, nbytes: int) -> bool:
     """Make the pages of new memory, as if each was written to; those that are there keep what they hold.
 
     Args:

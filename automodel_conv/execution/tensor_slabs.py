@@ -11,8 +11,8 @@ from torch import Tensor
 
 from automodel_conv.dtypes import dtype_code
 from automodel_conv.errors import ConversionError, UnsupportedError, message
-from automodel_conv.execution.cuda import streaming_device
-from automodel_conv.execution.memory import from_real_strides
+from automodel_conv.execution.cuda import transfer_device
+from automodel_conv.execution.memory import with_source_strides
 from automodel_conv.execution.writing import DeviceTensors, HostTensors, Maker
 from automodel_conv.planning.boxes import NotAffine, Piece, chain
 from automodel_conv.planning.copies import StridedCopy, Target, group_pieces
@@ -21,7 +21,7 @@ from automodel_conv.planning.regions import Region
 from automodel_conv.schedule.writes import Slab, slab_schedule
 
 
-class Holding(NamedTuple):
+class LocalTensor(NamedTuple):
     """A region of a source, and the tensor of its local shape that holds it; any strides, any device."""
 
     region: Region
@@ -45,7 +45,7 @@ class TensorSlabs(NamedTuple):
 
 def tensor_slabs(
     plan: CopyPlan,
-    holdings: Mapping[int, Sequence[Holding]],
+    local_tensors: Mapping[int, Sequence[LocalTensor]],
     places: Sequence[tuple[int, int]],
     *,
     most_bytes: int,
@@ -64,7 +64,7 @@ def tensor_slabs(
     by_device: dict[torch.device, _Group] = {}
     chained: dict[tuple[int, _Regions], Sequence[StridedCopy]] = {}  # by identity of copies, which layers share
     for target, place in zip(plan.targets, places, strict=True):
-        held = [holding for row in target.sources for holding in holdings.get(row, ())]
+        held = [holding for row in target.sources for holding in local_tensors.get(row, ())]
         if not held or not prod(target.shape):
             continue
         devices = {holding.tensor.device for holding in held}
@@ -73,11 +73,11 @@ def tensor_slabs(
                 message(f"the parts of {target.name} are on several devices", found=sorted(map(str, devices)))
             )
         group = by_device.setdefault(devices.pop(), _Group([], [], [], []))
-        regions = tuple(tuple(holding.region for holding in holdings.get(row, ())) for row in target.sources)
+        regions = tuple(tuple(holding.region for holding in local_tensors.get(row, ())) for row in target.sources)
         key = id(target.copies), regions
         if key not in chained:
             chained[key] = _from_held(target, regions)
-        copies, read = from_real_strides(chained[key], [holding.tensor.detach() for holding in held])
+        copies, read = with_source_strides(chained[key], [holding.tensor.detach() for holding in held])
         first = len(group.operands)
         group.targets.append(target._replace(sources=tuple(range(first, first + len(read)))))
         group.copies.append(copies)
@@ -108,7 +108,7 @@ def _slabs_on(device: torch.device, group: _Group, most_bytes: int) -> TensorSla
     codes = [dtype_code(tensor.dtype) or "" for tensor in operands]
     sources = _InMemory(codes, range(len(operands)), [0] * len(operands))
     made = slab_schedule(group.targets, group.copies, sources, group.places, most_bytes=most_bytes)
-    streamed = streaming_device(device)
+    streamed = transfer_device(device)
     if streamed is None:
         return TensorSlabs(made.by_file(), lambda: HostTensors(operands, made.dtypes, most_bytes))
     return TensorSlabs(made.by_file(), lambda: DeviceTensors(operands, made.dtypes, most_bytes, streamed, "auto"))
@@ -128,7 +128,7 @@ def _from_held(target: Target, regions: _Regions) -> Sequence[StridedCopy]:
 
 
 def _read_from(region: Region, piece: Piece, ordinal: int, target: Target) -> list[Piece]:
-    placed = [part.turned()._replace(source=ordinal) for part in region.pieces()]
+    placed = [part.inverse()._replace(source=ordinal) for part in region.pieces()]
     try:
         return [made.canonical() for made in chain(placed, [piece], prod(region.shape))]
     except NotAffine as error:

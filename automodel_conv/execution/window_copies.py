@@ -16,7 +16,7 @@ from automodel_conv.execution.window_decoding import WindowDecoder
 from automodel_conv.kernels.launch import MOST_STRIDE, Launches, start
 from automodel_conv.kernels.strided_copy_torch import strided_copy_torch
 from automodel_conv.kernels.variants import Variant
-from automodel_conv.schedule.code_slabs import Place, Rectangle
+from automodel_conv.schedule.code_slabs import Position, Rectangle
 from automodel_conv.schedule.device import Window
 
 
@@ -89,7 +89,7 @@ class WindowCopies:
         """The memory of a window."""
         return self._regions[number % len(self._regions)]
 
-    def _decodes(self, number: int) -> Iterator[tuple[Rectangle, Sequence[Place], Launches]]:
+    def _decodes(self, number: int) -> Iterator[tuple[Rectangle, Sequence[Position], Launches]]:
         """The rectangles of a window that kernels can decode."""
         window = self._windows[number]
         for rectangle, places in window.rectangles.items():

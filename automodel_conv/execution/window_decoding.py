@@ -20,7 +20,7 @@ from automodel_conv.kernels.code_tables import (
 from automodel_conv.kernels.dequantize_torch import dequantize_torch
 from automodel_conv.kernels.launch import Launches
 from automodel_conv.planning.copies import ZEROS_IN_I32
-from automodel_conv.schedule.code_slabs import BYTE_SCALES, Place, Rectangle, ScaleKind
+from automodel_conv.schedule.code_slabs import BYTE_SCALES, Position, Rectangle, ScaleKind
 from automodel_conv.schedule.code_windows import ScaleGroup
 
 # Rows of a table that are made at a time, where each takes scratch for its zero point or its global scale.
@@ -74,19 +74,19 @@ class WindowDecoder:
                     global_scales=_global_scales(group, window, sources, rows),
                     divide=kind.divides,
                     like_upstream=kind.like_upstream,
-                    out=table.view(group.sources_apart, -1, table.shape[1])[sources, rows].flatten(0, 1),
+                    out=table.view(group.table_groups, -1, table.shape[1])[sources, rows].flatten(0, 1),
                 )
-            if not kind.has_byte_cells:
-                torch.arange(group.count, out=_cells(group, window))
+            if not kind.scale_is_table_row:
+                torch.arange(group.count, out=_table_rows(group, window))
 
     def _scales(self, group: ScaleGroup, window: Tensor, sources: slice, rows: slice) -> Tensor:
         """The scales that rows of the table are made of."""
         kind, count = group.kind, sources.stop - sources.start
-        if kind.has_byte_cells:
+        if kind.scale_is_table_row:
             return self._byte_values[kind].repeat(count)
         dtype = _dtype(kind.scales)
         stored = _typed(window, group.scales_bytes, group.count, dtype if dtype.itemsize > 1 else torch.uint8)
-        some = stored.view(group.sources_apart, -1)[sources, rows].flatten()
+        some = stored.view(group.table_groups, -1)[sources, rows].flatten()
         return some if dtype.itemsize > 1 else self._byte_values[kind].index_select(0, some.to(torch.int32))
 
     def _table(self, group: ScaleGroup, window: Tensor) -> Tensor:
@@ -96,7 +96,7 @@ class WindowDecoder:
         codes = 1 << group.kind.bits
         return _typed(window, group.table_bytes, group.table_rows * codes, _dtype(group.kind.numbers)).view(-1, codes)
 
-    def launches(self, rectangle: Rectangle, places: Sequence[Place], group: ScaleGroup, window: Tensor) -> Launches:
+    def launches(self, rectangle: Rectangle, places: Sequence[Position], group: ScaleGroup, window: Tensor) -> Launches:
         """The launches that decode equal rectangles of a window."""
         from automodel_conv.kernels.dequantize import dequantize_launches  # and Triton with it
 
@@ -109,7 +109,9 @@ class WindowDecoder:
         row_stride, column_stride = rectangle.target_strides
         is_transposed = min(rows, columns) > 1 and row_stride < column_stride
         shape = (columns, rows) if is_transposed else (rows, columns)
-        cells, tables = self._cells_and_tables(scales, sources, group, window, table, (rows, rectangle.across))
+        table_rows, tables = self._table_rows_and_tables(
+            scales, sources, group, window, table, (rows, rectangle.across)
+        )
         return dequantize_launches(
             at_addresses(starts, shape, column_stride if is_transposed else row_stride, dtype, device),
             at_addresses(
@@ -119,7 +121,7 @@ class WindowDecoder:
                 torch.uint8,
                 device,
             ),
-            cells,
+            table_rows,
             tables,
             bits=bits,
             block=rectangle.block,
@@ -128,7 +130,7 @@ class WindowDecoder:
             step=row_stride if is_transposed else column_stride,
         )
 
-    def _cells_and_tables(
+    def _table_rows_and_tables(
         self,
         scales: np.ndarray,
         sources: np.ndarray,
@@ -139,10 +141,10 @@ class WindowDecoder:
     ) -> tuple[Matrices, Matrices]:
         """The rows of the table that the blocks of each rectangle take, and the table that each takes."""
         codes = table.shape[1]
-        if group.kind.has_byte_cells:
+        if group.kind.scale_is_table_row:
             addresses, dtype = window.data_ptr() + group.scales_bytes + scales, torch.uint8
         else:
-            addresses, dtype = window.data_ptr() + group.cells_bytes + 4 * scales, torch.int32
+            addresses, dtype = window.data_ptr() + group.table_rows_bytes + 4 * scales, torch.int32
         tables = np.full(len(scales), table.data_ptr())
         if group.kind.has_table_for_each_source:
             tables += sources * (BYTE_SCALES * codes * table.itemsize)
@@ -151,7 +153,9 @@ class WindowDecoder:
             at_addresses(tables, (table.shape[0], codes), codes, table.dtype, window.device),
         )
 
-    def decode_by_torch(self, rectangle: Rectangle, places: Sequence[Place], group: ScaleGroup, window: Tensor) -> None:
+    def decode_by_torch(
+        self, rectangle: Rectangle, places: Sequence[Position], group: ScaleGroup, window: Tensor
+    ) -> None:
         """Decode equal rectangles of a window without kernels, one after another."""
         kind, (rows, columns) = rectangle.kind, rectangle.shape
         bits, table, dtype = kind.bits, self._table(group, window), _dtype(kind.numbers)
@@ -162,17 +166,17 @@ class WindowDecoder:
         scratch = window.view(dtype)
         for target, target_offset, codes_bytes, scale, source in places:
             output = scratch if rectangle.in_window else self._tensors[target]
-            if kind.has_byte_cells:
-                cells = strided(window, grid, (rectangle.across, 1), group.scales_bytes + scale)
+            if kind.scale_is_table_row:
+                table_rows = strided(window, grid, (rectangle.across, 1), group.scales_bytes + scale)
             else:
-                cells = strided(_cells(group, window), grid, (rectangle.across, 1), scale)
+                table_rows = strided(_table_rows(group, window), grid, (rectangle.across, 1), scale)
             of_source = table
             if kind.has_table_for_each_source:
                 of_source = table[source * BYTE_SCALES : (source + 1) * BYTE_SCALES]
             dequantize_torch(
                 [strided(output, rectangle.shape, rectangle.target_strides, target_offset)],
                 [strided(window, (rows, columns * bits // 8), (rectangle.codes_stride, 1), codes_bytes)],
-                [cells],
+                [table_rows],
                 of_source,
                 bits=bits,
                 block=rectangle.block,
@@ -189,9 +193,9 @@ def _typed(window: Tensor, start_bytes: int, count: int, dtype: torch.dtype) -> 
     return window[start_bytes : start_bytes + count * dtype.itemsize].view(dtype)
 
 
-def _cells(group: ScaleGroup, window: Tensor) -> Tensor:
+def _table_rows(group: ScaleGroup, window: Tensor) -> Tensor:
     """The number of each scale of a group, which is its row of the table."""
-    return _typed(window, group.cells_bytes, group.count, torch.int32)
+    return _typed(window, group.table_rows_bytes, group.count, torch.int32)
 
 
 def _bands(group: ScaleGroup) -> Iterator[tuple[slice, slice]]:
@@ -199,7 +203,7 @@ def _bands(group: ScaleGroup) -> Iterator[tuple[slice, slice]]:
 
     Rows are whole rows of blocks, where there are zero points.
     """
-    each = group.table_rows // group.sources_apart
+    each = group.table_rows // group.table_groups
     if group.kind.grid is None:  # scale_table itself takes them in portions
         yield slice(0, 1), slice(0, each)
         return

@@ -25,7 +25,7 @@ def raise_if_stopped(stop: threading.Event | None) -> None:
         raise Stopped
 
 
-def work_off(
+def run_in_threads(
     items: Iterable[Item],
     threads: int,
     start: Callable[[], Callable[[Item], None]],
@@ -55,8 +55,8 @@ def work_off(
     todo = deque(items)
     ended = threading.Event()
     threads = min(threads, len(todo))
-    crew = _Crew(max(threads, most), ended)
-    count = _Count(threads)
+    crew = _ThreadGroup(max(threads, most), ended)
+    count = _ThreadCount(threads)
 
     def goes_on() -> bool:
         if wanted is None:
@@ -93,7 +93,7 @@ def work_off(
     return count.most
 
 
-class _Count:
+class _ThreadCount:
     """How many threads work, and the most that did; any number may be started, and only the one that asks ends."""
 
     def __init__(self, threads: int):
@@ -118,17 +118,17 @@ class _Count:
             self._threads -= threads
 
 
-def at_once(works: Sequence[Callable[[], None]], stop: threading.Event) -> None:
+def run_concurrently(works: Sequence[Callable[[], None]], stop: threading.Event) -> None:
     """Run each of ``works`` in a thread of its own, and return when all have ended.
 
     The first error, or an interrupt of the caller, sets ``stop``, which the works watch, and is raised when they have
     ended. ``stop`` is set in any case then.
     """
-    _Crew(len(works), stop).run(works)
+    _ThreadGroup(len(works), stop).run(works)
 
 
-class _Crew:
-    """Threads at work, which may start others; see ``at_once``."""
+class _ThreadGroup:
+    """Threads at work, which may start others; see ``run_concurrently``."""
 
     def __init__(self, most: int, stop: threading.Event):
         self._stop = stop

@@ -22,16 +22,16 @@ from automodel_conv.execution.cores import cores
 from automodel_conv.execution.host_decoding import decode_codes
 from automodel_conv.execution.protocols import Device
 from automodel_conv.execution.reading import OpenFiles, read
-from automodel_conv.execution.workers import work_off
+from automodel_conv.execution.workers import run_in_threads
 from automodel_conv.files import system
 from automodel_conv.files.checkpoint import Checkpoint
-from automodel_conv.files.exactly import write_exactly
+from automodel_conv.files.full_io import write_exactly
 from automodel_conv.files.shards import Shard
 from automodel_conv.files.source import ByteSource, OpenSource, opened
 from automodel_conv.files.write_errors import write_errors
 from automodel_conv.planning.copies import Decode
-from automodel_conv.schedule.host import runs, staged
-from automodel_conv.schedule.jobs import Copies, Job, Move, ReadInPlace, Reads, aligned_down
+from automodel_conv.schedule.host import jobs_through_scratch, runs
+from automodel_conv.schedule.jobs import Copies, Job, Move, ReadInPlace, Reads, align_down
 from automodel_conv.schedule.writes import Slab, filled_ranges
 
 LEAST_SCRATCH_BYTES = 1 << 16
@@ -87,7 +87,7 @@ def budget(threads: int | None, scratch_bytes: int, *, reads_files: bool) -> Bud
     share = scratch_bytes // threads
     share = max(share - COPY_BYTES, share // (1 + COPY_RATIO))
     inputs = min(_INPUT_BYTES, share // 4) if reads_files else 0
-    return Budget(threads, aligned_down(share - inputs), aligned_down(inputs))
+    return Budget(threads, align_down(share - inputs), align_down(inputs))
 
 
 def begin_shard(shard: Shard, path: str) -> None:
@@ -124,7 +124,7 @@ def write_slabs(
         fd = system.open_existing(path)
         try:
             for group, start in slabs:
-                work_off(group, threads, lambda start=start: _writer(start(), fd, path, advance))
+                run_in_threads(group, threads, lambda start=start: _writer(start(), fd, path, advance))
             system.sync(fd)
         finally:
             system.close(fd)
@@ -150,7 +150,7 @@ def compare_slabs(
     """The first byte of a file, among those that ``slabs`` cover, that is not what they make; None if all are."""
     found: list[int] = []
     with opened(source) as file:
-        work_off(slabs, threads, lambda: _comparer(start(), file, found, advance))
+        run_in_threads(slabs, threads, lambda: _comparer(start(), file, found, advance))
     return min(found, default=None)
 
 
@@ -323,6 +323,6 @@ def jobs_of(
     jobs: dict[tuple[int, int], list[Job]] = {}
     for slab in slabs:
         in_place = runs(Reads.of(sorted(slab.reads)), slab.nbytes)
-        through_input = staged(slab.moves, checkpoint, decodes, input_bytes)
+        through_input = jobs_through_scratch(slab.moves, checkpoint, decodes, input_bytes)
         jobs[slab.file, slab.offset_bytes] = [*map(ReadInPlace, in_place), *through_input]
     return jobs

@@ -17,8 +17,8 @@ from typing import Any
 from automodel_conv.doors import door
 from automodel_conv.errors import listing
 from automodel_conv.files import system
-from automodel_conv.files.beside import goes_beside
 from automodel_conv.files.choosing import ADVICE, Chosen, absent_files, refuse_absent, select, select_in
+from automodel_conv.files.companions import is_companion
 from automodel_conv.files.header import (
     Header,
     Item,
@@ -122,7 +122,7 @@ def open_downloaded(path: str | os.PathLike[str], *, revision: str | None = None
         return _open(select(place))
     names = names_in(place)
     chosen = select_in(place, names)
-    download(place, [*chosen.shards, *(filter(goes_beside, names) if beside else ())])
+    download(place, [*chosen.shards, *(filter(is_companion, names) if beside else ())])
     return _open(chosen)
 
 

@@ -17,7 +17,7 @@ from typing import Any
 
 from automodel_conv.files import system
 from automodel_conv.files.earlier import taken_over
-from automodel_conv.files.exactly import write_exactly
+from automodel_conv.files.full_io import write_exactly
 from automodel_conv.files.journal import note, read_journal
 from automodel_conv.files.placed import folders_of, inside, take_back
 from automodel_conv.files.shards import CHECKSUMS_NAME, FORM, Shard

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 
 from automodel_conv.errors import ReadError, message
 from automodel_conv.files import system
-from automodel_conv.files.exactly import read_exactly
+from automodel_conv.files.full_io import read_exactly
 from automodel_conv.files.shards import CHECKSUMS_NAME, Shard, is_checkpoint
 from automodel_conv.files.staging import holds_work
 

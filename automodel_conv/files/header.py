@@ -18,10 +18,10 @@ from typing import Any, NamedTuple, TypeVar
 from automodel_conv.dtypes import BITS
 from automodel_conv.errors import CheckpointError, ReadError, message
 from automodel_conv.files import system
-from automodel_conv.files.exactly import read_exactly
+from automodel_conv.files.fast_json import MAX_BITS, Columns, usual_columns, usual_object
+from automodel_conv.files.full_io import read_exactly
 from automodel_conv.files.lookalikes import SNIFFED_BYTES, lookalike
 from automodel_conv.files.source import ByteSource, OpenSource
-from automodel_conv.files.usual import MAX_BITS, Columns, usual_columns, usual_object
 
 # Source: MAX_HEADER_SIZE in safetensors/src/tensor.rs.
 MAX_HEADER_BYTES = 100_000_000

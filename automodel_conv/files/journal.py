@@ -18,7 +18,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from automodel_conv.files import system
-from automodel_conv.files.exactly import read_exactly
+from automodel_conv.files.full_io import read_exactly
 from automodel_conv.files.staging import JOURNAL_NAME
 
 # Far more than a line for every file of any checkpoint.

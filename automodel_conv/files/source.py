@@ -8,7 +8,7 @@ from typing import NamedTuple, Protocol
 
 from automodel_conv.errors import ReadError, message
 from automodel_conv.files import system
-from automodel_conv.files.exactly import read_exactly
+from automodel_conv.files.full_io import read_exactly
 
 Identity = tuple[int, int] | str
 

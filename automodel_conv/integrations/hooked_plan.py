@@ -13,12 +13,12 @@ from automodel_conv.errors import CheckpointError, QuantizationError, Unsupporte
 from automodel_conv.files.checkpoint import Checkpoint
 from automodel_conv.integrations.hooked_files import Slice, checkpoint_of
 from automodel_conv.integrations.quantizers import PlainLoad, rounds_alike
+from automodel_conv.planning.complete_uses import RuleUse, whole_conversions
 from automodel_conv.planning.composition import table_of
 from automodel_conv.planning.copies import SourceTable
 from automodel_conv.planning.plan import CopyPlan
-from automodel_conv.planning.quantization import as_meant, quantized_table
+from automodel_conv.planning.quantization import quantized_table, untransposed_plan
 from automodel_conv.planning.wanted import TargetSpec
-from automodel_conv.planning.whole import RuleUse, whole_conversions
 from automodel_conv.upstream.models import matching
 from automodel_conv.upstream.rules import RuleSet, natural_key
 
@@ -68,8 +68,8 @@ def planned(
         except (QuantizationError, UnsupportedError) as error:  # which transformers may load, or tells in its own way
             return None, {ALL: error.reason()}
     first, meant, stored = None, sources, range(len(sources.names))
-    if any(decode.swapped for decode in sources.decodes.values()):
-        first = as_meant(sources)
+    if any(decode.stored_transposed for decode in sources.decodes.values()):
+        first = untransposed_plan(sources)
         meant, stored = table_of(first.targets), [target.sources[0] for target in first.targets]
     coded = {row for row, own in enumerate(stored) if own in sources.decodes} if sources.decodes else set()
     specs = {name: want.spec for name, want in wanted.items()}

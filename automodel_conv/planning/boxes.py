@@ -45,7 +45,7 @@ class Box(NamedTuple):
         """True if both sides are one run of adjacent elements, so that bytes can be moved without a look at them."""
         return self.source_strides == self.target_strides and self.source_strides in ((), (1,))
 
-    def turned(self) -> Box:
+    def inverse(self) -> Box:
         """The geometry of the copy back."""
         return Box(self.shape, self.target_strides, self.source_strides)
 
@@ -91,9 +91,9 @@ class Piece(NamedTuple):
     source_offset: int
     target_offset: int
 
-    def turned(self) -> Piece:
+    def inverse(self) -> Piece:
         """The copy back."""
-        return Piece(self.source, self.box.turned(), self.target_offset, self.source_offset)
+        return Piece(self.source, self.box.inverse(), self.target_offset, self.source_offset)
 
     def canonical(self) -> Piece:
         """The same copy with a canonical box."""

@@ -22,7 +22,7 @@ def inverted(targets: Sequence[Target], sources: SourceTable) -> list[Target]:
     for row, target in enumerate(targets):
         for copy in target.copies:
             for piece in copy.pieces():
-                incoming[target.sources[piece.source]].append((row, piece.turned()))
+                incoming[target.sources[piece.source]].append((row, piece.inverse()))
     shared = _Shared()
     made = []
     for source in sorted(incoming):

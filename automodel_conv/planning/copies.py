@@ -192,7 +192,7 @@ class Decode(NamedTuple):
     global_scale: int | None = None
     divides: bool = False
     """The scale is divided by the global one, not multiplied."""
-    swapped: bool = False
+    stored_transposed: bool = False
     """The last two dimensions are meant in the other order than they are stored in."""
     like_upstream: bool = False
     """Round as transformers does, not once."""
@@ -205,7 +205,7 @@ class Decode(NamedTuple):
     @property
     def kind(self) -> tuple[object, ...]:
         """All fields except the rows; sources of equal kinds decode alike."""
-        return self.format, self.matrix, self.block, self.divides, self.swapped, self.like_upstream
+        return self.format, self.matrix, self.block, self.divides, self.stored_transposed, self.like_upstream
 
     @property
     def parts(self) -> tuple[int, ...]:

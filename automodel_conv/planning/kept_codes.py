@@ -127,10 +127,10 @@ def _blocks(target: Target, decoded: SourceTable) -> str:
 def _has_same_blocks(source: Decode, made: Decode, copies: Sequence[StridedCopy], ordinal: int) -> bool:
     """Whether the blocks of a source are blocks of a target that copies make of it, among others."""
     copies = [copy for copy in copies if ordinal in copy.ordinals]
-    turned = [_is_turned(copy, source.matrix, made.matrix) for copy in copies]
-    if None in turned or len(set(turned)) > 1:
+    transposed = [_is_transposed(copy, source.matrix, made.matrix) for copy in copies]
+    if None in transposed or len(set(transposed)) > 1:
         return False
-    at = (1, 0) if any(turned) else (0, 1)  # the target's dimensions, in the order of the source's
+    at = (1, 0) if any(transposed) else (0, 1)  # the target's dimensions, in the order of the source's
     if source.block != tuple(made.block[i] for i in at):
         return False
     for copy in copies:
@@ -141,14 +141,14 @@ def _has_same_blocks(source: Decode, made: Decode, copies: Sequence[StridedCopy]
     return True
 
 
-def _is_turned(copy: StridedCopy, source: Matrix, target: Matrix) -> bool | None:
+def _is_transposed(copy: StridedCopy, source: Matrix, target: Matrix) -> bool | None:
     """Whether a copy makes rows of columns; None if it does not take neighbours to neighbours, as where rows alternate.
 
     Args:
         source, target: the matrices in the last two dimensions of both sides.
     """
     (rows, columns), (new_rows, new_columns) = source, target
-    turned = False
+    transposed = False
     for size, step, new_step in zip(*copy.box, strict=True):
         if size == 1:
             continue
@@ -159,12 +159,12 @@ def _is_turned(copy: StridedCopy, source: Matrix, target: Matrix) -> bool | None
         elif (step, new_step) == (columns, new_columns):
             fits = size <= min(rows, new_rows) or rows == new_rows
         elif (step, new_step) in ((1, new_columns), (columns, 1)):
-            turned, fits = True, True
+            transposed, fits = True, True
         else:
             fits = step % (rows * columns) == 0 == new_step % (new_rows * new_columns)
         if not fits:
             return None
-    return turned
+    return transposed
 
 
 def _place(offset: int, matrix: Matrix) -> Matrix:

@@ -218,7 +218,7 @@ def is_weight(name: str) -> bool:
     return is_experts(path) and any(leaf_name in layout.weights for layout in LAYOUTS.values())
 
 
-def told_by_name(name: str) -> str | None:
+def layout_from_name(name: str) -> str | None:
     """The layout of a tensor of grouped experts whose name only one layout has; None for all other tensors."""
     found = [called for called, layout in LAYOUTS.items() if holds_experts(name, layout)]
     return found[0] if len(found) == 1 else None

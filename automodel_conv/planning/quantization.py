@@ -63,37 +63,35 @@ def quantized_table(
     return finder.decoded()
 
 
-def tellers_of_padding(
-    stored: SourceTable, decoded: SourceTable, config: Mapping[str, Any]
-) -> Iterator[tuple[int, str]]:
+def padding_suspects(stored: SourceTable, decoded: SourceTable, config: Mapping[str, Any]) -> Iterator[tuple[int, str]]:
     """Rows of codes that may end in padding because one scale serves the whole row, and the tensors that tell.
 
     Args:
         decoded: ``stored`` by this config.
     """
-    packings = [packing for packing in METHODS[config["quant_method"]].codes if packing.padding_told_by]
+    packings = [packing for packing in METHODS[config["quant_method"]].codes if packing.shape_suffix]
     for row, decode in decoded.decodes.items() if packings else ():
         if decode.block[1] < decode.matrix[1]:
             continue
         for packing in packings:
             if stored.dtypes[row] == packing.dtype and stored.names[row].endswith(packing.suffix):
-                teller = part_name(decoded.names[row], packing.padding_told_by)
+                teller = part_name(decoded.names[row], packing.shape_suffix)
                 if teller is not None:
                     yield row, teller
 
 
-def as_meant(table: SourceTable) -> CopyPlan:
+def untransposed_plan(table: SourceTable) -> CopyPlan:
     """The plan that takes every source as it is, but those that are stored transposed in their meant order."""
-    swapped = {row for row, decode in table.decodes.items() if decode.swapped}
+    stored_transposed = {row for row, decode in table.decodes.items() if decode.stored_transposed}
     known: dict[tuple[tuple[int, ...], bool], Any] = {}
     targets = []
     for row, (name, dtype, shape) in enumerate(zip(table.names, table.dtypes, table.shapes, strict=True)):
         if row in table.hidden:
             continue
-        key = shape, row in swapped
+        key = shape, row in stored_transposed
         if key not in known:
             value = leaf(0, shape)
-            value = transpose(value, -2, -1) if row in swapped else value
+            value = transpose(value, -2, -1) if row in stored_transposed else value
             known[key] = value.shape, copies_of(value)
         made, copies = known[key]
         targets.append(Target(name, dtype, made, -1, (row,), copies))
@@ -181,7 +179,7 @@ class _Finder:
                     zero_points,
                     global_scale,
                     self._method.divides,
-                    packing.swapped,
+                    packing.stored_transposed,
                     self._like_upstream,
                 )
         return True
@@ -257,7 +255,7 @@ class _Finder:
         scheme = fitting[0]
         rows, columns = _within(scheme.block, shape)
         # Whole groups leave no padding.
-        if packing.padding_told_by and scheme.block[1] is not None and shape[-1] % scheme.block[1]:
+        if packing.shape_suffix and scheme.block[1] is not None and shape[-1] % scheme.block[1]:
             return self._tell(row, f"{names[row]} holds {shape[-1]} columns, not whole groups of {scheme.block[1]}")
         if zero_points is not None:
             wanted = ceil(ceil(shape[-2] / rows) / ZEROS_IN_I32), ceil(shape[-1] / columns)

@@ -186,8 +186,8 @@ def _rearranged(value: Value, before: str, after: str, known: Mapping[str, int])
         raise LoweringError(str(error)) from None
     axes = [axis for dim in opened for axis in dim]
     order = [axes.index(axis) for dim in made for axis in dim]
-    turned = permute(reshape(value, [sizes[axis] for axis in axes]), order)
-    return reshape(turned, [prod(sizes[axis] for axis in dim) for dim in made])
+    rearranged = permute(reshape(value, [sizes[axis] for axis in axes]), order)
+    return reshape(rearranged, [prod(sizes[axis] for axis in dim) for dim in made])
 
 
 def _opened(dims: Dims, together: set[tuple[str, ...]]) -> list[tuple[str, ...]]:

@@ -50,16 +50,16 @@ class Matrix(NamedTuple):
     def is_square(self) -> bool:
         """True if it has the model's shape both as it is and transposed, and these two differ."""
         size = [self.shape[dim] for dim in self.dims]
-        return self.shape == self.wanted == self._swapped and min(size) > 1 and 0 not in self.shape
+        return self.shape == self.wanted == self._transposed and min(size) > 1 and 0 not in self.shape
 
     @property
     def is_transposed(self) -> bool | None:
         """What the shape alone tells; None if it tells nothing."""
-        fits, fits_swapped = self.shape == self.wanted, self._swapped == self.wanted
+        fits, fits_swapped = self.shape == self.wanted, self._transposed == self.wanted
         return None if fits == fits_swapped else fits_swapped
 
     @property
-    def _swapped(self) -> tuple[int, ...]:
+    def _transposed(self) -> tuple[int, ...]:
         dim0, dim1 = self.dims
         shape = list(self.shape)
         shape[dim0], shape[dim1] = shape[dim1], shape[dim0]

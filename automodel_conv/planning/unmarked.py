@@ -19,8 +19,8 @@ from automodel_conv.planning.layouts import (
     any_experts,
     holds_experts,
     is_weight,
+    layout_from_name,
     same_names,
-    told_by_name,
 )
 from automodel_conv.planning.plan import CopyPlan
 from automodel_conv.planning.problems import Problems
@@ -42,14 +42,14 @@ def refuse_other_layouts(problems: Problems, plan: CopyPlan, rules: Rules, model
         UnsupportedError: names the first tensor, and ``source_layout``, or ``layout`` of a model that does not say it.
     """
     for name, found, expected in problems.mismatched:
-        if is_weight(name) and found == _turned(expected) != expected:
+        if is_weight(name) and found == _transposed(expected) != expected:
             are_grouped = any(map(is_weight, plan.sources.names))
             do = [_say("source_layout")] if are_grouped else []
             if not model_says:
                 turned = [n for n, layout in LAYOUTS.items() if layout.transposed and holds_experts(name, layout)]
                 do += [f'say {{layout="{called}"}} if the model has its experts in that layout' for called in turned]
             raise _refused(name, do, f"{list(expected)}, as the model has it", list(found))
-    told = [name for name in problems.unexpected if told_by_name(name) is not None]
+    told = [name for name in problems.unexpected if layout_from_name(name) is not None]
     if told and any(".experts." in name for name in problems.missing):  # else the model has all of its own
         raise _refused(told[0], [_say("source_layout")], "names that the model has", f"{len(told)} such names")
     made = {pattern.rpartition(".")[2] for row in range(len(rules.converters)) for pattern in rules.patterns(row)[1]}
@@ -59,7 +59,7 @@ def refuse_other_layouts(problems: Problems, plan: CopyPlan, rules: Rules, model
             raise _refused(f"{path}.{leaf}", [_say("source_layout")], "a matrix that is not square", list(shape))
 
 
-def refuse_untold(plan: CopyPlan, canonical: Callable[[str], Layout], gated: Callable[[str], bool]) -> None:
+def refuse_unknown_layout(plan: CopyPlan, canonical: Callable[[str], Layout], gated: Callable[[str], bool]) -> None:
     """Refuse grouped experts that no rule has made, no model has, and whose two weights do not tell how they lie.
 
     Raises:
@@ -72,7 +72,7 @@ def refuse_untold(plan: CopyPlan, canonical: Callable[[str], Layout], gated: Cal
             told = False
         elif down.name not in weights:  # gate and up cannot lie along a dimension that is odd
             shape = weights[first.name]
-            told = not layout.transposed and first.sizes(shape) is not None and first.sizes(_turned(shape)) is None
+            told = not layout.transposed and first.sizes(shape) is not None and first.sizes(_transposed(shape)) is None
         else:
             told = layout.fits(weights)
         if not told:
@@ -97,9 +97,9 @@ def refuse_contradictions(table: SourceTable, shapes: Mapping[str, Shape], rules
         for leaf, found in weights.items():
             name = f"{path}.{leaf}"
             expected = shapes.get(name)
-            if expected is not None and found == _turned(expected) != expected:
+            if expected is not None and found == _transposed(expected) != expected:
                 raise _refused(name, [_say("layout")], f"{list(expected)}, as the model has it", list(found))
-            if takes and leaf not in taken and told_by_name(name) is not None:
+            if takes and leaf not in taken and layout_from_name(name) is not None:
                 raise _refused(name, [_say("layout")], "names that the rules take apart", list(found))
         first, down = TRANSFORMERS.first[0].name, TRANSFORMERS.down[0].name
         if takes and f"{path}.{down}" not in shapes and not TRANSFORMERS.fits(weights):
@@ -147,7 +147,7 @@ def _is_square(shape: Shape) -> bool:
     return shape[1] == shape[2]
 
 
-def _turned(shape: Shape) -> Shape:
+def _transposed(shape: Shape) -> Shape:
     return (shape[0], shape[2], shape[1]) if len(shape) == 3 else shape
 
 

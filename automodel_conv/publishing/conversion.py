@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from automodel_conv.compiling.carrying import carried_targets, dropped_rows, refuse_halves
-from automodel_conv.compiling.decoded import decoded_table, untold
+from automodel_conv.compiling.decoded import decoded_table, unknown_codes
 from automodel_conv.compiling.marks import form_of_conversion, layout_to_read, stated_layout
 from automodel_conv.compiling.stages import without_casts
 from automodel_conv.compiling.to_checkpoint import saving_plan
@@ -93,7 +93,7 @@ def compile_conversion(
     stay = layout == PER_EXPERT and codes is not None and not any(map(any_experts, table.names))
     told = quantization(checkpoint.directory) if codes is not None and not stay and not keeps_names else None
     if codes is not None and told is None and not stay and rules != []:
-        raise untold(codes, checkpoint)
+        raise unknown_codes(codes, checkpoint)
 
     def made_of(
         sources: SourceTable, dtype: torch.dtype | None, *, unbound: bool = False

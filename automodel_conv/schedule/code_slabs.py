@@ -12,13 +12,13 @@ from automodel_conv.planning.copies import ZEROS_IN_I32
 from automodel_conv.schedule.code_rectangles import SourceRectangle, rectangles_of
 from automodel_conv.schedule.coded_source import CodedSource
 from automodel_conv.schedule.cutting import ranges, slabs
-from automodel_conv.schedule.jobs import ALIGN_BYTES, GAP_BYTES, Move, aligned
+from automodel_conv.schedule.jobs import ALIGN_BYTES, GAP_BYTES, Move, align_up
 
 BYTE_SCALES = 256
 """A scale of one byte has one of so many values."""
 GLOBAL_BYTES = 4
 ZERO_POINT_BYTES = 4
-CELL_BYTES = 4
+TABLE_ROW_BYTES = 4
 
 
 class ScaleKind(NamedTuple):
@@ -41,19 +41,19 @@ class ScaleKind(NamedTuple):
     """Rows and columns of a source's scales, where each source has a global scale or zero points."""
 
     @property
-    def has_byte_cells(self) -> bool:
+    def scale_is_table_row(self) -> bool:
         """Whether a scale itself is the row of the table: one of 256 values, and nothing else decides."""
         return itemsize(self.scales) == 1 and self.zero_points is None
 
     @property
     def is_shared(self) -> bool:
         """Whether all such scales take one table, whatever their values."""
-        return self.has_byte_cells and not self.has_global
+        return self.scale_is_table_row and not self.has_global
 
     @property
     def has_table_for_each_source(self) -> bool:
         """Whether each source has a table of its own, with a row for each of the 256 values of a scale."""
-        return self.has_byte_cells and self.has_global
+        return self.scale_is_table_row and self.has_global
 
     @property
     def row_bytes(self) -> int:
@@ -80,7 +80,7 @@ class Rectangle(NamedTuple):
     """Whether its numbers stay in the window, for copies to take them from there; else they are in a target."""
 
 
-class Place(NamedTuple):
+class Position(NamedTuple):
     """The place of a rectangle of codes, and of what it takes."""
 
     target: int
@@ -110,7 +110,7 @@ class Slab(NamedTuple):
     """The rows of blocks that it reaches into."""
     scales: int
     kind: ScaleKind
-    rectangles: tuple[tuple[Rectangle, Place], ...]
+    rectangles: tuple[tuple[Rectangle, Position], ...]
     """Places of codes and scales count from the slab's own."""
     moves: tuple[Move, ...]
     """Copies of its numbers, where codes cannot be decoded straight into the targets; offsets count from the first."""
@@ -152,11 +152,11 @@ def _slab(
     block_rows = source.block_row(start), source.block_row(stop - 1) + 1
     kind, scales = _kind(source, block_rows), (block_rows[1] - block_rows[0]) * source.across
     codes = [(first * bits // 8, -(-last * bits // 8)) for first, last in ranges(cut, GAP_BYTES * 8 // bits)]
-    codes_bytes = aligned((stop - start) * bits // 8)
-    numbers_bytes = aligned((stop - start) * size) if moves else 0
+    codes_bytes = align_up((stop - start) * bits // 8)
+    numbers_bytes = align_up((stop - start) * size) if moves else 0
     nbytes = codes_bytes + numbers_bytes + scales * itemsize(kind.scales)
-    if not kind.has_byte_cells:
-        nbytes += scales * (kind.row_bytes + CELL_BYTES)
+    if not kind.scale_is_table_row:
+        nbytes += scales * (kind.row_bytes + TABLE_ROW_BYTES)
     elif kind.has_table_for_each_source:
         nbytes += BYTE_SCALES * kind.row_bytes
     nbytes += GLOBAL_BYTES if kind.has_global else 0
@@ -170,7 +170,7 @@ def _slab(
 
 def _rectangle(
     region: SourceRectangle, source: CodedSource, start: int, first_block_row: int, kind: ScaleKind, in_window: bool
-) -> tuple[Rectangle, Place]:
+) -> tuple[Rectangle, Position]:
     bits, (block_rows, block_columns), step = source.decode.bits, source.decode.block, region.row_step
     row, column = divmod(region.element, source.columns)
     start_row, across = row % source.height % block_rows, source.across
@@ -190,7 +190,7 @@ def _rectangle(
     )
     scale = (source.block_row(region.element) - first_block_row) * source.across + column // block_columns
     codes_bytes = (region.element - start) * bits // 8
-    return rectangle, Place(region.target, region.target_offset, codes_bytes, scale, 0)
+    return rectangle, Position(region.target, region.target_offset, codes_bytes, scale, 0)
 
 
 def _capacity(source: CodedSource, limit: int, in_place: bool) -> int:
@@ -200,9 +200,11 @@ def _capacity(source: CodedSource, limit: int, in_place: bool) -> int:
         ConversionError: not even a few do.
     """
     decode, kind = source.decode, _kind(source, (0, 1))
-    a_scale = itemsize(kind.scales) + (CELL_BYTES if decode.zero_points is None else CELL_BYTES + ZERO_POINT_BYTES)
+    a_scale = itemsize(kind.scales) + (
+        TABLE_ROW_BYTES if decode.zero_points is None else TABLE_ROW_BYTES + ZERO_POINT_BYTES
+    )
     fixed = 8 * ALIGN_BYTES
-    if not kind.has_byte_cells:
+    if not kind.scale_is_table_row:
         a_scale += kind.row_bytes
     elif kind.has_table_for_each_source:
         fixed += BYTE_SCALES * kind.row_bytes
@@ -214,7 +216,7 @@ def _capacity(source: CodedSource, limit: int, in_place: bool) -> int:
     least = min(ALIGN_BYTES, source.numel)
     if found < least:
         name = source.checkpoint.names[source.row]
-        expected = f"device_scratch_bytes of at least {2 * aligned(ceil(fixed + least * each))}"
+        expected = f"device_scratch_bytes of at least {2 * align_up(ceil(fixed + least * each))}"
         raise ConversionError(message(f"the scratch is too small to decode {name}", expected=expected, found=2 * limit))
     if found >= source.numel:
         return found

@@ -15,17 +15,17 @@ from automodel_conv.files.checkpoint import Checkpoint
 from automodel_conv.planning.copies import ZEROS_IN_I32, Decode
 from automodel_conv.schedule.code_slabs import (
     BYTE_SCALES,
-    CELL_BYTES,
     GLOBAL_BYTES,
+    TABLE_ROW_BYTES,
     ZERO_POINT_BYTES,
-    Place,
+    Position,
     Rectangle,
     ScaleKind,
     Slab,
     slabs_of,
 )
 from automodel_conv.schedule.coded_source import CodedSource
-from automodel_conv.schedule.jobs import ALIGN_BYTES, Move, Read, aligned
+from automodel_conv.schedule.jobs import ALIGN_BYTES, Move, Read, align_up
 
 # A group of scales loses so many bytes to the alignment of its pieces.
 _GROUP_ALIGN_BYTES = 5 * ALIGN_BYTES
@@ -40,12 +40,12 @@ class ScaleGroup(NamedTuple):
     scales_bytes: int
     zero_points_bytes: int
     globals_bytes: int
-    cells_bytes: int
+    table_rows_bytes: int
     """The place of the scales' own numbers, I32, which are their rows of the table."""
     table_bytes: int
 
     @property
-    def sources_apart(self) -> int:
+    def table_groups(self) -> int:
         """The sources, where each has its own share of scales and rows; else all count as one."""
         return 1 if self.kind.grid is None else self.sources
 
@@ -63,7 +63,7 @@ class CodeWindow(NamedTuple):
     reads: list[Read]
     """Their memory is the number of the window. One read may be several tensors that lie together."""
     groups: dict[ScaleKind, ScaleGroup]
-    rectangles: dict[Rectangle, list[Place]]
+    rectangles: dict[Rectangle, list[Position]]
     moves: list[Move]
     """Copies of numbers out of the window, once they are decoded."""
     nbytes: int
@@ -148,7 +148,7 @@ class _Window:
     def close(self, checkpoint: Checkpoint) -> CodeWindow:
         """The window, laid out: codes, then scales by kind with the table that is made of them, then numbers."""
         moves: list[Move] = []
-        rectangles: dict[Rectangle, list[Place]] = {}
+        rectangles: dict[Rectangle, list[Position]] = {}
         at = sum([taken.slab.codes_bytes for taken in self._taken])
         groups: dict[ScaleKind, ScaleGroup] = {}
         for kind, alike in self._by_kind.items():
@@ -168,7 +168,7 @@ class _Window:
                 places = rectangles.get(rectangle)
                 if places is None:
                     places = rectangles[rectangle] = []
-                places.append(Place(target, target_offset, codes_at + codes_bytes, scales + scale, sources))
+                places.append(Position(target, target_offset, codes_at + codes_bytes, scales + scale, sources))
             for move in slab.moves:
                 moves.append(_placed(move, targets[move.target], at // itemsize(slab.kind.numbers)))
             codes_at, at = codes_at + slab.codes_bytes, at + slab.numbers_bytes
@@ -184,7 +184,7 @@ class _Window:
             across = slab.scales // (slab.block_rows[1] - slab.block_rows[0])
             self._add(checkpoint, decode.scales, slab.block_rows[0] * across * scale_bytes, nbytes, at)
             at += nbytes
-        zero_points_bytes = at = aligned(at)
+        zero_points_bytes = at = align_up(at)
         for slab, _, decode, _ in alike:
             if decode.zero_points is not None and kind.zero_points is not None:
                 across = slab.scales // (slab.block_rows[1] - slab.block_rows[0])
@@ -192,16 +192,18 @@ class _Window:
                 before = slab.block_rows[0] // ZEROS_IN_I32 * across * ZERO_POINT_BYTES
                 self._add(checkpoint, decode.zero_points, before, nbytes, at)
                 at += nbytes
-        globals_bytes = at = aligned(at)
+        globals_bytes = at = align_up(at)
         for _, _, decode, _ in alike:
             if decode.global_scale is not None:
                 self._add(checkpoint, decode.global_scale, 0, GLOBAL_BYTES, at)
                 at += GLOBAL_BYTES
-        cells_bytes = aligned(at)
+        table_rows_bytes = align_up(at)
         count = sum([taken.slab.scales for taken in alike])
-        table_bytes = aligned(cells_bytes + (0 if kind.has_byte_cells else count * CELL_BYTES))
-        group = ScaleGroup(kind, len(alike), count, first, zero_points_bytes, globals_bytes, cells_bytes, table_bytes)
-        return group, aligned(table_bytes + group.table_rows * kind.row_bytes)
+        table_bytes = align_up(table_rows_bytes + (0 if kind.scale_is_table_row else count * TABLE_ROW_BYTES))
+        group = ScaleGroup(
+            kind, len(alike), count, first, zero_points_bytes, globals_bytes, table_rows_bytes, table_bytes
+        )
+        return group, align_up(table_bytes + group.table_rows * kind.row_bytes)
 
     def _add(self, checkpoint: Checkpoint, row: int, offset_bytes: int, nbytes: int, start_bytes: int) -> None:
         """Read bytes of a source to a place in the window; with those before if both lie there together."""

@@ -24,8 +24,8 @@ from automodel_conv.schedule.jobs import (
     Read,
     ReadAndCopy,
     Reads,
-    aligned,
-    grouped,
+    align_up,
+    group_moves,
 )
 
 
@@ -76,7 +76,7 @@ def _job(source: CodedSource, start: int, stop: int, cut: Sequence[Move]) -> Rea
     for first, last in ranges(cut, GAP_BYTES * 8 // bits):
         first, last = first * bits // 8, -(-last * bits // 8)
         reads.append(_read(source, source.row, first, last - first, first - start * bits // 8))
-    at = aligned((stop - start) * bits // 8)
+    at = align_up((stop - start) * bits // 8)
     first, last = source.block_row(start), source.block_row(stop - 1) + 1
     scales, at = _grid(source, source.decode.scales, first, last, at, reads)
     zero_points = None
@@ -88,7 +88,7 @@ def _job(source: CodedSource, start: int, stop: int, cut: Sequence[Move]) -> Rea
     if source.decode.global_scale is not None:
         global_bytes = at
         reads.append(_read(source, source.decode.global_scale, 0, 4, at))
-        at = aligned(at + 4)
+        at = align_up(at + 4)
     size = itemsize(source.dtype)
     decodings = [
         Decoding(
@@ -111,7 +111,7 @@ def _job(source: CodedSource, start: int, stop: int, cut: Sequence[Move]) -> Rea
     ]
     shift = at // size - start
     moves = [move._replace(source_offset=move.source_offset + shift) for move in cut]
-    return ReadAndCopy(Reads.of(sorted(reads)), at + (stop - start) * size, grouped(moves), decodings)
+    return ReadAndCopy(Reads.of(sorted(reads)), at + (stop - start) * size, group_moves(moves), decodings)
 
 
 def _read(source: CodedSource, row: int, offset_bytes: int, nbytes: int, start_bytes: int) -> Read:
@@ -123,7 +123,7 @@ def _grid(source: CodedSource, row: int, first: int, last: int, at: int, reads: 
     dtype = source.checkpoint.dtypes[row]
     row_bytes = source.across * itemsize(dtype)
     reads.append(_read(source, row, first * row_bytes, (last - first) * row_bytes, at))
-    return Grid(at, dtype, (last - first, source.across)), aligned(at + (last - first) * row_bytes)
+    return Grid(at, dtype, (last - first, source.across)), align_up(at + (last - first) * row_bytes)
 
 
 def _columns(moves: Sequence[Move], columns: int, bits: int) -> tuple[int, int]:

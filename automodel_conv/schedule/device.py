@@ -14,12 +14,12 @@ from typing import NamedTuple
 import numpy as np
 
 from automodel_conv.files.checkpoint import Checkpoint
-from automodel_conv.files.exactly import IOV_MAX
+from automodel_conv.files.full_io import IOV_MAX
 from automodel_conv.planning.copies import Decode, StridedCopy, Target
-from automodel_conv.schedule.code_slabs import Place, Rectangle, ScaleKind
+from automodel_conv.schedule.code_slabs import Position, Rectangle, ScaleKind
 from automodel_conv.schedule.code_windows import ScaleGroup, code_windows
-from automodel_conv.schedule.host import divide, joined, runs
-from automodel_conv.schedule.jobs import Copies, Read, Reads, grouped, together
+from automodel_conv.schedule.host import divide, runs, slab_jobs
+from automodel_conv.schedule.jobs import Copies, Read, Reads, concatenated, group_moves
 
 
 class Upload(NamedTuple):
@@ -48,7 +48,7 @@ class Window(NamedTuple):
     chunks: int
     scale_groups: Mapping[ScaleKind, ScaleGroup]
     """The scales in it."""
-    rectangles: Mapping[Rectangle, Sequence[Place]]
+    rectangles: Mapping[Rectangle, Sequence[Position]]
     """The codes in it, to be decoded before the copies."""
 
     @property
@@ -58,7 +58,7 @@ class Window(NamedTuple):
         return {copies.target for copies in self.copies} | {place.target for places in decoded for place in places}
 
 
-def stream_schedule(
+def device_schedule(
     targets: Sequence[Target],
     copies: Sequence[Sequence[StridedCopy]],
     checkpoint: Checkpoint,
@@ -85,16 +85,16 @@ def stream_schedule(
     first = len(targets)  # the memories of all reads here: the targets, then the windows
     plain = {row: of_row for row, of_row in moves.items() if row not in decodes}
     coded = {row: of_row for row, of_row in moves.items() if row in decodes}
-    jobs = list(joined(plain, checkpoint, window_bytes))
+    jobs = list(slab_jobs(plain, checkpoint, window_bytes))
     to_windows = [job.reads._replace(memory=job.reads.memory + first + number) for number, job in enumerate(jobs)]
-    reads = together([in_place, *to_windows]).in_order()
+    reads = concatenated([in_place, *to_windows]).in_order()
     of_codes = list(code_windows(coded, checkpoint, decodes, window_bytes, first + len(jobs)))
     chunks = [_chunk(run, first) for run in runs(reads, slot_bytes)]
     chunks += [_chunk(some, first) for some in _packed((window.reads for window in of_codes), slot_bytes)]
     filled = Counter(window for chunk in chunks for window in chunk.to_windows)
     windows = [Window(job.copies, job.scratch_bytes, filled[n], {}, {}) for n, job in enumerate(jobs)]
     windows += [
-        Window(grouped(window.moves), window.nbytes, filled[n], window.groups, window.rectangles)
+        Window(group_moves(window.moves), window.nbytes, filled[n], window.groups, window.rectangles)
         for n, window in enumerate(of_codes, len(jobs))
     ]
     return chunks, windows

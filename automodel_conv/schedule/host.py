@@ -14,7 +14,7 @@ import numpy as np
 
 from automodel_conv.dtypes import itemsize
 from automodel_conv.files.checkpoint import Checkpoint
-from automodel_conv.files.exactly import IOV_MAX
+from automodel_conv.files.full_io import IOV_MAX
 from automodel_conv.planning.boxes import run_of
 from automodel_conv.planning.copies import Decode, StridedCopy, Target
 from automodel_conv.schedule.cutting import ranges, slabs
@@ -27,8 +27,8 @@ from automodel_conv.schedule.jobs import (
     ReadAndCopy,
     ReadInPlace,
     Reads,
-    aligned,
-    grouped,
+    align_up,
+    group_moves,
 )
 
 # Threads that read near each other share what the system reads ahead: a fifth faster from a disk than runs of 32 MiB,
@@ -61,7 +61,9 @@ def schedule(
     in_place, moves = divide(targets, copies, checkpoint, decodes)
     jobs: list[Job] = [ReadInPlace(run) for run in runs(in_place, portion(in_place.total_bytes, threads, RUN_BYTES))]
     through_scratch = sum(checkpoint.nbytes[row] for row in moves)
-    jobs += staged(moves, checkpoint, decodes, min(slot_bytes, portion(through_scratch, threads, _SLAB_BYTES)))
+    jobs += jobs_through_scratch(
+        moves, checkpoint, decodes, min(slot_bytes, portion(through_scratch, threads, _SLAB_BYTES))
+    )
     jobs.sort(key=lambda job: (job.reads.file[0], job.reads.offset_bytes[0]))
     return jobs
 
@@ -153,7 +155,7 @@ def _as_move(read: Read, row: int, checkpoint: Checkpoint) -> Move:
 
 def runs(reads: Reads, limit: int) -> Iterator[Reads]:
     """Join neighbouring reads and cut large ones to runs of at most ``limit`` bytes; the reads are in order."""
-    reads = chopped(reads, limit)
+    reads = split_long(reads, limit)
     count = len(reads.file)
     most = IOV_MAX // 2  # every read may need a junk buffer before it
     gaps = reads.offset_bytes[1:] - reads.stop_bytes[:-1]
@@ -174,7 +176,7 @@ def portion(total_bytes: int, threads: int, most_bytes: int) -> int:
     return max(_LEAST_JOB_BYTES, min(most_bytes, total_bytes // (4 * threads)))
 
 
-def chopped(reads: Reads, limit: int) -> Reads:
+def split_long(reads: Reads, limit: int) -> Reads:
     """The same reads, each as several of at most ``limit`` bytes."""
     if not (reads.nbytes > limit).any():
         return reads
@@ -185,17 +187,17 @@ def chopped(reads: Reads, limit: int) -> Reads:
     return Reads(file, offset_bytes + done, np.minimum(limit, nbytes - done), memory, start_bytes + done)
 
 
-def staged(
+def jobs_through_scratch(
     moves: Mapping[int, Sequence[Move]], checkpoint: Checkpoint, decodes: Mapping[int, Decode], limit: int
 ) -> Iterator[ReadAndCopy]:
     """All that goes through at most ``limit`` bytes of scratch."""
-    yield from joined({row: of_row for row, of_row in moves.items() if row not in decodes}, checkpoint, limit)
+    yield from slab_jobs({row: of_row for row, of_row in moves.items() if row not in decodes}, checkpoint, limit)
     coded = {row: of_row for row, of_row in moves.items() if row in decodes}
     if coded:
         yield from decoded(coded, checkpoint, decodes, limit)
 
 
-def joined(moves: Mapping[int, Sequence[Move]], checkpoint: Checkpoint, limit: int) -> Iterator[ReadAndCopy]:
+def slab_jobs(moves: Mapping[int, Sequence[Move]], checkpoint: Checkpoint, limit: int) -> Iterator[ReadAndCopy]:
     """Slabs of sources, several to a job while they fit into ``limit`` bytes of scratch and lie in one file.
 
     Each slab starts at a multiple of 64 bytes.
@@ -208,10 +210,10 @@ def joined(moves: Mapping[int, Sequence[Move]], checkpoint: Checkpoint, limit: i
         file, base = file_ids[row], offsets[row]
         size = itemsize(checkpoint.dtypes[row])
         for start, stop, cut in slabs(moves[row], limit // size):
-            place = aligned(used)
+            place = align_up(used)
             end = place + (stop - start) * size
             if reads and (end > limit or file != reads[0].file):
-                yield ReadAndCopy(Reads.of(reads), used, grouped(placed))
+                yield ReadAndCopy(Reads.of(reads), used, group_moves(placed))
                 reads, placed, place, end = [], [], 0, (stop - start) * size
             for first, last in ranges(cut, GAP_BYTES // size):
                 at = place + (first - start) * size
@@ -220,4 +222,4 @@ def joined(moves: Mapping[int, Sequence[Move]], checkpoint: Checkpoint, limit: i
             placed += [move._replace(source_offset=move.source_offset + shift) for move in cut]
             used = end
     if reads:
-        yield ReadAndCopy(Reads.of(reads), used, grouped(placed))
+        yield ReadAndCopy(Reads.of(reads), used, group_moves(placed))

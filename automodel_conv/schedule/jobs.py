@@ -18,12 +18,12 @@ ALIGN_BYTES = 64
 """Tensors of every safetensors dtype may start at multiples of this in scratch, and so may the vectors of any CPU."""
 
 
-def aligned(nbytes: int) -> int:
+def align_up(nbytes: int) -> int:
     """Rounded up to whole alignments."""
     return -(-nbytes // ALIGN_BYTES) * ALIGN_BYTES
 
 
-def aligned_down(nbytes: int) -> int:
+def align_down(nbytes: int) -> int:
     """Rounded down to whole alignments."""
     return nbytes // ALIGN_BYTES * ALIGN_BYTES
 
@@ -99,7 +99,7 @@ class Reads(NamedTuple):
         return (self.take(slice(*bound)) for bound in pairwise(bounds))
 
 
-def together(several: Iterable[Reads]) -> Reads:
+def concatenated(several: Iterable[Reads]) -> Reads:
     """Concatenate reads."""
     columns = zip(*several, strict=True)
     return Reads(*map(np.concatenate, columns))
@@ -139,7 +139,7 @@ class Copies(NamedTuple):
         return StridedCopy(self.box, ordinals, tuple(self.source_offsets), tuple(self.target_offsets))
 
 
-def grouped(moves: Iterable[Move]) -> list[Copies]:
+def group_moves(moves: Iterable[Move]) -> list[Copies]:
     """Group equal moves out of one memory as columns, ordered by where they write."""
     groups: dict[tuple[int, str, Box], Copies] = {}
     by_place = sorted(moves, key=lambda move: (move.target, move.target_offset))

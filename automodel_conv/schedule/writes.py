@@ -14,7 +14,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 
 from automodel_conv.dtypes import itemsize
-from automodel_conv.files.exactly import IOV_MAX
+from automodel_conv.files.full_io import IOV_MAX
 from automodel_conv.planning.boxes import Box
 from automodel_conv.planning.copies import Decode, StridedCopy, Target
 from automodel_conv.schedule.cutting import reads, slabs
@@ -25,7 +25,7 @@ _SLAB_BYTES = 8 << 20
 _NONE: Mapping[int, Decode] = {}
 
 
-class Places(Protocol):
+class SourceLocations(Protocol):
     """Where sources lie: by row, the dtype, the file (or whatever holds it) and its first byte there."""
 
     @property
@@ -68,7 +68,7 @@ class Slabs(NamedTuple):
 def slab_schedule(
     targets: Sequence[Target],
     copies: Sequence[Sequence[StridedCopy]],
-    sources: Places,
+    sources: SourceLocations,
     places: Sequence[tuple[int, int]],
     decodes: Mapping[int, Decode] = _NONE,
     *,
@@ -144,16 +144,16 @@ class _Fill(NamedTuple):
 
 
 def _fills(
-    target: Target, copies: Sequence[StridedCopy], sources: Places, decodes: Mapping[int, Decode]
+    target: Target, copies: Sequence[StridedCopy], sources: SourceLocations, decodes: Mapping[int, Decode]
 ) -> Iterator[_Fill]:
     for copy in copies:
-        box = copy.box.turned()
+        box = copy.box.inverse()
         for ordinal, source, place in zip(copy.ordinals, copy.source_offsets, copy.target_offsets, strict=True):
             row = target.sources[ordinal]
             yield _Fill(row, target.dtype if row in decodes else sources.dtypes[row], box, place, source)
 
 
-def _direct(filled: Sequence[_Fill], file: int, begin: int, sources: Places, limit: int) -> Iterator[Slab]:
+def _direct(filled: Sequence[_Fill], file: int, begin: int, sources: SourceLocations, limit: int) -> Iterator[Slab]:
     for row, dtype, box, place, source in sorted(filled, key=lambda fill: fill.source_offset):
         size = itemsize(dtype)
         nbytes = box.numel * size
@@ -170,7 +170,7 @@ def _in_memory(
         for start, stop, cut in slabs(block, most_bytes // size):
             moves: dict[int, list[Move]] = {}
             for fill in cut:
-                move = Move(dtype, fill.dtype, fill.box.turned(), fill.target_offset, fill.source_offset - start)
+                move = Move(dtype, fill.dtype, fill.box.inverse(), fill.target_offset, fill.source_offset - start)
                 moves.setdefault(fill.row, []).append(move)
             sparse = sum(fill.box.numel for fill in cut) < stop - start
             yield Slab(file, begin + start * size, (stop - start) * size, [], moves, size if sparse else 0)

@@ -44,7 +44,7 @@ def decode_lines(
     start_column,
     across,
     DST: tl.constexpr,
-    CELL: tl.constexpr,
+    TABLE_ROW: tl.constexpr,
     SRC_VECTOR: tl.constexpr,
     DST_VECTOR: tl.constexpr,
     BITS: tl.constexpr,
@@ -85,7 +85,7 @@ def decode_lines(
     at = tl.arange(0, VECTORS) * SRC_VECTOR
     r, b = at // TILE_COLUMNS, at % TILE_COLUMNS
     cell = ((r + (r0 + start_row)) >> block_rows) * across + ((b + (b0 + start_column)) >> block_columns)
-    cells = pointer_to(tl.load(entry + 2), CELL, 1)
+    cells = pointer_to(tl.load(entry + 2), TABLE_ROW, 1)
     cell = tl.load(cells + cell, mask=(r < rows - r0) & (b < columns - b0), other=0)
     numbers = pointer_to(tl.load(entry + 3), DST, 1) + (cell.to(tl.int32) << BITS)
     if ARITHMETIC:
@@ -132,7 +132,7 @@ def decode_rectangles(
     start_column,
     across,
     DST: tl.constexpr,
-    CELL: tl.constexpr,
+    TABLE_ROW: tl.constexpr,
     SRC_VECTOR: tl.constexpr,
     DST_VECTOR: tl.constexpr,
     BITS: tl.constexpr,
@@ -159,7 +159,7 @@ def decode_rectangles(
     codes = tl.load(codes + (r * src_stride + b), mask=mask, other=0).to(tl.int32)
     v = tl.arange(0, VECTORS)[None, :] * SRC_VECTOR
     cell = ((r + (r0 + start_row)) >> block_rows) * across + ((v + (b0 + start_column)) >> block_columns)
-    cells = pointer_to(tl.load(entry + 2), CELL, 1)
+    cells = pointer_to(tl.load(entry + 2), TABLE_ROW, 1)
     first = tl.load(cells + cell, mask=(r < rows - r0) & (v < columns - b0), other=0).to(tl.int32) << BITS
     first = tl.broadcast_to(first[:, :, None], [TILE_ROWS, VECTORS, SRC_VECTOR])
     first = tl.reshape(first, [TILE_ROWS, TILE_COLUMNS])

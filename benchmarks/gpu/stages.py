@@ -16,7 +16,7 @@ from benchmarks import measure
 from benchmarks.gpu import candidates, checkpoints, environment, kernels, loading, round_trip, sweep, transfers
 from benchmarks.gpu.listening import Limits, Place
 from benchmarks.gpu.record import Record, is_wrong
-from benchmarks.gpu.working import Task, work_off, work_off_together
+from benchmarks.gpu.working import Task, run_task, run_tasks_together
 
 _MOST_PROCESSES = 8
 _COMPILING_SHARE = 0.4
@@ -44,8 +44,8 @@ class Run:
     def processes(self) -> int:
         return min(_MOST_PROCESSES, measure.cores())
 
-    def work_off(self, stage: str, limits: Limits, task: Task) -> None:
-        work_off(task, stage, self.record, self.place, limits)
+    def run_task(self, stage: str, limits: Limits, task: Task) -> None:
+        run_task(task, stage, self.record, self.place, limits)
 
 
 class Stage(NamedTuple):
@@ -67,7 +67,7 @@ def look_around(run: Run) -> None:
     run.record.result["rows"][stage] = [row for row in known if row["cell"] == environment.IMPORTS]
     for cells in environment.TASKS:
         limits = Limits(time.monotonic() + _ENVIRONMENT_S, _ENVIRONMENT_S)
-        run.work_off(stage, limits, Task("benchmarks.gpu.environment", run.order, cells))
+        run.run_task(stage, limits, Task("benchmarks.gpu.environment", run.order, cells))
         _check_device(run, known)
     found = run.record.done(stage)
     for row in known:
@@ -91,13 +91,13 @@ def run_tests(run: Run, limits: Limits) -> None:
     count = run.processes()
     order = {**run.order, "tests": run.tests, "huge": False}
     tasks = [Task("benchmarks.gpu.testing", {**order, "share": [k, count]}, None) for k in range(count)]
-    work_off_together(tasks, "tests", run.record, run.place, limits, quiet=True)
+    run_tasks_together(tasks, "tests", run.record, run.place, limits, quiet=True)
     if not run.record.rows("tests") and "tests" not in run.record.result["left_out"]:
         run.record.tell("errors", "tests", f"there is no test in {run.tests}")
 
 
 def measure_kernels(run: Run, limits: Limits) -> None:
-    run.work_off("kernels", limits, Task("benchmarks.gpu.kernels", run.order, tuple(kernels.cells(run.smoke))))
+    run.run_task("kernels", limits, Task("benchmarks.gpu.kernels", run.order, tuple(kernels.cells(run.smoke))))
 
 
 def try_candidates(run: Run, limits: Limits) -> None:
@@ -112,23 +112,23 @@ def try_candidates(run: Run, limits: Limits) -> None:
     # Those that need a process of their own are few.
     shares = [groups[0][k::count] for k in range(count)] + groups[1:]
     tasks = [Task("benchmarks.gpu.sweep", compiling, tuple(share)) for share in shares if share]
-    work_off_together(tasks, "compilation", run.record, run.place, soon, quiet=True)
+    run_tasks_together(tasks, "compilation", run.record, run.place, soon, quiet=True)
     run.record.result["left_out"].pop("compilation", None)  # then it is compiled when it is timed
     broken = {row["cell"] for row in run.record.rows("compilation") if is_wrong(row)}
     order = {**run.order, "compiles_only": False}
     for layer in dict.fromkeys(cell.layer for cell in cells.values()):
         for group in groups:
             names = tuple(name for name in group if cells[name].layer == layer and name not in broken)
-            run.work_off("sweep", limits, Task("benchmarks.gpu.sweep", order, names))
+            run.run_task("sweep", limits, Task("benchmarks.gpu.sweep", order, names))
 
 
 def measure_transfers(run: Run, limits: Limits) -> None:
     reads = tuple(transfers.READS)
     known = transfers.cells(str(run.root), run.smoke, torch.device("cpu"))
     rest = tuple(name for name in known if name not in reads)
-    run.work_off("transfers", limits, Task("benchmarks.gpu.transfers", run.order, rest))
+    run.run_task("transfers", limits, Task("benchmarks.gpu.transfers", run.order, rest))
     reads = ready(run, limits, "transfers", dict.fromkeys(reads, (checkpoints.SHORT,)))
-    run.work_off("transfers", limits, Task("benchmarks.gpu.transfers", run.order, reads))
+    run.run_task("transfers", limits, Task("benchmarks.gpu.transfers", run.order, reads))
 
 
 def measure_loads(run: Run, limits: Limits) -> None:
@@ -140,7 +140,7 @@ def measure_loads(run: Run, limits: Limits) -> None:
         cells = ready(run, limits, "loads", {name: known[name].needs for name in group})
         # An empty cache, so that kernels are compiled.
         cold = {"TRITON_CACHE_DIR": str(run.root / "triton-cache")} if known[group[0]].is_cold else {}
-        run.work_off("loads", limits, Task("benchmarks.gpu.loading", run.order, cells, cold))
+        run.run_task("loads", limits, Task("benchmarks.gpu.loading", run.order, cells, cold))
         for row in loading.mark_unequal(run.record.rows("loads")):
             run.record.add("loads", row)
 
@@ -151,9 +151,9 @@ def finish(run: Run, limits: Limits) -> None:
         shutil.rmtree(run.root / name, ignore_errors=True)
     run.written &= {checkpoints.SHORT}
     cells = ready(run, limits, "round trip", dict.fromkeys(round_trip.CELLS, (checkpoints.SHORT,)))
-    run.work_off("round trip", limits, Task("benchmarks.gpu.round_trip", run.order, cells))
+    run.run_task("round trip", limits, Task("benchmarks.gpu.round_trip", run.order, cells))
     order = {**run.order, "tests": run.tests, "huge": True, "share": [0, 1]}
-    run.work_off("huge tests", limits, Task("benchmarks.gpu.testing", order, None))
+    run.run_task("huge tests", limits, Task("benchmarks.gpu.testing", order, None))
 
 
 STAGES = {
@@ -192,7 +192,7 @@ def need(run: Run, limits: Limits, names: Iterable[str]) -> None:
     failed = {row["cell"] for row in run.record.rows(stage) if is_wrong(row)}
     missing = tuple(name for name in wanted if name not in run.written | failed)
     run.record.forget(stage, missing)
-    run.work_off(stage, limits, Task("benchmarks.gpu.checkpoints", run.order, missing))
+    run.run_task(stage, limits, Task("benchmarks.gpu.checkpoints", run.order, missing))
     run.written |= {row["cell"] for row in run.record.rows(stage) if row["cell"] in missing and not is_wrong(row)}
 
 

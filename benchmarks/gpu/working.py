@@ -30,7 +30,7 @@ class Task(NamedTuple):
     variables: Mapping[str, str] = {}
 
 
-def work_off(task: Task, stage: str, record: Record, place: Place, limits: Limits, *, quiet: bool = False) -> None:
+def run_task(task: Task, stage: str, record: Record, place: Place, limits: Limits, *, quiet: bool = False) -> None:
     """Do the cells of a task that are not done yet: in the end each has a row, or is listed as left out.
 
     Args:
@@ -39,12 +39,12 @@ def work_off(task: Task, stage: str, record: Record, place: Place, limits: Limit
     _Work(task, stage, record, place, limits, quiet).run()
 
 
-def work_off_together(
+def run_tasks_together(
     tasks: list[Task], stage: str, record: Record, place: Place, limits: Limits, *, quiet: bool = False
 ) -> None:
     """The same for several tasks, all at once."""
     with ThreadPoolExecutor(max(1, len(tasks))) as pool:
-        for future in [pool.submit(work_off, task, stage, record, place, limits, quiet=quiet) for task in tasks]:
+        for future in [pool.submit(run_task, task, stage, record, place, limits, quiet=quiet) for task in tasks]:
             future.result()
 
 

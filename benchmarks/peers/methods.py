@@ -163,7 +163,7 @@ def runai_streamer(directory: str, threads: int, transposed: bool) -> Run:
     def run() -> dict[str, Tensor]:
         made, views = new_buffers(shapes, transposed)
         with library.SafetensorsStreamer() as streamer:
-            streamer.stream_files(_files(directory), device="cpu", owned=False)
+            streamer.load_to_device(_files(directory), device="cpu", owned=False)
             for name, tensor in streamer.get_tensors():
                 views[name].copy_(tensor)
         return made

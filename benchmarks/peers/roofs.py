@@ -118,7 +118,7 @@ def _make_pages(view: memoryview) -> None:
     """The whole pages within; where the system cannot (before Linux 5.14), the read makes them."""
     start, stop = memory.pages(torch.frombuffer(view, dtype=torch.uint8).data_ptr(), len(view))
     if stop > start:
-        page_calls.make_pages(start, stop - start)
+        page_calls.populate_pages(start, stop - start)
 
 
 def _new(nbytes: int, huge: bool) -> Tensor:

@@ -21,7 +21,7 @@ CHANGED = (
     (host_schedule, "portion"),
     (host_schedule, "_SLAB_BYTES"),
     (host_loads, "NewMemory"),
-    (page_calls, "make_pages"),
+    (page_calls, "populate_pages"),
     (system, "open_readonly"),
     (transpose_torch, "_MOST_ROWS"),
 )

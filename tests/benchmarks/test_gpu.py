@@ -367,9 +367,9 @@ class Workers:
     def __init__(self, monkeypatch, **planted):
         self.planted = planted
         self.started = []
-        monkeypatch.setattr(stages, "work_off", self._work_off)
+        monkeypatch.setattr(stages, "run_task", self._run_task)
 
-    def _work_off(self, task, stage, record, place, limits):
+    def _run_task(self, task, stage, record, place, limits):
         module = task.module.rpartition(".")[2]
         todo = [cell for cell in task.cells or () if cell not in record.done(stage)]
         if todo:

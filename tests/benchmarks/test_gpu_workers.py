@@ -16,7 +16,7 @@ from benchmarks.gpu import listening
 from benchmarks.gpu.listening import Limits, Place
 from benchmarks.gpu.record import Record, left_out, problems
 from benchmarks.gpu.worker import BROKEN_EXIT_CODE
-from benchmarks.gpu.working import Task, work_off, work_off_together
+from benchmarks.gpu.working import Task, run_task, run_tasks_together
 
 STAGE = "stage"
 # Does what a cell's name says.
@@ -121,7 +121,7 @@ def stage(tmp_path, worker):
         record = Record.new(tmp_path / "gpu.json")
         limits = limits or Limits(time.monotonic() + 30, 30)
         task = Task(worker.name, {**worker.order, **order}, cells)
-        work_off(task, STAGE, record, Place({}, tmp_path / "log"), limits)
+        run_task(task, STAGE, record, Place({}, tmp_path / "log"), limits)
         return measure.read_json(str(tmp_path / "gpu.json"))
 
     return work
@@ -199,7 +199,7 @@ def test_a_worker_that_only_says_what_nobody_asked_for_gets_nowhere(stage, tmp_p
 def test_workers_side_by_side_keep_all_their_rows_and_their_words_apart(tmp_path, worker):
     record = Record.new(tmp_path / "gpu.json")
     tasks = [Task(worker.name, {**worker.order, "shouts": f"{k}"}, (f"{k}", "shout")) for k in range(4)]
-    work_off_together(tasks, STAGE, record, Place({}, tmp_path / "log"), Limits(time.monotonic() + 30, 30))
+    run_tasks_together(tasks, STAGE, record, Place({}, tmp_path / "log"), Limits(time.monotonic() + 30, 30))
     record.write()
     assert len(values(measure.read_json(str(tmp_path / "gpu.json")))) == 5
     log = (tmp_path / "log").read_text()

@@ -73,8 +73,8 @@ def test_roofs_run(checkpoint, name):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="pages are made on Linux")
 def test_pages_are_made_before_the_read_in_the_roof_of_small_ones_alone(checkpoint, monkeypatch):
-    make_pages, made = page_calls.make_pages, []
-    monkeypatch.setattr(page_calls, "make_pages", lambda *pages: made.append(pages[1]) or make_pages(*pages))
+    populate_pages, made = page_calls.populate_pages, []
+    monkeypatch.setattr(page_calls, "populate_pages", lambda *pages: made.append(pages[1]) or populate_pages(*pages))
     files = [path.stat().st_size for path in Path(checkpoint).glob("*.safetensors")]
     ROOFS["preadv"].prepare(checkpoint, 1)()
     assert made == []

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 import automodel_conv as amc
-from automodel_conv.execution.workers import work_off
+from automodel_conv.execution.workers import run_in_threads
 from automodel_conv.schedule import writes
 from tests.crash_safety.support import (
     KINDS,
@@ -94,6 +94,6 @@ def test_no_thread_works_on_after_an_interrupt_even_one_whose_start_was_cut_shor
     with monkeypatch.context() as patch:
         patch.setattr(threading.Thread, "start", interrupted)
         with pytest.raises(KeyboardInterrupt):
-            work_off(range(3), 2, lambda: take)
+            run_in_threads(range(3), 2, lambda: take)
     assert not working
     assert workers() == []

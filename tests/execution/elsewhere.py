@@ -33,7 +33,7 @@ def put(tensor: Tensor, device: torch.device) -> Tensor:
 
 
 class Devices(dict):
-    """Simulated devices, made when they are asked for; stands for ``cuda.streaming_device``."""
+    """Simulated devices, made when they are asked for; stands for ``cuda.transfer_device``."""
 
     def __init__(self, **options) -> None:
         super().__init__()

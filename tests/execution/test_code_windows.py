@@ -21,7 +21,7 @@ from automodel_conv.planning.boxes import Box, Piece, run_of
 from automodel_conv.planning.copies import Decode
 from automodel_conv.schedule.code_windows import code_windows
 from automodel_conv.schedule.device import Window
-from automodel_conv.schedule.jobs import Move, grouped
+from automodel_conv.schedule.jobs import Move, group_moves
 from automodel_conv.testing import POISON
 from tests.test_memory_budget import torch_peak
 
@@ -157,7 +157,7 @@ def decoded(file, decodes, moves, targets, limit, by_kernels=False):
             written[start : start + nbytes] = True
             raw = bytearray(file.data[offset : offset + nbytes])
             region[start : start + nbytes] = torch.frombuffer(raw, dtype=torch.uint8)
-        made = Window(grouped(window.moves), window.nbytes, 1, window.groups, window.rectangles)
+        made = Window(group_moves(window.moves), window.nbytes, 1, window.groups, window.rectangles)
         copies = WindowCopies([made], tensors, [region])
         work += copies.run(0, copies.variants(10**9) if by_kernels else None)
     return tensors, work

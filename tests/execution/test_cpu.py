@@ -19,7 +19,7 @@ from automodel_conv.errors import ConversionError, ReadError, UnsupportedError
 from automodel_conv.execution import host as cpu
 from automodel_conv.execution import workers
 from automodel_conv.execution.buffers import allocate
-from automodel_conv.execution.host import load_files
+from automodel_conv.execution.host import load_to_host
 from automodel_conv.files.checkpoint import Checkpoint, open_checkpoint
 from automodel_conv.planning import values
 from automodel_conv.planning.boxes import Box, NotAffine, contiguous_strides
@@ -67,7 +67,7 @@ def outputs(plan: CopyPlan) -> dict[str, Guarded]:
 
 def check_load(plan: CopyPlan, checkpoint: Checkpoint, expected: dict[str, Tensor], **options: int) -> cpu.LoadStats:
     guards = outputs(plan)
-    stats = load_files(plan, checkpoint, {n: g.tensor for n, g in guards.items()}, **options)
+    stats = load_to_host(plan, checkpoint, {n: g.tensor for n, g in guards.items()}, **options)
     for name, guard in guards.items():
         guard.check()
         assert_bytes_equal(guard.tensor, expected[name])
@@ -88,7 +88,7 @@ def test_experts_land_in_grouped_buffers(tmp_path, layout, threads):
     if layout != "rows":
         gate_up, down = gate_up.transpose(1, 2), down.transpose(1, 2)
     buffers = allocate(plan.targets)
-    load_files(plan, checkpoint, buffers, threads=threads)
+    load_to_host(plan, checkpoint, buffers, threads=threads)
     assert_bytes_equal(buffers["gate_up"], gate_up.contiguous(), strides=True)
     assert_bytes_equal(buffers["down"], down.contiguous(), strides=True)
     assert_bytes_equal(buffers["norm"], tensors["norm.weight"], strides=True)
@@ -354,7 +354,7 @@ def test_buffers_of_any_strides_are_written_in_place(tmp_path, layout, dtype, or
         for d in [d for d in order if d < len(t.shape)]:
             strides[d], step = step, step * t.shape[d] + 1
         guards[t.name] = guarded(t.shape, torch_dtype(dtype), strides=strides)
-    load_files(plan, checkpoint, {n: g.tensor for n, g in guards.items()})
+    load_to_host(plan, checkpoint, {n: g.tensor for n, g in guards.items()})
     expected = naive(plan, finite)
     for name, guard in guards.items():
         guard.check()
@@ -368,7 +368,7 @@ def test_a_parameter_that_requires_grad_is_written(tmp_path):
     parameter = torch.nn.Parameter(torch.empty(4, 3, dtype=torch.float64))
     transpose = Operation("Transpose", (("dim0", 0), ("dim1", 1)))
     plan = plan_of(sources, target(sources, "t", "F64", [["w"]], [transpose]))
-    load_files(plan, checkpoint, {"t": parameter})
+    load_to_host(plan, checkpoint, {"t": parameter})
     assert_bytes_equal(parameter, tensors["w"].t().to(torch.float64))
     assert parameter.grad_fn is None
 
@@ -390,7 +390,7 @@ def test_a_buffer_that_does_not_fit_is_named_before_anything_is_read(tmp_path, c
         buffers["down"] = buffer
     reads = calls.reads
     with pytest.raises(ConversionError, match=text) as error:
-        load_files(plan, checkpoint, buffers)
+        load_to_host(plan, checkpoint, buffers)
     assert "down" in str(error.value)
     assert calls.reads == reads
 
@@ -399,7 +399,7 @@ def test_a_buffer_that_does_not_fit_is_named_before_anything_is_read(tmp_path, c
 def test_impossible_options_are_refused(tmp_path, options):
     _, checkpoint, plan = moe(tmp_path)
     with pytest.raises(ConversionError, match="scratch_bytes"):
-        load_files(plan, checkpoint, allocate(plan.targets), **options)
+        load_to_host(plan, checkpoint, allocate(plan.targets), **options)
 
 
 def test_allocate_gives_the_shapes_and_dtypes_of_the_plan():
@@ -423,7 +423,7 @@ def test_any_read_that_fails_is_one_error_and_leaves_no_file_open(tmp_path, call
     tensors, checkpoint, plan = moe(tmp_path, *LAYOUTS[layout], shape=(3, 8, 20))
     expected = naive(plan, tensors)
     calls.reads = 0
-    load_files(plan, checkpoint, allocate(plan.targets), threads=2)
+    load_to_host(plan, checkpoint, allocate(plan.targets), threads=2)
     total = calls.reads
     assert total > 4
     complete = []
@@ -431,7 +431,7 @@ def test_any_read_that_fails_is_one_error_and_leaves_no_file_open(tmp_path, call
         calls.reads, calls.fail_read = 0, number
         buffers = {n: g.tensor for n, g in outputs(plan).items()}
         with pytest.raises(ReadError, match="Input/output error") as error:
-            load_files(plan, checkpoint, buffers, threads=2)
+            load_to_host(plan, checkpoint, buffers, threads=2)
         assert not calls.open
         text = str(error.value)
         assert ".safetensors" in text
@@ -459,7 +459,7 @@ def test_a_file_cut_after_it_was_opened_names_file_and_tensor(tmp_path, calls, l
     path = Path(checkpoint.files[checkpoint.file_ids[row]])
     path.write_bytes(path.read_bytes()[: checkpoint.offsets[row] + 3])
     with pytest.raises(ReadError, match="ends too early") as error:
-        load_files(plan, checkpoint, allocate(plan.targets), threads=1)
+        load_to_host(plan, checkpoint, allocate(plan.targets), threads=1)
     assert str(path) in str(error.value)
     assert "experts.4.gate" in str(error.value)
     assert "one of" not in str(error.value)
@@ -470,7 +470,7 @@ def test_a_file_that_is_gone_is_named(tmp_path, calls):
     _, checkpoint, plan = moe(tmp_path)
     Path(checkpoint.files[1]).unlink()
     with pytest.raises(ReadError, match=r"b\.safetensors"):
-        load_files(plan, checkpoint, allocate(plan.targets))
+        load_to_host(plan, checkpoint, allocate(plan.targets))
     assert not calls.open
 
 
@@ -482,7 +482,7 @@ def test_ctrl_c_propagates_and_closes_files(tmp_path, calls, monkeypatch):
 
     monkeypatch.setattr(workers, "wait", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        load_files(plan, checkpoint, allocate(plan.targets), threads=2)
+        load_to_host(plan, checkpoint, allocate(plan.targets), threads=2)
     assert not calls.open
     assert not [t for t in threading.enumerate() if t.name.startswith("automodel_conv")]
 
@@ -496,7 +496,7 @@ def test_a_thread_of_a_load_is_one_thread_of_torch_which_keeps_its_number(tmp_pa
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(3)
-        load_files(plan, checkpoint, allocate(plan.targets), threads=number)
+        load_to_host(plan, checkpoint, allocate(plan.targets), threads=number)
         assert set(within) == {1}
         seen = [torch.get_num_threads()]
         thread = threading.Thread(target=lambda: seen.append(torch.get_num_threads()))
@@ -509,9 +509,9 @@ def test_a_thread_of_a_load_is_one_thread_of_torch_which_keeps_its_number(tmp_pa
 
 def test_progress_counts_all_bytes_and_is_off_by_default(tmp_path, capsys):
     _, checkpoint, plan = moe(tmp_path)
-    load_files(plan, checkpoint, allocate(plan.targets))
+    load_to_host(plan, checkpoint, allocate(plan.targets))
     assert capsys.readouterr() == ("", "")
-    load_files(plan, checkpoint, allocate(plan.targets), progress=True)
+    load_to_host(plan, checkpoint, allocate(plan.targets), progress=True)
     shown = capsys.readouterr().err
     assert "100%" in shown
     assert "B/s" in shown
@@ -541,13 +541,13 @@ def test_modes_of_the_calling_thread_change_nothing(tmp_path):
     tensors, checkpoint, plan = fallback_plan(tmp_path / "upstream", lambda sources: made_of(sources[0]))
     with torch.inference_mode(), torch.device("meta"):
         found = allocate(plan.targets)
-        load_files(plan, checkpoint, found)
+        load_to_host(plan, checkpoint, found)
     for name, tensor in {**made_of(tensors["a"]), "b": tensors["b"]}.items():
         assert_bytes_equal(found[name], tensor.to(found[name].dtype))
     tensors, checkpoint, plan = moe(tmp_path / "copies", *LAYOUTS["transposed"])
     with torch.inference_mode(), torch.device("meta"):
         found = allocate(plan.targets)
-        load_files(plan, checkpoint, found)
+        load_to_host(plan, checkpoint, found)
     for name, tensor in naive(plan, tensors).items():
         assert_bytes_equal(found[name], tensor)
 
@@ -586,7 +586,7 @@ def test_upstream_code_runs_once_for_all_its_targets(tmp_path):
 def test_upstream_code_that_makes_something_else_is_an_error(tmp_path, made_by_upstream, text):
     _, checkpoint, plan = fallback_plan(tmp_path, lambda sources: made_by_upstream)
     with pytest.raises(ConversionError, match=text):
-        load_files(plan, checkpoint, allocate(plan.targets))
+        load_to_host(plan, checkpoint, allocate(plan.targets))
 
 
 # --- anything -------------------------------------------------------------------------------------
@@ -660,7 +660,7 @@ def test_any_chain_of_operations_loads_as_the_oracle_says(tmp_path_factory, draw
             strides[d], step = step, step * max(t.shape[d], 1)
         guards[t.name] = guarded(t.shape, torch_dtype(t.dtype), strides=strides)
     buffers = {n: g.tensor for n, g in guards.items()}
-    stats = load_files(plan, checkpoint, buffers, threads=threads, scratch_bytes=4096)
+    stats = load_to_host(plan, checkpoint, buffers, threads=threads, scratch_bytes=4096)
     assert stats.scratch_bytes <= 4096
     expected = naive(plan, tensors)
     for name, guard in guards.items():
@@ -671,7 +671,7 @@ def test_any_chain_of_operations_loads_as_the_oracle_says(tmp_path_factory, draw
 def test_no_element_keeps_its_poison(tmp_path):
     _, checkpoint, plan = moe(tmp_path, TRANSPOSE)
     guards = outputs(plan)
-    load_files(plan, checkpoint, {n: g.tensor for n, g in guards.items()}, threads=2)
+    load_to_host(plan, checkpoint, {n: g.tensor for n, g in guards.items()}, threads=2)
     for guard in guards.values():
         assert_written(guard.tensor)
 

@@ -32,7 +32,7 @@ MANY = 20
 @pytest.fixture
 def devices(monkeypatch):
     made = Devices()
-    monkeypatch.setattr(filling, "streaming_device", made)
+    monkeypatch.setattr(filling, "transfer_device", made)
     return made
 
 
@@ -131,11 +131,11 @@ def test_streams_are_made_in_the_callers_thread_which_has_the_current_ones(tmp_p
     _, checkpoint, plan = moe(tmp_path)
     made, seen = Devices(), []
 
-    def streaming_device(device):
+    def transfer_device(device):
         seen.append(threading.current_thread())
         return made(device)
 
-    monkeypatch.setattr(filling, "streaming_device", streaming_device)
+    monkeypatch.setattr(filling, "transfer_device", transfer_device)
     fill(plan, checkpoint, buffers_on(plan, HOMES), Limits(**SCRATCH))
     assert set(seen) == {threading.main_thread()}
 

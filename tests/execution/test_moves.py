@@ -64,10 +64,12 @@ def elements_of_moves(moves):
                 else:
                     written = targets[c % 2] + c // 2 * target_stride + r
                 found.append((ordinal, read, written))
-    for _, address, target in zip(*moves.lone, strict=True):
+    for _, address, target in zip(*moves.unpaired, strict=True):
         ordinal, source = divmod(int(address), APART)
-        lone = StridedCopy(moves.lone_form.box, (ordinal,), (source // SOURCE_BYTES,), (int(target) // TARGET_BYTES,))
-        found += elements_of_copy(lone)
+        unpaired = StridedCopy(
+            moves.unpaired_form.box, (ordinal,), (source // SOURCE_BYTES,), (int(target) // TARGET_BYTES,)
+        )
+        found += elements_of_copy(unpaired)
     return sorted(found)
 
 
@@ -109,7 +111,7 @@ def test_copies_of_experts_are_moved_by_the_verb_made_for_them(name):
     moves = moves_of(made)
     assert moves is not None
     assert (moves.verb.name, moves.verb.shapes(moves.matrix)[1]) == (verb, shape)
-    assert not len(moves.lone.copies)
+    assert not len(moves.unpaired.copies)
     assert elements_of_moves(moves) == elements_of_copy(made)
 
 
@@ -136,9 +138,9 @@ LONE = {
 
 @pytest.mark.parametrize("name", LONE)
 def test_halves_without_a_partner_are_lone_and_the_others_pairs(name):
-    made, lone = LONE[name]
+    made, unpaired = LONE[name]
     moves = moves_of(made)
-    assert sorted(moves.lone.copies.tolist()) == lone
+    assert sorted(moves.unpaired.copies.tolist()) == unpaired
     assert elements_of_moves(moves) == elements_of_copy(made)
 
 
@@ -148,7 +150,7 @@ def test_a_verb_of_more_sources_gets_as_many_neighbours():
     three = replace(INTERLEAVE, sources=3, steps=(1, 3), shapes=lambda matrix: ((matrix.columns, 0), matrix[:2]))
     moves = moves_of(made, (*VERBS, three))
     assert len(moves.sources) == 3
-    assert sorted(moves.lone.copies.tolist()) == [0, 4]
+    assert sorted(moves.unpaired.copies.tolist()) == [0, 4]
     assert elements_of_moves(moves) == elements_of_copy(made)
 
 

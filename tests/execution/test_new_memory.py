@@ -54,7 +54,7 @@ def advice(monkeypatch):
 def test_what_a_job_writes_to_is_made_and_nothing_far_from_it(huge_pages):
     buffer = new(64 * MIB)
     memory = NewMemory([buffer], huge_pages)
-    memory.make_for(filling((16 * MIB + 5, 3 * MIB)))
+    memory.populate_for(filling((16 * MIB + 5, 3 * MIB)))
     assert share(buffer[16 * MIB : 19 * MIB]) == 1
     assert share(buffer[: 14 * MIB]) == share(buffer[22 * MIB :]) == 0
     assert not buffer.any()
@@ -65,7 +65,7 @@ def test_a_size_that_is_given_is_asked_for_once(huge_pages, advice):
     buffers = [new(16 * MIB), new(16 * MIB)]
     memory = NewMemory(buffers, huge_pages)
     for _ in range(2):
-        memory.make_for(filling(*((start * MIB, MIB, n) for n in (0, 1) for start in range(16))))
+        memory.populate_for(filling(*((start * MIB, MIB, n) for n in (0, 1) for start in range(16))))
     assert [share(buffer) for buffer in buffers] == [1, 1]
     assert [call[2] for call in advice] == [huge_pages] * 2
     use = memory.use()
@@ -76,14 +76,14 @@ def test_a_size_that_is_given_is_asked_for_once(huge_pages, advice):
 def test_the_span_of_a_move_is_made():
     buffer = new(32 * MIB)
     column = Copies(0, "U8", Box((8, 16), (16, 1), (2 * MIB, 1)), [0], [8 * MIB])
-    NewMemory([buffer]).make_for(copying(column))
+    NewMemory([buffer]).populate_for(copying(column))
     assert share(buffer[8 * MIB : 22 * MIB]) == 1
     assert share(buffer[: 6 * MIB]) == 0
 
 
 def test_offsets_of_moves_count_elements():
     buffer = new(32 * MIB).view(torch.float32)
-    NewMemory([buffer]).make_for(copying(Copies(0, "F32", run_of(16), [0], [4 * MIB])))
+    NewMemory([buffer]).populate_for(copying(Copies(0, "F32", run_of(16), [0], [4 * MIB])))
     assert share(buffer.view(torch.uint8)[16 * MIB : 18 * MIB]) == 1
     assert share(buffer.view(torch.uint8)[: 14 * MIB]) == 0
 
@@ -91,7 +91,7 @@ def test_offsets_of_moves_count_elements():
 def test_memory_that_was_written_to_is_left_as_it_is(advice):
     buffer = new(16 * MIB).fill_(7)
     memory = NewMemory([buffer])
-    memory.make_for(filling((0, 16 * MIB)))
+    memory.populate_for(filling((0, 16 * MIB)))
     assert memory.use().huge_bytes == memory.use().small_bytes == 0
     assert advice == []
     assert bool((buffer == 7).all())
@@ -100,7 +100,7 @@ def test_memory_that_was_written_to_is_left_as_it_is(advice):
 def test_a_block_that_another_job_has_begun_is_made_too():
     buffer = new(16 * MIB)
     buffer[4 * MIB : 4 * MIB + 100] = 7
-    NewMemory([buffer]).make_for(filling((0, 16 * MIB)))
+    NewMemory([buffer]).populate_for(filling((0, 16 * MIB)))
     assert share(buffer) == 1
     assert int(buffer.sum()) == 700
 
@@ -108,8 +108,8 @@ def test_a_block_that_another_job_has_begun_is_made_too():
 def test_small_buffers_are_left_to_the_system(advice):
     buffer = new(2 * BLOCK_BYTES - mmap.PAGESIZE)
     memory = NewMemory([buffer, torch.empty(0), torch.tensor(1)])
-    memory.make_for(filling((0, buffer.nbytes)))
-    memory.make_all(1)
+    memory.populate_for(filling((0, buffer.nbytes)))
+    memory.populate_all(1)
     assert advice == []
     assert share(buffer) == 0
 
@@ -117,7 +117,7 @@ def test_small_buffers_are_left_to_the_system(advice):
 def test_nothing_outside_of_a_buffer_is_made():
     whole = new(32 * MIB)
     inside = whole[8 * MIB + 100 : 16 * MIB + 200]
-    NewMemory([inside]).make_all(2)
+    NewMemory([inside]).populate_all(2)
     assert share(whole[8 * MIB + mmap.PAGESIZE : 16 * MIB]) == 1
     assert share(whole[: 8 * MIB]) == share(whole[16 * MIB + mmap.PAGESIZE :]) == 0
 
@@ -126,7 +126,7 @@ def test_nothing_outside_of_a_buffer_is_made():
 def test_all_of_it_is_made(threads):
     buffers = [new(20 * MIB), new(5 * MIB).view(torch.bfloat16)]
     memory = NewMemory(buffers)
-    memory.make_all(threads)
+    memory.populate_all(threads)
     assert [share(buffer) for buffer in buffers] == [1, 1]
     use = memory.use()
     assert use.huge_bytes + use.small_bytes == 25 * MIB
@@ -134,16 +134,16 @@ def test_all_of_it_is_made(threads):
 
 
 def test_both_sizes_are_tried(advice):
-    NewMemory([new(64 * MIB)]).make_all(1)
+    NewMemory([new(64 * MIB)]).populate_all(1)
     assert [call[2] for call in advice[:4]] == [True, False] * 2
 
 
 @pytest.mark.parametrize(("huge_pages", "asked"), [(None, True), (True, True), (False, False)])
 def test_a_system_that_cannot_make_pages_is_asked_for_huge_ones(monkeypatch, advice, huge_pages, asked):
-    monkeypatch.setattr(page_calls, "make_pages", lambda address, nbytes: False)
+    monkeypatch.setattr(page_calls, "populate_pages", lambda address, nbytes: False)
     buffer = new(64 * MIB)
     memory = NewMemory([buffer], huge_pages)
-    memory.make_all(1)
+    memory.populate_all(1)
     assert advice[-1][2] is asked
     assert share(buffer) == 0
     assert memory.use().huge_gb_per_s is None
@@ -159,7 +159,7 @@ def test_tensors_of_a_size_need_one_mapping_not_one_each():
     before = mappings()
     tensors = [torch.empty(40 * MIB, dtype=torch.uint8) for _ in range(20)]
     for huge_pages in (False, None, True, None):
-        NewMemory(tensors, huge_pages).make_all(1)
+        NewMemory(tensors, huge_pages).populate_all(1)
         assert mappings() - before < 20
 
 
@@ -167,7 +167,7 @@ def test_a_block_that_is_not_whole_is_no_try(advice):
     """It cannot be a huge page, so its time says nothing of huge pages."""
     buffer = new(32 * MIB)[MIB : 13 * MIB]  # half a block, five whole ones, half a block
     memory = NewMemory([buffer])
-    memory.make_all(1)
+    memory.populate_all(1)
     assert share(buffer) == 1
     sizes = [(nbytes, address % BLOCK_BYTES) for address, nbytes, _ in advice if nbytes < buffer.nbytes]
     assert set(sizes) == {(BLOCK_BYTES, 0)}
@@ -176,21 +176,21 @@ def test_a_block_that_is_not_whole_is_no_try(advice):
 
 def test_what_nobody_writes_to_is_not_made():
     columns = new(64 * MIB).view(-1, 4096)[:, :100]
-    NewMemory([columns]).make_all(1)
+    NewMemory([columns]).populate_all(1)
     assert page_calls.resident_share(columns.data_ptr(), 60 * MIB) == 0
 
 
 def test_what_was_asked_for_is_told_where_pages_cannot_be_made(monkeypatch):
-    monkeypatch.setattr(page_calls, "make_pages", lambda address, nbytes: False)
+    monkeypatch.setattr(page_calls, "populate_pages", lambda address, nbytes: False)
     buffer = new(64 * MIB)
     memory = NewMemory([buffer])
-    memory.make_all(1)
+    memory.populate_all(1)
     assert memory.use() == (64 * MIB, 0, None, None)
 
 
 def test_nothing_is_asked_where_the_system_knows_no_pages(monkeypatch, advice):
-    monkeypatch.setattr(page_calls, "knows_pages", lambda: False)
+    monkeypatch.setattr(page_calls, "can_advise", lambda: False)
     buffer = new(16 * MIB)
-    NewMemory([buffer]).make_all(2)
+    NewMemory([buffer]).populate_all(2)
     assert advice == []
     assert share(buffer) == 0

@@ -46,20 +46,20 @@ def test_pages_are_made_once_and_keep_what_they_hold():
     buffer[3 * page] = 7
     address = ctypes.addressof(ctypes.c_char.from_buffer(buffer))
     assert page_calls.resident_share(address, 8 * page) == 1 / 8
-    assert page_calls.make_pages(address, 6 * page)
+    assert page_calls.populate_pages(address, 6 * page)
     assert page_calls.resident_share(address, 8 * page) == 6 / 8
-    assert page_calls.make_pages(address, 8 * page)
+    assert page_calls.populate_pages(address, 8 * page)
     assert page_calls.resident_share(address, 8 * page) == 1
     assert buffer[3 * page] == 7
     assert buffer[:].count(0) == 8 * page - 1
-    assert not page_calls.make_pages(2**64 - 2 * page, page)
+    assert not page_calls.populate_pages(2**64 - 2 * page, page)
     assert page_calls.resident_share(2**64 - 2 * page, page) == 1
 
 
 def test_memory_is_left_alone_elsewhere(monkeypatch):
     monkeypatch.setattr(sys, "platform", "darwin")
     monkeypatch.delattr(page_calls, "_memory_call")
-    assert not page_calls.knows_pages()
+    assert not page_calls.can_advise()
     assert not page_calls.advise_huge_pages(0, 1 << 30)
-    assert not page_calls.make_pages(0, 1 << 30)
+    assert not page_calls.populate_pages(0, 1 << 30)
     assert page_calls.resident_share(0, 1 << 30) == 1

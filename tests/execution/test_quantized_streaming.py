@@ -17,14 +17,14 @@ from automodel_conv.dtypes import itemsize
 from automodel_conv.errors import ReadError
 from automodel_conv.execution import device as streaming
 from automodel_conv.execution.buffers import allocate
-from automodel_conv.execution.device import ring_of, stream_files
-from automodel_conv.execution.host import load_files
+from automodel_conv.execution.device import load_to_device, ring_of
+from automodel_conv.execution.host import load_to_host
 from automodel_conv.files.checkpoint import open_checkpoint
 from automodel_conv.kernels import code_tables, launch
 from automodel_conv.planning.operations import Operation
 from automodel_conv.planning.plan import CopyPlan
 from automodel_conv.planning.quantization import quantized_table
-from automodel_conv.schedule.device import stream_schedule
+from automodel_conv.schedule.device import device_schedule
 from automodel_conv.testing import assert_bytes_equal
 from tests.execution.simulated import DeviceFault, SimulatedDevice
 from tests.execution.strict import NoSynchronization, StrictDevice, Synchronized, first_load, outside_of_modes
@@ -111,7 +111,7 @@ def scheduled(checkpoint, plan):
     copies = [t.copies for t in plan.targets]
     ring = ring_of(None, None)
     window_bytes = streaming.DEFAULT_DEVICE_SCRATCH_BYTES // 2
-    return stream_schedule(
+    return device_schedule(
         plan.targets,
         copies,
         checkpoint,
@@ -150,8 +150,8 @@ def test_nothing_waits_for_the_device_between_the_first_read_and_the_end(tmp_pat
     plan = plan_for(checkpoint, layers, transposed)
     wanted, found = allocate(plan.targets), allocate(plan.targets)
     with outside_of_modes():
-        stream_files(plan, checkpoint, found, StrictDevice(), backend=backend, threads=2)
-    load_files(plan, checkpoint, wanted)
+        load_to_device(plan, checkpoint, found, StrictDevice(), backend=backend, threads=2)
+    load_to_host(plan, checkpoint, wanted)
     for name, tensor in wanted.items():
         assert_bytes_equal(found[name], tensor)
 
@@ -181,7 +181,7 @@ def test_a_constant_that_is_uploaded_for_each_window_is_found(tmp_path, monkeypa
     plan = plan_for(checkpoint, layers, False)
     monkeypatch.setattr(code_tables, "_code_numbers", code_tables._code_numbers.__wrapped__)
     with pytest.raises(DeviceFault, match="Synchronized"):
-        stream_files(plan, checkpoint, allocate(plan.targets), StrictDevice(), backend="torch")
+        load_to_device(plan, checkpoint, allocate(plan.targets), StrictDevice(), backend="torch")
 
 
 def fill_with_random_bytes(checkpoint):
@@ -203,7 +203,7 @@ def test_a_file_that_is_cut_off_tells_the_tensor_that_it_lacks(tmp_path):
     with open(checkpoint.files[0], "r+b") as file:
         file.truncate(checkpoint.offsets[row] + 100)
     with pytest.raises(ReadError, match=r"tensor: +layers\.0\.experts\.2\.gate_proj\.weight\n"):
-        stream_files(plan, checkpoint, allocate(plan.targets), SimulatedDevice(), backend="torch")
+        load_to_device(plan, checkpoint, allocate(plan.targets), SimulatedDevice(), backend="torch")
 
 
 class Done:
@@ -270,7 +270,7 @@ def test_python_calls_for_each_mib_of_codes(tmp_path, name, experts):
             checkpoint = write_sparse(tmp_path / str(number), layers)
             plan = plan_for(checkpoint, layers, True)
             buffers = allocate(plan.targets)
-            load = lambda: stream_files(plan, checkpoint, buffers, DirectDevice(), backend="triton", threads=2)  # noqa: B023, E731
+            load = lambda: load_to_device(plan, checkpoint, buffers, DirectDevice(), backend="triton", threads=2)  # noqa: B023, E731
             counts.append((calls_in_all_threads(load), layers.codes_bytes / MIB))
     (few, few_mib), (many, many_mib) = counts
     assert (many - few) / (many_mib - few_mib) <= 40

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from automodel_conv.dtypes import itemsize, torch_dtype
-from automodel_conv.files.exactly import IOV_MAX
+from automodel_conv.files.full_io import IOV_MAX
 from automodel_conv.planning.operations import Operation
 from automodel_conv.schedule.writes import slab_schedule
 from automodel_conv.testing import address_valued

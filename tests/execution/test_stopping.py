@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from automodel_conv.execution.buffers import allocate
-from automodel_conv.execution.device import stream_files
-from automodel_conv.execution.host import load_files
-from automodel_conv.execution.workers import Stopped, at_once, work_off
+from automodel_conv.execution.device import load_to_device
+from automodel_conv.execution.host import load_to_host
+from automodel_conv.execution.workers import Stopped, run_concurrently, run_in_threads
 from automodel_conv.planning.copies import Fallback, Target
 from automodel_conv.schedule import host as schedule
 from automodel_conv.testing import assert_bytes_equal
@@ -28,12 +28,12 @@ def executor(request, monkeypatch):
     for size in ("_LEAST_JOB_BYTES", "RUN_BYTES", "_SLAB_BYTES"):
         monkeypatch.setattr(schedule, size, 256)
     if request.param == "host":
-        return lambda *load, **how: load_files(*load, threads=2, scratch_bytes=SMALL, **how)
+        return lambda *load, **how: load_to_host(*load, threads=2, scratch_bytes=SMALL, **how)
     device = SimulatedDevice()
 
     def stream(*load, **how):
         try:
-            return stream_files(*load, device, threads=2, scratch_bytes=2 * SMALL, device_scratch_bytes=SMALL, **how)
+            return load_to_device(*load, device, threads=2, scratch_bytes=2 * SMALL, device_scratch_bytes=SMALL, **how)
         finally:
             assert device.idle
 
@@ -119,7 +119,7 @@ def test_items_are_handed_out_until_somebody_says_stop(threads):
             stop.wait(10)
 
     with pytest.raises(Stopped):
-        work_off(range(100), threads, lambda: take, stop)
+        run_in_threads(range(100), threads, lambda: take, stop)
     assert set(range(6)) <= set(taken)
     assert len(taken) <= 6 + threads
 
@@ -133,7 +133,7 @@ def test_a_stop_after_the_last_item_is_none(threads):
         if len(taken) == 10:
             stop.set()
 
-    work_off(range(10), threads, lambda: take, stop)
+    run_in_threads(range(10), threads, lambda: take, stop)
     assert sorted(taken) == list(range(10))
 
 
@@ -151,7 +151,7 @@ def test_the_first_error_in_time_is_raised_once_all_have_ended():
         raise ValueError("the first")
 
     with pytest.raises(ValueError, match="the first"):
-        at_once([waits, fails, waits], stop)
+        run_concurrently([waits, fails, waits], stop)
     assert len(ended) == 2
     gc.collect()
     assert workers() == []

@@ -21,12 +21,12 @@ from automodel_conv.errors import ConversionError, ReadError, UnsupportedError
 from automodel_conv.execution import copy_batch
 from automodel_conv.execution import device as streaming
 from automodel_conv.execution.buffers import allocate
-from automodel_conv.execution.device import MOST_COMPILED, ring_of, stream_files
+from automodel_conv.execution.device import MOST_COMPILED, load_to_device, ring_of
 from automodel_conv.execution.workers import Stopped
 from automodel_conv.kernels import launch
 from automodel_conv.planning.copies import Fallback, Target
 from automodel_conv.planning.operations import Operation
-from automodel_conv.schedule.device import stream_schedule
+from automodel_conv.schedule.device import device_schedule
 from automodel_conv.testing import address_valued, assert_bytes_equal, guarded
 from tests.execution.simulated import DeviceFault, Event, SimulatedDevice
 from tests.execution.support import LAYOUTS, columns, experts, moe, naive, plan_of, target, write_checkpoint
@@ -57,7 +57,7 @@ def cases(tmp_path_factory):
 def load(case, device, **options):
     """Load into poisoned, guarded buffers, which are compared if the load returns."""
     guards = {t.name: guarded(t.shape, torch_dtype(t.dtype)) for t in case.plan.targets}
-    function = options.pop("stream_files", stream_files)
+    function = options.pop("load_to_device", load_to_device)
     options = {"backend": "torch", **SMALL, **options}
     found = {name: guard.tensor for name, guard in guards.items()}
     try:
@@ -85,7 +85,7 @@ def assert_released(device, calls):
     assert device.live == 0
 
 
-def run_schedule(cases, seed, calls, stream_files=stream_files):
+def run_schedule(cases, seed, calls, load_to_device=load_to_device):
     """One load of one case with delays, and perhaps a fault, all drawn from a seed."""
     draw = random.Random(seed)
     case = draw.choice(cases)
@@ -102,7 +102,7 @@ def run_schedule(cases, seed, calls, stream_files=stream_files):
     options = {"threads": draw.randint(1, 3), "scratch_bytes": draw.choice([8192, 20000, 40000])}
     options["device_scratch_bytes"] = draw.choice([8192, 8192, 16384])
     try:
-        load(case, device, stream_files=stream_files, **options)
+        load(case, device, load_to_device=load_to_device, **options)
         failed = None
     except (ReadError, DeviceFault) as error:
         failed = (type(error), str(error))
@@ -159,7 +159,7 @@ def test_random_schedules_find_each_fault_planted_in_the_loader(cases, calls, mu
     mutated = planted(*MUTANTS[mutant])
     with pytest.raises((AssertionError, KeyError, Stopped)):  # noqa: PT012
         for seed in range(300):
-            run_schedule(cases, seed, calls, mutated.stream_files)
+            run_schedule(cases, seed, calls, mutated.load_to_device)
     gc.collect()  # which ends the threads of a pool that nobody has shut down
     for thread in threading.enumerate():
         if thread.name.startswith("automodel_conv"):
@@ -173,7 +173,7 @@ def test_random_schedules_find_each_fault_planted_in_the_loader(cases, calls, mu
 def test_chunks_fill_windows_in_their_order_and_carry_each_byte_once(cases, slot_bytes, window_bytes):
     for case in cases:
         copies = [t.copies for t in case.plan.targets]
-        chunks, windows = stream_schedule(
+        chunks, windows = device_schedule(
             case.plan.targets, copies, case.checkpoint, {}, slot_bytes=slot_bytes, window_bytes=window_bytes
         )
         filled = [list(chunk.to_windows) for chunk in chunks if chunk.to_windows]
@@ -200,7 +200,7 @@ def test_neighbours_that_stay_neighbours_are_one_upload(tmp_path):
     checkpoint = write_checkpoint(tmp_path, {"a.safetensors": tensors})
     sources = columns(checkpoint)
     plan = plan_of(sources, *(target(sources, name, "F32", [[name]]) for name in tensors))
-    chunks, windows = stream_schedule(
+    chunks, windows = device_schedule(
         plan.targets, [t.copies for t in plan.targets], checkpoint, {}, slot_bytes=1 << 20, window_bytes=1 << 20
     )
     [chunk], [window] = chunks, windows
@@ -253,7 +253,7 @@ def test_tensors_made_in_inference_mode_are_filled_in_it(tmp_path, backend):
     tensors, checkpoint, plan = moe(tmp_path, *LAYOUTS["transposed"], shape=(3, 16, 32))
     with torch.inference_mode():
         found = allocate(plan.targets)
-        stream_files(plan, checkpoint, found, SimulatedDevice(eagerness=1), backend=backend, **SMALL)
+        load_to_device(plan, checkpoint, found, SimulatedDevice(eagerness=1), backend=backend, **SMALL)
     for name, tensor in naive(plan, tensors).items():
         assert_bytes_equal(found[name], tensor)
 
@@ -333,7 +333,7 @@ def test_buffers_of_any_strides_are_filled(tmp_path):
         for size in t.shape[:0:-1]:
             strides.insert(0, strides[0] * size + 3)
         found[t.name] = guarded(t.shape, torch_dtype(t.dtype), strides=strides)
-    stream_files(plan, checkpoint, {name: guard.tensor for name, guard in found.items()}, SimulatedDevice(), **SMALL)
+    load_to_device(plan, checkpoint, {name: guard.tensor for name, guard in found.items()}, SimulatedDevice(), **SMALL)
     for name, tensor in naive(plan, tensors).items():
         found[name].check()
         assert_bytes_equal(found[name].tensor.contiguous(), tensor)
@@ -393,7 +393,7 @@ def fail_while_another_thread_waits(module, case, calls, monkeypatch):
     monkeypatch.setattr(module, "threading", types.SimpleNamespace(Condition=lambda: condition))
     calls.reads, calls.fail_read = 0, 1
     calls.delay = lambda number: number == 1 and condition.somebody_waits.wait(5)
-    ends, real = [], module._Streaming._read
+    ends, real = [], module._DeviceLoad._read
 
     def read(load, slots):
         try:
@@ -402,10 +402,10 @@ def fail_while_another_thread_waits(module, case, calls, monkeypatch):
             ends.append(type(error).__name__)
             raise
 
-    monkeypatch.setattr(module._Streaming, "_read", read)
+    monkeypatch.setattr(module._DeviceLoad, "_read", read)
     device = SimulatedDevice()
     with pytest.raises((ReadError, KeyError)):
-        load(case, device, threads=2, scratch_bytes=16384, stream_files=module.stream_files)
+        load(case, device, threads=2, scratch_bytes=16384, load_to_device=module.load_to_device)
     assert condition.somebody_waits.is_set()
     assert not condition.gave_up
     assert sorted(ends) == ["ReadError", "Stopped"]
@@ -420,7 +420,7 @@ def test_a_thread_that_waits_for_a_window_ends_when_another_fails(cases, calls, 
 def test_a_failing_read_is_told_where_another_thread_is_stopped_and_the_device_fails(
     cases, calls, monkeypatch, reverse
 ):
-    told, settle, wait = [], streaming._Streaming._settle, streaming.wait
+    told, settle, wait = [], streaming._DeviceLoad._settle, streaming.wait
 
     def fail_at_the_end(load, stream):
         settle(load, stream)
@@ -432,7 +432,7 @@ def test_a_failing_read_is_told_where_another_thread_is_stopped_and_the_device_f
             futures.reverse()
 
     monkeypatch.setattr(streaming, "wait", wait_for)
-    monkeypatch.setattr(streaming._Streaming, "_settle", fail_at_the_end)
+    monkeypatch.setattr(streaming._DeviceLoad, "_settle", fail_at_the_end)
     monkeypatch.setattr(streaming, "tell", lambda error, text: told.append((type(error), text)))
     fail_while_another_thread_waits(streaming, cases[2], calls, monkeypatch)
     assert told == [(ReadError, "  besides:  DeviceFault: at the end")]
@@ -472,7 +472,7 @@ def interrupt(module, case, calls, monkeypatch):
     calls.reads, calls.delay = 0, lambda number: time.sleep(0.02)
     device = SimulatedDevice(eagerness=0)
     with pytest.raises(KeyboardInterrupt):
-        load(case, device, threads=2, stream_files=module.stream_files)
+        load(case, device, threads=2, load_to_device=module.load_to_device)
     assert calls.reads <= 4
     assert_released(device, calls)
 

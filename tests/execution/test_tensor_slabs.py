@@ -18,7 +18,7 @@ from torch.distributed.tensor import Replicate, Shard
 from automodel_conv.dtypes import itemsize
 from automodel_conv.errors import ConversionError
 from automodel_conv.execution import tensor_slabs as module
-from automodel_conv.execution.tensor_slabs import Holding, tensor_slabs
+from automodel_conv.execution.tensor_slabs import LocalTensor, tensor_slabs
 from automodel_conv.execution.writing import write_slabs
 from automodel_conv.files import system
 from automodel_conv.planning import boxes
@@ -56,7 +56,7 @@ def held_by_rank(rng, tensors, mesh):
                 continue
             part = torch_part(tensor, mesh, coordinate, placements)
             region = placed(shape, mesh, coordinate, placements)
-            held[coordinate][row] = [Holding(region, oddly_strided(part, rng) if rng.random() < 0.3 else part)]
+            held[coordinate][row] = [LocalTensor(region, oddly_strided(part, rng) if rng.random() < 0.3 else part)]
     return held
 
 
@@ -66,7 +66,7 @@ def held_in_boxes(rng, tensors):
     for row, tensor in enumerate(tensors):
         shape = tuple(tensor.shape)
         if not shape:
-            held[row] = [Holding(whole(shape), tensor)]
+            held[row] = [LocalTensor(whole(shape), tensor)]
             continue
         dim = rng.randrange(len(shape))
         cuts = sorted(rng.choices(range(shape[dim] + 1), k=rng.randint(0, 3)))
@@ -74,7 +74,7 @@ def held_in_boxes(rng, tensors):
         for first, stop in itertools.pairwise([0, *cuts, shape[dim]]):
             offsets, lengths = [0] * len(shape), list(shape)
             offsets[dim], lengths[dim] = first, stop - first
-            boxes.append(Holding(box(shape, offsets, lengths), tensor.narrow(dim, first, stop - first)))
+            boxes.append(LocalTensor(box(shape, offsets, lengths), tensor.narrow(dim, first, stop - first)))
         rng.shuffle(boxes)
         held[row] = boxes
     return held
@@ -171,12 +171,12 @@ def test_parts_on_a_device_are_written_alike(tmp_path_factory, seed):
     rng = random.Random(seed)
     tensors, plan = random_case(rng)
     held = held_by_rank(rng, tensors.values(), random_mesh(rng, 2))
-    real = module.streaming_device
-    module.streaming_device = lambda device: SimulatedDevice(seed)
+    real = module.transfer_device
+    module.transfer_device = lambda device: SimulatedDevice(seed)
     try:
         check(rng, tmp_path_factory.mktemp("files"), list(held.values()), tensors, plan, 256)
     finally:
-        module.streaming_device = real
+        module.transfer_device = real
 
 
 @settings(max_examples=60)
@@ -207,9 +207,9 @@ def test_one_rank_alone_leaves_the_bytes_of_the_others_as_they_were(tmp_path_fac
                     reads[row][at] += 1
                     widths[row, at] = widths.get((row, at), 0) + itemsize(t.dtype)
     owned = 0
-    for row, holdings in held.items():
+    for row, local_tensors in held.items():
         numbers = torch.arange(prod(plan.sources.shapes[row])).reshape(plan.sources.shapes[row])
-        for holding in holdings:
+        for holding in local_tensors:
             for piece in holding.region.pieces():
                 elements = numbers.reshape(-1).as_strided(
                     piece.box.shape, piece.box.source_strides, piece.source_offset
@@ -243,7 +243,7 @@ def test_grouped_experts_of_every_layout_are_taken_apart_by_their_ranks(tmp_path
             fitting = [p if p.is_replicate() or p.dim < len(shape) else Replicate() for p in placements]
             if not any(at for at, p in zip(coordinate, fitting, strict=True) if p.is_replicate()):
                 part = torch_part(grouped[name], mesh, coordinate, fitting)
-                held[row] = [Holding(placed(shape, mesh, coordinate, fitting), part)]
+                held[row] = [LocalTensor(placed(shape, mesh, coordinate, fitting), part)]
         ranks.append(held)
     rng = random.Random(0)
     check(rng, tmp_path, ranks, {name: grouped[name] for name in back.sources.names}, back, 200)
@@ -255,7 +255,7 @@ def test_a_rank_of_whole_experts_writes_them_as_they_lie(tmp_path):
     grouped, back = naive(plan, tensors), plan.inverse()
     row = back.sources.names.index("gate_up")
     region = placed((6, 16, 4), (3,), (1,), [Shard(0)])
-    held = {row: [Holding(region, grouped["gate_up"][2:4].contiguous())]}
+    held = {row: [LocalTensor(region, grouped["gate_up"][2:4].contiguous())]}
     places = [(0, 64 * n) for n in range(len(back.targets))]
     [group] = tensor_slabs(back, held, places, most_bytes=1 << 20)
     assert all(slab.reads and not slab.moves for slab in group.by_file[0])
@@ -281,7 +281,7 @@ def test_slabs_of_columns_keep_nothing_for_each_row():
         sources = table({"a": torch.zeros(rows, 8)})
         plan = plan_of(sources, target(sources, "a", "BF16", [["a"]]))
         region = placed((rows, 8), (4,), (1,), [Shard(1)])
-        held = {0: [Holding(region, torch.zeros(region.local_shape))]}
+        held = {0: [LocalTensor(region, torch.zeros(region.local_shape))]}
         [group], nbytes = kept_bytes(lambda p=plan, h=held: tensor_slabs(p, h, [(0, 0)], most_bytes=1 << 20))
         [slab] = group.by_file[0]
         assert filled_ranges(slab) == [(16 * row, 4) for row in range(rows)]
@@ -301,7 +301,7 @@ def layers(count, shape=(4, 6)):
 def test_layers_that_are_held_alike_are_chained_once(monkeypatch):
     tensors, plan = layers(20)
     region = placed((4, 6), (2,), (0,), [Shard(0)])
-    held = {row: [Holding(region, tensor[:2])] for row, tensor in enumerate(tensors.values())}
+    held = {row: [LocalTensor(region, tensor[:2])] for row, tensor in enumerate(tensors.values())}
     chained = []
     monkeypatch.setattr(module, "chain", lambda *arguments: chained.append(arguments) or boxes.chain(*arguments))
     tensor_slabs(plan, held, [(0, 48 * n) for n in range(20)], most_bytes=1000)
@@ -315,7 +315,7 @@ def test_layers_that_are_not_held_alike_are_written_as_each_is_held(tmp_path):
     for at, held in enumerate(ranks):
         for row, (tensor, how) in enumerate(zip(tensors.values(), placements, strict=True)):
             part = torch_part(tensor, (2,), (at,), how)
-            held[row] = [Holding(placed((4, 6), (2,), (at,), how), part)]
+            held[row] = [LocalTensor(placed((4, 6), (2,), (at,), how), part)]
     check(random.Random(0), tmp_path, ranks, tensors, plan, 1000)
 
 
@@ -326,7 +326,7 @@ def test_what_nobody_here_holds_is_not_written():
     assert tensor_slabs(plan, {}, [(0, 0), (0, 16)], most_bytes=64) == []
     empty = placed((4, 2), (8,), (7,), [Shard(0)])
     assert empty.local_shape == (0, 2)
-    made = tensor_slabs(plan, {0: [Holding(empty, tensors["a"][4:])]}, [(0, 0), (0, 16)], most_bytes=64)
+    made = tensor_slabs(plan, {0: [LocalTensor(empty, tensors["a"][4:])]}, [(0, 0), (0, 16)], most_bytes=64)
     assert all(not group.by_file for group in made)
 
 
@@ -335,8 +335,8 @@ def test_parts_of_one_target_on_several_devices_are_refused():
     sources = table(tensors)
     plan = plan_of(sources, target(sources, "ab", "BF16", [["a", "b"]], [MERGE]))
     held = {
-        0: [Holding(whole((2, 2)), tensors["a"])],
-        1: [Holding(whole((2, 2)), tensors["b"].to("meta"))],
+        0: [LocalTensor(whole((2, 2)), tensors["a"])],
+        1: [LocalTensor(whole((2, 2)), tensors["b"].to("meta"))],
     }
     with pytest.raises(ConversionError, match="the parts of ab are on several devices"):
         tensor_slabs(plan, held, [(0, 0)], most_bytes=64)

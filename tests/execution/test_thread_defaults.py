@@ -14,7 +14,7 @@ from automodel_conv.execution.buffers import allocate
 from automodel_conv.execution.cores import default_reader_threads, rank_on_this_node, ranks_on_this_node, share_of_cores
 from automodel_conv.execution.device import ring_of
 from automodel_conv.execution.filling import Limits, within
-from automodel_conv.execution.host import load_files
+from automodel_conv.execution.host import load_to_host
 from tests.execution.simulated import SimulatedDevice
 from tests.execution.support import TRANSPOSE, moe
 
@@ -96,7 +96,7 @@ def test_loads_use_their_share_unless_they_are_told_otherwise(tmp_path, node, mo
 
     monkeypatch.setattr(cpu, "schedule", noting)
     monkeypatch.setattr(cpu, "_BYTES_A_THREAD", 1)
-    load_files(plan, checkpoint, allocate(plan.targets), threads=given_threads)
+    load_to_host(plan, checkpoint, allocate(plan.targets), threads=given_threads)
     assert seen == [wanted]
 
 
@@ -124,6 +124,6 @@ def test_a_ring_has_whole_slots_for_the_threads_of_its_rank(node):
 
 def test_a_budget_does_not_make_a_ring_larger_than_a_ranks_share(tmp_path, node, monkeypatch):
     node(16, 16, 8)
-    monkeypatch.setattr(filling, "streaming_device", lambda device: SimulatedDevice())
+    monkeypatch.setattr(filling, "transfer_device", lambda device: SimulatedDevice())
     _, _, plan = moe(tmp_path)
     assert within(1 << 40, Limits(), plan, allocate(plan.targets)).scratch_bytes == 32 << 20

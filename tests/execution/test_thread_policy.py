@@ -11,12 +11,12 @@ import pytest
 from automodel_conv.execution import host as cpu
 from automodel_conv.execution import thread_policy
 from automodel_conv.execution.buffers import allocate
-from automodel_conv.execution.host import load_files
+from automodel_conv.execution.host import load_to_host
 from automodel_conv.execution.thread_policy import ThreadPolicy
-from automodel_conv.execution.workers import work_off
+from automodel_conv.execution.workers import run_in_threads
 from automodel_conv.files import system
 from automodel_conv.schedule.host import runs
-from automodel_conv.schedule.jobs import ReadInPlace, together
+from automodel_conv.schedule.jobs import ReadInPlace, concatenated
 from automodel_conv.testing import assert_bytes_equal
 from tests.execution.support import moe, naive
 
@@ -105,18 +105,18 @@ def test_a_load_whose_reads_wait_gets_threads_and_right_bytes(tmp_path, monkeypa
 
     monkeypatch.setattr(system, "preadv", late)
     buffers = allocate(plan.targets)
-    stats = load_files(plan, checkpoint, buffers)
+    stats = load_to_host(plan, checkpoint, buffers)
     for name, tensor in naive(plan, tensors).items():
         assert_bytes_equal(buffers[name], tensor)
     assert threads < stats.threads <= 32
-    assert load_files(plan, checkpoint, buffers, threads=threads).threads == threads
+    assert load_to_host(plan, checkpoint, buffers, threads=threads).threads == threads
 
 
 def _in_pieces_of(nbytes):
     stock = cpu.schedule
 
     def schedule(*arguments, **options):
-        reads = together(job.reads for job in stock(*arguments, **options))
+        reads = concatenated(job.reads for job in stock(*arguments, **options))
         return [ReadInPlace(run) for run in runs(reads, nbytes)]
 
     return schedule
@@ -129,7 +129,7 @@ def test_threads_come_and_go_as_they_are_wanted():
         time.sleep(0.002)
         seen.append(item)
 
-    most = work_off(range(60), 1, lambda: take, most=4, wanted=lambda: next(wanted))
+    most = run_in_threads(range(60), 1, lambda: take, most=4, wanted=lambda: next(wanted))
     assert sorted(seen) == list(range(60))
     assert most == 4
 
@@ -141,7 +141,7 @@ def test_an_error_of_a_thread_that_came_later_is_raised():
         time.sleep(0.001)
 
     with pytest.raises(ValueError, match="thirty"):
-        work_off(range(60), 1, lambda: take, most=8, wanted=lambda: 8)
+        run_in_threads(range(60), 1, lambda: take, most=8, wanted=lambda: 8)
 
 
 def test_the_last_item_is_taken_while_all_others_are_under_way():
@@ -155,12 +155,12 @@ def test_the_last_item_is_taken_while_all_others_are_under_way():
         if item:
             assert last_taken.wait(10)
 
-    assert work_off(range(5), 4, lambda: take, most=4, wanted=lambda: 4) == 4
+    assert run_in_threads(range(5), 4, lambda: take, most=4, wanted=lambda: 4) == 4
 
 
 def test_few_threads_are_started_for_few_items():
     """One for each item that is left, whoever asks; not as many as are wanted."""
-    assert work_off(range(3), 1, lambda: lambda item: None, most=32, wanted=lambda: 32) <= 5
+    assert run_in_threads(range(3), 1, lambda: lambda item: None, most=32, wanted=lambda: 32) <= 5
 
 
 def test_threads_that_the_system_does_not_start_are_done_without(monkeypatch):
@@ -174,5 +174,5 @@ def test_threads_that_the_system_does_not_start_are_done_without(monkeypatch):
 
     monkeypatch.setattr(threading.Thread, "start", start)
     wanted = iter([4] * 10 + [1] * 100)
-    work_off(range(60), 1, lambda: seen.append, most=4, wanted=lambda: next(wanted))
+    run_in_threads(range(60), 1, lambda: seen.append, most=4, wanted=lambda: next(wanted))
     assert sorted(seen) == list(range(60))

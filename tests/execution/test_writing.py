@@ -17,7 +17,7 @@ from torch.profiler import ProfilerActivity, profile
 from automodel_conv.dtypes import dtype_code
 from automodel_conv.errors import ConversionError, ReadError, WriteError
 from automodel_conv.execution import writing
-from automodel_conv.execution.memory import from_real_strides
+from automodel_conv.execution.memory import with_source_strides
 from automodel_conv.execution.reading import OpenFiles
 from automodel_conv.execution.writing import (
     LEAST_SCRATCH_BYTES,
@@ -105,7 +105,7 @@ def maker_of(kind, case, slab_bytes=SLAB, input_bytes=INPUT, tensors=None, devic
     rows = [found[name] for name in case.plan.sources.names]
     copies, operands = [], []
     for number, t in enumerate(targets):
-        made, read = from_real_strides(t.copies, [rows[row] for row in t.sources])
+        made, read = with_source_strides(t.copies, [rows[row] for row in t.sources])
         copies.append(made)
         targets[number] = t._replace(sources=tuple(range(len(operands), len(operands) + len(read))))
         operands += read

@@ -16,7 +16,7 @@ from safetensors.numpy import save_file
 
 import automodel_conv as amc
 from automodel_conv.errors import CheckpointError, ReadError, UnsupportedError
-from automodel_conv.execution.host import load_files
+from automodel_conv.execution.host import load_to_host
 from automodel_conv.files.shards import Spec, divide, index_of
 from tests.comparing import assert_same
 from tests.loopback_hub import Hub, Request, environment, serve, use
@@ -202,7 +202,7 @@ def test_data_of_headers_alone_is_refused_by_whoever_wants_to_read_it(hub, repos
     plan = amc.compile_plan(checkpoint, rules=[])
     buffers = {target.name: torch.empty(target.shape, dtype=torch.int32) for target in plan.targets}
     with pytest.raises(ReadError, match=r"(?s)its data is not on this machine.*load it by its name"):
-        load_files(plan, checkpoint, buffers)
+        load_to_host(plan, checkpoint, buffers)
 
 
 # --- data -------------------------------------------------------------------------------------------------------------

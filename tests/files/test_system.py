@@ -7,7 +7,7 @@ import pytest
 
 from automodel_conv.errors import ReadError, WriteError
 from automodel_conv.files import system
-from automodel_conv.files.exactly import IOV_MAX, read_exactly, write_exactly
+from automodel_conv.files.full_io import IOV_MAX, read_exactly, write_exactly
 
 CONTENT = bytes(range(256)) * 20
 

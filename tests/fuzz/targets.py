@@ -110,7 +110,7 @@ def check_load(data: bytes) -> None:
         except (CheckpointError, UnsupportedError, ConversionError):
             return
         memory.reads.clear()
-        cpu.load_files(plan, checkpoint, {name: buffer.tensor for name, buffer in buffers.items()}, threads=1)
+        cpu.load_to_host(plan, checkpoint, {name: buffer.tensor for name, buffer in buffers.items()}, threads=1)
     allowed = len(data) - sum(checkpoint.nbytes)
     for _, start, stop in memory.reads:
         _require(allowed <= start <= stop <= len(data), f"bytes {start} to {stop} of a file of {len(data)} were read")

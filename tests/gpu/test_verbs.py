@@ -125,12 +125,12 @@ def test_dequantize_makes_what_its_twin_makes_on_the_cpu(layout, code_format, bl
         raw_codes = torch.randint(0, 256, (rows * nbytes + 16,), dtype=torch.uint8)
         made = []
         for place, verb in ((torch.device("cpu"), dequantize_torch), (device, dequantize)):
-            table, cells = code_table(code_format, scales.to(place), dtype)
+            table, table_rows = code_table(code_format, scales.to(place), dtype)
             memory = torch.full((2 * rows * columns + 16,), -1, dtype=dtype, device=place)
             out = memory[8:].as_strided(sides, NUMBERS[layout](*sides))
             codes = raw_codes.to(place)[phase : phase + rows * nbytes].view(rows, nbytes)
-            verb([out], [codes], [cells], table, bits=bits, block=block, start=start)
-            made.append((memory.cpu(), table.cpu(), cells.cpu()))
+            verb([out], [codes], [table_rows], table, bits=bits, block=block, start=start)
+            made.append((memory.cpu(), table.cpu(), table_rows.cpu()))
         for wanted, found in zip(*made, strict=True):
             assert_bytes_equal(found, wanted)
 

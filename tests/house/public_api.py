@@ -43,7 +43,7 @@ class _Written(str):
 def listing() -> str:
     """All of it, a section for each module."""
     package = import_module(PACKAGE)
-    homes = {name: home for home, names in package._HOMES.items() for name in names}
+    homes = {name: home for home, names in package._DEFINED_IN.items() for name in names}
     sections = [[f"{PACKAGE}.__all__", *_lines(package, package.__all__, homes)]]
     sections += [[name, *_lines(module, public_names(module))] for name, module in _modules(MODULES)]
     verbs = {f"{PACKAGE}.kernels.{module}": names for module, names in VERBS.items()}

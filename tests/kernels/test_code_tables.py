@@ -63,7 +63,7 @@ def products(code_format, scales):
 
 def entries(made):
     """What a matrix of every code under every scale decodes to, ``[scales, codes]``."""
-    return made.table[made.cells.reshape(-1).long()]
+    return made.table[made.table_rows.reshape(-1).long()]
 
 
 def random_scales(count, seed=0):
@@ -78,7 +78,7 @@ def test_every_code_under_hard_scales_is_the_exact_product_rounded_once(code_for
     scales = torch.cat([torch.tensor(HARD), random_scales(500), torch.rand(500) * 1e-3])[None]
     made = code_table(code_format, scales, dtype)
     assert made.table.shape == (scales.numel(), 1 << bits_of(code_format))
-    assert made.cells.shape == scales.shape
+    assert made.table_rows.shape == scales.shape
     assert_bytes_equal(entries(made), rounded(products(code_format, scales), dtype))
 
 
@@ -99,7 +99,7 @@ def test_every_code_under_every_scale_of_a_byte_is_the_exact_product_rounded_onc
     scales = torch.arange(256).to(torch.uint8)[:, None]
     numbers = NUMBERS["e4m3"] if stored == torch.float8_e4m3fn else [*(2.0 ** (b - 127) for b in range(255)), np.nan]
     made = code_table(code_format, scales.view(stored), dtype)
-    assert_bytes_equal(made.cells, scales)
+    assert_bytes_equal(made.table_rows, scales)
     assert_bytes_equal(made.table, rounded(products(code_format, torch.tensor(numbers, dtype=torch.float64)), dtype))
     again = code_table(code_format, scales[:3].view(stored), dtype)
     assert again.table is made.table
@@ -173,7 +173,7 @@ def test_zero_points_under_scales_of_a_byte_take_a_row_each():
     made = code_table("int4", scales, F32, zero_points=torch.tensor([[8, 3, 8]]))
     exact = np.array([[2.0**-7], [8.0], [np.nan]]) * (np.arange(16) - np.array([[8], [3], [8]]))
     assert_bytes_equal(made.table, rounded(exact, F32))
-    assert made.cells.tolist() == [[0, 1, 2]]
+    assert made.table_rows.tolist() == [[0, 1, 2]]
 
 
 @pytest.mark.parametrize("divide", [False, True])

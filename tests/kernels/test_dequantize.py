@@ -51,7 +51,7 @@ class Problem:
         of_cells = [-(-(size + begin) // step) for size, begin, step in zip(shape, start, block, strict=True)]
         most = min(rows_of_table, 256) if cell == torch.uint8 else rows_of_table
         self.codes = [random_bytes((rows, nbytes + gap), seed)[:, :nbytes] for seed in range(count)]
-        self.cells = [
+        self.table_rows = [
             torch.randint(0, most, of_cells, generator=torch.Generator().manual_seed(seed)).to(cell)
             for seed in range(count)
         ]
@@ -59,12 +59,12 @@ class Problem:
     def expected(self):
         made = []
         (rows, columns), (down, across), (r0, c0) = self.shape, self.how["block"], self.how["start"]
-        for codes, cells in zip(self.codes, self.cells, strict=True):
+        for codes, table_rows in zip(self.codes, self.table_rows, strict=True):
             numbers = codes.long()
             if self.how["bits"] == 4:
                 numbers = torch.stack([numbers % 16, numbers // 16], 2).flatten(1)
             of_rows, of_columns = (torch.arange(rows) + r0) // down, (torch.arange(columns) + c0) // across
-            made.append(self.table[cells.long()[of_rows][:, of_columns], numbers])
+            made.append(self.table[table_rows.long()[of_rows][:, of_columns], numbers])
         return made
 
     def check(self, verb, layout):
@@ -72,7 +72,7 @@ class Problem:
         strides = LAYOUTS[layout](*self.shape)
         made = [guarded(self.shape, self.dtype, strides=strides) for _ in self.codes]
         before = [codes.clone() for codes in self.codes]
-        verb([out for out, _ in made], self.codes, self.cells, self.table, **self.how)
+        verb([out for out, _ in made], self.codes, self.table_rows, self.table, **self.how)
         for (out, check), expected in zip(made, self.expected(), strict=True):
             assert_bytes_equal(out.clone(memory_format=torch.contiguous_format), expected)
             check()
@@ -137,7 +137,7 @@ def test_a_part_with_its_start_is_the_part_of_the_whole(problem, data, layout):
     dequantize_torch(
         [whole[r[0] : r[1], c[0] : c[1]]],
         [problem.codes[0][r[0] : r[1], c[0] // step : c[1] // step]],
-        [problem.cells[0][first[0] : last[0], first[1] : last[1]].contiguous()],
+        [problem.table_rows[0][first[0] : last[0], first[1] : last[1]].contiguous()],
         problem.table,
         bits=bits,
         block=block,
@@ -175,7 +175,7 @@ def test_matrices_of_each_format_are_the_products(code_format, bits, scales, blo
     of_blocks = of_scales.repeat_interleave(block[0], 0)[:300].repeat_interleave(block[1], 1)[:, :256]
     made = code_table(code_format, scales, F32)
     out, check = guarded((300, 256), F32, strides=LAYOUTS[layout](300, 256))
-    dequantize_torch([out], [codes], [made.cells], made.table, bits=bits, block=block)
+    dequantize_torch([out], [codes], [made.table_rows], made.table, bits=bits, block=block)
     wanted = numbers * of_blocks
     assert torch.equal(out.isnan(), wanted.isnan())
     assert_bytes_equal(out.nan_to_num(), wanted.nan_to_num())
@@ -195,8 +195,8 @@ def test_scratch_stays_within_its_bound():
     for bits, layout in product((4, 8), ("rows", "transposed", "every other row")):
         problem = Problem(bits, (300, 9000), (1, 16), (0, 0), BF16, torch.int32, 300)
         out = guarded(problem.shape, BF16, strides=LAYOUTS[layout](*problem.shape)).tensor
-        operands = [out], problem.codes, problem.cells, problem.table
-        known = {t.untyped_storage().data_ptr() for t in (out, *problem.codes, *problem.cells, problem.table)}
+        operands = [out], problem.codes, problem.table_rows, problem.table
+        known = {t.untyped_storage().data_ptr() for t in (out, *problem.codes, *problem.table_rows, problem.table)}
         with Storages():
             dequantize_torch(*operands, **problem.how)
     assert 0 < max(sizes) <= 2 << 20
@@ -204,9 +204,11 @@ def test_scratch_stays_within_its_bound():
 
 def test_a_cell_beyond_the_table_is_noticed_by_the_twin():
     problem = Problem(8, (4, 4), (2, 2), (0, 0), BF16, torch.uint8, 3)
-    problem.cells[0][1, 1] = 3
+    problem.table_rows[0][1, 1] = 3
     with pytest.raises(IndexError):
-        dequantize_torch([torch.empty(4, 4, dtype=BF16)], problem.codes, problem.cells, problem.table, **problem.how)
+        dequantize_torch(
+            [torch.empty(4, 4, dtype=BF16)], problem.codes, problem.table_rows, problem.table, **problem.how
+        )
 
 
 # --- the kernel, in the interpreter -----------------------------------------------------------------------------------
@@ -251,7 +253,7 @@ def test_every_variant_decodes_right_and_its_machine_code_is_checked(launched):
         out = guarded(problem.shape, dtype, strides=LAYOUTS[layout](*problem.shape)).tensor
         before = len(launched)
         with mock.patch.object(launch, "queue", lambda variant, *_: launched.append(variant)):
-            dequantize([out], problem.codes, problem.cells, problem.table, **problem.how)
+            dequantize([out], problem.codes, problem.table_rows, problem.table, **problem.how)
         if launched[-1] not in launched[:before]:
             problem.check(dequantize, layout)
     assert set(launched) == known
@@ -299,17 +301,17 @@ def misfits():
     """Changes of a call that fits, by what is wrong then."""
     fits = Problem(4, (6, 8), (2, 4), (0, 0), BF16, torch.uint8, 3)
     out = torch.zeros(6, 8, dtype=BF16)
-    good = {"dst": [out], "codes": fits.codes, "cells": fits.cells, "table": fits.table, **fits.how}
-    codes, cells, table = fits.codes[0], fits.cells[0], fits.table
+    good = {"dst": [out], "codes": fits.codes, "table_rows": fits.table_rows, "table": fits.table, **fits.how}
+    codes, table_rows, table = fits.codes[0], fits.table_rows[0], fits.table
     changes = {
         "another shape": {"dst": [out[:5]]},
         "another dtype": {"dst": [out.float()]},
         "one dimension": {"dst": [out[0]]},
         "too many codes": {"codes": [codes, codes]},
-        "no cells": {"cells": []},
+        "no table rows": {"table_rows": []},
         "signed codes": {"codes": [codes.view(torch.int8)]},
-        "wide cells": {"cells": [cells.long()]},
-        "a row of cells missing": {"cells": [cells[:-1]]},
+        "wide table rows": {"table_rows": [table_rows.long()]},
+        "a row of blocks missing": {"table_rows": [table_rows[:-1]]},
         "half a byte in a block": {"block": (2, 3)},
         "begins within a byte": {"start": (0, 1)},
         "begins beyond the block": {"start": (2, 0)},
@@ -343,7 +345,7 @@ def test_destinationsof_two_kinds_are_refused_by_the_kernel():
     problem = Problem(8, (4, 4), (2, 2), (0, 0), BF16, torch.uint8, 3, count=2)
     out = [torch.zeros(4, 4, dtype=BF16), torch.zeros(4, 4, dtype=BF16).t()]
     with pytest.raises(ConversionError, match="of one kind"):
-        dequantize(out, problem.codes, problem.cells, problem.table, **problem.how)
-    dequantize_torch(out, problem.codes, problem.cells, problem.table, **problem.how)
+        dequantize(out, problem.codes, problem.table_rows, problem.table, **problem.how)
+    dequantize_torch(out, problem.codes, problem.table_rows, problem.table, **problem.how)
     for made, wanted in zip(out, problem.expected(), strict=True):
         assert_bytes_equal(made.contiguous(), wanted)

@@ -7,7 +7,7 @@ from automodel_conv.kernels.jit import jit, tl
 from automodel_conv.kernels.launch import NO_LAUNCHES, Launches, assigned, check_destination, check_operands
 from automodel_conv.kernels.tiles import RUNTIME, cast, constants, grouped_tile, load, pointer_to
 from automodel_conv.kernels.variants import Geometry, Kernel, Reach, Variant, element_types
-from automodel_conv.kernels.verb import Verb, takes_turned
+from automodel_conv.kernels.verb import Verb, takes_transposed
 
 STEP = 2
 _TILE = (8, 32)
@@ -68,11 +68,11 @@ GATHER_TILES = Kernel(
 
 GATHER = Verb(
     "gather",
-    turns=False,
+    transposes=False,
     steps=(STEP, 1),
     destinations=1,
     sources=1,
     shapes=lambda matrix: (matrix[:2], (matrix.rows, STEP * matrix.columns)),
-    takes=takes_turned,
+    takes=takes_transposed,
     launches=gather_launches,
 )

@@ -24,7 +24,7 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from automodel_conv.kernels.dequantize import Decoding
+from automodel_conv.kernels.dequantize import DequantizeConstants
 from automodel_conv.kernels.launch import OPTIONS
 from automodel_conv.kernels.variants import Variant
 from tests.machine_code.variants import launchable
@@ -166,8 +166,8 @@ def exchanges(variant: Variant) -> int:
     return 2
 
 
-def _decoding(variant: Variant) -> Decoding | None:
-    return variant.details if isinstance(variant.details, Decoding) else None
+def _decoding(variant: Variant) -> DequantizeConstants | None:
+    return variant.details if isinstance(variant.details, DequantizeConstants) else None
 
 
 def _exchanged(variant: Variant, code: Code) -> list[str]:
@@ -223,8 +223,8 @@ def _lookups(variant: Variant) -> Counter[int]:
     if decoding is None:
         return Counter()
     codes = variant.tile_rows * variant.tile_columns // THREADS
-    cell = getattr(tl, decoding.cell).primitive_bitwidth // 8
-    return Counter({cell: codes * _readers(variant, "src") // variant.src_vector}) + Counter(
+    table_row = getattr(tl, decoding.table_row).primitive_bitwidth // 8
+    return Counter({table_row: codes * _readers(variant, "src") // variant.src_vector}) + Counter(
         {_size(variant, "dst"): codes * 8 // decoding.bits}
     )
 

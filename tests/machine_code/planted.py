@@ -10,14 +10,16 @@ import json
 import triton
 import triton.language as tl
 
-from automodel_conv.kernels.dequantize import DEQUANTIZE_TILES, Decoding
+from automodel_conv.kernels.dequantize import DEQUANTIZE_TILES, DequantizeConstants
 from automodel_conv.kernels.strided_copy import COPY_TILES
 from automodel_conv.kernels.variants import Variant
 from tests.machine_code.compiled import compiled, problems, read
 
 VARIANT = Variant(COPY_TILES, "uint32", "uint32", 4, 4, 4, 512)
-ROWS = Variant(DEQUANTIZE_TILES, "uint8", "uint16", 8, 8, 32, 128, details=Decoding(8, "int32", True, False, False))
-TRANSPOSED = ROWS._replace(details=Decoding(8, "int32", True, is_transposed=True, is_stepped=False))
+ROWS = Variant(
+    DEQUANTIZE_TILES, "uint8", "uint16", 8, 8, 32, 128, details=DequantizeConstants(8, "int32", True, False, False)
+)
+TRANSPOSED = ROWS._replace(details=DequantizeConstants(8, "int32", True, is_transposed=True, is_stepped=False))
 
 
 @triton.jit

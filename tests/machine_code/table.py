@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 
 import triton
 
-from automodel_conv.kernels.dequantize import Decoding
+from automodel_conv.kernels.dequantize import DequantizeConstants
 from automodel_conv.kernels.variants import Variant
 from tests.machine_code.compiled import Code, codes_of
 from tests.machine_code.variants import launchable
@@ -29,9 +29,9 @@ def text(variant: Variant) -> str:
     tile = f"{variant.src_vector} x {variant.src} to {variant.dst_vector} x {variant.dst}"
     parts = [tile, f"{variant.tile_rows} x {variant.tile_columns}"]
     parts += [word for word in ("bytewise", "pairs") if getattr(variant, word)]
-    if isinstance(variant.details, Decoding):
-        bits, cell, by_shifts, is_transposed, is_stepped = variant.details
-        parts += [f"{bits} bits", f"cells {cell}", "shifts" if by_shifts else "divisions"]
+    if isinstance(variant.details, DequantizeConstants):
+        bits, table_row, by_shifts, is_transposed, is_stepped = variant.details
+        parts += [f"{bits} bits", f"cells {table_row}", "shifts" if by_shifts else "divisions"]
         parts += ["transposed"] * is_transposed + ["stepped"] * is_stepped
     return ", ".join(parts)
 
@@ -49,7 +49,7 @@ def _widths(accesses: Counter[int]) -> str:
 
 
 def markdown(lines: Sequence[Sequence[str]]) -> str:
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in (HEAD, ["---"] * len(HEAD), *lines))
+    return "\n".join("| " + " | ".join(table_rows) + " |" for table_rows in (HEAD, ["---"] * len(HEAD), *lines))
 
 
 def _elsewhere(folder: str, arch: int, only: str) -> list[list[str]]:

@@ -58,8 +58,8 @@ def test_the_table_of_one_command_has_the_counts_of_every_triton_given():
     here = str(Path(importlib.util.find_spec("triton").origin).parents[1])
     text = printed("tests.machine_code.table", "90", "--only", "8 x uint8 to 8 x uint16", "--triton", here)
     head, _, *lines = text.splitlines()
-    names = [cell.strip() for cell in head.split("|")[1:-1]]
-    rows = [dict(zip(names, (cell.strip() for cell in line.split("|")[1:-1]), strict=True)) for line in lines]
+    names = [table_row.strip() for table_row in head.split("|")[1:-1]]
+    rows = [dict(zip(names, (table_row.strip() for table_row in line.split("|")[1:-1]), strict=True)) for line in lines]
     counts = {
         (row["variant"].endswith("transposed"), *(row[name] for name in ("BAR", "LDS", "STS", "SHFL"))) for row in rows
     }

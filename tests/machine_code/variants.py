@@ -8,7 +8,7 @@ from itertools import product
 import torch
 
 from automodel_conv.kernels.deinterleave import deinterleave_variant
-from automodel_conv.kernels.dequantize import Decoding, dequantize_variant
+from automodel_conv.kernels.dequantize import DequantizeConstants, dequantize_variant
 from automodel_conv.kernels.interleave import interleave_variant
 from automodel_conv.kernels.strided_copy import byte_variant, cast_variant
 from automodel_conv.kernels.transpose import transpose_variant
@@ -36,8 +36,10 @@ def _all() -> Iterator[Variant]:
                 yield interleave_variant(dst, src, of_dst, of_src)
                 yield deinterleave_variant(dst, src, of_dst, of_src)
     flags = (False, True)
-    for bits, cell, by_shifts, is_transposed, is_stepped in product((4, 8), ("uint8", "int32"), flags, flags, flags):
-        decoding = Decoding(bits, cell, by_shifts, is_transposed, is_stepped)
+    for bits, table_row, by_shifts, is_transposed, is_stepped in product(
+        (4, 8), ("uint8", "int32"), flags, flags, flags
+    ):
+        decoding = DequantizeConstants(bits, table_row, by_shifts, is_transposed, is_stepped)
         for dst in (torch.bfloat16, torch.float32):
             for aligned in ALIGNMENTS:
                 yield dequantize_variant(dst, decoding, 16, aligned, 16)

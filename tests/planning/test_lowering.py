@@ -456,9 +456,9 @@ def test_registered_chain_equals_upstream_both_ways(rule, transposed):
             for target, size in zip(targets, sizes, strict=True):
                 shapes[target] = (*shape[: op.dim], size, *shape[op.dim + 1 :])
         if type(op).__name__ == "Transpose" and transposed:
-            swapped = list(shape)
-            swapped[op.dim0], swapped[op.dim1] = shape[op.dim1], shape[op.dim0]
-            shapes = {target: tuple(swapped) for target in targets}
+            stored_transposed = list(shape)
+            stored_transposed[op.dim0], stored_transposed[op.dim1] = shape[op.dim1], shape[op.dim0]
+            shapes = {target: tuple(stored_transposed) for target in targets}
     shards = {
         op.num_shards_attribute: len(names) for op in rule.operations if getattr(op, "num_shards_attribute", None)
     }

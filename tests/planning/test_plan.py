@@ -484,10 +484,10 @@ def test_what_is_no_box_over_all_sources_is_looked_at_piece_by_piece():
     plan = plan_of(sources, [Target("a", "BF16", (numel,), -1, tuple(range(5002)), copies)])
     halves = [Piece(0, Box((numel // 2,), (1,), (1,)), at, numel // 2 - at) for at in (0, numel // 2)]
     middle = SourceTable(["a"], ["BF16"], [(numel,)])
-    turned = plan.then(plan_of(middle, [Target("b", "BF16", (numel,), -1, (0,), group_pieces(halves))]))
+    swapped = plan.then(plan_of(middle, [Target("b", "BF16", (numel,), -1, (0,), group_pieces(halves))]))
     values = addressed(sources)
-    made, turned = execute(plan, values)["a"], execute(turned, values)["b"]
-    assert turned == made[numel // 2 :] + made[: numel // 2]
+    made, then = execute(plan, values)["a"], execute(swapped, values)["b"]
+    assert then == made[numel // 2 :] + made[: numel // 2]
 
 
 @pytest.mark.parametrize("text", ["{}", "[]", "3", '{"version": 3}', "not json", ""])

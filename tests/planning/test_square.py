@@ -10,11 +10,11 @@ from transformers.core_model_loading import MergeModulelist, Transpose, WeightCo
 
 from automodel_conv.errors import UnsupportedError
 from automodel_conv.planning.compiler import compile_targets
+from automodel_conv.planning.complete_uses import whole_conversions
 from automodel_conv.planning.copies import SourceTable
 from automodel_conv.planning.resolve import resolve
 from automodel_conv.planning.square import conditional_transposes, square_matrices
 from automodel_conv.planning.wanted import TargetSpec
-from automodel_conv.planning.whole import whole_conversions
 from automodel_conv.upstream.rules import RuleSet
 from tests.planning import oracles
 
@@ -29,7 +29,7 @@ def checking(*names, dims=(1, 2)):
     ]
 
 
-def swapped(shape):
+def stored_transposed(shape):
     return (shape[0], shape[2], shape[1])
 
 
@@ -69,7 +69,7 @@ SQUARE = [(4, 2), (4, 4)]  # hidden and intermediate size: gate_up is square, do
 @pytest.mark.parametrize("order", [1, -1])
 def test_a_square_matrix_lies_as_the_other_of_its_module(hidden, intermediate, transposed, experts, order):
     targets = wanted(hidden, intermediate, experts)
-    sources = {n: swapped(s) if transposed else s for n, s in list(targets.items())[::order]}
+    sources = {n: stored_transposed(s) if transposed else s for n, s in list(targets.items())[::order]}
     plan, problems = compiled(sources, targets)
     assert problems.reasons() == []
     assert lies_transposed(plan) == {GATE_UP: transposed, DOWN: transposed}
@@ -83,14 +83,14 @@ def test_a_square_matrix_lies_as_the_other_of_its_module(hidden, intermediate, t
 def test_each_layer_tells_of_itself():
     one = wanted(4, 2)
     two = {name.replace("layers.0", "layers.1"): shape for name, shape in one.items()}
-    plan, _ = compiled(one | {n: swapped(s) for n, s in two.items()}, one | two)
+    plan, _ = compiled(one | {n: stored_transposed(s) for n, s in two.items()}, one | two)
     assert lies_transposed(plan) == dict.fromkeys(one, False) | dict.fromkeys(two, True)
 
 
 @pytest.mark.parametrize("turned", [GATE_UP, DOWN])
 def test_two_matrices_that_are_not_square_tell_each_of_itself(turned):
     targets = wanted(4, 3)
-    plan, problems = compiled({n: swapped(s) if n == turned else s for n, s in targets.items()}, targets)
+    plan, problems = compiled({n: stored_transposed(s) if n == turned else s for n, s in targets.items()}, targets)
     assert problems.reasons() == []
     assert lies_transposed(plan) == {name: name == turned for name in targets}
 
@@ -98,7 +98,7 @@ def test_two_matrices_that_are_not_square_tell_each_of_itself(turned):
 @pytest.mark.parametrize(("hidden", "intermediate"), SQUARE)
 def test_a_square_matrix_alone_is_named(hidden, intermediate):
     targets = wanted(hidden, intermediate)
-    [square] = [name for name, shape in targets.items() if shape == swapped(shape)]
+    [square] = [name for name, shape in targets.items() if shape == stored_transposed(shape)]
     with pytest.raises(UnsupportedError) as error:
         compiled({square: targets[square]}, targets)
     for text in (square, "source_layout=", '"transformers"', '"per_expert"'):
@@ -124,7 +124,7 @@ def test_a_matrix_that_fits_neither_way_tells_nothing():
 def test_other_matrices_that_lie_differently_tell_nothing():
     names = ("gate_up_proj", "down_proj", "gate_proj")
     targets = wanted(4, 2) | {f"{PATH}.gate_proj": (2, 3, 4)}
-    sources = targets | {DOWN: swapped(targets[DOWN])}
+    sources = targets | {DOWN: stored_transposed(targets[DOWN])}
     with pytest.raises(UnsupportedError, match="gate_up_proj"):
         compiled(sources, targets, checking(*names))
 
@@ -133,7 +133,7 @@ def test_other_matrices_that_lie_differently_tell_nothing():
 def test_one_matrix_tells_of_several(transposed):
     names = ("gate_proj", "up_proj", "down_proj")
     targets = {f"{PATH}.gate_proj": (2, 4, 4), f"{PATH}.up_proj": (2, 4, 4), DOWN: (2, 3, 4)}
-    sources = {n: swapped(s) if transposed else s for n, s in targets.items()}
+    sources = {n: stored_transposed(s) if transposed else s for n, s in targets.items()}
     plan, problems = compiled(sources, targets, checking(*names))
     assert problems.reasons() == []
     assert lies_transposed(plan) == dict.fromkeys(targets, transposed)
@@ -173,7 +173,7 @@ def test_shapes_are_those_that_come_to_the_operation():
     ]
     targets = wanted(4, 2)
     sources = {
-        f"{PATH}.{e}.{n.rpartition('.')[2]}.weight": swapped(shape)[1:]
+        f"{PATH}.{e}.{n.rpartition('.')[2]}.weight": stored_transposed(shape)[1:]
         for n, shape in targets.items()
         for e in range(2)
     }
@@ -188,7 +188,7 @@ def test_shapes_are_those_that_come_to_the_operation():
 @pytest.mark.parametrize(("hidden", "intermediate"), [*SQUARE, (4, 3)])
 def test_who_says_how_they_lie_is_believed_where_shapes_do_not_tell(hidden, intermediate, transposed):
     targets = wanted(hidden, intermediate)
-    sources = {n: swapped(s) if transposed else s for n, s in targets.items()}
+    sources = {n: stored_transposed(s) if transposed else s for n, s in targets.items()}
     for some in (list(sources), [GATE_UP], [DOWN]):
         plan, problems = compiled({n: sources[n] for n in some}, targets, transposed=transposed)
         assert problems.reasons() == []

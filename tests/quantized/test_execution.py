@@ -8,8 +8,8 @@ import torch
 
 import automodel_conv as amc
 from automodel_conv.execution.buffers import allocate
-from automodel_conv.execution.device import stream_files
-from automodel_conv.execution.host import load_files
+from automodel_conv.execution.device import load_to_device
+from automodel_conv.execution.host import load_to_host
 from automodel_conv.planning.boxes import Box
 from automodel_conv.planning.copies import Target, group_pieces
 from automodel_conv.planning.plan import CopyPlan
@@ -67,7 +67,7 @@ def assert_filled(buffers, expected):
 def test_any_scratch_and_threads_give_the_same_numbers(tmp_path, scheme, threads, scratch_bytes):
     checkpoint, plan, expected = case(tmp_path, scheme)
     buffers = poisoned(plan)
-    stats = load_files(plan, checkpoint, buffers, threads=threads, scratch_bytes=scratch_bytes)
+    stats = load_to_host(plan, checkpoint, buffers, threads=threads, scratch_bytes=scratch_bytes)
     assert_filled(buffers, expected)
     assert stats.scratch_bytes <= scratch_bytes
 
@@ -89,7 +89,7 @@ def test_a_late_device_decodes_the_same_numbers(tmp_path, scheme, eagerness):
         buffers = poisoned(plan)
         device = SimulatedDevice(seed, eagerness=eagerness)
         limits = {"threads": 2, "scratch_bytes": 16384, "device_scratch_bytes": 1 << 16}
-        stream_files(plan, checkpoint, buffers, device, backend="torch", **limits)
+        load_to_device(plan, checkpoint, buffers, device, backend="torch", **limits)
         assert_filled(buffers, expected)
         assert device.idle
 
@@ -102,7 +102,7 @@ def test_kernels_decode_the_same_numbers_and_nothing_waits_for_the_device(tmp_pa
     buffers = poisoned(plan)
     limits = {"threads": 1, "scratch_bytes": 1 << 17, "device_scratch_bytes": 1 << 19}
     with outside_of_modes():
-        stats = stream_files(plan, checkpoint, buffers, StrictDevice(0), backend="triton", **limits)
+        stats = load_to_device(plan, checkpoint, buffers, StrictDevice(0), backend="triton", **limits)
     assert_filled(buffers, expected)
     assert stats.work.by_kernels > 0
 
@@ -112,7 +112,7 @@ def test_a_dtype_that_nothing_decodes_to_is_told_before_anything_is_read(tmp_pat
     plan = CopyPlan(plan.sources, tuple(t._replace(dtype="F64") for t in plan.targets))
     calls.reads = 0
     with pytest.raises(amc.UnsupportedError, match="numbers of this dtype"):
-        stream_files(plan, checkpoint, poisoned(plan), SimulatedDevice(), backend="torch")
+        load_to_device(plan, checkpoint, poisoned(plan), SimulatedDevice(), backend="torch")
     assert calls.reads == 0
 
 

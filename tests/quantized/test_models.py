@@ -25,7 +25,7 @@ from transformers.quantizers import AutoHfQuantizer, HfQuantizer
 
 import automodel_conv as amc
 from automodel_conv.execution.buffers import allocate
-from automodel_conv.execution.host import load_files
+from automodel_conv.execution.host import load_to_host
 from automodel_conv.planning.sharding import placed
 from automodel_conv.testing import assert_bytes_equal
 from tests.integrations.support import assert_same_model
@@ -185,7 +185,7 @@ def test_a_rank_decodes_what_it_holds_also_where_blocks_are_cut(tmp_path, name, 
         buffers = allocate(mine.targets)
         for buffer in buffers.values():
             buffer.view(torch.uint8).fill_(0xA5)
-        load_files(mine, checkpoint, buffers, threads=2, scratch_bytes=scratch_bytes)
+        load_to_host(mine, checkpoint, buffers, threads=2, scratch_bytes=scratch_bytes)
         for target in experts:
             part = whole[target.name]
             for dim, runs in enumerate(regions[target.name].runs):

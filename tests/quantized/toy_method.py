@@ -13,7 +13,7 @@ TOY = Method(
     name="toy",
     schemes=_schemes,
     # Three I16 hold the 12 codes of a group, of a weight that is meant transposed; an I32 holds four FP8 codes.
-    codes=(Packing(".nibbles", "I16", "int4", group=3, swapped=True), Packing("_quads", "I32", "e4m3")),
+    codes=(Packing(".nibbles", "I16", "int4", group=3, stored_transposed=True), Packing("_quads", "I32", "e4m3")),
     scales=(".steps",),
     dropped=(".note",),
     refused={".shuffle": "is in an order of its own"},

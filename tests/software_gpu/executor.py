@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from automodel_conv.kernels.dequantize import Blocks, Decoding
+from automodel_conv.kernels.dequantize import Blocks, DequantizeConstants
 from automodel_conv.kernels.variants import Geometry, Variant
 from tests.software_gpu.accesses import Box, GpuFault, array_at, conflict
 from tests.software_gpu.memory import Allocations, Touched
@@ -69,7 +69,7 @@ def promised_bytes(variant: Variant) -> list[int]:
     read = variant.src_vector * size_of(variant.src) * (2 if _pairs(variant, "deinterleave_tiles") else 1)
     decoding = _decoding(variant)
     if decoding:
-        return [written, read, size_of(decoding.cell), size_of(variant.dst)]
+        return [written, read, size_of(decoding.table_row), size_of(variant.dst)]
     return [written] * destinations + [1 if variant.bytewise else read] * (operands - destinations)
 
 
@@ -77,8 +77,8 @@ def _pairs(variant: Variant, kernel: str) -> bool:
     return variant.pairs and variant.kernel.name == kernel
 
 
-def _decoding(variant: Variant) -> Decoding | None:
-    return variant.details if isinstance(variant.details, Decoding) else None
+def _decoding(variant: Variant) -> DequantizeConstants | None:
+    return variant.details if isinstance(variant.details, DequantizeConstants) else None
 
 
 class Executor:
@@ -164,12 +164,12 @@ class Executor:
         demand(
             self._is_compiling or columns[-1] < blocks.across, variant, f"{blocks.across} cells in a row, needs more"
         )
-        size = size_of(decoding.cell)
-        cells = Box("cells", addresses[:, 2], (1, last + 1), (0, size), size, False)
-        looked_up = self.memory.check([cells])
+        size = size_of(decoding.table_row)
+        table_rows = Box("cells", addresses[:, 2], (1, last + 1), (0, size), size, False)
+        looked_up = self.memory.check([table_rows])
         highest = []
         for row in addresses.tolist():
-            found = array_at(row[2], (last + 1,), (size,), _NUMPY[decoding.cell])
+            found = array_at(row[2], (last + 1,), (size,), _NUMPY[decoding.table_row])
             found = found[np.unique(rows)[:, None] * blocks.across + np.unique(columns)]
             demand(found.min() >= 0, variant, "a cell is negative")
             highest.append(int(found.max()))
@@ -283,8 +283,8 @@ def _decode(variant: Variant, geometry: Geometry, blocks: Blocks, row: list[int]
     down, across = _of_rows(variant, geometry, blocks), _of_columns(variant, geometry, blocks)
     across = across.reshape(-1, variant.src_vector)[:, :1].repeat(variant.src_vector, 1).reshape(-1)
     last = int(down[-1]) * blocks.across + int(across[-1])
-    cells = array_at(row[2], (last + 1,), (size_of(decoding.cell),), _NUMPY[decoding.cell])
-    first = cells[down[:, None] * blocks.across + across].astype(np.int64) << decoding.bits
+    table_rows = array_at(row[2], (last + 1,), (size_of(decoding.table_row),), _NUMPY[decoding.table_row])
+    first = table_rows[down[:, None] * blocks.across + across].astype(np.int64) << decoding.bits
     numbers = array_at(row[3], (int(first.max()) + (1 << decoding.bits),), (size,), _NUMPY[variant.dst])
     if decoding.bits == 8:
         made = numbers[first + codes]

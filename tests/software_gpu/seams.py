@@ -78,9 +78,9 @@ def install(patch: pytest.MonkeyPatch) -> SoftwareGpu:
 
         return put
 
-    takes_kernels, streaming_device, compile_ahead, start = (
+    takes_kernels, transfer_device, compile_ahead, start = (
         copy_batch.takes_kernels,
-        cuda.streaming_device,
+        cuda.transfer_device,
         launch.compile_ahead,
         launch.start,
     )
@@ -96,9 +96,9 @@ def install(patch: pytest.MonkeyPatch) -> SoftwareGpu:
     def _(backend: str, tensors: Any) -> bool:
         return takes_kernels("triton" if backend == "auto" and gpu.is_on else backend, tensors)
 
-    @stand_in(streaming_device)
+    @stand_in(transfer_device)
     def _(device: torch.device) -> Any:
-        return gpu.new_device() if gpu.is_on and device.type == "cpu" else streaming_device(device)
+        return gpu.new_device() if gpu.is_on and device.type == "cpu" else transfer_device(device)
 
     @stand_in(compile_ahead)
     def _(*arguments: Any) -> None:

@@ -88,13 +88,13 @@ def test_casts_round_to_nearest_even(gpu, dtype):
 def test_codes_are_decoded_as_by_the_twin(gpu, code_format, turned):
     rows, columns = 32, 256
     scales = torch.rand(rows // 16, columns // 32)
-    table, cells = code_table(code_format, scales, torch.bfloat16)
+    table, table_rows = code_table(code_format, scales, torch.bfloat16)
     bits = 8 if code_format == "e4m3" else 4
     codes = torch.randint(0, 256, (rows, columns * bits // 8), dtype=torch.uint8)
     made = []
     for verb in (dequantize, dequantize_torch):
         out = torch.full((columns, rows) if turned else (rows, columns), -1, dtype=torch.bfloat16)
-        verb([out.t() if turned else out], [codes], [cells], table, bits=bits, block=(16, 32))
+        verb([out.t() if turned else out], [codes], [table_rows], table, bits=bits, block=(16, 32))
         made.append(out)
     assert_bytes_equal(*made)
 
@@ -123,17 +123,17 @@ def test_what_no_vector_divides_is_found(gpu, monkeypatch, rows, stride):
 def test_a_vector_of_codes_over_two_blocks_is_found(gpu, monkeypatch):
     real = dequantize_module.dequantize_variant
     monkeypatch.setattr(dequantize_module, "dequantize_variant", lambda d, how, a, b, _: real(d, how, a, b, 16))
-    table, cells = code_table("e4m3", torch.rand(4, 8), torch.bfloat16)
+    table, table_rows = code_table("e4m3", torch.rand(4, 8), torch.bfloat16)
     codes = torch.zeros(4, 32, dtype=torch.uint8)
     with pytest.raises(GpuFault, match="two blocks"):
-        dequantize([torch.zeros(4, 32, dtype=torch.bfloat16)], [codes], [cells], table, bits=8, block=(1, 4))
+        dequantize([torch.zeros(4, 32, dtype=torch.bfloat16)], [codes], [table_rows], table, bits=8, block=(1, 4))
 
 
 def test_a_cell_beyond_the_table_is_found(gpu):
-    table, cells = code_table("e4m3", torch.rand(1, 4), torch.bfloat16)
+    table, table_rows = code_table("e4m3", torch.rand(1, 4), torch.bfloat16)
     codes, out = torch.zeros(1, 32, dtype=torch.uint8), torch.zeros(1, 32, dtype=torch.bfloat16)
     with pytest.raises(GpuFault, match="numbers leaves memory"):
-        dequantize([out], [codes], [cells + 1000], table, bits=8, block=(1, 8))
+        dequantize([out], [codes], [table_rows + 1000], table, bits=8, block=(1, 8))
 
 
 def test_a_stride_that_is_not_passed_on_is_found(gpu, monkeypatch):

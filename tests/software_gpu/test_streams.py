@@ -14,7 +14,7 @@ pytest.importorskip("triton")
 import automodel_conv as amc
 from automodel_conv.dtypes import torch_dtype
 from automodel_conv.execution.buffers import allocate
-from automodel_conv.execution.device import stream_files
+from automodel_conv.execution.device import load_to_device
 from automodel_conv.testing import assert_bytes_equal, guarded
 from tests.execution import simulated
 from tests.execution.simulated import DeviceFault
@@ -43,7 +43,7 @@ def load(case, device, **options):
     checkpoint, plan, expected = case
     guards = {t.name: guarded(t.shape, torch_dtype(t.dtype)) for t in plan.targets}
     buffers = {name: guard.tensor for name, guard in guards.items()}
-    stats = stream_files(plan, checkpoint, buffers, device, backend="triton", **{**SMALL, **options})
+    stats = load_to_device(plan, checkpoint, buffers, device, backend="triton", **{**SMALL, **options})
     for name, guard in guards.items():
         guard.check()
         assert_bytes_equal(guard.tensor, expected[name])

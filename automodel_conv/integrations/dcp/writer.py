@@ -29,19 +29,19 @@ from automodel_conv.distributed.placements import is_distributed
 from automodel_conv.doors import at_door
 from automodel_conv.dtypes import dtype_code
 from automodel_conv.errors import CoverageError, NameProblems, UnsupportedError, listing, message
-from automodel_conv.execution.tensor_slabs import Holding, tensor_slabs
+from automodel_conv.execution.tensor_slabs import LocalTensor, tensor_slabs
 from automodel_conv.execution.writing import budget, write_slabs
 from automodel_conv.files.checkpoint import open_checkpoint
 from automodel_conv.files.destination import Destination, open_destination
 from automodel_conv.files.shards import Form, Shard
 from automodel_conv.files.staging import staged_path
-from automodel_conv.integrations.dcp.agreeing import refuse_failures, refuse_unlike, shared_items
+from automodel_conv.integrations.dcp.consistency import refuse_failures, refuse_unlike, shared_items
 from automodel_conv.planning.copies import SourceTable
 from automodel_conv.planning.names import plain_names
 from automodel_conv.planning.plan import CopyPlan
 from automodel_conv.planning.regions import box
 from automodel_conv.planning.sharding import region_of
-from automodel_conv.publishing.beside import begin_save, finish_save
+from automodel_conv.publishing.save_files import begin_save, finish_save
 from automodel_conv.publishing.saved import not_saved, places_in, refuse_unlike_stored, saved_tensors, shards_for
 from automodel_conv.saving import DEFAULT_SCRATCH_BYTES, SaveReport
 from automodel_conv.upstream.wrappers import plain_model
@@ -201,16 +201,18 @@ class HuggingFaceWriter(StorageWriter):
         table, shared = plan.storage_data
         copies, shards, _ = self._plan(table)
         rows = {name: row for row, name in enumerate(table.names)}
-        holdings: dict[int, list[Holding]] = {}
+        local_tensors: dict[int, list[LocalTensor]] = {}
         results = []
         for item in plan.items:
             results.append(WriteResult(item.index, item.tensor_storage_size() or 0, None))
             if item.index.fqn in rows and item.tensor_data is not None:
-                holdings.setdefault(rows[item.index.fqn], []).append(_holding(item, planner))
-        parts = {str(number): _holding(item, planner).tensor for number, item in enumerate(shared)}
+                local_tensors.setdefault(rows[item.index.fqn], []).append(_local_tensor(item, planner))
+        parts = {str(number): _local_tensor(item, planner).tensor for number, item in enumerate(shared)}
         sums = checksums_of_parts(parts, self._share.threads, self._share.slab_bytes)
         results += [WriteResult(item.index, 0, sums[str(number)]) for number, item in enumerate(shared)]
-        groups = tensor_slabs(copies, holdings, places_in(shards, copies.targets), most_bytes=self._share.slab_bytes)
+        groups = tensor_slabs(
+            copies, local_tensors, places_in(shards, copies.targets), most_bytes=self._share.slab_bytes
+        )
         for file, shard in enumerate(shards):
             slabs = [(group.by_file.get(file, []), group.start) for group in groups]
             write_slabs(slabs, staged_path(self._directory, shard.name), self._share.threads, lambda nbytes: None)
@@ -253,7 +255,7 @@ class _Begun(NamedTuple):
     at: float
 
 
-def _holding(item: WriteItem, planner: SavePlanner) -> Holding:
+def _local_tensor(item: WriteItem, planner: SavePlanner) -> LocalTensor:
     """The part of a tensor that an item of a plan stands for on this rank."""
     tensor: Tensor = planner.resolve_data(item)  # type: ignore[assignment]
     refuse_unlike_stored({item.index.fqn: tensor})
@@ -263,4 +265,4 @@ def _holding(item: WriteItem, planner: SavePlanner) -> Holding:
     else:
         data = item.tensor_data
         region = box(tuple(data.size), data.chunk.offsets, data.chunk.sizes)  # type: ignore[union-attr]
-    return Holding(region, tensor.detach())
+    return LocalTensor(region, tensor.detach())

@@ -77,7 +77,7 @@ COMPRESSED_TENSORS = Method(
     schemes=_schemes,
     codes=(
         *FP8_CODES,
-        Packing("_packed", "I32", "int4", padding_told_by="_shape"),
+        Packing("_packed", "I32", "int4", shape_suffix="_shape"),
         Packing("_packed", "U8", "e2m1"),
     ),
     scales=("_scale",),

@@ -26,9 +26,9 @@ class Packing(NamedTuple):
     """Of a code, see ``Decode``."""
     group: int | None = None
     """Elements of the last dimension, where that holds a group of columns: ``[..., rows, groups, group]``."""
-    swapped: bool = False
+    stored_transposed: bool = False
     """The weight is meant as ``[..., columns, rows]``."""
-    padding_told_by: str = ""
+    shape_suffix: str = ""
     """The suffix of a tensor that tells the shape of the weight, where a row may end in padding."""
 
     @property

@@ -10,6 +10,6 @@ from automodel_conv.planning.methods.method import EXPONENTS, Method, Packing, S
 MXFP4 = Method(
     name="mxfp4",
     schemes=lambda config: [Scheme("e2m1", (1, 32), EXPONENTS)],
-    codes=(Packing("_blocks", "U8", "e2m1", group=16, swapped=True),),
+    codes=(Packing("_blocks", "U8", "e2m1", group=16, stored_transposed=True),),
     scales=("_scales",),
 )

@@ -4,7 +4,7 @@ import pytest
 
 from automodel_conv.errors import WriteError
 from automodel_conv.files import system
-from automodel_conv.files.room import room_in
+from automodel_conv.files.disk_space import disk_space_of
 from automodel_conv.files.staging import STAGING_NAME
 
 
@@ -16,7 +16,7 @@ def free(monkeypatch):
 
 
 def test_a_directory_that_is_not_there_has_the_room_of_the_nearest_above_it(tmp_path, free):
-    assert room_in(str(tmp_path / "a" / "b")) == (1000, False, ())
+    assert disk_space_of(str(tmp_path / "a" / "b")) == (1000, False, ())
     assert free == [str(tmp_path)]
     assert not list(tmp_path.iterdir())
 
@@ -27,15 +27,15 @@ def test_what_an_unfinished_work_takes_counts_as_free(tmp_path):
     (staging / "model-00001-of-00002.safetensors").write_bytes(bytes(30))
     (staging / "journal.jsonl").write_bytes(bytes(4))
     (tmp_path / "model-00002-of-00002.safetensors").write_bytes(bytes(50))  # put there by a commit that was cut short
-    assert room_in(str(tmp_path)) == (1034, True, ())
+    assert disk_space_of(str(tmp_path)) == (1034, True, ())
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "model.safetensors.index.json", "pytorch_model.bin"])
 def test_weights_are_in_the_way_and_nothing_else(tmp_path, name):
     (tmp_path / "config.json").write_text("{}")
-    assert room_in(str(tmp_path)).in_the_way == ()
+    assert disk_space_of(str(tmp_path)).in_the_way == ()
     (tmp_path / name).write_text("{}")
-    assert room_in(str(tmp_path)).in_the_way == (name,)
+    assert disk_space_of(str(tmp_path)).in_the_way == (name,)
 
 
 def test_what_the_system_refuses_is_told(tmp_path, monkeypatch):
@@ -44,4 +44,4 @@ def test_what_the_system_refuses_is_told(tmp_path, monkeypatch):
 
     monkeypatch.setattr(system, "free_bytes", refuse)
     with pytest.raises(WriteError, match="Permission denied"):
-        room_in(str(tmp_path))
+        disk_space_of(str(tmp_path))

@@ -20,7 +20,7 @@ import automodel_conv as amc
 from automodel_conv.compiling import opening, planned, to_model
 from automodel_conv.planning.boxes import Box, Piece
 from automodel_conv.planning.copies import Decode, Fallback, SourceTable, Target, group_pieces
-from automodel_conv.planning.given import Misfits, fit_sources
+from automodel_conv.planning.given_plan import Misfits, fit_sources
 from automodel_conv.planning.plan import CopyPlan
 from automodel_conv.testing import POISON, assert_bytes_equal
 from tests.comparing import assert_same, assert_same_in_order, tensors_of

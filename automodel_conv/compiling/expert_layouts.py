@@ -15,7 +15,7 @@ from automodel_conv.planning.layouts import (
     any_experts,
     has_no_gate,
     holds_experts,
-    told_by_name,
+    layout_from_name,
 )
 from automodel_conv.planning.relayout import relayout
 from automodel_conv.planning.wanted import TargetSpec
@@ -75,7 +75,7 @@ def refuse_no_experts(made: Iterable[str], layout: str, table: SourceTable) -> N
 
 def has_names_of(targets: Mapping[str, TargetSpec] | None, layout: str) -> bool:
     """Whether the experts of a model have names that no other layout has, as those of NeMo's own models."""
-    return any(told_by_name(name) == layout for name in targets or ())
+    return any(layout_from_name(name) == layout for name in targets or ())
 
 
 def gated_by(

@@ -23,7 +23,7 @@ _WEIGHTS = re.compile(
 _NO_FOLDER = re.compile(rf"\..*|__pycache__|{re.escape(STAGING_NAME)}|checkpoint-\d+", re.DOTALL)
 
 
-def goes_beside(path: str) -> bool:
+def is_companion(path: str) -> bool:
     """Whether a file goes with the weights.
 
     Weights in any format do not, nor hidden files, nor what lies in hidden folders and in those where trainers keep
@@ -37,7 +37,7 @@ def goes_beside(path: str) -> bool:
     return not own and not any(map(_NO_FOLDER.fullmatch, folders))
 
 
-def files_beside(directory: str, destination: str) -> list[str]:
+def companions_of(directory: str, destination: str) -> list[str]:
     """Paths of the files that go with the weights, from ``directory`` on, sorted, with "/" between folders.
 
     Links count as what they lead to: a snapshot of the Hub holds nothing else. No folder is entered twice, which ends
@@ -57,7 +57,7 @@ def files_beside(directory: str, destination: str) -> list[str]:
             relative = f"{folder}/{name}" if folder else name
             path = os.path.join(real, name)
             if not system.is_directory(path):
-                found += [relative] if goes_beside(relative) and system.is_file(path) else []
+                found += [relative] if is_companion(relative) and system.is_file(path) else []
             elif not _NO_FOLDER.fullmatch(name):
                 (linked if system.is_link(path) else folders).append(relative)
     return sorted(found)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from automodel_conv.files.beside import files_beside, goes_beside
+from automodel_conv.files.companions import companions_of, is_companion
 from automodel_conv.files.staging import STAGING_NAME
 
 # Names that published repositories have.
@@ -36,21 +36,21 @@ def written(directory: Path, *names: str) -> Path:
 
 @pytest.mark.parametrize("name", GO)
 def test_what_is_not_weights_goes_with_them(name):
-    assert goes_beside(name)
+    assert is_companion(name)
 
 
 @pytest.mark.parametrize("name", STAY)
 def test_weights_in_any_format_and_what_is_hidden_stay(name):
-    assert not goes_beside(name)
+    assert not is_companion(name)
 
 
 def test_a_directory_gives_what_its_names_say(tmp_path):
-    assert files_beside(str(written(tmp_path, *GO, *STAY)), str(tmp_path.parent / "out")) == sorted(GO)
+    assert companions_of(str(written(tmp_path, *GO, *STAY)), str(tmp_path.parent / "out")) == sorted(GO)
 
 
 def test_a_directory_without_other_files_gives_none(tmp_path):
     (tmp_path / "empty").mkdir()
-    assert files_beside(str(written(tmp_path, "model.safetensors")), str(tmp_path.parent / "out")) == []
+    assert companions_of(str(written(tmp_path, "model.safetensors")), str(tmp_path.parent / "out")) == []
 
 
 def test_links_to_files_count_as_the_files_wherever_they_lead(tmp_path):
@@ -61,7 +61,7 @@ def test_links_to_files_count_as_the_files_wherever_they_lead(tmp_path):
     (snapshot / "additional_chat_templates" / "rag.jinja").symlink_to("../../../blobs/1")
     (snapshot / "model.safetensors").symlink_to(blobs / "0")
     (snapshot / "broken.json").symlink_to("nowhere")
-    assert files_beside(str(snapshot), str(tmp_path)) == ["additional_chat_templates/rag.jinja", "tokenizer.json"]
+    assert companions_of(str(snapshot), str(tmp_path)) == ["additional_chat_templates/rag.jinja", "tokenizer.json"]
 
 
 def test_links_to_folders_are_followed_but_not_in_circles(tmp_path):
@@ -71,16 +71,16 @@ def test_links_to_folders_are_followed_but_not_in_circles(tmp_path):
     (tmp_path / "source" / "itself").symlink_to("itself")
     (tmp_path / "source" / "above").symlink_to(tmp_path)
     (tmp_path / "source" / "again").symlink_to("tokenizer")
-    assert files_beside(str(source), str(tmp_path / "out")) == ["elsewhere/x.json", "tokenizer/vocab.json"]
+    assert companions_of(str(source), str(tmp_path / "out")) == ["elsewhere/x.json", "tokenizer/vocab.json"]
 
 
 def test_a_source_that_is_a_link_itself_is_followed(tmp_path):
     (tmp_path / "link").symlink_to(written(tmp_path / "source", "a/x.json"))
-    assert files_beside(str(tmp_path / "link"), str(tmp_path / "out")) == ["a/x.json"]
+    assert companions_of(str(tmp_path / "link"), str(tmp_path / "out")) == ["a/x.json"]
 
 
 @pytest.mark.parametrize("spelling", ["made/out", "made/../made/out", "link/out"])
 def test_a_destination_within_the_source_is_passed_over(tmp_path, spelling):
     source = written(tmp_path / "source", "x.json", "made/y.json", "made/out/z.json")
     (source / "link").symlink_to("made")
-    assert files_beside(str(source), str(source / spelling)) == ["made/y.json", "x.json"]
+    assert companions_of(str(source), str(source / spelling)) == ["made/y.json", "x.json"]

@@ -13,9 +13,9 @@ from safetensors.torch import save
 
 from automodel_conv.errors import CheckpointError
 from automodel_conv.files import header
+from automodel_conv.files.fast_json import usual_columns, usual_object
 from automodel_conv.files.header import _checked_columns, _checked_object, _decode
 from automodel_conv.files.source import LocalFile
-from automodel_conv.files.usual import usual_columns, usual_object
 from tests.fuzz import mutate
 from tests.fuzz.targets import entry, header_seeds, index_seeds
 

@@ -11,7 +11,7 @@ from automodel_conv.files.staging import STAGING_NAME
 from automodel_conv.files.write_errors import write_errors
 
 
-class Room(NamedTuple):
+class DiskSpace(NamedTuple):
     """What a directory has room for."""
 
     free_bytes: int
@@ -22,7 +22,7 @@ class Room(NamedTuple):
     """Names of weights that lie there, and that no unfinished work has put there."""
 
 
-def room_in(directory: str) -> Room:
+def disk_space_of(directory: str) -> DiskSpace:
     """Look at a directory, which need not exist.
 
     Raises:
@@ -35,7 +35,7 @@ def room_in(directory: str) -> Room:
         names = system.list_names(directory) if system.is_directory(directory) else []
         free = system.free_bytes(_nearest(directory)) + sum(system.identity(path)[0] for path in staged)
     weights = () if unfinished else tuple(filter(is_checkpoint, names))
-    return Room(free, unfinished, weights)
+    return DiskSpace(free, unfinished, weights)
 
 
 def _nearest(directory: str) -> str:

@@ -186,7 +186,7 @@ class _Source(NamedTuple):
         text = f"{self.dtype} {list(self.shape)}"
         if self.decode is None:
             return text
-        flags = [flag for flag in ("divides", "swapped", "like_upstream") if getattr(self.decode, flag)]
+        flags = [flag for flag in ("divides", "stored_transposed", "like_upstream") if getattr(self.decode, flag)]
         return ", ".join([f"{text} of {self.decode.format} codes in blocks of {list(self.decode.block)}", *flags])
 
 
