@@ -12,7 +12,7 @@ from torch import Tensor
 
 from automodel_conv.errors import UnsupportedError, message
 from automodel_conv.execution.buffers import strided
-from automodel_conv.execution.moves import Form, Moves, moves_of
+from automodel_conv.execution.moves import CopyGeometry, VerbCall, choose_verb
 from automodel_conv.execution.stats import Work
 from automodel_conv.kernels.address_table import at_addresses
 from automodel_conv.kernels.launch import Launches, start, why_not
@@ -56,7 +56,7 @@ def takes_kernels(backend: str, tensors: Iterable[Tensor]) -> bool:
 class _Kind(NamedTuple):
     """What copies that one call of a verb makes have in common."""
 
-    form: Form
+    form: CopyGeometry
     source_dtype: torch.dtype
     target_dtype: torch.dtype
     device: torch.device
@@ -99,7 +99,7 @@ class CopyBatch:
         """
         dtypes = {sources[ordinal].dtype for ordinal in copy.ordinals}
         for dtype in dtypes:
-            form = Form(copy.box, dtype.itemsize, output.dtype.itemsize)
+            form = CopyGeometry(copy.box, dtype.itemsize, output.dtype.itemsize)
             kind = _Kind(form, dtype, output.dtype, output.device)
             if kind not in self._kinds:
                 self._kinds[kind] = _Copies([], [], [], [])
@@ -163,7 +163,7 @@ def _planned(kind: _Kind, copies: _Copies, use_kernels: bool, allowed: frozenset
         source, target = copies.sources[copy], copies.targets[copy]
         source_offset = (int(at_source) - source.data_ptr()) // source.itemsize
         places.append((source, source_offset, target, (int(at_target) - target.data_ptr()) // target.itemsize))
-    unpaired = _views(moves.unpaired_form.box, *zip(*places, strict=True)) if places else ([], [])
+    unpaired = _views(moves.unpaired_geometry.box, *zip(*places, strict=True)) if places else ([], [])
     by_torch = len(np.unique(moves.unpaired.copies))
     return Planned([launches], unpaired, Work(count - by_torch, by_torch))
 
@@ -182,7 +182,7 @@ def _views(
     )
 
 
-def _moves(kind: _Kind, copies: _Copies) -> Moves | None:
+def _moves(kind: _Kind, copies: _Copies) -> VerbCall | None:
     """What kernels do for these copies; None where none fits."""
     from automodel_conv.kernels.verbs import VERBS  # and Triton with it
 
@@ -191,7 +191,7 @@ def _moves(kind: _Kind, copies: _Copies) -> Moves | None:
         return None
     sources = _addresses(copies.sources, copies.source_offsets)
     targets = _addresses(copies.targets, copies.target_offsets)
-    moves = moves_of(kind.form, sources, targets, VERBS)
+    moves = choose_verb(kind.form, sources, targets, VERBS)
     if moves is None or not moves.verb.takes(moves.matrix, kind.source_dtype, kind.target_dtype):
         return None
     return moves
@@ -202,7 +202,7 @@ def _addresses(tensors: Sequence[Tensor], offsets: Sequence[int]) -> np.ndarray:
     return starts + np.array(offsets, np.int64) * (tensors[0].itemsize if tensors else 1)
 
 
-def _launches(kind: _Kind, moves: Moves) -> Launches:
+def _launches(kind: _Kind, moves: VerbCall) -> Launches:
     verb, matrix, sources, targets, *_ = moves
     target_shape, source_shape = verb.shapes(matrix)
     return verb.launches(

@@ -216,7 +216,7 @@ class _DeviceLoad:
         # Queued before the streams are made, which are behind it.
         self._window_copies = WindowCopies(self._windows, self._tensors, self._regions)
         stats = LoadStats(0, 0, pinned.nbytes, sum(region.nbytes for region in self._regions), threads=threads)
-        self._copies, self._kernels = self._device.stream(), self._device.stream()
+        self._copy_stream, self._compute_stream = self._device.stream(), self._device.stream()
         del pinned
         futures: list[Future[Any]] = []
         try:
@@ -236,9 +236,9 @@ class _DeviceLoad:
         """Read, upload and copy everything in threads, of which ``futures`` tells."""
         with ExitStack() as ending:  # the last one first, each whatever happens to another
             ending.callback(self._release)
-            for stream in (self._copies, self._kernels):
+            for stream in (self._copy_stream, self._compute_stream):
                 # Memory goes back only once nothing uses it.
-                ending.callback(self._settle, stream)
+                ending.callback(self._synchronize, stream)
             ending.callback(self._files.close)
             pool = ThreadPoolExecutor(threads + 1, thread_name_prefix="automodel_conv")
             ending.callback(pool.shutdown)
@@ -252,7 +252,7 @@ class _DeviceLoad:
             if not isinstance(worker.exception(), Stopped):
                 worker.result()
 
-    def _settle(self, stream: Stream) -> None:
+    def _synchronize(self, stream: Stream) -> None:
         stream.record().synchronize()
         self._settled += 1
 
@@ -308,12 +308,12 @@ class _DeviceLoad:
             pairs += _pairs(uploads, slot, self._target_bytes[target])
         for window, uploads in chunk.to_windows.items():
             self._enter(window)
-            self._copies.copy_all(pairs + _pairs(uploads, slot, self._regions[window % _REGIONS]))
+            self._copy_stream.copy_all(pairs + _pairs(uploads, slot, self._regions[window % _REGIONS]))
             pairs = []
             self._leave(window)
         if pairs:
-            self._copies.copy_all(pairs)
-        slot.uploaded = self._copies.record(slot.uploaded)
+            self._copy_stream.copy_all(pairs)
+        slot.uploaded = self._copy_stream.record(slot.uploaded)
 
     def _enter(self, window: int) -> None:
         """Wait until the copies out of the window that had this memory before are queued; the stream waits for them."""
@@ -323,7 +323,7 @@ class _DeviceLoad:
                 self._changed.wait_for(lambda: self._stopped or before in self._emptied)
                 if self._stopped:
                     raise Stopped
-            self._copies.wait(self._emptied[before])
+            self._copy_stream.wait(self._emptied[before])
 
     def _leave(self, window: int) -> None:
         """Queue the copies out of a window if all that fills it is queued."""
@@ -333,11 +333,11 @@ class _DeviceLoad:
                 return
         # Events are used again once all that waits for them has been told to.
         region = window % _REGIONS
-        self._filled[region] = self._copies.record(self._filled.get(region))
-        self._kernels.wait(self._filled[region])
+        self._filled[region] = self._copy_stream.record(self._filled.get(region))
+        self._compute_stream.wait(self._filled[region])
         chosen = self._compiled.result()
-        self._kernels.run(lambda: self._copy(window, chosen))
-        emptied = self._kernels.record(self._emptied.get(window - _REGIONS))
+        self._compute_stream.run(lambda: self._copy(window, chosen))
+        emptied = self._compute_stream.record(self._emptied.get(window - _REGIONS))
         with self._changed:
             self._emptied[window] = emptied
             self._changed.notify_all()
@@ -357,7 +357,7 @@ class _DeviceLoad:
             return None
         chosen = self._window_copies.variants(MOST_COMPILED)
         if chosen:
-            self._kernels.run(lambda: compile_ahead(chosen, device))
+            self._compute_stream.run(lambda: compile_ahead(chosen, device))
         return chosen
 
 

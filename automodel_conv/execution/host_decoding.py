@@ -11,20 +11,20 @@ from automodel_conv.execution.buffers import dtype_of, strided
 from automodel_conv.kernels.code_tables import code_table
 from automodel_conv.kernels.dequantize_torch import dequantize_torch
 from automodel_conv.planning.copies import ZEROS_IN_I32
-from automodel_conv.schedule.jobs import Decoding, Grid
+from automodel_conv.schedule.jobs import CodeRectangle, Grid
 
 # Entries of the tables made at a time, where each scale has a row of its own.
 TABLE_ENTRIES = 1 << 18
 
 
-def decode_codes(decodings: Iterable[Decoding], memory: Tensor) -> None:
+def decode_codes(decodings: Iterable[CodeRectangle], memory: Tensor) -> None:
     """Decode rectangles of codes in ``memory``, uint8 ``[n]`` at a multiple of 64, to numbers that lie there too."""
     for decoding in decodings:
         for rows in _bands(decoding):
             _decode(decoding, rows, memory)
 
 
-def _bands(decoding: Decoding) -> Iterable[tuple[int, int]]:
+def _bands(decoding: CodeRectangle) -> Iterable[tuple[int, int]]:
     """Rows of a rectangle in portions of whole blocks, of which the tables are not too large."""
     rows, columns = decoding.shape
     block_rows, block_columns = decoding.decode.block
@@ -36,7 +36,7 @@ def _bands(decoding: Decoding) -> Iterable[tuple[int, int]]:
         at += height
 
 
-def _decode(decoding: Decoding, rows: tuple[int, int], memory: Tensor) -> None:
+def _decode(decoding: CodeRectangle, rows: tuple[int, int], memory: Tensor) -> None:
     first, last = rows
     decode, columns = decoding.decode, decoding.shape[1]
     block_rows, block_columns = decode.block
@@ -72,7 +72,7 @@ def _grid(grid: Grid, memory: Tensor) -> Tensor:
     return strided(typed, grid.shape, (grid.shape[1], 1), grid.start_bytes // typed.element_size())
 
 
-def _zero_points(decoding: Decoding, blocks: tuple[slice, slice], memory: Tensor) -> Tensor | None:
+def _zero_points(decoding: CodeRectangle, blocks: tuple[slice, slice], memory: Tensor) -> Tensor | None:
     """The codes of zero of some blocks."""
     if decoding.zero_points is None:
         return None

@@ -14,7 +14,7 @@ from automodel_conv.planning.boxes import Box
 _MOST_MATRICES = 1 << 16
 
 
-class Form(NamedTuple):
+class CopyGeometry(NamedTuple):
     """What equal copies have in common."""
 
     box: Box
@@ -30,10 +30,10 @@ class Addresses(NamedTuple):
     targets: np.ndarray
 
 
-class Moves(NamedTuple):
+class VerbCall(NamedTuple):
     """Equal matrices for one verb, as columns of addresses of its operands, and the places without partners.
 
-    A lone place has no partners to interleave with; it is a copy of ``unpaired_form``.
+    A lone place has no partners to interleave with; it is a copy of ``unpaired_geometry``.
     """
 
     verb: Verb
@@ -41,7 +41,7 @@ class Moves(NamedTuple):
     sources: tuple[np.ndarray, ...]
     targets: tuple[np.ndarray, ...]
     unpaired: Addresses
-    unpaired_form: Form
+    unpaired_geometry: CopyGeometry
 
 
 class _Dim(NamedTuple):
@@ -50,7 +50,7 @@ class _Dim(NamedTuple):
     target: int
 
 
-def moves_of(form: Form, sources: np.ndarray, targets: np.ndarray, verbs: Sequence[Verb]) -> Moves | None:
+def choose_verb(form: CopyGeometry, sources: np.ndarray, targets: np.ndarray, verbs: Sequence[Verb]) -> VerbCall | None:
     """The kernel moves that carry out equal copies; None where no verb walks as they do.
 
     A verb is found by how both sides walk along the dimension that is fastest there: whether that is the same one, and
@@ -90,7 +90,7 @@ def moves_of(form: Form, sources: np.ndarray, targets: np.ndarray, verbs: Sequen
         lots, unpaired = _runs_of_neighbours(places, places.targets, form.target_itemsize, verb.sources)
     else:
         lots, unpaired = _runs_of_neighbours(places, places.sources, form.source_itemsize, verb.destinations)
-    return Moves(
+    return VerbCall(
         verb,
         matrix,
         tuple(lot.sources for lot in lots[: verb.sources]),
@@ -109,7 +109,7 @@ def _lanes(dims: Sequence[_Dim], counts: Iterable[int]) -> _Dim | None:
     return None
 
 
-def _spread(places: Addresses, dim: _Dim, form: Form) -> Addresses:
+def _spread(places: Addresses, dim: _Dim, form: CopyGeometry) -> Addresses:
     """Each place once for each index of a dimension."""
     steps = np.array([[0], [dim.source * form.source_itemsize], [dim.target * form.target_itemsize]])
     return Addresses(*(np.stack(places)[:, :, None] + steps[:, None] * np.arange(dim.size)).reshape(3, -1))

@@ -106,7 +106,7 @@ class WindowCopies:
         for copies in self._windows[number].copies:
             if copies.dtype not in typed:
                 typed[copies.dtype] = region.view(dtype_of(copies.dtype, "a source"))
-            batch.add(copies.out_of_one(), [typed[copies.dtype]], self._tensors[copies.target])
+            batch.add(copies.as_strided_copy(), [typed[copies.dtype]], self._tensors[copies.target])
         return batch
 
 

@@ -18,7 +18,7 @@ from automodel_conv.schedule.cutting import ranges, slabs
 from automodel_conv.schedule.jobs import (
     ALIGN_BYTES,
     GAP_BYTES,
-    Decoding,
+    CodeRectangle,
     Grid,
     Move,
     Read,
@@ -29,7 +29,7 @@ from automodel_conv.schedule.jobs import (
 )
 
 
-def decoded(
+def decode_jobs(
     moves: Mapping[int, Sequence[Move]], checkpoint: Checkpoint, decodes: Mapping[int, Decode], limit: int
 ) -> Iterator[ReadAndCopy]:
     """Slabs of quantized sources, one a job, in the order of the files, in at most ``limit`` bytes of scratch.
@@ -91,7 +91,7 @@ def _job(source: CodedSource, start: int, stop: int, cut: Sequence[Move]) -> Rea
         at = align_up(at + 4)
     size = itemsize(source.dtype)
     decodings = [
-        Decoding(
+        CodeRectangle(
             source.decode,
             source.dtype,
             (r1 - r0, c1 - c0),
@@ -111,7 +111,7 @@ def _job(source: CodedSource, start: int, stop: int, cut: Sequence[Move]) -> Rea
     ]
     shift = at // size - start
     moves = [move._replace(source_offset=move.source_offset + shift) for move in cut]
-    return ReadAndCopy(Reads.of(sorted(reads)), at + (stop - start) * size, group_moves(moves), decodings)
+    return ReadAndCopy(Reads.from_list(sorted(reads)), at + (stop - start) * size, group_moves(moves), decodings)
 
 
 def _read(source: CodedSource, row: int, offset_bytes: int, nbytes: int, start_bytes: int) -> Read:

@@ -19,7 +19,7 @@ from automodel_conv.planning.copies import Decode, StridedCopy, Target
 from automodel_conv.schedule.code_slabs import Position, Rectangle, ScaleKind
 from automodel_conv.schedule.code_windows import ScaleGroup, code_windows
 from automodel_conv.schedule.host import divide, runs, slab_jobs
-from automodel_conv.schedule.jobs import Copies, Read, Reads, concatenated, group_moves
+from automodel_conv.schedule.jobs import Copies, Read, Reads, concatenate, group_moves
 
 
 class Upload(NamedTuple):
@@ -87,7 +87,7 @@ def device_schedule(
     coded = {row: of_row for row, of_row in moves.items() if row in decodes}
     jobs = list(slab_jobs(plain, checkpoint, window_bytes))
     to_windows = [job.reads._replace(memory=job.reads.memory + first + number) for number, job in enumerate(jobs)]
-    reads = concatenated([in_place, *to_windows]).in_order()
+    reads = concatenate([in_place, *to_windows]).in_order()
     of_codes = list(code_windows(coded, checkpoint, decodes, window_bytes, first + len(jobs)))
     chunks = [_chunk(run, first) for run in runs(reads, slot_bytes)]
     chunks += [_chunk(some, first) for some in _packed((window.reads for window in of_codes), slot_bytes)]
@@ -114,10 +114,10 @@ def _packed(windows: Iterable[Sequence[Read]], limit: int) -> Iterator[Reads]:
                 chunk.append(Read(file, offset, taken, memory, start))
                 offset, start, nbytes, room = offset + taken, start + taken, nbytes - taken, room - taken
                 if not room or len(chunk) == IOV_MAX // 2:
-                    yield Reads.of(sorted(chunk))
+                    yield Reads.from_list(sorted(chunk))
                     chunk, room = [], limit
     if chunk:
-        yield Reads.of(sorted(chunk))
+        yield Reads.from_list(sorted(chunk))
 
 
 def _chunk(reads: Reads, first_window: int) -> Chunk:

@@ -18,7 +18,7 @@ from automodel_conv.files.full_io import IOV_MAX
 from automodel_conv.planning.boxes import run_of
 from automodel_conv.planning.copies import Decode, StridedCopy, Target
 from automodel_conv.schedule.cutting import ranges, slabs
-from automodel_conv.schedule.decoding import decoded
+from automodel_conv.schedule.decoding import decode_jobs
 from automodel_conv.schedule.jobs import (
     GAP_BYTES,
     Job,
@@ -194,7 +194,7 @@ def jobs_through_scratch(
     yield from slab_jobs({row: of_row for row, of_row in moves.items() if row not in decodes}, checkpoint, limit)
     coded = {row: of_row for row, of_row in moves.items() if row in decodes}
     if coded:
-        yield from decoded(coded, checkpoint, decodes, limit)
+        yield from decode_jobs(coded, checkpoint, decodes, limit)
 
 
 def slab_jobs(moves: Mapping[int, Sequence[Move]], checkpoint: Checkpoint, limit: int) -> Iterator[ReadAndCopy]:
@@ -213,7 +213,7 @@ def slab_jobs(moves: Mapping[int, Sequence[Move]], checkpoint: Checkpoint, limit
             place = align_up(used)
             end = place + (stop - start) * size
             if reads and (end > limit or file != reads[0].file):
-                yield ReadAndCopy(Reads.of(reads), used, group_moves(placed))
+                yield ReadAndCopy(Reads.from_list(reads), used, group_moves(placed))
                 reads, placed, place, end = [], [], 0, (stop - start) * size
             for first, last in ranges(cut, GAP_BYTES // size):
                 at = place + (first - start) * size
@@ -222,4 +222,4 @@ def slab_jobs(moves: Mapping[int, Sequence[Move]], checkpoint: Checkpoint, limit
             placed += [move._replace(source_offset=move.source_offset + shift) for move in cut]
             used = end
     if reads:
-        yield ReadAndCopy(Reads.of(reads), used, group_moves(placed))
+        yield ReadAndCopy(Reads.from_list(reads), used, group_moves(placed))

@@ -50,7 +50,7 @@ class Reads(NamedTuple):
     start_bytes: np.ndarray
 
     @staticmethod
-    def of(reads: Sequence[Read]) -> Reads:
+    def from_list(reads: Sequence[Read]) -> Reads:
         """Reads that are given one by one."""
         return Reads(*np.array(reads, np.int64).reshape(-1, 5).T)
 
@@ -99,7 +99,7 @@ class Reads(NamedTuple):
         return (self.take(slice(*bound)) for bound in pairwise(bounds))
 
 
-def concatenated(several: Iterable[Reads]) -> Reads:
+def concatenate(several: Iterable[Reads]) -> Reads:
     """Concatenate reads."""
     columns = zip(*several, strict=True)
     return Reads(*map(np.concatenate, columns))
@@ -117,7 +117,7 @@ class Move(NamedTuple):
     target_offset: int
 
     @property
-    def of(self) -> tuple[int, str, Box]:
+    def group_key(self) -> tuple[int, str, Box]:
         """What moves that are columns of one ``Copies`` have in common."""
         return self.target, self.dtype, self.box
 
@@ -133,7 +133,7 @@ class Copies(NamedTuple):
     source_offsets: list[int]
     target_offsets: list[int]
 
-    def out_of_one(self) -> StridedCopy:
+    def as_strided_copy(self) -> StridedCopy:
         """The same copies, for a target whose only source is the memory."""
         ordinals = (0,) * len(self.source_offsets)
         return StridedCopy(self.box, ordinals, tuple(self.source_offsets), tuple(self.target_offsets))
@@ -161,7 +161,7 @@ class Grid(NamedTuple):
     shape: tuple[int, int]
 
 
-class Decoding(NamedTuple):
+class CodeRectangle(NamedTuple):
     """A rectangle of codes in the scratch that becomes numbers in the scratch."""
 
     decode: Decode
@@ -204,7 +204,7 @@ class ReadAndCopy(NamedTuple):
     """In order; the scratch is their only memory."""
     scratch_bytes: int
     copies: Sequence[Copies]
-    decodings: Sequence[Decoding] = ()
+    rectangles: Sequence[CodeRectangle] = ()
 
     @property
     def targets(self) -> set[int]:
