@@ -1,1 +1,1 @@
-"""Schedules: which bytes are read, moved and written together; pure."""
+"""Schedules: which bytes are read, moved and written together (pure: integers in, integers out)."""

@@ -131,7 +131,7 @@ MUTANTS = {
         "pass",
     ),
     "uploads into a window do not wait for the copies out of it": (
-        "self._copy_stream.wait(self._emptied[before])",
+        "self._copy_stream.wait(self._emptied[previous])",
         "pass",
     ),
     "a slot is overwritten before it is uploaded": ("slot.uploaded.synchronize()", "pass"),
@@ -139,7 +139,7 @@ MUTANTS = {
         "[window.chunks for window in windows]",
         "[1 for window in windows]",
     ),
-    "a window is filled before the one before it is emptied": ("before = window - _REGIONS", "before = -1"),
+    "a window is filled before the one before it is emptied": ("previous = window - _REGIONS", "previous = -1"),
     "an error is swallowed": ("                worker.result()", "                pass"),
     "the load ends before the device": ("stream.record().synchronize()", "stream.record()"),
     "files stay open": ("ending.callback(self._files.close)", "pass"),
