@@ -83,10 +83,11 @@ def ring_of(threads: int | None, scratch_bytes: int | None) -> Ring:
         threads: number of threads; None to choose one. Fewer are used if ``scratch_bytes`` is too small for all.
         scratch_bytes: maximum bytes of pinned memory; None for slots of 8 MiB.
 
-    >>> ring_of(3, None)
-    Ring(threads=3, slot_bytes=8388608)
-    >>> ring_of(2, 16384)
-    Ring(threads=2, slot_bytes=4096)
+    Example:
+        >>> ring_of(3, None)
+        Ring(threads=3, slot_bytes=8388608)
+        >>> ring_of(2, 16384)
+        Ring(threads=2, slot_bytes=4096)
     """
     if threads is None:
         threads = default_reader_threads(MOST_THREADS)
@@ -143,14 +144,14 @@ def load_to_device(
         Stopped: ``stop`` was set before all work was done.
     """
     device_scratch_bytes = DEFAULT_DEVICE_SCRATCH_BYTES if device_scratch_bytes is None else device_scratch_bytes
-    given = [size for size in (scratch_bytes, device_scratch_bytes) if size is not None]
-    if (threads is not None and threads < 1) or min(given) < LEAST_SCRATCH_BYTES:
-        found = f"threads={threads}, scratch_bytes={scratch_bytes}, device_scratch_bytes={device_scratch_bytes}"
+    scratch_sizes = [size for size in (scratch_bytes, device_scratch_bytes) if size is not None]
+    if (threads is not None and threads < 1) or min(scratch_sizes) < LEAST_SCRATCH_BYTES:
+        arguments = f"threads={threads}, scratch_bytes={scratch_bytes}, device_scratch_bytes={device_scratch_bytes}"
         raise ConversionError(
             message(
                 "cannot load with these threads, scratch_bytes and device_scratch_bytes",
                 expected=f"threads >= 1, each scratch >= {LEAST_SCRATCH_BYTES}",
-                found=found,
+                found=arguments,
             )
         )
     ring = ring_of(threads, scratch_bytes)

@@ -123,7 +123,7 @@ def _lanes(dims: Sequence[_Dim], counts: Iterable[int]) -> _Dim | None:
 
 
 def _spread(places: Addresses, dim: _Dim, geometry: CopyGeometry) -> Addresses:
-    """Return each place once for each index of a dimension."""
+    """Repeat each place for each index of a dimension."""
     steps = np.array([[0], [dim.source * geometry.source_itemsize], [dim.target * geometry.target_itemsize]])
     return Addresses(*(np.stack(places)[:, :, None] + steps[:, None] * np.arange(dim.size)).reshape(3, -1))
 
@@ -136,10 +136,11 @@ def _pair_neighbours(
     Returns:
         The first places of all sets, the second ones and so on; and the places that are in no set.
 
-    >>> places = Addresses(*np.array([[0, 1, 2], [0, 0, 0], [32, 4, 6]]))
-    >>> (first, second), unpaired = _pair_neighbours(places, places.targets, 2, 2)
-    >>> first.copies.tolist(), second.copies.tolist(), unpaired.copies.tolist()
-    ([1], [2], [0])
+    Example:
+        >>> places = Addresses(*np.array([[0, 1, 2], [0, 0, 0], [32, 4, 6]]))
+        >>> (first, second), unpaired = _pair_neighbours(places, places.targets, 2, 2)
+        >>> first.copies.tolist(), second.copies.tolist(), unpaired.copies.tolist()
+        ([1], [2], [0])
     """
     if count == 1:
         return [places], Addresses(*(column[:0] for column in places))

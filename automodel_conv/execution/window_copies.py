@@ -21,7 +21,7 @@ from automodel_conv.schedule.device import Window
 
 
 class WindowCopies:
-    """The decoding of, and the copies out of, all windows of a load.
+    """The work that empties all windows of a load: decoding of their codes, and copies to the targets.
 
     Args:
         windows: the windows of the load, in order.

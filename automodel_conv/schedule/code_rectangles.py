@@ -37,7 +37,7 @@ class SourceRectangle(NamedTuple):
 
 
 def find_rectangles(move: Move, source: CodedSource) -> tuple[SourceRectangle, ...] | None:
-    """Return the rectangles of a source that a move takes straight to its target, or None if its strides forbid it."""
+    """Return the rectangles that decode a move straight into its target, or None if its strides do not allow that."""
     decode = source.decode
     rectangles = _box_rectangles(
         move.box, move.source_offset, source.columns, source.matrix_rows, decode.block[0], decode.bits

@@ -43,7 +43,7 @@ class ScaleKind(NamedTuple):
     divides: bool
     """Whether a scale is divided by the global scale, not multiplied."""
     like_upstream: bool
-    """Whether values are rounded as transformers does, not once."""
+    """Whether values are rounded as transformers rounds them, not once."""
     has_global: bool
     """Whether each source has a global scale."""
     zero_points: tuple[int, int] | None
@@ -245,7 +245,7 @@ def _capacity(source: CodedSource, limit: int, in_place: bool) -> int:
     """Return how many elements fit into a window with all that they need, in whole rows of blocks if possible.
 
     Raises:
-        ConversionError: not even ``ALIGN_BYTES`` elements fit.
+        ConversionError: fewer than ``ALIGN_BYTES`` elements fit, and not the whole source.
     """
     decode, kind = source.decode, _kind(source, (0, 1))
     scale_bytes = itemsize(kind.scale_dtype) + (

@@ -1,8 +1,8 @@
-"""Schedule windows of device memory for quantized sources: moves in, windows with their reads out; pure.
+"""Schedule the decoding of quantized sources on a GPU: turn the moves out of them into windows; pure.
 
-A window holds the codes of consecutive sources of the files and then their scales. The scales are gathered by kind, so
-that one lookup table is computed for all scales of a kind. Rectangles of codes are decoded straight into the targets.
-If strides do not allow that, whole rows are decoded into the window, and copies move the values to the targets.
+A window of device memory holds the codes of consecutive sources, and then their scales. The scales are gathered by
+kind, so that one lookup table is computed for all scales of a kind. Rectangles of codes are decoded straight into the
+targets. If strides do not allow that, whole rows are decoded into the window, and copies move the values to the targets.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ class CodeWindow(NamedTuple):
     """The contents of one window, the reads that fill it, and the decoding and copies that empty it."""
 
     reads: list[Read]
-    """Reads whose memory is the number of the window. One read may cover several consecutive tensors."""
+    """Reads that fill the window; their memory is its number. One read may cover several consecutive tensors."""
     groups: dict[ScaleKind, ScaleGroup]
     rectangles: dict[Rectangle, list[Position]]
     """Codes to decode: the places of all rectangles of each geometry."""

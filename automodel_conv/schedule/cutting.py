@@ -94,7 +94,7 @@ def read_range(moves: Sequence[Cuttable]) -> tuple[int, int]:
 
 
 def _common_cut(moves: Sequence[Cuttable], start: int, cut: int) -> int:
-    """Return the last element <= ``cut`` before which no step of any move is split; <= ``start`` if there is none."""
+    """Return the last place <= ``cut`` where a cut splits no step of any move; <= ``start`` if no place is above it."""
     while cut > start:
         lower = min(_cut_before(move, cut) for move in moves)
         if lower == cut:
@@ -104,7 +104,7 @@ def _common_cut(moves: Sequence[Cuttable], start: int, cut: int) -> int:
 
 
 def _cut_before(move: Cuttable, cut: int) -> int:
-    """Return the last element <= ``cut`` before which no step of a move is split."""
+    """Return the last place <= ``cut`` where a cut splits no step of a move."""
     _, _, stride, width, span = _walk(move.box)
     first = move.source_offset
     if cut <= first or cut >= first + span:

@@ -1,4 +1,4 @@
-"""Schedule the decoding of quantized sources on the host: moves of codes in, jobs out; pure.
+"""Schedule the decoding of quantized sources on the host: turn the moves out of them into jobs; pure.
 
 A job reads a slab of codes and their scales into scratch, decodes the codes there to the dtype of the targets, and
 copies the values to the targets. Scales that two slabs share are read once for each slab.

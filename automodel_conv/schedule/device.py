@@ -1,4 +1,4 @@
-"""Schedule a load to a GPU: copies of targets in, chunks to read and windows to empty out; pure.
+"""Schedule a load to a GPU: turn the copies of all targets into chunks to read and windows to empty; pure.
 
 A chunk is read into pinned memory and uploaded from there. Bytes that only move are uploaded straight to their final
 place. All other bytes are uploaded to a window of device memory, and copied or decoded from there once the window is

@@ -1,8 +1,8 @@
-"""Schedule a load to the host: copies of targets in, jobs that read, decode and copy out; pure.
+"""Schedule a load to the host: turn the copies of all targets into jobs; pure.
 
 Bytes that only move are read straight into their final place. Bytes that are permuted or cast, or that several targets
-need, are read into scratch one slab of a source at a time, and copied from there. So each byte is read once. Jobs can
-run in any order.
+need, are read into scratch one slab of a source at a time, and copied from there to the targets. So each byte is read
+once. Jobs can run in any order.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Schedule the writing of output files: copies of targets in, slabs out; pure.
+"""Schedule the writing of output files: turn the copies of all targets into slabs; pure.
 
 A slab is a range of an output file; slabs can be written in any order. A slab consists either of bytes that only move,
 or of copies that permute or cast, which fill memory first. No byte is in two slabs. Every byte that a copy writes is
