@@ -38,7 +38,7 @@ class WindowCopies:
         self._decoder = WindowDecoder(groups, tensors, regions[0].device) if groups else None
 
     def release(self) -> None:
-        """Release the tables in device memory."""
+        """Release the device memory of the decoder."""
         self._decoder = None
 
     def variants(self, most: int) -> frozenset[Variant]:

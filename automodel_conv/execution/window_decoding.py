@@ -95,14 +95,12 @@ class WindowDecoder:
         """Return the table of a group, ``[rows, codes]``: the one that all windows share, or the one in the window."""
         if group.kind.is_shared:
             return self._tables[group.kind]
-        codes = 1 << group.kind.bits
-        return _typed(window, group.table_bytes, group.table_rows * codes, _dtype(group.kind.value_dtype)).view(
-            -1, codes
-        )
+        codes, value_dtype = 1 << group.kind.bits, _dtype(group.kind.value_dtype)
+        return _typed(window, group.table_bytes, group.table_rows * codes, value_dtype).view(-1, codes)
 
     def launches(self, rectangle: Rectangle, places: Sequence[Position], group: ScaleGroup, window: Tensor) -> Launches:
         """Return the launches that decode equal rectangles of a window."""
-        from automodel_conv.kernels.dequantize import dequantize_launches  # and Triton with it
+        from automodel_conv.kernels.dequantize import dequantize_launches  # deferred, because it imports Triton
 
         kind, (rows, columns) = rectangle.kind, rectangle.shape
         bits, device = kind.bits, window.device

@@ -2,7 +2,7 @@
 
 A window of device memory holds the codes of consecutive sources, and then their scales. The scales are gathered by
 kind, so that one lookup table is computed for all scales of a kind. Rectangles of codes are decoded straight into the
-targets. If strides do not allow that, whole rows are decoded into the window, and copies move the values to the targets.
+targets. If strides do not allow that, whole rows are decoded into the window, and copies move values to the targets.
 """
 
 from __future__ import annotations
