@@ -48,7 +48,7 @@ def takes_kernels(backend: str, tensors: Iterable[Tensor]) -> bool:
         reason = why_not(device)
     if backend == "triton" and reason is not None:
         raise UnsupportedError(
-            message(f'backend="triton" cannot run: {reason}', do='backend="torch" gives the same bytes')
+            message(f'backend="triton" cannot run: {reason}', do='use backend="torch", which writes the same bytes')
         )
     return reason is None
 
