@@ -1,25 +1,26 @@
-# `make test` is the whole check, as CI runs it, but for what takes minutes, which is `make test-long`; `make demo` shows what
-# the package does; `make release-check` is what must hold before a release is tagged. All set themselves up.
+# `make test` runs the whole check, as CI does, except tests that take minutes: `make test-long` runs those. `make demo`
+# shows what the package does. `make release-check` runs the checks before a release is tagged. Each target sets up what
+# it needs.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 LEG := .ci/leg
-# -n 2: most tests are one core's work. Derandomised examples: a red run is red again.
+# -n 2: most tests use one core. Derandomized examples: a run that fails once fails again.
 PYTEST := $(BIN)/python -m pytest -q -n 2 --dist worksteal --hypothesis-profile=ci
 
-# Besides the transformers of requirements-dev.txt; torch stays one build.
+# Releases of transformers to test in addition to that of requirements-dev.txt, all with the same build of torch.
 OTHER_TRANSFORMERS := 5.17.0 5.12.1
-# Where the shared environment is too new for an old release: what goes beside it.
-BESIDE_5.12.1 := tokenizers==0.22.2
-# The test files that a release of transformers can change the outcome of; the sweep walks the whole zoo again, and
-# test-long the zoo of equal sizes.
+# Older packages to install with a release that the shared environment is too new for.
+EXTRA_5.12.1 := tokenizers==0.22.2
+# The tests with a result that depends on the release of transformers. The sweep runs over the whole zoo again, and
+# test-long over the zoo of equal sizes.
 TRANSFORMERS_TESTS = $(filter-out tests/test_model_zoo.py tests/test_equal_sizes.py tests/test_fault_sweep.py tests/test_hostile_files.py \
 	tests/crash_safety/% tests/fuzz/% tests/benchmarks/% tests/gpu/% tests/software_gpu/% tests/distributed/% tests/files/% tests/house/%,\
 	$(shell grep -rlwE --include='test_*.py' --exclude-dir=packaging 'transformers|model_zoo' tests))
 
 VERSION = $(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)
 
-# Tests of what never asks whether transformers is there, and of what cannot do without it.
+# Tests of code that never checks for transformers, and of code that needs it.
 KNOW_NO_TRANSFORMERS := machine_code/ kernels/ gpu/ software_gpu/ execution/ files/ packaging/ hide/ house/ model_zoo/ crash_safety/ \
 	test_measuring.py test_testing.py test_checksums.py
 
@@ -31,7 +32,7 @@ KNOW_NO_TRANSFORMERS := machine_code/ kernels/ gpu/ software_gpu/ execution/ fil
 .SECONDARY: $(OTHER_TRANSFORMERS:%=$(VENV)/transformers-%/.installed) $(VENV)/triton-3.6.0/.installed \
 	$(VENV)/nemo-0.7.0/.installed $(VENV)/atheris-3.0.0/.installed
 
-# In this order, and the first red leg ends it.
+# The legs run in this order, and the first one that fails ends the check.
 test: test-style test-main test-software-gpu test-packaging $(OTHER_TRANSFORMERS:%=test-transformers-%) test-triton-3.6.0 test-nemo-0.7.0 \
 	test-without-triton test-without-transformers test-fuzz
 
@@ -41,11 +42,11 @@ test-style: $(VENV)/installed
 test-main: $(VENV)/installed
 	@$(LEG) "tests" $(PYTEST) -m "not packaging and not long" --doctest-modules --ignore=automodel_conv/kernels automodel_conv tests
 
-# All that runs on a GPU, at the sizes that it has there; what needs more memory than there is, a real one tests.
+# All GPU code, at the sizes of a real GPU. Tests that need more memory than this machine has need a real GPU.
 test-software-gpu: $(VENV)/installed
 	@$(LEG) "software GPU" $(PYTEST) -p tests.software_gpu.plugin tests/gpu
 
-# A file to a worker: the tests of one share what it built.
+# One worker per file: the tests of a file share what they build.
 test-packaging: $(OTHER_TRANSFORMERS:%=$(VENV)/transformers-%/.installed)
 	@$(LEG) "packaging" $(PYTEST) --dist loadfile -m packaging tests/packaging
 
@@ -63,7 +64,7 @@ test-without-transformers: $(VENV)/installed
 	@PYTHONPATH=$(CURDIR)/tests/hide HIDDEN_PACKAGES=transformers $(LEG) "without transformers" \
 		$(PYTEST) -m "not packaging and not long" $(filter-out $(KNOW_NO_TRANSFORMERS:%=tests/%),$(wildcard tests/test_*.py tests/*/))
 
-# Whole matrices, which take as long as all else; to be run before a change of what they are about is merged.
+# Full test matrices. They take as long as all other tests; run them before you merge a change to what they cover.
 test-long: $(VENV)/installed $(OTHER_TRANSFORMERS:%=test-long-transformers-%)
 	@$(LEG) "long tests" $(PYTEST) -m long tests
 
@@ -95,7 +96,7 @@ format: $(VENV)/installed
 demo: $(VENV)/installed
 	$(BIN)/python -m benchmarks.demo
 
-# Cheapest first. The wheel and the source distribution are installed and tried by test-packaging, as part of test.
+# Cheapest first. test-packaging, a part of test, installs the wheel and the source distribution and tries them.
 release-check: release-tree release-notes release-audit test release-distributions
 	@echo "$(VERSION) can be tagged; what to upload is in dist/"
 
@@ -107,7 +108,7 @@ release-notes:
 	@grep -qE '^## \[$(VERSION)\] - [0-9]{4}-[0-9]{2}-[0-9]{2}$$' CHANGELOG.md || \
 		{ echo "release: CHANGELOG.md has no line '## [$(VERSION)] - YYYY-MM-DD'" >&2; exit 1; }
 
-# Known vulnerabilities of all that is pinned, as PyPI tells them.
+# Known vulnerabilities of all pinned packages, as PyPI lists them.
 release-audit: $(VENV)/release/.installed
 	$(VENV)/release/bin/pip-audit --no-deps --disable-pip --requirement requirements-dev.txt
 
@@ -120,8 +121,8 @@ clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-# Everything is pinned, so nothing is resolved twice. triton goes in alone: a torch built for CUDA asks for one exact
-# triton, and the tests want the same one everywhere.
+# All versions are pinned, so pip need not resolve them again. triton is installed separately: a torch built for CUDA
+# requires one exact triton, and the tests need the same one everywhere.
 $(VENV)/requirements: requirements-dev.txt
 	@$(LEG) "new environment" $(PYTHON) -m venv --clear $(VENV)
 	@grep -v '^triton==' $< > $(VENV)/most.txt && grep '^triton==' $< > $(VENV)/triton.txt
@@ -138,7 +139,7 @@ $(VENV)/triton-%/.installed: $(VENV)/installed
 	@$(LEG) "install triton $*" $(BIN)/python -m pip install -qq --no-deps --target $(@D) triton==$*
 	@touch $@
 
-# einops is all that it imports and this environment lacks.
+# NeMo AutoModel imports einops, the only package that this environment lacks.
 $(VENV)/nemo-%/.installed: $(VENV)/installed
 	@rm -rf $(@D)
 	@$(LEG) "install NeMo AutoModel $*" \
@@ -153,7 +154,7 @@ $(VENV)/atheris-%/.installed: $(VENV)/installed
 $(VENV)/transformers-%/.installed: $(VENV)/installed
 	@rm -rf $(@D)
 	@$(LEG) "install transformers $*" \
-		$(BIN)/python -m pip install -qq --no-deps --target $(@D) transformers==$* $(BESIDE_$*)
+		$(BIN)/python -m pip install -qq --no-deps --target $(@D) transformers==$* $(EXTRA_$*)
 	@touch $@
 
 $(VENV)/release/.installed: .ci/release-tools.txt $(VENV)/installed
