@@ -117,7 +117,7 @@ class Case(NamedTuple):
         return run
 
     def foreach(self) -> Way:
-        """Return a way that calls ``torch._foreach_copy_``: it accepts any strides, but is fast only for plain copies."""
+        """Return a way that calls ``torch._foreach_copy_``. It accepts any strides, but only plain copies are fast."""
         dst, src = ([*side] for side in zip(*self.pairs(), strict=True))
 
         def run() -> Tensor:

@@ -1,4 +1,4 @@
-"""Other ways to decode, to be timed on a GPU in the place of ``dequantize_tiles``; see ``benchmarks.gpu.candidates``.
+"""Other decoders, to be timed on a GPU in place of ``dequantize_tiles``; see ``benchmarks.gpu.candidates``.
 
 They decode whole vectors only, and only blocks of powers of two, or as large as the matrix.
 """
@@ -18,12 +18,12 @@ from automodel_conv.kernels.tiles import RUNTIME, cast, grouped_tile, pointer_to
 
 @triton.jit
 def _times(codes, scale, BITS: tl.constexpr):
-    """The numbers of codes under a scale, as the bits of bfloat16: e4m3 of 8 bits, e2m1 of 4."""
+    """Return the values of codes under a scale, as the bits of bfloat16: e4m3 of 8 bits, e2m1 of 4."""
     MANTISSA: tl.constexpr = 3 if BITS == 8 else 1
     BIAS: tl.constexpr = 7 if BITS == 8 else 1
     sign = codes >> (BITS - 1)
     magnitude = codes & ((1 << (BITS - 1)) - 1)
-    # Exponent and mantissa in the places of a float32, whose exponent is then too small; exact, below normal ones too.
+    # Exponent and mantissa at the positions of a float32. Its exponent is then too small; exact, also for subnormals.
     x = ((sign << 31) | (magnitude << (23 - MANTISSA))).to(tl.float32, bitcast=True) * 2.0 ** (127 - BIAS)
     if BITS == 8:
         x = tl.where(magnitude == 127, float("nan"), x)
@@ -57,9 +57,9 @@ def decode_lines(
     EVICTION: tl.constexpr,
     ARITHMETIC: tl.constexpr,
 ):
-    """``dequantize_tiles`` with hints to the caches for codes, or computing numbers instead of looking them up.
+    """Like ``dequantize_tiles``, with hints to the caches for codes, or with arithmetic instead of a table lookup.
 
-    ``ARITHMETIC`` takes the scale from the table, where it is what the code of one stands for.
+    With ``ARITHMETIC`` the scale is the table's value for the code of one.
     """
     tl.static_assert(BY_SHIFTS and not STEPPED and SRC_VECTOR > 1)
     PER_BYTE: tl.constexpr = 8 // BITS
@@ -142,7 +142,7 @@ def decode_rectangles(
     TILE_ROWS: tl.constexpr,
     TILE_COLUMNS: tl.constexpr,
 ):
-    """``dequantize_tiles`` in two dimensions, which Triton 3.6.0 lays out in columns, 3.9.0 in rows."""
+    """Like ``dequantize_tiles``, in two dimensions, which Triton 3.6.0 lays out in columns, 3.9.0 in rows."""
     tl.static_assert(BY_SHIFTS and not STEPPED and SRC_VECTOR > 1)
     PER_BYTE: tl.constexpr = 8 // BITS
     VECTORS: tl.constexpr = TILE_COLUMNS // SRC_VECTOR
@@ -184,7 +184,7 @@ def decode_rectangles(
 
 
 class Instead(NamedTuple):
-    """A kernel in the place of ``dequantize_tiles``, with what it is compiled for besides."""
+    """A kernel in place of ``dequantize_tiles``, with its additional compile-time constants."""
 
     kernel: Any
     constants: Mapping[str, Any] = {}

@@ -1,4 +1,4 @@
-"""Back from the device to files, and a load on a stream that is not the default one.
+"""Measure saves from the device to files, and a load on a stream other than the default one.
 
 python -m benchmarks.gpu.round_trip    (a worker; a cell is one of these)
 """
@@ -27,13 +27,13 @@ from benchmarks.operations import Mismatch
 
 
 def save(root: str, device: torch.device) -> dict[str, Any]:
-    """A model on the device, its experts grouped, to per-expert files: what it was loaded from.
+    """Save a model on the device, with grouped experts, to per-expert files, and compare them with its source.
 
-    All earlier writing is on the disk before. ``sync_s`` is how long the threads that write, one added to the other,
-    waited for the disk; with ``--directory /dev/shm`` that is nothing.
+    All earlier writes are on the disk before. ``sync_s`` is the time that the writing threads waited for the disk,
+    summed over the threads. With ``--directory /dev/shm`` it is zero.
 
     Raises:
-        Mismatch: names the tensor that is not what it was.
+        Mismatch: a tensor differs; with its name.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -42,7 +42,7 @@ def save(root: str, device: torch.device) -> dict[str, Any]:
         model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(source), dtype=torch.bfloat16)
     amc.load_model(model, source, device=device)
     try:
-        if device.type == "cuda":  # elsewhere times mean nothing
+        if device.type == "cuda":  # times are meaningless elsewhere
             os.sync()
         with _timed_sync() as sync_s:
             taken = seconds(lambda: amc.save_checkpoint(model, made), device)
@@ -55,7 +55,7 @@ def save(root: str, device: torch.device) -> dict[str, Any]:
 
 @contextmanager
 def _timed_sync() -> Iterator[list[float]]:
-    """How long each of the package's calls takes that wait until a file is on the disk."""
+    """Record the seconds of each call of the package that waits until a file is on the disk."""
     taken: list[float] = []
 
     def timed(descriptor: int, sync: Callable[[int], None] = system.sync) -> None:
@@ -68,10 +68,10 @@ def _timed_sync() -> Iterator[list[float]]:
 
 
 def compare(made: str, source: str) -> None:
-    """All tensors of two directories, byte by byte.
+    """Compare all tensors of two directories, byte by byte.
 
     Raises:
-        Mismatch: names the tensor.
+        Mismatch: a tensor differs; with its name.
     """
     places = [{name: path for path in _files(root) for name in _names(path)} for root in (made, source)]
     if places[0].keys() != places[1].keys():
@@ -95,10 +95,10 @@ def _names(path: Path) -> list[str]:
 
 
 def side_stream(root: str, device: torch.device) -> dict[str, Any]:
-    """The tensors that a load makes on the default stream.
+    """Compare a load on another stream with a load on the default stream.
 
     Raises:
-        Mismatch: others.
+        Mismatch: the tensors differ.
     """
     directory = os.path.join(root, checkpoints.SHORT)
     wanted = loading.digest(loading.load_ours(directory, device, layout="nemo")[0])

@@ -1,9 +1,9 @@
-"""The candidates of ``benchmarks.gpu.candidates`` against what the kernels do as they are.
+"""Measure the candidates of ``benchmarks.gpu.candidates`` against the kernels as they are.
 
     python -m benchmarks.gpu.sweep    (a worker; a cell is a candidate at an operation on a layer)
 
-A first stage compiles all of them, in several processes at once, into Triton's cache, by a call on a little of a layer;
-the second times them one after another.
+A first stage compiles all candidates, in several processes at once, into Triton's cache, by a call on a small part of a
+layer. The second stage times them one after another.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from benchmarks.gpu.worker import Channel, serve
 from benchmarks.operations import Experts
 
 LAYERS = kernels.LAYERS[:2]
-# Sides of what is compiled on: the same alignments as a whole layer, and rows as long.
+# Sizes for the compilation: the same alignments and row lengths as a whole layer.
 _LITTLE = {"experts": 1, "intermediate": 128}
 
 
@@ -31,12 +31,13 @@ class Cell(NamedTuple):
 
 
 def cells(smoke: bool) -> dict[str, Cell]:
-    """All cells by name; candidates at the same operation on the same layer follow one another.
+    """Return all cells by name. Candidates at the same operation on the same layer follow one another.
 
-    A candidate that needs a process of its own is tried on the first layer only, since the process takes longest.
+    A candidate that needs a process of its own is tried on the first layer only, since the process takes most of the
+    time.
 
     Args:
-        smoke: each candidate at one operation only, and only one that needs a process of its own.
+        smoke: try each candidate at one operation only, and only one candidate that needs a process of its own.
     """
     alone = [candidate for candidate in CANDIDATES if candidate.own_process][: 1 if smoke else None]
     layers = kernels.SMOKE_LAYERS[:1] if smoke else LAYERS
@@ -66,7 +67,7 @@ def work(order: Mapping[str, Any], channel: Channel) -> None:
 
 
 def _compile(cell: Cell, device: torch.device, smoke: bool) -> float:
-    """Seconds of the first call."""
+    """Return the seconds of the first call."""
     layer = cell.layer if smoke else cell.layer._replace(**_LITTLE)
     case = kernels.make_case(cell.operation, layer, device)
     with patched(cell.candidate):
@@ -78,7 +79,7 @@ def _row(cell: Cell) -> dict[str, Any]:
 
 
 class _Made:
-    """Buffers of one operation on one layer, and the time of ``copy_`` of as many bytes, for all its candidates."""
+    """Buffers of one operation on one layer, and the time of ``copy_`` of the same bytes, for all its candidates."""
 
     def __init__(self, device: torch.device):
         self._device = device

@@ -1,7 +1,7 @@
-"""States of a machine that a load may meet, each made by a context manager, or said why it cannot be made here.
+"""States of a machine that a load may meet, each set up by a context manager, or an error with the reason why not.
 
-Each is given the checkpoint, a directory of its own on the same file system, and whether to go as far as the machine
-goes; if not, 64 MiB are enough, which tries the code and nothing else.
+Each receives the checkpoint, a directory of its own on the same file system, and whether to go to the machine's limit.
+If not, it uses only 64 MiB, which is enough to exercise the code.
 """
 
 from __future__ import annotations
@@ -17,24 +17,24 @@ from typing import NamedTuple
 from benchmarks import measure, memory
 
 _LITTLE = 64 << 20
-# Beside the model, an interpreter with torch and the modelling module takes 280 MB.
+# In addition to the model, an interpreter with torch and the modelling module uses 280 MB.
 _LIMIT, _INTERPRETER_BYTES = 1.15, 320 << 20
 _OVERLAY = 'mount -t overlay overlay -o "lowerdir=$1:$2" "$3" && shift 3 && exec "$@"'
 _LIMITED = 'echo $$ > "$1/cgroup.procs" && shift && exec "$@"'
 
 
 class CannotBeMade(Exception):
-    """Not on this machine, or not with these rights; with why."""
+    """The state cannot be set up on this machine, or not with these rights; with the reason."""
 
 
 class Made(NamedTuple):
     """How to load in that state.
 
     Args:
-        directory: where a loading process sees the checkpoint.
-        prefix: put before its command.
-        loads: how many processes load at once.
-        before: called before each run.
+        directory: path at which a loading process sees the checkpoint.
+        prefix: words to put before its command.
+        loads: number of processes that load at once.
+        before: function that is called before each run.
     """
 
     directory: str
@@ -44,6 +44,8 @@ class Made(NamedTuple):
 
 
 class Machine(NamedTuple):
+    """A state: how to set it up, and the states of the page cache that it allows."""
+
     title: str
     make: Callable[[str, str, bool], AbstractContextManager[Made]]
     caches: tuple[str, ...] = ("warm",)
@@ -52,12 +54,13 @@ class Machine(NamedTuple):
 
 @contextmanager
 def quiet(checkpoint: str, root: str, fully: bool) -> Iterator[Made]:
+    """Change nothing."""
     yield Made(checkpoint)
 
 
 @contextmanager
 def page_cache_full(checkpoint: str, root: str, fully: bool) -> Iterator[Made]:
-    """Reads of another file have taken all free memory but a little; that file is one hole, which takes no disk."""
+    """Fill all free memory except a little with the page cache of another file, which is sparse."""
     total = _total() if fully else _LITTLE
     left = max(512 << 20, total // 50) if fully else 0
     path = Path(root) / "other"
@@ -82,7 +85,7 @@ def page_cache_full(checkpoint: str, root: str, fully: bool) -> Iterator[Made]:
 
 @contextmanager
 def fragmented(checkpoint: str, root: str, fully: bool) -> Iterator[Made]:
-    """Another process has taken nearly all free memory in small pages, and has given back 15 of 16 pages."""
+    """Run a process that allocates nearly all free memory in small pages and frees 15 of 16 pages."""
     nbytes = max(_free() - (512 << 20), _LITTLE) if fully else _LITTLE
     command = [sys.executable, "-m", "benchmarks.peers.holding", str(nbytes)]
     with subprocess.Popen(
@@ -92,7 +95,7 @@ def fragmented(checkpoint: str, root: str, fully: bool) -> Iterator[Made]:
         assert says is not None
         assert hears is not None
 
-        def hold() -> None:  # anew each time: what a load has given back lies together
+        def hold() -> None:  # repeated each time, because a load frees contiguous memory
             hears.write("\n")
             hears.flush()
             if says.readline() != "held\n":
@@ -105,7 +108,7 @@ def fragmented(checkpoint: str, root: str, fully: bool) -> Iterator[Made]:
 
 @contextmanager
 def memory_limit(checkpoint: str, root: str, fully: bool) -> Iterator[Made]:
-    """A cgroup of 1.15 times the files, and what an interpreter takes."""
+    """Limit loads with a cgroup to 1.15 times the files, plus the memory of an interpreter."""
     limit = int(_LIMIT * measure.file_bytes(checkpoint)) + _INTERPRETER_BYTES
     if Path("/run/systemd/system").exists():
         user = () if os.geteuid() == 0 else ("--user",)
@@ -129,13 +132,13 @@ def memory_limit(checkpoint: str, root: str, fully: bool) -> Iterator[Made]:
 
 @contextmanager
 def two_loads(checkpoint: str, root: str, fully: bool) -> Iterator[Made]:
-    """Two processes begin at the same time; told is the one that ends last."""
+    """Start two processes at the same time. The one that ends last counts."""
     yield Made(checkpoint, loads=2)
 
 
 @contextmanager
 def overlayfs(checkpoint: str, root: str, fully: bool) -> Iterator[Made]:
-    """The files lie in the lower directory of an overlay, as in an image of a container."""
+    """Put the files into the lower directory of an overlay, as in a container image."""
     empty, merged = (os.path.join(root, name) for name in ("empty", "merged"))
     os.mkdir(empty)
     os.mkdir(merged)
@@ -154,7 +157,7 @@ def _try(prefix: Sequence[str]) -> None:
 
 
 def _parent_group() -> Path:
-    """The nearest cgroup above this process that lets groups below it limit memory."""
+    """Return the nearest cgroup above this process that allows its subgroups to limit memory."""
     lines = Path("/proc/self/mounts").read_text().splitlines() if Path("/proc/self/mounts").exists() else []
     mounts = [Path(line.split()[1]) for line in lines if line.split()[2] == "cgroup2"]
     if not mounts:

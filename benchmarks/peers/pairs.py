@@ -1,12 +1,12 @@
-"""How much the loader's own choice of page size is worth: pairs of loads, as it is and with small pages only.
+"""The value of the loader's own choice of page size: pairs of loads, with the default and with small pages only.
 
     python -m benchmarks.peers.pairs [--pairs N] [--layers N] [--size full|small] [--against NAME] [--threads N]
                                      [--directory DIR] [--json FILE]
     python -m benchmarks.peers.pairs --from FILE       the lines again from that JSON
 
 Checkpoint, processes and timing are those of ``python -m benchmarks.peers``: memory as found, warm page cache,
-``[E, 2I, H]``. The two of a pair run one after the other, now one first and now the other. Told are the ratios of each
-pair: the median, the 20th to 80th percentile, and the worst.
+``[E, 2I, H]``. The two loads of a pair run one after the other, and their order alternates. The result has the ratio of
+the pairs: the median, the 20th to 80th percentile, and the worst.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ from benchmarks.show import show
 
 
 def run(shape: Shape, against: str, pairs: int, threads: int, directory: str | None) -> dict[str, Any]:
-    """All pairs.
+    """Run all pairs.
 
     Raises:
-        RuntimeError: the two do not make the same tensors, or a run failed.
+        RuntimeError: the two do not produce the same tensors, or a run failed.
     """
     with tempfile.TemporaryDirectory(prefix="benchmark-pairs-", dir=directory) as root:
         big, warm_up = os.path.join(root, "big"), os.path.join(root, "warm-up")
@@ -67,9 +67,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--size", choices=("full", "small"), default="full")
     parser.add_argument("--against", choices=("ours-small", "ours-huge"), default="ours-small")
     parser.add_argument("--threads", type=int, default=measure.cores())
-    parser.add_argument("--directory", help="where a temporary directory is made; it needs the size of the files")
+    parser.add_argument("--directory", help="parent of the temporary directory; it needs the size of the files")
     parser.add_argument("--json", metavar="FILE", help="write all runs and the environment")
-    parser.add_argument("--from", dest="source", metavar="FILE", help="print the lines of such a file")
+    parser.add_argument("--from", dest="source", metavar="FILE", help="print the lines of a result file")
     options = parser.parse_args(arguments)
     if options.source:
         result = measure.read_json(options.source)

@@ -1,4 +1,4 @@
-"""Plots, on light and on dark: sweeps, and loads in both states of free memory; medians, 20th to 80th percentiles."""
+"""Plots, light and dark: sweeps, and loads in both states of free memory; medians, 20th to 80th percentiles."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ matplotlib.use("svg")
 from matplotlib import pyplot, ticker
 
 THEMES = {"light": ("#ffffff", "#24292f", "#d0d7de"), "dark": ("#0d1117", "#e6edf3", "#30363d")}
-"""Background, ink and lines: those of pages that GitHub shows."""
+"""Background, ink and lines, as on GitHub's pages."""
 
-# Okabe and Ito's colours, which all can tell apart; ours is the one that stands out.
+# Okabe and Ito's colors, which color-blind readers can distinguish; ours is the most prominent.
 _STYLES = {
     "transformers": ("#e69f00", "o"),
     "safetensors-copy": ("#56b4e9", "s"),
@@ -30,11 +30,11 @@ _STYLES = {
 }
 _OTHER = ("#999999", "v")
 _TICKS = [digit * 10.0**exponent for exponent in range(-6, 6) for digit in (1, 2, 5)]
-"""Marks of seconds."""
+"""Candidate ticks of an axis of seconds."""
 
 
 def draw(path: Path, title: str, folder: Path) -> list[Path]:
-    """Two SVG files beside each other for a CSV file of ``sweep``."""
+    """Write two SVG files, light and dark, for a CSV file of ``sweep``."""
     with path.open(newline="", encoding="utf-8") as file:
         lines = [line for line in csv.DictReader(file) if line["seconds"]]
     drawn = []
@@ -64,11 +64,11 @@ def draw(path: Path, title: str, folder: Path) -> list[Path]:
 
 
 def draw_memory(results: Sequence[Mapping[str, Any]], folder: Path) -> list[Path]:
-    """Two SVG files: a panel for each state of free memory, a line of it for each method, from a warm page cache.
+    """Write two SVG files with a panel per state of free memory and a line per method, from a warm page cache.
 
     Args:
-        results: of ``python -m benchmarks.peers``; rows of other machines, of other layouts than the first, and of
-            what was killed are left out.
+        results: results of ``python -m benchmarks.peers``. Rows of other machines, of layouts other than the first, and
+            of killed runs are left out.
 
     Raises:
         ValueError: no row is left.
@@ -126,7 +126,7 @@ def draw_memory(results: Sequence[Mapping[str, Any]], folder: Path) -> list[Path
 
 
 def _ticked(axis: Any, low: float, high: float) -> tuple[float, float]:
-    """A logarithmic axis of seconds with ticks at 1, 2 and 5; returns the ticks around what is drawn."""
+    """Give a logarithmic axis of seconds ticks at 1, 2 and 5. Return the ticks around the data."""
     first, last = bisect.bisect_right(_TICKS, low) - 1, bisect.bisect_left(_TICKS, high)
     axis.set_ticks(_TICKS[first : last + 1])
     axis.set_minor_locator(ticker.NullLocator())
@@ -148,7 +148,7 @@ def _saved(figure: Any, path: Path, back: str) -> Path:
 
 
 def _short(count: int) -> str:
-    """A count, or bytes, in a few characters."""
+    """Return a count, or bytes, in a few characters."""
     for unit, size in (("Mi", 1 << 20), ("Ki", 1 << 10)):
         if count >= size and not count % size:
             return f"{count // size}{unit}"

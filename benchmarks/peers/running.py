@@ -1,4 +1,4 @@
-"""Jobs run by turns, each in a process of its own, on a machine in one of the states of ``machines``."""
+"""Run jobs alternately, each in a process of its own, on a machine in one of the states of ``machines``."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from benchmarks.peers.worker import Job, variables
 
 
 def run_jobs(jobs: Mapping[str, Job], repetitions: int, made: Made) -> dict[str, list[dict[str, Any]]]:
-    """The measurements of each job, by its key and repetition; a run that was killed has ``killed`` alone.
+    """Return the measurements of each job, by its key and repetition. A run that was killed has only ``killed``.
 
     Raises:
         RuntimeError: a run failed.
@@ -26,7 +26,7 @@ def run_jobs(jobs: Mapping[str, Job], repetitions: int, made: Made) -> dict[str,
 
 
 def _run(job: Job, repetition: int, made: Made) -> dict[str, Any]:
-    if job.cache == "cold":  # before waiting: this, too, makes memory free
+    if job.cache == "cold":  # before the wait, because this also frees memory
         for directory, _ in job.points:
             cache.evict(directory)
     made.before()
@@ -50,7 +50,7 @@ def _load(job: Job, repetition: int, made: Made) -> dict[str, Any]:
 
 
 def _load_twice(job: Job, repetition: int, made: Made) -> dict[str, Any]:
-    """Two begin at the same time; the one that ends last is told."""
+    """Start two loads at the same time. Return the measurements of the one that ends last."""
     with tempfile.TemporaryDirectory(prefix="benchmark-meet-") as place, ThreadPoolExecutor(2) as pool:
         both = list(pool.map(lambda _: _load(replace(job, meet=place), repetition, made), range(2)))
     measure.check_digests({f"load {number}": load["digest"] for number, load in enumerate(both)})

@@ -24,7 +24,7 @@ def _median(row: Row, key: str) -> float:
 
 
 def _place(row: Row) -> tuple[str, ...]:
-    """Rows of one place are comparable: machine, free memory, page cache."""
+    """Return the key by which rows are comparable: machine, free memory, page cache."""
     return row["machine"], row["memory"], row["cache"]
 
 
@@ -33,7 +33,7 @@ def _killed(row: Row) -> bool:
 
 
 def groups(result: Mapping[str, Any]) -> Iterator[list[Row]]:
-    """The rows of each place and each layout, in their order; roofs are a group of their own on a quiet machine."""
+    """Yield the rows of each place and layout, in order. On a quiet machine, roofs are a group of their own."""
     found: dict[tuple[str, ...], list[Row]] = {}
     for row in result["rows"]:
         layout = row["layout"] if row["machine"] == QUIET else ""
@@ -75,7 +75,7 @@ def _heading(rows: Sequence[Row]) -> str:
 
 
 def _free(rows: Sequence[Row]) -> str:
-    """The free memory when the runs began."""
+    """Return a description of the free memory when the runs began."""
     runs = [run for row in rows for run in row["runs"] if run.get("free_bytes")]
     if not runs:
         return ""
@@ -119,10 +119,10 @@ def _called(row: Mapping[str, Any]) -> str:
 
 
 def check(rows: Sequence[Mapping[str, Any]]) -> None:
-    """No number without the same tensors, by layout.
+    """Check that all methods of a layout returned the same tensors, so that their times can be compared.
 
     Raises:
-        RuntimeError: not all digests are equal.
+        RuntimeError: the digests differ.
     """
     by_layout: dict[str, dict[str, Any]] = {}
     for row in rows:
