@@ -42,7 +42,7 @@ _MODULES = ("transformers.modeling_utils", "transformers.modeling_layers")
 
 @dataclass
 class Acceleration:
-    """The loads that the hook has handled. ``str`` lists them, with the tensors that were left to transformers."""
+    """The loads that the hook has handled; ``str`` lists them, with the tensors that were left to transformers."""
 
     loads: list[HookedLoad] = field(default_factory=list)
     """The loads in order. They and all their names are kept until the hook is removed, so a process that never stops
