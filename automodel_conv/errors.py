@@ -42,7 +42,7 @@ class Message(str):
             do: all advice.
             words: spells the text in braces. By default all advice applies as it is written.
         """
-        wordings = [tuple(text for text in _wordings(advice) if _spelled(text, words) is not None) for advice in do]
+        wordings = [tuple(text for text in _wordings(advice) if _spelled(text, words)) for advice in do]
         kept = tuple(filter(None, wordings))
         lines = [what]
         if kept:

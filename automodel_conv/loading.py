@@ -92,32 +92,32 @@ def load_state_dict(
     state = {} if model is None else model.state_dict(keep_vars=True)
     groups = groups_of(meshes_of(state.values()))
     with all_or_raise(groups, "loading"):
-        where = device_map_of(settings.device_map, device, "cpu")
-        everything_on = loadable(device)
-        device_of = where.device_of if where is not None else lambda name: everything_on
+        device_map = device_map_of(settings.device_map, device, "cpu")
+        single_device = loadable(device)
+        device_of = device_map.device_of if device_map is not None else lambda name: single_device
         clock = Clock()
-        checkpoint, whole, problems, model = open_to_load(path, model, state, settings, clock)
-        known = state if model is None or state else model.state_dict(keep_vars=True)
-        if where is not None:
-            where.check([target.name for target in whole.targets], known, model, strict=settings.strict)
-        own = whole.shard(regions_of(state, whole))
+        checkpoint, plan, problems, model = open_to_load(path, model, state, settings, clock)
+        model_state = state if model is None or state else model.state_dict(keep_vars=True)
+        if device_map is not None:
+            device_map.check([target.name for target in plan.targets], model_state, model, strict=settings.strict)
+        own_plan = plan.shard(regions_of(state, plan))
         if settings.verify:
             verify_checksums(checkpoint, settings.reader_threads)
-        devices = devices_of_new(own.targets, state, device_of)
-        mine, shared_names = to_read(own, state, settings.broadcast)
-        mapped = map_targets(mine, checkpoint, devices) if settings.memory_map else {}
-        buffers = with_new(own.targets, mapped, devices)
+        devices = devices_of_new(own_plan.targets, state, device_of)
+        read_plan, shared_names = to_read(own_plan, state, settings.broadcast)
+        mapped = map_targets(read_plan, checkpoint, devices) if settings.memory_map else {}
+        buffers = with_new(own_plan.targets, mapped, devices)
         clock.lap("plan")
-        limits = within(settings.memory_budget, settings.limits, without(own, mapped), buffers)
-        stats = fill(without(mine, mapped), checkpoint, buffers, limits, progress=settings.progress)
+        limits = within(settings.memory_budget, settings.limits, without(own_plan, mapped), buffers)
+        stats = fill(without(read_plan, mapped), checkpoint, buffers, limits, progress=settings.progress)
         clock.lap("read")
     send([state[name] for name in shared_names], [buffers[name] for name in shared_names])
     with all_or_raise(groups, "comparing tied tensors"):
-        found = unequal_ties(buffers, whole.tied)
-    unequal = union_over_ranks(groups, found, "comparing tied tensors")
-    loaded = LoadedStateDict(in_order(all_as_distributed(with_tied(buffers, whole.tied, unequal), state), known))
-    loaded.report = report_of(checkpoint, whole, problems, clock, stats, mapped)
-    loaded.layout = whole.layout
+        unequal_here = unequal_ties(buffers, plan.tied)
+    unequal = union_over_ranks(groups, unequal_here, "comparing tied tensors")
+    loaded = LoadedStateDict(in_order(all_as_distributed(with_tied(buffers, plan.tied, unequal), state), model_state))
+    loaded.report = report_of(checkpoint, plan, problems, clock, stats, mapped)
+    loaded.layout = plan.layout
     return loaded
 
 
@@ -181,41 +181,45 @@ def load_model(model: nn.Module, path: str | os.PathLike[str], **options: Unpack
     state = model.state_dict(keep_vars=True)
     groups = groups_of(meshes_of(state.values()))
     with all_or_raise(groups, "loading"):
-        where = device_map_of(settings.device_map, settings.device, None)
-        everything_on = None if settings.device is None else loadable(settings.device)
-        device_of = where.device_of if where is not None else lambda name: everything_on
+        device_map = device_map_of(settings.device_map, settings.device, None)
+        single_device = None if settings.device is None else loadable(settings.device)
+        device_of = device_map.device_of if device_map is not None else lambda name: single_device
         clock = Clock()
-        checkpoint, whole, problems, _ = open_to_load(path, model, state, settings, clock, in_place=True)
-        if where is not None:
-            names = dict.fromkeys([*(target.name for target in whole.targets), *placeable_buffers(model)])
-            where.check(names, state, model, strict=settings.strict)
-            where.check_in_place(state)
+        checkpoint, plan, problems, _ = open_to_load(path, model, state, settings, clock, in_place=True)
+        if device_map is not None:
+            names = dict.fromkeys([*(target.name for target in plan.targets), *placeable_buffers(model)])
+            device_map.check(names, state, model, strict=settings.strict)
+            device_map.check_in_place(state)
         if settings.verify:
             verify_checksums(checkpoint, settings.reader_threads)
         was_meta = any(tensor.is_meta for tensor in state.values() if isinstance(tensor, Tensor))
 
-        def map_new(fresh: CopyPlan, devices: Mapping[str, torch.device]) -> dict[str, Tensor]:
-            part, _ = to_read(fresh, state, settings.broadcast)
-            return map_targets(part, checkpoint, devices) if settings.memory_map else {}
+        def map_new(new_plan: CopyPlan, devices: Mapping[str, torch.device]) -> dict[str, Tensor]:
+            read_plan, _ = to_read(new_plan, state, settings.broadcast)
+            return map_targets(read_plan, checkpoint, devices) if settings.memory_map else {}
 
-        model_tensors = ModelTensors.of(model, state, whole, settings.strict, device_of, map_new)
+        model_tensors = ModelTensors.of(model, state, plan, settings.strict, device_of, map_new)
         clock.lap("plan")
         to_fill = without(model_tensors.plan, model_tensors.mapped)
         limits = within(
             settings.memory_budget, settings.limits, to_fill, model_tensors.buffers, model_tensors.extra_bytes
         )
-        mine, shared_names = to_read(model_tensors.plan, state, settings.broadcast)
+        read_plan, shared_names = to_read(model_tensors.plan, state, settings.broadcast)
         stats = fill(
-            without(mine, model_tensors.mapped), checkpoint, model_tensors.buffers, limits, progress=settings.progress
+            without(read_plan, model_tensors.mapped),
+            checkpoint,
+            model_tensors.buffers,
+            limits,
+            progress=settings.progress,
         )
         clock.lap("read")
     send([state[name] for name in shared_names], [model_tensors.buffers[name] for name in shared_names])
     with all_or_raise(groups, "comparing tied tensors"):
-        found = model_tensors.unequal()
-    unequal = union_over_ranks(groups, found, "comparing tied tensors")
+        unequal_here = model_tensors.unequal()
+    unequal = union_over_ranks(groups, unequal_here, "comparing tied tensors")
     model_tensors.settle(unequal)
     if was_meta:
         finish(model, model_tensors.buffers, problems.missing, device_of)
-    if where is not None:
+    if device_map is not None:
         move_buffers(model, device_of)
-    return report_of(checkpoint, whole, problems, clock, stats, model_tensors.mapped, model_tensors.extra_bytes)
+    return report_of(checkpoint, plan, problems, clock, stats, model_tensors.mapped, model_tensors.extra_bytes)
