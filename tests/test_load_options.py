@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import inspect
+import json
+import subprocess
+import sys
 import typing
 from dataclasses import fields
 
@@ -120,3 +123,32 @@ def test_without_source_code_the_docstring_keeps_its_entry(monkeypatch):
     shown = keyword_options(PlanOptions, PlanSettings)(function)
     assert "**options: see ``PlanOptions``." in shown.__doc__
     assert list(inspect.signature(shown).parameters) == ["path", *PlanOptions.__annotations__]
+
+
+CALLS = """\
+from torch import nn
+from automodel_conv import LoadOptions, compile_plan, load_model, load_state_dict
+
+model = nn.Linear(3, 2)
+options: LoadOptions = {"strict": False, "device": "cuda", "device_map": {"": 0}}
+load_model(model, "path", **options)
+load_state_dict("path", model, **options)
+load_state_dict("path", layout="nemo", threads=None).report.bytes_read
+compile_plan("path", model=model, rules=[]).summary()
+wrong: LoadOptions = {"strcit": False}  # an error
+load_model(model, "path", strcit=False)  # an error
+load_model(model, "path", strict="no")  # an error
+load_model(model)  # an error
+load_state_dict("path", model, strcit=False)  # an error
+compile_plan("path", strict=False)  # an error
+"""
+
+
+def test_a_type_checker_accepts_right_calls_and_refuses_wrong_ones(tmp_path):
+    pytest.importorskip("pyright")
+    file = tmp_path / "calls.py"
+    file.write_text(CALLS)
+    command = [sys.executable, "-m", "pyright", "--pythonpath", sys.executable, "--outputjson", str(file)]
+    run = subprocess.run(command, capture_output=True, text=True)
+    problems = {problem["range"]["start"]["line"] for problem in json.loads(run.stdout)["generalDiagnostics"]}
+    assert problems == {number for number, line in enumerate(CALLS.splitlines()) if line.endswith("# an error")}
