@@ -575,7 +575,7 @@ kept.append(amc.load_state_dict(sys.argv[1], rules=[], memory_map=True)["a"])
 
 def run(script: str, directory: Path) -> str:
     """What a process of its own prints."""
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), *sys.path[1:]])}
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[3]), *sys.path[1:]])}
     command = [sys.executable, "-c", script, str(directory)]
     return subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout
 

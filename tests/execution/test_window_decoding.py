@@ -23,7 +23,7 @@ from automodel_conv.schedule.code_windows import code_windows
 from automodel_conv.schedule.device import Window
 from automodel_conv.schedule.jobs import Move, group_moves
 from automodel_conv.testing import POISON
-from tests.test_memory_budget import torch_peak
+from tests.whole.test_memory_budget import torch_peak
 
 SCALES = {"F32": np.float32, "BF16": None, "U8": None}
 

@@ -22,7 +22,7 @@ from automodel_conv.files.staging import STAGING_NAME
 from automodel_conv.planning.plan import CopyPlan
 from automodel_conv.upstream.registry import transformers_available
 
-HIDE = Path(__file__).parent / "hide"
+HIDE = Path(__file__).parents[1] / "hide"
 BARS = {"convert": "converting", "verify": "verifying"}
 GATE_UP = "model.layers.1.mlp.experts.gate_up_proj"
 
