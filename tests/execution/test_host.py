@@ -2,41 +2,28 @@
 
 from __future__ import annotations
 
-import itertools
 import json
-import threading
-from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import HealthCheck, given, reject, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
-from torch import Tensor
 
 from automodel_conv.dtypes import dtype_code, torch_dtype
-from automodel_conv.errors import ConversionError, ReadError, UnsupportedError
-from automodel_conv.execution import host as cpu
-from automodel_conv.execution import workers
+from automodel_conv.errors import UnsupportedError
 from automodel_conv.execution.buffers import allocate
 from automodel_conv.execution.host import load_to_host
-from automodel_conv.files.checkpoint import Checkpoint, open_checkpoint
+from automodel_conv.files.checkpoint import open_checkpoint
 from automodel_conv.planning import values
-from automodel_conv.planning.boxes import Box, NotAffine, contiguous_strides
-from automodel_conv.planning.copies import Fallback, Target
+from automodel_conv.planning.boxes import NotAffine
+from automodel_conv.planning.copies import Target
 from automodel_conv.planning.operations import Operation
 from automodel_conv.planning.plan import CopyPlan
 from automodel_conv.planning.values import Value, leaf
-from automodel_conv.schedule import host as schedule
-from automodel_conv.schedule.cutting import slabs
-from automodel_conv.schedule.jobs import GAP_BYTES, Move
-from automodel_conv.testing import (
-    Guarded,
-    address_valued,
-    assert_bytes_equal,
-    assert_written,
-    guarded,
-)
+from automodel_conv.schedule.jobs import GAP_BYTES
+from automodel_conv.testing import address_valued, assert_bytes_equal, assert_written, guarded
+from tests.execution.host_loads import check_load, outputs
 from tests.execution.support import (
     LAYOUTS,
     MERGE,
@@ -51,27 +38,6 @@ from tests.execution.support import (
     target,
     write_checkpoint,
 )
-
-
-@pytest.fixture
-def small_portions(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Jobs of a few hundred bytes, so that a small checkpoint makes many."""
-    monkeypatch.setattr(schedule, "_LEAST_JOB_BYTES", 256)
-    monkeypatch.setattr(schedule, "RUN_BYTES", 256)
-    monkeypatch.setattr(schedule, "_SLAB_BYTES", 256)
-
-
-def outputs(plan: CopyPlan) -> dict[str, Guarded]:
-    return {t.name: guarded(t.shape, torch_dtype(t.dtype)) for t in plan.targets}
-
-
-def check_load(plan: CopyPlan, checkpoint: Checkpoint, expected: dict[str, Tensor], **options: int) -> cpu.LoadStats:
-    guards = outputs(plan)
-    stats = load_to_host(plan, checkpoint, {n: g.tensor for n, g in guards.items()}, **options)
-    for name, guard in guards.items():
-        guard.check()
-        assert_bytes_equal(guard.tensor, expected[name])
-    return stats
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -126,9 +92,6 @@ def test_every_width_of_element_loads(tmp_path, code, layout):
     )
     expected = naive(as_raw, {n: t.view(torch_dtype(raw)) for n, t in tensors.items()})
     check_load(plan, checkpoint, {n: t.view(dtype) for n, t in expected.items()})
-
-
-# --- reading once ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -263,47 +226,6 @@ def test_large_tensors_are_shared_out_to_threads(tmp_path, calls, layout):
     assert calls.reads - reads > plan.bytes_read / 256 / 2
 
 
-# --- slabs ----------------------------------------------------------------------------------------
-
-
-@settings(max_examples=200, deadline=None)
-@given(st.data())
-def test_slabs_hold_each_move_element_once_and_stay_small(data):
-    size = st.integers(1, 6)
-    moves = []
-    for number in range(data.draw(st.integers(1, 3))):
-        shape = tuple(data.draw(st.lists(size, max_size=3)))
-        strides = tuple(data.draw(st.integers(0, 12)) for _ in shape)
-        places = contiguous_strides(shape)
-        start = data.draw(st.integers(0, 9))
-        moves.append(Move(number, "U8", Box(shape, strides, places), start, 0))
-    capacity = data.draw(st.integers(1, 20))
-
-    def pairs(some):
-        found = []
-        for move in some:
-            for index in (
-                torch.cartesian_prod(*map(torch.arange, move.box.shape)).reshape(-1, len(move.box.shape)).tolist()
-                if move.box.shape
-                else [[]]
-            ):
-                read = move.source_offset + sum(i * s for i, s in zip(index, move.box.source_strides, strict=True))
-                write = move.target_offset + sum(i * s for i, s in zip(index, move.box.target_strides, strict=True))
-                found.append((move.target, write, read))
-        return found
-
-    cut = list(slabs(moves, capacity))
-    assert sorted(p for _, _, part in cut for p in pairs(part)) == sorted(pairs(moves))
-    ends = [(start, stop) for start, stop, _ in cut]
-    for start, stop, part in cut:
-        assert stop - start <= capacity
-        assert all(start <= read < stop for _, _, read in pairs(part))
-    assert all(before[1] <= after[0] for before, after in itertools.pairwise(ends))
-
-
-# --- casts, empty tensors, odd buffers ------------------------------------------------------------
-
-
 @pytest.mark.parametrize(("source", "result"), [("BF16", "F32"), ("F32", "BF16"), ("F16", "F64")])
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("scratch_bytes", [4096, None])
@@ -373,35 +295,6 @@ def test_a_parameter_that_requires_grad_is_written(tmp_path):
     assert parameter.grad_fn is None
 
 
-@pytest.mark.parametrize(
-    ("buffer", "text"),
-    [
-        (None, "no buffer for down"),
-        (torch.empty(3, 5, 4), "does not fit"),
-        (torch.empty(3, 4, 5, dtype=torch.float64), "does not fit"),
-        (torch.empty(1, 4, 5).expand(3, 4, 5), "share memory"),
-    ],
-)
-def test_a_buffer_that_does_not_fit_is_named_before_anything_is_read(tmp_path, calls, buffer, text):
-    _, checkpoint, plan = moe(tmp_path, dtype=torch.float32, shape=(3, 5, 4))
-    buffers: dict[str, Tensor] = allocate(plan.targets)
-    del buffers["down"]
-    if buffer is not None:
-        buffers["down"] = buffer
-    reads = calls.reads
-    with pytest.raises(ConversionError, match=text) as error:
-        load_to_host(plan, checkpoint, buffers)
-    assert "down" in str(error.value)
-    assert calls.reads == reads
-
-
-@pytest.mark.parametrize("options", [{"threads": 0}, {"scratch_bytes": 100}])
-def test_impossible_options_are_refused(tmp_path, options):
-    _, checkpoint, plan = moe(tmp_path)
-    with pytest.raises(ConversionError, match="scratch_bytes"):
-        load_to_host(plan, checkpoint, allocate(plan.targets), **options)
-
-
 def test_allocate_gives_the_shapes_and_dtypes_of_the_plan():
     targets = [
         Target("big", "F32", (3, 1 << 20), -1, (), ()),
@@ -412,184 +305,6 @@ def test_allocate_gives_the_shapes_and_dtypes_of_the_plan():
     assert (tensors["s"].shape, tensors["s"].dtype) == ((), torch.float8_e4m3fn)
     with pytest.raises(UnsupportedError, match="odd"):
         allocate([Target("odd", "F6_E2M3", (4,), -1, (), ())])
-
-
-# --- trouble --------------------------------------------------------------------------------------
-
-
-@pytest.mark.usefixtures("small_portions")
-@pytest.mark.parametrize("layout", ["rows", "transposed"])
-def test_any_read_that_fails_is_one_error_and_leaves_no_file_open(tmp_path, calls, layout):
-    tensors, checkpoint, plan = moe(tmp_path, *LAYOUTS[layout], shape=(3, 8, 20))
-    expected = naive(plan, tensors)
-    calls.reads = 0
-    load_to_host(plan, checkpoint, allocate(plan.targets), threads=2)
-    total = calls.reads
-    assert total > 4
-    complete = []
-    for number in range(1, total + 1):
-        calls.reads, calls.fail_read = 0, number
-        buffers = {n: g.tensor for n, g in outputs(plan).items()}
-        with pytest.raises(ReadError, match="Input/output error") as error:
-            load_to_host(plan, checkpoint, buffers, threads=2)
-        assert not calls.open
-        text = str(error.value)
-        assert ".safetensors" in text
-        assert "experts." in text or "norm.weight" in text
-        written = [line.strip() for line in text.partition("filled:")[2].splitlines()[1:]]
-        assert f"{len(written)} of 3 targets" in text
-        for name in written:
-            assert_bytes_equal(buffers[name], expected[name])
-        complete.append(len(written))
-    assert max(complete) > min(complete)
-
-
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("short_bytes", [1, 7, 300])
-def test_short_reads_are_continued(tmp_path, calls, layout, short_bytes):
-    tensors, checkpoint, plan = moe(tmp_path, *LAYOUTS[layout], shape=(2, 5, 8))
-    calls.short_bytes = short_bytes
-    check_load(plan, checkpoint, naive(plan, tensors))
-
-
-@pytest.mark.parametrize("layout", ["rows", "transposed"])
-def test_a_file_cut_after_it_was_opened_names_file_and_tensor(tmp_path, calls, layout):
-    _, checkpoint, plan = moe(tmp_path, *LAYOUTS[layout])
-    row = checkpoint.position["experts.4.gate"]
-    path = Path(checkpoint.files[checkpoint.file_ids[row]])
-    path.write_bytes(path.read_bytes()[: checkpoint.offsets[row] + 3])
-    with pytest.raises(ReadError, match="ends too early") as error:
-        load_to_host(plan, checkpoint, allocate(plan.targets), threads=1)
-    assert str(path) in str(error.value)
-    assert "experts.4.gate" in str(error.value)
-    assert "one of" not in str(error.value)
-    assert not calls.open
-
-
-def test_a_file_that_is_gone_is_named(tmp_path, calls):
-    _, checkpoint, plan = moe(tmp_path)
-    Path(checkpoint.files[1]).unlink()
-    with pytest.raises(ReadError, match=r"b\.safetensors"):
-        load_to_host(plan, checkpoint, allocate(plan.targets))
-    assert not calls.open
-
-
-def test_ctrl_c_propagates_and_closes_files(tmp_path, calls, monkeypatch):
-    _, checkpoint, plan = moe(tmp_path)
-
-    def interrupted(*args, **kwargs):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(workers, "wait", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        load_to_host(plan, checkpoint, allocate(plan.targets), threads=2)
-    assert not calls.open
-    assert not [t for t in threading.enumerate() if t.name.startswith("automodel_conv")]
-
-
-@pytest.mark.parametrize("number", [1, 2])
-def test_a_thread_of_a_load_is_one_thread_of_torch_which_keeps_its_number(tmp_path, monkeypatch, number):
-    within = []
-    real = cpu.copy_equal
-    monkeypatch.setattr(cpu, "copy_equal", lambda batches: [within.append(torch.get_num_threads()), real(batches)])
-    _, checkpoint, plan = moe(tmp_path, TRANSPOSE)
-    before = torch.get_num_threads()
-    try:
-        torch.set_num_threads(3)
-        load_to_host(plan, checkpoint, allocate(plan.targets), threads=number)
-        assert set(within) == {1}
-        seen = [torch.get_num_threads()]
-        thread = threading.Thread(target=lambda: seen.append(torch.get_num_threads()))
-        thread.start()
-        thread.join()
-        assert seen == [3, 3]
-    finally:
-        torch.set_num_threads(before)
-
-
-def test_progress_counts_all_bytes_and_is_off_by_default(tmp_path, capsys):
-    _, checkpoint, plan = moe(tmp_path)
-    load_to_host(plan, checkpoint, allocate(plan.targets))
-    assert capsys.readouterr() == ("", "")
-    load_to_host(plan, checkpoint, allocate(plan.targets), progress=True)
-    shown = capsys.readouterr().err
-    assert "100%" in shown
-    assert "B/s" in shown
-
-
-# --- targets made by upstream's own code ----------------------------------------------------------
-
-
-def fallback_plan(tmp_path: Path, convert):
-    tensors = {
-        "a": address_valued((3, 4), torch.float32),
-        "b": address_valued((5,), torch.bfloat16),
-    }
-    checkpoint = write_checkpoint(tmp_path, {"a.safetensors": tensors})
-    sources = columns(checkpoint)
-    fallback = Fallback("a test says so", convert)
-    plan = plan_of(
-        sources,
-        Target("sum", "F64", (3, 4), -1, (0,), (), fallback),
-        Target("flat", "F32", (12,), -1, (0,), (), fallback),
-        target(sources, "b", "BF16", [["b"]]),
-    )
-    return tensors, checkpoint, plan
-
-
-def test_modes_of_the_calling_thread_change_nothing(tmp_path):
-    tensors, checkpoint, plan = fallback_plan(tmp_path / "upstream", lambda sources: made_of(sources[0]))
-    with torch.inference_mode(), torch.device("meta"):
-        found = allocate(plan.targets)
-        load_to_host(plan, checkpoint, found)
-    for name, tensor in {**made_of(tensors["a"]), "b": tensors["b"]}.items():
-        assert_bytes_equal(found[name], tensor.to(found[name].dtype))
-    tensors, checkpoint, plan = moe(tmp_path / "copies", *LAYOUTS["transposed"])
-    with torch.inference_mode(), torch.device("meta"):
-        found = allocate(plan.targets)
-        load_to_host(plan, checkpoint, found)
-    for name, tensor in naive(plan, tensors).items():
-        assert_bytes_equal(found[name], tensor)
-
-
-def made_of(a):
-    return {"sum": a * 2, "flat": a.flatten()}
-
-
-def test_upstream_code_runs_once_for_all_its_targets(tmp_path):
-    seen = []
-
-    def convert(sources):
-        seen.append({row: t.clone() for row, t in sources.items()})
-        return {"sum": sources[0] * 2, "flat": sources[0].flatten()}
-
-    tensors, checkpoint, plan = fallback_plan(tmp_path, convert)
-    a = tensors["a"]
-    expected = {"sum": (a * 2).to(torch.float64), "flat": a.flatten(), "b": tensors["b"]}
-    check_load(plan, checkpoint, expected)
-    assert len(seen) == 1
-    assert seen[0].keys() == {0}
-    assert_bytes_equal(seen[0][0], a)
-
-
-@pytest.mark.parametrize(
-    ("made_by_upstream", "text"),
-    [
-        ({"sum": torch.zeros(3, 4)}, "did not make flat"),
-        ({"sum": torch.zeros(4, 3), "flat": torch.zeros(12)}, "made sum differently"),
-        (
-            {"sum": torch.zeros(3, 4), "flat": torch.zeros(12, dtype=torch.int32)},
-            "made flat differently",
-        ),
-    ],
-)
-def test_upstream_code_that_makes_something_else_is_an_error(tmp_path, made_by_upstream, text):
-    _, checkpoint, plan = fallback_plan(tmp_path, lambda sources: made_by_upstream)
-    with pytest.raises(ConversionError, match=text):
-        load_to_host(plan, checkpoint, allocate(plan.targets))
-
-
-# --- anything -------------------------------------------------------------------------------------
 
 
 @st.composite

@@ -16,17 +16,7 @@ from automodel_conv.files.full_io import IOV_MAX
 from automodel_conv.planning.operations import Operation
 from automodel_conv.schedule.writes import slab_schedule
 from automodel_conv.testing import address_valued
-from tests.execution.support import (
-    CONCATENATE,
-    LAYOUTS,
-    MERGE,
-    expert_names,
-    experts,
-    naive,
-    plan_of,
-    table,
-    target,
-)
+from tests.execution.support import CONCATENATE, LAYOUTS, MERGE, expert_names, experts, naive, plan_of, table, target
 
 SEEDS = st.integers(0, 2**32)
 CASTS = {"BF16": ("BF16", "F32"), "F32": ("F32", "BF16", "F64"), "U8": ("U8",), "F64": ("F64", "F32")}

@@ -1,7 +1,7 @@
 """Every model type of the installed transformers that converts tensors, loaded by us and by ``from_pretrained``.
 
 The list comes from the installed registry (``tests/model_zoo``), so another transformers is another sweep; a type that
-cannot be built fails ``tests/test_model_zoo.py`` unless it stands in ``EXCLUDED`` with its reason.
+cannot be built fails ``tests/whole/test_model_zoo.py`` unless it stands in ``EXCLUDED`` with its reason.
 """
 
 from __future__ import annotations
