@@ -297,7 +297,9 @@ def _identities(checkpoint: Checkpoint) -> dict[str, Identity]:
             os.path.relpath(source.describe(), checkpoint.directory): source.identity() for source in checkpoint.sources
         }
     except OSError as error:
-        raise ReadError(message("cannot look at the source", where=checkpoint.directory, found=error)) from error
+        raise ReadError(
+            message("cannot get the state of the source files", where=checkpoint.directory, found=error)
+        ) from error
 
 
 def _digest(conversion: Conversion) -> str:
@@ -319,7 +321,7 @@ def _companions(checkpoint: Checkpoint, destination: str, dequantize: bool) -> t
     try:
         companions = companions_of(checkpoint.directory, destination)
     except OSError as error:
-        text = message("cannot look at what lies beside the weights", where=checkpoint.directory, found=error)
+        text = message("cannot list the files next to the weights", where=checkpoint.directory, found=error)
         raise ReadError(text) from error
     return tuple(name for name in companions if not (dequantize and name == MODELOPT_NAME))
 
@@ -341,7 +343,7 @@ def _compare_finished(
                 except VerificationError as error:
                     raise DestinationError(
                         message(
-                            "the directory holds a checkpoint already, which is not what this conversion makes",
+                            "the directory already holds a checkpoint that differs from the result of this conversion",
                             where=directory,
                             found=str(error).partition("\n")[0],
                             do="choose another directory, or remove these files first",

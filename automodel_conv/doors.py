@@ -143,10 +143,10 @@ def at_door(doing: str, arguments: Callable[[], Mapping[str, object]]) -> Iterat
         do = [
             "free memory",
             "raise the limits of this process (ulimit -a)",
-            "pass less for {threads=}",
-            "pass less for {scratch_bytes=}",
+            "pass a smaller {threads=}",
+            "pass a smaller {scratch_bytes=}",
         ]
-        text = message(f"{doing} needs more memory or threads than the system gives", found=found, do=do)
+        text = message(f"{doing} needs more memory or threads than the system has", found=found, do=do)
         exhausted = ConversionError(text)
         exhausted.say(_speller(arguments()))
         raise exhausted from error

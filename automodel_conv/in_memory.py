@@ -184,7 +184,9 @@ def _with_report(tensors: dict[str, Tensor], left_out: Iterable[str]) -> Convert
 
 def _require_any(*arguments: object) -> None:
     if all(argument is None for argument in arguments):
-        raise UnsupportedError(message("tensors in memory come without a config", do="pass model=, rules= or a layout"))
+        raise UnsupportedError(
+            message("a state dict has no config that determines its rules", do="pass model=, rules= or a layout")
+        )
 
 
 def _run(

@@ -176,7 +176,7 @@ def save_checkpoint(
         if model is None and rules is None and layout is None and reference is None:
             raise UnsupportedError(
                 message(
-                    "a state dict does not say how its experts are to be taken apart",
+                    "a state dict does not determine the rules that take its experts apart",
                     do="pass the model, rules=, layout= or reference=; rules=[] keeps all names",
                 )
             )

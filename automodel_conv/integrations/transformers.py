@@ -229,7 +229,7 @@ def _loaders() -> list[ModuleType]:
     if transformers.__version__.split(".")[0] != "5" or not known:
         raise UnsupportedError(
             message(
-                "this transformers loads checkpoints in a way that is not known here",
+                "the loader of this transformers version is not supported",
                 expected="transformers 5.1 or newer, and older than 6",
                 found=transformers.__version__,
                 do="use load_model(), which needs no hook",
