@@ -1,18 +1,20 @@
-"""transformers' own ``from_pretrained``, with its tensor conversions planned and executed here.
+"""A hook for ``from_pretrained`` of transformers: this package plans and executes its tensor conversions.
 
-transformers opens a checkpoint's files and hands lazy slices to ``convert_and_load_state_dict_in_model``, which does
-all that users know: dtypes, placement, offloading, quantization, sharding, the loading report. With the hook that
-function runs twice: first on the converted tensors, whole and under their final names, then on everything else. What
-cannot be lowered (see ``whole_conversions``), is quantized or sharded while it is loaded, or is on its way to the disk,
-is in the second call and takes upstream's way unchanged, unless it would make numbers of quantized codes without their
-scales (``codes``): that is an error.
+transformers opens the files of a checkpoint and passes lazy slices to ``convert_and_load_state_dict_in_model``, which
+handles dtypes, placement, offloading, quantization, sharding and the loading report. With the hook, that function runs
+twice: first for the converted tensors, whole and under their final names, then for all other tensors. The second call
+is unchanged transformers. It serves tensors that have no plan (see ``whole_conversions``), are quantized or sharded
+while they are loaded, or are offloaded to the disk. It is an error if it would cast quantized codes to values without
+their scales (``codes``).
 
-An index decides which file a tensor is read from, as everywhere in this package; transformers alone takes all tensors
-of all files that the index names. Files that it reads whole, with ``disable_mmap=True``, are left to it.
+An index decides which file a tensor is read from, as everywhere in this package. Without the hook, transformers reads
+all tensors of all files that the index names. Files that it reads whole, with ``disable_mmap=True``, are left to it.
 
-transformers itself maps what it does not convert, cast or move to a device: safetensors' slices are views of a private
-mapping of the file. With ``memory_map`` the same holds for what is converted here and lies in a file as it shall in the
-model. Source: transformers 5.23.0, ``_materialize_copy`` in ``core_model_loading.py``; safetensors 0.8.0, ``open`` in
+transformers itself maps tensors that it does not convert, cast or move to a device: slices of safetensors are views of
+a private mapping of the file. With ``memory_map``, the same holds for converted tensors that are stored in a file as
+the model needs them.
+
+Source: transformers 5.23.0, ``_materialize_copy`` in ``core_model_loading.py``; safetensors 0.8.0, ``open`` in
 ``bindings/python/src/lib.rs``.
 """
 
@@ -34,16 +36,17 @@ from automodel_conv.upstream.registry import transformers_available
 
 _CONVERT = "convert_and_load_state_dict_in_model"
 _LIST = "get_checkpoint_shard_files"
-# The modules that open files and convert what is in them; the second from 5.17 on.
+# The modules that open files and convert their tensors; the second since 5.17.
 _MODULES = ("transformers.modeling_utils", "transformers.modeling_layers")
 
 
 @dataclass
 class Acceleration:
-    """The loads that went through the hook."""
+    """The loads that the hook has handled; ``str`` lists them, with the tensors that were left to transformers."""
 
     loads: list[HookedLoad] = field(default_factory=list)
-    """In order. All are kept, with every name, as long as the hook is; a process that loads without end clears it."""
+    """The loads in order. They and all their names are kept until the hook is removed, so a process that never stops
+    loading should clear the list."""
 
     def __str__(self) -> str:
         lines = []
@@ -60,17 +63,36 @@ class Acceleration:
 
 
 def install(memory_map: bool = False) -> Acceleration:
-    """Let every ``from_pretrained`` of this process convert its tensors by plan, until ``uninstall``.
+    """Make every ``from_pretrained`` of this process convert its tensors by plan, until ``uninstall``.
 
-    A load raises QuantizationError where transformers would cast quantized codes without their scales. Calling this
-    again changes ``memory_map`` alone and returns the same object.
+    A load raises QuantizationError if transformers would cast quantized codes without their scales. A second call
+    changes only ``memory_map``, and returns the same object.
 
     Args:
-        memory_map: map what need not move, as ``load_model`` does: parameters on the CPU whose sources lie in a file
-            one after the other in the order of the parameter. What transformers does not convert, it maps anyway.
+        memory_map: map converted parameters on the CPU instead of reading them, as ``load_model`` does, if their
+            sources are stored in a file one after the other in the order of the parameter. transformers maps tensors
+            that it does not convert in any case.
+
+    Returns:
+        The record of all loads from now on.
 
     Raises:
-        UnsupportedError: transformers is missing, or its loader is not one that this was made for.
+        UnsupportedError: transformers is missing, or its loader is not supported.
+
+    Example:
+        >>> from tempfile import TemporaryDirectory
+        >>> from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+        >>> sizes = {"num_hidden_layers": 1, "num_experts": 2, "hidden_size": 64, "moe_intermediate_size": 8}
+        >>> model = Qwen3MoeForCausalLM(Qwen3MoeConfig(vocab_size=9, **sizes))
+        >>> acceleration = install()
+        >>> with TemporaryDirectory() as directory:
+        ...     model.save_pretrained(directory)
+        ...     loaded = Qwen3MoeForCausalLM.from_pretrained(directory)
+        >>> uninstall()
+        >>> [load.model for load in acceleration.loads]
+        ['Qwen3MoeForCausalLM']
+        >>> sorted(acceleration.loads[0].lowered)
+        ['model.layers.0.mlp.experts.down_proj', 'model.layers.0.mlp.experts.gate_up_proj']
     """
     with _HOOK.lock:
         acceleration = _HOOK.put()
@@ -79,9 +101,15 @@ def install(memory_map: bool = False) -> Acceleration:
 
 
 def uninstall() -> None:
-    """Give transformers its own functions back; nothing happens if they are not replaced.
+    """Restore the functions of transformers; do nothing if they are not replaced.
 
-    Loads under way end as they began. A block of ``accelerate_transformers`` that is still open stays without effect.
+    A load that has begun ends as it began. A block of ``accelerate_transformers`` that is still open has no effect any
+    more.
+
+    Example:
+        >>> acceleration = install()
+        >>> uninstall()
+        >>> uninstall()  # nothing is left to restore
     """
     with _HOOK.lock:
         _HOOK.kept, _HOOK.kept_maps, _HOOK.blocks, _HOOK.mapping_blocks = False, False, 0, 0
@@ -90,16 +118,32 @@ def uninstall() -> None:
 
 @contextmanager
 def accelerate_transformers(memory_map: bool = False) -> Iterator[Acceleration]:
-    """``install`` for the length of a block. Blocks may be nested, and open in several threads at once.
+    """Make ``from_pretrained`` convert its tensors by plan within a ``with`` block.
 
-    Patching is for the whole process: loads of other threads, too, are planned while any block is open, and mapped
-    while any that is open says ``memory_map``. What a load raises: see ``install``.
+    Blocks may be nested, and several threads may open them at the same time. The whole process is affected: loads of
+    other threads are planned too while any block is open, and mapped while any open block has ``memory_map``. A load
+    raises QuantizationError if transformers would cast quantized codes without their scales.
 
     Args:
-        memory_map: see ``install``.
+        memory_map: map converted parameters on the CPU instead of reading them, if their sources are stored in a file
+            one after the other in the order of the parameter; see ``install``.
+
+    Yields:
+        The record of all loads while the hook is in place.
 
     Raises:
-        UnsupportedError: see ``install``.
+        UnsupportedError: transformers is missing, or its loader is not supported.
+
+    Example:
+        >>> from tempfile import TemporaryDirectory
+        >>> from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+        >>> sizes = {"num_hidden_layers": 1, "num_experts": 2, "hidden_size": 64, "moe_intermediate_size": 8}
+        >>> model = Qwen3MoeForCausalLM(Qwen3MoeConfig(vocab_size=9, **sizes))
+        >>> with TemporaryDirectory() as directory, accelerate_transformers() as acceleration:
+        ...     model.save_pretrained(directory)
+        ...     loaded = Qwen3MoeForCausalLM.from_pretrained(directory)
+        >>> print(acceleration)
+        Qwen3MoeForCausalLM: 2 converted by plan, 0 by transformers
     """
     with _HOOK.lock:
         acceleration = _HOOK.put()
@@ -109,7 +153,7 @@ def accelerate_transformers(memory_map: bool = False) -> Iterator[Acceleration]:
         yield acceleration
     finally:
         with _HOOK.lock:
-            if _HOOK.acceleration is acceleration:  # unless it was uninstalled meanwhile
+            if _HOOK.acceleration is acceleration:  # unless uninstall() was called meanwhile
                 _HOOK.blocks -= 1
                 _HOOK.mapping_blocks -= memory_map
                 if not _HOOK.blocks and not _HOOK.kept:
@@ -117,11 +161,11 @@ def accelerate_transformers(memory_map: bool = False) -> Iterator[Acceleration]:
 
 
 class _Hook:
-    """Which functions of transformers are replaced, by whom they were asked for, and what they have done."""
+    """The replaced functions of transformers, the requests for them, and the record of their loads."""
 
     def __init__(self) -> None:
         self.lock = threading.RLock()
-        self.kept = False  # by install()
+        self.kept = False  # whether install() was called
         self.kept_maps = False
         self.blocks = 0
         self.mapping_blocks = 0
@@ -130,10 +174,11 @@ class _Hook:
 
     @property
     def maps(self) -> bool:
-        """Whether anybody has asked for ``memory_map``."""
+        """Whether ``install`` or an open block has requested ``memory_map``."""
         return self.kept_maps or self.mapping_blocks > 0
 
     def put(self) -> Acceleration:
+        """Replace the functions, unless they are replaced already, and return the record of their loads."""
         if self.acceleration is None:
             acceleration = Acceleration()
 
@@ -157,8 +202,9 @@ class _Hook:
         return self.acceleration
 
     def take(self) -> None:
+        """Restore the functions."""
         for module, name, function, replacement in self._replaced:
-            if getattr(module, name) is replacement:  # unless somebody has put another one over it
+            if getattr(module, name) is replacement:  # unless other code has replaced it again
                 setattr(module, name, function)
         self._replaced, self.acceleration = [], None
 
@@ -167,6 +213,11 @@ _HOOK = _Hook()
 
 
 def _loaders() -> list[ModuleType]:
+    """Return the modules of transformers in which to replace functions.
+
+    Raises:
+        UnsupportedError: transformers is missing, or its loader is not supported.
+    """
     if not transformers_available():
         raise UnsupportedError(message("transformers 5.1 or newer is not installed", do="pip install transformers"))
     import transformers
@@ -178,7 +229,7 @@ def _loaders() -> list[ModuleType]:
     if transformers.__version__.split(".")[0] != "5" or not known:
         raise UnsupportedError(
             message(
-                "this transformers loads checkpoints in a way that is not known here",
+                "the loader of this transformers version is not supported",
                 expected="transformers 5.1 or newer, and older than 6",
                 found=transformers.__version__,
                 do="use load_model(), which needs no hook",

@@ -18,7 +18,7 @@ from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPla
 from torch.distributed.checkpoint.storage import StorageReader
 from torch.futures import Future
 
-from automodel_conv.compiling.options import PlanOptions
+from automodel_conv.compiling.options import PlanSettings
 from automodel_conv.compiling.planned import load_plan
 from automodel_conv.compiling.stages import without_casts
 from automodel_conv.distributed.placements import is_distributed, local_of
@@ -73,7 +73,7 @@ class HuggingFaceReader(StorageReader):
         # What the model's own state dict calls a tensor, where wrappers rename it.
         self._also_called = {} if model is None or self._model is None else _also_called(model, self._model)
         rules = None if rules is None else list(rules)
-        self._options = PlanOptions(rules, layout, source_layout, key_mapping)
+        self._options = PlanSettings(rules, layout, source_layout, key_mapping)
         self._limits = Limits(threads, scratch_bytes, device_scratch_bytes)
         self._opened: tuple[Checkpoint, CopyPlan, dict[str, str]] | None = None
         self.left_out: tuple[str, ...] = ()
