@@ -1,19 +1,19 @@
-"""transformers' own ``from_pretrained``, with its tensor conversions planned and executed here.
+"""A hook that plans and executes the tensor conversions of transformers' own ``from_pretrained``.
 
-transformers opens a checkpoint's files and hands lazy slices to ``convert_and_load_state_dict_in_model``, which does
-all that users know: dtypes, placement, offloading, quantization, sharding, the loading report. With the hook that
-function runs twice: first on the converted tensors, whole and under their final names, then on everything else. What
-cannot be lowered (see ``whole_conversions``), is quantized or sharded while it is loaded, or is on its way to the disk,
-is in the second call and takes upstream's way unchanged, unless it would make numbers of quantized codes without their
-scales (``codes``): that is an error.
+transformers opens a checkpoint's files and passes lazy slices to ``convert_and_load_state_dict_in_model``. This
+function handles dtypes, placement, offloading, quantization, sharding and the loading report. With the hook it runs
+twice: first on the converted tensors, whole and under their final names, and then on all other tensors. The second call
+handles tensors that cannot be lowered (see ``whole_conversions``), are quantized or sharded while they are loaded, or
+are offloaded to disk. It is the unchanged code of transformers. If it would cast quantized codes to values without
+their scales, the load raises an error instead (see ``codes``).
 
-An index decides which file a tensor is read from, as everywhere in this package; transformers alone takes all tensors
-of all files that the index names. Files that it reads whole, with ``disable_mmap=True``, are left to it.
+An index determines which file a tensor is read from, as everywhere in this package. Without the hook, transformers
+loads all tensors in all files that the index names. Files that it reads whole (``disable_mmap=True``) are left to it.
 
-transformers itself maps what it does not convert, cast or move to a device: safetensors' slices are views of a private
-mapping of the file. With ``memory_map`` the same holds for what is converted here and lies in a file as it shall in the
-model. Source: transformers 5.23.0, ``_materialize_copy`` in ``core_model_loading.py``; safetensors 0.8.0, ``open`` in
-``bindings/python/src/lib.rs``.
+transformers itself maps tensors that it does not convert, cast or move to a device: safetensors' slices are views of a
+private mapping of the file. With ``memory_map``, tensors that are converted by plan are mapped too if the file stores
+them in the order of the parameter. Source: transformers 5.23.0, ``_materialize_copy`` in ``core_model_loading.py``;
+safetensors 0.8.0, ``open`` in ``bindings/python/src/lib.rs``.
 """
 
 from __future__ import annotations
@@ -27,23 +27,24 @@ from types import ModuleType
 from typing import Any
 
 from automodel_conv.errors import UnsupportedError, message
-from automodel_conv.integrations.hooked_files import Opening, listing_files
-from automodel_conv.integrations.hooked_load import HookedLoad, converting
+from automodel_conv.integrations.hooked_files import SafeOpen, wrap_index_reader
+from automodel_conv.integrations.hooked_load import HookedLoad, wrap_converter
 from automodel_conv.integrations.hooked_plan import ALL
 from automodel_conv.upstream.registry import transformers_available
 
 _CONVERT = "convert_and_load_state_dict_in_model"
 _LIST = "get_checkpoint_shard_files"
-# The modules that open files and convert what is in them; the second from 5.17 on.
+# The modules that open files and convert their tensors; the second since transformers 5.17.
 _MODULES = ("transformers.modeling_utils", "transformers.modeling_layers")
 
 
 @dataclass
 class Acceleration:
-    """The loads that went through the hook."""
+    """Reports of the loads that ran under the hook."""
 
     loads: list[HookedLoad] = field(default_factory=list)
-    """In order. All are kept, with every name, as long as the hook is; a process that loads without end clears it."""
+    """Report of each load, in order. The list grows until the hook is uninstalled, so a process that keeps loading
+    models should clear it."""
 
     def __str__(self) -> str:
         lines = []
@@ -85,7 +86,7 @@ def uninstall() -> None:
     """
     with _HOOK.lock:
         _HOOK.kept, _HOOK.kept_maps, _HOOK.blocks, _HOOK.mapping_blocks = False, False, 0, 0
-        _HOOK.take()
+        _HOOK.remove()
 
 
 @contextmanager
@@ -113,27 +114,28 @@ def accelerate_transformers(memory_map: bool = False) -> Iterator[Acceleration]:
                 _HOOK.blocks -= 1
                 _HOOK.mapping_blocks -= memory_map
                 if not _HOOK.blocks and not _HOOK.kept:
-                    _HOOK.take()
+                    _HOOK.remove()
 
 
 class _Hook:
-    """Which functions of transformers are replaced, by whom they were asked for, and what they have done."""
+    """The replaced functions of transformers, the requests for them, and the reports of loads."""
 
     def __init__(self) -> None:
         self.lock = threading.RLock()
-        self.kept = False  # by install()
-        self.kept_maps = False
-        self.blocks = 0
-        self.mapping_blocks = 0
+        self.kept = False  # requested by install()
+        self.kept_maps = False  # install() requested memory_map
+        self.blocks = 0  # number of open blocks
+        self.mapping_blocks = 0  # number of open blocks that requested memory_map
         self.acceleration: Acceleration | None = None
         self._replaced: list[tuple[ModuleType, str, Any, Any]] = []
 
     @property
     def maps(self) -> bool:
-        """Whether anybody has asked for ``memory_map``."""
+        """Whether ``install`` or an open block has requested ``memory_map``."""
         return self.kept_maps or self.mapping_blocks > 0
 
     def put(self) -> Acceleration:
+        """Replace the functions of transformers, unless they are replaced already."""
         if self.acceleration is None:
             acceleration = Acceleration()
 
@@ -141,9 +143,9 @@ class _Hook:
                 return self.acceleration is acceleration
 
             wraps: dict[str, Callable[[Any], Any]] = {
-                _CONVERT: lambda convert: converting(convert, is_on, lambda: self.maps, acceleration.loads.append),
-                "safe_open": lambda safe_open: Opening(safe_open, is_on),
-                _LIST: lambda list_files: listing_files(list_files, is_on),
+                _CONVERT: lambda convert: wrap_converter(convert, is_on, lambda: self.maps, acceleration.loads.append),
+                "safe_open": lambda safe_open: SafeOpen(safe_open, is_on),
+                _LIST: lambda list_files: wrap_index_reader(list_files, is_on),
             }
             replacements = [
                 (module, name, function, wrap(function))
@@ -156,9 +158,10 @@ class _Hook:
             self._replaced, self.acceleration = replacements, acceleration
         return self.acceleration
 
-    def take(self) -> None:
+    def remove(self) -> None:
+        """Restore the functions of transformers."""
         for module, name, function, replacement in self._replaced:
-            if getattr(module, name) is replacement:  # unless somebody has put another one over it
+            if getattr(module, name) is replacement:  # unless other code has replaced it since
                 setattr(module, name, function)
         self._replaced, self.acceleration = [], None
 
