@@ -177,14 +177,14 @@ def open_destination(
     Args:
         directory: path of the directory.
         shards: files that the work will write.
-        work: JSON description of the work, by which a later call can resume it. If an earlier work in this directory
-            differs, the error names the keys that differ. None: the work cannot be resumed, and if it fails all of its
-            files are removed.
-        resume: whether to continue an earlier work of the same description. Otherwise the earlier work is discarded.
+        work: JSON description of the work, by which a later call can resume it. If the directory holds unfinished work
+            of another description, the error names the keys that differ. None: the work cannot be resumed, and if it
+            fails, all of its files are removed.
+        resume: whether to continue unfinished work of the same description. Otherwise it is discarded.
         index_name: name of the index, if one will be written.
 
     Raises:
-        DestinationError: the directory is a checkpoint already, another process writes to it, or it holds an earlier
+        DestinationError: the directory is a checkpoint already, another process writes to it, or it holds unfinished
             work of another description.
         WriteError: the system refuses to write there.
     """

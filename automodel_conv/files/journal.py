@@ -26,7 +26,7 @@ _MOST_JOURNAL_BYTES = 64 << 20
 
 
 class JournalState(NamedTuple):
-    """The state of a work that a journal records; empty for a file that is not a journal."""
+    """The state of unfinished work that a journal records; empty for a file that is not a journal."""
 
     work: dict[str, Any] | None
     """JSON description of the work; None if the work cannot be resumed."""

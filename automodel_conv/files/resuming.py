@@ -60,7 +60,7 @@ def resume_or_discard(
         system.truncate(journal, 0)
         append_record(journal, {"work": work})
     for name in sorted(earlier.finished - finished) if finished else ():
-        append_record(journal, {"again": name})  # recorded before the file has its full size again, but not all bytes
+        append_record(journal, {"again": name})  # a rewritten file has its full size before all its bytes
     for name in system.list_names(staging):
         if name not in (LOCK_NAME, JOURNAL_NAME, *finished):
             remove_all(os.path.join(staging, name))

@@ -26,7 +26,7 @@ def holds_work(directory: str) -> bool:
 
 
 def remove_remains(directory: str) -> None:
-    """Remove the staging folder of a work that was killed after it was complete.
+    """Remove the staging folder that a process left because it was killed after its work was complete.
 
     Raises:
         DestinationError: another process writes to the directory.
@@ -77,7 +77,7 @@ def acquire_lock(staging: str, directory: str) -> int:
 
 
 def remove_staging(staging: str) -> None:
-    """Remove the staging folder. The next work removes files that cannot be removed now."""
+    """Remove the staging folder. Files that cannot be removed now are removed when the directory is next opened."""
     with suppress(OSError):
         # Other processes look at the lock, so it is removed last.
         for name in sorted(system.list_names(staging), key=lambda name: name == LOCK_NAME):
