@@ -16,7 +16,7 @@ from automodel_conv.files.free_memory import free_memory
 from automodel_conv.files.source import LocalFile
 
 # Bytes read by one call. While Python imports, a thread gets the interpreter only every few milliseconds, so small
-# portions would be slow. The end of the block waits for the last portion, so large ones would be too.
+# portions would be read slowly. The end of the block waits for the last portion, so large ones would delay it.
 PORTION_BYTES = 16 << 20
 # Smaller checkpoints are read in a moment.
 LEAST_BYTES = 64 << 20
