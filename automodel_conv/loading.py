@@ -16,9 +16,9 @@ from automodel_conv.destinations.device_map import DeviceLike, device_map_of
 from automodel_conv.destinations.devices import loadable
 from automodel_conv.destinations.model import ModelTensors, devices_of_new, regions_of
 from automodel_conv.destinations.ties import in_order, unequal_ties, with_tied
-from automodel_conv.distributed.collectives import all_or_raise, groups_of, send, union_over_ranks
+from automodel_conv.distributed.collectives import all_or_raise, groups_of, send_replicas, union_over_ranks
 from automodel_conv.distributed.placements import all_as_distributed, meshes_of
-from automodel_conv.distributed.replicas import to_read
+from automodel_conv.distributed.replicas import targets_to_read
 from automodel_conv.doors import door
 from automodel_conv.execution.checksums import verify_checksums
 from automodel_conv.execution.filling import Limits, fill, within
@@ -161,14 +161,14 @@ def load_state_dict(
         if options.verify:
             verify_checksums(checkpoint, options.reader_threads)
         devices = devices_of_new(own.targets, state, device_of)
-        mine, shared_names = to_read(own, state, options.broadcast)
+        mine, shared_names = targets_to_read(own, state, options.broadcast)
         mapped = map_targets(mine, checkpoint, devices) if options.memory_map else {}
         buffers = with_new(own.targets, mapped, devices)
         clock.lap("plan")
         limits = within(options.memory_budget, options.limits, without(own, mapped), buffers)
         stats = fill(without(mine, mapped), checkpoint, buffers, limits, progress=options.progress)
         clock.lap("read")
-    send([state[name] for name in shared_names], [buffers[name] for name in shared_names])
+    send_replicas([state[name] for name in shared_names], [buffers[name] for name in shared_names])
     with all_or_raise(groups, "comparing tied tensors"):
         found = unequal_ties(buffers, whole.tied)
     unequal = union_over_ranks(groups, found, "comparing tied tensors")
@@ -272,7 +272,7 @@ def load_model(
         was_meta = any(tensor.is_meta for tensor in state.values() if isinstance(tensor, Tensor))
 
         def map_new(fresh: CopyPlan, devices: Mapping[str, torch.device]) -> dict[str, Tensor]:
-            part, _ = to_read(fresh, state, options.broadcast)
+            part, _ = targets_to_read(fresh, state, options.broadcast)
             return map_targets(part, checkpoint, devices) if options.memory_map else {}
 
         model_tensors = ModelTensors.of(model, state, whole, options.strict, device_of, map_new)
@@ -281,12 +281,12 @@ def load_model(
         limits = within(
             options.memory_budget, options.limits, to_fill, model_tensors.buffers, model_tensors.extra_bytes
         )
-        mine, shared_names = to_read(model_tensors.plan, state, options.broadcast)
+        mine, shared_names = targets_to_read(model_tensors.plan, state, options.broadcast)
         stats = fill(
             without(mine, model_tensors.mapped), checkpoint, model_tensors.buffers, limits, progress=options.progress
         )
         clock.lap("read")
-    send([state[name] for name in shared_names], [model_tensors.buffers[name] for name in shared_names])
+    send_replicas([state[name] for name in shared_names], [model_tensors.buffers[name] for name in shared_names])
     with all_or_raise(groups, "comparing tied tensors"):
         found = model_tensors.unequal()
     unequal = union_over_ranks(groups, found, "comparing tied tensors")

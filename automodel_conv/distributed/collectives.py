@@ -50,7 +50,7 @@ def all_or_raise(groups: Sequence[Any], what: str) -> Iterator[None]:
         raise _lost_rank_error(what, "\n" + listing(lost))
 
 
-def same_on_all(groups: Sequence[Any], parts: Iterable[bytes], what: str) -> None:
+def require_same_on_all(groups: Sequence[Any], parts: Iterable[bytes], what: str) -> None:
     """Raise on all ranks of these groups unless all of them pass the same bytes.
 
     Args:
@@ -132,7 +132,7 @@ def _exchange(groups: Sequence[Any], text: str | None) -> _Exchanged:
     return known
 
 
-def send(tensors: Sequence[Tensor], parts: Sequence[Tensor]) -> None:
+def send_replicas(tensors: Sequence[Tensor], parts: Sequence[Tensor]) -> None:
     """Copy the part that the first replica holds to the other replicas, in place.
 
     Args:

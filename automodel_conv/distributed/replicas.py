@@ -11,7 +11,7 @@ from automodel_conv.distributed.placements import is_distributed, is_first_repli
 from automodel_conv.planning.plan import CopyPlan
 
 
-def to_read(plan: CopyPlan, state: Mapping[str, Tensor], broadcast: bool) -> tuple[CopyPlan, list[str]]:
+def targets_to_read(plan: CopyPlan, state: Mapping[str, Tensor], broadcast: bool) -> tuple[CopyPlan, list[str]]:
     """Return the plan of the targets that this rank reads, and the names of targets that are sent between ranks."""
     if not broadcast:
         return plan, []

@@ -143,12 +143,14 @@ def open_checkpoint(path: str | os.PathLike[str], *, revision: str | None = None
 
 
 @door("opening a checkpoint")
-def open_downloaded(path: str | os.PathLike[str], *, revision: str | None = None, beside: bool = False) -> Checkpoint:
+def open_downloaded(
+    path: str | os.PathLike[str], *, revision: str | None = None, companions: bool = False
+) -> Checkpoint:
     """Open a checkpoint whose data will be read, after downloading the files of a repository that the cache lacks.
 
     Args:
         path, revision: see ``open_checkpoint``.
-        beside: whether to download the files that accompany the weights as well.
+        companions: whether to download the files that accompany the weights as well.
 
     Raises:
         CheckpointError, UnsupportedError: see ``open_checkpoint``.
@@ -158,7 +160,7 @@ def open_downloaded(path: str | os.PathLike[str], *, revision: str | None = None
         return _open(choose_files(location))
     names = names_in(location)
     chosen = choose_in_repository(location, names)
-    download(location, [*chosen.shards, *(filter(is_companion, names) if beside else ())])
+    download(location, [*chosen.shards, *(filter(is_companion, names) if companions else ())])
     return _open(chosen)
 
 

@@ -11,13 +11,13 @@ from automodel_conv.errors import CheckpointError, UnsupportedError, listing, me
 from automodel_conv.files import system
 from automodel_conv.files.header import checkpoint_error, located, parse_object, read_limited, short, with_open
 from automodel_conv.files.hub import Repository
-from automodel_conv.files.shards import FORM
+from automodel_conv.files.shards import DEFAULT_NAMING
 from automodel_conv.files.staging import STAGING_NAME
 
 # The index format sets no limit. 500,000 tensors need about 70 MB.
 MAX_INDEX_BYTES = 500_000_000
-_INDEX_NAME = FORM.index_name
-_SINGLE_NAME = FORM.file_name(1, 1)
+_INDEX_NAME = DEFAULT_NAMING.index_name
+_SINGLE_NAME = DEFAULT_NAMING.file_name(1, 1)
 _INDEX_SUFFIX = ".safetensors.index.json"
 _SHARD = re.compile(r"-\d+-of-(\d+)\.safetensors\Z")
 ADVICE = {

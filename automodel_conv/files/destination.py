@@ -20,7 +20,7 @@ from automodel_conv.files.final_files import folders_of, path_below, remove_plac
 from automodel_conv.files.full_io import write_exactly
 from automodel_conv.files.journal import append_record, read_journal
 from automodel_conv.files.resuming import resume_or_discard
-from automodel_conv.files.shards import CHECKSUMS_NAME, FORM, Shard
+from automodel_conv.files.shards import CHECKSUMS_NAME, DEFAULT_NAMING, Shard
 from automodel_conv.files.staging import (
     BESIDE_NAME,
     JOURNAL_NAME,
@@ -64,13 +64,13 @@ class Destination:
         """Return the path of a file before ``commit``."""
         return os.path.join(self.staging, name)
 
-    def beside(self, name: str) -> str:
+    def companion_path(self, name: str) -> str:
         """Return the path before ``commit`` of a file that accompanies the shards, after creating its folder."""
         path = path_below(self.path(BESIDE_NAME), name)
         system.make_directory(os.path.dirname(path))
         return path
 
-    def found(self, name: str) -> str:
+    def finished_path(self, name: str) -> str:
         """Return the current path of a finished file, which an interrupted ``commit`` may have moved into place."""
         staged = self.path(name)
         return staged if system.exists(staged) else os.path.join(self.directory, name)
@@ -109,7 +109,7 @@ class Destination:
             if index is not None:
                 self.write(self._index_name, index)
             names = [*sorted(others), *_in_order(shards, None if index is None else self._index_name)]
-            paths = {name: others.get(name) or self.found(name) for name in names}
+            paths = {name: others.get(name) or self.finished_path(name) for name in names}
             placed = {name: [*system.identity(paths[name])] for name in names}  # raises if a file is in neither place
             system.sync_directory(self.staging)
             self.placed = placed
@@ -170,7 +170,7 @@ def open_destination(
     work: Mapping[str, Any] | None,
     *,
     resume: bool = False,
-    index_name: str = FORM.index_name,
+    index_name: str = DEFAULT_NAMING.index_name,
 ) -> Iterator[Destination]:
     """Lock a directory for the length of a block that ends with ``commit``, and create it if necessary.
 

@@ -18,7 +18,7 @@ class DiskSpace(NamedTuple):
     """Bytes that can be written. Includes the bytes of unfinished work, which is either resumed or discarded."""
     unfinished: bool
     """Whether the directory holds unfinished work."""
-    in_the_way: tuple[str, ...]
+    existing_weights: tuple[str, ...]
     """Names of weight files in the directory that do not belong to unfinished work."""
 
 

@@ -82,7 +82,7 @@ def read_ahead(files: Sequence[str], share: tuple[int, int], stop: threading.Eve
                         free, next_look = free_memory() or 0, done + _LOOK_BYTES
                     if (done + nbytes) * shares > free // 2:
                         return done
-                    done += system.bring_in(fd, offset, nbytes)
+                    done += system.read_into_cache(fd, offset, nbytes)
             finally:
                 system.close(fd)
     return done

@@ -32,7 +32,7 @@ _UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?I?B)\s*", re.IGNORECASE)
 
 
-class Form(NamedTuple):
+class Naming(NamedTuple):
     """How the files of a checkpoint are named, and the expert layout that they record."""
 
     stem: str = "model"
@@ -50,7 +50,7 @@ class Form(NamedTuple):
         return f"{self.stem}-{number:05}-of-{count:05}.safetensors" if count > 1 else f"{self.stem}.safetensors"
 
 
-FORM = Form()
+DEFAULT_NAMING = Naming()
 """The file names of transformers."""
 
 
@@ -98,7 +98,7 @@ def parse_size(size: int | str) -> int:
     return count
 
 
-def divide(specs: Iterable[Spec], most_bytes: int, form: Form = FORM) -> list[Shard]:
+def divide(specs: Iterable[Spec], most_bytes: int, naming: Naming = DEFAULT_NAMING) -> list[Shard]:
     """Divide tensors among files of at most ``most_bytes`` of data each, in the order of ``specs``.
 
     A tensor larger than ``most_bytes`` gets a file of its own.
@@ -117,8 +117,8 @@ def divide(specs: Iterable[Spec], most_bytes: int, form: Form = FORM) -> list[Sh
         used += spec.nbytes
     if current or not groups:
         groups.append(current)
-    names = [form.file_name(number, len(groups)) for number in range(1, len(groups) + 1)]
-    return [shard_of(name, group, form.layout) for name, group in zip(names, groups, strict=True)]
+    names = [naming.file_name(number, len(groups)) for number in range(1, len(groups) + 1)]
+    return [shard_of(name, group, naming.layout) for name, group in zip(names, groups, strict=True)]
 
 
 def divide_like(specs: Iterable[Spec], files: Mapping[str, str], layout: str | None = None) -> list[Shard]:
@@ -159,23 +159,23 @@ def shard_of(name: str, specs: Sequence[Spec], layout: str | None = None) -> Sha
     return Shard(name, len(text).to_bytes(8, "little") + text, tuple(specs), tuple(data + start for start in starts))
 
 
-def index_of(shards: Sequence[Shard], parameters: int | None = None, form: Form = FORM) -> bytes | None:
+def index_of(shards: Sequence[Shard], parameters: int | None = None, naming: Naming = DEFAULT_NAMING) -> bytes | None:
     """Return the text of the index; None for a single file of the default name, which needs no index.
 
     Args:
         shards: files of the checkpoint.
         parameters: number of elements in the model's parameters; None: the elements of all tensors.
-        form: names of the files, and the layout to record.
+        naming: names of the files, and the layout to record.
     """
-    if [shard.name for shard in shards] == [form.file_name(1, 1)]:
+    if [shard.name for shard in shards] == [naming.file_name(1, 1)]:
         return None
     specs = [spec for shard in shards for spec in shard.specs]
     metadata: dict[str, object] = {
         "total_parameters": sum(prod(spec.shape) for spec in specs) if parameters is None else parameters,
         "total_size": sum(spec.nbytes for spec in specs),
     }
-    if form.layout is not None:
-        metadata[LAYOUT_KEY] = form.layout
+    if naming.layout is not None:
+        metadata[LAYOUT_KEY] = naming.layout
     weight_map = {spec.name: shard.name for shard in shards for spec in shard.specs}
     return (json.dumps({"metadata": metadata, "weight_map": weight_map}, indent=2, sort_keys=True) + "\n").encode()
 

@@ -25,7 +25,7 @@ def holds_work(directory: str) -> bool:
     return system.exists(os.path.join(directory, STAGING_NAME, JOURNAL_NAME))
 
 
-def remove_remains(directory: str) -> None:
+def remove_leftovers(directory: str) -> None:
     """Remove the staging folder that a process left because it was killed after its work was complete.
 
     Raises:

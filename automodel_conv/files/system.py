@@ -134,7 +134,7 @@ def read_text(path: str) -> str | None:
         return None
 
 
-def bring_in(fd: int, offset: int, nbytes: int) -> int:
+def read_into_cache(fd: int, offset: int, nbytes: int) -> int:
     """Read bytes of a file into the system's cache only, and wait until they are cached.
 
     The kernel discards pages that are sent to ``/dev/null``, without copying them.

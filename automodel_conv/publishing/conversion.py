@@ -12,7 +12,7 @@ from torch import nn
 
 from automodel_conv.compiling.carrying import carried_targets, dropped_rows, refuse_halves
 from automodel_conv.compiling.decoded import decoded_table, unknown_codes
-from automodel_conv.compiling.marks import form_of_conversion, layout_to_read, stated_layout
+from automodel_conv.compiling.marks import layout_to_read, naming_of_conversion, stated_layout
 from automodel_conv.compiling.stages import without_casts
 from automodel_conv.compiling.to_checkpoint import saving_plan
 from automodel_conv.compiling.to_model import loading_plan
@@ -25,7 +25,7 @@ from automodel_conv.errors import (
 )
 from automodel_conv.files.checkpoint import Checkpoint, open_checkpoint
 from automodel_conv.files.config import quantization
-from automodel_conv.files.shards import Form, Shard, divide, parse_size
+from automodel_conv.files.shards import Naming, Shard, divide, parse_size
 from automodel_conv.planning.code_names import has_codes
 from automodel_conv.planning.copies import SourceTable
 from automodel_conv.planning.kept_codes import keep_codes
@@ -51,7 +51,7 @@ class Conversion:
     """The plan of all tensors that are written."""
     shards: tuple[Shard, ...]
     """The output files."""
-    form: Form
+    naming: Naming
     """Names of the output files, and the layout that they record."""
     carried: tuple[str, ...]
     """Names of source tensors that the model has no place for, copied unchanged."""
@@ -155,11 +155,11 @@ def compile_conversion(
         layout = stated_layout(checkpoint, None)
     elif layout is None and model is None and source_layout is not None:
         layout = PER_EXPERT if source_layout == PER_EXPERT else "transformers"  # the layout that the rules produce
-    form = form_of_conversion(checkpoint, plan, model, layout)
+    naming = naming_of_conversion(checkpoint, plan, model, layout)
     extra_targets = carried_targets(table, carried, None if dtype is None else dtype_code(dtype), plan.targets)
     plan = CopyPlan(table, (*plan.targets, *extra_targets), plan.rules)
-    shards = tuple(divide(specs_of(plan.targets), most_bytes, form))
-    return Conversion(checkpoint, plan, shards, form, tuple(checkpoint.names[row] for row in sorted(carried)))
+    shards = tuple(divide(specs_of(plan.targets), most_bytes, naming))
+    return Conversion(checkpoint, plan, shards, naming, tuple(checkpoint.names[row] for row in sorted(carried)))
 
 
 def _refuse_grouped(plan: CopyPlan, model: nn.Module | None) -> None:

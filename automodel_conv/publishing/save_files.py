@@ -11,7 +11,7 @@ from automodel_conv.execution.checksums import checksums_of, checksums_text
 from automodel_conv.execution.writing import begin_shard
 from automodel_conv.files.checkpoint import open_checkpoint
 from automodel_conv.files.destination import Destination
-from automodel_conv.files.shards import CHECKSUMS_NAME, Form, Shard, index_of
+from automodel_conv.files.shards import CHECKSUMS_NAME, Naming, Shard, index_of
 from automodel_conv.files.write_errors import write_errors
 from automodel_conv.upstream.saved_config import write_config
 
@@ -31,7 +31,7 @@ def finish_save(
     destination: Destination,
     shards: Sequence[Shard],
     model: nn.Module | None,
-    form: Form,
+    naming: Naming,
     checksum_threads: int = 0,
 ) -> None:
     """Write checksums and index, and turn the destination into a checkpoint, once all data is on the disk.
@@ -40,7 +40,7 @@ def finish_save(
         destination: destination that holds the files.
         shards: output files.
         model: saved model; its parameters are counted for the index.
-        form: names of the files, and the layout to record.
+        naming: names of the files, and the layout to record.
         checksum_threads: number of threads that compute checksums; 0: no checksums are written.
     """
     for shard in shards:
@@ -48,12 +48,12 @@ def finish_save(
     if checksum_threads:
         write_checksums(destination, shards, checksum_threads)
     parameters = None if model is None else sum(parameter.numel() for parameter in model.parameters())
-    destination.commit(index_of(shards, parameters, form))
+    destination.commit(index_of(shards, parameters, naming))
 
 
 def write_checksums(destination: Destination, shards: Sequence[Shard], threads: int) -> None:
     """Write the file of checksums of all tensors in a destination."""
     sums: dict[str, str] = {}
     for shard in shards:
-        sums |= checksums_of(open_checkpoint(destination.found(shard.name)), threads)
+        sums |= checksums_of(open_checkpoint(destination.finished_path(shard.name)), threads)
     destination.write(CHECKSUMS_NAME, checksums_text(sums))

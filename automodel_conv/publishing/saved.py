@@ -15,7 +15,7 @@ from automodel_conv.dtypes import FLOATING, dtype_code
 from automodel_conv.errors import UnsupportedError, listing, message
 from automodel_conv.execution.buffers import dtype_of
 from automodel_conv.files.checkpoint import Checkpoint
-from automodel_conv.files.shards import Form, Shard, Spec, divide, divide_like, parse_size
+from automodel_conv.files.shards import Naming, Shard, Spec, divide, divide_like, parse_size
 from automodel_conv.planning.copies import Target
 from automodel_conv.planning.plan import CopyPlan
 from automodel_conv.planning.resolve import resolve
@@ -92,7 +92,7 @@ def places_in(shards: Sequence[Shard], targets: Iterable[Target]) -> list[tuple[
 
 
 def shards_for(
-    targets: Iterable[Target], reference: Checkpoint | None, max_shard_size: int | str, form: Form
+    targets: Iterable[Target], reference: Checkpoint | None, max_shard_size: int | str, naming: Naming
 ) -> list[Shard]:
     """Divide targets among files as a reference does, or by size without a reference.
 
@@ -103,11 +103,11 @@ def shards_for(
     """
     specs = specs_of(targets)
     if reference is None:
-        return divide(specs, parse_size(max_shard_size), form)
+        return divide(specs, parse_size(max_shard_size), naming)
     files = [os.path.basename(file) for file in reference.files]
     file_of = dict.fromkeys((spec.name for spec in specs), files[-1])
     file_of |= {name: files[file] for name, file in zip(reference.names, reference.file_ids, strict=True)}
-    return divide_like(specs, file_of, form.layout)
+    return divide_like(specs, file_of, naming.layout)
 
 
 def saved_tensors(model: nn.Module) -> dict[str, Tensor]:

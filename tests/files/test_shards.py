@@ -16,7 +16,7 @@ from automodel_conv.dtypes import BITS, dtype_code, nbytes, torch_dtype
 from automodel_conv.errors import UnsupportedError
 from automodel_conv.files.checkpoint import open_checkpoint
 from automodel_conv.files.shards import (
-    FORM,
+    DEFAULT_NAMING,
     PAGE_BYTES,
     Spec,
     divide,
@@ -222,7 +222,7 @@ def test_index_equals_that_of_save_pretrained(tmp_path):
     model.save_pretrained(tmp_path, max_shard_size=3000)
     shards = divide(specs_of(model.state_dict()), 3000)
     assert len(shards) > 2
-    assert index_of(shards) == (tmp_path / FORM.index_name).read_bytes()
+    assert index_of(shards) == (tmp_path / DEFAULT_NAMING.index_name).read_bytes()
     for shard in shards:
         assert text_of(shard.header) == text_of(header_of((tmp_path / shard.name).read_bytes()))
 
@@ -233,7 +233,7 @@ def test_index_of_names_beyond_ascii_is_read_back(tmp_path):
     assert len(shards) == 2
     for shard in shards:
         save_file({spec.name: tensors[spec.name] for spec in shard.specs}, tmp_path / shard.name)
-    (tmp_path / FORM.index_name).write_bytes(index_of(shards))
+    (tmp_path / DEFAULT_NAMING.index_name).write_bytes(index_of(shards))
     assert set(open_checkpoint(tmp_path).names) == set(tensors)
 
 

@@ -22,7 +22,7 @@ from torch.distributed.checkpoint.storage import StorageWriter, WriteResult
 from torch.futures import Future
 
 from automodel_conv.compiling.experts import refuse_missing_experts
-from automodel_conv.compiling.marks import form_of_save
+from automodel_conv.compiling.marks import naming_of_save
 from automodel_conv.compiling.to_checkpoint import saving_plan
 from automodel_conv.distributed.holders import checksums_of_parts
 from automodel_conv.distributed.placements import is_distributed
@@ -33,7 +33,7 @@ from automodel_conv.execution.tensor_slabs import LocalTensor, tensor_slabs
 from automodel_conv.execution.writing import budget, write_slabs
 from automodel_conv.files.checkpoint import open_checkpoint
 from automodel_conv.files.destination import Destination, open_destination
-from automodel_conv.files.shards import Form, Shard
+from automodel_conv.files.shards import Naming, Shard
 from automodel_conv.files.staging import staged_path
 from automodel_conv.integrations.dcp.consistency import refuse_failures, refuse_unlike, shared_items
 from automodel_conv.planning.copies import SourceTable
@@ -153,13 +153,13 @@ class HuggingFaceWriter(StorageWriter):
         if self._names is not None:
             names = [saved_names[plain] for plain in self._names if plain in saved_names]
         table = SourceTable(names, [specs[name][0] for name in names], [specs[name][1] for name in names])
-        copies, shards, form = self._plan(table)
+        copies, shards, naming = self._plan(table)
         reference = None if self._reference is None else open_checkpoint(self._reference)
         left_out = not_saved(self._model, reference, [target.name for target in copies.targets])
-        opening = open_destination(self._directory, shards, None, index_name=form.index_name)
+        opening = open_destination(self._directory, shards, None, index_name=naming.index_name)
         with at_door("beginning to save", lambda: self._given):
             destination = self._ending.enter_context(opening)
-        self._begun = _Begun(destination, shards, form, tuple(left_out), time.perf_counter())
+        self._begun = _Begun(destination, shards, naming, tuple(left_out), time.perf_counter())
         with self._undo_on_error():
             begin_save(destination, shards, self._model)
         return [replace(plan, storage_data=(table, items)) for plan, items in zip(plans, shared, strict=True)]
@@ -195,12 +195,12 @@ class HuggingFaceWriter(StorageWriter):
             if not self._ending.__exit__(*sys.exc_info()):
                 raise
 
-    def _plan(self, table: SourceTable) -> tuple[CopyPlan, list[Shard], Form]:
+    def _plan(self, table: SourceTable) -> tuple[CopyPlan, list[Shard], Naming]:
         with at_door("planning what to save", lambda: self._given):
             reference = None if self._reference is None else open_checkpoint(self._reference)
             plan = saving_plan(table, model=self._model, rules=self._rules, layout=self._layout, reference=reference)
-            form = form_of_save(plan, self._model, self._layout, reference)
-            return plan, shards_for(plan.targets, reference, self._max_shard_size, form), form
+            naming = naming_of_save(plan, self._model, self._layout, reference)
+            return plan, shards_for(plan.targets, reference, self._max_shard_size, naming), naming
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
         """Write the items of this rank's plan, and wait until they are on the disk.
@@ -247,7 +247,7 @@ class HuggingFaceWriter(StorageWriter):
             with self._undo_on_error():
                 refuse_failures(results)
                 refuse_unlike(results)
-                finish_save(begun.destination, begun.shards, self._model, begun.form)
+                finish_save(begun.destination, begun.shards, self._model, begun.naming)
             self.report = SaveReport(
                 files=tuple(shard.name for shard in begun.shards),
                 bytes_written=sum(shard.nbytes for shard in begun.shards),
@@ -269,7 +269,7 @@ class _Begun(NamedTuple):
 
     destination: Destination
     shards: list[Shard]
-    form: Form
+    naming: Naming
     left_out: tuple[str, ...]
     started: float
     """Start of the save by ``time.perf_counter``, in seconds."""
