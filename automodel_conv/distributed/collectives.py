@@ -160,5 +160,5 @@ def send_replicas(tensors: Sequence[Tensor], parts: Sequence[Tensor]) -> None:
 
 def _lost_rank_error(what: str, found: str) -> RankError:
     return RankError(
-        message(f"{what} was not finished by all ranks", found=found, do="look at the other ranks' errors")
+        message(f"{what} was not finished by all ranks", found=found, do="check the errors of the other ranks")
     )

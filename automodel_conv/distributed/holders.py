@@ -75,7 +75,7 @@ def find_holders(groups: Sequence[Any], tensors: Mapping[str, Tensor], regions: 
     data = json.dumps([distinct, column.tobytes().hex()]).encode()
     parts: dict[_Part, int] = {}
     columns = []
-    for gathered in all_gather_bytes(groups, data, "finding out who holds what"):
+    for gathered in all_gather_bytes(groups, data, "finding the ranks that hold each part"):
         rank_parts, packed = json.loads(gathered)
         ordinals = np.array([parts.setdefault(_Part(*part), len(parts)) for part in rank_parts], np.int32)
         columns.append(ordinals[np.frombuffer(bytes.fromhex(packed), np.int32)])

@@ -266,7 +266,7 @@ def _check_index(directory: str, names: list[str], holders: list[str], weight_ma
             for name in sorted(absent)
         ]
         raise checkpoint_error(
-            "index and files disagree: tensors are not in the files that the index gives",
+            "index and files disagree: tensors are not in the files that the index names",
             where=directory,
             expected="\n" + listing(wrong),
             do="index and files are of different versions: download or write all of them again",

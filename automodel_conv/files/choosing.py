@@ -142,7 +142,7 @@ def _choose(directory: str, present: list[str]) -> str:
         raise checkpoint_error(
             f"the index {_INDEX_NAME} is missing",
             where=directory,
-            expected="an index that says which files make up the checkpoint",
+            expected="an index that names the files of the checkpoint",
             found="\n" + listing(singles),
             do="download the index, or open one file by its own path",
         )

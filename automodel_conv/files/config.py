@@ -100,7 +100,7 @@ def _as_settings(config: Any, path: str) -> dict[str, Any]:
     parts = config if isinstance(config, dict) else {}
     producer, stated = parts.get("producer", {"name": "modelopt"}), parts.get("quantization")
     if not isinstance(stated, dict) or not isinstance(producer, dict):
-        expected = 'an object that holds the object "quantization", and of which "producer" is an object'
+        expected = 'an object with an object "quantization" and, optionally, an object "producer"'
         raise CheckpointError(message(f"{MODELOPT_NAME} is malformed", where=path, expected=expected))
     settings = {"quant_method": producer.get("name"), "quant_algo": stated.get("quant_algo")}
     renamed = {"kv_cache_quant_algo": "kv_cache_scheme", "exclude_modules": "ignore", "group_size": "group_size"}

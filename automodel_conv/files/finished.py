@@ -47,7 +47,7 @@ def is_finished(
             _begins_with(os.path.join(directory, name), text, nbytes) for name, (text, nbytes) in beginnings.items()
         ) and all(_are_equal(os.path.join(directory, name), path) for name, path in copies.items())
     except OSError as error:
-        raise ReadError(message("cannot look at what lies in the directory", where=directory, found=error)) from error
+        raise ReadError(message("cannot read the directory", where=directory, found=error)) from error
 
 
 def _begins_with(path: str, text: bytes, nbytes: int) -> bool:

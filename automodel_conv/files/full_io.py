@@ -59,7 +59,9 @@ _READ = _Direction(
 )
 
 
-_WRITE = _Direction(WriteError, "cannot write a file", "a file takes no more bytes", "look at the disk and its quota")
+_WRITE = _Direction(
+    WriteError, "cannot write a file", "a file accepts no more bytes", "check the disk space and the quota"
+)
 
 
 def _transfer(

@@ -247,7 +247,7 @@ def _checked_columns(data: bytearray, path: str) -> Columns:
 def _refuse_odd_names(names: list[str], path: str) -> None:
     if (odd := odd_name(names)) is not None:
         found = f"{len(odd)} characters"
-        raise _fault("a name that no tensor may have", path, odd, f"at most {LONGEST_NAME} printable characters", found)
+        raise _fault("an invalid tensor name", path, odd, f"at most {LONGEST_NAME} printable characters", found)
 
 
 def odd_name(names: list[str]) -> str | None:

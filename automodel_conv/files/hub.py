@@ -161,7 +161,7 @@ def _fetch(url: str, offset: int, nbytes: int) -> tuple[bytearray, int]:
             ranged = _SIZE.fullmatch(response.headers.get("Content-Range", ""))
             size = ranged[1] if ranged else response.headers.get("Content-Length", "")
             if not size.isdecimal() or (response.status_code == 206) != bool(ranged):
-                raise ValueError(f"the answer does not say how long the file is: {dict(response.headers)}")
+                raise ValueError(f"the response does not state the size of the file: {dict(response.headers)}")
             skipped = 0 if ranged else offset  # a server without range support sends the whole file
             with suppress(httpx.TransportError):  # the check below reports missing bytes
                 for part in response.iter_raw():
@@ -182,7 +182,7 @@ def _hub_errors(what: str, where: str) -> Iterator[None]:
         import huggingface_hub  # noqa: F401
     except ImportError as error:
         raise checkpoint_error(
-            "no such directory, and huggingface_hub, which could download it, is not installed",
+            "no such directory, and huggingface_hub is not installed to download it",
             where=where,
             do="check the path, or: pip install huggingface_hub",
         ) from error

@@ -16,7 +16,7 @@ class Lookalike(NamedTuple):
     """Advice on how to get the weights."""
 
 
-_PAGE = "download the file itself; the address was that of a page, or wanted a login"
+_PAGE = "download the file itself: the address led to a web page, or required a login"
 _WEIGHTS = "convert these weights to safetensors with the library that wrote them"
 # Formats by their first bytes. Sources: git-lfs 3.7, docs/spec.md; xet-core, pointer_file.rs.
 _BEGINNINGS = (

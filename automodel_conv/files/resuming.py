@@ -71,11 +71,11 @@ def _refuse_other_work(directory: str, earlier: Mapping[str, Any], work: Mapping
     differences = list(_differences("", earlier, work))
     raise DestinationError(
         message(
-            "the directory holds an unfinished work that is not this one",
+            "the directory holds unfinished work that differs from this one",
             where=os.path.join(directory, STAGING_NAME),
             expected="\n" + listing(f"{key}: {_short(was)}" for key, was, _ in differences),
             found="\n" + listing(f"{key}: {_short(now)}" for key, _, now in differences),
-            do=["finish it as it was begun", "start anew with {resume=False}", "remove that folder"],
+            do=["finish it as it was begun", "start again with {resume=False}", "remove that folder"],
         )
     )
 

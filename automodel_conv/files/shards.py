@@ -94,7 +94,9 @@ def parse_size(size: int | str) -> int:
     match = _SIZE.fullmatch(size) if isinstance(size, str) else None
     count = int(float(match[1]) * _UNITS[match[2].upper()]) if match is not None else size
     if not isinstance(count, int) or isinstance(count, bool) or count <= 0:
-        raise UnsupportedError(message("not a size", expected='bytes, or words such as "5GB"', found=repr(size)))
+        raise UnsupportedError(
+            message("not a size", expected='a number of bytes, or text such as "5GB"', found=repr(size))
+        )
     return count
 
 
@@ -139,7 +141,7 @@ def shard_of(name: str, specs: Sequence[Spec], layout: str | None = None) -> Sha
     """
     if (odd := odd_name([spec.name for spec in specs])) is not None:
         expected = f"at most {LONGEST_NAME} printable characters"
-        raise UnsupportedError(message("a name that no tensor may have", expected=expected, found=short(odd)))
+        raise UnsupportedError(message("an invalid tensor name", expected=expected, found=short(odd)))
     specs = sorted(specs, key=lambda spec: (-_ORDER[spec.dtype], spec.name))
     metadata = {"format": "pt"} if layout is None else {"format": "pt", LAYOUT_KEY: layout}
     header: dict[str, object] = {"__metadata__": metadata}
@@ -148,7 +150,11 @@ def shard_of(name: str, specs: Sequence[Spec], layout: str | None = None) -> Sha
         shape = list(spec.shape)
         if spec.dtype == "F4":
             if not shape:
-                raise UnsupportedError(message(f"{spec.name} is a pair of numbers in the shape of one", found="F4 []"))
+                raise UnsupportedError(
+                    message(
+                        f"{spec.name} is float4 without a dimension, which cannot hold a pair of values", found="F4 []"
+                    )
+                )
             shape[-1] *= 2  # torch counts pairs
         starts.append(end)
         end += spec.nbytes

@@ -26,6 +26,6 @@ def write_errors(path: str, what: str = "to a directory", expected: str | None =
                 where=error.filename or path,
                 expected=expected,
                 found=error,
-                do="look at the disk, its quota and the permissions",
+                do="check the disk space, the quota and the permissions",
             )
         ) from error

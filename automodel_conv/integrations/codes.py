@@ -77,21 +77,23 @@ def refuse_codes(model: Any, sources: Mapping[str, Any], load_config: Any) -> No
         elif is_quantized:
             kept = [scale for scale in known.scale_names(place.target) if scale in state]
             if kept and filled.isdisjoint(kept):
-                problems.append(f"{found}, and it has no known scale: transformers would make {kept[0]} up")
+                problems.append(
+                    f"{found}, and it has no known scale: transformers would initialize {kept[0]} instead of loading it"
+                )
     if problems:
         raise QuantizationError(
             message(
-                "transformers would take codes of quantized tensors for numbers",
+                "transformers would load codes of quantized tensors as values",
                 where=f"a load of {type(model).__name__}, {len(problems)} tensors",
-                expected="that its quantizer takes codes with their scales, as the quantization_config tells it",
+                expected="a quantizer that loads codes with their scales, as the quantization_config describes",
                 found="\n" + listing(problems),
                 do=[
                     f"{'give config.json' if method is None else 'check that config.json has'} the quantization_config "
                     "of these files",
-                    "load_model() and load_state_dict() decode what it describes, also by methods that transformers "
-                    "does not know",
-                    "uninstall(), or a load outside of the block of accelerate_transformers(), lets transformers take "
-                    "the codes",
+                    "load_model() and load_state_dict() decode what it describes, including methods that transformers "
+                    "does not support",
+                    "uninstall(), or a load outside of the block of accelerate_transformers(), makes transformers "
+                    "load the codes",
                 ],
             )
         )

@@ -23,7 +23,7 @@ from automodel_conv.upstream.models import matching
 from automodel_conv.upstream.rules import RuleSet, natural_key
 
 # The key of ``HookedLoad.left`` if no target of a load is planned, and reasons for leaving targets to transformers.
-ALL = "all that is converted"
+ALL = "all targets"
 NOT_OPENED_HERE = "some tensors are not in safetensors files that were opened under the hook"
 WAITS_FOR_NAMES = "other tensors are renamed only if transformers sees its sources"
 
@@ -69,7 +69,7 @@ def plan_load(
         return None, {ALL: NOT_OPENED_HERE}
     kind = type(torch.empty(0, device="cpu"))
     if kind is not Tensor:
-        return None, {ALL: f"torch makes {kind.__name__} here, and nothing can be read into one"}
+        return None, {ALL: f"torch creates {kind.__name__} here, which cannot be read into"}
     try:
         checkpoint = checkpoint_of(slices)
     except CheckpointError as error:  # transformers may be able to read it
@@ -164,7 +164,7 @@ def _why_left(use: RuleUse, parameters: Mapping[str, _Parameter], rules: RuleSet
     for row in use.rows:
         decode = sources.decodes.get(row)
         if decode is not None and not rounds_the_same(decode, sources.dtypes[row], use.targets[0].dtype):
-            return "transformers rounds its numbers on the way in another dtype"
+            return "transformers rounds its values in another dtype before the cast"
         if sources.decodes and decode is None and sources.dtypes[row] != use.targets[0].dtype:
             return "transformers may leave it in its stored dtype"
     for target in use.targets:

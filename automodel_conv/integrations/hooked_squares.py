@@ -54,7 +54,7 @@ def refuse_unplanned(
     if wrong:
         raise UnsupportedError(
             message(
-                "square matrices lie transposed, and transformers, to which they are left, does not see it:\n"
+                "transformers would load square matrices that are stored transposed without transposing them:\n"
                 + listing(wrong),
                 do="use load_model(), which needs no hook",
             )

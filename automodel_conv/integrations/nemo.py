@@ -128,7 +128,7 @@ class StateDictAdapter:
             raise UnsupportedError(
                 message(
                     f"transformers has no rules for {model_type}",
-                    do="make an adapter of your own rules: StateDictAdapter(rules)",
+                    do="create an adapter from your own rules: StateDictAdapter(rules)",
                 )
             )
         return cls(rules or (), layout=layout, renames=renames)
@@ -175,7 +175,7 @@ class StateDictAdapter:
             UnsupportedError: ``quantization`` is True.
         """
         if quantization:
-            raise UnsupportedError(message("quantizing is not supported yet", do="quantization=False"))
+            raise UnsupportedError(message("quantizing is not supported yet", do="pass quantization=False"))
         named = _renamed(state_dict, {theirs: converted for converted, theirs in self._renames.items()})
         layout = self._layout
         if layout is not None and not any(holds_experts(name, get_layout(layout)) for name in named):

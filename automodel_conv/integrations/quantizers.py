@@ -32,7 +32,7 @@ def plain_load(quantizer: Any, rules: list[Any]) -> PlainLoad:
         return PlainLoad(rules)
     config = quantizer.quantization_config
     if not getattr(quantizer, "pre_quantized", False) or not getattr(config, "dequantize", False):
-        return PlainLoad(rules, None, "a quantizer takes part that does not only dequantize")
+        return PlainLoad(rules, None, "its quantizer does more than dequantize")
     settings = config.to_dict()
     # The class for compressed-tensors nests its settings one level deeper.
     settings = settings.get("quantization_config") or settings

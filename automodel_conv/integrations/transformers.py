@@ -52,9 +52,9 @@ class Acceleration:
             left = "all" if ALL in load.left else len(load.left)
             lines.append(f"{load.model}: {len(load.lowered)} converted by plan, {left} by transformers")
             lines += [f"  {name}: {reason}" for name, reason in load.left.items()]
-            lines += [f"  {name} is left out: no parameter takes it" for name in load.left_out]
+            lines += [f"  {name} is left out: no parameter consumes it" for name in load.left_out]
             lines += [
-                f"  {name} of {file}: not loaded, the index gives it to no file or another"
+                f"  {name} of {file}: not loaded: the index assigns it to another file or to none"
                 for name, file in load.unindexed
             ]
         return "\n".join(lines)
@@ -181,7 +181,7 @@ def _loaders() -> list[ModuleType]:
     if transformers.__version__.split(".")[0] != "5" or not known:
         raise UnsupportedError(
             message(
-                "this transformers loads checkpoints in a way that is not known here",
+                "this version of transformers loads checkpoints in an unsupported way",
                 expected="transformers 5.1 or newer, and older than 6",
                 found=transformers.__version__,
                 do="use load_model(), which needs no hook",

@@ -146,7 +146,7 @@ def compile_conversion(
     if plan.fallbacks:
         raise UnsupportedError(
             message(
-                f"{len(plan.fallbacks)} tensors can only be made by transformers' own code, which needs them in memory",
+                f"only transformers' own code can convert {len(plan.fallbacks)} tensors, and it needs them in memory",
                 found="\n" + listing(plan.fallbacks),
                 do="load the model and save it",
             )
@@ -166,5 +166,5 @@ def _refuse_grouped(plan: CopyPlan, model: nn.Module | None) -> None:
     """Raise UnsupportedError if no rule splits grouped experts and no model shows that they are published grouped."""
     grouped = [] if model is not None else [target.name for target in plan.targets if any_experts(target.name)]
     if grouped:
-        do = ["leave {rules} out to take those of the model", "leave {layout} out to keep the experts grouped"]
+        do = ["leave {rules} out to use the rules of the model", "leave {layout} out to keep the experts grouped"]
         raise not_taken_apart(grouped, do)

@@ -77,7 +77,7 @@ def specs_of(targets: Iterable[Target]) -> list[Spec]:
         dtype_of(target.dtype, target.name)
         specs.append(Spec(target.name, target.dtype, target.shape))
     if not specs:
-        raise UnsupportedError(message("there is no tensor to be written, and so no checkpoint to be made"))
+        raise UnsupportedError(message("there are no tensors to write"))
     return specs
 
 
@@ -118,13 +118,13 @@ def saved_tensors(model: nn.Module) -> dict[str, Tensor]:
     """
     if is_pretrained_model(model):
         if getattr(model, "hf_quantizer", None):
-            text = "this model cannot be saved from here: it is quantized by transformers"
+            text = "this package cannot save this model: it is quantized by transformers"
             raise UnsupportedError(message(text, do="use its save_pretrained"))
     tensors = model.state_dict()
     if (getattr(model, "_tp_size", None) or 1) > 1 and not meshes_of(tensors.values()):
         raise UnsupportedError(
             message(
-                "this model cannot be saved from here: its tensors are parts that do not say so",
+                "this package cannot save this model: its tensors are shards that are not DTensors",
                 found="tensor parallelism of a transformers older than 5.17",
                 do="use its save_pretrained",
             )
@@ -137,7 +137,7 @@ def saved_tensors(model: nn.Module) -> dict[str, Tensor]:
             message(
                 "this model has extra state that is not a tensor, which no checkpoint can hold",
                 found="\n" + listing(others),
-                do="save that apart, and pass the state dict without it, with rules=, layout= or reference=",
+                do="save it separately, and pass the state dict without it, with rules=, layout= or reference=",
             )
         )
     tied = getattr(model, "all_tied_weights_keys", {})
@@ -168,7 +168,11 @@ def refuse_unlike_stored(tensors: Mapping[str, Tensor]) -> None:
         if tensor.is_conj() or tensor.is_neg():
             found = "a view that is conjugated or negated when it is read"
             raise UnsupportedError(
-                message(f"{name} cannot be saved as it lies", found=found, do="resolve_conj() and resolve_neg() first")
+                message(
+                    f"{name} cannot be saved as it is stored",
+                    found=found,
+                    do="call resolve_conj() and resolve_neg() first",
+                )
             )
 
 

@@ -132,12 +132,12 @@ class HuggingFaceWriter(StorageWriter):
                 ``save_checkpoint``.
         """
         if any(not getattr(plan, "usable", True) for plan in plans):
-            raise UnsupportedError(message("plans of an earlier save are not kept", do="leave enable_plan_caching out"))
+            raise UnsupportedError(message("cached save plans are not supported", do="leave enable_plan_caching out"))
         specs: dict[str, tuple[str, tuple[int, ...]]] = {}
         held: Counter[str] = Counter()
         for item in (item for plan in plans for item in plan.items):
             if item.tensor_data is None:
-                raise UnsupportedError(message(f"{item.index.fqn} is no tensor", do="save it elsewhere"))
+                raise UnsupportedError(message(f"{item.index.fqn} is not a tensor", do="save it by other means"))
             code = dtype_code(item.tensor_data.properties.dtype)
             if code is None:
                 raise UnsupportedError(message(f"{item.index.fqn} has a dtype that checkpoints cannot hold"))
