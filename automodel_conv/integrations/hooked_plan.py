@@ -61,7 +61,7 @@ def planned(
     except CheckpointError as error:  # which transformers may read all the same
         return None, {ALL: str(error)}
     wanted = _wanted_by(model, load_config, tp_plan)
-    sources = SourceTable.of(checkpoint)
+    sources = SourceTable.from_checkpoint(checkpoint)
     if plain.config is not None:
         try:
             sources = quantized_table(sources, plain.config, like_upstream=True)

@@ -228,8 +228,8 @@ class SourceTable:
     hidden: frozenset[int] = frozenset()
 
     @classmethod
-    def of(cls, checkpoint: Checkpoint) -> SourceTable:
-        """What a checkpoint offers, its tensors as they are stored."""
+    def from_checkpoint(cls, checkpoint: Checkpoint) -> SourceTable:
+        """Return the table of a checkpoint, with its tensors as they are stored."""
         return cls(checkpoint.names, checkpoint.dtypes, checkpoint.shapes)
 
     def nbytes(self, row: int, numel: int | None = None) -> int:

@@ -67,8 +67,8 @@ class Part(NamedTuple):
     """A region of a target, to be filled as a tensor of its own."""
 
     target: str
-    called: str
-    """Its own name."""
+    name: str
+    """Name of the part."""
     region: Region
     dtype: str | None = None
     """To be cast to; None: the target's."""
@@ -89,7 +89,7 @@ def parts_of(targets: Sequence[Target], parts: Iterable[Part]) -> list[Target]:
             found = f"a region of {list(region.shape)}"
             raise CoverageError(message(f"{target.name} has another shape", expected=list(target.shape), found=found))
         dtype = part.dtype or target.dtype
-        made.append(Target(part.called, dtype, region.local_shape, -1, (row,), _copies(region)))
+        made.append(Target(part.name, dtype, region.local_shape, -1, (row,), _copies(region)))
     return made
 
 

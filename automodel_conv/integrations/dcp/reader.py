@@ -148,7 +148,7 @@ class HuggingFaceReader(StorageReader):
                 called = name  # that upstream's own code knows; all of it, or it is refused
             part = Part(name, called, region, dtype_code(tensor.dtype))
             parts.append(part)
-            buffers[part.called] = tensor
+            buffers[part.name] = tensor
         with at_door("loading", lambda: self._given):
             fill(plan_of_parts(whole, parts), checkpoint, buffers, self._limits)
         for item in plan.items:
