@@ -111,20 +111,20 @@ class Compiler:
             shape = self.sources.shapes[row]
             target = self._target(assignment, assignment.target, shape, (row,), self._outputs.whole(prod(shape)))
             return [target] if target is not None else []
-        return self._converted(assignment)
+        return self._convert(assignment)
 
-    def _converted(self, assignment: Assignment) -> list[Target]:
+    def _convert(self, assignment: Assignment) -> list[Target]:
         rows = tuple([row for slot in assignment.slots.values() for row in slot])
         try:
             lowered = self._outputs.lower_rule(assignment)
         except (NotLowerable, NotAffine) as error:
-            return self._fallback(assignment, rows, str(error))
+            return self._fallback_targets(assignment, rows, str(error))
         except LoweringError as error:
             self._record_failure(assignment, None, str(error))
             return []
         self._record_unused(assignment, rows, lowered)
         targets = []
-        names = self._names(assignment.target, [output.key for output in lowered.outputs])
+        names = self._full_names(assignment.target, [output.key for output in lowered.outputs])
         for output, name in zip(lowered.outputs, names, strict=True):
             all_read = len(output.reads) in (0, len(rows))  # none: the sources are empty, but determine the dtype
             sources = rows if all_read else tuple([rows[i] for i in output.reads])
@@ -145,9 +145,10 @@ class Compiler:
                 self.problems.incomplete.append((assignment.target, tuple(parts)))
 
     def _merges(self, assignment: Assignment) -> bool:
+        """Return whether an operation of the assignment's rule merges a list, in which a part may be absent."""
         return any(OPERATIONS[op.name].merges for op in self.rules.operations(assignment.rule))
 
-    def _names(self, first: str, keys: Sequence[str]) -> list[str]:
+    def _full_names(self, first: str, keys: Sequence[str]) -> list[str]:
         """Return the full names for an operation's output keys, as transformers' ``WeightConverter.convert`` does."""
         full = first.replace("*.", "0.")
         key = next((key for key in keys if key in full), None)
@@ -217,7 +218,7 @@ class Compiler:
             )
         return next(iter(dtypes), "F32")
 
-    def _fallback(self, assignment: Assignment, rows: tuple[int, ...], reason: str) -> list[Target]:
+    def _fallback_targets(self, assignment: Assignment, rows: tuple[int, ...], reason: str) -> list[Target]:
         names = all_targets(self.rules, assignment.rule, assignment.target)
         if self.targets is None:
             self.problems.failed.append((assignment.target, f"{reason}; only a model knows the shape of the result"))

@@ -48,7 +48,8 @@ class _Candidate(NamedTuple):
     rows: list[int]
 
 
-# One number per numeric component that no checkpoint uses. Its position in a renamed name shows where the number went.
+# Sentinels replace the numbers of a template; no checkpoint uses them. The sentinels of a renamed name, which count up
+# from this one, show where each number went.
 _SENTINEL = 9_700_000
 _SENTINELS = re.compile(r"97000\d\d")
 _MOST_NUMBERS = 100
@@ -122,26 +123,26 @@ def _templates(names: Sequence[str], hidden: Collection[int]) -> tuple[dict[str,
     """
     rows = [row for row in range(len(names)) if row not in hidden] if hidden else list(range(len(names)))
     text = "".join([f".{names[row]}{_END}" for row in rows])
-    odd: list[int] = []
+    marked: list[int] = []
     if _NUMBER in text or text.count(_END) != len(rows):
-        odd = [row for row in rows if _NUMBER in names[row] or _END in names[row]]
-        rows = sorted(set(rows).difference(odd))
+        marked = [row for row in rows if _NUMBER in names[row] or _END in names[row]]
+        rows = sorted(set(rows).difference(marked))
         text = "".join([f".{names[row]}{_END}" for row in rows])
     parts = _NUMBERS.split(text)
     texts, numbers = parts[::2], parts[1::2]
     groups: dict[str, tuple[int, list[int], list[int]]] = {}
-    at = 0
+    first = 0  # index of the first number of the name
     for row, template in zip(rows, _NUMBER.join(texts).split(_END), strict=False):
         group = groups.get(template)
         if group is None:
             group = groups[template] = (template.count(_NUMBER), [], [])
-        group[1].append(at)
+        group[1].append(first)
         group[2].append(row)
-        at += group[0]
+        first += group[0]
     return {
-        template: _Group([[numbers[at + i] for at in places] for i in range(count)], members)
-        for template, (count, places, members) in groups.items()
-    }, odd
+        template: _Group([[numbers[first + i] for first in firsts] for i in range(count)], members)
+        for template, (count, firsts, members) in groups.items()
+    }, marked
 
 
 def _representative(template: str) -> str:
@@ -165,12 +166,12 @@ def _depends_on_length(
     if not numbers or not len(rules):
         return False
     renamed, rule, pattern = outcome
-    of_each_length = dict(
+    index_by_lengths = dict(
         zip(zip(*[map(len, column) for column in numbers], strict=True), range(len(rows)), strict=True)
     )
-    for at in of_each_length.values():
-        expected = _SENTINELS.sub(lambda match, at=at: numbers[int(match.group()) - _SENTINEL][at], renamed)
-        name = names[rows[at]]
+    for index in index_by_lengths.values():
+        expected = _SENTINELS.sub(lambda match, index=index: numbers[int(match.group()) - _SENTINEL][index], renamed)
+        name = names[rows[index]]
         if rules.rename(name) != (expected, rule, pattern if rule >= 0 else name):
             return True
     return False
