@@ -68,7 +68,7 @@ class SaveReport:
     carried: tuple[str, ...]
     """Names of the tensors of ``carry`` that were written unchanged."""
     left_out: tuple[str, ...]
-    """Names of tensors of the model, of ``reference`` and of ``carry`` that are not in the new files in any naming."""
+    """Names of tensors of the model, of ``reference`` and of ``carry`` that are not in the new files in any form."""
     seconds: float
     """Duration of the save."""
     peak_extra_bytes: int
@@ -145,7 +145,7 @@ def save_checkpoint(
             parallelism do; or the ranks do not hold all of a DTensor, or divide it in different ways.
         UnsupportedError: the tensors cannot be saved: offloaded, quantized by transformers, with adapters of PEFT, kept
             flat by FSDP1, or lazily conjugated or negated; or extra state is not a tensor; or grouped experts have
-            names that the rules do not match; or ``carry`` has other experts, or the same ones in a naming that the
+            names that the rules do not match; or ``carry`` has other experts, or the same ones in a form that the
             rules do not read.
         DestinationError: the directory holds a checkpoint already, or another process writes to it.
         WriteError: the disk is full, or the system reports another error.

@@ -75,7 +75,7 @@ def plan_load(
     except CheckpointError as error:  # transformers may be able to read it
         return None, {ALL: str(error)}
     parameters = _parameters_of(model, load_config, tp_plan)
-    sources = SourceTable.of(checkpoint)
+    sources = SourceTable.from_checkpoint(checkpoint)
     if plain.config is not None:
         try:
             sources = quantized_table(sources, plain.config, like_upstream=True)

@@ -88,7 +88,7 @@ def compile_conversion(
     rules = None if rules is None else list(rules)
     keeps_names = layout is None and source_layout is None and rules == []
     source_layout = layout_to_read(checkpoint, source_layout, keeps_names=keeps_names)
-    table = decoded_table(checkpoint, wants_numbers=True) if dequantize else SourceTable.of(checkpoint)
+    table = decoded_table(checkpoint, wants_numbers=True) if dequantize else SourceTable.from_checkpoint(checkpoint)
     dropped = dropped_rows(checkpoint.names, drop)
     table = replace(table, hidden=table.hidden | dropped)
     model = meta_model(checkpoint, dtype) if rules is None else None

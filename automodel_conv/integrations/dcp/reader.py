@@ -160,7 +160,7 @@ class HuggingFaceReader(StorageReader):
                 called = name  # transformers' own code requires the target's name, and the whole tensor
             part = Part(name, called, region, dtype_code(tensor.dtype))
             parts.append(part)
-            buffers[part.called] = tensor
+            buffers[part.name] = tensor
         with at_door("loading", lambda: self._given):
             fill(plan_of_parts(whole, parts), checkpoint, buffers, self._limits)
         for item in plan.items:
