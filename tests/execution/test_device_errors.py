@@ -84,7 +84,7 @@ def test_a_thread_that_waits_for_a_window_ends_when_another_fails(cases, calls, 
 def test_a_failing_read_is_told_where_another_thread_is_stopped_and_the_device_fails(
     cases, calls, monkeypatch, reverse
 ):
-    told, settle, wait = [], streaming._DeviceLoad._settle, streaming.wait
+    told, settle, wait = [], streaming._DeviceLoad._synchronize, streaming.wait
 
     def fail_at_the_end(load, stream):
         settle(load, stream)
@@ -96,7 +96,7 @@ def test_a_failing_read_is_told_where_another_thread_is_stopped_and_the_device_f
             futures.reverse()
 
     monkeypatch.setattr(streaming, "wait", wait_for)
-    monkeypatch.setattr(streaming._DeviceLoad, "_settle", fail_at_the_end)
+    monkeypatch.setattr(streaming._DeviceLoad, "_synchronize", fail_at_the_end)
     monkeypatch.setattr(streaming, "tell", lambda error, text: told.append((type(error), text)))
     fail_while_another_thread_waits(streaming, cases[2], calls, monkeypatch)
     assert told == [(ReadError, "  besides:  DeviceFault: at the end")]

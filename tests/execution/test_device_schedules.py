@@ -58,16 +58,19 @@ def test_a_thousand_random_schedules_neither_leak_nor_hang_nor_write_a_wrong_byt
 
 MUTANTS = {
     "copies out of a window do not wait for its uploads": (
-        "self._kernels.wait(self._filled[region])",
+        "self._compute_stream.wait(self._filled[region])",
         "pass",
     ),
-    "uploads into a window do not wait for the copies out of it": ("self._copies.wait(self._emptied[before])", "pass"),
+    "uploads into a window do not wait for the copies out of it": (
+        "self._copy_stream.wait(self._emptied[previous])",
+        "pass",
+    ),
     "a slot is overwritten before it is uploaded": ("slot.uploaded.synchronize()", "pass"),
     "a window is emptied before it is full": (
         "[window.chunks for window in windows]",
         "[1 for window in windows]",
     ),
-    "a window is filled before the one before it is emptied": ("before = window - _REGIONS", "before = -1"),
+    "a window is filled before the one before it is emptied": ("previous = window - _REGIONS", "previous = -1"),
     "an error is swallowed": ("                worker.result()", "                pass"),
     "the load ends before the device": ("stream.record().synchronize()", "stream.record()"),
     "files stay open": ("ending.callback(self._files.close)", "pass"),
