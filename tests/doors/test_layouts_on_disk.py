@@ -114,9 +114,6 @@ def without_marks(directory, rename=False):
         path.with_name("model.safetensors.index.json" if rename else path.name).write_text(json.dumps(index))
 
 
-# --- what is written says its layout ----------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("max_shard_size", ["6KB", "5GB"])
 @pytest.mark.parametrize("layout", [None, *GROUPED, "per_expert"])
 @pytest.mark.parametrize("model_type", ["qwen3_moe", "gpt_oss"])
@@ -316,9 +313,6 @@ def test_a_module_whose_experts_the_rules_do_not_take_apart_is_refused(published
     assert_same(amc.load_state_dict(tmp_path / "made"), tensors)
 
 
-# --- what is read -----------------------------------------------------------------------------------------------------
-
-
 def doors(directory, tmp_path):
     """Every door that reads a checkpoint whole, as functions of ``source_layout``."""
     from automodel_conv.integrations.dcp import HuggingFaceReader
@@ -429,9 +423,6 @@ def test_a_layout_that_changes_nothing_is_an_error(published, tmp_path):
     amc.convert_checkpoint(source, tmp_path / "grouped")
     with pytest.raises(amc.UnsupportedError, match="no rule takes these experts apart"):
         amc.convert_checkpoint(tmp_path / "grouped", tmp_path / "made", layout="per_expert", rules=[])
-
-
-# --- chains of layouts ------------------------------------------------------------------------------------------------
 
 
 steps = st.lists(

@@ -158,9 +158,6 @@ def scratches(monkeypatch):
         scratch.check()
 
 
-# --- the same bytes ---------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("kind", MAKERS)
 @pytest.mark.parametrize("slab_bytes", [256, SLAB, 1 << 16])
 def test_files_hold_what_the_plan_makes_whoever_makes_it(cases, tmp_path, scratches, kind, slab_bytes):
@@ -226,9 +223,6 @@ def test_tensors_made_in_inference_mode_are_written(cases, tmp_path):
     assert_holds(write("host", cases[2], tmp_path / "a", tensors=tensors), cases[2])
     with torch.inference_mode():
         assert_holds(write("host", cases[2], tmp_path / "b", tensors=tensors), cases[2])
-
-
-# --- what the system does ---------------------------------------------------------------------------------------------
 
 
 def fewer(count):
@@ -372,9 +366,6 @@ def test_each_thread_takes_its_memory_on_the_stream_that_uses_it(cases, tmp_path
     assert len(set(map(id, device.taken_for))) == len(device.taken_for)
 
 
-# --- memory -----------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("reads_files", [False, True])
 @pytest.mark.parametrize("scratch_bytes", [LEAST_SCRATCH_BYTES, 100_003, 1 << 20, 64 << 20, 256 << 20])
 def test_a_budget_shares_out_no_more_than_there_is(scratch_bytes, reads_files):
@@ -447,9 +438,6 @@ def test_a_device_gives_no_more_than_the_budget(cases, tmp_path):
     write("device", cases[4], tmp_path, threads=3, device=device)
     assert 0 < device.pinned_bytes <= 3 * SLAB
     assert 0 < device.scratch_bytes <= 3 * SLAB
-
-
-# --- comparing --------------------------------------------------------------------------------------------------------
 
 
 def compared(kind, case, path, threads=2, **options):
