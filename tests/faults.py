@@ -89,9 +89,6 @@ def workers() -> list[str]:
         time.sleep(0.001)
 
 
-# --- the program ------------------------------------------------------------------------------------------------------
-
-
 class Forks:
     """The program, as tests talk to it."""
 

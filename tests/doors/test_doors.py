@@ -85,9 +85,6 @@ def test_a_lack_of_memory_advises_the_bounds_that_there_are(arguments, said):
     assert re.findall(r"\w+=", str(error.value)) == said
 
 
-# --- every door -------------------------------------------------------------------------------------------------------
-
-
 class Plain(nn.Module):
     def __init__(self):
         super().__init__()

@@ -260,9 +260,6 @@ def test_errors_of_planning_are_told_as_ever(tmp_path, tried):
     assert workers() == []
 
 
-# --- memory that is free ----------------------------------------------------------------------------------------------
-
-
 @pytest.fixture
 def machine(tmp_path):
     """Write the files of a system; its free memory."""

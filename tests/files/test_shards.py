@@ -65,9 +65,6 @@ def test_most_dtypes_can_be_compared():
     assert {"BOOL", "F8_E4M3", "F8_E5M2", "U8", "I64", "BF16", "F32", "C64"} <= set(DTYPES)
 
 
-# --- headers ----------------------------------------------------------------------------------------------------------
-
-
 def text_of(header: bytes) -> bytes:
     """The JSON of a header, without the spaces at its end."""
     assert int.from_bytes(header[:8], "little") == len(header) - 8
@@ -152,9 +149,6 @@ def test_what_is_written_opens_with_safetensors_and_with_us(tmp_path):
             assert (found.shape, found.dtype) == (tensor.shape, tensor.dtype)
 
 
-# --- division ---------------------------------------------------------------------------------------------------------
-
-
 @example([100, 1, 99, 101, 100, 1], 100)
 @example([101], 100)
 @example([101, 1], 100)
@@ -210,9 +204,6 @@ def test_a_single_file_under_another_name_has_an_index():
     assert json.loads(index_of([shard]))["weight_map"] == {"a": "weights.safetensors"}
 
 
-# --- index ------------------------------------------------------------------------------------------------------------
-
-
 def test_index_equals_that_of_save_pretrained(tmp_path):
     transformers = pytest.importorskip("transformers")
     config = transformers.LlamaConfig(
@@ -235,9 +226,6 @@ def test_index_of_names_beyond_ascii_is_read_back(tmp_path):
         save_file({spec.name: tensors[spec.name] for spec in shard.specs}, tmp_path / shard.name)
     (tmp_path / DEFAULT_NAMING.index_name).write_bytes(index_of(shards))
     assert set(open_checkpoint(tmp_path).names) == set(tensors)
-
-
-# --- sizes ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -58,9 +58,6 @@ def entry(dtype: str, shape: list[int], start: int, stop: int) -> dict[str, Any]
     return {"dtype": dtype, "shape": shape, "data_offsets": [start, stop]}
 
 
-# --- headers ----------------------------------------------------------------------------------------------------------
-
-
 def check_header(data: bytes) -> None:
     """What ``read_header`` accepts, safetensors accepts, and finds the same in it."""
     with memory_of(**{"x.safetensors": data}) as memory:
@@ -95,9 +92,6 @@ def header_seeds() -> list[bytes]:
     return [*files, empty, packed({}, b""), packed({"__metadata__": {}}, b"")]
 
 
-# --- loads ------------------------------------------------------------------------------------------------------------
-
-
 def check_load(data: bytes) -> None:
     """A small checkpoint that is accepted loads into guarded buffers, from its own data, as safetensors has it."""
     with memory_of(**{"model.safetensors": data}) as memory:
@@ -120,8 +114,6 @@ def check_load(data: bytes) -> None:
         loaded = bytes(buffer.tensor.contiguous().view(-1).view(_BYTES).numpy())
         _require(loaded == bytes(wanted[name]["data"]), f"{name}: other bytes")
 
-
-# --- indexes ----------------------------------------------------------------------------------------------------------
 
 _SHARDS = {
     "/c/a.safetensors": packed({"x": entry("U8", [2], 0, 2), "y": entry("U8", [1], 2, 3)}, b"abc"),
@@ -158,8 +150,6 @@ def index_seeds() -> list[bytes]:
     )
     return [json.dumps({"metadata": {"total_size": 5}, "weight_map": weight_map}).encode() for weight_map in maps]
 
-
-# --- config.json ------------------------------------------------------------------------------------------------------
 
 _CODED = packed(
     {
@@ -203,8 +193,6 @@ def config_seeds() -> list[bytes]:
     )
     return [json.dumps({"model_type": "a", "quantization_config": one}).encode() for one in settings]
 
-
-# --- journals ---------------------------------------------------------------------------------------------------------
 
 _STAGED = "/c/" + STAGING_NAME
 
@@ -261,9 +249,6 @@ def journal_seeds() -> list[bytes]:
     )
     again = [*begun, first, {"again": "model-00001-of-00002.safetensors"}]
     return [b"".join(json.dumps(line).encode() + b"\n" for line in lines) for lines in (*journals, again)]
-
-
-# --- checksums --------------------------------------------------------------------------------------------------------
 
 
 def check_checksums(data: bytes) -> None:
