@@ -38,7 +38,7 @@ from automodel_conv.files.destination import open_destination
 from automodel_conv.files.finished import is_finished
 from automodel_conv.files.shards import index_of
 from automodel_conv.files.source import Identity, LocalFile
-from automodel_conv.files.staging import remove_remains
+from automodel_conv.files.staging import remove_leftovers
 from automodel_conv.files.write_errors import write_errors
 from automodel_conv.progress import bytes_progress
 from automodel_conv.publishing.conversion import DEFAULT_SCRATCH_BYTES, Conversion, compile_conversion
@@ -189,7 +189,7 @@ def convert_checkpoint(
         (['norm.weight'], ['BF16'], ('mtp.norm.weight',))
     """
     began = time.perf_counter()
-    opened = open_downloaded(source, beside=True)
+    opened = open_downloaded(source, companions=True)
     with while_importing(opened) if rules is None else nullcontext():
         conversion = compile_conversion(
             opened,
@@ -212,12 +212,12 @@ def convert_checkpoint(
     texts = {} if config is None else {CONFIG_NAME: config}
     companions = _companions(checkpoint, directory, dequantize)
     copies = {name: os.path.join(checkpoint.directory, *name.split("/")) for name in companions if name not in texts}
-    index = index_of(shards, form=conversion.form)
-    index_texts = {} if index is None else {conversion.form.index_name: index}
+    index = index_of(shards, naming=conversion.naming)
+    index_texts = {} if index is None else {conversion.naming.index_name: index}
     if resume and system.real_path(directory) != system.real_path(checkpoint.directory):
         if is_finished(directory, shards, texts | index_texts, copies, checksums):
             _compare_finished(conversion, directory, file_slabs, limits, progress)
-            remove_remains(directory)
+            remove_leftovers(directory)
             return ConvertReport(
                 files=tuple(shard.name for shard in shards),
                 bytes_written=0,
@@ -230,7 +230,7 @@ def convert_checkpoint(
                 peak_extra_bytes=limits.scratch_bytes,
                 was_complete=True,
             )
-    with open_destination(directory, shards, work, resume=resume, index_name=conversion.form.index_name) as place:
+    with open_destination(directory, shards, work, resume=resume, index_name=conversion.naming.index_name) as place:
         unfinished = place.unfinished
         nbytes = sum(shard.nbytes for shard in shards if shard.name in unfinished)
         with write_errors(directory):
@@ -252,7 +252,7 @@ def convert_checkpoint(
                         write_slabs([slabs], path, limits.threads, advance)
                 if to_verify:
                     with file_slabs.opened(file) as slabs:
-                        compare_file(slabs, LocalFile(place.found(shard.name)), shard, limits.threads, advance)
+                        compare_file(slabs, LocalFile(place.finished_path(shard.name)), shard, limits.threads, advance)
                 if to_write or to_verify:
                     place.finish(shard, verified=verify)
         now = _identities(checkpoint)
@@ -269,7 +269,7 @@ def convert_checkpoint(
             for name, text in texts.items():
                 place.write(name, text)
             for name, path in copies.items():
-                system.copy_file(path, place.beside(name))
+                system.copy_file(path, place.companion_path(name))
         if checksums:
             write_checksums(place, shards, limits.threads)
         place.commit(index)

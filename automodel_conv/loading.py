@@ -16,9 +16,9 @@ from automodel_conv.destinations.device_map import device_map_of
 from automodel_conv.destinations.devices import loadable
 from automodel_conv.destinations.model import ModelTensors, devices_of_new, regions_of
 from automodel_conv.destinations.ties import in_order, unequal_ties, with_tied
-from automodel_conv.distributed.collectives import all_or_raise, groups_of, send, union_over_ranks
+from automodel_conv.distributed.collectives import all_or_raise, groups_of, send_replicas, union_over_ranks
 from automodel_conv.distributed.placements import all_as_distributed, meshes_of
-from automodel_conv.distributed.replicas import to_read
+from automodel_conv.distributed.replicas import targets_to_read
 from automodel_conv.doors import door, keyword_options
 from automodel_conv.execution.checksums import verify_checksums
 from automodel_conv.execution.filling import fill, within
@@ -104,14 +104,14 @@ def load_state_dict(
         if settings.verify:
             verify_checksums(checkpoint, settings.reader_threads)
         devices = devices_of_new(own_plan.targets, state, device_of)
-        read_plan, shared_names = to_read(own_plan, state, settings.broadcast)
+        read_plan, shared_names = targets_to_read(own_plan, state, settings.broadcast)
         mapped = map_targets(read_plan, checkpoint, devices) if settings.memory_map else {}
         buffers = with_new(own_plan.targets, mapped, devices)
         clock.lap("plan")
         limits = within(settings.memory_budget, settings.limits, without(own_plan, mapped), buffers)
         stats = fill(without(read_plan, mapped), checkpoint, buffers, limits, progress=settings.progress)
         clock.lap("read")
-    send([state[name] for name in shared_names], [buffers[name] for name in shared_names])
+    send_replicas([state[name] for name in shared_names], [buffers[name] for name in shared_names])
     with all_or_raise(groups, "comparing tied tensors"):
         unequal_here = unequal_ties(buffers, plan.tied)
     unequal = union_over_ranks(groups, unequal_here, "comparing tied tensors")
@@ -195,7 +195,7 @@ def load_model(model: nn.Module, path: str | os.PathLike[str], **options: Unpack
         was_meta = any(tensor.is_meta for tensor in state.values() if isinstance(tensor, Tensor))
 
         def map_new(new_plan: CopyPlan, devices: Mapping[str, torch.device]) -> dict[str, Tensor]:
-            read_plan, _ = to_read(new_plan, state, settings.broadcast)
+            read_plan, _ = targets_to_read(new_plan, state, settings.broadcast)
             return map_targets(read_plan, checkpoint, devices) if settings.memory_map else {}
 
         model_tensors = ModelTensors.of(model, state, plan, settings.strict, device_of, map_new)
@@ -204,7 +204,7 @@ def load_model(model: nn.Module, path: str | os.PathLike[str], **options: Unpack
         limits = within(
             settings.memory_budget, settings.limits, to_fill, model_tensors.buffers, model_tensors.extra_bytes
         )
-        read_plan, shared_names = to_read(model_tensors.plan, state, settings.broadcast)
+        read_plan, shared_names = targets_to_read(model_tensors.plan, state, settings.broadcast)
         stats = fill(
             without(read_plan, model_tensors.mapped),
             checkpoint,
@@ -213,7 +213,7 @@ def load_model(model: nn.Module, path: str | os.PathLike[str], **options: Unpack
             progress=settings.progress,
         )
         clock.lap("read")
-    send([state[name] for name in shared_names], [model_tensors.buffers[name] for name in shared_names])
+    send_replicas([state[name] for name in shared_names], [model_tensors.buffers[name] for name in shared_names])
     with all_or_raise(groups, "comparing tied tensors"):
         unequal_here = model_tensors.unequal()
     unequal = union_over_ranks(groups, unequal_here, "comparing tied tensors")

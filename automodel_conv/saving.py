@@ -15,9 +15,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from automodel_conv.compiling.experts import refuse_missing_experts
-from automodel_conv.compiling.marks import form_of_save
+from automodel_conv.compiling.marks import naming_of_save
 from automodel_conv.compiling.to_checkpoint import saving_plan
-from automodel_conv.distributed.collectives import all_or_raise, same_on_all
+from automodel_conv.distributed.collectives import all_or_raise, require_same_on_all
 from automodel_conv.distributed.holders import checksums_of_parts, find_holders, refuse_unlike_replicas
 from automodel_conv.distributed.placements import local_of, meshes_of
 from automodel_conv.doors import door
@@ -192,13 +192,13 @@ def save_checkpoint(
         carried = None if source is None else carried_from(source, plan, model, rules, layout, code)
         targets = plan.targets if carried is None else (*plan.targets, *carried.targets)
         stored_layout = getattr(state, "layout", None) if model is None and layout is None and not rules else None
-        form = form_of_save(plan, model, layout, opened, stored_layout)
-        shards = shards_for(targets, opened, max_shard_size, form)
+        naming = naming_of_save(plan, model, layout, opened, stored_layout)
+        shards = shards_for(targets, opened, max_shard_size, naming)
         scratch = DEFAULT_SCRATCH_BYTES if scratch_bytes is None else scratch_bytes
         limits = budget(threads, scratch, reads_files=carried is not None)
         is_first = not groups or dist.get_rank() == 0
     names = json.dumps(sorted(tensors)).encode()
-    same_on_all(groups, [names, *(shard.header for shard in shards)], "the tensors to be saved")
+    require_same_on_all(groups, [names, *(shard.header for shard in shards)], "the tensors to be saved")
     with all_or_raise(groups, "planning what to save"):
         refuse_missing_experts({name: tensor.shape for name, tensor in tensors.items()}, model)
         regions = {name: region_of(tensor) for name, tensor in tensors.items()}
@@ -221,7 +221,7 @@ def save_checkpoint(
         with all_or_raise(groups, "beginning to save"):
             destination = None
             if is_first:
-                opening = open_destination(directory, shards, None, index_name=form.index_name)
+                opening = open_destination(directory, shards, None, index_name=naming.index_name)
                 destination = cleanup.enter_context(opening)
                 begin_save(destination, shards, model, dtype)
         nbytes = sum(group.nbytes for group in own_slabs) + (0 if carried_slabs is None else carried_slabs.nbytes)
@@ -234,7 +234,7 @@ def save_checkpoint(
                         write_slabs(slabs, staged_path(directory, shard.name), limits.threads, advance)
         with all_or_raise(groups, "ending the save"):
             if destination is not None:
-                finish_save(destination, shards, model, form, limits.threads if checksums else 0)
+                finish_save(destination, shards, model, naming, limits.threads if checksums else 0)
     return SaveReport(
         files=tuple(shard.name for shard in shards),
         bytes_written=sum(shard.nbytes for shard in shards),

@@ -39,7 +39,10 @@ _TITLES = ("seconds", "times as it is", "s of CPU", "page faults", "allocated")
 
 
 class Group(NamedTuple):
-    """The variants of one kind of load. The first is the loader as it is."""
+    """The variants of one kind of load.
+
+    The first is the loader as it is.
+    """
 
     layout: str
     cache: str
@@ -183,7 +186,10 @@ def load(group: str, way: str, big: str, warm_up: str, repetition: int) -> list[
 
 
 def cells(result: Mapping[str, Any]) -> list[list[str]]:
-    """Return the table as lists of cells, one for each variant. A heading is a list of one cell."""
+    """Return the table as lists of cells, one for each variant.
+
+    A heading is a list of one cell.
+    """
     lines: list[list[str]] = []
     for row in result["rows"]:
         if row["way"] == AS_IT_IS:

@@ -354,7 +354,9 @@ def _work_layer(method: str, directory: str, threads: int, repetition: int) -> d
 
 
 def compared(made: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Count the elements that differ from ours, and their distance in units in the last place. Add a digest of ours.
+    """Count the elements that differ from ours, and their distance in units in the last place.
+
+    Add a digest of ours.
 
     Args:
         made: tensors per expert, or grouped like ``wanted``.

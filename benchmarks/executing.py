@@ -69,7 +69,10 @@ def run(
 
 
 def per_tensor(runs: Sequence[Mapping[str, Any]]) -> dict[str, list[float]]:
-    """Return seconds per tensor for each repetition, by part. Parts that were not timed are left out."""
+    """Return seconds per tensor for each repetition, by part.
+
+    Parts that were not timed are left out.
+    """
     found: dict[str, list[float]] = {}
     for one in runs:
         median = {kind: statistics.median(times) for kind, times in one["seconds"].items() if times}

@@ -1,4 +1,6 @@
-"""The process that ``benchmarks/executing.py`` times. It runs on any checkout, through public functions.
+"""The process that ``benchmarks/executing.py`` times.
+
+It runs on any checkout, through public functions.
 
     PYTHONPATH=CHECKOUT python benchmarks/executing_worker.py CASE FILE LAYERS ROUNDS
 

@@ -47,7 +47,9 @@ def per_expert(name: str, grouped: Tensor, first: int = 0) -> dict[str, Tensor]:
 
 
 def new_buffers(shapes: Mapping[str, tuple[int, ...]], transposed: bool) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Allocate a model in bfloat16. Return its tensors, and the view for each tensor of the checkpoint.
+    """Allocate a model in bfloat16.
+
+    Return its tensors, and the view for each tensor of the checkpoint.
 
     Args:
         shapes: names and shapes, as ``grouped_shapes`` returns them.

@@ -66,7 +66,10 @@ def _untouched(
 
 
 def _nothing(*arguments: object) -> None:
-    """Replace a launch, or a reason not to launch. A mock would take longer than the measured code."""
+    """Replace a launch, or a reason not to launch.
+
+    A mock would take longer than the measured code.
+    """
 
 
 def _phases(name: str, case: operations.Case, stage: Staging) -> dict[str, Callable[[], object]]:

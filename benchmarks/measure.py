@@ -62,7 +62,10 @@ def spread(values: Sequence[float]) -> Spread:
 
 
 def shuffled(names: Sequence[str], repetition: int) -> list[str]:
-    """Return the order of a round. It differs between rounds, so that no method always runs after the same one."""
+    """Return the order of a round.
+
+    It differs between rounds, so that no method always runs after the same one.
+    """
     return random.Random(repetition).sample(names, len(names))
 
 
@@ -93,7 +96,10 @@ def run_interleaved(
 def interleaved(
     methods: Sequence[str], repetitions: int, run: Callable[[str, int], dict[str, Any]]
 ) -> dict[str, list[dict[str, Any]]]:
-    """Return the results of ``run(method, repetition)`` by method. Methods alternate."""
+    """Return the results of ``run(method, repetition)`` by method.
+
+    Methods alternate.
+    """
     results: dict[str, list[dict[str, Any]]] = {method: [] for method in methods}
     for repetition in range(repetitions):
         for method in shuffled(methods, repetition):
@@ -234,7 +240,10 @@ def mapped_pss(directory: str) -> int:
 
 
 def read_through(directory: str) -> int:
-    """Read every file once, so that all are in the page cache. Return their bytes."""
+    """Read every file once, so that all are in the page cache.
+
+    Return their bytes.
+    """
     buffer = bytearray(16 << 20)
     total = 0
     for path in sorted(Path(directory).iterdir()):
@@ -315,7 +324,10 @@ def _commit() -> str | None:
 
 
 def write_json(path: str | None, result: Mapping[str, Any]) -> None:
-    """Write a whole file or keep the old one, even if this process is killed. Do nothing if the path is None."""
+    """Write a whole file or keep the old one, even if this process is killed.
+
+    Do nothing if the path is None.
+    """
     if path is not None:
         new = Path(f"{path}.new")
         new.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")

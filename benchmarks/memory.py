@@ -33,7 +33,9 @@ _MADV_HUGEPAGE, _MADV_NOHUGEPAGE = 14, 15
 
 
 def prepare(memory: str, nbytes: int) -> None:
-    """Bring free memory into a state. Call this last before the timing, in the process that loads.
+    """Bring free memory into a state.
+
+    Call this last before the timing, in the process that loads.
 
     Args:
         nbytes: size of the files.

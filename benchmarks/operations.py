@@ -46,7 +46,10 @@ class Mismatch(Exception):
 
 
 class Experts(NamedTuple):
-    """The experts of one layer: E, I, H. ``phase_bytes``: start of sources, past a multiple of 16 bytes."""
+    """The experts of one layer: E, I, H.
+
+    ``phase_bytes``: start of sources, past a multiple of 16 bytes.
+    """
 
     name: str
     experts: int
@@ -80,7 +83,10 @@ class Case(NamedTuple):
         return self.out
 
     def with_addresses(self) -> Way:
-        """Return the kernel's call with addresses gathered beforehand. They are still uploaded."""
+        """Return the kernel's call with addresses gathered beforehand.
+
+        They are still uploaded.
+        """
         matrices: list[Matrices] = [as_matrices("operand", operand) for operand in self.operands]
 
         def run() -> Tensor:
@@ -94,7 +100,10 @@ class Case(NamedTuple):
         return self.out
 
     def pairs(self) -> list[tuple[Tensor, Tensor]]:
-        """Return views of equal shape. ``copy_`` between them has the same effect."""
+        """Return views of equal shape.
+
+        ``copy_`` between them has the same effect.
+        """
         dst, *src = self.operands
         if self.verb == "strided_copy":
             return list(zip(dst, src[0], strict=True))
@@ -117,7 +126,10 @@ class Case(NamedTuple):
         return run
 
     def foreach(self) -> Way:
-        """Return a way that calls ``torch._foreach_copy_``. It accepts any strides, but only plain copies are fast."""
+        """Return a way that calls ``torch._foreach_copy_``.
+
+        It accepts any strides, but only plain copies are fast.
+        """
         dst, src = ([*side] for side in zip(*self.pairs(), strict=True))
 
         def run() -> Tensor:

@@ -215,7 +215,10 @@ def write_sparse_checkpoint(shape: Shape, directory: str) -> None:
 
 
 def _begin(shape: Shape, directory: str) -> dict[str, list[TensorSpec]]:
-    """Write config and index. Return the tensors of each file."""
+    """Write config and index.
+
+    Return the tensors of each file.
+    """
     model = meta_model(shape)
     model.config.architectures = [type(model).__name__]
     model.config.save_pretrained(directory)

@@ -49,7 +49,7 @@ def load_plan(
     if options.dequantize:
         table = decoded_table(checkpoint, wants_numbers=model is not None)
     else:
-        table = SourceTable.of(checkpoint)
+        table = SourceTable.from_checkpoint(checkpoint)
     settings = quantization_config(checkpoint.directory) if table.decodes and model is not None else None
     casting = quantizer if settings is None else dequantizer(settings)
     decoded = {table.names[row] for row in table.decodes}

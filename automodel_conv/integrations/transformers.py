@@ -1,21 +1,19 @@
-"""A hook for ``from_pretrained`` of transformers: this package plans and executes its tensor conversions.
+"""A hook that plans and executes the tensor conversions of transformers' own ``from_pretrained``.
 
-transformers opens the files of a checkpoint and passes lazy slices to ``convert_and_load_state_dict_in_model``, which
-handles dtypes, placement, offloading, quantization, sharding and the loading report. With the hook, that function runs
-twice: first for the converted tensors, whole and under their final names, then for all other tensors. The second call
-is unchanged transformers. It serves tensors that have no plan (see ``whole_conversions``), are quantized or sharded
-while they are loaded, or are offloaded to the disk. It is an error if it would cast quantized codes to values without
-their scales (``codes``).
+transformers opens a checkpoint's files and passes lazy slices to ``convert_and_load_state_dict_in_model``. This
+function handles dtypes, placement, offloading, quantization, sharding and the loading report. With the hook it runs
+twice: first on the converted tensors, whole and under their final names, and then on all other tensors. The second call
+handles tensors that cannot be lowered (see ``whole_conversions``), are quantized or sharded while they are loaded, or
+are offloaded to disk. It is the unchanged code of transformers. If it would cast quantized codes to values without
+their scales, the load raises an error instead (see ``codes``).
 
-An index decides which file a tensor is read from, as everywhere in this package. Without the hook, transformers reads
-all tensors of all files that the index names. Files that it reads whole, with ``disable_mmap=True``, are left to it.
+An index determines which file a tensor is read from, as everywhere in this package. Without the hook, transformers
+loads all tensors in all files that the index names. Files that it reads whole (``disable_mmap=True``) are left to it.
 
-transformers itself maps tensors that it does not convert, cast or move to a device: slices of safetensors are views of
-a private mapping of the file. With ``memory_map``, the same holds for converted tensors that are stored in a file as
-the model needs them.
-
-Source: transformers 5.23.0, ``_materialize_copy`` in ``core_model_loading.py``; safetensors 0.8.0, ``open`` in
-``bindings/python/src/lib.rs``.
+transformers itself maps tensors that it does not convert, cast or move to a device: safetensors' slices are views of a
+private mapping of the file. With ``memory_map``, tensors that are converted by plan are mapped too if the file stores
+them in the order of the parameter. Source: transformers 5.23.0, ``_materialize_copy`` in ``core_model_loading.py``;
+safetensors 0.8.0, ``open`` in ``bindings/python/src/lib.rs``.
 """
 
 from __future__ import annotations
@@ -29,24 +27,24 @@ from types import ModuleType
 from typing import Any
 
 from automodel_conv.errors import UnsupportedError, message
-from automodel_conv.integrations.hooked_files import Opening, listing_files
-from automodel_conv.integrations.hooked_load import HookedLoad, converting
+from automodel_conv.integrations.hooked_files import SafeOpen, wrap_index_reader
+from automodel_conv.integrations.hooked_load import HookedLoad, wrap_converter
 from automodel_conv.integrations.hooked_plan import ALL
 from automodel_conv.upstream.registry import transformers_available
 
 _CONVERT = "convert_and_load_state_dict_in_model"
 _LIST = "get_checkpoint_shard_files"
-# The modules that open files and convert their tensors; the second since 5.17.
+# The modules that open files and convert their tensors; the second since transformers 5.17.
 _MODULES = ("transformers.modeling_utils", "transformers.modeling_layers")
 
 
 @dataclass
 class Acceleration:
-    """The loads that the hook has handled; ``str`` lists them, with the tensors that were left to transformers."""
+    """Reports of the loads that ran under the hook."""
 
     loads: list[HookedLoad] = field(default_factory=list)
-    """The loads in order. They and all their names are kept until the hook is removed, so a process that never stops
-    loading should clear the list."""
+    """Report of each load, in order. The list grows until the hook is uninstalled, so a process that keeps loading
+    models should clear it."""
 
     def __str__(self) -> str:
         lines = []
@@ -54,9 +52,9 @@ class Acceleration:
             left = "all" if ALL in load.left else len(load.left)
             lines.append(f"{load.model}: {len(load.lowered)} converted by plan, {left} by transformers")
             lines += [f"  {name}: {reason}" for name, reason in load.left.items()]
-            lines += [f"  {name} is left out: no parameter takes it" for name in load.left_out]
+            lines += [f"  {name} is left out: no parameter consumes it" for name in load.left_out]
             lines += [
-                f"  {name} of {file}: not loaded, the index gives it to no file or another"
+                f"  {name} of {file}: not loaded: the index assigns it to another file or to none"
                 for name, file in load.unindexed
             ]
         return "\n".join(lines)
@@ -113,7 +111,7 @@ def uninstall() -> None:
     """
     with _HOOK.lock:
         _HOOK.kept, _HOOK.kept_maps, _HOOK.blocks, _HOOK.mapping_blocks = False, False, 0, 0
-        _HOOK.take()
+        _HOOK.remove()
 
 
 @contextmanager
@@ -157,18 +155,18 @@ def accelerate_transformers(memory_map: bool = False) -> Iterator[Acceleration]:
                 _HOOK.blocks -= 1
                 _HOOK.mapping_blocks -= memory_map
                 if not _HOOK.blocks and not _HOOK.kept:
-                    _HOOK.take()
+                    _HOOK.remove()
 
 
 class _Hook:
-    """The replaced functions of transformers, the requests for them, and the record of their loads."""
+    """The replaced functions of transformers, the requests for them, and the reports of loads."""
 
     def __init__(self) -> None:
         self.lock = threading.RLock()
-        self.kept = False  # whether install() was called
-        self.kept_maps = False
-        self.blocks = 0
-        self.mapping_blocks = 0
+        self.kept = False  # requested by install()
+        self.kept_maps = False  # install() requested memory_map
+        self.blocks = 0  # number of open blocks
+        self.mapping_blocks = 0  # number of open blocks that requested memory_map
         self.acceleration: Acceleration | None = None
         self._replaced: list[tuple[ModuleType, str, Any, Any]] = []
 
@@ -178,7 +176,7 @@ class _Hook:
         return self.kept_maps or self.mapping_blocks > 0
 
     def put(self) -> Acceleration:
-        """Replace the functions, unless they are replaced already, and return the record of their loads."""
+        """Replace the functions of transformers, unless they are replaced already."""
         if self.acceleration is None:
             acceleration = Acceleration()
 
@@ -186,9 +184,9 @@ class _Hook:
                 return self.acceleration is acceleration
 
             wraps: dict[str, Callable[[Any], Any]] = {
-                _CONVERT: lambda convert: converting(convert, is_on, lambda: self.maps, acceleration.loads.append),
-                "safe_open": lambda safe_open: Opening(safe_open, is_on),
-                _LIST: lambda list_files: listing_files(list_files, is_on),
+                _CONVERT: lambda convert: wrap_converter(convert, is_on, lambda: self.maps, acceleration.loads.append),
+                "safe_open": lambda safe_open: SafeOpen(safe_open, is_on),
+                _LIST: lambda list_files: wrap_index_reader(list_files, is_on),
             }
             replacements = [
                 (module, name, function, wrap(function))
@@ -201,10 +199,10 @@ class _Hook:
             self._replaced, self.acceleration = replacements, acceleration
         return self.acceleration
 
-    def take(self) -> None:
-        """Restore the functions."""
+    def remove(self) -> None:
+        """Restore the functions of transformers."""
         for module, name, function, replacement in self._replaced:
-            if getattr(module, name) is replacement:  # unless other code has replaced it again
+            if getattr(module, name) is replacement:  # unless other code has replaced it since
                 setattr(module, name, function)
         self._replaced, self.acceleration = [], None
 
@@ -229,7 +227,7 @@ def _loaders() -> list[ModuleType]:
     if transformers.__version__.split(".")[0] != "5" or not known:
         raise UnsupportedError(
             message(
-                "the loader of this transformers version is not supported",
+                "this version of transformers loads checkpoints in an unsupported way",
                 expected="transformers 5.1 or newer, and older than 6",
                 found=transformers.__version__,
                 do="use load_model(), which needs no hook",

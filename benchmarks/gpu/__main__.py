@@ -117,7 +117,10 @@ def run(options: argparse.Namespace) -> int:
 
 @contextmanager
 def _temporary(directory: str | None) -> Iterator[Path]:
-    """Create a folder and remove it at the end. If this process is killed, the next call removes it."""
+    """Create a folder and remove it at the end.
+
+    If this process is killed, the next call removes it.
+    """
     for path in Path(directory or tempfile.gettempdir()).glob(f"{_ROOT}*"):
         with suppress(OSError), _locked(path):
             shutil.rmtree(path)
@@ -140,7 +143,10 @@ def _locked(folder: Path) -> Iterator[None]:
 
 
 def _variables(smoke: bool) -> dict[str, str]:
-    """Return the variables that turn the interpreter on or off. The tests would turn it on."""
+    """Return the variables that turn the interpreter on or off.
+
+    The tests would turn it on.
+    """
     return {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""} if smoke else {"TRITON_INTERPRET": "0"}
 
 

@@ -1,4 +1,6 @@
-"""The table of alternatives that the sweep tries against the kernels. Add candidates here.
+"""The table of alternatives that the sweep tries against the kernels.
+
+Add candidates here.
 
 A candidate names the operations of ``kernels.MEASURED`` and ``quantized.QUANTIZED`` on which it is tried, and the
 patches that are active while it runs: module, name, new value. Like everything, it is verified bit by bit before it is

@@ -66,7 +66,10 @@ def describe(name: str) -> dict[str, Any]:
 
 
 def which(found: Mapping[str, Any]) -> tuple[Any, Any]:
-    """Return the key of a device. Figures with equal keys are comparable; memory and drivers differ a little."""
+    """Return the key of a device.
+
+    Figures with equal keys are comparable; memory and drivers differ a little.
+    """
     return found["name"], found.get("capability")
 
 

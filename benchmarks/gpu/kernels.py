@@ -58,7 +58,10 @@ def make_case(name: str, layer: Experts, device: torch.device) -> Case | Quantiz
 
 
 def ways(case: Case | Quantized) -> dict[str, Callable[[], Way]]:
-    """Return the ways to compare on a case, ours first. Each is created when it is needed."""
+    """Return the ways to compare on a case, ours first.
+
+    Each is created when it is needed.
+    """
     if isinstance(case, Quantized):
         return {name: lambda way=way: way for name, way in case.ways().items()}
     compared: dict[str, Callable[[], Way]] = {
@@ -138,7 +141,10 @@ def measure_case(
 
 
 def copy(bytes_moved: int, device: torch.device) -> Callable[[], Tensor]:
-    """Return ``copy_`` of half of the bytes: each is read and written. Buffers are allocated at the first call."""
+    """Return ``copy_`` of half of the bytes: each is read and written.
+
+    Buffers are allocated at the first call.
+    """
     made: list[Tensor] = []
 
     def run() -> Tensor:

@@ -95,7 +95,10 @@ def _from_start_to_end(
 def _converse(
     process: subprocess.Popen[bytes], order: Message, limits: Limits, hear: Callable[[Message], None]
 ) -> str | None:
-    """Send the order and read all messages. Return why the worker must be killed, or None if it ended itself."""
+    """Send the order and read all messages.
+
+    Return why the worker must be killed, or None if it ended itself.
+    """
     with suppress(BrokenPipeError):
         process.stdin.write(json.dumps(order).encode() + b"\n")  # type: ignore[union-attr]
         process.stdin.flush()  # type: ignore[union-attr]
@@ -142,7 +145,10 @@ def _end_of_words(words: IO[bytes], most_bytes: int) -> bytes:
 
 
 def _log(log: Path, module: str, words: bytes) -> None:
-    """Append with one write, so that outputs of workers do not mix. Do nothing if the log is full."""
+    """Append with one write, so that outputs of workers do not mix.
+
+    Do nothing if the log is full.
+    """
     with log.open("ab", buffering=0) as file:
         if words and file.tell() + len(words) < MOST_LOG_BYTES:
             file.write(b"--- %b\n%b\n" % (module.encode(), words.rstrip()))

@@ -201,7 +201,10 @@ def _once(loading: Loading, root: str, device: torch.device) -> tuple[float, Loa
 
 
 def _pin(nbytes: int, device: torch.device) -> float | None:
-    """Return the seconds to allocate pinned memory. torch keeps it for the next allocation of the same size."""
+    """Return the seconds to allocate pinned memory.
+
+    torch keeps it for the next allocation of the same size.
+    """
     return seconds(lambda: pinned(nbytes, device), device) if nbytes and device.type == "cuda" else None
 
 

@@ -19,7 +19,10 @@ _SOON_S = 0.5
 
 
 class Record:
-    """The file's content. Several threads may add to it."""
+    """The file's content.
+
+    Several threads may add to it.
+    """
 
     def __init__(self, path: Path, result: dict[str, Any]):
         self.path = path
@@ -48,7 +51,10 @@ class Record:
         return [row["cell"] for row in self.rows(stage)]
 
     def add(self, stage: str, row: Mapping[str, Any], *, soon: bool = False) -> None:
-        """Keep a row. ``soon``: many rows come at once, and are written together."""
+        """Keep a row.
+
+        ``soon``: many rows come at once, and are written together.
+        """
         with self._lock:
             rows = [known for known in self.rows(stage) if known["cell"] != row["cell"]]
             self.result["rows"][stage] = [*rows, dict(row)]

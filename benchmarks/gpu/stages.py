@@ -1,4 +1,7 @@
-"""The stages, in order, each with its share of the time. Time that a stage leaves goes to the stages after it."""
+"""The stages, in order, each with its share of the time.
+
+Time that a stage leaves goes to the stages after it.
+"""
 
 from __future__ import annotations
 
@@ -49,7 +52,10 @@ class Run:
 
 
 class Stage(NamedTuple):
-    """A stage. ``share_s``: its share of six minutes. ``silence_s``: longer than any of its cells takes."""
+    """A stage.
+
+    ``share_s``: its share of six minutes. ``silence_s``: longer than any of its cells takes.
+    """
 
     share_s: float
     silence_s: float
@@ -57,7 +63,9 @@ class Stage(NamedTuple):
 
 
 def look_around(run: Run) -> None:
-    """Record the environment again, except the time of imports. If time is short, the stages begin without it.
+    """Record the environment again, except the time of imports.
+
+    If time is short, the stages begin without it.
 
     Raises:
         SystemExit: the device does not exist, or it is another one than that of the record.
@@ -182,7 +190,9 @@ def ready(run: Run, limits: Limits, stage: str, needs: Mapping[str, Iterable[str
 
 
 def need(run: Run, limits: Limits, names: Iterable[str]) -> None:
-    """Write the checkpoints of these names that do not exist yet. A temporary directory starts empty.
+    """Write the checkpoints of these names that do not exist yet.
+
+    A temporary directory starts empty.
 
     A checkpoint that failed is not tried again; one that was interrupted is.
     """

@@ -31,7 +31,9 @@ class Cell(NamedTuple):
 
 
 def cells(smoke: bool) -> dict[str, Cell]:
-    """Return all cells by name. Candidates at the same operation on the same layer follow one another.
+    """Return all cells by name.
+
+    Candidates at the same operation on the same layer follow one another.
 
     A candidate that needs a process of its own is tried on the first layer only, since the process takes most of the
     time.

@@ -18,7 +18,10 @@ Row = Mapping[str, Any]
 
 
 def markdown(result: Mapping[str, Any]) -> str:
-    """Return the tables of all stages in the result. A row that is wrong has no figure in them."""
+    """Return the tables of all stages in the result.
+
+    A row that is wrong has no figure in them.
+    """
     rows = result["rows"]
     parts = [_machine(result), _tests(rows.get("tests", []))]
     parts += [

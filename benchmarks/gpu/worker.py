@@ -31,7 +31,10 @@ BROKEN_EXIT_CODE = 3
 
 
 class Channel:
-    """All messages of a worker. ``write`` accepts one line."""
+    """All messages of a worker.
+
+    ``write`` accepts one line.
+    """
 
     def __init__(self, write: Callable[[str], Any]):
         self._write = write

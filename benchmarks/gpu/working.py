@@ -1,4 +1,6 @@
-"""Run the cells of a stage in workers, one after another. A worker that dies loses only its current work.
+"""Run the cells of a stage in workers, one after another.
+
+A worker that dies loses only its current work.
 
 If a worker dies in one of the ways of a cell, that way is marked and a new worker runs the cell again without it. If it
 dies elsewhere in a cell, the cell is marked and a new worker continues with the next.
@@ -31,7 +33,9 @@ class Task(NamedTuple):
 
 
 def run_task(task: Task, stage: str, record: Record, place: Place, limits: Limits, *, quiet: bool = False) -> None:
-    """Run the cells of a task that are not done yet. In the end each has a row, or is listed as left out.
+    """Run the cells of a task that are not done yet.
+
+    In the end each has a row, or is listed as left out.
 
     Args:
         quiet: many rows come at once. They are written together, and only errors are printed.

@@ -12,7 +12,10 @@ import numpy
 
 
 def evict(directory: str) -> None:
-    """Write back all files and evict them from the page cache. This needs no rights."""
+    """Write back all files and evict them from the page cache.
+
+    This needs no rights.
+    """
     for path in _files(directory):
         descriptor = os.open(path, os.O_RDONLY)
         try:

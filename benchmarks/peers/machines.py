@@ -132,7 +132,10 @@ def memory_limit(checkpoint: str, root: str, fully: bool) -> Iterator[Made]:
 
 @contextmanager
 def two_loads(checkpoint: str, root: str, fully: bool) -> Iterator[Made]:
-    """Start two processes at the same time. The one that ends last counts."""
+    """Start two processes at the same time.
+
+    The one that ends last counts.
+    """
     yield Made(checkpoint, loads=2)
 
 

@@ -243,7 +243,10 @@ def _nemo_adapter(shapes: Mapping[str, tuple[int, ...]]) -> Any:
 
 
 def ours(directory: str, threads: int, transposed: bool, **choices: Any) -> Run:
-    """Call ``load_state_dict`` with transformers' rules of the model. The shapes follow from them and the files."""
+    """Call ``load_state_dict`` with transformers' rules of the model.
+
+    The shapes follow from them and the files.
+    """
     rules = amc.get_checkpoint_conversion_mapping("qwen3_moe")
 
     def run() -> Loaded:

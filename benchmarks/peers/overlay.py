@@ -16,7 +16,9 @@ _STAMP = "installed.txt"
 
 
 def install(pins: Path = PINS, folder: Path = FOLDER) -> Path:
-    """Install the pinned packages unless they are installed. Return the folder, which belongs on Python's path.
+    """Install the pinned packages unless they are installed.
+
+    Return the folder, which belongs on Python's path.
 
     Raises:
         subprocess.CalledProcessError: pip failed; it has printed the reason.

@@ -126,7 +126,10 @@ def draw_memory(results: Sequence[Mapping[str, Any]], folder: Path) -> list[Path
 
 
 def _ticked(axis: Any, low: float, high: float) -> tuple[float, float]:
-    """Give a logarithmic axis of seconds ticks at 1, 2 and 5. Return the ticks around the data."""
+    """Give a logarithmic axis of seconds ticks at 1, 2 and 5.
+
+    Return the ticks around the data.
+    """
     first, last = bisect.bisect_right(_TICKS, low) - 1, bisect.bisect_left(_TICKS, high)
     axis.set_ticks(_TICKS[first : last + 1])
     axis.set_minor_locator(ticker.NullLocator())

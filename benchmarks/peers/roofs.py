@@ -59,7 +59,10 @@ def preadv_touched(directory: str, threads: int) -> Callable[[], object]:
 
 
 def memcpy(directory: str, threads: int) -> Callable[[], object]:
-    """Copy the same number of bytes from memory to memory. Both were written before."""
+    """Copy the same number of bytes from memory to memory.
+
+    Both were written before.
+    """
     sources = [_touched(path.stat().st_size) for path in _files(directory)]
     runs = [
         run
@@ -117,7 +120,10 @@ def _read(directory: str, buffers: list[Tensor], threads: int, make: bool = Fals
 
 
 def _make_pages(view: memoryview) -> None:
-    """Allocate the whole pages of a view. On systems without the call (before Linux 5.14), the read does it."""
+    """Allocate the whole pages of a view.
+
+    On systems without the call (before Linux 5.14), the read does it.
+    """
     start, stop = memory.pages(torch.frombuffer(view, dtype=torch.uint8).data_ptr(), len(view))
     if stop > start:
         page_calls.populate_pages(start, stop - start)

@@ -17,7 +17,9 @@ from benchmarks.peers.worker import Job, variables
 
 
 def run_jobs(jobs: Mapping[str, Job], repetitions: int, made: Made) -> dict[str, list[dict[str, Any]]]:
-    """Return the measurements of each job, by its key and repetition. A run that was killed has only ``killed``.
+    """Return the measurements of each job, by its key and repetition.
+
+    A run that was killed has only ``killed``.
 
     Raises:
         RuntimeError: a run failed.
@@ -50,7 +52,10 @@ def _load(job: Job, repetition: int, made: Made) -> dict[str, Any]:
 
 
 def _load_twice(job: Job, repetition: int, made: Made) -> dict[str, Any]:
-    """Start two loads at the same time. Return the measurements of the one that ends last."""
+    """Start two loads at the same time.
+
+    Return the measurements of the one that ends last.
+    """
     with tempfile.TemporaryDirectory(prefix="benchmark-meet-") as place, ThreadPoolExecutor(2) as pool:
         both = list(pool.map(lambda _: _load(replace(job, meet=place), repetition, made), range(2)))
     measure.check_digests({f"load {number}": load["digest"] for number, load in enumerate(both)})

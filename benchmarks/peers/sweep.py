@@ -37,7 +37,10 @@ _BYTES = 400 << 20
 
 
 class Point(NamedTuple):
-    """A checkpoint and how it is loaded. ``x`` is its place on the axis."""
+    """A checkpoint and how it is loaded.
+
+    ``x`` is its place on the axis.
+    """
 
     x: int
     shape: Shape

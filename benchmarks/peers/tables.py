@@ -33,7 +33,10 @@ def _killed(row: Row) -> bool:
 
 
 def groups(result: Mapping[str, Any]) -> Iterator[list[Row]]:
-    """Yield the rows of each place and layout, in order. On a quiet machine, roofs are a group of their own."""
+    """Yield the rows of each place and layout, in order.
+
+    On a quiet machine, roofs are a group of their own.
+    """
     found: dict[tuple[str, ...], list[Row]] = {}
     for row in result["rows"]:
         layout = row["layout"] if row["machine"] == QUIET else ""

@@ -1,4 +1,7 @@
-"""Loads in a process of their own. ``python -m benchmarks.peers`` starts one for each run."""
+"""Loads in a process of their own.
+
+``python -m benchmarks.peers`` starts one for each run.
+"""
 
 from __future__ import annotations
 
@@ -70,7 +73,10 @@ def variables(where: str, huge_pages: bool = True) -> dict[str, str]:
 
 
 def work(job: Job, repetition: int) -> list[dict[str, Any]]:
-    """Perform the loads of a process, in this one. Points that are left out have only ``expected_seconds``."""
+    """Perform the loads of a process, in this one.
+
+    Points that are left out have only ``expected_seconds``.
+    """
     warnings.simplefilter("ignore")  # dcp warns that there is no process group
     logging.disable(logging.INFO)
     results: list[dict[str, Any]] = []
