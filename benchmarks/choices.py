@@ -168,13 +168,13 @@ def run(names: Sequence[str], layers: int | None, repetitions: int, directory: s
                 where = {"group": name, "way": way, "big": big, "warm_up": warm_up}
                 commands[f"{name}: {way}"] = ["-m", "benchmarks.choices", "--worker", json.dumps(where)]
                 settings[f"{name}: {way}"] = variables(GROUPS[name].cache, huge_pages=False)
-        found = measure.run_interleaved(commands, repetitions, lambda: None, settings)
+        results = measure.run_interleaved(commands, repetitions, lambda: None, settings)
         nbytes = measure.file_bytes(big)
     rows = []
     for name in names:
-        runs = {way: [one["loads"][0] for one in found[f"{name}: {way}"]] for way in GROUPS[name].ways}
-        measure.check_digests({way: each[0]["digest"] for way, each in runs.items()})
-        rows += [{"group": name, "way": way, "runs": each} for way, each in runs.items()]
+        runs = {way: [one["loads"][0] for one in results[f"{name}: {way}"]] for way in GROUPS[name].ways}
+        measure.check_digests({way: way_runs[0]["digest"] for way, way_runs in runs.items()})
+        rows += [{"group": name, "way": way, "runs": way_runs} for way, way_runs in runs.items()]
     return {"shape": shape.name, "file_bytes": nbytes, "threads": measure.cores(), "rows": rows}
 
 

@@ -316,20 +316,20 @@ def work(method: str, directory: str, shape: tuple[int, int], threads: int, repe
     of = matrix(method.split(":")[0], shape)
     call = MATRICES[method](of, threads)
     call()
-    laps, made = [], torch.empty(0)
+    laps, output = [], torch.empty(0)
     with PeakMemory() as peak:
         for _ in range(_LAPS):
-            del made
+            del output
             start = time.perf_counter()
-            made = call()
+            output = call()
             laps.append(time.perf_counter() - start)
     result = {
         "seconds": statistics.median(laps),
         "laps": laps,
-        "output_bytes": made.nbytes,
+        "output_bytes": output.nbytes,
         "anonymous_bytes": peak.anonymous_bytes,
     }
-    return result | (compared({"": made}, {"": ours(of, threads)()}) if repetition == 0 else {})
+    return result | (compared({"": output}, {"": ours(of, threads)()}) if repetition == 0 else {})
 
 
 def _work_layer(method: str, directory: str, threads: int, repetition: int) -> dict[str, Any]:
@@ -369,7 +369,7 @@ def compared(made: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> dict[s
         known = {part: view for name, tensor in wanted.items() for part, view in _experts(name, tensor)}
     kinds = [{name: (t.shape, t.dtype) for name, t in tensors.items()} for tensors in (made, known)]
     if kinds[0] != kinds[1]:
-        raise RuntimeError("the methods do not make tensors of the same names, shapes and dtypes")
+        raise RuntimeError("the methods do not produce tensors of the same names, shapes and dtypes")
     differing = most = 0
     for name, tensor in made.items():
         found, expected = (t.reshape(-1).view(torch.int16) for t in (tensor.contiguous(), known[name].contiguous()))
@@ -444,11 +444,11 @@ def check(runs: Mapping[str, list[dict[str, Any]]]) -> None:
     """
     first = {method: found[0] for method, found in runs.items()}
     if len({result["digest"] for result in first.values()}) > 1:
-        raise RuntimeError(f"ours does not make the same numbers each time: {first}")
+        raise RuntimeError(f"ours does not produce the same values each time: {first}")
     for method, result in first.items():
         if result["differing"] > MOST_DIFFERING * result["elements"] or result["most_ulp"] > MOST_ULP:
             raise RuntimeError(
-                f"{method} does not make our numbers: {result['differing']} of {result['elements']} differ, "
+                f"{method} does not produce our values: {result['differing']} of {result['elements']} differ, "
                 f"by up to {result['most_ulp']} units in the last place"
             )
 

@@ -61,10 +61,10 @@ def run(
                 commands[f"{case}|{name}"] = [str(_WORKER), case, path, str(layers), str(rounds)]
                 settings[f"{case}|{name}"] = {"PYTHONPATH": checkout}
         runs = measure.run_interleaved(commands, repetitions, lambda: measure.read_through(root), settings)
-    for method, found in runs.items():
+    for method, method_runs in runs.items():
         checkout = checkouts[method.rpartition("|")[2]]
-        if any(Path(one["package"]).parent != Path(checkout) for one in found):
-            raise RuntimeError(f"{checkout} was to be timed, and {found[0]['package']} was")
+        if any(Path(one["package"]).parent != Path(checkout) for one in method_runs):
+            raise RuntimeError(f"{checkout} was to be timed, and {method_runs[0]['package']} was")
     return {case: {name: runs[f"{case}|{name}"] for name in checkouts} for case in cases}
 
 
@@ -73,15 +73,15 @@ def per_tensor(runs: Sequence[Mapping[str, Any]]) -> dict[str, list[float]]:
 
     Parts that were not timed are left out.
     """
-    found: dict[str, list[float]] = {}
+    by_kind: dict[str, list[float]] = {}
     for one in runs:
         median = {kind: statistics.median(times) for kind, times in one["seconds"].items() if times}
         if "schedule" in median:
             median["execute"] = median["load"] - median["schedule"]
         median["above"] = median["load"] - median["floor"]
         for kind, seconds in median.items():
-            found.setdefault(kind, []).append(seconds / one["tensors"])
-    return found
+            by_kind.setdefault(kind, []).append(seconds / one["tensors"])
+    return by_kind
 
 
 # In the order of the table.
@@ -96,10 +96,12 @@ def table(results: Mapping[str, Mapping[str, Sequence[Mapping[str, Any]]]]) -> T
     for title in (*names, f"{HERE} / {THERE}")[: 2 * len(names) - 1]:
         shown.add_column(title, justify="right")
     for case, by_checkout in results.items():
-        found = [per_tensor(runs) for runs in by_checkout.values()]
+        times_of_checkouts = [per_tensor(runs) for runs in by_checkout.values()]
         for kind, title in _KINDS.items():
-            cells = [measure.spread(times[kind]).text(1e6) if kind in times else "-" for times in found]
-            shown.add_row(case if kind == "schedule" else "", title, *cells, *_ratio([of.get(kind) for of in found]))
+            cells = [measure.spread(times[kind]).text(1e6) if kind in times else "-" for times in times_of_checkouts]
+            shown.add_row(
+                case if kind == "schedule" else "", title, *cells, *_ratio([of.get(kind) for of in times_of_checkouts])
+            )
         shown.add_section()
     return shown
 

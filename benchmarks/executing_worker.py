@@ -148,9 +148,9 @@ def _schedule_timed(seconds: list[float]) -> Iterator[None]:
 
     def timed(*args: Any, **kwargs: Any) -> Any:
         start = time.thread_time()
-        made = stock(*args, **kwargs)
+        jobs = stock(*args, **kwargs)
         seconds.append(time.thread_time() - start)
-        return made
+        return jobs
 
     with mock.patch.object(host, "schedule", timed):
         yield
@@ -164,7 +164,7 @@ def work(case: str, path: str, layers: int, rounds: int) -> dict[str, Any]:
     """
     plan = amc.compile_plan(path, **CASES[case]())
     model, floor = module_of(plan), Floor(case, path, layers)
-    found: dict[str, list[float]] = {"load": [], "schedule": [], "floor": []}
+    seconds: dict[str, list[float]] = {"load": [], "schedule": [], "floor": []}
 
     def load() -> float:
         return amc.load_model(model, path, plan=plan, threads=1).seconds["read"]
@@ -181,12 +181,12 @@ def work(case: str, path: str, layers: int, rounds: int) -> dict[str, Any]:
         for name, tensor in model.state_dict().items():
             if not np.array_equal(tensor.view(torch.int16).numpy(), floor.expected(name)):
                 raise RuntimeError(f"{case}: {name} is not what the floor makes")
-        stack.enter_context(_schedule_timed(found["schedule"]))
+        stack.enter_context(_schedule_timed(seconds["schedule"]))
         for number in range(rounds):
             for kind in ("load", "floor") if number % 2 else ("floor", "load"):
                 gc.collect()
-                found[kind].append(load() if kind == "load" else bytes_only())
-    return {"package": os.path.dirname(amc.__file__), "tensors": layers * EXPERTS * len(PARTS), "seconds": found}
+                seconds[kind].append(load() if kind == "load" else bytes_only())
+    return {"package": os.path.dirname(amc.__file__), "tensors": layers * EXPERTS * len(PARTS), "seconds": seconds}
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -86,7 +86,7 @@ def reach(method: str, directory: str, warm_up: str) -> dict[str, Any]:
                 AutoModelForCausalLM.from_pretrained(directory)
             except _Reached:
                 return {"seconds": time.perf_counter() - start}
-    raise RuntimeError("no parameter was made")
+    raise RuntimeError("no parameter was created")
 
 
 def _quiet() -> None:

@@ -20,8 +20,8 @@ def grouped_shapes(directory: str) -> dict[str, tuple[int, ...]]:
     checkpoint = amc.open_checkpoint(directory)
     experts = 1 + max(int(name.split(".")[5]) for name in checkpoint.names if ".experts." in name)
     for name, shape in zip(checkpoint.names, checkpoint.shapes, strict=True):
-        path, found, part = name.partition(".experts.")
-        if not found:
+        path, separator, part = name.partition(".experts.")
+        if not separator:
             shapes[name] = shape
         elif part.endswith("gate_proj.weight"):
             shapes[f"{path}.experts.gate_up_proj"] = (experts, 2 * shape[0], shape[1])
@@ -55,13 +55,13 @@ def new_buffers(shapes: Mapping[str, tuple[int, ...]], transposed: bool) -> tupl
         shapes: names and shapes, as ``grouped_shapes`` returns them.
         transposed: store experts as ``[E, H, 2I]`` and ``[E, I, H]``. The views have the files' shapes in any case.
     """
-    made: dict[str, Tensor] = {}
+    tensors: dict[str, Tensor] = {}
     views: dict[str, Tensor] = {}
     for name, shape in shapes.items():
         turned = transposed and name.endswith(GROUPED)
-        made[name] = torch.empty((shape[0], shape[2], shape[1]) if turned else shape, dtype=torch.bfloat16)
-        views |= per_expert(name, made[name].transpose(1, 2) if turned else made[name])
-    return made, views
+        tensors[name] = torch.empty((shape[0], shape[2], shape[1]) if turned else shape, dtype=torch.bfloat16)
+        views |= per_expert(name, tensors[name].transpose(1, 2) if turned else tensors[name])
+    return tensors, views
 
 
 def advise_huge_pages(tensor: Tensor) -> None:

@@ -61,7 +61,7 @@ def run(layers: int | None, repetitions: int, directory: str | None) -> dict[str
             "plan": lambda: amc.compile_plan(checkpoint, model),
             "plan, not proved": plan_unproved,
         }
-        found: dict[str, list[float]] = {way: [] for way in ways}
+        seconds: dict[str, list[float]] = {way: [] for way in ways}
         for way in ways.values():
             way()
         for repetition in range(repetitions):
@@ -69,8 +69,8 @@ def run(layers: int | None, repetitions: int, directory: str | None) -> dict[str
                 ready_memory(3 * nbytes // 2)
                 start = time.perf_counter()
                 ways[way]()
-                found[way].append(time.perf_counter() - start)
-    return {"shape": shape.name, "file_bytes": nbytes, "planned": planned.name, "seconds": found}
+                seconds[way].append(time.perf_counter() - start)
+    return {"shape": shape.name, "file_bytes": nbytes, "planned": planned.name, "seconds": seconds}
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -94,7 +94,7 @@ def run(layer: operations.Experts, repetitions: int) -> dict[str, Any]:
     """Return lists of seconds by operation and phase, and the number of tensors of a call."""
     blocks = itertools.cycle([torch.zeros(1 << 17, dtype=torch.int64) for _ in range(2)])
     stage = Staging(lambda numbers: next(blocks))
-    found: dict[str, Any] = {}
+    results: dict[str, Any] = {}
     with (
         mock.patch.object(operations, "random_matrices", _untouched),
         mock.patch.object(launch, "queue", _nothing),
@@ -110,8 +110,8 @@ def run(layer: operations.Experts, repetitions: int) -> dict[str, Any]:
                     start = time.perf_counter()
                     phases[phase]()
                     seconds[phase].append(time.perf_counter() - start)
-            found[name] = {"tensors": sum(map(len, case.operands)), "seconds": seconds}
-    return found
+            results[name] = {"tensors": sum(map(len, case.operands)), "seconds": seconds}
+    return results
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -120,18 +120,18 @@ def main(arguments: list[str] | None = None) -> None:
     given = parser.parse_args(arguments)
     environment = measure.environment()
     layer = _LAYERS[given.size]
-    found = run(layer, given.repetitions)
+    results = run(layer, given.repetitions)
     show_environment(environment)
-    columns = list(found["concatenate"]["seconds"])
+    columns = list(results["concatenate"]["seconds"])
     table = Table(title=f"a layer of {layer.experts} experts, microseconds", title_justify="left")
     table.add_column("operation")
     for column in ("tensors", *columns):
         table.add_column(column, justify="right")
-    for name, measured in found.items():
+    for name, measured in results.items():
         spreads = [measure.spread(measured["seconds"][phase]).text(1e6, 0) for phase in columns]
         table.add_row(name, str(measured["tensors"]), *spreads)
     show(table)
-    measure.write_json(given.json, {"environment": environment, "layer": layer.name, "calls": found})
+    measure.write_json(given.json, {"environment": environment, "layer": layer.name, "calls": results})
 
 
 if __name__ == "__main__":

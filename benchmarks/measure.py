@@ -219,7 +219,7 @@ def check_digests(digests: Mapping[str, Any]) -> None:
         RuntimeError: the digests differ; with the digest of each method.
     """
     if any(digest != next(iter(digests.values())) for digest in digests.values()):
-        raise RuntimeError(f"the methods do not make the same tensors: {digests}")
+        raise RuntimeError(f"the methods do not produce the same tensors: {digests}")
 
 
 def file_bytes(directory: str) -> int:

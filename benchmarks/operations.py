@@ -145,10 +145,10 @@ class Case(NamedTuple):
             Mismatch: a byte differs; with the expert.
         """
         self.out.view(torch.uint8).fill_(POISON)
-        made = way()
+        result = way()
         for expert in range(len(self.out)):
             wanted = self.expected(expert)
-            if made[expert].shape != wanted.shape or not torch.equal(_raw(made[expert]), _raw(wanted)):
+            if result[expert].shape != wanted.shape or not torch.equal(_raw(result[expert]), _raw(wanted)):
                 raise Mismatch(f"{name}: expert {expert} is not what plain indexing gives")
 
 
@@ -159,12 +159,12 @@ def random_matrices(
     nbytes = count * rows * columns * dtype.itemsize
     quads = torch.empty(nbytes // 8 + 8, dtype=torch.int64, device=device)
     quads.random_(-(2**63), None)
-    made = quads.view(torch.uint8)[phase_bytes : phase_bytes + nbytes].view(dtype)
+    values = quads.view(torch.uint8)[phase_bytes : phase_bytes + nbytes].view(dtype)
     if dtype.is_floating_point and dtype.itemsize > 1:
         # Without its top bit, no exponent is that of a NaN.
         word, mask = {2: (torch.int16, ~0x4000), 4: (torch.int32, ~0x40000000)}[dtype.itemsize]
-        made.view(word).bitwise_and_(mask)
-    return made.view(count, rows, columns)
+        values.view(word).bitwise_and_(mask)
+    return values.view(count, rows, columns)
 
 
 def concatenate(size: Experts, dst: torch.dtype, src: torch.dtype, device: torch.device) -> Case:

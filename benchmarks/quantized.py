@@ -37,13 +37,13 @@ class Quantized(NamedTuple):
     def table(self) -> CodeTable:
         return code_table(self.code_format, self.scales.flatten(0, 1), torch.bfloat16)
 
-    def decode(self, verb: Callable[..., None], made: CodeTable) -> Tensor:
+    def decode(self, verb: Callable[..., None], table: CodeTable) -> Tensor:
         halves = [half for whole in self.out.unbind() for half in whole.chunk(2, int(self.is_transposed))]
         verb(
             [half.t() for half in halves] if self.is_transposed else halves,
             [*self.codes.unbind()],
-            [*made.table_rows.view(self.scales.shape).unbind()],
-            made.table,
+            [*table.table_rows.view(self.scales.shape).unbind()],
+            table.table,
             bits=bits_of(self.code_format),
             block=self.block,
         )
@@ -89,9 +89,9 @@ class Quantized(NamedTuple):
             Mismatch: a byte differs; with the expert.
         """
         self.out.view(torch.uint8).fill_(POISON)
-        made = way()
+        result = way()
         for expert in range(len(self.out)):
-            if not torch.equal(made[expert].view(torch.int16), self.expected(expert).view(torch.int16)):
+            if not torch.equal(result[expert].view(torch.int16), self.expected(expert).view(torch.int16)):
                 raise Mismatch(f"{name}: expert {expert} is not what torch makes")
 
 

@@ -135,12 +135,12 @@ def _synced(prepare: Prepare) -> Prepare:
         run = prepare(setting)
 
         def run_and_sync(out: str) -> object:
-            made = run(out)
+            result = run(out)
             for path in (*Path(out).iterdir(), Path(out)):
                 descriptor = os.open(path, os.O_RDONLY)
                 os.fsync(descriptor)
                 os.close(descriptor)
-            return made
+            return result
 
         return run_and_sync
 
@@ -148,26 +148,26 @@ def _synced(prepare: Prepare) -> Prepare:
 
 
 def _methods() -> dict[str, Method]:
-    found = {
+    methods = {
         "save: transformers": Method("save", save_with_transformers, PER_EXPERT),
         "save: transformers, fsync": Method("save", _synced(save_with_transformers), PER_EXPERT),
         "save: ours": Method("save", save_with_ours, PER_EXPERT),
     }
-    for group, source, made, layout in (
+    for group, source, output, layout in (
         ("group", PER_EXPERT, GROUPED, "transformers"),
         ("ungroup", GROUPED, PER_EXPERT, "per_expert"),
         ("transpose", PER_EXPERT, GROUPED, "nemo"),
     ):
         if group != "transpose":
             copy, convert = partial(copy_with_cp, source=source), partial(convert_with_transformers, source=source)
-            found[f"{group}: cp"] = Method(group, copy, source)
-            found[f"{group}: cp, fsync"] = Method(group, _synced(copy), source)
-            found[f"{group}: transformers"] = Method(group, convert, made)
-            found[f"{group}: transformers, fsync"] = Method(group, _synced(convert), made)
+            methods[f"{group}: cp"] = Method(group, copy, source)
+            methods[f"{group}: cp, fsync"] = Method(group, _synced(copy), source)
+            methods[f"{group}: transformers"] = Method(group, convert, output)
+            methods[f"{group}: transformers, fsync"] = Method(group, _synced(convert), output)
         for name, verify in (("ours", False), ("ours, verified", True)):
             ours = partial(convert_with_ours, source=source, layout=layout, verify=verify)
-            found[f"{group}: {name}"] = Method(group, ours, made)
-    return found
+            methods[f"{group}: {name}"] = Method(group, ours, output)
+    return methods
 
 
 METHODS: Mapping[str, Method] = _methods()
@@ -196,9 +196,9 @@ def work(name: str, directory: str, threads: int, shard_size: str, state: str, r
     memory.prepare(state, _bytes_in(big.files(PER_EXPERT)))
     with PeakMemory() as peak:
         start, start_cpu = time.perf_counter(), _cpu_seconds()
-        made = run(out)
+        written = run(out)
         seconds, cpu_seconds = time.perf_counter() - start, _cpu_seconds() - start_cpu
-    del made, run
+    del written, run
     by_other = "cp" in name
     result = {
         "seconds": seconds,
@@ -280,14 +280,14 @@ def run(
         at_start = digest_of(os.path.join(big, PER_EXPERT))
         file_bytes = _bytes_in(os.path.join(big, PER_EXPERT))
     for form, known in ((PER_EXPERT, {"the files at the start": at_start}), (GROUPED, {})):
-        found = known | {
-            f"{name}, {state}": each[name][0]["digest"]
-            for state, each in runs.items()
+        digests = known | {
+            f"{name}, {state}": by_method[name][0]["digest"]
+            for state, by_method in runs.items()
             for name in methods
             if METHODS[name].makes == form
         }
-        if len(set(found.values())) > 1:
-            raise RuntimeError(f"the methods do not make the same tensors: {found}")
+        if len(set(digests.values())) > 1:
+            raise RuntimeError(f"the methods do not produce the same tensors: {digests}")
     return {
         "shape": shape.name,
         "source": shape.source,
@@ -310,28 +310,28 @@ def table(result: Mapping[str, Any], state: str) -> Table:
     shown.add_column("method")
     for title in ("seconds", "s of CPU", "GB/s", "ours is", "x cp, fsync", "anonymous MiB", "resident MiB"):
         shown.add_column(title, justify="right")
-    seconds = {name: statistics.median(run["seconds"] for run in found) for name, found in runs.items()}
+    seconds = {name: statistics.median(run["seconds"] for run in method_runs) for name, method_runs in runs.items()}
     for group in GROUPS:
         ours = seconds.get(f"{group}: ours")
         roof = seconds.get(f"{'group' if group == 'transpose' else group}: cp, fsync")
         for name in (name for name in runs if METHODS[name].group == group):
-            found = runs[name]
+            method_runs = runs[name]
             shown.add_row(
                 name,
-                measure.spread([run["seconds"] for run in found]).text(),
-                f"{statistics.median(run['cpu_seconds'] for run in found):.2f}",
+                measure.spread([run["seconds"] for run in method_runs]).text(),
+                f"{statistics.median(run['cpu_seconds'] for run in method_runs):.2f}",
                 f"{file_bytes / 1e9 / seconds[name]:.2f}",
                 f"{seconds[name] / ours:.2f}x" if ours else "",
                 f"{seconds[name] / roof:.2f}" if roof else "",
-                *(_peak(found, kind, file_bytes) for kind in ("anonymous_bytes", "resident_bytes")),
+                *(_peak(method_runs, kind, file_bytes) for kind in ("anonymous_bytes", "resident_bytes")),
             )
         shown.add_section()
     return shown
 
 
 def _peak(runs: list[dict[str, Any]], kind: str, file_bytes: int) -> str:
-    found = [run[kind] for run in runs if run[kind] is not None]
-    return f"{max(found) / 2**20:.0f} ({max(found) / file_bytes:.2f}x)" if found else "-"
+    peaks = [run[kind] for run in runs if run[kind] is not None]
+    return f"{max(peaks) / 2**20:.0f} ({max(peaks) / file_bytes:.2f}x)" if peaks else "-"
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -358,9 +358,9 @@ def main(arguments: list[str] | None = None) -> None:
     shape, shard_size = (SMALL, TINY_SHARD) if given.smoke else (qwen3_30b(given.layers), given.shard_size)
     methods = given.method or list(METHODS)
     states = given.memory or list(memory.MEMORY)
-    found = run(shape, methods, states, given.repetitions, given.threads, shard_size, given.directory)
+    results = run(shape, methods, states, given.repetitions, given.threads, shard_size, given.directory)
     environment["file_system"] = _file_system(given.directory)
-    result = {"environment": environment, **found}
+    result = {"environment": environment, **results}
     _show(result)
     measure.write_json(given.json, result)
 
@@ -380,7 +380,7 @@ def _file_system(directory: str | None) -> str | None:
         return None
     mounts = [line.split()[1:3] for line in lines]
     over = [(point, kind) for point, kind in mounts if os.path.commonpath([point, at]) == point]
-    return max(over, key=lambda found: len(found[0]), default=("", None))[1]
+    return max(over, key=lambda mount: len(mount[0]), default=("", None))[1]
 
 
 if __name__ == "__main__":

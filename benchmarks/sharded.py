@@ -230,7 +230,7 @@ def work(method: str, directory: str, warm_up: str, threads: int, repetition: in
         dist.barrier()
         start, start_cpu, start_called = time.perf_counter(), time.process_time(), _called_bytes()
         start_faults = resource.getrusage(resource.RUSAGE_SELF)
-        made = run()
+        parts = run()
         seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - start_cpu
         faults = resource.getrusage(resource.RUSAGE_SELF)
         called_bytes = _called_bytes() - start_called
@@ -239,7 +239,7 @@ def work(method: str, directory: str, warm_up: str, threads: int, repetition: in
         "seconds": seconds,
         "seconds_before": seconds_before,
         "cpu_seconds": cpu_seconds,
-        "owned_bytes": sum(tensor.nbytes for tensor in made.values()),
+        "owned_bytes": sum(tensor.nbytes for tensor in parts.values()),
         "counted_bytes": counted.nbytes - headers.nbytes if ours else None,
         "header_bytes": headers.nbytes,
         "called_bytes": called_bytes,
@@ -248,7 +248,7 @@ def work(method: str, directory: str, warm_up: str, threads: int, repetition: in
         "major_faults": faults.ru_majflt - start_faults.ru_majflt,
         "anonymous_bytes": peak.anonymous_bytes,
         "resident_bytes": peak.resident_bytes,
-        "digest": measure.digest(made) if repetition == 0 else None,
+        "digest": measure.digest(parts) if repetition == 0 else None,
     }
 
 
@@ -330,7 +330,7 @@ def run(shape: Shape, methods: list[str], repetitions: int, threads: int, direct
         file_bytes = sum(path.stat().st_size for path in Path(big).glob("*.safetensors"))
     digests = {method: [rank["digest"] for rank in runs[method][0]["ranks"]] for method in methods}
     if any(found != digests[methods[0]] for found in digests.values()):
-        raise RuntimeError(f"the methods do not make the same tensors: {digests}")
+        raise RuntimeError(f"the methods do not produce the same tensors: {digests}")
     return {
         "shape": shape.name,
         "source": shape.source,

@@ -82,8 +82,8 @@ def _group(count: int) -> Patch:
 def _decoder(name: str) -> Patch:
     """Patch the package's kernel with one of ``benchmarks.gpu.decoders``."""
     decoders = "benchmarks.gpu.decoders"
-    made = Made(lambda found: replace(found, function=importlib.import_module(decoders).KERNELS[name]))
-    return Patch(_DEQUANTIZE, "DEQUANTIZE_TILES", made)
+    replacement = Made(lambda kernel: replace(kernel, function=importlib.import_module(decoders).KERNELS[name]))
+    return Patch(_DEQUANTIZE, "DEQUANTIZE_TILES", replacement)
 
 
 DECODERS = ("in two dimensions", "codes past L1", "codes evicted first", "arithmetic")

@@ -35,16 +35,16 @@ TASKS = (("device", "environment", *_COMMANDS), (IMPORTS,))
 
 def import_seconds() -> dict[str, float | None]:
     """Return the seconds of each import on top of the ones before it, or None if it is not installed."""
-    found: dict[str, float | None] = {}
+    seconds: dict[str, float | None] = {}
     for name in _IMPORTED:
         start = time.perf_counter()
         try:
             importlib.import_module(name)
         except ImportError:
-            found[name] = None
+            seconds[name] = None
             continue
-        found[name] = round(time.perf_counter() - start, 3)
-    return found
+        seconds[name] = round(time.perf_counter() - start, 3)
+    return seconds
 
 
 def describe(name: str) -> dict[str, Any]:
@@ -54,23 +54,23 @@ def describe(name: str) -> dict[str, Any]:
     device = torch.device(name)
     if device.type != "cuda":
         return {"name": "CPU, interpreted", "memory_bytes": None}
-    found = torch.cuda.get_device_properties(device)
+    properties = torch.cuda.get_device_properties(device)
     return {
-        "name": found.name,
-        "memory_bytes": found.total_memory,
-        "multiprocessors": found.multi_processor_count,
-        "capability": [found.major, found.minor],
+        "name": properties.name,
+        "memory_bytes": properties.total_memory,
+        "multiprocessors": properties.multi_processor_count,
+        "capability": [properties.major, properties.minor],
         "cuda": torch.version.cuda,
         "devices": torch.cuda.device_count(),
     }
 
 
-def which(found: Mapping[str, Any]) -> tuple[Any, Any]:
+def which(device: Mapping[str, Any]) -> tuple[Any, Any]:
     """Return the key of a device.
 
     Figures with equal keys are comparable; memory and drivers differ a little.
     """
-    return found["name"], found.get("capability")
+    return device["name"], device.get("capability")
 
 
 def said(command: tuple[str, ...]) -> str:

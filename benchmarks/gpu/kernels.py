@@ -132,10 +132,10 @@ def measure_case(
     runs: dict[str, Callable[[], Way]] = {"copy_": lambda: copy(case.bytes_moved, device)}
     runs |= {name: lambda way=way: way for name, way in sound.items()}
     ms: dict[str, float | None] = {}
-    for name, made in runs.items():
+    for name, create in runs.items():
         if attempts.is_sound(name):
             with attempts.of(name):
-                ms[name] = time_ms(made(), device)
+                ms[name] = time_ms(create(), device)
     ms |= dict.fromkeys(attempts.no_memory)
     return {"bytes_moved": case.bytes_moved, "ms": ms, "wrong": attempts.wrong, "failed": attempts.failed}
 
@@ -145,13 +145,13 @@ def copy(bytes_moved: int, device: torch.device) -> Callable[[], Tensor]:
 
     Buffers are allocated at the first call.
     """
-    made: list[Tensor] = []
+    buffers: list[Tensor] = []
 
     def run() -> Tensor:
-        if not made:
+        if not buffers:
             src = torch.empty(bytes_moved // 16, dtype=torch.int64, device=device).random_(-(2**63), None)
-            made.extend((torch.empty_like(src), src))
-        return made[0].copy_(made[1])
+            buffers.extend((torch.empty_like(src), src))
+        return buffers[0].copy_(buffers[1])
 
     return run
 
@@ -164,8 +164,8 @@ def work(order: Mapping[str, Any], channel: Channel) -> None:
         with a_cell(cell, device, channel):
             layer, name = known[cell]
             without = order["without"].get(cell)
-            found = measure_case(make_case(name, layer, device), device, channel=channel, without=without)
-            channel.row(cell, **described(layer), operation=name, **found)
+            measured = measure_case(make_case(name, layer, device), device, channel=channel, without=without)
+            channel.row(cell, **described(layer), operation=name, **measured)
 
 
 @contextmanager

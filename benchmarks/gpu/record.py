@@ -96,11 +96,11 @@ def is_wrong(row: Mapping[str, Any]) -> bool:
 
 def problems(result: Mapping[str, Any]) -> list[str]:
     """Return every problem, one or more lines each."""
-    found = [f"{stage}: {text}" for stage, text in result["errors"].items()]
+    lines = [f"{stage}: {text}" for stage, text in result["errors"].items()]
     for stage, rows in result["rows"].items():
         for row in filter(is_wrong, rows):
-            found += [f"{stage}: {row['cell']}: {what}" for what in _wrongs(row)]
-    return found
+            lines += [f"{stage}: {row['cell']}: {what}" for what in _wrongs(row)]
+    return lines
 
 
 def _wrongs(row: Mapping[str, Any]) -> Iterator[str]:

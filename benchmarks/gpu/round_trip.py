@@ -37,7 +37,7 @@ def save(root: str, device: torch.device) -> dict[str, Any]:
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    source, made = os.path.join(root, checkpoints.SHORT), os.path.join(root, "saved")
+    source, saved = os.path.join(root, checkpoints.SHORT), os.path.join(root, "saved")
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(source), dtype=torch.bfloat16)
     amc.load_model(model, source, device=device)
@@ -45,12 +45,12 @@ def save(root: str, device: torch.device) -> dict[str, Any]:
         if device.type == "cuda":  # times are meaningless elsewhere
             os.sync()
         with _timed_sync() as sync_s:
-            taken = seconds(lambda: amc.save_checkpoint(model, made), device)
-        compare(made, source)
+            taken = seconds(lambda: amc.save_checkpoint(model, saved), device)
+        compare(saved, source)
         nbytes = sum(tensor.nbytes for tensor in model.state_dict().values())
         return {"seconds": taken, "nbytes": nbytes, "sync_s": sum(sync_s)}
     finally:
-        shutil.rmtree(made, ignore_errors=True)
+        shutil.rmtree(saved, ignore_errors=True)
 
 
 @contextmanager
@@ -67,21 +67,21 @@ def _timed_sync() -> Iterator[list[float]]:
         yield taken
 
 
-def compare(made: str, source: str) -> None:
+def compare(saved: str, source: str) -> None:
     """Compare all tensors of two directories, byte by byte.
 
     Raises:
         Mismatch: a tensor differs; with its name.
     """
-    places = [{name: path for path in _files(root) for name in _names(path)} for root in (made, source)]
+    places = [{name: path for path in _files(root) for name in _names(path)} for root in (saved, source)]
     if places[0].keys() != places[1].keys():
         raise Mismatch(f"other names than those loaded: {sorted(places[0].keys() ^ places[1].keys())[:3]}")
     for path in _files(source):
         with safe_open(path, "pt") as file:
             for name in file.keys():
                 with safe_open(places[0][name], "pt") as other:
-                    found, wanted = other.get_tensor(name), file.get_tensor(name)
-                if found.dtype != wanted.dtype or not torch.equal(found.view(torch.int16), wanted.view(torch.int16)):
+                    tensor, wanted = other.get_tensor(name), file.get_tensor(name)
+                if tensor.dtype != wanted.dtype or not torch.equal(tensor.view(torch.int16), wanted.view(torch.int16)):
                     raise Mismatch(f"{name} is not what was loaded")
 
 
@@ -103,12 +103,12 @@ def side_stream(root: str, device: torch.device) -> dict[str, Any]:
     directory = os.path.join(root, checkpoints.SHORT)
     wanted = loading.digest(loading.load_ours(directory, device, layout="nemo")[0])
     with _on_side_stream(device):
-        found: list[str] = []
+        digests: list[str] = []
         taken = seconds(
-            lambda: found.append(loading.digest(loading.load_ours(directory, device, layout="nemo")[0])), device
+            lambda: digests.append(loading.digest(loading.load_ours(directory, device, layout="nemo")[0])), device
         )
-    if found[0] != wanted:
-        raise Mismatch("a load on a side stream does not make the tensors of one on the default stream")
+    if digests[0] != wanted:
+        raise Mismatch("a load on a side stream does not produce the tensors of one on the default stream")
     return {"seconds": taken}
 
 

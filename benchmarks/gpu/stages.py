@@ -77,9 +77,9 @@ def look_around(run: Run) -> None:
         limits = Limits(time.monotonic() + _ENVIRONMENT_S, _ENVIRONMENT_S)
         run.run_task(stage, limits, Task("benchmarks.gpu.environment", run.order, cells))
         _check_device(run, known)
-    found = run.record.done(stage)
+    done = run.record.done(stage)
     for row in known:
-        if row["cell"] not in found:
+        if row["cell"] not in done:
             run.record.add(stage, row)
 
 

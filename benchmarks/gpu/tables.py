@@ -76,22 +76,22 @@ def _cut(text: str) -> str:
 
 def _machine(result: Mapping[str, Any]) -> str:
     rows = {row["cell"]: row.get("found") for row in result["rows"].get("environment", [])}
-    device, found = rows.get("device"), rows.get("environment")
-    if not device or not found:
+    device, context = rows.get("device"), rows.get("environment")
+    if not device or not context:
         return "no environment"
     commits = [run["commit"] for run in result["runs"] if run.get("commit")]
-    versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
+    versions = ", ".join(f"{name} {version}" for name, version in context["versions"].items())
     memory = f", {device['memory_bytes'] / 2**30:.0f} GiB" if device["memory_bytes"] else ""
-    commit = commits[-1] if commits else found["commit"]
-    return f"{device['name']}{memory}; {versions}; {found['cores']} cores; {found['date'][:10]}, {commit}"
+    commit = commits[-1] if commits else context["commit"]
+    return f"{device['name']}{memory}; {versions}; {context['cores']} cores; {context['date'][:10]}, {commit}"
 
 
 def _tests(rows: Iterable[Row]) -> str:
     counts = {"passed": 0, "failed": 0, "skipped": 0}
     for row in rows:
         counts["failed" if row.get("error") else "skipped" if "skipped" in row else "passed"] += 1
-    told = ", ".join(f"{count} {what}" for what, count in counts.items() if count)
-    return f"Tests: {told}." if told else ""
+    parts = ", ".join(f"{count} {what}" for what, count in counts.items() if count)
+    return f"Tests: {parts}." if parts else ""
 
 
 def _kernels(rows: Iterable[Row]) -> str:

@@ -139,7 +139,7 @@ def run(
     }
 
 
-def _rows(machine: str, jobs: Mapping[str, Job], found: Mapping[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
+def _rows(machine: str, jobs: Mapping[str, Job], runs: Mapping[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
     rows = []
     for key, job in jobs.items():
         of_method = METHODS.get(job.method)
@@ -152,7 +152,7 @@ def _rows(machine: str, jobs: Mapping[str, Job], found: Mapping[str, list[dict[s
                 "memory": job.memory,
                 "cache": job.cache,
                 "layout": job.layout,
-                "runs": found[key],
+                "runs": runs[key],
             }
         )
     return rows

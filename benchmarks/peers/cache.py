@@ -38,13 +38,13 @@ def cached_share(directory: str) -> float:
 def _resident(path: Path) -> numpy.ndarray:
     """Return whether each page of a file is in memory."""
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY) as mapped:
-        found = (ctypes.c_ubyte * -(-len(mapped) // mmap.PAGESIZE))()
+        flags = (ctypes.c_ubyte * -(-len(mapped) // mmap.PAGESIZE))()
         first = ctypes.c_char.from_buffer(mapped)
-        failed = _mincore()(ctypes.addressof(first), len(mapped), found)
+        failed = _mincore()(ctypes.addressof(first), len(mapped), flags)
         del first  # the map cannot be closed while this view exists
         if failed:
             raise OSError(ctypes.get_errno(), "mincore", str(path))
-        return numpy.frombuffer(found, numpy.uint8) & 1
+        return numpy.frombuffer(flags, numpy.uint8) & 1
 
 
 @functools.cache

@@ -64,8 +64,8 @@ def page_cache_full(checkpoint: str, root: str, fully: bool) -> Iterator[Made]:
     total = _total() if fully else _LITTLE
     left = max(512 << 20, total // 50) if fully else 0
     path = Path(root) / "other"
-    with path.open("wb") as made:
-        made.truncate(total)
+    with path.open("wb") as file:
+        file.truncate(total)
     buffer = bytearray(16 << 20)
     with path.open("rb", buffering=0) as other:
 
@@ -175,17 +175,17 @@ def _parent_group() -> Path:
 
 
 def _free() -> int:
-    found = memory.free()["free_bytes"]
-    if found is None:
+    free = memory.free()["free_bytes"]
+    if free is None:
         raise CannotBeMade("this system does not tell its free memory")
-    return found
+    return free
 
 
 def _total() -> int:
-    found = memory.total_bytes()
-    if found is None:
+    total = memory.total_bytes()
+    if total is None:
         raise CannotBeMade("this system does not tell its memory")
-    return found
+    return total
 
 
 QUIET = "quiet"

@@ -77,12 +77,12 @@ def safetensors_copy(directory: str, threads: int, transposed: bool) -> Run:
     shapes = grouped_shapes(directory)
 
     def run() -> dict[str, Tensor]:
-        made, views = new_buffers(shapes, transposed)
+        buffers, views = new_buffers(shapes, transposed)
         for path in _files(directory):
             with safe_open(path, "pt") as file:
                 for name in file.offset_keys():
                     views[name].copy_(file.get_tensor(name))
-        return made
+        return buffers
 
     return run
 
@@ -101,17 +101,17 @@ def safetensors_stack(directory: str, threads: int, transposed: bool) -> Run:
             names = [f"{path}.{expert}.{part}.weight" for expert in range(experts)]
             return torch.stack([where[name].get_tensor(name) for name in names])
 
-        made: dict[str, Tensor] = {}
+        tensors: dict[str, Tensor] = {}
         for name, shape in shapes.items():
             path, _, leaf = name.rpartition(".")
             if leaf not in GROUPED:
-                made[name] = where[name].get_tensor(name).clone()  # copies it out of the mapped file
+                tensors[name] = where[name].get_tensor(name).clone()  # copies it out of the mapped file
                 continue
             parts = ("gate_proj", "up_proj") if leaf == "gate_up_proj" else ("down_proj",)
-            found = [stacked(path, part, shape[0]) for part in parts]
-            tensor = torch.cat(found, dim=1) if len(found) > 1 else found[0]
-            made[name] = tensor.transpose(1, 2).contiguous() if transposed else tensor
-        return made
+            stacks = [stacked(path, part, shape[0]) for part in parts]
+            tensor = torch.cat(stacks, dim=1) if len(stacks) > 1 else stacks[0]
+            tensors[name] = tensor.transpose(1, 2).contiguous() if transposed else tensor
+        return tensors
 
     return run
 
@@ -123,9 +123,9 @@ def torch_dcp(directory: str, threads: int, transposed: bool) -> Run:
     shapes = grouped_shapes(directory)
 
     def run() -> dict[str, Tensor]:
-        made, views = new_buffers(shapes, transposed)
+        buffers, views = new_buffers(shapes, transposed)
         dcp.load(views, storage_reader=dcp.HuggingFaceStorageReader(directory, thread_count=threads))
-        return made
+        return buffers
 
     return run
 
@@ -136,7 +136,7 @@ def fastsafetensors(directory: str, threads: int, transposed: bool) -> Run:
     shapes = grouped_shapes(directory)
 
     def run() -> dict[str, Tensor]:
-        made, views = new_buffers(shapes, transposed)
+        buffers, views = new_buffers(shapes, transposed)
         loader = library.ParallelLoader(
             library.SingleGroup(),
             _files(directory),
@@ -150,7 +150,7 @@ def fastsafetensors(directory: str, threads: int, transposed: bool) -> Run:
         with closing(loader), closing(loader.iterate_weights()) as weights:
             for name, tensor in weights:
                 views[name].copy_(tensor)
-        return made
+        return buffers
 
     return run
 
@@ -162,12 +162,12 @@ def runai_streamer(directory: str, threads: int, transposed: bool) -> Run:
     shapes = grouped_shapes(directory)
 
     def run() -> dict[str, Tensor]:
-        made, views = new_buffers(shapes, transposed)
+        buffers, views = new_buffers(shapes, transposed)
         with library.SafetensorsStreamer() as streamer:
             streamer.load_to_device(_files(directory), device="cpu", owned=False)
             for name, tensor in streamer.get_tensors():
                 views[name].copy_(tensor)
-        return made
+        return buffers
 
     return run
 
@@ -210,14 +210,14 @@ def _nemo_model(directory: str) -> Run:
     adapter = _nemo_adapter(shapes)
 
     def run() -> dict[str, Tensor]:
-        made, _ = new_buffers(shapes, transposed=True)
-        native = {_renamed(name, _NEMO_NAMES): tensor for name, tensor in made.items()}
+        buffers, _ = new_buffers(shapes, transposed=True)
+        native = {_renamed(name, _NEMO_NAMES): tensor for name, tensor in buffers.items()}
         parts = adapter.to_hf(dict(native), exclude_key_regex=r".*_extra_state.*", for_checkpoint_load=True)
         dcp.load(parts, storage_reader=reader(directory))
         for name, tensor in adapter.from_hf(parts).items():
             if tensor.data_ptr() != native[name].data_ptr():
                 native[name].copy_(tensor)  # as load_state_dict does with tensors that were not read in place
-        return made
+        return buffers
 
     return run
 
@@ -252,9 +252,9 @@ def ours(directory: str, threads: int, transposed: bool, **choices: Any) -> Run:
     def run() -> Loaded:
         layout = "nemo" if transposed else None
         loaded = amc.load_state_dict(directory, rules=rules, layout=layout, threads=threads, **choices)
-        made = Loaded({_renamed(name, _TRANSFORMERS_NAMES): tensor for name, tensor in loaded.items()})
-        made.read_seconds = loaded.report.seconds["read"]
-        return made
+        result = Loaded({_renamed(name, _TRANSFORMERS_NAMES): tensor for name, tensor in loaded.items()})
+        result.read_seconds = loaded.report.seconds["read"]
+        return result
 
     return run
 

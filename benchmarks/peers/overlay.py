@@ -42,5 +42,5 @@ def use() -> None:
 
 def version(package: str) -> str | None:
     """Return the version of a package that is installed here or in the folder."""
-    found = metadata.distributions(name=package, path=[*sys.path, str(FOLDER)])
-    return next((one.version for one in found), None)
+    distributions = metadata.distributions(name=package, path=[*sys.path, str(FOLDER)])
+    return next((distribution.version for distribution in distributions), None)

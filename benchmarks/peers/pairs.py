@@ -41,15 +41,15 @@ def run(shape: Shape, against: str, pairs: int, threads: int, directory: str | N
         jobs = {name: Job(name, [(big, threads)], warm_up, memory=memory.AS_FOUND) for name in ("ours", against)}
         runs = run_jobs(jobs, pairs, Made(big))
         nbytes = measure.file_bytes(big)
-    measure.check_digests({name: found[0]["digest"] for name, found in runs.items()})
+    measure.check_digests({name: results[0]["digest"] for name, results in runs.items()})
     return {"shape": shape.name, "file_bytes": nbytes, "threads": threads, "against": against, "runs": runs}
 
 
 def lines(result: Mapping[str, Any]) -> Iterator[str]:
     ours, other = result["runs"]["ours"], result["runs"][result["against"]]
     yield measure.about(result["environment"])
-    for name, found in result["runs"].items():
-        seconds = {key: measure.spread([run[key] for run in found]).text() for key in ("seconds", "read_seconds")}
+    for name, method_runs in result["runs"].items():
+        seconds = {key: measure.spread([run[key] for run in method_runs]).text() for key in ("seconds", "read_seconds")}
         yield f"{METHODS[name].title}: {seconds['seconds']} s, {seconds['read_seconds']} of them reading"
     for key, what in (("seconds", "whole load"), ("read_seconds", "reading")):
         ratios = [one[key] / two[key] for one, two in zip(ours, other, strict=True)]
@@ -77,8 +77,8 @@ def main(arguments: list[str] | None = None) -> None:
         small = options.size == "small"
         environment = measure.environment(touch=not small)
         shape = SMALL if small else qwen3_30b(options.layers)
-        found = run(shape, options.against, options.pairs, options.threads, options.directory)
-        result = {"environment": environment, **found}
+        results = run(shape, options.against, options.pairs, options.threads, options.directory)
+        result = {"environment": environment, **results}
     for line in lines(result):
         show(line)
     measure.write_json(options.json, result)

@@ -44,11 +44,13 @@ def draw(path: Path, title: str, folder: Path) -> list[Path]:
         for method in dict.fromkeys(line["method"] for line in lines):
             of_method = [line for line in lines if line["method"] == method]
             xs = sorted({int(line["x"]) for line in of_method})
-            found = [measure.spread([float(r["seconds"]) for r in of_method if int(r["x"]) == x]) for x in xs]
+            spreads = [measure.spread([float(r["seconds"]) for r in of_method if int(r["x"]) == x]) for x in xs]
             colour, marker = _STYLES.get(method, _OTHER)
             label = f"{METHODS[method].title} ({of_method[0]['version']})"
-            axes.plot(xs, [s.median for s in found], color=colour, marker=marker, markersize=5, label=label)
-            axes.fill_between(xs, [s.p20 for s in found], [s.p80 for s in found], color=colour, alpha=0.25, linewidth=0)
+            axes.plot(xs, [s.median for s in spreads], color=colour, marker=marker, markersize=5, label=label)
+            axes.fill_between(
+                xs, [s.p20 for s in spreads], [s.p80 for s in spreads], color=colour, alpha=0.25, linewidth=0
+            )
         every = sorted({int(line["x"]) for line in lines})
         axes.set_xscale("log")
         axes.set_yscale("log")
@@ -92,7 +94,7 @@ def draw_memory(results: Sequence[Mapping[str, Any]], folder: Path) -> list[Path
     panels = [state for state in memory.MEMORY if any(of == state for of, _ in spreads)]
     drawn = []
     for theme, (back, ink, grid) in THEMES.items():
-        figure, found = pyplot.subplots(
+        figure, axes_grid = pyplot.subplots(
             *(1, len(panels)),
             figsize=(9.6, 0.9 + 0.3 * len(lines)),
             facecolor=back,
@@ -101,7 +103,7 @@ def draw_memory(results: Sequence[Mapping[str, Any]], folder: Path) -> list[Path
             sharey=True,
             squeeze=False,
         )
-        for state, axes in zip(panels, found[0], strict=True):
+        for state, axes in zip(panels, axes_grid[0], strict=True):
             axes.set_facecolor(back)
             for place, method in enumerate(reversed(lines)):
                 if spread := spreads.get((state, method)):
@@ -118,7 +120,7 @@ def draw_memory(results: Sequence[Mapping[str, Any]], folder: Path) -> list[Path
             axes.set_xlabel(f"seconds, to {layout}", color=ink, fontsize=8)
             _coloured(axes, ink, grid)
         low, high = min(spread.p20 for spread in spreads.values()), max(spread.p80 for spread in spreads.values())
-        for axes in found[0]:
+        for axes in axes_grid[0]:
             axes.set_xlim(*_ticked(axes.xaxis, low, high))
         figure.legend(loc="outside upper right", ncols=2, frameon=False, labelcolor=ink, fontsize=8)
         drawn.append(_saved(figure, folder / f"memory-{theme}.svg", back))

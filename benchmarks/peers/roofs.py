@@ -82,14 +82,14 @@ def disk(directory: str, threads: int) -> Callable[[], object]:
     files = _files(directory)
     runs = [(path, offset) for path in files for offset in range(0, path.stat().st_size, _DIRECT_BYTES)]
 
-    def read(some: list[tuple[Path, int]]) -> None:
+    def read(share: list[tuple[Path, int]]) -> None:
         with mmap.mmap(-1, _DIRECT_BYTES) as buffer:  # aligned to pages
-            for path, offset in some:
+            for path, offset in share:
                 descriptor = os.open(path, os.O_RDONLY | os.O_DIRECT)
                 try:
                     wanted = min(_DIRECT_BYTES, path.stat().st_size - offset)
-                    if (found := os.preadv(descriptor, [buffer], offset)) != wanted:
-                        raise EOFError(f"{path}: {found} bytes at {offset}, expected {wanted}")
+                    if (count := os.preadv(descriptor, [buffer], offset)) != wanted:
+                        raise EOFError(f"{path}: {count} bytes at {offset}, expected {wanted}")
                 finally:
                     os.close(descriptor)
 

@@ -133,7 +133,7 @@ def run(axis: str, methods: Sequence[str], repetitions: int, smaller: int, direc
         pairs = [(path, point.threads) for path, point in zip(where, points, strict=True)]
         growth = [1.0, *(b.shape.keys / a.shape.keys for a, b in itertools.pairwise(points))]
         jobs = {m: Job(m, pairs, warm_up, growth=growth, most_seconds=_MOST_SECONDS) for m in methods}
-        found = measure.run_interleaved(
+        results = measure.run_interleaved(
             {m: ["-m", "benchmarks.peers", "--worker", json.dumps(job.as_dict())] for m, job in jobs.items()},
             repetitions,
             lambda: None,
@@ -142,14 +142,16 @@ def run(axis: str, methods: Sequence[str], repetitions: int, smaller: int, direc
         sizes = [measure.file_bytes(path) for path in where]
     lines = []
     for number, point in enumerate(points):
-        loads = {m: [one["loads"][number] for one in found[m]] for m in methods}
-        measure.check_digests({m: each[0]["digest"] for m, each in loads.items() if "digest" in each[0]})
-        for method, each in loads.items():
+        loads = {m: [one["loads"][number] for one in results[m]] for m in methods}
+        measure.check_digests(
+            {m: method_loads[0]["digest"] for m, method_loads in loads.items() if "digest" in method_loads[0]}
+        )
+        for method, method_loads in loads.items():
             common = (point.shape.keys, point.shape.files, sizes[number], point.threads)
             version = overlay.version(METHODS[method].package)
             lines += [
                 dict(zip(COLUMNS, (axis, point.x, method, version, *common, k, load.get("seconds", "")), strict=True))
-                for k, load in enumerate(each)
+                for k, load in enumerate(method_loads)
             ]
     return lines
 

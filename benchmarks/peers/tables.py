@@ -37,11 +37,11 @@ def groups(result: Mapping[str, Any]) -> Iterator[list[Row]]:
 
     On a quiet machine, roofs are a group of their own.
     """
-    found: dict[tuple[str, ...], list[Row]] = {}
+    by_place: dict[tuple[str, ...], list[Row]] = {}
     for row in result["rows"]:
         layout = row["layout"] if row["machine"] == QUIET else ""
-        found.setdefault((*_place(row), layout), []).append(row)
-    yield from found.values()
+        by_place.setdefault((*_place(row), layout), []).append(row)
+    yield from by_place.values()
 
 
 def _cells(row: Row, result: Mapping[str, Any]) -> list[str]:
@@ -49,9 +49,9 @@ def _cells(row: Row, result: Mapping[str, Any]) -> list[str]:
         return ["killed", *[""] * (len(_TITLES) - 1)]
     nbytes = result["file_bytes"]
     seconds = _median(row, "seconds")
-    alike = [other for other in result["rows"] if _place(other) == _place(row) and not _killed(other)]
-    ours = [_median(r, "seconds") for r in alike if r["method"] == "ours" and r["layout"] == row["layout"]]
-    roofs = [_median(r, "seconds") for r in alike if r["method"] in LOADS]
+    comparable = [other for other in result["rows"] if _place(other) == _place(row) and not _killed(other)]
+    ours = [_median(r, "seconds") for r in comparable if r["method"] == "ours" and r["layout"] == row["layout"]]
+    roofs = [_median(r, "seconds") for r in comparable if r["method"] in LOADS]
     read = sum(_median(row, key) for key in ("called_bytes", "mapped_bytes"))
     if row["cache"] == "cold":
         read = _median(row, "disk_bytes")
@@ -88,7 +88,7 @@ def _free(rows: Sequence[Row]) -> str:
 
 def _not_made(result: Mapping[str, Any]) -> Iterator[str]:
     for name, why in result["not_made"].items():
-        yield f"{MACHINES[name].title}: cannot be made here ({' '.join(why.split())})"
+        yield f"{MACHINES[name].title}: cannot be set up here ({' '.join(why.split())})"
 
 
 def terminal(result: Mapping[str, Any]) -> Iterator[Table | str]:
@@ -132,5 +132,5 @@ def check(rows: Sequence[Mapping[str, Any]]) -> None:
         if row["layout"] and not _killed(row):
             name = ", ".join((row["method"], *_place(row)))
             by_layout.setdefault(row["layout"], {})[name] = row["runs"][0]["digest"]
-    for found in by_layout.values():
-        measure.check_digests(found)
+    for digests in by_layout.values():
+        measure.check_digests(digests)

@@ -108,10 +108,10 @@ def _load(job: Job, directory: str, threads: int, repetition: int) -> dict[str, 
         raise RuntimeError(f"{share:.1%} of the files are in the page cache, which is not {job.cache}")
     _meet(job, "before")
     with measure.Measured() as measured:
-        made = run()
+        loaded = run()
     _meet(job, "after")
-    digest = measure.digest(made) if repetition == 0 and isinstance(made, Mapping) else None
-    read_seconds = made.read_seconds if isinstance(made, Loaded) else None
+    digest = measure.digest(loaded) if repetition == 0 and isinstance(loaded, Mapping) else None
+    read_seconds = loaded.read_seconds if isinstance(loaded, Loaded) else None
     return {**measured.result, "read_seconds": read_seconds, "cached_share": share, "digest": digest}
 
 

@@ -137,7 +137,7 @@ def test_a_state_that_cannot_be_made_stands_in_the_result_with_why(tmp_path, mon
     )
     assert result["not_made"] == {"overlayfs": "no rights\nat all"}
     text = tables.markdown({"environment": measure.environment(), **result})
-    assert "| *files on overlayfs: cannot be made here (no rights at all)* |" in text
+    assert "| *files on overlayfs: cannot be set up here (no rights at all)* |" in text
     assert os.listdir(tmp_path) == []
 
 

@@ -194,9 +194,9 @@ def _markdown(rows, environment=(), not_made=()):
 
 def test_tensors_that_differ_give_no_table():
     tables.check([_row("a", "x", "1"), _row("b", "x", "1"), _row("a", "y", "2")])
-    with pytest.raises(RuntimeError, match="do not make the same tensors"):
+    with pytest.raises(RuntimeError, match="do not produce the same tensors"):
         tables.check([_row("a", "x", "1"), _row("b", "x", "2")])
-    with pytest.raises(RuntimeError, match="do not make the same tensors"):
+    with pytest.raises(RuntimeError, match="do not produce the same tensors"):
         tables.check([_row("a", "x", "1"), _row("a", "x", "2", state=memory.AS_FOUND)])
 
 
