@@ -372,11 +372,11 @@ def compared(made: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> dict[s
         raise RuntimeError("the methods do not produce tensors of the same names, shapes and dtypes")
     differing = most = 0
     for name, tensor in made.items():
-        found, expected = (t.reshape(-1).view(torch.int16) for t in (tensor.contiguous(), known[name].contiguous()))
-        at = (found != expected).nonzero().view(-1)
+        bits, expected = (t.reshape(-1).view(torch.int16) for t in (tensor.contiguous(), known[name].contiguous()))
+        at = (bits != expected).nonzero().view(-1)
         if len(at):
             differing += len(at)
-            most = max(most, int((_ordered(found[at]) - _ordered(expected[at])).abs().max()))
+            most = max(most, int((_ordered(bits[at]) - _ordered(expected[at])).abs().max()))
     elements = sum(tensor.numel() for tensor in made.values())
     return {"digest": measure.digest(wanted), "elements": elements, "differing": differing, "most_ulp": most}
 
@@ -423,9 +423,9 @@ def run(
                     measure.read_through(big)
 
             rounds = repetitions[case == "layer"]
-            found = measure.run_interleaved(commands, rounds, before) if commands else {}
-            check(found)
-            runs |= found
+            results = measure.run_interleaved(commands, rounds, before) if commands else {}
+            check(results)
+            runs |= results
     return {
         "shape": shape,
         "layer": layer.name,
@@ -442,7 +442,7 @@ def check(runs: Mapping[str, list[dict[str, Any]]]) -> None:
     Raises:
         RuntimeError: a method returns other values than ours, or ours differ between runs.
     """
-    first = {method: found[0] for method, found in runs.items()}
+    first = {method: method_runs[0] for method, method_runs in runs.items()}
     if len({result["digest"] for result in first.values()}) > 1:
         raise RuntimeError(f"ours does not produce the same values each time: {first}")
     for method, result in first.items():
@@ -455,7 +455,7 @@ def check(runs: Mapping[str, list[dict[str, Any]]]) -> None:
 
 def table(result: Mapping[str, Any]) -> Table:
     runs = result["runs"]
-    rounds = dict.fromkeys(str(len(found)) for found in runs.values())
+    rounds = dict.fromkeys(str(len(method_runs)) for method_runs in runs.values())
     shown = Table(
         title=f"to bfloat16: a matrix {list(result['shape'])} in memory; {result['layer']} from the page cache; "
         f"{result['threads']} threads, {' or '.join(rounds)} runs each: median (20th-80th percentile)",
@@ -465,19 +465,19 @@ def table(result: Mapping[str, Any]) -> Table:
     for title in ("ms", "GB/s of output", "ours is", "peak / output", "differ", "ulp"):
         shown.add_column(title, justify="right")
     for case in CASES:
-        of_case = {method: found for method, found in runs.items() if method.startswith(case)}
+        of_case = {method: method_runs for method, method_runs in runs.items() if method.startswith(case)}
         ours_seconds = _seconds(runs[f"{case}: ours"]) if f"{case}: ours" in runs else None
-        for method, found in of_case.items():
-            seconds, output = _seconds(found), found[0]["output_bytes"]
-            peak = _peak(found)
+        for method, method_runs in of_case.items():
+            seconds, output = _seconds(method_runs), method_runs[0]["output_bytes"]
+            peak = _peak(method_runs)
             shown.add_row(
                 method,
-                measure.spread([run["seconds"] for run in found]).text(1e3, 1),
+                measure.spread([run["seconds"] for run in method_runs]).text(1e3, 1),
                 f"{output / 1e9 / seconds:.2f}",
                 f"{seconds / ours_seconds:.2f}x" if ours_seconds else "",
                 "-" if peak is None else f"{peak:.2f}x",
-                f"{found[0]['differing']} of {found[0]['elements']}",
-                str(found[0]["most_ulp"]),
+                f"{method_runs[0]['differing']} of {method_runs[0]['elements']}",
+                str(method_runs[0]["most_ulp"]),
             )
         shown.add_section()
     for method in result["left_out"]:
@@ -492,7 +492,9 @@ def targets(result: Mapping[str, Any]) -> list[str]:
     for way in ("ours", "ours, worker threads"):
         for case in CASES:
             mine = runs.get(f"{case}: {way}")
-            peers = {m: _seconds(found) for m, found in runs.items() if m.startswith(case) and "ours" not in m}
+            peers = {
+                m: _seconds(method_runs) for m, method_runs in runs.items() if m.startswith(case) and "ours" not in m
+            }
             if mine is None or not peers:
                 continue
             if f"{case}: nemo" in peers:
@@ -516,8 +518,8 @@ def _seconds(runs: list[dict[str, Any]]) -> float:
 
 def _peak(runs: list[dict[str, Any]]) -> float | None:
     """Return the peak of anonymous memory over the size of the output."""
-    found = [run["anonymous_bytes"] for run in runs if run["anonymous_bytes"] is not None]
-    return max(found) / runs[0]["output_bytes"] if found else None
+    peaks = [run["anonymous_bytes"] for run in runs if run["anonymous_bytes"] is not None]
+    return max(peaks) / runs[0]["output_bytes"] if peaks else None
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -120,7 +120,7 @@ def run(layers: int, small: bool, repetitions: int, directory: str | None) -> di
             before = (lambda: measure.read_through(places["big"])) if kind == "load" else (lambda: None)
             runs[kind] = measure.run_interleaved(commands, repetitions, before)
         file_bytes = sum(path.stat().st_size for path in Path(places["big"]).glob("*.safetensors"))
-    digests = {method: found[0]["digest"] for method, found in runs["load"].items()}
+    digests = {method: loads[0]["digest"] for method, loads in runs["load"].items()}
     if len(set(digests.values())) > 1:
         raise RuntimeError(f"the tensors differ: {digests}")
     return {"shape": shape.name, "headers": many.name, "keys": many.keys, "file_bytes": file_bytes, "runs": runs}
@@ -142,7 +142,7 @@ def table(result: dict[str, Any]) -> Table:
             seconds.text(),
             f"{result['file_bytes'] / 1e9 / seconds.median:.2f}",
             *(f"{max(load[kind] or 0 for load in loads) / result['file_bytes']:.2f}" for kind in _MEMORY),
-            measure.spread([found["seconds"] for found in result["runs"]["reach"][method]]).text(),
+            measure.spread([run["seconds"] for run in result["runs"]["reach"][method]]).text(),
         )
     return shown
 

@@ -164,7 +164,7 @@ def run(layers: int, size: str, repetitions: int, directory: str | None) -> dict
         common = [root, size, str(layers)]
         commands = {method: ["-m", "benchmarks.mapping", "--worker", method, *common] for method in METHODS}
         runs = measure.run_interleaved(commands, repetitions, lambda: memory.wait(memory.AS_FOUND))
-        measure.check_digests({method: found["digest"] for method, of in runs.items() for found in of})
+        measure.check_digests({method: one["digest"] for method, method_runs in runs.items() for one in method_runs})
         if measure.digest(amc.load_state_dict(own, rules=[])) != at_start:
             raise RuntimeError("writing to tensors has reached the files")
         file_bytes = measure.file_bytes(own)
@@ -224,7 +224,7 @@ def main(arguments: list[str] | None = None) -> None:
     result = run(given.layers, given.size, given.repetitions, given.directory)
     show_environment(environment)
     show(table(result))
-    pss = ", ".join(f"{found / result['file_bytes']:.2f}" for found in result["pss_bytes"])
+    pss = ", ".join(f"{nbytes / result['file_bytes']:.2f}" for nbytes in result["pss_bytes"])
     show(f"memory of {PROCESSES} processes that have all of it mapped and touched, each x files (PSS): {pss}")
     measure.write_json(given.json, {"environment": environment, **result})
 

@@ -90,7 +90,7 @@ def touch_speeds(nbytes: int = 512 << 20, rounds: int = 3, seconds: float = RETU
             ready_memory(3 * nbytes)
             time.sleep(pause)
             speeds[name].append(nbytes / 1e9 / _touch(nbytes))
-    return {name: statistics.median(found) for name, found in speeds.items()}
+    return {name: statistics.median(values) for name, values in speeds.items()}
 
 
 def goes_back(speeds: Mapping[str, float]) -> bool:

@@ -329,7 +329,7 @@ def run(shape: Shape, methods: list[str], repetitions: int, threads: int, direct
         runs = measure.run_interleaved(commands, repetitions, lambda: measure.read_through(big))
         file_bytes = sum(path.stat().st_size for path in Path(big).glob("*.safetensors"))
     digests = {method: [rank["digest"] for rank in runs[method][0]["ranks"]] for method in methods}
-    if any(found != digests[methods[0]] for found in digests.values()):
+    if any(digest != digests[methods[0]] for digest in digests.values()):
         raise RuntimeError(f"the methods do not produce the same tensors: {digests}")
     return {
         "shape": shape.name,
@@ -404,15 +404,15 @@ def table(result: Mapping[str, Any]) -> Table:
         "of owned",
     ):
         shown.add_column(title, justify="right")
-    seconds = {method: statistics.median(run["seconds"] for run in found) for method, found in runs.items()}
-    for method, found in runs.items():
-        ranks = [rank for run in found for rank in run["ranks"]]
-        owned = sum(rank["owned_bytes"] for rank in found[0]["ranks"])
+    seconds = {method: statistics.median(run["seconds"] for run in method_runs) for method, method_runs in runs.items()}
+    for method, method_runs in runs.items():
+        ranks = [rank for run in method_runs for rank in run["ranks"]]
+        owned = sum(rank["owned_bytes"] for rank in method_runs[0]["ranks"])
         anonymous = max(rank["anonymous_bytes"] or 0 for rank in ranks)
         shown.add_row(
             method,
-            measure.spread([run["seconds"] for run in found]).text(),
-            f"{statistics.median(sum(rank['cpu_seconds'] for rank in run['ranks']) for run in found):.2f}",
+            measure.spread([run["seconds"] for run in method_runs]).text(),
+            f"{statistics.median(sum(rank['cpu_seconds'] for rank in run['ranks']) for run in method_runs):.2f}",
             f"{owned / 1e9 / seconds[method]:.2f}",
             f"{seconds[method] / seconds['ours']:.2f}x" if "ours" in seconds else "",
             *(_most(ranks, f"{way}_bytes") for way in ("counted", "called", "mapped")),
@@ -445,8 +445,8 @@ def planning_table(result: Mapping[str, Any]) -> Table:
         shown.add_column(title, justify="left" if title == "stage" else "right")
     rows = dict(seconds) | {"together": [sum(laps) for laps in zip(*seconds.values(), strict=True)]}
     for stage, values in rows.items():
-        found = measure.spread(values)
-        shown.add_row(stage, found.text(digits=3), found.text(1e6 / result["keys"], 2))
+        times = measure.spread(values)
+        shown.add_row(stage, times.text(digits=3), times.text(1e6 / result["keys"], 2))
     return shown
 
 

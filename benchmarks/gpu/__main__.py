@@ -83,12 +83,12 @@ def run(options: argparse.Namespace) -> int:
     out = Path(options.out)
     out.mkdir(parents=True, exist_ok=True)
     kept = record.Record.of if (out / record.NAME).exists() else record.Record.new
-    found = kept(out / record.NAME)
-    if options.layers not in (None, found.result.get("layers", options.layers)):
+    kept_record = kept(out / record.NAME)
+    if options.layers not in (None, kept_record.result.get("layers", options.layers)):
         # Rows of checkpoints with other lengths are not comparable.
-        raise SystemExit(f"the record's checkpoints have {found.result['layers']} layers; leave --layers out")
-    found.say = _say
-    found.result["runs"].append(
+        raise SystemExit(f"the record's checkpoints have {kept_record.result['layers']} layers; leave --layers out")
+    kept_record.say = _say
+    kept_record.result["runs"].append(
         {
             "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
             "minutes": options.minutes,
@@ -98,8 +98,8 @@ def run(options: argparse.Namespace) -> int:
     )
     with _temporary(options.directory) as root:
         fitting = layers_that_fit(options.layers or _LAYERS, shutil.disk_usage(root).free)
-        layers = found.result.setdefault("layers", fitting)
-        found.write()
+        layers = kept_record.result.setdefault("layers", fitting)
+        kept_record.write()
         work = Run(
             device="cpu" if options.smoke else _DEVICE,
             smoke=options.smoke,
@@ -107,12 +107,12 @@ def run(options: argparse.Namespace) -> int:
             layers=layers,
             root=root,
             place=Place(_variables(options.smoke), (out / _LOG).absolute()),
-            record=found,
+            record=kept_record,
             only=tuple(options.stage or ()),
         )
         run_all(work, 60 * options.minutes, _say)
-    sys.stdout.write(f"{tables.markdown(found.result)}\n{tables.ending(found.result)}")
-    return int(bool(record.problems(found.result)))
+    sys.stdout.write(f"{tables.markdown(kept_record.result)}\n{tables.ending(kept_record.result)}")
+    return int(bool(record.problems(kept_record.result)))
 
 
 @contextmanager

@@ -33,7 +33,7 @@ _DECODED = ("dequantize fp8", "dequantize mxfp4")
 _DECODED_TURNED = ("dequantize fp8 transposed", "dequantize mxfp4 transposed")
 
 
-class Made(NamedTuple):
+class Derived(NamedTuple):
     """A value that is computed from the original one on first use, so that this file needs no Triton."""
 
     make: Callable[[Any], Any]
@@ -76,13 +76,13 @@ def _tiles(rows: int, columns: int) -> tuple[Patch, ...]:
 
 
 def _group(count: int) -> Patch:
-    return Patch(_TILES, "_GROUP", Made(lambda found: type(found)(count)))  # a tl.constexpr
+    return Patch(_TILES, "_GROUP", Derived(lambda found: type(found)(count)))  # a tl.constexpr
 
 
 def _decoder(name: str) -> Patch:
     """Patch the package's kernel with one of ``benchmarks.gpu.decoders``."""
     decoders = "benchmarks.gpu.decoders"
-    replacement = Made(lambda kernel: replace(kernel, function=importlib.import_module(decoders).KERNELS[name]))
+    replacement = Derived(lambda kernel: replace(kernel, function=importlib.import_module(decoders).KERNELS[name]))
     return Patch(_DEQUANTIZE, "DEQUANTIZE_TILES", replacement)
 
 
@@ -129,7 +129,7 @@ def patched(candidate: Candidate) -> Iterator[None]:
     with ExitStack() as stack:
         for patch in candidate.patches:
             found = patch.found()
-            value = patch.value.make(found) if isinstance(patch.value, Made) else patch.value
+            value = patch.value.make(found) if isinstance(patch.value, Derived) else patch.value
             module = importlib.import_module(patch.module)
             if patch.key is None:
                 stack.enter_context(mock.patch.object(module, patch.name, value))

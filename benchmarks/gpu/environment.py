@@ -73,7 +73,7 @@ def which(device: Mapping[str, Any]) -> tuple[Any, Any]:
     return device["name"], device.get("capability")
 
 
-def said(command: tuple[str, ...]) -> str:
+def output_of(command: tuple[str, ...]) -> str:
     """Return the output of a command, or a text that it is not installed."""
     if shutil.which(command[0]) is None:
         return f"{command[0]} is not installed"
@@ -88,16 +88,16 @@ def environment() -> dict[str, Any]:
 
 
 def work(order: Mapping[str, Any], channel: Channel) -> None:
-    found: dict[str, Callable[[], Any]] = {
+    facts: dict[str, Callable[[], Any]] = {
         IMPORTS: import_seconds,
         "environment": environment,
         "device": lambda: describe(order["device"]),
-        **{name: lambda command=command: said(command) for name, command in _COMMANDS.items()},
+        **{name: lambda command=command: output_of(command) for name, command in _COMMANDS.items()},
     }
     for cell in order["cells"]:
         channel.begin(cell)
         try:
-            channel.row(cell, found=found[cell]())
+            channel.row(cell, found=facts[cell]())
         except Exception as error:  # the next cell may work, and this machine may not come back
             channel.row(cell, error=text_of(error))
 

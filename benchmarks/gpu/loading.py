@@ -75,23 +75,23 @@ def load_safetensors(directory: str, device: torch.device, *, transposed: bool) 
     """Load with the usual code: files by ``load_file``, experts by stack and cat; FP8 is decoded per expert first."""
     from safetensors.torch import load_file
 
-    found: dict[str, Tensor] = {}
+    stored: dict[str, Tensor] = {}
     for path in sorted(Path(directory).glob("*.safetensors")):
-        found |= load_file(path, device=str(device))
-    for name in [name for name in found if name.endswith("_scale_inv")]:
-        found[name.removesuffix("_scale_inv")] = _product(found[name.removesuffix("_scale_inv")], found.pop(name))
-    made = {name: tensor for name, tensor in found.items() if ".experts." not in name}
-    for prefix in sorted({name.partition(".experts.")[0] for name in found if ".experts." in name}):
-        count = len([name for name in found if name.startswith(f"{prefix}.experts.") and ".down_proj." in name])
+        stored |= load_file(path, device=str(device))
+    for name in [name for name in stored if name.endswith("_scale_inv")]:
+        stored[name.removesuffix("_scale_inv")] = _product(stored[name.removesuffix("_scale_inv")], stored.pop(name))
+    tensors = {name: tensor for name, tensor in stored.items() if ".experts." not in name}
+    for prefix in sorted({name.partition(".experts.")[0] for name in stored if ".experts." in name}):
+        count = len([name for name in stored if name.startswith(f"{prefix}.experts.") and ".down_proj." in name])
         gate, up, down = (
-            torch.stack([found.pop(f"{prefix}.experts.{e}.{part}.weight") for e in range(count)])
+            torch.stack([stored.pop(f"{prefix}.experts.{e}.{part}.weight") for e in range(count)])
             for part in ("gate_proj", "up_proj", "down_proj")
         )
         both = torch.cat([gate, up], 1)
         del gate, up
-        made[f"{prefix}.experts.gate_up_proj"] = both.transpose(1, 2).contiguous() if transposed else both
-        made[f"{prefix}.experts.down_proj"] = down.transpose(1, 2).contiguous() if transposed else down
-    return made, {}
+        tensors[f"{prefix}.experts.gate_up_proj"] = both.transpose(1, 2).contiguous() if transposed else both
+        tensors[f"{prefix}.experts.down_proj"] = down.transpose(1, 2).contiguous() if transposed else down
+    return tensors, {}
 
 
 def _product(codes: Tensor, scales: Tensor) -> Tensor:
@@ -173,7 +173,7 @@ def timed(loading: Loading, root: str, device: torch.device) -> dict[str, Any]:
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats(device)
     taken, (tensors, detail) = _once(loading, root, device)
-    found = {
+    row = {
         "checkpoint": loading.checkpoint,
         "transposed": loading.transposed,
         "seconds": taken,
@@ -189,8 +189,8 @@ def timed(loading: Loading, root: str, device: torch.device) -> dict[str, Any]:
         gc.collect()  # models have reference cycles
         if device.type == "cuda":
             torch.cuda.empty_cache()
-        found["again_s"].append(_once(loading, root, device)[0])
-    return found
+        row["again_s"].append(_once(loading, root, device)[0])
+    return row
 
 
 def _once(loading: Loading, root: str, device: torch.device) -> tuple[float, Loaded]:
@@ -210,13 +210,13 @@ def _pin(nbytes: int, device: torch.device) -> float | None:
 
 def digest(tensors: Mapping[str, Tensor]) -> str:
     """Return a hash of names, shapes and all bytes with their positions, summed quickly on the tensors' device."""
-    found = blake2b(digest_size=16)
+    result = blake2b(digest_size=16)
     for name, tensor in sorted(tensors.items()):
-        found.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        result.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
         for piece in tensor.contiguous().view(-1).view(torch.int16).split(_PIECE_ELEMENTS):
             place = torch.arange(1, len(piece) + 1, device=piece.device)
-            found.update(f" {(piece.long() * (place * _ODD | 1)).sum().item()}".encode())
-    return found.hexdigest()
+            result.update(f" {(piece.long() * (place * _ODD | 1)).sum().item()}".encode())
+    return result.hexdigest()
 
 
 def mark_unequal(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:

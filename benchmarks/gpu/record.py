@@ -68,7 +68,7 @@ class Record:
             left = [cell for cell in self.result["left_out"].pop(stage, []) if cell not in cells]
             self.result["left_out"] |= {stage: left} if left else {}
 
-    def tell(self, part: str, stage: str, what: Any) -> None:
+    def note(self, part: str, stage: str, what: Any) -> None:
         """Keep something of a stage in addition to its rows: its ``errors``, ``stages_s`` or ``left_out``."""
         with self._lock:
             self.result[part][stage] = what

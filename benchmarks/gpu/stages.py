@@ -101,7 +101,7 @@ def run_tests(run: Run, limits: Limits) -> None:
     tasks = [Task("benchmarks.gpu.testing", {**order, "share": [k, count]}, None) for k in range(count)]
     run_tasks_together(tasks, "tests", run.record, run.place, limits, quiet=True)
     if not run.record.rows("tests") and "tests" not in run.record.result["left_out"]:
-        run.record.tell("errors", "tests", f"there is no test in {run.tests}")
+        run.record.note("errors", "tests", f"there is no test in {run.tests}")
 
 
 def measure_kernels(run: Run, limits: Limits) -> None:
@@ -220,6 +220,6 @@ def run_all(run: Run, seconds: float, say: Callable[[str], None]) -> None:
         try:
             STAGES[name].do(run, limits)
         except Exception:  # measure what still can be measured: this machine may not come back
-            run.record.tell("errors", name, traceback.format_exc()[-2000:])
-        run.record.tell("stages_s", name, round(time.monotonic() - began, 1))
+            run.record.note("errors", name, traceback.format_exc()[-2000:])
+        run.record.note("stages_s", name, round(time.monotonic() - began, 1))
     run.record.write()

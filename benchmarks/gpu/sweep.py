@@ -56,7 +56,7 @@ def cells(smoke: bool) -> dict[str, Cell]:
 def work(order: Mapping[str, Any], channel: Channel) -> None:
     device = torch.device(order["device"])
     known = cells(order["smoke"])
-    made = _Made(device)
+    made = _Buffers(device)
     for name in order["cells"]:
         channel.begin(name)
         with kernels.a_cell(name, device, channel):
@@ -80,7 +80,7 @@ def _row(cell: Cell) -> dict[str, Any]:
     return {**kernels.described(cell.layer), "operation": cell.operation, "candidate": cell.candidate.name}
 
 
-class _Made:
+class _Buffers:
     """Buffers of one operation on one layer, and the time of ``copy_`` of the same bytes, for all its candidates."""
 
     def __init__(self, device: torch.device):
@@ -100,8 +100,8 @@ class _Made:
                 ours = kernels.ways(case)["ours"]()
                 case.verify(cell.candidate.name, ours)
                 ms["ours"] = median_ms(ours, self._device)
-        found = {"wrong": attempts.wrong, "failed": attempts.failed}
-        return {"bytes_moved": case.bytes_moved, "ms": ms, **found}
+        problems = {"wrong": attempts.wrong, "failed": attempts.failed}
+        return {"bytes_moved": case.bytes_moved, "ms": ms, **problems}
 
 
 if __name__ == "__main__":

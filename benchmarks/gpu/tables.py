@@ -51,7 +51,7 @@ def ending(result: Mapping[str, Any]) -> str:
     return "\n".join([*lines, f"Took: {taken}"]) + "\n"
 
 
-def said(stage: str, row: Row) -> str:
+def row_line(stage: str, row: Row) -> str:
     """Return a row as one line, for the progress output."""
     parts = [f"    {row['cell']}"]
     if "ms" in row:

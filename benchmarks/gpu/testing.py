@@ -18,7 +18,7 @@ from benchmarks.gpu.worker import TEXT_CHARACTERS, Channel, serve
 _RUN = 12
 
 
-class Telling:
+class Reporter:
     """A plugin of pytest that selects this worker's share and reports the result of each test."""
 
     def __init__(self, order: Mapping[str, Any], channel: Channel):
@@ -57,12 +57,12 @@ class Telling:
             self._skipped[name] = str(report.longrepr[-1] if isinstance(report.longrepr, tuple) else report.longrepr)
 
     def pytest_runtest_logfinish(self, nodeid: str) -> None:
-        found: dict[str, Any] = {"seconds": round(self._seconds[nodeid], 2)}
+        row: dict[str, Any] = {"seconds": round(self._seconds[nodeid], 2)}
         if nodeid in self._failed:
-            found["error"] = self._failed[nodeid]
+            row["error"] = self._failed[nodeid]
         elif nodeid in self._skipped:
-            found["skipped"] = self._skipped[nodeid][:200]
-        self._channel.row(nodeid, **found)
+            row["skipped"] = self._skipped[nodeid][:200]
+        self._channel.row(nodeid, **row)
         if nodeid in self._failed:
             self._end_if_broken()
 
@@ -84,7 +84,7 @@ def work(order: Mapping[str, Any], channel: Channel) -> None:
     arguments = ["-q", "-p", "no:cacheprovider", "--tb=short", "--continue-on-collection-errors"]
     # Tests that need most of the device's memory run separately, later.
     arguments += ["-m", "gpu" if order["huge"] else "not gpu", order["tests"]]
-    code = pytest.main(arguments, plugins=[Telling(order, channel)])
+    code = pytest.main(arguments, plugins=[Reporter(order, channel)])
     if code not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED, pytest.ExitCode.NO_TESTS_COLLECTED):
         raise RuntimeError(f"pytest ended with {code!r}")
 

@@ -48,8 +48,8 @@ class Channel:
     def way(self, name: str) -> None:
         self._say({"way": name})
 
-    def row(self, cell: str, **found: Any) -> None:
-        self._say({"row": {"cell": cell, **found}})
+    def row(self, cell: str, **results: Any) -> None:
+        self._say({"row": {"cell": cell, **results}})
 
     def broken(self, text: str) -> NoReturn:
         """End this process, because all further work in it would fail too."""

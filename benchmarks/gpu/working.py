@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from benchmarks.gpu.listening import Limits, Message, Place, run_worker
 from benchmarks.gpu.record import Record, is_wrong
-from benchmarks.gpu.tables import said
+from benchmarks.gpu.tables import row_line
 
 _BARREN = 2
 
@@ -87,7 +87,7 @@ class _Work:
                 self._mark(self._cell, why)
             barren = 0 if self._known() != before else barren + 1
             if barren == _BARREN:
-                self._record.tell("errors", self._stage, why)
+                self._record.note("errors", self._stage, why)
                 break
         left = ["what the worker would have found to do"] if self._todo is None else list(self._todo)
         if left:
@@ -126,4 +126,4 @@ class _Work:
             self._todo.pop(row["cell"], None)
         self._record.add(self._stage, row, soon=self._quiet)
         if is_wrong(row) or not self._quiet:
-            self._record.say(said(self._stage, row))
+            self._record.say(row_line(self._stage, row))

@@ -50,7 +50,7 @@ from typing import Any
 
 from benchmarks import measure, memory
 from benchmarks.peers import overlay, tables
-from benchmarks.peers.machines import MACHINES, QUIET, CannotBeMade
+from benchmarks.peers.machines import MACHINES, QUIET, Unavailable
 from benchmarks.peers.methods import METHODS
 from benchmarks.peers.roofs import ROOFS
 from benchmarks.peers.running import run_jobs
@@ -126,7 +126,7 @@ def run(
                             to = layouts if alone else layouts[:1]
                             jobs = jobs_of(wanted, to, on, state, made.directory, warm_up, threads)
                             rows += _rows(name, jobs, run_jobs(jobs, repetitions, made))
-                except CannotBeMade as error:
+                except Unavailable as error:
                     not_made[name] = str(error)
     tables.check(rows)
     return {

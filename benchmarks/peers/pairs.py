@@ -18,7 +18,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from benchmarks import measure, memory
-from benchmarks.peers.machines import Made
+from benchmarks.peers.machines import State
 from benchmarks.peers.methods import METHODS
 from benchmarks.peers.running import run_jobs
 from benchmarks.peers.worker import Job
@@ -39,7 +39,7 @@ def run(shape: Shape, against: str, pairs: int, threads: int, directory: str | N
         write_checkpoint(SMALL, warm_up)
         os.sync()
         jobs = {name: Job(name, [(big, threads)], warm_up, memory=memory.AS_FOUND) for name in ("ours", against)}
-        runs = run_jobs(jobs, pairs, Made(big))
+        runs = run_jobs(jobs, pairs, State(big))
         nbytes = measure.file_bytes(big)
     measure.check_digests({name: results[0]["digest"] for name, results in runs.items()})
     return {"shape": shape.name, "file_bytes": nbytes, "threads": threads, "against": against, "runs": runs}

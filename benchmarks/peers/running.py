@@ -11,12 +11,12 @@ from typing import Any
 
 from benchmarks import measure, memory
 from benchmarks.peers import cache
-from benchmarks.peers.machines import Made
+from benchmarks.peers.machines import State
 from benchmarks.peers.methods import METHODS
 from benchmarks.peers.worker import Job, variables
 
 
-def run_jobs(jobs: Mapping[str, Job], repetitions: int, state: Made) -> dict[str, list[dict[str, Any]]]:
+def run_jobs(jobs: Mapping[str, Job], repetitions: int, state: State) -> dict[str, list[dict[str, Any]]]:
     """Return the measurements of each job, by its key and repetition.
 
     A run that was killed has only ``killed``.
@@ -27,7 +27,7 @@ def run_jobs(jobs: Mapping[str, Job], repetitions: int, state: Made) -> dict[str
     return measure.interleaved(list(jobs), repetitions, lambda key, repetition: _run(jobs[key], repetition, state))
 
 
-def _run(job: Job, repetition: int, state: Made) -> dict[str, Any]:
+def _run(job: Job, repetition: int, state: State) -> dict[str, Any]:
     if job.cache == "cold":  # before the wait, because this also frees memory
         for directory, _ in job.points:
             cache.evict(directory)
@@ -40,7 +40,7 @@ def _run(job: Job, repetition: int, state: Made) -> dict[str, Any]:
         return {"killed": True}
 
 
-def _load(job: Job, repetition: int, state: Made) -> dict[str, Any]:
+def _load(job: Job, repetition: int, state: State) -> dict[str, Any]:
     huge_pages = job.method in METHODS and job.memory in METHODS[job.method].huge_pages
     result = measure.run_worker(
         ["-m", "benchmarks.peers", "--worker", json.dumps(job.as_dict())],
@@ -51,7 +51,7 @@ def _load(job: Job, repetition: int, state: Made) -> dict[str, Any]:
     return result["loads"][0]
 
 
-def _load_twice(job: Job, repetition: int, state: Made) -> dict[str, Any]:
+def _load_twice(job: Job, repetition: int, state: State) -> dict[str, Any]:
     """Start two loads at the same time.
 
     Return the measurements of the one that ends last.
