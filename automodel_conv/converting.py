@@ -25,9 +25,9 @@ from automodel_conv.errors import (
 from automodel_conv.execution.comparing import compare_file
 from automodel_conv.execution.file_slabs import FileSlabs
 from automodel_conv.execution.writing import (
-    Budget,
-    begin_shard,
-    budget,
+    ScratchSplit,
+    create_shard_file,
+    split_scratch,
     write_slabs,
 )
 from automodel_conv.files import system
@@ -159,7 +159,7 @@ def convert_checkpoint(
             max_shard_size=max_shard_size,
         )
     checkpoint, shards = conversion.checkpoint, conversion.shards
-    share = budget(threads, DEFAULT_SCRATCH_BYTES if scratch_bytes is None else scratch_bytes, reads_files=True)
+    share = split_scratch(threads, DEFAULT_SCRATCH_BYTES if scratch_bytes is None else scratch_bytes, reads_files=True)
     directory = os.path.abspath(os.fsdecode(destination))
     state = _state_of(checkpoint)
     config = plain_config(checkpoint.directory) if dequantize else None
@@ -204,7 +204,7 @@ def convert_checkpoint(
                 to_write, to_verify = shard.name in unfinished, verify and shard.name not in place.verified
                 if to_write:
                     path = place.path(shard.name)
-                    begin_shard(shard, path)
+                    create_shard_file(shard, path)
                     with made.opened(file) as slabs:
                         write_slabs([slabs], path, share.threads, advance)
                 if to_verify:
@@ -275,7 +275,9 @@ def _beside_weights(checkpoint: Checkpoint, destination: str, dequantize: bool) 
     return tuple(name for name in beside if not (dequantize and name == MODELOPT_NAME))
 
 
-def _compare_finished(conversion: Conversion, directory: str, made: FileSlabs, share: Budget, progress: bool) -> None:
+def _compare_finished(
+    conversion: Conversion, directory: str, made: FileSlabs, share: ScratchSplit, progress: bool
+) -> None:
     """Compare all that lies in a directory with what the conversion makes.
 
     Raises:

@@ -21,7 +21,7 @@ from automodel_conv.distributed.placements import all_as_distributed, meshes_of
 from automodel_conv.distributed.replicas import to_read
 from automodel_conv.doors import door
 from automodel_conv.execution.checksums import verify_checksums
-from automodel_conv.execution.filling import Limits, fill, within
+from automodel_conv.execution.filling import Limits, fill, limits_in_budget
 from automodel_conv.execution.mapping import map_targets, with_new, without
 from automodel_conv.execution.report import Clock, LoadedStateDict, LoadReport, report_of
 from automodel_conv.planning.plan import CopyPlan
@@ -165,7 +165,7 @@ def load_state_dict(
         mapped = map_targets(mine, checkpoint, devices) if options.memory_map else {}
         buffers = with_new(own.targets, mapped, devices)
         clock.lap("plan")
-        limits = within(options.memory_budget, options.limits, without(own, mapped), buffers)
+        limits = limits_in_budget(options.memory_budget, options.limits, without(own, mapped), buffers)
         stats = fill(without(mine, mapped), checkpoint, buffers, limits, progress=options.progress)
         clock.lap("read")
     send([state[name] for name in shared_names], [buffers[name] for name in shared_names])
@@ -278,7 +278,7 @@ def load_model(
         model_tensors = ModelTensors.of(model, state, whole, options.strict, device_of, map_new)
         clock.lap("plan")
         to_fill = without(model_tensors.plan, model_tensors.mapped)
-        limits = within(
+        limits = limits_in_budget(
             options.memory_budget, options.limits, to_fill, model_tensors.buffers, model_tensors.extra_bytes
         )
         mine, shared_names = to_read(model_tensors.plan, state, options.broadcast)

@@ -23,7 +23,7 @@ import automodel_conv as amc
 from automodel_conv.compiling import opening
 from automodel_conv.dtypes import BITS, dtype_code, torch_dtype
 from automodel_conv.errors import DestinationError, ReadError, UnsupportedError, VerificationError
-from automodel_conv.execution.mapping import file_range_of, map_targets, spans
+from automodel_conv.execution.mapping import file_range_of, group_ranges, map_targets
 from automodel_conv.files import system
 from automodel_conv.testing import POISON, address_valued, assert_bytes_equal
 from tests.comparing import assert_same, assert_same_in_order, contents, tensors_of
@@ -150,10 +150,10 @@ def test_neighbours_share_a_mapping_up_to_its_size_and_no_two_places_of_one_over
     plan = amc.compile_plan(checkpoint, rules=[])
     places = [file_range_of(target, checkpoint) for target in plan.targets]
     for limit, count in ((400, 30), (1199, 15), (1200, 10), (12_000, 1), (1, 30)):
-        made = list(spans(places[::-1], limit))
+        made = list(group_ranges(places[::-1], limit))
         assert len(made) == count
         assert sorted(place.target.name for span in made for place in span) == list(tensors)
-    twice = list(spans([*places, *places]))
+    twice = list(group_ranges([*places, *places]))
     assert sum(map(len, twice)) == 60
     for span in twice:
         assert all(a.stop_bytes <= b.offset_bytes for a, b in pairwise(span))

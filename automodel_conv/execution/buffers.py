@@ -60,7 +60,7 @@ def allocate(targets: Iterable[Target], device: torch.device | str = "cpu") -> d
     return buffers
 
 
-def checked(target: Target, buffers: Mapping[str, Tensor]) -> Tensor:
+def checked_buffer(target: Target, buffers: Mapping[str, Tensor]) -> Tensor:
     """The buffer of a target, detached from autograd.
 
     Raises:

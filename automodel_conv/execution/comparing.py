@@ -8,21 +8,21 @@ import numpy as np
 
 from automodel_conv.dtypes import itemsize
 from automodel_conv.errors import VerificationError, message
-from automodel_conv.execution.writing import Maker, compare_slabs
+from automodel_conv.execution.writing import SlabProducer, first_different_byte
 from automodel_conv.files.shards import Shard
 from automodel_conv.files.source import ByteSource
 from automodel_conv.schedule.writes import Slab
 
 
 def compare_file(
-    slabs: tuple[Sequence[Slab], Callable[[], Maker]],
+    slabs: tuple[Sequence[Slab], Callable[[], SlabProducer]],
     source: ByteSource,
     shard: Shard,
     threads: int,
     advance: Callable[[int], None],
 ) -> None:
     """Raise VerificationError for the first element of a file that is not what the slabs make."""
-    at = compare_slabs(slabs[0], source, slabs[1], threads, advance)
+    at = first_different_byte(slabs[0], source, slabs[1], threads, advance)
     if at is None:
         return
     spec, begin = next(

@@ -8,7 +8,7 @@ from itertools import chain
 from math import prod
 
 from automodel_conv.execution.reading import OpenFiles
-from automodel_conv.execution.writing import Budget, Maker, SourceFiles, jobs_of
+from automodel_conv.execution.writing import ScratchSplit, SlabProducer, SourceFileProducer, jobs_by_slab
 from automodel_conv.files.checkpoint import Checkpoint
 from automodel_conv.planning.copies import Decode, Target
 from automodel_conv.schedule.writes import Slab, slab_schedule
@@ -28,7 +28,7 @@ class FileSlabs:
         targets: Sequence[Target],
         places: Sequence[tuple[int, int]],
         decodes: Mapping[int, Decode],
-        share: Budget,
+        share: ScratchSplit,
     ):
         pairs = [pair for pair in zip(targets, places, strict=True) if prod(pair[0].shape)]
         targets, places = [target for target, _ in pairs], [place for _, place in pairs]
@@ -43,14 +43,14 @@ class FileSlabs:
         return sum(slab.nbytes for slabs in self.by_file.values() for slab in slabs)
 
     @contextmanager
-    def opened(self, file: int) -> Iterator[tuple[Sequence[Slab], Callable[[], Maker]]]:
+    def opened(self, file: int) -> Iterator[tuple[Sequence[Slab], Callable[[], SlabProducer]]]:
         """The slabs of an output file, and what starts their maker in a thread; the block's end closes the sources."""
         slabs, share = self.by_file.get(file, []), self._share
-        jobs = jobs_of(slabs, self._checkpoint, self._decodes, share.input_bytes)
+        jobs = jobs_by_slab(slabs, self._checkpoint, self._decodes, share.input_bytes)
         files = OpenFiles(self._checkpoint, (job.reads for job in chain.from_iterable(jobs.values())))
 
-        def start() -> Maker:
-            return SourceFiles(self._checkpoint, files, jobs, self._dtypes, share.slab_bytes, share.input_bytes)
+        def start() -> SlabProducer:
+            return SourceFileProducer(self._checkpoint, files, jobs, self._dtypes, share.slab_bytes, share.input_bytes)
 
         try:
             yield slabs, start

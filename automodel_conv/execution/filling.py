@@ -20,7 +20,7 @@ from automodel_conv.execution.cores import default_reader_threads
 from automodel_conv.execution.cuda import transfer_device
 from automodel_conv.execution.device import load_to_device, ring_of
 from automodel_conv.execution.host import load_to_host
-from automodel_conv.execution.load import note_filled, tell
+from automodel_conv.execution.load import add_filled_targets, add_note
 from automodel_conv.execution.protocols import Device
 from automodel_conv.execution.stats import LoadStats
 from automodel_conv.execution.workers import Stopped, run_concurrently
@@ -39,7 +39,7 @@ class Limits(NamedTuple):
     huge_pages: bool | None = None  # of new host memory
 
 
-def within(
+def limits_in_budget(
     memory_budget: int | None, limits: Limits, plan: CopyPlan, buffers: Mapping[str, Tensor], extra_bytes: int = 0
 ) -> Limits:
     """Limits under which a load uses at most ``memory_budget`` bytes beside its buffers, on host and devices together.
@@ -101,7 +101,7 @@ def fill(
         ConversionError: there is less scratch than all devices need; nothing has been read then.
     """
     parts = _parts(plan, buffers)
-    shares = shared_out(limits, [part.need for part in parts])
+    shares = split_limits(limits, [part.need for part in parts])
     stop = threading.Event()
     stats: dict[torch.device, LoadStats] = {}
     errors: dict[torch.device, BaseException] = {}
@@ -129,14 +129,14 @@ def fill(
     return {part.device: stats[part.device] for part in parts}
 
 
-class Need(NamedTuple):
+class DeviceBytes(NamedTuple):
     """The bytes that a device is filled with, and whether they are streamed to it."""
 
     nbytes: int
     is_streamed: bool
 
 
-def shared_out(limits: Limits, needs: Sequence[Need]) -> list[Limits]:
+def split_limits(limits: Limits, needs: Sequence[DeviceBytes]) -> list[Limits]:
     """The limits of each device, in proportion to its bytes; together they are no more than those of the load.
 
     Pinned memory, which torch rounds up to a power of two, is rounded down to one.
@@ -191,7 +191,7 @@ class _Part(NamedTuple):
     device: torch.device
     plan: CopyPlan
     streamed_to: Device | None
-    need: Need
+    need: DeviceBytes
 
 
 def _parts(plan: CopyPlan, buffers: Mapping[str, Tensor]) -> list[_Part]:
@@ -203,7 +203,7 @@ def _parts(plan: CopyPlan, buffers: Mapping[str, Tensor]) -> list[_Part]:
     for device, targets in groups.items():
         streamed_to = transfer_device(device)
         nbytes = sum(buffers[target.name].nbytes for target in targets)
-        need = Need(nbytes, streamed_to is not None)
+        need = DeviceBytes(nbytes, streamed_to is not None)
         parts.append(_Part(device, replace(plan, targets=tuple(targets)), streamed_to, need))
     return parts
 
@@ -270,9 +270,9 @@ def _note_device(part: _Part, error: BaseException, is_complete: bool, own: Base
         own: what its executor raised, which has told what is complete; ``error`` itself if that has raised nothing.
     """
     if is_complete:
-        note_filled(error, [target.name for target in part.plan.targets], len(part.plan.targets))
+        add_filled_targets(error, [target.name for target in part.plan.targets], len(part.plan.targets))
     elif own is not error:
         notes = getattr(own, "__notes__", ())
         failed = () if isinstance(own, Stopped) else (f"  besides:  on {part.device}, {type(own).__name__}: {own}",)
         for text in (*failed, *notes):
-            tell(error, text)
+            add_note(error, text)

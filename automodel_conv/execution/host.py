@@ -15,7 +15,7 @@ from automodel_conv.execution.buffers import byte_view, dtype_of
 from automodel_conv.execution.copying import COPY_BYTES, COPY_RATIO, copy_equal
 from automodel_conv.execution.cores import default_reader_threads
 from automodel_conv.execution.host_decoding import decode_codes
-from automodel_conv.execution.load import begin, carry_out
+from automodel_conv.execution.load import prepare_load, run_load
 from automodel_conv.execution.new_memory import NewMemory
 from automodel_conv.execution.reading import OpenFiles, read
 from automodel_conv.execution.stats import LoadStats
@@ -98,7 +98,7 @@ def load_to_host(
                 found=f"threads={threads}, scratch_bytes={scratch_bytes}",
             )
         )
-    load = begin(plan, checkpoint, buffers)
+    load = prepare_load(plan, checkpoint, buffers)
     threads = min(threads, scratch_bytes // (ALIGN_BYTES * (1 + COPY_RATIO)))
     slot_bytes = bytes_of_slot(threads, scratch_bytes)
     decodes = plan.sources.decodes
@@ -111,7 +111,7 @@ def load_to_host(
     def unfinished() -> set[int]:
         return {target for number, job in enumerate(jobs) if number not in done for target in job.targets}
 
-    return carry_out(load, sum(job.reads.total_bytes for job in jobs), run, unfinished, progress, stop)
+    return run_load(load, sum(job.reads.total_bytes for job in jobs), run, unfinished, progress, stop)
 
 
 def bytes_of_slot(threads: int, scratch_bytes: int) -> int:
@@ -198,7 +198,7 @@ def _recording(
         ready, last_ready = last_ready, system.seconds_ready()
         seconds = last - begin
         with lock:
-            policy.tell(item[1].reads.total_bytes, seconds - (last_ready - ready), seconds, last)
+            policy.record(item[1].reads.total_bytes, seconds - (last_ready - ready), seconds, last)
 
     return told
 

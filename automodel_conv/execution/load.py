@@ -10,10 +10,10 @@ from typing import NamedTuple
 from torch import Tensor
 
 from automodel_conv.errors import ConversionError, listing
-from automodel_conv.execution.buffers import BufferCopies, checked
+from automodel_conv.execution.buffers import BufferCopies, checked_buffer
+from automodel_conv.execution.fallbacks import FallbackCall, fallback_calls, run_fallback
 from automodel_conv.execution.reading import read_whole
 from automodel_conv.execution.stats import LoadStats
-from automodel_conv.execution.upstream import Upstream, run_upstream, upstream_calls
 from automodel_conv.execution.workers import raise_if_stopped
 from automodel_conv.files.checkpoint import Checkpoint
 from automodel_conv.planning.copies import StridedCopy, Target
@@ -33,40 +33,40 @@ class Load(NamedTuple):
     """Their buffers."""
     copies: Sequence[Sequence[StridedCopy]]
     """Of each, aimed at its buffer."""
-    calls: list[Upstream]
+    calls: list[FallbackCall]
 
     @property
     def whole_bytes(self) -> int:
         """Bytes that are read for upstream's own code."""
         return sum(map(self.bytes_of, self.calls))
 
-    def bytes_of(self, call: Upstream) -> int:
+    def bytes_of(self, call: FallbackCall) -> int:
         """Bytes of the sources of a call."""
         return sum(self.checkpoint.nbytes[row] for row in call.rows)
 
 
-def begin(plan: CopyPlan, checkpoint: Checkpoint, buffers: Mapping[str, Tensor]) -> Load:
+def prepare_load(plan: CopyPlan, checkpoint: Checkpoint, buffers: Mapping[str, Tensor]) -> Load:
     """Check all buffers of a plan, before anything is read.
 
     Args:
         plan: its sources are the checkpoint's rows.
-        buffers: by target name; see ``checked``.
+        buffers: by target name; see ``checked_buffer``.
 
     Raises:
         ConversionError: a buffer is missing or does not fit.
         UnsupportedError: a dtype that torch does not know, or strides that copies cannot follow.
     """
     targets = [target for target in plan.targets if target.fallback is None and prod(target.shape)]
-    tensors = [checked(target, buffers) for target in targets]
-    calls = upstream_calls(plan)
+    tensors = [checked_buffer(target, buffers) for target in targets]
+    calls = fallback_calls(plan)
     for target in (target for call in calls for target in call.targets):
-        checked(target, buffers)
+        checked_buffer(target, buffers)
     copies_for = BufferCopies()
     copies = [copies_for(target, tensor) for target, tensor in zip(targets, tensors, strict=True)]
     return Load(plan, checkpoint, buffers, targets, tensors, copies, calls)
 
 
-def carry_out(
+def run_load(
     load: Load,
     bytes_copied: int,
     run: Callable[[Callable[[int], None]], LoadStats],
@@ -91,26 +91,26 @@ def carry_out(
             for call in load.calls:
                 raise_if_stopped(stop)
                 sources = {row: read_whole(row, load.checkpoint) for row in call.rows}
-                run_upstream(call, sources, load.buffers)
+                run_fallback(call, sources, load.buffers)
                 written += [target.name for target in call.targets]
                 advance(load.bytes_of(call))
         except BaseException as error:
             lacking = unfinished()
             written += [target.name for number, target in enumerate(load.targets) if number not in lacking]
-            note_filled(error, written, len(load.plan.targets))
+            add_filled_targets(error, written, len(load.plan.targets))
             raise
     return stats._replace(bytes_read=bytes_read)
 
 
-def note_filled(error: BaseException, written: Sequence[str], total: int) -> None:
+def add_filled_targets(error: BaseException, written: Sequence[str], total: int) -> None:
     """Add the names of the targets that are complete, of ``total``, to the text of our own errors, as a note to others.
 
     Said of the targets of one device, once for each that has been written to.
     """
-    tell(error, "\n".join(filter(None, [f"  filled:   {len(written)} of {total} targets", listing(written)])))
+    add_note(error, "\n".join(filter(None, [f"  filled:   {len(written)} of {total} targets", listing(written)])))
 
 
-def tell(error: BaseException, text: str) -> None:
+def add_note(error: BaseException, text: str) -> None:
     """Add lines to the text of our own errors, as a note to others."""
     if isinstance(error, ConversionError):
         error.add(text)

@@ -69,7 +69,7 @@ def file_range_of(target: Target, checkpoint: Checkpoint) -> FileRange | None:
     return FileRange(*found, target.nbytes, target)
 
 
-def spans(places: Iterable[FileRange], limit: int = _SPAN_BYTES) -> Iterator[Sequence[FileRange]]:
+def group_ranges(places: Iterable[FileRange], limit: int = _SPAN_BYTES) -> Iterator[Sequence[FileRange]]:
     """Places that are mapped together: neighbours in one file of at most ``limit`` bytes in all, or a single one.
 
     No two of a span overlap, so that what is written to a target is written to no other.
@@ -107,7 +107,7 @@ def map_targets(plan: CopyPlan, checkpoint: Checkpoint, devices: Mapping[str, to
     on_host = (target for target in plan.targets if devices[target.name].type == "cpu")
     found = (file_range_of(target, checkpoint) for target in on_host)
     tensors: dict[str, Tensor] = {}
-    for file, of_file in groupby(spans(filter(None, found)), key=lambda span: span[0].file):
+    for file, of_file in groupby(group_ranges(filter(None, found)), key=lambda span: span[0].file):
         source = checkpoint.sources[file]
         with opened(source) as open_file:
             fd = open_file.descriptor()

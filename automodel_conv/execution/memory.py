@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from automodel_conv.errors import ConversionError, message
-from automodel_conv.execution.buffers import BufferCopies, checked, dtype_of, span_bytes
+from automodel_conv.execution.buffers import BufferCopies, checked_buffer, dtype_of, span_bytes
 from automodel_conv.execution.copy_batch import CopyBatch, takes_kernels
+from automodel_conv.execution.fallbacks import fallback_calls, run_fallback
 from automodel_conv.execution.stats import Work
-from automodel_conv.execution.upstream import run_upstream, upstream_calls
 from automodel_conv.planning.boxes import Box, NotAffine, Piece, chain, contiguous_strides
 from automodel_conv.planning.copies import StridedCopy, Target, group_pieces
 from automodel_conv.planning.plan import CopyPlan
@@ -45,7 +45,7 @@ def convert_tensors(
     """
     rows = sorted(plan.used_sources)
     tensors = {row: _checked_source(plan, row, sources[row]) for row in rows}
-    outputs = [checked(target, buffers) for target in plan.targets]
+    outputs = [checked_buffer(target, buffers) for target in plan.targets]
     read = [_Operand(plan.sources.names[row], tensor, None) for row, tensor in tensors.items()]
     written = [_Operand(target.name, output, target) for target, output in zip(plan.targets, outputs, strict=True)]
     _refuse_shared_memory([*read, *written], tensors)
@@ -59,8 +59,8 @@ def convert_tensors(
             for copy in copies:
                 batch.add(copy, reads, output)
     work = batch.run(use_kernels)
-    for call in upstream_calls(plan):
-        run_upstream(call, {row: tensors[row] for row in call.rows}, buffers)
+    for call in fallback_calls(plan):
+        run_fallback(call, {row: tensors[row] for row in call.rows}, buffers)
     return work
 
 

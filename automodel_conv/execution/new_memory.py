@@ -170,7 +170,7 @@ class NewMemory:
         is_whole = span.is_whole(first)
         with self._lock:
             choice = self._policy.choose(BLOCK_BYTES, may_try=is_whole)
-            if choice.is_try:
+            if choice.is_trial:
                 span.unmark(first + 1, stop)
                 stop = first + 1
                 nbytes = BLOCK_BYTES
@@ -182,8 +182,8 @@ class NewMemory:
             if seconds is None:  # nothing can be measured any more
                 self._can_make = False
                 self._policy.settle()
-            self._policy.tell(choice, nbytes, seconds if is_whole else None)
-            if choice.is_try and span.advised is not None:  # one mapping again
+            self._policy.record(choice, nbytes, seconds if is_whole else None)
+            if choice.is_trial and span.advised is not None:  # one mapping again
                 page_calls.advise_huge_pages(address, nbytes, span.advised)
         return stop
 

@@ -29,7 +29,7 @@ class PageChoice(NamedTuple):
     """The size of the next pages."""
 
     huge: bool
-    is_try: bool
+    is_trial: bool
     """Whether this is to be measured alone: the other size may be the faster one."""
 
 
@@ -94,7 +94,7 @@ class PagePolicy:
         """Stay with the faster size from now on, huge pages if none was measured, unless a size is given."""
         self._fixed = self._faster() if self._fixed is None else self._fixed
 
-    def tell(self, choice: PageChoice, nbytes: int, seconds: float | None) -> None:
+    def record(self, choice: PageChoice, nbytes: int, seconds: float | None) -> None:
         """Take note of pages that were asked for, and of the seconds that one thread took to make them.
 
         Args:
@@ -115,7 +115,7 @@ class PagePolicy:
             return
         if self._faster() != best:
             self._gap_bytes = _FIRST_GAP_BYTES
-        elif choice.is_try and choice.huge != best and min(self._tries.values()) >= _TRIES:
+        elif choice.is_trial and choice.huge != best and min(self._tries.values()) >= _TRIES:
             self._gap_bytes = min(2 * self._gap_bytes, _MOST_GAP_BYTES)
             self._lost_seconds += max(0.0, seconds - self._seconds_a_byte(best) * nbytes)
 

@@ -13,7 +13,7 @@ from automodel_conv.dtypes import dtype_code
 from automodel_conv.errors import ConversionError, UnsupportedError, message
 from automodel_conv.execution.cuda import transfer_device
 from automodel_conv.execution.memory import with_source_strides
-from automodel_conv.execution.writing import DeviceTensors, HostTensors, Maker
+from automodel_conv.execution.writing import DeviceTensorProducer, HostTensorProducer, SlabProducer
 from automodel_conv.planning.boxes import NotAffine, Piece, chain
 from automodel_conv.planning.copies import StridedCopy, Target, group_pieces
 from automodel_conv.planning.plan import CopyPlan
@@ -36,7 +36,7 @@ class TensorSlabs(NamedTuple):
     """Slabs made of the tensors of one device, by the number of their file, and what starts their maker in a thread."""
 
     by_file: dict[int, list[Slab]]
-    start: Callable[[], Maker]
+    start: Callable[[], SlabProducer]
 
     @property
     def nbytes(self) -> int:
@@ -110,8 +110,10 @@ def _slabs_on(device: torch.device, group: _Group, most_bytes: int) -> TensorSla
     made = slab_schedule(group.targets, group.copies, sources, group.places, most_bytes=most_bytes)
     streamed = transfer_device(device)
     if streamed is None:
-        return TensorSlabs(made.by_file(), lambda: HostTensors(operands, made.dtypes, most_bytes))
-    return TensorSlabs(made.by_file(), lambda: DeviceTensors(operands, made.dtypes, most_bytes, streamed, "auto"))
+        return TensorSlabs(made.by_file(), lambda: HostTensorProducer(operands, made.dtypes, most_bytes))
+    return TensorSlabs(
+        made.by_file(), lambda: DeviceTensorProducer(operands, made.dtypes, most_bytes, streamed, "auto")
+    )
 
 
 def _from_held(target: Target, regions: _Regions) -> Sequence[StridedCopy]:

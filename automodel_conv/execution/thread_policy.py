@@ -32,7 +32,7 @@ class ThreadPolicy:
         self._nbytes = self._jobs = 0
         self._waiting_seconds = self._seconds = 0.0
 
-    def tell(self, nbytes: int, waiting_seconds: float, seconds: float, now: float) -> None:
+    def record(self, nbytes: int, waiting_seconds: float, seconds: float, now: float) -> None:
         """Take note of a job.
 
         Args:

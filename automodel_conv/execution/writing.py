@@ -1,6 +1,6 @@
 """From tensors or files to files: slabs made by several threads with bounded scratch, and written where they belong.
 
-What makes the bytes of a slab is a ``Maker``, one a thread: from host tensors, from a device's, or from other files.
+What makes the bytes of a slab is a ``SlabProducer``, one a thread: from host tensors, from a device's, or from other files.
 What is done with them, written to a file or compared with one, is the same for all.
 """
 
@@ -43,19 +43,19 @@ _INPUT_BYTES = 8 << 20
 _WINDOW_BYTES = 1 << 20
 
 
-class Maker(Protocol):
+class SlabProducer(Protocol):
     """Makes the bytes of slabs, in one thread."""
 
     def __call__(self, slab: Slab) -> list[memoryview]:
         """All bytes of a slab in their order; they hold until the next call."""
         ...
 
-    def copy_within_kernel(self, slab: Slab, fd: int) -> bool:
+    def try_copy_range(self, slab: Slab, fd: int) -> bool:
         """Write the slab to its place in ``fd`` if its bytes need not be seen; whether that was done."""
         ...
 
 
-class Budget(NamedTuple):
+class ScratchSplit(NamedTuple):
     """Scratch of a work, shared out among its threads; each slab is made in at most ``slab_bytes``."""
 
     threads: int
@@ -68,7 +68,7 @@ class Budget(NamedTuple):
         return self.threads * (self.slab_bytes + self.input_bytes + copies)
 
 
-def budget(threads: int | None, scratch_bytes: int, *, reads_files: bool) -> Budget:
+def split_scratch(threads: int | None, scratch_bytes: int, *, reads_files: bool) -> ScratchSplit:
     """Share out ``scratch_bytes``: for each thread a slab, what a copy allocates, and where files are read, an input.
 
     Raises:
@@ -87,10 +87,10 @@ def budget(threads: int | None, scratch_bytes: int, *, reads_files: bool) -> Bud
     share = scratch_bytes // threads
     share = max(share - COPY_BYTES, share // (1 + COPY_RATIO))
     inputs = min(_INPUT_BYTES, share // 4) if reads_files else 0
-    return Budget(threads, align_down(share - inputs), align_down(inputs))
+    return ScratchSplit(threads, align_down(share - inputs), align_down(inputs))
 
 
-def begin_shard(shard: Shard, path: str) -> None:
+def create_shard_file(shard: Shard, path: str) -> None:
     """Make a file with its header and room for its data.
 
     Raises:
@@ -106,7 +106,7 @@ def begin_shard(shard: Shard, path: str) -> None:
 
 
 def write_slabs(
-    slabs: Sequence[tuple[Sequence[Slab], Callable[[], Maker]]],
+    slabs: Sequence[tuple[Sequence[Slab], Callable[[], SlabProducer]]],
     path: str,
     threads: int,
     advance: Callable[[int], None],
@@ -130,9 +130,9 @@ def write_slabs(
             system.close(fd)
 
 
-def _writer(maker: Maker, fd: int, path: str, advance: Callable[[int], None]) -> Callable[[Slab], None]:
+def _writer(maker: SlabProducer, fd: int, path: str, advance: Callable[[int], None]) -> Callable[[Slab], None]:
     def write(slab: Slab) -> None:
-        if not maker.copy_within_kernel(slab, fd):
+        if not maker.try_copy_range(slab, fd):
             made = maker(slab)
             if not slab.sparse_itemsize:
                 write_exactly(fd, made, slab.offset_bytes, path)
@@ -144,8 +144,12 @@ def _writer(maker: Maker, fd: int, path: str, advance: Callable[[int], None]) ->
     return write
 
 
-def compare_slabs(
-    slabs: Sequence[Slab], source: ByteSource, start: Callable[[], Maker], threads: int, advance: Callable[[int], None]
+def first_different_byte(
+    slabs: Sequence[Slab],
+    source: ByteSource,
+    start: Callable[[], SlabProducer],
+    threads: int,
+    advance: Callable[[int], None],
 ) -> int | None:
     """The first byte of a file, among those that ``slabs`` cover, that is not what they make; None if all are."""
     found: list[int] = []
@@ -155,7 +159,7 @@ def compare_slabs(
 
 
 def _comparer(
-    maker: Maker, file: OpenSource, found: list[int], advance: Callable[[int], None]
+    maker: SlabProducer, file: OpenSource, found: list[int], advance: Callable[[int], None]
 ) -> Callable[[Slab], None]:
     window = np.empty(_WINDOW_BYTES, np.uint8)
 
@@ -200,7 +204,7 @@ def _scratch(nbytes: int) -> Tensor:
     return torch.empty(nbytes, dtype=torch.uint8, device="cpu")
 
 
-class HostTensors:
+class HostTensorProducer:
     """Makes slabs of tensors in host memory; bytes that only move are written from where they lie."""
 
     def __init__(self, tensors: Sequence[Tensor], dtypes: Sequence[str], slab_bytes: int):
@@ -216,7 +220,7 @@ class HostTensors:
         copy_equal((copies, self._tensors[row], self._slab.typed[copies.target]) for row, copies in batches)
         return [self._view[: slab.nbytes]]
 
-    def copy_within_kernel(self, slab: Slab, fd: int) -> bool:
+    def try_copy_range(self, slab: Slab, fd: int) -> bool:
         return False
 
     def _bytes(self, row: int) -> memoryview:
@@ -225,7 +229,7 @@ class HostTensors:
         return self._views[row]
 
 
-class DeviceTensors:
+class DeviceTensorProducer:
     """Makes slabs of tensors on one device, through pinned memory; copies there are made by kernels, or by torch."""
 
     def __init__(self, tensors: Sequence[Tensor], dtypes: Sequence[str], slab_bytes: int, device: Device, backend: str):
@@ -257,11 +261,11 @@ class DeviceTensors:
     def _copy(self, batch: CopyBatch) -> None:
         batch.run(self._use_kernels)
 
-    def copy_within_kernel(self, slab: Slab, fd: int) -> bool:
+    def try_copy_range(self, slab: Slab, fd: int) -> bool:
         return False
 
 
-class SourceFiles:
+class SourceFileProducer:
     """Makes slabs of the files of a checkpoint; what is permuted or decoded is read a piece at a time."""
 
     def __init__(
@@ -293,7 +297,7 @@ class SourceFiles:
             copy_equal((copies, typed[copies.dtype], self._slab.typed[copies.target]) for copies in job.copies)
         return [self._slab_view[: slab.nbytes]]
 
-    def copy_within_kernel(self, slab: Slab, fd: int) -> bool:
+    def try_copy_range(self, slab: Slab, fd: int) -> bool:
         """Whether the kernel took all parts; where it did not, they are read and written, which tells what is wrong."""
         if not slab.reads:
             return False
@@ -316,7 +320,7 @@ class SourceFiles:
         return True
 
 
-def jobs_of(
+def jobs_by_slab(
     slabs: Iterable[Slab], checkpoint: Checkpoint, decodes: Mapping[int, Decode], input_bytes: int
 ) -> dict[tuple[int, int], list[Job]]:
     """What is read for each slab, by its place."""

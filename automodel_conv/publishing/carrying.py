@@ -10,7 +10,7 @@ from torch import nn
 from automodel_conv.compiling.carrying import carried_targets, unclaimed_rows
 from automodel_conv.compiling.decoded import decoded_table
 from automodel_conv.execution.file_slabs import FileSlabs
-from automodel_conv.execution.writing import Budget
+from automodel_conv.execution.writing import ScratchSplit
 from automodel_conv.files.checkpoint import Checkpoint
 from automodel_conv.planning.code_names import has_codes
 from automodel_conv.planning.copies import SourceTable, Target
@@ -35,7 +35,7 @@ class Carried(NamedTuple):
         parts = {part for decode in self.table.decodes.values() for part in decode.parts}
         return self.checkpoint.left_out(sorted(self.table.hidden - parts))
 
-    def slabs(self, places: Sequence[tuple[int, int]], share: Budget) -> FileSlabs:
+    def slabs(self, places: Sequence[tuple[int, int]], share: ScratchSplit) -> FileSlabs:
         """The slabs that write them; for ``places`` see ``slab_schedule``."""
         return FileSlabs(self.checkpoint, self.targets, places, self.table.decodes, share)
 

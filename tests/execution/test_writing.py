@@ -21,13 +21,13 @@ from automodel_conv.execution.memory import with_source_strides
 from automodel_conv.execution.reading import OpenFiles
 from automodel_conv.execution.writing import (
     LEAST_SCRATCH_BYTES,
-    DeviceTensors,
-    HostTensors,
-    SourceFiles,
-    begin_shard,
-    budget,
-    compare_slabs,
-    jobs_of,
+    DeviceTensorProducer,
+    HostTensorProducer,
+    SourceFileProducer,
+    create_shard_file,
+    first_different_byte,
+    jobs_by_slab,
+    split_scratch,
     write_slabs,
 )
 from automodel_conv.files import system
@@ -90,11 +90,11 @@ def maker_of(kind, case, slab_bytes=SLAB, input_bytes=INPUT, tensors=None, devic
     places = places_in([shard], targets)
     if kind == "files":
         slabs = slab_schedule(targets, [t.copies for t in targets], case.checkpoint, places, most_bytes=slab_bytes)
-        jobs = jobs_of(slabs.slabs, case.checkpoint, {}, input_bytes)
+        jobs = jobs_by_slab(slabs.slabs, case.checkpoint, {}, input_bytes)
         files = OpenFiles(case.checkpoint, [job.reads for group in jobs.values() for job in group])
 
         def start():
-            return SourceFiles(case.checkpoint, files, jobs, slabs.dtypes, slab_bytes, input_bytes)
+            return SourceFileProducer(case.checkpoint, files, jobs, slabs.dtypes, slab_bytes, input_bytes)
 
         try:
             yield shard, slabs, start
@@ -112,10 +112,10 @@ def maker_of(kind, case, slab_bytes=SLAB, input_bytes=INPUT, tensors=None, devic
     lying = Lying([dtype_code(t.dtype) for t in operands], list(range(len(operands))), [0] * len(operands))
     slabs = slab_schedule(targets, copies, lying, places, most_bytes=slab_bytes)
     if kind == "host":
-        yield shard, slabs, lambda: HostTensors(operands, slabs.dtypes, slab_bytes)
+        yield shard, slabs, lambda: HostTensorProducer(operands, slabs.dtypes, slab_bytes)
     else:
         device = device or SimulatedDevice()
-        yield shard, slabs, lambda: DeviceTensors(operands, slabs.dtypes, slab_bytes, device, backend)
+        yield shard, slabs, lambda: DeviceTensorProducer(operands, slabs.dtypes, slab_bytes, device, backend)
 
 
 def write(kind, case, directory, threads=2, **options):
@@ -124,7 +124,7 @@ def write(kind, case, directory, threads=2, **options):
         seen = []
         with open_destination(str(directory), [shard], None) as destination:
             path = destination.path(shard.name)
-            begin_shard(shard, path)
+            create_shard_file(shard, path)
             write_slabs([(slabs.slabs, start)], path, threads, seen.append)
             destination.finish(shard)
             destination.commit(None)
@@ -379,20 +379,20 @@ def test_each_thread_takes_its_memory_on_the_stream_that_uses_it(cases, tmp_path
 @pytest.mark.parametrize("scratch_bytes", [LEAST_SCRATCH_BYTES, 100_003, 1 << 20, 64 << 20, 256 << 20])
 def test_a_budget_shares_out_no_more_than_there_is(scratch_bytes, reads_files):
     for threads in (1, 2, 3, 16, 100):
-        share = budget(threads, scratch_bytes, reads_files=reads_files)
+        share = split_scratch(threads, scratch_bytes, reads_files=reads_files)
         assert 1 <= share.threads <= threads
         assert share.scratch_bytes <= scratch_bytes
         assert share.scratch_bytes >= scratch_bytes // 4
         assert share.slab_bytes % 64 == share.input_bytes % 64 == 0
         assert share.slab_bytes >= 1024
         assert (share.input_bytes >= 1024) == reads_files
-    assert 1 <= budget(None, scratch_bytes, reads_files=reads_files).threads <= 16
+    assert 1 <= split_scratch(None, scratch_bytes, reads_files=reads_files).threads <= 16
 
 
 @pytest.mark.parametrize("options", [(0, 1 << 20), (-1, 1 << 20), (1, LEAST_SCRATCH_BYTES - 1)])
 def test_impossible_budgets_are_refused(options):
     with pytest.raises(ConversionError, match=r"threads >= 1, scratch_bytes >= "):
-        budget(*options, reads_files=True)
+        split_scratch(*options, reads_files=True)
 
 
 def peak_bytes(work):
@@ -428,7 +428,7 @@ def test_memory_stays_within_the_budget(tmp_path, kind, layout, wanted):
         ),
     )
     made = Case(tensors, checkpoint, plan, {})
-    share = budget(1, 100_000, reads_files=kind == "files")
+    share = split_scratch(1, 100_000, reads_files=kind == "files")
     with maker_of(kind, made, share.slab_bytes, share.input_bytes) as (_, slabs, start):
 
         def work():
@@ -454,7 +454,7 @@ def test_a_device_gives_no_more_than_the_budget(cases, tmp_path):
 
 def compared(kind, case, path, threads=2, **options):
     with maker_of(kind, case, **options) as (_, slabs, start):
-        return compare_slabs(slabs.slabs, LocalFile(str(path)), start, threads, lambda nbytes: None)
+        return first_different_byte(slabs.slabs, LocalFile(str(path)), start, threads, lambda nbytes: None)
 
 
 @pytest.mark.parametrize("kind", MAKERS)
@@ -493,5 +493,6 @@ def test_a_file_that_ends_too_early_is_told(cases, tmp_path):
 def test_nothing_to_compare_is_equal(tmp_path):
     (tmp_path / "a").write_bytes(b"x")
     assert (
-        compare_slabs(Slabs([], ()).slabs, LocalFile(str(tmp_path / "a")), lambda: None, 2, lambda nbytes: None) is None
+        first_different_byte(Slabs([], ()).slabs, LocalFile(str(tmp_path / "a")), lambda: None, 2, lambda nbytes: None)
+        is None
     )

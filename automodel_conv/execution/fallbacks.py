@@ -10,12 +10,12 @@ from torch import Tensor
 
 from automodel_conv.dtypes import FLOATING, dtype_code
 from automodel_conv.errors import ConversionError, message
-from automodel_conv.execution.buffers import checked
+from automodel_conv.execution.buffers import checked_buffer
 from automodel_conv.planning.copies import Fallback, Target
 from automodel_conv.planning.plan import CopyPlan
 
 
-class Upstream(NamedTuple):
+class FallbackCall(NamedTuple):
     """One call of upstream's code: the source rows it takes and the targets it makes."""
 
     fallback: Fallback
@@ -23,20 +23,20 @@ class Upstream(NamedTuple):
     targets: tuple[Target, ...]
 
 
-def upstream_calls(plan: CopyPlan) -> list[Upstream]:
+def fallback_calls(plan: CopyPlan) -> list[FallbackCall]:
     """The calls of a plan; targets that carry the same fallback are made by one."""
     groups: dict[int, list[Target]] = {}
     for target in plan.targets:
         if target.fallback is not None:
             groups.setdefault(id(target.fallback), []).append(target)
     return [
-        Upstream(fallback, tuple(dict.fromkeys(row for t in group for row in t.sources)), tuple(group))
+        FallbackCall(fallback, tuple(dict.fromkeys(row for t in group for row in t.sources)), tuple(group))
         for group in groups.values()
         if (fallback := group[0].fallback) is not None
     ]
 
 
-def run_upstream(call: Upstream, sources: Mapping[int, Tensor], buffers: Mapping[str, Tensor]) -> None:
+def run_fallback(call: FallbackCall, sources: Mapping[int, Tensor], buffers: Mapping[str, Tensor]) -> None:
     """Let upstream's code make its targets, allocating as it does, and copy them to their buffers.
 
     It runs where the buffers are, as upstream runs it, unless it asks for the host. Floating results are cast to the
@@ -65,6 +65,6 @@ def run_upstream(call: Upstream, sources: Mapping[int, Tensor], buffers: Mapping
                     found=f"{dtype_code(tensor.dtype)} {list(tensor.shape)}",
                 )
             )
-        checked(target, buffers).copy_(tensor)
+        checked_buffer(target, buffers).copy_(tensor)
     if device.type == "cuda":
         torch.cuda.current_stream(device).synchronize()
