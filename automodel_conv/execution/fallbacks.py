@@ -1,4 +1,4 @@
-"""Targets that upstream's own code makes, because their operations could not be lowered."""
+"""Calls of transformers' own code, for targets with operations that could not be lowered to copies."""
 
 from __future__ import annotations
 
@@ -16,15 +16,17 @@ from automodel_conv.planning.plan import CopyPlan
 
 
 class FallbackCall(NamedTuple):
-    """One call of upstream's code: the source rows it takes and the targets it makes."""
+    """One call of transformers' own code."""
 
     fallback: Fallback
     rows: tuple[int, ...]
+    """Rows of the sources that the call reads."""
     targets: tuple[Target, ...]
+    """Targets that the call computes."""
 
 
 def fallback_calls(plan: CopyPlan) -> list[FallbackCall]:
-    """The calls of a plan; targets that carry the same fallback are made by one."""
+    """Return the calls of transformers' own code that a plan needs; one call computes all targets of a fallback."""
     groups: dict[int, list[Target]] = {}
     for target in plan.targets:
         if target.fallback is not None:
@@ -37,25 +39,30 @@ def fallback_calls(plan: CopyPlan) -> list[FallbackCall]:
 
 
 def run_fallback(call: FallbackCall, sources: Mapping[int, Tensor], buffers: Mapping[str, Tensor]) -> None:
-    """Let upstream's code make its targets, allocating as it does, and copy them to their buffers.
+    """Run one call of transformers' own code, and copy its results to the buffers of its targets.
 
-    It runs where the buffers are, as upstream runs it, unless it asks for the host. Floating results are cast to the
-    dtype of targets that have one already.
+    The call allocates what it likes. It runs on the device of the buffers, as it does in transformers, unless the
+    fallback asks for the host. Floating-point results are cast to the dtype of floating-point targets.
+
+    Args:
+        call: the call to run.
+        sources: whole sources by row.
+        buffers: buffers by target name. Written in place.
 
     Raises:
-        ConversionError: a target was not made, or has the wrong shape or dtype.
+        ConversionError: the call failed, did not return a target, or returned it with a wrong shape or dtype.
     """
     names = ", ".join(target.name for target in call.targets)
     device = torch.device("cpu") if call.fallback.on_host else buffers[call.targets[0].name].device
     try:
         with torch.no_grad():
-            made = call.fallback.convert({row: tensor.to(device) for row, tensor in sources.items()})
-    except Exception as error:  # whatever a user's or upstream's operation raises
+            results = call.fallback.convert({row: tensor.to(device) for row, tensor in sources.items()})
+    except Exception as error:  # operations of users or of transformers may raise anything
         raise ConversionError(message(f"upstream's own code failed on {names}", found=repr(error))) from error
     for target in call.targets:
-        tensor = made.get(target.name)
+        tensor = results.get(target.name)
         if not isinstance(tensor, Tensor):
-            raise ConversionError(message(f"upstream's own code did not make {target.name}", found=", ".join(made)))
+            raise ConversionError(message(f"upstream's own code did not make {target.name}", found=", ".join(results)))
         castable = dtype_code(tensor.dtype) in FLOATING and target.dtype in FLOATING
         if tensor.shape != target.shape or not (castable or dtype_code(tensor.dtype) == target.dtype):
             raise ConversionError(

@@ -95,7 +95,7 @@ def test_loads_use_their_share_unless_they_are_told_otherwise(tmp_path, node, mo
         return stock(*arguments, threads=threads, slot_bytes=slot_bytes)
 
     monkeypatch.setattr(cpu, "schedule", noting)
-    monkeypatch.setattr(cpu, "_BYTES_A_THREAD", 1)
+    monkeypatch.setattr(cpu, "_BYTES_PER_THREAD", 1)
     load_to_host(plan, checkpoint, allocate(plan.targets), threads=given_threads)
     assert seen == [wanted]
 
