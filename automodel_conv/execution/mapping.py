@@ -75,7 +75,7 @@ def file_range_of(target: Target, checkpoint: Checkpoint) -> FileRange | None:
 
 
 def group_ranges(ranges: Iterable[FileRange], limit: int = _MAPPING_BYTES) -> Iterator[Sequence[FileRange]]:
-    """Group ranges that one mapping covers: neighbours in one file of at most ``limit`` bytes in all, or a single range.
+    """Group ranges that share a mapping: neighbours in one file of at most ``limit`` bytes in all, or a single range.
 
     Ranges of one group never overlap, so a write to one target does not change another.
     """
