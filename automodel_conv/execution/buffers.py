@@ -65,7 +65,7 @@ def allocate(targets: Iterable[Target], device: torch.device | str = "cpu") -> d
 
 
 def checked_buffer(target: Target, buffers: Mapping[str, Tensor]) -> Tensor:
-    """Return the buffer of a target, detached from autograd, after checking its shape, dtype and strides.
+    """Check the shape, dtype and strides of the buffer of a target, and return it detached from autograd.
 
     Raises:
         ConversionError: the buffer is missing, has a wrong shape or dtype, or has elements that share memory.

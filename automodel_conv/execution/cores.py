@@ -34,11 +34,11 @@ def rank_on_this_node() -> int:
 def share_of_cores(usable: int, machine: int, ranks: int) -> int:
     """Return the number of cores for one of several ranks.
 
-    A launcher may have bound each rank to its own cores. This is assumed if ``usable`` is no more than an equal share of
-    the machine. Otherwise all ranks use the same cores.
+    A launcher may have bound each rank to its own cores. This is assumed if ``usable`` is at most an equal share of the
+    machine. Otherwise all ranks use the same cores.
 
     Args:
-        usable: number of cores that each rank may use.
+        usable: number of cores that this rank may use.
         machine: number of cores of the machine.
         ranks: number of ranks on the machine.
     """

@@ -41,8 +41,8 @@ def fallback_calls(plan: CopyPlan) -> list[FallbackCall]:
 def run_fallback(call: FallbackCall, sources: Mapping[int, Tensor], buffers: Mapping[str, Tensor]) -> None:
     """Run one call of transformers' own code, and copy its results to the buffers of its targets.
 
-    The call allocates what it likes. It runs on the device of the buffers, as it does in transformers, unless the
-    fallback asks for the host. Floating-point results are cast to the dtype of floating-point targets.
+    The call runs on the device of the buffers, as in transformers, unless the fallback asks for the host. The memory
+    that it allocates has no bound. Floating-point results are cast to the dtype of floating-point targets.
 
     Args:
         call: the call to run.

@@ -29,7 +29,9 @@ from automodel_conv.schedule.host import schedule
 from automodel_conv.schedule.jobs import ALIGN_BYTES, Copies, Job, ReadAndCopy, align_down, align_up
 
 DEFAULT_SCRATCH_BYTES = 64 << 20
+"""Scratch of a load to the host, if the caller sets none."""
 LEAST_SCRATCH_BYTES = 4096
+"""The smallest scratch of a load to the host."""
 
 # A few threads read local files at full speed; more only pass the page cache around.
 _MOST_THREADS = 16
@@ -45,7 +47,7 @@ def default_threads(nbytes: int | None = None) -> int:
     """Return the default number of threads of a load to the host; the ranks of one node share its cores.
 
     Args:
-        nbytes: number of bytes to load, or None if it is unknown. Fewer threads load few bytes.
+        nbytes: number of bytes to load, or None if it is unknown. A small load uses fewer threads.
     """
     most = _MOST_THREADS if nbytes is None else min(_MOST_THREADS, max(1, nbytes // _BYTES_PER_THREAD))
     return default_reader_threads(most)
@@ -197,11 +199,11 @@ def _recorded(
     def run_and_record(item: tuple[int, Job]) -> None:
         nonlocal last, last_ready
         run_job(item)
-        begin, last = last, time.perf_counter()
-        ready, last_ready = last_ready, system.seconds_ready()
-        seconds = last - begin
+        before, last = last, time.perf_counter()
+        ready_before, last_ready = last_ready, system.seconds_ready()
+        seconds = last - before
         with lock:
-            policy.record(item[1].reads.total_bytes, seconds - (last_ready - ready), seconds, last)
+            policy.record(item[1].reads.total_bytes, seconds - (last_ready - ready_before), seconds, last)
 
     return run_and_record
 

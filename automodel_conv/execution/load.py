@@ -110,7 +110,7 @@ def run_load(
 
 
 def add_filled_targets(error: BaseException, written: Sequence[str], total: int) -> None:
-    """Add the names of the complete targets to an error: to the text of our own errors, as a note to others.
+    """Add the names of the complete targets to an error.
 
     A load to several devices calls this once for each device that was written to.
 
@@ -123,7 +123,7 @@ def add_filled_targets(error: BaseException, written: Sequence[str], total: int)
 
 
 def add_note(error: BaseException, text: str) -> None:
-    """Add lines to an error: to the text of our own errors, as a note to others."""
+    """Add lines to the text of an error of this package, or as a note to any other error."""
     if isinstance(error, ConversionError):
         error.add(text)
     else:  # BaseException.add_note does the same, but Python 3.10 does not have it

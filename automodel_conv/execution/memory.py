@@ -1,4 +1,4 @@
-"""The executor that converts tensors to tensors, on the device they are on, without files."""
+"""The executor that fills buffers from tensors on the same device, without files."""
 
 from __future__ import annotations
 
@@ -88,6 +88,7 @@ class _Operand(NamedTuple):
 
     name: str
     tensor: Tensor
+    """The memory to read or to write."""
     target: Target | None
     """The target that the buffer is for; None for a source."""
 
@@ -101,7 +102,7 @@ class _Operand(NamedTuple):
 
 
 def _raise_if_memory_is_shared(operands: Iterable[_Operand], sources: Mapping[int, Tensor]) -> None:
-    """Raise ConversionError if a buffer shares a byte with a source or another buffer, so that the result is undefined.
+    """Raise ConversionError if a buffer shares a byte with a source or another buffer: the result would be undefined.
 
     numpy decides exactly whether two tensors have a byte in common, because views may alternate within one storage, as
     columns of a matrix do. Pairs for which that takes more than ``_MOST_WORK`` steps pass; odd strides may cause this.
@@ -129,7 +130,7 @@ def _share_bytes(first: Tensor, second: Tensor) -> bool:
 
 
 def _address_array(tensor: Tensor) -> np.ndarray:
-    """Return an array with the addresses of a tensor on any device, to compare addresses; never read its elements."""
+    """Return an array at the addresses of a tensor on any device; for comparing addresses, never for reading."""
     size = tensor.element_size()
     holder = SimpleNamespace(
         __array_interface__={

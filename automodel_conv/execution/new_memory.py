@@ -1,4 +1,4 @@
-"""Population of new memory: create the pages of a load's buffers just before bytes go there, in the faster page size.
+"""The creation of new memory pages: threads ask for the pages of a buffer just before they write, in the faster size.
 
 The kernel creates the pages of new memory when they are first written to. Here the thread that is about to write asks
 for them first, a few MiB at a time (``MADV_POPULATE_WRITE``). 512 small pages cost less in one call than in 512 page
@@ -33,7 +33,7 @@ _BLOCKS_PER_CALL = 4
 
 
 class _Span:
-    """The whole pages of a buffer, in blocks of ``BLOCK_BYTES``, and which blocks a thread has claimed already."""
+    """The whole pages of a buffer, in blocks of ``BLOCK_BYTES``, with the set of blocks that threads have claimed."""
 
     def __init__(self, address: int, nbytes: int):
         self.start = -(-address // mmap.PAGESIZE) * mmap.PAGESIZE
@@ -69,6 +69,7 @@ class _Span:
         return first, stop
 
     def unclaim(self, first: int, stop: int) -> None:
+        """Give blocks back that were claimed and not populated."""
         self.claimed[first:stop] = bytes(stop - first)
 
     def is_whole(self, block: int) -> bool:
@@ -81,7 +82,7 @@ class _Span:
         return start, min(self.stop, (self.first + stop) * BLOCK_BYTES) - start
 
     def advise(self, huge: bool) -> None:
-        """Ask the kernel for one page size in the whole buffer, if it was not the last size asked for.
+        """Ask the kernel for one page size in the whole buffer, unless that was the last size asked for.
 
         This includes pages that the buffer covers only in part. Otherwise each of them would become a mapping of its
         own between two tensors, and a process may have only some 65,000 (vm.max_map_count).

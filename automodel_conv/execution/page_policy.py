@@ -60,9 +60,9 @@ class PageUse(NamedTuple):
 
 
 class PagePolicy:
-    """The choices of page sizes for one load.
+    """Chooses the page sizes of one load.
 
-    It tries both sizes first, then stays with the faster one, and tries the slower one again now and then.
+    The policy tries both sizes first, then stays with the faster one, and tries the slower one again now and then.
 
     Args:
         huge: the size of all choices; None chooses by measurement.

@@ -41,7 +41,7 @@ class OpenFiles:
         self._lock = threading.Lock()
 
     def opened(self, file: int) -> OpenSource:
-        """Return a file, and open it if it is not open.
+        """Return a file that is open; open it first if necessary.
 
         Raises:
             OSError: the file cannot be opened.
@@ -59,6 +59,7 @@ class OpenFiles:
                 self._open.pop(file).close()
 
     def close(self) -> None:
+        """Close all files that are still open."""
         while self._open:
             self._open.popitem()[1].close()
 

@@ -27,9 +27,9 @@ class LoadStats(NamedTuple):
     gap_bytes: int
     """Bytes between wanted bytes that were read in the same call and thrown away."""
     scratch_bytes: int
-    """Scratch in host memory: an upper bound."""
+    """Bytes of scratch in host memory: an upper bound."""
     device_scratch_bytes: int = 0
-    """Scratch on the device."""
+    """Bytes of scratch on the device."""
     work: Work = Work(0, 0)
     """Copies on a device."""
     without_kernels: str | None = None
@@ -37,4 +37,4 @@ class LoadStats(NamedTuple):
     threads: int = 0
     """The largest number of threads that read at the same time."""
     pages: PageUse = PageUse()
-    """Pages of new host memory, by size."""
+    """New host memory by page size."""

@@ -111,7 +111,7 @@ class _Group(NamedTuple):
 
 
 class _InMemory(NamedTuple):
-    """The locations of sources that are tensors, each in memory of its own; see ``writes.SourceLocations``."""
+    """Locations of tensors as ``writes.SourceLocations``: each tensor is a file of its own, and starts at byte 0."""
 
     dtypes: Sequence[str]
     file_ids: Sequence[int]
@@ -145,7 +145,7 @@ def _copies_from_regions(target: Target, regions: _Regions) -> Sequence[StridedC
 
 
 def _pieces_from_region(region: Region, piece: Piece, ordinal: int, target: Target) -> list[Piece]:
-    """Return the pieces that copy the elements of ``piece`` that a region contains."""
+    """Return the pieces that copy only those elements of ``piece`` that a region contains."""
     from_region = [part.inverse()._replace(source=ordinal) for part in region.pieces()]
     try:
         return [chained.canonical() for chained in chain(from_region, [piece], prod(region.shape))]

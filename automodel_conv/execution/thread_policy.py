@@ -33,7 +33,7 @@ class ThreadPolicy:
         self._waiting_seconds = self._seconds = 0.0
 
     def record(self, nbytes: int, waiting_seconds: float, seconds: float, now: float) -> None:
-        """Record a finished job; ``threads`` may change.
+        """Record a finished job; the end of a measurement may change ``threads``.
 
         Args:
             nbytes: bytes that the job read.

@@ -16,7 +16,7 @@ Item = TypeVar("Item")
 
 
 class Stopped(Exception):
-    """Raised if the caller set the ``stop`` event before all work was done."""
+    """The end of a load by its ``stop`` event, which the caller or another thread has set."""
 
 
 def raise_if_stopped(stop: threading.Event | None) -> None:
@@ -96,7 +96,7 @@ def run_in_threads(
 
 
 class _WorkerCount:
-    """The number of working threads, and the largest number so far."""
+    """The number of threads that work now, and the largest number so far."""
 
     def __init__(self, threads: int):
         self.most = self._threads = threads

@@ -35,6 +35,7 @@ from automodel_conv.schedule.jobs import Copies, Job, Move, ReadInPlace, Reads, 
 from automodel_conv.schedule.writes import Slab, filled_ranges
 
 LEAST_SCRATCH_BYTES = 1 << 16
+"""The smallest scratch of one thread that writes."""
 
 _MOST_THREADS = 16
 # Input of permuting copies at once: as much as stays in the cache between the read and the copy.
@@ -56,7 +57,7 @@ class SlabProducer(Protocol):
 
 
 class ScratchSplit(NamedTuple):
-    """The scratch of a writing run, split among its threads."""
+    """Scratch for writing or comparing files, split equally among threads."""
 
     threads: int
     slab_bytes: int
@@ -66,13 +67,13 @@ class ScratchSplit(NamedTuple):
 
     @property
     def scratch_bytes(self) -> int:
-        """Scratch of all threads together, with what copies allocate."""
+        """Bytes of scratch of all threads together, including the memory that copies allocate."""
         copies = min(COPY_BYTES, COPY_RATIO * self.slab_bytes)
         return self.threads * (self.slab_bytes + self.input_bytes + copies)
 
 
 def split_scratch(threads: int | None, scratch_bytes: int, *, reads_files: bool) -> ScratchSplit:
-    """Split ``scratch_bytes`` among threads: a slab, what a copy allocates, and an input if files are read.
+    """Split ``scratch_bytes`` among threads: each gets a slab, the memory of a copy, and an input if files are read.
 
     Args:
         threads: number of threads, or None for the number of cores, at most 16. Fewer are used if the scratch is too
@@ -200,7 +201,7 @@ def _slab_comparer(
 
 
 def _copies_in_write_order(moves: Mapping[int, Sequence[Move]]) -> list[tuple[int, Copies]]:
-    """Return pairs of source row and copies, in the order of the addresses they write, because that is faster."""
+    """Return pairs of source row and copies in the order of the addresses that they write, which is faster."""
     pairs = sorted(
         ((row, move) for row, group in moves.items() for move in group),
         key=lambda pair: (pair[1].target, pair[1].target_offset),
@@ -286,7 +287,7 @@ class DeviceTensorProducer:
 
 
 class SourceFileProducer:
-    """Produces slabs from the files of a checkpoint; sources to permute or decode are read a piece at a time."""
+    """Produces slabs from the files of a checkpoint; sources to permute or decode are read in parts."""
 
     def __init__(
         self,
@@ -320,7 +321,7 @@ class SourceFileProducer:
     def try_copy_range(self, slab: Slab, fd: int) -> bool:
         """Let the operating system copy all reads of a slab from file to file; return whether it did.
 
-        If it did not, the caller reads and writes the slab, and that raises an error that names the file at fault.
+        If it did not, the caller reads and writes the slab, and then any fault raises an error that names the file.
         """
         if not slab.reads:
             return False
