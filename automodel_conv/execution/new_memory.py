@@ -33,7 +33,16 @@ _BLOCKS_PER_CALL = 4
 
 
 class _Span:
-    """The whole pages of a buffer, in blocks of ``BLOCK_BYTES``, with the set of blocks that threads have claimed."""
+    """The whole pages of a buffer, in blocks of ``BLOCK_BYTES``, with the set of blocks that threads have claimed.
+
+    Attributes:
+        address: address of the buffer's first byte.
+        start: address of the first whole page.
+        stop: address after the last whole page.
+        first: number of the block at ``start``, counted from address 0. Methods count blocks from this one.
+        claimed: one byte for each block: 1 if a thread populates it or has done so.
+        advised: the last page size asked for, or None.
+    """
 
     def __init__(self, address: int, nbytes: int):
         self.start = -(-address // mmap.PAGESIZE) * mmap.PAGESIZE
@@ -42,7 +51,7 @@ class _Span:
         self._outer_stop = -(-(address + nbytes) // mmap.PAGESIZE) * mmap.PAGESIZE
         self.address = address
         self.first = self.start // BLOCK_BYTES
-        self.claimed = bytearray(-(-self.stop // BLOCK_BYTES) - self.first)  # 1 for each block that was claimed
+        self.claimed = bytearray(-(-self.stop // BLOCK_BYTES) - self.first)
         self.advised: bool | None = None
 
     def blocks(self, start_bytes: int, stop_bytes: int) -> tuple[int, int]:
