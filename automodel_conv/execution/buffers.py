@@ -28,7 +28,7 @@ def dtype_of(code: str, name: str) -> torch.dtype:
     if dtype is None:
         raise UnsupportedError(
             message(
-                f"{name} has a dtype that torch {torch.__version__} does not know",
+                f"{name} has a dtype that torch {torch.__version__} does not support",
                 found=code,
                 do="use a newer torch, or leave this tensor out",
             )

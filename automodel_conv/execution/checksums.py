@@ -75,7 +75,7 @@ def verify_checksums(checkpoint: Checkpoint, threads: int) -> int:
     if not system.is_file(path):
         raise VerificationError(
             message(
-                "no checksums lie beside the checkpoint",
+                "there are no checksums next to the checkpoint",
                 where=path,
                 do="{convert_checkpoint(..., checksums=True)} writes them",
             )
@@ -83,7 +83,7 @@ def verify_checksums(checkpoint: Checkpoint, threads: int) -> int:
     record = parse_object(with_open(path, lambda fd: read_limited(fd, path, _MOST_BYTES)), path)
     expected = record.get("tensors")
     if record.get("algorithm") != "crc32" or not isinstance(expected, dict):
-        raise VerificationError(message("not a file of checksums that is known here", where=path))
+        raise VerificationError(message("the checksum file has an unknown format", where=path))
     actual = checksums_of(checkpoint, threads)
     lines = [f"{name}: no checksum" for name in actual if name not in expected]
     lines += [f"{name}: not in the checkpoint" for name in expected if name not in actual]

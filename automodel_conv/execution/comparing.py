@@ -42,7 +42,7 @@ def compare_file(
     index = [int(i) for i in np.unravel_index(element, spec.shape or (1,))]
     raise VerificationError(
         message(
-            f"{spec.name} is not what the source makes it",
+            f"{spec.name} does not match its source",
             where=f"{source.describe()}, byte {offset}",
             found=f"the first element that differs is {index} of {spec.dtype} {list(spec.shape)}",
             do="the file or the source was changed, or a disk or its memory is broken",

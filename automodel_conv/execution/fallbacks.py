@@ -58,16 +58,17 @@ def run_fallback(call: FallbackCall, sources: Mapping[int, Tensor], buffers: Map
         with torch.no_grad():
             results = call.fallback.convert({row: tensor.to(device) for row, tensor in sources.items()})
     except Exception as error:  # operations of users or of transformers may raise anything
-        raise ConversionError(message(f"upstream's own code failed on {names}", found=repr(error))) from error
+        raise ConversionError(message(f"transformers' own code failed on {names}", found=repr(error))) from error
     for target in call.targets:
         tensor = results.get(target.name)
         if not isinstance(tensor, Tensor):
-            raise ConversionError(message(f"upstream's own code did not make {target.name}", found=", ".join(results)))
+            text = f"transformers' own code did not return {target.name}"
+            raise ConversionError(message(text, found=", ".join(results)))
         castable = dtype_code(tensor.dtype) in FLOATING and target.dtype in FLOATING
         if tensor.shape != target.shape or not (castable or dtype_code(tensor.dtype) == target.dtype):
             raise ConversionError(
                 message(
-                    f"upstream's own code made {target.name} differently",
+                    f"transformers' own code returned {target.name} with a wrong shape or dtype",
                     expected=f"{target.dtype} {list(target.shape)}",
                     found=f"{dtype_code(tensor.dtype)} {list(tensor.shape)}",
                 )

@@ -90,8 +90,8 @@ def limits_in_budget(
         needed = extra_bytes + max(limits.scratch_bytes or least, least)
         if streamed:
             needed += streamed * max(limits.device_scratch_bytes or 4 * least_device_scratch, least_device_scratch)
-        expected = f"at least {needed} bytes"
-        raise ConversionError(message("no load fits into memory_budget", expected=expected, found=memory_budget))
+        text, expected = "memory_budget is too small for this load", f"at least {needed} bytes"
+        raise ConversionError(message(text, expected=expected, found=memory_budget))
     return limits._replace(scratch_bytes=host_scratch, device_scratch_bytes=device_scratch or None)
 
 

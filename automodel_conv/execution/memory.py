@@ -75,7 +75,7 @@ def _checked_source(plan: CopyPlan, row: int, tensor: Tensor) -> Tensor:
     if tensor.shape != shape or tensor.dtype != dtype:
         raise ConversionError(
             message(
-                f"{name} is not what the plan was made for",
+                f"{name} does not match the plan",
                 expected=f"{dtype} {list(shape)}",
                 found=f"{tensor.dtype} {list(tensor.shape)}",
             )
@@ -147,14 +147,14 @@ def _address_array(tensor: Tensor) -> np.ndarray:
 def _raise_unless_tied(first: _Operand, second: _Operand, sources: Mapping[int, Tensor]) -> None:
     if first.target is None or second.target is None:
         source, buffer = (first, second) if first.target is None else (second, first)
-        what = f"the buffer of {buffer.name} lies in the memory of the source {source.name}"
+        what = f"the buffer of {buffer.name} overlaps the memory of the source {source.name}"
     elif _memory_key(first.tensor) == _memory_key(second.tensor) and (
         _computation_key(first.target, sources) == _computation_key(second.target, sources)
     ):
         return
     else:
         what = "the buffers of {} and {} share memory".format(*sorted((first.name, second.name)))
-    raise ConversionError(message(what, do="pass a buffer of its own"))
+    raise ConversionError(message(what, do="pass buffers that share no memory"))
 
 
 def _computation_key(target: Target, sources: Mapping[int, Tensor]) -> tuple[object, ...]:

@@ -150,5 +150,5 @@ def _pieces_from_region(region: Region, piece: Piece, ordinal: int, target: Targ
     try:
         return [chained.canonical() for chained in chain(from_region, [piece], prod(region.shape))]
     except NotAffine as error:
-        text = f"{target.name} cannot be made of a part of its source: {error}"
+        text = f"{target.name} cannot be computed from a part of its source: {error}"
         raise UnsupportedError(message(text, found=f"{region}")) from None
