@@ -37,7 +37,9 @@ def dtype_of(code: str, name: str) -> torch.dtype:
 
 
 def allocate(targets: Iterable[Target], device: torch.device | str = "cpu") -> dict[str, Tensor]:
-    """Allocate an uninitialized, contiguous tensor for each target; return them by name. No page is touched.
+    """Allocate an uninitialized, contiguous tensor for each target, and return the tensors by name.
+
+    No page of memory is touched.
 
     Raises:
         UnsupportedError: this torch does not have the dtype of a target.

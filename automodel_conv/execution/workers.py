@@ -134,7 +134,7 @@ def run_concurrently(tasks: Sequence[Callable[[], None]], stop: threading.Event)
 
 
 class _ThreadGroup:
-    """A group of threads that end together; each may start further ones. See ``run_concurrently``."""
+    """A group of threads that end together, each of which may start further ones; see ``run_concurrently``."""
 
     def __init__(self, most: int, stop: threading.Event):
         self._stop = stop
