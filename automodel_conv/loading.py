@@ -271,11 +271,11 @@ def load_model(
             verify_checksums(checkpoint, options.reader_threads)
         was_meta = any(tensor.is_meta for tensor in state.values() if isinstance(tensor, Tensor))
 
-        def map_new(fresh: CopyPlan, devices: Mapping[str, torch.device]) -> dict[str, Tensor]:
-            part, _ = to_read(fresh, state, options.broadcast)
+        def map_new(new: CopyPlan, devices: Mapping[str, torch.device]) -> dict[str, Tensor]:
+            part, _ = to_read(new, state, options.broadcast)
             return map_targets(part, checkpoint, devices) if options.memory_map else {}
 
-        model_tensors = ModelTensors.of(model, state, whole, options.strict, device_of, map_new)
+        model_tensors = ModelTensors.prepare(model, state, whole, options.strict, device_of, map_new)
         clock.lap("plan")
         to_fill = without(model_tensors.plan, model_tensors.mapped)
         limits = within(
@@ -290,7 +290,7 @@ def load_model(
     with all_or_raise(groups, "comparing tied tensors"):
         found = model_tensors.unequal()
     unequal = union_over_ranks(groups, found, "comparing tied tensors")
-    model_tensors.settle(unequal)
+    model_tensors.install(unequal)
     if was_meta:
         finish(model, model_tensors.buffers, problems.missing, device_of)
     if where is not None:
