@@ -1,4 +1,4 @@
-"""The method of compressed-tensors (llm-compressor, Kimi-K2): integers, FP8 and FP4, one format per group of weights.
+"""The compressed-tensors method (llm-compressor, Kimi-K2): INT4, FP8 and FP4, one format per group of weights.
 
 Sources: compressed-tensors 0.20.0, ``compressors/*/base.py``, ``quantization/quant_args.py`` and
 ``CompressionFormat``; the files of Kimi-K2.
@@ -24,7 +24,7 @@ from automodel_conv.planning.methods.method import (
     block_of,
 )
 
-# By format: type, bits, our format of the codes, and the dtypes that their scales may have.
+# By the format in the config: type, bits, format of the codes as ``Decode`` names it, dtypes of the scales.
 _FORMATS = {
     "pack-quantized": ("int", 4, "int4", NUMBERS),
     "float-quantized": ("float", 8, "e4m3", NUMBERS),

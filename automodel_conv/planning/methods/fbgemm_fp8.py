@@ -1,4 +1,4 @@
-"""The method of FBGEMM: FP8 with a scale for each row.
+"""The FBGEMM method: FP8 with one scale per row.
 
 Source: transformers 5.23.0, ``FbgemmFp8Config`` in ``utils/quantization_config.py``.
 """

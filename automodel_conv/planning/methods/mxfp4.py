@@ -1,4 +1,4 @@
-"""The method of gpt-oss: MXFP4, stored as ``[..., rows, groups, 16]`` bytes that mean ``[..., columns, rows]``.
+"""The MXFP4 method of gpt-oss, which stores weights of ``[..., columns, rows]`` as ``[..., rows, groups, 16]`` bytes.
 
 Sources: OCP Microscaling Formats 1.0; transformers 5.23.0, ``integrations/mxfp4.py``; the files of gpt-oss.
 """
