@@ -14,16 +14,16 @@ from automodel_conv.planning.quantization import padding_suspects, quantized_tab
 from automodel_conv.planning.schemes import KEEP
 
 
-def decoded_table(checkpoint: Checkpoint, wants_numbers: bool) -> SourceTable:
+def decoded_table(checkpoint: Checkpoint, needs_values: bool) -> SourceTable:
     """Return the tensors of a checkpoint, with quantized tensors described as their decoded values.
 
     Args:
-        wants_numbers: whether codes without a quantization config are an error.
+        needs_values: whether codes without a quantization config are an error.
 
     Raises:
         CheckpointError: ``config.json``, or modelopt's own file, is malformed.
         QuantizationError: see ``quantized_table``; or the checkpoint has codes and scales, no config describes them,
-            and ``wants_numbers`` is true.
+            and ``needs_values`` is true.
     """
     table = SourceTable.of(checkpoint)
     config = quantization(checkpoint.directory)
@@ -31,13 +31,13 @@ def decoded_table(checkpoint: Checkpoint, wants_numbers: bool) -> SourceTable:
         decoded = quantized_table(table, config.settings, where=config.path)
         _refuse_padding(checkpoint, padding_suspects(table, decoded, config.settings), decoded)
         return decoded
-    codes = has_codes(table) if wants_numbers else None
+    codes = has_codes(table) if needs_values else None
     if codes is not None:
-        raise unknown_codes(codes, checkpoint)
+        raise codes_without_config(codes, checkpoint)
     return table
 
 
-def unknown_codes(codes: str, checkpoint: Checkpoint) -> QuantizationError:
+def codes_without_config(codes: str, checkpoint: Checkpoint) -> QuantizationError:
     """Return the error for codes that no config describes."""
     return QuantizationError(
         message(

@@ -117,7 +117,7 @@ def fitted_plan(
             )
         )
     misfits = Misfits()
-    table = decoded_table(checkpoint, wants_numbers=False) if plan.sources.decodes else SourceTable.of(checkpoint)
+    table = decoded_table(checkpoint, needs_values=False) if plan.sources.decodes else SourceTable.of(checkpoint)
     fitted = fit_sources(plan, table, misfits, strict)
     problems = Problems(list(plan.missing), list(plan.unexpected), list(plan.mismatched))
     if model is not None:

@@ -59,7 +59,7 @@ def carried_from(
         QuantizationError, UnsupportedError: the checkpoint is broken, or cannot be decoded.
     """
     saved = plan.sources
-    table = SourceTable.of(source) if has_codes(saved) else decoded_table(source, wants_numbers=False)
+    table = SourceTable.of(source) if has_codes(saved) else decoded_table(source, needs_values=False)
     has = {n: TargetSpec(d, s) for n, d, s in zip(saved.names, saved.dtypes, saved.shapes, strict=True)}
     table, rows = unclaimed_rows(source, table, model, rules, layout, has)
     return Carried(source, table, tuple(carried_targets(table, rows, dtype, plan.targets)))

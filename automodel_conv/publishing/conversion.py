@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from automodel_conv.compiling.carrying import carried_targets, dropped_rows, refuse_halves
-from automodel_conv.compiling.decoded import decoded_table, unknown_codes
+from automodel_conv.compiling.decoded import codes_without_config, decoded_table
 from automodel_conv.compiling.marks import form_of_conversion, layout_to_read, stated_layout
 from automodel_conv.compiling.stages import without_casts
 from automodel_conv.compiling.to_checkpoint import saving_plan
@@ -84,7 +84,7 @@ def compile_conversion(
     rules = None if rules is None else list(rules)
     keeps_names = layout is None and source_layout is None and rules == []
     source_layout = layout_to_read(checkpoint, source_layout, keeps_names=keeps_names)
-    table = decoded_table(checkpoint, wants_numbers=True) if dequantize else SourceTable.of(checkpoint)
+    table = decoded_table(checkpoint, needs_values=True) if dequantize else SourceTable.of(checkpoint)
     dropped = dropped_rows(checkpoint.names, drop)
     table = replace(table, hidden=table.hidden | dropped)
     model = meta_model(checkpoint, dtype) if rules is None else None
@@ -93,7 +93,7 @@ def compile_conversion(
     stay = layout == PER_EXPERT and codes is not None and not any(map(any_experts, table.names))
     told = quantization(checkpoint.directory) if codes is not None and not stay and not keeps_names else None
     if codes is not None and told is None and not stay and rules != []:
-        raise unknown_codes(codes, checkpoint)
+        raise codes_without_config(codes, checkpoint)
 
     def made_of(
         sources: SourceTable, dtype: torch.dtype | None, *, unbound: bool = False
@@ -123,7 +123,7 @@ def compile_conversion(
         plan, carried = made_of(table, dtype)
         table = replace(table, names=plan.sources.names)  # without what torch's wrappers add
     else:
-        decoded = decoded_table(checkpoint, wants_numbers=True)
+        decoded = decoded_table(checkpoint, needs_values=True)
         refuse_halves(checkpoint.names, decoded.decodes, dropped)
         decoded = replace(decoded, hidden=decoded.hidden | table.hidden)
         numbers, carried = made_of(decoded, dtype)

@@ -11,10 +11,10 @@ from typing import Any
 
 from automodel_conv.planning.methods.method import (
     CHANNEL,
-    EXPONENTS,
+    EXPONENT_SCALES,
+    FLOAT_SCALES,
     FP8_CODES,
     FP8_SCALES,
-    NUMBERS,
     TENSOR,
     Block,
     Method,
@@ -26,12 +26,12 @@ from automodel_conv.planning.methods.method import (
 
 # By the format in the config: type, bits, format of the codes as ``Decode`` names it, dtypes of the scales.
 _FORMATS = {
-    "pack-quantized": ("int", 4, "int4", NUMBERS),
-    "float-quantized": ("float", 8, "e4m3", NUMBERS),
-    "naive-quantized": ("float", 8, "e4m3", NUMBERS),
-    "mxfp8-quantized": ("float", 8, "e4m3", EXPONENTS),
+    "pack-quantized": ("int", 4, "int4", FLOAT_SCALES),
+    "float-quantized": ("float", 8, "e4m3", FLOAT_SCALES),
+    "naive-quantized": ("float", 8, "e4m3", FLOAT_SCALES),
+    "mxfp8-quantized": ("float", 8, "e4m3", EXPONENT_SCALES),
     "nvfp4-pack-quantized": ("float", 4, "e2m1", FP8_SCALES),
-    "mxfp4-pack-quantized": ("float", 4, "e2m1", EXPONENTS),
+    "mxfp4-pack-quantized": ("float", 4, "e2m1", EXPONENT_SCALES),
 }
 
 

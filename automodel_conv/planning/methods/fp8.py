@@ -12,9 +12,9 @@ from typing import Any
 
 from automodel_conv.planning.methods.method import (
     CHANNEL,
-    EXPONENTS,
+    EXPONENT_SCALES,
+    FLOAT_SCALES,
     FP8_CODES,
-    NUMBERS,
     TENSOR,
     Method,
     Packing,
@@ -29,9 +29,9 @@ def _schemes(config: Mapping[str, Any]) -> list[Scheme]:
         blocks.insert(0, (128, 128))
     elif config["weight_block_size"] is not None:
         blocks = [block_of(config["weight_block_size"])]
-    fp8 = [Scheme(format, block, NUMBERS | EXPONENTS) for format in ("e4m3", "e5m2") for block in blocks]
+    fp8 = [Scheme(format, block, FLOAT_SCALES | EXPONENT_SCALES) for format in ("e4m3", "e5m2") for block in blocks]
     # DeepSeek-V4's FP4 experts: the config states only the block of the other weights.
-    return [*fp8, Scheme("e2m1", (1, 32), EXPONENTS)]
+    return [*fp8, Scheme("e2m1", (1, 32), EXPONENT_SCALES)]
 
 
 FP8 = Method(

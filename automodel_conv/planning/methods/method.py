@@ -136,9 +136,9 @@ TENSOR: Block = (None, None)
 CHANNEL: Block = (1, None)
 """One scale per row."""
 
-NUMBERS = frozenset({"F32", "BF16", "F16"})
+FLOAT_SCALES = frozenset({"F32", "BF16", "F16"})
 """Dtypes of floating scales."""
-EXPONENTS = frozenset({"F8_E8M0", "U8"})
+EXPONENT_SCALES = frozenset({"F8_E8M0", "U8"})
 """Dtypes of scales that are powers of two, stored as exponents."""
 FP8_SCALES = frozenset({"F8_E4M3"})
 """Dtypes of FP8 scales."""
