@@ -26,7 +26,7 @@ from automodel_conv.planning.wanted import TargetSpec
 def dropped_rows(names: Sequence[str], patterns: str | Iterable[str]) -> frozenset[int]:
     """Return the rows of the names that match a pattern, or any of several.
 
-    In a pattern, ``*`` matches any text, ``?`` one character, and ``[abc]`` one of these characters.
+    ``*`` in a pattern matches any text, ``?`` one character, and ``[abc]`` one of these characters.
 
     Raises:
         UnsupportedError: a pattern matches no name.

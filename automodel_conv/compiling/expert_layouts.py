@@ -90,8 +90,7 @@ def gated_by(
     """Return a function that determines whether an experts module, given by name, has a gate.
 
     The model decides if it states it. Otherwise there is no gate if a rule names ``experts.up_proj``, or if the two
-    weights of the module are in ``layout`` and the rows of up equal the columns of down. In all other cases there is
-    one.
+    weights of the module are in ``layout`` and the rows of up equal the columns of down. All other experts have one.
     """
     patterns = [p for row in range(len(rules.converters)) for side in rules.patterns(row) for p in side]
     rules_are_ungated = any(pattern.endswith("experts.up_proj") for pattern in patterns)

@@ -3,8 +3,8 @@
 Eight-bit codes are copied exactly as the values that they encode. Scales are copied as a matrix with one element per
 block: the rules and layouts of a weight are applied again to tensors with the weights' names and the scales' shapes.
 The result must decode to the same values under the same config. To check that, it is read as if it were a checkpoint,
-and each of its blocks must be a block of the source. A block that mixes rows of two halves (gate and up), or that lies
-crosswise, is not.
+and each of its blocks must be a block of the source. A block that mixes rows of gate and up, or whose sides are exchanged,
+is not.
 """
 
 from __future__ import annotations

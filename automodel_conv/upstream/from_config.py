@@ -92,7 +92,7 @@ def meta_model(checkpoint: Checkpoint, dtype: torch.dtype | None) -> nn.Module:
 def model_class(config: Any, where: str) -> tuple[Any, Any]:
     """Return the class for a config, and the config to pass to it.
 
-    That is the text part's config if the Auto class builds only the text part.
+    The latter is the text part's config if the Auto class builds only the text part.
 
     Args:
         config: the config.

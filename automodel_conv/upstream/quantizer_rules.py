@@ -21,7 +21,7 @@ def own_rule(rule: Any) -> Any | None:
         return rule
     if len(operations) == 1:
         return None
-    # The constructor changes patterns, so copy the original ones. Older versions of transformers anchor those of weights.
+    # The constructor changes patterns, so pass the original ones. Older versions of transformers anchor them.
     sources = [s for s in _original_patterns(rule, "source") if s.removesuffix("$").endswith(".weight")]
     targets = _original_patterns(rule, "target")
     create = getattr(rule, "copy", type(rule))

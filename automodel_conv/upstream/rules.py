@@ -69,7 +69,7 @@ class RuleSet:
     def rename(self, name: str) -> tuple[str, int, str]:
         """Return ``(target name, converter row or -1, source pattern)``, without the model's prefix.
 
-        In reverse, a name that a converter matches is not renamed further. Its parts are, by ``rename_part``.
+        A name that a reversed converter matches is not renamed further. Its parts are, by ``rename_part``.
         """
         if not len(self):
             return name, -1, name

@@ -97,7 +97,7 @@ def _inner(module: nn.Module) -> nn.Module | None:
     if isinstance(module, _HOLDS_MODULE):
         return module.module
     if len(module._modules) != 1 or module._parameters or module._buffers:
-        return None  # not a wrapper, whatever its children are called
+        return None  # a wrapper has one child and nothing else
     [(name, child)] = module._modules.items()
     return child if name in _INNER else None
 

@@ -24,7 +24,7 @@ from automodel_conv.planning.methods.method import (
     block_of,
 )
 
-# By the format in the config: type, bits, format of the codes as ``Decode`` names it, dtypes of the scales.
+# Keys are formats in a config. Values are type, bits, format of the codes (see ``Decode``) and dtypes of the scales.
 _FORMATS = {
     "pack-quantized": ("int", 4, "int4", FLOAT_SCALES),
     "float-quantized": ("float", 8, "e4m3", FLOAT_SCALES),
