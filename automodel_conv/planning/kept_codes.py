@@ -2,9 +2,9 @@
 
 Eight-bit codes are copied exactly as the values that they encode. Scales are copied as a matrix with one element per
 block: the rules and layouts of a weight are applied again to tensors with the weights' names and the scales' shapes.
-The result must decode to the same values under the same config. To check that, it is read as if it were a checkpoint,
-and each of its blocks must be a block of the source. A block that mixes rows of gate and up, or whose sides are exchanged,
-is not.
+The result must decode to the same values under the same config. To check that, it is read as if it were a checkpoint.
+Each of its blocks must be a block of the source. A block that mixes rows of gate and up, or whose sides are swapped, is
+not one.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Decide whether a rule transposes a square matrix, if it only transposes matrices that lack the model's shape.
+"""Decide whether a square matrix is transposed by a rule that compares with the model's shape.
 
 transformers' ``Transpose(check_dims=True)`` leaves a tensor as it is if its shape is the model's, and transposes it
 otherwise. One rule thus loads both published experts and those that ``save_pretrained`` wrote. A square matrix has the
@@ -63,7 +63,7 @@ class Matrix(NamedTuple):
 
     @property
     def is_transposed(self) -> bool | None:
-        """Whether the shape shows that it is stored transposed; None if the shape does not show it."""
+        """Whether the shape shows that it is stored transposed; None if it does not show either."""
         fits, fits_swapped = self.shape == self.wanted, self._transposed == self.wanted
         return None if fits == fits_swapped else fits_swapped
 
