@@ -33,7 +33,7 @@ from automodel_conv.planning.values import leaf, transpose
 def quantized_table(
     table: SourceTable, config: Mapping[str, Any], *, like_upstream: bool = False, where: str | None = None
 ) -> SourceTable:
-    """Return ``table`` with each row of codes described as its decoded weight, and all scales hidden.
+    """Return ``table`` with each row of codes described as its decoded weight, and all other parts hidden.
 
     The scales of a quantized KV cache are hidden too. They belong to no weight.
 
