@@ -146,9 +146,8 @@ def loading_plan(
     problems.missing, problems.unexpected = without_ignored(model, problems.missing, problems.unexpected)
     if source_layout is None and targets is not None and not has_targets:
         refuse_other_layouts(problems, plan, rule_set, bool(experts) or is_pretrained_model(model))
-    if (
-        layout is not None and table.names and not unbound and not problems.failed
-    ):  # problems explain missing experts better
+    # Other problems explain missing experts better than this check does.
+    if layout is not None and table.names and not unbound and not problems.failed:
         refuse_no_experts(targets or [target.name for target in plan.targets], layout, table)
     whole = replace(
         whole,
