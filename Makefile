@@ -13,15 +13,16 @@ OTHER_TRANSFORMERS := 5.17.0 5.12.1
 BESIDE_5.12.1 := tokenizers==0.22.2
 # The test files that a release of transformers can change the outcome of; the sweep walks the whole zoo again, and
 # test-long the zoo of equal sizes.
-TRANSFORMERS_TESTS = $(filter-out tests/test_model_zoo.py tests/test_equal_sizes.py tests/test_fault_sweep.py tests/test_hostile_files.py \
+TRANSFORMERS_TESTS = $(filter-out $(patsubst %,tests/whole/test_%.py,model_zoo equal_sizes fault_sweep hostile_files) \
 	tests/crash_safety/% tests/fuzz/% tests/benchmarks/% tests/gpu/% tests/software_gpu/% tests/distributed/% tests/files/% tests/house/%,\
-	$(shell grep -rlwE --include='test_*.py' --exclude-dir=packaging 'transformers|model_zoo' tests))
+	$(sort $(shell grep -rlwE --include='test_*.py' --exclude-dir=packaging 'transformers|model_zoo' tests) \
+	$(wildcard tests/destinations/test_*.py tests/doors/*/test_*.py)))
 
 VERSION = $(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)
 
 # Tests of what never asks whether transformers is there, and of what cannot do without it.
-KNOW_NO_TRANSFORMERS := machine_code/ kernels/ gpu/ software_gpu/ execution/ files/ packaging/ hide/ house/ model_zoo/ crash_safety/ \
-	test_measuring.py test_testing.py test_checksums.py
+KNOW_NO_TRANSFORMERS := $(addsuffix /%,machine_code kernels gpu software_gpu execution schedule files packaging hide house model_zoo \
+	crash_safety) cli/test_measuring.py doors/test_checksums.py test_testing.py
 
 .PHONY: test lint types format demo clean test-style test-main test-software-gpu test-packaging \
 	test-without-triton test-without-transformers test-fuzz test-long \
@@ -55,13 +56,13 @@ test-transformers-%: $(VENV)/transformers-%/.installed
 
 test-without-triton: $(VENV)/installed
 	@PYTHONPATH=$(CURDIR)/tests/hide HIDDEN_PACKAGES=triton $(LEG) "without triton" \
-		$(PYTEST) -m "not packaging and not long" -k "not random_schedules" tests/kernels tests/execution tests/test_imports.py \
-		tests/test_in_memory.py \
-		tests/test_loading.py tests/test_broken_checkpoints.py
+		$(PYTEST) -m "not packaging and not long" -k "not random_schedules" tests/kernels tests/execution tests/schedule \
+		tests/test_imports.py tests/doors/in_memory tests/doors/test_loading.py tests/whole/test_broken_checkpoints.py
 
 test-without-transformers: $(VENV)/installed
 	@PYTHONPATH=$(CURDIR)/tests/hide HIDDEN_PACKAGES=transformers $(LEG) "without transformers" \
-		$(PYTEST) -m "not packaging and not long" $(filter-out $(KNOW_NO_TRANSFORMERS:%=tests/%),$(wildcard tests/test_*.py tests/*/))
+		$(PYTEST) -m "not packaging and not long" $(filter-out $(KNOW_NO_TRANSFORMERS:%=tests/%),\
+		$(wildcard tests/test_*.py tests/*/test_*.py tests/*/*/test_*.py))
 
 # Whole matrices, which take as long as all else; to be run before a change of what they are about is merged.
 test-long: $(VENV)/installed $(OTHER_TRANSFORMERS:%=test-long-transformers-%)
