@@ -36,9 +36,7 @@ def dropped_rows(names: Sequence[str], patterns: str | Iterable[str]) -> frozens
         rows = [row for row, name in enumerate(names) if fnmatchcase(name, pattern)]
         if not rows:
             expected = "a name, or a pattern such as 'mtp.*' or '*.layers.61.*'"
-            raise UnsupportedError(
-                message("no tensor has such a name to be dropped", expected=expected, found=repr(pattern))
-            )
+            raise UnsupportedError(message("no tensor to drop has this name", expected=expected, found=repr(pattern)))
         dropped.update(rows)
     return frozenset(dropped)
 
@@ -55,7 +53,7 @@ def refuse_halves(names: Sequence[str], decodes: Mapping[int, Decode], dropped: 
     halves = [parts for parts in quantized if not parts.isdisjoint(dropped) and not parts.issubset(dropped)]
     if halves:
         left = sorted({names[row] for parts in halves for row in parts.difference(dropped)})
-        text = f"{len(left)} tensors mean nothing without those that are to be dropped"
+        text = f"{len(left)} tensors mean nothing without the tensors to drop"
         do = "drop codes and scales together: a pattern such as 'NAME.weight*' matches both"
         raise UnsupportedError(message(text, found="\n" + listing(left), do=do))
 
@@ -80,7 +78,7 @@ def carried_targets(
     if both:
         raise NameProblems(
             message(
-                f"{len(both)} tensors that the model has no place for have names that other tensors are given",
+                f"{len(both)} tensors to carry over have the names of converted tensors",
                 found="\n" + listing(both),
                 do="leave them out with {drop=}",
             ),
@@ -131,7 +129,7 @@ def unclaimed_rows(
     if others:
         raise UnsupportedError(
             message(
-                "the checkpoint to carry tensors from has other experts than what is to be saved",
+                "the checkpoint to carry tensors from has other experts than the tensors to save",
                 where=checkpoint.path,
                 expected="\n" + listing(absent.values()),
                 found="\n" + listing(others),

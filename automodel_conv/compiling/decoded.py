@@ -41,10 +41,10 @@ def codes_without_config(codes: str, checkpoint: Checkpoint) -> QuantizationErro
     """Return the error for codes that no config describes."""
     return QuantizationError(
         message(
-            f"{codes} has the form of quantized codes, and nothing says how they decode",
+            f"{codes} has the form of quantized codes, but no config describes how to decode them",
             where=checkpoint.path,
-            expected=f"a quantization_config in the config.json beside the files, or modelopt's {MODELOPT_NAME}",
-            do=["put there what the release has of the two", KEEP],
+            expected=f"a quantization_config in the config.json next to the files, or modelopt's {MODELOPT_NAME}",
+            do=["add the one that the release has", KEEP],
         )
     )
 
@@ -71,5 +71,5 @@ def _refuse_padding(checkpoint: Checkpoint, suspects: Iterable[tuple[int, str]],
         true_shape = read_whole(shape_row, checkpoint).tolist() if is_shape else checkpoint.shapes[shape_row]
         if true_shape != list(table.shapes[row]):
             name = checkpoint.names[row]
-            text = "the rows of packed codes end in padding, which is not left out here"
+            text = "the rows of packed codes end in padding, which is not supported"
             raise QuantizationError(message(text, where=name, expected=list(table.shapes[row]), found=true_shape))

@@ -35,9 +35,9 @@ def experts_of(model: nn.Module | None, layout: str | None) -> dict[str, ExpertL
     if layout is not None and silent and is_pretrained_model(model):
         raise UnsupportedError(
             message(
-                f"the layout {layout!r} cannot be reached from these experts, which do not say how they lie",
+                f"cannot convert experts to the layout {layout!r}: the model does not state their layout",
                 where=f"{silent[0]} of {type(model).__name__}",
-                do="leave {layout} out to take the experts as the model has them",
+                do="leave {layout} out to keep the model's own layout",
             )
         )
     return {path: own for path, own in stated.items() if own is not None}
@@ -71,7 +71,7 @@ def refuse_no_experts(targets: Iterable[str], layout: str, table: SourceTable) -
     if not any(map(any_experts, targets)):
         raise UnsupportedError(
             message(
-                f"no tensor is in the layout {layout!r} or can be laid out so",
+                f"no tensor is in the layout {layout!r} or can be converted to it",
                 expected="grouped experts, or a model or rules that group them",
                 found=", ".join(table.names[:3]) + ", ...",
                 do="leave {layout} out for a model without experts",

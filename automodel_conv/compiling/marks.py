@@ -48,18 +48,18 @@ def stated_layout(checkpoint: Checkpoint, source_layout: str | None) -> str | No
     if len(stated) > 1:
         raise CheckpointError(
             message(
-                "the files of the checkpoint say different things of the layout of their experts",
+                "the files of the checkpoint state different layouts of experts",
                 where=checkpoint.path,
                 found=", ".join(stated),
                 do="do not put files of two conversions into one directory",
             )
         )
     if stated and stated[0] not in (*LAYOUTS, PER_EXPERT):
-        newer = "use a newer version of this package, if one has written the files"
-        mend = f"correct {LAYOUT_KEY} in the metadata of files and index, or take it out there"
+        newer = "use a newer version of this package if it wrote the files"
+        mend = f"correct {LAYOUT_KEY} in the metadata of files and index, or remove it"
         raise UnsupportedError(
             message(
-                "the checkpoint says a layout of its experts that is not known here",
+                "the checkpoint states an unknown layout of experts",
                 where=checkpoint.path,
                 expected=f"{LAYOUT_KEY}: one of {sorted([*LAYOUTS, PER_EXPERT])}",
                 found=f"{LAYOUT_KEY}: {stated[0]!r}",
@@ -69,7 +69,7 @@ def stated_layout(checkpoint: Checkpoint, source_layout: str | None) -> str | No
     if source_layout is not None and stated and stated[0] != source_layout:
         raise UnsupportedError(
             message(
-                f"the call says that experts lie as {source_layout!r}, and the checkpoint says otherwise",
+                f"the given layout of experts, {source_layout!r}, contradicts the checkpoint",
                 where=checkpoint.path,
                 found=f"{LAYOUT_KEY}: {stated[0]}",
                 do="leave {source_layout} out",

@@ -109,11 +109,11 @@ def fitted_plan(
     if stated not in (None, plan.source_layout):
         raise UnsupportedError(
             message(
-                "the files say a layout of their experts that the plan was not made for",
+                "the files state another layout of experts than the plan was compiled for",
                 where=checkpoint.path,
-                expected=repr(plan.source_layout) if plan.source_layout else "files that say none",
+                expected=repr(plan.source_layout) if plan.source_layout else "files that state no layout",
                 found=repr(stated),
-                do=["make the plan of this checkpoint: {compile_plan(...)}", "leave {plan} out"],
+                do=["compile a plan for this checkpoint: {compile_plan(...)}", "leave {plan} out"],
             )
         )
     misfits = Misfits()

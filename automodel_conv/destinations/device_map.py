@@ -74,7 +74,7 @@ class DeviceMap:
         if uncovered:
             raise ConversionError(
                 message(
-                    f"device_map gives no device to {len(uncovered)} of {len(names)} tensors",
+                    f"device_map has no device for {len(uncovered)} of {len(names)} tensors",
                     found="\n" + listing(uncovered),
                     do='add their modules, or "" for all that no other entry covers',
                 )
@@ -156,8 +156,8 @@ def device_map_of(
                 "device_map is not a mapping",
                 expected='names of modules to devices, as in {"model.embed_tokens": 0, "": "cuda:1"}',
                 found=repr(device_map),
-                do="device= is for one device; accelerate.infer_auto_device_map(model) makes a map of a model on the "
-                'meta device; or use from_pretrained(device_map="auto") under accelerate_transformers()',
+                do="device= is for one device; accelerate.infer_auto_device_map(model) computes a map for a model on "
+                'the meta device; or use from_pretrained(device_map="auto") under accelerate_transformers()',
             )
         )
     return DeviceMap(device_map)
@@ -167,11 +167,11 @@ def _device(name: object, device: DeviceLike) -> torch.device:
     """Return the device of an entry, checked."""
     where = f"device_map[{name!r}]"
     if not isinstance(name, str):
-        raise ConversionError(message("device_map takes names", where=where))
+        raise ConversionError(message("the keys of device_map must be names", where=where))
     if device == "disk":
         raise UnsupportedError(
             message(
-                "tensors are not loaded to the disk",
+                "tensors cannot be loaded to disk",
                 where=where,
                 do='send it to "cpu", or use from_pretrained(device_map=..., offload_folder=...) under '
                 "accelerate_transformers()",

@@ -47,7 +47,7 @@ def loadable(device: DeviceLike, where: str | None = None) -> torch.device:
     if device.type == "meta":
         text, do = (
             "the meta device holds no data, so nothing can be loaded to it",
-            "{compile_plan(...)} plans a load alone",
+            "{compile_plan(...)} plans a load without loading",
         )
         raise UnsupportedError(message(text, where=where, do=do))
     count = torch.cuda.device_count()
@@ -66,4 +66,4 @@ def loadable(device: DeviceLike, where: str | None = None) -> torch.device:
 def _devices(count: int) -> str:
     """Return the names of the devices that tensors can be loaded to, given the number of CUDA devices."""
     cuda = ", ".join(f'"cuda:{number}"' for number in range(count))
-    return '"cpu"' + (f", {cuda}" if count else "; there are no CUDA devices here")
+    return '"cpu"' + (f", {cuda}" if count else "; this machine has no CUDA devices")

@@ -110,7 +110,7 @@ class ModelTensors:
                 raise UnsupportedError(
                     message(
                         f"{target.name} is neither a parameter nor a buffer of the model",
-                        found="a tensor that its state_dict() makes anew, so writing to it changes nothing",
+                        found="a tensor that its state_dict() creates, so writing to it changes nothing",
                         do="use load_state_dict() and the model's own load_state_dict()",
                     )
                 )
@@ -165,7 +165,7 @@ class ModelTensors:
                         do=[
                             "untie them in the model",
                             "remove one from the checkpoint",
-                            "{strict=False} takes the first",
+                            "{strict=False} uses the first",
                         ],
                     )
                 )
@@ -235,5 +235,5 @@ def _refuse_shared_memory(buffers: Mapping[str, Tensor]) -> None:
     for (_, stop, name), (start, _, other) in pairwise(spans):
         if start < stop:
             raise ConversionError(
-                message(f"{name} and {other} share memory but are two parameters", do="give each storage of its own")
+                message(f"{name} and {other} share memory but are two parameters", do="give each its own storage")
             )

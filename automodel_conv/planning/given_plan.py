@@ -11,7 +11,7 @@ from automodel_conv.planning.copies import Decode, Fallback, SourceTable
 from automodel_conv.planning.names import plain_names
 from automodel_conv.planning.plan import CopyPlan
 
-_RECOMPILE = "make the plan of this checkpoint and this model: {compile_plan(...)}"
+_RECOMPILE = "compile a plan for this checkpoint and this model: {compile_plan(...)}"
 
 
 def as_plan(plan: object, decided: Mapping[str, object]) -> CopyPlan:
@@ -30,9 +30,9 @@ def as_plan(plan: object, decided: Mapping[str, object]) -> CopyPlan:
     if given:
         raise ConversionError(
             message(
-                "plan= decides already what these arguments say",
+                "plan= already determines these arguments",
                 found=", ".join(given),
-                do=["leave them out", "leave {plan} out, or pass them to compile_plan(), which makes the plan"],
+                do=["leave them out", "leave {plan} out, or pass them to compile_plan()"],
             )
         )
     if isinstance(plan, CopyPlan):
@@ -41,10 +41,10 @@ def as_plan(plan: object, decided: Mapping[str, object]) -> CopyPlan:
         return CopyPlan.from_json(plan)
     raise UnsupportedError(
         message(
-            "plan= is no plan",
-            expected="what compile_plan() returns, or the text that its to_json() gives",
+            "plan= is not a plan",
+            expected="the plan that compile_plan() returns, or the text that its to_json() returns",
             found=kind_of(plan),
-            do="of a plan in a file, pass the text: Path(file).read_text()",
+            do="if the plan is in a file, pass its text: Path(file).read_text()",
         )
     )
 
@@ -74,26 +74,26 @@ class Misfits:
         parts = [
             ("the checkpoint lacks", self.absent),
             (
-                "the checkpoint has them otherwise",
+                "the checkpoint has them in another form",
                 [f"{name}: the plan reads {planned}, found {stored}" for name, planned, stored in self.unlike],
             ),
-            ("the plan does not know", self.unknown),
+            ("the plan does not have", self.unknown),
             ("the model lacks", self.unexpected),
             (
                 "the model has other shapes",
                 [
-                    f"{name}: the plan makes {list(planned)}, expected {list(has)}"
+                    f"{name}: the plan produces {list(planned)}, expected {list(has)}"
                     for name, planned, has in self.mismatched
                 ],
             ),
-            ("missing: the plan does not make", missing),
+            ("missing: the plan does not produce", missing),
         ]
         sections = [f"  {title} ({len(items)}):\n{listing(items)}" for title, items in parts if items]
         if not sections:
             return
         do = [_RECOMPILE, "leave {plan} out"]
         if not (self.unexpected or self.mismatched or self._reads_misfits(plan)):
-            do.append("{strict=False} loads what the plan makes")
+            do.append("{strict=False} loads what the plan produces")
         raise NameProblems(
             Message("\n".join([f"the plan does not fit this load: {where}", *sections]), do),
             missing=missing,

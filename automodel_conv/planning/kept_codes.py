@@ -49,7 +49,7 @@ def keep_codes(
     try:
         scales = plan_of(_scales_as_weights(stored, decoded))
     except ConversionError as error:
-        raise _refused(coded[0].name, f"its scales do not come together; {_blocks(coded[0], decoded)}") from error
+        raise _refused(coded[0].name, f"its scales cannot be combined; {_blocks(coded[0], decoded)}") from error
     unused_scales = {target.name: target for target in scales.targets}
     targets: list[Target] = []
     kept: dict[str, Target] = {}
@@ -59,7 +59,7 @@ def keep_codes(
             continue
         scale = unused_scales.pop(target.name, None)
         if scale is None or scale.fallback is not None:
-            raise _refused(target.name, f"its scales do not come together; {_blocks(target, decoded)}")
+            raise _refused(target.name, f"its scales cannot be combined; {_blocks(target, decoded)}")
         kept[target.name] = codes = target._replace(dtype=stored.dtypes[target.sources[0]])
         targets += [codes, scale._replace(name=target.name + suffixes[target.name], rule=target.rule)]
     scale_rows = {decode.scales for decode in decoded.decodes.values()}
@@ -67,7 +67,7 @@ def keep_codes(
         if not scale_rows.isdisjoint(other.sources):
             continue  # the weight of this scale is left out
         if any(part.isdecimal() for part in name.rpartition("experts.")[2].split(".")[:1]) and kept:
-            raise _refused(name, "it is of one expert, and has no place beside grouped ones")
+            raise _refused(name, "it belongs to one expert, and the others are grouped")
         targets.append(other._replace(rule=-1))
     plan = CopyPlan(stored, tuple(targets), values.rules)
     plan.validate()
@@ -90,7 +90,7 @@ def _suffix(target: Target, stored: SourceTable, decoded: SourceTable) -> str:
     if len(known) < len(decodes) or target.fallback is not None:
         raise _refused(target.name, "only some of its parts are quantized")
     if any(decode.bits != 8 or len(decode.parts) > 1 for decode in known):
-        raise _refused(target.name, f"codes of the format {known[0].format} are not moved")
+        raise _refused(target.name, f"codes of the format {known[0].format} cannot be rearranged")
     if len({stored.dtypes[row] for row in target.sources}) > 1:
         raise _refused(target.name, "its parts have codes of different formats")
     weights = (decoded.names[row] for row in target.sources)
@@ -110,13 +110,13 @@ def _check_blocks(
         reread = read(table)
     except QuantizationError:
         first = min(kept.values(), key=lambda target: _is_as_stored(target, decoded))
-        why = "its scales would not be those that the config tells of"
+        why = "its scales would not fit the config"
         raise _refused(first.name, f"{why}; {_blocks(first, decoded)}") from None
     decodes = {table.names[row]: decode for row, decode in reread.decodes.items()}
     for name, target in kept.items():
         for ordinal, row in enumerate(target.sources):
             if name not in decodes or not _has_same_blocks(decoded.decodes[row], decodes[name], target.copies, ordinal):
-                raise _refused(name, f"a scale would belong to other numbers; {_blocks(target, decoded)}")
+                raise _refused(name, f"a scale would apply to other values; {_blocks(target, decoded)}")
 
 
 def _is_as_stored(target: Target, decoded: SourceTable) -> bool:
@@ -127,7 +127,7 @@ def _is_as_stored(target: Target, decoded: SourceTable) -> bool:
 def _blocks(target: Target, decoded: SourceTable) -> str:
     """Describe the blocks of a target's first quantized source, for errors."""
     decode = next(decode for row in target.sources if (decode := decoded.decodes.get(row)) is not None)
-    return f"each is of {list(decode.block)} of {list(decode.matrix)}, which become {list(target.shape)}"
+    return f"each is for a block {list(decode.block)} of {list(decode.matrix)}, which becomes {list(target.shape)}"
 
 
 def _has_same_blocks(source: Decode, target: Decode, copies: Sequence[StridedCopy], ordinal: int) -> bool:
@@ -191,6 +191,6 @@ def _refused(name: str, why: str) -> UnsupportedError:
         message(
             f"{name}: codes and scales cannot be kept in this layout",
             found=why,
-            do=["{dequantize=True} writes the numbers that they stand for", "{rules=[]} keeps all as it is"],
+            do=["{dequantize=True} writes decoded values", "{rules=[]} keeps everything as stored"],
         )
     )

@@ -132,7 +132,7 @@ class _CodeMatcher:
         self._report_unpaired_scales()
         for row, (name, dtype) in enumerate(zip(self._table.names, self._table.dtypes, strict=True)):
             if dtype.startswith(NARROW) and not (row in self._weights or row in self._hidden or row in self._reported):
-                self.problems.append(f"{name} is {dtype}, and nothing says how that decodes")
+                self.problems.append(f"{name} is {dtype}, and nothing describes how to decode it")
 
     def decoded(self) -> SourceTable:
         """Return the table with each row of codes described as its decoded weight."""
@@ -152,7 +152,7 @@ class _CodeMatcher:
                 return False
             if packing.suffix or dtype.startswith(NARROW) or weight.endswith("weight"):
                 wanted = " or ".join(filter(None, (part_name(weight, scale) for scale in self._method.scales)))
-                self._report(row, f"{name} has no scale: nothing is called {wanted}")
+                self._report(row, f"{name} has no scale: no tensor is named {wanted}")
                 return True
             return False
         zero_points = self._part_row(weight, self._method.zero_points)
@@ -167,7 +167,7 @@ class _CodeMatcher:
             why = next(why for suffix, why in self._method.refused.items() if part_name(weight, suffix) == part)
             self._report(row, f"{weight} {why}: {part}")
         elif packing.suffix and weight in self._rows:
-            self._report(row, f"{weight} is there beside its codes, {name}")
+            self._report(row, f"{weight} is stored in addition to its codes, {name}")
         else:
             shape = packing.unpacked(self._table.shapes[row])
             if shape is None:
@@ -210,7 +210,7 @@ class _CodeMatcher:
                 self._report(row, f"{name} is the scale of {others}, not codes")
             elif suffix != "_scale" or weight.endswith("weight"):  # other tensors end in "_scale" too
                 wanted = " or ".join(sorted(filter(None, (part_name(weight, suffix) for suffix in code_suffixes))))
-                self._report(row, f"{name} is the scale of nothing: nothing is called {wanted or weight}")
+                self._report(row, f"{name} is the scale of nothing: no tensor is named {wanted or weight}")
 
     def _report(self, row: int, problem: str) -> None:
         self._reported.add(row)
@@ -239,7 +239,7 @@ class _CodeMatcher:
         format = packing.format
         allowed = [scheme for scheme in self._schemes if scheme.format == format]
         if not allowed:
-            return self._report(row, f"{names[row]} has {format} codes, of which the config does not speak")
+            return self._report(row, f"{names[row]} has {format} codes, which the config does not describe")
         typed = [scheme for scheme in allowed if dtypes[scales] in scheme.scales]
         if not typed:
             wanted = ", ".join(sorted({dtype for scheme in allowed for dtype in scheme.scales}))
@@ -257,8 +257,8 @@ class _CodeMatcher:
         ):
             agreeing = [scheme for scheme in fitting if getattr(scheme, flag) == (part is not None)]
             if not agreeing:
-                missing = f"{weight} has no {what}: nothing is called {part_name(weight, suffix) or suffix}"
-                return self._report(row, missing if part is None else f"{names[part]}: the config speaks of no {what}")
+                missing = f"{weight} has no {what}: no tensor is named {part_name(weight, suffix) or suffix}"
+                return self._report(row, missing if part is None else f"{names[part]}: the config has no {what}")
             fitting = agreeing
         if len({_within(scheme.block, shape) for scheme in fitting}) > 1:
             blocks = " and ".join(str(list(scheme.block)) for scheme in fitting)

@@ -65,7 +65,7 @@ def read_config(config: Mapping[str, Any], where: str | None = None) -> tuple[Me
     if method is None:
         raise UnsupportedError(
             message(
-                f"checkpoints of the quantization method {name!r} are not decoded",
+                f"the quantization method {name!r} is not supported",
                 where=where,
                 expected=f"one of {sorted(METHODS)}",
                 do=[KEEP],
@@ -78,7 +78,7 @@ def read_config(config: Mapping[str, Any], where: str | None = None) -> tuple[Me
             if columns is not None and columns * bits % 8:
                 raise Undecoded(f"groups of {columns} codes of {bits} bits", "an even number")
     except Undecoded as error:
-        text = f"this quantization scheme is not decoded: {error.what}"
+        text = f"this quantization scheme is not supported: {error.what}"
         raise UnsupportedError(message(text, where=where, expected=error.expected, do=[KEEP])) from None
     except (TypeError, ValueError, KeyError, AttributeError) as error:
         text = f"the quantization_config of method {method.name} is malformed"

@@ -20,15 +20,15 @@ from automodel_conv.planning.rules import Rules
 from automodel_conv.planning.values import LoweringError, leaves
 
 WHICH_SOURCE_LAYOUT = (
-    'source_layout="transformers" if they lie as the model has them, '
-    'or source_layout="per_expert" if they lie as the type is published, which is transposed'
+    'source_layout="transformers" if they are oriented as in the model, '
+    'or source_layout="per_expert" if they are oriented as the model type is published, which is transposed'
 )
 """Values of ``source_layout`` that determine the orientation of square matrices, for advice in errors."""
 
 _ADVICE = (
-    'say {source_layout="transformers"} if they lie as the model has them, '
-    'or {source_layout="per_expert"} if they lie as the type is published, which is transposed',
-    "leave {reference} out, so that the rules say the names, or pass one that says how its experts lie: "
+    'pass {source_layout="transformers"} if they are oriented as in the model, '
+    'or {source_layout="per_expert"} if they are oriented as the model type is published, which is transposed',
+    "leave {reference} out, so that the rules determine the names, or pass one that states the layout of its experts: "
     '{convert_checkpoint(..., layout="transformers", source_layout=...)} writes it',
 )
 
@@ -108,7 +108,7 @@ def square_matrices(
     if unknown and transposed is None:
         raise UnsupportedError(
             message(
-                "square matrices may lie transposed or not, and no other matrix of their module tells which:\n"
+                "square matrices may be transposed or not, and no other matrix of their module shows which:\n"
                 + listing(unknown),
                 do=do,
             )

@@ -48,7 +48,7 @@ def refuse_other_layouts(problems: Problems, plan: CopyPlan, rules: Rules, model
             do = [_advice("source_layout")] if are_grouped else []
             if not model_says:
                 transposed = [n for n, layout in LAYOUTS.items() if layout.transposed and holds_experts(name, layout)]
-                do += [f'say {{layout="{other}"}} if the model has its experts in that layout' for other in transposed]
+                do += [f'pass {{layout="{other}"}} if the model has its experts in it' for other in transposed]
             raise _refused(name, do, f"{list(expected)}, as the model has it", list(shape))
     foreign = [name for name in problems.unexpected if layout_from_name(name) is not None]
     if foreign and any(".experts." in name for name in problems.missing):  # else no expert of the model is missing
@@ -110,11 +110,11 @@ def refuse_contradictions(table: SourceTable, shapes: Mapping[str, Shape], rules
             if expected is not None and shape == _transposed(expected) != expected:
                 raise _refused(name, [_advice("layout")], f"{list(expected)}, as the model has it", list(shape))
             if splits_experts and leaf not in leaves and layout_from_name(name) is not None:
-                raise _refused(name, [_advice("layout")], "names that the rules take apart", list(shape))
+                raise _refused(name, [_advice("layout")], "names of experts that the rules split", list(shape))
         first, down = TRANSFORMERS.first[0].name, TRANSFORMERS.down[0].name
         if splits_experts and f"{path}.{down}" not in shapes and not TRANSFORMERS.fits(weights):
             if any(LAYOUTS[other].fits(weights) for other in same_names(TRANSFORMERS)):
-                expected = "[E, 2I, H] beside [E, H, I]"
+                expected = "[E, 2I, H] and [E, H, I]"
                 raise _refused(f"{path}.{first}", [_advice("layout")], expected, list(weights[first]))
 
 
@@ -136,12 +136,12 @@ def refuse_grouped(plan: CopyPlan, rules: Rules) -> None:
     names = [t.name for t in plan.targets if t.rule < 0 and any_experts(t.name)]
     unsplit = [name for name in names if name.rpartition(".")[2] in leaves]
     if unsplit:
-        raise not_taken_apart(unsplit, "pass them under the names that they have in the model of these rules")
+        raise not_taken_apart(unsplit, "pass them under the names that they have in the model that the rules are for")
 
 
 def not_taken_apart(names: Sequence[str], do: str | list[str]) -> UnsupportedError:
     """Return the error for grouped experts in a checkpoint that should have one tensor per expert and projection."""
-    return UnsupportedError(message("no rule takes these experts apart", found="\n" + listing(names), do=do))
+    return UnsupportedError(message("no rule splits these experts", found="\n" + listing(names), do=do))
 
 
 def _by_module(tensors: Mapping[str, Shape]) -> dict[str, dict[str, Shape]]:
@@ -164,9 +164,9 @@ def _transposed(shape: Shape) -> Shape:
 
 
 def _advice(argument: str) -> str:
-    return f"say it: {{{argument}=}} takes " + ", ".join(f'"{name}"' for name in LAYOUTS)
+    return f"pass {{{argument}=}}: one of " + ", ".join(f'"{name}"' for name in LAYOUTS)
 
 
 def _refused(name: str, do: Sequence[str], expected: object, found: object) -> UnsupportedError:
-    text = "grouped experts lie in a layout that cannot be told"
+    text = "cannot determine the layout of grouped experts"
     return UnsupportedError(message(text, where=name, expected=expected, found=found, do=do))

@@ -35,7 +35,8 @@ _DEFAULTS = (
     "MODEL_MAPPING",
 )
 
-_OTHERWISE = ("pass {model=}", "{rules=[]} takes the tensors under their own names")
+_NEWER = "use a version of transformers that supports the model (remote code is never run)"
+_OTHERWISE = ("pass {model=}", "{rules=[]} keeps the tensors under their own names")
 """Advice for a caller whose config.json yields no model."""
 
 
@@ -70,14 +71,14 @@ def meta_model(checkpoint: Checkpoint, dtype: torch.dtype | None) -> nn.Module:
         )
     from transformers import AutoConfig, initialization
 
-    advice = ["correct it, or use a transformers that knows the model (remote code is never run)", *_OTHERWISE]
+    advice = [f"correct it, or {_NEWER}", *_OTHERWISE]
     with _as_unsupported("transformers cannot read the checkpoint's config.json", path, advice):
         try:
             config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
         except Exception:
             check_config(directory)  # raises a clearer error if the file is not a config at all
             raise
-    with _as_unsupported("transformers cannot tell the class of the checkpoint's config.json", path, advice):
+    with _as_unsupported("transformers cannot determine the model class of the checkpoint's config.json", path, advice):
         cls, config = model_class(config, path)
     safe_creation = getattr(initialization, "meta_device_safe_creation_ops", nullcontext)
     advice = [*_OTHERWISE, "pass another {dtype=} if it is the dtype that does not fit"]
@@ -115,7 +116,7 @@ def model_class(config: Any, where: str) -> tuple[Any, Any]:
                 f"transformers {transformers.__version__} has no model class for this checkpoint",
                 where=where,
                 found=f"architectures {named}, model_type {config.model_type}",
-                do=["use a transformers that knows the model (remote code is never run)", *_OTHERWISE],
+                do=[_NEWER, *_OTHERWISE],
             )
         )
     text = config.sub_configs.get("text_config")

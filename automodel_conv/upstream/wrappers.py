@@ -57,7 +57,7 @@ def plain_model(model: nn.Module) -> nn.Module:
                     where=where,
                     do="shard with fully_shard (FSDP2), whose parameters are DTensors; or load the plain model before "
                     "it is wrapped, and save what torch.distributed.checkpoint.state_dict.get_model_state_dict(model, "
-                    "options=StateDictOptions(full_state_dict=True)) gives, with rules=",
+                    "options=StateDictOptions(full_state_dict=True)) returns, with rules=",
                 )
             )
         if _is_adapter(module):

@@ -156,5 +156,5 @@ def block_of(sizes: Sequence[Any]) -> Block:
     rows, columns = sizes
     for size in (rows, columns):
         if type(size) is not int or not 0 < size < 2**31:
-            raise ValueError(f"{size!r} is no size of a block or group")
+            raise ValueError(f"{size!r} is not the size of a block or group")
     return rows, columns
