@@ -25,7 +25,7 @@ def decoded_table(checkpoint: Checkpoint, needs_values: bool) -> SourceTable:
         QuantizationError: see ``quantized_table``; or the checkpoint has codes and scales, no config describes them,
             and ``needs_values`` is true.
     """
-    table = SourceTable.of(checkpoint)
+    table = SourceTable.from_checkpoint(checkpoint)
     config = quantization(checkpoint.directory)
     if config is not None:
         decoded = quantized_table(table, config.settings, where=config.path)

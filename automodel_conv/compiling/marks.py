@@ -17,7 +17,7 @@ from torch import nn
 from automodel_conv.dtypes import FLOATING
 from automodel_conv.errors import CheckpointError, UnsupportedError, message
 from automodel_conv.files.checkpoint import Checkpoint
-from automodel_conv.files.shards import FORM, LAYOUT_KEY, Form
+from automodel_conv.files.shards import DEFAULT_NAMING, LAYOUT_KEY, Naming
 from automodel_conv.planning.layouts import (
     LAYOUTS,
     PER_EXPERT,
@@ -89,14 +89,14 @@ def layout_to_read(checkpoint: Checkpoint, source_layout: str | None, *, keeps_n
     return source_layout if keeps_names or stated == PER_EXPERT else stated
 
 
-def form_like(checkpoint: Checkpoint) -> Form:
-    """Return the form that writes a checkpoint again under the same names of tensors and files."""
+def naming_like(checkpoint: Checkpoint) -> Naming:
+    """Return the naming that writes a checkpoint again under the same names of files."""
     stems = _layouts_in_names(checkpoint)
-    return Form(stems[0] if stems else "model", stated_layout(checkpoint, None))
+    return Naming(stems[0] if stems else "model", stated_layout(checkpoint, None))
 
 
-def form_of_conversion(checkpoint: Checkpoint, plan: CopyPlan, model: nn.Module | None, layout: str | None) -> Form:
-    """Return the form of the checkpoint that a conversion writes.
+def naming_of_conversion(checkpoint: Checkpoint, plan: CopyPlan, model: nn.Module | None, layout: str | None) -> Naming:
+    """Return the naming of the files that a conversion writes.
 
     Args:
         checkpoint: the checkpoint that is converted.
@@ -105,19 +105,19 @@ def form_of_conversion(checkpoint: Checkpoint, plan: CopyPlan, model: nn.Module 
         layout: layout of the experts that are written; None: the model's, or unknown.
     """
     if layout == PER_EXPERT:
-        return Form(layout=PER_EXPERT)
+        return Naming(layout=PER_EXPERT)
     if not any(any_experts(target.name) for target in plan.targets):
-        return FORM
+        return DEFAULT_NAMING
     if model is None and layout in same_names(TRANSFORMERS):  # the model type decides which of them transformers loads
         model = _model_of(checkpoint)
     own = None if model is None else own_layout(expert_layouts(model).values())
-    return _form_of(layout or own, own, _holds_codes(plan))
+    return _naming_of(layout or own, own, _holds_codes(plan))
 
 
-def form_of_save(
+def naming_of_save(
     plan: CopyPlan, model: nn.Module | None, layout: str | None, reference: Checkpoint | None, kept: str | None = None
-) -> Form:
-    """Return the form of a save: that of the reference, or that of transformers, which states no layout.
+) -> Naming:
+    """Return the naming of the files of a save: the reference's, or transformers', which states no layout.
 
     Args:
         plan: the plan of the save.
@@ -127,11 +127,11 @@ def form_of_save(
         kept: layout of the experts that are saved unchanged, if it is known.
     """
     if reference is not None:
-        return form_like(reference)
+        return naming_like(reference)
     of_transformers = model is not None and any(expert_layouts(model).values())
     if of_transformers or not any(any_experts(target.name) for target in plan.targets):
-        return FORM
-    return _form_of(kept if layout is None else "transformers", None, _holds_codes(plan))
+        return DEFAULT_NAMING
+    return _naming_of(kept if layout is None else "transformers", None, _holds_codes(plan))
 
 
 def _holds_codes(plan: CopyPlan) -> bool:
@@ -139,8 +139,8 @@ def _holds_codes(plan: CopyPlan) -> bool:
     return any(any_experts(target.name) and target.dtype not in FLOATING for target in plan.targets)
 
 
-def _form_of(layout: str | None, own: str | None, are_codes: bool) -> Form:
-    """Return the form of files with grouped experts.
+def _naming_of(layout: str | None, own: str | None, are_codes: bool) -> Naming:
+    """Return the naming of files with grouped experts.
 
     Args:
         layout: layout of the experts; None: unknown.
@@ -148,8 +148,8 @@ def _form_of(layout: str | None, own: str | None, are_codes: bool) -> Form:
         are_codes: whether the experts are codes.
     """
     if layout is not None and layout in LAYOUTS and (are_codes or layout != (own or "transformers")):
-        return Form(layout, layout)
-    return Form(layout=layout)
+        return Naming(layout, layout)
+    return Naming(layout=layout)
 
 
 def _model_of(checkpoint: Checkpoint) -> nn.Module | None:

@@ -105,7 +105,9 @@ def _inverse_of_loading(
     """Return the inverse of the plan that would load the reference into these tensors."""
     has = {n: TargetSpec(d, s) for n, d, s in zip(table.names, table.dtypes, table.shapes, strict=True)}
     dtypes = set(table.dtypes)
-    plain = replace(SourceTable.of(reference), dtypes=[_floating_like(d, dtypes) for d in reference.dtypes])
+    plain = replace(
+        SourceTable.from_checkpoint(reference), dtypes=[_floating_like(d, dtypes) for d in reference.dtypes]
+    )
     stored_names, plain = plain.names, plain_table(plain, has)
     stored_as = dict(zip(plain.names, stored_names, strict=True))
     source_layout = layout_to_read(reference, None, keeps_names=model is None and not rules and layout is None)

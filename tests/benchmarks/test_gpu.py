@@ -158,6 +158,7 @@ def killed_after(process, has_enough):
         process.communicate()
 
 
+@pytest.mark.long
 def test_whatever_fails_or_kills_it_all_else_is_measured_and_only_what_is_missing_is_done_again(gpu, needs_both):
     (gpu.tests / "test_faults.py").write_text(TESTS)
     (gpu.tests / "test_not_to_be_imported.py").write_text("import there_is_no_such_thing\n")

@@ -12,7 +12,8 @@ needs_transformers = pytest.mark.skipif(not transformers_available(), reason="bu
 
 
 @needs_transformers
-def test_demo_compares_both_loads_and_removes_its_files(tmp_path, capsys):
+def test_demo_compares_both_loads_and_removes_its_files(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(demo, "RUNS", 1)
     assert show_demo(demo.TINY, str(tmp_path))
     shown = capsys.readouterr().out
     assert str(tmp_path) in shown
