@@ -131,5 +131,8 @@ def _inverse_of_loading(
 
 
 def _floating_like(dtype: str, present: set[str]) -> str:
-    """Return a dtype that passes the cast checks. The inverse keeps the dtypes of the tensors, not the reference's."""
+    """Return a dtype that passes the cast checks.
+
+    The inverse keeps the dtypes of the tensors, not the reference's.
+    """
     return dtype if dtype in present else "F32" if dtype.startswith("F8") else dtype

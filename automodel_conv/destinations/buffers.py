@@ -27,7 +27,10 @@ class Buffer(NamedTuple):
 
 
 def buffers_of(model: nn.Module) -> Iterator[Buffer]:
-    """Yield the buffers of all modules. A module with several names is visited under its first."""
+    """Yield the buffers of all modules.
+
+    A module with several names is visited under its first.
+    """
     for prefix, module in model.named_modules():
         for leaf, buffer in module._buffers.items():
             if buffer is not None:
@@ -41,7 +44,9 @@ def placeable_buffers(model: nn.Module) -> list[str]:
 
 
 def move_buffers(model: nn.Module, device_of: Callable[[str], torch.device | None]) -> None:
-    """Move the buffers that have memory to their devices. Modules that share a buffer share its copy on a device.
+    """Move the buffers that have memory to their devices.
+
+    Modules that share a buffer share its copy on a device.
 
     Args:
         device_of: returns the device of a buffer, by its name; None: leave it where it is.

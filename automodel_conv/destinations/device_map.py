@@ -86,7 +86,9 @@ class DeviceMap:
         self._refuse_split_ties(tied_names(model))
 
     def check_in_place(self, state: Mapping[str, object]) -> None:
-        """Check that parameters that have memory are on their devices. Buffers are not checked: a load moves them.
+        """Check that parameters that have memory are on their devices.
+
+        Buffers are not checked, because a load moves them.
 
         Args:
             state: state dict of the whole model.

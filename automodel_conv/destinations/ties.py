@@ -38,13 +38,16 @@ def with_tied(
 
 
 def in_order(tensors: Mapping[str, Tensor], names: Iterable[str]) -> dict[str, Tensor]:
-    """Return the tensors in the order of a model's names. Those that the model does not have come last."""
+    """Return the tensors in the order of a model's names, with those that the model does not have last."""
     order = {name: tensors[name] for name in names if name in tensors}
     return order | {name: tensor for name, tensor in tensors.items() if name not in order}
 
 
 def same_bytes(a: Tensor, b: Tensor) -> bool:
-    """Return whether two tensors have the same shape, dtype and bytes. A NaN equals itself, and 0.0 is not -0.0."""
+    """Return whether two tensors have the same shape, dtype and bytes.
+
+    A NaN equals itself, and 0.0 is not -0.0.
+    """
     if a is b:
         return True
     if (a.shape, a.dtype) != (b.shape, b.dtype):

@@ -1,4 +1,7 @@
-"""Check which casts a plan may contain: values to values. Codes mean nothing without their scales."""
+"""Check which casts a plan may contain: values to values.
+
+Codes mean nothing without their scales.
+"""
 
 from __future__ import annotations
 

@@ -182,7 +182,13 @@ class _Source(NamedTuple):
 
     @staticmethod
     def of(table: SourceTable, row: int, rows: list[int | None] | None = None) -> _Source:
-        """Return the source in a row. ``rows`` maps the rows of scales and zero points to those of another table."""
+        """Return the source in a row.
+
+        Args:
+            table: the table.
+            row: row in the table.
+            rows: rows of another table, by row; if given, the row of each scale and zero point is replaced by it.
+        """
         decode = table.decodes.get(row)
         if decode is not None and rows is not None:
             scales, zero_points, global_scale = (
@@ -215,7 +221,10 @@ def _rows_read(plan: CopyPlan) -> frozenset[int]:
 
 
 class _Renumbered:
-    """Fallbacks that receive their sources by new rows. Targets that shared a fallback still share one."""
+    """Fallbacks that receive their sources by new rows.
+
+    Targets that shared a fallback still share one.
+    """
 
     def __init__(self, rows: list[int | None]):
         self._old_rows = {new: old for old, new in enumerate(rows) if new is not None}

@@ -144,7 +144,7 @@ class _CodeMatcher:
         )
 
     def _match(self, row: int, weight: str, packing: Packing) -> bool:
-        """Match a tensor as the codes of ``weight``. Return False if it cannot be codes."""
+        """Match a tensor as the codes of ``weight``, or return False if it cannot be codes."""
         name, dtype = self._table.names[row], self._table.dtypes[row]
         scales = self._part_rows(weight, self._method.scales)
         if not scales:
@@ -234,7 +234,7 @@ class _CodeMatcher:
         zero_points: int | None,
         global_scale: int | None,
     ) -> Scheme | None:
-        """Return the scheme of the config that fits the parts of a weight. If none does, report why and return None."""
+        """Return the scheme of the config that fits the parts of a weight, or report why none does and return None."""
         names, dtypes, shapes = self._table.names, self._table.dtypes, self._table.shapes
         format = packing.format
         allowed = [scheme for scheme in self._schemes if scheme.format == format]

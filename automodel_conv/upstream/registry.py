@@ -1,4 +1,7 @@
-"""Look up the rules of transformers that apply to a model. transformers is imported on first use."""
+"""Look up the rules of transformers that apply to a model.
+
+transformers is imported on first use.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +39,7 @@ def transformers_available() -> bool:
 
 
 def models_are_imported() -> bool:
-    """Return whether transformers' modeling code is imported. Importing it takes seconds."""
+    """Return whether transformers' modeling code, which takes seconds to import, is imported."""
     return "transformers.modeling_utils" in sys.modules
 
 

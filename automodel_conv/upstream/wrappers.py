@@ -81,7 +81,12 @@ def stand_in(module: nn.Module, cls: type, modules: Mapping[str, nn.Module | Non
 
 
 def _unwrapped(module: nn.Module, done: dict[int, nn.Module]) -> nn.Module:
-    """Return ``unwrapped(module)``. ``done`` holds results by id, so that shared modules stay shared."""
+    """Return ``unwrapped(module)``, with shared modules still shared.
+
+    Args:
+        module: the module.
+        done: modules that are unwrapped already, by the id of the original.
+    """
     while (inner := _inner(module)) is not None:
         module = inner
     if id(module) not in done:

@@ -74,7 +74,10 @@ class Scheme(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Method:
-    """How a quantization method stores weights. The parts of a weight are given by suffixes; see ``part_name``."""
+    """A quantization method and how it stores weights.
+
+    The parts of a weight are given by suffixes; see ``part_name``.
+    """
 
     name: str
     """The value of ``quant_method`` in configs."""
