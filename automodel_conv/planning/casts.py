@@ -1,4 +1,4 @@
-"""Check which casts a plan may contain: values to values.
+"""Check that a plan casts only values to values.
 
 Codes mean nothing without their scales.
 """
