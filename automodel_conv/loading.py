@@ -198,7 +198,7 @@ def load_model(model: nn.Module, path: str | os.PathLike[str], **options: Unpack
             read_plan, _ = targets_to_read(new_plan, state, settings.broadcast)
             return map_targets(read_plan, checkpoint, devices) if settings.memory_map else {}
 
-        model_tensors = ModelTensors.of(model, state, plan, settings.strict, device_of, map_new)
+        model_tensors = ModelTensors.prepare(model, state, plan, settings.strict, device_of, map_new)
         clock.lap("plan")
         to_fill = without(model_tensors.plan, model_tensors.mapped)
         limits = limits_in_budget(
@@ -217,7 +217,7 @@ def load_model(model: nn.Module, path: str | os.PathLike[str], **options: Unpack
     with all_or_raise(groups, "comparing tied tensors"):
         unequal_here = model_tensors.unequal()
     unequal = union_over_ranks(groups, unequal_here, "comparing tied tensors")
-    model_tensors.settle(unequal)
+    model_tensors.install(unequal)
     if was_meta:
         finish(model, model_tensors.buffers, problems.missing, device_of)
     if device_map is not None:

@@ -65,7 +65,7 @@ def carried_from(
         QuantizationError, UnsupportedError: the checkpoint is malformed, or cannot be decoded.
     """
     saved = plan.sources
-    table = SourceTable.from_checkpoint(source) if has_codes(saved) else decoded_table(source, wants_numbers=False)
+    table = SourceTable.from_checkpoint(source) if has_codes(saved) else decoded_table(source, needs_values=False)
     specs = {n: TargetSpec(d, s) for n, d, s in zip(saved.names, saved.dtypes, saved.shapes, strict=True)}
     table, rows = unclaimed_rows(source, table, model, rules, layout, specs)
     return Carried(source, table, tuple(carried_targets(table, rows, dtype, plan.targets)))
