@@ -12,7 +12,7 @@ from torch import Tensor
 
 from automodel_conv.errors import ConversionError, message
 
-WIDEST = 16
+MAX_ACCESS_BYTES = 16
 """Bytes of the widest access of a GPU; more alignment than that changes nothing."""
 
 
@@ -116,8 +116,8 @@ def as_matrices(name: str, tensors: Operand) -> Matrices:
         return Matrices(np.empty(0, np.int64), torch.uint8, 0, 0, 0, torch.device("cpu"))
     first = tensors[0]
     addresses = np.fromiter(map(Tensor.data_ptr, tensors), np.int64, len(tensors))
-    if not _are_alike(tensors, addresses):
-        _refuse_unlike(name, tensors)
+    if not _have_same_kind(tensors, addresses):
+        _raise_mismatch(name, tensors)
     return at_addresses(addresses, (first.shape[0], first.shape[1]), first.stride(0), first.dtype, first.device)
 
 
@@ -138,7 +138,7 @@ def _of_stack(name: str, stack: Tensor) -> Matrices:
     return at_addresses(addresses, (stack.shape[-2], stack.shape[-1]), stack.stride(-2), stack.dtype, stack.device)
 
 
-def _are_alike(tensors: Sequence[Tensor], addresses: np.ndarray) -> bool:
+def _have_same_kind(tensors: Sequence[Tensor], addresses: np.ndarray) -> bool:
     """Whether all are matrices of one kind. Never yes where they are not; where it says no they may be, if odd ones.
 
     A layer has hundreds of tensors, and a call of Python for each costs more than what is read: so attribute by
@@ -164,7 +164,7 @@ def _are_alike(tensors: Sequence[Tensor], addresses: np.ndarray) -> bool:
     )
 
 
-def _refuse_unlike(name: str, tensors: Sequence[Tensor]) -> None:
+def _raise_mismatch(name: str, tensors: Sequence[Tensor]) -> None:
     """Find the first tensor that does not go with the others, if there is one; the errors of ``as_matrices``."""
     first = tensors[0]
     kind = (first.shape, first.dtype, first.device, first.stride())
@@ -197,10 +197,10 @@ def bytes_moved(*operands: Operand) -> int:
 
 
 def alignment(numbers: _Integers) -> _Integers:
-    """The largest power of two, at most ``WIDEST``, that divides each number.
+    """The largest power of two, at most ``MAX_ACCESS_BYTES``, that divides each number.
 
     >>> alignment(np.array([0, 6, 24, 4096, 7])).tolist()
     [16, 2, 8, 16, 1]
     """
-    capped = numbers | WIDEST
+    capped = numbers | MAX_ACCESS_BYTES
     return capped & -capped

@@ -177,7 +177,7 @@ def byte_scale_table(
 ) -> Tensor:
     """The table ``[256, codes]`` of all scales of one byte, made once for each device; read only."""
     scales = byte_scale_values(scale, like_upstream, device)
-    return _kept(scale_table(code_format, scales, dtype, like_upstream=like_upstream))
+    return _synchronized(scale_table(code_format, scales, dtype, like_upstream=like_upstream))
 
 
 @cache
@@ -187,12 +187,12 @@ def byte_scale_values(scale: torch.dtype, like_upstream: bool, device: torch.dev
     if scale == torch.uint8 and like_upstream:
         values = (*E8M0_VALUES[:255], inf)
     # All of them are float32 numbers, the least a subnormal one.
-    return _kept(torch.tensor(values, dtype=torch.float32, device=device))
+    return _synchronized(torch.tensor(values, dtype=torch.float32, device=device))
 
 
 @cache
-def _code_numbers(code_format: str, dtype: torch.dtype, device: torch.device) -> Tensor:
-    return _kept(torch.tensor(CODE_VALUES[code_format], dtype=dtype, device=device))
+def _code_values(code_format: str, dtype: torch.dtype, device: torch.device) -> Tensor:
+    return _synchronized(torch.tensor(CODE_VALUES[code_format], dtype=dtype, device=device))
 
 
 def _exact_dtype(scales: torch.dtype, has_global: bool) -> torch.dtype:
@@ -211,10 +211,10 @@ def prepare_scale_table(code_format: str, scales: torch.dtype, has_global: bool,
         scales: the dtype of the scales that it will be given.
         has_global: whether it will be given global scales.
     """
-    _code_numbers(code_format, _exact_dtype(scales, has_global), device)
+    _code_values(code_format, _exact_dtype(scales, has_global), device)
 
 
-def _kept(tensor: Tensor) -> Tensor:
+def _synchronized(tensor: Tensor) -> Tensor:
     """A tensor that every stream may read from now on, because it has been made."""
     if tensor.is_cuda:
         torch.cuda.current_stream(tensor.device).synchronize()
@@ -244,7 +244,7 @@ def scale_table(
     ``prepare_scale_table`` has.
     """
     exact = _exact_dtype(scales.dtype, global_scales is not None)
-    numbers = _code_numbers(code_format, exact, scales.device)
+    numbers = _code_values(code_format, exact, scales.device)
     if out is None:
         out = torch.empty(len(scales), len(numbers), dtype=dtype, device=scales.device)
     common = None if global_scales is None else global_scales.reshape(-1, 1).expand(len(scales), 1)

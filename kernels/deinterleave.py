@@ -8,21 +8,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from automodel_conv.kernels.address_table import WIDEST, Matrices, Operand, as_matrices
+from automodel_conv.kernels.address_table import MAX_ACCESS_BYTES, Matrices, Operand, as_matrices
 from automodel_conv.kernels.jit import jit, tl
 from automodel_conv.kernels.launch import (
     NO_LAUNCHES,
     Launches,
-    assigned,
-    check_alike,
     check_destination,
     check_operands,
+    check_same_kind,
+    launches_by_alignment,
     start,
 )
 from automodel_conv.kernels.tiles import RUNTIME, SCALAR_TILE, cast, constants, grouped_tile, load, pointer_to
 from automodel_conv.kernels.transpose_torch import halves, transpose_torch
 from automodel_conv.kernels.variants import Geometry, Kernel, Reach, Variant, element_types
-from automodel_conv.kernels.verb import Verb, takes_transposed
+from automodel_conv.kernels.verb import Verb, supports_transposed
 
 # Rows and columns of a tile by the sizes of a source's and a destination's element, in bytes: runs of at least 128
 # bytes where single elements lie and, in pairs, where pairs lie; at most what registers hold without spilling.
@@ -49,14 +49,14 @@ def deinterleave_launches(first: Matrices, second: Matrices, src: Matrices) -> L
         {"first": first, "second": second, "src": src},
         {"first": first.shape, "second": first.shape, "src": (first.columns, 2 * first.rows)},
     )
-    check_alike("first and second", first, second)
+    check_same_kind("first and second", first, second)
     element_types(first.dtype, src.dtype)
     if not src.nbytes:
         return NO_LAUNCHES
     check_destination("deinterleave", first)
     check_destination("deinterleave", second)
     geometry = Geometry(src.rows, first.rows, src.row_stride, first.row_stride)
-    return assigned(
+    return launches_by_alignment(
         (first, second, src), 2, lambda d, s: (deinterleave_variant(first.dtype, src.dtype, d, s), geometry)
     )
 
@@ -65,7 +65,7 @@ def deinterleave_variant(dst: torch.dtype, src: torch.dtype, dst_alignment: int,
     """Pairs in vectors as long as the lesser alignment allows, for casts only whole ones of 16 bytes; or elements."""
     dst_type, src_type = element_types(dst, src)
     both = min(dst_alignment, src_alignment)
-    if both == WIDEST or (both == WIDEST // 2 and dst == src):
+    if both == MAX_ACCESS_BYTES or (both == MAX_ACCESS_BYTES // 2 and dst == src):
         tile = _TILES[src.itemsize, dst.itemsize]
         src_vector, dst_vector = both // (2 * src.itemsize), both // dst.itemsize
         return Variant(DEINTERLEAVE_TILES, src_type, dst_type, src_vector, dst_vector, *tile, pairs=True)
@@ -154,6 +154,6 @@ DEINTERLEAVE = Verb(
     destinations=2,
     sources=1,
     shapes=lambda matrix: ((matrix.columns, matrix.rows), (matrix.rows, 2 * matrix.columns)),
-    takes=lambda matrix, src, dst: takes_transposed(matrix._replace(columns=2 * matrix.columns), src, dst),
+    supports=lambda matrix, src, dst: supports_transposed(matrix._replace(columns=2 * matrix.columns), src, dst),
     launches=deinterleave_launches,
 )

@@ -13,11 +13,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from automodel_conv.kernels.address_table import WIDEST, Matrices, alignment, as_matrices, at_addresses
-from automodel_conv.kernels.dequantize_torch import check_dequantize, lies_transposed
+from automodel_conv.kernels.address_table import MAX_ACCESS_BYTES, Matrices, alignment, as_matrices, at_addresses
+from automodel_conv.kernels.dequantize_torch import check_dequantize, is_stored_by_columns
 from automodel_conv.kernels.dequantize_torch import dequantize_torch as dequantize_torch
 from automodel_conv.kernels.jit import jit, tl
-from automodel_conv.kernels.launch import Launches, assigned
+from automodel_conv.kernels.launch import Launches, launches_by_alignment
 from automodel_conv.kernels.launch import start as start_launches
 from automodel_conv.kernels.tiles import RUNTIME, grouped_tile, pointer_to
 from automodel_conv.kernels.variants import Geometry, Kernel, Reach, Variant, word
@@ -48,7 +48,7 @@ class Blocks(NamedTuple):
     block_columns: int
     start_row: int  # where in its first block a matrix begins
     start_column: int
-    across: int  # cells in a row of them
+    table_rows_stride: int  # cells in a row of them
 
 
 def dequantize(
@@ -91,7 +91,7 @@ def dequantize(
     check_dequantize(dst, codes, table_rows, table, bits=bits, block=block, start=start)
     if not dst or not dst[0].numel():
         return
-    is_transposed = lies_transposed(dst[0])
+    is_transposed = is_stored_by_columns(dst[0])
     launches = dequantize_launches(
         _stepped([d.t() for d in dst] if is_transposed else dst),
         as_matrices("codes", codes),
@@ -141,7 +141,7 @@ def dequantize_launches(
     per_byte = 8 // bits
     blocks = Blocks(step, block[0], block[1] // per_byte, start[0], start[1] // per_byte, table_rows.columns)
     blocks, by_shifts = _by_shifts(blocks, codes.rows, codes.columns)
-    in_one_block = alignment(np.array([block[1] | start[1]])).item() if table_rows.columns > 1 else WIDEST
+    in_one_block = alignment(np.array([block[1] | start[1]])).item() if table_rows.columns > 1 else MAX_ACCESS_BYTES
     geometry = Geometry(codes.rows, codes.columns, codes.row_stride, dst.row_stride, blocks)
     decoding = DequantizeConstants(
         bits, str(table_rows.dtype).removeprefix("torch."), by_shifts, is_transposed, step != 1
@@ -150,7 +150,7 @@ def dequantize_launches(
     def choose(dst_alignment: int, src_alignment: int) -> tuple[Variant, Geometry]:
         return dequantize_variant(dst.dtype, decoding, dst_alignment, src_alignment, in_one_block), geometry
 
-    return assigned((dst, codes), 1, choose, (table_rows, tables))
+    return launches_by_alignment((dst, codes), 1, choose, (table_rows, tables))
 
 
 def _by_shifts(blocks: Blocks, rows: int, nbytes: int) -> tuple[Blocks, bool]:
@@ -177,12 +177,18 @@ def dequantize_variant(
     Args:
         in_one_block: so many columns always lie in one block.
     """
-    vector = WIDEST // dst.itemsize
+    vector = MAX_ACCESS_BYTES // dst.itemsize
     src_vector = vector * decoding.bits // 8
     tile = _TRANSPOSED_TILE if decoding.is_transposed else _TILE
     # To divide for every cell of so few bytes would leave the memory waiting.
     divides = decoding.bits == 4 and not decoding.by_shifts
-    if decoding.is_stepped or divides or dst_alignment < WIDEST or src_alignment < src_vector or in_one_block < vector:
+    if (
+        decoding.is_stepped
+        or divides
+        or dst_alignment < MAX_ACCESS_BYTES
+        or src_alignment < src_vector
+        or in_one_block < vector
+    ):
         vector, src_vector, tile = 1, 1, _SCALAR_TILE
     columns = tile[1] * decoding.bits // 8
     number = word(dst.itemsize)
@@ -201,7 +207,7 @@ def dequantize_tiles(
     block_columns,
     start_row,
     start_column,
-    across,
+    table_rows_stride,
     DST: tl.constexpr,
     TABLE_ROW: tl.constexpr,
     SRC_VECTOR: tl.constexpr,
@@ -217,7 +223,7 @@ def dequantize_tiles(
 
     Columns, and what blocks have of them, count bytes of codes; columns and the source's stride come in ``SRC_VECTOR``
     bytes, which lie in one block; the destination's stride in ``DST_VECTOR`` elements, and rows too if ``TRANSPOSED``:
-    then it is ``dst[c, r]``. ``across``: cells in a row of them. ``STEPPED``: elements of a destination's row are
+    then it is ``dst[c, r]``. ``STEPPED``: elements of a destination's row are
     ``step`` apart, and are stored one by one.
 
     What is masked out looks up an entry that is there, the first one.
@@ -250,11 +256,11 @@ def dequantize_tiles(
     row = r + (r0 + start_row)
     byte = b + (b0 + start_column)
     if BY_SHIFTS:
-        table_row = (row >> block_rows) * across + (byte >> block_columns)
+        table_row = (row >> block_rows) * table_rows_stride + (byte >> block_columns)
     else:
         # Nothing is negative, and unsigned division takes fewer instructions.
         row, byte = row.to(tl.uint32) // block_rows.to(tl.uint32), byte.to(tl.uint32) // block_columns.to(tl.uint32)
-        table_row = row.to(tl.int32) * across + byte.to(tl.int32)
+        table_row = row.to(tl.int32) * table_rows_stride + byte.to(tl.int32)
     table_rows = pointer_to(tl.load(entry + 2), TABLE_ROW, 1)
     table_row = tl.load(table_rows + table_row, mask=(r < rows - r0) & (b < columns - b0), other=0)
     # A pointer for each vector is cheaper than a sum for each code.

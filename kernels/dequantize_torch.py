@@ -17,7 +17,7 @@ _PIECE_BYTES = 1 << 18
 # Rows of a piece that is written transposed: as many as transpose_torch takes at once.
 _TRANSPOSED_ROWS = 128
 # A table of pairs of nibbles has up to this many rows of 256, and is made for this many times as many bytes to decode.
-_MOST_PAIRED_ROWS = 1024
+_MAX_PAIRED_ROWS = 1024
 _PAIRS_WORTH = 2
 
 _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -63,7 +63,7 @@ def dequantize_torch(
     lookup = _lookup(table, bits, len(codes) * codes[0].numel())
     block_bytes, first_byte = block[1] * bits // 8, start[1] * bits // 8
     for out, code, table_row in zip(dst, codes, table_rows, strict=True):
-        for rows, columns in _pieces(*code.shape, is_transposed=lies_transposed(out)):
+        for rows, columns in _pieces(*code.shape, is_transposed=is_stored_by_columns(out)):
             index = _index(code[rows, columns], lookup)
             of_rows = torch.arange(start[0] + rows.start, start[0] + rows.stop, device=table.device) // block[0]
             begin, end = first_byte + columns.start, first_byte + columns.stop
@@ -122,7 +122,7 @@ def check_dequantize(
         )
     if not dst:
         return
-    rows, columns = _two(dst[0])
+    rows, columns = _matrix_shape(dst[0])
     shapes = {
         "dst": ((rows, columns), (table.dtype,)),
         "codes": ((rows, columns // step), (torch.uint8,)),
@@ -145,13 +145,13 @@ def check_dequantize(
                 )
 
 
-def _two(tensor: Tensor) -> tuple[int, int]:
+def _matrix_shape(tensor: Tensor) -> tuple[int, int]:
     if tensor.dim() != 2:
         raise ConversionError(message("dequantize takes matrices", where="dst[0]", found=list(tensor.shape)))
     return tensor.shape[0], tensor.shape[1]
 
 
-def lies_transposed(out: Tensor) -> bool:
+def is_stored_by_columns(out: Tensor) -> bool:
     """Whether ``out`` is stored by columns."""
     return min(out.shape) > 1 and out.stride(0) < out.stride(1)
 
@@ -171,7 +171,7 @@ def _lookup(table: Tensor, bits: int, nbytes: int) -> _Lookup:
     rows = len(table)
     if bits == 8:
         return _Lookup(words.view(-1), 256, nibbles=False)
-    if rows > _MOST_PAIRED_ROWS or 256 * rows * _PAIRS_WORTH > nbytes:
+    if rows > _MAX_PAIRED_ROWS or 256 * rows * _PAIRS_WORTH > nbytes:
         return _Lookup(words.view(-1), 16, nibbles=True)
     pairs = torch.stack([words.repeat(1, 16), words.repeat_interleave(16, 1)], 2)
     return _Lookup(pairs.view(_INTEGERS[2 * table.element_size()]).view(-1), 256, nibbles=False)

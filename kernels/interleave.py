@@ -12,23 +12,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from automodel_conv.kernels.address_table import WIDEST, Matrices, Operand, as_matrices
+from automodel_conv.kernels.address_table import MAX_ACCESS_BYTES, Matrices, Operand, as_matrices
 from automodel_conv.kernels.deinterleave import deinterleave as deinterleave  # the inverse: found here too
 from automodel_conv.kernels.deinterleave import deinterleave_torch as deinterleave_torch
 from automodel_conv.kernels.jit import jit, tl
 from automodel_conv.kernels.launch import (
     NO_LAUNCHES,
     Launches,
-    assigned,
-    check_alike,
     check_destination,
     check_operands,
+    check_same_kind,
+    launches_by_alignment,
     start,
 )
 from automodel_conv.kernels.tiles import RUNTIME, SCALAR_TILE, cast, constants, grouped_tile, load, pointer_to
 from automodel_conv.kernels.transpose_torch import halves, transpose_torch
 from automodel_conv.kernels.variants import Geometry, Kernel, Reach, Variant, element_types
-from automodel_conv.kernels.verb import Verb, takes_transposed
+from automodel_conv.kernels.verb import Verb, supports_transposed
 
 # Rows and columns of a tile by the sizes of a source's and a destination's element, in bytes: runs of at least 128
 # bytes where single elements lie and, in pairs, where pairs lie; at most what registers hold without spilling.
@@ -67,20 +67,22 @@ def interleave_launches(dst: Matrices, first: Matrices, second: Matrices) -> Lau
         {"first": first, "second": second, "dst": dst},
         {"first": first.shape, "second": first.shape, "dst": (first.columns, 2 * first.rows)},
     )
-    check_alike("first and second", first, second)
+    check_same_kind("first and second", first, second)
     element_types(dst.dtype, first.dtype)
     if not dst.nbytes:
         return NO_LAUNCHES
     check_destination("interleave", dst)
     geometry = Geometry(first.rows, first.columns, first.row_stride, dst.row_stride)
-    return assigned((dst, first, second), 1, lambda d, s: (interleave_variant(dst.dtype, first.dtype, d, s), geometry))
+    return launches_by_alignment(
+        (dst, first, second), 1, lambda d, s: (interleave_variant(dst.dtype, first.dtype, d, s), geometry)
+    )
 
 
 def interleave_variant(dst: torch.dtype, src: torch.dtype, dst_alignment: int, src_alignment: int) -> Variant:
     """Pairs in vectors as long as the lesser alignment allows, for casts only whole ones of 16 bytes; or elements."""
     dst_type, src_type = element_types(dst, src)
     both = min(dst_alignment, src_alignment)
-    if both == WIDEST or (both == WIDEST // 2 and dst == src):
+    if both == MAX_ACCESS_BYTES or (both == MAX_ACCESS_BYTES // 2 and dst == src):
         tile = _TILES[src.itemsize, dst.itemsize]
         src_vector, dst_vector = both // src.itemsize, both // (2 * dst.itemsize)
         return Variant(INTERLEAVE_TILES, src_type, dst_type, src_vector, dst_vector, *tile, pairs=True)
@@ -169,6 +171,6 @@ INTERLEAVE = Verb(
     destinations=1,
     sources=2,
     shapes=lambda matrix: ((matrix.columns, 2 * matrix.rows), matrix[:2]),
-    takes=takes_transposed,
+    supports=supports_transposed,
     launches=interleave_launches,
 )

@@ -17,15 +17,15 @@ import torch
 from torch import Tensor
 
 from automodel_conv.errors import ConversionError, UnsupportedError, message
-from automodel_conv.kernels.address_table import WIDEST, Matrices, alignment
+from automodel_conv.kernels.address_table import MAX_ACCESS_BYTES, Matrices, alignment
 from automodel_conv.kernels.staging import upload
 from automodel_conv.kernels.variants import Geometry, Variant
 
-_MOST_ROWS = 65535  # of a table in one launch: the second dimension of a CUDA grid
+_MAX_ROWS = 65535  # of a table in one launch: the second dimension of a CUDA grid
 _INT32 = 2**31
 _COMPILING = threading.Lock()
-_MOST_PROGRAMS = _INT32 - 1  # in one launch: Triton's launchers multiply in 32 bits, and skip a grid that overflows
-MOST_STRIDE = 2**19
+_MAX_PROGRAMS = _INT32 - 1  # in one launch: Triton's launchers multiply in 32 bits, and skip a grid that overflows
+MAX_STRIDE = 2**19
 """Elements: every variant of every verb takes steps between rows up to this, and rows up to this long."""
 OPTIONS: dict[str, Any] = {"num_warps": 4, "enable_fp_fusion": False}
 """What all kernels are compiled with."""
@@ -52,7 +52,7 @@ def check_operands(verb: str, operands: dict[str, Matrices], shapes: dict[str, t
             )
 
 
-def check_alike(names: str, first: Matrices, second: Matrices) -> None:
+def check_same_kind(names: str, first: Matrices, second: Matrices) -> None:
     """Both have one dtype and one row stride.
 
     Raises:
@@ -140,7 +140,7 @@ class Launches(NamedTuple):
 NO_LAUNCHES = Launches(np.empty((0, 0), np.int64), (), torch.device("cpu"))
 
 
-def assigned(
+def launches_by_alignment(
     operands: Sequence[Matrices],
     dst_count: int,
     choose: Callable[[int, int], tuple[Variant, Geometry]],
@@ -166,11 +166,11 @@ def assigned(
     if best == [alignment(step | _all_bits(side)) for step, side in zip(steps, sides, strict=True)]:
         # No address is worse than rows and strides are: one launch, and nothing to sort.
         kind = choose(*best)
-        checked_tiles(*kind)
+        tile_count(*kind)
         return Launches(table, (Launch(*kind, 0, len(table)),), operands[0].device)
     kinds, of_row = _assign(table[:, : len(operands)], dst_count, steps, choose)
     for kind in kinds:
-        checked_tiles(*kind)
+        tile_count(*kind)
     order = np.argsort(of_row, kind="stable")
     bounds = np.searchsorted(of_row[order], np.arange(len(kinds) + 1)).tolist()
     launches = tuple(Launch(*kind, *bounds[n : n + 2]) for n, kind in enumerate(kinds))
@@ -195,8 +195,8 @@ def start(*works: Launches) -> None:
     with scope:
         for work, table in zip(works, _uploaded([work.table for work in works], device), strict=True):
             for variant, geometry, first, stop in work.launches:
-                tiles = checked_tiles(variant, geometry)
-                most = min(_MOST_ROWS, _MOST_PROGRAMS // tiles)
+                tiles = tile_count(variant, geometry)
+                most = min(_MAX_ROWS, _MAX_PROGRAMS // tiles)
                 for at in range(first, stop, most):
                     rows = table if stop - first == len(table) <= most else table[at : min(stop, at + most)]
                     queue(variant, (tiles, len(rows)), rows, variant.kernel.in_vectors(variant, geometry))
@@ -266,15 +266,15 @@ def _assign(
         for columns, step in zip((table[:, :dst_count], table[:, dst_count:]), steps, strict=True)
     )
     known: dict[tuple[Variant, Geometry], int] = {}
-    codes = dst_alignment * (2 * WIDEST) + src_alignment
+    codes = dst_alignment * (2 * MAX_ACCESS_BYTES) + src_alignment
     of_row = np.empty(len(table), np.int64)
     for code in np.unique(codes).tolist():
-        of_row[codes == code] = known.setdefault(choose(*divmod(code, 2 * WIDEST)), len(known))
+        of_row[codes == code] = known.setdefault(choose(*divmod(code, 2 * MAX_ACCESS_BYTES)), len(known))
     return list(known), of_row
 
 
 @lru_cache(maxsize=1024)
-def checked_tiles(variant: Variant, geometry: Geometry) -> int:
+def tile_count(variant: Variant, geometry: Geometry) -> int:
     """How many tiles a matrix has, if offsets within one, in elements and in bytes, fit 32 bits."""
     rows, columns = variant.tile_rows, variant.tile_columns
     tiles = -(-geometry.rows // rows) * -(-geometry.columns // columns)

@@ -6,15 +6,15 @@ from math import gcd
 
 import torch
 
-from automodel_conv.kernels.address_table import WIDEST, Matrices, Operand, as_matrices, at_addresses
+from automodel_conv.kernels.address_table import MAX_ACCESS_BYTES, Matrices, Operand, as_matrices, at_addresses
 from automodel_conv.kernels.jit import jit, tl
 from automodel_conv.kernels.launch import (
-    MOST_STRIDE,
+    MAX_STRIDE,
     NO_LAUNCHES,
     Launches,
-    assigned,
     check_destination,
     check_operands,
+    launches_by_alignment,
     start,
 )
 from automodel_conv.kernels.strided_copy_torch import strided_copy_torch as strided_copy_torch
@@ -22,7 +22,7 @@ from automodel_conv.kernels.tiles import RUNTIME, cast, constants, load, pointer
 from automodel_conv.kernels.variants import Geometry, Kernel, Reach, Variant, element_types, is_moved, word
 from automodel_conv.kernels.verb import Matrix, Verb
 
-MOST_RUN = 2**30
+MAX_RUN_BYTES = 2**30
 """Bytes: ``strided_copy`` takes rows up to this long, where there is one row or no gap between rows."""
 
 # Tiles of 8 KiB, [rows, bytes of a row on the wider side]: 128 bytes for each thread of a block, so that enough are in
@@ -95,7 +95,7 @@ def _copy_bytes(dst: Matrices, src: Matrices) -> Launches:
         size = min(dst_alignment, src_alignment, 4)
         return variant, Geometry(dst.rows, dst.columns // size, src.row_stride // size, dst.row_stride // size)
 
-    return assigned((dst, src), 1, choose)
+    return launches_by_alignment((dst, src), 1, choose)
 
 
 def byte_variant(alignment: int, row_nbytes: int) -> Variant:
@@ -108,7 +108,9 @@ def byte_variant(alignment: int, row_nbytes: int) -> Variant:
 
 def _copy_cast(dst: Matrices, src: Matrices) -> Launches:
     geometry = Geometry(dst.rows, dst.columns, src.row_stride, dst.row_stride)
-    return assigned((dst, src), 1, lambda d, s: (cast_variant(dst.dtype, src.dtype, d, s, dst.columns), geometry))
+    return launches_by_alignment(
+        (dst, src), 1, lambda d, s: (cast_variant(dst.dtype, src.dtype, d, s, dst.columns), geometry)
+    )
 
 
 def cast_variant(dst: torch.dtype, src: torch.dtype, dst_alignment: int, src_alignment: int, columns: int) -> Variant:
@@ -116,7 +118,7 @@ def cast_variant(dst: torch.dtype, src: torch.dtype, dst_alignment: int, src_ali
     dst_type, src_type = element_types(dst, src)
     wider = max(dst.itemsize, src.itemsize)
     rows, nbytes = _tile(columns * wider)
-    vector = WIDEST // wider
+    vector = MAX_ACCESS_BYTES // wider
     if dst_alignment < vector * dst.itemsize or src_alignment < vector * src.itemsize:
         vector = 1
         rows, nbytes = _SCALAR
@@ -175,14 +177,14 @@ COPY_TILES = Kernel(
 )
 
 
-def _takes(matrix: Matrix, src: torch.dtype, dst: torch.dtype) -> bool:
+def _supports(matrix: Matrix, src: torch.dtype, dst: torch.dtype) -> bool:
     rows, columns, *strides = matrix
     if not is_moved(dst, src):
         return False
     if rows == 1 or strides == [columns, columns]:
         nbytes = rows * columns * max(src.itemsize, dst.itemsize)
-        return nbytes <= MOST_RUN or _is_foldable(nbytes)
-    return max(columns, *strides) <= MOST_STRIDE
+        return nbytes <= MAX_RUN_BYTES or _is_foldable(nbytes)
+    return max(columns, *strides) <= MAX_STRIDE
 
 
 STRIDED_COPY = Verb(
@@ -192,6 +194,6 @@ STRIDED_COPY = Verb(
     destinations=1,
     sources=1,
     shapes=lambda matrix: (matrix[:2], matrix[:2]),
-    takes=_takes,
+    supports=_supports,
     launches=strided_copy_launches,
 )

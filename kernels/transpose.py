@@ -8,14 +8,21 @@ from __future__ import annotations
 
 import torch
 
-from automodel_conv.kernels.address_table import WIDEST, Matrices, Operand, as_matrices, at_addresses
+from automodel_conv.kernels.address_table import MAX_ACCESS_BYTES, Matrices, Operand, as_matrices, at_addresses
 from automodel_conv.kernels.interleave import interleave_launches
 from automodel_conv.kernels.jit import jit, tl
-from automodel_conv.kernels.launch import NO_LAUNCHES, Launches, assigned, check_destination, check_operands, start
+from automodel_conv.kernels.launch import (
+    NO_LAUNCHES,
+    Launches,
+    check_destination,
+    check_operands,
+    launches_by_alignment,
+    start,
+)
 from automodel_conv.kernels.tiles import RUNTIME, SCALAR_TILE, cast, constants, grouped_tile, load, pointer_to
 from automodel_conv.kernels.transpose_torch import transpose_torch as transpose_torch
 from automodel_conv.kernels.variants import Geometry, Kernel, Reach, Variant, element_types
-from automodel_conv.kernels.verb import Verb, takes_transposed
+from automodel_conv.kernels.verb import Verb, supports_transposed
 
 # Rows and columns of a tile by the sizes of a source's and a destination's element, in bytes: runs of at least 128
 # bytes on both sides, at least 8 KiB for a block of 128 threads. 64 divides the widths of common models, 2880 too.
@@ -53,14 +60,14 @@ def transpose_launches(dst: Matrices, src: Matrices) -> Launches:
     if types == ("uint8", "uint8") and src.rows % 2 == 0:
         return _transpose_bytes(dst, src)
     geometry = Geometry(src.rows, src.columns, src.row_stride, dst.row_stride)
-    return assigned((dst, src), 1, lambda d, s: (transpose_variant(dst.dtype, src.dtype, d, s), geometry))
+    return launches_by_alignment((dst, src), 1, lambda d, s: (transpose_variant(dst.dtype, src.dtype, d, s), geometry))
 
 
 def transpose_variant(dst: torch.dtype, src: torch.dtype, dst_alignment: int, src_alignment: int) -> Variant:
     """Vectors as long as the lesser alignment allows, for casts only whole ones of 16 bytes; or elements."""
     dst_type, src_type = element_types(dst, src)
     both = min(dst_alignment, src_alignment)
-    if src.itemsize > 1 and (both == WIDEST or (both == WIDEST // 2 and dst == src)):
+    if src.itemsize > 1 and (both == MAX_ACCESS_BYTES or (both == MAX_ACCESS_BYTES // 2 and dst == src)):
         tile = _TILES[src.itemsize, dst.itemsize]
         return Variant(TRANSPOSE_TILES, src_type, dst_type, both // src.itemsize, both // dst.itemsize, *tile)
     return Variant(TRANSPOSE_TILES, src_type, dst_type, 1, 1, *SCALAR_TILE, bytewise=src_alignment < src.itemsize)
@@ -136,6 +143,6 @@ TRANSPOSE = Verb(
     destinations=1,
     sources=1,
     shapes=lambda matrix: ((matrix.columns, matrix.rows), matrix[:2]),
-    takes=takes_transposed,
+    supports=supports_transposed,
     launches=transpose_launches,
 )

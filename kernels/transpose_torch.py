@@ -14,7 +14,7 @@ _PANEL_BYTES = 2 << 20
 # Rows taken at once: as many as fit, since fewer write shorter pieces to the destination (128 rows of bf16 are 256
 # bytes), in steps of whole cache lines; more than 256 gain nothing. Where not even the least number fits, panels have
 # part of the columns, which costs one more copy.
-_LEAST_ROWS, _MOST_ROWS, _ROWS_STEP = 128, 256, 64
+_MIN_ROWS, _MAX_ROWS, _ROWS_STEP = 128, 256, 64
 # Below this PyTorch's own strided copy loses less than the panels cost to set up.
 _SMALLEST_SIDE = 16
 _SMALLEST_NUMEL = 64 * 64
@@ -64,7 +64,7 @@ def transpose_torch(dst: Sequence[Tensor], src: Sequence[Tensor]) -> None:
     at = 0
     while at < len(dst):
         whole, lanes = dst[at], 1
-        if _worth_panels(whole, src[at]):
+        if _is_worth_panels(whole, src[at]):
             lanes = _interleaved_lanes(dst, src, at)
             if lanes > 1:
                 columns, rows = whole.shape
@@ -80,7 +80,7 @@ def halves(matrices: Sequence[Tensor]) -> list[Tensor]:
     return [matrix[:, half::2] for matrix in matrices for half in (0, 1)]
 
 
-def _worth_panels(dst: Tensor, src: Tensor) -> bool:
+def _is_worth_panels(dst: Tensor, src: Tensor) -> bool:
     return (
         min(dst.shape) >= _SMALLEST_SIDE
         and dst.numel() >= _SMALLEST_NUMEL
@@ -93,7 +93,7 @@ def _interleaved_lanes(dst: Sequence[Tensor], src: Sequence[Tensor], at: int) ->
     """How many destinations from ``at`` on fill each other's gaps; 1 if this one stands alone."""
     first = dst[at]
     lanes = first.stride(1)
-    if not 2 <= lanes <= min(_LEAST_ROWS, len(dst) - at):
+    if not 2 <= lanes <= min(_MIN_ROWS, len(dst) - at):
         return 1
     for lane in range(1, lanes):
         other = dst[at + lane]
@@ -116,7 +116,7 @@ def _transpose_panels(dst: Tensor, sources: Sequence[Tensor]) -> None:
     per_word = 4 // dst.element_size()
     word_columns = columns - columns % per_word
     fitting = _PANEL_BYTES // (columns * dst.element_size()) // _ROWS_STEP * _ROWS_STEP
-    rows_at_once = max(_LEAST_ROWS, min(_MOST_ROWS, fitting))
+    rows_at_once = max(_MIN_ROWS, min(_MAX_ROWS, fitting))
     panel_columns = min(word_columns, _PANEL_BYTES // (rows_at_once * 4) * per_word)
     panel_rows = min(rows, rows_at_once // lanes)
 

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import torch
 
-from automodel_conv.kernels.launch import MOST_STRIDE, Launches
+from automodel_conv.kernels.launch import MAX_STRIDE, Launches
 from automodel_conv.kernels.variants import is_moved
 
 
@@ -38,10 +38,10 @@ class Verb:
     destinations: int
     sources: int
     shapes: Callable[[Matrix], tuple[tuple[int, int], tuple[int, int]]]  # of a destination and of a source
-    takes: Callable[[Matrix, torch.dtype, torch.dtype], bool]  # from the source's dtype to the destination's
+    supports: Callable[[Matrix, torch.dtype, torch.dtype], bool]  # from the source's dtype to the destination's
     launches: Callable[..., Launches]  # what it launches for ``Matrices``, destinations first
 
 
-def takes_transposed(matrix: Matrix, src: torch.dtype, dst: torch.dtype) -> bool:
+def supports_transposed(matrix: Matrix, src: torch.dtype, dst: torch.dtype) -> bool:
     """Whether the verbs that transpose take matrices of these sides, strides and dtypes."""
-    return is_moved(dst, src) and src.itemsize <= 4 and max(matrix) <= MOST_STRIDE
+    return is_moved(dst, src) and src.itemsize <= 4 and max(matrix) <= MAX_STRIDE

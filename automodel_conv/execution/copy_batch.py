@@ -192,7 +192,7 @@ def _moves(kind: _Kind, copies: _Copies) -> Moves | None:
     sources = _addresses(copies.sources, copies.source_offsets)
     targets = _addresses(copies.targets, copies.target_offsets)
     moves = moves_of(kind.form, sources, targets, VERBS)
-    if moves is None or not moves.verb.takes(moves.matrix, kind.source_dtype, kind.target_dtype):
+    if moves is None or not moves.verb.supports(moves.matrix, kind.source_dtype, kind.target_dtype):
         return None
     return moves
 

@@ -144,7 +144,7 @@ def test_a_stride_that_is_not_passed_on_is_found(gpu, monkeypatch):
 
 
 def test_more_rows_than_a_grid_has_are_found(gpu, monkeypatch):
-    monkeypatch.setattr(launching, "_MOST_ROWS", 1 << 20)
+    monkeypatch.setattr(launching, "_MAX_ROWS", 1 << 20)
     count = 66_000
     dst, src = (matrices_at(bytes_of(16 * count), np.arange(count) * 16, (1, 16), 0, torch.uint8) for _ in range(2))
     with pytest.raises(GpuFault, match="the grid is"):
