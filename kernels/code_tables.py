@@ -105,7 +105,7 @@ def code_table(
 
     Returns:
         For scales of one byte without zero points: a table of 256 rows, and the bytes of the scales as table rows
-        (uint8). That table does not depend on the scales. Without ``global_scale`` it is computed once for each device
+        (uint8). The table does not depend on the scales. Without ``global_scale`` it is computed once for each device
         and shared, so it must not be written.
 
         Otherwise: a row of ``2**bits`` entries for each scale, and int32 table rows. With wide scales and small blocks

@@ -1,4 +1,4 @@
-"""Deinterleaves: the even and the odd columns of a matrix into two, transposed; the inverse of ``interleave``."""
+"""Deinterleaves: the even and the odd columns of a matrix, transposed, become two; the inverse of ``interleave``."""
 
 from __future__ import annotations
 

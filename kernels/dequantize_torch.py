@@ -153,12 +153,8 @@ def check_dequantize(
     for name, tensors in (("dst", dst), ("codes", codes), ("table_rows", table_rows)):
         shape, dtypes = shapes[name]
         for index, tensor in enumerate(tensors):
-            if (
-                tensor.shape != shape
-                or tensor.dtype not in dtypes
-                or tensor.device != table.device
-                or columns % per_byte
-            ):
+            fits = tensor.shape == shape and tensor.dtype in dtypes and tensor.device == table.device
+            if not fits or columns % per_byte:
                 raise ConversionError(
                     message(
                         "the operands of dequantize do not fit together",

@@ -1,4 +1,4 @@
-"""Interleaves: two matrices into one, transposed, whose columns alternate between them.
+"""Interleaves: two matrices, transposed, become the alternating columns of one.
 
 Shapes: gate and up ``[I, H]`` of an expert into ``[H, 2I]``, the layout of gpt-oss. Without a cast, bytes move as they
 are, so every bit pattern is preserved.

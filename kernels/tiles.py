@@ -5,8 +5,8 @@ destinations first. Its grid is (tiles of one matrix, rows of the table). ``rows
 
 Accesses of 16 bytes depend on the code in this file, and a change can lose them without an error:
 - Lengths and strides (``*_v``) arrive divided by a vector length, a compile-time constant, and are multiplied by it
-  again. That is how the compiler learns what divides them. None is specialized on its value, so a ``Variant`` is
-  compiled once.
+  again, so the compiler learns what divides them. None is specialized on its value, so a ``Variant`` is compiled
+  once.
 - ``tl.multiple_of`` is applied to the pointer, after the cast from an integer, because the cast drops the hint.
 
 No loop has runtime bounds and there is no inline assembly, so Triton's interpreter runs the same kernels.

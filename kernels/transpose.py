@@ -1,4 +1,4 @@
-"""Transposes: matrices of a checkpoint into destinations that are stored the other way round.
+"""Transposes: matrices of a checkpoint go into destinations that are stored the other way round.
 
 Shapes: ``src`` ``[R, C]``, ``dst`` ``[C, R]``. For an expert, gate ``[I, H]`` goes into its half of ``[H, 2I]``.
 Without a cast, bytes move as they are, so every bit pattern is preserved.
