@@ -1,4 +1,4 @@
-"""Print what a conversion would do, without doing it."""
+"""Dry runs: print what a conversion would do."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ if TYPE_CHECKING:
 
 
 def print_dry_run(conversion: Conversion, destination: str) -> None:
-    """Print what a conversion would do.
+    """Print what a conversion would do, and raise if it could not be done.
 
     Raises:
-        DestinationError: the destination holds a checkpoint already.
-        WriteError: there is too little room.
+        DestinationError: the destination contains a checkpoint already.
+        WriteError: the disk has too little free space.
     """
     from automodel_conv.cli.tables import two_columns
     from automodel_conv.files.disk_space import disk_space_of
