@@ -116,7 +116,7 @@ def load(
         typer.Option(help="Dtype of floating tensors, such as bfloat16. Default: the model's."),
     ] = None,
     device: Annotated[str, typer.Option(help="Device to load to, such as cuda:0.")] = "cpu",
-    threads: Annotated[int | None, typer.Option(min=1, help="Threads that read. Default: set by the machine.")] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="Threads that read. Default: chosen for this machine.")] = None,
     strict: Annotated[bool, typer.Option(help="Fail unless names and shapes match the model.")] = True,
     verify: Annotated[bool, typer.Option("--verify", help="Compare all tensors with their checksums first.")] = False,
     progress: ProgressOption = None,
@@ -157,7 +157,7 @@ def convert(
     progress: ProgressOption = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would be done; write nothing.")] = False,
 ) -> None:
-    """Write a checkpoint again with its experts in another layout. After an interruption, repeat the command."""
+    """Convert a checkpoint to another layout of its experts. To continue after an interruption, repeat the command."""
     from automodel_conv.cli.tables import converted_table
     from automodel_conv.publishing.conversion import compile_conversion
 
