@@ -116,7 +116,7 @@ def load(
         typer.Option(help="Dtype of floating tensors, such as bfloat16. Default: the model's."),
     ] = None,
     device: Annotated[str, typer.Option(help="Device to load to, such as cuda:0.")] = "cpu",
-    threads: Annotated[int | None, typer.Option(min=1, help="Threads that read. Default: chosen for this machine.")] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="Reader threads. Default: set for the machine.")] = None,
     strict: Annotated[bool, typer.Option(help="Fail unless names and shapes match the model.")] = True,
     verify: Annotated[bool, typer.Option("--verify", help="Compare all tensors with their checksums first.")] = False,
     progress: ProgressOption = None,

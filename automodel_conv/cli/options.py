@@ -22,7 +22,7 @@ LayoutOption = Annotated[
     typer.Option(help=f"Layout of the routed experts: {', '.join(LAYOUTS)}. Default: the model's."),
 ]
 ProgressOption = Annotated[bool | None, typer.Option(help="Show a progress bar. Default: only on a terminal.")]
-ThreadsOption = Annotated[int | None, typer.Option(min=1, help="Number of threads. Default: chosen for this machine.")]
+ThreadsOption = Annotated[int | None, typer.Option(min=1, help="Number of threads. Default: set for the machine.")]
 NewLayoutOption = Annotated[
     str | None,
     typer.Option(help=f"Layout of the routed experts: {', '.join([*LAYOUTS, PER_EXPERT])}. Default: the model's."),

@@ -164,7 +164,7 @@ class Executor:
         last = int(rows[-1]) * stride + int(columns[-1])
         demand(self._is_compiling or columns[-1] < stride, variant, f"a stride of {stride} table rows is too short")
         size = size_of(decoding.table_row)
-        table_rows = Box("table rows", addresses[:, 2], (1, last + 1), (0, size), size, False)
+        table_rows = Box("grid of table rows", addresses[:, 2], (1, last + 1), (0, size), size, False)
         looked_up = self.memory.check([table_rows])
         highest = []
         for row in addresses.tolist():
@@ -175,7 +175,7 @@ class Executor:
         demand(max(highest) + 1 << decoding.bits < _INT32, variant, f"table row {max(highest)} is beyond 32 bits")
         size = size_of(variant.dst)
         values = [
-            Box("values", addresses[n : n + 1, 3], (1, most + 1 << decoding.bits), (0, size), size, False)
+            Box("table of values", addresses[n : n + 1, 3], (1, most + 1 << decoding.bits), (0, size), size, False)
             for n, most in enumerate(highest)
         ]
         return looked_up + self.memory.check(values)

@@ -129,10 +129,10 @@ def test_a_vector_of_codes_over_two_blocks_is_found(gpu, monkeypatch):
         dequantize([torch.zeros(4, 32, dtype=torch.bfloat16)], [codes], [table_rows], table, bits=8, block=(1, 4))
 
 
-def test_a_cell_beyond_the_table_is_found(gpu):
+def test_a_table_row_beyond_the_table_is_found(gpu):
     table, table_rows = code_table("e4m3", torch.rand(1, 4), torch.bfloat16)
     codes, out = torch.zeros(1, 32, dtype=torch.uint8), torch.zeros(1, 32, dtype=torch.bfloat16)
-    with pytest.raises(GpuFault, match="numbers leaves memory"):
+    with pytest.raises(GpuFault, match="table of values leaves memory"):
         dequantize([out], [codes], [table_rows + 1000], table, bits=8, block=(1, 8))
 
 
