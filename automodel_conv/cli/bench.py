@@ -242,7 +242,7 @@ def _reads(plan: CopyPlan, checkpoint: Checkpoint) -> list[ReadInPlace]:
         if nbytes := checkpoint.nbytes[row]:
             reads.append(Read(checkpoint.file_ids[row], checkpoint.offsets[row], nbytes, 0, start))
             start += nbytes
-    return [ReadInPlace(run) for run in runs(Reads.of(reads), RUN_BYTES)]
+    return [ReadInPlace(run) for run in runs(Reads.from_list(reads), RUN_BYTES)]
 
 
 def _read(jobs: Sequence[ReadInPlace], checkpoint: Checkpoint, threads: int, huge: bool) -> None:

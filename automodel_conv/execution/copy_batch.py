@@ -1,4 +1,4 @@
-"""Strided copies between tensors of one device, gathered so that equal ones are one launch of a kernel."""
+"""Batches of strided copies between tensors of one device; equal copies become one launch of a kernel."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from automodel_conv.errors import UnsupportedError, message
 from automodel_conv.execution.buffers import strided
-from automodel_conv.execution.moves import Form, Moves, moves_of
+from automodel_conv.execution.moves import CopyGeometry, VerbCall, choose_verb
 from automodel_conv.execution.stats import Work
 from automodel_conv.kernels.address_table import at_addresses
 from automodel_conv.kernels.launch import Launches, start, why_not
@@ -25,12 +25,12 @@ BACKENDS = ("auto", "torch", "triton")
 
 
 def takes_kernels(backend: str, tensors: Iterable[Tensor]) -> bool:
-    """Whether kernels shall move between these tensors: always for "triton", never for "torch".
+    """Return whether kernels copy between these tensors: always for "triton", never for "torch".
 
-    "auto" says yes for tensors of one GPU where Triton can run.
+    For "auto" they do if all tensors are on one GPU and Triton can run there.
 
     Raises:
-        UnsupportedError: an unknown backend, or "triton" where kernels cannot run on the tensors.
+        UnsupportedError: the backend is unknown, or it is "triton" and kernels cannot run on the tensors.
     """
     if backend not in BACKENDS:
         raise UnsupportedError(message(f"unknown backend {backend!r}", expected=f"one of {BACKENDS}"))
@@ -48,22 +48,22 @@ def takes_kernels(backend: str, tensors: Iterable[Tensor]) -> bool:
         reason = why_not(device)
     if backend == "triton" and reason is not None:
         raise UnsupportedError(
-            message(f'backend="triton" cannot run: {reason}', do='backend="torch" gives the same bytes')
+            message(f'backend="triton" cannot run: {reason}', do='use backend="torch", which writes the same bytes')
         )
     return reason is None
 
 
-class _Kind(NamedTuple):
-    """What copies that one call of a verb makes have in common."""
+class _CopyKind(NamedTuple):
+    """The properties that copies must share to be carried out by one call of a verb."""
 
-    form: Form
+    geometry: CopyGeometry
     source_dtype: torch.dtype
     target_dtype: torch.dtype
     device: torch.device
 
 
-class _Copies(NamedTuple):
-    """Copies of one kind; offsets count elements from a tensor's own first one."""
+class _EqualCopies(NamedTuple):
+    """Copies of one kind, in columns; offsets count elements from the first element of a tensor."""
 
     sources: list[Tensor]
     source_offsets: list[int]
@@ -71,60 +71,69 @@ class _Copies(NamedTuple):
     target_offsets: list[int]
 
 
-class Planned(NamedTuple):
-    """A batch as launches, for ``start``, and as copies that no kernel fits, for torch.
+class PlannedCopies(NamedTuple):
+    """A batch of copies as launches of kernels, and as copies that torch carries out because no kernel fits.
 
-    Launches keep nothing alive: the batch does, until it runs or is dropped.
+    Launches keep no tensor alive; the batch does, until it runs or is dropped.
     """
 
     launches: list[Launches]
-    by_torch: tuple[list[Tensor], list[Tensor]]  # destinations and their sources, for strided_copy_torch
+    """Arguments for ``start``."""
+    by_torch: tuple[list[Tensor], list[Tensor]]
+    """Destinations and sources, for ``strided_copy_torch``."""
     work: Work
 
 
 class CopyBatch:
-    """Copies to be made together: ``run`` makes them.
+    """A batch of strided copies that are carried out together by ``run``.
 
-    ``plan`` says how, for a caller that starts their launches with others of its own. ``variants`` says what would be
-    compiled for them.
+    ``plan`` returns the launches of the batch, for a caller that starts them together with launches of its own.
+    ``variants`` returns the variants of kernels that the batch would need.
     """
 
     def __init__(self) -> None:
-        self._kinds: dict[_Kind, _Copies] = {}
+        self._kinds: dict[_CopyKind, _EqualCopies] = {}
 
     def add(self, copy: StridedCopy, sources: Sequence[Tensor], output: Tensor) -> None:
-        """Take a copy from ``sources``, which ``copy.ordinals`` number, to ``output``.
+        """Add a copy from ``sources``, which ``copy.ordinals`` are indices of, to ``output``.
 
-        The tensors must live until the work that ``run`` queues is done.
+        The tensors must stay alive until the work that ``run`` queues is done.
         """
         dtypes = {sources[ordinal].dtype for ordinal in copy.ordinals}
         for dtype in dtypes:
-            form = Form(copy.box, dtype.itemsize, output.dtype.itemsize)
-            kind = _Kind(form, dtype, output.dtype, output.device)
+            geometry = CopyGeometry(copy.box, dtype.itemsize, output.dtype.itemsize)
+            kind = _CopyKind(geometry, dtype, output.dtype, output.device)
             if kind not in self._kinds:
-                self._kinds[kind] = _Copies([], [], [], [])
+                self._kinds[kind] = _EqualCopies([], [], [], [])
             copies = self._kinds[kind]
-            _, ordinals, source_offsets, target_offsets = copy if len(dtypes) == 1 else _of_dtype(dtype, sources, copy)
+            same_dtype = copy if len(dtypes) == 1 else _select_dtype(dtype, sources, copy)
+            _, ordinals, source_offsets, target_offsets = same_dtype
             copies.sources.extend([sources[ordinal] for ordinal in ordinals])
             copies.source_offsets.extend(source_offsets)
             copies.targets.extend([output] * len(ordinals))
             copies.target_offsets.extend(target_offsets)
 
     def variants(self) -> Counter[frozenset[Variant]]:
-        """Bytes written by the copies of each kind, by the variants that kernels would need for it."""
-        found: Counter[frozenset[Variant]] = Counter()
+        """Return the bytes that kernels would write, by the set of variants that they would need for them."""
+        nbytes: Counter[frozenset[Variant]] = Counter()
         for kind, copies in self._kinds.items():
-            moves = _moves(kind, copies)
-            if moves is not None:
-                nbytes = len(copies.sources) * kind.form.box.numel * kind.form.target_itemsize
-                found[_launches(kind, moves).variants] += nbytes
-        return found
+            call = _verb_call(kind, copies)
+            if call is not None:
+                geometry = kind.geometry
+                nbytes[_launches(kind, call).variants] += (
+                    len(copies.sources) * geometry.box.numel * geometry.target_itemsize
+                )
+        return nbytes
 
     @torch.no_grad()
-    def plan(self, use_kernels: bool, allowed: frozenset[Variant] | None = None) -> Planned:
-        """How ``run`` makes the copies; queues nothing and writes nothing."""
-        parts = [_planned(kind, copies, use_kernels, allowed) for kind, copies in self._kinds.items()]
-        return Planned(
+    def plan(self, use_kernels: bool, allowed: frozenset[Variant] | None = None) -> PlannedCopies:
+        """Return the launches and the torch copies that ``run`` would start, without starting them.
+
+        Args:
+            use_kernels, allowed: as for ``run``.
+        """
+        parts = [_plan(kind, copies, use_kernels, allowed) for kind, copies in self._kinds.items()]
+        return PlannedCopies(
             [launches for part in parts for launches in part.launches],
             ([dst for part in parts for dst in part.by_torch[0]], [src for part in parts for src in part.by_torch[1]]),
             sum((part.work for part in parts), Work(0, 0)),
@@ -132,11 +141,11 @@ class CopyBatch:
 
     @torch.no_grad()
     def run(self, use_kernels: bool, allowed: frozenset[Variant] | None = None) -> Work:
-        """Make all copies; kernels are queued on the current stream, and their tables come by one upload.
+        """Carry out all copies: queue kernels on the current stream, after one upload of their tables.
 
         Args:
-            use_kernels: for the copies that a kernel fits; all others are torch's.
-            allowed: the variants that may be compiled; None: any.
+            use_kernels: use kernels for the copies that one fits; torch carries out the others.
+            allowed: the variants that may be compiled; None for any.
         """
         planned = self.plan(use_kernels, allowed)
         start(*planned.launches)
@@ -145,27 +154,30 @@ class CopyBatch:
         return planned.work
 
 
-def _of_dtype(dtype: torch.dtype, sources: Sequence[Tensor], copy: StridedCopy) -> StridedCopy:
-    """The copies from sources of one dtype."""
+def _select_dtype(dtype: torch.dtype, sources: Sequence[Tensor], copy: StridedCopy) -> StridedCopy:
+    """Return the columns of a copy that read sources of one dtype."""
     box, *columns = copy
-    of_dtype = [place for place in zip(*columns, strict=True) if sources[place[0]].dtype == dtype]
-    return StridedCopy(box, *zip(*of_dtype, strict=True))
+    selected = [column for column in zip(*columns, strict=True) if sources[column[0]].dtype == dtype]
+    return StridedCopy(box, *zip(*selected, strict=True))
 
 
-def _planned(kind: _Kind, copies: _Copies, use_kernels: bool, allowed: frozenset[Variant] | None) -> Planned:
+def _plan(
+    kind: _CopyKind, copies: _EqualCopies, use_kernels: bool, allowed: frozenset[Variant] | None
+) -> PlannedCopies:
     count = len(copies.sources)
-    moves = _moves(kind, copies) if use_kernels else None
-    launches = _launches(kind, moves) if moves is not None else None
-    if moves is None or launches is None or (allowed is not None and not launches.variants <= allowed):
-        return Planned([], _views(kind.form.box, *copies), Work(0, count))
+    call = _verb_call(kind, copies) if use_kernels else None
+    launches = _launches(kind, call) if call is not None else None
+    if call is None or launches is None or (allowed is not None and not launches.variants <= allowed):
+        return PlannedCopies([], _views(kind.geometry.box, *copies), Work(0, count))
     places = []
-    for copy, at_source, at_target in zip(*moves.unpaired, strict=True):
+    for copy, source_address, target_address in zip(*call.unpaired, strict=True):
         source, target = copies.sources[copy], copies.targets[copy]
-        source_offset = (int(at_source) - source.data_ptr()) // source.itemsize
-        places.append((source, source_offset, target, (int(at_target) - target.data_ptr()) // target.itemsize))
-    unpaired = _views(moves.unpaired_form.box, *zip(*places, strict=True)) if places else ([], [])
-    by_torch = len(np.unique(moves.unpaired.copies))
-    return Planned([launches], unpaired, Work(count - by_torch, by_torch))
+        source_offset = (int(source_address) - source.data_ptr()) // source.itemsize
+        target_offset = (int(target_address) - target.data_ptr()) // target.itemsize
+        places.append((source, source_offset, target, target_offset))
+    unpaired = _views(call.unpaired_geometry.box, *zip(*places, strict=True)) if places else ([], [])
+    by_torch = len(np.unique(call.unpaired.copies))
+    return PlannedCopies([launches], unpaired, Work(count - by_torch, by_torch))
 
 
 def _views(
@@ -175,35 +187,36 @@ def _views(
     targets: Iterable[Tensor],
     target_offsets: Iterable[int],
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """The destinations and the sources of equal copies, as torch copies them."""
+    """Return the destinations and the sources of equal copies, as views for ``strided_copy_torch``."""
     return (
-        [strided(t, box.shape, box.target_strides, at) for t, at in zip(targets, target_offsets, strict=True)],
-        [strided(s, box.shape, box.source_strides, at) for s, at in zip(sources, source_offsets, strict=True)],
+        [strided(t, box.shape, box.target_strides, offset) for t, offset in zip(targets, target_offsets, strict=True)],
+        [strided(s, box.shape, box.source_strides, offset) for s, offset in zip(sources, source_offsets, strict=True)],
     )
 
 
-def _moves(kind: _Kind, copies: _Copies) -> Moves | None:
-    """What kernels do for these copies; None where none fits."""
-    from automodel_conv.kernels.verbs import VERBS  # and Triton with it
+def _verb_call(kind: _CopyKind, copies: _EqualCopies) -> VerbCall | None:
+    """Return the call of a verb that carries out these copies, or None if no kernel fits."""
+    from automodel_conv.kernels.verbs import VERBS  # deferred, because it imports Triton
 
-    # Conjugate and negative views are told by a flag that no kernel sees.
+    # A flag marks conjugate and negative views, and kernels do not see it.
     if any(map(Tensor.is_conj, copies.sources)) or any(map(Tensor.is_neg, copies.sources)):
         return None
     sources = _addresses(copies.sources, copies.source_offsets)
     targets = _addresses(copies.targets, copies.target_offsets)
-    moves = moves_of(kind.form, sources, targets, VERBS)
-    if moves is None or not moves.verb.supports(moves.matrix, kind.source_dtype, kind.target_dtype):
+    call = choose_verb(kind.geometry, sources, targets, VERBS)
+    if call is None or not call.verb.supports(call.matrix, kind.source_dtype, kind.target_dtype):
         return None
-    return moves
+    return call
 
 
 def _addresses(tensors: Sequence[Tensor], offsets: Sequence[int]) -> np.ndarray:
+    """Return the address of the element at an offset of each tensor, in bytes, int64 ``[n]``."""
     starts = np.fromiter(map(Tensor.data_ptr, tensors), np.int64, len(tensors))
     return starts + np.array(offsets, np.int64) * (tensors[0].itemsize if tensors else 1)
 
 
-def _launches(kind: _Kind, moves: Moves) -> Launches:
-    verb, matrix, sources, targets, *_ = moves
+def _launches(kind: _CopyKind, call: VerbCall) -> Launches:
+    verb, matrix, sources, targets, *_ = call
     target_shape, source_shape = verb.shapes(matrix)
     return verb.launches(
         *(

@@ -1,4 +1,4 @@
-"""CUDA devices as the streaming loader wants them."""
+"""CUDA devices behind the protocols that the streaming loader uses."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from automodel_conv.execution.protocols import Device
 
 
 class CudaStream:
-    """See ``device.Stream``."""
+    """A CUDA stream; implements ``protocols.Stream``."""
 
     def __init__(self, device: torch.device, behind: torch.cuda.Stream):
         self._device = device
         self._stream = torch.cuda.Stream(device)
-        # Tensors may still be written there, and memory that was freed a moment ago be in use.
+        # The other stream may still write to tensors, or use memory that has just been freed.
         self._stream.wait_stream(behind)
 
     def copy_all(self, pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
@@ -34,7 +34,7 @@ class CudaStream:
 
     def record(self, event: torch.cuda.Event | None = None) -> torch.cuda.Event:
         if event is None:
-            event = torch.cuda.Event(blocking=True)  # threads that wait leave their core to those that read
+            event = torch.cuda.Event(blocking=True)  # a thread that waits leaves its core to the readers
         event.record(self._stream)
         return event
 
@@ -43,14 +43,17 @@ class CudaStream:
 
 
 class CudaDevice:
-    """See ``device.Device``. Its streams are behind the current one of the thread that makes it."""
+    """A CUDA device; implements ``protocols.Device``.
+
+    Its streams wait for what is queued on the stream that was current in the thread that created it.
+    """
 
     def __init__(self, device: torch.device):
         self._device = device
         self._current = torch.cuda.current_stream(device)
 
     def pinned(self, nbytes: int) -> Tensor:
-        """torch rounds this up to a power of two, and keeps it for the next time."""
+        """Allocate pinned memory; torch rounds it up to a power of two, and keeps it to use it again."""
         return torch.empty(nbytes, dtype=torch.uint8, device="cpu", pin_memory=True)
 
     def scratch(self, nbytes: int) -> Tensor:
@@ -61,5 +64,5 @@ class CudaDevice:
 
 
 def transfer_device(device: torch.device) -> Device | None:
-    """What streams to tensors of a device; None for the CPU, which files are read straight to."""
+    """Return the device that bytes are streamed through, or None for the CPU, whose tensors are read into directly."""
     return None if device.type == "cpu" else CudaDevice(device)

@@ -1,10 +1,14 @@
-"""From files to a device: reader threads, pinned memory, uploads and copies, each ahead of the next as far as it can.
+"""Load files to a device: reader threads, pinned memory, uploads, and the copies and decoding that empty windows.
 
     files --read--> slots (pinned) --copy stream--> targets, and windows --compute stream--> targets
 
-A thread waits for the event of its own slot before it reads into it again; the copy stream for the copies out of a
-window before that is filled again; the compute stream for the uploads before it copies out of a window. Nothing else
-waits, until the end. What the device does is behind ``protocols``.
+Every stage runs as far ahead of the next as it can:
+
+- A thread waits for the event of its own slot before it reads into the slot again.
+- The copy stream waits for the copies out of a window before it fills the same memory again.
+- The compute stream waits for the uploads into a window before it copies out of it.
+
+Nothing else waits before the end of the load. The device is behind ``protocols``.
 """
 
 from __future__ import annotations
@@ -42,25 +46,25 @@ from automodel_conv.schedule.jobs import align_down, align_up
 DEFAULT_DEVICE_SCRATCH_BYTES = 256 << 20
 LEAST_SCRATCH_BYTES = 8192
 MOST_COMPILED = 3
-"""Kernels that one load compiles at most; copies that need others are made by torch, and counted."""
+"""Maximum number of kernels that one load compiles; torch carries out copies that need others, and counts them."""
 
 MOST_THREADS = 8
-"""Threads that read for one device where nobody says how many."""
+"""Maximum number of threads that read for one device, if the caller does not set a number."""
 
-# One is read into while the other is uploaded.
+# Slots of a thread: one is read into while the other is uploaded.
 _SLOTS = 2
-# A chunk takes Python some 70 us, under the GIL. 8 MiB take a bus of 55 GB/s twice as long.
+# Python spends some 70 us on a chunk, under the GIL. A bus of 55 GB/s needs twice as long for 8 MiB.
 _SLOT_BYTES = 8 << 20
 _MOST_SLOT_BYTES = 16 << 20
 _LEAST_SLOT_BYTES = LEAST_SCRATCH_BYTES // _SLOTS
-# One is filled while the other is emptied.
+# Regions that windows use in rotation: one is filled while the other is emptied.
 _REGIONS = 2
-# Larger ones gain nothing, and kernels count within one in 32 bits.
+# Larger windows gain nothing, and kernels count within a window in 32 bits.
 _MOST_WINDOW_BYTES = 1 << 30
 
 
 class Ring(NamedTuple):
-    """Pinned memory of a load: two slots for each thread."""
+    """The pinned memory of a load: two slots for each thread."""
 
     threads: int
     slot_bytes: int
@@ -71,14 +75,19 @@ class Ring(NamedTuple):
 
 
 def ring_of(threads: int | None, scratch_bytes: int | None) -> Ring:
-    """As many threads and as large slots as are given, or fit into what is given, or do best.
+    """Choose the number of threads and the size of slots for a load.
 
-    Slots have 8 to 16 MiB, less only where ``threads`` and ``scratch_bytes`` leave no more.
+    Slots have 8 to 16 MiB, or less if ``threads`` and ``scratch_bytes`` leave no more.
 
-    >>> ring_of(3, None)
-    Ring(threads=3, slot_bytes=8388608)
-    >>> ring_of(2, 16384)
-    Ring(threads=2, slot_bytes=4096)
+    Args:
+        threads: number of threads; None to choose one. Fewer are used if ``scratch_bytes`` is too small for all.
+        scratch_bytes: maximum bytes of pinned memory; None for slots of 8 MiB.
+
+    Example:
+        >>> ring_of(3, None)
+        Ring(threads=3, slot_bytes=8388608)
+        >>> ring_of(2, 16384)
+        Ring(threads=2, slot_bytes=4096)
     """
     if threads is None:
         threads = default_reader_threads(MOST_THREADS)
@@ -105,47 +114,49 @@ def load_to_device(
 ) -> LoadStats:
     """Fill the buffers of all targets of a plan, on a device, from the files of its checkpoint.
 
-    Each byte of a source is read and uploaded once. Exceptions are scales that two windows share, quantized sources
-    that become two dtypes, and sources of targets that upstream's own code makes: these are read again for each such
-    target, whole, and made into it on the device, but where upstream itself uses the host. All work is done when this
-    returns or raises.
-    At most ``MOST_COMPILED`` kernels are compiled, while the first bytes are read.
+    Each byte of a source is read and uploaded once, with three exceptions. Scales that two windows share are read for
+    each of them. Quantized sources that are decoded to two dtypes are read for each dtype. Sources of targets that
+    transformers' own code produces are read whole again for each such target; the code runs on the device, unless
+    transformers itself uses the host. All work is done when this returns or raises. At most ``MOST_COMPILED`` kernels
+    are compiled, while the first bytes are read.
 
     Args:
-        plan: its sources are the checkpoint's rows.
-        buffers: by target name, on the device, of the target's shape and dtype and any strides; other names are
+        plan: a plan with the checkpoint's rows as its sources.
+        checkpoint: the files to read.
+        buffers: tensors by target name, on the device, of the target's shape and dtype and any strides; other names are
             ignored. Written in place.
-        threads: that read; as many as there are cores if not given, at most 8; on several ranks of a node, its share of
-            them. Fewer take part where scratch_bytes is too small for all.
-        scratch_bytes: of pinned host memory; 16 MiB for each thread if not given.
-        device_scratch_bytes: on the device, for what cannot be uploaded in place; 256 MiB if not given. Tables of
-            quantized tensors take up to 16 MiB more for a moment.
-        backend: what copies on the device, see ``convert_tensors``.
-        progress: draw a bar, or draw in one that others share.
-        stop: set by anybody, the load ends as soon as what is being read is uploaded.
+        device: the device that owns the buffers.
+        threads: number of threads that read. Default: one for each core, at most 8; on several ranks of a node, the
+            rank's share of the cores. Fewer are used if ``scratch_bytes`` is too small for all.
+        scratch_bytes: bytes of pinned host memory. Default: 16 MiB for each thread.
+        device_scratch_bytes: bytes on the device for everything that cannot be uploaded in place. Default: 256 MiB.
+            Tables of quantized tensors use up to 16 MiB more for a moment.
+        backend: the backend that copies on the device; see ``convert_tensors``.
+        progress: True to draw a progress bar, or a bar that several loads share.
+        stop: an event that any thread may set to end the load as soon as the chunks being read are uploaded.
 
     Raises:
         ConversionError: a buffer is missing or does not fit, before anything is read.
-        ReadError: a file could not be read; names file and tensor, and the targets that were already complete,
-            as whatever else is raised once reading has begun.
-        UnsupportedError: a dtype that torch does not know, strides that copies cannot follow, or a backend that cannot
+        ReadError: a file could not be read. The error names the file and the tensor. Like any error raised after
+            reading has begun, it also names the targets that are complete.
+        UnsupportedError: torch has no such dtype, copies cannot follow the strides of a buffer, or the backend cannot
             run.
-        Stopped: ``stop`` was set before all was done.
+        Stopped: ``stop`` was set before all work was done.
     """
     device_scratch_bytes = DEFAULT_DEVICE_SCRATCH_BYTES if device_scratch_bytes is None else device_scratch_bytes
-    given = [size for size in (scratch_bytes, device_scratch_bytes) if size is not None]
-    if (threads is not None and threads < 1) or min(given) < LEAST_SCRATCH_BYTES:
-        found = f"threads={threads}, scratch_bytes={scratch_bytes}, device_scratch_bytes={device_scratch_bytes}"
+    scratch_sizes = [size for size in (scratch_bytes, device_scratch_bytes) if size is not None]
+    if (threads is not None and threads < 1) or min(scratch_sizes) < LEAST_SCRATCH_BYTES:
+        arguments = f"threads={threads}, scratch_bytes={scratch_bytes}, device_scratch_bytes={device_scratch_bytes}"
         raise ConversionError(
             message(
                 "cannot load with these threads, scratch_bytes and device_scratch_bytes",
                 expected=f"threads >= 1, each scratch >= {LEAST_SCRATCH_BYTES}",
-                found=found,
+                found=arguments,
             )
         )
     ring = ring_of(threads, scratch_bytes)
     load = begin(plan, checkpoint, buffers)
-    if backend != "auto":  # which never refuses, so that it need not be asked before the first read
+    if backend != "auto":  # "auto" never raises, so it needs no check before the first read
         takes_kernels(backend, load.tensors)
     window_bytes = align_down(min(device_scratch_bytes // _REGIONS, _MOST_WINDOW_BYTES))
     chunks, windows = device_schedule(
@@ -162,7 +173,7 @@ def load_to_device(
 
 
 class _Slot:
-    """Pinned memory of one thread, and the point after which it may be overwritten."""
+    """Pinned memory of one thread, and the event after which it may be overwritten."""
 
     def __init__(self, memory: Tensor):
         self.memory = memory
@@ -171,7 +182,7 @@ class _Slot:
 
 
 class _DeviceLoad:
-    """A load under way: what its threads share."""
+    """A load in progress, and the state that its threads share."""
 
     def __init__(
         self,
@@ -188,7 +199,7 @@ class _DeviceLoad:
         self._checkpoint = checkpoint
         self._device = device
         self._backend = backend
-        self._stop_asked = stop
+        self._stop_event = stop
         self._todo = deque(enumerate(chunks))
         self._not_uploaded = dict(enumerate(chunks))
         self._files = OpenFiles(checkpoint, (chunk.reads for chunk in chunks))
@@ -196,16 +207,21 @@ class _DeviceLoad:
         self._changed = threading.Condition()
         self._stopped = False
         self._chunks_left = [window.chunks for window in windows]
-        self._filled: dict[int, Event] = {}  # by region, recorded once its uploads are queued
+        self._filled: dict[int, Event] = {}  # by region, recorded once the uploads into its window are queued
         self._emptied: dict[int, Event] = {}  # by window, recorded once its copies are queued
         self._compiled: Future[frozenset[Variant] | None] = Future()
         self._gap_bytes = 0
         self._work = Work(0, 0)
         self._without_kernels: str | None = None
-        self._settled = 0  # streams that have done all without an error
+        self._streams_done = 0  # streams that have finished without an error
 
     def run(self, threads: int, advance: Callable[[int], None]) -> LoadStats:
-        """Do it all, wait until the device has, and let go of every resource, whatever happens."""
+        """Do the whole load, wait for the device, and release every resource even if an error is raised.
+
+        Args:
+            threads: maximum number of threads that read.
+            advance: called with the number of bytes of each chunk that is uploaded.
+        """
         self._advance = advance
         threads = max(1, min(threads, len(self._not_uploaded)))
         slot_bytes = align_up(max((chunk.nbytes for chunk in self._not_uploaded.values()), default=0))
@@ -213,32 +229,32 @@ class _DeviceLoad:
         pinned = self._device.pinned(threads * _SLOTS * slot_bytes)
         slots = deque(_Slot(memory) for memory in pinned.view(threads * _SLOTS, slot_bytes))
         self._regions = [self._device.scratch(region_bytes) for _ in self._windows[:_REGIONS]]
-        # Queued before the streams are made, which are behind it.
+        # This queues work, so it comes before the streams are created, which wait for it.
         self._window_copies = WindowCopies(self._windows, self._tensors, self._regions)
         stats = LoadStats(0, 0, pinned.nbytes, sum(region.nbytes for region in self._regions), threads=threads)
-        self._copies, self._kernels = self._device.stream(), self._device.stream()
+        self._copy_stream, self._compute_stream = self._device.stream(), self._device.stream()
         del pinned
         futures: list[Future[Any]] = []
         try:
             self._run_threads(threads, slots, futures)
         except Exception as error:
-            # A thread's own error says more than what the device says at the end.
-            own = next(filter(None, (_own_error(future) for future in futures)), None)
-            if own is None or own is error:
+            # The error of a thread is more specific than the error that the device raises at the end.
+            thread_error = next(filter(None, (_thread_error(future) for future in futures)), None)
+            if thread_error is None or thread_error is error:
                 raise
-            tell(own, f"  besides:  {type(error).__name__}: {error}")
-            raise own from error
+            tell(thread_error, f"  besides:  {type(error).__name__}: {error}")
+            raise thread_error from error
         if self._not_uploaded:
-            raise_if_stopped(self._stop_asked)
+            raise_if_stopped(self._stop_event)
         return stats._replace(gap_bytes=self._gap_bytes, work=self._work, without_kernels=self._without_kernels)
 
     def _run_threads(self, threads: int, slots: deque[_Slot], futures: list[Future[Any]]) -> None:
-        """Read, upload and copy everything in threads, of which ``futures`` tells."""
-        with ExitStack() as ending:  # the last one first, each whatever happens to another
+        """Read, upload and copy everything in threads, and append the future of each thread to ``futures``."""
+        with ExitStack() as ending:  # callbacks run in reverse order, each even if another raises
             ending.callback(self._release)
-            for stream in (self._copies, self._kernels):
-                # Memory goes back only once nothing uses it.
-                ending.callback(self._settle, stream)
+            for stream in (self._copy_stream, self._compute_stream):
+                # Memory is released only after all work that uses it is done.
+                ending.callback(self._synchronize, stream)
             ending.callback(self._files.close)
             pool = ThreadPoolExecutor(threads + 1, thread_name_prefix="automodel_conv")
             ending.callback(pool.shutdown)
@@ -252,17 +268,17 @@ class _DeviceLoad:
             if not isinstance(worker.exception(), Stopped):
                 worker.result()
 
-    def _settle(self, stream: Stream) -> None:
+    def _synchronize(self, stream: Stream) -> None:
         stream.record().synchronize()
-        self._settled += 1
+        self._streams_done += 1
 
     def _release(self) -> None:
         self._regions.clear()
         self._window_copies.release()
 
     def unfinished(self) -> set[int]:
-        """Numbers of the targets that may lack bytes, once ``run`` has returned or raised."""
-        if self._settled < 2:  # what was queued may have failed
+        """Return the numbers of the targets that may lack bytes, after ``run`` has returned or raised."""
+        if self._streams_done < 2:  # queued work may have failed
             return set(range(len(self._tensors)))
         windows = [window for number, window in enumerate(self._windows) if number not in self._emptied]
         by_upload = {number for chunk in list(self._not_uploaded.values()) for number in chunk.to_targets}
@@ -273,17 +289,18 @@ class _DeviceLoad:
             self._stopped = True
             self._changed.notify_all()
 
-    @torch.inference_mode()  # a mode is a thread's own; the caller's tensors may be inference tensors
+    @torch.inference_mode()  # each thread has its own mode, and the caller's tensors may be inference tensors
     def _read(self, slots: Sequence[_Slot]) -> None:
+        """Read and upload chunks until none is left; stop the other threads at once if this one fails."""
         try:
             self._read_chunks(slots)
         except BaseException:
-            self._stop()  # the others, without waiting for the main thread to do it
+            self._stop()
             raise
 
     def _read_chunks(self, slots: Sequence[_Slot]) -> None:
         for slot in cycle(slots):
-            if self._stop_asked is not None and self._stop_asked.is_set():
+            if self._stop_event is not None and self._stop_event.is_set():
                 self._stop()
             if self._stopped:
                 return
@@ -301,55 +318,65 @@ class _DeviceLoad:
             self._advance(chunk.nbytes)
 
     def _upload(self, chunk: Chunk, slot: _Slot) -> None:
+        """Queue the uploads of a chunk out of a slot, and the copies out of each window that it fills up."""
         pairs: list[tuple[Tensor, Tensor]] = []
         for target, uploads in chunk.to_targets.items():
             if target not in self._target_bytes:
                 self._target_bytes[target] = raw_bytes(self._tensors[target])
-            pairs += _pairs(uploads, slot, self._target_bytes[target])
+            pairs += _copy_pairs(uploads, slot, self._target_bytes[target])
         for window, uploads in chunk.to_windows.items():
-            self._enter(window)
-            self._copies.copy_all(pairs + _pairs(uploads, slot, self._regions[window % _REGIONS]))
+            self._wait_for_region(window)
+            self._copy_stream.copy_all(pairs + _copy_pairs(uploads, slot, self._regions[window % _REGIONS]))
             pairs = []
-            self._leave(window)
+            self._empty_if_full(window)
         if pairs:
-            self._copies.copy_all(pairs)
-        slot.uploaded = self._copies.record(slot.uploaded)
+            self._copy_stream.copy_all(pairs)
+        slot.uploaded = self._copy_stream.record(slot.uploaded)
 
-    def _enter(self, window: int) -> None:
-        """Wait until the copies out of the window that had this memory before are queued; the stream waits for them."""
-        before = window - _REGIONS
-        if before >= 0:
+    def _wait_for_region(self, window: int) -> None:
+        """Make the copy stream wait for the copies out of the previous window in the same region.
+
+        The thread itself waits until these copies are queued.
+
+        Raises:
+            Stopped: the load is stopped before they are queued.
+        """
+        previous = window - _REGIONS
+        if previous >= 0:
             with self._changed:
-                self._changed.wait_for(lambda: self._stopped or before in self._emptied)
+                self._changed.wait_for(lambda: self._stopped or previous in self._emptied)
                 if self._stopped:
                     raise Stopped
-            self._copies.wait(self._emptied[before])
+            self._copy_stream.wait(self._emptied[previous])
 
-    def _leave(self, window: int) -> None:
-        """Queue the copies out of a window if all that fills it is queued."""
+    def _empty_if_full(self, window: int) -> None:
+        """Count a chunk of a window as queued, and queue the copies out of the window after its last chunk."""
         with self._changed:
             self._chunks_left[window] -= 1
             if self._chunks_left[window]:
                 return
-        # Events are used again once all that waits for them has been told to.
+        # An event is recorded again only after everything that waits for it has been queued.
         region = window % _REGIONS
-        self._filled[region] = self._copies.record(self._filled.get(region))
-        self._kernels.wait(self._filled[region])
+        self._filled[region] = self._copy_stream.record(self._filled.get(region))
+        self._compute_stream.wait(self._filled[region])
         chosen = self._compiled.result()
-        self._kernels.run(lambda: self._copy(window, chosen))
-        emptied = self._kernels.record(self._emptied.get(window - _REGIONS))
+        self._compute_stream.run(lambda: self._copy_window(window, chosen))
+        emptied = self._compute_stream.record(self._emptied.get(window - _REGIONS))
         with self._changed:
             self._emptied[window] = emptied
             self._changed.notify_all()
 
-    def _copy(self, window: int, chosen: frozenset[Variant] | None) -> None:
+    def _copy_window(self, window: int, chosen: frozenset[Variant] | None) -> None:
         work = self._window_copies.run(window, chosen)
         with self._changed:
             self._work += work
 
     @torch.inference_mode()
     def _compile(self) -> frozenset[Variant] | None:
-        """Compile the kernels that move the most; None where none can run. Triton is imported and started here, too."""
+        """Compile the kernels that write the most bytes and return them, or None if no kernel can run.
+
+        Triton is imported and started in this thread, too.
+        """
         device = self._regions[0].device
         if self._backend != "torch" and device.type != "cpu":
             self._without_kernels = why_not(device)
@@ -357,18 +384,18 @@ class _DeviceLoad:
             return None
         chosen = self._window_copies.variants(MOST_COMPILED)
         if chosen:
-            self._kernels.run(lambda: compile_ahead(chosen, device))
+            self._compute_stream.run(lambda: compile_ahead(chosen, device))
         return chosen
 
 
-def _own_error(future: Future[Any]) -> BaseException | None:
-    """The error that a thread ended with, unless another's ended it."""
+def _thread_error(future: Future[Any]) -> BaseException | None:
+    """Return the error that a thread raised, or None if it raised none or was stopped by the error of another."""
     error = future.exception() if future.done() else None
     return None if isinstance(error, Stopped) else error
 
 
-def _pairs(uploads: Iterable[Upload], slot: _Slot, memory: Tensor) -> list[tuple[Tensor, Tensor]]:
-    """Copies out of a slot: destinations and sources."""
+def _copy_pairs(uploads: Iterable[Upload], slot: _Slot, memory: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """Return the destinations in ``memory`` and the sources in a slot of uploads."""
     return [
         (memory.narrow(0, start_bytes, nbytes), slot.memory.narrow(0, slot_start, nbytes))
         for slot_start, nbytes, start_bytes in uploads

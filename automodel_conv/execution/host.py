@@ -168,7 +168,7 @@ def _run(
             through_scratch = isinstance(job, ReadAndCopy)
             gaps.append(read(job.reads, checkpoint, files, scratch_view if through_scratch else views))
             if through_scratch:
-                decode_codes(job.decodings, scratch)
+                decode_codes(job.rectangles, scratch)
                 _copy(job.copies, scratch, tensors)
             done.add(number)
             advance(job.reads.total_bytes)

@@ -1,4 +1,4 @@
-"""Which verb carries out equal strided copies: integers in, integers out."""
+"""Choose the verb of a kernel that carries out equal strided copies; pure: integers in, integers out."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ import numpy as np
 from automodel_conv.kernels.verb import Matrix, Verb
 from automodel_conv.planning.boxes import Box
 
-# Beyond this many matrices for one copy, they are too small for tiles to be worth it, and their table too large.
+# A copy that is more matrices than this has matrices too small for tiles to pay off, and too large a table.
 _MOST_MATRICES = 1 << 16
 
 
-class Form(NamedTuple):
-    """What equal copies have in common."""
+class CopyGeometry(NamedTuple):
+    """The geometry that equal copies share: their box, and the bytes of an element on both sides."""
 
     box: Box
     source_itemsize: int
@@ -23,85 +23,98 @@ class Form(NamedTuple):
 
 
 class Addresses(NamedTuple):
-    """Where copies start, in bytes, and which of the copies given each belongs to."""
+    """Places where matrices start, and the copies that they are parts of, in int64 columns ``[n]``."""
 
-    copies: np.ndarray  # int64 [n]
-    sources: np.ndarray  # likewise
+    copies: np.ndarray
+    """Index of the copy, among those that were passed in."""
+    sources: np.ndarray
+    """Address in the source, in bytes."""
     targets: np.ndarray
+    """Address in the target, in bytes."""
 
 
-class Moves(NamedTuple):
-    """Equal matrices for one verb, as columns of addresses of its operands, and the places without partners.
+class VerbCall(NamedTuple):
+    """A call of a verb that carries out equal copies, and the matrices that it cannot carry out.
 
-    A lone place has no partners to interleave with; it is a copy of ``unpaired_form``.
+    A verb that interleaves needs groups of neighbouring matrices. A matrix without neighbours is unpaired, and is left
+    to torch as a copy of ``unpaired_geometry``.
     """
 
     verb: Verb
     matrix: Matrix
+    """Sides and strides of all matrices."""
     sources: tuple[np.ndarray, ...]
+    """Addresses in bytes for each source operand of the verb, int64 ``[n]``."""
     targets: tuple[np.ndarray, ...]
+    """Addresses in bytes for each destination operand of the verb, int64 ``[n]``."""
     unpaired: Addresses
-    unpaired_form: Form
+    unpaired_geometry: CopyGeometry
 
 
 class _Dim(NamedTuple):
+    """A dimension of a box: its size, and its strides in elements."""
+
     size: int
     source: int
     target: int
 
 
-def moves_of(form: Form, sources: np.ndarray, targets: np.ndarray, verbs: Sequence[Verb]) -> Moves | None:
-    """The kernel moves that carry out equal copies; None where no verb walks as they do.
+def choose_verb(
+    geometry: CopyGeometry, sources: np.ndarray, targets: np.ndarray, verbs: Sequence[Verb]
+) -> VerbCall | None:
+    """Return the call of a verb that carries out equal copies, or None if no verb moves elements in this way.
 
-    A verb is found by how both sides walk along the dimension that is fastest there: whether that is the same one, and
-    by which steps. For a verb that weaves several operands together, copies that fill each other's gaps go together;
-    those that find no partners are lone. Further dimensions become matrices of their own.
+    The verb depends on the fastest dimension of each side: whether it is the same one, and the stride along it. A verb
+    that interleaves several operands needs copies that fill each other's gaps; those without neighbours are unpaired.
+    Further dimensions become separate matrices.
 
     Args:
-        sources, targets: int64 ``[n]``, the address of the first element that each copy reads and writes, in bytes.
+        geometry: the geometry of the copies.
+        sources, targets: the address of the first element that each copy reads and writes, in bytes, int64 ``[n]``.
+        verbs: the verbs to choose from, in order of preference.
     """
-    dims = [_Dim(*dim) for dim in zip(*form.box, strict=True) if dim[0] != 1]
+    dims = [_Dim(*dim) for dim in zip(*geometry.box, strict=True) if dim[0] != 1]
     places = Addresses(np.arange(len(sources)), sources, targets)
     lanes = _lanes(dims, {max(verb.sources, verb.destinations) for verb in verbs} - {1})
     if lanes is not None:
-        # Never as matrices two elements wide: torch is faster then.
-        places = _spread(places, lanes, form)
+        # The lanes become separate matrices, not matrices two elements wide, for which torch is faster.
+        places = _spread(places, lanes, geometry)
         dims.remove(lanes)
     dims = dims or [_Dim(1, 1, 1)]
-    # A stride of 0 repeats an element, which is not walking.
+    # A stride of 0 repeats an element, so such a dimension is the last choice.
     by_source = min(dims, key=lambda dim: (dim.source == 0, dim.source))
     by_target = min(dims, key=lambda dim: dim.target)
     transposes = by_source is not by_target
     rows = by_target
     if not transposes:
         rows = max((dim for dim in dims if dim is not by_source), key=lambda dim: dim.size, default=_Dim(1, 0, 0))
-    walk = transposes, (by_source.source, by_target.target)
-    verb = next((verb for verb in verbs if (verb.transposes, verb.steps) == walk), None)
+    steps = by_source.source, by_target.target
+    verb = next((verb for verb in verbs if (verb.transposes, verb.steps) == (transposes, steps)), None)
     if verb is None:
         return None
     for dim in dims:
         if dim is not by_source and dim is not rows:
             if len(places.copies) * dim.size > _MOST_MATRICES * len(sources):
                 return None
-            places = _spread(places, dim, form)
+            places = _spread(places, dim, geometry)
     box = Box((rows.size, by_source.size), (rows.source, by_source.source), (rows.target, by_source.target))
     matrix = Matrix(rows.size, by_source.size, rows.source, (by_source if transposes else rows).target)
     if verb.sources > 1:
-        lots, unpaired = _runs_of_neighbours(places, places.targets, form.target_itemsize, verb.sources)
+        operands, unpaired = _pair_neighbours(places, places.targets, geometry.target_itemsize, verb.sources)
     else:
-        lots, unpaired = _runs_of_neighbours(places, places.sources, form.source_itemsize, verb.destinations)
-    return Moves(
+        operands, unpaired = _pair_neighbours(places, places.sources, geometry.source_itemsize, verb.destinations)
+    return VerbCall(
         verb,
         matrix,
-        tuple(lot.sources for lot in lots[: verb.sources]),
-        tuple(lot.targets for lot in lots[: verb.destinations]),
+        tuple(operand.sources for operand in operands[: verb.sources]),
+        tuple(operand.targets for operand in operands[: verb.destinations]),
         unpaired,
-        form._replace(box=box),
+        geometry._replace(box=box),
     )
 
 
 def _lanes(dims: Sequence[_Dim], counts: Iterable[int]) -> _Dim | None:
-    """A dimension whose size is one of ``counts`` and whose elements alternate on one side; None if there is none."""
+    """Return a dimension that has a size in ``counts`` and alternates with another one on one side, or None."""
     for dim in dims:
         for side in (1, 2):
             if dim.size in counts and dim[side] == 1 and any(other[side] == dim.size for other in dims):
@@ -109,21 +122,25 @@ def _lanes(dims: Sequence[_Dim], counts: Iterable[int]) -> _Dim | None:
     return None
 
 
-def _spread(places: Addresses, dim: _Dim, form: Form) -> Addresses:
-    """Each place once for each index of a dimension."""
-    steps = np.array([[0], [dim.source * form.source_itemsize], [dim.target * form.target_itemsize]])
+def _spread(places: Addresses, dim: _Dim, geometry: CopyGeometry) -> Addresses:
+    """Repeat each place for each index of a dimension."""
+    steps = np.array([[0], [dim.source * geometry.source_itemsize], [dim.target * geometry.target_itemsize]])
     return Addresses(*(np.stack(places)[:, :, None] + steps[:, None] * np.arange(dim.size)).reshape(3, -1))
 
 
-def _runs_of_neighbours(
+def _pair_neighbours(
     places: Addresses, addresses: np.ndarray, itemsize: int, count: int
 ) -> tuple[list[Addresses], Addresses]:
-    """Group places into lots of ``count`` neighbours, each one element after the last; returns lots and leftovers.
+    """Group places into sets of ``count`` neighbours, with addresses one element apart.
 
-    >>> places = Addresses(*np.array([[0, 1, 2], [0, 0, 0], [32, 4, 6]]))
-    >>> (first, second), unpaired = _runs_of_neighbours(places, places.targets, 2, 2)
-    >>> first.copies.tolist(), second.copies.tolist(), unpaired.copies.tolist()
-    ([1], [2], [0])
+    Returns:
+        The first places of all sets, the second ones and so on; and the places that are in no set.
+
+    Example:
+        >>> places = Addresses(*np.array([[0, 1, 2], [0, 0, 0], [32, 4, 6]]))
+        >>> (first, second), unpaired = _pair_neighbours(places, places.targets, 2, 2)
+        >>> first.copies.tolist(), second.copies.tolist(), unpaired.copies.tolist()
+        ([1], [2], [0])
     """
     if count == 1:
         return [places], Addresses(*(column[:0] for column in places))
@@ -131,9 +148,9 @@ def _runs_of_neighbours(
     index = np.arange(len(order))
     follows = np.diff(addresses[order], prepend=-1 - itemsize) == itemsize
     run_start = np.maximum.accumulate(np.where(follows, 0, index))
-    # In a run of neighbours each one that has as many before it as it takes ends a lot.
+    # Each run of neighbours is cut into sets from its start; a set ends at every ``count``-th place of the run.
     ends = index[(index - run_start) % count == count - 1]
     chosen = [ends - before for before in reversed(range(count))]
     unpaired = np.setdiff1d(index, np.concatenate(chosen))
-    *lots, unpaired = (Addresses(*(column[order[which]] for column in places)) for which in (*chosen, unpaired))
-    return lots, unpaired
+    *operands, unpaired = (Addresses(*(column[order[which]] for column in places)) for which in (*chosen, unpaired))
+    return operands, unpaired

@@ -123,7 +123,7 @@ def read_whole(row: int, checkpoint: Checkpoint) -> Tensor:
     """A source read into a tensor of its own."""
     dtype = dtype_of(checkpoint.dtypes[row], checkpoint.names[row])
     tensor = torch.empty(checkpoint.shapes[row], dtype=dtype, device="cpu")
-    reads = Reads.of([Read(checkpoint.file_ids[row], checkpoint.offsets[row], span_bytes(tensor), 0, 0)])
+    reads = Reads.from_list([Read(checkpoint.file_ids[row], checkpoint.offsets[row], span_bytes(tensor), 0, 0)])
     files = OpenFiles(checkpoint, [reads])
     try:
         read(reads, checkpoint, files, [byte_view(tensor)])

@@ -1,4 +1,4 @@
-"""Full windows of device memory: their codes are decoded, then copies take all from them to the targets."""
+"""Empty full windows of device memory: decode their codes, and copy their contents to the targets."""
 
 from __future__ import annotations
 
@@ -21,11 +21,12 @@ from automodel_conv.schedule.device import Window
 
 
 class WindowCopies:
-    """The copies out of all windows of a load.
+    """The work that empties all windows of a load: decoding of their codes, and copies to the targets.
 
     Args:
+        windows: the windows of the load, in order.
         tensors: the targets, by number.
-        regions: device memory; windows take turns in it.
+        regions: device memory that windows use in rotation: window ``n`` uses region ``n % len(regions)``.
     """
 
     def __init__(self, windows: Sequence[Window], tensors: Sequence[Tensor], regions: Sequence[Tensor]):
@@ -37,21 +38,24 @@ class WindowCopies:
         self._decoder = WindowDecoder(groups, tensors, regions[0].device) if groups else None
 
     def release(self) -> None:
-        """Let go of all device memory."""
+        """Release the device memory of the decoder."""
         self._decoder = None
 
     def variants(self, most: int) -> frozenset[Variant]:
-        """At most so many variants of kernels, those that move the most, judging by windows that hold something new."""
+        """Return at most ``most`` variants of kernels to compile: those that write the most bytes.
+
+        Bytes are counted only in windows with a geometry that no earlier window has.
+        """
         nbytes: Counter[frozenset[Variant]] = Counter()
         seen: set[object] = set()
         for number, window in enumerate(self._windows):
-            forms = {(c.dtype, c.box, self._tensors[c.target].dtype) for c in window.copies}
-            if not forms <= seen:
+            geometries = {(c.dtype, c.box, self._tensors[c.target].dtype) for c in window.copies}
+            if not geometries <= seen:
                 nbytes += self._batch(number).variants()
             if not window.rectangles.keys() <= seen:
-                for rectangle, places, launches in self._decodes(number):
+                for rectangle, places, launches in self._decode_launches(number):
                     nbytes[launches.variants] += len(places) * _nbytes(rectangle)
-            seen |= forms
+            seen |= geometries
             seen |= window.rectangles.keys()
         chosen: frozenset[Variant] = frozenset()
         for variants, _ in nbytes.most_common():
@@ -60,23 +64,27 @@ class WindowCopies:
         return chosen
 
     def run(self, number: int, chosen: frozenset[Variant] | None) -> Work:
-        """Queue all that a full window becomes, on the current stream.
+        """Queue the decoding of a full window and the copies out of it, on the current stream.
 
         Args:
-            chosen: the variants that may be launched; None: no kernels.
+            number: number of the window.
+            chosen: the variants that may be launched; None for no kernels.
+
+        Returns:
+            How many copies and decoded rectangles are the work of kernels, and how many that of torch.
         """
         window, region = self._windows[number], self._region(number)
         copies = self._batch(number).plan(chosen is not None, chosen)
         launches, work, by_kernels = [], copies.work, set()
         if chosen is not None:
-            for rectangle, places, decoding in self._decodes(number):
+            for rectangle, places, decoding in self._decode_launches(number):
                 if decoding.variants <= chosen:
                     launches.append(decoding)
                     by_kernels.add(rectangle)
                     work += Work(len(places), 0)
-        with self._lock:  # so that scratch is that of one window
+        with self._lock:  # so that only one window at a time uses scratch
             if self._decoder is not None:
-                self._decoder.make_tables(window.scale_groups.values(), region)
+                self._decoder.compute_tables(window.scale_groups.values(), region)
                 for rectangle, places in window.rectangles.items():
                     if rectangle not in by_kernels:
                         self._decoder.decode_by_torch(rectangle, places, window.scale_groups[rectangle.kind], region)
@@ -86,11 +94,11 @@ class WindowCopies:
         return work
 
     def _region(self, number: int) -> Tensor:
-        """The memory of a window."""
+        """Return the memory of a window, uint8."""
         return self._regions[number % len(self._regions)]
 
-    def _decodes(self, number: int) -> Iterator[tuple[Rectangle, Sequence[Position], Launches]]:
-        """The rectangles of a window that kernels can decode."""
+    def _decode_launches(self, number: int) -> Iterator[tuple[Rectangle, Sequence[Position], Launches]]:
+        """Return the geometries of rectangles that kernels can decode, with their places and their launches."""
         window = self._windows[number]
         for rectangle, places in window.rectangles.items():
             widest = max(rectangle.shape[1], rectangle.codes_stride, *rectangle.target_strides)
@@ -99,17 +107,18 @@ class WindowCopies:
                 yield rectangle, places, self._decoder.launches(rectangle, places, group, self._region(number))
 
     def _batch(self, number: int) -> CopyBatch:
-        """The copies out of a window; those that fill each other's gaps come one after the other."""
+        """Return the copies out of a window, in an order in which copies that fill each other's gaps are adjacent."""
         region = self._region(number)
         typed: dict[str, Tensor] = {}
         batch = CopyBatch()
         for copies in self._windows[number].copies:
             if copies.dtype not in typed:
                 typed[copies.dtype] = region.view(dtype_of(copies.dtype, "a source"))
-            batch.add(copies.out_of_one(), [typed[copies.dtype]], self._tensors[copies.target])
+            batch.add(copies.as_strided_copy(), [typed[copies.dtype]], self._tensors[copies.target])
         return batch
 
 
 def _nbytes(rectangle: Rectangle) -> int:
+    """Return the bytes of the values of a rectangle."""
     rows, columns = rectangle.shape
-    return rows * columns * itemsize(rectangle.kind.numbers)
+    return rows * columns * itemsize(rectangle.kind.value_dtype)

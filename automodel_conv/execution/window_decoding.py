@@ -1,4 +1,4 @@
-"""Codes in windows of device memory into numbers: one table for all scales of a kind, equal rectangles together."""
+"""Decode codes in windows of device memory: one table for all scales of a kind, one call for equal rectangles."""
 
 from __future__ import annotations
 
@@ -23,43 +23,45 @@ from automodel_conv.planning.copies import ZEROS_IN_I32
 from automodel_conv.schedule.code_slabs import BYTE_SCALES, Position, Rectangle, ScaleKind
 from automodel_conv.schedule.code_windows import ScaleGroup
 
-# Rows of a table that are made at a time, where each takes scratch for its zero point or its global scale.
+# Maximum rows of a table that are computed at once, if each needs scratch for its zero point or its global scale.
 _BAND_ROWS = 1 << 16
 
 
 class WindowDecoder:
-    """Decodes the windows of one load, on the current stream, and never waits for the device.
+    """The decoder of all windows of one load; it works on the current stream and never waits for the device.
 
-    What all windows share is made first: tables that do not depend on scales, and the numbers of scales of one byte.
+    Everything that windows share is computed first: tables that do not depend on scales, and the values of scales of
+    one byte.
     """
 
     def __init__(self, groups: Iterable[ScaleGroup], tensors: Sequence[Tensor], device: torch.device):
-        """Make what windows share.
+        """Compute everything that windows share.
 
         Args:
-            groups: of all windows.
+            groups: the groups of scales of all windows.
             tensors: the targets, by number.
+            device: the device of windows and targets.
 
         Raises:
-            UnsupportedError: codes do not become numbers of a target's dtype.
+            UnsupportedError: codes cannot be decoded to the dtype of a target.
         """
         self._tensors = tensors
         self._addresses = np.array([tensor.data_ptr() for tensor in tensors], np.int64)
         self._tables: dict[ScaleKind, Tensor] = {}
         self._byte_values: dict[ScaleKind, Tensor] = {}
         for kind in {group.kind for group in groups}:
-            scales, numbers = _dtype(kind.scales), _dtype(kind.numbers)
-            check_table(kind.format, scales, numbers)
+            scale_dtype, value_dtype = _dtype(kind.scale_dtype), _dtype(kind.value_dtype)
+            check_table(kind.format, scale_dtype, value_dtype)
             if kind.is_shared:
-                self._tables[kind] = byte_scale_table(kind.format, scales, numbers, kind.like_upstream, device)
+                self._tables[kind] = byte_scale_table(kind.format, scale_dtype, value_dtype, kind.like_upstream, device)
                 continue
-            if scales.itemsize == 1:
-                self._byte_values[kind] = byte_scale_values(scales, kind.like_upstream, device)
-                scales = torch.float32
-            prepare_scale_table(kind.format, scales, kind.has_global, device)
+            if scale_dtype.itemsize == 1:
+                self._byte_values[kind] = byte_scale_values(scale_dtype, kind.like_upstream, device)
+                scale_dtype = torch.float32
+            prepare_scale_table(kind.format, scale_dtype, kind.has_global, device)
 
-    def make_tables(self, groups: Iterable[ScaleGroup], window: Tensor) -> None:
-        """Make the tables of a window's scales, in the window."""
+    def compute_tables(self, groups: Iterable[ScaleGroup], window: Tensor) -> None:
+        """Compute the tables of a window's scales, in the window."""
         for group in groups:
             kind = group.kind
             if kind.is_shared:
@@ -80,29 +82,29 @@ class WindowDecoder:
                 torch.arange(group.count, out=_table_rows(group, window))
 
     def _scales(self, group: ScaleGroup, window: Tensor, sources: slice, rows: slice) -> Tensor:
-        """The scales that rows of the table are made of."""
+        """Return the scales that rows of the table are computed from."""
         kind, count = group.kind, sources.stop - sources.start
         if kind.scale_is_table_row:
             return self._byte_values[kind].repeat(count)
-        dtype = _dtype(kind.scales)
+        dtype = _dtype(kind.scale_dtype)
         stored = _typed(window, group.scales_bytes, group.count, dtype if dtype.itemsize > 1 else torch.uint8)
-        some = stored.view(group.table_groups, -1)[sources, rows].flatten()
-        return some if dtype.itemsize > 1 else self._byte_values[kind].index_select(0, some.to(torch.int32))
+        scales = stored.view(group.table_groups, -1)[sources, rows].flatten()
+        return scales if dtype.itemsize > 1 else self._byte_values[kind].index_select(0, scales.to(torch.int32))
 
     def _table(self, group: ScaleGroup, window: Tensor) -> Tensor:
-        """``[rows, codes]``: the one that all share, or the one in the window."""
+        """Return the table of a group, ``[rows, codes]``: the one that all windows share, or the one in the window."""
         if group.kind.is_shared:
             return self._tables[group.kind]
-        codes = 1 << group.kind.bits
-        return _typed(window, group.table_bytes, group.table_rows * codes, _dtype(group.kind.numbers)).view(-1, codes)
+        codes, value_dtype = 1 << group.kind.bits, _dtype(group.kind.value_dtype)
+        return _typed(window, group.table_bytes, group.table_rows * codes, value_dtype).view(-1, codes)
 
     def launches(self, rectangle: Rectangle, places: Sequence[Position], group: ScaleGroup, window: Tensor) -> Launches:
-        """The launches that decode equal rectangles of a window."""
-        from automodel_conv.kernels.dequantize import dequantize_launches  # and Triton with it
+        """Return the launches that decode equal rectangles of a window."""
+        from automodel_conv.kernels.dequantize import dequantize_launches  # deferred, because it imports Triton
 
         kind, (rows, columns) = rectangle.kind, rectangle.shape
         bits, device = kind.bits, window.device
-        table, dtype = self._table(group, window), _dtype(kind.numbers)
+        table, dtype = self._table(group, window), _dtype(kind.value_dtype)
         targets, offsets, codes_bytes, scales, sources = np.array(places, np.int64).T
         bases = window.data_ptr() if rectangle.in_window else self._addresses[targets]
         starts = bases + offsets * dtype.itemsize
@@ -110,7 +112,7 @@ class WindowDecoder:
         is_transposed = min(rows, columns) > 1 and row_stride < column_stride
         shape = (columns, rows) if is_transposed else (rows, columns)
         table_rows, tables = self._table_rows_and_tables(
-            scales, sources, group, window, table, (rows, rectangle.across)
+            scales, sources, group, window, table, (rows, rectangle.scales_stride)
         )
         return dequantize_launches(
             at_addresses(starts, shape, column_stride if is_transposed else row_stride, dtype, device),
@@ -139,7 +141,16 @@ class WindowDecoder:
         table: Tensor,
         shape: tuple[int, int],
     ) -> tuple[Matrices, Matrices]:
-        """The rows of the table that the blocks of each rectangle take, and the table that each takes."""
+        """Return, for each rectangle, the table rows of its blocks and the table that they are rows of.
+
+        Args:
+            scales: index in the group of the scale of each rectangle's first block.
+            sources: index in the group of the source of each rectangle.
+            group: the group of scales.
+            window: the memory of the window.
+            table: the table of the group.
+            shape: rows of a rectangle, and scales from one row of blocks to the next.
+        """
         codes = table.shape[1]
         if group.kind.scale_is_table_row:
             addresses, dtype = window.data_ptr() + group.scales_bytes + scales, torch.uint8
@@ -156,9 +167,9 @@ class WindowDecoder:
     def decode_by_torch(
         self, rectangle: Rectangle, places: Sequence[Position], group: ScaleGroup, window: Tensor
     ) -> None:
-        """Decode equal rectangles of a window without kernels, one after another."""
+        """Decode equal rectangles of a window with torch, one after another."""
         kind, (rows, columns) = rectangle.kind, rectangle.shape
-        bits, table, dtype = kind.bits, self._table(group, window), _dtype(kind.numbers)
+        bits, table, dtype = kind.bits, self._table(group, window), _dtype(kind.value_dtype)
         grid = tuple(
             -(-(size + start) // block)
             for size, start, block in zip(rectangle.shape, rectangle.start, rectangle.block, strict=True)
@@ -167,17 +178,17 @@ class WindowDecoder:
         for target, target_offset, codes_bytes, scale, source in places:
             output = scratch if rectangle.in_window else self._tensors[target]
             if kind.scale_is_table_row:
-                table_rows = strided(window, grid, (rectangle.across, 1), group.scales_bytes + scale)
+                table_rows = strided(window, grid, (rectangle.scales_stride, 1), group.scales_bytes + scale)
             else:
-                table_rows = strided(_table_rows(group, window), grid, (rectangle.across, 1), scale)
-            of_source = table
+                table_rows = strided(_table_rows(group, window), grid, (rectangle.scales_stride, 1), scale)
+            source_table = table
             if kind.has_table_for_each_source:
-                of_source = table[source * BYTE_SCALES : (source + 1) * BYTE_SCALES]
+                source_table = table[source * BYTE_SCALES : (source + 1) * BYTE_SCALES]
             dequantize_torch(
                 [strided(output, rectangle.shape, rectangle.target_strides, target_offset)],
                 [strided(window, (rows, columns * bits // 8), (rectangle.codes_stride, 1), codes_bytes)],
                 [table_rows],
-                of_source,
+                source_table,
                 bits=bits,
                 block=rectangle.block,
                 start=rectangle.start,
@@ -189,48 +200,54 @@ def _dtype(code: str) -> torch.dtype:
 
 
 def _typed(window: Tensor, start_bytes: int, count: int, dtype: torch.dtype) -> Tensor:
-    """``count`` elements that lie in a window, at a multiple of their size."""
+    """Return a view of ``count`` elements of a window; ``start_bytes`` is a multiple of their size."""
     return window[start_bytes : start_bytes + count * dtype.itemsize].view(dtype)
 
 
 def _table_rows(group: ScaleGroup, window: Tensor) -> Tensor:
-    """The number of each scale of a group, which is its row of the table."""
+    """Return the table row of each scale of a group, int32 ``[count]``: scale ``n`` has row ``n``."""
     return _typed(window, group.table_rows_bytes, group.count, torch.int32)
 
 
 def _bands(group: ScaleGroup) -> Iterator[tuple[slice, slice]]:
-    """The rows of a group's table in portions, of which the scratch is small: sources, and rows of each of them.
+    """Divide the rows of a group's table into bands that need little scratch.
 
-    Rows are whole rows of blocks, where there are zero points.
+    Rows are whole rows of blocks if there are zero points.
+
+    Yields:
+        The sources of a band, and the rows of each of these sources.
     """
-    each = group.table_rows // group.table_groups
-    if group.kind.grid is None:  # scale_table itself takes them in portions
-        yield slice(0, 1), slice(0, each)
+    source_rows = group.table_rows // group.table_groups
+    if group.kind.grid is None:  # scale_table divides the rows itself
+        yield slice(0, 1), slice(0, source_rows)
         return
-    together = max(1, _BAND_ROWS // each)
-    across = group.kind.grid[1] if group.kind.zero_points else 1
-    step = each if each <= _BAND_ROWS else max(1, _BAND_ROWS // across) * across
-    for source in range(0, group.sources, together):
-        for row in range(0, each, step):
-            yield slice(source, min(source + together, group.sources)), slice(row, min(row + step, each))
+    band_sources = max(1, _BAND_ROWS // source_rows)
+    grid_columns = group.kind.grid[1] if group.kind.zero_points else 1
+    band_rows = source_rows if source_rows <= _BAND_ROWS else max(1, _BAND_ROWS // grid_columns) * grid_columns
+    for source in range(0, group.sources, band_sources):
+        for row in range(0, source_rows, band_rows):
+            yield (
+                slice(source, min(source + band_sources, group.sources)),
+                slice(row, min(row + band_rows, source_rows)),
+            )
 
 
 def _zero_points(group: ScaleGroup, window: Tensor, sources: slice, rows: slice) -> Tensor | None:
-    """The codes that stand for zero under some scales, 0 to 15."""
+    """Return the zero point of each of some table rows, 0 to 15, int32; None if the kind has no zero points."""
     kind = group.kind
     if kind.zero_points is None or kind.grid is None:
         return None
-    (packed_rows, first), (_, across) = kind.zero_points, kind.grid
-    packed = _typed(window, group.zero_points_bytes, group.sources * packed_rows * across, torch.int32)
-    start, stop = first + rows.start // across, first + rows.stop // across
-    numbers = torch.arange(start, stop, dtype=torch.int32, device=window.device)
-    found = packed.view(group.sources, packed_rows, across)[sources].index_select(1, numbers // ZEROS_IN_I32)
-    return found.bitwise_right_shift((numbers % ZEROS_IN_I32 * 4)[:, None]).bitwise_and_(15).flatten()
+    (packed_rows, first), (_, grid_columns) = kind.zero_points, kind.grid
+    packed = _typed(window, group.zero_points_bytes, group.sources * packed_rows * grid_columns, torch.int32)
+    start, stop = first + rows.start // grid_columns, first + rows.stop // grid_columns
+    grid_rows = torch.arange(start, stop, dtype=torch.int32, device=window.device)
+    packed = packed.view(group.sources, packed_rows, grid_columns)[sources].index_select(1, grid_rows // ZEROS_IN_I32)
+    return packed.bitwise_right_shift((grid_rows % ZEROS_IN_I32 * 4)[:, None]).bitwise_and_(15).flatten()
 
 
 def _global_scales(group: ScaleGroup, window: Tensor, sources: slice, rows: slice) -> Tensor | None:
-    """For each row of the table the scale of its source by which its own is multiplied or divided."""
+    """Return the global scale of the source of each of some table rows, float32; None if sources have none."""
     if not group.kind.has_global:
         return None
-    found = _typed(window, group.globals_bytes, group.sources, torch.float32)[sources, None]
-    return found.expand(-1, rows.stop - rows.start).flatten()
+    global_scales = _typed(window, group.globals_bytes, group.sources, torch.float32)[sources, None]
+    return global_scales.expand(-1, rows.stop - rows.start).flatten()

@@ -182,7 +182,7 @@ def _by_place(moves: Mapping[int, Sequence[Move]]) -> list[tuple[int, Copies]]:
         key=lambda pair: (pair[1].target, pair[1].target_offset),
     )
     made: list[tuple[int, Copies]] = []
-    for (row, target, dtype, box), run in groupby(pairs, lambda pair: (pair[0], *pair[1].of)):
+    for (row, target, dtype, box), run in groupby(pairs, lambda pair: (pair[0], *pair[1].group_key)):
         places = [(move.source_offset, move.target_offset) for _, move in run]
         made.append((row, Copies(target, dtype, box, *map(list, zip(*places, strict=True)))))
     return made
@@ -248,7 +248,7 @@ class DeviceTensors:
         if slab.moves:
             batch = CopyBatch()
             for row, copies in _by_place(slab.moves):
-                batch.add(copies.out_of_one(), [self._tensors[row]], self._slab.typed[copies.target])
+                batch.add(copies.as_strided_copy(), [self._tensors[row]], self._slab.typed[copies.target])
             self._stream.run(lambda: self._copy(batch))
             self._stream.copy_all([(self._pinned[: slab.nbytes], self._slab.memory[: slab.nbytes])])
         self._stream.record().synchronize()
@@ -287,7 +287,7 @@ class SourceFiles:
                 read(job.reads, self._checkpoint, self._files, [self._slab_view])
                 continue
             read(job.reads, self._checkpoint, self._files, [self._input_view])
-            decode_codes(job.decodings, self._input)
+            decode_codes(job.rectangles, self._input)
             for dtype in {copies.dtype for copies in job.copies} - typed.keys():
                 typed[dtype] = self._input.view(dtype_of(dtype, "a source"))
             copy_equal((copies, typed[copies.dtype], self._slab.typed[copies.target]) for copies in job.copies)
@@ -322,7 +322,7 @@ def jobs_of(
     """What is read for each slab, by its place."""
     jobs: dict[tuple[int, int], list[Job]] = {}
     for slab in slabs:
-        in_place = runs(Reads.of(sorted(slab.reads)), slab.nbytes)
+        in_place = runs(Reads.from_list(sorted(slab.reads)), slab.nbytes)
         through_input = jobs_through_scratch(slab.moves, checkpoint, decodes, input_bytes)
         jobs[slab.file, slab.offset_bytes] = [*map(ReadInPlace, in_place), *through_input]
     return jobs

@@ -1,4 +1,8 @@
-"""Turn a copy out of a quantized source into rectangles of codes, which are decoded straight into the target; pure."""
+"""Turn a copy out of a quantized source into rectangles of codes that are decoded straight into its target; pure.
+
+A move and its source go in. Rectangles come out, each with adjacent columns of one matrix, in rows that are equally far
+apart. None comes out if the strides of the move do not allow that, or if there would be too many rectangles.
+"""
 
 from __future__ import annotations
 
@@ -11,45 +15,60 @@ from automodel_conv.planning.boxes import Box
 from automodel_conv.schedule.coded_source import CodedSource
 from automodel_conv.schedule.jobs import Move
 
-# A copy that is more rectangles than this is not worth a call for each.
+# With more rectangles than this, one call for each costs more than decoding whole rows and copying.
 _MOST_RECTANGLES = 1024
 
 
 class SourceRectangle(NamedTuple):
-    """A rectangle of a source: where it begins, and where it goes."""
+    """A rectangle of codes of a source, and the place that its values go to; offsets and strides in elements."""
 
     element: int
+    """Element of the source at the first row and column."""
     shape: tuple[int, int]
+    """Rows and columns."""
     row_step: int
     """Rows of the source from one row of the rectangle to the next."""
     target_strides: tuple[int, int]
+    """Elements of the target from row to row and from column to column."""
     target: int
-    """Which of the tensors that are written; 0 where it goes to the window."""
+    """Number of the tensor that is written; 0 if the values go to the window."""
     target_offset: int
+    """Element of the target, or of the window, where the first value goes."""
 
 
-def rectangles_of(move: Move, source: CodedSource) -> tuple[SourceRectangle, ...] | None:
-    """The rectangles of a source that a copy takes straight to its target; None where its strides do not allow it."""
+def find_rectangles(move: Move, source: CodedSource) -> tuple[SourceRectangle, ...] | None:
+    """Return the rectangles that decode a move straight into its target, or None if its strides do not allow that."""
     decode = source.decode
-    found = _rectangles(move.box, move.source_offset, source.columns, source.height, decode.block[0], decode.bits)
-    if found is None:
+    rectangles = _box_rectangles(
+        move.box, move.source_offset, source.columns, source.matrix_rows, decode.block[0], decode.bits
+    )
+    if rectangles is None:
         return None
-    return tuple(r._replace(target=move.target, target_offset=move.target_offset + r.target_offset) for r in found)
+    return tuple(r._replace(target=move.target, target_offset=move.target_offset + r.target_offset) for r in rectangles)
 
 
 @lru_cache(maxsize=4096)
-def _rectangles(
+def _box_rectangles(
     box: Box,
     source_offset: int,
     columns: int,
-    height: int,
+    matrix_rows: int,
     block_rows: int,
     bits: int,
 ) -> tuple[SourceRectangle, ...] | None:
-    """Rectangles of a source of rows of ``columns`` elements, in matrices of ``height`` rows, that a copy reads.
+    """Return the rectangles of a source that a box reads, or None if it is not worth a call for each.
 
-    Their offsets in the target count from where the copy begins. A rectangle has adjacent columns of one matrix, in
-    rows that are equally far apart, and whole bytes of codes.
+    A rectangle has adjacent columns of one matrix, in rows that are equally far apart, and whole bytes of codes. Target
+    offsets are relative to the start of the copy. None is returned if the strides of the box do not allow such
+    rectangles, or if there are more than ``_MOST_RECTANGLES``.
+
+    Args:
+        box: the geometry of the copy.
+        source_offset: element of the source where the copy starts.
+        columns: elements of a row of the source.
+        matrix_rows: rows of a matrix of the source.
+        block_rows: rows that share a scale.
+        bits: bits per code.
     """
     dims = sorted(d for d in zip(box.source_strides, box.shape, box.target_strides, strict=True) if d[1] != 1)
     repeated = [d for d in dims if not d[0]]
@@ -59,7 +78,7 @@ def _rectangles(
         _, run, run_stride = dims.pop(0)
     if any(stride % columns for stride, _, _ in dims) or prod(d[1] for d in (*dims[1:], *repeated)) > _MOST_RECTANGLES:
         return None
-    # Element, rows, columns, step between rows, offset in the target, its stride from row to row.
+    # Fields: first element, rows, columns, step between rows, target offset, target stride from row to row.
     pieces: list[tuple[int, int, int, int, int, int]] = []
     column = source_offset % columns
     if column + run <= columns:
@@ -72,23 +91,25 @@ def _rectangles(
         for done, rows, width in ((0, 1, head), (head, body, columns), (head + body * columns, 1, tail)):
             if rows and width:
                 pieces.append((source_offset + done, rows, width, 1, done * run_stride, columns * run_stride))
-    found = []
-    steps = [[(stride * n, to * n) for n in range(size)] for stride, size, to in (*dims, *repeated)]
-    for places in product(*steps):
-        moved, target = sum(place[0] for place in places), sum(place[1] for place in places)
+    rectangles = []
+    steps = [
+        [(stride * n, target_stride * n) for n in range(size)] for stride, size, target_stride in (*dims, *repeated)
+    ]
+    for offsets in product(*steps):
+        source_shift, target_shift = sum(offset[0] for offset in offsets), sum(offset[1] for offset in offsets)
         for element, rows, width, step, target_offset, target_stride in pieces:
-            element, target_offset = element + moved, target_offset + target
+            element, target_offset = element + source_shift, target_offset + target_shift
             if bits == 4 and (element % columns % 2 or width % 2):
                 return None
-            while rows:  # of one matrix
-                row = element // columns % height
-                fitting = min(rows, -(-(height - row) // step))
-                if fitting > 1 and step > 1 and block_rows < height and block_rows % step and step % block_rows:
+            while rows:  # one rectangle for each matrix
+                row = element // columns % matrix_rows
+                fitting = min(rows, -(-(matrix_rows - row) // step))
+                if fitting > 1 and step > 1 and block_rows < matrix_rows and block_rows % step and step % block_rows:
                     return None
                 strides = target_stride, run_stride
-                found.append(SourceRectangle(element, (fitting, width), step, strides, 0, target_offset))
+                rectangles.append(SourceRectangle(element, (fitting, width), step, strides, 0, target_offset))
                 element, target_offset = element + fitting * step * columns, target_offset + fitting * target_stride
                 rows -= fitting
-                if len(found) > _MOST_RECTANGLES:
+                if len(rectangles) > _MOST_RECTANGLES:
                     return None
-    return tuple(found)
+    return tuple(rectangles)

@@ -1,4 +1,9 @@
-"""Cut a quantized source into slabs that fit into windows: bytes to read and rectangles to decode; pure."""
+"""Cut a quantized source into slabs that fit into windows of device memory; pure.
+
+A source and the moves out of it go in. Slabs come out, each with the bytes to read, the scales they need, the
+rectangles of codes to decode, and the copies out of the window that follow. Places in a slab are relative to it, so
+that sources of equal geometry can share slabs.
+"""
 
 from __future__ import annotations
 
@@ -9,135 +14,163 @@ from typing import NamedTuple
 from automodel_conv.dtypes import itemsize
 from automodel_conv.errors import ConversionError, message
 from automodel_conv.planning.copies import ZEROS_IN_I32
-from automodel_conv.schedule.code_rectangles import SourceRectangle, rectangles_of
+from automodel_conv.schedule.code_rectangles import SourceRectangle, find_rectangles
 from automodel_conv.schedule.coded_source import CodedSource
-from automodel_conv.schedule.cutting import ranges, slabs
+from automodel_conv.schedule.cutting import read_ranges, slabs
 from automodel_conv.schedule.jobs import ALIGN_BYTES, GAP_BYTES, Move, align_up
 
 BYTE_SCALES = 256
-"""A scale of one byte has one of so many values."""
+"""Number of values of a scale of one byte."""
 GLOBAL_BYTES = 4
+"""Bytes of a global scale, F32."""
 ZERO_POINT_BYTES = 4
+"""Bytes of packed zero points, I32."""
 TABLE_ROW_BYTES = 4
+"""Bytes of a table row number, I32."""
 
 
 class ScaleKind(NamedTuple):
-    """A kind of scales: those of one kind share a table."""
+    """A kind of scales; all scales of one kind in a window share a lookup table."""
 
     format: str
-    """The format of the codes, one of ``CODE_BITS``."""
+    """Format of the codes, one of ``CODE_BITS``."""
     bits: int
-    """Bits of a code."""
-    scales: str
-    """The dtype code of the scales as stored."""
-    numbers: str
-    """The dtype code of what the codes become."""
+    """Bits per code."""
+    scale_dtype: str
+    """Dtype code of the scales as stored."""
+    value_dtype: str
+    """Dtype code of the values."""
     divides: bool
+    """Whether a scale is divided by the global scale, not multiplied."""
     like_upstream: bool
+    """Whether values are rounded as transformers rounds them, not once."""
     has_global: bool
+    """Whether each source has a global scale."""
     zero_points: tuple[int, int] | None
-    """Packed rows of a source, and which of the eight in the first one its first scale has."""
+    """Number of packed rows of zero points, and index in the first of them (0 to 7) of the first row's zero point.
+
+    Both are those of one source. None if there are no zero points.
+    """
     grid: tuple[int, int] | None
-    """Rows and columns of a source's scales, where each source has a global scale or zero points."""
+    """Rows and columns of the scales of a source, if each source has a global scale or zero points; else None."""
 
     @property
     def scale_is_table_row(self) -> bool:
-        """Whether a scale itself is the row of the table: one of 256 values, and nothing else decides."""
-        return itemsize(self.scales) == 1 and self.zero_points is None
+        """True if the byte of a scale is its table row: it has 256 values, and no zero point changes the row."""
+        return itemsize(self.scale_dtype) == 1 and self.zero_points is None
 
     @property
     def is_shared(self) -> bool:
-        """Whether all such scales take one table, whatever their values."""
+        """True if one table fits all scales of this kind, in every window, whatever their values."""
         return self.scale_is_table_row and not self.has_global
 
     @property
     def has_table_for_each_source(self) -> bool:
-        """Whether each source has a table of its own, with a row for each of the 256 values of a scale."""
+        """True if each source has a table of its own, with a row for each of the 256 values of a scale."""
         return self.scale_is_table_row and self.has_global
 
     @property
     def row_bytes(self) -> int:
-        """Bytes of a row of the table: a number for each code."""
-        return itemsize(self.numbers) << self.bits
+        """Bytes of a table row, which has a value for each code."""
+        return itemsize(self.value_dtype) << self.bits
 
 
 class Rectangle(NamedTuple):
-    """A geometry of codes that one call of ``dequantize`` decodes, at any places."""
+    """The geometry of a rectangle of codes; one call of ``dequantize`` decodes all rectangles that share it."""
 
     kind: ScaleKind
     shape: tuple[int, int]
-    """Rows and columns of numbers."""
+    """Rows and columns of values."""
     codes_stride: int
-    """Bytes from row to row."""
+    """Bytes from one row of codes to the next."""
     target_strides: tuple[int, int]
-    """Elements from row to row and from column to column."""
+    """Elements of the target from row to row and from column to column."""
     block: tuple[int, int]
+    """Rows and columns of the rectangle that share a scale."""
     start: tuple[int, int]
-    """The first row and column within their first block."""
-    across: int
+    """Row and column of the first value within its block."""
+    scales_stride: int
     """Scales from one row of blocks to the next."""
     in_window: bool
-    """Whether its numbers stay in the window, for copies to take them from there; else they are in a target."""
+    """Whether the values go to the window, from where copies move them to the targets; else to a target directly."""
 
 
 class Position(NamedTuple):
-    """The place of a rectangle of codes, and of what it takes."""
+    """The place of one rectangle: its codes, its scales and its values."""
 
     target: int
-    """Which of the tensors that are written; 0 for a rectangle in the window."""
+    """Number of the tensor that is written; 0 for a rectangle in the window."""
     target_offset: int
-    """Of its numbers, in elements: in the target, or in the window."""
+    """Element of the target, or of the window, where the first value goes."""
     codes_bytes: int
-    """From the start of the window."""
+    """Offset of the first code in the window."""
     scale: int
-    """The scale of the first block, counted from the first of the group."""
+    """Index of the scale of the first block, among the scales of the group."""
     source: int
-    """Counted within the group."""
+    """Index of the source, among the sources of the group."""
 
 
-class Slab(NamedTuple):
-    """A range of the elements of any source of one geometry, and their fate.
+class CodeSlab(NamedTuple):
+    """A range of the elements of a source, with everything that is read for it and written from it.
 
-    Targets are numbers of the copies that take them, offsets in targets count from where those begin.
+    Any source of the same geometry can use it. The target of a rectangle or a move is the index of a move that was
+    passed to ``cut_into_slabs``, and its target offset is relative to the start of that move.
     """
 
     codes: tuple[tuple[int, int], ...]
-    """The bytes of the source that are read, from and to."""
+    """Ranges of bytes of the source that are read: first byte and the byte after the last."""
     first_byte: int
-    """The byte of the source's codes that has the slab's first place in a window."""
+    """Byte of the source that is placed at the start of the slab's codes."""
     codes_bytes: int
+    """Bytes of the window for codes."""
     block_rows: tuple[int, int]
-    """The rows of blocks that it reaches into."""
-    scales: int
+    """Rows of blocks that the slab reaches into: the first, and the one after the last."""
+    scale_count: int
+    """Number of scales in these rows of blocks."""
     kind: ScaleKind
     rectangles: tuple[tuple[Rectangle, Position], ...]
-    """Places of codes and scales count from the slab's own."""
+    """Codes to decode; places of codes, scales and values in the window are relative to those of the slab."""
     moves: tuple[Move, ...]
-    """Copies of its numbers, where codes cannot be decoded straight into the targets; offsets count from the first."""
-    numbers_bytes: int
+    """Copies of decoded values out of the window; empty if codes are decoded straight into the targets.
+
+    Source offsets are relative to the slab's first value.
+    """
+    values_bytes: int
+    """Bytes of the window for decoded values."""
     nbytes: int
-    """All that it takes of a window, beside the alignment of a new kind of scales."""
+    """Bytes of the window for the whole slab, without the alignment that a new kind of scales adds."""
 
 
-def slabs_of(source: CodedSource, moves: Sequence[Move], limit: int, in_place: bool = True) -> Iterator[Slab]:
-    """A source in as few slabs as fit into windows."""
-    in_place = in_place and all(rectangles_of(move, source) is not None for move in moves)
+def cut_into_slabs(source: CodedSource, moves: Sequence[Move], limit: int, in_place: bool = True) -> Iterator[CodeSlab]:
+    """Cut a source into as few slabs as fit into windows of ``limit`` bytes.
+
+    Args:
+        source: the quantized source.
+        moves: the copies out of it.
+        limit: bytes of a window.
+        in_place: decode straight into the targets if the strides of all moves allow it; else decode whole rows into the
+            window, and copy from there.
+
+    Raises:
+        ConversionError: ``limit`` is too small for this source.
+    """
+    in_place = in_place and all(find_rectangles(move, source) is not None for move in moves)
     for start, stop, cut in slabs(moves, _capacity(source, limit, in_place)):
-        regions = [rectangles_of(move, source) for move in cut] if in_place else []
-        if None in regions:  # a cut between two halves of a byte
-            yield from slabs_of(source, cut, limit, in_place=False)
+        per_move = [find_rectangles(move, source) for move in cut] if in_place else []
+        if None in per_move:  # the cut is between the two codes of a byte
+            yield from cut_into_slabs(source, cut, limit, in_place=False)
             continue
-        if source.decode.bits == 4:  # whole bytes
+        if source.decode.bits == 4:  # widen to whole bytes
             start, stop = start - start % 2, stop + stop % 2
         if in_place:
-            yield _slab(source, start, stop, cut, [region for some in regions for region in some or ()], ())
+            yield _slab(source, start, stop, cut, [region for regions in per_move for region in regions or ()], ())
         else:
-            whole = [
+            whole_rows = [
                 SourceRectangle(element, (r1 - r0, c1 - c0), 1, (source.columns, 1), 0, element - start)
                 for element, r0, r1, c0, c1 in source.rectangles(start, stop, (0, source.columns))
             ]
             copies = tuple(move._replace(source_offset=move.source_offset - start) for move in cut)
-            yield _slab(source, start, stop, cut, whole, copies)
+            yield _slab(source, start, stop, cut, whole_rows, copies)
 
 
 def _slab(
@@ -147,92 +180,116 @@ def _slab(
     cut: Sequence[Move],
     regions: Sequence[SourceRectangle],
     moves: tuple[Move, ...],
-) -> Slab:
+) -> CodeSlab:
+    """Return the slab of elements ``start`` to ``stop``, of which the moves ``cut`` read parts.
+
+    Args:
+        regions: the rectangles to decode.
+        moves: the copies out of the window; empty if the rectangles are decoded straight into the targets.
+    """
     bits, size = source.decode.bits, itemsize(source.dtype)
     block_rows = source.block_row(start), source.block_row(stop - 1) + 1
-    kind, scales = _kind(source, block_rows), (block_rows[1] - block_rows[0]) * source.across
-    codes = [(first * bits // 8, -(-last * bits // 8)) for first, last in ranges(cut, GAP_BYTES * 8 // bits)]
+    kind, scale_count = _kind(source, block_rows), (block_rows[1] - block_rows[0]) * source.grid_columns
+    codes = [(first * bits // 8, -(-last * bits // 8)) for first, last in read_ranges(cut, GAP_BYTES * 8 // bits)]
     codes_bytes = align_up((stop - start) * bits // 8)
-    numbers_bytes = align_up((stop - start) * size) if moves else 0
-    nbytes = codes_bytes + numbers_bytes + scales * itemsize(kind.scales)
+    values_bytes = align_up((stop - start) * size) if moves else 0
+    nbytes = codes_bytes + values_bytes + scale_count * itemsize(kind.scale_dtype)
     if not kind.scale_is_table_row:
-        nbytes += scales * (kind.row_bytes + TABLE_ROW_BYTES)
+        nbytes += scale_count * (kind.row_bytes + TABLE_ROW_BYTES)
     elif kind.has_table_for_each_source:
         nbytes += BYTE_SCALES * kind.row_bytes
     nbytes += GLOBAL_BYTES if kind.has_global else 0
-    nbytes += ZERO_POINT_BYTES * kind.zero_points[0] * source.across if kind.zero_points else 0
+    nbytes += ZERO_POINT_BYTES * kind.zero_points[0] * source.grid_columns if kind.zero_points else 0
     rectangles = tuple(_rectangle(region, source, start, block_rows[0], kind, bool(moves)) for region in regions)
-    first_byte = start * bits // 8
-    return Slab(
-        tuple(codes), first_byte, codes_bytes, block_rows, scales, kind, rectangles, moves, numbers_bytes, nbytes
+    return CodeSlab(
+        codes=tuple(codes),
+        first_byte=start * bits // 8,
+        codes_bytes=codes_bytes,
+        block_rows=block_rows,
+        scale_count=scale_count,
+        kind=kind,
+        rectangles=rectangles,
+        moves=moves,
+        values_bytes=values_bytes,
+        nbytes=nbytes,
     )
 
 
 def _rectangle(
     region: SourceRectangle, source: CodedSource, start: int, first_block_row: int, kind: ScaleKind, in_window: bool
 ) -> tuple[Rectangle, Position]:
+    """Return the geometry of a rectangle, and its place in the slab that starts at element ``start``."""
     bits, (block_rows, block_columns), step = source.decode.bits, source.decode.block, region.row_step
     row, column = divmod(region.element, source.columns)
-    start_row, across = row % source.height % block_rows, source.across
-    if block_rows % step == 0:  # rows of the rectangle, not of the source
+    start_row, scales_stride = row % source.matrix_rows % block_rows, source.grid_columns
+    if block_rows % step == 0:  # count rows of the rectangle, not rows of the source
         start_row, block_rows = start_row // step, block_rows // step
     elif step % block_rows == 0:
-        start_row, block_rows, across = 0, 1, across * (step // block_rows)
+        start_row, block_rows, scales_stride = 0, 1, scales_stride * (step // block_rows)
     rectangle = Rectangle(
-        kind,
-        region.shape,
-        step * source.columns * bits // 8,
-        region.target_strides,
-        (block_rows, block_columns),
-        (start_row, column % block_columns),
-        across,
-        in_window,
+        kind=kind,
+        shape=region.shape,
+        codes_stride=step * source.columns * bits // 8,
+        target_strides=region.target_strides,
+        block=(block_rows, block_columns),
+        start=(start_row, column % block_columns),
+        scales_stride=scales_stride,
+        in_window=in_window,
     )
-    scale = (source.block_row(region.element) - first_block_row) * source.across + column // block_columns
+    scale = (source.block_row(region.element) - first_block_row) * source.grid_columns + column // block_columns
     codes_bytes = (region.element - start) * bits // 8
     return rectangle, Position(region.target, region.target_offset, codes_bytes, scale, 0)
 
 
 def _capacity(source: CodedSource, limit: int, in_place: bool) -> int:
-    """Elements of a source that fit into a window with all that they take, in whole rows of blocks where possible.
+    """Return how many elements fit into a window with all that they need, in whole rows of blocks if possible.
 
     Raises:
-        ConversionError: not even a few do.
+        ConversionError: fewer than ``ALIGN_BYTES`` elements fit, and not the whole source.
     """
     decode, kind = source.decode, _kind(source, (0, 1))
-    a_scale = itemsize(kind.scales) + (
+    scale_bytes = itemsize(kind.scale_dtype) + (
         TABLE_ROW_BYTES if decode.zero_points is None else TABLE_ROW_BYTES + ZERO_POINT_BYTES
     )
-    fixed = 8 * ALIGN_BYTES
+    fixed_bytes = 8 * ALIGN_BYTES
     if not kind.scale_is_table_row:
-        a_scale += kind.row_bytes
+        scale_bytes += kind.row_bytes
     elif kind.has_table_for_each_source:
-        fixed += BYTE_SCALES * kind.row_bytes
+        fixed_bytes += BYTE_SCALES * kind.row_bytes
     block_rows = decode.block[0]
-    fixed += (2 if decode.zero_points is None else 2 * ZEROS_IN_I32) * source.across * a_scale
-    each = decode.bits / 8 + a_scale * source.scales_per_element
-    each += 0 if in_place else itemsize(source.dtype)
-    found = int((limit - fixed) / each)
+    fixed_bytes += (2 if decode.zero_points is None else 2 * ZEROS_IN_I32) * source.grid_columns * scale_bytes
+    element_bytes = decode.bits / 8 + scale_bytes * source.scales_per_element
+    element_bytes += 0 if in_place else itemsize(source.dtype)
+    capacity = int((limit - fixed_bytes) / element_bytes)
     least = min(ALIGN_BYTES, source.numel)
-    if found < least:
+    if capacity < least:
         name = source.checkpoint.names[source.row]
-        expected = f"device_scratch_bytes of at least {2 * align_up(ceil(fixed + least * each))}"
+        expected = f"device_scratch_bytes of at least {2 * align_up(ceil(fixed_bytes + least * element_bytes))}"
         raise ConversionError(message(f"the scratch is too small to decode {name}", expected=expected, found=2 * limit))
-    if found >= source.numel:
-        return found
+    if capacity >= source.numel:
+        return capacity
     for unit in (source.columns * block_rows, source.columns, ALIGN_BYTES):
-        if found >= unit:
-            return found - found % unit
-    return found
+        if capacity >= unit:
+            return capacity - capacity % unit
+    return capacity
 
 
 def _kind(source: CodedSource, block_rows: tuple[int, int]) -> ScaleKind:
+    """Return the kind of the scales in a range of rows of blocks."""
     decode, dtypes = source.decode, source.checkpoint.dtypes
     first, last = block_rows
-    packed = (
-        None if decode.zero_points is None else (-(-last // ZEROS_IN_I32) - first // ZEROS_IN_I32, first % ZEROS_IN_I32)
-    )
+    zero_points = None
+    if decode.zero_points is not None:
+        zero_points = -(-last // ZEROS_IN_I32) - first // ZEROS_IN_I32, first % ZEROS_IN_I32
     has_global = decode.global_scale is not None
-    grid = (last - first, source.across) if packed or has_global else None
-    flags = decode.divides, decode.like_upstream, has_global
-    return ScaleKind(decode.format, decode.bits, dtypes[decode.scales], source.dtype, *flags, packed, grid)
+    return ScaleKind(
+        format=decode.format,
+        bits=decode.bits,
+        scale_dtype=dtypes[decode.scales],
+        value_dtype=source.dtype,
+        divides=decode.divides,
+        like_upstream=decode.like_upstream,
+        has_global=has_global,
+        zero_points=zero_points,
+        grid=(last - first, source.grid_columns) if zero_points or has_global else None,
+    )

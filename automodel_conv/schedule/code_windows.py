@@ -1,8 +1,8 @@
-"""Schedule windows of device memory for quantized sources, each with many sources and all their scales.
+"""Schedule the decoding of quantized sources on a GPU: turn the moves out of them into windows; pure.
 
-Pure: integers in, integers out. A window holds the codes of sources that follow each other in the files, then their
-scales, gathered so that one table is made for all scales of a kind. Rectangles of codes are decoded straight into the
-targets. Where strides do not allow that, whole rows are decoded into the window, and copies take them from there.
+A window of device memory holds the codes of consecutive sources, and then their scales. The scales are gathered by
+kind, so that one lookup table is computed for all scales of a kind. Rectangles of codes are decoded straight into the
+targets. If strides do not allow that, whole rows are decoded into the window, and copies move values to the targets.
 """
 
 from __future__ import annotations
@@ -18,54 +18,64 @@ from automodel_conv.schedule.code_slabs import (
     GLOBAL_BYTES,
     TABLE_ROW_BYTES,
     ZERO_POINT_BYTES,
+    CodeSlab,
     Position,
     Rectangle,
     ScaleKind,
-    Slab,
-    slabs_of,
+    cut_into_slabs,
 )
 from automodel_conv.schedule.coded_source import CodedSource
 from automodel_conv.schedule.jobs import ALIGN_BYTES, Move, Read, align_up
 
-# A group of scales loses so many bytes to the alignment of its pieces.
+# A group of scales loses at most this to the alignment of its parts.
 _GROUP_ALIGN_BYTES = 5 * ALIGN_BYTES
 
 
 class ScaleGroup(NamedTuple):
-    """The scales of one kind in a window: those of one source after those of another; offsets count from its start."""
+    """The scales of one kind in a window, source after source, and the table computed from them.
+
+    Offsets are in bytes from the start of the window.
+    """
 
     kind: ScaleKind
     sources: int
+    """Number of sources; a source with two slabs in the window counts twice."""
     count: int
+    """Number of scales."""
     scales_bytes: int
+    """Offset of the scales."""
     zero_points_bytes: int
+    """Offset of the packed zero points, if there are any."""
     globals_bytes: int
+    """Offset of the global scales, if there are any: one F32 for each source."""
     table_rows_bytes: int
-    """The place of the scales' own numbers, I32, which are their rows of the table."""
+    """Offset of the table row of each scale, I32 ``[count]``; unused if a scale is its own table row."""
     table_bytes: int
+    """Offset of the table."""
 
     @property
     def table_groups(self) -> int:
-        """The sources, where each has its own share of scales and rows; else all count as one."""
+        """Number of equal groups that scales and table rows divide into: one for each source, or one for all."""
         return 1 if self.kind.grid is None else self.sources
 
     @property
     def table_rows(self) -> int:
-        """Rows of the table that is made in the window."""
+        """Number of rows of the table in the window; 0 if a table outside the windows is used."""
         if self.kind.is_shared:
             return 0
         return BYTE_SCALES * self.sources if self.kind.has_table_for_each_source else self.count
 
 
 class CodeWindow(NamedTuple):
-    """The contents of a window, and their fate."""
+    """The contents of one window, the reads that fill it, and the decoding and copies that empty it."""
 
     reads: list[Read]
-    """Their memory is the number of the window. One read may be several tensors that lie together."""
+    """Reads that fill the window; their memory is its number. One read may cover several consecutive tensors."""
     groups: dict[ScaleKind, ScaleGroup]
     rectangles: dict[Rectangle, list[Position]]
+    """Codes to decode: the places of all rectangles of each geometry."""
     moves: list[Move]
-    """Copies of numbers out of the window, once they are decoded."""
+    """Copies of decoded values out of the window, after all rectangles are decoded."""
     nbytes: int
 
 
@@ -76,48 +86,51 @@ def code_windows(
     limit: int,
     first: int,
 ) -> Iterator[CodeWindow]:
-    """Windows of quantized sources, in the order of the files, each of at most ``limit`` bytes.
+    """Fill windows of at most ``limit`` bytes with quantized sources, in the order of the files.
 
     Args:
-        moves: by source row; their dtype is that of the target.
-        first: the number of the first window, which its reads have for a memory.
+        moves: the copies out of each quantized source, by source row; their dtype is that of the target.
+        decodes: the ``Decode`` of each of these sources, by row.
+        limit: bytes of a window.
+        first: number of the first window, which its reads carry as their memory.
 
     Raises:
         ConversionError: ``limit`` does not hold two rows of blocks of scales and some elements of a source.
     """
     number = first
     window = _Window(number, limit)
-    known: dict[tuple[object, ...], tuple[Slab, ...]] = {}  # sources of one geometry are cut alike
+    slabs_by_geometry: dict[tuple[object, ...], tuple[CodeSlab, ...]] = {}
     dtypes, nbytes = checkpoint.dtypes, checkpoint.nbytes
     for row in sorted(moves, key=lambda row: (checkpoint.file_ids[row], checkpoint.offsets[row])):
         decode = decodes[row]
         parts = (decode.scales, decode.zero_points, decode.global_scale)
-        others = [None if part is None else dtypes[part] for part in parts]
+        part_dtypes = [None if part is None else dtypes[part] for part in parts]
         for dtype in {move.dtype: None for move in moves[row]}:
-            alike = [move for move in moves[row] if move.dtype == dtype]
-            read_alike = [(move.box, move.source_offset) for move in alike]
-            key = (dtype, nbytes[row], decode.kind, *others, *read_alike)
-            if key not in known:
+            to_dtype = [move for move in moves[row] if move.dtype == dtype]
+            places_read = [(move.box, move.source_offset) for move in to_dtype]
+            key = (dtype, nbytes[row], decode.kind, *part_dtypes, *places_read)
+            if key not in slabs_by_geometry:
                 source = CodedSource(row, decode, checkpoint, dtype)
-                numbered = [move._replace(target=n, target_offset=0) for n, move in enumerate(alike)]
-                known[key] = tuple(slabs_of(source, numbered, limit))
-            for slab in known[key]:
-                if not window.takes(slab):
+                numbered = [move._replace(target=n, target_offset=0) for n, move in enumerate(to_dtype)]
+                slabs_by_geometry[key] = tuple(cut_into_slabs(source, numbered, limit))
+            for slab in slabs_by_geometry[key]:
+                if not window.has_room_for(slab):
                     yield window.close(checkpoint)
                     number += 1
                     window = _Window(number, limit)
-                window.add(slab, row, decode, alike)
+                window.add(slab, row, decode, to_dtype)
     if window.used:
         yield window.close(checkpoint)
 
 
-class _Taken(NamedTuple):
-    """A slab of one source."""
+class _PlacedSlab(NamedTuple):
+    """A slab in a window, with the source that it is a part of."""
 
-    slab: Slab
+    slab: CodeSlab
     row: int
     decode: Decode
     moves: Sequence[Move]
+    """Moves of the source, which the targets of the slab are indices of."""
 
 
 class _Window:
@@ -127,100 +140,116 @@ class _Window:
         self.used = 0
         self._number = number
         self._limit = limit
-        self._taken: list[_Taken] = []
-        self._by_kind: dict[ScaleKind, list[_Taken]] = {}
+        self._slabs: list[_PlacedSlab] = []
+        self._by_kind: dict[ScaleKind, list[_PlacedSlab]] = {}
         self._reads: list[Read] = []
 
-    def takes(self, slab: Slab) -> bool:
-        """Whether a slab fits in beside those that are there."""
-        return not self._taken or self.used + slab.nbytes + _GROUP_ALIGN_BYTES <= self._limit
+    def has_room_for(self, slab: CodeSlab) -> bool:
+        """Return whether a slab fits into the rest of the window; any slab fits into an empty one."""
+        return not self._slabs or self.used + slab.nbytes + _GROUP_ALIGN_BYTES <= self._limit
 
-    def add(self, slab: Slab, row: int, decode: Decode, moves: Sequence[Move]) -> None:
-        taken = _Taken(slab, row, decode, moves)
+    def add(self, slab: CodeSlab, row: int, decode: Decode, moves: Sequence[Move]) -> None:
+        """Add a slab of a source."""
+        placed = _PlacedSlab(slab, row, decode, moves)
         self.used += slab.nbytes
-        self._taken.append(taken)
-        of_kind = self._by_kind.get(slab.kind)
-        if of_kind is None:
+        self._slabs.append(placed)
+        same_kind = self._by_kind.get(slab.kind)
+        if same_kind is None:
             self.used += _GROUP_ALIGN_BYTES
-            of_kind = self._by_kind[slab.kind] = []
-        of_kind.append(taken)
+            same_kind = self._by_kind[slab.kind] = []
+        same_kind.append(placed)
 
     def close(self, checkpoint: Checkpoint) -> CodeWindow:
-        """The window, laid out: codes, then scales by kind with the table that is made of them, then numbers."""
+        """Lay out the window: codes, then for each kind its scales and its table, then decoded values."""
         moves: list[Move] = []
         rectangles: dict[Rectangle, list[Position]] = {}
-        at = sum([taken.slab.codes_bytes for taken in self._taken])
+        end = sum([placed.slab.codes_bytes for placed in self._slabs])
         groups: dict[ScaleKind, ScaleGroup] = {}
-        for kind, alike in self._by_kind.items():
-            groups[kind], at = self._lay_out(kind, alike, at, checkpoint)
+        for kind, placed_slabs in self._by_kind.items():
+            groups[kind], end = self._lay_out(kind, placed_slabs, end, checkpoint)
         seen: dict[ScaleKind, tuple[int, int]] = dict.fromkeys(groups, (0, 0))  # sources and scales
-        codes_at = 0
-        for slab, row, _, targets in self._taken:
+        codes_start, values_start = 0, end
+        for slab, row, _, source_moves in self._slabs:
             for first, last in slab.codes:
-                self._add(checkpoint, row, first, last - first, codes_at + first - slab.first_byte)
+                self._read(checkpoint, row, first, last - first, codes_start + first - slab.first_byte)
             sources, scales = seen[slab.kind]
-            seen[slab.kind] = sources + 1, scales + slab.scales
+            seen[slab.kind] = sources + 1, scales + slab.scale_count
+            first_value = values_start // itemsize(slab.kind.value_dtype)
             for rectangle, (target, target_offset, codes_bytes, scale, _) in slab.rectangles:
                 if rectangle.in_window:
-                    target_offset += at // itemsize(slab.kind.numbers)
+                    target_offset += first_value
                 else:
-                    target, target_offset = targets[target].target, targets[target].target_offset + target_offset
+                    move = source_moves[target]
+                    target, target_offset = move.target, move.target_offset + target_offset
                 places = rectangles.get(rectangle)
                 if places is None:
                     places = rectangles[rectangle] = []
-                places.append(Position(target, target_offset, codes_at + codes_bytes, scales + scale, sources))
+                places.append(Position(target, target_offset, codes_start + codes_bytes, scales + scale, sources))
             for move in slab.moves:
-                moves.append(_placed(move, targets[move.target], at // itemsize(slab.kind.numbers)))
-            codes_at, at = codes_at + slab.codes_bytes, at + slab.numbers_bytes
-        return CodeWindow(self._reads, groups, rectangles, moves, at)
+                moves.append(_place_move(move, source_moves[move.target], first_value))
+            codes_start, values_start = codes_start + slab.codes_bytes, values_start + slab.values_bytes
+        return CodeWindow(self._reads, groups, rectangles, moves, values_start)
 
     def _lay_out(
-        self, kind: ScaleKind, alike: Sequence[_Taken], at: int, checkpoint: Checkpoint
+        self, kind: ScaleKind, placed_slabs: Sequence[_PlacedSlab], at: int, checkpoint: Checkpoint
     ) -> tuple[ScaleGroup, int]:
-        """Lay out the scales of a kind from ``at`` on; returns them and where they end."""
-        first, scale_bytes = at, itemsize(kind.scales)
-        for slab, _, decode, _ in alike:
-            nbytes = slab.scales * scale_bytes
-            across = slab.scales // (slab.block_rows[1] - slab.block_rows[0])
-            self._add(checkpoint, decode.scales, slab.block_rows[0] * across * scale_bytes, nbytes, at)
+        """Lay out the scales of a kind and their table from byte ``at`` on; return them and where they end."""
+        scales_bytes, scale_bytes = at, itemsize(kind.scale_dtype)
+        for slab, _, decode, _ in placed_slabs:
+            nbytes = slab.scale_count * scale_bytes
+            grid_columns = slab.scale_count // (slab.block_rows[1] - slab.block_rows[0])
+            self._read(checkpoint, decode.scales, slab.block_rows[0] * grid_columns * scale_bytes, nbytes, at)
             at += nbytes
         zero_points_bytes = at = align_up(at)
-        for slab, _, decode, _ in alike:
+        for slab, _, decode, _ in placed_slabs:
             if decode.zero_points is not None and kind.zero_points is not None:
-                across = slab.scales // (slab.block_rows[1] - slab.block_rows[0])
-                nbytes = kind.zero_points[0] * across * ZERO_POINT_BYTES
-                before = slab.block_rows[0] // ZEROS_IN_I32 * across * ZERO_POINT_BYTES
-                self._add(checkpoint, decode.zero_points, before, nbytes, at)
+                grid_columns = slab.scale_count // (slab.block_rows[1] - slab.block_rows[0])
+                nbytes = kind.zero_points[0] * grid_columns * ZERO_POINT_BYTES
+                offset_bytes = slab.block_rows[0] // ZEROS_IN_I32 * grid_columns * ZERO_POINT_BYTES
+                self._read(checkpoint, decode.zero_points, offset_bytes, nbytes, at)
                 at += nbytes
         globals_bytes = at = align_up(at)
-        for _, _, decode, _ in alike:
+        for _, _, decode, _ in placed_slabs:
             if decode.global_scale is not None:
-                self._add(checkpoint, decode.global_scale, 0, GLOBAL_BYTES, at)
+                self._read(checkpoint, decode.global_scale, 0, GLOBAL_BYTES, at)
                 at += GLOBAL_BYTES
         table_rows_bytes = align_up(at)
-        count = sum([taken.slab.scales for taken in alike])
+        count = sum([placed.slab.scale_count for placed in placed_slabs])
         table_bytes = align_up(table_rows_bytes + (0 if kind.scale_is_table_row else count * TABLE_ROW_BYTES))
         group = ScaleGroup(
-            kind, len(alike), count, first, zero_points_bytes, globals_bytes, table_rows_bytes, table_bytes
+            kind=kind,
+            sources=len(placed_slabs),
+            count=count,
+            scales_bytes=scales_bytes,
+            zero_points_bytes=zero_points_bytes,
+            globals_bytes=globals_bytes,
+            table_rows_bytes=table_rows_bytes,
+            table_bytes=table_bytes,
         )
         return group, align_up(table_bytes + group.table_rows * kind.row_bytes)
 
-    def _add(self, checkpoint: Checkpoint, row: int, offset_bytes: int, nbytes: int, start_bytes: int) -> None:
-        """Read bytes of a source to a place in the window; with those before if both lie there together."""
+    def _read(self, checkpoint: Checkpoint, row: int, offset_bytes: int, nbytes: int, start_bytes: int) -> None:
+        """Add a read of bytes of a tensor to a place in the window; lengthen the last read if this continues it."""
         file, offset_bytes = checkpoint.file_ids[row], checkpoint.offsets[row] + offset_bytes
         if self._reads:
             last_file, last_offset, last_nbytes, _, last_start = self._reads[-1]
-            follows = (last_file, last_offset + last_nbytes, last_start + last_nbytes)
-            if follows == (file, offset_bytes, start_bytes):
+            next_place = (last_file, last_offset + last_nbytes, last_start + last_nbytes)
+            if next_place == (file, offset_bytes, start_bytes):
                 self._reads[-1] = Read(file, last_offset, last_nbytes + nbytes, self._number, last_start)
                 return
         self._reads.append(Read(file, offset_bytes, nbytes, self._number, start_bytes))
 
 
-def _placed(move: Move, of: Move, numbers: int) -> Move:
-    """A copy of a slab with its target, and with its source where the numbers are."""
+def _place_move(move: Move, source_move: Move, first_value: int) -> Move:
+    """Return a move of a slab with its real target, and with its source offset counted from the window's start.
+
+    Args:
+        move: the move of the slab.
+        source_move: the move of the source that it is a part of.
+        first_value: element of the window where the values of the slab start.
+    """
     return move._replace(
-        target=of.target,
-        target_offset=of.target_offset + move.target_offset,
-        source_offset=move.source_offset + numbers,
+        target=source_move.target,
+        target_offset=source_move.target_offset + move.target_offset,
+        source_offset=move.source_offset + first_value,
     )

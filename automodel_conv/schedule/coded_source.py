@@ -1,4 +1,4 @@
-"""How a quantized source is stored: rows of codes in matrices, and the blocks of them that share a scale; pure."""
+"""A quantized source as stored: rows of codes in matrices, and the grid of blocks that share a scale; pure."""
 
 from __future__ import annotations
 
@@ -9,41 +9,58 @@ from automodel_conv.planning.copies import Decode
 
 
 class CodedSource:
-    """A quantized source and the numbers it becomes."""
+    """A quantized source of a checkpoint, and the dtype that its codes are decoded to.
+
+    Attributes:
+        columns: elements of a row.
+        matrix_rows: rows of a matrix. Consecutive matrices count as one if blocks do not end within them.
+        grid_rows: rows of blocks of a matrix of ``matrix_rows`` rows.
+        grid_columns: blocks, and so scales, of a row of blocks.
+        numel: elements of the whole source.
+    """
 
     def __init__(self, row: int, decode: Decode, checkpoint: Checkpoint, dtype: str):
         self.row, self.decode, self.checkpoint, self.dtype = row, decode, checkpoint, dtype
         rows, self.columns = decode.matrix
         self.numel = checkpoint.nbytes[row] * 8 // decode.bits
         block_rows, block_columns = decode.block
-        self.down, self.across = -(-rows // block_rows), -(-self.columns // block_columns)
-        # Matrices that follow each other are one where blocks do not end within them.
-        matrices = self.numel // (rows * self.columns)
-        self.height = rows if rows % block_rows else rows * matrices
-        self.blocks_high = self.down if rows % block_rows else self.down * matrices
+        self.grid_rows, self.grid_columns = -(-rows // block_rows), -(-self.columns // block_columns)
+        self.matrix_rows = rows
+        if rows % block_rows == 0:
+            matrices = self.numel // (rows * self.columns)
+            self.matrix_rows, self.grid_rows = rows * matrices, self.grid_rows * matrices
 
     @property
     def scales_per_element(self) -> float:
-        """How many scales there are for each element, on average; more where blocks end with their matrix."""
-        return self.across * self.blocks_high / (self.columns * self.height)
+        """Average number of scales for an element; larger if blocks are cut off at the end of each matrix."""
+        return self.grid_columns * self.grid_rows / (self.columns * self.matrix_rows)
 
     def block_row(self, element: int) -> int:
-        """The row of blocks in which an element lies, counted over all matrices."""
-        matrix, row = divmod(element // self.columns, self.height)
-        return matrix * self.blocks_high + row // self.decode.block[0]
+        """Return the row of blocks that contains an element, counted over all matrices."""
+        matrix, row = divmod(element // self.columns, self.matrix_rows)
+        return matrix * self.grid_rows + row // self.decode.block[0]
 
     def rectangles(self, start: int, stop: int, columns: tuple[int, int]) -> Iterator[tuple[int, int, int, int, int]]:
-        """A range of elements as rectangles: first element, rows, columns; none reaches beyond its matrix."""
+        """Divide elements ``start`` to ``stop`` into rectangles, each within one matrix.
+
+        Args:
+            start, stop: the range of elements.
+            columns: the range of columns to keep; parts of rows outside it are left out.
+
+        Yields:
+            The first element of a rectangle, its first row and the row after its last, counted within the matrix, and
+            its first column and the column after its last.
+        """
         at = start
         while at < stop:
-            matrix, row = divmod(at // self.columns, self.height)
+            matrix, row = divmod(at // self.columns, self.matrix_rows)
             first = at % self.columns
-            ends = min(stop, (matrix + 1) * self.height * self.columns)
-            whole = (ends - at) // self.columns
-            if first or not whole:
-                rows, last = 1, min(self.columns, first + ends - at)
+            matrix_stop = min(stop, (matrix + 1) * self.matrix_rows * self.columns)
+            whole_rows = (matrix_stop - at) // self.columns
+            if first or not whole_rows:
+                rows, last = 1, min(self.columns, first + matrix_stop - at)
             else:
-                rows, last = whole, self.columns
+                rows, last = whole_rows, self.columns
             left, right = max(first, columns[0]), min(last, columns[1])
             if left < right:
                 yield at - first + left, row, row + rows, left, right

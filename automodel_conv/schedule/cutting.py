@@ -1,4 +1,8 @@
-"""Cutting a source into ranges that fit into memory, each with the copies out of it; pure."""
+"""Cut the copies out of a source into ranges of the source that fit into memory; pure.
+
+The copies go in, as named tuples with a ``box`` and offsets. Ranges of elements come out, each with the parts of the
+copies that read it.
+"""
 
 from __future__ import annotations
 
@@ -25,13 +29,16 @@ Cut = TypeVar("Cut", bound=Cuttable)
 
 
 def slabs(moves: Sequence[Cut], capacity: int) -> Iterator[tuple[int, int, list[Cut]]]:
-    """Cut a source into ranges of at most ``capacity`` elements, each with what moves read there.
+    """Cut a source into ranges of at most ``capacity`` elements, each with the parts of the moves that read it.
 
-    No part reads outside its range and no element that is read twice lies in two ranges. Moves are
-    cut along the dimension that walks the source in the largest steps; one whose steps are wider
-    than ``capacity``, or that shares no cut with the others, is first taken apart into its steps.
+    No part reads outside its range, and an element that is read twice is in one range only. Moves are cut along the
+    dimension that walks the source in the largest steps. A move is first split into its steps if they are wider than
+    ``capacity``, or if it shares no cut with the other moves.
+
+    Yields:
+        The first element of a range, the element after its last, and the parts of the moves.
     """
-    start, stop = reads(moves)
+    start, stop = read_range(moves)
     if stop - start <= capacity:
         yield start, stop, list(moves)
         return
@@ -42,30 +49,31 @@ def slabs(moves: Sequence[Cut], capacity: int) -> Iterator[tuple[int, int, list[
         if cut <= start:
             near = [n for n, move in enumerate(todo) if move.source_offset < start + capacity]
             widest = max(near, key=lambda n: _walk(todo[n].box).width)
-            todo[widest : widest + 1] = _taken_apart(todo[widest])
+            todo[widest : widest + 1] = _split_into_steps(todo[widest])
             continue
         head: list[Cut] = []
         tail: list[Cut] = []
         for move in todo:
             _divide(move, cut, head, tail)
-        yield *reads(head), head
+        yield *read_range(head), head
         todo = tail
 
 
 class _Walk(NamedTuple):
-    """How a move walks its source: ``size`` steps along ``dim``, each ``width`` elements wide."""
+    """The way a move walks its source: ``size`` steps along dimension ``dim``, each ``width`` elements wide."""
 
     dim: int
     size: int
     stride: int
+    """Elements from one step to the next."""
     width: int
     span: int
-    """Elements from the first to the last that is read."""
+    """Elements from the first that is read to the last, both included."""
 
 
 @lru_cache(maxsize=1024)
 def _walk(box: Box) -> _Walk:
-    """The walk along the dimension with the largest stride; cached, because moves share boxes."""
+    """Return the walk along the dimension with the largest source stride; cached, because moves share boxes."""
     shape, strides = box.shape, box.source_strides
     dims = [d for d, size in enumerate(shape) if size > 1 and strides[d]]
     if not dims:
@@ -76,8 +84,8 @@ def _walk(box: Box) -> _Walk:
     return _Walk(dim, size, stride, span - (size - 1) * stride, span)
 
 
-def reads(moves: Sequence[Cuttable]) -> tuple[int, int]:
-    """The range of elements between the first and the last that any move reads."""
+def read_range(moves: Sequence[Cuttable]) -> tuple[int, int]:
+    """Return the first element that any of the moves reads, and the element after the last."""
     start, stop = moves[0].source_offset, 0
     for move in moves:
         start = min(start, move.source_offset)
@@ -86,27 +94,29 @@ def reads(moves: Sequence[Cuttable]) -> tuple[int, int]:
 
 
 def _common_cut(moves: Sequence[Cuttable], start: int, cut: int) -> int:
-    """The last element <= ``cut`` that cuts no step of any move in two, if above ``start``."""
+    """Return the last place <= ``cut`` where a cut splits no step of any move; <= ``start`` if no place is above it."""
     while cut > start:
-        lower = min(_own_cut(move, cut) for move in moves)
+        lower = min(_cut_before(move, cut) for move in moves)
         if lower == cut:
             break
         cut = lower
     return cut
 
 
-def _own_cut(move: Cuttable, cut: int) -> int:
+def _cut_before(move: Cuttable, cut: int) -> int:
+    """Return the last place <= ``cut`` where a cut splits no step of a move."""
     _, _, stride, width, span = _walk(move.box)
     first = move.source_offset
     if cut <= first or cut >= first + span:
         return cut
-    if width > stride:  # steps overlap: nowhere
+    if width > stride:  # steps overlap, so every cut splits one
         return first
     step = first + (cut - first) // stride * stride
     return step if cut < step + width else cut
 
 
-def _taken_apart(move: Cut) -> list[Cut]:
+def _split_into_steps(move: Cut) -> list[Cut]:
+    """Return a move for each step of a move along its largest source stride."""
     dim, size, stride, _, _ = _walk(move.box)
     box, step = Box(*((*column[:dim], *column[dim + 1 :]) for column in move.box)), move.box.target_strides[dim]
     return [
@@ -120,7 +130,7 @@ def _taken_apart(move: Cut) -> list[Cut]:
 
 
 def _divide(move: Cut, cut: int, head: list[Cut], tail: list[Cut]) -> None:
-    """Put the steps that start below ``cut`` into ``head`` and the others into ``tail``."""
+    """Append the steps of a move that start below ``cut`` to ``head``, and the others to ``tail``."""
     dim, size, stride, _, _ = _walk(move.box)
     below = min(size, max(0, -((move.source_offset - cut) // stride)))
     if below == size:
@@ -128,12 +138,13 @@ def _divide(move: Cut, cut: int, head: list[Cut], tail: list[Cut]) -> None:
     elif below == 0:
         tail.append(move)
     else:
-        first = _narrowed(move, dim, 0, below)
+        first = _narrow(move, dim, 0, below)
         head.append(first._replace(box=first.box.canonical()))
-        tail.append(_narrowed(move, dim, below, size - below))
+        tail.append(_narrow(move, dim, below, size - below))
 
 
-def _narrowed(move: Cut, dim: int, first: int, size: int) -> Cut:
+def _narrow(move: Cut, dim: int, first: int, size: int) -> Cut:
+    """Return indices ``first`` to ``first + size`` of one dimension of a move."""
     shape, source_strides, target_strides = move.box
     return move._replace(
         box=move.box._replace(shape=(*shape[:dim], size, *shape[dim + 1 :])),
@@ -142,8 +153,8 @@ def _narrowed(move: Cut, dim: int, first: int, size: int) -> Cut:
     )
 
 
-def ranges(moves: Sequence[Cuttable], gap: int) -> list[tuple[int, int]]:
-    """The elements that moves read, as ranges with more than ``gap`` elements between them."""
+def read_ranges(moves: Sequence[Cuttable], gap: int) -> list[tuple[int, int]]:
+    """Return the ranges of elements that moves read, in order, merged across gaps of at most ``gap`` elements."""
     spans: list[tuple[int, int]] = []
     for move in moves:
         _, size, stride, width, span = _walk(move.box)

@@ -1,7 +1,7 @@
-"""Schedule the decoding of quantized sources on the host: which codes and scales are read together.
+"""Schedule the decoding of quantized sources on the host: turn the moves out of them into jobs; pure.
 
-Pure: integers in, integers out. A job reads a slab of codes and the scales that they need into scratch, decodes them
-there to the dtype of the targets, and copies the numbers to the targets. Scales that two slabs share are read for each.
+A job reads a slab of codes and their scales into scratch, decodes the codes there to the dtype of the targets, and
+copies the values to the targets. Scales that two slabs share are read once for each slab.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from automodel_conv.errors import ConversionError, message
 from automodel_conv.files.checkpoint import Checkpoint
 from automodel_conv.planning.copies import ZEROS_IN_I32, Decode
 from automodel_conv.schedule.coded_source import CodedSource
-from automodel_conv.schedule.cutting import ranges, slabs
+from automodel_conv.schedule.cutting import read_ranges, slabs
 from automodel_conv.schedule.jobs import (
     ALIGN_BYTES,
     GAP_BYTES,
-    Decoding,
+    CodeRectangle,
     Grid,
     Move,
     Read,
@@ -29,105 +29,109 @@ from automodel_conv.schedule.jobs import (
 )
 
 
-def decoded(
+def decode_jobs(
     moves: Mapping[int, Sequence[Move]], checkpoint: Checkpoint, decodes: Mapping[int, Decode], limit: int
 ) -> Iterator[ReadAndCopy]:
-    """Slabs of quantized sources, one a job, in the order of the files, in at most ``limit`` bytes of scratch.
+    """Schedule one job for each slab of each quantized source, in the order of the files.
 
     Args:
-        moves: by source row; their dtype is that of the target.
+        moves: the copies out of each quantized source, by source row; their dtype is that of the target.
+        decodes: the ``Decode`` of each of these sources, by row.
+        limit: bytes of scratch that a job may use.
 
     Raises:
-        ConversionError: the scratch does not hold two rows of blocks of scales and some elements.
+        ConversionError: ``limit`` does not hold two rows of blocks of scales and some elements of a source.
     """
     file_ids, offsets = checkpoint.file_ids, checkpoint.offsets
     for row in sorted(moves, key=lambda row: (file_ids[row], offsets[row])):
         for dtype in dict.fromkeys(move.dtype for move in moves[row]):
-            alike = [move for move in moves[row] if move.dtype == dtype]
+            to_dtype = [move for move in moves[row] if move.dtype == dtype]
             source = CodedSource(row, decodes[row], checkpoint, dtype)
-            for start, stop, cut in slabs(alike, _capacity(source, limit)):
+            for start, stop, cut in slabs(to_dtype, _capacity(source, limit)):
                 yield _job(source, start, stop, cut)
 
 
 def _capacity(source: CodedSource, limit: int) -> int:
-    """Elements of a slab that fits into ``limit`` bytes with all it takes."""
+    """Return how many elements fit into ``limit`` bytes as codes and as values, with their scales and zero points."""
     scale_bytes = itemsize(source.checkpoint.dtypes[source.decode.scales])
-    fixed = 2 * source.across * scale_bytes + 6 * ALIGN_BYTES
-    each = source.decode.bits / 8 + itemsize(source.dtype) + scale_bytes * source.scales_per_element
+    fixed_bytes = 2 * source.grid_columns * scale_bytes + 6 * ALIGN_BYTES
+    element_bytes = source.decode.bits / 8 + itemsize(source.dtype) + scale_bytes * source.scales_per_element
     if source.decode.zero_points is not None:
-        fixed += 2 * 4 * source.across
-        each += 4 * source.scales_per_element / ZEROS_IN_I32
-    found = int((limit - fixed) / each)
+        fixed_bytes += 2 * 4 * source.grid_columns
+        element_bytes += 4 * source.scales_per_element / ZEROS_IN_I32
+    capacity = int((limit - fixed_bytes) / element_bytes)
     least = min(ALIGN_BYTES, source.numel)
-    if found < least:
+    if capacity < least:
         name = source.checkpoint.names[source.row]
-        expected = f"at least {ceil(fixed + least * each)} bytes for each thread"
+        expected = f"at least {ceil(fixed_bytes + least * element_bytes)} bytes for each thread"
         raise ConversionError(message(f"the scratch is too small to decode {name}", expected=expected, found=limit))
-    # Whole rows are decoded best.
-    return found - found % source.columns if found >= source.columns else found
+    # Whole rows are decoded fastest.
+    return capacity - capacity % source.columns if capacity >= source.columns else capacity
 
 
 def _job(source: CodedSource, start: int, stop: int, cut: Sequence[Move]) -> ReadAndCopy:
-    """The job that reads and decodes elements ``start`` to ``stop`` for the moves ``cut``."""
+    """Return the job that reads elements ``start`` to ``stop``, decodes them, and carries out the moves ``cut``."""
     bits = source.decode.bits
-    if bits == 4:  # whole bytes
+    if bits == 4:  # widen to whole bytes
         start, stop = start - start % 2, stop + stop % 2
     reads: list[Read] = []
-    for first, last in ranges(cut, GAP_BYTES * 8 // bits):
+    for first, last in read_ranges(cut, GAP_BYTES * 8 // bits):
         first, last = first * bits // 8, -(-last * bits // 8)
         reads.append(_read(source, source.row, first, last - first, first - start * bits // 8))
-    at = align_up((stop - start) * bits // 8)
+    end = align_up((stop - start) * bits // 8)
     first, last = source.block_row(start), source.block_row(stop - 1) + 1
-    scales, at = _grid(source, source.decode.scales, first, last, at, reads)
+    scales, end = _read_grid(source, source.decode.scales, first, last, end, reads)
     zero_points = None
     if source.decode.zero_points is not None:
-        zero_points, at = _grid(
-            source, source.decode.zero_points, first // ZEROS_IN_I32, -(-last // ZEROS_IN_I32), at, reads
+        zero_points, end = _read_grid(
+            source, source.decode.zero_points, first // ZEROS_IN_I32, -(-last // ZEROS_IN_I32), end, reads
         )
     global_bytes = None
     if source.decode.global_scale is not None:
-        global_bytes = at
-        reads.append(_read(source, source.decode.global_scale, 0, 4, at))
-        at = align_up(at + 4)
+        global_bytes = end
+        reads.append(_read(source, source.decode.global_scale, 0, 4, end))
+        end = align_up(end + 4)
     size = itemsize(source.dtype)
-    decodings = [
-        Decoding(
-            source.decode,
-            source.dtype,
-            (r1 - r0, c1 - c0),
-            (r0 % source.decode.block[0], c0 % source.decode.block[1]),
-            (element - start) * bits // 8,
-            source.columns * bits // 8,
-            at + (element - start) * size,
-            source.columns,
-            scales,
-            zero_points,
-            first % ZEROS_IN_I32,
-            global_bytes,
-            source.block_row(element) - first,
-            c0 // source.decode.block[1],
+    rectangles = [
+        CodeRectangle(
+            decode=source.decode,
+            dtype=source.dtype,
+            shape=(r1 - r0, c1 - c0),
+            start=(r0 % source.decode.block[0], c0 % source.decode.block[1]),
+            codes_bytes=(element - start) * bits // 8,
+            codes_stride=source.columns * bits // 8,
+            values_bytes=end + (element - start) * size,
+            values_stride=source.columns,
+            scales=scales,
+            zero_points=zero_points,
+            zero_row=first % ZEROS_IN_I32,
+            global_bytes=global_bytes,
+            block_row=source.block_row(element) - first,
+            block_column=c0 // source.decode.block[1],
         )
-        for element, r0, r1, c0, c1 in source.rectangles(start, stop, _columns(cut, source.columns, bits))
+        for element, r0, r1, c0, c1 in source.rectangles(start, stop, _columns_read(cut, source.columns, bits))
     ]
-    shift = at // size - start
+    shift = end // size - start
     moves = [move._replace(source_offset=move.source_offset + shift) for move in cut]
-    return ReadAndCopy(Reads.of(sorted(reads)), at + (stop - start) * size, group_moves(moves), decodings)
+    return ReadAndCopy(Reads.from_list(sorted(reads)), end + (stop - start) * size, group_moves(moves), rectangles)
 
 
 def _read(source: CodedSource, row: int, offset_bytes: int, nbytes: int, start_bytes: int) -> Read:
+    """Return a read of bytes of a tensor, by their offset in the tensor, to a place in the scratch."""
     checkpoint = source.checkpoint
     return Read(checkpoint.file_ids[row], checkpoint.offsets[row] + offset_bytes, nbytes, 0, start_bytes)
 
 
-def _grid(source: CodedSource, row: int, first: int, last: int, at: int, reads: list[Read]) -> tuple[Grid, int]:
+def _read_grid(source: CodedSource, row: int, first: int, last: int, at: int, reads: list[Read]) -> tuple[Grid, int]:
+    """Append a read of rows ``first`` to ``last`` of a grid to byte ``at``; return the grid and where it ends."""
     dtype = source.checkpoint.dtypes[row]
-    row_bytes = source.across * itemsize(dtype)
+    row_bytes = source.grid_columns * itemsize(dtype)
     reads.append(_read(source, row, first * row_bytes, (last - first) * row_bytes, at))
-    return Grid(at, dtype, (last - first, source.across)), align_up(at + (last - first) * row_bytes)
+    return Grid(at, dtype, (last - first, source.grid_columns)), align_up(at + (last - first) * row_bytes)
 
 
-def _columns(moves: Sequence[Move], columns: int, bits: int) -> tuple[int, int]:
-    """The columns that moves read, as one range of whole bytes; all where a move runs over the end of a row."""
+def _columns_read(moves: Sequence[Move], columns: int, bits: int) -> tuple[int, int]:
+    """Return the columns that moves read, as one range of whole bytes; all columns if a move crosses a row's end."""
     left, right = columns, 0
     for move in moves:
         walks = list(zip(move.box.shape, move.box.source_strides, strict=True))

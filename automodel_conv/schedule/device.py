@@ -1,8 +1,8 @@
-"""Schedule a load to a GPU: chunks to read and windows to empty, in the order of the files.
+"""Schedule a load to a GPU: turn the copies of all targets into chunks to read and windows to empty; pure.
 
-Pure: integers in, integers out. A chunk is read into pinned memory and uploaded from there: bytes that only move
-straight to their final place, all others to a window of device memory, from which copies take them once it is full. So
-each byte is read and uploaded once.
+A chunk is read into pinned memory and uploaded from there. Bytes that only move are uploaded straight to their final
+place. All other bytes are uploaded to a window of device memory, and copied or decoded from there once the window is
+full. So each byte is read and uploaded once. Chunks and windows follow the order of the files, quantized sources last.
 """
 
 from __future__ import annotations
@@ -19,41 +19,50 @@ from automodel_conv.planning.copies import Decode, StridedCopy, Target
 from automodel_conv.schedule.code_slabs import Position, Rectangle, ScaleKind
 from automodel_conv.schedule.code_windows import ScaleGroup, code_windows
 from automodel_conv.schedule.host import divide, runs, slab_jobs
-from automodel_conv.schedule.jobs import Copies, Read, Reads, concatenated, group_moves
+from automodel_conv.schedule.jobs import Copies, Read, Reads, concatenate, group_moves
 
 
 class Upload(NamedTuple):
-    """Bytes of a slot of pinned memory, and where in a target or a window they go."""
+    """A range of bytes of a slot of pinned memory, and the place in a target or a window that it goes to."""
 
     slot_start: int
+    """Offset of the first byte in the slot."""
     nbytes: int
     start_bytes: int
+    """Offset of the first byte in the target or the window."""
 
 
 class Chunk(NamedTuple):
-    """What is read at once, one read after the other into a slot, and uploaded from it."""
+    """The unit of reading and uploading: reads that fill a slot one after another, and the uploads out of it."""
 
     reads: Reads
-    """In order; the slot is their only memory."""
+    """In order of file and offset; the slot is the only memory."""
     nbytes: int
     to_targets: dict[int, list[Upload]]
-    to_windows: dict[int, list[Upload]]  # ascending
+    """Uploads to the final place of bytes, by number of the target."""
+    to_windows: dict[int, list[Upload]]
+    """Uploads to windows, by number of the window, ascending."""
 
 
 class Window(NamedTuple):
-    """Copies out of a piece of device memory, once ``chunks`` chunks have filled it; offsets count from its start."""
+    """A region of device memory that chunks fill, and the decoding and copies that empty it.
+
+    Offsets count from the start of the window.
+    """
 
     copies: Sequence[Copies]
+    """Copies from the window to the targets, after decoding."""
     nbytes: int
     chunks: int
+    """Number of chunks that fill the window."""
     scale_groups: Mapping[ScaleKind, ScaleGroup]
-    """The scales in it."""
+    """The scales in the window, by kind; empty if no source in it is quantized."""
     rectangles: Mapping[Rectangle, Sequence[Position]]
-    """The codes in it, to be decoded before the copies."""
+    """The codes in the window: the places of all rectangles of each geometry."""
 
     @property
     def targets(self) -> set[int]:
-        """The tensors that it writes."""
+        """Numbers of the tensors that the window writes."""
         decoded = (places for rectangle, places in self.rectangles.items() if not rectangle.in_window)
         return {copies.target for copies in self.copies} | {place.target for places in decoded for place in places}
 
@@ -67,72 +76,81 @@ def device_schedule(
     slot_bytes: int,
     window_bytes: int,
 ) -> tuple[list[Chunk], list[Window]]:
-    """All chunks of a load and the windows they fill.
+    """Return all chunks of a load and the windows that they fill.
 
-    A chunk that fills a window comes at or after every chunk that fills an earlier one. So whoever takes chunks in this
-    order may wait, before it fills a window, until an earlier one has been emptied.
+    No chunk that fills a window precedes a chunk that fills an earlier window. So an executor that reads chunks in this
+    order can wait, before it fills a window, until an earlier window is emptied.
 
     Args:
-        copies: of each target, aimed at its buffer.
-        decodes: of the sources that are quantized, by row.
-        slot_bytes: of a chunk, at most.
-        window_bytes: of a window, at most; a multiple of 64.
+        targets: the tensors to fill.
+        copies: the copies of each target, with the strides of its buffer.
+        checkpoint: the sources.
+        decodes: the ``Decode`` of each quantized source, by row.
+        slot_bytes: maximum bytes of a chunk.
+        window_bytes: maximum bytes of a window; a multiple of 64.
 
     Raises:
         ConversionError: ``window_bytes`` is too small for a quantized source.
     """
     in_place, moves = divide(targets, copies, checkpoint, decodes)
-    first = len(targets)  # the memories of all reads here: the targets, then the windows
-    plain = {row: of_row for row, of_row in moves.items() if row not in decodes}
-    coded = {row: of_row for row, of_row in moves.items() if row in decodes}
+    first_window = len(targets)  # memories of reads are numbered: targets first, then windows
+    plain = {row: row_moves for row, row_moves in moves.items() if row not in decodes}
+    coded = {row: row_moves for row, row_moves in moves.items() if row in decodes}
     jobs = list(slab_jobs(plain, checkpoint, window_bytes))
-    to_windows = [job.reads._replace(memory=job.reads.memory + first + number) for number, job in enumerate(jobs)]
-    reads = concatenated([in_place, *to_windows]).in_order()
-    of_codes = list(code_windows(coded, checkpoint, decodes, window_bytes, first + len(jobs)))
-    chunks = [_chunk(run, first) for run in runs(reads, slot_bytes)]
-    chunks += [_chunk(some, first) for some in _packed((window.reads for window in of_codes), slot_bytes)]
-    filled = Counter(window for chunk in chunks for window in chunk.to_windows)
-    windows = [Window(job.copies, job.scratch_bytes, filled[n], {}, {}) for n, job in enumerate(jobs)]
+    to_windows = [job.reads._replace(memory=job.reads.memory + first_window + n) for n, job in enumerate(jobs)]
+    reads = concatenate([in_place, *to_windows]).in_order()
+    coded_windows = list(code_windows(coded, checkpoint, decodes, window_bytes, first_window + len(jobs)))
+    chunks = [_chunk(run, first_window) for run in runs(reads, slot_bytes)]
+    chunks += [_chunk(packed, first_window) for packed in _pack((window.reads for window in coded_windows), slot_bytes)]
+    chunks_of_window = Counter(window for chunk in chunks for window in chunk.to_windows)
+    windows = [Window(job.copies, job.scratch_bytes, chunks_of_window[n], {}, {}) for n, job in enumerate(jobs)]
     windows += [
-        Window(group_moves(window.moves), window.nbytes, filled[n], window.groups, window.rectangles)
-        for n, window in enumerate(of_codes, len(jobs))
+        Window(group_moves(window.moves), window.nbytes, chunks_of_window[n], window.groups, window.rectangles)
+        for n, window in enumerate(coded_windows, len(jobs))
     ]
     return chunks, windows
 
 
-def _packed(windows: Iterable[Sequence[Read]], limit: int) -> Iterator[Reads]:
-    """The reads of windows, one window after another, in chunks of ``limit`` bytes, wherever in the files they lie.
+def _pack(windows: Iterable[Sequence[Read]], limit: int) -> Iterator[Reads]:
+    """Pack the reads of one window after another into chunks of ``limit`` bytes.
 
-    Scales and codes may lie far apart, so one chunk takes several calls.
+    The reads of a chunk may be far apart in the files, as scales and codes are, so that a chunk needs several calls.
     """
     chunk: list[Read] = []
     room = limit
     for reads in windows:
         for file, offset, nbytes, memory, start in sorted(reads):
             while nbytes:
-                taken = min(nbytes, room)
-                chunk.append(Read(file, offset, taken, memory, start))
-                offset, start, nbytes, room = offset + taken, start + taken, nbytes - taken, room - taken
+                part = min(nbytes, room)
+                chunk.append(Read(file, offset, part, memory, start))
+                offset, start, nbytes, room = offset + part, start + part, nbytes - part, room - part
                 if not room or len(chunk) == IOV_MAX // 2:
-                    yield Reads.of(sorted(chunk))
+                    yield Reads.from_list(sorted(chunk))
                     chunk, room = [], limit
     if chunk:
-        yield Reads.of(sorted(chunk))
+        yield Reads.from_list(sorted(chunk))
 
 
 def _chunk(reads: Reads, first_window: int) -> Chunk:
-    at = np.cumsum(reads.nbytes) - reads.nbytes
+    """Return the chunk that fills a slot with reads, one after another.
+
+    Args:
+        reads: reads into targets and windows, in order.
+        first_window: number of the first memory that is a window.
+    """
+    slot_starts = np.cumsum(reads.nbytes) - reads.nbytes
     to_targets: dict[int, list[Upload]] = {}
     to_windows: dict[int, list[Upload]] = {}
-    for memory, slot_start, nbytes, start in np.array((reads.memory, at, reads.nbytes, reads.start_bytes)).T.tolist():
+    columns = np.array((reads.memory, slot_starts, reads.nbytes, reads.start_bytes))
+    for memory, slot_start, nbytes, start in columns.T.tolist():
         side, number = (to_targets, memory) if memory < first_window else (to_windows, memory - first_window)
         _append(side.setdefault(number, []), Upload(slot_start, nbytes, start))
-    into_slot = Reads(reads.file, reads.offset_bytes, reads.nbytes, np.zeros_like(at), at)
+    into_slot = Reads(reads.file, reads.offset_bytes, reads.nbytes, np.zeros_like(slot_starts), slot_starts)
     return Chunk(into_slot, into_slot.total_bytes, to_targets, dict(sorted(to_windows.items())))
 
 
 def _append(uploads: list[Upload], upload: Upload) -> None:
-    """Add an upload, or lengthen the last one if this continues it on both sides."""
+    """Append an upload, or lengthen the last upload if this one continues it on both sides."""
     if uploads:
         slot_start, nbytes, start_bytes = uploads[-1]
         if (slot_start + nbytes, start_bytes + nbytes) == (upload.slot_start, upload.start_bytes):

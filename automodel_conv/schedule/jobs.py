@@ -1,4 +1,4 @@
-"""What executors do, as integers: bytes to read, codes to decode, elements to copy; pure."""
+"""The integers that schedules hand to executors: bytes to read, codes to decode and elements to copy; pure."""
 
 from __future__ import annotations
 
@@ -12,36 +12,38 @@ from automodel_conv.planning.boxes import Box
 from automodel_conv.planning.copies import Decode, StridedCopy
 
 GAP_BYTES = 64 << 10
-"""Wanted bytes closer than this are read in one call, and what lies between them is thrown away."""
+"""Largest gap between wanted bytes that one call reads across; the bytes of the gap are thrown away."""
 
 ALIGN_BYTES = 64
-"""Tensors of every safetensors dtype may start at multiples of this in scratch, and so may the vectors of any CPU."""
+"""Alignment of tensors in scratch; it suits every safetensors dtype and the vectors of any CPU."""
 
 
 def align_up(nbytes: int) -> int:
-    """Rounded up to whole alignments."""
+    """Round up to a multiple of ``ALIGN_BYTES``."""
     return -(-nbytes // ALIGN_BYTES) * ALIGN_BYTES
 
 
 def align_down(nbytes: int) -> int:
-    """Rounded down to whole alignments."""
+    """Round down to a multiple of ``ALIGN_BYTES``."""
     return nbytes // ALIGN_BYTES * ALIGN_BYTES
 
 
 class Read(NamedTuple):
-    """Bytes of a file, and where they go."""
+    """A range of bytes of a file, and the place in memory that it is read to."""
 
     file: int
+    """Number of the file, or of the tensor if the source is in memory."""
     offset_bytes: int
+    """Offset of the first byte in the file."""
     nbytes: int
     memory: int
-    """Which of several memories; whoever holds the read says of what."""
+    """Number of the memory that is filled. The owner of the read states what the numbers mean."""
     start_bytes: int
-    """From the first byte of that memory."""
+    """Offset in that memory of the first byte that is filled."""
 
 
 class Reads(NamedTuple):
-    """Many reads, column by column: int64 arrays ``[n]``; see ``Read``."""
+    """Many reads in columns: one int64 array ``[n]`` for each field of ``Read``."""
 
     file: np.ndarray
     offset_bytes: np.ndarray
@@ -50,8 +52,8 @@ class Reads(NamedTuple):
     start_bytes: np.ndarray
 
     @staticmethod
-    def of(reads: Sequence[Read]) -> Reads:
-        """Reads that are given one by one."""
+    def from_list(reads: Sequence[Read]) -> Reads:
+        """Put reads into columns."""
         return Reads(*np.array(reads, np.int64).reshape(-1, 5).T)
 
     @property
@@ -60,7 +62,7 @@ class Reads(NamedTuple):
 
     @property
     def files(self) -> set[int]:
-        """The files that are read; the reads must be in order."""
+        """Numbers of the files that are read; the reads must be in order."""
         if not len(self.file):
             return set()
         first, last = int(self.file[0]), int(self.file[-1])
@@ -68,7 +70,7 @@ class Reads(NamedTuple):
 
     @property
     def stop_bytes(self) -> np.ndarray:
-        """For each read, the offset in the file just after its last byte."""
+        """Offset in the file just after the last byte of each read, int64 ``[n]``."""
         return self.offset_bytes + self.nbytes
 
     def take(self, which: slice | np.ndarray) -> Reads:
@@ -82,15 +84,16 @@ class Reads(NamedTuple):
         )
 
     def in_order(self) -> Reads:
-        """Ordered by file and offset."""
+        """Return the reads ordered by file and offset."""
         order = np.lexsort((self.offset_bytes, self.file))
         return self if np.array_equal(order, np.arange(len(order))) else self.take(order)
 
     def one_by_one(self) -> Iterator[Read]:
+        """Iterate over the reads as ``Read`` tuples."""
         return map(Read._make, np.array(self).T.tolist())
 
     def calls(self) -> Iterator[Reads]:
-        """Groups of reads that lie near enough in one file for one call; the reads must be in order."""
+        """Group reads of one file that are close enough for one call; the reads must be in order."""
         if len(self.file) < 2:
             return iter((self,) if len(self.file) else ())
         gaps = self.offset_bytes[1:] - self.stop_bytes[:-1]
@@ -99,48 +102,52 @@ class Reads(NamedTuple):
         return (self.take(slice(*bound)) for bound in pairwise(bounds))
 
 
-def concatenated(several: Iterable[Reads]) -> Reads:
-    """Concatenate reads."""
-    columns = zip(*several, strict=True)
+def concatenate(parts: Iterable[Reads]) -> Reads:
+    """Concatenate the columns of several ``Reads``."""
+    columns = zip(*parts, strict=True)
     return Reads(*map(np.concatenate, columns))
 
 
 class Move(NamedTuple):
-    """One copy out of a source or a scratch; offsets in elements."""
+    """One strided copy out of a source or out of scratch; offsets in elements."""
 
     target: int
-    """Which of the tensors that are written."""
+    """Number of the tensor that is written."""
     dtype: str
-    """That the source, or the scratch, has."""
+    """Dtype code of the source or of the scratch."""
     box: Box
     source_offset: int
+    """Element of the source or of the scratch where the copy starts."""
     target_offset: int
+    """Element of the target where the copy starts."""
 
     @property
-    def of(self) -> tuple[int, str, Box]:
-        """What moves that are columns of one ``Copies`` have in common."""
+    def group_key(self) -> tuple[int, str, Box]:
+        """The fields that all moves of one ``Copies`` share."""
         return self.target, self.dtype, self.box
 
 
 class Copies(NamedTuple):
-    """Equal copies out of one memory to one tensor, column by column; offsets in elements."""
+    """Equal copies from one memory to one tensor, with their offsets in columns; offsets in elements."""
 
     target: int
-    """Which of the tensors that are written."""
+    """Number of the tensor that is written."""
     dtype: str
-    """That the memory is seen as."""
+    """Dtype code that the memory is viewed as."""
     box: Box
     source_offsets: list[int]
+    """Element of the memory where each copy starts."""
     target_offsets: list[int]
+    """Element of the target where each copy starts."""
 
-    def out_of_one(self) -> StridedCopy:
-        """The same copies, for a target whose only source is the memory."""
+    def as_strided_copy(self) -> StridedCopy:
+        """Return the same copies for a target with the memory as its only source."""
         ordinals = (0,) * len(self.source_offsets)
         return StridedCopy(self.box, ordinals, tuple(self.source_offsets), tuple(self.target_offsets))
 
 
 def group_moves(moves: Iterable[Move]) -> list[Copies]:
-    """Group equal moves out of one memory as columns, ordered by where they write."""
+    """Group equal moves out of one memory into columns, in the order in which they write."""
     groups: dict[tuple[int, str, Box], Copies] = {}
     by_place = sorted(moves, key=lambda move: (move.target, move.target_offset))
     for target, dtype, box, source_offset, target_offset in by_place:
@@ -154,60 +161,73 @@ def group_moves(moves: Iterable[Move]) -> list[Copies]:
 
 
 class Grid(NamedTuple):
-    """Stored numbers, one for each block of some rows of blocks, in the scratch."""
+    """A grid of stored scales or packed zero points in scratch, row-major."""
 
     start_bytes: int
+    """Offset of the first element in the scratch."""
     dtype: str
+    """Dtype code of the elements."""
     shape: tuple[int, int]
+    """Rows and columns. Scales have one row for each row of blocks; see ``ZEROS_IN_I32`` for packed zero points."""
 
 
-class Decoding(NamedTuple):
-    """A rectangle of codes in the scratch that becomes numbers in the scratch."""
+class CodeRectangle(NamedTuple):
+    """A rectangle of codes in scratch, and the place in the same scratch that its values are decoded to."""
 
     decode: Decode
     dtype: str
-    """Of the numbers."""
+    """Dtype code of the values."""
     shape: tuple[int, int]
+    """Rows and columns of values."""
     start: tuple[int, int]
-    """Its first row and column within its first block."""
+    """Row and column of the first value within its block."""
     codes_bytes: int
+    """Offset of the first code in the scratch."""
     codes_stride: int
-    """Bytes from row to row."""
-    numbers_bytes: int
-    numbers_stride: int
-    """Elements from row to row."""
+    """Bytes from one row of codes to the next."""
+    values_bytes: int
+    """Offset of the first value in the scratch, in bytes."""
+    values_stride: int
+    """Elements from one row of values to the next."""
     scales: Grid
     zero_points: Grid | None
-    """Packed; the first row holds that of the block row ``zero_row`` below its first."""
     zero_row: int
+    """Index, in the first packed row of ``zero_points``, of the zero point for row 0 of ``scales``: 0 to 7."""
     global_bytes: int | None
+    """Offset of the global scale in the scratch, if the source has one."""
     block_row: int
-    """Of the rectangle's first row, counted in the grids."""
+    """Row of ``scales`` for the first row of the rectangle."""
     block_column: int
+    """Column of ``scales`` for the first column of the rectangle."""
 
 
 class ReadInPlace(NamedTuple):
-    """A job: bytes that are read straight to where they belong."""
+    """A job that reads bytes straight to their final place."""
 
     reads: Reads
-    """In order; their memories are the tensors that are written."""
+    """In order of file and offset; the memories are the tensors that are written."""
 
     @property
     def targets(self) -> set[int]:
+        """Numbers of the tensors that the job writes."""
         return set(self.reads.memory.tolist())
 
 
 class ReadAndCopy(NamedTuple):
-    """A job: bytes that are read into a thread's scratch, decoded there if they are codes, and copied out of it."""
+    """A job that reads bytes into the scratch of a thread, decodes codes there, and copies to the targets."""
 
     reads: Reads
-    """In order; the scratch is their only memory."""
+    """In order of file and offset; the scratch is the only memory."""
     scratch_bytes: int
+    """Bytes of scratch that the job uses."""
     copies: Sequence[Copies]
-    decodings: Sequence[Decoding] = ()
+    """Copies from the scratch to the targets, after decoding."""
+    rectangles: Sequence[CodeRectangle] = ()
+    """Codes to decode; empty if no source is quantized."""
 
     @property
     def targets(self) -> set[int]:
+        """Numbers of the tensors that the job writes."""
         return {copies.target for copies in self.copies}
 
 

@@ -1,8 +1,8 @@
-"""Schedule the writing of files: slabs are ranges of an output file that are made and written in any order.
+"""Schedule the writing of output files: turn the copies of all targets into slabs; pure.
 
-Pure: integers in, integers out. A slab is made either of bytes that only move, or of copies that permute or cast and so
-fill memory first. No byte is in two slabs, and every byte that a copy makes is in one. Where the copies make only part
-of a target, as on one of several ranks, the bytes between are left alone.
+A slab is a range of an output file; slabs can be written in any order. A slab consists either of bytes that only move,
+or of copies that permute or cast, which fill memory first. No byte is in two slabs. Every byte that a copy writes is
+in one. If the copies write only part of a target, as on one of several ranks, the bytes between are not written.
 """
 
 from __future__ import annotations
@@ -17,48 +17,61 @@ from automodel_conv.dtypes import itemsize
 from automodel_conv.files.full_io import IOV_MAX
 from automodel_conv.planning.boxes import Box
 from automodel_conv.planning.copies import Decode, StridedCopy, Target
-from automodel_conv.schedule.cutting import reads, slabs
+from automodel_conv.schedule.cutting import read_range, slabs
 from automodel_conv.schedule.jobs import Move, Read
 
-# As large as a call to the system is worth, and as the cache takes beside what is read.
+# Large enough for a system call to pay off, small enough to stay in the cache next to what is read.
 _SLAB_BYTES = 8 << 20
 _NONE: Mapping[int, Decode] = {}
 
 
 class SourceLocations(Protocol):
-    """Where sources lie: by row, the dtype, the file (or whatever holds it) and its first byte there."""
+    """The dtypes and places of sources, in columns with an entry for each source row; a ``Checkpoint`` is one."""
 
     @property
-    def dtypes(self) -> Sequence[str]: ...
+    def dtypes(self) -> Sequence[str]:
+        """Dtype code of each source."""
+        ...
+
     @property
-    def file_ids(self) -> Sequence[int]: ...
+    def file_ids(self) -> Sequence[int]:
+        """Number of the file that holds each source, or of the tensor if sources are in memory."""
+        ...
+
     @property
-    def offsets(self) -> Sequence[int]: ...
+    def offsets(self) -> Sequence[int]:
+        """Offset of the first byte of each source in its file."""
+        ...
 
 
 class Slab(NamedTuple):
-    """A range of an output file; ``reads`` or ``moves`` fill it, the other is empty.
+    """A range of an output file, filled either by ``reads`` or by ``moves``; the other is empty.
 
-    Places in ``reads`` count bytes, those in ``moves`` elements, both from the slab's first byte. The slab is the only
-    memory of the reads; ``target`` of a move is the row of its dtype in ``Slabs.dtypes``.
+    Places in the slab are relative to its first byte: in bytes for reads, in elements for moves.
     """
 
     file: int
+    """Number of the output file."""
     offset_bytes: int
+    """Offset of the first byte in the output file."""
     nbytes: int
     reads: list[Read]
-    moves: dict[int, list[Move]]  # by source row
+    """Bytes that only move; the slab is the only memory of the reads."""
+    moves: dict[int, list[Move]]
+    """Copies that permute or cast, by source row; a move's ``target`` is the index of its dtype in ``Slabs.dtypes``."""
     sparse_itemsize: int = 0
-    """Bytes of an element, if moves leave some of the slab alone (see ``filled_ranges``); 0: they fill all of it."""
+    """Bytes of an element if the moves fill only part of the slab (see ``filled_ranges``); 0 if they fill all of it."""
 
 
 class Slabs(NamedTuple):
-    """All slabs, in the order of the files, and the dtypes that their moves write."""
+    """All slabs, in the order of the output files, and the dtypes that their moves write."""
 
     slabs: list[Slab]
     dtypes: tuple[str, ...]
+    """Dtype codes of the targets, sorted."""
 
     def by_file(self) -> dict[int, list[Slab]]:
+        """Return the slabs of each output file, by its number."""
         groups: dict[int, list[Slab]] = {}
         for slab in self.slabs:
             groups.setdefault(slab.file, []).append(slab)
@@ -74,42 +87,46 @@ def slab_schedule(
     *,
     most_bytes: int,
 ) -> Slabs:
-    """The slabs that write all targets.
+    """Return the slabs that write all targets.
 
     Args:
-        copies: of each target, as contiguous tensors or aimed at where the sources really lie.
-        places: of each target, the output file and the byte of it where the target's data begins, any byte.
-        decodes: of the sources that are quantized, by row.
-        most_bytes: of a slab that is made in memory; larger targets are cut where no copy is cut through, if that can
-            be.
+        targets: the tensors to write.
+        copies: the copies of each target, from sources that are contiguous or have the strides they have in memory.
+        sources: the dtypes and places of the sources.
+        places: for each target, the number of its output file and the byte of that file where its data starts. The
+            byte needs no alignment.
+        decodes: the ``Decode`` of each quantized source, by row.
+        most_bytes: maximum bytes of a slab that is filled in memory. Larger targets are cut where no copy is cut in
+            two, if possible.
     """
     dtypes = tuple(sorted({target.dtype for target in targets}))
     sizes = [itemsize(dtype) for dtype in dtypes]
-    made: list[Slab] = []
+    finished: list[Slab] = []
     group: list[Slab] = []
     nbytes = 0
     for number in sorted(range(len(targets)), key=lambda number: places[number]):
         target, (file, begin) = targets[number], places[number]
-        filled = list(_fills(target, copies[number], sources, decodes))
-        if all(fill.box.is_run and fill.dtype == target.dtype and fill.row not in decodes for fill in filled):
-            pieces = _direct(filled, file, begin, sources, min(_SLAB_BYTES, most_bytes))
+        swapped = list(_swap_copies(target, copies[number], sources, decodes))
+        if all(copy.box.is_run and copy.dtype == target.dtype and copy.row not in decodes for copy in swapped):
+            pieces = _slabs_of_reads(swapped, file, begin, sources, min(_SLAB_BYTES, most_bytes))
         else:
-            pieces = _in_memory(filled, file, begin, itemsize(target.dtype), dtypes.index(target.dtype), most_bytes)
+            size, dtype = itemsize(target.dtype), dtypes.index(target.dtype)
+            pieces = _slabs_of_moves(swapped, file, begin, size, dtype, most_bytes)
         for piece in pieces:
-            if group and not _joins(group, nbytes, piece, min(_SLAB_BYTES, most_bytes), target.dtype):
-                made.append(_joined(group, nbytes, sizes))
+            if group and not _can_join(group, nbytes, piece, min(_SLAB_BYTES, most_bytes), target.dtype):
+                finished.append(_join(group, nbytes, sizes))
                 group, nbytes = [], 0
             group.append(piece)
             nbytes += piece.nbytes
     if group:
-        made.append(_joined(group, nbytes, sizes))
-    return Slabs(made, dtypes)
+        finished.append(_join(group, nbytes, sizes))
+    return Slabs(finished, dtypes)
 
 
 def filled_ranges(slab: Slab) -> list[tuple[int, int]]:
-    """What the moves of a sparse slab fill, as runs: first byte from the slab's own on, and length.
+    """Return the ranges of bytes that the moves of a sparse slab fill: offset in the slab, and length.
 
-    Computed when a slab is written: where ranks hold columns there is a run for each row of a model.
+    They are computed only when a slab is written: if ranks hold columns, a model has one range for each row.
     """
     elements, lengths = [], []
     for move in chain.from_iterable(slab.moves.values()):
@@ -128,33 +145,37 @@ def filled_ranges(slab: Slab) -> list[tuple[int, int]]:
     return list(zip(firsts[begins].tolist(), np.add.reduceat(counts, begins).tolist(), strict=True))
 
 
-class _Fill(NamedTuple):
-    """A copy with its sides swapped, so that it is cut along the target.
+class _SwappedCopy(NamedTuple):
+    """A copy with its sides swapped, so that ``slabs`` cuts it along the target.
 
-    ``source_offset`` and the source side of the box are places in the target; ``target_offset`` and the target side are
+    ``source_offset`` and the source side of the box are places in the target. ``target_offset`` and the target side are
     places in the source.
     """
 
     row: int
+    """Source row."""
     dtype: str
-    """That the source is read as."""
+    """Dtype code that the source is read or decoded as."""
     box: Box
     source_offset: int
     target_offset: int
 
 
-def _fills(
+def _swap_copies(
     target: Target, copies: Sequence[StridedCopy], sources: SourceLocations, decodes: Mapping[int, Decode]
-) -> Iterator[_Fill]:
+) -> Iterator[_SwappedCopy]:
     for copy in copies:
         box = copy.box.inverse()
         for ordinal, source, place in zip(copy.ordinals, copy.source_offsets, copy.target_offsets, strict=True):
             row = target.sources[ordinal]
-            yield _Fill(row, target.dtype if row in decodes else sources.dtypes[row], box, place, source)
+            yield _SwappedCopy(row, target.dtype if row in decodes else sources.dtypes[row], box, place, source)
 
 
-def _direct(filled: Sequence[_Fill], file: int, begin: int, sources: SourceLocations, limit: int) -> Iterator[Slab]:
-    for row, dtype, box, place, source in sorted(filled, key=lambda fill: fill.source_offset):
+def _slabs_of_reads(
+    swapped: Sequence[_SwappedCopy], file: int, begin: int, sources: SourceLocations, limit: int
+) -> Iterator[Slab]:
+    """Return slabs of one read each, of at most ``limit`` bytes, for a target that starts at byte ``begin``."""
+    for row, dtype, box, place, source in sorted(swapped, key=lambda copy: copy.source_offset):
         size = itemsize(dtype)
         nbytes = box.numel * size
         for done in range(0, nbytes, limit):
@@ -163,36 +184,50 @@ def _direct(filled: Sequence[_Fill], file: int, begin: int, sources: SourceLocat
             yield Slab(file, begin + place * size + done, length, [read], {})
 
 
-def _in_memory(
-    filled: Sequence[_Fill], file: int, begin: int, size: int, dtype: int, most_bytes: int
+def _slabs_of_moves(
+    swapped: Sequence[_SwappedCopy], file: int, begin: int, size: int, dtype: int, most_bytes: int
 ) -> Iterator[Slab]:
-    for block in _blocks(filled):
-        for start, stop, cut in slabs(block, most_bytes // size):
+    """Return slabs of moves for a target that starts at byte ``begin``.
+
+    Args:
+        swapped: the copies of the target.
+        file: number of the output file.
+        begin: byte of the output file where the target starts.
+        size: bytes of an element of the target.
+        dtype: index of the target's dtype in ``Slabs.dtypes``.
+        most_bytes: maximum bytes of a slab.
+    """
+    for group in _overlapping(swapped):
+        for start, stop, cut in slabs(group, most_bytes // size):
             moves: dict[int, list[Move]] = {}
-            for fill in cut:
-                move = Move(dtype, fill.dtype, fill.box.inverse(), fill.target_offset, fill.source_offset - start)
-                moves.setdefault(fill.row, []).append(move)
-            sparse = sum(fill.box.numel for fill in cut) < stop - start
+            for copy in cut:
+                move = Move(dtype, copy.dtype, copy.box.inverse(), copy.target_offset, copy.source_offset - start)
+                moves.setdefault(copy.row, []).append(move)
+            sparse = sum(copy.box.numel for copy in cut) < stop - start
             yield Slab(file, begin + start * size, (stop - start) * size, [], moves, size if sparse else 0)
 
 
-def _blocks(filled: Iterable[_Fill]) -> Iterator[list[_Fill]]:
-    """Copies whose ranges of the target overlap, in the order of the target."""
-    block: list[_Fill] = []
+def _overlapping(swapped: Iterable[_SwappedCopy]) -> Iterator[list[_SwappedCopy]]:
+    """Group copies with overlapping ranges of the target, in the order of the target."""
+    group: list[_SwappedCopy] = []
     end = 0
-    for fill in sorted(filled, key=lambda fill: fill.source_offset):
-        start, stop = reads([fill])
-        if block and start >= end:
-            yield block
-            block = []
-        block.append(fill)
+    for copy in sorted(swapped, key=lambda copy: copy.source_offset):
+        start, stop = read_range([copy])
+        if group and start >= end:
+            yield group
+            group = []
+        group.append(copy)
         end = max(end, stop)
-    if block:
-        yield block
+    if group:
+        yield group
 
 
-def _joins(group: Sequence[Slab], nbytes: int, piece: Slab, limit: int, dtype: str) -> bool:
-    """Whether a piece joins those before it: all alike, without gaps, few and small, its elements in their places."""
+def _can_join(group: Sequence[Slab], nbytes: int, piece: Slab, limit: int, dtype: str) -> bool:
+    """Return whether a slab can be joined to those before it.
+
+    It can if it follows them without a gap and is filled in the same way, if all together are few and small, and if its
+    elements are aligned in the joined slab.
+    """
     first, last = group[0], group[-1]
     follows = first.file == piece.file and last.offset_bytes + last.nbytes == piece.offset_bytes
     small = nbytes + piece.nbytes <= limit and len(group) < IOV_MAX
@@ -201,15 +236,16 @@ def _joins(group: Sequence[Slab], nbytes: int, piece: Slab, limit: int, dtype: s
     return follows and small and bool(first.reads) == bool(piece.reads) and nbytes % itemsize(dtype) == 0
 
 
-def _joined(group: Sequence[Slab], nbytes: int, sizes: Sequence[int]) -> Slab:
+def _join(group: Sequence[Slab], nbytes: int, sizes: Sequence[int]) -> Slab:
+    """Join adjacent slabs of one file; ``sizes`` are the bytes of an element of each dtype in ``Slabs.dtypes``."""
     first = group[0]
-    read: list[Read] = []
+    reads: list[Read] = []
     moves: dict[int, list[Move]] = {}
     for piece in group:
         shift = piece.offset_bytes - first.offset_bytes
-        read += [one._replace(start_bytes=one.start_bytes + shift) for one in piece.reads]
-        for row, group_moves in piece.moves.items():
+        reads += [read._replace(start_bytes=read.start_bytes + shift) for read in piece.reads]
+        for row, row_moves in piece.moves.items():
             moves.setdefault(row, []).extend(
-                move._replace(target_offset=move.target_offset + shift // sizes[move.target]) for move in group_moves
+                move._replace(target_offset=move.target_offset + shift // sizes[move.target]) for move in row_moves
             )
-    return Slab(first.file, first.offset_bytes, nbytes, read, moves, first.sparse_itemsize)
+    return Slab(first.file, first.offset_bytes, nbytes, reads, moves, first.sparse_itemsize)

@@ -258,7 +258,7 @@ def test_tables_of_many_scales_take_little_scratch():
         region[start : start + nbytes] = torch.frombuffer(raw, dtype=torch.uint8)
     target = torch.empty(rows, columns, dtype=torch.bfloat16)
     decoder = WindowDecoder([group], [target], region.device)
-    peak = torch_peak(lambda: decoder.make_tables([group], region))
+    peak = torch_peak(lambda: decoder.compute_tables([group], region))
     assert peak < 4 << 20
     table = region[group.table_bytes : group.table_bytes + group.count * 32].view(torch.bfloat16).view(-1, 16)
     assert torch.equal(table, (2.0 * (torch.arange(16) - 7)).bfloat16().expand_as(table))

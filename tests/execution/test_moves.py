@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from automodel_conv.execution import moves as module
-from automodel_conv.execution.moves import Form
+from automodel_conv.execution.moves import CopyGeometry
 from automodel_conv.kernels.interleave import INTERLEAVE
 from automodel_conv.kernels.verbs import VERBS
 from automodel_conv.planning.boxes import Box, contiguous_strides
@@ -39,9 +39,9 @@ def elements_of_copy(made):
 
 def moves_of(made, verbs=VERBS):
     """The moves of copies whose sources lie far apart."""
-    form = Form(made.box, SOURCE_BYTES, TARGET_BYTES)
+    form = CopyGeometry(made.box, SOURCE_BYTES, TARGET_BYTES)
     sources = np.array(made.ordinals, np.int64) * APART + np.array(made.source_offsets, np.int64) * SOURCE_BYTES
-    return module.moves_of(form, sources, np.array(made.target_offsets, np.int64) * TARGET_BYTES, verbs)
+    return module.choose_verb(form, sources, np.array(made.target_offsets, np.int64) * TARGET_BYTES, verbs)
 
 
 def elements_of_moves(moves):
@@ -67,7 +67,7 @@ def elements_of_moves(moves):
     for _, address, target in zip(*moves.unpaired, strict=True):
         ordinal, source = divmod(int(address), APART)
         unpaired = StridedCopy(
-            moves.unpaired_form.box, (ordinal,), (source // SOURCE_BYTES,), (int(target) // TARGET_BYTES,)
+            moves.unpaired_geometry.box, (ordinal,), (source // SOURCE_BYTES,), (int(target) // TARGET_BYTES,)
         )
         found += elements_of_copy(unpaired)
     return sorted(found)

@@ -33,11 +33,13 @@ def share(tensor):
 
 def filling(*places):
     """A job that fills some bytes: ``(start, length)``, or ``(start, length, tensor)``."""
-    return ReadInPlace(Reads.of([Read(0, 0, nbytes, *target or (0,), start) for start, nbytes, *target in places]))
+    return ReadInPlace(
+        Reads.from_list([Read(0, 0, nbytes, *target or (0,), start) for start, nbytes, *target in places])
+    )
 
 
 def copying(copies):
-    return ReadAndCopy(Reads.of([Read(0, 0, 128, 0, 0)]), 128, [copies])
+    return ReadAndCopy(Reads.from_list([Read(0, 0, 128, 0, 0)]), 128, [copies])
 
 
 @pytest.fixture

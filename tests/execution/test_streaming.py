@@ -127,16 +127,19 @@ def test_a_thousand_random_schedules_neither_leak_nor_hang_nor_write_a_wrong_byt
 
 MUTANTS = {
     "copies out of a window do not wait for its uploads": (
-        "self._kernels.wait(self._filled[region])",
+        "self._compute_stream.wait(self._filled[region])",
         "pass",
     ),
-    "uploads into a window do not wait for the copies out of it": ("self._copies.wait(self._emptied[before])", "pass"),
+    "uploads into a window do not wait for the copies out of it": (
+        "self._copy_stream.wait(self._emptied[previous])",
+        "pass",
+    ),
     "a slot is overwritten before it is uploaded": ("slot.uploaded.synchronize()", "pass"),
     "a window is emptied before it is full": (
         "[window.chunks for window in windows]",
         "[1 for window in windows]",
     ),
-    "a window is filled before the one before it is emptied": ("before = window - _REGIONS", "before = -1"),
+    "a window is filled before the one before it is emptied": ("previous = window - _REGIONS", "previous = -1"),
     "an error is swallowed": ("                worker.result()", "                pass"),
     "the load ends before the device": ("stream.record().synchronize()", "stream.record()"),
     "files stay open": ("ending.callback(self._files.close)", "pass"),
@@ -420,7 +423,7 @@ def test_a_thread_that_waits_for_a_window_ends_when_another_fails(cases, calls, 
 def test_a_failing_read_is_told_where_another_thread_is_stopped_and_the_device_fails(
     cases, calls, monkeypatch, reverse
 ):
-    told, settle, wait = [], streaming._DeviceLoad._settle, streaming.wait
+    told, settle, wait = [], streaming._DeviceLoad._synchronize, streaming.wait
 
     def fail_at_the_end(load, stream):
         settle(load, stream)
@@ -432,7 +435,7 @@ def test_a_failing_read_is_told_where_another_thread_is_stopped_and_the_device_f
             futures.reverse()
 
     monkeypatch.setattr(streaming, "wait", wait_for)
-    monkeypatch.setattr(streaming._DeviceLoad, "_settle", fail_at_the_end)
+    monkeypatch.setattr(streaming._DeviceLoad, "_synchronize", fail_at_the_end)
     monkeypatch.setattr(streaming, "tell", lambda error, text: told.append((type(error), text)))
     fail_while_another_thread_waits(streaming, cases[2], calls, monkeypatch)
     assert told == [(ReadError, "  besides:  DeviceFault: at the end")]

@@ -137,10 +137,10 @@ def test_a_part_of_the_columns_decodes_no_others(tmp_path):
     checkpoint, plan, _ = case(tmp_path, "fp8 32x16")
     [row, *_] = plan.sources.decodes
     move = Move(0, "F32", Box((96, 20), (128, 1), (20, 1)), 50, 0)
-    from automodel_conv.schedule.decoding import decoded
+    from automodel_conv.schedule.decoding import decode_jobs
 
-    jobs = list(decoded({row: [move]}, checkpoint, plan.sources.decodes, 1 << 20))
-    shapes = [decoding.shape for job in jobs for decoding in job.decodings]
+    jobs = list(decode_jobs({row: [move]}, checkpoint, plan.sources.decodes, 1 << 20))
+    shapes = [rectangle.shape for job in jobs for rectangle in job.rectangles]
     assert {columns for _, columns in shapes} == {20}
     assert sum(rows for rows, _ in shapes) == 96
 
