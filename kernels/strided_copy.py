@@ -43,7 +43,7 @@ def strided_copy(dst: Operand, src: Operand) -> None:
 
     Args:
         dst: destinations ``[R, C]``, all of one shape, dtype, row stride and device. Elements of a row are adjacent;
-            rows have any stride. No destination may overlap another one or a source. This is not checked.
+            rows have any stride. Destinations may overlap neither themselves nor a source. This is not checked.
         src: sources ``[R, C]``, one for each destination, under the same conditions, except that rows may overlap.
 
     Equal dtypes of any size move as bytes from any address to any address: 16 bytes at a time if the addresses, ``C``
