@@ -70,7 +70,8 @@ def dequantize(
 
     Args:
         dst: destinations ``[R, C]`` of the table's dtype, all of one shape and device and with the same strides, which
-            may be any, also transposed ones. Destinations may overlap neither themselves nor a source. This is not checked.
+            may be any, also transposed ones. Destinations may overlap neither themselves nor a source. This is not
+            checked.
         codes: uint8 ``[R, C * bits // 8]``, one for each destination, all of one shape and row stride, at any address.
             Elements of a row are adjacent. With 4 bits, the even column is in the low nibble.
         table_rows: uint8 or int32, contiguous, one for each destination, all of one dtype: the row of ``table`` for

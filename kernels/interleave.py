@@ -46,8 +46,8 @@ def interleave(dst: Operand, first: Operand, second: Operand) -> None:
 
     Args:
         dst: destinations ``[C, 2R]``, all of one shape, dtype, row stride and device, at multiples of the element size.
-            Elements of a row are adjacent; rows have any stride. Destinations may overlap neither themselves nor a source.
-            This is not checked.
+            Elements of a row are adjacent; rows have any stride. Destinations may overlap neither themselves nor a
+            source. This is not checked.
         first: sources of the even columns, ``[R, C]``, one for each destination, at any address. Elements of a row are
             adjacent; rows may overlap.
         second: sources of the odd columns, of the same count, shape, dtype and row stride as ``first``.

@@ -38,8 +38,8 @@ def transpose(dst: Operand, src: Operand) -> None:
 
     Args:
         dst: destinations ``[C, R]``, all of one shape, dtype, row stride and device, at multiples of the element size.
-            Elements of a row are adjacent; rows have any stride. Destinations may overlap neither themselves nor a source.
-            This is not checked.
+            Elements of a row are adjacent; rows have any stride. Destinations may overlap neither themselves nor a
+            source. This is not checked.
         src: sources ``[R, C]``, one for each destination, of one shape, dtype, row stride and device, at any address.
             Elements of a row are adjacent; rows may overlap.
 
