@@ -41,10 +41,12 @@ class Matrices(NamedTuple):
 
     @property
     def shape(self) -> tuple[int, int]:
+        """Rows and columns of a matrix."""
         return self.rows, self.columns
 
     @property
     def nbytes(self) -> int:
+        """Bytes of all matrices, without gaps between rows."""
         return len(self.addresses) * self.rows * self.columns * self.dtype.itemsize
 
     @property

@@ -53,7 +53,7 @@ def _float_values(exponent_bits: int, mantissa_bits: int, bias: int) -> list[flo
 
 
 def _signed(values: list[float]) -> tuple[float, ...]:
-    """Append the negative values, whose codes have the sign bit set."""
+    """Append the negative values; their codes have the sign bit set."""
     return (*values, *(-value for value in values))
 
 

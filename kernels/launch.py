@@ -135,6 +135,7 @@ class Launches(NamedTuple):
 
     @property
     def variants(self) -> frozenset[Variant]:
+        """The variants of all launches."""
         return frozenset(launch.variant for launch in self.launches)
 
 
