@@ -11,17 +11,15 @@ PYTEST := $(BIN)/python -m pytest -q -n 2 --dist worksteal --hypothesis-profile=
 OTHER_TRANSFORMERS := 5.17.0 5.12.1
 # Where the shared environment is too new for an old release: what goes beside it.
 BESIDE_5.12.1 := tokenizers==0.22.2
-# The test files that a release of transformers can change the outcome of; the sweep walks the whole zoo again, and
-# test-long the zoo of equal sizes.
-TRANSFORMERS_TESTS = $(filter-out tests/test_model_zoo.py tests/test_equal_sizes.py tests/test_fault_sweep.py tests/test_hostile_files.py \
-	tests/crash_safety/% tests/fuzz/% tests/benchmarks/% tests/gpu/% tests/software_gpu/% tests/distributed/% tests/files/% tests/house/%,\
-	$(shell grep -rlwE --include='test_*.py' --exclude-dir=packaging 'transformers|model_zoo' tests))
+# Tests of the code that asks transformers' objects. `test` runs them on every release, `test-long` all tests that import
+# transformers.
+TRANSFORMERS_TESTS := tests/upstream tests/integrations tests/doors/conversion_mapping tests/planning/test_rules.py \
+	tests/planning/test_lowering.py tests/planning/test_upstream_operations.py tests/planning/test_square.py \
+	tests/quantized/test_models.py tests/whole/test_sweep.py
+IMPORT_TRANSFORMERS = $(sort $(wildcard tests/destinations/test_*.py tests/doors/*/test_*.py) $(filter-out tests/fuzz/% \
+	tests/benchmarks/% tests/house/%,$(shell grep -rlwE --include='test_*.py' --exclude-dir=packaging 'transformers|model_zoo' tests)))
 
 VERSION = $(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)
-
-# Tests of what never asks whether transformers is there, and of what cannot do without it.
-KNOW_NO_TRANSFORMERS := machine_code/ kernels/ gpu/ software_gpu/ execution/ files/ packaging/ hide/ house/ model_zoo/ crash_safety/ \
-	test_measuring.py test_testing.py test_checksums.py
 
 .PHONY: test lint types format demo clean test-style test-main test-software-gpu test-packaging \
 	test-without-triton test-without-transformers test-fuzz test-long \
@@ -45,9 +43,9 @@ test-main: $(VENV)/installed
 test-software-gpu: $(VENV)/installed
 	@$(LEG) "software GPU" $(PYTEST) -p tests.software_gpu.plugin tests/gpu
 
-# A file to a worker: the tests of one share what it built.
+# A file to a worker, since its tests share what it built; more workers than cores, since most of them wait for pip.
 test-packaging: $(OTHER_TRANSFORMERS:%=$(VENV)/transformers-%/.installed)
-	@$(LEG) "packaging" $(PYTEST) --dist loadfile -m packaging tests/packaging
+	@$(LEG) "packaging" $(PYTEST) -n 4 --dist loadfile -m packaging tests/packaging
 
 test-transformers-%: $(VENV)/transformers-%/.installed
 	@PYTHONPATH=$(CURDIR)/$(VENV)/transformers-$* $(LEG) "transformers $*" \
@@ -55,20 +53,24 @@ test-transformers-%: $(VENV)/transformers-%/.installed
 
 test-without-triton: $(VENV)/installed
 	@PYTHONPATH=$(CURDIR)/tests/hide HIDDEN_PACKAGES=triton $(LEG) "without triton" \
-		$(PYTEST) -m "not packaging and not long" -k "not random_schedules" tests/kernels tests/execution tests/test_imports.py \
-		tests/test_in_memory.py \
-		tests/test_loading.py tests/test_broken_checkpoints.py
+		$(PYTEST) -m "not packaging and not long" -k "not random_schedules" tests/kernels tests/test_imports.py \
+		$(addprefix tests/execution/test_,copy_batch.py device.py memory.py quantized_device.py window_decoding.py writing.py) \
+		tests/doors/in_memory
 
+# What a user without transformers can call, and what it says where that is not enough.
 test-without-transformers: $(VENV)/installed
 	@PYTHONPATH=$(CURDIR)/tests/hide HIDDEN_PACKAGES=transformers $(LEG) "without transformers" \
-		$(PYTEST) -m "not packaging and not long" $(filter-out $(KNOW_NO_TRANSFORMERS:%=tests/%),$(wildcard tests/test_*.py tests/*/))
+		$(PYTEST) -m "not packaging and not long" tests/cli tests/compiling tests/destinations tests/doors tests/integrations \
+		tests/quantized tests/upstream tests/whole/test_broken_checkpoints.py tests/whole/test_nothing_lost.py \
+		tests/test_examples.py tests/test_imports.py
 
-# Whole matrices, which take as long as all else; to be run before a change of what they are about is merged.
+# Whole matrices, which take longer than `test`: run them before a change of what they test is merged.
 test-long: $(VENV)/installed $(OTHER_TRANSFORMERS:%=test-long-transformers-%)
 	@$(LEG) "long tests" $(PYTEST) -m long tests
 
 test-long-transformers-%: $(VENV)/transformers-%/.installed
-	@PYTHONPATH=$(CURDIR)/$(VENV)/transformers-$* $(LEG) "long tests, transformers $*" $(PYTEST) -m long tests
+	@PYTHONPATH=$(CURDIR)/$(VENV)/transformers-$* $(LEG) "long tests, transformers $*" \
+		$(PYTEST) -m "not packaging" $(IMPORT_TRANSFORMERS)
 
 # A few seconds for each target, and the planted mistakes.
 test-fuzz: $(VENV)/atheris-3.0.0/.installed

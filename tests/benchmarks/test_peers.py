@@ -155,6 +155,7 @@ def test_every_peer_is_pinned():
         assert method.installed or f"{method.package}==" in pins
 
 
+@pytest.mark.long
 def test_runs_become_a_table_and_the_file_becomes_markdown(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(memory, "RETURN_SECONDS", 0.0)
     file, layout = tmp_path / "result.json", next(iter(LAYOUTS))

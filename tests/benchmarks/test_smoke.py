@@ -133,6 +133,7 @@ def test_upstream_is_stopped_once_it_knows_every_tensor(checkpoint, monkeypatch)
     assert all(parameter.is_meta for parameter in model.parameters())
 
 
+@pytest.mark.long
 def test_from_pretrained_is_timed_with_the_hook_and_without(tmp_path, capsys):
     file = tmp_path / "result.json"
     arguments = ["--size", "small", "--repetitions", "1", "--directory", str(tmp_path), "--json", str(file)]
@@ -156,6 +157,7 @@ def test_all_ways_of_saving_and_converting_make_the_same_tensors(tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"big", "tiny"}
 
 
+@pytest.mark.long
 def test_saving_runs_its_workers_and_prints_a_table_now_and_later(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(memory, "RETURN_SECONDS", 0.0)
     file = tmp_path / "result.json"
@@ -231,6 +233,7 @@ def test_numbers_that_are_not_ours_are_counted_and_give_no_number():
         dequant.check({"a": [same | {"digest": "one"}], "b": [same | {"digest": "another"}]})
 
 
+@pytest.mark.long
 def test_ranks_load_in_all_ways_and_each_ends_with_the_same_parts(tmp_path, capsys):
     file = tmp_path / "result.json"
     sharded.main(["--smoke", "--repetitions", "1", "--directory", str(tmp_path), "--json", str(file)])

@@ -1,13 +1,17 @@
-"""What all executors are watched by."""
+"""What all executors are watched by, and what several files of tests load."""
 
 from __future__ import annotations
 
+import itertools
 import threading
 from collections.abc import Callable
 
 import pytest
 
 from automodel_conv.files import system
+from automodel_conv.schedule import host as schedule
+from tests.execution.device_loads import Case
+from tests.execution.support import LAYOUTS, moe, naive, plan_of
 
 
 class Calls:
@@ -59,3 +63,24 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
         monkeypatch.setattr(system, name, watched(getattr(system, name)))
     monkeypatch.setattr(system, "close", closed)
     return seen
+
+
+@pytest.fixture
+def small_portions(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Jobs of a few hundred bytes, so that a small checkpoint makes many."""
+    monkeypatch.setattr(schedule, "_LEAST_JOB_BYTES", 256)
+    monkeypatch.setattr(schedule, "RUN_BYTES", 256)
+    monkeypatch.setattr(schedule, "_SLAB_BYTES", 256)
+
+
+@pytest.fixture(scope="module")
+def cases(tmp_path_factory):
+    """Each layout, with and without a cast, over several windows and many chunks; and one with no window."""
+    made = []
+    for layout, code in itertools.product(LAYOUTS, ("BF16", "F32")):
+        directory = tmp_path_factory.mktemp("case")
+        tensors, checkpoint, plan = moe(directory, *LAYOUTS[layout], pad=len(made) % 3, shape=(7, 18, 26))
+        targets = [t._replace(dtype=code) if t.name != "norm" else t for t in plan.targets]
+        plan = plan_of(plan.sources, *targets)
+        made.append(Case(checkpoint, plan, naive(plan, tensors)))
+    return made

@@ -29,8 +29,8 @@ from automodel_conv.schedule.writes import filled_ranges
 from automodel_conv.testing import POISON, address_valued
 from tests.execution.simulated import SimulatedDevice
 from tests.execution.support import LAYOUTS, MERGE, moe, naive, plan_of, table, target
-from tests.execution.test_slabs import laid_out, random_case, raw
-from tests.planning.test_regions import coordinates, random_mesh, random_placements, torch_part
+from tests.planning.parts import coordinates, random_mesh, random_placements, torch_part
+from tests.schedule.test_writes import laid_out, random_case, raw
 
 SEEDS = st.integers(0, 2**32)
 # Of a slab: for elements of any width.

@@ -23,7 +23,7 @@ from tests.execution.simulated import SimulatedDevice
 from tests.execution.strict import StrictDevice, first_load, outside_of_modes
 from tests.execution.support import columns
 from tests.quantized.test_schemes import PRODUCERS, weight, write
-from tests.test_memory_budget import torch_peak
+from tests.whole.test_memory_budget import torch_peak
 
 pytest.importorskip("transformers", reason="producers are transformers, and compressed-tensors, which needs it")
 __all__ = ["calls", "first_load"]  # fixtures

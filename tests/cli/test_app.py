@@ -1,0 +1,272 @@
+"""The commands ``plan``, ``load`` and ``verify``: what they print, what they read, and how they end."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import automodel_conv
+from automodel_conv.cli import demo
+from automodel_conv.planning.plan import CopyPlan
+from automodel_conv.upstream.registry import transformers_available
+from tests.cli.support import GATE_UP, run, value
+
+HIDE = Path(__file__).parents[1] / "hide"
+BARS = {"convert": "converting", "verify": "verifying"}
+needs_transformers = pytest.mark.skipif(not transformers_available(), reason="builds a model of transformers")
+
+
+def test_plan_without_a_model_prints_a_summary_from_headers_alone(plain, no_tensor_data):
+    result = run("plan", plain, "--no-model", "--explain", "a.weight")
+    assert result.exit_code == 0, result.output
+    assert "reads 0.000 GB" in result.stdout
+    assert "a.weight  F32 [2, 3]  24 bytes  (read)" in result.stdout
+
+
+def test_reading_tensor_data_is_noticed(plain, no_tensor_data):
+    with pytest.raises(AssertionError, match="beyond the header"):
+        automodel_conv.load_state_dict(plain, rules=[])
+
+
+@needs_transformers
+def test_plan_explains_where_every_part_of_a_target_comes_from(moe, no_tensor_data):
+    result = run("plan", moe, "--explain", GATE_UP)
+    assert result.exit_code == 0, result.output
+    assert f"{GATE_UP}  BF16 [3, 64, 64]" in result.stdout
+    for expert in range(demo.TINY.experts):
+        for part in ("gate_proj", "up_proj"):
+            assert f"model.layers.1.mlp.experts.{expert}.{part}.weight BF16 [32, 64]" in result.stdout
+
+
+@needs_transformers
+def test_plan_in_another_layout_names_its_targets(moe):
+    target = GATE_UP.replace("gate_up_proj", "gate_and_up_projs")
+    result = run("plan", moe, "--layout", "nemo", "--explain", target)
+    assert result.exit_code == 0, result.output
+    assert f"{target}  BF16 [3, 64, 64]" in result.stdout
+
+
+def test_plan_written_as_json_reads_back(plain, tmp_path):
+    file = tmp_path / "plan.json"
+    assert run("plan", plain, "--no-model", "--json", file).exit_code == 0
+    assert CopyPlan.from_json(file.read_text()) == automodel_conv.compile_plan(plain, rules=[])
+    assert json.loads(file.read_text())
+
+
+def test_an_unknown_target_is_refused_with_names_like_it(plain):
+    result = run("plan", plain, "--no-model", "--explain", "x.a.weight")
+    assert result.exit_code == 2
+    assert "no target" in result.stderr
+    assert "a.weight" in result.stderr
+
+
+@pytest.fixture
+def big(tmp_path):
+    """Headers of 5.03 GB over files that are one hole each: four experts of 1 GB, another GB, and 1,024 small ones."""
+    files = {
+        "model-00001-of-00002.safetensors": {
+            "a.experts.w": ("F32", [4, 1000, 250_000]),
+            "b.experts.w": ("BF16", [1024, 2, 8192]),
+        },
+        "model-00002-of-00002.safetensors": {"norm.weight": ("F32", [1000, 250_000])},
+    }
+    for file, tensors in files.items():
+        header, stop = {}, 0
+        for name, (dtype, shape) in tensors.items():
+            start, stop = stop, stop + math.prod(shape) * {"F32": 4, "BF16": 2}[dtype]
+            header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [start, stop]}
+        text = json.dumps(header).encode()
+        text += b" " * (-len(text) % 8)
+        with (tmp_path / file).open("wb") as out:
+            out.write(len(text).to_bytes(8, "little") + text)
+            out.truncate(8 + len(text) + stop)
+    weight_map = {name: file for file, tensors in files.items() for name in tensors}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    return tmp_path
+
+
+A_RANK_READS = {
+    # Least, median and most. An expert, 1 GB, is 239 reads of at most 4 MiB; 256 small ones, 8.4 MB, are two; the other
+    # file again 239.
+    "ep=4": {
+        "holds, GB": "2.008 2.008 2.008",
+        "reads, GB": "2.008 2.008 2.008",
+        "reads a byte it holds, times": "1.000 1.000 1.000",
+        "reads of neighbouring bytes": "480 480 480",
+        "files": "2 2 2",
+        "reads a file": "240.0 240.0 240.0",
+        "caption": "4 ranks; imbalance: the largest share is 1.000 of the mean",
+    },
+    # Four experts over three ranks: 2, 2, 0; of the small ones 342, 342, 340; the other GB on all.
+    "ep=3": {
+        "holds, GB": "1.011 3.011 3.011",
+        "reads, GB": "1.011 3.011 3.011",
+        "reads a byte it holds, times": "1.000 1.000 1.000",
+        "files": "2 2 2",
+        "caption": "3 ranks; imbalance: the largest share is 1.284 of the mean",
+    },
+    # Experts over both: 2 of 4, half of the rows; the other GB in four parts. Of the small ones 512, a row of each.
+    "ep=2,fsdp=2": {"holds, GB": "1.258 1.258 1.258", "files": "2 2 2"},
+    "replicate=2,fsdp=2": {"holds, GB": "2.517 2.517 2.517", "reads a byte it holds, times": "1.000 1.000 1.000"},
+    "replicate=3": {"holds, GB": "5.034 5.034 5.034", "caption": "3 ranks; imbalance: the largest share is 1.000"},
+    # More than are looked at; most of them have none of the first tensor, and all one small expert.
+    "ep=1024": {"holds, GB": "1.000 1.000 2.000", "caption": "1024 ranks, 64 of them looked at"},
+}
+
+
+@pytest.mark.parametrize("mesh", A_RANK_READS)
+def test_plan_for_a_mesh_tells_what_each_rank_reads(big, mesh, no_tensor_data):
+    result = run("plan", big, "--no-model", "--mesh", mesh)
+    assert result.exit_code == 0, result.output
+    wanted = dict(A_RANK_READS[mesh])
+    assert wanted.pop("caption", "") in " ".join(result.stdout.split())
+    for label, numbers in wanted.items():
+        assert value(result.stdout, label).replace("│", " ").split() == numbers.split(), label
+
+
+def test_rows_that_lie_near_each_other_are_read_with_what_is_between_them(tmp_path):
+    """A row of 16 KiB of each expert: slabs of 1 MiB, 32 rows and the 31 between them."""
+    save_file({"experts.w": torch.zeros(1024, 2, 8192, dtype=torch.bfloat16)}, tmp_path / "model.safetensors")
+    result = run("plan", tmp_path, "--no-model", "--mesh", "ep=1,fsdp=2")
+    assert result.exit_code == 0, result.output
+    wanted = {
+        "holds, GB": "0.017",
+        "reads, GB": "0.033",
+        "reads a byte it holds, times": "1.969",
+        "reads of neighbouring bytes": "32",
+        "reads a file": "32.0",
+    }
+    for label, number in wanted.items():
+        assert value(result.stdout, label).replace("│", " ").split() == [number] * 3, label
+
+
+@pytest.mark.parametrize(
+    "mesh", ["", "ep", "ep=", "ep=0", "ep=-2", "ep=2.5", "ep=two", "ep=2,", "ep=2,ep=4", "tp=2", "ep=2 fsdp=2", "64"]
+)
+def test_what_is_no_mesh_is_one_error_that_shows_one(plain, mesh):
+    result = run("plan", plain, "--no-model", "--mesh", mesh)
+    assert result.exit_code == 1
+    assert result.stderr.startswith("error: not a mesh\n")
+    assert "ep=64,fsdp=8" in result.stderr
+    assert repr(mesh) in result.stderr
+    assert not result.stdout
+
+
+@needs_transformers
+def test_load_reports_bytes_phases_and_names(moe):
+    result = run("load", moe, "--threads", "1", "--dtype", "float32", "--no-progress")
+    assert result.exit_code == 0, result.output
+    for label in ("GB/s", "open", "plan", "read", "peak extra memory", "missing", "unexpected"):
+        assert label in result.stdout
+
+
+@needs_transformers
+def test_load_draws_a_bar_when_asked(moe):
+    assert "loading" in run("load", moe, "--progress").stderr
+    assert "loading" not in run("load", moe).stderr
+
+
+@needs_transformers
+def test_load_counts_what_does_not_fit_only_when_not_strict(moe, tmp_path):
+    for path in moe.iterdir():
+        (tmp_path / path.name).symlink_to(path)
+    config = json.loads((moe / "config.json").read_text())
+    (tmp_path / "config.json").unlink()
+    (tmp_path / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 1}))
+    refused = run("load", tmp_path)
+    assert refused.exit_code == 1
+    assert "unexpected" in refused.stderr
+    result = run("load", tmp_path, "--no-strict")
+    assert result.exit_code == 0, result.output
+    [unexpected] = [line for line in result.stdout.splitlines() if "unexpected" in line]
+    assert int(unexpected.strip("│ ").split()[-1]) > 0
+
+
+def test_an_unknown_dtype_is_refused(plain):
+    result = run("load", plain, "--dtype", "Tensor")
+    assert result.exit_code == 2
+    assert "no dtype 'Tensor'" in result.stderr
+
+
+def test_verify_names_the_first_element_that_differs(plain, tmp_path):
+    new = tmp_path / "new"
+    assert run("convert", plain, new, "--no-model").exit_code == 0
+    result = run("verify", plain, new)
+    assert result.exit_code == 0, result.output
+    assert "2 tensors in 1 files" in result.stdout
+    file = new / "model.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-3] ^= 1
+    file.write_bytes(data)
+    result = run("verify", plain, new)
+    assert result.exit_code == 1
+    assert result.stderr.startswith("error: b is not what the source makes it\n")
+    assert "[1] of F32 [2]" in result.stderr
+
+
+def test_verify_alone_compares_with_checksums(plain, tmp_path):
+    new = tmp_path / "new"
+    assert run("verify", plain).exit_code == 1
+    assert run("convert", plain, new, "--no-model", "--checksums").exit_code == 0
+    result = run("verify", new)
+    assert result.exit_code == 0, result.output
+    assert "all have their checksums" in result.stdout
+    file = new / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1] + b"!")
+    result = run("verify", new)
+    assert result.exit_code == 1
+    assert "b in" in result.stderr
+
+
+@needs_transformers
+def test_load_verifies_checksums_when_asked(moe):
+    result = run("load", moe, "--verify")
+    assert result.exit_code == 1
+    assert "no checksums" in result.stderr
+
+
+@pytest.mark.parametrize("command", BARS)
+def test_convert_and_verify_draw_a_bar_when_asked(plain, tmp_path, command):
+    new = tmp_path / "new"
+    if command == "verify":
+        assert run("convert", plain, new, "--no-model").exit_code == 0
+    for shown in (True, False):
+        result = run(command, plain, new, "--no-model", "--progress" if shown else "--no-progress")
+        assert result.exit_code == 0, result.output
+        assert (BARS[command] in result.stderr) == shown
+        if command == "convert":
+            new = tmp_path / "another"
+
+
+def test_version_is_the_package_s():
+    assert run("--version").stdout.strip() == automodel_conv.__version__
+
+
+def python(*arguments, **variables):
+    return subprocess.run(
+        [sys.executable, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, **variables},
+        cwd=Path(automodel_conv.__file__).parent.parent,
+    )
+
+
+def test_help_and_plain_plans_work_without_transformers(plain):
+    path = os.pathsep.join(filter(None, [str(HIDE), os.environ.get("PYTHONPATH")]))
+    hidden = {"PYTHONPATH": path, "HIDDEN_PACKAGES": "transformers"}
+    usage = python("-m", "automodel_conv", "--help", **hidden)
+    assert usage.returncode == 0, usage.stderr
+    assert all(command in usage.stdout for command in ("plan", "load", "convert", "verify", "demo"))
+    planned = python("-m", "automodel_conv", "plan", plain, "--no-model", **hidden)
+    assert planned.returncode == 0, planned.stderr
+    refused = python("-m", "automodel_conv", "demo", **hidden)
+    assert refused.returncode == 1
+    assert "pip install transformers" in refused.stderr
+    assert "Traceback" not in refused.stderr

@@ -1,0 +1,188 @@
+"""The command ``convert``: there and back, dry, interrupted and called again."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import automodel_conv
+from automodel_conv.files import system
+from automodel_conv.files.staging import STAGING_NAME
+from automodel_conv.upstream.registry import transformers_available
+from tests.cli.support import run, value
+
+needs_transformers = pytest.mark.skipif(not transformers_available(), reason="builds a model of transformers")
+
+
+def bytes_in(directory: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in directory.glob("*.safetensors")}
+
+
+@needs_transformers
+def test_convert_and_back_gives_the_first_bytes_and_says_what_it_did(moe, tmp_path):
+    grouped, back = tmp_path / "grouped", tmp_path / "back"
+    result = run("convert", moe, grouped, "--layout", "nemo", "--max-shard-size", "30KB")
+    assert result.exit_code == 0, result.output
+    assert "read back and compared" in result.stdout
+    files = bytes_in(grouped)
+    assert value(result.stdout, "files") == str(len(files)) != "1"
+    assert value(result.stdout, "of these finished before") == "0"
+    for label in ("written", "speed", "seconds", "peak extra memory", "left out"):
+        assert label in result.stdout
+    result = run("convert", grouped, back, "--layout", "per_expert", "--source-layout", "nemo", "--threads", "1")
+    assert result.exit_code == 0, result.output
+    result = run("verify", moe, back, "--no-model")
+    assert result.exit_code == 0, result.output
+    assert "39 tensors in 1 files" in result.stdout
+
+
+def test_a_dry_run_says_what_is_needed_and_writes_nothing(plain, no_tensor_data, tmp_path):
+    before = sorted(tmp_path.rglob("*"))
+    result = run("convert", plain, tmp_path / "new" / "er", "--no-model", "--max-shard-size", "10B", "--dry-run")
+    assert result.exit_code == 0, result.output
+    assert "reads 0.000 GB" in result.stdout
+    assert value(result.stdout, "files") == "2"
+    for label in ("reads", "writes", "needs on the disk", "free there", "left out"):
+        assert label in result.stdout
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_dry_run_fails_where_the_disk_has_no_room(plain, tmp_path, monkeypatch):
+    monkeypatch.setattr(system, "free_bytes", lambda directory: 100)
+    result = run("convert", plain, tmp_path / "new", "--no-model", "--dry-run")
+    assert result.exit_code == 1
+    assert result.stderr.startswith("error: the disk has too little room\n")
+    assert "found:    100" in result.stderr
+    assert "needs on the disk" in result.stdout
+    # What an unfinished work has taken there is free for its end, or for another one.
+    (tmp_path / "new" / STAGING_NAME).mkdir(parents=True)
+    (tmp_path / "new" / STAGING_NAME / "model.safetensors").write_bytes(bytes(5000))
+    result = run("convert", plain, tmp_path / "new", "--no-model", "--dry-run")
+    assert result.exit_code == 0, result.output
+    assert value(result.stdout, "unfinished work there") == "yes"
+
+
+def test_a_dry_run_fails_where_a_checkpoint_lies(plain):
+    result = run("convert", plain, plain, "--no-model", "--dry-run")
+    assert result.exit_code == 1
+    assert result.stderr.startswith("error: the directory holds a checkpoint already\n")
+
+
+@needs_transformers
+def test_tensors_that_are_carried_or_left_out_are_named(moe, tmp_path):
+    source = tmp_path / "source"
+    source.mkdir()
+    for path in moe.iterdir():
+        (source / path.name).symlink_to(path)
+    index = json.loads((moe / "model.safetensors.index.json").read_text())
+    name = "model.layers.0.self_attn.rotary_emb.inv_freq"
+    save_file({name: torch.ones(2)}, source / "more.safetensors")
+    index["weight_map"][name] = "more.safetensors"
+    (source / "model.safetensors.index.json").unlink()
+    (source / "model.safetensors.index.json").write_text(json.dumps(index))
+    for arguments in (["--dry-run"], []):
+        result = run("convert", source, tmp_path / "new", *arguments)
+        assert result.exit_code == 0, result.output
+        assert value(result.stdout, "carried as they are") == "1"
+        assert f"    {name}\n" in result.stdout
+    result = run("convert", source, tmp_path / "less", "--drop", "*.inv_freq")
+    assert result.exit_code == 0, result.output
+    assert value(result.stdout, "carried as they are") == "0"
+    assert value(result.stdout, "left out") == "1"
+    assert f"left out:\n    {name}\n" in result.stdout
+    assert run("verify", source, tmp_path / "less", "--drop", "*.inv_freq").exit_code == 0
+    for command in ("plan", "load"):
+        result = run(command, source)
+        assert result.exit_code == 0, result.output
+        assert f"left out:\n    {name}\n" in result.stdout
+
+
+@needs_transformers
+def test_dropping_is_advised_where_a_carried_tensor_has_the_name_of_another_one(moe, tmp_path):
+    source = tmp_path / "source"
+    source.mkdir()
+    for path in moe.iterdir():
+        (source / path.name).symlink_to(path)
+    name = "model.layers.0.mlp.experts.gate_and_up_projs"
+    save_file({name: torch.ones(2)}, source / "more.safetensors")
+    index = json.loads((moe / "model.safetensors.index.json").read_text())
+    index["weight_map"][name] = "more.safetensors"
+    (source / "model.safetensors.index.json").unlink()
+    (source / "model.safetensors.index.json").write_text(json.dumps(index))
+    result = run("convert", source, tmp_path / "new", "--layout", "nemo")
+    assert result.exit_code == 1
+    assert name in result.stderr
+    assert "leave them out with --drop" in result.stderr
+
+
+def test_a_conversion_that_was_complete_says_so(plain, tmp_path):
+    command = ["convert", plain, tmp_path / "new", "--no-model"]
+    assert run(*command).exit_code == 0
+    result = run(*command)
+    assert result.exit_code == 0, result.output
+    assert result.stdout.startswith("this conversion was complete")
+
+
+def test_an_interrupted_conversion_says_so_and_the_same_command_goes_on(plain, tmp_path, monkeypatch):
+    command = ["convert", plain, tmp_path / "new", "--no-model", "--max-shard-size", "10B"]
+    stock, calls = system.create, []
+
+    def interrupted(path):
+        calls.append(path)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return stock(path)
+
+    monkeypatch.setattr(system, "create", interrupted)
+    result = run(*command)
+    assert result.exit_code == 130
+    assert result.stderr == "interrupted: the same command goes on with the files that are not finished\n"
+    assert not bytes_in(tmp_path / "new")
+    monkeypatch.setattr(system, "create", stock)
+    result = run(*command)
+    assert result.exit_code == 0, result.output
+    assert value(result.stdout, "of these finished before") == "1"
+    assert run("verify", plain, tmp_path / "new").exit_code == 0
+
+
+@pytest.mark.parametrize(
+    ("option", "key", "wanted"),
+    [
+        ([], "resume", True),
+        (["--no-resume"], "resume", False),
+        ([], "verify", True),
+        (["--no-verify"], "verify", False),
+        ([], "rules", None),
+        (["--no-model"], "rules", []),
+        (["--dtype", "float16"], "dtype", torch.float16),
+        ([], "dequantize", False),
+        (["--dequantize"], "dequantize", True),
+        (["--max-shard-size", "1MB"], "max_shard_size", "1MB"),
+        (["--checksums"], "checksums", True),
+        (["--threads", "3"], "threads", 3),
+        ([], "progress", False),
+        (["--progress"], "progress", True),
+    ],
+)
+def test_options_of_convert_reach_it(plain, tmp_path, monkeypatch, option, key, wanted):
+    seen = {}
+
+    def convert(source, destination, **arguments):
+        seen.update(arguments)
+        raise automodel_conv.UnsupportedError("seen")
+
+    monkeypatch.setattr("automodel_conv.convert_checkpoint", convert)
+    assert run("convert", plain, tmp_path / "new", *option).stderr == "error: seen\n"
+    assert seen[key] == wanted
+
+
+def test_interrupted_without_resume_the_message_names_the_other_option(plain, tmp_path, monkeypatch):
+    def convert(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("automodel_conv.convert_checkpoint", convert)
+    result = run("convert", plain, tmp_path / "new", "--no-resume")
+    assert result.exit_code == 130
+    assert "with --resume" in result.stderr

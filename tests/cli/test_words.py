@@ -1,0 +1,116 @@
+"""Errors on the command line: one line without a traceback, in the words of the command."""
+
+import json
+import re
+
+import pytest
+from typer.main import get_command
+
+from automodel_conv.cli import words
+from automodel_conv.cli.app import app
+from automodel_conv.files.staging import STAGING_NAME
+from automodel_conv.upstream.registry import transformers_available
+from tests.cli.support import run
+
+needs_transformers = pytest.mark.skipif(not transformers_available(), reason="builds a model of transformers")
+
+
+@pytest.mark.parametrize("command", [("plan",), ("load",), ("verify",), ("convert", "new")], ids=lambda c: c[0])
+def test_an_error_of_this_package_is_printed_without_a_traceback(tmp_path, command):
+    result = run(command[0], tmp_path / "nothing.safetensors", *command[1:])
+    assert result.exit_code == 1
+    assert result.stderr.startswith("error: no such checkpoint\n  where:")
+    assert "Traceback" not in result.output
+
+
+WRONG = {
+    "no mesh": (["plan", "{plain}", "--no-model", "--mesh", "garbage"], ["not a mesh"]),
+    "no folder for JSON": (["plan", "{plain}", "--no-model", "--json", "/nonexistent/x"], ["--json", "No such file"]),
+    "a folder for JSON": (["plan", "{plain}", "--no-model", "--json", "{new}/.."], ["--json", "directory"]),
+    "no device": (["load", "{plain}", "--device", "gpu"], ["not a device", '"cpu"', "gpu"]),
+    "a number below zero": (["load", "{plain}", "--device", "-1"], ["not a device", "-1"]),
+    "a device that is not there": (["load", "{plain}", "--device", "cuda:99"], ["cannot load to cuda:99"]),
+    "another kind of device": (["load", "{plain}", "--device", "mps"], ["cannot load to mps", '"cpu"']),
+    "no data": (["load", "{plain}", "--device", "meta"], ["holds no data", "automodel-conv plan"]),
+    "no dtype": (["load", "{plain}", "--dtype", "garbage"], ["garbage"]),
+    "no numbers": (["convert", "{plain}", "{new}", "--no-model", "--dtype", "int8"], ["floating torch dtype"]),
+    "no threads": (["convert", "{plain}", "{new}", "--threads", "0"], ["--threads"]),
+    "no size": (["convert", "{plain}", "{new}", "--no-model", "--max-shard-size", "garbage"], ["not a size"]),
+    "an endless size": (["convert", "{plain}", "{new}", "--no-model", "--max-shard-size", "9e999GB"], ["not a size"]),
+    "a layout spelled alike": (["convert", "{plain}", "{new}", "--layout", "per-expert"], ["write 'per_expert'"]),
+    "a layout that loads lack": (["load", "{plain}", "--layout", "per_expert"], ["convert --layout per_expert"]),
+    "a file for a folder": (["convert", "{plain}", "{plain}/b", "--no-model"], ["cannot write to a directory"]),
+    "no checksums": (["verify", "{plain}"], ["automodel-conv convert --checksums"]),
+    "no config": (["convert", "{plain}", "{new}"], ["config.json", "--no-model"]),
+    "no bytes to time": (["bench", "{plain}", "--no-model", "--most", "0"], ["not a size"]),
+    "no weights to time": (["bench", "{plain}/b"], ["not in the safetensors format"]),
+    "no folder for the demo": (["demo", "--directory", "/nonexistent"], ["cannot write to a directory"]),
+    "a file for the demo": (["demo", "--directory", "{plain}/b"], ["cannot write to a directory"]),
+}
+
+PYTHONS_WORDS = re.compile(r"\b[a-z]\w*=|\w+\(\)|resume=|rules=")
+
+
+@needs_transformers
+@pytest.mark.parametrize(("arguments", "words"), WRONG.values(), ids=WRONG)
+def test_what_a_command_cannot_use_is_one_error_in_its_words(plain, tmp_path, arguments, words):
+    (plain / "b").write_text("a file")
+    result = run(*(argument.format(plain=plain, new=tmp_path / "new") for argument in arguments))
+    assert isinstance(result.exception, SystemExit), result.exception
+    assert result.exit_code in (1, 2)
+    for word in words:
+        assert word in result.stderr
+    advice = result.stderr.partition("  do: ")[2]
+    assert not PYTHONS_WORDS.search(advice), advice
+    assert not (tmp_path / "new").exists()
+
+
+@needs_transformers
+def test_a_command_advises_the_options_that_it_has(moe, tmp_path):
+    for file in moe.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 9}))
+    plan, load, convert = run("plan", tmp_path), run("load", tmp_path), run("convert", tmp_path, tmp_path / "new")
+    for result in (plan, load, convert):
+        assert result.exit_code == 1
+        assert "missing" in result.stderr
+        assert "strict=" not in result.stderr
+    assert "--no-strict loads what fits" in load.stderr
+    assert "strict" not in plan.stderr + convert.stderr
+
+
+@needs_transformers
+def test_a_command_advises_no_option_of_another_one(moe, tmp_path):
+    for file in moe.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"dtype": "int8"}))
+    plan, load, convert = run("plan", tmp_path), run("load", tmp_path), run("convert", tmp_path, tmp_path / "new")
+    for result, options in ((plan, {"--no-model"}), (load, {"--dtype"}), (convert, {"--no-model", "--dtype"})):
+        assert result.exit_code == 1
+        assert set(re.findall(r"--[\w-]+", result.stderr)) == options
+
+
+def test_a_conversion_of_another_kind_is_started_anew_by_an_option(plain, tmp_path):
+    staging = tmp_path / "new" / STAGING_NAME
+    staging.mkdir(parents=True)
+    (staging / "journal.jsonl").write_text('{"work": {"files": []}}\n')
+    result = run("convert", plain, tmp_path / "new", "--no-model")
+    assert "start anew with --no-resume" in result.stderr
+    assert "resume=" not in result.stderr
+
+
+def test_every_option_that_errors_name_is_there():
+    options = {option for command in get_command(app).commands.values() for p in command.params for option in p.opts}
+    options |= {o for command in get_command(app).commands.values() for p in command.params for o in p.secondary_opts}
+    said = " ".join([*words.IN_OPTIONS.values(), *words.IN_COMMANDS.values()])
+    assert set(re.findall(r"--[\w-]+", said)) <= options
+
+
+def test_any_other_exception_propagates(plain, monkeypatch):
+    def broken(*args, **kwargs):
+        raise ZeroDivisionError
+
+    monkeypatch.setattr("automodel_conv.compile_plan", broken)
+    assert isinstance(run("plan", plain).exception, ZeroDivisionError)

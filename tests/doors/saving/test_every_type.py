@@ -1,0 +1,78 @@
+"""Models of every type straight to files: what ``save_pretrained`` writes, and upstream loads."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+import automodel_conv as amc
+from automodel_conv.testing import POISON
+from tests.comparing import assert_same, contents, tensors_of
+from tests.doors.saving.support import NAMES, loaded_by_upstream
+
+if NAMES:
+    from tests.model_zoo import OTHER_ORDER, save_upstream
+
+needs_transformers = pytest.mark.skipif(not NAMES, reason="transformers is not installed")
+
+
+def quarter(model):
+    return sum(tensor.nbytes for tensor in model.state_dict().values()) // 4
+
+
+class Case:
+    """A model that upstream loaded, and what upstream writes of it, in several files."""
+
+    def __init__(self, name, directory):
+        self.name, self.directory = name, directory
+        self.model = loaded_by_upstream(name, directory / "published")
+        self.most_bytes = quarter(self.model)
+        self.expected = directory / "upstream"
+        save_upstream(self.model, self.expected, self.most_bytes)
+
+    def assert_is_upstreams(self, directory):
+        if self.name not in OTHER_ORDER:
+            assert contents(directory) == contents(self.expected)
+        assert_same(tensors_of(directory), tensors_of(self.expected))
+
+
+@pytest.fixture(scope="module", params=NAMES)
+def case(request, tmp_path_factory):
+    return Case(request.param, tmp_path_factory.mktemp(request.param.replace("+", "-")))
+
+
+@pytest.mark.sweep
+def test_what_upstream_loaded_is_saved_as_upstream_saves_it(case, tmp_path):
+    report = amc.save_checkpoint(case.model, tmp_path, max_shard_size=case.most_bytes)
+    case.assert_is_upstreams(tmp_path)
+    assert sorted(report.files) == sorted(path.name for path in tmp_path.glob("*.safetensors"))
+    assert report.bytes_written == sum(path.stat().st_size for path in tmp_path.glob("*.safetensors"))
+
+
+@pytest.mark.sweep
+def test_what_we_load_and_save_is_what_it_was_and_upstream_loads_it(case, tmp_path):
+    model = copy.deepcopy(case.model)
+    for tensor in model.state_dict().values():
+        tensor.reshape(-1).view(torch.uint8).fill_(POISON)
+    amc.load_model(model, case.expected, strict=False)
+    amc.save_checkpoint(model, tmp_path, max_shard_size=case.most_bytes)
+    case.assert_is_upstreams(tmp_path)
+    again = type(model).from_pretrained(tmp_path)
+    assert_same(again.state_dict(), case.model.state_dict())
+
+
+@pytest.mark.sweep
+def test_a_reference_gives_its_names_and_files_back(case, tmp_path):
+    amc.save_checkpoint(case.model, tmp_path, reference=case.expected)
+    assert contents(tmp_path) == contents(case.expected)
+
+
+@pytest.mark.sweep
+@needs_transformers
+def test_exceptions_of_the_sweep_are_exceptions(tmp_path):
+    for name in OTHER_ORDER & set(NAMES):
+        case = Case(name, tmp_path / name)
+        amc.save_checkpoint(case.model, tmp_path / "made", max_shard_size=case.most_bytes)
+        assert contents(tmp_path / "made") != contents(case.expected)

@@ -1,0 +1,129 @@
+"""Equal matrices at any address between guards, and loops that move them."""
+
+import math
+import struct
+from typing import NamedTuple
+
+import torch
+
+from automodel_conv.kernels.address_table import matrices_at
+from automodel_conv.testing import address_valued
+from tests.kernels.support import CASTABLE
+
+POISON = 0x5C
+
+
+class Lot(NamedTuple):
+    """Equal matrices at arbitrary places of one buffer of raw bytes."""
+
+    raw: bytearray
+    offsets: list[int]
+    shape: tuple[int, int]
+    row_stride: int
+    dtype: torch.dtype
+
+    def at(self, matrix, row, column):
+        return self.offsets[matrix] + (row * self.row_stride + column) * self.dtype.itemsize
+
+    def read(self, matrix, row, column):
+        at = self.at(matrix, row, column)
+        return bytes(self.raw[at : at + self.dtype.itemsize])
+
+    def write(self, matrix, row, column, value):
+        at = self.at(matrix, row, column)
+        self.raw[at : at + self.dtype.itemsize] = value
+
+    @property
+    def tensor(self):
+        return torch.frombuffer(self.raw, dtype=torch.uint8)
+
+    @property
+    def matrices(self):
+        return matrices_at(self.tensor, self.offsets, self.shape, self.row_stride, self.dtype)
+
+
+def lot(shape, dtype, phases, gap, *, poisoned=False):
+    """One matrix for each phase, which starts that many bytes past a multiple of 16; ``gap`` elements between rows."""
+    rows, columns = shape
+    stride = columns + gap
+    size = max(rows * stride * dtype.itemsize, 1)
+    step = -(-size // 16) * 16 + 64
+    raw = bytearray([POISON]) * (step * len(phases) + 64)
+    aligned = -torch.frombuffer(raw, dtype=torch.uint8).data_ptr() % 16
+    made = Lot(raw, [aligned + k * step + 16 + phase for k, phase in enumerate(phases)], shape, stride, dtype)
+    if not poisoned:
+        values = iter(address_valued((rows * columns * len(phases),), dtype).view(torch.uint8).tolist())
+        for k in range(len(phases)):
+            for r in range(rows):
+                for c in range(columns):
+                    made.write(k, r, c, bytes(next(values) for _ in range(dtype.itemsize)))
+    return made
+
+
+def number(value, dtype):
+    """The number that the bits of an element stand for."""
+    if dtype == torch.bfloat16:
+        return struct.unpack("<f", b"\0\0" + value)[0]
+    return struct.unpack("<e" if dtype == torch.float16 else "<f", value)[0]
+
+
+def rounded(value, src, dst):
+    """The element of ``dst`` nearest to one of ``src``, halfway to the even one; doubles hold every step."""
+    if src == dst:
+        return value
+    x = number(value, src)
+    fraction_bits, least, bias = {
+        torch.bfloat16: (7, -126, 127),
+        torch.float16: (10, -14, 15),
+        torch.float32: (23, -126, 127),
+    }[dst]
+    sign = (math.copysign(1, x) < 0) << (dst.itemsize * 8 - 1)
+    infinity = (2 * bias + 1) << fraction_bits
+    if math.isnan(x):
+        bits = infinity + 1
+    elif math.isinf(x):
+        bits = infinity
+    elif x == 0:
+        bits = 0
+    else:
+        exponent = max(math.frexp(abs(x))[1] - 1, least)
+        # round() is to nearest even.
+        units = round(math.ldexp(abs(x), fraction_bits - exponent))
+        bits = min(((exponent - least) << fraction_bits) + units, infinity)
+    return (bits | sign).to_bytes(dst.itemsize, "little")
+
+
+def same(found, expected, dtype):
+    if found == expected:
+        return True
+    return dtype in CASTABLE and math.isnan(number(found, dtype)) and math.isnan(number(expected, dtype))
+
+
+def check(dst, expected, *, cast):
+    """Bytes as expected, gaps and margins too; which NaN a cast makes of a NaN is open."""
+    for made, wanted in zip(dst, expected, strict=True):
+        if made.raw == wanted.raw:
+            continue
+        assert cast
+        for k in range(len(made.offsets)):
+            for r in range(made.shape[0]):
+                for c in range(made.shape[1]):
+                    assert same(made.read(k, r, c), wanted.read(k, r, c), made.dtype), (k, r, c)
+                    made.write(k, r, c, wanted.read(k, r, c))
+        assert made.raw == wanted.raw, "written outside of the matrices"
+
+
+def run(verb, dst, src, element):
+    """Call a verb and compare with a loop: element (k, r, c) of ``dst[n]`` is ``element(n, r, c)`` of a source."""
+    expected = [d._replace(raw=bytearray(d.raw)) for d in dst]
+    for n, wanted in enumerate(expected):
+        for k in range(len(wanted.offsets)):
+            for r in range(wanted.shape[0]):
+                for c in range(wanted.shape[1]):
+                    source, row, column = element(n, r, c)
+                    value = src[source].read(k, row, column)
+                    wanted.write(k, r, c, rounded(value, src[source].dtype, wanted.dtype))
+    before = [bytes(s.raw) for s in src]
+    verb(*(d.matrices for d in dst), *(s.matrices for s in src))
+    check(dst, expected, cast=dst[0].dtype != src[0].dtype)
+    assert [bytes(s.raw) for s in src] == before

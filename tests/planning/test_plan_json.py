@@ -1,0 +1,160 @@
+"""Plans as JSON: an equal plan comes back, and what was edited is proved again or refused."""
+
+import json
+from dataclasses import replace
+from functools import reduce
+from operator import getitem
+
+import pytest
+
+from automodel_conv.errors import ConversionError, CoverageError, UnsupportedError
+from automodel_conv.planning.boxes import Box, Piece
+from automodel_conv.planning.copies import Decode, SourceTable, StridedCopy, Target, group_pieces
+from automodel_conv.planning.plan import CopyPlan
+from automodel_conv.planning.quantization import quantized_table
+from tests.planning.oracles import addressed, execute
+from tests.planning.plans import experts_plan, plan_of, table, three_plans
+
+
+def test_json_gives_an_equal_plan_back():
+    for plan in (*three_plans(), three_plans()[0].then(three_plans()[1]), experts_plan().inverse()):
+        text = plan.to_json()
+        again = CopyPlan.from_json(text)
+        assert again == plan
+        assert again.to_json() == text
+        assert again.explain(plan.targets[0].name) == plan.explain(plan.targets[0].name)
+    left_out = replace(experts_plan(), missing=("m",), unexpected=("u",), mismatched=(("x", (1,), (2, 3)),))
+    assert CopyPlan.from_json(left_out.to_json()) == left_out
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("target_offsets", [0, 0, 24, 36]), ("source_offsets", [1, 0, 0, 0]), ("ordinals", [9, 2, 1, 3])],
+)
+def test_edited_json_is_proved_again(field, value):
+    data = json.loads(experts_plan().to_json())
+    fields = [*Box._fields, *StridedCopy._fields[1:]]
+    data["copies"][0][0][fields.index(field)] = value
+    with pytest.raises(CoverageError, match="gate_up"):
+        CopyPlan.from_json(json.dumps(data))
+
+
+def test_edited_sources_are_proved_again():
+    data = json.loads(experts_plan().to_json())
+    data["sources"][2][0] = [2, 4]
+    with pytest.raises(CoverageError, match=r"gate_up would read outside e\.0\.gate"):
+        CopyPlan.from_json(json.dumps(data))
+    data = json.loads(experts_plan().to_json())
+    data["targets"][0][4][0] = 99
+    with pytest.raises(CoverageError, match="gate_up"):
+        CopyPlan.from_json(json.dumps(data))
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("matrix", [8, 5]), ("block", [1, 2]), ("block", [0, 2]), ("scales", 0), ("zero_points", 1), ("global_scale", 1)],
+)
+def test_edited_parts_of_quantized_sources_do_not_fit(field, value):
+    stored = SourceTable(["w", "w_scale"], ["F8_E4M3", "F32"], [(8, 6), (2, 3)])
+    sources = quantized_table(stored, {"quant_method": "fp8", "weight_block_size": [4, 2]})
+    target = Target("w", "BF16", (8, 6), -1, (0,), group_pieces([Piece(0, Box((48,), (1,), (1,)), 0, 0)]))
+    plan = CopyPlan(sources, (target,))
+    assert CopyPlan.from_json(plan.to_json()) == plan
+    data = json.loads(plan.to_json())
+    data["decodes"][0][1][Decode._fields.index(field)] = value
+    with pytest.raises(UnsupportedError, match="the parts of w do not fit"):
+        CopyPlan.from_json(json.dumps(data))
+
+
+def test_what_is_no_box_over_all_sources_is_looked_at_piece_by_piece():
+    """Two walks of more steps than become boxes of their own, whose strides 3 and 2 do not divide each other."""
+    one, many, numel = range(5000), range(10_000), 27_000
+    copies = (
+        StridedCopy(Box((), (), ()), tuple(one), (0,) * 5000, tuple(3 * i for i in one)),
+        StridedCopy(Box((), (), ()), (5000,) * 10_000, tuple(many), tuple(3 * (i // 2) + 1 + i % 2 for i in many)),
+        StridedCopy(Box((6000,), (1,), (2,)), (5001, 5001), (0, 6000), (15_000, 15_001)),
+    )
+    shapes = [*[(1,)] * 5000, (10_000,), (12_000,)]
+    sources = SourceTable([f"s{i}" for i in range(5002)], ["BF16"] * 5002, shapes)
+    plan = plan_of(sources, [Target("a", "BF16", (numel,), -1, tuple(range(5002)), copies)])
+    halves = [Piece(0, Box((numel // 2,), (1,), (1,)), at, numel // 2 - at) for at in (0, numel // 2)]
+    middle = SourceTable(["a"], ["BF16"], [(numel,)])
+    swapped = plan.then(plan_of(middle, [Target("b", "BF16", (numel,), -1, (0,), group_pieces(halves))]))
+    values = addressed(sources)
+    made, then = execute(plan, values)["a"], execute(swapped, values)["b"]
+    assert then == made[numel // 2 :] + made[: numel // 2]
+
+
+@pytest.mark.parametrize("text", ["{}", "[]", "3", '{"version": 3}', "not json", ""])
+def test_other_text_is_no_plan(text):
+    with pytest.raises(UnsupportedError, match="not a plan"):
+        CopyPlan.from_json(text)
+
+
+def test_the_form_of_another_version_is_one_error_that_says_what_to_do():
+    text = experts_plan().to_json().replace('"version": 3', '"version": 2')
+    with pytest.raises(UnsupportedError, match=r"version 3\n.*version 2\n.*make the plan again"):
+        CopyPlan.from_json(text)
+
+
+def places_in(data, before=()):
+    """The ways to all that lies in some JSON."""
+    inner = data.items() if isinstance(data, dict) else enumerate(data) if isinstance(data, list) else ()
+    for key, value in inner:
+        yield (*before, key)
+        yield from places_in(value, (*before, key))
+
+
+def test_no_edit_of_json_is_more_than_an_error_of_ours():
+    plan = replace(experts_plan(), missing=("m",), mismatched=(("x", (1,), (2, 3)),), tied=(("a", "b"),), layout="nemo")
+    text = plan.to_json()
+    accepted = set()
+    for path in list(places_in(json.loads(text))):
+        for value in (None, True, -1, 1.5, 10**30, "x", [], {}, [["a"]]):
+            data = json.loads(text)
+            place = reduce(getitem, path[:-1], data)
+            if type(place[path[-1]]) is type(value) or place[path[-1]] == value:
+                continue
+            place[path[-1]] = value
+            try:
+                CopyPlan.from_json(json.dumps(data))
+                accepted.add((path[0], repr(value)))
+            except ConversionError:
+                pass
+    assert accepted == {("layouts", "None"), ("layouts", "'x'")}
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "told"),
+    [
+        (("copies", 0, 0, 0), [2, -6], "negative size"),
+        (("sources", 2, 0), [-3, -4], "negative size"),
+        (("copies", 0, 0, 1), [1, 1, 1], "differ in length"),
+        (("copies", 0, 0, 4), [0], "differ in length"),
+        (("targets", 0, 5), -1, "unknown copies"),
+        (("targets", 0, 5), 99, "unknown copies"),
+        (("targets", 0, 3), 99, "unknown rules"),
+        (("sources", 0), [], "differ in length"),
+        (("hidden",), [-1], "no sources"),
+    ],
+    ids=str,
+)
+def test_lengths_rows_and_sizes_in_json_are_looked_at(path, value, told):
+    data = json.loads(experts_plan().to_json())
+    reduce(getitem, path[:-1], data)[path[-1]] = value
+    with pytest.raises(UnsupportedError, match=told):
+        CopyPlan.from_json(json.dumps(data))
+
+
+def test_unknown_dtypes_in_json_are_named():
+    text = experts_plan().to_json().replace("BF16", "F13")
+    with pytest.raises(UnsupportedError, match="F13"):
+        CopyPlan.from_json(text)
+
+
+def test_json_shares_equal_copies():
+    sources = table(**{f"e__{i}": (4,) for i in range(50)})
+    copies = group_pieces([Piece(0, Box((4,), (1,), (1,)), 0, 0)])
+    targets = [Target(f"t.{i}", "BF16", (4,), -1, (i,), copies) for i in range(50)]
+    data = json.loads(plan_of(sources, targets).to_json())
+    assert len(data["copies"]) == 1

@@ -1,0 +1,184 @@
+"""Every operation, and every chain that is registered, against transformers' own ``convert``."""
+
+import random
+from math import prod
+from types import SimpleNamespace
+
+import pytest
+import torch
+from hypothesis import given, settings
+
+from automodel_conv.planning.compiler import compile_targets
+from automodel_conv.planning.copies import SourceTable
+from automodel_conv.upstream.rules import RuleSet
+from tests.planning import oracles
+from tests.planning.operation_cases import CASES, HEADS, SEEDS, each_operation, lowered
+from tests.planning.oracles import flat
+
+
+class Config(SimpleNamespace):
+    def get_text_config(self):
+        return self
+
+
+def model_with(shapes, **config):
+    """As much of a model as operations look at."""
+    return SimpleNamespace(
+        config=Config(num_attention_heads=HEADS, **config),
+        get_parameter=lambda name: torch.empty(shapes[name], device="meta"),
+    )
+
+
+def tensor_of(tensor):
+    return torch.tensor(flat(tensor), dtype=torch.int64).reshape(tensor.shape)
+
+
+def found(tensors):
+    return {key: (tuple(t.shape), t.reshape(-1).tolist()) for key, t in tensors.items()}
+
+
+def squeezes_all_dims(core):
+    chunks = {"a": torch.zeros(2, 1)}
+    return core.SplitModulelist(0).convert(chunks, ["a"], ["a.*"])["a.0"].dim() == 0
+
+
+@each_operation
+@settings(max_examples=25)
+@given(seed=SEEDS)
+def test_operation_equals_upstream(name, seed):
+    core = pytest.importorskip("transformers.core_model_loading")
+    if not hasattr(core, name):
+        pytest.skip(f"this transformers has no {name}")
+    case = CASES[name](random.Random(seed))
+    try:
+        operation = getattr(core, name)(**case.arguments)
+    except TypeError:
+        return  # an option that this transformers does not have
+    shapes = dict(zip(case.targets, case.shapes, strict=False))
+    model = model_with(shapes, **case.config)
+    inputs = {p: [tensor_of(t) for t in tensors] for p, tensors in case.inputs.items()}
+    try:
+        made = operation.convert(
+            inputs,
+            source_patterns=case.sources,
+            target_patterns=case.targets,
+            full_layer_name=case.targets[0],
+            model=model,
+            config=model.config,
+        )
+    except (ValueError, TypeError, AttributeError) as error:
+        older = (name == "Chunk" and "Failed to convert" in str(error)) or (
+            name == "PermuteForRope" and case.options["permute_layer_names"] is None
+        )
+        if not older:
+            raise
+        return  # what an older transformers cannot do
+    made = {key: value[0] if isinstance(value, list) else value for key, value in made.items()}
+    converter = core.WeightConverter(case.sources, case.targets, operations=[operation])
+    ours = lowered(RuleSet([converter], model).operations(0), case)
+    if name == "SplitModulelist" and squeezes_all_dims(core):
+        ours = {k: (tuple(n for n in shape if n != 1), e) for k, (shape, e) in ours.items()}
+        made = {k: t.squeeze() for k, t in made.items()}
+    assert ours == found(made)
+
+
+def registered_chains():
+    """One rule for each distinct chain of operations of the installed registry."""
+    try:
+        rules = oracles.registry()
+    except ModuleNotFoundError:
+        return []
+    chains = {}
+    for model_type, entry in rules.items():
+        for rule in entry:
+            if hasattr(rule, "operations"):
+                texts = [f"{type(op).__name__}{vars(op)}" for op in rule.operations]
+                key = (*texts, len(rule.source_patterns), len(rule.target_patterns))
+                chains.setdefault(key, (model_type, rule))
+    return [
+        pytest.param(rule, id=f"{model_type}-{'-'.join(type(op).__name__ for op in rule.operations)}")
+        for model_type, rule in chains.values()
+    ]
+
+
+def example_names(rule, count):
+    """Source names of one target of a rule: ``count`` for each pattern that stands for many."""
+    names = []
+    for pattern in rule.source_patterns:
+        glob = pattern.replace(r"\.", ".").replace(".*.", ".*").replace("*.", "*")
+        for i in range(count) if "*" in glob else (0,):
+            regex = next(
+                branch
+                for branch in rule.compiled_sources.pattern.split("|(?P<")
+                if branch.removeprefix("(?P<").startswith(f"g{rule.source_patterns.index(pattern)}>")
+            )
+            regex = regex.removeprefix("(?P<").split(">", 1)[1].removesuffix(")")
+            name = oracles.example(regex, i)
+            names.append(name if regex.startswith("^") else f"model.layers.7.{name.lstrip('.')}")
+    return names
+
+
+def source_shape(rule):
+    """A shape that every operation of the chain can take."""
+    operations = [(type(op).__name__, vars(op)) for op in rule.operations]
+    if operations[0][0] in ("MergeModulelist", "ErnieFuseAndSplitTextVisionExperts"):
+        return (4, 6)
+    dims = [v for _, o in operations for k, v in o.items() if k in ("dim", "dim0", "dim1")]
+    if any(n == "PermuteForRope" for n, _ in operations):
+        return (24, 5)
+    return (24, 12, 8)[: max(2, *(d + 1 for d in dims))]
+
+
+def plan_values(rule, tensors, model, shapes, reverse=False):
+    names = list(tensors)
+    table = SourceTable(names, ["I64"] * len(names), [tuple(t.shape) for t in tensors.values()])
+    rules = RuleSet([rule], model, reverse=reverse)
+    plan, problems = compile_targets(table, rules, None, parameters=shapes)
+    problems.raise_unless_fit("test")
+    elements = {name: t.reshape(-1).tolist() for name, t in tensors.items()}
+    made = oracles.execute(plan, elements)
+    return {t.name: (t.shape, made[t.name]) for t in plan.targets}
+
+
+@pytest.mark.parametrize("rule", registered_chains())
+@pytest.mark.parametrize("transposed", [False, True], ids=["as wanted", "transposed"])
+def test_registered_chain_equals_upstream_both_ways(rule, transposed):
+    names, shape = example_names(rule, 4), source_shape(rule)
+    tensors, start = {}, 0
+    for name in names:
+        tensors[name] = torch.arange(start, start + prod(shape)).reshape(shape)
+        start += prod(shape)
+    mapped, _ = oracles.upstream_mapping(names, [rule], None)
+    assert len(mapped) == 1, mapped.keys()
+    first = next(iter(mapped))
+    targets = [first.replace(rule.target_patterns[0], pattern) for pattern in rule.target_patterns]
+    shapes = {target: shape for target in targets}
+    for op in rule.operations:
+        if type(op).__name__ == "Split":
+            sizes = [shape[op.dim] // 2, *[shape[op.dim] // 4] * (len(targets) - 1)]
+            for target, size in zip(targets, sizes, strict=True):
+                shapes[target] = (*shape[: op.dim], size, *shape[op.dim + 1 :])
+        if type(op).__name__ == "Transpose" and transposed:
+            stored_transposed = list(shape)
+            stored_transposed[op.dim0], stored_transposed[op.dim1] = shape[op.dim1], shape[op.dim0]
+            shapes = {target: tuple(stored_transposed) for target in targets}
+    shards = {
+        op.num_shards_attribute: len(names) for op in rule.operations if getattr(op, "num_shards_attribute", None)
+    }
+    model = model_with(shapes, **shards)
+    expected = oracles.upstream_values([rule], tensors, model)
+    assert plan_values(rule, tensors, model, shapes) == found(expected)
+
+    try:
+        back = rule.reverse_transform()
+    except NotImplementedError:
+        return  # this transformers cannot go back here either
+    grouped = {name: tensor.contiguous() for name, tensor in expected.items()}
+    restored = oracles.upstream_values([back], grouped, model_with({n: t.shape for n, t in tensors.items()}, **shards))
+    ours = plan_values(rule, grouped, model, {n: tuple(t.shape) for n, t in tensors.items()}, reverse=True)
+    assert ours == found(restored)
+
+
+def test_registry_has_chains():
+    pytest.importorskip("transformers")
+    assert len(registered_chains()) >= 8

@@ -1,0 +1,5 @@
+"""Schedules are made for the loads of ``tests/execution``."""
+
+from tests.execution.conftest import cases
+
+__all__ = ["cases"]  # fixtures
