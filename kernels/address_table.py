@@ -84,13 +84,11 @@ def matrices_at(
     rows, columns = shape
     span = ((rows - 1) * row_stride + columns) * dtype.itemsize if rows and columns else 0
     if not base.is_contiguous():
-        raise ConversionError(
-            message("matrices lie at offsets of a contiguous tensor", found=f"strides {base.stride()}")
-        )
+        raise ConversionError(message("offsets of matrices need a contiguous tensor", found=f"strides {base.stride()}"))
     if row_stride < 0 or (len(offsets) and (offsets.min() < 0 or offsets.max() + span > base.nbytes)):
         raise ConversionError(
             message(
-                "a matrix leaves the tensor it is said to lie in",
+                "a matrix extends beyond its tensor",
                 expected=f"offsets from 0 to {base.nbytes - span}",
                 found=f"offsets from {offsets.min(initial=0)} to {offsets.max(initial=0)}, row stride {row_stride}",
             )
@@ -137,9 +135,9 @@ def _of_stack(name: str, stack: Tensor) -> Matrices:
     if stack.dim() < 3 or (stack.stride(-1) != 1 and stack.shape[-1] > 1):
         raise ConversionError(
             message(
-                f"{name} takes matrices with adjacent elements in a row",
-                where=f"the tensor given for {name}",
-                expected="3 dimensions or more, a stack of matrices, the last stride 1",
+                f"{name} needs matrices with adjacent elements in each row",
+                where=f"the tensor passed as {name}",
+                expected="a stack of matrices: 3 or more dimensions, last stride 1",
                 found=f"shape {list(stack.shape)}, strides {stack.stride()}",
             )
         )
@@ -184,9 +182,9 @@ def _raise_mismatch(name: str, tensors: Sequence[Tensor]) -> None:
         if tensor.dim() != 2 or (tensor.stride(1) != 1 and tensor.shape[1] > 1):
             raise ConversionError(
                 message(
-                    f"{name} takes matrices with adjacent elements in a row",
+                    f"{name} needs matrices with adjacent elements in each row",
                     where=f"{name}[{index}]",
-                    expected="2 dimensions, the last stride 1",
+                    expected="2 dimensions, last stride 1",
                     found=f"shape {list(tensor.shape)}, strides {tensor.stride()}",
                 )
             )
@@ -194,11 +192,11 @@ def _raise_mismatch(name: str, tensors: Sequence[Tensor]) -> None:
         if actual != kind:
             raise ConversionError(
                 message(
-                    f"{name} takes matrices of one kind in one call",
+                    f"{name} has matrices of several kinds",
                     where=f"{name}[{index}]",
                     expected=f"{kind[1]} {list(kind[0])}, strides {kind[3]}, on {kind[2]}",
                     found=f"{actual[1]} {list(actual[0])}, strides {actual[3]}, on {actual[2]}",
-                    do="one call for each kind",
+                    do="make one call for each kind",
                 )
             )
 

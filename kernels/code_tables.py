@@ -160,10 +160,12 @@ def check_table(code_format: str, scales: torch.dtype, dtype: torch.dtype) -> No
     for what, value, supported in (
         ("this format of codes", code_format, CODE_VALUES),
         ("scales of this dtype", scales, (*_BYTE_SCALES, *_WIDE_SCALES)),
-        ("numbers of this dtype", dtype, CANONICAL_NAN),
+        ("values of this dtype", dtype, CANONICAL_NAN),
     ):
         if value not in supported:
-            raise UnsupportedError(message(f"no table has {what}", expected=list(map(str, supported)), found=value))
+            raise UnsupportedError(
+                message(f"code tables do not support {what}", expected=list(map(str, supported)), found=value)
+            )
 
 
 def _check(
@@ -171,18 +173,20 @@ def _check(
 ) -> None:
     check_table(code_format, scales.dtype, dtype)
     if scales.dim() != 2:
-        raise ConversionError(message("scales are a matrix, one for each block", found=list(scales.shape)))
+        raise ConversionError(
+            message("scales must be a matrix, with one scale for each block", found=list(scales.shape))
+        )
     if zero_points is not None and (code_format != "int4" or zero_points.shape != scales.shape):
         raise ConversionError(
             message(
-                "zero points do not fit",
+                "zero points do not match the scales",
                 expected=f"int4, one for each of {list(scales.shape)} scales",
                 found=f"{code_format}, {list(zero_points.shape)}",
             )
         )
     if global_scale is not None and global_scale.numel() != 1:
         raise ConversionError(
-            message("a global scale is one number", where="global_scale", found=list(global_scale.shape))
+            message("a global scale must be one value", where="global_scale", found=list(global_scale.shape))
         )
 
 

@@ -110,24 +110,28 @@ def check_dequantize(
     if bits not in (4, 8) or table.element_size() not in (2, 4):
         raise UnsupportedError(
             message(
-                "dequantize does not decode these",
-                expected="codes of 4 or 8 bits, numbers of 2 or 4 bytes",
+                "dequantize does not support these codes or values",
+                expected="codes of 4 or 8 bits, values of 2 or 4 bytes",
                 found=f"{bits} bits, {table.dtype}",
             )
         )
     per_byte = 8 // bits
     if min(block) < 1 or any(not 0 <= s < b for s, b in zip(start, block, strict=True)):
-        raise ConversionError(message("matrices begin within a block", found=f"start {start}, block {block}"))
+        raise ConversionError(
+            message("a matrix must start inside its first block", found=f"start {start}, block {block}")
+        )
     if block[1] % per_byte or start[1] % per_byte:
         raise ConversionError(
             message(
-                "blocks are of whole bytes of codes", expected="even columns", found=f"start {start}, block {block}"
+                "blocks must hold whole bytes of codes",
+                expected="an even number of columns",
+                found=f"start {start}, block {block}",
             )
         )
     if table.dim() != 2 or table.shape[1] != 1 << bits or not table.is_contiguous() or not 0 < table.numel() < _INT32:
         raise ConversionError(
             message(
-                "a table has an entry for every code in every row",
+                "a table must have an entry for every code in each row",
                 expected=f"contiguous, [T, {1 << bits}], up to 2**31 - 1 entries",
                 found=f"{list(table.shape)}, strides {table.stride()}",
             )
@@ -135,7 +139,7 @@ def check_dequantize(
     if not len(dst) == len(codes) == len(table_rows):
         raise ConversionError(
             message(
-                "dequantize takes codes and table_rows for each destination",
+                "dequantize needs codes and table_rows for each destination",
                 found=[len(dst), len(codes), len(table_rows)],
             )
         )
@@ -167,7 +171,7 @@ def check_dequantize(
 
 def _matrix_shape(tensor: Tensor) -> tuple[int, int]:
     if tensor.dim() != 2:
-        raise ConversionError(message("dequantize takes matrices", where="dst[0]", found=list(tensor.shape)))
+        raise ConversionError(message("dequantize needs matrices", where="dst[0]", found=list(tensor.shape)))
     return tensor.shape[0], tensor.shape[1]
 
 

@@ -47,8 +47,8 @@ def check_operands(verb: str, operands: dict[str, Matrices], shapes: dict[str, t
                 message(
                     f"the operands of {verb} do not fit together",
                     where=name,
-                    expected=f"{expected[0]} of {list(expected[1])} on {expected[2]}",
-                    found=f"{actual[0]} of {list(actual[1])} on {actual[2]}",
+                    expected=f"{expected[0]} matrices {list(expected[1])} on {expected[2]}",
+                    found=f"{actual[0]} matrices {list(actual[1])} on {actual[2]}",
                 )
             )
 
@@ -63,7 +63,7 @@ def check_same_kind(names: str, first: Matrices, second: Matrices) -> None:
     if kinds[0] != kinds[1] and len(first.addresses):
         raise ConversionError(
             message(
-                f"{names} are not of one kind",
+                f"{names} differ in dtype or row stride",
                 expected=f"{kinds[0][0]}, row stride {kinds[0][1]}",
                 found=f"{kinds[1][0]}, row stride {kinds[1][1]}",
             )
@@ -80,9 +80,9 @@ def check_destination(verb: str, dst: Matrices) -> None:
         index = int((dst.addresses % dst.dtype.itemsize != 0).argmax())
         raise ConversionError(
             message(
-                f"{verb} writes whole elements",
+                f"{verb} writes only to multiples of the element size",
                 where=f"destination {index}",
-                expected=f"an address that {dst.dtype.itemsize} divides",
+                expected=f"an address that is a multiple of {dst.dtype.itemsize}",
                 found=f"{int(dst.addresses[index]):#x}",
             )
         )
@@ -108,7 +108,7 @@ def _why_no_driver() -> str | None:
     # Triton looks for these compilers, for its driver and for a launcher of each signature. The driver can do without.
     compilers = [os.environ["CC"]] if "CC" in os.environ else ["gcc", "clang"]
     if not any(map(shutil.which, compilers)):
-        return f"Triton finds no C compiler; it looks for {' and '.join(compilers)}"
+        return f"Triton does not find a C compiler; it looks for {' and '.join(compilers)}"
     try:
         driver.active.get_current_target()
     except (RuntimeError, OSError, ImportError, AssertionError, subprocess.SubprocessError) as error:
@@ -223,7 +223,7 @@ def _single_device(calls: Sequence[Launches]) -> torch.device:
     if any(call.device != device for call in calls[1:]):
         raise ConversionError(
             message(
-                "launches of several devices are started apart",
+                "launches on several devices cannot be started together",
                 expected="one device",
                 found=", ".join(sorted({str(call.device) for call in calls})),
             )
@@ -296,7 +296,7 @@ def tile_count(variant: Variant, geometry: Geometry) -> int:
                 "a matrix is too large for one call",
                 expected=f"tiles of {rows} x {columns} elements that span less than 2**31 bytes",
                 found=f"{geometry}",
-                do="cut it into narrower ones",
+                do="split it into narrower matrices",
             )
         )
     return tiles

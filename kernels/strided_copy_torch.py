@@ -37,13 +37,13 @@ def strided_copy_torch(dst: Sequence[Tensor], src: Sequence[Tensor]) -> None:
     """
     if len(dst) != len(src):
         raise ConversionError(
-            message("strided_copy takes one source per destination", expected=len(dst), found=len(src))
+            message("strided_copy needs one source per destination", expected=len(dst), found=len(src))
         )
     for index, (d, s) in enumerate(zip(dst, src, strict=True)):
         if d.shape != s.shape:
             raise ConversionError(
                 message(
-                    "strided_copy takes pairs of equal shape",
+                    "strided_copy needs pairs of equal shape",
                     where=f"pair {index}",
                     expected=f"src {list(d.shape)}",
                     found=f"src {list(s.shape)}",

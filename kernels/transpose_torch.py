@@ -56,12 +56,12 @@ def transpose_torch(dst: Sequence[Tensor], src: Sequence[Tensor]) -> None:
         True
     """
     if len(dst) != len(src):
-        raise ConversionError(message("transpose takes one source per destination", expected=len(dst), found=len(src)))
+        raise ConversionError(message("transpose needs one source per destination", expected=len(dst), found=len(src)))
     for index, (d, s) in enumerate(zip(dst, src, strict=True)):
         if d.dim() != 2 or s.dim() != 2 or d.shape != (s.shape[1], s.shape[0]):
             raise ConversionError(
                 message(
-                    "transpose takes matrices [R, C] into [C, R]",
+                    "transpose needs sources [R, C] and destinations [C, R]",
                     where=f"pair {index}",
                     expected=f"dst {list(reversed(s.shape))}",
                     found=f"dst {list(d.shape)}",

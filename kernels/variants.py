@@ -101,8 +101,8 @@ def element_types(dst: torch.dtype, src: torch.dtype) -> tuple[str, str]:
         return CASTS[dst], CASTS[src]
     raise UnsupportedError(
         message(
-            "the kernels do not move between these dtypes",
-            expected=f"equal ones of 1, 2 or 4 bytes, or two of {sorted(CASTS.values())}",
+            "kernels do not copy between these dtypes",
+            expected=f"equal dtypes of 1, 2 or 4 bytes, or two of {sorted(CASTS.values())}",
             found=f"{src} to {dst}",
         )
     )

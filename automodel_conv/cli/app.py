@@ -186,10 +186,10 @@ def convert(
         )
     except KeyboardInterrupt:
         command = "the same command" if resume else "the same command, with --resume,"
-        typer.echo(f"interrupted: {command} goes on with the files that are not finished", err=True)
+        typer.echo(f"interrupted: {command} continues with the unfinished files", err=True)
         raise typer.Exit(130) from None
     if report.was_complete:
-        typer.echo("this conversion was complete: all of it was compared with the source, and nothing was written")
+        typer.echo("this conversion was complete already: it was compared with the source, and nothing was written")
     print_table(converted_table(report, verify))
     print_names(report.carried, report.left_out)
 
@@ -218,7 +218,7 @@ def verify(
     if destination is None:
         checkpoint = open_downloaded(source)
         nbytes = verify_checksums(checkpoint, cores() if threads is None else threads)
-        typer.echo(f"{len(checkpoint.names)} tensors, {nbytes / 1e9:.3f} GB: all have their checksums")
+        typer.echo(f"{len(checkpoint.names)} tensors, {nbytes / 1e9:.3f} GB: all match their checksums")
         return
     nbytes = automodel_conv.verify_checkpoint(
         source,
@@ -235,7 +235,7 @@ def verify(
     written = open_downloaded(destination)
     typer.echo(
         f"{len(written.names)} tensors in {len(written.files)} files, {nbytes / 1e9:.3f} GB: "
-        "all are, bit for bit, what the source makes them"
+        "all are bit-identical to a conversion of the source"
     )
 
 

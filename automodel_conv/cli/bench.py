@@ -133,9 +133,7 @@ def bench(
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     sample = _sample(plan, min(most_bytes, memory // 3))
     if not sample.bytes_read:
-        raise UnsupportedError(
-            message("no tensor here is read by plan, so there is nothing to time", where=checkpoint.path)
-        )
+        raise UnsupportedError(message("the plan reads no tensor, so there is nothing to time", where=checkpoint.path))
     reads = _reads(sample, checkpoint)
     if drop_cache:
         for source in checkpoint.sources:
@@ -187,7 +185,7 @@ def advice(result: Bench) -> list[str]:
     gb = result.sample_nbytes / 1e9
     sentences = []
     if result.cached is not None and result.cached < 0.9 and result.first_seconds > 2 * roof:
-        text = f"The disk: it gives {gb / result.first_seconds:.2f} GB/s, and files in the page cache {gb / roof:.2f}."
+        text = f"The disk: it reads {gb / result.first_seconds:.2f} GB/s; the page cache reads {gb / roof:.2f} GB/s."
         if result.nbytes > result.memory_bytes // 2:
             text += " The checkpoint is too large to stay there next to the model, so only a faster disk helps."
         sentences.append(text)

@@ -27,7 +27,7 @@ def converted_table(report: ConvertReport, verified: bool) -> Table:
     compared = "; the output was read back and compared" if verified else ""
     table = two_columns(f"seconds include imports and planning{compared}")
     table.add_row("files", str(len(report.files)))
-    table.add_row("of these finished before", str(report.files_resumed))
+    table.add_row("finished before", str(report.files_resumed))
     table.add_row("written", f"{report.bytes_written / 1e9:.3f} GB")
     table.add_row("speed", f"{report.gb_per_s:.2f} GB/s")
     table.add_row("seconds", f"{report.seconds:.3f}")
@@ -41,20 +41,20 @@ def converted_table(report: ConvertReport, verified: bool) -> Table:
 def mesh_table(costs: Forecast) -> Table:
     """Return the table of what the ranks of a mesh would hold and read."""
     ranks = costs.ranks
-    looked_at = "" if len(ranks) == costs.world_size else f", {len(ranks)} of them looked at"
+    sampled = "" if len(ranks) == costs.world_size else f", {len(ranks)} of them sampled"
     owned = [rank.owned_bytes for rank in ranks]
     caption = (
-        f"{costs.world_size} ranks{looked_at}; imbalance: the largest share is "
+        f"{costs.world_size} ranks{sampled}; imbalance: the largest share is "
         f"{max(owned) * len(owned) / max(sum(owned), 1):.3f} of the mean"
     )
     table = Table("a rank", "least", "median", "most", caption=caption)
     rows: dict[str, tuple[list[float], str]] = {
         "holds, GB": ([nbytes / 1e9 for nbytes in owned], ".3f"),
         "reads, GB": ([rank.read_bytes / 1e9 for rank in ranks], ".3f"),
-        "reads a byte it holds, times": ([rank.read_bytes / max(rank.owned_bytes, 1) for rank in ranks], ".3f"),
-        "reads of neighbouring bytes": ([float(rank.calls) for rank in ranks], ".0f"),
+        "bytes read per byte held": ([rank.read_bytes / max(rank.owned_bytes, 1) for rank in ranks], ".3f"),
+        "read calls": ([float(rank.calls) for rank in ranks], ".0f"),
         "files": ([float(rank.files) for rank in ranks], ".0f"),
-        "reads a file": ([rank.calls / max(rank.files, 1) for rank in ranks], ".1f"),
+        "calls per file": ([rank.calls / max(rank.files, 1) for rank in ranks], ".1f"),
     }
     for name, (values, form) in rows.items():
         table.add_row(name, *(format(value, form) for value in (min(values), median(values), max(values))))
@@ -116,7 +116,7 @@ def bench_tables(result: Bench) -> list[Table]:
     cached = "unknown" if result.cached is None else f"{result.cached:.0%}"
     counts.add_row("files, tensors", f"{result.files}, {result.tensors}")
     counts.add_row("bytes that a load reads", f"{result.nbytes / 1e9:.3f} GB")
-    counts.add_row("of these timed", f"{result.sample_nbytes / 1e9:.3f} GB, {result.sample_targets} targets")
+    counts.add_row("bytes timed", f"{result.sample_nbytes / 1e9:.3f} GB, {result.sample_targets} targets")
     counts.add_row("transposed, interleaved, cast or decoded", f"{result.scratch_nbytes / result.sample_nbytes:.0%}")
     counts.add_row("seconds to open, to plan", f"{result.open_seconds:.3f}, {result.plan_seconds:.3f}")
     counts.add_row("share in the page cache at first", cached)
