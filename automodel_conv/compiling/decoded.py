@@ -24,7 +24,7 @@ def decoded_table(checkpoint: Checkpoint, wants_numbers: bool) -> SourceTable:
         CheckpointError: ``config.json``, or modelopt's own file, is malformed.
         QuantizationError: see ``quantized_table``; or codes and scales without a config, where numbers are wanted.
     """
-    table = SourceTable.of(checkpoint)
+    table = SourceTable.from_checkpoint(checkpoint)
     told = quantization(checkpoint.directory)
     if told is not None:
         decoded = quantized_table(table, told.settings, where=told.path)

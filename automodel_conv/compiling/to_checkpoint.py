@@ -101,7 +101,9 @@ def _inverse_of_loading(
 ) -> CopyPlan:
     has = {n: TargetSpec(d, s) for n, d, s in zip(table.names, table.dtypes, table.shapes, strict=True)}
     dtypes = set(table.dtypes)
-    plain = replace(SourceTable.of(reference), dtypes=[_floating_like(d, dtypes) for d in reference.dtypes])
+    plain = replace(
+        SourceTable.from_checkpoint(reference), dtypes=[_floating_like(d, dtypes) for d in reference.dtypes]
+    )
     stored, plain = plain.names, plain_table(plain, has)
     stored_as = dict(zip(plain.names, stored, strict=True))
     source_layout = layout_to_read(reference, None, keeps_names=model is None and not rules and layout is None)

@@ -211,9 +211,6 @@ def test_a_table_row_beyond_the_table_is_noticed_by_the_twin():
         )
 
 
-# --- the kernel, in the interpreter -----------------------------------------------------------------------------------
-
-
 @pytest.fixture
 def launched():
     """The variants launched; and the promise kept that the interpreter does not check."""
@@ -292,9 +289,6 @@ def test_nothing_is_launched_for_nothing(launched):
             verb([codes.to(BF16)], [codes], [torch.empty(shape, dtype=torch.uint8)], table, bits=8, block=(1, 1))
             verb([], [], [], table, bits=8, block=(1, 1))
     assert not launched
-
-
-# --- refusals ---------------------------------------------------------------------------------------------------------
 
 
 def misfits():

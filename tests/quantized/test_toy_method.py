@@ -91,7 +91,7 @@ def test_its_files_are_decoded(tmp_path, dtype, scratch_bytes):
 def test_its_files_are_decoded_on_a_device(tmp_path):
     tensors, exact = made(1)
     checkpoint = amc.open_checkpoint(write(tmp_path, tensors))
-    plan = untransposed_plan(quantized_table(SourceTable.of(checkpoint), CONFIG))
+    plan = untransposed_plan(quantized_table(SourceTable.from_checkpoint(checkpoint), CONFIG))
     buffers = allocate(plan.targets)
     limits = {"threads": 2, "scratch_bytes": 16384, "device_scratch_bytes": 1 << 16}
     load_to_device(plan, checkpoint, buffers, SimulatedDevice(0), backend="torch", **limits)
@@ -100,7 +100,7 @@ def test_its_files_are_decoded_on_a_device(tmp_path):
 
 def test_its_codes_are_known_by_their_names(tmp_path):
     tensors = {name: tensor for name, tensor in made()[0].items() if name.startswith("a.")}
-    assert has_codes(SourceTable.of(amc.open_checkpoint(write(tmp_path, tensors)))) == "a.nibbles"
+    assert has_codes(SourceTable.from_checkpoint(amc.open_checkpoint(write(tmp_path, tensors)))) == "a.nibbles"
     names = CodeNames.of_all_methods()
     assert "a.steps" in names.scale_names("a.nibbles")
     assert "b.steps" in names.scale_names("b.weight_quads")
