@@ -95,9 +95,6 @@ LAYER = expert_shape(32, MATRIX[1], MATRIX[0])
 TINY_LAYER = expert_shape(4, 256, _BLOCK)
 
 
-# --- one matrix -------------------------------------------------------------------------------------------------------
-
-
 class Matrix(NamedTuple):
     """A quantized matrix."""
 
@@ -211,9 +208,6 @@ def by_plain_torch(of: Matrix, threads: int) -> Call:
     return call
 
 
-# --- a layer from files -----------------------------------------------------------------------------------------------
-
-
 Made = Callable[[], dict[str, Tensor]]
 """A finished load: its tensors by name, experts grouped or not."""
 
@@ -283,9 +277,6 @@ def write_checkpoint(shape: Shape, directory: str) -> None:
         os.close(descriptor)
     index = {"metadata": {}, "weight_map": weight_map}
     Path(directory, "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
-
-
-# --- runs -------------------------------------------------------------------------------------------------------------
 
 
 Prepare = Callable[[Matrix, int], Call]

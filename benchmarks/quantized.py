@@ -42,7 +42,7 @@ class Quantized(NamedTuple):
         verb(
             [half.t() for half in halves] if self.is_transposed else halves,
             [*self.codes.unbind()],
-            [*made.cells.view(self.scales.shape).unbind()],
+            [*made.table_rows.view(self.scales.shape).unbind()],
             made.table,
             bits=bits_of(self.code_format),
             block=self.block,

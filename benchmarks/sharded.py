@@ -190,9 +190,6 @@ def _parts_of(model: nn.Module) -> dict[str, Tensor]:
     return {name: local_of(tensor) for name, tensor in model.state_dict().items()}
 
 
-# --- one rank ---------------------------------------------------------------------------------------------------------
-
-
 class _Counted:
     """``with _Counted() as counted: ...``; then ``counted.nbytes``, of all reads at the file module."""
 
@@ -311,9 +308,6 @@ def run_ranks(method: str, directory: str, warm_up: str, threads: int, repetitio
     torch.set_num_threads(1)
     ranks = divided(lambda: work(method, directory, warm_up, threads, repetition))
     return {"seconds": max(rank["seconds"] for rank in ranks), "ranks": ranks}
-
-
-# --- all runs ---------------------------------------------------------------------------------------------------------
 
 
 def run(shape: Shape, methods: list[str], repetitions: int, threads: int, directory: str | None) -> dict[str, Any]:

@@ -155,9 +155,6 @@ def write_source(directory: Path) -> None:
     (directory / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
 
 
-# --- what is done, and what must hold after it ------------------------------------------------------------------------
-
-
 class Sweep:
     """A checkpoint, what becomes of it without faults, and a directory to write to."""
 
@@ -257,9 +254,6 @@ def _assert_refused(directory: Path) -> None:
     except ConversionError:
         return
     raise AssertionError(f"{directory} is taken for a checkpoint: {sorted(_files(directory))}")
-
-
-# --- the sweep --------------------------------------------------------------------------------------------------------
 
 
 @contextmanager

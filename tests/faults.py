@@ -29,7 +29,7 @@ CHANGING = (
 READING = (
     "open_readonly",
     "preadv",
-    "bring_in",
+    "read_into_cache",
     "size",
     "map_private",
     "list_names",
@@ -87,9 +87,6 @@ def workers() -> list[str]:
         if not alive or time.monotonic() > until:
             return alive
         time.sleep(0.001)
-
-
-# --- the program ------------------------------------------------------------------------------------------------------
 
 
 class Forks:

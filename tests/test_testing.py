@@ -18,9 +18,6 @@ from automodel_conv.testing import (
 DTYPES = [dtype for code in BITS if (dtype := torch_dtype(code)) is not None]
 
 
-# --- assert_bytes_equal ---------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_equal_tensors_of_every_dtype_pass_and_one_changed_byte_fails(dtype):
     tensor = address_valued((3, 4), dtype, 1)
@@ -74,9 +71,6 @@ def test_strides_count_only_when_asked():
         assert_bytes_equal(other, tensor, strides=True)
 
 
-# --- poisoned and guarded -------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_poison_fills_every_byte_and_what_stays_is_found(dtype):
     tensor = poisoned((2, 3), dtype)
@@ -122,9 +116,6 @@ def test_guarded_tensors_may_be_empty_or_scalars():
         tensor, check = guarded(shape, torch.float32)
         assert tensor.shape == shape
         check()
-
-
-# --- address_valued -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -17,7 +17,7 @@ from torch import nn
 from automodel_conv.dtypes import FLOATING
 from automodel_conv.errors import CheckpointError, UnsupportedError, message
 from automodel_conv.files.checkpoint import Checkpoint
-from automodel_conv.files.shards import FORM, LAYOUT_KEY, Form
+from automodel_conv.files.shards import DEFAULT_NAMING, LAYOUT_KEY, Naming
 from automodel_conv.planning.layouts import (
     LAYOUTS,
     PER_EXPERT,
@@ -85,31 +85,31 @@ def layout_to_read(checkpoint: Checkpoint, source_layout: str | None, *, keeps_n
     return source_layout if keeps_names or said == PER_EXPERT else said
 
 
-def form_like(checkpoint: Checkpoint) -> Form:
+def naming_like(checkpoint: Checkpoint) -> Naming:
     """The form of a checkpoint whose tensors are written anew, with their names and those of their files."""
     stems = _said_by_names(checkpoint)
-    return Form(stems[0] if stems else "model", stated_layout(checkpoint, None))
+    return Naming(stems[0] if stems else "model", stated_layout(checkpoint, None))
 
 
-def form_of_conversion(checkpoint: Checkpoint, plan: CopyPlan, model: nn.Module | None, layout: str | None) -> Form:
+def naming_of_conversion(checkpoint: Checkpoint, plan: CopyPlan, model: nn.Module | None, layout: str | None) -> Naming:
     """The form of what a plan makes of a checkpoint.
 
     Args:
         layout: of the experts that are made; None: as the model has them, or nobody knows.
     """
     if layout == PER_EXPERT:
-        return Form(layout=PER_EXPERT)
+        return Naming(layout=PER_EXPERT)
     if not any(any_experts(target.name) for target in plan.targets):
-        return FORM
+        return DEFAULT_NAMING
     if model is None and layout in same_names(TRANSFORMERS):  # which of these is foreign depends on the type
         model = _model_of(checkpoint)
     own = None if model is None else own_layout(expert_layouts(model).values())
-    return _form_of(layout or own, own, _holds_codes(plan))
+    return _naming_of(layout or own, own, _holds_codes(plan))
 
 
-def form_of_save(
+def naming_of_save(
     plan: CopyPlan, model: nn.Module | None, layout: str | None, reference: Checkpoint | None, kept: str | None = None
-) -> Form:
+) -> Naming:
     """The form of a save: that of a reference, or of what transformers would write, which says no layout.
 
     Args:
@@ -117,11 +117,11 @@ def form_of_save(
         kept: the layout of experts that are saved as they are, if it is known.
     """
     if reference is not None:
-        return form_like(reference)
+        return naming_like(reference)
     of_transformers = model is not None and any(expert_layouts(model).values())
     if of_transformers or not any(any_experts(target.name) for target in plan.targets):
-        return FORM
-    return _form_of(kept if layout is None else "transformers", None, _holds_codes(plan))
+        return DEFAULT_NAMING
+    return _naming_of(kept if layout is None else "transformers", None, _holds_codes(plan))
 
 
 def _holds_codes(plan: CopyPlan) -> bool:
@@ -129,7 +129,7 @@ def _holds_codes(plan: CopyPlan) -> bool:
     return any(any_experts(target.name) and target.dtype not in FLOATING for target in plan.targets)
 
 
-def _form_of(layout: str | None, own: str | None, are_codes: bool) -> Form:
+def _naming_of(layout: str | None, own: str | None, are_codes: bool) -> Naming:
     """What files are called, and what they say.
 
     Args:
@@ -138,8 +138,8 @@ def _form_of(layout: str | None, own: str | None, are_codes: bool) -> Form:
         are_codes: the experts are codes.
     """
     if layout is not None and layout in LAYOUTS and (are_codes or layout != (own or "transformers")):
-        return Form(layout, layout)
-    return Form(layout=layout)
+        return Naming(layout, layout)
+    return Naming(layout=layout)
 
 
 def _model_of(checkpoint: Checkpoint) -> nn.Module | None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from automodel_conv.compiling.decoded import decoded_table
 from automodel_conv.compiling.marks import stated_layout
-from automodel_conv.compiling.options import LoadOptions
+from automodel_conv.compiling.options import LoadSettings
 from automodel_conv.compiling.planned import load_plan
 from automodel_conv.compiling.to_model import shapes_to_make, without_tied
 from automodel_conv.errors import UnsupportedError, message
@@ -43,7 +43,7 @@ def open_to_load(
     path: str | os.PathLike[str],
     model: nn.Module | None,
     state: Mapping[str, Tensor],
-    options: LoadOptions,
+    options: LoadSettings,
     clock: Clock,
     *,
     in_place: bool = False,
@@ -57,16 +57,16 @@ def open_to_load(
     Raises:
         CheckpointError, NameProblems, QuantizationError, UnsupportedError: see ``load_state_dict``.
     """
-    given = None if options.plan is None else as_plan(options.plan, options.planning.given())
+    given = None if options.plan is None else as_plan(options.plan, options.given())
     clock.lap("plan")
     checkpoint = open_downloaded(path, revision=options.revision)
     clock.lap("open")
     if given is not None:
         fitted, problems = fitted_plan(given, checkpoint, model, state, options.strict, in_place)
         return Opened(checkpoint, fitted, problems, model)
-    builds = model is None and options.planning.rules is None
+    builds = model is None and options.rules is None
     with while_importing(checkpoint) if builds else nullcontext():
-        plan, problems, model = load_plan(checkpoint, model, options.planning, in_place)
+        plan, problems, model = load_plan(checkpoint, model, options, in_place)
     problems.raise_unless_fit(checkpoint.path, options.strict, checkpoint.unindexed)
     return Opened(checkpoint, plan, problems, model)
 

@@ -294,9 +294,6 @@ def processes_of(text):
     return found
 
 
-# --- the file ---------------------------------------------------------------------------------------------------------
-
-
 def test_a_file_is_whole_whatever_stops_its_writing(tmp_path, monkeypatch):
     path = tmp_path / "gpu.json"
     measure.write_json(str(path), {"old": 1})

@@ -102,7 +102,7 @@ def test_calls_of_verbs_are_timed_by_phase(tmp_path, capsys):
         assert all(len(times) == 2 and min(times) > 0 for times in seconds.values())
 
 
-def test_the_stacks_that_are_timed_are_the_destinationsof_the_lists():
+def test_the_stacks_that_are_timed_are_the_destinations_of_the_lists():
     pytest.importorskip("triton", reason="what would launch is Triton's")
     from automodel_conv.kernels.address_table import as_matrices
     from benchmarks import launching, operations

@@ -99,9 +99,6 @@ def wholes(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: values(name) for name in state}
 
 
-# --- what transformers makes ------------------------------------------------------------------------------------------
-
-
 def by_transformers(**sizes):
     """Its own parallelism, as ``from_pretrained`` takes it; None where this release has none of that kind."""
 
@@ -128,9 +125,6 @@ def half(world: int) -> int:
 
 def two(world: int) -> int:
     return 2
-
-
-# --- experts that are a rank's own ------------------------------------------------------------------------------------
 
 
 def with_local_experts(of: Published, meshes: Meshes) -> nn.Module:
@@ -187,9 +181,6 @@ def without_a_router(make):
     return made
 
 
-# --- replicas ---------------------------------------------------------------------------------------------------------
-
-
 def hsdp(of: Published, meshes: Meshes) -> What:
     model = copy.deepcopy(of.model)
     fully_shard(model, mesh=meshes(2, dist.get_world_size() // 2))
@@ -217,9 +208,6 @@ def with_other_sizes(of: Published, meshes: Meshes) -> What:
     if dist.get_rank() == dist.get_world_size() - 1:
         what.saved[name] = what.saved[name][1:]
     return what
-
-
-# --- odd ones ---------------------------------------------------------------------------------------------------------
 
 
 def one_expert(of: Published, meshes: Meshes) -> What:

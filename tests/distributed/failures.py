@@ -112,9 +112,6 @@ def disk_full() -> None:
     raise OSError(errno.ENOSPC, "No space left on device")
 
 
-# --- loads ------------------------------------------------------------------------------------------------------------
-
-
 def killed_in_a_load(of: Published, kind: str, directory: str) -> None:
     model = sharded(of, kind, Meshes())
     at_read(3, die)
@@ -238,9 +235,6 @@ def has_too_little_memory(of: Published, kind: str, directory: str) -> None:
     model = sharded(of, kind, Meshes(), meta=True)
     trying(lambda: amc.load_model(model, of.path, memory_budget=100 if on(1) else None))
     assert all(tensor.is_meta for tensor in model.state_dict().values())
-
-
-# --- saves ------------------------------------------------------------------------------------------------------------
 
 
 def filled(of: Published, kind: str):

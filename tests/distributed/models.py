@@ -55,9 +55,6 @@ def read_all(path: str) -> dict[str, Tensor]:
     return {k: v for file in sorted(Path(path).glob("*.safetensors")) for k, v in load_file(file).items()}
 
 
-# --- ways to shard ----------------------------------------------------------------------------------------------------
-
-
 class Meshes:
     """Device meshes of this group, each made once."""
 
@@ -145,9 +142,6 @@ def sharded(of: Published, kind: str, meshes: Meshes, *, meta: bool = False, dty
     else:
         raise ValueError(kind)
     return model
-
-
-# --- what a rank holds ------------------------------------------------------------------------------------------------
 
 
 def part_of(whole: Tensor, like: Tensor) -> Tensor:

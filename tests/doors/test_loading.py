@@ -168,9 +168,6 @@ def test_loads_side_by_side_leave_torchs_threads_as_they_were(tmp_path):
     assert (seen, torch.get_num_threads()) == ([before], before)
 
 
-# --- devices ----------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("device", ["mps", "cuda:99"])
 def test_a_device_that_cannot_be_loaded_to_is_refused(tmp_path, device):
     write(tmp_path, weight=torch.ones(3))

@@ -89,9 +89,6 @@ def many(tmp_path):
     return checkpoint, plan, {name: SECOND if name == "u" else FIRST for name in (*tensors, *other)}
 
 
-# --- at the same time -------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("threads", [None, 1, 2, 3, 7])
 @pytest.mark.parametrize("progress", [False, True])
 def test_buffers_on_several_devices_get_their_bytes(tmp_path, devices, calls, threads, progress, capsys):
@@ -161,9 +158,6 @@ def test_upstreams_own_code_fills_inference_tensors_of_any_device(tmp_path, devi
         buffers = buffers_on(plan, HOMES | {"extra": HOST})
         fill(plan, checkpoint, buffers, Limits(**SCRATCH))
     assert_bytes_equal(buffers["extra"], tensors["norm.weight"])
-
-
-# --- errors -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", [ReadError, ConversionError, RuntimeError, KeyboardInterrupt])
@@ -279,8 +273,6 @@ def test_an_error_before_anything_is_read_names_nothing(tmp_path):
         fill(plan, checkpoint, {name: tensor.to(torch.float64) for name, tensor in buffers.items()}, Limits(threads=1))
     assert "filled:" not in str(raised.value)
 
-
-# --- what each device gets --------------------------------------------------------------------------------------------
 
 LEAST = {True: streaming.LEAST_SCRATCH_BYTES, False: cpu.LEAST_SCRATCH_BYTES}
 needs_of = st.builds(Need, st.integers(0, 1 << 45), st.booleans())

@@ -215,9 +215,6 @@ def test_zero_sized_targets_and_scalars_convert():
     check_conversion(plan, tensors, list(tensors.values()))
 
 
-# --- memory that is shared ------------------------------------------------------------------------
-
-
 def one_to_one(*shapes: tuple[int, ...]) -> CopyPlan:
     names = [f"s{i}" for i in range(len(shapes))]
     sources = SourceTable(names, ["F32"] * len(shapes), list(shapes))
@@ -335,9 +332,6 @@ def test_where_tensors_lie_is_compared_without_reading_them():
     assert not memory_executor._share_bytes(Elsewhere(view[4:]), Elsewhere(scalar))
 
 
-# --- what does not fit ----------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("source", [torch.empty(4, 3), torch.empty(3, 4, dtype=torch.float64)])
 def test_a_source_that_the_plan_was_not_made_for_is_named(source):
     plan = one_to_one((3, 4))
@@ -401,9 +395,6 @@ def test_upstream_code_runs_once_and_gets_the_tensors_themselves():
     assert_bytes_equal(buffers["b"], source.t().to(torch.bfloat16))
     assert len(seen) == 1
     assert seen[0][0].data_ptr() == source.data_ptr()
-
-
-# --- anything -------------------------------------------------------------------------------------
 
 
 @given(

@@ -104,9 +104,6 @@ def test_upstreams_own_code_is_not_begun_after_the_end(tmp_path, executor):
     assert [name for name in "".join(raised.value.__notes__).split() if name in buffers] == ["one"]
 
 
-# --- threads ----------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("threads", [1, 3])
 def test_items_are_handed_out_until_somebody_says_stop(threads):
     stop, taken = threading.Event(), []

@@ -6,9 +6,6 @@ import gc
 import importlib.util
 import random
 import threading
-from contextlib import contextmanager
-from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 import torch
@@ -17,119 +14,20 @@ from torch.profiler import ProfilerActivity, profile
 from automodel_conv.dtypes import dtype_code
 from automodel_conv.errors import ConversionError, ReadError, WriteError
 from automodel_conv.execution import writing
-from automodel_conv.execution.memory import with_source_strides
-from automodel_conv.execution.reading import OpenFiles
-from automodel_conv.execution.writing import (
-    LEAST_SCRATCH_BYTES,
-    DeviceTensors,
-    HostTensors,
-    SourceFiles,
-    begin_shard,
-    budget,
-    compare_slabs,
-    jobs_of,
-    write_slabs,
-)
+from automodel_conv.execution.writing import LEAST_SCRATCH_BYTES, budget
 from automodel_conv.files import system
-from automodel_conv.files.checkpoint import Checkpoint, open_checkpoint
-from automodel_conv.files.destination import open_destination
-from automodel_conv.files.shards import Spec, shard_of
-from automodel_conv.files.source import LocalFile
-from automodel_conv.planning.plan import CopyPlan
-from automodel_conv.publishing.saved import places_in
-from automodel_conv.schedule.writes import Slabs, slab_schedule
+from automodel_conv.files.checkpoint import open_checkpoint
 from automodel_conv.testing import address_valued, assert_bytes_equal, guarded
 from tests.execution.simulated import DeviceFault, SimulatedDevice
-from tests.execution.support import LAYOUTS, MERGE, columns, experts, moe, naive, plan_of, target, write_checkpoint
+from tests.execution.slab_writes import MAKERS, SLAB, Case, case_of, every_case, maker_of, write
+from tests.execution.support import LAYOUTS, MERGE, columns, experts, naive, plan_of, target, write_checkpoint
 
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
-MAKERS = ("host", "device", "files")
-SLAB, INPUT = 1024, 512
-
-
-class Lying(NamedTuple):
-    """Where tensors lie; see ``slabs.Places``."""
-
-    dtypes: list[str]
-    file_ids: list[int]
-    offsets: list[int]
-
-
-class Case(NamedTuple):
-    tensors: dict[str, torch.Tensor]
-    checkpoint: Checkpoint
-    plan: CopyPlan
-    expected: dict[str, torch.Tensor]
-
-
-def case(directory, *operations, wanted="BF16", dtype=torch.bfloat16, shape=(3, 9, 14), pad=0):
-    """Experts that become grouped, some cast, and what they become one element at a time."""
-    tensors, checkpoint, plan = moe(directory, *operations, pad=pad, dtype=dtype, shape=shape)
-    plan = plan_of(plan.sources, *(t._replace(dtype=wanted) if t.name != "norm" else t for t in plan.targets))
-    return Case(tensors, checkpoint, plan, naive(plan, tensors))
 
 
 @pytest.fixture(scope="module")
 def cases(tmp_path_factory):
-    """Each layout, with and without a cast, there and back; headers that align the data to anything."""
-    made = []
-    for layout in LAYOUTS:
-        for wanted in ("BF16", "F32"):
-            there = case(tmp_path_factory.mktemp("there"), *LAYOUTS[layout], wanted=wanted, pad=len(made) % 3)
-            grouped = write_checkpoint(tmp_path_factory.mktemp("back"), {"a.safetensors": there.expected}, pad=1)
-            back = there.plan.inverse()
-            made += [there, Case(there.expected, grouped, back, naive(back, there.expected))]
-    return made
-
-
-@contextmanager
-def maker_of(kind, case, slab_bytes=SLAB, input_bytes=INPUT, tensors=None, device=None, backend="torch"):
-    """The schedule of a case, and what starts a maker of one kind for it, with its scratch guarded."""
-    targets = list(case.plan.targets)
-    shard = shard_of("model.safetensors", [Spec(t.name, t.dtype, t.shape) for t in targets])
-    places = places_in([shard], targets)
-    if kind == "files":
-        slabs = slab_schedule(targets, [t.copies for t in targets], case.checkpoint, places, most_bytes=slab_bytes)
-        jobs = jobs_of(slabs.slabs, case.checkpoint, {}, input_bytes)
-        files = OpenFiles(case.checkpoint, [job.reads for group in jobs.values() for job in group])
-
-        def start():
-            return SourceFiles(case.checkpoint, files, jobs, slabs.dtypes, slab_bytes, input_bytes)
-
-        try:
-            yield shard, slabs, start
-        finally:
-            files.close()
-        return
-    found = case.tensors if tensors is None else tensors
-    rows = [found[name] for name in case.plan.sources.names]
-    copies, operands = [], []
-    for number, t in enumerate(targets):
-        made, read = with_source_strides(t.copies, [rows[row] for row in t.sources])
-        copies.append(made)
-        targets[number] = t._replace(sources=tuple(range(len(operands), len(operands) + len(read))))
-        operands += read
-    lying = Lying([dtype_code(t.dtype) for t in operands], list(range(len(operands))), [0] * len(operands))
-    slabs = slab_schedule(targets, copies, lying, places, most_bytes=slab_bytes)
-    if kind == "host":
-        yield shard, slabs, lambda: HostTensors(operands, slabs.dtypes, slab_bytes)
-    else:
-        device = device or SimulatedDevice()
-        yield shard, slabs, lambda: DeviceTensors(operands, slabs.dtypes, slab_bytes, device, backend)
-
-
-def write(kind, case, directory, threads=2, **options):
-    """Write a case as one file; returns its path once it is whole."""
-    with maker_of(kind, case, **options) as (shard, slabs, start):
-        seen = []
-        with open_destination(str(directory), [shard], None) as destination:
-            path = destination.path(shard.name)
-            begin_shard(shard, path)
-            write_slabs([(slabs.slabs, start)], path, threads, seen.append)
-            destination.finish(shard)
-            destination.commit(None)
-    assert sum(seen) == shard.nbytes - len(shard.header)
-    return Path(directory) / shard.name
+    return every_case(tmp_path_factory)
 
 
 def assert_holds(path, case):
@@ -158,9 +56,6 @@ def scratches(monkeypatch):
         scratch.check()
 
 
-# --- the same bytes ---------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("kind", MAKERS)
 @pytest.mark.parametrize("slab_bytes", [256, SLAB, 1 << 16])
 def test_files_hold_what_the_plan_makes_whoever_makes_it(cases, tmp_path, scratches, kind, slab_bytes):
@@ -173,7 +68,7 @@ def test_files_hold_what_the_plan_makes_whoever_makes_it(cases, tmp_path, scratc
 @pytest.mark.parametrize("kind", MAKERS)
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.float64, torch.bool, torch.float8_e4m3fn], ids=str)
 def test_elements_of_any_width_are_written(tmp_path, kind, dtype):
-    made = case(tmp_path / "source", *LAYOUTS["transposed"], dtype=dtype, wanted=dtype_code(dtype), pad=1)
+    made = case_of(tmp_path / "source", *LAYOUTS["transposed"], dtype=dtype, wanted=dtype_code(dtype), pad=1)
     assert_holds(write(kind, made, tmp_path / "made"), made)
 
 
@@ -215,7 +110,7 @@ def test_tensors_of_any_strides_are_read_as_they_lie(cases, tmp_path, scratches,
 @needs_triton
 @pytest.mark.parametrize("wanted", ["BF16", "F32"])
 def test_kernels_make_the_same_bytes(tmp_path, wanted):
-    made = case(tmp_path / "source", *LAYOUTS["transposed"], wanted=wanted, shape=(2, 16, 32))
+    made = case_of(tmp_path / "source", *LAYOUTS["transposed"], wanted=wanted, shape=(2, 16, 32))
     path = write("device", made, tmp_path / "made", slab_bytes=8192, threads=1, backend="triton")
     assert_holds(path, made)
 
@@ -226,9 +121,6 @@ def test_tensors_made_in_inference_mode_are_written(cases, tmp_path):
     assert_holds(write("host", cases[2], tmp_path / "a", tensors=tensors), cases[2])
     with torch.inference_mode():
         assert_holds(write("host", cases[2], tmp_path / "b", tensors=tensors), cases[2])
-
-
-# --- what the system does ---------------------------------------------------------------------------------------------
 
 
 def fewer(count):
@@ -285,7 +177,7 @@ def test_copies_within_the_kernel_change_nothing_however_far_they_come(cases, tm
 
 
 def test_the_bytes_of_what_only_moves_never_enter_the_process(tmp_path, calls):
-    made = case(tmp_path / "source", shape=(4, 16, 32))
+    made = case_of(tmp_path / "source", shape=(4, 16, 32))
     before = calls.nbytes
     assert_holds(write("files", made, tmp_path / "made"), made)
     headers = calls.nbytes - before
@@ -372,9 +264,6 @@ def test_each_thread_takes_its_memory_on_the_stream_that_uses_it(cases, tmp_path
     assert len(set(map(id, device.taken_for))) == len(device.taken_for)
 
 
-# --- memory -----------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("reads_files", [False, True])
 @pytest.mark.parametrize("scratch_bytes", [LEAST_SCRATCH_BYTES, 100_003, 1 << 20, 64 << 20, 256 << 20])
 def test_a_budget_shares_out_no_more_than_there_is(scratch_bytes, reads_files):
@@ -447,51 +336,3 @@ def test_a_device_gives_no_more_than_the_budget(cases, tmp_path):
     write("device", cases[4], tmp_path, threads=3, device=device)
     assert 0 < device.pinned_bytes <= 3 * SLAB
     assert 0 < device.scratch_bytes <= 3 * SLAB
-
-
-# --- comparing --------------------------------------------------------------------------------------------------------
-
-
-def compared(kind, case, path, threads=2, **options):
-    with maker_of(kind, case, **options) as (_, slabs, start):
-        return compare_slabs(slabs.slabs, LocalFile(str(path)), start, threads, lambda nbytes: None)
-
-
-@pytest.mark.parametrize("kind", MAKERS)
-def test_a_file_that_is_right_has_no_first_difference(cases, tmp_path, kind):
-    for number, case in enumerate(cases):
-        path = write("host", case, tmp_path / str(number))
-        assert compared(kind, case, path) is None
-
-
-@pytest.mark.parametrize("kind", MAKERS)
-@pytest.mark.parametrize("window_bytes", [16, 1 << 20])
-def test_the_first_byte_that_differs_is_found_wherever_it_is(cases, tmp_path, monkeypatch, kind, window_bytes):
-    monkeypatch.setattr(writing, "_WINDOW_BYTES", window_bytes)
-    rng = random.Random(5)
-    for number, case in enumerate(cases):
-        path = write("host", case, tmp_path / str(number))
-        right = path.read_bytes()
-        start = len(right) - sum(t.nbytes for t in case.plan.targets)
-        places = [start, len(right) - 1, *(rng.randrange(start, len(right)) for _ in range(6))]
-        for at in places:
-            wrong = bytearray(right)
-            for place in {at, *(rng.randrange(at, len(right)) for _ in range(rng.randint(0, 3)))}:
-                wrong[place] ^= 1 << rng.randrange(8)
-            path.write_bytes(wrong)
-            assert compared(kind, case, path, threads=1) == at
-            assert compared(kind, case, path, threads=3) == at
-
-
-def test_a_file_that_ends_too_early_is_told(cases, tmp_path):
-    path = write("host", cases[0], tmp_path)
-    path.write_bytes(path.read_bytes()[:-1])
-    with pytest.raises(ReadError, match="ends too early"):
-        compared("host", cases[0], path)
-
-
-def test_nothing_to_compare_is_equal(tmp_path):
-    (tmp_path / "a").write_bytes(b"x")
-    assert (
-        compare_slabs(Slabs([], ()).slabs, LocalFile(str(tmp_path / "a")), lambda: None, 2, lambda nbytes: None) is None
-    )

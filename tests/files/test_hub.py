@@ -91,9 +91,6 @@ def columns(checkpoint: amc.Checkpoint) -> list[Any]:
     return [checkpoint.names, checkpoint.dtypes, checkpoint.shapes, checkpoint.offsets, checkpoint.nbytes]
 
 
-# --- headers alone ----------------------------------------------------------------------------------------------------
-
-
 def test_a_repository_is_opened_from_its_headers_alone(hub, repository, tmp_path):
     checkpoint = amc.open_checkpoint(NAME)
     assert columns(checkpoint) == columns(amc.open_checkpoint(repository))
@@ -205,9 +202,6 @@ def test_data_of_headers_alone_is_refused_by_whoever_wants_to_read_it(hub, repos
         load_to_host(plan, checkpoint, buffers)
 
 
-# --- data -------------------------------------------------------------------------------------------------------------
-
-
 def test_a_load_downloads_what_the_index_names_and_nothing_else(hub, repository, tmp_path):
     write_sharded(repository, "consolidated", {name: 2 * tensor for name, tensor in TENSORS.items()})
     save_file(TENSORS, repository / "model.fp32.safetensors")
@@ -288,9 +282,6 @@ def test_a_server_that_is_gone_is_told(repository, tmp_path, monkeypatch):
         use(hub, tmp_path / "cache", monkeypatch)
     with pytest.raises(CheckpointError, match=rf"(?s){NAME}.*check the path, the network"):
         amc.open_checkpoint(NAME)
-
-
-# --- what lies beside the weights -------------------------------------------------------------------------------------
 
 
 def test_a_converted_repository_has_the_tokenizer_and_the_model_of_the_source(tmp_path, monkeypatch):

@@ -131,9 +131,6 @@ def test_listing_and_kinds_of_paths(tmp_path, file):
     assert not system.exists(file + "x")
 
 
-# --- making files -----------------------------------------------------------------------------------------------------
-
-
 @pytest.fixture
 def target(tmp_path):
     descriptor = system.create(str(tmp_path / "new"))

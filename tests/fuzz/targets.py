@@ -23,8 +23,8 @@ from automodel_conv.execution import checksums
 from automodel_conv.execution import host as cpu
 from automodel_conv.files import header
 from automodel_conv.files.checkpoint import Checkpoint, open_checkpoint
-from automodel_conv.files.earlier import taken_over
 from automodel_conv.files.journal import read_journal
+from automodel_conv.files.resuming import resume_or_discard
 from automodel_conv.files.shards import CHECKSUMS_NAME
 from automodel_conv.files.source import LocalFile
 from automodel_conv.files.staging import STAGING_NAME
@@ -56,9 +56,6 @@ def packed(entries: Mapping[str, Any], data: bytes) -> bytes:
 
 def entry(dtype: str, shape: list[int], start: int, stop: int) -> dict[str, Any]:
     return {"dtype": dtype, "shape": shape, "data_offsets": [start, stop]}
-
-
-# --- headers ----------------------------------------------------------------------------------------------------------
 
 
 def check_header(data: bytes) -> None:
@@ -95,9 +92,6 @@ def header_seeds() -> list[bytes]:
     return [*files, empty, packed({}, b""), packed({"__metadata__": {}}, b"")]
 
 
-# --- loads ------------------------------------------------------------------------------------------------------------
-
-
 def check_load(data: bytes) -> None:
     """A small checkpoint that is accepted loads into guarded buffers, from its own data, as safetensors has it."""
     with memory_of(**{"model.safetensors": data}) as memory:
@@ -120,8 +114,6 @@ def check_load(data: bytes) -> None:
         loaded = bytes(buffer.tensor.contiguous().view(-1).view(_BYTES).numpy())
         _require(loaded == bytes(wanted[name]["data"]), f"{name}: other bytes")
 
-
-# --- indexes ----------------------------------------------------------------------------------------------------------
 
 _SHARDS = {
     "/c/a.safetensors": packed({"x": entry("U8", [2], 0, 2), "y": entry("U8", [1], 2, 3)}, b"abc"),
@@ -158,8 +150,6 @@ def index_seeds() -> list[bytes]:
     )
     return [json.dumps({"metadata": {"total_size": 5}, "weight_map": weight_map}).encode() for weight_map in maps]
 
-
-# --- config.json ------------------------------------------------------------------------------------------------------
 
 _CODED = packed(
     {
@@ -204,8 +194,6 @@ def config_seeds() -> list[bytes]:
     return [json.dumps({"model_type": "a", "quantization_config": one}).encode() for one in settings]
 
 
-# --- journals ---------------------------------------------------------------------------------------------------------
-
 _STAGED = "/c/" + STAGING_NAME
 
 
@@ -226,7 +214,7 @@ def check_journal(data: bytes) -> None:
         journal = memory.open_readonly(f"{_STAGED}/journal.jsonl")
         try:
             earlier = read_journal(journal)
-            taken_over(earlier, journal, "/c", shards, {"kind": "convert"}, True, "model.safetensors.index.json")
+            resume_or_discard(earlier, journal, "/c", shards, {"kind": "convert"}, True, "model.safetensors.index.json")
         except ConversionError:
             pass
     for path in memory.removed:
@@ -261,9 +249,6 @@ def journal_seeds() -> list[bytes]:
     )
     again = [*begun, first, {"again": "model-00001-of-00002.safetensors"}]
     return [b"".join(json.dumps(line).encode() + b"\n" for line in lines) for lines in (*journals, again)]
-
-
-# --- checksums --------------------------------------------------------------------------------------------------------
 
 
 def check_checksums(data: bytes) -> None:

@@ -65,9 +65,6 @@ def in_folder(folder, monkeypatch, name, seconds, mistake=None):
     return fuzz(name, seconds, seed=1, planted=mistake)
 
 
-# --- the means --------------------------------------------------------------------------------------------------------
-
-
 @every_mistake
 def test_a_mistake_that_is_planted_is_one(mistake, monkeypatch):
     """The functions differ, and what is right is still accepted."""

@@ -86,9 +86,6 @@ def launched(patch: pytest.MonkeyPatch) -> list:
     return found
 
 
-# --- quantized checkpoints --------------------------------------------------------------------------------------------
-
-
 def write_fp8(plain, directory):
     """The checkpoint ``plain`` with its projections in e4m3, a scale for each 128 x 128: as DeepSeek and Qwen do it."""
     from tests.quantized.producers import block_wise

@@ -20,9 +20,6 @@ pytestmark = pytest.mark.skipif(not transformers_available(), reason="builds a m
 two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
 
 
-# --- memory -----------------------------------------------------------------------------------------------------------
-
-
 @pytest.fixture(scope="module")
 def warmed(checkpoint, device):
     """A first load, which makes what is made once for a device."""
@@ -88,9 +85,6 @@ def test_the_device_can_be_loaded_to_after_an_error(checkpoint, per_expert, devi
     assert_same(loaded, grouped(per_expert, "nemo"), device)
 
 
-# --- streams ----------------------------------------------------------------------------------------------------------
-
-
 @pytest.fixture
 def side(device):
     """The current stream, which is not the default one."""
@@ -153,9 +147,6 @@ def test_a_load_comes_after_what_the_current_stream_writes(checkpoint, per_exper
     assert_same(made.state_dict(), grouped(per_expert, "transformers"), device)
 
 
-# --- other devices ----------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.gpu
 @two_gpus
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -185,9 +176,6 @@ def test_a_model_on_two_devices_is_filled_and_saved(checkpoint, per_expert, tmp_
         assert_same({name: tensor}, {name: wanted[name]}, second if on_second else first)
     amc.save_checkpoint(made, tmp_path)
     assert_same(tensors_of(tmp_path), per_expert, torch.device("cpu"))
-
-
-# --- the hook ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.gpu

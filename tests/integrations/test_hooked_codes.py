@@ -118,9 +118,6 @@ def keeping(monkeypatch):
     monkeypatch.setattr(FineGrainedFP8HfQuantizer, "validate_environment", lambda self, *args, **kwargs: None)
 
 
-# --- what is refused --------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("kind", "pattern"), [("llama", ATTENTION), ("qwen", ATTENTION), ("qwen", EXPERTS), ("qwen", "_proj.weight$")]
 )
@@ -265,9 +262,6 @@ def test_the_next_load_in_the_same_block_and_in_other_threads_is_as_ever(llama, 
     assert_same_model(hooked, qwen)
 
 
-# --- scales that are lost ---------------------------------------------------------------------------------------------
-
-
 def lose(scale):
     return lambda stored: stored.pop(scale)
 
@@ -286,7 +280,8 @@ def test_a_lost_scale_is_named_where_the_model_keeps_codes(keeping, llama, tmp_p
     published(llama, tmp_path, r"_proj\.weight$", FP8, scaled("_scale_inv"))
     rewrite(tmp_path, lose(f"{Q_PROJ}_scale_inv"))
     text = refused(type(llama), tmp_path)
-    assert f"{Q_PROJ} is F8_E4M3, and it has no known scale: transformers would make {Q_PROJ}_scale_inv up" in text
+    why = f"transformers would initialize {Q_PROJ}_scale_inv instead of loading it"
+    assert f"{Q_PROJ} is F8_E4M3, and it has no known scale: {why}" in text
     assert "1 tensors" in text
 
 
@@ -329,9 +324,6 @@ def test_codes_of_a_module_that_compressed_tensors_ignores_are_refused(llama, tm
     text = refused(type(llama), tmp_path)
     assert told(Q_PROJ, f"{Q_PROJ}_scale").search(text)
     assert f"{llama.config.num_hidden_layers} tensors" in text
-
-
-# --- what passes ------------------------------------------------------------------------------------------------------
 
 
 def test_codes_that_no_parameter_takes_pass(llama, tmp_path, monkeypatch):

@@ -115,8 +115,6 @@ def test_where_torch_makes_no_real_tensors_transformers_converts(mixtral):
     assert "FakeTensor" in load.left[ALL]
 
 
-# --- remote code ------------------------------------------------------------------------------------------------------
-
 MODELING = """
 from transformers import MixtralConfig, MixtralForCausalLM
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
@@ -187,9 +185,6 @@ def test_remote_code_without_rules_is_loaded_as_it_is(mixtral, tmp_path):
     _, hooked, [load] = both(AutoModelForCausalLM, path, trust_remote_code=True)
     assert load == ("OwnForCausalLM", (), {}, (), (), 0)
     assert_same_model(hooked, mixtral[0])
-
-
-# --- adapters ---------------------------------------------------------------------------------------------------------
 
 
 needs_peft = pytest.mark.skipif(importlib.util.find_spec("peft") is None, reason="peft is not installed")

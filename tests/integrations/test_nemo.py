@@ -148,9 +148,6 @@ def test_adapters_equal_those_written_by_hand(model_type):
         assert_same(dict(ours.convert_single_tensor_to_hf(key, tensor)), single)
 
 
-# --- its checkpointer -------------------------------------------------------------------------------------------------
-
-
 @pytest.fixture
 def installed():
     nemo.install()
@@ -238,9 +235,6 @@ def test_every_type_whose_rules_merge_is_known_to_need_merging():
     ]
     assert len(converting) > 20
     assert all(map(amc.requires_tensor_merging, converting))
-
-
-# --- what goes wrong there without a word, and how it goes here -------------------------------------------------------
 
 
 def test_a_text_tower_with_experts_inside_another_model_is_converted(tmp_path):

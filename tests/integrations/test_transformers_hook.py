@@ -234,9 +234,6 @@ def test_a_read_that_fails_names_file_and_tensor(mixtral, monkeypatch):
     assert ".experts." in str(error.value)
 
 
-# --- rules that are not transformers' own -----------------------------------------------------------------------------
-
-
 class OwnMerge(MergeModulelist):
     """A user's operation, which does something else."""
 
@@ -270,9 +267,6 @@ def test_an_operation_of_a_user_runs_as_it_would_without_the_hook(mixtral, monke
     assert load.lowered == ()
     assert all("OwnMerge" in reason for reason in load.left.values())
     assert_bytes_equal(stock.model.layers[0].mlp.experts.down_proj.detach(), 2 * plain.detach())
-
-
-# --- the hook itself --------------------------------------------------------------------------------------------------
 
 
 def test_install_is_idempotent_and_uninstall_restores_the_very_functions():

@@ -211,9 +211,6 @@ def test_a_cell_beyond_the_table_is_noticed_by_the_twin():
         )
 
 
-# --- the kernel, in the interpreter -----------------------------------------------------------------------------------
-
-
 @pytest.fixture
 def launched():
     """The variants launched; and the promise kept that the interpreter does not check."""
@@ -294,9 +291,6 @@ def test_nothing_is_launched_for_nothing(launched):
     assert not launched
 
 
-# --- refusals ---------------------------------------------------------------------------------------------------------
-
-
 def misfits():
     """Changes of a call that fits, by what is wrong then."""
     fits = Problem(4, (6, 8), (2, 4), (0, 0), BF16, torch.uint8, 3)
@@ -341,7 +335,7 @@ def test_other_codes_and_numbers_are_refused(bits, dtype, verb):
 
 
 @needs_triton
-def test_destinationsof_two_kinds_are_refused_by_the_kernel():
+def test_destinations_of_two_kinds_are_refused_by_the_kernel():
     problem = Problem(8, (4, 4), (2, 2), (0, 0), BF16, torch.uint8, 3, count=2)
     out = [torch.zeros(4, 4, dtype=BF16), torch.zeros(4, 4, dtype=BF16).t()]
     with pytest.raises(ConversionError, match="of one kind"):

@@ -119,7 +119,7 @@ def test_transpose_splits_rows_too_long_for_one_panel():
     columns=st.sampled_from(SIDES),
     layout=st.sampled_from(["contiguous", "rows of a wider matrix", "columns first"]),
 )
-def test_interleaved_destinationseach_get_their_own_source(dtype, lanes, rows, columns, layout):
+def test_interleaved_destinations_each_get_their_own_source(dtype, lanes, rows, columns, layout):
     whole, check = guarded((columns, rows, lanes), dtype, strides=(rows * lanes + 5, lanes, 1))
     sources = [SOURCE_LAYOUTS[layout](rows, columns, torch.int64).add(17 * lane).to(dtype) for lane in range(lanes)]
     with mock.patch.multiple(transpose, **SMALL_PANELS):
@@ -129,7 +129,7 @@ def test_interleaved_destinationseach_get_their_own_source(dtype, lanes, rows, c
     check()
 
 
-def test_interleaved_destinationsare_written_together():
+def test_interleaved_destinations_are_written_together():
     whole = poisoned((64, 128), torch.bfloat16)
     sources = [address_valued((64, 64), torch.bfloat16, start) for start in (0, 5000)]
     with mock.patch.object(transpose, "_transpose_panels", wraps=transpose._transpose_panels) as panels:
@@ -139,7 +139,7 @@ def test_interleaved_destinationsare_written_together():
 
 
 @pytest.mark.parametrize("order", [(1, 0), (0, 0, 1)], ids=str)
-def test_destinationsthat_only_look_interleaved_are_right_too(order):
+def test_destinations_that_only_look_interleaved_are_right_too(order):
     src = [address_valued((64, 65), torch.bfloat16, 9000 * k) for k in range(len(order))]
     memory = poisoned((len(order), 65, 64, 2), torch.bfloat16)
     dst = [memory[0 if len(order) == 2 else k, ..., lane] for k, lane in enumerate(order)]

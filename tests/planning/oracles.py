@@ -12,8 +12,6 @@ from automodel_conv.planning.boxes import Piece
 from automodel_conv.planning.copies import SourceTable
 from automodel_conv.planning.plan import CopyPlan
 
-# --- pieces and plans -----------------------------------------------------------------------------
-
 
 def pairs(piece: Piece) -> list[tuple[int, int]]:
     """(source element, target element) of everything a piece copies."""
@@ -66,9 +64,6 @@ def addressed(table: SourceTable) -> dict[str, list[tuple[str, int]]]:
     return {
         name: [(name, i) for i in range(prod(shape))] for name, shape in zip(table.names, table.shapes, strict=True)
     }
-
-
-# --- operations, by coordinates -------------------------------------------------------------------
 
 
 class Cells(NamedTuple):
@@ -193,9 +188,6 @@ def ernie_split(fused: Sequence[Cells], groups: int, stack_dim: int, dim: int) -
     ]
 
 
-# --- names: upstream's mapping stage, key by key --------------------------------------------------
-
-
 class Mapped(NamedTuple):
     """What upstream collects for one target: the winning rule (None: a renaming) and names by source pattern."""
 
@@ -263,9 +255,6 @@ def upstream_values(
         result = converter.convert(target, model=model, config=model.config)
         made |= {name: t[0] if isinstance(t, list) else t for name, t in result.items()}
     return made
-
-
-# --- names that a rule's pattern matches ----------------------------------------------------------
 
 
 def example(pattern: str, number: int) -> str:

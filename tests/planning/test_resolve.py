@@ -150,9 +150,6 @@ def test_registry_is_not_empty():
     assert any(len(rows) > 2 for rule, slots in made.values() if rule is not None for rows in slots.values())
 
 
-# --- numbers --------------------------------------------------------------------------------------
-
-
 def merging(pattern="experts.*.w1.weight", target="experts.gate_up_proj"):
     return WeightConverter(pattern, target, operations=[MergeModulelist(dim=0)])
 
@@ -270,9 +267,6 @@ def test_grouped_renames_wait_for_their_guard(guarded):
     }
 
 
-# --- against a model ------------------------------------------------------------------------------
-
-
 def test_a_name_that_is_right_already_is_left_alone():
     rules = [WeightRenaming("block", "layer"), merging()]
     names = ["block.3.w", "block.10.w", "layer.experts.gate_up_proj", "experts.4.w1.weight"]
@@ -369,9 +363,6 @@ def test_a_name_with_a_nul_character_is_a_name():
 def test_no_names_resolve_to_nothing():
     resolution = resolve([], RuleSet([merging()]), {"a": 1})
     assert (resolution.assignments, resolution.unexpected, resolution.duplicated) == ([], [], [])
-
-
-# --- the caller's objects -------------------------------------------------------------------------
 
 
 def state(rule):

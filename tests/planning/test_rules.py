@@ -132,9 +132,6 @@ def test_heads_that_are_not_one_number_are_the_reason(config):
         operations_of(WeightConverter("a", "b", operations=[rope]), config)
 
 
-# --- not stock ------------------------------------------------------------------------------------
-
-
 class Louder(MergeModulelist):
     def convert(self, *args, **kwargs):
         return {key: value * 2 for key, value in super().convert(*args, **kwargs).items()}
@@ -200,9 +197,6 @@ def test_a_rule_with_a_quantization_is_not_stock():
         operations_of(rule)
 
 
-# --- names ----------------------------------------------------------------------------------------
-
-
 def test_no_rules_leave_names_alone():
     rules = RuleSet(None)
     assert len(rules) == 0
@@ -248,9 +242,6 @@ def test_a_users_mapping_becomes_renamings_in_its_order():
 
 def test_only_transformers_models_ignore_names():
     assert without_ignored(torch.nn.Linear(1, 1), ["a"], ["b"]) == (["a"], ["b"])
-
-
-# --- running upstream's code ----------------------------------------------------------------------
 
 
 def test_upstreams_own_convert_can_run_again_and_changes_no_rule():

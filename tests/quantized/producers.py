@@ -27,9 +27,6 @@ def spread(scales: Tensor, block: tuple[int, int], shape: torch.Size) -> Tensor:
     return wide.repeat_interleave(block[0], 0)[: shape[0]].repeat_interleave(block[1], 1)[:, : shape[1]]
 
 
-# --- transformers -----------------------------------------------------------------------------------------------------
-
-
 def fine_grained(block: tuple[int, int], scale_fmt: str = "float") -> Producer:
     """DeepSeek-V3's format; ``Fp8Quantize`` of transformers where the block divides the shape, as it demands."""
     config = {"quant_method": "fp8", "weight_block_size": list(block), "fmt": "e4m3", "scale_fmt": scale_fmt}
@@ -94,9 +91,6 @@ def fp4_values(codes: Tensor) -> Tensor:
     """Two numbers of each byte ``[rows, bytes]``, the low half first."""
     nibbles = torch.stack([codes & 15, codes >> 4], -1).flatten(-2)
     return FP4[nibbles.long()]
-
-
-# --- compressed-tensors -----------------------------------------------------------------------------------------------
 
 
 def compressed(stored_format: str, divisor: float | None = None, **weights: Any) -> Producer:

@@ -155,9 +155,6 @@ def test_other_scales_are_as_unexpected_as_ever(tmp_path):
     assert len(caught.value.unexpected) == 2
 
 
-# --- modelopt's own file ----------------------------------------------------------------------------------------------
-
-
 def in_its_own_file(directory, producer, **quantization):
     """A checkpoint that ``hf_quant_config.json`` alone says is quantized; what it is when ``config.json`` says it."""
     quantized("", directory, producer, qwen())

@@ -99,9 +99,6 @@ def test_codes_are_decoded_as_by_the_twin(gpu, code_format, turned):
     assert_bytes_equal(*made)
 
 
-# --- what is promised -------------------------------------------------------------------------------------------------
-
-
 def test_a_promise_of_16_for_an_address_at_8_is_found(gpu, monkeypatch):
     real = strided_copy_module.byte_variant
     monkeypatch.setattr(strided_copy_module, "byte_variant", lambda alignment, nbytes: real(16, nbytes))
@@ -160,9 +157,6 @@ def test_a_grid_of_another_size_than_the_work_is_found(gpu, wrong, text):
         launching.queue(variant, wrong, table, (1, 4, 0, 0))
 
 
-# --- what is touched --------------------------------------------------------------------------------------------------
-
-
 def at(tensor, offset, shape, stride):
     return at_addresses(np.array([tensor.data_ptr() + offset]), shape, stride, tensor.dtype, tensor.device)
 
@@ -193,7 +187,7 @@ def test_pinned_memory_is_not_a_kernels(gpu):
         strided_copy([bytes_of(64).view(1, 64)], [pinned.view(1, 64)])
 
 
-def test_two_destinationsthat_share_a_byte_are_found(gpu):
+def test_two_destinations_that_share_a_byte_are_found(gpu):
     memory, src = bytes_of(8192), bytes_of(8192)
     dst = matrices_at(memory, [0, 128 * 3 + 48], (4, 64), 128, torch.uint8)
     with pytest.raises(GpuFault, match="shares bytes with destination 0"):

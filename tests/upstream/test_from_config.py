@@ -44,8 +44,6 @@ def assert_as_upstream(path, auto=AutoModelForCausalLM, **options):
     return stock
 
 
-# --- the class --------------------------------------------------------------------------------------------------------
-
 # Source: config.json of bryce-hoehn/Qwen3.5-18B-REAP-A3B-Coding, moonshotai/Kimi-K2.5 and stepfun-ai/Step-3.7-Flash,
 # which name classes of another type, or of their own code.
 FOREIGN = [
@@ -188,9 +186,6 @@ def test_a_config_that_is_a_pointer_is_told_as_one(tmp_path):
     for action in (amc.load_state_dict, amc.compile_plan):
         with pytest.raises(amc.CheckpointError, match=r"config\.json[\s\S]*Git-LFS pointer[\s\S]*git lfs pull"):
             action(tmp_path)
-
-
-# --- the dtype --------------------------------------------------------------------------------------------------------
 
 
 def mixed(directory, first, others, names=("lm_head.weight",)):

@@ -132,9 +132,6 @@ def test_a_thread_that_ends_while_a_model_is_loaded_names_what_is_filled(sweep):
     assert "layers.0.norm" in error.__notes__[-1]
 
 
-# --- a disk that is stuck ---------------------------------------------------------------------------------------------
-
-
 class Stuck(NamedTuple):
     entered: threading.Event
     released: threading.Event

@@ -92,9 +92,6 @@ def reads(monkeypatch):
     return seen
 
 
-# --- the host ---------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("budget", [cpu.LEAST_SCRATCH_BYTES, 5000, 65_537, 1 << 20, 1 << 30])
 @pytest.mark.parametrize("threads", [1, 2, 7])
 def test_the_report_stays_within_the_budget(published, budget, threads):
@@ -183,9 +180,6 @@ def test_what_transformers_own_code_makes_is_refused(published, monkeypatch, rea
     with pytest.raises(amc.UnsupportedError, match=r"own code cannot be bounded[\s\S]*" + plan.targets[0].name):
         filling.within(1 << 30, filling.Limits(), plan, model.state_dict())
     assert filling.within(None, filling.Limits(), plan, model.state_dict()) == filling.Limits()
-
-
-# --- a device ---------------------------------------------------------------------------------------------------------
 
 
 class Watched(SimulatedDevice):
@@ -287,9 +281,6 @@ def test_scratches_that_are_given_are_kept_on_a_device(published, devices, reads
     with pytest.raises(amc.ConversionError, match="no load fits"):
         amc.load_model(model, directory, memory_budget=16_383, **scratch)
     assert reads == []
-
-
-# --- models that are permuted on the way ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("layout", [None, "nemo", "gpt_oss"])

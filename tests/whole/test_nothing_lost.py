@@ -154,9 +154,6 @@ def test_in_memory_nothing_is_left_out(case):
     assert amc.revert_state_dict(case.model.state_dict(), case.model).report.left_out == ()
 
 
-# --- one model is enough ----------------------------------------------------------------------------------------------
-
-
 @pytest.fixture(scope="module")
 def one(tmp_path_factory):
     return Case("mixtral", tmp_path_factory.mktemp("published"))
@@ -316,9 +313,6 @@ def test_a_tensor_that_the_index_does_not_give_to_its_file_is_left_out_and_told(
     assert report.carried == ("kept",)
     assert set(report.left_out) == set(left_out)
     assert_same(tensors_of(tmp_path / "saved"), one.plain | {"kept": torch.ones(2)})
-
-
-# --- layers for multi-token prediction, behind those of the model -----------------------------------------------------
 
 
 def deepseek(directory, layers, prediction_layers, said):

@@ -1,0 +1,109 @@
+"""Slabs from host tensors, from a device and from files, written to a file."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from automodel_conv.dtypes import dtype_code
+from automodel_conv.execution.memory import with_source_strides
+from automodel_conv.execution.reading import OpenFiles
+from automodel_conv.execution.writing import DeviceTensors, HostTensors, SourceFiles, begin_shard, jobs_of, write_slabs
+from automodel_conv.files.checkpoint import Checkpoint
+from automodel_conv.files.destination import open_destination
+from automodel_conv.files.shards import Spec, shard_of
+from automodel_conv.planning.plan import CopyPlan
+from automodel_conv.publishing.saved import places_in
+from automodel_conv.schedule.writes import slab_schedule
+from tests.execution.simulated import SimulatedDevice
+from tests.execution.support import LAYOUTS, moe, naive, plan_of, write_checkpoint
+
+MAKERS = ("host", "device", "files")
+SLAB, INPUT = 1024, 512
+
+
+class Lying(NamedTuple):
+    """Where tensors lie; see ``slabs.Places``."""
+
+    dtypes: list[str]
+    file_ids: list[int]
+    offsets: list[int]
+
+
+class Case(NamedTuple):
+    tensors: dict[str, torch.Tensor]
+    checkpoint: Checkpoint
+    plan: CopyPlan
+    expected: dict[str, torch.Tensor]
+
+
+def case_of(directory, *operations, wanted="BF16", dtype=torch.bfloat16, shape=(3, 9, 14), pad=0):
+    """Experts that become grouped, some cast, and what they become one element at a time."""
+    tensors, checkpoint, plan = moe(directory, *operations, pad=pad, dtype=dtype, shape=shape)
+    plan = plan_of(plan.sources, *(t._replace(dtype=wanted) if t.name != "norm" else t for t in plan.targets))
+    return Case(tensors, checkpoint, plan, naive(plan, tensors))
+
+
+@contextmanager
+def maker_of(kind, case, slab_bytes=SLAB, input_bytes=INPUT, tensors=None, device=None, backend="torch"):
+    """The schedule of a case, and what starts a maker of one kind for it, with its scratch guarded."""
+    targets = list(case.plan.targets)
+    shard = shard_of("model.safetensors", [Spec(t.name, t.dtype, t.shape) for t in targets])
+    places = places_in([shard], targets)
+    if kind == "files":
+        slabs = slab_schedule(targets, [t.copies for t in targets], case.checkpoint, places, most_bytes=slab_bytes)
+        jobs = jobs_of(slabs.slabs, case.checkpoint, {}, input_bytes)
+        files = OpenFiles(case.checkpoint, [job.reads for group in jobs.values() for job in group])
+
+        def start():
+            return SourceFiles(case.checkpoint, files, jobs, slabs.dtypes, slab_bytes, input_bytes)
+
+        try:
+            yield shard, slabs, start
+        finally:
+            files.close()
+        return
+    found = case.tensors if tensors is None else tensors
+    rows = [found[name] for name in case.plan.sources.names]
+    copies, operands = [], []
+    for number, t in enumerate(targets):
+        made, read = with_source_strides(t.copies, [rows[row] for row in t.sources])
+        copies.append(made)
+        targets[number] = t._replace(sources=tuple(range(len(operands), len(operands) + len(read))))
+        operands += read
+    lying = Lying([dtype_code(t.dtype) for t in operands], list(range(len(operands))), [0] * len(operands))
+    slabs = slab_schedule(targets, copies, lying, places, most_bytes=slab_bytes)
+    if kind == "host":
+        yield shard, slabs, lambda: HostTensors(operands, slabs.dtypes, slab_bytes)
+    else:
+        device = device or SimulatedDevice()
+        yield shard, slabs, lambda: DeviceTensors(operands, slabs.dtypes, slab_bytes, device, backend)
+
+
+def write(kind, case, directory, threads=2, **options):
+    """Write a case as one file; returns its path once it is whole."""
+    with maker_of(kind, case, **options) as (shard, slabs, start):
+        seen = []
+        with open_destination(str(directory), [shard], None) as destination:
+            path = destination.path(shard.name)
+            begin_shard(shard, path)
+            write_slabs([(slabs.slabs, start)], path, threads, seen.append)
+            destination.finish(shard)
+            destination.commit(None)
+    assert sum(seen) == shard.nbytes - len(shard.header)
+    return Path(directory) / shard.name
+
+
+def every_case(tmp_path_factory):
+    """Each layout, with and without a cast, there and back; headers that align the data to anything."""
+    made = []
+    for layout in LAYOUTS:
+        for wanted in ("BF16", "F32"):
+            there = case_of(tmp_path_factory.mktemp("there"), *LAYOUTS[layout], wanted=wanted, pad=len(made) % 3)
+            grouped = write_checkpoint(tmp_path_factory.mktemp("back"), {"a.safetensors": there.expected}, pad=1)
+            back = there.plan.inverse()
+            made += [there, Case(there.expected, grouped, back, naive(back, there.expected))]
+    return made
