@@ -197,7 +197,7 @@ def test_codes_are_not_given_to_operations_that_are_not_lowered(tmp_path):
     codes = torch.randn(4, 6).to(torch.float8_e4m3fn)
     path = checkpoint(tmp_path, {"quant_method": "fp8"}, **{"": codes, "_scale_inv": torch.rand(1, 1)})
     rules = [WeightConverter(["a.weight"], ["a.weight"], operations=[Twice()])]
-    told = "a.weight is made by upstream's own code, of a quantized tensor"
+    told = "a.weight would be filled by transformers' own code from a quantized tensor"
     assert_refused(path, poisoned(Linear(4, 6)), amc.UnsupportedError, told, rules=rules)
 
 
@@ -205,7 +205,7 @@ def test_dtype_that_codes_are_not_decoded_to_is_told_before_anything_is_written(
     codes = torch.randn(4, 6).to(torch.float8_e4m3fn)
     path = checkpoint(tmp_path, {"quant_method": "fp8"}, **{"": codes, "_scale_inv": torch.rand(1, 1)})
     model = poisoned(Linear(4, 6, torch.float64))
-    assert_refused(path, model, amc.UnsupportedError, "a.weight is not decoded to the dtype", "F64", rules=[])
+    assert_refused(path, model, amc.UnsupportedError, "a.weight cannot be decoded to the dtype", "F64", rules=[])
 
 
 def test_padding_of_packed_rows_is_not_taken_for_columns(tmp_path):
