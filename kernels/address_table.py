@@ -149,7 +149,9 @@ def _of_stack(name: str, stack: Tensor) -> Matrices:
 
 
 def _have_same_kind(tensors: Sequence[Tensor], addresses: np.ndarray) -> bool:
-    """Return whether all tensors are matrices of the same kind. True is certain; unusual tensors may yield False.
+    """Return whether all tensors are matrices of the same kind.
+
+    True is certain; unusual tensors may yield False.
 
     A layer has hundreds of tensors, and a Python call for each costs more than reading its attributes. So this compares
     one attribute at a time, in loops that run in C and keep nothing.

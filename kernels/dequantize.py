@@ -42,7 +42,10 @@ class DequantizeConstants(NamedTuple):
 
 
 class Blocks(NamedTuple):
-    """The arguments of a launch besides its geometry. Columns count bytes of codes."""
+    """The arguments of a launch besides its geometry.
+
+    Columns count bytes of codes.
+    """
 
     step: int  # step between elements of a destination's row, in elements
     block_rows: int  # rows of a block, or their binary logarithm

@@ -1,4 +1,7 @@
-"""The torch twin of ``dequantize``, for the host, and the checks of both. Does not import Triton."""
+"""The torch twin of ``dequantize``, for the host, and the checks of both.
+
+Does not import Triton.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +29,10 @@ _INT32 = 2**31
 
 
 class _Lookup(NamedTuple):
-    """A table flattened to words. Each byte of codes looks up one word, or two if ``nibbles``."""
+    """A table flattened to words.
+
+    Each byte of codes looks up one word, or two if ``nibbles``.
+    """
 
     words: Tensor  # 1-D, integers
     width: int  # words of a row of the table

@@ -1,4 +1,7 @@
-"""Strided copies: equal shapes, any strides. Every step of a plan can be expressed as one."""
+"""Strided copies: equal shapes, any strides.
+
+Every step of a plan can be expressed as one.
+"""
 
 from __future__ import annotations
 

@@ -33,7 +33,10 @@ _GROUP = tl.constexpr(8)  # pyright: ignore[reportCallIssue]
 
 @jit
 def _bf16_by_integers(x):
-    """Round float32 to bfloat16, to nearest even. The interpreter's own cast truncates."""
+    """Round float32 to bfloat16, to nearest even.
+
+    The interpreter's own cast truncates.
+    """
     bits = x.to(tl.uint32, bitcast=True)
     rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
     return tl.where(x == x, rounded, 0x7FC0).to(tl.uint16).to(tl.bfloat16, bitcast=True)

@@ -1,4 +1,7 @@
-"""The torch twin of ``transpose``, for the host. Does not import Triton."""
+"""The torch twin of ``transpose``, for the host.
+
+Does not import Triton.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""The table of the verbs that execute strided copies. A new verb is a file and one line here."""
+"""The table of the verbs that execute strided copies.
+
+A new verb is a file and one line here.
+"""
 
 from __future__ import annotations
 

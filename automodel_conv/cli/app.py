@@ -80,7 +80,10 @@ def plan(
         typer.Option(help="Print what each rank of a mesh would read, such as ep=64,fsdp=8; also replicate."),
     ] = None,
 ) -> None:
-    """Print where every byte of a checkpoint goes. Reads only headers, also those of org/name."""
+    """Print where every byte of a checkpoint goes.
+
+    Reads only headers, also those of org/name.
+    """
     from automodel_conv.cli.forecast import forecast, parse_mesh
     from automodel_conv.cli.tables import mesh_table
 
@@ -157,7 +160,10 @@ def convert(
     progress: ProgressOption = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would be done; write nothing.")] = False,
 ) -> None:
-    """Convert a checkpoint to another layout of its experts. To continue after an interruption, repeat the command."""
+    """Convert a checkpoint to another layout of its experts.
+
+    To continue after an interruption, repeat the command.
+    """
     from automodel_conv.cli.tables import converted_table
     from automodel_conv.publishing.conversion import compile_conversion
 

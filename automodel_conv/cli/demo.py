@@ -59,7 +59,10 @@ class DemoLoad:
 
 @dataclass(frozen=True)
 class DemoResult:
-    """The results of the demo. Its files are removed by then."""
+    """The results of the demo.
+
+    Its files are removed by then.
+    """
 
     directory: str
     files: int
