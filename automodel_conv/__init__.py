@@ -1,13 +1,14 @@
 """Mixture-of-Experts checkpoints between the Hugging Face per-expert format and the grouped buffers models run on.
 
-Importing this package imports nothing else: what is named here is imported when it is first asked for, and transformers
-and triton when a call needs them.
+Importing this package imports nothing else. Each public name is imported on first use, and transformers and triton are
+imported when a call needs them.
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from automodel_conv.compiling.options import LoadOptions
     from automodel_conv.compiling.planned import compile_plan
     from automodel_conv.conversion_mapping import (
         get_checkpoint_conversion_mapping,
@@ -49,6 +50,7 @@ _DEFINED_IN = {
         "is_transformers_conversion_available",
         "requires_tensor_merging",
     ),
+    "automodel_conv.compiling.options": ("LoadOptions",),
     "automodel_conv.compiling.planned": ("compile_plan",),
     "automodel_conv.converting": ("ConvertReport", "convert_checkpoint"),
     "automodel_conv.errors": (
@@ -73,7 +75,7 @@ _DEFINED_IN = {
     "automodel_conv.saving": ("SaveReport", "save_checkpoint"),
     "automodel_conv.verifying": ("verify_checkpoint",),
 }
-"""The public names by the module that each comes from."""
+"""Public names by the module that defines them."""
 
 __all__ = [
     "Checkpoint",
@@ -83,6 +85,7 @@ __all__ = [
     "CopyPlan",
     "CoverageError",
     "DestinationError",
+    "LoadOptions",
     "LoadReport",
     "NameProblems",
     "QuantizationError",
@@ -112,10 +115,10 @@ __all__ = [
 ]
 
 
-if not TYPE_CHECKING:  # type checkers take the imports above, and tell names that are not there
+if not TYPE_CHECKING:  # type checkers use the imports above, and report unknown names
 
     def __getattr__(name: str) -> object:
-        """Import a public name, or a module of this package, when it is first asked for (PEP 562)."""
+        """Import a public name, or a module of this package, on first use (PEP 562)."""
         home = next((module for module, names in _DEFINED_IN.items() if name in names), None)
         if home is not None:
             globals()[name] = getattr(import_module(home), name)
@@ -124,7 +127,7 @@ if not TYPE_CHECKING:  # type checkers take the imports above, and tell names th
             try:
                 return import_module(f"{__name__}.{name}")
             except ModuleNotFoundError as error:
-                if error.name != f"{__name__}.{name}":  # the module is there, and lacks something
+                if error.name != f"{__name__}.{name}":  # the module exists, but an import in it failed
                     raise
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 

@@ -1,4 +1,4 @@
-"""``python -m automodel_conv``: the command line."""
+"""Entry point of ``python -m automodel_conv``, the command line."""
 
 from automodel_conv.cli import main
 

@@ -1,15 +1,15 @@
-"""Which rules turn a checkpoint into a model: the questions callers ask before anything is planned.
+"""Queries for the rules that convert a checkpoint to a model.
 
-A drop-in for NeMo AutoModel's module of the same name and the superset of its published
-generations. Every answer comes from the rules of the *installed* transformers, which is imported
-on the first question, never when this module is.
+A drop-in replacement for NeMo AutoModel's module of the same name, and a superset of its published
+generations. All answers come from the rules of the *installed* transformers. It is imported by the
+first query, not by this module.
 
-Two ways to rename a key, and why both are here:
+Keys are renamed in two forms:
 
-* a mapping ``{regex: replacement}`` is read first-match-wins, each match by ``re.subn``, as NeMo's
-  storage reader and ``_apply_key_mapping`` do;
-* transformers chains all its renamings, then applies at most one converter, then adds or strips
-  the base-model prefix. A first-match mapping cannot say that in general; a callable can.
+* A mapping ``{regex: replacement}``, of which the first matching entry is applied by ``re.subn``,
+  as NeMo's storage reader and ``_apply_key_mapping`` do.
+* A callable. transformers chains all its renamings, then applies at most one converter, then adds
+  or strips the base-model prefix. A first-match mapping cannot express that in general.
 
 Source: ``nemo_automodel.components.checkpoint.conversion_mapping`` at 36044ad, in 0.7.0 and at
 a3c90c430; ``transformers.conversion_mapping`` and ``core_model_loading``, 5.12.1 to 5.23.0.
@@ -29,8 +29,8 @@ from automodel_conv.upstream.wrappers import unwrapped
 
 _TRANSFORMERS_AVAILABLE = transformers_available()
 
-# The published set, kept for those who read it. It has not followed transformers since early 2026;
-# requires_tensor_merging asks the rules as well.
+# The published set, kept for code that reads it. It has not followed transformers since early 2026;
+# requires_tensor_merging looks at the rules too.
 MODELS_REQUIRING_TENSOR_MERGING = {
     "deepseek_v2",
     "deepseek_v3",
@@ -54,9 +54,9 @@ MODELS_REQUIRING_TENSOR_MERGING = {
     "qwen3_vl_moe",
 }
 
-# Whole mappings for types whose type-level rules alone name the wrong modules: gemma3 borrows
-# llava's, and the rest of its renames is registered on nested classes that a type cannot reach.
-# First match wins, so the legacy `vision_model.` segment must be taken off before the general case.
+# Whole mappings for types whose own rules name the wrong modules: gemma3 borrows the rules of
+# llava, and its other renames are registered for nested classes, which a type does not name.
+# The first match wins, so the legacy `vision_model.` segment must be removed before the general case.
 _VLM_KEY_MAPPINGS: dict[str, dict[str, str]] = {
     "gemma3": {
         r"^language_model\.model\.": "model.language_model.",
@@ -69,17 +69,29 @@ _VLM_KEY_MAPPINGS: dict[str, dict[str, str]] = {
 
 
 def is_transformers_conversion_available() -> bool:
-    """Whether a transformers with conversion rules (5.0 or newer) is installed."""
+    """Return whether a transformers with conversion rules (5.0 or newer) is installed.
+
+    Example:
+        >>> is_transformers_conversion_available()
+        True
+    """
     return _TRANSFORMERS_AVAILABLE
 
 
 def requires_tensor_merging(model_type: str) -> bool:
-    """Whether loading ``model_type`` takes more than renames.
+    """Return whether loading a model type needs more than renames.
 
-    True if any installed rule of that type converts tensors, or the published set has it. Class
-    names that transformers registers rules for are answered too. A composite model (a
-    vision-language model with a mixture-of-experts text tower) is not its outer type: look for
-    converters in ``get_model_conversion_mapping(model)`` instead.
+    The result is True if any rule of the type in the installed transformers converts tensors, or
+    if ``MODELS_REQUIRING_TENSOR_MERGING`` has the type. For a composite model, such as a
+    vision-language model with a mixture-of-experts text tower, the outer type does not decide: look
+    for converters in ``get_model_conversion_mapping(model)`` instead.
+
+    Args:
+        model_type: model type, or the name of a class that transformers registers rules for.
+
+    Example:
+        >>> requires_tensor_merging("qwen3_moe"), requires_tensor_merging("llama")
+        (True, False)
     """
     if model_type in MODELS_REQUIRING_TENSOR_MERGING:
         return True
@@ -92,9 +104,20 @@ def requires_tensor_merging(model_type: str) -> bool:
 
 
 def get_checkpoint_conversion_mapping(model_type: str) -> list | None:
-    """Fresh copies of the rules registered for a model type or class name; None if there are none.
+    """Return the rules registered for a model type or class name, as copies.
 
-    Also None where transformers is absent.
+    Args:
+        model_type: model type, or the name of a class that transformers registers rules for.
+
+    Returns:
+        Rule objects of transformers; None if no rules are registered or transformers is not
+        installed.
+
+    Example:
+        >>> for rule in get_checkpoint_conversion_mapping("qwen3_moe"):
+        ...     print(rule.source_patterns, "->", rule.target_patterns)
+        ['mlp.experts.*.gate_proj.weight', 'mlp.experts.*.up_proj.weight'] -> ['mlp.experts.gate_up_proj']
+        ['mlp.experts.*.down_proj.weight'] -> ['mlp.experts.down_proj']
     """
     if not _TRANSFORMERS_AVAILABLE:
         return None
@@ -109,15 +132,33 @@ def get_model_conversion_mapping(
     hf_quantizer: object | None = None,
     add_legacy: bool = True,
 ) -> list:
-    """All rules that loading ``model`` applies, in order; ``[]`` where transformers is absent.
+    """Return all rules that loading a model applies, in order.
 
-    ``key_mapping`` comes first, then the rules of the model and, scoped to their prefix, of each
-    nested model, then (``add_legacy``) renames of old LayerNorm and weight-norm names, then what
-    the quantizer adds. A model that torch has wrapped (``fully_shard``, ``torch.compile``, data
-    parallelism, activation checkpointing), whole or in parts, has the rules of the one it wraps,
-    for the names of that one. Custom code gets no rules it did not register, as upstream.
+    The renames of ``key_mapping`` come first. Then come the rules of the model and those of each
+    nested model, scoped to its prefix, then renames of old LayerNorm and weight-norm names, then
+    the rules of the quantizer. As in transformers, custom code has only the rules that it
+    registers.
 
-    The rules are the caller's own: transformers copies its registry for each call.
+    Args:
+        model: a model. If torch has wrapped it, whole or in parts (``fully_shard``,
+            ``torch.compile``, data parallelism, activation checkpointing), the rules are those of
+            the wrapped model, for its names.
+        key_mapping: ``{pattern: replacement}``, as in ``from_pretrained``.
+        hf_quantizer: the quantizer of transformers that loads the model.
+        add_legacy: whether to include the renames of old LayerNorm and weight-norm names.
+
+    Returns:
+        Rule objects of transformers, which are the caller's own: transformers copies its registry
+        for each call. ``[]`` if transformers is not installed.
+
+    Example:
+        >>> import torch
+        >>> from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+        >>> with torch.device("meta"):
+        ...     model = Qwen3MoeForCausalLM(Qwen3MoeConfig(num_hidden_layers=1, num_experts=2))
+        >>> rules = get_model_conversion_mapping(model, {"^transformer": "model"}, add_legacy=False)
+        >>> [type(rule).__name__ for rule in rules]
+        ['WeightRenaming', 'WeightConverter', 'WeightConverter']
     """
     if not _TRANSFORMERS_AVAILABLE:
         return []
@@ -130,28 +171,43 @@ def get_combined_key_mapping(
     *,
     model: nn.Module | None = None,
 ) -> dict[str, str] | Callable[[str], str] | None:
-    """Checkpoint key to model key, with ``model_key_mapping`` winning wherever it matches.
+    """Return how checkpoint keys become model keys, with ``model_key_mapping`` winning where it matches.
 
-    With a ``model`` that has rules: a callable that renames as transformers does when it loads
-    that model: scoped, chained, guarded and index-shifting renames, legacy names, a missing or
-    surplus base-model prefix, keys that already are the model's. All sources of a merged tensor
-    get its one name. Use one callable per checkpoint and give it the keys in transformers' order
-    (``dot_natural_key``), because a guarded rename waits for its guard. A key that
-    ``model_key_mapping`` renames skips the renames registered for the root model; those of nested
-    models still apply, as in AutoModel 0.7.0.
+    For a ``model`` that has rules, the result is a callable that renames as transformers does when
+    it loads that model: with scoped, chained, guarded and index-shifting renames, legacy names, and
+    a missing or surplus base-model prefix. It leaves keys unchanged that are keys of the model
+    already, and maps all sources of a merged tensor to its one name. Use one callable per
+    checkpoint, and pass the keys in the order of transformers (``dot_natural_key``), because a
+    guarded rename waits for its guard. A key that ``model_key_mapping`` renames skips the renames
+    of the root model; those of nested models still apply, as in AutoModel 0.7.0.
 
-    Without: a mapping, never a callable, because the first and third generation of AutoModel read
-    ``.items()`` and 0.7.0 refuses a callable for the very models it does not pass here. It holds
-    the renames registered for ``model_type``, and warns where first-match reading of them may
-    name some keys differently than transformers would.
+    Without such a model, the result is a mapping, never a callable: the first and third generation
+    of AutoModel read ``.items()``, and 0.7.0 refuses a callable for those models that it does not
+    pass to this function. It holds the renames registered for ``model_type``. A warning is issued
+    if first-match reading may name some keys differently than transformers does.
+
+    Args:
+        model_type: model type, used if there is no model with rules.
+        model_key_mapping: ``{regex: replacement}`` of the caller.
+        model: the model to load. If torch has wrapped it, the wrapped model counts.
 
     Returns:
-        None if no rule and no ``model_key_mapping`` exists.
+        A callable, or a mapping to read first-match; None if there are no rules and no
+        ``model_key_mapping``.
+
+    Example:
+        >>> import torch
+        >>> from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+        >>> with torch.device("meta"):
+        ...     model = Qwen3MoeForCausalLM(Qwen3MoeConfig(num_hidden_layers=1, num_experts=2))
+        >>> rename = get_combined_key_mapping("qwen3_moe", model=model)
+        >>> rename("model.layers.0.mlp.experts.1.gate_proj.weight")
+        'model.layers.0.mlp.experts.gate_up_proj'
     """
     explicit = dict(model_key_mapping or {})
     model = None if model is None else unwrapped(model)
     if _TRANSFORMERS_AVAILABLE and model is not None and holds_pretrained(model):
-        # Legacy renames alone are no reason for a mapping: every model has them.
+        # Legacy renames are no reason for a mapping: every model has them.
         if get_model_conversion_mapping(model, add_legacy=False):
             return _renamer(model, explicit)
         return explicit or None
@@ -164,18 +220,31 @@ def get_combined_key_mapping(
     if not _TRANSFORMERS_AVAILABLE:
         return explicit or None
     entries, exact = _first_match_entries(get_checkpoint_conversion_mapping(model_type) or [])
-    # A type does not tell which of its classes is meant, and some have rules of their own.
+    # A type does not determine the class, and some classes have rules of their own.
     if not exact or _has_class_rules(model_type):
         _warn_inexact(model_type)
     return explicit | {p: r for p, r in entries.items() if p not in explicit} or None
 
 
 def get_hf_load_key_mapping(model: nn.Module) -> dict[str, str] | None:
-    """The first-match mapping from checkpoint keys to the keys of ``model``, or None.
+    """Return a first-match mapping from checkpoint keys to the keys of a model.
 
-    The model's own ``_checkpoint_conversion_mapping`` if it has one, else the renames registered
-    for its (unwrapped) class or its type. Where those cannot be read first-match, this warns, and
-    ``get_combined_key_mapping(model_type, model=model)`` has the exact answer.
+    It is the model's own ``_checkpoint_conversion_mapping`` if there is one, or else the renames
+    registered for its (unwrapped) class or its type. A warning is issued if those cannot be read
+    first-match; ``get_combined_key_mapping(model_type, model=model)`` returns the exact names.
+
+    Args:
+        model: a model. If torch has wrapped it, the wrapped model counts.
+
+    Returns:
+        ``{regex: replacement}``, or None if there are no renames.
+
+    Example:
+        >>> import torch
+        >>> model = torch.nn.Linear(3, 2)
+        >>> model._checkpoint_conversion_mapping = {"^kernel$": "weight"}
+        >>> get_hf_load_key_mapping(model)
+        {'^kernel$': 'weight'}
     """
     model = unwrapped(model) if isinstance(model, nn.Module) else model
     own = getattr(model, "_checkpoint_conversion_mapping", None)
@@ -201,14 +270,25 @@ def build_hf_export_key_renames(
     checkpoint_fqns: Iterable[str],
     key_mapping: dict[str, str] | Callable[[str], str] | None,
 ) -> dict[str, str]:
-    """Model key to checkpoint key, for those ``checkpoint_fqns`` that ``key_mapping`` renames.
+    """Return the checkpoint key of each model key that ``key_mapping`` renames.
 
-    No regex is reversed: each checkpoint key is renamed as in loading and the pair is turned
-    around. A callable, as ``get_combined_key_mapping`` returns, is welcome.
+    No regex is reversed: each checkpoint key is renamed as in loading, and the pair is swapped.
+
+    Args:
+        checkpoint_fqns: all keys of the checkpoint.
+        key_mapping: ``{regex: replacement}`` to read first-match, or a callable, as
+            ``get_combined_key_mapping`` returns them. None: no renames.
+
+    Returns:
+        ``{model key: checkpoint key}``.
 
     Raises:
-        NameProblems: (a ValueError) if several checkpoint keys load into one model key, renamed
-            or not: the export name would be ambiguous. All such keys are named.
+        NameProblems: several checkpoint keys load into one model key, renamed or not, so its export
+            name is ambiguous; names all such keys. It is a ValueError.
+
+    Example:
+        >>> build_hf_export_key_renames(["lm.norm.weight", "head.weight"], {r"^lm\\.": "model."})
+        {'model.norm.weight': 'lm.norm.weight'}
     """
     if not key_mapping:
         return {}
@@ -230,7 +310,7 @@ def build_hf_export_key_renames(
 
 
 def _first_match(mapping: Mapping[str, str], key: str) -> tuple[str, bool]:
-    """The key as the first matching pattern rewrites it, and whether any did."""
+    """Return the key as the first matching pattern rewrites it, and whether a pattern matched."""
     for pattern, replacement in mapping.items():
         renamed, count = re.subn(pattern, replacement, key)
         if count:
@@ -243,14 +323,19 @@ def _first_match_renamer(mapping: Mapping[str, str]) -> Callable[[str], str]:
 
 
 def _renamer(model: nn.Module, explicit: dict[str, str]) -> Callable[[str], str]:
-    """Key to key as transformers loads ``model``; ``explicit`` in place of the root's renames."""
+    """Return a callable that renames keys as transformers does when it loads a model.
+
+    Args:
+        model: an unwrapped model.
+        explicit: renames that replace those of the root model for the keys that they match.
+    """
     from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
     rules = get_model_conversion_mapping(model)
     renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
     nested = [rule for rule in renamings if _is_scoped(rule)]
     converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
-    # Only presence is asked of the values; tensors would be kept alive by the callable.
+    # Only the keys are used. With tensors as values, the callable would keep them alive.
     targets = dict.fromkeys(model.state_dict(), True)
     prefix = getattr(model, "base_model_prefix", None)
 
@@ -259,7 +344,7 @@ def _renamer(model: nn.Module, explicit: dict[str, str]) -> Callable[[str], str]
         chain = nested if was_explicit else renamings
         renamed, _ = rename_source_key(start, chain, converters, prefix, targets)
         if renamed not in targets and key in targets and not was_explicit:
-            # The loader takes a key that is the model's already as it is, prefix aside.
+            # The loader leaves a key of the model unchanged, except for the prefix.
             renamed, _ = rename_source_key(key, [], [], prefix, targets)
         return renamed
 
@@ -267,7 +352,7 @@ def _renamer(model: nn.Module, explicit: dict[str, str]) -> Callable[[str], str]
 
 
 def _first_match_entries(rules: Iterable[object]) -> tuple[dict[str, str], bool]:
-    """The root renames among ``rules``, and whether reading them first-match is surely right."""
+    """Return the renames of the root model, and whether reading them first-match is surely right."""
     from transformers.core_model_loading import WeightRenaming
 
     entries: dict[str, str] = {}
@@ -275,7 +360,7 @@ def _first_match_entries(rules: Iterable[object]) -> tuple[dict[str, str], bool]
     for rule in rules:
         if not isinstance(rule, WeightRenaming):
             continue
-        # A rule with its own way of renaming does more than its patterns say (guard, index shift).
+        # A rule that overrides renaming does more than its patterns state (guard, index shift).
         is_plain = type(rule).rename_source_key is WeightRenaming.rename_source_key
         exact = exact and is_plain and not _is_scoped(rule)
         if _is_scoped(rule):
@@ -297,17 +382,17 @@ def _warn_inexact(model_type: str) -> None:
 
 
 def _has_class_rules(model_type: str) -> bool:
-    """Whether rules are registered for a class that the auto classes build for the type."""
+    """Return whether rules are registered for a class that the auto classes build for the type."""
     from transformers.models.auto import modeling_auto
 
     tables = [table for name, table in vars(modeling_auto).items() if name.endswith("_MAPPING_NAMES")]
-    found = [table[model_type] for table in tables if model_type in table]
-    names = {name for entry in found for name in ((entry,) if isinstance(entry, str) else entry)}
+    entries = [table[model_type] for table in tables if model_type in table]
+    names = {name for entry in entries for name in ((entry,) if isinstance(entry, str) else entry)}
     return any(get_checkpoint_conversion_mapping(name) is not None for name in names)
 
 
 def _pattern(source: str, target: str) -> str:
-    """The regex that the installed transformers matches for one source, name boundary included."""
+    """Return the regex that the installed transformers matches for one source, name boundary included."""
     from transformers.core_model_loading import WeightRenaming
 
     compiled = WeightRenaming([source], [target]).compiled_sources.pattern
@@ -315,13 +400,13 @@ def _pattern(source: str, target: str) -> str:
 
 
 def _may_act_together(mapping: dict[str, str]) -> bool:
-    """Whether two renames could both act on one key. Errs on the side of yes."""
+    """Return whether two renames could both act on one key; True if in doubt."""
     if len(mapping) < 2:
         return False
     if not all(pattern.startswith("^") for pattern in mapping):
         return True
-    # Each of these rewrites the start of a key: a second one acts only if it takes the first's
-    # output, so trying it on what the first one writes decides.
+    # Each of these rewrites the start of a key, so a second one acts only if it matches the output
+    # of the first.
     outputs = list(mapping.values())
     return any(
         re.search(later, output) or re.search(later, output + ".")

@@ -1,4 +1,4 @@
-"""The front door for checkpoints on disk: from files to files, any layout to any other."""
+"""The public function that converts checkpoints on disk: from files to files, from any layout to any other."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ from automodel_conv.errors import (
 from automodel_conv.execution.comparing import compare_file
 from automodel_conv.execution.file_slabs import FileSlabs
 from automodel_conv.execution.writing import (
-    Budget,
-    begin_shard,
-    budget,
+    ScratchSplit,
+    create_shard_file,
+    split_scratch,
     write_slabs,
 )
 from automodel_conv.files import system
@@ -38,7 +38,7 @@ from automodel_conv.files.destination import open_destination
 from automodel_conv.files.finished import is_finished
 from automodel_conv.files.shards import index_of
 from automodel_conv.files.source import Identity, LocalFile
-from automodel_conv.files.staging import remove_remains
+from automodel_conv.files.staging import remove_leftovers
 from automodel_conv.files.write_errors import write_errors
 from automodel_conv.progress import bytes_progress
 from automodel_conv.publishing.conversion import DEFAULT_SCRATCH_BYTES, Conversion, compile_conversion
@@ -48,30 +48,45 @@ from automodel_conv.publishing.saved import places_in
 
 @dataclass(frozen=True)
 class ConvertReport:
-    """What a conversion did."""
+    """The outcome of ``convert_checkpoint``.
+
+    Example:
+        >>> import torch
+        >>> from automodel_conv import convert_checkpoint
+        >>> from safetensors.torch import save_file
+        >>> from tempfile import TemporaryDirectory
+        >>> with TemporaryDirectory() as source, TemporaryDirectory() as destination:
+        ...     save_file({"a": torch.ones(2, 3)}, f"{source}/model.safetensors")
+        ...     first = convert_checkpoint(source, destination, rules=[])
+        ...     second = convert_checkpoint(source, destination, rules=[])
+        >>> first.files, first.was_complete, second.was_complete, second.bytes_written
+        (('model.safetensors',), False, True, 0)
+    """
 
     files: tuple[str, ...]
     """Names of the weight files."""
     bytes_written: int
-    """In this call; files that an earlier one had finished are not counted."""
+    """Bytes of the weight files that this call wrote, without those of files that an earlier call had finished."""
     files_resumed: int
-    """Files that an earlier call had finished."""
+    """Number of files that an earlier call had finished."""
     carried: tuple[str, ...]
-    """Tensors of the source that the model has no place for, passed on as they are."""
+    """Names of the tensors of the source that the model has no place for, written unchanged."""
     left_out: tuple[str, ...]
-    """Tensors of the source that nothing was made of: dropped, unindexed, or scales of activations if decoded."""
+    """Names of the tensors of the source that nothing uses: dropped, unindexed, or scales of activations if decoded."""
     unindexed: tuple[tuple[str, str], ...]
-    """Name and file of each tensor that was not read, since the index of the source does not give it to that file."""
+    """Name and file of each tensor that was not read because the index of the source does not map it to that file."""
     files_copied: tuple[str, ...]
-    """Paths of the files beside the weights that were copied, sorted, with "/" between folders."""
+    """Paths of the files next to the weights that were copied, sorted, with "/" between folders."""
     seconds: float
+    """Duration of the call."""
     peak_extra_bytes: int
     """Bound of the memory used."""
     was_complete: bool = False
-    """All was there already, was compared with the source, and nothing was written."""
+    """Whether the destination was complete already: it was compared with the source, and nothing was written."""
 
     @property
     def gb_per_s(self) -> float:
+        """10^9 bytes written per second."""
         return self.bytes_written / self.seconds / 1e9 if self.seconds else 0.0
 
 
@@ -94,59 +109,87 @@ def convert_checkpoint(
     scratch_bytes: int | None = None,
     progress: bool = False,
 ) -> ConvertReport:
-    """Write a checkpoint anew with its experts in another layout, from file to file in bounded memory.
+    """Convert a checkpoint on disk to another layout of its experts, in bounded memory.
 
-    Bytes that only move are copied by the kernel where the file system can. ``config.json``, the tokenizer, chat
-    templates, code and all else that lies in the checkpoint's directory or its folders is copied too, and listed in the
-    report. What is not: weights of any format, what trainers keep (``.bin``, ``.pt``, folders ``checkpoint-500``),
-    hidden files and folders; nothing is, if the source is one file. The destination is a checkpoint at the end or not
-    at all: until then all is in a folder of its own there, and after a crash or an error the same call goes on with the
-    files that are not finished yet. Called once more after it is complete, it compares all that lies there with the
-    source, and writes nothing.
+    Bytes that only move are copied by the operating system if the file system supports it. All other files in the
+    directory of the source and its folders are copied too, such as ``config.json``, the tokenizer, chat templates and
+    code; the report lists them. Not copied are weights of any format, files of trainers (``.bin``, ``.pt``, folders
+    like ``checkpoint-500``), and hidden files and folders. If the source is one file, nothing is copied.
 
-    Tensors that the model has no place for, such as layers for multi-token prediction and draft heads, are carried
-    along byte for byte under their own names, but decoded if ``dequantize`` is set.
+    The destination becomes a checkpoint at the end or not at all. Until then all files are in a folder of their own
+    inside it. After a crash or an error, the same call continues with the files that are not finished. If the
+    destination is complete already, the call compares everything in it with the source, and writes nothing.
+
+    Tensors that the model has no place for, such as layers for multi-token prediction and draft heads, are written byte
+    for byte under their own names, or decoded with ``dequantize``.
 
     Args:
-        source: a directory, an index file, one ``.safetensors`` file, or ``org/name`` on the Hub: what is not in the
-            cache yet is downloaded first, all but weights that do not belong to the checkpoint.
-        destination: a directory, new or without weights in it.
-        rules: transformers' rule objects; None: those of the model that ``config.json`` names. An empty list keeps all
-            names, for a change of layout, dtype or file size alone.
-        layout: how routed experts shall lie: "transformers", "nemo", "gpt_oss", "vllm", or "per_expert", as
-            ``save_pretrained`` writes them; None: as the model has them. The files say which. If transformers does not
-            load that layout of this type, their names begin with it (``nemo-00001-of-00004.safetensors``), so that
-            ``from_pretrained`` refuses the directory; ``open_checkpoint`` and all that read here find it.
-        source_layout: see ``compile_plan``. With an empty list of rules and no layout, experts become "transformers".
-        dtype: of all floating tensors, but those that a transformers model keeps in float32; None: as they are.
-        dequantize: decode what ``quantization_config`` in ``config.json`` says is quantized, to ``dtype`` or bfloat16,
-            and leave that setting out of the new ``config.json``. False: codes and scales stay as they are, byte for
-            byte. FP8 codes and their scales are grouped and laid out like their weights (``gate_up_proj_scale_inv``),
-            where each block that shares a scale stays one: not where it would hold rows of gate and up, and, in a
-            transposed layout, only where it is square. File names then begin with the layout, whichever it is.
-        drop: tensors to leave out, by their names in the source: a pattern, or several, with ``*`` for any text, ``?``
-            for a character and ``[abc]`` for one of these, which match whole names ("mtp.*"). Codes that stay codes,
-            and their scales, are dropped together or not at all, unless experts too keep their names and places.
-        max_shard_size: of a file's data, in bytes or as "5GB".
-        resume: go on with what an earlier call has finished; False: throw that away.
-        verify: read each file back once it is written and compare all of it with the source, also those that an earlier
-            call has finished without; what is read may come from the system's cache of the disk.
-        checksums: see ``save_checkpoint``.
-        threads: None: as many as there are cores, at most 16.
-        scratch_bytes: bound of the memory used; None: 256 MiB.
-        progress: show a bar in bytes, GB/s and time left.
+        source: a directory, an index file, one ``.safetensors`` file, or ``org/name`` on the Hub. Files of a repository
+            that are not in the cache are downloaded first, except weights that do not belong to the checkpoint.
+        destination: path of a directory that is new, or has no weights in it.
+        rules: rule objects of transformers. None: the rules of the model that ``config.json`` describes. ``[]``: keep
+            all names, to change only the layout, the dtype or the file size.
+        layout: layout of the routed experts in the destination: "transformers", "nemo", "gpt_oss", "vllm", or
+            "per_expert" as ``save_pretrained`` writes them. None: the layout of the model's own parameters. The files
+            state the layout. If transformers does not load it for this type, file names begin with it
+            (``nemo-00001-of-00004.safetensors``), so that ``from_pretrained`` refuses the directory;
+            ``open_checkpoint`` and all readers of this package find such files.
+        source_layout: layout of grouped experts in the source: a layout, or "per_expert", the form in which the type is
+            published. None: the layout that the files state (those written by this package do), or else the model's. It
+            is an error if the model's shapes contradict that layout or leave it open. With ``rules=[]`` and no
+            ``layout``, experts are converted to "transformers".
+        dtype: dtype of all floating-point tensors, except those that a transformers model keeps in float32. None: the
+            dtypes that they have.
+        dequantize: decode the tensors that ``quantization_config`` in ``config.json`` describes as quantized, to
+            ``dtype`` or bfloat16, and leave that setting out of the new ``config.json``. False: keep codes and scales
+            byte for byte. FP8 codes and their scales are then grouped and arranged like their weights
+            (``gate_up_proj_scale_inv``), if each block that shares a scale stays one block: not if a block would hold
+            rows of both gate and up, and in a transposed layout only if blocks are square. File names then begin with
+            the layout, whichever it is.
+        drop: tensors to leave out, by their names in the source: a pattern or several. ``*`` matches any text, ``?``
+            one character and ``[abc]`` one of these; a pattern matches whole names ("mtp.*"). Codes that stay codes and
+            their scales are dropped together or not at all, unless experts too keep their names and places.
+        max_shard_size: bound of the tensor data in a file, in bytes or as in "5GB".
+        resume: continue with the files that an earlier call finished. False: discard them.
+        verify: read each file back after it is written, and compare all of it with the source. This includes files
+            that an earlier call finished without. The bytes may come from the page cache of the system.
+        checksums: write a checksum of each tensor next to the index, for ``verify=True`` of the loaders and for
+            ``verify`` of the command line. This reads the files once more.
+        threads: number of threads that copy and write. None: the number of cores, at most 16.
+        scratch_bytes: bound of the memory used, in bytes. None: 256 MiB.
+        progress: show a progress bar in bytes, GB/s and time left.
+
+    Returns:
+        The names of the files, the tensors that were carried and left out, bytes, seconds and memory.
 
     Raises:
-        CheckpointError, NameProblems, UnsupportedError: the source is broken, does not fit its model, or cannot be
-            converted; nothing has been written then.
-        DestinationError: the destination holds another checkpoint already, somebody else writes to it, it holds an
+        CheckpointError: the source is missing or broken. Nothing has been written.
+        NameProblems: the source does not fit its model or the rules; lists all problems. Nothing has been written.
+        QuantizationError: parts of quantized tensors are missing, or contradict each other or the config. Nothing has
+            been written.
+        UnsupportedError: the source cannot be converted, or a layout is unknown. Nothing has been written.
+        DestinationError: the destination holds another checkpoint already, another process writes to it, it holds
             unfinished work of another kind, or the source has changed.
-        ReadError, WriteError: reading or writing failed, a full disk among other reasons.
-        VerificationError: a file is not what was written.
-        ConversionError: the system gives no more memory or threads; the work can be gone on with.
+        ReadError: reading failed.
+        WriteError: writing failed; the disk may be full.
+        VerificationError: a file does not have the bytes that were written.
+        ConversionError: the system has no more memory or threads. The same call continues the work.
+
+    Example:
+        >>> import torch
+        >>> from automodel_conv import open_checkpoint
+        >>> from safetensors.torch import save_file
+        >>> from tempfile import TemporaryDirectory
+        >>> tensors = {"norm.weight": torch.ones(4), "mtp.norm.weight": torch.ones(4)}
+        >>> with TemporaryDirectory() as source, TemporaryDirectory() as destination:
+        ...     save_file(tensors, f"{source}/model.safetensors")
+        ...     report = convert_checkpoint(source, destination, rules=[], dtype=torch.bfloat16, drop="mtp.*")
+        ...     converted = open_checkpoint(destination)
+        >>> converted.names, converted.dtypes, report.left_out
+        (['norm.weight'], ['BF16'], ('mtp.norm.weight',))
     """
     began = time.perf_counter()
-    opened = open_downloaded(source, beside=True)
+    opened = open_downloaded(source, companions=True)
     with while_importing(opened) if rules is None else nullcontext():
         conversion = compile_conversion(
             opened,
@@ -159,22 +202,22 @@ def convert_checkpoint(
             max_shard_size=max_shard_size,
         )
     checkpoint, shards = conversion.checkpoint, conversion.shards
-    share = budget(threads, DEFAULT_SCRATCH_BYTES if scratch_bytes is None else scratch_bytes, reads_files=True)
+    limits = split_scratch(threads, DEFAULT_SCRATCH_BYTES if scratch_bytes is None else scratch_bytes, reads_files=True)
     directory = os.path.abspath(os.fsdecode(destination))
-    state = _state_of(checkpoint)
+    state = _identities(checkpoint)
     config = plain_config(checkpoint.directory) if dequantize else None
     work = {"source files": state, "tensors": _digest(conversion), "files": [shard.name for shard in shards]}
     plan = conversion.plan
-    made = FileSlabs(checkpoint, plan.targets, places_in(shards, plan.targets), plan.sources.decodes, share)
+    file_slabs = FileSlabs(checkpoint, plan.targets, places_in(shards, plan.targets), plan.sources.decodes, limits)
     texts = {} if config is None else {CONFIG_NAME: config}
-    beside = _beside_weights(checkpoint, directory, dequantize)
-    copies = {name: os.path.join(checkpoint.directory, *name.split("/")) for name in beside if name not in texts}
-    index = index_of(shards, form=conversion.form)
-    of_index = {} if index is None else {conversion.form.index_name: index}
+    companions = _companions(checkpoint, directory, dequantize)
+    copies = {name: os.path.join(checkpoint.directory, *name.split("/")) for name in companions if name not in texts}
+    index = index_of(shards, naming=conversion.naming)
+    index_texts = {} if index is None else {conversion.naming.index_name: index}
     if resume and system.real_path(directory) != system.real_path(checkpoint.directory):
-        if is_finished(directory, shards, texts | of_index, copies, checksums):
-            _compare_finished(conversion, directory, made, share, progress)
-            remove_remains(directory)
+        if is_finished(directory, shards, texts | index_texts, copies, checksums):
+            _compare_finished(conversion, directory, file_slabs, limits, progress)
+            remove_leftovers(directory)
             return ConvertReport(
                 files=tuple(shard.name for shard in shards),
                 bytes_written=0,
@@ -184,10 +227,10 @@ def convert_checkpoint(
                 unindexed=checkpoint.unindexed,
                 files_copied=(),
                 seconds=time.perf_counter() - began,
-                peak_extra_bytes=share.scratch_bytes,
+                peak_extra_bytes=limits.scratch_bytes,
                 was_complete=True,
             )
-    with open_destination(directory, shards, work, resume=resume, index_name=conversion.form.index_name) as place:
+    with open_destination(directory, shards, work, resume=resume, index_name=conversion.naming.index_name) as place:
         unfinished = place.unfinished
         nbytes = sum(shard.nbytes for shard in shards if shard.name in unfinished)
         with write_errors(directory):
@@ -195,24 +238,24 @@ def convert_checkpoint(
         if free < nbytes:
             wanted = f"{nbytes} bytes for {len(unfinished)} files"
             raise WriteError(message("the disk has too little room", where=directory, expected=wanted, found=free))
-        passes = [(shard.name in unfinished) + (verify and shard.name not in place.verified) for shard in shards]
-        data_bytes = sum(
-            count * spec.nbytes for shard, count in zip(shards, passes, strict=True) for spec in shard.specs
+        reads = [(shard.name in unfinished) + (verify and shard.name not in place.verified) for shard in shards]
+        progress_bytes = sum(
+            count * spec.nbytes for shard, count in zip(shards, reads, strict=True) for spec in shard.specs
         )
-        with bytes_progress(data_bytes, "converting", progress) as advance:
+        with bytes_progress(progress_bytes, "converting", progress) as advance:
             for file, shard in enumerate(shards):
                 to_write, to_verify = shard.name in unfinished, verify and shard.name not in place.verified
                 if to_write:
                     path = place.path(shard.name)
-                    begin_shard(shard, path)
-                    with made.opened(file) as slabs:
-                        write_slabs([slabs], path, share.threads, advance)
+                    create_shard_file(shard, path)
+                    with file_slabs.opened(file) as slabs:
+                        write_slabs([slabs], path, limits.threads, advance)
                 if to_verify:
-                    with made.opened(file) as slabs:
-                        compare_file(slabs, LocalFile(place.found(shard.name)), shard, share.threads, advance)
+                    with file_slabs.opened(file) as slabs:
+                        compare_file(slabs, LocalFile(place.finished_path(shard.name)), shard, limits.threads, advance)
                 if to_write or to_verify:
                     place.finish(shard, verified=verify)
-        now = _state_of(checkpoint)
+        now = _identities(checkpoint)
         if now != state:
             raise DestinationError(
                 message(
@@ -226,9 +269,9 @@ def convert_checkpoint(
             for name, text in texts.items():
                 place.write(name, text)
             for name, path in copies.items():
-                system.copy_file(path, place.beside(name))
+                system.copy_file(path, place.companion_path(name))
         if checksums:
-            write_checksums(place, shards, share.threads)
+            write_checksums(place, shards, limits.threads)
         place.commit(index)
     return ConvertReport(
         files=tuple(shard.name for shard in shards),
@@ -237,60 +280,70 @@ def convert_checkpoint(
         carried=conversion.carried,
         left_out=conversion.left_out,
         unindexed=checkpoint.unindexed,
-        files_copied=beside,
+        files_copied=companions,
         seconds=time.perf_counter() - began,
-        peak_extra_bytes=share.scratch_bytes,
+        peak_extra_bytes=limits.scratch_bytes,
     )
 
 
-def _state_of(checkpoint: Checkpoint) -> dict[str, Identity]:
-    """The identity of each file, by its path relative to the checkpoint's directory; it changes when the file does.
+def _identities(checkpoint: Checkpoint) -> dict[str, Identity]:
+    """Return the identity of each file by its path relative to the checkpoint's directory; it changes with the file.
 
     Raises:
-        ReadError: one is not there any more.
+        ReadError: a file does not exist any more.
     """
     try:
         return {
             os.path.relpath(source.describe(), checkpoint.directory): source.identity() for source in checkpoint.sources
         }
     except OSError as error:
-        raise ReadError(message("cannot look at the source", where=checkpoint.directory, found=error)) from error
+        raise ReadError(
+            message("cannot get the state of the source files", where=checkpoint.directory, found=error)
+        ) from error
 
 
 def _digest(conversion: Conversion) -> str:
-    """What tells whether two conversions make the same bytes of the same sources."""
+    """Return a digest that is equal for conversions that write the same bytes from the same sources."""
     headers = [shard.header for shard in conversion.shards]
     return hashlib.blake2b(conversion.plan.to_json().encode() + b"".join(headers), digest_size=16).hexdigest()
 
 
-def _beside_weights(checkpoint: Checkpoint, destination: str, dequantize: bool) -> tuple[str, ...]:
-    """The files that go with the weights, but what says of decoded weights how to decode them; none beside one file."""
+def _companions(checkpoint: Checkpoint, destination: str, dequantize: bool) -> tuple[str, ...]:
+    """Return the files to copy with the weights; none if the source is one file.
+
+    If weights are decoded, the file that describes how to decode them is not among them.
+
+    Raises:
+        ReadError: the directory cannot be listed.
+    """
     if checkpoint.path.endswith(".safetensors") and system.is_file(checkpoint.path):
         return ()
     try:
-        beside = companions_of(checkpoint.directory, destination)
+        companions = companions_of(checkpoint.directory, destination)
     except OSError as error:
-        text = message("cannot look at what lies beside the weights", where=checkpoint.directory, found=error)
+        text = message("cannot list the files next to the weights", where=checkpoint.directory, found=error)
         raise ReadError(text) from error
-    return tuple(name for name in beside if not (dequantize and name == MODELOPT_NAME))
+    return tuple(name for name in companions if not (dequantize and name == MODELOPT_NAME))
 
 
-def _compare_finished(conversion: Conversion, directory: str, made: FileSlabs, share: Budget, progress: bool) -> None:
-    """Compare all that lies in a directory with what the conversion makes.
+def _compare_finished(
+    conversion: Conversion, directory: str, file_slabs: FileSlabs, limits: ScratchSplit, progress: bool
+) -> None:
+    """Compare the files in a directory with those that the conversion produces.
 
     Raises:
-        DestinationError: it is something else.
+        DestinationError: they differ.
     """
     with bytes_progress(conversion.plan.bytes_written, "verifying", progress) as advance:
         for file, shard in enumerate(conversion.shards):
-            with made.opened(file) as slabs:
+            with file_slabs.opened(file) as slabs:
                 try:
                     source = LocalFile(os.path.join(directory, shard.name))
-                    compare_file(slabs, source, shard, share.threads, advance)
+                    compare_file(slabs, source, shard, limits.threads, advance)
                 except VerificationError as error:
                     raise DestinationError(
                         message(
-                            "the directory holds a checkpoint already, which is not what this conversion makes",
+                            "the directory already holds a checkpoint that differs from the result of this conversion",
                             where=directory,
                             found=str(error).partition("\n")[0],
                             do="choose another directory, or remove these files first",

@@ -1,6 +1,6 @@
-"""The dtypes of the safetensors format, as the strings its headers use.
+"""The dtypes of the safetensors format, as the strings in its headers.
 
-Plans speak of dtypes by these codes, so they stay integers and strings; ``torch_dtype`` is the way to torch.
+Plans use these codes for dtypes, so that they consist of integers and strings. ``torch_dtype`` converts them.
 Source: safetensors 0.8.0, ``Dtype`` in ``tensor.rs`` and ``_TYPES`` in ``safetensors/torch.py``.
 """
 
@@ -35,6 +35,7 @@ BITS: dict[str, int] = {
     "I64": 64,
     "U64": 64,
 }
+"""Bits per element of each dtype."""
 
 _TORCH_NAMES: dict[str, str] = {
     "BOOL": "bool",
@@ -59,40 +60,40 @@ _TORCH_NAMES: dict[str, str] = {
     "U64": "uint64",
 }
 
-# Older torch lacks the newest dtypes; what is absent is reported where a tensor of it is met.
+# Older torch lacks the newest dtypes. A tensor of such a dtype is reported when it is needed.
 _TO_TORCH: dict[str, torch.dtype] = {
     code: getattr(torch, name) for code, name in _TORCH_NAMES.items() if hasattr(torch, name)
 }
 _TO_CODE: dict[torch.dtype, str] = {dtype: code for code, dtype in _TO_TORCH.items()}
 
 FLOATING: frozenset[str] = frozenset({"F16", "BF16", "F32", "F64"})
-"""Dtypes that ``dtype=`` may cast; fp8 and narrower hold codes of a quantized tensor and are never cast."""
+"""Dtypes that ``dtype=`` may cast. FP8 and narrower ones are codes of quantized tensors, which are never cast."""
 
 DECODED: frozenset[str] = frozenset({"F16", "BF16", "F32"})
-"""Dtypes that codes are decoded to."""
+"""Dtypes to which codes are decoded."""
 
 
 def torch_dtype(code: str) -> torch.dtype | None:
-    """The torch dtype of a safetensors code; None where this torch has none (F6, or an older torch)."""
+    """Return the torch dtype of a safetensors code, or None if this torch has none (F6, or an older torch)."""
     return _TO_TORCH.get(code)
 
 
 def dtype_code(dtype: torch.dtype) -> str | None:
-    """The safetensors code of a torch dtype; None where the format has none (complex128, quantized)."""
+    """Return the safetensors code of a torch dtype, or None if the format has none (complex128, quantized)."""
     return _TO_CODE.get(dtype)
 
 
 def promoted(codes: Iterable[str]) -> str:
-    """The dtype of tensors of these dtypes stacked or concatenated, as torch promotes them."""
+    """Return the dtype of stacked or concatenated tensors of these dtypes, as torch promotes them."""
     first, *others = dict.fromkeys(codes)
     return reduce(lambda a, b: _TO_CODE[torch.promote_types(_TO_TORCH[a], _TO_TORCH[b])], others, first)
 
 
 def nbytes(code: str, numel: int) -> int:
-    """Bytes of ``numel`` elements as torch counts them (an F4 pair is one element of one byte)."""
+    """Return the bytes of ``numel`` elements as torch counts them (an F4 pair is one element of one byte)."""
     return numel * max(8, BITS[code]) // 8 if code == "F4" else numel * BITS[code] // 8
 
 
 def itemsize(code: str) -> int:
-    """Bytes of one element as torch counts them; only for dtypes that torch has."""
+    """Return the bytes of one element as torch counts them, for a dtype that torch has."""
     return nbytes(code, 1)

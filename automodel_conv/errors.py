@@ -1,11 +1,11 @@
-"""The errors of this package: one base, one class per kind of trouble.
+"""The errors of this package: one base class, and one class for each kind of problem.
 
-Every message answers five questions, in this order and only where they apply: what went wrong, where (file, tensor,
-rule), what was expected, what was found, what to do. ``message`` builds that text, so all errors read alike.
+A message answers up to five questions, in this order: what went wrong, where (file, tensor, rule), what was expected,
+what was found, and what to do. ``message`` builds that text, so all errors have the same form.
 
-What to do may need an argument of the function that was called, and the code that finds the trouble does not know which
-function that is. It writes the argument in braces, as in ``{strict=False} loads what fits``; ``doors.py`` keeps of the
-advice what the caller can follow.
+Advice may name an argument of the function that the caller called, which the code that raises does not know. It writes
+the argument in braces, as in ``{strict=False} loads what fits``, and ``doors.py`` keeps only advice that the caller can
+follow.
 """
 
 from __future__ import annotations
@@ -13,52 +13,70 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Sequence
 
-# What moves a terminal's cursor, turns the direction of text or cannot be encoded: C0 but tab and line feed, C1,
-# separators and directions of Unicode, halves of surrogate pairs.
+# Characters that move a terminal's cursor, change the direction of text or cannot be encoded: C0 except tab and line
+# feed, C1, separators and directions of Unicode, halves of surrogate pairs.
 _UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 _LONGEST_LINE = 2000
 # An argument, maybe with its value, or the call of another function.
 _IN_BRACES = re.compile(r"\{(\w[^{}]*)\}")
 
 Words = Callable[[str], str | None]
-"""How a door says what an advice has in braces; None if it has no such argument."""
+"""A function that spells the text in braces as the caller would write it, or returns None if it does not apply."""
 Advice = str | tuple[str, ...]
-"""One advice. A tuple holds several wordings of it: a door takes the first that it can say."""
+"""One piece of advice. A tuple holds alternative wordings; the first that applies is used."""
 
 
 class Message(str):
-    """An error text that still knows its advice."""
+    """An error text that keeps its advice, so that it can be spelled for the caller later."""
 
     what: str
+    """The text without the advice."""
     do: tuple[Advice, ...]
+    """The advice that applies, with its braces."""
 
     def __new__(cls, what: str, do: Sequence[Advice] = (), words: Words = str) -> Message:
-        """The text for a door, with the advice that it can say, and no other; with all of it if no words are given."""
-        kept = tuple(filter(None, (tuple(text for text in _either(each) if _said(text, words)) for each in do)))
+        """Build the text with the advice that applies.
+
+        Args:
+            what: the text without the advice.
+            do: all advice.
+            words: spells the text in braces. By default all advice applies as it is written.
+        """
+        wordings = [tuple(text for text in _wordings(advice) if _spelled(text, words)) for advice in do]
+        kept = tuple(filter(None, wordings))
         lines = [what]
         if kept:
-            lines.append(f"  do:       {'; '.join(_said(each[0], words) or '' for each in kept)}")
-        made = super().__new__(cls, "\n".join(lines))
-        made.what, made.do = what, kept
-        return made
+            lines.append(f"  do:       {'; '.join(_spelled(first, words) or '' for first, *_ in kept)}")
+        text = super().__new__(cls, "\n".join(lines))
+        text.what, text.do = what, kept
+        return text
 
 
-def _either(advice: Advice) -> tuple[str, ...]:
+def _wordings(advice: Advice) -> tuple[str, ...]:
     return (advice,) if isinstance(advice, str) else advice
 
 
-def _said(text: str, words: Words) -> str | None:
-    spelled = {found: words(found) for found in _IN_BRACES.findall(text)}
+def _spelled(text: str, words: Words) -> str | None:
+    """Return advice with its braces spelled, or None if it does not apply."""
+    spelled = {argument: words(argument) for argument in _IN_BRACES.findall(text)}
     if None in spelled.values():
         return None
     return _IN_BRACES.sub(lambda match: spelled[match[1]] or "", text)
 
 
 class ConversionError(ValueError):
-    """Base class of every error this package raises on purpose.
+    """The base class of all errors that this package raises on purpose.
 
-    Its text may go to a terminal or a log though names in it come from strangers: what cannot be printed is escaped,
-    and long lines are cut.
+    Its text is safe to print in a terminal or a log, even if names of tensors come from untrusted files: characters
+    that cannot be printed are escaped, and long lines are cut.
+
+    Example:
+        >>> from automodel_conv import convert_state_dict
+        >>> try:
+        ...     convert_state_dict({})
+        ... except ConversionError as error:
+        ...     print(type(error).__name__, isinstance(error, ValueError))
+        UnsupportedError True
     """
 
     def __init__(self, text: str = ""):
@@ -66,40 +84,59 @@ class ConversionError(ValueError):
         super().__init__(_printable(text))
 
     def say(self, words: Words) -> None:
-        """Keep the advice that a door can say, in its words."""
-        self._become(Message(self._message.what, self._message.do, words))
+        """Keep only the advice that applies to the caller, spelled by ``words``."""
+        self._set_message(Message(self._message.what, self._message.do, words))
 
     def add(self, text: str) -> None:
-        """Add lines to what has been found."""
-        self._become(Message(f"{self._message.what}\n{text}", self._message.do))
+        """Add lines before the advice."""
+        self._set_message(Message(f"{self._message.what}\n{text}", self._message.do))
 
-    def _become(self, text: Message) -> None:
+    def _set_message(self, text: Message) -> None:
         self._message = text
         self.args = (_printable(text), *self.args[1:])
 
     def reason(self) -> str:
-        """The text for somebody who has called another function, with the advice that needs no argument."""
+        """Return the text for the caller of another function, with only the advice that names no argument."""
         return _printable(Message(self._message.what, self._message.do, lambda argument: None))
 
 
 def _printable(text: str) -> str:
     lines = [f"{line[:_LONGEST_LINE]}..." if len(line) > _LONGEST_LINE else line for line in text.split("\n")]
-    return _UNPRINTABLE.sub(lambda found: ascii(found[0])[1:-1], "\n".join(lines))
+    return _UNPRINTABLE.sub(lambda match: ascii(match[0])[1:-1], "\n".join(lines))
 
 
 class CheckpointError(ConversionError):
-    """A checkpoint file or index is missing, malformed, truncated, or contradicts itself."""
+    """Raised if a checkpoint file or index is missing, malformed or truncated, or contradicts itself.
+
+    Example:
+        >>> from automodel_conv import open_checkpoint
+        >>> from tempfile import TemporaryDirectory
+        >>> with TemporaryDirectory() as directory:  # doctest: +ELLIPSIS
+        ...     open_checkpoint(directory)
+        Traceback (most recent call last):
+            ...
+        automodel_conv.errors.CheckpointError: ...
+    """
 
 
 class NameProblems(ConversionError):
-    """Checkpoint names and model names do not fit together; carries *all* the problems found, not the first.
+    """Raised if checkpoint names and model names do not fit; carries *all* problems, not only the first.
 
     Attributes:
-        missing: targets that nothing in the checkpoint provides.
-        unexpected: sources that no target takes.
-        mismatched: ``(target, found shape, expected shape)``.
-        duplicated: ``(target, sources)`` where more than one source claims the same target.
-        incomplete: ``(target, missing sources)``: a merged target with some of its parts absent.
+        missing: names of targets that no tensor of the checkpoint provides.
+        unexpected: names of sources that no target uses.
+        mismatched: ``(target, found shape, expected shape)`` for each target of another shape.
+        duplicated: ``(target, sources)`` for each target that more than one source claims.
+        incomplete: ``(target, missing sources)`` for each merged target that lacks some of its parts.
+
+    Example:
+        >>> import torch
+        >>> from automodel_conv import convert_state_dict
+        >>> try:
+        ...     convert_state_dict({"weight": torch.ones(2, 3), "gain": torch.ones(2)}, torch.nn.Linear(3, 2))
+        ... except NameProblems as error:
+        ...     print(error.missing, error.unexpected)
+        ('bias',) ('gain',)
     """
 
     def __init__(
@@ -121,41 +158,142 @@ class NameProblems(ConversionError):
 
 
 class CoverageError(ConversionError):
-    """A plan would leave a destination element unwritten, or write it more than once."""
+    """Raised if elements of a tensor would be left unwritten, or be written more than once.
+
+    Example:
+        The router has four experts, and the tensors have two:
+
+        >>> import torch
+        >>> from automodel_conv import get_checkpoint_conversion_mapping, save_checkpoint
+        >>> from tempfile import TemporaryDirectory
+        >>> layer = "model.layers.0.mlp"
+        >>> tensors = {f"{layer}.gate.weight": torch.ones(4, 6), f"{layer}.experts.down_proj": torch.ones(2, 6, 2)}
+        >>> with TemporaryDirectory() as directory:  # doctest: +ELLIPSIS
+        ...     save_checkpoint(tensors, directory, rules=get_checkpoint_conversion_mapping("qwen3_moe"))
+        Traceback (most recent call last):
+            ...
+        automodel_conv.errors.CoverageError: ...
+    """
 
 
 class UnsupportedError(ConversionError):
-    """An operation, layout, dtype or file format that this package does not convert."""
+    """Raised for an operation, layout, dtype, device or file format that this package does not support.
+
+    Example:
+        >>> from automodel_conv import convert_state_dict
+        >>> convert_state_dict({}, layout="numo")  # doctest: +ELLIPSIS
+        Traceback (most recent call last):
+            ...
+        automodel_conv.errors.UnsupportedError: unknown layout 'numo'...
+    """
 
 
 class QuantizationError(ConversionError):
-    """A quantized tensor lacks a part, or parts that do not fit each other, or what the config says of them."""
+    """Raised if a quantized tensor lacks a part, or its parts do not fit each other or the config.
+
+    Example:
+        The codes have no scales:
+
+        >>> import json
+        >>> import torch
+        >>> from automodel_conv import compile_plan
+        >>> from pathlib import Path
+        >>> from safetensors.torch import save_file
+        >>> from tempfile import TemporaryDirectory
+        >>> config = {"quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]}}
+        >>> with TemporaryDirectory() as directory:  # doctest: +ELLIPSIS
+        ...     save_file({"a.weight": torch.ones(2, 3).to(torch.float8_e4m3fn)}, f"{directory}/model.safetensors")
+        ...     _ = Path(directory, "config.json").write_text(json.dumps(config))
+        ...     compile_plan(directory, rules=[])
+        Traceback (most recent call last):
+            ...
+        automodel_conv.errors.QuantizationError: ...
+    """
 
 
 class UnknownTarget(ConversionError, KeyError):
-    """A plan was asked about a target that it does not have."""
+    """Raised if a plan is asked about a target that it does not have."""
 
     __str__ = Exception.__str__  # KeyError's would quote the text
 
 
 class ReadError(ConversionError):
-    """Reading tensor data failed after a plan was made; names the targets already filled, if any."""
+    """Raised if tensor data cannot be read or mapped; names the targets that are filled already, if any.
+
+    Example:
+        >>> from automodel_conv.files.source import LocalFile, opened
+        >>> with opened(LocalFile("/no/such/file.safetensors")) as file:  # doctest: +ELLIPSIS
+        ...     pass
+        Traceback (most recent call last):
+            ...
+        automodel_conv.errors.ReadError: ...
+    """
 
 
 class WriteError(ConversionError):
-    """Writing a checkpoint failed; no loader takes what lies in the directory for complete."""
+    """Raised if a checkpoint cannot be written; no loader takes the files in the directory for a complete one.
+
+    Example:
+        >>> import torch
+        >>> from automodel_conv import save_checkpoint
+        >>> from tempfile import NamedTemporaryFile
+        >>> with NamedTemporaryFile() as file:  # doctest: +ELLIPSIS
+        ...     save_checkpoint({"a": torch.ones(2)}, f"{file.name}/directory", rules=[])
+        Traceback (most recent call last):
+            ...
+        automodel_conv.errors.WriteError: ...
+    """
 
 
 class DestinationError(ConversionError):
-    """A directory cannot become a checkpoint: it is one already, somebody else writes to it, or it holds other work."""
+    """Raised if a directory holds a checkpoint or other work already, or another process writes to it.
+
+    A conversion also raises it if its source has changed.
+
+    Example:
+        >>> import torch
+        >>> from automodel_conv import save_checkpoint
+        >>> from tempfile import TemporaryDirectory
+        >>> with TemporaryDirectory() as directory:  # doctest: +ELLIPSIS
+        ...     report = save_checkpoint({"a": torch.ones(2)}, directory, rules=[])
+        ...     report = save_checkpoint({"a": torch.ones(2)}, directory, rules=[])
+        Traceback (most recent call last):
+            ...
+        automodel_conv.errors.DestinationError: ...
+    """
 
 
 class RankError(ConversionError):
-    """What several ranks do together failed on others of them, or one of them is gone."""
+    """Raised if work of several ranks failed on another rank, or if a rank is gone.
+
+    Each rank raises an error then: its own, or a RankError that quotes those of the others.
+
+    Example:
+        One handler serves all ranks, whichever of them failed:
+
+        >>> try:
+        ...     raise RankError("loading failed on another rank")
+        ... except ConversionError as error:
+        ...     print(f"end the job: {error}")
+        end the job: loading failed on another rank
+    """
 
 
 class VerificationError(ConversionError):
-    """Two checkpoints that should hold the same tensors do not; names the first difference."""
+    """Raised if tensors differ from the checkpoint, or from the checksums, that they should equal.
+
+    Example:
+        >>> import torch
+        >>> from automodel_conv import save_checkpoint, verify_checkpoint
+        >>> from tempfile import TemporaryDirectory
+        >>> with TemporaryDirectory() as first, TemporaryDirectory() as second:  # doctest: +ELLIPSIS
+        ...     report = save_checkpoint({"a": torch.ones(2)}, first, rules=[])
+        ...     report = save_checkpoint({"a": torch.zeros(2)}, second, rules=[])
+        ...     verify_checkpoint(first, second)
+        Traceback (most recent call last):
+            ...
+        automodel_conv.errors.VerificationError: ...
+    """
 
 
 def message(
@@ -166,11 +304,16 @@ def message(
     found: object = None,
     do: Advice | Sequence[Advice] | None = None,
 ) -> Message:
-    """One error text: what, where, expected, found, what to do.
+    """Build an error text: what, where, expected, found, what to do.
 
     Args:
-        do: one advice or several; ``{argument}`` or ``{argument=value}`` in it stands for an argument of the function
-            that was called, and an advice is left out where that has no such argument, or has that value already.
+        what: what went wrong.
+        where: file, tensor or rule.
+        expected: the value or state that was expected.
+        found: the value or state that was found instead.
+        do: one or several pieces of advice. ``{argument}`` or ``{argument=value}`` in it is an argument of the function
+            that was called. The advice is left out if the function has no such argument, or if the argument has that
+            value already.
     """
     lines = [what]
     if where is not None:
@@ -183,7 +326,7 @@ def message(
 
 
 def listing(items: Iterable[object], limit: int = 20) -> str:
-    """The first ``limit`` items, one a line, and how many more there are."""
+    """Return the first ``limit`` items, one per line, and the number of further ones."""
     lines = [f"    {item}" for item in items]
     shown, more = lines[:limit], len(lines) - limit
     if more > 0:
@@ -192,5 +335,5 @@ def listing(items: Iterable[object], limit: int = 20) -> str:
 
 
 def kind_of(thing: object) -> str:
-    """The kind of thing that a caller has given: a class, or an object of one."""
+    """Return a phrase for the kind of an argument: "the class Linear" or "a dict"."""
     return f"the class {thing.__name__}" if isinstance(thing, type) else f"a {type(thing).__name__}"

@@ -1,6 +1,6 @@
-"""The front doors for tensors that are in memory already: a state dict in, a state dict out, on the device it is on.
+"""Public functions that convert tensors in memory: from a state dict to a state dict, on the device of its tensors.
 
-For weight refit in RL (trainer layout to inference layout and back), and wherever a checkpoint is not a file.
+They serve weight refit in RL (trainer layout to inference layout and back), and other checkpoints that are not files.
 """
 
 from __future__ import annotations
@@ -37,15 +37,16 @@ class StateDictReport:
     """The outcome of a conversion in memory."""
 
     left_out: tuple[str, ...]
-    """Tensors of the state dict, and of a ``reference``, that are not in the result in any form."""
+    """Names of tensors of the state dict, and of a ``reference``, that are not in the result in any form."""
     carried: tuple[str, ...] = ()
-    """Always empty: nothing is passed on that the model or the rules have no place for."""
+    """Always empty: tensors that the model or the rules have no place for are left out."""
 
 
 class ConvertedStateDict(dict[str, Tensor]):
-    """A state dict that also carries the report of how it was made."""
+    """A state dict with a report of its conversion."""
 
     report: StateDictReport
+    """The outcome of the conversion that returned this dict."""
 
 
 @door("converting")
@@ -59,26 +60,41 @@ def convert_state_dict(
     out: Mapping[str, Tensor] | None = None,
     backend: str = "auto",
 ) -> ConvertedStateDict:
-    """Checkpoint-named tensors to model-named ones, grouped experts included.
+    """Convert tensors with checkpoint names to tensors with model names, grouped experts included.
 
-    Tensors that nothing converts are returned by reference, unless ``out`` is given. The dict has a ``report``.
+    Tensors that need no conversion are returned by reference, unless ``out`` is given.
 
     Args:
-        model: whose names, dtypes and rules to take; its tensors are neither read nor written. See ``compile_plan`` for
-            models that torch has wrapped, and for tensors that have such names.
-        rules: transformers' rule objects; None takes the model's. One of model, rules, layout, source_layout is needed.
-        layout: how routed experts shall lie; None: as the model has them.
-        source_layout: how grouped experts in ``state_dict`` lie; never guessed from shapes.
-        out: tensors to write, by target name; every target needs one, of its shape and dtype.
-        backend: "triton": kernels, and torch on the same device for copies that no kernel fits; "torch"; "auto":
-            "triton" for tensors of one GPU where Triton can run.
+        state_dict: tensors by their names in a checkpoint. They are not changed.
+        model: the model whose names, dtypes and rules to use; its tensors are neither read nor written. torch may have
+            wrapped it, and names of ``state_dict`` may be those of a wrapped model; see ``compile_plan``.
+        rules: rule objects of transformers that rename and merge tensors. None: the model's own rules. ``[]``: keep the
+            names. One of ``model``, ``rules``, ``layout`` and ``source_layout`` is needed.
+        layout: layout of the routed experts in the result: "transformers", "nemo", "gpt_oss" or "vllm". None: the
+            layout of the model's own parameters.
+        source_layout: layout of grouped experts in ``state_dict``: a layout, or "per_expert". It is never guessed from
+            shapes. None: the model's layout, which the shapes must confirm.
+        out: tensors to write, by target name. Each target needs one, of its shape and dtype. None: allocate them.
+        backend: "triton": kernels, and torch on the same device for copies that no kernel fits. "torch": torch only.
+            "auto": "triton" for tensors on one GPU on which Triton can run, else "torch".
+
+    Returns:
+        The tensors by their names in the model: a dict with a ``report``.
 
     Raises:
         NameProblems: names or shapes do not fit; lists all of them.
-        ConversionError: a tensor of ``out`` is missing, does not fit, or shares memory with a source or
-            with another one.
-        UnsupportedError: an unknown layout or backend, "triton" for tensors that kernels cannot reach, or a model with
-            adapters of PEFT or names of its layers.
+        ConversionError: a tensor of ``out`` is missing, does not fit, or shares memory with a source or another tensor
+            of ``out``; or the tensors are on several devices and ``out`` is not given.
+        UnsupportedError: a layout or backend is unknown, "triton" is given for tensors that kernels cannot access, a
+            tensor is distributed, or the model has adapters of PEFT or names of their layers.
+
+    Example:
+        >>> import torch
+        >>> experts = "model.layers.0.mlp.experts"
+        >>> grouped = {f"{experts}.gate_up_proj": torch.ones(8, 4, 6), f"{experts}.down_proj": torch.ones(8, 6, 2)}
+        >>> nemo = convert_state_dict(grouped, rules=[], layout="nemo", source_layout="transformers")
+        >>> {name.removeprefix(f"{experts}."): list(tensor.shape) for name, tensor in nemo.items()}
+        {'gate_and_up_projs': [8, 6, 4], 'down_projs': [8, 2, 6]}
     """
     _require_any(model, rules, layout, source_layout)
     model = None if model is None else plain_model(model)
@@ -90,7 +106,7 @@ def convert_state_dict(
     if model is not None:
         ties = tied_names(model)
         converted = in_order(with_tied(converted, ties, unequal_ties(converted, ties)), model.state_dict())
-    return _reported(converted, plan.left_out)
+    return _with_report(converted, plan.left_out)
 
 
 @door("converting")
@@ -104,46 +120,73 @@ def revert_state_dict(
     out: Mapping[str, Tensor] | None = None,
     backend: str = "auto",
 ) -> ConvertedStateDict:
-    """Model-named tensors back to checkpoint-named ones, grouped experts taken apart.
+    """Convert tensors with model names back to tensors with checkpoint names, one tensor for each expert.
 
-    Names come from reversing all rules, in upstream's saving order, or from a ``reference`` checkpoint. Tensors keep
-    their dtype. The dict has a ``report``, which names what a reference has and the tensors do not make.
+    Names come from the reversed rules, in the order in which transformers saves, or from a ``reference`` checkpoint.
+    Tensors keep their dtype.
 
     Args:
-        layout: how the experts in ``state_dict`` lie; None: as the model has them.
-        reference: a checkpoint (headers only are read) whose names to restore exactly.
-        model, rules, out, backend: see ``convert_state_dict``.
+        state_dict: tensors by their names in a model. They are not changed.
+        model: the model whose rules to reverse; its tensors are neither read nor written. torch may have wrapped it,
+            and names of ``state_dict`` may be those of a wrapped model; see ``compile_plan``.
+        rules: rule objects of transformers; they are reversed. None: the model's own rules. ``[]``: keep the names. One
+            of ``model``, ``rules``, ``layout`` and ``reference`` is needed.
+        layout: layout of the experts in ``state_dict``: "transformers", "nemo", "gpt_oss" or "vllm". None: the layout
+            of the model's own parameters.
+        reference: path of a checkpoint whose names to restore exactly. Only its headers are read.
+        out: tensors to write, by target name. Each target needs one, of its shape and dtype. None: allocate them.
+        backend: "triton": kernels, and torch on the same device for copies that no kernel fits. "torch": torch only.
+            "auto": "triton" for tensors on one GPU on which Triton can run, else "torch".
+
+    Returns:
+        The tensors by their names in a checkpoint: a dict with a ``report``, which lists the names in ``reference``
+        that ``state_dict`` does not provide.
 
     Raises:
-        NameProblems: the tensors do not fit the reference or the rules.
-        CoverageError: a tensor of the reference is only partly in ``state_dict``.
-        UnsupportedError: grouped experts that the rules are for have names that these do not meet.
-        ConversionError, UnsupportedError: see ``convert_state_dict``.
+        NameProblems: the tensors do not fit ``reference`` or the rules.
+        CoverageError: a tensor of ``reference`` is only partly in ``state_dict``.
+        UnsupportedError: grouped experts have names that the rules do not match, a layout or backend is unknown,
+            "triton" is given for tensors that kernels cannot access, a tensor is distributed, or the model has adapters
+            of PEFT or names of their layers.
+        ConversionError: a tensor of ``out`` is missing, does not fit, or shares memory with a source or another tensor
+            of ``out``; or the tensors are on several devices and ``out`` is not given.
+
+    Example:
+        >>> import torch
+        >>> from automodel_conv import get_checkpoint_conversion_mapping
+        >>> rules = get_checkpoint_conversion_mapping("qwen3_moe")
+        >>> experts = "model.layers.0.mlp.experts"
+        >>> grouped = {f"{experts}.gate_up_proj": torch.ones(2, 4, 6), f"{experts}.down_proj": torch.ones(2, 6, 2)}
+        >>> reverted = revert_state_dict(grouped, rules=rules)
+        >>> len(reverted), reverted[f"{experts}.1.up_proj.weight"].shape
+        (6, torch.Size([2, 6]))
     """
     _require_any(model, rules, layout, reference)
     model = None if model is None else plain_model(model)
-    like = None if reference is None else open_checkpoint(reference)
-    plan = saving_plan(state_table(state_dict), model=model, rules=rules, layout=layout, reference=like)
+    opened = None if reference is None else open_checkpoint(reference)
+    plan = saving_plan(state_table(state_dict), model=model, rules=rules, layout=layout, reference=opened)
     reverted = _run(plan, state_dict, out, backend)
-    return _reported(reverted, [*_without_ties(plan, state_dict), *not_saved(None, like, reverted)])
+    return _with_report(reverted, [*_without_ties(plan, state_dict), *not_saved(None, opened, reverted)])
 
 
 def _without_ties(plan: CopyPlan, state_dict: Mapping[str, Tensor]) -> list[str]:
-    """What a plan leaves out, but for second names of tensors that it takes under another name."""
+    """Return the names of unused sources, except second names of tensors that the plan uses under another name."""
     memory = [(tensor.data_ptr(), tensor.shape, tensor.stride()) for tensor in state_dict.values()]
-    taken = {memory[row] for row in plan.used_sources}
-    return [plan.sources.names[row] for row in plan.unused_sources if memory[row] not in taken or not memory[row][0]]
+    used = {memory[row] for row in plan.used_sources}
+    return [plan.sources.names[row] for row in plan.unused_sources if memory[row] not in used or not memory[row][0]]
 
 
-def _reported(tensors: dict[str, Tensor], left_out: Iterable[str]) -> ConvertedStateDict:
-    made = ConvertedStateDict(tensors)
-    made.report = StateDictReport(tuple(left_out))
-    return made
+def _with_report(tensors: dict[str, Tensor], left_out: Iterable[str]) -> ConvertedStateDict:
+    converted = ConvertedStateDict(tensors)
+    converted.report = StateDictReport(tuple(left_out))
+    return converted
 
 
-def _require_any(*said: object) -> None:
-    if all(thing is None for thing in said):
-        raise UnsupportedError(message("tensors in memory come without a config", do="pass model=, rules= or a layout"))
+def _require_any(*arguments: object) -> None:
+    if all(argument is None for argument in arguments):
+        raise UnsupportedError(
+            message("a state dict has no config that determines its rules", do="pass model=, rules= or a layout")
+        )
 
 
 def _run(
@@ -155,12 +198,12 @@ def _run(
             raise UnsupportedError(
                 message(f"{name} is a distributed tensor", do="convert its local shards, or save and load the model")
             )
-    takes_kernels(backend, sources)  # refuses, even where nothing is to be moved
+    takes_kernels(backend, sources)  # raises for an unusable backend, even if no copy follows
     if out is not None:
         convert_tensors(plan, sources, out, backend=backend)
         return {target.name: out[target.name] for target in plan.targets}
-    passed = {target.name: sources[target.sources[0]] for target in plan.targets if _passes_through(plan, target)}
-    made = [target for target in plan.targets if target.name not in passed]
+    unchanged = {target.name: sources[target.sources[0]] for target in plan.targets if _is_unchanged(plan, target)}
+    converted = [target for target in plan.targets if target.name not in unchanged]
     device = sources[0].device if sources else torch.device("cpu")
     if any(source.device != device for source in sources):
         raise ConversionError(
@@ -169,15 +212,15 @@ def _run(
                 found=sorted({str(source.device) for source in sources}),
             )
         )
-    buffers = allocate(made, device)
+    buffers = allocate(converted, device)
     if device.type == "cpu":
         NewMemory(list(buffers.values())).populate_all(cores())
-    convert_tensors(CopyPlan(plan.sources, tuple(made), plan.rules), sources, buffers, backend=backend)
-    return {target.name: passed.get(target.name, buffers.get(target.name)) for target in plan.targets}  # type: ignore[misc]
+    convert_tensors(CopyPlan(plan.sources, tuple(converted), plan.rules), sources, buffers, backend=backend)
+    return {target.name: unchanged.get(target.name, buffers.get(target.name)) for target in plan.targets}  # type: ignore[misc]
 
 
-def _passes_through(plan: CopyPlan, target: Target) -> bool:
-    """True if the target is one source, whole and as it is."""
+def _is_unchanged(plan: CopyPlan, target: Target) -> bool:
+    """Whether the target is one whole source, unchanged."""
     if len(target.sources) != 1 or target.fallback is not None:
         return False
     row = target.sources[0]

@@ -9,28 +9,29 @@ from typing import Any
 
 
 class SharedBar:
-    """One bar for works that run at the same time; any thread may call it."""
+    """One progress bar for several tasks that run at the same time; any thread may call it."""
 
     def __init__(self, bar: Any):
         self._bar = bar
         self._lock = threading.Lock()
 
     def add(self, nbytes: int) -> None:
-        """Add a work of so many bytes to the total."""
+        """Add the size of a task to the total."""
         with self._lock:
             self._bar.total += nbytes
             self._bar.refresh()
 
     def advance(self, nbytes: int) -> None:
+        """Advance the bar by bytes that are done."""
         with self._lock:
             self._bar.update(nbytes)
 
 
 @contextmanager
 def shared_progress(description: str, enabled: bool) -> Iterator[SharedBar | bool]:
-    """Yields what several works take for their ``progress``, so that they draw one bar together; False if not enabled.
+    """Yield a bar that several tasks accept as their ``progress``, or False if not enabled.
 
-    The bar is tqdm's, with GB and GB/s on standard error; tqdm is not imported where there is none.
+    The bar is tqdm's, with GB and GB/s on standard error. tqdm is imported only if the bar is enabled.
     """
     if not enabled:
         yield False
@@ -43,11 +44,12 @@ def shared_progress(description: str, enabled: bool) -> Iterator[SharedBar | boo
 
 @contextmanager
 def bytes_progress(total: int, description: str, progress: SharedBar | bool) -> Iterator[Callable[[int], None]]:
-    """Yields a function that takes the number of bytes just done; any thread may call it.
+    """Yield a function that advances a progress bar by a number of bytes; any thread may call it.
 
     Args:
-        total: in bytes.
-        progress: True for a bar of its own, False for none, or a bar that others draw in too.
+        total: size of the task in bytes.
+        description: label of the bar.
+        progress: True for a new bar, False for no bar, or a bar that is shared with other tasks.
     """
     if isinstance(progress, SharedBar):
         progress.add(total)

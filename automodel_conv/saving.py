@@ -1,4 +1,4 @@
-"""The front door of saving: a model or its tensors, grouped, straight to per-expert files."""
+"""The public function that saves: a model or its grouped tensors, straight to per-expert files."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from automodel_conv.compiling.experts import refuse_missing_experts
-from automodel_conv.compiling.marks import form_of_save
+from automodel_conv.compiling.marks import naming_of_save
 from automodel_conv.compiling.to_checkpoint import saving_plan
-from automodel_conv.distributed.collectives import all_or_raise, same_on_all
+from automodel_conv.distributed.collectives import all_or_raise, require_same_on_all
 from automodel_conv.distributed.holders import checksums_of_parts, find_holders, refuse_unlike_replicas
 from automodel_conv.distributed.placements import local_of, meshes_of
 from automodel_conv.doors import door
 from automodel_conv.dtypes import dtype_code
 from automodel_conv.errors import UnsupportedError, kind_of, message
 from automodel_conv.execution.tensor_slabs import LocalTensor, tensor_slabs
-from automodel_conv.execution.writing import budget, write_slabs
+from automodel_conv.execution.writing import split_scratch, write_slabs
 from automodel_conv.files.checkpoint import open_checkpoint, open_downloaded
 from automodel_conv.files.destination import open_destination
 from automodel_conv.files.staging import staged_path
@@ -49,21 +49,34 @@ DEFAULT_SCRATCH_BYTES = 64 << 20
 
 @dataclass(frozen=True)
 class SaveReport:
-    """What was written."""
+    """The outcome of ``save_checkpoint``.
+
+    Example:
+        >>> import torch
+        >>> from automodel_conv import save_checkpoint
+        >>> from tempfile import TemporaryDirectory
+        >>> with TemporaryDirectory() as directory:
+        ...     report = save_checkpoint({"a": torch.ones(2, 3)}, directory, rules=[])
+        >>> report.files, report.left_out
+        (('model.safetensors',), ())
+    """
 
     files: tuple[str, ...]
     """Names of the weight files, in the order of their numbers."""
     bytes_written: int
+    """Total size of the weight files in bytes."""
     carried: tuple[str, ...]
-    """Tensors of ``carry`` that went to the new files as they are."""
+    """Names of the tensors of ``carry`` that were written unchanged."""
     left_out: tuple[str, ...]
-    """Tensors of the model, of ``reference`` and of ``carry`` that are not in the new files in any form."""
+    """Names of tensors of the model, of ``reference`` and of ``carry`` that are not in the new files in any form."""
     seconds: float
+    """Duration of the save."""
     peak_extra_bytes: int
-    """Bound of the memory used beside the tensors; on a device, of pinned memory and of the device's, each."""
+    """Bound of the memory used in addition to the tensors. For a device: of pinned and of device memory, each."""
 
     @property
     def gb_per_s(self) -> float:
+        """10^9 bytes written per second."""
         return self.bytes_written / self.seconds / 1e9 if self.seconds else 0.0
 
 
@@ -85,50 +98,71 @@ def save_checkpoint(
 ) -> SaveReport:
     """Write a checkpoint in its published, per-expert format, straight from the tensors of a model.
 
-    What ``save_pretrained`` would write: the same names, shapes and bytes, tied weights once, the config besides. No
-    converted copy of the model is made; tensors of a GPU go through pinned memory. The directory is a checkpoint at the
-    end or not at all; if writing fails nothing of it stays. Where there are DTensors all ranks must call this, on a
-    file system that they share: each writes its own parts. Plain tensors beside them are all ranks' and must be equal
-    on all, buffers too. Where there is none, each rank saves for itself, to a directory of its own.
+    The result is what ``save_pretrained`` would write: the same names, shapes and bytes, tied weights once, and the
+    config. No converted copy of the model is created; tensors on a GPU pass through pinned memory. At the end the
+    directory is a complete checkpoint. If writing fails, nothing of it remains.
 
-    What several ranks hold, replicas and plain tensors, each of them reads once for a checksum (CRC32, some 2 GB/s a
-    thread; from a GPU through host memory): nothing in FSDP2, a rank's shard with HSDP, the whole of what is plain.
+    With DTensors, all ranks must call this function, on a file system that they share, and each writes its own parts.
+    Plain tensors and buffers next to DTensors belong to all ranks and must be equal on all of them. Without DTensors,
+    each rank saves for itself, to a directory of its own.
+
+    Each rank reads the replicas and plain tensors that several ranks hold once, for a checksum (CRC32, about 2 GB/s per
+    thread; from a GPU through host memory). With FSDP2 these are no tensors, with HSDP the shard of a rank, and always
+    all plain tensors.
 
     Args:
-        model_or_state_dict: the model may be wrapped, see ``compile_plan``; names of a state dict are taken without
-            ``_orig_mod``, unless ``rules=[]`` keeps them. ``module.`` in front of all of them stays: only a model tells
-            whether it is its own.
-        directory: new, or without weights in it.
-        rules, layout: see ``revert_state_dict``; for a state dict one of rules, layout, reference is needed, and
-            ``rules=[]`` keeps its names.
-        reference: a checkpoint whose names, and division into files, to restore. Grouped experts in a state dict take
-            rules besides, to be taken apart.
-        carry: the checkpoint that the model is from. Those of its tensors that the model has no place for, such as
-            layers for multi-token prediction and draft heads, go to the new files byte for byte under their own names;
-            quantized ones are decoded, unless the tensors to be saved are codes themselves. With a state dict, all go
-            that make none of its tensors, so it must have both of two tied names.
-        dtype: of all floating tensors, but those that a transformers model keeps in float32; None: as they are.
-        max_shard_size: of a file's data, in bytes or as "5GB"; not used with a reference.
-        checksums: write one for each tensor beside the index, for ``verify=True`` of the loaders and for ``verify`` of
-            the command line; reads the files once more.
-        threads: that copy and write; None: as many as there are cores, at most 16.
-        scratch_bytes: bound of the memory used beside the tensors; None: 64 MiB.
-        progress: show a bar in bytes and GB/s.
+        model_or_state_dict: a model, which torch may have wrapped (see ``compile_plan``), or its tensors by name. Names
+            of a state dict are used without ``_orig_mod``, unless ``rules=[]`` keeps them. ``module.`` in front of all
+            names stays, because only a model shows whether it belongs to them.
+        directory: path of a directory that is new, or has no weights in it.
+        rules: rule objects of transformers; they are reversed. None: the model's own rules. ``[]``: keep the names. A
+            state dict needs ``rules``, ``layout`` or ``reference``.
+        layout: layout of the experts in the model or state dict: "transformers", "nemo", "gpt_oss" or "vllm". None: the
+            layout of the model's own parameters.
+        reference: path of a checkpoint. Its names, and its division into files, are restored. To take grouped experts
+            of a state dict apart, pass ``rules`` too.
+        carry: path of the checkpoint that the model comes from. Its tensors that the model has no place for, such as
+            layers for multi-token prediction and draft heads, are written byte for byte under their own names.
+            Quantized ones are decoded, unless the tensors to save are codes themselves. With a state dict, all tensors
+            are written that provide none of its tensors, so the state dict must have both of two tied names.
+        dtype: dtype of all floating-point tensors, except those that a transformers model keeps in float32. None: the
+            dtypes that they have.
+        max_shard_size: bound of the tensor data in a file, in bytes or as in "5GB". Not used with ``reference``.
+        checksums: write a checksum of each tensor next to the index, for ``verify=True`` of the loaders and for
+            ``verify`` of the command line. This reads the files once more.
+        threads: number of threads that copy and write. None: the number of cores, at most 16.
+        scratch_bytes: bound of the memory used in addition to the tensors, in bytes. None: 64 MiB.
+        progress: show a progress bar in bytes and GB/s.
+
+    Returns:
+        The names of the files, the tensors that were carried and left out, bytes, seconds and memory.
 
     Raises:
-        NameProblems, CoverageError: see ``revert_state_dict``; like all but WriteError before anything is written.
-            CoverageError too where tensors have fewer experts than the model's config says (or, in a state dict, the
-            rows of the router), as those of one rank of expert parallelism by hand; and with DTensors where the ranks
-            do not hold all of a tensor, or do not all divide it in the same way.
-        UnsupportedError: tensors that cannot be saved from here: offloaded, quantized by transformers, with adapters of
-            PEFT, kept flat by FSDP1, lazily conjugated or negated; or extra state that is not a tensor; or grouped
-            experts that the rules are for, under names that these do not meet; or ``carry`` has other experts, or the
-            same ones in a form that the rules do not read.
-        DestinationError: the directory holds a checkpoint already, or somebody else writes to it.
+        NameProblems: the tensors do not fit ``reference`` or the rules. As for all errors except WriteError, nothing
+            has been written.
+        CoverageError: a tensor of ``reference`` is only partly there; or tensors have fewer experts than the model's
+            config states (in a state dict, than the router has rows), as the tensors of one rank of manual expert
+            parallelism do; or the ranks do not hold all of a DTensor, or divide it in different ways.
+        UnsupportedError: the tensors cannot be saved: offloaded, quantized by transformers, with adapters of PEFT, kept
+            flat by FSDP1, or lazily conjugated or negated; or extra state is not a tensor; or grouped experts have
+            names that the rules do not match; or ``carry`` has other experts, or the same ones in a form that the
+            rules do not read.
+        DestinationError: the directory holds a checkpoint already, or another process writes to it.
         WriteError: the disk is full, or the system reports another error.
-        ConversionError: the system gives no more memory or threads.
-        RankError: with DTensors: saving failed on other ranks, one of them is gone, or they hold different tensors, or
-            different bytes of one that they should all have; the same on all ranks.
+        ConversionError: the system has no more memory or threads.
+        RankError: saving DTensors failed on another rank, a rank is gone, or ranks hold different tensors or different
+            bytes of a tensor that should be equal. All ranks raise the same error.
+
+    Example:
+        >>> import torch
+        >>> from safetensors.torch import load_file
+        >>> from tempfile import TemporaryDirectory
+        >>> model = torch.nn.Linear(3, 2)
+        >>> with TemporaryDirectory() as directory:
+        ...     report = save_checkpoint(model, directory, dtype=torch.bfloat16)
+        ...     tensors = load_file(f"{directory}/{report.files[0]}")
+        >>> sorted(tensors), tensors["bias"].dtype
+        (['bias', 'weight'], torch.bfloat16)
     """
     began = time.perf_counter()
     rules = None if rules is None else list(rules)
@@ -142,13 +176,13 @@ def save_checkpoint(
         if model is None and rules is None and layout is None and reference is None:
             raise UnsupportedError(
                 message(
-                    "a state dict does not say how its experts are to be taken apart",
+                    "a state dict does not determine the rules that take its experts apart",
                     do="pass the model, rules=, layout= or reference=; rules=[] keeps all names",
                 )
             )
         keeps_names = model is None and not rules and layout is None and reference is None
-        named = saved_tensors(model) if model is not None else state
-        tensors = named if keeps_names or model is not None else plain_tensors(named)
+        saved = saved_tensors(model) if model is not None else state
+        tensors = saved if keeps_names or model is not None else plain_tensors(saved)
         refuse_unlike_stored(tensors)
         opened = None if reference is None else open_checkpoint(reference)
         plan = saving_plan(state_table(tensors), model=model, rules=rules, layout=layout, reference=opened)
@@ -157,14 +191,14 @@ def save_checkpoint(
         code = None if dtype is None else dtype_code(dtype)
         carried = None if source is None else carried_from(source, plan, model, rules, layout, code)
         targets = plan.targets if carried is None else (*plan.targets, *carried.targets)
-        kept = getattr(state, "layout", None) if model is None and layout is None and not rules else None
-        form = form_of_save(plan, model, layout, opened, kept)
-        shards = shards_for(targets, opened, max_shard_size, form)
-        most_scratch = DEFAULT_SCRATCH_BYTES if scratch_bytes is None else scratch_bytes
-        share = budget(threads, most_scratch, reads_files=carried is not None)
-        leads = not groups or dist.get_rank() == 0
+        stored_layout = getattr(state, "layout", None) if model is None and layout is None and not rules else None
+        naming = naming_of_save(plan, model, layout, opened, stored_layout)
+        shards = shards_for(targets, opened, max_shard_size, naming)
+        scratch = DEFAULT_SCRATCH_BYTES if scratch_bytes is None else scratch_bytes
+        limits = split_scratch(threads, scratch, reads_files=carried is not None)
+        is_first = not groups or dist.get_rank() == 0
     names = json.dumps(sorted(tensors)).encode()
-    same_on_all(groups, [names, *(shard.header for shard in shards)], "the tensors to be saved")
+    require_same_on_all(groups, [names, *(shard.header for shard in shards)], "the tensors to be saved")
     with all_or_raise(groups, "planning what to save"):
         refuse_missing_experts({name: tensor.shape for name, tensor in tensors.items()}, model)
         regions = {name: region_of(tensor) for name, tensor in tensors.items()}
@@ -172,35 +206,35 @@ def save_checkpoint(
     holders = find_holders(groups, tensors, regions)
     with all_or_raise(groups, "comparing replicas"):
         shared = {name: parts[name] for name in holders.shared}
-        sums = checksums_of_parts(shared, share.threads, share.slab_bytes)
-        held = {
+        own_checksums = checksums_of_parts(shared, limits.threads, limits.slab_bytes)
+        local = {
             row: [LocalTensor(regions[name], parts[name])]
             for row, name in enumerate(tensors)
             if name in holders.written
         }
-        made = tensor_slabs(plan, held, places_in(shards, plan.targets), most_bytes=share.slab_bytes)
-        passed = None
-        if carried is not None and leads:
-            passed = carried.slabs(places_in(shards, carried.targets), share)
-    refuse_unlike_replicas(groups, holders, sums)
-    with ExitStack() as ending:
+        own_slabs = tensor_slabs(plan, local, places_in(shards, plan.targets), most_bytes=limits.slab_bytes)
+        carried_slabs = None
+        if carried is not None and is_first:
+            carried_slabs = carried.slabs(places_in(shards, carried.targets), limits)
+    refuse_unlike_replicas(groups, holders, own_checksums)
+    with ExitStack() as cleanup:
         with all_or_raise(groups, "beginning to save"):
             destination = None
-            if leads:
-                opening = open_destination(directory, shards, None, index_name=form.index_name)
-                destination = ending.enter_context(opening)
+            if is_first:
+                opening = open_destination(directory, shards, None, index_name=naming.index_name)
+                destination = cleanup.enter_context(opening)
                 begin_save(destination, shards, model, dtype)
-        nbytes = sum(group.nbytes for group in made) + (0 if passed is None else passed.nbytes)
+        nbytes = sum(group.nbytes for group in own_slabs) + (0 if carried_slabs is None else carried_slabs.nbytes)
         with all_or_raise(groups, "saving"), bytes_progress(nbytes, "saving", progress) as advance:
             for file, shard in enumerate(shards):
-                slabs = [(group.by_file.get(file, []), group.start) for group in made]
-                with nullcontext() if passed is None else passed.opened(file) as of_files:
-                    slabs += [] if of_files is None else [of_files]
-                    if any(group for group, _ in slabs) or leads:
-                        write_slabs(slabs, staged_path(directory, shard.name), share.threads, advance)
+                slabs = [(group.by_file.get(file, []), group.start) for group in own_slabs]
+                with nullcontext() if carried_slabs is None else carried_slabs.opened(file) as file_slabs:
+                    slabs += [] if file_slabs is None else [file_slabs]
+                    if any(group for group, _ in slabs) or is_first:
+                        write_slabs(slabs, staged_path(directory, shard.name), limits.threads, advance)
         with all_or_raise(groups, "ending the save"):
             if destination is not None:
-                finish_save(destination, shards, model, form, share.threads if checksums else 0)
+                finish_save(destination, shards, model, naming, limits.threads if checksums else 0)
     return SaveReport(
         files=tuple(shard.name for shard in shards),
         bytes_written=sum(shard.nbytes for shard in shards),
@@ -210,5 +244,5 @@ def save_checkpoint(
             *(() if carried is None else carried.left_out),
         ),
         seconds=time.perf_counter() - began,
-        peak_extra_bytes=share.scratch_bytes,
+        peak_extra_bytes=limits.scratch_bytes,
     )

@@ -1,4 +1,4 @@
-"""Helpers for tests of what moves tensors: compare bytes, guard outputs, tell elements apart.
+"""Helpers for tests of code that moves tensors: compare bytes, guard outputs, distinguish elements.
 
 The assertions raise ``AssertionError`` themselves, so they also work under ``python -O``.
 """
@@ -13,22 +13,26 @@ import torch
 from torch import Tensor
 
 POISON = 0xA5
-"""The byte that fills memory nobody has written yet."""
+"""The byte that fills memory before a test writes it."""
 
 _GUARD = 0x5C
 _GUARD_BYTES = 256
 
 
 def assert_bytes_equal(actual: Tensor, expected: Tensor, *, strides: bool = False) -> None:
-    """Both tensors have the same shape, dtype and bytes: a NaN equals itself, 0.0 is not -0.0.
+    """Assert that two tensors have the same shape, dtype and bytes: a NaN equals itself, 0.0 is not -0.0.
 
     Args:
+        actual: the tensor to check, of any device and strides.
+        expected: the tensor that it should equal.
         strides: also compare strides.
 
     Raises:
-        AssertionError: what differs; for bytes the first coordinate, both values, and how many.
+        AssertionError: the tensors differ. For bytes, the text has the first coordinate, both values,
+            and the number of elements that differ.
 
-    >>> assert_bytes_equal(torch.ones(2, 3), torch.ones(2, 3))
+    Example:
+        >>> assert_bytes_equal(torch.ones(2, 3), torch.ones(2, 3))
     """
     if actual.shape != expected.shape:
         raise AssertionError(f"shape {list(actual.shape)}, expected {list(expected.shape)}")
@@ -36,20 +40,20 @@ def assert_bytes_equal(actual: Tensor, expected: Tensor, *, strides: bool = Fals
         raise AssertionError(f"dtype {actual.dtype}, expected {expected.dtype}")
     if strides and actual.stride() != expected.stride():
         raise AssertionError(f"strides {actual.stride()}, expected {expected.stride()}")
-    found, wanted = _bytes(actual), _bytes(expected)
-    if torch.equal(found, wanted):
+    actual_bytes, expected_bytes = _bytes(actual), _bytes(expected)
+    if torch.equal(actual_bytes, expected_bytes):
         return
-    differs = (found != wanted).any(dim=1)
+    differs = (actual_bytes != expected_bytes).any(dim=1)
     first = int(differs.to(torch.uint8).argmax())
     raise AssertionError(
         f"{int(differs.sum())} of {actual.numel()} elements differ; "
         f"first at {_at(first, actual.shape)}: "
-        f"{_show(actual, found, first)}, expected {_show(expected, wanted, first)}"
+        f"{_show(actual, actual_bytes, first)}, expected {_show(expected, expected_bytes, first)}"
     )
 
 
 def _bytes(tensor: Tensor) -> Tensor:
-    """``[elements, bytes of an element]`` on the CPU; copies where the tensor is not contiguous."""
+    """Return the bytes as ``[elements, bytes per element]`` on the CPU, copied if not contiguous."""
     plain = tensor.detach().cpu().contiguous()
     # A contiguous tensor of one element or none may have any strides, which view(uint8) refuses.
     plain = plain.as_strided((plain.numel(),), (1,))
@@ -73,18 +77,27 @@ def _show(tensor: Tensor, raw: Tensor, index: int) -> str:
 
 
 def poisoned(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """A contiguous CPU tensor, every byte ``POISON``; ``assert_written`` finds what stays so."""
+    """Return a contiguous CPU tensor in which every byte is ``POISON``, for ``assert_written``.
+
+    Example:
+        >>> poisoned([2], torch.uint8)
+        tensor([165, 165], dtype=torch.uint8)
+    """
     return guarded(shape, dtype).tensor
 
 
 def assert_written(tensor: Tensor) -> None:
-    """No element of a poisoned tensor still has all its bytes poisoned.
+    """Assert that no element of a poisoned tensor still has all its bytes poisoned.
 
-    Only for data that cannot hold the poison itself, such as ``address_valued`` of less than
-    ``0xA5A5`` elements, or ``0xA5`` where elements have one byte.
+    The data must not contain the poison itself. ``address_valued`` does not if it has less than
+    ``0xA5A5`` elements, or ``0xA5`` elements of one byte.
 
     Raises:
-        AssertionError: names the first such element, and how many there are.
+        AssertionError: an element is poisoned. The text has the first such element and their number.
+
+    Example:
+        >>> tensor = poisoned([2, 3], torch.float32)
+        >>> assert_written(tensor.fill_(0.5))
     """
     untouched = (_bytes(tensor) == POISON).all(dim=1)
     if untouched.any():
@@ -94,18 +107,28 @@ def assert_written(tensor: Tensor) -> None:
 
 
 class Guarded(NamedTuple):
-    """A poisoned tensor, and a check that nobody wrote around it."""
+    """A poisoned tensor, and a check that the memory around it was not written."""
 
     tensor: Tensor
+    """The tensor to write."""
     check: Callable[[], None]
+    """Raises AssertionError if memory around the elements of the tensor was written."""
 
 
 def guarded(shape: Sequence[int], dtype: torch.dtype, *, strides: Sequence[int] | None = None) -> Guarded:
-    """A poisoned CPU tensor between guard bands; ``check()`` raises AssertionError if a band, or a
-    gap between strided elements, was touched.
+    """Return a poisoned CPU tensor between guard bands.
+
+    Its ``check()`` raises AssertionError if a band, or a gap between strided elements, was written.
 
     Args:
-        strides: in elements; contiguous if not given. No two elements may share memory.
+        shape: shape of the tensor.
+        dtype: dtype of the tensor.
+        strides: strides in elements. No two elements may share memory. None: contiguous.
+
+    Example:
+        >>> output = guarded([2, 3], torch.float32, strides=[4, 1])
+        >>> _ = output.tensor.fill_(1.0)
+        >>> output.check()
     """
     itemsize = dtype.itemsize
     span = prod(shape)
@@ -124,9 +147,9 @@ def guarded(shape: Sequence[int], dtype: torch.dtype, *, strides: Sequence[int] 
     def check() -> None:
         touched = (memory != _GUARD) & mask
         if touched.any():
-            at = int(touched.to(torch.uint8).argmax()) - _GUARD_BYTES
+            first = int(touched.to(torch.uint8).argmax()) - _GUARD_BYTES
             raise AssertionError(
-                f"{int(touched.sum())} guard bytes were overwritten, first at byte {at} from the "
+                f"{int(touched.sum())} guard bytes were overwritten, first at byte {first} from the "
                 f"start of a buffer of {nbytes} bytes"
             )
 
@@ -134,15 +157,20 @@ def guarded(shape: Sequence[int], dtype: torch.dtype, *, strides: Sequence[int] 
 
 
 def address_valued(shape: Sequence[int], dtype: torch.dtype, start: int = 0) -> Tensor:
-    """A contiguous tensor of which element i holds the bits of the integer ``start + i``.
+    """Return a contiguous tensor in which element i has the bits of the integer ``start + i``.
 
-    Swapped, doubled or misplaced elements then cannot look right by chance. Integers wrap at the
-    width of the dtype, at most 8 bytes; bool holds the lowest bit. Floats are bit patterns, NaN and
-    subnormals among them, so compare bytes.
+    Swapped, duplicated or misplaced elements then cannot look right by chance. Integers wrap at the
+    width of the dtype, at most 8 bytes; bool has the lowest bit. Floats are bit patterns, which
+    include NaN and subnormals, so compare bytes.
+
+    Example:
+        >>> address_valued([2, 3], torch.int32)
+        tensor([[0, 1, 2],
+                [3, 4, 5]], dtype=torch.int32)
     """
     numel = prod(shape)
-    numbers = torch.arange(start, start + numel, dtype=torch.int64)
+    integers = torch.arange(start, start + numel, dtype=torch.int64)
     if dtype == torch.bool:
-        return (numbers & 1).to(torch.bool).reshape(tuple(shape))
-    raw = numbers.view(torch.uint8).reshape(numel, 8)[:, : dtype.itemsize]
+        return (integers & 1).to(torch.bool).reshape(tuple(shape))
+    raw = integers.view(torch.uint8).reshape(numel, 8)[:, : dtype.itemsize]
     return raw.contiguous().reshape(-1).view(dtype).reshape(tuple(shape))

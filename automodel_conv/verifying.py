@@ -1,4 +1,4 @@
-"""The front door that tells whether a conversion went well."""
+"""The public function that checks a conversion."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from automodel_conv.errors import (
 from automodel_conv.execution.comparing import compare_file
 from automodel_conv.execution.file_slabs import FileSlabs
 from automodel_conv.execution.writing import (
-    budget,
+    split_scratch,
 )
 from automodel_conv.files.checkpoint import Checkpoint, open_downloaded, rows_by_file
 from automodel_conv.files.shards import Shard, Spec
@@ -43,30 +43,57 @@ def verify_checkpoint(
     scratch_bytes: int | None = None,
     progress: bool = False,
 ) -> int:
-    """Check that a checkpoint is, bit for bit, what ``convert_checkpoint`` would make of another one.
+    """Check that a checkpoint is, bit for bit, the result of ``convert_checkpoint`` for another checkpoint.
 
-    Without ``layout``, the layout that the files of the destination name is taken; without rules and any layout, two
-    checkpoints with the same names, but for those to be dropped, are compared as they are.
+    Without ``layout``, the layout that the files of the destination state is used. Without ``rules`` and without any
+    layout, two checkpoints that have the same names, except those to drop, are compared as they are.
 
     Args:
-        source, destination: the two checkpoints; which files their tensors lie in does not matter.
-        rules, layout, source_layout, dtype, dequantize, drop, threads, scratch_bytes, progress: see
-            ``convert_checkpoint``.
+        source: path of the checkpoint that was converted: a directory, an index file, one ``.safetensors`` file, or
+            ``org/name`` on the Hub. Files of a repository that are not in the cache are downloaded first.
+        destination: path of the checkpoint to check. Its tensors may be divided among files in any way.
+        rules: rule objects of transformers. None: the rules of the model that ``config.json`` describes. ``[]``: keep
+            all names.
+        layout: layout of the routed experts in the destination: "transformers", "nemo", "gpt_oss", "vllm", or
+            "per_expert". None: see above.
+        source_layout: layout of grouped experts in the source: a layout, or "per_expert". None: the layout that the
+            files state, or else the model's; see ``convert_checkpoint``.
+        dtype: dtype of all floating-point tensors in the destination, except those that a transformers model keeps in
+            float32. None: the dtypes of the source.
+        dequantize: whether the conversion decoded quantized tensors, to ``dtype`` or bfloat16.
+        drop: tensors that the conversion left out, by their names in the source: a pattern or several, with ``*``,
+            ``?`` and ``[abc]``, as for ``convert_checkpoint``.
+        threads: number of threads that read and compare. None: the number of cores, at most 16.
+        scratch_bytes: bound of the memory used, in bytes. None: 256 MiB.
+        progress: show a progress bar in bytes, GB/s and time left.
 
     Returns:
-        The bytes that were compared: all of the destination's tensors.
+        The number of bytes compared, which is the size of all tensors in the destination.
 
     Raises:
-        VerificationError: they differ; names the tensors, or the first element that does.
-        CheckpointError, NameProblems, UnsupportedError, ReadError: see ``convert_checkpoint``.
+        VerificationError: the checkpoints differ; names the tensors, or the first element that differs.
+        CheckpointError: a checkpoint is missing or broken.
+        NameProblems: the source does not fit its model or the rules; lists all problems.
+        UnsupportedError: the source cannot be converted, or a layout is unknown.
+        ReadError: reading failed.
+
+    Example:
+        >>> import torch
+        >>> from safetensors.torch import save_file
+        >>> from tempfile import TemporaryDirectory
+        >>> with TemporaryDirectory() as source, TemporaryDirectory() as destination:
+        ...     save_file({"a": torch.ones(2, 3)}, f"{source}/model.safetensors")
+        ...     save_file({"a": torch.ones(2, 3)}, f"{destination}/other.safetensors")
+        ...     verify_checkpoint(source, destination)
+        24
     """
     drop = [drop] if isinstance(drop, str) else list(drop)
     checkpoint, other = open_downloaded(source), open_downloaded(destination)
     if layout is None and rules is None:
-        said = stated_layout(other, None)
+        stated = stated_layout(other, None)
         keeps_all = source_layout is None and dtype is None
-        as_they_are = keeps_all and _is_alike(checkpoint, other, said, drop)
-        layout, rules = (None, []) if as_they_are else (said, None)
+        as_they_are = keeps_all and _have_same_form(checkpoint, other, stated, drop)
+        layout, rules = (None, []) if as_they_are else (stated, None)
     conversion = compile_conversion(
         checkpoint,
         rules=rules,
@@ -78,23 +105,23 @@ def verify_checkpoint(
     )
     plan = conversion.plan
     _compare_headers(plan, other)
-    share = budget(threads, DEFAULT_SCRATCH_BYTES if scratch_bytes is None else scratch_bytes, reads_files=True)
-    at = [other.position[target.name] for target in plan.targets]
-    places = [(other.file_ids[row], other.offsets[row]) for row in at]
-    made = FileSlabs(checkpoint, plan.targets, places, plan.sources.decodes, share)
+    limits = split_scratch(threads, DEFAULT_SCRATCH_BYTES if scratch_bytes is None else scratch_bytes, reads_files=True)
+    target_rows = [other.position[target.name] for target in plan.targets]
+    places = [(other.file_ids[row], other.offsets[row]) for row in target_rows]
+    file_slabs = FileSlabs(checkpoint, plan.targets, places, plan.sources.decodes, limits)
     with bytes_progress(plan.bytes_written, "verifying", progress) as advance:
         rows = rows_by_file(other)
-        for file in made.by_file:
-            with made.opened(file) as slabs:
-                compare_file(slabs, other.sources[file], _file_of(other, file, rows[file]), share.threads, advance)
+        for file in file_slabs.by_file:
+            with file_slabs.opened(file) as slabs:
+                compare_file(slabs, other.sources[file], _file_of(other, file, rows[file]), limits.threads, advance)
     return plan.bytes_written
 
 
-def _is_alike(source: Checkpoint, other: Checkpoint, said: str | None, drop: Iterable[str]) -> bool:
-    """Whether two checkpoints have the same names but for those to be dropped, and say the same of their experts."""
+def _have_same_form(source: Checkpoint, other: Checkpoint, stated: str | None, drop: Iterable[str]) -> bool:
+    """Whether two checkpoints have the same names, except those to drop, and state the same layout of their experts."""
     dropped = dropped_rows(source.names, drop)
     kept = {name for row, name in enumerate(source.names) if row not in dropped}
-    return said in (None, stated_layout(source, None)) and kept == set(other.names)
+    return stated in (None, stated_layout(source, None)) and kept == set(other.names)
 
 
 def _compare_headers(plan: CopyPlan, other: Checkpoint) -> None:

@@ -29,7 +29,7 @@ CHANGING = (
 READING = (
     "open_readonly",
     "preadv",
-    "bring_in",
+    "read_into_cache",
     "size",
     "map_private",
     "list_names",

@@ -39,12 +39,12 @@ def print_dry_run(conversion: Conversion, destination: str) -> None:
         table.add_row("unfinished work there", "yes")
     print_table(table)
     print_names(conversion.carried, conversion.left_out)
-    if room.in_the_way:
+    if room.existing_weights:
         raise DestinationError(
             message(
                 "the directory holds a checkpoint already",
                 where=directory,
-                found="\n" + listing(room.in_the_way),
+                found="\n" + listing(room.existing_weights),
                 do="choose another directory, or remove these files first",
             )
         )

@@ -7,8 +7,8 @@ from math import prod
 from typing import Any, NamedTuple
 
 from automodel_conv.errors import UnsupportedError, message
+from automodel_conv.execution.fallbacks import fallback_calls
 from automodel_conv.execution.host import DEFAULT_SCRATCH_BYTES, bytes_of_slot
-from automodel_conv.execution.upstream import upstream_calls
 from automodel_conv.files.checkpoint import Checkpoint
 from automodel_conv.planning.plan import CopyPlan
 from automodel_conv.planning.sharding import placed
@@ -94,7 +94,7 @@ def _cost(checkpoint: Checkpoint, plan: CopyPlan, mesh: Mapping[str, int], coord
     jobs = schedule(targets, copies, checkpoint, plan.sources.decodes, threads=_THREADS, slot_bytes=slots)
     calls = [call for job in jobs for call in job.reads.calls()]
     reads = [(int(call.file[0]), int(call.stop_bytes[-1] - call.offset_bytes[0])) for call in calls]
-    rows = [row for call in upstream_calls(mine) for row in call.rows]  # read whole
+    rows = [row for call in fallback_calls(mine) for row in call.rows]  # read whole
     reads += [(checkpoint.file_ids[row], checkpoint.nbytes[row]) for row in rows]
     files = {file for file, _ in reads}
     return RankCost(coordinate, mine.bytes_written, sum(nbytes for _, nbytes in reads), len(reads), len(files))

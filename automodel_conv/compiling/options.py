@@ -1,10 +1,14 @@
-"""The options of planning and of loading, as dataclasses."""
+"""Keyword arguments of ``compile_plan`` and of the loaders, and their defaults.
+
+Callers see ``PlanOptions`` and ``LoadOptions``, which document each keyword. ``doors.keyword_options`` shows that text
+in the docstrings of the functions. ``PlanSettings`` and ``LoadSettings`` have the same fields, with their defaults.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, fields
+from typing import Any, TypedDict
 
 import torch
 
@@ -13,9 +17,137 @@ from automodel_conv.execution.filling import Limits
 from automodel_conv.planning.plan import CopyPlan
 
 
+class PlanOptions(TypedDict, total=False):
+    """Keyword arguments of ``compile_plan``, which the loaders accept too."""
+
+    rules: Iterable[Any] | None
+    """Rule objects of transformers that rename and merge tensors. None: the model's own rules. ``[]``: keep the
+    checkpoint's names."""
+
+    layout: str | None
+    """Layout of the routed experts in memory: "transformers", "nemo", "gpt_oss" or "vllm". None: the layout of the
+    model's own parameters. For ``load_model`` it states the layout that the model's experts already have, if the
+    modules are not transformers' own."""
+
+    source_layout: str | None
+    """Layout of grouped experts in the checkpoint: a layout, or "per_expert", the form in which the type is published.
+    None: the layout that the files state (those written by this package do), or else the model's. It is an error if the
+    model's shapes contradict that layout or leave it open."""
+
+    key_mapping: Mapping[str, str] | None
+    """``{pattern: replacement}``, applied to names before the rules, as in ``from_pretrained``. None: no renames."""
+
+    dtype: torch.dtype | None
+    """Dtype of the floating-point targets. None: each parameter keeps its own; without a model, targets have the dtype
+    of their sources. With None, a parameter that is new or on the meta device gets the dtype that ``from_pretrained``
+    gives it: the dtype of its model, which is that of the first tensor by name if ``config.json`` states none; float32
+    if the model keeps the parameter in float32; the dtype of the first target for all targets of one rule; and in
+    quantized checkpoints the dtype in the file for tensors that transformers does not cast. ``load_model`` replaces
+    parameters of another floating-point dtype."""
+
+    dequantize: bool
+    """Decode the tensors that ``quantization_config`` in ``config.json`` describes as quantized, and round each element
+    once, to the dtype of its target. False: load codes and scales as tensors of their own, for a transformers model
+    that keeps them (its ``hf_quantizer`` has the rules). Default: True."""
+
+
+class LoadOptions(PlanOptions, total=False):
+    """Keyword arguments of ``load_state_dict`` and ``load_model``.
+
+    All keys are optional. Annotate a dict with this class to check the options of several loads:
+
+    Example:
+        >>> from safetensors.torch import save_file
+        >>> from tempfile import TemporaryDirectory
+        >>> from torch import nn
+        >>> from automodel_conv import LoadOptions, load_model, load_state_dict
+        >>> options: LoadOptions = {"strict": False, "threads": 2}
+        >>> model = nn.Linear(3, 2)
+        >>> with TemporaryDirectory() as directory:
+        ...     save_file({"weight": model.weight.detach()}, f"{directory}/model.safetensors")
+        ...     tensors = load_state_dict(directory, model, **options)
+        ...     report = load_model(model, directory, **options)
+        >>> list(tensors), report.missing_keys
+        (['weight'], ('bias',))
+    """
+
+    plan: CopyPlan | str | None
+    """A plan from ``compile_plan``, or the text of its ``to_json()``. The load executes it and does not plan again. The
+    checkpoint must have the tensors that the plan reads, with the same names, dtypes and shapes; with ``strict``, it
+    must have exactly the tensors that the plan lists. The tensors may be in other files and at other offsets. All
+    targets of the plan must fit the model, even if ``strict`` is False. The plan decides dtypes and layout, so
+    ``rules``, ``layout``, ``source_layout``, ``key_mapping``, ``dtype`` and ``dequantize`` must be left out. Without a
+    model, names and ties are those of the plan, and tied names come last. The plan is always that of the whole model,
+    even if parameters are DTensors. None: plan the load from the headers."""
+
+    device: str | torch.device | None
+    """The CPU or a CUDA device. ``load_state_dict`` creates all tensors on it, by default on the CPU. ``load_model``
+    creates new parameters on it; None: on the device of the parameters that they replace, or on the CPU if those are on
+    the meta device. Materialized parameters are filled where they are. Bytes for a CUDA device pass through pinned
+    memory. Data that must be permuted or cast is copied on the device by Triton kernels, or by torch if Triton cannot
+    run."""
+
+    device_map: Mapping[str, str | int | torch.device] | None
+    """Devices by names of modules or parameters, instead of ``device``, as accelerate writes them
+    (``infer_auto_device_map``, ``model.hf_device_map``). The longest prefix of whole components of a tensor's name
+    decides; "" covers the rest; integers are CUDA devices. All devices are filled at the same time. ``load_model``
+    places new parameters and all buffers by the map. Materialized parameters must already be where the map says;
+    materialized buffers are moved there after the load (``accelerate.init_empty_weights()`` leaves them on the CPU).
+    The model is placed, but does not run on several devices until ``accelerate.dispatch_model(model, device_map)``."""
+
+    strict: bool
+    """Raise for targets that are missing, unexpected, mismatched or provided twice. False: load what fits, as
+    transformers does (the first of two sources wins), and list the rest in the report. Default: True."""
+
+    verify: bool
+    """Compare all tensors with the checksums that ``save_checkpoint(checksums=True)`` wrote, before anything is loaded.
+    This reads the files once more. Default: False."""
+
+    broadcast: bool
+    """Read parts of a DTensor that several ranks hold only once: the first of these ranks reads them, and sends them to
+    the others in place. False: each rank reads its own. Default: False."""
+
+    threads: int | None
+    """Number of reader threads, for all devices together. None: chosen by the cores of the machine, which the ranks of
+    this job that run on it share (``LOCAL_WORLD_SIZE``). A load to the host then adds threads while that makes it
+    faster, as it does if threads wait for a network."""
+
+    scratch_bytes: int | None
+    """Bound of the host memory used in addition to the final tensors, in bytes, for all devices together. None: 64 MiB
+    for the CPU, 16 MiB per reader thread of a CUDA device. Scratch for a CUDA device is pinned; torch rounds it up to a
+    power of two and keeps it for the next load."""
+
+    device_scratch_bytes: int | None
+    """Bound of the memory used on each CUDA device in addition to the final tensors, in bytes. None: 256 MiB."""
+
+    memory_budget: int | None
+    """Bound of all memory used in addition to the final tensors, in bytes, on the host and all devices of this rank
+    together. It lowers the defaults of ``scratch_bytes`` and ``device_scratch_bytes`` if it must. Plans, which are
+    small, are not counted. None: no bound."""
+
+    huge_pages: bool | None
+    """Whether new host memory has huge pages, in tensors of 4 MiB or more (2 MiB each; Linux). None: measure during the
+    load which page size is faster on this machine: huge pages on most, small ones on virtual machines that return
+    their free memory to the host."""
+
+    memory_map: bool
+    """Map new tensors on the CPU instead of reading them, if a file has exactly their bytes: contiguous, in the right
+    dtype, at a multiple of the element size (Linux only). All other tensors are read; ``load_model`` reads into
+    materialized parameters and buffers in place. A write to a mapped tensor changes a copy of the page and never the
+    file. Processes that map one file share the pages that they do not write to. Do not change or truncate the file
+    while such a tensor exists: a change may show in the tensor, and an access past the new end kills the process
+    (SIGBUS). Removing or replacing the file is safe. See docs/performance.md. Default: False."""
+
+    progress: bool
+    """Show a progress bar in bytes and GB/s. Default: False."""
+
+    revision: str | None
+    """Branch, tag or commit of an ``org/name`` repository on the Hub. None: its default branch."""
+
+
 @dataclass(frozen=True)
-class PlanOptions:
-    """The options of ``compile_plan``."""
+class PlanSettings:
+    """The values of ``PlanOptions``, with the defaults of those that the caller left out."""
 
     rules: Iterable[Any] | None = None
     layout: str | None = None
@@ -25,26 +157,36 @@ class PlanOptions:
     dequantize: bool = True
 
     def given(self) -> Mapping[str, object]:
-        """The options by name; None for those left at their defaults."""
-        return vars(self) | {"dequantize": None if self.dequantize else False}
+        """Return the plan options by name, with None for those left at their defaults."""
+        values = {field.name: getattr(self, field.name) for field in fields(PlanSettings)}
+        return values | {"dequantize": None if self.dequantize else False}
 
 
 @dataclass(frozen=True)
-class LoadOptions:
-    """The options of ``load_state_dict`` and ``load_model``, except devices."""
+class LoadSettings(PlanSettings):
+    """The values of ``LoadOptions``, with the defaults of those that the caller left out."""
 
-    planning: PlanOptions
-    plan: CopyPlan | str | None
-    strict: bool
-    verify: bool
-    broadcast: bool
-    limits: Limits
-    memory_budget: int | None
-    memory_map: bool
-    progress: bool
-    revision: str | None
+    plan: CopyPlan | str | None = None
+    device: str | torch.device | None = None
+    device_map: Mapping[str, str | int | torch.device] | None = None
+    strict: bool = True
+    verify: bool = False
+    broadcast: bool = False
+    threads: int | None = None
+    scratch_bytes: int | None = None
+    device_scratch_bytes: int | None = None
+    memory_budget: int | None = None
+    huge_pages: bool | None = None
+    memory_map: bool = False
+    progress: bool = False
+    revision: str | None = None
+
+    @property
+    def limits(self) -> Limits:
+        """Threads and memory that the load itself may use."""
+        return Limits(self.threads, self.scratch_bytes, self.device_scratch_bytes, self.huge_pages)
 
     @property
     def reader_threads(self) -> int:
-        """Threads that read before the load itself."""
-        return default_reader_threads(cores()) if self.limits.threads is None else self.limits.threads
+        """Number of threads that read before the load itself."""
+        return default_reader_threads(cores()) if self.threads is None else self.threads

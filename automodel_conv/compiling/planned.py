@@ -1,20 +1,18 @@
-"""Plan the load of a checkpoint from its headers alone."""
+"""Plan the load of a checkpoint from its headers."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
 from dataclasses import replace
-from typing import Any
 
-import torch
 from torch import nn
+from typing_extensions import Unpack
 
 from automodel_conv.compiling.decoded import decoded_table
 from automodel_conv.compiling.marks import layout_to_read, stated_layout
-from automodel_conv.compiling.options import PlanOptions
+from automodel_conv.compiling.options import PlanOptions, PlanSettings
 from automodel_conv.compiling.to_model import loading_plan
-from automodel_conv.doors import door
+from automodel_conv.doors import door, keyword_options
 from automodel_conv.files.checkpoint import Checkpoint, open_checkpoint
 from automodel_conv.files.config import quantization_config
 from automodel_conv.planning.copies import SourceTable
@@ -30,10 +28,15 @@ from automodel_conv.upstream.wrappers import plain_model
 def load_plan(
     checkpoint: Checkpoint,
     model: nn.Module | None,
-    options: PlanOptions,
+    options: PlanSettings,
     in_place: bool = False,
 ) -> tuple[CopyPlan, Problems, nn.Module | None]:
-    """The plan of a load, what does not fit, and the model, made from ``config.json`` if none is given and no rules."""
+    """Plan a load.
+
+    Returns:
+        The plan, the problems of its fit, and the model: the one that is given, or one built from ``config.json`` if
+        there are neither a model nor rules.
+    """
     layout, source_layout, dtype = options.layout, options.source_layout, options.dtype
     checked_dtype(dtype)
     for name, others in ((layout, ()), (source_layout, (PER_EXPERT,))):
@@ -44,9 +47,9 @@ def load_plan(
         model, dtype = meta_model(checkpoint, dtype), None
     quantizer = None if options.dequantize else getattr(model, "hf_quantizer", None)
     if options.dequantize:
-        table = decoded_table(checkpoint, wants_numbers=model is not None)
+        table = decoded_table(checkpoint, needs_values=model is not None)
     else:
-        table = SourceTable.of(checkpoint)
+        table = SourceTable.from_checkpoint(checkpoint)
     settings = quantization_config(checkpoint.directory) if table.decodes and model is not None else None
     casting = quantizer if settings is None else dequantizer(settings)
     decoded = {table.names[row] for row in table.decodes}
@@ -63,64 +66,61 @@ def load_plan(
         quantizer=quantizer,
         as_stored=left_as_stored(model, casting, options.key_mapping, decoded) if rules is None else None,
     )
-    said = stated_layout(checkpoint, source_layout)
+    stated = stated_layout(checkpoint, source_layout)
     if keeps_names:
-        layout = "transformers" if source_layout in LAYOUTS else said
-    return replace(plan, layout=layout, source_layout=said), problems, model
+        layout = "transformers" if source_layout in LAYOUTS else stated
+    return replace(plan, layout=layout, source_layout=stated), problems, model
 
 
 @door("planning")
+@keyword_options(PlanOptions, PlanSettings)
 def compile_plan(
-    checkpoint: Checkpoint | str | os.PathLike[str],
-    model: nn.Module | None = None,
-    *,
-    rules: Iterable[Any] | None = None,
-    layout: str | None = None,
-    source_layout: str | None = None,
-    key_mapping: Mapping[str, str] | None = None,
-    dtype: torch.dtype | None = None,
-    dequantize: bool = True,
+    checkpoint: Checkpoint | str | os.PathLike[str], model: nn.Module | None = None, **options: Unpack[PlanOptions]
 ) -> CopyPlan:
-    """The plan that loads a checkpoint, from its headers alone.
+    """Plan the load of a checkpoint from its headers, without reading tensor data.
 
-    The few bytes of ``weight_shape`` are read besides, for INT4 codes with one scale for a whole row: nothing else
-    tells whether rows end in padding. Of a repository that is not in the cache they are not; loads of it look at them.
+    There is one exception: for INT4 codes with one scale per row, the few bytes of each ``weight_shape`` are read,
+    because only they state whether rows end in padding. They are not read of a repository that is not in the cache;
+    loads of it read them.
 
     Args:
-        checkpoint: an opened checkpoint, or what ``open_checkpoint`` takes; no weights of ``org/name`` are downloaded.
-        model: any module, on the meta device too, and as torch wraps it (``torch.compile``, data parallelism,
-            activation checkpointing, whole or in parts): names are then those of the model itself, without what
-            wrappers add, and a checkpoint of a wrapped model, whose names have ``_orig_mod`` or all begin with
-            ``module``, is read as one of the model itself. None builds the model of the checkpoint's ``config.json`` on
-            the meta device, unless ``rules`` are given. Its class is the one that ``architectures`` name of the
-            config's type, else the first that transformers has for the type: image and text to text, any modality,
-            causal language model, sequence to sequence, speech, masked language model, other heads only where there is
-            no bare model.
-        rules: transformers' rule objects; None takes the model's own. ``[]`` keeps the checkpoint's names.
-        layout: how routed experts shall lie: "transformers", "nemo", "gpt_oss", "vllm"; None: as the model has them.
-        source_layout: how grouped experts in the checkpoint lie: a layout, or "per_expert", as the type is published.
-            None: as the files say, which this package writes, or else as the model has them; where the model's shapes
-            contradict that, or leave it open, this is an error.
-        key_mapping: ``{pattern: replacement}`` applied to names before the rules, as in ``from_pretrained``.
-        dtype: dtype of the floating targets; None keeps each parameter's own (without a model: the source's). A new
-            parameter, or one on the meta device, gets what ``from_pretrained`` gives it: its model's dtype, which
-            without one in ``config.json`` is that of the first tensor by name; float32 where the model keeps it in
-            that; all targets of a rule the first one's; the file's in quantized checkpoints, where transformers casts
-            nothing.
-        dequantize: what the ``quantization_config`` in the checkpoint's ``config.json`` says is quantized is decoded,
-            each element rounded once to its target's dtype; False takes codes and scales for tensors of their own, as
-            a model of transformers that keeps them wants (its ``hf_quantizer`` knows the rules).
+        checkpoint: an opened checkpoint, or a path that ``open_checkpoint`` accepts. No weights of ``org/name`` are
+            downloaded.
+        model: any module, also on the meta device. It may be wrapped by torch, whole or in parts (``torch.compile``,
+            data parallelism, activation checkpointing): names are then those of the model itself, without what
+            wrappers add. A checkpoint of a wrapped model, with ``_orig_mod`` in its names or ``module`` at the start of
+            all of them, is read as a checkpoint of the model itself. None: the model of the checkpoint's
+            ``config.json``, built on the meta device, unless ``rules`` are given. Its class is the one in
+            ``architectures`` that belongs to the config's type, or else the first that transformers has for the type:
+            image and text to text, any modality, causal language model, sequence to sequence, speech, masked language
+            model; other heads only if the type has no bare model.
+        **options: see ``PlanOptions``.
+
+    Returns:
+        The proved plan: each element of each target is written exactly once.
 
     Raises:
-        CheckpointError: the checkpoint is broken.
+        CheckpointError: the checkpoint is missing or broken.
         NameProblems: names or shapes do not fit; lists all of them.
-        QuantizationError: parts of quantized tensors are missing, or do not fit each other or the config; lists all.
-        UnsupportedError: an unknown layout, experts whose layout cannot be told, a quantization that is not decoded, or
-            codes where numbers are wanted; or a model with adapters of PEFT, or one that FSDP1 keeps flat.
+        QuantizationError: parts of quantized tensors are missing, or contradict each other or the config; lists all of
+            them.
+        UnsupportedError: a layout is unknown, the layout of experts is ambiguous, a quantization is not supported, or
+            codes would fill a target that expects values; or the model has adapters of PEFT, or is kept flat by FSDP1.
+
+    Example:
+        >>> import torch
+        >>> from safetensors.torch import save_file
+        >>> from tempfile import TemporaryDirectory
+        >>> with TemporaryDirectory() as directory:
+        ...     save_file({"weight": torch.ones(2, 3), "bias": torch.zeros(2)}, f"{directory}/model.safetensors")
+        ...     plan = compile_plan(directory, nn.Linear(3, 2), dtype=torch.bfloat16)
+        >>> [(target.name, target.dtype, target.shape) for target in plan.targets]
+        [('weight', 'BF16', (2, 3)), ('bias', 'BF16', (2,))]
+        >>> plan.bytes_read, plan.bytes_written
+        (32, 16)
     """
     checkpoint = checkpoint if isinstance(checkpoint, Checkpoint) else open_checkpoint(checkpoint)
     model = None if model is None else plain_model(model)
-    options = PlanOptions(rules, layout, source_layout, key_mapping, dtype, dequantize)
-    plan, problems, _ = load_plan(checkpoint, model, options)
+    plan, problems, _ = load_plan(checkpoint, model, PlanSettings(**options))
     problems.raise_unless_fit(checkpoint.path, unindexed=checkpoint.unindexed)
     return plan

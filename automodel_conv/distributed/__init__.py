@@ -1,1 +1,1 @@
-"""Distributed tensors: what each rank holds, and how ranks communicate."""
+"""Distributed tensors: the parts that ranks hold, and the communication between ranks."""

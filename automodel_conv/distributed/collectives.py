@@ -1,6 +1,6 @@
-"""Collectives over the ranks of a load or save: all ranks succeed, or all raise.
+"""Collectives over the ranks of a load or save, in which all ranks succeed or all ranks raise.
 
-They use torch's process groups, those of the meshes that the tensors are distributed on.
+They use torch's process groups, namely those of the meshes that the tensors are distributed on.
 """
 
 from __future__ import annotations
@@ -22,135 +22,143 @@ from automodel_conv.errors import ConversionError, RankError, listing, message
 
 @contextmanager
 def all_or_raise(groups: Sequence[Any], what: str) -> Iterator[None]:
-    """Wait, at the end of a block, until all ranks of these groups are there; if it failed on one, all of them raise.
+    """Wait for all ranks at the end of a block, and raise on all ranks if the block failed on any of them.
 
-    A rank that dies surfaces as the time-out of the process groups, as their backend reports it.
+    A rank that dies is noticed by the time-out of the process groups, as their backend reports it.
 
     Args:
-        groups: process groups, the same on all of their ranks and in the same order; none: nothing is waited for.
+        groups: process groups, the same on all of their ranks and in the same order. Without groups there is no wait.
+        what: name of the block's work in error texts.
 
     Raises:
-        RankError: the block failed on other ranks, or one of them is gone. The rank's own error comes first.
+        RankError: the block failed on other ranks, or a rank is gone. If it failed on this rank, the original error is
+            raised instead.
     """
     try:
         yield
     except Exception as error:
-        # The function that was called has not yet said which of the advice it can follow.
+        # Only the reason: the public function that was called has not chosen the advice that applies to it yet.
         text = error.reason() if isinstance(error, ConversionError) else str(error)
         _exchange(groups, f"rank {rank_of_this()}: {type(error).__name__}: {text}")
         raise
-    heard = _exchange(groups, None)
-    if heard.told:
+    errors, lost = _exchange(groups, None)
+    if errors:
         raise RankError(
-            message(
-                f"{what} failed on {len(heard.told)} of the ranks that do it together", found="\n" + listing(heard.told)
-            )
+            message(f"{what} failed on {len(errors)} of the ranks that do it together", found="\n" + listing(errors))
         )
-    if heard.lost:
-        raise _lost_rank_error(what, "\n" + listing(heard.lost))
+    if lost:
+        raise _lost_rank_error(what, "\n" + listing(lost))
 
 
-def same_on_all(groups: Sequence[Any], parts: Iterable[bytes], what: str) -> None:
-    """Make sure that all ranks of these groups have the same bytes.
+def require_same_on_all(groups: Sequence[Any], parts: Iterable[bytes], what: str) -> None:
+    """Raise on all ranks of these groups unless all of them pass the same bytes.
+
+    Args:
+        groups: see ``all_or_raise``.
+        parts: bytes to compare, joined.
+        what: name of the compared objects in error texts.
 
     Raises:
-        RankError: they do not, on all ranks, or one of them is gone.
+        RankError: the bytes differ, or a rank is gone.
     """
-    heard = _exchange(groups, hashlib.blake2b(b"".join(parts), digest_size=16).hexdigest())
-    if heard.lost:
-        raise _lost_rank_error(f"comparing {what}", "\n" + listing(heard.lost))
-    if len(heard.told) > 1:
+    hashes, lost = _exchange(groups, hashlib.blake2b(b"".join(parts), digest_size=16).hexdigest())
+    if lost:
+        raise _lost_rank_error(f"comparing {what}", "\n" + listing(lost))
+    if len(hashes) > 1:
         raise RankError(
             message(f"{what} differ from rank to rank", expected="the same names, dtypes and whole shapes on all ranks")
         )
 
 
 def union_over_ranks(groups: Sequence[Any], pairs: Iterable[tuple[str, str]], what: str) -> frozenset[tuple[str, str]]:
-    """The pairs that any rank of these groups has found, the same on all of them.
+    """Return the union of the pairs that the ranks of these groups pass; it is the same on all ranks.
 
     Raises:
-        RankError: one of the ranks is gone.
+        RankError: a rank is gone.
     """
-    heard = _exchange(groups, json.dumps(sorted(pairs)))
-    if heard.lost:
-        raise _lost_rank_error(what, "\n" + listing(heard.lost))
-    return frozenset((first, second) for told in heard.told for first, second in json.loads(told))
+    texts, lost = _exchange(groups, json.dumps(sorted(pairs)))
+    if lost:
+        raise _lost_rank_error(what, "\n" + listing(lost))
+    return frozenset((first, second) for text in texts for first, second in json.loads(text))
 
 
 def all_gather_bytes(groups: Sequence[Any], data: bytes, what: str) -> list[bytes]:
-    """The texts of all ranks of these groups, by rank; the same on all of them.
+    """Return the data of all ranks of these groups in the order of the ranks; it is the same on all ranks.
 
     Raises:
-        RankError: one of the ranks is gone.
+        RankError: a rank is gone.
     """
-    # Packed, since it has something on each tensor of a model and most are alike.
-    heard = _exchange(groups, f"{rank_of_this():010} {zlib.compress(data).hex()}")
-    if heard.lost:
-        raise _lost_rank_error(what, "\n" + listing(heard.lost))
-    return [zlib.decompress(bytes.fromhex(told.partition(" ")[2])) for told in sorted(heard.told)]
+    # Compressed, since it has an entry for each tensor of a model and most entries are the same.
+    texts, lost = _exchange(groups, f"{rank_of_this():010} {zlib.compress(data).hex()}")
+    if lost:
+        raise _lost_rank_error(what, "\n" + listing(lost))
+    return [zlib.decompress(bytes.fromhex(text.partition(" ")[2])) for text in sorted(texts)]
 
 
 def groups_of(meshes: Iterable[Any]) -> list[Any]:
-    """The process groups of all dimensions of meshes that this rank is in."""
+    """Return the process groups of all dimensions of those meshes that contain this rank."""
     return [mesh.get_group(dim) for mesh in meshes if mesh.get_coordinate() is not None for dim in range(mesh.ndim)]
 
 
 def rank_of_this() -> int:
-    """The number of this process among all; 0 where there is only one."""
+    """Return the rank of this process; 0 if there is only one process."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
-class _Messages(NamedTuple):
-    """What ranks had to tell, each thing once, and which of them could not reach another one."""
+class _Exchanged(NamedTuple):
+    """The result of an exchange between ranks."""
 
-    told: list[str]
+    texts: list[str]
+    """Texts of the ranks without duplicates."""
     lost: list[str]
+    """Errors of the ranks that could not reach another rank."""
 
 
-def _exchange(groups: Sequence[Any], text: str | None) -> _Messages:
-    """What ranks have to tell: after all dimensions of a mesh, every rank has heard of every other.
+def _exchange(groups: Sequence[Any], text: str | None) -> _Exchanged:
+    """Gather the texts of all ranks; after all dimensions of a mesh, every rank has the text of every other.
 
-    A rank that cannot reach one in a group still tells those in the next, who would wait for it otherwise.
+    A rank that cannot reach a rank of one group still takes part in the next groups, which would otherwise wait for it.
     """
-    known = _Messages([] if text is None else [text], [])
+    known = _Exchanged([] if text is None else [text], [])
     for group in groups:
-        heard: list[Any] = [None] * dist.get_world_size(group)
+        gathered: list[Any] = [None] * dist.get_world_size(group)
         try:
-            dist.all_gather_object(heard, known, group=group)
-        except RuntimeError as error:  # what backends raise for a rank that is gone or late
+            dist.all_gather_object(gathered, known, group=group)
+        except RuntimeError as error:  # backends raise it for a rank that is gone or late
             known.lost.append(f"rank {rank_of_this()}: {error}")
         else:
-            known = _Messages(*(list(dict.fromkeys(chain.from_iterable(lines))) for lines in zip(*heard, strict=True)))
+            columns = zip(*gathered, strict=True)
+            known = _Exchanged(*(list(dict.fromkeys(chain.from_iterable(column))) for column in columns))
     return known
 
 
-def send(tensors: Sequence[Tensor], parts: Sequence[Tensor]) -> None:
-    """Give what the first of each set of replicas holds to the others, in place.
+def send_replicas(tensors: Sequence[Tensor], parts: Sequence[Tensor]) -> None:
+    """Copy the part that the first replica holds to the other replicas, in place.
 
     Args:
         tensors: DTensors, the same on all ranks and in the same order.
-        parts: of each, what this rank holds; written where this rank is not the first replica. One that is not
-            contiguous goes through a contiguous copy of its own.
+        parts: the part of each tensor that this rank holds. It is overwritten unless this rank is the first replica. A
+            part that is not contiguous is copied through a contiguous buffer.
 
     Raises:
         RankError: another rank is gone.
     """
     for tensor, part in zip(tensors, parts, strict=True):
-        whole = part.detach().contiguous()
+        buffer = part.detach().contiguous()
         for dim, placement in enumerate(tensor.placements):  # type: ignore[attr-defined]
-            if placement.is_replicate() and whole.numel():
-                # From the first in this dimension, along one dimension after the other: then all have it.
+            if placement.is_replicate() and buffer.numel():
+                # The first rank of each dimension sends, one dimension after the other, so that all ranks receive it.
                 group = tensor.device_mesh.get_group(dim)  # type: ignore[attr-defined]
-                sent = whole.reshape(-1).view(torch.uint8)
+                data = buffer.reshape(-1).view(torch.uint8)
                 try:
-                    dist.broadcast(sent, src=dist.get_global_rank(group, 0), group=group)
+                    dist.broadcast(data, src=dist.get_global_rank(group, 0), group=group)
                 except RuntimeError as error:
                     raise _lost_rank_error("sending replicas", str(error)) from error
-        if whole.data_ptr() != part.data_ptr():
-            part.detach().copy_(whole)
+        if buffer.data_ptr() != part.data_ptr():
+            part.detach().copy_(buffer)
 
 
 def _lost_rank_error(what: str, found: str) -> RankError:
     return RankError(
-        message(f"{what} was not finished by all ranks", found=found, do="look at the other ranks' errors")
+        message(f"{what} was not finished by all ranks", found=found, do="check the errors of the other ranks")
     )

@@ -1,7 +1,7 @@
 """Find which ranks hold which parts of tensors, which rank writes each part, and whether replicas hold the same bytes.
 
-Tensors with the same name, shape and number of elements need not be replicas. Experts that each rank holds alone, as
-plain tensors or as DTensors on some of the ranks, agree in all three.
+Tensors with the same name, shape and number of elements need not be replicas. Rank-local experts, as plain tensors or
+as DTensors on some of the ranks, agree in all three.
 """
 
 from __future__ import annotations
@@ -23,160 +23,173 @@ from automodel_conv.execution.buffers import byte_view
 from automodel_conv.execution.workers import run_in_threads
 from automodel_conv.planning.regions import Region
 
-ALIKE = (
+MAKE_REPLICAS_EQUAL = (
     "wrap rank-local experts as DTensors with Shard(0) on the mesh that divides them, or gather them first; make "
     "replicas equal, as torch.distributed.broadcast does"
 )
 
 
 class Holders(NamedTuple):
-    """Who holds the parts of tensors, as far as this rank knows."""
+    """The ranks that hold the parts of tensors, from the view of one rank."""
 
     written: frozenset[str]
-    """Names of tensors whose part here this rank writes: of those that hold it, it is the first."""
+    """Names of the tensors whose local part this rank writes, as the first of the ranks that hold it."""
     shared: frozenset[str]
-    """Names of those whose part here other ranks hold too."""
-    alike: list[tuple[list[str], list[list[int]]]]
-    """Names, and the ranks that hold the same part of each of them; the same on all ranks."""
+    """Names of the tensors whose local part other ranks hold too."""
+    replicas: list[tuple[list[str], list[list[int]]]]
+    """Names of replicated tensors, and for each part of these the ranks that hold it. The same on all ranks."""
 
 
 class _Part(NamedTuple):
     """The part of a tensor that one rank holds."""
 
-    way: str
-    """How the tensor is divided: mesh and placements; empty for a plain tensor, and on ranks outside of the mesh."""
+    division: str
+    """Hash of the mesh and the placements; empty for a plain tensor, and on ranks outside the mesh."""
     ranks: int
-    """How many divide it so."""
+    """Number of ranks in the mesh; 1 for a plain tensor."""
     region: str
+    """Hash of the region of the whole tensor."""
     held: int
-    """Elements here."""
+    """Number of elements in the part."""
     whole: int
+    """Number of elements in the whole tensor."""
 
 
 def find_holders(groups: Sequence[Any], tensors: Mapping[str, Tensor], regions: Mapping[str, Region]) -> Holders:
-    """Learn from all ranks of these groups what they hold.
+    """Exchange with all ranks of these groups which parts of tensors each rank holds.
 
     Args:
-        groups: see ``together``.
-        tensors: with the same names and shapes on all ranks.
-        regions: of each, what this rank holds.
+        groups: see ``all_or_raise``.
+        tensors: tensors with the same names and whole shapes on all ranks.
+        regions: the region of each tensor that this rank holds.
 
     Raises:
-        CoverageError: all ranks together do not hold all of a tensor, or not all of them divide it in the same way; the
-            same on all ranks, as the next one.
-        RankError: one of the ranks is gone.
+        CoverageError: the ranks do not hold all of a tensor, or divide it in different ways. Raised on all ranks.
+        RankError: a rank is gone. Raised on all ranks.
     """
     names = sorted(tensors)
-    here = _parts([tensors[name] for name in names], [regions[name] for name in names])
-    own = list(dict.fromkeys(here))
-    numbers = {part: number for number, part in enumerate(own)}
-    column = np.array([numbers[part] for part in here], np.int32)
-    told = all_gather_bytes(groups, json.dumps([own, column.tobytes().hex()]).encode(), "finding out who holds what")
+    local_parts = _parts([tensors[name] for name in names], [regions[name] for name in names])
+    distinct = list(dict.fromkeys(local_parts))
+    numbers = {part: number for number, part in enumerate(distinct)}
+    column = np.array([numbers[part] for part in local_parts], np.int32)
+    data = json.dumps([distinct, column.tobytes().hex()]).encode()
     parts: dict[_Part, int] = {}
     columns = []
-    for each in told:
-        known, packed = json.loads(each)
-        ordinals = np.array([parts.setdefault(_Part(*part), len(parts)) for part in known], np.int32)
+    for gathered in all_gather_bytes(groups, data, "finding the ranks that hold each part"):
+        rank_parts, packed = json.loads(gathered)
+        ordinals = np.array([parts.setdefault(_Part(*part), len(parts)) for part in rank_parts], np.int32)
         columns.append(ordinals[np.frombuffer(bytes.fromhex(packed), np.int32)])
     if not names:
         return Holders(frozenset(), frozenset(), [])
-    ordered, me = list(parts), rank_of_this() if groups else 0
-    # Most tensors of a model are divided in the same few ways: each way is looked at once.
-    patterns, of = np.unique(np.stack(columns), axis=1, return_inverse=True)
-    written, shared, alike = set(), set(), []
+    ordered, this_rank = list(parts), rank_of_this() if groups else 0
+    # Most tensors of a model are divided in the same few ways, and each of these is examined once.
+    patterns, pattern_of = np.unique(np.stack(columns), axis=1, return_inverse=True)
+    written, shared, replicas = set(), set(), []
     for number, pattern in enumerate(patterns.T):
-        those = [names[row] for row in np.flatnonzero(of.reshape(-1) == number)]
+        members = [names[row] for row in np.flatnonzero(pattern_of.reshape(-1) == number)]
         held = [ordered[part] for part in pattern]
-        _refuse_gaps(those[0], tensors[those[0]], held)
+        _refuse_gaps(members[0], tensors[members[0]], held)
         by_region: dict[str, list[int]] = {}
         for rank, part in enumerate(held):
             if part.held:
                 by_region.setdefault(part.region, []).append(rank)
         for ranks in by_region.values():
-            if ranks[0] == me:
-                written.update(those)
-            if len(ranks) > 1 and me in ranks:
-                shared.update(those)
-        alike.append((those, [ranks for ranks in by_region.values() if len(ranks) > 1]))
-    return Holders(frozenset(written), frozenset(shared), [each for each in alike if each[1]])
+            if ranks[0] == this_rank:
+                written.update(members)
+            if len(ranks) > 1 and this_rank in ranks:
+                shared.update(members)
+        sharing = [ranks for ranks in by_region.values() if len(ranks) > 1]
+        if sharing:
+            replicas.append((members, sharing))
+    return Holders(frozenset(written), frozenset(shared), replicas)
 
 
 def checksums_of_parts(parts: Mapping[str, Tensor], threads: int, most_bytes: int) -> dict[str, int]:
-    """The checksum of each, by so many threads, with ``most_bytes`` of scratch each; host memory at 2 GB/s a thread."""
-    found: dict[str, int] = {}
+    """Return the checksum of each part, computed at 2 GB/s a thread from host memory.
 
-    def take(name: str) -> None:
-        found[name] = checksum_of(parts[name], most_bytes)
+    Args:
+        parts: tensors by name.
+        threads: number of threads that compute checksums.
+        most_bytes: scratch memory of each thread in bytes.
+    """
+    checksums: dict[str, int] = {}
 
-    run_in_threads(sorted(parts, key=lambda name: -parts[name].nbytes), threads, lambda: take)
-    return found
+    def compute(name: str) -> None:
+        checksums[name] = checksum_of(parts[name], most_bytes)
+
+    run_in_threads(sorted(parts, key=lambda name: -parts[name].nbytes), threads, lambda: compute)
+    return checksums
 
 
 def checksum_of(tensor: Tensor, most_bytes: int) -> int:
-    """CRC32 of the bytes of a tensor of any strides and device, in the order of its elements."""
-    found = 0
-    for window in _windows(tensor.detach(), most_bytes):
-        here = window.contiguous().cpu()
-        found = zlib.crc32(byte_view(here), found)
-    return found
+    """Return the CRC32 of the bytes of a tensor of any strides and device, in the order of its elements."""
+    checksum = 0
+    for slice_ in _slices(tensor.detach(), most_bytes):
+        local = slice_.contiguous().cpu()
+        checksum = zlib.crc32(byte_view(local), checksum)
+    return checksum
 
 
 def refuse_unlike_replicas(groups: Sequence[Any], holders: Holders, checksums: Mapping[str, int]) -> None:
-    """Refuse tensors of which ranks that hold the same part do not hold the same bytes.
+    """Refuse tensors if ranks that hold the same part of one hold different bytes.
 
     Args:
-        checksums: of all names in ``holders.shared``.
+        groups: see ``all_or_raise``.
+        holders: result of ``find_holders``.
+        checksums: checksums of the local parts of all names in ``holders.shared``.
 
     Raises:
-        RankError: they do not, the same on all ranks; or one of them is gone.
+        RankError: replicas differ, or a rank is gone. Raised on all ranks.
     """
-    if not holders.alike:
+    if not holders.replicas:
         return
-    rows = {name: row for row, name in enumerate(name for those, _ in holders.alike for name in those)}
+    rows = {name: row for row, name in enumerate(name for names, _ in holders.replicas for name in names)}
     own = np.zeros(len(rows), np.uint32)
     for name, checksum in checksums.items():
         own[rows[name]] = checksum
-    told = [np.frombuffer(each, np.uint32) for each in all_gather_bytes(groups, own.tobytes(), "comparing replicas")]
+    rank_data = all_gather_bytes(groups, own.tobytes(), "comparing replicas")
+    gathered = [np.frombuffer(data, np.uint32) for data in rank_data]
     unlike: dict[str, str] = {}
-    for those, together in holders.alike:
-        at = [rows[name] for name in those]
-        for ranks in together:
-            sums = np.stack([told[rank][at] for rank in ranks])
+    for names, sharing in holders.replicas:
+        columns = [rows[name] for name in names]
+        for ranks in sharing:
+            sums = np.stack([gathered[rank][columns] for rank in ranks])
             for column in np.flatnonzero((sums != sums[0]).any(0)):
                 others = [rank for rank, each in zip(ranks, sums[:, column], strict=True) if each != sums[0, column]]
-                unlike.setdefault(those[column], _ranks(others, ranks[0]))
+                unlike.setdefault(names[column], _ranks(others, ranks[0]))
     if unlike:
         raise unlike_replicas(sorted(unlike.items()))
 
 
-def unlike_replicas(found: Sequence[tuple[str, str]]) -> RankError:
-    """The error for names whose replicas differ, each with which ranks differ from which."""
+def unlike_replicas(differences: Sequence[tuple[str, str]]) -> RankError:
+    """Return the error for replicas that differ, given as pairs of a name and the ranks that differ."""
+    listed = listing(f"{name}: {ranks}" for name, ranks in differences)
     return RankError(
         message(
-            f"ranks hold different bytes of {found[0][0]}",
+            f"ranks hold different bytes of {differences[0][0]}",
             expected="the same bytes on all ranks that hold a tensor, or the same part of it",
-            found=f"{len(found)} tensors that differ:\n" + listing(f"{name}: {ranks}" for name, ranks in found),
-            do=ALIKE,
+            found=f"{len(differences)} tensors that differ:\n{listed}",
+            do=MAKE_REPLICAS_EQUAL,
         )
     )
 
 
 def _parts(tensors: Sequence[Tensor], regions: Sequence[Region]) -> list[_Part]:
-    ways: dict[tuple[int, str], tuple[str, int]] = {}
-    named: dict[Region, str] = {}
+    divisions: dict[tuple[int, str], tuple[str, int]] = {}
+    region_hashes: dict[Region, str] = {}
     parts = []
     for tensor, region in zip(tensors, regions, strict=True):
-        if region not in named:
-            named[region] = _hashed(str(region))
+        if region not in region_hashes:
+            region_hashes[region] = _hashed(str(region))
         if is_distributed(tensor) and tensor.device_mesh.get_coordinate() is not None:  # type: ignore[attr-defined]
             mesh, placements = tensor.device_mesh, str(tensor.placements)  # type: ignore[attr-defined]
             key = id(mesh), placements
-            if key not in ways:
-                ways[key] = _hashed(f"{mesh.mesh.tolist()} {placements}"), mesh.size()
-            way, ranks = ways[key]
+            if key not in divisions:
+                divisions[key] = _hashed(f"{mesh.mesh.tolist()} {placements}"), mesh.size()
+            division, ranks = divisions[key]
         else:
-            way, ranks = "", 1
-        parts.append(_Part(way, ranks, named[region], prod(region.local_shape), prod(region.shape)))
+            division, ranks = "", 1
+        parts.append(_Part(division, ranks, region_hashes[region], prod(region.local_shape), prod(region.shape)))
     return parts
 
 
@@ -185,11 +198,17 @@ def _hashed(text: str) -> str:
 
 
 def _refuse_gaps(name: str, tensor: Tensor, held: Sequence[_Part]) -> None:
-    """Each way of dividing a tensor must have all of its ranks, and all ways must cut the same parts."""
-    told: dict[str, int] = {}
+    """Raise CoverageError unless every division of a tensor has all of its ranks and all divisions cut the same parts.
+
+    Args:
+        name: name of the tensor.
+        tensor: the tensor, for its whole shape.
+        held: part of each rank.
+    """
+    counts: dict[str, int] = {}
     for part in held:
-        told[part.way] = told.get(part.way, 0) + 1
-    complete = all(not part.way or told[part.way] == part.ranks for part in held)
+        counts[part.division] = counts.get(part.division, 0) + 1
+    complete = all(not part.division or counts[part.division] == part.ranks for part in held)
     regions = {part.region: part.held for part in held}
     if complete and sum(regions.values()) == tensor.numel():
         return
@@ -208,8 +227,8 @@ def _ranks(others: Sequence[int], first: int) -> str:
     return f"rank {shown} and rank {first}" if len(others) == 1 else f"ranks {shown} and rank {first}"
 
 
-def _windows(tensor: Tensor, most_bytes: int) -> Iterator[Tensor]:
-    """A tensor in pieces of at most so many bytes, in the order of its elements."""
+def _slices(tensor: Tensor, most_bytes: int) -> Iterator[Tensor]:
+    """Yield slices of a tensor, each of at most ``most_bytes``, in the order of its elements."""
     if tensor.nbytes <= most_bytes or not tensor.ndim:
         yield tensor
     elif tensor.is_contiguous():
@@ -217,4 +236,4 @@ def _windows(tensor: Tensor, most_bytes: int) -> Iterator[Tensor]:
     else:
         rows = most_bytes * len(tensor) // tensor.nbytes
         for part in tensor.split(max(1, rows)):
-            yield from _windows(part[0], most_bytes) if not rows else iter([part])
+            yield from _slices(part[0], most_bytes) if not rows else iter([part])

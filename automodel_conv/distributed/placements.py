@@ -1,4 +1,4 @@
-"""Which tensors are distributed, on which meshes, and tensors made distributed as others are."""
+"""Queries of DTensors and their meshes, and conversion of local tensors to DTensors."""
 
 from __future__ import annotations
 
@@ -9,36 +9,36 @@ from torch import Tensor
 
 
 def is_distributed(tensor: Tensor) -> bool:
-    """Whether a tensor is a DTensor, of which each rank holds a part."""
+    """Return whether a tensor is a DTensor."""
     return hasattr(tensor, "placements")
 
 
 def meshes_of(tensors: Iterable[Tensor]) -> list[Any]:
-    """The meshes that DTensors among these are distributed on, each once, in the order of their first tensors."""
-    found: list[Any] = []
+    """Return the distinct meshes of the DTensors among these tensors, in the order of their first tensors."""
+    meshes: list[Any] = []
     for tensor in tensors:
-        if is_distributed(tensor) and tensor.device_mesh not in found:  # type: ignore[attr-defined]
-            found.append(tensor.device_mesh)  # type: ignore[attr-defined]
-    return found
+        if is_distributed(tensor) and tensor.device_mesh not in meshes:  # type: ignore[attr-defined]
+            meshes.append(tensor.device_mesh)  # type: ignore[attr-defined]
+    return meshes
 
 
 def is_first_replica(tensor: Tensor) -> bool:
-    """Whether this rank is the first of those that hold the same part of a DTensor."""
+    """Return whether this rank is the first of the ranks that hold the same part of a DTensor."""
     coordinate = tensor.device_mesh.get_coordinate()  # type: ignore[attr-defined]
     if coordinate is None:
         return False
     placements = tensor.placements  # type: ignore[attr-defined]
-    return not any(at for at, placement in zip(coordinate, placements, strict=True) if placement.is_replicate())
+    return not any(index for index, placement in zip(coordinate, placements, strict=True) if placement.is_replicate())
 
 
 def is_replicated(tensor: Tensor) -> bool:
-    """Whether several ranks hold the same part of a DTensor."""
+    """Return whether several ranks hold the same part of a DTensor."""
     sizes = zip(tensor.device_mesh.shape, tensor.placements, strict=True)  # type: ignore[attr-defined]
     return any(size > 1 for size, placement in sizes if placement.is_replicate())
 
 
 def as_distributed(local: Tensor, like: Tensor) -> Tensor:
-    """A DTensor of the same mesh, placements and shape as ``like``, of which this rank holds ``local``."""
+    """Return a DTensor with the mesh, placements and shape of ``like``, and ``local`` as the part of this rank."""
     from torch.distributed.tensor import DTensor
 
     return DTensor.from_local(
@@ -52,14 +52,14 @@ def as_distributed(local: Tensor, like: Tensor) -> Tensor:
 
 
 def all_as_distributed(tensors: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """DTensors where the model has them; names that share a tensor still do."""
-    made: dict[int, Tensor] = {}
+    """Convert the tensors that are DTensors in ``state`` to DTensors. Names that share a tensor still share it."""
+    converted: dict[int, Tensor] = {}
     for name, tensor in tensors.items():
-        if name in state and is_distributed(state[name]) and id(tensor) not in made:
-            made[id(tensor)] = as_distributed(tensor, state[name])
-    return {name: made.get(id(tensor), tensor) for name, tensor in tensors.items()}
+        if name in state and is_distributed(state[name]) and id(tensor) not in converted:
+            converted[id(tensor)] = as_distributed(tensor, state[name])
+    return {name: converted.get(id(tensor), tensor) for name, tensor in tensors.items()}
 
 
 def local_of(tensor: Tensor) -> Tensor:
-    """The local shard of a DTensor, in the same memory; any other tensor itself."""
+    """Return the local part of a DTensor, in the same memory, or any other tensor itself."""
     return tensor.to_local() if is_distributed(tensor) else tensor  # type: ignore[attr-defined]

@@ -1,4 +1,4 @@
-"""Choose the rank that reads each replicated part of a DTensor; the others receive it."""
+"""Choose the rank that reads each replicated part of a DTensor and sends it to the others."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from automodel_conv.distributed.placements import is_distributed, is_first_repli
 from automodel_conv.planning.plan import CopyPlan
 
 
-def to_read(plan: CopyPlan, state: Mapping[str, Tensor], broadcast: bool) -> tuple[CopyPlan, list[str]]:
-    """The plan of the targets that this rank reads, and the names of those that are then sent from rank to rank."""
+def targets_to_read(plan: CopyPlan, state: Mapping[str, Tensor], broadcast: bool) -> tuple[CopyPlan, list[str]]:
+    """Return the plan of the targets that this rank reads, and the names of targets that are sent between ranks."""
     if not broadcast:
         return plan, []
     names = [target.name for target in plan.targets if target.name in state]

@@ -1,4 +1,4 @@
-"""``LoadReport``, the outcome of a load, and the clock that times its phases."""
+"""``LoadReport``, the outcome of a load, and a clock for the phases of the load."""
 
 from __future__ import annotations
 
@@ -21,28 +21,41 @@ class LoadReport:
     """The outcome of a load.
 
     Attributes:
-        missing_keys: targets that nothing provided, less what the model says to ignore and what is tied.
-        unexpected_keys: target names that the model does not have, less what it says to ignore.
-        mismatched_keys: ``(name, found shape, expected shape)``; those targets were left as they were.
-        duplicated_keys: ``(name, sources)`` where several sources claim a target; the first was taken.
-        fallbacks: targets made by upstream's own code, because an operation could not be lowered.
-        bytes_read: bytes of tensor data that were read; mapped targets are not read.
-        seconds: by phase: ``open``, ``plan``, ``read``.
-        peak_extra_bytes: upper bound of the memory used beside the final buffers: scratch on the host and on the
-            device, and second copies of parameters that the checkpoint holds under two names, unless they are mapped.
-            What upstream's own code allocates is not in it.
-        left_out: tensors of the checkpoint, by their names in it, that nothing was made of, and of its files.
-        unindexed: name and file of each tensor that was not read, since the index does not give it to that file.
-        carried: always empty: a model takes nothing that it has no place for.
-        copied_by_kernels: copies that Triton kernels made on a device.
-        copied_by_torch: copies that torch made on a device, because no kernel fits them or none can run there.
-        without_kernels: why no kernel can run on the device; None where they can, where all bytes only move, and for
-            loads to the host.
-        threads: the most that read at the same time, of all devices together.
-        pages: the new host memory by the size of its pages, and how fast each size was made; ``str`` says it in words;
-            None where no target was read to the host.
-        bytes_mapped: bytes of the targets that were mapped (``memory_map=True``). They were not read: their pages come
-            into memory when they are touched.
+        missing_keys: names of targets that no source provided, except those that the model ignores or ties.
+        unexpected_keys: target names that the model does not have, except those that it ignores.
+        mismatched_keys: ``(name, found shape, expected shape)`` of targets that were left unchanged.
+        duplicated_keys: ``(name, sources)`` of targets that several sources claim; the first source was used.
+        fallbacks: names of targets that transformers' own code computed, because an operation has no plan.
+        bytes_read: bytes of tensor data that were read. Mapped targets are not read.
+        seconds: seconds by phase: ``open``, ``plan``, ``read``.
+        peak_extra_bytes: upper bound of the memory used in addition to the final buffers, in bytes: scratch on the host
+            and on the devices, and second copies of parameters that the checkpoint has under two names, unless they
+            are mapped. Memory that transformers' own code allocates is not included.
+        left_out: names of tensors of the checkpoint and its files that no target uses.
+        unindexed: name and file of each tensor that was not read because the index does not map it to that file.
+        carried: always empty: a model has no place for other tensors.
+        copied_by_kernels: number of copies on a device by Triton kernels.
+        copied_by_torch: number of copies on a device by torch, because no kernel fits them or none can run there.
+        without_kernels: the reason why no kernel can run on the device. None if kernels can run, if all bytes only
+            move, and for loads to the host.
+        threads: largest number of threads that read at the same time, for all devices together.
+        pages: bytes of new host memory by page size, and the speed of each size; ``str`` describes them. None if no
+            target was read to the host.
+        bytes_mapped: bytes of the targets that were mapped (``memory_map=True``). They were not read: the system reads
+            their pages on the first access.
+
+    Example:
+        >>> import torch
+        >>> from automodel_conv import load_model
+        >>> from safetensors.torch import save_file
+        >>> from tempfile import TemporaryDirectory
+        >>> with TemporaryDirectory() as directory:
+        ...     save_file({"weight": torch.ones(2, 3), "gain": torch.ones(2)}, f"{directory}/model.safetensors")
+        ...     report = load_model(torch.nn.Linear(3, 2), directory, strict=False)
+        >>> report.missing_keys, report.unexpected_keys, report.bytes_read
+        (('bias',), ('gain',), 24)
+        >>> sorted(report.seconds)
+        ['open', 'plan', 'read']
     """
 
     missing_keys: tuple[str, ...]
@@ -65,16 +78,17 @@ class LoadReport:
 
     @property
     def gb_per_s(self) -> float:
-        """10^9 bytes read per second of the read phase; mapped ones do not count."""
+        """10^9 bytes read per second of the read phase, without mapped bytes."""
         return self.bytes_read / 1e9 / max(self.seconds["read"], 1e-9)
 
 
 class LoadedStateDict(dict[str, Tensor]):
-    """A state dict that also carries the ``LoadReport`` of how it was made, and the layout of its experts."""
+    """A state dict with the report of its load and the layout of its experts."""
 
     report: LoadReport
+    """The outcome of the load that returned this dict."""
     layout: str | None = None
-    """As the caller has asked for it, or as the files say where names are kept; None: as the model has them."""
+    """Layout that the caller requested, or that the files state if names are kept. None: the model's own layout."""
 
 
 class Clock:
@@ -85,6 +99,7 @@ class Clock:
         self._last = time.perf_counter()
 
     def lap(self, phase: str) -> None:
+        """Add the time since the last lap to a phase."""
         now = time.perf_counter()
         self.seconds[phase] += now - self._last
         self._last = now
@@ -99,21 +114,22 @@ def report_of(
     mapped: Mapping[str, Tensor],
     extra_bytes: int = 0,
 ) -> LoadReport:
+    """Build the report of a load from its plan, problems, times and statistics by device."""
     return LoadReport(
         missing_keys=tuple(problems.missing),
         unexpected_keys=tuple(problems.unexpected),
         mismatched_keys=tuple(problems.mismatched),
         duplicated_keys=tuple(problems.duplicated),
         fallbacks=plan.fallbacks,
-        bytes_read=sum(part.bytes_read for part in stats.values()),
+        bytes_read=sum(one.bytes_read for one in stats.values()),
         seconds=clock.seconds,
         left_out=checkpoint.left_out(plan.unused_sources),
         unindexed=checkpoint.unindexed,
-        peak_extra_bytes=sum(part.scratch_bytes + part.device_scratch_bytes for part in stats.values()) + extra_bytes,
-        copied_by_kernels=sum(part.work.by_kernels for part in stats.values()),
-        copied_by_torch=sum(part.work.by_torch for part in stats.values()),
-        threads=sum(part.threads for part in stats.values()),
-        pages=next((part.pages for device, part in stats.items() if device.type == "cpu"), None),
-        without_kernels=next((part.without_kernels for part in stats.values() if part.without_kernels), None),
+        peak_extra_bytes=sum(one.scratch_bytes + one.device_scratch_bytes for one in stats.values()) + extra_bytes,
+        copied_by_kernels=sum(one.work.by_kernels for one in stats.values()),
+        copied_by_torch=sum(one.work.by_torch for one in stats.values()),
+        threads=sum(one.threads for one in stats.values()),
+        pages=next((one.pages for device, one in stats.items() if device.type == "cpu"), None),
+        without_kernels=next((one.without_kernels for one in stats.values() if one.without_kernels), None),
         bytes_mapped=sum(tensor.nbytes for tensor in mapped.values()),
     )

@@ -1,7 +1,7 @@
-"""Open a safetensors checkpoint: its index and the headers of its files, and nothing else.
+"""Open a safetensors checkpoint by reading its index and the headers of its files.
 
-A repository of the Hub is opened where the cache has all of its files, otherwise from its headers alone; who reads the
-data downloads them first (``open_downloaded``).
+If the cache holds all files of a Hub repository, they are opened from there. Otherwise only their headers are fetched.
+Callers that read tensor data use ``open_downloaded``, which downloads the files first.
 """
 
 from __future__ import annotations
@@ -17,7 +17,14 @@ from typing import Any
 from automodel_conv.doors import door
 from automodel_conv.errors import listing
 from automodel_conv.files import system
-from automodel_conv.files.choosing import ADVICE, Chosen, absent_files, refuse_absent, select, select_in
+from automodel_conv.files.choosing import (
+    ADVICE,
+    Chosen,
+    absent_files,
+    choose_files,
+    choose_in_repository,
+    refuse_absent,
+)
 from automodel_conv.files.companions import is_companion
 from automodel_conv.files.header import (
     Header,
@@ -32,7 +39,7 @@ from automodel_conv.files.shards import LAYOUT_KEY, PAGE_BYTES
 from automodel_conv.files.source import ByteSource, LocalFile
 
 _READERS = 16
-# Bytes of a header without its tensors, and bytes that a tensor adds to it beside its name; both are rather too large.
+# Estimated bytes of a header without tensors, and bytes that each tensor adds to its name. Both err on the large side.
 _HEADER_GUESS = 2048
 _ENTRY_GUESS = 110
 _REPOSITORY = re.compile(r"[A-Za-z0-9_][\w.-]*/[A-Za-z0-9_][\w.-]*", re.ASCII)
@@ -40,102 +47,133 @@ _REPOSITORY = re.compile(r"[A-Za-z0-9_][\w.-]*/[A-Za-z0-9_][\w.-]*", re.ASCII)
 
 @dataclass(frozen=True, eq=False)
 class Checkpoint:
-    """What the headers of a checkpoint say, in columns: a row per tensor, by file, then offset."""
+    """The headers of a checkpoint as columns, with one row per tensor, sorted by file and then by offset.
+
+    Example:
+        >>> from tempfile import TemporaryDirectory
+        >>> import torch
+        >>> from safetensors.torch import save_file
+        >>> with TemporaryDirectory() as directory:
+        ...     save_file({"bias": torch.ones(2), "weight": torch.ones(2, 3)}, f"{directory}/model.safetensors")
+        ...     checkpoint = open_checkpoint(directory)
+        >>> row = checkpoint.position["weight"]
+        >>> checkpoint.dtypes[row], checkpoint.shapes[row], checkpoint.nbytes[row]
+        ('F32', (2, 3), 24)
+    """
 
     path: str
-    """What was opened, as an absolute path; the local snapshot of a repository."""
+    """Absolute path that was opened. For a repository, the path of its local snapshot."""
     directory: str
     """Absolute path of the directory of its ``config.json``."""
     files: tuple[str, ...]
-    """Absolute paths of the files that the index names, sorted by name; or of the one file. URLs, where not all files
-    of a repository are on this machine."""
+    """Absolute paths of the files that the index names, sorted by name, or of the single file. URLs if some files of a
+    repository are not on this machine."""
     names: list[str] = field(repr=False)
+    """Name of each tensor."""
     dtypes: list[str] = field(repr=False)
-    """safetensors codes, the keys of ``dtypes.BITS``."""
+    """safetensors dtype code of each tensor, a key of ``dtypes.BITS``."""
     shapes: list[tuple[int, ...]] = field(repr=False)
-    """As torch sees them: torch counts F4 in pairs, so its last dimension is half the header's."""
+    """Shape of each tensor as torch reports it. torch counts F4 values in pairs, so the last dimension of an F4 tensor
+    is half the header's."""
     file_ids: list[int] = field(repr=False)
-    """Position in ``files``."""
+    """Index of each tensor's file in ``files``."""
     offsets: list[int] = field(repr=False)
-    """First byte of the tensor's data, from the start of its file."""
+    """Offset in bytes of each tensor's data from the start of its file."""
     nbytes: list[int] = field(repr=False)
+    """Size in bytes of each tensor's data."""
     metadata: dict[str, str] = field(repr=False)
-    """``__metadata__`` of all files; where two files share a key, the later file's value."""
+    """``__metadata__`` of all files, merged. If two files share a key, the value of the later file is kept."""
     position: dict[str, int] = field(repr=False)
-    """Row of each name."""
+    """Row of each tensor name."""
     index_metadata: dict[str, Any] | None = field(default=None, repr=False)
     """``metadata`` of the index; None without an index."""
     layouts: tuple[str, ...] = field(repr=False, default=())
-    """Layouts of experts that files and index name, each once; see ``compiling/marks.py``."""
+    """Expert layouts that the files and the index name, without duplicates; see ``compiling/marks.py``."""
     unindexed: tuple[tuple[str, str], ...] = field(default=(), repr=False)
-    """Name and file name of each tensor that lies in a file of the index without being given to that file, sorted by
-    file, then name. They are no part of the checkpoint. Empty without an index."""
+    """Name and file name of each tensor that is stored in a file to which the index does not assign it, sorted by file
+    and then by name. These tensors are not part of the checkpoint. Empty without an index."""
     is_remote: bool = False
-    """Whether the data is not on this machine: such a checkpoint can be planned for, but not read."""
+    """Whether the data is on another machine. Such a checkpoint can be planned for, but not read."""
     sources: tuple[ByteSource, ...] = field(default=(), repr=False)
-    """Of each file, where its bytes come from. Not given: from the files on this machine."""
+    """Source of the bytes of each file. Defaults to the files on this machine."""
 
     def __post_init__(self) -> None:
         if not self.sources:
             object.__setattr__(self, "sources", tuple(map(LocalFile, self.files)))
 
     def left_out(self, rows: Iterable[int]) -> tuple[str, ...]:
-        """Names of the tensors of these rows, and of those that lie in its files and are in no row."""
+        """Return the names of the tensors in ``rows``, followed by the names in ``unindexed``."""
         unindexed = dict.fromkeys(name for name, _ in self.unindexed if name not in self.position)
         return (*(self.names[row] for row in rows), *unindexed)
 
 
 @door("opening a checkpoint")
 def open_checkpoint(path: str | os.PathLike[str], *, revision: str | None = None) -> Checkpoint:
-    """Read and check the headers of a safetensors checkpoint; no tensor data is touched.
+    """Read and check the headers of a safetensors checkpoint, without reading tensor data.
+
+    The checkpoint consists of the tensors that the index assigns to a file. Other tensors in that file are listed in
+    ``unindexed`` of the result. Without an index, all tensors of the single file belong to the checkpoint.
 
     Args:
-        path: a directory, an index file, one ``.safetensors`` file, or where no such path exists
-            ``org/name`` on the Hub. In a directory an index wins over a single file, and files that
-            it does not name are not opened. Of a repository that is not whole in the cache only the
-            config and the index are downloaded, and the headers are read by range.
+        path: a directory, an index file or one ``.safetensors`` file. If no such path exists, ``org/name`` on the Hub.
+            In a directory an index takes precedence over a single file, and files that it does not name are not opened.
+            If the cache holds only a part of a repository, the config and the index are downloaded and the headers are
+            read by range requests.
         revision: branch, tag or commit of a repository.
 
-    The tensors that the index gives to a file belong to the checkpoint. What else lies in that file does not: it is
-    in ``unindexed`` of the result. Without an index all tensors of the one file belong to it.
-
     Raises:
-        CheckpointError: something is missing, unreadable, malformed, or contradicts itself.
+        CheckpointError: a file is missing, unreadable or malformed, or the files contradict each other.
         UnsupportedError: the weights are in another format than safetensors.
+
+    Example:
+        >>> from tempfile import TemporaryDirectory
+        >>> import torch
+        >>> from safetensors.torch import save_file
+        >>> with TemporaryDirectory() as directory:
+        ...     save_file({"weight": torch.ones(2, 3)}, f"{directory}/model.safetensors")
+        ...     checkpoint = open_checkpoint(directory)
+        >>> checkpoint.names, checkpoint.dtypes, checkpoint.shapes
+        (['weight'], ['F32'], [(2, 3)])
     """
-    place = _find(os.fsdecode(path), revision)
-    if isinstance(place, str):
-        return _open(select(place))
-    chosen = select_in(place, names_in(place))
-    return _open_remote(chosen, place) if absent_files(chosen) else _open(chosen)
+    location = _locate(os.fsdecode(path), revision)
+    if isinstance(location, str):
+        return _open(choose_files(location))
+    chosen = choose_in_repository(location, names_in(location))
+    return _open_remote(chosen, location) if absent_files(chosen) else _open(chosen)
 
 
 @door("opening a checkpoint")
-def open_downloaded(path: str | os.PathLike[str], *, revision: str | None = None, beside: bool = False) -> Checkpoint:
-    """As ``open_checkpoint``, for those who read the data: what the cache lacks of a repository is downloaded.
+def open_downloaded(
+    path: str | os.PathLike[str], *, revision: str | None = None, companions: bool = False
+) -> Checkpoint:
+    """Open a checkpoint whose data will be read, after downloading the files of a repository that the cache lacks.
 
     Args:
-        beside: download the files that go with the weights too.
+        path, revision: see ``open_checkpoint``.
+        companions: whether to download the files that accompany the weights as well.
+
+    Raises:
+        CheckpointError, UnsupportedError: see ``open_checkpoint``.
     """
-    place = _find(os.fsdecode(path), revision)
-    if isinstance(place, str):
-        return _open(select(place))
-    names = names_in(place)
-    chosen = select_in(place, names)
-    download(place, [*chosen.shards, *(filter(is_companion, names) if beside else ())])
+    location = _locate(os.fsdecode(path), revision)
+    if isinstance(location, str):
+        return _open(choose_files(location))
+    names = names_in(location)
+    chosen = choose_in_repository(location, names)
+    download(location, [*chosen.shards, *(filter(is_companion, names) if companions else ())])
     return _open(chosen)
 
 
 def rows_by_file(checkpoint: Checkpoint) -> list[list[int]]:
-    """Of each file, the rows of its tensors."""
+    """Return the rows of the tensors of each file."""
     rows: list[list[int]] = [[] for _ in checkpoint.files]
     for row, file in enumerate(checkpoint.file_ids):
         rows[file].append(row)
     return rows
 
 
-def _find(path: str, revision: str | None) -> str | Repository:
-    """The absolute path of what is there, or else the repository of that name."""
+def _locate(path: str, revision: str | None) -> str | Repository:
+    """Return the absolute path if it exists, and the repository of that name otherwise."""
     if system.exists(path):
         return os.path.abspath(path)
     if path.endswith((".safetensors", ".json", *ADVICE)) or not _REPOSITORY.fullmatch(path):
@@ -146,7 +184,7 @@ def _find(path: str, revision: str | None) -> str | Repository:
 def _open(chosen: Chosen) -> Checkpoint:
     refuse_absent(absent_files(chosen), chosen, chosen.directory)
     sources = tuple(map(LocalFile, chosen.files))
-    if len(sources) == 1:  # of which a thread would take as long to start
+    if len(sources) == 1:  # starting a thread would take as long
         return _merge(chosen, sources, [read_header(sources[0])])
     with ThreadPoolExecutor(max_workers=min(_READERS, len(chosen.files))) as pool:
         headers = list(pool.map(read_header, sources))
@@ -154,11 +192,11 @@ def _open(chosen: Chosen) -> Checkpoint:
 
 
 def _open_remote(chosen: Chosen, repository: Repository) -> Checkpoint:
-    """From headers alone, of files that are not on this machine."""
+    """Return the checkpoint of files that are not on this machine, from their headers only."""
     guesses = dict.fromkeys(chosen.shards, _HEADER_GUESS)
     for name, shard in chosen.index.weight_map.items() if chosen.index else ():
         guesses[shard] += len(name) + _ENTRY_GUESS
-    pages = (-(-guess // PAGE_BYTES) * PAGE_BYTES for guess in guesses.values())  # which our own headers fill
+    pages = (-(-guess // PAGE_BYTES) * PAGE_BYTES for guess in guesses.values())  # our own headers fill whole pages
     sources = tuple(map(HubFile, map(repository.url, chosen.shards), pages))
     with ThreadPoolExecutor(max_workers=min(_READERS, len(sources))) as pool:
         headers = list(pool.map(read_header, sources))
@@ -176,19 +214,19 @@ def _merge(chosen: Chosen, sources: tuple[ByteSource, ...], headers: list[Header
     metadata = {key: value for header in headers for key, value in header.metadata.items()}
     unindexed: tuple[tuple[str, str], ...] = ()
     if index is not None:
-        given = list(map(index.weight_map.get, names))
+        assigned = list(map(index.weight_map.get, names))
         holders = take(shards, file_ids)
-        if given != holders or len(names) != len(index.weight_map):
+        if assigned != holders or len(names) != len(index.weight_map):
             _check_index(directory, names, holders, index.weight_map)
-            keep = [row for row, holder in enumerate(holders) if given[row] == holder]
-            dropped = [row for row, holder in enumerate(holders) if given[row] != holder]
+            keep = [row for row, holder in enumerate(holders) if assigned[row] == holder]
+            dropped = [row for row, holder in enumerate(holders) if assigned[row] != holder]
             unindexed = tuple(sorted(((names[row], holders[row]) for row in dropped), key=lambda pair: pair[::-1]))
             names, dtypes, shapes = take(names, keep), take(dtypes, keep), take(shapes, keep)
             file_ids, offsets, nbytes = take(file_ids, keep), take(offsets, keep), take(nbytes, keep)
     position = dict(zip(names, range(len(names)), strict=True))
-    of_index = None if index is None else index.metadata
-    said = [header.metadata.get(LAYOUT_KEY) for header in headers] + [(of_index or {}).get(LAYOUT_KEY)]
-    layouts = tuple(dict.fromkeys(layout for layout in said if isinstance(layout, str)))
+    index_metadata = None if index is None else index.metadata
+    stated = [header.metadata.get(LAYOUT_KEY) for header in headers] + [(index_metadata or {}).get(LAYOUT_KEY)]
+    layouts = tuple(dict.fromkeys(layout for layout in stated if isinstance(layout, str)))
     return Checkpoint(
         root,
         directory,
@@ -201,7 +239,7 @@ def _merge(chosen: Chosen, sources: tuple[ByteSource, ...], headers: list[Header
         nbytes,
         metadata,
         position,
-        of_index,
+        index_metadata,
         layouts,
         unindexed,
         sources=sources,
@@ -213,13 +251,14 @@ def _chain(parts: Iterable[list[Item]]) -> list[Item]:
 
 
 def _check_index(directory: str, names: list[str], holders: list[str], weight_map: dict[str, str]) -> None:
-    """Raise CheckpointError if a tensor is not in the file that the index gives.
+    """Raise CheckpointError if a tensor is not in the file that the index assigns to it.
 
     Args:
-        holders: of each of ``names``, the file that it lies in; a name may lie in several.
+        names: names of the tensors in all files; a name may occur in several files.
+        holders: name of the file that holds each of ``names``.
     """
-    there = set(zip(names, holders, strict=True))
-    absent = {name for name, file in weight_map.items() if (name, file) not in there}
+    present = set(zip(names, holders, strict=True))
+    absent = {name for name, file in weight_map.items() if (name, file) not in present}
     if absent:
         elsewhere = {name: holder for name, holder in zip(names, holders, strict=True) if name in absent}
         wrong = [
@@ -227,7 +266,7 @@ def _check_index(directory: str, names: list[str], holders: list[str], weight_ma
             for name in sorted(absent)
         ]
         raise checkpoint_error(
-            "index and files disagree: tensors are not in the files that the index gives",
+            "index and files disagree: tensors are not in the files that the index names",
             where=directory,
             expected="\n" + listing(wrong),
             do="index and files are of different versions: download or write all of them again",

@@ -1,4 +1,4 @@
-"""Choose the files of a checkpoint: those that its index names, or its only file."""
+"""Choose the files of a checkpoint: the files that its index names, or its only file."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from automodel_conv.errors import CheckpointError, UnsupportedError, listing, me
 from automodel_conv.files import system
 from automodel_conv.files.header import checkpoint_error, located, parse_object, read_limited, short, with_open
 from automodel_conv.files.hub import Repository
-from automodel_conv.files.shards import FORM
+from automodel_conv.files.shards import DEFAULT_NAMING
 from automodel_conv.files.staging import STAGING_NAME
 
-# The index format has no limit of its own; 500,000 tensors need about 70 MB.
+# The index format sets no limit. 500,000 tensors need about 70 MB.
 MAX_INDEX_BYTES = 500_000_000
-_INDEX_NAME = FORM.index_name
-_SINGLE_NAME = FORM.file_name(1, 1)
+_INDEX_NAME = DEFAULT_NAMING.index_name
+_SINGLE_NAME = DEFAULT_NAMING.file_name(1, 1)
 _INDEX_SUFFIX = ".safetensors.index.json"
 _SHARD = re.compile(r"-\d+-of-(\d+)\.safetensors\Z")
 ADVICE = {
@@ -29,9 +29,10 @@ for _suffix in (".pt", ".pth", ".ckpt", ".pkl", ".pickle"):
 
 
 class Index(NamedTuple):
-    """The parts of an index file that are used."""
+    """The parts of an index file that this package reads."""
 
     weight_map: dict[str, str]
+    """File name of each tensor name."""
     metadata: dict[str, Any]
 
 
@@ -41,16 +42,25 @@ class Chosen(NamedTuple):
     root: str
     """The path that was opened."""
     directory: str
+    """Path of the directory that holds the files."""
     shards: list[str]
-    """Names of the files in it."""
+    """Names of the files in ``directory``."""
     index: Index | None
+    """The index that names the files; None for a single file."""
 
     @property
     def files(self) -> tuple[str, ...]:
+        """Paths of the files."""
         return tuple(os.path.join(self.directory, shard) for shard in self.shards)
 
 
-def select(root: str) -> Chosen:
+def choose_files(root: str) -> Chosen:
+    """Return the files of the checkpoint at a path: a directory, an index or a single file.
+
+    Raises:
+        CheckpointError: the path holds no finished checkpoint, or its index is malformed.
+        UnsupportedError: the weights are in another format than safetensors.
+    """
     if not system.is_directory(root):
         return _select_file(root, root)
     if os.path.basename(root) == STAGING_NAME:
@@ -62,8 +72,16 @@ def select(root: str) -> Chosen:
     return _select_file(root, os.path.join(root, _choose(root, present)))
 
 
-def select_in(repository: Repository, names: list[str]) -> Chosen:
-    """The files that make up the checkpoint of a repository, whose indexes are all on this machine."""
+def choose_in_repository(repository: Repository, names: list[str]) -> Chosen:
+    """Return the files of the checkpoint of a repository.
+
+    Args:
+        repository: a repository with all of its index files on this machine.
+        names: paths of all files in the repository.
+
+    Raises:
+        CheckpointError, UnsupportedError: see ``choose_files``.
+    """
     name = _choose(repository.name, sorted(name for name in names if "/" not in name))
     chosen = _select_file(repository.folder, os.path.join(repository.folder, name))
     present = set(names)
@@ -81,11 +99,12 @@ def _select_file(root: str, file: str) -> Chosen:
 
 
 def absent_files(chosen: Chosen) -> list[str]:
-    """Names of the files that are not on this machine."""
+    """Return the names of the files that are not on this machine."""
     return [shard for shard, file in zip(chosen.shards, chosen.files, strict=True) if not system.is_file(file)]
 
 
 def refuse_absent(absent: list[str], chosen: Chosen, where: str) -> None:
+    """Raise CheckpointError if any of the files of a checkpoint are absent."""
     if absent:
         raise checkpoint_error(
             f"{len(absent)} of {len(chosen.shards)} files of the checkpoint are missing",
@@ -96,7 +115,7 @@ def refuse_absent(absent: list[str], chosen: Chosen, where: str) -> None:
 
 
 def _choose(directory: str, present: list[str]) -> str:
-    """Name of the index or the single file among the names in a directory."""
+    """Return the name of the index or of the single file among the names in a directory."""
     indices = [name for name in present if name.endswith(_INDEX_SUFFIX)]
     if _INDEX_NAME in indices:
         return _INDEX_NAME
@@ -123,7 +142,7 @@ def _choose(directory: str, present: list[str]) -> str:
         raise checkpoint_error(
             f"the index {_INDEX_NAME} is missing",
             where=directory,
-            expected="an index that says which files make up the checkpoint",
+            expected="an index that names the files of the checkpoint",
             found="\n" + listing(singles),
             do="download the index, or open one file by its own path",
         )
@@ -171,7 +190,7 @@ def _refuse_other_formats(file: str) -> None:
 
 
 def _read_index(path: str) -> Index:
-    if not system.is_file(path):  # opening a pipe would wait for its other end
+    if not system.is_file(path):  # opening a pipe would block until its other end is opened
         raise checkpoint_error("an index that is not a file", where=path, expected="a regular file")
     data = with_open(path, lambda fd: read_limited(fd, path, MAX_INDEX_BYTES))
     parsed = parse_object(data, path)
@@ -201,6 +220,9 @@ def _read_index(path: str) -> Index:
 
 
 def _leaves_directory(file: str) -> bool:
-    """By the name alone: a snapshot of the Hub holds links to files elsewhere, which is fine."""
+    """Return whether a file name leads out of its directory.
+
+    Only the name counts. Links are allowed, since a snapshot of the Hub consists of links to files elsewhere.
+    """
     parts = re.split(r"[/\\]", file)
     return not parts[0] or bool(ntpath.splitdrive(file)[0]) or ".." in parts or "\0" in file

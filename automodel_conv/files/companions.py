@@ -1,6 +1,6 @@
-"""The files that go with the weights of a checkpoint: configs, tokenizers, chat templates, licences, code.
+"""The files that accompany the weights of a checkpoint: configs, tokenizers, chat templates, licences, code.
 
-All of a checkpoint's directory that is not weights goes with them, folders too.
+Everything in a checkpoint's directory except weights accompanies them, including folders.
 """
 
 from __future__ import annotations
@@ -12,43 +12,43 @@ from automodel_conv.files import system
 from automodel_conv.files.shards import CHECKSUMS_NAME
 from automodel_conv.files.staging import STAGING_NAME
 
-# Names of weights in any format, with their indexes and parts, and of files that trainers keep (optimizer.pt):
+# Names of weights in any format, including their indexes and parts, and of files that trainers keep (optimizer.pt):
 # safetensors, pickles, GGUF, Rust, Keras, Flax, Paddle, ONNX, TFLite, Core ML, torch.distributed, NeMo.
 _WEIGHTS = re.compile(
     r".*\.(safetensors|bin|pth?|ckpt|pkl|pickle|gguf|ggml|ot|h5|msgpack|pdparams|onnx([._]data(_\d+)?)?|tflite|mlmodel"
     r"|distcp|nemo)(\.index\.json)?",
     re.IGNORECASE | re.DOTALL,
 )
-# Source of the last one: PREFIX_CHECKPOINT_DIR in transformers 5.23.0, ``trainer_utils.py``.
-_NO_FOLDER = re.compile(rf"\..*|__pycache__|{re.escape(STAGING_NAME)}|checkpoint-\d+", re.DOTALL)
+# Source of "checkpoint-": PREFIX_CHECKPOINT_DIR in transformers 5.23.0, ``trainer_utils.py``.
+_SKIPPED_FOLDER = re.compile(rf"\..*|__pycache__|{re.escape(STAGING_NAME)}|checkpoint-\d+", re.DOTALL)
 
 
 def is_companion(path: str) -> bool:
-    """Whether a file goes with the weights.
+    """Return whether a file accompanies the weights.
 
-    Weights in any format do not, nor hidden files, nor what lies in hidden folders and in those where trainers keep
-    their own checkpoints.
+    Weights in any format do not, and neither do hidden files, files in hidden folders, or files in the folders where
+    trainers keep their own checkpoints.
 
     Args:
-        path: from the checkpoint's directory on, with "/" between folders.
+        path: path relative to the checkpoint's directory, with "/" between folders.
     """
     *folders, name = path.split("/")
-    own = name.startswith(".") or name == CHECKSUMS_NAME or _WEIGHTS.fullmatch(name)
-    return not own and not any(map(_NO_FOLDER.fullmatch, folders))
+    is_skipped = name.startswith(".") or name == CHECKSUMS_NAME or _WEIGHTS.fullmatch(name)
+    return not is_skipped and not any(map(_SKIPPED_FOLDER.fullmatch, folders))
 
 
 def companions_of(directory: str, destination: str) -> list[str]:
-    """Paths of the files that go with the weights, from ``directory`` on, sorted, with "/" between folders.
+    """Return the sorted paths of the files that accompany the weights, relative to ``directory`` with "/" separators.
 
-    Links count as what they lead to: a snapshot of the Hub holds nothing else. No folder is entered twice, which ends
-    circles, nor one that holds ``directory``, nor ``destination``.
+    Links are followed, since a snapshot of the Hub consists of links. No folder is entered twice, which ends cycles of
+    links. ``destination`` and folders that contain ``directory`` are not entered.
     """
     root = system.real_path(directory)
     entered = {system.real_path(destination)}
-    found: list[str] = []
+    paths: list[str] = []
     folders, linked = [""], []
     while folders or linked:
-        folder = folders.pop() if folders else linked.pop()  # so that a folder is found by its own name first
+        folder = folders.pop() if folders else linked.pop()  # a folder is listed under its own name, not a link's
         real = system.real_path(os.path.join(root, folder))
         if real in entered or root.startswith(os.path.join(real, "")):
             continue
@@ -57,7 +57,7 @@ def companions_of(directory: str, destination: str) -> list[str]:
             relative = f"{folder}/{name}" if folder else name
             path = os.path.join(real, name)
             if not system.is_directory(path):
-                found += [relative] if is_companion(relative) and system.is_file(path) else []
-            elif not _NO_FOLDER.fullmatch(name):
+                paths += [relative] if is_companion(relative) and system.is_file(path) else []
+            elif not _SKIPPED_FOLDER.fullmatch(name):
                 (linked if system.is_link(path) else folders).append(relative)
-    return sorted(found)
+    return sorted(paths)

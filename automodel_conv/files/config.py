@@ -1,4 +1,4 @@
-"""What the configs beside a checkpoint say of its files."""
+"""Read how a checkpoint is quantized from the config files next to its weights."""
 
 from __future__ import annotations
 
@@ -13,24 +13,26 @@ from automodel_conv.files.header import malformed_json, read_limited, with_open
 
 CONFIG_NAME = "config.json"
 MODELOPT_NAME = "hf_quant_config.json"
-"""Where releases of modelopt say how they are quantized, many of them nowhere else. A copy that is not quantized must
-not have this file. Source: vLLM 0.33.0, ``ModelOptQuantConfigBase.get_config_filenames``."""
-QUANTIZATION_KEYS = ("quantization_config", "compression_config")  # the latter of older compressed-tensors
-# Thousands of times what a config is; those of large quantized models list every module that is not.
+"""File in which releases of modelopt describe their quantization, many of them only there. A copy that is not quantized
+must not have this file. Source: vLLM 0.33.0, ``ModelOptQuantConfigBase.get_config_filenames``."""
+QUANTIZATION_KEYS = ("quantization_config", "compression_config")  # older compressed-tensors write the latter
+# Thousands of times the size of a config. Configs of large quantized models list every module that is not quantized.
 _MOST_BYTES = 64 << 20
 
 
 class Quantization(NamedTuple):
-    """How a model is quantized, and the file that says it."""
+    """How a model is quantized."""
 
     settings: Mapping[str, Any]
+    """The ``quantization_config`` of transformers."""
     path: str
+    """Path of the file that contains the settings."""
 
 
 def quantization(directory: str) -> Quantization | None:
-    """How a model is quantized, also one of which only the text part is; None where no file says that it is.
+    """Return how a model, or only its text part, is quantized; None if no file describes a quantization.
 
-    ``config.json`` decides where it says anything, else modelopt's own file.
+    The settings of ``config.json`` take precedence over modelopt's own file.
 
     Raises:
         CheckpointError: a config cannot be read, or is not JSON of the form it must have.
@@ -38,29 +40,29 @@ def quantization(directory: str) -> Quantization | None:
     path = os.path.join(directory, CONFIG_NAME)
     for part in _parts(_config(path)):
         for key in QUANTIZATION_KEYS:
-            found = part.get(key)
-            if isinstance(found, dict) and found:  # an empty one says nothing
-                return Quantization(found, path)
-            if found is not None and not isinstance(found, dict):
-                raise CheckpointError(message(f"{key} is not an object", where=path, found=type(found).__name__))
+            settings = part.get(key)
+            if isinstance(settings, dict) and settings:  # an empty object describes no quantization
+                return Quantization(settings, path)
+            if settings is not None and not isinstance(settings, dict):
+                raise CheckpointError(message(f"{key} is not an object", where=path, found=type(settings).__name__))
     path = os.path.join(directory, MODELOPT_NAME)
-    told = _config(path)
-    return None if told is None else Quantization(_as_settings(told, path), path)
+    config = _config(path)
+    return None if config is None else Quantization(_as_settings(config, path), path)
 
 
 def quantization_config(directory: str) -> Mapping[str, Any] | None:
-    """The settings alone; see ``quantization``."""
-    found = quantization(directory)
-    return None if found is None else found.settings
+    """Return only the settings of ``quantization``."""
+    quantized = quantization(directory)
+    return None if quantized is None else quantized.settings
 
 
 def check_config(directory: str) -> None:
-    """Raise CheckpointError if there is a ``config.json`` that cannot be read, or is not JSON."""
+    """Raise CheckpointError if ``config.json`` exists but cannot be read or is not JSON."""
     _config(os.path.join(directory, CONFIG_NAME))
 
 
 def plain_config(directory: str) -> bytes | None:
-    """``config.json`` without what it says of quantization; None without the file.
+    """Return ``config.json`` without its quantization settings; None if the file does not exist.
 
     Raises:
         CheckpointError: see ``quantization``.
@@ -73,7 +75,7 @@ def plain_config(directory: str) -> bytes | None:
 
 
 def _config(path: str) -> Any:
-    """What the file holds; None without it."""
+    """Return the parsed file; None if it does not exist."""
     if not system.is_file(path):
         return None
     data = with_open(path, lambda fd: read_limited(fd, path, _MOST_BYTES))
@@ -84,22 +86,22 @@ def _config(path: str) -> Any:
 
 
 def _parts(config: Any) -> list[dict[str, Any]]:
-    """The objects that may say how a model is quantized."""
+    """Return the objects of a config that may describe how a model is quantized."""
     if not isinstance(config, dict):
         return []
     return [part for part in (config, config.get("text_config")) if isinstance(part, dict)]
 
 
-def _as_settings(told: Any, path: str) -> dict[str, Any]:
-    """What modelopt's own file says, in the words of ``quantization_config``.
+def _as_settings(config: Any, path: str) -> dict[str, Any]:
+    """Return the settings of modelopt's own file in the form of ``quantization_config``.
 
     Source: NVIDIA Model Optimizer 0.40, ``convert_hf_quant_config_format`` in ``torch/export/convert_hf_config.py``.
     """
-    parts = told if isinstance(told, dict) else {}
-    producer, said = parts.get("producer", {"name": "modelopt"}), parts.get("quantization")
-    if not isinstance(said, dict) or not isinstance(producer, dict):
-        expected = 'an object that holds the object "quantization", and of which "producer" is an object'
+    parts = config if isinstance(config, dict) else {}
+    producer, stated = parts.get("producer", {"name": "modelopt"}), parts.get("quantization")
+    if not isinstance(stated, dict) or not isinstance(producer, dict):
+        expected = 'an object with an object "quantization" and, optionally, an object "producer"'
         raise CheckpointError(message(f"{MODELOPT_NAME} is malformed", where=path, expected=expected))
-    settings = {"quant_method": producer.get("name"), "quant_algo": said.get("quant_algo")}
+    settings = {"quant_method": producer.get("name"), "quant_algo": stated.get("quant_algo")}
     renamed = {"kv_cache_quant_algo": "kv_cache_scheme", "exclude_modules": "ignore", "group_size": "group_size"}
-    return settings | {name: said[key] for key, name in renamed.items() if said.get(key) is not None}
+    return settings | {name: stated[key] for key, name in renamed.items() if stated.get(key) is not None}

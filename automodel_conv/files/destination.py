@@ -1,11 +1,11 @@
-"""A directory that becomes a checkpoint: nothing in it is one until everything is.
+"""A directory that becomes a checkpoint in one step, once all of its files are written.
 
-    DIRECTORY/incomplete.automodel_conv/   the shards while they are written, a lock, and a journal of what is finished
-    DIRECTORY/incomplete.automodel_conv/beside/   the files that go with the shards, in their folders
-    DIRECTORY/                             all of it, at the end, by renaming; the index last
+    DIRECTORY/incomplete.automodel_conv/   the shards while they are written, a lock, and a journal of finished shards
+    DIRECTORY/incomplete.automodel_conv/beside/   the files that accompany the shards, in their folders
+    DIRECTORY/                             all files, renamed into place at the end; the index last
 
-A loader finds either all files or no index (or no ``model.safetensors``). After a crash the journal says which shards
-are finished, and of what: the same work goes on, other work is refused.
+A loader sees either all files or no index (or no ``model.safetensors``). After a crash, the journal records which work
+was under way and which shards it finished. The same work resumes; other work is refused.
 """
 
 from __future__ import annotations
@@ -16,24 +16,24 @@ from contextlib import contextmanager
 from typing import Any
 
 from automodel_conv.files import system
-from automodel_conv.files.earlier import taken_over
+from automodel_conv.files.final_files import folders_of, path_below, remove_placed
 from automodel_conv.files.full_io import write_exactly
-from automodel_conv.files.journal import note, read_journal
-from automodel_conv.files.placed import folders_of, inside, take_back
-from automodel_conv.files.shards import CHECKSUMS_NAME, FORM, Shard
+from automodel_conv.files.journal import append_record, read_journal
+from automodel_conv.files.resuming import resume_or_discard
+from automodel_conv.files.shards import CHECKSUMS_NAME, DEFAULT_NAMING, Shard
 from automodel_conv.files.staging import (
     BESIDE_NAME,
     JOURNAL_NAME,
     LOCK_NAME,
     STAGING_NAME,
-    locked,
+    acquire_lock,
     remove_staging,
 )
 from automodel_conv.files.write_errors import write_errors
 
 
 class Destination:
-    """A directory that is being written to; made by ``open_destination``."""
+    """A directory that is being written to, as opened by ``open_destination``."""
 
     def __init__(
         self,
@@ -47,36 +47,36 @@ class Destination:
         self.directory = directory
         self.staging = os.path.join(directory, STAGING_NAME)
         self.placed: dict[str, list[int]] = {}
-        """Size and time of change of what ``commit`` puts in its place, once it does."""
+        """Size and modification time of each file that ``commit`` moves into place; empty before it does."""
         self._journal = journal
         self._shards = shards
         self._finished = finished
         self._index_name = index_name
         self.verified = finished & verified
-        """Names of the shards that have been compared with what they were made of."""
+        """Names of the shards that have been compared with their sources."""
 
     @property
     def unfinished(self) -> frozenset[str]:
-        """Names of the shards that are still to be written."""
+        """Names of the shards that must still be written."""
         return frozenset(shard.name for shard in self._shards) - self._finished
 
     def path(self, name: str) -> str:
-        """Where a file lies until all are there."""
+        """Return the path of a file before ``commit``."""
         return os.path.join(self.staging, name)
 
-    def beside(self, name: str) -> str:
-        """Where a file that goes with the shards lies until all are there, in a folder made if need be."""
-        path = inside(self.path(BESIDE_NAME), name)
+    def companion_path(self, name: str) -> str:
+        """Return the path before ``commit`` of a file that accompanies the shards, after creating its folder."""
+        path = path_below(self.path(BESIDE_NAME), name)
         system.make_directory(os.path.dirname(path))
         return path
 
-    def found(self, name: str) -> str:
-        """Where a finished file lies: put in its place already, if ``commit`` was cut short, or not yet."""
+    def finished_path(self, name: str) -> str:
+        """Return the current path of a finished file, which an interrupted ``commit`` may have moved into place."""
         staged = self.path(name)
         return staged if system.exists(staged) else os.path.join(self.directory, name)
 
     def write(self, name: str, text: bytes) -> None:
-        """Write a small file that goes with the shards."""
+        """Write a small file that accompanies the shards."""
         with write_errors(self.directory):
             fd = system.create(self.path(name))
             try:
@@ -86,18 +86,18 @@ class Destination:
                 system.close(fd)
 
     def finish(self, shard: Shard, *, verified: bool = False) -> None:
-        """Note that a shard is on the disk, whole, and whether it was compared with what it was made of."""
+        """Record that a shard is complete on the disk, and whether it has been compared with its sources."""
         with write_errors(self.directory):
-            note(self._journal, {"finished": shard.name, "verified": verified})
+            append_record(self._journal, {"finished": shard.name, "verified": verified})
         self._finished.add(shard.name)
 
     def commit(self, index: bytes | None) -> None:
-        """Make the directory a checkpoint, once all shards are finished.
+        """Turn the directory into a checkpoint once all shards are finished.
 
-        What else lies in ``staging`` goes with them, in place of files of the same names.
+        Other files in ``staging`` are moved into place too, and replace files of the same names.
 
         Args:
-            index: the text of the index, if there is to be one.
+            index: text of the index; None for a checkpoint without one.
         """
         shards = [shard.name for shard in self._shards]
         with write_errors(self.directory):
@@ -109,31 +109,31 @@ class Destination:
             if index is not None:
                 self.write(self._index_name, index)
             names = [*sorted(others), *_in_order(shards, None if index is None else self._index_name)]
-            paths = {name: others.get(name) or self.found(name) for name in names}
-            placed = {name: [*system.identity(paths[name])] for name in names}  # fails if one is in neither place
+            paths = {name: others.get(name) or self.finished_path(name) for name in names}
+            placed = {name: [*system.identity(paths[name])] for name in names}  # raises if a file is in neither place
             system.sync_directory(self.staging)
             self.placed = placed
-            note(self._journal, {"placing": placed})
+            append_record(self._journal, {"placing": placed})
             if CHECKSUMS_NAME not in others and system.exists(os.path.join(self.directory, CHECKSUMS_NAME)):
-                system.remove(os.path.join(self.directory, CHECKSUMS_NAME))  # of what was there before
+                system.remove(os.path.join(self.directory, CHECKSUMS_NAME))  # checksums of an earlier checkpoint
             folders = folders_of(names, self.directory)
             for folder in reversed(folders):
                 system.make_directory(folder)
             for name in names:
-                if name == names[-1]:  # what makes it a checkpoint comes after all else is on the disk
+                if name == names[-1]:  # the file that makes it a checkpoint follows once all others are on the disk
                     for folder in (*folders, self.directory):
                         system.sync_directory(folder)
-                place = inside(self.directory, name)
-                if paths[name] != place:  # where it was put before a crash
-                    system.rename(paths[name], place)
+                final_path = path_below(self.directory, name)
+                if paths[name] != final_path:  # equal if it was moved before a crash
+                    system.rename(paths[name], final_path)
             system.sync_directory(self.directory)
 
 
 def _in_order(shards: Sequence[str], index_name: str | None) -> list[str]:
-    """The weights and their index, if they have one, in the order in which no loader takes a part of them for all.
+    """Return the names of weights and index in an order in which no loader mistakes a part of them for the whole.
 
-    One file that is not numbered may be taken for a checkpoint without an index, but not if an index names others. That
-    of the usual name is even preferred to an index.
+    A loader may take a file without a number for a whole checkpoint, unless an index names others. It even prefers
+    ``model.safetensors`` to an index.
     """
     if index_name is None:
         return list(shards)
@@ -144,19 +144,19 @@ def _in_order(shards: Sequence[str], index_name: str | None) -> list[str]:
 
 
 def _files_below(directory: str) -> dict[str, str]:
-    """Paths of the files that a directory and its folders hold, by their names from there on; none without it."""
-    found: dict[str, str] = {}
+    """Return the paths of all files below a directory by their relative names; nothing if it does not exist."""
+    paths: dict[str, str] = {}
     for name in system.list_names(directory) if system.is_directory(directory) else ():
         path = os.path.join(directory, name)
         if system.is_directory(path):
-            found |= {f"{name}/{below}": file for below, file in _files_below(path).items()}
+            paths |= {f"{name}/{below}": file for below, file in _files_below(path).items()}
         else:
-            found[name] = path
-    return found
+            paths[name] = path
+    return paths
 
 
 def _sync(path: str) -> None:
-    fd = system.open_readonly(path)  # which may be all that its permissions allow
+    fd = system.open_readonly(path)  # its permissions may not allow writing
     try:
         system.sync(fd)
     finally:
@@ -170,45 +170,48 @@ def open_destination(
     work: Mapping[str, Any] | None,
     *,
     resume: bool = False,
-    index_name: str = FORM.index_name,
+    index_name: str = DEFAULT_NAMING.index_name,
 ) -> Iterator[Destination]:
-    """Take a directory, made if need be, for the length of a block that ends with ``commit``.
+    """Lock a directory for the length of a block that ends with ``commit``, and create it if necessary.
 
     Args:
-        work: what is written, as JSON, so that a later call can go on with it; the error names the keys in which an
-            earlier work in this directory differs. None: work that cannot go on; if it fails nothing of it stays.
-        resume: go on where an earlier work of the same kind ended; otherwise that is thrown away.
-        index_name: what the index is called, if there is to be one.
+        directory: path of the directory.
+        shards: files that the work will write.
+        work: JSON description of the work, by which a later call can resume it. If the directory holds unfinished work
+            of another description, the error names the keys that differ. None: the work cannot be resumed, and if it
+            fails, all of its files are removed.
+        resume: whether to continue unfinished work of the same description. Otherwise it is discarded.
+        index_name: name of the index, if one will be written.
 
     Raises:
-        DestinationError: the directory is a checkpoint already, another process writes to it, or it holds an earlier
-            work of another kind.
-        WriteError: the system does not let us write there.
+        DestinationError: the directory is a checkpoint already, another process writes to it, or it holds unfinished
+            work of another description.
+        WriteError: the system refuses to write there.
     """
     staging = os.path.join(directory, STAGING_NAME)
     with write_errors(directory):
-        lock = locked(staging, directory)
+        lock = acquire_lock(staging, directory)
     try:
         with write_errors(directory):
             journal = system.open_append(os.path.join(staging, JOURNAL_NAME))
-        keeps = True
+        keeps_staging = True
         try:
             with write_errors(directory):
                 earlier = read_journal(journal)
-                keeps = earlier.work is not None  # and so may go on
-                finished = taken_over(earlier, journal, directory, shards, work, resume, index_name)
-            keeps = work is not None
+                keeps_staging = earlier.work is not None  # so it can be resumed
+                finished = resume_or_discard(earlier, journal, directory, shards, work, resume, index_name)
+            keeps_staging = work is not None
             destination = Destination(directory, journal, shards, finished, earlier.verified, index_name)
             try:
                 yield destination
             except BaseException:
-                if not keeps:
-                    take_back(directory, destination.placed)
+                if not keeps_staging:
+                    remove_placed(directory, destination.placed)
                 raise
-            keeps = False
+            keeps_staging = False
         finally:
             system.close(journal)
-            if not keeps:
+            if not keeps_staging:
                 remove_staging(staging)
     finally:
         system.close(lock)

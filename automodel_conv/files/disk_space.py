@@ -1,4 +1,4 @@
-"""Whether a directory could take a checkpoint, looked at without writing to it."""
+"""Check whether a directory has room for a checkpoint, without writing to it."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from automodel_conv.files.write_errors import write_errors
 
 
 class DiskSpace(NamedTuple):
-    """What a directory has room for."""
+    """Free space of a directory, and the weights that it holds already."""
 
     free_bytes: int
-    """What may be written; counts what an unfinished work there takes, which goes on or is thrown away."""
+    """Bytes that can be written. Includes the bytes of unfinished work, which is either resumed or discarded."""
     unfinished: bool
-    """Whether there is such a work."""
-    in_the_way: tuple[str, ...]
-    """Names of weights that lie there, and that no unfinished work has put there."""
+    """Whether the directory holds unfinished work."""
+    existing_weights: tuple[str, ...]
+    """Names of weight files in the directory that do not belong to unfinished work."""
 
 
 def disk_space_of(directory: str) -> DiskSpace:
-    """Look at a directory, which need not exist.
+    """Return the free space of a directory, which need not exist.
 
     Raises:
-        WriteError: the system does not let us look.
+        WriteError: the system refuses to list the directory.
     """
     with write_errors(directory):
         staging = os.path.join(directory, STAGING_NAME)
@@ -39,7 +39,7 @@ def disk_space_of(directory: str) -> DiskSpace:
 
 
 def _nearest(directory: str) -> str:
-    """The directory, or the one above it that exists."""
+    """Return the directory, or its nearest parent that exists."""
     while not system.exists(directory):
         directory = os.path.dirname(directory)
     return directory

@@ -1,10 +1,10 @@
-"""JSON that looks as writers of checkpoints write it, read by a faster parser that is no less strict.
+"""A fast and strict parser for JSON in the form in which writers of checkpoints usually write it.
 
-It takes nearly all that is right, and nothing that is wrong. All else is None here and is looked at again, slowly, by
-``header``, which accepts it or tells what is wrong with it.
+It accepts nearly all valid input and no invalid input. For everything else it returns None. ``header`` then parses the
+input again, more slowly, and either accepts it or reports what is wrong with it.
 
-A header of a thousand tensors is thousands of small objects to a parser of any JSON, and Python's collector of garbage
-walks them again and again. ``msgspec`` fills one flat object for each entry, which the collector does not see.
+A general JSON parser creates thousands of small objects for a header of a thousand tensors, and Python's garbage
+collector visits them again and again. ``msgspec`` fills one flat object per entry, which the collector ignores.
 Source: msgspec 0.22.0, ``Struct``, ``gc=False``.
 """
 
@@ -18,25 +18,28 @@ import msgspec
 
 from automodel_conv.dtypes import BITS
 
-# Sizes are kept as signed 64-bit integers further on.
+# Later stages store sizes as signed 64-bit integers.
 MAX_BITS = 2**63 - 1
-# The product of more sizes may take very long.
+# Computing the product of more sizes could take very long.
 _MOST_DIMENSIONS = 64
 
 
 class Columns(NamedTuple):
-    """The entries of a header in its own order; every range fits its dtype and shape."""
+    """The entries of a header in the header's order. The size of every range matches its dtype and shape."""
 
     names: list[str]
     dtypes: list[str]
     shapes: list[tuple[int, ...]]
+    """Shapes as torch reports them, with two F4 values per element."""
     starts: list[int]
+    """Offset of the first byte of each tensor, from the start of the data."""
     ends: list[int]
+    """Offset of the byte after each tensor, from the start of the data."""
     metadata: dict[str, str]
 
 
 def usual_object(data: bytes | bytearray) -> dict[str, Any] | None:
-    """A JSON object without duplicate keys at any depth; None if it may not be one."""
+    """Parse a JSON object without duplicate keys at any depth; return None if the data may be anything else."""
     try:
         parsed = msgspec.json.decode(data)
     except (ValueError, RecursionError):
@@ -48,8 +51,8 @@ def usual_object(data: bytes | bytearray) -> dict[str, Any] | None:
 
 
 def usual_columns(data: bytes | bytearray) -> Columns | None:
-    """The entries of a header; None if there may be anything wrong with them."""
-    if b"-0" in data:  # serde takes -0 for a floating number
+    """Parse the entries of a header; return None if any of them may be invalid."""
+    if b"-0" in data:  # serde parses -0 as a floating-point number
         return None
     try:
         entries = _entries(data)
@@ -71,15 +74,15 @@ def usual_columns(data: bytes | bytearray) -> Columns | None:
 
 
 def _has_members(data: bytes | bytearray, count: int) -> bool:
-    """True if all objects of some JSON have so many members together, of which none was overwritten by another.
+    """Return whether JSON text has exactly ``count`` members in all, so that no duplicate key was dropped.
 
-    Each member has one colon, and strings may hold more: then it is False.
+    Each member has one colon. The result is False as well if a string contains a colon.
     """
     return data.count(b":") == count
 
 
 class _Entry(msgspec.Struct, gc=False):
-    """A tensor; or ``__metadata__``, of which it keeps nothing. No default is an entry of a tensor."""
+    """The entry of a tensor, or ``__metadata__``, which leaves all fields at defaults that no tensor can have."""
 
     dtype: str = ""
     shape: tuple[int, ...] | None = None
@@ -95,16 +98,16 @@ _metadata = msgspec.json.Decoder(_Metadata).decode
 
 
 class _Kind(NamedTuple):
-    """A dtype and a shape, which many tensors share."""
+    """A combination of dtype and shape. Many tensors share one."""
 
     dtype: str
     shape: tuple[int, ...]
-    """As torch has it, in which two F4 values are one element."""
+    """Shape as torch reports it, with two F4 values per element."""
     nbytes: int
 
 
 class _Kinds(dict["tuple[str, tuple[int, ...] | None]", _Kind]):
-    """Kinds by dtype and shape as the header has them; a pair that no tensor has raises ValueError."""
+    """Kinds by the dtype and shape of the header. A pair that no tensor can have raises ValueError."""
 
     def __missing__(self, key: tuple[str, tuple[int, ...] | None]) -> _Kind:
         dtype, shape = key

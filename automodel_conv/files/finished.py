@@ -1,4 +1,4 @@
-"""Whether a directory holds just what a finished work would have left there, as far as headers tell."""
+"""Check by headers whether a directory holds exactly the files that a finished conversion would leave there."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from automodel_conv.files.full_io import read_exactly
 from automodel_conv.files.shards import CHECKSUMS_NAME, Shard, is_checkpoint
 from automodel_conv.files.staging import holds_work
 
-_WINDOW_BYTES = 1 << 20
+_STEP_BYTES = 1 << 20
 
 
 def is_finished(
@@ -21,35 +21,37 @@ def is_finished(
     copies: Mapping[str, str],
     checksums: bool,
 ) -> bool:
-    """Whether a directory has these files with these headers, and no other weights.
+    """Return whether a directory holds these files with these headers, and no other weights.
 
     Args:
-        texts: whole files by name: an index, a config.
-        copies: paths of the files that others are copies of, by name.
-        checksums: whether there are checksums, which are not compared.
+        directory: path of the directory.
+        shards: weight files; only sizes and headers are compared.
+        texts: contents of small files by name, such as an index or a config.
+        copies: paths of the originals by the names of their copies.
+        checksums: whether a file of checksums must exist; its contents are not compared.
 
     Raises:
-        ReadError: the system does not let us read there.
+        ReadError: the system refuses to read there.
     """
     try:
         if not system.is_directory(directory) or holds_work(directory):
             return False
         present = set(system.list_names(directory))
         weights = {name for name in present if is_checkpoint(name)}
-        wanted = {shard.name for shard in shards} | {name for name in texts if is_checkpoint(name)}
-        if weights != wanted or (CHECKSUMS_NAME in present) != checksums:
+        expected_names = {shard.name for shard in shards} | {name for name in texts if is_checkpoint(name)}
+        if weights != expected_names or (CHECKSUMS_NAME in present) != checksums:
             return False
-        begins = {shard.name: (shard.header, shard.nbytes) for shard in shards}
-        begins |= {name: (text, len(text)) for name, text in texts.items()}
+        beginnings = {shard.name: (shard.header, shard.nbytes) for shard in shards}
+        beginnings |= {name: (text, len(text)) for name, text in texts.items()}
         return all(
-            _begins_with(os.path.join(directory, name), text, nbytes) for name, (text, nbytes) in begins.items()
+            _begins_with(os.path.join(directory, name), text, nbytes) for name, (text, nbytes) in beginnings.items()
         ) and all(_are_equal(os.path.join(directory, name), path) for name, path in copies.items())
     except OSError as error:
-        raise ReadError(message("cannot look at what lies in the directory", where=directory, found=error)) from error
+        raise ReadError(message("cannot read the directory", where=directory, found=error)) from error
 
 
 def _begins_with(path: str, text: bytes, nbytes: int) -> bool:
-    """Whether a file has this size, and this text at its beginning."""
+    """Return whether a file has this size and begins with this text."""
     if not system.is_file(path) or system.identity(path)[0] != nbytes:
         return False
     return _read(path, 0, len(text)) == text
@@ -61,15 +63,15 @@ def _are_equal(path: str, other: str) -> bool:
     nbytes = system.identity(path)[0]
     if system.identity(other)[0] != nbytes:
         return False
-    windows = ((at, min(_WINDOW_BYTES, nbytes - at)) for at in range(0, nbytes, _WINDOW_BYTES))
-    return all(_read(path, at, count) == _read(other, at, count) for at, count in windows)
+    ranges = ((start, min(_STEP_BYTES, nbytes - start)) for start in range(0, nbytes, _STEP_BYTES))
+    return all(_read(path, start, count) == _read(other, start, count) for start, count in ranges)
 
 
-def _read(path: str, at: int, nbytes: int) -> bytes:
+def _read(path: str, offset: int, nbytes: int) -> bytes:
     fd = system.open_readonly(path)
     try:
-        found = bytearray(nbytes)
-        read_exactly(fd, [memoryview(found)], at, path)
-        return bytes(found)
+        data = bytearray(nbytes)
+        read_exactly(fd, [memoryview(data)], offset, path)
+        return bytes(data)
     finally:
         system.close(fd)

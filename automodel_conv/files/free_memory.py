@@ -1,4 +1,4 @@
-"""Memory that a process can still have: what the machine has free, and what the limits of its control groups leave.
+"""The memory that a process can still allocate, limited by the machine and by its control groups.
 
 Sources: ``MemAvailable`` in Linux's Documentation/filesystems/proc.rst; ``memory.max``, ``memory.current`` and
 ``memory.stat`` in admin-guide/cgroup-v2.rst; ``memory.limit_in_bytes``, ``memory.usage_in_bytes`` in
@@ -16,12 +16,12 @@ _LIMITS = (("memory.max", "memory.current"), ("memory.limit_in_bytes", "memory.u
 
 
 def free_memory(root: str = "") -> int | None:
-    """Bytes that can be had without taking any from others; None where the system does not tell.
+    """Return the bytes that can be allocated without taking any from other processes; None if unknown.
 
-    What the cache of files holds counts as free.
+    Memory that holds cached files counts as free.
 
     Args:
-        root: in front of all paths, for tests.
+        root: prefix of all paths, for tests.
     """
     available = re.search(r"^MemAvailable: *(\d+) kB$", system.read_text(f"{root}/proc/meminfo") or "", re.MULTILINE)
     if available is None:
@@ -30,7 +30,7 @@ def free_memory(root: str = "") -> int | None:
 
 
 def _left_in_groups(root: str) -> Iterator[int]:
-    """The bytes that the limit of each control group around this process leaves, for those that are seen from here."""
+    """Yield the bytes that the limit of each visible control group of this process leaves."""
     groups = system.read_text(f"{root}/proc/self/cgroup") or ""
     for controller, path in re.findall(r"^\d+:(memory|):(.*)$", groups, re.MULTILINE):
         mount = f"{root}/sys/fs/cgroup/{controller}".rstrip("/")

@@ -1,4 +1,4 @@
-"""Read or write many buffers in as few calls as possible, all of them or with an error that says how far it came."""
+"""Read or write many buffers completely in as few calls as possible, or raise an error that states the progress."""
 
 from __future__ import annotations
 
@@ -8,62 +8,69 @@ from typing import NamedTuple
 from automodel_conv.errors import ConversionError, ReadError, WriteError, message
 from automodel_conv.files import system
 
-# Most buffers of one preadv. Source: UIO_MAXIOV in linux/uio.h; IOV_MAX is the same on macOS.
+# Maximum number of buffers of one preadv. Source: UIO_MAXIOV in linux/uio.h; IOV_MAX is the same on macOS.
 IOV_MAX = 1024
 
 
 def read_exactly(fd: int, views: list[memoryview], offset: int, path: str) -> None:
-    """Fill all ``views`` with the bytes that follow ``offset``, in as few calls as possible.
+    """Fill all ``views`` with consecutive bytes of a file, starting at ``offset``.
 
     Args:
+        fd: descriptor of the file.
         views: any number of writable, contiguous views of bytes; empty ones are skipped.
-        offset: in bytes from the start of the file.
-        path: for the error text alone.
+        offset: offset in bytes from the start of the file.
+        path: path of the file, used only in error texts.
 
     Raises:
         ReadError: the file ends too early, or the system reports an error.
     """
-    _exactly(system.preadv, fd, views, offset, path, _READ)
+    _transfer(system.preadv, fd, views, offset, path, _READ)
 
 
 def write_exactly(fd: int, views: list[memoryview], offset: int, path: str) -> None:
-    """Write all ``views``, one after the other, from ``offset`` on.
+    """Write all ``views`` to a file one after the other, starting at ``offset``.
 
     Args:
+        fd: descriptor of the file.
         views: any number of contiguous views of bytes; empty ones are skipped.
-        offset: in bytes from the start of the file.
-        path: for the error text alone.
+        offset: offset in bytes from the start of the file.
+        path: path of the file, used only in error texts.
 
     Raises:
-        WriteError: the system reports an error, a full disk among them.
+        WriteError: the system reports an error, such as a full disk.
     """
-    _exactly(system.pwritev, fd, views, offset, path, _WRITE)
+    _transfer(system.pwritev, fd, views, offset, path, _WRITE)
 
 
-class _Way(NamedTuple):
-    """What the errors of one direction say."""
+class _Direction(NamedTuple):
+    """The error texts of reading or of writing."""
 
     error: type[ConversionError]
     fails: str
+    """Text for an error of the system."""
     ends: str
+    """Text for a call that transfers no bytes."""
     do: str
+    """Advice for a call that transfers no bytes."""
 
 
-_READ = _Way(
+_READ = _Direction(
     ReadError, "cannot read a file", "a file ends too early", "the file is truncated: copy or download it again"
 )
 
 
-_WRITE = _Way(WriteError, "cannot write a file", "a file takes no more bytes", "look at the disk and its quota")
+_WRITE = _Direction(
+    WriteError, "cannot write a file", "a file accepts no more bytes", "check the disk space and the quota"
+)
 
 
-def _exactly(
+def _transfer(
     call: Callable[[int, list[memoryview], int], int],
     fd: int,
     views: list[memoryview],
     offset: int,
     path: str,
-    way: _Way,
+    direction: _Direction,
 ) -> None:
     pending = [view for view in views if len(view)]
     total = sum(map(len, pending))
@@ -72,31 +79,31 @@ def _exactly(
         try:
             count = call(fd, pending[:IOV_MAX], offset + done)
         except OSError as error:
-            raise way.error(
+            raise direction.error(
                 message(
-                    way.fails,
+                    direction.fails,
                     where=f"{path}, byte {offset + done}",
                     expected=f"{total} bytes from byte {offset}",
                     found=f"{done} bytes, then: {error}",
                 )
             ) from error
         if count == 0:
-            raise way.error(
+            raise direction.error(
                 message(
-                    way.ends,
+                    direction.ends,
                     where=f"{path}, byte {offset + done}",
                     expected=f"{total} bytes from byte {offset}",
                     found=f"{done} bytes",
-                    do=way.do,
+                    do=direction.do,
                 )
             )
         done += count
         if done < total:
-            pending = _after(pending, count)
+            pending = _remaining(pending, count)
 
 
-def _after(views: list[memoryview], count: int) -> list[memoryview]:
-    """What is left of ``views`` once their first ``count`` bytes are filled."""
+def _remaining(views: list[memoryview], count: int) -> list[memoryview]:
+    """Return the part of ``views`` that follows their first ``count`` bytes."""
     full = 0
     while count >= len(views[full]):
         count -= len(views[full])

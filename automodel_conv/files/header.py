@@ -1,8 +1,8 @@
-"""The header of one safetensors file, read and checked before anyone trusts it.
+"""Read and check the header of one safetensors file.
 
-Source: safetensors 0.8.0, the format section of its README and ``Metadata::validate`` in
-``tensor.rs``. Where the two differ the stricter one holds: a header starts with ``{``, and no name
-occurs twice. Stricter than both, names are short and printable.
+Source: safetensors 0.8.0, the format section of its README and ``Metadata::validate`` in ``tensor.rs``. If the two
+differ, the stricter one applies: a header starts with ``{``, and no name occurs twice. In addition to both, names must
+be short and printable.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from automodel_conv.files.source import ByteSource, OpenSource
 
 # Source: MAX_HEADER_SIZE in safetensors/src/tensor.rs.
 MAX_HEADER_BYTES = 100_000_000
-# Patterns of rules may take a time that grows with the square of a name's length. The longest of a model has some 150.
+# Matching a rule's pattern may take time quadratic in the length of a name. The longest name of a model has about 150.
 LONGEST_NAME = 1024
 
 Item = TypeVar("Item")
 
 
 class Header(NamedTuple):
-    """One file's part of the columns of a Checkpoint, sorted by data offset."""
+    """The columns of a Checkpoint for one file, sorted by data offset."""
 
     names: list[str]
     dtypes: list[str]
@@ -43,10 +43,10 @@ class Header(NamedTuple):
 
 
 def read_header(source: ByteSource) -> Header:
-    """The header of a file.
+    """Read and check the header of a file.
 
     Raises:
-        CheckpointError: the file cannot be read, or its header is not one.
+        CheckpointError: the file cannot be read, or its header is invalid.
     """
     path = source.describe()
     try:
@@ -58,6 +58,11 @@ def read_header(source: ByteSource) -> Header:
 
 
 def with_open(path: str, read: Callable[[int], Any]) -> Any:
+    """Open a file, and return the result of ``read`` for its descriptor.
+
+    Raises:
+        CheckpointError: the file cannot be read.
+    """
     try:
         fd = system.open_readonly(path)
         try:
@@ -69,6 +74,12 @@ def with_open(path: str, read: Callable[[int], Any]) -> Any:
 
 
 def read_limited(fd: int, path: str, limit: int) -> bytearray:
+    """Read a whole file of at most ``limit`` bytes.
+
+    Raises:
+        CheckpointError: the file is larger.
+        ReadError: the file cannot be read.
+    """
     nbytes = system.size(fd)
     if nbytes > limit:
         raise checkpoint_error("an index is too large", where=path, expected=f"at most {limit} bytes", found=nbytes)
@@ -78,7 +89,7 @@ def read_limited(fd: int, path: str, limit: int) -> bytearray:
 
 
 def _read_header_bytes(path: str, file_bytes: int, file: OpenSource) -> bytearray:
-    """The JSON of a header; an impossible length allocates nothing."""
+    """Return the JSON text of a header. Its length is checked before memory is allocated."""
     if file_bytes < 8:
         _refuse_lookalike(path, file_bytes, file)
         raise checkpoint_error(
@@ -113,12 +124,12 @@ def _read_header_bytes(path: str, file_bytes: int, file: OpenSource) -> bytearra
 
 
 def _refuse_lookalike(path: str, file_bytes: int, file: OpenSource) -> None:
-    """Raise CheckpointError if a file that is no safetensors file tells what it is."""
+    """Raise CheckpointError if the beginning of a file shows that it is of another known format."""
     start = bytearray(min(file_bytes, SNIFFED_BYTES))
     file.read_into([memoryview(start)], 0)
-    found = lookalike(bytes(start))
-    if found is not None:
-        raise checkpoint_error("not a safetensors file", where=path, found=found.what, do=found.do)
+    other = lookalike(bytes(start))
+    if other is not None:
+        raise checkpoint_error("not a safetensors file", where=path, found=other.what, do=other.do)
 
 
 def _refuse_constant(text: str) -> None:
@@ -134,7 +145,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _integer(text: str) -> int:
-    if text == "-0":  # which serde takes for a floating number
+    if text == "-0":  # serde parses it as a floating-point number
         raise ValueError("-0 is not an integer")
     _floating(text)
     return int(text)
@@ -142,7 +153,7 @@ def _integer(text: str) -> int:
 
 def _floating(text: str) -> float:
     number = float(text)
-    if math.isinf(number):  # which serde refuses
+    if math.isinf(number):  # serde refuses it
         raise ValueError(f"{text[:40]} is out of range")
     return number
 
@@ -154,7 +165,11 @@ _decode_like_serde = json.JSONDecoder(
 
 
 def parse_object(data: bytearray, path: str) -> dict[str, Any]:
-    """A JSON object without duplicate keys at any depth."""
+    """Parse a JSON object without duplicate keys at any depth.
+
+    Raises:
+        CheckpointError: the data is anything else.
+    """
     parsed = usual_object(data)
     return _checked_object(data, path, _decode) if parsed is None else parsed
 
@@ -166,7 +181,7 @@ def _checked_object(data: bytearray, path: str, decode: Callable[[str], Any]) ->
         if type(parsed) is not dict:
             raise ValueError(f"{type(parsed).__name__} instead of an object")
         if "\\u" in text:
-            # An escape can spell half of a surrogate pair, which no terminal and no writer accepts.
+            # An escape can encode half of a surrogate pair, which no terminal and no writer accepts.
             json.dumps(parsed, ensure_ascii=False).encode("utf-8")
     except (ValueError, RecursionError) as error:
         expected = "one object, no name twice"
@@ -175,11 +190,11 @@ def _checked_object(data: bytearray, path: str, decode: Callable[[str], Any]) ->
 
 
 def malformed_json(data: bytes | bytearray, path: str, expected: str, error: Exception) -> CheckpointError:
-    """The error for a file that is no JSON; it says what the file is, where that can be told."""
-    found = lookalike(bytes(data[:SNIFFED_BYTES]))
-    if found is None or data.lstrip()[:1] in (b"{", b"["):
+    """Return the error for a file that is not valid JSON. It names the actual format of the file if that is known."""
+    other = lookalike(bytes(data[:SNIFFED_BYTES]))
+    if other is None or data.lstrip()[:1] in (b"{", b"["):
         return checkpoint_error("malformed JSON", where=path, expected=expected, found=error)
-    return checkpoint_error("malformed JSON", where=path, expected=expected, found=found.what, do=found.do)
+    return checkpoint_error("malformed JSON", where=path, expected=expected, found=other.what, do=other.do)
 
 
 def _check_header(data: bytearray, file_bytes: int, path: str) -> Header:
@@ -189,7 +204,7 @@ def _check_header(data: bytearray, file_bytes: int, path: str) -> Header:
     names, dtypes, shapes, starts, ends, metadata = columns
     _refuse_odd_names(names, path)
     if starts[1:] != ends[:-1]:
-        # Files come sorted from every common writer, but the format does not ask for it.
+        # Every common writer sorts tensors by offset, but the format does not require it.
         order = sorted(range(len(names)), key=lambda row: (starts[row], ends[row]))
         names, dtypes, shapes = take(names, order), take(dtypes, order), take(shapes, order)
         starts, ends = take(starts, order), take(ends, order)
@@ -206,10 +221,10 @@ def _check_header(data: bytearray, file_bytes: int, path: str) -> Header:
 
 
 def _checked_columns(data: bytearray, path: str) -> Columns:
-    """The entries of any header, looked at one by one.
+    """Parse the entries of any header, checking them one by one.
 
     Raises:
-        CheckpointError: names the entry that is wrong.
+        CheckpointError: an entry is invalid; the error names it.
     """
     parsed = _checked_object(data, path, _decode_like_serde)
     metadata = parsed.pop("__metadata__", None)
@@ -232,18 +247,18 @@ def _checked_columns(data: bytearray, path: str) -> Columns:
 def _refuse_odd_names(names: list[str], path: str) -> None:
     if (odd := odd_name(names)) is not None:
         found = f"{len(odd)} characters"
-        raise _fault("a name that no tensor may have", path, odd, f"at most {LONGEST_NAME} printable characters", found)
+        raise _fault("an invalid tensor name", path, odd, f"at most {LONGEST_NAME} printable characters", found)
 
 
 def odd_name(names: list[str]) -> str | None:
-    """The first name that is too long, or not a line of text; None if all are neither."""
+    """Return the first name that is too long or not printable; None if there is no such name."""
     if "".join(names).isprintable() and max(map(len, names), default=0) <= LONGEST_NAME:
         return None
     return next(name for name in names if len(name) > LONGEST_NAME or not name.isprintable())
 
 
 def _check_entry(name: str, entry: Any, path: str) -> tuple[str, tuple[int, ...], int, int]:
-    """dtype, shape, start and end of one tensor; the range fits shape and dtype."""
+    """Return dtype, shape, start and end of one tensor, after checking that the range fits shape and dtype."""
     try:
         dtype, shape, (start, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
     except (KeyError, TypeError, ValueError):
@@ -283,7 +298,7 @@ def _fault(what: str, path: str, name: str, expected: str, found: object) -> Che
 
 
 def _check_coverage(names: list[str], starts: list[int], ends: list[int], data_bytes: int, path: str) -> None:
-    """Ranges sorted by start follow each other from 0 to the end of the file."""
+    """Raise CheckpointError unless the sorted ranges cover the data of the file without gaps and overlaps."""
     expected = [0, *ends[:-1]] if ends else []
     if starts != expected:
         row = next(row for row, start in enumerate(starts) if start != expected[row])
@@ -316,6 +331,7 @@ def _check_coverage(names: list[str], starts: list[int], ends: list[int], data_b
 
 
 def take(column: list[Item], rows: list[int]) -> list[Item]:
+    """Return the items of a column at these rows."""
     return [column[row] for row in rows]
 
 
@@ -327,14 +343,16 @@ def checkpoint_error(
     found: object = None,
     do: str | None = None,
 ) -> CheckpointError:
+    """Return a CheckpointError; for the arguments see ``errors.message``."""
     return CheckpointError(message(what, where=where, expected=expected, found=found, do=do))
 
 
 def located(path: str, name: str) -> str:
+    """Return the position of a tensor in a file, for an error text."""
     return f"{path}, tensor {short(name)}"
 
 
 def short(value: object) -> str:
-    """What a header says, fit for an error text however long or odd it is."""
+    """Return a value of a header as printable text of limited length, for an error text."""
     text = repr(value)
     return text if len(text) <= 200 else text[:200] + "..."

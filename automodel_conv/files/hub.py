@@ -1,7 +1,7 @@
-"""Repositories of the Hub: which files they hold, the small ones on this machine, and headers of the large ones.
+"""Repositories of the Hub: list their files, download the small ones, and read headers of the large ones.
 
-The cache, tokens, mirrors (``HF_ENDPOINT``) and the offline mode are huggingface_hub's. What is read of a file that is
-not in the cache is its header, by range. Source: huggingface_hub 1.33.0, ``parse_safetensors_file_metadata`` in
+The cache, tokens, mirrors (``HF_ENDPOINT``) and the offline mode are those of huggingface_hub. If a file is not in the
+cache, its header is read by range requests. Source: huggingface_hub 1.33.0, ``parse_safetensors_file_metadata`` in
 ``hf_api.py``.
 """
 
@@ -21,7 +21,7 @@ from automodel_conv.files.shards import CHECKSUMS_NAME
 from automodel_conv.files.source import Identity, OpenSource
 
 _SMALL = ("*.safetensors.index.json", CONFIG_NAME, MODELOPT_NAME, CHECKSUMS_NAME)
-"""These files are downloaded of any repository: they say which weights there are, and what they are."""
+"""Patterns of the files that are downloaded from any repository. They list and describe the weights."""
 _SECONDS_WITHOUT_A_BYTE = 60
 _SIZE = re.compile(r"bytes .*/(\d+)")
 
@@ -32,27 +32,29 @@ class Repository(NamedTuple):
     name: str
     """``org/name``."""
     folder: str
-    """Where the cache has its files, those that it has, by their paths in the repository."""
+    """Path of the local snapshot, which holds the cached files under their paths in the repository."""
 
     @property
     def commit(self) -> str:
+        """Hash of the commit."""
         return os.path.basename(self.folder)
 
     def url(self, file: str) -> str:
+        """Return the URL of a file, given its path in the repository."""
         from huggingface_hub import hf_hub_url
 
         return hf_hub_url(self.name, file, revision=self.commit)
 
 
 def find_repository(name: str, revision: str | None) -> Repository:
-    """The commit that a revision stands for, with its configs and indexes on this machine.
+    """Resolve a revision to a commit, and download its configs and indexes.
 
     Raises:
-        CheckpointError: there is no such repository, we may not read it, or the Hub cannot be reached and the cache
-            does not have it.
+        CheckpointError: the repository does not exist, access is denied, or the Hub cannot be reached and the cache
+            does not hold the repository.
     """
     where = name if revision is None else f"{name}, revision {revision}"
-    with _told("neither a local path nor a repository that can be downloaded", where):
+    with _hub_errors("neither a local path nor a repository that can be downloaded", where):
         from huggingface_hub import snapshot_download
 
         folder = snapshot_download(name, revision=revision, allow_patterns=list(_SMALL), ignore_patterns=["*/*"])
@@ -60,11 +62,15 @@ def find_repository(name: str, revision: str | None) -> Repository:
 
 
 def names_in(repository: Repository) -> list[str]:
-    """Paths of all files of a repository; those in the cache where nothing tells and the Hub cannot be reached."""
-    kept = _kept_list(repository)
-    if kept is not None:
-        return kept
-    with _told("the files of a repository cannot be listed", repository.name):
+    """Return the paths of all files in a repository, or of the cached files if the Hub cannot be reached.
+
+    Raises:
+        CheckpointError: the Hub refuses to list the files.
+    """
+    cached = _cached_list(repository)
+    if cached is not None:
+        return cached
+    with _hub_errors("the files of a repository cannot be listed", repository.name):
         import httpx
         from huggingface_hub import HfApi
         from huggingface_hub.errors import OfflineModeIsEnabled
@@ -76,14 +82,16 @@ def names_in(repository: Repository) -> list[str]:
 
 
 def download(repository: Repository, files: Iterable[str]) -> None:
-    """Bring files of a repository into the cache, those that are not there yet.
+    """Download the files of a repository that are not in the cache yet.
 
     Raises:
-        CheckpointError: that fails.
+        CheckpointError: the download fails.
     """
     absent = [file for file in files if not system.is_file(os.path.join(repository.folder, *file.split("/")))]
     if absent:
-        with _told("files of a repository cannot be downloaded", f"{repository.name}, commit {repository.commit}"):
+        with _hub_errors(
+            "files of a repository cannot be downloaded", f"{repository.name}, commit {repository.commit}"
+        ):
             from huggingface_hub import snapshot_download
 
             snapshot_download(
@@ -92,35 +100,35 @@ def download(repository: Repository, files: Iterable[str]) -> None:
 
 
 class HubFile(NamedTuple):
-    """A file of a repository that is not on this machine; one or two requests read its header.
-
-    ``guess`` is how many bytes it is expected to begin with before its data.
-    """
+    """A file of a repository that is not on this machine. One or two requests read its header."""
 
     url: str
     guess: int
+    """Estimated offset of the data in bytes. The first request reads this many bytes."""
 
     def describe(self) -> str:
         return self.url
 
     def identity(self) -> Identity:
-        return self.url  # which names the commit
+        return self.url  # the URL contains the commit
 
     def open(self) -> OpenSource:
-        """Ask for its size and its first bytes.
+        """Request the size of the file and its first bytes.
 
         Raises:
-            CheckpointError: it cannot be read.
+            CheckpointError: the file cannot be read.
         """
         return _OpenHubFile(self.url, *_fetch(self.url, 0, max(8, self.guess)))
 
 
 class _OpenHubFile(NamedTuple):
-    """For headers, which one thread reads."""
+    """A remote file whose header is read by a single thread."""
 
     url: str
     start: bytearray
+    """The first bytes of the file, as many as have been read."""
     nbytes: int
+    """Size of the file."""
 
     def size(self) -> int:
         return self.nbytes
@@ -141,21 +149,21 @@ class _OpenHubFile(NamedTuple):
 
 
 def _fetch(url: str, offset: int, nbytes: int) -> tuple[bytearray, int]:
-    """Bytes of a remote file, fewer only at its end, and the size of the whole."""
-    with _told("a remote file cannot be read", url):
+    """Return bytes of a remote file, fewer only at its end, and the size of the file."""
+    with _hub_errors("a remote file cannot be read", url):
         import httpx
         from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, http_stream_backoff
 
-        asked = {"Range": f"bytes={offset}-{offset + nbytes - 1}", "Accept-Encoding": "identity"}
-        headers, data = build_hf_headers(headers=asked), bytearray()
+        requested = {"Range": f"bytes={offset}-{offset + nbytes - 1}", "Accept-Encoding": "identity"}
+        headers, data = build_hf_headers(headers=requested), bytearray()
         with http_stream_backoff("GET", url, headers=headers, timeout=_SECONDS_WITHOUT_A_BYTE) as response:
             hf_raise_for_status(response)
             ranged = _SIZE.fullmatch(response.headers.get("Content-Range", ""))
             size = ranged[1] if ranged else response.headers.get("Content-Length", "")
             if not size.isdecimal() or (response.status_code == 206) != bool(ranged):
-                raise ValueError(f"the answer does not say how long the file is: {dict(response.headers)}")
-            skipped = 0 if ranged else offset  # a server that takes no ranges sends all
-            with suppress(httpx.TransportError):  # after which too little is there
+                raise ValueError(f"the response does not state the size of the file: {dict(response.headers)}")
+            skipped = 0 if ranged else offset  # a server without range support sends the whole file
+            with suppress(httpx.TransportError):  # the check below reports missing bytes
                 for part in response.iter_raw():
                     data += part
                     if len(data) >= skipped + nbytes:
@@ -167,14 +175,14 @@ def _fetch(url: str, offset: int, nbytes: int) -> tuple[bytearray, int]:
 
 
 @contextmanager
-def _told(what: str, where: str) -> Iterator[None]:
-    """Tell as CheckpointError what goes wrong between the Hub and us."""
+def _hub_errors(what: str, where: str) -> Iterator[None]:
+    """Raise errors of the Hub and of the network as CheckpointError."""
     try:
         import httpx
         import huggingface_hub  # noqa: F401
     except ImportError as error:
         raise checkpoint_error(
-            "no such directory, and huggingface_hub, which could download it, is not installed",
+            "no such directory, and huggingface_hub is not installed to download it",
             where=where,
             do="check the path, or: pip install huggingface_hub",
         ) from error
@@ -189,8 +197,8 @@ def _told(what: str, where: str) -> Iterator[None]:
         ) from error
 
 
-def _kept_list(repository: Repository) -> list[str] | None:
-    """What newer versions of ``snapshot_download`` keep in the cache; None if there is nothing."""
+def _cached_list(repository: Repository) -> list[str] | None:
+    """Return the paths that newer versions of ``snapshot_download`` store in the cache; None if they are not stored."""
     try:
         from huggingface_hub import get_cached_repo_tree
         from huggingface_hub.errors import CachedRepoTreeNotFoundError
@@ -202,10 +210,10 @@ def _kept_list(repository: Repository) -> list[str] | None:
         return None
 
 
-def _files_below(folder: str, start: str) -> Iterator[str]:
+def _files_below(folder: str, prefix: str) -> Iterator[str]:
     for name in system.list_names(folder):
         path = os.path.join(folder, name)
         if system.is_directory(path):
-            yield from _files_below(path, f"{start}{name}/")
+            yield from _files_below(path, f"{prefix}{name}/")
         else:
-            yield start + name
+            yield prefix + name

@@ -1,13 +1,13 @@
-"""The journal of the work in a directory, line by line, so that the work can go on after a crash.
+"""The journal of the work in a directory, from which the work can be resumed after a crash.
 
-Each line is one of
+Each line is a JSON object of one of these forms:
 
-    {"work": what}          the first line; null: the work cannot go on
-    {"finished": shard}     the shard is on the disk, whole
-    {"again": shard}        the shard was finished, and has to be written anew
-    {"placing": {name: its size and time of change}}   from here on files are put in their places, in this order
+    {"work": description}   the first line; null if the work cannot be resumed
+    {"finished": shard}     the shard is complete on the disk
+    {"again": shard}        the shard was finished, but must be written again
+    {"placing": {name: [size, modification time]}}   from here on, files are moved into place in this order
 
-The name of a file that goes with the shards may have folders, each before a "/".
+The name of a file that accompanies the shards may contain folders, separated by "/".
 """
 
 from __future__ import annotations
@@ -21,27 +21,31 @@ from automodel_conv.files import system
 from automodel_conv.files.full_io import read_exactly
 from automodel_conv.files.staging import JOURNAL_NAME
 
-# Far more than a line for every file of any checkpoint.
+# Far more than one line for every file of the largest checkpoint.
 _MOST_JOURNAL_BYTES = 64 << 20
 
 
-class Earlier(NamedTuple):
-    """What a journal says; nothing, if it is no journal."""
+class JournalState(NamedTuple):
+    """The state of unfinished work that a journal records; empty for a file that is not a journal."""
 
     work: dict[str, Any] | None
+    """JSON description of the work; None if the work cannot be resumed."""
     finished: set[str]
+    """Names of the shards that are complete on the disk."""
     verified: set[str]
+    """Names of the finished shards that have been compared with their sources."""
     placing: dict[str, list[int]]
+    """Size and modification time of each file that was being moved into place, by name and in order."""
 
 
-_NOTHING = Earlier(None, set(), set(), {})
+_EMPTY = JournalState(None, set(), set(), {})
 
 
-def read_journal(journal: int) -> Earlier:
-    """What the whole lines say; what a crash left of another one is cut off."""
+def read_journal(journal: int) -> JournalState:
+    """Return the state that the complete lines record, and truncate an incomplete last line left by a crash."""
     nbytes = system.size(journal)
     if nbytes > _MOST_JOURNAL_BYTES:
-        return _NOTHING
+        return _EMPTY
     data = bytearray(nbytes)
     read_exactly(journal, [memoryview(data)], 0, JOURNAL_NAME)
     whole = data.rfind(b"\n") + 1
@@ -64,17 +68,17 @@ def read_journal(journal: int) -> Earlier:
                 case {"placing": dict(value)} if all(map(_is_inside, value)):
                     placing = value
                 case _:
-                    return _NOTHING
+                    return _EMPTY
     except (ValueError, RecursionError):
-        return _NOTHING
-    return Earlier(work, finished, verified, placing)
+        return _EMPTY
+    return JournalState(work, finished, verified, placing)
 
 
 def _is_inside(name: str) -> bool:
-    """Whether it names something in a directory or in its folders, and not above them."""
+    """Return whether a relative name stays below its directory."""
     return all(os.path.basename(part) == part and part not in ("", ".", "..") for part in name.split("/"))
 
 
-def note(journal: int, record: Mapping[str, Any]) -> None:
-    """Add a line, and wait until the disk has it."""
+def append_record(journal: int, record: Mapping[str, Any]) -> None:
+    """Append a line to the journal, and wait until it is on the disk."""
     system.write_end(journal, json.dumps(record).encode() + b"\n")

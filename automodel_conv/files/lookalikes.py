@@ -1,4 +1,4 @@
-"""What a file is that stands in the place of a checkpoint's file: a pointer to it, or what a server sent instead."""
+"""Recognize files that are mistaken for a checkpoint's file: pointers to it, other formats, or pages from a server."""
 
 from __future__ import annotations
 
@@ -8,15 +8,17 @@ SNIFFED_BYTES = 512
 
 
 class Lookalike(NamedTuple):
-    """What a file looks like, and what to do about it."""
+    """A format that a file was recognized as."""
 
     what: str
+    """Description of the format, with its article."""
     do: str
+    """Advice on how to get the weights."""
 
 
-_PAGE = "download the file itself; the address was that of a page, or wanted a login"
+_PAGE = "download the file itself: the address led to a web page, or required a login"
 _WEIGHTS = "convert these weights to safetensors with the library that wrote them"
-# By the first bytes. Sources: git-lfs 3.7, docs/spec.md; xet-core, pointer_file.rs.
+# Formats by their first bytes. Sources: git-lfs 3.7, docs/spec.md; xet-core, pointer_file.rs.
 _BEGINNINGS = (
     (
         b"version https://git-lfs.github.com/spec/",
@@ -34,24 +36,25 @@ _BEGINNINGS = (
 
 
 def lookalike(start: bytes) -> Lookalike | None:
-    """What a file is that begins with ``start`` and is not what its name says; None if that cannot be told.
+    """Return the format of a file that begins with ``start``; None if it is unknown or may be safetensors.
 
-    The length that a safetensors file begins with may have the bytes of any of these; a JSON object follows it.
+    A safetensors file begins with a length, which may equal the first bytes of any of these formats. It is recognized
+    by the JSON object that follows.
     """
     if start[8:9] == b"{" and start[7] == 0:
         return None
-    for beginning, what in _BEGINNINGS:
+    for beginning, other in _BEGINNINGS:
         if start.startswith(beginning):
-            return what
+            return other
     text = start.removeprefix(b"\xef\xbb\xbf").lstrip()
     if text.startswith(b"<"):
         return Lookalike("a page of HTML or XML", _PAGE)
     try:
-        said = text.decode("utf-8", "strict" if len(start) < SNIFFED_BYTES else "ignore").strip()
+        content = text.decode("utf-8", "strict" if len(start) < SNIFFED_BYTES else "ignore").strip()
     except UnicodeDecodeError:
         return None
-    if not said or not said.replace("\n", " ").replace("\r", " ").replace("\t", " ").isprintable():
+    if not content or not content.replace("\n", " ").replace("\r", " ").replace("\t", " ").isprintable():
         return None
-    kind = "JSON" if said[0] in "{[" else "text"
-    line = " ".join(said.split())
+    kind = "JSON" if content[0] in "{[" else "text"
+    line = " ".join(content.split())
     return Lookalike(f"{kind}: {line[:80]}{'...' if len(line) > 80 else ''}", _PAGE)

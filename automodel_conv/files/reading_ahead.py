@@ -1,7 +1,7 @@
-"""Bringing the files of a checkpoint into the system's cache while something else takes its time.
+"""Read the files of a checkpoint into the system's cache while this process does other work.
 
-The first plan of a process waits seconds for the import of transformers' models, and the disk has nothing to do
-meanwhile. Nothing of the files comes into this process: copying 1.6 GB took a second of a core, this takes 0.04.
+The first plan of a process waits seconds for the import of transformers' models, while the disk is idle. No bytes are
+copied into this process: copying 1.6 GB took a second of a core, and this takes 0.04 seconds.
 """
 
 from __future__ import annotations
@@ -15,32 +15,33 @@ from automodel_conv.files.checkpoint import Checkpoint
 from automodel_conv.files.free_memory import free_memory
 from automodel_conv.files.source import LocalFile
 
-# Brought in by one call. While Python imports, a thread gets the interpreter every few milliseconds only, so that small
-# portions would come slowly; who ends it waits for the last one.
+# Bytes read by one call. While Python imports, a thread gets the interpreter only every few milliseconds, so small
+# portions would be read slowly. The end of the block waits for the last portion, so large ones would delay it.
 PORTION_BYTES = 16 << 20
-# Less is read in a moment.
+# Smaller checkpoints are read in a moment.
 LEAST_BYTES = 64 << 20
-# Between two looks at the memory that is free.
+# Bytes read between two checks of the free memory.
 _LOOK_BYTES = 256 << 20
 
 
 @contextmanager
 def reading_ahead(checkpoint: Checkpoint, share: tuple[int, int] = (0, 1)) -> Iterator[None]:
-    """Read the files for the length of a block, from a thread that has ended when the block has.
+    """Read the files of a checkpoint ahead in a thread that runs at most until the end of the block.
 
-    It never fails: a file that cannot be read ends it, and the load will tell. Nothing is read of a checkpoint that is
-    small or not on this machine.
+    Reading ahead never raises. It stops at a file that cannot be read, and the load then reports the error. Checkpoints
+    that are small or not on this machine are not read ahead.
 
     Args:
-        share: number of this process and how many there are: each reads other portions.
+        checkpoint: the checkpoint to read.
+        share: index of this process and number of processes. Each process reads different portions.
     """
     stop = threading.Event()
-    here = [source.path for source in checkpoint.sources if isinstance(source, LocalFile)]
-    arguments = (here, share, stop)
+    files = [source.path for source in checkpoint.sources if isinstance(source, LocalFile)]
+    arguments = (files, share, stop)
     thread = threading.Thread(target=read_ahead, args=arguments, name="automodel_conv reading ahead", daemon=True)
     try:
         if not checkpoint.is_remote and sum(checkpoint.nbytes) >= LEAST_BYTES:
-            with suppress(RuntimeError):  # no more threads: the load will tell, if it needs one
+            with suppress(RuntimeError):  # no more threads: the load reports that if it needs one
                 thread.start()
         yield
     finally:
@@ -50,19 +51,21 @@ def reading_ahead(checkpoint: Checkpoint, share: tuple[int, int] = (0, 1)) -> It
 
 
 def read_ahead(files: Sequence[str], share: tuple[int, int], stop: threading.Event) -> int:
-    """Read files in order until ``stop`` is set; not what is cached, and not where the system cannot tell that.
+    """Read files into the system's cache in order until ``stop`` is set, skipping portions that are cached already.
 
-    It ends too where half of the memory that is free has no room for what all processes have read and one portion more.
+    Reading ends early if the system does not report what is cached, or if half of the free memory is too small for the
+    bytes that all processes have read and one more portion.
 
     Args:
-        files: paths.
+        files: paths of the files.
         share: see ``reading_ahead``.
+        stop: event that ends the reading.
 
     Returns:
-        The bytes that were brought in.
+        The number of bytes that were read.
     """
     number, shares = share
-    done, look_at = 0, 0
+    done, next_look = 0, 0
     with suppress(OSError):
         for path in files:
             fd = system.open_readonly(path)
@@ -75,11 +78,11 @@ def read_ahead(files: Sequence[str], share: tuple[int, int], stop: threading.Eve
                         return done
                     if cached:
                         continue
-                    if done >= look_at:
-                        free, look_at = free_memory() or 0, done + _LOOK_BYTES
+                    if done >= next_look:
+                        free, next_look = free_memory() or 0, done + _LOOK_BYTES
                     if (done + nbytes) * shares > free // 2:
                         return done
-                    done += system.bring_in(fd, offset, nbytes)
+                    done += system.read_into_cache(fd, offset, nbytes)
             finally:
                 system.close(fd)
     return done

@@ -1,10 +1,10 @@
-"""The files of a checkpoint to be written: which tensor lies where, headers and index, before any data is there.
+"""Layout of the files of a checkpoint before any data is written: offsets of tensors, headers and index.
 
-Pure. Files are laid out as the safetensors library does it, so that the same tensors give the same bytes, but for the
-spaces at the end of the header: as many as let the data begin at a page, so that it can be mapped in whole pages. Files
-are divided as huggingface_hub does it. Source: safetensors 0.8.0, ``prepare`` in ``tensor.rs``, and the format section
-of its README, which allows the spaces; huggingface_hub 1.33.0, ``split_state_dict_into_shards_factory``; transformers
-5.23.0, ``save_pretrained``.
+The module is pure. Files have the same bytes as those of the safetensors library, except for the number of spaces at
+the end of the header. These pad the header so that the data begins at a page boundary and can be mapped in whole pages.
+Tensors are divided among files as huggingface_hub does it. Source: safetensors 0.8.0, ``prepare`` in ``tensor.rs``, and
+the format section of its README, which allows the spaces; huggingface_hub 1.33.0,
+``split_state_dict_into_shards_factory``; transformers 5.23.0, ``save_pretrained``.
 """
 
 from __future__ import annotations
@@ -21,78 +21,90 @@ from automodel_conv.files.header import LONGEST_NAME, odd_name, short
 
 CHECKSUMS_NAME = "model.safetensors.checksums.json"
 LAYOUT_KEY = "expert_layout"
-"""Under it the metadata of files and of their index name the layout of the experts."""
+"""Key of the experts' layout in the metadata of files and of their index."""
 
 PAGE_BYTES = 4096
-"""The data of a file begins at a multiple of it."""
+"""Alignment in bytes of the start of a file's data."""
 
-_ORDER = {code: place for place, code in enumerate(BITS)}
+_ORDER = {code: position for position, code in enumerate(BITS)}
 _UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?I?B)\s*", re.IGNORECASE)
 
 
-class Form(NamedTuple):
-    """The names of a checkpoint's files, and the layout of experts that they name."""
+class Naming(NamedTuple):
+    """How the files of a checkpoint are named, and the expert layout that they record."""
 
     stem: str = "model"
-    """Names begin with it. transformers and engines look for "model", and pass over others."""
+    """Start of every file name. transformers and inference engines look for "model" and ignore other names."""
     layout: str | None = None
-    """The layout of the experts; None: the files do not say."""
+    """Layout of the experts; None if the files do not record it."""
 
     @property
     def index_name(self) -> str:
+        """Name of the index."""
         return f"{self.stem}.safetensors.index.json"
 
-    def file_name(self, number: int, of: int) -> str:
-        """Name of a file, counted from 1."""
-        return f"{self.stem}-{number:05}-of-{of:05}.safetensors" if of > 1 else f"{self.stem}.safetensors"
+    def file_name(self, number: int, count: int) -> str:
+        """Return the name of file ``number`` of ``count``, counted from 1."""
+        return f"{self.stem}-{number:05}-of-{count:05}.safetensors" if count > 1 else f"{self.stem}.safetensors"
 
 
-FORM = Form()
-"""The form of transformers' own files."""
+DEFAULT_NAMING = Naming()
+"""The file names of transformers."""
 
 
 class Spec(NamedTuple):
-    """A tensor to be written; the shape as torch sees it."""
+    """The name, dtype and shape of a tensor to write."""
 
     name: str
     dtype: str
+    """safetensors dtype code."""
     shape: tuple[int, ...]
+    """Shape as torch reports it, with two F4 values per element."""
 
     @property
     def nbytes(self) -> int:
+        """Size of the tensor's data in bytes."""
         return nbytes(self.dtype, prod(self.shape))
 
 
 class Shard(NamedTuple):
-    """One file: its header, and its tensors with the byte of the file where each begins."""
+    """An output file: its header, and the positions of its tensors."""
 
     name: str
     header: bytes
+    """All bytes before the data, including the length of the header."""
     specs: tuple[Spec, ...]
     offsets: tuple[int, ...]
+    """Offset in bytes of each tensor from the start of the file."""
 
     @property
     def nbytes(self) -> int:
+        """Size of the file in bytes."""
         return len(self.header) + sum(spec.nbytes for spec in self.specs)
 
 
 def parse_size(size: int | str) -> int:
-    """Bytes from a number or from words such as "5GB" or "300 MiB".
+    """Return the number of bytes given as an integer or as text such as "5GB" or "300 MiB".
 
     Raises:
-        UnsupportedError: it is neither, or not above zero.
+        UnsupportedError: the size is neither, or is not above zero.
     """
     match = _SIZE.fullmatch(size) if isinstance(size, str) else None
-    found = int(float(match[1]) * _UNITS[match[2].upper()]) if match is not None else size
-    if not isinstance(found, int) or isinstance(found, bool) or found <= 0:
-        raise UnsupportedError(message("not a size", expected='bytes, or words such as "5GB"', found=repr(size)))
-    return found
+    count = int(float(match[1]) * _UNITS[match[2].upper()]) if match is not None else size
+    if not isinstance(count, int) or isinstance(count, bool) or count <= 0:
+        raise UnsupportedError(
+            message("not a size", expected='a number of bytes, or text such as "5GB"', found=repr(size))
+        )
+    return count
 
 
-def divide(specs: Iterable[Spec], most_bytes: int, form: Form = FORM) -> list[Shard]:
-    """Files of at most ``most_bytes`` of data each, in the order of ``specs``; a larger tensor has its own file."""
+def divide(specs: Iterable[Spec], most_bytes: int, naming: Naming = DEFAULT_NAMING) -> list[Shard]:
+    """Divide tensors among files of at most ``most_bytes`` of data each, in the order of ``specs``.
+
+    A tensor larger than ``most_bytes`` gets a file of its own.
+    """
     groups: list[list[Spec]] = []
     current: list[Spec] = []
     used = 0
@@ -107,12 +119,12 @@ def divide(specs: Iterable[Spec], most_bytes: int, form: Form = FORM) -> list[Sh
         used += spec.nbytes
     if current or not groups:
         groups.append(current)
-    names = [form.file_name(number, len(groups)) for number in range(1, len(groups) + 1)]
-    return [shard_of(name, group, form.layout) for name, group in zip(names, groups, strict=True)]
+    names = [naming.file_name(number, len(groups)) for number in range(1, len(groups) + 1)]
+    return [shard_of(name, group, naming.layout) for name, group in zip(names, groups, strict=True)]
 
 
 def divide_like(specs: Iterable[Spec], files: Mapping[str, str], layout: str | None = None) -> list[Shard]:
-    """The files that ``files`` names for the tensors; all must be in it."""
+    """Divide tensors among the files that ``files`` assigns to their names. It must contain every name."""
     groups: dict[str, list[Spec]] = {}
     for spec in specs:
         groups.setdefault(files[spec.name], []).append(spec)
@@ -120,14 +132,16 @@ def divide_like(specs: Iterable[Spec], files: Mapping[str, str], layout: str | N
 
 
 def shard_of(name: str, specs: Sequence[Spec], layout: str | None = None) -> Shard:
-    """A file with these tensors: the widest dtypes first, so that each tensor is aligned, and then by name.
+    """Return a file with these tensors, sorted by dtype and then by name.
+
+    The widest dtypes come first, so that every tensor is aligned.
 
     Raises:
-        UnsupportedError: a tensor that the format cannot hold: float4 without a dimension; or a name that is not read.
+        UnsupportedError: the format cannot hold a tensor (float4 without a dimension), or readers refuse its name.
     """
     if (odd := odd_name([spec.name for spec in specs])) is not None:
         expected = f"at most {LONGEST_NAME} printable characters"
-        raise UnsupportedError(message("a name that no tensor may have", expected=expected, found=short(odd)))
+        raise UnsupportedError(message("an invalid tensor name", expected=expected, found=short(odd)))
     specs = sorted(specs, key=lambda spec: (-_ORDER[spec.dtype], spec.name))
     metadata = {"format": "pt"} if layout is None else {"format": "pt", LAYOUT_KEY: layout}
     header: dict[str, object] = {"__metadata__": metadata}
@@ -136,7 +150,11 @@ def shard_of(name: str, specs: Sequence[Spec], layout: str | None = None) -> Sha
         shape = list(spec.shape)
         if spec.dtype == "F4":
             if not shape:
-                raise UnsupportedError(message(f"{spec.name} is a pair of numbers in the shape of one", found="F4 []"))
+                raise UnsupportedError(
+                    message(
+                        f"{spec.name} is float4 without a dimension, which cannot hold a pair of values", found="F4 []"
+                    )
+                )
             shape[-1] *= 2  # torch counts pairs
         starts.append(end)
         end += spec.nbytes
@@ -147,26 +165,28 @@ def shard_of(name: str, specs: Sequence[Spec], layout: str | None = None) -> Sha
     return Shard(name, len(text).to_bytes(8, "little") + text, tuple(specs), tuple(data + start for start in starts))
 
 
-def index_of(shards: Sequence[Shard], parameters: int | None = None, form: Form = FORM) -> bytes | None:
-    """The text of the index; None for a single file under its usual name, which needs none.
+def index_of(shards: Sequence[Shard], parameters: int | None = None, naming: Naming = DEFAULT_NAMING) -> bytes | None:
+    """Return the text of the index; None for a single file of the default name, which needs no index.
 
     Args:
-        parameters: elements of the model's parameters; None: all elements count as such.
+        shards: files of the checkpoint.
+        parameters: number of elements in the model's parameters; None: the elements of all tensors.
+        naming: names of the files, and the layout to record.
     """
-    if [shard.name for shard in shards] == [form.file_name(1, 1)]:
+    if [shard.name for shard in shards] == [naming.file_name(1, 1)]:
         return None
     specs = [spec for shard in shards for spec in shard.specs]
     metadata: dict[str, object] = {
         "total_parameters": sum(prod(spec.shape) for spec in specs) if parameters is None else parameters,
         "total_size": sum(spec.nbytes for spec in specs),
     }
-    if form.layout is not None:
-        metadata[LAYOUT_KEY] = form.layout
+    if naming.layout is not None:
+        metadata[LAYOUT_KEY] = naming.layout
     weight_map = {spec.name: shard.name for shard in shards for spec in shard.specs}
     return (json.dumps({"metadata": metadata, "weight_map": weight_map}, indent=2, sort_keys=True) + "\n").encode()
 
 
 def is_checkpoint(name: str) -> bool:
-    """Whether a file of this name is one that loaders take weights from."""
-    own = name.endswith((".safetensors", ".safetensors.index.json", ".gguf"))
-    return own or (name.startswith("pytorch_model") and name.endswith((".bin", ".bin.index.json")))
+    """Return whether loaders may read weights from a file of this name."""
+    is_known = name.endswith((".safetensors", ".safetensors.index.json", ".gguf"))
+    return is_known or (name.startswith("pytorch_model") and name.endswith((".bin", ".bin.index.json")))

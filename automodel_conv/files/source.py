@@ -1,4 +1,4 @@
-"""``ByteSource``, the bytes of one file of a checkpoint wherever they lie; ``LocalFile``, a file on this machine."""
+"""``ByteSource``, the bytes of one file of a checkpoint on any storage, and ``LocalFile``, a file on this machine."""
 
 from __future__ import annotations
 
@@ -14,49 +14,49 @@ Identity = tuple[int, int] | str
 
 
 class OpenSource(Protocol):
-    """A source that is open; threads share it."""
+    """An open source, shared by threads."""
 
     def size(self) -> int:
-        """Length in bytes."""
+        """Return the size in bytes."""
         ...
 
     def read_into(self, views: list[memoryview], offset: int) -> None:
-        """Fill all views, one after the other, with the bytes that follow ``offset``.
+        """Fill all ``views`` with consecutive bytes, starting at ``offset``.
 
         Raises:
-            ReadError: there are fewer bytes, or they cannot be read.
+            ReadError: the source ends too early, or cannot be read.
         """
         ...
 
     def descriptor(self) -> int | None:
-        """The descriptor of a local file, which can be mapped, or copied by the kernel; None for other sources."""
+        """Return the descriptor of a local file, which the kernel can map or copy; None for other sources."""
         ...
 
     def close(self) -> None:
-        """Close it; nobody reads after that."""
+        """Close the source. It must not be read afterwards."""
         ...
 
 
 class ByteSource(Protocol):
-    """The bytes of one file of a checkpoint, wherever they lie."""
+    """The bytes of one file of a checkpoint on any storage."""
 
     def describe(self) -> str:
-        """A path or a URL, for errors."""
+        """Return a path or a URL for error texts."""
         ...
 
     def identity(self) -> Identity:
-        """A JSON value that differs once the bytes were changed: size and time of the last change, or a version.
+        """Return a JSON value that changes whenever the bytes do: size and modification time, or a version.
 
         Raises:
-            OSError: it is not there any more.
+            OSError: the source does not exist any more.
         """
         ...
 
     def open(self) -> OpenSource:
-        """Make it ready to be read.
+        """Open the source for reading.
 
         Raises:
-            OSError: it cannot be.
+            OSError: the source cannot be opened.
         """
         ...
 
@@ -95,10 +95,10 @@ class _OpenFile(NamedTuple):
 
 @contextmanager
 def opened(source: ByteSource) -> Iterator[OpenSource]:
-    """A source that is open for the length of a block.
+    """Open a source for the length of a block.
 
     Raises:
-        ReadError: it cannot be opened.
+        ReadError: the source cannot be opened.
     """
     try:
         file = source.open()

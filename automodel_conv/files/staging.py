@@ -16,17 +16,17 @@ BESIDE_NAME = "beside"
 
 
 def staged_path(directory: str, name: str) -> str:
-    """Where a file of a directory that is written to lies until all are there."""
+    """Return the path of a file in the staging folder of a directory."""
     return os.path.join(directory, STAGING_NAME, name)
 
 
 def holds_work(directory: str) -> bool:
-    """Whether a directory holds unfinished work, which its journal tells."""
+    """Return whether a directory holds unfinished work, which has a journal."""
     return system.exists(os.path.join(directory, STAGING_NAME, JOURNAL_NAME))
 
 
-def remove_remains(directory: str) -> None:
-    """Remove what is left of a work that was killed after all of it was done.
+def remove_leftovers(directory: str) -> None:
+    """Remove the staging folder that a process left because it was killed after its work was complete.
 
     Raises:
         DestinationError: another process writes to the directory.
@@ -34,20 +34,31 @@ def remove_remains(directory: str) -> None:
     staging = os.path.join(directory, STAGING_NAME)
     if system.exists(staging):
         with write_errors(directory):
-            lock = locked(staging, directory)
+            lock = acquire_lock(staging, directory)
         remove_staging(staging)
         system.close(lock)
 
 
-def locked(staging: str, directory: str) -> int:
-    """The lock file, open and locked."""
+def acquire_lock(staging: str, directory: str) -> int:
+    """Create the staging folder, and lock it for this process.
+
+    Args:
+        staging: path of the staging folder.
+        directory: path of its directory, for the error text.
+
+    Returns:
+        The descriptor of the lock file. Closing it releases the lock.
+
+    Raises:
+        DestinationError: another process holds the lock.
+    """
     path = os.path.join(staging, LOCK_NAME)
     while True:
         system.make_directory(staging)
         try:
             fd = system.open_append(path)
         except FileNotFoundError:
-            continue  # who had it has just finished and removed the directory
+            continue  # the process that held the lock has just removed the directory
         try:
             if not system.lock(fd):
                 raise DestinationError(
@@ -62,20 +73,20 @@ def locked(staging: str, directory: str) -> int:
         except BaseException:
             system.close(fd)
             raise
-        system.close(fd)  # likewise
+        system.close(fd)  # the process that held the lock has just removed the file
 
 
 def remove_staging(staging: str) -> None:
-    """Remove what is no longer needed; the next work removes what cannot be removed now."""
+    """Remove the staging folder. Files that cannot be removed now are removed when the directory is next opened."""
     with suppress(OSError):
-        # The lock, which others look at, is the last.
+        # Other processes look at the lock, so it is removed last.
         for name in sorted(system.list_names(staging), key=lambda name: name == LOCK_NAME):
             remove_all(os.path.join(staging, name))
         system.remove_directory(staging)
 
 
 def remove_all(path: str) -> None:
-    """Remove a file, or a folder with all that is in it; of a link, the link."""
+    """Remove a file, a link itself, or a folder with its contents."""
     if system.is_directory(path) and not system.is_link(path):
         for name in system.list_names(path):
             remove_all(os.path.join(path, name))

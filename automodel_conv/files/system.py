@@ -1,6 +1,6 @@
-"""Every file call of the package, one thin function each: tests count them and fail the n-th.
+"""All file calls of the package, one thin function each, so that tests can count them and make the n-th fail.
 
-They are called through the module (``system.preadv``) and never imported by name.
+Callers use them through the module (``system.preadv``) and never import them by name.
 """
 
 from __future__ import annotations
@@ -21,72 +21,76 @@ except ImportError:  # not a POSIX system
     fcntl = None
 
 
-# Source: asm-generic/mman-common.h, asm-generic/mman.h. Python's mmap module has the last from 3.13 on.
+# Source: asm-generic/mman-common.h, asm-generic/mman.h. Python's mmap module has MAP_NORESERVE from 3.13 on.
 _PROT_READ, _PROT_WRITE = 1, 2
 _MAP_PRIVATE, _MAP_NORESERVE = 0x02, 0x4000
 
 # Source: linux/fs.h.
 _SYNC_FILE_RANGE_WRITE = 2
 
-# Without pread, seek and read are two calls on one position; threads must not interleave them.
+# Without pread, seek and read are two calls that share a position, so threads must not interleave them.
 _seek_lock = threading.Lock()
 
 
 def exists(path: str) -> bool:
-    """Whether anything lies at ``path``, after following links."""
+    """Return whether ``path`` exists, after following links."""
     return os.path.exists(path)
 
 
 def is_file(path: str) -> bool:
-    """Whether ``path`` is a regular file, after following links."""
+    """Return whether ``path`` is a regular file, after following links."""
     return os.path.isfile(path)
 
 
 def is_directory(path: str) -> bool:
-    """Whether ``path`` is a directory, after following links."""
+    """Return whether ``path`` is a directory, after following links."""
     return os.path.isdir(path)
 
 
 def is_link(path: str) -> bool:
-    """Whether ``path`` is a symbolic link."""
+    """Return whether ``path`` is a symbolic link."""
     return os.path.islink(path)
 
 
 def real_path(path: str) -> str:
-    """The absolute path without links in it; as far as it exists."""
+    """Return the absolute path with links resolved as far as it exists."""
     return os.path.realpath(path)
 
 
 def list_names(directory: str) -> list[str]:
-    """Names in a directory, sorted."""
+    """Return the names in a directory, sorted."""
     return sorted(os.listdir(directory))
 
 
 def open_readonly(path: str) -> int:
-    """Open a file for reading; returns its descriptor."""
+    """Open a file for reading, and return its descriptor."""
     return os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
 
 
 def close(fd: int) -> None:
-    """Close a descriptor; what the system may still have to tell about a file, ``sync`` has told before."""
+    """Close a descriptor. Errors of pending writes are ignored, since ``sync`` has reported them before."""
     try:
         os.close(fd)
     except OSError as error:
-        if error.errno == errno.EBADF:  # closed twice: somebody else's file would be next
+        if error.errno == errno.EBADF:  # closed twice: the next time the number could belong to another file
             raise
 
 
 def size(fd: int) -> int:
-    """Length of an open file in bytes."""
+    """Return the size of an open file in bytes."""
     return os.fstat(fd).st_size
 
 
 def preadv(fd: int, views: list[memoryview], offset: int) -> int:
-    """Read at ``offset`` into ``views`` in turn; returns the bytes read, which may be fewer.
+    """Read at ``offset`` into ``views`` one after the other.
 
     Args:
-        views: at most ``exactly.IOV_MAX`` writable, contiguous views of bytes, none of them empty.
-        offset: in bytes from the start of the file.
+        fd: descriptor of the file.
+        views: at most ``full_io.IOV_MAX`` writable, contiguous views of bytes, none of them empty.
+        offset: offset in bytes from the start of the file.
+
+    Returns:
+        The number of bytes read, which may be fewer than requested.
     """
     if hasattr(os, "preadv"):
         return os.preadv(fd, views, offset)
@@ -109,20 +113,20 @@ def _pread(fd: int, nbytes: int, offset: int) -> bytes:
 
 
 def is_cached(fd: int, offset: int) -> bool | None:
-    """Whether the byte at ``offset`` can be read without waiting for a disk; None where the system cannot tell."""
+    """Return whether the byte at ``offset`` can be read without waiting for a disk; None if the system cannot tell."""
     if not hasattr(os, "RWF_NOWAIT"):
         return None
     try:
         os.preadv(fd, [bytearray(1)], offset, os.RWF_NOWAIT)
     except BlockingIOError:
         return False
-    except OSError:  # a file system without this
+    except OSError:  # the file system does not support the flag
         return None
     return True
 
 
 def read_text(path: str) -> str | None:
-    """The text of a small file of the system's own; None if it cannot be read."""
+    """Return the text of a small file of the operating system; None if it cannot be read."""
     try:
         with open(path, encoding="utf-8") as file:
             return file.read()
@@ -130,34 +134,38 @@ def read_text(path: str) -> str | None:
         return None
 
 
-def bring_in(fd: int, offset: int, nbytes: int) -> int:
-    """Read bytes of a file into the system's cache alone, and wait until they are there.
+def read_into_cache(fd: int, offset: int, nbytes: int) -> int:
+    """Read bytes of a file into the system's cache only, and wait until they are cached.
 
-    The kernel throws pages away that are sent to ``/dev/null``, and does not copy them.
+    The kernel discards pages that are sent to ``/dev/null``, without copying them.
 
     Returns:
-        The bytes that were brought in, which may be fewer; 0 where the file ends.
+        The number of bytes read, which may be fewer than requested; 0 at the end of the file.
     """
-    nowhere = os.open(os.devnull, os.O_WRONLY)
+    null = os.open(os.devnull, os.O_WRONLY)
     try:
-        return os.sendfile(nowhere, fd, offset, nbytes)
+        return os.sendfile(null, fd, offset, nbytes)
     finally:
-        os.close(nowhere)
+        os.close(null)
 
 
 def drop_cache(fd: int) -> None:
-    """Let the system forget the file's bytes that it holds and that are on the disk; advice."""
+    """Advise the system to drop the cached bytes of a file that are on the disk."""
     if hasattr(os, "posix_fadvise"):
         with suppress(OSError):
             os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def pwritev(fd: int, views: list[memoryview], offset: int) -> int:
-    """Write ``views`` one after the other at ``offset``; returns the bytes written, which may be fewer.
+    """Write ``views`` one after the other at ``offset``.
 
     Args:
-        views: at most ``exactly.IOV_MAX`` contiguous views of bytes, none of them empty.
-        offset: in bytes from the start of the file.
+        fd: descriptor of the file.
+        views: at most ``full_io.IOV_MAX`` contiguous views of bytes, none of them empty.
+        offset: offset in bytes from the start of the file.
+
+    Returns:
+        The number of bytes written, which may be fewer than requested.
     """
     if hasattr(os, "pwritev"):
         return os.pwritev(fd, views, offset)
@@ -173,10 +181,12 @@ def _pwrite(fd: int, view: memoryview, offset: int) -> int:
 
 
 def seconds_ready() -> float:
-    """How long this thread has had a core, or was ready to run and waited for one; off Linux the former alone.
+    """Return the seconds that this thread has spent on a core or ready and waiting for one.
+
+    On systems other than Linux, the time of waiting is not included.
 
     Source: Documentation/scheduler/sched-stats.rst of Linux, ``/proc/<pid>/schedstat``: nanoseconds on a core, then
-    nanoseconds of waiting for one; both are 0 where the kernel keeps no account.
+    nanoseconds of waiting for one. Both are 0 if the kernel keeps no account.
     """
     text = read_text("/proc/thread-self/schedstat")
     waited = int(text.split()[1]) / 1e9 if text else 0.0
@@ -184,19 +194,21 @@ def seconds_ready() -> float:
 
 
 def can_map() -> bool:
-    """Whether ``map_private`` works here: on Linux."""
+    """Return whether ``map_private`` works on this system, which is Linux only."""
     return sys.platform == "linux"
 
 
 def map_private(fd: int, offset: int, nbytes: int) -> int:
-    """Map bytes of a file into memory, copy-on-write; returns the address of the first.
+    """Map bytes of a file into memory, copy-on-write, and return the address of the first byte.
 
-    What is written there never reaches the file, and takes memory only once it is written. Python's own ``mmap`` would
-    keep a descriptor open as long as the mapping lives.
+    Writes never reach the file, and only written pages take up memory. Python's own ``mmap`` would keep a descriptor
+    open for the lifetime of the mapping.
 
     Args:
-        offset: a multiple of ``mmap.ALLOCATIONGRANULARITY``.
-        nbytes: at least one, all of them within the file: a touch beyond its end ends the process (SIGBUS).
+        fd: descriptor of the file.
+        offset: offset in bytes from the start of the file, a multiple of ``mmap.ALLOCATIONGRANULARITY``.
+        nbytes: number of bytes, at least one. All must be within the file: an access beyond its end kills the process
+            (SIGBUS).
     """
     protection, flags = _PROT_READ | _PROT_WRITE, _MAP_PRIVATE | _MAP_NORESERVE
     address = _mmap()(None, nbytes, protection, flags, fd, offset)
@@ -207,7 +219,7 @@ def map_private(fd: int, offset: int, nbytes: int) -> int:
 
 
 def unmap(address: int, nbytes: int) -> None:
-    """Take a mapping back; nothing may touch it any more."""
+    """Remove a mapping. Its memory must not be accessed afterwards."""
     _munmap()(address, nbytes)
 
 
@@ -228,22 +240,22 @@ def _munmap():
 
 
 def create(path: str) -> int:
-    """Open a new or emptied file for reading and writing; returns its descriptor."""
+    """Create or empty a file, open it for reading and writing, and return its descriptor."""
     return os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | getattr(os, "O_BINARY", 0), 0o666)
 
 
 def open_existing(path: str) -> int:
-    """Open a file that is there, to read it and to write into it; returns its descriptor."""
+    """Open an existing file for reading and writing, and return its descriptor."""
     return os.open(path, os.O_RDWR | getattr(os, "O_BINARY", 0))
 
 
 def open_append(path: str) -> int:
-    """Open a file, made if need be, to read it and to write at its end; returns its descriptor."""
+    """Open a file for reading and appending, create it if necessary, and return its descriptor."""
     return os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | getattr(os, "O_BINARY", 0), 0o666)
 
 
 def write_end(fd: int, data: bytes) -> None:
-    """Add ``data`` to a file opened by ``open_append``, and wait until the disk has it."""
+    """Append ``data`` to a file opened by ``open_append``, and wait until it is on the disk."""
     view = memoryview(data)
     while len(view):
         view = view[os.write(fd, view) :]
@@ -251,15 +263,15 @@ def write_end(fd: int, data: bytes) -> None:
 
 
 def truncate(fd: int, nbytes: int) -> None:
-    """Cut a file to ``nbytes``, or lengthen it with zeros."""
+    """Truncate a file to ``nbytes``, or extend it with zeros."""
     os.ftruncate(fd, nbytes)
 
 
 def reserve(fd: int, nbytes: int) -> None:
-    """Give a file its length, with room on the disk where the file system can promise it.
+    """Set the size of a file, and allocate disk space for it if the file system supports that.
 
     Raises:
-        OSError: among others, there is no room.
+        OSError: the disk is full, or the system reports another error.
     """
     if hasattr(os, "posix_fallocate"):
         try:
@@ -272,10 +284,11 @@ def reserve(fd: int, nbytes: int) -> None:
 
 
 def copy_range(source: int, source_offset: int, target: int, target_offset: int, nbytes: int) -> int:
-    """Copy bytes from file to file within the kernel.
+    """Copy bytes from one file to another within the kernel.
 
     Returns:
-        The bytes copied, which may be fewer; 0 where these files cannot be copied so, or the source ends.
+        The number of bytes copied, which may be fewer than requested; 0 if the kernel cannot copy between these files,
+        or at the end of the source.
     """
     if not hasattr(os, "copy_file_range"):
         return 0
@@ -288,7 +301,7 @@ def copy_range(source: int, source_offset: int, target: int, target_offset: int,
 
 
 def begin_writeback(fd: int, offset: int, nbytes: int) -> None:
-    """Let the system start to bring written bytes to the disk, so that ``sync`` has less to wait for; never fails."""
+    """Start to write cached bytes to the disk, so that ``sync`` waits for less. Errors are ignored."""
     if sys.platform == "linux":
         _sync_file_range()(fd, offset, nbytes, _SYNC_FILE_RANGE_WRITE)
 
@@ -302,12 +315,12 @@ def _sync_file_range():
 
 
 def sync(fd: int) -> None:
-    """Wait until the disk has all that was written to a file."""
+    """Wait until all bytes written to a file are on the disk."""
     os.fsync(fd)
 
 
 def sync_directory(path: str) -> None:
-    """Wait until the disk knows the names in a directory."""
+    """Wait until the names in a directory are on the disk."""
     if os.name == "posix":
         fd = os.open(path, os.O_RDONLY)
         try:
@@ -317,12 +330,12 @@ def sync_directory(path: str) -> None:
 
 
 def make_directory(path: str) -> None:
-    """Make a directory and those above it, where they are missing."""
+    """Create a directory and its parents unless they exist."""
     os.makedirs(path, exist_ok=True)
 
 
 def rename(path: str, new: str) -> None:
-    """Give a file another name, at once, in place of any file of that name."""
+    """Rename a file atomically, replacing any file of the new name."""
     os.replace(path, new)
 
 
@@ -342,7 +355,7 @@ def remove_directory(path: str) -> None:
 
 
 def lock(fd: int) -> bool:
-    """Take an open file for this process alone, until it is closed; False if somebody else has it."""
+    """Lock an open file for this process until it is closed. Return False if another process has locked it."""
     if fcntl is None:
         return True
     try:
@@ -353,7 +366,7 @@ def lock(fd: int) -> bool:
 
 
 def is_at(fd: int, path: str) -> bool:
-    """Whether an open file is the one that lies at ``path`` now."""
+    """Return whether an open file is the file that is at ``path`` now."""
     try:
         return os.path.samestat(os.fstat(fd), os.stat(path))
     except FileNotFoundError:
@@ -361,11 +374,11 @@ def is_at(fd: int, path: str) -> bool:
 
 
 def identity(path: str) -> tuple[int, int]:
-    """Size in bytes and time of the last change in nanoseconds: what tells whether a file was changed."""
-    found = os.stat(path)
-    return found.st_size, found.st_mtime_ns
+    """Return size in bytes and modification time in nanoseconds, by which a change of a file is detected."""
+    status = os.stat(path)
+    return status.st_size, status.st_mtime_ns
 
 
 def free_bytes(directory: str) -> int:
-    """Bytes that may still be written to the file system of a directory."""
+    """Return the free bytes of the file system that holds a directory."""
     return shutil.disk_usage(directory).free

@@ -1,4 +1,4 @@
-"""Raise what the system refuses during a write as a WriteError."""
+"""Raise errors of the system during a write as a WriteError."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ def write_errors(path: str, what: str = "to a directory", expected: str | None =
     """Raise an OSError of the block as a WriteError.
 
     Args:
-        path: that is written to, for an error that names no file.
-        what: cannot be written, for the error.
+        path: path to report if the OSError names no file.
+        what: target of the write in the error text, which begins "cannot write".
+        expected: expectation in the error text, if any.
     """
     try:
         yield
@@ -25,6 +26,6 @@ def write_errors(path: str, what: str = "to a directory", expected: str | None =
                 where=error.filename or path,
                 expected=expected,
                 found=error,
-                do="look at the disk, its quota and the permissions",
+                do="check the disk space, the quota and the permissions",
             )
         ) from error

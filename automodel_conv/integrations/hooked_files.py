@@ -1,6 +1,6 @@
-"""The files that transformers opens under the hook.
+"""Wrappers of the files that transformers opens under the hook.
 
-A slice knows which tensor of which file it is, and a path knows which tensors the index gives to the file.
+A slice records its tensor and its file, and a path records the tensors that the index assigns to the file.
 """
 
 from __future__ import annotations
@@ -17,75 +17,76 @@ from automodel_conv.files.header import read_header
 from automodel_conv.files.source import LocalFile
 
 
-class ListedFile(str):
-    """The path of a file of an index, which knows the tensors that the index gives to it."""
+class IndexedPath(str):
+    """The path of a file in an index, with the tensors that the index assigns to it."""
 
-    given: frozenset[str]
+    assigned: frozenset[str]
+    """Names of the tensors that the index assigns to the file."""
     ignored: dict[str, list[str]]
-    """By file name, what lies in a file without being given to it; all files of a load share it, and fill it when they
-    are opened."""
+    """By file name, the tensors in a file that the index does not assign to it. All paths of a load share this
+    dictionary, and opening a file adds its entry."""
 
 
-def listing_files(list_files: Callable[..., Any], is_on: Callable[[], bool]) -> Callable[..., Any]:
-    """transformers' reader of an index, whose paths know what the index gives them.
+def wrap_index_reader(list_files: Callable[..., Any], is_on: Callable[[], bool]) -> Callable[..., Any]:
+    """Wrap transformers' reader of an index, so that its paths record the tensors that the index assigns to them.
 
-    transformers itself takes every tensor of these files, and of two with one name the later. Source: transformers
+    transformers itself loads every tensor in these files, and the later of two with the same name. Source: transformers
     5.23.0, ``utils/hub.py`` and ``_load_pretrained_model`` in ``modeling_utils.py``.
     """
 
     @functools.wraps(list_files)
-    def listed(*args: Any, **kwargs: Any) -> Any:
+    def list_indexed(*args: Any, **kwargs: Any) -> Any:
         paths, metadata = list_files(*args, **kwargs)
         if not is_on():
             return paths, metadata
-        given: dict[str, set[str]] = {}
+        assigned: dict[str, set[str]] = {}
         for name, file in metadata["weight_map"].items():
-            given.setdefault(file, set()).add(name)
-        files = [ListedFile(path) for path in paths]
+            assigned.setdefault(file, set()).add(name)
+        files = [IndexedPath(path) for path in paths]
         ignored: dict[str, list[str]] = {}
-        for file, (_, names) in zip(files, sorted(given.items()), strict=True):
-            file.given, file.ignored = frozenset(names), ignored
+        for file, (_, names) in zip(files, sorted(assigned.items()), strict=True):
+            file.assigned, file.ignored = frozenset(names), ignored
         return files, metadata
 
-    return listed
+    return list_indexed
 
 
 class Slice:
-    """safetensors' lazy slice, that also says which tensor of which file it is."""
+    """A lazy slice of safetensors that records its tensor and its file."""
 
     def __init__(self, lazy: Any, file: OpenFile, name: str):
         self._lazy = lazy
         self.path = file.path
-        self.listed = file.listed
+        self.indexed = file.indexed
         self.name = name
 
     def __getitem__(self, index: Any) -> Tensor:
         return self._lazy[index]
 
     def __getattr__(self, attribute: str) -> Any:
-        if attribute == "_lazy":  # of a copy that is not yet filled
+        if attribute == "_lazy":  # a copy does not have the attribute yet
             raise AttributeError(attribute)
         return getattr(self._lazy, attribute)
 
 
 class OpenFile:
-    """safetensors' open file, whose slices say where they are from.
+    """An open file of safetensors whose slices record their tensor and file.
 
-    It has the tensors that the index gives to it, where it was found by one, and all of them elsewhere.
+    If the path is from an index, only the tensors that the index assigns to the file are listed.
     """
 
     def __init__(self, file: Any, path: Any):
         self._file = file
         self.path = os.path.abspath(os.fspath(path))
-        self.listed = path if isinstance(path, ListedFile) else None
+        self.indexed = path if isinstance(path, IndexedPath) else None
 
     def keys(self) -> list[str]:
         names = list(self._file.keys())
-        if self.listed is None:
+        if self.indexed is None:
             return names
-        given = self.listed.given
-        self.listed.ignored[os.path.basename(self.path)] = sorted(name for name in names if name not in given)
-        return [name for name in names if name in given]
+        assigned = self.indexed.assigned
+        self.indexed.ignored[os.path.basename(self.path)] = sorted(name for name in names if name not in assigned)
+        return [name for name in names if name in assigned]
 
     def get_slice(self, name: str) -> Slice:
         return Slice(self._file.get_slice(name), self, name)
@@ -103,8 +104,8 @@ class OpenFile:
         return getattr(self._file, attribute)
 
 
-class Opening:
-    """``safe_open``, whose files say where their slices are from; ``isinstance`` takes it for the class it replaces."""
+class SafeOpen:
+    """A replacement of ``safe_open`` that returns ``OpenFile``, and also works in ``isinstance`` checks."""
 
     def __init__(self, safe_open: Any, is_on: Callable[[], bool]):
         functools.update_wrapper(self, safe_open, updated=())
@@ -112,7 +113,7 @@ class Opening:
         self._is_on = is_on
 
     def __call__(self, filename: Any, *args: Any, **kwargs: Any) -> Any:
-        if not self._is_on():  # uninstalled, under somebody else's replacement
+        if not self._is_on():  # uninstalled, but another replacement still calls this one
             return self._safe_open(filename, *args, **kwargs)
         return OpenFile(self._safe_open(filename, *args, **kwargs), filename)
 
@@ -121,23 +122,23 @@ class Opening:
 
 
 def unindexed_in(state_dict: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
-    """Name and file name of what lies in the files of a load, and is not given to them by their index."""
-    listed = (source.listed for source in state_dict.values() if isinstance(source, Slice))
-    ignored = next((file.ignored for file in listed if file is not None), {})
+    """Return name and file name of each tensor in the files of a load that the index does not assign to its file."""
+    indexed = (source.indexed for source in state_dict.values() if isinstance(source, Slice))
+    ignored = next((file.ignored for file in indexed if file is not None), {})
     return tuple((name, file) for file, names in sorted(ignored.items()) for name in names)
 
 
 def checkpoint_of(slices: Mapping[str, Slice]) -> Checkpoint:
-    """The places of these tensors.
+    """Return a checkpoint of the tensors that these slices are taken from.
 
     Raises:
-        CheckpointError: the header of a file is broken.
+        CheckpointError: the header of a file is malformed.
     """
     files = tuple(sorted({source.path for source in slices.values()}))
     sources = {path: LocalFile(path) for path in files}
     headers = {path: read_header(source) for path, source in sources.items()}
     rows = {path: {name: row for row, name in enumerate(header.names)} for path, header in headers.items()}
-    number = {path: file for file, path in enumerate(files)}
+    file_ids = {path: file_id for file_id, path in enumerate(files)}
     places = [(headers[source.path], rows[source.path][source.name]) for source in slices.values()]
     names = list(slices)
     return Checkpoint(
@@ -147,7 +148,7 @@ def checkpoint_of(slices: Mapping[str, Slice]) -> Checkpoint:
         names=names,
         dtypes=[header.dtypes[row] for header, row in places],
         shapes=[header.shapes[row] for header, row in places],
-        file_ids=[number[source.path] for source in slices.values()],
+        file_ids=[file_ids[source.path] for source in slices.values()],
         offsets=[header.offsets[row] for header, row in places],
         nbytes=[header.nbytes[row] for header, row in places],
         metadata={},

@@ -1,4 +1,4 @@
-"""Run one load under the hook: execute the plan, then let transformers load the rest."""
+"""Run one load under the hook: execute the plan, and pass the remaining tensors to transformers."""
 
 from __future__ import annotations
 
@@ -11,43 +11,45 @@ from automodel_conv.execution.filling import Limits, fill
 from automodel_conv.execution.mapping import map_targets, with_new, without
 from automodel_conv.integrations.codes import refuse_codes
 from automodel_conv.integrations.hooked_files import unindexed_in
-from automodel_conv.integrations.hooked_plan import planned
-from automodel_conv.integrations.hooked_squares import refuse_left, square_and_transposed
+from automodel_conv.integrations.hooked_plan import plan_load
+from automodel_conv.integrations.hooked_squares import refuse_unplanned, transposed_squares
 from automodel_conv.integrations.quantizers import plain_load
 from automodel_conv.planning.resolve import resolve
 from automodel_conv.upstream.rules import RuleSet
 
 
 class HookedLoad(NamedTuple):
-    """What became of the tensors that a load converts."""
+    """A report of how the targets of one load were converted."""
 
     model: str
-    """Class of the model."""
+    """Name of the model's class."""
     lowered: tuple[str, ...]
-    """Targets made by plan."""
+    """Names of the targets that were converted by plan."""
     left: Mapping[str, str]
-    """Targets left to transformers, with the reason; one entry, ``ALL``, where nothing was looked at."""
+    """Reason for each target that transformers converted. A single entry ``ALL`` if no target was planned at all."""
     left_out: tuple[str, ...] = ()
-    """Tensors of the checkpoint that no parameter takes, also those that the model says to ignore, and of its files."""
+    """Names of the tensors in the checkpoint and in its files that no parameter consumes, including those that the
+    model ignores."""
     unindexed: tuple[tuple[str, str], ...] = ()
-    """Name and file name of each tensor that was not loaded, since the index does not give it to the file in which it
-    lies; by file, then name."""
+    """Name and file name of each tensor that was not loaded because the index does not assign it to its file, sorted by
+    file and then by name."""
     bytes_mapped: int = 0
-    """Bytes of ``lowered`` that were mapped, and so not read (``memory_map=True``)."""
+    """Bytes of ``lowered`` that were mapped instead of read (``memory_map=True``)."""
 
 
-def converting(
+def wrap_converter(
     convert: Callable[..., Any],
     is_on: Callable[[], bool],
     maps: Callable[[], bool],
     done: Callable[[HookedLoad], None],
 ) -> Callable[..., Any]:
-    """transformers' converter of tensors, called for what is left to it once all else is loaded by plan.
+    """Wrap transformers' converter of tensors, so that it is called only for tensors that are not loaded by plan.
 
     Args:
-        is_on: whether the hook that this is a part of is still in place.
-        maps: whether anybody has asked for ``memory_map``.
-        done: takes each load that has ended.
+        convert: ``convert_and_load_state_dict_in_model`` of transformers.
+        is_on: function that returns whether the hook is still installed.
+        maps: function that returns whether ``memory_map`` is requested.
+        done: function that receives the report of each load.
     """
     from transformers.utils.import_utils import is_env_variable_true
 
@@ -59,48 +61,50 @@ def converting(
         plain = plain_load(load_config.hf_quantizer, load_config.weight_mapping)
         objects = [rule for rule in plain.rules if rule is not None]
         rules = RuleSet(objects, model)
-        # Before 5.17 a plan says what is sharded; since then the parameters do.
+        # Before transformers 5.17 a plan states which parameters are sharded; since then the parameters do.
         sharded = kwargs.get("tp_plan") if load_config.device_mesh is not None else None
-        # Rules of its own: the others are asked below which of them this load has used.
-        turned = square_and_transposed(model, state_dict, RuleSet(objects, model))
-        work, left = planned(model, state_dict, load_config, plain, rules, sharded or {})
-        refuse_left(turned, work, left, model)
-        rest = state_dict if work is None else {n: source for n, source in state_dict.items() if n not in work.taken}
+        # A separate rule set, since ``rules`` records below which rules this load has used.
+        transposed = transposed_squares(model, state_dict, RuleSet(objects, model))
+        planned, left = plan_load(model, state_dict, load_config, plain, rules, sharded or {})
+        refuse_unplanned(transposed, planned, left, model)
+        rest = state_dict
+        if planned is not None:
+            rest = {name: source for name, source in state_dict.items() if name not in planned.consumed}
         refuse_codes(model, rest, load_config)
         names = list(state_dict)
         unclaimed = resolve(names, RuleSet(load_config.weight_mapping, model), model.state_dict()).unclaimed
         left_out = (*(names[row] for row in unclaimed), *(name for name, _ in unindexed if name not in state_dict))
-        if work is None:
-            found = convert(model, state_dict, load_config, *args, **kwargs)
+        if planned is None:
+            result = convert(model, state_dict, load_config, *args, **kwargs)
             done(HookedLoad(type(model).__name__, (), left, left_out, unindexed))
-            return found
-        mapped = map_targets(work.plan, work.checkpoint, work.devices) if maps() else {}
-        buffers = with_new(work.plan.targets, mapped, work.devices)
-        # As transformers itself does: without threads if its users have said so.
+            return result
+        mapped = map_targets(planned.plan, planned.checkpoint, planned.devices) if maps() else {}
+        buffers = with_new(planned.plan.targets, mapped, planned.devices)
+        # Follow the setting by which users of transformers disable its threads.
         threads = 1 if is_env_variable_true("HF_DEACTIVATE_ASYNC_LOAD") else None
-        fill(without(work.plan, mapped), work.checkpoint, buffers, Limits(threads))
-        of_plain = replace(load_config, weight_mapping=[], hf_quantizer=None)
-        of_converted, *_ = convert(model, buffers, of_plain, *args, **kwargs)
-        # Which rules a load has used decides how transformers saves the model.
+        fill(without(planned.plan, mapped), planned.checkpoint, buffers, Limits(threads))
+        plain_config = replace(load_config, weight_mapping=[], hf_quantizer=None)
+        converted_info, *_ = convert(model, buffers, plain_config, *args, **kwargs)
+        # transformers saves the model by the rules that the load has used.
         used = iter(rules.used)
         for rule, own in zip(load_config.weight_mapping, plain.rules, strict=True):
-            if (work.plan.sources.decodes if own is None else next(used)) and hasattr(rule, "_was_used"):
+            if (planned.plan.sources.decodes if own is None else next(used)) and hasattr(rule, "_was_used"):
                 rule._was_used = True
-        of_rest, *others = convert(model, rest, load_config, *args, **kwargs)
-        _add(of_rest, of_converted)
-        lowered = tuple(target.name for target in work.plan.targets)
+        rest_info, *others = convert(model, rest, load_config, *args, **kwargs)
+        _merge(rest_info, converted_info)
+        lowered = tuple(target.name for target in planned.plan.targets)
         bytes_mapped = sum(tensor.nbytes for tensor in mapped.values())
         done(HookedLoad(type(model).__name__, lowered, left, left_out, unindexed, bytes_mapped))
-        return (of_rest, *others)
+        return (rest_info, *others)
 
     return converted
 
 
-def _add(found: Any, of_converted: Any) -> None:
-    """Add what the first call found to what the second did: a key is missing if both miss it."""
-    found.missing_keys &= of_converted.missing_keys
+def _merge(info: Any, other: Any) -> None:
+    """Merge the loading info of another call into ``info``. A key is missing only if both calls miss it."""
+    info.missing_keys &= other.missing_keys
     for name in ("unexpected_keys", "mismatched_keys", "skipped_pp_keys"):
-        if hasattr(found, name):
-            getattr(found, name).update(getattr(of_converted, name))
-    found.conversion_errors.update(of_converted.conversion_errors)
-    found.error_msgs.extend(of_converted.error_msgs)
+        if hasattr(info, name):
+            getattr(info, name).update(getattr(other, name))
+    info.conversion_errors.update(other.conversion_errors)
+    info.error_msgs.extend(other.error_msgs)

@@ -1,4 +1,4 @@
-"""Plan one load under the hook: what is converted here, and what is left to transformers and why."""
+"""Plan one load under the hook: which targets are converted by plan, and why others are left to transformers."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from automodel_conv.dtypes import dtype_code
 from automodel_conv.errors import CheckpointError, QuantizationError, UnsupportedError
 from automodel_conv.files.checkpoint import Checkpoint
 from automodel_conv.integrations.hooked_files import Slice, checkpoint_of
-from automodel_conv.integrations.quantizers import PlainLoad, rounds_alike
+from automodel_conv.integrations.quantizers import PlainLoad, rounds_the_same
 from automodel_conv.planning.complete_uses import RuleUse, whole_conversions
 from automodel_conv.planning.composition import table_of
 from automodel_conv.planning.copies import SourceTable
@@ -22,30 +22,44 @@ from automodel_conv.planning.wanted import TargetSpec
 from automodel_conv.upstream.models import matching
 from automodel_conv.upstream.rules import RuleSet, natural_key
 
-# What is left where nothing of a load is converted here, and reasons why.
-ALL = "all that is converted"
+# The key of ``HookedLoad.left`` if no target of a load is planned, and reasons for leaving targets to transformers.
+ALL = "all targets"
 NOT_OPENED_HERE = "some tensors are not in safetensors files that were opened under the hook"
 WAITS_FOR_NAMES = "other tensors are renamed only if transformers sees its sources"
 
 
-class Work(NamedTuple):
-    """What is converted here: sources ``taken``, to buffers on the devices where the parameters will be."""
+class PlannedLoad(NamedTuple):
+    """The part of a load that is converted by plan."""
 
     plan: CopyPlan
     checkpoint: Checkpoint
     devices: dict[str, torch.device]
-    taken: frozenset[str]
+    """Device of each target's parameter, where its buffer is allocated."""
+    consumed: frozenset[str]
+    """Names of the sources that transformers must not load again."""
 
 
-def planned(
+def plan_load(
     model: Any,
     state_dict: Mapping[str, Any],
     load_config: Any,
     plain: PlainLoad,
     rules: RuleSet,
     tp_plan: Mapping[str, Any],
-) -> tuple[Work | None, dict[str, str]]:
-    """The work that is done here, if any, and what is left to transformers with the reason."""
+) -> tuple[PlannedLoad | None, dict[str, str]]:
+    """Plan the part of a load that is converted here.
+
+    Args:
+        model: model that is loaded.
+        state_dict: tensors or lazy slices that transformers is about to load.
+        load_config: configuration of this load by transformers.
+        plain: the load without its quantizer.
+        rules: rules of ``plain``.
+        tp_plan: parameters that transformers shards while loading them.
+
+    Returns:
+        The planned part, None if there is none, and the reason for each target that is left to transformers.
+    """
     if plain.why_not is not None:
         return None, {ALL: plain.why_not}
     if not rules.converters and plain.config is None:
@@ -53,75 +67,77 @@ def planned(
     slices = {name: source for name, source in state_dict.items() if isinstance(source, Slice)}
     if len(slices) < len(state_dict):
         return None, {ALL: NOT_OPENED_HERE}
-    made = type(torch.empty(0, device="cpu"))
-    if made is not Tensor:
-        return None, {ALL: f"torch makes {made.__name__} here, and nothing can be read into one"}
+    kind = type(torch.empty(0, device="cpu"))
+    if kind is not Tensor:
+        return None, {ALL: f"torch creates {kind.__name__} here, which cannot be read into"}
     try:
         checkpoint = checkpoint_of(slices)
-    except CheckpointError as error:  # which transformers may read all the same
+    except CheckpointError as error:  # transformers may be able to read it
         return None, {ALL: str(error)}
-    wanted = _wanted_by(model, load_config, tp_plan)
-    sources = SourceTable.of(checkpoint)
+    parameters = _parameters_of(model, load_config, tp_plan)
+    sources = SourceTable.from_checkpoint(checkpoint)
     if plain.config is not None:
         try:
             sources = quantized_table(sources, plain.config, like_upstream=True)
-        except (QuantizationError, UnsupportedError) as error:  # which transformers may load, or tells in its own way
+        except (QuantizationError, UnsupportedError) as error:  # transformers may load it, or raises its own error
             return None, {ALL: error.reason()}
-    first, meant, stored = None, sources, range(len(sources.names))
+    untransposing, untransposed, stored_rows = None, sources, range(len(sources.names))
     if any(decode.stored_transposed for decode in sources.decodes.values()):
-        first = untransposed_plan(sources)
-        meant, stored = table_of(first.targets), [target.sources[0] for target in first.targets]
-    coded = {row for row, own in enumerate(stored) if own in sources.decodes} if sources.decodes else set()
-    specs = {name: want.spec for name, want in wanted.items()}
-    found, left = whole_conversions(meant, rules, specs, coded)
+        untransposing = untransposed_plan(sources)
+        untransposed = table_of(untransposing.targets)
+        stored_rows = [target.sources[0] for target in untransposing.targets]
+    coded = {row for row, stored in enumerate(stored_rows) if stored in sources.decodes} if sources.decodes else set()
+    specs = {name: parameter.spec for name, parameter in parameters.items()}
+    candidates, left = whole_conversions(untransposed, rules, specs, coded)
     uses: list[RuleUse] = []
-    for use in found:
-        use = use._replace(rows=tuple(stored[row] for row in use.rows))
-        reason = _why_left(use, wanted, rules, sources)
+    for use in candidates:
+        use = use._replace(rows=tuple(stored_rows[row] for row in use.rows))
+        reason = _why_left(use, parameters, rules, sources)
         if reason is None:
             uses.append(use)
         else:
             left[use.targets[0].name] = reason
-    taken = frozenset(checkpoint.names[row] for row in _rows_taken(uses, sources))
-    if _renames_otherwise_without(taken, load_config.weight_mapping, model, state_dict):
+    consumed = frozenset(checkpoint.names[row] for row in _consumed_rows(uses, sources))
+    if _changes_other_names(consumed, load_config.weight_mapping, model, state_dict):
         left |= {use.targets[0].name: WAITS_FOR_NAMES for use in uses}
         uses = []
     if not uses:
         return None, left
     texts = tuple(rules.describe(row) for row in range(len(rules.converters)))
-    plan = CopyPlan(meant, tuple(target for use in uses for target in use.targets), texts)
+    plan = CopyPlan(untransposed, tuple(target for use in uses for target in use.targets), texts)
     plan.validate()
-    plan = plan if first is None else first.then(plan)
-    devices = {target.name: torch.device(wanted[target.name].device) for target in plan.targets}
-    return Work(plan, checkpoint, devices, taken), left
+    plan = plan if untransposing is None else untransposing.then(plan)
+    devices = {target.name: torch.device(parameters[target.name].device) for target in plan.targets}
+    return PlannedLoad(plan, checkpoint, devices, consumed), left
 
 
-def _rows_taken(uses: Iterable[RuleUse], sources: SourceTable) -> set[int]:
-    """Rows that transformers must not see: those of these uses, and hidden ones that are part of no decoding."""
+def _consumed_rows(uses: Iterable[RuleUse], sources: SourceTable) -> set[int]:
+    """Return the rows that transformers must not load: the rows of these uses, and hidden rows that decode nothing."""
     rows = {row for use in uses for row in use.rows}
     parts = {part for decode in sources.decodes.values() for part in decode.parts}
     rows |= {part for row in rows & sources.decodes.keys() for part in sources.decodes[row].parts}
     return rows | (sources.hidden - parts)
 
 
-class _Want(NamedTuple):
-    """What a parameter must become, and where; why it cannot be made here, if it cannot."""
+class _Parameter(NamedTuple):
+    """A parameter as it must be after the load."""
 
     spec: TargetSpec
     device: Any
     why_not: str | None
+    """Reason why it cannot be filled by plan, if any."""
 
 
-def _wanted_by(model: Any, load_config: Any, tp_plan: Mapping[str, Any]) -> dict[str, _Want]:
+def _parameters_of(model: Any, load_config: Any, tp_plan: Mapping[str, Any]) -> dict[str, _Parameter]:
     from transformers.integrations.accelerate import expand_device_map
 
     state = {name: tensor for name, tensor in model.state_dict().items() if isinstance(tensor, Tensor)}
     devices = expand_device_map(load_config.device_map or {"": "cpu"}, list(state))
-    planned, sharded = matching(load_config.dtype_plan or {}), matching(tp_plan)
-    wanted = {}
+    planned_dtype, sharded = matching(load_config.dtype_plan or {}), matching(tp_plan)
+    parameters = {}
     for name, tensor in state.items():
-        # As transformers does: what the plan of dtypes says, or else what the parameter has.
-        code = dtype_code(planned(name) or tensor.dtype)
+        # As in transformers, the plan of dtypes takes precedence over the dtype of the parameter.
+        code = dtype_code(planned_dtype(name) or tensor.dtype)
         device, why_not = devices[name], None
         if hasattr(tensor, "placements") or sharded(name) is not None:
             why_not = "it is sharded while it is loaded"
@@ -129,31 +145,32 @@ def _wanted_by(model: Any, load_config: Any, tp_plan: Mapping[str, Any]) -> dict
             why_not = f"it is {tensor.dtype} on {device}"
         elif torch.device(device).type not in ("cpu", "cuda"):
             why_not = f"it goes to {device}"
-        wanted[name] = _Want(TargetSpec(code or "", tuple(tensor.shape)), device, why_not)
-    return wanted
+        parameters[name] = _Parameter(TargetSpec(code or "", tuple(tensor.shape)), device, why_not)
+    return parameters
 
 
-def _renames_otherwise_without(taken: Container[str], rules: list[Any], model: Any, names: Iterable[str]) -> bool:
-    """Whether some of the other names would be renamed differently if ``taken`` were not seen: GroupWeightRename."""
+def _changes_other_names(consumed: Container[str], rules: list[Any], model: Any, names: Iterable[str]) -> bool:
+    """Return whether rules rename other names differently if they do not see ``consumed``, as GroupWeightRename may."""
     if not any(hasattr(rule, "_active") for rule in rules):
         return False
     with_all, with_rest = RuleSet(rules, model), RuleSet(rules, model)
     ordered = sorted(names, key=natural_key)
     renamed = {name: with_all.rename(name) for name in ordered}
-    return any(with_rest.rename(name) != renamed[name] for name in ordered if name not in taken)
+    return any(with_rest.rename(name) != renamed[name] for name in ordered if name not in consumed)
 
 
-def _why_left(use: RuleUse, wanted: Mapping[str, _Want], rules: RuleSet, sources: SourceTable) -> str | None:
+def _why_left(use: RuleUse, parameters: Mapping[str, _Parameter], rules: RuleSet, sources: SourceTable) -> str | None:
+    """Return the reason why a use of a rule is left to transformers, if any."""
     for row in use.rows:
         decode = sources.decodes.get(row)
-        if decode is not None and not rounds_alike(decode, sources.dtypes[row], use.targets[0].dtype):
-            return "transformers rounds its numbers on the way in another dtype"
+        if decode is not None and not rounds_the_same(decode, sources.dtypes[row], use.targets[0].dtype):
+            return "transformers rounds its values in another dtype before the cast"
         if sources.decodes and decode is None and sources.dtypes[row] != use.targets[0].dtype:
             return "transformers may leave it in its stored dtype"
     for target in use.targets:
-        if wanted[target.name].why_not is not None:
-            return wanted[target.name].why_not
-        if rules.with_prefix(target.name, wanted) != target.name:
+        if parameters[target.name].why_not is not None:
+            return parameters[target.name].why_not
+        if rules.with_prefix(target.name, parameters) != target.name:
             return "transformers would change the prefix of its name once more"
     if len({target.dtype for target in use.targets}) > 1:
         return "its targets differ in dtype, and transformers casts before it converts"

@@ -1,4 +1,4 @@
-"""Find square matrices that are stored transposed; transformers cannot tell, so they must not be left to it."""
+"""Find square matrices that are stored transposed, which transformers cannot recognize and so must not load."""
 
 from __future__ import annotations
 
@@ -8,51 +8,53 @@ from typing import Any
 from torch import Tensor
 
 from automodel_conv.errors import UnsupportedError, listing, message
-from automodel_conv.integrations.hooked_plan import ALL, Work
+from automodel_conv.integrations.hooked_plan import ALL, PlannedLoad
 from automodel_conv.planning.resolve import resolve
 from automodel_conv.planning.square import WHICH_SOURCE_LAYOUT, conditional_transposes, square_matrices
 from automodel_conv.upstream.rules import RuleSet
 
 
-def square_and_transposed(model: Any, state_dict: Mapping[str, Any], rules: RuleSet) -> list[str]:
-    """Targets made of square matrices that lie transposed, which transformers takes for the model's own.
+def transposed_squares(model: Any, state_dict: Mapping[str, Any], rules: RuleSet) -> list[str]:
+    """Return the targets of square matrices that are stored transposed, which transformers would load unchanged.
 
     Raises:
-        UnsupportedError: a square matrix of which nothing tells how it lies.
+        UnsupportedError: nothing determines how a square matrix is stored.
     """
     if not conditional_transposes(rules):
         return []
     parameters = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     shapes = [tuple(s.get_shape() if hasattr(s, "get_shape") else s.shape) for s in state_dict.values()]
     assignments = resolve(list(state_dict), rules, parameters).assignments
-    lies = square_matrices(
+    is_transposed = square_matrices(
         assignments,
         rules,
         shapes,
         parameters,
         do=[f"use load_model(), which needs no hook, with {WHICH_SOURCE_LAYOUT}"],
     )
-    return [name for name, transposed in lies.items() if transposed]
+    return [name for name, transposed in is_transposed.items() if transposed]
 
 
 def _is_cut(parameter: Tensor) -> bool:
-    """True if transformers cuts experts out of its source first, whose shape it then takes for one to be transposed."""
+    """Return whether transformers selects the experts of this rank before it decides by shape whether to transpose."""
     if not hasattr(parameter, "placements") or parameter.shape[0] < 2:
         return False
     sharded = zip(parameter.placements, parameter.device_mesh.shape, strict=True)  # pyright: ignore[reportAttributeAccessIssue]
     return any(placement.is_shard(0) and ranks > 1 for placement, ranks in sharded)
 
 
-def refuse_left(turned: Iterable[str], work: Work | None, left: Mapping[str, str], model: Any) -> None:
-    """Raise UnsupportedError if a square matrix that lies transposed is left to transformers, which does not see it."""
-    made = {target.name for target in work.plan.targets} if work is not None else set()
-    names = [name for name in turned if name not in made]
+def refuse_unplanned(
+    transposed: Iterable[str], planned: PlannedLoad | None, left: Mapping[str, str], model: Any
+) -> None:
+    """Raise UnsupportedError if a square matrix that is stored transposed is left to transformers."""
+    targets = {target.name for target in planned.plan.targets} if planned is not None else set()
+    names = [name for name in transposed if name not in targets]
     state = model.state_dict() if names else {}
     wrong = [f"{name}: {left.get(name, left.get(ALL))}" for name in names if not _is_cut(state[name])]
     if wrong:
         raise UnsupportedError(
             message(
-                "square matrices lie transposed, and transformers, to which they are left, does not see it:\n"
+                "transformers would load square matrices that are stored transposed without transposing them:\n"
                 + listing(wrong),
                 do="use load_model(), which needs no hook",
             )

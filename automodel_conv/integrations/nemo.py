@@ -1,8 +1,8 @@
-"""NeMo AutoModel: its checkpointer on our rule queries, and adapters of its shape made of rules and a layout.
+"""Integration with NeMo AutoModel: its checkpointer on the rules of this package, and adapters with its interface.
 
-NeMo AutoModel has an adapter written by hand for each family of models. What they do to routed experts is a rule of
-transformers followed by the layout "nemo" (gate and up ``[I, H]`` of each expert into ``gate_and_up_projs [E, H, 2I]``,
-down ``[H, I]`` into ``down_projs [E, I, H]``), and the rest is renaming. Source of both: nemo_automodel 0.7.0,
+NeMo AutoModel has a hand-written adapter for each family of models. An adapter converts routed experts by a rule of
+transformers and the layout "nemo" (gate and up ``[I, H]`` of each expert into ``gate_and_up_projs [E, H, 2I]``, down
+``[H, I]`` into ``down_projs [E, I, H]``), and only renames other tensors. Source of both: nemo_automodel 0.7.0,
 ``components/models/*/state_dict_adapter.py``.
 """
 
@@ -27,46 +27,56 @@ from automodel_conv.upstream.models import state_table
 
 _PACKAGE = "nemo_automodel.components.checkpoint"
 _MODULE = "conversion_mapping"
-# Modules that import functions of it by name.
+# Modules that import functions of that module by name.
 _IMPORTERS = ("nemo_automodel.components.checkpoint.checkpointing",)
 
-_theirs: list[ModuleType] = []  # their module, while ours is in its place
+_replaced: list[ModuleType] = []  # NeMo AutoModel's module while it is replaced, otherwise empty
 
 
 def install() -> None:
-    """Put our ``conversion_mapping`` in the place of NeMo AutoModel's, for this process, until ``uninstall``.
+    """Replace NeMo AutoModel's ``conversion_mapping`` by that of this package in this process, until ``uninstall``.
 
-    Also where its checkpointer has imported functions of it already. Calling it again changes nothing.
+    Functions of it that the checkpointer has already imported are replaced too. Further calls have no effect.
 
-    The checkpointer asks for the outer type of a model only. Name the type of one with experts inside it, and it
-    converts them by the rules of the whole model::
+    The checkpointer only looks up the outer type of a model. If experts are in an inner model, add the outer type, and
+    the checkpointer converts them by the rules of the whole model::
 
         conversion_mapping.MODELS_REQUIRING_TENSOR_MERGING.add("internvl")
 
     Raises:
         UnsupportedError: nemo_automodel is not installed.
+
+    Example:
+        >>> from contextlib import suppress
+        >>> from automodel_conv import UnsupportedError
+        >>> with suppress(UnsupportedError):  # raised if nemo_automodel is not installed
+        ...     install()
+        >>> uninstall()
     """
-    if _theirs:
+    if _replaced:
         return
     try:
-        theirs = importlib.import_module(f"{_PACKAGE}.{_MODULE}")
+        original = importlib.import_module(f"{_PACKAGE}.{_MODULE}")
     except ImportError as error:
         raise UnsupportedError(message("nemo_automodel cannot be imported", found=error)) from error
-    _exchange(theirs, conversion_mapping)
-    _theirs.append(theirs)
+    _exchange(original, conversion_mapping)
+    _replaced.append(original)
 
 
 def uninstall() -> None:
-    """Give NeMo AutoModel its own module and functions back, also where ours were imported meanwhile.
+    """Restore NeMo AutoModel's own module and functions, including those imported since ``install``.
 
-    What somebody else has put in the place of ours stays.
+    Replacements by other code stay. The call has no effect without ``install``.
+
+    Example:
+        >>> uninstall()
     """
-    if _theirs:
-        _exchange(conversion_mapping, _theirs.pop())
+    if _replaced:
+        _exchange(conversion_mapping, _replaced.pop())
 
 
 def _exchange(old: ModuleType, new: ModuleType) -> None:
-    """Wherever NeMo AutoModel has one module, or a function of it, let it have the other."""
+    """Replace a module and its functions by another module and its functions everywhere in NeMo AutoModel."""
     package = sys.modules[_PACKAGE]
     if getattr(package, _MODULE, None) is old:
         setattr(package, _MODULE, new)
@@ -79,15 +89,23 @@ def _exchange(old: ModuleType, new: ModuleType) -> None:
 
 
 class StateDictAdapter:
-    """``from_hf``, ``to_hf`` and ``convert_single_tensor_to_hf`` of NeMo AutoModel's adapters, from rules and a layout.
+    """An adapter with the interface of NeMo AutoModel's adapters that converts by rules and a layout.
 
-    Tensors keep dtype and device, and are converted on it; what is only renamed is passed by reference. Sharded tensors
-    and quantized checkpoints are refused.
+    Tensors keep their dtype and are converted on their device. Tensors that are only renamed are passed by reference.
+    Sharded tensors and quantized checkpoints are refused.
 
     Args:
         rules: transformers' rule objects, from the checkpoint's names to those of ``from_pretrained``.
-        layout: of grouped experts in NeMo AutoModel; None where the checkpoint's is kept.
-        renames: ``{ending of a converted name: ending of NeMo AutoModel's name}``, whole components; both ways.
+        layout: layout of grouped experts in NeMo AutoModel; None: the checkpoint's layout is kept.
+        renames: ending of the name in NeMo AutoModel by the ending of the converted name, for both directions. Endings
+            are whole components.
+
+    Example:
+        >>> import torch
+        >>> adapter = StateDictAdapter(layout=None, renames={"router.weight": "gate.weight"})
+        >>> tensors = adapter.from_hf({"mlp.router.weight": torch.ones(2, 3)})
+        >>> list(tensors), list(adapter.to_hf(tensors))
+        (['mlp.gate.weight'], ['mlp.router.weight'])
     """
 
     def __init__(
@@ -99,7 +117,7 @@ class StateDictAdapter:
 
     @classmethod
     def of(cls, model_type: str) -> StateDictAdapter:
-        """The adapter for a model type of transformers that has rules, or gpt_oss.
+        """Return the adapter for gpt_oss, or for a model type that has rules in transformers.
 
         Raises:
             UnsupportedError: transformers has no rules for the type.
@@ -110,18 +128,23 @@ class StateDictAdapter:
             raise UnsupportedError(
                 message(
                     f"transformers has no rules for {model_type}",
-                    do="make an adapter of your own rules: StateDictAdapter(rules)",
+                    do="create an adapter from your own rules: StateDictAdapter(rules)",
                 )
             )
         return cls(rules or (), layout=layout, renames=renames)
 
     @door("converting")
     def from_hf(self, hf_state_dict: Mapping[str, Tensor], device_mesh: Any = None, **kwargs: Any) -> dict[str, Tensor]:
-        """Names and layout of the checkpoint to those of NeMo AutoModel; further arguments are ignored.
+        """Convert names and layout of a checkpoint to those of NeMo AutoModel.
+
+        Args:
+            hf_state_dict: tensors of the checkpoint by name.
+            device_mesh: must be None.
+            kwargs: ignored.
 
         Raises:
             NameProblems: experts are missing.
-            UnsupportedError: a ``device_mesh`` is given, or the tensors are quantized.
+            UnsupportedError: ``device_mesh`` is passed, or the tensors are quantized.
         """
         codes = has_codes(state_table(hf_state_dict))
         if codes is not None:
@@ -140,14 +163,20 @@ class StateDictAdapter:
         quantization: bool = False,
         **kwargs: Any,
     ) -> dict[str, Tensor]:
-        """Back to the checkpoint's names and layout, but for names that ``exclude_key_regex`` matches from the start.
+        """Convert names and layout of NeMo AutoModel to those of the checkpoint.
+
+        Args:
+            state_dict: tensors of NeMo AutoModel by name.
+            exclude_key_regex: pattern of the checkpoint's names to leave out, matched from the start of a name.
+            quantization: must be False.
+            kwargs: ignored.
 
         Raises:
-            UnsupportedError: ``quantization`` is asked for.
+            UnsupportedError: ``quantization`` is True.
         """
         if quantization:
-            raise UnsupportedError(message("quantizing is not supported yet", do="quantization=False"))
-        named = _renamed(state_dict, {theirs: ours for ours, theirs in self._renames.items()})
+            raise UnsupportedError(message("quantizing is not supported yet", do="pass quantization=False"))
+        named = _renamed(state_dict, {theirs: converted for converted, theirs in self._renames.items()})
         layout = self._layout
         if layout is not None and not any(holds_experts(name, get_layout(layout)) for name in named):
             layout = None  # a part of the model without experts
@@ -156,29 +185,29 @@ class StateDictAdapter:
         return {name: tensor for name, tensor in reverted.items() if excluded is None or not excluded.match(name)}
 
     def convert_single_tensor_to_hf(self, fqn: str, tensor: Tensor, **kwargs: Any) -> list[tuple[str, Tensor]]:
-        """``to_hf`` of one tensor, which may become many."""
+        """Convert one tensor like ``to_hf``, and return the tensors of the checkpoint that it becomes."""
         return list(self.to_hf({fqn: tensor}, **kwargs).items())
 
 
 def _renamed(tensors: Mapping[str, Tensor], endings: Mapping[str, str]) -> dict[str, Tensor]:
-    """The tensors with the endings of their names exchanged, where whole components are one of ``endings``.
+    """Replace endings of names that consist of whole components and are a key of ``endings``.
 
     Raises:
         NameProblems: two tensors would have one name.
     """
     renamed: dict[str, Tensor] = {}
-    source: dict[str, str] = {}
+    old_names: dict[str, str] = {}
     for name, tensor in tensors.items():
         parts = name.split(".")
         tails = (".".join(parts[start:]) for start in range(len(parts)))
         tail = next((tail for tail in tails if tail in endings), None)
         new = name if tail is None else name.removesuffix(tail) + endings[tail]
         if new in renamed:
-            both = (source[new], name)
+            both = (old_names[new], name)
             raise NameProblems(
                 message(f"two tensors would be {new}", found=" and ".join(both)), duplicated=[(new, both)]
             )
-        renamed[new], source[new] = tensor, name
+        renamed[new], old_names[new] = tensor, name
     return renamed
 
 
@@ -197,4 +226,4 @@ _FAMILIES: Mapping[str, tuple[Mapping[str, str], str | None]] = {
         "nemo",
     ),
 }
-"""Where NeMo AutoModel's names are not those of transformers: endings of names, and the layout."""
+"""Renames and layout of the families for which names in NeMo AutoModel differ from those in transformers."""

@@ -1,19 +1,19 @@
-"""transformers' own ``from_pretrained``, with its tensor conversions planned and executed here.
+"""A hook that plans and executes the tensor conversions of transformers' own ``from_pretrained``.
 
-transformers opens a checkpoint's files and hands lazy slices to ``convert_and_load_state_dict_in_model``, which does
-all that users know: dtypes, placement, offloading, quantization, sharding, the loading report. With the hook that
-function runs twice: first on the converted tensors, whole and under their final names, then on everything else. What
-cannot be lowered (see ``whole_conversions``), is quantized or sharded while it is loaded, or is on its way to the disk,
-is in the second call and takes upstream's way unchanged, unless it would make numbers of quantized codes without their
-scales (``codes``): that is an error.
+transformers opens a checkpoint's files and passes lazy slices to ``convert_and_load_state_dict_in_model``. This
+function handles dtypes, placement, offloading, quantization, sharding and the loading report. With the hook it runs
+twice: first on the converted tensors, whole and under their final names, and then on all other tensors. The second call
+handles tensors that cannot be lowered (see ``whole_conversions``), are quantized or sharded while they are loaded, or
+are offloaded to disk. It is the unchanged code of transformers. If it would cast quantized codes to values without
+their scales, the load raises an error instead (see ``codes``).
 
-An index decides which file a tensor is read from, as everywhere in this package; transformers alone takes all tensors
-of all files that the index names. Files that it reads whole, with ``disable_mmap=True``, are left to it.
+An index determines which file a tensor is read from, as everywhere in this package. Without the hook, transformers
+loads all tensors in all files that the index names. Files that it reads whole (``disable_mmap=True``) are left to it.
 
-transformers itself maps what it does not convert, cast or move to a device: safetensors' slices are views of a private
-mapping of the file. With ``memory_map`` the same holds for what is converted here and lies in a file as it shall in the
-model. Source: transformers 5.23.0, ``_materialize_copy`` in ``core_model_loading.py``; safetensors 0.8.0, ``open`` in
-``bindings/python/src/lib.rs``.
+transformers itself maps tensors that it does not convert, cast or move to a device: safetensors' slices are views of a
+private mapping of the file. With ``memory_map``, tensors that are converted by plan are mapped too if the file stores
+them in the order of the parameter. Source: transformers 5.23.0, ``_materialize_copy`` in ``core_model_loading.py``;
+safetensors 0.8.0, ``open`` in ``bindings/python/src/lib.rs``.
 """
 
 from __future__ import annotations
@@ -27,23 +27,24 @@ from types import ModuleType
 from typing import Any
 
 from automodel_conv.errors import UnsupportedError, message
-from automodel_conv.integrations.hooked_files import Opening, listing_files
-from automodel_conv.integrations.hooked_load import HookedLoad, converting
+from automodel_conv.integrations.hooked_files import SafeOpen, wrap_index_reader
+from automodel_conv.integrations.hooked_load import HookedLoad, wrap_converter
 from automodel_conv.integrations.hooked_plan import ALL
 from automodel_conv.upstream.registry import transformers_available
 
 _CONVERT = "convert_and_load_state_dict_in_model"
 _LIST = "get_checkpoint_shard_files"
-# The modules that open files and convert what is in them; the second from 5.17 on.
+# The modules that open files and convert their tensors; the second since transformers 5.17.
 _MODULES = ("transformers.modeling_utils", "transformers.modeling_layers")
 
 
 @dataclass
 class Acceleration:
-    """The loads that went through the hook."""
+    """Reports of the loads that ran under the hook."""
 
     loads: list[HookedLoad] = field(default_factory=list)
-    """In order. All are kept, with every name, as long as the hook is; a process that loads without end clears it."""
+    """Report of each load, in order. The list grows until the hook is uninstalled, so a process that keeps loading
+    models should clear it."""
 
     def __str__(self) -> str:
         lines = []
@@ -51,26 +52,45 @@ class Acceleration:
             left = "all" if ALL in load.left else len(load.left)
             lines.append(f"{load.model}: {len(load.lowered)} converted by plan, {left} by transformers")
             lines += [f"  {name}: {reason}" for name, reason in load.left.items()]
-            lines += [f"  {name} is left out: no parameter takes it" for name in load.left_out]
+            lines += [f"  {name} is left out: no parameter consumes it" for name in load.left_out]
             lines += [
-                f"  {name} of {file}: not loaded, the index gives it to no file or another"
+                f"  {name} of {file}: not loaded: the index assigns it to another file or to none"
                 for name, file in load.unindexed
             ]
         return "\n".join(lines)
 
 
 def install(memory_map: bool = False) -> Acceleration:
-    """Let every ``from_pretrained`` of this process convert its tensors by plan, until ``uninstall``.
+    """Make every ``from_pretrained`` of this process convert its tensors by plan, until ``uninstall``.
 
-    A load raises QuantizationError where transformers would cast quantized codes without their scales. Calling this
-    again changes ``memory_map`` alone and returns the same object.
+    A load raises QuantizationError if transformers would cast quantized codes without their scales. A second call
+    changes only ``memory_map``, and returns the same object.
 
     Args:
-        memory_map: map what need not move, as ``load_model`` does: parameters on the CPU whose sources lie in a file
-            one after the other in the order of the parameter. What transformers does not convert, it maps anyway.
+        memory_map: map converted parameters on the CPU instead of reading them, as ``load_model`` does, if their
+            sources are stored in a file one after the other in the order of the parameter. transformers maps tensors
+            that it does not convert in any case.
+
+    Returns:
+        The record of all loads from now on.
 
     Raises:
-        UnsupportedError: transformers is missing, or its loader is not one that this was made for.
+        UnsupportedError: transformers is missing, or its loader is not supported.
+
+    Example:
+        >>> from tempfile import TemporaryDirectory
+        >>> from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+        >>> sizes = {"num_hidden_layers": 1, "num_experts": 2, "hidden_size": 64, "moe_intermediate_size": 8}
+        >>> model = Qwen3MoeForCausalLM(Qwen3MoeConfig(vocab_size=9, **sizes))
+        >>> acceleration = install()
+        >>> with TemporaryDirectory() as directory:
+        ...     model.save_pretrained(directory)
+        ...     loaded = Qwen3MoeForCausalLM.from_pretrained(directory)
+        >>> uninstall()
+        >>> [load.model for load in acceleration.loads]
+        ['Qwen3MoeForCausalLM']
+        >>> sorted(acceleration.loads[0].lowered)
+        ['model.layers.0.mlp.experts.down_proj', 'model.layers.0.mlp.experts.gate_up_proj']
     """
     with _HOOK.lock:
         acceleration = _HOOK.put()
@@ -79,27 +99,49 @@ def install(memory_map: bool = False) -> Acceleration:
 
 
 def uninstall() -> None:
-    """Give transformers its own functions back; nothing happens if they are not replaced.
+    """Restore the functions of transformers; do nothing if they are not replaced.
 
-    Loads under way end as they began. A block of ``accelerate_transformers`` that is still open stays without effect.
+    A load that has begun ends as it began. A block of ``accelerate_transformers`` that is still open has no effect any
+    more.
+
+    Example:
+        >>> acceleration = install()
+        >>> uninstall()
+        >>> uninstall()  # nothing is left to restore
     """
     with _HOOK.lock:
         _HOOK.kept, _HOOK.kept_maps, _HOOK.blocks, _HOOK.mapping_blocks = False, False, 0, 0
-        _HOOK.take()
+        _HOOK.remove()
 
 
 @contextmanager
 def accelerate_transformers(memory_map: bool = False) -> Iterator[Acceleration]:
-    """``install`` for the length of a block. Blocks may be nested, and open in several threads at once.
+    """Make ``from_pretrained`` convert its tensors by plan within a ``with`` block.
 
-    Patching is for the whole process: loads of other threads, too, are planned while any block is open, and mapped
-    while any that is open says ``memory_map``. What a load raises: see ``install``.
+    Blocks may be nested, and several threads may open them at the same time. The whole process is affected: loads of
+    other threads are planned too while any block is open, and mapped while any open block has ``memory_map``. A load
+    raises QuantizationError if transformers would cast quantized codes without their scales.
 
     Args:
-        memory_map: see ``install``.
+        memory_map: map converted parameters on the CPU instead of reading them, if their sources are stored in a file
+            one after the other in the order of the parameter; see ``install``.
+
+    Yields:
+        The record of all loads while the hook is in place.
 
     Raises:
-        UnsupportedError: see ``install``.
+        UnsupportedError: transformers is missing, or its loader is not supported.
+
+    Example:
+        >>> from tempfile import TemporaryDirectory
+        >>> from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+        >>> sizes = {"num_hidden_layers": 1, "num_experts": 2, "hidden_size": 64, "moe_intermediate_size": 8}
+        >>> model = Qwen3MoeForCausalLM(Qwen3MoeConfig(vocab_size=9, **sizes))
+        >>> with TemporaryDirectory() as directory, accelerate_transformers() as acceleration:
+        ...     model.save_pretrained(directory)
+        ...     loaded = Qwen3MoeForCausalLM.from_pretrained(directory)
+        >>> print(acceleration)
+        Qwen3MoeForCausalLM: 2 converted by plan, 0 by transformers
     """
     with _HOOK.lock:
         acceleration = _HOOK.put()
@@ -109,31 +151,32 @@ def accelerate_transformers(memory_map: bool = False) -> Iterator[Acceleration]:
         yield acceleration
     finally:
         with _HOOK.lock:
-            if _HOOK.acceleration is acceleration:  # unless it was uninstalled meanwhile
+            if _HOOK.acceleration is acceleration:  # unless uninstall() was called meanwhile
                 _HOOK.blocks -= 1
                 _HOOK.mapping_blocks -= memory_map
                 if not _HOOK.blocks and not _HOOK.kept:
-                    _HOOK.take()
+                    _HOOK.remove()
 
 
 class _Hook:
-    """Which functions of transformers are replaced, by whom they were asked for, and what they have done."""
+    """The replaced functions of transformers, the requests for them, and the reports of loads."""
 
     def __init__(self) -> None:
         self.lock = threading.RLock()
-        self.kept = False  # by install()
-        self.kept_maps = False
-        self.blocks = 0
-        self.mapping_blocks = 0
+        self.kept = False  # requested by install()
+        self.kept_maps = False  # install() requested memory_map
+        self.blocks = 0  # number of open blocks
+        self.mapping_blocks = 0  # number of open blocks that requested memory_map
         self.acceleration: Acceleration | None = None
         self._replaced: list[tuple[ModuleType, str, Any, Any]] = []
 
     @property
     def maps(self) -> bool:
-        """Whether anybody has asked for ``memory_map``."""
+        """Whether ``install`` or an open block has requested ``memory_map``."""
         return self.kept_maps or self.mapping_blocks > 0
 
     def put(self) -> Acceleration:
+        """Replace the functions of transformers, unless they are replaced already."""
         if self.acceleration is None:
             acceleration = Acceleration()
 
@@ -141,9 +184,9 @@ class _Hook:
                 return self.acceleration is acceleration
 
             wraps: dict[str, Callable[[Any], Any]] = {
-                _CONVERT: lambda convert: converting(convert, is_on, lambda: self.maps, acceleration.loads.append),
-                "safe_open": lambda safe_open: Opening(safe_open, is_on),
-                _LIST: lambda list_files: listing_files(list_files, is_on),
+                _CONVERT: lambda convert: wrap_converter(convert, is_on, lambda: self.maps, acceleration.loads.append),
+                "safe_open": lambda safe_open: SafeOpen(safe_open, is_on),
+                _LIST: lambda list_files: wrap_index_reader(list_files, is_on),
             }
             replacements = [
                 (module, name, function, wrap(function))
@@ -156,9 +199,10 @@ class _Hook:
             self._replaced, self.acceleration = replacements, acceleration
         return self.acceleration
 
-    def take(self) -> None:
+    def remove(self) -> None:
+        """Restore the functions of transformers."""
         for module, name, function, replacement in self._replaced:
-            if getattr(module, name) is replacement:  # unless somebody has put another one over it
+            if getattr(module, name) is replacement:  # unless other code has replaced it since
                 setattr(module, name, function)
         self._replaced, self.acceleration = [], None
 
@@ -167,6 +211,11 @@ _HOOK = _Hook()
 
 
 def _loaders() -> list[ModuleType]:
+    """Return the modules of transformers in which to replace functions.
+
+    Raises:
+        UnsupportedError: transformers is missing, or its loader is not supported.
+    """
     if not transformers_available():
         raise UnsupportedError(message("transformers 5.1 or newer is not installed", do="pip install transformers"))
     import transformers
@@ -178,7 +227,7 @@ def _loaders() -> list[ModuleType]:
     if transformers.__version__.split(".")[0] != "5" or not known:
         raise UnsupportedError(
             message(
-                "this transformers loads checkpoints in a way that is not known here",
+                "this version of transformers loads checkpoints in an unsupported way",
                 expected="transformers 5.1 or newer, and older than 6",
                 found=transformers.__version__,
                 do="use load_model(), which needs no hook",

@@ -1,13 +1,12 @@
 """Strided copies between flat, contiguous tensors, and the algebra that chains them.
 
 A ``Box`` is the geometry of a copy: both sides walk a common index space, in elements of a *contiguous* tensor. A
-``Piece`` is a box with the element where each side starts. The algebra is closed: chaining two sets of pieces gives
-pieces again, static integers only, no masks and no views of views. What does not fit (strides that do not divide each
-other) raises ``NotAffine``, and the caller falls back.
+``Piece`` is a box with the element at which each side starts. The algebra is closed: chaining two sets of pieces yields
+pieces again. They consist of static integers only; there are no masks and no views of views. Strides that do not divide
+each other raise ``NotAffine``, and the caller falls back.
 
-How chaining works: all strides that walk the tensor in the middle are put into one chain of divisors (a mixed radix).
-In that radix every piece is a box of digits, cut where it carries into the next digit, so two pieces meet where their
-boxes intersect.
+Chaining works in a mixed radix. All strides over the middle tensor form one chain of divisors. In that radix every
+piece is a box of digits, cut where it carries into the next digit, so two pieces meet where their boxes intersect.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from itertools import pairwise
 from math import prod
 from typing import NamedTuple
 
-# Of a dimension whose steps become boxes of their own.
+# Most steps of one dimension that become boxes of their own.
 _MOST_STEPS = 4096
 
 
@@ -28,7 +27,7 @@ class NotAffine(Exception):
 class Box(NamedTuple):
     """The geometry of a copy: ``target[i . target_strides] = source[i . source_strides]`` for all i < shape.
 
-    Strides are in elements; where the copy starts on either side is said beside it.
+    Strides are in elements. A box does not record where the copy starts on either side; a ``Piece`` does.
     """
 
     shape: tuple[int, ...]
@@ -37,23 +36,23 @@ class Box(NamedTuple):
 
     @property
     def numel(self) -> int:
-        """Elements that are copied."""
+        """Number of elements that are copied."""
         return prod(self.shape)
 
     @property
     def is_run(self) -> bool:
-        """True if both sides are one run of adjacent elements, so that bytes can be moved without a look at them."""
+        """Whether both sides are one run of adjacent elements, so that the bytes can be moved as they are."""
         return self.source_strides == self.target_strides and self.source_strides in ((), (1,))
 
     def inverse(self) -> Box:
-        """The geometry of the copy back."""
+        """Return the geometry of the copy back."""
         return Box(self.shape, self.target_strides, self.source_strides)
 
     def canonical(self) -> Box:
-        """The same copy with dimensions ordered by target stride, sizes of 1 dropped and adjacent dimensions merged.
+        """Return the same copy with ordered and merged dimensions.
 
-        The result visits the same pairs of elements; it is unchanged when called twice; equal copies become equal
-        values.
+        Dimensions are ordered by target stride, sizes of 1 are dropped, and adjacent dimensions are merged. The result
+        visits the same pairs of elements, and a second call changes nothing. Equal copies become equal values.
         """
         dims = zip(self.target_strides, self.source_strides, self.shape, strict=True)
         dims = sorted((dim for dim in dims if dim[2] != 1), reverse=True)
@@ -70,38 +69,38 @@ class Box(NamedTuple):
 
 
 def run_of(numel: int) -> Box:
-    """A run of ``numel`` adjacent elements on both sides."""
+    """Return a run of ``numel`` adjacent elements on both sides."""
     return Box((numel,), (1,), (1,)) if numel != 1 else Box((), (), ())
 
 
 def reach(shape: Sequence[int], strides: Sequence[int]) -> int:
-    """Elements from the first to the last of a view."""
+    """Return the distance in elements from the first element of a view to its last."""
     return sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
 
 
 class Piece(NamedTuple):
-    """A box in its place: ``target[target_offset + i . target_strides] = source[source_offset + i . source_strides]``.
+    """A box with offsets: ``target[target_offset + i . target_strides] = source[source_offset + i . source_strides]``.
 
-    All offsets are in elements.
+    Offsets are in elements.
     """
 
     source: int
-    """Which of several sources."""
+    """Index of the source among several."""
     box: Box
     source_offset: int
     target_offset: int
 
     def inverse(self) -> Piece:
-        """The copy back."""
+        """Return the copy back."""
         return Piece(self.source, self.box.inverse(), self.target_offset, self.source_offset)
 
     def canonical(self) -> Piece:
-        """The same copy with a canonical box."""
+        """Return the same copy with a canonical box."""
         return self._replace(box=self.box.canonical())
 
 
 def contiguous_strides(shape: Sequence[int]) -> tuple[int, ...]:
-    """Row-major strides in elements; sizes 0 and 1 count as 1."""
+    """Return row-major strides in elements; a size of 0 counts as 1."""
     strides, step = [], 1
     for size in reversed(shape):
         strides.append(step)
@@ -110,20 +109,27 @@ def contiguous_strides(shape: Sequence[int]) -> tuple[int, ...]:
 
 
 class _Digits(NamedTuple):
-    """A box in a mixed radix: digit k runs from low[k] below high[k] while the other side moves by strides[k]."""
+    """A box in a mixed radix: digit k runs from ``low[k]`` to below ``high[k]``.
+
+    With each step of digit k, the other side moves by ``strides[k]`` elements.
+    """
 
     low: tuple[int, ...]
     high: tuple[int, ...]
     strides: tuple[int, ...]
-    offset: int  # of the other side, where every digit is at its low
+    offset: int
+    """Element of the other side at which every digit is at its low."""
 
 
 class _Radix:
-    """Weights 1 = w0 < w1 < ... with each dividing the next; digit k has size w(k+1) / w(k).
+    """A mixed radix: weights 1 = w0 < w1 < ..., each of which divides the next; digit k has size w(k+1) / w(k).
+
+    Two strides may not divide each other, as in part of an interleaved dimension. Then only the stride with more steps
+    becomes a weight. Each step of the other becomes a box of its own.
 
     Args:
-        walks: the dimensions of all pieces, ``(steps, stride)``. Of two strides that do not divide each other, as in
-            part of an interleaved dimension, the one with fewer steps is no weight: its steps become boxes themselves.
+        walks: dimensions of all pieces, as ``(steps, stride)``.
+        numel: number of elements of the tensor that they walk.
     """
 
     def __init__(self, walks: Iterable[tuple[int, int]], numel: int):
@@ -155,13 +161,19 @@ class _Radix:
         strides: Sequence[int],
         offset: int,
     ) -> list[_Digits]:
-        """The boxes of a view (key) together with the other side's strides and offset; cut where a digit carries."""
+        """Return the boxes of a view, cut where a digit carries, with the strides and the offset of the other side.
+
+        Args:
+            shape: shape of the view.
+            key_strides, key_offset: strides and first element of the view in the tensor of this radix.
+            strides, offset: strides and first element of the view on the other side.
+        """
         if 0 in shape:
             return []
         dims = [dim for dim in zip(shape, key_strides, strides, strict=True) if dim[0] != 1]
-        todo, done = [(dims, key_offset, offset)], []
-        while todo:
-            dims, key, other = todo.pop()
+        pending, boxes = [(dims, key_offset, offset)], []
+        while pending:
+            dims, key, other = pending.pop()
             if not 0 <= key < self.numel:
                 raise NotAffine(f"a view starts at element {key} of a tensor of {self.numel}")
             low = [key // weight % size for weight, size in zip(self.weights, self.sizes, strict=True)]
@@ -169,7 +181,7 @@ class _Radix:
             for i, (count, weight, step) in enumerate(dims):
                 if weight not in self.digit_of:
                     others = [*dims[:i], *dims[i + 1 :]]
-                    todo += [(others, key + n * weight, other + n * step) for n in range(count)]
+                    pending += [(others, key + n * weight, other + n * step) for n in range(count)]
                     break
                 k = self.digit_of[weight]
                 if counts[k] != 1:
@@ -180,25 +192,25 @@ class _Radix:
                     continue
                 if k + 1 == len(low):
                     raise NotAffine(f"a view of {count} steps of {weight} leaves the tensor")
-                if low[k]:  # cut at the carry: what fits, then the rest from digit 0 of the next row
+                if low[k]:  # cut at the carry: first the steps that fit, then the rest from digit 0 of the next row
                     head = size - low[k]
-                    todo.append(([*dims[:i], (head, weight, step), *dims[i + 1 :]], key, other))
+                    pending.append(([*dims[:i], (head, weight, step), *dims[i + 1 :]], key, other))
                     rest = [*dims[:i], (count - head, weight, step), *dims[i + 1 :]]
-                    todo.append((rest, key + head * weight, other + head * step))
+                    pending.append((rest, key + head * weight, other + head * step))
                 else:  # whole rows, then the tail
                     rows, tail = divmod(count, size)
                     whole = [*dims[:i], (size, weight, step), *dims[i + 1 :]]
                     if rows > 1:
                         whole.append((rows, weight * size, step * size))
-                    todo.append((whole, key, other))
+                    pending.append((whole, key, other))
                     if tail:
                         rest = [*dims[:i], (tail, weight, step), *dims[i + 1 :]]
-                        todo.append((rest, key + rows * size * weight, other + rows * size * step))
+                        pending.append((rest, key + rows * size * weight, other + rows * size * step))
                 break
             else:
                 high = tuple(digit + count for digit, count in zip(low, counts, strict=True))
-                done.append(_Digits(tuple(low), high, tuple(steps), other))
-        return done
+                boxes.append(_Digits(tuple(low), high, tuple(steps), other))
+        return boxes
 
 
 def _target_boxes(radix: _Radix, pieces: Sequence[Piece]) -> list[tuple[int, _Digits]]:
@@ -210,10 +222,10 @@ def _target_boxes(radix: _Radix, pieces: Sequence[Piece]) -> list[tuple[int, _Di
 
 
 def chain(first: Sequence[Piece], second: Sequence[Piece], numel: int) -> list[Piece]:
-    """The pieces that go straight from the sources of ``first`` to the target of ``second``.
+    """Return the pieces that copy straight from the sources of ``first`` to the target of ``second``.
 
-    ``first`` writes a middle tensor of ``numel`` elements, ``second`` (all with the same source) reads it. Elements of
-    the middle that nobody reads, or that nobody wrote, take part in no piece.
+    ``first`` writes a middle tensor of ``numel`` elements, and ``second`` reads it; all of ``second`` have the same
+    source. Elements of the middle tensor that are not written or not read are in no piece.
 
     Raises:
         NotAffine: the strides on the middle tensor have no common mixed radix.
@@ -233,7 +245,7 @@ def chain(first: Sequence[Piece], second: Sequence[Piece], numel: int) -> list[P
         for read in radix.boxes(shape, source_strides, source_offset, target_strides, target_offset):
             for source, write in written:
                 low = tuple(map(max, write.low, read.low))
-                common = tuple(high - at for high, at in zip(map(min, write.high, read.high), low, strict=True))
+                common = tuple(high - start for high, start in zip(map(min, write.high, read.high), low, strict=True))
                 if min(common) > 0:
                     box = Box(common, write.strides, read.strides).canonical()
                     starts = write.offset + _advance(low, write), read.offset + _advance(low, read)
@@ -252,20 +264,20 @@ def _is_identity(piece: Piece, numel: int) -> bool:
 
 
 def _advance(low: tuple[int, ...], box: _Digits) -> int:
-    return sum((at - start) * step for at, start, step in zip(low, box.low, box.strides, strict=True))
+    return sum((digit - start) * step for digit, start, step in zip(low, box.low, box.strides, strict=True))
 
 
 class Overlap(NamedTuple):
-    """Two sources that write the same element of a target; a negative source means an element nobody writes."""
+    """An element of a target that two sources write."""
 
     element: int
     sources: tuple[int, int]
 
 
 def find_overlap(pieces: Sequence[Piece], numel: int) -> Overlap | None:
-    """An element of a target of ``numel`` elements written by two pieces, or None if no two pieces meet.
+    """Return an element of a target of ``numel`` elements that two pieces write, or None if no two pieces meet.
 
-    Together with a count of the elements written this proves that each is written exactly once.
+    If the pieces also write ``numel`` elements in total, None proves that each element is written exactly once.
 
     Raises:
         NotAffine: the pieces have no common mixed radix, or leave the tensor.
@@ -274,30 +286,33 @@ def find_overlap(pieces: Sequence[Piece], numel: int) -> Overlap | None:
         return None
     radix = _Radix([walk for p in pieces for walk in zip(p.box.shape, p.box.target_strides, strict=True)], numel)
     boxes = _target_boxes(radix, pieces)
-    met = _meeting(boxes, len(radix.weights) - 1)
-    if met is None:
+    pair = _find_pair(boxes, len(radix.weights) - 1)
+    if pair is None:
         return None
-    (a, box_a), (b, box_b) = met
+    (a, box_a), (b, box_b) = pair
     element = sum(max(x, y) * w for x, y, w in zip(box_a.low, box_b.low, radix.weights, strict=True))
     return Overlap(element, (a, b))
 
 
-def _meeting(boxes: list[tuple[int, _Digits]], digit: int) -> tuple[tuple[int, _Digits], tuple[int, _Digits]] | None:
-    """Two boxes that share a point in digits 0..digit, all given boxes sharing one in the digits above."""
+def _find_pair(boxes: list[tuple[int, _Digits]], digit: int) -> tuple[tuple[int, _Digits], tuple[int, _Digits]] | None:
+    """Return two boxes that share a point in digits 0 to ``digit``, or None.
+
+    All boxes share a point in the digits above.
+    """
     if len(boxes) < 2:
         return None
     if digit < 0:
         return boxes[0], boxes[1]
     by_low = sorted(boxes, key=lambda item: item[1].low[digit])
     active: list[tuple[int, _Digits]] = []
-    at = 0
-    while at < len(by_low):
-        start = by_low[at][1].low[digit]
+    index = 0
+    while index < len(by_low):
+        start = by_low[index][1].low[digit]
         active = [item for item in active if item[1].high[digit] > start]
-        while at < len(by_low) and by_low[at][1].low[digit] == start:
-            active.append(by_low[at])
-            at += 1
-        met = _meeting(active, digit - 1)
-        if met is not None:
-            return met
+        while index < len(by_low) and by_low[index][1].low[digit] == start:
+            active.append(by_low[index])
+            index += 1
+        pair = _find_pair(active, digit - 1)
+        if pair is not None:
+            return pair
     return None

@@ -1,4 +1,4 @@
-"""From names, rules and shapes to a validated plan."""
+"""Compile names, rules and shapes to a validated plan."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from automodel_conv.planning.operations import OPERATIONS, NotLowerable
 from automodel_conv.planning.plan import CopyPlan
 from automodel_conv.planning.problems import Problems
 from automodel_conv.planning.resolve import Assignment, all_targets, missing_parts, resolve
-from automodel_conv.planning.rule_outputs import Made, RuleOutputs
+from automodel_conv.planning.rule_outputs import Lowered, RuleOutputs
 from automodel_conv.planning.rules import Rules
 from automodel_conv.planning.square import square_matrices
 from automodel_conv.planning.values import LoweringError
@@ -33,44 +33,46 @@ def compile_targets(
     transposed: bool | None = None,
     as_stored: AsStored | None = None,
 ) -> tuple[CopyPlan, Problems]:
-    """The plan that makes ``targets`` from ``sources`` by ``rules``, and what did not fit and was left out of it.
+    """Return the plan that fills ``targets`` from ``sources`` by ``rules``, and the problems that it leaves out.
 
     Args:
-        targets: what the model has; None makes whatever the rules give, in the sources' dtypes.
-        dtype: without targets, the dtype that floating tensors are cast to.
-        parameters: shapes of the model's parameters, for operations that ask; the targets', unless given.
-        transposed: whether a matrix of which no shape tells how it lies is transposed, where a rule transposes only
-            what does not have the model's shape; None: it is an error.
-        as_stored: sources that are not cast on their way to new targets.
+        sources: tensors of a checkpoint.
+        rules: rules of the model or the caller.
+        targets: tensors of the model; None: every output of the rules becomes a target, in the dtype of its sources.
+        dtype: dtype code that floating tensors are cast to if ``targets`` is None.
+        parameters: shapes of the model's parameters, for operations that read them; None: those of ``targets``.
+        transposed: whether to transpose a square matrix whose orientation no shape determines. It concerns rules that
+            transpose only tensors without the model's shape. None: such a matrix is an error.
+        as_stored: decides which sources keep their dtype on the way to new targets.
 
     Raises:
-        UnsupportedError: a square matrix of which nothing tells how it lies; see ``square_matrices``.
+        UnsupportedError: the orientation of a square matrix is undetermined; see ``square_matrices``.
     """
     if parameters is None and targets is not None:
         parameters = {name: spec.shape for name, spec in targets.items()}
     parameters = parameters or {}
     resolution = resolve(sources.names, rules, targets, sources.hidden)
     if parameters or transposed is None:
-        lies = square_matrices(resolution.assignments, rules, sources.shapes, parameters, transposed)
-    else:  # without a model's shapes no matrix tells how it lies
-        lies = {assignment.target: transposed for assignment in resolution.assignments}
-    compiler = Compiler(sources, rules, targets, dtype, parameters, lies, as_stored)
-    made: dict[str, Target] = {}
+        transposed_by_target = square_matrices(resolution.assignments, rules, sources.shapes, parameters, transposed)
+    else:  # without the shapes of a model, no shape determines the orientation
+        transposed_by_target = {assignment.target: transposed for assignment in resolution.assignments}
+    compiler = Compiler(sources, rules, targets, dtype, parameters, transposed_by_target, as_stored)
+    filled: dict[str, Target] = {}
     for assignment in resolution.assignments:
         for target in compiler.targets_of(assignment):
-            made.setdefault(target.name, target)
+            filled.setdefault(target.name, target)
     problems = compiler.problems
     problems.unclaimed = resolution.unclaimed
     problems.without_place = [name for name in resolution.unexpected if name not in problems.unexpected]
     problems.unexpected += resolution.unexpected
     problems.duplicated += resolution.duplicated
     if targets is not None:
-        touched = compiler.touched | made.keys()
+        touched = compiler.touched | filled.keys()
         problems.missing += [name for name in targets if name not in touched]
-        made = {name: made[name] for name in targets if name in made}
+        filled = {name: filled[name] for name in targets if name in filled}
     plan = CopyPlan(
         sources,
-        tuple(made.values()),
+        tuple(filled.values()),
         tuple(rules.describe(row) for row in range(len(rules.converters))),
         tuple(problems.missing),
         tuple(problems.unexpected),
@@ -81,7 +83,7 @@ def compile_targets(
 
 
 class Compiler:
-    """Makes targets of assignments, and collects what does not fit."""
+    """Compiles assignments to targets, and collects problems."""
 
     def __init__(
         self,
@@ -90,7 +92,7 @@ class Compiler:
         targets: Mapping[str, TargetSpec] | None,
         dtype: str | None,
         parameters: Mapping[str, tuple[int, ...]],
-        lies_transposed: Mapping[str, bool],
+        transposed_by_target: Mapping[str, bool],
         as_stored: AsStored | None = None,
     ):
         self.sources = sources
@@ -99,42 +101,43 @@ class Compiler:
         self.dtype = dtype
         self.as_stored = as_stored
         self.problems = Problems()
-        self.touched: set[str] = set()  # targets that something provides, even if wrongly
-        self._outputs = RuleOutputs(sources, rules, parameters, lies_transposed)
+        self.touched: set[str] = set()  # targets that a source provides, even if it does not fit
+        self._outputs = RuleOutputs(sources, rules, parameters, transposed_by_target)
 
     def targets_of(self, assignment: Assignment) -> list[Target]:
+        """Return the targets of an assignment; record those that cannot be filled in ``problems``."""
         if assignment.rule < 0:
             row = next(iter(assignment.slots.values()))[0]
             shape = self.sources.shapes[row]
             target = self._target(assignment, assignment.target, shape, (row,), self._outputs.whole(prod(shape)))
             return [target] if target is not None else []
-        return self._converted(assignment)
+        return self._convert(assignment)
 
-    def _converted(self, assignment: Assignment) -> list[Target]:
+    def _convert(self, assignment: Assignment) -> list[Target]:
         rows = tuple([row for slot in assignment.slots.values() for row in slot])
         try:
-            made = self._outputs.of(assignment)
+            lowered = self._outputs.lower_rule(assignment)
         except (NotLowerable, NotAffine) as error:
-            return self._fallback(assignment, rows, str(error))
+            return self._fallback_targets(assignment, rows, str(error))
         except LoweringError as error:
-            self._blame(assignment, None, str(error))
+            self._record_failure(assignment, None, str(error))
             return []
-        self._tell_unused(assignment, rows, made)
+        self._record_unused(assignment, rows, lowered)
         targets = []
-        names = self._names(assignment.target, [output.key for output in made.outputs])
-        for output, name in zip(made.outputs, names, strict=True):
-            all_read = len(output.reads) in (0, len(rows))  # none: empty tensors, which still tell a dtype
+        names = self._full_names(assignment.target, [output.key for output in lowered.outputs])
+        for output, name in zip(lowered.outputs, names, strict=True):
+            all_read = len(output.reads) in (0, len(rows))  # none: the sources are empty, but determine the dtype
             sources = rows if all_read else tuple([rows[i] for i in output.reads])
             target = self._target(assignment, name, output.shape, sources, output.copies)
             if target is not None:
                 targets.append(target)
         return targets
 
-    def _tell_unused(self, assignment: Assignment, rows: tuple[int, ...], made: Made) -> None:
-        """File sources that the operations drop, and gaps in a merged list that no model's shape would show."""
-        if made.dropped:
-            kept = next((i for i in range(len(rows)) if i not in made.dropped), 0)
-            names = [self.sources.names[rows[i]] for i in (kept, *made.dropped)]
+    def _record_unused(self, assignment: Assignment, rows: tuple[int, ...], lowered: Lowered) -> None:
+        """Record sources that the operations drop, and gaps in a merged list that no model's shape would reveal."""
+        if lowered.dropped:
+            kept = next((i for i in range(len(rows)) if i not in lowered.dropped), 0)
+            names = [self.sources.names[rows[i]] for i in (kept, *lowered.dropped)]
             self.problems.duplicated.append((assignment.target, tuple(names)))
         if self.targets is None and self._merges(assignment):
             parts = missing_parts(self.sources.names, assignment, self.rules.patterns(assignment.rule)[0], 0)
@@ -142,10 +145,11 @@ class Compiler:
                 self.problems.incomplete.append((assignment.target, tuple(parts)))
 
     def _merges(self, assignment: Assignment) -> bool:
+        """Return whether an operation of the assignment's rule merges a list, in which a part may be absent."""
         return any(OPERATIONS[op.name].merges for op in self.rules.operations(assignment.rule))
 
-    def _names(self, first: str, keys: Sequence[str]) -> list[str]:
-        """Full names from an operation's output keys, as upstream's ``WeightConverter.convert`` expands them."""
+    def _full_names(self, first: str, keys: Sequence[str]) -> list[str]:
+        """Return the full names for an operation's output keys, as transformers' ``WeightConverter.convert`` does."""
         full = first.replace("*.", "0.")
         key = next((key for key in keys if key in full), None)
         if key is None:
@@ -179,7 +183,7 @@ class Compiler:
             self.problems.unexpected.append(name)
             return None
         if spec.shape != shape:
-            self._blame(assignment if rule >= 0 else None, (name, shape, spec.shape), "")
+            self._record_failure(assignment if rule >= 0 else None, (name, shape, spec.shape), "")
             return None
         dtype = self._new_dtype(rows, assignment.target) if spec.is_new else spec.dtype
         for row in rows:
@@ -188,19 +192,20 @@ class Compiler:
         return Target(name, dtype, shape, rule, rows, copies)
 
     def _new_dtype(self, rows: Iterable[int], first: str) -> str:
-        """The dtype of what is put together from sources, by the first target of their rule."""
+        """Return the dtype of a tensor that a rule builds from sources, given the rule's first target."""
         if self.as_stored is None:
             return self.targets[first].dtype  # type: ignore[index]
         return promoted(self._given_dtype(row, first) for row in rows)
 
     def _given_dtype(self, row: int, first: str) -> str:
-        """The dtype in which upstream gives a source to the operations of a rule, by the first target of the rule."""
+        """Return the dtype in which transformers passes a source to the operations of a rule with this first target."""
         stored, wanted = self.sources.dtypes[row], self.targets[first].dtype  # type: ignore[index]
         if stored == wanted or self.as_stored is None or row in self.sources.decodes:
             return wanted
         return stored if self.as_stored(self.sources.names[row], stored, first) else wanted
 
     def _free_dtype(self, name: str, dtypes: set[str]) -> str:
+        """Return the dtype of a target that no model specifies."""
         if self.dtype is not None and dtypes <= FLOATING:
             return self.dtype
         if len(dtypes) > 1:
@@ -213,7 +218,7 @@ class Compiler:
             )
         return next(iter(dtypes), "F32")
 
-    def _fallback(self, assignment: Assignment, rows: tuple[int, ...], reason: str) -> list[Target]:
+    def _fallback_targets(self, assignment: Assignment, rows: tuple[int, ...], reason: str) -> list[Target]:
         names = all_targets(self.rules, assignment.rule, assignment.target)
         if self.targets is None:
             self.problems.failed.append((assignment.target, f"{reason}; only a model knows the shape of the result"))
@@ -230,11 +235,11 @@ class Compiler:
         self.touched.update(names)
         self.problems.unexpected += [name for name in names if name not in self.targets]
         specs = {name: self.targets[name] for name in names if name in self.targets}
-        found = self._dtypes_made(fallback, rows) if any(spec.is_new for spec in specs.values()) else {}
+        output_dtypes = self._output_dtypes(fallback, rows) if any(spec.is_new for spec in specs.values()) else {}
         return [
             Target(
                 name,
-                found.get(name, self.targets[assignment.target].dtype) if spec.is_new else spec.dtype,
+                output_dtypes.get(name, self.targets[assignment.target].dtype) if spec.is_new else spec.dtype,
                 spec.shape,
                 assignment.rule,
                 rows,
@@ -244,25 +249,25 @@ class Compiler:
             for name, spec in specs.items()
         ]
 
-    def _dtypes_made(self, fallback: Fallback, rows: Iterable[int]) -> dict[str, str]:
-        """The dtypes of what upstream's own code makes; empty where it cannot tell without values."""
+    def _output_dtypes(self, fallback: Fallback, rows: Iterable[int]) -> dict[str, str]:
+        """Return the dtypes that a fallback produces by target name, empty if it cannot run without values."""
         shapes, dtypes = self.sources.shapes, self.sources.dtypes
         try:
             with torch.no_grad():
                 sources = {row: torch.empty(shapes[row], dtype=torch_dtype(dtypes[row]), device="meta") for row in rows}
-                made = fallback.convert(sources)
-        except Exception:  # whatever an operation raises that wants values; it says so again when it gets them
+                outputs = fallback.convert(sources)
+        except Exception:  # an operation may need values and raise anything; with values it reports its errors itself
             return {}
-        tensors = {name: tensor for name, tensor in made.items() if isinstance(tensor, Tensor)}
+        tensors = {name: tensor for name, tensor in outputs.items() if isinstance(tensor, Tensor)}
         return {name: code for name, tensor in tensors.items() if (code := dtype_code(tensor.dtype)) is not None}
 
-    def _blame(
+    def _record_failure(
         self,
         assignment: Assignment | None,
         mismatch: tuple[str, tuple[int, ...], tuple[int, ...]] | None,
         reason: str,
     ) -> None:
-        """File a target that cannot be made under the most telling heading."""
+        """Record a target that cannot be filled under the most informative kind of problem."""
         if assignment is not None:
             self.touched.add(assignment.target)
             wanted = (self.targets or {}).get(assignment.target)

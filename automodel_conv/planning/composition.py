@@ -1,4 +1,4 @@
-"""The algebra of plans: turning one around, and chaining two so that nothing is made in between."""
+"""The algebra of plans: inverting one, and chaining two so that no tensor is built in between."""
 
 from __future__ import annotations
 
@@ -12,27 +12,27 @@ from automodel_conv.planning.copies import SourceTable, StridedCopy, Target, by_
 
 
 def table_of(targets: Sequence[Target]) -> SourceTable:
-    """Targets as the sources of a plan to follow."""
+    """Return the table in which targets are the sources of a following plan."""
     return SourceTable([t.name for t in targets], [t.dtype for t in targets], [t.shape for t in targets])
 
 
 def inverted(targets: Sequence[Target], sources: SourceTable) -> list[Target]:
-    """Targets that make the sources of ``targets`` from them; only sources that take part come back."""
+    """Return targets that restore the sources of ``targets``, if a target reads them."""
     incoming: dict[int, list[tuple[int, Piece]]] = {row: [] for target in targets for row in target.sources}
     for row, target in enumerate(targets):
         for copy in target.copies:
             for piece in copy.pieces():
                 incoming[target.sources[piece.source]].append((row, piece.inverse()))
-    shared = _Shared()
-    made = []
+    shared = _CopiesCache()
+    restored = []
     for source in sorted(incoming):
         rows = sorted({row for row, _ in incoming[source]})
         ordinal = {row: i for i, row in enumerate(rows)}
         pieces = (piece.canonical()._replace(source=ordinal[row]) for row, piece in incoming[source])
         rule = targets[rows[0]].rule if rows else -1
         name, dtype, shape = sources.names[source], sources.dtypes[source], sources.shapes[source]
-        made.append(Target(name, dtype, shape, rule, tuple(rows), shared(group_pieces(pieces))))
-    return made
+        restored.append(Target(name, dtype, shape, rule, tuple(rows), shared(group_pieces(pieces))))
+    return restored
 
 
 def chained(
@@ -42,113 +42,117 @@ def chained(
     between: SourceTable,
     rules: tuple[Sequence[str], Sequence[str]],
 ) -> tuple[list[Target], tuple[str, ...]]:
-    """The targets ``second``, made straight from what ``first`` reads, and the rules they are made by.
+    """Return the targets ``second``, filled straight from the sources of ``first``, and the texts of their rules.
 
     Args:
-        first: by name, made from ``sources``.
-        second: made from ``between``, all of which ``first`` must make.
-        rules: the texts that the rules of ``first`` and ``second`` are rows of.
+        first: targets of the first plan by name.
+        sources: sources of the first plan.
+        second: targets of the second plan.
+        between: sources of the second plan, each of which is a target in ``first``.
+        rules: texts of the rules of the first and of the second plan.
 
     Raises:
-        UnsupportedError: a target is upstream's work where it would be taken apart, would be cast twice, or its copies
-            cannot be chained; or codes would be cast.
-        CoverageError: ``second`` reads something that ``first`` does not make.
+        UnsupportedError: a target that transformers' own code fills would be changed further; a target would be cast
+            twice; its copies cannot be chained; or codes would be cast.
+        CoverageError: ``second`` reads a tensor that is not in ``first``.
     """
-    shared = _Shared()
-    seen: dict[tuple[object, ...], tuple[tuple[StridedCopy, ...], tuple[int, ...]]] = {}
+    shared = _CopiesCache()
+    cache: dict[tuple[object, ...], tuple[tuple[StridedCopy, ...], tuple[int, ...]]] = {}
     texts: dict[str, int] = {}
-    made = []
+    targets = []
     for target in second:
-        middle = [_made_before(first, between, row, target) for row in target.sources]
+        middle = [_find_source(first, between, row, target) for row in target.sources]
         if target.fallback is None and len(middle) == 1 and target.is_whole and _same(middle[0], target):
-            made.append(middle[0]._replace(rule=_joined_rule(middle, -1, rules, texts)))
+            targets.append(middle[0]._replace(rule=_joined_rule(middle, -1, rules, texts)))
             continue
         for before in middle:
             _check_chainable(before, sources, target)
         rows: dict[int, int] = {}
-        places = tuple(tuple(rows.setdefault(row, len(rows)) for row in before.sources) for before in middle)
-        key = (id(target.copies), places, *((id(before.copies), before.shape) for before in middle))
-        if key not in seen:
+        ordinals = tuple(tuple(rows.setdefault(row, len(rows)) for row in before.sources) for before in middle)
+        key = (id(target.copies), ordinals, *((id(before.copies), before.shape) for before in middle))
+        if key not in cache:
             pieces = [
-                piece._replace(source=places[read.source][piece.source])
+                piece._replace(source=ordinals[read.source][piece.source])
                 for copy in target.copies
                 for read in copy.pieces()
                 for piece in _through(middle[read.source], read, target)
             ]
             used = tuple(sorted({piece.source for piece in pieces}))
-            place = {ordinal: i for i, ordinal in enumerate(used)}
-            copies = group_pieces(piece._replace(source=place[piece.source]) for piece in pieces)
-            seen[key] = shared(copies), used
-        copies, used = seen[key]
+            index = {ordinal: i for i, ordinal in enumerate(used)}
+            copies = group_pieces(piece._replace(source=index[piece.source]) for piece in pieces)
+            cache[key] = shared(copies), used
+        copies, used = cache[key]
         all_rows = list(rows)
         rule = _joined_rule(middle, target.rule, rules, texts)
         read_rows = tuple(all_rows[ordinal] for ordinal in used)
-        made.append(Target(target.name, target.dtype, target.shape, rule, read_rows, copies))
-    return made, tuple(texts)
+        targets.append(Target(target.name, target.dtype, target.shape, rule, read_rows, copies))
+    return targets, tuple(texts)
 
 
 def _joined_rule(
     middle: Sequence[Target], rule: int, rules: tuple[Sequence[str], Sequence[str]], texts: dict[str, int]
 ) -> int:
-    """The row of "first rule, then second rule" in ``texts``; -1 where names are only looked up."""
+    """Return the row of "first rule, then second rule" in ``texts``, or -1 if all sources are looked up by name."""
     steps = list(dict.fromkeys(rules[0][before.rule] for before in middle if before.rule >= 0))
     if rule >= 0:
         steps.append(rules[1][rule])
     return texts.setdefault(", then ".join(steps), len(texts)) if steps else -1
 
 
-def _same(made: Target, target: Target) -> bool:
-    return (made.name, made.dtype, made.shape) == (target.name, target.dtype, target.shape)
+def _same(before: Target, target: Target) -> bool:
+    return (before.name, before.dtype, before.shape) == (target.name, target.dtype, target.shape)
 
 
-def _made_before(first: Mapping[str, Target], between: SourceTable, row: int, target: Target) -> Target:
+def _find_source(first: Mapping[str, Target], between: SourceTable, row: int, target: Target) -> Target:
+    """Return the target in ``first`` that is the source ``row`` of ``target``."""
     name, dtype, shape = between.names[row], between.dtypes[row], between.shapes[row]
-    made = first.get(name)
-    if made is None or (made.dtype, made.shape) != (dtype, shape):
+    before = first.get(name)
+    if before is None or (before.dtype, before.shape) != (dtype, shape):
         raise CoverageError(
             message(
                 f"{target.name} needs {name}, which the plan before does not make like that",
                 expected=f"{dtype} {list(shape)}",
-                found=None if made is None else f"{made.dtype} {list(made.shape)}",
+                found=None if before is None else f"{before.dtype} {list(before.shape)}",
             )
         )
-    return made
+    return before
 
 
-def _check_chainable(made: Target, sources: SourceTable, target: Target) -> None:
-    for thing in (made, target):
-        if thing.fallback is not None:
-            raise UnsupportedError(message(f"{thing.name} is made by upstream's own code, so plans end there"))
-    numbers = [row for row in made.sources if row not in sources.decodes]  # what is decoded takes any dtype at once
-    casts = [sources.dtypes[row] for row in numbers if sources.dtypes[row] != made.dtype]
-    if casts and made.dtype != target.dtype:
+def _check_chainable(before: Target, sources: SourceTable, target: Target) -> None:
+    for checked in (before, target):
+        if checked.fallback is not None:
+            raise UnsupportedError(message(f"{checked.name} is made by upstream's own code, so plans end there"))
+    unquantized = [row for row in before.sources if row not in sources.decodes]  # decoding yields any dtype in one step
+    casts = [sources.dtypes[row] for row in unquantized if sources.dtypes[row] != before.dtype]
+    if casts and before.dtype != target.dtype:
         raise UnsupportedError(
             message(
                 f"{target.name} would be cast twice on the way",
-                found=f"{casts[0]} -> {made.dtype} -> {target.dtype}",
+                found=f"{casts[0]} -> {before.dtype} -> {target.dtype}",
                 do="give the dtype to one of the two plans only",
             )
         )
-    for row in numbers:
+    for row in unquantized:
         check_cast(sources.names[row], sources.dtypes[row], target.name, target.dtype)
 
 
-def _through(made: Target, read: Piece, target: Target) -> list[Piece]:
-    numel = prod(made.shape)
+def _through(before: Target, read: Piece, target: Target) -> list[Piece]:
+    """Return the pieces that read the sources of ``before`` where ``read`` reads ``before`` itself."""
+    numel = prod(before.shape)
     try:
-        walks = chain([piece for copy in made.copies for piece in over_sources(copy)], [read], numel)
+        walks = chain([piece for copy in before.copies for piece in over_sources(copy)], [read], numel)
         return [piece for walk in walks for piece in by_source(walk).pieces()]
-    except NotAffine:  # which all pieces by themselves may not be
+    except NotAffine:  # the pieces of single sources may still have a common radix
         pass
     try:
-        return chain([piece for copy in made.copies for piece in copy.pieces()], [read], numel)
+        return chain([piece for copy in before.copies for piece in copy.pieces()], [read], numel)
     except NotAffine as error:
-        text = f"{target.name} cannot be made straight from the sources of {made.name}: {error}"
+        text = f"{target.name} cannot be made straight from the sources of {before.name}: {error}"
         raise UnsupportedError(message(text)) from None
 
 
-class _Shared:
-    """Makes equal copies one object, so that targets of equal geometry are proved and printed once."""
+class _CopiesCache:
+    """A cache with one object for equal copies, so that targets of equal geometry are proved and printed once."""
 
     def __init__(self) -> None:
         self._seen: dict[tuple[StridedCopy, ...], tuple[StridedCopy, ...]] = {}

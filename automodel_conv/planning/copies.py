@@ -1,4 +1,4 @@
-"""What plans are made of: strided copies in columns, the targets they fill, the sources they read."""
+"""The parts of a plan: strided copies in columns, the targets that they fill, and the sources that they read."""
 
 from __future__ import annotations
 
@@ -13,7 +13,9 @@ from automodel_conv.planning.boxes import Box, Piece, run_of
 
 
 class StridedCopy(NamedTuple):
-    """Equal copies at different places: for each column k and every index i < box.shape,
+    """Copies of equal geometry at different offsets, one for each column.
+
+    For each column k and every index i < box.shape:
 
     ``target[target_offsets[k] + i . target_strides] = source[ordinals[k]][source_offsets[k] + i . source_strides]``
 
@@ -26,7 +28,7 @@ class StridedCopy(NamedTuple):
     target_offsets: tuple[int, ...]
 
     def pieces(self) -> list[Piece]:
-        """The copies one by one."""
+        """Return the copies one by one."""
         return [
             Piece(ordinal, self.box, source, target)
             for ordinal, source, target in zip(self.ordinals, self.source_offsets, self.target_offsets, strict=True)
@@ -34,81 +36,82 @@ class StridedCopy(NamedTuple):
 
 
 SPAN = 1 << 64
-"""From the first element of one source to that of the next, where all sources lie in one long row; none is as long.
+"""Distance in elements between the first elements of consecutive sources in the address space that they share.
 
-There a walk over sources is a dimension like any other, so that one piece can read thousands of them.
+No source is as long. In this address space a walk over sources is a dimension like any other, so that one piece can
+read thousands of sources.
 """
 
 
 def over_sources(copy: StridedCopy) -> list[Piece]:
-    """The pieces of a copy, which read the row of all sources: one for columns that are evenly spaced."""
+    """Return the pieces of a copy that read the address space of all sources, one for evenly spaced columns."""
     columns = sorted(zip(copy.ordinals, copy.target_offsets, copy.source_offsets, strict=True))
-    runs: list[list[int]] = []  # of columns: source, place in it, place in the target; how many, how far apart each
-    ordinal = written = read = skip = apart = count = 0
+    # A run of evenly spaced columns: first ordinal, source offset, first target offset, count, and both steps.
+    runs: list[list[int]] = []
+    ordinal = written = read = ordinal_step = target_step = count = 0
     for column_ordinal, column_written, column_read in columns:
-        skips, moves = column_ordinal - ordinal, column_written - written
-        goes_on = (skips == skip and moves == apart) if count > 1 else (count and skips > 0 and moves > 0)
+        skip, move = column_ordinal - ordinal, column_written - written
+        continues = (skip == ordinal_step and move == target_step) if count > 1 else (count and skip > 0 and move > 0)
         ordinal, written = column_ordinal, column_written
-        if goes_on and column_read == read:
-            skip, apart, count = skips, moves, count + 1
-            runs[-1][3:] = count, skip, apart
+        if continues and column_read == read:
+            ordinal_step, target_step, count = skip, move, count + 1
+            runs[-1][3:] = count, ordinal_step, target_step
         else:
-            read, skip, apart, count = column_read, 0, 0, 1
+            read, ordinal_step, target_step, count = column_read, 0, 0, 1
             runs.append([ordinal, read, written, 1, 0, 0])
     box = copy.box
     return [
         Piece(
             0,
-            Box((count, *box.shape), (skip * SPAN, *box.source_strides), (apart, *box.target_strides)),
+            Box((count, *box.shape), (ordinal_step * SPAN, *box.source_strides), (target_step, *box.target_strides)),
             ordinal * SPAN + read,
             written,
         )
-        for ordinal, read, written, count, skip, apart in runs
+        for ordinal, read, written, count, ordinal_step, target_step in runs
     ]
 
 
 def by_source(piece: Piece) -> StridedCopy:
-    """A piece that reads the row of all sources, as a copy with a column for each source."""
+    """Return a piece that reads the address space of all sources as a copy with a column for each source."""
     first, read = divmod(piece.source_offset, SPAN)
     sources, targets = [first], [piece.target_offset]
     inner = []
     for dim in zip(*piece.box, strict=True):
-        count, step, apart = dim
-        if step < SPAN:
+        count, source_step, target_step = dim
+        if source_step < SPAN:
             inner.append(dim)
         else:
-            skip = step // SPAN
-            sources = [source + i * skip for source in sources for i in range(count)]
-            targets = [target + i * apart for target in targets for i in range(count)]
+            sources = [source + i * (source_step // SPAN) for source in sources for i in range(count)]
+            targets = [target + i * target_step for target in targets for i in range(count)]
     shape, source_strides, target_strides = tuple(zip(*inner, strict=True)) or ((), (), ())
     box = Box(shape, source_strides, target_strides).canonical()
     return StridedCopy(box, tuple(sources), (read,) * len(sources), tuple(targets))
 
 
 def group_copies(copies: Sequence[StridedCopy]) -> tuple[StridedCopy, ...]:
-    """As ``group_pieces`` of the pieces of all copies, with ``Piece`` objects only if a source is in two columns.
+    """Return the same copies as ``group_pieces`` of all their pieces.
 
-    No two columns write from the same place.
+    ``Piece`` objects are built only if a source is in two columns. No two columns may write at the same offset.
     """
     sources = [source for copy in copies for source in copy.ordinals]
     if len(set(sources)) < len(sources):
         return group_pieces([piece for copy in copies for piece in copy.pieces()])
-    alike: dict[Box, list[tuple[int, int, int]]] = {}
+    columns_of: dict[Box, list[tuple[int, int, int]]] = {}
     for copy in copies:
         columns = zip(copy.target_offsets, copy.ordinals, copy.source_offsets, strict=True)
-        alike.setdefault(copy.box, []).extend(columns)
+        columns_of.setdefault(copy.box, []).extend(columns)
     grouped = []
-    for box, columns_of_box in alike.items():
-        if columns_of_box:
-            targets, ordinals, reads = zip(*sorted(columns_of_box), strict=True)
+    for box, columns in columns_of.items():
+        if columns:
+            targets, ordinals, reads = zip(*sorted(columns), strict=True)
             grouped.append(StridedCopy(box, ordinals, reads, targets))
     return tuple(sorted(grouped, key=lambda copy: copy.target_offsets[0]))
 
 
 def group_pieces(pieces: Iterable[Piece]) -> tuple[StridedCopy, ...]:
-    """Pieces of equal boxes as columns, ordered by where they write; runs that follow each other become one."""
+    """Group pieces of equal boxes as columns, ordered by target offset; runs that continue each other become one."""
     groups: dict[Box, list[Piece]] = {}
-    for piece in _joined(sorted(pieces, key=lambda p: p.target_offset)):
+    for piece in _join_runs(sorted(pieces, key=lambda p: p.target_offset)):
         groups.setdefault(piece.box, []).append(piece)
     return tuple(
         StridedCopy(
@@ -121,8 +124,8 @@ def group_pieces(pieces: Iterable[Piece]) -> tuple[StridedCopy, ...]:
     )
 
 
-def _joined(pieces: Sequence[Piece]) -> list[Piece]:
-    """Runs that continue each other in source and target, as one piece."""
+def _join_runs(pieces: Sequence[Piece]) -> list[Piece]:
+    """Join runs that continue each other in source and target."""
     joined: list[Piece] = []
     for piece in pieces:
         if joined and joined[-1].source == piece.source and joined[-1].box.is_run and piece.box.is_run:
@@ -136,30 +139,37 @@ def _joined(pieces: Sequence[Piece]) -> list[Piece]:
 
 
 class Fallback(NamedTuple):
-    """Operations that could not be lowered, to be run by upstream's own ``convert`` on whole sources.
+    """Operations that could not be lowered. transformers' own ``convert`` runs them on whole sources.
 
-    One fallback may make several targets; they all carry the same object.
+    One fallback may fill several targets, which all hold the same object.
     """
 
     reason: str
-    convert: Callable[[Mapping[int, Any]], dict[str, Any]]  # source row -> tensor, to target name -> tensor
-    on_host: bool = False  # wherever the targets are; else where they are
+    """The reason why the operations could not be lowered."""
+    convert: Callable[[Mapping[int, Any]], dict[str, Any]]
+    """Function from ``{source row: tensor}`` to ``{target name: tensor}``."""
+    on_host: bool = False
+    """Whether it runs on the CPU wherever the targets are; otherwise it runs on their device."""
 
 
 class Target(NamedTuple):
-    """One tensor to be made: its copies read ``sources`` (rows of the plan's source table)."""
+    """One tensor to fill, and the copies that fill it."""
 
     name: str
     dtype: str
+    """Dtype code, such as ``"BF16"``."""
     shape: tuple[int, ...]
-    rule: int  # row of the plan's rules; -1 where a name is only looked up
+    rule: int
+    """Row of the plan's rules; -1 if the source is only looked up by name."""
     sources: tuple[int, ...]
+    """Rows of the plan's source table."""
     copies: tuple[StridedCopy, ...]
     fallback: Fallback | None = None
+    """Code of transformers that fills the target instead of copies."""
 
     @property
     def is_whole(self) -> bool:
-        """True if one copy moves everything in one run, so that a target of its source's size equals it."""
+        """Whether one copy moves everything in one run, so that a target of its source's size equals the source."""
         return len(self.copies) <= 1 and all(c.box.is_run and len(c.ordinals) == 1 for c in self.copies)
 
     @property
@@ -168,72 +178,83 @@ class Target(NamedTuple):
 
 
 CODE_BITS = {"e4m3": 8, "e5m2": 8, "e2m1": 4, "int4": 4}
-"""The formats of codes, and how many bits a code has; see ``quantization.py``."""
+"""Bits per code in each format of codes; see ``quantization.py``."""
 
 ZEROS_IN_I32 = 8
-"""Zero points in an I32, of rows that follow each other, the first in the lowest bits."""
+"""Number of zero points in an I32. They belong to consecutive rows, the first in the lowest bits."""
 
 
 class Decode(NamedTuple):
-    """How the elements of a quantized source come out of its codes; see ``quantization.py``.
+    """How to compute the values of a quantized source from its codes; see ``quantization.py``.
 
-    The codes are stored under the source's own row, two to a byte where they have 4 bits, the even column in the low
-    half. The other parts are rows of the same table, which no target takes by their names.
+    The codes are stored in the source's own row of the table. Codes of 4 bits are stored two to a byte, the even column
+    in the low half. The other parts are rows of the same table that no target reads by name.
     """
 
     format: str
-    """Of a code, one of ``CODE_BITS``."""
+    """Format of a code, a key of ``CODE_BITS``."""
     matrix: tuple[int, int]
     """Rows and columns of the source's last two dimensions, as stored."""
     block: tuple[int, int]
-    """Rows and columns that share a scale, the last ones of a matrix perhaps fewer."""
+    """Rows and columns that share a scale. The last blocks of a matrix may be smaller."""
     scales: int
+    """Row of the scales."""
     zero_points: int | None = None
+    """Row of the zero points, if there are any."""
     global_scale: int | None = None
+    """Row of the scale of the whole tensor, if there is one."""
     divides: bool = False
-    """The scale is divided by the global one, not multiplied."""
+    """Whether the scale is divided by the global scale instead of multiplied."""
     stored_transposed: bool = False
-    """The last two dimensions are meant in the other order than they are stored in."""
+    """Whether the last two dimensions are stored in the opposite order."""
     like_upstream: bool = False
-    """Round as transformers does, not once."""
+    """Whether values are rounded as transformers rounds them instead of once."""
 
     @property
     def bits(self) -> int:
-        """Of a code."""
+        """Bits per code."""
         return CODE_BITS[self.format]
 
     @property
     def kind(self) -> tuple[object, ...]:
-        """All fields except the rows; sources of equal kinds decode alike."""
+        """All fields except the rows; sources of equal kinds are decoded the same way."""
         return self.format, self.matrix, self.block, self.divides, self.stored_transposed, self.like_upstream
 
     @property
     def parts(self) -> tuple[int, ...]:
-        """The rows beside the source's own."""
+        """Rows of the other parts."""
         return tuple(row for row in (self.scales, self.zero_points, self.global_scale) if row is not None)
 
 
 @dataclass(frozen=True)
 class SourceTable:
-    """What a checkpoint or a state dict offers, in columns: names, dtype codes, shapes.
-
-    A row in ``decodes`` is a quantized tensor under the name, shape and dtype of what it stands for; it becomes any
-    floating dtype in one step. Rows in ``hidden`` are parts of others and have no name that a target could take.
-    """
+    """The tensors of a checkpoint or a state dict, in columns: names, dtype codes, shapes."""
 
     names: Sequence[str]
     dtypes: Sequence[str]
     shapes: Sequence[tuple[int, ...]]
     decodes: Mapping[int, Decode] = field(default_factory=dict)
+    """Quantized tensors by row. Their names, dtypes and shapes are those of the values.
+
+    Decoding produces any floating dtype in one step.
+    """
     hidden: frozenset[int] = frozenset()
+    """Rows that no target reads by name, such as the parts of quantized tensors."""
 
     @classmethod
-    def of(cls, checkpoint: Checkpoint) -> SourceTable:
-        """What a checkpoint offers, its tensors as they are stored."""
+    def from_checkpoint(cls, checkpoint: Checkpoint) -> SourceTable:
+        """Return the table of a checkpoint, with its tensors as they are stored."""
         return cls(checkpoint.names, checkpoint.dtypes, checkpoint.shapes)
 
     def nbytes(self, row: int, numel: int | None = None) -> int:
-        """Bytes that a source, or so many of its elements, are stored in; of a quantized one those of its codes."""
+        """Return the bytes in which a source, or ``numel`` of its elements, is stored.
+
+        The bytes of a quantized source are those of its codes.
+
+        Args:
+            row: row of the source.
+            numel: number of elements; None: all.
+        """
         numel = prod(self.shapes[row]) if numel is None else numel
         if row in self.decodes:
             return -(-numel * self.decodes[row].bits // 8)

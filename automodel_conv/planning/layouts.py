@@ -1,6 +1,7 @@
-"""Named layouts of grouped experts: one entry of ``LAYOUTS`` each, and what names and shapes say of them; pure.
+"""Named layouts of grouped experts, and the functions that recognize them by names and shapes; pure.
 
-Only *routed experts* are concerned: tensors of a module called ``experts`` that hold all of them in one buffer.
+Each layout is one entry of ``LAYOUTS``. Layouts concern only *routed experts*: tensors of a module named ``experts``
+that hold all experts in one buffer.
 """
 
 from __future__ import annotations
@@ -23,21 +24,22 @@ DOWN = ("down",)
 class Buffer(NamedTuple):
     """A tensor that holds one or two projections of all experts of a module.
 
-    ``axes``, as in einops: E experts, g projections, i intermediate size, h hidden size. Parentheses make one dimension
-    of g and another axis. ``projections`` are in their order along g.
+    The axes are E (experts), g (projections), i (intermediate size) and h (hidden size).
     """
 
     name: str
     axes: str
+    """Axes in einops notation. Parentheses merge g and another axis into one dimension."""
     projections: tuple[str, ...]
+    """Names of the projections, in their order along g."""
 
     @property
     def is_weight(self) -> bool:
-        """Whether the buffer holds weights, not biases."""
+        """Whether the buffer holds weights and not biases."""
         return {"i", "h"} <= {axis for dim in dims_of(self.axes) for axis in dim}
 
     def sizes(self, shape: Sequence[int]) -> dict[str, int] | None:
-        """The size of each axis; None for a shape that the buffer cannot have."""
+        """Return the size of each axis, or None for a shape that the buffer cannot have."""
         try:
             return sizes_of(dims_of(self.axes), shape, {"g": len(self.projections)})
         except ValueError:
@@ -46,56 +48,59 @@ class Buffer(NamedTuple):
 
 @dataclass(frozen=True)
 class Layout:
-    """What the tensors of grouped experts are called, and how they lie in memory.
+    """The names of the tensors of grouped experts, and their arrangement in memory.
 
-    ``first`` hold gate and up, in one buffer or in one each; ``ungated`` hold up, of experts without a gate. A weight
-    comes before its bias.
+    A weight comes before its bias.
     """
 
     first: tuple[Buffer, ...]
+    """Buffers of gate and up: one for both, or one for each."""
     ungated: tuple[Buffer, ...]
+    """Buffers of up, for experts without a gate."""
     down: tuple[Buffer, ...]
+    """Buffers of down."""
 
     @cached_property
     def names(self) -> frozenset[str]:
-        """Of weights and biases, with and without a gate."""
+        """Names of weights and biases, with and without a gate."""
         return frozenset(buffer.name for buffer in (*self.first, *self.ungated, *self.down))
 
     @cached_property
     def weights(self) -> frozenset[str]:
-        """The names of the weights."""
+        """Names of the weights."""
         return frozenset(buffer.name for buffer in (*self.first, *self.ungated, *self.down) if buffer.is_weight)
 
     @cached_property
     def axes(self) -> tuple[tuple[str, tuple[str, ...]], ...]:
-        """How the buffers lie, whatever they are called."""
+        """Axes and projections of each buffer, without its name."""
         return tuple((buffer.axes, buffer.projections) for buffer in (*self.first, *self.ungated, *self.down))
 
     @property
     def transposed(self) -> bool:
-        """Whether weights are ``[E, in, out]``, not ``[E, out, in]``."""
+        """Whether weights are ``[E, in, out]`` and not ``[E, out, in]``."""
         axes = [axis for dim in dims_of(self.down[0].axes) for axis in dim]
         return axes.index("i") < axes.index("h")
 
-    def of(self, gated: bool) -> tuple[Buffer, ...]:
-        """The buffers of experts with a gate, or without one."""
+    def buffers(self, gated: bool) -> tuple[Buffer, ...]:
+        """Return the buffers of experts with or without a gate."""
         return (*(self.first if gated else self.ungated), *self.down)
 
     def expected(self) -> list[str]:
-        """The names of the weights of experts with a gate, in order, for errors."""
-        return [buffer.name for buffer in self.of(True) if buffer.is_weight]
+        """Return the names of the weights of experts with a gate, in order, for error messages."""
+        return [buffer.name for buffer in self.buffers(gated=True) if buffer.is_weight]
 
     def fits(self, shapes: Mapping[str, Sequence[int]], gated: bool = True) -> bool:
-        """Whether these can be the weights of one module, all of them.
+        """Return whether the shapes can be those of all weights of one module.
 
         Args:
-            shapes: by the name of the tensor.
+            shapes: shape of each tensor by its name in the module.
+            gated: whether the experts have a gate.
         """
-        made: dict[str, int] = {}
-        for buffer in self.of(gated):
+        known: dict[str, int] = {}
+        for buffer in self.buffers(gated):
             if buffer.is_weight:
                 sizes = buffer.sizes(shapes.get(buffer.name, ()))
-                if sizes is None or any(made.setdefault(axis, sizes[axis]) != sizes[axis] for axis in ("i", "h")):
+                if sizes is None or any(known.setdefault(axis, sizes[axis]) != sizes[axis] for axis in ("i", "h")):
                     return False
         return True
 
@@ -126,22 +131,27 @@ LAYOUTS: Mapping[str, Layout] = {
         down=(Buffer("w2_weight", "E h i", DOWN), Buffer("w2_bias", "E h", DOWN)),
     ),
 }
-"""Gate and up in one buffer each are two of ``first``, as ``Buffer("gate", "E i h", ("gate",))``; up before gate is
-``("up", "gate")``."""
+"""All layouts by name.
+
+If gate and up have a buffer each, ``first`` holds both, as in ``Buffer("gate", "E i h", ("gate",))``. If up comes
+before gate, the projections are ``("up", "gate")``."""
 
 TRANSFORMERS = LAYOUTS["transformers"]
-"""What rules of transformers make, unless the model says otherwise."""
+"""The layout that rules of transformers produce, unless the model has another one."""
 
 PER_EXPERT = "per_expert"
-"""As checkpoints of a type are published: most have one tensor for each expert and projection. No layout of buffers."""
+"""The name for experts as checkpoints of a type are published: most have one tensor for each expert and projection.
+
+It is not a layout of buffers."""
 
 SCALES = ("_scale_inv", "_scale")
-"""What the scales of experts that are kept quantized are called after their names; they lie as these do.
+"""Suffixes of the scales of experts that are kept quantized. Scales have the layout of their experts.
+
 Source: transformers 5.23.0, ``FP8Experts``; vLLM, ``Fp8MoEMethod``."""
 
 
 class ExpertLayout(NamedTuple):
-    """How one experts module stores its weights, in the words of transformers' ``use_experts_implementation``."""
+    """The way one experts module stores its weights, in the terms of transformers' ``use_experts_implementation``."""
 
     transposed: bool
     interleaved: bool
@@ -149,92 +159,96 @@ class ExpertLayout(NamedTuple):
 
 
 def get_layout(name: str, *others: str) -> Layout:
-    """The layout of that name.
+    """Return the layout with this name.
 
     Args:
-        others: what the caller takes besides, and is no layout of buffers.
+        name: name of a layout.
+        others: further names that the caller accepts and that are not layouts of buffers.
 
     Raises:
-        UnsupportedError: no such layout; lists those that the caller takes, and names one that is spelled alike.
+        UnsupportedError: there is no such layout; the message lists the accepted names and suggests a similar one.
     """
     if name in LAYOUTS:
         return LAYOUTS[name]
     known = sorted([*LAYOUTS, *others])
-    spelled = re.sub(r"\W+", "_", str(name).strip().lower())
-    alike = difflib.get_close_matches(spelled, [*LAYOUTS, PER_EXPERT], 1)
-    if alike == [PER_EXPERT] and PER_EXPERT not in others:
+    normalized = re.sub(r"\W+", "_", str(name).strip().lower())
+    similar = difflib.get_close_matches(normalized, [*LAYOUTS, PER_EXPERT], 1)
+    if similar == [PER_EXPERT] and PER_EXPERT not in others:
         do = 'single experts are written by {convert_checkpoint(..., layout="per_expert")}'
     else:
-        do = f"write {alike[0]!r}" if alike else None
+        do = f"write {similar[0]!r}" if similar else None
     raise UnsupportedError(message(f"unknown layout {name!r}", expected=f"one of {known}", do=do))
 
 
 def as_layout(own: ExpertLayout) -> Layout:
-    """A model's own way as a layout under transformers' names."""
+    """Return the layout of a model's own experts, under transformers' names."""
     first = "(i g)" if own.interleaved else "(g i)"
     weight, up, down = ("E h {}", "E h i", "E i h") if own.transposed else ("E {} h", "E i h", "E h i")
 
-    def lying(buffers: tuple[Buffer, ...], weight: str, bias: str) -> tuple[Buffer, ...]:
+    def with_axes(buffers: tuple[Buffer, ...], weight: str, bias: str) -> tuple[Buffer, ...]:
         return tuple(buffer._replace(axes=weight if buffer.is_weight else bias) for buffer in buffers)
 
     return Layout(
-        lying(TRANSFORMERS.first, weight.format(first), f"E {first}"),
-        lying(TRANSFORMERS.ungated, up, "E i"),
-        lying(TRANSFORMERS.down, down, "E h"),
+        with_axes(TRANSFORMERS.first, weight.format(first), f"E {first}"),
+        with_axes(TRANSFORMERS.ungated, up, "E i"),
+        with_axes(TRANSFORMERS.down, down, "E h"),
     )
 
 
 def same_names(layout: Layout) -> list[str]:
-    """The layouts with the same names of tensors; only a mark or a model tells them apart."""
+    """Return the layouts with the same tensor names.
+
+    Only a mark in the checkpoint or a model distinguishes them.
+    """
     return [name for name, other in LAYOUTS.items() if other.names == layout.names]
 
 
 def holds_experts(name: str, layout: Layout) -> bool:
-    """True if ``name`` is a tensor of grouped experts in that layout."""
+    """Return whether ``name`` is a tensor of grouped experts in this layout."""
     path, _, leaf_name = name.rpartition(".")
     return is_experts(path) and leaf_name in layout.names
 
 
 def own_layout(modules: Iterable[ExpertLayout | None]) -> str | None:
-    """The layout that transformers loads for a type with such experts; None if they do not say, or differ.
+    """Return the layout that transformers loads for a type with these experts modules, or None.
 
-    Only layouts under transformers' own names can be it.
+    The result is None if the modules differ or do not state their layout. It has transformers' own tensor names.
     """
-    said = set(modules)
-    if len(said) != 1 or (own := said.pop()) is None:
+    distinct = set(modules)
+    if len(distinct) != 1 or (own := distinct.pop()) is None:
         return None
     return next((name for name in same_names(TRANSFORMERS) if LAYOUTS[name] == as_layout(own)), None)
 
 
 def any_experts(name: str) -> bool:
-    """True if ``name`` is a tensor of grouped experts in some layout."""
+    """Return whether ``name`` is a tensor of grouped experts in any layout."""
     path, _, leaf_name = name.rpartition(".")
     return is_experts(path) and any(leaf_name in layout.names for layout in LAYOUTS.values())
 
 
 def is_weight(name: str) -> bool:
-    """True if ``name`` is a weight of grouped experts in some layout."""
+    """Return whether ``name`` is a weight of grouped experts in any layout."""
     path, _, leaf_name = name.rpartition(".")
     return is_experts(path) and any(leaf_name in layout.weights for layout in LAYOUTS.values())
 
 
 def layout_from_name(name: str) -> str | None:
-    """The layout of a tensor of grouped experts whose name only one layout has; None for all other tensors."""
-    found = [called for called, layout in LAYOUTS.items() if holds_experts(name, layout)]
-    return found[0] if len(found) == 1 else None
+    """Return the layout of a tensor of grouped experts if only one layout has its name, else None."""
+    candidates = [key for key, layout in LAYOUTS.items() if holds_experts(name, layout)]
+    return candidates[0] if len(candidates) == 1 else None
 
 
 def has_no_gate(path: str, layout: Layout, shapes: Mapping[str, tuple[int, ...]]) -> bool:
-    """True if the weights of an experts module are up and down alone, which agree on the intermediate size."""
-    alone = layout.of(gated=False)
-    ungated = {buffer.name for buffer in alone}
+    """Return whether an experts module has only up and down weights, which agree on the intermediate size."""
+    buffers = layout.buffers(gated=False)
+    ungated = {buffer.name for buffer in buffers}
     if any(f"{path}.{buffer.name}" in shapes for buffer in layout.first if buffer.name not in ungated):
         return False
-    sizes = [buffer.sizes(shapes.get(f"{path}.{buffer.name}", ())) for buffer in alone if buffer.is_weight]
+    sizes = [buffer.sizes(shapes.get(f"{path}.{buffer.name}", ())) for buffer in buffers if buffer.is_weight]
     up, down = (0 if size is None else size["i"] for size in sizes)
     return up == down > 0
 
 
 def is_experts(path: str) -> bool:
-    """True for the name of a module of routed experts."""
-    return path.rpartition(".")[2] == "experts"  # not shared_experts, which are no routed ones
+    """Return whether ``path`` names a module of routed experts."""
+    return path.rpartition(".")[2] == "experts"  # shared_experts are not routed

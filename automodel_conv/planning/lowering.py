@@ -1,4 +1,4 @@
-"""From a chain of operations to strided copies; pure."""
+"""Lower a chain of operations to strided copies; pure."""
 
 from __future__ import annotations
 
@@ -10,20 +10,21 @@ from automodel_conv.planning.values import LoweringError, Value
 
 
 def needs_target_shapes(operations: Sequence[Operation], transposed: bool | None = None) -> bool:
-    """True if the chain cannot be lowered without the shapes of the model's parameters.
+    """Return whether the chain cannot be lowered without the shapes of the model's parameters.
 
     Args:
-        transposed: see ``Context``.
+        operations: the chain.
+        transposed: as in ``Context``.
     """
-    return any(OPERATIONS[op.name].asks_for_shapes(op, transposed is not None) for op in operations)
+    return any(OPERATIONS[op.name].reads_shapes(op, transposed is not None) for op in operations)
 
 
 def lower(operations: Sequence[Operation], inputs: Mapping[str, list[Value]], context: Context) -> dict[str, Value]:
-    """Run a chain of operations on values; the result is keyed as upstream's ``convert`` keys it.
+    """Run a chain of operations on values; the result has the keys of transformers' own ``convert``.
 
     Raises:
         LoweringError: the sources do not fit an operation; the message names the operation.
-        NotAffine: the copies are not boxes; the caller falls back to upstream's own ``convert``.
+        NotAffine: the copies are not boxes; the caller falls back to transformers' own ``convert``.
     """
     values: Inputs = dict(inputs)
     for operation in operations:
@@ -35,6 +36,6 @@ def lower(operations: Sequence[Operation], inputs: Mapping[str, list[Value]], co
 
 
 def copies_of(value: Value) -> tuple[StridedCopy, ...]:
-    """The copies that make a value; their ordinals are the numbers of the sources."""
-    moved = [piece._replace(source_offset=piece.source_offset + value.source * SPAN) for piece in value.pieces]
-    return group_copies([by_source(walk) for walk in moved])
+    """Return the copies that fill a value; their ordinals are the numbers of its sources."""
+    pieces = [piece._replace(source_offset=piece.source_offset + value.source * SPAN) for piece in value.pieces]
+    return group_copies([by_source(piece) for piece in pieces])

@@ -1,4 +1,4 @@
-"""Strip from names what torch's wrappers add to them; see ``upstream/wrappers.py``."""
+"""Strip the additions of torch's wrappers from names; see ``upstream/wrappers.py``."""
 
 from __future__ import annotations
 
@@ -12,39 +12,40 @@ from automodel_conv.planning.copies import SourceTable
 T = TypeVar("T")
 
 COMPILED = "_orig_mod"
-"""What ``torch.compile`` adds to names, as a component. Source: torch 2.13.0, ``_dynamo/eval_frame.py``."""
+"""Component that ``torch.compile`` adds to names. Source: torch 2.13.0, ``_dynamo/eval_frame.py``."""
 
 
 def plain_names(names: Iterable[str], known: Collection[str] | None = None) -> list[str]:
-    """The names without what wrappers have put into them.
+    """Return the names without the components that wrappers add.
 
-    Components ``_orig_mod`` are taken out, unless ``known`` have some. A leading ``module`` is, if all names have it
-    and none of ``known`` does.
+    Components ``_orig_mod`` are removed unless a known name has one. A leading ``module`` is removed if all names have
+    it and no known name does.
 
     Args:
-        known: names of the model's tensors; None: nobody knows them.
+        names: names of tensors.
+        known: names of the model's tensors; None: unknown.
 
     Raises:
         NameProblems: two names become one.
-        UnsupportedError: names that PEFT gives to tensors.
+        UnsupportedError: a name is one that PEFT uses.
     """
     names = list(names)
     text = "\n".join(names)
     if not (COMPILED in text or "base_layer" in text or text.startswith("module.")):
-        return names  # as nearly always; a look at all names at once is several times faster than one at each
+        return names  # almost always; one search in all names is several times as fast as one in each name
     is_own = any(COMPILED in name.split(".") for name in known or ())
     plain = names if is_own else [_without(name, COMPILED) for name in names]
     if known and plain and all(map(_in_module, plain)) and not any(map(_in_module, known)):
         plain = [name.partition(".")[2] for name in plain]
     origins: dict[str, list[str]] = {}
-    for name, made in zip(names, plain, strict=True):
-        origins.setdefault(made, []).append(name)
-    shared = [(made, tuple(each)) for made, each in origins.items() if len(each) > 1]
+    for name, plain_name in zip(names, plain, strict=True):
+        origins.setdefault(plain_name, []).append(name)
+    shared = [(plain_name, tuple(wrapped)) for plain_name, wrapped in origins.items() if len(wrapped) > 1]
     if shared:
         raise NameProblems(
             message(
                 "tensors have one name without what torch.compile and data parallelism add to it",
-                found="\n" + listing(f"{made} <- {', '.join(each)}" for made, each in shared),
+                found="\n" + listing(f"{plain_name} <- {', '.join(wrapped)}" for plain_name, wrapped in shared),
                 do="leave one of them out",
             ),
             duplicated=shared,
@@ -56,12 +57,12 @@ def plain_names(names: Iterable[str], known: Collection[str] | None = None) -> l
 
 
 def plain_tensors(tensors: Mapping[str, T], known: Collection[str] | None = None) -> dict[str, T]:
-    """The tensors under their ``plain_names``."""
+    """Return the tensors under their ``plain_names``."""
     return dict(zip(plain_names(tensors, known), tensors.values(), strict=True))
 
 
 def plain_table(table: SourceTable, known: Collection[str] | None = None) -> SourceTable:
-    """The table with its ``plain_names``; rows stay."""
+    """Return the table with its ``plain_names``; rows do not change."""
     return replace(table, names=plain_names(table.names, known))
 
 
@@ -76,7 +77,7 @@ def _in_module(name: str) -> bool:
 
 
 def has_adapters(where: str) -> UnsupportedError:
-    """The error for tensors of a model with adapters."""
+    """Return the error for tensors of a model with adapters."""
     return UnsupportedError(
         message(
             "models with adapters of PEFT are not converted",

@@ -1,8 +1,8 @@
 """The operations of transformers that can be lowered: one entry of ``OPERATIONS`` each.
 
-An operation is plain data (a name and its options). Its function says in a line or two what the operation does to
-values, which know the source element of each of their elements. Semantics: transformers 5.23.0,
-``core_model_loading.py``, the ``convert`` method of the class of the same name.
+An operation is plain data: a name and its options. Its function states in a line or two what the operation does to
+values, which record the source element of each of their elements. Semantics: transformers 5.23.0,
+``core_model_loading.py``, the ``convert`` method of the class with the same name.
 """
 
 from __future__ import annotations
@@ -11,21 +11,22 @@ from collections.abc import Callable, Mapping
 from math import ceil, prod
 from typing import Any, NamedTuple, cast
 
-from automodel_conv.planning.values import LoweringError, Value, _dim, concatenate, narrow, reshape, stack, transpose
+from automodel_conv.planning.values import LoweringError, Value, axis_of, concatenate, narrow, reshape, stack, transpose
 
 
 class NotLowerable(Exception):
-    """A rule whose operations are not all stock; the text says which and why."""
+    """The operations of a rule are not all stock; the text states which and why."""
 
 
 class Operation(NamedTuple):
-    """A conversion step as data. ``options`` are the constructor's, with everything a config decides filled in."""
+    """A conversion step as data."""
 
     name: str
     options: tuple[tuple[str, object], ...] = ()
+    """Arguments of the constructor, with everything that a config decides filled in."""
 
     def option(self, name: str) -> object:
-        """The value of an option; None if it has none of that name."""
+        """Return the value of an option, or None if the operation has no option with this name."""
         return dict(self.options).get(name)
 
     def __str__(self) -> str:
@@ -33,12 +34,14 @@ class Operation(NamedTuple):
 
 
 class Context(NamedTuple):
-    """What an operation may ask about the rule it belongs to."""
+    """The facts about its rule that an operation may use."""
 
     source_patterns: tuple[str, ...]
     target_patterns: tuple[str, ...]
-    target_shapes: tuple[tuple[int, ...], ...]  # of the model's parameters, per target pattern; () if not needed
-    transposed: bool | None = None  # what Transpose(check_dims=True) does; None: what the shapes say
+    target_shapes: tuple[tuple[int, ...], ...]
+    """Shape of the model's parameter for each target pattern; empty if no operation needs it."""
+    transposed: bool | None = None
+    """Whether ``Transpose(check_dims=True)`` transposes; None: the shapes decide."""
 
 
 Inputs = dict[str, "Value | list[Value]"]
@@ -51,7 +54,7 @@ def _only(inputs: Inputs) -> Value:
 
 
 def single(value: Value | list[Value]) -> Value:
-    """The value, or the first of a list."""
+    """Return the value, or the first value of a list."""
     return value[0] if isinstance(value, list) else value
 
 
@@ -73,7 +76,7 @@ def _split_modulelist(inputs: Inputs, context: Context, dim: int) -> Inputs:
     outputs: Inputs = {}
     for pattern, value in inputs.items():
         merged = single(value)
-        axis = _dim(merged, dim)
+        axis = axis_of(merged, dim)
         name = pattern if len(inputs) > 1 else _single_target(context)
         for i in range(merged.shape[axis]):
             part = narrow(merged, axis, i, 1)
@@ -100,8 +103,11 @@ def _chunk(inputs: Inputs, context: Context, dim: int, num_shards: int | None = 
 
 
 def _chunks(value: Value, dim: int, count: int) -> list[Value]:
-    """As ``torch.chunk``: parts of one rounded-up size, the last smaller, so there may be fewer than ``count``."""
-    axis = _dim(value, dim)
+    """Split a value as ``torch.chunk`` does.
+
+    All chunks have one rounded-up size, except a smaller last one, so the result may have fewer than ``count`` chunks.
+    """
+    axis = axis_of(value, dim)
     size = value.shape[axis]
     step = ceil(size / count)
     starts = range(0, size, step) if size else [0] * count
@@ -110,7 +116,7 @@ def _chunks(value: Value, dim: int, count: int) -> list[Value]:
 
 def _split(inputs: Inputs, context: Context, dim: int) -> Inputs:
     value = _only(inputs)
-    axis = _dim(value, dim)
+    axis = axis_of(value, dim)
     sizes = [shape[axis] for shape in context.target_shapes]
     if sum(sizes) != value.shape[axis]:
         raise LoweringError(f"cannot split size {value.shape[axis]} into {sizes}")
@@ -131,18 +137,18 @@ def _transpose(inputs: Inputs, context: Context, dim0: int, dim1: int, check_dim
         raise LoweringError("transposes one source")
     transposed = True
     if check_dims:
-        told = context.transposed
-        transposed = value.shape != context.target_shapes[0] if told is None else told
+        decided = context.transposed
+        transposed = value.shape != context.target_shapes[0] if decided is None else decided
     return {target: transpose(value, dim0, dim1) if transposed else value}
 
 
 def _interleave(inputs: Inputs, context: Context, dim: int, inverse: bool = False) -> Inputs:
     value = _only(inputs)
-    axis = _dim(value, dim)
+    axis = axis_of(value, dim)
     size = value.shape[axis]
     pair = (2, size // 2) if inverse else (size // 2, 2)
-    opened = reshape(value, (*value.shape[:axis], *pair, *value.shape[axis + 1 :]))
-    return {context.target_patterns[0]: reshape(transpose(opened, axis, axis + 1), value.shape)}
+    pairs = reshape(value, (*value.shape[:axis], *pair, *value.shape[axis + 1 :]))
+    return {context.target_patterns[0]: reshape(transpose(pairs, axis, axis + 1), value.shape)}
 
 
 def _permute_for_rope(
@@ -157,18 +163,18 @@ def _permute_for_rope(
     for pattern, value in inputs.items():
         target = context.target_patterns[0] if one_to_one else pattern
         if permute_layer_names is None or any(name in pattern for name in permute_layer_names):
-            value = _rope_halves(single(value), heads, inverse)
+            value = _permute_halves(single(value), heads, inverse)
         outputs[target] = value
     return outputs
 
 
-def _rope_halves(value: Value, heads: int, inverse: bool) -> Value:
+def _permute_halves(value: Value, heads: int, inverse: bool) -> Value:
     if len(value.shape) not in (1, 2):
         return value
     half = value.shape[0] // heads // 2
     pair = (2, half) if inverse else (half, 2)
-    opened = reshape(value, (heads, *pair, *value.shape[1:]))
-    return reshape(transpose(opened, 1, 2), value.shape)
+    by_head = reshape(value, (heads, *pair, *value.shape[1:]))
+    return reshape(transpose(by_head, 1, 2), value.shape)
 
 
 def _conv3d_to_linear(inputs: Inputs, context: Context, **_: object) -> Inputs:
@@ -218,7 +224,7 @@ def _ernie_split(inputs: Inputs, context: Context, stack_dim: int, concat_dim: i
     for i, target in enumerate(context.target_patterns):
         parts: list[Value] = []
         for chunks in split:
-            axis = _dim(chunks[i], stack_dim)
+            axis = axis_of(chunks[i], stack_dim)
             shape = chunks[i].shape
             parts += [
                 reshape(narrow(chunks[i], axis, e, 1), (*shape[:axis], *shape[axis + 1 :])) for e in range(shape[axis])
@@ -240,7 +246,7 @@ def _identity(inputs: Inputs, context: Context) -> Inputs:
 
 
 def _rope_heads(op: Any, config: Any) -> int:
-    # 5.17 fails without permute_layer_names, 5.12 always; what upstream cannot run, we do not pretend to.
+    # transformers 5.17 fails without permute_layer_names, and 5.12 always fails; we do not lower what it cannot run.
     if not hasattr(op, "_permute_for_rope") and getattr(op, "permute_layer_names", None) is None:
         raise NotLowerable("PermuteForRope of this transformers cannot run without permute_layer_names")
     if config is None:
@@ -250,22 +256,26 @@ def _rope_heads(op: Any, config: Any) -> int:
         part = config if op.subconfig_key is None else getattr(config, op.subconfig_key, config)
         return getattr(part, "num_attention_heads", 1)
 
-    return _count("PermuteForRope", "num_attention_heads", heads)
+    return _positive_int("PermuteForRope", "num_attention_heads", heads)
 
 
-def _count(operation: str, attribute: str, read: Callable[[], object]) -> int:
-    """A number that an operation asks a config for.
+def _positive_int(operation: str, attribute: str, read: Callable[[], object]) -> int:
+    """Return a number that an operation reads from a config.
 
     Raises:
-        NotLowerable: it has none, or not one; what is raised then is up to transformers.
+        NotLowerable: the config has no such number or several, or ``read`` raises what transformers raises then.
     """
     try:
-        found = read()
-    except (AttributeError, ValueError, RuntimeError) as error:  # absent; two text configs; another for each layer
+        value = read()
+    except (
+        AttributeError,
+        ValueError,
+        RuntimeError,
+    ) as error:  # no number; two text configs; one number for each layer
         raise NotLowerable(f"{operation} reads {attribute} from the config: {error}") from error
-    if not isinstance(found, int) or found < 1:
-        raise NotLowerable(f"{operation} reads {attribute} from the config, which has {found!r}")
-    return found
+    if not isinstance(value, int) or value < 1:
+        raise NotLowerable(f"{operation} reads {attribute} from the config, which has {value!r}")
+    return value
 
 
 def _frozen(value: object) -> object:
@@ -273,10 +283,10 @@ def _frozen(value: object) -> object:
 
 
 def options_of(op: Any, spec: OperationSpec, config: Any) -> tuple[tuple[str, object], ...]:
-    """The options of transformers' object, with everything that a config decides filled in.
+    """Return the options of transformers' object, with everything that a config decides filled in.
 
     Raises:
-        NotLowerable: the config does not say what ``convert`` would ask it for.
+        NotLowerable: the config lacks a number that ``convert`` would read from it.
     """
     options = {key: _frozen(getattr(op, key)) for key in spec.attributes if hasattr(op, key)}
     if spec.from_config is not None:
@@ -284,64 +294,67 @@ def options_of(op: Any, spec: OperationSpec, config: Any) -> tuple[tuple[str, ob
     return tuple(sorted(options.items()))
 
 
-def _of_rope(op: Any, config: Any) -> dict[str, object]:
+def _rope_options(op: Any, config: Any) -> dict[str, object]:
     return {"heads": _rope_heads(op, config)}
 
 
-def _of_vision(op: Any, config: Any) -> dict[str, object]:
-    """The options of the rope operation that ``op`` holds."""
+def _vision_options(op: Any, config: Any) -> dict[str, object]:
+    """Return the options of the rope operation that ``op`` holds."""
     return dict(options_of(op.permute_op, OPERATIONS["PermuteForRope"], config))
 
 
-def _of_chunk(op: Any, config: Any) -> dict[str, object]:
-    asked = getattr(op, "num_shards_attribute", None)
-    if asked is None:
+def _chunk_options(op: Any, config: Any) -> dict[str, object]:
+    attribute = getattr(op, "num_shards_attribute", None)
+    if attribute is None:
         return {}
     if config is None:
-        raise NotLowerable(f"Chunk reads {asked} from a config, and there is no model")
-    return {"num_shards": _count("Chunk", asked, lambda: getattr(config.get_text_config(), asked))}
+        raise NotLowerable(f"Chunk reads {attribute} from a config, and there is no model")
+    return {"num_shards": _positive_int("Chunk", attribute, lambda: getattr(config.get_text_config(), attribute))}
 
 
 class OperationSpec(NamedTuple):
-    """How an operation is lowered, and what it depends on."""
+    """The function that lowers an operation, and the inputs it depends on."""
 
     lower: Callable[..., Inputs]
-    """Takes the values by pattern and the context, and its options by name."""
+    """Function of the values by pattern, the context, and the options by name."""
     attributes: tuple[str, ...] = ()
-    """Of transformers' object, on which its ``convert`` depends; they are options under the same names."""
+    """Attributes of transformers' object that its ``convert`` depends on; options have the same names."""
     from_config: Callable[[Any, Any], Mapping[str, object]] | None = None
-    """Further options, of the object and the model's config."""
+    """Function from the object and the model's config to further options."""
     merges: bool = False
-    """Whether it makes one tensor of a list, in which a part may be absent."""
+    """Whether it merges a list into one tensor, so that a part of the list may be absent."""
     needs_shapes: bool = False
     """Whether it cannot be lowered without the shapes of the model's parameters."""
     only_if: str | None = None
-    """An option under which it does what it does only where the shapes of the model's parameters ask for it."""
+    """Name of an option that makes the operation conditional on the shapes of the model's parameters."""
 
-    def asks_for_shapes(self, operation: Operation, told: bool = False) -> bool:
-        """Whether an operation looks at the shapes of the model's parameters.
+    def reads_shapes(self, operation: Operation, is_decided: bool = False) -> bool:
+        """Return whether an operation reads the shapes of the model's parameters.
 
         Args:
-            told: the caller knows already whether a matrix is to be transposed.
+            operation: an operation of this kind.
+            is_decided: whether the caller has decided already if a conditional operation runs.
         """
-        return self.needs_shapes or (not told and self.only_if is not None and bool(operation.option(self.only_if)))
+        return self.needs_shapes or (
+            not is_decided and self.only_if is not None and bool(operation.option(self.only_if))
+        )
 
 
 OPERATIONS: Mapping[str, OperationSpec] = {
     "MergeModulelist": OperationSpec(_merge_modulelist, ("dim",), merges=True),
     "SplitModulelist": OperationSpec(_split_modulelist, ("dim",)),
     "Concatenate": OperationSpec(_concatenate, ("dim",)),
-    "Chunk": OperationSpec(_chunk, ("dim",), _of_chunk),
+    "Chunk": OperationSpec(_chunk, ("dim",), _chunk_options),
     "Split": OperationSpec(_split, ("dim",), needs_shapes=True),
     "Transpose": OperationSpec(_transpose, ("dim0", "dim1", "check_dims"), only_if="check_dims"),
     "Interleave": OperationSpec(_interleave, ("dim", "inverse")),
-    "PermuteForRope": OperationSpec(_permute_for_rope, ("inverse", "permute_layer_names"), _of_rope),
+    "PermuteForRope": OperationSpec(_permute_for_rope, ("inverse", "permute_layer_names"), _rope_options),
     "Conv3dToLinear": OperationSpec(_conv3d_to_linear),
     "LinearToConv3d": OperationSpec(_linear_to_conv3d, ("in_channels", "kernel_size")),
     "ErnieFuseAndSplitTextVisionExperts": OperationSpec(_ernie_fuse, ("stack_dim", "concat_dim")),
     "ErnieSplitAndDecoupleTextVisionExperts": OperationSpec(_ernie_split, ("stack_dim", "concat_dim")),
-    "VisionFuseAndPermuteForRope": OperationSpec(_vision_fuse_and_permute, ("dim",), _of_vision),
-    "VisionUnfuseAndPermuteForRope": OperationSpec(_vision_unfuse_and_permute, ("dim",), _of_vision),
+    "VisionFuseAndPermuteForRope": OperationSpec(_vision_fuse_and_permute, ("dim",), _vision_options),
+    "VisionUnfuseAndPermuteForRope": OperationSpec(_vision_unfuse_and_permute, ("dim",), _vision_options),
     "_IdentityOp": OperationSpec(_identity),
 }
-"""What can be lowered, by the name of transformers' class."""
+"""The operations that can be lowered, by the name of transformers' class."""

@@ -1,8 +1,8 @@
 """The plan of a conversion: which strided copies fill which target, as integers and strings.
 
-A plan is made from names, dtypes and shapes alone, validated before any tensor data moves, and says everything the
-executors need. Copies of equal geometry are kept as one ``StridedCopy`` with columns of offsets, and targets made by
-the same rule from sources of the same shapes share their copies, so a plan for 45,000 tensors stays small.
+A plan is compiled from names, dtypes and shapes only. It is validated before any tensor data moves, and it contains
+everything that executors need. Copies of equal geometry are one ``StridedCopy`` with columns of offsets. Targets that
+the same rule fills from sources of the same shapes share their copies. Therefore a plan for 45,000 tensors stays small.
 """
 
 from __future__ import annotations
@@ -23,29 +23,62 @@ from automodel_conv.planning.regions import Part, Region, parts_of, whole
 
 @dataclass(frozen=True)
 class CopyPlan:
-    """A validated conversion. ``missing``, ``unexpected`` and ``mismatched`` are what a non-strict plan left out.
+    """The plan of a conversion: the targets, and the strided copies of sources that fill them.
 
-    ``tied``, ``layout`` and ``source_layout`` are what loads by this plan know of its model and its checkpoint.
+    ``compile_plan`` returns validated plans. Plans are immutable; ``inverse``, ``then`` and ``shard`` return new ones.
+
+    Example:
+
+        >>> import torch
+        >>> from safetensors.torch import save_file
+        >>> from tempfile import TemporaryDirectory
+        >>> from automodel_conv import compile_plan
+        >>> with TemporaryDirectory() as directory:
+        ...     tensors = {"experts.down_proj": torch.zeros(2, 3, 4), "norm": torch.zeros(3)}
+        ...     save_file(tensors, f"{directory}/model.safetensors")
+        ...     plan = compile_plan(directory, rules=[], source_layout="transformers", layout="nemo")
+        >>> [(target.name, plan.execution_of(target)) for target in plan.targets]
+        [('experts.down_projs', 'strided'), ('norm', 'read')]
+        >>> plan.bytes_read, plan.left_out, plan.fallbacks
+        (108, (), ())
     """
 
     sources: SourceTable
+    """The tensors of the checkpoint."""
     targets: tuple[Target, ...]
+    """The tensors to fill, each with its copies."""
     rules: tuple[str, ...] = ()
+    """Texts of the rules; each target has the row of its rule."""
     missing: tuple[str, ...] = ()
+    """Names in the model that a non-strict plan does not fill, as no source provides them."""
     unexpected: tuple[str, ...] = ()
+    """Names that a non-strict plan leaves out, as the model does not have them."""
     mismatched: tuple[tuple[str, tuple[int, ...], tuple[int, ...]], ...] = ()
+    """Targets that a non-strict plan leaves out: ``(name, found shape, expected shape)``."""
     tied: tuple[tuple[str, ...], ...] = ()
-    """Groups of names of the model that are one tensor."""
+    """Groups of names in the model that are one tensor."""
     layout: str | None = None
-    """Of the experts that are made, as the caller has asked for it; None: as the model has them."""
+    """Layout of the experts in the targets, as the caller requested it; None: the model's own."""
     source_layout: str | None = None
-    """Of the experts that are read, as files or caller say; None: nobody has said it."""
+    """Layout of the experts in the sources, as the files or the caller state it; None: not stated."""
 
     def target(self, name: str) -> Target:
-        """The target of that name.
+        """Return the target with this name.
 
         Raises:
-            UnknownTarget: (a KeyError) no such target; suggests names with the same ending.
+            UnknownTarget: (a KeyError) there is no such target; the message suggests names with the same ending.
+
+        Example:
+
+            >>> import torch
+            >>> from safetensors.torch import save_file
+            >>> from tempfile import TemporaryDirectory
+            >>> from automodel_conv import compile_plan
+            >>> with TemporaryDirectory() as directory:
+            ...     save_file({"weight": torch.zeros(4, 6)}, f"{directory}/model.safetensors")
+            ...     plan = compile_plan(directory, rules=[])
+            >>> plan.target("weight").shape
+            (4, 6)
         """
         row = self._rows.get(name)
         if row is None:
@@ -66,30 +99,31 @@ class CopyPlan:
 
     @cached_property
     def used_sources(self) -> frozenset[int]:
+        """Rows of the sources that a target reads."""
         return frozenset(row for target in self.targets for row in target.sources)
 
     @cached_property
     def unused_sources(self) -> tuple[int, ...]:
-        """Rows that nothing is made of; the scales of codes that are used are used too."""
+        """Rows of the sources that no target needs. The scales of codes that a target reads count as needed."""
         decodes = self.sources.decodes
         parts = {part for row in self.used_sources & decodes.keys() for part in decodes[row].parts}
         return tuple(row for row in range(len(self.sources.names)) if row not in self.used_sources and row not in parts)
 
     @property
     def left_out(self) -> tuple[str, ...]:
-        """Names of the sources that nothing is made of."""
+        """Names of the sources that no target needs."""
         return tuple(self.sources.names[row] for row in self.unused_sources)
 
     @property
     def fallbacks(self) -> tuple[str, ...]:
-        """Names of the targets that upstream's own code will make."""
+        """Names of the targets that transformers' own code fills."""
         return tuple(target.name for target in self.targets if target.fallback is not None)
 
     @cached_property
     def bytes_read(self) -> int:
-        """Bytes of the sources that take part, each counted once; gaps that are read with them not counted.
+        """Number of source bytes that targets need.
 
-        The scales of a quantized source are counted whole.
+        Each byte counts once. Gaps that are read along do not count. The scales of a quantized source count as a whole.
         """
         wanted: Counter[int] = Counter()
         for target in self.targets:
@@ -106,11 +140,27 @@ class CopyPlan:
 
     @cached_property
     def bytes_written(self) -> int:
+        """Number of bytes of all targets."""
         return sum(target.nbytes for target in self.targets)
 
     def execution_of(self, target: Target) -> str:
-        """How a target is made: ``read`` (bytes land in place), ``upstream``, or what of ``strided``, ``cast`` and
-        ``decode`` it takes.
+        """Return how a target is filled.
+
+        Returns:
+            ``read`` if bytes are read straight into place, ``upstream`` if transformers' own code fills the target, or
+            those of ``strided``, ``decode`` and ``cast`` that apply, joined by commas.
+
+        Example:
+
+            >>> import torch
+            >>> from safetensors.torch import save_file
+            >>> from tempfile import TemporaryDirectory
+            >>> from automodel_conv import compile_plan
+            >>> with TemporaryDirectory() as directory:
+            ...     save_file({"weight": torch.zeros(4, 6)}, f"{directory}/model.safetensors")
+            ...     plan = compile_plan(directory, rules=[], dtype=torch.bfloat16)
+            >>> plan.execution_of(plan.target("weight"))
+            'cast'
         """
         if target.fallback is not None:
             return "upstream"
@@ -125,7 +175,22 @@ class CopyPlan:
         return ", ".join(ways) or "read"
 
     def summary(self) -> str:
-        """A table by rule: targets, source tensors, bytes and how each is executed."""
+        """Return a table with a row for each rule: its targets, source tensors, bytes and execution.
+
+        Example:
+
+            >>> import torch
+            >>> from safetensors.torch import save_file
+            >>> from tempfile import TemporaryDirectory
+            >>> from automodel_conv import compile_plan
+            >>> with TemporaryDirectory() as directory:
+            ...     save_file({"weight": torch.zeros(4, 6)}, f"{directory}/model.safetensors")
+            ...     plan = compile_plan(directory, rules=[], dtype=torch.bfloat16)
+            >>> print(plan.summary())
+             targets  sources        GB  execution      rule
+                   1        1     0.000  cast           (name only)
+                   1        1     0.000  reads 0.000 GB, 0 targets by upstream's own code
+        """
         rows: dict[tuple[int, str], list[int]] = {}
         for target in self.targets:
             row = rows.setdefault((target.rule, self.execution_of(target)), [0, 0, 0])
@@ -144,10 +209,27 @@ class CopyPlan:
         return "\n".join(lines)
 
     def explain(self, name: str) -> str:
-        """Every source of one target with the region it fills.
+        """Return a text with every source of one target and the elements that it fills.
+
+        ``[1 + 2x12 4x3]`` are the elements 1 + 12i + 3j, for i < 2 and j < 4, of a flat tensor: of the source to the
+        left of the arrow, and of the target to its right.
 
         Raises:
-            UnknownTarget: (a KeyError) no such target.
+            UnknownTarget: (a KeyError) there is no such target.
+
+        Example:
+
+            >>> import torch
+            >>> from safetensors.torch import save_file
+            >>> from tempfile import TemporaryDirectory
+            >>> from automodel_conv import compile_plan
+            >>> with TemporaryDirectory() as directory:
+            ...     save_file({"experts.down_proj": torch.zeros(2, 3, 4)}, f"{directory}/model.safetensors")
+            ...     plan = compile_plan(directory, rules=[], source_layout="transformers", layout="nemo")
+            >>> print(plan.explain("experts.down_projs"))
+            experts.down_projs  F32 [2, 4, 3]  96 bytes  (strided)
+              rule: experts.down_proj -> experts.down_projs: E h i -> E i h
+              experts.down_proj F32 [2, 3, 4][0 + 2x12 4x1 3x4] -> [0 + 2x12 4x3 3x1]
         """
         target = self.target(name)
         lines = [
@@ -176,8 +258,28 @@ class CopyPlan:
         Targets that share copies are proved once, so this costs microseconds a layer.
 
         Raises:
-            CoverageError: names the target, the element and the two sources, or how many elements nobody writes.
-            UnsupportedError: a quantized source is to become what codes are not decoded to.
+            CoverageError: the proof fails. The message names the target, and the element and its two sources or the
+                number of written elements.
+            UnsupportedError: a quantized source would fill a target of a dtype that codes are not decoded to, or a
+                target of transformers' own code.
+
+        Example:
+
+            >>> import torch
+            >>> from safetensors.torch import save_file
+            >>> from tempfile import TemporaryDirectory
+            >>> from automodel_conv import compile_plan
+            >>> with TemporaryDirectory() as directory:
+            ...     save_file({"weight": torch.zeros(4, 6)}, f"{directory}/model.safetensors")
+            ...     plan = compile_plan(directory, rules=[])
+            >>> plan.validate()
+            >>> larger = plan.target("weight")._replace(shape=(4, 7))
+            >>> CopyPlan(plan.sources, (larger,)).validate()
+            Traceback (most recent call last):
+            ...
+            automodel_conv.errors.CoverageError: weight would be left partly unwritten
+              expected: 28 elements, shape [4, 7]
+              found:    24 elements from 1 sources
         """
         self._check_decoded()
         prove(self.targets, self.sources)
@@ -188,7 +290,7 @@ class CopyPlan:
             row = next((row for row in target.sources if row in decodes), None)
             if row is None:
                 continue
-            if target.fallback is not None:  # which would be given the codes alone
+            if target.fallback is not None:  # it would receive the codes without their scales
                 raise UnsupportedError(
                     message(
                         f"{target.name} is made by upstream's own code, of a quantized tensor",
@@ -198,17 +300,29 @@ class CopyPlan:
                     )
                 )
             if target.dtype not in DECODED:
-                what = f"{self.sources.names[row]} is not decoded to the dtype of {target.name}"
-                raise UnsupportedError(message(what, expected=sorted(DECODED), found=target.dtype))
+                text = f"{self.sources.names[row]} is not decoded to the dtype of {target.name}"
+                raise UnsupportedError(message(text, expected=sorted(DECODED), found=target.dtype))
 
     def inverse(self) -> CopyPlan:
-        """The plan that makes this plan's sources from its targets, casting back where this one casts.
+        """Return the plan that restores this plan's sources from its targets.
 
-        Only sources that take part come back.
+        It casts back what this plan casts. Sources that no target reads are not restored.
 
         Raises:
-            UnsupportedError: a target is made by upstream's own code, or of quantized sources.
-            CoverageError: part of a source is not in any target, so it cannot be brought back.
+            UnsupportedError: transformers' own code fills a target, or a source is quantized.
+            CoverageError: part of a source is not in any target, so it cannot be restored.
+
+        Example:
+
+            >>> import torch
+            >>> from safetensors.torch import save_file
+            >>> from tempfile import TemporaryDirectory
+            >>> from automodel_conv import compile_plan
+            >>> with TemporaryDirectory() as directory:
+            ...     save_file({"weight": torch.zeros(4, 6)}, f"{directory}/model.safetensors")
+            ...     plan = compile_plan(directory, rules=[], dtype=torch.bfloat16)
+            >>> plan.target("weight").dtype, plan.inverse().target("weight").dtype
+            ('BF16', 'F32')
         """
         if self.fallbacks:
             raise UnsupportedError(
@@ -233,12 +347,30 @@ class CopyPlan:
         return plan
 
     def then(self, following: CopyPlan) -> CopyPlan:
-        """One plan that goes from this plan's sources straight to ``following``'s targets.
+        """Return the plan that fills the targets of ``following`` straight from this plan's sources.
+
+        Args:
+            following: a plan that reads this plan's targets.
 
         Raises:
-            UnsupportedError: a target is upstream's work where it would be taken apart, would be cast twice, or its
-                copies cannot be chained.
-            CoverageError: ``following`` reads something this plan does not make.
+            UnsupportedError: a target that transformers' own code fills would be changed further, a target would be
+                cast twice, or its copies cannot be chained.
+            CoverageError: ``following`` reads a tensor that this plan does not fill.
+
+        Example:
+
+            >>> import torch
+            >>> from safetensors.torch import save_file
+            >>> from tempfile import TemporaryDirectory
+            >>> from automodel_conv import compile_plan
+            >>> with TemporaryDirectory() as directory:
+            ...     save_file({"experts.down_proj": torch.zeros(2, 3, 4)}, f"{directory}/model.safetensors")
+            ...     plan = compile_plan(directory, rules=[], source_layout="transformers", layout="nemo")
+            >>> plan.execution_of(plan.targets[0])
+            'strided'
+            >>> there_and_back = plan.then(plan.inverse())
+            >>> there_and_back.execution_of(there_and_back.targets[0])
+            'read'
         """
         first = {target.name: target for target in self.targets}
         texts = (self.rules, following.rules)
@@ -258,16 +390,30 @@ class CopyPlan:
         return plan
 
     def shard(self, regions: Mapping[str, Region]) -> CopyPlan:
-        """The plan that fills parts of its targets, each a contiguous tensor of its own, and reads only what they take.
+        """Return the plan that fills a region of each target as a contiguous tensor, and reads only the regions' bytes.
 
         Args:
-            regions: by target name: ``planning.sharding.placed`` for a rank's coordinate in a mesh and
-                placements, ``region_of`` there for a DTensor, ``planning.regions.box`` for offsets and lengths. Other
-                targets stay whole.
+            regions: region of each target by name; other targets stay whole. ``planning.sharding.placed`` returns the
+                region for a rank's coordinate in a mesh and placements, ``planning.sharding.region_of`` the region of a
+                DTensor, and ``planning.regions.box`` the region with given offsets and lengths.
 
         Raises:
-            CoverageError: a region of a tensor of another shape.
-            UnsupportedError: less than all of a target that upstream's own code makes.
+            CoverageError: a region is that of a tensor of another shape.
+            UnsupportedError: a region is less than all of a target that transformers' own code fills.
+
+        Example:
+
+            >>> import torch
+            >>> from safetensors.torch import save_file
+            >>> from tempfile import TemporaryDirectory
+            >>> from automodel_conv import compile_plan
+            >>> with TemporaryDirectory() as directory:
+            ...     save_file({"weight": torch.zeros(4, 6)}, f"{directory}/model.safetensors")
+            ...     plan = compile_plan(directory, rules=[])
+            >>> from automodel_conv.planning.regions import box
+            >>> last_rows = plan.shard({"weight": box((4, 6), offsets=(3, 0), lengths=(1, 6))})
+            >>> last_rows.target("weight").shape, last_rows.bytes_read
+            ((1, 6), 24)
         """
         if not any(target.name in regions for target in self.targets):
             return self
@@ -275,10 +421,23 @@ class CopyPlan:
         return replace(plan_of_parts(self, parts), tied=self.tied, layout=self.layout)
 
     def to_json(self) -> str:
-        """The whole plan as JSON; ``from_json`` gives an equal plan back.
+        """Return the whole plan as JSON, from which ``from_json`` builds an equal plan.
 
         Raises:
-            UnsupportedError: a target is made by upstream's own code, which is a live object.
+            UnsupportedError: transformers' own code fills a target, and code has no JSON form.
+
+        Example:
+
+            >>> import torch
+            >>> from safetensors.torch import save_file
+            >>> from tempfile import TemporaryDirectory
+            >>> from automodel_conv import compile_plan
+            >>> with TemporaryDirectory() as directory:
+            ...     save_file({"weight": torch.zeros(4, 6)}, f"{directory}/model.safetensors")
+            ...     plan = compile_plan(directory, rules=[])
+            >>> text = plan.to_json()
+            >>> CopyPlan.from_json(text) == plan
+            True
         """
         if self.fallbacks:
             raise UnsupportedError(message("a plan with targets made by upstream's own code has no JSON form"))
@@ -286,11 +445,23 @@ class CopyPlan:
 
     @staticmethod
     def from_json(text: str) -> CopyPlan:
-        """A plan from ``to_json``; validated again, since a file may have been edited.
+        """Return the plan that ``to_json`` wrote, and validate it, as the text may have been edited.
 
         Raises:
-            UnsupportedError: not a plan of this version.
+            UnsupportedError: the text is not a plan of this version.
             CoverageError: the plan does not write every element once.
+
+        Example:
+
+            >>> import torch
+            >>> from safetensors.torch import save_file
+            >>> from tempfile import TemporaryDirectory
+            >>> from automodel_conv import compile_plan
+            >>> with TemporaryDirectory() as directory:
+            ...     save_file({"weight": torch.zeros(4, 6)}, f"{directory}/model.safetensors")
+            ...     plan = compile_plan(directory, rules=[])
+            >>> CopyPlan.from_json(plan.to_json()).target("weight").shape
+            (4, 6)
         """
         plan = CopyPlan(**fields_of(text))
         plan.validate()
@@ -303,10 +474,10 @@ def _walk(offset: int, shape: Sequence[int], strides: Sequence[int]) -> str:
 
 
 def plan_of_parts(plan: CopyPlan, parts: Iterable[Part]) -> CopyPlan:
-    """The plan that makes parts of a plan's targets, each a contiguous tensor of its own.
+    """Return the plan that fills parts of a plan's targets, each as a contiguous tensor of its own.
 
     Raises:
-        CoverageError: a region of a tensor of another shape.
-        UnsupportedError: less than all of a target that upstream's own code makes, or a part that would be cast twice.
+        CoverageError: a region is that of a tensor of another shape.
+        UnsupportedError: a part is less than all of a target that transformers' own code fills, or would be cast twice.
     """
     return plan.then(CopyPlan(table_of(plan.targets), tuple(parts_of(plan.targets, parts))))

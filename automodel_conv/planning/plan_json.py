@@ -1,4 +1,4 @@
-"""The JSON form of a plan: its fields written, and read back with a look at every type, length and row."""
+"""The JSON form of a plan: write its fields, and read them back with a check of every type, length and row."""
 
 from __future__ import annotations
 
@@ -15,19 +15,20 @@ from automodel_conv.planning.boxes import Box
 from automodel_conv.planning.copies import CODE_BITS, ZEROS_IN_I32, Decode, SourceTable, StridedCopy, Target
 
 _VERSION = 3
-_AS_THEY_ARE = ("rules", "missing", "unexpected", "mismatched", "tied")
+# Fields that JSON represents as they are.
+_PLAIN_FIELDS = ("rules", "missing", "unexpected", "mismatched", "tied")
 
 T = TypeVar("T")
 
 
 def text_of(plan: Mapping[str, Any]) -> str:
-    """The JSON form of the fields of a plan; copies that targets share are written once."""
-    table: dict[int, int] = {}
+    """Return the JSON form of the fields of a plan. Copies that targets share are written once."""
+    group_of: dict[int, int] = {}
     copies: list[tuple[StridedCopy, ...]] = []
     targets: Sequence[Target] = plan["targets"]
     for target in targets:
-        if id(target.copies) not in table:
-            table[id(target.copies)] = len(copies)
+        if id(target.copies) not in group_of:
+            group_of[id(target.copies)] = len(copies)
             copies.append(target.copies)
     sources: SourceTable = plan["sources"]
     return json.dumps(
@@ -37,8 +38,8 @@ def text_of(plan: Mapping[str, Any]) -> str:
             "decodes": list(sources.decodes.items()),
             "hidden": sorted(sources.hidden),
             "copies": [[_row(copy) for copy in group] for group in copies],
-            "targets": [[t.name, t.dtype, t.shape, t.rule, t.sources, table[id(t.copies)]] for t in targets],
-            **{name: plan[name] for name in _AS_THEY_ARE},
+            "targets": [[t.name, t.dtype, t.shape, t.rule, t.sources, group_of[id(t.copies)]] for t in targets],
+            **{name: plan[name] for name in _PLAIN_FIELDS},
             "layouts": [plan["layout"], plan["source_layout"]],
         }
     )
@@ -49,15 +50,15 @@ def _row(copy: StridedCopy) -> _Copy:
 
 
 def fields_of(text: str) -> dict[str, Any]:
-    """The fields of a plan from its JSON form; the plan is still to be validated.
+    """Return the fields of a plan from its JSON form. The caller must validate the plan.
 
     Raises:
-        UnsupportedError: it is the form of another version, or none.
+        UnsupportedError: the text is not the JSON form of a plan, or has another version.
     """
-    version = _decoded(text, _Versioned).version
+    version = _parse(text, _Versioned).version
     if version != _VERSION:
-        raise _no_plan(f"version {version}")
-    return _fields(_decoded(text, _Form))
+        raise _not_a_plan(f"version {version}")
+    return _fields(_parse(text, _Form))
 
 
 class _Versioned(msgspec.Struct):
@@ -65,7 +66,7 @@ class _Versioned(msgspec.Struct):
 
 
 class _Copy(NamedTuple):
-    """A ``StridedCopy``, the fields of its box and its columns in one row."""
+    """A ``StridedCopy`` as one row: the fields of its box, then its columns."""
 
     shape: tuple[int, ...]
     source_strides: tuple[int, ...]
@@ -87,7 +88,7 @@ class _Copy(NamedTuple):
 
 
 class _Form(msgspec.Struct):
-    """As ``text_of`` writes it."""
+    """The JSON form that ``text_of`` writes."""
 
     sources: tuple[list[str], list[str], list[tuple[int, ...]]]
     decodes: list[tuple[int, Decode]]
@@ -102,14 +103,14 @@ class _Form(msgspec.Struct):
     layouts: tuple[str | None, str | None]
 
 
-def _decoded(text: str, form: type[T]) -> T:
+def _parse(text: str, form: type[T]) -> T:
     try:
         return msgspec.json.decode(text, type=form)
     except (ValueError, RecursionError) as error:
-        raise _no_plan(error) from error
+        raise _not_a_plan(error) from error
 
 
-def _no_plan(found: object) -> UnsupportedError:
+def _not_a_plan(found: object) -> UnsupportedError:
     expected = f"what to_json() of a plan gives, version {_VERSION}"
     do = "make the plan again: {compile_plan(...)}"
     return UnsupportedError(message("not a plan in JSON form", expected=expected, found=found, do=do))
@@ -118,27 +119,27 @@ def _no_plan(found: object) -> UnsupportedError:
 def _fields(form: _Form) -> dict[str, Any]:
     names, dtypes, shapes = form.sources
     if not len(names) == len(dtypes) == len(shapes):
-        raise _no_plan("source columns that differ in length")
+        raise _not_a_plan("source columns that differ in length")
     unknown = {*dtypes, *(dtype for _, dtype, *_ in form.targets)} - BITS.keys()
     if unknown:
-        raise _no_plan(f"unknown dtypes {sorted(unknown)}")
+        raise _not_a_plan(f"unknown dtypes {sorted(unknown)}")
     copies = [copy for group in form.copies for copy in group]
     sizes = [*shapes, *(shape for _, _, shape, *_ in form.targets), *(copy.shape for copy in copies)]
     if any(min(shape, default=0) < 0 for shape in sizes):
-        raise _no_plan("a negative size")
+        raise _not_a_plan("a negative size")
     if not all(copy.is_even for copy in copies):
-        raise _no_plan("copies whose shape and strides, or whose columns, differ in length")
+        raise _not_a_plan("copies whose shape and strides, or whose columns, differ in length")
     if any(not 0 <= group < len(form.copies) for *_, group in form.targets):
-        raise _no_plan("targets of unknown copies")
+        raise _not_a_plan("targets of unknown copies")
     if any(not -1 <= rule < len(form.rules) for _, _, _, rule, *_ in form.targets):
-        raise _no_plan("targets of unknown rules")
+        raise _not_a_plan("targets of unknown rules")
     decodes = dict(form.decodes)
     rows = [*decodes, *form.hidden, *(part for decode in decodes.values() for part in decode.parts)]
     if any(not 0 <= row < len(names) for row in rows):
-        raise _no_plan("parts of quantized sources that are no sources")
+        raise _not_a_plan("parts of quantized sources that are no sources")
     for row, decode in decodes.items():
         if not _reads_inside(decode, row, shapes):
-            raise _no_plan(f"the parts of {names[row]} do not fit: {decode}")
+            raise _not_a_plan(f"the parts of {names[row]} do not fit: {decode}")
     groups = [tuple(copy.copy() for copy in group) for group in form.copies]
     targets = tuple(
         Target(name, dtype, shape, rule, sources, groups[group])
@@ -148,20 +149,20 @@ def _fields(form: _Form) -> dict[str, Any]:
     return {
         "sources": SourceTable(names, dtypes, shapes, decodes, frozenset(form.hidden)),
         "targets": targets,
-        **{name: getattr(form, name) for name in _AS_THEY_ARE},
+        **{name: getattr(form, name) for name in _PLAIN_FIELDS},
         "layout": layout,
         "source_layout": source_layout,
     }
 
 
 def _reads_inside(decode: Decode, row: int, shapes: Sequence[tuple[int, ...]]) -> bool:
-    """Whether a quantized source has as many scales, zero points and global scales as its blocks take."""
+    """Return whether the parts of a quantized source have the sizes that its blocks require."""
     if decode.format not in CODE_BITS or len(shapes[row]) < 2:
         return False
     *lead, rows, columns = shapes[row]
     if decode.matrix != (rows, columns) or min(decode.block) < 1:
         return False
-    down, across = -(-rows // decode.block[0]), -(-columns // decode.block[1])
-    wanted = prod(lead) * down * across, -(-down // ZEROS_IN_I32) * across, 1
+    grid_rows, grid_columns = -(-rows // decode.block[0]), -(-columns // decode.block[1])
+    sizes = prod(lead) * grid_rows * grid_columns, -(-grid_rows // ZEROS_IN_I32) * grid_columns, 1
     parts = decode.scales, decode.zero_points, decode.global_scale
-    return all(part is None or prod(shapes[part]) == size for part, size in zip(parts, wanted, strict=True))
+    return all(part is None or prod(shapes[part]) == size for part, size in zip(parts, sizes, strict=True))

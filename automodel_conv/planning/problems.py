@@ -1,4 +1,4 @@
-"""Collect what does not fit between a checkpoint and a model, and raise it as one error."""
+"""Collect the problems between a checkpoint and a model, and raise them as one error."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from automodel_conv.errors import Message, NameProblems, listing
 
 @dataclass
 class Problems:
-    """Everything that does not fit, collected over a whole plan."""
+    """All problems of a plan; ``NameProblems`` describes the first five fields."""
 
     missing: list[str] = field(default_factory=list)
     unexpected: list[str] = field(default_factory=list)
@@ -18,19 +18,20 @@ class Problems:
     duplicated: list[tuple[str, tuple[str, ...]]] = field(default_factory=list)
     incomplete: list[tuple[str, tuple[str, ...]]] = field(default_factory=list)
     failed: list[tuple[str, str]] = field(default_factory=list)
+    """Targets that cannot be filled, each with the reason."""
     unclaimed: list[int] = field(default_factory=list)
-    """Rows of the sources that no rule gives to a target."""
+    """Rows of the sources that no rule assigns to a target."""
     without_place: list[str] = field(default_factory=list)
-    """Those of ``unexpected`` that they would become."""
+    """Names in ``unexpected`` that ``unclaimed`` sources would have."""
 
     def set_aside(self) -> frozenset[int]:
-        """Take sources that no rule gives to a target for no problem; returns their rows."""
-        forgiven = set(self.without_place)
-        self.unexpected = [name for name in self.unexpected if name not in forgiven]
+        """Stop treating sources that no rule assigns to a target as a problem, and return their rows."""
+        accepted = set(self.without_place)
+        self.unexpected = [name for name in self.unexpected if name not in accepted]
         return frozenset(self.unclaimed)
 
     def reasons(self) -> list[str]:
-        """A line for each problem of a target that something provides."""
+        """Return a line for each problem of a target that some source provides."""
         return [
             *(f"parts are absent: {', '.join(parts[:3])}" for _, parts in self.incomplete),
             *(f"shape {list(found)} instead of {list(expected)}" for _, found, expected in self.mismatched),
@@ -40,17 +41,21 @@ class Problems:
         ]
 
     def raise_unless_fit(self, where: str, strict: bool = True, unindexed: Sequence[tuple[str, str]] = ()) -> None:
-        """Raise NameProblems with every problem in one text.
+        """Raise one error for all problems, if there are any.
 
         Args:
-            strict: otherwise only for what cannot be converted at all, as upstream does.
-            unindexed: name and file of what lies in the checkpoint's files and is no part of it, which may be what is
-                missing.
+            where: names of the checkpoint and the model, for the message.
+            strict: whether all problems count. Otherwise only targets that cannot be filled count, as in transformers.
+            unindexed: name and file of each tensor that is in the checkpoint's files and not in its index. The missing
+                tensors may be among them.
+
+        Raises:
+            NameProblems: there is a problem; the message lists all problems.
         """
         if not strict and not self.failed:
             return
         explained = {name for name, _ in self.incomplete}
-        wrong = [item for item in self.mismatched if item[0] not in explained]
+        mismatched = [item for item in self.mismatched if item[0] not in explained]
         failed = [item for item in self.failed if item[0] not in explained]
         parts = [
             ("missing: nothing in the checkpoint provides", self.missing),
@@ -59,7 +64,7 @@ class Problems:
                 "incomplete: parts of a merged parameter are absent",
                 [_named(n, p) for n, p in self.incomplete],
             ),
-            ("wrong shape", [f"{n}: expected {list(e)}, found {list(f)}" for n, f, e in wrong]),
+            ("wrong shape", [f"{n}: expected {list(e)}, found {list(f)}" for n, f, e in mismatched]),
             (
                 "not taken, as the index does not give them to these files",
                 [f"{name} in {file}" for name, file in unindexed if self.missing or self.incomplete],
@@ -67,13 +72,13 @@ class Problems:
             ("provided twice", [_named(n, p) for n, p in self.duplicated]),
             ("cannot be converted", [f"{n}: {reason}" for n, reason in failed]),
         ]
-        found = [f"  {title} ({len(items)}):\n{listing(items)}" for title, items in parts if items]
-        if found:
+        sections = [f"  {title} ({len(items)}):\n{listing(items)}" for title, items in parts if items]
+        if sections:
             do = ["check that config and checkpoint belong together"]
             if not failed:
                 do.append("{strict=False} loads what fits, as upstream does")
             raise NameProblems(
-                Message("\n".join([f"checkpoint and model do not fit together: {where}", *found]), do),
+                Message("\n".join([f"checkpoint and model do not fit together: {where}", *sections]), do),
                 missing=self.missing,
                 unexpected=self.unexpected,
                 mismatched=self.mismatched,

@@ -1,4 +1,4 @@
-"""The proof that a plan may run: every target element is written exactly once, every read stays inside its source."""
+"""The proof that a plan is valid: every target element is written exactly once, and every read stays in its source."""
 
 from __future__ import annotations
 
@@ -11,15 +11,16 @@ from automodel_conv.planning.copies import SourceTable, Target, over_sources
 
 
 def prove(targets: Sequence[Target], sources: SourceTable) -> None:
-    """Check all targets that are made by copies; those that share copies are proved once.
+    """Prove all targets that copies fill. Targets that share copies are proved once.
 
     Raises:
-        CoverageError: names the target, the element and the two sources, or how many elements nobody writes.
+        CoverageError: a target element is not written exactly once, or a read leaves its source. The message names the
+            target, and the element and its two sources or the number of written elements.
     """
     names = {target.name for target in targets}
     if len(names) != len(targets):
-        twice = next(t.name for t in targets if t.name not in names or names.discard(t.name))
-        raise CoverageError(message(f"two targets are named {twice}"))
+        repeated = next(t.name for t in targets if t.name not in names or names.discard(t.name))
+        raise CoverageError(message(f"two targets are named {repeated}"))
     proved: set[tuple[int, int]] = set()
     for target in targets:
         if target.fallback is not None:
@@ -57,11 +58,11 @@ def _prove_written_once(target: Target, numel: int, sources: SourceTable) -> Non
 
 
 def _overlap(target: Target, numel: int) -> Overlap | None:
-    """As ``find_overlap`` of all pieces of a target, which are looked at one by one only where that is needed."""
+    """Return ``find_overlap`` of all pieces of a target; expand the copies to single pieces only if necessary."""
     try:
         if find_overlap([piece for copy in target.copies for piece in over_sources(copy)], numel) is None:
             return None
-    except NotAffine:  # which all pieces by themselves may not be
+    except NotAffine:  # the pieces of single sources may still have a common radix
         pass
     return find_overlap([piece for copy in target.copies for piece in copy.pieces()], numel)
 
@@ -70,7 +71,7 @@ def _prove_reads_inside(target: Target, sources: SourceTable) -> None:
     if target.sources and not 0 <= min(target.sources) <= max(target.sources) < len(sources.names):
         raise CoverageError(message(f"{target.name} reads sources that the plan does not have"))
     shapes = [sources.shapes[row] for row in target.sources]
-    alike = len(shapes) > 1 and shapes.count(shapes[0]) == len(shapes)
+    is_uniform = len(shapes) > 1 and shapes.count(shapes[0]) == len(shapes)
     for copy in target.copies:
         if min(copy.box.source_strides, default=0) < 0:
             raise CoverageError(message(f"{target.name} would be read backwards"))
@@ -78,15 +79,15 @@ def _prove_reads_inside(target: Target, sources: SourceTable) -> None:
             continue
         if not 0 <= min(copy.ordinals) <= max(copy.ordinals) < len(shapes):
             raise CoverageError(message(f"{target.name} reads sources that it does not have"))
-        reached = reach(copy.box.shape, copy.box.source_strides)
-        if alike and 0 <= min(copy.source_offsets) and max(copy.source_offsets) + reached < prod(shapes[0]):
+        distance = reach(copy.box.shape, copy.box.source_strides)
+        if is_uniform and 0 <= min(copy.source_offsets) and max(copy.source_offsets) + distance < prod(shapes[0]):
             continue
         for ordinal, offset in zip(copy.ordinals, copy.source_offsets, strict=True):
-            if not 0 <= offset <= offset + reached < prod(shapes[ordinal]):
+            if not 0 <= offset <= offset + distance < prod(shapes[ordinal]):
                 raise CoverageError(
                     message(
                         f"{target.name} would read outside {sources.names[target.sources[ordinal]]}",
                         expected=f"elements below {prod(shapes[ordinal])}",
-                        found=f"elements {offset} to {offset + reached}",
+                        found=f"elements {offset} to {offset + distance}",
                     )
                 )

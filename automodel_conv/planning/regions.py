@@ -1,4 +1,4 @@
-"""Regions of tensors, and targets that are cut along them to tensors of their own; pure."""
+"""Regions of tensors, and targets that hold one region each; pure."""
 
 from __future__ import annotations
 
@@ -13,15 +13,16 @@ from automodel_conv.planning.copies import StridedCopy, Target, group_pieces
 
 
 class Region(NamedTuple):
-    """Part of a tensor: in each dimension, runs ``(start, length)`` of indices, which the part holds one by one."""
+    """Part of a tensor: the product of runs of indices in each dimension."""
 
     shape: tuple[int, ...]
-    """Of the whole tensor."""
+    """Shape of the whole tensor."""
     runs: tuple[tuple[tuple[int, int], ...], ...]
+    """For each dimension the runs ``(start, length)`` of indices, in the order in which the part holds them."""
 
     @property
     def local_shape(self) -> tuple[int, ...]:
-        """Of the part."""
+        """Shape of the part."""
         return tuple(sum(length for _, length in runs) for runs in self.runs)
 
     @property
@@ -29,7 +30,7 @@ class Region(NamedTuple):
         return self.local_shape == self.shape
 
     def pieces(self) -> list[Piece]:
-        """Copies from the whole, contiguous, to the part, contiguous."""
+        """Return the copies from the whole tensor to the part, both contiguous."""
         outer, inner = contiguous_strides(self.shape), contiguous_strides(self.local_shape)
         placed = [list(zip(runs, _starts(runs), strict=True)) for runs in self.runs]
         return [
@@ -44,15 +45,15 @@ class Region(NamedTuple):
 
 
 def whole(shape: Sequence[int]) -> Region:
-    """All of a tensor."""
+    """Return the region that is a whole tensor."""
     return box(shape, [0] * len(shape), shape)
 
 
 def box(shape: Sequence[int], offsets: Sequence[int], lengths: Sequence[int]) -> Region:
-    """One rectangle of a tensor.
+    """Return the region that is one rectangle of a tensor.
 
     Raises:
-        CoverageError: it leaves the tensor.
+        CoverageError: the rectangle leaves the tensor.
     """
     if not len(shape) == len(offsets) == len(lengths) or any(
         not 0 <= offset <= offset + length <= size for size, offset, length in zip(shape, offsets, lengths, strict=True)
@@ -64,24 +65,25 @@ def box(shape: Sequence[int], offsets: Sequence[int], lengths: Sequence[int]) ->
 
 
 class Part(NamedTuple):
-    """A region of a target, to be filled as a tensor of its own."""
+    """A region of a target that is filled as a tensor of its own."""
 
     target: str
-    called: str
-    """Its own name."""
+    """Name of the target."""
+    name: str
+    """Name of the part."""
     region: Region
     dtype: str | None = None
-    """To be cast to; None: the target's."""
+    """Dtype code that the part is cast to; None: the target's dtype."""
 
 
 def parts_of(targets: Sequence[Target], parts: Iterable[Part]) -> list[Target]:
-    """Targets that are parts of ``targets``, which are their sources, each a contiguous tensor of its own.
+    """Return targets that are parts of ``targets``. Each is a contiguous tensor and has its whole target as source.
 
     Raises:
-        CoverageError: a region of a tensor of another shape.
+        CoverageError: a region is that of a tensor of another shape.
     """
     rows = {target.name: row for row, target in enumerate(targets)}
-    made = []
+    part_targets = []
     for part in parts:
         row = rows[part.target]
         target, region = targets[row], part.region
@@ -89,8 +91,8 @@ def parts_of(targets: Sequence[Target], parts: Iterable[Part]) -> list[Target]:
             found = f"a region of {list(region.shape)}"
             raise CoverageError(message(f"{target.name} has another shape", expected=list(target.shape), found=found))
         dtype = part.dtype or target.dtype
-        made.append(Target(part.called, dtype, region.local_shape, -1, (row,), _copies(region)))
-    return made
+        part_targets.append(Target(part.name, dtype, region.local_shape, -1, (row,), _copies(region)))
+    return part_targets
 
 
 @lru_cache(maxsize=4096)
@@ -99,8 +101,8 @@ def _copies(region: Region) -> tuple[StridedCopy, ...]:
 
 
 def _starts(runs: Sequence[tuple[int, int]]) -> list[int]:
-    starts, at = [], 0
+    starts, start = [], 0
     for _, length in runs:
-        starts.append(at)
-        at += length
+        starts.append(start)
+        start += length
     return starts

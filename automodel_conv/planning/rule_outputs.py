@@ -1,4 +1,4 @@
-"""Lower rules to copies for sources of given shapes; equal rules over equal shapes are lowered once."""
+"""Lower rules to copies for sources of given shapes. Equal rules over equal shapes are lowered once."""
 
 from __future__ import annotations
 
@@ -14,27 +14,33 @@ from automodel_conv.planning.values import Value, leaf, leaves
 
 
 class Output(NamedTuple):
-    """One tensor that a rule makes: its key, shape and copies, and the ordinals of the sources they read."""
+    """One output tensor of a rule."""
 
     key: str
+    """Key of the tensor in the output of transformers' operations."""
     shape: tuple[int, ...]
     copies: tuple[StridedCopy, ...]
+    """Copies that fill the tensor; their ordinals index ``reads``."""
     reads: tuple[int, ...]
+    """Ordinals of the sources that the copies read, among all sources of the rule."""
 
 
-class Made(NamedTuple):
-    """What a rule makes of sources of given shapes, and the ordinals of sources that it drops."""
+class Lowered(NamedTuple):
+    """A rule that is lowered for sources of given shapes."""
 
     outputs: tuple[Output, ...]
     dropped: tuple[int, ...]
+    """Ordinals of the sources that no output reads."""
 
 
 class RuleOutputs:
-    """The outputs of rules, by the shapes of their sources.
+    """The outputs of rules, cached by the shapes of their sources.
 
     Args:
-        parameters: shapes of the model's parameters, for operations that ask.
-        lies_transposed: by an assignment's target, where its shape does not tell.
+        sources: tensors of a checkpoint.
+        rules: the rules.
+        parameters: shapes of the model's parameters, for operations that read them.
+        transposed_by_target: whether a square matrix is transposed, by the target of its assignment.
     """
 
     def __init__(
@@ -42,27 +48,27 @@ class RuleOutputs:
         sources: SourceTable,
         rules: Rules,
         parameters: Mapping[str, tuple[int, ...]],
-        lies_transposed: Mapping[str, bool],
+        transposed_by_target: Mapping[str, bool],
     ):
         self.sources = sources
         self.rules = rules
         self.parameters = parameters
-        self.lies_transposed = lies_transposed
+        self.transposed_by_target = transposed_by_target
         self._whole: dict[int, tuple[StridedCopy, ...]] = {}
-        self._lowered: dict[object, Made] = {}
+        self._cache: dict[object, Lowered] = {}
         self._chains: dict[int, tuple[Operation, ...] | NotLowerable] = {}
 
     def whole(self, numel: int) -> tuple[StridedCopy, ...]:
-        """The copies of a tensor that stays unchanged."""
+        """Return the copies of a tensor of ``numel`` elements that stays unchanged."""
         if numel not in self._whole:
             self._whole[numel] = copies_of(leaf(0, (numel,)))
         return self._whole[numel]
 
-    def of(self, assignment: Assignment) -> Made:
-        """What the rule of an assignment makes of its sources.
+    def lower_rule(self, assignment: Assignment) -> Lowered:
+        """Return the rule of an assignment, lowered for the shapes of its sources.
 
         Raises:
-            NotLowerable, NotAffine: an operation cannot be copies.
+            NotLowerable, NotAffine: an operation cannot be expressed as copies.
             LoweringError: the shapes of the sources do not fit each other.
         """
         rule = assignment.rule
@@ -76,25 +82,27 @@ class RuleOutputs:
             raise chain
         source_patterns, target_patterns = self.rules.patterns(rule)
         shapes = self.sources.shapes
-        transposed = self.lies_transposed.get(assignment.target)
-        wanted = self._target_shapes(assignment) if needs_target_shapes(chain, transposed) else ()
+        transposed = self.transposed_by_target.get(assignment.target)
+        target_shapes = self._target_shapes(assignment) if needs_target_shapes(chain, transposed) else ()
         key = (
             rule,
-            wanted,
+            target_shapes,
             transposed,
             *(
                 (pattern, len(rows), *_distinct([shapes[row] for row in rows]))
                 for pattern, rows in assignment.slots.items()
             ),
         )
-        if key not in self._lowered:
+        if key not in self._cache:
             slots, ordinal = {}, 0
             for pattern, rows in assignment.slots.items():
                 slots[pattern] = leaves(ordinal, [shapes[row] for row in rows])
                 ordinal += len(rows)
-            values = lower(chain, slots, Context(source_patterns, target_patterns, wanted, transposed))
-            self._lowered[key] = _made(values, [shapes[row] for rows in assignment.slots.values() for row in rows])
-        return self._lowered[key]
+            values = lower(chain, slots, Context(source_patterns, target_patterns, target_shapes, transposed))
+            self._cache[key] = _with_outputs(
+                values, [shapes[row] for rows in assignment.slots.values() for row in rows]
+            )
+        return self._cache[key]
 
     def _target_shapes(self, assignment: Assignment) -> tuple[tuple[int, ...], ...]:
         names = all_targets(self.rules, assignment.rule, assignment.target)
@@ -104,18 +112,18 @@ class RuleOutputs:
 
 
 def _distinct(shapes: list[tuple[int, ...]]) -> list[tuple[int, ...]]:
-    """One shape if all are equal, else all of them: enough to tell one lowering from another."""
+    """Return one shape if all are equal, else all of them. That is enough to distinguish lowerings."""
     return shapes[:1] if shapes.count(shapes[0]) == len(shapes) else shapes
 
 
-def _made(values: Mapping[str, Value], shapes: Sequence[tuple[int, ...]]) -> Made:
-    """The outputs of a rule for sources of these shapes, from the values that its operations leave."""
+def _with_outputs(values: Mapping[str, Value], shapes: Sequence[tuple[int, ...]]) -> Lowered:
+    """Return the outputs of a rule for sources of these shapes, from the values that its operations return."""
     outputs = []
     for key, value in values.items():
         copies = copies_of(value)
         reads = tuple(sorted({ordinal for copy in copies for ordinal in copy.ordinals}))
-        place = {ordinal: i for i, ordinal in enumerate(reads)}
-        copies = tuple(copy._replace(ordinals=tuple([place[o] for o in copy.ordinals])) for copy in copies)
+        index = {ordinal: i for i, ordinal in enumerate(reads)}
+        copies = tuple(copy._replace(ordinals=tuple([index[o] for o in copy.ordinals])) for copy in copies)
         outputs.append(Output(key, value.shape, copies, reads))
-    given = {ordinal for ordinal, shape in enumerate(shapes) if 0 not in shape}
-    return Made(tuple(outputs), tuple(sorted(given.difference(*(output.reads for output in outputs)))))
+    not_empty = {ordinal for ordinal, shape in enumerate(shapes) if 0 not in shape}
+    return Lowered(tuple(outputs), tuple(sorted(not_empty.difference(*(output.reads for output in outputs)))))

@@ -1,7 +1,10 @@
-"""Values are tensors that are only described; six functions of them make up all operations and layouts; pure.
+"""Values, which are descriptions of tensors, and the six functions that build all operations and layouts; pure.
 
-All sources of a rule lie in one long row, ``SPAN`` elements apart. So thousands of experts are one piece, and what an
-operation does to them is computed once.
+The six functions do what torch's functions of the same names do: ``reshape``, ``transpose``, ``permute``, ``narrow``,
+``concatenate`` and ``stack``.
+
+All sources of a rule share one address space, in which they start ``SPAN`` elements apart. Therefore one piece can read
+thousands of experts, and the effect of an operation on them is computed once.
 """
 
 from __future__ import annotations
@@ -15,38 +18,39 @@ from automodel_conv.planning.copies import SPAN
 
 
 class LoweringError(Exception):
-    """These sources cannot go through this operation (wrong number, ranks or sizes)."""
+    """The sources do not fit an operation: their number, ranks or sizes are wrong."""
 
 
 class Value(NamedTuple):
-    """A tensor that is still only a description: its shape, and the pieces that would fill it.
+    """The description of a tensor: its shape, and the pieces that would fill it.
 
-    Their ``source`` is 0: they read the row of all sources, with element n of source k at ``k * SPAN + n``.
+    The ``source`` of each piece is 0. Pieces read the address space of all sources, in which element n of source k is
+    at ``k * SPAN + n``.
     """
 
     shape: tuple[int, ...]
     pieces: list[Piece]
     source: int = 0
-    """Added to the sources that the pieces read, so that values of equal pieces can share them."""
+    """Number that is added to each source that the pieces read, so that values can share equal pieces."""
 
 
 def leaf(source: int, shape: tuple[int, ...]) -> Value:
-    """A whole source tensor."""
+    """Return the value of a whole source tensor."""
     numel = prod(shape)
     return Value(shape, [Piece(0, run_of(numel), 0, 0)] if numel else [], source)
 
 
 def leaves(first: int, shapes: Sequence[tuple[int, ...]]) -> list[Value]:
-    """Whole source tensors, numbered from ``first``."""
+    """Return the values of whole source tensors, numbered from ``first``."""
     pieces = {shape: leaf(0, shape).pieces for shape in dict.fromkeys(shapes)}
     return [Value(shape, pieces[shape], source) for source, shape in enumerate(shapes, first)]
 
 
-def _mapped(value: Value, shape: tuple[int, ...], sizes: Sequence[int], read: Sequence[int], start: int) -> Value:
-    """Elements ``start + i . read`` of ``value``, for all i < sizes in order, laid out contiguously as ``shape``."""
+def _view(value: Value, shape: tuple[int, ...], sizes: Sequence[int], strides: Sequence[int], start: int) -> Value:
+    """Return the elements ``start + i . strides`` of ``value``, for all i < sizes in order, contiguous as ``shape``."""
     if not prod(sizes):
         return Value(shape, [])
-    walk = Piece(0, Box(tuple(sizes), tuple(read), contiguous_strides(sizes)), start, 0)
+    walk = Piece(0, Box(tuple(sizes), tuple(strides), contiguous_strides(sizes)), start, 0)
     return Value(shape, chain(value.pieces, [walk], prod(value.shape)), value.source)
 
 
@@ -58,7 +62,7 @@ def reshape(value: Value, shape: Sequence[int]) -> Value:
 
 def transpose(value: Value, dim0: int, dim1: int) -> Value:
     order = list(range(len(value.shape)))
-    dim0, dim1 = _dim(value, dim0), _dim(value, dim1)
+    dim0, dim1 = axis_of(value, dim0), axis_of(value, dim1)
     order[dim0], order[dim1] = dim1, dim0
     return permute(value, order)
 
@@ -66,18 +70,18 @@ def transpose(value: Value, dim0: int, dim1: int) -> Value:
 def permute(value: Value, order: Sequence[int]) -> Value:
     strides = contiguous_strides(value.shape)
     shape = tuple(value.shape[dim] for dim in order)
-    return _mapped(value, shape, shape, [strides[dim] for dim in order], 0)
+    return _view(value, shape, shape, [strides[dim] for dim in order], 0)
 
 
 def narrow(value: Value, dim: int, start: int, length: int) -> Value:
-    dim = _dim(value, dim)
+    dim = axis_of(value, dim)
     strides = contiguous_strides(value.shape)
     shape = (*value.shape[:dim], length, *value.shape[dim + 1 :])
-    return _mapped(value, shape, shape, strides, start * strides[dim])
+    return _view(value, shape, shape, strides, start * strides[dim])
 
 
 def concatenate(values: Sequence[Value], dim: int) -> Value:
-    return _joined(_series(values), dim)
+    return _join(_group(values), dim)
 
 
 def stack(values: Sequence[Value], dim: int) -> Value:
@@ -85,40 +89,40 @@ def stack(values: Sequence[Value], dim: int) -> Value:
     if not -rank <= dim < rank:
         raise LoweringError(f"cannot stack tensors of shape {values[0].shape} along dimension {dim}")
     dim %= rank
-    opened = [
+    unsqueezed = [
         series._replace(first=reshape(series.first, (*series.first.shape[:dim], 1, *series.first.shape[dim:])))
-        for series in _series(values)
+        for series in _group(values)
     ]
-    return _joined(opened, dim)
+    return _join(unsqueezed, dim)
 
 
 class _Series(NamedTuple):
-    """Values that are equal but for their sources, of which each starts ``step`` after the one before."""
+    """Values that are equal except for their sources, which have numbers ``step`` apart."""
 
     first: Value
     count: int
     step: int
 
 
-def _series(values: Sequence[Value]) -> list[_Series]:
-    """The values in as few series as follow each other."""
-    made: list[_Series] = []
+def _group(values: Sequence[Value]) -> list[_Series]:
+    """Group consecutive values into as few series as possible."""
+    grouped: list[_Series] = []
     first, count, step = values[0], 0, 0
     for value in values:
-        apart = value.source - first.source
-        goes_on = apart == count * step if count > 1 else apart > 0
-        if count == 0 or (goes_on and value.shape == first.shape and value.pieces == first.pieces):
-            step = apart if count == 1 else step
+        distance = value.source - first.source
+        continues = distance == count * step if count > 1 else distance > 0
+        if count == 0 or (continues and value.shape == first.shape and value.pieces == first.pieces):
+            step = distance if count == 1 else step
             count += 1
             continue
-        made.append(_Series(first, count, step))
+        grouped.append(_Series(first, count, step))
         first, count, step = value, 1, 0
-    return [*made, _Series(first, count, step)]
+    return [*grouped, _Series(first, count, step)]
 
 
-def _joined(all_series: Sequence[_Series], dim: int) -> Value:
+def _join(all_series: Sequence[_Series], dim: int) -> Value:
     first = all_series[0].first
-    dim = _dim(first, dim)
+    dim = axis_of(first, dim)
     rest = (*first.shape[:dim], *first.shape[dim + 1 :])
     for value, _, _ in all_series:
         if (*value.shape[:dim], *value.shape[dim + 1 :]) != rest or len(value.shape) != len(first.shape):
@@ -130,16 +134,16 @@ def _joined(all_series: Sequence[_Series], dim: int) -> Value:
     start = 0
     for series in all_series:
         value, length = series.first, series.first.shape[dim]
-        whole, apart = (series.count, *value.shape), (length * strides[dim], *strides)
-        if prod(whole):
-            walk = Piece(0, Box(whole, contiguous_strides(whole), apart), 0, start * strides[dim])
-            pieces += chain(_one_after_the_other(series), [walk], prod(whole))
+        stacked, target_strides = (series.count, *value.shape), (length * strides[dim], *strides)
+        if prod(stacked):
+            walk = Piece(0, Box(stacked, contiguous_strides(stacked), target_strides), 0, start * strides[dim])
+            pieces += chain(_end_to_end(series), [walk], prod(stacked))
         start += series.count * length
     return Value(shape, pieces)
 
 
-def _one_after_the_other(series: _Series) -> list[Piece]:
-    """The pieces of all values of a series, laid end to end."""
+def _end_to_end(series: _Series) -> list[Piece]:
+    """Return the pieces that write all values of a series one after the other."""
     (shape, pieces, source), count, step = series
     pieces = [piece._replace(source_offset=piece.source_offset + source * SPAN) for piece in pieces]
     if count == 1:
@@ -156,7 +160,12 @@ def _one_after_the_other(series: _Series) -> list[Piece]:
     ]
 
 
-def _dim(value: Value, dim: int) -> int:
+def axis_of(value: Value, dim: int) -> int:
+    """Return a dimension as a number from 0.
+
+    Raises:
+        LoweringError: the value has no such dimension.
+    """
     rank = len(value.shape)
     if not -rank <= dim < rank:
         raise LoweringError(f"a tensor of shape {value.shape} has no dimension {dim}")

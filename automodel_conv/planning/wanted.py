@@ -1,4 +1,4 @@
-"""What a target must be: its dtype and shape."""
+"""The required dtype and shape of a target."""
 
 from __future__ import annotations
 
@@ -6,14 +6,18 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 AsStored = Callable[[str, str, str], bool]
-"""Whether a source of a dtype keeps it on the way to a target: ``(source, dtype code, target)``."""
+"""Function of ``(source, dtype code, target)`` that returns whether the source keeps its dtype."""
 
 
 class TargetSpec(NamedTuple):
-    """What a target must be."""
+    """The required dtype and shape of a target."""
 
     dtype: str
+    """Dtype code, such as ``"BF16"``."""
     shape: tuple[int, ...]
     is_new: bool = False
-    """No value is there yet: it takes the dtype that ``from_pretrained`` gives it, which is that of the sources after
-    their cast, and they are cast to ``dtype`` of the first target of their rule."""
+    """Whether the tensor has no value yet. A new target has the dtype that ``from_pretrained`` produces.
+
+    ``from_pretrained`` casts the sources to ``dtype`` of the first target of their rule, and the target has the dtype
+    of the cast sources.
+    """

@@ -1,1 +1,1 @@
-"""What a directory needs to be a checkpoint: which files to write, and what lies beside the weights."""
+"""The files that turn a directory into a checkpoint: weights, and the files that accompany them."""

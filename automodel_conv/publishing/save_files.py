@@ -1,4 +1,4 @@
-"""Write what a checkpoint has beside its tensor data: config, headers, checksums and index."""
+"""Write the parts of a checkpoint other than tensor data: config, headers, checksums and index."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ import torch
 from torch import nn
 
 from automodel_conv.execution.checksums import checksums_of, checksums_text
-from automodel_conv.execution.writing import begin_shard
+from automodel_conv.execution.writing import create_shard_file
 from automodel_conv.files.checkpoint import open_checkpoint
 from automodel_conv.files.destination import Destination
-from automodel_conv.files.shards import CHECKSUMS_NAME, Form, Shard, index_of
+from automodel_conv.files.shards import CHECKSUMS_NAME, Naming, Shard, index_of
 from automodel_conv.files.write_errors import write_errors
 from automodel_conv.upstream.saved_config import write_config
 
@@ -19,33 +19,41 @@ from automodel_conv.upstream.saved_config import write_config
 def begin_save(
     destination: Destination, shards: Sequence[Shard], model: nn.Module | None, dtype: torch.dtype | None = None
 ) -> None:
-    """Write what goes before all data: the config, and of each file the header."""
+    """Write the config and the headers of all files, before any data is written."""
     if model is not None:
         with write_errors(destination.directory):
             write_config(model, dtype, destination.staging)
     for shard in shards:
-        begin_shard(shard, destination.path(shard.name))
+        create_shard_file(shard, destination.path(shard.name))
 
 
 def finish_save(
     destination: Destination,
     shards: Sequence[Shard],
     model: nn.Module | None,
-    form: Form,
+    naming: Naming,
     checksum_threads: int = 0,
 ) -> None:
-    """What follows when the data of all files is on the disk; with no threads for checksums there are none."""
+    """Write checksums and index, and turn the destination into a checkpoint, once all data is on the disk.
+
+    Args:
+        destination: destination that holds the files.
+        shards: output files.
+        model: saved model; its parameters are counted for the index.
+        naming: names of the files, and the layout to record.
+        checksum_threads: number of threads that compute checksums; 0: no checksums are written.
+    """
     for shard in shards:
         destination.finish(shard)
     if checksum_threads:
         write_checksums(destination, shards, checksum_threads)
     parameters = None if model is None else sum(parameter.numel() for parameter in model.parameters())
-    destination.commit(index_of(shards, parameters, form))
+    destination.commit(index_of(shards, parameters, naming))
 
 
 def write_checksums(destination: Destination, shards: Sequence[Shard], threads: int) -> None:
-    """Add the checksums of all tensors to what lies in a destination."""
+    """Write the file of checksums of all tensors in a destination."""
     sums: dict[str, str] = {}
     for shard in shards:
-        sums |= checksums_of(open_checkpoint(destination.found(shard.name)), threads)
+        sums |= checksums_of(open_checkpoint(destination.finished_path(shard.name)), threads)
     destination.write(CHECKSUMS_NAME, checksums_text(sums))

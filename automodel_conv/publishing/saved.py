@@ -1,4 +1,4 @@
-"""What a save writes: the tensors of a model, their dtypes, and the files that hold them."""
+"""Determine what a save writes: the tensors of a model, their dtypes, and the files that hold them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from automodel_conv.dtypes import FLOATING, dtype_code
 from automodel_conv.errors import UnsupportedError, listing, message
 from automodel_conv.execution.buffers import dtype_of
 from automodel_conv.files.checkpoint import Checkpoint
-from automodel_conv.files.shards import Form, Shard, Spec, divide, divide_like, parse_size
+from automodel_conv.files.shards import Naming, Shard, Spec, divide, divide_like, parse_size
 from automodel_conv.planning.copies import Target
 from automodel_conv.planning.plan import CopyPlan
 from automodel_conv.planning.resolve import resolve
@@ -25,26 +25,29 @@ from automodel_conv.upstream.rules import RuleSet
 
 
 def not_saved(model: nn.Module | None, reference: Checkpoint | None, written: Iterable[str]) -> list[str]:
-    """Names of a model that it says to ignore when it is saved, and names of a reference, but for those written."""
+    """Return the names in a reference, and the names that a model excludes from saving, without those written."""
     names = [] if model is None else list(model.state_dict().keys() & set(_ignored_on_save(model)))
     names += [] if reference is None else [*reference.names, *reference.left_out(())]
-    there = set(written)
-    return [name for name in dict.fromkeys(sorted(names)) if name not in there]
+    written = set(written)
+    return [name for name in dict.fromkeys(sorted(names)) if name not in written]
 
 
 def with_dtype(
     plan: CopyPlan, dtype: torch.dtype | None, model: nn.Module | None, rules: Iterable[Any] | None = None
 ) -> CopyPlan:
-    """The plan with its floating targets in ``dtype``, but those that the model keeps in float32.
+    """Return the plan with its floating-point targets in ``dtype``, except those that the model keeps in float32.
 
-    Names of a checkpoint are not always those of the model: a target gets the dtype in which the model would take it.
+    Names in a checkpoint may differ from those of the model. The rules determine the parameter that a target is loaded
+    into, and the target gets the dtype of that parameter.
 
     Args:
-        plan: makes the tensors of a checkpoint.
-        rules: by which they are loaded; None: the model's own.
+        plan: plan that writes the tensors of a checkpoint.
+        dtype: dtype of the targets; None: the plan is returned unchanged.
+        model: model that keeps some parameters in float32.
+        rules: rules by which the checkpoint is loaded; None: the rules of the model.
 
     Raises:
-        UnsupportedError: no floating dtype.
+        UnsupportedError: ``dtype`` is not a floating-point dtype.
     """
     checked_dtype(dtype)
     code = None if dtype is None else dtype_code(dtype)
@@ -54,8 +57,8 @@ def with_dtype(
     if model is not None:
         specs = model_targets(model, dtype)
         rule_set = RuleSet(model_rules(model) if rules is None else rules, model)
-        found = resolve([target.name for target in plan.targets], rule_set, specs)
-        wanted = {row: specs[made.target].dtype for made in found.assignments for row in chain(*made.slots.values())}
+        assignments = resolve([target.name for target in plan.targets], rule_set, specs).assignments
+        wanted = {row: specs[each.target].dtype for each in assignments for row in chain(*each.slots.values())}
     targets = [
         target._replace(dtype=wanted.get(row, code)) if target.dtype in FLOATING else target
         for row, target in enumerate(plan.targets)
@@ -64,22 +67,22 @@ def with_dtype(
 
 
 def specs_of(targets: Iterable[Target]) -> list[Spec]:
-    """The targets as tensors to be written.
+    """Return the name, dtype and shape of each target.
 
     Raises:
-        UnsupportedError: a dtype that torch does not know, or no target at all.
+        UnsupportedError: torch does not support a dtype, or there are no targets.
     """
     specs = []
     for target in targets:
         dtype_of(target.dtype, target.name)
         specs.append(Spec(target.name, target.dtype, target.shape))
     if not specs:
-        raise UnsupportedError(message("there is no tensor to be written, and so no checkpoint to be made"))
+        raise UnsupportedError(message("there are no tensors to write"))
     return specs
 
 
 def places_in(shards: Sequence[Shard], targets: Iterable[Target]) -> list[tuple[int, int]]:
-    """Of each target, the number of its file and its first byte there."""
+    """Return the index of each target's file, and the offset in bytes of its data in that file."""
     places = {
         spec.name: (file, offset)
         for file, shard in enumerate(shards)
@@ -89,37 +92,39 @@ def places_in(shards: Sequence[Shard], targets: Iterable[Target]) -> list[tuple[
 
 
 def shards_for(
-    targets: Iterable[Target], reference: Checkpoint | None, max_shard_size: int | str, form: Form
+    targets: Iterable[Target], reference: Checkpoint | None, max_shard_size: int | str, naming: Naming
 ) -> list[Shard]:
-    """The files for targets: as a reference is divided, which does not name all of them, or by size.
+    """Divide targets among files as a reference does, or by size without a reference.
+
+    Targets that the reference does not name are written to its last file.
 
     Raises:
-        UnsupportedError: not a size, or a dtype that torch does not know.
+        UnsupportedError: ``max_shard_size`` is not a size, or torch does not support a dtype.
     """
     specs = specs_of(targets)
     if reference is None:
-        return divide(specs, parse_size(max_shard_size), form)
+        return divide(specs, parse_size(max_shard_size), naming)
     files = [os.path.basename(file) for file in reference.files]
     file_of = dict.fromkeys((spec.name for spec in specs), files[-1])
     file_of |= {name: files[file] for name, file in zip(reference.names, reference.file_ids, strict=True)}
-    return divide_like(specs, file_of, form.layout)
+    return divide_like(specs, file_of, naming.layout)
 
 
 def saved_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """The tensors of a model that belong into a checkpoint: ties once, under the name that upstream keeps.
+    """Return the tensors of a model that belong in a checkpoint, tied ones once under the name that transformers keeps.
 
     Raises:
-        UnsupportedError: they are not all here, or transformers must save them in its own way.
+        UnsupportedError: this process does not hold all tensors, or only transformers can save them.
     """
     if is_pretrained_model(model):
         if getattr(model, "hf_quantizer", None):
-            text = "this model cannot be saved from here: it is quantized by transformers"
+            text = "this package cannot save this model: it is quantized by transformers"
             raise UnsupportedError(message(text, do="use its save_pretrained"))
     tensors = model.state_dict()
     if (getattr(model, "_tp_size", None) or 1) > 1 and not meshes_of(tensors.values()):
         raise UnsupportedError(
             message(
-                "this model cannot be saved from here: its tensors are parts that do not say so",
+                "this package cannot save this model: its tensors are shards that are not DTensors",
                 found="tensor parallelism of a transformers older than 5.17",
                 do="use its save_pretrained",
             )
@@ -132,24 +137,24 @@ def saved_tensors(model: nn.Module) -> dict[str, Tensor]:
             message(
                 "this model has extra state that is not a tensor, which no checkpoint can hold",
                 found="\n" + listing(others),
-                do="save that apart, and pass the state dict without it, with rules=, layout= or reference=",
+                do="save it separately, and pass the state dict without it, with rules=, layout= or reference=",
             )
         )
-    follows = getattr(model, "all_tied_weights_keys", {})
+    tied = getattr(model, "all_tied_weights_keys", {})
     for group in tied_names(model):
-        here = [name for name in group if name in tensors]
-        kept = next((name for name in here if name not in follows), here[0] if here else None)
-        for name in here:
+        names = [name for name in group if name in tensors]
+        kept = next((name for name in names if name not in tied), names[0] if names else None)
+        for name in names:
             if name != kept and _is_same(tensors[name], tensors[kept]):  # type: ignore[index]
                 del tensors[name]
     return dict(tensors)
 
 
 def refuse_unlike_stored(tensors: Mapping[str, Tensor]) -> None:
-    """Refuse tensors whose bytes in memory are not what they stand for.
+    """Refuse tensors whose bytes in memory are not their values.
 
     Raises:
-        UnsupportedError: one is on the meta device, or is conjugated or negated only when it is read.
+        UnsupportedError: a tensor is on the meta device, or is conjugated or negated only when it is read.
     """
     for name, tensor in tensors.items():
         if not isinstance(tensor, Tensor):
@@ -163,7 +168,11 @@ def refuse_unlike_stored(tensors: Mapping[str, Tensor]) -> None:
         if tensor.is_conj() or tensor.is_neg():
             found = "a view that is conjugated or negated when it is read"
             raise UnsupportedError(
-                message(f"{name} cannot be saved as it lies", found=found, do="resolve_conj() and resolve_neg() first")
+                message(
+                    f"{name} cannot be saved as it is stored",
+                    found=found,
+                    do="call resolve_conj() and resolve_neg() first",
+                )
             )
 
 

@@ -206,7 +206,7 @@ def test_verify_names_the_first_element_that_differs(plain, tmp_path):
     file.write_bytes(data)
     result = run("verify", plain, new)
     assert result.exit_code == 1
-    assert result.stderr.startswith("error: b is not what the source makes it\n")
+    assert result.stderr.startswith("error: b does not match its source\n")
     assert "[1] of F32 [2]" in result.stderr
 
 

@@ -97,7 +97,7 @@ def test_a_conversion_of_another_kind_is_started_anew_by_an_option(plain, tmp_pa
     staging.mkdir(parents=True)
     (staging / "journal.jsonl").write_text('{"work": {"files": []}}\n')
     result = run("convert", plain, tmp_path / "new", "--no-model")
-    assert "start anew with --no-resume" in result.stderr
+    assert "start again with --no-resume" in result.stderr
     assert "resume=" not in result.stderr
 
 

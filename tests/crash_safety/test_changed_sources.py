@@ -39,7 +39,7 @@ def test_a_source_cut_off_while_it_is_read(source, wanted, tmp_path, monkeypatch
     assert not assert_whole_or_refused(directory, wanted[kind])
     assert_refused(call, ConversionError, str(cut))
     cut.write_bytes((source / cut.name).read_bytes())
-    assert_refused(call, DestinationError, "not this one", "source files", cut.name)  # it may be another one
+    assert_refused(call, DestinationError, "differs from this one", "source files", cut.name)  # it may be another one
     os.utime(cut, ns=(1, 10**18))
     assert finish(copied, directory, kind, wanted) > 0
 
@@ -56,7 +56,7 @@ def test_a_source_that_changed_since_is_refused_by_name(forked, source, wanted, 
     before = everything(directory)
     assert before
     call = partial(amc.convert_checkpoint, copied, directory, **KINDS["nemo"])
-    error = assert_refused(call, DestinationError, "not this one", changed.name, "resume=False")
+    error = assert_refused(call, DestinationError, "differs from this one", changed.name, "resume=False")
     assert "model-00001-of-00005" not in str(error)
     assert everything(directory) == before
     report = amc.convert_checkpoint(copied, directory, resume=False, **KINDS["nemo"])

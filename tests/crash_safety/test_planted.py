@@ -9,7 +9,7 @@ import pytest
 from automodel_conv import converting
 from automodel_conv.errors import ConversionError
 from automodel_conv.execution import writing
-from automodel_conv.files import earlier, placed, staging
+from automodel_conv.files import final_files, resuming, staging
 from tests.crash_safety.support import (
     INDEX,
     planted,
@@ -41,14 +41,14 @@ FOUND_BY = {
         {"name": "reserve"},
     ),
     "a file that is written anew counts as finished": (
-        earlier,
+        resuming,
         '{"again": name}',
         '{"finished": name}',
         test_a_finished_file_that_was_damaged_is_written_again_whatever_happens_then,
         {"damage": "truncated"},
     ),
     "another work is taken for this one": (
-        earlier,
+        resuming,
         "        if earlier.work != work:",
         "        if False:",
         test_an_unfinished_work_of_another_kind_is_refused_and_can_still_be_finished,
@@ -62,14 +62,14 @@ FOUND_BY = {
         {"gone": False},
     ),
     "a checkpoint is overwritten": (
-        earlier,
+        resuming,
         "    if present:",
         "    if False:",
         test_a_directory_with_a_checkpoint_is_refused_and_left_alone,
         {"name": INDEX},
     ),
     "what makes it a checkpoint is taken back last": (
-        placed,
+        final_files,
         "reversed(list(placed))",
         "list(placed)",
         test_what_makes_it_a_checkpoint_is_taken_back_first,

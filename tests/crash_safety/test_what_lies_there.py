@@ -100,9 +100,9 @@ def test_an_unfinished_work_of_another_kind_is_refused_and_can_still_be_finished
     forked.run("convert", arguments=arguments_of(source, directory, "nemo"), signal="SIGKILL", call=call)
     before = everything(directory)
     other = partial(amc.convert_checkpoint, source, directory, **KINDS["transformers"])
-    error = assert_refused(other, DestinationError, "an unfinished work that is not this one", "tensors: ")
+    error = assert_refused(other, DestinationError, "unfinished work that differs from this one", "tensors: ")
     assert "source files" not in str(error)
-    assert_refused(partial(amc.save_checkpoint, model, directory), DestinationError, "an unfinished work", "tensors: ")
+    assert_refused(partial(amc.save_checkpoint, model, directory), DestinationError, "unfinished work", "tensors: ")
     assert everything(directory) == before
     finish(source, directory, "nemo", wanted)
 

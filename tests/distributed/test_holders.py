@@ -73,7 +73,9 @@ def test_all_tensors_and_ranks_that_differ_are_named(monkeypatch):
     sums = [[1, 2, 3], [1, 2, 3], [1, 9, 3], [1, 9, 8]]
     from automodel_conv.distributed import holders
 
-    monkeypatch.setattr(holders, "gathered", lambda *_: [torch.tensor(s, dtype=torch.uint32).numpy() for s in sums])
+    monkeypatch.setattr(
+        holders, "all_gather_bytes", lambda *_: [torch.tensor(s, dtype=torch.uint32).numpy() for s in sums]
+    )
     known = Holders(frozenset(), frozenset("abc"), [(["a", "b"], [[0, 1, 2, 3]]), (["c"], [[0, 2], [1, 3]])])
     with pytest.raises(RankError) as caught:
         refuse_unlike_replicas([], known, {"a": 1, "b": 2, "c": 3})

@@ -181,14 +181,14 @@ def test_unfinished_work_of_another_kind_advises_what_the_door_has(two, tmp_path
 
 @pytest.mark.parametrize("what", [{}, nn.ReLU()], ids=["state dict", "module"])
 def test_saving_nothing_is_refused_before_anything_is_written(tmp_path, what):
-    with pytest.raises(UnsupportedError, match="no tensor to be written"):
+    with pytest.raises(UnsupportedError, match="no tensors to write"):
         amc.save_checkpoint(what, tmp_path / "made", rules=[])
     assert not (tmp_path / "made").exists()
 
 
 def test_converting_nothing_is_refused_before_anything_is_written(tmp_path):
     save_file({}, tmp_path / "model.safetensors")
-    with pytest.raises(UnsupportedError, match="no tensor to be written"):
+    with pytest.raises(UnsupportedError, match="no tensors to write"):
         amc.convert_checkpoint(tmp_path, tmp_path / "made", rules=[])
     assert not (tmp_path / "made").exists()
 

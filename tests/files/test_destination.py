@@ -11,7 +11,7 @@ import pytest
 from automodel_conv.errors import DestinationError, WriteError
 from automodel_conv.files import system
 from automodel_conv.files.destination import open_destination
-from automodel_conv.files.shards import FORM, Shard, Spec, shard_of
+from automodel_conv.files.shards import DEFAULT_NAMING, Shard, Spec, shard_of
 from automodel_conv.files.staging import STAGING_NAME
 
 WORK = {"source files": {"a": [1, 2], "b": [3, 4]}, "files": ["x"]}
@@ -40,9 +40,9 @@ def test_all_files_are_in_their_places_at_the_end_and_nothing_else(tmp_path):
     assert system.list_names(str(tmp_path / "out")) == [
         "config.json",
         *(shard.name for shard in made),
-        FORM.index_name,
+        DEFAULT_NAMING.index_name,
     ]
-    assert (tmp_path / "out" / FORM.index_name).read_bytes() == b"index"
+    assert (tmp_path / "out" / DEFAULT_NAMING.index_name).read_bytes() == b"index"
 
 
 def test_the_last_name_comes_when_the_disk_knows_all_others(tmp_path, monkeypatch):
@@ -54,7 +54,7 @@ def test_the_last_name_comes_when_the_disk_knows_all_others(tmp_path, monkeypatc
         for shard in made:
             write(place, shard)
         place.commit(b"index")
-    assert events == [STAGING_NAME, *(shard.name for shard in made), "out", FORM.index_name, "out"]
+    assert events == [STAGING_NAME, *(shard.name for shard in made), "out", DEFAULT_NAMING.index_name, "out"]
 
 
 def test_files_that_alone_look_like_a_checkpoint_come_after_the_index(tmp_path, monkeypatch):
@@ -67,7 +67,7 @@ def test_files_that_alone_look_like_a_checkpoint_come_after_the_index(tmp_path, 
         for shard in made:
             write(place, shard)
         place.commit(b"index")
-    assert events == [FORM.index_name, "a.safetensors", "z.safetensors", "model.safetensors"]
+    assert events == [DEFAULT_NAMING.index_name, "a.safetensors", "z.safetensors", "model.safetensors"]
 
 
 def interrupted(directory: Path, made: list[Shard], work=WORK, *, finished: int = 1, resume: bool = True) -> list[str]:
@@ -111,7 +111,7 @@ def test_what_a_cut_short_commit_has_put_in_its_place_is_removed_but_not_what_so
         path.write_bytes(b"data")
     staging = tmp_path / STAGING_NAME
     staging.mkdir()
-    placing = {mine.name: [*system.identity(str(mine))], theirs.name: [4, 1], FORM.index_name: [5, 1]}
+    placing = {mine.name: [*system.identity(str(mine))], theirs.name: [4, 1], DEFAULT_NAMING.index_name: [5, 1]}
     (staging / "journal.jsonl").write_text(f'{{"work": null}}\n{json.dumps({"placing": placing})}\n')
     with (
         pytest.raises(DestinationError, match=theirs.name),

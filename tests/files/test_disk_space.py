@@ -33,9 +33,9 @@ def test_what_an_unfinished_work_takes_counts_as_free(tmp_path):
 @pytest.mark.parametrize("name", ["model.safetensors", "model.safetensors.index.json", "pytorch_model.bin"])
 def test_weights_are_in_the_way_and_nothing_else(tmp_path, name):
     (tmp_path / "config.json").write_text("{}")
-    assert disk_space_of(str(tmp_path)).in_the_way == ()
+    assert disk_space_of(str(tmp_path)).existing_weights == ()
     (tmp_path / name).write_text("{}")
-    assert disk_space_of(str(tmp_path)).in_the_way == (name,)
+    assert disk_space_of(str(tmp_path)).existing_weights == (name,)
 
 
 def test_what_the_system_refuses_is_told(tmp_path, monkeypatch):

@@ -83,12 +83,12 @@ def fake(tmp_path, monkeypatch):
         with open(paths[-1], "wb") as file:
             file.truncate(nbytes)
 
-    def bring_in(fd, offset, nbytes):
+    def read_into_cache(fd, offset, nbytes):
         calls.append((paths.index(os.readlink(f"/proc/self/fd/{fd}")), offset, nbytes))
         return nbytes
 
     monkeypatch.setattr(system, "is_cached", lambda fd, offset: False)
-    monkeypatch.setattr(system, "bring_in", bring_in)
+    monkeypatch.setattr(system, "read_into_cache", read_into_cache)
     monkeypatch.setattr(module, "free_memory", lambda: 1 << 60)
     return SimpleNamespace(paths=paths, calls=calls)
 
@@ -96,7 +96,7 @@ def fake(tmp_path, monkeypatch):
 def test_all_is_cached_afterwards_and_nothing_is_read_twice(files, monkeypatch):
     assert 0 < read_ahead(files, ALL, threading.Event()) <= sum(SIZES)
     wait_until_cached(files)
-    monkeypatch.setattr(system, "bring_in", None)
+    monkeypatch.setattr(system, "read_into_cache", None)
     assert read_ahead(files, ALL, threading.Event()) == 0
 
 
@@ -124,13 +124,13 @@ def test_ranks_read_each_portion_once(fake, shares):
 
 
 def test_it_stops_after_the_portion_that_is_under_way(fake, monkeypatch):
-    stop, bring_in = threading.Event(), system.bring_in
+    stop, read_into_cache = threading.Event(), system.read_into_cache
 
     def stopping(*arguments):
         stop.set()
-        return bring_in(*arguments)
+        return read_into_cache(*arguments)
 
-    monkeypatch.setattr(system, "bring_in", stopping)
+    monkeypatch.setattr(system, "read_into_cache", stopping)
     assert read_ahead(fake.paths, ALL, stop) == PORTION_BYTES
     assert read_ahead(fake.paths, ALL, stop) == 0
     assert len(fake.calls) == 1
@@ -160,7 +160,7 @@ def test_without_memory_nothing_is_read(fake, monkeypatch, free):
     assert read_ahead(fake.paths, ALL, threading.Event()) == 0
 
 
-@pytest.mark.parametrize("call", ["open_readonly", "size", "bring_in"])
+@pytest.mark.parametrize("call", ["open_readonly", "size", "read_into_cache"])
 def test_a_call_that_fails_ends_it_without_a_word(fake, monkeypatch, call):
     def fail(*arguments):
         raise OSError(errno.EIO, os.strerror(errno.EIO))

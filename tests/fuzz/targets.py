@@ -23,8 +23,8 @@ from automodel_conv.execution import checksums
 from automodel_conv.execution import host as cpu
 from automodel_conv.files import header
 from automodel_conv.files.checkpoint import Checkpoint, open_checkpoint
-from automodel_conv.files.earlier import taken_over
 from automodel_conv.files.journal import read_journal
+from automodel_conv.files.resuming import resume_or_discard
 from automodel_conv.files.shards import CHECKSUMS_NAME
 from automodel_conv.files.source import LocalFile
 from automodel_conv.files.staging import STAGING_NAME
@@ -171,7 +171,7 @@ def check_config(data: bytes) -> None:
     with memory_of(**{"model.safetensors": _CODED, "config.json": data}):
         try:
             checkpoint = open_checkpoint("/c")
-            table = decoded_table(checkpoint, wants_numbers=True)
+            table = decoded_table(checkpoint, needs_values=True)
         except ConversionError:
             return
     for row, decode in table.decodes.items():
@@ -214,7 +214,7 @@ def check_journal(data: bytes) -> None:
         journal = memory.open_readonly(f"{_STAGED}/journal.jsonl")
         try:
             earlier = read_journal(journal)
-            taken_over(earlier, journal, "/c", shards, {"kind": "convert"}, True, "model.safetensors.index.json")
+            resume_or_discard(earlier, journal, "/c", shards, {"kind": "convert"}, True, "model.safetensors.index.json")
         except ConversionError:
             pass
     for path in memory.removed:

@@ -14,7 +14,7 @@ import sys
 from collections.abc import Iterable, Iterator
 from functools import cached_property
 from importlib import import_module
-from typing import Any, ForwardRef
+from typing import Any, ForwardRef, is_typeddict
 
 PACKAGE = "automodel_conv"
 _SHORT = 100
@@ -93,6 +93,9 @@ def _said(name: str, value: Any) -> str:
 
 def _members(cls: type) -> Iterator[str]:
     """How it is made, and what is public of it; what it inherits from a public class is said there."""
+    if is_typeddict(cls):
+        yield from (f"{name}: {_written(kind)}" for name, kind in sorted(cls.__annotations__.items()))
+        return
     if "__init__" in vars(cls) or "__new__" in vars(cls):
         yield f"__init__{_signature(cls)}"
     package = import_module(PACKAGE)

@@ -90,14 +90,14 @@ def test_ranks_that_do_not_talk_to_each_other_and_kept_plans_are_refused(mixtral
     planner.set_up_planner(model.state_dict(), is_coordinator=True)
     plan = planner.create_local_plan()
     object.__setattr__(plan, "usable", False)
-    with pytest.raises(amc.UnsupportedError, match="earlier save"):
+    with pytest.raises(amc.UnsupportedError, match="cached save plans"):
         writer.prepare_global_plan([plan])
 
 
 @pytest.mark.parametrize("lazy", [torch.conj, torch._neg_view], ids=["conjugated", "negated"])
 def test_views_that_are_computed_when_read_are_refused(tmp_path, lazy):
     state = {"a": lazy(torch.ones(2, dtype=torch.complex64))}
-    with pytest.raises(CheckpointException, match="a cannot be saved as it lies"):
+    with pytest.raises(CheckpointException, match="a cannot be saved as it is stored"):
         dcp.save(state, storage_writer=HuggingFaceWriter(tmp_path / "dcp", rules=[]))
     assert files(tmp_path / "dcp") == {}
 

@@ -257,7 +257,7 @@ def test_parts_of_one_target_are_tensors_of_their_own():
     found = oracles.execute(made, elements)
     for part in parts:
         places = held(part.region, numbered((2, 6, 2)))
-        assert found[part.called] == [of_whole[place] for place in places]
+        assert found[part.name] == [of_whole[place] for place in places]
 
 
 def test_a_part_may_have_a_dtype_of_its_own_but_is_cast_once():

@@ -114,7 +114,7 @@ HOSTILE = {
         [SHARD],
     ),
     "a name of 2,000 characters": (headed({"a" * 2000: entry([1], 0, 4)}, bytes(4)), [SHARD, "2000 characters"]),
-    "a name of two lines": (headed({"a\n  found:    b": entry([1], 0, 4)}, bytes(4)), [SHARD, "no tensor may have"]),
+    "a name of two lines": (headed({"a\n  found:    b": entry([1], 0, 4)}, bytes(4)), [SHARD, "invalid tensor name"]),
     "a key twice": (
         with_header(b'{"a": {"dtype": "U8", "dtype": "U8", "shape": [1], "data_offsets": [0, 1]}}', b"1"),
         [SHARD, "dtype"],
@@ -214,7 +214,7 @@ def test_what_strangers_wrote_cannot_write_to_a_terminal(checkpoint, text):
     with pytest.raises(ConversionError) as of_a_setting:
         amc.load_state_dict(checkpoint, rules=[])
     headed({text: entry([1], 0, 4)}, bytes(4))(checkpoint)
-    with pytest.raises(ConversionError, match="a name that no tensor may have") as of_a_name:
+    with pytest.raises(ConversionError, match="an invalid tensor name") as of_a_name:
         amc.load_state_dict(checkpoint, rules=[])
     for told in (str(of_a_setting.value), str(of_a_name.value)):
         assert all(character.isprintable() or character == "\n" for character in told)

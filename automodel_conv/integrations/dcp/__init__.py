@@ -1,10 +1,10 @@
-"""A reader and a writer for torch.distributed.checkpoint: per-expert files to grouped, sharded models and back.
+"""A reader and a writer for torch.distributed.checkpoint, between per-expert files and grouped, sharded models.
 
     dcp.load(state_dict, storage_reader=HuggingFaceReader(path))
     dcp.save(state_dict, storage_writer=HuggingFaceWriter(directory, model))
 
-They replace ``dcp.HuggingFaceStorageReader`` and ``HuggingFaceStorageWriter`` in code that already calls these; each
-rank reads and writes the bytes of its own shards. Source of the protocol: torch 2.13.0,
+They replace ``dcp.HuggingFaceStorageReader`` and ``HuggingFaceStorageWriter`` in existing code. Each rank reads and
+writes only the bytes of its own shards. Source of the protocol: torch 2.13.0,
 ``torch/distributed/checkpoint/storage.py``.
 """
 

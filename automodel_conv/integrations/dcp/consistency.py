@@ -1,4 +1,4 @@
-"""What ranks that save together must agree on, and the errors where they do not."""
+"""Checks that ranks agree on the checkpoint that they save together."""
 
 from __future__ import annotations
 
@@ -11,64 +11,69 @@ from torch.distributed.checkpoint.metadata import MetadataIndex
 from torch.distributed.checkpoint.planner import WriteItem
 from torch.distributed.checkpoint.storage import WriteResult
 
-from automodel_conv.distributed.holders import ALIKE, unlike_replicas
+from automodel_conv.distributed.holders import MAKE_REPLICAS_EQUAL, unlike_replicas
 from automodel_conv.errors import CoverageError, RankError, listing, message
 
 
 def shared_items(items: Sequence[Sequence[WriteItem]]) -> list[list[WriteItem]]:
-    """The items of each rank that other ranks hold too.
+    """Return the items of each rank that other ranks hold too.
+
+    Args:
+        items: all items of each rank.
 
     Raises:
         RankError: tensors of one name have different shapes or dtypes.
-        CoverageError: parts that begin in the same place have different sizes.
+        CoverageError: parts with the same offsets have different sizes.
     """
-    like: dict[str, tuple[object, ...]] = {}
+    specs: dict[str, tuple[object, ...]] = {}
     sizes: dict[MetadataIndex, tuple[int, ...]] = {}
     held: Counter[MetadataIndex] = Counter()
     for item in chain.from_iterable(items):
         if item.tensor_data is None or not prod(item.tensor_data.chunk.sizes):
             continue
         name, data = item.index.fqn, item.tensor_data
-        found = tuple(data.size), data.properties.dtype
-        first = like.setdefault(name, found)
-        if found != first:
-            raise RankError(message(f"{name} differs from rank to rank", found=f"{first} and {found}", do=ALIKE))
+        spec = tuple(data.size), data.properties.dtype
+        first = specs.setdefault(name, spec)
+        if spec != first:
+            found = f"{first} and {spec}"
+            raise RankError(message(f"{name} differs from rank to rank", found=found, do=MAKE_REPLICAS_EQUAL))
         size = sizes.setdefault(item.index, tuple(data.chunk.sizes))
         if size != tuple(data.chunk.sizes):
             found = f"parts of {list(size)} and {list(data.chunk.sizes)} at {list(data.chunk.offsets)}"
-            raise CoverageError(message(f"ranks divide {name} in different ways", found=found, do=ALIKE))
+            raise CoverageError(message(f"ranks divide {name} in different ways", found=found, do=MAKE_REPLICAS_EQUAL))
         held[item.index] += 1
-    return [[item for item in each if held[item.index] > 1] for each in items]
+    return [[item for item in of_rank if held[item.index] > 1] for of_rank in items]
 
 
 def refuse_failures(results: Sequence[Sequence[WriteResult]]) -> None:
-    """Raise what ``write_data`` has met: the error itself where there is one rank, RankError where there are more."""
+    """Raise the errors in the results of ``write_data``: the error itself with one rank, RankError with several."""
     errors = {
         rank: result.storage_data
-        for rank, each in enumerate(results)
-        for result in each
+        for rank, of_rank in enumerate(results)
+        for result in of_rank
         if isinstance(result.storage_data, Exception)
     }
     if errors and len(results) == 1:
         raise errors[0]
     if errors:
-        found = listing(f"rank {rank}: {type(error).__name__}: {error}" for rank, error in errors.items())
-        raise RankError(message(f"saving failed on {len(errors)} of the ranks that do it together", found="\n" + found))
+        listed = listing(f"rank {rank}: {type(error).__name__}: {error}" for rank, error in errors.items())
+        text = f"saving failed on {len(errors)} of the ranks that do it together"
+        raise RankError(message(text, found="\n" + listed))
 
 
 def refuse_unlike(results: Sequence[Sequence[WriteResult]]) -> None:
-    """Compare the checksums of all ranks, which ``write_data`` adds to its results.
+    """Compare the checksums that all ranks have added to the results of ``write_data``.
 
     Raises:
         RankError: ranks that hold the same part of a tensor hold different bytes.
     """
     first: dict[MetadataIndex, tuple[int, int]] = {}
     unlike: dict[str, str] = {}
-    for rank, each in enumerate(results):
-        for result in each:
+    for rank, of_rank in enumerate(results):
+        for result in of_rank:
             if result.storage_data is not None:
-                of, checksum = first.setdefault(result.index, (rank, result.storage_data))
+                first_rank, checksum = first.setdefault(result.index, (rank, result.storage_data))
                 if checksum != result.storage_data:
-                    unlike.setdefault(result.index.fqn, f"rank {rank} and rank {of}")
+                    unlike.setdefault(result.index.fqn, f"rank {rank} and rank {first_rank}")
     if unlike:
         raise unlike_replicas(sorted(unlike.items()))

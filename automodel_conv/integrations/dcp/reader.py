@@ -1,4 +1,4 @@
-"""The reader for ``dcp.load``: from published, per-expert files to the tensors of a model."""
+"""The reader for ``dcp.load``, from published per-expert files to the tensors of a model."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPla
 from torch.distributed.checkpoint.storage import StorageReader
 from torch.futures import Future
 
-from automodel_conv.compiling.options import PlanOptions
+from automodel_conv.compiling.options import PlanSettings
 from automodel_conv.compiling.planned import load_plan
 from automodel_conv.compiling.stages import without_casts
 from automodel_conv.distributed.placements import is_distributed, local_of
@@ -38,20 +38,31 @@ from automodel_conv.upstream.wrappers import plain_model
 
 
 class HuggingFaceReader(StorageReader):
-    """Reads a safetensors checkpoint under the names of the model it is for, converted on the way.
+    """A storage reader that converts a safetensors checkpoint to the names and layout of a model.
+
+    Tensors are cast to the dtype of the tensors that they are loaded into.
 
     Args:
         path: see ``load_state_dict``.
-        model, rules, layout, source_layout, key_mapping: see ``compile_plan``; without model and rules, the model of
-            ``config.json``. The state dict of a model that torch has wrapped may have its names or those of the model
-            itself, as ``get_model_state_dict`` gives them.
+        model, rules, layout, source_layout, key_mapping: see ``compile_plan``. Without model and rules, the model of
+            ``config.json`` is used. If torch has wrapped the model, the state dict may have the names of the wrapped
+            model, or those of the model itself as returned by ``get_model_state_dict``.
         threads, scratch_bytes, device_scratch_bytes: see ``load_state_dict``.
 
-    Tensors are cast to the dtype of those they are loaded into.
-
     Raises:
-        CheckpointError, NameProblems, UnsupportedError: see ``compile_plan``; by ``read_metadata``.
-        ReadError: by ``read_data``.
+        CheckpointError, NameProblems, UnsupportedError: see ``compile_plan``; raised by ``read_metadata``.
+        ReadError: a file cannot be read; raised by ``read_data``.
+
+    Example:
+        >>> from tempfile import TemporaryDirectory
+        >>> import torch.distributed.checkpoint as dcp
+        >>> from safetensors.torch import save_file
+        >>> state_dict = {"weight": torch.zeros(2, 3)}
+        >>> with TemporaryDirectory() as directory:
+        ...     save_file({"weight": torch.ones(2, 3)}, f"{directory}/model.safetensors")
+        ...     dcp.load(state_dict, storage_reader=HuggingFaceReader(directory, rules=[]))
+        >>> state_dict["weight"].tolist()
+        [[1.0, 1.0, 1.0], [1.0, 1.0, 1.0]]
     """
 
     def __init__(
@@ -70,27 +81,26 @@ class HuggingFaceReader(StorageReader):
         self._given = {name: given for name, given in locals().items() if name != "self"}
         self._path = path
         self._model = None if model is None else plain_model(model)
-        # What the model's own state dict calls a tensor, where wrappers rename it.
-        self._also_called = {} if model is None or self._model is None else _also_called(model, self._model)
+        self._aliases = {} if model is None or self._model is None else _wrapped_names(model, self._model)
         rules = None if rules is None else list(rules)
-        self._options = PlanOptions(rules, layout, source_layout, key_mapping)
+        self._options = PlanSettings(rules, layout, source_layout, key_mapping)
         self._limits = Limits(threads, scratch_bytes, device_scratch_bytes)
         self._opened: tuple[Checkpoint, CopyPlan, dict[str, str]] | None = None
         self.left_out: tuple[str, ...] = ()
-        """Tensors of the checkpoint that no target is made of, once the metadata has been read."""
+        """Names of the tensors in the checkpoint that no target consumes; empty before ``read_metadata``."""
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
-        """Read another checkpoint from now on, if one is given."""
+        """Switch to another checkpoint if ``checkpoint_id`` is not None."""
         if checkpoint_id is not None:
             self._path = checkpoint_id
         self._opened = None
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        """Names, dtypes and shapes of all that can be loaded: those of the model, not those of the files."""
-        self._opened = _, plan, made = self._open()
+        """Return the names, dtypes and shapes of all tensors that can be loaded, as the model has them."""
+        self._opened = _, plan, target_names = self._open()
         described = {}
-        for name, of in made.items():
-            target = plan.target(of)
+        for name, target_name in target_names.items():
+            target = plan.target(target_name)
             size = torch.Size(target.shape)
             chunk = ChunkStorageMetadata(torch.Size([0] * len(size)), size)
             properties = TensorProperties(dtype=dtype_of(target.dtype, name))
@@ -98,44 +108,46 @@ class HuggingFaceReader(StorageReader):
         return Metadata(state_dict_metadata=described)
 
     def _open(self) -> tuple[Checkpoint, CopyPlan, dict[str, str]]:
-        """The checkpoint, its plan, and of each name that can be loaded the target that has its value."""
+        """Return the checkpoint, its plan, and the target name for each name that can be loaded."""
         with at_door("planning", lambda: self._given):
             checkpoint = open_downloaded(self._path)
             whole, problems, model = load_plan(checkpoint, self._model, self._options)
             problems.raise_unless_fit(checkpoint.path, unindexed=checkpoint.unindexed)
             self.left_out = checkpoint.left_out(whole.unused_sources)
-        plan = without_casts(whole)  # to be cast to what is loaded into, once
-        made = {target.name: target.name for target in plan.targets}
+        plan = without_casts(whole)  # cast only once, to the dtype of the tensors that are loaded into
+        target_names = {target.name: target.name for target in plan.targets}
         for group in tied_names(model) if model is not None else ():
-            first = next((name for name in group if name in made), None)
+            first = next((name for name in group if name in target_names), None)
             if first is not None:
-                made |= {name: made.get(name, first) for name in group}
-        made |= {wrapped: made[name] for wrapped, name in self._also_called.items() if name in made}
-        return checkpoint, plan, made
+                target_names |= {name: target_names.get(name, first) for name in group}
+        target_names |= {alias: target_names[name] for alias, name in self._aliases.items() if name in target_names}
+        return checkpoint, plan, target_names
 
     def set_up_storage_reader(self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
-        """Nothing to do: the plan is made with the metadata."""
+        """Do nothing, since ``read_metadata`` has created the plan."""
 
     def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
+        """Return the plan of this rank unchanged."""
         return plan
 
     def prepare_global_plan(self, plans: list[LoadPlan]) -> list[LoadPlan]:
+        """Return the plans of all ranks unchanged."""
         return plans
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
-        """Fill what the planner asks for, all of it at once."""
-        checkpoint, whole, made = self._opened or self._open()
+        """Fill all tensors of a plan at once."""
+        checkpoint, whole, target_names = self._opened or self._open()
         parts, buffers = [], {}
         state = getattr(planner, "state_dict", {})
         whole_shards: set[str] = set()
         for number, item in enumerate(plan.items):
             if item.type != LoadItemType.TENSOR:
-                raise UnsupportedError(message(f"{item.dest_index.fqn} is no tensor", do="load it from elsewhere"))
-            name = made[item.storage_index.fqn]
+                raise UnsupportedError(message(f"{item.dest_index.fqn} is not a tensor", do="load it by other means"))
+            name = target_names[item.storage_index.fqn]
             entry = state.get(item.dest_index.fqn)
             shard = region_of(entry) if isinstance(entry, Tensor) and is_distributed(entry) else None
             if shard is not None and any(len(runs) > 1 for runs in shard.runs):
-                # A shard of several runs of rows: the planner knows boxes only, so it is filled as what it is.
+                # The planner supports only boxes, so a shard of several runs of rows is filled as a whole.
                 if item.dest_index.fqn in whole_shards:
                     continue
                 whole_shards.add(item.dest_index.fqn)
@@ -145,10 +157,10 @@ class HuggingFaceReader(StorageReader):
                 tensor = planner.resolve_tensor(item).detach()
             called = f"{item.dest_index.fqn}, part {number}"
             if whole.target(name).fallback is not None and name not in buffers:
-                called = name  # that upstream's own code knows; all of it, or it is refused
+                called = name  # transformers' own code requires the target's name, and the whole tensor
             part = Part(name, called, region, dtype_code(tensor.dtype))
             parts.append(part)
-            buffers[part.called] = tensor
+            buffers[part.name] = tensor
         with at_door("loading", lambda: self._given):
             fill(plan_of_parts(whole, parts), checkpoint, buffers, self._limits)
         for item in plan.items:
@@ -159,12 +171,12 @@ class HuggingFaceReader(StorageReader):
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
-        """Whether there is such a directory or file."""
+        """Return whether the directory or file exists."""
         return system.exists(os.fsdecode(checkpoint_id))
 
 
-def _also_called(model: nn.Module, plain: nn.Module) -> dict[str, str]:
-    """Names in the state dict of a wrapped model that are not those of the model itself, with those."""
+def _wrapped_names(model: nn.Module, plain: nn.Module) -> dict[str, str]:
+    """Return the names in a wrapped model that differ from those in the model itself, with the latter."""
     names, known = model.state_dict(), plain.state_dict()
-    called = zip(names, plain_names(names, known), strict=True)
-    return {name: plain for name, plain in called if name not in known}
+    pairs = zip(names, plain_names(names, known), strict=True)
+    return {name: plain_name for name, plain_name in pairs if name not in known}

@@ -1,4 +1,4 @@
-"""The writer for ``dcp.save``: from the tensors of a model to published, per-expert files."""
+"""The writer for ``dcp.save``, from the tensors of a model to published per-expert files."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from torch.distributed.checkpoint.storage import StorageWriter, WriteResult
 from torch.futures import Future
 
 from automodel_conv.compiling.experts import refuse_missing_experts
-from automodel_conv.compiling.marks import form_of_save
+from automodel_conv.compiling.marks import naming_of_save
 from automodel_conv.compiling.to_checkpoint import saving_plan
 from automodel_conv.distributed.holders import checksums_of_parts
 from automodel_conv.distributed.placements import is_distributed
@@ -30,10 +30,10 @@ from automodel_conv.doors import at_door
 from automodel_conv.dtypes import dtype_code
 from automodel_conv.errors import CoverageError, NameProblems, UnsupportedError, listing, message
 from automodel_conv.execution.tensor_slabs import LocalTensor, tensor_slabs
-from automodel_conv.execution.writing import budget, write_slabs
+from automodel_conv.execution.writing import split_scratch, write_slabs
 from automodel_conv.files.checkpoint import open_checkpoint
 from automodel_conv.files.destination import Destination, open_destination
-from automodel_conv.files.shards import Form, Shard
+from automodel_conv.files.shards import Naming, Shard
 from automodel_conv.files.staging import staged_path
 from automodel_conv.integrations.dcp.consistency import refuse_failures, refuse_unlike, shared_items
 from automodel_conv.planning.copies import SourceTable
@@ -48,23 +48,34 @@ from automodel_conv.upstream.wrappers import plain_model
 
 
 class HuggingFaceWriter(StorageWriter):
-    """Writes a safetensors checkpoint under its published names, experts taken apart, as ``save_checkpoint`` does.
+    """A storage writer for safetensors checkpoints with published names and separate experts, like ``save_checkpoint``.
 
-    All ranks write into the same files, on a file system that they share. The directory is a checkpoint once
-    ``dcp.save`` has returned. What several ranks hold is read once more for a checksum, as there, and compared at the
-    end; if it differs nothing stays. Packed shards of tensor parallelism (gate and up each cut in its rows) are
-    refused by torch's own planner; ``save_checkpoint`` takes them.
+    All ranks write to the same files on a shared file system. The directory is a checkpoint once ``dcp.save`` has
+    returned. As in ``save_checkpoint``, parts that several ranks hold are read once more for a checksum. The checksums
+    are compared at the end, and if any differ, all files are removed. torch's planner refuses packed shards of tensor
+    parallelism (gate and up each sharded by rows); ``save_checkpoint`` supports them.
 
     Args:
-        directory: see ``save_checkpoint``; ``checkpoint_id=`` of ``dcp.save`` takes its place.
-        model: whose rules and config to take, and which names are one tensor, to be written once; or give rules, layout
-            or reference.
+        directory: see ``save_checkpoint``; ``checkpoint_id=`` of ``dcp.save`` overrides it.
+        model: model that provides rules, config and tied names, which are written once. Alternatively, pass rules,
+            layout or reference.
         rules, layout, reference, max_shard_size, threads, scratch_bytes: see ``save_checkpoint``.
 
     Raises:
         NameProblems, CoverageError, RankError, UnsupportedError, DestinationError, WriteError: see
-            ``save_checkpoint``; ``dcp`` wraps them in its ``CheckpointException``. RankError too where one of several
+            ``save_checkpoint``; ``dcp`` wraps them in its ``CheckpointException``. RankError also if one of several
             ranks cannot write; it names the rank and its error.
+
+    Example:
+        >>> from tempfile import TemporaryDirectory
+        >>> import torch.distributed.checkpoint as dcp
+        >>> from automodel_conv import open_checkpoint
+        >>> model = nn.Linear(3, 2)
+        >>> with TemporaryDirectory() as directory:
+        ...     _ = dcp.save(model.state_dict(), storage_writer=HuggingFaceWriter(directory, model))
+        ...     checkpoint = open_checkpoint(directory)
+        >>> checkpoint.names
+        ['bias', 'weight']
     """
 
     def __init__(
@@ -86,22 +97,22 @@ class HuggingFaceWriter(StorageWriter):
         self._layout = layout
         self._reference = reference
         self._max_shard_size = max_shard_size
-        self._share = budget(threads, scratch_bytes or DEFAULT_SCRATCH_BYTES, reads_files=False)
+        self._share = split_scratch(threads, scratch_bytes or DEFAULT_SCRATCH_BYTES, reads_files=False)
         self._names = None if self._model is None else saved_tensors(self._model).keys()
         self._begun: _Begun | None = None
         self.report: SaveReport | None = None
-        """Of the last save that has ended, on the coordinator."""
+        """Report of the last successful save, on the coordinator."""
         self._ending = ExitStack()
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
-        """Write to another directory from now on, if one is given; what has failed before is removed."""
+        """Remove the files of an unfinished save, and switch to another directory if ``checkpoint_id`` is not None."""
         self._ending.close()
         self._begun = None
         if checkpoint_id is not None:
             self._directory = os.path.abspath(os.fsdecode(checkpoint_id))
 
     def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
-        """Refuse ranks that do not talk to each other, of which none would know what the others write.
+        """Refuse saves without collectives, in which ranks would not know what other ranks write.
 
         Raises:
             UnsupportedError: ``use_collectives=False``.
@@ -110,50 +121,57 @@ class HuggingFaceWriter(StorageWriter):
             raise UnsupportedError(message("ranks write one checkpoint together", do="leave use_collectives=False out"))
 
     def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
-        """Tell the coordinator all that this rank holds, before the planner keeps one of each set of replicas."""
+        """Record all parts that this rank holds for the coordinator, before the planner removes duplicate replicas."""
         return replace(plan, storage_data=plan.items)
 
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
-        """Begin all files, on the coordinator.
+        """Begin all files on the coordinator, and request checksums of the parts that several ranks hold.
 
-        Ranks are asked for the checksums of what several of them hold; ``finish`` compares these.
+        Raises:
+            NameProblems, CoverageError, RankError, UnsupportedError, DestinationError, WriteError: see
+                ``save_checkpoint``.
         """
         if any(not getattr(plan, "usable", True) for plan in plans):
-            raise UnsupportedError(message("plans of an earlier save are not kept", do="leave enable_plan_caching out"))
+            raise UnsupportedError(message("cached save plans are not supported", do="leave enable_plan_caching out"))
         specs: dict[str, tuple[str, tuple[int, ...]]] = {}
         held: Counter[str] = Counter()
         for item in (item for plan in plans for item in plan.items):
             if item.tensor_data is None:
-                raise UnsupportedError(message(f"{item.index.fqn} is no tensor", do="save it elsewhere"))
+                raise UnsupportedError(message(f"{item.index.fqn} is not a tensor", do="save it by other means"))
             code = dtype_code(item.tensor_data.properties.dtype)
             if code is None:
                 raise UnsupportedError(message(f"{item.index.fqn} has a dtype that checkpoints cannot hold"))
             specs[item.index.fqn] = code, tuple(item.tensor_data.size)
             held[item.index.fqn] += prod(item.tensor_data.chunk.sizes)
         shared = shared_items([plan.storage_data for plan in plans])
-        called = self._called(specs)
-        self._check({plain: specs[name] for plain, name in called.items()}, {p: held[n] for p, n in called.items()})
-        names = list(specs) if self._names is None else [called[plain] for plain in self._names if plain in called]
+        saved_names = self._saved_names(specs)
+        self._check(
+            {plain: specs[name] for plain, name in saved_names.items()},
+            {plain: held[name] for plain, name in saved_names.items()},
+        )
+        names = list(specs)
+        if self._names is not None:
+            names = [saved_names[plain] for plain in self._names if plain in saved_names]
         table = SourceTable(names, [specs[name][0] for name in names], [specs[name][1] for name in names])
-        copies, shards, form = self._plan(table)
+        copies, shards, naming = self._plan(table)
         reference = None if self._reference is None else open_checkpoint(self._reference)
         left_out = not_saved(self._model, reference, [target.name for target in copies.targets])
-        opening = open_destination(self._directory, shards, None, index_name=form.index_name)
+        opening = open_destination(self._directory, shards, None, index_name=naming.index_name)
         with at_door("beginning to save", lambda: self._given):
             destination = self._ending.enter_context(opening)
-        self._begun = _Begun(destination, shards, form, tuple(left_out), time.perf_counter())
-        with self._undone_if_it_fails():
+        self._begun = _Begun(destination, shards, naming, tuple(left_out), time.perf_counter())
+        with self._undo_on_error():
             begin_save(destination, shards, self._model)
         return [replace(plan, storage_data=(table, items)) for plan, items in zip(plans, shared, strict=True)]
 
-    def _called(self, names: Collection[str]) -> dict[str, str]:
-        """By the names of the model, which wrappers of it change, those that the state dict has."""
+    def _saved_names(self, names: Collection[str]) -> dict[str, str]:
+        """Return the names in the state dict by the names in the model, which wrappers of the model change."""
         if self._model is None:
             return {name: name for name in names}
         return dict(zip(plain_names(names, self._model.state_dict()), names, strict=True))
 
     def _check(self, specs: Mapping[str, tuple[str, tuple[int, ...]]], held: Mapping[str, int]) -> None:
-        """Raise NameProblems where names are not the model's, CoverageError where ranks do not hold all there is."""
+        """Raise NameProblems if names are not the model's, and CoverageError if ranks do not hold each element once."""
         if self._model is not None and self._names is not None:
             known = self._model.state_dict().keys()
             missing = [name for name in self._names if name not in specs]
@@ -170,34 +188,35 @@ class HuggingFaceWriter(StorageWriter):
                 raise CoverageError(message(text, expected=expected, found=f"{held[name]} elements"))
 
     @contextmanager
-    def _undone_if_it_fails(self) -> Iterator[None]:
+    def _undo_on_error(self) -> Iterator[None]:
         try:
             yield
         except BaseException:
             if not self._ending.__exit__(*sys.exc_info()):
                 raise
 
-    def _plan(self, table: SourceTable) -> tuple[CopyPlan, list[Shard], Form]:
+    def _plan(self, table: SourceTable) -> tuple[CopyPlan, list[Shard], Naming]:
         with at_door("planning what to save", lambda: self._given):
             reference = None if self._reference is None else open_checkpoint(self._reference)
             plan = saving_plan(table, model=self._model, rules=self._rules, layout=self._layout, reference=reference)
-            form = form_of_save(plan, self._model, self._layout, reference)
-            return plan, shards_for(plan.targets, reference, self._max_shard_size, form), form
+            naming = naming_of_save(plan, self._model, self._layout, reference)
+            return plan, shards_for(plan.targets, reference, self._max_shard_size, naming), naming
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
-        """Write what this rank's plan has, and wait until the disk has it.
+        """Write the items of this rank's plan, and wait until they are on the disk.
 
-        An error is a result for ``finish``: if this raised, the coordinator would not be asked to end what it began.
+        An error is returned as a result for ``finish``. If it were raised, ``dcp`` would not call ``finish``, and the
+        coordinator could not remove its files.
         """
         try:
-            results = self._written(plan, planner)
+            results = self._write(plan, planner)
         except Exception as error:
             results = [WriteResult(MetadataIndex(""), 0, error)]
         done: Future[list[WriteResult]] = Future()
         done.set_result(results)
         return done
 
-    def _written(self, plan: SavePlan, planner: SavePlanner) -> list[WriteResult]:
+    def _write(self, plan: SavePlan, planner: SavePlanner) -> list[WriteResult]:
         table, shared = plan.storage_data
         copies, shards, _ = self._plan(table)
         rows = {name: row for row, name in enumerate(table.names)}
@@ -219,49 +238,50 @@ class HuggingFaceWriter(StorageWriter):
         return results
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
-        """Make the directory a checkpoint, on the coordinator, if all ranks have written and replicas are replicas.
+        """Turn the directory into a checkpoint on the coordinator.
 
-        Else nothing of it stays.
+        If a rank has failed or replicas differ, raise an error after removing all files.
         """
         if self._begun is not None:
             begun = self._begun
-            with self._undone_if_it_fails():
+            with self._undo_on_error():
                 refuse_failures(results)
                 refuse_unlike(results)
-                finish_save(begun.destination, begun.shards, self._model, begun.form)
+                finish_save(begun.destination, begun.shards, self._model, begun.naming)
             self.report = SaveReport(
                 files=tuple(shard.name for shard in begun.shards),
                 bytes_written=sum(shard.nbytes for shard in begun.shards),
                 carried=(),
                 left_out=begun.left_out,
-                seconds=time.perf_counter() - begun.at,
+                seconds=time.perf_counter() - begun.started,
                 peak_extra_bytes=self._share.scratch_bytes,
             )
         self.reset()
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
-        """Whether this can be a directory on a local or mounted file system."""
+        """Return whether this can be a directory on a local or mounted file system."""
         return "://" not in os.fsdecode(checkpoint_id)
 
 
 class _Begun(NamedTuple):
-    """A save that the coordinator has begun."""
+    """A save that is in progress on the coordinator."""
 
     destination: Destination
     shards: list[Shard]
-    form: Form
+    naming: Naming
     left_out: tuple[str, ...]
-    at: float
+    started: float
+    """Start of the save by ``time.perf_counter``, in seconds."""
 
 
 def _local_tensor(item: WriteItem, planner: SavePlanner) -> LocalTensor:
-    """The part of a tensor that an item of a plan stands for on this rank."""
+    """Return the part of a tensor on this rank that an item of a plan represents."""
     tensor: Tensor = planner.resolve_data(item)  # type: ignore[assignment]
     refuse_unlike_stored({item.index.fqn: tensor})
     entry = getattr(planner, "state_dict", {}).get(item.index.fqn)
     if isinstance(entry, Tensor) and is_distributed(entry):
-        region = region_of(entry)  # which may be several runs of rows, where the planner knows one box
+        region = region_of(entry)  # it may be several runs of rows, while the planner supports only one box
     else:
         data = item.tensor_data
         region = box(tuple(data.size), data.chunk.offsets, data.chunk.sizes)  # type: ignore[union-attr]

@@ -89,7 +89,7 @@ def test_a_dtype_that_files_cannot_hold_is_refused(tmp_path):
 @pytest.mark.parametrize("lazy", [torch.conj, torch._neg_view], ids=["conjugated", "negated"])
 def test_views_that_are_computed_when_read_are_refused(tmp_path, lazy):
     tensors = {"a": lazy(torch.ones(2, dtype=torch.complex64))}
-    refused(tensors, tmp_path / "made", UnsupportedError, "a cannot be saved as it lies", rules=[])
+    refused(tensors, tmp_path / "made", UnsupportedError, "a cannot be saved as it is stored", rules=[])
 
 
 @pytest.mark.parametrize("as_module", [True, False])
@@ -162,7 +162,7 @@ def test_a_full_disk_leaves_nothing_behind(tmp_path, monkeypatch):
 def test_parts_that_do_not_say_that_they_are_parts_are_refused(tmp_path):
     model = build_model("llama")
     model._tp_size = 2
-    refused(model, tmp_path / "made", UnsupportedError, "parts that do not say so")
+    refused(model, tmp_path / "made", UnsupportedError, "shards that are not DTensors")
 
 
 @needs_transformers

@@ -1,4 +1,4 @@
-"""Take over what earlier work left in a directory: go on with it, discard it, or refuse."""
+"""Resume, discard or refuse the work that an earlier process left in a directory."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from typing import Any
 
 from automodel_conv.errors import DestinationError, listing, message
 from automodel_conv.files import system
-from automodel_conv.files.journal import Earlier, note
-from automodel_conv.files.placed import is_placed, take_back
+from automodel_conv.files.final_files import is_placed, remove_placed
+from automodel_conv.files.journal import JournalState, append_record
 from automodel_conv.files.shards import Shard, is_checkpoint
 from automodel_conv.files.staging import JOURNAL_NAME, LOCK_NAME, STAGING_NAME, remove_all
 
 
-def taken_over(
-    earlier: Earlier,
+def resume_or_discard(
+    earlier: JournalState,
     journal: int,
     directory: str,
     shards: Sequence[Shard],
@@ -24,7 +24,12 @@ def taken_over(
     resume: bool,
     index_name: str,
 ) -> set[str]:
-    """Names of the shards that an earlier work has finished; what cannot be used of it is thrown away.
+    """Return the names of the shards that earlier work has finished, and discard its other files.
+
+    Args:
+        earlier: contents of the journal that the earlier work has written.
+        journal: descriptor of the journal.
+        directory, shards, work, resume, index_name: see ``open_destination``.
 
     Raises:
         DestinationError: see ``open_destination``.
@@ -38,7 +43,7 @@ def taken_over(
         finished = {shard.name for shard in shards if shard.name in earlier.finished and _is_whole(shard, directory)}
     placing = earlier.placing
     if not finished and not any(is_placed(directory, name, placing[name]) for name in list(placing)[-1:]):
-        take_back(directory, placing)
+        remove_placed(directory, placing)
     complete = len(finished) == len(shards)
     allowed = finished | ({index_name} if complete else set())
     present = [name for name in system.list_names(directory) if is_checkpoint(name) and name not in allowed]
@@ -53,30 +58,30 @@ def taken_over(
         )
     if not finished:
         system.truncate(journal, 0)
-        note(journal, {"work": work})
+        append_record(journal, {"work": work})
     for name in sorted(earlier.finished - finished) if finished else ():
-        note(journal, {"again": name})  # before it has its size again, but not its bytes
+        append_record(journal, {"again": name})  # a rewritten file has its full size before all its bytes
     for name in system.list_names(staging):
         if name not in (LOCK_NAME, JOURNAL_NAME, *finished):
             remove_all(os.path.join(staging, name))
     return finished
 
 
-def _refuse_other_work(directory: str, begun: Mapping[str, Any], work: Mapping[str, Any]) -> None:
-    differences = list(_differences("", begun, work))
+def _refuse_other_work(directory: str, earlier: Mapping[str, Any], work: Mapping[str, Any]) -> None:
+    differences = list(_differences("", earlier, work))
     raise DestinationError(
         message(
-            "the directory holds an unfinished work that is not this one",
+            "the directory holds unfinished work that differs from this one",
             where=os.path.join(directory, STAGING_NAME),
             expected="\n" + listing(f"{key}: {_short(was)}" for key, was, _ in differences),
             found="\n" + listing(f"{key}: {_short(now)}" for key, _, now in differences),
-            do=["finish it as it was begun", "start anew with {resume=False}", "remove that folder"],
+            do=["finish it as it was begun", "start again with {resume=False}", "remove that folder"],
         )
     )
 
 
 def _differences(key: str, was: Any, now: Any) -> Iterator[tuple[str, Any, Any]]:
-    """Keys of objects, and of objects in them, whose values differ."""
+    """Yield the keys, including keys of nested objects, with both values where these differ."""
     if isinstance(was, dict) and isinstance(now, dict):
         for inner in sorted({*was, *now}):
             yield from _differences(f"{key}, {inner}" if key else inner, was.get(inner), now.get(inner))
@@ -90,5 +95,5 @@ def _short(value: object, limit: int = 200) -> str:
 
 
 def _is_whole(shard: Shard, directory: str) -> bool:
-    places = (os.path.join(directory, STAGING_NAME, shard.name), os.path.join(directory, shard.name))
-    return any(system.is_file(path) and system.identity(path)[0] == shard.nbytes for path in places)
+    paths = (os.path.join(directory, STAGING_NAME, shard.name), os.path.join(directory, shard.name))
+    return any(system.is_file(path) and system.identity(path)[0] == shard.nbytes for path in paths)
