@@ -44,7 +44,7 @@ def layers(smoke: bool) -> tuple[Experts, ...]:
     return SMOKE_LAYERS if smoke else LAYERS
 
 
-def table_rows(smoke: bool) -> dict[str, tuple[Experts, str]]:
+def cells(smoke: bool) -> dict[str, tuple[Experts, str]]:
     """Layer and operation, by the name of the cell."""
     return {f"{layer.name}: {name}": (layer, name) for layer in layers(smoke) for name in (*MEASURED, *QUANTIZED)}
 
@@ -152,7 +152,7 @@ def copy(bytes_moved: int, device: torch.device) -> Callable[[], Tensor]:
 
 def work(order: Mapping[str, Any], channel: Channel) -> None:
     device = torch.device(order["device"])
-    known = table_rows(order["smoke"])
+    known = cells(order["smoke"])
     for cell in order["cells"]:
         channel.begin(cell)
         with a_cell(cell, device, channel):
