@@ -131,8 +131,8 @@ GROUPS: Mapping[str, Group] = {
             "copy_ of torch from scratch": _plain_copy,
             "slabs of at most 1 MiB": _put(host_schedule, "_SLAB_BYTES", 1 << 20),
             "slabs of at most 32 MiB": _put(host_schedule, "_SLAB_BYTES", 32 << 20),
-            "panels of at most 128 rows": _put(transpose_torch, "_MOST_ROWS", 128),
-            "panels of at most 512 rows": _put(transpose_torch, "_MOST_ROWS", 512),
+            "panels of at most 128 rows": _put(transpose_torch, "_MAX_ROWS", 128),
+            "panels of at most 512 rows": _put(transpose_torch, "_MAX_ROWS", 512),
         },
     ),
     "cold": Group(

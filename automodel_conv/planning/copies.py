@@ -38,7 +38,7 @@ class StridedCopy(NamedTuple):
 SPAN = 1 << 64
 """Distance in elements between the first elements of consecutive sources in the address space that they share.
 
-No source is as long. In this address space a walk over sources is a dimension like any other, so that one piece can
+Every source is shorter. In this address space a walk over sources is a dimension like any other, so that one piece can
 read thousands of sources.
 """
 

@@ -111,8 +111,8 @@ def _parse(text: str, form: type[T]) -> T:
 
 
 def _not_a_plan(found: object) -> UnsupportedError:
-    expected = f"what to_json() of a plan gives, version {_VERSION}"
-    do = "make the plan again: {compile_plan(...)}"
+    expected = f"the output of to_json() of a plan, version {_VERSION}"
+    do = "compile the plan again: {compile_plan(...)}"
     return UnsupportedError(message("not a plan in JSON form", expected=expected, found=found, do=do))
 
 
@@ -130,13 +130,13 @@ def _fields(form: _Form) -> dict[str, Any]:
     if not all(copy.is_even for copy in copies):
         raise _not_a_plan("copies whose shape and strides, or whose columns, differ in length")
     if any(not 0 <= group < len(form.copies) for *_, group in form.targets):
-        raise _not_a_plan("targets of unknown copies")
+        raise _not_a_plan("targets with unknown copies")
     if any(not -1 <= rule < len(form.rules) for _, _, _, rule, *_ in form.targets):
-        raise _not_a_plan("targets of unknown rules")
+        raise _not_a_plan("targets with unknown rules")
     decodes = dict(form.decodes)
     rows = [*decodes, *form.hidden, *(part for decode in decodes.values() for part in decode.parts)]
     if any(not 0 <= row < len(names) for row in rows):
-        raise _not_a_plan("parts of quantized sources that are no sources")
+        raise _not_a_plan("parts of quantized sources that are not sources")
     for row, decode in decodes.items():
         if not _reads_inside(decode, row, shapes):
             raise _not_a_plan(f"the parts of {names[row]} do not fit: {decode}")

@@ -107,7 +107,7 @@ class RuleOutputs:
     def _target_shapes(self, assignment: Assignment) -> tuple[tuple[int, ...], ...]:
         names = all_targets(self.rules, assignment.rule, assignment.target)
         if any(name not in self.parameters for name in names):
-            raise NotLowerable(f"the operation asks for the shapes of {', '.join(names)}, which only a model knows")
+            raise NotLowerable(f"the operation needs the shapes of {', '.join(names)}, which only a model has")
         return tuple(self.parameters[name] for name in names)
 
 

@@ -42,7 +42,7 @@ def decode_lines(
     block_columns,
     start_row,
     start_column,
-    across,
+    table_rows_stride,
     DST: tl.constexpr,
     TABLE_ROW: tl.constexpr,
     SRC_VECTOR: tl.constexpr,
@@ -84,10 +84,12 @@ def decode_lines(
 
     at = tl.arange(0, VECTORS) * SRC_VECTOR
     r, b = at // TILE_COLUMNS, at % TILE_COLUMNS
-    cell = ((r + (r0 + start_row)) >> block_rows) * across + ((b + (b0 + start_column)) >> block_columns)
-    cells = pointer_to(tl.load(entry + 2), TABLE_ROW, 1)
-    cell = tl.load(cells + cell, mask=(r < rows - r0) & (b < columns - b0), other=0)
-    numbers = pointer_to(tl.load(entry + 3), DST, 1) + (cell.to(tl.int32) << BITS)
+    table_row = ((r + (r0 + start_row)) >> block_rows) * table_rows_stride + (
+        (b + (b0 + start_column)) >> block_columns
+    )
+    table_rows = pointer_to(tl.load(entry + 2), TABLE_ROW, 1)
+    table_row = tl.load(table_rows + table_row, mask=(r < rows - r0) & (b < columns - b0), other=0)
+    numbers = pointer_to(tl.load(entry + 3), DST, 1) + (table_row.to(tl.int32) << BITS)
     if ARITHMETIC:
         scale = tl.load(numbers + (0x38 if BITS == 8 else 2))
         scale = (scale.to(tl.uint32) << 16).to(tl.float32, bitcast=True)
@@ -130,7 +132,7 @@ def decode_rectangles(
     block_columns,
     start_row,
     start_column,
-    across,
+    table_rows_stride,
     DST: tl.constexpr,
     TABLE_ROW: tl.constexpr,
     SRC_VECTOR: tl.constexpr,
@@ -158,9 +160,11 @@ def decode_rectangles(
     mask = (r < rows - r0) & (b < columns - b0)
     codes = tl.load(codes + (r * src_stride + b), mask=mask, other=0).to(tl.int32)
     v = tl.arange(0, VECTORS)[None, :] * SRC_VECTOR
-    cell = ((r + (r0 + start_row)) >> block_rows) * across + ((v + (b0 + start_column)) >> block_columns)
-    cells = pointer_to(tl.load(entry + 2), TABLE_ROW, 1)
-    first = tl.load(cells + cell, mask=(r < rows - r0) & (v < columns - b0), other=0).to(tl.int32) << BITS
+    table_row = ((r + (r0 + start_row)) >> block_rows) * table_rows_stride + (
+        (v + (b0 + start_column)) >> block_columns
+    )
+    table_rows = pointer_to(tl.load(entry + 2), TABLE_ROW, 1)
+    first = tl.load(table_rows + table_row, mask=(r < rows - r0) & (v < columns - b0), other=0).to(tl.int32) << BITS
     first = tl.broadcast_to(first[:, :, None], [TILE_ROWS, VECTORS, SRC_VECTOR])
     first = tl.reshape(first, [TILE_ROWS, TILE_COLUMNS])
     numbers = pointer_to(tl.load(entry + 3), DST, 1)
