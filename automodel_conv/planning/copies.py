@@ -139,7 +139,7 @@ def _join_runs(pieces: Sequence[Piece]) -> list[Piece]:
 
 
 class Fallback(NamedTuple):
-    """Operations that could not be lowered. transformers' own ``convert`` runs them on whole sources.
+    """Operations that could not be lowered, and that transformers' own ``convert`` runs on whole sources.
 
     One fallback may fill several targets, which all hold the same object.
     """

@@ -104,7 +104,10 @@ class CopyPlan:
 
     @cached_property
     def unused_sources(self) -> tuple[int, ...]:
-        """Rows of the sources that no target needs. The scales of codes that a target reads count as needed."""
+        """Rows of the sources that no target needs.
+
+        The scales of codes that a target reads count as needed.
+        """
         decodes = self.sources.decodes
         parts = {part for row in self.used_sources & decodes.keys() for part in decodes[row].parts}
         return tuple(row for row in range(len(self.sources.names)) if row not in self.used_sources and row not in parts)

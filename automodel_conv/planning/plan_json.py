@@ -22,7 +22,10 @@ T = TypeVar("T")
 
 
 def text_of(plan: Mapping[str, Any]) -> str:
-    """Return the JSON form of the fields of a plan. Copies that targets share are written once."""
+    """Return the JSON form of the fields of a plan.
+
+    Copies that targets share are written once.
+    """
     group_of: dict[int, int] = {}
     copies: list[tuple[StridedCopy, ...]] = []
     targets: Sequence[Target] = plan["targets"]
@@ -50,7 +53,9 @@ def _row(copy: StridedCopy) -> _Copy:
 
 
 def fields_of(text: str) -> dict[str, Any]:
-    """Return the fields of a plan from its JSON form. The caller must validate the plan.
+    """Return the fields of a plan from its JSON form.
+
+    The caller must validate the plan.
 
     Raises:
         UnsupportedError: the text is not the JSON form of a plan, or has another version.

@@ -1,4 +1,7 @@
-"""Lower rules to copies for sources of given shapes. Equal rules over equal shapes are lowered once."""
+"""Lower rules to copies for sources of given shapes.
+
+Equal rules over equal shapes are lowered once.
+"""
 
 from __future__ import annotations
 
@@ -112,7 +115,10 @@ class RuleOutputs:
 
 
 def _distinct(shapes: list[tuple[int, ...]]) -> list[tuple[int, ...]]:
-    """Return one shape if all are equal, else all of them. That is enough to distinguish lowerings."""
+    """Return one shape if all are equal, else all of them.
+
+    That is enough to distinguish lowerings.
+    """
     return shapes[:1] if shapes.count(shapes[0]) == len(shapes) else shapes
 
 
