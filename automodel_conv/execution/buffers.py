@@ -22,7 +22,7 @@ def dtype_of(code: str, name: str) -> torch.dtype:
         name: name of the tensor, for the error.
 
     Raises:
-        UnsupportedError: this torch does not have the dtype.
+        UnsupportedError: this version of torch does not have the dtype.
     """
     dtype = torch_dtype(code)
     if dtype is None:
@@ -42,7 +42,7 @@ def allocate(targets: Iterable[Target], device: torch.device | str = "cpu") -> d
     No page of memory is touched.
 
     Raises:
-        UnsupportedError: this torch does not have the dtype of a target.
+        UnsupportedError: this version of torch does not have the dtype of a target.
         ConversionError: the host does not have enough memory.
     """
     buffers = {}

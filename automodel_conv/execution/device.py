@@ -64,7 +64,7 @@ _MOST_WINDOW_BYTES = 1 << 30
 
 
 class Ring(NamedTuple):
-    """The pinned memory of a load: two slots for each thread."""
+    """The size of the pinned memory of a load: two slots for each thread."""
 
     threads: int
     slot_bytes: int
@@ -115,8 +115,8 @@ def load_to_device(
     """Fill the buffers of all targets of a plan, on a device, from the files of its checkpoint.
 
     Each byte of a source is read and uploaded once, with three exceptions. Scales that two windows share are read for
-    each of them. Quantized sources that are decoded to two dtypes are read for each dtype. Sources of targets that
-    transformers' own code produces are read whole again for each such target; the code runs on the device, unless
+    each of them. Quantized sources that are decoded to two dtypes are read for each dtype. If transformers'
+    own code computes a target, its sources are read again as whole tensors; the code runs on the device, unless
     transformers itself uses the host. All work is done when this returns or raises. At most ``MOST_COMPILED`` kernels
     are compiled, while the first bytes are read.
 
@@ -130,7 +130,7 @@ def load_to_device(
             rank's share of the cores. Fewer are used if ``scratch_bytes`` is too small for all.
         scratch_bytes: bytes of pinned host memory. Default: 16 MiB for each thread.
         device_scratch_bytes: bytes on the device for everything that cannot be uploaded in place. Default: 256 MiB.
-            Tables of quantized tensors use up to 16 MiB more for a moment.
+            Tables of quantized tensors temporarily use up to 16 MiB more.
         backend: the backend that copies on the device; see ``convert_tensors``.
         progress: True to draw a progress bar, or a bar that several loads share.
         stop: an event that any thread may set to end the load as soon as the chunks being read are uploaded.

@@ -1,4 +1,4 @@
-"""Loads to several devices at the same time: split the limits, and run the right executor for each device."""
+"""The entry point of loads: split the limits among the devices, and run the executor of each, all at the same time."""
 
 from __future__ import annotations
 
@@ -173,7 +173,7 @@ def split_limits(limits: Limits, sizes: Sequence[DeviceBytes]) -> list[Limits]:
         sizes: the size of the load to each device.
 
     Raises:
-        ConversionError: the scratch is too small for so many devices.
+        ConversionError: the scratch is too small for this number of devices.
     """
     if len(sizes) < 2:
         return [limits] * len(sizes)

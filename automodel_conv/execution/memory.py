@@ -1,4 +1,4 @@
-"""The executor that fills buffers from tensors on the same device, without files."""
+"""The executor of conversions in memory: it fills buffers from tensors on the same device in one batch of copies."""
 
 from __future__ import annotations
 

@@ -347,7 +347,7 @@ class SourceFileProducer:
 def jobs_by_slab(
     slabs: Iterable[Slab], checkpoint: Checkpoint, decodes: Mapping[int, Decode], input_bytes: int
 ) -> dict[tuple[int, int], list[Job]]:
-    """Return the jobs that fill each slab, by the slab's output file and offset."""
+    """Return the jobs that fill each slab, scheduled as for a load to the host; keys are output file and offset."""
     jobs: dict[tuple[int, int], list[Job]] = {}
     for slab in slabs:
         in_place = runs(Reads.from_list(sorted(slab.reads)), slab.nbytes)

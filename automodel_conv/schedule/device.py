@@ -45,9 +45,10 @@ class Chunk(NamedTuple):
 
 
 class Window(NamedTuple):
-    """A region of device memory that chunks fill, and the decoding and copies that empty it.
+    """One filling of a region of device memory by chunks, and the decoding and copies that then empty the region.
 
-    Offsets count from the start of the window.
+    A load has many windows and few regions, which the windows use in rotation. Offsets count from the start of the
+    region.
     """
 
     copies: Sequence[Copies]

@@ -77,7 +77,7 @@ def divide(
     checkpoint: Checkpoint,
     decodes: Mapping[int, Decode],
 ) -> tuple[Reads, dict[int, list[Move]]]:
-    """Divide the copies of targets into reads that need no scratch, and moves that do; no byte is in both.
+    """Divide the copies of targets into reads straight into targets, and moves through scratch; no byte is in both.
 
     Returns:
         The reads straight into targets, in the order of the files, and the moves out of each other source, by row.
