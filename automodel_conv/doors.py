@@ -61,7 +61,7 @@ def keyword_options(
     entry of its own. The entry stays as it is if there is no source code to read them from.
 
     Args:
-        options: the TypedDict. It and its bases stand in one module.
+        options: the TypedDict. It and its bases are defined in one module.
         settings: a class with a parameter for each key. Its ``__init__`` has their annotations and defaults.
         defaults: defaults of this function that differ from those of ``settings``.
     """

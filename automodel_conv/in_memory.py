@@ -86,7 +86,7 @@ def convert_state_dict(
         ConversionError: a tensor of ``out`` is missing, does not fit, or shares memory with a source or another tensor
             of ``out``; or the tensors are on several devices and ``out`` is not given.
         UnsupportedError: a layout or backend is unknown, "triton" is given for tensors that kernels cannot access, a
-            tensor is distributed, or the model has adapters of PEFT or names of their layers.
+            tensor is distributed, or the model or ``state_dict`` has PEFT adapters.
 
     Example:
         >>> import torch
@@ -146,8 +146,8 @@ def revert_state_dict(
         NameProblems: the tensors do not fit ``reference`` or the rules.
         CoverageError: a tensor of ``reference`` is only partly in ``state_dict``.
         UnsupportedError: grouped experts have names that the rules do not match, a layout or backend is unknown,
-            "triton" is given for tensors that kernels cannot access, a tensor is distributed, or the model has adapters
-            of PEFT or names of their layers.
+            "triton" is given for tensors that kernels cannot access, a tensor is distributed, or the model or
+            ``state_dict`` has PEFT adapters.
         ConversionError: a tensor of ``out`` is missing, does not fit, or shares memory with a source or another tensor
             of ``out``; or the tensors are on several devices and ``out`` is not given.
 

@@ -57,13 +57,13 @@ def load_state_dict(
         QuantizationError: parts of quantized tensors are missing, or contradict each other or the config; lists all of
             them. Nothing has been read.
         UnsupportedError: the layout is unknown or ambiguous, the quantization is not supported, a device is not
-            available, or the model has adapters of PEFT or is kept flat by FSDP1. Nothing has been read.
+            available, or the model has PEFT adapters or flat FSDP1 parameters. Nothing has been read.
         CoverageError: the JSON of ``plan`` does not write each element exactly once. Nothing has been read.
         VerificationError: a tensor has another checksum, or none. Nothing has been loaded.
         ReadError: reading or mapping failed; names the file and the tensor.
         ConversionError: an argument is given that ``plan`` decides; the load does not fit into ``memory_budget``; or
             ``device_map`` leaves out a tensor, names something that the model does not have, or sends names of one
-            tensor to several devices. Nothing has been read. Also if the system has no more memory or threads.
+            tensor to several devices. Nothing has been read. Also raised if the system has no more memory or threads.
         RankError: the load of DTensors failed on another rank, or a rank is gone.
 
     Example:
@@ -145,14 +145,14 @@ def load_model(model: nn.Module, path: str | os.PathLike[str], **options: Unpack
         QuantizationError: parts of quantized tensors are missing, or contradict each other or the config; lists all of
             them. No parameter has been written.
         UnsupportedError: the layout is unknown or ambiguous, the quantization is not supported, a device is not
-            available, or the model has adapters of PEFT or is kept flat by FSDP1. No parameter has been written.
+            available, or the model has PEFT adapters or flat FSDP1 parameters. No parameter has been written.
         CoverageError: the JSON of ``plan`` does not write each element exactly once. No parameter has been written.
         VerificationError: a tensor has another checksum, or none. No parameter has been written.
         ReadError: reading failed; names the file, the tensor and the targets that are filled already. Parameters that
             would have been replaced (on the meta device, or of another dtype) are still the old ones.
         ConversionError: an argument is given that ``plan`` decides; the load does not fit into ``memory_budget``; or
-            ``device_map`` does not fit the model. Nothing has been read. Also if the checkpoint has different values
-            for names that are one parameter of the model, or the system has no more memory or threads.
+            ``device_map`` does not fit the model. Nothing has been read. Also raised if the checkpoint has different
+            values for names that are one parameter of the model, or the system has no more memory or threads.
         RankError: the load of DTensors failed on another rank, or a rank is gone.
 
     Example:

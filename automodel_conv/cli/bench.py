@@ -1,8 +1,8 @@
 """Measurements of how fast a checkpoint loads on this machine, how fast it could load, and what limits it.
 
 ``bench`` loads targets of a plan up to a number of bytes, so the checkpoint may be larger than memory. The roof is the
-time to read the same bytes, in runs of the same length, into new memory without arranging them, with huge or small
-pages, whichever is faster here. Memory is not prepared.
+time to read the same bytes, in runs of the same length, into new memory without arranging them. It is measured with
+huge and with small pages, and the faster size counts. No memory is touched in advance.
 """
 
 from __future__ import annotations

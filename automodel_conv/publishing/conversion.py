@@ -58,7 +58,7 @@ class Conversion:
 
     @property
     def left_out(self) -> tuple[str, ...]:
-        """Names of source tensors that are not converted: dropped tensors, and scales of activations if decoded."""
+        """Names of source tensors that are not converted: dropped, or, if codes are decoded, activation scales."""
         return self.checkpoint.left_out(self.plan.unused_sources)
 
     @property
