@@ -20,7 +20,7 @@ from automodel_conv.distributed.placements import is_distributed
 from automodel_conv.doors import door
 from automodel_conv.errors import ConversionError, UnsupportedError, message
 from automodel_conv.execution.buffers import allocate
-from automodel_conv.execution.copy_batch import takes_kernels
+from automodel_conv.execution.copy_batch import uses_kernels
 from automodel_conv.execution.cores import cores
 from automodel_conv.execution.memory import convert_tensors
 from automodel_conv.execution.new_memory import NewMemory
@@ -198,7 +198,7 @@ def _run(
             raise UnsupportedError(
                 message(f"{name} is a distributed tensor", do="convert its local shards, or save and load the model")
             )
-    takes_kernels(backend, sources)  # raises for an unusable backend, even if no copy follows
+    uses_kernels(backend, sources)  # raises for an unusable backend, even if no copy follows
     if out is not None:
         convert_tensors(plan, sources, out, backend=backend)
         return {target.name: out[target.name] for target in plan.targets}

@@ -22,7 +22,7 @@ from automodel_conv.distributed.replicas import targets_to_read
 from automodel_conv.doors import door, keyword_options
 from automodel_conv.execution.checksums import verify_checksums
 from automodel_conv.execution.filling import fill, limits_in_budget
-from automodel_conv.execution.mapping import map_targets, with_new, without
+from automodel_conv.execution.mapping import map_targets, mapped_or_new, without_targets
 from automodel_conv.execution.report import Clock, LoadedStateDict, LoadReport, report_of
 from automodel_conv.planning.plan import CopyPlan
 from automodel_conv.upstream.wrappers import plain_model
@@ -106,10 +106,10 @@ def load_state_dict(
         devices = devices_of_new(own_plan.targets, state, device_of)
         read_plan, shared_names = targets_to_read(own_plan, state, settings.broadcast)
         mapped = map_targets(read_plan, checkpoint, devices) if settings.memory_map else {}
-        buffers = with_new(own_plan.targets, mapped, devices)
+        buffers = mapped_or_new(own_plan.targets, mapped, devices)
         clock.lap("plan")
-        limits = limits_in_budget(settings.memory_budget, settings.limits, without(own_plan, mapped), buffers)
-        stats = fill(without(read_plan, mapped), checkpoint, buffers, limits, progress=settings.progress)
+        limits = limits_in_budget(settings.memory_budget, settings.limits, without_targets(own_plan, mapped), buffers)
+        stats = fill(without_targets(read_plan, mapped), checkpoint, buffers, limits, progress=settings.progress)
         clock.lap("read")
     send_replicas([state[name] for name in shared_names], [buffers[name] for name in shared_names])
     with all_or_raise(groups, "comparing tied tensors"):
@@ -200,13 +200,13 @@ def load_model(model: nn.Module, path: str | os.PathLike[str], **options: Unpack
 
         model_tensors = ModelTensors.prepare(model, state, plan, settings.strict, device_of, map_new)
         clock.lap("plan")
-        to_fill = without(model_tensors.plan, model_tensors.mapped)
+        to_fill = without_targets(model_tensors.plan, model_tensors.mapped)
         limits = limits_in_budget(
             settings.memory_budget, settings.limits, to_fill, model_tensors.buffers, model_tensors.extra_bytes
         )
         read_plan, shared_names = targets_to_read(model_tensors.plan, state, settings.broadcast)
         stats = fill(
-            without(read_plan, model_tensors.mapped),
+            without_targets(read_plan, model_tensors.mapped),
             checkpoint,
             model_tensors.buffers,
             limits,

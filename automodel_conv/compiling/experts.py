@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from automodel_conv.errors import CoverageError, listing, message
-from automodel_conv.planning.layouts import SCALES, any_experts
+from automodel_conv.planning.layouts import SCALES, holds_grouped_experts
 
 # Config attributes that hold the number of routed experts.
 # Source: transformers 5.23.0, the configs of ``models/`` and their ``attribute_map``.
@@ -89,7 +89,7 @@ def _is_grouped(name: str, shape: Sequence[int], module: nn.Module) -> bool:
 def _holds_experts(name: str) -> bool:
     """Return whether a tensor is grouped experts, or the scales of grouped experts."""
     suffix = next((suffix for suffix in SCALES if name.endswith(suffix)), "")
-    return any_experts(name.removesuffix(suffix))
+    return holds_grouped_experts(name.removesuffix(suffix))
 
 
 def _expert_indices(shapes: Mapping[str, Sequence[int]]) -> dict[str, set[str]]:

@@ -102,7 +102,7 @@ class BufferCopies:
     """
 
     def __init__(self) -> None:
-        self._known: dict[tuple[object, ...], tuple[StridedCopy, ...]] = {}
+        self._adapted: dict[tuple[object, ...], tuple[StridedCopy, ...]] = {}
 
     def __call__(self, target: Target, buffer: Tensor) -> tuple[StridedCopy, ...]:
         """Return the copies that fill ``buffer``; target offsets count elements from its ``data_ptr``.
@@ -114,11 +114,11 @@ class BufferCopies:
             return target.copies
         strides = buffer.stride()
         key = (id(target.copies), target.shape, strides)
-        if key not in self._known:
+        if key not in self._adapted:
             to_buffer = Piece(0, Box(target.shape, contiguous_strides(target.shape), strides), 0, 0)
             pieces = [piece for copy in target.copies for piece in copy.pieces()]
             try:
-                self._known[key] = group_pieces(chain(pieces, [to_buffer], buffer.numel()))
+                self._adapted[key] = group_pieces(chain(pieces, [to_buffer], buffer.numel()))
             except NotAffine as error:
                 raise UnsupportedError(
                     message(
@@ -127,7 +127,7 @@ class BufferCopies:
                         do="pass a contiguous buffer",
                     )
                 ) from None
-        return self._known[key]
+        return self._adapted[key]
 
 
 def span_bytes(tensor: Tensor) -> int:

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from automodel_conv.errors import ConversionError, message
 from automodel_conv.execution.buffers import byte_view, raw_bytes
-from automodel_conv.execution.copy_batch import takes_kernels
+from automodel_conv.execution.copy_batch import uses_kernels
 from automodel_conv.execution.cores import default_reader_threads
 from automodel_conv.execution.load import add_note, prepare_load, run_load
 from automodel_conv.execution.protocols import Device, Event, Stream
@@ -157,7 +157,7 @@ def load_to_device(
     ring = ring_of(threads, scratch_bytes)
     load = prepare_load(plan, checkpoint, buffers)
     if backend != "auto":  # "auto" never raises, so it needs no check before the first read
-        takes_kernels(backend, load.tensors)
+        uses_kernels(backend, load.tensors)
     window_bytes = align_down(min(device_scratch_bytes // _REGIONS, _MOST_WINDOW_BYTES))
     chunks, windows = device_schedule(
         load.targets,
@@ -380,7 +380,7 @@ class _DeviceLoad:
         device = self._regions[0].device
         if self._backend != "torch" and device.type != "cpu":
             self._without_kernels = why_not(device)
-        if not takes_kernels(self._backend, self._tensors):
+        if not uses_kernels(self._backend, self._tensors):
             return None
         chosen = self._window_copies.variants(MOST_COMPILED)
         if chosen:

@@ -124,7 +124,7 @@ def map_targets(plan: CopyPlan, checkpoint: Checkpoint, devices: Mapping[str, to
     return tensors
 
 
-def with_new(
+def mapped_or_new(
     targets: Iterable[Target], mapped: Mapping[str, Tensor], devices: Mapping[str, torch.device]
 ) -> dict[str, Tensor]:
     """Return buffers for all targets, in their order: the mapped tensors, and new tensors on the targets' devices.
@@ -139,7 +139,7 @@ def with_new(
     return buffers
 
 
-def without(plan: CopyPlan, names: Iterable[str]) -> CopyPlan:
+def without_targets(plan: CopyPlan, names: Iterable[str]) -> CopyPlan:
     """Return a plan without the named targets."""
     left_out = set(names)
     return replace(plan, targets=tuple(target for target in plan.targets if target.name not in left_out))
