@@ -318,7 +318,7 @@ def _add_device_notes(part: _Part, error: BaseException, is_complete: bool, own_
         failed = (
             ()
             if isinstance(own_error, Stopped)
-            else (f"  besides:  on {part.device}, {type(own_error).__name__}: {own_error}",)
+            else (f"  also:     on {part.device}, {type(own_error).__name__}: {own_error}",)
         )
         for text in (*failed, *notes):
             add_note(error, text)

@@ -57,7 +57,7 @@ def refuse_failures(results: Sequence[Sequence[WriteResult]]) -> None:
         raise errors[0]
     if errors:
         listed = listing(f"rank {rank}: {type(error).__name__}: {error}" for rank, error in errors.items())
-        text = f"saving failed on {len(errors)} of the ranks that do it together"
+        text = f"saving failed on {len(errors)} of the participating ranks"
         raise RankError(message(text, found="\n" + listed))
 
 
