@@ -12,22 +12,33 @@ from transformers.core_model_loading import WeightRenaming
 from automodel_conv.upstream.digits import ANY_NAME, digit_pattern
 from automodel_conv.upstream.rules import RuleSet
 
-NUMBERS = ("0", "1", "3", "7", "9", "10", "12", "30")
-RENAMES = [
+NUMBERS = ("0", "1", "3", "7", "9", "01", "10", "12", "30")
+REPRESENTATIVE = "9700000"
+"""Names are asked for with numbers of this length; see ``planning/resolve.py``."""
+BLIND = [
     ("old", "new"),
     (r"layers\.(\d+)\.w", r"blocks.\1.w"),
     (r"\.w1\.", ".gate."),
-    (r"layers\.0\.", "first."),
-    (r"layers\.10\.", "tenth."),
-    (r"^layers\.0", "first"),
-    (r"layers\.\d\.", "digit."),
-    (r"layers\.[0-3]\.", "low."),
-    (r"layers\.[13]0?\.", "odd."),
-    (r"layers\.\d{2}\.", "two."),
-    (r"layers\.(?!0\.)", "later."),
-    (r"(?<=layers\.3)\.", ".third."),
-    (r"layers\.0\.|experts\.7", "either"),
+    (r"layers\.\d*\.experts", "experts"),
 ]
+LOOKING = [
+    r"layers\.0\.",
+    r"layers\.10\.",
+    r"^layers\.0",
+    r"layers\.\d\.",
+    r"layers\.1\d?\.",
+    r"layers\.[0-3]\.",
+    r"layers\.[13]0?\.",
+    r"layers\.\d{2}\.",
+    r"layers\.(?!0\.)",
+    r"(?<=layers\.3)\.",
+    r"layers\.0\.|experts\.7",
+]
+QUANTIFIED = [r"layers\.0+1\.", r"layers\.0*1\."]
+
+
+def names(end):
+    return [f"layers.{layer}.experts.{expert}.{end}" for layer, expert in itertools.product(NUMBERS, NUMBERS)]
 
 
 def outcome(rule, name):
@@ -35,28 +46,36 @@ def outcome(rule, name):
     return re.sub(r"(?<![A-Za-z_\d])\d+", lambda match: "#" * len(match[0]), RuleSet([rule]).rename(name)[0])
 
 
-@pytest.mark.parametrize(("source", "target"), RENAMES)
-def test_names_that_the_pattern_does_not_match_are_treated_as_one(source, target):
-    rule = WeightRenaming(source, target)
-    pattern = digit_pattern(rule)
+def treats_numbers_differently(rule, end):
+    """Whether names that differ only in numbers of the same length are renamed differently."""
     outcomes = {}
-    for layer, expert, end in itertools.product(NUMBERS, NUMBERS, ("w", "w1.b", "old")):
-        name = f"layers.{layer}.experts.{expert}.{end}"
-        if pattern is None or not pattern.search(name):
-            outcomes.setdefault((len(layer), len(expert), end), set()).add(outcome(rule, name))
-    assert all(len(results) == 1 for results in outcomes.values()), outcomes
+    for name in names(end):
+        outcomes.setdefault(tuple(map(len, name.split("."))), set()).add(outcome(rule, name))
+    return any(len(results) > 1 for results in outcomes.values())
 
 
-@pytest.mark.parametrize("number", range(3))
-def test_rules_that_look_at_no_number_have_no_pattern(number):
-    assert digit_pattern(WeightRenaming(*RENAMES[number])) is None
+@pytest.mark.parametrize(("source", "target"), BLIND)
+def test_rules_that_treat_all_numbers_as_one_have_no_pattern(source, target):
+    rule = WeightRenaming(source, target)
+    assert digit_pattern(rule) is None
+    assert not any(treats_numbers_differently(rule, end) for end in ("w", "w1.b", "old"))
 
 
-@pytest.mark.parametrize("number", range(3, len(RENAMES)))
-def test_rules_that_look_at_a_number_match_every_other_number_there(number):
-    pattern = digit_pattern(WeightRenaming(*RENAMES[number]))
-    assert pattern is not None
-    assert all(pattern.search(f"layers.{layer}.experts.{layer}.w") for layer in ("0", "3", "9"))
+@pytest.mark.parametrize(
+    "source",
+    [
+        *LOOKING,
+        *(
+            pytest.param(text, marks=pytest.mark.xfail(reason="a quantifier of a number is kept"))
+            for text in QUANTIFIED
+        ),
+    ],
+)
+def test_rules_that_look_at_a_number_match_every_number_in_its_place(source):
+    rule = WeightRenaming(source, "renamed.")
+    assert treats_numbers_differently(rule, "w")
+    pattern = digit_pattern(rule)
+    assert pattern.search(f"layers.{REPRESENTATIVE}.experts.{REPRESENTATIVE}.w")
 
 
 def test_a_pattern_widens_no_words():
@@ -64,6 +83,10 @@ def test_a_pattern_widens_no_words():
     assert pattern.search("layers.17.w1.b")
     assert not pattern.search("layers.17.w2.b")
     assert not pattern.search("blocks.0.w1")
+
+
+def test_a_pattern_matches_behind_a_prefix():
+    assert digit_pattern(WeightRenaming(r"^layers\.0", "first")).search("model.layers.7.w")
 
 
 def test_rules_of_an_unknown_class_may_look_at_anything():

@@ -36,7 +36,7 @@ def patterns(rules):
     return [(tuple(rule.source_patterns), tuple(rule.target_patterns)) for rule in rules]
 
 
-def test_transformers_is_found_without_an_import():
+def test_transformers_is_seen_without_an_import():
     code = (
         "import sys; from automodel_conv.upstream.registry import models_are_imported, transformers_available; "
         "assert transformers_available() and not models_are_imported() and 'transformers' not in sys.modules"
