@@ -25,16 +25,16 @@ LOOKING = [
     r"layers\.0\.",
     r"layers\.10\.",
     r"^layers\.0",
-    r"layers\.\d\.",
     r"layers\.1\d?\.",
     r"layers\.[0-3]\.",
     r"layers\.[13]0?\.",
-    r"layers\.\d{2}\.",
     r"layers\.(?!0\.)",
     r"(?<=layers\.3)\.",
     r"layers\.0\.|experts\.7",
 ]
+LENGTHS = [r"layers\.\d\.", r"layers\.\d{2}\."]
 QUANTIFIED = [r"layers\.0+1\.", r"layers\.0*1\."]
+BROKEN = pytest.mark.xfail(strict=True, reason="the quantifier of a number stays behind its wider form")
 
 
 def names(end):
@@ -65,10 +65,7 @@ def test_rules_that_treat_all_numbers_as_one_have_no_pattern(source, target):
     "source",
     [
         *LOOKING,
-        *(
-            pytest.param(text, marks=pytest.mark.xfail(reason="a quantifier of a number is kept"))
-            for text in QUANTIFIED
-        ),
+        *(pytest.param(source, marks=BROKEN) for source in QUANTIFIED),
     ],
 )
 def test_rules_that_look_at_a_number_match_every_number_in_its_place(source):
@@ -76,6 +73,11 @@ def test_rules_that_look_at_a_number_match_every_number_in_its_place(source):
     assert treats_numbers_differently(rule, "w")
     pattern = digit_pattern(rule)
     assert pattern.search(f"layers.{REPRESENTATIVE}.experts.{REPRESENTATIVE}.w")
+
+
+@pytest.mark.parametrize("source", LENGTHS)
+def test_rules_that_look_at_the_length_of_a_number_match_every_length(source):
+    assert digit_pattern(WeightRenaming(source, "renamed.")).search(f"layers.{REPRESENTATIVE}.w")
 
 
 def test_a_pattern_widens_no_words():
