@@ -53,6 +53,7 @@ def test_missing_parts_explain_the_shape_of_their_target():
 def test_long_lists_of_parts_are_counted():
     parts = tuple(f"t.{number}" for number in range(9))
     assert "t: t.0, t.1, t.2, t.3, ... 5 more" in str(error_of(Problems(incomplete=[("t", parts)])))
+    assert "more" not in str(error_of(Problems(incomplete=[("t", parts[:4])])))
 
 
 def test_tensors_outside_of_the_index_are_shown_only_if_something_is_missing():

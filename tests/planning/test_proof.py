@@ -134,3 +134,7 @@ def test_targets_that_share_copies_are_still_checked_for_their_size():
 def test_a_row_that_the_plan_does_not_have_is_refused(rows):
     with pytest.raises(CoverageError, match="t reads sources that the plan does not have"):
         prove([Target("t", "BF16", (4,), -1, rows, (run(0, 4, 0, 0),))], table(a=(4,), b=(4,)))
+
+
+def test_an_element_may_be_read_several_times():
+    proved(StridedCopy(Box((4,), (0,), (1,)), (1,), (3,), (0,)))

@@ -6,7 +6,7 @@ import pytest
 
 from automodel_conv.errors import CoverageError, UnsupportedError
 from automodel_conv.planning.copies import SourceTable
-from automodel_conv.planning.layouts import LAYOUTS
+from automodel_conv.planning.layouts import LAYOUTS, Buffer, Layout
 from automodel_conv.planning.relayout import relayout
 from tests.planning.oracles import execute
 
@@ -191,3 +191,47 @@ def test_packed_codes_are_not_moved_apart(dtype, suffix):
 def test_what_is_hidden_is_not_laid_out():
     tensors = {"gate_up_proj": ("BF16", (2, 8, 6)), "gate_up_proj_scale_inv": ("F32", (2, 1, 1))}
     assert relaid("gpt_oss", {1}, **tensors) == [("gate_up_proj", (2, 6, 8))]
+
+
+SEPARATE = Layout(
+    first=(Buffer("gate", "E i h", ("gate",)), Buffer("up", "E i h", ("up",))),
+    ungated=(Buffer("up", "E i h", ("up",)),),
+    down=(Buffer("down", "E h i", ("down",)),),
+)
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("sizes", SIZES)
+def test_gate_and_up_can_have_a_tensor_each(name, sizes):
+    experts, size, hidden = sizes
+    separate = {
+        f"{PATH}.{part}": (
+            (experts, size, hidden),
+            [(part, e, i, h) for e in range(experts) for i in range(size) for h in range(hidden)],
+        )
+        for part in ("gate", "up")
+    }
+    down = [("down", e, i, h) for e in range(experts) for h in range(hidden) for i in range(size)]
+    separate[f"{PATH}.down"] = ((experts, hidden, size), down)
+    joined = grouped(name, sizes, biases=False)
+
+    def made(tensors, source, target):
+        plan = relayout(table(tensors), lambda path: source, lambda path: target, lambda path: True)
+        elements = execute(plan, {name: elements for name, (_, elements) in tensors.items()})
+        return {t.name: (t.shape, elements[t.name]) for t in plan.targets}
+
+    assert made(separate, SEPARATE, LAYOUTS[name]) == joined
+    assert made(joined, LAYOUTS[name], SEPARATE) == separate
+
+
+def test_a_plan_states_what_it_renames_and_what_it_moves():
+    names = ["norm", "experts.gate_up_proj", "experts.down_proj"]
+    sources = SourceTable(names, ["F32"] * 3, [(4,), (2, 6, 4), (2, 4, 3)])
+    plan = relayout(sources, lambda path: LAYOUTS["transformers"], lambda path: LAYOUTS["vllm"], lambda path: True)
+    assert [target.rule for target in plan.targets] == [-1, 0, 1]
+    assert plan.rules == (
+        "experts.gate_up_proj -> experts.w13_weight: rename",
+        "experts.down_proj -> experts.w2_weight: rename",
+    )
+    plan = relayout(sources, lambda path: LAYOUTS["transformers"], lambda path: LAYOUTS["gpt_oss"], lambda path: True)
+    assert plan.rules[1] == "experts.down_proj -> experts.down_proj: E h i -> E i h"

@@ -5,7 +5,7 @@ import pytest
 pytest.importorskip("transformers", reason="rules are transformers' own objects")
 
 from transformers import core_model_loading as core
-from transformers.core_model_loading import Chunk, MergeModulelist, Transpose, WeightConverter
+from transformers.core_model_loading import Chunk, Concatenate, MergeModulelist, Transpose, WeightConverter
 
 from automodel_conv.planning.copies import SourceTable
 from automodel_conv.planning.operations import NotLowerable
@@ -49,6 +49,16 @@ def test_equal_rules_over_equal_shapes_are_lowered_once():
     a, b, c = (outputs.lower_rule(assignments[f"{layer}.experts.gate_up_proj"]) for layer in "abc")
     assert a is b
     assert [lowered.outputs[0].shape for lowered in (a, c)] == [(2, 2, 3), (2, 3, 2)]
+
+
+def test_sources_that_differ_after_the_first_are_lowered_separately():
+    rule = WeightConverter(["first", "second.*"], "both", operations=[Concatenate(dim=0)])
+    rows = {"a": (2, 1), "b": (2, 5), "c": (1, 1)}
+    sources = {f"{layer}.first": (2, 3) for layer in rows}
+    sources |= {f"{layer}.second.{n}": (size, 3) for layer, sizes in rows.items() for n, size in enumerate(sizes)}
+    outputs, assignments = outputs_of(rule, sources)
+    shapes = {layer: outputs.lower_rule(assignments[f"{layer}.both"]).outputs[0].shape for layer in rows}
+    assert shapes == {layer: (2 + sum(sizes), 3) for layer, sizes in rows.items()}
 
 
 @pytest.mark.parametrize("shapes", [[(2, 3), (3, 2)], [(2, 3), (2, 4)]])
