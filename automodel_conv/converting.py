@@ -25,9 +25,9 @@ from automodel_conv.errors import (
 from automodel_conv.execution.comparing import compare_file
 from automodel_conv.execution.file_slabs import FileSlabs
 from automodel_conv.execution.writing import (
-    Budget,
-    begin_shard,
-    budget,
+    ScratchSplit,
+    create_shard_file,
+    split_scratch,
     write_slabs,
 )
 from automodel_conv.files import system
@@ -202,7 +202,7 @@ def convert_checkpoint(
             max_shard_size=max_shard_size,
         )
     checkpoint, shards = conversion.checkpoint, conversion.shards
-    limits = budget(threads, DEFAULT_SCRATCH_BYTES if scratch_bytes is None else scratch_bytes, reads_files=True)
+    limits = split_scratch(threads, DEFAULT_SCRATCH_BYTES if scratch_bytes is None else scratch_bytes, reads_files=True)
     directory = os.path.abspath(os.fsdecode(destination))
     state = _identities(checkpoint)
     config = plain_config(checkpoint.directory) if dequantize else None
@@ -247,7 +247,7 @@ def convert_checkpoint(
                 to_write, to_verify = shard.name in unfinished, verify and shard.name not in place.verified
                 if to_write:
                     path = place.path(shard.name)
-                    begin_shard(shard, path)
+                    create_shard_file(shard, path)
                     with file_slabs.opened(file) as slabs:
                         write_slabs([slabs], path, limits.threads, advance)
                 if to_verify:
@@ -327,7 +327,7 @@ def _companions(checkpoint: Checkpoint, destination: str, dequantize: bool) -> t
 
 
 def _compare_finished(
-    conversion: Conversion, directory: str, file_slabs: FileSlabs, limits: Budget, progress: bool
+    conversion: Conversion, directory: str, file_slabs: FileSlabs, limits: ScratchSplit, progress: bool
 ) -> None:
     """Compare the files in a directory with those that the conversion produces.
 

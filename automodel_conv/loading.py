@@ -21,7 +21,7 @@ from automodel_conv.distributed.placements import all_as_distributed, meshes_of
 from automodel_conv.distributed.replicas import targets_to_read
 from automodel_conv.doors import door, keyword_options
 from automodel_conv.execution.checksums import verify_checksums
-from automodel_conv.execution.filling import fill, within
+from automodel_conv.execution.filling import fill, limits_in_budget
 from automodel_conv.execution.mapping import map_targets, with_new, without
 from automodel_conv.execution.report import Clock, LoadedStateDict, LoadReport, report_of
 from automodel_conv.planning.plan import CopyPlan
@@ -108,7 +108,7 @@ def load_state_dict(
         mapped = map_targets(read_plan, checkpoint, devices) if settings.memory_map else {}
         buffers = with_new(own_plan.targets, mapped, devices)
         clock.lap("plan")
-        limits = within(settings.memory_budget, settings.limits, without(own_plan, mapped), buffers)
+        limits = limits_in_budget(settings.memory_budget, settings.limits, without(own_plan, mapped), buffers)
         stats = fill(without(read_plan, mapped), checkpoint, buffers, limits, progress=settings.progress)
         clock.lap("read")
     send_replicas([state[name] for name in shared_names], [buffers[name] for name in shared_names])
@@ -198,10 +198,10 @@ def load_model(model: nn.Module, path: str | os.PathLike[str], **options: Unpack
             read_plan, _ = targets_to_read(new_plan, state, settings.broadcast)
             return map_targets(read_plan, checkpoint, devices) if settings.memory_map else {}
 
-        model_tensors = ModelTensors.of(model, state, plan, settings.strict, device_of, map_new)
+        model_tensors = ModelTensors.prepare(model, state, plan, settings.strict, device_of, map_new)
         clock.lap("plan")
         to_fill = without(model_tensors.plan, model_tensors.mapped)
-        limits = within(
+        limits = limits_in_budget(
             settings.memory_budget, settings.limits, to_fill, model_tensors.buffers, model_tensors.extra_bytes
         )
         read_plan, shared_names = targets_to_read(model_tensors.plan, state, settings.broadcast)
@@ -217,7 +217,7 @@ def load_model(model: nn.Module, path: str | os.PathLike[str], **options: Unpack
     with all_or_raise(groups, "comparing tied tensors"):
         unequal_here = model_tensors.unequal()
     unequal = union_over_ranks(groups, unequal_here, "comparing tied tensors")
-    model_tensors.settle(unequal)
+    model_tensors.install(unequal)
     if was_meta:
         finish(model, model_tensors.buffers, problems.missing, device_of)
     if device_map is not None:

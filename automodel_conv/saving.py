@@ -24,7 +24,7 @@ from automodel_conv.doors import door
 from automodel_conv.dtypes import dtype_code
 from automodel_conv.errors import UnsupportedError, kind_of, message
 from automodel_conv.execution.tensor_slabs import LocalTensor, tensor_slabs
-from automodel_conv.execution.writing import budget, write_slabs
+from automodel_conv.execution.writing import split_scratch, write_slabs
 from automodel_conv.files.checkpoint import open_checkpoint, open_downloaded
 from automodel_conv.files.destination import open_destination
 from automodel_conv.files.staging import staged_path
@@ -195,7 +195,7 @@ def save_checkpoint(
         naming = naming_of_save(plan, model, layout, opened, stored_layout)
         shards = shards_for(targets, opened, max_shard_size, naming)
         scratch = DEFAULT_SCRATCH_BYTES if scratch_bytes is None else scratch_bytes
-        limits = budget(threads, scratch, reads_files=carried is not None)
+        limits = split_scratch(threads, scratch, reads_files=carried is not None)
         is_first = not groups or dist.get_rank() == 0
     names = json.dumps(sorted(tensors)).encode()
     require_same_on_all(groups, [names, *(shard.header for shard in shards)], "the tensors to be saved")

@@ -47,7 +47,7 @@ def load_plan(
         model, dtype = meta_model(checkpoint, dtype), None
     quantizer = None if options.dequantize else getattr(model, "hf_quantizer", None)
     if options.dequantize:
-        table = decoded_table(checkpoint, wants_numbers=model is not None)
+        table = decoded_table(checkpoint, needs_values=model is not None)
     else:
         table = SourceTable.from_checkpoint(checkpoint)
     settings = quantization_config(checkpoint.directory) if table.decodes and model is not None else None

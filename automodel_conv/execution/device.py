@@ -29,7 +29,7 @@ from automodel_conv.errors import ConversionError, message
 from automodel_conv.execution.buffers import byte_view, raw_bytes
 from automodel_conv.execution.copy_batch import takes_kernels
 from automodel_conv.execution.cores import default_reader_threads
-from automodel_conv.execution.load import begin, carry_out, tell
+from automodel_conv.execution.load import add_note, prepare_load, run_load
 from automodel_conv.execution.protocols import Device, Event, Stream
 from automodel_conv.execution.reading import OpenFiles, read
 from automodel_conv.execution.stats import LoadStats, Work
@@ -155,7 +155,7 @@ def load_to_device(
             )
         )
     ring = ring_of(threads, scratch_bytes)
-    load = begin(plan, checkpoint, buffers)
+    load = prepare_load(plan, checkpoint, buffers)
     if backend != "auto":  # "auto" never raises, so it needs no check before the first read
         takes_kernels(backend, load.tensors)
     window_bytes = align_down(min(device_scratch_bytes // _REGIONS, _MOST_WINDOW_BYTES))
@@ -169,7 +169,7 @@ def load_to_device(
     )
     stream = _DeviceLoad(chunks, windows, load.tensors, checkpoint, device, backend, stop)
     bytes_copied = sum(chunk.nbytes for chunk in chunks)
-    return carry_out(load, bytes_copied, partial(stream.run, ring.threads), stream.unfinished, progress, stop)
+    return run_load(load, bytes_copied, partial(stream.run, ring.threads), stream.unfinished, progress, stop)
 
 
 class _Slot:
@@ -242,7 +242,7 @@ class _DeviceLoad:
             thread_error = next(filter(None, (_thread_error(future) for future in futures)), None)
             if thread_error is None or thread_error is error:
                 raise
-            tell(thread_error, f"  besides:  {type(error).__name__}: {error}")
+            add_note(thread_error, f"  besides:  {type(error).__name__}: {error}")
             raise thread_error from error
         if self._not_uploaded:
             raise_if_stopped(self._stop_event)

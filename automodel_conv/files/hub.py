@@ -100,7 +100,10 @@ def download(repository: Repository, files: Iterable[str]) -> None:
 
 
 class HubFile(NamedTuple):
-    """A file of a repository that is not on this machine. One or two requests read its header."""
+    """A file of a repository that is not on this machine.
+
+    One or two requests read its header.
+    """
 
     url: str
     guess: int

@@ -101,7 +101,10 @@ def wrap_converter(
 
 
 def _merge(info: Any, other: Any) -> None:
-    """Merge the loading info of another call into ``info``. A key is missing only if both calls miss it."""
+    """Merge the loading info of another call into ``info``.
+
+    A key is missing only if both calls miss it.
+    """
     info.missing_keys &= other.missing_keys
     for name in ("unexpected_keys", "mismatched_keys", "skipped_pp_keys"):
         if hasattr(info, name):

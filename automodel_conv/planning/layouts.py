@@ -174,7 +174,7 @@ def get_layout(name: str, *others: str) -> Layout:
     normalized = re.sub(r"\W+", "_", str(name).strip().lower())
     similar = difflib.get_close_matches(normalized, [*LAYOUTS, PER_EXPERT], 1)
     if similar == [PER_EXPERT] and PER_EXPERT not in others:
-        do = 'single experts are written by {convert_checkpoint(..., layout="per_expert")}'
+        do = '{convert_checkpoint(..., layout="per_expert")} writes single experts'
     else:
         do = f"write {similar[0]!r}" if similar else None
     raise UnsupportedError(message(f"unknown layout {name!r}", expected=f"one of {known}", do=do))

@@ -77,7 +77,9 @@ class Part(NamedTuple):
 
 
 def parts_of(targets: Sequence[Target], parts: Iterable[Part]) -> list[Target]:
-    """Return targets that are parts of ``targets``. Each is a contiguous tensor and has its whole target as source.
+    """Return targets that are parts of ``targets``.
+
+    Each is a contiguous tensor and has its whole target as source.
 
     Raises:
         CoverageError: a region is that of a tensor of another shape.

@@ -62,7 +62,7 @@ def region_of(tensor: Tensor) -> Region:
     if held != region.local_shape:
         raise UnsupportedError(
             message(
-                "this rank does not hold the part of a DTensor that its placements say",
+                "this rank does not hold the part of a DTensor that its placements imply",
                 where=f"{list(tensor.shape)}, {tensor.placements}",  # type: ignore[attr-defined]
                 expected=list(region.local_shape),
                 found=list(held),

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from automodel_conv.compiling.carrying import carried_targets, dropped_rows, refuse_halves
-from automodel_conv.compiling.decoded import decoded_table, unknown_codes
+from automodel_conv.compiling.decoded import codes_without_config, decoded_table
 from automodel_conv.compiling.marks import layout_to_read, naming_of_conversion, stated_layout
 from automodel_conv.compiling.stages import without_casts
 from automodel_conv.compiling.to_checkpoint import saving_plan
@@ -88,7 +88,7 @@ def compile_conversion(
     rules = None if rules is None else list(rules)
     keeps_names = layout is None and source_layout is None and rules == []
     source_layout = layout_to_read(checkpoint, source_layout, keeps_names=keeps_names)
-    table = decoded_table(checkpoint, wants_numbers=True) if dequantize else SourceTable.from_checkpoint(checkpoint)
+    table = decoded_table(checkpoint, needs_values=True) if dequantize else SourceTable.from_checkpoint(checkpoint)
     dropped = dropped_rows(checkpoint.names, drop)
     table = replace(table, hidden=table.hidden | dropped)
     model = meta_model(checkpoint, dtype) if rules is None else None
@@ -99,7 +99,7 @@ def compile_conversion(
         quantization(checkpoint.directory) if codes is not None and not keeps_codes and not keeps_names else None
     )
     if codes is not None and quantized is None and not keeps_codes and rules != []:
-        raise unknown_codes(codes, checkpoint)
+        raise codes_without_config(codes, checkpoint)
 
     def plan_for(
         sources: SourceTable, dtype: torch.dtype | None, *, unbound: bool = False
@@ -129,7 +129,7 @@ def compile_conversion(
         plan, carried = plan_for(table, dtype)
         table = replace(table, names=plan.sources.names)  # without the prefixes of torch's wrappers
     else:
-        decoded = decoded_table(checkpoint, wants_numbers=True)
+        decoded = decoded_table(checkpoint, needs_values=True)
         refuse_halves(checkpoint.names, decoded.decodes, dropped)
         decoded = replace(decoded, hidden=decoded.hidden | table.hidden)
         value_plan, carried = plan_for(decoded, dtype)

@@ -1,1 +1,1 @@
-"""What transformers and torch say of models, rules and configs."""
+"""Everything that is asked of transformers and torch: models, rules and configs."""

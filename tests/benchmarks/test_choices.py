@@ -23,7 +23,7 @@ CHANGED = (
     (host_loads, "NewMemory"),
     (page_calls, "populate_pages"),
     (system, "open_readonly"),
-    (transpose_torch, "_MOST_ROWS"),
+    (transpose_torch, "_MAX_ROWS"),
 )
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from automodel_conv.errors import ReadError
 from automodel_conv.execution import writing
-from automodel_conv.execution.writing import compare_slabs
+from automodel_conv.execution.writing import first_different_byte
 from automodel_conv.files.source import LocalFile
 from automodel_conv.schedule.writes import Slabs
 from tests.execution.slab_writes import MAKERS, every_case, maker_of, write
@@ -21,7 +21,7 @@ def cases(tmp_path_factory):
 
 def compared(kind, case, path, threads=2, **options):
     with maker_of(kind, case, **options) as (_, slabs, start):
-        return compare_slabs(slabs.slabs, LocalFile(str(path)), start, threads, lambda nbytes: None)
+        return first_different_byte(slabs.slabs, LocalFile(str(path)), start, threads, lambda nbytes: None)
 
 
 @pytest.mark.parametrize("kind", MAKERS)
@@ -60,5 +60,6 @@ def test_a_file_that_ends_too_early_is_told(cases, tmp_path):
 def test_nothing_to_compare_is_equal(tmp_path):
     (tmp_path / "a").write_bytes(b"x")
     assert (
-        compare_slabs(Slabs([], ()).slabs, LocalFile(str(tmp_path / "a")), lambda: None, 2, lambda nbytes: None) is None
+        first_different_byte(Slabs([], ()).slabs, LocalFile(str(tmp_path / "a")), lambda: None, 2, lambda nbytes: None)
+        is None
     )

@@ -97,7 +97,7 @@ def test_a_failing_read_is_told_where_another_thread_is_stopped_and_the_device_f
 
     monkeypatch.setattr(streaming, "wait", wait_for)
     monkeypatch.setattr(streaming._DeviceLoad, "_synchronize", fail_at_the_end)
-    monkeypatch.setattr(streaming, "tell", lambda error, text: told.append((type(error), text)))
+    monkeypatch.setattr(streaming, "add_note", lambda error, text: told.append((type(error), text)))
     fail_while_another_thread_waits(streaming, cases[2], calls, monkeypatch)
     assert told == [(ReadError, "  besides:  DeviceFault: at the end")]
 

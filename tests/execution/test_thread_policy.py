@@ -42,7 +42,7 @@ class Machine:
             crowd = max(1.0, len(ends) * self.core / (self.cores * (self.core + self.wait)))
             free_at = max(free_at + self.shared, now + self.wait)
             end = free_at + self.core * crowd
-            policy.tell(JOB_BYTES, end - now - self.core * crowd, end - now, end)
+            policy.record(JOB_BYTES, end - now - self.core * crowd, end - now, end)
             numbers.append(policy.threads)
             heapq.heappush(ends, (end, thread))
             while len(ends) < policy.threads:

@@ -41,29 +41,29 @@ def random_bytes(shape, seed):
 class Problem:
     """Operands of a call, and what the definition says they make."""
 
-    def __init__(self, bits, shape, block, start, dtype, cell, rows_of_table, gap=0, count=1):
+    def __init__(self, bits, shape, block, start, dtype, table_row_dtype, rows_of_table, gap=0, count=1):
         self.how = {"bits": bits, "block": block, "start": start}
         self.shape = rows, columns = shape
         self.dtype = dtype
         # Every entry is different, so that nothing can look right by chance.
         self.table = address_valued((rows_of_table, 1 << bits), dtype)
         nbytes = columns * bits // 8
-        of_cells = [-(-(size + begin) // step) for size, begin, step in zip(shape, start, block, strict=True)]
-        most = min(rows_of_table, 256) if cell == torch.uint8 else rows_of_table
+        grid = [-(-(size + begin) // step) for size, begin, step in zip(shape, start, block, strict=True)]
+        most = min(rows_of_table, 256) if table_row_dtype == torch.uint8 else rows_of_table
         self.codes = [random_bytes((rows, nbytes + gap), seed)[:, :nbytes] for seed in range(count)]
         self.table_rows = [
-            torch.randint(0, most, of_cells, generator=torch.Generator().manual_seed(seed)).to(cell)
+            torch.randint(0, most, grid, generator=torch.Generator().manual_seed(seed)).to(table_row_dtype)
             for seed in range(count)
         ]
 
     def expected(self):
         made = []
-        (rows, columns), (down, across), (r0, c0) = self.shape, self.how["block"], self.how["start"]
+        (rows, columns), (block_rows, block_columns), (r0, c0) = self.shape, self.how["block"], self.how["start"]
         for codes, table_rows in zip(self.codes, self.table_rows, strict=True):
             numbers = codes.long()
             if self.how["bits"] == 4:
                 numbers = torch.stack([numbers % 16, numbers // 16], 2).flatten(1)
-            of_rows, of_columns = (torch.arange(rows) + r0) // down, (torch.arange(columns) + c0) // across
+            of_rows, of_columns = (torch.arange(rows) + r0) // block_rows, (torch.arange(columns) + c0) // block_columns
             made.append(self.table[table_rows.long()[of_rows][:, of_columns], numbers])
         return made
 
@@ -202,7 +202,7 @@ def test_scratch_stays_within_its_bound():
     assert 0 < max(sizes) <= 2 << 20
 
 
-def test_a_cell_beyond_the_table_is_noticed_by_the_twin():
+def test_a_table_row_beyond_the_table_is_noticed_by_the_twin():
     problem = Problem(8, (4, 4), (2, 2), (0, 0), BF16, torch.uint8, 3)
     problem.table_rows[0][1, 1] = 3
     with pytest.raises(IndexError):
@@ -245,8 +245,8 @@ def test_the_kernel_makes_what_the_definition_says(problem, layout):
 def test_every_variant_decodes_right_and_its_machine_code_is_checked(launched):
     known = {variant for variant in launchable() if variant.kernel.name == "dequantize_tiles"}
     cases = product((4, 8), (BF16, F32), (torch.uint8, torch.int32), [(1, 16), (12, 48)], LAYOUTS, (0, 1))
-    for bits, dtype, cell, block, layout, gap in cases:
-        problem = Problem(bits, (32, 48), block, (0, 0), dtype, cell, 300, gap)
+    for bits, dtype, table_row_dtype, block, layout, gap in cases:
+        problem = Problem(bits, (32, 48), block, (0, 0), dtype, table_row_dtype, 300, gap)
         out = guarded(problem.shape, dtype, strides=LAYOUTS[layout](*problem.shape)).tensor
         before = len(launched)
         with mock.patch.object(launch, "queue", lambda variant, *_: launched.append(variant)):
@@ -330,7 +330,7 @@ def test_operands_that_do_not_fit_are_refused_before_anything_is_written(name, v
 @pytest.mark.parametrize("verb", [dequantize_torch, pytest.param(dequantize, marks=needs_triton)])
 @pytest.mark.parametrize(("bits", "dtype"), [(2, BF16), (8, torch.float64)])
 def test_other_codes_and_numbers_are_refused(bits, dtype, verb):
-    with pytest.raises(UnsupportedError, match="does not decode"):
+    with pytest.raises(UnsupportedError, match="does not support"):
         verb([], [], [], torch.zeros(1, 1 << bits, dtype=dtype), bits=bits, block=(1, 1))
 
 
@@ -338,7 +338,7 @@ def test_other_codes_and_numbers_are_refused(bits, dtype, verb):
 def test_destinations_of_two_kinds_are_refused_by_the_kernel():
     problem = Problem(8, (4, 4), (2, 2), (0, 0), BF16, torch.uint8, 3, count=2)
     out = [torch.zeros(4, 4, dtype=BF16), torch.zeros(4, 4, dtype=BF16).t()]
-    with pytest.raises(ConversionError, match="of one kind"):
+    with pytest.raises(ConversionError, match="of several kinds"):
         dequantize(out, problem.codes, problem.table_rows, problem.table, **problem.how)
     dequantize_torch(out, problem.codes, problem.table_rows, problem.table, **problem.how)
     for made, wanted in zip(out, problem.expected(), strict=True):

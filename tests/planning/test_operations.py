@@ -60,7 +60,7 @@ def test_sources_that_do_not_fit_are_named_with_the_operation(operation, shapes,
 
 def test_ernie_split_of_too_few_is_named():
     operation = Operation("ErnieSplitAndDecoupleTextVisionExperts", (("concat_dim", 1), ("stack_dim", 0)))
-    with pytest.raises(LoweringError, match=r"Ernie.*cannot be shared out to 2"):
+    with pytest.raises(LoweringError, match=r"Ernie.*cannot be divided among 2"):
         lower([operation], {"a": [leaf(0, (2, 1, 3))]}, Context(("a",), ("m.*", "n.*"), ()))
 
 

@@ -12,7 +12,7 @@ SUMMARY = """\
  targets  sources        GB  execution      rule
        1        4     0.000  read           e.*.gate + e.*.up -> gate_up: merge, join
        1        1     0.000  read           (name only)
-       2        5     0.000  reads 0.000 GB, 0 targets by upstream's own code"""
+       2        5     0.000  reads 0.000 GB, 0 targets by transformers' own code"""
 
 EXPLANATION = """\
 gate_up  BF16 [2, 6, 4]  96 bytes  (read)

@@ -1,4 +1,4 @@
-"""The method of compressed-tensors (llm-compressor, Kimi-K2): integers, FP8 and FP4, one format per group of weights.
+"""The compressed-tensors method (llm-compressor, Kimi-K2): INT4, FP8 and FP4, one format per group of weights.
 
 Sources: compressed-tensors 0.20.0, ``compressors/*/base.py``, ``quantization/quant_args.py`` and
 ``CompressionFormat``; the files of Kimi-K2.
@@ -11,10 +11,10 @@ from typing import Any
 
 from automodel_conv.planning.methods.method import (
     CHANNEL,
-    EXPONENTS,
+    EXPONENT_SCALES,
+    FLOAT_SCALES,
     FP8_CODES,
     FP8_SCALES,
-    NUMBERS,
     TENSOR,
     Block,
     Method,
@@ -24,14 +24,14 @@ from automodel_conv.planning.methods.method import (
     block_of,
 )
 
-# By format: type, bits, our format of the codes, and the dtypes that their scales may have.
+# Keys are formats in a config. Values are type, bits, format of the codes (see ``Decode``) and dtypes of the scales.
 _FORMATS = {
-    "pack-quantized": ("int", 4, "int4", NUMBERS),
-    "float-quantized": ("float", 8, "e4m3", NUMBERS),
-    "naive-quantized": ("float", 8, "e4m3", NUMBERS),
-    "mxfp8-quantized": ("float", 8, "e4m3", EXPONENTS),
+    "pack-quantized": ("int", 4, "int4", FLOAT_SCALES),
+    "float-quantized": ("float", 8, "e4m3", FLOAT_SCALES),
+    "naive-quantized": ("float", 8, "e4m3", FLOAT_SCALES),
+    "mxfp8-quantized": ("float", 8, "e4m3", EXPONENT_SCALES),
     "nvfp4-pack-quantized": ("float", 4, "e2m1", FP8_SCALES),
-    "mxfp4-pack-quantized": ("float", 4, "e2m1", EXPONENTS),
+    "mxfp4-pack-quantized": ("float", 4, "e2m1", EXPONENT_SCALES),
 }
 
 
