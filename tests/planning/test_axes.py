@@ -43,16 +43,16 @@ def test_known_sizes_are_left_as_they_are():
 
 @pytest.mark.parametrize("shape", [(), (4,), (4, 6), (4, 6, 5, 1)])
 def test_a_shape_of_another_rank_is_refused(shape):
-    with pytest.raises(ValueError, match="has not 3 dimensions"):
+    with pytest.raises(ValueError, match="3 dimensions"):
         sizes_of(dims_of("E (g i) h"), shape, {"g": 2})
 
 
 def test_a_size_that_the_known_size_does_not_divide_is_refused():
-    with pytest.raises(ValueError, match=r"size 7 is not g by i"):
+    with pytest.raises(ValueError, match="size 7 .*g by i"):
         sizes_of(dims_of("E (g i) h"), (4, 7, 5), {"g": 2})
 
 
 @pytest.mark.parametrize("size", [1, 3, 4])
 def test_a_known_axis_of_another_size_is_refused(size):
-    with pytest.raises(ValueError, match=f"size {size} is not g"):
+    with pytest.raises(ValueError, match=f"size {size} .*g with"):
         sizes_of(dims_of("g E"), (size, 5), {"g": 2})

@@ -96,7 +96,7 @@ def test_an_operation_of_the_user_needs_a_model():
     sources = {f"experts.{e}.w1.weight": ("F32", (2, 3)) for e in range(2)}
     plan, problems = compiled(sources, None, [rule])
     assert plan.targets == ()
-    assert "only a model knows the shape" in problems.failed[0][1]
+    assert "only a model" in problems.failed[0][1]
     plan, problems = compiled(sources, {"experts.gate_up_proj": ("F32", (2, 2, 3))}, [rule])
     assert plan.targets[0].fallback is not None
     assert problems.reasons() == []

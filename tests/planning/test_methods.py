@@ -6,9 +6,9 @@ from automodel_conv.kernels.code_tables import CODE_VALUES, bits_of
 from automodel_conv.planning.copies import CODE_BITS
 from automodel_conv.planning.methods.method import (
     CHANNEL,
-    EXPONENTS,
+    EXPONENT_SCALES,
+    FLOAT_SCALES,
     FP8_SCALES,
-    NUMBERS,
     TENSOR,
     Packing,
     Scheme,
@@ -72,22 +72,22 @@ FLOAT8 = {"num_bits": 8, "type": "float"}
 @pytest.mark.parametrize(
     ("method", "config", "scheme"),
     [
-        ("fp8", {"weight_block_size": [64, 32]}, Scheme("e4m3", (64, 32), NUMBERS | EXPONENTS)),
-        ("fp8", {}, Scheme("e4m3", (128, 128), NUMBERS | EXPONENTS)),
-        ("fp8", {"weight_block_size": None}, Scheme("e4m3", TENSOR, NUMBERS | EXPONENTS)),
-        ("fbgemm_fp8", {}, Scheme("e4m3", CHANNEL, NUMBERS)),
-        ("mxfp4", {}, Scheme("e2m1", (1, 32), EXPONENTS)),
-        ("modelopt", {"quant_algo": "fp8"}, Scheme("e4m3", TENSOR, NUMBERS)),
+        ("fp8", {"weight_block_size": [64, 32]}, Scheme("e4m3", (64, 32), FLOAT_SCALES | EXPONENT_SCALES)),
+        ("fp8", {}, Scheme("e4m3", (128, 128), FLOAT_SCALES | EXPONENT_SCALES)),
+        ("fp8", {"weight_block_size": None}, Scheme("e4m3", TENSOR, FLOAT_SCALES | EXPONENT_SCALES)),
+        ("fbgemm_fp8", {}, Scheme("e4m3", CHANNEL, FLOAT_SCALES)),
+        ("mxfp4", {}, Scheme("e2m1", (1, 32), EXPONENT_SCALES)),
+        ("modelopt", {"quant_algo": "fp8"}, Scheme("e4m3", TENSOR, FLOAT_SCALES)),
         ("modelopt", {"quant_algo": "NVFP4"}, Scheme("e2m1", (1, 16), FP8_SCALES, global_scale=True)),
         (
             "compressed-tensors",
             compressed("pack-quantized", **INT4, strategy="group", group_size=32, symmetric=False),
-            Scheme("int4", (1, 32), NUMBERS, zero_points=True),
+            Scheme("int4", (1, 32), FLOAT_SCALES, zero_points=True),
         ),
         (
             "compressed-tensors",
             compressed("float-quantized", **FLOAT8, strategy="channel"),
-            Scheme("e4m3", CHANNEL, NUMBERS),
+            Scheme("e4m3", CHANNEL, FLOAT_SCALES),
         ),
         (
             "compressed-tensors",

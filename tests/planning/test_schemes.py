@@ -4,7 +4,7 @@ import pytest
 
 from automodel_conv.errors import QuantizationError, UnsupportedError
 from automodel_conv.planning.methods.table import METHODS
-from automodel_conv.planning.schemes import is_of_kv_cache, read_config, rows_of_kv_caches
+from automodel_conv.planning.schemes import is_of_kv_cache, kv_cache_rows, read_config
 
 NVFP4 = {"quant_method": "modelopt", "quant_algo": "NVFP4"}
 
@@ -61,4 +61,4 @@ def test_a_malformed_config_is_an_error_of_the_checkpoint(block):
 )
 def test_scales_of_caches_are_recognized_by_their_names(name, is_one):
     assert is_of_kv_cache(name) is is_one
-    assert rows_of_kv_caches(["a", name, "b.weight"]) == ([1] if is_one else [])
+    assert kv_cache_rows(["a", name, "b.weight"]) == ([1] if is_one else [])

@@ -55,7 +55,7 @@ def test_experts_that_have_the_transposed_shape_of_the_model_are_refused():
     with pytest.raises(UnsupportedError, match=r"(?s)m\.experts\.gate_up_proj.*source_layout=") as caught:
         refuse_other_layouts(problems, unchanged(gate_up_proj=(2, 4, 6)), NO_RULES, model_says=True)
     assert "if the model has its experts" not in str(caught.value)
-    with pytest.raises(UnsupportedError, match='say layout="gpt_oss" if the model has its experts in that layout'):
+    with pytest.raises(UnsupportedError, match='layout="gpt_oss" if the model has its experts'):
         refuse_other_layouts(problems, unchanged(gate_up_proj=(2, 4, 6)), NO_RULES, model_says=False)
 
 
@@ -128,7 +128,7 @@ def test_experts_that_reversed_rules_would_take_apart_wrongly_are_refused():
     reverse = RuleSet(GROUPING, reverse=True)
     with pytest.raises(UnsupportedError, match=r"(?s)gate_up_proj.*\[2, 4, 6\]"):
         refuse_contradictions(table({GATE_UP: (2, 4, 6), DOWN: (2, 3, 4)}), {}, reverse)
-    with pytest.raises(UnsupportedError, match=r"(?s)w13_weight.*names that the rules take apart"):
+    with pytest.raises(UnsupportedError, match=r"(?s)w13_weight.*names .*that the rules"):
         refuse_contradictions(table({"m.experts.w13_weight": (2, 6, 4)}), {}, reverse)
     refuse_contradictions(table({GATE_UP: (2, 6, 4), DOWN: (2, 4, 3)}), {}, reverse)
 
@@ -136,6 +136,6 @@ def test_experts_that_reversed_rules_would_take_apart_wrongly_are_refused():
 def test_grouped_experts_that_no_reversed_rule_has_met_are_refused():
     rule = WeightConverter("^m.experts.*.w2.weight", "^m.experts.down_proj", operations=[MergeModulelist(dim=0)])
     reverse = RuleSet([rule], reverse=True)
-    with pytest.raises(UnsupportedError, match=r"no rule takes these experts apart(.|\n)*m\.experts\.down_proj"):
+    with pytest.raises(UnsupportedError, match=r"no rule (.|\n)*m\.experts\.down_proj"):
         refuse_grouped(unchanged(down_proj=(2, 4, 3)), reverse)
     refuse_grouped(unchanged(gate_up_proj=(2, 6, 4)), reverse)
