@@ -96,7 +96,7 @@ def test_a_square_matrix_is_transposed_for_the_targets_that_ask_for_it():
 def test_an_operation_that_asks_for_shapes_needs_a_model():
     rule = WeightConverter("both", ["first", "second"], operations=[core.Split(dim=0)])
     outputs, assignments = outputs_of(rule, {"both": (5, 2)})
-    with pytest.raises(NotLowerable, match="shapes of first, second.*only a model"):
+    with pytest.raises(NotLowerable, match=r"shapes of first, second.*only a model"):
         outputs.lower_rule(assignments["first"])
     outputs, assignments = outputs_of(rule, {"both": (5, 2)}, {"first": (2, 2), "second": (3, 2)})
     lowered = outputs.lower_rule(assignments["first"])
