@@ -68,14 +68,17 @@ def test_columns_with_gaps_need_a_window():
     assert find_rectangles(Move(0, "F32", box, 0, 0), source_of((1, 4, 8))) is None
 
 
-@pytest.mark.parametrize(("start", "width"), [(1, 4), (0, 3), (3, 1)])
+@pytest.mark.parametrize(("start", "width"), [(1, 4), (3, 4), (0, 3), (3, 1)])
 def test_halves_of_bytes_need_a_window(start, width):
     move = Move(0, "F32", Box((4, width), (8, 1), (width, 1)), start, 0)
     assert find_rectangles(move, source_of((1, 4, 8), bits=4)) is None
     assert find_rectangles(move, source_of((1, 4, 8), bits=8)) is not None
 
 
-@pytest.mark.parametrize(("step", "block_rows", "straight"), [(2, 4, True), (4, 2, True), (3, 2, False), (3, 12, True)])
+@pytest.mark.parametrize(
+    ("step", "block_rows", "straight"),
+    [(2, 4, True), (4, 2, True), (3, 2, False), (2, 3, False), (6, 4, False), (3, 12, True)],
+)
 def test_rows_with_gaps_must_agree_with_blocks(step, block_rows, straight):
     move = Move(0, "F32", Box((12 // step, 4), (4 * step, 1), (4, 1)), 0, 0)
     found = find_rectangles(move, source_of((1, 12, 4), (block_rows, 4)))
