@@ -50,6 +50,22 @@ from automodel_conv.publishing.saved import places_in
 class ConvertReport:
     """The outcome of ``convert_checkpoint``.
 
+    Attributes:
+        files: names of the weight files.
+        bytes_written: bytes of the weight files that this call wrote, without those of files that an earlier call had
+            finished.
+        files_resumed: number of files that an earlier call had finished.
+        carried: names of the tensors of the source that the model has no place for, written unchanged.
+        left_out: names of source tensors that nothing uses: dropped, unindexed, or, if codes are decoded, activation
+            scales.
+        unindexed: name and file of each tensor that was not read because the index of the source does not map it to
+            that file.
+        files_copied: paths of the files next to the weights that were copied, sorted, with "/" between folders.
+        seconds: duration of the call.
+        peak_extra_bytes: bound of the memory used.
+        was_complete: whether the destination was complete already: it was compared with the source, and nothing was
+            written.
+
     Example:
         >>> import torch
         >>> from automodel_conv import convert_checkpoint
@@ -64,25 +80,15 @@ class ConvertReport:
     """
 
     files: tuple[str, ...]
-    """Names of the weight files."""
     bytes_written: int
-    """Bytes of the weight files that this call wrote, without those of files that an earlier call had finished."""
     files_resumed: int
-    """Number of files that an earlier call had finished."""
     carried: tuple[str, ...]
-    """Names of the tensors of the source that the model has no place for, written unchanged."""
     left_out: tuple[str, ...]
-    """Names of source tensors that nothing uses: dropped, unindexed, or, if codes are decoded, activation scales."""
     unindexed: tuple[tuple[str, str], ...]
-    """Name and file of each tensor that was not read because the index of the source does not map it to that file."""
     files_copied: tuple[str, ...]
-    """Paths of the files next to the weights that were copied, sorted, with "/" between folders."""
     seconds: float
-    """Duration of the call."""
     peak_extra_bytes: int
-    """Bound of the memory used."""
     was_complete: bool = False
-    """Whether the destination was complete already: it was compared with the source, and nothing was written."""
 
     @property
     def gb_per_s(self) -> float:
@@ -111,10 +117,10 @@ def convert_checkpoint(
 ) -> ConvertReport:
     """Convert a checkpoint on disk to another layout of its experts, in bounded memory.
 
-    Bytes that only move are copied by the operating system if the file system supports it. All other files in the
+    Unchanged bytes are copied by the operating system if the file system supports it. All other files in the
     directory of the source and its folders are copied too, such as ``config.json``, the tokenizer, chat templates and
-    code; the report lists them. Not copied are weights of any format, files of trainers (``.bin``, ``.pt``, folders
-    like ``checkpoint-500``), and hidden files and folders. If the source is one file, nothing is copied.
+    code; the report lists them. Weights of any format, files of trainers (``.bin``, ``.pt``, folders like
+    ``checkpoint-500``), and hidden files and folders are not copied. If the source is one file, nothing is copied.
 
     The destination becomes a checkpoint at the end or not at all. Until then all files are in a folder of their own
     inside it. After a crash or an error, the same call continues with the files that are not finished. If the
@@ -131,21 +137,21 @@ def convert_checkpoint(
             all names, to change only the layout, the dtype or the file size.
         layout: layout of the routed experts in the destination: "transformers", "nemo", "gpt_oss", "vllm", or
             "per_expert" as ``save_pretrained`` writes them. None: the layout of the model's own parameters. The files
-            state the layout. If transformers does not load it for this type, file names begin with it
+            state the layout. If transformers does not load this layout for the type, file names begin with its name
             (``nemo-00001-of-00004.safetensors``), so that ``from_pretrained`` refuses the directory;
             ``open_checkpoint`` and all readers of this package find such files.
         source_layout: layout of grouped experts in the source: a layout, or "per_expert", the form in which the type is
             published. None: the layout that the files state (those written by this package do), or else the model's. It
-            is an error if the model's shapes contradict that layout or leave it open. With ``rules=[]`` and no
+            is an error if the model's shapes contradict that layout or do not determine it. With ``rules=[]`` and no
             ``layout``, experts are converted to "transformers".
         dtype: dtype of all floating-point tensors, except those that a transformers model keeps in float32. None: the
             dtypes that they have.
         dequantize: decode the tensors that ``quantization_config`` in ``config.json`` describes as quantized, to
             ``dtype`` or bfloat16, and leave that setting out of the new ``config.json``. False: keep codes and scales
             byte for byte. FP8 codes and their scales are then grouped and arranged like their weights
-            (``gate_up_proj_scale_inv``), if each block that shares a scale stays one block: not if a block would hold
-            rows of both gate and up, and in a transposed layout only if blocks are square. File names then begin with
-            the layout, whichever it is.
+            (``gate_up_proj_scale_inv``). This is possible if no block would hold rows of both gate and up and, in a
+            transposed layout, if blocks are square. File names then begin with the name of the layout, even if it is
+            "transformers".
         drop: tensors to leave out, by their names in the source: a pattern or several. ``*`` matches any text, ``?``
             one character and ``[abc]`` one of these; a pattern matches whole names ("mtp.*"). If codes are not decoded,
             drop both codes and their scales, or neither. This does not apply to a conversion that leaves the names and
@@ -153,7 +159,7 @@ def convert_checkpoint(
         max_shard_size: bound of the tensor data in a file, in bytes or as in "5GB".
         resume: continue with the files that an earlier call finished. False: discard them.
         verify: read each file back after it is written, and compare all of it with the source. This includes files
-            that an earlier call finished without ``verify``. The bytes may come from the page cache of the system.
+            that an earlier call finished without ``verify``. The bytes may come from the page cache.
         checksums: write a checksum of each tensor next to the index, for ``verify=True`` of the loaders and for
             ``verify`` of the command line. This reads the files once more.
         threads: number of threads that copy and write. None: the number of cores, at most 16.

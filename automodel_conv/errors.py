@@ -84,7 +84,7 @@ class ConversionError(ValueError):
         super().__init__(_printable(text))
 
     def say(self, words: Words) -> None:
-        """Keep only the advice that applies to the caller, spelled by ``words``."""
+        """Keep only the advice that the caller can follow, with arguments spelled by ``words``."""
         self._set_message(Message(self._message.what, self._message.do, words))
 
     def add(self, text: str) -> None:
@@ -120,12 +120,12 @@ class CheckpointError(ConversionError):
 
 
 class NameProblems(ConversionError):
-    """Raised if checkpoint names and model names do not fit; carries *all* problems, not only the first.
+    """Raised if names or shapes of a checkpoint and a model do not fit; lists *all* problems, not only the first.
 
     Attributes:
         missing: names of targets that no tensor of the checkpoint provides.
         unexpected: names of sources that no target uses.
-        mismatched: ``(target, found shape, expected shape)`` for each target of another shape.
+        mismatched: ``(target, shape in the checkpoint, shape in the model)`` for each target whose shapes differ.
         duplicated: ``(target, sources)`` for each target that more than one source claims.
         incomplete: ``(target, missing sources)`` for each merged target that lacks some of its parts.
 
@@ -212,13 +212,13 @@ class QuantizationError(ConversionError):
 
 
 class UnknownTarget(ConversionError, KeyError):
-    """Raised if a plan is asked about a target that it does not have."""
+    """Raised for a target name that a plan does not have."""
 
     __str__ = Exception.__str__  # KeyError's would quote the text
 
 
 class ReadError(ConversionError):
-    """Raised if tensor data cannot be read or mapped; names the targets that are filled already, if any.
+    """Raised if tensor data cannot be read or mapped; names the targets that are complete already, if any.
 
     Example:
         >>> from automodel_conv.files.source import LocalFile, opened
@@ -231,7 +231,7 @@ class ReadError(ConversionError):
 
 
 class WriteError(ConversionError):
-    """Raised if a checkpoint cannot be written; no loader takes the files in the directory for a complete one.
+    """Raised if a checkpoint cannot be written; no loader accepts the unfinished directory as a checkpoint.
 
     Example:
         >>> import torch
@@ -246,7 +246,7 @@ class WriteError(ConversionError):
 
 
 class DestinationError(ConversionError):
-    """Raised if a directory holds a checkpoint or other work already, or another process writes to it.
+    """Raised if a directory already holds a checkpoint or other unfinished work, or another process writes to it.
 
     A conversion also raises it if its source has changed.
 
@@ -264,7 +264,7 @@ class DestinationError(ConversionError):
 
 
 class RankError(ConversionError):
-    """Raised if work of several ranks failed on another rank, or if a rank is gone.
+    """Raised if a load or save by several ranks failed on another rank, or a rank no longer responds.
 
     Every rank raises an error: its own, or a RankError that quotes the errors of other ranks.
 
@@ -280,7 +280,7 @@ class RankError(ConversionError):
 
 
 class VerificationError(ConversionError):
-    """Raised if tensors differ from the checkpoint, or from the checksums, that they should equal.
+    """Raised if tensors differ from the checkpoint that they should equal, or do not match their checksums.
 
     Example:
         >>> import torch

@@ -39,7 +39,7 @@ class StateDictReport:
     left_out: tuple[str, ...]
     """Names of tensors of the state dict, and of a ``reference``, that are not in the result in any form."""
     carried: tuple[str, ...] = ()
-    """Always empty: tensors that the model or the rules have no place for are left out."""
+    """Always empty: a conversion in memory leaves out the tensors that a model or rules have no place for."""
 
 
 class ConvertedStateDict(dict[str, Tensor]):

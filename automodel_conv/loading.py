@@ -64,7 +64,7 @@ def load_state_dict(
         ConversionError: an argument is given that ``plan`` decides; the load does not fit into ``memory_budget``; or
             ``device_map`` leaves out a tensor, names something that the model does not have, or sends names of one
             tensor to several devices. Nothing has been read. Also raised if the system has no more memory or threads.
-        RankError: the load of DTensors failed on another rank, or a rank is gone.
+        RankError: the load of DTensors failed on another rank, or a rank no longer responds.
 
     Example:
         Load to several devices::
@@ -126,8 +126,8 @@ def load_state_dict(
 def load_model(model: nn.Module, path: str | os.PathLike[str], **options: Unpack[LoadOptions]) -> LoadReport:
     """Load a checkpoint into a model: materialized parameters in place, parameters on the meta device as new ones.
 
-    Any exception that ends the reading, including KeyboardInterrupt, lists the parameters that are filled already (in
-    its ``__notes__`` if it is not an error of this package).
+    If reading ends with any exception, including KeyboardInterrupt, the exception lists the parameters that are
+    complete (in its ``__notes__`` if it is not an error of this package).
 
     Args:
         model: the model to fill. torch may have wrapped it, see ``compile_plan``.
@@ -153,7 +153,7 @@ def load_model(model: nn.Module, path: str | os.PathLike[str], **options: Unpack
         ConversionError: an argument is given that ``plan`` decides; the load does not fit into ``memory_budget``; or
             ``device_map`` does not fit the model. Nothing has been read. Also raised if the checkpoint has different
             values for names that are one parameter of the model, or the system has no more memory or threads.
-        RankError: the load of DTensors failed on another rank, or a rank is gone.
+        RankError: the load of DTensors failed on another rank, or a rank no longer responds.
 
     Example:
         Place a model on several devices::

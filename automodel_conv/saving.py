@@ -51,6 +51,16 @@ DEFAULT_SCRATCH_BYTES = 64 << 20
 class SaveReport:
     """The outcome of ``save_checkpoint``.
 
+    Attributes:
+        files: names of the weight files, in the order of their numbers.
+        bytes_written: total size of the weight files in bytes.
+        carried: names of the tensors of ``carry`` that were written unchanged.
+        left_out: names of tensors of the model, of ``reference`` and of ``carry`` that are not in the new files in any
+            form.
+        seconds: duration of the save.
+        peak_extra_bytes: bound of the memory used in addition to the tensors; on a device, of pinned and of device
+            memory separately.
+
     Example:
         >>> import torch
         >>> from automodel_conv import save_checkpoint
@@ -62,17 +72,11 @@ class SaveReport:
     """
 
     files: tuple[str, ...]
-    """Names of the weight files, in the order of their numbers."""
     bytes_written: int
-    """Total size of the weight files in bytes."""
     carried: tuple[str, ...]
-    """Names of the tensors of ``carry`` that were written unchanged."""
     left_out: tuple[str, ...]
-    """Names of tensors of the model, of ``reference`` and of ``carry`` that are not in the new files in any form."""
     seconds: float
-    """Duration of the save."""
     peak_extra_bytes: int
-    """Bound of the memory used in addition to the tensors; on a device, of pinned and of device memory separately."""
 
     @property
     def gb_per_s(self) -> float:
@@ -119,13 +123,13 @@ def save_checkpoint(
             state dict needs ``rules``, ``layout`` or ``reference``.
         layout: layout of the experts in the model or state dict: "transformers", "nemo", "gpt_oss" or "vllm". None: the
             layout of the model's own parameters.
-        reference: path of a checkpoint. Its names, and its division into files, are restored. To take grouped experts
-            of a state dict apart, pass ``rules`` too.
+        reference: path of a checkpoint. Its names, and its division into files, are restored. To split grouped
+            experts of a state dict, pass ``rules`` too.
         carry: path of the checkpoint that the model comes from. Its tensors that the model has no place for, such as
             layers for multi-token prediction and draft heads, are written byte for byte under their own names.
-            Quantized ones are decoded, unless the tensors to save are codes themselves. With a state dict, this writes
-            every tensor of that checkpoint that no tensor of the state dict comes from. So the state dict must contain
-            all names of tied tensors, not only one of them.
+            Quantized ones are decoded, unless the tensors to save are codes themselves. With a state dict, these
+            are all tensors of that checkpoint from which no tensor of the state dict is built. So the state dict must
+            contain all names of tied tensors, not only one of them.
         dtype: dtype of all floating-point tensors, except those that a transformers model keeps in float32. None: the
             dtypes that they have.
         max_shard_size: bound of the tensor data in a file, in bytes or as in "5GB". Not used with ``reference``.
@@ -151,8 +155,8 @@ def save_checkpoint(
         DestinationError: the directory holds a checkpoint already, or another process writes to it.
         WriteError: the disk is full, or the system reports another error.
         ConversionError: the system has no more memory or threads.
-        RankError: saving DTensors failed on another rank, a rank is gone, or ranks hold different tensors or different
-            bytes of a tensor that should be equal. All ranks raise the same error.
+        RankError: saving DTensors failed on another rank, a rank no longer responds, or ranks hold different tensors or
+            different bytes of a tensor that should be equal. All ranks raise the same error.
 
     Example:
         >>> import torch
@@ -219,7 +223,7 @@ def save_checkpoint(
             carried_slabs = carried.slabs(places_in(shards, carried.targets), limits)
     refuse_unlike_replicas(groups, holders, own_checksums)
     with ExitStack() as cleanup:
-        with all_or_raise(groups, "beginning to save"):
+        with all_or_raise(groups, "starting the save"):
             destination = None
             if is_first:
                 opening = open_destination(directory, shards, None, index_name=naming.index_name)
@@ -233,7 +237,7 @@ def save_checkpoint(
                     slabs += [] if file_slabs is None else [file_slabs]
                     if any(group for group, _ in slabs) or is_first:
                         write_slabs(slabs, staged_path(directory, shard.name), limits.threads, advance)
-        with all_or_raise(groups, "ending the save"):
+        with all_or_raise(groups, "finishing the save"):
             if destination is not None:
                 finish_save(destination, shards, model, naming, limits.threads if checksums else 0)
     return SaveReport(

@@ -55,7 +55,7 @@ def verify_checkpoint(
         rules: rule objects of transformers. None: the rules of the model that ``config.json`` describes. ``[]``: keep
             all names.
         layout: layout of the routed experts in the destination: "transformers", "nemo", "gpt_oss", "vllm", or
-            "per_expert". None: see above.
+            "per_expert". None: the one that the files state.
         source_layout: layout of grouped experts in the source: a layout, or "per_expert". None: the layout that the
             files state, or else the model's; see ``convert_checkpoint``.
         dtype: dtype of all floating-point tensors in the destination, except those that a transformers model keeps in

@@ -84,10 +84,14 @@ def dequantize(
         block: rows and columns of a block. Columns fill whole bytes of codes, so with 4 bits their number is even.
         start: row and column of its first block at which a matrix starts. Columns fill whole bytes here too.
 
-    Values are written 16 bytes at a time if the rows or the columns of ``dst`` have adjacent elements and start at
-    multiples of 16 bytes, codes start at multiples of 8 (4 for 2-byte values of 4-bit codes), that many columns are
-    always in one block, and, for 4 bits, the sizes of blocks are powers of two. Otherwise values are written one by
-    one. Blocks with sizes that are powers of two, or as large as the matrix, cost less than others.
+    Values are written 16 bytes at a time under four conditions, and otherwise one by one:
+
+    - The elements of each row, or of each column, of ``dst`` are adjacent, and start at a multiple of 16 bytes.
+    - Codes start at multiples of 8 bytes (4 for 2-byte values of 4-bit codes).
+    - As many columns as fit into 16 bytes of values are always in one block.
+    - For 4 bits, the sizes of blocks are powers of two.
+
+    Blocks with sizes that are powers of two, or as large as the matrix, cost less than others.
 
     Uploads one table of addresses. The memory must live until the queued work is done. The first call for each
     combination of these conditions and the dtypes compiles a kernel.

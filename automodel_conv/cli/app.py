@@ -65,14 +65,14 @@ def plan(
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of org/name.")] = None,
     explain: Annotated[
         list[str] | None,
-        typer.Option(help="Print every source of this target, with its region. May be repeated."),
+        typer.Option(help="Print every source of this target, with the elements that it fills. May be repeated."),
     ] = None,
     json: Annotated[Path | None, typer.Option(help="Write the plan to this file.")] = None,
     model: Annotated[
         bool,
         typer.Option(
             "--model/--no-model",
-            help="Plan for the model of config.json, or keep the names of the checkpoint.",
+            help="Plan for the model that config.json describes, or keep the names of the checkpoint.",
         ),
     ] = True,
     mesh: Annotated[
@@ -119,7 +119,9 @@ def load(
         typer.Option(help="Dtype of floating tensors, such as bfloat16. Default: the model's."),
     ] = None,
     device: Annotated[str, typer.Option(help="Device to load to, such as cuda:0.")] = "cpu",
-    threads: Annotated[int | None, typer.Option(min=1, help="Reader threads. Default: set for the machine.")] = None,
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="Reader threads. Default: chosen for this machine.")
+    ] = None,
     strict: Annotated[bool, typer.Option(help="Fail unless names and shapes match the model.")] = True,
     verify: Annotated[bool, typer.Option("--verify", help="Compare all tensors with their checksums first.")] = False,
     progress: ProgressOption = None,

@@ -35,7 +35,7 @@ class PeakMemory:
 
     Anonymous memory is what the process allocated. Resident memory also counts mapped files, such as the pages of a
     checkpoint that is read through mmap. A thread samples them every 3 ms, so it can miss a shorter spike of anonymous
-    or mapped memory; the kernel itself keeps the resident peak.
+    or mapped memory; the operating system records the resident peak.
 
     Attributes:
         anonymous_bytes: peak of anonymous memory; like the others, None without /proc (not on Linux).

@@ -22,7 +22,7 @@ LayoutOption = Annotated[
     typer.Option(help=f"Layout of the routed experts: {', '.join(LAYOUTS)}. Default: the model's."),
 ]
 ProgressOption = Annotated[bool | None, typer.Option(help="Show a progress bar. Default: only on a terminal.")]
-ThreadsOption = Annotated[int | None, typer.Option(min=1, help="Number of threads. Default: set for the machine.")]
+ThreadsOption = Annotated[int | None, typer.Option(min=1, help="Number of threads. Default: chosen for this machine.")]
 NewLayoutOption = Annotated[
     str | None,
     typer.Option(help=f"Layout of the routed experts: {', '.join([*LAYOUTS, PER_EXPERT])}. Default: the model's."),
@@ -45,7 +45,7 @@ DropOption = Annotated[
 ]
 ModelOption = Annotated[
     bool,
-    typer.Option("--model/--no-model", help="Use the names of the model of config.json, or those of the source."),
+    typer.Option("--model/--no-model", help="Use the names of the model in config.json, or those of the source."),
 ]
 
 

@@ -53,7 +53,7 @@ def refuse_halves(names: Sequence[str], decodes: Mapping[int, Decode], dropped: 
     halves = [parts for parts in quantized if not parts.isdisjoint(dropped) and not parts.issubset(dropped)]
     if halves:
         left = sorted({names[row] for parts in halves for row in parts.difference(dropped)})
-        text = f"{len(left)} tensors mean nothing without the tensors to drop"
+        text = f"{len(left)} tensors cannot be used without the tensors to drop"
         do = "drop codes and scales together: a pattern such as 'NAME.weight*' matches both"
         raise UnsupportedError(message(text, found="\n" + listing(left), do=do))
 

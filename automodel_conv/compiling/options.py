@@ -32,7 +32,7 @@ class PlanOptions(TypedDict, total=False):
     source_layout: str | None
     """Layout of grouped experts in the checkpoint: a layout, or "per_expert", the form in which the type is published.
     None: the layout that the files state (those written by this package do), or else the model's. It is an error if the
-    model's shapes contradict that layout or leave it open."""
+    model's shapes contradict that layout or do not determine it."""
 
     key_mapping: Mapping[str, str] | None
     """``{pattern: replacement}``, applied to names before the rules, as in ``from_pretrained``. None: no renames."""
@@ -54,7 +54,8 @@ class PlanOptions(TypedDict, total=False):
 class LoadOptions(PlanOptions, total=False):
     """Keyword arguments of ``load_state_dict`` and ``load_model``.
 
-    All keys are optional. Annotate a dict with this class to check the options of several loads:
+    All keys are optional. ``help(load_model)`` describes each of them. Annotate a dict with this class, so that a type
+    checker checks options that several loads share:
 
     Example:
         >>> from safetensors.torch import save_file
@@ -122,7 +123,7 @@ class LoadOptions(PlanOptions, total=False):
 
     memory_budget: int | None
     """Bound of all memory used in addition to the final tensors, in bytes, on the host and all devices of this rank
-    together. It lowers the defaults of ``scratch_bytes`` and ``device_scratch_bytes`` if it must. Plans, which are
+    together. It lowers the defaults of ``scratch_bytes`` and ``device_scratch_bytes`` if necessary. Plans, which are
     small, are not counted. None: no bound."""
 
     huge_pages: bool | None

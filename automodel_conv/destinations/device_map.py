@@ -151,7 +151,7 @@ def device_map_of(
     if device is not None and str(device) != default:
         found = f"device={device!r} and device_map"
         do = 'put device into the map under ""'
-        raise ConversionError(message("device and device_map exclude each other", found=found, do=do))
+        raise ConversionError(message("device and device_map cannot be combined", found=found, do=do))
     if not isinstance(device_map, Mapping):
         raise ConversionError(
             message(

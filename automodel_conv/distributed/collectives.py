@@ -31,8 +31,8 @@ def all_or_raise(groups: Sequence[Any], what: str) -> Iterator[None]:
         what: name of the block's work in error texts.
 
     Raises:
-        RankError: the block failed on other ranks, or a rank is gone. If it failed on this rank, the original error is
-            raised instead.
+        RankError: the block failed on other ranks, or a rank no longer responds. If it failed on this rank, the
+            original error is raised instead.
     """
     try:
         yield
@@ -59,7 +59,7 @@ def require_same_on_all(groups: Sequence[Any], parts: Iterable[bytes], what: str
         what: name of the compared objects in error texts.
 
     Raises:
-        RankError: the bytes differ, or a rank is gone.
+        RankError: the bytes differ, or a rank no longer responds.
     """
     hashes, lost = _exchange(groups, hashlib.blake2b(b"".join(parts), digest_size=16).hexdigest())
     if lost:
@@ -74,7 +74,7 @@ def union_over_ranks(groups: Sequence[Any], pairs: Iterable[tuple[str, str]], wh
     """Return the union of the pairs that the ranks of these groups pass; it is the same on all ranks.
 
     Raises:
-        RankError: a rank is gone.
+        RankError: a rank no longer responds.
     """
     texts, lost = _exchange(groups, json.dumps(sorted(pairs)))
     if lost:
@@ -86,7 +86,7 @@ def all_gather_bytes(groups: Sequence[Any], data: bytes, what: str) -> list[byte
     """Return the data of all ranks of these groups in the order of the ranks; it is the same on all ranks.
 
     Raises:
-        RankError: a rank is gone.
+        RankError: a rank no longer responds.
     """
     # Compressed, since it has an entry for each tensor of a model and most entries are the same.
     texts, lost = _exchange(groups, f"{rank_of_this():010} {zlib.compress(data).hex()}")
@@ -124,7 +124,7 @@ def _exchange(groups: Sequence[Any], text: str | None) -> _Exchanged:
         gathered: list[Any] = [None] * dist.get_world_size(group)
         try:
             dist.all_gather_object(gathered, known, group=group)
-        except RuntimeError as error:  # backends raise it for a rank that is gone or late
+        except RuntimeError as error:  # backends raise it for a rank that died or is late
             known.lost.append(f"rank {rank_of_this()}: {error}")
         else:
             columns = zip(*gathered, strict=True)
@@ -141,7 +141,7 @@ def send_replicas(tensors: Sequence[Tensor], parts: Sequence[Tensor]) -> None:
             part that is not contiguous is copied through a contiguous buffer.
 
     Raises:
-        RankError: another rank is gone.
+        RankError: another rank no longer responds.
     """
     for tensor, part in zip(tensors, parts, strict=True):
         buffer = part.detach().contiguous()

@@ -65,7 +65,7 @@ def find_holders(groups: Sequence[Any], tensors: Mapping[str, Tensor], regions: 
 
     Raises:
         CoverageError: the ranks do not hold all of a tensor, or divide it in different ways. Raised on all ranks.
-        RankError: a rank is gone. Raised on all ranks.
+        RankError: a rank no longer responds. Raised on all ranks.
     """
     names = sorted(tensors)
     local_parts = _parts([tensors[name] for name in names], [regions[name] for name in names])
@@ -75,7 +75,7 @@ def find_holders(groups: Sequence[Any], tensors: Mapping[str, Tensor], regions: 
     data = json.dumps([distinct, column.tobytes().hex()]).encode()
     parts: dict[_Part, int] = {}
     columns = []
-    for gathered in all_gather_bytes(groups, data, "finding the ranks that hold each part"):
+    for gathered in all_gather_bytes(groups, data, "determining which ranks hold each part"):
         rank_parts, packed = json.loads(gathered)
         ordinals = np.array([parts.setdefault(_Part(*part), len(parts)) for part in rank_parts], np.int32)
         columns.append(ordinals[np.frombuffer(bytes.fromhex(packed), np.int32)])
@@ -139,7 +139,7 @@ def refuse_unlike_replicas(groups: Sequence[Any], holders: Holders, checksums: M
         checksums: checksums of the local parts of all names in ``holders.shared``.
 
     Raises:
-        RankError: replicas differ, or a rank is gone. Raised on all ranks.
+        RankError: replicas differ, or a rank no longer responds. Raised on all ranks.
     """
     if not holders.replicas:
         return

@@ -1,1 +1,1 @@
-"""Executors: they run plans and schedules, and move the bytes between files, host memory and devices."""
+"""Executors, which run plans and schedules: loads, conversions in memory, and the writing of files."""

@@ -29,7 +29,7 @@ _MOST_THREADS = 16
 def checksums_of(checkpoint: Checkpoint, threads: int) -> dict[str, str]:
     """Return the checksum of each tensor, by name.
 
-    Files are read one after another. Each thread reads windows of 1 MiB, and at most 16 threads read.
+    Files are read one after another, 1 MiB at a time in each thread, by at most 16 threads.
 
     Raises:
         ReadError: a file cannot be read.

@@ -1,4 +1,4 @@
-"""Batches of strided copies between tensors of one device; equal copies become one launch of a kernel."""
+"""Batches of strided copies by kernels or torch, for GPUs and for conversions in memory on any device."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from automodel_conv.errors import UnsupportedError, message
 from automodel_conv.execution.buffers import strided
 from automodel_conv.execution.moves import CopyGeometry, VerbCall, choose_verb
-from automodel_conv.execution.stats import Work
+from automodel_conv.execution.stats import CopyCounts
 from automodel_conv.kernels.address_table import at_addresses
 from automodel_conv.kernels.launch import Launches, start, why_not
 from automodel_conv.kernels.strided_copy_torch import strided_copy_torch
@@ -81,7 +81,7 @@ class PlannedCopies(NamedTuple):
     """Arguments for ``start``."""
     by_torch: tuple[list[Tensor], list[Tensor]]
     """Destinations and sources, for ``strided_copy_torch``."""
-    work: Work
+    work: CopyCounts
 
 
 class CopyBatch:
@@ -95,7 +95,7 @@ class CopyBatch:
         self._kinds: dict[_CopyKind, _EqualCopies] = {}
 
     def add(self, copy: StridedCopy, sources: Sequence[Tensor], output: Tensor) -> None:
-        """Add a copy from ``sources``, which ``copy.ordinals`` are indices of, to ``output``.
+        """Add a copy from ``sources`` to ``output``; ``copy.ordinals`` are indices of ``sources``.
 
         The tensors must stay alive until the work that ``run`` queues is done.
         """
@@ -136,11 +136,11 @@ class CopyBatch:
         return PlannedCopies(
             [launches for part in parts for launches in part.launches],
             ([dst for part in parts for dst in part.by_torch[0]], [src for part in parts for src in part.by_torch[1]]),
-            sum((part.work for part in parts), Work(0, 0)),
+            sum((part.work for part in parts), CopyCounts(0, 0)),
         )
 
     @torch.no_grad()
-    def run(self, use_kernels: bool, allowed: frozenset[Variant] | None = None) -> Work:
+    def run(self, use_kernels: bool, allowed: frozenset[Variant] | None = None) -> CopyCounts:
         """Carry out all copies: queue kernels on the current stream, after one upload of their tables.
 
         Args:
@@ -168,7 +168,7 @@ def _plan(
     call = _verb_call(kind, copies) if use_kernels else None
     launches = _launches(kind, call) if call is not None else None
     if call is None or launches is None or (allowed is not None and not launches.variants <= allowed):
-        return PlannedCopies([], _views(kind.geometry.box, *copies), Work(0, count))
+        return PlannedCopies([], _views(kind.geometry.box, *copies), CopyCounts(0, count))
     places = []
     for copy, source_address, target_address in zip(*call.unpaired, strict=True):
         source, target = copies.sources[copy], copies.targets[copy]
@@ -177,7 +177,7 @@ def _plan(
         places.append((source, source_offset, target, target_offset))
     unpaired = _views(call.unpaired_geometry.box, *zip(*places, strict=True)) if places else ([], [])
     by_torch = len(np.unique(call.unpaired.copies))
-    return PlannedCopies([launches], unpaired, Work(count - by_torch, by_torch))
+    return PlannedCopies([launches], unpaired, CopyCounts(count - by_torch, by_torch))
 
 
 def _views(

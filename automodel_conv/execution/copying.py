@@ -1,4 +1,4 @@
-"""Copies between tensors in host memory; copies of equal geometry are carried out in one call."""
+"""Strided copies in host memory, for loads to the host and for files that are computed from files or host tensors."""
 
 from __future__ import annotations
 

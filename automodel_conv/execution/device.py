@@ -32,7 +32,7 @@ from automodel_conv.execution.cores import default_reader_threads
 from automodel_conv.execution.load import add_note, prepare_load, run_load
 from automodel_conv.execution.protocols import Device, Event, Stream
 from automodel_conv.execution.reading import OpenFiles, read
-from automodel_conv.execution.stats import LoadStats, Work
+from automodel_conv.execution.stats import CopyCounts, LoadStats
 from automodel_conv.execution.window_copies import WindowCopies
 from automodel_conv.execution.workers import Stopped, raise_if_stopped
 from automodel_conv.files.checkpoint import Checkpoint
@@ -211,7 +211,7 @@ class _DeviceLoad:
         self._emptied: dict[int, Event] = {}  # by window, recorded once its copies are queued
         self._compiled: Future[frozenset[Variant] | None] = Future()
         self._gap_bytes = 0
-        self._work = Work(0, 0)
+        self._work = CopyCounts(0, 0)
         self._without_kernels: str | None = None
         self._streams_done = 0  # streams that have finished without an error
 

@@ -22,7 +22,7 @@ class FileSlabs:
         targets: the targets to write. Their sources are the checkpoint's rows.
         places: output file and offset of each target; see ``slab_schedule``.
         decodes: how to decode the quantized tensors of the checkpoint, by row.
-        share: the scratch of the threads.
+        share: the scratch of each thread.
 
     Attributes:
         by_file: the slabs by the number of their output file.

@@ -49,7 +49,7 @@ def limits_in_budget(
     """Return limits under which a load allocates at most ``memory_budget`` bytes in addition to its buffers.
 
     The budget covers the host and all devices together. Limits that the caller has set stay as they are. The others
-    become smaller if they must.
+    are reduced if necessary.
 
     Args:
         memory_budget: the budget in bytes; None returns ``limits`` unchanged.
@@ -204,7 +204,7 @@ def _pinned_bytes(nbytes: int) -> int:
 
 
 def _threads(limits: Limits, devices: int) -> int:
-    """Return the number of threads of a load to ``devices`` devices; the default is at least one for each."""
+    """Return the number of threads of a load to ``devices`` devices: the caller's, or at least one for each device."""
     if limits.threads is not None:
         return limits.threads
     return max(default_reader_threads(to_device.MOST_THREADS * max(devices, 1)), devices)

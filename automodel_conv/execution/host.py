@@ -1,4 +1,4 @@
-"""The executor that loads files to host buffers; it reads each byte once, in place or through scratch."""
+"""The executor that loads files to host memory: threads read jobs in place, or into scratch and copy from there."""
 
 from __future__ import annotations
 
@@ -127,7 +127,10 @@ def bytes_of_slot(threads: int, scratch_bytes: int) -> int:
 
 
 def _most_threads(jobs: Sequence[Job], threads: int, scratch_bytes: int) -> int:
-    """Return the largest number of threads if they wait: each needs scratch, and the load must be long enough."""
+    """Return the number of threads that a load may grow to if its threads wait.
+
+    Scratch limits it. A load that is too short to gain from more threads does not grow.
+    """
     if sum(job.reads.total_bytes for job in jobs) < _ADAPTED_BYTES:
         return threads
     thread_bytes = _scratch_of_thread(jobs)

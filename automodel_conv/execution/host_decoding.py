@@ -84,7 +84,7 @@ def _grid(grid: Grid, memory: Tensor) -> Tensor:
 
 
 def _zero_points(rectangle: CodeRectangle, blocks: tuple[slice, slice], memory: Tensor) -> Tensor | None:
-    """Return the zero point of each of some blocks, 0 to 15, int32; None if the source has no zero points."""
+    """Return the zero points of a range of blocks, 0 to 15, int32 ``[rows, columns]``; None if there are none."""
     if rectangle.zero_points is None:
         return None
     rows = torch.arange(blocks[0].start, blocks[0].stop, device=memory.device) + rectangle.zero_row

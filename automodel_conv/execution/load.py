@@ -1,4 +1,4 @@
-"""The steps that loads to the host and to a device share: check buffers, run transformers' own code, report errors."""
+"""The steps around an executor that all loads share: check buffers, run transformers' own code, extend errors."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The executor of conversions in memory: it fills buffers from tensors on the same device in one batch of copies."""
+"""The executor of conversions in memory: it fills buffers from source tensors on the same device in one batch."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from automodel_conv.errors import ConversionError, message
 from automodel_conv.execution.buffers import BufferCopies, checked_buffer, dtype_of, span_bytes
 from automodel_conv.execution.copy_batch import CopyBatch, uses_kernels
 from automodel_conv.execution.fallbacks import fallback_calls, run_fallback
-from automodel_conv.execution.stats import Work
+from automodel_conv.execution.stats import CopyCounts
 from automodel_conv.planning.boxes import Box, NotAffine, Piece, chain, contiguous_strides
 from automodel_conv.planning.copies import StridedCopy, Target, group_pieces
 from automodel_conv.planning.plan import CopyPlan
@@ -25,7 +25,7 @@ _MOST_WORK = 100_000
 
 def convert_tensors(
     plan: CopyPlan, sources: Sequence[Tensor], buffers: Mapping[str, Tensor], *, backend: str = "torch"
-) -> Work:
+) -> CopyCounts:
     """Fill the buffers of all targets of a plan from source tensors.
 
     This allocates only three things: a contiguous copy of each source whose strides the copies cannot follow, the

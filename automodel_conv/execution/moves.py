@@ -23,7 +23,7 @@ class CopyGeometry(NamedTuple):
 
 
 class Addresses(NamedTuple):
-    """Places where matrices start, and the copies that they are parts of, in int64 columns ``[n]``."""
+    """Addresses at which matrices start, and the copy that each belongs to, in int64 columns ``[n]``."""
 
     copies: np.ndarray
     """Index of the copy, among those that were passed in."""
@@ -123,7 +123,7 @@ def _lanes(dims: Sequence[_Dim], counts: Iterable[int]) -> _Dim | None:
 
 
 def _spread(places: Addresses, dim: _Dim, geometry: CopyGeometry) -> Addresses:
-    """Repeat each place for each index of a dimension."""
+    """Repeat each address for each index of a dimension."""
     steps = np.array([[0], [dim.source * geometry.source_itemsize], [dim.target * geometry.target_itemsize]])
     return Addresses(*(np.stack(places)[:, :, None] + steps[:, None] * np.arange(dim.size)).reshape(3, -1))
 
@@ -131,10 +131,10 @@ def _spread(places: Addresses, dim: _Dim, geometry: CopyGeometry) -> Addresses:
 def _pair_neighbours(
     places: Addresses, addresses: np.ndarray, itemsize: int, count: int
 ) -> tuple[list[Addresses], Addresses]:
-    """Group places into sets of ``count`` neighbours, with addresses one element apart.
+    """Group addresses into sets of ``count`` neighbours, one element apart.
 
     Returns:
-        The first places of all sets, the second ones and so on; and the places that are in no set.
+        The first addresses of all sets, the second ones and so on; and the addresses that are in no set.
 
     Example:
         >>> places = Addresses(*np.array([[0, 1, 2], [0, 0, 0], [32, 4, 6]]))

@@ -1,6 +1,6 @@
-"""The creation of new memory pages: threads ask for the pages of a buffer just before they write, in the faster size.
+"""Create the pages of new host memory just before threads write to them, in the faster page size.
 
-The kernel creates the pages of new memory when they are first written to. Here the thread that is about to write asks
+Linux creates the pages of new memory when they are first written to. Here the thread that is about to write asks
 for them first, a few MiB at a time (``MADV_POPULATE_WRITE``). 512 small pages cost less in one call than in 512 page
 faults, and the time of a call shows which page size is faster (``page_policy``). Source: madvise(2).
 """
@@ -91,7 +91,7 @@ class _Span:
         return start, min(self.stop, (self.first + stop) * BLOCK_BYTES) - start
 
     def advise(self, huge: bool) -> None:
-        """Ask the kernel for one page size in the whole buffer, unless that was the last size asked for.
+        """Advise the system to use one page size in the whole buffer, unless that was the last advice.
 
         This includes pages that the buffer covers only in part. Otherwise each of them would become a mapping of its
         own between two tensors, and a process may have only some 65,000 (vm.max_map_count).

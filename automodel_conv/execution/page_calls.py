@@ -22,7 +22,7 @@ def can_advise() -> bool:
 
 
 def advise_huge_pages(address: int, nbytes: int, use: bool = True) -> bool:
-    """Ask the kernel for huge pages within ``[address, address + nbytes)``, or for none; never fail.
+    """Advise the system to use huge pages within ``[address, address + nbytes)``, or not to; never raise.
 
     Args:
         address: first address of the range.
@@ -30,8 +30,8 @@ def advise_huge_pages(address: int, nbytes: int, use: bool = True) -> bool:
         use: True asks for huge pages, False for small pages only.
 
     Returns:
-        Whether the kernel accepted the advice. False on systems other than Linux, for a range below one whole page, and
-        for a kernel without huge pages.
+        Whether the system accepted the advice. False on systems other than Linux, for a range below one whole page, and
+        for a Linux without huge pages.
     """
     start = -(-address // mmap.PAGESIZE) * mmap.PAGESIZE
     stop = (address + nbytes) // mmap.PAGESIZE * mmap.PAGESIZE

@@ -1,8 +1,8 @@
 """The policy that chooses the size of new memory pages: the size that this machine creates faster, as measured so far.
 
-Pure: bytes and seconds in, choices out. ``new_memory`` creates the pages and measures.
+The policy is pure: it sees bytes and seconds. ``new_memory`` creates the pages and measures.
 
-On most machines the kernel creates a huge page (2 MiB) 2 to 3 times faster than 512 small pages. On a virtual machine
+On most machines Linux creates a huge page (2 MiB) 2 to 3 times faster than 512 small pages. On a virtual machine
 that returns free memory to its host (free page reporting: Firecracker, Kata, balloons) a huge page is 2 to 6 times
 slower, except for blocks that were freed a moment ago. So one machine can show both speeds within a second.
 """
@@ -60,7 +60,7 @@ class PageUse(NamedTuple):
 
 
 class PagePolicy:
-    """Chooses the page sizes of one load.
+    """The choice of page sizes for one load, by measurement or fixed.
 
     The policy tries both sizes first, then stays with the faster one, and tries the slower one again now and then.
 

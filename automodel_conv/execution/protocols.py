@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 class Event(Protocol):
-    """A point in a stream."""
+    """A point in the queue of a stream."""
 
     def synchronize(self) -> None:
         """Wait until all work queued before this point is done; raise the error that the work failed with."""
@@ -45,7 +45,7 @@ class Device(Protocol):
     """A source of memory and streams; memory is freed when no tensor holds it."""
 
     def pinned(self, nbytes: int) -> Tensor:
-        """Allocate host memory that the device can read by itself, uint8 ``[nbytes]``."""
+        """Allocate pinned host memory, uint8 ``[nbytes]``."""
         ...
 
     def scratch(self, nbytes: int) -> Tensor:

@@ -52,7 +52,7 @@ class OpenFiles:
             return self._open[file]
 
     def release(self, file: int) -> None:
-        """Count a job of a file as done, and close the file after its last job."""
+        """Record that one job of a file is done, and close the file after its last job."""
         with self._lock:
             self._jobs_left[file] -= 1
             if not self._jobs_left[file]:

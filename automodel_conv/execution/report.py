@@ -23,9 +23,9 @@ class LoadReport:
     Attributes:
         missing_keys: names of targets that no source provided, except those that the model ignores or ties.
         unexpected_keys: target names that the model does not have, except those that it ignores.
-        mismatched_keys: ``(name, found shape, expected shape)`` of targets that were left unchanged.
+        mismatched_keys: ``(name, shape in the checkpoint, shape in the model)`` of targets that were left unchanged.
         duplicated_keys: ``(name, sources)`` of targets that several sources claim; the first source was used.
-        fallbacks: names of targets that transformers' own code computed, because an operation has no plan.
+        fallbacks: names of targets that transformers' own code computed, because strided copies cannot.
         bytes_read: bytes of tensor data that were read. Mapped targets are not read.
         seconds: seconds by phase: ``open``, ``plan``, ``read``.
         peak_extra_bytes: upper bound of the memory used in addition to the final buffers, in bytes: scratch on the host
@@ -33,7 +33,7 @@ class LoadReport:
             are mapped. Memory that transformers' own code allocates is not included.
         left_out: names of tensors of the checkpoint and its files that no target uses.
         unindexed: name and file of each tensor that was not read because the index does not map it to that file.
-        carried: always empty: a model has no place for other tensors.
+        carried: always empty, because a load does not carry tensors over; saves and conversions do.
         copied_by_kernels: number of copies on a device by Triton kernels.
         copied_by_torch: number of copies on a device by torch, because no kernel fits them or none can run there.
         without_kernels: the reason why no kernel can run on the device. None if kernels can run, if all bytes only

@@ -1,4 +1,4 @@
-"""The numbers that executors report: bytes, memory, threads, and copies by kernels or by torch."""
+"""Statistics that executors report: bytes, memory, threads, and copies by kernels or by torch."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ from typing import NamedTuple
 from automodel_conv.execution.page_policy import PageUse
 
 
-class Work(NamedTuple):
-    """The numbers of copies that kernels and torch executed."""
+class CopyCounts(NamedTuple):
+    """Numbers of copies that kernels and torch executed."""
 
     by_kernels: int
     """Copies that Triton kernels executed."""
     by_torch: int
     """Copies that torch executed one by one."""
 
-    def __add__(self, other: Work) -> Work:  # type: ignore[override]
-        return Work(self.by_kernels + other.by_kernels, self.by_torch + other.by_torch)
+    def __add__(self, other: CopyCounts) -> CopyCounts:  # type: ignore[override]
+        return CopyCounts(self.by_kernels + other.by_kernels, self.by_torch + other.by_torch)
 
 
 class LoadStats(NamedTuple):
@@ -30,10 +30,10 @@ class LoadStats(NamedTuple):
     """Bytes of scratch in host memory: an upper bound."""
     device_scratch_bytes: int = 0
     """Bytes of scratch on the device."""
-    work: Work = Work(0, 0)
+    work: CopyCounts = CopyCounts(0, 0)
     """Copies on a device."""
     without_kernels: str | None = None
-    """The reason why no kernel could run. None if they could, if all bytes only moved, and for loads to the host."""
+    """The reason why no kernel could run. None if one could, if no bytes had to change, and for loads to the host."""
     threads: int = 0
     """The largest number of threads that read at the same time."""
     pages: PageUse = PageUse()

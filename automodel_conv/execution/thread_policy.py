@@ -1,6 +1,6 @@
 """The policy that chooses how many threads read: more than the cores, if threads wait and more of them read faster.
 
-Threads wait for a disk or a network. Pure: bytes and seconds in, a number of threads out.
+Threads wait for a disk or a network. The policy is pure: it sees bytes and seconds, and chooses a number.
 """
 
 from __future__ import annotations

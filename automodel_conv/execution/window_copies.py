@@ -11,7 +11,7 @@ from torch import Tensor
 from automodel_conv.dtypes import itemsize
 from automodel_conv.execution.buffers import dtype_of
 from automodel_conv.execution.copy_batch import CopyBatch
-from automodel_conv.execution.stats import Work
+from automodel_conv.execution.stats import CopyCounts
 from automodel_conv.execution.window_decoding import WindowDecoder
 from automodel_conv.kernels.launch import MAX_STRIDE, Launches, start
 from automodel_conv.kernels.strided_copy_torch import strided_copy_torch
@@ -44,7 +44,7 @@ class WindowCopies:
     def variants(self, most: int) -> frozenset[Variant]:
         """Return at most ``most`` variants of kernels to compile: those that write the most bytes.
 
-        Bytes are counted only in windows with a geometry that no earlier window has.
+        Windows of equal geometry need the same variants, so the bytes of only the first of them are counted.
         """
         nbytes: Counter[frozenset[Variant]] = Counter()
         seen: set[object] = set()
@@ -63,7 +63,7 @@ class WindowCopies:
                 chosen |= variants
         return chosen
 
-    def run(self, number: int, chosen: frozenset[Variant] | None) -> Work:
+    def run(self, number: int, chosen: frozenset[Variant] | None) -> CopyCounts:
         """Queue the decoding of a full window and the copies out of it, on the current stream.
 
         Args:
@@ -81,14 +81,14 @@ class WindowCopies:
                 if decoding.variants <= chosen:
                     launches.append(decoding)
                     by_kernels.add(rectangle)
-                    work += Work(len(places), 0)
+                    work += CopyCounts(len(places), 0)
         with self._lock:  # so that only one window at a time uses scratch
             if self._decoder is not None:
                 self._decoder.compute_tables(window.scale_groups.values(), region)
                 for rectangle, places in window.rectangles.items():
                     if rectangle not in by_kernels:
                         self._decoder.decode_by_torch(rectangle, places, window.scale_groups[rectangle.kind], region)
-                        work += Work(0, len(places))
+                        work += CopyCounts(0, len(places))
             start(*launches, *copies.launches)  # one upload
             strided_copy_torch(*copies.by_torch)
         return work
@@ -98,7 +98,7 @@ class WindowCopies:
         return self._regions[number % len(self._regions)]
 
     def _decode_launches(self, number: int) -> Iterator[tuple[Rectangle, Sequence[Position], Launches]]:
-        """Return the geometries of rectangles that kernels can decode, with their places and their launches."""
+        """Return ``(geometry, positions, launches)`` of the rectangles that kernels can decode."""
         window = self._windows[number]
         for rectangle, places in window.rectangles.items():
             widest = max(rectangle.shape[1], rectangle.codes_stride, *rectangle.target_strides)
@@ -107,7 +107,7 @@ class WindowCopies:
                 yield rectangle, places, self._decoder.launches(rectangle, places, group, self._region(number))
 
     def _batch(self, number: int) -> CopyBatch:
-        """Return the copies out of a window, in an order in which copies that fill each other's gaps are adjacent."""
+        """Return the copies out of a window, ordered so that copies that fill each other's gaps are adjacent."""
         region = self._region(number)
         typed: dict[str, Tensor] = {}
         batch = CopyBatch()

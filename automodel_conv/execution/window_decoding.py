@@ -1,4 +1,4 @@
-"""Decode codes in windows of device memory: one table for all scales of a kind, one call for equal rectangles."""
+"""Decode codes in windows of device memory: one table for each group of scales, one call for equal rectangles."""
 
 from __future__ import annotations
 
@@ -141,7 +141,7 @@ class WindowDecoder:
         table: Tensor,
         shape: tuple[int, int],
     ) -> tuple[Matrices, Matrices]:
-        """Return, for each rectangle, the table rows of its blocks and the table that they are rows of.
+        """Return, for each rectangle, the table rows of its blocks and its table.
 
         Args:
             scales: index in the group of the scale of each rectangle's first block.
@@ -233,7 +233,7 @@ def _bands(group: ScaleGroup) -> Iterator[tuple[slice, slice]]:
 
 
 def _zero_points(group: ScaleGroup, window: Tensor, sources: slice, rows: slice) -> Tensor | None:
-    """Return the zero point of each of some table rows, 0 to 15, int32; None if the kind has no zero points."""
+    """Return the zero points of table rows ``rows`` of ``sources``, 0 to 15, int32 ``[n]``; None if there are none."""
     kind = group.kind
     if kind.zero_points is None or kind.grid is None:
         return None
@@ -246,7 +246,7 @@ def _zero_points(group: ScaleGroup, window: Tensor, sources: slice, rows: slice)
 
 
 def _global_scales(group: ScaleGroup, window: Tensor, sources: slice, rows: slice) -> Tensor | None:
-    """Return the global scale of the source of each of some table rows, float32; None if sources have none."""
+    """Return the global scale for each of the ``rows`` of ``sources``, float32 ``[n]``; None if sources have none."""
     if not group.kind.has_global:
         return None
     global_scales = _typed(window, group.globals_bytes, group.sources, torch.float32)[sources, None]

@@ -73,7 +73,7 @@ class ScratchSplit(NamedTuple):
 
 
 def split_scratch(threads: int | None, scratch_bytes: int, *, reads_files: bool) -> ScratchSplit:
-    """Split ``scratch_bytes`` among threads: each gets a slab, the memory of a copy, and an input if files are read.
+    """Split ``scratch_bytes`` among threads: a slab for each, memory for its copies, and an input if files are read.
 
     Args:
         threads: number of threads, or None for the number of cores, at most 16. Fewer are used if the scratch is too
@@ -104,7 +104,7 @@ def create_shard_file(shard: Shard, path: str) -> None:
     """Create an output file: write its header, and reserve the space of its data.
 
     Raises:
-        WriteError: the system refuses. A full disk is reported here already, if the file system supports it.
+        WriteError: the file cannot be created, or the disk is full. Not every file system reports a full disk here.
     """
     with write_errors(path, "a file", f"room for {shard.nbytes} bytes"):
         fd = system.create(path)
@@ -226,7 +226,7 @@ def _scratch(nbytes: int) -> Tensor:
 
 
 class HostTensorProducer:
-    """Produces slabs from tensors in host memory; bytes that only move are written straight from the tensors."""
+    """Produces slabs from tensors in host memory; unchanged bytes are written straight from the tensors."""
 
     def __init__(self, tensors: Sequence[Tensor], dtypes: Sequence[str], slab_bytes: int):
         self._tensors = tensors

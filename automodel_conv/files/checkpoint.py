@@ -49,6 +49,27 @@ _REPOSITORY = re.compile(r"[A-Za-z0-9_][\w.-]*/[A-Za-z0-9_][\w.-]*", re.ASCII)
 class Checkpoint:
     """The headers of a checkpoint as columns, with one row per tensor, sorted by file and then by offset.
 
+    Attributes:
+        path: absolute path that was opened. For a repository, the path of its local snapshot.
+        directory: absolute path of the directory of its ``config.json``.
+        files: absolute paths of the files that the index names, sorted by name, or of the single file. URLs if some
+            files of a repository are not on this machine.
+        names: name of each tensor.
+        dtypes: safetensors dtype code of each tensor, a key of ``dtypes.BITS``.
+        shapes: shape of each tensor as torch reports it. torch counts F4 values in pairs, so the last dimension of an
+            F4 tensor is half the header's.
+        file_ids: index of each tensor's file in ``files``.
+        offsets: offset in bytes of each tensor's data from the start of its file.
+        nbytes: size in bytes of each tensor's data.
+        metadata: ``__metadata__`` of all files, merged. If two files share a key, the value of the later file is kept.
+        position: row of each tensor name.
+        index_metadata: ``metadata`` of the index; None without an index.
+        layouts: expert layouts that the files and the index name, without duplicates; see ``compiling/marks.py``.
+        unindexed: name and file name of each tensor that is stored in a file to which the index does not assign it,
+            sorted by file and then by name. These tensors are not part of the checkpoint. Empty without an index.
+        is_remote: whether the data is on another machine. Such a checkpoint can be planned for, but not read.
+        sources: source of the bytes of each file. Defaults to the files on this machine.
+
     Example:
         >>> from tempfile import TemporaryDirectory
         >>> import torch
@@ -62,40 +83,21 @@ class Checkpoint:
     """
 
     path: str
-    """Absolute path that was opened. For a repository, the path of its local snapshot."""
     directory: str
-    """Absolute path of the directory of its ``config.json``."""
     files: tuple[str, ...]
-    """Absolute paths of the files that the index names, sorted by name, or of the single file. URLs if some files of a
-    repository are not on this machine."""
     names: list[str] = field(repr=False)
-    """Name of each tensor."""
     dtypes: list[str] = field(repr=False)
-    """safetensors dtype code of each tensor, a key of ``dtypes.BITS``."""
     shapes: list[tuple[int, ...]] = field(repr=False)
-    """Shape of each tensor as torch reports it. torch counts F4 values in pairs, so the last dimension of an F4 tensor
-    is half the header's."""
     file_ids: list[int] = field(repr=False)
-    """Index of each tensor's file in ``files``."""
     offsets: list[int] = field(repr=False)
-    """Offset in bytes of each tensor's data from the start of its file."""
     nbytes: list[int] = field(repr=False)
-    """Size in bytes of each tensor's data."""
     metadata: dict[str, str] = field(repr=False)
-    """``__metadata__`` of all files, merged. If two files share a key, the value of the later file is kept."""
     position: dict[str, int] = field(repr=False)
-    """Row of each tensor name."""
     index_metadata: dict[str, Any] | None = field(default=None, repr=False)
-    """``metadata`` of the index; None without an index."""
     layouts: tuple[str, ...] = field(repr=False, default=())
-    """Expert layouts that the files and the index name, without duplicates; see ``compiling/marks.py``."""
     unindexed: tuple[tuple[str, str], ...] = field(default=(), repr=False)
-    """Name and file name of each tensor that is stored in a file to which the index does not assign it, sorted by file
-    and then by name. These tensors are not part of the checkpoint. Empty without an index."""
     is_remote: bool = False
-    """Whether the data is on another machine. Such a checkpoint can be planned for, but not read."""
     sources: tuple[ByteSource, ...] = field(default=(), repr=False)
-    """Source of the bytes of each file. Defaults to the files on this machine."""
 
     def __post_init__(self) -> None:
         if not self.sources:

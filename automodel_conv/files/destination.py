@@ -186,7 +186,7 @@ def open_destination(
     Raises:
         DestinationError: the directory is a checkpoint already, another process writes to it, or it holds unfinished
             work of another description.
-        WriteError: the system refuses to write there.
+        WriteError: the directory cannot be written to.
     """
     staging = os.path.join(directory, STAGING_NAME)
     with write_errors(directory):

@@ -26,7 +26,7 @@ def disk_space_of(directory: str) -> DiskSpace:
     """Return the free space of a directory, which need not exist.
 
     Raises:
-        WriteError: the system refuses to list the directory.
+        WriteError: the directory cannot be listed.
     """
     with write_errors(directory):
         staging = os.path.join(directory, STAGING_NAME)

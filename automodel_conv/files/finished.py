@@ -31,7 +31,7 @@ def is_finished(
         checksums: whether a file of checksums must exist; its contents are not compared.
 
     Raises:
-        ReadError: the system refuses to read there.
+        ReadError: the directory or a file cannot be read.
     """
     try:
         if not system.is_directory(directory) or holds_work(directory):

@@ -1,4 +1,4 @@
-"""Read the files of a checkpoint into the system's cache while this process does other work.
+"""Read the files of a checkpoint into the page cache while this process does other work.
 
 The first plan of a process waits seconds for the import of transformers' models, while the disk is idle. No bytes are
 copied into this process: copying 1.6 GB took a second of a core, and this takes 0.04 seconds.
@@ -51,7 +51,7 @@ def reading_ahead(checkpoint: Checkpoint, share: tuple[int, int] = (0, 1)) -> It
 
 
 def read_ahead(files: Sequence[str], share: tuple[int, int], stop: threading.Event) -> int:
-    """Read files into the system's cache in order until ``stop`` is set, skipping portions that are cached already.
+    """Read files into the page cache in order until ``stop`` is set, skipping portions that are cached already.
 
     Reading ends early if the system does not report what is cached, or if half of the free memory is too small for the
     bytes that all processes have read and one more portion.

@@ -75,7 +75,7 @@ def _refuse_other_work(directory: str, earlier: Mapping[str, Any], work: Mapping
             where=os.path.join(directory, STAGING_NAME),
             expected="\n" + listing(f"{key}: {_short(was)}" for key, was, _ in differences),
             found="\n" + listing(f"{key}: {_short(now)}" for key, _, now in differences),
-            do=["finish it as it was begun", "start again with {resume=False}", "remove that folder"],
+            do=["repeat the call that began it", "start again with {resume=False}", "remove that folder"],
         )
     )
 

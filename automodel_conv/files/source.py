@@ -29,7 +29,7 @@ class OpenSource(Protocol):
         ...
 
     def descriptor(self) -> int | None:
-        """Return the descriptor of a local file, which the kernel can map or copy; None for other sources."""
+        """Return the descriptor of a local file, which the system can map or copy; None for other sources."""
         ...
 
     def close(self) -> None:

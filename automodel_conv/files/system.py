@@ -138,9 +138,9 @@ def read_text(path: str) -> str | None:
 
 
 def read_into_cache(fd: int, offset: int, nbytes: int) -> int:
-    """Read bytes of a file into the system's cache only, and wait until they are cached.
+    """Read bytes of a file into the page cache only, and wait until they are cached.
 
-    The kernel discards pages that are sent to ``/dev/null``, without copying them.
+    Linux discards pages that are sent to ``/dev/null``, without copying them.
 
     Returns:
         The number of bytes read, which may be fewer than requested; 0 at the end of the file.
@@ -189,7 +189,7 @@ def seconds_ready() -> float:
     On systems other than Linux, the time of waiting is not included.
 
     Source: Documentation/scheduler/sched-stats.rst of Linux, ``/proc/<pid>/schedstat``: nanoseconds on a core, then
-    nanoseconds of waiting for one. Both are 0 if the kernel keeps no account.
+    nanoseconds of waiting for one. Both are 0 if Linux does not keep these statistics.
     """
     text = read_text("/proc/thread-self/schedstat")
     waited = int(text.split()[1]) / 1e9 if text else 0.0
@@ -290,10 +290,10 @@ def reserve(fd: int, nbytes: int) -> None:
 
 
 def copy_range(source: int, source_offset: int, target: int, target_offset: int, nbytes: int) -> int:
-    """Copy bytes from one file to another within the kernel.
+    """Let the operating system copy bytes from one file to another.
 
     Returns:
-        The number of bytes copied, which may be fewer than requested; 0 if the kernel cannot copy between these files,
+        The number of bytes copied, which may be fewer than requested; 0 if it cannot copy between these files,
         or at the end of the source.
     """
     if not hasattr(os, "copy_file_range"):

@@ -1,6 +1,6 @@
 """Check that a plan casts only values to values.
 
-Codes mean nothing without their scales.
+Codes are not values without their scales.
 """
 
 from __future__ import annotations

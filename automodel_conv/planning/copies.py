@@ -247,7 +247,7 @@ class SourceTable:
         return cls(checkpoint.names, checkpoint.dtypes, checkpoint.shapes)
 
     def nbytes(self, row: int, numel: int | None = None) -> int:
-        """Return the bytes in which a source, or ``numel`` of its elements, is stored.
+        """Return the number of bytes that store a source, or ``numel`` of its elements.
 
         The bytes of a quantized source are those of its codes.
 

@@ -154,7 +154,7 @@ def _has_same_blocks(source: Decode, target: Decode, copies: Sequence[StridedCop
 
 
 def _is_transposed(copy: StridedCopy, source: Matrix, target: Matrix) -> bool | None:
-    """Return whether a copy transposes; None if it does not keep neighbours together, as when rows alternate.
+    """Return whether a copy transposes; None if it separates neighbours, as a copy that interleaves rows does.
 
     Args:
         source: size of the matrices in the last two dimensions of the source.

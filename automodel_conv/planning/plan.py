@@ -27,6 +27,17 @@ class CopyPlan:
 
     ``compile_plan`` returns validated plans. Plans are immutable; ``inverse``, ``then`` and ``shard`` return new ones.
 
+    Attributes:
+        sources: the tensors of the checkpoint.
+        targets: the tensors to fill, each with its copies.
+        rules: texts of the rules; each target has the row of its rule.
+        missing: names in the model that a non-strict plan does not fill, as no source provides them.
+        unexpected: names that a non-strict plan leaves out, as the model does not have them.
+        mismatched: targets that a non-strict plan leaves out: ``(name, shape in the checkpoint, shape in the model)``.
+        tied: groups of names in the model that are one tensor.
+        layout: layout of the experts in the targets, as the caller requested it; None: the model's own.
+        source_layout: layout of the experts in the sources, as the files or the caller state it; None: not stated.
+
     Example:
 
         >>> import torch
@@ -44,23 +55,14 @@ class CopyPlan:
     """
 
     sources: SourceTable
-    """The tensors of the checkpoint."""
     targets: tuple[Target, ...]
-    """The tensors to fill, each with its copies."""
     rules: tuple[str, ...] = ()
-    """Texts of the rules; each target has the row of its rule."""
     missing: tuple[str, ...] = ()
-    """Names in the model that a non-strict plan does not fill, as no source provides them."""
     unexpected: tuple[str, ...] = ()
-    """Names that a non-strict plan leaves out, as the model does not have them."""
     mismatched: tuple[tuple[str, tuple[int, ...], tuple[int, ...]], ...] = ()
-    """Targets that a non-strict plan leaves out: ``(name, found shape, expected shape)``."""
     tied: tuple[tuple[str, ...], ...] = ()
-    """Groups of names in the model that are one tensor."""
     layout: str | None = None
-    """Layout of the experts in the targets, as the caller requested it; None: the model's own."""
     source_layout: str | None = None
-    """Layout of the experts in the sources, as the files or the caller state it; None: not stated."""
 
     def target(self, name: str) -> Target:
         """Return the target with this name.

@@ -210,7 +210,7 @@ class _CodeMatcher:
                 self._report(row, f"{name} is the scale of {others}, not codes")
             elif suffix != "_scale" or weight.endswith("weight"):  # other tensors end in "_scale" too
                 wanted = " or ".join(sorted(filter(None, (part_name(weight, suffix) for suffix in code_suffixes))))
-                self._report(row, f"{name} is the scale of nothing: no tensor is named {wanted or weight}")
+                self._report(row, f"{name} is a scale without codes: no tensor is named {wanted or weight}")
 
     def _report(self, row: int, problem: str) -> None:
         self._reported.add(row)

@@ -217,7 +217,7 @@ def _projections(buffer: Buffer, value: Value, plain: str) -> Mapping[str, Value
 
 
 def _cannot_combine(names: Sequence[str], table: SourceTable, rows: Mapping[str, int]) -> UnsupportedError:
-    """Return the error for a gate and an up that one buffer should hold: one is missing, or their dtypes differ."""
+    """Return the error for gate and up of one buffer if either is missing or their dtypes differ."""
     return UnsupportedError(
         message(
             "gate and up of experts cannot be stored in one buffer",

@@ -54,7 +54,7 @@ _SENTINEL = 9_700_000
 _SENTINELS = re.compile(r"97000\d\d")
 _MOST_NUMBERS = 100
 
-# The mark of a numeric component in a template, and the end of a name in a text of many names.
+# Separators: the first replaces a numeric component in a template, the second ends a name in a text of many names.
 _NUMBER, _END = "\0", "\n"
 _NUMBERS = re.compile(r"\.(\d+)(?=[.\n])")
 
@@ -118,8 +118,8 @@ def resolve(
 def _templates(names: Sequence[str], hidden: Collection[int]) -> tuple[dict[str, _Group], list[int]]:
     """Group names by template: ``".layers\\0.w1" -> _Group([["0", "1"]], [row, row])``.
 
-    Also return the rows of names that contain one of the two marks of templates. All names are searched as one text,
-    which is several times as fast as one search for each name.
+    Also return the rows of names that contain one of the two separators. All names are searched as one text, which is
+    several times as fast as one search for each name.
     """
     rows = [row for row in range(len(names)) if row not in hidden] if hidden else list(range(len(names)))
     text = "".join([f".{names[row]}{_END}" for row in rows])
@@ -178,7 +178,7 @@ def _depends_on_length(
 
 
 def _instances(renamed: str, numbers: list[list[str]], rows: list[int]) -> list[tuple[str, list[int]]]:
-    """Return the targets of one template, each with its rows in the natural order of the numbers that it lost."""
+    """Return the targets of one template, each with its rows in natural order of the numbers that the rule removed."""
     kept = [int(sentinel) - _SENTINEL for sentinel in _SENTINELS.findall(renamed)]
     texts = _SENTINELS.split(renamed)
     lost = [i for i in range(len(numbers)) if i not in kept]
@@ -233,7 +233,7 @@ def all_targets(rules: Rules, rule: int, target: str) -> list[str]:
 
 
 def _choose(names: Sequence[str], rules: Rules, target: str, rivals: list[_Candidate]) -> tuple[Assignment, list[int]]:
-    """Return the assignment of a target and the rows that lost; the candidate with the first natural name wins."""
+    """Return the assignment of a target and the rejected rows; the candidate that is first in natural order wins."""
     is_contested = len(rivals) > 1 and (rivals[0].rule < 0 or len({rival.rule for rival in rivals}) > 1)
     if is_contested:
         rivals = sorted(rivals, key=lambda rival: min(rules.natural_key(names[row]) for row in rival.rows))

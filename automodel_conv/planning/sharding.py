@@ -21,7 +21,7 @@ from automodel_conv.planning.regions import Region, whole
 def placed(
     shape: Sequence[int], mesh_shape: Sequence[int], coordinate: Sequence[int], placements: Sequence[Any]
 ) -> Region:
-    """Return the region that the rank at ``coordinate`` of a mesh holds of a tensor with these placements.
+    """Return the region of a tensor with these placements that the rank at ``coordinate`` of a mesh holds.
 
     Placements are torch's ``Replicate``, ``Shard``, and the strided shards of FSDP2 over tensor parallelism.
 

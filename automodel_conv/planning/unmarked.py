@@ -119,10 +119,10 @@ def refuse_contradictions(table: SourceTable, shapes: Mapping[str, Shape], rules
 
 
 def refuse_grouped(plan: CopyPlan, rules: Rules) -> None:
-    """Refuse a plan back to checkpoint names that leaves grouped experts unsplit although the rules split such experts.
+    """Refuse a plan to checkpoint names that does not split grouped experts although the rules split experts.
 
-    A rule matches no tensor if there are no experts, which is fine. It also matches none if the experts have other
-    names than in the rule's model: under the prefix of a wrapper, or of a model that holds that model.
+    The rules then do not match the names of the experts. The names may have the prefix of a wrapper, or of an outer
+    model that contains the model that the rules are for.
 
     Args:
         plan: the plan that the rules produce.

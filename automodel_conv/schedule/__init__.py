@@ -1,4 +1,4 @@
-"""Schedules: which bytes are read, moved and written together (pure: integers in, integers out).
+"""Schedules: which bytes are read, copied and written together; pure functions of integers.
 
 A schedule turns the copies of a plan into units of work for ``execution/``:
 

@@ -1,7 +1,7 @@
 """Turn a copy out of a quantized source into rectangles of codes that are decoded straight into its target; pure.
 
-A move and its source go in. Rectangles come out, each with adjacent columns of one matrix, in rows that are equally far
-apart. None comes out if the strides of the move do not allow that, or if there would be too many rectangles.
+A rectangle has adjacent columns of one matrix, in rows that are equally far apart. A move becomes no rectangles if its
+strides do not allow that, or if there would be too many. Its values are then decoded into the window and copied.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
 """Cut a quantized source into slabs that fit into windows of device memory; pure.
 
-A source and the moves out of it go in. Slabs come out, each with the bytes to read, the scales they need, the
-rectangles of codes to decode, and the copies out of the window that follow. Places in a slab are relative to it, so
-that sources of equal geometry can share slabs.
+A slab lists the bytes to read, the scales that they need, the rectangles of codes to decode, and the copies out of the
+window that follow. All offsets in a slab are relative to it, so that sources of equal geometry can share slabs.
 """
 
 from __future__ import annotations
@@ -20,17 +19,17 @@ from automodel_conv.schedule.cutting import read_ranges, slabs
 from automodel_conv.schedule.jobs import ALIGN_BYTES, GAP_BYTES, Move, align_up
 
 BYTE_SCALES = 256
-"""Number of values of a scale of one byte."""
+"""Number of different scales of one byte, so also of table rows for them."""
 GLOBAL_BYTES = 4
 """Bytes of a global scale, F32."""
 ZERO_POINT_BYTES = 4
-"""Bytes of packed zero points, I32."""
+"""Bytes of an element of packed zero points, I32."""
 TABLE_ROW_BYTES = 4
 """Bytes of a table row number, I32."""
 
 
 class ScaleKind(NamedTuple):
-    """A kind of scales; all scales of one kind in a window share a lookup table."""
+    """The properties that scales must share to be in one group of a window, with one lookup table."""
 
     format: str
     """Format of the codes, one of ``CODE_BITS``."""
@@ -96,7 +95,7 @@ class Rectangle(NamedTuple):
 
 
 class Position(NamedTuple):
-    """The place of one rectangle: its codes, its scales and its values."""
+    """Where one rectangle reads its codes and scales, and where it writes its values."""
 
     target: int
     """Number of the tensor that is written; 0 for a rectangle in the window."""
@@ -105,9 +104,9 @@ class Position(NamedTuple):
     codes_bytes: int
     """Offset of the first code in the window."""
     scale: int
-    """Index of the scale of the first block, among the scales of the group."""
+    """Index of the scale of the first block, among the scales of the ``ScaleGroup``."""
     source: int
-    """Index of the source, among the sources of the group."""
+    """Index of the source, among the sources of the ``ScaleGroup``."""
 
 
 class CodeSlab(NamedTuple):
@@ -129,7 +128,7 @@ class CodeSlab(NamedTuple):
     """Number of scales in these rows of blocks."""
     kind: ScaleKind
     rectangles: tuple[tuple[Rectangle, Position], ...]
-    """Codes to decode; places of codes, scales and values in the window are relative to those of the slab."""
+    """Codes to decode; offsets of codes, scales and values count from those of the slab."""
     moves: tuple[Move, ...]
     """Copies of decoded values out of the window; empty if codes are decoded straight into the targets.
 
@@ -243,7 +242,9 @@ def _rectangle(
 
 
 def _capacity(source: CodedSource, limit: int, in_place: bool) -> int:
-    """Return how many elements fit into a window with all that they need, in whole rows of blocks if possible.
+    """Return how many elements of a source fit into a window with their scales, tables and values.
+
+    They are whole rows of blocks if possible.
 
     Raises:
         ConversionError: fewer than ``ALIGN_BYTES`` elements fit, and not the whole source.

@@ -67,13 +67,13 @@ class ScaleGroup(NamedTuple):
 
 
 class CodeWindow(NamedTuple):
-    """A window of quantized sources: its contents, the reads that fill it, the decoding and copies that empty it."""
+    """A window of quantized sources: its reads, not yet packed into chunks, and the decoding and copies after them."""
 
     reads: list[Read]
     """Reads that fill the window; their memory is its number. One read may cover several consecutive tensors."""
     groups: dict[ScaleKind, ScaleGroup]
     rectangles: dict[Rectangle, list[Position]]
-    """Codes to decode: the places of all rectangles of each geometry."""
+    """Codes to decode: the positions of all rectangles, by geometry."""
     moves: list[Move]
     """Copies of decoded values out of the window, after all rectangles are decoded."""
     nbytes: int
@@ -124,13 +124,13 @@ def code_windows(
 
 
 class _PlacedSlab(NamedTuple):
-    """A slab in a window, with the source that it is a part of."""
+    """A slab in a window, with the source that it belongs to."""
 
     slab: CodeSlab
     row: int
     decode: Decode
     moves: Sequence[Move]
-    """Moves of the source, which the targets of the slab are indices of."""
+    """Moves of the source. The ``target`` of a rectangle or move of the slab is an index of this list."""
 
 
 class _Window:

@@ -1,7 +1,7 @@
 """Cut the copies out of a source into ranges of the source that fit into memory; pure.
 
-The copies go in, as named tuples with a ``box`` and offsets. Ranges of elements come out, each with the parts of the
-copies that read it.
+``slabs`` accepts copies as named tuples with a ``box`` and offsets. It yields ranges of elements, each with the parts
+of the copies that read it.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def slabs(moves: Sequence[Cut], capacity: int) -> Iterator[tuple[int, int, list[
 
 
 class _Walk(NamedTuple):
-    """The way a move walks its source: ``size`` steps along dimension ``dim``, each ``width`` elements wide."""
+    """The steps in which a move walks its source: ``size`` steps along dimension ``dim``, ``width`` elements each."""
 
     dim: int
     size: int
@@ -94,7 +94,10 @@ def read_range(moves: Sequence[Cuttable]) -> tuple[int, int]:
 
 
 def _common_cut(moves: Sequence[Cuttable], start: int, cut: int) -> int:
-    """Return the last place <= ``cut`` where a cut splits no step of any move; <= ``start`` if no place is above it."""
+    """Return the last element <= ``cut`` at which a cut splits no step of any move.
+
+    The result is at most ``start`` if every cut above ``start`` splits a step.
+    """
     while cut > start:
         lower = min(_cut_before(move, cut) for move in moves)
         if lower == cut:
@@ -104,7 +107,7 @@ def _common_cut(moves: Sequence[Cuttable], start: int, cut: int) -> int:
 
 
 def _cut_before(move: Cuttable, cut: int) -> int:
-    """Return the last place <= ``cut`` where a cut splits no step of a move."""
+    """Return the last element <= ``cut`` at which a cut splits no step of a move."""
     _, _, stride, width, span = _walk(move.box)
     first = move.source_offset
     if cut <= first or cut >= first + span:

@@ -1,6 +1,6 @@
 """Schedule a load to a GPU: turn the copies of all targets into chunks to read and windows to empty; pure.
 
-A chunk is read into pinned memory and uploaded from there. Bytes that only move are uploaded straight to their final
+A chunk is read into pinned memory and uploaded from there. Unchanged bytes are uploaded straight to their final
 place. All other bytes are uploaded to a window of device memory, and copied or decoded from there once the window is
 full. So each byte is read and uploaded once. Chunks and windows follow the order of the files, quantized sources last.
 """
@@ -45,7 +45,7 @@ class Chunk(NamedTuple):
 
 
 class Window(NamedTuple):
-    """One filling of a region of device memory by chunks, and the decoding and copies that then empty the region.
+    """The bytes that chunks upload into one region of device memory, and the decoding and copies that empty it.
 
     A load has many windows and few regions, which the windows use in rotation. Offsets count from the start of the
     region.
@@ -59,7 +59,7 @@ class Window(NamedTuple):
     scale_groups: Mapping[ScaleKind, ScaleGroup]
     """The scales in the window, by kind; empty if no source in it is quantized."""
     rectangles: Mapping[Rectangle, Sequence[Position]]
-    """The codes in the window: the places of all rectangles of each geometry."""
+    """The codes in the window: the positions of all rectangles, by geometry."""
 
     @property
     def targets(self) -> set[int]:

@@ -1,6 +1,6 @@
 """Schedule a load to the host: turn the copies of all targets into jobs; pure.
 
-Bytes that only move are read straight into their final place. Bytes that are permuted or cast, or that several targets
+Unchanged bytes are read straight into their final place. Bytes that are permuted or cast, or that several targets
 need, are read into scratch one slab of a source at a time, and copied from there to the targets. So each byte is read
 once. Jobs can run in any order.
 """
@@ -95,7 +95,7 @@ def split_copies(
 
 
 class _Runs(NamedTuple):
-    """Runs of elements that go to targets unchanged; equal runs of one target share an entry of ``groups``."""
+    """Runs of elements that targets store unchanged; equal runs of one target share an entry of ``groups``."""
 
     rows: list[int]
     """Source row of each run."""
@@ -122,7 +122,7 @@ def _runs_and_moves(
     dtypes: Sequence[str],
     decodes: Mapping[int, Decode],
 ) -> tuple[_Runs, dict[int, list[Move]]]:
-    """Return the runs that go to targets unchanged, and by source row the moves that are no such runs."""
+    """Return the runs that targets store unchanged, and all other copies as moves, by source row."""
     in_place = _Runs([], [], [], [])
     moves: dict[int, list[Move]] = {}
     for number, (target, group) in enumerate(zip(targets, copies, strict=True)):
@@ -149,7 +149,7 @@ def _runs_and_moves(
 
 
 def _rows_read_twice(reads: Reads, rows: np.ndarray) -> list[int]:
-    """Return the source rows that overlapping reads belong to; the reads are in order."""
+    """Return the source rows of reads that overlap; the reads must be in order."""
     if not len(rows):
         return []
     stop = reads.stop_bytes
@@ -159,7 +159,7 @@ def _rows_read_twice(reads: Reads, rows: np.ndarray) -> list[int]:
 
 
 def _as_move(read: Read, row: int, checkpoint: Checkpoint) -> Move:
-    """Return the move that does through scratch what a read does in place."""
+    """Return the move through scratch that writes the same bytes as a read in place."""
     dtype = checkpoint.dtypes[row]
     size = itemsize(dtype)
     source = (read.offset_bytes - checkpoint.offsets[row]) // size

@@ -37,7 +37,7 @@ class Read(NamedTuple):
     """Offset of the first byte in the file."""
     nbytes: int
     memory: int
-    """Number of the memory that is filled. The owner of the read states what the numbers mean."""
+    """Number of the memory to fill: a target, a window, or 0 for scratch, as the owner of the read documents."""
     start_bytes: int
     """Offset in that memory of the first byte that is filled."""
 
@@ -109,7 +109,7 @@ def concatenate(parts: Iterable[Reads]) -> Reads:
 
 
 class Move(NamedTuple):
-    """One strided copy out of a source or out of scratch; offsets in elements."""
+    """One strided copy out of a source or scratch, of elements that no read can put in place; offsets in elements."""
 
     target: int
     """Number of the tensor that is written."""
@@ -128,7 +128,7 @@ class Move(NamedTuple):
 
 
 class Copies(NamedTuple):
-    """Equal copies from one memory to one tensor, with their offsets in columns; offsets in elements."""
+    """Moves of equal geometry from one memory to one tensor, with their offsets in columns, in elements."""
 
     target: int
     """Number of the tensor that is written."""

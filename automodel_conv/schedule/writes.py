@@ -1,8 +1,8 @@
 """Schedule the writing of output files: turn the copies of all targets into slabs; pure.
 
-A slab is a range of an output file; slabs can be written in any order. A slab consists either of bytes that only move,
-or of copies that permute or cast, which fill memory first. No byte is in two slabs. Every byte that a copy writes is
-in one. If the copies write only part of a target, as on one of several ranks, the bytes between are not written.
+A slab is a range of an output file; slabs can be written in any order. A slab is filled either by reads of unchanged
+bytes, or in memory by copies that permute or cast. Slabs do not overlap, and every byte that a copy writes is in one of
+them. If the copies write only part of a target, as on one of several ranks, the bytes in between are not written.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _NO_DECODES: Mapping[int, Decode] = {}
 
 
 class SourceLocations(Protocol):
-    """The dtypes and places of sources, in columns with an entry for each source row; a ``Checkpoint`` is one."""
+    """The dtype, file and offset of each source, in columns by source row; a ``Checkpoint`` is an implementation."""
 
     @property
     def dtypes(self) -> Sequence[str]:
@@ -47,7 +47,7 @@ class SourceLocations(Protocol):
 class Slab(NamedTuple):
     """A range of an output file, filled either by ``reads`` or by ``moves``; the other is empty.
 
-    Places in the slab are relative to its first byte: in bytes for reads, in elements for moves.
+    Offsets count from the first byte of the slab: in bytes for reads, in elements for moves.
     """
 
     file: int
@@ -56,7 +56,7 @@ class Slab(NamedTuple):
     """Offset of the first byte in the output file."""
     nbytes: int
     reads: list[Read]
-    """Bytes that only move; the slab is the only memory of the reads."""
+    """Reads of unchanged bytes; the slab is the only memory of the reads."""
     moves: dict[int, list[Move]]
     """Copies that permute or cast, by source row; a move's ``target`` is the index of its dtype in ``Slabs.dtypes``."""
     sparse_itemsize: int = 0
@@ -92,7 +92,7 @@ def slab_schedule(
     Args:
         targets: the tensors to write.
         copies: the copies of each target, from sources that are contiguous or have the strides they have in memory.
-        sources: the dtypes and places of the sources.
+        sources: dtype, file and offset of each source.
         places: for each target, the number of its output file and the byte of that file where its data starts. The
             byte needs no alignment.
         decodes: the ``Decode`` of each quantized source, by row.
@@ -148,8 +148,8 @@ def filled_ranges(slab: Slab) -> list[tuple[int, int]]:
 class _SwappedCopy(NamedTuple):
     """A copy with its sides swapped, so that ``slabs`` cuts it along the target.
 
-    ``source_offset`` and the source side of the box are places in the target. ``target_offset`` and the target side are
-    places in the source.
+    ``source_offset`` and the source side of the box belong to the target. ``target_offset`` and the target side belong
+    to the source.
     """
 
     row: int

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from automodel_conv.execution.copy_batch import CopyBatch
-from automodel_conv.execution.stats import Work
+from automodel_conv.execution.stats import CopyCounts
 from automodel_conv.kernels import launch
 from automodel_conv.kernels.strided_copy_torch import strided_copy_torch
 from automodel_conv.kernels.variants import Variant
@@ -74,7 +74,7 @@ def check(outputs, expected):
 def test_a_batch_is_one_upload_whatever_its_copies_are():
     batch, outputs, expected = copies()
     with mock.patch.object(launch, "upload", wraps=launch.upload) as upload:
-        assert batch.run(True) == Work(by_kernels=5, by_torch=2)
+        assert batch.run(True) == CopyCounts(by_kernels=5, by_torch=2)
     assert upload.call_count == 1
     check(outputs, expected)
 
@@ -82,7 +82,7 @@ def test_a_batch_is_one_upload_whatever_its_copies_are():
 def test_without_kernels_torch_makes_all_copies():
     batch, outputs, expected = copies()
     with mock.patch.object(launch, "upload") as upload:
-        assert batch.run(False) == Work(by_kernels=0, by_torch=7)
+        assert batch.run(False) == CopyCounts(by_kernels=0, by_torch=7)
     assert not upload.called
     check(outputs, expected)
 
@@ -91,7 +91,7 @@ def test_a_plan_writes_nothing_and_is_what_run_does():
     batch, outputs, expected = copies()
     planned = batch.plan(True)
     assert untouched(outputs)
-    assert planned.work == Work(by_kernels=5, by_torch=2)
+    assert planned.work == CopyCounts(by_kernels=5, by_torch=2)
     assert len(planned.launches) == 3
     assert [len(side) for side in planned.by_torch] == [2, 2]
     launch.start(*reversed(planned.launches))
@@ -117,7 +117,7 @@ def test_a_batch_that_has_run_is_empty():
     batch.run(True)
     for output in outputs.values():
         output.view(torch.uint8).fill_(POISON)
-    assert batch.run(True) == Work(0, 0)
+    assert batch.run(True) == CopyCounts(0, 0)
     assert untouched(outputs)
 
 
@@ -130,7 +130,7 @@ def test_copies_from_sources_of_unlike_dtypes_keep_their_places():
         [half, full],
         output,
     )
-    assert batch.run(True) == Work(by_kernels=4, by_torch=0)
+    assert batch.run(True) == CopyCounts(by_kernels=4, by_torch=0)
     want = poisoned((32,), torch.float32)
     want[0:4], want[8:12], want[16:20], want[28:32] = half[4:], full[:4], half[:4], full[4:]
     assert_bytes_equal(output, want)

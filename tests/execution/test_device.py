@@ -76,7 +76,7 @@ def test_nothing_is_allocated_for_copies_where_all_bytes_only_move(tmp_path, cal
     tensors, checkpoint, plan = moe(tmp_path)
     device = SimulatedDevice()
     stats = load(Case(checkpoint, plan, naive(plan, tensors)), device)
-    assert (device.scratch_bytes, stats.work) == (0, copy_batch.Work(0, 0))
+    assert (device.scratch_bytes, stats.work) == (0, copy_batch.CopyCounts(0, 0))
 
 
 def test_triton_is_not_asked_for_where_all_bytes_only_move_and_otherwise_not_by_the_caller(tmp_path, monkeypatch):

@@ -17,7 +17,7 @@ from automodel_conv.errors import ConversionError, UnsupportedError
 from automodel_conv.execution import copy_batch
 from automodel_conv.execution import memory as memory_executor
 from automodel_conv.execution.buffers import allocate
-from automodel_conv.execution.memory import Work, convert_tensors
+from automodel_conv.execution.memory import CopyCounts, convert_tensors
 from automodel_conv.kernels import verbs
 from automodel_conv.planning import boxes, values
 from automodel_conv.planning.boxes import NotAffine
@@ -47,7 +47,7 @@ LAYOUTS = {"rows": (), "transposed": (TRANSPOSE,), "interleaved": (INTERLEAVE, T
 
 def check_conversion(
     plan: CopyPlan, tensors: dict[str, Tensor], sources: list[Tensor], backends=BACKENDS
-) -> list[Work]:
+) -> list[CopyCounts]:
     expected, work = naive(plan, tensors), []
     for backend in backends:
         guards = {t.name: guarded(t.shape, torch_dtype(t.dtype)) for t in plan.targets}
@@ -107,7 +107,7 @@ def test_layers_of_one_geometry_are_one_launch_for_each_verb():
     with mock.patch.object(verbs, "VERBS", spied):
         (work,) = check_conversion(plan_of(sources, *targets), layers, list(layers.values()), ["triton"])
     assert sorted(launched) == [("strided_copy_launches", 12), ("transpose_launches", 24)]
-    assert work == Work(by_kernels=36, by_torch=0)
+    assert work == CopyCounts(by_kernels=36, by_torch=0)
 
 
 @needs_triton

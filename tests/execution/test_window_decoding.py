@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from automodel_conv.errors import ConversionError
-from automodel_conv.execution.stats import Work
+from automodel_conv.execution.stats import CopyCounts
 from automodel_conv.execution.window_copies import WindowCopies
 from automodel_conv.execution.window_decoding import WindowDecoder
 from automodel_conv.planning.boxes import Box
@@ -43,7 +43,7 @@ def decoded(file, decodes, moves, targets, limit, by_kernels=False):
     """Carry out all windows, with kernels wherever they can; returns the targets, and the copies that torch made."""
     windows = windows_within(file, decodes, moves, limit)
     tensors = [torch.full((4 * numel,), POISON, dtype=torch.uint8).view(torch.float32) for numel in targets]
-    work = Work(0, 0)
+    work = CopyCounts(0, 0)
     for number, window in enumerate(windows):
         region = torch.full((window.nbytes + 64,), POISON, dtype=torch.uint8)
         region = region[-region.data_ptr() % 64 :][: window.nbytes]

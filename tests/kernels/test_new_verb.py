@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from automodel_conv.execution.copy_batch import CopyBatch
-from automodel_conv.execution.stats import Work
+from automodel_conv.execution.stats import CopyCounts
 from automodel_conv.kernels import verbs
 from automodel_conv.kernels.launch import compile_ahead
 from automodel_conv.planning.boxes import Box
@@ -54,18 +54,18 @@ def test_copies_go_by_a_verb_that_was_added_and_make_the_same_bytes(table, src_d
     (variants,) = batch.variants()
     assert {variant.kernel for variant in variants} == {GATHER_TILES}
     compile_ahead(variants, output.device)
-    assert batch.run(True, variants) == Work(by_kernels=COUNT, by_torch=0)
+    assert batch.run(True, variants) == CopyCounts(by_kernels=COUNT, by_torch=0)
     assert_bytes_equal(output, expected)
 
 
 def test_without_its_line_in_the_table_torch_makes_these_copies():
     batch, output, expected = batch_of(torch.bfloat16, torch.bfloat16)
     assert not batch.variants()
-    assert batch.run(True) == Work(by_kernels=0, by_torch=COUNT)
+    assert batch.run(True) == CopyCounts(by_kernels=0, by_torch=COUNT)
     assert_bytes_equal(output, expected)
 
 
 def test_what_an_added_verb_does_not_take_is_left_to_torch(table):
     batch, output, expected = batch_of(torch.int64, torch.int64)
-    assert batch.run(True) == Work(by_kernels=0, by_torch=COUNT)
+    assert batch.run(True) == CopyCounts(by_kernels=0, by_torch=COUNT)
     assert_bytes_equal(output, expected)

@@ -187,12 +187,12 @@ WITH_ZERO_POINTS = compressed(num_bits=4, type="int", strategy="group", group_si
         (
             FP8,
             SCALED | {"b__weight_scale_inv": ("F32", (2, 2))},
-            "b.weight_scale_inv is the scale of nothing: no tensor is named b.weight",
+            "b.weight_scale_inv is a scale without codes: no tensor is named b.weight",
         ),
         (
             INT4,
             PACKED | {"b__weight_scale": ("BF16", (64, 4))},
-            "b.weight_scale is the scale of nothing: no tensor is named b.weight or b.weight_packed",
+            "b.weight_scale is a scale without codes: no tensor is named b.weight or b.weight_packed",
         ),
         (
             INT4,

@@ -142,7 +142,7 @@ class HuggingFaceReader(StorageReader):
         whole_shards: set[str] = set()
         for number, item in enumerate(plan.items):
             if item.type != LoadItemType.TENSOR:
-                raise UnsupportedError(message(f"{item.dest_index.fqn} is not a tensor", do="load it by other means"))
+                raise UnsupportedError(message(f"{item.dest_index.fqn} is not a tensor", do="load it separately"))
             name = target_names[item.storage_index.fqn]
             entry = state.get(item.dest_index.fqn)
             shard = region_of(entry) if isinstance(entry, Tensor) and is_distributed(entry) else None

@@ -137,7 +137,7 @@ class HuggingFaceWriter(StorageWriter):
         held: Counter[str] = Counter()
         for item in (item for plan in plans for item in plan.items):
             if item.tensor_data is None:
-                raise UnsupportedError(message(f"{item.index.fqn} is not a tensor", do="save it by other means"))
+                raise UnsupportedError(message(f"{item.index.fqn} is not a tensor", do="save it separately"))
             code = dtype_code(item.tensor_data.properties.dtype)
             if code is None:
                 raise UnsupportedError(message(f"{item.index.fqn} has a dtype that checkpoints cannot hold"))
@@ -157,7 +157,7 @@ class HuggingFaceWriter(StorageWriter):
         reference = None if self._reference is None else open_checkpoint(self._reference)
         left_out = not_saved(self._model, reference, [target.name for target in copies.targets])
         opening = open_destination(self._directory, shards, None, index_name=naming.index_name)
-        with at_door("beginning to save", lambda: self._given):
+        with at_door("starting the save", lambda: self._given):
             destination = self._ending.enter_context(opening)
         self._begun = _Begun(destination, shards, naming, tuple(left_out), time.perf_counter())
         with self._undo_on_error():
