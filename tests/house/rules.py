@@ -10,7 +10,7 @@ from typing import NamedTuple
 from tests.house.source_tree import Import, SourceTree, circles
 
 _ROOM = re.compile(r"`([\w.]+\.py|\w+/)`")
-_HEADER = "| storey | rooms |"
+_HEADER = "| level | components |"
 FRONT_DOORS = "front doors:"
 """What the table says of the storey of the doors begins so."""
 
@@ -81,11 +81,11 @@ def rooms_off_the_table(tree: SourceTree, storeys: Storeys) -> list[str]:
     twice = sorted({room for room in listed if listed.count(room) > 1})
     return [
         *(
-            f"{room} is not in CONTRIBUTING's storeys. do: add it where it lies"
+            f"{room} is not in CONTRIBUTING's levels. do: add it where it lies"
             for room in sorted(tree.rooms - {*listed})
         ),
-        *(f"{room} of CONTRIBUTING's storeys is not there. do: take it out" for room in sorted({*listed} - tree.rooms)),
-        *(f"{room} is twice in CONTRIBUTING's storeys. do: name it once" for room in twice),
+        *(f"{room} of CONTRIBUTING's levels is not there. do: take it out" for room in sorted({*listed} - tree.rooms)),
+        *(f"{room} is twice in CONTRIBUTING's levels. do: name it once" for room in twice),
     ]
 
 

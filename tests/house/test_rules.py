@@ -7,7 +7,7 @@ from tests.house.rules import Storeys
 from tests.house.source_tree import SourceTree
 
 TABLE = """
-| storey | rooms | what | knows |
+| level | components | what | depends on |
 |---|---|---|---|
 | 6 | `cli/` | the command line | all |
 | 5 | `__init__.py` | names | all |
@@ -143,8 +143,8 @@ def test_a_room_without_a_place_and_a_place_without_a_room_are_told(tmp_path):
     (tmp_path / "house" / "saving.py").unlink()
     absent, gone = rules.rooms_off_the_table(SourceTree(tmp_path, "house"), STOREYS)
     assert tree.room("house.attic.box") == "attic/"
-    assert absent.startswith("attic/ is not in CONTRIBUTING's storeys")
-    assert gone.startswith("saving.py of CONTRIBUTING's storeys is not there")
+    assert absent.startswith("attic/ is not in CONTRIBUTING's levels")
+    assert gone.startswith("saving.py of CONTRIBUTING's levels is not there")
     again = STOREYS._replace(levels=[*STOREYS.levels, ["files/", "attic/", "saving.py"]])
     assert [text.split(" is ")[0] for text in rules.rooms_off_the_table(tree, again)] == ["files/", "saving.py"]
 
