@@ -79,7 +79,7 @@ def is_transformers_conversion_available() -> bool:
 
 
 def requires_tensor_merging(model_type: str) -> bool:
-    """Return whether loading a model type needs more than renames.
+    """Return whether loading a model type merges, splits or otherwise converts tensors, not only renames them.
 
     The result is True if any rule of the type in the installed transformers converts tensors, or
     if ``MODELS_REQUIRING_TENSOR_MERGING`` has the type. For a composite model, such as a
@@ -134,10 +134,10 @@ def get_model_conversion_mapping(
 ) -> list:
     """Return all rules that loading a model applies, in order.
 
-    The renames of ``key_mapping`` come first. Then come the rules of the model and those of each
-    nested model, scoped to its prefix, then renames of old LayerNorm and weight-norm names, then
-    the rules of the quantizer. As in transformers, custom code has only the rules that it
-    registers.
+    The renames of ``key_mapping`` come first. The rules of the model and those of
+    each nested model, scoped to its prefix, follow, then renames of old LayerNorm and weight-norm
+    names, then the rules of the quantizer. As in transformers, a model class of custom code has
+    only the rules that the code registers.
 
     Args:
         model: a model. If torch has wrapped it, whole or in parts (``fully_shard``,
@@ -171,24 +171,25 @@ def get_combined_key_mapping(
     *,
     model: nn.Module | None = None,
 ) -> dict[str, str] | Callable[[str], str] | None:
-    """Return how checkpoint keys become model keys, with ``model_key_mapping`` winning where it matches.
+    """Return a callable or a mapping that renames checkpoint keys to model keys.
 
-    For a ``model`` that has rules, the result is a callable that renames as transformers does when
-    it loads that model: with scoped, chained, guarded and index-shifting renames, legacy names, and
-    a missing or surplus base-model prefix. It leaves keys unchanged that are keys of the model
-    already, and maps all sources of a merged tensor to its one name. Use one callable per
-    checkpoint, and pass the keys in the order of transformers (``dot_natural_key``), because a
-    guarded rename waits for its guard. A key that ``model_key_mapping`` renames skips the renames
-    of the root model; those of nested models still apply, as in AutoModel 0.7.0.
+    If ``model`` has rules, the result is a callable that renames as transformers does when it loads
+    that model: with scoped, chained, guarded and index-shifting renames, legacy names, and a
+    missing or surplus base-model prefix. It does not change keys of the model, and it maps all
+    sources of a merged tensor to the name of that tensor. A guarded rename depends on the keys
+    before it. So use one callable per checkpoint, and pass the keys in the order of transformers
+    (``dot_natural_key``). If ``model_key_mapping`` renames a key, the renames of the root model do
+    not apply to it; those of nested models still do, as in AutoModel 0.7.0.
 
-    Without such a model, the result is a mapping, never a callable: the first and third generation
-    of AutoModel read ``.items()``, and 0.7.0 refuses a callable for those models that it does not
-    pass to this function. It holds the renames registered for ``model_type``. A warning is issued
-    if first-match reading may name some keys differently than transformers does.
+    Without such a model, the result is a mapping of ``model_key_mapping`` and the renames registered
+    for ``model_type``, of which the first match applies. It is never a callable: the first and
+    third generation of AutoModel read ``.items()``, and 0.7.0 refuses a callable for a model that it
+    does not pass to this function. A warning is issued if a mapping may name some keys differently
+    than transformers does.
 
     Args:
         model_type: model type, used if there is no model with rules.
-        model_key_mapping: ``{regex: replacement}`` of the caller.
+        model_key_mapping: ``{regex: replacement}`` of the caller, which takes precedence.
         model: the model to load. If torch has wrapped it, the wrapped model is used.
 
     Returns:

@@ -167,7 +167,7 @@ def convert_checkpoint(
         progress: show a progress bar in bytes, GB/s and time left.
 
     Returns:
-        The names of the files, the tensors that were carried and left out, bytes, seconds and memory.
+        A ``ConvertReport``: names of the files, tensors that were carried and left out, bytes, seconds and memory.
 
     Raises:
         CheckpointError: the source is missing or broken. Nothing has been written.

@@ -177,7 +177,7 @@ class CoverageError(ConversionError):
 
 
 class UnsupportedError(ConversionError):
-    """Raised for an operation, layout, dtype, device or file format that this package does not support.
+    """Raised for an operation, layout, dtype, device, model or file format that this package does not support.
 
     Example:
         >>> from automodel_conv import convert_state_dict

@@ -79,7 +79,7 @@ def convert_state_dict(
             "auto": "triton" for tensors on one GPU on which Triton can run, else "torch".
 
     Returns:
-        The tensors by their names in the model: a dict with a ``report``.
+        The tensors by their names in the model: a dict with a ``report``, which lists the names that were left out.
 
     Raises:
         NameProblems: names or shapes do not fit; lists all of them.

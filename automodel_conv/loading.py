@@ -136,7 +136,7 @@ def load_model(model: nn.Module, path: str | os.PathLike[str], **options: Unpack
         **options: see ``LoadOptions``.
 
     Returns:
-        The names that did not fit, bytes, seconds and memory of the load.
+        A ``LoadReport``: the names that did not fit, bytes, seconds and memory of the load.
 
     Raises:
         CheckpointError: the checkpoint is missing or broken. No parameter has been written.

@@ -140,7 +140,7 @@ def save_checkpoint(
         progress: show a progress bar in bytes and GB/s.
 
     Returns:
-        The names of the files, the tensors that were carried and left out, bytes, seconds and memory.
+        A ``SaveReport``: names of the files, tensors that were carried and left out, bytes, seconds and memory.
 
     Raises:
         NameProblems: the tensors do not fit ``reference`` or the rules. As for all errors except WriteError, nothing

@@ -149,12 +149,10 @@ def _of_stack(name: str, stack: Tensor) -> Matrices:
 
 
 def _have_same_kind(tensors: Sequence[Tensor], addresses: np.ndarray) -> bool:
-    """Return whether all tensors are matrices of the same kind.
-
-    True is certain; unusual tensors may yield False.
+    """Return whether all tensors are matrices of the same kind; False may be wrong for unusual tensors.
 
     A layer has hundreds of tensors, and a Python call for each costs more than reading its attributes. So this compares
-    one attribute at a time, in loops that run in C and keep nothing.
+    one attribute at a time, in loops that run in C and create no lists.
     """
     first, count = tensors[0], len(tensors)
     shape, strides, index = first.shape, first.stride(), first.get_device()

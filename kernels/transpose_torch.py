@@ -152,7 +152,7 @@ def _transpose_panels(dst: Tensor, sources: Sequence[Tensor]) -> None:
 
 
 def _write_transposed(piece: Tensor, panel: Tensor) -> None:
-    """Compute ``piece.copy_(panel.t())`` for a contiguous panel, the rows of which are whole 32-bit words."""
+    """Compute ``piece.copy_(panel.t())`` for a contiguous panel with rows of whole 32-bit words."""
     words = _transposed_words(panel.view(torch.float32))
     size = panel.element_size()
     elements = piece.view(_INTEGERS[size])

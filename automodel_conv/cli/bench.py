@@ -1,4 +1,4 @@
-"""Measurements of how fast a checkpoint loads on this machine, how fast it could load, and what limits it.
+"""Measure how fast a checkpoint loads on this machine, how fast it could load, and what limits it.
 
 ``bench`` loads targets of a plan up to a number of bytes, so the checkpoint may be larger than memory. The roof is the
 time to read the same bytes, in runs of the same length, into new memory without arranging them. It is measured with
@@ -231,7 +231,7 @@ def _sample(plan: CopyPlan, most_bytes: int) -> CopyPlan:
 
 
 def _reads(plan: CopyPlan, checkpoint: Checkpoint) -> list[ReadInPlace]:
-    """Return reads of the sources of a plan in the order of the files, each to the place after the previous one."""
+    """Return reads of the sources of a plan in the order of the files, stored one after another."""
     decodes = plan.sources.decodes
     rows = {part for row in plan.used_sources for part in (row, *(decodes[row].parts if row in decodes else ()))}
     reads: list[Read] = []

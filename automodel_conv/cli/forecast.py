@@ -1,4 +1,4 @@
-"""Forecasts, from headers only, of what each rank of a mesh would hold and read in a load."""
+"""Forecasts of the bytes that each rank of a mesh would hold and read in a load, from headers only."""
 
 from __future__ import annotations
 

@@ -86,14 +86,14 @@ def compile_plan(
     Args:
         checkpoint: an opened checkpoint, or a path that ``open_checkpoint`` accepts. No weights of ``org/name`` are
             downloaded.
-        model: any module, even on the meta device. It may be wrapped by torch, whole or in parts (``torch.compile``,
-            data parallelism, activation checkpointing): names are then those of the model itself, without what
-            wrappers add. A checkpoint of a wrapped model, with ``_orig_mod`` in its names or ``module`` at the start of
-            all of them, is read as a checkpoint of the model itself. None: the model of the checkpoint's
-            ``config.json``, built on the meta device, unless ``rules`` are given. Its class is the one in
-            ``architectures`` that belongs to the config's type, or else the first that transformers has for the type:
-            image and text to text, any modality, causal language model, sequence to sequence, speech, masked language
-            model; other heads only if the type has no bare model.
+        model: any module, even on the meta device. torch may have wrapped it, whole or in parts (``torch.compile``,
+            data parallelism, activation checkpointing); names are those of the model itself, without the additions of
+            wrappers. A checkpoint of a wrapped model, with ``_orig_mod`` in its names or ``module`` at the start of all
+            of them, is read as a checkpoint of the model itself. None: the model that the checkpoint's ``config.json``
+            describes, built on the meta device, unless ``rules`` are given. Its class is the one in ``architectures``
+            that belongs to the config's type. Otherwise it is the first that transformers has for the type, in this
+            order: image and text to text, any modality, causal language model, sequence to sequence, speech, masked
+            language model, bare model, other heads.
         **options: see ``PlanOptions``.
 
     Returns:

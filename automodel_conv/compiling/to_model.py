@@ -162,7 +162,7 @@ def loading_plan(
 def shapes_to_make(
     model: nn.Module, state: Mapping[str, Tensor], layout: str | None, *, in_place: bool
 ) -> dict[str, tuple[int, ...]]:
-    """Return the name and shape of every tensor that a load produces for a model.
+    """Return the shape of every tensor that a load produces for a model, by name.
 
     Args:
         model: the model.

@@ -12,7 +12,7 @@ from automodel_conv.planning.plan import CopyPlan
 
 
 def targets_to_read(plan: CopyPlan, state: Mapping[str, Tensor], broadcast: bool) -> tuple[CopyPlan, list[str]]:
-    """Return the plan of the targets that this rank reads, and the names of targets that are sent between ranks."""
+    """Return the plan of the targets that this rank reads, and the names of targets that ranks send to each other."""
     if not broadcast:
         return plan, []
     names = [target.name for target in plan.targets if target.name in state]

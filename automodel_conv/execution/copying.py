@@ -15,7 +15,7 @@ COPY_BYTES = 4 << 20
 COPY_RATIO = 4
 """Maximum bytes that a copy allocates for itself, as a multiple of the bytes it reads.
 
-The factor is for two panels, of elements that a cast may have made twice as wide.
+The factor covers two panels, with elements that a cast may have widened to twice their size.
 """
 
 

@@ -64,5 +64,5 @@ class CudaDevice:
 
 
 def transfer_device(device: torch.device) -> Device | None:
-    """Return the device that bytes are streamed through, or None for the CPU, whose tensors are read into directly."""
+    """Return the interface through which bytes are streamed to a device; None for the CPU, which needs none."""
     return None if device.type == "cpu" else CudaDevice(device)

@@ -105,8 +105,8 @@ def _raise_if_memory_is_shared(operands: Iterable[_Operand], sources: Mapping[in
     """Raise ConversionError if a buffer shares a byte with a source or another buffer: the result would be undefined.
 
     numpy decides exactly whether two tensors have a byte in common, because views may alternate within one storage, as
-    columns of a matrix do. Pairs for which that takes more than ``_MOST_WORK`` steps pass; odd strides may cause this.
-    Tied weights pass too: two names of one tensor that are computed from the same memory in the same way.
+    columns of a matrix do. Pairs that need more than ``_MOST_WORK`` steps, as some strides do, count as not sharing
+    memory. Tied weights are accepted: two names of one tensor that are computed from the same memory in the same way.
 
     Not detected: memory that is reached under two addresses or on two devices, and elements of one buffer that overlap.
     """

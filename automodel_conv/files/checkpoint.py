@@ -121,7 +121,10 @@ def open_checkpoint(path: str | os.PathLike[str], *, revision: str | None = None
             In a directory an index takes precedence over a single file, and files that it does not name are not opened.
             If the cache holds only a part of a repository, the config and the index are downloaded and the headers are
             read by range requests.
-        revision: branch, tag or commit of a repository.
+        revision: branch, tag or commit of a repository. None: its default branch.
+
+    Returns:
+        Names, dtypes, shapes and byte offsets of all tensors, as columns.
 
     Raises:
         CheckpointError: a file is missing, unreadable or malformed, or the files contradict each other.
@@ -148,7 +151,7 @@ def open_checkpoint(path: str | os.PathLike[str], *, revision: str | None = None
 def open_downloaded(
     path: str | os.PathLike[str], *, revision: str | None = None, companions: bool = False
 ) -> Checkpoint:
-    """Open a checkpoint whose data will be read, after downloading the files of a repository that the cache lacks.
+    """Open a checkpoint to read its data; first download the files of a repository that the cache lacks.
 
     Args:
         path, revision: see ``open_checkpoint``.

@@ -36,7 +36,7 @@ def transposed_squares(model: Any, state_dict: Mapping[str, Any], rules: RuleSet
 
 
 def _is_cut(parameter: Tensor) -> bool:
-    """Return whether transformers selects the experts of this rank before it decides by shape whether to transpose."""
+    """Return whether transformers selects this rank's experts before it compares shapes to decide about a transpose."""
     if not hasattr(parameter, "placements") or parameter.shape[0] < 2:
         return False
     sharded = zip(parameter.placements, parameter.device_mesh.shape, strict=True)  # pyright: ignore[reportAttributeAccessIssue]

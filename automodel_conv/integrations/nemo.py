@@ -36,7 +36,7 @@ _replaced: list[ModuleType] = []  # NeMo AutoModel's module while it is replaced
 def install() -> None:
     """Replace NeMo AutoModel's ``conversion_mapping`` by that of this package in this process, until ``uninstall``.
 
-    Functions of it that the checkpointer has already imported are replaced too. Further calls have no effect.
+    Functions that the checkpointer has already imported from it are replaced too. Further calls have no effect.
 
     The checkpointer only looks up the outer type of a model. If experts are in an inner model, add the outer type, and
     the checkpointer converts them by the rules of the whole model::

@@ -72,7 +72,7 @@ def install(memory_map: bool = False) -> Acceleration:
             that it does not convert in any case.
 
     Returns:
-        The record of all loads from now on.
+        The record of all loads from now on. ``print`` shows which tensors of each load were converted by plan.
 
     Raises:
         UnsupportedError: transformers is missing, or its loader is not supported.
@@ -101,8 +101,8 @@ def install(memory_map: bool = False) -> Acceleration:
 def uninstall() -> None:
     """Restore the functions of transformers; do nothing if they are not replaced.
 
-    A load that has begun ends as it began. A block of ``accelerate_transformers`` that is still open has no effect any
-    more.
+    A load that has already begun still runs under the hook. An open block of ``accelerate_transformers`` no longer has
+    an effect.
 
     Example:
         >>> acceleration = install()
@@ -127,7 +127,7 @@ def accelerate_transformers(memory_map: bool = False) -> Iterator[Acceleration]:
             one after the other in the order of the parameter; see ``install``.
 
     Yields:
-        The record of all loads while the hook is in place.
+        The record of all loads in the block. ``print`` shows which tensors of each load were converted by plan.
 
     Raises:
         UnsupportedError: transformers is missing, or its loader is not supported.

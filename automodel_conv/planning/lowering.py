@@ -20,7 +20,7 @@ def needs_target_shapes(operations: Sequence[Operation], transposed: bool | None
 
 
 def lower(operations: Sequence[Operation], inputs: Mapping[str, list[Value]], context: Context) -> dict[str, Value]:
-    """Run a chain of operations on values; the result has the keys of transformers' own ``convert``.
+    """Run a chain of operations on symbolic tensors; the result has the keys of transformers' own ``convert``.
 
     Raises:
         LoweringError: the sources do not fit an operation; the message names the operation.

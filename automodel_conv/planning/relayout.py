@@ -162,7 +162,7 @@ def _lower(name: str, fill: _Fill | None, shapes: Sequence[tuple[int, ...]]) -> 
 
 
 def _compute(fill: _Fill, values: Sequence[Value]) -> Value:
-    """Return the value of the new buffer, from the values of the old ones."""
+    """Return the new buffer as a symbolic tensor, computed from the old ones."""
     sources, target = fill
     if sources[0].projections == target.projections:
         return _rearrange(values[0], sources[0].axes, target.axes, {"g": len(target.projections)})

@@ -123,7 +123,7 @@ def _distinct(shapes: list[tuple[int, ...]]) -> list[tuple[int, ...]]:
 
 
 def _with_outputs(values: Mapping[str, Value], shapes: Sequence[tuple[int, ...]]) -> Lowered:
-    """Return the outputs of a rule for sources of these shapes, from the values that its operations return."""
+    """Return the outputs of a rule for sources of these shapes, from the results of its operations."""
     outputs = []
     for key, value in values.items():
         copies = copies_of(value)

@@ -62,7 +62,7 @@ def refuse_other_layouts(problems: Problems, plan: CopyPlan, rules: Rules, model
 
 
 def refuse_unknown_layout(plan: CopyPlan, canonical: Callable[[str], Layout], gated: Callable[[str], bool]) -> None:
-    """Refuse grouped experts whose layout neither a rule nor a model nor their two weights determine.
+    """Refuse grouped experts if neither a rule, a model nor their two weights determine their layout.
 
     Args:
         canonical: returns the layout of an experts module, by its name.

@@ -1,4 +1,4 @@
-"""Values, which are descriptions of tensors, and the six functions that build all operations and layouts; pure.
+"""Symbolic tensors (``Value``), and the six functions on them that build all operations and layouts; pure.
 
 The six functions do what torch's functions of the same names do: ``reshape``, ``transpose``, ``permute``, ``narrow``,
 ``concatenate`` and ``stack``.
@@ -22,7 +22,7 @@ class LoweringError(Exception):
 
 
 class Value(NamedTuple):
-    """The description of a tensor: its shape, and the pieces that would fill it.
+    """A symbolic tensor: its shape, and the pieces that would fill it.
 
     The ``source`` of each piece is 0. Pieces read the address space of all sources, in which element n of source k is
     at ``k * SPAN + n``.
@@ -35,13 +35,13 @@ class Value(NamedTuple):
 
 
 def leaf(source: int, shape: tuple[int, ...]) -> Value:
-    """Return the value of a whole source tensor."""
+    """Return a whole source tensor as a symbolic tensor."""
     numel = prod(shape)
     return Value(shape, [Piece(0, run_of(numel), 0, 0)] if numel else [], source)
 
 
 def leaves(first: int, shapes: Sequence[tuple[int, ...]]) -> list[Value]:
-    """Return the values of whole source tensors, numbered from ``first``."""
+    """Return whole source tensors as symbolic tensors; their sources are numbered from ``first``."""
     pieces = {shape: leaf(0, shape).pieces for shape in dict.fromkeys(shapes)}
     return [Value(shape, pieces[shape], source) for source, shape in enumerate(shapes, first)]
 
@@ -97,7 +97,7 @@ def stack(values: Sequence[Value], dim: int) -> Value:
 
 
 class _Series(NamedTuple):
-    """Values that are equal except for their sources, which have numbers ``step`` apart."""
+    """Symbolic tensors that are equal except for their sources, which have numbers ``step`` apart."""
 
     first: Value
     count: int
@@ -105,7 +105,7 @@ class _Series(NamedTuple):
 
 
 def _group(values: Sequence[Value]) -> list[_Series]:
-    """Group consecutive values into as few series as possible."""
+    """Group consecutive symbolic tensors into as few series as possible."""
     grouped: list[_Series] = []
     first, count, step = values[0], 0, 0
     for value in values:
@@ -143,7 +143,7 @@ def _join(all_series: Sequence[_Series], dim: int) -> Value:
 
 
 def _end_to_end(series: _Series) -> list[Piece]:
-    """Return the pieces that write all values of a series one after the other."""
+    """Return the pieces that write all symbolic tensors of a series one after the other."""
     (shape, pieces, source), count, step = series
     pieces = [piece._replace(source_offset=piece.source_offset + source * SPAN) for piece in pieces]
     if count == 1:

@@ -151,7 +151,7 @@ def saved_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 
 def refuse_unlike_stored(tensors: Mapping[str, Tensor]) -> None:
-    """Refuse tensors whose bytes in memory are not their values.
+    """Refuse tensors that have no data, or bytes in memory that differ from their values.
 
     Raises:
         UnsupportedError: a tensor is on the meta device, or is conjugated or negated only when it is read.
