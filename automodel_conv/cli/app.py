@@ -77,10 +77,12 @@ def plan(
     ] = True,
     mesh: Annotated[
         str | None,
-        typer.Option(help="Print what each rank of a mesh of ep, fsdp and replicate would read, such as ep=64,fsdp=8."),
+        typer.Option(
+            help="Print what each rank of this mesh would read: sizes of ep, fsdp, replicate, such as ep=64,fsdp=8."
+        ),
     ] = None,
 ) -> None:
-    """Print where every byte of a checkpoint goes.
+    """Print the plan of a load: the sources, targets and bytes of each rule.
 
     Reads only headers, even for org/name.
     """

@@ -72,7 +72,7 @@ def install(memory_map: bool = False) -> Acceleration:
             that it does not convert in any case.
 
     Returns:
-        The record of all loads from now on. ``print`` shows which tensors of each load were converted by plan.
+        The record of all loads from now on. ``print`` shows what each load converted by plan, and why not the rest.
 
     Raises:
         UnsupportedError: transformers is missing, or its loader is not supported.
@@ -127,7 +127,7 @@ def accelerate_transformers(memory_map: bool = False) -> Iterator[Acceleration]:
             one after the other in the order of the parameter; see ``install``.
 
     Yields:
-        The record of all loads in the block. ``print`` shows which tensors of each load were converted by plan.
+        The record of all loads in the block. ``print`` shows what each load converted by plan, and why not the rest.
 
     Raises:
         UnsupportedError: transformers is missing, or its loader is not supported.
