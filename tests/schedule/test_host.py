@@ -28,6 +28,7 @@ def carried_out(jobs, plan, checkpoint):
     made = [bytearray(b"\xa5" * t.nbytes) for t in plan.targets]
     written, read = [set() for _ in made], {}
     for job in jobs:
+        assert len(set(job.reads.file.tolist())) == 1
         scratch = bytearray(job.scratch_bytes) if isinstance(job, ReadAndCopy) else None
         for file, offset, nbytes, memory, start in job.reads.one_by_one():
             into = made[memory] if scratch is None else scratch
