@@ -18,11 +18,7 @@ E2M1 = [0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6]
 GRID = (6, 3)
 
 
-def rectangle(
-    code_format="e4m3", dtype="F32", block=(2, 4), start=(1, 2), zero_points=False, common=None, divides=False
-):
-    bits_of = {"e4m3": 8, "e2m1": 4, "int4": 4}
-    assert code_format in bits_of
+def rectangle(code_format="e4m3", dtype="F32", block=(2, 4), start=(1, 2), zeros=False, scaled=False, divides=False):
     return CodeRectangle(
         Decode(code_format, (ROWS, COLUMNS), block, 0, divides=divides),
         dtype,
