@@ -9,7 +9,6 @@ from safetensors.torch import save_file
 
 import automodel_conv
 from automodel_conv.files import system
-from automodel_conv.files.staging import STAGING_NAME
 from automodel_conv.upstream.registry import transformers_available
 from tests.cli.support import run, value
 
@@ -36,38 +35,6 @@ def test_convert_and_back_gives_the_first_bytes_and_says_what_it_did(moe, tmp_pa
     result = run("verify", moe, back, "--no-model")
     assert result.exit_code == 0, result.output
     assert "39 tensors in 1 files" in result.stdout
-
-
-def test_a_dry_run_says_what_is_needed_and_writes_nothing(plain, no_tensor_data, tmp_path):
-    before = sorted(tmp_path.rglob("*"))
-    result = run("convert", plain, tmp_path / "new" / "er", "--no-model", "--max-shard-size", "10B", "--dry-run")
-    assert result.exit_code == 0, result.output
-    assert "reads 0.000 GB" in result.stdout
-    assert value(result.stdout, "files") == "2"
-    for label in ("reads", "writes", "needs on the disk", "free there", "left out"):
-        assert label in result.stdout
-    assert sorted(tmp_path.rglob("*")) == before
-
-
-def test_a_dry_run_fails_where_the_disk_has_no_room(plain, tmp_path, monkeypatch):
-    monkeypatch.setattr(system, "free_bytes", lambda directory: 100)
-    result = run("convert", plain, tmp_path / "new", "--no-model", "--dry-run")
-    assert result.exit_code == 1
-    assert result.stderr.startswith("error: the disk has too little room\n")
-    assert "found:    100" in result.stderr
-    assert "needs on the disk" in result.stdout
-    # What an unfinished work has taken there is free for its end, or for another one.
-    (tmp_path / "new" / STAGING_NAME).mkdir(parents=True)
-    (tmp_path / "new" / STAGING_NAME / "model.safetensors").write_bytes(bytes(5000))
-    result = run("convert", plain, tmp_path / "new", "--no-model", "--dry-run")
-    assert result.exit_code == 0, result.output
-    assert value(result.stdout, "unfinished work there") == "yes"
-
-
-def test_a_dry_run_fails_where_a_checkpoint_lies(plain):
-    result = run("convert", plain, plain, "--no-model", "--dry-run")
-    assert result.exit_code == 1
-    assert result.stderr.startswith("error: the directory holds a checkpoint already\n")
 
 
 @needs_transformers
