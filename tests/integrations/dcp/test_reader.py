@@ -10,7 +10,11 @@ pytest.importorskip("transformers", reason="the models are transformers'")
 
 from safetensors.torch import save_file
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+from torch.distributed.checkpoint.metadata import MetadataIndex
+from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, ReadItem
 
+from automodel_conv.errors import UnsupportedError
 from automodel_conv.integrations.dcp import HuggingFaceReader
 from automodel_conv.testing import POISON, assert_bytes_equal
 
@@ -37,3 +41,47 @@ def test_codes_are_not_cast_to_what_they_are_loaded_into(tmp_path, dtype):
     state["a.weight"] = torch.zeros(4, 6, dtype=dtype)
     dcp.load(state, storage_reader=HuggingFaceReader(tmp_path, rules=[]))
     assert_bytes_equal(state["a.weight"], codes)
+
+
+class Tied(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.head, self.embed = (torch.nn.Linear(3, 2, bias=False) for _ in range(2))
+        self.embed.weight = self.head.weight
+
+
+def test_metadata_has_every_name_of_the_model_and_the_dtypes_of_the_files(tmp_path):
+    save_file({"head.weight": torch.ones(2, 3, dtype=torch.bfloat16)}, tmp_path / "model.safetensors")
+    found = HuggingFaceReader(tmp_path, Tied(), rules=[]).read_metadata().state_dict_metadata
+    assert found.keys() == {"head.weight", "embed.weight"}
+    for described in found.values():
+        assert (described.size, described.properties.dtype) == ((2, 3), torch.bfloat16)
+        assert [(chunk.offsets, chunk.sizes) for chunk in described.chunks] == [((0, 0), (2, 3))]
+
+
+def test_what_no_target_takes_is_told_and_a_reset_reads_another_checkpoint(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        save_file({name: torch.ones(2), f"spare {name}": torch.ones(1)}, tmp_path / name / "model.safetensors")
+    model = torch.nn.Module()
+    model.a = torch.nn.Parameter(torch.zeros(2))
+    reader = HuggingFaceReader(tmp_path / "a", rules=[])
+    assert reader.left_out == ()
+    assert reader.read_metadata().state_dict_metadata.keys() == {"a", "spare a"}
+    reader.reset(tmp_path / "b")
+    assert reader.read_metadata().state_dict_metadata.keys() == {"b", "spare b"}
+    reader.reset()
+    assert reader.read_metadata().state_dict_metadata.keys() == {"b", "spare b"}
+
+
+def test_an_item_that_is_no_tensor_is_refused(tmp_path):
+    save_file({"a": torch.ones(2)}, tmp_path / "model.safetensors")
+    planner = DefaultLoadPlanner()
+    item = ReadItem(LoadItemType.BYTE_IO, MetadataIndex("a"), None, MetadataIndex("a"), None, None)
+    with pytest.raises(UnsupportedError, match="a is not a tensor"):
+        HuggingFaceReader(tmp_path, rules=[]).read_data(LoadPlan([item]), planner)
+
+
+def test_a_checkpoint_is_what_exists(tmp_path):
+    assert HuggingFaceReader.validate_checkpoint_id(tmp_path)
+    assert not HuggingFaceReader.validate_checkpoint_id(tmp_path / "missing")
