@@ -1,21 +1,22 @@
-# `make test` is the whole check, as CI runs it, but for what takes minutes, which is `make test-long`; `make demo` shows what
-# the package does; `make release-check` is what must hold before a release is tagged. All set themselves up.
+# `make test` runs the whole check, as CI does, except tests that take minutes: `make test-long` runs those. `make demo`
+# shows what the package does. `make release-check` runs the checks before a release is tagged. Each target sets up what
+# it needs.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 LEG := .ci/leg
-# -n 2: most tests are one core's work. Derandomised examples: a red run is red again.
+# -n 2: most tests use one core. Derandomized examples: a run that fails once fails again.
 PYTEST := $(BIN)/python -m pytest -q -n 2 --dist worksteal --hypothesis-profile=ci
 
-# Besides the transformers of requirements-dev.txt; torch stays one build.
+# Releases of transformers to test in addition to that of requirements-dev.txt, all with the same build of torch.
 OTHER_TRANSFORMERS := 5.17.0 5.12.1
-# Where the shared environment is too new for an old release: what goes beside it.
-BESIDE_5.12.1 := tokenizers==0.22.2
-# Tests of the code that asks transformers' objects. `test` runs them on every release, `test-long` all tests that import
-# transformers.
-TRANSFORMERS_TESTS := tests/upstream tests/integrations tests/doors/conversion_mapping tests/planning/test_rules.py \
-	tests/planning/test_lowering.py tests/planning/test_upstream_operations.py tests/planning/test_square.py \
-	tests/quantized/test_models.py tests/whole/test_sweep.py
+# Older packages to install with a release that the shared environment is too new for.
+EXTRA_5.12.1 := tokenizers==0.22.2
+# Tests of the code that calls transformers' objects. `test` runs them on every release; `test-long` runs all tests that
+# import transformers.
+TRANSFORMERS_TESTS := tests/upstream tests/integrations tests/doors/conversion_mapping \
+	tests/planning/test_compiler.py tests/planning/test_operations.py tests/planning/test_upstream_operations.py \
+	tests/planning/test_square.py tests/quantized/test_models.py tests/whole/test_sweep.py
 IMPORT_TRANSFORMERS = $(sort $(wildcard tests/destinations/test_*.py tests/doors/*/test_*.py) $(filter-out tests/fuzz/% \
 	tests/benchmarks/% tests/house/%,$(shell grep -rlwE --include='test_*.py' --exclude-dir=packaging 'transformers|model_zoo' tests)))
 
@@ -29,7 +30,7 @@ VERSION = $(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)
 .SECONDARY: $(OTHER_TRANSFORMERS:%=$(VENV)/transformers-%/.installed) $(VENV)/triton-3.6.0/.installed \
 	$(VENV)/nemo-0.7.0/.installed $(VENV)/atheris-3.0.0/.installed
 
-# In this order, and the first red leg ends it.
+# The legs run in this order, and the first one that fails ends the check.
 test: test-style test-main test-software-gpu test-packaging $(OTHER_TRANSFORMERS:%=test-transformers-%) test-triton-3.6.0 test-nemo-0.7.0 \
 	test-without-triton test-without-transformers test-fuzz
 
@@ -39,11 +40,12 @@ test-style: $(VENV)/installed
 test-main: $(VENV)/installed
 	@$(LEG) "tests" $(PYTEST) -m "not packaging and not long" --doctest-modules --ignore=automodel_conv/kernels automodel_conv tests
 
-# All that runs on a GPU, at the sizes that it has there; what needs more memory than there is, a real one tests.
+# All GPU code, at the sizes of a real GPU. Tests that need more memory than this machine has need a real GPU.
 test-software-gpu: $(VENV)/installed
 	@$(LEG) "software GPU" $(PYTEST) -p tests.software_gpu.plugin tests/gpu
 
-# A file to a worker, since its tests share what it built; more workers than cores, since most of them wait for pip.
+# One worker per file, because the tests of a file share what they build. More workers than cores, because most wait for
+# pip.
 test-packaging: $(OTHER_TRANSFORMERS:%=$(VENV)/transformers-%/.installed)
 	@$(LEG) "packaging" $(PYTEST) -n 4 --dist loadfile -m packaging tests/packaging
 
@@ -57,14 +59,14 @@ test-without-triton: $(VENV)/installed
 		$(addprefix tests/execution/test_,copy_batch.py device.py memory.py quantized_device.py window_copies.py window_decoding.py writing.py) \
 		tests/doors/in_memory
 
-# What a user without transformers can call, and what it says where that is not enough.
+# The functions that a user without transformers can call, and the errors if they need transformers.
 test-without-transformers: $(VENV)/installed
 	@PYTHONPATH=$(CURDIR)/tests/hide HIDDEN_PACKAGES=transformers $(LEG) "without transformers" \
 		$(PYTEST) -m "not packaging and not long" tests/cli tests/compiling tests/destinations tests/doors tests/integrations \
 		tests/quantized tests/upstream tests/whole/test_broken_checkpoints.py tests/whole/test_nothing_lost.py \
 		tests/test_examples.py tests/test_imports.py
 
-# Whole matrices, which take longer than `test`: run them before a change of what they test is merged.
+# Full test matrices, which take longer than `test`: run them before you merge a change to the code that they test.
 test-long: $(VENV)/installed $(OTHER_TRANSFORMERS:%=test-long-transformers-%)
 	@$(LEG) "long tests" $(PYTEST) -m long tests
 
@@ -97,7 +99,7 @@ format: $(VENV)/installed
 demo: $(VENV)/installed
 	$(BIN)/python -m benchmarks.demo
 
-# Cheapest first. The wheel and the source distribution are installed and tried by test-packaging, as part of test.
+# Cheapest first. test-packaging, a part of test, installs the wheel and the source distribution and tries them.
 release-check: release-tree release-notes release-audit test release-distributions
 	@echo "$(VERSION) can be tagged; what to upload is in dist/"
 
@@ -109,7 +111,7 @@ release-notes:
 	@grep -qE '^## \[$(VERSION)\] - [0-9]{4}-[0-9]{2}-[0-9]{2}$$' CHANGELOG.md || \
 		{ echo "release: CHANGELOG.md has no line '## [$(VERSION)] - YYYY-MM-DD'" >&2; exit 1; }
 
-# Known vulnerabilities of all that is pinned, as PyPI tells them.
+# Known vulnerabilities of all pinned packages, as PyPI lists them.
 release-audit: $(VENV)/release/.installed
 	$(VENV)/release/bin/pip-audit --no-deps --disable-pip --requirement requirements-dev.txt
 
@@ -122,8 +124,8 @@ clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-# Everything is pinned, so nothing is resolved twice. triton goes in alone: a torch built for CUDA asks for one exact
-# triton, and the tests want the same one everywhere.
+# All versions are pinned, so pip need not resolve them again. triton is installed separately: a torch built for CUDA
+# requires one exact triton, and the tests need the same one everywhere.
 $(VENV)/requirements: requirements-dev.txt
 	@$(LEG) "new environment" $(PYTHON) -m venv --clear $(VENV)
 	@grep -v '^triton==' $< > $(VENV)/most.txt && grep '^triton==' $< > $(VENV)/triton.txt
@@ -140,7 +142,7 @@ $(VENV)/triton-%/.installed: $(VENV)/installed
 	@$(LEG) "install triton $*" $(BIN)/python -m pip install -qq --no-deps --target $(@D) triton==$*
 	@touch $@
 
-# einops is all that it imports and this environment lacks.
+# NeMo AutoModel imports einops, the only package that this environment lacks.
 $(VENV)/nemo-%/.installed: $(VENV)/installed
 	@rm -rf $(@D)
 	@$(LEG) "install NeMo AutoModel $*" \
@@ -155,7 +157,7 @@ $(VENV)/atheris-%/.installed: $(VENV)/installed
 $(VENV)/transformers-%/.installed: $(VENV)/installed
 	@rm -rf $(@D)
 	@$(LEG) "install transformers $*" \
-		$(BIN)/python -m pip install -qq --no-deps --target $(@D) transformers==$* $(BESIDE_$*)
+		$(BIN)/python -m pip install -qq --no-deps --target $(@D) transformers==$* $(EXTRA_$*)
 	@touch $@
 
 $(VENV)/release/.installed: .ci/release-tools.txt $(VENV)/installed

@@ -25,9 +25,9 @@ from automodel_conv.errors import (
 from automodel_conv.execution.comparing import compare_file
 from automodel_conv.execution.file_slabs import FileSlabs
 from automodel_conv.execution.writing import (
-    Budget,
-    begin_shard,
-    budget,
+    ScratchSplit,
+    create_shard_file,
+    split_scratch,
     write_slabs,
 )
 from automodel_conv.files import system
@@ -72,7 +72,7 @@ class ConvertReport:
     carried: tuple[str, ...]
     """Names of the tensors of the source that the model has no place for, written unchanged."""
     left_out: tuple[str, ...]
-    """Names of the tensors of the source that nothing uses: dropped, unindexed, or scales of activations if decoded."""
+    """Names of source tensors that nothing uses: dropped, unindexed, or, if codes are decoded, activation scales."""
     unindexed: tuple[tuple[str, str], ...]
     """Name and file of each tensor that was not read because the index of the source does not map it to that file."""
     files_copied: tuple[str, ...]
@@ -147,12 +147,13 @@ def convert_checkpoint(
             rows of both gate and up, and in a transposed layout only if blocks are square. File names then begin with
             the layout, whichever it is.
         drop: tensors to leave out, by their names in the source: a pattern or several. ``*`` matches any text, ``?``
-            one character and ``[abc]`` one of these; a pattern matches whole names ("mtp.*"). Codes that stay codes and
-            their scales are dropped together or not at all, unless experts too keep their names and places.
+            one character and ``[abc]`` one of these; a pattern matches whole names ("mtp.*"). If codes are not decoded,
+            drop both codes and their scales, or neither. This does not apply to a conversion that leaves the names and
+            the layout of the experts unchanged.
         max_shard_size: bound of the tensor data in a file, in bytes or as in "5GB".
         resume: continue with the files that an earlier call finished. False: discard them.
         verify: read each file back after it is written, and compare all of it with the source. This includes files
-            that an earlier call finished without. The bytes may come from the page cache of the system.
+            that an earlier call finished without ``verify``. The bytes may come from the page cache of the system.
         checksums: write a checksum of each tensor next to the index, for ``verify=True`` of the loaders and for
             ``verify`` of the command line. This reads the files once more.
         threads: number of threads that copy and write. None: the number of cores, at most 16.
@@ -202,7 +203,7 @@ def convert_checkpoint(
             max_shard_size=max_shard_size,
         )
     checkpoint, shards = conversion.checkpoint, conversion.shards
-    limits = budget(threads, DEFAULT_SCRATCH_BYTES if scratch_bytes is None else scratch_bytes, reads_files=True)
+    limits = split_scratch(threads, DEFAULT_SCRATCH_BYTES if scratch_bytes is None else scratch_bytes, reads_files=True)
     directory = os.path.abspath(os.fsdecode(destination))
     state = _identities(checkpoint)
     config = plain_config(checkpoint.directory) if dequantize else None
@@ -247,7 +248,7 @@ def convert_checkpoint(
                 to_write, to_verify = shard.name in unfinished, verify and shard.name not in place.verified
                 if to_write:
                     path = place.path(shard.name)
-                    begin_shard(shard, path)
+                    create_shard_file(shard, path)
                     with file_slabs.opened(file) as slabs:
                         write_slabs([slabs], path, limits.threads, advance)
                 if to_verify:
@@ -327,7 +328,7 @@ def _companions(checkpoint: Checkpoint, destination: str, dequantize: bool) -> t
 
 
 def _compare_finished(
-    conversion: Conversion, directory: str, file_slabs: FileSlabs, limits: Budget, progress: bool
+    conversion: Conversion, directory: str, file_slabs: FileSlabs, limits: ScratchSplit, progress: bool
 ) -> None:
     """Compare the files in a directory with those that the conversion produces.
 

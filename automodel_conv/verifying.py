@@ -19,7 +19,7 @@ from automodel_conv.errors import (
 from automodel_conv.execution.comparing import compare_file
 from automodel_conv.execution.file_slabs import FileSlabs
 from automodel_conv.execution.writing import (
-    budget,
+    split_scratch,
 )
 from automodel_conv.files.checkpoint import Checkpoint, open_downloaded, rows_by_file
 from automodel_conv.files.shards import Shard, Spec
@@ -105,7 +105,7 @@ def verify_checkpoint(
     )
     plan = conversion.plan
     _compare_headers(plan, other)
-    limits = budget(threads, DEFAULT_SCRATCH_BYTES if scratch_bytes is None else scratch_bytes, reads_files=True)
+    limits = split_scratch(threads, DEFAULT_SCRATCH_BYTES if scratch_bytes is None else scratch_bytes, reads_files=True)
     target_rows = [other.position[target.name] for target in plan.targets]
     places = [(other.file_ids[row], other.offsets[row]) for row in target_rows]
     file_slabs = FileSlabs(checkpoint, plan.targets, places, plan.sources.decodes, limits)

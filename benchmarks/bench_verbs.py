@@ -1,9 +1,9 @@
-"""Every verb and its twin: ``pytest benchmarks/ --benchmark-only``.
+"""Benchmark every verb and its twin: ``pytest benchmarks/ --benchmark-only``.
 
-On a GPU both are measured, elsewhere only the twins: kernels would run in Triton's interpreter, whose times mean
-nothing. ``extra_info`` has the bytes moved (read and written), their rate, and that of ``copy_`` of as many bytes on
-the same device in the same run. What is measured gave the right bytes before. On a CPU all of torch's threads work;
-the loader's own threads have one each, which ``OMP_NUM_THREADS=1`` shows.
+A GPU runs both. Without one, only the twins run: kernels would run in Triton's interpreter, where times are
+meaningless. ``extra_info`` has the bytes moved (read and written), their rate, and the rate of ``copy_`` for the same
+number of bytes on the same device in the same run. Results are verified before they are timed. On a CPU all of torch's
+threads work. The loader's own threads have one each, which ``OMP_NUM_THREADS=1`` reproduces.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from benchmarks.operations import OPERATIONS, Experts, synchronize
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 WAYS = ("kernel", "twin") if DEVICE.type == "cuda" else ("twin",)
-# Experts of Qwen3-30B-A3B; on a GPU a whole layer of them, to be far larger than its cache.
+# Experts of Qwen3-30B-A3B. A GPU gets a whole layer, which is far larger than its cache.
 SIZE = Experts("Qwen3-30B-A3B", 128 if DEVICE.type == "cuda" else 12, 768, 2048)
 ROUNDS = 20 if DEVICE.type == "cuda" else 7
 
@@ -35,7 +35,7 @@ DTYPES = {
 
 @functools.cache
 def copy_gb_per_s(bytes_moved: int) -> float:
-    """``copy_`` of half as many bytes, each of which is read and written."""
+    """Return the rate of ``copy_`` for half of the bytes, each of which is read and written."""
     src = torch.randint(0, 256, (bytes_moved // 2,), dtype=torch.uint8, device=DEVICE)
     dst = torch.empty_like(src)
     seconds = []
@@ -56,8 +56,8 @@ def bench_verb(benchmark, operation, dtypes, way):
     run = getattr(case, way)
     case.verify(f"{operation}, {dtypes}, {way}", run)
 
-    # A call returns when its work is queued: without the wait that follows it, queueing would be measured. The wait in
-    # front of the first round is that of the verification; the warm-up rounds run with the memory as it then stays.
+    # A call returns when its work is queued, so the wait after it is part of the measurement. The verification waits
+    # before the first round. The warm-up rounds leave memory in the state that the measured rounds see.
     def call() -> None:
         run()
         synchronize(DEVICE)

@@ -1,13 +1,13 @@
-"""The worth of each choice of the loader: the same load with it, without it, or with another number.
+"""The value of each choice of the loader: the same load with it, without it, or with another number.
 
     python -m benchmarks.choices [--group NAME ...] [--layers N] [--size full|small] [--repetitions N]
                                  [--directory DIR] [--json FILE]
     python -m benchmarks.choices --from FILE           the table of docs/performance.md from that JSON
 
-Checkpoint, processes, warming up and timing are those of ``python -m benchmarks.peers`` with memory made ready, where
-huge pages are the faster ones on most machines; only the loader asks for them. A choice is changed by replacing a
-function or a number within the process that loads: only the size of pages is a setting too (``huge_pages=``). A
-difference within the spread is none.
+Checkpoint, processes, warm-up and timing are those of ``python -m benchmarks.peers`` with memory made ready. In this
+state huge pages are the faster ones on most machines; only the loader requests them. A choice is changed by replacing a
+function or a number within the process that loads. Only the size of pages is also a setting (``huge_pages=``). A
+difference within the spread does not count.
 """
 
 from __future__ import annotations
@@ -39,7 +39,10 @@ _TITLES = ("seconds", "times as it is", "s of CPU", "page faults", "allocated")
 
 
 class Group(NamedTuple):
-    """The ways of one kind of load; the first is how it is."""
+    """The variants of one kind of load.
+
+    The first is the loader as it is.
+    """
 
     layout: str
     cache: str
@@ -56,7 +59,7 @@ def _each_tensor_alone() -> None:
 
 def _pages(huge: bool, *, made_before: bool = True) -> Callable[[], None]:
     def change() -> None:
-        # This size, whatever the load says: it asks for huge pages where the system cannot make them.
+        # Fix this size, regardless of the load: it requests huge pages even if the system cannot provide them.
         host_loads.NewMemory = lambda tensors, _: new_memory.NewMemory(tensors, huge)  # type: ignore[assignment,misc]
         if not made_before:
             page_calls.populate_pages = lambda address, nbytes: False
@@ -65,18 +68,18 @@ def _pages(huge: bool, *, made_before: bool = True) -> Callable[[], None]:
 
 
 def _all_pages_first() -> None:
-    def made(tensors: Sequence[torch.Tensor], huge_pages: bool | None) -> new_memory.NewMemory:
+    def populated(tensors: Sequence[torch.Tensor], huge_pages: bool | None) -> new_memory.NewMemory:
         memory = new_memory.NewMemory(tensors, huge_pages)
         memory.populate_all(measure.cores())
         return memory
 
-    host_loads.NewMemory = made  # type: ignore[assignment,misc]
+    host_loads.NewMemory = populated  # type: ignore[assignment,misc]
 
 
 def _plain_copy() -> None:
     def copy(dst: Sequence[torch.Tensor], src: Sequence[torch.Tensor]) -> None:
-        for to, of in zip(dst, src, strict=True):
-            to.copy_(of)
+        for target, source in zip(dst, src, strict=True):
+            target.copy_(source)
 
     copying.strided_copy_torch = copy
 
@@ -100,7 +103,7 @@ def _nothing() -> None:
 
 
 def _jobs_of(*mib: int) -> dict[str, Callable[[], None]]:
-    return {f"jobs of at most {n} MiB": _put(host_schedule, "portion", lambda *_, n=n: n << 20) for n in mib}
+    return {f"jobs of at most {n} MiB": _put(host_schedule, "bytes_per_job", lambda *_, n=n: n << 20) for n in mib}
 
 
 GROUPS: Mapping[str, Group] = {
@@ -128,8 +131,8 @@ GROUPS: Mapping[str, Group] = {
             "copy_ of torch from scratch": _plain_copy,
             "slabs of at most 1 MiB": _put(host_schedule, "_SLAB_BYTES", 1 << 20),
             "slabs of at most 32 MiB": _put(host_schedule, "_SLAB_BYTES", 32 << 20),
-            "panels of at most 128 rows": _put(transpose_torch, "_MOST_ROWS", 128),
-            "panels of at most 512 rows": _put(transpose_torch, "_MOST_ROWS", 512),
+            "panels of at most 128 rows": _put(transpose_torch, "_MAX_ROWS", 128),
+            "panels of at most 512 rows": _put(transpose_torch, "_MAX_ROWS", 512),
         },
     ),
     "cold": Group(
@@ -146,13 +149,13 @@ GROUPS: Mapping[str, Group] = {
 
 
 def run(names: Sequence[str], layers: int | None, repetitions: int, directory: str | None) -> dict[str, Any]:
-    """All runs, by group and way.
+    """Return all runs, by group and variant.
 
     Args:
-        layers: of the experts of Qwen3-30B-A3B; a tiny checkpoint if not given.
+        layers: number of layers of the experts of Qwen3-30B-A3B; None for a tiny checkpoint.
 
     Raises:
-        RuntimeError: two ways do not make the same tensors, or a run failed.
+        RuntimeError: two variants do not produce the same tensors, or a run failed.
     """
     shape = SMALL if layers is None else qwen3_30b(layers)
     with tempfile.TemporaryDirectory(prefix="benchmark-choices-", dir=directory) as root:
@@ -165,25 +168,28 @@ def run(names: Sequence[str], layers: int | None, repetitions: int, directory: s
                 where = {"group": name, "way": way, "big": big, "warm_up": warm_up}
                 commands[f"{name}: {way}"] = ["-m", "benchmarks.choices", "--worker", json.dumps(where)]
                 settings[f"{name}: {way}"] = variables(GROUPS[name].cache, huge_pages=False)
-        found = measure.run_interleaved(commands, repetitions, lambda: None, settings)
+        results = measure.run_interleaved(commands, repetitions, lambda: None, settings)
         nbytes = measure.file_bytes(big)
     rows = []
     for name in names:
-        runs = {way: [one["loads"][0] for one in found[f"{name}: {way}"]] for way in GROUPS[name].ways}
-        measure.check_digests({way: each[0]["digest"] for way, each in runs.items()})
-        rows += [{"group": name, "way": way, "runs": each} for way, each in runs.items()]
+        runs = {way: [one["loads"][0] for one in results[f"{name}: {way}"]] for way in GROUPS[name].ways}
+        measure.check_digests({way: way_runs[0]["digest"] for way, way_runs in runs.items()})
+        rows += [{"group": name, "way": way, "runs": way_runs} for way, way_runs in runs.items()]
     return {"shape": shape.name, "file_bytes": nbytes, "threads": measure.cores(), "rows": rows}
 
 
 def load(group: str, way: str, big: str, warm_up: str, repetition: int) -> list[dict[str, Any]]:
-    """In a process of its own: the change, and then a load."""
+    """Apply the change in this process, and then load."""
     GROUPS[group].ways[way]()
     job = Job("ours", [(big, measure.cores())], warm_up, GROUPS[group].layout, GROUPS[group].cache)
     return work(job, repetition)
 
 
 def cells(result: Mapping[str, Any]) -> list[list[str]]:
-    """The table, a line of cells for each way; a heading is alone."""
+    """Return the table as lists of cells, one for each variant.
+
+    A heading is a list of one cell.
+    """
     lines: list[list[str]] = []
     for row in result["rows"]:
         if row["way"] == AS_IT_IS:
@@ -215,7 +221,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--group", action="append", choices=GROUPS, help="default: all")
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--size", choices=("full", "small"), default="full")
-    parser.add_argument("--from", dest="source", metavar="FILE", help="print the table of such a file in Markdown")
+    parser.add_argument("--from", dest="source", metavar="FILE", help="print the table of a result file in Markdown")
     options.add_worker(parser)
     given = parser.parse_args(arguments)
     if given.worker:

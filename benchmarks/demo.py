@@ -1,4 +1,4 @@
-"""``python -m benchmarks.demo``, which ``make demo`` runs: the demo of the command line."""
+"""Run the demo of the command line: ``python -m benchmarks.demo``, which ``make demo`` calls."""
 
 import sys
 

@@ -1,38 +1,39 @@
-"""Quantized weights to bfloat16 on the CPU: seconds, GB/s of output and peak memory, ours and its peers.
+"""Benchmark quantized weights to bfloat16 on the CPU: seconds, GB/s of output and peak memory, against peers.
 
     python -m benchmarks.dequant [--smoke] [--repetitions N] [--layer-repetitions N] [--threads N]
                                  [--method NAME ...] [--directory DIR] [--json FILE] [--table FILE]
 
 One matrix of an expert of DeepSeek-V3, [2048, 7168], in memory:
 
-fp8         e4m3, a float32 scale for each 128 x 128.
-mxfp4       e2m1, two codes to a byte, an e8m0 scale for each 32 of a row.
-int4        eight codes to an int32, a bfloat16 scale for each 32 of a row.
+fp8         e4m3, a float32 scale per block of 128 x 128.
+mxfp4       e2m1, two codes per byte, an e8m0 scale per 32 codes of a row.
+int4        eight codes per int32, a bfloat16 scale per 32 codes of a row.
 
-ours                    ``code_table`` and ``dequantize_torch``, which lets torch use its threads.
-ours, worker threads    the same on as many bands of rows at once, each by one thread, which is how a load works.
+ours                    ``code_table`` and ``dequantize_torch``, with torch's own threads.
+ours, worker threads    the same on several bands of rows at once, one thread each, as in a load.
 transformers            ``Fp8Dequantize._dequantize_one``.
 dcp                     ``QuantizedHuggingFaceStorageReader._dequantize_tensor``.
-nemo                    NeMo AutoModel's ``_dequantize_with_torch``; left out where it is not installed.
-compressed-tensors      ``PackedQuantizationCompressor.decompress``; likewise.
-plain torch             float32 times scales that ``repeat_interleave`` has spread.
+nemo                    NeMo AutoModel's ``_dequantize_with_torch``; left out if it is not installed.
+compressed-tensors      ``PackedQuantizationCompressor.decompress``; left out if it is not installed.
+plain torch             float32 times scales that ``repeat_interleave`` has expanded.
 
 A layer of 32 such experts (1.4 GB of FP8 in a tensor per expert and projection, 2.8 GB of bfloat16), from files in the
-page cache; grouped to ``[E, 2I, H]`` and ``[E, H, I]``:
+page cache, grouped to ``[E, 2I, H]`` and ``[E, H, I]``:
 
 ours                    ``load_state_dict``.
-transformers            ``AutoModelForCausalLM.from_pretrained``, which dequantizes FP8 where there is no GPU.
-dcp                     ``QuantizedHuggingFaceStorageReader`` into tensors per expert, as ``torch.empty`` makes them: it
-                        does not group.
+transformers            ``AutoModelForCausalLM.from_pretrained``, which dequantizes FP8 if there is no GPU.
+dcp                     ``QuantizedHuggingFaceStorageReader`` into tensors per expert, allocated with ``torch.empty``:
+                        it does not group.
 
-Every run is a process of its own. A matrix is dequantized once before the timing and then several times, of which the
-median counts; each time into new memory, tables included. A layer is loaded once, after a tiny one and after memory was
-touched and given back, see ``benchmarks.peers``. Memory is the peak of anonymous memory above the level at the start
-of the timing. All use the same number of threads, as far as they let one choose.
+Every run is a process of its own. A matrix is dequantized once before the timing and then several times; the median
+counts. Each time uses new memory, tables included. A layer is loaded once, after a tiny one and after memory was
+touched and freed, see ``benchmarks.peers``. Memory is the peak of anonymous memory above the level at the start of the
+timing. All use the same number of threads if it can be set.
 
-Peers round twice, to float32 and then to bfloat16, where ours rounds once, so their bytes may differ. In the first
-round each run also counts the elements that differ from ours, and takes the digest of ours. No number is printed if
-these digests differ, if more than one element in 10,000 does, or if any does by more than one unit in the last place.
+Peers round twice, to float32 and then to bfloat16. This package rounds once, so the bytes may differ. In the first
+round each run also counts the elements that differ from ours, and computes the digest of ours. No figure is printed if
+these digests differ, if more than one element in 10,000 differs, or if any differs by more than one unit in the last
+place.
 """
 
 from __future__ import annotations
@@ -79,7 +80,7 @@ _COMPRESSED = "compressed_tensors"
 
 
 def expert_shape(experts: int, hidden: int, intermediate: int) -> Shape:
-    """A layer of which only the experts count."""
+    """Return a layer in which only the experts count."""
     sizes = {"num_experts": experts, "hidden_size": hidden, "moe_intermediate_size": intermediate}
     return Shape(
         f"a layer of {experts} experts, hidden {hidden}, intermediate {intermediate}",
@@ -107,7 +108,7 @@ class Matrix(NamedTuple):
 
 
 def matrix(case: str, shape: tuple[int, int]) -> Matrix:
-    """Random, and the same each time."""
+    """Return a random matrix, the same each time."""
     generator = torch.Generator().manual_seed(0)
     rows, columns = shape
     bits = 8 if case == "fp8" else 4
@@ -149,7 +150,7 @@ def ours_by_workers(of: Matrix, threads: int) -> Call:
 
 
 def _decode(of: Matrix, out: Tensor, rows: slice) -> None:
-    """Some rows, whole blocks of them, with tables as large as those of a load."""
+    """Decode a band of rows in whole blocks, with tables as large as those of a load."""
     height, entries = of.block[0], of.scales.shape[1] << of.bits
     step = max(1, decoding.TABLE_ENTRIES // entries) * height
     for row in range(rows.start, rows.stop, step):
@@ -239,7 +240,7 @@ def load_with_dcp(directory: str, threads: int) -> Made:
 
 
 def write_checkpoint(shape: Shape, directory: str) -> None:
-    """Experts in FP8 with scales, the rest in bfloat16; on disk when this returns."""
+    """Write experts in FP8 with scales and the rest in bfloat16, and wait until they are on the disk."""
     model = meta_model(shape)
     model.config.architectures = [type(model).__name__]
     model.config.save_pretrained(directory)
@@ -307,28 +308,28 @@ _NEEDS = {"fp8: nemo": _NEMO, "int4: compressed-tensors": _COMPRESSED}
 
 
 def work(method: str, directory: str, shape: tuple[int, int], threads: int, repetition: int) -> dict[str, Any]:
-    """One run, in this process."""
-    warnings.simplefilter("ignore")  # dcp's, about there being no process group
+    """Perform one run in this process."""
+    warnings.simplefilter("ignore")  # dcp warns that there is no process group
     torch.set_num_threads(threads)
     if method in LAYERS:
         return _work_layer(method, directory, threads, repetition)
     of = matrix(method.split(":")[0], shape)
     call = MATRICES[method](of, threads)
     call()
-    laps, made = [], torch.empty(0)
+    laps, output = [], torch.empty(0)
     with PeakMemory() as peak:
         for _ in range(_LAPS):
-            del made
+            del output
             start = time.perf_counter()
-            made = call()
+            output = call()
             laps.append(time.perf_counter() - start)
     result = {
         "seconds": statistics.median(laps),
         "laps": laps,
-        "output_bytes": made.nbytes,
+        "output_bytes": output.nbytes,
         "anonymous_bytes": peak.anonymous_bytes,
     }
-    return result | (compared({"": made}, {"": ours(of, threads)()}) if repetition == 0 else {})
+    return result | (compared({"": output}, {"": ours(of, threads)()}) if repetition == 0 else {})
 
 
 def _work_layer(method: str, directory: str, threads: int, repetition: int) -> dict[str, Any]:
@@ -353,27 +354,29 @@ def _work_layer(method: str, directory: str, threads: int, repetition: int) -> d
 
 
 def compared(made: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> dict[str, Any]:
-    """How many elements differ from ours, and by how many units in the last place; and ours, as a digest.
+    """Count the elements that differ from ours, and their distance in units in the last place.
+
+    Add a digest of ours.
 
     Args:
-        made: tensors per expert, or grouped as ``wanted`` are.
+        made: tensors per expert, or grouped like ``wanted``.
 
     Raises:
-        RuntimeError: other names, shapes or dtypes.
+        RuntimeError: names, shapes or dtypes differ.
     """
     known = dict(wanted)
     if not set(made) <= set(known):
         known = {part: view for name, tensor in wanted.items() for part, view in _experts(name, tensor)}
     kinds = [{name: (t.shape, t.dtype) for name, t in tensors.items()} for tensors in (made, known)]
     if kinds[0] != kinds[1]:
-        raise RuntimeError("the methods do not make tensors of the same names, shapes and dtypes")
+        raise RuntimeError("the methods do not produce tensors of the same names, shapes and dtypes")
     differing = most = 0
     for name, tensor in made.items():
-        found, expected = (t.reshape(-1).view(torch.int16) for t in (tensor.contiguous(), known[name].contiguous()))
-        at = (found != expected).nonzero().view(-1)
+        bits, expected = (t.reshape(-1).view(torch.int16) for t in (tensor.contiguous(), known[name].contiguous()))
+        at = (bits != expected).nonzero().view(-1)
         if len(at):
             differing += len(at)
-            most = max(most, int((_ordered(found[at]) - _ordered(expected[at])).abs().max()))
+            most = max(most, int((_ordered(bits[at]) - _ordered(expected[at])).abs().max()))
     elements = sum(tensor.numel() for tensor in made.values())
     return {"digest": measure.digest(wanted), "elements": elements, "differing": differing, "most_ulp": most}
 
@@ -383,7 +386,7 @@ def _experts(name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
 
 
 def _ordered(bits: Tensor) -> Tensor:
-    """Numbers of 16 bits as integers in their order, neighbours one apart."""
+    """Return values of 16 bits as integers in the same order, so that neighbors differ by one."""
     wide = bits.int()
     return torch.where(wide < 0, -(wide & 0x7FFF), wide)
 
@@ -391,13 +394,13 @@ def _ordered(bits: Tensor) -> Tensor:
 def run(
     smoke: bool, methods: list[str], repetitions: tuple[int, int], threads: int, directory: str | None
 ) -> dict[str, Any]:
-    """All runs.
+    """Return all runs.
 
     Args:
-        repetitions: of a matrix and of a layer.
+        repetitions: number of repetitions of a matrix and of a layer.
 
     Raises:
-        RuntimeError: a method makes other numbers than ours, or a run failed.
+        RuntimeError: a method returns other values than ours, or a run failed.
     """
     shape, layer = (TINY_MATRIX, TINY_LAYER) if smoke else (MATRIX, LAYER)
     left_out = [method for method in methods if method in _NEEDS and find_spec(_NEEDS[method]) is None]
@@ -420,9 +423,9 @@ def run(
                     measure.read_through(big)
 
             rounds = repetitions[case == "layer"]
-            found = measure.run_interleaved(commands, rounds, before) if commands else {}
-            check(found)
-            runs |= found
+            results = measure.run_interleaved(commands, rounds, before) if commands else {}
+            check(results)
+            runs |= results
     return {
         "shape": shape,
         "layer": layer.name,
@@ -434,23 +437,25 @@ def run(
 
 
 def check(runs: Mapping[str, list[dict[str, Any]]]) -> None:
-    """Raises:
-    RuntimeError: a method makes other numbers than ours, or ours are not the same each time.
+    """Check the values of all methods.
+
+    Raises:
+        RuntimeError: a method returns other values than ours, or ours differ between runs.
     """
-    first = {method: found[0] for method, found in runs.items()}
+    first = {method: method_runs[0] for method, method_runs in runs.items()}
     if len({result["digest"] for result in first.values()}) > 1:
-        raise RuntimeError(f"ours does not make the same numbers each time: {first}")
+        raise RuntimeError(f"ours does not produce the same values each time: {first}")
     for method, result in first.items():
         if result["differing"] > MOST_DIFFERING * result["elements"] or result["most_ulp"] > MOST_ULP:
             raise RuntimeError(
-                f"{method} does not make our numbers: {result['differing']} of {result['elements']} differ, "
+                f"{method} does not produce our values: {result['differing']} of {result['elements']} differ, "
                 f"by up to {result['most_ulp']} units in the last place"
             )
 
 
 def table(result: Mapping[str, Any]) -> Table:
     runs = result["runs"]
-    rounds = dict.fromkeys(str(len(found)) for found in runs.values())
+    rounds = dict.fromkeys(str(len(method_runs)) for method_runs in runs.values())
     shown = Table(
         title=f"to bfloat16: a matrix {list(result['shape'])} in memory; {result['layer']} from the page cache; "
         f"{result['threads']} threads, {' or '.join(rounds)} runs each: median (20th-80th percentile)",
@@ -460,19 +465,19 @@ def table(result: Mapping[str, Any]) -> Table:
     for title in ("ms", "GB/s of output", "ours is", "peak / output", "differ", "ulp"):
         shown.add_column(title, justify="right")
     for case in CASES:
-        of_case = {method: found for method, found in runs.items() if method.startswith(case)}
+        of_case = {method: method_runs for method, method_runs in runs.items() if method.startswith(case)}
         ours_seconds = _seconds(runs[f"{case}: ours"]) if f"{case}: ours" in runs else None
-        for method, found in of_case.items():
-            seconds, output = _seconds(found), found[0]["output_bytes"]
-            peak = _peak(found)
+        for method, method_runs in of_case.items():
+            seconds, output = _seconds(method_runs), method_runs[0]["output_bytes"]
+            peak = _peak(method_runs)
             shown.add_row(
                 method,
-                measure.spread([run["seconds"] for run in found]).text(1e3, 1),
+                measure.spread([run["seconds"] for run in method_runs]).text(1e3, 1),
                 f"{output / 1e9 / seconds:.2f}",
                 f"{seconds / ours_seconds:.2f}x" if ours_seconds else "",
                 "-" if peak is None else f"{peak:.2f}x",
-                f"{found[0]['differing']} of {found[0]['elements']}",
-                str(found[0]["most_ulp"]),
+                f"{method_runs[0]['differing']} of {method_runs[0]['elements']}",
+                str(method_runs[0]["most_ulp"]),
             )
         shown.add_section()
     for method in result["left_out"]:
@@ -481,13 +486,15 @@ def table(result: Mapping[str, Any]) -> Table:
 
 
 def targets(result: Mapping[str, Any]) -> list[str]:
-    """What was to be reached, and whether it was."""
+    """Return the aims, and whether they were reached."""
     runs = result["runs"]
     lines = []
     for way in ("ours", "ours, worker threads"):
         for case in CASES:
             mine = runs.get(f"{case}: {way}")
-            peers = {m: _seconds(found) for m, found in runs.items() if m.startswith(case) and "ours" not in m}
+            peers = {
+                m: _seconds(method_runs) for m, method_runs in runs.items() if m.startswith(case) and "ours" not in m
+            }
             if mine is None or not peers:
                 continue
             if f"{case}: nemo" in peers:
@@ -510,18 +517,18 @@ def _seconds(runs: list[dict[str, Any]]) -> float:
 
 
 def _peak(runs: list[dict[str, Any]]) -> float | None:
-    """Anonymous memory over the output."""
-    found = [run["anonymous_bytes"] for run in runs if run["anonymous_bytes"] is not None]
-    return max(found) / runs[0]["output_bytes"] if found else None
+    """Return the peak of anonymous memory over the size of the output."""
+    peaks = [run["anonymous_bytes"] for run in runs if run["anonymous_bytes"] is not None]
+    return max(peaks) / runs[0]["output_bytes"] if peaks else None
 
 
 def main(arguments: list[str] | None = None) -> None:
     parser = options.parser("dequant", __doc__, repetitions=5, room="1.4 GB")
-    parser.add_argument("--smoke", action="store_true", help="tiny; its times mean nothing")
-    parser.add_argument("--layer-repetitions", type=int, help="as many if not given")
+    parser.add_argument("--smoke", action="store_true", help="tiny sizes; the times are meaningless")
+    parser.add_argument("--layer-repetitions", type=int, help="default: the value of --repetitions")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--method", action="append", choices=METHODS, help="default: all")
-    parser.add_argument("--table", metavar="FILE", help="only print the table of such a file")
+    parser.add_argument("--table", metavar="FILE", help="only print the table of a result file")
     options.add_worker(parser, 5)
     given = parser.parse_args(arguments)
     if given.worker:

@@ -1,22 +1,22 @@
-"""What executing a plan costs for each tensor, apart from planning and from the bytes: many tensors of 2 KiB.
+"""The cost per tensor of executing a plan, without planning and without the bytes: many tensors of 2 KiB.
 
     python -m benchmarks.executing [--against CHECKOUT] [--case CASE ...] [--size full|small]
                                    [--repetitions N] [--rounds N] [--directory DIR] [--json FILE]
 
-One file of 38,400 matrices [32, 32] in bfloat16, in the page cache. Cases: each is a target of its own; grouped by
-layer, gate and up above each other; grouped and transposed, as NeMo AutoModel has them. ``load_model`` with a plan that
-was made before, into parameters that are there, by one thread. A repetition is a process of its own, in which rounds of
-a load and of the floor take turns (``benchmarks/executing_worker.py``); the processes of all cases and checkouts take
-turns too, in another order each time. A repetition counts with the median of its rounds.
+One file has 38,400 matrices [32, 32] in bfloat16, in the page cache. The cases are: each matrix is a target of its own;
+matrices are grouped by layer, gate and up stacked; matrices are grouped and transposed, in NeMo AutoModel's layout.
+``load_model`` loads them with an existing plan, into existing parameters, in one thread. A repetition is a process of
+its own, in which rounds of a load and of the floor alternate (``benchmarks/executing_worker.py``). The processes of all
+cases and checkouts alternate too, in a different order each time. A repetition counts with the median of its rounds.
 
-schedule        from the copies of the plan to jobs; of this checkout only.
-execute         the rest of the load's reading phase: buffers checked, files read, copies made.
-load            both, as the report has it.
-floor           the same bytes by ``os.preadv`` and numpy, in as many calls as the bytes want.
-above the floor what each tensor costs because it is a tensor.
+schedule        from the copies of the plan to jobs; only of this checkout.
+execute         the rest of the load's reading phase: checks of buffers, reads, copies.
+load            both, as the report records them.
+floor           the same bytes by ``os.preadv`` and numpy, in the number of calls that the bytes require.
+above the floor the cost of each tensor in addition to its bytes.
 
-Times are the processor's, in the thread that reads, so that a busy machine disturbs them less. ``--against`` runs
-another checkout of this package in turns with this one, by public functions only.
+Times are the processor's, in the thread that reads, so that a busy machine disturbs them less. ``--against`` alternates
+between another checkout of this package and this one, with public functions only.
 """
 
 from __future__ import annotations
@@ -47,10 +47,10 @@ def run(
     rounds: int,
     directory: str | None,
 ) -> dict[str, Any]:
-    """By case and checkout, the runs of all repetitions.
+    """Return the runs of all repetitions, by case and checkout.
 
     Raises:
-        RuntimeError: a load does not make the floor's bytes, or a process imported another checkout than it should.
+        RuntimeError: a load does not produce the floor's bytes, or a process imported another checkout than it should.
     """
     with tempfile.TemporaryDirectory(prefix="benchmark-executing-", dir=directory) as root:
         path = os.path.join(root, "model.safetensors")
@@ -61,24 +61,27 @@ def run(
                 commands[f"{case}|{name}"] = [str(_WORKER), case, path, str(layers), str(rounds)]
                 settings[f"{case}|{name}"] = {"PYTHONPATH": checkout}
         runs = measure.run_interleaved(commands, repetitions, lambda: measure.read_through(root), settings)
-    for method, found in runs.items():
+    for method, method_runs in runs.items():
         checkout = checkouts[method.rpartition("|")[2]]
-        if any(Path(one["package"]).parent != Path(checkout) for one in found):
-            raise RuntimeError(f"{checkout} was to be timed, and {found[0]['package']} was")
+        if any(Path(one["package"]).parent != Path(checkout) for one in method_runs):
+            raise RuntimeError(f"{checkout} was to be timed, and {method_runs[0]['package']} was")
     return {case: {name: runs[f"{case}|{name}"] for name in checkouts} for case in cases}
 
 
 def per_tensor(runs: Sequence[Mapping[str, Any]]) -> dict[str, list[float]]:
-    """Seconds a tensor, one of each repetition, by what took them; what was not timed is left out."""
-    found: dict[str, list[float]] = {}
+    """Return seconds per tensor for each repetition, by part.
+
+    Parts that were not timed are left out.
+    """
+    by_kind: dict[str, list[float]] = {}
     for one in runs:
         median = {kind: statistics.median(times) for kind, times in one["seconds"].items() if times}
         if "schedule" in median:
             median["execute"] = median["load"] - median["schedule"]
         median["above"] = median["load"] - median["floor"]
         for kind, seconds in median.items():
-            found.setdefault(kind, []).append(seconds / one["tensors"])
-    return found
+            by_kind.setdefault(kind, []).append(seconds / one["tensors"])
+    return by_kind
 
 
 # In the order of the table.
@@ -93,16 +96,18 @@ def table(results: Mapping[str, Mapping[str, Sequence[Mapping[str, Any]]]]) -> T
     for title in (*names, f"{HERE} / {THERE}")[: 2 * len(names) - 1]:
         shown.add_column(title, justify="right")
     for case, by_checkout in results.items():
-        found = [per_tensor(runs) for runs in by_checkout.values()]
+        times_of_checkouts = [per_tensor(runs) for runs in by_checkout.values()]
         for kind, title in _KINDS.items():
-            cells = [measure.spread(times[kind]).text(1e6) if kind in times else "-" for times in found]
-            shown.add_row(case if kind == "schedule" else "", title, *cells, *_ratio([of.get(kind) for of in found]))
+            cells = [measure.spread(times[kind]).text(1e6) if kind in times else "-" for times in times_of_checkouts]
+            shown.add_row(
+                case if kind == "schedule" else "", title, *cells, *_ratio([of.get(kind) for of in times_of_checkouts])
+            )
         shown.add_section()
     return shown
 
 
 def _ratio(times: Sequence[Sequence[float] | None]) -> list[str]:
-    """Of what two checkouts took in each repetition; nothing where there is one, or one was not timed."""
+    """Return the ratio of two checkouts over the repetitions, or nothing if there is one or one was not timed."""
     if len(times) < 2 or None in times:
         return []
     here, there = times
@@ -112,9 +117,9 @@ def _ratio(times: Sequence[Sequence[float] | None]) -> list[str]:
 def main(arguments: list[str] | None = None) -> None:
     parser = options.parser("executing", __doc__, repetitions=7, room="90 MB")
     parser.add_argument("--case", action="append", choices=CASES, help="default: all")
-    parser.add_argument("--against", metavar="CHECKOUT", help="another checkout of this package, timed in turns")
+    parser.add_argument("--against", metavar="CHECKOUT", help="another checkout to alternate with")
     parser.add_argument("--size", choices=LAYERS, default="full")
-    parser.add_argument("--rounds", type=int, default=5, help="loads in each process")
+    parser.add_argument("--rounds", type=int, default=5, help="number of loads in each process")
     given = parser.parse_args(arguments)
     checkouts = {HERE: str(measure.REPOSITORY)}
     if given.against:

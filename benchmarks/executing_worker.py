@@ -1,12 +1,14 @@
-"""The process that ``benchmarks/executing.py`` times; it runs on any checkout, by what is public there.
+"""The process that ``benchmarks/executing.py`` times.
+
+It runs on any checkout, through public functions.
 
     PYTHONPATH=CHECKOUT python benchmarks/executing_worker.py CASE FILE LAYERS ROUNDS
 
-It opens and plans, makes all memory, and loads once, compared bit by bit with the floor. Then rounds of a load and the
-floor take turns. Prints JSON: seconds of the processor in this thread, by what took them.
+It opens and plans, allocates all memory, and loads once, compared bit by bit with the floor. Then rounds of a load and
+the floor alternate. It prints JSON: seconds of the processor in this thread, by part.
 
-The floor is what the bytes cost: ``os.preadv`` of the same file in pieces, straight into place where bytes only move,
-or into a scratch from which numpy copies to where the case wants them.
+The floor is the cost of the bytes: ``os.preadv`` of the same file in pieces, straight into place if bytes only move, or
+into a scratch from which numpy copies to their places.
 """
 
 from __future__ import annotations
@@ -30,12 +32,12 @@ import automodel_conv as amc
 
 EXPERTS, SIDE = 128, 32
 PARTS = ("gate_proj", "up_proj", "down_proj")
-_PIECE_EXPERTS = EXPERTS * 2  # 1.5 MiB: stays in the cache from the read to the copy
+_PIECE_EXPERTS = EXPERTS * 2  # 1.5 MiB, which stay in the cache from the read to the copy
 _PREFIX = "model.layers.{}.mlp.experts"
 
 
 def write_file(path: str, layers: int) -> None:
-    """One file of ``layers`` x 128 experts x 3 matrices [32, 32] in bfloat16, in the order of the model."""
+    """Write one file of ``layers`` x 128 experts x 3 matrices [32, 32] in bfloat16, in the order of the model."""
     names = [
         f"{_PREFIX.format(layer)}.{e}.{part}.weight"
         for layer in range(layers)
@@ -64,7 +66,7 @@ def _rules() -> list[Any]:
     ]
 
 
-# By case: how it is planned.
+# The planning options of each case.
 CASES: dict[str, Callable[[], dict[str, Any]]] = {
     "each its own": lambda: {"rules": []},
     "grouped": lambda: {"rules": _rules()},
@@ -109,8 +111,8 @@ class Floor:
             gate_up.reshape(-1, SIDE, 2, SIDE)[:] = read[:, :2].transpose(0, 3, 1, 2)
             down[:] = read[:, 2].transpose(0, 2, 1)
 
-    def made(self, name: str) -> np.ndarray:
-        """What a target of the plan must be."""
+    def expected(self, name: str) -> np.ndarray:
+        """Return the correct value of a target of the plan."""
         layer, _, rest = name.removeprefix("model.layers.").partition(".mlp.experts.")
         first = int(layer) * EXPERTS
         if self._case == "each its own":
@@ -120,7 +122,7 @@ class Floor:
 
 
 def module_of(plan: Any) -> nn.Module:
-    """A module whose parameters are the targets of a plan, with memory that has been touched."""
+    """Return a module with the targets of a plan as parameters, in memory that has been touched."""
     root = nn.Module()
     for target in plan.targets:
         *path, leaf = target.name.split(".")
@@ -136,7 +138,7 @@ def module_of(plan: Any) -> nn.Module:
 
 @contextmanager
 def _schedule_timed(seconds: list[float]) -> Iterator[None]:
-    """Adds the seconds of scheduling, where the checkout has it under this name."""
+    """Add up the seconds of scheduling, if the checkout has it under this name."""
     try:
         from automodel_conv.execution import host
     except ImportError:
@@ -146,23 +148,23 @@ def _schedule_timed(seconds: list[float]) -> Iterator[None]:
 
     def timed(*args: Any, **kwargs: Any) -> Any:
         start = time.thread_time()
-        made = stock(*args, **kwargs)
+        jobs = stock(*args, **kwargs)
         seconds.append(time.thread_time() - start)
-        return made
+        return jobs
 
     with mock.patch.object(host, "schedule", timed):
         yield
 
 
 def work(case: str, path: str, layers: int, rounds: int) -> dict[str, Any]:
-    """All rounds of a case in this process.
+    """Run all rounds of a case in this process.
 
     Raises:
-        RuntimeError: the load and the floor do not make the same bytes.
+        RuntimeError: the load and the floor do not produce the same bytes.
     """
     plan = amc.compile_plan(path, **CASES[case]())
     model, floor = module_of(plan), Floor(case, path, layers)
-    found: dict[str, list[float]] = {"load": [], "schedule": [], "floor": []}
+    seconds: dict[str, list[float]] = {"load": [], "schedule": [], "floor": []}
 
     def load() -> float:
         return amc.load_model(model, path, plan=plan, threads=1).seconds["read"]
@@ -173,18 +175,18 @@ def work(case: str, path: str, layers: int, rounds: int) -> dict[str, Any]:
         return time.thread_time() - start
 
     with ExitStack() as stack:
-        # A report's seconds are differences of this clock, here of the processor's time in this thread, which reads.
+        # A report's seconds are differences of this clock. Here it is the processor time of this thread, which reads.
         stack.enter_context(mock.patch.object(time, "perf_counter", time.thread_time))
         load(), bytes_only()
         for name, tensor in model.state_dict().items():
-            if not np.array_equal(tensor.view(torch.int16).numpy(), floor.made(name)):
+            if not np.array_equal(tensor.view(torch.int16).numpy(), floor.expected(name)):
                 raise RuntimeError(f"{case}: {name} is not what the floor makes")
-        stack.enter_context(_schedule_timed(found["schedule"]))
+        stack.enter_context(_schedule_timed(seconds["schedule"]))
         for number in range(rounds):
             for kind in ("load", "floor") if number % 2 else ("floor", "load"):
                 gc.collect()
-                found[kind].append(load() if kind == "load" else bytes_only())
-    return {"package": os.path.dirname(amc.__file__), "tensors": layers * EXPERTS * len(PARTS), "seconds": found}
+                seconds[kind].append(load() if kind == "load" else bytes_only())
+    return {"package": os.path.dirname(amc.__file__), "tensors": layers * EXPERTS * len(PARTS), "seconds": seconds}
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -193,7 +195,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("path")
     parser.add_argument("layers", type=int)
     parser.add_argument("rounds", type=int)
-    parser.add_argument("--repetition", type=int, default=0, help="said by who starts it; all are alike")
+    parser.add_argument("--repetition", type=int, default=0, help="passed by the parent process; no effect")
     options = parser.parse_args(arguments)
     sys.stdout.write(json.dumps(work(options.case, options.path, options.layers, options.rounds)) + "\n")
 

@@ -1,15 +1,15 @@
-"""``from_pretrained`` with the hook and without: seconds, peak memory, and how long until there is a first parameter.
+"""Benchmark ``from_pretrained`` with and without the hook: seconds, peak memory, and time until the first parameter.
 
     python -m benchmarks.from_pretrained [--layers N] [--size full|small] [--repetitions N] [--directory DIR]
                                          [--json FILE]
 
 The checkpoint is that of ``benchmarks.peers``: N layers with the experts of Qwen3-30B-A3B, in the page cache. Every
-run is a process of its own that loads a tiny checkpoint first, in the same way. Memory is the peak above the level at
-the start of the timing; what transformers does not convert stays mapped to the files and is resident, not anonymous.
-In the first round the tensors of both are compared by a digest; no number is printed unless they agree.
+run is a process of its own that first loads a tiny checkpoint in the same way. Memory is the peak above the level at
+the start of the timing. Tensors that transformers does not convert stay mapped to the files and are resident, not
+anonymous. In the first round the tensors of both are compared by a digest. No figure is printed unless they agree.
 
-The time until the first parameter is taken on headers of the shape of DeepSeek-V3 (45,395 tensors, files that are one
-hole each): from the call until transformers converts a tensor, or the hook's plan is about to be executed.
+The time until the first parameter is measured on headers of the shape of DeepSeek-V3 (45,395 tensors, in sparse files
+without data): from the call until transformers converts a tensor, or the hook is about to execute its plan.
 """
 
 from __future__ import annotations
@@ -39,11 +39,11 @@ METHODS = {"transformers": nullcontext, "with the hook": amc.accelerate_transfor
 
 
 class _Reached(Exception):
-    """The first parameter is about to be made."""
+    """Raised when the first parameter is about to be created."""
 
 
 def work(method: str, directory: str, warm_up: str, repetition: int) -> dict[str, Any]:
-    """One load, in this process."""
+    """Perform one load in this process."""
     from transformers import AutoModelForCausalLM
 
     _quiet()
@@ -63,11 +63,11 @@ def work(method: str, directory: str, warm_up: str, repetition: int) -> dict[str
 
 
 def reach(method: str, directory: str, warm_up: str) -> dict[str, Any]:
-    """Seconds until the first parameter is about to be made, in this process."""
+    """Return the seconds until the first parameter is about to be created, in this process."""
     from transformers import AutoModelForCausalLM
     from transformers.core_model_loading import WeightConverter, WeightRenaming
 
-    # A patched convert is not lowered, so each has its own places.
+    # A patched convert is not lowered, so the hook and transformers are stopped in different functions.
     places: list[Any] = [(WeightConverter, "convert"), (WeightRenaming, "convert")]
     if METHODS[method] is amc.accelerate_transformers:
         places = [(hooked_load, "fill")]
@@ -86,7 +86,7 @@ def reach(method: str, directory: str, warm_up: str) -> dict[str, Any]:
                 AutoModelForCausalLM.from_pretrained(directory)
             except _Reached:
                 return {"seconds": time.perf_counter() - start}
-    raise RuntimeError("no parameter was made")
+    raise RuntimeError("no parameter was created")
 
 
 def _quiet() -> None:
@@ -97,10 +97,10 @@ def _quiet() -> None:
 
 
 def run(layers: int, small: bool, repetitions: int, directory: str | None) -> dict[str, Any]:
-    """All runs, and the bytes of the files.
+    """Return all runs, and the bytes of the files.
 
     Raises:
-        RuntimeError: the two make different tensors, or a run failed.
+        RuntimeError: the two produce different tensors, or a run failed.
     """
     shape, many = (SMALL, SMALL) if small else (qwen3_30b(layers), DEEPSEEK_V3)
     with tempfile.TemporaryDirectory(prefix="benchmark-from-pretrained-", dir=directory) as root:
@@ -120,7 +120,7 @@ def run(layers: int, small: bool, repetitions: int, directory: str | None) -> di
             before = (lambda: measure.read_through(places["big"])) if kind == "load" else (lambda: None)
             runs[kind] = measure.run_interleaved(commands, repetitions, before)
         file_bytes = sum(path.stat().st_size for path in Path(places["big"]).glob("*.safetensors"))
-    digests = {method: found[0]["digest"] for method, found in runs["load"].items()}
+    digests = {method: loads[0]["digest"] for method, loads in runs["load"].items()}
     if len(set(digests.values())) > 1:
         raise RuntimeError(f"the tensors differ: {digests}")
     return {"shape": shape.name, "headers": many.name, "keys": many.keys, "file_bytes": file_bytes, "runs": runs}
@@ -142,7 +142,7 @@ def table(result: dict[str, Any]) -> Table:
             seconds.text(),
             f"{result['file_bytes'] / 1e9 / seconds.median:.2f}",
             *(f"{max(load[kind] or 0 for load in loads) / result['file_bytes']:.2f}" for kind in _MEMORY),
-            measure.spread([found["seconds"] for found in result["runs"]["reach"][method]]).text(),
+            measure.spread([run["seconds"] for run in result["runs"]["reach"][method]]).text(),
         )
     return shown
 

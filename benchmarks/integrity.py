@@ -1,11 +1,11 @@
-"""What certainty costs: loads whose checksums are verified first, and plans whose coverage is proved.
+"""The cost of certainty: loads that verify checksums first, and plans with a proof of their coverage.
 
     python -m benchmarks.integrity [--layers N] [--size full|small] [--repetitions N] [--directory DIR] [--json FILE]
 
-``verify=True`` reads all tensors once more, before anything is written: the load is of layers of Qwen3-30B-A3B's
-experts, from a warm page cache. The proof that each element is written exactly once is part of every plan: the plan is
-of DeepSeek-V3's 45,395 tensors, with it and with a function that does nothing in its place. Both in this process, in
-turns; medians and 20th to 80th percentiles.
+``verify=True`` reads all tensors once more, before anything is written. The load has layers of Qwen3-30B-A3B's experts,
+from a warm page cache. The proof that each element is written exactly once is part of every plan. The plan has
+DeepSeek-V3's 45,395 tensors; it runs with the proof and with a function that does nothing instead. All runs are in this
+process and alternate. The table has medians and 20th to 80th percentiles.
 """
 
 from __future__ import annotations
@@ -37,10 +37,10 @@ def _write_checksums(checkpoint: Checkpoint) -> None:
 
 
 def run(layers: int | None, repetitions: int, directory: str | None) -> dict[str, Any]:
-    """Seconds by what was done, a list each.
+    """Return lists of seconds, by method.
 
     Args:
-        layers: None: a tiny checkpoint, and a plan of it.
+        layers: number of layers; None for a tiny checkpoint, and a plan of it.
     """
     shape, planned = (SMALL, SMALL) if layers is None else (qwen3_30b(layers), DEEPSEEK_V3)
     with tempfile.TemporaryDirectory(prefix="benchmark-integrity-", dir=directory) as root:
@@ -61,7 +61,7 @@ def run(layers: int | None, repetitions: int, directory: str | None) -> dict[str
             "plan": lambda: amc.compile_plan(checkpoint, model),
             "plan, not proved": plan_unproved,
         }
-        found: dict[str, list[float]] = {way: [] for way in ways}
+        seconds: dict[str, list[float]] = {way: [] for way in ways}
         for way in ways.values():
             way()
         for repetition in range(repetitions):
@@ -69,8 +69,8 @@ def run(layers: int | None, repetitions: int, directory: str | None) -> dict[str
                 ready_memory(3 * nbytes // 2)
                 start = time.perf_counter()
                 ways[way]()
-                found[way].append(time.perf_counter() - start)
-    return {"shape": shape.name, "file_bytes": nbytes, "planned": planned.name, "seconds": found}
+                seconds[way].append(time.perf_counter() - start)
+    return {"shape": shape.name, "file_bytes": nbytes, "planned": planned.name, "seconds": seconds}
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -1,15 +1,16 @@
-"""The cost of a call of a verb on the host before its first kernel is launched, on a layer of 128 experts.
+"""The host's cost of a call of a verb before its first kernel is launched, on a layer of 128 experts.
 
     python -m benchmarks.launching [--size full|small] [--repetitions N] [--json FILE]
 
-Calls as a user makes them, with lists of tensors: gate and up [768, 2048] and down [2048, 768] of Qwen3-30B-A3B. Runs
-without a GPU: the launch itself does nothing, and the table is staged in ordinary memory and copied on the host, in
-place of pinned memory and a device. So what is left out is what CUDA takes to queue a copy and a launch. All phases in
-turns in one process; medians and 20th to 80th percentiles in microseconds. Memory of the matrices is never touched.
+Calls are those of a user, with lists of tensors: gate and up [768, 2048] and down [2048, 768] of Qwen3-30B-A3B. This
+needs no GPU: the launch itself does nothing, and the table is staged in ordinary memory and copied on the host, instead
+of in pinned memory and on a device. The result therefore excludes the time of CUDA to queue a copy and a launch. All
+phases alternate in one process. The table has medians and 20th to 80th percentiles in microseconds. Memory of the
+matrices is never touched.
 
-``as_matrices``: checks and addresses; ``plan``: which variant moves which rows; ``upload``: the table; ``start``: all
-from the plan to the launch, the upload in it; ``call``: everything, measured as a whole; ``into stacks``: the same call
-with all destinations as one tensor.
+``as_matrices``: checks and addresses. ``plan``: which variant moves which rows. ``upload``: the table. ``start``:
+everything from the plan to the launch, including the upload. ``call``: everything, measured as a whole. ``into
+stacks``: the same call with all destinations as one tensor.
 """
 
 from __future__ import annotations
@@ -65,7 +66,10 @@ def _untouched(
 
 
 def _nothing(*arguments: object) -> None:
-    """Stands for a launch, and for a reason not to launch; a mock would take longer than what is measured."""
+    """Replace a launch, or a reason not to launch.
+
+    A mock would take longer than the measured code.
+    """
 
 
 def _phases(name: str, case: operations.Case, stage: Staging) -> dict[str, Callable[[], object]]:
@@ -87,10 +91,10 @@ def _phases(name: str, case: operations.Case, stage: Staging) -> dict[str, Calla
 
 
 def run(layer: operations.Experts, repetitions: int) -> dict[str, Any]:
-    """Seconds by operation and phase, a list each, and how many tensors a call takes."""
+    """Return lists of seconds by operation and phase, and the number of tensors of a call."""
     blocks = itertools.cycle([torch.zeros(1 << 17, dtype=torch.int64) for _ in range(2)])
     stage = Staging(lambda numbers: next(blocks))
-    found: dict[str, Any] = {}
+    results: dict[str, Any] = {}
     with (
         mock.patch.object(operations, "random_matrices", _untouched),
         mock.patch.object(launch, "queue", _nothing),
@@ -106,8 +110,8 @@ def run(layer: operations.Experts, repetitions: int) -> dict[str, Any]:
                     start = time.perf_counter()
                     phases[phase]()
                     seconds[phase].append(time.perf_counter() - start)
-            found[name] = {"tensors": sum(map(len, case.operands)), "seconds": seconds}
-    return found
+            results[name] = {"tensors": sum(map(len, case.operands)), "seconds": seconds}
+    return results
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -116,18 +120,18 @@ def main(arguments: list[str] | None = None) -> None:
     given = parser.parse_args(arguments)
     environment = measure.environment()
     layer = _LAYERS[given.size]
-    found = run(layer, given.repetitions)
+    results = run(layer, given.repetitions)
     show_environment(environment)
-    columns = list(found["concatenate"]["seconds"])
+    columns = list(results["concatenate"]["seconds"])
     table = Table(title=f"a layer of {layer.experts} experts, microseconds", title_justify="left")
     table.add_column("operation")
     for column in ("tensors", *columns):
         table.add_column(column, justify="right")
-    for name, measured in found.items():
+    for name, measured in results.items():
         spreads = [measure.spread(measured["seconds"][phase]).text(1e6, 0) for phase in columns]
         table.add_row(name, str(measured["tensors"]), *spreads)
     show(table)
-    measure.write_json(given.json, {"environment": environment, "layer": layer.name, "calls": found})
+    measure.write_json(given.json, {"environment": environment, "layer": layer.name, "calls": results})
 
 
 if __name__ == "__main__":

@@ -1,17 +1,17 @@
-"""Loads that need not read: a checkpoint in the model's own layout, mapped, beside loads that read it.
+"""Benchmark loads without reading: a checkpoint in the model's own layout, mapped, against loads that read it.
 
     python -m benchmarks.mapping [--layers N] [--size full|small] [--repetitions N] [--directory DIR] [--json FILE]
     python -m benchmarks.mapping --from FILE           the table of docs/performance.md from that JSON
 
-``convert_checkpoint`` brings layers with the experts of Qwen3-30B-A3B to the model's own layout first. Every load is a
-process of its own, from a warm page cache, with all modules imported, the model's among them, and memory as found
-(``benchmarks/memory.py``): half a minute passes before each. ``load_model`` gets a model on the meta device that was
-made before. ``from_pretrained`` loads the published files, and those in the model's own layout, which it maps too.
-"All pages touched" is the time to look at each page once after the load: then pages of a mapped file come into the
-process. All loads are compared by a digest; then each writes to its tensors, and the files must be as they were.
+First ``convert_checkpoint`` converts layers with the experts of Qwen3-30B-A3B to the model's own layout. Every load is
+a process of its own, from a warm page cache, with all modules imported, including the model's, and memory as found
+(``benchmarks/memory.py``): half a minute passes before each. ``load_model`` gets an existing model on the meta device.
+``from_pretrained`` loads the published files, and those in the model's own layout, which it also maps. "All pages
+touched" is the time to read from each page once after the load: then pages of a mapped file come into the process. All
+loads are compared by a digest. Then each writes to its tensors, and the files must be unchanged.
 
-At the end four processes have the mapped checkpoint at once and have touched all pages: the memory of each is the sum
-of its pages, each divided by the processes that have it (PSS).
+At the end four processes map the checkpoint at once and have touched all pages. The memory of each is the sum of its
+pages, each divided by the number of processes that share it (PSS).
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ PROCESSES = 4
 _PAGE_BYTES = 4096
 
 Loaded = tuple[Mapping[str, Tensor], Any]
-"""Tensors by name, and the report if there is one."""
+"""Tensors by name, and the report or None."""
 
 
 def _state_dict(directory: str, model: nn.Module, memory_map: bool) -> Loaded:
@@ -59,7 +59,7 @@ def _from_pretrained(directory: str, model: nn.Module, memory_map: bool) -> Load
     return AutoModelForCausalLM.from_pretrained(directory).state_dict(), None
 
 
-# The function that loads, whether it maps, and the directory, by name.
+# The function that loads, whether it maps, and the directory, for each method.
 METHODS: dict[str, tuple[Callable[[str, nn.Module, bool], Loaded], bool, str]] = {
     "load_state_dict(memory_map=True)": (_state_dict, True, "own"),
     "load_model(memory_map=True)": (_model, True, "own"),
@@ -71,7 +71,7 @@ METHODS: dict[str, tuple[Callable[[str, nn.Module, bool], Loaded], bool, str]] =
 
 
 def touched(tensors: Mapping[str, Tensor]) -> float:
-    """Seconds to look at one byte of each page."""
+    """Read one byte of each page and return the seconds."""
     start = time.perf_counter()
     for tensor in tensors.values():
         tensor.detach().reshape(-1).view(torch.uint8)[::_PAGE_BYTES].sum()
@@ -79,7 +79,7 @@ def touched(tensors: Mapping[str, Tensor]) -> float:
 
 
 def work(method: str, root: str, size: str, layers: int) -> dict[str, Any]:
-    """One load, in this process."""
+    """Perform one load in this process."""
     from transformers.utils import logging
 
     warnings.filterwarnings("ignore")
@@ -87,7 +87,7 @@ def work(method: str, root: str, size: str, layers: int) -> dict[str, Any]:
     logging.disable_progress_bar()
     load, memory_map, place = METHODS[method]
     directory, model = os.path.join(root, place), meta_model(_shape(size, layers))
-    measure.read_through(directory)  # last: of what was read before the wait, the page cache may have given up some
+    measure.read_through(directory)  # last: the page cache may have evicted pages that were read before the wait
     start = time.perf_counter()
     tensors, report = load(directory, model, memory_map)
     seconds = time.perf_counter() - start
@@ -99,13 +99,13 @@ def work(method: str, root: str, size: str, layers: int) -> dict[str, Any]:
         "phases": None if report is None else dict(report.seconds),
         "digest": measure.digest(tensors),
     }
-    for tensor in tensors.values():  # which must not reach the files
+    for tensor in tensors.values():  # must not reach the files
         tensor.detach().reshape(-1)[:_PAGE_BYTES].fill_(1)
     return result
 
 
 def share(directory: str) -> None:
-    """One of the processes that have the mapped checkpoint at once: says when it has touched all, then its PSS."""
+    """Map the checkpoint next to other processes: report when all pages are touched, and then the PSS."""
     loaded = amc.load_state_dict(directory, rules=[], memory_map=True)
     touched(loaded)
     _say(None)
@@ -120,7 +120,7 @@ def _say(value: object) -> None:
 
 
 def shared(directory: str) -> list[int]:
-    """PSS in bytes of the files of a directory, in each of the processes that have touched all of them at once."""
+    """Return the PSS in bytes of a directory's files, in each process after all have touched all of them."""
     command = [sys.executable, "-m", "benchmarks.mapping", "--share", directory]
     pipe = subprocess.PIPE
     processes = [
@@ -150,10 +150,10 @@ def _shape(size: str, layers: int) -> Shape:
 
 
 def run(layers: int, size: str, repetitions: int, directory: str | None) -> dict[str, Any]:
-    """All runs by method, the bytes of the files, and PSS.
+    """Return all runs by method, the bytes of the files, and PSS.
 
     Raises:
-        RuntimeError: two loads differ, or writing to tensors has reached the files.
+        RuntimeError: two loads differ, or a write to tensors has reached the files.
     """
     shape = _shape(size, layers)
     with tempfile.TemporaryDirectory(prefix="benchmark-mapping-", dir=directory) as root:
@@ -164,7 +164,7 @@ def run(layers: int, size: str, repetitions: int, directory: str | None) -> dict
         common = [root, size, str(layers)]
         commands = {method: ["-m", "benchmarks.mapping", "--worker", method, *common] for method in METHODS}
         runs = measure.run_interleaved(commands, repetitions, lambda: memory.wait(memory.AS_FOUND))
-        measure.check_digests({method: found["digest"] for method, of in runs.items() for found in of})
+        measure.check_digests({method: one["digest"] for method, method_runs in runs.items() for one in method_runs})
         if measure.digest(amc.load_state_dict(own, rules=[])) != at_start:
             raise RuntimeError("writing to tensors has reached the files")
         file_bytes = measure.file_bytes(own)
@@ -206,7 +206,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = options.parser("mapping", __doc__, repetitions=3, room="twice the size of the files")
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--size", choices=("full", "small"), default="full")
-    parser.add_argument("--from", dest="source", metavar="FILE", help="print the table of such a file in Markdown")
+    parser.add_argument("--from", dest="source", metavar="FILE", help="print the table of a result file in Markdown")
     options.add_worker(parser, 4)
     parser.add_argument("--share", help=argparse.SUPPRESS)
     given = parser.parse_args(arguments)
@@ -224,7 +224,7 @@ def main(arguments: list[str] | None = None) -> None:
     result = run(given.layers, given.size, given.repetitions, given.directory)
     show_environment(environment)
     show(table(result))
-    pss = ", ".join(f"{found / result['file_bytes']:.2f}" for found in result["pss_bytes"])
+    pss = ", ".join(f"{nbytes / result['file_bytes']:.2f}" for nbytes in result["pss_bytes"])
     show(f"memory of {PROCESSES} processes that have all of it mapped and touched, each x files (PSS): {pss}")
     measure.write_json(given.json, {"environment": environment, **result})
 

@@ -1,9 +1,9 @@
-"""How the benchmarks measure: interleaved runs in new processes, medians and spread, environment.
+"""Measurement for the benchmarks: interleaved runs in new processes, medians and spread, environment.
 
-Needs nothing but numpy, torch and this package, so that it also runs where little is installed; ``show`` prints.
+This module needs only numpy, torch and this package, so that it also runs in a minimal environment. ``show`` prints.
 
-A method is timed by a worker, a command that prints one JSON object on its last line. Workers take
-turns, in another order each round, so that a slow minute hits all methods alike.
+A worker times a method. It is a command that prints one JSON object on its last line. Workers alternate, in a
+different order each round, so that a slow minute affects all methods equally.
 """
 
 from __future__ import annotations
@@ -38,29 +38,34 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 _HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 _IO = Path("/proc/self/io")
 _CPUS = Path("/proc/cpuinfo")
-_KILLED = (-signal.SIGKILL, 128 + signal.SIGKILL)  # as Python tells it, and as a shell does
+_KILLED = (-signal.SIGKILL, 128 + signal.SIGKILL)  # exit codes in Python and in a shell
 _PACKAGES = ("torch", "triton", "transformers", "safetensors", "numpy")
 
 
 class Spread(NamedTuple):
-    """A median and the 20th and 80th percentile around it."""
+    """A median with the 20th and the 80th percentile."""
 
     median: float
     p20: float
     p80: float
 
     def text(self, scale: float = 1.0, digits: int = 2) -> str:
+        """Return "median (p20-p80)", scaled and rounded."""
         median, p20, p80 = (f"{value * scale:.{digits}f}" for value in self)
         return f"{median} ({p20}-{p80})"
 
 
 def spread(values: Sequence[float]) -> Spread:
+    """Return the median and the 20th and 80th percentiles of values."""
     p20, median, p80 = numpy.percentile(values, [20, 50, 80])
     return Spread(float(median), float(p20), float(p80))
 
 
 def shuffled(names: Sequence[str], repetition: int) -> list[str]:
-    """The order of a round, another one each time: what a method leaves behind does not always meet the same one."""
+    """Return the order of a round.
+
+    It differs between rounds, so that no method always runs after the same one.
+    """
     return random.Random(repetition).sample(names, len(names))
 
 
@@ -70,15 +75,15 @@ def run_interleaved(
     before: Callable[[], object],
     settings: Mapping[str, Mapping[str, str]] | None = None,
 ) -> dict[str, list[dict[str, Any]]]:
-    """The JSON that every worker printed, by method and repetition.
+    """Run workers and return the JSON that each printed, by method and repetition.
 
     Args:
         commands: arguments to this Python interpreter, by method.
         before: called before each worker starts.
-        settings: variables of a worker's environment besides those of this process, by method.
+        settings: environment variables of a worker in addition to those of this process, by method.
 
     Raises:
-        RuntimeError: a worker failed; with the end of what it printed.
+        RuntimeError: a worker failed; with the end of its output.
     """
 
     def run(method: str, repetition: int) -> dict[str, Any]:
@@ -91,7 +96,10 @@ def run_interleaved(
 def interleaved(
     methods: Sequence[str], repetitions: int, run: Callable[[str, int], dict[str, Any]]
 ) -> dict[str, list[dict[str, Any]]]:
-    """Results of ``run``, which is given a method and a repetition, by method; methods take turns."""
+    """Return the results of ``run(method, repetition)`` by method.
+
+    Methods alternate.
+    """
     results: dict[str, list[dict[str, Any]]] = {method: [] for method in methods}
     for repetition in range(repetitions):
         for method in shuffled(methods, repetition):
@@ -101,7 +109,7 @@ def interleaved(
 
 
 class Killed(RuntimeError):
-    """A worker was killed, as by a limit of memory."""
+    """A worker was killed, for example by a memory limit."""
 
 
 def run_worker(
@@ -111,16 +119,16 @@ def run_worker(
     variables: Mapping[str, str] | None = None,
     prefix: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """The JSON that a worker printed.
+    """Run a worker and return the JSON that it printed.
 
     Args:
-        variables: of its environment, besides those of this process.
-        prefix: a command that runs the one after it.
+        variables: environment variables in addition to those of this process.
+        prefix: a command that runs the worker's command.
 
     Raises:
-        Killed: it was killed.
-        RuntimeError: it failed; with the end of what it printed.
-        subprocess.TimeoutExpired: it took longer.
+        Killed: the worker was killed.
+        RuntimeError: the worker failed; with the end of its output.
+        subprocess.TimeoutExpired: the worker took longer than ``timeout_s``.
     """
     command = [*prefix, sys.executable, *arguments, "--repetition", str(repetition)]
     run = subprocess.run(
@@ -139,12 +147,12 @@ def run_worker(
 
 
 class Measured:
-    """``with Measured() as measured: ...``; then ``measured.result``.
+    """Measure a block: ``with Measured() as measured: ...``; then read ``measured.result``.
 
-    Seconds on the clock and of the processor (user and system, all threads), page faults, bytes read, and peak memory
-    above the level at the start. Bytes are read in three ways: ``called_bytes`` by calls that read (rchar of
-    /proc/self/io, the 1 MB a second of the measuring itself included), ``mapped_bytes`` as pages of files that came
-    into memory, ``disk_bytes`` from below the page cache (read_bytes).
+    The result has seconds on the clock and of the processor (user and system, all threads), page faults, bytes read,
+    and peak memory above the level at the start. Bytes are counted in three ways: ``called_bytes`` are read by calls
+    (rchar of /proc/self/io, including 1 MB a second of the measurement itself), ``mapped_bytes`` are pages of files
+    that came into memory, ``disk_bytes`` come from below the page cache (read_bytes).
     """
 
     def __enter__(self) -> Measured:
@@ -176,14 +184,14 @@ class Measured:
 
 
 def _io() -> dict[str, int]:
-    """What /proc/self/io counts; empty where there is none."""
+    """Return the counters of /proc/self/io, or an empty dict if the file does not exist."""
     if not _IO.exists():
         return {}
     return {name: int(count) for name, count in (line.split(": ") for line in _IO.read_text().splitlines())}
 
 
 def cores() -> int:
-    """Cores this process may use."""
+    """Return the number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -198,29 +206,29 @@ def read_into(descriptor: int, offset: int, view: memoryview) -> None:
 
 
 def digest(tensors: Mapping[str, Tensor]) -> str:
-    """One digest of all tensors: names, dtypes, shapes and bytes."""
+    """Return one digest of all tensors: names, dtypes, shapes and bytes."""
     with ThreadPoolExecutor(cores()) as pool:
-        each = pool.map(lambda item: digests({item[0]: item[1].cpu()}), sorted(tensors.items()))
-        return hashlib.blake2b(repr(list(each)).encode(), digest_size=16).hexdigest()
+        parts = pool.map(lambda item: digests({item[0]: item[1].cpu()}), sorted(tensors.items()))
+        return hashlib.blake2b(repr(list(parts)).encode(), digest_size=16).hexdigest()
 
 
-def check_digests(found: Mapping[str, Any]) -> None:
-    """No number without the same tensors.
+def check_digests(digests: Mapping[str, Any]) -> None:
+    """Check that all methods returned the same tensors, so that their times can be compared.
 
     Raises:
-        RuntimeError: not all digests are equal; with what each method has.
+        RuntimeError: the digests differ; with the digest of each method.
     """
-    if any(digest != next(iter(found.values())) for digest in found.values()):
-        raise RuntimeError(f"the methods do not make the same tensors: {found}")
+    if any(digest != next(iter(digests.values())) for digest in digests.values()):
+        raise RuntimeError(f"the methods do not produce the same tensors: {digests}")
 
 
 def file_bytes(directory: str) -> int:
-    """The size of all tensor files together."""
+    """Return the size of all tensor files together."""
     return sum(path.stat().st_size for path in Path(directory).glob("*.safetensors"))
 
 
 def mapped_pss(directory: str) -> int:
-    """Bytes of this process's pages of mapped files of a directory, each divided by the processes that have it."""
+    """Return the bytes of a directory's mapped pages in this process, each divided by the processes that share it."""
     kib, inside = 0, False
     for line in Path("/proc/self/smaps").read_text().splitlines():
         words = line.split(maxsplit=5)
@@ -232,7 +240,10 @@ def mapped_pss(directory: str) -> int:
 
 
 def read_through(directory: str) -> int:
-    """Read every file once, so that all are in the page cache; returns their bytes."""
+    """Read every file once, so that all are in the page cache.
+
+    Return their bytes.
+    """
     buffer = bytearray(16 << 20)
     total = 0
     for path in sorted(Path(directory).iterdir()):
@@ -243,10 +254,11 @@ def read_through(directory: str) -> int:
 
 
 def environment(touch: bool = False) -> dict[str, Any]:
-    """The machine and the versions, which no number can be read without.
+    """Return the machine and the versions, without which no figure can be interpreted.
 
     Args:
-        touch: how fast memory is touched, too (``memory.touch_speeds``), which takes 2 GB and two minutes at most.
+        touch: also measure how fast memory is touched (``memory.touch_speeds``). This needs 2 GB and at most two
+            minutes.
     """
     versions: dict[str, str | None] = {"automodel_conv": automodel_conv.__version__}
     for package in _PACKAGES:
@@ -271,11 +283,11 @@ def environment(touch: bool = False) -> dict[str, Any]:
 
 
 def about(environment: Mapping[str, Any]) -> str:
-    """The machine in a line, as far as it is known."""
+    """Return a line that describes the machine, as far as it is known."""
     cpu, total, pages, speeds = (
         environment.get(key) for key in ("cpu", "memory_bytes", "huge_pages", "touched_gb_per_s")
     )
-    told = [
+    parts = [
         f"{environment['cores']} cores of {cpu or environment['machine']}",
         f"{total / 2**30:.0f} GiB" if total else "",
         f"Linux {environment['kernel']}",
@@ -285,17 +297,19 @@ def about(environment: Mapping[str, Any]) -> str:
         just, ago = (f"{speeds[name]:.1f} GB/s" for name in ("freed_just_now", "freed_long_ago"))
         goes = "goes back to the host" if memory.goes_back(speeds) else "stays with the machine"
         long = f"{memory.RETURN_SECONDS:.0f} s"
-        told.append(f"memory is touched at {just} if it was freed just now, at {ago} if {long} ago: free memory {goes}")
-    return "; ".join(filter(None, told)) + "."
+        parts.append(
+            f"memory is touched at {just} if it was freed just now, at {ago} if {long} ago: free memory {goes}"
+        )
+    return "; ".join(filter(None, parts)) + "."
 
 
 def _chosen(setting: str) -> str:
-    """The word in brackets, as files of /sys mark what is set."""
+    """Return the word in brackets, with which files of /sys mark the active setting."""
     return next((word.strip("[]") for word in setting.split() if word.startswith("[")), setting)
 
 
 def _cpu() -> str | None:
-    """As /proc/cpuinfo has it, where there is one and it does."""
+    """Return the model name in /proc/cpuinfo, or None."""
     lines = _CPUS.read_text().splitlines() if _CPUS.exists() else []
     return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), None)
 
@@ -310,11 +324,14 @@ def _commit() -> str | None:
 
 
 def write_json(path: str | None, result: Mapping[str, Any]) -> None:
-    """Write a whole file or leave the one that was there, wherever this process is killed; None: nowhere."""
+    """Write a whole file or keep the old one, even if this process is killed.
+
+    Do nothing if the path is None.
+    """
     if path is not None:
-        beside = Path(f"{path}.new")
-        beside.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-        os.replace(beside, path)
+        new = Path(f"{path}.new")
+        new.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        os.replace(new, path)
 
 
 def read_json(path: str) -> dict[str, Any]:

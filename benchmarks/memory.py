@@ -1,10 +1,9 @@
-"""Free memory when a load begins: in two states, which all benchmarks name alike, and what can be told of it.
+"""Free memory at the start of a load: the two states that all benchmarks use, and measurements of it.
 
-ready       The process touches memory of three times the size of the files and gives it back, last before the timing.
+ready       The process touches memory of three times the size of the files and frees it, last before the timing.
             The load then finds memory at the machine's own speed.
-as-found    Nothing is touched beforehand, as in a user's process. The driver waits half a minute before each run, in
-            which a virtual machine gives its free memory back to its host, if it does so; the host then maps and
-            clears it anew.
+as-found    Nothing is touched beforehand, as in a user's process. The driver waits half a minute before each run. In
+            that time a virtual machine may return its free memory to its host, which must then map and clear it again.
 """
 
 from __future__ import annotations
@@ -34,25 +33,27 @@ _MADV_HUGEPAGE, _MADV_NOHUGEPAGE = 14, 15
 
 
 def prepare(memory: str, nbytes: int) -> None:
-    """Last before the timing, in the process that loads.
+    """Bring free memory into a state.
+
+    Call this last before the timing, in the process that loads.
 
     Args:
-        nbytes: of the files.
+        nbytes: size of the files.
     """
     if memory == READY:
         ready_memory(3 * nbytes)
 
 
 def wait(memory: str) -> None:
-    """Before that process starts, in the one that starts it."""
+    """Wait before a process that loads, in its parent."""
     if memory == AS_FOUND:
         time.sleep(RETURN_SECONDS)
 
 
 def free() -> dict[str, int | None]:
-    """Bytes that nobody uses, the page cache included in what is used, and those of them in blocks of 2 MiB or more.
+    """Return the bytes of free memory, without the page cache, and those of them in blocks of 2 MiB or more.
 
-    None off Linux.
+    Both are None off Linux.
     """
     try:
         lines = Path("/proc/buddyinfo").read_text().splitlines()
@@ -70,7 +71,7 @@ def free() -> dict[str, int | None]:
 
 
 def total_bytes() -> int | None:
-    """Bytes of the machine's memory; None off Linux."""
+    """Return the bytes of the machine's memory, or None off Linux."""
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
     except OSError:
@@ -79,7 +80,7 @@ def total_bytes() -> int | None:
 
 
 def touch_speeds(nbytes: int = 512 << 20, rounds: int = 3, seconds: float = RETURN_SECONDS) -> dict[str, float]:
-    """GB/s of the first touch of memory that was freed just now, and of memory that was freed half a minute ago.
+    """Return GB/s of the first touch of memory freed just now, and of memory freed half a minute ago.
 
     If the second is much slower, free memory goes back to a host in between.
     """
@@ -89,28 +90,28 @@ def touch_speeds(nbytes: int = 512 << 20, rounds: int = 3, seconds: float = RETU
             ready_memory(3 * nbytes)
             time.sleep(pause)
             speeds[name].append(nbytes / 1e9 / _touch(nbytes))
-    return {name: statistics.median(found) for name, found in speeds.items()}
+    return {name: statistics.median(values) for name, values in speeds.items()}
 
 
 def goes_back(speeds: Mapping[str, float]) -> bool:
-    """Whether ``touch_speeds`` tells that free memory goes back to the host."""
+    """Whether ``touch_speeds`` shows that free memory goes back to the host."""
     return speeds["freed_long_ago"] < speeds["freed_just_now"] / 2
 
 
 def pages(address: int, nbytes: int) -> tuple[int, int]:
-    """The first byte of the whole pages in ``[address, address + nbytes)``, and the one after their last."""
+    """Return the start and the end of the whole pages in ``[address, address + nbytes)``."""
     return -(-address // mmap.PAGESIZE) * mmap.PAGESIZE, (address + nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
 
 
 def advise(address: int, nbytes: int, huge: bool) -> None:
-    """Ask for huge pages, or for small ones only, in the whole pages of ``[address, address + nbytes)``."""
+    """Advise huge pages, or only small ones, for the whole pages of ``[address, address + nbytes)``."""
     start, stop = pages(address, nbytes)
     if stop > start:
         _madvise()(start, stop - start, _MADV_HUGEPAGE if huge else _MADV_NOHUGEPAGE)
 
 
 def _touch(nbytes: int) -> float:
-    """Seconds."""
+    """Touch new memory and return the seconds."""
     memory = numpy.empty(nbytes, numpy.uint8)
     advise(memory.ctypes.data, nbytes, huge=True)
     start = time.perf_counter()

@@ -1,7 +1,7 @@
-"""What a layer's experts go through, as calls of the verbs on real shapes, with what each must give.
+"""The operations on a layer's experts, as calls of the verbs on real shapes, with the expected result of each.
 
-A ``Case`` owns its buffers. Its ways do the same thing: one call of a verb's kernel, of its twin, or what people write
-in torch. ``verify`` compares a way with plain indexing, expert by expert, on an output poisoned before.
+A ``Case`` owns its buffers. Its ways are equivalent: one call of a verb's kernel, one of its twin, or the usual code in
+torch. ``verify`` compares a way with plain indexing, expert by expert, on a poisoned output.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def _found(verb: str, name: str) -> Callable[..., None]:
 
 
 def _at_first_call(verb: str, name: str) -> Callable[..., None]:
-    """A function of a verb's file, which imports Triton: nothing here does before it is called."""
+    """Return a function of a verb's file that imports Triton on its first call."""
 
     def call(*operands: Any) -> None:
         _found(verb, name)(*operands)
@@ -38,15 +38,18 @@ KERNELS = {verb: _at_first_call(verb, verb) for verb in VERBS}
 TWINS = {verb: _at_first_call(verb, f"{verb}_torch") for verb in VERBS}
 
 Way = Callable[[], Tensor]
-"""Does the operation once, anew; returns the result, ``[E, ...]``. On a GPU it is queued, not done."""
+"""Runs the operation once more and returns the result, ``[E, ...]``. On a GPU it is queued, not finished."""
 
 
 class Mismatch(Exception):
-    """A way does not give what plain indexing gives."""
+    """A way's result differs from that of plain indexing."""
 
 
 class Experts(NamedTuple):
-    """The experts of one layer: E, I, H; ``phase_bytes``: where sources start, past a multiple of 16 bytes."""
+    """The experts of one layer: E, I, H.
+
+    ``phase_bytes``: start of sources, past a multiple of 16 bytes.
+    """
 
     name: str
     experts: int
@@ -59,8 +62,8 @@ class Experts(NamedTuple):
 class Case(NamedTuple):
     """One operation on one layer.
 
-    ``operands`` are the verb's, destinations first; destinations are views of ``out`` ``[E, ...]`` and fill it.
-    ``expected(e)`` makes ``out[e]`` by plain indexing. ``idiom`` makes all of it as stack, cat and transpose do.
+    ``operands`` are those of the verb, destinations first. Destinations are views of ``out`` ``[E, ...]`` and fill it.
+    ``expected(e)`` computes ``out[e]`` by plain indexing. ``idiom`` computes all of it with stack, cat and transpose.
     """
 
     verb: str
@@ -71,16 +74,19 @@ class Case(NamedTuple):
 
     @property
     def bytes_moved(self) -> int:
-        """Read and written."""
+        """Number of bytes read and written."""
         return sum(tensor.nbytes for operand in self.operands for tensor in operand)
 
     def kernel(self) -> Tensor:
-        """As a user calls it: addresses are gathered and uploaded."""
+        """Call the kernel as a user does: addresses are gathered and uploaded."""
         KERNELS[self.verb](*self.operands)
         return self.out
 
     def with_addresses(self) -> Way:
-        """The kernel on addresses gathered beforehand; they are still uploaded."""
+        """Return the kernel's call with addresses gathered beforehand.
+
+        They are still uploaded.
+        """
         matrices: list[Matrices] = [as_matrices("operand", operand) for operand in self.operands]
 
         def run() -> Tensor:
@@ -94,7 +100,10 @@ class Case(NamedTuple):
         return self.out
 
     def pairs(self) -> list[tuple[Tensor, Tensor]]:
-        """Views of equal shape between which ``copy_`` does the same."""
+        """Return views of equal shape.
+
+        ``copy_`` between them has the same effect.
+        """
         dst, *src = self.operands
         if self.verb == "strided_copy":
             return list(zip(dst, src[0], strict=True))
@@ -106,7 +115,7 @@ class Case(NamedTuple):
         return [(d, s[:, k::2].t()) for k, half in enumerate((first, second)) for d, s in zip(half, whole, strict=True)]
 
     def loop(self) -> Way:
-        """``copy_`` from view to view."""
+        """Return a way that calls ``copy_`` from view to view."""
         pairs = self.pairs()
 
         def run() -> Tensor:
@@ -117,7 +126,10 @@ class Case(NamedTuple):
         return run
 
     def foreach(self) -> Way:
-        """``torch._foreach_copy_``, which takes views of any strides, but is fast for plain copies only."""
+        """Return a way that calls ``torch._foreach_copy_``.
+
+        It accepts any strides, but only plain copies are fast.
+        """
         dst, src = ([*side] for side in zip(*self.pairs(), strict=True))
 
         def run() -> Tensor:
@@ -130,33 +142,33 @@ class Case(NamedTuple):
         """Run a way on a poisoned output and compare every byte.
 
         Raises:
-            Mismatch: names the expert.
+            Mismatch: a byte differs; with the expert.
         """
         self.out.view(torch.uint8).fill_(POISON)
-        made = way()
+        result = way()
         for expert in range(len(self.out)):
             wanted = self.expected(expert)
-            if made[expert].shape != wanted.shape or not torch.equal(_raw(made[expert]), _raw(wanted)):
+            if result[expert].shape != wanted.shape or not torch.equal(_raw(result[expert]), _raw(wanted)):
                 raise Mismatch(f"{name}: expert {expert} is not what plain indexing gives")
 
 
 def random_matrices(
     count: int, rows: int, columns: int, dtype: torch.dtype, device: torch.device, phase_bytes: int = 0
 ) -> Tensor:
-    """``[count, rows, columns]`` of random bits, no NaN among them (which NaN a cast makes of one is open)."""
+    """Return ``[count, rows, columns]`` of random bits without NaN (a cast may return any NaN for one)."""
     nbytes = count * rows * columns * dtype.itemsize
     quads = torch.empty(nbytes // 8 + 8, dtype=torch.int64, device=device)
     quads.random_(-(2**63), None)
-    made = quads.view(torch.uint8)[phase_bytes : phase_bytes + nbytes].view(dtype)
+    values = quads.view(torch.uint8)[phase_bytes : phase_bytes + nbytes].view(dtype)
     if dtype.is_floating_point and dtype.itemsize > 1:
-        # Without its top bit no exponent is that of a NaN.
+        # Without its top bit, no exponent is that of a NaN.
         word, mask = {2: (torch.int16, ~0x4000), 4: (torch.int32, ~0x40000000)}[dtype.itemsize]
-        made.view(word).bitwise_and_(mask)
-    return made.view(count, rows, columns)
+        values.view(word).bitwise_and_(mask)
+    return values.view(count, rows, columns)
 
 
 def concatenate(size: Experts, dst: torch.dtype, src: torch.dtype, device: torch.device) -> Case:
-    """Gate and up ``[I, H]`` to ``[E, 2I, H]``, gate before up."""
+    """Return the case from gate and up ``[I, H]`` to ``[E, 2I, H]``, gate before up."""
     gate, up = _gate_and_up(size, src, device)
     out = _out((size.experts, 2 * size.intermediate, size.hidden), dst, device)
     halves = [half for whole in out.unbind() for half in whole.chunk(2)]
@@ -170,7 +182,7 @@ def concatenate(size: Experts, dst: torch.dtype, src: torch.dtype, device: torch
 
 
 def interleave_rows(size: Experts, dst: torch.dtype, src: torch.dtype, device: torch.device) -> Case:
-    """Gate and up to ``[E, 2I, H]``, their rows in turn."""
+    """Return the case from gate and up to ``[E, 2I, H]``, with alternating rows."""
     gate, up = _gate_and_up(size, src, device)
     out = _out((size.experts, 2 * size.intermediate, size.hidden), dst, device)
     lanes = [whole[lane::2] for whole in out.unbind() for lane in (0, 1)]
@@ -184,7 +196,7 @@ def interleave_rows(size: Experts, dst: torch.dtype, src: torch.dtype, device: t
 
 
 def split_back(size: Experts, dst: torch.dtype, src: torch.dtype, device: torch.device) -> Case:
-    """``[E, 2I, H]`` with rows in turn back to gate and up, ``[E, 2, I, H]`` here."""
+    """Return the case from ``[E, 2I, H]`` with alternating rows back to gate and up, here ``[E, 2, I, H]``."""
     whole = random_matrices(size.experts, 2 * size.intermediate, size.hidden, src, device, size.phase_bytes)
     out = _out((size.experts, 2, size.intermediate, size.hidden), dst, device)
     return Case(
@@ -197,7 +209,7 @@ def split_back(size: Experts, dst: torch.dtype, src: torch.dtype, device: torch.
 
 
 def concatenate_transposed(size: Experts, dst: torch.dtype, src: torch.dtype, device: torch.device) -> Case:
-    """Gate and up to ``[E, H, 2I]``, gate before up."""
+    """Return the case from gate and up to ``[E, H, 2I]``, gate before up."""
     gate, up = _gate_and_up(size, src, device)
     out = _out((size.experts, size.hidden, 2 * size.intermediate), dst, device)
     halves = [half for whole in out.unbind() for half in whole.chunk(2, 1)]
@@ -211,7 +223,7 @@ def concatenate_transposed(size: Experts, dst: torch.dtype, src: torch.dtype, de
 
 
 def transpose_down(size: Experts, dst: torch.dtype, src: torch.dtype, device: torch.device) -> Case:
-    """Down ``[H, I]`` to ``[E, I, H]``."""
+    """Return the case from down ``[H, I]`` to ``[E, I, H]``."""
     down = random_matrices(size.experts, size.hidden, size.intermediate, src, device, size.phase_bytes)
     out = _out((size.experts, size.intermediate, size.hidden), dst, device)
     sources = [*down.unbind()]
@@ -225,7 +237,7 @@ def transpose_down(size: Experts, dst: torch.dtype, src: torch.dtype, device: to
 
 
 def interleave_columns(size: Experts, dst: torch.dtype, src: torch.dtype, device: torch.device) -> Case:
-    """Gate and up to ``[E, H, 2I]``, their columns in turn."""
+    """Return the case from gate and up to ``[E, H, 2I]``, with alternating columns."""
     gate, up = _gate_and_up(size, src, device)
     out = _out((size.experts, size.hidden, 2 * size.intermediate), dst, device)
     return Case(
@@ -238,7 +250,10 @@ def interleave_columns(size: Experts, dst: torch.dtype, src: torch.dtype, device
 
 
 def deinterleave_columns(size: Experts, dst: torch.dtype, src: torch.dtype, device: torch.device) -> Case:
-    """``[E, H, 2I]`` with columns in turn back to gate and up, ``[2, E, I, H]`` in memory, ``[E, 2, I, H]`` here."""
+    """Return the case from ``[E, H, 2I]`` with alternating columns back to gate and up.
+
+    The output is ``[2, E, I, H]`` in memory, here ``[E, 2, I, H]``.
+    """
     whole = random_matrices(size.experts, size.hidden, 2 * size.intermediate, src, device, size.phase_bytes)
     out = _out((size.experts, 2, size.intermediate, size.hidden), dst, device)
     return Case(
@@ -264,13 +279,13 @@ OPERATIONS: Mapping[str, Make] = {
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait for everything queued on a device."""
+    """Wait for all work that is queued on a device."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def _gate_and_up(size: Experts, dtype: torch.dtype, device: torch.device) -> tuple[list[Tensor], list[Tensor]]:
-    """As a file holds them, an expert's gate beside its up."""
+    """Return gate and up as a file stores them, an expert's gate next to its up."""
     both = random_matrices(2 * size.experts, size.intermediate, size.hidden, dtype, device, size.phase_bytes)
     return [*both[0::2].unbind()], [*both[1::2].unbind()]
 

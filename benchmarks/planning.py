@@ -1,27 +1,26 @@
-"""What names and headers cost: microseconds per tensor of a checkpoint, without any tensor data.
+"""The cost of names and headers: microseconds per tensor of a checkpoint, without any tensor data.
 
     python -m benchmarks.planning [--json FILE] [--repetitions N] [--directory DIR]
                                   [--size full|many|small]
 
-Checkpoints have the names, shapes, headers and number of files of real ones; their data is a hole.
-Per checkpoint and repetition, in one process and in turns, in another order each time:
+Checkpoints have the names, shapes, headers and number of files of real ones. Their files are sparse. The stages of each
+checkpoint and repetition alternate in one process, in a different order each time:
 
 open           ``open_checkpoint``: index and all headers, read and checked.
 rules          ours: transformers' rule objects of the model (``get_model_conversion_mapping``),
-               copied and examined. Part of ``plan``, and timed once more alone.
+               copied and examined. Part of ``plan``, and also timed separately.
 plan           ours: ``compile_plan(checkpoint, model)``, from names, dtypes and shapes to a
                validated plan.
-upstream open  transformers' way: the index is read, each file is opened by safetensors, and a slice
-               object is made per tensor; loop and calls are those of ``_load_pretrained_model``.
+upstream open  transformers' own code: it reads the index, opens each file with safetensors, and creates
+               a slice object per tensor; loop and calls are those of ``_load_pretrained_model``.
 upstream plan  transformers' ``convert_and_load_state_dict_in_model`` on these slices until it
                converts the first tensor: names sorted and renamed, a rule object and a deferred
                read per tensor. The first ``convert`` raises and the thread pool is off
-               (HF_DEACTIVATE_ASYNC_LOAD=1), so no data is read. Its rule objects are made outside
-               of the timing.
+               (HF_DEACTIVATE_ASYNC_LOAD=1), so no data is read. Its rule objects are created
+               outside of the timing.
 
-The model is on the meta device and made outside of the timings: both sides need it. Garbage is
-collected before each timing. The time of the process on its cores is reported besides the time on
-the clock.
+The model is on the meta device and is built outside of the timings, because both sides need it. Garbage is collected
+before each timing. The time of the process on its cores is reported in addition to the time on the clock.
 """
 
 from __future__ import annotations
@@ -61,12 +60,12 @@ SIZES = {
     "many": (HALF_A_MILLION, ONE_LAYER),
     "small": (SMALL,),
 }
-# At more keys upstream takes about a minute, so it runs once.
+# With more keys transformers takes about a minute, so it runs once.
 _ONCE_ABOVE_KEYS = 100_000
 
 
 class _Reached(Exception):
-    """Upstream is done with names and about to convert the first tensor."""
+    """Raised when transformers has processed all names and is about to convert the first tensor."""
 
 
 def upstream_open(directory: str) -> dict[str, Any]:
@@ -90,10 +89,10 @@ def upstream_load_config(model: nn.Module) -> Any:
 
 
 def upstream_plan(model: nn.Module, slices: dict[str, Any], load_config: Any) -> None:
-    """Returns when the first tensor would be converted.
+    """Run transformers' mapping until it would convert the first tensor.
 
     Raises:
-        RuntimeError: upstream converted nothing, so that nothing was measured.
+        RuntimeError: transformers converted nothing, so that nothing was measured.
     """
     from transformers import core_model_loading as core
 
@@ -118,7 +117,7 @@ def upstream_plan(model: nn.Module, slices: dict[str, Any], load_config: Any) ->
 
 
 def run_shape(shape: Shape, directory: str, repetitions: int) -> dict[str, Any]:
-    """Seconds by stage: a list each for the clock and for the process."""
+    """Return lists of seconds by stage, for the clock and for the process."""
     write_sparse_checkpoint(shape, directory)
     model = meta_model(shape)
     checkpoint = amc.open_checkpoint(directory)

@@ -1,7 +1,7 @@
 """Quantized experts of one layer, dequantized and merged: gate and up of each expert, as calls of ``dequantize``.
 
-Scales are bfloat16 numbers or powers of two, so that float32 holds every product: what people write in torch makes the
-same bytes, and is what a ``Quantized`` is verified against, expert by expert, on an output poisoned before.
+Scales are bfloat16 values or powers of two, so that float32 holds every product. The usual code in torch therefore
+computes the same bytes, and a ``Quantized`` is verified against it, expert by expert, on a poisoned output.
 """
 
 from __future__ import annotations
@@ -24,33 +24,33 @@ class Quantized(NamedTuple):
     code_format: str
     block: tuple[int, int]
     out: Tensor
-    codes: Tensor  # uint8 [2E, I, bytes of H codes], an expert's gate before its up
+    codes: Tensor  # uint8 [2E, I, bytes of H codes], gate before up for each expert
     scales: Tensor  # [2E, SR, SC]
     made: CodeTable
     is_transposed: bool
 
     @property
     def bytes_moved(self) -> int:
-        """Read and written, each number of the table once."""
+        """Number of bytes read and written, with each value of the table counted once."""
         return sum(tensor.nbytes for tensor in (self.out, self.codes, *self.made))
 
     def table(self) -> CodeTable:
         return code_table(self.code_format, self.scales.flatten(0, 1), torch.bfloat16)
 
-    def decode(self, verb: Callable[..., None], made: CodeTable) -> Tensor:
+    def decode(self, verb: Callable[..., None], table: CodeTable) -> Tensor:
         halves = [half for whole in self.out.unbind() for half in whole.chunk(2, int(self.is_transposed))]
         verb(
             [half.t() for half in halves] if self.is_transposed else halves,
             [*self.codes.unbind()],
-            [*made.table_rows.view(self.scales.shape).unbind()],
-            made.table,
+            [*table.table_rows.view(self.scales.shape).unbind()],
+            table.table,
             bits=bits_of(self.code_format),
             block=self.block,
         )
         return self.out
 
     def ways(self) -> dict[str, Way]:
-        from automodel_conv.kernels.dequantize import dequantize  # and Triton with it
+        from automodel_conv.kernels.dequantize import dequantize  # imports Triton
 
         return {
             "ours": lambda: self.decode(dequantize, self.made),
@@ -62,7 +62,7 @@ class Quantized(NamedTuple):
         return self.decode(dequantize_torch, self.made)
 
     def idiom(self) -> Tensor:
-        """One expert after another, as transformers dequantizes fp8."""
+        """Decode one expert after another, as transformers dequantizes fp8."""
         return torch.stack([self.expected(expert) for expert in range(len(self.out))])
 
     def expected(self, expert: int) -> Tensor:
@@ -86,26 +86,26 @@ class Quantized(NamedTuple):
         """Run a way on a poisoned output and compare every byte.
 
         Raises:
-            Mismatch: names the expert.
+            Mismatch: a byte differs; with the expert.
         """
         self.out.view(torch.uint8).fill_(POISON)
-        made = way()
+        result = way()
         for expert in range(len(self.out)):
-            if not torch.equal(made[expert].view(torch.int16), self.expected(expert).view(torch.int16)):
+            if not torch.equal(result[expert].view(torch.int16), self.expected(expert).view(torch.int16)):
                 raise Mismatch(f"{name}: expert {expert} is not what torch makes")
 
 
 def fp8(size: Experts, device: torch.device, *, is_transposed: bool = False) -> Quantized:
-    """e4m3 under a float32 scale for each 128 x 128, as DeepSeek-V3 is published."""
+    """Return e4m3 codes with a float32 scale per block of 128 x 128, as DeepSeek-V3 is published."""
     codes = _random_bytes(size, size.hidden, device)
-    codes.masked_fill_(codes & 127 == 127, 0)  # which NaN a NaN becomes is open in torch
+    codes.masked_fill_(codes & 127 == 127, 0)  # torch does not define which NaN a NaN becomes
     grid = 2 * size.experts, -(-size.intermediate // 128), -(-size.hidden // 128)
     scales = torch.rand(grid, device=device).to(torch.bfloat16).float()
     return _quantized("e4m3", (128, 128), size, codes, scales, is_transposed)
 
 
 def mxfp4(size: Experts, device: torch.device, *, is_transposed: bool = False) -> Quantized:
-    """e2m1 under an e8m0 scale for each 32 of a row, as gpt-oss is published."""
+    """Return e2m1 codes with an e8m0 scale per 32 codes of a row, as gpt-oss is published."""
     codes = _random_bytes(size, size.hidden // 2, device)
     grid = 2 * size.experts, size.intermediate, -(-size.hidden // 32)
     scales = torch.randint(110, 130, grid, dtype=torch.uint8, device=device)

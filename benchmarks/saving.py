@@ -1,38 +1,38 @@
-"""Saving a grouped model, and converting on disk: seconds, GB/s and peak memory, ours, transformers and ``cp``.
+"""Benchmark saves of a grouped model and conversions on disk: seconds, GB/s, memory, against transformers and ``cp``.
 
     python -m benchmarks.saving [--layers N] [--smoke] [--repetitions N] [--threads N] [--shard-size SIZE]
                                 [--method NAME ...] [--memory ready|as-found ...] [--directory DIR] [--json FILE]
     python -m benchmarks.saving --table FILE       the tables again from that JSON
 
 The checkpoint is that of ``benchmarks.peers``: N layers with the experts of Qwen3-30B-A3B (2 are 2.4 GB), a tensor
-per expert and projection. Beside it lies the same one grouped, ``[E, 2I, H]``. All files that are written have at most
-``--shard-size`` of data, but for those of ``cp``, which are the source's.
+per expert and projection. A second checkpoint has the same tensors grouped, ``[E, 2I, H]``. All files that are written
+have at most ``--shard-size`` of data, except those of ``cp``, which are the source's.
 
-save        A model that ``from_pretrained`` has loaded goes back to per-expert files; only that is timed.
+save        A model that ``from_pretrained`` has loaded is saved to per-expert files; only the save is timed.
             transformers: ``save_pretrained``. ours: ``save_checkpoint``.
 group       From per-expert files to grouped ones, from disk to disk.
             transformers: ``from_pretrained``, then ``save_pretrained(save_original_format=False)``.
             ours: ``convert_checkpoint``.
 ungroup     From grouped files to per-expert ones.
-            transformers: ``from_pretrained``, then ``save_pretrained``, told to forget that the files were grouped:
-            it reverts only what it has converted itself.
+            transformers: ``from_pretrained``, then ``save_pretrained``, without its record that the files were grouped:
+            it reverts only its own conversions.
 transpose   From per-expert files to ``[E, H, 2I]``: ``convert_checkpoint(layout="nemo")``.
-cp          Within group and ungroup, and compared with by transpose: ``cp`` of the files that they read, as the roof of
-            what only regroups.
+cp          Within group and ungroup, and for comparison with transpose: ``cp`` of the files that they read, as the roof
+            of a conversion that only regroups.
 
-Ours ends when the disk has all bytes and names (fsync); transformers and cp end when the page cache has them. So that
-there is a fair pair, both are also measured followed by fsync of all files they made and of their directory ("fsync").
-``verify=False`` where nothing is said; "verified" reads every file back and compares it with the source.
+This package ends when all bytes and names are on the disk (fsync); transformers and cp end when they are in the page
+cache. For a fair comparison, both are also measured followed by fsync of all their files and of their directory
+("fsync"). The default is ``verify=False``; "verified" reads every file back and compares it with the source.
 
-Every run is a process of its own that does the same with a tiny checkpoint first: imports and everything made once are
-not timed. Its sources are in the page cache, nothing of earlier runs waits to be written, and free memory is in one of
-two states, made ready or as found, see ``benchmarks/memory.py``. Memory is the peak above the level at the start of the
-timing; by then the imports are done, and for save the model is loaded. It is not measured for ``cp``. CPU time is that
-of the process and of ``cp``, without what the kernel does later to write to the disk.
+Every run is a process of its own that first does the same with a tiny checkpoint, so that imports and one-time setup
+are not timed. Its sources are in the page cache, no data of earlier runs waits to be written, and free memory is in one
+of two states, made ready or as found, see ``benchmarks/memory.py``. Memory is the peak above the level at the start of
+the timing. By then the imports are done, and for save the model is loaded. It is not measured for ``cp``. CPU time is
+that of the process and of ``cp``, without the kernel's later work to write to the disk.
 
-In the first round each run also computes a digest of the tensors in the files it made, by name, dtype, shape and bytes;
-what was transposed is transposed back for it by torch. No number is printed unless all that end per expert agree with
-each other and with the files at the start, and all that end grouped with each other.
+In the first round each run also computes a digest of the tensors in its files, by name, dtype, shape and bytes. torch
+transposes transposed tensors back for it. No figure is printed unless all per-expert results agree with each other and
+with the files at the start, and all grouped results agree with each other.
 """
 
 from __future__ import annotations
@@ -64,12 +64,12 @@ from benchmarks.show import show, show_environment
 PER_EXPERT, GROUPED = "per-expert", "grouped"
 GROUPS = ("save", "group", "ungroup", "transpose")
 _TRANSPOSED = {"gate_and_up_projs": "gate_up_proj", "down_projs": "down_proj"}
-# For the tiny checkpoint, so that even it has several files.
+# Small enough that even the tiny checkpoint has several files.
 TINY_SHARD = "64KB"
 
 
 class Setting(NamedTuple):
-    """The places of the checkpoints of one size, by form, and how files are written."""
+    """The paths of the checkpoints of one size, by form, and how files are written."""
 
     directory: str
     threads: int
@@ -80,7 +80,7 @@ class Setting(NamedTuple):
 
 
 Run = Callable[[str], object]
-"""Writes a checkpoint to a new directory; what it returns is kept until the timing is over."""
+"""Writes a checkpoint to a new directory. Its result is kept until the timing is over."""
 Prepare = Callable[[Setting], Run]
 """Called before the timing."""
 
@@ -106,7 +106,7 @@ def convert_with_transformers(setting: Setting, source: str) -> Run:
         model = _loaded(setting.files(source))
         back = source == GROUPED
         if back:
-            model._weight_conversions = None  # none, since the files were grouped already
+            model._weight_conversions = None  # none: the files were already grouped
         model.save_pretrained(out, save_original_format=back, max_shard_size=setting.shard_size)
         return model
 
@@ -129,18 +129,18 @@ def copy_with_cp(setting: Setting, source: str) -> Run:
 
 
 def _synced(prepare: Prepare) -> Prepare:
-    """Followed by fsync of all that was made."""
+    """Add an fsync of all output to a method."""
 
     def prepared(setting: Setting) -> Run:
         run = prepare(setting)
 
         def run_and_sync(out: str) -> object:
-            made = run(out)
+            result = run(out)
             for path in (*Path(out).iterdir(), Path(out)):
                 descriptor = os.open(path, os.O_RDONLY)
                 os.fsync(descriptor)
                 os.close(descriptor)
-            return made
+            return result
 
         return run_and_sync
 
@@ -148,36 +148,36 @@ def _synced(prepare: Prepare) -> Prepare:
 
 
 def _methods() -> dict[str, Method]:
-    found = {
+    methods = {
         "save: transformers": Method("save", save_with_transformers, PER_EXPERT),
         "save: transformers, fsync": Method("save", _synced(save_with_transformers), PER_EXPERT),
         "save: ours": Method("save", save_with_ours, PER_EXPERT),
     }
-    for group, source, made, layout in (
+    for group, source, output, layout in (
         ("group", PER_EXPERT, GROUPED, "transformers"),
         ("ungroup", GROUPED, PER_EXPERT, "per_expert"),
         ("transpose", PER_EXPERT, GROUPED, "nemo"),
     ):
         if group != "transpose":
             copy, convert = partial(copy_with_cp, source=source), partial(convert_with_transformers, source=source)
-            found[f"{group}: cp"] = Method(group, copy, source)
-            found[f"{group}: cp, fsync"] = Method(group, _synced(copy), source)
-            found[f"{group}: transformers"] = Method(group, convert, made)
-            found[f"{group}: transformers, fsync"] = Method(group, _synced(convert), made)
+            methods[f"{group}: cp"] = Method(group, copy, source)
+            methods[f"{group}: cp, fsync"] = Method(group, _synced(copy), source)
+            methods[f"{group}: transformers"] = Method(group, convert, output)
+            methods[f"{group}: transformers, fsync"] = Method(group, _synced(convert), output)
         for name, verify in (("ours", False), ("ours, verified", True)):
             ours = partial(convert_with_ours, source=source, layout=layout, verify=verify)
-            found[f"{group}: {name}"] = Method(group, ours, made)
-    return found
+            methods[f"{group}: {name}"] = Method(group, ours, output)
+    return methods
 
 
 METHODS: Mapping[str, Method] = _methods()
 
 
 def work(name: str, directory: str, threads: int, shard_size: str, state: str, repetition: int) -> dict[str, Any]:
-    """One run, in this process.
+    """Perform one run in this process.
 
     Args:
-        state: of free memory.
+        state: state of free memory.
     """
     from transformers.utils import logging
 
@@ -190,15 +190,15 @@ def work(name: str, directory: str, threads: int, shard_size: str, state: str, r
     method.prepare(tiny)(out)
     shutil.rmtree(out)
     run = method.prepare(big)
-    os.sync()  # the tiny one's files too
-    for form in (PER_EXPERT, GROUPED):  # here: the page cache may give up some of what was read before the wait
+    os.sync()  # includes the files of the tiny checkpoint
+    for form in (PER_EXPERT, GROUPED):  # the page cache may evict pages that were read before the wait
         measure.read_through(big.files(form))
     memory.prepare(state, _bytes_in(big.files(PER_EXPERT)))
     with PeakMemory() as peak:
         start, start_cpu = time.perf_counter(), _cpu_seconds()
-        made = run(out)
+        written = run(out)
         seconds, cpu_seconds = time.perf_counter() - start, _cpu_seconds() - start_cpu
-    del made, run
+    del written, run
     by_other = "cp" in name
     result = {
         "seconds": seconds,
@@ -212,7 +212,7 @@ def work(name: str, directory: str, threads: int, shard_size: str, state: str, r
 
 
 def digest_of(directory: str) -> str:
-    """One digest of all tensors in the files, as safetensors reads them; transposed experts as if they were not."""
+    """Return one digest of all tensors in the files, as safetensors reads them, without transposition."""
     tensors: dict[str, Tensor] = {}
     for path in sorted(Path(directory).glob("*.safetensors")):
         for name, tensor in load_file(path).items():
@@ -230,7 +230,7 @@ def _loaded(directory: str) -> Any:
 
 
 def _cpu_seconds() -> float:
-    """Time of this process and of those that it has waited for."""
+    """Return the processor time of this process and of the children that it has waited for."""
     times = os.times()
     return times.user + times.system + times.children_user + times.children_system
 
@@ -240,7 +240,7 @@ def _bytes_in(directory: str) -> int:
 
 
 def write_checkpoints(shape: Shape, root: str, threads: int, shard_size: str) -> None:
-    """The checkpoint and a tiny one, each per expert and grouped."""
+    """Write the checkpoint and a tiny one, each per expert and grouped."""
     for size, wanted, most_bytes in (("big", shape, shard_size), ("tiny", SMALL, TINY_SHARD)):
         per_expert, grouped = (os.path.join(root, size, form) for form in (PER_EXPERT, GROUPED))
         write_checkpoint(wanted, per_expert)
@@ -256,7 +256,7 @@ def run(
     shard_size: str,
     directory: str | None,
 ) -> dict[str, Any]:
-    """All runs, by state of free memory and method, and the bytes of the files.
+    """Return all runs, by state of free memory and method, and the bytes of the files.
 
     Raises:
         RuntimeError: the digests of two methods differ, or a run failed.
@@ -280,14 +280,14 @@ def run(
         at_start = digest_of(os.path.join(big, PER_EXPERT))
         file_bytes = _bytes_in(os.path.join(big, PER_EXPERT))
     for form, known in ((PER_EXPERT, {"the files at the start": at_start}), (GROUPED, {})):
-        found = known | {
-            f"{name}, {state}": each[name][0]["digest"]
-            for state, each in runs.items()
+        digests = known | {
+            f"{name}, {state}": by_method[name][0]["digest"]
+            for state, by_method in runs.items()
             for name in methods
             if METHODS[name].makes == form
         }
-        if len(set(found.values())) > 1:
-            raise RuntimeError(f"the methods do not make the same tensors: {found}")
+        if len(set(digests.values())) > 1:
+            raise RuntimeError(f"the methods do not produce the same tensors: {digests}")
     return {
         "shape": shape.name,
         "source": shape.source,
@@ -299,7 +299,7 @@ def run(
 
 
 def table(result: Mapping[str, Any], state: str) -> Table:
-    """The runs in one state of free memory."""
+    """Return the table of the runs in one state of free memory."""
     file_bytes, runs = result["file_bytes"], result["runs"][state]
     shown = Table(
         title=f"{result['shape']}: {file_bytes / 1e9:.2f} GB of files, {result['threads']} threads, "
@@ -310,39 +310,39 @@ def table(result: Mapping[str, Any], state: str) -> Table:
     shown.add_column("method")
     for title in ("seconds", "s of CPU", "GB/s", "ours is", "x cp, fsync", "anonymous MiB", "resident MiB"):
         shown.add_column(title, justify="right")
-    seconds = {name: statistics.median(run["seconds"] for run in found) for name, found in runs.items()}
+    seconds = {name: statistics.median(run["seconds"] for run in method_runs) for name, method_runs in runs.items()}
     for group in GROUPS:
         ours = seconds.get(f"{group}: ours")
         roof = seconds.get(f"{'group' if group == 'transpose' else group}: cp, fsync")
         for name in (name for name in runs if METHODS[name].group == group):
-            found = runs[name]
+            method_runs = runs[name]
             shown.add_row(
                 name,
-                measure.spread([run["seconds"] for run in found]).text(),
-                f"{statistics.median(run['cpu_seconds'] for run in found):.2f}",
+                measure.spread([run["seconds"] for run in method_runs]).text(),
+                f"{statistics.median(run['cpu_seconds'] for run in method_runs):.2f}",
                 f"{file_bytes / 1e9 / seconds[name]:.2f}",
                 f"{seconds[name] / ours:.2f}x" if ours else "",
                 f"{seconds[name] / roof:.2f}" if roof else "",
-                *(_peak(found, kind, file_bytes) for kind in ("anonymous_bytes", "resident_bytes")),
+                *(_peak(method_runs, kind, file_bytes) for kind in ("anonymous_bytes", "resident_bytes")),
             )
         shown.add_section()
     return shown
 
 
 def _peak(runs: list[dict[str, Any]], kind: str, file_bytes: int) -> str:
-    found = [run[kind] for run in runs if run[kind] is not None]
-    return f"{max(found) / 2**20:.0f} ({max(found) / file_bytes:.2f}x)" if found else "-"
+    peaks = [run[kind] for run in runs if run[kind] is not None]
+    return f"{max(peaks) / 2**20:.0f} ({max(peaks) / file_bytes:.2f}x)" if peaks else "-"
 
 
 def main(arguments: list[str] | None = None) -> None:
     parser = options.parser("saving", __doc__, repetitions=5, room="three times the files")
     parser.add_argument("--layers", type=int, default=2)
-    parser.add_argument("--smoke", action="store_true", help="tiny; its times mean nothing")
+    parser.add_argument("--smoke", action="store_true", help="tiny sizes; the times are meaningless")
     parser.add_argument("--threads", type=int, default=measure.cores())
-    parser.add_argument("--shard-size", default="1GB", help="of the files that are written")
+    parser.add_argument("--shard-size", default="1GB", help="size of the output files")
     parser.add_argument("--method", action="append", choices=METHODS, help="default: all")
     parser.add_argument("--memory", action="append", choices=memory.MEMORY, help="default: both")
-    parser.add_argument("--table", metavar="FILE", help="only print the tables of such a file")
+    parser.add_argument("--table", metavar="FILE", help="only print the tables of a result file")
     options.add_worker(parser, 5)
     given = parser.parse_args(arguments)
     if given.worker:
@@ -358,9 +358,9 @@ def main(arguments: list[str] | None = None) -> None:
     shape, shard_size = (SMALL, TINY_SHARD) if given.smoke else (qwen3_30b(given.layers), given.shard_size)
     methods = given.method or list(METHODS)
     states = given.memory or list(memory.MEMORY)
-    found = run(shape, methods, states, given.repetitions, given.threads, shard_size, given.directory)
+    results = run(shape, methods, states, given.repetitions, given.threads, shard_size, given.directory)
     environment["file_system"] = _file_system(given.directory)
-    result = {"environment": environment, **found}
+    result = {"environment": environment, **results}
     _show(result)
     measure.write_json(given.json, result)
 
@@ -372,7 +372,7 @@ def _show(result: Mapping[str, Any]) -> None:
 
 
 def _file_system(directory: str | None) -> str | None:
-    """The type of the file system that was written to."""
+    """Return the type of the file system that was written to."""
     at = str(Path(directory or tempfile.gettempdir()).resolve())
     try:
         lines = Path("/proc/self/mounts").read_text().splitlines()
@@ -380,7 +380,7 @@ def _file_system(directory: str | None) -> str | None:
         return None
     mounts = [line.split()[1:3] for line in lines]
     over = [(point, kind) for point, kind in mounts if os.path.commonpath([point, at]) == point]
-    return max(over, key=lambda found: len(found[0]), default=("", None))[1]
+    return max(over, key=lambda mount: len(mount[0]), default=("", None))[1]
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""The shapes that benchmarks run on, where they come from, and checkpoints of these shapes.
+"""The shapes that benchmarks use, with their sources, and checkpoints of these shapes.
 
-The models are built from transformers' own config classes on the meta device; their grouped experts
-are named one by one, as the published checkpoints name them.
+The models are built from transformers' own config classes on the meta device. Their grouped experts are named one by
+one, as the published checkpoints name them.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from automodel_conv.dtypes import dtype_code
 
 @dataclass(frozen=True)
 class Shape:
-    """A model by its transformers config, and how its checkpoint is cut."""
+    """A model by its transformers config, and the files of its checkpoint."""
 
     name: str
     source: str
@@ -35,6 +35,8 @@ class Shape:
 
 
 class TensorSpec(NamedTuple):
+    """Name, shape and dtype of a tensor in a checkpoint."""
+
     name: str
     dtype: torch.dtype
     shape: tuple[int, ...]
@@ -125,7 +127,7 @@ SMALL = Shape(
 
 
 def qwen3_30b(layers: int) -> Shape:
-    """Layers with the experts of Qwen3-30B-A3B; few heads and words, so that only experts count."""
+    """Return layers with the experts of Qwen3-30B-A3B, with few heads and words, so that only experts count."""
     return Shape(
         f"{layers} layers of Qwen3-30B-A3B",
         "num_experts, hidden_size, moe_intermediate_size of config.json of Qwen/Qwen3-30B-A3B",
@@ -143,7 +145,7 @@ def qwen3_30b(layers: int) -> Shape:
 
 
 def meta_model(shape: Shape) -> nn.Module:
-    """The model in bfloat16 on the meta device."""
+    """Return the model in bfloat16 on the meta device."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     config = AutoConfig.for_model(shape.model_type, **shape.config, tie_word_embeddings=False, dtype="bfloat16")
@@ -152,10 +154,10 @@ def meta_model(shape: Shape) -> nn.Module:
 
 
 def checkpoint_tensors(shape: Shape, model: nn.Module) -> list[TensorSpec]:
-    """What a published checkpoint of this model holds, in the order of the model.
+    """Return the tensors of a published checkpoint of this model, in the order of the model.
 
     Raises:
-        ValueError: not as many as the shape says.
+        ValueError: their number differs from that of the shape.
     """
     specs = []
     for name, tensor in model.state_dict().items():
@@ -180,7 +182,7 @@ def checkpoint_tensors(shape: Shape, model: nn.Module) -> list[TensorSpec]:
 
 
 def write_checkpoint(shape: Shape, directory: str) -> None:
-    """A checkpoint of random numbers, as transformers would write it, on disk when this returns."""
+    """Write a checkpoint of random values, as transformers would, and wait until it is on the disk."""
     generator = torch.Generator().manual_seed(0)
     for file, specs in _begin(shape, directory).items():
         tensors = {spec.name: torch.empty(spec.shape, dtype=spec.dtype) for spec in specs}
@@ -194,7 +196,7 @@ def write_checkpoint(shape: Shape, directory: str) -> None:
 
 
 def write_sparse_checkpoint(shape: Shape, directory: str) -> None:
-    """Real headers over files that are one hole each: they take the disk space of their headers."""
+    """Write real headers over sparse files, which only use the disk space of their headers."""
     for file, specs in _begin(shape, directory).items():
         header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
         stop = 0
@@ -213,7 +215,10 @@ def write_sparse_checkpoint(shape: Shape, directory: str) -> None:
 
 
 def _begin(shape: Shape, directory: str) -> dict[str, list[TensorSpec]]:
-    """Write config and index; returns the tensors of each file."""
+    """Write config and index.
+
+    Return the tensors of each file.
+    """
     model = meta_model(shape)
     model.config.architectures = [type(model).__name__]
     model.config.save_pretrained(directory)

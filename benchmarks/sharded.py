@@ -1,44 +1,46 @@
-"""Expert-parallel loads by several processes: seconds, bytes read and peak memory a rank; and what planning costs one.
+"""Benchmark expert-parallel loads by several processes, and the planning of one rank.
 
     python -m benchmarks.sharded [--layers N] [--smoke] [--repetitions N] [--threads N] [--method NAME ...]
                                  [--directory DIR] [--json FILE] [--table FILE]
 
-The checkpoint is that of ``benchmarks.peers``: N layers with the experts of Qwen3-30B-A3B (2 are 2.4 GB), a tensor
-per expert and projection. Four processes that talk over gloo load it: each ends with a quarter of the experts,
-``[E/4, 2I, H]`` and ``[E/4, H, I]``, and with all of every other tensor.
+The results are seconds, bytes read and peak memory per rank. The checkpoint is that of ``benchmarks.peers``: N layers
+with the experts of Qwen3-30B-A3B (2 are 2.4 GB), a tensor per expert and projection. Four processes that communicate
+over gloo load it. Each ends with a quarter of the experts, ``[E/4, 2I, H]`` and ``[E/4, H, I]``, and with all of every
+other tensor.
 
 ours          ``load_model``, into a model of DTensors on the meta device: experts ``Shard(0)``, others
               ``Replicate()``.
 ours, dcp     ``dcp.load`` with ``HuggingFaceReader``, into the same model with memory of its own.
 dcp           ``dcp.load`` with torch's ``HuggingFaceStorageReader``, into views of grouped buffers of the rank's
-              shards; it is asked for the per-expert names of the rank's own experts only.
+              shards, for the per-expert names of the rank's own experts only.
 transformers  ``from_pretrained`` with expert parallelism, all else replicated (``DistributedConfig``).
 
-Timed is from the call, buffers included, until the rank has all its bytes; all ranks begin together, and the time of a
-run is that of its slowest rank. The model on the meta device, or the shapes of the buffers, are there before; only
-``from_pretrained`` makes its model within. The buffers of both rows of dcp are advised to use huge pages, as ours are.
-Every rank has ``--threads`` threads, as far as it can be told (transformers: its own number).
+The time runs from the call, buffers included, until the rank has all its bytes. All ranks begin together, and the time
+of a run is that of its slowest rank. The model on the meta device, or the shapes of the buffers, exist before; only
+``from_pretrained`` builds its model within the time. The buffers of both rows of dcp are advised to use huge pages, as
+those of this package are. Every rank has ``--threads`` threads, if the method has such a setting (transformers uses its
+own number).
 
-All ranks of a run are divided from one process that has imported everything; each first loads a tiny checkpoint in the
-same way. Then one of them touches memory of twice the size of the files and gives it back, see ``benchmarks.peers``.
-The page cache is warm.
+All ranks of a run are forked from one process that has imported everything. Each first loads a tiny checkpoint in the
+same way. Then one of them touches memory of twice the size of the files and frees it, see ``benchmarks.peers``. The
+page cache is warm.
 
-Bytes read are told in three ways, since no single one fits all:
+Bytes read are counted in three ways, since no single one fits all:
 
-counted       At our own calls of ``preadv``, without headers and config.json. Exact; only ours.
-called        What the system counts for all reading calls of the process (rchar of /proc/self/io): headers, and 1 MB a
-              second of the measuring itself, are in it; what is read through mmap is not.
-mapped        Pages of files that came into the process's memory (rises of RssFile, looked at every 3 ms): what mmap has
-              read. Pages that the system maps besides, around a wanted one, are in it.
+counted       At this package's own calls of ``preadv``, without headers and config.json. Exact; only ours.
+called        The system's count for all reading calls of the process (rchar of /proc/self/io). It includes headers, and
+              1 MB a second of the measurement itself, but not reads through mmap.
+mapped        Pages of files that came into the process's memory (rises of RssFile, sampled every 3 ms): reads through
+              mmap. It includes the pages around a wanted one that the system maps too.
 
-Read is what was counted, or else called and mapped together: an estimate. Amplification is read / owned. Memory is the
-peak above the level at the start of the timing, of the rank that has most.
+Read is the counted bytes, or else called and mapped together: an estimate. Amplification is read / owned. Memory is the
+peak above the level at the start of the timing, of the rank with the most.
 
-In the first round each rank also computes a digest of what it holds, by name, dtype, shape and bytes. No number is
-printed unless every rank's is the same by all methods.
+In the first round each rank also computes a digest of its tensors, by name, dtype, shape and bytes. No figure is
+printed unless every rank's digest is the same for all methods.
 
-Planning is measured besides, in one process, on sparse headers of half a million tensors: reading and checking them
-(open), names to plan (plan), the part of one rank of 64 (shard), and what it reads in which order (schedule).
+Planning is measured separately, in one process, on sparse headers of half a million tensors: reading and checking them
+(open), names to plan (plan), the part of one rank of 64 (shard), and its reads and their order (schedule).
 """
 
 from __future__ import annotations
@@ -88,7 +90,7 @@ RANKS = 4
 _TIMEOUT_S = 300
 
 Run = Callable[[], dict[str, Tensor]]
-"""What is timed; returns the rank's parts under the model's names."""
+"""The timed function. It returns the rank's parts under the model's names."""
 
 
 def prepare_ours(directory: str, threads: int) -> Run:
@@ -169,7 +171,7 @@ METHODS: Mapping[str, Callable[[str, int], Run]] = {
 
 
 def _sharded_model(directory: str) -> nn.Module:
-    """The model on the meta device, of DTensors."""
+    """Return the model on the meta device, of DTensors."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import Replicate, Shard, distribute_tensor
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -191,7 +193,7 @@ def _parts_of(model: nn.Module) -> dict[str, Tensor]:
 
 
 class _Counted:
-    """``with _Counted() as counted: ...``; then ``counted.nbytes``, of all reads at the file module."""
+    """Count bytes: ``with _Counted() as counted: ...``; then ``counted.nbytes``, of all reads at the file module."""
 
     def __enter__(self) -> _Counted:
         self._calls: list[int] = []
@@ -199,7 +201,7 @@ class _Counted:
 
         def preadv(fd: int, views: list[memoryview], offset: int) -> int:
             done = stock(fd, views, offset)
-            self._calls.append(done)  # one step, since threads read
+            self._calls.append(done)  # atomic, since several threads read
             return done
 
         system.preadv = preadv
@@ -214,7 +216,7 @@ class _Counted:
 
 
 def work(method: str, directory: str, warm_up: str, threads: int, repetition: int) -> dict[str, Any]:
-    """One rank of a run, in this process, which is in the group already."""
+    """Perform one rank's run in this process, which is in the group already."""
     prepare = METHODS[method]
     prepare(warm_up, threads)()
     with _Counted() as headers:
@@ -228,7 +230,7 @@ def work(method: str, directory: str, warm_up: str, threads: int, repetition: in
         dist.barrier()
         start, start_cpu, start_called = time.perf_counter(), time.process_time(), _called_bytes()
         start_faults = resource.getrusage(resource.RUSAGE_SELF)
-        made = run()
+        parts = run()
         seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - start_cpu
         faults = resource.getrusage(resource.RUSAGE_SELF)
         called_bytes = _called_bytes() - start_called
@@ -237,7 +239,7 @@ def work(method: str, directory: str, warm_up: str, threads: int, repetition: in
         "seconds": seconds,
         "seconds_before": seconds_before,
         "cpu_seconds": cpu_seconds,
-        "owned_bytes": sum(tensor.nbytes for tensor in made.values()),
+        "owned_bytes": sum(tensor.nbytes for tensor in parts.values()),
         "counted_bytes": counted.nbytes - headers.nbytes if ours else None,
         "header_bytes": headers.nbytes,
         "called_bytes": called_bytes,
@@ -246,7 +248,7 @@ def work(method: str, directory: str, warm_up: str, threads: int, repetition: in
         "major_faults": faults.ru_majflt - start_faults.ru_majflt,
         "anonymous_bytes": peak.anonymous_bytes,
         "resident_bytes": peak.resident_bytes,
-        "digest": measure.digest(made) if repetition == 0 else None,
+        "digest": measure.digest(parts) if repetition == 0 else None,
     }
 
 
@@ -256,10 +258,10 @@ def _called_bytes() -> int:
 
 
 def divided(job: Callable[[], dict[str, Any]]) -> list[dict[str, Any]]:
-    """What ``job`` returns on each rank of a group of processes, divided from this one.
+    """Fork a group of processes and return the result of ``job`` on each rank.
 
     Raises:
-        RuntimeError: a rank failed; with the end of what it printed. The others are ended.
+        RuntimeError: a rank failed; with the end of its output. The others are ended.
     """
     with tempfile.TemporaryDirectory(prefix="benchmark-ranks-") as directory:
         ranks = {_fork(job, rank, Path(directory)): rank for rank in range(RANKS)}
@@ -285,7 +287,7 @@ def _fork(job: Callable[[], dict[str, Any]], rank: int, directory: Path) -> int:
         printed = os.open(directory / f"{rank}.err", os.O_WRONLY | os.O_CREAT)
         os.dup2(printed, 1)
         os.dup2(printed, 2)
-        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(RANKS)}  # transformers asks
+        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(RANKS)}  # transformers reads these
         dist.init_process_group("gloo", init_method=f"file://{directory}/store", rank=rank, world_size=RANKS)
         measure.write_json(str(directory / f"{rank}.json"), job())
         dist.barrier()
@@ -299,8 +301,8 @@ def _fork(job: Callable[[], dict[str, Any]], rank: int, directory: Path) -> int:
 
 
 def run_ranks(method: str, directory: str, warm_up: str, threads: int, repetition: int) -> dict[str, Any]:
-    """One run by all ranks."""
-    from transformers import AutoConfig, AutoModelForCausalLM, Qwen3MoeForCausalLM  # noqa: F401  before dividing
+    """Perform one run on all ranks."""
+    from transformers import AutoConfig, AutoModelForCausalLM, Qwen3MoeForCausalLM  # noqa: F401  before the fork
     from transformers.utils import logging
 
     warnings.simplefilter("ignore")
@@ -311,7 +313,7 @@ def run_ranks(method: str, directory: str, warm_up: str, threads: int, repetitio
 
 
 def run(shape: Shape, methods: list[str], repetitions: int, threads: int, directory: str | None) -> dict[str, Any]:
-    """All runs, and the bytes of the files.
+    """Return all runs, and the bytes of the files.
 
     Raises:
         RuntimeError: the digests of two methods differ, or a run failed.
@@ -327,8 +329,8 @@ def run(shape: Shape, methods: list[str], repetitions: int, threads: int, direct
         runs = measure.run_interleaved(commands, repetitions, lambda: measure.read_through(big))
         file_bytes = sum(path.stat().st_size for path in Path(big).glob("*.safetensors"))
     digests = {method: [rank["digest"] for rank in runs[method][0]["ranks"]] for method in methods}
-    if any(found != digests[methods[0]] for found in digests.values()):
-        raise RuntimeError(f"the methods do not make the same tensors: {digests}")
+    if any(digest != digests[methods[0]] for digest in digests.values()):
+        raise RuntimeError(f"the methods do not produce the same tensors: {digests}")
     return {
         "shape": shape.name,
         "source": shape.source,
@@ -340,7 +342,7 @@ def run(shape: Shape, methods: list[str], repetitions: int, threads: int, direct
 
 
 def run_planning(shape: Shape, ranks: int, repetitions: int, directory: str | None) -> dict[str, Any]:
-    """Seconds by stage of what one of many ranks does before it reads the first byte."""
+    """Return the seconds, by stage, that one of many ranks needs before it reads the first byte."""
     from torch.distributed.tensor import Replicate, Shard
 
     seconds: dict[str, list[float]] = {stage: [] for stage in ("open", "plan", "shard", "schedule")}
@@ -348,7 +350,7 @@ def run_planning(shape: Shape, ranks: int, repetitions: int, directory: str | No
         show(f"  planning {shape.name}: {shape.keys:,} tensors", err=True)
         write_sparse_checkpoint(shape, root)
         model = meta_model(shape)
-        for repetition in range(repetitions + 1):  # the first is not counted
+        for repetition in range(repetitions + 1):  # the first repetition does not count
             gc.collect()
             laps = [time.perf_counter()]
             checkpoint = amc.open_checkpoint(root)
@@ -402,15 +404,15 @@ def table(result: Mapping[str, Any]) -> Table:
         "of owned",
     ):
         shown.add_column(title, justify="right")
-    seconds = {method: statistics.median(run["seconds"] for run in found) for method, found in runs.items()}
-    for method, found in runs.items():
-        ranks = [rank for run in found for rank in run["ranks"]]
-        owned = sum(rank["owned_bytes"] for rank in found[0]["ranks"])
+    seconds = {method: statistics.median(run["seconds"] for run in method_runs) for method, method_runs in runs.items()}
+    for method, method_runs in runs.items():
+        ranks = [rank for run in method_runs for rank in run["ranks"]]
+        owned = sum(rank["owned_bytes"] for rank in method_runs[0]["ranks"])
         anonymous = max(rank["anonymous_bytes"] or 0 for rank in ranks)
         shown.add_row(
             method,
-            measure.spread([run["seconds"] for run in found]).text(),
-            f"{statistics.median(sum(rank['cpu_seconds'] for rank in run['ranks']) for run in found):.2f}",
+            measure.spread([run["seconds"] for run in method_runs]).text(),
+            f"{statistics.median(sum(rank['cpu_seconds'] for rank in run['ranks']) for run in method_runs):.2f}",
             f"{owned / 1e9 / seconds[method]:.2f}",
             f"{seconds[method] / seconds['ours']:.2f}x" if "ours" in seconds else "",
             *(_most(ranks, f"{way}_bytes") for way in ("counted", "called", "mapped")),
@@ -443,18 +445,18 @@ def planning_table(result: Mapping[str, Any]) -> Table:
         shown.add_column(title, justify="left" if title == "stage" else "right")
     rows = dict(seconds) | {"together": [sum(laps) for laps in zip(*seconds.values(), strict=True)]}
     for stage, values in rows.items():
-        found = measure.spread(values)
-        shown.add_row(stage, found.text(digits=3), found.text(1e6 / result["keys"], 2))
+        times = measure.spread(values)
+        shown.add_row(stage, times.text(digits=3), times.text(1e6 / result["keys"], 2))
     return shown
 
 
 def main(arguments: list[str] | None = None) -> None:
     parser = options.parser("sharded", __doc__, repetitions=5, room="the size of the files")
     parser.add_argument("--layers", type=int, default=2)
-    parser.add_argument("--smoke", action="store_true", help="tiny; its times mean nothing")
-    parser.add_argument("--threads", type=int, default=max(1, measure.cores() // RANKS), help="of each rank")
+    parser.add_argument("--smoke", action="store_true", help="tiny sizes; the times are meaningless")
+    parser.add_argument("--threads", type=int, default=max(1, measure.cores() // RANKS), help="threads of each rank")
     parser.add_argument("--method", action="append", choices=METHODS, help="default: all")
-    parser.add_argument("--table", metavar="FILE", help="only print the tables of such a file")
+    parser.add_argument("--table", metavar="FILE", help="only print the tables of a result file")
     options.add_worker(parser, 4)
     given = parser.parse_args(arguments)
     if given.worker:

@@ -1,8 +1,8 @@
-"""``from_pretrained`` as it is, with its conversions run by plan.
+"""Load a model with ``from_pretrained``, unchanged except that its conversions run by plan.
 
     python examples/accelerate_from_pretrained.py [PATH]
 
-Without a path it makes a small Qwen3-MoE checkpoint first.
+Without a path, the script writes a small Qwen3-MoE checkpoint first.
 """
 
 import sys

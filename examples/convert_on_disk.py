@@ -1,8 +1,8 @@
-"""A checkpoint on disk, converted once to the layout of an engine, checked, and converted back.
+"""Convert a checkpoint on disk to the layout of an engine, verify the result, and convert it back.
 
     python examples/convert_on_disk.py [PATH]
 
-Without a path it makes a small Qwen3-MoE checkpoint first. All that is written goes to a temporary directory.
+Without a path, the script writes a small Qwen3-MoE checkpoint first. All output goes to a temporary directory.
 """
 
 import sys
@@ -34,18 +34,18 @@ def main() -> None:
             model = Qwen3MoeForCausalLM(SMALL).to(torch.bfloat16)
             model.save_pretrained(published)
 
-        # From file to file. If this process is killed, the same call goes on with the files that are not finished.
+        # Convert from file to file. If this process is killed, the same call resumes with the unfinished files.
         report = amc.convert_checkpoint(published, grouped, layout="nemo", max_shard_size="4MB")
         print(f"{len(report.files)} files, {report.bytes_written / 1e6:.1f} MB, in {report.seconds:.2f} s")
 
-        # Convert has compared them already (verify=True); this does it again, at any later time.
+        # convert_checkpoint has compared the tensors already (verify=True). This call does it again, at any later time.
         compared = amc.verify_checkpoint(published, grouped, layout="nemo")
-        print(f"{compared / 1e6:.1f} MB are, bit for bit, what the published checkpoint makes them")
+        print(f"{compared / 1e6:.1f} MB equal, bit for bit, the conversion of the published checkpoint")
 
-        # The way back: one tensor an expert again, under the published names.
+        # Convert back: one tensor per expert again, under the published names.
         amc.convert_checkpoint(grouped, back, layout="per_expert")
         compared = amc.verify_checkpoint(published, back, rules=[])
-        print(f"{compared / 1e6:.1f} MB came back as they were")
+        print(f"{compared / 1e6:.1f} MB are unchanged after the round trip")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""A checkpoint of per-expert tensors into a module whose experts lie as NeMo AutoModel has them: ``[E, H, 2I]``."""
+"""Load a checkpoint of per-expert tensors into a module with experts in NeMo AutoModel's layout: ``[E, H, 2I]``."""
 
 import tempfile
 
@@ -35,7 +35,7 @@ def main() -> None:
         reference = Qwen3MoeForCausalLM(config)
         reference.save_pretrained(directory)
 
-        # What is asked for is what the module has; the checkpoint's other tensors are left out.
+        # The module's parameters are the targets. strict=False leaves the checkpoint's other tensors out.
         model = nn.ModuleDict({"model": nn.ModuleDict({"layers": nn.ModuleList([_layer()])})})
         rules = amc.get_checkpoint_conversion_mapping("qwen3_moe")
         report = amc.load_model(model, directory, rules=rules, layout="nemo", strict=False)

@@ -1,9 +1,10 @@
-"""Expert parallel: two processes load a published checkpoint, each its own experts, and save it again together.
+"""Load a published checkpoint on two expert-parallel processes, and save it again from both.
 
     python examples/load_sharded.py [PATH]
 
-Without a path it makes a small Qwen3-MoE checkpoint first. Then the same by ``torch.distributed.checkpoint``, as code
-does that already calls ``dcp.load`` and ``dcp.save``. All that is written goes to a temporary directory.
+Without a path, the script writes a small Qwen3-MoE checkpoint first. Each process
+reads only its own experts. The script then repeats this with ``torch.distributed.checkpoint``, for code that already
+calls ``dcp.load`` and ``dcp.save``. All output goes to a temporary directory.
 """
 
 import sys
@@ -43,38 +44,38 @@ def main() -> None:
             Qwen3MoeForCausalLM(SMALL).to(torch.bfloat16).save_pretrained(published)
         mp.spawn(run_rank, args=(published, directory), nprocs=RANKS)
 
-        # Both ways have written the published tensors, each exactly once.
+        # Both methods have written each published tensor exactly once.
         for saved in ("saved", "saved by dcp"):
             nbytes = amc.verify_checkpoint(published, Path(directory, saved), rules=[])
-            print(f"{saved}: {nbytes / 1e6:.1f} MB are, bit for bit, the published ones")
+            print(f"{saved}: {nbytes / 1e6:.1f} MB equal the published tensors bit for bit")
 
 
 def run_rank(rank: int, published: str, directory: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{directory}/store", rank=rank, world_size=RANKS)
     mesh = init_device_mesh("cpu", (RANKS,), mesh_dim_names=("ep",))
 
-    # The placements of the model's DTensors say what a rank reads.
+    # The placements of the model's DTensors determine which bytes a rank reads.
     model = expert_parallel(published, mesh)
     report = amc.load_model(model, published)
     print(f"rank {rank} has read {report.bytes_read / 1e6:.1f} MB", flush=True)
     amc.save_checkpoint(model, Path(directory, "saved"))
 
-    # The same by torch.distributed.checkpoint, into a model that has memory already. What no checkpoint holds, such as
-    # rotary frequencies, load_model has computed; here that is left to do.
+    # Repeat this with torch.distributed.checkpoint, into a model that has memory already. load_model also computes
+    # buffers that no checkpoint holds, such as rotary frequencies; dcp.load does not.
     other = expert_parallel(published, mesh).to_empty(device="cpu")
     dcp.load(other.state_dict(), storage_reader=HuggingFaceReader(published))
     for (name, tensor), loaded in zip(model.named_parameters(), other.parameters(), strict=True):
         assert torch.equal(tensor.to_local(), loaded.to_local()), name
     dcp.save(other.state_dict(), storage_writer=HuggingFaceWriter(Path(directory, "saved by dcp"), other))
 
-    # Caches of DTensor keep gloo's threads past this call. One that still lets go of a tensor while Python ends aborts
-    # the process (https://github.com/pytorch/pytorch/issues/190489): they are given a moment.
+    # Caches of DTensor keep gloo's threads alive past this call. A thread that still releases a tensor while Python
+    # exits aborts the process (https://github.com/pytorch/pytorch/issues/190489), so give them a moment.
     time.sleep(0.2)
     dist.destroy_process_group()
 
 
 def expert_parallel(path: str, mesh) -> nn.Module:
-    """A model on the meta device: a part of the experts on each rank, all else on all of them."""
+    """Build a model on the meta device, with experts sharded over the ranks and all other parameters replicated."""
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path), dtype=torch.bfloat16)
     for name, module in model.named_modules():

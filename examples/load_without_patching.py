@@ -1,8 +1,8 @@
-"""A model of transformers from our tensors, with nothing of transformers replaced.
+"""Build a model of transformers from converted tensors, without replacing any function of transformers.
 
     python examples/load_without_patching.py [PATH]
 
-Without a path it makes a small Qwen3-MoE checkpoint first.
+Without a path, the script writes a small Qwen3-MoE checkpoint first.
 """
 
 import sys
@@ -32,13 +32,13 @@ def main() -> None:
         if path == directory:
             Qwen3MoeForCausalLM(SMALL).save_pretrained(directory)
         config = AutoConfig.from_pretrained(path)
-        model_class = getattr(transformers, config.architectures[0])  # Auto classes take no state dict
+        model_class = getattr(transformers, config.architectures[0])  # Auto classes accept no state dict
 
-        # from_pretrained does all else that it does: non-persistent buffers, ties, what is missing, its report.
+        # from_pretrained does the rest as usual: non-persistent buffers, ties, missing parameters, its report.
         model = model_class.from_pretrained(None, config=config, state_dict=amc.load_state_dict(path))
         print(f"{sum(p.numel() for p in model.parameters()):,} parameters, none of them copied again")
 
-        # The model does not know that its experts were apart: it would save them grouped.
+        # The model has no record of the per-expert tensors, so it would save grouped experts.
         published = amc.revert_state_dict(model.state_dict(), model, reference=path)
         print(f"to save: {len(published)} tensors under the names of the checkpoint")
         model.save_pretrained(Path(directory) / "out", state_dict=published, save_original_format=False)

@@ -1,4 +1,4 @@
-"""Weight refit in RL, in memory: the trainer's layout to an inference engine's, every step, into the same buffers."""
+"""Refit an inference engine with a trainer's weights in memory, at every RL step, into the same buffers."""
 
 import torch
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
@@ -21,7 +21,7 @@ def main() -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     trainer = Qwen3MoeForCausalLM(CONFIG).to(device)
 
-    # Once: the names of the checkpoint, and the engine's buffers, with experts as vLLM has them.
+    # Once: convert to the names of the checkpoint, and allocate the engine's buffers, with experts in vLLM's layout.
     per_expert = amc.revert_state_dict(trainer.state_dict(), trainer)
     engine = {
         name: torch.empty_like(t) for name, t in amc.convert_state_dict(per_expert, trainer, layout="vllm").items()
@@ -31,7 +31,7 @@ def main() -> None:
         with torch.no_grad():
             for parameter in trainer.parameters():
                 parameter.add_(0.01)
-        # Every step: no tensor of the engine is made anew, and nothing leaves the device.
+        # Every step: refill the engine's tensors. None is allocated again, and nothing leaves the device.
         per_expert = amc.revert_state_dict(trainer.state_dict(), trainer)
         amc.convert_state_dict(per_expert, trainer, layout="vllm", out=engine)
         experts = trainer.model.layers[0].mlp.experts

@@ -1,11 +1,11 @@
-"""Code tables: what each code of a quantized matrix stands for under each of its scales, rounded once.
+"""Code tables: the value of each code of a quantized matrix under each of its scales, rounded once.
 
-``table[r, code]`` is the number that ``code`` means under scale ``r``; ``dequantize`` then only looks up. So a number
-is computed in one place, here, and every device writes the same bytes.
+``table[r, code]`` is the value of ``code`` under scale ``r``, so ``dequantize`` only looks values up. All values are
+computed here, so every device writes the same bytes.
 
-The formats, and where they are laid down: e4m3 (bias 7, no infinity, NaN at 0x7f and 0xff) and e5m2 (bias 15), OCP
-8-bit Floating Point Specification 1.0; e2m1 and the scale e8m0 (``2 ** (byte - 127)``, 255 is NaN), OCP Microscaling
-Formats Specification 1.0; int4, ``code - 8``, ``compressed_tensors`` (``pack_quantized``).
+Sources of the formats: e4m3 (bias 7, no infinity, NaN at 0x7f and 0xff) and e5m2 (bias 15), OCP 8-bit Floating Point
+Specification 1.0; e2m1 and the scale e8m0 (``2 ** (byte - 127)``, 255 is NaN), OCP Microscaling Formats Specification
+1.0; int4, ``code - 8``, ``compressed_tensors`` (``pack_quantized``).
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from torch import Tensor
 
 from automodel_conv.errors import ConversionError, UnsupportedError, message
 
-# Entries of a table computed at a time: their float64 steps stay within the second-level cache of a CPU, and a GPU has
-# enough to do with little memory.
+# Entries of a table that are computed at once. On a CPU their float64 intermediates stay in the second-level cache. On
+# a GPU they are enough work for little memory.
 _ENTRIES = {"cpu": 1 << 15, "cuda": 1 << 18}
 _INT4_ZERO = 8
 
 CANONICAL_NAN = {torch.float32: 0x7FC00000, torch.bfloat16: 0x7FC0, torch.float16: 0x7E00}
-"""The bits of every NaN in a table, by its dtype. Conversions leave open which NaN a NaN becomes."""
+"""The bits of every NaN in a table, by dtype. Conversions do not specify which NaN a NaN becomes."""
 
 _INTEGERS = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16: torch.int16}
 _BYTE_SCALES = (torch.float8_e8m0fnu, torch.uint8, torch.float8_e4m3fn)
@@ -33,24 +33,28 @@ _WIDE_SCALES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class CodeTable(NamedTuple):
-    """What ``dequantize`` takes besides codes."""
+    """A lookup table, and the row of it for each block: the arguments of ``dequantize`` besides the codes."""
 
-    table: Tensor  # [T, 2**bits], a row for each scale that there is
-    table_rows: Tensor  # uint8 or int32 [SR, SC], which row each block takes
+    table: Tensor  # [T, 2**bits], a row for each distinct scale
+    table_rows: Tensor  # uint8 or int32 [SR, SC], the row for each block
 
 
 def _float_values(exponent_bits: int, mantissa_bits: int, bias: int) -> list[float]:
-    """The numbers of all codes of a small float without infinity and NaN, by code: sign, exponent, mantissa."""
-    numbers = []
+    """Return the values of all codes of a small float with sign bit 0, as if none were an infinity or NaN.
+
+    A code is the exponent bits, then the mantissa bits.
+    """
+    values = []
     for code in range(1 << (exponent_bits + mantissa_bits)):
         exponent, mantissa = code >> mantissa_bits, code & ((1 << mantissa_bits) - 1)
         leading = (exponent > 0) << mantissa_bits
-        numbers.append(ldexp(leading + mantissa, max(exponent, 1) - bias - mantissa_bits))
-    return numbers
+        values.append(ldexp(leading + mantissa, max(exponent, 1) - bias - mantissa_bits))
+    return values
 
 
-def _signed(numbers: list[float]) -> tuple[float, ...]:
-    return (*numbers, *(-number for number in numbers))
+def _signed(values: list[float]) -> tuple[float, ...]:
+    """Append the negative values; their codes have the sign bit set."""
+    return (*values, *(-value for value in values))
 
 
 CODE_VALUES: dict[str, tuple[float, ...]] = {
@@ -59,14 +63,14 @@ CODE_VALUES: dict[str, tuple[float, ...]] = {
     "e2m1": _signed(_float_values(2, 1, 1)),
     "int4": tuple(float(code - _INT4_ZERO) for code in range(16)),
 }
-"""Formats, and the number that each code stands for without a scale."""
+"""The value of each code without a scale, by format."""
 
 E8M0_VALUES: tuple[float, ...] = (*(ldexp(1, byte - 127) for byte in range(255)), nan)
-"""The number that each byte of an e8m0 scale stands for."""
+"""The value of each byte of an e8m0 scale."""
 
 
 def bits_of(code_format: str) -> int:
-    """Bits of a code."""
+    """Return the bits per code of a format."""
     return len(CODE_VALUES[code_format]).bit_length() - 1
 
 
@@ -80,34 +84,45 @@ def code_table(
     divide: bool = False,
     like_upstream: bool = False,
 ) -> CodeTable:
-    """The table of a quantized matrix, and which row of it each block takes.
+    """Return the lookup table of a quantized matrix, and the row of it for each block.
 
-    An entry is ``number of the code * scale``, exact, rounded once to ``dtype``, to nearest even: beyond the largest
-    number to infinity, below the smallest to a zero that keeps its sign; a NaN is the ``CANONICAL_NAN``.
+    An entry is the exact product ``value of the code * scale``, rounded once to ``dtype``, to nearest even. A product
+    beyond the largest finite value becomes infinity. One below the smallest becomes a zero that keeps its sign. A NaN
+    becomes the ``CANONICAL_NAN``.
 
     Args:
         code_format: ``"e4m3"``, ``"e5m2"``, ``"e2m1"`` or ``"int4"``.
-        scales: ``[SR, SC]``, one for each block, as stored: float32, bfloat16 or float16; float8_e8m0fnu, or uint8,
-            which is the same; float8_e4m3fn (NVFP4).
-        dtype: float32, bfloat16 or float16.
-        zero_points: of int4, integers ``[SR, SC]``: the codes that stand for zero, as nibbles are stored, 0 to 15; 8 if
-            not given.
-        global_scale: one float32, by which every scale is multiplied too (``weight_scale_2`` of ``modelopt``), or
-            divided if ``divide`` (``weight_global_scale`` of ``compressed_tensors``). The quotient alone is rounded to
-            float64 before it is rounded to ``dtype``.
-        like_upstream: the exact product is rounded to float32 and only then to ``dtype``, which is what
-            ``Fp8Dequantize`` of transformers computes, NaN apart; a uint8 scale of 255 is infinity, as it is there.
+        scales: scales ``[SR, SC]`` as stored, one for each block: float32, bfloat16 or float16; float8_e8m0fnu, or
+            uint8 for the same bytes; float8_e4m3fn (NVFP4).
+        dtype: dtype of the values: float32, bfloat16 or float16.
+        zero_points: for int4 only, integers ``[SR, SC]``: the codes with value zero, 0 to 15, as nibbles are stored. 8
+            if not given.
+        global_scale: one float32 that multiplies every scale (``weight_scale_2`` of ``modelopt``).
+        divide: divide by ``global_scale`` instead (``weight_global_scale`` of ``compressed_tensors``). Only this
+            quotient is rounded to float64 before it is rounded to ``dtype``.
+        like_upstream: round the exact product to float32 and then to ``dtype``, as ``Fp8Dequantize`` of transformers
+            does, except for the bits of NaN. As in transformers, a uint8 scale of 255 is infinity.
 
     Returns:
-        For scales of a byte without zero points a table of 256 rows, the scales' bytes as cells (uint8), and the table
-        does not depend on the scales, so without ``global_scale`` it is made once for each device and shared: read
-        only. Otherwise a row for each scale, as many entries as codes; so wide scales of small blocks of e4m3 make
-        tables larger than what they decode.
+        For scales of one byte without zero points: a table of 256 rows, and the bytes of the scales as table rows
+        (uint8). The table does not depend on the scales. Without ``global_scale`` it is computed once for each device
+        and shared, so it must not be written.
+
+        Otherwise: a row of ``2**bits`` entries for each scale, and int32 table rows. With wide scales and small blocks
+        of e4m3 such a table is larger than the matrix that it decodes.
 
     Raises:
-        ConversionError: scales that are no matrix, zero points of another shape or format, a global scale of more than
-            one number.
+        ConversionError: the scales are not a matrix, the zero points have another shape or format, or the global scale
+            is more than one value.
         UnsupportedError: another format, dtype, or dtype of the scales.
+
+    Example:
+        >>> scales = torch.tensor([[0.5, 2.0]])
+        >>> table, table_rows = code_table("e2m1", scales, torch.float32)
+        >>> table.shape, table_rows.tolist()
+        (torch.Size([2, 16]), [[0, 1]])
+        >>> table[1, :8].tolist()
+        [0.0, 1.0, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0]
     """
     _check(code_format, scales, dtype, zero_points, global_scale)
     values = scales.reshape(-1)
@@ -137,18 +152,20 @@ def code_table(
 
 
 def check_table(code_format: str, scales: torch.dtype, dtype: torch.dtype) -> None:
-    """There are tables of this format, for scales of one dtype, of numbers of another.
+    """Check that tables support a format of codes, a dtype of scales and a dtype of values.
 
     Raises:
-        UnsupportedError: there are none.
+        UnsupportedError: one of them is not supported.
     """
-    for what, found, known in (
+    for what, value, supported in (
         ("this format of codes", code_format, CODE_VALUES),
         ("scales of this dtype", scales, (*_BYTE_SCALES, *_WIDE_SCALES)),
-        ("numbers of this dtype", dtype, CANONICAL_NAN),
+        ("values of this dtype", dtype, CANONICAL_NAN),
     ):
-        if found not in known:
-            raise UnsupportedError(message(f"no table has {what}", expected=list(map(str, known)), found=found))
+        if value not in supported:
+            raise UnsupportedError(
+                message(f"code tables do not support {what}", expected=list(map(str, supported)), found=value)
+            )
 
 
 def _check(
@@ -156,18 +173,20 @@ def _check(
 ) -> None:
     check_table(code_format, scales.dtype, dtype)
     if scales.dim() != 2:
-        raise ConversionError(message("scales are a matrix, one for each block", found=list(scales.shape)))
+        raise ConversionError(
+            message("scales must be a matrix, with one scale for each block", found=list(scales.shape))
+        )
     if zero_points is not None and (code_format != "int4" or zero_points.shape != scales.shape):
         raise ConversionError(
             message(
-                "zero points do not fit",
+                "zero points do not match the scales",
                 expected=f"int4, one for each of {list(scales.shape)} scales",
                 found=f"{code_format}, {list(zero_points.shape)}",
             )
         )
     if global_scale is not None and global_scale.numel() != 1:
         raise ConversionError(
-            message("a global scale is one number", where="global_scale", found=list(global_scale.shape))
+            message("a global scale must be one value", where="global_scale", found=list(global_scale.shape))
         )
 
 
@@ -175,47 +194,49 @@ def _check(
 def byte_scale_table(
     code_format: str, scale: torch.dtype, dtype: torch.dtype, like_upstream: bool, device: torch.device
 ) -> Tensor:
-    """The table ``[256, codes]`` of all scales of one byte, made once for each device; read only."""
+    """Return the table ``[256, codes]`` of all scales of one byte; computed once for each device, read-only."""
     scales = byte_scale_values(scale, like_upstream, device)
-    return _kept(scale_table(code_format, scales, dtype, like_upstream=like_upstream))
+    return _synchronized(scale_table(code_format, scales, dtype, like_upstream=like_upstream))
 
 
 @cache
 def byte_scale_values(scale: torch.dtype, like_upstream: bool, device: torch.device) -> Tensor:
-    """The numbers that the 256 bytes of a scale stand for, float32; made once for each device; read only."""
+    """Return the values of the 256 bytes of a scale, float32; computed once for each device, read-only."""
     values = CODE_VALUES["e4m3"] if scale == torch.float8_e4m3fn else E8M0_VALUES
     if scale == torch.uint8 and like_upstream:
         values = (*E8M0_VALUES[:255], inf)
-    # All of them are float32 numbers, the least a subnormal one.
-    return _kept(torch.tensor(values, dtype=torch.float32, device=device))
+    # float32 represents all of them exactly, the smallest as a subnormal.
+    return _synchronized(torch.tensor(values, dtype=torch.float32, device=device))
 
 
 @cache
-def _code_numbers(code_format: str, dtype: torch.dtype, device: torch.device) -> Tensor:
-    return _kept(torch.tensor(CODE_VALUES[code_format], dtype=dtype, device=device))
+def _code_values(code_format: str, dtype: torch.dtype, device: torch.device) -> Tensor:
+    return _synchronized(torch.tensor(CODE_VALUES[code_format], dtype=dtype, device=device))
 
 
 def _exact_dtype(scales: torch.dtype, has_global: bool) -> torch.dtype:
-    """A dtype that holds the products of codes and scales.
+    """Return a dtype that holds the products of codes and scales.
 
-    A product with at most 8 or 11 significant bits of a scale has at most 15, and is a multiple of 2**-149: every step
-    is exact in float32, or as infinite as the result.
+    A scale of 16 bits has at most 8 or 11 significant bits, so a product has at most 15, and is a multiple of 2**-149.
+    Every step is exact in float32, or infinite if the result is.
     """
     return torch.float32 if scales.itemsize == 2 and not has_global else torch.float64
 
 
 def prepare_scale_table(code_format: str, scales: torch.dtype, has_global: bool, device: torch.device) -> None:
-    """Make the constants of ``scale_table``, so that it does not wait for the device.
+    """Compute the constants of ``scale_table`` in advance, so that it does not wait for the device.
 
     Args:
-        scales: the dtype of the scales that it will be given.
-        has_global: whether it will be given global scales.
+        code_format: format of the codes.
+        scales: dtype of the scales that it will be called with.
+        has_global: whether it will be called with global scales.
+        device: device of the scales.
     """
-    _code_numbers(code_format, _exact_dtype(scales, has_global), device)
+    _code_values(code_format, _exact_dtype(scales, has_global), device)
 
 
-def _kept(tensor: Tensor) -> Tensor:
-    """A tensor that every stream may read from now on, because it has been made."""
+def _synchronized(tensor: Tensor) -> Tensor:
+    """Wait until a tensor is computed, so that every stream may read it."""
     if tensor.is_cuda:
         torch.cuda.current_stream(tensor.device).synchronize()
     return tensor
@@ -232,38 +253,43 @@ def scale_table(
     like_upstream: bool = False,
     out: Tensor | None = None,
 ) -> Tensor:
-    """A row of numbers for each scale, ``[T, codes]`` of ``dtype``; see ``code_table`` for how they are rounded.
+    """Return a row of values for each scale, ``[T, codes]`` of ``dtype``, rounded as ``code_table`` describes.
 
     Args:
-        scales: ``[T]``, floating.
-        zero_points: integers ``[T]``, of int4.
-        global_scales: float32, one number or ``[T]``.
-        out: where the rows are written, contiguous; a new tensor if not given.
+        code_format: see ``code_table``, as for ``divide`` and ``like_upstream``.
+        scales: floating scales ``[T]``.
+        dtype: dtype of the values.
+        zero_points: for int4 only, integers ``[T]``.
+        global_scales: float32, one value or ``[T]``.
+        out: contiguous tensor to write to; a new one if not given.
 
     Allocates up to 16 MiB of scratch on a GPU, 2 MiB elsewhere. Waits for the device once for each format, unless
-    ``prepare_scale_table`` has.
+    ``prepare_scale_table`` has already.
     """
     exact = _exact_dtype(scales.dtype, global_scales is not None)
-    numbers = _code_numbers(code_format, exact, scales.device)
+    values = _code_values(code_format, exact, scales.device)
     if out is None:
-        out = torch.empty(len(scales), len(numbers), dtype=dtype, device=scales.device)
-    common = None if global_scales is None else global_scales.reshape(-1, 1).expand(len(scales), 1)
-    rows = _ENTRIES["cuda" if scales.is_cuda else "cpu"] // len(numbers)
-    for at in range(0, len(scales), rows):
-        some = slice(at, at + rows)
-        of_rows = numbers
+        out = torch.empty(len(scales), len(values), dtype=dtype, device=scales.device)
+    factors = None if global_scales is None else global_scales.reshape(-1, 1).expand(len(scales), 1)
+    step = _ENTRIES["cuda" if scales.is_cuda else "cpu"] // len(values)
+    for start in range(0, len(scales), step):
+        rows = slice(start, start + step)
+        shifted = values
         if zero_points is not None:
-            of_rows = numbers - (zero_points[some, None].to(exact) - _INT4_ZERO)
-        products = of_rows * scales[some, None].to(exact)
-        if common is not None:
-            shared = common[some].to(exact)
-            products = products / shared if divide else products * shared
-        _round(products, out[some], like_upstream)
+            shifted = values - (zero_points[rows, None].to(exact) - _INT4_ZERO)
+        products = shifted * scales[rows, None].to(exact)
+        if factors is not None:
+            factor = factors[rows].to(exact)
+            products = products / factor if divide else products * factor
+        _round(products, out[rows], like_upstream)
     return out
 
 
 def _round(exact: Tensor, out: Tensor, like_upstream: bool) -> None:
-    """Round numbers once, to nearest even; float32 is already no wider than needed, or like upstream's."""
+    """Round values to ``out``, to nearest even: once, or first to float32 if ``like_upstream``.
+
+    float32 products are exact, so they need no extra step.
+    """
     nearest = exact.to(torch.float32)
     if exact.dtype == torch.float64 and out.dtype != torch.float32 and not like_upstream:
         _to_odd(nearest, exact)
@@ -272,14 +298,14 @@ def _round(exact: Tensor, out: Tensor, like_upstream: bool) -> None:
 
 
 def _to_odd(nearest: Tensor, exact: Tensor) -> None:
-    """Turn numbers rounded to nearest into the ones rounded to odd.
+    """Change values that were rounded to nearest into values rounded to odd, in place.
 
-    Conversions of float64 to 16 bits go through float32. An inexact one that is odd there is never halfway between two
-    numbers of 16 bits, so that rounding it again gives what rounding the exact one would have.
+    A conversion of float64 to 16 bits rounds to float32 first. An inexact float32 value that is odd is never halfway
+    between two values of 16 bits, so rounding it again yields the same as rounding the exact value.
     """
     bits = nearest.view(torch.int32)
     wide = nearest.to(torch.float64)
-    # Of the two neighbours of an exact number one is odd. Beyond the largest number that is the largest one.
+    # One of the two float32 values around an exact value is odd. Around a value beyond the largest, it is the largest.
     beyond = wide.abs() > exact.abs()
     short = wide.abs() < exact.abs()
     even = 1 - (bits & 1)

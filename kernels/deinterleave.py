@@ -1,4 +1,4 @@
-"""Deinterleave: one matrix into two that take its columns in turn, transposed; the inverse of ``interleave``."""
+"""Deinterleaves: the even and the odd columns of a matrix, transposed, become two; the inverse of ``interleave``."""
 
 from __future__ import annotations
 
@@ -8,64 +8,83 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from automodel_conv.kernels.address_table import WIDEST, Matrices, Operand, as_matrices
+from automodel_conv.kernels.address_table import MAX_ACCESS_BYTES, Matrices, Operand, as_matrices
 from automodel_conv.kernels.jit import jit, tl
 from automodel_conv.kernels.launch import (
     NO_LAUNCHES,
     Launches,
-    assigned,
-    check_alike,
     check_destination,
     check_operands,
+    check_same_kind,
+    launches_by_alignment,
     start,
 )
 from automodel_conv.kernels.tiles import RUNTIME, SCALAR_TILE, cast, constants, grouped_tile, load, pointer_to
 from automodel_conv.kernels.transpose_torch import halves, transpose_torch
 from automodel_conv.kernels.variants import Geometry, Kernel, Reach, Variant, element_types
-from automodel_conv.kernels.verb import Verb, takes_transposed
+from automodel_conv.kernels.verb import Verb, supports_transposed
 
-# Rows and columns of a tile by the sizes of a source's and a destination's element, in bytes: runs of at least 128
-# bytes where single elements lie and, in pairs, where pairs lie; at most what registers hold without spilling.
+# Rows and columns of a tile, by the bytes of an element of the source and of the destination. On the side with single
+# elements, runs have at least 128 bytes; if pairs move as words, so do runs on the side with pairs. Larger tiles would
+# spill registers.
 _TILES = {(1, 1): (64, 64), (2, 2): (64, 32), (4, 4): (32, 32), (2, 4): (32, 64), (4, 2): (64, 32)}
 
 
 def deinterleave(first: Operand, second: Operand, src: Operand) -> None:
-    """``first[k].copy_(src[k][:, 0::2].t()); second[k].copy_(src[k][:, 1::2].t())`` for each k.
+    """Split matrices, transposed, into their even and their odd columns.
+
+    For each ``k``: ``first[k].copy_(src[k][:, 0::2].t()); second[k].copy_(src[k][:, 1::2].t())``. The inverse of
+    ``interleave``, which has the same conditions, dtypes, rates and errors.
 
     Args:
-        first, second: ``[C, R]``, as ``dst`` of ``interleave``.
-        src: ``[R, 2C]``, as ``first`` of ``interleave``.
+        first: destinations of the even columns, ``[C, R]``, under the conditions for ``dst`` of ``interleave``.
+        second: destinations of the odd columns, ``[C, R]``, under the same conditions.
+        src: sources ``[R, 2C]``, under the conditions for ``first`` of ``interleave``.
 
-    Everything else, errors too, as for ``interleave``, which this is the inverse of.
+    Raises:
+        ConversionError: see ``interleave``.
+        UnsupportedError: see ``interleave``.
+
+    Example:
+        Tensors on the CPU need Triton's interpreter (``TRITON_INTERPRET=1``).
+
+        >>> gate_up = torch.tensor([[1.0, 3.0], [2.0, 4.0]])
+        >>> gate, up = torch.empty(1, 2), torch.empty(1, 2)
+        >>> deinterleave([gate], [up], [gate_up])
+        >>> gate, up
+        (tensor([[1., 2.]]), tensor([[3., 4.]]))
     """
     operands = as_matrices("first", first), as_matrices("second", second), as_matrices("src", src)
     start(deinterleave_launches(*operands))
 
 
 def deinterleave_launches(first: Matrices, second: Matrices, src: Matrices) -> Launches:
-    """What ``deinterleave`` launches."""
+    """Return the launches of ``deinterleave``."""
     check_operands(
         "deinterleave",
         {"first": first, "second": second, "src": src},
         {"first": first.shape, "second": first.shape, "src": (first.columns, 2 * first.rows)},
     )
-    check_alike("first and second", first, second)
+    check_same_kind("first and second", first, second)
     element_types(first.dtype, src.dtype)
     if not src.nbytes:
         return NO_LAUNCHES
     check_destination("deinterleave", first)
     check_destination("deinterleave", second)
     geometry = Geometry(src.rows, first.rows, src.row_stride, first.row_stride)
-    return assigned(
+    return launches_by_alignment(
         (first, second, src), 2, lambda d, s: (deinterleave_variant(first.dtype, src.dtype, d, s), geometry)
     )
 
 
 def deinterleave_variant(dst: torch.dtype, src: torch.dtype, dst_alignment: int, src_alignment: int) -> Variant:
-    """Pairs in vectors as long as the lesser alignment allows, for casts only whole ones of 16 bytes; or elements."""
+    """Return the variant: pairs in vectors as long as the lesser alignment allows, or else element by element.
+
+    Casts use only vectors of 16 bytes.
+    """
     dst_type, src_type = element_types(dst, src)
     both = min(dst_alignment, src_alignment)
-    if both == WIDEST or (both == WIDEST // 2 and dst == src):
+    if both == MAX_ACCESS_BYTES or (both == MAX_ACCESS_BYTES // 2 and dst == src):
         tile = _TILES[src.itemsize, dst.itemsize]
         src_vector, dst_vector = both // (2 * src.itemsize), both // dst.itemsize
         return Variant(DEINTERLEAVE_TILES, src_type, dst_type, src_vector, dst_vector, *tile, pairs=True)
@@ -73,7 +92,17 @@ def deinterleave_variant(dst: torch.dtype, src: torch.dtype, dst_alignment: int,
 
 
 def deinterleave_torch(first: Sequence[Tensor], second: Sequence[Tensor], src: Sequence[Tensor]) -> None:
-    """The same as ``deinterleave`` in plain torch, for any strides and devices; see ``transpose_torch``."""
+    """Split matrices as ``deinterleave`` does, in plain torch; see ``transpose_torch``.
+
+    Supports any strides and devices.
+
+    Example:
+        >>> gate_up = torch.tensor([[1.0, 3.0], [2.0, 4.0]])
+        >>> gate, up = torch.empty(1, 2), torch.empty(1, 2)
+        >>> deinterleave_torch([gate], [up], [gate_up])
+        >>> gate, up
+        (tensor([[1., 2.]]), tensor([[3., 4.]]))
+    """
     transpose_torch([half for pair in zip(first, second, strict=True) for half in pair], halves(src))
 
 
@@ -93,9 +122,10 @@ def deinterleave_tiles(
     TILE_ROWS: tl.constexpr,
     TILE_COLUMNS: tl.constexpr,
 ):
-    """``dst_k[c, r] = cast(src[r, 2 * c + k])`` for k = 0, 1; table ``[dst_0, dst_1, src]``; columns count pairs.
+    """Compute ``dst_k[c, r] = cast(src[r, 2 * c + k])`` for k = 0, 1; table ``[dst_0, dst_1, src]``.
 
-    ``PAIRS``: pairs are read and transposed as words; then ``SRC_VECTOR`` and the source's stride count words.
+    Columns count pairs. With ``PAIRS``, pairs are read and transposed as words. Then ``SRC_VECTOR`` and the source's
+    stride count words.
     """
     rows = rows_v * DST_VECTOR
     columns = columns_v * SRC_VECTOR
@@ -154,6 +184,6 @@ DEINTERLEAVE = Verb(
     destinations=2,
     sources=1,
     shapes=lambda matrix: ((matrix.columns, matrix.rows), (matrix.rows, 2 * matrix.columns)),
-    takes=lambda matrix, src, dst: takes_transposed(matrix._replace(columns=2 * matrix.columns), src, dst),
+    supports=lambda matrix, src, dst: supports_transposed(matrix._replace(columns=2 * matrix.columns), src, dst),
     launches=deinterleave_launches,
 )

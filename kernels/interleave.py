@@ -1,7 +1,7 @@
-"""Interleave: two matrices into one whose columns alternate between them, transposed.
+"""Interleaves: two matrices, transposed, become the alternating columns of one.
 
-Shapes: gate and up ``[I, H]`` of an expert, and ``[H, 2I]``, as gpt-oss has it. Bytes move as they are, so every bit
-pattern arrives as it left; only a cast computes.
+Shapes: gate and up ``[I, H]`` of an expert into ``[H, 2I]``, the layout of gpt-oss. Without a cast, bytes move as they
+are, so every bit pattern is preserved.
 """
 
 from __future__ import annotations
@@ -12,75 +12,98 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from automodel_conv.kernels.address_table import WIDEST, Matrices, Operand, as_matrices
-from automodel_conv.kernels.deinterleave import deinterleave as deinterleave  # the inverse: found here too
+from automodel_conv.kernels.address_table import MAX_ACCESS_BYTES, Matrices, Operand, as_matrices
+from automodel_conv.kernels.deinterleave import deinterleave as deinterleave  # the inverse, re-exported
 from automodel_conv.kernels.deinterleave import deinterleave_torch as deinterleave_torch
 from automodel_conv.kernels.jit import jit, tl
 from automodel_conv.kernels.launch import (
     NO_LAUNCHES,
     Launches,
-    assigned,
-    check_alike,
     check_destination,
     check_operands,
+    check_same_kind,
+    launches_by_alignment,
     start,
 )
 from automodel_conv.kernels.tiles import RUNTIME, SCALAR_TILE, cast, constants, grouped_tile, load, pointer_to
 from automodel_conv.kernels.transpose_torch import halves, transpose_torch
 from automodel_conv.kernels.variants import Geometry, Kernel, Reach, Variant, element_types
-from automodel_conv.kernels.verb import Verb, takes_transposed
+from automodel_conv.kernels.verb import Verb, supports_transposed
 
-# Rows and columns of a tile by the sizes of a source's and a destination's element, in bytes: runs of at least 128
-# bytes where single elements lie and, in pairs, where pairs lie; at most what registers hold without spilling.
+# Rows and columns of a tile, by the bytes of an element of the source and of the destination. On the side with single
+# elements, runs have at least 128 bytes; if pairs move as words, so do runs on the side with pairs. Larger tiles would
+# spill registers.
 _TILES = {(1, 1): (64, 64), (2, 2): (64, 64), (4, 4): (32, 32), (2, 4): (32, 64), (4, 2): (64, 32)}
 
 
 def interleave(dst: Operand, first: Operand, second: Operand) -> None:
-    """``dst[k][:, 0::2] = first[k].t(); dst[k][:, 1::2] = second[k].t()`` for each k.
+    """Interleave pairs of matrices, transposed, as the columns of a third one.
 
-    One launch for each alignment of the addresses that occurs.
+    For each ``k``: ``dst[k][:, 0::2] = first[k].t(); dst[k][:, 1::2] = second[k].t()``. Queues one launch on the
+    current stream for each alignment that occurs among the addresses.
 
-    Args: lists of tensors, or stacks ``[..., R, C]``, or by addresses; see ``Operand``.
-        dst: ``[C, 2R]``, of one kind: shape, dtype, row stride, device; at multiples of its element size. Elements of a
-            row are adjacent, rows at any stride. Must overlap neither itself nor a source; nothing here checks it.
-        first, second: ``[R, C]``, both of one kind, as many, at any address; rows may overlap each other.
+    Each argument is a list of tensors, a stack ``[..., R, C]`` or ``Matrices``; see ``Operand``.
 
-    Dtypes: equal ones of 1, 2 or 4 bytes, which move as they are, or two of bfloat16, float16, float32, rounded to
-    nearest even. Full rate where addresses and rows are multiples of 16 bytes everywhere; nearly so at 8 for equal
-    dtypes; far less below. Moves ``bytes_moved(dst, first, second)`` bytes. Uploads one table; queued on the current
-    stream, so the memory must live until that is done. Compiles one kernel for each dtype pair and alignment, the first
-    time.
+    Args:
+        dst: destinations ``[C, 2R]``, all of one shape, dtype, row stride and device, at multiples of the element size.
+            Elements of a row are adjacent; rows have any stride. Destinations may overlap neither themselves nor a
+            source. This is not checked.
+        first: sources of the even columns, ``[R, C]``, one for each destination, at any address. Elements of a row are
+            adjacent; rows may overlap.
+        second: sources of the odd columns, of the same count, shape, dtype and row stride as ``first``.
+
+    Equal dtypes of 1, 2 or 4 bytes move as they are. Different dtypes must be two of bfloat16, float16 and float32, and
+    are rounded to nearest even. The rate is highest if all addresses and rows are multiples of 16 bytes, nearly as high
+    at 8 bytes for equal dtypes, and far lower below.
+
+    Moves ``bytes_moved(dst, first, second)`` bytes and uploads one table. The memory must live until the queued work is
+    done. The first call for each dtype pair and alignment compiles a kernel.
 
     Raises:
-        ConversionError: operands of unlike count, shape, dtype, stride or device, or a destination between elements;
-            nothing is written then.
+        ConversionError: operands differ in count, shape, dtype, stride or device, or a destination is not at a multiple
+            of its element size. Nothing has been written.
         UnsupportedError: other dtypes, or a device that kernels do not run on.
+
+    Example:
+        Tensors on the CPU need Triton's interpreter (``TRITON_INTERPRET=1``).
+
+        >>> gate, up = torch.tensor([[1.0, 2.0]]), torch.tensor([[3.0, 4.0]])
+        >>> gate_up = torch.empty(2, 2)
+        >>> interleave([gate_up], [gate], [up])
+        >>> gate_up
+        tensor([[1., 3.],
+                [2., 4.]])
     """
     operands = as_matrices("dst", dst), as_matrices("first", first), as_matrices("second", second)
     start(interleave_launches(*operands))
 
 
 def interleave_launches(dst: Matrices, first: Matrices, second: Matrices) -> Launches:
-    """What ``interleave`` launches."""
+    """Return the launches of ``interleave``."""
     check_operands(
         "interleave",
         {"first": first, "second": second, "dst": dst},
         {"first": first.shape, "second": first.shape, "dst": (first.columns, 2 * first.rows)},
     )
-    check_alike("first and second", first, second)
+    check_same_kind("first and second", first, second)
     element_types(dst.dtype, first.dtype)
     if not dst.nbytes:
         return NO_LAUNCHES
     check_destination("interleave", dst)
     geometry = Geometry(first.rows, first.columns, first.row_stride, dst.row_stride)
-    return assigned((dst, first, second), 1, lambda d, s: (interleave_variant(dst.dtype, first.dtype, d, s), geometry))
+    return launches_by_alignment(
+        (dst, first, second), 1, lambda d, s: (interleave_variant(dst.dtype, first.dtype, d, s), geometry)
+    )
 
 
 def interleave_variant(dst: torch.dtype, src: torch.dtype, dst_alignment: int, src_alignment: int) -> Variant:
-    """Pairs in vectors as long as the lesser alignment allows, for casts only whole ones of 16 bytes; or elements."""
+    """Return the variant: pairs in vectors as long as the lesser alignment allows, or else element by element.
+
+    Casts use only vectors of 16 bytes.
+    """
     dst_type, src_type = element_types(dst, src)
     both = min(dst_alignment, src_alignment)
-    if both == WIDEST or (both == WIDEST // 2 and dst == src):
+    if both == MAX_ACCESS_BYTES or (both == MAX_ACCESS_BYTES // 2 and dst == src):
         tile = _TILES[src.itemsize, dst.itemsize]
         src_vector, dst_vector = both // src.itemsize, both // (2 * dst.itemsize)
         return Variant(INTERLEAVE_TILES, src_type, dst_type, src_vector, dst_vector, *tile, pairs=True)
@@ -88,7 +111,18 @@ def interleave_variant(dst: torch.dtype, src: torch.dtype, dst_alignment: int, s
 
 
 def interleave_torch(dst: Sequence[Tensor], first: Sequence[Tensor], second: Sequence[Tensor]) -> None:
-    """The same as ``interleave`` in plain torch, for any strides and devices; see ``transpose_torch``."""
+    """Interleave pairs of matrices as ``interleave`` does, in plain torch; see ``transpose_torch``.
+
+    Supports any strides and devices.
+
+    Example:
+        >>> gate, up = torch.tensor([[1.0, 2.0]]), torch.tensor([[3.0, 4.0]])
+        >>> gate_up = torch.empty(2, 2)
+        >>> interleave_torch([gate_up], [gate], [up])
+        >>> gate_up
+        tensor([[1., 3.],
+                [2., 4.]])
+    """
     transpose_torch(halves(dst), [half for pair in zip(first, second, strict=True) for half in pair])
 
 
@@ -108,10 +142,10 @@ def interleave_tiles(
     TILE_ROWS: tl.constexpr,
     TILE_COLUMNS: tl.constexpr,
 ):
-    """``dst[c, 2 * r + k] = cast(src_k[r, c])`` for k = 0, 1; table ``[dst, src_0, src_1]``.
+    """Compute ``dst[c, 2 * r + k] = cast(src_k[r, c])`` for k = 0, 1; table ``[dst, src_0, src_1]``.
 
-    ``PAIRS``: each two elements that end up side by side are packed into a word, and words are transposed; then
-    ``DST_VECTOR`` and the destination's stride count words. Otherwise elements are stored one by one, and the stride
+    With ``PAIRS``, two elements that become neighbours are packed into a word, and words are transposed. Then
+    ``DST_VECTOR`` and the destination's stride count words. Without, elements are stored one by one, and the stride
     counts elements.
     """
     rows = rows_v * DST_VECTOR
@@ -169,6 +203,6 @@ INTERLEAVE = Verb(
     destinations=1,
     sources=2,
     shapes=lambda matrix: ((matrix.columns, 2 * matrix.rows), matrix[:2]),
-    takes=takes_transposed,
+    supports=supports_transposed,
     launches=interleave_launches,
 )

@@ -1,6 +1,6 @@
-"""Triton, or a stand-in where it is not installed, so that the files of verbs can be imported.
+"""Triton, or a stand-in if it is not installed, so that the files of verbs can be imported either way.
 
-A verb's file imports Triton where it is installed. So ``execution`` imports such a file only where kernels run.
+A verb's file imports Triton if it is installed, so ``execution`` imports such a file only to run kernels.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ IS_INSTALLED = importlib.util.find_spec("triton") is not None
 
 
 def _undecorated(function: Any = None, **options: Any) -> Any:
-    """Stands for ``triton.jit``, with options or without."""
+    """Replace ``triton.jit``, with options or without, by a decorator that returns the function."""
     return _undecorated if function is None else function
 
 
 jit: Any = importlib.import_module("triton").jit if IS_INSTALLED else _undecorated
 
 if TYPE_CHECKING:
-    # Compile-time arguments are declared tl.constexpr and used as the values they hold, which no type checker follows.
+    # Compile-time arguments are declared tl.constexpr and used as plain values; no type checker can follow that.
     class tl(Any):
         constexpr: TypeAlias = Any
 
@@ -32,9 +32,9 @@ else:
 
 
 @jit
-def _nothing():
+def _probe():
     pass
 
 
-INTERPRETED = IS_INSTALLED and not isinstance(_nothing, importlib.import_module("triton").JITFunction)
-"""Whether Triton was imported with its interpreter on, which runs kernels on host memory."""
+INTERPRETED = IS_INSTALLED and not isinstance(_probe, importlib.import_module("triton").JITFunction)
+"""True if Triton was imported with its interpreter on, which runs kernels on host memory."""

@@ -1,4 +1,7 @@
-"""The pure-torch twin of ``strided_copy``, which the host uses; imports no Triton."""
+"""The pure-torch implementation of ``strided_copy``, for the host.
+
+Does not import Triton.
+"""
 
 from __future__ import annotations
 
@@ -13,40 +16,47 @@ from automodel_conv.kernels.transpose_torch import transpose_torch
 
 @torch.no_grad()
 def strided_copy_torch(dst: Sequence[Tensor], src: Sequence[Tensor]) -> None:
-    """``dst[k].copy_(src[k])`` for each k, several times faster where the two lie in unlike order.
+    """Copy tensors: ``dst[k].copy_(src[k])`` for each ``k``, several times faster if the two have different orders.
 
-    Where both walk fastest along the same dimension this is ``copy_``. Where they do not, the two
-    fast dimensions go through ``transpose_torch``, one matrix for each index of the others.
+    If both tensors of a pair are fastest along the same dimension, this is ``copy_``. Otherwise ``transpose_torch``
+    moves their two fast dimensions, one matrix for each index of the other dimensions.
 
     Args:
-        dst: any rank and strides, not overlapping each other or any source.
-        src: of the same shapes, any strides, expanded ones too; cast to ``dst``'s dtype as
+        dst: destinations of any rank and strides, which do not overlap each other or any source.
+        src: sources of the same shapes, at any strides, even expanded. They are cast to the dtype of ``dst`` as
             ``Tensor.to`` casts.
 
-    Scratch and threads are those of ``transpose_torch``.
+    Uses the scratch and the threads of ``transpose_torch``.
 
     Raises:
-        ConversionError: the lists differ in length, or a pair in shape; nothing is written then.
+        ConversionError: the lists differ in length, or a pair in shape. Nothing has been written.
+
+    Example:
+        >>> src = torch.arange(6.0).view(2, 3)
+        >>> dst = torch.empty(3, 2).t()
+        >>> strided_copy_torch([dst], [src])
+        >>> torch.equal(dst, src)
+        True
     """
     if len(dst) != len(src):
         raise ConversionError(
-            message("strided_copy takes one source per destination", expected=len(dst), found=len(src))
+            message("strided_copy needs one source per destination", expected=len(dst), found=len(src))
         )
     for index, (d, s) in enumerate(zip(dst, src, strict=True)):
         if d.shape != s.shape:
             raise ConversionError(
                 message(
-                    "strided_copy takes pairs of equal shape",
+                    "strided_copy needs pairs of equal shape",
                     where=f"pair {index}",
                     expected=f"src {list(d.shape)}",
                     found=f"src {list(s.shape)}",
                 )
             )
-    # Transposed together at the end, so that interleaved destinations meet in one list.
+    # One call transposes all at the end, so that interleaved destinations are in the same list.
     transposed: list[tuple[Tensor, Tensor]] = []
     for d, s in zip(dst, src, strict=True):
         d_fast, s_fast = _fastest_dim(d), _fastest_dim(s)
-        # copy_ refuses to write one address twice; cut into matrices that would not be noticed.
+        # copy_ raises if it would write an address twice. The matrices below would hide that, so it must see the whole.
         if d_fast is None or s_fast is None or d_fast == s_fast or 0 in d.stride():
             d.copy_(s)
             continue
@@ -58,7 +68,7 @@ def strided_copy_torch(dst: Sequence[Tensor], src: Sequence[Tensor]) -> None:
 
 
 def _fastest_dim(tensor: Tensor) -> int | None:
-    """The dimension along which addresses change least; None where no dimension moves them."""
+    """Return the dimension along which addresses change least; None if no dimension changes them."""
     moving = [
         (stride, -dim)
         for dim, (size, stride) in enumerate(zip(tensor.shape, tensor.stride(), strict=True))

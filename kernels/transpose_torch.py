@@ -1,4 +1,7 @@
-"""The pure-torch twin of ``transpose``, which the host uses; imports no Triton."""
+"""The pure-torch implementation of ``transpose``, for the host.
+
+Does not import Triton.
+"""
 
 from __future__ import annotations
 
@@ -9,78 +12,84 @@ from torch import Tensor
 
 from automodel_conv.errors import ConversionError, message
 
-# A panel, and so each of the (at most two) scratch buffers of a call, stays within this.
+# Largest panel in bytes, so also the largest of the (at most two) scratch buffers of a call.
 _PANEL_BYTES = 2 << 20
-# Rows taken at once: as many as fit, since fewer write shorter pieces to the destination (128 rows of bf16 are 256
-# bytes), in steps of whole cache lines; more than 256 gain nothing. Where not even the least number fits, panels have
-# part of the columns, which costs one more copy.
-_LEAST_ROWS, _MOST_ROWS, _ROWS_STEP = 128, 256, 64
-# Below this PyTorch's own strided copy loses less than the panels cost to set up.
+# Rows of a panel: as many as fit, in steps of whole cache lines. Fewer rows write shorter runs to the destination (128
+# rows of bf16 are 256 bytes); more than 256 gain nothing. If not even the minimum fits, a panel has only a part of the
+# columns, which costs one more copy.
+_MIN_ROWS, _MAX_ROWS, _ROWS_STEP = 128, 256, 64
+# Below this size, PyTorch's own strided copy loses less time than the panels take to set up.
 _SMALLEST_SIDE = 16
 _SMALLEST_NUMEL = 64 * 64
 
-# Elements of 8 bytes are not here: the panels gain nothing over copy_ for them.
+# Elements of 8 bytes are left to copy_, because panels gain nothing for them.
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32}
 
-# PyTorch transposes float32 with SIMD in one place that can be called: the channel shuffle of a
-# channels-last tensor, through fbgemm. In cache it does 14 - 30 GB/s where a strided copy_ does
-# 2 - 6. fbgemm needs AVX2; without it the same shuffle is a slow loop, or raises.
+# Only one function of PyTorch that can be called transposes float32 with SIMD: the channel shuffle of a channels-last
+# tensor, through fbgemm. In cache it reaches 14 - 30 GB/s; a strided copy_ reaches 2 - 6. fbgemm needs AVX2. Without it
+# the same shuffle is a slow loop, or raises.
 _SIMD_SHUFFLE = hasattr(torch, "native_channel_shuffle") and (torch.backends.cpu.get_cpu_capability().startswith("AVX"))
 
 
 @torch.no_grad()
 def transpose_torch(dst: Sequence[Tensor], src: Sequence[Tensor]) -> None:
-    """``dst[k].copy_(src[k].t())`` for each k, several times faster on the CPU.
+    """Transpose matrices: ``dst[k].copy_(src[k].t())`` for each ``k``, several times faster on the CPU.
 
-    A panel of rows is read as 32-bit words and transposed with SIMD; each word is split into its
-    elements while it is written out. Destinations that fill each other's gaps (gate and up
-    interleaved on the last dimension) are written together if they follow one another in the
-    lists, at nearly twice the rate. One thread, bf16, in memory: 0.25 - 0.3 of the rate of a plain
-    copy; ``copy_`` does 0.05.
+    Reads a panel of rows as 32-bit words, transposes the words with SIMD, and splits each word into its elements when
+    it writes them. Destinations that fill each other's gaps (gate and up, interleaved on the last dimension) are
+    written together if they follow one another in the lists, at nearly twice the rate. One thread reaches 0.25 - 0.3 of
+    the rate of a plain copy for bf16 in memory; ``copy_`` reaches 0.05.
 
     Args:
-        dst: ``[C, R]``, any strides, not overlapping each other or any source.
-        src: ``[R, C]``, any strides, fastest when contiguous; cast to ``dst``'s dtype as
-            ``Tensor.to`` casts (which leaves open which NaN a NaN becomes).
+        dst: destinations ``[C, R]``, at any strides, which do not overlap each other or any source.
+        src: sources ``[R, C]``, at any strides, fastest if contiguous. They are cast to the dtype of ``dst`` as
+            ``Tensor.to`` casts, which does not specify which NaN a NaN becomes.
 
-    Allocates at most 4 MiB of scratch, freed on return. Releases the GIL. PyTorch spreads the work
-    over its intra-op threads, unless the calling thread has called ``torch.set_num_threads(1)``.
+    Allocates at most 4 MiB of scratch, freed on return. Releases the GIL. PyTorch spreads the work over its intra-op
+    threads, unless the calling thread has called ``torch.set_num_threads(1)``.
 
     Raises:
         ConversionError: the lists differ in length, or a pair in shape.
+
+    Example:
+        >>> src = torch.arange(6.0).view(2, 3)
+        >>> dst = torch.empty(3, 2)
+        >>> transpose_torch([dst], [src])
+        >>> torch.equal(dst, src.t())
+        True
     """
     if len(dst) != len(src):
-        raise ConversionError(message("transpose takes one source per destination", expected=len(dst), found=len(src)))
+        raise ConversionError(message("transpose needs one source per destination", expected=len(dst), found=len(src)))
     for index, (d, s) in enumerate(zip(dst, src, strict=True)):
         if d.dim() != 2 or s.dim() != 2 or d.shape != (s.shape[1], s.shape[0]):
             raise ConversionError(
                 message(
-                    "transpose takes matrices [R, C] into [C, R]",
+                    "transpose needs sources [R, C] and destinations [C, R]",
                     where=f"pair {index}",
                     expected=f"dst {list(reversed(s.shape))}",
                     found=f"dst {list(d.shape)}",
                 )
             )
-    at = 0
-    while at < len(dst):
-        whole, lanes = dst[at], 1
-        if _worth_panels(whole, src[at]):
-            lanes = _interleaved_lanes(dst, src, at)
+    index = 0
+    while index < len(dst):
+        whole, lanes = dst[index], 1
+        if _is_worth_panels(whole, src[index]):
+            lanes = _interleaved_lanes(dst, src, index)
             if lanes > 1:
                 columns, rows = whole.shape
                 whole = whole.as_strided((columns, rows * lanes), (whole.stride(0), 1))
-            _transpose_panels(whole, src[at : at + lanes])
+            _transpose_panels(whole, src[index : index + lanes])
         else:
-            whole.copy_(src[at].t())
-        at += lanes
+            whole.copy_(src[index].t())
+        index += lanes
 
 
 def halves(matrices: Sequence[Tensor]) -> list[Tensor]:
-    """The even columns and the odd columns of each matrix."""
+    """Return the even columns and the odd columns of each matrix."""
     return [matrix[:, half::2] for matrix in matrices for half in (0, 1)]
 
 
-def _worth_panels(dst: Tensor, src: Tensor) -> bool:
+def _is_worth_panels(dst: Tensor, src: Tensor) -> bool:
     return (
         min(dst.shape) >= _SMALLEST_SIDE
         and dst.numel() >= _SMALLEST_NUMEL
@@ -89,34 +98,34 @@ def _worth_panels(dst: Tensor, src: Tensor) -> bool:
     )
 
 
-def _interleaved_lanes(dst: Sequence[Tensor], src: Sequence[Tensor], at: int) -> int:
-    """How many destinations from ``at`` on fill each other's gaps; 1 if this one stands alone."""
-    first = dst[at]
+def _interleaved_lanes(dst: Sequence[Tensor], src: Sequence[Tensor], start: int) -> int:
+    """Return how many destinations from ``start`` on fill each other's gaps; 1 if this one has no such neighbour."""
+    first = dst[start]
     lanes = first.stride(1)
-    if not 2 <= lanes <= min(_LEAST_ROWS, len(dst) - at):
+    if not 2 <= lanes <= min(_MIN_ROWS, len(dst) - start):
         return 1
     for lane in range(1, lanes):
-        other = dst[at + lane]
+        other = dst[start + lane]
         if (
             other.dtype != first.dtype
             or other.shape != first.shape
             or other.stride() != first.stride()
             or other.data_ptr() != first.data_ptr() + lane * first.element_size()
             or other.untyped_storage().data_ptr() != first.untyped_storage().data_ptr()
-            or src[at + lane].device.type != "cpu"
+            or src[start + lane].device.type != "cpu"
         ):
             return 1
     return lanes
 
 
 def _transpose_panels(dst: Tensor, sources: Sequence[Tensor]) -> None:
-    """``dst`` ``[C, lanes * R]`` from the rows of the sources ``[R, C]``, one of each in turn."""
+    """Write ``dst`` ``[C, lanes * R]`` from the sources ``[R, C]``: the first row of each, then the second of each."""
     lanes = len(sources)
     rows, columns = sources[0].shape
     per_word = 4 // dst.element_size()
     word_columns = columns - columns % per_word
     fitting = _PANEL_BYTES // (columns * dst.element_size()) // _ROWS_STEP * _ROWS_STEP
-    rows_at_once = max(_LEAST_ROWS, min(_MOST_ROWS, fitting))
+    rows_at_once = max(_MIN_ROWS, min(_MAX_ROWS, fitting))
     panel_columns = min(word_columns, _PANEL_BYTES // (rows_at_once * 4) * per_word)
     panel_rows = min(rows, rows_at_once // lanes)
 
@@ -143,7 +152,7 @@ def _transpose_panels(dst: Tensor, sources: Sequence[Tensor]) -> None:
 
 
 def _write_transposed(piece: Tensor, panel: Tensor) -> None:
-    """``piece.copy_(panel.t())``; the panel is contiguous and its rows are whole 32-bit words."""
+    """Compute ``piece.copy_(panel.t())`` for a contiguous panel, the rows of which are whole 32-bit words."""
     words = _transposed_words(panel.view(torch.float32))
     size = panel.element_size()
     elements = piece.view(_INTEGERS[size])
@@ -151,12 +160,12 @@ def _write_transposed(piece: Tensor, panel: Tensor) -> None:
     for element in range(per_word):
         if element:
             words >>= 8 * size
-        # An integer copy_ to a narrower type keeps the low bits, which come first in memory.
+        # An integer copy_ to a narrower type keeps the low bits, which are first in memory.
         elements[element::per_word].copy_(words)
 
 
 def _readable_as_words(dst: Tensor, sources: Sequence[Tensor]) -> bool:
-    """Whether rows of the source can be panels as they lie: alone, uncast, contiguous, aligned."""
+    """Return whether rows of the sources can be panels without a copy: one source, no cast, contiguous, aligned."""
     source = sources[0]
     return (
         len(sources) == 1
@@ -168,13 +177,13 @@ def _readable_as_words(dst: Tensor, sources: Sequence[Tensor]) -> bool:
 
 
 def _transposed_words(words: Tensor) -> Tensor:
-    """Contiguous float32 ``[R, C]`` as int32 ``[C, R]`` of the same bits, newly allocated."""
+    """Transpose contiguous float32 ``[R, C]`` into a new int32 ``[C, R]`` of the same bits."""
     rows, columns = words.shape
     if _SIMD_SHUFFLE:
         numel = words.numel()
         pixel = words.as_strided((1, numel, 1, 1), (numel, 1, numel, numel))
         out = torch.native_channel_shuffle(pixel, rows).as_strided((columns, rows), (rows, 1))
     else:
-        # Not contiguous(): that returns the source itself where a side is 1.
+        # Not contiguous(), because that returns the source itself if a side is 1.
         out = words.t().clone(memory_format=torch.contiguous_format)
     return out.view(torch.int32)

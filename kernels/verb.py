@@ -1,4 +1,4 @@
-"""``Verb``: which strided copies a verb carries out, and how it is launched."""
+"""``Verb``: the strided copies that a verb executes, and how it is launched."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from typing import NamedTuple
 
 import torch
 
-from automodel_conv.kernels.launch import MOST_STRIDE, Launches
+from automodel_conv.kernels.launch import MAX_STRIDE, Launches
 from automodel_conv.kernels.variants import is_moved
 
 
 class Matrix(NamedTuple):
-    """The elements that one source of a verb gives to one destination, as they lie in the source.
+    """The elements that move from one source of a verb to one destination, with the source's rows and columns.
 
-    Strides count elements, from one row to the next: of a source and of a destination, as the verb takes them.
+    Both strides count elements from one row to the next, for the operands as the verb accepts them.
     """
 
     rows: int
@@ -26,22 +26,29 @@ class Matrix(NamedTuple):
 
 @dataclass(frozen=True)
 class Verb:
-    """A verb that strided copies may become; ``verbs`` has the table of them.
+    """A verb that executes strided copies; ``verbs`` has the table of them.
 
-    Where it takes several sources, each gives one element in turn to a row of the one destination; where it takes
-    several destinations, each gets one in turn from a row of the one source.
+    With several sources, a row of the one destination holds one element of each source, then the next of each. With
+    several destinations, the elements of a row of the one source go to the destinations in the same order.
     """
 
     name: str
-    transposes: bool  # the fastest dimension of the source is another than that of the target
-    steps: tuple[int, int]  # along the fastest dimension, in elements: of the source and of the target
+    transposes: bool
+    """True if the fastest dimension of the source is not the fastest dimension of the target."""
+    steps: tuple[int, int]
+    """Steps along the fastest dimension, in elements: of the source, of the target."""
     destinations: int
+    """Number of destinations."""
     sources: int
-    shapes: Callable[[Matrix], tuple[tuple[int, int], tuple[int, int]]]  # of a destination and of a source
-    takes: Callable[[Matrix, torch.dtype, torch.dtype], bool]  # from the source's dtype to the destination's
-    launches: Callable[..., Launches]  # what it launches for ``Matrices``, destinations first
+    """Number of sources."""
+    shapes: Callable[[Matrix], tuple[tuple[int, int], tuple[int, int]]]
+    """Returns the shape of a destination and the shape of a source."""
+    supports: Callable[[Matrix, torch.dtype, torch.dtype], bool]
+    """Returns whether the verb moves this matrix from the source's dtype to the destination's."""
+    launches: Callable[..., Launches]
+    """Returns the launches for its operands, ``Matrices`` with the destinations first."""
 
 
-def takes_transposed(matrix: Matrix, src: torch.dtype, dst: torch.dtype) -> bool:
-    """Whether the verbs that transpose take matrices of these sides, strides and dtypes."""
-    return is_moved(dst, src) and src.itemsize <= 4 and max(matrix) <= MOST_STRIDE
+def supports_transposed(matrix: Matrix, src: torch.dtype, dst: torch.dtype) -> bool:
+    """Return whether the verbs that transpose support matrices of these sides, strides and dtypes."""
+    return is_moved(dst, src) and src.itemsize <= 4 and max(matrix) <= MAX_STRIDE

@@ -1,4 +1,7 @@
-"""The table of verbs that strided copies may become: one line each, all else is in the verb's file."""
+"""The table of the verbs that execute strided copies.
+
+A new verb is a file and one line here.
+"""
 
 from __future__ import annotations
 
@@ -14,4 +17,4 @@ VERBS: tuple[Verb, ...] = (
     INTERLEAVE,
     DEINTERLEAVE,
 )
-"""The first whose walk is that of the copies carries them out."""
+"""The verbs in order of preference: the first whose ``transposes`` and ``steps`` match the copies executes them."""

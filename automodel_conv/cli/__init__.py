@@ -2,7 +2,7 @@
 
 
 def main() -> None:
-    """Run the command that the arguments of this process name."""
+    """Run the command that the process arguments name."""
     from automodel_conv.cli.app import main as run
 
     run()

@@ -1,6 +1,6 @@
 """The command line: ``automodel-conv plan | load | convert | verify | bench | demo``.
 
-Each command imports what it needs when it runs, so help does not import torch.
+Each command imports its modules when it runs, so help does not import torch.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from automodel_conv.cli.options import (
     SourceLayoutOption,
     ThreadsOption,
     dtype_named,
-    shows,
+    show_progress,
 )
 from automodel_conv.cli.printing import print_names, print_table
 from automodel_conv.cli.words import Commands
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 app = typer.Typer(
     cls=Commands,
-    help="Loads and converts Hugging Face Mixture-of-Experts checkpoints.",
+    help="Load and convert Hugging Face Mixture-of-Experts checkpoints.",
     add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -44,7 +44,7 @@ app = typer.Typer(
 
 
 def main() -> None:
-    """The console entry."""
+    """Run the command line; the entry point of the console script."""
     app()
 
 
@@ -65,22 +65,25 @@ def plan(
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of org/name.")] = None,
     explain: Annotated[
         list[str] | None,
-        typer.Option(help="A target: print every source of it with its region. May be repeated."),
+        typer.Option(help="Print every source of this target, with its region. May be repeated."),
     ] = None,
     json: Annotated[Path | None, typer.Option(help="Write the plan to this file.")] = None,
     model: Annotated[
         bool,
         typer.Option(
             "--model/--no-model",
-            help="Plan for the model of config.json, or keep the names as they are.",
+            help="Plan for the model of config.json, or keep the names of the checkpoint.",
         ),
     ] = True,
     mesh: Annotated[
         str | None,
-        typer.Option(help="What each rank would read: sizes of ep, fsdp, replicate, as in ep=64,fsdp=8."),
+        typer.Option(help="Print what each rank of a mesh of ep, fsdp and replicate would read, such as ep=64,fsdp=8."),
     ] = None,
 ) -> None:
-    """Print where every byte of a checkpoint goes. Reads headers only, of org/name too."""
+    """Print where every byte of a checkpoint goes.
+
+    Reads only headers, even for org/name.
+    """
     from automodel_conv.cli.forecast import forecast, parse_mesh
     from automodel_conv.cli.tables import mesh_table
 
@@ -113,15 +116,15 @@ def load(
     source_layout: SourceLayoutOption = None,
     dtype: Annotated[
         str | None,
-        typer.Option(help="Of floating tensors, such as bfloat16. Default: the model's."),
+        typer.Option(help="Dtype of floating tensors, such as bfloat16. Default: the model's."),
     ] = None,
-    device: Annotated[str, typer.Option(help="Where to, such as cuda:0.")] = "cpu",
-    threads: Annotated[int | None, typer.Option(min=1, help="Reader threads. Default: by the machine.")] = None,
-    strict: Annotated[bool, typer.Option(help="Fail unless names and shapes fit.")] = True,
-    verify: Annotated[bool, typer.Option("--verify", help="First compare all tensors with their checksums.")] = False,
+    device: Annotated[str, typer.Option(help="Device to load to, such as cuda:0.")] = "cpu",
+    threads: Annotated[int | None, typer.Option(min=1, help="Reader threads. Default: set for the machine.")] = None,
+    strict: Annotated[bool, typer.Option(help="Fail unless names and shapes match the model.")] = True,
+    verify: Annotated[bool, typer.Option("--verify", help="Compare all tensors with their checksums first.")] = False,
     progress: ProgressOption = None,
 ) -> None:
-    """Load a checkpoint into memory and print how that went."""
+    """Load a checkpoint into memory and print a report."""
     from automodel_conv.cli.tables import report_table
 
     loaded = automodel_conv.load_state_dict(
@@ -133,7 +136,7 @@ def load(
         threads=threads,
         strict=strict,
         verify=verify,
-        progress=shows(progress),
+        progress=show_progress(progress),
     )
     print_table(report_table(loaded.report, len(loaded)))
     print_names((), loaded.report.left_out)
@@ -142,26 +145,29 @@ def load(
 @app.command()
 def convert(
     source: PathArgument,
-    destination: Annotated[str, typer.Argument(help="A directory, new or without weights in it.")],
+    destination: Annotated[str, typer.Argument(help="A directory that is new or contains no weights.")],
     layout: NewLayoutOption = None,
     source_layout: SourceLayoutOption = None,
     dtype: NewDtypeOption = None,
     dequantize: DequantizeOption = False,
     drop: DropOption = None,
-    max_shard_size: Annotated[str, typer.Option(help="Of a file, such as 5GB or 300MiB.")] = "5GB",
+    max_shard_size: Annotated[str, typer.Option(help="Maximum size of an output file, such as 5GB or 300MiB.")] = "5GB",
     model: ModelOption = True,
-    resume: Annotated[bool, typer.Option(help="Go on with what an earlier call has finished, or start anew.")] = True,
-    verify: Annotated[bool, typer.Option(help="Read each file back and compare it with the source.")] = True,
-    checksums: Annotated[bool, typer.Option("--checksums", help="Write a checksum of each tensor.")] = False,
+    resume: Annotated[bool, typer.Option(help="Continue an interrupted conversion, or start again.")] = True,
+    verify: Annotated[bool, typer.Option(help="Read each output file back and compare it with the source.")] = True,
+    checksums: Annotated[bool, typer.Option("--checksums", help="Write a checksum for each tensor.")] = False,
     threads: ThreadsOption = None,
     progress: ProgressOption = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Tell what would be done; write nothing.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would be done; write nothing.")] = False,
 ) -> None:
-    """Write a checkpoint anew with its experts in another layout. Interrupted, the same command goes on."""
+    """Convert a checkpoint to another layout of its experts.
+
+    To continue after an interruption, repeat the command.
+    """
     from automodel_conv.cli.tables import converted_table
     from automodel_conv.publishing.conversion import compile_conversion
 
-    what: dict[str, Any] = {
+    arguments: dict[str, Any] = {
         "rules": None if model else [],
         "layout": layout,
         "source_layout": source_layout,
@@ -171,25 +177,25 @@ def convert(
         "max_shard_size": max_shard_size,
     }
     if dry_run:
-        print_dry_run(compile_conversion(source, **what), destination)
+        print_dry_run(compile_conversion(source, **arguments), destination)
         return
     try:
         report = automodel_conv.convert_checkpoint(
             source,
             destination,
-            **what,
+            **arguments,
             resume=resume,
             verify=verify,
             checksums=checksums,
             threads=threads,
-            progress=shows(progress),
+            progress=show_progress(progress),
         )
     except KeyboardInterrupt:
-        same = "the same command" if resume else "the same command, with --resume,"
-        typer.echo(f"interrupted: {same} goes on with the files that are not finished", err=True)
+        command = "the same command" if resume else "the same command, with --resume,"
+        typer.echo(f"interrupted: {command} continues with the unfinished files", err=True)
         raise typer.Exit(130) from None
     if report.was_complete:
-        typer.echo("this conversion was complete: all of it was compared with the source, and nothing was written")
+        typer.echo("this conversion was complete already: it was compared with the source, and nothing was written")
     print_table(converted_table(report, verify))
     print_names(report.carried, report.left_out)
 
@@ -199,7 +205,7 @@ def verify(
     source: PathArgument,
     destination: Annotated[
         str | None,
-        typer.Argument(help="What was made of it. Left out: the source is compared with its own checksums."),
+        typer.Argument(help="The converted checkpoint. Without it, the source is compared with its own checksums."),
     ] = None,
     layout: NewLayoutOption = None,
     source_layout: SourceLayoutOption = None,
@@ -210,7 +216,7 @@ def verify(
     threads: ThreadsOption = None,
     progress: ProgressOption = None,
 ) -> None:
-    """Check that a checkpoint is, bit for bit, what convert would make of another one."""
+    """Check that a checkpoint is, bit for bit, the conversion of another one."""
     from automodel_conv.execution.checksums import verify_checksums
     from automodel_conv.execution.cores import cores
     from automodel_conv.files.checkpoint import open_downloaded
@@ -218,7 +224,7 @@ def verify(
     if destination is None:
         checkpoint = open_downloaded(source)
         nbytes = verify_checksums(checkpoint, cores() if threads is None else threads)
-        typer.echo(f"{len(checkpoint.names)} tensors, {nbytes / 1e9:.3f} GB: all have their checksums")
+        typer.echo(f"{len(checkpoint.names)} tensors, {nbytes / 1e9:.3f} GB: all match their checksums")
         return
     nbytes = automodel_conv.verify_checkpoint(
         source,
@@ -230,12 +236,12 @@ def verify(
         dequantize=dequantize,
         drop=drop or (),
         threads=threads,
-        progress=shows(progress),
+        progress=show_progress(progress),
     )
-    made = open_downloaded(destination)
+    written = open_downloaded(destination)
     typer.echo(
-        f"{len(made.names)} tensors in {len(made.files)} files, {nbytes / 1e9:.3f} GB: "
-        "all are, bit for bit, what the source makes them"
+        f"{len(written.names)} tensors in {len(written.files)} files, {nbytes / 1e9:.3f} GB: "
+        "all are bit-identical to a conversion of the source"
     )
 
 
@@ -245,18 +251,18 @@ def measure(
     layout: LayoutOption = None,
     dtype: NewDtypeOption = None,
     model: ModelOption = True,
-    most: Annotated[str, typer.Option(help="Bytes of tensors that are timed, such as 8GB.")] = "8GB",
-    threads: Annotated[int | None, typer.Option(min=1, help="Up to so many. Default: the default of loads.")] = None,
-    cold: Annotated[
-        bool, typer.Option("--cold", help="First let the system forget what it holds of the files.")
-    ] = False,
+    most: Annotated[str, typer.Option(help="Maximum bytes of tensors to time, such as 8GB.")] = "8GB",
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="Maximum number of threads to time. Default: as for load.")
+    ] = None,
+    cold: Annotated[bool, typer.Option("--cold", help="Drop the files from the page cache first.")] = False,
 ) -> None:
-    """Measure loads of a checkpoint on this machine, against its roof, and say what bounds them."""
+    """Measure loads of a checkpoint on this machine, compare them with its limit, and print what limits them."""
     from automodel_conv.cli.bench import advice, bench
     from automodel_conv.cli.tables import bench_tables
     from automodel_conv.files.shards import parse_size
 
-    found = bench(
+    result = bench(
         path,
         layout=layout,
         dtype=dtype_named(dtype),
@@ -265,19 +271,19 @@ def measure(
         most_threads=threads,
         drop_cache=cold,
     )
-    for table in bench_tables(found):
+    for table in bench_tables(result):
         print_table(table)
-    for text in advice(found):
+    for text in advice(result):
         typer.echo(text)
 
 
 @app.command("demo")
 def compare(
     directory: Annotated[
-        Path | None, typer.Option(help="Where to put 1 GB for a minute. Default: the system's.")
+        Path | None, typer.Option(help="Directory for 1 GB of temporary files. Default: the system's.")
     ] = None,
 ) -> None:
-    """Load a new checkpoint of 1 GB with transformers and with this package, and compare them."""
+    """Write a checkpoint of 1 GB, load it with transformers and with this package, and compare the two."""
     from automodel_conv.cli import demo
 
     if not show_demo(demo.BIG, None if directory is None else str(directory)):
@@ -285,7 +291,7 @@ def compare(
 
 
 def show_demo(model: DemoModel, directory: str | None = None) -> bool:
-    """Run the demo and print its table; returns whether all tensors were equal, bit for bit."""
+    """Run the demo and print its table; return whether all tensors were equal, bit for bit."""
     from automodel_conv.cli.demo import run_demo
     from automodel_conv.cli.tables import demo_table
 

@@ -1,8 +1,8 @@
-"""Measure how fast a checkpoint loads on this machine, how fast it could load, and what limits it.
+"""Measurements of how fast a checkpoint loads on this machine, how fast it could load, and what limits it.
 
-The measurement loads the targets of a plan up to a number of bytes, so the checkpoint may be larger than memory. The
-roof is the time to read the same bytes, in runs of the same length, into new memory without laying them out, with huge
-or small pages, whichever is faster here. Memory is as found.
+``bench`` loads targets of a plan up to a number of bytes, so the checkpoint may be larger than memory. The roof is the
+time to read the same bytes, in runs of the same length, into new memory without arranging them. It is measured with
+huge and with small pages, and the faster size counts. No memory is touched in advance.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from automodel_conv.files.checkpoint import Checkpoint, open_downloaded
 from automodel_conv.files.source import opened
 from automodel_conv.planning.copies import Target
 from automodel_conv.planning.plan import CopyPlan
-from automodel_conv.schedule.host import RUN_BYTES, divide, runs
+from automodel_conv.schedule.host import RUN_BYTES, group_reads, split_copies
 from automodel_conv.schedule.jobs import Read, ReadInPlace, Reads
 
 DEFAULT_SAMPLE_BYTES = 8 * 10**9
@@ -43,51 +43,55 @@ _HUGE_PAGES = "/sys/kernel/mm/transparent_hugepage/enabled"
 
 @dataclass(frozen=True)
 class Bench:
-    """What was measured; medians where there are several runs."""
+    """The measurements of one checkpoint; medians if there are several runs."""
 
     files: int
+    """Number of files."""
     tensors: int
+    """Number of tensors."""
     nbytes: int
-    """Of all tensors that the plan reads."""
+    """Bytes of all tensors that the plan reads."""
     sample_nbytes: int
-    """Of those that were timed."""
+    """Bytes of the sample, the tensors that were timed."""
     sample_targets: int
+    """Number of targets in the sample."""
     scratch_nbytes: int
-    """Of the sample: transposed, interleaved, cast or decoded on the way; the rest is read straight to its place."""
+    """Bytes of the sample that are transposed, interleaved, cast or decoded; the rest is read directly into place."""
     open_seconds: float
+    """Time to open the checkpoint."""
     plan_seconds: float
-    """When all imports are done."""
+    """Time to compile the plan, without imports."""
     cached: float | None
-    """Share of the sample that lay in the page cache before it was first read; None where the system cannot tell."""
+    """Share of the sample that was in the page cache before the first read; None if the system cannot report it."""
     first_seconds: float
-    """The first read of the sample, as the roof reads it."""
+    """Time of the first read of the sample, by the method of the roof."""
     roof_seconds: Mapping[int, float]
-    """Keyed by threads; from the page cache, with pages of the faster size."""
+    """Time of the roof by number of threads, from the page cache, with pages of the faster size."""
     roof_has_huge_pages: bool
-    """The size that is faster with most numbers of threads."""
+    """True if huge pages are faster with most numbers of threads."""
     default_threads: int
-    """Of a load where nobody says it."""
+    """Number of threads of a load by default."""
     load_seconds: Mapping[int, float]
-    """By threads, from the page cache, without opening and planning."""
+    """Time of a load by number of threads, from the page cache, without opening and planning."""
     pages: PageUse
-    """The new memory of the last load, which has measured the faster size."""
+    """The new memory of the last load, which has measured the faster size of pages."""
     touch_gb_per_s: float
-    """First writes to new memory in huge pages, where the system gives any, by one thread."""
+    """Rate of first writes to new memory by one thread, in huge pages if the system provides any."""
     touch_small_gb_per_s: float
-    """The same in small pages."""
+    """Rate of first writes to new memory by one thread, in small pages."""
     huge_pages: str | None
-    """What the system lets processes have: "always", "madvise" or "never"; None where it has no such setting."""
+    """The system's setting for huge pages: "always", "madvise" or "never"; None if it has no such setting."""
     memory_bytes: int
-    """Of the machine."""
+    """Memory of the machine."""
 
     @property
     def threads(self) -> int:
-        """Of the fastest load."""
+        """Number of threads of the fastest load."""
         return min(self.load_seconds, key=lambda threads: self.load_seconds[threads])
 
     @property
     def share_of_roof(self) -> float:
-        """The time of the fastest read of the bytes, in that of the fastest load."""
+        """Time of the fastest read of the bytes divided by the time of the fastest load."""
         return min(self.roof_seconds.values()) / self.load_seconds[self.threads]
 
 
@@ -104,30 +108,32 @@ def bench(
     """Measure loads to host memory.
 
     Args:
-        path, layout, dtype: see ``load_state_dict``.
-        use_model: names of the model of ``config.json``; False: those of the checkpoint.
-        most_bytes: of the targets that are timed, but at most a third of the machine's memory.
-        most_threads: threads are 1, 2, 4 and so on up to this; None: the default of loads.
-        drop_cache: first let the system forget what it holds of the files, so that the first read is the disk's.
+        path: see ``load_state_dict``.
+        layout: see ``load_state_dict``.
+        dtype: see ``load_state_dict``.
+        use_model: use the names of the model of ``config.json``. False: use those of the checkpoint.
+        most_bytes: bytes of targets to time at most; never more than a third of the machine's memory.
+        most_threads: largest number of threads. Loads run with 1, 2, 4 and so on up to it. None: the default of loads.
+        drop_cache: drop the files from the page cache first, so that the first read is from the disk.
 
     Raises:
-        CheckpointError, NameProblems, QuantizationError, UnsupportedError: see ``compile_plan``; or there is nothing
-            to time.
-        ReadError: reading failed.
+        CheckpointError: see ``compile_plan``.
+        NameProblems: see ``compile_plan``.
+        QuantizationError: see ``compile_plan``.
+        UnsupportedError: see ``compile_plan``; or there is nothing to time.
+        ReadError: a read failed.
     """
     rules = None if use_model else []
-    compile_plan(path, rules=rules, layout=layout, dtype=dtype)  # imports what it needs
+    compile_plan(path, rules=rules, layout=layout, dtype=dtype)  # so that imports are not timed
     start = time.perf_counter()
     checkpoint = open_downloaded(path)
-    opened_at = time.perf_counter()
+    opened_time = time.perf_counter()
     plan = compile_plan(checkpoint, rules=rules, layout=layout, dtype=dtype)
-    planned = time.perf_counter()
+    planned_time = time.perf_counter()
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     sample = _sample(plan, min(most_bytes, memory // 3))
     if not sample.bytes_read:
-        raise UnsupportedError(
-            message("no tensor here is read by plan, so there is nothing to time", where=checkpoint.path)
-        )
+        raise UnsupportedError(message("the plan reads no tensor, so there is nothing to time", where=checkpoint.path))
     reads = _reads(sample, checkpoint)
     if drop_cache:
         for source in checkpoint.sources:
@@ -147,9 +153,9 @@ def bench(
             begin = time.perf_counter()
             pages = _load(sample, checkpoint, threads)
             loads[threads].append(time.perf_counter() - begin)
-    medians = {way: statistics.median(found) for way, found in roofs.items()}
+    medians = {threads_and_huge: statistics.median(times) for threads_and_huge, times in roofs.items()}
     huge_wins = sum(medians[threads, True] < medians[threads, False] for threads in counts)
-    in_place, _ = divide(sample.targets, [t.copies for t in sample.targets], checkpoint, plan.sources.decodes)
+    in_place, _ = split_copies(sample.targets, [t.copies for t in sample.targets], checkpoint, plan.sources.decodes)
     return Bench(
         files=len(checkpoint.files),
         tensors=len(checkpoint.names),
@@ -157,14 +163,14 @@ def bench(
         sample_nbytes=sample.bytes_read,
         sample_targets=len(sample.targets),
         scratch_nbytes=sample.bytes_read - in_place.total_bytes,
-        open_seconds=opened_at - start,
-        plan_seconds=planned - opened_at,
+        open_seconds=opened_time - start,
+        plan_seconds=planned_time - opened_time,
         cached=cached,
         first_seconds=first,
         default_threads=default_threads(),
         roof_seconds={threads: min(medians[threads, True], medians[threads, False]) for threads in counts},
         roof_has_huge_pages=2 * huge_wins > len(counts),
-        load_seconds={threads: statistics.median(found) for threads, found in loads.items()},
+        load_seconds={threads: statistics.median(times) for threads, times in loads.items()},
         pages=pages,
         touch_gb_per_s=_touch_gb_per_s(huge=True),
         touch_small_gb_per_s=_touch_gb_per_s(huge=False),
@@ -173,45 +179,48 @@ def bench(
     )
 
 
-def advice(found: Bench) -> list[str]:
-    """What bounds these loads, and what would make them faster, a sentence or two each."""
-    roof, load = min(found.roof_seconds.values()), found.load_seconds[found.threads]
-    gb = found.sample_nbytes / 1e9
-    said = []
-    if found.cached is not None and found.cached < 0.9 and found.first_seconds > 2 * roof:
-        text = f"The disk: it gives {gb / found.first_seconds:.2f} GB/s, and files in the page cache {gb / roof:.2f}."
-        if found.nbytes > found.memory_bytes // 2:
-            text += " The checkpoint is too large to stay there beside the model; only a faster disk helps."
-        said.append(text)
-    if found.huge_pages == "never":
-        said.append(
-            f"Huge pages are off; without them new memory is written at {found.touch_small_gb_per_s:.1f} GB/s. "
-            f"'echo madvise > {_HUGE_PAGES}', as root, lets loads ask for them, where they are faster."
+def advice(result: Bench) -> list[str]:
+    """Return what limits these loads and how to make them faster, in a few sentences for each limit."""
+    roof, load = min(result.roof_seconds.values()), result.load_seconds[result.threads]
+    gb = result.sample_nbytes / 1e9
+    sentences = []
+    if result.cached is not None and result.cached < 0.9 and result.first_seconds > 2 * roof:
+        text = f"The disk: it reads {gb / result.first_seconds:.2f} GB/s; the page cache reads {gb / roof:.2f} GB/s."
+        if result.nbytes > result.memory_bytes // 2:
+            text += " The checkpoint is too large to stay there next to the model, so only a faster disk helps."
+        sentences.append(text)
+    if result.huge_pages == "never":
+        sentences.append(
+            f"Huge pages are off; without them new memory is written at {result.touch_small_gb_per_s:.1f} GB/s. "
+            f"'echo madvise > {_HUGE_PAGES}', as root, allows loads to use them if they are faster."
         )
-    by_default = found.load_seconds[found.default_threads]
+    by_default = result.load_seconds[result.default_threads]
     if by_default > 1.1 * load:
-        said.append(
-            f"Threads: {found.threads} load in {load:.2f} s, the default of {found.default_threads} in "
-            f"{by_default:.2f} s. Load with {found.threads}."
+        sentences.append(
+            f"Threads: {result.threads} load in {load:.2f} s, the default of {result.default_threads} in "
+            f"{by_default:.2f} s. Load with {result.threads}."
         )
-    share = found.scratch_nbytes / found.sample_nbytes
-    if found.share_of_roof < 0.7 and share > 0.1:
-        said.append(
-            f"Copies: {share:.0%} of the bytes are transposed, interleaved, cast or decoded on the way, by the cores. "
-            "A checkpoint converted once to the layout and dtype that is loaded (automodel-conv convert) is read "
-            "straight to its place."
+    scratch_share = result.scratch_nbytes / result.sample_nbytes
+    if result.share_of_roof < 0.7 and scratch_share > 0.1:
+        sentences.append(
+            f"Copies: {scratch_share:.0%} of the bytes are transposed, interleaved, cast or decoded on the CPU. "
+            "A checkpoint that was converted once to the layout and dtype of the load (automodel-conv convert) is read "
+            "directly into place."
         )
-    names = found.open_seconds + found.plan_seconds
-    if names > 0.3 * load * found.nbytes / found.sample_nbytes:
-        said.append(
-            f"Names: opening and planning take {names:.2f} s for {found.tensors} tensors. A checkpoint with grouped "
-            "experts has fewer."
+    name_seconds = result.open_seconds + result.plan_seconds
+    if name_seconds > 0.3 * load * result.nbytes / result.sample_nbytes:
+        sentences.append(
+            f"Names: opening and planning take {name_seconds:.2f} s for {result.tensors} tensors. "
+            "A checkpoint with grouped experts has fewer."
         )
-    return said or [f"The read itself: the fastest load takes {1 / found.share_of_roof:.2f} times as long as it."]
+    return sentences or [f"The read itself: the fastest load takes {1 / result.share_of_roof:.2f} times as long."]
 
 
 def _sample(plan: CopyPlan, most_bytes: int) -> CopyPlan:
-    """The first targets, at least one, up to a number of bytes; none that upstream's own code makes."""
+    """Return a plan of the first targets, at least one, up to a number of bytes.
+
+    Targets that transformers' own code computes are skipped.
+    """
     targets: list[Target] = []
     nbytes = 0
     for target in plan.targets:
@@ -222,7 +231,7 @@ def _sample(plan: CopyPlan, most_bytes: int) -> CopyPlan:
 
 
 def _reads(plan: CopyPlan, checkpoint: Checkpoint) -> list[ReadInPlace]:
-    """The sources of a plan in the order of the files, each to a place of its own behind the one before."""
+    """Return reads of the sources of a plan in the order of the files, each to the place after the previous one."""
     decodes = plan.sources.decodes
     rows = {part for row in plan.used_sources for part in (row, *(decodes[row].parts if row in decodes else ()))}
     reads: list[Read] = []
@@ -231,7 +240,7 @@ def _reads(plan: CopyPlan, checkpoint: Checkpoint) -> list[ReadInPlace]:
         if nbytes := checkpoint.nbytes[row]:
             reads.append(Read(checkpoint.file_ids[row], checkpoint.offsets[row], nbytes, 0, start))
             start += nbytes
-    return [ReadInPlace(run) for run in runs(Reads.from_list(reads), RUN_BYTES)]
+    return [ReadInPlace(run) for run in group_reads(Reads.from_list(reads), RUN_BYTES)]
 
 
 def _read(jobs: Sequence[ReadInPlace], checkpoint: Checkpoint, threads: int, huge: bool) -> None:
@@ -240,12 +249,12 @@ def _read(jobs: Sequence[ReadInPlace], checkpoint: Checkpoint, threads: int, hug
     views = [byte_view(memory)]
     files = OpenFiles(checkpoint, (job.reads for job in jobs))
 
-    def take(job: ReadInPlace) -> None:
+    def read_job(job: ReadInPlace) -> None:
         pages.populate_for(job)
         read(job.reads, checkpoint, files, views)
 
     try:
-        run_in_threads(jobs, threads, lambda: take)
+        run_in_threads(jobs, threads, lambda: read_job)
     finally:
         files.close()
 
@@ -261,21 +270,21 @@ def _seconds(work: Callable[[], object]) -> float:
 
 
 def _counts(default: int, most: int | None) -> list[int]:
-    """1, 2, 4 and so on up to ``most``, and the default."""
+    """Return 1, 2, 4 and so on up to ``most``, and the default."""
     most = default if most is None else most
     return sorted({default, most, *(1 << power for power in range(most.bit_length()) if 1 << power <= most)})
 
 
 def _cached(jobs: Sequence[ReadInPlace], checkpoint: Checkpoint) -> float | None:
-    """Share of the bytes that the page cache holds, by looking at one in each MiB."""
-    seen = []
+    """Return the share of the bytes in the page cache, estimated from one byte in each MiB."""
+    probes = []
     for job in jobs:
         reads = job.reads
         with opened(checkpoint.sources[int(reads.file[0])]) as file:
             fd = file.descriptor()
             offsets = range(int(reads.offset_bytes[0]), int(reads.stop_bytes[-1]), _PROBE_BYTES)
-            seen += [None if fd is None else system.is_cached(fd, offset) for offset in offsets]
-    known = [found for found in seen if found is not None]
+            probes += [None if fd is None else system.is_cached(fd, offset) for offset in offsets]
+    known = [is_cached for is_cached in probes if is_cached is not None]
     return sum(known) / len(known) if known else None
 
 

@@ -1,8 +1,8 @@
-"""Compare transformers and this package on a real checkpoint: both load the same files.
+"""A comparison of transformers and this package: both load the same checkpoint.
 
 Each load is a process of its own. Its timing starts after the imports and after the load of a tiny checkpoint of the
-same kind. The big checkpoint was just written, so its files are in the page cache; the memory that the load will take
-was touched and given back (see ``ready_memory``). The two methods take turns.
+same kind. The big checkpoint was just written, so its files are in the page cache. The memory that the load will use
+was touched and freed (see ``ready_memory``). The two methods alternate.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ RUNS = 3
 
 @dataclass(frozen=True)
 class DemoModel:
-    """A Qwen3-MoE model: L layers of E experts, H hidden and I intermediate size."""
+    """The sizes of a Qwen3-MoE model."""
 
     layers: int
     experts: int
@@ -49,7 +49,7 @@ TINY = DemoModel(layers=2, experts=3, hidden_size=64, intermediate_size=32, shar
 
 @dataclass(frozen=True)
 class DemoLoad:
-    """Loads with one method: median time, highest memory above imports, a digest of every tensor."""
+    """Loads with one method: median time, peak memory above the level after imports, and a digest of every tensor."""
 
     seconds: float
     anonymous_bytes: int | None
@@ -59,7 +59,10 @@ class DemoLoad:
 
 @dataclass(frozen=True)
 class DemoResult:
-    """What the demo saw; the files are gone by then."""
+    """The results of the demo.
+
+    The demo has removed its files.
+    """
 
     directory: str
     files: int
@@ -71,25 +74,26 @@ class DemoResult:
 
 
 def run_demo(model: DemoModel = BIG, directory: str | None = None) -> DemoResult:
-    """Write a checkpoint with transformers, load it with both, compare all tensors bit by bit.
+    """Write a checkpoint with transformers, load it with both, and compare all tensors bit by bit.
 
     Args:
-        directory: where a temporary directory is made and removed; None: where the system does.
+        model: sizes of the model.
+        directory: where to create a temporary directory, which is removed; None: the system's default.
 
     Raises:
         UnsupportedError: transformers is not installed.
-        WriteError: the system does not let us write there.
-        ConversionError: a load failed; with the end of what it printed.
+        WriteError: the directory cannot be written to.
+        ConversionError: a load failed; the error has the end of its output.
     """
     if not transformers_available():
         raise UnsupportedError(message("the demo needs transformers", do="pip install transformers"))
-    where = tempfile.gettempdir() if directory is None else directory
-    with write_errors(where):
-        temporary = tempfile.TemporaryDirectory(prefix="automodel-conv-demo-", dir=where)
+    parent = tempfile.gettempdir() if directory is None else directory
+    with write_errors(parent):
+        temporary = tempfile.TemporaryDirectory(prefix="automodel-conv-demo-", dir=parent)
     with temporary as root:
         big, tiny = os.path.join(root, "big"), os.path.join(root, "tiny")
         start = time.perf_counter()
-        with write_errors(where):
+        with write_errors(parent):
             write_checkpoint(model, big)
             write_seconds = time.perf_counter() - start
             write_checkpoint(TINY, tiny)
@@ -98,7 +102,7 @@ def run_demo(model: DemoModel = BIG, directory: str | None = None) -> DemoResult
         for _ in range(RUNS):
             for method in METHODS:
                 runs[method].append(_in_new_process(method, big, tiny))
-        loads = {method: _together(found) for method, found in runs.items()}
+        loads = {method: _merged(of_method) for method, of_method in runs.items()}
         first, second = (loads[method].digests for method in METHODS)
         different = [name for name in {**first, **second} if first.get(name) != second.get(name)]
         return DemoResult(
@@ -112,7 +116,7 @@ def run_demo(model: DemoModel = BIG, directory: str | None = None) -> DemoResult
 
 
 def write_checkpoint(model: DemoModel, directory: str, seed: int = 0) -> None:
-    """A bfloat16 checkpoint as transformers writes it: a tensor per expert and projection, shards."""
+    """Write a bfloat16 checkpoint with transformers: a tensor for each expert and projection, several files."""
     from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
     from transformers.utils import logging
 
@@ -132,40 +136,41 @@ def write_checkpoint(model: DemoModel, directory: str, seed: int = 0) -> None:
     }
     config = Qwen3MoeConfig(**sizes)
     with torch.device("meta"):
-        written = Qwen3MoeForCausalLM._from_config(config, dtype=torch.bfloat16)
-    written.to_empty(device="cpu")
+        moe = Qwen3MoeForCausalLM._from_config(config, dtype=torch.bfloat16)
+    moe.to_empty(device="cpu")
     generator = torch.Generator().manual_seed(seed)
-    for parameter in written.parameters():
+    for parameter in moe.parameters():
         fill_with_random_bits(parameter.data, generator)
-    written.save_pretrained(directory, max_shard_size=model.shard_size)
+    moe.save_pretrained(directory, max_shard_size=model.shard_size)
 
 
 def fill_with_random_bits(tensor: Tensor, generator: torch.Generator) -> None:
-    """Random numbers between -2 and 2, made of random bits: several times faster than ``normal_``.
+    """Fill a tensor with random values between -2 and 2 from random bits, several times faster than ``normal_``.
 
     Args:
         tensor: contiguous, bfloat16, on the CPU; filled in place.
+        generator: source of the random bits.
     """
     bits = tensor.view(-1).view(torch.int16)
     quads = torch.empty(-(-bits.numel() // 4), dtype=torch.int64)
     quads.random_(-(2**63), None, generator=generator)
     bits.copy_(quads.view(torch.int16)[: bits.numel()])
-    # Without its top bit no exponent is that of a NaN or an infinity.
+    # An exponent without its top bit cannot be that of a NaN or an infinity.
     bits.bitwise_and_(~0x4000)
 
 
 def digests(tensors: Mapping[str, Tensor]) -> dict[str, str]:
-    """Per name a digest of dtype, shape and bytes; copies what is not contiguous."""
-    found = {}
+    """Return a digest of dtype, shape and bytes by name; copies tensors that are not contiguous."""
+    by_name = {}
     for name, tensor in tensors.items():
         content = hashlib.blake2b(f"{tensor.dtype} {list(tensor.shape)}".encode(), digest_size=16)
         content.update(tensor.detach().contiguous().view(-1).view(torch.uint8).numpy().data)
-        found[name] = content.hexdigest()
-    return found
+        by_name[name] = content.hexdigest()
+    return by_name
 
 
-def _together(runs: Sequence[DemoLoad]) -> DemoLoad:
-    """The runs of one method as one; a tensor's digest is those of all its runs."""
+def _merged(runs: Sequence[DemoLoad]) -> DemoLoad:
+    """Merge the runs of one method into one; a tensor's digest joins those of all runs."""
     names = {name: None for run in runs for name in run.digests}
     return DemoLoad(
         statistics.median(run.seconds for run in runs),
@@ -179,13 +184,13 @@ def _in_new_process(method: str, directory: str, warm_up: str) -> DemoLoad:
     command = [sys.executable, "-m", "automodel_conv.cli.demo", method, directory, warm_up]
     run = subprocess.run(command, capture_output=True, text=True)
     if run.returncode:
-        found = f"exit status {run.returncode}\n{run.stderr[-4000:]}"
-        raise ConversionError(message(f"loading with {method} failed", found=found))
+        output = f"exit status {run.returncode}\n{run.stderr[-4000:]}"
+        raise ConversionError(message(f"loading with {method} failed", found=output))
     return DemoLoad(**json.loads(run.stdout.splitlines()[-1]))
 
 
 def _load(method: str, directory: str) -> tuple[Any, dict[str, Tensor]]:
-    """The loaded object, which keeps its tensors alive, and its state dict."""
+    """Return the loaded object, which keeps its tensors alive, and its state dict."""
     if method == "automodel_conv":
         tensors = load_state_dict(directory)
         return tensors, tensors

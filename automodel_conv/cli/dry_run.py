@@ -1,4 +1,4 @@
-"""Print what a conversion would do, without doing it."""
+"""Dry runs: print what a conversion would do."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ if TYPE_CHECKING:
 
 
 def print_dry_run(conversion: Conversion, destination: str) -> None:
-    """Print what a conversion would do.
+    """Print what a conversion would do, and raise if it could not be done.
 
     Raises:
-        DestinationError: the destination holds a checkpoint already.
-        WriteError: there is too little room.
+        DestinationError: the destination contains a checkpoint already.
+        WriteError: the disk has too little free space.
     """
     from automodel_conv.cli.tables import two_columns
     from automodel_conv.files.disk_space import disk_space_of
@@ -32,11 +32,11 @@ def print_dry_run(conversion: Conversion, destination: str) -> None:
     table.add_row("writes", f"{plan.bytes_written / 1e9:.3f} GB")
     table.add_row("files", str(len(conversion.shards)))
     table.add_row("needs on the disk", f"{conversion.bytes_needed / 1e9:.3f} GB")
-    table.add_row("free there", f"{room.free_bytes / 1e9:.3f} GB")
+    table.add_row("free on the disk", f"{room.free_bytes / 1e9:.3f} GB")
     table.add_row("carried as they are", str(len(conversion.carried)))
     table.add_row("left out", str(len(conversion.left_out)))
     if room.unfinished:
-        table.add_row("unfinished work there", "yes")
+        table.add_row("unfinished work", "yes")
     print_table(table)
     print_names(conversion.carried, conversion.left_out)
     if room.existing_weights:

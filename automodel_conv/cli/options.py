@@ -1,4 +1,4 @@
-"""Arguments and options that several commands share."""
+"""Arguments and options that commands share."""
 
 from __future__ import annotations
 
@@ -19,43 +19,47 @@ PathArgument = Annotated[
 ]
 LayoutOption = Annotated[
     str | None,
-    typer.Option(help=f"How routed experts shall lie: {', '.join(LAYOUTS)}. Default: the model's."),
+    typer.Option(help=f"Layout of the routed experts: {', '.join(LAYOUTS)}. Default: the model's."),
 ]
-ProgressOption = Annotated[bool | None, typer.Option(help="Show a bar. Default: on a terminal.")]
-ThreadsOption = Annotated[int | None, typer.Option(min=1, help="Threads. Default: by the machine.")]
+ProgressOption = Annotated[bool | None, typer.Option(help="Show a progress bar. Default: only on a terminal.")]
+ThreadsOption = Annotated[int | None, typer.Option(min=1, help="Number of threads. Default: set for the machine.")]
 NewLayoutOption = Annotated[
     str | None,
-    typer.Option(help=f"How routed experts shall lie: {', '.join([*LAYOUTS, PER_EXPERT])}. Default: the model's."),
+    typer.Option(help=f"Layout of the routed experts: {', '.join([*LAYOUTS, PER_EXPERT])}. Default: the model's."),
 ]
 SourceLayoutOption = Annotated[
     str | None,
-    typer.Option(help="How grouped experts of the source lie. Default: as the files say, or else as the model's."),
+    typer.Option(help="Layout of the source's grouped experts. Default: the one in its files, or else the model's."),
 ]
 NewDtypeOption = Annotated[
     str | None,
-    typer.Option(help="Of floating tensors, such as bfloat16. Default: the source's."),
+    typer.Option(help="Dtype of floating tensors, such as bfloat16. Default: the source's."),
 ]
 DequantizeOption = Annotated[
     bool,
-    typer.Option("--dequantize", help="Decode what config.json says is quantized, to --dtype or bfloat16."),
+    typer.Option("--dequantize", help="Decode tensors that config.json lists as quantized, to --dtype or bfloat16."),
 ]
 DropOption = Annotated[
     list[str] | None,
-    typer.Option(metavar="PATTERN", help="Leave out tensors of such names, as in 'mtp.*'. May be repeated."),
+    typer.Option(metavar="PATTERN", help="Leave out tensors with matching names, such as 'mtp.*'. May be repeated."),
 ]
 ModelOption = Annotated[
     bool,
-    typer.Option("--model/--no-model", help="Names of the model of config.json, or those of the source."),
+    typer.Option("--model/--no-model", help="Use the names of the model of config.json, or those of the source."),
 ]
 
 
-def shows(progress: bool | None) -> bool:
-    """Whether to show a bar, by ``ProgressOption``."""
+def show_progress(progress: bool | None) -> bool:
+    """Return whether to show a progress bar, from the value of ``ProgressOption``."""
     return sys.stderr.isatty() if progress is None else progress
 
 
 def dtype_named(name: str | None) -> torch.dtype | None:
-    """The dtype that an option names."""
+    """Return the torch dtype that an option names.
+
+    Raises:
+        typer.BadParameter: torch has no such dtype.
+    """
     if name is None:
         return None
     import torch

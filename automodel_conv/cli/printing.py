@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def print_names(carried: tuple[str, ...], left_out: tuple[str, ...]) -> None:
-    """Print what a report says of tensors that were not converted."""
+    """Print the names of tensors that were not converted."""
     if carried:
         typer.echo(f"carried as they are, since the model has no place for them:\n{listing(carried)}")
     if left_out:
@@ -22,7 +22,7 @@ def print_names(carried: tuple[str, ...], left_out: tuple[str, ...]) -> None:
 
 
 def print_table(table: Table) -> None:
-    """Print a table, as wide as the terminal, or 100 columns wide elsewhere."""
+    """Print a table, as wide as the terminal; 100 columns wide if stdout is not a terminal."""
     from rich.console import Console
 
     Console(width=None if sys.stdout.isatty() else 100).print(table)

@@ -1,4 +1,4 @@
-"""The tables in which commands report what they did."""
+"""The tables that commands print as their reports."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from automodel_conv.execution.report import LoadReport
 
 
 def two_columns(caption: str | None = None) -> Table:
+    """Return an empty table of labels and values, without a header."""
     table = Table(show_header=False, caption=caption)
     table.add_column()
     table.add_column(justify="right")
@@ -22,36 +23,38 @@ def two_columns(caption: str | None = None) -> Table:
 
 
 def converted_table(report: ConvertReport, verified: bool) -> Table:
-    compared = "; what was written was read back and compared" if verified else ""
+    """Return the table of a conversion."""
+    compared = "; the output was read back and compared" if verified else ""
     table = two_columns(f"seconds include imports and planning{compared}")
     table.add_row("files", str(len(report.files)))
-    table.add_row("of these finished before", str(report.files_resumed))
+    table.add_row("finished before", str(report.files_resumed))
     table.add_row("written", f"{report.bytes_written / 1e9:.3f} GB")
     table.add_row("speed", f"{report.gb_per_s:.2f} GB/s")
     table.add_row("seconds", f"{report.seconds:.3f}")
     table.add_row("peak extra memory, at most", f"{report.peak_extra_bytes / 2**20:.1f} MiB")
     table.add_row("carried as they are", str(len(report.carried)))
     table.add_row("left out", str(len(report.left_out)))
-    table.add_row("copied beside the weights", f"{len(report.files_copied)} files")
+    table.add_row("other files copied", f"{len(report.files_copied)} files")
     return table
 
 
-def mesh_table(found: Forecast) -> Table:
-    ranks = found.ranks
-    looked_at = "" if len(ranks) == found.world_size else f", {len(ranks)} of them looked at"
+def mesh_table(costs: Forecast) -> Table:
+    """Return the table of what the ranks of a mesh would hold and read."""
+    ranks = costs.ranks
+    sampled = "" if len(ranks) == costs.world_size else f", {len(ranks)} of them sampled"
     owned = [rank.owned_bytes for rank in ranks]
     caption = (
-        f"{found.world_size} ranks{looked_at}; imbalance: the largest share is "
+        f"{costs.world_size} ranks{sampled}; imbalance: the largest share is "
         f"{max(owned) * len(owned) / max(sum(owned), 1):.3f} of the mean"
     )
     table = Table("a rank", "least", "median", "most", caption=caption)
     rows: dict[str, tuple[list[float], str]] = {
         "holds, GB": ([nbytes / 1e9 for nbytes in owned], ".3f"),
         "reads, GB": ([rank.read_bytes / 1e9 for rank in ranks], ".3f"),
-        "reads a byte it holds, times": ([rank.read_bytes / max(rank.owned_bytes, 1) for rank in ranks], ".3f"),
-        "reads of neighbouring bytes": ([float(rank.calls) for rank in ranks], ".0f"),
+        "bytes read per byte held": ([rank.read_bytes / max(rank.owned_bytes, 1) for rank in ranks], ".3f"),
+        "read calls": ([float(rank.calls) for rank in ranks], ".0f"),
         "files": ([float(rank.files) for rank in ranks], ".0f"),
-        "reads a file": ([rank.calls / max(rank.files, 1) for rank in ranks], ".1f"),
+        "calls per file": ([rank.calls / max(rank.files, 1) for rank in ranks], ".1f"),
     }
     for name, (values, form) in rows.items():
         table.add_row(name, *(format(value, form) for value in (min(values), median(values), max(values))))
@@ -59,7 +62,8 @@ def mesh_table(found: Forecast) -> Table:
 
 
 def report_table(report: LoadReport, tensors: int) -> Table:
-    table = two_columns("plan includes importing transformers, where needed")
+    """Return the table of a load."""
+    table = two_columns("plan includes importing transformers, if needed")
     table.add_row("tensors", str(tensors))
     table.add_row("read", f"{report.bytes_read / 1e9:.3f} GB")
     table.add_row("speed", f"{report.gb_per_s:.2f} GB/s")
@@ -69,7 +73,7 @@ def report_table(report: LoadReport, tensors: int) -> Table:
     table.add_row("threads, at most", str(report.threads))
     if report.pages is not None:
         table.add_row("new memory", str(report.pages))
-    table.add_row("made by transformers' own code", str(len(report.fallbacks)))
+    table.add_row("computed by transformers' own code", str(len(report.fallbacks)))
     if report.copied_by_kernels or report.copied_by_torch:
         table.add_row("copies on the device by kernels", str(report.copied_by_kernels))
         table.add_row("copies on the device by torch", str(report.copied_by_torch))
@@ -83,6 +87,7 @@ def report_table(report: LoadReport, tensors: int) -> Table:
 
 
 def demo_table(result: DemoResult) -> Table:
+    """Return the table of the demo, a row for each method."""
     table = Table(
         "loaded with", caption=f"median of {RUNS} new processes; memory is the peak above the level after imports"
     )
@@ -105,32 +110,33 @@ def _gigabytes(nbytes: int | None) -> str:
     return "-" if nbytes is None else f"{nbytes / 1e9:.2f}"
 
 
-def bench_tables(found: Bench) -> list[Table]:
+def bench_tables(result: Bench) -> list[Table]:
+    """Return the tables of a measurement: its counts, and its speeds by number of threads."""
     counts = two_columns()
-    cached = "unknown" if found.cached is None else f"{found.cached:.0%}"
-    counts.add_row("files, tensors", f"{found.files}, {found.tensors}")
-    counts.add_row("bytes that a load reads", f"{found.nbytes / 1e9:.3f} GB")
-    counts.add_row("of these timed", f"{found.sample_nbytes / 1e9:.3f} GB, {found.sample_targets} targets")
-    counts.add_row("permuted, cast or decoded on the way", f"{found.scratch_nbytes / found.sample_nbytes:.0%}")
-    counts.add_row("seconds to open, to plan", f"{found.open_seconds:.3f}, {found.plan_seconds:.3f}")
-    counts.add_row("of the bytes in the page cache at first", cached)
-    counts.add_row("first read", f"{found.sample_nbytes / 1e9 / found.first_seconds:.2f} GB/s")
-    touched = f"{found.touch_gb_per_s:.2f} GB/s in huge pages, {found.touch_small_gb_per_s:.2f} in small ones"
+    cached = "unknown" if result.cached is None else f"{result.cached:.0%}"
+    counts.add_row("files, tensors", f"{result.files}, {result.tensors}")
+    counts.add_row("bytes that a load reads", f"{result.nbytes / 1e9:.3f} GB")
+    counts.add_row("bytes timed", f"{result.sample_nbytes / 1e9:.3f} GB, {result.sample_targets} targets")
+    counts.add_row("transposed, interleaved, cast or decoded", f"{result.scratch_nbytes / result.sample_nbytes:.0%}")
+    counts.add_row("seconds to open, to plan", f"{result.open_seconds:.3f}, {result.plan_seconds:.3f}")
+    counts.add_row("share in the page cache at first", cached)
+    counts.add_row("first read", f"{result.sample_nbytes / 1e9 / result.first_seconds:.2f} GB/s")
+    touched = f"{result.touch_gb_per_s:.2f} GB/s in huge pages, {result.touch_small_gb_per_s:.2f} in small ones"
     counts.add_row("first write to new memory, one thread", touched)
-    counts.add_row("huge pages are allowed", found.huge_pages or "unknown")
-    counts.add_row("loads have chosen", str(found.pages))
-    size = "huge" if found.roof_has_huge_pages else "small"
-    roof_note = f"roof: the bytes read, in no order, into new memory, with pages of the faster size (mostly {size})"
+    counts.add_row("setting for huge pages", result.huge_pages or "unknown")
+    counts.add_row("pages chosen by loads", str(result.pages))
+    size = "huge" if result.roof_has_huge_pages else "small"
+    roof_note = f"roof: the bytes are only read into new memory, with pages of the faster size (mostly {size})"
     caption = f"from the page cache, medians of {BENCH_RUNS}; {roof_note}"
     speeds = Table("threads", caption=caption)
     for title in ("roof, GB/s", "load, GB/s", "load, seconds", "of the roof"):
         speeds.add_column(title, justify="right")
-    for threads, seconds in found.load_seconds.items():
-        roof = found.roof_seconds[threads]
+    for threads, seconds in result.load_seconds.items():
+        roof = result.roof_seconds[threads]
         speeds.add_row(
-            f"{threads} (default)" if threads == found.default_threads else str(threads),
-            f"{found.sample_nbytes / 1e9 / roof:.2f}",
-            f"{found.sample_nbytes / 1e9 / seconds:.2f}",
+            f"{threads} (default)" if threads == result.default_threads else str(threads),
+            f"{result.sample_nbytes / 1e9 / roof:.2f}",
+            f"{result.sample_nbytes / 1e9 / seconds:.2f}",
             f"{seconds:.3f}",
             f"{roof / seconds:.2f}",
         )

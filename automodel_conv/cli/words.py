@@ -1,4 +1,4 @@
-"""Put errors in the words of the command line: the Python arguments that they advise become options."""
+"""Error texts for the command line: the Python arguments that errors advise become options."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typer.core import TyperGroup
 
 from automodel_conv.errors import ConversionError
 
-# Advice in Python's words (see ``errors.py``), and in those of the command line.
+# Arguments as errors write them in braces (see ``errors.py``), and the options of the command line for them.
 IN_OPTIONS = {
     "checksums=True": "--checksums",
     "dequantize=False": "leaving --dequantize out",
@@ -38,7 +38,7 @@ IN_COMMANDS = {
 
 
 class Commands(TyperGroup):
-    """Errors of this package end a command with their text; others are bugs and keep a traceback."""
+    """Commands that print an error of this package and exit; other exceptions are bugs and keep their traceback."""
 
     def invoke(self, ctx: Any) -> Any:
         try:
@@ -47,14 +47,14 @@ class Commands(TyperGroup):
             command = self.commands.get(ctx.invoked_subcommand or "")
             parameters = [] if command is None else command.params
             options = {option for parameter in parameters for option in (*parameter.opts, *parameter.secondary_opts)}
-            error.say(lambda said: _in_options(said, options))
+            error.say(lambda argument: _in_options(argument, options))
             typer.echo(f"error: {error}", err=True)
             raise typer.Exit(1) from None
 
 
-def _in_options(said: str, options: Container[str]) -> str | None:
-    """How the user of a command with these options writes what an error says; None if it has no such option."""
-    written = IN_OPTIONS.get(said)
-    if written is not None and any(word in options for word in written.split()):
-        return written
-    return IN_COMMANDS.get(said)
+def _in_options(argument: str, options: Container[str]) -> str | None:
+    """Return how a command with these options writes an argument of Python; None if it has no such option."""
+    option = IN_OPTIONS.get(argument)
+    if option is not None and any(word in options for word in option.split()):
+        return option
+    return IN_COMMANDS.get(argument)

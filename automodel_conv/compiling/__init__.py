@@ -1,1 +1,1 @@
-"""Compile a checkpoint, a model and a layout to one plan."""
+"""Compile a checkpoint, a model and a layout into one plan."""

@@ -1,7 +1,8 @@
-"""Tensors that a conversion copies unchanged because no rule takes them, and tensors that it is told to drop.
+"""Select the tensors that a conversion carries over unchanged or drops.
 
-Models have no place for the layers of multi-token prediction and for draft heads. These tensors go to the new
-checkpoint byte for byte, under their own names; quantized ones are decoded where the rest is.
+No rule matches the layers of multi-token prediction or draft heads, because models do not have them. A conversion
+copies these tensors to the new checkpoint byte for byte, under their own names. If it decodes quantized tensors, it
+decodes these too.
 """
 
 from __future__ import annotations
@@ -23,60 +24,61 @@ from automodel_conv.planning.wanted import TargetSpec
 
 
 def dropped_rows(names: Sequence[str], patterns: str | Iterable[str]) -> frozenset[int]:
-    """The rows of the names that a pattern, or one of several, matches.
+    """Return the rows of the names that match a pattern, or any of several.
 
-    In a pattern ``*`` is any text, ``?`` a character, and ``[abc]`` one of these.
+    ``*`` in a pattern matches any text, ``?`` one character, and ``[abc]`` one of these characters.
 
     Raises:
         UnsupportedError: a pattern matches no name.
     """
     dropped: set[int] = set()
     for pattern in [patterns] if isinstance(patterns, str) else patterns:
-        found = [row for row, name in enumerate(names) if fnmatchcase(name, pattern)]
-        if not found:
+        rows = [row for row, name in enumerate(names) if fnmatchcase(name, pattern)]
+        if not rows:
             expected = "a name, or a pattern such as 'mtp.*' or '*.layers.61.*'"
-            raise UnsupportedError(
-                message("no tensor has such a name to be dropped", expected=expected, found=repr(pattern))
-            )
-        dropped.update(found)
+            raise UnsupportedError(message("no tensor to drop has this name", expected=expected, found=repr(pattern)))
+        dropped.update(rows)
     return frozenset(dropped)
 
 
 def refuse_halves(names: Sequence[str], decodes: Mapping[int, Decode], dropped: Collection[int]) -> None:
-    """Refuse to drop codes without their scales, or scales without their codes, where both stay as they are.
+    """Raise UnsupportedError if codes are dropped without their scales, or scales without their codes.
+
+    Only a conversion that does not decode them has to check this.
 
     Raises:
-        UnsupportedError: names what is left of them.
+        UnsupportedError: names the tensors whose other parts are dropped.
     """
-    whole = [{row, *decode.parts} for row, decode in decodes.items()]
-    halves = [parts for parts in whole if not parts.isdisjoint(dropped) and not parts.issubset(dropped)]
+    quantized = [{row, *decode.parts} for row, decode in decodes.items()]
+    halves = [parts for parts in quantized if not parts.isdisjoint(dropped) and not parts.issubset(dropped)]
     if halves:
         left = sorted({names[row] for parts in halves for row in parts.difference(dropped)})
-        text = f"{len(left)} tensors mean nothing without those that are to be dropped"
+        text = f"{len(left)} tensors mean nothing without the tensors to drop"
         do = "drop codes and scales together: a pattern such as 'NAME.weight*' matches both"
         raise UnsupportedError(message(text, found="\n" + listing(left), do=do))
 
 
 def carried_targets(
-    table: SourceTable, rows: Collection[int], dtype: str | None, made: Iterable[Target]
+    table: SourceTable, rows: Collection[int], dtype: str | None, converted: Iterable[Target]
 ) -> list[Target]:
-    """Targets that are sources, whole and under their own names.
+    """Return targets that copy whole sources under their own names.
 
     Args:
-        dtype: of the numbers that codes become; None: as ``table`` has them.
-        made: what is made of other sources.
+        rows: rows of the sources to carry over.
+        dtype: dtype code of decoded values; None: the one in ``table``.
+        converted: the targets of all other sources.
 
     Raises:
-        NameProblems: one of ``made`` has the name of a tensor that is carried.
+        NameProblems: a converted target has the name of a carried tensor.
     """
     others = frozenset(range(len(table.names))).difference(rows)
     carried = untransposed_plan(replace(table, hidden=others)).targets
-    names = {target.name for target in made}
+    names = {target.name for target in converted}
     both = [target.name for target in carried if target.name in names]
     if both:
         raise NameProblems(
             message(
-                f"{len(both)} tensors that the model has no place for have names that other tensors are given",
+                f"{len(both)} tensors to carry over have the names of converted tensors",
                 found="\n" + listing(both),
                 do="leave them out with {drop=}",
             ),
@@ -96,18 +98,19 @@ def unclaimed_rows(
     layout: str | None,
     has: Mapping[str, TargetSpec],
 ) -> tuple[SourceTable, frozenset[int]]:
-    """The rows of a checkpoint's tensors that no rule gives to a model, or to a state dict.
+    """Return the rows of a checkpoint that no rule assigns to a model or state dict.
 
     Args:
-        table: what the checkpoint offers.
-        layout: of the experts in the state dict.
-        has: what the state dict has; not asked where there is a model.
+        table: the checkpoint's tensors.
+        layout: layout of the experts in the state dict.
+        has: the tensors of the state dict; not used with a model.
 
     Returns:
-        ``table``, its names without what torch's wrappers add, and the rows.
+        ``table`` with its names stripped of what torch's wrappers add, and the rows.
 
     Raises:
-        UnsupportedError: it has experts, but not those of the model or state dict: these are old ones in another form.
+        UnsupportedError: the checkpoint has experts, but not those of the model or state dict. They are the experts of
+            the same layers in another form.
     """
     source_layout = layout_to_read(checkpoint, None, keeps_names=model is None and not rules and layout is None)
     plan, problems = loading_plan(
@@ -118,15 +121,15 @@ def unclaimed_rows(
         source_layout=source_layout,
         targets=None if model is not None else has,
     )
-    of_caches = plan.sources.hidden - table.hidden
-    rows = of_caches.union(problems.unclaimed)
+    kv_cache_scales = plan.sources.hidden - table.hidden
+    rows = kv_cache_scales.union(problems.unclaimed)
     absent = {_layer_of(name): name for name in problems.missing if ".experts." in name}
     others = [table.names[row] for row in sorted(rows) if ".experts." in table.names[row]]
     others = [name for name in others if _layer_of(name) in absent]
     if others:
         raise UnsupportedError(
             message(
-                "the checkpoint to carry tensors from has other experts than what is to be saved",
+                "the checkpoint to carry tensors from has other experts than the tensors to save",
                 where=checkpoint.path,
                 expected="\n" + listing(absent.values()),
                 found="\n" + listing(others),
@@ -137,5 +140,5 @@ def unclaimed_rows(
 
 
 def _layer_of(name: str) -> str:
-    """The layer that a tensor of experts is in, whatever its module is called there."""
+    """Return the path of the layer that holds a tensor of experts, without the name of the module in the layer."""
     return name.partition(".experts.")[0].rpartition(".")[0]

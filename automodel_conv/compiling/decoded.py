@@ -1,4 +1,4 @@
-"""The tensors of a checkpoint as a table of sources, in which quantized tensors stand for their decoded values."""
+"""Build the source table of a checkpoint, with quantized tensors described as their decoded values."""
 
 from __future__ import annotations
 
@@ -14,60 +14,62 @@ from automodel_conv.planning.quantization import padding_suspects, quantized_tab
 from automodel_conv.planning.schemes import KEEP
 
 
-def decoded_table(checkpoint: Checkpoint, wants_numbers: bool) -> SourceTable:
-    """The tensors that a checkpoint offers; quantized ones as the numbers that they stand for.
+def decoded_table(checkpoint: Checkpoint, needs_values: bool) -> SourceTable:
+    """Return the tensors of a checkpoint, with quantized tensors described as their decoded values.
 
     Args:
-        wants_numbers: whether codes that nothing says how to decode are an error.
+        needs_values: whether codes without a quantization config are an error.
 
     Raises:
         CheckpointError: ``config.json``, or modelopt's own file, is malformed.
-        QuantizationError: see ``quantized_table``; or codes and scales without a config, where numbers are wanted.
+        QuantizationError: see ``quantized_table``; or the checkpoint has codes and scales, no config describes them,
+            and ``needs_values`` is true.
     """
     table = SourceTable.from_checkpoint(checkpoint)
-    told = quantization(checkpoint.directory)
-    if told is not None:
-        decoded = quantized_table(table, told.settings, where=told.path)
-        _check_padding(checkpoint, padding_suspects(table, decoded, told.settings), decoded)
+    config = quantization(checkpoint.directory)
+    if config is not None:
+        decoded = quantized_table(table, config.settings, where=config.path)
+        _refuse_padding(checkpoint, padding_suspects(table, decoded, config.settings), decoded)
         return decoded
-    codes = has_codes(table) if wants_numbers else None
+    codes = has_codes(table) if needs_values else None
     if codes is not None:
-        raise unknown_codes(codes, checkpoint)
+        raise codes_without_config(codes, checkpoint)
     return table
 
 
-def unknown_codes(codes: str, checkpoint: Checkpoint) -> QuantizationError:
-    """The error for codes of which no config says how they decode."""
+def codes_without_config(codes: str, checkpoint: Checkpoint) -> QuantizationError:
+    """Return the error for codes that no config describes."""
     return QuantizationError(
         message(
-            f"{codes} has the form of quantized codes, and nothing says how they decode",
+            f"{codes} has the form of quantized codes, but no config describes how to decode them",
             where=checkpoint.path,
-            expected=f"a quantization_config in the config.json beside the files, or modelopt's {MODELOPT_NAME}",
-            do=["put there what the release has of the two", KEEP],
+            expected=f"a quantization_config in the config.json next to the files, or modelopt's {MODELOPT_NAME}",
+            do=["add the one that the release has", KEEP],
         )
     )
 
 
-def _check_padding(checkpoint: Checkpoint, tellers: Iterable[tuple[int, str]], table: SourceTable) -> None:
-    """Rows of packed codes may end in padding, which is not left out here.
+def _refuse_padding(checkpoint: Checkpoint, suspects: Iterable[tuple[int, str]], table: SourceTable) -> None:
+    """Refuse packed codes whose rows end in padding, which is not supported.
 
-    A plan of what is not on this machine comes from headers alone; who reads the data makes another one.
+    A remote checkpoint is not checked, because its plan is compiled from headers only. A load compiles another plan.
 
     Args:
-        tellers: rows, and the names of the tensors that tell their shapes.
+        suspects: ``(row, name of the tensor that holds the weight's true shape)``.
+        table: the decoded table.
 
     Raises:
-        QuantizationError: they do.
+        QuantizationError: a row ends in padding.
     """
     if checkpoint.is_remote:
         return
-    for row, teller in tellers:
-        shape = checkpoint.position.get(teller)
-        if shape is None:
+    for row, shape_name in suspects:
+        shape_row = checkpoint.position.get(shape_name)
+        if shape_row is None:
             continue
-        is_shape = checkpoint.shapes[shape] == (len(table.shapes[row]),)
-        said = read_whole(shape, checkpoint).tolist() if is_shape else checkpoint.shapes[shape]
-        if said != list(table.shapes[row]):
+        is_shape = checkpoint.shapes[shape_row] == (len(table.shapes[row]),)
+        true_shape = read_whole(shape_row, checkpoint).tolist() if is_shape else checkpoint.shapes[shape_row]
+        if true_shape != list(table.shapes[row]):
             name = checkpoint.names[row]
-            text = "the rows of packed codes end in padding, which is not left out here"
-            raise QuantizationError(message(text, where=name, expected=list(table.shapes[row]), found=said))
+            text = "the rows of packed codes end in padding, which is not supported"
+            raise QuantizationError(message(text, where=name, expected=list(table.shapes[row]), found=true_shape))

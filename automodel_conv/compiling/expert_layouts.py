@@ -1,4 +1,4 @@
-"""The layout of the experts of a model, and errors where it contradicts the layout that a caller asks for."""
+"""Determine the layout of a model's experts, and refuse a layout argument that contradicts it."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from automodel_conv.planning.layouts import (
     LAYOUTS,
     ExpertLayout,
     Layout,
-    any_experts,
     has_no_gate,
     holds_experts,
+    holds_grouped_experts,
     layout_from_name,
 )
 from automodel_conv.planning.relayout import relayout
@@ -25,26 +25,32 @@ from automodel_conv.upstream.rules import RuleSet
 
 
 def experts_of(model: nn.Module | None, layout: str | None) -> dict[str, ExpertLayout]:
-    """How the experts modules of a model lie, as far as they say it.
+    """Return the layouts of a model's experts modules by name, for modules that state their layout.
 
     Raises:
-        UnsupportedError: a layout is asked of a transformers model whose experts do not say how they lie.
+        UnsupportedError: ``layout`` is given for a transformers model with experts that do not state their layout.
     """
-    said = {} if model is None else expert_layouts(model)
-    silent = [path for path, own in said.items() if own is None]
+    stated = {} if model is None else expert_layouts(model)
+    silent = [path for path, own in stated.items() if own is None]
     if layout is not None and silent and is_pretrained_model(model):
         raise UnsupportedError(
             message(
-                f"the layout {layout!r} cannot be reached from these experts, which do not say how they lie",
+                f"cannot convert experts to the layout {layout!r}: the model does not state their layout",
                 where=f"{silent[0]} of {type(model).__name__}",
-                do="leave {layout} out to take the experts as the model has them",
+                do="leave {layout} out to keep the model's own layout",
             )
         )
-    return {path: own for path, own in said.items() if own is not None}
+    return {path: own for path, own in stated.items() if own is not None}
 
 
 def check_layout(name: str, table: SourceTable, argument: str) -> None:
-    """Raise UnsupportedError if none of the tensors, of which there are some, can be in the layout of that name."""
+    """Raise UnsupportedError if there are tensors and none of them can be in the layout.
+
+    Args:
+        name: name of the layout.
+        table: the tensors.
+        argument: name of the argument that states the layout, for the error.
+    """
     layout = LAYOUTS[name]
     if table.names and not any(holds_experts(tensor, layout) for tensor in table.names):
         raise UnsupportedError(
@@ -60,12 +66,12 @@ def check_layout(name: str, table: SourceTable, argument: str) -> None:
         )
 
 
-def refuse_no_experts(made: Iterable[str], layout: str, table: SourceTable) -> None:
-    """Raise UnsupportedError if nothing that is made can be in a layout, which then would change nothing."""
-    if not any(map(any_experts, made)):
+def refuse_no_experts(targets: Iterable[str], layout: str, table: SourceTable) -> None:
+    """Raise UnsupportedError if no target is grouped experts, so that ``layout`` would change nothing."""
+    if not any(map(holds_grouped_experts, targets)):
         raise UnsupportedError(
             message(
-                f"no tensor is in the layout {layout!r} or can be laid out so",
+                f"no tensor is in the layout {layout!r} or can be converted to it",
                 expected="grouped experts, or a model or rules that group them",
                 found=", ".join(table.names[:3]) + ", ...",
                 do="leave {layout} out for a model without experts",
@@ -74,45 +80,57 @@ def refuse_no_experts(made: Iterable[str], layout: str, table: SourceTable) -> N
 
 
 def has_names_of(targets: Mapping[str, TargetSpec] | None, layout: str) -> bool:
-    """Whether the experts of a model have names that no other layout has, as those of NeMo's own models."""
+    """Return whether a model's experts have names that only this layout has, as in NeMo's own models."""
     return any(layout_from_name(name) == layout for name in targets or ())
 
 
 def gated_by(
     experts: Mapping[str, ExpertLayout], rules: RuleSet, table: SourceTable, layout: Layout | None
 ) -> Callable[[str], bool]:
-    """Whether an experts module has a gate: as the model says, else by whether the rules speak of ``experts.up_proj``.
+    """Return a function that determines whether an experts module, given by name, has a gate.
 
-    Else the two weights of the module tell it, where they come in a ``layout``: up has as many rows as down has
-    columns. Without any of these, experts are taken to have a gate.
+    The model decides if it states it. Otherwise there is no gate if a rule names ``experts.up_proj``, or if the two
+    weights of the module are in ``layout`` and the rows of up equal the columns of down. All other experts have one.
     """
     patterns = [p for row in range(len(rules.converters)) for side in rules.patterns(row) for p in side]
-    ungated = any(pattern.endswith("experts.up_proj") for pattern in patterns)
+    rules_are_ungated = any(pattern.endswith("experts.up_proj") for pattern in patterns)
     shapes = {} if layout is None else dict(zip(table.names, table.shapes, strict=True))
 
     def gated(path: str) -> bool:
         if path in experts:
             return experts[path].gated
-        return not ungated and not (layout is not None and has_no_gate(path, layout, shapes))
+        return not rules_are_ungated and not (layout is not None and has_no_gate(path, layout, shapes))
 
     return gated
 
 
 def is_laid_out(targets: Iterable[str], own: Mapping[str, Layout], wanted: Layout) -> bool:
-    """True if all experts among ``targets`` are in the wanted layout, as far as names and the modules tell."""
-    names = [name for name in targets if any_experts(name)]
+    """Return whether all experts among the targets are in the wanted layout, as far as names and modules show.
+
+    Args:
+        targets: names.
+        own: layouts of the model's experts modules, by name.
+        wanted: the layout.
+    """
+    names = [name for name in targets if holds_grouped_experts(name)]
     return all(
         holds_experts(name, wanted) and own.get(name.rpartition(".")[0], wanted).axes == wanted.axes for name in names
     )
 
 
 def not_laid_out(targets: Iterable[str], wanted: Layout, called: str) -> UnsupportedError:
-    """The error for a model that is to be filled in a layout that its experts are not in."""
+    """Return the error for filling a model in a layout that its experts are not in.
+
+    Args:
+        targets: the model's names.
+        wanted: the layout.
+        called: its name.
+    """
     return UnsupportedError(
         message(
             f"the model's experts are not in the layout {called!r}",
             expected="tensors named " + ", ".join(wanted.expected()),
-            found=sorted({name.rpartition(".")[2] for name in targets if any_experts(name)}),
+            found=sorted({name.rpartition(".")[2] for name in targets if holds_grouped_experts(name)}),
             do="leave {layout} out to load in the model's own layout",
         )
     )
@@ -124,6 +142,7 @@ def relaid_specs(
     canonical: Callable[[str], Layout],
     gated: Callable[[str], bool],
 ) -> dict[str, TargetSpec]:
+    """Return the targets that the rules must produce so that a relayout can fill ``targets`` in the wanted layout."""
     table = SourceTable(
         list(targets),
         [spec.dtype for spec in targets.values()],

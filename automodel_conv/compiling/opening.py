@@ -1,4 +1,4 @@
-"""Open a checkpoint for a load, and plan the load or fit the caller's plan to it."""
+"""Open a checkpoint for a load, and compile a plan or fit the caller's plan."""
 
 from __future__ import annotations
 
@@ -33,10 +33,11 @@ class Opened(NamedTuple):
 
     checkpoint: Checkpoint
     plan: CopyPlan
-    """The plan of the whole model."""
+    """Plan of the whole model."""
     problems: Problems
+    """Tensors that do not fit."""
     model: nn.Module | None
-    """As given, or made from ``config.json``."""
+    """The caller's model, or the one that was built from ``config.json``."""
 
 
 def open_to_load(
@@ -48,10 +49,14 @@ def open_to_load(
     *,
     in_place: bool = False,
 ) -> Opened:
-    """Open a checkpoint and plan its load, or fit the plan that is given to it.
+    """Open a checkpoint and compile the plan that loads it, or fit the caller's plan to it.
 
     Args:
+        path: see ``load_state_dict``.
+        model: the model, or None.
         state: the model's state dict.
+        options: the options of the load.
+        clock: measures the time of each phase.
         in_place: see ``loading_plan``.
 
     Raises:
@@ -72,7 +77,7 @@ def open_to_load(
 
 
 def while_importing(checkpoint: Checkpoint) -> AbstractContextManager[None]:
-    """The time in which transformers is imported to build a model, spent on reading ahead; none if it is imported."""
+    """Return a context that reads ahead while transformers is imported; it does nothing if that is done already."""
     if models_are_imported():
         return nullcontext()
     return reading_ahead(checkpoint, (rank_on_this_node(), ranks_on_this_node()))
@@ -86,30 +91,34 @@ def fitted_plan(
     strict: bool,
     in_place: bool = False,
 ) -> tuple[CopyPlan, Problems]:
-    """A plan that the caller hands in, on the rows of this checkpoint, and what it leaves out.
+    """Return the caller's plan, fitted to the rows of this checkpoint, and the problems that remain.
 
     Args:
+        plan: the caller's plan.
+        model: the model, or None.
         state: the model's state dict.
+        strict: whether every difference is an error.
+        in_place: see ``loading_plan``.
 
     Raises:
-        UnsupportedError: the files say another layout of their experts than those that the plan was made for, or the
-            model's experts do not lie as the plan says.
-        NameProblems: it does not fit the checkpoint or the model.
+        UnsupportedError: the files state another layout of experts than the plan was compiled for, or the model's
+            experts are in another layout than the plan's.
+        NameProblems: the plan does not fit the checkpoint or the model.
     """
-    said = stated_layout(checkpoint, None)
-    if said not in (None, plan.source_layout):
+    stated = stated_layout(checkpoint, None)
+    if stated not in (None, plan.source_layout):
         raise UnsupportedError(
             message(
-                "the files say a layout of their experts that the plan was not made for",
+                "the files state another layout of experts than the plan was compiled for",
                 where=checkpoint.path,
-                expected=repr(plan.source_layout) if plan.source_layout else "files that say none",
-                found=repr(said),
-                do=["make the plan of this checkpoint: {compile_plan(...)}", "leave {plan} out"],
+                expected=repr(plan.source_layout) if plan.source_layout else "files that state no layout",
+                found=repr(stated),
+                do=["compile a plan for this checkpoint: {compile_plan(...)}", "leave {plan} out"],
             )
         )
     misfits = Misfits()
     table = (
-        decoded_table(checkpoint, wants_numbers=False)
+        decoded_table(checkpoint, needs_values=False)
         if plan.sources.decodes
         else SourceTable.from_checkpoint(checkpoint)
     )

@@ -1,4 +1,4 @@
-"""Compose the stages of a conversion, each of which is a plan, and remove casts from a plan."""
+"""Compose the stages of a conversion, each of them a plan, and remove casts from a plan."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from automodel_conv.planning.quantization import untransposed_plan
 
 
 def untranspose_stages(table: SourceTable) -> list[CopyPlan]:
-    """The stage that is needed where quantized sources are stored transposed."""
+    """Return the stage that transposes quantized sources stored transposed; an empty list if there are none."""
     return [untransposed_plan(table)] if any(decode.stored_transposed for decode in table.decodes.values()) else []
 
 
 def composed(stages: Sequence[CopyPlan]) -> CopyPlan:
-    """The plan from the sources of the first stage straight to the targets of the last."""
+    """Return the plan that goes from the sources of the first stage to the targets of the last in one copy."""
     whole = stages[0]
     for stage in stages[1:]:
         whole = whole.then(stage)
@@ -23,10 +23,10 @@ def composed(stages: Sequence[CopyPlan]) -> CopyPlan:
 
 
 def without_casts(plan: CopyPlan) -> CopyPlan:
-    """The plan without casts, but where the sources of one target differ, or upstream's own code makes it."""
+    """Return the plan without casts, except in targets whose sources differ in dtype or that transformers computes."""
     targets = []
     for target in plan.targets:
         dtypes = {plan.sources.dtypes[row] for row in target.sources}
-        casts = target.fallback is None and len(dtypes) == 1
-        targets.append(target._replace(dtype=dtypes.pop()) if casts else target)
+        can_keep_dtype = target.fallback is None and len(dtypes) == 1
+        targets.append(target._replace(dtype=dtypes.pop()) if can_keep_dtype else target)
     return CopyPlan(plan.sources, tuple(targets), plan.rules)

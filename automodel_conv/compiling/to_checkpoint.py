@@ -1,4 +1,4 @@
-"""Plan the way from the tensors of a model back to those of a checkpoint."""
+"""Compile the plan from the tensors of a model back to those of a checkpoint."""
 
 from __future__ import annotations
 
@@ -36,18 +36,21 @@ def saving_plan(
     reference: Checkpoint | None = None,
     checked: bool = False,
 ) -> CopyPlan:
-    """The plan from model names back to the checkpoint's names.
+    """Return the plan from a model's names back to the checkpoint's names.
 
     Args:
-        table: the tensors of the model, in ``layout`` (None: the model's own).
-        reference: a checkpoint whose names and boundaries to restore; otherwise all rules are reversed, and the targets
-            are in the order in which upstream writes them.
-        checked: it is known that the experts, if there are any, are in that layout.
+        table: the tensors of the model.
+        model: the model, or None.
+        rules: transformers' rule objects; None: the model's own.
+        layout: layout of the experts in ``table``; None: the model's own.
+        reference: a checkpoint whose names and tensor boundaries the plan restores. Without one, all rules are reversed
+            and the targets are in the order in which transformers writes them.
+        checked: whether the experts, if any, are known to be in that layout.
 
     Raises:
         NameProblems: the tensors do not fit the reference.
-        UnsupportedError: experts that are not in the layout of the model, or of the rules, and no ``layout``; or that
-            rules are for, under names that these do not meet.
+        UnsupportedError: the experts are not in the layout of the model or of the rules, and no ``layout`` is given; or
+            the rules split such experts but do not match their names.
     """
     rules = None if rules is None else list(rules)
     if model is not None or rules or layout is not None or reference is not None:
@@ -56,7 +59,7 @@ def saving_plan(
         return _inverse_of_loading(table, reference, model, rules, layout)
     rule_set = RuleSet(saving_rules(model, rules), model, reverse=True)
     experts = experts_of(model, layout)
-    own = {path: as_layout(said) for path, said in experts.items()}
+    own = {path: as_layout(stated) for path, stated in experts.items()}
     stages = untranspose_stages(table)
     if stages:
         table = table_of(stages[-1].targets)
@@ -85,10 +88,10 @@ def saving_plan(
 
 
 def _in_saving_order(plan: CopyPlan, model: nn.Module | None) -> CopyPlan:
-    """The plan with its targets in the order in which ``save_pretrained`` writes them, which files are divided by."""
-    by_name = saving_order(model)
-    rank: Sequence[Any] = range(len(plan.sources.names)) if by_name is None else [*map(by_name, plan.sources.names)]
-    targets = sorted(plan.targets, key=lambda target: min(rank[row] for row in target.sources))
+    """Return the plan with its targets in the order of ``save_pretrained``, which determines the file of each."""
+    key_of = saving_order(model)
+    keys: Sequence[Any] = range(len(plan.sources.names)) if key_of is None else [*map(key_of, plan.sources.names)]
+    targets = sorted(plan.targets, key=lambda target: min(keys[row] for row in target.sources))
     return replace(plan, targets=tuple(targets))
 
 
@@ -99,18 +102,19 @@ def _inverse_of_loading(
     rules: Sequence[Any] | None,
     layout: str | None,
 ) -> CopyPlan:
+    """Return the inverse of the plan that would load the reference into these tensors."""
     has = {n: TargetSpec(d, s) for n, d, s in zip(table.names, table.dtypes, table.shapes, strict=True)}
     dtypes = set(table.dtypes)
     plain = replace(
         SourceTable.from_checkpoint(reference), dtypes=[_floating_like(d, dtypes) for d in reference.dtypes]
     )
-    stored, plain = plain.names, plain_table(plain, has)
-    stored_as = dict(zip(plain.names, stored, strict=True))
+    stored_names, plain = plain.names, plain_table(plain, has)
+    stored_as = dict(zip(plain.names, stored_names, strict=True))
     source_layout = layout_to_read(reference, None, keeps_names=model is None and not rules and layout is None)
     forward, problems = loading_plan(
         plain, model=model, rules=rules, layout=layout, source_layout=source_layout, targets=has
     )
-    problems.unexpected.clear()  # names of the reference that this state dict leaves out
+    problems.unexpected.clear()  # names of the reference that the state dict lacks
     problems.raise_unless_fit("the reference checkpoint and the tensors to revert")
     back = forward.inverse()
     rows = {name: row for row, name in enumerate(table.names)}
@@ -127,5 +131,8 @@ def _inverse_of_loading(
 
 
 def _floating_like(dtype: str, present: set[str]) -> str:
-    """A dtype that casting checks let pass: the inverse keeps the dtypes of the tensors, not the reference's."""
+    """Return a dtype that passes the cast checks.
+
+    The inverse keeps the dtypes of the tensors, not the reference's.
+    """
     return dtype if dtype in present else "F32" if dtype.startswith("F8") else dtype

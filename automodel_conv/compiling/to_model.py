@@ -1,8 +1,8 @@
-"""Plan the way from the tensors of a checkpoint to those of a model, as model, rules, layouts and dtype say.
+"""Compile the plan from the tensors of a checkpoint to those of a model.
 
-A conversion has up to four stages, each a plan: turn quantized sources that are stored transposed, take experts out of
-the source layout, apply the rules, bring experts to the wanted layout. The composed plan copies from the sources
-straight to the final buffers.
+A conversion has up to four stages, each of them a plan: transpose quantized sources that are stored transposed, convert
+experts from the source layout, apply the rules, convert experts to the wanted layout. The composed plan copies from the
+sources straight to the final buffers.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from automodel_conv.planning.names import plain_table
 from automodel_conv.planning.plan import CopyPlan
 from automodel_conv.planning.problems import Problems
 from automodel_conv.planning.relayout import relayout
-from automodel_conv.planning.schemes import rows_of_kv_caches
+from automodel_conv.planning.schemes import kv_cache_rows
 from automodel_conv.planning.unmarked import refuse_other_layouts, refuse_unknown_layout
 from automodel_conv.planning.wanted import AsStored, TargetSpec
 from automodel_conv.upstream.models import model_targets, tied_names
@@ -66,27 +66,35 @@ def loading_plan(
     quantizer: Any = None,
     targets: Mapping[str, TargetSpec] | None = None,
     as_stored: AsStored | None = None,
-    unbound: bool = False,
+    produce_all: bool = False,
 ) -> tuple[CopyPlan, Problems]:
-    """The plan from checkpoint names to the model's (or the rules') names, and what did not fit.
+    """Return the plan from checkpoint names to the names of a model or of rules, and the problems that it has.
 
     Args:
-        source_layout: how grouped experts among the sources lie, and what is not in that layout is an error;
-            "per_expert": as the type is published; None: as the model has them, which their shapes must bear out.
-        in_place: the model's own tensors are the destination, so a ``layout`` they do not have is an error.
-        quantizer: transformers' own, of a model that keeps codes and scales: its rules go with the model's.
-        targets: what to make, if not the model's state dict.
+        table: the checkpoint's tensors.
+        model: the model, or None.
+        rules: transformers' rule objects; None: the model's own.
+        layout: layout of the experts that the plan produces; None: the model's own.
+        source_layout: layout of the grouped experts in ``table``. It is an error if no tensor is in that layout.
+            "per_expert": the form in which the model type is published. None: the model's layout, which the shapes must
+            confirm.
+        key_mapping: ``{pattern: replacement}`` applied to names before the rules.
+        dtype: dtype of the floating targets; None: each target's own.
+        in_place: whether the model's own tensors are the destination, so that a ``layout`` that they do not have is an
+            error.
+        quantizer: transformers' quantizer of a model that keeps codes and scales. Its rules are added to the model's.
+        targets: the targets to produce; None: those of the model's state dict.
         as_stored: see ``compile_targets``.
-        unbound: make whatever the rules give; of the model only its rules count, and how its experts lie. There may
-            be no experts.
+        produce_all: whether to produce every output of the rules. The model then only contributes its rules and the
+            layout of its experts, and there may be no experts.
 
     Raises:
-        UnsupportedError: an unknown layout, or one that the model contradicts.
+        UnsupportedError: the layout is unknown, or the model contradicts it.
     """
     objects = model_rules(model, key_mapping, quantizer) if rules is None else [*key_renamings(key_mapping), *rules]
     rule_set = RuleSet(objects, model)
-    given = targets is not None
-    if targets is None and model is not None and not unbound:
+    has_targets = targets is not None
+    if targets is None and model is not None and not produce_all:
         targets = model_targets(model, dtype)
     if model is not None or objects or layout is not None or source_layout is not None:
         table = plain_table(table, targets)
@@ -94,26 +102,26 @@ def loading_plan(
     wanted = None if layout is None else get_layout(layout)
     incoming = None if source_layout in (None, PER_EXPERT) else get_layout(source_layout, PER_EXPERT)
     experts = experts_of(model, layout or (source_layout if incoming is not None else None))
-    own = {path: as_layout(said) for path, said in experts.items()}
+    own = {path: as_layout(stated) for path, stated in experts.items()}
     gated = gated_by(experts, rule_set, table, incoming)
 
     def canonical(path: str) -> Layout:
         return own.get(path, TRANSFORMERS)
 
-    destination: Mapping[str, TargetSpec] | None = None  # what the model has, where that is in the wanted layout
-    if wanted is not None and targets is not None and is_laid_out(targets, {} if given else own, wanted):
+    destination: Mapping[str, TargetSpec] | None = None  # the model's tensors, if its experts are in the wanted layout
+    if wanted is not None and targets is not None and is_laid_out(targets, {} if has_targets else own, wanted):
         destination = targets
         targets = relaid_specs(targets, wanted, canonical, gated)
     elif in_place and wanted is not None and layout is not None:
         raise not_laid_out(targets or (), wanted, layout)
-    if targets is not None and not rows_of_kv_caches(targets):
-        of_caches = rows_of_kv_caches(table.names)
-        table = replace(table, hidden=table.hidden.union(of_caches)) if of_caches else table
+    if targets is not None and not kv_cache_rows(targets):
+        cache_rows = kv_cache_rows(table.names)
+        table = replace(table, hidden=table.hidden.union(cache_rows)) if cache_rows else table
     stages = untranspose_stages(table)
     if stages:
         table = table_of(stages[-1].targets)
     if incoming is not None and source_layout is not None and not has_names_of(targets, source_layout):
-        if not unbound:
+        if not produce_all:
             check_layout(source_layout, table, "source_layout")
         stages.append(relayout(table, lambda path: incoming, canonical, gated))
         table = table_of(stages[-1].targets)
@@ -123,7 +131,7 @@ def loading_plan(
         problems.unclaimed = [source for row in problems.unclaimed for source in stage.targets[row].sources]
     stages.append(plan)
     if wanted is not None:
-        if source_layout is None and targets is None and not unbound:
+        if source_layout is None and targets is None and not produce_all:
             refuse_unknown_layout(plan, canonical, gated)
         stages.append(relayout(table_of(plan.targets), canonical, lambda path: wanted, gated))
     whole = composed(stages)
@@ -136,9 +144,10 @@ def loading_plan(
     tied = () if model is None else tuple(tied_names(model))
     problems.missing = without_tied(problems.missing, whole, tied)
     problems.missing, problems.unexpected = without_ignored(model, problems.missing, problems.unexpected)
-    if source_layout is None and targets is not None and not given:
+    if source_layout is None and targets is not None and not has_targets:
         refuse_other_layouts(problems, plan, rule_set, bool(experts) or is_pretrained_model(model))
-    if layout is not None and table.names and not unbound and not problems.failed:  # which tell why there are none
+    # Other problems explain missing experts better than this check does.
+    if layout is not None and table.names and not produce_all and not problems.failed:
         refuse_no_experts(targets or [target.name for target in plan.targets], layout, table)
     whole = replace(
         whole,
@@ -153,10 +162,12 @@ def loading_plan(
 def shapes_to_make(
     model: nn.Module, state: Mapping[str, Tensor], layout: str | None, *, in_place: bool
 ) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of all that a load makes for a model, its experts in a ``layout``.
+    """Return the name and shape of every tensor that a load produces for a model.
 
     Args:
+        model: the model.
         state: the model's state dict.
+        layout: layout of the experts that the load produces; None: the model's own.
         in_place: see ``loading_plan``.
 
     Raises:
@@ -167,7 +178,7 @@ def shapes_to_make(
         return shapes
     wanted = get_layout(layout)
     experts = experts_of(model, layout)
-    own = {path: as_layout(said) for path, said in experts.items()}
+    own = {path: as_layout(stated) for path, stated in experts.items()}
     if is_laid_out(shapes, own, wanted):
         return shapes
     if in_place:
@@ -184,7 +195,7 @@ def shapes_to_make(
 
 
 def without_tied(missing: Iterable[str], plan: CopyPlan, tied: Iterable[tuple[str, ...]]) -> list[str]:
-    """Missing names less those that are tied to a name that is made."""
-    made = {target.name for target in plan.targets}
-    provided = {name for group in tied if made.intersection(group) for name in group}
+    """Return the missing names that are not tied to a target of the plan."""
+    produced = {target.name for target in plan.targets}
+    provided = {name for group in tied if produced.intersection(group) for name in group}
     return [name for name in missing if name not in provided]

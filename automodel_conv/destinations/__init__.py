@@ -1,1 +1,1 @@
-"""The places that a load fills: parameters and buffers of a model, on their devices."""
+"""The tensors that a load fills: parameters and buffers of a model, on their devices."""

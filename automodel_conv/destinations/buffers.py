@@ -1,4 +1,4 @@
-"""The buffers of a model: move them to their devices, and fill those that no checkpoint holds."""
+"""Move the buffers of a model to their devices, and compute those that no checkpoint holds."""
 
 from __future__ import annotations
 
@@ -17,16 +17,20 @@ class Buffer(NamedTuple):
     name: str
     module: nn.Module
     leaf: str
+    """Name of the buffer in its module."""
     tensor: Tensor
 
     @property
     def is_computed(self) -> bool:
-        """Whether ``finish`` computes it in a transformers model (rotary frequencies): no checkpoint holds it."""
+        """Whether ``finish`` computes it in a transformers model, since no checkpoint holds it (rotary frequencies)."""
         return self.tensor.is_meta and self.leaf in self.module._non_persistent_buffers_set
 
 
 def buffers_of(model: nn.Module) -> Iterator[Buffer]:
-    """The buffers of all modules, each module under its first name."""
+    """Yield the buffers of all modules.
+
+    A module with several names is visited under its first.
+    """
     for prefix, module in model.named_modules():
         for leaf, buffer in module._buffers.items():
             if buffer is not None:
@@ -34,13 +38,19 @@ def buffers_of(model: nn.Module) -> Iterator[Buffer]:
 
 
 def placeable_buffers(model: nn.Module) -> list[str]:
-    """Names of the buffers that a ``device_map`` places: those with memory, and those that ``finish`` computes."""
-    computes = is_pretrained_model(model)
-    return [b.name for b in buffers_of(model) if not b.tensor.is_meta or (computes and b.is_computed)]
+    """Return the names of the buffers that a ``device_map`` places: those with memory, and those that are computed."""
+    are_computed = is_pretrained_model(model)
+    return [b.name for b in buffers_of(model) if not b.tensor.is_meta or (are_computed and b.is_computed)]
 
 
 def move_buffers(model: nn.Module, device_of: Callable[[str], torch.device | None]) -> None:
-    """Move the buffers that have memory to their devices. Modules that share a buffer share its copy on a device."""
+    """Move the buffers that have memory to their devices.
+
+    Modules that share a buffer share its copy on a device.
+
+    Args:
+        device_of: returns the device of a buffer, by its name; None: leave it where it is.
+    """
     moved: dict[tuple[int, torch.device], Tensor] = {}
     for name, module, leaf, buffer in list(buffers_of(model)):
         device = device_of(name)
@@ -53,27 +63,29 @@ def move_buffers(model: nn.Module, device_of: Callable[[str], torch.device | Non
 
 def finish(
     model: nn.Module,
-    made: Iterable[str],
+    filled: Iterable[str],
     missing: Iterable[str],
     device_of: Callable[[str], torch.device | None],
 ) -> None:
-    """Bring to life what no checkpoint holds: ties, and buffers that are computed (rotary frequencies).
+    """Tie the parameters of a model and compute the buffers that no checkpoint holds (rotary frequencies).
 
-    Only for models that were on the meta device. A transformers model recomputes its own buffers; those of any other
-    module are left on the meta device for their owner.
+    Only models that were on the meta device need this. A transformers model recomputes its own buffers. The buffers of
+    any other model stay on the meta device, for the caller to fill.
 
     Args:
-        device_of: a buffer, by its name; None: the CPU.
+        filled: names that the load has filled.
+        missing: names that the checkpoint lacks.
+        device_of: returns the device of a buffer, by its name; None: the CPU.
     """
     if not is_pretrained_model(model):
         return
     state = model.state_dict(keep_vars=True)
-    for name in made:
+    for name in filled:
         state[name]._is_hf_initialized = True
     for buffer in buffers_of(model):
         if buffer.is_computed:
-            home = device_of(buffer.name) or "cpu"
-            buffer.module._buffers[buffer.leaf] = torch.empty_like(buffer.tensor, device=home)
-            buffer.module._is_hf_initialized = False  # type: ignore[assignment]  # one loaded before says it is
+            device = device_of(buffer.name) or "cpu"
+            buffer.module._buffers[buffer.leaf] = torch.empty_like(buffer.tensor, device=device)
+            buffer.module._is_hf_initialized = False  # type: ignore[assignment]  # may be True from an earlier load
     model.initialize_weights()  # type: ignore[operator]
     model.tie_weights(missing_keys=set(missing), recompute_mapping=False)  # type: ignore[operator]

@@ -1,4 +1,4 @@
-"""``device_map``: a device for each name of a module or parameter, as in accelerate."""
+"""Interpret ``device_map``, which assigns devices to modules and parameters by name, as accelerate does."""
 
 from __future__ import annotations
 
@@ -15,15 +15,18 @@ from automodel_conv.upstream.models import tied_names
 
 
 class DeviceMap:
-    """The device of each tensor, found by its name.
+    """The device of each tensor, by name.
 
-    A name is looked up first, then its parents, then "": the longest prefix of whole components wins. Every tensor
-    needs an entry. Numbers are CUDA devices. Accelerate 1.15.0 does the same in ``accelerate/utils/modeling.py``
-    (``_get_param_device``, ``check_device_map``).
+    The name itself is looked up first, then its parents, then "": the longest prefix of whole components wins. Every
+    tensor needs an entry. Integers are CUDA devices. Accelerate 1.15.0 does the same in
+    ``accelerate/utils/modeling.py`` (``_get_param_device``, ``check_device_map``).
     """
 
     def __init__(self, entries: Mapping[str, DeviceLike]):
-        """Check every entry.
+        """Create the map and check every entry.
+
+        Args:
+            entries: devices by the name of a module or parameter.
 
         Raises:
             UnsupportedError: an entry names the disk, or a device that this machine does not have.
@@ -32,7 +35,7 @@ class DeviceMap:
         self.entries = {name: _device(name, device) for name, device in entries.items()}
 
     def device_of(self, name: str) -> torch.device | None:
-        """The device of a parameter, buffer or module, or None if no entry covers it."""
+        """Return the device of a parameter, buffer or module; None if no entry covers it."""
         while name and name not in self.entries:
             name = name.rpartition(".")[0]
         return self.entries.get(name)
@@ -45,19 +48,19 @@ class DeviceMap:
         *,
         strict: bool,
     ) -> None:
-        """Check that the map fits the tensors that will be placed.
+        """Check that the map fits the tensors to place.
 
         Args:
-            names: the names of these tensors.
-            state: the whole state dict of the model; {} without a model.
-            model: None where only rules say the names of tensors. Nothing says the names of modules then, so that any
-                entry may name one.
+            names: names of these tensors.
+            state: state dict of the whole model; {} without a model.
+            model: the model; None if only rules determine the names. Without a model, module names are unknown, so any
+                entry may name a module.
             strict: whether an entry that names nothing in the model is an error.
 
         Raises:
             UnsupportedError: a tensor is a DTensor, which is placed by its mesh.
-            ConversionError: no entry covers a tensor, an entry names nothing in the model, or names of one tensor go to
-                several devices.
+            ConversionError: no entry covers a tensor, an entry names nothing in the model, or tied names are on
+                different devices.
         """
         tensors = {name: tensor for name in names if isinstance(tensor := state.get(name), Tensor)}
         sharded = [name for name, tensor in tensors.items() if is_distributed(tensor)]
@@ -71,7 +74,7 @@ class DeviceMap:
         if uncovered:
             raise ConversionError(
                 message(
-                    f"device_map gives no device to {len(uncovered)} of {len(names)} tensors",
+                    f"device_map has no device for {len(uncovered)} of {len(names)} tensors",
                     found="\n" + listing(uncovered),
                     do='add their modules, or "" for all that no other entry covers',
                 )
@@ -79,17 +82,19 @@ class DeviceMap:
         if model is None:
             return
         if strict:
-            self._refuse_entries_without_meaning({*names, *state}, model)
-        self._refuse_torn_ties(tied_names(model))
+            self._refuse_unknown_entries({*names, *state}, model)
+        self._refuse_split_ties(tied_names(model))
 
     def check_in_place(self, state: Mapping[str, object]) -> None:
-        """Check that parameters that have memory are where the map says. Buffers need not be: a load moves them.
+        """Check that parameters that have memory are on their devices.
+
+        Buffers are not checked, because a load moves them.
 
         Args:
-            state: the whole state dict of the model.
+            state: state dict of the whole model.
 
         Raises:
-            ConversionError: a parameter is elsewhere.
+            ConversionError: a parameter is on another device.
         """
         wrong = [
             f"{name}: {device} in the map, {tensor.device} in the model"
@@ -104,7 +109,7 @@ class DeviceMap:
                 message("parameters that have memory are filled where they are", found="\n" + listing(wrong), do=do)
             )
 
-    def _refuse_entries_without_meaning(self, names: Iterable[str], model: nn.Module) -> None:
+    def _refuse_unknown_entries(self, names: Iterable[str], model: nn.Module) -> None:
         known = {name for name, _ in model.named_modules(remove_duplicate=False)}
         for name in names:
             known.update(accumulate(name.split("."), lambda path, part: f"{path}.{part}"))
@@ -113,7 +118,7 @@ class DeviceMap:
             found, do = "\n" + listing(unknown), ["correct or remove them", "{strict=False} ignores them"]
             raise ConversionError(message("entries of device_map name no module and no parameter", found=found, do=do))
 
-    def _refuse_torn_ties(self, groups: Iterable[tuple[str, ...]]) -> None:
+    def _refuse_split_ties(self, groups: Iterable[tuple[str, ...]]) -> None:
         for group in groups:
             devices = {name: device for name in group if (device := self.device_of(name)) is not None}
             if len(set(devices.values())) > 1:
@@ -130,10 +135,12 @@ class DeviceMap:
 def device_map_of(
     device_map: Mapping[str, DeviceLike] | None, device: str | torch.device | None, default: str | None
 ) -> DeviceMap | None:
-    """The caller's ``device_map``, checked; None if there is none.
+    """Return the caller's ``device_map`` as a ``DeviceMap``; None if there is none.
 
     Args:
-        default: the caller's default of ``device``. A map takes no other.
+        device_map: the caller's argument.
+        device: the caller's ``device``.
+        default: default of ``device``. With a map, ``device`` must have this value or be None.
 
     Raises:
         ConversionError: ``device`` is given too, or ``device_map`` is not a mapping; see ``DeviceMap``.
@@ -151,21 +158,22 @@ def device_map_of(
                 "device_map is not a mapping",
                 expected='names of modules to devices, as in {"model.embed_tokens": 0, "": "cuda:1"}',
                 found=repr(device_map),
-                do="device= is for one device; accelerate.infer_auto_device_map(model) makes a map of a model on the "
-                'meta device; or use from_pretrained(device_map="auto") under accelerate_transformers()',
+                do="device= is for one device; accelerate.infer_auto_device_map(model) computes a map for a model on "
+                'the meta device; or use from_pretrained(device_map="auto") under accelerate_transformers()',
             )
         )
     return DeviceMap(device_map)
 
 
 def _device(name: object, device: DeviceLike) -> torch.device:
+    """Return the device of an entry, checked."""
     where = f"device_map[{name!r}]"
     if not isinstance(name, str):
-        raise ConversionError(message("device_map takes names", where=where))
+        raise ConversionError(message("the keys of device_map must be names", where=where))
     if device == "disk":
         raise UnsupportedError(
             message(
-                "tensors are not loaded to the disk",
+                "tensors cannot be loaded to disk",
                 where=where,
                 do='send it to "cpu", or use from_pretrained(device_map=..., offload_folder=...) under '
                 "accelerate_transformers()",

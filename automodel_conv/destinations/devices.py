@@ -1,4 +1,4 @@
-"""Check the devices that callers name."""
+"""Check the devices that callers pass."""
 
 from __future__ import annotations
 
@@ -10,32 +10,36 @@ DeviceLike = int | str | torch.device
 
 
 def as_device(device: object, where: str | None = None) -> torch.device:
-    """The device that a caller names.
+    """Return a caller's device as a ``torch.device``.
+
+    Args:
+        device: a device, its name, or the number of a CUDA device.
+        where: the argument that holds it, for the error.
 
     Raises:
-        UnsupportedError: it is no device of torch.
+        UnsupportedError: torch has no such device.
     """
     if isinstance(device, (int, str, torch.device)) and not isinstance(device, bool):
         name = f"cuda:{device}" if isinstance(device, int) else str(device)
         try:
-            found = torch.device(name)
-            if str(found) == name:  # torch counts them in 8 bits: its "cuda:256" is cuda:0
-                return found
-        except RuntimeError:  # torch knows no device of that name
+            parsed = torch.device(name)
+            if str(parsed) == name:  # torch keeps the number in 8 bits, so that "cuda:256" becomes cuda:0
+                return parsed
+        except RuntimeError:  # torch has no device of that name
             pass
     expected = _devices(torch.cuda.device_count())
     raise UnsupportedError(message("not a device", where=where, expected=expected, found=repr(device)))
 
 
 def loadable(device: DeviceLike, where: str | None = None) -> torch.device:
-    """The device, with its number.
+    """Return a caller's device with its number, if tensors can be loaded to it.
 
     Args:
-        device: a number is that of a CUDA device.
-        where: the argument that names it, for the error.
+        device: a device, its name, or the number of a CUDA device.
+        where: the argument that holds it, for the error.
 
     Raises:
-        UnsupportedError: it is neither the CPU nor a CUDA device that is there, or no device at all.
+        UnsupportedError: it is not a device, or neither the CPU nor a CUDA device of this machine.
     """
     device = as_device(device, where)
     if device.type == "cpu":
@@ -43,7 +47,7 @@ def loadable(device: DeviceLike, where: str | None = None) -> torch.device:
     if device.type == "meta":
         text, do = (
             "the meta device holds no data, so nothing can be loaded to it",
-            "{compile_plan(...)} plans a load alone",
+            "{compile_plan(...)} plans a load without loading",
         )
         raise UnsupportedError(message(text, where=where, do=do))
     count = torch.cuda.device_count()
@@ -60,5 +64,6 @@ def loadable(device: DeviceLike, where: str | None = None) -> torch.device:
 
 
 def _devices(count: int) -> str:
-    there = ", ".join(f'"cuda:{number}"' for number in range(count))
-    return '"cpu"' + (f", {there}" if count else "; there are no CUDA devices here")
+    """Return the names of the devices that tensors can be loaded to, given the number of CUDA devices."""
+    cuda = ", ".join(f'"cuda:{number}"' for number in range(count))
+    return '"cpu"' + (f", {cuda}" if count else "; this machine has no CUDA devices")

@@ -1,4 +1,4 @@
-"""Find where loaded tensors go in a model before anything is read, and put new tensors in place afterwards."""
+"""Find the tensors of a model that a load fills, and install new ones after the load."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from automodel_conv.destinations.ties import _tied_pairs, _unequal
 from automodel_conv.distributed.placements import as_distributed, is_distributed, local_of
 from automodel_conv.errors import ConversionError, UnsupportedError, message
 from automodel_conv.execution.buffers import dtype_of, span_bytes
-from automodel_conv.execution.mapping import with_new
+from automodel_conv.execution.mapping import mapped_or_new
 from automodel_conv.planning.copies import Target
 from automodel_conv.planning.plan import CopyPlan
 from automodel_conv.planning.regions import Region
@@ -27,11 +27,14 @@ class ModuleAttribute(NamedTuple):
 
     module: nn.Module
     leaf: str
+    """Name of the attribute."""
 
     def get(self) -> Tensor | None:
+        """Return the tensor, or None if the attribute is None."""
         return self.module._parameters.get(self.leaf, self.module._buffers.get(self.leaf))
 
-    def put(self, tensor: Tensor) -> None:
+    def set(self, tensor: Tensor) -> None:
+        """Replace the tensor."""
         if self.leaf in self.module._buffers:
             self.module._buffers[self.leaf] = tensor
         else:
@@ -39,10 +42,14 @@ class ModuleAttribute(NamedTuple):
 
 
 def find_attributes(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, list[ModuleAttribute]]:
-    """Per name of a model's state dict, the places that hold that very tensor; none if a hook returned a copy.
+    """Return the module attributes that hold each tensor of a state dict, by name.
 
-    Tensors are matched by identity: wrappers rename what ``state_dict`` gives, and shared parameters have several
-    places.
+    Tensors are matched by identity, because wrappers rename the keys of ``state_dict``. A shared parameter has several
+    attributes. A tensor that a hook returned as a copy has none.
+
+    Args:
+        model: the model.
+        state: its state dict.
     """
     holders: dict[int, list[ModuleAttribute]] = {}
     for module in model.modules():
@@ -54,17 +61,23 @@ def find_attributes(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, 
 
 @dataclass
 class ModelTensors:
-    """The tensors that a load into a model writes: the model's own, or new ones that take their place afterwards."""
+    """The tensors that a load into a model writes: the model's own, or new ones that replace them after the load."""
 
     plan: CopyPlan
+    """Plan of this rank's regions."""
     buffers: dict[str, Tensor]
-    places: dict[str, list[ModuleAttribute]]
-    fresh: list[str]
-    doubled: list[tuple[str, str]]  # a second name of a parameter that has been loaded under its first
-    mapped: Mapping[str, Tensor]  # buffers that need not be filled
+    """Tensors to fill, by target name. A DTensor's is its local tensor."""
+    attributes: dict[str, list[ModuleAttribute]]
+    """Attributes of the model that hold each target."""
+    new: list[str]
+    """Names of targets whose buffers replace the model's tensors."""
+    aliases: list[tuple[str, str]]
+    """``(name, first name)`` for each further name of a parameter that has several targets."""
+    mapped: Mapping[str, Tensor]
+    """Buffers that are mapped from files and need not be filled."""
 
     @staticmethod
-    def of(
+    def prepare(
         model: nn.Module,
         state: Mapping[str, Tensor],
         plan: CopyPlan,
@@ -72,73 +85,77 @@ class ModelTensors:
         device_of: Callable[[str], torch.device | None],
         map_new: Callable[[CopyPlan, Mapping[str, torch.device]], Mapping[str, Tensor]],
     ) -> ModelTensors:
-        """Find a home for every target before anything is read.
+        """Find or allocate the buffer of every target, before anything is read.
 
         Args:
+            model: the model.
             state: the model's state dict.
-            device_of: of new tensors, by name; None: see ``device_for``.
-            map_new: maps what it can of the new tensors, of which it is given the plan and the devices.
+            plan: plan of the whole model.
+            strict: whether all names of a parameter are loaded and compared; otherwise only the first is loaded.
+            device_of: returns the device of a new tensor, by its name; None: see ``device_for``.
+            map_new: maps new tensors from files where it can, given their plan and devices.
 
         Raises:
-            UnsupportedError: a tensor on a device that is not loaded to, or that ``state_dict`` hands out as a copy.
-            ConversionError: two parameters share memory without being one.
+            UnsupportedError: a tensor is on a device that tensors cannot be loaded to, or ``state_dict`` returns it as
+                a copy.
+            ConversionError: two parameters share memory without being one parameter.
         """
         plan = plan.shard(regions_of(state, plan))
         model_tensors = ModelTensors(plan, {}, find_attributes(model, state), [], [], {})
-        first: dict[int, str] = {}
-        targets, fresh = [], []
+        first_names: dict[int, str] = {}
+        targets, new_targets = [], []
         for target in plan.targets:
             tensor = state[target.name]
-            if not model_tensors.places[target.name]:
+            if not model_tensors.attributes[target.name]:
                 raise UnsupportedError(
                     message(
                         f"{target.name} is neither a parameter nor a buffer of the model",
-                        found="a tensor that its state_dict() makes anew, so writing to it changes nothing",
+                        found="a tensor that its state_dict() creates, so writing to it changes nothing",
                         do="use load_state_dict() and the model's own load_state_dict()",
                     )
                 )
             if not tensor.is_meta:
                 loadable(tensor.device)
-            if id(tensor) in first:
-                model_tensors.doubled.append((target.name, first[id(tensor)]))
-                if strict:  # to be compared; otherwise the first of two wins
+            if id(tensor) in first_names:
+                model_tensors.aliases.append((target.name, first_names[id(tensor)]))
+                if strict:  # load it too, to compare it with the first
                     targets.append(target)
-                    fresh.append(target)
+                    new_targets.append(target)
                 continue
-            first[id(tensor)] = target.name
+            first_names[id(tensor)] = target.name
             targets.append(target)
             if tensor.is_meta or tensor.dtype != dtype_of(target.dtype, target.name):
-                model_tensors.fresh.append(target.name)
-                fresh.append(target)
+                model_tensors.new.append(target.name)
+                new_targets.append(target)
             else:
                 model_tensors.buffers[target.name] = local_of(tensor.detach())
         _refuse_shared_memory(model_tensors.buffers)
         model_tensors.plan = replace(plan, targets=tuple(targets))
-        devices = {target.name: device_of(target.name) or device_for(state[target.name]) for target in fresh}
-        model_tensors.mapped = map_new(replace(plan, targets=tuple(fresh)), devices)
-        model_tensors.buffers |= with_new(fresh, model_tensors.mapped, devices)
+        devices = {target.name: device_of(target.name) or device_for(state[target.name]) for target in new_targets}
+        model_tensors.mapped = map_new(replace(plan, targets=tuple(new_targets)), devices)
+        model_tensors.buffers |= mapped_or_new(new_targets, model_tensors.mapped, devices)
         return model_tensors
 
     @property
     def extra_bytes(self) -> int:
-        """Bytes of the second copies, unless mapped, of parameters that the checkpoint holds under two names."""
-        doubled = {name for name, _ in self.doubled if name not in self.mapped}
-        return sum(self.buffers[name].nbytes for name in doubled & self.buffers.keys())
+        """Bytes of the buffers, unless mapped, that hold a further copy of a parameter with several names."""
+        copies = {name for name, _ in self.aliases if name not in self.mapped}
+        return sum(self.buffers[name].nbytes for name in copies & self.buffers.keys())
 
     def unequal(self) -> set[tuple[str, str]]:
-        """Names that are, or would be, one parameter, and for which this rank has loaded different values."""
-        return _unequal([*self.doubled, *_tied_pairs(self.plan.tied, self.buffers)], self.buffers)
+        """Return ``(name, first name)`` for names that share a parameter but have different values on this rank."""
+        return _unequal([*self.aliases, *_tied_pairs(self.plan.tied, self.buffers)], self.buffers)
 
-    def settle(self, unequal: Collection[tuple[str, str]]) -> None:
-        """Put new tensors into the model, and tie what is one parameter.
+    def install(self, unequal: Collection[tuple[str, str]]) -> None:
+        """Put the new tensors into the model, and tie the names of one parameter.
 
         Args:
-            unequal: what any rank has found ``unequal``.
+            unequal: the pairs that ``unequal`` returned on any rank.
 
         Raises:
             ConversionError: the checkpoint has different values for two names of one parameter.
         """
-        for name, other in self.doubled:
+        for name, other in self.aliases:
             if (name, other) in unequal:
                 raise ConversionError(
                     message(
@@ -148,28 +165,28 @@ class ModelTensors:
                         do=[
                             "untie them in the model",
                             "remove one from the checkpoint",
-                            "{strict=False} takes the first",
+                            "{strict=False} uses the first",
                         ],
                     )
                 )
-        fresh = set(self.fresh)
-        for name in self.fresh:
-            old, made = self.places[name][0].get(), self.buffers[name]
-            made = as_distributed(made, old) if old is not None and is_distributed(old) else made
-            _put_everywhere(self.places[name], made)
+        new = set(self.new)
+        for name in self.new:
+            old, tensor = self.attributes[name][0].get(), self.buffers[name]
+            tensor = as_distributed(tensor, old) if old is not None and is_distributed(old) else tensor
+            _set_all(self.attributes[name], tensor)
         for group in self.plan.tied:
-            made = [name for name in group if name in self.buffers]
-            if not fresh.intersection(made):
+            loaded = [name for name in group if name in self.buffers]
+            if not new.intersection(loaded):
                 continue
-            shared = self.places[made[0]][0].get()
+            shared = self.attributes[loaded[0]][0].get()
             for name in group:
-                if (name, made[0]) not in unequal:
-                    for place in self.places[name]:
-                        place.put(shared)  # type: ignore[arg-type]
+                if (name, loaded[0]) not in unequal:
+                    for attribute in self.attributes[name]:
+                        attribute.set(shared)  # type: ignore[arg-type]
 
 
 def device_for(tensor: Tensor) -> torch.device:
-    """Where a tensor in place of this one goes: to its device, from the meta device to its mesh's or the CPU."""
+    """Return the device of a tensor that replaces this one: its own; if that is meta, its mesh's or the CPU."""
     if not tensor.is_meta:
         return tensor.device
     kind = tensor.device_mesh.device_type if is_distributed(tensor) else "cpu"  # type: ignore[attr-defined]
@@ -179,7 +196,7 @@ def device_for(tensor: Tensor) -> torch.device:
 def devices_of_new(
     targets: Iterable[Target], state: Mapping[str, Tensor], device_of: Callable[[str], torch.device | None]
 ) -> dict[str, torch.device]:
-    """The device of each new tensor: a DTensor goes to its mesh's device, any other where ``device_of`` says."""
+    """Return the device of each new tensor by name: its mesh's for a DTensor, else that of ``device_of`` or the CPU."""
     devices: dict[str, torch.device] = {}
     for target in targets:
         like = state.get(target.name)
@@ -189,27 +206,27 @@ def devices_of_new(
 
 
 def regions_of(state: Mapping[str, Tensor], plan: CopyPlan) -> dict[str, Region]:
-    """The regions that this rank holds of the targets that are DTensors."""
+    """Return the region that this rank holds of each target that is a DTensor, by name."""
     names = [target.name for target in plan.targets]
     return {name: region_of(state[name]) for name in names if name in state and is_distributed(state[name])}
 
 
-def _put_everywhere(places: Iterable[ModuleAttribute], tensor: Tensor) -> None:
-    """Make ``tensor`` the one parameter or buffer of all these places."""
+def _set_all(attributes: Iterable[ModuleAttribute], tensor: Tensor) -> None:
+    """Set all attributes to one buffer or parameter."""
     parameter: nn.Parameter | None = None
-    for place in places:
-        if place.leaf in place.module._buffers:
-            place.put(tensor)
+    for attribute in attributes:
+        if attribute.leaf in attribute.module._buffers:
+            attribute.set(tensor)
             continue
         if parameter is None:
-            old = place.module._parameters[place.leaf]
-            trains = tensor.is_floating_point() and (old is None or old.requires_grad)
-            parameter = nn.Parameter(tensor, requires_grad=trains)
-        place.put(parameter)
+            old = attribute.module._parameters[attribute.leaf]
+            requires_grad = tensor.is_floating_point() and (old is None or old.requires_grad)
+            parameter = nn.Parameter(tensor, requires_grad=requires_grad)
+        attribute.set(parameter)
 
 
 def _refuse_shared_memory(buffers: Mapping[str, Tensor]) -> None:
-    """Two parameters of the model that overlap would be written twice, in any order."""
+    """Raise ConversionError if two parameters overlap in memory: both would be written, in no fixed order."""
     spans = sorted(
         (tensor.data_ptr(), tensor.data_ptr() + span_bytes(tensor), name)
         for name, tensor in buffers.items()
@@ -218,5 +235,5 @@ def _refuse_shared_memory(buffers: Mapping[str, Tensor]) -> None:
     for (_, stop, name), (start, _, other) in pairwise(spans):
         if start < stop:
             raise ConversionError(
-                message(f"{name} and {other} share memory but are two parameters", do="give each storage of its own")
+                message(f"{name} and {other} share memory but are two parameters", do="give each its own storage")
             )

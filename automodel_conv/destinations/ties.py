@@ -1,4 +1,4 @@
-"""Tied names share one tensor: tie them after a load, and compare them where a checkpoint holds several."""
+"""Tie names that share one tensor after a load, and compare the values that a checkpoint has for them."""
 
 from __future__ import annotations
 
@@ -9,40 +9,45 @@ from torch import Tensor
 
 
 def unequal_ties(tensors: Mapping[str, Tensor], groups: Iterable[tuple[str, ...]]) -> set[tuple[str, str]]:
-    """Names of tied groups, each with the first of its group, for which this rank has loaded different values."""
+    """Return ``(name, first name of its group)`` for tied names with different values on this rank."""
     return _unequal(_tied_pairs(groups, tensors), tensors)
 
 
 def _tied_pairs(groups: Iterable[tuple[str, ...]], tensors: Mapping[str, Tensor]) -> list[tuple[str, str]]:
-    made = ([name for name in group if name in tensors] for group in groups)
-    return [(name, names[0]) for names in made for name in names[1:]]
+    """Return ``(name, first name of its group)`` for the tied names that are loaded."""
+    loaded = ([name for name in group if name in tensors] for group in groups)
+    return [(name, names[0]) for names in loaded for name in names[1:]]
 
 
 def _unequal(pairs: Iterable[tuple[str, str]], tensors: Mapping[str, Tensor]) -> set[tuple[str, str]]:
+    """Return the pairs of names with different values."""
     return {(name, other) for name, other in pairs if name in tensors and not same_bytes(tensors[name], tensors[other])}
 
 
 def with_tied(
     tensors: Mapping[str, Tensor], groups: Iterable[tuple[str, ...]], unequal: Collection[tuple[str, str]]
 ) -> dict[str, Tensor]:
-    """All names of every tied group on one tensor, but for those that are ``unequal`` to the first of their group."""
+    """Return the tensors with the names of each tied group on one tensor, except names ``unequal`` to the first."""
     shared = dict(tensors)
     for group in groups:
-        made = [name for name in group if name in tensors]
+        loaded = [name for name in group if name in tensors]
         for name in group:
-            if made and (name, made[0]) not in unequal:
-                shared[name] = tensors[made[0]]
+            if loaded and (name, loaded[0]) not in unequal:
+                shared[name] = tensors[loaded[0]]
     return shared
 
 
 def in_order(tensors: Mapping[str, Tensor], names: Iterable[str]) -> dict[str, Tensor]:
-    """The same tensors in the order of the names of a model's state dict; those that it does not have come last."""
+    """Return the tensors in the order of a model's names, with those that the model does not have last."""
     order = {name: tensors[name] for name in names if name in tensors}
     return order | {name: tensor for name, tensor in tensors.items() if name not in order}
 
 
 def same_bytes(a: Tensor, b: Tensor) -> bool:
-    """Equal shape, dtype and bytes: a NaN equals itself, and 0.0 is not -0.0."""
+    """Return whether two tensors have the same shape, dtype and bytes.
+
+    A NaN equals itself, and 0.0 is not -0.0.
+    """
     if a is b:
         return True
     if (a.shape, a.dtype) != (b.shape, b.dtype):

@@ -52,7 +52,10 @@ def as_distributed(local: Tensor, like: Tensor) -> Tensor:
 
 
 def all_as_distributed(tensors: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Convert the tensors that are DTensors in ``state`` to DTensors. Names that share a tensor still share it."""
+    """Convert the tensors that are DTensors in ``state`` to DTensors.
+
+    Names that share a tensor still share it.
+    """
     converted: dict[int, Tensor] = {}
     for name, tensor in tensors.items():
         if name in state and is_distributed(state[name]) and id(tensor) not in converted:

@@ -1,4 +1,4 @@
-"""Output buffers: making them, checking them, and reaching their elements whatever the strides."""
+"""Output buffers: allocate and check them, and view their memory for any strides."""
 
 from __future__ import annotations
 
@@ -15,16 +15,20 @@ from automodel_conv.planning.copies import StridedCopy, Target, group_pieces
 
 
 def dtype_of(code: str, name: str) -> torch.dtype:
-    """The torch dtype of a safetensors code.
+    """Return the torch dtype for a safetensors dtype.
+
+    Args:
+        code: the dtype as safetensors writes it, such as "BF16".
+        name: name of the tensor, for the error.
 
     Raises:
-        UnsupportedError: this torch has no such dtype; names the tensor.
+        UnsupportedError: this version of torch does not have the dtype.
     """
     dtype = torch_dtype(code)
     if dtype is None:
         raise UnsupportedError(
             message(
-                f"{name} has a dtype that torch {torch.__version__} does not know",
+                f"{name} has a dtype that torch {torch.__version__} does not support",
                 found=code,
                 do="use a newer torch, or leave this tensor out",
             )
@@ -33,11 +37,13 @@ def dtype_of(code: str, name: str) -> torch.dtype:
 
 
 def allocate(targets: Iterable[Target], device: torch.device | str = "cpu") -> dict[str, Tensor]:
-    """Uninitialized, contiguous tensors for the targets, by name; no page is touched.
+    """Allocate an uninitialized, contiguous tensor for each target, and return the tensors by name.
+
+    No page of memory is touched.
 
     Raises:
-        UnsupportedError: this torch has no dtype for a target.
-        ConversionError: the host has no memory for it.
+        UnsupportedError: this version of torch does not have the dtype of a target.
+        ConversionError: the host does not have enough memory.
     """
     buffers = {}
     for target in targets:
@@ -45,7 +51,7 @@ def allocate(targets: Iterable[Target], device: torch.device | str = "cpu") -> d
         try:
             buffer = torch.empty(target.shape, dtype=dtype, device=device)
         except RuntimeError as error:
-            if torch.device(device).type != "cpu":  # callers know how to meet those of devices
+            if torch.device(device).type != "cpu":  # callers handle the errors of devices
                 raise
             raise ConversionError(
                 message(
@@ -60,11 +66,11 @@ def allocate(targets: Iterable[Target], device: torch.device | str = "cpu") -> d
     return buffers
 
 
-def checked(target: Target, buffers: Mapping[str, Tensor]) -> Tensor:
-    """The buffer of a target, detached from autograd.
+def checked_buffer(target: Target, buffers: Mapping[str, Tensor]) -> Tensor:
+    """Check the shape, dtype and strides of the buffer of a target, and return it detached from autograd.
 
     Raises:
-        ConversionError: it is missing, has another shape or dtype, or elements that share memory.
+        ConversionError: the buffer is missing, has a wrong shape or dtype, or has elements that share memory.
     """
     buffer = buffers.get(target.name)
     if buffer is None:
@@ -90,16 +96,16 @@ def checked(target: Target, buffers: Mapping[str, Tensor]) -> Tensor:
 
 
 class BufferCopies:
-    """Copies of targets, re-aimed from contiguous tensors to the strides that buffers really have.
+    """Adapts the copies of targets from contiguous tensors to the actual strides of buffers.
 
-    Targets that share their copies share the result.
+    Targets that share their copies share the adapted copies too.
     """
 
     def __init__(self) -> None:
-        self._known: dict[tuple[object, ...], tuple[StridedCopy, ...]] = {}
+        self._adapted: dict[tuple[object, ...], tuple[StridedCopy, ...]] = {}
 
     def __call__(self, target: Target, buffer: Tensor) -> tuple[StridedCopy, ...]:
-        """The copies that fill ``buffer``; target offsets count elements from its ``data_ptr``.
+        """Return the copies that fill ``buffer``; target offsets count elements from its ``data_ptr``.
 
         Raises:
             UnsupportedError: the copies cannot be expressed with these strides.
@@ -108,11 +114,11 @@ class BufferCopies:
             return target.copies
         strides = buffer.stride()
         key = (id(target.copies), target.shape, strides)
-        if key not in self._known:
-            real = Piece(0, Box(target.shape, contiguous_strides(target.shape), strides), 0, 0)
-            first = [piece for copy in target.copies for piece in copy.pieces()]
+        if key not in self._adapted:
+            to_buffer = Piece(0, Box(target.shape, contiguous_strides(target.shape), strides), 0, 0)
+            pieces = [piece for copy in target.copies for piece in copy.pieces()]
             try:
-                self._known[key] = group_pieces(chain(first, [real], buffer.numel()))
+                self._adapted[key] = group_pieces(chain(pieces, [to_buffer], buffer.numel()))
             except NotAffine as error:
                 raise UnsupportedError(
                     message(
@@ -121,20 +127,20 @@ class BufferCopies:
                         do="pass a contiguous buffer",
                     )
                 ) from None
-        return self._known[key]
+        return self._adapted[key]
 
 
 def span_bytes(tensor: Tensor) -> int:
-    """Bytes from a tensor's first element to the end of its last."""
+    """Return the bytes from a tensor's first element to the end of its last."""
     if not tensor.numel():
         return 0
     return (1 + reach(tensor.shape, tensor.stride())) * tensor.element_size()
 
 
 def byte_view(tensor: Tensor) -> memoryview:
-    """The memory of a CPU tensor from its first to its last element, as writable bytes.
+    """Return a writable view of the bytes of a CPU tensor, from its first to its last element.
 
-    Any dtype and strides. The view does not keep the tensor alive.
+    The tensor may have any dtype and strides. The view does not keep it alive.
     """
     nbytes = span_bytes(tensor)
     if not nbytes:
@@ -143,7 +149,7 @@ def byte_view(tensor: Tensor) -> memoryview:
 
 
 def raw_bytes(tensor: Tensor) -> Tensor:
-    """The memory of a tensor from its first to its last element, uint8 ``[n]``; any device, dtype and strides."""
+    """Return a uint8 view ``[n]`` of a tensor from its first to its last element; any device, dtype and strides."""
     if not tensor.numel():
         return tensor.new_empty(0, dtype=torch.uint8)
     span = 1 + reach(tensor.shape, tensor.stride())
@@ -151,5 +157,5 @@ def raw_bytes(tensor: Tensor) -> Tensor:
 
 
 def strided(tensor: Tensor, shape: Sequence[int], strides: Sequence[int], offset: int) -> Tensor:
-    """A view of a tensor's memory; ``offset`` counts elements from the tensor's own first one."""
+    """Return a view of a tensor's memory; ``offset`` counts elements from the tensor's own first one."""
     return tensor.as_strided(shape, strides, tensor.storage_offset() + offset)

@@ -1,8 +1,8 @@
-"""Checksums of tensors as they lie in files: written beside a checkpoint's index, and checked before it is read.
+"""Checksums of the tensors of a checkpoint: compute them, write them next to the index, and verify them.
 
-The file is this package's own: ``{"algorithm": "crc32", "tensors": {name: eight hexadecimal digits}}``, each over the
-bytes of a tensor in its file, so that it holds wherever the tensors are moved to. They find what disks and networks do
-to bytes, not what somebody does on purpose.
+The file format is this package's own: ``{"algorithm": "crc32", "tensors": {name: eight hexadecimal digits}}``. Each
+checksum covers the bytes of a tensor in its file, so it stays valid if the tensor moves to another file. Checksums
+detect damage by disks and networks, not deliberate changes.
 """
 
 from __future__ import annotations
@@ -27,68 +27,71 @@ _MOST_THREADS = 16
 
 
 def checksums_of(checkpoint: Checkpoint, threads: int) -> dict[str, str]:
-    """The checksums of all tensors, read one file after the other, in windows of 1 MiB a thread, of 16 at most.
+    """Return the checksum of each tensor, by name.
+
+    Files are read one after another. Each thread reads windows of 1 MiB, and at most 16 threads read.
 
     Raises:
         ReadError: a file cannot be read.
     """
-    found: dict[str, str] = {}
+    checksums: dict[str, str] = {}
     for source, rows in zip(checkpoint.sources, rows_by_file(checkpoint), strict=True):
         with opened(source) as file:
-            start = partial(_summer, checkpoint, file, found)
+            start = partial(_checksum_worker, checkpoint, file, checksums)
             run_in_threads(rows, min(threads, _MOST_THREADS), start)
-    return {name: found[name] for name in checkpoint.names}
+    return {name: checksums[name] for name in checkpoint.names}
 
 
-def _summer(checkpoint: Checkpoint, file: OpenSource, found: dict[str, str]) -> Callable[[int], None]:
+def _checksum_worker(checkpoint: Checkpoint, file: OpenSource, checksums: dict[str, str]) -> Callable[[int], None]:
     window = memoryview(bytearray(_WINDOW_BYTES))
 
-    def take(row: int) -> None:
+    def add_checksum(row: int) -> None:
         start, nbytes = checkpoint.offsets[row], checkpoint.nbytes[row]
-        sum_so_far = 0
+        checksum = 0
         for done in range(0, nbytes, _WINDOW_BYTES):
             part = window[: min(_WINDOW_BYTES, nbytes - done)]
             file.read_into([part], start + done)
-            sum_so_far = zlib.crc32(part, sum_so_far)
-        found[checkpoint.names[row]] = f"{sum_so_far:08x}"
+            checksum = zlib.crc32(part, checksum)
+        checksums[checkpoint.names[row]] = f"{checksum:08x}"
 
-    return take
+    return add_checksum
 
 
 def checksums_text(checksums: dict[str, str]) -> bytes:
-    """The file beside the index."""
+    """Return the contents of the checksum file."""
     return (json.dumps({"algorithm": "crc32", "tensors": checksums}, indent=2, sort_keys=True) + "\n").encode()
 
 
 def verify_checksums(checkpoint: Checkpoint, threads: int) -> int:
-    """Compare all tensors with the checksums beside the checkpoint; returns the bytes that were read.
+    """Compare all tensors with the checksums next to the checkpoint, and return the bytes that were read.
 
     Raises:
-        VerificationError: tensors have other bytes, or there are no checksums for all of them; names them.
-        CheckpointError: the file of checksums is broken.
+        VerificationError: there is no checksum file, it has an unknown format, or tensors have different bytes or no
+            checksum. The error names them.
+        CheckpointError: the checksum file is broken.
         ReadError: a file cannot be read.
     """
     path = os.path.join(checkpoint.directory, CHECKSUMS_NAME)
     if not system.is_file(path):
         raise VerificationError(
             message(
-                "no checksums lie beside the checkpoint",
+                "there are no checksums next to the checkpoint",
                 where=path,
                 do="{convert_checkpoint(..., checksums=True)} writes them",
             )
         )
     record = parse_object(with_open(path, lambda fd: read_limited(fd, path, _MOST_BYTES)), path)
-    wanted = record.get("tensors")
-    if record.get("algorithm") != "crc32" or not isinstance(wanted, dict):
-        raise VerificationError(message("not a file of checksums that is known here", where=path))
-    found = checksums_of(checkpoint, threads)
-    lines = [f"{name}: no checksum" for name in found if name not in wanted]
-    lines += [f"{name}: not in the checkpoint" for name in wanted if name not in found]
+    expected = record.get("tensors")
+    if record.get("algorithm") != "crc32" or not isinstance(expected, dict):
+        raise VerificationError(message("the checksum file has an unknown format", where=path))
+    actual = checksums_of(checkpoint, threads)
+    lines = [f"{name}: no checksum" for name in actual if name not in expected]
+    lines += [f"{name}: not in the checkpoint" for name in expected if name not in actual]
     files = dict(zip(checkpoint.names, checkpoint.file_ids, strict=True))
     lines += [
-        f"{name} in {checkpoint.files[files[name]]}: {found[name]} instead of {wanted[name]}"
-        for name in found
-        if name in wanted and found[name] != wanted[name]
+        f"{name} in {checkpoint.files[files[name]]}: {actual[name]} instead of {expected[name]}"
+        for name in actual
+        if name in expected and actual[name] != expected[name]
     ]
     if lines:
         raise VerificationError(

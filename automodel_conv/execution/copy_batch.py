@@ -24,7 +24,7 @@ from automodel_conv.planning.copies import StridedCopy
 BACKENDS = ("auto", "torch", "triton")
 
 
-def takes_kernels(backend: str, tensors: Iterable[Tensor]) -> bool:
+def uses_kernels(backend: str, tensors: Iterable[Tensor]) -> bool:
     """Return whether kernels copy between these tensors: always for "triton", never for "torch".
 
     For "auto" they do if all tensors are on one GPU and Triton can run there.
@@ -204,7 +204,7 @@ def _verb_call(kind: _CopyKind, copies: _EqualCopies) -> VerbCall | None:
     sources = _addresses(copies.sources, copies.source_offsets)
     targets = _addresses(copies.targets, copies.target_offsets)
     call = choose_verb(kind.geometry, sources, targets, VERBS)
-    if call is None or not call.verb.takes(call.matrix, kind.source_dtype, kind.target_dtype):
+    if call is None or not call.verb.supports(call.matrix, kind.source_dtype, kind.target_dtype):
         return None
     return call
 

@@ -1,4 +1,4 @@
-"""From the files of a checkpoint to slabs: what is written to new files, or compared with others."""
+"""Slabs of output files whose bytes come from the files of a checkpoint."""
 
 from __future__ import annotations
 
@@ -8,18 +8,24 @@ from itertools import chain
 from math import prod
 
 from automodel_conv.execution.reading import OpenFiles
-from automodel_conv.execution.writing import Budget, Maker, SourceFiles, jobs_of
+from automodel_conv.execution.writing import ScratchSplit, SlabProducer, SourceFileProducer, jobs_by_slab
 from automodel_conv.files.checkpoint import Checkpoint
 from automodel_conv.planning.copies import Decode, Target
 from automodel_conv.schedule.writes import Slab, slab_schedule
 
 
 class FileSlabs:
-    """Slabs that make targets of the tensors of a checkpoint, by the number of the output file.
+    """The slabs that fill the targets of output files from the tensors of a checkpoint.
 
     Args:
-        places: of each target, see ``slab_schedule``.
-        decodes: of the checkpoint's tensors that are quantized, by row.
+        checkpoint: the checkpoint to read.
+        targets: the targets to write. Their sources are the checkpoint's rows.
+        places: output file and offset of each target; see ``slab_schedule``.
+        decodes: how to decode the quantized tensors of the checkpoint, by row.
+        share: the scratch of the threads.
+
+    Attributes:
+        by_file: the slabs by the number of their output file.
     """
 
     def __init__(
@@ -28,29 +34,33 @@ class FileSlabs:
         targets: Sequence[Target],
         places: Sequence[tuple[int, int]],
         decodes: Mapping[int, Decode],
-        share: Budget,
+        share: ScratchSplit,
     ):
         pairs = [pair for pair in zip(targets, places, strict=True) if prod(pair[0].shape)]
         targets, places = [target for target, _ in pairs], [place for _, place in pairs]
         copies = [target.copies for target in targets]
-        made = slab_schedule(targets, copies, checkpoint, places, decodes, most_bytes=share.slab_bytes)
-        self.by_file = made.by_file()
+        schedule = slab_schedule(targets, copies, checkpoint, places, decodes, most_bytes=share.slab_bytes)
+        self.by_file = schedule.by_file()
         self._checkpoint, self._decodes, self._share = checkpoint, decodes, share
-        self._dtypes = made.dtypes
+        self._dtypes = schedule.dtypes
 
     @property
     def nbytes(self) -> int:
+        """Bytes of all slabs."""
         return sum(slab.nbytes for slabs in self.by_file.values() for slab in slabs)
 
     @contextmanager
-    def opened(self, file: int) -> Iterator[tuple[Sequence[Slab], Callable[[], Maker]]]:
-        """The slabs of an output file, and what starts their maker in a thread; the block's end closes the sources."""
+    def opened(self, file: int) -> Iterator[tuple[Sequence[Slab], Callable[[], SlabProducer]]]:
+        """Yield the slabs of one output file, and the function that starts their producer in a thread.
+
+        The files of the checkpoint are closed at the end of the ``with`` block.
+        """
         slabs, share = self.by_file.get(file, []), self._share
-        jobs = jobs_of(slabs, self._checkpoint, self._decodes, share.input_bytes)
+        jobs = jobs_by_slab(slabs, self._checkpoint, self._decodes, share.input_bytes)
         files = OpenFiles(self._checkpoint, (job.reads for job in chain.from_iterable(jobs.values())))
 
-        def start() -> Maker:
-            return SourceFiles(self._checkpoint, files, jobs, self._dtypes, share.slab_bytes, share.input_bytes)
+        def start() -> SlabProducer:
+            return SourceFileProducer(self._checkpoint, files, jobs, self._dtypes, share.slab_bytes, share.input_bytes)
 
         try:
             yield slabs, start

@@ -1,4 +1,4 @@
-"""From files to buffers wherever they are: each device by the executor made for it, all devices at the same time."""
+"""The entry point of loads: split the limits among the devices, and run the executor of each, all at the same time."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from automodel_conv.execution.cores import default_reader_threads
 from automodel_conv.execution.cuda import transfer_device
 from automodel_conv.execution.device import load_to_device, ring_of
 from automodel_conv.execution.host import load_to_host
-from automodel_conv.execution.load import note_filled, tell
+from automodel_conv.execution.load import add_filled_targets, add_note
 from automodel_conv.execution.protocols import Device
 from automodel_conv.execution.stats import LoadStats
 from automodel_conv.execution.workers import Stopped, run_concurrently
@@ -31,56 +31,68 @@ from automodel_conv.progress import SharedBar, shared_progress
 
 
 class Limits(NamedTuple):
-    """The threads and memory that a load may use; None for the executors' own defaults."""
+    """The threads and memory that a load may use; None selects the executor's default."""
 
-    threads: int | None = None  # of all devices together
-    scratch_bytes: int | None = None  # of host memory, of all devices together
-    device_scratch_bytes: int | None = None  # on each device
-    huge_pages: bool | None = None  # of new host memory
+    threads: int | None = None
+    """Number of threads of all devices together."""
+    scratch_bytes: int | None = None
+    """Bytes of host scratch of all devices together."""
+    device_scratch_bytes: int | None = None
+    """Bytes of scratch on each device."""
+    huge_pages: bool | None = None
+    """Whether new host memory gets huge pages."""
 
 
-def within(
+def limits_in_budget(
     memory_budget: int | None, limits: Limits, plan: CopyPlan, buffers: Mapping[str, Tensor], extra_bytes: int = 0
 ) -> Limits:
-    """Limits under which a load uses at most ``memory_budget`` bytes beside its buffers, on host and devices together.
+    """Return limits under which a load allocates at most ``memory_budget`` bytes in addition to its buffers.
 
-    Limits that are given stay as they are; the others are made smaller where they must be.
+    The budget covers the host and all devices together. Limits that the caller has set stay as they are. The others
+    become smaller if they must.
 
     Args:
-        extra_bytes: that the caller needs besides.
+        memory_budget: the budget in bytes; None returns ``limits`` unchanged.
+        limits: the limits that the caller has set.
+        plan: the plan to execute.
+        buffers: buffers by target name.
+        extra_bytes: bytes of the budget that the caller needs for itself.
 
     Raises:
-        UnsupportedError: upstream's own code makes a target, and allocates as it does.
-        ConversionError: the budget is too small; says how much is needed.
+        UnsupportedError: transformers' own code computes a target, and what it allocates has no bound.
+        ConversionError: the budget is too small. The error states how much is needed.
     """
     if memory_budget is None:
         return limits
     if plan.fallbacks:
         found = "\n" + listing(plan.fallbacks)
         raise UnsupportedError(message("the memory of transformers' own code cannot be bounded", found=found))
-    homes = {buffers[target.name].device for target in plan.targets}
-    devices = sum(transfer_device(home) is not None for home in homes)
-    # With nothing to load the least is that of the host, as it has always been.
-    least = devices * to_device.LEAST_SCRATCH_BYTES + (devices < max(len(homes), 1)) * to_host.LEAST_SCRATCH_BYTES
-    least_on_each = to_device.LEAST_SCRATCH_BYTES if devices else 0
+    all_devices = {buffers[target.name].device for target in plan.targets}
+    streamed = sum(transfer_device(device) is not None for device in all_devices)
+    # A load of nothing has the minimum of a load to the host.
+    least = streamed * to_device.LEAST_SCRATCH_BYTES
+    if streamed < max(len(all_devices), 1):
+        least += to_host.LEAST_SCRATCH_BYTES
+    least_device_scratch = to_device.LEAST_SCRATCH_BYTES if streamed else 0
     left = memory_budget - extra_bytes
-    host, on_each = limits.scratch_bytes, limits.device_scratch_bytes if devices else 0
-    if host is None:
-        # Pinned memory comes in powers of two.
-        most = left // 4 if devices and on_each is None else left - devices * (on_each or 0)
-        most = 1 << max(most, 1).bit_length() - 1 if devices else most
-        threads = _threads(limits, len(homes))
-        host = min(most, _pinned_bytes(ring_of(threads, None).nbytes) if devices else to_host.DEFAULT_SCRATCH_BYTES)
-        host = max(host, least) if len(homes) > 1 else host
-    if on_each is None:
-        on_each = min((left - host) // devices, to_device.DEFAULT_DEVICE_SCRATCH_BYTES)
-    if host + devices * on_each > left or host < least or on_each < least_on_each:
+    host_scratch, device_scratch = limits.scratch_bytes, limits.device_scratch_bytes if streamed else 0
+    if host_scratch is None:
+        # torch allocates pinned memory in powers of two.
+        most = left // 4 if streamed and device_scratch is None else left - streamed * (device_scratch or 0)
+        most = 1 << max(most, 1).bit_length() - 1 if streamed else most
+        threads = _threads(limits, len(all_devices))
+        default = _pinned_bytes(ring_of(threads, None).nbytes) if streamed else to_host.DEFAULT_SCRATCH_BYTES
+        host_scratch = min(most, default)
+        host_scratch = max(host_scratch, least) if len(all_devices) > 1 else host_scratch
+    if device_scratch is None:
+        device_scratch = min((left - host_scratch) // streamed, to_device.DEFAULT_DEVICE_SCRATCH_BYTES)
+    if host_scratch + streamed * device_scratch > left or host_scratch < least or device_scratch < least_device_scratch:
         needed = extra_bytes + max(limits.scratch_bytes or least, least)
-        if devices:
-            needed += devices * max(limits.device_scratch_bytes or 4 * least_on_each, least_on_each)
-        expected = f"at least {needed} bytes"
-        raise ConversionError(message("no load fits into memory_budget", expected=expected, found=memory_budget))
-    return limits._replace(scratch_bytes=host, device_scratch_bytes=on_each or None)
+        if streamed:
+            needed += streamed * max(limits.device_scratch_bytes or 4 * least_device_scratch, least_device_scratch)
+        text, expected = "memory_budget is too small for this load", f"at least {needed} bytes"
+        raise ConversionError(message(text, expected=expected, found=memory_budget))
+    return limits._replace(scratch_bytes=host_scratch, device_scratch_bytes=device_scratch or None)
 
 
 def fill(
@@ -91,17 +103,29 @@ def fill(
     *,
     progress: bool = False,
 ) -> dict[torch.device, LoadStats]:
-    """Fill the buffers of all targets, on all devices at the same time, each in a thread of its own; see the executors.
+    """Fill the buffers of all targets, on all devices at the same time.
 
-    Threads and scratch are shared out by what each device is filled with; where there are more devices than threads,
-    one is filled after the other. The first error, or an interrupt, ends the loads of the others too; it is raised
-    when nothing is under way any more, and names the targets that are complete, on each device.
+    Each device has an executor in a thread of its own: ``load_to_host`` or ``load_to_device``. The devices share the
+    limits in proportion to their bytes. If there are more devices than threads, they are filled one after another. The
+    first error, or an interrupt, ends the loads to all devices. It is raised after all of them have ended, and names
+    the complete targets of each device.
+
+    Args:
+        plan: the plan to execute. Its sources are the checkpoint's rows.
+        checkpoint: the checkpoint to read.
+        buffers: buffers by target name, on any devices. Written in place.
+        limits: threads and memory of the whole load.
+        progress: whether to draw a progress bar.
+
+    Returns:
+        The statistics of each device.
 
     Raises:
-        ConversionError: there is less scratch than all devices need; nothing has been read then.
+        ConversionError: the scratch is too small for all devices. Raised before anything is read. See the executors for
+            further errors.
     """
-    parts = _parts(plan, buffers)
-    shares = shared_out(limits, [part.need for part in parts])
+    parts = _parts_by_device(plan, buffers)
+    shares = split_limits(limits, [part.size for part in parts])
     stop = threading.Event()
     stats: dict[torch.device, LoadStats] = {}
     errors: dict[torch.device, BaseException] = {}
@@ -114,75 +138,84 @@ def fill(
                 errors[part.device] = error
                 raise
 
-        works = [partial(fill_part, part, share) for part, share in zip(parts, shares, strict=True)]
+        tasks = [partial(fill_part, part, share) for part, share in zip(parts, shares, strict=True)]
         try:
             if len(parts) > 1 and (limits.threads is None or limits.threads >= len(parts)):
-                run_concurrently([_as_here(work, part.device) for work, part in zip(works, parts, strict=True)], stop)
+                in_context = [_in_this_context(task, part.device) for task, part in zip(tasks, parts, strict=True)]
+                run_concurrently(in_context, stop)
             else:
-                for work in works:
-                    work()
+                for task in tasks:
+                    task()
         except BaseException as error:
             for part in parts:
-                _note_device(part, error, part.device in stats, errors.get(part.device, error))
-            errors.clear()  # whose tracebacks hold the memory of their loads
+                _add_device_notes(part, error, part.device in stats, errors.get(part.device, error))
+            errors.clear()  # their tracebacks hold the memory of the loads
             raise
     return {part.device: stats[part.device] for part in parts}
 
 
-class Need(NamedTuple):
-    """The bytes that a device is filled with, and whether they are streamed to it."""
+class DeviceBytes(NamedTuple):
+    """The size of the load to one device."""
 
     nbytes: int
+    """Bytes of the buffers to fill."""
     is_streamed: bool
+    """Whether the bytes pass through pinned memory, as they do to a GPU."""
 
 
-def shared_out(limits: Limits, needs: Sequence[Need]) -> list[Limits]:
-    """The limits of each device, in proportion to its bytes; together they are no more than those of the load.
+def split_limits(limits: Limits, sizes: Sequence[DeviceBytes]) -> list[Limits]:
+    """Split the limits of a load among its devices, in proportion to their bytes.
 
-    Pinned memory, which torch rounds up to a power of two, is rounded down to one.
+    torch rounds pinned memory up to a power of two, so a share of pinned memory is rounded down to one.
+
+    Args:
+        limits: the limits of the whole load.
+        sizes: the size of the load to each device.
 
     Raises:
-        ConversionError: the scratch is too small for so many devices.
+        ConversionError: the scratch is too small for this number of devices.
     """
-    if len(needs) < 2:
-        return [limits] * len(needs)
-    weights = [need.nbytes for need in needs]
-    least = [to_device.LEAST_SCRATCH_BYTES if need.is_streamed else to_host.LEAST_SCRATCH_BYTES for need in needs]
-    # Fewer threads than devices are used by one after the other.
-    threads = _threads(limits, len(needs))
-    counts = _divided(threads, weights, [1] * len(needs)) if threads >= len(needs) else [threads] * len(needs)
-    if limits.scratch_bytes is None:  # each device takes what its threads need
+    if len(sizes) < 2:
+        return [limits] * len(sizes)
+    weights = [size.nbytes for size in sizes]
+    least = [to_device.LEAST_SCRATCH_BYTES if size.is_streamed else to_host.LEAST_SCRATCH_BYTES for size in sizes]
+    threads = _threads(limits, len(sizes))
+    # With fewer threads than devices, one device after another uses all threads.
+    counts = [threads] * len(sizes)
+    if threads >= len(sizes):
+        counts = _proportional_shares(threads, weights, [1] * len(sizes))
+    if limits.scratch_bytes is None:  # each executor allocates what its threads need
         return [limits._replace(threads=count) for count in counts]
     if limits.scratch_bytes < sum(least):
         expected = f"scratch_bytes >= {sum(least)}"
         found = limits.scratch_bytes
-        raise ConversionError(message(f"cannot load to {len(needs)} devices", expected=expected, found=found))
+        raise ConversionError(message(f"cannot load to {len(sizes)} devices", expected=expected, found=found))
     scratches = [
-        1 << share.bit_length() - 1 if need.is_streamed else share
-        for need, share in zip(needs, _divided(limits.scratch_bytes, weights, least), strict=True)
+        1 << share.bit_length() - 1 if size.is_streamed else share
+        for size, share in zip(sizes, _proportional_shares(limits.scratch_bytes, weights, least), strict=True)
     ]
     shares = zip(counts, scratches, strict=True)
     return [limits._replace(threads=count, scratch_bytes=scratch) for count, scratch in shares]
 
 
 def _pinned_bytes(nbytes: int) -> int:
-    """The pinned memory that torch takes: a power of two."""
+    """Return the bytes that torch allocates for pinned memory: ``nbytes`` rounded up to a power of two."""
     return 1 << (nbytes - 1).bit_length()
 
 
 def _threads(limits: Limits, devices: int) -> int:
-    """Threads of a load to so many devices: what is given, or at least one for each."""
+    """Return the number of threads of a load to ``devices`` devices; the default is at least one for each."""
     if limits.threads is not None:
         return limits.threads
     return max(default_reader_threads(to_device.MOST_THREADS * max(devices, 1)), devices)
 
 
-def _divided(total: int, weights: Sequence[int], least: Sequence[int]) -> list[int]:
-    """Shares that sum up to ``total``: the least of each, and of what is left a part in proportion to its weight."""
+def _proportional_shares(total: int, weights: Sequence[int], least: Sequence[int]) -> list[int]:
+    """Divide ``total``: each share is its minimum in ``least``, plus a part of the rest in proportion to its weight."""
     weights = weights if any(weights) else [1] * len(weights)
-    rest, whole = total - sum(least), sum(weights)
-    ends = [rest * weight // whole for weight in accumulate(weights, initial=0)]
-    return [low + stop - start for low, (start, stop) in zip(least, pairwise(ends), strict=True)]
+    rest, total_weight = total - sum(least), sum(weights)
+    ends = [rest * weight // total_weight for weight in accumulate(weights, initial=0)]
+    return [minimum + stop - start for minimum, (start, stop) in zip(least, pairwise(ends), strict=True)]
 
 
 class _Part(NamedTuple):
@@ -190,21 +223,26 @@ class _Part(NamedTuple):
 
     device: torch.device
     plan: CopyPlan
-    streamed_to: Device | None
-    need: Need
+    """The plan of the targets on this device."""
+    transfer: Device | None
+    """The interface for streams and pinned memory of the device; None for the host."""
+    size: DeviceBytes
 
 
-def _parts(plan: CopyPlan, buffers: Mapping[str, Tensor]) -> list[_Part]:
-    """The parts of a load. Made in the caller's thread: streams will be behind the current ones of this thread."""
+def _parts_by_device(plan: CopyPlan, buffers: Mapping[str, Tensor]) -> list[_Part]:
+    """Group the targets of a load by the device of their buffers.
+
+    Call this in the caller's thread: the streams of the load will run behind the current streams of this thread.
+    """
     groups: dict[torch.device, list[Target]] = {}
     for target in plan.targets:
         groups.setdefault(buffers[target.name].device, []).append(target)
     parts = []
     for device, targets in groups.items():
-        streamed_to = transfer_device(device)
+        transfer = transfer_device(device)
         nbytes = sum(buffers[target.name].nbytes for target in targets)
-        need = Need(nbytes, streamed_to is not None)
-        parts.append(_Part(device, replace(plan, targets=tuple(targets)), streamed_to, need))
+        size = DeviceBytes(nbytes, transfer is not None)
+        parts.append(_Part(device, replace(plan, targets=tuple(targets)), transfer, size))
     return parts
 
 
@@ -217,7 +255,7 @@ def _fill_device(
     stop: threading.Event,
 ) -> LoadStats:
     threads, scratch_bytes, device_scratch_bytes, huge_pages = limits
-    if part.streamed_to is None:
+    if part.transfer is None:
         return load_to_host(
             part.plan,
             checkpoint,
@@ -232,7 +270,7 @@ def _fill_device(
         part.plan,
         checkpoint,
         buffers,
-        part.streamed_to,
+        part.transfer,
         threads=threads,
         scratch_bytes=scratch_bytes,
         device_scratch_bytes=device_scratch_bytes,
@@ -241,38 +279,46 @@ def _fill_device(
     )
 
 
-def _as_here(work: Callable[[], None], device: torch.device) -> Callable[[], None]:
-    """Work for another thread, with this thread's inference mode, default device and current stream on ``device``.
+def _in_this_context(task: Callable[[], None], device: torch.device) -> Callable[[], None]:
+    """Wrap a task for another thread, so that it runs with the inference mode, default device and stream of this one.
 
-    Grad mode and autocast are not copied: a load records no gradients, and chooses its dtypes itself.
+    The stream is the current stream of this thread on ``device``. Grad mode and autocast are not carried over: a load
+    records no gradients and chooses its dtypes itself.
     """
     inference, default = torch.is_inference_mode_enabled(), torch.get_default_device()
-    # A thread's own current device is 0, where the first call would make a context.
+    # In a new thread the current device is 0, and the first call would create a context on it.
     on_device = device.type == "cuda" and torch.cuda.is_initialized()
     stream = torch.cuda.current_stream(device) if on_device else None
 
-    def there() -> None:
+    def run() -> None:
         with ExitStack() as state:
             state.enter_context(torch.inference_mode(inference))
             if default.type != "cpu":
                 state.enter_context(default)
             if stream is not None:
                 state.enter_context(torch.cuda.stream(stream))
-            work()
+            task()
 
-    return there
+    return run
 
 
-def _note_device(part: _Part, error: BaseException, is_complete: bool, own: BaseException) -> None:
-    """Tell in the error that ends a load what is complete on one device, or what went wrong there besides.
+def _add_device_notes(part: _Part, error: BaseException, is_complete: bool, own_error: BaseException) -> None:
+    """Add the state of one device to the error that ends a load: its complete targets, or its own error.
 
     Args:
-        own: what its executor raised, which has told what is complete; ``error`` itself if that has raised nothing.
+        part: the part of the load that fills the device.
+        error: the error that ends the load.
+        is_complete: whether the device is filled.
+        own_error: the error of the device's executor, which names the complete targets; ``error`` if it raised none.
     """
     if is_complete:
-        note_filled(error, [target.name for target in part.plan.targets], len(part.plan.targets))
-    elif own is not error:
-        notes = getattr(own, "__notes__", ())
-        failed = () if isinstance(own, Stopped) else (f"  besides:  on {part.device}, {type(own).__name__}: {own}",)
+        add_filled_targets(error, [target.name for target in part.plan.targets], len(part.plan.targets))
+    elif own_error is not error:
+        notes = getattr(own_error, "__notes__", ())
+        failed = (
+            ()
+            if isinstance(own_error, Stopped)
+            else (f"  also:     on {part.device}, {type(own_error).__name__}: {own_error}",)
+        )
         for text in (*failed, *notes):
-            tell(error, text)
+            add_note(error, text)

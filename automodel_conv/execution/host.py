@@ -1,4 +1,4 @@
-"""Load files to host buffers: each byte is read once, in place or through scratch."""
+"""The executor that loads files to host buffers; it reads each byte once, in place or through scratch."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from automodel_conv.execution.buffers import byte_view, dtype_of
 from automodel_conv.execution.copying import COPY_BYTES, COPY_RATIO, copy_equal
 from automodel_conv.execution.cores import default_reader_threads
 from automodel_conv.execution.host_decoding import decode_codes
-from automodel_conv.execution.load import begin, carry_out
+from automodel_conv.execution.load import prepare_load, run_load
 from automodel_conv.execution.new_memory import NewMemory
 from automodel_conv.execution.reading import OpenFiles, read
 from automodel_conv.execution.stats import LoadStats
@@ -29,25 +29,27 @@ from automodel_conv.schedule.host import schedule
 from automodel_conv.schedule.jobs import ALIGN_BYTES, Copies, Job, ReadAndCopy, align_down, align_up
 
 DEFAULT_SCRATCH_BYTES = 64 << 20
+"""Scratch of a load to the host, if the caller sets none."""
 LEAST_SCRATCH_BYTES = 4096
+"""The smallest scratch of a load to the host."""
 
-# Local files are read at full speed by few threads; more only pass the page cache around.
+# A few threads read local files at full speed; more threads only compete for the page cache.
 _MOST_THREADS = 16
-# Threads that wait may be more: a network, or a disk, answers many at once.
+# There may be more threads if they wait: a network or a disk answers many requests at once.
 _MOST_WAITING_THREADS = 32
-# Loads below this are over before more threads could help.
+# Smaller loads are over before more threads could help.
 _ADAPTED_BYTES = 256 << 20
-# To start a thread takes as long as reading half a megabyte to two; one that finds less than this to do is no gain.
-_BYTES_A_THREAD = 8 << 20
+# Starting a thread takes as long as reading 0.5 to 2 MB, so a thread that reads less than this is no gain.
+_BYTES_PER_THREAD = 8 << 20
 
 
 def default_threads(nbytes: int | None = None) -> int:
-    """How many threads load where nobody says it; ranks of one node share its cores.
+    """Return the default number of threads of a load to the host; the ranks of one node share its cores.
 
     Args:
-        nbytes: to be loaded, if that is known: few bytes are loaded by few threads.
+        nbytes: number of bytes to load, or None if it is unknown. A small load uses fewer threads.
     """
-    most = _MOST_THREADS if nbytes is None else min(_MOST_THREADS, max(1, nbytes // _BYTES_A_THREAD))
+    most = _MOST_THREADS if nbytes is None else min(_MOST_THREADS, max(1, nbytes // _BYTES_PER_THREAD))
     return default_reader_threads(most)
 
 
@@ -62,30 +64,33 @@ def load_to_host(
     progress: SharedBar | bool = False,
     stop: threading.Event | None = None,
 ) -> LoadStats:
-    """Fill the buffers of all targets of a plan from the files of its checkpoint.
+    """Fill the host buffers of all targets of a plan from the files of its checkpoint.
 
-    Each byte of a source is read once, also where several targets share it; only sources of targets
-    that upstream's own code makes are read again for each of those, and whole.
+    Each byte of a source is read once, even if several targets share it. The exception is transformers' own code: each
+    of its calls reads its sources again, and whole.
 
     Args:
-        plan: its sources are the checkpoint's rows.
-        buffers: by target name, on the CPU, of the target's shape and dtype and any strides; other
-            names are ignored. Written in place.
-        threads: that read and copy. Not given: as many as there are cores, at most 16 and one for each 8 MiB, on
-            several ranks of a node its share of them; and up to 32 while that many read faster because they wait.
-            Fewer take part where scratch_bytes is too small for all. A single one that is given is the caller's own.
-        scratch_bytes: of all threads together, for what cannot be read in place; 64 MiB if not
-            given. Sources that are larger go through it in slabs.
-        huge_pages: the pages of buffers that are new memory; None: of the size that is made faster, see ``NewMemory``.
-        progress: draw a bar, or draw in one that others share.
-        stop: set by anybody, the load ends as soon as what is being read is in its place.
+        plan: the plan to execute. Its sources are the checkpoint's rows.
+        checkpoint: the checkpoint to read.
+        buffers: tensors on the CPU by target name, with the target's shape and dtype and any strides. Written in place.
+            Other names are ignored.
+        threads: number of threads that read and copy. The default is the number of cores (on several ranks of a node,
+            the rank's share of them), but at most 16 and at most one for each 8 MiB. While threads wait and more of
+            them read faster, the default grows up to 32. Fewer threads work if ``scratch_bytes`` is too small for all.
+            ``threads=1`` runs in the caller's thread.
+        scratch_bytes: bytes of scratch for all threads together, for bytes that cannot be read in place; 64 MiB by
+            default. A larger source passes through the scratch in slabs.
+        huge_pages: whether new memory of the buffers gets huge pages. None chooses the size that this machine creates
+            faster; see ``NewMemory``.
+        progress: whether to draw a progress bar, or a bar that several loads share.
+        stop: event that any thread may set. Once it is set, the load ends as soon as the current reads are in place.
 
     Raises:
-        ConversionError: a buffer is missing or does not fit, before anything is read.
-        ReadError: a file could not be read; names file and tensor, and the targets that were
-            already complete, as whatever else is raised once reading has begun.
-        UnsupportedError: a dtype that torch does not know, or strides that copies cannot follow.
-        Stopped: ``stop`` was set before all was done.
+        ConversionError: a buffer is missing or does not fit. Raised before anything is read.
+        ReadError: a file could not be read. The error names the file, the tensor, and the targets that were already
+            complete. Every other error that is raised after reading has begun names these targets too.
+        UnsupportedError: torch does not have a dtype, or copies cannot follow the strides of a buffer.
+        Stopped: ``stop`` was set before all work was done.
     """
     adapts = threads is None
     threads = default_threads(plan.bytes_written) if threads is None else threads
@@ -98,7 +103,7 @@ def load_to_host(
                 found=f"threads={threads}, scratch_bytes={scratch_bytes}",
             )
         )
-    load = begin(plan, checkpoint, buffers)
+    load = prepare_load(plan, checkpoint, buffers)
     threads = min(threads, scratch_bytes // (ALIGN_BYTES * (1 + COPY_RATIO)))
     slot_bytes = bytes_of_slot(threads, scratch_bytes)
     decodes = plan.sources.decodes
@@ -106,42 +111,42 @@ def load_to_host(
     most = _most_threads(jobs, threads, scratch_bytes) if adapts else threads
     done: set[int] = set()
 
-    run = partial(_run, jobs, checkpoint, load.tensors, ThreadPolicy(threads, most), huge_pages, done, stop)
+    run = partial(_run_jobs, jobs, checkpoint, load.tensors, ThreadPolicy(threads, most), huge_pages, done, stop)
 
     def unfinished() -> set[int]:
         return {target for number, job in enumerate(jobs) if number not in done for target in job.targets}
 
-    return carry_out(load, sum(job.reads.total_bytes for job in jobs), run, unfinished, progress, stop)
+    return run_load(load, sum(job.reads.total_bytes for job in jobs), run, unfinished, progress, stop)
 
 
 def bytes_of_slot(threads: int, scratch_bytes: int) -> int:
-    """What is left to each thread for what it reads, of the scratch of all, beside what its copies need."""
+    """Return the bytes that each thread can read at once, if all threads share ``scratch_bytes`` with their copies."""
     share = scratch_bytes // threads
     nbytes = max(share - COPY_BYTES, share // (1 + COPY_RATIO))
     return align_down(nbytes)
 
 
 def _most_threads(jobs: Sequence[Job], threads: int, scratch_bytes: int) -> int:
-    """How many threads there may be where they wait: scratch for each of them, and time to find out."""
+    """Return the largest number of threads if they wait: each needs scratch, and the load must be long enough."""
     if sum(job.reads.total_bytes for job in jobs) < _ADAPTED_BYTES:
         return threads
-    of_each = _scratch_of_thread(jobs)
-    fitting = scratch_bytes // of_each if of_each else _MOST_WAITING_THREADS
+    thread_bytes = _scratch_of_thread(jobs)
+    fitting = scratch_bytes // thread_bytes if thread_bytes else _MOST_WAITING_THREADS
     return max(threads, min(fitting, _MOST_WAITING_THREADS))
 
 
 def _slot_bytes(jobs: Sequence[Job]) -> int:
-    # Whole alignment units, so that the slot can be seen as elements of any size.
+    # Rounded up to whole alignment units, so that the slot can be viewed as elements of any size.
     return align_up(max((job.scratch_bytes for job in jobs if isinstance(job, ReadAndCopy)), default=0))
 
 
 def _scratch_of_thread(jobs: Sequence[Job]) -> int:
-    """A slot to read into, and the memory that copies out of it need."""
+    """Return the scratch of one thread: a slot to read into, and the memory that copies out of the slot need."""
     slot_bytes = _slot_bytes(jobs)
     return slot_bytes + min(COPY_BYTES, COPY_RATIO * slot_bytes)
 
 
-def _run(
+def _run_jobs(
     jobs: Sequence[Job],
     checkpoint: Checkpoint,
     tensors: Sequence[Tensor],
@@ -151,7 +156,7 @@ def _run(
     stop: threading.Event | None,
     advance: Callable[[int], None],
 ) -> LoadStats:
-    """Run the jobs; ``done`` collects the numbers of the finished ones, also when this raises."""
+    """Run the jobs in threads; ``done`` collects the numbers of the finished jobs, even if this raises."""
     files = OpenFiles(checkpoint, (job.reads for job in jobs))
     views = [byte_view(tensor) for tensor in tensors]
     memory = NewMemory(tensors, huge_pages)
@@ -162,7 +167,7 @@ def _run(
         scratch = torch.empty(slot_bytes, dtype=torch.uint8, device="cpu")
         scratch_view = [byte_view(scratch)]
 
-        def take(item: tuple[int, Job]) -> None:
+        def run_job(item: tuple[int, Job]) -> None:
             number, job = item
             memory.populate_for(job)
             through_scratch = isinstance(job, ReadAndCopy)
@@ -173,7 +178,7 @@ def _run(
             done.add(number)
             advance(job.reads.total_bytes)
 
-        return _recording(take, policy, lock) if adapts else take
+        return _recorded(run_job, policy, lock) if adapts else run_job
 
     adapts, lock = policy.most > policy.threads, threading.Lock()
     wanted = (lambda: policy.threads) if adapts else None
@@ -184,26 +189,26 @@ def _run(
     return LoadStats(0, sum(gaps), most * _scratch_of_thread(jobs), threads=most, pages=memory.use())
 
 
-def _recording(
-    take: Callable[[tuple[int, Job]], None], policy: ThreadPolicy, lock: threading.Lock
+def _recorded(
+    run_job: Callable[[tuple[int, Job]], None], policy: ThreadPolicy, lock: threading.Lock
 ) -> Callable[[tuple[int, Job]], None]:
-    """``take``, and what it has taken told to ``policy``."""
+    """Return ``run_job`` with a measurement: after each job, its bytes and seconds are recorded in ``policy``."""
 
     last, last_ready = time.perf_counter(), system.seconds_ready()
 
-    def told(item: tuple[int, Job]) -> None:
+    def run_and_record(item: tuple[int, Job]) -> None:
         nonlocal last, last_ready
-        take(item)
-        begin, last = last, time.perf_counter()
-        ready, last_ready = last_ready, system.seconds_ready()
-        seconds = last - begin
+        run_job(item)
+        before, last = last, time.perf_counter()
+        ready_before, last_ready = last_ready, system.seconds_ready()
+        seconds = last - before
         with lock:
-            policy.tell(item[1].reads.total_bytes, seconds - (last_ready - ready), seconds, last)
+            policy.record(item[1].reads.total_bytes, seconds - (last_ready - ready_before), seconds, last)
 
-    return told
+    return run_and_record
 
 
 def _copy(batches: Sequence[Copies], scratch: Tensor, tensors: Sequence[Tensor]) -> None:
-    """Copy from the scratch to the targets."""
+    """Execute copies from the scratch to the targets."""
     typed = {dtype: scratch.view(dtype_of(dtype, "a source")) for dtype in {copies.dtype for copies in batches}}
     copy_equal((copies, typed[copies.dtype], tensors[copies.target]) for copies in batches)

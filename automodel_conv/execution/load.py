@@ -1,4 +1,4 @@
-"""Loads to the host and to a device share this: checks before the first read, work after the last, and errors."""
+"""The steps that loads to the host and to a device share: check buffers, run transformers' own code, report errors."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from typing import NamedTuple
 from torch import Tensor
 
 from automodel_conv.errors import ConversionError, listing
-from automodel_conv.execution.buffers import BufferCopies, checked
+from automodel_conv.execution.buffers import BufferCopies, checked_buffer
+from automodel_conv.execution.fallbacks import FallbackCall, fallback_calls, run_fallback
 from automodel_conv.execution.reading import read_whole
 from automodel_conv.execution.stats import LoadStats
-from automodel_conv.execution.upstream import Upstream, run_upstream, upstream_calls
 from automodel_conv.execution.workers import raise_if_stopped
 from automodel_conv.files.checkpoint import Checkpoint
 from automodel_conv.planning.copies import StridedCopy, Target
@@ -22,51 +22,53 @@ from automodel_conv.progress import SharedBar, bytes_progress
 
 
 class Load(NamedTuple):
-    """A load whose buffers are checked: what copies make, and what upstream's own code makes afterwards."""
+    """A load with checked buffers: the copies to execute, and the calls of transformers' own code that follow."""
 
     plan: CopyPlan
     checkpoint: Checkpoint
     buffers: Mapping[str, Tensor]
     targets: list[Target]
-    """Made by copies, and not empty."""
+    """The targets that copies fill and that are not empty."""
     tensors: list[Tensor]
-    """Their buffers."""
+    """The buffer of each of ``targets``."""
     copies: Sequence[Sequence[StridedCopy]]
-    """Of each, aimed at its buffer."""
-    calls: list[Upstream]
+    """For each of ``targets``, the copies that fill its buffer."""
+    calls: list[FallbackCall]
+    """The calls of transformers' own code, which fill the other targets."""
 
     @property
     def whole_bytes(self) -> int:
-        """Bytes that are read for upstream's own code."""
+        """Bytes of the sources that are read for transformers' own code."""
         return sum(map(self.bytes_of, self.calls))
 
-    def bytes_of(self, call: Upstream) -> int:
-        """Bytes of the sources of a call."""
+    def bytes_of(self, call: FallbackCall) -> int:
+        """Return the bytes of the sources of one call."""
         return sum(self.checkpoint.nbytes[row] for row in call.rows)
 
 
-def begin(plan: CopyPlan, checkpoint: Checkpoint, buffers: Mapping[str, Tensor]) -> Load:
-    """Check all buffers of a plan, before anything is read.
+def prepare_load(plan: CopyPlan, checkpoint: Checkpoint, buffers: Mapping[str, Tensor]) -> Load:
+    """Check all buffers of a plan, and compute the copies that fill them; read nothing.
 
     Args:
-        plan: its sources are the checkpoint's rows.
-        buffers: by target name; see ``checked``.
+        plan: the plan to execute. Its sources are the checkpoint's rows.
+        checkpoint: the checkpoint to read.
+        buffers: the buffers by target name; see ``checked_buffer``.
 
     Raises:
         ConversionError: a buffer is missing or does not fit.
-        UnsupportedError: a dtype that torch does not know, or strides that copies cannot follow.
+        UnsupportedError: torch does not have a dtype, or copies cannot follow the strides of a buffer.
     """
     targets = [target for target in plan.targets if target.fallback is None and prod(target.shape)]
-    tensors = [checked(target, buffers) for target in targets]
-    calls = upstream_calls(plan)
+    tensors = [checked_buffer(target, buffers) for target in targets]
+    calls = fallback_calls(plan)
     for target in (target for call in calls for target in call.targets):
-        checked(target, buffers)
+        checked_buffer(target, buffers)
     copies_for = BufferCopies()
     copies = [copies_for(target, tensor) for target, tensor in zip(targets, tensors, strict=True)]
     return Load(plan, checkpoint, buffers, targets, tensors, copies, calls)
 
 
-def carry_out(
+def run_load(
     load: Load,
     bytes_copied: int,
     run: Callable[[Callable[[int], None]], LoadStats],
@@ -74,14 +76,19 @@ def carry_out(
     progress: SharedBar | bool,
     stop: threading.Event | None,
 ) -> LoadStats:
-    """Run what reads and copies, then upstream's own code; whatever ends it names the targets that are complete.
+    """Run an executor, then transformers' own code; add the names of the complete targets to any error.
 
     Args:
-        bytes_copied: that ``run`` reads.
-        run: makes all that copies make; is given what it tells of the bytes that it has read.
-        unfinished: numbers of the targets that may lack bytes, once ``run`` has returned or raised.
-        progress: draw a bar, or draw in one that others share.
-        stop: set by anybody, no further call of upstream's code is made.
+        load: the load to run.
+        bytes_copied: number of bytes that ``run`` reads.
+        run: function that reads and copies. It receives a callback, and calls it with each number of bytes it has read.
+        unfinished: function that returns the numbers of the targets that may lack bytes. It is called after ``run`` has
+            returned or raised.
+        progress: whether to draw a progress bar, or a bar that several loads share.
+        stop: event that any thread may set. Once it is set, no further call of transformers' code starts.
+
+    Raises:
+        Stopped: ``stop`` was set before all work was done.
     """
     bytes_read = bytes_copied + load.whole_bytes
     written: list[str] = []
@@ -91,28 +98,33 @@ def carry_out(
             for call in load.calls:
                 raise_if_stopped(stop)
                 sources = {row: read_whole(row, load.checkpoint) for row in call.rows}
-                run_upstream(call, sources, load.buffers)
+                run_fallback(call, sources, load.buffers)
                 written += [target.name for target in call.targets]
                 advance(load.bytes_of(call))
         except BaseException as error:
-            lacking = unfinished()
-            written += [target.name for number, target in enumerate(load.targets) if number not in lacking]
-            note_filled(error, written, len(load.plan.targets))
+            incomplete = unfinished()
+            written += [target.name for number, target in enumerate(load.targets) if number not in incomplete]
+            add_filled_targets(error, written, len(load.plan.targets))
             raise
     return stats._replace(bytes_read=bytes_read)
 
 
-def note_filled(error: BaseException, written: Sequence[str], total: int) -> None:
-    """Add the names of the targets that are complete, of ``total``, to the text of our own errors, as a note to others.
+def add_filled_targets(error: BaseException, written: Sequence[str], total: int) -> None:
+    """Add the names of the complete targets to an error.
 
-    Said of the targets of one device, once for each that has been written to.
+    A load to several devices calls this once for each device that was written to.
+
+    Args:
+        error: the error to extend.
+        written: names of the complete targets of one device.
+        total: number of all targets of that device.
     """
-    tell(error, "\n".join(filter(None, [f"  filled:   {len(written)} of {total} targets", listing(written)])))
+    add_note(error, "\n".join(filter(None, [f"  filled:   {len(written)} of {total} targets", listing(written)])))
 
 
-def tell(error: BaseException, text: str) -> None:
-    """Add lines to the text of our own errors, as a note to others."""
+def add_note(error: BaseException, text: str) -> None:
+    """Add lines to the text of an error of this package, or as a note to any other error."""
     if isinstance(error, ConversionError):
         error.add(text)
-    else:  # as add_note, which Python 3.10 does not have
+    else:  # BaseException.add_note does the same, but Python 3.10 does not have it
         error.__notes__ = [*getattr(error, "__notes__", ()), text]  # type: ignore[attr-defined]

@@ -1,4 +1,4 @@
-"""From tensors to tensors on the device they are on: the same plan, with no file in sight."""
+"""The executor of conversions in memory: it fills buffers from tensors on the same device in one batch of copies."""
 
 from __future__ import annotations
 
@@ -11,56 +11,61 @@ import torch
 from torch import Tensor
 
 from automodel_conv.errors import ConversionError, message
-from automodel_conv.execution.buffers import BufferCopies, checked, dtype_of, span_bytes
-from automodel_conv.execution.copy_batch import CopyBatch, takes_kernels
+from automodel_conv.execution.buffers import BufferCopies, checked_buffer, dtype_of, span_bytes
+from automodel_conv.execution.copy_batch import CopyBatch, uses_kernels
+from automodel_conv.execution.fallbacks import fallback_calls, run_fallback
 from automodel_conv.execution.stats import Work
-from automodel_conv.execution.upstream import run_upstream, upstream_calls
 from automodel_conv.planning.boxes import Box, NotAffine, Piece, chain, contiguous_strides
 from automodel_conv.planning.copies import StridedCopy, Target, group_pieces
 from automodel_conv.planning.plan import CopyPlan
 
-# ``max_work`` of ``np.shares_memory``, which takes milliseconds; beyond it, tensors count as apart.
+# ``max_work`` of ``np.shares_memory``: a few milliseconds. Beyond it, tensors count as not sharing memory.
 _MOST_WORK = 100_000
 
 
 def convert_tensors(
     plan: CopyPlan, sources: Sequence[Tensor], buffers: Mapping[str, Tensor], *, backend: str = "torch"
 ) -> Work:
-    """Fill the buffers of all targets of a plan from tensors.
+    """Fill the buffers of all targets of a plan from source tensors.
 
-    Allocates nothing, but a contiguous copy of a source whose strides the copies cannot follow, what
-    upstream's own code allocates for its targets, and a small table of addresses for each kernel.
+    This allocates only three things: a contiguous copy of each source whose strides the copies cannot follow, the
+    memory that transformers' own code needs for its targets, and a small table of addresses for each kernel.
 
     Args:
-        sources: by row of the plan's sources, any strides; rows that no target takes are ignored.
-        buffers: by target name, of the target's shape and dtype, any strides. Written in place.
-        backend: "torch"; "triton": kernels, but torch, counted, for the copies that none fits; "auto":
-            "triton" where kernels run on the tensors' device, which on a CPU they do not.
+        plan: the plan to execute.
+        sources: source tensors by row of the plan's sources, with any strides. Rows that no target reads are ignored.
+        buffers: buffers by target name, with the target's shape and dtype and any strides. Written in place.
+        backend: "torch", "triton" or "auto". "triton" runs kernels, and torch for the copies that no kernel supports.
+            "auto" is "triton" if kernels run on the tensors' device, which they do not on a CPU.
+
+    Returns:
+        The numbers of copies that kernels and torch executed.
 
     Raises:
-        ConversionError: a source or a buffer does not fit, or a buffer shares memory with a source or with another
-            buffer (two names of one tensor may, if one tensor is what they are made of); before anything is written.
-        UnsupportedError: a dtype that torch does not know, strides that copies cannot follow, or
-            "triton" for tensors that kernels cannot reach.
+        ConversionError: a source or a buffer does not fit, or a buffer shares memory with a source or another buffer.
+            Two names of one tensor may share it, if both targets are the same function of the same sources. Raised
+            before anything is written.
+        UnsupportedError: torch does not have a dtype, copies cannot follow the strides of a buffer, or the backend is
+            "triton" and kernels cannot reach the tensors.
     """
     rows = sorted(plan.used_sources)
     tensors = {row: _checked_source(plan, row, sources[row]) for row in rows}
-    outputs = [checked(target, buffers) for target in plan.targets]
+    outputs = [checked_buffer(target, buffers) for target in plan.targets]
     read = [_Operand(plan.sources.names[row], tensor, None) for row, tensor in tensors.items()]
     written = [_Operand(target.name, output, target) for target, output in zip(plan.targets, outputs, strict=True)]
-    _refuse_shared_memory([*read, *written], tensors)
-    use_kernels = takes_kernels(backend, [*tensors.values(), *outputs])
+    _raise_if_memory_is_shared([*read, *written], tensors)
+    use_kernels = uses_kernels(backend, [*tensors.values(), *outputs])
     copies_for = BufferCopies()
-    aimed = [copies_for(target, output) for target, output in zip(plan.targets, outputs, strict=True)]
+    copies_by_target = [copies_for(target, output) for target, output in zip(plan.targets, outputs, strict=True)]
     batch = CopyBatch()
-    for target, output, copies in zip(plan.targets, outputs, aimed, strict=True):
+    for target, output, copies in zip(plan.targets, outputs, copies_by_target, strict=True):
         if output.numel() and target.fallback is None:
             copies, reads = with_source_strides(copies, [tensors[row] for row in target.sources])
             for copy in copies:
                 batch.add(copy, reads, output)
     work = batch.run(use_kernels)
-    for call in upstream_calls(plan):
-        run_upstream(call, {row: tensors[row] for row in call.rows}, buffers)
+    for call in fallback_calls(plan):
+        run_fallback(call, {row: tensors[row] for row in call.rows}, buffers)
     return work
 
 
@@ -70,7 +75,7 @@ def _checked_source(plan: CopyPlan, row: int, tensor: Tensor) -> Tensor:
     if tensor.shape != shape or tensor.dtype != dtype:
         raise ConversionError(
             message(
-                f"{name} is not what the plan was made for",
+                f"{name} does not match the plan",
                 expected=f"{dtype} {list(shape)}",
                 found=f"{tensor.dtype} {list(tensor.shape)}",
             )
@@ -79,9 +84,13 @@ def _checked_source(plan: CopyPlan, row: int, tensor: Tensor) -> Tensor:
 
 
 class _Operand(NamedTuple):
+    """A source or a buffer of a conversion."""
+
     name: str
     tensor: Tensor
-    buffer: Target | None  # the target it is the buffer of; None for a source
+    """The memory to read or to write."""
+    target: Target | None
+    """The target that the buffer is for; None for a source."""
 
     @property
     def start(self) -> int:
@@ -92,36 +101,36 @@ class _Operand(NamedTuple):
         return self.start + span_bytes(self.tensor)
 
 
-def _refuse_shared_memory(operands: Iterable[_Operand], sources: Mapping[int, Tensor]) -> None:
-    """No byte of a buffer may be one of a source or of another buffer: what is read or left there would be chance.
+def _raise_if_memory_is_shared(operands: Iterable[_Operand], sources: Mapping[int, Tensor]) -> None:
+    """Raise ConversionError if a buffer shares a byte with a source or another buffer: the result would be undefined.
 
-    Views may alternate within one storage, as columns of a matrix do: whether two have a byte in common is decided
-    exactly, by numpy; where that takes over ``_MOST_WORK`` steps, as odd strides may, they pass. So do two names of one
-    tensor that are made alike of the same memory: tied weights.
+    numpy decides exactly whether two tensors have a byte in common, because views may alternate within one storage, as
+    columns of a matrix do. Pairs for which that takes more than ``_MOST_WORK`` steps pass; odd strides may cause this.
+    Tied weights pass too: two names of one tensor that are computed from the same memory in the same way.
 
-    Not detected: memory that is reached under two addresses or two devices, and elements of one buffer that meet.
+    Not detected: memory that is reached under two addresses or on two devices, and elements of one buffer that overlap.
     """
-    # Open: those that reach beyond the start of the next one.
+    # Open operands are those that extend beyond the start of the next operand.
     open_by_device: dict[torch.device, list[_Operand]] = {}
     for operand in sorted((o for o in operands if o.tensor.numel()), key=lambda o: o.start):
         device = operand.tensor.device
         others = [o for o in open_by_device.get(device, []) if o.stop > operand.start]
         for other in others:
-            if (operand.buffer or other.buffer) and _share_bytes(operand.tensor, other.tensor):
-                _refuse_unless_tied(operand, other, sources)
+            if (operand.target or other.target) and _share_bytes(operand.tensor, other.tensor):
+                _raise_unless_tied(operand, other, sources)
         open_by_device[device] = [*others, operand]
 
 
 def _share_bytes(first: Tensor, second: Tensor) -> bool:
     try:
-        # numpy's stub knows two of the numbers that it takes.
-        return np.shares_memory(_placed(first), _placed(second), max_work=_MOST_WORK)  # type: ignore[arg-type]
+        # numpy's stub allows only two values of ``max_work``.
+        return np.shares_memory(_address_array(first), _address_array(second), max_work=_MOST_WORK)  # type: ignore[arg-type]
     except np.exceptions.TooHardError:
         return False
 
 
-def _placed(tensor: Tensor) -> np.ndarray:
-    """An array that lies where the tensor lies, on whatever device: to be compared, never read."""
+def _address_array(tensor: Tensor) -> np.ndarray:
+    """Return an array at the addresses of a tensor on any device; for comparing addresses, never for reading."""
     size = tensor.element_size()
     holder = SimpleNamespace(
         __array_interface__={
@@ -135,31 +144,34 @@ def _placed(tensor: Tensor) -> np.ndarray:
     return np.asarray(holder)
 
 
-def _refuse_unless_tied(first: _Operand, second: _Operand, sources: Mapping[int, Tensor]) -> None:
-    if first.buffer is None or second.buffer is None:
-        source, buffer = (first, second) if first.buffer is None else (second, first)
-        what = f"the buffer of {buffer.name} lies in the memory of the source {source.name}"
-    elif _place(first.tensor) == _place(second.tensor) and _made_of(first.buffer, sources) == _made_of(
-        second.buffer, sources
+def _raise_unless_tied(first: _Operand, second: _Operand, sources: Mapping[int, Tensor]) -> None:
+    if first.target is None or second.target is None:
+        source, buffer = (first, second) if first.target is None else (second, first)
+        what = f"the buffer of {buffer.name} overlaps the memory of the source {source.name}"
+    elif _memory_key(first.tensor) == _memory_key(second.tensor) and (
+        _computation_key(first.target, sources) == _computation_key(second.target, sources)
     ):
         return
     else:
         what = "the buffers of {} and {} share memory".format(*sorted((first.name, second.name)))
-    raise ConversionError(message(what, do="pass a buffer of its own"))
+    raise ConversionError(message(what, do="pass buffers that share no memory"))
 
 
-def _made_of(target: Target, sources: Mapping[int, Tensor]) -> tuple[object, ...]:
-    return target.fallback, target.copies, [_place(sources[row]) for row in target.sources]
+def _computation_key(target: Target, sources: Mapping[int, Tensor]) -> tuple[object, ...]:
+    return target.fallback, target.copies, [_memory_key(sources[row]) for row in target.sources]
 
 
-def _place(tensor: Tensor) -> tuple[object, ...]:
+def _memory_key(tensor: Tensor) -> tuple[object, ...]:
     return tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()
 
 
 def with_source_strides(
     copies: Sequence[StridedCopy], sources: Sequence[Tensor]
 ) -> tuple[Sequence[StridedCopy], Sequence[Tensor]]:
-    """Copies that read sources as they lie, and sources, contiguous where copies cannot follow."""
+    """Return copies that read the sources with their actual strides, and the sources to read.
+
+    A source is replaced by a contiguous copy only if the copies cannot follow its strides.
+    """
     if all(source.is_contiguous() for source in sources):
         return copies, sources
     sources = list(sources)
@@ -171,9 +183,9 @@ def with_source_strides(
         source = sources[ordinal]
         if not source.is_contiguous():
             shape = tuple(source.shape)
-            real = Piece(ordinal, Box(shape, source.stride(), contiguous_strides(shape)), 0, 0)
+            to_contiguous = Piece(ordinal, Box(shape, source.stride(), contiguous_strides(shape)), 0, 0)
             try:
-                pieces[ordinal] = chain([real], reads, source.numel())
+                pieces[ordinal] = chain([to_contiguous], reads, source.numel())
             except NotAffine:
                 sources[ordinal] = source.contiguous()
     return group_pieces(piece for reads in pieces.values() for piece in reads), sources

@@ -1,4 +1,4 @@
-"""System calls for pages of memory, one thin function each.
+"""System calls for pages of memory, one thin function for each.
 
 Callers write ``page_calls.populate_pages`` and import no function by name, so that tests can replace it.
 """
@@ -17,15 +17,21 @@ _MADV_POPULATE_WRITE = 23
 
 
 def can_advise() -> bool:
-    """Whether this system takes advice about the pages of memory."""
+    """Return whether this system accepts advice about pages of memory."""
     return sys.platform == "linux"
 
 
 def advise_huge_pages(address: int, nbytes: int, use: bool = True) -> bool:
-    """Ask for huge pages within ``[address, address + nbytes)``, or for none; advice, so it never fails.
+    """Ask the kernel for huge pages within ``[address, address + nbytes)``, or for none; never fail.
+
+    Args:
+        address: first address of the range.
+        nbytes: length of the range.
+        use: True asks for huge pages, False for small pages only.
 
     Returns:
-        Whether the kernel took it: False off Linux, below one whole page, or without huge pages.
+        Whether the kernel accepted the advice. False on systems other than Linux, for a range below one whole page, and
+        for a kernel without huge pages.
     """
     start = -(-address // mmap.PAGESIZE) * mmap.PAGESIZE
     stop = (address + nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
@@ -35,28 +41,29 @@ def advise_huge_pages(address: int, nbytes: int, use: bool = True) -> bool:
 
 
 def populate_pages(address: int, nbytes: int) -> bool:
-    """Make the pages of new memory, as if each was written to; those that are there keep what they hold.
+    """Create the pages of new memory, as a write to each page would; pages that exist keep their contents.
 
     Args:
-        address: of a page.
-        nbytes: of whole pages.
+        address: address of the first page.
+        nbytes: total size of the pages, a multiple of the page size.
 
     Returns:
-        Whether the system has done it: False off Linux, before Linux 5.14, and where memory is short.
+        Whether the system created the pages. False on systems other than Linux, before Linux 5.14, and if memory is
+        short.
     """
     return sys.platform == "linux" and _memory_call("madvise")(address, nbytes, _MADV_POPULATE_WRITE) == 0
 
 
 def resident_share(address: int, nbytes: int) -> float:
-    """How many of these pages are in memory, from 0 to 1; 1 where the system cannot tell.
+    """Return the share of pages that are in memory, from 0 to 1; return 1 if the system cannot determine it.
 
     Args:
-        address: of a page.
-        nbytes: of whole pages, at least one.
+        address: address of the first page.
+        nbytes: total size of the pages, a positive multiple of the page size.
     """
     pages = bytearray(nbytes // mmap.PAGESIZE)
-    place = (ctypes.c_ubyte * len(pages)).from_buffer(pages)
-    if sys.platform != "linux" or _memory_call("mincore")(address, nbytes, ctypes.addressof(place)):
+    vector = (ctypes.c_ubyte * len(pages)).from_buffer(pages)
+    if sys.platform != "linux" or _memory_call("mincore")(address, nbytes, ctypes.addressof(vector)):
         return 1.0
     return pages.count(1) / len(pages)
 

@@ -1,10 +1,10 @@
-"""Which size the pages of new memory shall have: the one that this machine makes faster, by what it has taken so far.
+"""The policy that chooses the size of new memory pages: the size that this machine creates faster, as measured so far.
 
-Pure: choices out, bytes and seconds in. ``new_memory`` makes the pages and measures.
+Pure: bytes and seconds in, choices out. ``new_memory`` creates the pages and measures.
 
-On most machines a huge page (2 MiB) is made 2 to 3 times faster than 512 small ones. On a virtual machine whose free
-memory goes back to the host (free page reporting: Firecracker, Kata, balloons) it is 2 to 6 times slower, but for
-blocks that were freed a moment ago; so one machine can be both within a second.
+On most machines the kernel creates a huge page (2 MiB) 2 to 3 times faster than 512 small pages. On a virtual machine
+that returns free memory to its host (free page reporting: Firecracker, Kata, balloons) a huge page is 2 to 6 times
+slower, except for blocks that were freed a moment ago. So one machine can show both speeds within a second.
 """
 
 from __future__ import annotations
@@ -13,127 +13,135 @@ import statistics
 from collections import deque
 from typing import NamedTuple
 
-# Each size is tried this often before one is preferred. Of two measurements the lower one counts, so one may be
+# Each size is measured this many times before one is preferred. The lower of the two measurements counts, so one may be
 # disturbed.
-_TRIES = 2
-# As many of the last measurements tell how fast a size is. With five, three disturbed ones come together often enough
-# to slow a load on a busy machine.
+_TRIALS = 2
+# The speed of a size is the median of this many recent measurements. Three disturbed measurements spoil a median of
+# five, and on a busy machine this happens often enough to slow a load.
 _RECENT = 7
-# Bytes until the other size is tried again; doubled each time that it is still slower.
+# Bytes until the slower size is tried again. The gap doubles each time that it is still slower.
 _FIRST_GAP_BYTES, _MOST_GAP_BYTES = 32 << 20, 256 << 20
-# Part of the time that may be lost with such tries.
+# Share of the time that may be lost with trials of the slower size.
 _LOSS = 0.01
 
 
 class PageChoice(NamedTuple):
-    """The size of the next pages."""
+    """The size to use for the next pages."""
 
     huge: bool
-    is_try: bool
-    """Whether this is to be measured alone: the other size may be the faster one."""
+    """Huge pages or small pages."""
+    is_trial: bool
+    """Whether this is a trial: one block, measured by itself, perhaps with the slower size."""
 
 
 class PageUse(NamedTuple):
-    """New memory by the size of pages that a load has asked for, and how fast each size was when last measured."""
+    """The new memory of a load by page size, and the last measured speed of each size."""
 
     huge_bytes: int = 0
+    """Bytes for which the load asked for huge pages."""
     small_bytes: int = 0
+    """Bytes for which the load asked for small pages."""
     huge_gb_per_s: float | None = None
-    """10^9 bytes per second of one thread; None where none was measured."""
+    """Speed of huge pages: 10^9 bytes per second of one thread, or None if it was not measured."""
     small_gb_per_s: float | None = None
+    """Speed of small pages, in the same unit."""
 
     def __str__(self) -> str:
         nbytes = self.huge_bytes + self.small_bytes
         if not nbytes:
             return "no new memory of 4 MiB or more"
         sizes = (("huge", self.huge_bytes, self.huge_gb_per_s), ("small", self.small_bytes, self.small_gb_per_s))
-        said = [
-            f"{size} pages for {made / nbytes:.0%}" + (f" ({speed:.1f} GB/s)" if speed else "")
-            for size, made, speed in sorted(sizes, key=lambda size: -size[1])
-            if made
+        parts = [
+            f"{size} pages for {size_bytes / nbytes:.0%}" + (f" ({speed:.1f} GB/s)" if speed else "")
+            for size, size_bytes, speed in sorted(sizes, key=lambda size: -size[1])
+            if size_bytes
         ]
-        return f"{', '.join(said)} of {nbytes / 1e9:.2f} GB"
+        return f"{', '.join(parts)} of {nbytes / 1e9:.2f} GB"
 
 
 class PagePolicy:
-    """Choices for one load. First both sizes in turn, then the faster one, and now and then the other one again.
+    """Chooses the page sizes of one load.
+
+    The policy tries both sizes first, then stays with the faster one, and tries the slower one again now and then.
 
     Args:
-        huge: what every choice shall be; None: by measuring.
+        huge: the size of all choices; None chooses by measurement.
     """
 
     def __init__(self, huge: bool | None = None):
         self._fixed = huge
-        self._tries = {True: 0, False: 0}
+        self._trials = {True: 0, False: 0}
         self._recent: dict[bool, deque[float]] = {huge: deque(maxlen=_RECENT) for huge in (True, False)}
-        self._made = {True: 0, False: 0}
-        self._gap_bytes, self._since_try_bytes = _FIRST_GAP_BYTES, 0
-        self._seconds = self._lost_seconds = 0.0
+        self._recorded_bytes = {True: 0, False: 0}
+        self._gap_bytes, self._since_trial_bytes = _FIRST_GAP_BYTES, 0
+        self._total_seconds = self._lost_seconds = 0.0
 
     def choose(self, nbytes: int, may_try: bool = True) -> PageChoice:
-        """The size of the next pages.
+        """Choose the size of the next pages.
 
         Args:
-            nbytes: that a try would make.
-            may_try: whether the size may be another one than the one that is faster so far.
+            nbytes: bytes that a trial would create.
+            may_try: whether this choice may be a trial. Otherwise it is the size that is faster so far.
         """
         if self._fixed is not None:
             return PageChoice(self._fixed, False)
         if not may_try:
             return PageChoice(self._faster(), False)
-        if min(self._tries.values()) < _TRIES or not all(self._recent.values()):
-            return self._try(self._tries[True] <= self._tries[False])
+        if min(self._trials.values()) < _TRIALS or not all(self._recent.values()):
+            return self._trial(self._trials[True] <= self._trials[False])
         best = self._faster()
-        loss = (self._seconds_a_byte(not best) - self._seconds_a_byte(best)) * nbytes
-        may_lose = _LOSS * self._seconds - self._lost_seconds
-        if self._since_try_bytes >= self._gap_bytes and loss <= may_lose:
-            return self._try(not best)
+        loss = (self._seconds_per_byte(not best) - self._seconds_per_byte(best)) * nbytes
+        may_lose = _LOSS * self._total_seconds - self._lost_seconds
+        if self._since_trial_bytes >= self._gap_bytes and loss <= may_lose:
+            return self._trial(not best)
         return PageChoice(best, False)
 
     def settle(self) -> None:
-        """Stay with the faster size from now on, huge pages if none was measured, unless a size is given."""
+        """Keep the size that is faster so far, or huge pages if nothing was measured; a fixed size stays."""
         self._fixed = self._faster() if self._fixed is None else self._fixed
 
-    def tell(self, choice: PageChoice, nbytes: int, seconds: float | None) -> None:
-        """Take note of pages that were asked for, and of the seconds that one thread took to make them.
+    def record(self, choice: PageChoice, nbytes: int, seconds: float | None) -> None:
+        """Record pages that were created, and the time that this took.
 
         Args:
-            seconds: None if they say nothing of the size, or are not known.
+            choice: the choice that the pages follow.
+            nbytes: bytes of the pages.
+            seconds: seconds that one thread took; None if they were not measured or are no measure of the size.
         """
-        self._made[choice.huge] += nbytes
+        self._recorded_bytes[choice.huge] += nbytes
         if seconds is None:
             return
         if self._fixed is not None:
             self._recent[choice.huge].append(seconds / nbytes)
             return
-        known = all(self._recent.values())
-        best = self._faster() if known else choice.huge
+        both_measured = all(self._recent.values())
+        best = self._faster() if both_measured else choice.huge
         self._recent[choice.huge].append(seconds / nbytes)
-        self._seconds += seconds
-        self._since_try_bytes += nbytes
-        if not known:
+        self._total_seconds += seconds
+        self._since_trial_bytes += nbytes
+        if not both_measured:
             return
         if self._faster() != best:
             self._gap_bytes = _FIRST_GAP_BYTES
-        elif choice.is_try and choice.huge != best and min(self._tries.values()) >= _TRIES:
+        elif choice.is_trial and choice.huge != best and min(self._trials.values()) >= _TRIALS:
             self._gap_bytes = min(2 * self._gap_bytes, _MOST_GAP_BYTES)
-            self._lost_seconds += max(0.0, seconds - self._seconds_a_byte(best) * nbytes)
+            self._lost_seconds += max(0.0, seconds - self._seconds_per_byte(best) * nbytes)
 
     def use(self) -> PageUse:
-        """The pages made so far."""
+        """Return the pages recorded so far."""
         speeds = [
-            1e-9 / max(self._seconds_a_byte(huge), 1e-12) if self._recent[huge] else None for huge in (True, False)
+            1e-9 / max(self._seconds_per_byte(huge), 1e-12) if self._recent[huge] else None for huge in (True, False)
         ]
-        return PageUse(self._made[True], self._made[False], *speeds)
+        return PageUse(self._recorded_bytes[True], self._recorded_bytes[False], *speeds)
 
-    def _try(self, huge: bool) -> PageChoice:
-        self._tries[huge] += 1
-        self._since_try_bytes = 0
+    def _trial(self, huge: bool) -> PageChoice:
+        self._trials[huge] += 1
+        self._since_trial_bytes = 0
         return PageChoice(huge, True)
 
     def _faster(self) -> bool:
-        return self._seconds_a_byte(True) <= self._seconds_a_byte(False)
+        return self._seconds_per_byte(True) <= self._seconds_per_byte(False)
 
-    def _seconds_a_byte(self, huge: bool) -> float:
-        """The lower median, so that of two measurements a disturbed one does not count."""
+    def _seconds_per_byte(self, huge: bool) -> float:
+        """Return the lower median of recent measurements, so that one disturbed measurement of two does not count."""
         return statistics.median_low(self._recent[huge]) if self._recent[huge] else 0.0

@@ -1,4 +1,4 @@
-"""Bytes of files into memory: descriptors shared by threads, one call for neighbours, errors with names."""
+"""Reads from files into memory: threads share open files, adjacent reads share a call, and errors name the tensor."""
 
 from __future__ import annotations
 
@@ -15,15 +15,19 @@ from automodel_conv.files.checkpoint import Checkpoint
 from automodel_conv.files.source import OpenSource
 from automodel_conv.schedule.jobs import GAP_BYTES, Read, Reads
 
-# Where bytes between wanted ones are read to, by all threads at once; nobody looks at it.
+# Memory for the bytes between wanted bytes. All threads read into it at the same time, and its contents are never used.
 _JUNK = memoryview(bytearray(GAP_BYTES))
 
 
 class OpenFiles:
-    """The files of a checkpoint for all threads, each open from the first job that reads it to the last.
+    """The open files of a checkpoint, for all threads; each is open from the first job that reads it to the last.
+
+    Args:
+        checkpoint: the checkpoint with the files.
+        jobs: the reads of each job.
 
     Raises:
-        ReadError: the files are those of a repository that was opened from its headers alone.
+        ReadError: only the headers of the checkpoint were read, and its data is in a remote repository.
     """
 
     def __init__(self, checkpoint: Checkpoint, jobs: Iterable[Reads]):
@@ -37,10 +41,10 @@ class OpenFiles:
         self._lock = threading.Lock()
 
     def opened(self, file: int) -> OpenSource:
-        """An open file.
+        """Return a file that is open; open it first if necessary.
 
         Raises:
-            OSError: it cannot be opened.
+            OSError: the file cannot be opened.
         """
         with self._lock:
             if file not in self._open:
@@ -48,18 +52,30 @@ class OpenFiles:
             return self._open[file]
 
     def release(self, file: int) -> None:
+        """Count a job of a file as done, and close the file after its last job."""
         with self._lock:
             self._jobs_left[file] -= 1
             if not self._jobs_left[file]:
                 self._open.pop(file).close()
 
     def close(self) -> None:
+        """Close all files that are still open."""
         while self._open:
             self._open.popitem()[1].close()
 
 
 def read(reads: Reads, checkpoint: Checkpoint, files: OpenFiles, memories: Sequence[memoryview]) -> int:
-    """Do all reads of a job, into numbered memories; returns the bytes of gaps, which are read and thrown away."""
+    """Execute all reads of a job, and return the bytes of gaps, which are read and thrown away.
+
+    Args:
+        reads: the reads of the job.
+        checkpoint: the checkpoint with the files.
+        files: the open files.
+        memories: memories to read into, by the numbers in ``reads.memory``.
+
+    Raises:
+        ReadError: a file cannot be opened or read. The error names the file and the tensors.
+    """
     gap_bytes = 0
     for call in reads.calls():
         number = int(call.file[0])
@@ -73,7 +89,7 @@ def read(reads: Reads, checkpoint: Checkpoint, files: OpenFiles, memories: Seque
         try:
             file.read_into(views, int(call.offset_bytes[0]))
         except ReadError as error:
-            # If the file shrank its size tells the tensor; any other fault is one of the call's.
+            # If the file shrank, its size shows which tensor is cut off. Other faults concern the whole call.
             raise _failure(str(error), path, call, checkpoint, file.size()) from error
     for file in reads.files:
         files.release(file)
@@ -81,7 +97,7 @@ def read(reads: Reads, checkpoint: Checkpoint, files: OpenFiles, memories: Seque
 
 
 def _views(call: Reads, memories: Sequence[memoryview]) -> tuple[list[memoryview], int]:
-    """The memory that one call fills, and how many bytes of it are gaps between wanted bytes."""
+    """Return the memory that one call fills, and the bytes of gaps in it."""
     columns = call.memory.tolist(), call.start_bytes.tolist(), call.nbytes.tolist()
     views = [memories[memory][start : start + nbytes] for memory, start, nbytes in zip(*columns, strict=True)]
     if len(views) == 1:
@@ -95,7 +111,10 @@ def _views(call: Reads, memories: Sequence[memoryview]) -> tuple[list[memoryview
 
 
 def _failure(text: str, path: str, call: Reads, checkpoint: Checkpoint, size: int | None = None) -> ReadError:
-    """The error of a read; names the tensors in it, or the first one that a file of ``size`` bytes does not hold."""
+    """Return the error of a read; it names the tensors in the read.
+
+    If ``size``, the size of the file, cuts off tensors, the error names only the first of them.
+    """
     rows = _rows_in(call, checkpoint)
     cut = [row for row in rows if size is not None and checkpoint.offsets[row] + checkpoint.nbytes[row] > size]
     rows = cut[:1] or rows
@@ -107,20 +126,20 @@ def _failure(text: str, path: str, call: Reads, checkpoint: Checkpoint, size: in
 
 
 def _rows_in(call: Reads, checkpoint: Checkpoint) -> list[int]:
-    """The tensors that a call reads bytes of, in the order of the file; one read may touch several."""
+    """Return the rows of the tensors that a call reads bytes of, in the order of the file."""
     file = call.file[0]
     spans = list(zip(call.offset_bytes.tolist(), call.stop_bytes.tolist(), strict=True))
     columns = zip(checkpoint.file_ids, checkpoint.offsets, checkpoint.nbytes, strict=True)
     rows = [
         row
-        for row, (of_row, start, nbytes) in enumerate(columns)
-        if of_row == file and any(first < start + nbytes and start < last for first, last in spans)
+        for row, (row_file, start, nbytes) in enumerate(columns)
+        if row_file == file and any(first < start + nbytes and start < last for first, last in spans)
     ]
     return sorted(rows, key=lambda row: checkpoint.offsets[row])
 
 
 def read_whole(row: int, checkpoint: Checkpoint) -> Tensor:
-    """A source read into a tensor of its own."""
+    """Read one source into a new tensor on the CPU."""
     dtype = dtype_of(checkpoint.dtypes[row], checkpoint.names[row])
     tensor = torch.empty(checkpoint.shapes[row], dtype=dtype, device="cpu")
     reads = Reads.from_list([Read(checkpoint.file_ids[row], checkpoint.offsets[row], span_bytes(tensor), 0, 0)])

@@ -1,4 +1,4 @@
-"""What executors count: bytes, memory, threads, and copies by kernels or by torch."""
+"""The numbers that executors report: bytes, memory, threads, and copies by kernels or by torch."""
 
 from __future__ import annotations
 
@@ -8,23 +8,33 @@ from automodel_conv.execution.page_policy import PageUse
 
 
 class Work(NamedTuple):
-    """How many copies kernels made, and how many torch made one by one."""
+    """The numbers of copies that kernels and torch executed."""
 
     by_kernels: int
+    """Copies that Triton kernels executed."""
     by_torch: int
+    """Copies that torch executed one by one."""
 
     def __add__(self, other: Work) -> Work:  # type: ignore[override]
         return Work(self.by_kernels + other.by_kernels, self.by_torch + other.by_torch)
 
 
 class LoadStats(NamedTuple):
-    """What a load did; ``gap_bytes``, read between wanted bytes, come on top of ``bytes_read``."""
+    """Statistics of one load."""
 
     bytes_read: int
+    """Bytes of tensor data that were read, without ``gap_bytes``."""
     gap_bytes: int
-    scratch_bytes: int  # of host memory
+    """Bytes between wanted bytes that were read in the same call and thrown away."""
+    scratch_bytes: int
+    """Bytes of scratch in host memory: an upper bound."""
     device_scratch_bytes: int = 0
-    work: Work = Work(0, 0)  # copies on a device
-    without_kernels: str | None = None  # why none of them could be a kernel's
-    threads: int = 0  # the most that read at the same time
-    pages: PageUse = PageUse()  # of new host memory
+    """Bytes of scratch on the device."""
+    work: Work = Work(0, 0)
+    """Copies on a device."""
+    without_kernels: str | None = None
+    """The reason why no kernel could run. None if they could, if all bytes only moved, and for loads to the host."""
+    threads: int = 0
+    """The largest number of threads that read at the same time."""
+    pages: PageUse = PageUse()
+    """New host memory by page size."""

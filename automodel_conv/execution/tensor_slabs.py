@@ -1,4 +1,4 @@
-"""From tensors in memory to slabs: what this process holds of each source, on whatever device, and so writes."""
+"""Slabs of output files whose bytes come from tensors in memory: the parts of the sources that this process holds."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from automodel_conv.dtypes import dtype_code
 from automodel_conv.errors import ConversionError, UnsupportedError, message
 from automodel_conv.execution.cuda import transfer_device
 from automodel_conv.execution.memory import with_source_strides
-from automodel_conv.execution.writing import DeviceTensors, HostTensors, Maker
+from automodel_conv.execution.writing import DeviceTensorProducer, HostTensorProducer, SlabProducer
 from automodel_conv.planning.boxes import NotAffine, Piece, chain
 from automodel_conv.planning.copies import StridedCopy, Target, group_pieces
 from automodel_conv.planning.plan import CopyPlan
@@ -22,24 +22,29 @@ from automodel_conv.schedule.writes import Slab, slab_schedule
 
 
 class LocalTensor(NamedTuple):
-    """A region of a source, and the tensor of its local shape that holds it; any strides, any device."""
+    """The part of a source that a tensor of this process holds."""
 
     region: Region
+    """The region of the source."""
     tensor: Tensor
+    """The values of the region, in its local shape, with any strides, on any device."""
 
 
-# Of each source of a target, what is held.
+# For each source of a target, the regions that this process holds.
 _Regions = tuple[tuple[Region, ...], ...]
 
 
 class TensorSlabs(NamedTuple):
-    """Slabs made of the tensors of one device, by the number of their file, and what starts their maker in a thread."""
+    """The slabs that are computed from the tensors of one device."""
 
     by_file: dict[int, list[Slab]]
-    start: Callable[[], Maker]
+    """Slabs by the number of their output file."""
+    start: Callable[[], SlabProducer]
+    """Starts the producer of the slabs in a thread."""
 
     @property
     def nbytes(self) -> int:
+        """Bytes of all slabs."""
         return sum(slab.nbytes for slabs in self.by_file.values() for slab in slabs)
 
 
@@ -50,34 +55,40 @@ def tensor_slabs(
     *,
     most_bytes: int,
 ) -> list[TensorSlabs]:
-    """What writes those parts of a plan's targets that are made of what is held.
+    """Return the slabs that write the parts of a plan's targets that local tensors determine.
 
     Args:
-        holdings: by source row; they share no element. Of rows that are missing nothing is written.
-        places: of each target, see ``slab_schedule``.
-        most_bytes: of a slab, see there.
+        plan: the plan of the targets.
+        local_tensors: the parts of each source that this process holds, by source row. They share no element. Nothing
+            is written from rows that are missing.
+        places: output file and offset of each target; see ``slab_schedule``.
+        most_bytes: size limit of a slab; see ``slab_schedule``.
+
+    Returns:
+        The slabs of each device.
 
     Raises:
-        ConversionError: what a target is made of is on several devices.
-        UnsupportedError: a target is not made of regions like these by strided copies.
+        ConversionError: the parts of the sources of a target are on several devices.
+        UnsupportedError: strided copies cannot compute a target from such regions of its sources.
     """
     by_device: dict[torch.device, _Group] = {}
-    chained: dict[tuple[int, _Regions], Sequence[StridedCopy]] = {}  # by identity of copies, which layers share
+    # Layers share their copies, so the key is the identity of the copies.
+    copies_by_key: dict[tuple[int, _Regions], Sequence[StridedCopy]] = {}
     for target, place in zip(plan.targets, places, strict=True):
-        held = [holding for row in target.sources for holding in local_tensors.get(row, ())]
-        if not held or not prod(target.shape):
+        parts = [part for row in target.sources for part in local_tensors.get(row, ())]
+        if not parts or not prod(target.shape):
             continue
-        devices = {holding.tensor.device for holding in held}
+        devices = {part.tensor.device for part in parts}
         if len(devices) > 1:
             raise ConversionError(
                 message(f"the parts of {target.name} are on several devices", found=sorted(map(str, devices)))
             )
         group = by_device.setdefault(devices.pop(), _Group([], [], [], []))
-        regions = tuple(tuple(holding.region for holding in local_tensors.get(row, ())) for row in target.sources)
+        regions = tuple(tuple(part.region for part in local_tensors.get(row, ())) for row in target.sources)
         key = id(target.copies), regions
-        if key not in chained:
-            chained[key] = _from_held(target, regions)
-        copies, read = with_source_strides(chained[key], [holding.tensor.detach() for holding in held])
+        if key not in copies_by_key:
+            copies_by_key[key] = _copies_from_regions(target, regions)
+        copies, read = with_source_strides(copies_by_key[key], [part.tensor.detach() for part in parts])
         first = len(group.operands)
         group.targets.append(target._replace(sources=tuple(range(first, first + len(read)))))
         group.copies.append(copies)
@@ -87,16 +98,20 @@ def tensor_slabs(
 
 
 class _Group(NamedTuple):
-    """Targets made on one device; their sources are rows of ``operands``."""
+    """The targets that are computed on one device."""
 
     targets: list[Target]
+    """Targets. Their sources are rows of ``operands``."""
     copies: list[Sequence[StridedCopy]]
+    """The copies of each target."""
     places: list[tuple[int, int]]
+    """Output file and offset of each target."""
     operands: list[Tensor]
+    """Tensors that the copies read."""
 
 
 class _InMemory(NamedTuple):
-    """Sources that each lie in memory of their own; see ``writes.Places``."""
+    """Locations of tensors as ``writes.SourceLocations``: each tensor is a file of its own, and starts at byte 0."""
 
     dtypes: Sequence[str]
     file_ids: Sequence[int]
@@ -105,32 +120,35 @@ class _InMemory(NamedTuple):
 
 def _slabs_on(device: torch.device, group: _Group, most_bytes: int) -> TensorSlabs:
     operands = group.operands
-    codes = [dtype_code(tensor.dtype) or "" for tensor in operands]
-    sources = _InMemory(codes, range(len(operands)), [0] * len(operands))
-    made = slab_schedule(group.targets, group.copies, sources, group.places, most_bytes=most_bytes)
-    streamed = transfer_device(device)
-    if streamed is None:
-        return TensorSlabs(made.by_file(), lambda: HostTensors(operands, made.dtypes, most_bytes))
-    return TensorSlabs(made.by_file(), lambda: DeviceTensors(operands, made.dtypes, most_bytes, streamed, "auto"))
+    dtypes = [dtype_code(tensor.dtype) or "" for tensor in operands]
+    sources = _InMemory(dtypes, range(len(operands)), [0] * len(operands))
+    schedule = slab_schedule(group.targets, group.copies, sources, group.places, most_bytes=most_bytes)
+    transfer = transfer_device(device)
+    if transfer is None:
+        return TensorSlabs(schedule.by_file(), lambda: HostTensorProducer(operands, schedule.dtypes, most_bytes))
+    return TensorSlabs(
+        schedule.by_file(), lambda: DeviceTensorProducer(operands, schedule.dtypes, most_bytes, transfer, "auto")
+    )
 
 
-def _from_held(target: Target, regions: _Regions) -> Sequence[StridedCopy]:
-    """The copies of a target that read what is held; ordinals number the holdings of its sources, one after another."""
-    if all(len(held) == 1 and held[0].is_whole for held in regions):
+def _copies_from_regions(target: Target, regions: _Regions) -> Sequence[StridedCopy]:
+    """Return the copies that fill a target from regions of its sources; ordinals number all regions in order."""
+    if all(len(source_regions) == 1 and source_regions[0].is_whole for source_regions in regions):
         return target.copies
     pieces: list[Piece] = []
     for copy in target.copies:
         for piece in copy.pieces():
             before = sum(map(len, regions[: piece.source]))
             for number, region in enumerate(regions[piece.source]):
-                pieces += _read_from(region, piece, before + number, target)
+                pieces += _pieces_from_region(region, piece, before + number, target)
     return group_pieces(pieces)
 
 
-def _read_from(region: Region, piece: Piece, ordinal: int, target: Target) -> list[Piece]:
-    placed = [part.inverse()._replace(source=ordinal) for part in region.pieces()]
+def _pieces_from_region(region: Region, piece: Piece, ordinal: int, target: Target) -> list[Piece]:
+    """Return the pieces that copy only those elements of ``piece`` that a region contains."""
+    from_region = [part.inverse()._replace(source=ordinal) for part in region.pieces()]
     try:
-        return [made.canonical() for made in chain(placed, [piece], prod(region.shape))]
+        return [chained.canonical() for chained in chain(from_region, [piece], prod(region.shape))]
     except NotAffine as error:
-        text = f"{target.name} cannot be made of a part of its source: {error}"
+        text = f"{target.name} cannot be computed from a part of its source: {error}"
         raise UnsupportedError(message(text, found=f"{region}")) from None

@@ -13,7 +13,7 @@ from automodel_conv.execution.buffers import dtype_of
 from automodel_conv.execution.copy_batch import CopyBatch
 from automodel_conv.execution.stats import Work
 from automodel_conv.execution.window_decoding import WindowDecoder
-from automodel_conv.kernels.launch import MOST_STRIDE, Launches, start
+from automodel_conv.kernels.launch import MAX_STRIDE, Launches, start
 from automodel_conv.kernels.strided_copy_torch import strided_copy_torch
 from automodel_conv.kernels.variants import Variant
 from automodel_conv.schedule.code_slabs import Position, Rectangle
@@ -102,7 +102,7 @@ class WindowCopies:
         window = self._windows[number]
         for rectangle, places in window.rectangles.items():
             widest = max(rectangle.shape[1], rectangle.codes_stride, *rectangle.target_strides)
-            if self._decoder is not None and widest <= MOST_STRIDE:
+            if self._decoder is not None and widest <= MAX_STRIDE:
                 group = window.scale_groups[rectangle.kind]
                 yield rectangle, places, self._decoder.launches(rectangle, places, group, self._region(number))
 

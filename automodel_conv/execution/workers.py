@@ -1,4 +1,4 @@
-"""Threads that take what is to be done, until it is done or one of them fails."""
+"""Worker threads: they process items until all are done, one of the threads fails, or the caller asks to stop."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ Item = TypeVar("Item")
 
 
 class Stopped(Exception):
-    """Raised by a load that somebody asked to end."""
+    """Raised to end a load whose ``stop`` event the caller or another thread has set."""
 
 
 def raise_if_stopped(stop: threading.Event | None) -> None:
-    """Raise ``Stopped`` if the event is there and set."""
+    """Raise ``Stopped`` if the event is set; None counts as not set."""
     if stop is not None and stop.is_set():
         raise Stopped
 
@@ -34,58 +34,60 @@ def run_in_threads(
     most: int = 0,
     wanted: Callable[[], int] | None = None,
 ) -> int:
-    """Hand each item to one of ``threads`` threads, in order; the first error ends all of them and is raised.
+    """Process each item in one of several threads, in order; end all threads at the first error, and raise it.
 
-    torch may write to any tensor there, inference tensors too, and starts no threads of its own. A single thread is the
-    caller's own, unless others may come.
+    In these threads torch may write to any tensor, including inference tensors, and starts no threads of its own. A
+    single thread is the caller's own, unless ``wanted`` may ask for more.
 
     Args:
-        start: called in each thread; returns what takes the items there.
-        stop: set by anybody, no further item is handed out.
-        most: threads at the same time, where ``wanted`` is given.
-        wanted: how many threads shall work from now on, at least one; asked after each item. None: as many as at
-            first. Fewer work where the system starts no more.
+        items: items to process.
+        threads: number of threads at the start.
+        start: function that each thread calls once. It returns the function that processes one item in this thread.
+        stop: event that any thread may set. Once it is set, no further item is started.
+        most: largest number of threads that ``wanted`` may ask for.
+        wanted: function that returns how many threads should work from now on, at least one. It is called after each
+            item. Fewer threads work if the system cannot start more. None keeps the number constant.
 
     Returns:
-        The most threads that worked at the same time.
+        The largest number of threads that worked at the same time.
 
     Raises:
-        Stopped: ``stop`` was set before all items were handed out.
+        Stopped: ``stop`` was set before all items were started.
     """
     todo = deque(items)
     ended = threading.Event()
     threads = min(threads, len(todo))
-    crew = _ThreadGroup(max(threads, most), ended)
-    count = _ThreadCount(threads)
+    group = _ThreadGroup(max(threads, most), ended)
+    count = _WorkerCount(threads)
 
-    def goes_on() -> bool:
+    def should_continue() -> bool:
         if wanted is None:
             return True
-        change = count.follow(wanted(), len(todo))
+        change = count.adjust(wanted(), len(todo))
         for started in range(change):
             try:
-                crew.start(work)
-            except RuntimeError:  # the system starts no more threads: those that work go on
-                count.take_back(change - started)
+                group.start(work)
+            except RuntimeError:  # the system cannot start another thread: continue with the present ones
+                count.subtract(change - started)
                 break
         return change >= 0
 
-    @torch.inference_mode()  # a mode is a thread's own; the caller's tensors may be inference tensors
+    @torch.inference_mode()  # each thread has its own mode, and the caller's tensors may be inference tensors
     def work() -> None:
         torch.set_num_threads(1)
-        take = start()
+        process = start()
         while not (ended.is_set() or (stop is not None and stop.is_set())):
             try:
                 item = todo.popleft()
             except IndexError:
                 return
-            take(item)
-            if not goes_on():
+            process(item)
+            if not should_continue():
                 return
 
-    with _keeping_torch_threads():
+    with _restored_torch_threads():
         if threads > 1 or (wanted is not None and todo):
-            crew.run([work] * threads)
+            group.run([work] * threads)
         elif todo:
             work()
     if todo:
@@ -93,18 +95,22 @@ def run_in_threads(
     return count.most
 
 
-class _ThreadCount:
-    """How many threads work, and the most that did; any number may be started, and only the one that asks ends."""
+class _WorkerCount:
+    """The number of threads that work now, and the largest number so far."""
 
     def __init__(self, threads: int):
         self.most = self._threads = threads
         self._lock = threading.Lock()
 
-    def follow(self, wanted: int, left: int) -> int:
-        """How many threads to start, until there are as many as items left; -1: the one that asks is to end.
+    def adjust(self, wanted: int, left: int) -> int:
+        """Adjust the number to ``wanted``, and return how many threads the calling thread must start.
+
+        The number grows at once, but to no more than the items left. It shrinks by one in each call: -1 means that the
+        calling thread must end.
 
         Args:
-            wanted: threads, at least one, so that the last one never ends before all is done.
+            wanted: wanted number of threads, at least one, so that the last thread never ends before all is done.
+            left: number of items that no thread has started.
         """
         with self._lock:
             change = max(min(wanted, max(left, self._threads)) - self._threads, -1)
@@ -112,103 +118,108 @@ class _ThreadCount:
             self.most = max(self.most, self._threads)
             return change
 
-    def take_back(self, threads: int) -> None:
-        """Some threads could not be started."""
+    def subtract(self, threads: int) -> None:
+        """Subtract threads that could not be started."""
         with self._lock:
             self._threads -= threads
 
 
-def run_concurrently(works: Sequence[Callable[[], None]], stop: threading.Event) -> None:
-    """Run each of ``works`` in a thread of its own, and return when all have ended.
+def run_concurrently(tasks: Sequence[Callable[[], None]], stop: threading.Event) -> None:
+    """Run each task in a thread of its own, and return when all have ended.
 
-    The first error, or an interrupt of the caller, sets ``stop``, which the works watch, and is raised when they have
-    ended. ``stop`` is set in any case then.
+    The first error, or an interrupt of the caller, sets ``stop``, and is raised when all tasks have ended. The tasks
+    must watch ``stop``. It is always set when this returns or raises.
     """
-    _ThreadGroup(len(works), stop).run(works)
+    _ThreadGroup(len(tasks), stop).run(tasks)
 
 
 class _ThreadGroup:
-    """Threads at work, which may start others; see ``run_concurrently``."""
+    """A group of threads that end together, each of which may start further ones; see ``run_concurrently``."""
 
     def __init__(self, most: int, stop: threading.Event):
         self._stop = stop
-        self._at_work: set[int] = set()
+        self._running: set[int] = set()
         self._change = threading.Condition()
         self._errors: list[BaseException] = []
         self._futures: list[Future[None]] = []
         self._most = most
         self._pool: ThreadPoolExecutor | None = None
 
-    def run(self, works: Iterable[Callable[[], None]]) -> None:
+    def run(self, tasks: Iterable[Callable[[], None]]) -> None:
         self._pool = ThreadPoolExecutor(self._most, thread_name_prefix="automodel_conv")
         try:
-            for work in works:
-                self.start(work)
-            # Who starts another one has not ended then, so none is overlooked.
+            for task in tasks:
+                self.start(task)
+            # A thread is still running when it starts another one, so this loop misses none.
             known = 0
             while known < len(self._futures) and not self._errors:
                 known = len(self._futures)
                 wait(self._futures[:known], return_when=FIRST_EXCEPTION)
         finally:
-            with self._change:  # the pool itself may not know of a thread whose start a signal has interrupted
+            # The pool may miss a thread if a signal interrupted its start, so wait for the threads themselves.
+            with self._change:
                 self._stop.set()
-                self._change.wait_for(lambda: not self._at_work)
+                self._change.wait_for(lambda: not self._running)
             self._pool.shutdown()
         if self._errors:
             raise self._errors[0]
 
-    def start(self, work: Callable[[], None]) -> None:
-        """Start one more, unless all are to end. Called by ``run`` or by one at work, so the pool takes it."""
+    def start(self, task: Callable[[], None]) -> None:
+        """Start one more thread, unless all must end; only for ``run`` and for running threads of the group."""
+        # The pool is not shut down while one of them runs.
         if self._pool is not None and not self._stop.is_set():
-            self._futures.append(self._pool.submit(self._counted, work))
+            self._futures.append(self._pool.submit(self._run_registered, task))
 
-    def _counted(self, work: Callable[[], None]) -> None:
+    def _run_registered(self, task: Callable[[], None]) -> None:
         with self._change:
             if self._stop.is_set():
                 return
-            self._at_work.add(threading.get_ident())
+            self._running.add(threading.get_ident())
         try:
-            work()
+            task()
         except BaseException as error:
             self._errors.append(error)
             self._stop.set()
             raise
         finally:
             with self._change:
-                self._at_work.remove(threading.get_ident())
+                self._running.remove(threading.get_ident())
                 self._change.notify()
 
 
 class _TorchThreads:
-    """The number of torch's threads that works under way will restore, and how many such works there are."""
+    """The number of torch threads to restore, and how many ``run_in_threads`` calls are active in this process."""
 
     lock = threading.Lock()
-    under_way = 0
+    active = 0
     number = 0
 
     @classmethod
-    def forget(cls) -> None:
-        """In a child, which has none of the threads that work or hold the lock."""
-        if cls.under_way:
+    def reset_in_child(cls) -> None:
+        """Reset the state in a forked child, which has none of the threads that work or hold the lock."""
+        if cls.active:
             torch.set_num_threads(cls.number)
-        cls.lock, cls.under_way = threading.Lock(), 0
+        cls.lock, cls.active = threading.Lock(), 0
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_TorchThreads.forget)
+    os.register_at_fork(after_in_child=_TorchThreads.reset_in_child)
 
 
 @contextmanager
-def _keeping_torch_threads() -> Iterator[None]:
-    """Undo, after the last work under way, that a worker's number of torch threads holds for later threads too."""
+def _restored_torch_threads() -> Iterator[None]:
+    """Restore the number of torch threads after the last active call.
+
+    A worker thread sets it to 1, and later threads would start with that number too.
+    """
     with _TorchThreads.lock:
-        if not _TorchThreads.under_way:
+        if not _TorchThreads.active:
             _TorchThreads.number = torch.get_num_threads()
-        _TorchThreads.under_way += 1
+        _TorchThreads.active += 1
     try:
         yield
     finally:
         with _TorchThreads.lock:
-            _TorchThreads.under_way -= 1
-            if not _TorchThreads.under_way:
+            _TorchThreads.active -= 1
+            if not _TorchThreads.active:
                 torch.set_num_threads(_TorchThreads.number)

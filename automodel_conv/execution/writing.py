@@ -1,7 +1,7 @@
-"""From tensors or files to files: slabs made by several threads with bounded scratch, and written where they belong.
+"""The executor that writes files: threads produce slabs in bounded scratch, and write them or compare them with a file.
 
-What makes the bytes of a slab is a ``Maker``, one a thread: from host tensors, from a device's, or from other files.
-What is done with them, written to a file or compared with one, is the same for all.
+Each thread has a ``SlabProducer``, which computes the bytes of a slab from host tensors, from tensors on a device, or
+from other files. Writing and comparing are the same for all three.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from automodel_conv.errors import ConversionError, message
 from automodel_conv.execution.buffers import byte_view, dtype_of, raw_bytes
-from automodel_conv.execution.copy_batch import CopyBatch, takes_kernels
+from automodel_conv.execution.copy_batch import CopyBatch, uses_kernels
 from automodel_conv.execution.copying import COPY_BYTES, COPY_RATIO, copy_equal
 from automodel_conv.execution.cores import cores
 from automodel_conv.execution.host_decoding import decode_codes
@@ -30,49 +30,59 @@ from automodel_conv.files.shards import Shard
 from automodel_conv.files.source import ByteSource, OpenSource, opened
 from automodel_conv.files.write_errors import write_errors
 from automodel_conv.planning.copies import Decode
-from automodel_conv.schedule.host import jobs_through_scratch, runs
+from automodel_conv.schedule.host import group_reads, jobs_through_scratch
 from automodel_conv.schedule.jobs import Copies, Job, Move, ReadInPlace, Reads, align_down
 from automodel_conv.schedule.writes import Slab, filled_ranges
 
 LEAST_SCRATCH_BYTES = 1 << 16
+"""The smallest scratch of one thread that writes."""
 
 _MOST_THREADS = 16
-# Of a source that is permuted: as much as stays in the cache between the read and the copy.
+# Input of permuting copies at once: as much as stays in the cache between the read and the copy.
 _INPUT_BYTES = 8 << 20
-# Of a file that is compared.
+# Bytes of a file that are compared at once.
 _WINDOW_BYTES = 1 << 20
 
 
-class Maker(Protocol):
-    """Makes the bytes of slabs, in one thread."""
+class SlabProducer(Protocol):
+    """Computes the bytes of slabs, in one thread."""
 
     def __call__(self, slab: Slab) -> list[memoryview]:
-        """All bytes of a slab in their order; they hold until the next call."""
+        """Return all bytes of a slab in order; the views are valid until the next call."""
         ...
 
-    def copy_within_kernel(self, slab: Slab, fd: int) -> bool:
-        """Write the slab to its place in ``fd`` if its bytes need not be seen; whether that was done."""
+    def try_copy_range(self, slab: Slab, fd: int) -> bool:
+        """Let the operating system copy the slab to its place in ``fd``, if it can; return whether it did."""
         ...
 
 
-class Budget(NamedTuple):
-    """Scratch of a work, shared out among its threads; each slab is made in at most ``slab_bytes``."""
+class ScratchSplit(NamedTuple):
+    """Scratch for writing or comparing files, split equally among threads."""
 
     threads: int
     slab_bytes: int
+    """Bytes of each thread's slab memory, the size limit of a slab."""
     input_bytes: int
+    """Bytes of each thread's input memory, for sources to permute or decode; 0 if no files are read."""
 
     @property
     def scratch_bytes(self) -> int:
+        """Bytes of scratch of all threads together, including the memory that copies allocate."""
         copies = min(COPY_BYTES, COPY_RATIO * self.slab_bytes)
         return self.threads * (self.slab_bytes + self.input_bytes + copies)
 
 
-def budget(threads: int | None, scratch_bytes: int, *, reads_files: bool) -> Budget:
-    """Share out ``scratch_bytes``: for each thread a slab, what a copy allocates, and where files are read, an input.
+def split_scratch(threads: int | None, scratch_bytes: int, *, reads_files: bool) -> ScratchSplit:
+    """Split ``scratch_bytes`` among threads: each gets a slab, the memory of a copy, and an input if files are read.
+
+    Args:
+        threads: number of threads, or None for the number of cores, at most 16. Fewer are used if the scratch is too
+            small for all.
+        scratch_bytes: scratch of all threads together.
+        reads_files: whether slabs are computed from files.
 
     Raises:
-        ConversionError: there is too little for one thread, or there are no threads.
+        ConversionError: the scratch is too small for one thread, or ``threads`` is below 1.
     """
     threads = min(cores(), _MOST_THREADS) if threads is None else threads
     if threads < 1 or scratch_bytes < LEAST_SCRATCH_BYTES:
@@ -87,14 +97,14 @@ def budget(threads: int | None, scratch_bytes: int, *, reads_files: bool) -> Bud
     share = scratch_bytes // threads
     share = max(share - COPY_BYTES, share // (1 + COPY_RATIO))
     inputs = min(_INPUT_BYTES, share // 4) if reads_files else 0
-    return Budget(threads, align_down(share - inputs), align_down(inputs))
+    return ScratchSplit(threads, align_down(share - inputs), align_down(inputs))
 
 
-def begin_shard(shard: Shard, path: str) -> None:
-    """Make a file with its header and room for its data.
+def create_shard_file(shard: Shard, path: str) -> None:
+    """Create an output file: write its header, and reserve the space of its data.
 
     Raises:
-        WriteError: the system does not let us; a full disk is told here, where the file system can tell.
+        WriteError: the system refuses. A full disk is reported here already, if the file system supports it.
     """
     with write_errors(path, "a file", f"room for {shard.nbytes} bytes"):
         fd = system.create(path)
@@ -106,90 +116,105 @@ def begin_shard(shard: Shard, path: str) -> None:
 
 
 def write_slabs(
-    slabs: Sequence[tuple[Sequence[Slab], Callable[[], Maker]]],
+    slabs: Sequence[tuple[Sequence[Slab], Callable[[], SlabProducer]]],
     path: str,
     threads: int,
     advance: Callable[[int], None],
 ) -> None:
-    """Write data into a file that has been begun, and wait until the disk has it.
+    """Write slabs into a file that ``create_shard_file`` has created, and wait until they are on the disk.
 
     Args:
-        slabs: groups of slabs of this file, each with what starts a maker for it in a thread.
+        slabs: groups of slabs of this file. Each group has a function that starts its producer in a thread.
+        path: path of the file.
+        threads: number of threads that write.
+        advance: function that is called with each number of bytes written.
 
     Raises:
-        WriteError: the system does not take the bytes.
+        WriteError: the system cannot write the bytes.
         ReadError: a source cannot be read.
     """
     with write_errors(path, "a file"):
         fd = system.open_existing(path)
         try:
             for group, start in slabs:
-                run_in_threads(group, threads, lambda start=start: _writer(start(), fd, path, advance))
+                run_in_threads(group, threads, lambda start=start: _slab_writer(start(), fd, path, advance))
             system.sync(fd)
         finally:
             system.close(fd)
 
 
-def _writer(maker: Maker, fd: int, path: str, advance: Callable[[int], None]) -> Callable[[Slab], None]:
+def _slab_writer(producer: SlabProducer, fd: int, path: str, advance: Callable[[int], None]) -> Callable[[Slab], None]:
     def write(slab: Slab) -> None:
-        if not maker.copy_within_kernel(slab, fd):
-            made = maker(slab)
+        if not producer.try_copy_range(slab, fd):
+            views = producer(slab)
             if not slab.sparse_itemsize:
-                write_exactly(fd, made, slab.offset_bytes, path)
+                write_exactly(fd, views, slab.offset_bytes, path)
             for first, nbytes in filled_ranges(slab) if slab.sparse_itemsize else ():
-                write_exactly(fd, [made[0][first : first + nbytes]], slab.offset_bytes + first, path)
+                write_exactly(fd, [views[0][first : first + nbytes]], slab.offset_bytes + first, path)
         system.begin_writeback(fd, slab.offset_bytes, slab.nbytes)
         advance(slab.nbytes)
 
     return write
 
 
-def compare_slabs(
-    slabs: Sequence[Slab], source: ByteSource, start: Callable[[], Maker], threads: int, advance: Callable[[int], None]
+def first_different_byte(
+    slabs: Sequence[Slab],
+    source: ByteSource,
+    start: Callable[[], SlabProducer],
+    threads: int,
+    advance: Callable[[int], None],
 ) -> int | None:
-    """The first byte of a file, among those that ``slabs`` cover, that is not what they make; None if all are."""
-    found: list[int] = []
+    """Return the offset of the first byte of a file that differs from the bytes of its slabs; None if none does.
+
+    Args:
+        slabs: slabs of the file. Bytes that no slab covers are not compared.
+        source: the file to compare.
+        start: function that starts a producer of the slabs in a thread.
+        threads: number of threads that compare.
+        advance: function that is called with each number of bytes compared.
+    """
+    differences: list[int] = []
     with opened(source) as file:
-        run_in_threads(slabs, threads, lambda: _comparer(start(), file, found, advance))
-    return min(found, default=None)
+        run_in_threads(slabs, threads, lambda: _slab_comparer(start(), file, differences, advance))
+    return min(differences, default=None)
 
 
-def _comparer(
-    maker: Maker, file: OpenSource, found: list[int], advance: Callable[[int], None]
+def _slab_comparer(
+    producer: SlabProducer, file: OpenSource, differences: list[int], advance: Callable[[int], None]
 ) -> Callable[[Slab], None]:
     window = np.empty(_WINDOW_BYTES, np.uint8)
 
     def compare(slab: Slab) -> None:
-        at = slab.offset_bytes
-        for made in maker(slab):
-            for first in range(0, len(made), _WINDOW_BYTES):
-                wanted = np.frombuffer(made[first : first + _WINDOW_BYTES], np.uint8)
-                there = window[: wanted.size]
-                file.read_into([there.data], at)
-                if not np.array_equal(there, wanted):  # which is several times faster than torch.equal on bytes
-                    found.append(at + int(np.argmax(there != wanted)))
+        offset = slab.offset_bytes
+        for view in producer(slab):
+            for first in range(0, len(view), _WINDOW_BYTES):
+                expected = np.frombuffer(view[first : first + _WINDOW_BYTES], np.uint8)
+                stored = window[: expected.size]
+                file.read_into([stored.data], offset)
+                if not np.array_equal(stored, expected):  # several times faster than torch.equal on bytes
+                    differences.append(offset + int(np.argmax(stored != expected)))
                     return
-                at += wanted.size
+                offset += expected.size
         advance(slab.nbytes)
 
     return compare
 
 
-def _by_place(moves: Mapping[int, Sequence[Move]]) -> list[tuple[int, Copies]]:
-    """Pairs of source row and copies, ordered by where they write: filling gaps one after the other is faster."""
+def _copies_in_write_order(moves: Mapping[int, Sequence[Move]]) -> list[tuple[int, Copies]]:
+    """Return pairs of source row and copies in the order of the addresses that they write, which is faster."""
     pairs = sorted(
         ((row, move) for row, group in moves.items() for move in group),
         key=lambda pair: (pair[1].target, pair[1].target_offset),
     )
-    made: list[tuple[int, Copies]] = []
+    ordered: list[tuple[int, Copies]] = []
     for (row, target, dtype, box), run in groupby(pairs, lambda pair: (pair[0], *pair[1].group_key)):
-        places = [(move.source_offset, move.target_offset) for _, move in run]
-        made.append((row, Copies(target, dtype, box, *map(list, zip(*places, strict=True)))))
-    return made
+        offsets = [(move.source_offset, move.target_offset) for _, move in run]
+        ordered.append((row, Copies(target, dtype, box, *map(list, zip(*offsets, strict=True)))))
+    return ordered
 
 
-class _Memory:
-    """Scratch of a thread, also as elements of each dtype that moves write."""
+class _SlabMemory:
+    """The memory of a slab, with a view of it in each dtype that moves write."""
 
     def __init__(self, memory: Tensor, dtypes: Sequence[str]):
         self.memory = memory
@@ -200,23 +225,23 @@ def _scratch(nbytes: int) -> Tensor:
     return torch.empty(nbytes, dtype=torch.uint8, device="cpu")
 
 
-class HostTensors:
-    """Makes slabs of tensors in host memory; bytes that only move are written from where they lie."""
+class HostTensorProducer:
+    """Produces slabs from tensors in host memory; bytes that only move are written straight from the tensors."""
 
     def __init__(self, tensors: Sequence[Tensor], dtypes: Sequence[str], slab_bytes: int):
         self._tensors = tensors
         self._views: dict[int, memoryview] = {}
-        self._slab = _Memory(_scratch(slab_bytes), dtypes)
+        self._slab = _SlabMemory(_scratch(slab_bytes), dtypes)
         self._view = byte_view(self._slab.memory)
 
     def __call__(self, slab: Slab) -> list[memoryview]:
         if slab.reads:
             return [self._bytes(file)[start : start + nbytes] for file, start, nbytes, *_ in slab.reads]
-        batches = _by_place(slab.moves)
-        copy_equal((copies, self._tensors[row], self._slab.typed[copies.target]) for row, copies in batches)
+        ordered = _copies_in_write_order(slab.moves)
+        copy_equal((copies, self._tensors[row], self._slab.typed[copies.target]) for row, copies in ordered)
         return [self._view[: slab.nbytes]]
 
-    def copy_within_kernel(self, slab: Slab, fd: int) -> bool:
+    def try_copy_range(self, slab: Slab, fd: int) -> bool:
         return False
 
     def _bytes(self, row: int) -> memoryview:
@@ -225,17 +250,17 @@ class HostTensors:
         return self._views[row]
 
 
-class DeviceTensors:
-    """Makes slabs of tensors on one device, through pinned memory; copies there are made by kernels, or by torch."""
+class DeviceTensorProducer:
+    """Produces slabs from tensors on one device, through pinned memory; kernels or torch copy on the device."""
 
     def __init__(self, tensors: Sequence[Tensor], dtypes: Sequence[str], slab_bytes: int, device: Device, backend: str):
         self._tensors = tensors
         self._stream = device.stream()
         self._pinned = device.pinned(slab_bytes)
         self._view = byte_view(self._pinned)
-        # The stream's own: what this thread's current one gives back may still be in use there.
-        self._slab = _Memory(self._stream.scratch(slab_bytes), dtypes)
-        self._use_kernels = takes_kernels(backend, tensors)
+        # Memory of this stream: memory that this thread's current stream has freed may still be in use on it.
+        self._slab = _SlabMemory(self._stream.scratch(slab_bytes), dtypes)
+        self._use_kernels = uses_kernels(backend, tensors)
 
     def __call__(self, slab: Slab) -> list[memoryview]:
         self._stream.copy_all(
@@ -247,7 +272,7 @@ class DeviceTensors:
         )
         if slab.moves:
             batch = CopyBatch()
-            for row, copies in _by_place(slab.moves):
+            for row, copies in _copies_in_write_order(slab.moves):
                 batch.add(copies.as_strided_copy(), [self._tensors[row]], self._slab.typed[copies.target])
             self._stream.run(lambda: self._copy(batch))
             self._stream.copy_all([(self._pinned[: slab.nbytes], self._slab.memory[: slab.nbytes])])
@@ -257,12 +282,12 @@ class DeviceTensors:
     def _copy(self, batch: CopyBatch) -> None:
         batch.run(self._use_kernels)
 
-    def copy_within_kernel(self, slab: Slab, fd: int) -> bool:
+    def try_copy_range(self, slab: Slab, fd: int) -> bool:
         return False
 
 
-class SourceFiles:
-    """Makes slabs of the files of a checkpoint; what is permuted or decoded is read a piece at a time."""
+class SourceFileProducer:
+    """Produces slabs from the files of a checkpoint; sources to permute or decode are read in parts."""
 
     def __init__(
         self,
@@ -276,7 +301,7 @@ class SourceFiles:
         self._checkpoint = checkpoint
         self._files = files
         self._jobs = jobs
-        self._slab = _Memory(_scratch(slab_bytes), dtypes)
+        self._slab = _SlabMemory(_scratch(slab_bytes), dtypes)
         self._input = _scratch(input_bytes)
         self._slab_view, self._input_view = byte_view(self._slab.memory), byte_view(self._input)
 
@@ -293,8 +318,11 @@ class SourceFiles:
             copy_equal((copies, typed[copies.dtype], self._slab.typed[copies.target]) for copies in job.copies)
         return [self._slab_view[: slab.nbytes]]
 
-    def copy_within_kernel(self, slab: Slab, fd: int) -> bool:
-        """Whether the kernel took all parts; where it did not, they are read and written, which tells what is wrong."""
+    def try_copy_range(self, slab: Slab, fd: int) -> bool:
+        """Let the operating system copy all reads of a slab from file to file; return whether it did.
+
+        If it did not, the caller reads and writes the slab, and then any fault raises an error that names the file.
+        """
         if not slab.reads:
             return False
         try:
@@ -303,26 +331,26 @@ class SourceFiles:
                 if source is None:
                     return False
                 while done < nbytes:
-                    at = slab.offset_bytes + start + done
-                    count = system.copy_range(source, offset + done, fd, at, nbytes - done)
+                    target_offset = slab.offset_bytes + start + done
+                    count = system.copy_range(source, offset + done, fd, target_offset, nbytes - done)
                     if not count:
                         return False
                     done += count
         except OSError:
-            return False  # which of the two files it was is found out by reading and writing
+            return False  # it may be either file; reading and writing shows which
         for job in self._jobs[slab.file, slab.offset_bytes]:
             for file in job.reads.files:
                 self._files.release(file)
         return True
 
 
-def jobs_of(
+def jobs_by_slab(
     slabs: Iterable[Slab], checkpoint: Checkpoint, decodes: Mapping[int, Decode], input_bytes: int
 ) -> dict[tuple[int, int], list[Job]]:
-    """What is read for each slab, by its place."""
+    """Return the jobs that fill each slab, scheduled as for a load to the host; keys are output file and offset."""
     jobs: dict[tuple[int, int], list[Job]] = {}
     for slab in slabs:
-        in_place = runs(Reads.from_list(sorted(slab.reads)), slab.nbytes)
+        in_place = group_reads(Reads.from_list(sorted(slab.reads)), slab.nbytes)
         through_input = jobs_through_scratch(slab.moves, checkpoint, decodes, input_bytes)
         jobs[slab.file, slab.offset_bytes] = [*map(ReadInPlace, in_place), *through_input]
     return jobs

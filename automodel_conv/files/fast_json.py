@@ -25,7 +25,10 @@ _MOST_DIMENSIONS = 64
 
 
 class Columns(NamedTuple):
-    """The entries of a header in the header's order. The size of every range matches its dtype and shape."""
+    """The entries of a header in the header's order.
+
+    The size of every range matches its dtype and shape.
+    """
 
     names: list[str]
     dtypes: list[str]
@@ -98,7 +101,10 @@ _metadata = msgspec.json.Decoder(_Metadata).decode
 
 
 class _Kind(NamedTuple):
-    """A combination of dtype and shape. Many tensors share one."""
+    """A combination of dtype and shape.
+
+    Many tensors share one.
+    """
 
     dtype: str
     shape: tuple[int, ...]
@@ -107,7 +113,10 @@ class _Kind(NamedTuple):
 
 
 class _Kinds(dict["tuple[str, tuple[int, ...] | None]", _Kind]):
-    """Kinds by the dtype and shape of the header. A pair that no tensor can have raises ValueError."""
+    """Kinds by the dtype and shape of the header.
+
+    A pair that no tensor can have raises ValueError.
+    """
 
     def __missing__(self, key: tuple[str, tuple[int, ...] | None]) -> _Kind:
         dtype, shape = key

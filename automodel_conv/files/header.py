@@ -89,7 +89,10 @@ def read_limited(fd: int, path: str, limit: int) -> bytearray:
 
 
 def _read_header_bytes(path: str, file_bytes: int, file: OpenSource) -> bytearray:
-    """Return the JSON text of a header. Its length is checked before memory is allocated."""
+    """Return the JSON text of a header.
+
+    Its length is checked before memory is allocated.
+    """
     if file_bytes < 8:
         _refuse_lookalike(path, file_bytes, file)
         raise checkpoint_error(
@@ -190,7 +193,7 @@ def _checked_object(data: bytearray, path: str, decode: Callable[[str], Any]) ->
 
 
 def malformed_json(data: bytes | bytearray, path: str, expected: str, error: Exception) -> CheckpointError:
-    """Return the error for a file that is not valid JSON. It names the actual format of the file if that is known."""
+    """Return the error for a file that is not valid JSON, which names the actual format of the file if it is known."""
     other = lookalike(bytes(data[:SNIFFED_BYTES]))
     if other is None or data.lstrip()[:1] in (b"{", b"["):
         return checkpoint_error("malformed JSON", where=path, expected=expected, found=error)

@@ -100,7 +100,10 @@ def download(repository: Repository, files: Iterable[str]) -> None:
 
 
 class HubFile(NamedTuple):
-    """A file of a repository that is not on this machine. One or two requests read its header."""
+    """A file of a repository that is not on this machine.
+
+    One or two requests read its header.
+    """
 
     url: str
     guess: int
@@ -126,7 +129,7 @@ class _OpenHubFile(NamedTuple):
 
     url: str
     start: bytearray
-    """The first bytes of the file, as many as have been read."""
+    """The bytes that have been read so far, from the start of the file."""
     nbytes: int
     """Size of the file."""
 

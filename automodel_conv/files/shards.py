@@ -124,7 +124,10 @@ def divide(specs: Iterable[Spec], most_bytes: int, naming: Naming = DEFAULT_NAMI
 
 
 def divide_like(specs: Iterable[Spec], files: Mapping[str, str], layout: str | None = None) -> list[Shard]:
-    """Divide tensors among the files that ``files`` assigns to their names. It must contain every name."""
+    """Divide tensors among the files that ``files`` assigns to their names.
+
+    It must contain every name.
+    """
     groups: dict[str, list[Spec]] = {}
     for spec in specs:
         groups.setdefault(files[spec.name], []).append(spec)

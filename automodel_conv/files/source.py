@@ -33,7 +33,10 @@ class OpenSource(Protocol):
         ...
 
     def close(self) -> None:
-        """Close the source. It must not be read afterwards."""
+        """Close the source.
+
+        It must not be read afterwards.
+        """
         ...
 
 

@@ -77,7 +77,10 @@ def acquire_lock(staging: str, directory: str) -> int:
 
 
 def remove_staging(staging: str) -> None:
-    """Remove the staging folder. Files that cannot be removed now are removed when the directory is next opened."""
+    """Remove the staging folder.
+
+    Files that cannot be removed now are removed when the directory is next opened.
+    """
     with suppress(OSError):
         # Other processes look at the lock, so it is removed last.
         for name in sorted(system.list_names(staging), key=lambda name: name == LOCK_NAME):

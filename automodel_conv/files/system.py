@@ -68,7 +68,10 @@ def open_readonly(path: str) -> int:
 
 
 def close(fd: int) -> None:
-    """Close a descriptor. Errors of pending writes are ignored, since ``sync`` has reported them before."""
+    """Close a descriptor.
+
+    Errors of pending writes are ignored, since ``sync`` has reported them before.
+    """
     try:
         os.close(fd)
     except OSError as error:
@@ -219,7 +222,10 @@ def map_private(fd: int, offset: int, nbytes: int) -> int:
 
 
 def unmap(address: int, nbytes: int) -> None:
-    """Remove a mapping. Its memory must not be accessed afterwards."""
+    """Remove a mapping.
+
+    Its memory must not be accessed afterwards.
+    """
     _munmap()(address, nbytes)
 
 
@@ -301,7 +307,10 @@ def copy_range(source: int, source_offset: int, target: int, target_offset: int,
 
 
 def begin_writeback(fd: int, offset: int, nbytes: int) -> None:
-    """Start to write cached bytes to the disk, so that ``sync`` waits for less. Errors are ignored."""
+    """Start to write cached bytes to the disk, so that ``sync`` waits for less.
+
+    Errors are ignored.
+    """
     if sys.platform == "linux":
         _sync_file_range()(fd, offset, nbytes, _SYNC_FILE_RANGE_WRITE)
 
@@ -355,7 +364,10 @@ def remove_directory(path: str) -> None:
 
 
 def lock(fd: int) -> bool:
-    """Lock an open file for this process until it is closed. Return False if another process has locked it."""
+    """Lock an open file for this process until it is closed.
+
+    Return False if another process has locked it.
+    """
     if fcntl is None:
         return True
     try:

@@ -35,7 +35,7 @@ def sizes_of(dims: Dims, shape: Sequence[int], known: Mapping[str, int]) -> dict
         ValueError: the shape has another rank, or a size that the known sizes do not divide.
     """
     if len(dims) != len(shape):
-        raise ValueError(f"a tensor of shape {tuple(shape)} has not {len(dims)} dimensions")
+        raise ValueError(f"a tensor of shape {tuple(shape)} does not have {len(dims)} dimensions")
     sizes = dict(known)
     for dim, size in zip(dims, shape, strict=True):
         known_size = prod(known[axis] for axis in dim if axis in known)
@@ -43,5 +43,5 @@ def sizes_of(dims: Dims, shape: Sequence[int], known: Mapping[str, int]) -> dict
         if unknown:
             sizes[unknown[0]] = size // known_size
         if size % known_size or (not unknown and size != known_size):
-            raise ValueError(f"a dimension of size {size} is not {' by '.join(dim)} with {dict(known)}")
+            raise ValueError(f"a dimension of size {size} cannot hold {' by '.join(dim)} with {dict(known)}")
     return sizes

@@ -1,4 +1,7 @@
-"""Which casts a plan may make: numbers to numbers; codes of a quantized tensor mean nothing without their scales."""
+"""Check that a plan casts only values to values.
+
+Codes mean nothing without their scales.
+"""
 
 from __future__ import annotations
 
@@ -7,29 +10,36 @@ from automodel_conv.errors import UnsupportedError, message
 
 _INTEGERS = frozenset({"BOOL", "I8", "U8", "I16", "U16", "I32", "U32", "I64", "U64"})
 _CODES = frozenset({"F4", "F6_E2M3", "F6_E3M2", "F8_E5M2", "F8_E4M3", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ"})
-_HOLDS_CODES = _CODES | {"I8", "U8"}
-_DECODE = "{dequantize=True} decodes what the quantization_config in config.json says is quantized"
+_MAY_HOLD_CODES = _CODES | {"I8", "U8"}
+_DECODE = "{dequantize=True} decodes the tensors that the quantization_config in config.json describes as quantized"
 _KEEP = "{dequantize=False} keeps them, for a model that has codes and scales"
 
 
-def check_cast(source: str, found: str, target: str, wanted: str) -> None:
-    """Raise UnsupportedError where a cast would lose more than precision.
+def check_cast(source: str, source_dtype: str, target: str, target_dtype: str) -> None:
+    """Raise UnsupportedError if a cast would lose more than precision.
 
     Args:
-        source, target: names; ``found`` and ``wanted`` their dtypes.
+        source: name of the source.
+        source_dtype: its dtype code.
+        target: name of the target.
+        target_dtype: its dtype code.
     """
-    if found == wanted or (found in FLOATING and wanted in FLOATING):
+    if source_dtype == target_dtype or (source_dtype in FLOATING and target_dtype in FLOATING):
         return
-    if found in _INTEGERS and (wanted in _INTEGERS or (wanted in FLOATING and found not in ("I8", "U8"))):
+    to_float = target_dtype in FLOATING and source_dtype not in ("I8", "U8")
+    if source_dtype in _INTEGERS and (target_dtype in _INTEGERS or to_float):
         return
-    quantized = found in _HOLDS_CODES or wanted in _CODES
-    advice = _KEEP if found not in _HOLDS_CODES else _DECODE if wanted not in _HOLDS_CODES else "codes are never cast"
+    quantized = source_dtype in _MAY_HOLD_CODES or target_dtype in _CODES
+    if source_dtype not in _MAY_HOLD_CODES:
+        advice = _KEEP
+    else:
+        advice = _DECODE if target_dtype not in _MAY_HOLD_CODES else "codes are never cast"
     raise UnsupportedError(
         message(
             f"{source} cannot be cast for {target}"
             + (", one of them holds codes of a quantized tensor" if quantized else ""),
-            expected=wanted,
-            found=found,
+            expected=target_dtype,
+            found=source_dtype,
             do=advice if quantized else None,
         )
     )

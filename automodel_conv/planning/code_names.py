@@ -1,4 +1,4 @@
-"""Recognize codes and scales by their names and dtypes, whatever the method."""
+"""Recognize the codes and scales of all quantization methods by their names and dtypes."""
 
 from __future__ import annotations
 
@@ -9,19 +9,22 @@ from automodel_conv.planning.methods.method import Packing, part_name, weight_na
 from automodel_conv.planning.methods.table import METHODS
 
 NARROW = ("F8_", "F6_", "F4")
-"""How dtypes begin that are of codes, or of scales, and of nothing else."""
+"""Prefixes of the dtypes that only codes and scales have."""
 
 
 class CodeNames(NamedTuple):
-    """The suffixes of all methods."""
+    """The name suffixes of codes and scales, over all methods."""
 
     codes: tuple[str, ...]
+    """Suffixes of codes."""
     scales: tuple[str, ...]
+    """Suffixes of scales."""
     under_weights: frozenset[str]
-    """Dtypes of codes that have the name of the weight itself."""
+    """Dtypes of codes that are stored under the name of the weight itself."""
 
     @classmethod
     def of_all_methods(cls) -> CodeNames:
+        """Return the suffixes and dtypes of every method in ``METHODS``."""
         packings = _packings()
         return cls(
             tuple(dict.fromkeys(packing.suffix for packing in packings)),
@@ -30,28 +33,29 @@ class CodeNames(NamedTuple):
         )
 
     def scale_names(self, codes: str) -> list[str]:
-        """The names that a scale of these codes can have, by any method."""
+        """Return the names that any method may give to the scales of these codes."""
         weights = [weight_name(codes, suffix) for suffix in self.codes if codes.endswith(suffix)]
-        return [part for weight in weights for scale in self.scales if (part := part_name(weight, scale)) is not None]
+        parts = (part_name(weight, scale) for weight in weights for scale in self.scales)
+        return [part for part in parts if part is not None]
 
     def needs_scale(self, name: str, dtype: str) -> bool:
-        """Whether a tensor of a quantized checkpoint can be nothing but codes: it is a weight, and no scale itself."""
+        """Return whether a tensor of a quantized checkpoint must be codes: a weight, and not itself a scale."""
         if name.endswith(self.scales) or dtype == "F8_E8M0":
             return False
         return dtype.startswith(NARROW) or (dtype in self.under_weights and name.endswith("weight"))
 
 
 def has_codes(table: SourceTable) -> str | None:
-    """The name of a tensor of ``table`` that has the form of codes with scales, if there is one."""
-    forms: dict[str, list[tuple[str, tuple[str, ...]]]] = {}
+    """Return the name of the first tensor that looks like codes with scales, or None."""
+    suffixes_of: dict[str, list[tuple[str, tuple[str, ...]]]] = {}
     for method in METHODS.values():
         for packing in method.codes:
-            forms.setdefault(packing.dtype, []).append((packing.suffix, method.scales))
-    if forms.keys().isdisjoint(table.dtypes):
+            suffixes_of.setdefault(packing.dtype, []).append((packing.suffix, method.scales))
+    if suffixes_of.keys().isdisjoint(table.dtypes):
         return None
     names = set(table.names)
     for name, dtype in zip(table.names, table.dtypes, strict=True):
-        for suffix, scales in forms.get(dtype, ()):
+        for suffix, scales in suffixes_of.get(dtype, ()):
             if name.endswith(suffix):
                 weight = weight_name(name, suffix)
                 if any(part_name(weight, scale) in names for scale in scales):
@@ -60,7 +64,7 @@ def has_codes(table: SourceTable) -> str | None:
 
 
 def packed_dtypes() -> frozenset[str]:
-    """The dtypes of tensors whose elements may hold several codes."""
+    """Return the dtypes whose elements may hold several codes."""
     return frozenset(packing.dtype for packing in _packings() if packing.codes_per_element > 1)
 
 

@@ -221,7 +221,7 @@ class Compiler:
     def _fallback_targets(self, assignment: Assignment, rows: tuple[int, ...], reason: str) -> list[Target]:
         names = all_targets(self.rules, assignment.rule, assignment.target)
         if self.targets is None:
-            self.problems.failed.append((assignment.target, f"{reason}; only a model knows the shape of the result"))
+            self.problems.failed.append((assignment.target, f"{reason}; only a model has the shape of the result"))
             return []
         dtypes = {row: self._given_dtype(row, assignment.target) for row in rows}
         cast = {row: dtype for row, dtype in dtypes.items() if dtype != self.sources.dtypes[row]}

@@ -1,4 +1,4 @@
-"""Select the uses of rules that fit in every respect, for a load that leaves all other tensors alone."""
+"""Select the rule uses that fit completely, for a load that does not touch any other tensor."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from automodel_conv.planning.wanted import TargetSpec
 
 
 class RuleUse(NamedTuple):
-    """Source rows that one use of a rule takes, and all targets that it makes of them."""
+    """One use of a rule: the source rows that it consumes and the targets that it produces."""
 
     rows: tuple[int, ...]
     targets: tuple[Target, ...]
@@ -26,47 +26,50 @@ class RuleUse(NamedTuple):
 def whole_conversions(
     sources: SourceTable, rules: Rules, targets: Mapping[str, TargetSpec], coded: Container[int] = ()
 ) -> tuple[list[RuleUse], dict[str, str]]:
-    """The uses of rules that fit in every respect, and the targets of all others with the reason.
+    """Return the rule uses that fit completely, and the reason for each target that does not.
 
-    What is left out shares no source and no target with what is returned, so that it can be converted apart from it.
-    Tensors that are only renamed are in neither, unless their rows are in ``coded``.
+    The two results share no source and no target, so they can be converted separately. Tensors that are only renamed
+    are in neither result, unless their rows are in ``coded``.
+
+    Args:
+        coded: rows that hold codes.
 
     Raises:
-        UnsupportedError: a square matrix of which nothing tells how it lies; see ``square_matrices``.
+        UnsupportedError: the orientation of a square matrix is unknown; see ``square_matrices``.
     """
     resolution = resolve(sources.names, rules, targets, sources.hidden)
     claimed = Counter(assignment.target for assignment in resolution.assignments)
     contested = {name for name, _ in resolution.duplicated}
     parameters = {name: spec.shape for name, spec in targets.items()}
-    lies = square_matrices(resolution.assignments, rules, sources.shapes, parameters)
-    compiler = Compiler(sources, rules, targets, None, parameters, lies)
+    transposed = square_matrices(resolution.assignments, rules, sources.shapes, parameters)
+    compiler = Compiler(sources, rules, targets, None, parameters, transposed)
     conversions: list[tuple[str, RuleUse]] = []
-    left: dict[str, str] = {}
+    reasons: dict[str, str] = {}
     for assignment in resolution.assignments:
         rows = tuple(row for slot in assignment.slots.values() for row in slot)
         if assignment.rule < 0 and not any(row in coded for row in rows):
             continue
         compiler.problems = Problems()
-        made: list[Target] = []
+        produced: list[Target] = []
         try:
-            made = compiler.targets_of(assignment)
+            produced = compiler.targets_of(assignment)
         except UnsupportedError as error:
-            left[assignment.target] = error.reason()
-        # Also of a rule that is left: what it may make is claimed.
-        may_make = {*all_targets(rules, assignment.rule, assignment.target), *(target.name for target in made)}
-        claimed.update(may_make - {assignment.target})
-        if assignment.target in left:
+            reasons[assignment.target] = error.reason()
+        # A rule use that does not fit still claims the targets that it might produce.
+        possible = {*all_targets(rules, assignment.rule, assignment.target), *(target.name for target in produced)}
+        claimed.update(possible - {assignment.target})
+        if assignment.target in reasons:
             continue
-        reasons = [target.fallback.reason for target in made if target.fallback is not None]
-        reasons += compiler.problems.reasons()
-        if reasons or not made or assignment.target in contested:
-            left[assignment.target] = reasons[0] if reasons else "several sources claim it"
+        obstacles = [target.fallback.reason for target in produced if target.fallback is not None]
+        obstacles += compiler.problems.reasons()
+        if obstacles or not produced or assignment.target in contested:
+            reasons[assignment.target] = obstacles[0] if obstacles else "several sources claim it"
             continue
-        conversions.append((assignment.target, RuleUse(rows, tuple(made))))
-    whole = []
-    for first, conversion in conversions:
-        if all(claimed[target.name] == 1 for target in conversion.targets):
-            whole.append(conversion)
+        conversions.append((assignment.target, RuleUse(rows, tuple(produced))))
+    complete = []
+    for first_target, use in conversions:
+        if all(claimed[target.name] == 1 for target in use.targets):
+            complete.append(use)
         else:
-            left[first] = "several sources claim one of its targets"
-    return whole, left
+            reasons[first_target] = "several sources claim one of its targets"
+    return complete, reasons

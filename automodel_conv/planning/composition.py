@@ -110,7 +110,7 @@ def _find_source(first: Mapping[str, Target], between: SourceTable, row: int, ta
     if before is None or (before.dtype, before.shape) != (dtype, shape):
         raise CoverageError(
             message(
-                f"{target.name} needs {name}, which the plan before does not make like that",
+                f"{target.name} needs {name}, which the preceding plan does not produce in this form",
                 expected=f"{dtype} {list(shape)}",
                 found=None if before is None else f"{before.dtype} {list(before.shape)}",
             )
@@ -121,15 +121,17 @@ def _find_source(first: Mapping[str, Target], between: SourceTable, row: int, ta
 def _check_chainable(before: Target, sources: SourceTable, target: Target) -> None:
     for checked in (before, target):
         if checked.fallback is not None:
-            raise UnsupportedError(message(f"{checked.name} is made by upstream's own code, so plans end there"))
+            raise UnsupportedError(
+                message(f"{checked.name} is filled by transformers' own code, so no plan can follow")
+            )
     unquantized = [row for row in before.sources if row not in sources.decodes]  # decoding yields any dtype in one step
     casts = [sources.dtypes[row] for row in unquantized if sources.dtypes[row] != before.dtype]
     if casts and before.dtype != target.dtype:
         raise UnsupportedError(
             message(
-                f"{target.name} would be cast twice on the way",
+                f"{target.name} would be cast twice",
                 found=f"{casts[0]} -> {before.dtype} -> {target.dtype}",
-                do="give the dtype to one of the two plans only",
+                do="pass the dtype to only one of the two plans",
             )
         )
     for row in unquantized:
@@ -147,7 +149,7 @@ def _through(before: Target, read: Piece, target: Target) -> list[Piece]:
     try:
         return chain([piece for copy in before.copies for piece in copy.pieces()], [read], numel)
     except NotAffine as error:
-        text = f"{target.name} cannot be made straight from the sources of {before.name}: {error}"
+        text = f"{target.name} cannot be filled straight from the sources of {before.name}: {error}"
         raise UnsupportedError(message(text)) from None
 
 

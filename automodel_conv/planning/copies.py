@@ -38,7 +38,7 @@ class StridedCopy(NamedTuple):
 SPAN = 1 << 64
 """Distance in elements between the first elements of consecutive sources in the address space that they share.
 
-No source is as long. In this address space a walk over sources is a dimension like any other, so that one piece can
+Every source is shorter. In this address space a walk over sources is a dimension like any other, so that one piece can
 read thousands of sources.
 """
 
@@ -139,7 +139,7 @@ def _join_runs(pieces: Sequence[Piece]) -> list[Piece]:
 
 
 class Fallback(NamedTuple):
-    """Operations that could not be lowered. transformers' own ``convert`` runs them on whole sources.
+    """Operations that could not be lowered, and that transformers' own ``convert`` runs on whole sources.
 
     One fallback may fill several targets, which all hold the same object.
     """

@@ -1,4 +1,4 @@
-"""A plan that a caller hands to a load: whether it is one of this checkpoint and this model."""
+"""Check that a plan that a caller passes to a load fits the checkpoint and the model."""
 
 from __future__ import annotations
 
@@ -11,27 +11,28 @@ from automodel_conv.planning.copies import Decode, Fallback, SourceTable
 from automodel_conv.planning.names import plain_names
 from automodel_conv.planning.plan import CopyPlan
 
-_ANEW = "make the plan of this checkpoint and this model: {compile_plan(...)}"
+_RECOMPILE = "compile a plan for this checkpoint and this model: {compile_plan(...)}"
 
 
 def as_plan(plan: object, decided: Mapping[str, object]) -> CopyPlan:
-    """The plan, or the one that a text is the JSON of; validated then.
+    """Return a plan as it is, or parse and validate the JSON text of one.
 
     Args:
-        decided: the arguments that a plan decides already, by name; None those that the caller has not given.
+        plan: a ``CopyPlan``, or the text that its ``to_json`` returns.
+        decided: arguments that the plan already determines, by name; None if the caller did not pass one.
 
     Raises:
-        ConversionError: one of them is given.
-        UnsupportedError: it is neither a plan nor such a text.
+        ConversionError: the caller passed one of these arguments too.
+        UnsupportedError: ``plan`` is neither a plan nor such a text.
         CoverageError: see ``CopyPlan.from_json``.
     """
     given = [f"{name}={value!r}" for name, value in decided.items() if value is not None]
     if given:
         raise ConversionError(
             message(
-                "plan= decides already what these arguments say",
+                "plan= already determines these arguments",
                 found=", ".join(given),
-                do=["leave them out", "leave {plan} out, or pass them to compile_plan(), which makes the plan"],
+                do=["leave them out", "leave {plan} out, or pass them to compile_plan()"],
             )
         )
     if isinstance(plan, CopyPlan):
@@ -40,96 +41,105 @@ def as_plan(plan: object, decided: Mapping[str, object]) -> CopyPlan:
         return CopyPlan.from_json(plan)
     raise UnsupportedError(
         message(
-            "plan= is no plan",
-            expected="what compile_plan() returns, or the text that its to_json() gives",
+            "plan= is not a plan",
+            expected="the plan that compile_plan() returns, or the text that its to_json() returns",
             found=kind_of(plan),
-            do="of a plan in a file, pass the text: Path(file).read_text()",
+            do="if the plan is in a file, pass its text: Path(file).read_text()",
         )
     )
 
 
 @dataclass
 class Misfits:
-    """Everything in which a plan differs from a checkpoint and a model."""
+    """All differences between a plan and the checkpoint and model that it is used with."""
 
     absent: list[str] = field(default_factory=list)
-    """Sources of the plan that the checkpoint lacks."""
+    """Names of the plan's sources that the checkpoint lacks."""
     unlike: list[tuple[str, str, str]] = field(default_factory=list)
-    """Sources with what the plan and the checkpoint say of them."""
+    """``(source, description in the plan, description in the checkpoint)`` for each source that differs."""
     unknown: list[str] = field(default_factory=list)
-    """Tensors of the checkpoint that the plan does not know."""
+    """Names of tensors in the checkpoint that the plan does not have."""
     unexpected: list[str] = field(default_factory=list)
+    """Names of the plan's targets that the model lacks."""
     mismatched: list[tuple[str, tuple[int, ...], tuple[int, ...]]] = field(default_factory=list)
-    """As in ``NameProblems``, of targets."""
+    """``(target, shape in the plan, shape in the model)`` for each target that differs."""
 
     def raise_if_any(self, where: str, plan: CopyPlan, missing: list[str]) -> None:
-        """Raise NameProblems with all of them in one text.
+        """Raise one NameProblems that lists all differences.
 
         Args:
-            missing: names that the plan does not make, where that is an error.
+            where: path of the checkpoint.
+            missing: names that the plan does not produce, if that is an error; else an empty list.
         """
         parts = [
             ("the checkpoint lacks", self.absent),
             (
-                "the checkpoint has them otherwise",
-                [f"{name}: the plan reads {ours}, found {found}" for name, ours, found in self.unlike],
+                "the checkpoint has them in another form",
+                [f"{name}: the plan reads {planned}, found {stored}" for name, planned, stored in self.unlike],
             ),
-            ("the plan does not know", self.unknown),
+            ("the plan does not have", self.unknown),
             ("the model lacks", self.unexpected),
             (
                 "the model has other shapes",
-                [f"{name}: the plan makes {list(ours)}, expected {list(has)}" for name, ours, has in self.mismatched],
+                [
+                    f"{name}: the plan produces {list(planned)}, expected {list(has)}"
+                    for name, planned, has in self.mismatched
+                ],
             ),
-            ("missing: the plan does not make", missing),
+            ("missing: the plan does not produce", missing),
         ]
-        found = [f"  {title} ({len(items)}):\n{listing(items)}" for title, items in parts if items]
-        if not found:
+        sections = [f"  {title} ({len(items)}):\n{listing(items)}" for title, items in parts if items]
+        if not sections:
             return
-        do = [_ANEW, "leave {plan} out"]
-        if not (self.unexpected or self.mismatched or self._used(plan)):
-            do.append("{strict=False} loads what the plan makes")
+        do = [_RECOMPILE, "leave {plan} out"]
+        if not (self.unexpected or self.mismatched or self._reads_misfits(plan)):
+            do.append("{strict=False} loads what the plan produces")
         raise NameProblems(
-            Message("\n".join([f"the plan does not fit this load: {where}", *found]), do),
+            Message("\n".join([f"the plan does not fit this load: {where}", *sections]), do),
             missing=missing,
             unexpected=[*self.unexpected, *self.unknown],
             mismatched=self.mismatched,
             incomplete=self._incomplete(plan),
         )
 
-    def _used(self, plan: CopyPlan) -> bool:
+    def _reads_misfits(self, plan: CopyPlan) -> bool:
+        """Return whether the plan reads a source that is absent or differs."""
         wrong = {*self.absent, *(name for name, _, _ in self.unlike)}
         return any(plan.sources.names[row] in wrong for row in _rows_read(plan))
 
     def _incomplete(self, plan: CopyPlan) -> list[tuple[str, tuple[str, ...]]]:
+        """Return ``(target, absent sources)`` for each target that lacks a source."""
         absent, names = set(self.absent), plan.sources.names
         lacking = ((t.name, tuple(names[row] for row in t.sources if names[row] in absent)) for t in plan.targets)
         return [(name, lacks) for name, lacks in lacking if lacks]
 
 
 def fit_sources(plan: CopyPlan, table: SourceTable, misfits: Misfits, strict: bool) -> CopyPlan:
-    """The plan with the rows of a checkpoint, whose tensors may lie in another order than the plan's.
+    """Return the plan with its sources renumbered to the rows of a checkpoint.
+
+    The checkpoint may store its tensors in another order than the plan lists them.
 
     Args:
-        table: what the checkpoint offers; quantized tensors decoded, if any of the plan's are.
-        misfits: takes what does not fit; the plan cannot be executed then.
-        strict: sources that nothing is made of must fit too, and the plan must know all tensors.
+        table: the checkpoint's tensors. Quantized tensors are decoded if the plan decodes any.
+        misfits: receives every difference. If it has any, the returned plan cannot be executed.
+        strict: sources that the plan does not read must fit too, and the plan must have every tensor of the checkpoint.
     """
-    ours = plan.sources
+    planned = plan.sources
     columns = (table.names, table.dtypes, table.shapes)
-    if (ours.names, ours.dtypes, ours.shapes) == columns and ours.decodes == table.decodes:
+    if (planned.names, planned.dtypes, planned.shapes) == columns and planned.decodes == table.decodes:
         return plan
-    rows = _rows_of(ours.names, table.names, [target.name for target in plan.targets])
+    rows = _rows_of(planned.names, table.names, [target.name for target in plan.targets])
     read = _rows_read(plan)
-    for row, name in enumerate(ours.names):
-        at = rows[row]
-        if at is None:
+    for row, name in enumerate(planned.names):
+        new_row = rows[row]
+        if new_row is None:
             if strict or row in read:
                 misfits.absent.append(name)
             continue
         if strict or row in read:
-            said, found = _Source.of(ours, row, rows), _Source.of(table, at)
-            if said != found:
-                misfits.unlike.append((name, str(said), str(found)))
+            expected, stored = _Source.of(planned, row, rows), _Source.of(table, new_row)
+            if expected != stored:
+                misfits.unlike.append((name, str(expected), str(stored)))
     if strict:
         known = set(rows)
         misfits.unknown += [name for row, name in enumerate(table.names) if row not in known]
@@ -147,11 +157,11 @@ def fit_sources(plan: CopyPlan, table: SourceTable, misfits: Misfits, strict: bo
 
 
 def fit_targets(plan: CopyPlan, shapes: Mapping[str, tuple[int, ...]], misfits: Misfits) -> list[str]:
-    """Names that the plan does not make, of those that a model has.
+    """Return the model's names that the plan does not produce.
 
     Args:
-        shapes: of all that the model has, by name.
-        misfits: takes what does not fit.
+        shapes: shapes of all tensors of the model, by name.
+        misfits: receives the targets that the model lacks or has in another shape.
     """
     for target in plan.targets:
         has = shapes.get(target.name)
@@ -159,12 +169,12 @@ def fit_targets(plan: CopyPlan, shapes: Mapping[str, tuple[int, ...]], misfits: 
             misfits.unexpected.append(target.name)
         elif has != target.shape:
             misfits.mismatched.append((target.name, target.shape, has))
-    made = {target.name for target in plan.targets}
-    return [name for name in shapes if name not in made]
+    produced = {target.name for target in plan.targets}
+    return [name for name in shapes if name not in produced]
 
 
 class _Source(NamedTuple):
-    """A tensor as a table has it."""
+    """The dtype, shape and decoding of one row of a source table."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -172,7 +182,13 @@ class _Source(NamedTuple):
 
     @staticmethod
     def of(table: SourceTable, row: int, rows: list[int | None] | None = None) -> _Source:
-        """The tensor of a row. ``rows`` renumbers the parts of a quantized one: the rows that they have elsewhere."""
+        """Return the source in a row.
+
+        Args:
+            table: the table.
+            row: row in the table.
+            rows: rows of another table, by row; if given, the row of each scale and zero point is replaced by it.
+        """
         decode = table.decodes.get(row)
         if decode is not None and rows is not None:
             scales, zero_points, global_scale = (
@@ -190,31 +206,34 @@ class _Source(NamedTuple):
         return ", ".join([f"{text} of {self.decode.format} codes in blocks of {list(self.decode.block)}", *flags])
 
 
-def _rows_of(names: Sequence[str], there: Sequence[str], known: Collection[str]) -> list[int | None]:
-    """Of each name its row elsewhere, where wrappers may have put something into names; None if it is not there."""
-    position = dict(zip(there, range(len(there)), strict=True))
+def _rows_of(names: Sequence[str], stored: Sequence[str], known: Collection[str]) -> list[int | None]:
+    """Return the row of each name among ``stored`` names, with or without wrapper prefixes; None if it is absent."""
+    position = dict(zip(stored, range(len(stored)), strict=True))
     if any(name not in position for name in names):
-        position = dict(zip(plain_names(there, known), range(len(there)), strict=True)) | position
+        position = dict(zip(plain_names(stored, known), range(len(stored)), strict=True)) | position
     return [position.get(name) for name in names]
 
 
 def _rows_read(plan: CopyPlan) -> frozenset[int]:
-    """Rows that something is made of, parts of quantized tensors too."""
+    """Return the rows that the plan reads, including scales and zero points of quantized tensors."""
     decodes = plan.sources.decodes
     return plan.used_sources.union(*(decodes[row].parts for row in plan.used_sources & decodes.keys()))
 
 
 class _Renumbered:
-    """Fallbacks that take sources by other rows; targets that share one still do."""
+    """Fallbacks that receive their sources by new rows.
+
+    Targets that shared a fallback still share one.
+    """
 
     def __init__(self, rows: list[int | None]):
-        self._old = {at: row for row, at in enumerate(rows) if at is not None}
-        self._made: dict[int, Fallback] = {}
+        self._old_rows = {new: old for old, new in enumerate(rows) if new is not None}
+        self._renumbered: dict[int, Fallback] = {}
 
     def __call__(self, fallback: Fallback) -> Fallback:
-        if id(fallback) not in self._made:
-            self._made[id(fallback)] = fallback._replace(convert=self._by_old_rows(fallback.convert))
-        return self._made[id(fallback)]
+        if id(fallback) not in self._renumbered:
+            self._renumbered[id(fallback)] = fallback._replace(convert=self._by_old_rows(fallback.convert))
+        return self._renumbered[id(fallback)]
 
     def _by_old_rows(self, convert: Callable[[Mapping[int, Any]], dict[str, Any]]):
-        return lambda sources: convert({self._old[row]: tensor for row, tensor in sources.items()})
+        return lambda sources: convert({self._old_rows[row]: tensor for row, tensor in sources.items()})

@@ -1,9 +1,10 @@
-"""Plans that keep codes and scales while weights are grouped, taken apart or laid out anew.
+"""Plans that keep codes and scales while weights are grouped, split or moved to another layout.
 
-Codes of eight bits move as the numbers do that they stand for. Scales of blocks move as a matrix of blocks does: the
-rules and layouts that make a weight are applied once more, to tensors that have the weights' names and the shapes of
-their scales. The result must say the same under the same config: it is read as if it were a checkpoint, and each of its
-blocks must be one of the source's. A block that would hold rows of two experts' halves, or lie across, is none.
+Eight-bit codes move exactly as their decoded values would. Scales are copied as a matrix with one element per
+block: the rules and layouts of a weight are applied again to tensors with the weights' names and the scales' shapes.
+The result must decode to the same values under the same config. To check that, it is read as if it were a checkpoint.
+Each of its blocks must be a block of the source. A block that mixes rows of gate and up, or whose sides are swapped, is
+not one.
 """
 
 from __future__ import annotations
@@ -16,63 +17,66 @@ from automodel_conv.planning.composition import table_of
 from automodel_conv.planning.copies import Decode, SourceTable, StridedCopy, Target
 from automodel_conv.planning.plan import CopyPlan
 
-Matrix = tuple[int, int]  # rows and columns
+Matrix = tuple[int, int]
+"""Number of rows and number of columns."""
 
 
 def keep_codes(
     stored: SourceTable,
     decoded: SourceTable,
-    numbers: CopyPlan,
+    values: CopyPlan,
     plan_of: Callable[[SourceTable], CopyPlan],
     read: Callable[[SourceTable], SourceTable],
 ) -> CopyPlan:
-    """The plan that makes codes and scales where ``numbers`` makes numbers of them.
+    """Return the plan that produces codes and scales where ``values`` produces decoded values.
 
     Args:
-        stored: all tensors as they are.
-        decoded: the same with numbers in the place of codes, which ``numbers`` is a plan of.
-        plan_of: plans the scales by the same rules and layouts, under the names of their weights.
+        stored: all tensors as stored.
+        decoded: the same tensors with decoded values in place of codes.
+        values: a plan whose sources are ``decoded``.
+        plan_of: plans the scales by the same rules and layouts, from a table that has them under their weights' names.
         read: decodes a table by the config of the checkpoint.
 
     Raises:
-        UnsupportedError: codes of other sizes, or scales of which no grouping means the same; names the first target.
+        UnsupportedError: codes do not have eight bits, or no arrangement of the scales keeps their meaning. The error
+            names the first target.
     """
-    coded = [target for target in numbers.targets if not decoded.decodes.keys().isdisjoint(target.sources)]
+    coded = [target for target in values.targets if not decoded.decodes.keys().isdisjoint(target.sources)]
     if not coded:
-        return replace(numbers, sources=stored)
-    coded.sort(key=lambda target: _is_as_stored(target, decoded))  # where anything can go wrong comes first
+        return replace(values, sources=stored)
+    coded.sort(key=lambda target: _is_as_stored(target, decoded))  # errors name the first: one that changes shape
     suffixes = {target.name: _suffix(target, stored, decoded) for target in coded}
     try:
         scales = plan_of(_scales_as_weights(stored, decoded))
     except ConversionError as error:
-        raise _refused(coded[0].name, f"its scales do not come together; {_blocks(coded[0], decoded)}") from error
-    left = {target.name: target for target in scales.targets}
+        raise _refused(coded[0].name, f"its scales cannot be combined; {_blocks(coded[0], decoded)}") from error
+    unused_scales = {target.name: target for target in scales.targets}
     targets: list[Target] = []
-    made: dict[str, Target] = {}
-    for target in numbers.targets:
+    kept: dict[str, Target] = {}
+    for target in values.targets:
         if target.name not in suffixes:
             targets.append(target)
             continue
-        part = left.pop(target.name, None)
-        if part is None or part.fallback is not None:
-            raise _refused(target.name, f"its scales do not come together; {_blocks(target, decoded)}")
-        made[target.name] = codes = target._replace(dtype=stored.dtypes[target.sources[0]])
-        targets += [codes, part._replace(name=target.name + suffixes[target.name], rule=target.rule)]
-    of_weights = {decode.scales for decode in decoded.decodes.values()}
-    for name, other in left.items():
-        if not of_weights.isdisjoint(other.sources):
-            continue  # of a weight that is left out
-        if any(part.isdecimal() for part in name.rpartition("experts.")[2].split(".")[:1]) and made:
-            raise _refused(name, "it is of one expert, and has no place beside grouped ones")
+        scale = unused_scales.pop(target.name, None)
+        if scale is None or scale.fallback is not None:
+            raise _refused(target.name, f"its scales cannot be combined; {_blocks(target, decoded)}")
+        kept[target.name] = codes = target._replace(dtype=stored.dtypes[target.sources[0]])
+        targets += [codes, scale._replace(name=target.name + suffixes[target.name], rule=target.rule)]
+    scale_rows = {decode.scales for decode in decoded.decodes.values()}
+    for name, other in unused_scales.items():
+        if not scale_rows.isdisjoint(other.sources):
+            continue  # the weight of this scale is left out
+        if any(part.isdecimal() for part in name.rpartition("experts.")[2].split(".")[:1]) and kept:
+            raise _refused(name, "it belongs to one expert, and the others are grouped")
         targets.append(other._replace(rule=-1))
-    plan = CopyPlan(stored, tuple(targets), numbers.rules)
+    plan = CopyPlan(stored, tuple(targets), values.rules)
     plan.validate()
-    _check_blocks(plan, made, decoded, read)
+    _check_blocks(plan, kept, decoded, read)
     return plan
 
 
 def _scales_as_weights(stored: SourceTable, decoded: SourceTable) -> SourceTable:
-    """The scales under the names of their weights, and under their own what else is hidden in ``decoded``."""
+    """Return the scales under the names of their weights, and the other hidden tensors under their own names."""
     names = list(stored.names)
     for row, decode in decoded.decodes.items():
         names[decode.scales], names[row] = decoded.names[row], stored.names[decode.scales]
@@ -80,13 +84,13 @@ def _scales_as_weights(stored: SourceTable, decoded: SourceTable) -> SourceTable
 
 
 def _suffix(target: Target, stored: SourceTable, decoded: SourceTable) -> str:
-    """What follows the name of a weight in that of its scales."""
+    """Return the suffix that turns the name of a weight into the name of its scales."""
     decodes = [decoded.decodes.get(row) for row in target.sources]
     known = [decode for decode in decodes if decode is not None]
     if len(known) < len(decodes) or target.fallback is not None:
         raise _refused(target.name, "only some of its parts are quantized")
     if any(decode.bits != 8 or len(decode.parts) > 1 for decode in known):
-        raise _refused(target.name, f"codes of the format {known[0].format} are not moved")
+        raise _refused(target.name, f"codes of the format {known[0].format} cannot be rearranged")
     if len({stored.dtypes[row] for row in target.sources}) > 1:
         raise _refused(target.name, "its parts have codes of different formats")
     weights = (decoded.names[row] for row in target.sources)
@@ -98,54 +102,63 @@ def _suffix(target: Target, stored: SourceTable, decoded: SourceTable) -> str:
 
 
 def _check_blocks(
-    plan: CopyPlan, made: dict[str, Target], decoded: SourceTable, read: Callable[[SourceTable], SourceTable]
+    plan: CopyPlan, kept: dict[str, Target], decoded: SourceTable, read: Callable[[SourceTable], SourceTable]
 ) -> None:
-    """Raise UnsupportedError unless what is made reads as the same blocks of codes as those it is made of."""
+    """Raise UnsupportedError unless the targets of a plan decode in the same blocks as their sources."""
     table = table_of(plan.targets)
     try:
-        found = read(table)
+        reread = read(table)
     except QuantizationError:
-        first = min(made.values(), key=lambda target: _is_as_stored(target, decoded))
-        why = "its scales would not be those that the config tells of"
+        first = min(kept.values(), key=lambda target: _is_as_stored(target, decoded))
+        why = "its scales would not fit the config"
         raise _refused(first.name, f"{why}; {_blocks(first, decoded)}") from None
-    again = {table.names[row]: decode for row, decode in found.decodes.items()}
-    for name, target in made.items():
+    decodes = {table.names[row]: decode for row, decode in reread.decodes.items()}
+    for name, target in kept.items():
         for ordinal, row in enumerate(target.sources):
-            if name not in again or not _has_same_blocks(decoded.decodes[row], again[name], target.copies, ordinal):
-                raise _refused(name, f"a scale would belong to other numbers; {_blocks(target, decoded)}")
+            if name not in decodes or not _has_same_blocks(decoded.decodes[row], decodes[name], target.copies, ordinal):
+                raise _refused(name, f"a scale would apply to other values; {_blocks(target, decoded)}")
 
 
 def _is_as_stored(target: Target, decoded: SourceTable) -> bool:
+    """Return whether a target has one source, of the same shape."""
     return len(target.sources) == 1 and decoded.shapes[target.sources[0]] == target.shape
 
 
 def _blocks(target: Target, decoded: SourceTable) -> str:
+    """Describe the blocks of a target's first quantized source, for errors."""
     decode = next(decode for row in target.sources if (decode := decoded.decodes.get(row)) is not None)
-    return f"each is of {list(decode.block)} of {list(decode.matrix)}, which become {list(target.shape)}"
+    return f"each is for a block {list(decode.block)} of {list(decode.matrix)}, which becomes {list(target.shape)}"
 
 
-def _has_same_blocks(source: Decode, made: Decode, copies: Sequence[StridedCopy], ordinal: int) -> bool:
-    """Whether the blocks of a source are blocks of a target that copies make of it, among others."""
+def _has_same_blocks(source: Decode, target: Decode, copies: Sequence[StridedCopy], ordinal: int) -> bool:
+    """Return whether copies map every block of one source onto a block of the target.
+
+    Args:
+        copies: the target's copies, of all sources.
+        ordinal: ordinal of the source.
+    """
     copies = [copy for copy in copies if ordinal in copy.ordinals]
-    transposed = [_is_transposed(copy, source.matrix, made.matrix) for copy in copies]
+    transposed = [_is_transposed(copy, source.matrix, target.matrix) for copy in copies]
     if None in transposed or len(set(transposed)) > 1:
         return False
-    at = (1, 0) if any(transposed) else (0, 1)  # the target's dimensions, in the order of the source's
-    if source.block != tuple(made.block[i] for i in at):
+    order = (1, 0) if any(transposed) else (0, 1)  # dimensions of the target, in the order of the source's
+    if source.block != tuple(target.block[i] for i in order):
         return False
     for copy in copies:
-        for which, start, new_start in zip(copy.ordinals, copy.source_offsets, copy.target_offsets, strict=True):
-            first, new_first = _place(start, source.matrix), _place(new_start, made.matrix)
-            if which == ordinal and any((first[k] - new_first[i]) % source.block[k] for k, i in enumerate(at)):
+        for column_ordinal, read, written in zip(copy.ordinals, copy.source_offsets, copy.target_offsets, strict=True):
+            start, new_start = _position(read, source.matrix), _position(written, target.matrix)
+            shifts = [start[k] - new_start[i] for k, i in enumerate(order)]
+            if column_ordinal == ordinal and (shifts[0] % source.block[0] or shifts[1] % source.block[1]):
                 return False
     return True
 
 
 def _is_transposed(copy: StridedCopy, source: Matrix, target: Matrix) -> bool | None:
-    """Whether a copy makes rows of columns; None if it does not take neighbours to neighbours, as where rows alternate.
+    """Return whether a copy transposes; None if it does not keep neighbours together, as when rows alternate.
 
     Args:
-        source, target: the matrices in the last two dimensions of both sides.
+        source: size of the matrices in the last two dimensions of the source.
+        target: size of the matrices in the last two dimensions of the target.
     """
     (rows, columns), (new_rows, new_columns) = source, target
     transposed = False
@@ -167,8 +180,8 @@ def _is_transposed(copy: StridedCopy, source: Matrix, target: Matrix) -> bool | 
     return transposed
 
 
-def _place(offset: int, matrix: Matrix) -> Matrix:
-    """Row and column of an element of a stack of matrices."""
+def _position(offset: int, matrix: Matrix) -> tuple[int, int]:
+    """Return the row and column of an element in a stack of matrices."""
     rows, columns = matrix
     return offset // columns % rows, offset % columns
 
@@ -178,6 +191,6 @@ def _refused(name: str, why: str) -> UnsupportedError:
         message(
             f"{name}: codes and scales cannot be kept in this layout",
             found=why,
-            do=["{dequantize=True} writes the numbers that they stand for", "{rules=[]} keeps all as it is"],
+            do=["{dequantize=True} writes decoded values", "{rules=[]} keeps everything as stored"],
         )
     )

@@ -174,7 +174,7 @@ def get_layout(name: str, *others: str) -> Layout:
     normalized = re.sub(r"\W+", "_", str(name).strip().lower())
     similar = difflib.get_close_matches(normalized, [*LAYOUTS, PER_EXPERT], 1)
     if similar == [PER_EXPERT] and PER_EXPERT not in others:
-        do = 'single experts are written by {convert_checkpoint(..., layout="per_expert")}'
+        do = '{convert_checkpoint(..., layout="per_expert")} writes single experts'
     else:
         do = f"write {similar[0]!r}" if similar else None
     raise UnsupportedError(message(f"unknown layout {name!r}", expected=f"one of {known}", do=do))
@@ -220,7 +220,7 @@ def own_layout(modules: Iterable[ExpertLayout | None]) -> str | None:
     return next((name for name in same_names(TRANSFORMERS) if LAYOUTS[name] == as_layout(own)), None)
 
 
-def any_experts(name: str) -> bool:
+def holds_grouped_experts(name: str) -> bool:
     """Return whether ``name`` is a tensor of grouped experts in any layout."""
     path, _, leaf_name = name.rpartition(".")
     return is_experts(path) and any(leaf_name in layout.names for layout in LAYOUTS.values())

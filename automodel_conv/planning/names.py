@@ -44,7 +44,7 @@ def plain_names(names: Iterable[str], known: Collection[str] | None = None) -> l
     if shared:
         raise NameProblems(
             message(
-                "tensors have one name without what torch.compile and data parallelism add to it",
+                "several tensors have the same name without the additions of torch.compile and data parallelism",
                 found="\n" + listing(f"{plain_name} <- {', '.join(wrapped)}" for plain_name, wrapped in shared),
                 do="leave one of them out",
             ),
@@ -80,9 +80,9 @@ def has_adapters(where: str) -> UnsupportedError:
     """Return the error for tensors of a model with adapters."""
     return UnsupportedError(
         message(
-            "models with adapters of PEFT are not converted",
+            "models with PEFT adapters are not supported",
             where=where,
-            do="merge_and_unload() of the PeftModel gives the merged model, to be saved or filled; save_pretrained() "
-            "writes the adapter alone. Load the base model before adapters are put on",
+            do="merge_and_unload() of the PeftModel returns the merged model, which can be saved or filled; "
+            "save_pretrained() writes only the adapter. Load the base model before you add adapters",
         )
     )

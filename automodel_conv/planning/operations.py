@@ -49,7 +49,7 @@ Inputs = dict[str, "Value | list[Value]"]
 
 def _only(inputs: Inputs) -> Value:
     if len(inputs) != 1:
-        raise LoweringError(f"takes one source pattern, got {len(inputs)}")
+        raise LoweringError(f"needs one source pattern, got {len(inputs)}")
     return single(next(iter(inputs.values())))
 
 
@@ -134,7 +134,7 @@ def _transpose(inputs: Inputs, context: Context, dim0: int, dim1: int, check_dim
     elif len(context.source_patterns) == 1:
         target = context.source_patterns[0]
     else:
-        raise LoweringError("transposes one source")
+        raise LoweringError("needs one source pattern or one target pattern")
     transposed = True
     if check_dims:
         decided = context.transposed
@@ -180,7 +180,7 @@ def _permute_halves(value: Value, heads: int, inverse: bool) -> Value:
 def _conv3d_to_linear(inputs: Inputs, context: Context, **_: object) -> Inputs:
     value = _only(inputs)
     if len(value.shape) not in (2, 5):
-        raise LoweringError(f"takes a 5-D or 2-D tensor, got {value.shape}")
+        raise LoweringError(f"needs a 5-D or 2-D tensor, got {value.shape}")
     return {_one_or_source(context): reshape(value, (value.shape[0], prod(value.shape[1:])))}
 
 
@@ -204,7 +204,7 @@ def _ernie_fuse(inputs: Inputs, context: Context, stack_dim: int, concat_dim: in
         for i, target in enumerate(context.target_patterns):
             group = values[i * size : (i + 1) * size]
             if not group:
-                raise LoweringError(f"{len(values)} tensors cannot be shared out to {len(groups)} targets")
+                raise LoweringError(f"{len(values)} tensors cannot be divided among {len(groups)} targets")
             groups[target].append(stack(group, stack_dim))
     return {target: concatenate(parts, concat_dim) for target, parts in groups.items()}
 
@@ -219,7 +219,7 @@ def _ernie_split(inputs: Inputs, context: Context, stack_dim: int, concat_dim: i
         value = single(inputs[pattern])
         chunks = _chunks(value, concat_dim, fused)
         if len(chunks) < fused:
-            raise LoweringError(f"{value.shape} cannot be shared out to {fused} targets")
+            raise LoweringError(f"{value.shape} cannot be divided among {fused} targets")
         split.append(chunks)
     for i, target in enumerate(context.target_patterns):
         parts: list[Value] = []
@@ -248,7 +248,7 @@ def _identity(inputs: Inputs, context: Context) -> Inputs:
 def _rope_heads(op: Any, config: Any) -> int:
     # transformers 5.17 fails without permute_layer_names, and 5.12 always fails; we do not lower what it cannot run.
     if not hasattr(op, "_permute_for_rope") and getattr(op, "permute_layer_names", None) is None:
-        raise NotLowerable("PermuteForRope of this transformers cannot run without permute_layer_names")
+        raise NotLowerable("PermuteForRope of this transformers version cannot run without permute_layer_names")
     if config is None:
         raise NotLowerable("PermuteForRope reads num_attention_heads from a config, and there is no model")
 
@@ -263,7 +263,7 @@ def _positive_int(operation: str, attribute: str, read: Callable[[], object]) ->
     """Return a number that an operation reads from a config.
 
     Raises:
-        NotLowerable: the config has no such number or several, or ``read`` raises what transformers raises then.
+        NotLowerable: the config has no such number or several, so that ``read`` raises an error of transformers.
     """
     try:
         value = read()

@@ -88,7 +88,7 @@ class CopyPlan:
                 message(
                     f"no target {name!r} in this plan",
                     found=f"targets with that ending: {near}",
-                    do="a name that is tied to another is made under the other name",
+                    do="if the name is tied to another, ask for the other name",
                 )
             )
         return self.targets[row]
@@ -104,7 +104,10 @@ class CopyPlan:
 
     @cached_property
     def unused_sources(self) -> tuple[int, ...]:
-        """Rows of the sources that no target needs. The scales of codes that a target reads count as needed."""
+        """Rows of the sources that no target needs.
+
+        The scales of codes that a target reads count as needed.
+        """
         decodes = self.sources.decodes
         parts = {part for row in self.used_sources & decodes.keys() for part in decodes[row].parts}
         return tuple(row for row in range(len(self.sources.names)) if row not in self.used_sources and row not in parts)
@@ -189,7 +192,7 @@ class CopyPlan:
             >>> print(plan.summary())
              targets  sources        GB  execution      rule
                    1        1     0.000  cast           (name only)
-                   1        1     0.000  reads 0.000 GB, 0 targets by upstream's own code
+                   1        1     0.000  reads 0.000 GB, 0 targets by transformers' own code
         """
         rows: dict[tuple[int, str], list[int]] = {}
         for target in self.targets:
@@ -203,7 +206,7 @@ class CopyPlan:
             lines.append(f"{targets:>8} {sources:>8} {size / 1e9:>9.3f}  {way:<14} {text}")
         lines.append(
             f"{len(self.targets):>8} {len(self.used_sources):>8} {self.bytes_written / 1e9:>9.3f}  "
-            f"reads {self.bytes_read / 1e9:.3f} GB, {len(self.fallbacks)} targets by upstream's own code"
+            f"reads {self.bytes_read / 1e9:.3f} GB, {len(self.fallbacks)} targets by transformers' own code"
             + (f", {len(self.unused_sources)} sources left out" if self.unused_sources else "")
         )
         return "\n".join(lines)
@@ -237,7 +240,7 @@ class CopyPlan:
             f"  rule: {self.rules[target.rule] if target.rule >= 0 else '(name only)'}",
         ]
         if target.fallback is not None:
-            lines.append(f"  by upstream's own code, because {target.fallback.reason}")
+            lines.append(f"  by transformers' own code, because {target.fallback.reason}")
             lines += [f"  {self._source_text(row)}" for row in target.sources]
         pieces = [piece for copy in target.copies for piece in copy.pieces()]
         for piece in sorted(pieces, key=lambda p: p.target_offset):
@@ -260,8 +263,8 @@ class CopyPlan:
         Raises:
             CoverageError: the proof fails. The message names the target, and the element and its two sources or the
                 number of written elements.
-            UnsupportedError: a quantized source would fill a target of a dtype that codes are not decoded to, or a
-                target of transformers' own code.
+            UnsupportedError: a quantized source would fill a target whose dtype codes cannot be decoded to, or a target
+                that transformers' own code computes.
 
         Example:
 
@@ -293,14 +296,14 @@ class CopyPlan:
             if target.fallback is not None:  # it would receive the codes without their scales
                 raise UnsupportedError(
                     message(
-                        f"{target.name} is made by upstream's own code, of a quantized tensor",
+                        f"{target.name} would be filled by transformers' own code from a quantized tensor",
                         where=self.sources.names[row],
                         found=target.fallback.reason,
                         do="decode the checkpoint first: {convert_checkpoint(..., rules=[], dequantize=True)}",
                     )
                 )
             if target.dtype not in DECODED:
-                text = f"{self.sources.names[row]} is not decoded to the dtype of {target.name}"
+                text = f"{self.sources.names[row]} cannot be decoded to the dtype of {target.name}"
                 raise UnsupportedError(message(text, expected=sorted(DECODED), found=target.dtype))
 
     def inverse(self) -> CopyPlan:
@@ -327,14 +330,14 @@ class CopyPlan:
         if self.fallbacks:
             raise UnsupportedError(
                 message(
-                    f"this plan cannot be inverted: {len(self.fallbacks)} targets are made by upstream's own code",
+                    f"this plan cannot be inverted: {len(self.fallbacks)} targets are filled by transformers' own code",
                     found=", ".join(self.fallbacks[:5]),
                 )
             )
         decoded = [self.sources.names[row] for row in sorted(self.used_sources & self.sources.decodes.keys())]
         if decoded:
-            found = f"{len(decoded)} quantized sources, {decoded[0]} the first"
-            raise UnsupportedError(message("this plan cannot be inverted: nothing here quantizes", found=found))
+            found = f"{len(decoded)} quantized sources; the first is {decoded[0]}"
+            raise UnsupportedError(message("this plan cannot be inverted, because it cannot quantize", found=found))
         targets = inverted(self.targets, self.sources)
         plan = CopyPlan(
             table_of(self.targets),
@@ -398,7 +401,7 @@ class CopyPlan:
                 DTensor, and ``planning.regions.box`` the region with given offsets and lengths.
 
         Raises:
-            CoverageError: a region is that of a tensor of another shape.
+            CoverageError: a region belongs to a tensor of another shape.
             UnsupportedError: a region is less than all of a target that transformers' own code fills.
 
         Example:
@@ -440,7 +443,7 @@ class CopyPlan:
             True
         """
         if self.fallbacks:
-            raise UnsupportedError(message("a plan with targets made by upstream's own code has no JSON form"))
+            raise UnsupportedError(message("a plan with targets that transformers' own code fills has no JSON form"))
         return text_of({field.name: getattr(self, field.name) for field in fields(self)})
 
     @staticmethod
@@ -477,7 +480,7 @@ def plan_of_parts(plan: CopyPlan, parts: Iterable[Part]) -> CopyPlan:
     """Return the plan that fills parts of a plan's targets, each as a contiguous tensor of its own.
 
     Raises:
-        CoverageError: a region is that of a tensor of another shape.
+        CoverageError: a region belongs to a tensor of another shape.
         UnsupportedError: a part is less than all of a target that transformers' own code fills, or would be cast twice.
     """
     return plan.then(CopyPlan(table_of(plan.targets), tuple(parts_of(plan.targets, parts))))

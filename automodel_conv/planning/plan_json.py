@@ -22,7 +22,10 @@ T = TypeVar("T")
 
 
 def text_of(plan: Mapping[str, Any]) -> str:
-    """Return the JSON form of the fields of a plan. Copies that targets share are written once."""
+    """Return the JSON form of the fields of a plan.
+
+    Copies that targets share are written once.
+    """
     group_of: dict[int, int] = {}
     copies: list[tuple[StridedCopy, ...]] = []
     targets: Sequence[Target] = plan["targets"]
@@ -50,7 +53,9 @@ def _row(copy: StridedCopy) -> _Copy:
 
 
 def fields_of(text: str) -> dict[str, Any]:
-    """Return the fields of a plan from its JSON form. The caller must validate the plan.
+    """Return the fields of a plan from its JSON form.
+
+    The caller must validate the plan.
 
     Raises:
         UnsupportedError: the text is not the JSON form of a plan, or has another version.
@@ -111,8 +116,8 @@ def _parse(text: str, form: type[T]) -> T:
 
 
 def _not_a_plan(found: object) -> UnsupportedError:
-    expected = f"what to_json() of a plan gives, version {_VERSION}"
-    do = "make the plan again: {compile_plan(...)}"
+    expected = f"the output of to_json() of a plan, version {_VERSION}"
+    do = "compile the plan again: {compile_plan(...)}"
     return UnsupportedError(message("not a plan in JSON form", expected=expected, found=found, do=do))
 
 
@@ -130,13 +135,13 @@ def _fields(form: _Form) -> dict[str, Any]:
     if not all(copy.is_even for copy in copies):
         raise _not_a_plan("copies whose shape and strides, or whose columns, differ in length")
     if any(not 0 <= group < len(form.copies) for *_, group in form.targets):
-        raise _not_a_plan("targets of unknown copies")
+        raise _not_a_plan("targets with unknown copies")
     if any(not -1 <= rule < len(form.rules) for _, _, _, rule, *_ in form.targets):
-        raise _not_a_plan("targets of unknown rules")
+        raise _not_a_plan("targets with unknown rules")
     decodes = dict(form.decodes)
     rows = [*decodes, *form.hidden, *(part for decode in decodes.values() for part in decode.parts)]
     if any(not 0 <= row < len(names) for row in rows):
-        raise _not_a_plan("parts of quantized sources that are no sources")
+        raise _not_a_plan("parts of quantized sources that are not sources")
     for row, decode in decodes.items():
         if not _reads_inside(decode, row, shapes):
             raise _not_a_plan(f"the parts of {names[row]} do not fit: {decode}")

@@ -24,7 +24,7 @@ class Problems:
     without_place: list[str] = field(default_factory=list)
     """Names in ``unexpected`` that ``unclaimed`` sources would have."""
 
-    def set_aside(self) -> frozenset[int]:
+    def accept_unclaimed(self) -> frozenset[int]:
         """Stop treating sources that no rule assigns to a target as a problem, and return their rows."""
         accepted = set(self.without_place)
         self.unexpected = [name for name in self.unexpected if name not in accepted]
@@ -59,14 +59,14 @@ class Problems:
         failed = [item for item in self.failed if item[0] not in explained]
         parts = [
             ("missing: nothing in the checkpoint provides", self.missing),
-            ("unexpected: no parameter takes", self.unexpected),
+            ("unexpected: the model has no parameter for", self.unexpected),
             (
                 "incomplete: parts of a merged parameter are absent",
                 [_named(n, p) for n, p in self.incomplete],
             ),
             ("wrong shape", [f"{n}: expected {list(e)}, found {list(f)}" for n, f, e in mismatched]),
             (
-                "not taken, as the index does not give them to these files",
+                "ignored, because the index does not list them for these files",
                 [f"{name} in {file}" for name, file in unindexed if self.missing or self.incomplete],
             ),
             ("provided twice", [_named(n, p) for n, p in self.duplicated]),
@@ -76,7 +76,7 @@ class Problems:
         if sections:
             do = ["check that config and checkpoint belong together"]
             if not failed:
-                do.append("{strict=False} loads what fits, as upstream does")
+                do.append("{strict=False} loads what fits, as transformers does")
             raise NameProblems(
                 Message("\n".join([f"checkpoint and model do not fit together: {where}", *sections]), do),
                 missing=self.missing,

@@ -11,7 +11,9 @@ from automodel_conv.planning.copies import SourceTable, Target, over_sources
 
 
 def prove(targets: Sequence[Target], sources: SourceTable) -> None:
-    """Prove all targets that copies fill. Targets that share copies are proved once.
+    """Prove all targets that copies fill.
+
+    Targets that share copies are proved once.
 
     Raises:
         CoverageError: a target element is not written exactly once, or a read leaves its source. The message names the

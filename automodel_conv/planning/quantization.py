@@ -1,12 +1,12 @@
-"""What quantized tensors are made of: which stored tensors are codes and scales of which weight, and how they decode.
+"""Match the codes and scales of a checkpoint to their weights, and describe how each weight is decoded.
 
-A checkpoint says it twice, in the ``quantization_config`` of its ``config.json`` (``schemes``) and by the names, dtypes
-and shapes of its tensors; both must agree. What comes out is a table in which codes stand for the weights they hold, so
-that nothing after this knows of quantization until the bytes are read.
+A checkpoint states this twice: in the ``quantization_config`` of its ``config.json`` (see ``schemes.py``), and by the
+names, dtypes and shapes of its tensors. Both must agree. The result is a source table that lists weights in place of
+their codes, so that the rest of planning needs no notion of quantization until the bytes are read.
 
-An element is ``value(code) * scale``. ``e4m3`` and ``e5m2`` are FP8, ``e2m1`` is FP4, ``int4`` is an integer stored
-with 8 added, less the zero point if there is one. Scales are floating, or exponents of two in one byte (``F8_E8M0``,
-and ``U8`` in MX formats), or FP8 numbers that a scale of the whole tensor multiplies or divides (NVFP4).
+An element is ``value(code) * scale``. ``e4m3`` and ``e5m2`` are FP8 and ``e2m1`` is FP4. ``int4`` is an integer stored
+with 8 added, less the zero point if it has one. Scales are floats, or powers of two stored as one-byte exponents
+(``F8_E8M0``, and ``U8`` in MX formats), or FP8 values that a scale of the whole tensor multiplies or divides (NVFP4).
 Sources: OCP Microscaling Formats 1.0; transformers 5.23.0, ``integrations/finegrained_fp8.py`` and ``mxfp4.py``;
 compressed-tensors 0.20.0, ``compressors/*/base.py``.
 """
@@ -26,48 +26,53 @@ from automodel_conv.planning.lowering import copies_of
 from automodel_conv.planning.methods.method import Block, Method, Packing, Scheme, part_name, weight_name
 from automodel_conv.planning.methods.table import METHODS
 from automodel_conv.planning.plan import CopyPlan
-from automodel_conv.planning.schemes import KEEP, read_config, rows_of_kv_caches
+from automodel_conv.planning.schemes import KEEP, kv_cache_rows, read_config
 from automodel_conv.planning.values import leaf, transpose
 
 
 def quantized_table(
     table: SourceTable, config: Mapping[str, Any], *, like_upstream: bool = False, where: str | None = None
 ) -> SourceTable:
-    """``table`` with codes in the place of the weights that they stand for, and all other parts hidden.
+    """Return ``table`` with each row of codes described as its decoded weight, and all other parts hidden.
 
-    Hidden are also the scales of a quantized KV cache, which are no part of a weight.
+    The scales of a quantized KV cache are hidden too. They belong to no weight.
 
     Args:
-        config: ``quantization_config`` of the model's ``config.json``.
-        where: the file that holds the config, for errors.
-        like_upstream: decode as transformers rounds, where that differs.
+        config: the ``quantization_config`` of the model's ``config.json``.
+        like_upstream: round as transformers does where that differs.
+        where: path of the file that holds the config, for errors.
 
     Raises:
-        UnsupportedError: a method or scheme that is not decoded here; names it.
-        QuantizationError: parts are missing, do not fit each other or contradict the config; names all of them.
+        UnsupportedError: the method or a scheme is not supported; the error names it.
+        QuantizationError: parts are missing, do not fit each other or contradict the config. The error lists all of
+            them.
     """
     method, schemes = read_config(config, where)
-    finder = _Finder(table, method, schemes, like_upstream)
-    finder.look()
-    if schemes and not finder.problems and not finder.decodes:
-        finder.problems.append("no tensor has codes and a scale, though the config says that weights are quantized")
-    if finder.problems:
+    matcher = _CodeMatcher(table, method, schemes, like_upstream)
+    matcher.match_all()
+    if schemes and not matcher.problems and not matcher.decodes:
+        matcher.problems.append("no tensor has codes and a scale, though the config says that weights are quantized")
+    if matcher.problems:
         raise QuantizationError(
             message(
                 "the checkpoint's quantized tensors cannot be decoded",
-                where=f"{where or 'config.json'}, quantization method {method.name}, {len(finder.problems)} problems",
-                found="\n" + listing(finder.problems),
+                where=f"{where or 'config.json'}, quantization method {method.name}, {len(matcher.problems)} problems",
+                found="\n" + listing(matcher.problems),
                 do=["check that the config belongs to these files", KEEP],
             )
         )
-    return finder.decoded()
+    return matcher.decoded()
 
 
 def padding_suspects(stored: SourceTable, decoded: SourceTable, config: Mapping[str, Any]) -> Iterator[tuple[int, str]]:
-    """Rows of codes that may end in padding because one scale serves the whole row, and the tensors that tell.
+    """Yield codes that may end in padding: ``(row, name of the tensor that holds the weight's true shape)``.
+
+    Rows of codes may end in padding if one scale covers the whole row.
 
     Args:
-        decoded: ``stored`` by this config.
+        stored: the checkpoint's tensors as stored.
+        decoded: ``quantized_table`` of ``stored`` and ``config``.
+        config: the ``quantization_config``.
     """
     packings = [packing for packing in METHODS[config["quant_method"]].codes if packing.shape_suffix]
     for row, decode in decoded.decodes.items() if packings else ():
@@ -75,33 +80,33 @@ def padding_suspects(stored: SourceTable, decoded: SourceTable, config: Mapping[
             continue
         for packing in packings:
             if stored.dtypes[row] == packing.dtype and stored.names[row].endswith(packing.suffix):
-                teller = part_name(decoded.names[row], packing.shape_suffix)
-                if teller is not None:
-                    yield row, teller
+                shape_name = part_name(decoded.names[row], packing.shape_suffix)
+                if shape_name is not None:
+                    yield row, shape_name
 
 
 def untransposed_plan(table: SourceTable) -> CopyPlan:
-    """The plan that takes every source as it is, but those that are stored transposed in their meant order."""
+    """Return the plan that copies each source unchanged, except that it transposes those stored transposed."""
     stored_transposed = {row for row, decode in table.decodes.items() if decode.stored_transposed}
-    known: dict[tuple[tuple[int, ...], bool], Any] = {}
+    copies_by_shape: dict[tuple[tuple[int, ...], bool], Any] = {}
     targets = []
     for row, (name, dtype, shape) in enumerate(zip(table.names, table.dtypes, table.shapes, strict=True)):
         if row in table.hidden:
             continue
         key = shape, row in stored_transposed
-        if key not in known:
+        if key not in copies_by_shape:
             value = leaf(0, shape)
             value = transpose(value, -2, -1) if row in stored_transposed else value
-            known[key] = value.shape, copies_of(value)
-        made, copies = known[key]
-        targets.append(Target(name, dtype, made, -1, (row,), copies))
+            copies_by_shape[key] = value.shape, copies_of(value)
+        target_shape, copies = copies_by_shape[key]
+        targets.append(Target(name, dtype, target_shape, -1, (row,), copies))
     plan = CopyPlan(table, tuple(targets))
     plan.validate()
     return plan
 
 
-class _Finder:
-    """Goes through codes, finds their other parts, and collects what does not fit."""
+class _CodeMatcher:
+    """Matches codes to their scales and zero points, and collects all problems."""
 
     def __init__(self, table: SourceTable, method: Method, schemes: Sequence[Scheme], like_upstream: bool):
         self._table = table
@@ -109,68 +114,71 @@ class _Finder:
         self._method = method
         self._schemes = schemes
         self._like_upstream = like_upstream
-        self._meant: dict[int, tuple[str, str, tuple[int, ...]]] = {}  # name, dtype and shape of the weight
-        self._told: set[int] = set()  # rows that take part in a problem
-        self._hidden = set(rows_of_kv_caches(table.names))
+        self._weights: dict[int, tuple[str, str, tuple[int, ...]]] = {}  # by row: name, dtype and shape of the weight
+        self._reported: set[int] = set()  # rows that have a problem
+        self._hidden = set(kv_cache_rows(table.names))
         self.decodes: dict[int, Decode] = {}
         self.problems: list[str] = []
 
-    def look(self) -> None:
+    def match_all(self) -> None:
+        """Match every tensor, and fill ``decodes`` and ``problems``."""
         packings: dict[str, list[Packing]] = {}
         for packing in self._method.codes:
             packings.setdefault(packing.dtype, []).append(packing)
         for row, (name, dtype) in enumerate(zip(self._table.names, self._table.dtypes, strict=True)):
             for packing in packings.get(dtype, ()):
-                if name.endswith(packing.suffix) and self._take(row, weight_name(name, packing.suffix), packing):
+                if name.endswith(packing.suffix) and self._match(row, weight_name(name, packing.suffix), packing):
                     break
-        self._look_for_orphans()
+        self._report_unpaired_scales()
         for row, (name, dtype) in enumerate(zip(self._table.names, self._table.dtypes, strict=True)):
-            if dtype.startswith(NARROW) and not (row in self._meant or row in self._hidden or row in self._told):
-                self.problems.append(f"{name} is {dtype}, and nothing says how that decodes")
+            if dtype.startswith(NARROW) and not (row in self._weights or row in self._hidden or row in self._reported):
+                self.problems.append(f"{name} is {dtype}, and nothing describes how to decode it")
 
     def decoded(self) -> SourceTable:
+        """Return the table with each row of codes described as its decoded weight."""
         names, dtypes, shapes = list(self._table.names), list(self._table.dtypes), list(self._table.shapes)
-        for row, meant in self._meant.items():
-            names[row], dtypes[row], shapes[row] = meant
+        for row, weight in self._weights.items():
+            names[row], dtypes[row], shapes[row] = weight
         return replace(
             self._table, names=names, dtypes=dtypes, shapes=shapes, decodes=self.decodes, hidden=frozenset(self._hidden)
         )
 
-    def _take(self, row: int, weight: str, packing: Packing) -> bool:
-        """Take a tensor for the codes of ``weight``, unless it cannot be codes; False then."""
+    def _match(self, row: int, weight: str, packing: Packing) -> bool:
+        """Match a tensor as the codes of ``weight``, or return False if it cannot be codes."""
         name, dtype = self._table.names[row], self._table.dtypes[row]
-        scales = self._found(weight, self._method.scales)
+        scales = self._part_rows(weight, self._method.scales)
         if not scales:
-            if weight.endswith(self._method.scales):  # which may be FP8 numbers themselves
+            if weight.endswith(self._method.scales):  # scales may be FP8 themselves
                 return False
             if packing.suffix or dtype.startswith(NARROW) or weight.endswith("weight"):
                 wanted = " or ".join(filter(None, (part_name(weight, scale) for scale in self._method.scales)))
-                self._tell(row, f"{name} has no scale: nothing is called {wanted}")
+                self._report(row, f"{name} has no scale: no tensor is named {wanted}")
                 return True
             return False
-        zero_points = self._part(weight, self._method.zero_points)
-        global_scale = self._part(weight, self._method.global_scale)
+        zero_points = self._part_row(weight, self._method.zero_points)
+        global_scale = self._part_row(weight, self._method.global_scale)
         others = [part for part in (zero_points, global_scale) if part is not None]
-        self._hidden.update(scales, others, self._found(weight, self._method.dropped))
-        refused = self._found(weight, self._method.refused) if self._method.refused else []
+        self._hidden.update(scales, others, self._part_rows(weight, self._method.dropped))
+        refused = self._part_rows(weight, self._method.refused) if self._method.refused else []
         if len(scales) > 1:
-            self._tell(row, f"{name} has {len(scales)} scales: {', '.join(self._table.names[s] for s in scales)}")
+            self._report(row, f"{name} has {len(scales)} scales: {', '.join(self._table.names[s] for s in scales)}")
         elif refused:
             part = self._table.names[refused[0]]
             why = next(why for suffix, why in self._method.refused.items() if part_name(weight, suffix) == part)
-            self._tell(row, f"{weight} {why}: {part}")
+            self._report(row, f"{weight} {why}: {part}")
         elif packing.suffix and weight in self._rows:
-            self._tell(row, f"{weight} is there beside its codes, {name}")
+            self._report(row, f"{weight} is stored in addition to its codes, {name}")
         else:
             shape = packing.unpacked(self._table.shapes[row])
             if shape is None:
-                found = list(self._table.shapes[row])
-                self._tell(row, f"{name} has the shape {found}, not {packing.form}")
+                stored_shape = list(self._table.shapes[row])
+                self._report(row, f"{name} has the shape {stored_shape}, not {packing.form}")
                 return True
             scheme = self._scheme(row, weight, packing, shape, scales[0], zero_points, global_scale)
             if scheme is not None:
-                kind, (rows, columns) = self._table.dtypes[scales[0]], shape[-2:]
-                self._meant[row] = weight, kind if kind in FLOATING and kind != "F32" else "BF16", shape
+                scale_dtype, (rows, columns) = self._table.dtypes[scales[0]], shape[-2:]
+                is_half = scale_dtype in FLOATING and scale_dtype != "F32"
+                self._weights[row] = weight, scale_dtype if is_half else "BF16", shape
                 self.decodes[row] = Decode(
                     packing.format,
                     (rows, columns),
@@ -184,34 +192,35 @@ class _Finder:
                 )
         return True
 
-    def _look_for_orphans(self) -> None:
-        """Scales without codes: whoever wrote them meant something else than we would load."""
+    def _report_unpaired_scales(self) -> None:
+        """Report scales without codes: their writer meant something other than what a load would produce."""
         suffixes = tuple(suffix for suffix in self._method.scales if suffix.startswith("_"))
-        codes = {packing.suffix for packing in self._method.codes}
+        code_suffixes = {packing.suffix for packing in self._method.codes}
         for name, row in self._rows.items():
             if row in self._hidden or not name.endswith(suffixes):
                 continue
             suffix = next(suffix for suffix in suffixes if name.endswith(suffix))
             weight = name.removesuffix(suffix)
-            of = self._found(weight, {"", *codes})
-            if any(each in self._told for each in of):
+            candidates = self._part_rows(weight, {"", *code_suffixes})
+            if any(candidate in self._reported for candidate in candidates):
                 continue
-            if of:
-                found = " and ".join(f"{self._table.names[each]}, which is {self._table.dtypes[each]}" for each in of)
-                self._tell(row, f"{name} is the scale of {found}, not codes")
-            elif suffix != "_scale" or weight.endswith("weight"):  # "_scale" alone is an ending of other things too
-                wanted = " or ".join(sorted(filter(None, (part_name(weight, each) for each in codes))))
-                self._tell(row, f"{name} is the scale of nothing: nothing is called {wanted or weight}")
+            if candidates:
+                names, dtypes = self._table.names, self._table.dtypes
+                others = " and ".join(f"{names[other]}, which is {dtypes[other]}" for other in candidates)
+                self._report(row, f"{name} is the scale of {others}, not codes")
+            elif suffix != "_scale" or weight.endswith("weight"):  # other tensors end in "_scale" too
+                wanted = " or ".join(sorted(filter(None, (part_name(weight, suffix) for suffix in code_suffixes))))
+                self._report(row, f"{name} is the scale of nothing: no tensor is named {wanted or weight}")
 
-    def _tell(self, row: int, problem: str) -> None:
-        self._told.add(row)
+    def _report(self, row: int, problem: str) -> None:
+        self._reported.add(row)
         self.problems.append(problem)
 
-    def _part(self, weight: str, suffix: str) -> int | None:
+    def _part_row(self, weight: str, suffix: str) -> int | None:
         name = part_name(weight, suffix) if suffix else None
         return None if name is None else self._rows.get(name)
 
-    def _found(self, weight: str, suffixes: Iterable[str]) -> list[int]:
+    def _part_rows(self, weight: str, suffixes: Iterable[str]) -> list[int]:
         names = [part_name(weight, suffix) for suffix in suffixes]
         return [self._rows[name] for name in names if name in self._rows]
 
@@ -225,63 +234,65 @@ class _Finder:
         zero_points: int | None,
         global_scale: int | None,
     ) -> Scheme | None:
-        """The scheme of the config that the parts of a weight agree with."""
+        """Return the scheme of the config that fits the parts of a weight, or report why none does and return None."""
         names, dtypes, shapes = self._table.names, self._table.dtypes, self._table.shapes
         format = packing.format
         allowed = [scheme for scheme in self._schemes if scheme.format == format]
         if not allowed:
-            return self._tell(row, f"{names[row]} has {format} codes, of which the config does not speak")
+            return self._report(row, f"{names[row]} has {format} codes, which the config does not describe")
         typed = [scheme for scheme in allowed if dtypes[scales] in scheme.scales]
         if not typed:
             wanted = ", ".join(sorted({dtype for scheme in allowed for dtype in scheme.scales}))
-            return self._tell(row, f"{names[scales]} is {dtypes[scales]}; these {format} codes have scales of {wanted}")
+            return self._report(
+                row, f"{names[scales]} is {dtypes[scales]}; these {format} codes have scales of {wanted}"
+            )
         fitting = [scheme for scheme in typed if shapes[scales] in _scale_shapes(shape, scheme.block)]
         if not fitting:
-            wanted = " or ".join(dict.fromkeys(str(list(_scale_shapes(shape, each.block)[0])) for each in typed))
-            found = f"expected {wanted}, found {list(shapes[scales])}"
-            return self._tell(row, f"{names[scales]} of {weight} {list(shape)}: {found}")
+            wanted = " or ".join(dict.fromkeys(str(list(_scale_shapes(shape, scheme.block)[0])) for scheme in typed))
+            difference = f"expected {wanted}, found {list(shapes[scales])}"
+            return self._report(row, f"{names[scales]} of {weight} {list(shape)}: {difference}")
         for part, suffix, flag, what in (
             (zero_points, self._method.zero_points, "zero_points", "zero points"),
             (global_scale, self._method.global_scale, "global_scale", "scale of the whole tensor"),
         ):
             agreeing = [scheme for scheme in fitting if getattr(scheme, flag) == (part is not None)]
             if not agreeing:
-                missing = f"{weight} has no {what}: nothing is called {part_name(weight, suffix) or suffix}"
-                return self._tell(row, missing if part is None else f"{names[part]}: the config speaks of no {what}")
+                missing = f"{weight} has no {what}: no tensor is named {part_name(weight, suffix) or suffix}"
+                return self._report(row, missing if part is None else f"{names[part]}: the config has no {what}")
             fitting = agreeing
         if len({_within(scheme.block, shape) for scheme in fitting}) > 1:
             blocks = " and ".join(str(list(scheme.block)) for scheme in fitting)
-            return self._tell(row, f"{names[scales]} of {weight} {list(shape)} fits several blocks: {blocks}")
+            return self._report(row, f"{names[scales]} of {weight} {list(shape)} fits several blocks: {blocks}")
         scheme = fitting[0]
         rows, columns = _within(scheme.block, shape)
         # Whole groups leave no padding.
         if packing.shape_suffix and scheme.block[1] is not None and shape[-1] % scheme.block[1]:
-            return self._tell(row, f"{names[row]} holds {shape[-1]} columns, not whole groups of {scheme.block[1]}")
+            return self._report(row, f"{names[row]} holds {shape[-1]} columns, not whole groups of {scheme.block[1]}")
         if zero_points is not None:
             wanted = ceil(ceil(shape[-2] / rows) / ZEROS_IN_I32), ceil(shape[-1] / columns)
             if len(shape) > 2 or (dtypes[zero_points], shapes[zero_points]) != ("I32", wanted):
-                found = f"expected I32 {list(wanted)}, found {dtypes[zero_points]} {list(shapes[zero_points])}"
-                return self._tell(row, f"{names[zero_points]}: {found}")
+                difference = f"expected I32 {list(wanted)}, found {dtypes[zero_points]} {list(shapes[zero_points])}"
+                return self._report(row, f"{names[zero_points]}: {difference}")
         if global_scale is not None and (dtypes[global_scale] != "F32" or prod(shapes[global_scale]) != 1):
-            found = f"{dtypes[global_scale]} {list(shapes[global_scale])}"
-            return self._tell(row, f"{names[global_scale]}: expected one F32, found {found}")
+            stored = f"{dtypes[global_scale]} {list(shapes[global_scale])}"
+            return self._report(row, f"{names[global_scale]}: expected one F32, found {stored}")
         return scheme
 
 
 def _within(block: Block, shape: Sequence[int]) -> tuple[int, int]:
-    """A block cut to the matrix that it lies in."""
+    """Return the rows and columns of a block, cut to the matrix that holds it."""
     rows, columns = max(1, shape[-2]), max(1, shape[-1])
     return min(block[0] or rows, rows), min(block[1] or columns, columns)
 
 
 def _scale_shapes(shape: Sequence[int], block: Block) -> list[tuple[int, ...]]:
-    """The shapes that scales of a weight may have, the plainest first."""
+    """Return the shapes that the scales of a weight may have, the most explicit first."""
     *lead, rows, columns = shape
-    down = 1 if block[0] is None else ceil(rows / block[0])
-    across = 1 if block[1] is None else ceil(columns / block[1])
-    shapes = [[*lead, down, across]]
+    grid_rows = 1 if block[0] is None else ceil(rows / block[0])
+    grid_columns = 1 if block[1] is None else ceil(columns / block[1])
+    shapes = [[*lead, grid_rows, grid_columns]]
     if block[1] is None:
-        shapes.append([*lead, down])
+        shapes.append([*lead, grid_rows])
     if block == (None, None):
         shapes.append(lead)
-    return [tuple(each) for each in shapes]
+    return [tuple(scale_shape) for scale_shape in shapes]

@@ -77,10 +77,12 @@ class Part(NamedTuple):
 
 
 def parts_of(targets: Sequence[Target], parts: Iterable[Part]) -> list[Target]:
-    """Return targets that are parts of ``targets``. Each is a contiguous tensor and has its whole target as source.
+    """Return targets that are parts of ``targets``.
+
+    Each is a contiguous tensor and has its whole target as source.
 
     Raises:
-        CoverageError: a region is that of a tensor of another shape.
+        CoverageError: a region belongs to a tensor of another shape.
     """
     rows = {target.name: row for row, target in enumerate(targets)}
     part_targets = []

@@ -15,7 +15,7 @@ from automodel_conv.planning.lowering import copies_of
 from automodel_conv.planning.plan import CopyPlan
 from automodel_conv.planning.values import LoweringError, Value, leaf, narrow, permute, reshape, stack
 
-_ADVICE = "{dequantize=True} gives the numbers that they stand for"
+_ADVICE = "{dequantize=True} decodes them to values"
 _Geometry = tuple[tuple[int, ...], tuple[StridedCopy, ...]]  # shape and copies of a target
 
 
@@ -93,10 +93,10 @@ def relayout(
                 raise _cannot_combine(names, table, rows)
             if fill.moves and suffix and fill.regroups_gate_and_up:
                 raise UnsupportedError(
-                    message(f"{name}: gate and up that share a scale cannot be moved apart", do=_ADVICE)
+                    message(f"{name}: gate and up share a scale and cannot be separated", do=_ADVICE)
                 )
             if fill.moves and not suffix and table.dtypes[row] in packed and path in scaled:
-                text = f"{name}: packed codes cannot be laid out anew"
+                text = f"{name}: packed codes cannot be rearranged"
                 raise UnsupportedError(message(text, found=table.dtypes[row], do=_ADVICE))
             target_name = f"{path}.{fill.target.name}{suffix}"
             changes = fill.moves or target_name != name
@@ -154,7 +154,7 @@ def _lower(name: str, fill: _Fill | None, shapes: Sequence[tuple[int, ...]]) -> 
     except LoweringError as error:
         raise UnsupportedError(
             message(
-                f"{name} does not have the shape that its layout says",
+                f"{name} does not have a shape that its layout allows",
                 found=f"{[*shapes[0]]}: {error}",
             )
         ) from None
@@ -220,8 +220,8 @@ def _cannot_combine(names: Sequence[str], table: SourceTable, rows: Mapping[str,
     """Return the error for a gate and an up that one buffer should hold: one is missing, or their dtypes differ."""
     return UnsupportedError(
         message(
-            "gate and up of experts cannot be laid out together",
+            "gate and up of experts cannot be stored in one buffer",
             expected=f"{' and '.join(names)}, of one dtype",
-            found=[f"{name}: {table.dtypes[rows[name]] if name in rows else 'not there'}" for name in names],
+            found=[f"{name}: {table.dtypes[rows[name]] if name in rows else 'missing'}" for name in names],
         )
     )

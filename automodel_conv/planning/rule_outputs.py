@@ -1,4 +1,7 @@
-"""Lower rules to copies for sources of given shapes. Equal rules over equal shapes are lowered once."""
+"""Lower rules to copies for sources of given shapes.
+
+Equal rules over equal shapes are lowered once.
+"""
 
 from __future__ import annotations
 
@@ -107,12 +110,15 @@ class RuleOutputs:
     def _target_shapes(self, assignment: Assignment) -> tuple[tuple[int, ...], ...]:
         names = all_targets(self.rules, assignment.rule, assignment.target)
         if any(name not in self.parameters for name in names):
-            raise NotLowerable(f"the operation asks for the shapes of {', '.join(names)}, which only a model knows")
+            raise NotLowerable(f"the operation needs the shapes of {', '.join(names)}, which only a model has")
         return tuple(self.parameters[name] for name in names)
 
 
 def _distinct(shapes: list[tuple[int, ...]]) -> list[tuple[int, ...]]:
-    """Return one shape if all are equal, else all of them. That is enough to distinguish lowerings."""
+    """Return one shape if all are equal, else all of them.
+
+    That is enough to distinguish lowerings.
+    """
     return shapes[:1] if shapes.count(shapes[0]) == len(shapes) else shapes
 
 

@@ -1,4 +1,4 @@
-"""What a config says of quantization: by which method, and in which schemes; and the scales that are of no weight."""
+"""Read the quantization method and schemes of a config, and recognize scales that belong to no weight."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 from automodel_conv.errors import QuantizationError, UnsupportedError, message
 from automodel_conv.planning.copies import CODE_BITS
-from automodel_conv.planning.methods.method import Method, Scheme, Undecoded
+from automodel_conv.planning.methods.method import Method, Scheme, UnsupportedScheme
 from automodel_conv.planning.methods.table import METHODS
 
 _KEEPS = "keeps codes and scales as they are"
@@ -19,44 +19,45 @@ KEEP = (
     f"{{dequantize=False}} {_KEEPS}",
     f"{{rules=[]}} without {{dequantize=True}} {_KEEPS}",
 )
-"""What a caller can do about tensors that are not decoded. The names of a model of numbers have no place for scales."""
+"""Advice for tensors that cannot be decoded. A model of plain values has no names for scales."""
 
-# Under the attention module, its k_proj and v_proj, or whatever holds the cache. Sources: vLLM 0.33.0,
-# ``maybe_remap_kv_scale_name`` in ``model_executor/model_loader/weight_utils.py`` and ``BaseKVCacheMethod``.
-_OF_KV_CACHES = re.compile(
+# These names are under the attention module, its k_proj and v_proj, or the module that holds the cache.
+# Sources: vLLM 0.33.0, ``maybe_remap_kv_scale_name`` in ``model_executor/model_loader/weight_utils.py`` and
+# ``BaseKVCacheMethod``.
+_KV_CACHE_NAME = re.compile(
     r"(?:^|\.)(?:(?:q|k|v|kv|prob)_scale|[qkv]_zero_point|[kv]_cache\.scale|self_attn\.q\.scale)$"
 )
 
-_ENDS_OF_KV_CACHES = ("_scale", "_zero_point", ".scale")  # few names have one, which is found out faster
+_KV_CACHE_SUFFIXES = ("_scale", "_zero_point", ".scale")  # a cheap test that rules out most names
 
 
 def is_of_kv_cache(name: str) -> bool:
-    """Whether a tensor is a scale or zero point of a quantized KV cache, or of attention that runs quantized.
+    """Return whether a tensor is a scale or zero point of a quantized KV cache, or of quantized attention.
 
-    It belongs to no weight, and no model of numbers has it.
+    Such a tensor belongs to no weight, and a model of plain values does not have it.
     """
-    return bool(rows_of_kv_caches([name]))
+    return bool(kv_cache_rows([name]))
 
 
-def rows_of_kv_caches(names: Iterable[str]) -> list[int]:
-    """The places of such names in ``names``: one loop, which saves a call for each name."""
+def kv_cache_rows(names: Iterable[str]) -> list[int]:
+    """Return the indices of the names for which ``is_of_kv_cache`` is true, without one call per name."""
     return [
-        place
-        for place, name in enumerate(names)
-        if name.endswith(_ENDS_OF_KV_CACHES) and _OF_KV_CACHES.search(name) is not None
+        row
+        for row, name in enumerate(names)
+        if name.endswith(_KV_CACHE_SUFFIXES) and _KV_CACHE_NAME.search(name) is not None
     ]
 
 
 def read_config(config: Mapping[str, Any], where: str | None = None) -> tuple[Method, list[Scheme]]:
-    """How a checkpoint with this ``quantization_config`` is stored, and all schemes that the config allows.
+    """Return the method of a ``quantization_config`` and all schemes that it allows.
 
-    No scheme at all is allowed where the config says that only the KV cache is quantized.
+    The list of schemes is empty if only the KV cache is quantized.
 
     Args:
-        where: the file that says it, for errors.
+        where: path of the file that holds the config, for errors.
 
     Raises:
-        UnsupportedError: a method or scheme that is not decoded here; names it.
+        UnsupportedError: the method or a scheme is not supported; the error names it.
         QuantizationError: the config is malformed.
     """
     name = config.get("quant_method")
@@ -64,7 +65,7 @@ def read_config(config: Mapping[str, Any], where: str | None = None) -> tuple[Me
     if method is None:
         raise UnsupportedError(
             message(
-                f"checkpoints of the quantization method {name!r} are not decoded",
+                f"the quantization method {name!r} is not supported",
                 where=where,
                 expected=f"one of {sorted(METHODS)}",
                 do=[KEEP],
@@ -75,9 +76,9 @@ def read_config(config: Mapping[str, Any], where: str | None = None) -> tuple[Me
         for scheme in schemes:
             bits, columns = CODE_BITS[scheme.format], scheme.block[1]
             if columns is not None and columns * bits % 8:
-                raise Undecoded(f"groups of {columns} codes of {bits} bits", "an even number")
-    except Undecoded as error:
-        text = f"this quantization scheme is not decoded: {error.what}"
+                raise UnsupportedScheme(f"groups of {columns} codes of {bits} bits", "an even number")
+    except UnsupportedScheme as error:
+        text = f"this quantization scheme is not supported: {error.what}"
         raise UnsupportedError(message(text, where=where, expected=error.expected, do=[KEEP])) from None
     except (TypeError, ValueError, KeyError, AttributeError) as error:
         text = f"the quantization_config of method {method.name} is malformed"

@@ -1,8 +1,8 @@
-"""Square matrices of rules that transpose only what does not have the model's shape.
+"""Decide whether a square matrix is transposed by a rule that compares with the model's shape.
 
 transformers' ``Transpose(check_dims=True)`` leaves a tensor as it is if its shape is the model's, and transposes it
-otherwise, so that one rule loads both published experts and those that ``save_pretrained`` wrote. A square matrix has
-the model's shape either way. It lies as the other matrices of its module do, whose shapes tell.
+otherwise. One rule thus loads both published experts and those that ``save_pretrained`` wrote. A square matrix has the
+model's shape either way. It is oriented like the other matrices of its module, whose shapes show the orientation.
 Source: transformers 5.23.0, ``core_model_loading.py``.
 """
 
@@ -20,21 +20,29 @@ from automodel_conv.planning.rules import Rules
 from automodel_conv.planning.values import LoweringError, leaves
 
 WHICH_SOURCE_LAYOUT = (
-    'source_layout="transformers" if they lie as the model has them, '
-    'or source_layout="per_expert" if they lie as the type is published, which is transposed'
+    'source_layout="transformers" if they are oriented as in the model, '
+    'or source_layout="per_expert" if they are transposed, as in published checkpoints of the model type'
 )
-"""What a caller can say of square matrices."""
+"""Values of ``source_layout`` that determine the orientation of square matrices, for advice in errors."""
 
-_SAY = (
-    'say {source_layout="transformers"} if they lie as the model has them, '
-    'or {source_layout="per_expert"} if they lie as the type is published, which is transposed',
-    "leave {reference} out, so that the rules say the names, or pass one that says how its experts lie: "
+_ADVICE = (
+    'pass {source_layout="transformers"} if they are oriented as in the model, '
+    'or {source_layout="per_expert"} if they are transposed, as in published checkpoints of the model type',
+    "leave {reference} out, so that the rules determine the names, or pass one that states the layout of its experts: "
     '{convert_checkpoint(..., layout="transformers", source_layout=...)} writes it',
 )
 
 
 class Matrix(NamedTuple):
-    """What a rule transposes if its shape is not the model's, as it comes to that operation."""
+    """A tensor just before the operation that transposes it if it lacks the model's shape.
+
+    Attributes:
+        target: the rule's first target.
+        operation: the operation that may transpose.
+        dims: the two dimensions that it swaps.
+        shape: shape of the tensor.
+        wanted: shape of the model's parameter.
+    """
 
     target: str
     operation: Operation
@@ -44,17 +52,18 @@ class Matrix(NamedTuple):
 
     @property
     def module(self) -> str:
+        """Name of the target's module."""
         return self.target.rpartition(".")[0]
 
     @property
     def is_square(self) -> bool:
-        """True if it has the model's shape both as it is and transposed, and these two differ."""
+        """Whether it has the model's shape both as stored and transposed, and transposing changes its elements."""
         size = [self.shape[dim] for dim in self.dims]
         return self.shape == self.wanted == self._transposed and min(size) > 1 and 0 not in self.shape
 
     @property
     def is_transposed(self) -> bool | None:
-        """What the shape alone tells; None if it tells nothing."""
+        """Whether the shape shows that it is stored transposed; None if it does not show either."""
         fits, fits_swapped = self.shape == self.wanted, self._transposed == self.wanted
         return None if fits == fits_swapped else fits_swapped
 
@@ -72,38 +81,39 @@ def square_matrices(
     shapes: Sequence[tuple[int, ...]],
     parameters: Mapping[str, tuple[int, ...]],
     transposed: bool | None = None,
-    do: Sequence[Advice] = (_SAY,),
+    do: Sequence[Advice] = (_ADVICE,),
 ) -> dict[str, bool]:
-    """Whether each square matrix is transposed, by the rule's first target; all others tell it by their own shapes.
+    """Return whether each square matrix must be transposed, by the rule's first target.
 
-    Rules that are reversed ask of no tensor how it lies: it is the model's.
+    The shapes of all other matrices show their orientation. Reversed rules have no such matrices: their tensors are
+    the model's own.
 
     Args:
-        shapes: of the sources.
-        parameters: shapes of the model's parameters.
-        transposed: of those of which no other matrix tells how they lie; None: they are an error.
-        do: what to do about a matrix of which nothing tells how it lies.
+        shapes: shapes of the sources.
+        parameters: shapes of the model's parameters, by name.
+        transposed: the answer for matrices whose module does not determine it; None: raise an error.
+        do: advice for that error.
 
     Raises:
-        UnsupportedError: no other matrix of the module tells, or two of them lie differently.
+        UnsupportedError: no other matrix of the module shows the orientation, or two of them contradict each other.
     """
     matrices = [] if rules.reverse else _matrices(assignments, rules, shapes, parameters)
-    seen: dict[tuple[str, Operation], set[bool]] = {}
+    orientations: dict[tuple[str, Operation], set[bool]] = {}
     for matrix in matrices:
         if matrix.is_transposed is not None:
-            seen.setdefault((matrix.module, matrix.operation), set()).add(matrix.is_transposed)
+            orientations.setdefault((matrix.module, matrix.operation), set()).add(matrix.is_transposed)
     square = [matrix for matrix in matrices if matrix.is_square]
-    told = {matrix.target: seen.get((matrix.module, matrix.operation), set()) for matrix in square}
-    unknown = [f"{matrix.target} {list(matrix.shape)}" for matrix in square if len(told[matrix.target]) != 1]
+    answers = {matrix.target: orientations.get((matrix.module, matrix.operation), set()) for matrix in square}
+    unknown = [f"{matrix.target} {list(matrix.shape)}" for matrix in square if len(answers[matrix.target]) != 1]
     if unknown and transposed is None:
         raise UnsupportedError(
             message(
-                "square matrices may lie transposed or not, and no other matrix of their module tells which:\n"
+                "square matrices may be transposed or not, and no other matrix of their module shows which:\n"
                 + listing(unknown),
                 do=do,
             )
         )
-    return {target: True in lies if len(lies) == 1 else bool(transposed) for target, lies in told.items()}
+    return {target: True in seen if len(seen) == 1 else bool(transposed) for target, seen in answers.items()}
 
 
 def _matrices(
@@ -112,6 +122,7 @@ def _matrices(
     shapes: Sequence[tuple[int, ...]],
     parameters: Mapping[str, tuple[int, ...]],
 ) -> list[Matrix]:
+    """Return the inputs of all conditional transposes."""
     chains = conditional_transposes(rules)
     if not chains:
         return []
@@ -126,10 +137,10 @@ def _matrices(
         wanted = tuple(parameters[name] for name in names)
         inputs = {pattern: leaves(0, [shapes[row] for row in rows]) for pattern, rows in assignment.slots.items()}
         try:
-            made = lower(before, inputs, Context(*rules.patterns(assignment.rule), wanted))
-        except (LoweringError, NotAffine):  # which whoever compiles the rule tells
+            values = lower(before, inputs, Context(*rules.patterns(assignment.rule), wanted))
+        except (LoweringError, NotAffine):  # the compiler reports this when it lowers the whole rule
             continue
-        shape = next(iter(made.values())).shape
+        shape = next(iter(values.values())).shape
         options: dict[str, Any] = dict(operation.options)
         dims = options["dim0"], options["dim1"]
         if all(-len(shape) <= dim < len(shape) for dim in dims):
@@ -138,8 +149,8 @@ def _matrices(
 
 
 def conditional_transposes(rules: Rules) -> dict[int, tuple[tuple[Operation, ...], Operation]]:
-    """By rule, the operation that transposes what does not have the model's shape, after those that come before it."""
-    found = {}
+    """Return ``{converter row: (operations before, operation)}`` for rules that transpose depending on the shape."""
+    transposes = {}
     for row in range(len(rules.converters)):
         try:
             chain = rules.operations(row)
@@ -148,6 +159,6 @@ def conditional_transposes(rules: Rules) -> dict[int, tuple[tuple[Operation, ...
         for i, operation in enumerate(chain):
             condition = OPERATIONS[operation.name].only_if
             if condition is not None and operation.option(condition):
-                found[row] = (chain[:i], operation)
+                transposes[row] = (chain[:i], operation)
                 break
-    return found
+    return transposes

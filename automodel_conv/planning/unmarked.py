@@ -1,9 +1,9 @@
-"""Grouped experts of which nobody has said how they lie: what shapes and names contradict, or leave open, is an error.
+"""Refuse grouped experts in an unstated layout unless their names and shapes prove which one it is.
 
-Nothing is guessed here. Without a word, grouped experts are taken to lie as the model has them, or without a model as
-transformers' rules make them, and this must be borne out: by the model's shapes, or by a module's two weights together.
-``[E, 2I, H]`` beside ``[E, H, I]`` is the one, ``[E, H, 2I]`` beside ``[E, I, H]`` the other, and 2I is even; a square
-matrix alone, or two of them, are both.
+Nothing is guessed here. If no layout is stated, grouped experts are assumed to be in the model's layout, or without a
+model in the layout that transformers' rules produce. The model's shapes must confirm this, or the two weights of a
+module together. ``[E, 2I, H]`` with ``[E, H, I]`` is one layout, ``[E, H, 2I]`` with ``[E, I, H]`` is the other, and 2I
+is even. One or two square matrices fit both.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from automodel_conv.planning.layouts import (
     LAYOUTS,
     TRANSFORMERS,
     Layout,
-    any_experts,
     holds_experts,
+    holds_grouped_experts,
     is_weight,
     layout_from_name,
     same_names,
@@ -29,112 +29,124 @@ from automodel_conv.planning.rules import Rules
 Shape = tuple[int, ...]
 
 
-def refuse_other_layouts(problems: Problems, plan: CopyPlan, rules: Rules, model_says: bool) -> None:
-    """Refuse grouped experts that are not in their model's layout, or that may be in another one as well.
+def refuse_other_layouts(problems: Problems, plan: CopyPlan, rules: Rules, model_states_layout: bool) -> None:
+    """Refuse grouped experts that are not in their model's layout, or that might be in another layout.
 
     Args:
-        problems: what did not fit the model, less what it ignores.
-        plan: what does.
-        rules: the model's; experts that they do not make have one published form, which is the model's own.
-        model_says: the model says how its experts lie, as those of transformers do; others may lie otherwise too.
+        problems: tensors that do not fit the model, except those that it ignores.
+        plan: the plan of all tensors that fit.
+        rules: the model's rules. Experts that they do not produce have one published form, the model's own.
+        model_states_layout: whether the model states the layout of its experts, as transformers' models do.
 
     Raises:
-        UnsupportedError: names the first tensor, and ``source_layout``, or ``layout`` of a model that does not say it.
+        UnsupportedError: such a tensor exists. The error names the first one and advises ``source_layout``; also
+            ``layout`` if the model does not state its own.
     """
-    for name, found, expected in problems.mismatched:
-        if is_weight(name) and found == _transposed(expected) != expected:
+    for name, shape, expected in problems.mismatched:
+        if is_weight(name) and shape == _transposed(expected) != expected:
             are_grouped = any(map(is_weight, plan.sources.names))
-            do = [_say("source_layout")] if are_grouped else []
-            if not model_says:
-                turned = [n for n, layout in LAYOUTS.items() if layout.transposed and holds_experts(name, layout)]
-                do += [f'say {{layout="{called}"}} if the model has its experts in that layout' for called in turned]
-            raise _refused(name, do, f"{list(expected)}, as the model has it", list(found))
-    told = [name for name in problems.unexpected if layout_from_name(name) is not None]
-    if told and any(".experts." in name for name in problems.missing):  # else the model has all of its own
-        raise _refused(told[0], [_say("source_layout")], "names that the model has", f"{len(told)} such names")
-    made = {pattern.rpartition(".")[2] for row in range(len(rules.converters)) for pattern in rules.patterns(row)[1]}
+            do = [_advice("source_layout")] if are_grouped else []
+            if not model_states_layout:
+                transposed = [n for n, layout in LAYOUTS.items() if layout.transposed and holds_experts(name, layout)]
+                do += [f'pass {{layout="{other}"}} if the model has its experts in it' for other in transposed]
+            raise _refused(name, do, f"{list(expected)}, as the model has it", list(shape))
+    foreign = [name for name in problems.unexpected if layout_from_name(name) is not None]
+    if foreign and any(".experts." in name for name in problems.missing):  # else no expert of the model is missing
+        raise _refused(foreign[0], [_advice("source_layout")], "names that the model has", f"{len(foreign)} such names")
+    patterns = [pattern for row in range(len(rules.converters)) for pattern in rules.patterns(row)[1]]
+    produced = {pattern.rpartition(".")[2] for pattern in patterns}
     for path, weights in _by_module({t.name: t.shape for t in plan.targets if t.rule < 0}).items():
-        if not made.isdisjoint(weights) and all(_is_square(shape) for shape in weights.values()):
+        if not produced.isdisjoint(weights) and all(_is_square(shape) for shape in weights.values()):
             leaf, shape = next(iter(weights.items()))
-            raise _refused(f"{path}.{leaf}", [_say("source_layout")], "a matrix that is not square", list(shape))
+            raise _refused(f"{path}.{leaf}", [_advice("source_layout")], "a matrix that is not square", list(shape))
 
 
 def refuse_unknown_layout(plan: CopyPlan, canonical: Callable[[str], Layout], gated: Callable[[str], bool]) -> None:
-    """Refuse grouped experts that no rule has made, no model has, and whose two weights do not tell how they lie.
+    """Refuse grouped experts whose layout neither a rule nor a model nor their two weights determine.
+
+    Args:
+        canonical: returns the layout of an experts module, by its name.
+        gated: returns whether an experts module has a gate, by its name.
 
     Raises:
-        UnsupportedError: names the first tensor, and ``source_layout``.
+        UnsupportedError: such a tensor exists. The error names the first one and advises ``source_layout``.
     """
     for path, weights in _by_module({t.name: t.shape for t in plan.targets if t.rule < 0}).items():
         layout = canonical(path)
         first, down = layout.first[0], layout.down[0]
         if first.name not in weights or not gated(path):
-            told = False
-        elif down.name not in weights:  # gate and up cannot lie along a dimension that is odd
+            is_known = False
+        elif down.name not in weights:  # gate and up cannot share a dimension of odd size
             shape = weights[first.name]
-            told = not layout.transposed and first.sizes(shape) is not None and first.sizes(_transposed(shape)) is None
+            fits, fits_transposed = first.sizes(shape) is not None, first.sizes(_transposed(shape)) is not None
+            is_known = not layout.transposed and fits and not fits_transposed
         else:
-            told = layout.fits(weights)
-        if not told:
+            is_known = layout.fits(weights)
+        if not is_known:
             leaf, shape = next(iter(weights.items()))
             expected = f"{first.name} [E, 2I, H] and {down.name} [E, H, I]"
-            raise _refused(f"{path}.{leaf}", [_say("source_layout")], expected, list(shape))
+            raise _refused(f"{path}.{leaf}", [_advice("source_layout")], expected, list(shape))
 
 
 def refuse_contradictions(table: SourceTable, shapes: Mapping[str, Shape], rules: Rules) -> None:
-    """Refuse tensors of a model whose grouped experts are not in its layout, before rules take them apart.
+    """Refuse a model's tensors if its grouped experts are not in its layout, before rules split them.
 
     Args:
-        shapes: of the model's tensors, by name; those that are not in it are taken to be as the rules make them.
+        table: the tensors.
+        shapes: shapes of the model's tensors, by name. Any other tensor is assumed to be as the rules produce it.
+        rules: the rules, reversed.
 
     Raises:
-        UnsupportedError: names the first tensor, and ``layout``.
+        UnsupportedError: such a tensor exists. The error names the first one and advises ``layout``.
     """
     grouped = dict(zip(table.names, table.shapes, strict=True))
     patterns = [pattern for row in range(len(rules.converters)) for pattern in rules.patterns(row)[0]]
-    takes, taken = any("experts" in pattern for pattern in patterns), {p.rpartition(".")[2] for p in patterns}
+    splits_experts = any("experts" in pattern for pattern in patterns)
+    leaves = {pattern.rpartition(".")[2] for pattern in patterns}
     for path, weights in _by_module(grouped).items():
-        for leaf, found in weights.items():
+        for leaf, shape in weights.items():
             name = f"{path}.{leaf}"
             expected = shapes.get(name)
-            if expected is not None and found == _transposed(expected) != expected:
-                raise _refused(name, [_say("layout")], f"{list(expected)}, as the model has it", list(found))
-            if takes and leaf not in taken and layout_from_name(name) is not None:
-                raise _refused(name, [_say("layout")], "names that the rules take apart", list(found))
+            if expected is not None and shape == _transposed(expected) != expected:
+                raise _refused(name, [_advice("layout")], f"{list(expected)}, as the model has it", list(shape))
+            if splits_experts and leaf not in leaves and layout_from_name(name) is not None:
+                raise _refused(name, [_advice("layout")], "names of experts that the rules split", list(shape))
         first, down = TRANSFORMERS.first[0].name, TRANSFORMERS.down[0].name
-        if takes and f"{path}.{down}" not in shapes and not TRANSFORMERS.fits(weights):
+        if splits_experts and f"{path}.{down}" not in shapes and not TRANSFORMERS.fits(weights):
             if any(LAYOUTS[other].fits(weights) for other in same_names(TRANSFORMERS)):
-                found = list(weights[first])
-                raise _refused(f"{path}.{first}", [_say("layout")], "[E, 2I, H] beside [E, H, I]", found)
+                expected = "[E, 2I, H] and [E, H, I]"
+                raise _refused(f"{path}.{first}", [_advice("layout")], expected, list(weights[first]))
 
 
 def refuse_grouped(plan: CopyPlan, rules: Rules) -> None:
-    """Refuse to go back to a checkpoint's names with grouped experts that rules are for and that none of them has met.
+    """Refuse a plan back to checkpoint names that leaves grouped experts unsplit although the rules split such experts.
 
-    A rule meets no tensor where there are no experts, which is fine, or where they are called otherwise than in the
-    model that it is of: under a prefix of a wrapper, or of the model that holds it.
+    A rule matches no tensor if there are no experts, which is fine. It also matches none if the experts have other
+    names than in the rule's model: under the prefix of a wrapper, or of a model that holds that model.
 
     Args:
-        plan: what the rules make.
-        rules: reversed.
+        plan: the plan that the rules produce.
+        rules: the rules, reversed.
 
     Raises:
-        UnsupportedError: names the tensors.
+        UnsupportedError: such experts exist; the error names them.
     """
     patterns = [p.replace("\\", "").rstrip("$") for row in range(len(rules.converters)) for p in rules.patterns(row)[0]]
-    leaves = {pattern.rpartition(".")[2] for pattern in patterns if any_experts(pattern)}
-    left = [t.name for t in plan.targets if t.rule < 0 and any_experts(t.name) and t.name.rpartition(".")[2] in leaves]
-    if left:
-        raise not_taken_apart(left, "pass them under the names that they have in the model of these rules")
+    leaves = {pattern.rpartition(".")[2] for pattern in patterns if holds_grouped_experts(pattern)}
+    names = [t.name for t in plan.targets if t.rule < 0 and holds_grouped_experts(t.name)]
+    unsplit = [name for name in names if name.rpartition(".")[2] in leaves]
+    if unsplit:
+        do = "pass them under the names that they have in the model that the rules are for"
+        raise unsplit_experts_error(unsplit, do)
 
 
-def not_taken_apart(names: Sequence[str], do: str | list[str]) -> UnsupportedError:
-    """The error for grouped experts in what should be a checkpoint with one tensor for each expert and projection."""
-    return UnsupportedError(message("no rule takes these experts apart", found="\n" + listing(names), do=do))
+def unsplit_experts_error(names: Sequence[str], do: str | list[str]) -> UnsupportedError:
+    """Return the error for grouped experts in a checkpoint that should have one tensor per expert and projection."""
+    return UnsupportedError(message("no rule splits these experts", found="\n" + listing(names), do=do))
 
 
 def _by_module(tensors: Mapping[str, Shape]) -> dict[str, dict[str, Shape]]:
-    """The weights of grouped experts among these, by the names of their modules and then their own."""
+    """Return the shapes of grouped expert weights, by the name of the module and the name of the weight in it."""
     modules: dict[str, dict[str, Shape]] = {}
     for name, shape in tensors.items():
         if is_weight(name) and len(shape) == 3:
@@ -148,13 +160,14 @@ def _is_square(shape: Shape) -> bool:
 
 
 def _transposed(shape: Shape) -> Shape:
+    """Return the shape with its last two dimensions swapped if it has three, else the shape itself."""
     return (shape[0], shape[2], shape[1]) if len(shape) == 3 else shape
 
 
-def _say(argument: str) -> str:
-    return f"say it: {{{argument}=}} takes " + ", ".join(f'"{name}"' for name in LAYOUTS)
+def _advice(argument: str) -> str:
+    return f"pass {{{argument}=}}: one of " + ", ".join(f'"{name}"' for name in LAYOUTS)
 
 
 def _refused(name: str, do: Sequence[str], expected: object, found: object) -> UnsupportedError:
-    text = "grouped experts lie in a layout that cannot be told"
+    text = "cannot determine the layout of grouped experts"
     return UnsupportedError(message(text, where=name, expected=expected, found=found, do=do))

@@ -10,7 +10,7 @@ from torch import nn
 from automodel_conv.compiling.carrying import carried_targets, unclaimed_rows
 from automodel_conv.compiling.decoded import decoded_table
 from automodel_conv.execution.file_slabs import FileSlabs
-from automodel_conv.execution.writing import Budget
+from automodel_conv.execution.writing import ScratchSplit
 from automodel_conv.files.checkpoint import Checkpoint
 from automodel_conv.planning.code_names import has_codes
 from automodel_conv.planning.copies import SourceTable, Target
@@ -39,7 +39,7 @@ class Carried(NamedTuple):
         parts = {part for decode in self.table.decodes.values() for part in decode.parts}
         return self.checkpoint.left_out(sorted(self.table.hidden - parts))
 
-    def slabs(self, places: Sequence[tuple[int, int]], share: Budget) -> FileSlabs:
+    def slabs(self, places: Sequence[tuple[int, int]], share: ScratchSplit) -> FileSlabs:
         """Return the slabs that write the tensors; for ``places`` see ``slab_schedule``."""
         return FileSlabs(self.checkpoint, self.targets, places, self.table.decodes, share)
 
@@ -65,7 +65,7 @@ def carried_from(
         QuantizationError, UnsupportedError: the checkpoint is malformed, or cannot be decoded.
     """
     saved = plan.sources
-    table = SourceTable.from_checkpoint(source) if has_codes(saved) else decoded_table(source, wants_numbers=False)
+    table = SourceTable.from_checkpoint(source) if has_codes(saved) else decoded_table(source, needs_values=False)
     specs = {n: TargetSpec(d, s) for n, d, s in zip(saved.names, saved.dtypes, saved.shapes, strict=True)}
     table, rows = unclaimed_rows(source, table, model, rules, layout, specs)
     return Carried(source, table, tuple(carried_targets(table, rows, dtype, plan.targets)))

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from automodel_conv.execution.checksums import checksums_of, checksums_text
-from automodel_conv.execution.writing import begin_shard
+from automodel_conv.execution.writing import create_shard_file
 from automodel_conv.files.checkpoint import open_checkpoint
 from automodel_conv.files.destination import Destination
 from automodel_conv.files.shards import CHECKSUMS_NAME, Naming, Shard, index_of
@@ -24,7 +24,7 @@ def begin_save(
         with write_errors(destination.directory):
             write_config(model, dtype, destination.staging)
     for shard in shards:
-        begin_shard(shard, destination.path(shard.name))
+        create_shard_file(shard, destination.path(shard.name))
 
 
 def finish_save(

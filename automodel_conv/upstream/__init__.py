@@ -1,1 +1,1 @@
-"""What transformers and torch say of models, rules and configs."""
+"""The interface to transformers and to torch's wrappers of models: models, rules and configs."""

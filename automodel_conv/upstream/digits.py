@@ -1,4 +1,4 @@
-"""Find the rules that look at the numbers in a name, and the names that they could treat differently for it."""
+"""Find the rules that depend on the numbers in a name, and the names that may be affected."""
 
 from __future__ import annotations
 
@@ -9,15 +9,18 @@ from automodel_conv.upstream.registry import CORE_MODULE
 
 ANY_NAME = re.compile("")
 _LOOKAROUND = re.compile(r"\(\?<?[=!][^()]*\d[^()]*\)")
-# Digits that follow a letter belong to a word (``w1``); alone they can meet a numeric name component.
+# Digits after a letter belong to a word (``w1``). Digits on their own may match a numeric component of a name.
 _TOKENS = re.compile(r"\(\?P<\w+>|\\.|\[\^?\]?[^\]]*\]|\{[^}]*\}|\d+|[A-Za-z_]\w*|.", re.DOTALL)
 
 
 def digit_pattern(rule: Any) -> re.Pattern[str] | None:
-    """None if the rule treats all numbers of one length alike; else a pattern for the names where it may not.
+    """Return a pattern for the names whose numbers may matter to a rule.
 
-    The pattern is the rule's own with each number in it widened to any number and look-arounds that hold one dropped,
-    so it matches more than the rule, never less. A rule of an unknown class may look at anything.
+    The pattern is the rule's own, with each number in it widened to any number and without look-arounds that contain a
+    number. It matches at least the names that the rule matches. A rule of an unknown class may depend on anything.
+
+    Returns:
+        The pattern, or None if the rule treats all numbers of one length the same.
     """
     compiled = getattr(rule, "compiled_sources", None)
     if compiled is None or type(rule).rename_source_key.__module__ != CORE_MODULE:
@@ -34,7 +37,7 @@ def digit_pattern(rule: Any) -> re.Pattern[str] | None:
 
 
 def _widened(pattern: str) -> tuple[str, bool]:
-    """The pattern with every number in it replaced by any number, and whether there was one."""
+    """Return the pattern with every number replaced by a pattern for any number, and whether it contained one."""
     tokens = _TOKENS.findall(pattern)
     parts: list[str] = []
     sees_numbers = False
@@ -53,5 +56,5 @@ def _widened(pattern: str) -> tuple[str, bool]:
 
 
 def _unanchored(pattern: str) -> re.Pattern[str]:
-    """The pattern without ``^``: a scoped rule matches behind its prefix."""
+    """Return the pattern without ``^``, because a scoped rule matches after its prefix."""
     return re.compile(re.sub(r"(^|[|(>])\^", r"\1", pattern))

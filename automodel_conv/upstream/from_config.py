@@ -1,8 +1,8 @@
-"""The model that ``from_pretrained`` would build for a checkpoint: its class and its dtype, on the meta device.
+"""Build the model that ``from_pretrained`` would build for a checkpoint, on the meta device.
 
-The class is one that transformers' Auto classes know for the type of the config: the one that ``architectures`` names
-if it is among them, else the first of ``_DEFAULTS``. The dtype is what transformers' own ``_get_dtype`` says, given
-what the headers say.
+Its class is one that transformers' Auto classes list for the type of the config: the class that ``architectures`` names
+if it is listed, else the first of ``_DEFAULTS``. Its dtype is the result of transformers' own ``_get_dtype``, computed
+from the headers.
 """
 
 from __future__ import annotations
@@ -22,8 +22,9 @@ from automodel_conv.files.checkpoint import Checkpoint
 from automodel_conv.files.config import check_config
 from automodel_conv.upstream.registry import transformers_available
 
-# Auto mappings for a config whose ``architectures`` name no class of its type: most inputs first, heads before none.
-# Older transformers lack some. Source: transformers 5.23.0, ``models/auto/modeling_auto.py``.
+# Auto mappings for a config whose ``architectures`` name no class of its type. Models with more kinds of input come
+# first, and models with a head before bare ones. Older versions of transformers lack some.
+# Source: transformers 5.23.0, ``models/auto/modeling_auto.py``.
 _DEFAULTS = (
     "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING",
     "MODEL_FOR_MULTIMODAL_LM_MAPPING",
@@ -34,20 +35,22 @@ _DEFAULTS = (
     "MODEL_MAPPING",
 )
 
-
-# What a caller can do without a model of config.json.
-_OTHERWISE = ("pass {model=}", "{rules=[]} takes the tensors under their own names")
+_NEWER = "use a version of transformers that supports the model (remote code is never run)"
+_OTHERWISE = ("pass {model=}", "{rules=[]} keeps the tensors under their own names")
+"""Advice for a caller whose config.json yields no model."""
 
 
 def meta_model(checkpoint: Checkpoint, dtype: torch.dtype | None) -> nn.Module:
-    """The model of a checkpoint's ``config.json`` on the meta device, as ``from_pretrained`` would build it.
+    """Return the model of a checkpoint's ``config.json`` on the meta device, as ``from_pretrained`` would build it.
 
     Args:
-        dtype: None takes what ``from_pretrained`` takes: the config's, else what the index says, else that of the first
-            floating tensor, by name, of the first file.
+        checkpoint: the checkpoint.
+        dtype: dtype of the model. None: as in ``from_pretrained``, the config's, else the index's, else that of the
+            first floating tensor, by name, in the first file.
 
     Raises:
-        UnsupportedError: no transformers, no config, or one that this transformers cannot build a model from.
+        UnsupportedError: transformers or the config is missing, or this version of transformers cannot build a model
+            from the config.
     """
     directory = checkpoint.directory
     if not transformers_available():
@@ -68,18 +71,18 @@ def meta_model(checkpoint: Checkpoint, dtype: torch.dtype | None) -> nn.Module:
         )
     from transformers import AutoConfig, initialization
 
-    advice = ["correct it, or use a transformers that knows the model (remote code is never run)", *_OTHERWISE]
-    with _told("transformers cannot read the checkpoint's config.json", path, advice):
+    advice = [f"correct it, or {_NEWER}", *_OTHERWISE]
+    with _as_unsupported("transformers cannot read the checkpoint's config.json", path, advice):
         try:
             config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
         except Exception:
-            check_config(directory)  # tells what stands there instead of a config
+            check_config(directory)  # raises a clearer error if the file is not a config at all
             raise
-    with _told("transformers cannot tell the class of the checkpoint's config.json", path, advice):
+    with _as_unsupported("transformers cannot determine the model class of the checkpoint's config.json", path, advice):
         cls, config = model_class(config, path)
     safe_creation = getattr(initialization, "meta_device_safe_creation_ops", nullcontext)
     advice = [*_OTHERWISE, "pass another {dtype=} if it is the dtype that does not fit"]
-    with _told(f"transformers cannot build {cls.__name__} from the checkpoint's config.json", path, advice):
+    with _as_unsupported(f"transformers cannot build {cls.__name__} from the checkpoint's config.json", path, advice):
         config, dtype = _with_dtype(config, dtype, checkpoint)
         with ExitStack() as stack:
             for context in (torch.device("meta"), safe_creation()):
@@ -88,13 +91,16 @@ def meta_model(checkpoint: Checkpoint, dtype: torch.dtype | None) -> nn.Module:
 
 
 def model_class(config: Any, where: str) -> tuple[Any, Any]:
-    """The class for a config, and the config that it takes: the text part's, where an Auto class builds that alone.
+    """Return the class for a config, and the config to pass to it.
+
+    The latter is the text part's config if the Auto class builds only the text part.
 
     Args:
-        where: the file of the config, for the error.
+        config: the config.
+        where: path of its file, for the error.
 
     Raises:
-        UnsupportedError: transformers has none.
+        UnsupportedError: transformers has no class for the config.
     """
     import transformers
 
@@ -110,48 +116,48 @@ def model_class(config: Any, where: str) -> tuple[Any, Any]:
                 f"transformers {transformers.__version__} has no model class for this checkpoint",
                 where=where,
                 found=f"architectures {named}, model_type {config.model_type}",
-                do=["use a transformers that knows the model (remote code is never run)", *_OTHERWISE],
+                do=[_NEWER, *_OTHERWISE],
             )
         )
     text = config.sub_configs.get("text_config")
-    is_text_alone = text is not None and getattr(cls, "config_class", None) == text
-    return cls, config.get_text_config() if is_text_alone else config
+    is_text_only = text is not None and getattr(cls, "config_class", None) == text
+    return cls, config.get_text_config() if is_text_only else config
 
 
 @contextmanager
-def _told(what: str, where: str, do: Sequence[str]) -> Iterator[None]:
-    """Tell as UnsupportedError all that transformers raises for a config that it does not expect."""
+def _as_unsupported(what: str, where: str, do: Sequence[str]) -> Iterator[None]:
+    """Raise UnsupportedError for any error that transformers raises for a config that it does not expect."""
     try:
         yield
-    except (MemoryError, ConversionError):  # the former is no fault of the config, the latter is told
+    except (MemoryError, ConversionError):  # not the fault of the config, or explained already
         raise
     except Exception as error:
-        found = f"{type(error).__name__}: {error}"
-        raise UnsupportedError(message(what, where=where, found=found, do=do)) from error
+        cause = f"{type(error).__name__}: {error}"
+        raise UnsupportedError(message(what, where=where, found=cause, do=do)) from error
 
 
 def _known_classes(config: Any) -> Iterator[tuple[str, Any]]:
-    """The classes of all Auto mappings for the type of a config, by name, those of ``_DEFAULTS`` first."""
+    """Yield ``(name, class)`` for the type of a config from all Auto mappings, those of ``_DEFAULTS`` first."""
     from transformers.models.auto import modeling_auto
 
     others = [name for name in vars(modeling_auto) if name.endswith("_MAPPING") and name not in _DEFAULTS]
     for name in (*_DEFAULTS, *others):
         mapping: Any = getattr(modeling_auto, name, {})
         if type(config) in mapping:
-            found = mapping[type(config)]
-            for cls in found if isinstance(found, (list, tuple)) else (found,):
+            classes = mapping[type(config)]
+            for cls in classes if isinstance(classes, (list, tuple)) else (classes,):
                 yield cls.__name__, cls
 
 
 def _with_dtype(config: Any, dtype: torch.dtype | None, checkpoint: Checkpoint) -> tuple[Any, torch.dtype]:
-    """The config and the dtype that ``from_pretrained`` resolves them to, of headers instead of files."""
+    """Return the config and dtype that ``from_pretrained`` would determine, from headers instead of tensor data."""
     from transformers.modeling_utils import _get_dtype
 
     rows = [row for row, file in enumerate(checkpoint.file_ids) if file == 0]
-    rows.sort(key=lambda row: checkpoint.names[row])  # as ``safe_open`` lists them
+    rows.sort(key=lambda row: checkpoint.names[row])  # the order of ``safe_open``
     first = {
-        checkpoint.names[row]: torch.empty(0, dtype=known, device="meta")
+        checkpoint.names[row]: torch.empty(0, dtype=stored, device="meta")
         for row in rows
-        if (known := torch_dtype(checkpoint.dtypes[row])) is not None
+        if (stored := torch_dtype(checkpoint.dtypes[row])) is not None
     }
     return _get_dtype(dtype or "auto", None, config, checkpoint.index_metadata, first, True)

@@ -1,7 +1,7 @@
-"""What a model wants: names, dtypes and shapes of its state dict, which names share a tensor, how its experts lie.
+"""Describe a model: names, dtypes and shapes of its state dict, tied names, and the layout of its experts.
 
-Works on any ``nn.Module``, on the meta device too; what only transformers' models know (dtypes kept in float32, tied
-names, layout of the experts) is asked through their own attributes.
+This works for any ``nn.Module``, even on the meta device. Facts that only transformers' models state (parameters kept
+in float32, tied names, layout of the experts) are read from their attributes.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from automodel_conv.upstream.registry import is_pretrained_model
 
 
 def state_table(state_dict: Mapping[str, Tensor]) -> SourceTable:
-    """Names, dtypes and shapes of tensors in memory.
+    """Return the names, dtypes and shapes of tensors in memory as a source table.
 
     Raises:
-        UnsupportedError: something is no tensor, or has a dtype that the safetensors format does not have.
+        UnsupportedError: a value is not a tensor, or has a dtype that the safetensors format lacks.
     """
     codes = []
     for name, tensor in state_dict.items():
@@ -39,22 +39,24 @@ def state_table(state_dict: Mapping[str, Tensor]) -> SourceTable:
 
 
 def model_targets(model: nn.Module, dtype: torch.dtype | None = None) -> dict[str, TargetSpec]:
-    """Dtype and shape of everything in ``model.state_dict()``, in its order; of a DTensor the shape of the whole.
+    """Return the dtype and shape of each tensor in ``model.state_dict()``, in its order.
+
+    The shape of a DTensor is that of the whole tensor. A target is new if ``dtype`` is given or its tensor is on the
+    meta device. New targets that a transformers model keeps in float32 (``_keep_in_fp32_modules``,
+    ``_keep_in_fp32_modules_strict``) are float32, as in ``from_pretrained``.
 
     Args:
-        dtype: the dtype for all floating tensors; None keeps each tensor's own. Where no value is there yet (a dtype
-            is given, or the tensor is on the meta device), what a transformers model keeps in float32
-            (``_keep_in_fp32_modules``, ``_keep_in_fp32_modules_strict``) is float32, as in ``from_pretrained``; such
-            targets are new.
+        model: the model.
+        dtype: dtype of all other floating tensors; None: each tensor's own.
 
     Raises:
-        UnsupportedError: a tensor of a dtype that the safetensors format does not have.
+        UnsupportedError: a tensor has a dtype that the safetensors format lacks.
     """
     kept = _kept_in_float32(model, dtype)
     targets: dict[str, TargetSpec] = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
         if not isinstance(tensor, Tensor):
-            continue  # extra state of a module, which is no tensor
+            continue  # extra state of a module
         code = dtype_code(tensor.dtype)
         if code is None:
             raise UnsupportedError(message(f"{name} has a dtype that checkpoints cannot hold", found=tensor.dtype))
@@ -67,13 +69,13 @@ def model_targets(model: nn.Module, dtype: torch.dtype | None = None) -> dict[st
 
 
 def _kept_in_float32(model: nn.Module, dtype: torch.dtype | None) -> Callable[[str], torch.dtype | None]:
-    """The dtype a transformers model insists on for a name when the rest has ``dtype``; None where it does not."""
+    """Return a function from a name to the dtype that a transformers model requires for it, or None."""
     plan = model._get_dtype_plan(dtype or model.dtype) if is_pretrained_model(model) else {}  # type: ignore[operator]
     return matching(plan)
 
 
 def matching(plan: Mapping[str, torch.dtype]) -> Callable[[str], torch.dtype | None]:
-    """What transformers' plan of dtypes, ``{pattern: dtype}``, says of a name."""
+    """Return a function from a name to its dtype in transformers' ``{pattern: dtype}`` plan; None if none matches."""
     if not plan:
         return lambda name: None
     from transformers.core_model_loading import build_glob_alternation
@@ -88,7 +90,7 @@ def matching(plan: Mapping[str, torch.dtype]) -> Callable[[str], torch.dtype | N
 
 
 def checked_dtype(dtype: torch.dtype | None) -> None:
-    """Raise UnsupportedError for what ``dtype=`` cannot be: only float16, bfloat16, float32 and float64 are numbers."""
+    """Raise UnsupportedError if ``dtype`` is neither None nor float16, bfloat16, float32 or float64."""
     if dtype is not None and (not isinstance(dtype, torch.dtype) or dtype_code(dtype) not in FLOATING):
         raise UnsupportedError(
             message(
@@ -100,7 +102,7 @@ def checked_dtype(dtype: torch.dtype | None) -> None:
 
 
 def tied_names(model: nn.Module) -> list[tuple[str, ...]]:
-    """Groups of state dict names that are one tensor: shared parameters, and what a transformers model would tie."""
+    """Return groups of state dict names for one tensor: shared parameters, and names that transformers would tie."""
     first: dict[int, str] = {}
     leader: dict[str, str] = {}
 
@@ -123,17 +125,17 @@ def tied_names(model: nn.Module) -> list[tuple[str, ...]]:
 
 
 def expert_layouts(model: nn.Module) -> dict[str, ExpertLayout | None]:
-    """Per module that holds grouped experts, how they lie; None where the module does not say."""
+    """Return the layout of each module of grouped experts, by name; None if the module does not state it."""
     layouts: dict[str, ExpertLayout | None] = {}
     for name, module in model.named_modules():
         if name.rpartition(".")[2] != "experts" or not any(hasattr(module, n) for n in ("gate_up_proj", "up_proj")):
             continue
         if not isinstance(getattr(module, "down_proj", None), Tensor):
             continue
-        said = all(hasattr(module, flag) for flag in ("is_transposed", "is_concatenated", "has_gate"))
+        states_layout = all(hasattr(module, flag) for flag in ("is_transposed", "is_concatenated", "has_gate"))
         layouts[name] = (
             ExpertLayout(bool(module.is_transposed), not module.is_concatenated, bool(module.has_gate))
-            if said
+            if states_layout
             else None
         )
     return layouts

@@ -1,8 +1,8 @@
-"""What a quantizer of transformers that dequantizes while it loads has made of a model's rules, undone.
+"""Undo the changes that a dequantizing quantizer of transformers makes to a model's rules.
 
-It has put an operation of its own before those of the model's rules, which then also collect the scales, and has added
-a rule for all other weights. Without them the rules are the model's own again: those of a checkpoint of plain numbers,
-by which the model that has been decoded is saved.
+The quantizer inserts its own operation before those of the model's rules, which then also collect the scales, and adds
+a rule for all other weights. Without these the rules are the model's own again: the rules of a checkpoint of plain
+values. A decoded model is saved by them.
 Source: transformers 5.23.0, ``HfQuantizer.update_weight_conversions`` and ``get_weight_conversions``.
 """
 
@@ -15,23 +15,24 @@ _MODULES = "transformers.integrations."
 
 
 def own_rule(rule: Any) -> Any | None:
-    """The model's own rule in what a quantizer has made of it; None if nothing is left."""
+    """Return a rule without the quantizer's operation; None if it has no other operation."""
     operations = list(getattr(rule, "operations", None) or ())
     if not operations or not dequantizes(operations[0]):
         return rule
     if len(operations) == 1:
         return None
-    # As they were given: the constructor changes them. Older transformers anchor those of weights.
-    sources = [s for s in _given(rule, "source") if s.removesuffix("$").endswith(".weight")]
-    make = getattr(rule, "copy", type(rule))
-    return make(source_patterns=sources, target_patterns=_given(rule, "target"), operations=operations[1:])
+    # The constructor changes patterns, so pass the original ones. Older versions of transformers anchor them.
+    sources = [s for s in _original_patterns(rule, "source") if s.removesuffix("$").endswith(".weight")]
+    targets = _original_patterns(rule, "target")
+    create = getattr(rule, "copy", type(rule))
+    return create(source_patterns=sources, target_patterns=targets, operations=operations[1:])
 
 
 def dequantizes(operation: Any) -> bool:
-    """Whether an operation makes numbers of codes and their scales."""
+    """Return whether an operation decodes codes and their scales to values."""
     cls = type(operation)
     return cls.__name__ in _DEQUANTIZE and cls.__module__.startswith(_MODULES)
 
 
-def _given(rule: Any, side: str) -> list[str]:
+def _original_patterns(rule: Any, side: str) -> list[str]:
     return list(getattr(rule, f"_original_{side}_patterns", getattr(rule, f"{side}_patterns")))

@@ -1,4 +1,7 @@
-"""Which of transformers' rules apply to a model. transformers is imported on the first question."""
+"""Look up the rules of transformers that apply to a model.
+
+transformers is imported on first use.
+"""
 
 from __future__ import annotations
 
@@ -18,17 +21,17 @@ from automodel_conv.upstream.quantizer_rules import own_rule
 from automodel_conv.upstream.wrappers import stand_in
 
 CORE_MODULE = "transformers.core_model_loading"
-_NUMBERED_LAYER = re.compile(r"layers\\\.\d")  # in a regular expression
+_NUMBERED_LAYER = re.compile(r"layers\\\.\d")  # as regular expressions write it
 
 
 @lru_cache(maxsize=1)
 def transformers_available() -> bool:
-    """True if a transformers with conversion rules (5.0 or newer) is installed."""
-    # Looks for the file instead of importing: transformers takes seconds to import, and a version
-    # number would not tell that the package found first is the one that carries the rules.
+    """Return whether a version of transformers with conversion rules (5.0 or newer) is installed."""
+    # The file is looked for because importing transformers takes seconds. A version number would not prove that the
+    # first package on the path is the one with the rules.
     try:
         spec = find_spec("transformers")
-    except (ImportError, ValueError):  # blocked by a finder, or a bare module in sys.modules
+    except (ImportError, ValueError):  # a finder blocks it, or sys.modules holds a module without a spec
         return False
     if spec is None or spec.submodule_search_locations is None:
         return False
@@ -36,7 +39,7 @@ def transformers_available() -> bool:
 
 
 def models_are_imported() -> bool:
-    """Whether transformers has imported what its models are made of, which takes seconds."""
+    """Return whether transformers' modeling code, which takes seconds to import, is imported."""
     return "transformers.modeling_utils" in sys.modules
 
 
@@ -47,12 +50,18 @@ def model_rules(
     *,
     add_legacy: bool = True,
 ) -> list[Any]:
-    """transformers' own list of rules for a model, sub-models and legacy names included.
+    """Return transformers' own list of rules for a model, including rules of sub-models and legacy names.
 
-    A module that neither is nor holds a transformers model has no rules but ``key_mapping``.
+    A module that neither is nor holds a transformers model only has the rules of ``key_mapping``.
+
+    Args:
+        model: the model, or None.
+        key_mapping: ``{pattern: replacement}`` applied to names before the rules.
+        hf_quantizer: transformers' quantizer, whose rules are added.
+        add_legacy: whether to include rules for legacy names.
 
     Raises:
-        UnsupportedError: there is a ``key_mapping`` and no transformers to apply it.
+        UnsupportedError: ``key_mapping`` is given and transformers is not installed.
     """
     if model is None or not holds_pretrained(model):
         return key_renamings(key_mapping)
@@ -64,11 +73,15 @@ def model_rules(
 
 
 def saving_rules(model: Any, rules: Iterable[Any] | None) -> list[Any]:
-    """The rules to reverse when going back to the checkpoint's names: upstream's choice, in loading order.
+    """Return the rules that transformers would reverse to restore checkpoint names, in loading order.
 
-    Rules that a ``from_pretrained`` used are known to the model and taken as they are, but for what a quantizer has
-    added to decode the checkpoint: the model has numbers now. Otherwise legacy names are not restored, and neither are
-    prefixes: nothing tells whether the first checkpoint had them.
+    A model records the rules that ``from_pretrained`` used. They are returned without the decoding operations that a
+    quantizer has added, because the model has decoded values now. If no rules are recorded, legacy names and prefixes
+    are not restored: it is unknown whether the original checkpoint had them.
+
+    Args:
+        model: the model, or None.
+        rules: the caller's rules; None: the model's own.
     """
     if rules is None:
         used = getattr(model, "_weight_conversions", None)
@@ -85,7 +98,7 @@ def saving_rules(model: Any, rules: Iterable[Any] | None) -> list[Any]:
 
 
 def saving_order(model: Any) -> Callable[[str], Any] | None:
-    """The sort key by which upstream orders a model's names when it goes back; None: it keeps their order.
+    """Return the sort key by which transformers orders names when it reverses rules; None if it keeps their order.
 
     Source: transformers 5.23.0, ``revert_weight_conversion``; the key differs between versions.
     """
@@ -103,7 +116,7 @@ def _patterns(rule: Any) -> tuple[tuple[str, ...], tuple[str, ...]]:
 
 
 def key_renamings(key_mapping: Mapping[str, str] | None) -> list[Any]:
-    """A user's ``{pattern: replacement}`` as transformers' renaming rules.
+    """Return a caller's ``{pattern: replacement}`` as transformers' renaming rules.
 
     Raises:
         UnsupportedError: transformers is not installed.
@@ -114,11 +127,11 @@ def key_renamings(key_mapping: Mapping[str, str] | None) -> list[Any]:
         raise UnsupportedError(message("key_mapping needs transformers", do="pip install transformers"))
     from transformers.core_model_loading import WeightRenaming
 
-    return [WeightRenaming(source_patterns=k, target_patterns=v) for k, v in key_mapping.items()]
+    return [WeightRenaming(source_patterns=old, target_patterns=new) for old, new in key_mapping.items()]
 
 
 def is_pretrained_model(model: Any) -> bool:
-    """True for transformers' own models, whatever torch has wrapped them in."""
+    """Return whether ``model`` is transformers' own, even if torch has given it a subclass."""
     if not transformers_available() or not hasattr(model, "base_model_prefix"):
         return False
     from transformers import PreTrainedModel
@@ -127,7 +140,7 @@ def is_pretrained_model(model: Any) -> bool:
 
 
 def without_ignored(model: Any, missing: Iterable[str], unexpected: Iterable[str]) -> tuple[list[str], list[str]]:
-    """Both lists less what the model itself says to ignore, as upstream's report does."""
+    """Return both lists without the names that the model ignores, as transformers' own report does."""
     missing, unexpected = list(missing), list(unexpected)
     if not is_pretrained_model(model):
         return missing, unexpected
@@ -139,33 +152,35 @@ def without_ignored(model: Any, missing: Iterable[str], unexpected: Iterable[str
 
 
 def _prediction_layers(model: nn.Module, unexpected: Iterable[str]) -> tuple[str, ...]:
-    """Beginnings of the names of layers for multi-token prediction, which lie behind the layers of a model.
+    """Return the name prefixes of layers for multi-token prediction, which follow the layers of a model.
 
-    transformers does not make them. Its ignore-lists name them by number, as they follow the layers of the published
-    models; here they follow the layers of any model. The config may tell how many there are, else there is one. Such a
-    layer has modules that the others lack (``eh_proj``); one that has not is a layer that the config leaves out.
+    transformers does not build these layers. Its ignore-lists give their numbers in the published models. Here they are
+    recognized after the last layer of any model. The config may state how many there are; otherwise there is one if the
+    model ignores a numbered layer. Such a layer has modules that the other layers lack (``eh_proj``). A layer without
+    them is one that the config leaves out.
+
     Source: transformers 5.23.0, ``_keys_to_ignore_on_load_unexpected`` of ``DeepseekV3PreTrainedModel``
     (``model.layers.61``) and of ``Glm4MoePreTrainedModel``; ``num_nextn_predict_layers`` in DeepSeek-V3's
     ``config.json``.
     """
-    found: list[str] = []
+    prefixes: list[str] = []
     for path, module in model.named_modules():
         config, layers = getattr(module, "config", None), getattr(module, "layers", None)
         if not isinstance(layers, nn.ModuleList) or getattr(config, "num_hidden_layers", None) != len(layers):
             continue
         ignored = getattr(module, "_keys_to_ignore_on_load_unexpected", None) or ()
-        one = any(_NUMBERED_LAYER.search(pattern) for pattern in ignored)
-        number = getattr(config, "num_nextn_predict_layers", None) or int(one)
-        before = f"{path}." if path else ""
+        ignores_layer = any(_NUMBERED_LAYER.search(pattern) for pattern in ignored)
+        number = getattr(config, "num_nextn_predict_layers", None) or int(ignores_layer)
+        parent = f"{path}." if path else ""
         known = {name for layer in layers for name in layer._modules}
-        for start in (f"{before}layers.{len(layers) + i}." for i in range(number)):
-            modules = {name.removeprefix(start).partition(".")[0] for name in unexpected if name.startswith(start)}
-            found += [start] if modules - known else []
-    return tuple(found)
+        for prefix in (f"{parent}layers.{len(layers) + i}." for i in range(number)):
+            modules = {name.removeprefix(prefix).partition(".")[0] for name in unexpected if name.startswith(prefix)}
+            prefixes += [prefix] if modules - known else []
+    return tuple(prefixes)
 
 
 def holds_pretrained(model: nn.Module) -> bool:
-    """Whether ``model`` is or holds a model whose rules transformers looks up."""
+    """Return whether ``model`` is, or contains, a transformers model."""
     if not transformers_available():
         return False
     from transformers.modeling_utils import PreTrainedModel
@@ -174,12 +189,12 @@ def holds_pretrained(model: nn.Module) -> bool:
 
 
 def _without_wrappers(model: nn.Module) -> Any:
-    """``model`` as transformers' rule look-up must see it: every nested model in its own class.
+    """Return a view of ``model`` for transformers' rule look-up, in which every nested model has its own class.
 
-    torch wraps by giving a module a subclass made at run time (``FSDPMixtralForCausalLM``), whose
-    name has no rules and which transformers takes for custom code. The look-up reads classes from
-    ``named_modules()``; it gets stand-ins that share the modules' attributes, so that ``model``
-    is not touched. A root that is no HF model gets the empty base-model prefix it lacks.
+    torch wraps a module by giving it a subclass created at run time (``FSDPMixtralForCausalLM``). No rules are
+    registered under the name of such a class, and transformers mistakes it for custom code. The look-up reads classes
+    from ``named_modules()``. It gets stand-ins that share the modules' attributes, so that ``model`` is not changed. A
+    root that is not a transformers model gets an empty base-model prefix, which the look-up needs.
     """
     from transformers.modeling_utils import PreTrainedModel
 

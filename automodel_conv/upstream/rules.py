@@ -1,10 +1,11 @@
-"""Ask transformers' rule objects: ``RuleSet`` answers the protocol ``Rules`` of ``planning/rules.py``.
+"""Apply transformers' rule objects: ``RuleSet`` implements the protocol ``Rules`` of ``planning/rules.py``.
 
-The *installed* rule objects rename names through the installed ``rename_source_key``, whose pattern semantics changed
-three times between 5.0 and 5.23, so they are never re-implemented here. Operations become data only when their class is
-a stock one with its stock ``convert``. Whatever else a rule holds runs as upstream runs it, one target at a time.
+The *installed* rule objects rename through the installed ``rename_source_key``. Its pattern semantics changed three
+times between 5.0 and 5.23, so it is never re-implemented here. Operations become data only if their class is
+transformers' own with an unpatched ``convert``. All other operations run as transformers runs them, one target at a
+time.
 
-Rule objects carry run-time state, so a ``RuleSet`` works on deep copies and never touches the caller's.
+Rule objects carry run-time state, so a ``RuleSet`` works on deep copies and never changes the caller's.
 """
 
 from __future__ import annotations
@@ -26,19 +27,19 @@ from automodel_conv.upstream.registry import CORE_MODULE, is_pretrained_model
 
 
 def natural_key(name: str) -> list[Any]:
-    """The order in which upstream collects the parts of a merged target."""
+    """Return the sort key by which transformers orders the parts of a merged target."""
     return _core().dot_natural_key(name)
 
 
 class RuleSet:
-    """An ordered list of rules, ready to be asked about the names of one checkpoint; see the module's docstring.
+    """An ordered list of rules for the names of one checkpoint; see the module's docstring.
 
-    Guarded renames remember what they have seen, so another checkpoint takes another ``RuleSet``.
+    Guarded renames remember the names that they have seen, so each checkpoint needs its own ``RuleSet``.
 
     Args:
-        rules: transformers' WeightRenaming / WeightConverter objects; may be empty.
-        model: where operations look up the config and parameter shapes; None is fine for rules that look up neither.
-        reverse: the rules are to be used in the saving direction, converters before renamings, on model names.
+        rules: transformers' ``WeightRenaming`` and ``WeightConverter`` objects; may be empty.
+        model: the model whose config and parameter shapes operations look up; None if they look up neither.
+        reverse: whether to use the rules in the saving direction: on model names, converters before renamings.
     """
 
     def __init__(self, rules: Iterable[Any] | None, model: Any = None, *, reverse: bool = False):
@@ -62,13 +63,13 @@ class RuleSet:
 
     @property
     def used(self) -> list[bool]:
-        """Of each rule given, whether it has matched a name so far; older transformers do not say, and all count."""
+        """Whether each of the given rules has matched a name so far; True if transformers is too old to record it."""
         return [rule.was_used() if hasattr(rule, "was_used") else True for rule in self._rules]
 
     def rename(self, name: str) -> tuple[str, int, str]:
-        """``(target name, converter row or -1, source pattern)``, without the model's prefix.
+        """Return ``(target name, converter row or -1, source pattern)``, without the model's prefix.
 
-        When reversed, a name that a converter takes is not renamed further: its parts are, with ``rename_part``.
+        A name that a reversed converter matches is not renamed further. Its parts are, by ``rename_part``.
         """
         if not len(self):
             return name, -1, name
@@ -82,20 +83,20 @@ class RuleSet:
         return renamed, self._row_of[pattern] if pattern is not None else -1, pattern or name
 
     def rename_part(self, name: str) -> str:
-        """The final name of something a reversed converter made."""
+        """Return the final name of a tensor that a reversed converter has produced."""
         return _core().rename_source_key(name, self.renamings, [])[0] if self.renamings else name
 
     def with_prefix(self, name: str, targets: Mapping[str, object]) -> str:
-        """The name with the model's base prefix added or removed, where that makes it one of the targets."""
+        """Return the name with the model's base prefix added or removed if that is a target, else the name itself."""
         prefix = self.base_model_prefix
         if prefix is None or not (name.startswith(prefix) or f"{prefix}.{name}" in targets):
             return name
         return _core().rename_source_key(name, [], [], self.base_model_prefix, targets)[0]
 
     def looks_at_digits(self, name: str) -> bool:
-        """True if some rule could treat this name differently with other numbers in it.
+        """Return whether a rule might treat this name differently if it had other numbers.
 
-        ``name`` stands for all names that differ from it in purely numeric components only.
+        ``name`` represents all names that differ from it only in purely numeric components.
         """
         if not self._digit_rules:
             return False
@@ -105,23 +106,25 @@ class RuleSet:
         return any(pattern is ANY_NAME or pattern.search(n) for pattern in self._digit_rules for n in names)
 
     def natural_key(self, name: str) -> Any:
-        """The order in which upstream collects the parts of a merged target."""
+        """Return the sort key by which transformers orders the parts of a merged target."""
         return natural_key(name)
 
     def patterns(self, row: int) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """Return the source and target patterns of a converter."""
         rule = self.converters[row]
         return tuple(rule.source_patterns), tuple(rule.target_patterns)
 
     def describe(self, row: int) -> str:
+        """Return a converter in words."""
         sources, targets = self.patterns(row)
         operations = ", ".join(repr(operation) for operation in self.converters[row].operations)
         return f"{' + '.join(sources)} -> {' + '.join(targets)}: {operations}"
 
     def operations(self, row: int) -> tuple[Operation, ...]:
-        """The converter's chain as data.
+        """Return the operations of a converter as data.
 
         Raises:
-            NotLowerable: an operation, or the converter itself, is not transformers' own.
+            NotLowerable: the converter or one of its operations is not transformers' own.
         """
         rule = self.converters[row]
         if not _is_stock(rule, "WeightConverter"):
@@ -131,7 +134,7 @@ class RuleSet:
         return tuple(_operation(operation, self._config()) for operation in rule.operations)
 
     def on_host(self, row: int) -> bool:
-        """Whether upstream runs the operations of a converter on the CPU, wherever the target goes."""
+        """Return whether transformers runs the operations of a converter on the CPU, on any target device."""
         return bool(getattr(self.converters[row], "force_cpu", False))
 
     def _config(self) -> Any:
@@ -140,10 +143,13 @@ class RuleSet:
     def upstream(
         self, row: int, target: str, slots: Mapping[str, Sequence[int]], cast: Mapping[int, Any]
     ) -> Callable[..., dict[str, Any]]:
-        """Upstream's own conversion of one target as a function from ``{source row: tensor}`` to ``{name: tensor}``.
+        """Return transformers' conversion of a target, a function from ``{source row: tensor}`` to ``{name: tensor}``.
 
         Args:
-            cast: dtypes that sources are cast to before all operations.
+            row: row of the converter.
+            target: name of the target.
+            slots: source rows by source pattern.
+            cast: dtypes, by source row, that sources are cast to before all operations.
                 Source: transformers 5.23.0, ``_materialize_copy`` in ``core_model_loading.py``.
         """
         model, config = self.model, self._config()
@@ -155,8 +161,8 @@ class RuleSet:
                 for source in rows:
                     tensor = tensors[source]
                     converter.add_tensor(target, target, pattern, tensor.to(cast.get(source, tensor.dtype)))
-            made = converter.convert(target, model=model, config=config)
-            parts = {name: value[0] if isinstance(value, list) else value for name, value in made.items()}
+            converted = converter.convert(target, model=model, config=config)
+            parts = {name: value[0] if isinstance(value, list) else value for name, value in converted.items()}
             return {self.rename_part(name): value for name, value in parts.items()} if self.reverse else parts
 
         return convert
@@ -173,14 +179,14 @@ def _has_operations(rule: Any) -> bool:
 
 
 def _is_stock(thing: Any, name: str | None = None) -> bool:
-    """True if the class is transformers' own and ``convert`` the function its source file defines, not a patch."""
+    """Return whether the class and its ``convert`` are transformers' own, not patched."""
     cls = type(thing)
     if cls.__module__ != CORE_MODULE or (name is not None and cls.__name__ != name):
         return False
     if "convert" in getattr(thing, "__dict__", ()):
         return False
-    # A patch made with functools.wraps has the right name and module, but its code lies elsewhere.
-    files = {_core().__file__, torch.utils._contextlib.__file__}  # the latter is @torch.no_grad
+    # A patch by functools.wraps has the right name and module, but its code is in another file.
+    files = {_core().__file__, torch.utils._contextlib.__file__}  # the latter holds @torch.no_grad
     function = getattr(cls, "convert", None)
     while function is not None:
         if getattr(getattr(function, "__code__", None), "co_filename", None) not in files:

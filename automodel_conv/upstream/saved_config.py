@@ -1,4 +1,4 @@
-"""Write the configs and code that ``save_pretrained`` writes beside the weights."""
+"""Write the configs and code that ``save_pretrained`` writes next to the weights."""
 
 from __future__ import annotations
 
@@ -14,7 +14,12 @@ from automodel_conv.upstream.registry import is_pretrained_model
 
 
 def write_config(model: nn.Module, dtype: torch.dtype | None, directory: str) -> None:
-    """Write the configs and code of a transformers model; for other models do nothing.
+    """Write the configs and code of a transformers model; do nothing for other models.
+
+    Args:
+        model: the model.
+        dtype: dtype of the saved weights; None: the model's.
+        directory: directory to write to.
 
     Source: transformers 5.23.0, ``save_pretrained`` in ``modeling_utils``.
     """
@@ -24,10 +29,10 @@ def write_config(model: nn.Module, dtype: torch.dtype | None, directory: str) ->
     config: Any = copy.deepcopy(model.config)
     config.architectures = [cls.__name__]
     config.dtype = str(dtype or model.dtype).removeprefix("torch.")
-    holds_numbers = all(dtype_code(parameter.dtype) in FLOATING for parameter in model.parameters())
-    for part in (config, getattr(config, "text_config", None)) if holds_numbers else ():
+    is_decoded = all(dtype_code(parameter.dtype) in FLOATING for parameter in model.parameters())
+    for part in (config, getattr(config, "text_config", None)) if is_decoded else ():
         for key in QUANTIZATION_KEYS if part is not None else ():
-            vars(part).pop(key, None)  # of the checkpoint that this model was decoded from
+            vars(part).pop(key, None)  # it describes the checkpoint that this model was decoded from
     config.save_pretrained(directory)
     if model.can_generate():  # type: ignore[operator]
         model.generation_config.save_pretrained(directory)  # type: ignore[union-attr, operator]

@@ -1,8 +1,8 @@
-"""Which tensors of a quantized checkpoint ``from_pretrained`` leaves in their stored dtype, quantized or not.
+"""Determine which tensors of a quantized checkpoint ``from_pretrained`` leaves in their stored dtype.
 
-A quantizer that dequantizes while it loads collects every ``weight`` in an operation of its own, and what one of these
-collects is not cast. Norms of DeepSeek-V4 stay bfloat16 for that reason, though the model wants them in float32.
-Older transformers cast nothing that is renamed.
+A quantizer that decodes while it loads collects every ``weight`` in its own operation, quantized or not. transformers
+does not cast the tensors that such an operation collects. The norms of DeepSeek-V4 stay bfloat16 for that reason,
+although the model wants them in float32. Older versions of transformers do not cast tensors that are renamed.
 Sources: ``core_model_loading.py`` of transformers 5.12.1, 5.17.0 and 5.23.0, ``convert_and_load_state_dict_in_model``;
 ``quantizers/base.py`` of 5.23.0, ``get_new_dtype``.
 """
@@ -21,14 +21,14 @@ _ANY_DTYPE = object()
 
 
 def dequantizer(settings: Mapping[str, Any]) -> Any | None:
-    """transformers' quantizer that decodes what these settings describe; None if it has none."""
+    """Return transformers' quantizer for these quantization settings, set to decode; None if it has none."""
     if not transformers_available():
         return None
     from transformers.quantizers.auto import AutoHfQuantizer
 
     try:
         quantizer = AutoHfQuantizer.from_config(dict(settings), pre_quantized=True)
-    except (ValueError, TypeError, KeyError, ImportError):  # a method that it does not know, or without its library
+    except (ValueError, TypeError, KeyError, ImportError):  # an unknown method, or its library is not installed
         return None
     quantizer.quantization_config.dequantize = True
     return quantizer
@@ -37,16 +37,28 @@ def dequantizer(settings: Mapping[str, Any]) -> Any | None:
 def left_as_stored(
     model: Any, quantizer: Any, key_mapping: Mapping[str, str] | None = None, decoded: Container[str] = ()
 ) -> AsStored | None:
-    """Which sources keep their dtype; None where no quantizer takes part, or one that cannot load this model.
+    """Return the function that determines which sources keep their dtype.
 
     Args:
-        decoded: names of the sources that are decoded, which is no cast.
+        model: the model.
+        quantizer: transformers' quantizer, or None.
+        key_mapping: ``{pattern: replacement}`` applied to names before the rules.
+        decoded: names of the sources that are decoded. Decoding is not a cast.
+
+    Returns:
+        The function, or None if there is no quantizer or it cannot load this model.
     """
     if quantizer is None or not is_pretrained_model(model):
         return None
     try:
         rules = RuleSet(model_rules(model, key_mapping, quantizer), model)
-    except (ValueError, TypeError, KeyError, AttributeError, ImportError):  # of a scheme that it fails on
+    except (
+        ValueError,
+        TypeError,
+        KeyError,
+        AttributeError,
+        ImportError,
+    ):  # raised for unsupported schemes
         return None
 
     def keeps(source: str, dtype: str, target: str) -> bool:
@@ -55,7 +67,7 @@ def left_as_stored(
         if not hasattr(quantizer, "get_new_dtype"):
             return source != target or not dtype.startswith(("F", "BF"))
         renamed, row, _ = rules.rename(source)
-        # A name of the model that a rule would take out of the model is not touched by it.
+        # A rule does not apply to a name of the model if it would rename it to a name that the model lacks.
         applies = row >= 0 and rules.with_prefix(renamed, {target: None}) == target
         converter = rules.converters[row] if applies else None
         return quantizer.get_new_dtype(converter, SimpleNamespace(get_dtype=lambda: dtype), _ANY_DTYPE) is None

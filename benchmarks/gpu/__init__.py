@@ -1,4 +1,4 @@
-"""The whole of the measurements on one GPU: ``python -m benchmarks.gpu``.
+"""All measurements on one GPU: ``python -m benchmarks.gpu``.
 
-Needs torch, triton, transformers, safetensors, numpy, pytest and hypothesis; nothing else, and no network.
+They need only torch, triton, transformers, safetensors, numpy, pytest and hypothesis, and no network.
 """

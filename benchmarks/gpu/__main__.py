@@ -1,21 +1,22 @@
-"""Everything there is to know of one GPU, in one command of a few minutes, whatever goes wrong in it.
+"""Test and measure one GPU, in one command of a few minutes that continues after any failure.
 
     python -m benchmarks.gpu OUT [--minutes 6] [--stage NAME ...] [--resume] [--commit NAME] [--layers N]
     python -m benchmarks.gpu --table FILE     (prints the README's tables from a gpu.json)
     python -m benchmarks.gpu OUT --smoke      (all of it, tiny, on the CPU, in Triton's interpreter)
 
-The stages are the choices of --stage, in that order; before them, the environment. Kernels are measured against copy_
-and against torch, the sweep tries other tiles, transfers bound a load; with the round trip come the tests that need all
-memory.
+The stages are the choices of --stage, in that order, after the environment. A stage consists of cells, each of which is
+one measurement or test. Kernels are measured against copy_ and against torch, the sweep tries other tiles, and
+transfers show the bounds of a load. The tests that need all memory run with the round trip.
 
-OUT is a folder for gpu.json, which is whole after every row, and gpu.log, what each process of the stages said, written
-when it ends, at most 8 MiB in all; all else is temporary. Each stage works in processes of its own, has a deadline from
-the first second, and what fails in it costs only itself: a failed test is told, a way that writes a wrong byte is not
-timed, one that kills its process is left out. --resume goes on from the file: what is there stays, what is missing, or
-was wrong, is done. The exit code is 1 if anything was wrong; standard output ends with what was, what was left out for
-want of time, and how long all took.
+OUT is a folder for gpu.json, which is complete after every row, and gpu.log, the output of each stage's processes,
+written when they end, at most 8 MiB in all. Everything else is temporary. Each stage runs in processes of its own and
+has a deadline from the first second. A failure affects only its own cell: a failed test is reported, a way that writes
+a wrong byte is not timed, a way that kills its process is left out. --resume continues from the file: it keeps correct
+rows and runs what is missing or was wrong. The exit code is 1 if anything was wrong. Standard output ends with the
+failures, the cells that were left out for lack of time, and the time of each stage.
 
-Checkpoints of up to 24 GB lie in --directory while it runs. Where /dev/shm has 30 GB, name that: no disk is timed then.
+Checkpoints of up to 24 GB are stored in --directory while the command runs. If /dev/shm has 30 GB, pass it: then no
+disk is timed.
 """
 
 from __future__ import annotations
@@ -51,14 +52,14 @@ def main(arguments: list[str] | None = None) -> None:
         prog="python -m benchmarks.gpu", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("out", nargs="?", metavar="OUT", help="the folder for gpu.json and gpu.log")
-    parser.add_argument("--minutes", type=float, default=6.0, help="what to stay within")
-    parser.add_argument("--stage", action="append", choices=STAGES, help="only this one; may be given several times")
-    parser.add_argument("--resume", action="store_true", help="go on from OUT/gpu.json")
-    parser.add_argument("--commit", help="of the code, where the checkout has no .git")
-    parser.add_argument("--layers", type=int, help=f"of the long checkpoint, 1.2 GB each; {_LAYERS} by default")
-    parser.add_argument("--directory", help="where a temporary directory is made, for the checkpoints")
+    parser.add_argument("--minutes", type=float, default=6.0, help="time limit")
+    parser.add_argument("--stage", action="append", choices=STAGES, help="run only this stage; repeatable")
+    parser.add_argument("--resume", action="store_true", help="continue from OUT/gpu.json")
+    parser.add_argument("--commit", help="commit of the code, if the checkout has no .git")
+    parser.add_argument("--layers", type=int, help=f"layers of the long checkpoint, 1.2 GB each; {_LAYERS} by default")
+    parser.add_argument("--directory", help="parent of the temporary directory for the checkpoints")
     parser.add_argument("--tests", default="tests/gpu", help="the tests to run")
-    parser.add_argument("--smoke", action="store_true", help="tiny, on the CPU; the times mean nothing")
+    parser.add_argument("--smoke", action="store_true", help="tiny, on the CPU; the times are meaningless")
     parser.add_argument("--table", metavar="FILE", help="print the tables of a gpu.json and do nothing else")
     options = parser.parse_args(arguments)
     if options.table:
@@ -74,20 +75,20 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Everything that was asked for; returns the exit code.
+    """Run everything that was requested and return the exit code.
 
     Raises:
-        SystemExit: it is not what the record was begun with.
+        SystemExit: the options differ from those with which the record was begun.
     """
     out = Path(options.out)
     out.mkdir(parents=True, exist_ok=True)
     kept = record.Record.of if (out / record.NAME).exists() else record.Record.new
-    found = kept(out / record.NAME)
-    if options.layers not in (None, found.result.get("layers", options.layers)):
-        # Rows of checkpoints of other lengths do not compare.
-        raise SystemExit(f"the record's checkpoints have {found.result['layers']} layers; leave --layers out")
-    found.say = _say
-    found.result["runs"].append(
+    kept_record = kept(out / record.NAME)
+    if options.layers not in (None, kept_record.result.get("layers", options.layers)):
+        # Rows of checkpoints with other lengths are not comparable.
+        raise SystemExit(f"the record's checkpoints have {kept_record.result['layers']} layers; leave --layers out")
+    kept_record.say = _say
+    kept_record.result["runs"].append(
         {
             "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
             "minutes": options.minutes,
@@ -97,8 +98,8 @@ def run(options: argparse.Namespace) -> int:
     )
     with _temporary(options.directory) as root:
         fitting = layers_that_fit(options.layers or _LAYERS, shutil.disk_usage(root).free)
-        layers = found.result.setdefault("layers", fitting)
-        found.write()
+        layers = kept_record.result.setdefault("layers", fitting)
+        kept_record.write()
         work = Run(
             device="cpu" if options.smoke else _DEVICE,
             smoke=options.smoke,
@@ -106,17 +107,20 @@ def run(options: argparse.Namespace) -> int:
             layers=layers,
             root=root,
             place=Place(_variables(options.smoke), (out / _LOG).absolute()),
-            record=found,
+            record=kept_record,
             only=tuple(options.stage or ()),
         )
         run_all(work, 60 * options.minutes, _say)
-    sys.stdout.write(f"{tables.markdown(found.result)}\n{tables.ending(found.result)}")
-    return int(bool(record.problems(found.result)))
+    sys.stdout.write(f"{tables.markdown(kept_record.result)}\n{tables.ending(kept_record.result)}")
+    return int(bool(record.problems(kept_record.result)))
 
 
 @contextmanager
 def _temporary(directory: str | None) -> Iterator[Path]:
-    """A folder that goes at the end, or, if this process is killed, when the next begins: its lock is free then."""
+    """Create a folder and remove it at the end.
+
+    If this process is killed, the next call removes it.
+    """
     for path in Path(directory or tempfile.gettempdir()).glob(f"{_ROOT}*"):
         with suppress(OSError), _locked(path):
             shutil.rmtree(path)
@@ -128,8 +132,10 @@ def _temporary(directory: str | None) -> Iterator[Path]:
 
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    """Raises:
-    OSError: another process has it, or it is none of these folders.
+    """Lock a temporary folder.
+
+    Raises:
+        OSError: another process holds the lock, or it is not one of these folders.
     """
     with (folder / _LOCK).open("r+b") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -137,7 +143,10 @@ def _locked(folder: Path) -> Iterator[None]:
 
 
 def _variables(smoke: bool) -> dict[str, str]:
-    """The interpreter on or off: the tests would turn it on."""
+    """Return the variables that turn the interpreter on or off.
+
+    The tests would turn it on.
+    """
     return {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""} if smoke else {"TRITON_INTERPRET": "0"}
 
 

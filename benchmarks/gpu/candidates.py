@@ -1,9 +1,11 @@
-"""A table of what the sweep tries in place of what the kernels do; add to it.
+"""The table of alternatives that the sweep tries against the kernels.
 
-A candidate names the operations of ``kernels.MEASURED`` and ``quantized.QUANTIZED`` that it is tried on and what is
-patched while it runs: module, name, what to put there. It is verified bit by bit before it is timed, as all is; one
-that does not compile, or writes a wrong byte, costs only itself. Where a kernel has compiled a constant in, the kernels
-must never have run in that process: such a candidate gets ``own_process=True``.
+Add candidates here.
+
+A candidate names the operations of ``kernels.MEASURED`` and ``quantized.QUANTIZED`` on which it is tried, and the
+patches that are active while it runs: module, name, new value. Like everything, it is verified bit by bit before it is
+timed. If it does not compile, or writes a wrong byte, only its own cell fails. A constant that a kernel has compiled in
+can be patched only if the kernels have never run in that process: such a candidate gets ``own_process=True``.
 
 To try another kernel function, patch a verb's kernel: see ``_decoder``.
 """
@@ -31,14 +33,14 @@ _DECODED = ("dequantize fp8", "dequantize mxfp4")
 _DECODED_TURNED = ("dequantize fp8 transposed", "dequantize mxfp4 transposed")
 
 
-class Made(NamedTuple):
-    """A value that is made of what is there, when it is needed: so this file needs no Triton."""
+class Derived(NamedTuple):
+    """A value that is computed from the original one on first use, so that this file needs no Triton."""
 
     make: Callable[[Any], Any]
 
 
 class Patch(NamedTuple):
-    """``value`` in place of a module's attribute, or of what a dictionary there has under ``key``."""
+    """``value`` in place of a module's attribute, or of the entry ``key`` of a dictionary in the module."""
 
     module: str
     name: str
@@ -46,10 +48,10 @@ class Patch(NamedTuple):
     key: Any = None
 
     def found(self) -> Any:
-        """The value that is there.
+        """Return the current value.
 
         Raises:
-            AttributeError, KeyError: nothing is.
+            AttributeError, KeyError: there is none.
         """
         owner = getattr(importlib.import_module(self.module), self.name)
         return owner if self.key is None else owner[self.key]
@@ -67,28 +69,29 @@ def _warps(count: int) -> Patch:
 
 
 def _tiles(rows: int, columns: int) -> tuple[Patch, ...]:
-    """Elements of 2 bytes go in tiles of this many rows and columns."""
+    """Patch the tiles of elements of 2 bytes to this number of rows and columns."""
     return tuple(
         Patch(module, "_TILES", (rows, columns), key=(2, 2)) for module in (_TRANSPOSE, _INTERLEAVE, _DEINTERLEAVE)
     )
 
 
 def _group(count: int) -> Patch:
-    return Patch(_TILES, "_GROUP", Made(lambda found: type(found)(count)))  # a tl.constexpr
+    return Patch(_TILES, "_GROUP", Derived(lambda found: type(found)(count)))  # a tl.constexpr
 
 
 def _decoder(name: str) -> Patch:
-    """A kernel of ``benchmarks.gpu.decoders`` in the place of the package's."""
+    """Patch the package's kernel with one of ``benchmarks.gpu.decoders``."""
     decoders = "benchmarks.gpu.decoders"
-    made = Made(lambda found: replace(found, function=importlib.import_module(decoders).KERNELS[name]))
-    return Patch(_DEQUANTIZE, "DEQUANTIZE_TILES", made)
+    replacement = Derived(lambda kernel: replace(kernel, function=importlib.import_module(decoders).KERNELS[name]))
+    return Patch(_DEQUANTIZE, "DEQUANTIZE_TILES", replacement)
 
 
 DECODERS = ("in two dimensions", "codes past L1", "codes evicted first", "arithmetic")
 """Kernels of ``benchmarks.gpu.decoders``."""
 
 CANDIDATES: tuple[Candidate, ...] = (
-    # Operations are tried in this order: those whose candidates differ most first, should the time not suffice for all.
+    # Operations are tried in this order. Those with the largest differences between candidates come first, in case time
+    # runs out.
     Candidate("as it is", (*_DECODED, *_DECODED_TURNED, *_TURNED, *_PLAIN)),
     *(
         Candidate(f"{rows}x{columns}, {warps} warps", _TURNED, (*_tiles(rows, columns), _warps(warps)))
@@ -118,15 +121,15 @@ CANDIDATES: tuple[Candidate, ...] = (
 
 @contextmanager
 def patched(candidate: Candidate) -> Iterator[None]:
-    """The kernels as a candidate has them.
+    """Apply the patches of a candidate to the kernels.
 
     Raises:
-        AttributeError, KeyError: there is nothing of the name that it patches.
+        AttributeError, KeyError: a name that it patches does not exist.
     """
     with ExitStack() as stack:
         for patch in candidate.patches:
             found = patch.found()
-            value = patch.value.make(found) if isinstance(patch.value, Made) else patch.value
+            value = patch.value.make(found) if isinstance(patch.value, Derived) else patch.value
             module = importlib.import_module(patch.module)
             if patch.key is None:
                 stack.enter_context(mock.patch.object(module, patch.name, value))

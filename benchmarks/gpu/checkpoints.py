@@ -1,8 +1,8 @@
-"""The checkpoints that loads are measured on, written as fast as the page cache takes them.
+"""Write the checkpoints of the load benchmarks, as fast as the page cache accepts them.
 
     python -m benchmarks.gpu.checkpoints    (a worker; a cell is a checkpoint)
 
-Each tensor is another stretch of the same random bytes, so no two are equal, and each run writes the same files.
+Each tensor is a different range of the same random bytes, so that no two are equal, and each run writes the same files.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from benchmarks.shapes import SMALL, Shape, TensorSpec, checkpoint_tensors, meta
 _BLOCK = 128
 _SHIFT_BYTES = 4097
 _THREADS = 8
-# At most, of the free disk.
+# Largest share of the free disk to use.
 _DISK_SHARE = 0.6
 _LAYER_BYTES = 1.25e9
 
@@ -39,10 +39,11 @@ class Written(NamedTuple):
 
 
 def checkpoints(layers: int, smoke: bool) -> dict[str, Written]:
-    """All that is written, by name, the shortest first.
+    """Return all checkpoints, by name, the shortest first.
 
     Args:
-        layers: of the long one, 1.2 GB each; the short one has a third, so that the two have a slope.
+        layers: layers of the long checkpoint, 1.2 GB each. The short one has a third, so that the two determine a
+        slope.
     """
     short = qwen3_30b(max(1, layers // 3))
     return {
@@ -55,7 +56,10 @@ def checkpoints(layers: int, smoke: bool) -> dict[str, Written]:
 
 
 def layers_that_fit(layers: int, free_bytes: float) -> int:
-    """So many that all of the checkpoints, which have 1 + 1/3 + half of 1/3 of their bytes, and a saved one fit."""
+    """Return the number of layers for which all checkpoints and a saved one fit on the disk.
+
+    The checkpoints have 1 + 1/3 + half of 1/3 of the bytes of the long one.
+    """
     return max(1, min(layers, int(_DISK_SHARE * free_bytes / (11 / 6 * _LAYER_BYTES))))
 
 
@@ -65,7 +69,7 @@ def _longer(shape: Shape) -> Shape:
 
 
 def write(made: Written, directory: str) -> dict[str, Any]:
-    """Write config, files and index, through the page cache only, in place of what one that was cut off has left."""
+    """Write config, files and index, only through the page cache, over the files of an interrupted write."""
     start = time.perf_counter()
     shape = made.shape
     shutil.rmtree(directory, ignore_errors=True)
@@ -100,7 +104,7 @@ def write(made: Written, directory: str) -> dict[str, Any]:
 
 
 def _quantized(spec: TensorSpec) -> list[TensorSpec]:
-    """Experts as DeepSeek-V3 and Qwen3-FP8 are published; the rest as it is."""
+    """Return experts as DeepSeek-V3 and Qwen3-FP8 are published, and the rest unchanged."""
     if ".experts." not in spec.name:
         return [spec]
     grid = tuple(-(-size // _BLOCK) for size in spec.shape)
@@ -121,13 +125,15 @@ def _add_to_config(directory: str) -> None:
 
 
 def _sources(nbytes: int) -> dict[torch.dtype, memoryview]:
-    """Bytes to cut tensors from, by dtype: finite numbers all of them; scales have a bfloat16's few digits, so that
-    float32 holds every product with a code, and what people write in torch makes our bytes.
+    """Return the bytes to cut tensors from, by dtype: finite values only.
+
+    Scales have a bfloat16's few digits, so that float32 holds every product with a code, and the usual code in torch
+    produces the same bytes as this package.
     """
     generator = torch.Generator().manual_seed(0)
     quads = torch.empty(nbytes // 8 + 8, dtype=torch.int64).random_(-(2**63), None, generator=generator)
     numbers = quads.view(torch.int16) & ~0x4000
-    codes = quads.view(torch.uint8).clone()  # NaN is left out: which one it becomes is open in torch
+    codes = quads.view(torch.uint8).clone()  # without NaN: torch does not define which one it becomes
     codes.masked_fill_(codes & 127 == 127, 0)
     scales = torch.rand(nbytes // 4 + 8, generator=generator).to(torch.bfloat16).float()
     made = {torch.bfloat16: numbers, torch.float8_e4m3fn: codes, torch.float32: scales}
@@ -138,7 +144,7 @@ def _write_file(
     path: Path, specs: list[TensorSpec], sources: Mapping[torch.dtype, memoryview], shifts: Mapping[str, int]
 ) -> None:
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    # Widest elements first, so that each lies at a multiple of its size.
+    # Widest elements first, so that each starts at a multiple of its size.
     specs = sorted(specs, key=lambda spec: -spec.dtype.itemsize)
     stop = 0
     for spec in specs:
@@ -161,7 +167,7 @@ def work(order: Mapping[str, Any], channel: Channel) -> None:
         channel.begin(cell)
         try:
             channel.row(cell, **write(known[cell], os.path.join(order["root"], cell)))
-        except Exception as error:  # loads of the others can be measured
+        except Exception as error:  # the loads of other checkpoints can still be measured
             channel.row(cell, error=text_of(error))
 
 

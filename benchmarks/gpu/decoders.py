@@ -1,4 +1,4 @@
-"""Other ways to decode, to be timed on a GPU in the place of ``dequantize_tiles``; see ``benchmarks.gpu.candidates``.
+"""Other decoders, to be timed on a GPU in place of ``dequantize_tiles``; see ``benchmarks.gpu.candidates``.
 
 They decode whole vectors only, and only blocks of powers of two, or as large as the matrix.
 """
@@ -18,12 +18,12 @@ from automodel_conv.kernels.tiles import RUNTIME, cast, grouped_tile, pointer_to
 
 @triton.jit
 def _times(codes, scale, BITS: tl.constexpr):
-    """The numbers of codes under a scale, as the bits of bfloat16: e4m3 of 8 bits, e2m1 of 4."""
+    """Return the values of codes under a scale, as the bits of bfloat16: e4m3 of 8 bits, e2m1 of 4."""
     MANTISSA: tl.constexpr = 3 if BITS == 8 else 1
     BIAS: tl.constexpr = 7 if BITS == 8 else 1
     sign = codes >> (BITS - 1)
     magnitude = codes & ((1 << (BITS - 1)) - 1)
-    # Exponent and mantissa in the places of a float32, whose exponent is then too small; exact, below normal ones too.
+    # Exponent and mantissa at the positions of a float32. Its exponent is then too small; exact, also for subnormals.
     x = ((sign << 31) | (magnitude << (23 - MANTISSA))).to(tl.float32, bitcast=True) * 2.0 ** (127 - BIAS)
     if BITS == 8:
         x = tl.where(magnitude == 127, float("nan"), x)
@@ -42,7 +42,7 @@ def decode_lines(
     block_columns,
     start_row,
     start_column,
-    across,
+    table_rows_stride,
     DST: tl.constexpr,
     TABLE_ROW: tl.constexpr,
     SRC_VECTOR: tl.constexpr,
@@ -57,9 +57,9 @@ def decode_lines(
     EVICTION: tl.constexpr,
     ARITHMETIC: tl.constexpr,
 ):
-    """``dequantize_tiles`` with hints to the caches for codes, or computing numbers instead of looking them up.
+    """Like ``dequantize_tiles``, with hints to the caches for codes, or with arithmetic instead of a table lookup.
 
-    ``ARITHMETIC`` takes the scale from the table, where it is what the code of one stands for.
+    With ``ARITHMETIC`` the scale is the table's value for the code of one.
     """
     tl.static_assert(BY_SHIFTS and not STEPPED and SRC_VECTOR > 1)
     PER_BYTE: tl.constexpr = 8 // BITS
@@ -84,10 +84,12 @@ def decode_lines(
 
     at = tl.arange(0, VECTORS) * SRC_VECTOR
     r, b = at // TILE_COLUMNS, at % TILE_COLUMNS
-    cell = ((r + (r0 + start_row)) >> block_rows) * across + ((b + (b0 + start_column)) >> block_columns)
-    cells = pointer_to(tl.load(entry + 2), TABLE_ROW, 1)
-    cell = tl.load(cells + cell, mask=(r < rows - r0) & (b < columns - b0), other=0)
-    numbers = pointer_to(tl.load(entry + 3), DST, 1) + (cell.to(tl.int32) << BITS)
+    table_row = ((r + (r0 + start_row)) >> block_rows) * table_rows_stride + (
+        (b + (b0 + start_column)) >> block_columns
+    )
+    table_rows = pointer_to(tl.load(entry + 2), TABLE_ROW, 1)
+    table_row = tl.load(table_rows + table_row, mask=(r < rows - r0) & (b < columns - b0), other=0)
+    numbers = pointer_to(tl.load(entry + 3), DST, 1) + (table_row.to(tl.int32) << BITS)
     if ARITHMETIC:
         scale = tl.load(numbers + (0x38 if BITS == 8 else 2))
         scale = (scale.to(tl.uint32) << 16).to(tl.float32, bitcast=True)
@@ -130,7 +132,7 @@ def decode_rectangles(
     block_columns,
     start_row,
     start_column,
-    across,
+    table_rows_stride,
     DST: tl.constexpr,
     TABLE_ROW: tl.constexpr,
     SRC_VECTOR: tl.constexpr,
@@ -142,7 +144,7 @@ def decode_rectangles(
     TILE_ROWS: tl.constexpr,
     TILE_COLUMNS: tl.constexpr,
 ):
-    """``dequantize_tiles`` in two dimensions, which Triton 3.6.0 lays out in columns, 3.9.0 in rows."""
+    """Like ``dequantize_tiles``, in two dimensions, which Triton 3.6.0 lays out in columns, 3.9.0 in rows."""
     tl.static_assert(BY_SHIFTS and not STEPPED and SRC_VECTOR > 1)
     PER_BYTE: tl.constexpr = 8 // BITS
     VECTORS: tl.constexpr = TILE_COLUMNS // SRC_VECTOR
@@ -158,9 +160,11 @@ def decode_rectangles(
     mask = (r < rows - r0) & (b < columns - b0)
     codes = tl.load(codes + (r * src_stride + b), mask=mask, other=0).to(tl.int32)
     v = tl.arange(0, VECTORS)[None, :] * SRC_VECTOR
-    cell = ((r + (r0 + start_row)) >> block_rows) * across + ((v + (b0 + start_column)) >> block_columns)
-    cells = pointer_to(tl.load(entry + 2), TABLE_ROW, 1)
-    first = tl.load(cells + cell, mask=(r < rows - r0) & (v < columns - b0), other=0).to(tl.int32) << BITS
+    table_row = ((r + (r0 + start_row)) >> block_rows) * table_rows_stride + (
+        (v + (b0 + start_column)) >> block_columns
+    )
+    table_rows = pointer_to(tl.load(entry + 2), TABLE_ROW, 1)
+    first = tl.load(table_rows + table_row, mask=(r < rows - r0) & (v < columns - b0), other=0).to(tl.int32) << BITS
     first = tl.broadcast_to(first[:, :, None], [TILE_ROWS, VECTORS, SRC_VECTOR])
     first = tl.reshape(first, [TILE_ROWS, TILE_COLUMNS])
     numbers = pointer_to(tl.load(entry + 3), DST, 1)
@@ -184,7 +188,7 @@ def decode_rectangles(
 
 
 class Instead(NamedTuple):
-    """A kernel in the place of ``dequantize_tiles``, with what it is compiled for besides."""
+    """A kernel in place of ``dequantize_tiles``, with its additional compile-time constants."""
 
     kernel: Any
     constants: Mapping[str, Any] = {}

@@ -1,8 +1,8 @@
-"""The context of all numbers: versions, the device, its driver, memory, disk; and how long imports take.
+"""The context of all figures: versions, the device, its driver, memory, disk, and the time of imports.
 
-    python -m benchmarks.gpu.environment    (a worker; a cell is something to be known)
+    python -m benchmarks.gpu.environment    (a worker; a cell is one fact)
 
-Nothing is imported at the top that is to be timed.
+This module imports at the top nothing that it times.
 """
 
 from __future__ import annotations
@@ -28,50 +28,53 @@ _COMMANDS = {
 _COMMAND_S = 15
 _MOST_CHARACTERS = 4000
 
-# A process each: imports are timed in one that has none yet, and may take long where a disk is slow.
+# A process each: imports are timed in a new process, and may take long on a slow disk.
 IMPORTS = "imports"
 TASKS = (("device", "environment", *_COMMANDS), (IMPORTS,))
 
 
 def import_seconds() -> dict[str, float | None]:
-    """Seconds of each import on top of the ones before it; None where it is not installed."""
-    found: dict[str, float | None] = {}
+    """Return the seconds of each import on top of the ones before it, or None if it is not installed."""
+    seconds: dict[str, float | None] = {}
     for name in _IMPORTED:
         start = time.perf_counter()
         try:
             importlib.import_module(name)
         except ImportError:
-            found[name] = None
+            seconds[name] = None
             continue
-        found[name] = round(time.perf_counter() - start, 3)
-    return found
+        seconds[name] = round(time.perf_counter() - start, 3)
+    return seconds
 
 
 def describe(name: str) -> dict[str, Any]:
-    """The device's name, memory and toolkit."""
+    """Return the device's name, memory and toolkit."""
     import torch
 
     device = torch.device(name)
     if device.type != "cuda":
         return {"name": "CPU, interpreted", "memory_bytes": None}
-    found = torch.cuda.get_device_properties(device)
+    properties = torch.cuda.get_device_properties(device)
     return {
-        "name": found.name,
-        "memory_bytes": found.total_memory,
-        "multiprocessors": found.multi_processor_count,
-        "capability": [found.major, found.minor],
+        "name": properties.name,
+        "memory_bytes": properties.total_memory,
+        "multiprocessors": properties.multi_processor_count,
+        "capability": [properties.major, properties.minor],
         "cuda": torch.version.cuda,
         "devices": torch.cuda.device_count(),
     }
 
 
-def which(found: Mapping[str, Any]) -> tuple[Any, Any]:
-    """Numbers of two devices compare where this is the same: memory and drivers differ a little between machines."""
-    return found["name"], found.get("capability")
+def which(device: Mapping[str, Any]) -> tuple[Any, Any]:
+    """Return the key of a device.
+
+    Figures with equal keys are comparable; memory and drivers differ a little.
+    """
+    return device["name"], device.get("capability")
 
 
-def said(command: tuple[str, ...]) -> str:
-    """The output of a command; that it is not there, where it is not."""
+def output_of(command: tuple[str, ...]) -> str:
+    """Return the output of a command, or a text that it is not installed."""
     if shutil.which(command[0]) is None:
         return f"{command[0]} is not installed"
     run = subprocess.run(command, capture_output=True, text=True, timeout=_COMMAND_S, check=False)
@@ -85,17 +88,17 @@ def environment() -> dict[str, Any]:
 
 
 def work(order: Mapping[str, Any], channel: Channel) -> None:
-    found: dict[str, Callable[[], Any]] = {
+    facts: dict[str, Callable[[], Any]] = {
         IMPORTS: import_seconds,
         "environment": environment,
         "device": lambda: describe(order["device"]),
-        **{name: lambda command=command: said(command) for name, command in _COMMANDS.items()},
+        **{name: lambda command=command: output_of(command) for name, command in _COMMANDS.items()},
     }
     for cell in order["cells"]:
         channel.begin(cell)
         try:
-            channel.row(cell, found=found[cell]())
-        except Exception as error:  # one machine, one chance: the next cell is another matter
+            channel.row(cell, found=facts[cell]())
+        except Exception as error:  # the next cell may work, and this machine may not come back
             channel.row(cell, error=text_of(error))
 
 

@@ -1,4 +1,4 @@
-"""Kernels against ``copy_`` of the same bytes and against what people write in torch, on layers of real models.
+"""Measure kernels against ``copy_`` of the same bytes and against the usual code in torch, on layers of real models.
 
     python -m benchmarks.gpu.kernels    (a worker; a cell is an operation on a layer)
 
@@ -19,7 +19,7 @@ from benchmarks.gpu.worker import SILENT, Channel, serve, text_of
 from benchmarks.operations import OPERATIONS, Case, Experts, Mismatch, Way
 from benchmarks.quantized import QUANTIZED, Quantized
 
-# E, I, H of the published config.json. The last ones are left out where time is short.
+# E, I, H of the published config.json. The last ones are left out if time is short.
 LAYERS = (
     Experts("Qwen3-235B-A22B", 128, 1536, 4096),
     Experts("gpt-oss-120b", 128, 2880, 2880, note="in bf16; published in mxfp4"),
@@ -44,13 +44,13 @@ def layers(smoke: bool) -> tuple[Experts, ...]:
     return SMOKE_LAYERS if smoke else LAYERS
 
 
-def table_rows(smoke: bool) -> dict[str, tuple[Experts, str]]:
-    """Layer and operation, by the name of the cell."""
+def cells(smoke: bool) -> dict[str, tuple[Experts, str]]:
+    """Return layer and operation, by the name of the cell."""
     return {f"{layer.name}: {name}": (layer, name) for layer in layers(smoke) for name in (*MEASURED, *QUANTIZED)}
 
 
 def make_case(name: str, layer: Experts, device: torch.device) -> Case | Quantized:
-    """Buffers of an operation on a layer."""
+    """Return the buffers of an operation on a layer."""
     if name in QUANTIZED:
         return QUANTIZED[name](layer, device)
     operation, dst, src = MEASURED[name]
@@ -58,7 +58,10 @@ def make_case(name: str, layer: Experts, device: torch.device) -> Case | Quantiz
 
 
 def ways(case: Case | Quantized) -> dict[str, Callable[[], Way]]:
-    """The ways that are compared on a case, ours first; each is made when it is needed."""
+    """Return the ways to compare on a case, ours first.
+
+    Each is created when it is needed.
+    """
     if isinstance(case, Quantized):
         return {name: lambda way=way: way for name, way in case.ways().items()}
     compared: dict[str, Callable[[], Way]] = {
@@ -73,18 +76,18 @@ def ways(case: Case | Quantized) -> dict[str, Callable[[], Way]]:
 
 
 class Attempts:
-    """Ways that are tried one by one, and what went wrong with each; see ``benchmarks.gpu.working``."""
+    """Ways that are tried one by one, and the failure of each; see ``benchmarks.gpu.working``."""
 
     def __init__(self, device: torch.device, channel: Channel, without: Mapping[str, str]):
         self._device = device
         self._channel = channel
         self.wrong: dict[str, str] = {}
-        self.failed: dict[str, str] = dict(without)  # a worker died of them
+        self.failed: dict[str, str] = dict(without)  # they killed a worker
         self.no_memory: set[str] = set()
 
     @contextmanager
     def of(self, way: str) -> Iterator[None]:
-        """Catch and note all errors of one way, which costs only itself."""
+        """Catch and record all errors of one way, so that they affect only this way."""
         self._channel.way(way)
         try:
             yield
@@ -93,7 +96,7 @@ class Attempts:
         except torch.OutOfMemoryError:
             self.no_memory.add(way)
             torch.cuda.empty_cache()
-        except Exception as error:  # a way may be anybody's code, which raises anything
+        except Exception as error:  # a way may be third-party code, which can raise anything
             self.failed[way] = text_of(error)
         if why := why_broken(self._device):
             self._channel.broken(f"{self.failed.get(way, '')}\nthe device: {why}".strip())
@@ -110,12 +113,12 @@ def measure_case(
     without: Mapping[str, str] | None = None,
     time_ms: TimeMs = median_ms,
 ) -> dict[str, Any]:
-    """Median milliseconds of each way, None where memory did not suffice; and by way what is wrong or failed.
+    """Return the median milliseconds of each way (None if memory ran out), and the errors by way.
 
     All ways are verified before any is timed.
 
     Args:
-        without: ways that are not to be tried, and why.
+        without: ways to skip, and why.
     """
     attempts = Attempts(device, channel, without or {})
     sound: dict[str, Way] = {}
@@ -125,49 +128,52 @@ def measure_case(
                 way = make()
                 case.verify(name, way)
                 sound[name] = way
-    # The buffers of copy_ go when it is timed.
+    # The buffers of copy_ are freed after it is timed.
     runs: dict[str, Callable[[], Way]] = {"copy_": lambda: copy(case.bytes_moved, device)}
     runs |= {name: lambda way=way: way for name, way in sound.items()}
     ms: dict[str, float | None] = {}
-    for name, made in runs.items():
+    for name, create in runs.items():
         if attempts.is_sound(name):
             with attempts.of(name):
-                ms[name] = time_ms(made(), device)
+                ms[name] = time_ms(create(), device)
     ms |= dict.fromkeys(attempts.no_memory)
     return {"bytes_moved": case.bytes_moved, "ms": ms, "wrong": attempts.wrong, "failed": attempts.failed}
 
 
 def copy(bytes_moved: int, device: torch.device) -> Callable[[], Tensor]:
-    """``copy_`` of half as many bytes: each is read and written. Buffers are made at the first call."""
-    made: list[Tensor] = []
+    """Return ``copy_`` of half of the bytes: each is read and written.
+
+    Buffers are allocated at the first call.
+    """
+    buffers: list[Tensor] = []
 
     def run() -> Tensor:
-        if not made:
+        if not buffers:
             src = torch.empty(bytes_moved // 16, dtype=torch.int64, device=device).random_(-(2**63), None)
-            made.extend((torch.empty_like(src), src))
-        return made[0].copy_(made[1])
+            buffers.extend((torch.empty_like(src), src))
+        return buffers[0].copy_(buffers[1])
 
     return run
 
 
 def work(order: Mapping[str, Any], channel: Channel) -> None:
     device = torch.device(order["device"])
-    known = table_rows(order["smoke"])
+    known = cells(order["smoke"])
     for cell in order["cells"]:
         channel.begin(cell)
         with a_cell(cell, device, channel):
             layer, name = known[cell]
             without = order["without"].get(cell)
-            found = measure_case(make_case(name, layer, device), device, channel=channel, without=without)
-            channel.row(cell, **described(layer), operation=name, **found)
+            measured = measure_case(make_case(name, layer, device), device, channel=channel, without=without)
+            channel.row(cell, **described(layer), operation=name, **measured)
 
 
 @contextmanager
 def a_cell(cell: str, device: torch.device, channel: Channel) -> Iterator[None]:
-    """A failure outside of any way costs the cell."""
+    """Turn a failure outside of any way into a failure of the cell."""
     try:
         yield
-    except Exception as error:  # the next cell is another matter
+    except Exception as error:  # the next cell may work
         if why := why_broken(device):
             channel.broken(f"{text_of(error)}\nthe device: {why}")
         channel.row(cell, error=text_of(error))

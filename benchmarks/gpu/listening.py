@@ -1,4 +1,4 @@
-"""Starting workers, hearing what they say, and ending them: at a deadline, when they fall silent, when one dies."""
+"""Start workers, read their messages, and end them: at a deadline, after a long silence, or when one dies."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from benchmarks import measure
 
 _ENDING_S = 10
 _TAIL_BYTES = 1500
-# The log stays small enough to come back from wherever this runs.
+# The log stays small enough to be copied back from a remote machine.
 _MOST_WORDS_BYTES = 64 << 10
 MOST_LOG_BYTES = 8 << 20
 
@@ -27,14 +27,14 @@ Message = Mapping[str, Any]
 
 
 class Place(NamedTuple):
-    """The surroundings of workers: variables added to the environment of this process, and the log for their words."""
+    """The surroundings of workers: variables to add to this process's environment, and the log for their output."""
 
     variables: Mapping[str, str]
     log: Path
 
 
 class Limits(NamedTuple):
-    """When a worker has to end, by ``time.monotonic``, and the longest time for which it may say nothing."""
+    """The time at which a worker must end, by ``time.monotonic``, and the longest silence that is allowed."""
 
     deadline: float
     silence_s: float
@@ -43,12 +43,12 @@ class Limits(NamedTuple):
 def run_worker(
     module: str, order: Message, place: Place, limits: Limits, hear: Callable[[Message], None]
 ) -> str | None:
-    """One worker from its start to its end, whatever that is; then its words on standard error join the log.
+    """Run one worker from its start to any end, then append its standard error to the log.
 
     Returns:
-        Why it did not end well; None where it did.
+        The reason why it did not end well, or None.
     """
-    with tempfile.TemporaryFile() as words:  # its own, since several workers speak at once
+    with tempfile.TemporaryFile() as words:  # a file per worker, since several write at once
         why = _from_start_to_end(module, order, place, limits, hear, words)
         _log(place.log, module, _end_of_words(words, _MOST_WORDS_BYTES))
         return why
@@ -65,7 +65,7 @@ def _from_start_to_end(
         stderr=words,
         cwd=measure.REPOSITORY,
         env={**os.environ, **place.variables, "PYTHONPATH": path},
-        start_new_session=True,  # its own group, to be killed with all that it starts
+        start_new_session=True,  # a process group, to be killed with all its children
     )
     broken: list[str] = []
 
@@ -95,7 +95,10 @@ def _from_start_to_end(
 def _converse(
     process: subprocess.Popen[bytes], order: Message, limits: Limits, hear: Callable[[Message], None]
 ) -> str | None:
-    """Say the order and hear all that is said; returns why the worker is to be killed, None where it ended itself."""
+    """Send the order and read all messages.
+
+    Return why the worker must be killed, or None if it ended itself.
+    """
     with suppress(BrokenPipeError):
         process.stdin.write(json.dumps(order).encode() + b"\n")  # type: ignore[union-attr]
         process.stdin.flush()  # type: ignore[union-attr]
@@ -103,9 +106,9 @@ def _converse(
         if isinstance(line, str):
             return line
         message = None
-        with suppress(ValueError):  # the end of one who died in the middle of a word
+        with suppress(ValueError):  # the incomplete last line of a worker that died
             message = json.loads(line)
-        if isinstance(message, dict):  # else printed before ``serve`` kept standard output for the worker
+        if isinstance(message, dict):  # otherwise printed before ``serve`` reserved standard output for messages
             hear(message)
     try:
         process.wait(_ENDING_S)
@@ -115,7 +118,7 @@ def _converse(
 
 
 def _lines(descriptor: int, limits: Limits) -> Iterator[bytes | str]:
-    """Lines as they come, until there are no more; or a text that says why nobody waits for the next."""
+    """Yield lines as they come until the end, or a text with the reason for not waiting for the next."""
     rest = b""
     with selectors.DefaultSelector() as selector:
         selector.register(descriptor, selectors.EVENT_READ)
@@ -142,7 +145,10 @@ def _end_of_words(words: IO[bytes], most_bytes: int) -> bytes:
 
 
 def _log(log: Path, module: str, words: bytes) -> None:
-    """One write, so that workers that end at the same time follow each other; none into a log that is full."""
+    """Append with one write, so that outputs of workers do not mix.
+
+    Do nothing if the log is full.
+    """
     with log.open("ab", buffering=0) as file:
         if words and file.tell() + len(words) < MOST_LOG_BYTES:
             file.write(b"--- %b\n%b\n" % (module.encode(), words.rstrip()))

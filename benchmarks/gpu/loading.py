@@ -1,11 +1,11 @@
-"""Loads from files in the page cache to tensors on the device: ours and others'.
+"""Measure loads from files in the page cache to tensors on the device, of this package and of others.
 
     python -m benchmarks.gpu.loading    (a worker; a cell is a load of a checkpoint in one way)
 
-A process first loads a tiny checkpoint in the same way, so that imports, the device's context and compiled kernels are
-not timed, and then pins as much memory as the load will, and gives it back, which is timed on its own. Timed is from
-the call until the device is idle: the first load, and some more of the same in the same process. Memory is the peak
-that torch's allocator gave out in the first. A cold load is the first of its process and compiles its kernels.
+A process first loads a tiny checkpoint in the same way, so that imports, the device's context and the compilation of
+kernels are not timed. It then pins as much memory as the load will and frees it, which is timed separately. The time of
+a load runs from the call until the device is idle: the first load, and some repetitions in the same process. Memory is
+the peak of torch's allocator during the first. A cold load is the first of its process and compiles its kernels.
 """
 
 from __future__ import annotations
@@ -72,26 +72,26 @@ def load_transformers(directory: str, device: torch.device) -> Loaded:
 
 
 def load_safetensors(directory: str, device: torch.device, *, transposed: bool) -> Loaded:
-    """As people write it: files by ``load_file``, experts by stack and cat; FP8 expert by expert before."""
+    """Load with the usual code: files by ``load_file``, experts by stack and cat; FP8 is decoded per expert first."""
     from safetensors.torch import load_file
 
-    found: dict[str, Tensor] = {}
+    stored: dict[str, Tensor] = {}
     for path in sorted(Path(directory).glob("*.safetensors")):
-        found |= load_file(path, device=str(device))
-    for name in [name for name in found if name.endswith("_scale_inv")]:
-        found[name.removesuffix("_scale_inv")] = _product(found[name.removesuffix("_scale_inv")], found.pop(name))
-    made = {name: tensor for name, tensor in found.items() if ".experts." not in name}
-    for prefix in sorted({name.partition(".experts.")[0] for name in found if ".experts." in name}):
-        count = len([name for name in found if name.startswith(f"{prefix}.experts.") and ".down_proj." in name])
+        stored |= load_file(path, device=str(device))
+    for name in [name for name in stored if name.endswith("_scale_inv")]:
+        stored[name.removesuffix("_scale_inv")] = _product(stored[name.removesuffix("_scale_inv")], stored.pop(name))
+    tensors = {name: tensor for name, tensor in stored.items() if ".experts." not in name}
+    for prefix in sorted({name.partition(".experts.")[0] for name in stored if ".experts." in name}):
+        count = len([name for name in stored if name.startswith(f"{prefix}.experts.") and ".down_proj." in name])
         gate, up, down = (
-            torch.stack([found.pop(f"{prefix}.experts.{e}.{part}.weight") for e in range(count)])
+            torch.stack([stored.pop(f"{prefix}.experts.{e}.{part}.weight") for e in range(count)])
             for part in ("gate_proj", "up_proj", "down_proj")
         )
         both = torch.cat([gate, up], 1)
         del gate, up
-        made[f"{prefix}.experts.gate_up_proj"] = both.transpose(1, 2).contiguous() if transposed else both
-        made[f"{prefix}.experts.down_proj"] = down.transpose(1, 2).contiguous() if transposed else down
-    return made, {}
+        tensors[f"{prefix}.experts.gate_up_proj"] = both.transpose(1, 2).contiguous() if transposed else both
+        tensors[f"{prefix}.experts.down_proj"] = down.transpose(1, 2).contiguous() if transposed else down
+    return tensors, {}
 
 
 def _product(codes: Tensor, scales: Tensor) -> Tensor:
@@ -103,7 +103,7 @@ def _product(codes: Tensor, scales: Tensor) -> Tensor:
 class Loading(NamedTuple):
     """A load to be timed.
 
-    ``scratch_bytes``: pinned memory that it takes, 0 for none. ``group``: loads of one group share a process.
+    ``scratch_bytes``: pinned memory that it uses, 0 for none. ``group``: loads of one group share a process.
     """
 
     checkpoint: str
@@ -119,7 +119,7 @@ class Loading(NamedTuple):
 
     @property
     def needs(self) -> tuple[str, ...]:
-        """Names of checkpoints."""
+        """Names of the checkpoints that it needs."""
         return (self.checkpoint,) if self.is_cold else (self.warm_up, self.checkpoint)
 
 
@@ -129,7 +129,10 @@ PLAIN = "load_file, stack, cat"
 
 
 def loadings(smoke: bool) -> dict[str, Loading]:
-    """All loads by name, the most telling first. The first of those that make the same tensors says which these are."""
+    """Return all loads by name, the most informative first.
+
+    The first of the loads that produce the same tensors is the reference for the others.
+    """
     short, long, fp8 = checkpoints.SHORT, checkpoints.LONG, checkpoints.FP8
     ring = ring_of(None, None).nbytes
     plain = partial(load_safetensors, transposed=False)
@@ -151,26 +154,26 @@ def loadings(smoke: bool) -> dict[str, Loading]:
     made |= {
         "ours, nemo, long": Loading(long, nemo, transposed=True, scratch_bytes=ring),
         "from_pretrained": Loading(short, load_transformers),
-        # Transposed, so that there is something to compile.
+        # Transposed, so that the load compiles a kernel.
         "ours, nemo, cold": Loading(short, nemo, transposed=True, is_cold=True),
     }
-    if smoke:  # a process for each is what takes the time
+    if smoke:  # starting a process for each takes most of the time
         made = {name: one if one.is_cold else one._replace(group="all") for name, one in made.items()}
     return made
 
 
 def timed(loading: Loading, root: str, device: torch.device) -> dict[str, Any]:
-    """Loads in this process, and a digest of what the first made."""
+    """Time loads in this process, and compute a digest of the first one's tensors."""
     pinned_s = None
     if not loading.is_cold:
         loading.load(os.path.join(root, loading.warm_up), device)
         pinned_s = _pin(loading.scratch_bytes, device)
         if device.type == "cuda":
-            # A cold process has nothing to forget, and torch refuses to before CUDA is initialized.
+            # A cold process has no cache to empty, and torch refuses to before CUDA is initialized.
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats(device)
     taken, (tensors, detail) = _once(loading, root, device)
-    found = {
+    row = {
         "checkpoint": loading.checkpoint,
         "transposed": loading.transposed,
         "seconds": taken,
@@ -183,11 +186,11 @@ def timed(loading: Loading, root: str, device: torch.device) -> dict[str, Any]:
     }
     del tensors
     for _ in range(0 if loading.is_cold else _AGAIN):
-        gc.collect()  # a model is part of circles
+        gc.collect()  # models have reference cycles
         if device.type == "cuda":
             torch.cuda.empty_cache()
-        found["again_s"].append(_once(loading, root, device)[0])
-    return found
+        row["again_s"].append(_once(loading, root, device)[0])
+    return row
 
 
 def _once(loading: Loading, root: str, device: torch.device) -> tuple[float, Loaded]:
@@ -198,23 +201,26 @@ def _once(loading: Loading, root: str, device: torch.device) -> tuple[float, Loa
 
 
 def _pin(nbytes: int, device: torch.device) -> float | None:
-    """Seconds to get pinned memory, which torch keeps for the next who asks for as much."""
+    """Return the seconds to allocate pinned memory.
+
+    torch keeps it for the next allocation of the same size.
+    """
     return seconds(lambda: pinned(nbytes, device), device) if nbytes and device.type == "cuda" else None
 
 
 def digest(tensors: Mapping[str, Tensor]) -> str:
-    """A hash of names, shapes and all bytes, each by its place; summed up where the tensors are, in little time."""
-    found = blake2b(digest_size=16)
+    """Return a hash of names, shapes and all bytes with their positions, summed quickly on the tensors' device."""
+    result = blake2b(digest_size=16)
     for name, tensor in sorted(tensors.items()):
-        found.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        result.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
         for piece in tensor.contiguous().view(-1).view(torch.int16).split(_PIECE_ELEMENTS):
             place = torch.arange(1, len(piece) + 1, device=piece.device)
-            found.update(f" {(piece.long() * (place * _ODD | 1)).sum().item()}".encode())
-    return found.hexdigest()
+            result.update(f" {(piece.long() * (place * _ODD | 1)).sum().item()}".encode())
+    return result.hexdigest()
 
 
 def mark_unequal(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The rows of loads that did not make the tensors that the first of their kind made, each with what is wrong."""
+    """Return the rows of loads with other tensors than the first load of their kind, each with the error."""
     first: dict[tuple[str, bool], dict[str, Any]] = {}
     marked = []
     for row in rows:

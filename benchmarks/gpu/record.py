@@ -1,7 +1,7 @@
-"""All that was found out, in one file that is whole at every moment.
+"""All results, in one file that is complete at every moment.
 
-Rows belong to a stage and are known by their ``cell``; a row replaces an earlier one of the same cell. A row in which
-something is not right has ``error`` (the cell as a whole), ``failed`` or ``wrong`` (by the way that did it).
+Rows belong to a stage and are identified by their ``cell``. A row replaces an earlier one of the same cell. A row with
+a problem has ``error`` (for the cell as a whole), or ``failed`` or ``wrong`` (by way).
 """
 
 from __future__ import annotations
@@ -19,7 +19,10 @@ _SOON_S = 0.5
 
 
 class Record:
-    """The file's content; several threads may add to it."""
+    """The file's content.
+
+    Several threads may add to it.
+    """
 
     def __init__(self, path: Path, result: dict[str, Any]):
         self.path = path
@@ -34,7 +37,7 @@ class Record:
 
     @classmethod
     def of(cls, path: Path) -> Record:
-        """The record that an earlier run left, without what has to be done again."""
+        """Return the record of an earlier run, without the rows that must be run again."""
         result = measure.read_json(str(path))
         result |= {"left_out": {}, "errors": {}}
         for stage, rows in result["rows"].items():
@@ -48,7 +51,10 @@ class Record:
         return [row["cell"] for row in self.rows(stage)]
 
     def add(self, stage: str, row: Mapping[str, Any], *, soon: bool = False) -> None:
-        """Keep a row; ``soon``: many come at once, and are written together."""
+        """Keep a row.
+
+        ``soon``: many rows come at once, and are written together.
+        """
         with self._lock:
             rows = [known for known in self.rows(stage) if known["cell"] != row["cell"]]
             self.result["rows"][stage] = [*rows, dict(row)]
@@ -56,20 +62,20 @@ class Record:
                 self._write()
 
     def forget(self, stage: str, cells: Collection[str]) -> None:
-        """Cells that are done again: that there is a row of them, and that they were left out."""
+        """Forget cells that will run again: their rows, and that they were left out."""
         with self._lock:
             self.result["rows"][stage] = [row for row in self.rows(stage) if row["cell"] not in cells]
             left = [cell for cell in self.result["left_out"].pop(stage, []) if cell not in cells]
             self.result["left_out"] |= {stage: left} if left else {}
 
-    def tell(self, part: str, stage: str, what: Any) -> None:
-        """Keep something of a stage besides its rows: its ``errors``, ``stages_s`` or what was ``left_out``."""
+    def note(self, part: str, stage: str, what: Any) -> None:
+        """Keep something of a stage in addition to its rows: its ``errors``, ``stages_s`` or ``left_out``."""
         with self._lock:
             self.result[part][stage] = what
             self._write()
 
     def leave_out(self, stage: str, cells: list[str]) -> None:
-        """For want of time."""
+        """Record cells that were left out for lack of time."""
         with self._lock:
             self.result["left_out"].setdefault(stage, []).extend(cells)
             self._write()
@@ -89,12 +95,12 @@ def is_wrong(row: Mapping[str, Any]) -> bool:
 
 
 def problems(result: Mapping[str, Any]) -> list[str]:
-    """Everything that is not right, a line or more each."""
-    found = [f"{stage}: {text}" for stage, text in result["errors"].items()]
+    """Return every problem, one or more lines each."""
+    lines = [f"{stage}: {text}" for stage, text in result["errors"].items()]
     for stage, rows in result["rows"].items():
         for row in filter(is_wrong, rows):
-            found += [f"{stage}: {row['cell']}: {what}" for what in _wrongs(row)]
-    return found
+            lines += [f"{stage}: {row['cell']}: {what}" for what in _wrongs(row)]
+    return lines
 
 
 def _wrongs(row: Mapping[str, Any]) -> Iterator[str]:

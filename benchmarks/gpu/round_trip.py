@@ -1,4 +1,4 @@
-"""Back from the device to files, and a load on a stream that is not the default one.
+"""Measure saves from the device to files, and a load on a stream other than the default one.
 
 python -m benchmarks.gpu.round_trip    (a worker; a cell is one of these)
 """
@@ -27,35 +27,35 @@ from benchmarks.operations import Mismatch
 
 
 def save(root: str, device: torch.device) -> dict[str, Any]:
-    """A model on the device, its experts grouped, to per-expert files: what it was loaded from.
+    """Save a model on the device, with grouped experts, to per-expert files, and compare them with its source.
 
-    All earlier writing is on the disk before. ``sync_s`` is how long the threads that write, one added to the other,
-    waited for the disk; with ``--directory /dev/shm`` that is nothing.
+    All earlier writes are on the disk before. ``sync_s`` is the time that the writing threads waited for the disk,
+    summed over the threads. With ``--directory /dev/shm`` it is zero.
 
     Raises:
-        Mismatch: names the tensor that is not what it was.
+        Mismatch: a tensor differs; with its name.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    source, made = os.path.join(root, checkpoints.SHORT), os.path.join(root, "saved")
+    source, saved = os.path.join(root, checkpoints.SHORT), os.path.join(root, "saved")
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(source), dtype=torch.bfloat16)
     amc.load_model(model, source, device=device)
     try:
-        if device.type == "cuda":  # elsewhere times mean nothing
+        if device.type == "cuda":  # times are meaningless elsewhere
             os.sync()
         with _timed_sync() as sync_s:
-            taken = seconds(lambda: amc.save_checkpoint(model, made), device)
-        compare(made, source)
+            taken = seconds(lambda: amc.save_checkpoint(model, saved), device)
+        compare(saved, source)
         nbytes = sum(tensor.nbytes for tensor in model.state_dict().values())
         return {"seconds": taken, "nbytes": nbytes, "sync_s": sum(sync_s)}
     finally:
-        shutil.rmtree(made, ignore_errors=True)
+        shutil.rmtree(saved, ignore_errors=True)
 
 
 @contextmanager
 def _timed_sync() -> Iterator[list[float]]:
-    """How long each of the package's calls takes that wait until a file is on the disk."""
+    """Record the seconds of each call of the package that waits until a file is on the disk."""
     taken: list[float] = []
 
     def timed(descriptor: int, sync: Callable[[int], None] = system.sync) -> None:
@@ -67,21 +67,21 @@ def _timed_sync() -> Iterator[list[float]]:
         yield taken
 
 
-def compare(made: str, source: str) -> None:
-    """All tensors of two directories, byte by byte.
+def compare(saved: str, source: str) -> None:
+    """Compare all tensors of two directories, byte by byte.
 
     Raises:
-        Mismatch: names the tensor.
+        Mismatch: a tensor differs; with its name.
     """
-    places = [{name: path for path in _files(root) for name in _names(path)} for root in (made, source)]
+    places = [{name: path for path in _files(root) for name in _names(path)} for root in (saved, source)]
     if places[0].keys() != places[1].keys():
         raise Mismatch(f"other names than those loaded: {sorted(places[0].keys() ^ places[1].keys())[:3]}")
     for path in _files(source):
         with safe_open(path, "pt") as file:
             for name in file.keys():
                 with safe_open(places[0][name], "pt") as other:
-                    found, wanted = other.get_tensor(name), file.get_tensor(name)
-                if found.dtype != wanted.dtype or not torch.equal(found.view(torch.int16), wanted.view(torch.int16)):
+                    tensor, wanted = other.get_tensor(name), file.get_tensor(name)
+                if tensor.dtype != wanted.dtype or not torch.equal(tensor.view(torch.int16), wanted.view(torch.int16)):
                     raise Mismatch(f"{name} is not what was loaded")
 
 
@@ -95,20 +95,20 @@ def _names(path: Path) -> list[str]:
 
 
 def side_stream(root: str, device: torch.device) -> dict[str, Any]:
-    """The tensors that a load makes on the default stream.
+    """Compare a load on another stream with a load on the default stream.
 
     Raises:
-        Mismatch: others.
+        Mismatch: the tensors differ.
     """
     directory = os.path.join(root, checkpoints.SHORT)
     wanted = loading.digest(loading.load_ours(directory, device, layout="nemo")[0])
     with _on_side_stream(device):
-        found: list[str] = []
+        digests: list[str] = []
         taken = seconds(
-            lambda: found.append(loading.digest(loading.load_ours(directory, device, layout="nemo")[0])), device
+            lambda: digests.append(loading.digest(loading.load_ours(directory, device, layout="nemo")[0])), device
         )
-    if found[0] != wanted:
-        raise Mismatch("a load on a side stream does not make the tensors of one on the default stream")
+    if digests[0] != wanted:
+        raise Mismatch("a load on a side stream does not produce the tensors of one on the default stream")
     return {"seconds": taken}
 
 

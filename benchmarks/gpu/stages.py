@@ -1,4 +1,7 @@
-"""The stages, in their order, each with its share of the time; what a stage leaves of it goes to those after it."""
+"""The stages, in order, each with its share of the time.
+
+Time that a stage leaves goes to the stages after it.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +28,7 @@ _ENVIRONMENT_S = 60
 
 @dataclass
 class Run:
-    """One call of the command: what it was asked for, and where its stages put what they find."""
+    """One call of the command: its options, and the place for the results of its stages."""
 
     device: str
     smoke: bool
@@ -49,7 +52,10 @@ class Run:
 
 
 class Stage(NamedTuple):
-    """``share_s``: of six minutes. ``silence_s``: longer than any of its cells takes."""
+    """A stage.
+
+    ``share_s``: its share of six minutes. ``silence_s``: longer than any of its cells takes.
+    """
 
     share_s: float
     silence_s: float
@@ -57,10 +63,12 @@ class Stage(NamedTuple):
 
 
 def look_around(run: Run) -> None:
-    """The environment, anew but for what imports take; where the time does not suffice, the stages begin without it.
+    """Record the environment again, except the time of imports.
+
+    If time is short, the stages begin without it.
 
     Raises:
-        SystemExit: there is no such device, or it is another one than that of the record.
+        SystemExit: the device does not exist, or it is another one than that of the record.
     """
     stage = "environment"
     known = run.record.rows(stage)
@@ -69,9 +77,9 @@ def look_around(run: Run) -> None:
         limits = Limits(time.monotonic() + _ENVIRONMENT_S, _ENVIRONMENT_S)
         run.run_task(stage, limits, Task("benchmarks.gpu.environment", run.order, cells))
         _check_device(run, known)
-    found = run.record.done(stage)
+    done = run.record.done(stage)
     for row in known:
-        if row["cell"] not in found:
+        if row["cell"] not in done:
             run.record.add(stage, row)
 
 
@@ -93,7 +101,7 @@ def run_tests(run: Run, limits: Limits) -> None:
     tasks = [Task("benchmarks.gpu.testing", {**order, "share": [k, count]}, None) for k in range(count)]
     run_tasks_together(tasks, "tests", run.record, run.place, limits, quiet=True)
     if not run.record.rows("tests") and "tests" not in run.record.result["left_out"]:
-        run.record.tell("errors", "tests", f"there is no test in {run.tests}")
+        run.record.note("errors", "tests", f"there is no test in {run.tests}")
 
 
 def measure_kernels(run: Run, limits: Limits) -> None:
@@ -109,11 +117,11 @@ def try_candidates(run: Run, limits: Limits) -> None:
     now = time.monotonic()
     soon = limits._replace(deadline=now + _COMPILING_SHARE * (limits.deadline - now))
     count = 1 if run.smoke else run.processes()
-    # Those that need a process of their own are few.
+    # Few candidates need a process of their own.
     shares = [groups[0][k::count] for k in range(count)] + groups[1:]
     tasks = [Task("benchmarks.gpu.sweep", compiling, tuple(share)) for share in shares if share]
     run_tasks_together(tasks, "compilation", run.record, run.place, soon, quiet=True)
-    run.record.result["left_out"].pop("compilation", None)  # then it is compiled when it is timed
+    run.record.result["left_out"].pop("compilation", None)  # they are compiled when they are timed
     broken = {row["cell"] for row in run.record.rows("compilation") if is_wrong(row)}
     order = {**run.order, "compiles_only": False}
     for layer in dict.fromkeys(cell.layer for cell in cells.values()):
@@ -146,7 +154,7 @@ def measure_loads(run: Run, limits: Limits) -> None:
 
 
 def finish(run: Run, limits: Limits) -> None:
-    # The disk need not take any more of the others.
+    # The disk need not store the other checkpoints any longer.
     for name in checkpoints.checkpoints(run.layers, run.smoke).keys() - {checkpoints.SHORT}:
         shutil.rmtree(run.root / name, ignore_errors=True)
     run.written &= {checkpoints.SHORT}
@@ -167,9 +175,9 @@ STAGES = {
 
 
 def ready(run: Run, limits: Limits, stage: str, needs: Mapping[str, Iterable[str]]) -> tuple[str, ...]:
-    """Cells that are still to be done, and whose checkpoints are there, written now if need be.
+    """Return the cells that still must run and have their checkpoints, which are written now if necessary.
 
-    All others that are still to be done are listed as left out.
+    All other cells that still must run are listed as left out.
     """
     done = run.record.done(stage)
     todo = {cell: names for cell, names in needs.items() if cell not in done}
@@ -182,12 +190,14 @@ def ready(run: Run, limits: Limits, stage: str, needs: Mapping[str, Iterable[str
 
 
 def need(run: Run, limits: Limits, names: Iterable[str]) -> None:
-    """Write the checkpoints of these names that are not there yet; a temporary directory starts empty.
+    """Write the checkpoints of these names that do not exist yet.
 
-    One that failed is not tried again, one that was cut off is.
+    A temporary directory starts empty.
+
+    A checkpoint that failed is not tried again; one that was interrupted is.
     """
     stage = "checkpoints"
-    # Tiny ones all at once: what takes the time is the start of a process.
+    # Tiny ones all at once, because starting a process takes most of the time.
     wanted = checkpoints.checkpoints(run.layers, run.smoke) if run.smoke else dict.fromkeys(names)
     failed = {row["cell"] for row in run.record.rows(stage) if is_wrong(row)}
     missing = tuple(name for name in wanted if name not in run.written | failed)
@@ -197,7 +207,7 @@ def need(run: Run, limits: Limits, names: Iterable[str]) -> None:
 
 
 def run_all(run: Run, seconds: float, say: Callable[[str], None]) -> None:
-    """Every stage that was asked for, whatever becomes of the one before."""
+    """Run every requested stage, regardless of the result of the one before."""
     start = time.monotonic()
     look_around(run)
     todo = [name for name in STAGES if not run.only or name in run.only]
@@ -209,7 +219,7 @@ def run_all(run: Run, seconds: float, say: Callable[[str], None]) -> None:
         say(f"[{began - start:4.0f} s] {name}, at most {left_s * share:.0f} s")
         try:
             STAGES[name].do(run, limits)
-        except Exception:  # one machine, one chance: what else can be measured is
-            run.record.tell("errors", name, traceback.format_exc()[-2000:])
-        run.record.tell("stages_s", name, round(time.monotonic() - began, 1))
+        except Exception:  # measure what still can be measured: this machine may not come back
+            run.record.note("errors", name, traceback.format_exc()[-2000:])
+        run.record.note("stages_s", name, round(time.monotonic() - began, 1))
     run.record.write()

@@ -1,9 +1,9 @@
-"""The candidates of ``benchmarks.gpu.candidates`` against what the kernels do as they are.
+"""Measure the candidates of ``benchmarks.gpu.candidates`` against the kernels as they are.
 
     python -m benchmarks.gpu.sweep    (a worker; a cell is a candidate at an operation on a layer)
 
-A first stage compiles all of them, in several processes at once, into Triton's cache, by a call on a little of a layer;
-the second times them one after another.
+A first stage compiles all candidates, in several processes at once, into Triton's cache, by a call on a small part of a
+layer. The second stage times them one after another.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from benchmarks.gpu.worker import Channel, serve
 from benchmarks.operations import Experts
 
 LAYERS = kernels.LAYERS[:2]
-# Sides of what is compiled on: the same alignments as a whole layer, and rows as long.
+# Sizes for the compilation: the same alignments and row lengths as a whole layer.
 _LITTLE = {"experts": 1, "intermediate": 128}
 
 
@@ -31,12 +31,15 @@ class Cell(NamedTuple):
 
 
 def cells(smoke: bool) -> dict[str, Cell]:
-    """All cells by name; candidates at the same operation on the same layer follow one another.
+    """Return all cells by name.
 
-    A candidate that needs a process of its own is tried on the first layer only, since the process takes longest.
+    Candidates at the same operation on the same layer follow one another.
+
+    A candidate that needs a process of its own is tried on the first layer only, since the process takes most of the
+    time.
 
     Args:
-        smoke: each candidate at one operation only, and only one that needs a process of its own.
+        smoke: try each candidate at one operation only, and only one candidate that needs a process of its own.
     """
     alone = [candidate for candidate in CANDIDATES if candidate.own_process][: 1 if smoke else None]
     layers = kernels.SMOKE_LAYERS[:1] if smoke else LAYERS
@@ -53,7 +56,7 @@ def cells(smoke: bool) -> dict[str, Cell]:
 def work(order: Mapping[str, Any], channel: Channel) -> None:
     device = torch.device(order["device"])
     known = cells(order["smoke"])
-    made = _Made(device)
+    made = _Buffers(device)
     for name in order["cells"]:
         channel.begin(name)
         with kernels.a_cell(name, device, channel):
@@ -66,7 +69,7 @@ def work(order: Mapping[str, Any], channel: Channel) -> None:
 
 
 def _compile(cell: Cell, device: torch.device, smoke: bool) -> float:
-    """Seconds of the first call."""
+    """Return the seconds of the first call."""
     layer = cell.layer if smoke else cell.layer._replace(**_LITTLE)
     case = kernels.make_case(cell.operation, layer, device)
     with patched(cell.candidate):
@@ -77,8 +80,8 @@ def _row(cell: Cell) -> dict[str, Any]:
     return {**kernels.described(cell.layer), "operation": cell.operation, "candidate": cell.candidate.name}
 
 
-class _Made:
-    """Buffers of one operation on one layer, and the time of ``copy_`` of as many bytes, for all its candidates."""
+class _Buffers:
+    """Buffers of one operation on one layer, and the time of ``copy_`` of the same bytes, for all its candidates."""
 
     def __init__(self, device: torch.device):
         self._device = device
@@ -97,8 +100,8 @@ class _Made:
                 ours = kernels.ways(case)["ours"]()
                 case.verify(cell.candidate.name, ours)
                 ms["ours"] = median_ms(ours, self._device)
-        found = {"wrong": attempts.wrong, "failed": attempts.failed}
-        return {"bytes_moved": case.bytes_moved, "ms": ms, **found}
+        problems = {"wrong": attempts.wrong, "failed": attempts.failed}
+        return {"bytes_moved": case.bytes_moved, "ms": ms, **problems}
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The tables of the README from a record, and what was wrong, left out, and how long it took."""
+"""The tables of the README from a record, and the report of failures, cells that were left out, and times."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 from benchmarks.gpu import record
 
 _WAYS = ("ours", "ours, addresses known", "stack, cat, transpose", "_foreach_copy_", "copy_ loop")
-_WAYS += ("ours, tables too", "torch, by fp32")  # of what is dequantized
+_WAYS += ("ours, tables too", "torch, by fp32")  # of quantized cases
 _MOST_PROBLEMS = 50
 _MOST_CHARACTERS = 600
 _TO_DEVICE = "to the device, at once"
@@ -18,7 +18,10 @@ Row = Mapping[str, Any]
 
 
 def markdown(result: Mapping[str, Any]) -> str:
-    """All tables; none of a stage that is not in the result. A row that is wrong has no number in them."""
+    """Return the tables of all stages in the result.
+
+    A row that is wrong has no figure in them.
+    """
     rows = result["rows"]
     parts = [_machine(result), _tests(rows.get("tests", []))]
     parts += [
@@ -34,7 +37,7 @@ def markdown(result: Mapping[str, Any]) -> str:
 
 
 def ending(result: Mapping[str, Any]) -> str:
-    """The end of the command: all that was wrong or left out for want of time, and how long each stage took."""
+    """Return the end of the output: all failures, all cells left out for lack of time, and the time of each stage."""
     wrong, left = record.problems(result), list(record.left_out(result))
     lines = [f"Wrong: {len(wrong) or 'nothing'}"]
     lines += [f"- {_cut(text)}" for text in wrong[:_MOST_PROBLEMS]]
@@ -48,8 +51,8 @@ def ending(result: Mapping[str, Any]) -> str:
     return "\n".join([*lines, f"Took: {taken}"]) + "\n"
 
 
-def said(stage: str, row: Row) -> str:
-    """A row in one line, as it comes."""
+def row_line(stage: str, row: Row) -> str:
+    """Return a row as one line, for the progress output."""
     parts = [f"    {row['cell']}"]
     if "ms" in row:
         parts.append(
@@ -73,22 +76,22 @@ def _cut(text: str) -> str:
 
 def _machine(result: Mapping[str, Any]) -> str:
     rows = {row["cell"]: row.get("found") for row in result["rows"].get("environment", [])}
-    device, found = rows.get("device"), rows.get("environment")
-    if not device or not found:
+    device, context = rows.get("device"), rows.get("environment")
+    if not device or not context:
         return "no environment"
     commits = [run["commit"] for run in result["runs"] if run.get("commit")]
-    versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
+    versions = ", ".join(f"{name} {version}" for name, version in context["versions"].items())
     memory = f", {device['memory_bytes'] / 2**30:.0f} GiB" if device["memory_bytes"] else ""
-    commit = commits[-1] if commits else found["commit"]
-    return f"{device['name']}{memory}; {versions}; {found['cores']} cores; {found['date'][:10]}, {commit}"
+    commit = commits[-1] if commits else context["commit"]
+    return f"{device['name']}{memory}; {versions}; {context['cores']} cores; {context['date'][:10]}, {commit}"
 
 
 def _tests(rows: Iterable[Row]) -> str:
     counts = {"passed": 0, "failed": 0, "skipped": 0}
     for row in rows:
         counts["failed" if row.get("error") else "skipped" if "skipped" in row else "passed"] += 1
-    told = ", ".join(f"{count} {what}" for what, count in counts.items() if count)
-    return f"Tests: {told}." if told else ""
+    parts = ", ".join(f"{count} {what}" for what, count in counts.items() if count)
+    return f"Tests: {parts}." if parts else ""
 
 
 def _kernels(rows: Iterable[Row]) -> str:
@@ -120,7 +123,7 @@ def _why_none(row: Row, way: str) -> str:
 
 
 def _sweep(rows: Iterable[Row]) -> str:
-    """The fastest of each operation first."""
+    """Return the table of the sweep, the fastest of each operation first."""
     sound = [row for row in rows if "ms" in row]
     places = list(dict.fromkeys((row["layer"], row["operation"]) for row in sound))
     sound.sort(key=lambda row: (places.index((row["layer"], row["operation"])), row["ms"].get("ours") or float("inf")))
@@ -179,7 +182,7 @@ def _loads(rows: Mapping[str, list[Row]]) -> str:
 
 
 def _slope(rows: Iterable[Row], written: Mapping[str, Row]) -> str:
-    """The time of one more byte, without what a load costs however short: from a short and a long one."""
+    """Return the time per further byte, without a load's fixed cost, from a short and a long checkpoint."""
     by_name = {row["cell"]: row for row in rows}
     lines = []
     for name in ("ours", "ours, nemo"):

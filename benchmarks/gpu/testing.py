@@ -1,8 +1,8 @@
-"""``tests/gpu`` in several processes at once, each a worker with a share of the tests.
+"""Run ``tests/gpu`` in several processes at once, each a worker with a share of the tests.
 
     python -m benchmarks.gpu.testing    (a worker; a cell is a test, or a file that cannot be collected)
 
-Where a test leaves the device broken, the worker ends, and another does the tests that are left.
+If a test leaves the device broken, the worker ends, and another one runs the remaining tests.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ import pytest
 
 from benchmarks.gpu.worker import TEXT_CHARACTERS, Channel, serve
 
-# Neighbours launch the same kernels, which each process compiles or loads anew.
+# Adjacent tests launch the same kernels, which each process compiles or loads again.
 _RUN = 12
 
 
-class Telling:
-    """A plugin of pytest: takes this worker's share, and says what becomes of each test."""
+class Reporter:
+    """A plugin of pytest that selects this worker's share and reports the result of each test."""
 
     def __init__(self, order: Mapping[str, Any], channel: Channel):
         self._order = order
@@ -28,7 +28,7 @@ class Telling:
         self._skipped: dict[str, str] = {}
         self._seconds: dict[str, float] = {}
 
-    @pytest.hookimpl(trylast=True)  # after -m has chosen
+    @pytest.hookimpl(trylast=True)  # after the selection by -m
     def pytest_collection_modifyitems(self, config: Any, items: list[Any]) -> None:
         share, of = self._order["share"]
         wanted, done = self._order["cells"], set(self._order["done"])
@@ -57,12 +57,12 @@ class Telling:
             self._skipped[name] = str(report.longrepr[-1] if isinstance(report.longrepr, tuple) else report.longrepr)
 
     def pytest_runtest_logfinish(self, nodeid: str) -> None:
-        found: dict[str, Any] = {"seconds": round(self._seconds[nodeid], 2)}
+        row: dict[str, Any] = {"seconds": round(self._seconds[nodeid], 2)}
         if nodeid in self._failed:
-            found["error"] = self._failed[nodeid]
+            row["error"] = self._failed[nodeid]
         elif nodeid in self._skipped:
-            found["skipped"] = self._skipped[nodeid][:200]
-        self._channel.row(nodeid, **found)
+            row["skipped"] = self._skipped[nodeid][:200]
+        self._channel.row(nodeid, **row)
         if nodeid in self._failed:
             self._end_if_broken()
 
@@ -76,15 +76,15 @@ class Telling:
 
 
 def _short(text: str) -> str:
-    """The end, where pytest says what failed."""
+    """Return the end of a text, where pytest reports the failure."""
     return text[-TEXT_CHARACTERS:]
 
 
 def work(order: Mapping[str, Any], channel: Channel) -> None:
     arguments = ["-q", "-p", "no:cacheprovider", "--tb=short", "--continue-on-collection-errors"]
-    # Tests that need most of the device's memory come alone, later.
+    # Tests that need most of the device's memory run separately, later.
     arguments += ["-m", "gpu" if order["huge"] else "not gpu", order["tests"]]
-    code = pytest.main(arguments, plugins=[Telling(order, channel)])
+    code = pytest.main(arguments, plugins=[Reporter(order, channel)])
     if code not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED, pytest.ExitCode.NO_TESTS_COLLECTED):
         raise RuntimeError(f"pytest ended with {code!r}")
 

@@ -1,4 +1,4 @@
-"""How long work on a device takes."""
+"""Times of work on a device."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from benchmarks.operations import synchronize
 
 
 def median_ms(run: Callable[[], object], device: torch.device) -> float:
-    """The median of many runs, each after the second-level cache was flushed; without a GPU, the time of one run."""
+    """Return the median of many runs, each after a flush of the L2 cache; without a GPU, the time of one run."""
     if device.type == "cuda":
-        # Not at the top: nothing may import triton before the smoke test has turned its interpreter on.
+        # A late import: nothing may import triton before the smoke test has turned its interpreter on.
         from triton.testing import do_bench
 
         return float(do_bench(run, return_mode="median"))  # type: ignore[arg-type]
@@ -22,7 +22,7 @@ def median_ms(run: Callable[[], object], device: torch.device) -> float:
 
 
 def seconds(run: Callable[[], object], device: torch.device) -> float:
-    """Wall-clock time of one run, from an idle device to an idle device."""
+    """Return the wall-clock time of one run, from an idle device to an idle device."""
     synchronize(device)
     start = time.perf_counter()
     run()
@@ -35,12 +35,12 @@ def median_seconds(run: Callable[[], object], device: torch.device, repetitions:
 
 
 def pinned(nbytes: int, device: torch.device) -> torch.Tensor:
-    """Page-locked memory of the host; where there is no GPU, any."""
+    """Return page-locked memory of the host, or ordinary memory if there is no GPU."""
     return torch.empty(nbytes, dtype=torch.uint8, pin_memory=device.type == "cuda")
 
 
 def why_broken(device: torch.device) -> str | None:
-    """The error of every further call on the device, if an earlier one was a fault; None if it is sound."""
+    """Return the error of every further call on the device after a fault, or None if the device works."""
     try:
         synchronize(device)
     except RuntimeError as error:

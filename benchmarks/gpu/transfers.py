@@ -1,4 +1,4 @@
-"""The bounds of a load: bytes from the host to the device, from the page cache to pinned memory; pinning; compilation.
+"""Measure the bounds of a load: host to device, page cache to pinned memory, pinning, compilation.
 
 python -m benchmarks.gpu.transfers    (a worker; a cell is one of these, at one size or number of threads)
 """
@@ -34,7 +34,7 @@ READS = {f"preadv, {threads} threads": threads for threads in THREADS}
 
 
 def host_to_device(chunk_bytes: int, nbytes: int, device: torch.device) -> dict[str, Any]:
-    """``copy_`` of chunks, one after another, from one pinned buffer."""
+    """Copy chunks with ``copy_``, one after another, from one pinned buffer."""
     host = pinned(nbytes, device)
     host.fill_(7)  # the bus does not compress
     on_device = torch.empty_like(host, device=device)
@@ -49,7 +49,7 @@ def host_to_device(chunk_bytes: int, nbytes: int, device: torch.device) -> dict[
 
 
 def preadv(threads: int, directory: str, most_bytes: int, device: torch.device) -> dict[str, Any]:
-    """Files of a directory, in the page cache, into one pinned buffer: ``threads`` take runs of 16 MiB in turn."""
+    """Read files of a directory, in the page cache, into one pinned buffer, with ``threads`` in runs of 16 MiB."""
     with _runs(directory, most_bytes) as runs:
         nbytes = sum(run[2] for run in runs)
         view = memoryview(pinned(nbytes, device).numpy())
@@ -68,7 +68,7 @@ def preadv(threads: int, directory: str, most_bytes: int, device: torch.device) 
 
 @contextmanager
 def _runs(directory: str, most_bytes: int) -> Iterator[list[tuple[int, int, int]]]:
-    """Descriptor, offset, bytes."""
+    """Yield descriptor, offset and bytes."""
     runs: list[tuple[int, int, int]] = []
     for path in sorted(Path(directory).glob("*.safetensors")):
         descriptor = os.open(path, os.O_RDONLY)
@@ -82,14 +82,14 @@ def _runs(directory: str, most_bytes: int) -> Iterator[list[tuple[int, int, int]
 
 
 def pinning(nbytes: int, device: torch.device) -> dict[str, Any]:
-    """Seconds until so much pinned memory is there, and until it is there once more after it was given back."""
-    torch.empty(1, device=device)  # the device's context is there
+    """Return the seconds to pin memory, and the seconds to pin it again after it was freed."""
+    torch.empty(1, device=device)  # creates the device's context
     first = seconds(lambda: pinned(nbytes, device), device)
     return {"first_s": first, "again_s": seconds(lambda: pinned(nbytes, device), device), "nbytes": nbytes}
 
 
 def cold_compilation(root: str, device: torch.device) -> dict[str, Any]:
-    """Seconds of the first call of one transpose with an empty cache, and of the second; in a new process."""
+    """Return the seconds of a transpose's first call with an empty cache, and of the second, in a new process."""
     with tempfile.TemporaryDirectory(dir=root) as cache:
         os.environ["TRITON_CACHE_DIR"] = cache
         case = OPERATIONS["transpose down"](Experts("", 2, 24, 48), torch.bfloat16, torch.bfloat16, device)
@@ -98,7 +98,7 @@ def cold_compilation(root: str, device: torch.device) -> dict[str, Any]:
 
 
 def cells(root: str, smoke: bool, device: torch.device) -> dict[str, Callable[[], dict[str, Any]]]:
-    """All transfers, by name: first the one that needs a new process, last ``READS``, which need a checkpoint."""
+    """Return all transfers by name: first the one that needs a new process, last ``READS``, which need a checkpoint."""
     directory = os.path.join(root, checkpoints.SHORT)
     unit, most = (1 << 12, 1 << 20) if smoke else (_MIB, 1 << 30)
     made: dict[str, Callable[[], dict[str, Any]]] = {COLD: partial(cold_compilation, root, device)}

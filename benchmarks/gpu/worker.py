@@ -1,17 +1,17 @@
-"""A process that works for the command: it reads one order, and says line by line in JSON what it does and finds.
+"""A process that works for the command: it reads one order, and reports progress and results in lines of JSON.
 
-The order is one line of JSON on standard input: ``cells``, the names of what to do, and whatever else the stage says.
-A worker says
+The order is one line of JSON on standard input: ``cells``, the names of the cells to run, and other keys of the stage.
+A worker writes
 
-    {"cells": [NAME, ...]}             what it will do, if the order leaves that to it
+    {"cells": [NAME, ...]}             the cells that it will run, if the order leaves that to it
     {"cell": NAME}                     it begins a cell
-    {"way": NAME}                      it begins one of several ways to do that
+    {"way": NAME}                      it begins one of several ways of the cell
     {"row": {"cell": NAME, ...}}       the cell is done
-    {"broken": TEXT}                   it can do nothing more; it ends
+    {"broken": TEXT}                   it cannot continue; it ends
 
-so that whoever listens knows what was at work when a worker dies. Standard input stays open as long as the listener
-lives; at its end the worker ends, and where it leads a process group, all of that group with it, so that nothing keeps
-a GPU whose owner is gone.
+so that the listener knows the work in progress when a worker dies. Standard input stays open as long as the listener
+lives. When it closes, the worker ends. If the worker leads a process group, the whole group ends with it, so that no
+process keeps a GPU after its owner has ended.
 
 Nothing here imports torch: a worker times that itself.
 """
@@ -31,7 +31,10 @@ BROKEN_EXIT_CODE = 3
 
 
 class Channel:
-    """All that a worker says; ``write`` takes one line."""
+    """All messages of a worker.
+
+    ``write`` accepts one line.
+    """
 
     def __init__(self, write: Callable[[str], Any]):
         self._write = write
@@ -45,11 +48,11 @@ class Channel:
     def way(self, name: str) -> None:
         self._say({"way": name})
 
-    def row(self, cell: str, **found: Any) -> None:
-        self._say({"row": {"cell": cell, **found}})
+    def row(self, cell: str, **results: Any) -> None:
+        self._say({"row": {"cell": cell, **results}})
 
     def broken(self, text: str) -> NoReturn:
-        """End here: whatever this process would do now fails too."""
+        """End this process, because all further work in it would fail too."""
         self._say({"broken": text[-TEXT_CHARACTERS:]})
         os._exit(BROKEN_EXIT_CODE)
 
@@ -58,13 +61,13 @@ class Channel:
 
 
 SILENT = Channel(lambda line: None)
-"""For work whose progress nobody follows."""
+"""For work without a listener."""
 
 
 def serve(work: Callable[[dict[str, Any], Channel], None]) -> None:
-    """Be a worker: read the order, do it, end."""
-    # Other writes to standard output, from C too, go where errors go; and pytest puts another file at 0.
-    out, control = os.fdopen(os.dup(1), "w", buffering=1), os.dup(0)  # each line goes out at once
+    """Act as a worker: read the order, run it, end."""
+    # Redirect other writes to standard output, from C too, to standard error. pytest replaces descriptor 0.
+    out, control = os.fdopen(os.dup(1), "w", buffering=1), os.dup(0)  # line buffered: each message is sent at once
     os.dup2(2, 1)
     line = b""
     while not line.endswith(b"\n"):
@@ -75,7 +78,7 @@ def serve(work: Callable[[dict[str, Any], Channel], None]) -> None:
     threading.Thread(target=_die_with, args=(control,), daemon=True).start()
     work(json.loads(line), Channel(out.write))
     sys.stderr.flush()
-    # Not by return: what hangs at the end of a process, or crashes there, costs nothing that was measured.
+    # Exit without returning, so that a hang or crash at process exit loses no results.
     os._exit(0)
 
 
@@ -84,9 +87,9 @@ def _die_with(control: int) -> None:
         pass
     if os.getpgrp() == os.getpid():
         os.killpg(os.getpgrp(), signal.SIGKILL)
-    os._exit(BROKEN_EXIT_CODE)  # the group is that of whoever started this by hand
+    os._exit(BROKEN_EXIT_CODE)  # the group belongs to a shell that started this by hand
 
 
 def text_of(error: BaseException) -> str:
-    """The text of an error, short enough to be kept."""
+    """Return the text of an error, short enough to be kept."""
     return f"{type(error).__name__}: {error}"[:TEXT_CHARACTERS]

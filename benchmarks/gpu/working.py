@@ -1,7 +1,9 @@
-"""Cells of a stage, done by workers one after another: who dies takes only what it was doing with it.
+"""Run the cells of a stage in workers, one after another.
 
-When a worker dies in one of the ways of a cell, that way is marked and a new worker does the cell again without it;
-when it dies elsewhere in a cell, the cell is marked and a new worker goes on with the next.
+A worker that dies loses only its current work.
+
+If a worker dies in one of the ways of a cell, that way is marked and a new worker runs the cell again without it. If it
+dies elsewhere in a cell, the cell is marked and a new worker continues with the next.
 """
 
 from __future__ import annotations
@@ -13,15 +15,15 @@ from typing import Any, NamedTuple
 
 from benchmarks.gpu.listening import Limits, Message, Place, run_worker
 from benchmarks.gpu.record import Record, is_wrong
-from benchmarks.gpu.tables import said
+from benchmarks.gpu.tables import row_line
 
 _BARREN = 2
 
 
 class Task(NamedTuple):
-    """Cells that one process does one after another.
+    """Cells that one process runs one after another.
 
-    ``cells`` is None where the worker finds out what there is to do; it is told what is done already.
+    ``cells`` is None if the worker determines the cells itself. It then receives the names of those already done.
     """
 
     module: str
@@ -31,10 +33,12 @@ class Task(NamedTuple):
 
 
 def run_task(task: Task, stage: str, record: Record, place: Place, limits: Limits, *, quiet: bool = False) -> None:
-    """Do the cells of a task that are not done yet: in the end each has a row, or is listed as left out.
+    """Run the cells of a task that are not done yet.
+
+    In the end each has a row, or is listed as left out.
 
     Args:
-        quiet: many rows come at once: they are written together, and only what is wrong is said.
+        quiet: many rows come at once. They are written together, and only errors are printed.
     """
     _Work(task, stage, record, place, limits, quiet).run()
 
@@ -42,14 +46,14 @@ def run_task(task: Task, stage: str, record: Record, place: Place, limits: Limit
 def run_tasks_together(
     tasks: list[Task], stage: str, record: Record, place: Place, limits: Limits, *, quiet: bool = False
 ) -> None:
-    """The same for several tasks, all at once."""
+    """Run several tasks, all at once."""
     with ThreadPoolExecutor(max(1, len(tasks))) as pool:
         for future in [pool.submit(run_task, task, stage, record, place, limits, quiet=quiet) for task in tasks]:
             future.result()
 
 
 class _Work:
-    """A task under way, and all that is known of it."""
+    """A task in progress, and its state."""
 
     def __init__(self, task: Task, stage: str, record: Record, place: Place, limits: Limits, quiet: bool):
         self._task = task
@@ -59,7 +63,7 @@ class _Work:
         self._limits = limits
         self._quiet = quiet
         done = set(record.done(stage))
-        # Ordered; None until it is known what there is to do.
+        # Ordered; None until the cells are known.
         self._todo = None if task.cells is None else dict.fromkeys(c for c in task.cells if c not in done)
         self._without: dict[str, dict[str, str]] = {}
         self._cell: str | None = None
@@ -83,7 +87,7 @@ class _Work:
                 self._mark(self._cell, why)
             barren = 0 if self._known() != before else barren + 1
             if barren == _BARREN:
-                self._record.tell("errors", self._stage, why)
+                self._record.note("errors", self._stage, why)
                 break
         left = ["what the worker would have found to do"] if self._todo is None else list(self._todo)
         if left:
@@ -95,7 +99,7 @@ class _Work:
         return {**self._task.order, "cells": cells, "done": done, "without": self._without}
 
     def _known(self) -> tuple[int, int]:
-        """Two numbers, one of which changes whenever a worker gets anywhere: cells to do, ways to do without."""
+        """Return two numbers, one of which changes with any progress of a worker: cells left, ways to skip."""
         return -1 if self._todo is None else len(self._todo), sum(map(len, self._without.values()))
 
     def _hear(self, message: Message) -> None:
@@ -122,4 +126,4 @@ class _Work:
             self._todo.pop(row["cell"], None)
         self._record.add(self._stage, row, soon=self._quiet)
         if is_wrong(row) or not self._quiet:
-            self._record.say(said(self._stage, row))
+            self._record.say(row_line(self._stage, row))

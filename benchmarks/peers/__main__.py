@@ -1,39 +1,40 @@
-"""The same checkpoint to the same final buffers, by everything a user would pick: seconds, memory, faults, bytes.
+"""Load one checkpoint into the same final buffers by every method that a user would choose, and compare.
 
     python -m benchmarks.peers [--layers N] [--size full|small] [--repetitions N] [--threads N] [--method NAME ...]
                                [--memory ready|as-found ...] [--cache warm|cold ...] [--layout LAYOUT ...]
                                [--machine NAME ...] [--directory DIR] [--json FILE]
     python -m benchmarks.peers --from FILE ... [--plot DIR]    the README's tables from such JSON, and the plot
 
-The checkpoint has N layers with the experts of Qwen3-30B-A3B (128 experts, hidden 2048, intermediate 768; 2 layers are
-2.4 GB), random numbers in bfloat16, a tensor per expert and projection, two files a layer. It lies in a temporary
-directory that is removed at the end. ``methods.py`` says what each method does, ``roofs.py`` what the
-roofs are; peers are pinned in ``benchmarks/peers.txt`` and installed into ``.venv/peers``.
+The results are seconds, memory, page faults and bytes. The checkpoint has N layers with the experts of Qwen3-30B-A3B
+(128 experts, hidden 2048, intermediate 768; 2 layers are 2.4 GB), random values in bfloat16, a tensor per expert and
+projection, two files a layer. It is in a temporary directory that is removed at the end. ``methods.py`` has the
+methods, ``roofs.py`` the roofs. Peers are pinned in ``benchmarks/peers.txt`` and installed into ``.venv/peers``.
 
-Every run is a process of its own that first loads a tiny checkpoint in the same way: imports and what is made once are
-not timed. Timed is from the call, buffers included, until all bytes are in their final places; "s of reading" is what
-ours tells of that phase. Methods take turns; medians and 20th to 80th percentiles are told.
+Every run is a process of its own that first loads a tiny checkpoint in the same way, so that imports and one-time setup
+are not timed. The time runs from the call, buffers included, until all bytes are in their final places. "s of reading"
+is the time that this package reports for that phase. Methods alternate. The tables have medians and 20th to 80th
+percentiles.
 
 Free memory is in one of two states (``benchmarks/memory.py``). "ready": the process touches memory of three times the
-size of the files and gives it back, last before the timing. "as-found": nothing is touched, and before each run the
-driver waits half a minute, in which a virtual machine gives its free memory back to the host. The first tells what the
-code costs, the second what a user's process sees.
+size of the files and frees it, last before the timing. "as-found": nothing is touched, and before each run the driver
+waits half a minute, in which a virtual machine returns its free memory to the host. The first state shows the cost of
+the code, the second what a user's process sees.
 
-While memory is ready, torch is told to ask for huge pages (``THP_MEM_ALLOC_ENABLE=1``) in all rows but ours, which asks
-by itself, and the one that says so. As found, only the row that says so is told. The number of threads is the same for
-all, where one can choose it. On a warm page cache fastsafetensors and Run:ai's streamer are told to read through it
-(``FASTSAFETENSORS_ODIRECT=0``, ``RUNAI_STREAMER_FS_STRATEGY=sync_buffered``), on a cold one they have their defaults.
-Cold: every file is written back and dropped from the page cache, which mincore(2) then confirms; what is below (a host,
-a controller) may still hold it.
+While memory is ready, torch is configured to request huge pages (``THP_MEM_ALLOC_ENABLE=1``) in all rows except ours,
+which requests them itself, and the row that states otherwise. As found, only the row that states so has this setting.
+The number of threads is the same for all methods that have such a setting. On a warm page cache fastsafetensors and
+Run:ai's streamer are configured to read through it (``FASTSAFETENSORS_ODIRECT=0``,
+``RUNAI_STREAMER_FS_STRATEGY=sync_buffered``); on a cold one they have their defaults. Cold: every file is written back
+and dropped from the page cache, which mincore(2) then confirms. Layers below (a host, a controller) may still hold it.
 
-``--machine`` loads in a state that a machine may be in, memory as found, to the first ``--layout``; unless ``--method``
-says otherwise, by ``from_pretrained`` as it comes and ours, beside the roofs. ``machines.py`` makes these states. A
-state that cannot be made here stands in the result with why, and a method that was killed there stands so too.
+``--machine`` loads in a state that a machine may be in, memory as found, to the first ``--layout``. Without
+``--method`` it runs ``from_pretrained`` as it comes and ours, next to the roofs. ``machines.py`` sets up these states.
+If a state cannot be set up here, the result has the reason. If a method was killed, the result records that.
 
-Memory is the peak above the level at the start of the timing: anonymous memory is what was allocated, resident memory
-has mapped files besides. Bytes read are those of calls and of mapped pages on a warm cache, those of the disk on a cold
-one. In the first round each run computes a digest of its tensors by name, dtype, shape and bytes; no number is told
-unless all agree.
+Memory is the peak above the level at the start of the timing. Anonymous memory is what was allocated; resident memory
+also includes mapped files. Bytes read are those of calls and of mapped pages on a warm cache, those of the disk on a
+cold one. In the first round each run computes a digest of its tensors by name, dtype, shape and bytes. No figure is
+printed unless all agree.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ from typing import Any
 
 from benchmarks import measure, memory
 from benchmarks.peers import overlay, tables
-from benchmarks.peers.machines import MACHINES, QUIET, CannotBeMade
+from benchmarks.peers.machines import MACHINES, QUIET, Unavailable
 from benchmarks.peers.methods import METHODS
 from benchmarks.peers.roofs import ROOFS
 from benchmarks.peers.running import run_jobs
@@ -69,10 +70,10 @@ def jobs_of(
     warm_up: str,
     threads: int,
 ) -> dict[str, Job]:
-    """The jobs of a round: roofs, then every method in each layout, for each state of the page cache.
+    """Return the jobs of a round: roofs, then every method in each layout, for each state of the page cache.
 
     Args:
-        state: of free memory.
+        state: state of free memory.
     """
     jobs = []
     for cache in caches:
@@ -93,14 +94,14 @@ def run(
     threads: int,
     directory: str | None,
 ) -> dict[str, Any]:
-    """All runs, by machine, state of free memory and of the page cache, layout and method.
+    """Return all runs, by machine, state of free memory and of the page cache, layout and method.
 
     Args:
-        states: of free memory; on a machine that is not quiet it is as found.
-        methods: None: all on a quiet machine, elsewhere the two that most is said by.
+        states: states of free memory. On a machine that is not quiet it is as found.
+        methods: None for all on a quiet machine, and for the two most informative ones elsewhere.
 
     Raises:
-        RuntimeError: two methods do not make the same tensors, or a run failed.
+        RuntimeError: two methods do not produce the same tensors, or a run failed.
     """
     rows: list[dict[str, Any]] = []
     not_made: dict[str, str] = {}
@@ -125,7 +126,7 @@ def run(
                             to = layouts if alone else layouts[:1]
                             jobs = jobs_of(wanted, to, on, state, made.directory, warm_up, threads)
                             rows += _rows(name, jobs, run_jobs(jobs, repetitions, made))
-                except CannotBeMade as error:
+                except Unavailable as error:
                     not_made[name] = str(error)
     tables.check(rows)
     return {
@@ -138,7 +139,7 @@ def run(
     }
 
 
-def _rows(machine: str, jobs: Mapping[str, Job], found: Mapping[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
+def _rows(machine: str, jobs: Mapping[str, Job], runs: Mapping[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
     rows = []
     for key, job in jobs.items():
         of_method = METHODS.get(job.method)
@@ -151,7 +152,7 @@ def _rows(machine: str, jobs: Mapping[str, Job], found: Mapping[str, list[dict[s
                 "memory": job.memory,
                 "cache": job.cache,
                 "layout": job.layout,
-                "runs": found[key],
+                "runs": runs[key],
             }
         )
     return rows
@@ -170,10 +171,12 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--cache", action="append", choices=CACHES, help="default: both")
     parser.add_argument("--layout", action="append", choices=LAYOUTS, help="default: both")
     parser.add_argument("--machine", action="append", choices=MACHINES, help="default: quiet")
-    parser.add_argument("--directory", help="where a temporary directory is made; it needs the size of the files")
+    parser.add_argument("--directory", help="parent of the temporary directory; it needs the size of the files")
     parser.add_argument("--json", metavar="FILE", help="write all runs and the environment")
-    parser.add_argument("--from", dest="sources", nargs="+", metavar="FILE", help="print their tables in Markdown")
-    parser.add_argument("--plot", metavar="DIR", help="with --from: draw both states of free memory there, too")
+    parser.add_argument(
+        "--from", dest="sources", nargs="+", metavar="FILE", help="print the tables of result files in Markdown"
+    )
+    parser.add_argument("--plot", metavar="DIR", help="with --from: also draw both states of free memory there")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     parser.add_argument("--repetition", type=int, default=0, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)

@@ -1,4 +1,4 @@
-"""The page cache of the system: what it holds of some files, and emptied of them."""
+"""The system's page cache: evict files from it, and measure how much of them it holds."""
 
 from __future__ import annotations
 
@@ -12,7 +12,10 @@ import numpy
 
 
 def evict(directory: str) -> None:
-    """Write what is left to write of all files, and let the page cache forget them; needs no rights."""
+    """Write back all files and evict them from the page cache.
+
+    This needs no rights.
+    """
     for path in _files(directory):
         descriptor = os.open(path, os.O_RDONLY)
         try:
@@ -23,25 +26,25 @@ def evict(directory: str) -> None:
 
 
 def cached_share(directory: str) -> float:
-    """How much of all files the page cache holds, from 0 to 1: by mincore(2), which reads nothing.
+    """Return the share of all files that is in the page cache, from 0 to 1, by mincore(2), which reads nothing.
 
     Raises:
-        OSError: the system does not tell.
+        OSError: the system does not report it.
     """
     pages = [_resident(path) for path in _files(directory)]
     return float(numpy.concatenate(pages).mean()) if pages else 1.0
 
 
 def _resident(path: Path) -> numpy.ndarray:
-    """Whether each page of a file is in memory."""
+    """Return whether each page of a file is in memory."""
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY) as mapped:
-        found = (ctypes.c_ubyte * -(-len(mapped) // mmap.PAGESIZE))()
+        flags = (ctypes.c_ubyte * -(-len(mapped) // mmap.PAGESIZE))()
         first = ctypes.c_char.from_buffer(mapped)
-        failed = _mincore()(ctypes.addressof(first), len(mapped), found)
-        del first  # or it could not be unmapped
+        failed = _mincore()(ctypes.addressof(first), len(mapped), flags)
+        del first  # the map cannot be closed while this view exists
         if failed:
             raise OSError(ctypes.get_errno(), "mincore", str(path))
-        return numpy.frombuffer(found, numpy.uint8) & 1
+        return numpy.frombuffer(flags, numpy.uint8) & 1
 
 
 @functools.cache

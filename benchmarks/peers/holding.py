@@ -1,8 +1,8 @@
-"""A process that takes memory in small pages and gives back 15 of 16 pages, so that no free block is large.
+"""A process that allocates memory in small pages and frees 15 of 16 pages, so that no free block is large.
 
     python -m benchmarks.peers.holding NBYTES
 
-It does so at each line that it reads, then prints ``held``, and holds the rest until its input ends.
+It does so for each line that it reads, then prints ``held``, and holds the rest until its input ends.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from pathlib import Path
 import numpy
 
 _EVERY = 16
-"""Pages. A free block is below 64 KiB then."""
+"""Number of pages between two held ones. A free block is then smaller than 64 KiB."""
 
 
 def main() -> None:
-    Path("/proc/self/oom_score_adj").write_text("1000")  # the first to be killed, if it comes to that
+    Path("/proc/self/oom_score_adj").write_text("1000")  # the first process to be killed if memory runs out
     nbytes = int(sys.argv[1]) // (_EVERY * mmap.PAGESIZE) * _EVERY * mmap.PAGESIZE
     memory = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     memory.madvise(mmap.MADV_NOHUGEPAGE)

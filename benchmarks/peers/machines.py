@@ -1,7 +1,7 @@
-"""States of a machine that a load may meet, each made by a context manager, or said why it cannot be made here.
+"""States of a machine that a load may meet, each set up by a context manager, or an error with the reason why not.
 
-Each is given the checkpoint, a directory of its own on the same file system, and whether to go as far as the machine
-goes; if not, 64 MiB are enough, which tries the code and nothing else.
+Each receives the checkpoint, a directory of its own on the same file system, and whether to go to the machine's limit.
+If not, it uses only 64 MiB, which is enough to exercise the code.
 """
 
 from __future__ import annotations
@@ -17,24 +17,24 @@ from typing import NamedTuple
 from benchmarks import measure, memory
 
 _LITTLE = 64 << 20
-# Beside the model, an interpreter with torch and the modelling module takes 280 MB.
+# In addition to the model, an interpreter with torch and the modelling module uses 280 MB.
 _LIMIT, _INTERPRETER_BYTES = 1.15, 320 << 20
 _OVERLAY = 'mount -t overlay overlay -o "lowerdir=$1:$2" "$3" && shift 3 && exec "$@"'
 _LIMITED = 'echo $$ > "$1/cgroup.procs" && shift && exec "$@"'
 
 
-class CannotBeMade(Exception):
-    """Not on this machine, or not with these rights; with why."""
+class Unavailable(Exception):
+    """The state cannot be set up on this machine, or not with these rights; with the reason."""
 
 
-class Made(NamedTuple):
+class State(NamedTuple):
     """How to load in that state.
 
     Args:
-        directory: where a loading process sees the checkpoint.
-        prefix: put before its command.
-        loads: how many processes load at once.
-        before: called before each run.
+        directory: path at which a loading process sees the checkpoint.
+        prefix: words to put before its command.
+        loads: number of processes that load at once.
+        before: function that is called before each run.
     """
 
     directory: str
@@ -44,25 +44,28 @@ class Made(NamedTuple):
 
 
 class Machine(NamedTuple):
+    """A state: how to set it up, and the states of the page cache that it allows."""
+
     title: str
-    make: Callable[[str, str, bool], AbstractContextManager[Made]]
+    make: Callable[[str, str, bool], AbstractContextManager[State]]
     caches: tuple[str, ...] = ("warm",)
     """The states of the page cache that the checkpoint can be in."""
 
 
 @contextmanager
-def quiet(checkpoint: str, root: str, fully: bool) -> Iterator[Made]:
-    yield Made(checkpoint)
+def quiet(checkpoint: str, root: str, fully: bool) -> Iterator[State]:
+    """Change nothing."""
+    yield State(checkpoint)
 
 
 @contextmanager
-def page_cache_full(checkpoint: str, root: str, fully: bool) -> Iterator[Made]:
-    """Reads of another file have taken all free memory but a little; that file is one hole, which takes no disk."""
+def page_cache_full(checkpoint: str, root: str, fully: bool) -> Iterator[State]:
+    """Fill all free memory except a little with the page cache of another file, which is sparse."""
     total = _total() if fully else _LITTLE
     left = max(512 << 20, total // 50) if fully else 0
     path = Path(root) / "other"
-    with path.open("wb") as made:
-        made.truncate(total)
+    with path.open("wb") as file:
+        file.truncate(total)
     buffer = bytearray(16 << 20)
     with path.open("rb", buffering=0) as other:
 
@@ -74,112 +77,115 @@ def page_cache_full(checkpoint: str, root: str, fully: bool) -> Iterator[Made]:
                     other.seek(0)
                     other.readinto(buffer)
             if fully:
-                raise CannotBeMade(f"{_free() >> 20} MiB are still free after reads of {total >> 20} MiB")
+                raise Unavailable(f"{_free() >> 20} MiB are still free after reads of {total >> 20} MiB")
 
         fill()
-        yield Made(checkpoint, before=fill)
+        yield State(checkpoint, before=fill)
 
 
 @contextmanager
-def fragmented(checkpoint: str, root: str, fully: bool) -> Iterator[Made]:
-    """Another process has taken nearly all free memory in small pages, and has given back 15 of 16 pages."""
+def fragmented(checkpoint: str, root: str, fully: bool) -> Iterator[State]:
+    """Run a process that allocates nearly all free memory in small pages and frees 15 of 16 pages."""
     nbytes = max(_free() - (512 << 20), _LITTLE) if fully else _LITTLE
     command = [sys.executable, "-m", "benchmarks.peers.holding", str(nbytes)]
     with subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=measure.REPOSITORY
     ) as helper:
-        says, hears = helper.stdout, helper.stdin
-        assert says is not None
-        assert hears is not None
+        output, input_ = helper.stdout, helper.stdin
+        assert output is not None
+        assert input_ is not None
 
-        def hold() -> None:  # anew each time: what a load has given back lies together
-            hears.write("\n")
-            hears.flush()
-            if says.readline() != "held\n":
+        def hold() -> None:  # repeated each time, because a load frees contiguous memory
+            input_.write("\n")
+            input_.flush()
+            if output.readline() != "held\n":
                 raise RuntimeError(f"who holds the memory has ended: {helper.wait()}")
 
         hold()
-        yield Made(checkpoint, before=hold)
-        hears.close()
+        yield State(checkpoint, before=hold)
+        input_.close()
 
 
 @contextmanager
-def memory_limit(checkpoint: str, root: str, fully: bool) -> Iterator[Made]:
-    """A cgroup of 1.15 times the files, and what an interpreter takes."""
+def memory_limit(checkpoint: str, root: str, fully: bool) -> Iterator[State]:
+    """Limit loads with a cgroup to 1.15 times the files, plus the memory of an interpreter."""
     limit = int(_LIMIT * measure.file_bytes(checkpoint)) + _INTERPRETER_BYTES
     if Path("/run/systemd/system").exists():
         user = () if os.geteuid() == 0 else ("--user",)
         scope = ("systemd-run", "--scope", "--quiet", *user, "-p", f"MemoryMax={limit}", "-p", "MemorySwapMax=0")
         _try(scope)
-        yield Made(checkpoint, scope)
+        yield State(checkpoint, scope)
         return
     group = _parent_group() / f"benchmark-{os.getpid()}"
     try:
         group.mkdir()
     except OSError as error:
-        raise CannotBeMade(f"no systemd, and no cgroup of one's own: {error}") from error
+        raise Unavailable(f"no systemd, and no cgroup of one's own: {error}") from error
     try:
         (group / "memory.max").write_text(str(limit))
         prefix = ("sh", "-c", _LIMITED, "sh", str(group))
         _try(prefix)
-        yield Made(checkpoint, prefix)
+        yield State(checkpoint, prefix)
     finally:
         group.rmdir()
 
 
 @contextmanager
-def two_loads(checkpoint: str, root: str, fully: bool) -> Iterator[Made]:
-    """Two processes begin at the same time; told is the one that ends last."""
-    yield Made(checkpoint, loads=2)
+def two_loads(checkpoint: str, root: str, fully: bool) -> Iterator[State]:
+    """Start two processes at the same time.
+
+    The one that ends last counts.
+    """
+    yield State(checkpoint, loads=2)
 
 
 @contextmanager
-def overlayfs(checkpoint: str, root: str, fully: bool) -> Iterator[Made]:
-    """The files lie in the lower directory of an overlay, as in an image of a container."""
+def overlayfs(checkpoint: str, root: str, fully: bool) -> Iterator[State]:
+    """Put the files into the lower directory of an overlay, as in a container image."""
     empty, merged = (os.path.join(root, name) for name in ("empty", "merged"))
     os.mkdir(empty)
     os.mkdir(merged)
     prefix = ("unshare", "-rm", "sh", "-c", _OVERLAY, "sh", empty, checkpoint, merged)
     _try(prefix)
-    yield Made(merged, prefix)
+    yield State(merged, prefix)
 
 
 def _try(prefix: Sequence[str]) -> None:
     try:
         done = subprocess.run([*prefix, "true"], capture_output=True, text=True)
     except FileNotFoundError as error:
-        raise CannotBeMade(f"there is no {prefix[0]}") from error
+        raise Unavailable(f"there is no {prefix[0]}") from error
     if done.returncode:
-        raise CannotBeMade(f"{prefix[0]}: {done.stderr.strip()}")
+        raise Unavailable(f"{prefix[0]}: {done.stderr.strip()}")
 
 
 def _parent_group() -> Path:
-    """The nearest cgroup above this process that lets groups below it limit memory."""
+    """Return the nearest cgroup above this process that allows its subgroups to limit memory."""
     lines = Path("/proc/self/mounts").read_text().splitlines() if Path("/proc/self/mounts").exists() else []
     mounts = [Path(line.split()[1]) for line in lines if line.split()[2] == "cgroup2"]
     if not mounts:
-        raise CannotBeMade("no systemd and no cgroups of version 2")
+        raise Unavailable("no systemd and no cgroups of version 2")
     of_self = next(line for line in Path("/proc/self/cgroup").read_text().splitlines() if line.startswith("0::"))
     own = mounts[0] / of_self.removeprefix("0::").strip("/")
     for group in (own, *own.parents):
         control = group / "cgroup.subtree_control"
         if control.exists() and "memory" in control.read_text().split():
             return group
-    raise CannotBeMade("no systemd, and no cgroup of version 2 above this process limits memory")
+    raise Unavailable("no systemd, and no cgroup of version 2 above this process limits memory")
 
 
 def _free() -> int:
-    found = memory.free()["free_bytes"]
-    if found is None:
-        raise CannotBeMade("this system does not tell its free memory")
-    return found
+    free = memory.free()["free_bytes"]
+    if free is None:
+        raise Unavailable("this system does not report its free memory")
+    return free
 
 
 def _total() -> int:
-    found = memory.total_bytes()
-    if found is None:
-        raise CannotBeMade("this system does not tell its memory")
-    return found
+    total = memory.total_bytes()
+    if total is None:
+        raise Unavailable("this system does not report its memory")
+    return total
 
 
 QUIET = "quiet"

@@ -1,8 +1,9 @@
-"""From per-expert files to the same grouped buffers: a function for each peer, and ours.
+"""Methods that load per-expert files into the same grouped buffers: a function for each peer, and ours.
 
-Each is given the checkpoint, how many threads it may use, and whether experts shall lie as ``[E, H, 2I]``; what it
-prepares is not timed: imports, and the shapes of the buffers, which whoever has a model knows. It returns what is
-timed, buffers included. It ends with all bytes in their final places and returns them under transformers' names.
+Each function receives the checkpoint, the number of threads that it may use, and whether to store experts as
+``[E, H, 2I]``. Its preparation is not timed: imports, and the shapes of the buffers, which a caller with a model has.
+It returns the function to time, buffers included. That function ends with all bytes in their final places and returns
+them under transformers' names.
 """
 
 from __future__ import annotations
@@ -27,32 +28,32 @@ Run = Callable[[], dict[str, Tensor]]
 """Called while the clock runs."""
 Prepare = Callable[[str, int, bool], Run]
 
-# NeMo's names of what transformers calls otherwise.
+# NeMo's names of tensors that transformers names differently.
 _NEMO_NAMES = {"gate_up_proj": "gate_and_up_projs", "down_proj": "down_projs"}
 _TRANSFORMERS_NAMES = {nemo: name for name, nemo in _NEMO_NAMES.items()}
 
 
 class Loaded(dict[str, Tensor]):
-    """Tensors by name, and how long reading alone took, of those who tell it."""
+    """Tensors by name, and the seconds of reading only, for methods that report them."""
 
     read_seconds: float | None = None
 
 
 class Method(NamedTuple):
-    """One way to load."""
+    """One method of loading."""
 
     title: str
     package: str
-    """The distribution whose version is told."""
+    """The distribution that the reported version belongs to."""
     prepare: Prepare
     installed: bool = True
     """Whether the development environment has it."""
     huge_pages: tuple[str, ...] = (READY,)
-    """The states of memory in which torch is told to ask for huge pages, which it does not do by itself."""
+    """The states of memory in which torch is configured to request huge pages. Its default is not to."""
 
 
 def from_pretrained(directory: str, threads: int, transposed: bool) -> Run:
-    """``AutoModelForCausalLM.from_pretrained``, then ``transpose(1, 2).contiguous()``, a tensor after the other."""
+    """Load with ``AutoModelForCausalLM.from_pretrained``, then ``transpose(1, 2).contiguous()``, tensor by tensor."""
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
@@ -70,24 +71,24 @@ def from_pretrained(directory: str, threads: int, transposed: bool) -> Run:
 
 
 def safetensors_copy(directory: str, threads: int, transposed: bool) -> Run:
-    """``copy_`` of every tensor that ``safe_open`` gives, in the order of the files, to its place."""
+    """Call ``copy_`` for every tensor that ``safe_open`` returns, in the order of the files."""
     from safetensors import safe_open
 
     shapes = grouped_shapes(directory)
 
     def run() -> dict[str, Tensor]:
-        made, views = new_buffers(shapes, transposed)
+        buffers, views = new_buffers(shapes, transposed)
         for path in _files(directory):
             with safe_open(path, "pt") as file:
                 for name in file.offset_keys():
                     views[name].copy_(file.get_tensor(name))
-        return made
+        return buffers
 
     return run
 
 
 def safetensors_stack(directory: str, threads: int, transposed: bool) -> Run:
-    """``stack`` of each projection and ``cat`` of gate and up, a layer after the other; then transposed."""
+    """Call ``stack`` for each projection and ``cat`` for gate and up, one layer at a time; then transpose."""
     from safetensors import safe_open
 
     shapes = grouped_shapes(directory)
@@ -100,42 +101,42 @@ def safetensors_stack(directory: str, threads: int, transposed: bool) -> Run:
             names = [f"{path}.{expert}.{part}.weight" for expert in range(experts)]
             return torch.stack([where[name].get_tensor(name) for name in names])
 
-        made: dict[str, Tensor] = {}
+        tensors: dict[str, Tensor] = {}
         for name, shape in shapes.items():
             path, _, leaf = name.rpartition(".")
             if leaf not in GROUPED:
-                made[name] = where[name].get_tensor(name).clone()  # else it would stay in the file
+                tensors[name] = where[name].get_tensor(name).clone()  # copies it out of the mapped file
                 continue
             parts = ("gate_proj", "up_proj") if leaf == "gate_up_proj" else ("down_proj",)
-            found = [stacked(path, part, shape[0]) for part in parts]
-            tensor = torch.cat(found, dim=1) if len(found) > 1 else found[0]
-            made[name] = tensor.transpose(1, 2).contiguous() if transposed else tensor
-        return made
+            stacks = [stacked(path, part, shape[0]) for part in parts]
+            tensor = torch.cat(stacks, dim=1) if len(stacks) > 1 else stacks[0]
+            tensors[name] = tensor.transpose(1, 2).contiguous() if transposed else tensor
+        return tensors
 
     return run
 
 
 def torch_dcp(directory: str, threads: int, transposed: bool) -> Run:
-    """``dcp.load`` with ``HuggingFaceStorageReader`` into views of the buffers; one thread a file."""
+    """Call ``dcp.load`` with ``HuggingFaceStorageReader`` into views of the buffers, with one thread per file."""
     import torch.distributed.checkpoint as dcp
 
     shapes = grouped_shapes(directory)
 
     def run() -> dict[str, Tensor]:
-        made, views = new_buffers(shapes, transposed)
+        buffers, views = new_buffers(shapes, transposed)
         dcp.load(views, storage_reader=dcp.HuggingFaceStorageReader(directory, thread_count=threads))
-        return made
+        return buffers
 
     return run
 
 
 def fastsafetensors(directory: str, threads: int, transposed: bool) -> Run:
-    """``copy_`` of every tensor that ``ParallelLoader`` lends."""
+    """Call ``copy_`` for every tensor that ``ParallelLoader`` lends."""
     library = import_module("fastsafetensors")
     shapes = grouped_shapes(directory)
 
     def run() -> dict[str, Tensor]:
-        made, views = new_buffers(shapes, transposed)
+        buffers, views = new_buffers(shapes, transposed)
         loader = library.ParallelLoader(
             library.SingleGroup(),
             _files(directory),
@@ -143,40 +144,40 @@ def fastsafetensors(directory: str, threads: int, transposed: bool) -> Run:
             device="cpu",
             nogds=True,
             max_threads=threads,
-            accumulate_resident=False,  # which this asks for:
-            borrowed_tensors=True,  # no copy of its own between its buffer and ours
+            accumulate_resident=False,  # requires the next setting
+            borrowed_tensors=True,  # avoids a copy between its buffer and ours
         )
         with closing(loader), closing(loader.iterate_weights()) as weights:
             for name, tensor in weights:
                 views[name].copy_(tensor)
-        return made
+        return buffers
 
     return run
 
 
 def runai_streamer(directory: str, threads: int, transposed: bool) -> Run:
-    """``copy_`` of every tensor that ``SafetensorsStreamer`` lends from its ring."""
+    """Call ``copy_`` for every tensor that ``SafetensorsStreamer`` lends from its ring."""
     os.environ["RUNAI_STREAMER_CONCURRENCY"] = str(threads)
     library = import_module("runai_model_streamer")
     shapes = grouped_shapes(directory)
 
     def run() -> dict[str, Tensor]:
-        made, views = new_buffers(shapes, transposed)
+        buffers, views = new_buffers(shapes, transposed)
         with library.SafetensorsStreamer() as streamer:
             streamer.load_to_device(_files(directory), device="cpu", owned=False)
             for name, tensor in streamer.get_tensors():
                 views[name].copy_(tensor)
-        return made
+        return buffers
 
     return run
 
 
 def nemo_automodel(directory: str, threads: int, transposed: bool) -> Run:
-    """What ``Checkpointer.load_base_model`` does with a model on the host.
+    """Follow ``Checkpointer.load_base_model`` for a model on the host.
 
-    ``[E, H, 2I]`` is that of its own models: views of them by ``to_hf``, which ``dcp.load`` fills with NeMo's reader,
-    and ``from_hf``. A model of transformers goes through ``_convert_checkpoint_with_transformers``, and is then copied
-    into.
+    ``[E, H, 2I]`` is the path of NeMo's own models: ``to_hf`` returns views of them, ``dcp.load`` fills the views with
+    NeMo's reader, and ``from_hf`` follows. A model of transformers uses ``_convert_checkpoint_with_transformers``, and
+    is then copied into.
     """
     return (_nemo_model if transposed else _nemo_of_transformers)(directory)
 
@@ -209,14 +210,14 @@ def _nemo_model(directory: str) -> Run:
     adapter = _nemo_adapter(shapes)
 
     def run() -> dict[str, Tensor]:
-        made, _ = new_buffers(shapes, transposed=True)
-        native = {_renamed(name, _NEMO_NAMES): tensor for name, tensor in made.items()}
+        buffers, _ = new_buffers(shapes, transposed=True)
+        native = {_renamed(name, _NEMO_NAMES): tensor for name, tensor in buffers.items()}
         parts = adapter.to_hf(dict(native), exclude_key_regex=r".*_extra_state.*", for_checkpoint_load=True)
         dcp.load(parts, storage_reader=reader(directory))
         for name, tensor in adapter.from_hf(parts).items():
             if tensor.data_ptr() != native[name].data_ptr():
-                native[name].copy_(tensor)  # as load_state_dict does with what it was not read into
-        return made
+                native[name].copy_(tensor)  # as load_state_dict does with tensors that were not read in place
+        return buffers
 
     return run
 
@@ -242,15 +243,18 @@ def _nemo_adapter(shapes: Mapping[str, tuple[int, ...]]) -> Any:
 
 
 def ours(directory: str, threads: int, transposed: bool, **choices: Any) -> Run:
-    """``load_state_dict``, given transformers' rules of the model; the shapes follow from them and the files."""
+    """Call ``load_state_dict`` with transformers' rules of the model.
+
+    The shapes follow from them and the files.
+    """
     rules = amc.get_checkpoint_conversion_mapping("qwen3_moe")
 
     def run() -> Loaded:
         layout = "nemo" if transposed else None
         loaded = amc.load_state_dict(directory, rules=rules, layout=layout, threads=threads, **choices)
-        made = Loaded({_renamed(name, _TRANSFORMERS_NAMES): tensor for name, tensor in loaded.items()})
-        made.read_seconds = loaded.report.seconds["read"]
-        return made
+        result = Loaded({_renamed(name, _TRANSFORMERS_NAMES): tensor for name, tensor in loaded.items()})
+        result.read_seconds = loaded.report.seconds["read"]
+        return result
 
     return run
 

@@ -1,4 +1,4 @@
-"""The peers, pinned in ``benchmarks/peers.txt``, in a folder of their own beside the development environment."""
+"""The peers, pinned in ``benchmarks/peers.txt``, in a separate folder next to the development environment."""
 
 from __future__ import annotations
 
@@ -16,10 +16,12 @@ _STAMP = "installed.txt"
 
 
 def install(pins: Path = PINS, folder: Path = FOLDER) -> Path:
-    """Install what is pinned, unless it is there; returns the folder, which belongs on the path of Python.
+    """Install the pinned packages unless they are installed.
+
+    Return the folder, which belongs on Python's path.
 
     Raises:
-        subprocess.CalledProcessError: pip failed; it has said why.
+        subprocess.CalledProcessError: pip failed; it has printed the reason.
     """
     stamp = folder / _STAMP
     if not stamp.exists() or stamp.read_text() != pins.read_text():
@@ -32,13 +34,13 @@ def install(pins: Path = PINS, folder: Path = FOLDER) -> Path:
 
 
 def use() -> None:
-    """Install it, and let this process import from it what it lacks."""
+    """Install the packages, and import from the folder what this process lacks."""
     folder = str(install())
     if folder not in sys.path:
         sys.path.append(folder)
 
 
 def version(package: str) -> str | None:
-    """The version of a package that is installed here or in the folder."""
-    found = metadata.distributions(name=package, path=[*sys.path, str(FOLDER)])
-    return next((one.version for one in found), None)
+    """Return the version of a package that is installed here or in the folder."""
+    distributions = metadata.distributions(name=package, path=[*sys.path, str(FOLDER)])
+    return next((distribution.version for distribution in distributions), None)

@@ -1,4 +1,4 @@
-"""Plots, on light and on dark: sweeps, and loads in both states of free memory; medians, 20th to 80th percentiles."""
+"""Plots, light and dark: sweeps, and loads in both states of free memory; medians, 20th to 80th percentiles."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ matplotlib.use("svg")
 from matplotlib import pyplot, ticker
 
 THEMES = {"light": ("#ffffff", "#24292f", "#d0d7de"), "dark": ("#0d1117", "#e6edf3", "#30363d")}
-"""Background, ink and lines: those of pages that GitHub shows."""
+"""Background, ink and lines, as on GitHub's pages."""
 
-# Okabe and Ito's colours, which all can tell apart; ours is the one that stands out.
+# Okabe and Ito's colors, which color-blind readers can distinguish; ours is the most prominent.
 _STYLES = {
     "transformers": ("#e69f00", "o"),
     "safetensors-copy": ("#56b4e9", "s"),
@@ -30,11 +30,11 @@ _STYLES = {
 }
 _OTHER = ("#999999", "v")
 _TICKS = [digit * 10.0**exponent for exponent in range(-6, 6) for digit in (1, 2, 5)]
-"""Marks of seconds."""
+"""Candidate ticks of an axis of seconds."""
 
 
 def draw(path: Path, title: str, folder: Path) -> list[Path]:
-    """Two SVG files beside each other for a CSV file of ``sweep``."""
+    """Write two SVG files, light and dark, for a CSV file of ``sweep``."""
     with path.open(newline="", encoding="utf-8") as file:
         lines = [line for line in csv.DictReader(file) if line["seconds"]]
     drawn = []
@@ -44,11 +44,13 @@ def draw(path: Path, title: str, folder: Path) -> list[Path]:
         for method in dict.fromkeys(line["method"] for line in lines):
             of_method = [line for line in lines if line["method"] == method]
             xs = sorted({int(line["x"]) for line in of_method})
-            found = [measure.spread([float(r["seconds"]) for r in of_method if int(r["x"]) == x]) for x in xs]
+            spreads = [measure.spread([float(r["seconds"]) for r in of_method if int(r["x"]) == x]) for x in xs]
             colour, marker = _STYLES.get(method, _OTHER)
             label = f"{METHODS[method].title} ({of_method[0]['version']})"
-            axes.plot(xs, [s.median for s in found], color=colour, marker=marker, markersize=5, label=label)
-            axes.fill_between(xs, [s.p20 for s in found], [s.p80 for s in found], color=colour, alpha=0.25, linewidth=0)
+            axes.plot(xs, [s.median for s in spreads], color=colour, marker=marker, markersize=5, label=label)
+            axes.fill_between(
+                xs, [s.p20 for s in spreads], [s.p80 for s in spreads], color=colour, alpha=0.25, linewidth=0
+            )
         every = sorted({int(line["x"]) for line in lines})
         axes.set_xscale("log")
         axes.set_yscale("log")
@@ -64,11 +66,11 @@ def draw(path: Path, title: str, folder: Path) -> list[Path]:
 
 
 def draw_memory(results: Sequence[Mapping[str, Any]], folder: Path) -> list[Path]:
-    """Two SVG files: a panel for each state of free memory, a line of it for each method, from a warm page cache.
+    """Write two SVG files with a panel per state of free memory and a line per method, from a warm page cache.
 
     Args:
-        results: of ``python -m benchmarks.peers``; rows of other machines, of other layouts than the first, and of
-            what was killed are left out.
+        results: results of ``python -m benchmarks.peers``. Rows of other machines, of layouts other than the first, and
+            of killed runs are left out.
 
     Raises:
         ValueError: no row is left.
@@ -92,7 +94,7 @@ def draw_memory(results: Sequence[Mapping[str, Any]], folder: Path) -> list[Path
     panels = [state for state in memory.MEMORY if any(of == state for of, _ in spreads)]
     drawn = []
     for theme, (back, ink, grid) in THEMES.items():
-        figure, found = pyplot.subplots(
+        figure, axes_grid = pyplot.subplots(
             *(1, len(panels)),
             figsize=(9.6, 0.9 + 0.3 * len(lines)),
             facecolor=back,
@@ -101,7 +103,7 @@ def draw_memory(results: Sequence[Mapping[str, Any]], folder: Path) -> list[Path
             sharey=True,
             squeeze=False,
         )
-        for state, axes in zip(panels, found[0], strict=True):
+        for state, axes in zip(panels, axes_grid[0], strict=True):
             axes.set_facecolor(back)
             for place, method in enumerate(reversed(lines)):
                 if spread := spreads.get((state, method)):
@@ -118,7 +120,7 @@ def draw_memory(results: Sequence[Mapping[str, Any]], folder: Path) -> list[Path
             axes.set_xlabel(f"seconds, to {layout}", color=ink, fontsize=8)
             _coloured(axes, ink, grid)
         low, high = min(spread.p20 for spread in spreads.values()), max(spread.p80 for spread in spreads.values())
-        for axes in found[0]:
+        for axes in axes_grid[0]:
             axes.set_xlim(*_ticked(axes.xaxis, low, high))
         figure.legend(loc="outside upper right", ncols=2, frameon=False, labelcolor=ink, fontsize=8)
         drawn.append(_saved(figure, folder / f"memory-{theme}.svg", back))
@@ -126,7 +128,10 @@ def draw_memory(results: Sequence[Mapping[str, Any]], folder: Path) -> list[Path
 
 
 def _ticked(axis: Any, low: float, high: float) -> tuple[float, float]:
-    """A logarithmic axis of seconds with ticks at 1, 2 and 5; returns the ticks around what is drawn."""
+    """Give a logarithmic axis of seconds ticks at 1, 2 and 5.
+
+    Return the ticks around the data.
+    """
     first, last = bisect.bisect_right(_TICKS, low) - 1, bisect.bisect_left(_TICKS, high)
     axis.set_ticks(_TICKS[first : last + 1])
     axis.set_minor_locator(ticker.NullLocator())
@@ -148,7 +153,7 @@ def _saved(figure: Any, path: Path, back: str) -> Path:
 
 
 def _short(count: int) -> str:
-    """A count, or bytes, in a few characters."""
+    """Return a count, or bytes, in a few characters."""
     for unit, size in (("Mi", 1 << 20), ("Ki", 1 << 10)):
         if count >= size and not count % size:
             return f"{count // size}{unit}"

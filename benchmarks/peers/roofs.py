@@ -1,6 +1,6 @@
-"""The roofs, which no load can beat: the same bytes, not converted and not in their final places.
+"""The roofs, which no load can exceed: the same bytes, not converted and not in their final places.
 
-Like a method, a roof prepares what is not timed and returns what is.
+Like a method, a roof prepares outside the timing and returns the function to time.
 """
 
 from __future__ import annotations
@@ -20,26 +20,28 @@ from automodel_conv.execution import page_calls
 from benchmarks import measure, memory
 from benchmarks.memory import AS_FOUND, READY
 
-# The fastest of 1 to 128 MiB here, from memory and from a disk.
+# The fastest size of 1 to 128 MiB on this machine, from memory and from a disk.
 _RUN_BYTES = 4 << 20
 _DIRECT_BYTES = 8 << 20
 
 
 class Roof(NamedTuple):
+    """A roof: its preparation, and the states in which it applies."""
+
     title: str
     prepare: Callable[[str, int], Callable[[], object]]
-    """Given the checkpoint and the number of threads."""
+    """Called with the checkpoint and the number of threads."""
     caches: tuple[str, ...]
-    """The states of the page cache that it bounds."""
+    """The states of the page cache in which it is a bound."""
     memory: tuple[str, ...] = (READY, AS_FOUND)
-    """The states of free memory in which it means something."""
+    """The states of free memory in which it is meaningful."""
 
 
 def preadv_untouched(directory: str, threads: int, huge: bool) -> Callable[[], object]:
-    """``os.preadv`` of each file in runs of 4 MiB into new memory of huge or of small pages.
+    """Read each file with ``os.preadv`` in runs of 4 MiB into new memory of huge or of small pages.
 
-    Each size is made in the way that is faster: huge pages by page faults of the read, small ones all at once before a
-    run is read (``MADV_POPULATE_WRITE``).
+    Each page size is allocated in the faster way: huge pages by page faults of the read, small ones all at once before
+    a run is read (``MADV_POPULATE_WRITE``).
     """
 
     def run() -> list[Tensor]:
@@ -51,13 +53,16 @@ def preadv_untouched(directory: str, threads: int, huge: bool) -> Callable[[], o
 
 
 def preadv_touched(directory: str, threads: int) -> Callable[[], object]:
-    """The same into memory that was written before."""
+    """Read the same into memory that was written before."""
     buffers = [_touched(path.stat().st_size) for path in _files(directory)]
     return lambda: _read(directory, buffers, threads)
 
 
 def memcpy(directory: str, threads: int) -> Callable[[], object]:
-    """As many bytes from memory to memory; both were written before."""
+    """Copy the same number of bytes from memory to memory.
+
+    Both were written before.
+    """
     sources = [_touched(path.stat().st_size) for path in _files(directory)]
     runs = [
         run
@@ -73,18 +78,18 @@ def memcpy(directory: str, threads: int) -> Callable[[], object]:
 
 
 def disk(directory: str, threads: int) -> Callable[[], object]:
-    """Every file past the page cache (O_DIRECT), in runs of 8 MiB into a buffer for each thread."""
+    """Read every file past the page cache (O_DIRECT), in runs of 8 MiB into a buffer per thread."""
     files = _files(directory)
     runs = [(path, offset) for path in files for offset in range(0, path.stat().st_size, _DIRECT_BYTES)]
 
-    def read(some: list[tuple[Path, int]]) -> None:
+    def read(share: list[tuple[Path, int]]) -> None:
         with mmap.mmap(-1, _DIRECT_BYTES) as buffer:  # aligned to pages
-            for path, offset in some:
+            for path, offset in share:
                 descriptor = os.open(path, os.O_RDONLY | os.O_DIRECT)
                 try:
                     wanted = min(_DIRECT_BYTES, path.stat().st_size - offset)
-                    if (found := os.preadv(descriptor, [buffer], offset)) != wanted:
-                        raise EOFError(f"{path}: {found} bytes at {offset}, expected {wanted}")
+                    if (count := os.preadv(descriptor, [buffer], offset)) != wanted:
+                        raise EOFError(f"{path}: {count} bytes at {offset}, expected {wanted}")
                 finally:
                     os.close(descriptor)
 
@@ -115,7 +120,10 @@ def _read(directory: str, buffers: list[Tensor], threads: int, make: bool = Fals
 
 
 def _make_pages(view: memoryview) -> None:
-    """The whole pages within; where the system cannot (before Linux 5.14), the read makes them."""
+    """Allocate the whole pages of a view.
+
+    On systems without the call (before Linux 5.14), the read does it.
+    """
     start, stop = memory.pages(torch.frombuffer(view, dtype=torch.uint8).data_ptr(), len(view))
     if stop > start:
         page_calls.populate_pages(start, stop - start)
@@ -145,4 +153,4 @@ ROOFS: Mapping[str, Roof] = {
     "disk": Roof("the disk, past the page cache", disk, ("cold",), (READY,)),
 }
 LOADS = ("preadv", "preadv-small")
-"""Those of a load into new memory; the faster one is the roof that a load is compared with."""
+"""The roofs for a load into new memory. A load is compared with the faster one."""

@@ -1,13 +1,13 @@
-"""How the seconds of a load grow: with tensors, their size, experts, threads and files, one at a time.
+"""The growth of a load's seconds with tensors, their size, experts, threads and files, one at a time.
 
     python -m benchmarks.peers.sweep [--axis NAME ...] [--repetitions N] [--size full|small] [--directory DIR]
                                      [--results DIR]
     python -m benchmarks.peers.sweep --plot DIR         the plots again, from the CSV files there
 
-Warm page cache, ``[E, 2I, H]``, the conditions of ``python -m benchmarks.peers``. A process loads all points of an axis
-with one method, one after the other, after a tiny checkpoint for each. A point that is to be expected to take more than
-a minute, from the one before, is left out, and its line in the CSV has no seconds. The tensors of the first round have
-the same digest in all methods.
+The conditions are those of ``python -m benchmarks.peers``: warm page cache, ``[E, 2I, H]``. A process loads all points
+of an axis with one method, one after the other, each after a tiny checkpoint. A point is left out if the one before
+predicts more than a minute for it. Its line in the CSV then has no seconds. The tensors of the first round have the
+same digest in all methods.
 """
 
 from __future__ import annotations
@@ -37,7 +37,10 @@ _BYTES = 400 << 20
 
 
 class Point(NamedTuple):
-    """A checkpoint and how it is loaded; ``x`` is its place on the axis."""
+    """A checkpoint and how it is loaded.
+
+    ``x`` is its place on the axis.
+    """
 
     x: int
     shape: Shape
@@ -47,11 +50,11 @@ class Point(NamedTuple):
 class Axis(NamedTuple):
     title: str
     points: Callable[[int], list[Point]]
-    """Of how many times smaller than full size all is."""
+    """Returns the points, for a factor by which all sizes are smaller than the full ones."""
 
 
 def _shape(layers: int, experts: int, tensor_bytes: int, files: int, hidden: int = 2048) -> Shape:
-    """Qwen3-MoE layers with expert tensors of about so many bytes."""
+    """Return Qwen3-MoE layers with expert tensors of about ``tensor_bytes``."""
     intermediate = max(8, tensor_bytes // (2 * hidden))
     return Shape(
         f"{layers} layers of {experts} experts, {intermediate} x {hidden}",
@@ -112,10 +115,10 @@ AXES: Mapping[str, Axis] = {
 
 
 def run(axis: str, methods: Sequence[str], repetitions: int, smaller: int, directory: str | None) -> list[dict]:
-    """The lines of the CSV of an axis.
+    """Return the lines of the CSV of an axis.
 
     Raises:
-        RuntimeError: two methods do not make the same tensors, or a run failed.
+        RuntimeError: two methods do not produce the same tensors, or a run failed.
     """
     points = AXES[axis].points(smaller)
     with tempfile.TemporaryDirectory(prefix="benchmark-sweep-", dir=directory) as root:
@@ -130,7 +133,7 @@ def run(axis: str, methods: Sequence[str], repetitions: int, smaller: int, direc
         pairs = [(path, point.threads) for path, point in zip(where, points, strict=True)]
         growth = [1.0, *(b.shape.keys / a.shape.keys for a, b in itertools.pairwise(points))]
         jobs = {m: Job(m, pairs, warm_up, growth=growth, most_seconds=_MOST_SECONDS) for m in methods}
-        found = measure.run_interleaved(
+        results = measure.run_interleaved(
             {m: ["-m", "benchmarks.peers", "--worker", json.dumps(job.as_dict())] for m, job in jobs.items()},
             repetitions,
             lambda: None,
@@ -139,14 +142,16 @@ def run(axis: str, methods: Sequence[str], repetitions: int, smaller: int, direc
         sizes = [measure.file_bytes(path) for path in where]
     lines = []
     for number, point in enumerate(points):
-        loads = {m: [one["loads"][number] for one in found[m]] for m in methods}
-        measure.check_digests({m: each[0]["digest"] for m, each in loads.items() if "digest" in each[0]})
-        for method, each in loads.items():
+        loads = {m: [one["loads"][number] for one in results[m]] for m in methods}
+        measure.check_digests(
+            {m: method_loads[0]["digest"] for m, method_loads in loads.items() if "digest" in method_loads[0]}
+        )
+        for method, method_loads in loads.items():
             common = (point.shape.keys, point.shape.files, sizes[number], point.threads)
             version = overlay.version(METHODS[method].package)
             lines += [
                 dict(zip(COLUMNS, (axis, point.x, method, version, *common, k, load.get("seconds", "")), strict=True))
-                for k, load in enumerate(each)
+                for k, load in enumerate(method_loads)
             ]
     return lines
 
@@ -168,9 +173,11 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--method", action="append", choices=METHODS, help=f"default: {', '.join(COMPARED)}")
     parser.add_argument("--repetitions", type=int, default=3)
     parser.add_argument("--size", choices=("full", "small"), default="full")
-    parser.add_argument("--directory", help="where a temporary directory is made; it needs 3 GB")
-    parser.add_argument("--results", default=str(measure.REPOSITORY / "benchmarks" / "results"), help="for the files")
-    parser.add_argument("--plot", metavar="DIR", help="draw what lies there; measure nothing")
+    parser.add_argument("--directory", help="parent of the temporary directory; it needs 3 GB")
+    parser.add_argument(
+        "--results", default=str(measure.REPOSITORY / "benchmarks" / "results"), help="directory for the files"
+    )
+    parser.add_argument("--plot", metavar="DIR", help="draw the files of this directory; measure nothing")
     options = parser.parse_args(arguments)
     overlay.use()
     from benchmarks.peers.plots import draw

@@ -24,7 +24,7 @@ def _median(row: Row, key: str) -> float:
 
 
 def _place(row: Row) -> tuple[str, ...]:
-    """Rows of one place are comparable: machine, free memory, page cache."""
+    """Return the key by which rows are comparable: machine, free memory, page cache."""
     return row["machine"], row["memory"], row["cache"]
 
 
@@ -33,12 +33,15 @@ def _killed(row: Row) -> bool:
 
 
 def groups(result: Mapping[str, Any]) -> Iterator[list[Row]]:
-    """The rows of each place and each layout, in their order; roofs are a group of their own on a quiet machine."""
-    found: dict[tuple[str, ...], list[Row]] = {}
+    """Yield the rows of each place and layout, in order.
+
+    On a quiet machine, roofs are a group of their own.
+    """
+    by_place: dict[tuple[str, ...], list[Row]] = {}
     for row in result["rows"]:
         layout = row["layout"] if row["machine"] == QUIET else ""
-        found.setdefault((*_place(row), layout), []).append(row)
-    yield from found.values()
+        by_place.setdefault((*_place(row), layout), []).append(row)
+    yield from by_place.values()
 
 
 def _cells(row: Row, result: Mapping[str, Any]) -> list[str]:
@@ -46,9 +49,9 @@ def _cells(row: Row, result: Mapping[str, Any]) -> list[str]:
         return ["killed", *[""] * (len(_TITLES) - 1)]
     nbytes = result["file_bytes"]
     seconds = _median(row, "seconds")
-    alike = [other for other in result["rows"] if _place(other) == _place(row) and not _killed(other)]
-    ours = [_median(r, "seconds") for r in alike if r["method"] == "ours" and r["layout"] == row["layout"]]
-    roofs = [_median(r, "seconds") for r in alike if r["method"] in LOADS]
+    comparable = [other for other in result["rows"] if _place(other) == _place(row) and not _killed(other)]
+    ours = [_median(r, "seconds") for r in comparable if r["method"] == "ours" and r["layout"] == row["layout"]]
+    roofs = [_median(r, "seconds") for r in comparable if r["method"] in LOADS]
     read = sum(_median(row, key) for key in ("called_bytes", "mapped_bytes"))
     if row["cache"] == "cold":
         read = _median(row, "disk_bytes")
@@ -75,7 +78,7 @@ def _heading(rows: Sequence[Row]) -> str:
 
 
 def _free(rows: Sequence[Row]) -> str:
-    """The free memory when the runs began."""
+    """Return a description of the free memory when the runs began."""
     runs = [run for row in rows for run in row["runs"] if run.get("free_bytes")]
     if not runs:
         return ""
@@ -85,7 +88,7 @@ def _free(rows: Sequence[Row]) -> str:
 
 def _not_made(result: Mapping[str, Any]) -> Iterator[str]:
     for name, why in result["not_made"].items():
-        yield f"{MACHINES[name].title}: cannot be made here ({' '.join(why.split())})"
+        yield f"{MACHINES[name].title}: cannot be set up here ({' '.join(why.split())})"
 
 
 def terminal(result: Mapping[str, Any]) -> Iterator[Table | str]:
@@ -119,15 +122,15 @@ def _called(row: Mapping[str, Any]) -> str:
 
 
 def check(rows: Sequence[Mapping[str, Any]]) -> None:
-    """No number without the same tensors, by layout.
+    """Check that all methods of a layout returned the same tensors, so that their times can be compared.
 
     Raises:
-        RuntimeError: not all digests are equal.
+        RuntimeError: the digests differ.
     """
     by_layout: dict[str, dict[str, Any]] = {}
     for row in rows:
         if row["layout"] and not _killed(row):
             name = ", ".join((row["method"], *_place(row)))
             by_layout.setdefault(row["layout"], {})[name] = row["runs"][0]["digest"]
-    for found in by_layout.values():
-        measure.check_digests(found)
+    for digests in by_layout.values():
+        measure.check_digests(digests)

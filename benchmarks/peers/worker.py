@@ -1,4 +1,7 @@
-"""Loads in a process of their own, which is what ``python -m benchmarks.peers`` starts for each of them."""
+"""Loads in a process of their own.
+
+``python -m benchmarks.peers`` starts one for each run.
+"""
 
 from __future__ import annotations
 
@@ -19,14 +22,14 @@ from benchmarks.peers.methods import METHODS, Loaded
 from benchmarks.peers.roofs import ROOFS
 
 LAYOUTS = {"[E, 2I, H]": False, "[E, H, 2I]": True}
-"""How gate and up lie, and whether that is transposed."""
+"""The layout of gate and up, and whether it is transposed."""
 CACHES = ("warm", "cold")
 
-# torch then advises large new tensors to use huge pages, those that peers are given as buffers too.
+# torch then advises huge pages for large new tensors, including the buffers that peers receive.
 _HUGE_PAGES = {"THP_MEM_ALLOC_ENABLE": "1"}
-# Else these two would read past the page cache, which is what they are good at, but not while it is warm.
+# By default these two read past the page cache. That is fast, except if the page cache is warm.
 _BUFFERED = {"FASTSAFETENSORS_ODIRECT": "0", "RUNAI_STREAMER_FS_STRATEGY": "sync_buffered"}
-# A few pages of a cold file may be there by chance: those that the system has read for its names.
+# A few pages of a cold file may be cached by chance, because the system read them together with its names.
 _MOST_COLD, _LEAST_WARM = 0.01, 0.99
 _MOST_WAITED_SECONDS = 120
 
@@ -36,12 +39,12 @@ class Job:
     """The loads of one process, one after the other.
 
     Args:
-        points: checkpoints, and how many threads load each.
+        points: checkpoints, and the number of threads that load each.
         warm_up: a tiny checkpoint, loaded first.
-        growth: for each point, how many times the seconds of the one before are to be expected.
-        most_seconds: a point that is expected to take longer is left out, and all after it.
+        growth: for each point, the expected ratio of its seconds to those of the one before.
+        most_seconds: a point with a longer expected time is left out, and all after it.
         memory: state of free memory, one of ``memory.MEMORY``.
-        meet: an empty directory, in which two processes wait for each other before the timing and after it.
+        meet: an empty directory, in which two processes wait for each other before and after the timing.
     """
 
     method: str
@@ -59,19 +62,22 @@ class Job:
 
 
 def variables(where: str, huge_pages: bool = True) -> dict[str, str]:
-    """Variables of the environment of a process.
+    """Return the environment variables of a process.
 
     Args:
         where: state of the page cache.
-        huge_pages: torch asks for them.
+        huge_pages: whether torch requests huge pages.
     """
     path = os.pathsep.join(filter(None, (os.environ.get("PYTHONPATH"), str(overlay.FOLDER))))
     return {**(_HUGE_PAGES if huge_pages else {}), **(_BUFFERED if where == "warm" else {}), "PYTHONPATH": path}
 
 
 def work(job: Job, repetition: int) -> list[dict[str, Any]]:
-    """The loads of a process, in this one; those left out have ``expected_seconds`` only."""
-    warnings.simplefilter("ignore")  # dcp's, about there being no process group
+    """Perform the loads of a process, in this one.
+
+    Points that are left out have only ``expected_seconds``.
+    """
+    warnings.simplefilter("ignore")  # dcp warns that there is no process group
     logging.disable(logging.INFO)
     results: list[dict[str, Any]] = []
     expected = 0.0
@@ -95,22 +101,22 @@ def _load(job: Job, directory: str, threads: int, repetition: int) -> dict[str, 
         cache.evict(directory)
     else:
         measure.read_through(directory)
-    # The host takes free memory back after a second or two: this is last.
+    # This is last, because the host reclaims free memory after a second or two.
     memory.prepare(job.memory, measure.file_bytes(directory))
     share = cache.cached_share(directory)
     if not (share <= _MOST_COLD if job.cache == "cold" else share >= _LEAST_WARM):
         raise RuntimeError(f"{share:.1%} of the files are in the page cache, which is not {job.cache}")
     _meet(job, "before")
     with measure.Measured() as measured:
-        made = run()
+        loaded = run()
     _meet(job, "after")
-    digest = measure.digest(made) if repetition == 0 and isinstance(made, Mapping) else None
-    read_seconds = made.read_seconds if isinstance(made, Loaded) else None
+    digest = measure.digest(loaded) if repetition == 0 and isinstance(loaded, Mapping) else None
+    read_seconds = loaded.read_seconds if isinstance(loaded, Loaded) else None
     return {**measured.result, "read_seconds": read_seconds, "cached_share": share, "digest": digest}
 
 
 def _meet(job: Job, when: str) -> None:
-    """Wait until the other process is there too.
+    """Wait until the other process has arrived too.
 
     Raises:
         TimeoutError: it does not come.

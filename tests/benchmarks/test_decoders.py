@@ -36,7 +36,7 @@ def test_the_table_has_every_decoder():
 
 COMPILED = """
 import json
-from automodel_conv.kernels.dequantize import DEQUANTIZE_TILES, Decoding
+from automodel_conv.kernels.dequantize import DEQUANTIZE_TILES, DequantizeConstants
 from automodel_conv.kernels.variants import Variant
 from benchmarks.gpu.decoders import KERNELS
 from tests.machine_code.compiled import compiled, read
@@ -44,9 +44,9 @@ from tests.machine_code.compiled import compiled, read
 variants = {
     (bits, is_transposed): Variant(
         DEQUANTIZE_TILES, "uint8", "uint16", bits, 8, *((32, 16 * bits) if is_transposed else (16, 32 * bits)),
-        details=Decoding(bits, cell, True, is_transposed, False),
+        details=DequantizeConstants(bits, row, True, is_transposed, False),
     )
-    for bits, cell in ((8, "int32"), (4, "uint8"))
+    for bits, row in ((8, "int32"), (4, "uint8"))
     for is_transposed in (False, True)
 }
 made = {

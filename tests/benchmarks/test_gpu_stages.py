@@ -217,7 +217,7 @@ def test_neighbours_of_the_tests_are_run_by_one_of_eight_processes(count):
     for share in range(8):
         mine = items.copy()
         order = {"share": [share, 8], "cells": None, "done": []}
-        testing.Telling(order, SILENT).pytest_collection_modifyitems(None, mine)
+        testing.Reporter(order, SILENT).pytest_collection_modifyitems(None, mine)
         shares.append([items.index(item) for item in mine])
     assert sorted(itertools.chain.from_iterable(shares)) == list(range(count))
     # Wherever a share leaves out tests of others, at least 12 of its own came before.

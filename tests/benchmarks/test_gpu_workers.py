@@ -310,7 +310,7 @@ def test_what_was_wrong_is_done_again_and_what_was_right_is_kept(tmp_path):
     record.add(STAGE, {"cell": "failed", "failed": {"theirs": "a fault"}})
     record.add(STAGE, {"cell": "error", "error": "dead"})
     record.leave_out(STAGE, ["late"])
-    record.tell("errors", STAGE, "no driver")
+    record.note("errors", STAGE, "no driver")
     assert len(problems(record.result)) == 4
     again = Record.of(tmp_path / "gpu.json")
     assert again.done(STAGE) == ["right"]

@@ -13,7 +13,7 @@ from automodel_conv.upstream.registry import transformers_available
 from benchmarks import measure, memory, shapes
 from benchmarks.peers import __main__ as peers
 from benchmarks.peers import cache, machines, tables
-from benchmarks.peers.machines import MACHINES, CannotBeMade, Machine, Made
+from benchmarks.peers.machines import MACHINES, Machine, State, Unavailable
 from benchmarks.peers.running import run_jobs
 from benchmarks.peers.worker import Job
 
@@ -37,7 +37,7 @@ def made(name, checkpoint, root):
     try:
         with MACHINES[name].make(checkpoint, root, False) as state:
             yield state
-    except CannotBeMade as error:
+    except Unavailable as error:
         pytest.skip(str(error))
 
 
@@ -97,7 +97,7 @@ def test_of_two_loads_the_one_that_ends_last_counts(checkpoint, monkeypatch):
 
     monkeypatch.setattr(measure, "run_worker", run_worker)
     jobs = {"a": Job("preadv", [(checkpoint, 1)], checkpoint, "")}
-    found = run_jobs(jobs, 2, Made(checkpoint, loads=2))
+    found = run_jobs(jobs, 2, State(checkpoint, loads=2))
     assert [load["seconds"] for load in found["a"]] == [3.0, 3.0]
     assert len(set(met)) == 2
     assert None not in met
@@ -122,13 +122,13 @@ def test_a_worker_that_is_killed_is_told_as_such(checkpoint, monkeypatch):
     worker = measure.run_worker
     monkeypatch.setattr(measure, "run_worker", lambda *_, **__: worker(kill, 0))
     jobs = {"a": Job("preadv", [(checkpoint, 1)], checkpoint, "")}
-    assert run_jobs(jobs, 1, Made(checkpoint)) == {"a": [{"killed": True}]}
+    assert run_jobs(jobs, 1, State(checkpoint)) == {"a": [{"killed": True}]}
 
 
 def test_a_state_that_cannot_be_made_stands_in_the_result_with_why(tmp_path, monkeypatch):
     @contextmanager
     def make(checkpoint, root, fully):
-        raise CannotBeMade("no rights\nat all")
+        raise Unavailable("no rights\nat all")
         yield
 
     monkeypatch.setitem(MACHINES, "overlayfs", Machine("files on overlayfs", make))
@@ -137,7 +137,7 @@ def test_a_state_that_cannot_be_made_stands_in_the_result_with_why(tmp_path, mon
     )
     assert result["not_made"] == {"overlayfs": "no rights\nat all"}
     text = tables.markdown({"environment": measure.environment(), **result})
-    assert "| *files on overlayfs: cannot be made here (no rights at all)* |" in text
+    assert "| *files on overlayfs: cannot be set up here (no rights at all)* |" in text
     assert os.listdir(tmp_path) == []
 
 

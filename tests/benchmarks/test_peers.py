@@ -14,7 +14,7 @@ from automodel_conv.upstream.registry import transformers_available
 from benchmarks import measure, memory, shapes
 from benchmarks.peers import __main__ as peers
 from benchmarks.peers import cache, overlay, pairs, running, sweep, tables
-from benchmarks.peers.machines import Made
+from benchmarks.peers.machines import State
 from benchmarks.peers.methods import METHODS
 from benchmarks.peers.roofs import ROOFS
 from benchmarks.peers.worker import LAYOUTS, Job, variables, work
@@ -116,7 +116,7 @@ def test_who_starts_loads_waits_where_memory_is_as_found(checkpoint, monkeypatch
     monkeypatch.setattr(memory.time, "sleep", waited.append)
     monkeypatch.setattr(measure, "run_worker", lambda *_, **__: {"loads": [{"seconds": 1.0}]})
     for state in memory.MEMORY:
-        running.run_jobs({"a": Job("preadv", [(checkpoint, 2)], checkpoint, "", memory=state)}, 2, Made(checkpoint))
+        running.run_jobs({"a": Job("preadv", [(checkpoint, 2)], checkpoint, "", memory=state)}, 2, State(checkpoint))
     assert waited == [30.0, 30.0]
 
 
@@ -126,7 +126,7 @@ def test_memory_of_files_that_leave_the_page_cache_is_free_before_the_wait(check
     monkeypatch.setattr(memory.time, "sleep", lambda _: cached.append(cache.cached_share(checkpoint)))
     monkeypatch.setattr(measure, "run_worker", lambda *_, **__: {"loads": [{"seconds": 1.0}]})
     job = Job("preadv", [(checkpoint, 2)], checkpoint, "", "cold", memory=memory.AS_FOUND)
-    running.run_jobs({"a": job}, 1, Made(checkpoint))
+    running.run_jobs({"a": job}, 1, State(checkpoint))
     assert cached == [0]
 
 
@@ -144,7 +144,7 @@ def test_torch_is_told_to_ask_for_huge_pages_where_a_row_says_so(checkpoint, mon
     for state in memory.MEMORY:
         layouts = list(LAYOUTS)[:1]
         jobs = peers.jobs_of(list(METHODS), layouts, ["warm"], state, checkpoint, checkpoint, 1)
-        running.run_jobs(jobs, 1, Made(checkpoint))
+        running.run_jobs(jobs, 1, State(checkpoint))
     by_itself = {"transformers-as-it-comes", "ours", "ours-huge", "ours-small"}
     assert told == {memory.READY: set(METHODS) - by_itself, memory.AS_FOUND: {"transformers"}}
 
@@ -194,9 +194,9 @@ def _markdown(rows, environment=(), not_made=()):
 
 def test_tensors_that_differ_give_no_table():
     tables.check([_row("a", "x", "1"), _row("b", "x", "1"), _row("a", "y", "2")])
-    with pytest.raises(RuntimeError, match="do not make the same tensors"):
+    with pytest.raises(RuntimeError, match="do not produce the same tensors"):
         tables.check([_row("a", "x", "1"), _row("b", "x", "2")])
-    with pytest.raises(RuntimeError, match="do not make the same tensors"):
+    with pytest.raises(RuntimeError, match="do not produce the same tensors"):
         tables.check([_row("a", "x", "1"), _row("a", "x", "2", state=memory.AS_FOUND)])
 
 

@@ -179,7 +179,7 @@ def test_saved_tensors_that_differ_from_the_first_files_give_no_number(tmp_path,
         return {m: [{"digest": "another", "seconds": 1.0}] for m in commands}
 
     monkeypatch.setattr(measure, "run_interleaved", run_interleaved)
-    with pytest.raises(RuntimeError, match="do not make the same tensors"):
+    with pytest.raises(RuntimeError, match="do not produce the same tensors"):
         saving.main(["--smoke", "--method", "save: ours", "--directory", str(tmp_path)])
     assert capsys.readouterr().out == ""
 
@@ -226,10 +226,10 @@ def test_numbers_that_are_not_ours_are_counted_and_give_no_number():
     many = {"elements": 10**6, "digest": "same"}
     dequant.check({"a": [many | {"differing": 100, "most_ulp": 1}]})
     for wrong in ({"differing": 101, "most_ulp": 1}, {"differing": 1, "most_ulp": 2}):
-        with pytest.raises(RuntimeError, match="does not make our numbers"):
+        with pytest.raises(RuntimeError, match="does not produce our values"):
             dequant.check({"a": [many | wrong]})
     same = {"elements": 1, "differing": 0, "most_ulp": 0}
-    with pytest.raises(RuntimeError, match="same numbers each time"):
+    with pytest.raises(RuntimeError, match="same values each time"):
         dequant.check({"a": [same | {"digest": "one"}], "b": [same | {"digest": "another"}]})
 
 
@@ -267,7 +267,7 @@ def test_parts_of_ranks_that_differ_give_no_number(tmp_path, capsys, monkeypatch
         return {m: [{"ranks": [{"digest": "same"}, {"digest": m}], "seconds": 1.0}] for m in commands}
 
     monkeypatch.setattr(measure, "run_interleaved", run_interleaved)
-    with pytest.raises(RuntimeError, match="do not make the same tensors"):
+    with pytest.raises(RuntimeError, match="do not produce the same tensors"):
         sharded.main(["--smoke", "--directory", str(tmp_path)])
     assert capsys.readouterr().out == ""
 

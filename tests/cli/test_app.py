@@ -97,26 +97,26 @@ A_RANK_READS = {
     "ep=4": {
         "holds, GB": "2.008 2.008 2.008",
         "reads, GB": "2.008 2.008 2.008",
-        "reads a byte it holds, times": "1.000 1.000 1.000",
-        "reads of neighbouring bytes": "480 480 480",
+        "bytes read per byte held": "1.000 1.000 1.000",
+        "read calls": "480 480 480",
         "files": "2 2 2",
-        "reads a file": "240.0 240.0 240.0",
+        "calls per file": "240.0 240.0 240.0",
         "caption": "4 ranks; imbalance: the largest share is 1.000 of the mean",
     },
     # Four experts over three ranks: 2, 2, 0; of the small ones 342, 342, 340; the other GB on all.
     "ep=3": {
         "holds, GB": "1.011 3.011 3.011",
         "reads, GB": "1.011 3.011 3.011",
-        "reads a byte it holds, times": "1.000 1.000 1.000",
+        "bytes read per byte held": "1.000 1.000 1.000",
         "files": "2 2 2",
         "caption": "3 ranks; imbalance: the largest share is 1.284 of the mean",
     },
     # Experts over both: 2 of 4, half of the rows; the other GB in four parts. Of the small ones 512, a row of each.
     "ep=2,fsdp=2": {"holds, GB": "1.258 1.258 1.258", "files": "2 2 2"},
-    "replicate=2,fsdp=2": {"holds, GB": "2.517 2.517 2.517", "reads a byte it holds, times": "1.000 1.000 1.000"},
+    "replicate=2,fsdp=2": {"holds, GB": "2.517 2.517 2.517", "bytes read per byte held": "1.000 1.000 1.000"},
     "replicate=3": {"holds, GB": "5.034 5.034 5.034", "caption": "3 ranks; imbalance: the largest share is 1.000"},
     # More than are looked at; most of them have none of the first tensor, and all one small expert.
-    "ep=1024": {"holds, GB": "1.000 1.000 2.000", "caption": "1024 ranks, 64 of them looked at"},
+    "ep=1024": {"holds, GB": "1.000 1.000 2.000", "caption": "1024 ranks, 64 of them sampled"},
 }
 
 
@@ -138,9 +138,9 @@ def test_rows_that_lie_near_each_other_are_read_with_what_is_between_them(tmp_pa
     wanted = {
         "holds, GB": "0.017",
         "reads, GB": "0.033",
-        "reads a byte it holds, times": "1.969",
-        "reads of neighbouring bytes": "32",
-        "reads a file": "32.0",
+        "bytes read per byte held": "1.969",
+        "read calls": "32",
+        "calls per file": "32.0",
     }
     for label, number in wanted.items():
         assert value(result.stdout, label).replace("│", " ").split() == [number] * 3, label
@@ -206,7 +206,7 @@ def test_verify_names_the_first_element_that_differs(plain, tmp_path):
     file.write_bytes(data)
     result = run("verify", plain, new)
     assert result.exit_code == 1
-    assert result.stderr.startswith("error: b is not what the source makes it\n")
+    assert result.stderr.startswith("error: b does not match its source\n")
     assert "[1] of F32 [2]" in result.stderr
 
 
@@ -216,7 +216,7 @@ def test_verify_alone_compares_with_checksums(plain, tmp_path):
     assert run("convert", plain, new, "--no-model", "--checksums").exit_code == 0
     result = run("verify", new)
     assert result.exit_code == 0, result.output
-    assert "all have their checksums" in result.stdout
+    assert "all match their checksums" in result.stdout
     file = new / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-1] + b"!")
     result = run("verify", new)

@@ -123,7 +123,7 @@ def test_descriptors_are_closed(plain):
     ("change", "said"),
     [
         ({}, ["The read itself"]),
-        ({"cached": 0.1, "first_seconds": 2.0}, ["The disk: it gives 1.00 GB/s, and files in the page cache 5.00."]),
+        ({"cached": 0.1, "first_seconds": 2.0}, ["The disk: it reads 1.00 GB/s; the page cache reads 5.00 GB/s."]),
         ({"cached": 0.1, "first_seconds": 2.0, "memory_bytes": 10**9}, ["The disk", "too large to stay there"]),
         ({"cached": 1.0, "first_seconds": 2.0}, ["The read itself"]),
         ({"huge_pages": "never"}, ["Huge pages are off", "echo madvise"]),
@@ -142,6 +142,6 @@ def test_advice_follows_from_what_was_measured(change, said):
 def test_the_command_prints_rates_and_advice(plain):
     result = CliRunner().invoke(app, ["bench", str(plain), "--no-model", "--most", "1MB", "--threads", "2", "--cold"])
     assert result.exit_code == 0, result.output
-    for text in ("of these timed", "of the roof", "huge pages"):
+    for text in ("bytes timed", "of the roof", "huge pages"):
         assert text in result.output
     assert result.output.rstrip().endswith(".")

@@ -11,7 +11,7 @@ def test_a_dry_run_says_what_is_needed_and_writes_nothing(plain, no_tensor_data,
     assert result.exit_code == 0, result.output
     assert "reads 0.000 GB" in result.stdout
     assert value(result.stdout, "files") == "2"
-    for label in ("reads", "writes", "needs on the disk", "free there", "left out"):
+    for label in ("reads", "writes", "needs on the disk", "free on the disk", "left out"):
         assert label in result.stdout
     assert sorted(tmp_path.rglob("*")) == before
 
@@ -28,7 +28,7 @@ def test_a_dry_run_fails_where_the_disk_has_no_room(plain, tmp_path, monkeypatch
     (tmp_path / "new" / STAGING_NAME / "model.safetensors").write_bytes(bytes(5000))
     result = run("convert", plain, tmp_path / "new", "--no-model", "--dry-run")
     assert result.exit_code == 0, result.output
-    assert value(result.stdout, "unfinished work there") == "yes"
+    assert value(result.stdout, "unfinished work") == "yes"
 
 
 def test_a_dry_run_fails_where_a_checkpoint_lies(plain):
@@ -43,4 +43,4 @@ def test_what_is_carried_and_left_out_is_named(plain, tmp_path):
     assert value(result.stdout, "left out") == "1"
     assert value(result.stdout, "carried as they are") == "0"
     assert "left out:\n    b\n" in result.stdout
-    assert "unfinished work there" not in result.stdout
+    assert "unfinished work" not in result.stdout

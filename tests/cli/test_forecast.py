@@ -111,7 +111,7 @@ def test_what_transformers_own_code_makes_is_read_whole_and_not_divided(tmp_path
     plan = CopyPlan(plan.sources, (*named, own))
     found = assert_foretold(checkpoint, plan, "ep=2", monkeypatch)
     assert all(rank.read_bytes >= rank.owned_bytes > tensors["norm.weight"].nbytes for rank in found.ranks)
-    with pytest.raises(UnsupportedError, match="upstream's own code"):
+    with pytest.raises(UnsupportedError, match="transformers' own code"):
         forecast(checkpoint, plan, {"fsdp": 2})
 
 

@@ -6,16 +6,16 @@ import pytest
 import torch
 import typer
 
-from automodel_conv.cli.options import dtype_named, shows
+from automodel_conv.cli.options import dtype_named, show_progress
 from tests.cli.support import run
 
 
 @pytest.mark.parametrize("is_terminal", [False, True])
 def test_a_bar_is_shown_on_a_terminal_unless_the_option_says_otherwise(monkeypatch, is_terminal):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: is_terminal)
-    assert shows(None) is is_terminal
-    assert shows(True)
-    assert not shows(False)
+    assert show_progress(None) is is_terminal
+    assert show_progress(True)
+    assert not show_progress(False)
 
 
 def test_a_dtype_is_named_as_in_torch():

@@ -125,8 +125,8 @@ def test_a_mesh_shows_the_least_the_median_and_the_most_of_its_ranks():
 
 def test_ranks_that_hold_nothing_divide_by_nothing_and_a_sample_is_told():
     table = mesh_table(Forecast((RankCost((0,), 0, 0, 0, 0),), 8))
-    assert "8 ranks, 1 of them looked at" in caption(table)
-    assert rows(table)["reads a byte it holds, times"] == ["0.000"] * 3
+    assert "8 ranks, 1 of them sampled" in caption(table)
+    assert rows(table)["bytes read per byte held"] == ["0.000"] * 3
 
 
 def demo(**loads):
@@ -167,9 +167,9 @@ def test_a_bench_shows_each_number_of_threads_beside_its_roof():
     counts, speeds = tables.bench_tables(bench)
     found = rows(counts)
     assert found["files, tensors"] == ["2, 9"]
-    assert found["permuted, cast or decoded on the way"] == ["25%"]
+    assert found["transposed, interleaved, cast or decoded"] == ["25%"]
     assert found["first read"] == ["0.50 GB/s"]
-    assert found["of the bytes in the page cache at first"] == found["huge pages are allowed"] == ["unknown"]
+    assert found["share in the page cache at first"] == found["setting for huge pages"] == ["unknown"]
     assert rows(speeds)["1"] == ["2.00", "1.00", "2.000", "0.50"]
     assert rows(speeds)["2 (default)"] == ["4.00", "3.20", "0.625", "0.80"]
     assert "mostly huge" in caption(speeds)

@@ -78,6 +78,6 @@ def test_buffers_stay_where_they_are_without_a_map(buffered):
 def test_a_buffer_that_has_memory_and_no_entry_is_named(buffered, devices, reads):
     model, file = buffered
     device_map = {f"{m}.{name}": 1 for m in "abc" for name in BUFFERED}
-    with pytest.raises(amc.ConversionError, match=r"gives no device to 3 of 9[\s\S]*a\.table"):
+    with pytest.raises(amc.ConversionError, match=r"has no device for 3 of 9[\s\S]*a\.table"):
         amc.load_model(model, file, device_map=device_map)
     assert reads == []

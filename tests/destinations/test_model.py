@@ -33,7 +33,7 @@ def plan_for(state, dtype="F32", tied=()):
 def placed(model, plan=None, strict=True):
     state = model.state_dict(keep_vars=True)
     plan = plan or plan_for(state)
-    return ModelTensors.of(model, state, plan, strict, lambda name: None, lambda plan, devices: {})
+    return ModelTensors.prepare(model, state, plan, strict, lambda name: None, lambda plan, devices: {})
 
 
 def fill(tensors, value=1.0):
@@ -65,7 +65,7 @@ def test_an_attribute_is_put_where_it_was():
     for leaf, new in (("running_mean", torch.ones(2)), ("weight", nn.Parameter(torch.ones(2)))):
         place = ModuleAttribute(norm, leaf)
         assert place.get() is getattr(norm, leaf)
-        place.put(new)
+        place.set(new)
         assert place.get() is getattr(norm, leaf) is new
     assert "running_mean" in norm._buffers
     assert "weight" in norm._parameters
@@ -75,9 +75,9 @@ def test_the_models_own_memory_is_written():
     model = nn.Linear(2, 3)
     weight, address = model.weight, model.weight.data_ptr()
     tensors = placed(model)
-    assert tensors.fresh == []
+    assert tensors.new == []
     fill(tensors)
-    tensors.settle(set())
+    tensors.install(set())
     assert model.weight is weight
     assert weight.data_ptr() == address
     assert bool((weight == 1).all())
@@ -87,11 +87,11 @@ def test_new_tensors_replace_those_on_the_meta_device_and_of_another_dtype():
     model = nn.Linear(2, 3).half()
     model.bias = nn.Parameter(torch.empty(3, device="meta"), requires_grad=False)
     tensors = placed(model)
-    assert tensors.fresh == ["weight", "bias"]
+    assert tensors.new == ["weight", "bias"]
     before = model.weight
     fill(tensors)
     assert model.weight is before
-    tensors.settle(set())
+    tensors.install(set())
     assert (model.weight.dtype, model.weight.requires_grad) == (torch.float32, True)
     assert (model.bias.device, model.bias.requires_grad) == (CPU, False)
     assert bool((model.weight == 1).all())
@@ -102,7 +102,7 @@ def test_a_parameter_under_two_names_is_loaded_twice_only_to_be_compared():
     model = Tied()
     assert placed(model, strict=False).buffers.keys() == {"a.weight"}
     tensors = placed(model)
-    assert tensors.doubled == [("b.weight", "a.weight")]
+    assert tensors.aliases == [("b.weight", "a.weight")]
     assert tensors.extra_bytes == 16
     for buffer in tensors.buffers.values():
         buffer.fill_(5)
@@ -110,7 +110,7 @@ def test_a_parameter_under_two_names_is_loaded_twice_only_to_be_compared():
     fill(tensors)
     assert tensors.unequal() == {("b.weight", "a.weight")}
     with pytest.raises(ConversionError, match=r"(?s)b\.weight and a\.weight are one parameter.*strict=False"):
-        tensors.settle(tensors.unequal())
+        tensors.install(tensors.unequal())
 
 
 def test_names_that_the_plan_ties_share_the_new_tensor():
@@ -120,9 +120,9 @@ def test_names_that_the_plan_ties_share_the_new_tensor():
     tensors = placed(model, tied)
     fill(tensors)
     assert tensors.unequal() == {("b.weight", "a.weight")}
-    tensors.settle(tensors.unequal())
+    tensors.install(tensors.unequal())
     assert model.a.weight is not model.b.weight
-    tensors.settle(set())
+    tensors.install(set())
     assert model.a.weight is model.b.weight
 
 
@@ -131,7 +131,7 @@ def test_a_tensor_that_a_hook_copies_is_refused_by_name():
     state = model.state_dict(keep_vars=True)
     state["bias"] = state["bias"].clone()
     with pytest.raises(UnsupportedError, match="bias is neither a parameter nor a buffer"):
-        ModelTensors.of(model, state, plan_for(state), True, lambda name: None, lambda plan, devices: {})
+        ModelTensors.prepare(model, state, plan_for(state), True, lambda name: None, lambda plan, devices: {})
 
 
 @pytest.mark.parametrize(("start", "overlaps"), [(3, True), (4, False)])

@@ -46,7 +46,7 @@ def test_an_error_of_one_rank_is_raised_on_all_with_its_rank_and_reason(ranks):
     assert type(own) is ReadError
     for error in others:
         assert type(error) is RankError
-        assert "loading failed on 1 of the ranks" in str(error)
+        assert "loading failed on 1 of the participating ranks" in str(error)
         assert "rank 3: ReadError: no disk" in str(error)
         assert "buy one" in str(error)
         assert "threads=1" not in str(error)
@@ -63,7 +63,7 @@ def test_errors_of_several_ranks_are_all_listed(ranks):
     errors = ranks.run(4, work)
     assert [type(error) for error in errors] == [RankError, ValueError, ValueError, RankError]
     for error in (errors[0], errors[3]):
-        assert "failed on 2 of the ranks" in str(error)
+        assert "failed on 2 of the participating ranks" in str(error)
         assert "rank 1: ValueError: of 1" in str(error)
         assert "rank 2: ValueError: of 2" in str(error)
 

@@ -125,7 +125,7 @@ def test_missing_tensors_that_lie_in_a_file_beside_the_index_are_named(two):
     (two / "model.safetensors.index.json").write_text(
         json.dumps({"metadata": {}, "weight_map": {"b": "model.safetensors"}})
     )
-    with pytest.raises(NameProblems, match=r"index does not give[\s\S]*a\.weight in model\.safetensors"):
+    with pytest.raises(NameProblems, match=r"index does not list[\s\S]*a\.weight in model\.safetensors"):
         amc.load_state_dict(two, Plain())
     report = amc.load_model(Plain(), two, strict=False)
     assert report.missing_keys == ("a.weight",)

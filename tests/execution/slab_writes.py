@@ -11,7 +11,14 @@ import torch
 from automodel_conv.dtypes import dtype_code
 from automodel_conv.execution.memory import with_source_strides
 from automodel_conv.execution.reading import OpenFiles
-from automodel_conv.execution.writing import DeviceTensors, HostTensors, SourceFiles, begin_shard, jobs_of, write_slabs
+from automodel_conv.execution.writing import (
+    DeviceTensorProducer,
+    HostTensorProducer,
+    SourceFileProducer,
+    create_shard_file,
+    jobs_by_slab,
+    write_slabs,
+)
 from automodel_conv.files.checkpoint import Checkpoint
 from automodel_conv.files.destination import open_destination
 from automodel_conv.files.shards import Spec, shard_of
@@ -55,11 +62,11 @@ def maker_of(kind, case, slab_bytes=SLAB, input_bytes=INPUT, tensors=None, devic
     places = places_in([shard], targets)
     if kind == "files":
         slabs = slab_schedule(targets, [t.copies for t in targets], case.checkpoint, places, most_bytes=slab_bytes)
-        jobs = jobs_of(slabs.slabs, case.checkpoint, {}, input_bytes)
+        jobs = jobs_by_slab(slabs.slabs, case.checkpoint, {}, input_bytes)
         files = OpenFiles(case.checkpoint, [job.reads for group in jobs.values() for job in group])
 
         def start():
-            return SourceFiles(case.checkpoint, files, jobs, slabs.dtypes, slab_bytes, input_bytes)
+            return SourceFileProducer(case.checkpoint, files, jobs, slabs.dtypes, slab_bytes, input_bytes)
 
         try:
             yield shard, slabs, start
@@ -77,10 +84,10 @@ def maker_of(kind, case, slab_bytes=SLAB, input_bytes=INPUT, tensors=None, devic
     lying = Lying([dtype_code(t.dtype) for t in operands], list(range(len(operands))), [0] * len(operands))
     slabs = slab_schedule(targets, copies, lying, places, most_bytes=slab_bytes)
     if kind == "host":
-        yield shard, slabs, lambda: HostTensors(operands, slabs.dtypes, slab_bytes)
+        yield shard, slabs, lambda: HostTensorProducer(operands, slabs.dtypes, slab_bytes)
     else:
         device = device or SimulatedDevice()
-        yield shard, slabs, lambda: DeviceTensors(operands, slabs.dtypes, slab_bytes, device, backend)
+        yield shard, slabs, lambda: DeviceTensorProducer(operands, slabs.dtypes, slab_bytes, device, backend)
 
 
 def write(kind, case, directory, threads=2, **options):
@@ -89,7 +96,7 @@ def write(kind, case, directory, threads=2, **options):
         seen = []
         with open_destination(str(directory), [shard], None) as destination:
             path = destination.path(shard.name)
-            begin_shard(shard, path)
+            create_shard_file(shard, path)
             write_slabs([(slabs.slabs, start)], path, threads, seen.append)
             destination.finish(shard)
             destination.commit(None)

@@ -67,7 +67,7 @@ def outside_of_modes():
 @pytest.fixture
 def first_load(monkeypatch):
     """No constant has been made yet."""
-    for name in ("_code_numbers", "byte_scale_table", "byte_scale_values"):
+    for name in ("_code_values", "byte_scale_table", "byte_scale_values"):
         for module in (code_tables, window_decoding):
             if hasattr(module, name):
                 monkeypatch.setattr(module, name, functools.cache(getattr(code_tables, name).__wrapped__))

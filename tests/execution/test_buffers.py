@@ -10,7 +10,7 @@ from automodel_conv.execution.buffers import (
     BufferCopies,
     allocate,
     byte_view,
-    checked,
+    checked_buffer,
     dtype_of,
     raw_bytes,
     span_bytes,
@@ -52,15 +52,15 @@ def test_a_dtype_that_torch_lacks_names_the_tensor():
 )
 def test_a_buffer_that_does_not_fit_is_named(buffer, words):
     with pytest.raises(ConversionError, match=f"(?s){words}"):
-        checked(TARGET, {} if buffer is None else {"t": buffer})
+        checked_buffer(TARGET, {} if buffer is None else {"t": buffer})
 
 
 def test_a_buffer_that_fits_is_taken_out_of_its_graph_in_the_same_memory():
     parameter = torch.nn.Parameter(torch.ones(2, 3, dtype=torch.bfloat16))
-    assert not checked(TARGET, {"t": parameter}).requires_grad
-    assert checked(TARGET, {"t": parameter}).data_ptr() == parameter.data_ptr()
+    assert not checked_buffer(TARGET, {"t": parameter}).requires_grad
+    assert checked_buffer(TARGET, {"t": parameter}).data_ptr() == parameter.data_ptr()
     row = torch.ones(3, dtype=torch.bfloat16).expand(1, 3)  # a stride of zero along a size of one
-    assert checked(TARGET._replace(shape=(1, 3)), {"t": row}).shape == (1, 3)
+    assert checked_buffer(TARGET._replace(shape=(1, 3)), {"t": row}).shape == (1, 3)
 
 
 LAYOUTS = {

@@ -71,5 +71,5 @@ def test_no_file_and_another_algorithm_are_told(checkpoint):
         verify_checksums(checkpoint, 1)
     for sums, algorithm in ((SUMS, "md5"), ([], "crc32")):
         state(checkpoint, sums, algorithm)
-        with pytest.raises(VerificationError, match="not a file of checksums"):
+        with pytest.raises(VerificationError, match="checksum file has an unknown format"):
             verify_checksums(checkpoint, 1)

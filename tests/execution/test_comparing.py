@@ -9,7 +9,7 @@ import pytest
 from automodel_conv.errors import ReadError, VerificationError
 from automodel_conv.execution import writing
 from automodel_conv.execution.comparing import compare_file
-from automodel_conv.execution.writing import compare_slabs
+from automodel_conv.execution.writing import first_different_byte
 from automodel_conv.files.header import read_header
 from automodel_conv.files.source import LocalFile
 from automodel_conv.schedule.writes import Slabs
@@ -23,7 +23,7 @@ def cases(tmp_path_factory):
 
 def compared(kind, case, path, threads=2, **options):
     with maker_of(kind, case, **options) as (_, slabs, start):
-        return compare_slabs(slabs.slabs, LocalFile(str(path)), start, threads, lambda nbytes: None)
+        return first_different_byte(slabs.slabs, LocalFile(str(path)), start, threads, lambda nbytes: None)
 
 
 @pytest.mark.parametrize("kind", MAKERS)
@@ -62,7 +62,8 @@ def test_a_file_that_ends_too_early_is_told(cases, tmp_path):
 def test_nothing_to_compare_is_equal(tmp_path):
     (tmp_path / "a").write_bytes(b"x")
     assert (
-        compare_slabs(Slabs([], ()).slabs, LocalFile(str(tmp_path / "a")), lambda: None, 2, lambda nbytes: None) is None
+        first_different_byte(Slabs([], ()).slabs, LocalFile(str(tmp_path / "a")), lambda: None, 2, lambda nbytes: None)
+        is None
     )
 
 
@@ -82,7 +83,7 @@ def test_the_first_element_that_differs_is_named_by_tensor_and_index(cases, tmp_
         with maker_of("host", cases[0]) as (shard, slabs, start), pytest.raises(VerificationError) as caught:
             compare_file((slabs.slabs, start), LocalFile(str(changed)), shard, 1, lambda nbytes: None)
         text = str(caught.value)
-        assert text.startswith(f"{name} is not")
+        assert text.startswith(f"{name} does not match")
         assert f"{changed}, byte {at}" in text
         assert f"{index} of BF16 {list(shape)}" in text
 

@@ -13,7 +13,7 @@ from automodel_conv.execution import host as cpu
 from automodel_conv.execution.buffers import allocate
 from automodel_conv.execution.cores import default_reader_threads, rank_on_this_node, ranks_on_this_node, share_of_cores
 from automodel_conv.execution.device import ring_of
-from automodel_conv.execution.filling import Limits, within
+from automodel_conv.execution.filling import Limits, limits_in_budget
 from automodel_conv.execution.host import load_to_host
 from tests.execution.simulated import SimulatedDevice
 from tests.execution.support import TRANSPOSE, moe
@@ -95,7 +95,7 @@ def test_loads_use_their_share_unless_they_are_told_otherwise(tmp_path, node, mo
         return stock(*arguments, threads=threads, slot_bytes=slot_bytes)
 
     monkeypatch.setattr(cpu, "schedule", noting)
-    monkeypatch.setattr(cpu, "_BYTES_A_THREAD", 1)
+    monkeypatch.setattr(cpu, "_BYTES_PER_THREAD", 1)
     load_to_host(plan, checkpoint, allocate(plan.targets), threads=given_threads)
     assert seen == [wanted]
 
@@ -126,4 +126,4 @@ def test_a_budget_does_not_make_a_ring_larger_than_a_ranks_share(tmp_path, node,
     node(16, 16, 8)
     monkeypatch.setattr(filling, "transfer_device", lambda device: SimulatedDevice())
     _, _, plan = moe(tmp_path)
-    assert within(1 << 40, Limits(), plan, allocate(plan.targets)).scratch_bytes == 32 << 20
+    assert limits_in_budget(1 << 40, Limits(), plan, allocate(plan.targets)).scratch_bytes == 32 << 20

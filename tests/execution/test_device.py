@@ -82,11 +82,11 @@ def test_nothing_is_allocated_for_copies_where_all_bytes_only_move(tmp_path, cal
 def test_triton_is_not_asked_for_where_all_bytes_only_move_and_otherwise_not_by_the_caller(tmp_path, monkeypatch):
     asked = []
 
-    def takes_kernels(backend, tensors):
+    def uses_kernels(backend, tensors):
         asked.append(threading.current_thread().name)
         return False
 
-    monkeypatch.setattr(streaming, "takes_kernels", takes_kernels)
+    monkeypatch.setattr(streaming, "uses_kernels", uses_kernels)
     tensors, checkpoint, plan = moe(tmp_path / "moves")
     load(Case(checkpoint, plan, naive(plan, tensors)), SimulatedDevice(), backend="auto")
     assert asked == []

@@ -31,7 +31,7 @@ def test_a_failing_read_is_told_at_once_while_other_threads_still_read(cases, ca
 def test_a_failing_read_is_told_before_what_the_device_says_at_the_end(cases, calls):
     calls.fail_read = 2
     device = SimulatedDevice(eagerness=0, fail_at=1)  # which works only when it is waited for, at the end
-    with pytest.raises(ReadError, match=r"Input/output error[\s\S]*besides: +DeviceFault: .*illegal access"):
+    with pytest.raises(ReadError, match=r"Input/output error[\s\S]*also: +DeviceFault: .*illegal access"):
         load(cases[0], device, threads=1, scratch_bytes=16384)
     assert_released(device, calls)
 
@@ -97,9 +97,9 @@ def test_a_failing_read_is_told_where_another_thread_is_stopped_and_the_device_f
 
     monkeypatch.setattr(streaming, "wait", wait_for)
     monkeypatch.setattr(streaming._DeviceLoad, "_synchronize", fail_at_the_end)
-    monkeypatch.setattr(streaming, "tell", lambda error, text: told.append((type(error), text)))
+    monkeypatch.setattr(streaming, "add_note", lambda error, text: told.append((type(error), text)))
     fail_while_another_thread_waits(streaming, cases[2], calls, monkeypatch)
-    assert told == [(ReadError, "  besides:  DeviceFault: at the end")]
+    assert told == [(ReadError, "  also:     DeviceFault: at the end")]
 
 
 @pytest.mark.parametrize(

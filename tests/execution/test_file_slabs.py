@@ -5,12 +5,12 @@ import torch
 
 from automodel_conv.dtypes import torch_dtype
 from automodel_conv.execution.file_slabs import FileSlabs
-from automodel_conv.execution.writing import Budget
+from automodel_conv.execution.writing import ScratchSplit
 from automodel_conv.testing import assert_bytes_equal
 from tests.execution.support import TRANSPOSE, columns, moe, naive, plan_of, target, write_checkpoint
 from tests.faults import descriptors
 
-SHARE = Budget(1, 1024, 512)
+SHARE = ScratchSplit(1, 1024, 512)
 
 
 def made(slabs, targets, places):

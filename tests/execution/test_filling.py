@@ -17,7 +17,7 @@ from automodel_conv.execution import device as streaming
 from automodel_conv.execution import filling
 from automodel_conv.execution import host as cpu
 from automodel_conv.execution.buffers import allocate
-from automodel_conv.execution.filling import Limits, Need, fill, shared_out
+from automodel_conv.execution.filling import DeviceBytes, Limits, fill, split_limits
 from automodel_conv.planning.copies import Fallback, Target
 from automodel_conv.testing import POISON, address_valued, assert_bytes_equal
 from tests.execution.elsewhere import FIRST, HOST, SECOND, Devices, put
@@ -275,7 +275,7 @@ def test_an_error_before_anything_is_read_names_nothing(tmp_path):
 
 
 LEAST = {True: streaming.LEAST_SCRATCH_BYTES, False: cpu.LEAST_SCRATCH_BYTES}
-needs_of = st.builds(Need, st.integers(0, 1 << 45), st.booleans())
+needs_of = st.builds(DeviceBytes, st.integers(0, 1 << 45), st.booleans())
 
 
 @given(
@@ -284,7 +284,7 @@ needs_of = st.builds(Need, st.integers(0, 1 << 45), st.booleans())
     st.none() | st.integers(9 * 8192, 1 << 32),
 )
 def test_shares_are_together_no_more_than_the_load_may_use(needs, threads, scratch_bytes):
-    shares = shared_out(Limits(threads, scratch_bytes, 12345), needs)
+    shares = split_limits(Limits(threads, scratch_bytes, 12345), needs)
     if scratch_bytes is None:  # each device takes what its threads need
         assert {share.scratch_bytes for share in shares} == {None}
     else:
@@ -299,16 +299,16 @@ def test_shares_are_together_no_more_than_the_load_may_use(needs, threads, scrat
 
 
 def test_shares_go_by_the_bytes_of_a_device():
-    needs = [Need(3 << 30, True), Need(1 << 30, True)]
-    shares = shared_out(Limits(18, 64 << 20), needs)
+    needs = [DeviceBytes(3 << 30, True), DeviceBytes(1 << 30, True)]
+    shares = split_limits(Limits(18, 64 << 20), needs)
     assert [share.threads for share in shares] == [13, 5]
     assert [share.scratch_bytes for share in shares] == [32 << 20, 16 << 20]
 
 
 def test_a_lone_device_gets_what_was_given():
-    assert shared_out(Limits(), [Need(7, True)]) == [Limits()]
-    assert shared_out(Limits(3, 100, 200), [Need(7, False)]) == [Limits(3, 100, 200)]
-    assert shared_out(Limits(3, 100, 200), []) == []
+    assert split_limits(Limits(), [DeviceBytes(7, True)]) == [Limits()]
+    assert split_limits(Limits(3, 100, 200), [DeviceBytes(7, False)]) == [Limits(3, 100, 200)]
+    assert split_limits(Limits(3, 100, 200), []) == []
 
 
 def test_scratch_too_small_for_all_devices_is_refused_before_anything_is_read(tmp_path, devices, calls):

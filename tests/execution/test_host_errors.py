@@ -204,11 +204,11 @@ def test_upstream_code_runs_once_for_all_its_targets(tmp_path):
 @pytest.mark.parametrize(
     ("made_by_upstream", "text"),
     [
-        ({"sum": torch.zeros(3, 4)}, "did not make flat"),
-        ({"sum": torch.zeros(4, 3), "flat": torch.zeros(12)}, "made sum differently"),
+        ({"sum": torch.zeros(3, 4)}, "did not return flat"),
+        ({"sum": torch.zeros(4, 3), "flat": torch.zeros(12)}, "returned sum with a wrong shape or dtype"),
         (
             {"sum": torch.zeros(3, 4), "flat": torch.zeros(12, dtype=torch.int32)},
-            "made flat differently",
+            "returned flat with a wrong shape or dtype",
         ),
     ],
 )

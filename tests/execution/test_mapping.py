@@ -9,7 +9,14 @@ import torch
 
 from automodel_conv.errors import ReadError
 from automodel_conv.execution import mapping
-from automodel_conv.execution.mapping import FileRange, file_range_of, map_targets, spans, with_new, without
+from automodel_conv.execution.mapping import (
+    FileRange,
+    file_range_of,
+    group_ranges,
+    map_targets,
+    mapped_or_new,
+    without_targets,
+)
 from automodel_conv.files import system
 from automodel_conv.planning.copies import Fallback, Target
 from automodel_conv.testing import assert_bytes_equal
@@ -74,7 +81,7 @@ def places(*ranges):
     ids=["none", "larger", "as large", "too large", "files", "overlap", "equal", "gap"],
 )
 def test_neighbours_of_one_file_that_do_not_overlap_are_mapped_together(ranges, limit, together):
-    found = list(spans(places(*ranges), limit))
+    found = list(group_ranges(places(*ranges), limit))
     assert [len(span) for span in found] == together
     assert sorted(place[:3] for span in found for place in span) == sorted(place[:3] for place in places(*ranges))
 
@@ -108,7 +115,7 @@ def test_targets_on_other_devices_are_not_mapped_nor_is_anything_where_the_syste
 
 @linux
 def test_a_file_that_is_too_short_names_the_targets_beyond_its_end(checkpoint, monkeypatch):
-    monkeypatch.setattr(mapping, "_SPAN_BYTES", 1 << 20)
+    monkeypatch.setattr(mapping, "_MAPPING_BYTES", 1 << 20)
     sources = columns(checkpoint)
     plan = plan_of(sources, stacked(sources, "first", [["a"]]), stacked(sources, "second", [["b"]]))
     os.truncate(checkpoint.files[0], checkpoint.offsets[1] + 23)
@@ -133,9 +140,9 @@ def test_targets_that_are_not_mapped_get_new_buffers_in_the_order_of_all(checkpo
     sources = columns(checkpoint)
     plan = plan_of(sources, stacked(sources, "a", [["a"]]), stacked(sources, "b", [["b"]]))
     mapped = {"b": torch.ones(1, 2, 3)}
-    buffers = with_new(plan.targets, mapped, {"a": torch.device("meta"), "b": CPU})
+    buffers = mapped_or_new(plan.targets, mapped, {"a": torch.device("meta"), "b": CPU})
     assert list(buffers) == ["a", "b"]
     assert buffers["b"] is mapped["b"]
     assert (buffers["a"].shape, buffers["a"].device.type) == ((1, 2, 3), "meta")
-    assert [t.name for t in without(plan, mapped).targets] == ["a"]
-    assert without(plan, []).targets == plan.targets
+    assert [t.name for t in without_targets(plan, mapped).targets] == ["a"]
+    assert without_targets(plan, []).targets == plan.targets

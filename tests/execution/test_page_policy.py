@@ -45,9 +45,9 @@ class Load:
         self.ms, self.done, self.chosen = 0.0, 0, []
         while self.done < nbytes:
             choice = self.policy.choose(BLOCK_BYTES)
-            made = BLOCK_BYTES if choice.is_try else RUN_BYTES
+            made = BLOCK_BYTES if choice.is_trial else RUN_BYTES
             ms = speed(choice.huge, self.done) * made / BLOCK_BYTES
-            self.policy.tell(choice, made, 1e-3 * ms * (noise() if noise else 1))
+            self.policy.record(choice, made, 1e-3 * ms * (noise() if noise else 1))
             self.ms += ms
             self.done += made
             self.chosen.append((self.done, choice))
@@ -61,7 +61,7 @@ def test_the_faster_size_is_found_within_32_mib(name):
     speed = MACHINES[name]
     load = Load(speed)
     faster = speed(True, 0) <= speed(False, 0)
-    late = [choice for done, choice in load.chosen if done > 32 * MIB and not choice.is_try]
+    late = [choice for done, choice in load.chosen if done > 32 * MIB and not choice.is_trial]
     assert late
     assert all(choice.huge == faster for choice in late)
 
@@ -82,7 +82,7 @@ def test_a_machine_that_changes_its_mind_is_followed(name):
 def test_a_faster_size_that_comes_late_is_found():
     speed = CHANGING["huge pages slow at first"]
     load = Load(speed)
-    found = next(done for done, choice in load.chosen if choice.huge and not choice.is_try)
+    found = next(done for done, choice in load.chosen if choice.huge and not choice.is_trial)
     assert 200 * MIB < found < 1000 * MIB
 
 
@@ -106,7 +106,7 @@ def test_noise_costs_little(name):
 def test_small_loads_try_each_size_on_two_blocks():
     load = Load(MACHINES["huge pages slow"], nbytes=8 * MIB)
     assert [choice.huge for _, choice in load.chosen] == [True, False] * 2
-    assert all(choice.is_try for _, choice in load.chosen)
+    assert all(choice.is_trial for _, choice in load.chosen)
 
 
 def test_threads_that_start_together_try_one_block_each():
@@ -115,7 +115,7 @@ def test_threads_that_start_together_try_one_block_each():
     choices = [policy.choose(BLOCK_BYTES) for _ in range(16)]
     assert choices == [(True, True), (False, True)] * 8
     for choice in choices:
-        policy.tell(choice, BLOCK_BYTES, 1e-3 * (HOST if choice.huge else SMALL))
+        policy.record(choice, BLOCK_BYTES, 1e-3 * (HOST if choice.huge else SMALL))
     assert policy.choose(BLOCK_BYTES) == (False, False)
 
 

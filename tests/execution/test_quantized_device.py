@@ -179,7 +179,7 @@ def test_a_constant_that_is_uploaded_for_each_window_is_found(tmp_path, monkeypa
     layers = Layers(1, 128, 128, "F32", 1)
     checkpoint = write_sparse(tmp_path, layers)
     plan = plan_for(checkpoint, layers, False)
-    monkeypatch.setattr(code_tables, "_code_numbers", code_tables._code_numbers.__wrapped__)
+    monkeypatch.setattr(code_tables, "_code_values", code_tables._code_values.__wrapped__)
     with pytest.raises(DeviceFault, match="Synchronized"):
         load_to_device(plan, checkpoint, allocate(plan.targets), StrictDevice(), backend="torch")
 

@@ -13,7 +13,7 @@ from automodel_conv.execution.buffers import allocate
 from automodel_conv.execution.host import load_to_host
 from automodel_conv.execution.thread_policy import ThreadPolicy
 from automodel_conv.files import system
-from automodel_conv.schedule.host import runs
+from automodel_conv.schedule.host import group_reads
 from automodel_conv.schedule.jobs import ReadInPlace, concatenate
 from automodel_conv.testing import assert_bytes_equal
 from tests.execution.support import moe, naive
@@ -40,7 +40,7 @@ class Machine:
             crowd = max(1.0, len(ends) * self.core / (self.cores * (self.core + self.wait)))
             free_at = max(free_at + self.shared, now + self.wait)
             end = free_at + self.core * crowd
-            policy.tell(JOB_BYTES, end - now - self.core * crowd, end - now, end)
+            policy.record(JOB_BYTES, end - now - self.core * crowd, end - now, end)
             numbers.append(policy.threads)
             heapq.heappush(ends, (end, thread))
             while len(ends) < policy.threads:
@@ -115,6 +115,6 @@ def _in_pieces_of(nbytes):
 
     def schedule(*arguments, **options):
         reads = concatenate(job.reads for job in stock(*arguments, **options))
-        return [ReadInPlace(run) for run in runs(reads, nbytes)]
+        return [ReadInPlace(run) for run in group_reads(reads, nbytes)]
 
     return schedule

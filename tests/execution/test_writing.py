@@ -14,7 +14,7 @@ from torch.profiler import ProfilerActivity, profile
 from automodel_conv.dtypes import dtype_code
 from automodel_conv.errors import ConversionError, ReadError, WriteError
 from automodel_conv.execution import writing
-from automodel_conv.execution.writing import LEAST_SCRATCH_BYTES, budget
+from automodel_conv.execution.writing import LEAST_SCRATCH_BYTES, split_scratch
 from automodel_conv.files import system
 from automodel_conv.files.checkpoint import open_checkpoint
 from automodel_conv.testing import address_valued, assert_bytes_equal, guarded
@@ -268,20 +268,20 @@ def test_each_thread_takes_its_memory_on_the_stream_that_uses_it(cases, tmp_path
 @pytest.mark.parametrize("scratch_bytes", [LEAST_SCRATCH_BYTES, 100_003, 1 << 20, 64 << 20, 256 << 20])
 def test_a_budget_shares_out_no_more_than_there_is(scratch_bytes, reads_files):
     for threads in (1, 2, 3, 16, 100):
-        share = budget(threads, scratch_bytes, reads_files=reads_files)
+        share = split_scratch(threads, scratch_bytes, reads_files=reads_files)
         assert 1 <= share.threads <= threads
         assert share.scratch_bytes <= scratch_bytes
         assert share.scratch_bytes >= scratch_bytes // 4
         assert share.slab_bytes % 64 == share.input_bytes % 64 == 0
         assert share.slab_bytes >= 1024
         assert (share.input_bytes >= 1024) == reads_files
-    assert 1 <= budget(None, scratch_bytes, reads_files=reads_files).threads <= 16
+    assert 1 <= split_scratch(None, scratch_bytes, reads_files=reads_files).threads <= 16
 
 
 @pytest.mark.parametrize("options", [(0, 1 << 20), (-1, 1 << 20), (1, LEAST_SCRATCH_BYTES - 1)])
 def test_impossible_budgets_are_refused(options):
     with pytest.raises(ConversionError, match=r"threads >= 1, scratch_bytes >= "):
-        budget(*options, reads_files=True)
+        split_scratch(*options, reads_files=True)
 
 
 def peak_bytes(work):
@@ -317,7 +317,7 @@ def test_memory_stays_within_the_budget(tmp_path, kind, layout, wanted):
         ),
     )
     made = Case(tensors, checkpoint, plan, {})
-    share = budget(1, 100_000, reads_files=kind == "files")
+    share = split_scratch(1, 100_000, reads_files=kind == "files")
     with maker_of(kind, made, share.slab_bytes, share.input_bytes) as (_, slabs, start):
 
         def work():

@@ -171,7 +171,7 @@ def check_config(data: bytes) -> None:
     with memory_of(**{"model.safetensors": _CODED, "config.json": data}):
         try:
             checkpoint = open_checkpoint("/c")
-            table = decoded_table(checkpoint, wants_numbers=True)
+            table = decoded_table(checkpoint, needs_values=True)
         except ConversionError:
             return
     for row, decode in table.decodes.items():

@@ -29,29 +29,29 @@ def random_bytes(shape, seed):
 class Problem:
     """Operands of a call, and what the definition says they make."""
 
-    def __init__(self, bits, shape, block, start, dtype, cell, rows_of_table, gap=0, count=1):
+    def __init__(self, bits, shape, block, start, dtype, table_row_dtype, rows_of_table, gap=0, count=1):
         self.how = {"bits": bits, "block": block, "start": start}
         self.shape = rows, columns = shape
         self.dtype = dtype
         # Every entry is different, so that nothing can look right by chance.
         self.table = address_valued((rows_of_table, 1 << bits), dtype)
         nbytes = columns * bits // 8
-        of_cells = [-(-(size + begin) // step) for size, begin, step in zip(shape, start, block, strict=True)]
-        most = min(rows_of_table, 256) if cell == torch.uint8 else rows_of_table
+        grid = [-(-(size + begin) // step) for size, begin, step in zip(shape, start, block, strict=True)]
+        most = min(rows_of_table, 256) if table_row_dtype == torch.uint8 else rows_of_table
         self.codes = [random_bytes((rows, nbytes + gap), seed)[:, :nbytes] for seed in range(count)]
         self.table_rows = [
-            torch.randint(0, most, of_cells, generator=torch.Generator().manual_seed(seed)).to(cell)
+            torch.randint(0, most, grid, generator=torch.Generator().manual_seed(seed)).to(table_row_dtype)
             for seed in range(count)
         ]
 
     def expected(self):
         made = []
-        (rows, columns), (down, across), (r0, c0) = self.shape, self.how["block"], self.how["start"]
+        (rows, columns), (block_rows, block_columns), (r0, c0) = self.shape, self.how["block"], self.how["start"]
         for codes, table_rows in zip(self.codes, self.table_rows, strict=True):
             numbers = codes.long()
             if self.how["bits"] == 4:
                 numbers = torch.stack([numbers % 16, numbers // 16], 2).flatten(1)
-            of_rows, of_columns = (torch.arange(rows) + r0) // down, (torch.arange(columns) + c0) // across
+            of_rows, of_columns = (torch.arange(rows) + r0) // block_rows, (torch.arange(columns) + c0) // block_columns
             made.append(self.table[table_rows.long()[of_rows][:, of_columns], numbers])
         return made
 

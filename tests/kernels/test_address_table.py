@@ -73,7 +73,7 @@ NOT_A_MATRIX = {
 def test_a_matrix_of_another_kind_is_named(kind, odd, at):
     tensors = alike(kind)
     tensors[at] = ODD[odd](tensors[at])
-    with pytest.raises(ConversionError, match="src takes matrices of one kind in one call") as error:
+    with pytest.raises(ConversionError, match="src has matrices of several kinds") as error:
         as_matrices("src", tensors)
     assert f"src[{at}]" in str(error.value)
     assert f"strides {tensors[0].stride()}, on cpu" in str(error.value)
@@ -89,7 +89,7 @@ def test_what_is_no_matrix_is_named(odd, at):
     if at:
         # The first tensor says what the others should be; the error is of what is no matrix all the same.
         assert tensors[0].shape == SHAPE
-    with pytest.raises(ConversionError, match="src takes matrices with adjacent elements in a row") as error:
+    with pytest.raises(ConversionError, match="src needs matrices with adjacent elements in each row") as error:
         as_matrices("src", tensors)
     assert f"src[{at}]" in str(error.value)
 
@@ -139,5 +139,5 @@ def test_a_stack_is_the_list_of_its_matrices(stack):
 
 @pytest.mark.parametrize("tensor", [torch.zeros(4, 6), torch.zeros(6), torch.zeros(3, 6, 4).transpose(1, 2)])
 def test_a_tensor_that_is_no_stack_of_matrices_is_refused(tensor):
-    with pytest.raises(ConversionError, match="dst takes matrices with adjacent elements in a row"):
+    with pytest.raises(ConversionError, match="dst needs matrices with adjacent elements in each row"):
         as_matrices("dst", tensor)

@@ -54,8 +54,8 @@ def test_the_kernel_makes_what_the_definition_says(problem, layout):
 def test_every_variant_decodes_right_and_its_machine_code_is_checked(launched):
     known = {variant for variant in launchable() if variant.kernel.name == "dequantize_tiles"}
     cases = product((4, 8), (BF16, F32), (torch.uint8, torch.int32), [(1, 16), (12, 48)], LAYOUTS, (0, 1))
-    for bits, dtype, cell, block, layout, gap in cases:
-        problem = Problem(bits, (32, 48), block, (0, 0), dtype, cell, 300, gap)
+    for bits, dtype, table_row_dtype, block, layout, gap in cases:
+        problem = Problem(bits, (32, 48), block, (0, 0), dtype, table_row_dtype, 300, gap)
         out = guarded(problem.shape, dtype, strides=LAYOUTS[layout](*problem.shape)).tensor
         before = len(launched)
         with mock.patch.object(launch, "queue", lambda variant, *_: launched.append(variant)):
@@ -139,7 +139,7 @@ def test_operands_that_do_not_fit_are_refused_before_anything_is_written(name, v
 @pytest.mark.parametrize("verb", [dequantize_torch, pytest.param(dequantize, marks=needs_triton)])
 @pytest.mark.parametrize(("bits", "dtype"), [(2, BF16), (8, torch.float64)])
 def test_other_codes_and_numbers_are_refused(bits, dtype, verb):
-    with pytest.raises(UnsupportedError, match="does not decode"):
+    with pytest.raises(UnsupportedError, match="does not support"):
         verb([], [], [], torch.zeros(1, 1 << bits, dtype=dtype), bits=bits, block=(1, 1))
 
 
@@ -147,7 +147,7 @@ def test_other_codes_and_numbers_are_refused(bits, dtype, verb):
 def test_destinations_of_two_kinds_are_refused_by_the_kernel():
     problem = Problem(8, (4, 4), (2, 2), (0, 0), BF16, torch.uint8, 3, count=2)
     out = [torch.zeros(4, 4, dtype=BF16), torch.zeros(4, 4, dtype=BF16).t()]
-    with pytest.raises(ConversionError, match="of one kind"):
+    with pytest.raises(ConversionError, match="of several kinds"):
         dequantize(out, problem.codes, problem.table_rows, problem.table, **problem.how)
     dequantize_torch(out, problem.codes, problem.table_rows, problem.table, **problem.how)
     for made, wanted in zip(out, problem.expected(), strict=True):

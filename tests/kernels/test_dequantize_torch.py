@@ -115,7 +115,7 @@ def test_scratch_stays_within_its_bound():
     assert 0 < max(sizes) <= 2 << 20
 
 
-def test_a_cell_beyond_the_table_is_noticed_by_the_twin():
+def test_a_table_row_beyond_the_table_is_noticed_by_the_twin():
     problem = Problem(8, (4, 4), (2, 2), (0, 0), BF16, torch.uint8, 3)
     problem.table_rows[0][1, 1] = 3
     with pytest.raises(IndexError):

@@ -16,8 +16,8 @@ from automodel_conv.testing import address_valued, assert_bytes_equal, guarded, 
 
 INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 SMALL_PANELS = {
-    "_LEAST_ROWS": 8,
-    "_MOST_ROWS": 8,
+    "_MIN_ROWS": 8,
+    "_MAX_ROWS": 8,
     "_PANEL_BYTES": 8 * 4 * 3,
     "_SMALLEST_SIDE": 4,
     "_SMALLEST_NUMEL": 16,

@@ -29,8 +29,8 @@ DTYPES = [
 ]
 # Small panels meet every edge in matrices that a loop over coordinates can check.
 SMALL_PANELS = {
-    "_LEAST_ROWS": 8,
-    "_MOST_ROWS": 8,
+    "_MIN_ROWS": 8,
+    "_MAX_ROWS": 8,
     "_PANEL_BYTES": 8 * 4 * 3,
     "_SMALLEST_SIDE": 4,
     "_SMALLEST_NUMEL": 16,
@@ -104,7 +104,7 @@ def test_transpose_keeps_its_promise_at_the_real_panel_size(shape, dtype):
 
 
 def test_transpose_splits_rows_too_long_for_one_panel():
-    columns = transpose._PANEL_BYTES // (transpose._LEAST_ROWS * 4) + 5
+    columns = transpose._PANEL_BYTES // (transpose._MIN_ROWS * 4) + 5
     src = address_valued((130, columns), torch.float32)
     dst, check = guarded((columns, 130), torch.float32)
     transpose_torch([dst], [src])

@@ -67,7 +67,7 @@ def test_one_odd_address_costs_the_others_nothing(launched):
 def test_more_matrices_than_a_grid_has_rows_take_more_launches(launched):
     src = lot((2, 3), torch.float32, [0] * 7, 0)
     dst = lot((2, 3), torch.float32, [0] * 7, 0, poisoned=True)
-    with mock.patch.object(launch, "_MOST_ROWS", 3):
+    with mock.patch.object(launch, "_MAX_ROWS", 3):
         run(strided_copy.strided_copy, [dst], [src], ELEMENTS["strided_copy"])
     assert [count for _, count in launched] == [3, 3, 1]
 
@@ -76,7 +76,7 @@ def test_more_matrices_than_a_grid_has_rows_take_more_launches(launched):
 def test_a_grid_of_more_programs_than_triton_counts_takes_more_launches(launched):
     src = lot((40, 20), torch.uint8, [0] * 5, 1)
     dst = lot((40, 20), torch.uint8, [0] * 5, 1, poisoned=True)
-    with mock.patch.object(launch, "_MOST_PROGRAMS", 25):  # tiles are 4 x 32: 10 for a matrix
+    with mock.patch.object(launch, "_MAX_PROGRAMS", 25):  # tiles are 4 x 32: 10 for a matrix
         run(strided_copy.strided_copy, [dst], [src], ELEMENTS["strided_copy"])
     assert [count for _, count in launched] == [2, 2, 1]
 
@@ -86,7 +86,7 @@ def test_a_grid_of_more_programs_than_triton_counts_takes_more_launches(launched
 def test_a_run_of_any_shape_is_taken_up_to_the_length_promised(shape):
     # Addresses that nothing looks at: the launch is left out.
     runs = at_addresses(np.array([64]), shape, shape[1], torch.uint8, torch.device("cpu"))
-    assert strided_copy.MOST_RUN - runs.nbytes < 2**28
+    assert strided_copy.MAX_RUN_BYTES - runs.nbytes < 2**28
     with mock.patch.object(launch, "queue") as launched:
         strided_copy.strided_copy(runs, runs)
     assert launched.call_count == 1

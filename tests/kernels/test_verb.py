@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from automodel_conv.kernels.launch import MOST_STRIDE
-from automodel_conv.kernels.verb import Matrix, takes_transposed
+from automodel_conv.kernels.launch import MAX_STRIDE
+from automodel_conv.kernels.verb import Matrix, supports_transposed
 from automodel_conv.kernels.verbs import VERBS
 
 BF16, F32 = torch.bfloat16, torch.float32
@@ -24,14 +24,14 @@ BF16, F32 = torch.bfloat16, torch.float32
     ids=str,
 )
 def test_dtypes_are_equal_ones_of_at_most_4_bytes_or_floats_that_are_cast(src, dst, taken):
-    assert takes_transposed(Matrix(2, 3, 3, 2), src, dst) == taken
+    assert supports_transposed(Matrix(2, 3, 3, 2), src, dst) == taken
 
 
 @pytest.mark.parametrize("side", Matrix._fields)
 def test_no_side_or_stride_is_longer_than_every_variant_takes(side):
     fits = Matrix(2, 3, 3, 2)
-    assert takes_transposed(fits._replace(**{side: MOST_STRIDE}), BF16, BF16)
-    assert not takes_transposed(fits._replace(**{side: MOST_STRIDE + 1}), BF16, BF16)
+    assert supports_transposed(fits._replace(**{side: MAX_STRIDE}), BF16, BF16)
+    assert not supports_transposed(fits._replace(**{side: MAX_STRIDE + 1}), BF16, BF16)
 
 
 def test_every_verb_has_a_walk_of_its_own():

@@ -4,10 +4,16 @@ from __future__ import annotations
 
 from automodel_conv.kernels.address_table import Matrices
 from automodel_conv.kernels.jit import jit, tl
-from automodel_conv.kernels.launch import NO_LAUNCHES, Launches, assigned, check_destination, check_operands
+from automodel_conv.kernels.launch import (
+    NO_LAUNCHES,
+    Launches,
+    check_destination,
+    check_operands,
+    launches_by_alignment,
+)
 from automodel_conv.kernels.tiles import RUNTIME, cast, constants, grouped_tile, load, pointer_to
 from automodel_conv.kernels.variants import Geometry, Kernel, Reach, Variant, element_types
-from automodel_conv.kernels.verb import Verb, takes_transposed
+from automodel_conv.kernels.verb import Verb, supports_transposed
 
 STEP = 2
 _TILE = (8, 32)
@@ -26,7 +32,7 @@ def gather_launches(dst: Matrices, src: Matrices) -> Launches:
         bytewise = src_alignment < src.dtype.itemsize
         return Variant(GATHER_TILES, src_type, dst_type, 1, 1, *_TILE, bytewise=bytewise), geometry
 
-    return assigned((dst, src), 1, choose)
+    return launches_by_alignment((dst, src), 1, choose)
 
 
 @jit(do_not_specialize=[*RUNTIME, "step"])
@@ -73,6 +79,6 @@ GATHER = Verb(
     destinations=1,
     sources=1,
     shapes=lambda matrix: (matrix[:2], (matrix.rows, STEP * matrix.columns)),
-    takes=takes_transposed,
+    supports=supports_transposed,
     launches=gather_launches,
 )

@@ -37,7 +37,7 @@ BYTES_PER_CLOCK = 3.0e12 / 132 / 1.755e9
 THREADS_PER_CLOCK = 4 * 32
 MOST_ISSUE = 0.5
 MOST_ISSUE_DECODING = (
-    0.75  # a look, an address and a shift for each number, of only 2.5 bytes moved for those of 4 bits
+    0.75  # a lookup, an address and a shift for each value; only 2.5 bytes move for a value of a 4-bit code
 )
 
 _INSTRUCTION = re.compile(r"^\s*/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)", re.M)
@@ -198,8 +198,8 @@ def _size(variant: Variant, side: str) -> int:
 def _tile_nbytes(variant: Variant, side: str) -> int:
     matrices = 2 if variant.kernel.name in ("interleave_tiles", "deinterleave_tiles") else 1
     decoding = _decoding(variant)
-    numbers = 8 // decoding.bits if decoding and side == "dst" else 1
-    return matrices * numbers * variant.tile_rows * variant.tile_columns * _size(variant, side)
+    values = 8 // decoding.bits if decoding and side == "dst" else 1
+    return matrices * values * variant.tile_rows * variant.tile_columns * _size(variant, side)
 
 
 def _accesses(variant: Variant, side: str) -> Counter[int]:
@@ -212,13 +212,13 @@ def _accesses(variant: Variant, side: str) -> Counter[int]:
 
 
 def _readers(variant: Variant, side: str) -> int:
-    """How many numbers that are decoded one by one read the same byte."""
+    """How many values that are decoded one by one read the same byte."""
     decoding = _decoding(variant)
     return 8 // decoding.bits if decoding and side == "src" and variant.src_vector == 1 else 1
 
 
 def _lookups(variant: Variant) -> Counter[int]:
-    """Reads of cells, one for each vector of codes, and of numbers, one for each code."""
+    """Reads of table rows, one for each vector of codes, and of values, one for each code."""
     decoding = _decoding(variant)
     if decoding is None:
         return Counter()

@@ -25,13 +25,13 @@ HEAD = ("kernel", "variant", "sm", "Triton", "instructions", "LDG", "STG", "BAR"
 
 
 def text(variant: Variant) -> str:
-    """A variant in words, but for its kernel."""
+    """Describe a variant in words, without its kernel."""
     tile = f"{variant.src_vector} x {variant.src} to {variant.dst_vector} x {variant.dst}"
     parts = [tile, f"{variant.tile_rows} x {variant.tile_columns}"]
     parts += [word for word in ("bytewise", "pairs") if getattr(variant, word)]
     if isinstance(variant.details, DequantizeConstants):
         bits, table_row, by_shifts, is_transposed, is_stepped = variant.details
-        parts += [f"{bits} bits", f"cells {table_row}", "shifts" if by_shifts else "divisions"]
+        parts += [f"{bits} bits", f"table rows {table_row}", "shifts" if by_shifts else "divisions"]
         parts += ["transposed"] * is_transposed + ["stepped"] * is_stepped
     return ", ".join(parts)
 

@@ -93,7 +93,7 @@ def test_other_text_is_no_plan(text):
 
 def test_the_form_of_another_version_is_one_error_that_says_what_to_do():
     text = experts_plan().to_json().replace('"version": 3', '"version": 2')
-    with pytest.raises(UnsupportedError, match=r"version 3\n.*version 2\n.*make the plan again"):
+    with pytest.raises(UnsupportedError, match=r"version 3\n.*version 2\n.*compile the plan again"):
         CopyPlan.from_json(text)
 
 
@@ -135,7 +135,7 @@ def test_no_edit_of_json_is_more_than_an_error_of_ours():
         (("targets", 0, 5), 99, "unknown copies"),
         (("targets", 0, 3), 99, "unknown rules"),
         (("sources", 0), [], "differ in length"),
-        (("hidden",), [-1], "no sources"),
+        (("hidden",), [-1], "not sources"),
     ],
     ids=str,
 )

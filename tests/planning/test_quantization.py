@@ -3,7 +3,6 @@
 import pytest
 
 from automodel_conv.errors import QuantizationError, UnsupportedError
-from automodel_conv.planning.code_names import has_codes
 from automodel_conv.planning.copies import Decode, SourceTable
 from automodel_conv.planning.quantization import quantized_table
 
@@ -116,12 +115,6 @@ def test_where_the_config_gives_no_block_the_scales_tell_it(scale, block):
     assert found.decodes[0].block == block
 
 
-def test_codes_with_scales_are_seen_without_a_config():
-    assert has_codes(table(a__weight=("F8_E4M3", (8, 8)), a__weight_scale_inv=("F32", (1, 1)))) == "a.weight"
-    assert has_codes(table(a__weight=("F8_E4M3", (8, 8)))) is None
-    assert has_codes(table(a__weight_scale_inv=("F32", (1, 1)), a__weight=("BF16", (8, 8)))) is None
-
-
 CODES = {"a__weight": ("F8_E4M3", (256, 256))}
 SCALED = CODES | {"a__weight_scale_inv": ("F32", (2, 2))}
 PACKED = {"a__weight_packed": ("I32", (64, 16)), "a__weight_scale": ("BF16", (64, 4))}
@@ -132,7 +125,7 @@ WITH_ZERO_POINTS = compressed(num_bits=4, type="int", strategy="group", group_si
 @pytest.mark.parametrize(
     ("config", "tensors", "told"),
     [
-        (FP8, CODES, "a.weight has no scale: nothing is called a.weight_scale_inv or"),
+        (FP8, CODES, "a.weight has no scale: no tensor is named a.weight_scale_inv or"),
         (FP8, CODES | {"a__weight_scale_inv": ("F32", (2, 3))}, "expected [2, 2], found [2, 3]"),
         (FP8, CODES | {"a__weight_scale_inv": ("I32", (2, 2))}, "a.weight_scale_inv is I32"),
         (FP8, {"a__weight": ("BF16", (8, 8))}, "no tensor has codes"),
@@ -154,18 +147,18 @@ WITH_ZERO_POINTS = compressed(num_bits=4, type="int", strategy="group", group_si
             "expected [2, 8, 3], found [2, 8, 4]",
         ),
         (INT4, PACKED | {"a__weight_scale": ("BF16", (64, 8))}, "found [64, 8]"),
-        (INT4, CODES | {"a__weight_scale": ("BF16", (2, 2))}, "e4m3 codes, of which the config does not speak"),
+        (INT4, CODES | {"a__weight_scale": ("BF16", (2, 2))}, "e4m3 codes, which the config does not describe"),
         (
             INT4,
             PACKED | {"a__weight_zero_point": ("I32", (8, 4))},
-            "a.weight_zero_point: the config speaks of no zero points",
+            "a.weight_zero_point: the config has no zero points",
         ),
         (WITH_ZERO_POINTS, PACKED, "a.weight has no zero points"),
         (WITH_ZERO_POINTS, PACKED | {"a__weight_zero_point": ("I32", (64, 4))}, "expected I32 [8, 4]"),
         (
             NVFP4,
             {"a__weight_packed": ("U8", (8, 32)), "a__weight_scale": ("F8_E4M3", (8, 4))},
-            "no scale of the whole tensor: nothing is called a.weight_global_scale",
+            "no scale of the whole tensor: no tensor is named a.weight_global_scale",
         ),
         (
             NVFP4,
@@ -184,7 +177,7 @@ WITH_ZERO_POINTS = compressed(num_bits=4, type="int", strategy="group", group_si
         (
             compressed("float-quantized", num_bits=8, type="float", strategy="tensor"),
             CODES | {"a__weight_scale": ("F32", (1,)), "a__weight_global_scale": ("F32", (1,))},
-            "a.weight_global_scale: the config speaks of no scale of the whole tensor",
+            "a.weight_global_scale: the config has no scale of the whole tensor",
         ),
         (
             FP8,
@@ -194,32 +187,36 @@ WITH_ZERO_POINTS = compressed(num_bits=4, type="int", strategy="group", group_si
         (
             FP8,
             SCALED | {"b__weight_scale_inv": ("F32", (2, 2))},
-            "b.weight_scale_inv is the scale of nothing: nothing is called b.weight",
+            "b.weight_scale_inv is the scale of nothing: no tensor is named b.weight",
         ),
         (
             INT4,
             PACKED | {"b__weight_scale": ("BF16", (64, 4))},
-            "b.weight_scale is the scale of nothing: nothing is called b.weight or b.weight_packed",
+            "b.weight_scale is the scale of nothing: no tensor is named b.weight or b.weight_packed",
         ),
         (
             INT4,
             PACKED | {"b__weight_packed": ("I64", (64, 16)), "b__weight_scale": ("BF16", (64, 4))},
             "b.weight_scale is the scale of b.weight_packed, which is I64, not codes",
         ),
-        (INT4, PACKED | {"a__weight": ("BF16", (64, 128))}, "a.weight is there beside its codes, a.weight_packed"),
+        (
+            INT4,
+            PACKED | {"a__weight": ("BF16", (64, 128))},
+            "a.weight is stored in addition to its codes, a.weight_packed",
+        ),
         (INT4, PACKED | {"a__weight_g_idx": ("I32", (128,))}, "groups by activation order: a.weight_g_idx"),
         (
             INT4,
             {"a__weight_packed": ("I32", (64, 13)), "a__weight_scale": ("BF16", (64, 4))},
             "a.weight_packed holds 104 columns, not whole groups of 32",
         ),
-        (FP8, SCALED | {"b__weight": ("I8", (64, 64))}, "b.weight has no scale: nothing is called b.weight_scale_inv"),
-        (FP8, SCALED | {"b__weight": ("F8_E4M3FNUZ", (8, 8))}, "b.weight is F8_E4M3FNUZ, and nothing says how"),
+        (FP8, SCALED | {"b__weight": ("I8", (64, 64))}, "b.weight has no scale: no tensor is named b.weight_scale_inv"),
+        (FP8, SCALED | {"b__weight": ("F8_E4M3FNUZ", (8, 8))}, "b.weight is F8_E4M3FNUZ, and nothing describes how"),
         (FP8, {"a__bias": ("F8_E4M3", (2, 2)), "a__scale": ("F32", (1, 1))}, "a.bias has no scale"),
         (
             {"quant_method": "mxfp4"},
             {"a_blocks": ("U8", (2, 8, 3, 16)), "a_scales": ("U8", (2, 8, 3))} | SCALED,
-            "a.weight is F8_E4M3, and nothing says how that decodes",
+            "a.weight is F8_E4M3, and nothing describes how to decode it",
         ),
         (
             blocks((100, 128), (128, 128)),

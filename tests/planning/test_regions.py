@@ -231,7 +231,7 @@ def test_what_transformers_own_code_makes_has_no_parts():
     fallback = Fallback("a test", lambda tensors: {})
     target = plan.targets[0]._replace(copies=(), fallback=fallback)
     plan = CopyPlan(plan.sources, (target,))
-    with pytest.raises(UnsupportedError, match="made by upstream's own code"):
+    with pytest.raises(UnsupportedError, match="filled by transformers' own code"):
         plan.shard({"made": box((4, 12, 4), [0, 0, 0], [1, 12, 4])})
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from automodel_conv.errors import NameProblems
-from automodel_conv.execution.writing import Budget
+from automodel_conv.execution.writing import ScratchSplit
 from automodel_conv.files.checkpoint import open_checkpoint
 from automodel_conv.planning.boxes import run_of
 from automodel_conv.planning.copies import SourceTable, StridedCopy, Target
@@ -64,7 +64,7 @@ def test_a_carried_tensor_may_not_have_the_name_of_a_saved_one(source):
 
 def test_slabs_write_the_carried_bytes_at_their_places(source):
     carried = carried_from(source, saving("weight", "bias"), Model(), [], None, None)
-    slabs = carried.slabs([(1, 100), (0, 50)], Budget(1, 1024, 512))
+    slabs = carried.slabs([(1, 100), (0, 50)], ScratchSplit(1, 1024, 512))
     assert slabs.nbytes == 32 + 24
     content = {}
     for file in slabs.by_file:

@@ -70,7 +70,7 @@ def test_dropped_tensors_are_left_out(source, drop):
 
 
 def test_a_pattern_that_matches_nothing_and_an_unknown_layout_are_refused(source):
-    with pytest.raises(UnsupportedError, match=r"(?s)dropped.*mtp\.\*"):
+    with pytest.raises(UnsupportedError, match=r"(?s)to drop.*mtp\.\*"):
         compile_conversion(source, rules=[], drop="mtp.*")
     with pytest.raises(UnsupportedError, match="numo"):
         compile_conversion(source, rules=[], layout="numo")

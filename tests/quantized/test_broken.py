@@ -72,21 +72,21 @@ def test_missing_scale_is_named(tmp_path, producer):
     model = mixtral(tmp_path, producer)
     lost = W2 + ("_scale_inv" if producer.config["quant_method"] == "fp8" else "_scale")
     edit(tmp_path, lambda tensors: tensors.pop(lost))
-    assert_refused(tmp_path, model, amc.QuantizationError, "1 problems", f"nothing is called {lost}")
+    assert_refused(tmp_path, model, amc.QuantizationError, "1 problems", f"no tensor is named {lost}")
 
 
 def test_missing_scale_of_blocks_is_named(tmp_path):
     model = mxfp4(tmp_path / "broken")
     lost = "model.layers.1.mlp.experts.down_proj_scales"
     edit(tmp_path / "broken", lambda tensors: tensors.pop(lost))
-    assert_refused(tmp_path / "broken", model, amc.QuantizationError, "1 problems", f"nothing is called {lost}")
+    assert_refused(tmp_path / "broken", model, amc.QuantizationError, "1 problems", f"no tensor is named {lost}")
 
 
 @pytest.mark.parametrize("part", ["_zero_point", "_global_scale"])
 def test_missing_other_part_is_named(tmp_path, part):
     model = mixtral(tmp_path, PRODUCERS["nvfp4" if part == "_global_scale" else "int4 with zero points"])
     edit(tmp_path, lambda tensors: tensors.pop(W2 + part))
-    assert_refused(tmp_path, model, amc.QuantizationError, "1 problems", f"nothing is called {W2}{part}")
+    assert_refused(tmp_path, model, amc.QuantizationError, "1 problems", f"no tensor is named {W2}{part}")
 
 
 @every_producer
@@ -94,7 +94,7 @@ def test_scale_under_a_wrong_name_is_named(tmp_path, producer):
     model = mixtral(tmp_path, producer)
     scale = W2 + ("_scale_inv" if producer.config["quant_method"] == "fp8" else "_scale")
     edit(tmp_path, lambda tensors: tensors.update({W2 + ".scales": tensors.pop(scale)}))
-    assert_refused(tmp_path, model, amc.QuantizationError, f"nothing is called {scale}")
+    assert_refused(tmp_path, model, amc.QuantizationError, f"no tensor is named {scale}")
 
 
 @pytest.mark.parametrize("change", ["transposed", "a row less", "flat"])
@@ -146,15 +146,15 @@ def test_codes_without_a_config_are_one_error(tmp_path, producer):
     config = json.loads((tmp_path / "config.json").read_text())
     del config["quantization_config"]
     (tmp_path / "config.json").write_text(json.dumps(config))
-    assert_refused(tmp_path, model, amc.QuantizationError, "nothing says how they decode")
+    assert_refused(tmp_path, model, amc.QuantizationError, "no config describes how to decode them")
     (tmp_path / "config.json").unlink()
-    assert_refused(tmp_path, model, amc.QuantizationError, "nothing says how they decode")
+    assert_refused(tmp_path, model, amc.QuantizationError, "no config describes how to decode them")
 
 
 def test_blocks_without_a_config_are_one_error(tmp_path):
     model = mxfp4(tmp_path / "broken")
     (tmp_path / "broken" / "config.json").unlink()
-    assert_refused(tmp_path / "broken", model, amc.QuantizationError, "nothing says how they decode")
+    assert_refused(tmp_path / "broken", model, amc.QuantizationError, "no config describes how to decode them")
 
 
 @pytest.mark.parametrize("method", ["gptq", "awq", "bitsandbytes", "torchao"])
@@ -170,7 +170,7 @@ def test_config_of_another_checkpoint_is_one_error(tmp_path):
     config = json.loads((tmp_path / "config.json").read_text())
     other = {"quantization_config": dict(PRODUCERS["int4"].config)}
     (tmp_path / "config.json").write_text(json.dumps(config | other))
-    assert_refused(tmp_path, model, amc.QuantizationError, "e4m3 codes, of which the config does not speak")
+    assert_refused(tmp_path, model, amc.QuantizationError, "e4m3 codes, which the config does not describe")
 
 
 class Linear(nn.Module):
@@ -197,7 +197,7 @@ def test_codes_are_not_given_to_operations_that_are_not_lowered(tmp_path):
     codes = torch.randn(4, 6).to(torch.float8_e4m3fn)
     path = checkpoint(tmp_path, {"quant_method": "fp8"}, **{"": codes, "_scale_inv": torch.rand(1, 1)})
     rules = [WeightConverter(["a.weight"], ["a.weight"], operations=[Twice()])]
-    told = "a.weight is made by upstream's own code, of a quantized tensor"
+    told = "a.weight would be filled by transformers' own code from a quantized tensor"
     assert_refused(path, poisoned(Linear(4, 6)), amc.UnsupportedError, told, rules=rules)
 
 
@@ -205,7 +205,7 @@ def test_dtype_that_codes_are_not_decoded_to_is_told_before_anything_is_written(
     codes = torch.randn(4, 6).to(torch.float8_e4m3fn)
     path = checkpoint(tmp_path, {"quant_method": "fp8"}, **{"": codes, "_scale_inv": torch.rand(1, 1)})
     model = poisoned(Linear(4, 6, torch.float64))
-    assert_refused(path, model, amc.UnsupportedError, "a.weight is not decoded to the dtype", "F64", rules=[])
+    assert_refused(path, model, amc.UnsupportedError, "a.weight cannot be decoded to the dtype", "F64", rules=[])
 
 
 def test_padding_of_packed_rows_is_not_taken_for_columns(tmp_path):

@@ -251,5 +251,5 @@ def test_codes_without_a_config_are_not_grouped(tmp_path):
     config = config_of(tmp_path / "source")
     del config["quantization_config"]
     (tmp_path / "source" / "config.json").write_text(json.dumps(config))
-    with pytest.raises(amc.QuantizationError, match="nothing says how they decode"):
+    with pytest.raises(amc.QuantizationError, match="no config describes how to decode them"):
         amc.convert_checkpoint(tmp_path / "source", tmp_path / "made", layout="nemo")

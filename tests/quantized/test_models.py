@@ -239,7 +239,7 @@ def test_codes_and_scales_of_experts_are_grouped_alike_where_a_model_keeps_them(
 
 def test_gate_and_up_that_share_scales_do_not_alternate(tmp_path):
     model_class, _ = quantized("qwen3_moe", tmp_path)
-    with pytest.raises(amc.UnsupportedError, match="cannot be moved apart"):
+    with pytest.raises(amc.UnsupportedError, match="cannot be separated"):
         amc.load_state_dict(tmp_path, keeping(tmp_path, model_class), layout="gpt_oss", dequantize=False)
 
 

@@ -151,7 +151,7 @@ class Executor:
         return addresses
 
     def _lookups(self, variant: Variant, geometry: Geometry, blocks: Blocks, addresses: np.ndarray) -> list[Touched]:
-        """What ``dequantize_tiles`` looks up, checked; every vector of codes takes one cell."""
+        """Check what ``dequantize_tiles`` looks up; every vector of codes reads one table row."""
         decoding = _decoding(variant)
         assert decoding is not None
         demand(decoding.is_stepped or blocks.step == 1, variant, f"elements of a row are {blocks.step} apart")
@@ -160,30 +160,29 @@ class Executor:
         if not self._is_compiling:
             demand((vectors == vectors[:, :1]).all(), variant, f"a vector of codes lies in two blocks: {geometry}")
         rows = _of_rows(variant, geometry, blocks)
-        last = int(rows[-1]) * blocks.across + int(columns[-1])
-        demand(
-            self._is_compiling or columns[-1] < blocks.across, variant, f"{blocks.across} cells in a row, needs more"
-        )
+        stride = blocks.table_rows_stride
+        last = int(rows[-1]) * stride + int(columns[-1])
+        demand(self._is_compiling or columns[-1] < stride, variant, f"a stride of {stride} table rows is too short")
         size = size_of(decoding.table_row)
-        table_rows = Box("cells", addresses[:, 2], (1, last + 1), (0, size), size, False)
+        table_rows = Box("grid of table rows", addresses[:, 2], (1, last + 1), (0, size), size, False)
         looked_up = self.memory.check([table_rows])
         highest = []
         for row in addresses.tolist():
             found = array_at(row[2], (last + 1,), (size,), _NUMPY[decoding.table_row])
-            found = found[np.unique(rows)[:, None] * blocks.across + np.unique(columns)]
-            demand(found.min() >= 0, variant, "a cell is negative")
+            found = found[np.unique(rows)[:, None] * stride + np.unique(columns)]
+            demand(found.min() >= 0, variant, "a table row is negative")
             highest.append(int(found.max()))
-        demand(max(highest) + 1 << decoding.bits < _INT32, variant, f"cell {max(highest)} is beyond 32 bits")
+        demand(max(highest) + 1 << decoding.bits < _INT32, variant, f"table row {max(highest)} is beyond 32 bits")
         size = size_of(variant.dst)
-        numbers = [
-            Box("numbers", addresses[n : n + 1, 3], (1, most + 1 << decoding.bits), (0, size), size, False)
+        values = [
+            Box("table of values", addresses[n : n + 1, 3], (1, most + 1 << decoding.bits), (0, size), size, False)
             for n, most in enumerate(highest)
         ]
-        return looked_up + self.memory.check(numbers)
+        return looked_up + self.memory.check(values)
 
 
 def _boxes(variant: Variant, geometry: Geometry, addresses: np.ndarray) -> Iterator[Box]:
-    """What all programs of a launch touch, in the order of the table; cells and numbers apart."""
+    """What all programs of a launch touch, in the order of the table, except table rows and values."""
     rows, columns, src_stride, dst_stride, blocks = geometry
     src, dst = size_of(variant.src), size_of(variant.dst)
     twice = 2 if variant.kernel.name == "deinterleave_tiles" else 1
@@ -196,8 +195,8 @@ def _boxes(variant: Variant, geometry: Geometry, addresses: np.ndarray) -> Itera
     }[variant.kernel.name]
     step, decoding = 1, _decoding(variant)
     if decoding:
-        numbers = columns * 8 // decoding.bits
-        written = (numbers, rows) if decoding.is_transposed else (rows, numbers)
+        values = columns * 8 // decoding.bits
+        written = (values, rows) if decoding.is_transposed else (rows, values)
         step = blocks.step if decoding.is_stepped else 1
     destinations, operands = variant.kernel.destinations, variant.kernel.operands
     for column in range(destinations):
@@ -210,18 +209,20 @@ def _boxes(variant: Variant, geometry: Geometry, addresses: np.ndarray) -> Itera
 def _check_offsets(variant: Variant, geometry: Geometry) -> None:
     """Tiles begin at whole vectors, and offsets within one fit 32 bits."""
     rows, columns = min(geometry.rows, variant.tile_rows), min(geometry.columns, variant.tile_columns)
-    across, down = variant.tile_columns, variant.tile_rows
+    tile_columns, tile_rows = variant.tile_columns, variant.tile_rows
     decoding = _decoding(variant)
     written_by_columns = variant.kernel.name == "copy_tiles" or (decoding and not decoding.is_transposed)
-    demand(across % variant.src_vector == 0, variant, "a tile ends within a vector that is read")
-    numbers = across * 8 // decoding.bits if decoding else across
-    demand((numbers if written_by_columns else down) % variant.dst_vector == 0, variant, "a tile ends within a vector")
+    demand(tile_columns % variant.src_vector == 0, variant, "a tile ends within a vector that is read")
+    values = tile_columns * 8 // decoding.bits if decoding else tile_columns
+    demand(
+        (values if written_by_columns else tile_rows) % variant.dst_vector == 0, variant, "a tile ends within a vector"
+    )
     size = size_of(variant.src) if variant.bytewise else 1
     twice = 2 if variant.kernel.name in ("interleave_tiles", "deinterleave_tiles") else 1
     read = (rows * geometry.src_stride + twice * columns) * size
     if decoding:
-        numbers = columns * 8 // decoding.bits
-        lines, run = (numbers, rows) if decoding.is_transposed else (rows, numbers)
+        values = columns * 8 // decoding.bits
+        lines, run = (values, rows) if decoding.is_transposed else (rows, values)
         written = lines * geometry.dst_stride + run * geometry.details.step
     elif variant.kernel.name == "copy_tiles":
         written = rows * geometry.dst_stride + columns
@@ -280,16 +281,16 @@ def _decode(variant: Variant, geometry: Geometry, blocks: Blocks, row: list[int]
     rows, columns, src_stride, dst_stride, _ = geometry
     size = size_of(variant.dst)
     codes = array_at(row[1], (rows, columns), (src_stride, 1), np.uint8)
-    down, across = _of_rows(variant, geometry, blocks), _of_columns(variant, geometry, blocks)
-    across = across.reshape(-1, variant.src_vector)[:, :1].repeat(variant.src_vector, 1).reshape(-1)
-    last = int(down[-1]) * blocks.across + int(across[-1])
+    block_rows, block_columns = _of_rows(variant, geometry, blocks), _of_columns(variant, geometry, blocks)
+    block_columns = block_columns.reshape(-1, variant.src_vector)[:, :1].repeat(variant.src_vector, 1).reshape(-1)
+    last = int(block_rows[-1]) * blocks.table_rows_stride + int(block_columns[-1])
     table_rows = array_at(row[2], (last + 1,), (size_of(decoding.table_row),), _NUMPY[decoding.table_row])
-    first = table_rows[down[:, None] * blocks.across + across].astype(np.int64) << decoding.bits
-    numbers = array_at(row[3], (int(first.max()) + (1 << decoding.bits),), (size,), _NUMPY[variant.dst])
+    first = table_rows[block_rows[:, None] * blocks.table_rows_stride + block_columns].astype(np.int64) << decoding.bits
+    values = array_at(row[3], (int(first.max()) + (1 << decoding.bits),), (size,), _NUMPY[variant.dst])
     if decoding.bits == 8:
-        made = numbers[first + codes]
+        made = values[first + codes]
     else:
-        made = np.stack([numbers[first + (codes & 15)], numbers[first + (codes >> 4)]], 2).reshape(rows, -1)
+        made = np.stack([values[first + (codes & 15)], values[first + (codes >> 4)]], 2).reshape(rows, -1)
     strides = (dst_stride * size, (blocks.step if decoding.is_stepped else 1) * size)
     made = made.T if decoding.is_transposed else made
     array_at(row[0], made.shape, strides, _NUMPY[variant.dst])[...] = made

@@ -126,10 +126,10 @@ def test_a_vector_of_codes_over_two_blocks_is_found(gpu, monkeypatch):
         dequantize([torch.zeros(4, 32, dtype=torch.bfloat16)], [codes], [table_rows], table, bits=8, block=(1, 4))
 
 
-def test_a_cell_beyond_the_table_is_found(gpu):
+def test_a_table_row_beyond_the_table_is_found(gpu):
     table, table_rows = code_table("e4m3", torch.rand(1, 4), torch.bfloat16)
     codes, out = torch.zeros(1, 32, dtype=torch.uint8), torch.zeros(1, 32, dtype=torch.bfloat16)
-    with pytest.raises(GpuFault, match="numbers leaves memory"):
+    with pytest.raises(GpuFault, match="table of values leaves memory"):
         dequantize([out], [codes], [table_rows + 1000], table, bits=8, block=(1, 8))
 
 
@@ -141,7 +141,7 @@ def test_a_stride_that_is_not_passed_on_is_found(gpu, monkeypatch):
 
 
 def test_more_rows_than_a_grid_has_are_found(gpu, monkeypatch):
-    monkeypatch.setattr(launching, "_MOST_ROWS", 1 << 20)
+    monkeypatch.setattr(launching, "_MAX_ROWS", 1 << 20)
     count = 66_000
     dst, src = (matrices_at(bytes_of(16 * count), np.arange(count) * 16, (1, 16), 0, torch.uint8) for _ in range(2))
     with pytest.raises(GpuFault, match="the grid is"):

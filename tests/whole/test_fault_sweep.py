@@ -71,7 +71,7 @@ def test_a_mapped_file_that_stays_is_found(sweep, monkeypatch):
 
 
 def test_targets_that_are_filled_and_not_told_are_found(sweep, monkeypatch):
-    monkeypatch.setattr(load, "note_filled", lambda *_: None)
+    monkeypatch.setattr(load, "add_filled_targets", lambda *_: None)
     for fault in ("KeyboardInterrupt", "no memory for a buffer", "EIO"):
         with pytest.raises(AssertionError, match="is not told"):
             sweep_one(sweep, "load", FAULTS[fault])

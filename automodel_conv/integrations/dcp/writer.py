@@ -30,7 +30,7 @@ from automodel_conv.doors import at_door
 from automodel_conv.dtypes import dtype_code
 from automodel_conv.errors import CoverageError, NameProblems, UnsupportedError, listing, message
 from automodel_conv.execution.tensor_slabs import LocalTensor, tensor_slabs
-from automodel_conv.execution.writing import budget, write_slabs
+from automodel_conv.execution.writing import split_scratch, write_slabs
 from automodel_conv.files.checkpoint import open_checkpoint
 from automodel_conv.files.destination import Destination, open_destination
 from automodel_conv.files.shards import Naming, Shard
@@ -63,7 +63,7 @@ class HuggingFaceWriter(StorageWriter):
 
     Raises:
         NameProblems, CoverageError, RankError, UnsupportedError, DestinationError, WriteError: see
-            ``save_checkpoint``; ``dcp`` wraps them in its ``CheckpointException``. RankError also if one of several
+            ``save_checkpoint``; ``dcp`` wraps them in its ``CheckpointException``. Also RankError if one of several
             ranks cannot write; it names the rank and its error.
 
     Example:
@@ -97,7 +97,7 @@ class HuggingFaceWriter(StorageWriter):
         self._layout = layout
         self._reference = reference
         self._max_shard_size = max_shard_size
-        self._share = budget(threads, scratch_bytes or DEFAULT_SCRATCH_BYTES, reads_files=False)
+        self._share = split_scratch(threads, scratch_bytes or DEFAULT_SCRATCH_BYTES, reads_files=False)
         self._names = None if self._model is None else saved_tensors(self._model).keys()
         self._begun: _Begun | None = None
         self.report: SaveReport | None = None

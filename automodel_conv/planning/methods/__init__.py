@@ -1,1 +1,1 @@
-"""Quantization methods: one file each, and ``table`` lists them."""
+"""Quantization methods, one file each; ``table.py`` lists them."""

@@ -1,4 +1,4 @@
-"""The method of compressed-tensors (llm-compressor, Kimi-K2): integers, FP8 and FP4, one format per group of weights.
+"""The compressed-tensors method (llm-compressor, Kimi-K2): INT4, FP8 and FP4, one format per group of weights.
 
 Sources: compressed-tensors 0.20.0, ``compressors/*/base.py``, ``quantization/quant_args.py`` and
 ``CompressionFormat``; the files of Kimi-K2.
@@ -11,36 +11,36 @@ from typing import Any
 
 from automodel_conv.planning.methods.method import (
     CHANNEL,
-    EXPONENTS,
+    EXPONENT_SCALES,
+    FLOAT_SCALES,
     FP8_CODES,
     FP8_SCALES,
-    NUMBERS,
     TENSOR,
     Block,
     Method,
     Packing,
     Scheme,
-    Undecoded,
+    UnsupportedScheme,
     block_of,
 )
 
-# By format: type, bits, our format of the codes, and the dtypes that their scales may have.
+# Keys are formats in a config. Values are type, bits, format of the codes (see ``Decode``) and dtypes of the scales.
 _FORMATS = {
-    "pack-quantized": ("int", 4, "int4", NUMBERS),
-    "float-quantized": ("float", 8, "e4m3", NUMBERS),
-    "naive-quantized": ("float", 8, "e4m3", NUMBERS),
-    "mxfp8-quantized": ("float", 8, "e4m3", EXPONENTS),
+    "pack-quantized": ("int", 4, "int4", FLOAT_SCALES),
+    "float-quantized": ("float", 8, "e4m3", FLOAT_SCALES),
+    "naive-quantized": ("float", 8, "e4m3", FLOAT_SCALES),
+    "mxfp8-quantized": ("float", 8, "e4m3", EXPONENT_SCALES),
     "nvfp4-pack-quantized": ("float", 4, "e2m1", FP8_SCALES),
-    "mxfp4-pack-quantized": ("float", 4, "e2m1", EXPONENTS),
+    "mxfp4-pack-quantized": ("float", 4, "e2m1", EXPONENT_SCALES),
 }
 
 
 def _schemes(config: Mapping[str, Any]) -> list[Scheme]:
     if (config.get("transform_config") or {}).get("config_groups"):
-        raise Undecoded("compressed-tensors' transforms of weights", "no transform_config")
+        raise UnsupportedScheme("compressed-tensors' transforms of weights", "no transform_config")
     sparse = (config.get("sparsity_config") or {}).get("format")
     if sparse not in (None, "dense"):
-        raise Undecoded(f"compressed-tensors' {sparse}", "no sparsity_config")
+        raise UnsupportedScheme(f"compressed-tensors' {sparse}", "no sparsity_config")
     groups = [group for group in (config.get("config_groups") or {}).values() if group.get("weights")]
     return [_scheme(group["weights"], group.get("format") or config.get("format")) for group in groups]
 
@@ -49,13 +49,13 @@ def _scheme(weights: Mapping[str, Any], stored: Any) -> Scheme:
     kind, bits = weights.get("type"), weights.get("num_bits")
     known = _FORMATS.get(str(stored))
     if known is None or known[:2] != (kind, bits):
-        raise Undecoded(f"compressed-tensors' {stored} with {bits}-bit {kind} weights", sorted(_FORMATS))
+        raise UnsupportedScheme(f"compressed-tensors' {stored} with {bits}-bit {kind} weights", sorted(_FORMATS))
     if weights.get("actorder") not in (None, False, "static", "weight"):  # "dynamic" is another word for "group"
-        raise Undecoded("compressed-tensors' groups by activation order", "no actorder, or static or weight")
+        raise UnsupportedScheme("compressed-tensors' groups by activation order", "no actorder, or static or weight")
     _, _, format, scales = known
     zero_points = not weights.get("symmetric", True)
     if zero_points and format != "int4":
-        raise Undecoded(f"zero points of {format} codes", "symmetric weights")
+        raise UnsupportedScheme(f"zero points of {format} codes", "symmetric weights")
     return Scheme(format, _block(weights), scales, zero_points, scales is FP8_SCALES)
 
 
@@ -69,7 +69,7 @@ def _block(weights: Mapping[str, Any]) -> Block:
         return CHANNEL
     if strategy == "tensor":
         return TENSOR
-    raise Undecoded(f"compressed-tensors' strategy {strategy!r}", ["tensor", "channel", "group", "block"])
+    raise UnsupportedScheme(f"compressed-tensors' strategy {strategy!r}", ["tensor", "channel", "group", "block"])
 
 
 COMPRESSED_TENSORS = Method(

@@ -1,15 +1,15 @@
-"""The method of FBGEMM: FP8 with a scale for each row.
+"""The FBGEMM method: FP8 with one scale per row.
 
 Source: transformers 5.23.0, ``FbgemmFp8Config`` in ``utils/quantization_config.py``.
 """
 
 from __future__ import annotations
 
-from automodel_conv.planning.methods.method import CHANNEL, FP8_CODES, NUMBERS, Method, Scheme
+from automodel_conv.planning.methods.method import CHANNEL, FLOAT_SCALES, FP8_CODES, Method, Scheme
 
 FBGEMM_FP8 = Method(
     name="fbgemm_fp8",
-    schemes=lambda config: [Scheme("e4m3", CHANNEL, NUMBERS)],
+    schemes=lambda config: [Scheme("e4m3", CHANNEL, FLOAT_SCALES)],
     codes=FP8_CODES,
     scales=("_scale",),
     dropped=(".input_scale_ub",),

@@ -1,4 +1,4 @@
-"""The method of DeepSeek-V3 and its followers: FP8 in blocks.
+"""The block-wise FP8 method of DeepSeek-V3 and the models that adopted it.
 
 Sources: transformers 5.23.0, ``FineGrainedFP8Config`` in ``utils/quantization_config.py`` and
 ``integrations/finegrained_fp8.py``; the files of DeepSeek-V3, Qwen3-FP8, MiniMax-M2 (``_scale_inv``), DeepSeek-V4
@@ -12,9 +12,9 @@ from typing import Any
 
 from automodel_conv.planning.methods.method import (
     CHANNEL,
-    EXPONENTS,
+    EXPONENT_SCALES,
+    FLOAT_SCALES,
     FP8_CODES,
-    NUMBERS,
     TENSOR,
     Method,
     Packing,
@@ -25,13 +25,13 @@ from automodel_conv.planning.methods.method import (
 
 def _schemes(config: Mapping[str, Any]) -> list[Scheme]:
     blocks = [TENSOR, CHANNEL]
-    if "weight_block_size" not in config:  # transformers' default, while vLLM's is one scale a tensor
+    if "weight_block_size" not in config:  # transformers' default; vLLM's default is one scale per tensor
         blocks.insert(0, (128, 128))
     elif config["weight_block_size"] is not None:
         blocks = [block_of(config["weight_block_size"])]
-    fp8 = [Scheme(format, block, NUMBERS | EXPONENTS) for format in ("e4m3", "e5m2") for block in blocks]
-    # DeepSeek-V4's experts: the config tells the block of the other weights alone.
-    return [*fp8, Scheme("e2m1", (1, 32), EXPONENTS)]
+    fp8 = [Scheme(format, block, FLOAT_SCALES | EXPONENT_SCALES) for format in ("e4m3", "e5m2") for block in blocks]
+    # DeepSeek-V4's FP4 experts: the config states only the block of the other weights.
+    return [*fp8, Scheme("e2m1", (1, 32), EXPONENT_SCALES)]
 
 
 FP8 = Method(

@@ -1,4 +1,4 @@
-"""A quantization method as data: the names and the packing of its tensors, and the schemes that its config allows.
+"""The description of a quantization method: names and packing of its tensors, and the schemes of its config.
 
 Each method has a file in this folder and an entry in ``table.py``.
 """
@@ -14,96 +14,111 @@ from automodel_conv.planning.copies import CODE_BITS
 
 
 class Packing(NamedTuple):
-    """The tensor that holds the codes of a weight.
+    """How a tensor holds the codes of a weight.
 
-    An element holds as many codes as fill it, columns that follow each other, the first in the lowest bits.
+    An element is filled with the codes of consecutive columns, the first in the lowest bits.
     """
 
     suffix: str
-    """Of its name, see ``part_name``."""
+    """Suffix of the tensor's name; see ``part_name``."""
     dtype: str
+    """Dtype code of the tensor."""
     format: str
-    """Of a code, see ``Decode``."""
+    """Format of a code; see ``Decode``."""
     group: int | None = None
-    """Elements of the last dimension, where that holds a group of columns: ``[..., rows, groups, group]``."""
+    """Size of the last dimension if the tensor is ``[..., rows, groups, group]``; None if it is ``[..., rows, n]``."""
     stored_transposed: bool = False
-    """The weight is meant as ``[..., columns, rows]``."""
+    """Whether the weight is the transpose, ``[..., columns, rows]``."""
     shape_suffix: str = ""
-    """The suffix of a tensor that tells the shape of the weight, where a row may end in padding."""
+    """Suffix of the tensor that holds the weight's shape, for packings whose rows may end in padding."""
 
     @property
     def codes_per_element(self) -> int:
+        """Number of codes in an element."""
         return max(8, BITS[self.dtype]) // CODE_BITS[self.format]  # F4 is stored two to an element
 
     @property
     def form(self) -> str:
-        """The shapes that the tensor may have, in words."""
+        """The shape of the tensor in words, for errors."""
         return "[..., rows, columns]" if self.group is None else f"[..., rows, groups, {self.group}]"
 
     def unpacked(self, shape: tuple[int, ...]) -> tuple[int, ...] | None:
-        """The shape of the codes in a tensor of this shape, as stored; None where it is not of this form."""
+        """Return the shape of the codes in a tensor of the given shape, not yet transposed; None if it is invalid."""
         if self.group is not None:
             if len(shape) < 3 or shape[-1] != self.group:
                 return None
             shape = (*shape[:-2], shape[-2] * self.group)
         if len(shape) < 2:
             return None
-        each = self.codes_per_element
-        return shape if each == 1 else (*shape[:-1], shape[-1] * each)
+        per_element = self.codes_per_element
+        return shape if per_element == 1 else (*shape[:-1], shape[-1] * per_element)
 
 
-# Rows and columns that share a scale, None for all there are.
 Block = tuple[int | None, int | None]
+"""Number of rows and of columns that share a scale; None means all of them."""
 
 
 class Scheme(NamedTuple):
-    """What a config allows a weight to be."""
+    """One way in which a config allows a weight to be stored."""
 
     format: str
-    """Of its codes."""
+    """Format of the codes; see ``Decode``."""
     block: Block
     scales: frozenset[str]
-    """Dtypes that its scales may have."""
+    """Dtypes that the scales may have."""
     zero_points: bool = False
+    """Whether the weight has zero points."""
     global_scale: bool = False
+    """Whether the weight has a scale of the whole tensor."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Method:
-    """How a method stores the weights that it quantizes; parts are suffixes, see ``part_name``."""
+    """A quantization method and how it stores weights.
+
+    The parts of a weight are given by suffixes; see ``part_name``.
+    """
 
     name: str
-    """The ``quant_method`` of configs."""
+    """The value of ``quant_method`` in configs."""
     schemes: Callable[[Mapping[str, Any]], list[Scheme]]
-    """All that a config allows; none where it says that only the KV cache is quantized. Raises ``Undecoded`` of what is
-    not decoded; a TypeError, ValueError, KeyError or AttributeError says that the config is malformed."""
+    """Function that returns all schemes that a config allows, or none if only the KV cache is quantized. It raises
+    ``UnsupportedScheme`` for a scheme that is not supported. A TypeError, ValueError, KeyError or AttributeError means
+    that the config is malformed."""
     codes: tuple[Packing, ...]
+    """Packings of codes."""
     scales: tuple[str, ...]
-    """A weight has exactly one of them."""
+    """Suffixes of scales. A weight has exactly one of them."""
     zero_points: str = ""
-    """I32, ``ZEROS_IN_I32`` to an element."""
+    """Suffix of zero points, an I32 tensor with ``ZEROS_IN_I32`` in an element."""
     global_scale: str = ""
-    """One F32 for the whole tensor."""
+    """Suffix of the scale of the whole tensor, one F32."""
     divides: bool = False
-    """The global scale divides the others; else it multiplies them."""
+    """Whether the global scale divides the other scales. Otherwise it multiplies them."""
     dropped: tuple[str, ...] = ()
-    """Only running the model quantized needs them."""
+    """Suffixes of tensors that only a quantized forward pass needs."""
     refused: Mapping[str, str] = field(default_factory=dict)
-    """They change the numbers in a way that is not decoded: what then holds of the weight."""
+    """Suffixes of tensors that change the values in a way that is not supported, with what they mean for the weight."""
 
 
-class Undecoded(Exception):
-    """A scheme that is not decoded, and what is."""
+class UnsupportedScheme(Exception):
+    """Raised for a scheme that is not supported."""
 
     def __init__(self, what: str, expected: str | Sequence[str]):
+        """Create the exception.
+
+        Args:
+            what: the scheme.
+            expected: schemes that are supported.
+        """
         super().__init__(what)
         self.what, self.expected = what, expected
 
 
 def part_name(weight: str, suffix: str) -> str | None:
-    """The name of a part of a weight; None if a weight of that name has no such part.
+    """Return the name of a part of a weight; None if a weight of that name cannot have the part.
 
-    A suffix follows the name of the weight, or takes the place of its last component if it starts with a dot.
+    A suffix is appended to the name of the weight. If it starts with a dot, it replaces the last component, "weight".
     """
     if not suffix.startswith("."):
         return weight + suffix
@@ -112,30 +127,37 @@ def part_name(weight: str, suffix: str) -> str | None:
 
 
 def weight_name(part: str, suffix: str) -> str:
-    """The name of the weight that this part, whose name ends with the suffix, belongs to."""
+    """Return the name of the weight that a part belongs to, given the suffix of the part's name."""
     weight = part.removesuffix(suffix)
     return weight + ".weight" if suffix.startswith(".") else weight
 
 
-# Several methods share what follows.
 FP8_CODES = (Packing("", "F8_E4M3", "e4m3"), Packing("", "F8_E5M2", "e5m2"))
 
 TENSOR: Block = (None, None)
+"""One scale per tensor."""
 CHANNEL: Block = (1, None)
+"""One scale per row."""
 
-NUMBERS = frozenset({"F32", "BF16", "F16"})
-EXPONENTS = frozenset({"F8_E8M0", "U8"})
+FLOAT_SCALES = frozenset({"F32", "BF16", "F16"})
+"""Dtypes of floating scales."""
+EXPONENT_SCALES = frozenset({"F8_E8M0", "U8"})
+"""Dtypes of scales that are powers of two, stored as exponents."""
 FP8_SCALES = frozenset({"F8_E4M3"})
+"""Dtypes of FP8 scales."""
 
 
 def block_of(sizes: Sequence[Any]) -> Block:
-    """Rows and columns that a config gives.
+    """Return the block of two sizes in a config.
+
+    Args:
+        sizes: number of rows and of columns.
 
     Raises:
-        ValueError, TypeError: they are no two sizes.
+        ValueError, TypeError: ``sizes`` are not two positive integers.
     """
     rows, columns = sizes
     for size in (rows, columns):
         if type(size) is not int or not 0 < size < 2**31:
-            raise ValueError(f"{size!r} is no size of a block or group")
+            raise ValueError(f"{size!r} is not the size of a block or group")
     return rows, columns

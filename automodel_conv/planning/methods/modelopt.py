@@ -9,14 +9,14 @@ from collections.abc import Mapping
 from typing import Any
 
 from automodel_conv.planning.methods.method import (
+    FLOAT_SCALES,
     FP8_CODES,
     FP8_SCALES,
-    NUMBERS,
     TENSOR,
     Method,
     Packing,
     Scheme,
-    Undecoded,
+    UnsupportedScheme,
     block_of,
 )
 
@@ -26,10 +26,10 @@ def _schemes(config: Mapping[str, Any]) -> list[Scheme]:
         return []
     algorithm = str(config.get("quant_algo")).upper()
     if algorithm == "FP8":
-        return [Scheme("e4m3", TENSOR, NUMBERS)]
+        return [Scheme("e4m3", TENSOR, FLOAT_SCALES)]
     if algorithm == "NVFP4":
         return [Scheme("e2m1", block_of((1, config.get("group_size") or 16)), FP8_SCALES, global_scale=True)]
-    raise Undecoded(f"modelopt's {algorithm}", ["FP8", "NVFP4"])
+    raise UnsupportedScheme(f"modelopt's {algorithm}", ["FP8", "NVFP4"])
 
 
 MODELOPT = Method(

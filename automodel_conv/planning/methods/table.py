@@ -1,4 +1,4 @@
-"""The table of quantization methods that this package decodes."""
+"""The quantization methods that this package decodes."""
 
 from __future__ import annotations
 
@@ -10,4 +10,4 @@ from automodel_conv.planning.methods.modelopt import MODELOPT
 from automodel_conv.planning.methods.mxfp4 import MXFP4
 
 METHODS: dict[str, Method] = {method.name: method for method in (FP8, FBGEMM_FP8, MXFP4, COMPRESSED_TENSORS, MODELOPT)}
-"""By name. To add a method: its import and its place in this list."""
+"""Methods by name. To add a method, import it and add it to this tuple."""

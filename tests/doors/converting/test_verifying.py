@@ -73,7 +73,7 @@ def test_the_first_element_that_differs_is_named(saved, tmp_path, division, name
     amc.convert_checkpoint(saved, tmp_path / "made", rules=[], max_shard_size=division)
     flip(tmp_path / "made", name, element, byte)
     for scratch_bytes in (1 << 16, None):
-        with pytest.raises(VerificationError, match=rf"{re.escape(name)} is not what the source(.|\n)*{text}"):
+        with pytest.raises(VerificationError, match=rf"{re.escape(name)} does not match its source(.|\n)*{text}"):
             amc.verify_checkpoint(saved, tmp_path / "made", scratch_bytes=scratch_bytes)
 
 
@@ -152,7 +152,7 @@ def test_a_conversion_that_writes_a_wrong_byte_says_so_and_is_no_checkpoint(save
 
     monkeypatch.setattr(system, "copy_range", lambda *arguments: 0)
     monkeypatch.setattr(writing, "write_exactly", write_exactly)
-    with pytest.raises(VerificationError, match="is not what the source makes it"):
+    with pytest.raises(VerificationError, match="does not match its source"):
         amc.convert_checkpoint(saved, tmp_path / "made", rules=[])
     assert not list((tmp_path / "made").glob("*.safetensors*"))
     with pytest.raises(CheckpointError):

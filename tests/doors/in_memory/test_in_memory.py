@@ -151,7 +151,7 @@ def test_a_buffer_in_the_memory_of_a_source_is_refused_before_anything_is_writte
     start = grouped()
     out = {name: torch.empty_like(t) for name, t in amc.convert_state_dict(start, layout="nemo").items()}
     out[f"{PATH}.down_projs"] = start[f"{PATH}.down_proj"].view(E, I, H)
-    with pytest.raises(ConversionError, match="lies in the memory of the source"):
+    with pytest.raises(ConversionError, match="overlaps the memory of the source"):
         amc.convert_state_dict(start, layout="nemo", out=out)
     assert_same(start, grouped())
 

@@ -52,7 +52,7 @@ def test_an_operation_of_a_user_is_run_as_upstream_runs_it(dtype):
 
 @needs_transformers
 def test_an_operation_of_a_user_without_a_model_is_refused():
-    with pytest.raises(NameProblems, match=r"BackToFront(.|\n)*only a model knows"):
+    with pytest.raises(NameProblems, match=r"BackToFront(.|\n)*only a model has"):
         amc.convert_state_dict(projections(), rules=with_user_operation())
 
 

@@ -20,7 +20,7 @@ import automodel_conv as amc
 from automodel_conv.compiling import opening
 from automodel_conv.dtypes import BITS, dtype_code, torch_dtype
 from automodel_conv.errors import ReadError, UnsupportedError, VerificationError
-from automodel_conv.execution.mapping import file_range_of, spans
+from automodel_conv.execution.mapping import file_range_of, group_ranges
 from automodel_conv.files import system
 from automodel_conv.testing import address_valued, assert_bytes_equal
 from tests.comparing import assert_same
@@ -108,10 +108,10 @@ def test_neighbours_share_a_mapping_up_to_its_size_and_no_two_places_of_one_over
     plan = amc.compile_plan(checkpoint, rules=[])
     places = [file_range_of(target, checkpoint) for target in plan.targets]
     for limit, count in ((400, 30), (1199, 15), (1200, 10), (12_000, 1), (1, 30)):
-        made = list(spans(places[::-1], limit))
+        made = list(group_ranges(places[::-1], limit))
         assert len(made) == count
         assert sorted(place.target.name for span in made for place in span) == list(tensors)
-    twice = list(spans([*places, *places]))
+    twice = list(group_ranges([*places, *places]))
     assert sum(map(len, twice)) == 60
     for span in twice:
         assert all(a.stop_bytes <= b.offset_bytes for a, b in pairwise(span))
@@ -224,7 +224,7 @@ def test_another_dtype_is_cast_and_not_mapped(tmp_path):
 def test_a_dtype_that_torch_lacks_is_refused_as_without(tmp_path):
     text = b'{"a":{"dtype":"F6_E2M3","shape":[8],"data_offsets":[0,6]}}'
     (tmp_path / "model.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + bytes(6))
-    with pytest.raises(UnsupportedError, match="does not know"):
+    with pytest.raises(UnsupportedError, match="does not support"):
         amc.load_state_dict(tmp_path, rules=[], memory_map=True)
 
 

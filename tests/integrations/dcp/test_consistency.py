@@ -52,7 +52,7 @@ def test_the_error_of_the_only_rank_is_raised_itself():
 
 def test_errors_of_several_ranks_are_listed_by_rank():
     ranks = [[result("", WriteError("no room"))], [result("a", 5)], [result("", ValueError("odd"))]]
-    with pytest.raises(RankError, match=r"failed on 2 of the ranks") as caught:
+    with pytest.raises(RankError, match=r"failed on 2 of the participating ranks") as caught:
         refuse_failures(ranks)
     assert "rank 0: WriteError: no room\n    rank 2: ValueError: odd" in str(caught.value)
     refuse_failures([[result("a", 5)], []])

@@ -156,9 +156,9 @@ def test_grouped_experts_that_rules_do_not_meet_are_named(model_type, tmp_path):
         name.replace("mlp.experts", "moe.experts").replace("mixer.experts", "moe.experts"): t
         for name, t in model.state_dict().items()
     }
-    with pytest.raises(UnsupportedError, match=r"(?s)no rule takes these experts apart.*moe\.experts\..*_proj"):
+    with pytest.raises(UnsupportedError, match=r"(?s)no rule splits these experts.*moe\.experts\..*_proj"):
         amc.revert_state_dict(odd, rules=rules)
-    with pytest.raises(UnsupportedError, match="no rule takes these experts apart"):
+    with pytest.raises(UnsupportedError, match="no rule splits these experts"):
         amc.save_checkpoint(odd, tmp_path / "made", rules=rules)
     assert not (tmp_path / "made").exists()
 

@@ -22,11 +22,6 @@ from transformers.core_model_loading import (
 )
 
 from automodel_conv.planning.operations import NotLowerable, Operation
-from automodel_conv.upstream.registry import (
-    key_renamings,
-    model_rules,
-    without_ignored,
-)
 from automodel_conv.upstream.rules import RuleSet, natural_key
 
 
@@ -230,18 +225,6 @@ def test_natural_order_compares_numbers_as_numbers():
     names = ["a.10", "a.9", "a_10", "a_9", "a.b"]
     assert sorted(names, key=natural_key) == sorted(names, key=core.dot_natural_key)
     assert sorted(["a.10", "a.9"], key=natural_key) == ["a.9", "a.10"]
-
-
-def test_a_users_mapping_becomes_renamings_in_its_order():
-    first, second = key_renamings({"^a": "b", "c": "d"})
-    assert (first.rename_source_key("a.c")[0], second.rename_source_key("a.c")[0]) == ("b.c", "a.d")
-    assert key_renamings(None) == key_renamings({}) == []
-    assert len(model_rules(torch.nn.Linear(2, 2), {"a": "b"})) == 1
-    assert model_rules(None) == []
-
-
-def test_only_transformers_models_ignore_names():
-    assert without_ignored(torch.nn.Linear(1, 1), ["a"], ["b"]) == (["a"], ["b"])
 
 
 def test_upstreams_own_convert_can_run_again_and_changes_no_rule():

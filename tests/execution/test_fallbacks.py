@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from automodel_conv.errors import ConversionError
-from automodel_conv.execution.upstream import Upstream, run_upstream, upstream_calls
+from automodel_conv.execution.fallbacks import FallbackCall, fallback_calls, run_fallback
 from automodel_conv.planning.copies import Fallback, SourceTable, Target
 from automodel_conv.planning.plan import CopyPlan
 
@@ -18,7 +18,7 @@ def made_by(fallback, name, *rows, dtype="F32", shape=(2,)):
 def run(convert, buffers, *targets):
     fallback = Fallback("a test", convert)
     targets = [target._replace(fallback=fallback) for target in targets] or [made_by(fallback, "t", 0)]
-    run_upstream(Upstream(fallback, (0,), tuple(targets)), {0: torch.arange(2.0)}, buffers)
+    run_fallback(FallbackCall(fallback, (0,), tuple(targets)), {0: torch.arange(2.0)}, buffers)
 
 
 def test_targets_of_one_fallback_are_one_call_with_each_source_once():
@@ -32,7 +32,7 @@ def test_targets_of_one_fallback_are_one_call_with_each_source_once():
             made_by(first, "z", 0, 1),
         ),
     )
-    calls = upstream_calls(plan)
+    calls = fallback_calls(plan)
     assert [(call.rows, [t.name for t in call.targets]) for call in calls] == [((1, 0), ["x", "z"]), ((0,), ["y"])]
     assert calls[0].fallback is first
 
@@ -49,10 +49,10 @@ def test_results_are_copied_and_cast_to_floating_targets_without_a_graph():
 @pytest.mark.parametrize(
     ("made", "words"),
     [
-        ({}, "did not make t"),
-        ({"t": [1, 2]}, "did not make t"),
-        ({"t": torch.ones(3)}, r"made t differently.*F32 \[2\].*F32 \[3\]"),
-        ({"t": torch.ones(2, dtype=torch.int32)}, r"made t differently.*I32"),
+        ({}, "did not return t"),
+        ({"t": [1, 2]}, "did not return t"),
+        ({"t": torch.ones(3)}, r"returned t with a wrong.*F32 \[2\].*F32 \[3\]"),
+        ({"t": torch.ones(2, dtype=torch.int32)}, r"returned t with a wrong.*I32"),
     ],
     ids=["nothing", "no tensor", "shape", "dtype"],
 )
