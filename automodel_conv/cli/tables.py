@@ -27,7 +27,7 @@ def converted_table(report: ConvertReport, verified: bool) -> Table:
     compared = "; the output was read back and compared" if verified else ""
     table = two_columns(f"seconds include imports and planning{compared}")
     table.add_row("files", str(len(report.files)))
-    table.add_row("finished before", str(report.files_resumed))
+    table.add_row("finished by an earlier call", str(report.files_resumed))
     table.add_row("written", f"{report.bytes_written / 1e9:.3f} GB")
     table.add_row("speed", f"{report.gb_per_s:.2f} GB/s")
     table.add_row("seconds", f"{report.seconds:.3f}")

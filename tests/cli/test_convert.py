@@ -27,7 +27,7 @@ def test_convert_and_back_gives_the_first_bytes_and_says_what_it_did(moe, tmp_pa
     assert "read back and compared" in result.stdout
     files = bytes_in(grouped)
     assert value(result.stdout, "files") == str(len(files)) != "1"
-    assert value(result.stdout, "of these finished before") == "0"
+    assert value(result.stdout, "finished by an earlier call") == "0"
     for label in ("written", "speed", "seconds", "peak extra memory", "left out"):
         assert label in result.stdout
     result = run("convert", grouped, back, "--layout", "per_expert", "--source-layout", "nemo", "--threads", "1")
@@ -105,12 +105,12 @@ def test_an_interrupted_conversion_says_so_and_the_same_command_goes_on(plain, t
     monkeypatch.setattr(system, "create", interrupted)
     result = run(*command)
     assert result.exit_code == 130
-    assert result.stderr == "interrupted: the same command goes on with the files that are not finished\n"
+    assert result.stderr == "interrupted: the same command continues with the unfinished files\n"
     assert not bytes_in(tmp_path / "new")
     monkeypatch.setattr(system, "create", stock)
     result = run(*command)
     assert result.exit_code == 0, result.output
-    assert value(result.stdout, "of these finished before") == "1"
+    assert value(result.stdout, "finished by an earlier call") == "1"
     assert run("verify", plain, tmp_path / "new").exit_code == 0
 
 

@@ -8,15 +8,15 @@ import torch
 from automodel_conv.execution import report
 from automodel_conv.execution.page_policy import PageUse
 from automodel_conv.execution.report import Clock, LoadedStateDict, report_of
-from automodel_conv.execution.stats import LoadStats, Work
+from automodel_conv.execution.stats import CopyCounts, LoadStats
 from automodel_conv.planning.problems import Problems
 from tests.execution.support import columns, plan_of, target, write_checkpoint
 
 HOST, FIRST, SECOND = torch.device("cpu"), torch.device("cuda", 0), torch.device("cuda", 1)
 USE = PageUse()
 STATS = {
-    FIRST: LoadStats(10, 1, 100, 1000, Work(5, 2), None, 3),
-    SECOND: LoadStats(20, 2, 200, 2000, Work(0, 7), "no compiler", 4),
+    FIRST: LoadStats(10, 1, 100, 1000, CopyCounts(5, 2), None, 3),
+    SECOND: LoadStats(20, 2, 200, 2000, CopyCounts(0, 7), "no compiler", 4),
     HOST: LoadStats(5, 0, 50, pages=USE, threads=2),
 }
 

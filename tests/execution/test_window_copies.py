@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from automodel_conv.execution.stats import Work
+from automodel_conv.execution.stats import CopyCounts
 from automodel_conv.execution.window_copies import WindowCopies
 from automodel_conv.kernels import jit
 from automodel_conv.planning.boxes import Box, run_of
@@ -38,7 +38,7 @@ def test_each_window_is_copied_out_of_the_region_that_is_its_turn(chosen):
     tensors = outputs(*[torch.bfloat16] * 3)
     copies = WindowCopies([window(PLAIN, 0), window(TRANSPOSED, 1), window(PLAIN, 2)], tensors, raw)
     for number in (2, 0, 1):
-        assert copies.run(number, chosen) == Work(0, 1)
+        assert copies.run(number, chosen) == CopyCounts(0, 1)
     assert_bytes_equal(tensors[0].view(ROWS, COLUMNS), values[0])
     assert_bytes_equal(tensors[1].view(COLUMNS, ROWS), values[1].t().contiguous())
     assert_bytes_equal(tensors[2].view(ROWS, COLUMNS), values[0])
@@ -48,7 +48,7 @@ def test_copies_begin_at_their_offsets_and_cast():
     raw, values = regions(1)
     tensors = outputs(torch.float32)
     copies = WindowCopies([Window([Copies(0, "BF16", run_of(3), [5, 40], [1, 10])], NBYTES, 1, {}, {})], tensors, raw)
-    assert copies.run(0, None) == Work(0, 2)
+    assert copies.run(0, None) == CopyCounts(0, 2)
     wanted = torch.full((ROWS * COLUMNS,), -1.0)
     wanted[1:4], wanted[10:13] = values[0].view(-1)[5:8].float(), values[0].view(-1)[40:43].float()
     assert torch.equal(tensors[0], wanted)
@@ -72,8 +72,8 @@ def test_kernels_do_what_is_chosen_and_torch_the_rest():
     )
     plain = WindowCopies([window(PLAIN, 0)], tensors, raw).variants(10)
     assert len(plain) == 1
-    assert both.run(0, plain) == Work(1, 1)
-    assert both.run(0, both.variants(10)) == Work(2, 0)
+    assert both.run(0, plain) == CopyCounts(1, 1)
+    assert both.run(0, both.variants(10)) == CopyCounts(2, 0)
     assert_bytes_equal(tensors[0].view(ROWS, COLUMNS), values[0])
     assert_bytes_equal(tensors[1].view(COLUMNS, ROWS), values[0].t().contiguous())
 
