@@ -1,4 +1,4 @@
-"""Every example runs as it stands."""
+"""Tests of the examples: each runs as it is."""
 
 import os
 import subprocess
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("transformers", reason="examples build models of transformers")
+pytest.importorskip("transformers", reason="the examples build transformers models")
 
 ROOT = Path(__file__).parent.parent
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))

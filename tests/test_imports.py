@@ -1,4 +1,4 @@
-"""Importing the package costs nothing that was not asked for, and needs nothing optional."""
+"""Tests of imports: importing the package loads nothing unneeded and requires no optional package."""
 
 import importlib.util
 import json
@@ -17,14 +17,14 @@ OPTIONAL = ("transformers", "triton")
 
 
 def modules() -> list[str]:
-    """Every module of the package, kernels included, by its import name."""
+    """Return every module of the package, kernels included, by its import name."""
     files = [path for folder in (PACKAGE, PACKAGE / "kernels") for path in folder.rglob("*.py")]
     names = {path.relative_to(PACKAGE.parent).with_suffix("").as_posix() for path in files}
     return sorted(name.removesuffix("/__init__").replace("/", ".") for name in names)
 
 
 def optional_packages_loaded_by(code: str) -> set[str]:
-    """Which optional packages a new interpreter has loaded after running ``code``."""
+    """Return the optional packages that a new interpreter has loaded after running ``code``."""
     report = "\nimport json, sys; print(json.dumps(sorted(sys.modules)))"
     run = subprocess.run([sys.executable, "-c", code + report], capture_output=True, text=True, check=True)
     loaded = json.loads(run.stdout.splitlines()[-1])
@@ -32,7 +32,7 @@ def optional_packages_loaded_by(code: str) -> set[str]:
 
 
 def loaded_by_module(*arguments: str) -> set[str]:
-    """Which packages a new interpreter loads that runs the package as a command."""
+    """Return the packages that a new interpreter loads when it runs the package as a command."""
     command = [sys.executable, "-X", "importtime", "-m", "automodel_conv", *arguments]
     run = subprocess.run(command, capture_output=True, text=True, check=True)
     lines = [line for line in run.stderr.splitlines() if line.startswith("import time:")]
@@ -40,7 +40,7 @@ def loaded_by_module(*arguments: str) -> set[str]:
 
 
 def failures_without_optional_packages(names: list[str]) -> dict[str, str]:
-    """The error of each module that cannot be imported where no optional package is installed."""
+    """Return the error of each module that cannot be imported without the optional packages."""
     code = """
 import importlib, json, sys
 failures = {}
@@ -103,7 +103,7 @@ def test_every_module_imports_without_optional_packages():
 
 
 def test_only_verbs_import_triton():
-    """A load on the host imports no verb; tables, twins and what plans launches need none."""
+    """Check that a load on the host imports no verb. Tables, torch versions and launch plans need no Triton."""
     pytest.importorskip("triton")
     doors = ("automodel_conv.loading", "automodel_conv.saving", "automodel_conv.converting", "automodel_conv.in_memory")
     execution = [name for name in modules() if name.startswith("automodel_conv.execution")]

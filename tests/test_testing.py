@@ -1,4 +1,4 @@
-"""The helpers for tests fail when they should."""
+"""Tests of the helpers for tests: each fails when it should."""
 
 from __future__ import annotations
 

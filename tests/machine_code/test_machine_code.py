@@ -1,7 +1,7 @@
-"""What a GPU would run: every variant that the verbs can launch, compiled without a GPU and read.
+"""Tests of the machine code that a GPU would run: every launchable variant, compiled without a GPU.
 
-The interpreter runs the other tests of kernels and notices none of this: accesses narrower than promised, spilled
-registers, what threads exchange without need, too many instructions. It must be off here, hence the processes.
+The interpreter, which runs the other tests of kernels, notices none of this: accesses narrower than promised, spilled
+registers, unneeded exchanges between threads, too many instructions. It must be off here, hence the processes.
 """
 
 import importlib.util
@@ -37,12 +37,12 @@ def test_every_variant_compiles_to_what_it_promises(arch):
 
 
 def test_planted_faults_are_found_each_by_its_own_check():
-    found = run("tests.machine_code.planted")
-    kinds = {fault: [text.partition(":")[0].partition(" by ")[0] for text in texts] for fault, texts in found.items()}
+    errors = run("tests.machine_code.planted")
+    kinds = {fault: [text.partition(":")[0].partition(" by ")[0] for text in texts] for fault, texts in errors.items()}
     assert kinds == {
         "none": [],
         "lost hint": ["loads"],
-        "narrow store": ["stores", "barriers", "shared memory"],  # loaded in vectors, and handed on one by one
+        "narrow store": ["stores", "barriers", "shared memory"],  # loaded in vectors, stored one by one
         "spill": ["spills"],
         "exchange": ["barriers", "shared memory"],
         "no exchange": ["barriers"],

@@ -1,4 +1,4 @@
-"""The software GPU's kernels: the bytes they make, and each broken promise that they find."""
+"""Tests of the software GPU's kernels: the bytes they write, and the broken promises they detect."""
 
 import numpy as np
 import pytest
@@ -40,20 +40,20 @@ def test_a_verb_moves_elements_one_by_one_whatever_the_alignment(gpu, name, dtyp
     src = [raw.random(src_shape, src_dtype, PHASES, 8, torch.device("cpu"), finite=finite) for _ in range(src_count)]
     dst = [raw.poisoned(dst_shape, dst_dtype, [0] * 5, 16, torch.device("cpu")) for _ in range(dst_count)]
     for index in range(5):
-        read, made = [s.read(index).tolist() for s in src], [d.read(index) for d in dst]
+        read, moved = [s.read(index).tolist() for s in src], [d.read(index) for d in dst]
         for r in range(ROWS):
             for c in range(COLUMNS):
                 if name == "strided_copy":
-                    made[0][r, c] = read[0][r][c]
+                    moved[0][r, c] = read[0][r][c]
                 elif name == "transpose":
-                    made[0][c, r] = read[0][r][c]
+                    moved[0][c, r] = read[0][r][c]
                 elif name == "interleave":
-                    made[0][c, 2 * r], made[0][c, 2 * r + 1] = read[0][r][c], read[1][r][c]
+                    moved[0][c, 2 * r], moved[0][c, 2 * r + 1] = read[0][r][c], read[1][r][c]
                 else:
-                    made[0][c, r], made[1][c, r] = read[0][r][2 * c], read[0][r][2 * c + 1]
-        if src_dtype.is_floating_point and not finite:  # a NaN's bits do not survive a list
-            made = [m.view(torch.uint8) for m in _by_bits(name, [s.read(index) for s in src])]
-        for d, values in zip(dst, made, strict=True):
+                    moved[0][c, r], moved[1][c, r] = read[0][r][2 * c], read[0][r][2 * c + 1]
+        if src_dtype.is_floating_point and not finite:  # a list does not keep the bits of a NaN
+            moved = [m.view(torch.uint8) for m in _by_bits(name, [s.read(index) for s in src])]
+        for d, values in zip(dst, moved, strict=True):
             d.write(index, values.view(dst_dtype))
     verb(*(d.matrices for d in dst), *(s.matrices for s in src))
     for operand in dst + src:
@@ -91,12 +91,12 @@ def test_codes_are_decoded_as_by_the_twin(gpu, code_format, turned):
     table, table_rows = code_table(code_format, scales, torch.bfloat16)
     bits = 8 if code_format == "e4m3" else 4
     codes = torch.randint(0, 256, (rows, columns * bits // 8), dtype=torch.uint8)
-    made = []
+    outputs = []
     for verb in (dequantize, dequantize_torch):
         out = torch.full((columns, rows) if turned else (rows, columns), -1, dtype=torch.bfloat16)
         verb([out.t() if turned else out], [codes], [table_rows], table, bits=bits, block=(16, 32))
-        made.append(out)
-    assert_bytes_equal(*made)
+        outputs.append(out)
+    assert_bytes_equal(*outputs)
 
 
 def test_a_promise_of_16_for_an_address_at_8_is_found(gpu, monkeypatch):

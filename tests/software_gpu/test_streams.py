@@ -1,4 +1,4 @@
-"""The streaming loader on the software GPU: right bytes on any schedule, and each race that is planted is found."""
+"""Tests of the streaming loader on the software GPU: right bytes on any schedule, and every planted race is found."""
 
 from __future__ import annotations
 
@@ -28,18 +28,18 @@ SMALL = {"scratch_bytes": 8192, "device_scratch_bytes": 8192}
 
 @pytest.fixture(scope="module")
 def cases(tmp_path_factory):
-    """Each layout, with and without a cast, over several windows and many chunks."""
-    made = []
+    """Return each layout, with and without a cast, over several windows and many chunks."""
+    loads = []
     for layout, code in itertools.product(LAYOUTS, ("BF16", "F32")):
         directory = tmp_path_factory.mktemp("case")
-        tensors, checkpoint, plan = moe(directory, *LAYOUTS[layout], pad=len(made) % 3, shape=(7, 18, 26))
+        tensors, checkpoint, plan = moe(directory, *LAYOUTS[layout], pad=len(loads) % 3, shape=(7, 18, 26))
         plan = plan_of(plan.sources, *(t._replace(dtype=code) if t.name != "norm" else t for t in plan.targets))
-        made.append((checkpoint, plan, naive(plan, tensors)))
-    return made
+        loads.append((checkpoint, plan, naive(plan, tensors)))
+    return loads
 
 
 def load(case, device, **options):
-    """Fill guarded buffers through kernels, and compare them."""
+    """Fill guarded buffers with kernels, and compare them."""
     checkpoint, plan, expected = case
     guards = {t.name: guarded(t.shape, torch_dtype(t.dtype)) for t in plan.targets}
     buffers = {name: guard.tensor for name, guard in guards.items()}
@@ -66,12 +66,12 @@ def run_schedules(cases, gpu, make=None, seeds=range(40)):
 def test_random_schedules_write_every_byte_through_kernels_and_race_nowhere(cases, gpu):
     assert run_schedules(cases, gpu) > 300
     assert gpu.executor.variants
-    # Only what was compiled while the first bytes were read.
+    # Only variants that were compiled while the first bytes were read.
     assert gpu.executor.variants <= gpu.executor.compiled_ahead
 
 
 class OneRegion(SoftwareDevice):
-    """Both windows lie in the same memory."""
+    """A device whose two windows share memory."""
 
     def scratch(self, nbytes):
         if not hasattr(self, "region"):
@@ -80,7 +80,7 @@ class OneRegion(SoftwareDevice):
 
 
 class SharedEnds(SoftwareDevice):
-    """The second window begins in the last bytes of the first."""
+    """A device whose second window begins in the last bytes of the first."""
 
     def scratch(self, nbytes):
         if not hasattr(self, "both"):
@@ -90,12 +90,12 @@ class SharedEnds(SoftwareDevice):
 
 
 class OneSlot(SoftwareDevice):
-    """All slots lie in the same pinned memory."""
+    """A device whose slots all share the same pinned memory."""
 
     def pinned(self, nbytes):
-        made = super().pinned(nbytes)
-        made.view = lambda count, each: [made[:each]] * count
-        return made
+        memory = super().pinned(nbytes)
+        memory.view = lambda count, each: [memory[:each]] * count
+        return memory
 
 
 @pytest.mark.parametrize("planted", [OneRegion, SharedEnds, OneSlot])
@@ -118,7 +118,7 @@ def test_a_slot_that_is_reused_early_is_found(cases, gpu, monkeypatch):
     monkeypatch.setattr(simulated.Event, "synchronize", lambda event: in_a_reader() or waited(event))
     with pytest.raises(GpuFault, match="pinned memory is written while it is uploaded"):
         run_schedules(cases, gpu, lambda **how: gpu.new_device(**how | {"eagerness": 0.9}))
-    # A device that is late tells by wrong bytes.
+    # A late device shows the fault by wrong bytes.
     with pytest.raises(AssertionError, match="elements differ"):
         run_schedules(cases, gpu, lambda **how: gpu.new_device(**how | {"eagerness": 0}))
 
@@ -140,7 +140,7 @@ def test_a_fault_of_a_kernel_ends_a_load(cases, gpu, monkeypatch):
 
 @pytest.mark.parametrize("scheme", ["fp8 32x16", "mxfp8", "int4 g32 with zero points", "nvfp4"])
 def test_codes_are_decoded_by_kernels_as_on_the_cpu(tmp_path, gpu, scheme):
-    pytest.importorskip("transformers", reason="producers are transformers, and compressed-tensors, which needs it")
+    pytest.importorskip("transformers", reason="transformers and compressed-tensors write them")
     from tests.quantized.producers import PRODUCERS
     from tests.quantized.test_schemes import weight, write
 
