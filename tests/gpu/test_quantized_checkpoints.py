@@ -1,4 +1,4 @@
-"""Checkpoints of codes and scales, decoded on the device as the CPU decodes them."""
+"""Tests of checkpoints of codes and scales: the device decodes them to the same values as the CPU."""
 
 import pytest
 import torch
@@ -9,12 +9,12 @@ from tests.gpu.models import assert_same, launched, on, write_fp8, write_mxfp4
 from tests.gpu.place import PLACE, Place, on_host
 
 pytest.importorskip("triton")
-pytestmark = pytest.mark.skipif(not transformers_available(), reason="builds a model of transformers")
+pytestmark = pytest.mark.skipif(not transformers_available(), reason="builds a transformers model")
 
 
 @pytest.fixture(scope="module")
 def quantized(checkpoint, tmp_path_factory):
-    """Directories by how the experts are quantized."""
+    """Return directories by the quantization of the experts."""
     directories = {name: tmp_path_factory.mktemp(name) for name in ("fp8", "mxfp4")}
     torch.manual_seed(0)
     write_fp8(checkpoint, directories["fp8"])
@@ -64,7 +64,7 @@ def _rules(name):
 
 
 def _put(module, key, tensor):
-    """A parameter under a name with dots."""
+    """Set a parameter under a dotted name."""
     *path, leaf = key.split(".")
     for part in path:
         if part not in module._modules:

@@ -1,4 +1,4 @@
-"""dequantize and its twin: against the definition, coordinate by coordinate, and against each other, between guards."""
+"""Tests of dequantize and its torch version: both against the definition, by coordinates, between guards."""
 
 from itertools import product
 from unittest import mock
@@ -39,13 +39,13 @@ def random_bytes(shape, seed):
 
 
 class Problem:
-    """Operands of a call, and what the definition says they make."""
+    """Operands of a call, and the results by the definition."""
 
     def __init__(self, bits, shape, block, start, dtype, table_row_dtype, rows_of_table, gap=0, count=1):
         self.how = {"bits": bits, "block": block, "start": start}
         self.shape = rows, columns = shape
         self.dtype = dtype
-        # Every entry is different, so that nothing can look right by chance.
+        # Every entry is different, so nothing can be right by chance.
         self.table = address_valued((rows_of_table, 1 << bits), dtype)
         nbytes = columns * bits // 8
         grid = [-(-(size + begin) // step) for size, begin, step in zip(shape, start, block, strict=True)]
@@ -57,23 +57,23 @@ class Problem:
         ]
 
     def expected(self):
-        made = []
+        values = []
         (rows, columns), (block_rows, block_columns), (r0, c0) = self.shape, self.how["block"], self.how["start"]
         for codes, table_rows in zip(self.codes, self.table_rows, strict=True):
             numbers = codes.long()
             if self.how["bits"] == 4:
                 numbers = torch.stack([numbers % 16, numbers // 16], 2).flatten(1)
             of_rows, of_columns = (torch.arange(rows) + r0) // block_rows, (torch.arange(columns) + c0) // block_columns
-            made.append(self.table[table_rows.long()[of_rows][:, of_columns], numbers])
-        return made
+            values.append(self.table[table_rows.long()[of_rows][:, of_columns], numbers])
+        return values
 
     def check(self, verb, layout):
-        """Call a verb on poisoned destinations between guards."""
+        """Call a verb on poisoned destinations between guards, and check the results."""
         strides = LAYOUTS[layout](*self.shape)
-        made = [guarded(self.shape, self.dtype, strides=strides) for _ in self.codes]
+        outputs = [guarded(self.shape, self.dtype, strides=strides) for _ in self.codes]
         before = [codes.clone() for codes in self.codes]
-        verb([out for out, _ in made], self.codes, self.table_rows, self.table, **self.how)
-        for (out, check), expected in zip(made, self.expected(), strict=True):
+        verb([out for out, _ in outputs], self.codes, self.table_rows, self.table, **self.how)
+        for (out, check), expected in zip(outputs, self.expected(), strict=True):
             assert_bytes_equal(out.clone(memory_format=torch.contiguous_format), expected)
             check()
         assert all(map(torch.equal, self.codes, before))
@@ -104,7 +104,7 @@ def problems(draw, most=40):
 
 
 def pieces(nbytes, pairs_worth=2):
-    """Pieces that small matrices have several of."""
+    """Shrink the pieces so that small matrices have several."""
     return mock.patch.multiple(twin, _PIECE_BYTES=nbytes, _TRANSPOSED_ROWS=8, _PAIRS_WORTH=pairs_worth)
 
 
@@ -173,9 +173,9 @@ def test_matrices_of_each_format_are_the_products(code_format, bits, scales, blo
         numbers = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])[numbers.long()]
     of_scales = scales.view(torch.float8_e8m0fnu).float() if scales.dtype == torch.uint8 else scales.float()
     of_blocks = of_scales.repeat_interleave(block[0], 0)[:300].repeat_interleave(block[1], 1)[:, :256]
-    made = code_table(code_format, scales, F32)
+    table = code_table(code_format, scales, F32)
     out, check = guarded((300, 256), F32, strides=LAYOUTS[layout](300, 256))
-    dequantize_torch([out], [codes], [made.table_rows], made.table, bits=bits, block=block)
+    dequantize_torch([out], [codes], [table.table_rows], table.table, bits=bits, block=block)
     wanted = numbers * of_blocks
     assert torch.equal(out.isnan(), wanted.isnan())
     assert_bytes_equal(out.nan_to_num(), wanted.nan_to_num())
@@ -213,7 +213,7 @@ def test_a_table_row_beyond_the_table_is_noticed_by_the_twin():
 
 @pytest.fixture
 def launched():
-    """The variants launched; and the promise kept that the interpreter does not check."""
+    """Return the launched variants, after checking the promise that the interpreter does not check."""
     seen = []
 
     def spy(variant, grid, table, integers):
@@ -229,7 +229,7 @@ def launched():
 
 
 def small_tiles():
-    """Tiles that small matrices have several of, the last ones in part."""
+    """Shrink the tiles so that small matrices have several, the last ones partial."""
     return mock.patch.multiple(module, _TILE=(8, 64), _TRANSPOSED_TILE=(32, 32), _SCALAR_TILE=(16, 16))
 
 
@@ -292,7 +292,7 @@ def test_nothing_is_launched_for_nothing(launched):
 
 
 def misfits():
-    """Changes of a call that fits, by what is wrong then."""
+    """Return changes to a valid call, by the misfit that they cause."""
     fits = Problem(4, (6, 8), (2, 4), (0, 0), BF16, torch.uint8, 3)
     out = torch.zeros(6, 8, dtype=BF16)
     good = {"dst": [out], "codes": fits.codes, "table_rows": fits.table_rows, "table": fits.table, **fits.how}
@@ -341,5 +341,5 @@ def test_destinations_of_two_kinds_are_refused_by_the_kernel():
     with pytest.raises(ConversionError, match="of several kinds"):
         dequantize(out, problem.codes, problem.table_rows, problem.table, **problem.how)
     dequantize_torch(out, problem.codes, problem.table_rows, problem.table, **problem.how)
-    for made, wanted in zip(out, problem.expected(), strict=True):
-        assert_bytes_equal(made.contiguous(), wanted)
+    for actual, wanted in zip(out, problem.expected(), strict=True):
+        assert_bytes_equal(actual.contiguous(), wanted)

@@ -1,4 +1,4 @@
-"""The examples in the docstrings of kernels run, and every verb and its twin has one.
+"""Tests of the examples in the docstrings of kernels: they run, and every verb and its torch version has one.
 
 pytest does not collect them, because ``automodel_conv/kernels`` is a link to a folder outside of the package.
 """

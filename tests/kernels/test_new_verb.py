@@ -1,4 +1,4 @@
-"""A verb is its file and a line in the table: batches of copies find, plan, compile and launch one that was added."""
+"""Tests of adding a verb, which is a file and a line in the table: batches of copies use it."""
 
 import numpy as np
 import pytest
@@ -15,7 +15,7 @@ from tests.kernels.toy_verb import GATHER, GATHER_TILES
 
 pytest.importorskip("triton")
 
-ROWS, COLUMNS, COUNT = 19, 45, 3  # several tiles in each direction, the last ones in part
+ROWS, COLUMNS, COUNT = 19, 45, 3  # several tiles in each direction, the last ones partial
 # Every other element of matrices [ROWS, 2 * COLUMNS + 1], one after the other in one tensor.
 COPY = StridedCopy(
     Box((ROWS, COLUMNS), (2 * COLUMNS + 1, 2), (COLUMNS, 1)),
@@ -27,12 +27,12 @@ COPY = StridedCopy(
 
 @pytest.fixture
 def table(monkeypatch):
-    """The table with one more line."""
+    """Add a line for the toy verb to the table."""
     monkeypatch.setattr(verbs, "VERBS", (*verbs.VERBS, GATHER))
 
 
 def batch_of(src_dtype, dst_dtype, phase_bytes=0):
-    """A batch of the copies, its output, and what that must be; sources start off any multiple of their size."""
+    """Return a batch of copies, its output, and the expected result. Sources start off any multiple of their size."""
     values = address_valued((COUNT, ROWS, 2 * COLUMNS + 1), src_dtype)
     raw = torch.zeros(values.nbytes + phase_bytes, dtype=torch.uint8)
     raw[phase_bytes:] = values.view(torch.uint8).flatten()

@@ -1,4 +1,4 @@
-"""Strided copies of any rank: against loops over coordinates, around guarded memory."""
+"""Tests of strided copies of any rank: against loops over coordinates, in guarded memory."""
 
 from itertools import product
 from unittest import mock
@@ -25,7 +25,7 @@ SMALL_PANELS = {
 
 
 def copied_by_hand(source):
-    """A contiguous copy, one coordinate after another, on the bits."""
+    """Return a contiguous copy of the bits, one coordinate at a time."""
     integer = INTEGERS[source.element_size()]
     out = torch.empty(source.shape, dtype=integer)
     bits = source.view(integer)
@@ -36,7 +36,7 @@ def copied_by_hand(source):
 
 @st.composite
 def strides_of(draw, shape):
-    """Strides that give every element its own address, dimensions in any order, with gaps."""
+    """Draw strides that give every element its own address, with dimensions in any order and gaps."""
     strides, step = [0] * len(shape), 1
     for dim in draw(st.permutations(range(len(shape)))):
         step *= draw(st.sampled_from([1, 1, 1, 2, 3]))
@@ -47,7 +47,7 @@ def strides_of(draw, shape):
 
 @st.composite
 def sources(draw, shape, dtype):
-    """Permuted, sliced and expanded tensors of distinct values."""
+    """Draw permuted, sliced and expanded tensors of distinct values."""
     strides = draw(strides_of(shape))
     if draw(st.booleans()) and shape:
         dim = draw(st.integers(0, len(shape) - 1))
@@ -74,7 +74,7 @@ def test_strided_copy_puts_every_element_where_loops_put_it(dtype, data, shape):
 
 
 def matrices_of(dst, src):
-    """The shapes that ``strided_copy_torch`` hands to the transpose."""
+    """Return the shapes that ``strided_copy_torch`` passes to the transpose."""
     with mock.patch.object(strided_copy, "transpose_torch", wraps=transpose.transpose_torch) as call:
         strided_copy_torch([dst], [src])
     (matrices, _), _ = call.call_args

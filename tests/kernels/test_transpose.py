@@ -1,4 +1,4 @@
-"""Transposing copies: against loops over coordinates, for every bit pattern, between guards."""
+"""Tests of transposing copies: against loops over coordinates, for every bit pattern, between guards."""
 
 from concurrent.futures import ThreadPoolExecutor
 from unittest import mock
@@ -27,7 +27,7 @@ DTYPES = [
     torch.float64,
     torch.complex64,
 ]
-# Small panels meet every edge in matrices that a loop over coordinates can check.
+# Small panels have every kind of edge in matrices that a loop over coordinates can check.
 SMALL_PANELS = {
     "_MIN_ROWS": 8,
     "_MAX_ROWS": 8,
@@ -49,14 +49,14 @@ SOURCE_LAYOUTS = {
 # Strides of a destination [C, R].
 DESTINATION_LAYOUTS = {
     "contiguous": lambda c, r: (r, 1),
-    "a half of wider rows": lambda c, r: (2 * r + 1, 1),
+    "half of wider rows": lambda c, r: (2 * r + 1, 1),
     "every other element": lambda c, r: (2 * r, 2),
     "columns first": lambda c, r: (1, c),
 }
 
 
 def transposed_by_hand(source):
-    """The definition: element by element, on the bits."""
+    """Transpose element by element, on the bits."""
     rows, columns = source.shape
     integer = INTEGERS[source.element_size()]
     bits = source.view(integer).tolist()

@@ -1,4 +1,4 @@
-"""Operands that do not fit are refused before anything is written; bytes and alignments are counted."""
+"""Tests of operands: misfits are refused before anything is written; bytes and alignments are counted."""
 
 import os
 import subprocess
@@ -49,10 +49,10 @@ MISFITS = {
 @pytest.mark.parametrize("misfit", MISFITS)
 def test_operands_that_do_not_fit_are_refused_before_anything_is_written(misfit):
     name, operands = MISFITS[misfit]
-    made = operands()
+    arguments = operands()
     with pytest.raises(ConversionError, match="expected"):
-        VERBS[name][0](*made)
-    assert all(not bool(t.any()) for some in made for t in some if t.device.type == "cpu")
+        VERBS[name][0](*arguments)
+    assert all(not bool(t.any()) for tensors in arguments for t in tensors if t.device.type == "cpu")
 
 
 @needs_triton
@@ -118,7 +118,7 @@ def test_what_triton_lacks_on_a_gpu_is_told_beforehand(monkeypatch):
     monkeypatch.setenv("CC", "no-such-compiler")
     assert "no-such-compiler" in reason(Driver())
     monkeypatch.delenv("CC")
-    monkeypatch.setattr("shutil.which", {"cc": "/usr/bin/cc"}.get)  # which Triton does not look for
+    monkeypatch.setattr("shutil.which", {"cc": "/usr/bin/cc"}.get)  # a name that Triton does not search for
     assert "gcc and clang" in reason(Driver())
 
 

@@ -1,4 +1,4 @@
-"""Every variant of a verb that can be launched, and how many launches it takes, in Triton's interpreter."""
+"""Tests of every launchable variant of a verb, and of the number of launches, in Triton's interpreter."""
 
 import itertools
 from unittest import mock
@@ -43,9 +43,9 @@ def test_every_variant_of_a_verb_moves_right_and_its_machine_code_is_checked(nam
             run(verb, dst, src, ELEMENTS[name])
     kernels = {"transpose": {"transpose_tiles", "interleave_tiles"}, "strided_copy": {"copy_tiles"}}
     expected = {variant for variant in known if variant.kernel.name in kernels.get(name, {f"{name}_tiles"})}
-    found = {variant for variant, _ in launched}
-    assert found <= expected
-    assert {variant for variant in expected if not (name == "transpose" and "inter" in variant.kernel.name)} <= found
+    actual = {variant for variant, _ in launched}
+    assert actual <= expected
+    assert {variant for variant in expected if not (name == "transpose" and "inter" in variant.kernel.name)} <= actual
 
 
 @needs_triton
@@ -83,7 +83,7 @@ def test_a_grid_of_more_programs_than_triton_counts_takes_more_launches(launched
 @needs_triton
 @pytest.mark.parametrize("shape", [(3, 300_000_001), (300_000_001, 3), (1, 2**30 - 1)])
 def test_a_run_of_any_shape_is_taken_up_to_the_length_promised(shape):
-    # Addresses that nothing looks at: the launch is left out.
+    # Nothing uses these addresses: the launch is left out.
     runs = at_addresses(np.array([64]), shape, shape[1], torch.uint8, torch.device("cpu"))
     assert strided_copy.MAX_RUN_BYTES - runs.nbytes < 2**28
     with mock.patch.object(launch, "queue") as launched:

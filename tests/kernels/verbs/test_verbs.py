@@ -1,4 +1,4 @@
-"""The kernels in Triton's interpreter: against loops over coordinates, at any address, between guards."""
+"""Tests of the kernels in Triton's interpreter: against loops over coordinates, at any address, between guards."""
 
 import os
 import subprocess
@@ -25,7 +25,7 @@ SIDES = [0, 1, 2, 3, 7, 8, 15, 16, 17, 24, 31, 32, 33, 40]
 
 @st.composite
 def phases(draw, count, dtype, *, whole=False):
-    """Bytes past a multiple of 16, mostly the same for all; ``whole``: elements stay at multiples of their size."""
+    """Draw bytes past a multiple of 16, mostly equal. ``whole`` keeps elements at multiples of their size."""
     step = dtype.itemsize if whole else 1
     one = st.sampled_from(sorted({0, 8, 4, 2, 1, 3, 12}) if step == 1 else [0, 0, 8, 4 if step <= 4 else 0, step])
     common = draw(one)
@@ -34,7 +34,7 @@ def phases(draw, count, dtype, *, whole=False):
 
 @st.composite
 def problems(draw, multiple=1):
-    """Dtypes, sides, how many, and gaps, each now and then friendly to long vectors."""
+    """Draw dtypes, sides, counts and gaps, some of which allow long vectors."""
     dst, src = draw(st.sampled_from(DTYPE_PAIRS))
     sides = st.sampled_from(SIDES) | st.sampled_from([16, 32, 48])
     rows, columns, count = draw(sides), draw(sides), draw(st.sampled_from([0, 1, 2, 3]))
@@ -96,11 +96,11 @@ def test_casts_round_to_nearest_even(dst_dtype, src_dtype):
         strided_copy.strided_copy([dst], [src])
     size = src_dtype.itemsize
     raw = src.reshape(-1).view(torch.uint8).numpy().tobytes()
-    made = dst.reshape(-1).view(torch.uint8).numpy().tobytes()
+    data = dst.reshape(-1).view(torch.uint8).numpy().tobytes()
     for at in range(src.numel()):
         value = raw[size * at : size * (at + 1)]
-        found = made[dst_dtype.itemsize * at : dst_dtype.itemsize * (at + 1)]
-        assert same(found, rounded(value, src_dtype, dst_dtype), dst_dtype), value.hex()
+        element = data[dst_dtype.itemsize * at : dst_dtype.itemsize * (at + 1)]
+        assert same(element, rounded(value, src_dtype, dst_dtype), dst_dtype), value.hex()
 
 
 @needs_triton
@@ -118,12 +118,12 @@ def test_loose_tensors_are_moved_as_their_twin_moves_them(name):
         [address_valued((src_shape[0], src_shape[1] + 5), torch.bfloat16, 1000 * k)[:, 2:-3] for k in range(3)]
         for _ in range(src_count)
     ]
-    made, expected = (
+    actual, expected = (
         [[torch.zeros(dst_shape, dtype=torch.bfloat16) for _ in range(3)] for _ in range(dst_count)] for _ in range(2)
     )
-    verb(*made, *sources)
+    verb(*actual, *sources)
     twin(*expected, *sources)
-    for some, others in zip(made, expected, strict=True):
+    for some, others in zip(actual, expected, strict=True):
         for one, other in zip(some, others, strict=True):
             assert_bytes_equal(one, other)
 
@@ -138,7 +138,7 @@ from automodel_conv.kernels.strided_copy import strided_copy
 from automodel_conv.kernels.transpose import transpose
 
 ROWS, COLUMNS, STRIDE = 1100, 8, 2**21
-memory = torch.empty(ROWS * STRIDE, dtype=torch.bfloat16)  # pages that nobody touches are never there
+memory = torch.empty(ROWS * STRIDE, dtype=torch.bfloat16)  # pages that are never touched are never allocated
 far = memory.as_strided((ROWS, COLUMNS), (STRIDE, 1))
 assert (ROWS - 1) * STRIDE > 2**31 and (ROWS - 64) * STRIDE * 2 > 2**32
 numbers = torch.arange(ROWS * COLUMNS, dtype=torch.int16).view(torch.bfloat16).reshape(ROWS, COLUMNS)
@@ -155,7 +155,7 @@ for verb, operands in (
     assert same(far, numbers), verb
 strided_copy([near], [far])
 assert same(near, numbers)
-# Words of 2 bytes now, so that their number too leaves 32 bits.
+# Words of 2 bytes now, so that their count also exceeds 32 bits.
 strided_copy([near.zero_()[:, 1:]], [far[:, 1:]])
 assert same(near[:, 1:], numbers[:, 1:])
 far.zero_()
