@@ -26,7 +26,7 @@ class Raw(NamedTuple):
         return matrices_at(self.device, self.offsets_bytes, self.shape, self.row_stride, self.dtype)
 
     def raw_elements(self, index: int) -> Tensor:
-        """Return a matrix on the CPU as a view ``[R, C, element bytes]``, because its dtype may not allow its address."""
+        """Return a matrix on the CPU as a view ``[R, C, element bytes]``; its dtype may not allow its address."""
         size = self.dtype.itemsize
         rows, columns = self.shape
         strides = (self.row_stride * size, size, 1)

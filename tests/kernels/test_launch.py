@@ -42,7 +42,7 @@ def works():
     ]
     launches = [
         verb(*matrices)
-        for verb, operand in zip(
+        for verb, matrices in zip(
             (strided_copy_launches, transpose_launches, interleave_launches), operands, strict=True
         )
     ]
