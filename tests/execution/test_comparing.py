@@ -1,4 +1,4 @@
-"""Files compared with the slabs that they should hold: the first byte that differs is found."""
+"""Tests of comparing files with the slabs that they should hold: the first byte that differs is reported."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from automodel_conv.execution import writing
 from automodel_conv.execution.writing import first_different_byte
 from automodel_conv.files.source import LocalFile
 from automodel_conv.schedule.writes import Slabs
-from tests.execution.slab_writes import MAKERS, every_case, maker_of, write
+from tests.execution.slab_writes import MAKERS, every_case, producer_of, write
 
 
 @pytest.fixture(scope="module")
@@ -20,7 +20,7 @@ def cases(tmp_path_factory):
 
 
 def compared(kind, case, path, threads=2, **options):
-    with maker_of(kind, case, **options) as (_, slabs, start):
+    with producer_of(kind, case, **options) as (_, slabs, start):
         return first_different_byte(slabs.slabs, LocalFile(str(path)), start, threads, lambda nbytes: None)
 
 

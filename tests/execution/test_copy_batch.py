@@ -1,4 +1,4 @@
-"""Batches of copies: planned without a trace, started together by one upload, the rest made by torch."""
+"""Tests of batches of copies: planned without a trace, started with one upload, the rest copied by torch."""
 
 import math
 from unittest import mock
@@ -30,14 +30,14 @@ def untouched(outputs):
 
 
 def copies():
-    """A batch of every way a copy goes, its outputs, and what these must be."""
+    """Return a batch with every kind of copy, its outputs, and the expected results."""
     first, second, third = (address_valued((ROWS, COLUMNS), torch.bfloat16, 1000 * k) for k in range(3))
     wide = address_valued((ROWS, COLUMNS), torch.int64, 0)
     whole, turned = (1,), (1, COLUMNS)
-    made = {
+    pairs = {
         "as it is": ((NUMEL,), whole, whole, [first, second], (0, 1), (0, 0), (0, NUMEL), (2, ROWS, COLUMNS)),
         "turned": ((COLUMNS, ROWS), turned, (ROWS, 1), [first], (0,), (0,), (0,), (COLUMNS, ROWS)),
-        # Two that fill each other's gaps, and one without a partner.
+        # Two that fill each other's gaps, and one that is unpaired.
         "woven": (
             (COLUMNS, ROWS),
             turned,
@@ -59,7 +59,7 @@ def copies():
     for (matrix, lane), source in {(0, 0): first, (0, 1): second, (1, 0): third}.items():
         expected["woven"][matrix, :, lane::2] = source.t()
     batch, outputs = CopyBatch(), {}
-    for name, (*columns, shape) in made.items():
+    for name, (*columns, shape) in pairs.items():
         sources = columns.pop(3)
         outputs[name] = poisoned(shape, sources[0].dtype)
         batch.add(StridedCopy(Box(*columns[:3]), *columns[3:]), sources, outputs[name])

@@ -1,4 +1,4 @@
-"""Threads and pinned memory where nobody says how much: the ranks of a node share it."""
+"""Tests of the default number of threads and of pinned memory: the ranks of a node share them."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from tests.execution.support import TRANSPOSE, moe
 
 @pytest.fixture
 def node(monkeypatch):
-    """A machine with so many cores, of which a process may use some, for so many ranks."""
+    """Simulate a machine with a number of cores, of which a process may use some, and a number of ranks."""
 
-    def made(machine, usable, ranks):
+    def simulate(machine, usable, ranks):
         monkeypatch.setattr(os, "cpu_count", lambda: machine)
         monkeypatch.setattr(cores, "cores", lambda: usable)
         monkeypatch.setenv("LOCAL_WORLD_SIZE", str(ranks))
 
-    return made
+    return simulate
 
 
 @pytest.mark.parametrize(
@@ -52,12 +52,12 @@ def test_without_a_launcher_there_is_one_rank(monkeypatch):
 @pytest.mark.parametrize(
     ("usable", "machine", "ranks", "share"),
     [
-        (16, 16, 1, 16),  # alone
-        (4, 16, 1, 4),  # alone in a container
+        (16, 16, 1, 16),  # one rank
+        (4, 16, 1, 4),  # one rank in a container
         (16, 16, 8, 2),  # all ranks on all cores
         (2, 16, 8, 2),  # each rank pinned to its own
         (1, 16, 8, 1),  # pinned to less
-        (3, 16, 8, 1),  # more than an equal share: not each its own
+        (3, 16, 8, 1),  # more than an equal share, so ranks are not pinned apart
         (64, 128, 8, 8),  # a container of half a machine
         (2, 2, 8, 1),  # more ranks than cores
         (1, 1, 1, 1),

@@ -1,4 +1,4 @@
-"""The streaming loader on a simulated device: what a load does and says, and in which memory."""
+"""Tests of the streaming loader on a simulated device: results, progress, kernels and memory."""
 
 from __future__ import annotations
 
@@ -54,11 +54,11 @@ def test_slots_have_8_to_16_mib_unless_what_is_given_leaves_no_more(monkeypatch,
 
 
 def test_slots_of_pinned_memory_start_where_any_element_may(cases, monkeypatch):
-    made, real = [], streaming._Slot
-    monkeypatch.setattr(streaming, "_Slot", lambda memory: made.append(real(memory)) or made[-1])
+    slots, real = [], streaming._Slot
+    monkeypatch.setattr(streaming, "_Slot", lambda memory: slots.append(real(memory)) or slots[-1])
     load(cases[1], SimulatedDevice(), threads=3, scratch_bytes=30001)
-    assert len(made) == 6
-    assert all(slot.memory.data_ptr() % 64 == 0 for slot in made)
+    assert len(slots) == 6
+    assert all(slot.memory.data_ptr() % 64 == 0 for slot in slots)
 
 
 @needs_triton
@@ -66,10 +66,10 @@ def test_slots_of_pinned_memory_start_where_any_element_may(cases, monkeypatch):
 def test_tensors_made_in_inference_mode_are_filled_in_it(tmp_path, backend):
     tensors, checkpoint, plan = moe(tmp_path, *LAYOUTS["transposed"], shape=(3, 16, 32))
     with torch.inference_mode():
-        found = allocate(plan.targets)
-        load_to_device(plan, checkpoint, found, SimulatedDevice(eagerness=1), backend=backend, **SMALL)
+        buffers = allocate(plan.targets)
+        load_to_device(plan, checkpoint, buffers, SimulatedDevice(eagerness=1), backend=backend, **SMALL)
     for name, tensor in naive(plan, tensors).items():
-        assert_bytes_equal(found[name], tensor)
+        assert_bytes_equal(buffers[name], tensor)
 
 
 def test_nothing_is_allocated_for_copies_where_all_bytes_only_move(tmp_path, calls):
@@ -141,23 +141,23 @@ def test_a_load_compiles_three_kernels_at_most_and_torch_makes_the_other_copies(
 
 def test_buffers_of_any_strides_are_filled(tmp_path):
     tensors, checkpoint, plan = moe(tmp_path, shape=(3, 6, 10))
-    found = {}
+    guards = {}
     for t in plan.targets:
         strides = [2]
         for size in t.shape[:0:-1]:
             strides.insert(0, strides[0] * size + 3)
-        found[t.name] = guarded(t.shape, torch_dtype(t.dtype), strides=strides)
-    load_to_device(plan, checkpoint, {name: guard.tensor for name, guard in found.items()}, SimulatedDevice(), **SMALL)
+        guards[t.name] = guarded(t.shape, torch_dtype(t.dtype), strides=strides)
+    load_to_device(plan, checkpoint, {name: guard.tensor for name, guard in guards.items()}, SimulatedDevice(), **SMALL)
     for name, tensor in naive(plan, tensors).items():
-        found[name].check()
-        assert_bytes_equal(found[name].tensor.contiguous(), tensor)
+        guards[name].check()
+        assert_bytes_equal(guards[name].tensor.contiguous(), tensor)
 
 
 def test_targets_of_upstream_are_made_and_uploaded(tmp_path):
     tensors = {"a": address_valued((3, 4), torch.float32), "b": address_valued((5,), torch.bfloat16)}
     checkpoint = write_checkpoint(tmp_path, {"a.safetensors": tensors})
     sources = columns(checkpoint)
-    fallback = Fallback("a test says so", lambda found: {"flat": found[0].flatten()})
+    fallback = Fallback("for a test", lambda sources: {"flat": sources[0].flatten()})
     flat = Target("flat", "F32", (12,), -1, (0,), (), fallback)
     plan = plan_of(sources, flat, target(sources, "b", "BF16", [["b"]]))
     stats = load(Case(checkpoint, plan, {"flat": tensors["a"].flatten(), "b": tensors["b"]}), SimulatedDevice())

@@ -1,4 +1,4 @@
-"""The streaming loader when a read, the device or the caller ends it: told at once, and everything released."""
+"""Tests of the streaming loader when a read, the device or the caller ends it: it reports at once and releases all."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ def test_a_failing_read_is_told_at_once_while_other_threads_still_read(cases, ca
 
 def test_a_failing_read_is_told_before_what_the_device_says_at_the_end(cases, calls):
     calls.fail_read = 2
-    device = SimulatedDevice(eagerness=0, fail_at=1)  # which works only when it is waited for, at the end
+    device = SimulatedDevice(eagerness=0, fail_at=1)  # works only when it is waited for, at the end
     with pytest.raises(ReadError, match=r"Input/output error[\s\S]*besides: +DeviceFault: .*illegal access"):
         load(cases[0], device, threads=1, scratch_bytes=16384)
     assert_released(device, calls)
 
 
 class Impatient(threading.Condition):
-    """A condition on which nobody waits for more than two seconds, and that tells if somebody would have."""
+    """A condition on which no thread waits for more than two seconds. It records if a thread would have."""
 
     def __init__(self):
         super().__init__()
@@ -52,7 +52,7 @@ class Impatient(threading.Condition):
 
 
 def fail_while_another_thread_waits(module, case, calls, monkeypatch):
-    """A thread fails to read into the first window while another waits for that window to be emptied."""
+    """Fail a read into the first window while another thread waits for that window to be emptied."""
     condition = Impatient()
     monkeypatch.setattr(module, "threading", types.SimpleNamespace(Condition=lambda: condition))
     calls.reads, calls.fail_read = 0, 1
@@ -84,7 +84,7 @@ def test_a_thread_that_waits_for_a_window_ends_when_another_fails(cases, calls, 
 def test_a_failing_read_is_told_where_another_thread_is_stopped_and_the_device_fails(
     cases, calls, monkeypatch, reverse
 ):
-    told, settle, wait = [], streaming._DeviceLoad._synchronize, streaming.wait
+    notes, settle, wait = [], streaming._DeviceLoad._synchronize, streaming.wait
 
     def fail_at_the_end(load, stream):
         settle(load, stream)
@@ -92,14 +92,14 @@ def test_a_failing_read_is_told_where_another_thread_is_stopped_and_the_device_f
 
     def wait_for(futures, **options):
         wait(futures, **options)
-        if reverse:  # either thread may be the one that fails
+        if reverse:  # either thread may fail
             futures.reverse()
 
     monkeypatch.setattr(streaming, "wait", wait_for)
     monkeypatch.setattr(streaming._DeviceLoad, "_synchronize", fail_at_the_end)
-    monkeypatch.setattr(streaming, "add_note", lambda error, text: told.append((type(error), text)))
+    monkeypatch.setattr(streaming, "add_note", lambda error, text: notes.append((type(error), text)))
     fail_while_another_thread_waits(streaming, cases[2], calls, monkeypatch)
-    assert told == [(ReadError, "  besides:  DeviceFault: at the end")]
+    assert notes == [(ReadError, "  besides:  DeviceFault: at the end")]
 
 
 @pytest.mark.parametrize(
@@ -108,7 +108,7 @@ def test_a_failing_read_is_told_where_another_thread_is_stopped_and_the_device_f
         ("self._stopped = True\n            self._changed.notify_all()", "self._stopped = True"),
         ("if self._stopped:\n                    raise Stopped", "pass"),
     ],
-    ids=["it is not woken", "it goes on"],
+    ids=["not woken", "continues"],
 )
 def test_a_thread_that_would_wait_or_go_on_after_the_end_is_found(cases, calls, monkeypatch, text, replacement):
     with pytest.raises(AssertionError):
@@ -127,7 +127,7 @@ def test_a_load_that_is_asked_to_end_releases_everything_and_tells_what_is_compl
 
 
 def interrupt(module, case, calls, monkeypatch):
-    """Ctrl-C while the main thread waits for the readers, which then begin no other chunk."""
+    """Interrupt the main thread while it waits for the readers, which must then begin no other chunk."""
 
     def interrupted(*args, **kwargs):
         raise KeyboardInterrupt

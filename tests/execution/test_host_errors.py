@@ -1,4 +1,4 @@
-"""Reading to the host when something fails, is short or is interrupted: one clear error, and no file left open."""
+"""Tests of failed, short and interrupted reads to the host: one clear error, and no open file."""
 
 from __future__ import annotations
 
@@ -156,7 +156,7 @@ def fallback_plan(tmp_path: Path, convert):
     }
     checkpoint = write_checkpoint(tmp_path, {"a.safetensors": tensors})
     sources = columns(checkpoint)
-    fallback = Fallback("a test says so", convert)
+    fallback = Fallback("for a test", convert)
     plan = plan_of(
         sources,
         Target("sum", "F64", (3, 4), -1, (0,), (), fallback),
@@ -167,21 +167,21 @@ def fallback_plan(tmp_path: Path, convert):
 
 
 def test_modes_of_the_calling_thread_change_nothing(tmp_path):
-    tensors, checkpoint, plan = fallback_plan(tmp_path / "upstream", lambda sources: made_of(sources[0]))
+    tensors, checkpoint, plan = fallback_plan(tmp_path / "upstream", lambda sources: fallback_results(sources[0]))
     with torch.inference_mode(), torch.device("meta"):
-        found = allocate(plan.targets)
-        load_to_host(plan, checkpoint, found)
-    for name, tensor in {**made_of(tensors["a"]), "b": tensors["b"]}.items():
-        assert_bytes_equal(found[name], tensor.to(found[name].dtype))
+        buffers = allocate(plan.targets)
+        load_to_host(plan, checkpoint, buffers)
+    for name, tensor in {**fallback_results(tensors["a"]), "b": tensors["b"]}.items():
+        assert_bytes_equal(buffers[name], tensor.to(buffers[name].dtype))
     tensors, checkpoint, plan = moe(tmp_path / "copies", *LAYOUTS["transposed"])
     with torch.inference_mode(), torch.device("meta"):
-        found = allocate(plan.targets)
-        load_to_host(plan, checkpoint, found)
+        buffers = allocate(plan.targets)
+        load_to_host(plan, checkpoint, buffers)
     for name, tensor in naive(plan, tensors).items():
-        assert_bytes_equal(found[name], tensor)
+        assert_bytes_equal(buffers[name], tensor)
 
 
-def made_of(a):
+def fallback_results(a):
     return {"sum": a * 2, "flat": a.flatten()}
 
 

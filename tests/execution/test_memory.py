@@ -1,4 +1,4 @@
-"""From tensors to tensors: the same plans as for files, with sources and buffers of any strides."""
+"""Tests of conversions in memory: the same plans as for files, with sources and buffers of any strides."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ from tests.execution.support import (
     TRANSPOSE,
     expert_names,
     experts,
-    made,
     naive,
     plan_of,
     table,
     target,
+    target_from,
 )
 
 BACKENDS = ("torch",) if importlib.util.find_spec("triton") is None else ("torch", "triton")
@@ -61,7 +61,7 @@ def check_conversion(
 
 
 def laid_out(tensor: Tensor, order: tuple[int, ...], step: int = 1) -> Tensor:
-    """The same values with other strides: dimensions in ``order``, the fastest first."""
+    """Return the same values with other strides: dimensions in ``order``, the fastest first."""
     strides = [0] * tensor.dim()
     for d in order:
         strides[d], step = step, step * tensor.shape[d]
@@ -133,9 +133,9 @@ def test_conjugate_views_arrive_conjugated():
     sources = table(tensors)
     plan = plan_of(sources, target(sources, "z", "C64", [["z"]], []))
     for backend in BACKENDS:
-        made = torch.zeros(1, 2, dtype=torch.complex64)
-        convert_tensors(plan, [tensors["z"].conj()], {"z": made}, backend=backend)
-        assert_bytes_equal(made, tensors["z"].conj().resolve_conj())
+        filled = torch.zeros(1, 2, dtype=torch.complex64)
+        convert_tensors(plan, [tensors["z"].conj()], {"z": filled}, backend=backend)
+        assert_bytes_equal(filled, tensors["z"].conj().resolve_conj())
 
 
 def spy(verb, launched):
@@ -264,12 +264,12 @@ def test_buffers_that_share_elements_are_refused_and_both_are_named():
 
 
 INTERLOCKED = {
-    "columns side by side": lambda m: (m[..., :4], m[..., 4:]),
+    "adjacent columns": lambda m: (m[..., :4], m[..., 4:]),
     "columns that alternate": lambda m: (m[..., 0::2], m[..., 1::2]),
     "rows that alternate": lambda m: (m[:, 0::2, :4], m[:, 1::2, :4]),
     "blocks of a matrix": lambda m: (m[:, :3, 4:], m[:, 3:, 4:]),
-    "slices one after another": lambda m: (m[:2], m[2:]),
-    "the other way round, alternating": lambda m: (m[..., 0::2].transpose(1, 2), m[..., 1::2].transpose(1, 2)),
+    "adjacent slices": lambda m: (m[:2], m[2:]),
+    "transposed, alternating": lambda m: (m[..., 0::2].transpose(1, 2), m[..., 1::2].transpose(1, 2)),
     "one in a gap of the other": lambda m: (m[..., 0::3], m[1, 2, 1:3]),
 }
 
@@ -298,14 +298,14 @@ def test_a_buffer_between_the_elements_of_a_source_is_written(name):
 
 
 def test_tied_buffers_pass_if_they_are_made_of_one_tensor():
-    weight, made = torch.randn(3, 4), torch.zeros(3, 4)
+    weight, filled = torch.randn(3, 4), torch.zeros(3, 4)
     plan = one_to_one((3, 4), (3, 4))
-    convert_tensors(plan, [weight, weight], {"t0": made, "t1": made})
-    assert_bytes_equal(made, weight)
+    convert_tensors(plan, [weight, weight], {"t0": filled, "t1": filled})
+    assert_bytes_equal(filled, weight)
     with pytest.raises(ConversionError, match="buffers of t0 and t1 share memory"):
-        convert_tensors(plan, [weight, weight.clone()], {"t0": made, "t1": made})
+        convert_tensors(plan, [weight, weight.clone()], {"t0": filled, "t1": filled})
     with pytest.raises(ConversionError, match="buffers of t0 and t1 share memory"):
-        convert_tensors(one_to_one((3, 3), (3, 3)), [weight[:, :3]] * 2, {"t0": made[:, :3], "t1": made[:, 1:]})
+        convert_tensors(one_to_one((3, 3), (3, 3)), [weight[:, :3]] * 2, {"t0": filled[:, :3], "t1": filled[:, 1:]})
 
 
 def test_strides_that_take_too_long_to_decide_pass():
@@ -320,7 +320,7 @@ def test_strides_that_take_too_long_to_decide_pass():
 
 def test_where_tensors_lie_is_compared_without_reading_them():
     class Elsewhere:
-        """As a tensor of a GPU: an address that the host cannot read."""
+        """A view with an address that the host cannot read, as of a GPU tensor."""
 
         def __init__(self, view):
             self.shape, self.stride, self.element_size = view.shape, view.stride, view.element_size
@@ -342,9 +342,9 @@ def test_a_source_that_the_plan_was_not_made_for_is_named(source):
 def test_a_buffer_whose_strides_copies_cannot_follow_is_named(monkeypatch):
     monkeypatch.setattr(boxes, "_MOST_STEPS", 4)
     sources = SourceTable(["s"], ["F32"], [(3, 10)])
-    # Written in threes, while the buffer has rows of five.
+    # Written in threes, but the buffer has rows of five.
     value = values.reshape(values.transpose(leaf(0, (3, 10)), 0, 1), (6, 5))
-    plan = plan_of(sources, made("t", "F32", value, [0]))
+    plan = plan_of(sources, target_from("t", "F32", value, [0]))
     buffer = torch.empty(5, 6).t()
     with pytest.raises(UnsupportedError, match="t cannot be written straight"):
         convert_tensors(plan, [torch.randn(3, 10)], {"t": buffer})
@@ -353,7 +353,7 @@ def test_a_buffer_whose_strides_copies_cannot_follow_is_named(monkeypatch):
 def test_a_buffer_whose_strides_do_not_divide_those_of_the_copies_is_written_step_by_step():
     tensor = torch.arange(30, dtype=torch.float32).reshape(3, 10)
     value = values.reshape(values.transpose(leaf(0, (3, 10)), 0, 1), (6, 5))
-    plan = plan_of(table({"s": tensor}), made("t", "F32", value, [0]))
+    plan = plan_of(table({"s": tensor}), target_from("t", "F32", value, [0]))
     buffer = torch.full((5, 6), -1.0).t()
     convert_tensors(plan, [tensor], {"t": buffer})
     assert_bytes_equal(buffer, tensor.t().reshape(6, 5))
@@ -364,14 +364,14 @@ def test_a_source_whose_strides_copies_cannot_follow_is_copied_first(monkeypatch
     monkeypatch.setattr(boxes, "_MOST_STEPS", most_steps)
     tensor = torch.arange(30, dtype=torch.float32).reshape(6, 5)
     value = values.transpose(values.reshape(leaf(0, (6, 5)), (10, 3)), 0, 1)
-    plan = plan_of(table({"s": tensor}), made("t", "F32", value, [0]))
+    plan = plan_of(table({"s": tensor}), target_from("t", "F32", value, [0]))
     check_conversion(plan, {"s": tensor}, [laid_out(tensor, (0, 1))])
 
 
 def test_sources_that_had_to_be_copied_live_until_kernels_read_them():
     tensors = {f"s{i}": address_valued((6, 5), torch.float32, 30 * i) for i in range(6)}
     value = values.transpose(values.reshape(leaf(0, (6, 5)), (10, 3)), 0, 1)
-    plan = plan_of(table(tensors), *(made(f"t{i}", "F32", value, [i]) for i in range(6)))
+    plan = plan_of(table(tensors), *(target_from(f"t{i}", "F32", value, [i]) for i in range(6)))
     check_conversion(plan, tensors, [laid_out(t, (0, 1)) for t in tensors.values()])
 
 
@@ -383,7 +383,7 @@ def test_upstream_code_runs_once_and_gets_the_tensors_themselves():
         return {"a": sources[0] + 1, "b": sources[0].t()}
 
     source = torch.randn(2, 3)
-    fallback = Fallback("a test says so", convert)
+    fallback = Fallback("for a test", convert)
     targets = [
         Target("a", "F32", (2, 3), -1, (0,), (), fallback),
         Target("b", "BF16", (3, 2), -1, (0,), (), fallback),
@@ -414,7 +414,7 @@ def test_any_chain_from_any_strides_to_any_strides(data, shape, count, result):
     dims = st.integers(0, len(shape) - 1)
     value = values.transpose(value, data.draw(dims), data.draw(dims))
     try:
-        plan = plan_of(table(tensors), made("t", result, value, range(count)))
+        plan = plan_of(table(tensors), target_from("t", result, value, range(count)))
     except NotAffine:
         reject()
     orders = st.permutations(range(len(shape)))

@@ -1,4 +1,4 @@
-"""New memory gets its pages before bytes go there; old memory is left as it is, and so is all beside the buffers."""
+"""Tests of new memory: its pages are populated before bytes are written, and all other memory is left unchanged."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ MIB = 1 << 20
 
 
 def new(nbytes):
-    """New memory of that many bytes, which begins with a block."""
+    """Return ``nbytes`` of new memory that begins with a block."""
     memory = torch.frombuffer(mmap.mmap(-1, nbytes + BLOCK_BYTES), dtype=torch.uint8)
     start = -memory.data_ptr() % BLOCK_BYTES
     return memory[start : start + nbytes]
@@ -32,7 +32,7 @@ def share(tensor):
 
 
 def filling(*places):
-    """A job that fills some bytes: ``(start, length)``, or ``(start, length, tensor)``."""
+    """Return a job that fills ranges: ``(start, length)``, or ``(start, length, tensor)``."""
     return ReadInPlace(
         Reads.from_list([Read(0, 0, nbytes, *target or (0,), start) for start, nbytes, *target in places])
     )
@@ -152,7 +152,7 @@ def test_a_system_that_cannot_make_pages_is_asked_for_huge_ones(monkeypatch, adv
 
 
 def test_tensors_of_a_size_need_one_mapping_not_one_each():
-    """torch's tensors lie one after another, each with a page of the allocator's own between."""
+    """Check tensors that torch places one after another, each with a page of the allocator's own in between."""
 
     def mappings():
         with open("/proc/self/maps") as maps:
@@ -166,7 +166,7 @@ def test_tensors_of_a_size_need_one_mapping_not_one_each():
 
 
 def test_a_block_that_is_not_whole_is_no_try(advice):
-    """It cannot be a huge page, so its time says nothing of huge pages."""
+    """Such a block cannot be a huge page, so its time is not evidence about huge pages."""
     buffer = new(32 * MIB)[MIB : 13 * MIB]  # half a block, five whole ones, half a block
     memory = NewMemory([buffer])
     memory.populate_all(1)

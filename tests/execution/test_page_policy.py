@@ -1,4 +1,4 @@
-"""The size of pages that is chosen, on machines that are simulated: fast, slow, of changing speed, noisy."""
+"""Tests of the chosen page size on simulated machines: fast, slow, of changing speed, noisy."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ MIB = 1 << 20
 LOAD_BYTES = 5 * 10**9
 RUN_BYTES = 4 * MIB
 BLOCK_BYTES = 2 * MIB
-# Milliseconds that a block takes, measured (docs/performance.md): huge pages freed just now, and taken from the host.
+# Milliseconds per block, measured (docs/performance.md): huge pages freed just now, and those fetched from the host.
 WARM, HOST, SMALL = 0.3, 4.5, 1.0
 
 
 def machine(huge, small):
-    """Milliseconds for a block by size and bytes made before; numbers, or functions of these bytes."""
+    """Return milliseconds per block by size and populated bytes; each is a number or a function of these bytes."""
     parts = {True: huge, False: small}
     return lambda is_huge, done: parts[is_huge](done) if callable(parts[is_huge]) else parts[is_huge]
 
@@ -38,18 +38,18 @@ CHANGING = {
 
 
 class Load:
-    """A load of 5 GB: milliseconds that its pages have cost, and what was chosen."""
+    """A load of 5 GB, with the milliseconds spent on its pages and the chosen sizes."""
 
     def __init__(self, speed, huge=None, noise=None, nbytes=LOAD_BYTES):
         self.policy = PagePolicy(huge)
         self.ms, self.done, self.chosen = 0.0, 0, []
         while self.done < nbytes:
             choice = self.policy.choose(BLOCK_BYTES)
-            made = BLOCK_BYTES if choice.is_trial else RUN_BYTES
-            ms = speed(choice.huge, self.done) * made / BLOCK_BYTES
-            self.policy.record(choice, made, 1e-3 * ms * (noise() if noise else 1))
+            step_bytes = BLOCK_BYTES if choice.is_trial else RUN_BYTES
+            ms = speed(choice.huge, self.done) * step_bytes / BLOCK_BYTES
+            self.policy.record(choice, step_bytes, 1e-3 * ms * (noise() if noise else 1))
             self.ms += ms
-            self.done += made
+            self.done += step_bytes
             self.chosen.append((self.done, choice))
 
     def best(self, speed):
@@ -74,7 +74,7 @@ def test_at_most_2_percent_are_lost_against_the_better_size(name):
 
 @pytest.mark.parametrize("name", CHANGING)
 def test_a_machine_that_changes_its_mind_is_followed(name):
-    """No worse than the size that is better on the whole, though neither is always better."""
+    """The policy must do no worse than the size that is better overall, though neither is always better."""
     load = Load(CHANGING[name])
     assert load.ms <= 1.02 * load.best(CHANGING[name])
 
@@ -82,13 +82,13 @@ def test_a_machine_that_changes_its_mind_is_followed(name):
 def test_a_faster_size_that_comes_late_is_found():
     speed = CHANGING["huge pages slow at first"]
     load = Load(speed)
-    found = next(done for done, choice in load.chosen if choice.huge and not choice.is_trial)
-    assert 200 * MIB < found < 1000 * MIB
+    first_huge = next(done for done, choice in load.chosen if choice.huge and not choice.is_trial)
+    assert 200 * MIB < first_huge < 1000 * MIB
 
 
 @pytest.mark.parametrize("name", ["huge pages fast", "huge pages slow"])
 def test_noise_costs_little(name):
-    """Measurements vary by half, and one in twenty is ten times too long, as on cores that are shared."""
+    """Measurements vary by half, and one in twenty is ten times too long, as on shared cores."""
     rounds = []
     for seed in range(20):
         rng = random.Random(seed)
@@ -110,7 +110,7 @@ def test_small_loads_try_each_size_on_two_blocks():
 
 
 def test_threads_that_start_together_try_one_block_each():
-    """Until both sizes are measured, none makes many pages of a size that may be the slow one."""
+    """Until both sizes are measured, no thread populates many pages of a size that may be slow."""
     policy = PagePolicy()
     choices = [policy.choose(BLOCK_BYTES) for _ in range(16)]
     assert choices == [(True, True), (False, True)] * 8

@@ -1,4 +1,4 @@
-"""A load that somebody asks to end does, settled, and names what is complete; threads that run at once end together."""
+"""Tests of stopping: a load asked to end settles and names the complete targets; parallel threads end together."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ SMALL = 8192
 
 @pytest.fixture(params=["host", "device"])
 def executor(request, monkeypatch):
-    """Loads with two threads by many small reads."""
+    """Return a function that loads with two threads by many small reads."""
     for size in ("_LEAST_JOB_BYTES", "RUN_BYTES", "_SLAB_BYTES"):
         monkeypatch.setattr(schedule, size, 256)
     if request.param == "host":
@@ -78,7 +78,7 @@ def test_nobody_who_asks_in_vain_changes_a_load(tmp_path, executor):
     tensors, checkpoint, plan = case(tmp_path)
     buffers, stop = allocate(plan.targets), threading.Event()
     executor(plan, checkpoint, buffers, stop=stop)
-    assert not stop.is_set()  # which others may share
+    assert not stop.is_set()  # other loads may share it
     for name, wanted in naive(plan, tensors).items():
         assert_bytes_equal(buffers[name], wanted)
 
@@ -87,12 +87,12 @@ def test_upstreams_own_code_is_not_begun_after_the_end(tmp_path, executor):
     stop, seen = threading.Event(), []
 
     def convert(name):
-        def made(sources):
+        def convert_one(sources):
             seen.append(name)
             stop.set()
             return {name: sources[0] * 1}
 
-        return made
+        return convert_one
 
     checkpoint = write_checkpoint(tmp_path, {"a.safetensors": {"a": torch.arange(6.0)}})
     targets = [Target(n, "F32", (6,), -1, (0,), (), Fallback("a test", convert(n))) for n in ("one", "two")]

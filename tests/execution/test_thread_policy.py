@@ -1,4 +1,4 @@
-"""How many threads read, on machines that are simulated: the page cache, a disk, a network that answers late."""
+"""Tests of the number of reading threads on simulated machines: the page cache, a disk, a slow network."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ MOST = 32
 
 
 class Machine:
-    """Reads of 4 MiB by threads: each waits, then needs a core; all together no faster than the way to the data."""
+    """Simulated reads of 4 MiB: each waits, then needs a core, and all together share the bandwidth to the data."""
 
     def __init__(self, wait_ms, core_ms=1.0, gb_per_s=100.0, cores=2):
         self.wait, self.core, self.cores = 1e-3 * wait_ms, 1e-3 * core_ms, cores
         self.shared = JOB_BYTES / (1e9 * gb_per_s)
 
     def run(self, policy, jobs, change=None):
-        """Seconds that the jobs take with the threads that the policy wants, and their number after each."""
+        """Return the seconds of the jobs with the threads that the policy wants, and their number after each job."""
         ends = [(0.0, n) for n in range(policy.threads)]
         free_at, numbers = 0.0, []
         for job in range(jobs):
@@ -159,12 +159,12 @@ def test_the_last_item_is_taken_while_all_others_are_under_way():
 
 
 def test_few_threads_are_started_for_few_items():
-    """One for each item that is left, whoever asks; not as many as are wanted."""
+    """Start one thread per item that is left, whichever thread asks, and not as many as are wanted."""
     assert run_in_threads(range(3), 1, lambda: lambda item: None, most=32, wanted=lambda: 32) <= 5
 
 
 def test_threads_that_the_system_does_not_start_are_done_without(monkeypatch):
-    """Those that work do not end because of threads that were wanted, but never came."""
+    """Threads that are wanted but never start must not end the working ones."""
     seen, stock = [], threading.Thread.start
 
     def start(thread):

@@ -1,4 +1,4 @@
-"""The schedule of a load to a device: chunks, windows and uploads."""
+"""Tests of the schedule of a load to a device: chunks, windows and uploads."""
 
 from __future__ import annotations
 
