@@ -1,4 +1,4 @@
-"""benchmarks.choices: whatever is changed, the same tensors are loaded; what is printed is what was measured."""
+"""Tests of benchmarks.choices: every variant loads the same tensors, and the table shows the measured values."""
 
 import json
 
@@ -13,7 +13,7 @@ from automodel_conv.schedule import jobs
 from automodel_conv.upstream.registry import transformers_available
 from benchmarks import choices, shapes
 
-pytestmark = pytest.mark.skipif(not transformers_available(), reason="benchmarks build models of transformers")
+pytestmark = pytest.mark.skipif(not transformers_available(), reason="benchmarks build transformers models")
 
 CHANGED = (
     (copying, "strided_copy_torch"),
@@ -29,7 +29,7 @@ CHANGED = (
 
 @pytest.fixture
 def restored(monkeypatch):
-    """Puts back after each test all that the ways replace."""
+    """Restore after each test everything that the variants replace."""
     for module, name in CHANGED:
         monkeypatch.setattr(module, name, getattr(module, name))
     return {(module, name): getattr(module, name) for module, name in CHANGED}

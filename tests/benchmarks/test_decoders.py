@@ -1,4 +1,4 @@
-"""Candidates for decoding make the bytes that torch makes in the interpreter, and compile without a GPU."""
+"""Tests of candidate decoders: they write the same bytes as torch in the interpreter, and compile without a GPU."""
 
 import json
 import os
@@ -17,7 +17,7 @@ from benchmarks.operations import Experts
 from benchmarks.quantized import QUANTIZED
 
 CPU = torch.device("cpu")
-# More than one tile in each direction, the last ones in part, and blocks of scales begin within them.
+# More than one tile in each direction, the last ones partial, and blocks of scales that begin within tiles.
 SIZE = Experts("small", 1, 72, 336)
 
 

@@ -1,4 +1,4 @@
-"""Tables in README and docs are those that the committed data give."""
+"""Tests of the tables in README and docs: they equal the tables of the committed data."""
 
 import re
 
@@ -8,7 +8,7 @@ from automodel_conv.upstream.registry import transformers_available
 from benchmarks import choices, mapping, measure
 from benchmarks.peers import tables
 
-pytestmark = pytest.mark.skipif(not transformers_available(), reason="benchmarks build models of transformers")
+pytestmark = pytest.mark.skipif(not transformers_available(), reason="benchmarks build transformers models")
 
 _LINK = re.compile(r"(?:\]\(|src=\"|srcset=\")([^)\" ]+)")
 RESULTS = measure.REPOSITORY / "benchmarks" / "results"

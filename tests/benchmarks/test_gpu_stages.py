@@ -1,4 +1,4 @@
-"""The stages of ``python -m benchmarks.gpu`` without a GPU: all is verified, and a fault costs only itself."""
+"""Tests of the stages of ``python -m benchmarks.gpu`` without a GPU: all is verified; a fault affects only itself."""
 
 import itertools
 import json
@@ -55,7 +55,7 @@ def test_every_way_to_dequantize_is_verified_and_an_output_that_stays_poisoned_i
 
 
 class FakeCuda:
-    """As much of torch.cuda as a load is timed with: most of it fails before CUDA is initialized."""
+    """The part of torch.cuda that times a load. Most of it fails before CUDA is initialized."""
 
     def __init__(self):
         self.is_initialized = False
@@ -95,24 +95,24 @@ def test_a_cold_load_is_the_first_that_its_process_does_on_the_device(monkeypatc
 
 
 def test_a_cold_load_has_kernels_to_compile():
-    """Only what is transposed needs one."""
+    """Only transposed tensors need a kernel."""
     cold = [one for one in loading.loadings(smoke=False).values() if one.is_cold]
     assert [one.transposed for one in cold] == [True]
 
 
 def test_a_checkpoint_that_was_cut_off_is_written_anew(tmp_path, needs_both):
-    made = checkpoints.checkpoints(3, smoke=True)[checkpoints.SHORT]
-    checkpoints.write(made, str(tmp_path / "whole"))
+    checkpoint = checkpoints.checkpoints(3, smoke=True)[checkpoints.SHORT]
+    checkpoints.write(checkpoint, str(tmp_path / "whole"))
     cut_off = tmp_path / "cut off"
     cut_off.mkdir()
     (cut_off / "model-00009-of-00009.safetensors").write_bytes(b"half a file")
-    checkpoints.write(made, str(cut_off))
+    checkpoints.write(checkpoint, str(cut_off))
     whole, again = ({path.name: path.read_bytes() for path in root.iterdir()} for root in (tmp_path / "whole", cut_off))
     assert whole == again
 
 
 class Workers:
-    """Stands for all workers: those of a module do what is planted for it, and all others do their cells."""
+    """A replacement for all workers: planted functions for some modules, and plain cells for the others."""
 
     def __init__(self, monkeypatch, **planted):
         self.planted = planted
@@ -177,12 +177,12 @@ def test_a_digest_sees_every_bit_and_its_place(change):
 
 def test_a_round_trip_that_changes_a_byte_is_wrong(tmp_path, needs_both):
     root = str(tmp_path)
-    made = checkpoints.checkpoints(3, smoke=True)[checkpoints.SHORT]
-    checkpoints.write(made, f"{root}/{checkpoints.SHORT}")
+    checkpoint = checkpoints.checkpoints(3, smoke=True)[checkpoints.SHORT]
+    checkpoints.write(checkpoint, f"{root}/{checkpoints.SHORT}")
     saved = round_trip.save(root, CPU)
     assert saved["nbytes"] > 0
     assert 0 < saved["sync_s"]
-    checkpoints.write(made, f"{root}/other")
+    checkpoints.write(checkpoint, f"{root}/other")
     file = sorted((tmp_path / "other").glob("*.safetensors"))[-1]
     file.write_bytes(file.read_bytes()[:-1] + b"\0")
     with pytest.raises(operations.Mismatch, match="is not what was loaded"):
@@ -220,7 +220,7 @@ def test_neighbours_of_the_tests_are_run_by_one_of_eight_processes(count):
         testing.Reporter(order, SILENT).pytest_collection_modifyitems(None, mine)
         shares.append([items.index(item) for item in mine])
     assert sorted(itertools.chain.from_iterable(shares)) == list(range(count))
-    # Wherever a share leaves out tests of others, at least 12 of its own came before.
+    # If a share skips tests of other shares, at least 12 of its own must come first.
     jumps = sum(after != before + 1 for share in shares for before, after in itertools.pairwise(share))
     assert jumps <= count / 12
     assert max(map(len, shares)) - min(map(len, shares)) <= 12
@@ -242,12 +242,12 @@ def test_a_candidate_that_is_wrong_or_of_no_constant_costs_only_itself(monkeypat
     pytest.importorskip("triton")
     missing = candidates.Patch("automodel_conv.kernels.transpose", "_NO_SUCH_CONSTANT", 1)
     zeroed = candidates.Patch("automodel_conv.kernels.strided_copy", "start", lambda work: None)
-    made = (
+    planted = (
         candidates.Candidate("no such constant", ("concatenate",), (missing,)),
         candidates.Candidate("writes nothing", ("concatenate",), (zeroed,)),
         candidates.Candidate("as it is", ("concatenate",)),
     )
-    monkeypatch.setattr(sweep, "CANDIDATES", made)
+    monkeypatch.setattr(sweep, "CANDIDATES", planted)
     lines = []
     order = {"device": "cpu", "smoke": True, "compiles_only": False, "without": {}, "cells": [*sweep.cells(smoke=True)]}
     sweep.work(order, Channel(lambda line: lines.append(json.loads(line))))
@@ -266,7 +266,7 @@ def test_numbers_of_two_devices_do_not_meet_in_one_file(run, monkeypatch):
         stages.look_around(run)
 
     on(H100)
-    on(H100 | {"memory_bytes": 79 << 30, "devices": 8})  # another machine, with the same device
+    on(H100 | {"memory_bytes": 79 << 30, "devices": 8})  # another machine with the same device
     for other in ("H200", [10, 0]):
         with pytest.raises(SystemExit, match=r"another device, .*'H100'"):
             on(H100 | {"name" if isinstance(other, str) else "capability": other})
@@ -298,15 +298,15 @@ def test_a_device_that_says_it_is_none_ends_the_command(run, monkeypatch):
 
 def test_a_stage_that_breaks_in_the_command_itself_is_told_and_the_next_begins(run, monkeypatch):
     done = []
-    made = {
+    planted = {
         "broken": stages.Stage(1, 1, lambda *_: 1 / 0),
         "next": stages.Stage(3, 1, lambda _, limits: done.append(limits.deadline - time.monotonic())),
     }
-    monkeypatch.setattr(stages, "STAGES", made)
+    monkeypatch.setattr(stages, "STAGES", planted)
     monkeypatch.setattr(stages, "look_around", lambda _: None)
     stages.run_all(run, 60.0, lambda text: None)
     assert "ZeroDivisionError" in problems(run.record.result)[0]
-    assert 59 < done[0] <= 60  # what the first left
+    assert 59 < done[0] <= 60  # the time that the first left
 
 
 def test_the_longest_checkpoint_is_as_long_as_the_disk_allows():

@@ -1,4 +1,4 @@
-"""The tables that ``python -m benchmarks.gpu`` makes from what it found, and what it says at the end."""
+"""Tests of the tables that ``python -m benchmarks.gpu`` prints, and of its closing summary."""
 
 from benchmarks import measure
 from benchmarks.gpu import __main__ as command

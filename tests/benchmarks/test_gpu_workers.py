@@ -1,4 +1,4 @@
-"""The command and workers that fail, fall silent, take too long, or die; with workers that do only that."""
+"""Tests of the command with workers that fail, fall silent, take too long, or die."""
 
 import itertools
 import json
@@ -19,7 +19,7 @@ from benchmarks.gpu.worker import BROKEN_EXIT_CODE
 from benchmarks.gpu.working import Task, run_task, run_tasks_together
 
 STAGE = "stage"
-# Does what a cell's name says.
+# A worker that does what the name of a cell says.
 WORKER = """
 import os, signal, subprocess, sys, time
 from benchmarks.gpu.worker import serve
@@ -75,7 +75,7 @@ NUMBERS = itertools.count()
 
 
 class Worker:
-    """A module for ``WORKER``, and a number of seconds that no other process on this machine sleeps."""
+    """A module for ``WORKER``, and a sleep time in seconds that no other process on this machine uses."""
 
     def __init__(self, folder):
         number = f"{os.getpid()}_{next(NUMBERS)}"
@@ -85,7 +85,7 @@ class Worker:
         (folder / f"{self.name}.py").write_text(WORKER)
 
     def left(self):
-        """Processes of it, and of what it started."""
+        """Return the processes of the worker, and those that it started."""
         return processes_of(self.name) + processes_of("sleep\0" + self.order["nap"])
 
 
@@ -96,10 +96,10 @@ def worker(tmp_path, monkeypatch):
 
 
 class AfterAll:
-    """Limits that begin when the worker sleeps: how long Python takes to start is no part of them."""
+    """Limits that begin when the worker sleeps, so that the start of Python does not count."""
 
     def __init__(self, worker, **limits):
-        self._asleep = Path(f"{worker.starts} sleep")  # holds the process that sleeps
+        self._asleep = Path(f"{worker.starts} sleep")  # contains the id of the sleeping process
         self._limits = limits
         self._start = time.monotonic()
 
@@ -117,7 +117,7 @@ class AfterAll:
 
 @pytest.fixture
 def stage(tmp_path, worker):
-    """Works cells off; returns the record's content."""
+    """Run cells. Return the content of the record."""
 
     def work(cells, *, limits=None, **order):
         record = Record.new(tmp_path / "gpu.json")
@@ -143,14 +143,14 @@ def test_cells_are_done_one_after_another_by_one_worker(stage, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("cell", "told"),
+    ("cell", "error"),
     [("segfault", "killed by signal SIGSEGV"), ("exit", "exit code 7"), ("broken", "the device is gone")],
 )
-def test_a_cell_that_kills_its_worker_costs_only_itself(stage, tmp_path, cell, told):
+def test_a_cell_that_kills_its_worker_costs_only_itself(stage, tmp_path, cell, error):
     result = stage(("a", cell, "b"))
     assert values(result) == {"a": "aa", cell: None, "b": "bb"}
     [problem] = problems(result)
-    assert told in problem
+    assert error in problem
     assert cell != "exit" or "the last words" in problem
     assert starts(tmp_path) == 2
 
@@ -249,7 +249,7 @@ def test_no_worker_outlives_a_listener_that_is_killed(tmp_path, worker):
 
 
 def test_a_worker_that_is_started_by_hand_ends_alone(tmp_path, worker):
-    """Its parent is in the same process group, and lives on."""
+    """Its parent is in the same process group, and stays alive."""
     order = json.dumps({**worker.order, "cells": ["wait"]})
     by_hand = f"""
 import subprocess, sys
@@ -282,16 +282,16 @@ def soon(is_so):
 
 
 def processes_of(text):
-    """Processes that have a text in their command line."""
-    found = []
+    """Return the processes with a text in their command line."""
+    lines = []
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         try:
             line = path.read_text()
         except OSError:
             continue
         if text in line and str(os.getpid()) != path.parent.name:
-            found.append(line)
-    return found
+            lines.append(line)
+    return lines
 
 
 def test_a_file_is_whole_whatever_stops_its_writing(tmp_path, monkeypatch):

@@ -1,4 +1,4 @@
-"""benchmarks.peers: all ways make the same tensors, a warm cache is warm, and what is printed is what was measured."""
+"""Tests of benchmarks.peers: all methods load the same tensors, a warm cache is warm, and tables show measurements."""
 
 import csv
 import json
@@ -19,21 +19,21 @@ from benchmarks.peers.methods import METHODS
 from benchmarks.peers.roofs import ROOFS
 from benchmarks.peers.worker import LAYOUTS, Job, variables, work
 
-pytestmark = pytest.mark.skipif(not transformers_available(), reason="benchmarks build models of transformers")
+pytestmark = pytest.mark.skipif(not transformers_available(), reason="benchmarks build transformers models")
 HERE = [name for name, method in METHODS.items() if method.installed]
 
 
 @pytest.fixture
 def page_sizes(monkeypatch):
-    """The sizes of pages that the loader was told."""
-    load, told = amc.load_state_dict, []
+    """Record the page sizes that the loader receives."""
+    load, sizes = amc.load_state_dict, []
 
     def load_state_dict(*arguments, **options):
-        told.append(options.get("huge_pages", "nothing"))
+        sizes.append(options.get("huge_pages", "nothing"))
         return load(*arguments, **options)
 
     monkeypatch.setattr(amc, "load_state_dict", load_state_dict)
-    return told
+    return sizes
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +51,7 @@ def test_all_that_is_installed_makes_the_same_tensors(checkpoint, page_sizes):
             digests.setdefault(layout, set()).add(load["digest"])
             assert load["seconds"] > 0
             assert load["cached_share"] == 1
-    assert [len(found) for found in digests.values()] == [1, 1]
+    assert [len(results) for results in digests.values()] == [1, 1]
     assert len(set.union(*digests.values())) == 2
 
 
@@ -71,15 +71,17 @@ def test_roofs_run(checkpoint, name):
     assert load["digest"] is None
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="pages are made on Linux")
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux can populate pages")
 def test_pages_are_made_before_the_read_in_the_roof_of_small_ones_alone(checkpoint, monkeypatch):
-    populate_pages, made = page_calls.populate_pages, []
-    monkeypatch.setattr(page_calls, "populate_pages", lambda *pages: made.append(pages[1]) or populate_pages(*pages))
+    populate_pages, populated = page_calls.populate_pages, []
+    monkeypatch.setattr(
+        page_calls, "populate_pages", lambda *pages: populated.append(pages[1]) or populate_pages(*pages)
+    )
     files = [path.stat().st_size for path in Path(checkpoint).glob("*.safetensors")]
     ROOFS["preadv"].prepare(checkpoint, 1)()
-    assert made == []
+    assert populated == []
     buffers = ROOFS["preadv-small"].prepare(checkpoint, 1)()
-    assert sum(files) - 2 * len(files) * mmap.PAGESIZE <= sum(made) <= sum(files)
+    assert sum(files) - 2 * len(files) * mmap.PAGESIZE <= sum(populated) <= sum(files)
     assert sum(int(buffer.count_nonzero()) for buffer in buffers) > sum(files) // 2
 
 
@@ -131,12 +133,12 @@ def test_memory_of_files_that_leave_the_page_cache_is_free_before_the_wait(check
 
 
 def test_torch_is_told_to_ask_for_huge_pages_where_a_row_says_so(checkpoint, monkeypatch):
-    told = {}
+    methods_by_memory = {}
 
     def run_worker(command, repetition, variables, prefix):
         job = json.loads(command[-1])
         if "THP_MEM_ALLOC_ENABLE" in variables:
-            told.setdefault(job["memory"], set()).add(job["method"])
+            methods_by_memory.setdefault(job["memory"], set()).add(job["method"])
         return {"loads": [{"seconds": 1.0}]}
 
     monkeypatch.setattr(measure, "run_worker", run_worker)
@@ -146,7 +148,7 @@ def test_torch_is_told_to_ask_for_huge_pages_where_a_row_says_so(checkpoint, mon
         jobs = peers.jobs_of(list(METHODS), layouts, ["warm"], state, checkpoint, checkpoint, 1)
         running.run_jobs(jobs, 1, State(checkpoint))
     by_itself = {"transformers-as-it-comes", "ours", "ours-huge", "ours-small"}
-    assert told == {memory.READY: set(METHODS) - by_itself, memory.AS_FOUND: {"transformers"}}
+    assert methods_by_memory == {memory.READY: set(METHODS) - by_itself, memory.AS_FOUND: {"transformers"}}
 
 
 def test_every_peer_is_pinned():
@@ -205,9 +207,9 @@ def test_ratios_are_to_ours_of_the_same_layout_and_memory_and_to_the_faster_roof
     rows += [_row("a", "x", "1", 3.0), _row("ours", "x", "1", 1.0), _row("ours", "y", "1", 9.0)]
     rows += [_row(m, "x", "1", 2.0, memory.AS_FOUND) for m in ("a", "ours")]
     rows += [_row("preadv", "", None, 2.0, memory.AS_FOUND), _row("preadv-small", "", None, 1.5, memory.AS_FOUND)]
-    ready, found = (line for line in _markdown(rows).splitlines() if line.startswith("| a (1)"))
+    ready, as_found = (line for line in _markdown(rows).splitlines() if line.startswith("| a (1)"))
     assert "| 3.00x | 0.17 |" in ready
-    assert "| 1.00x | 0.75 |" in found
+    assert "| 1.00x | 0.75 |" in as_found
 
 
 def test_a_method_that_was_killed_has_no_number_and_is_no_measure():
@@ -222,9 +224,9 @@ def test_a_method_that_was_killed_has_no_number_and_is_no_measure():
 def test_a_table_says_what_is_known_of_the_machine():
     assert _markdown([]).startswith("2 cores of x86_64; Linux 6.18.\n")
     known = {"cpu": "Some CPU", "memory_bytes": 24 << 30, "huge_pages": "always [madvise] never"}
-    told = _markdown([], known | {"touched_gb_per_s": {"freed_just_now": 4.7, "freed_long_ago": 0.5}})
-    assert told.startswith("2 cores of Some CPU; 24 GiB; Linux 6.18; transparent huge pages: madvise; ")
-    assert "at 4.7 GB/s if it was freed just now, at 0.5 GB/s if 30 s ago: free memory goes back to the host." in told
+    text = _markdown([], known | {"touched_gb_per_s": {"freed_just_now": 4.7, "freed_long_ago": 0.5}})
+    assert text.startswith("2 cores of Some CPU; 24 GiB; Linux 6.18; transparent huge pages: madvise; ")
+    assert "at 4.7 GB/s if it was freed just now, at 0.5 GB/s if 30 s ago: free memory goes back to the host." in text
     kept = {"touched_gb_per_s": {"freed_just_now": 4.7, "freed_long_ago": 4.0}}
     assert "free memory stays with the machine." in _markdown([], kept)
 
@@ -248,9 +250,9 @@ def test_a_sweep_becomes_a_csv(tmp_path):
     lines = sweep.run("threads", ["ours"], 1, 64, str(tmp_path))
     sweep.write(lines, tmp_path / "sweep-threads.csv")
     with (tmp_path / "sweep-threads.csv").open(newline="") as file:
-        found = list(csv.DictReader(file))
-    assert [line["x"] for line in found] == ["1", "2", "4", "8"]
-    assert all(float(line["seconds"]) > 0 for line in found)
+        rows = list(csv.DictReader(file))
+    assert [line["x"] for line in rows] == ["1", "2", "4", "8"]
+    assert all(float(line["seconds"]) > 0 for line in rows)
     assert [path.name for path in tmp_path.iterdir()] == ["sweep-threads.csv"]
 
 

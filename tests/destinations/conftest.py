@@ -1,4 +1,4 @@
-"""A checkpoint, several devices on a machine that has none, and what is read."""
+"""Fixtures: a checkpoint, several devices on a machine that has none, and a record of reads."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def published(tmp_path):
 
 @pytest.fixture
 def reads(monkeypatch):
-    """All reads of tensor data."""
+    """Record all reads of tensor data."""
     seen = []
     for module in (cpu, streaming):
         stock = module.read
@@ -39,7 +39,7 @@ def reads(monkeypatch):
 
 @pytest.fixture
 def devices(monkeypatch):
-    """Two CUDA devices as far as loads can see: ``FIRST`` and ``SECOND``, in host memory."""
+    """Simulate two CUDA devices, ``FIRST`` and ``SECOND``, in host memory."""
     made, empty_like = Devices(), torch.empty_like
 
     def there(device, where=None):

@@ -1,4 +1,4 @@
-"""Buffers that a module computes: moved, or left where they are, as the map of devices says."""
+"""Tests of buffers that a module computes: moved, or left in place, as the device map requires."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tests.execution.elsewhere import FIRST, SECOND
 
 
 class Buffered(nn.Module):
-    """A parameter, a buffer of the checkpoint, and one that no checkpoint holds."""
+    """A parameter, a buffer that the checkpoint has, and one that no checkpoint has."""
 
     def __init__(self, table: torch.Tensor) -> None:
         super().__init__()
@@ -27,7 +27,7 @@ BUFFERED = {"weight": torch.arange(7.0), "steps": torch.arange(3.0)}
 
 @pytest.fixture
 def buffered(tmp_path):
-    """Three modules on the meta device with buffers on the CPU, one table for all of them, and their checkpoint."""
+    """Return three modules on the meta device with buffers on the CPU that share a table, and their checkpoint."""
     table = torch.arange(5.0)
     model = nn.ModuleDict({name: Buffered(table) for name in "abc"})
     for module in model.values():

@@ -1,4 +1,4 @@
-"""Maps of devices that do not fit, or cannot be: refused, with names, before anything is read."""
+"""Tests of invalid device maps: refused by name before anything is read."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.execution.elsewhere import FIRST, HOST
 
 
 def both(path, model, **arguments):
-    """The two loads that take a map."""
+    """Run the two loads that accept a map."""
     return (
         lambda: amc.load_state_dict(path, model(), **arguments),
         lambda: amc.load_model(model(), path, **arguments),
@@ -94,7 +94,7 @@ def test_names_of_one_tensor_go_to_one_device(tmp_path, devices, reads):
 )
 def test_a_map_that_cannot_be_is_refused_before_anything_is_opened(tmp_path, device_map, kind, text):
     if torch.cuda.is_available() and device_map == {"": 0}:
-        pytest.skip("there is such a device")
+        pytest.skip("this device exists")
     for load in both(tmp_path / "nowhere", lambda: meta(Model()), device_map=device_map):
         with pytest.raises(kind, match=text):
             load()
@@ -105,7 +105,7 @@ def test_a_device_and_a_map_exclude_each_other(published, kind):
     for load in both(published, lambda: meta(Model()), device_map={"": "cpu"}, device=kind("cuda:0")):
         with pytest.raises(amc.ConversionError, match="exclude each other"):
             load()
-    # The default of one load is the CPU, that of the other is none.
+    # The default of one load is the CPU; the other has none.
     to_a_dict, to_a_model = both(published, lambda: meta(Model()), device_map={"": "cpu"}, device=kind("cpu"))
     assert_loaded(to_a_dict(), dict.fromkeys(TENSORS, HOST))
     with pytest.raises(amc.ConversionError, match="exclude each other"):
@@ -120,13 +120,13 @@ def test_parameters_that_a_mesh_places_are_refused(published, devices, monkeypat
 
 
 LEAST = 2 * 2 * streaming.LEAST_SCRATCH_BYTES + cpu.LEAST_SCRATCH_BYTES
-"""The least of a ring and windows for each of two devices, and of a scratch for the host."""
+"""The smallest budget: a ring and windows for each of two devices, and scratch for the host."""
 
 
 @pytest.mark.parametrize("budget", [60_000, 100_000, 1 << 20, 1 << 40])
 @pytest.mark.parametrize("threads", [None, 1, 3, 8])
 def test_all_devices_together_stay_within_the_budget(published, devices, budget, threads):
-    # Cast, so that everything goes through windows and scratch.
+    # Cast, so that all bytes pass through windows and scratch.
     loaded = amc.load_state_dict(
         published, rules=[], device_map=MAP, dtype=torch.bfloat16, memory_budget=budget, threads=threads
     )

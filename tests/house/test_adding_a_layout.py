@@ -1,4 +1,4 @@
-"""A layout is one entry of ``LAYOUTS``: loading, converting and saving need no other change."""
+"""Tests of adding a layout: with one entry of ``LAYOUTS``, loading, converting and saving support it."""
 
 import json
 
@@ -25,7 +25,7 @@ TOYS = {
         ungated=(Buffer("ups", "E h i", ("up",)), Buffer("up_biases", "E i", ("up",))),
         down=(Buffer("downs", "E i h", DOWN), Buffer("down_biases", "E h", DOWN)),
     ),
-    # Up before gate, alternating, experts in the middle.
+    # Up before gate, alternating, with experts in the middle.
     "up_first": Layout(
         first=(Buffer("up_gate", "(i g) E h", ("up", "gate")), Buffer("up_gate_bias", "(i g) E", ("up", "gate"))),
         ungated=(Buffer("up", "i E h", ("up",)), Buffer("up_bias", "i E", ("up",))),
@@ -43,7 +43,7 @@ def array(shape, function):
 
 
 def transformers():
-    """What is in the buffers of the layout "transformers", element by element."""
+    """Return the buffers of the layout "transformers", element by element."""
 
     def part(r):
         return ("gate", r) if r < SIZE else ("up", r - SIZE)
@@ -97,20 +97,20 @@ def checkpoint(path, tensors):
     return path
 
 
-def assert_same(made, expected):
-    assert made.keys() == expected.keys()
+def assert_same(actual, expected):
+    assert actual.keys() == expected.keys()
     for name, tensor in expected.items():
-        assert made[name].shape == tensor.shape, name
-        assert torch.equal(made[name], tensor), name
+        assert actual[name].shape == tensor.shape, name
+        assert torch.equal(actual[name], tensor), name
 
 
 @pytest.mark.parametrize("target", FORMS)
 @pytest.mark.parametrize("source", FORMS)
 def test_it_is_loaded_and_converted_from_and_to_every_other(tmp_path, source, target):
     stored = checkpoint(tmp_path / "stored", FORMS[source]())
-    said = {"rules": [], "layout": target, "source_layout": source}
-    assert_same(amc.load_state_dict(stored, **said), FORMS[target]())
-    amc.convert_checkpoint(stored, tmp_path / "converted", **said)
+    options = {"rules": [], "layout": target, "source_layout": source}
+    assert_same(amc.load_state_dict(stored, **options), FORMS[target]())
+    amc.convert_checkpoint(stored, tmp_path / "converted", **options)
     files = list((tmp_path / "converted").glob("*.safetensors"))
     assert_same({name: tensor for file in files for name, tensor in load_file(file).items()}, FORMS[target]())
 

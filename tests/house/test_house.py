@@ -1,7 +1,7 @@
-"""The house stands: no circle, each storey uses those below it only, doors lead down, and what is pure stays so.
+"""Tests of the house: no circles, each storey imports only those below it, and pure rooms stay pure.
 
-``CONTRIBUTING.md`` has the table of the storeys; it is read here, so what it says is so. All imports count: relative
-ones, those inside functions, and those for type checkers.
+``CONTRIBUTING.md`` has the table of the storeys, which is read here. All imports count: relative ones, those inside
+functions, and those for type checkers.
 """
 
 import re
@@ -20,7 +20,7 @@ CONTRIBUTING = Path(__file__).parent.parent.parent / "CONTRIBUTING.md"
 
 LOWEST = {"errors.py", "dtypes.py"}
 PURE = {"planning/": LOWEST, "schedule/": {"planning/", *LOWEST}}
-# The rule queries answer in transformers' own objects, and the demo compares with its loader.
+# The rule queries return transformers' own objects, and the demo compares with its loader.
 ASK_TRANSFORMERS = ("upstream/", "integrations/", "conversion_mapping.py", "cli/")
 
 
@@ -78,8 +78,8 @@ def test_transformers_is_asked_in_few_rooms(tree):
     refuse(rules.asks_transformers(tree, ASK_TRANSFORMERS))
 
 
-def test_the_drawings_name_modules_that_are_there():
+def test_drawings_name_existing_modules():
     named = re.findall(r"--([a-z_]+(?:/[a-z_]+)?)-+>", CONTRIBUTING.read_text(encoding="utf-8"))
     assert len(named) > 10
     absent = [name for name in named if not (PACKAGE / f"{name}.py").is_file()]
-    assert not absent, f"CONTRIBUTING's drawings name modules that are not there: {absent}. do: name those that are"
+    assert not absent, f"CONTRIBUTING's drawings name modules that do not exist: {absent}. do: correct the names"

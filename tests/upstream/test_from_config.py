@@ -1,4 +1,4 @@
-"""Which model a checkpoint's config stands for: the class that an Auto class picks, the dtype that a load has."""
+"""Tests of the model of a checkpoint's config: the class that an Auto class picks, and the dtype of a load."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 
-pytest.importorskip("transformers", reason="the models, and what they are compared with, are transformers'")
+pytest.importorskip("transformers", reason="the models and their references are those of transformers")
 
 import transformers
 from safetensors.torch import load_file, save_file
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 
 
 def changed_config(path, **changes):
-    """Another config beside the same weights; None takes a key out."""
+    """Write another config for the same weights; None removes a key."""
     config = json.loads((path / "config.json").read_text())
     config = {key: value for key, value in (config | changes).items() if value is not None}
     (path / "config.json").write_text(json.dumps(config))
@@ -51,7 +51,7 @@ FOREIGN = [
     ("kimi_k25", "KimiK25ForConditionalGeneration", "Kimi_K25ForConditionalGeneration"),
     ("step3p7", "Step3p7FlashForCausalLM", "Step3p7ForConditionalGeneration"),
 ]
-# What a type has beside its causal language model.
+# The heads of a type in addition to its causal language model.
 OWN = [
     ("qwen3_moe", "Qwen3MoeForCausalLM", "Qwen3MoeForCausalLM"),
     ("qwen3_moe", "Qwen3MoeModel", "Qwen3MoeModel"),
@@ -175,8 +175,8 @@ def test_whatever_a_class_of_transformers_raises_is_one_error(tmp_path, monkeypa
         raise AttributeError("no attribute 'half'")
 
     monkeypatch.setattr(type(model), class_part, broken)
-    said = r"MixtralForCausalLM[\s\S]*config\.json[\s\S]*AttributeError: no attribute 'half'[\s\S]*model="
-    with pytest.raises(amc.UnsupportedError, match=said):
+    error = r"MixtralForCausalLM[\s\S]*config\.json[\s\S]*AttributeError: no attribute 'half'[\s\S]*model="
+    with pytest.raises(amc.UnsupportedError, match=error):
         amc.compile_plan(tmp_path)
 
 
@@ -189,7 +189,7 @@ def test_a_config_that_is_a_pointer_is_told_as_one(tmp_path):
 
 
 def mixed(directory, first, others, names=("lm_head.weight",)):
-    """A checkpoint without a dtype in its config: ``names`` in one dtype, the rest in another."""
+    """Write a checkpoint without a dtype in its config: ``names`` have one dtype, the other tensors another."""
     write_checkpoint(build_model("mixtral"), directory, 1 << 30)
     tensors = load_file(directory / "model.safetensors")
     tensors = {name: tensor.to(first if name in names else others) for name, tensor in tensors.items()}
@@ -200,7 +200,7 @@ def mixed(directory, first, others, names=("lm_head.weight",)):
 @pytest.mark.parametrize("first", [torch.float16, torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("others", [torch.float16, torch.bfloat16, torch.float32])
 def test_without_a_dtype_in_the_config_the_first_tensor_by_name_has_it(tmp_path, first, others):
-    """safetensors writes the widest dtypes first, so the first by place is another one."""
+    """safetensors writes the widest dtypes first, so the first tensor in the file is not the first by name."""
     mixed(tmp_path, first, others)
     assert assert_as_upstream(tmp_path).dtype == first
 
@@ -217,8 +217,8 @@ def test_a_first_tensor_of_codes_is_passed_over(tmp_path, code):
     assert model.dtype == torch.float16
 
 
-@pytest.mark.parametrize("said", [None, "bfloat16"], ids=["the index says nothing", "the index says it"])
-def test_of_several_files_the_first_counts_unless_the_index_says_it(tmp_path, said):
+@pytest.mark.parametrize("stored_dtype", [None, "bfloat16"], ids=["not in the index", "in the index"])
+def test_of_several_files_the_first_counts_unless_the_index_says_it(tmp_path, stored_dtype):
     mixed(tmp_path, torch.float16, torch.float32)
     tensors = load_file(tmp_path / "model.safetensors")
     (tmp_path / "model.safetensors").unlink()
@@ -226,18 +226,18 @@ def test_of_several_files_the_first_counts_unless_the_index_says_it(tmp_path, sa
     save_file({n: t for n, t in tensors.items() if n != last}, tmp_path / files[0], metadata={"format": "pt"})
     save_file({last: tensors[last]}, tmp_path / files[1], metadata={"format": "pt"})
     weight_map = {name: files[name == last] for name in tensors}
-    metadata = {"total_size": 1} | ({} if said is None else {"dtype": said})
+    metadata = {"total_size": 1} | ({} if stored_dtype is None else {"dtype": stored_dtype})
     index = {"metadata": metadata, "weight_map": weight_map}
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
-    assert assert_as_upstream(tmp_path).dtype == (torch.float32 if said is None else torch.bfloat16)
+    assert assert_as_upstream(tmp_path).dtype == (torch.float32 if stored_dtype is None else torch.bfloat16)
 
 
 @pytest.mark.parametrize("key", ["dtype", "torch_dtype"])
-@pytest.mark.parametrize("said", ["float32", "float16"])
-def test_the_dtype_of_the_config_wins_over_that_of_the_files(tmp_path, key, said):
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_the_dtype_of_the_config_wins_over_that_of_the_files(tmp_path, key, dtype):
     mixed(tmp_path, torch.bfloat16, torch.bfloat16)
-    changed_config(tmp_path, **{key: said})
-    assert assert_as_upstream(tmp_path).dtype == getattr(torch, said)
+    changed_config(tmp_path, **{key: dtype})
+    assert assert_as_upstream(tmp_path).dtype == getattr(torch, dtype)
 
 
 def test_a_dtype_that_is_asked_for_wins_over_both(tmp_path):
@@ -255,7 +255,7 @@ def test_a_dtype_of_the_text_part_alone_is_not_that_of_the_model(tmp_path):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_what_a_model_keeps_in_float32_is_kept_in_each_dtype(tmp_path, dtype):
-    """DeepSeek-V4 keeps its norms in float32; some of its projections for float16 only."""
+    """DeepSeek-V4 keeps its norms in float32, and some of its projections only for float16."""
     write_checkpoint(build_model("deepseek_v4"), tmp_path)
     model = assert_as_upstream(tmp_path, dtype=dtype)
     assert model.state_dict()["model.norm.weight"].dtype == torch.float32

@@ -1,4 +1,4 @@
-"""Dtypes on the way through a rule: where ``from_pretrained`` casts, and what dtype comes out, at every door."""
+"""Tests of dtypes in a rule: where ``from_pretrained`` casts, and the dtype of the result in every public function."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from copy import deepcopy
 import pytest
 import torch
 
-pytest.importorskip("transformers", reason="the models, and what they are compared with, are transformers'")
+pytest.importorskip("transformers", reason="the models and their references are those of transformers")
 
 import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file, save_file
@@ -28,7 +28,7 @@ NORMS = f"{LAYER}input_layernorm.weight", f"{LAYER}post_attention_layernorm.weig
 
 
 class Made(ConversionOps):
-    """All sources through a function of theirs to all targets."""
+    """An operation that passes all sources to a function and returns its results as all targets."""
 
     def __init__(self, make):
         self.make = make
@@ -45,7 +45,7 @@ class Made(ConversionOps):
 
 @pytest.fixture
 def checkpoint(tmp_path, monkeypatch):
-    """A function that registers a rule, and writes a checkpoint with its sources in the place of its targets."""
+    """Return a function that registers a rule, and writes a checkpoint with its sources in place of its targets."""
 
     def write(sources, targets, operation, tensors):
         rules = deepcopy(registry.get_checkpoint_conversion_mapping("qwen3_moe"))
@@ -81,7 +81,7 @@ def on_meta(path):
 
 
 def through_all_doors(path):
-    """What each door gives, by its name."""
+    """Return the result of each public function, by its name."""
     stored = load_file(path / "model.safetensors")
     model = on_meta(path)
     amc.load_model(model, path)
@@ -124,7 +124,7 @@ def parts(dtype=torch.float32, factor=(4, 1)):
         (lambda codes, factor: codes.float() * factor.float(), parts(), torch.float32),
         (lambda codes, factor: codes * factor.mean().item(), parts(), torch.bfloat16),
     ],
-    ids=["product", "sum", "scalar", "integers", "bytes", "float8", "made in float32", "wants values"],
+    ids=["product", "sum", "scalar", "integers", "bytes", "float8", "created in float32", "wants values"],
 )
 def test_an_operation_gets_its_sources_cast_and_its_result_is_taken_as_it_is(checkpoint, make, tensors, dtype):
     path = checkpoint(["mlp.gate.codes", "mlp.gate.factor"], ["mlp.gate.weight"], Made(make), tensors)
@@ -132,7 +132,7 @@ def test_an_operation_gets_its_sources_cast_and_its_result_is_taken_as_it_is(che
     assert expected[GATE].dtype == dtype
     assert amc.load_state_dict(path).report.fallbacks == (GATE,)
     codes, factor = (tensor.float() for tensor in tensors)
-    assert not torch.equal(make(codes, factor).to(dtype), expected[GATE])  # a cast at the end gives other numbers
+    assert not torch.equal(make(codes, factor).to(dtype), expected[GATE])  # a cast at the end would give other values
 
 
 @pytest.mark.parametrize("lowered", [True, False], ids=["by plan", "by an operation of a user"])
@@ -160,7 +160,7 @@ def test_parameters_that_are_there_keep_their_dtype(checkpoint, lowered):
     parameter = model.get_parameter(NORMS[1])
     amc.load_model(model, path)
     assert model.get_parameter(NORMS[1]) is parameter
-    # A plan casts once; an operation is given what it is given by upstream.
+    # A plan casts once; an operation receives the same inputs as in transformers.
     second = both[16:] if lowered else both[16:].bfloat16().float()
     assert_bytes_equal(model.get_parameter(NORMS[0]).detach(), both[:16].bfloat16())
     assert_bytes_equal(parameter.detach(), second)
