@@ -72,7 +72,7 @@ def test_dir_lists_the_public_names_before_they_are_imported():
     assert set(listed) - {"doors", "errors"} == set(automodel_conv.__all__) - {"__version__"}
 
 
-def test_a_name_that_is_not_there_is_an_attribute_error():
+def test_unknown_name_is_an_attribute_error():
     with pytest.raises(AttributeError, match="load_modle"):
         automodel_conv.load_modle  # noqa: B018
 
@@ -84,7 +84,7 @@ def test_help_loads_nothing_large(arguments):
     assert not loaded & {"torch", "numpy", "safetensors", *OPTIONAL}
 
 
-def test_what_a_command_loads_is_reported(tmp_path):
+def test_modules_loaded_by_a_command_are_reported(tmp_path):
     file = tmp_path / "model.safetensors"
     file.write_bytes((2).to_bytes(8, "little") + b"{}")
     assert {"torch", "numpy"} <= loaded_by_module("plan", str(file), "--no-model")

@@ -51,7 +51,7 @@ def test_a_difference_shows_both_values_and_the_count():
         (torch.ones(2, 2).mul(float("nan")), torch.ones(2, 2), "4 of 4"),
     ],
 )
-def test_what_comparison_of_values_would_let_pass_fails(actual, expected, text):
+def test_differences_that_value_comparison_misses_fail(actual, expected, text):
     with pytest.raises(AssertionError, match=text):
         assert_bytes_equal(actual, expected)
 
@@ -72,7 +72,7 @@ def test_strides_count_only_when_asked():
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_poison_fills_every_byte_and_what_stays_is_found(dtype):
+def test_poison_fills_every_byte_and_leftovers_are_found(dtype):
     tensor = poisoned((2, 3), dtype)
     assert (tensor.shape, tensor.dtype) == ((2, 3), dtype)
     raw = tensor.view(torch.uint8).reshape(6, -1)

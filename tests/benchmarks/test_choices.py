@@ -53,7 +53,7 @@ def test_each_way_changes_something_and_loads_the_same_tensors(checkpoint, resto
     assert bool(changed) == (way != choices.AS_IT_IS)
 
 
-def test_the_table_is_that_of_the_measured_seconds(tmp_path, capsys):
+def test_table_shows_the_measured_seconds(tmp_path, capsys):
     measured = {"digest": "a", "cpu_seconds": 0.5, "minor_faults": 7, "anonymous_bytes": 200}
     rows = [
         {"group": "cold", "way": way, "runs": [{**measured, "seconds": seconds}] * 3}

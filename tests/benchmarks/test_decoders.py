@@ -22,7 +22,7 @@ SIZE = Experts("small", 1, 72, 336)
 
 
 @pytest.mark.parametrize("kind", QUANTIZED)
-def test_candidates_make_the_bytes_that_torch_makes(kind):
+def test_candidates_write_the_same_bytes_as_torch(kind):
     case = QUANTIZED[kind](SIZE, CPU)
     for candidate in CANDIDATES:
         if kind in candidate.operations:

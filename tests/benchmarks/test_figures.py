@@ -27,13 +27,13 @@ RESULTS = measure.REPOSITORY / "benchmarks" / "results"
         ("docs/performance.md", mapping.markdown, "mapping-2-cores.json"),
     ],
 )
-def test_a_table_is_the_one_of_its_data(page, make, data):
+def test_table_equals_its_data(page, make, data):
     table = make(measure.read_json(str(RESULTS / data)))
     assert table.strip() in (measure.REPOSITORY / page).read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("page", ["README.md", "docs/performance.md", "docs/reliability.md"])
-def test_files_that_a_page_refers_to_are_there(page):
+def test_files_linked_from_a_page_exist(page):
     path = measure.REPOSITORY / page
     text = path.read_text(encoding="utf-8")
     links = [link.split("#")[0] for link in _LINK.findall(text)]

@@ -161,7 +161,7 @@ def killed_after(process, has_enough):
 
 
 @pytest.mark.long
-def test_whatever_fails_or_kills_it_all_else_is_measured_and_only_what_is_missing_is_done_again(gpu, needs_both):
+def test_faults_affect_only_their_cells_and_resume_repeats_only_those(gpu, needs_both):
     (gpu.tests / "test_faults.py").write_text(TESTS)
     (gpu.tests / "test_not_to_be_imported.py").write_text("import there_is_no_such_thing\n")
     asked = ("--stage", "tests", "--stage", "kernels")
@@ -223,7 +223,7 @@ def test_whatever_fails_or_kills_it_all_else_is_measured_and_only_what_is_missin
     assert {cell: again[cell] for cell in kept} == {cell: first[cell] for cell in kept}
 
 
-def test_what_there_is_no_time_for_is_listed_and_not_wrong(gpu, monkeypatch, capsys):
+def test_cells_without_time_are_listed_and_not_wrong(gpu, monkeypatch, capsys):
     monkeypatch.setattr(stages, "look_around", lambda _: None)
     with pytest.raises(SystemExit) as ended:
         command.main([str(gpu.out), "--smoke", "--stage", "kernels", "--minutes", "0"])
@@ -232,14 +232,14 @@ def test_what_there_is_no_time_for_is_listed_and_not_wrong(gpu, monkeypatch, cap
     assert "Left out for want of time: 26\n- kernels: tiny: concatenate\n" in capsys.readouterr().out
 
 
-def test_a_record_keeps_the_length_of_its_checkpoints(gpu):
+def test_record_keeps_the_length_of_its_checkpoints(gpu):
     gpu.out.mkdir()
     Record.new(gpu.out / "gpu.json").write(layers=3)
     with pytest.raises(SystemExit, match=r"have 3 layers; leave --layers out"):
         command.main([str(gpu.out), "--smoke", "--resume", "--minutes", "0", "--layers", "13"])
 
 
-def test_a_folder_that_a_killed_command_left_goes_when_the_next_begins(tmp_path):
+def test_folder_of_a_killed_command_is_removed_by_the_next(tmp_path):
     not_ours = tmp_path / "benchmark-gpu-results"
     not_ours.mkdir()
     with command._temporary(str(tmp_path)) as alive:
@@ -250,7 +250,7 @@ def test_a_folder_that_a_killed_command_left_goes_when_the_next_begins(tmp_path)
     assert [*tmp_path.iterdir()] == [not_ours]
 
 
-def test_a_folder_with_a_file_is_not_begun_anew(gpu, capsys):
+def test_folder_with_a_file_is_not_started_again(gpu, capsys):
     gpu.out.mkdir()
     (gpu.out / "gpu.json").write_text("{}")
     with pytest.raises(SystemExit):
@@ -258,7 +258,7 @@ def test_a_folder_with_a_file_is_not_begun_anew(gpu, capsys):
     assert "--resume" in capsys.readouterr().err
 
 
-def test_without_a_device_the_command_says_how_to_try_it(capsys, tmp_path):
+def test_without_a_device_the_command_explains_how_to_try_it(capsys, tmp_path):
     if torch.cuda.is_available():
         pytest.skip("this machine has a device")
     with pytest.raises(SystemExit):

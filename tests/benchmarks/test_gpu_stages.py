@@ -32,7 +32,7 @@ CPU = torch.device("cpu")
 
 @pytest.mark.parametrize("way", ["kernel", "twin", "idiom", "loop", "foreach"])
 @pytest.mark.parametrize("operation", operations.OPERATIONS)
-def test_every_way_is_verified_and_an_output_that_stays_poisoned_is_found(operation, way):
+def test_every_variant_is_verified_and_poisoned_output_is_detected(operation, way):
     pytest.importorskip("triton")
     size = operations.Experts("", 2, 6, 10, phase_bytes=8)
     case = operations.OPERATIONS[operation](size, torch.float32, torch.bfloat16, CPU)
@@ -45,7 +45,7 @@ def test_every_way_is_verified_and_an_output_that_stays_poisoned_is_found(operat
 
 
 @pytest.mark.parametrize("name", QUANTIZED)
-def test_every_way_to_dequantize_is_verified_and_an_output_that_stays_poisoned_is_found(name):
+def test_every_dequantize_variant_is_verified_and_poisoned_output_is_detected(name):
     pytest.importorskip("triton")
     case = QUANTIZED[name](operations.Experts("", 2, 40, 64, phase_bytes=8), CPU)
     for way, run in (case.ways() | {"twin": case.twin}).items():
@@ -100,7 +100,7 @@ def test_a_cold_load_has_kernels_to_compile():
     assert [one.transposed for one in cold] == [True]
 
 
-def test_a_checkpoint_that_was_cut_off_is_written_anew(tmp_path, needs_both):
+def test_truncated_checkpoint_is_written_again(tmp_path, needs_both):
     checkpoint = checkpoints.checkpoints(3, smoke=True)[checkpoints.SHORT]
     checkpoints.write(checkpoint, str(tmp_path / "whole"))
     cut_off = tmp_path / "cut off"
@@ -132,7 +132,7 @@ class Workers:
                 record.add(stage, {"cell": cell, **row})
 
 
-def test_loads_of_a_checkpoint_that_is_not_there_are_left_out_and_it_is_written_when_there_is_time(run, monkeypatch):
+def test_loads_of_a_missing_checkpoint_wait_until_it_is_written(run, monkeypatch):
     plants = {"checkpoints": lambda cell: None if cell == checkpoints.SHORT else {}}
     workers = Workers(monkeypatch, **plants)
     limits = Limits(time.monotonic() + 60, 60)
@@ -151,7 +151,7 @@ def test_loads_of_a_checkpoint_that_is_not_there_are_left_out_and_it_is_written_
     assert "checkpoints: short" not in left_out(run.record.result)
 
 
-def test_a_checkpoint_that_cannot_be_written_is_tried_once_and_told_once(run, monkeypatch):
+def test_unwritable_checkpoint_is_tried_once_and_reported_once(run, monkeypatch):
     workers = Workers(monkeypatch, checkpoints=lambda cell: {"error": "the disk is full"})
     stages.measure_loads(run, Limits(time.monotonic() + 60, 60))
     tried = [cell for module, *cells in workers.started for cell in cells if module == "checkpoints"]
@@ -190,7 +190,7 @@ def test_a_round_trip_that_changes_a_byte_is_wrong(tmp_path, needs_both):
 
 
 @pytest.mark.parametrize("candidate", candidates.CANDIDATES, ids=lambda candidate: candidate.name)
-def test_a_candidate_changes_what_there_is_and_puts_it_back(candidate):
+def test_candidate_changes_constants_and_restores_them(candidate):
     pytest.importorskip("triton")
     before = [patch.found() for patch in candidate.patches]
     with candidates.patched(candidate):
@@ -231,14 +231,14 @@ def test_no_two_candidates_of_an_operation_have_one_name():
     assert len(set(pairs)) == len(pairs)
 
 
-def test_what_kernels_compile_in_is_tried_in_a_process_of_its_own():
+def test_candidates_with_compiled_constants_run_in_their_own_process():
     pytest.importorskip("triton")
     for candidate in candidates.CANDIDATES:
         compiled_in = [patch for patch in candidate.patches if type(patch.found()).__name__ == "constexpr"]
         assert candidate.own_process == bool(compiled_in), candidate.name
 
 
-def test_a_candidate_that_is_wrong_or_of_no_constant_costs_only_itself(monkeypatch):
+def test_wrong_candidate_affects_only_itself(monkeypatch):
     pytest.importorskip("triton")
     missing = candidates.Patch("automodel_conv.kernels.transpose", "_NO_SUCH_CONSTANT", 1)
     zeroed = candidates.Patch("automodel_conv.kernels.strided_copy", "start", lambda work: None)
@@ -260,7 +260,7 @@ def test_a_candidate_that_is_wrong_or_of_no_constant_costs_only_itself(monkeypat
 H100 = {"name": "H100", "capability": [9, 0], "memory_bytes": 80 << 30, "devices": 1}
 
 
-def test_numbers_of_two_devices_do_not_meet_in_one_file(run, monkeypatch):
+def test_results_of_two_devices_are_not_mixed_in_one_file(run, monkeypatch):
     def on(device):
         Workers(monkeypatch, environment=lambda cell: {"found": device})
         stages.look_around(run)
@@ -275,7 +275,7 @@ def test_numbers_of_two_devices_do_not_meet_in_one_file(run, monkeypatch):
 
 
 @pytest.mark.parametrize("slow", [(environment.IMPORTS,), ("device",), ("device", "environment", environment.IMPORTS)])
-def test_an_environment_that_takes_too_long_does_not_keep_the_stages_from_beginning(run, monkeypatch, slow):
+def test_slow_environment_does_not_block_the_stages(run, monkeypatch, slow):
     Workers(monkeypatch, environment=lambda cell: None if cell in slow else {"found": H100})
     stages.look_around(run)
     cells = {cell for cells in environment.TASKS for cell in cells}
@@ -283,20 +283,20 @@ def test_an_environment_that_takes_too_long_does_not_keep_the_stages_from_beginn
     assert {*left_out(run.record.result)} == {f"environment: {cell}" for cell in slow}
 
 
-def test_imports_are_timed_in_a_process_that_nothing_else_keeps_waiting(run, monkeypatch):
+def test_imports_are_timed_in_a_process_of_their_own(run, monkeypatch):
     workers = Workers(monkeypatch, environment=lambda cell: {"found": H100})
     stages.look_around(run)
     assert [started for started in workers.started if environment.IMPORTS in started] == [("environment", "imports")]
     assert workers.started[0][:2] == ("environment", "device")
 
 
-def test_a_device_that_says_it_is_none_ends_the_command(run, monkeypatch):
+def test_missing_device_ends_the_command(run, monkeypatch):
     Workers(monkeypatch, environment=lambda cell: {"error": "no driver"} if cell == "device" else {"found": H100})
     with pytest.raises(SystemExit, match=r"no device cuda:0: no driver"):
         stages.look_around(run)
 
 
-def test_a_stage_that_breaks_in_the_command_itself_is_told_and_the_next_begins(run, monkeypatch):
+def test_stage_that_fails_in_the_command_is_reported_and_the_next_begins(run, monkeypatch):
     done = []
     planted = {
         "broken": stages.Stage(1, 1, lambda *_: 1 / 0),

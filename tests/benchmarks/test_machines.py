@@ -50,7 +50,7 @@ def test_the_page_cache_holds_another_file(checkpoint, root):
         assert cache.cached_share(root) == 1
 
 
-def test_who_fragments_memory_holds_a_sixteenth_of_it():
+def test_fragmenting_process_holds_a_sixteenth_of_memory():
     command = [sys.executable, "-m", "benchmarks.peers.holding", str(512 << 20)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=measure.REPOSITORY) as helper:
         for _ in range(2):
@@ -64,7 +64,7 @@ def test_who_fragments_memory_holds_a_sixteenth_of_it():
     assert helper.returncode == 0
 
 
-def test_memory_is_fragmented_anew_before_each_run_until_the_block_ends(checkpoint, root, monkeypatch):
+def test_memory_is_fragmented_before_each_run_until_the_block_ends(checkpoint, root, monkeypatch):
     started = []
     popen = subprocess.Popen
     monkeypatch.setattr(subprocess, "Popen", lambda *a, **k: started.append(popen(*a, **k)) or started[-1])
@@ -88,7 +88,7 @@ def test_two_loads_wait_for_each_other_before_they_begin(checkpoint, root):
     assert results["a"][0]["seconds"] > 0
 
 
-def test_of_two_loads_the_one_that_ends_last_counts(checkpoint, monkeypatch):
+def test_slower_of_two_loads_counts(checkpoint, monkeypatch):
     seconds, met = [3.0, 1.0, 1.0, 3.0], []
 
     def run_worker(command, *_, **__):
@@ -103,7 +103,7 @@ def test_of_two_loads_the_one_that_ends_last_counts(checkpoint, monkeypatch):
     assert None not in met
 
 
-def test_a_process_under_a_limit_is_in_the_group_that_has_it(checkpoint, tmp_path, monkeypatch):
+def test_limited_process_is_in_its_group(checkpoint, tmp_path, monkeypatch):
     group = tmp_path / f"benchmark-{os.getpid()}"
     monkeypatch.setattr(machines, "_parent_group", lambda: tmp_path)
     monkeypatch.setattr(Path, "exists", lambda path: False)  # no systemd
@@ -114,7 +114,7 @@ def test_a_process_under_a_limit_is_in_the_group_that_has_it(checkpoint, tmp_pat
         assert (group / "cgroup.procs").read_text() == run.stdout
 
 
-def test_a_worker_that_is_killed_is_told_as_such(checkpoint, monkeypatch):
+def test_killed_worker_is_reported(checkpoint, monkeypatch):
     kill = ["-c", "import os; os.kill(os.getpid(), 9)"]
     for prefix in ((), ("sh", "-c", '"$@"; exit $?', "sh")):
         with pytest.raises(measure.Killed):
@@ -125,7 +125,7 @@ def test_a_worker_that_is_killed_is_told_as_such(checkpoint, monkeypatch):
     assert run_jobs(jobs, 1, State(checkpoint)) == {"a": [{"killed": True}]}
 
 
-def test_a_state_that_cannot_be_made_stands_in_the_result_with_why(tmp_path, monkeypatch):
+def test_impossible_state_is_in_the_result_with_its_reason(tmp_path, monkeypatch):
     @contextmanager
     def make(checkpoint, root, fully):
         raise Unavailable("no rights\nat all")
@@ -141,7 +141,7 @@ def test_a_state_that_cannot_be_made_stands_in_the_result_with_why(tmp_path, mon
     assert os.listdir(tmp_path) == []
 
 
-def test_a_machine_whose_page_cache_is_not_asked_for_stands_in_the_result_with_why(tmp_path):
+def test_skipped_page_cache_state_is_in_the_result_with_its_reason(tmp_path):
     result = peers.run(
         shapes.SMALL, ["cold-cache"], [memory.READY], None, ["[E, 2I, H]"], ["warm"], 1, 1, str(tmp_path)
     )

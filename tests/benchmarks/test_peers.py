@@ -43,7 +43,7 @@ def checkpoint(tmp_path_factory):
     return str(directory)
 
 
-def test_all_that_is_installed_makes_the_same_tensors(checkpoint, page_sizes):
+def test_all_installed_methods_load_the_same_tensors(checkpoint, page_sizes):
     digests = {}
     for layout in LAYOUTS:
         for method in HERE:
@@ -55,7 +55,7 @@ def test_all_that_is_installed_makes_the_same_tensors(checkpoint, page_sizes):
     assert len(set.union(*digests.values())) == 2
 
 
-def test_the_loader_is_told_a_size_of_pages_only_in_the_rows_that_say_so(checkpoint, page_sizes):
+def test_loader_gets_a_page_size_only_in_rows_that_name_one(checkpoint, page_sizes):
     reading = []
     for method in ("ours", "ours-huge", "ours-small"):
         [load] = work(Job(method, [(checkpoint, 2)], checkpoint, memory=memory.AS_FOUND), 1)
@@ -72,7 +72,7 @@ def test_roofs_run(checkpoint, name):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux can populate pages")
-def test_pages_are_made_before_the_read_in_the_roof_of_small_ones_alone(checkpoint, monkeypatch):
+def test_only_the_small_page_roof_populates_pages_before_the_read(checkpoint, monkeypatch):
     populate_pages, populated = page_calls.populate_pages, []
     monkeypatch.setattr(
         page_calls, "populate_pages", lambda *pages: populated.append(pages[1]) or populate_pages(*pages)
@@ -93,12 +93,12 @@ def test_a_point_that_would_take_too_long_is_left_out(checkpoint):
     assert "seconds" not in second
 
 
-def test_what_was_read_is_in_the_page_cache(checkpoint):
+def test_read_file_is_in_the_page_cache(checkpoint):
     measure.read_through(checkpoint)
     assert cache.cached_share(checkpoint) == 1
 
 
-def test_only_a_warm_cache_is_asked_for_by_those_who_read_past_it():
+def test_direct_reads_are_turned_off_only_for_a_warm_cache():
     assert variables("warm")["FASTSAFETENSORS_ODIRECT"] == "0"
     assert "FASTSAFETENSORS_ODIRECT" not in variables("cold")
     assert variables("cold")["THP_MEM_ALLOC_ENABLE"] == "1"
@@ -113,7 +113,7 @@ def test_memory_is_touched_beforehand_only_to_make_it_ready(checkpoint, monkeypa
     assert touched == [3 * measure.file_bytes(checkpoint)]
 
 
-def test_who_starts_loads_waits_where_memory_is_as_found(checkpoint, monkeypatch):
+def test_runner_waits_before_loads_with_memory_as_found(checkpoint, monkeypatch):
     waited = []
     monkeypatch.setattr(memory.time, "sleep", waited.append)
     monkeypatch.setattr(measure, "run_worker", lambda *_, **__: {"loads": [{"seconds": 1.0}]})
@@ -132,7 +132,7 @@ def test_memory_of_files_that_leave_the_page_cache_is_free_before_the_wait(check
     assert cached == [0]
 
 
-def test_torch_is_told_to_ask_for_huge_pages_where_a_row_says_so(checkpoint, monkeypatch):
+def test_torch_requests_huge_pages_only_in_rows_that_name_them(checkpoint, monkeypatch):
     methods_by_memory = {}
 
     def run_worker(command, repetition, variables, prefix):
@@ -194,7 +194,7 @@ def _markdown(rows, environment=(), not_made=()):
     return tables.markdown({"environment": about, "rows": rows, "file_bytes": 10, "not_made": dict(not_made)})
 
 
-def test_tensors_that_differ_give_no_table():
+def test_different_tensors_give_no_table():
     tables.check([_row("a", "x", "1"), _row("b", "x", "1"), _row("a", "y", "2")])
     with pytest.raises(RuntimeError, match="do not produce the same tensors"):
         tables.check([_row("a", "x", "1"), _row("b", "x", "2")])
@@ -202,7 +202,7 @@ def test_tensors_that_differ_give_no_table():
         tables.check([_row("a", "x", "1"), _row("a", "x", "2", state=memory.AS_FOUND)])
 
 
-def test_ratios_are_to_ours_of_the_same_layout_and_memory_and_to_the_faster_roof():
+def test_ratios_use_ours_of_the_same_layout_and_memory_and_the_faster_roof():
     rows = [_row("preadv", "", None, 0.5), _row("preadv-small", "", None, 0.75), _row("preadv-touched", "", None, 0.1)]
     rows += [_row("a", "x", "1", 3.0), _row("ours", "x", "1", 1.0), _row("ours", "y", "1", 9.0)]
     rows += [_row(m, "x", "1", 2.0, memory.AS_FOUND) for m in ("a", "ours")]
@@ -212,7 +212,7 @@ def test_ratios_are_to_ours_of_the_same_layout_and_memory_and_to_the_faster_roof
     assert "| 1.00x | 0.75 |" in as_found
 
 
-def test_a_method_that_was_killed_has_no_number_and_is_no_measure():
+def test_killed_method_has_no_result_and_is_no_reference():
     killed = _row("preadv", "", None) | {"runs": [{"killed": True}]}
     rows = [killed, _row("preadv-small", "", None, 0.5), _row("ours", "x", "1", 1.0)]
     tables.check([killed | {"layout": "x"}, rows[-1]])
@@ -221,7 +221,7 @@ def test_a_method_that_was_killed_has_no_number_and_is_no_measure():
     assert "**0.50**" in text
 
 
-def test_a_table_says_what_is_known_of_the_machine():
+def test_table_describes_the_machine():
     assert _markdown([]).startswith("2 cores of x86_64; Linux 6.18.\n")
     known = {"cpu": "Some CPU", "memory_bytes": 24 << 30, "huge_pages": "always [madvise] never"}
     text = _markdown([], known | {"touched_gb_per_s": {"freed_just_now": 4.7, "freed_long_ago": 0.5}})
@@ -257,7 +257,7 @@ def test_a_sweep_becomes_a_csv(tmp_path):
 
 
 @pytest.mark.parametrize("axis", sweep.AXES)
-def test_points_of_an_axis_are_in_order_and_of_like_bytes(axis):
+def test_points_of_an_axis_are_in_order_and_of_similar_size(axis):
     points = sweep.AXES[axis].points(1)
     xs = [point.x for point in points]
     assert xs == sorted(set(xs))

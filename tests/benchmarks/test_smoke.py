@@ -67,7 +67,7 @@ def test_executing_is_timed_here_and_in_another_checkout(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("case", executing_worker.CASES)
-def test_what_executing_is_timed_against_makes_the_same_bytes(tmp_path, case, monkeypatch):
+def test_floor_of_executing_writes_the_same_bytes(tmp_path, case, monkeypatch):
     path = str(tmp_path / "model.safetensors")
     executing_worker.write_file(path, 2)
     times_by_part = executing_worker.work(case, path, 2, 1)["seconds"]
@@ -77,7 +77,7 @@ def test_what_executing_is_timed_against_makes_the_same_bytes(tmp_path, case, mo
         executing_worker.work(case, path, 2, 1)
 
 
-def test_what_another_checkout_does_not_tell_is_left_out():
+def test_times_missing_in_another_checkout_are_left_out():
     runs = [
         {"tensors": 2, "seconds": {"load": [4.0, 6.0, 5.0], "schedule": times, "floor": [1.0]}} for times in ([2.0], [])
     ]
@@ -115,7 +115,7 @@ def test_the_stacks_that_are_timed_are_the_destinations_of_the_lists():
             assert actual.addresses.tolist() == expected.addresses.tolist(), name
 
 
-def test_upstream_is_stopped_once_it_knows_every_tensor(checkpoint, monkeypatch):
+def test_transformers_is_stopped_once_it_has_every_tensor(checkpoint, monkeypatch):
     from transformers import core_model_loading as core
 
     collected = []
@@ -145,7 +145,7 @@ def test_from_pretrained_is_timed_with_the_hook_and_without(tmp_path, capsys):
     assert [path.name for path in tmp_path.iterdir()] == ["result.json"]
 
 
-def test_all_ways_of_saving_and_converting_make_the_same_tensors(tmp_path):
+def test_all_methods_of_saving_and_converting_write_the_same_tensors(tmp_path):
     saving.write_checkpoints(shapes.SMALL, str(tmp_path), 2, saving.TINY_SHARD)
     results = {m: saving.work(m, str(tmp_path), 2, saving.TINY_SHARD, "as-found", 0) for m in saving.METHODS}
     wanted = {form: saving.digest_of(str(tmp_path / "big" / form)) for form in (saving.PER_EXPERT, saving.GROUPED)}
@@ -174,7 +174,7 @@ def test_saving_runs_its_workers_and_prints_a_table_now_and_later(tmp_path, caps
     assert capsys.readouterr().out == shown
 
 
-def test_saved_tensors_that_differ_from_the_first_files_give_no_number(tmp_path, capsys, monkeypatch):
+def test_saved_tensors_that_differ_give_no_result(tmp_path, capsys, monkeypatch):
     def run_interleaved(commands, repetitions, before):
         return {m: [{"digest": "another", "seconds": 1.0}] for m in commands}
 
@@ -184,7 +184,7 @@ def test_saved_tensors_that_differ_from_the_first_files_give_no_number(tmp_path,
     assert capsys.readouterr().out == ""
 
 
-def test_all_ways_of_dequantizing_make_the_same_numbers(tmp_path):
+def test_all_methods_of_dequantizing_return_the_same_values(tmp_path):
     for name in ("layer", "tiny"):
         dequant.write_checkpoint(dequant.TINY_LAYER, str(tmp_path / name))
     threads = torch.get_num_threads()
@@ -215,7 +215,7 @@ def test_dequantizing_runs_its_workers_and_prints_a_table_now_and_later(tmp_path
     assert capsys.readouterr().out == shown
 
 
-def test_numbers_that_are_not_ours_are_counted_and_give_no_number():
+def test_different_values_are_counted_and_give_no_result():
     ours = torch.tensor([1.0, -1.0, 0.0, 2.0], dtype=torch.bfloat16)
     others = torch.tensor([1.0, -1.0, -0.0, 2.0], dtype=torch.bfloat16)
     assert dequant.compared({"": others}, {"": ours})["differing"] == 1
@@ -234,7 +234,7 @@ def test_numbers_that_are_not_ours_are_counted_and_give_no_number():
 
 
 @pytest.mark.long
-def test_ranks_load_in_all_ways_and_each_ends_with_the_same_parts(tmp_path, capsys):
+def test_ranks_load_the_same_parts_with_all_methods(tmp_path, capsys):
     file = tmp_path / "result.json"
     sharded.main(["--smoke", "--repetitions", "1", "--directory", str(tmp_path), "--json", str(file)])
     shown = capsys.readouterr().out
@@ -262,7 +262,7 @@ def test_ranks_load_in_all_ways_and_each_ends_with_the_same_parts(tmp_path, caps
     assert capsys.readouterr().out == shown
 
 
-def test_parts_of_ranks_that_differ_give_no_number(tmp_path, capsys, monkeypatch):
+def test_parts_of_ranks_that_differ_give_no_result(tmp_path, capsys, monkeypatch):
     def run_interleaved(commands, repetitions, before):
         return {m: [{"ranks": [{"digest": "same"}, {"digest": m}], "seconds": 1.0}] for m in commands}
 
@@ -298,7 +298,7 @@ def test_a_worker_that_fails_is_reported_with_its_error():
         measure.run_worker(["-m", "benchmarks.nothing"], 0)
 
 
-def test_sparse_checkpoints_have_the_size_but_not_the_blocks(tmp_path):
+def test_sparse_checkpoints_have_the_size_without_the_blocks(tmp_path):
     shapes.write_sparse_checkpoint(shapes.SMALL, str(tmp_path))
     opened = open_checkpoint(tmp_path)
     assert len(opened.names) == shapes.SMALL.keys
@@ -323,7 +323,7 @@ def test_integrity_times_loads_and_plans_with_and_without(tmp_path, capsys):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="files are mapped only on Linux")
-def test_a_mapped_load_reads_nothing_and_makes_the_same_tensors(tmp_path):
+def test_mapped_load_reads_nothing_and_returns_the_same_tensors(tmp_path):
     shapes.write_checkpoint(shapes.SMALL, str(tmp_path / "published"))
     mapping.amc.convert_checkpoint(tmp_path / "published", tmp_path / "own")
     results = {

@@ -57,7 +57,7 @@ def test_every_tensor_that_lacks_experts_is_named():
 @pytest.mark.parametrize("leaf", GROUPED)
 @pytest.mark.parametrize("router", ROUTERS)
 @pytest.mark.parametrize("share", [0, 1, 2, 4], ids=lambda share: f"{share} of 4")
-def test_without_a_model_the_router_says_how_many_there_are(leaf, router, share):
+def test_without_a_model_the_router_gives_the_number_of_experts(leaf, router, share):
     shapes = {f"a.{router}": (4, 5), f"a.experts.{leaf}": (share, *GROUPED[leaf][1:])}
     if share == 4:
         refuse_missing_experts(shapes, None)
@@ -69,7 +69,7 @@ def test_without_a_model_the_router_says_how_many_there_are(leaf, router, share)
 
 
 @pytest.mark.parametrize(("rows", "share"), [(60, 8), (60, 4), (5, 3), (5, 2), (3, 2), (1, 0), (256, 128)])
-def test_a_share_that_does_not_divide_the_rows_of_the_router_is_one_too(rows, share):
+def test_share_that_does_not_divide_the_router_rows_is_refused(rows, share):
     shapes = {"a.gate.weight": (rows, 5), "a.experts.gate_up_proj": (share, 6, 5)}
     with pytest.raises(CoverageError, match=f"{rows} experts, as a.gate.weight says\n.*found: +{share} experts"):
         refuse_missing_experts(shapes, None)
@@ -87,7 +87,7 @@ def test_a_share_that_does_not_divide_the_rows_of_the_router_is_one_too(rows, sh
         {"a.gate.weight": (), "a.experts.gate_up_proj": (2, 6, 5)},
     ],
 )
-def test_what_says_nothing_about_these_experts_refuses_nothing(shapes):
+def test_unrelated_shapes_refuse_nothing(shapes):
     refuse_missing_experts(shapes, None)
 
 
@@ -108,7 +108,7 @@ class Listed(nn.Module):
 
 
 @pytest.mark.parametrize("kind", [Grouped, Listed])
-def test_modules_say_how_many_experts_they_have(kind):
+def test_modules_give_their_number_of_experts(kind):
     for held in (4, 5):
         refuse_missing_experts({name: t.shape for name, t in kind(held).state_dict().items()}, kind(held))
     short = kind(3)

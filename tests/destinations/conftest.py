@@ -40,9 +40,9 @@ def reads(monkeypatch):
 @pytest.fixture
 def devices(monkeypatch):
     """Simulate two CUDA devices, ``FIRST`` and ``SECOND``, in host memory."""
-    made, empty_like = Devices(), torch.empty_like
+    simulated, empty_like = Devices(), torch.empty_like
 
-    def there(device, where=None):
+    def simulated_loadable(device, where=None):
         device = as_device(device, where)
         return (
             torch.device("xpu", device.index or 0)
@@ -56,8 +56,8 @@ def devices(monkeypatch):
     def empty_like_there(tensor, *, device):
         return put(empty_like(tensor, device="cpu"), torch.device(device))
 
-    monkeypatch.setattr(device_map_module, "loadable", there)
-    monkeypatch.setattr(filling, "transfer_device", made)
+    monkeypatch.setattr(device_map_module, "loadable", simulated_loadable)
+    monkeypatch.setattr(filling, "transfer_device", simulated)
     monkeypatch.setattr(mapping, "allocate", allocate_there)
     monkeypatch.setattr(torch, "empty_like", empty_like_there)
-    return made
+    return simulated

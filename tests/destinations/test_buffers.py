@@ -42,8 +42,8 @@ def test_buffers_that_have_memory_are_moved(buffered, devices):
     amc.load_model(model, file, device_map={"a": 0, "": 1})
     for module, home in zip(model.values(), (FIRST, SECOND, SECOND), strict=True):
         wanted = BUFFERED | {"table": torch.arange(5.0)}
-        found = dict(module.named_parameters()) | dict(module.named_buffers())
-        assert_loaded(found, dict.fromkeys(wanted, home), wanted)
+        state = dict(module.named_parameters()) | dict(module.named_buffers())
+        assert_loaded(state, dict.fromkeys(wanted, home), wanted)
     assert model["b"].table is model["c"].table
     assert model["a"].table is not model["b"].table
 

@@ -27,9 +27,9 @@ def poisoned(model):
 
 def simple(entries):
     """Return a map to numbers in place of devices."""
-    made = DeviceMap({})
-    made.entries = entries
-    return made
+    device_map_of_numbers = DeviceMap({})
+    device_map_of_numbers.entries = entries
+    return device_map_of_numbers
 
 
 @pytest.mark.parametrize(
@@ -49,7 +49,7 @@ def test_the_longest_name_of_whole_components_decides(name, wanted):
     assert simple(entries).device_of(name) == wanted
 
 
-def test_what_no_name_begins_is_covered_by_the_empty_one_only():
+def test_names_without_a_matching_entry_use_the_empty_one():
     assert simple({"a": "first"}).device_of("b.weight") is None
     assert simple({"a": "first", "": "rest"}).device_of("b.weight") == "rest"
 
@@ -73,7 +73,7 @@ def test_numbers_are_cuda_devices(devices):
     }  # fmt: skip
 
 
-def test_a_state_dict_lies_where_the_map_says(published, devices):
+def test_state_dict_is_placed_by_the_map(published, devices):
     for arguments in ({"model": meta(Model())}, {"rules": []}):
         loaded = amc.load_state_dict(published, device_map=MAP, **arguments)
         assert_loaded(loaded, WHERE)
@@ -81,7 +81,7 @@ def test_a_state_dict_lies_where_the_map_says(published, devices):
     assert devices.keys() == {FIRST, SECOND}
 
 
-def test_new_parameters_lie_where_the_map_says(published, devices):
+def test_new_parameters_are_placed_by_the_map(published, devices):
     model = meta(Model())
     report = amc.load_model(model, published, device_map=MAP)
     assert_loaded(model.state_dict(keep_vars=True), WHERE)
@@ -140,7 +140,7 @@ def mixtral(tmp_path):
     return build_model("mixtral")
 
 
-def test_a_map_that_accelerate_has_made_places_every_tensor_of_a_model(tmp_path, devices):
+def test_map_from_accelerate_places_every_tensor_of_a_model(tmp_path, devices):
     pytest.importorskip("transformers", reason="the model is a transformers model")
     accelerate = pytest.importorskip("accelerate")
     model = mixtral(tmp_path)
@@ -202,7 +202,7 @@ def zoo_model(name):
 
 @pytest.mark.parametrize("build", ["meta device", "init_empty_weights"])
 @pytest.mark.parametrize("name", ["mixtral", "tied", "deepseek_v3", "qwen3_vl_moe"])
-def test_every_tensor_of_an_empty_model_goes_where_the_map_says(tmp_path, devices, name, build):
+def test_every_tensor_of_an_empty_model_is_placed_by_the_map(tmp_path, devices, name, build):
     pytest.importorskip("transformers", reason="the model is a transformers model")
     from tests.model_zoo import write_checkpoint
 
@@ -216,14 +216,14 @@ def test_every_tensor_of_an_empty_model_goes_where_the_map_says(tmp_path, device
     # A buffer with memory would keep its dtype, but some new buffers are float32.
     report = amc.load_model(model, tmp_path, device_map=device_map, dtype=torch.bfloat16)
     assert report.missing_keys == ()
-    found = model.state_dict(keep_vars=True) | dict(model.named_buffers())
-    assert_loaded(found, {name: DeviceMap(device_map).device_of(name) for name in wanted}, wanted)
+    state = model.state_dict(keep_vars=True) | dict(model.named_buffers())
+    assert_loaded(state, {name: DeviceMap(device_map).device_of(name) for name in wanted}, wanted)
     if name == "tied":
         assert model.lm_head.weight is model.model.embed_tokens.weight
 
 
 @pytest.mark.parametrize("build", ["meta device", "init_empty_weights"])
-def test_a_lenient_load_places_what_there_is(tmp_path, devices, build):
+def test_lenient_load_places_present_tensors(tmp_path, devices, build):
     pytest.importorskip("transformers", reason="the model is a transformers model")
     full = mixtral(tmp_path)
     tensors = amc.load_state_dict(tmp_path, rules=[])

@@ -50,7 +50,7 @@ def test_the_first_byte_that_differs_is_found_wherever_it_is(cases, tmp_path, mo
             assert compared(kind, case, path, threads=3) == at
 
 
-def test_a_file_that_ends_too_early_is_told(cases, tmp_path):
+def test_truncated_file_is_reported(cases, tmp_path):
     path = write("host", cases[0], tmp_path)
     path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(ReadError, match="ends too early"):

@@ -71,7 +71,7 @@ def check(outputs, expected):
         assert_bytes_equal(output, expected[name].contiguous())
 
 
-def test_a_batch_is_one_upload_whatever_its_copies_are():
+def test_batch_of_any_copies_is_one_upload():
     batch, outputs, expected = copies()
     with mock.patch.object(launch, "upload", wraps=launch.upload) as upload:
         assert batch.run(True) == Work(by_kernels=5, by_torch=2)
@@ -79,7 +79,7 @@ def test_a_batch_is_one_upload_whatever_its_copies_are():
     check(outputs, expected)
 
 
-def test_without_kernels_torch_makes_all_copies():
+def test_without_kernels_torch_runs_all_copies():
     batch, outputs, expected = copies()
     with mock.patch.object(launch, "upload") as upload:
         assert batch.run(False) == Work(by_kernels=0, by_torch=7)
@@ -87,7 +87,7 @@ def test_without_kernels_torch_makes_all_copies():
     check(outputs, expected)
 
 
-def test_a_plan_writes_nothing_and_is_what_run_does():
+def test_plan_writes_nothing_and_run_executes_it():
     batch, outputs, expected = copies()
     planned = batch.plan(True)
     assert untouched(outputs)
@@ -121,7 +121,7 @@ def test_a_batch_that_has_run_is_empty():
     assert untouched(outputs)
 
 
-def test_copies_from_sources_of_unlike_dtypes_keep_their_places():
+def test_copies_from_sources_of_different_dtypes_keep_their_places():
     half, full = address_valued((8,), torch.bfloat16, 0), address_valued((8,), torch.float32, 100)
     output = poisoned((32,), torch.float32)
     batch = CopyBatch()

@@ -39,7 +39,7 @@ def node(monkeypatch):
         ("8\n", 1), ("1e3", 1), ("9" * 5000, 1), ("٨", 1),
     ],
 )  # fmt: skip
-def test_ranks_are_what_the_launcher_says_if_that_is_a_number(monkeypatch, text, ranks):
+def test_number_of_ranks_is_read_from_the_launcher(monkeypatch, text, ranks):
     monkeypatch.setenv("LOCAL_WORLD_SIZE", text)
     assert ranks_on_this_node() == ranks
 
@@ -63,18 +63,18 @@ def test_without_a_launcher_there_is_one_rank(monkeypatch):
         (1, 1, 1, 1),
     ],
 )
-def test_cores_are_shared_unless_the_launcher_has_done_so(usable, machine, ranks, share):
+def test_cores_are_shared_unless_the_launcher_shared_them(usable, machine, ranks, share):
     assert share_of_cores(usable, machine, ranks) == share
 
 
 @given(st.integers(1, 512), st.integers(1, 512), st.integers(1, 64))
-def test_a_share_is_at_least_one_core_and_at_most_what_there_is(usable, machine, ranks):
+def test_share_is_between_one_core_and_all(usable, machine, ranks):
     share = share_of_cores(min(usable, machine), machine, ranks)
     assert 1 <= share <= min(usable, machine)
     assert share * ranks <= machine or share == 1
 
 
-def test_eight_ranks_run_no_more_threads_than_there_are_cores(node):
+def test_eight_ranks_run_no_more_threads_than_cores(node):
     node(16, 16, 8)
     assert default_reader_threads(8) == 2
     assert cpu.default_threads() == 2
@@ -85,7 +85,7 @@ def test_eight_ranks_run_no_more_threads_than_there_are_cores(node):
 
 
 @pytest.mark.parametrize(("given_threads", "wanted"), [(None, 2), (5, 5)])
-def test_loads_use_their_share_unless_they_are_told_otherwise(tmp_path, node, monkeypatch, given_threads, wanted):
+def test_loads_use_their_share_by_default(tmp_path, node, monkeypatch, given_threads, wanted):
     node(16, 16, 8)
     _, checkpoint, plan = moe(tmp_path, TRANSPOSE)
     seen, stock = [], cpu.schedule
@@ -109,7 +109,7 @@ def test_few_bytes_are_loaded_by_few_threads(node):
 
 
 @pytest.mark.parametrize(("text", "ranks", "rank"), [("3", 8, 3), ("8", 8, 0), ("-1", 8, 0), ("", 8, 0), ("1", 1, 0)])
-def test_the_number_of_a_rank_is_what_the_launcher_says_if_that_can_be(monkeypatch, text, ranks, rank):
+def test_rank_is_read_from_the_launcher_if_possible(monkeypatch, text, ranks, rank):
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(ranks))
     monkeypatch.setenv("LOCAL_RANK", text)
     assert rank_on_this_node() == rank

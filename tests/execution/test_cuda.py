@@ -70,7 +70,7 @@ def current(request, monkeypatch):
     return entered
 
 
-def test_a_stream_made_in_a_worker_thread_is_behind_the_callers_current_stream(current):
+def test_stream_created_in_a_worker_waits_for_the_callers_current_stream(current):
     """Check that a worker waits for a caller's side stream that still writes the tensor."""
     source, copied = torch.zeros(4), torch.full((4,), -1.0)
 

@@ -17,7 +17,7 @@ from tests.execution.device_loads import assert_released, load, planted
 from tests.execution.simulated import DeviceFault, SimulatedDevice
 
 
-def test_a_failing_read_is_told_at_once_while_other_threads_still_read(cases, calls):
+def test_failing_read_is_raised_at_once_while_other_threads_still_read(cases, calls):
     case = cases[1]
     calls.fail_read = 2
     both = threading.Barrier(2, timeout=5)
@@ -28,7 +28,7 @@ def test_a_failing_read_is_told_at_once_while_other_threads_still_read(cases, ca
     assert "filled:" in str(error.value)
 
 
-def test_a_failing_read_is_told_before_what_the_device_says_at_the_end(cases, calls):
+def test_failing_read_is_raised_before_the_device_error_at_the_end(cases, calls):
     calls.fail_read = 2
     device = SimulatedDevice(eagerness=0, fail_at=1)  # works only when it is waited for, at the end
     with pytest.raises(ReadError, match=r"Input/output error[\s\S]*besides: +DeviceFault: .*illegal access"):
@@ -81,9 +81,7 @@ def test_a_thread_that_waits_for_a_window_ends_when_another_fails(cases, calls, 
 
 
 @pytest.mark.parametrize("reverse", [False, True])
-def test_a_failing_read_is_told_where_another_thread_is_stopped_and_the_device_fails(
-    cases, calls, monkeypatch, reverse
-):
+def test_failing_read_is_raised_when_a_thread_is_stopped_and_the_device_fails(cases, calls, monkeypatch, reverse):
     notes, settle, wait = [], streaming._DeviceLoad._synchronize, streaming.wait
 
     def fail_at_the_end(load, stream):
@@ -110,13 +108,13 @@ def test_a_failing_read_is_told_where_another_thread_is_stopped_and_the_device_f
     ],
     ids=["not woken", "continues"],
 )
-def test_a_thread_that_would_wait_or_go_on_after_the_end_is_found(cases, calls, monkeypatch, text, replacement):
+def test_thread_that_waits_or_continues_after_the_end_is_detected(cases, calls, monkeypatch, text, replacement):
     with pytest.raises(AssertionError):
         fail_while_another_thread_waits(planted(text, replacement), cases[2], calls, monkeypatch)
 
 
 @pytest.mark.parametrize("before", [0, 1])
-def test_a_load_that_is_asked_to_end_releases_everything_and_tells_what_is_complete(cases, calls, before):
+def test_stopped_load_releases_everything_and_names_complete_targets(cases, calls, before):
     stop = threading.Event()
     calls.delay = lambda number: stop.set() if number > before else None
     device = SimulatedDevice(eagerness=0.2)
@@ -145,7 +143,7 @@ def test_ctrl_c_releases_everything(cases, calls, monkeypatch):
     interrupt(streaming, cases[1], calls, monkeypatch)
 
 
-def test_readers_that_go_on_after_ctrl_c_are_found(cases, calls, monkeypatch):
+def test_readers_that_continue_after_ctrl_c_are_detected(cases, calls, monkeypatch):
     with pytest.raises(AssertionError):
         interrupt(planted("ending.callback(self._stop)", "pass"), cases[1], calls, monkeypatch)
 

@@ -92,7 +92,7 @@ def test_random_schedules_find_each_fault_planted_in_the_loader(cases, calls, mu
             thread.join(10)
 
 
-def test_the_simulated_device_is_late_keeps_the_order_of_a_stream_and_finds_circles():
+def test_simulated_device_is_late_keeps_stream_order_and_detects_circular_waits():
     device = SimulatedDevice(eagerness=0)
     first, second = device.stream(), device.stream()
     done = []

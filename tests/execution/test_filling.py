@@ -114,7 +114,7 @@ def test_devices_are_filled_at_the_same_time(tmp_path, devices, monkeypatch):
 
 
 @pytest.mark.parametrize(("homes", "threads"), [(HOMES, 2), (HOMES, 1), (dict.fromkeys(HOMES, FIRST), None)])
-def test_more_devices_than_threads_and_a_lone_one_are_filled_by_the_caller(
+def test_more_devices_than_threads_or_a_single_one_are_filled_by_the_caller(
     tmp_path, devices, monkeypatch, homes, threads
 ):
     _, checkpoint, plan = moe(tmp_path)
@@ -124,7 +124,7 @@ def test_more_devices_than_threads_and_a_lone_one_are_filled_by_the_caller(
     assert seen == [threading.main_thread()] * len(set(homes.values()))
 
 
-def test_streams_are_made_in_the_callers_thread_which_has_the_current_ones(tmp_path, monkeypatch):
+def test_streams_are_created_in_the_thread_of_the_caller(tmp_path, monkeypatch):
     _, checkpoint, plan = moe(tmp_path)
     simulated, seen = Devices(), []
 
@@ -137,7 +137,7 @@ def test_streams_are_made_in_the_callers_thread_which_has_the_current_ones(tmp_p
     assert set(seen) == {threading.main_thread()}
 
 
-def test_what_torch_keeps_for_a_thread_is_in_all_of_them_as_in_the_callers(tmp_path, devices, monkeypatch):
+def test_torch_thread_state_of_the_caller_is_set_in_all_threads(tmp_path, devices, monkeypatch):
     _, checkpoint, plan = moe(tmp_path)
     seen = set()
     watched(
@@ -149,7 +149,7 @@ def test_what_torch_keeps_for_a_thread_is_in_all_of_them_as_in_the_callers(tmp_p
     assert seen == {(True, "meta")}
 
 
-def test_upstreams_own_code_fills_inference_tensors_of_any_device(tmp_path, devices):
+def test_transformers_code_fills_inference_tensors_of_any_device(tmp_path, devices):
     tensors, checkpoint, plan = moe(tmp_path)
     rows = (plan.sources.names.index("norm.weight"),)
     fallback = Fallback("a test", lambda sources: {"extra": sources[rows[0]] * 1})
@@ -162,7 +162,7 @@ def test_upstreams_own_code_fills_inference_tensors_of_any_device(tmp_path, devi
 
 @pytest.mark.parametrize("kind", [ReadError, ConversionError, RuntimeError, KeyboardInterrupt])
 @pytest.mark.parametrize("threads", [1, 6])
-def test_an_error_names_what_the_devices_that_are_complete_hold(tmp_path, devices, monkeypatch, kind, threads):
+def test_error_names_targets_of_complete_devices(tmp_path, devices, monkeypatch, kind, threads):
     _, checkpoint, plan = moe(tmp_path)
     complete = threading.Semaphore(0)
 
@@ -236,7 +236,7 @@ def test_an_interrupt_ends_the_loads_of_all_devices(many, devices, calls, monkey
     assert_settled(devices, calls)
 
 
-def test_what_fails_on_two_devices_is_told_of_both(tmp_path, devices, monkeypatch):
+def test_failures_on_two_devices_are_both_reported(tmp_path, devices, monkeypatch):
     _, checkpoint, plan = moe(tmp_path)
     stock = filling._fill_device
 
@@ -305,7 +305,7 @@ def test_shares_go_by_the_bytes_of_a_device():
     assert [share.scratch_bytes for share in shares] == [32 << 20, 16 << 20]
 
 
-def test_a_lone_device_gets_what_was_given():
+def test_single_device_gets_the_whole_budget():
     assert split_limits(Limits(), [DeviceBytes(7, True)]) == [Limits()]
     assert split_limits(Limits(3, 100, 200), [DeviceBytes(7, False)]) == [Limits(3, 100, 200)]
     assert split_limits(Limits(3, 100, 200), []) == []

@@ -126,7 +126,7 @@ def test_gate_and_up_from_interleaved_rows_are_read_once(tmp_path, calls):
 
 
 @pytest.mark.parametrize("threads", [1, 2, 64])
-def test_a_source_larger_than_the_scratch_goes_through_in_slabs(tmp_path, calls, threads):
+def test_source_larger_than_the_scratch_is_read_in_slabs(tmp_path, calls, threads):
     source = address_valued((5, 33, 41), torch.int32)
     checkpoint = write_checkpoint(tmp_path, {"a.safetensors": {"w": source}})
     sources = columns(checkpoint)
@@ -217,7 +217,7 @@ def test_only_the_wanted_part_of_a_source_is_read(tmp_path, calls, scratch_bytes
 
 @pytest.mark.usefixtures("small_portions")
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_large_tensors_are_shared_out_to_threads(tmp_path, calls, layout):
+def test_large_tensors_are_split_between_threads(tmp_path, calls, layout):
     tensors, checkpoint, plan = moe(tmp_path, *LAYOUTS[layout], shape=(2, 10, 200))
     expected = naive(plan, tensors)
     before, reads = calls.nbytes, calls.reads
@@ -295,7 +295,7 @@ def test_a_parameter_that_requires_grad_is_written(tmp_path):
     assert parameter.grad_fn is None
 
 
-def test_allocate_gives_the_shapes_and_dtypes_of_the_plan():
+def test_allocate_returns_the_shapes_and_dtypes_of_the_plan():
     targets = [
         Target("big", "F32", (3, 1 << 20), -1, (), ()),
         Target("s", "F8_E4M3", (), -1, (), ()),
@@ -349,7 +349,7 @@ def random_plans(draw):
     threads=st.sampled_from([1, 3, 40]),
     split=st.integers(0, 4),
 )
-def test_any_chain_of_operations_loads_as_the_oracle_says(tmp_path_factory, drawn, pad, threads, split):
+def test_any_chain_of_operations_loads_like_the_oracle(tmp_path_factory, drawn, pad, threads, split):
     tensors, parts, results, orders = drawn
     names = list(tensors)
     files = {"a.safetensors": names[:split], "b.safetensors": names[split:]}

@@ -120,7 +120,7 @@ def test_ctrl_c_propagates_and_closes_files(tmp_path, calls, monkeypatch):
 
 
 @pytest.mark.parametrize("number", [1, 2])
-def test_a_thread_of_a_load_is_one_thread_of_torch_which_keeps_its_number(tmp_path, monkeypatch, number):
+def test_each_load_thread_uses_one_torch_thread_and_restores_the_number(tmp_path, monkeypatch, number):
     within = []
     real = cpu.copy_equal
     monkeypatch.setattr(cpu, "copy_equal", lambda batches: [within.append(torch.get_num_threads()), real(batches)])
@@ -185,7 +185,7 @@ def fallback_results(a):
     return {"sum": a * 2, "flat": a.flatten()}
 
 
-def test_upstream_code_runs_once_for_all_its_targets(tmp_path):
+def test_transformers_code_runs_once_for_all_its_targets(tmp_path):
     seen = []
 
     def convert(sources):
@@ -212,7 +212,7 @@ def test_upstream_code_runs_once_for_all_its_targets(tmp_path):
         ),
     ],
 )
-def test_upstream_code_that_makes_something_else_is_an_error(tmp_path, made_by_upstream, text):
+def test_wrong_result_of_transformers_code_is_an_error(tmp_path, made_by_upstream, text):
     _, checkpoint, plan = fallback_plan(tmp_path, lambda sources: made_by_upstream)
     with pytest.raises(ConversionError, match=text):
         load_to_host(plan, checkpoint, allocate(plan.targets))

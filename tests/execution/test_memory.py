@@ -111,7 +111,7 @@ def test_layers_of_one_geometry_are_one_launch_for_each_verb():
 
 
 @needs_triton
-def test_copies_that_no_kernel_fits_are_made_by_torch_and_counted():
+def test_copies_without_a_kernel_are_run_by_torch_and_counted():
     tensors = {"alternating": address_valued((6, 10), torch.float32), "wide": address_valued((3, 5), torch.int64)}
     sources = table(tensors)
     apart = Operation("Interleave", (("dim", 1), ("inverse", False)))
@@ -159,7 +159,7 @@ def test_an_explicit_backend_never_falls_back():
     assert not copy_batch.takes_kernels("torch", tensors)
 
 
-def test_auto_takes_kernels_on_one_gpu_where_they_run():
+def test_auto_uses_kernels_on_one_gpu_if_they_run():
     class OnGpu:
         def __init__(self, index):
             self.device = torch.device("cuda", index)
@@ -201,7 +201,7 @@ def test_a_parameter_that_requires_grad_is_written_and_read():
     assert output.grad_fn is None
 
 
-def test_sources_that_no_target_takes_are_not_looked_at():
+def test_sources_without_targets_are_ignored():
     tensors = {"w": torch.randn(3), "odd": torch.randn(2)}
     sources = table(tensors)
     plan = plan_of(sources, target(sources, "t", "F32", [["w"]]))
@@ -297,7 +297,7 @@ def test_a_buffer_between_the_elements_of_a_source_is_written(name):
     assert_bytes_equal(buffer, other)
 
 
-def test_tied_buffers_pass_if_they_are_made_of_one_tensor():
+def test_tied_buffers_pass_if_they_come_from_one_tensor():
     weight, filled = torch.randn(3, 4), torch.zeros(3, 4)
     plan = one_to_one((3, 4), (3, 4))
     convert_tensors(plan, [weight, weight], {"t0": filled, "t1": filled})
@@ -308,7 +308,7 @@ def test_tied_buffers_pass_if_they_are_made_of_one_tensor():
         convert_tensors(one_to_one((3, 3), (3, 3)), [weight[:, :3]] * 2, {"t0": filled[:, :3], "t1": filled[:, 1:]})
 
 
-def test_strides_that_take_too_long_to_decide_pass():
+def test_undecided_strides_pass():
     memory, shape = torch.zeros(1000), (5, 5, 5)
     plan = one_to_one(shape, shape)
     buffers = {"t0": memory.as_strided(shape, (150, 39, 9)), "t1": memory.as_strided(shape, (170, 31, 11), 7)}
@@ -318,7 +318,7 @@ def test_strides_that_take_too_long_to_decide_pass():
         convert_tensors(plan, [torch.ones(shape)] * 2, buffers)
 
 
-def test_where_tensors_lie_is_compared_without_reading_them():
+def test_overlap_of_tensors_is_checked_without_reading_them():
     class Elsewhere:
         """A view with an address that the host cannot read, as of a GPU tensor."""
 
@@ -333,7 +333,7 @@ def test_where_tensors_lie_is_compared_without_reading_them():
 
 
 @pytest.mark.parametrize("source", [torch.empty(4, 3), torch.empty(3, 4, dtype=torch.float64)])
-def test_a_source_that_the_plan_was_not_made_for_is_named(source):
+def test_source_that_does_not_match_the_plan_is_named(source):
     plan = one_to_one((3, 4))
     with pytest.raises(ConversionError, match="s0 does not match the plan"):
         convert_tensors(plan, [source], {"t0": torch.empty(3, 4)})
@@ -368,14 +368,14 @@ def test_a_source_whose_strides_copies_cannot_follow_is_copied_first(monkeypatch
     check_conversion(plan, {"s": tensor}, [laid_out(tensor, (0, 1))])
 
 
-def test_sources_that_had_to_be_copied_live_until_kernels_read_them():
+def test_copied_sources_stay_alive_until_kernels_read_them():
     tensors = {f"s{i}": address_valued((6, 5), torch.float32, 30 * i) for i in range(6)}
     value = values.transpose(values.reshape(leaf(0, (6, 5)), (10, 3)), 0, 1)
     plan = plan_of(table(tensors), *(target_from(f"t{i}", "F32", value, [i]) for i in range(6)))
     check_conversion(plan, tensors, [laid_out(t, (0, 1)) for t in tensors.values()])
 
 
-def test_upstream_code_runs_once_and_gets_the_tensors_themselves():
+def test_transformers_code_runs_once_and_gets_the_tensors_themselves():
     seen = []
 
     def convert(sources):

@@ -106,7 +106,7 @@ COPIES = {
 
 
 @pytest.mark.parametrize("name", COPIES)
-def test_copies_of_experts_are_moved_by_the_verb_made_for_them(name):
+def test_copies_of_experts_use_their_verb(name):
     verb, shape, a_copy = COPIES[name]
     moves = moves_of(a_copy)
     assert moves is not None
@@ -137,14 +137,14 @@ LONE = {
 
 
 @pytest.mark.parametrize("name", LONE)
-def test_halves_without_a_partner_are_lone_and_the_others_pairs(name):
+def test_halves_without_a_partner_are_unpaired(name):
     a_copy, unpaired = LONE[name]
     moves = moves_of(a_copy)
     assert sorted(moves.unpaired.copies.tolist()) == unpaired
     assert elements_of_moves(moves) == elements_of_copy(a_copy)
 
 
-def test_a_verb_of_more_sources_gets_as_many_neighbours():
+def test_verb_of_more_sources_gets_as_many_neighbours():
     a_copy = copy((5, 4), (1, 5), (12, 3), *((k, 0, at) for k, at in enumerate((61, 0, 2, 1, 60, 120, 121, 122))))
     assert moves_of(a_copy) is None
     three = replace(INTERLEAVE, sources=3, steps=(1, 3), shapes=lambda matrix: ((matrix.columns, 0), matrix[:2]))
@@ -154,14 +154,14 @@ def test_a_verb_of_more_sources_gets_as_many_neighbours():
     assert elements_of_moves(moves) == elements_of_copy(a_copy)
 
 
-def test_crowds_of_tiny_matrices_are_left_to_torch(monkeypatch):
+def test_many_tiny_matrices_are_left_to_torch(monkeypatch):
     a_copy = copy((6, 3, 3), (9, 1, 3), (9, 3, 1), (0, 0, 0))
     assert moves_of(a_copy) is not None
     monkeypatch.setattr(module, "_MOST_MATRICES", 5)
     assert moves_of(a_copy) is None
 
 
-def test_a_copy_of_nothing_is_a_move_of_nothing():
+def test_empty_copy_is_an_empty_move():
     for shape in ((0,), (3, 0), (0, 3)):
         moves = moves_of(copy(shape, contiguous_strides(shape), contiguous_strides(shape), (0, 0, 0)))
         assert moves is None or elements_of_moves(moves) == []
@@ -175,7 +175,7 @@ def test_a_copy_of_nothing_is_a_move_of_nothing():
     columns=st.lists(st.tuples(st.integers(0, 2), st.integers(0, 3)), min_size=1, max_size=4),
     lanes=st.booleans(),
 )
-def test_moves_read_and_write_what_the_copy_does(sizes, source_order, target_order, steps, columns, lanes):
+def test_moves_read_and_write_the_elements_of_the_copy(sizes, source_order, target_order, steps, columns, lanes):
     strides = []
     for order, step in ((source_order, steps[0]), (target_order, steps[1])):
         side = [0] * len(sizes)

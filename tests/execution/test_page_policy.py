@@ -73,13 +73,13 @@ def test_at_most_2_percent_are_lost_against_the_better_size(name):
 
 
 @pytest.mark.parametrize("name", CHANGING)
-def test_a_machine_that_changes_its_mind_is_followed(name):
+def test_policy_follows_a_machine_that_changes(name):
     """The policy must do no worse than the size that is better overall, though neither is always better."""
     load = Load(CHANGING[name])
     assert load.ms <= 1.02 * load.best(CHANGING[name])
 
 
-def test_a_faster_size_that_comes_late_is_found():
+def test_size_that_becomes_faster_later_is_found():
     speed = CHANGING["huge pages slow at first"]
     load = Load(speed)
     first_huge = next(done for done, choice in load.chosen if choice.huge and not choice.is_trial)
@@ -120,12 +120,12 @@ def test_threads_that_start_together_try_one_block_each():
 
 
 @pytest.mark.parametrize("huge", [True, False])
-def test_a_size_that_is_given_is_always_chosen(huge):
+def test_given_page_size_is_always_chosen(huge):
     load = Load(MACHINES["huge pages slow"], huge)
     assert {choice for _, choice in load.chosen} == {(huge, False)}
 
 
-def test_the_faster_size_stays_where_measuring_ends():
+def test_faster_size_is_kept_when_measuring_ends():
     load = Load(MACHINES["huge pages slow"], nbytes=100 * MIB)
     load.policy.settle()
     assert {load.policy.choose(BLOCK_BYTES) for _ in range(1000)} == {(False, False)}
@@ -134,7 +134,7 @@ def test_the_faster_size_stays_where_measuring_ends():
     assert new.choose(BLOCK_BYTES) == (True, False)
 
 
-def test_what_was_made_is_told():
+def test_populated_pages_are_reported():
     load = Load(MACHINES["huge pages slow"])
     use = load.policy.use()
     assert use.huge_bytes + use.small_bytes == load.done
@@ -145,7 +145,7 @@ def test_what_was_made_is_told():
     assert str(use).endswith("of 5.00 GB")
 
 
-def test_what_was_not_measured_is_not_told():
+def test_unmeasured_pages_are_not_reported():
     assert str(PageUse()) == "no new memory of 4 MiB or more"
     assert str(PageUse(0, 8 * 10**6, None, 2.0)) == "small pages for 100% (2.0 GB/s) of 0.01 GB"
     assert PagePolicy(True).use() == PageUse()

@@ -196,7 +196,7 @@ def fill_with_random_bytes(checkpoint):
             file.write(bytes(values.view(torch.uint8).tolist()))
 
 
-def test_a_file_that_is_cut_off_tells_the_tensor_that_it_lacks(tmp_path):
+def test_truncated_file_names_the_missing_tensor(tmp_path):
     checkpoint = write_sparse(tmp_path, Layers(4, 128, 256, "F32", 1))
     plan = plan_for(checkpoint, Layers(4, 128, 256, "F32", 1), False)
     row = checkpoint.names.index("layers.0.experts.2.gate_proj.weight")

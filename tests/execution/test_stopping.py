@@ -45,7 +45,7 @@ def case(tmp_path):
 
 
 @pytest.mark.parametrize("at", [1, 3])
-def test_a_load_ends_when_it_is_asked_to_and_tells_what_is_complete(tmp_path, calls, executor, at):
+def test_stopped_load_ends_and_names_complete_targets(tmp_path, calls, executor, at):
     tensors, checkpoint, plan = case(tmp_path)
     buffers = allocate(plan.targets)
     stop, calls.reads = threading.Event(), 0
@@ -64,7 +64,7 @@ def test_a_load_ends_when_it_is_asked_to_and_tells_what_is_complete(tmp_path, ca
     assert workers() == []
 
 
-def test_a_load_that_shall_not_begin_reads_nothing(tmp_path, calls, executor):
+def test_load_stopped_before_it_begins_reads_nothing(tmp_path, calls, executor):
     _, checkpoint, plan = case(tmp_path)
     stop, calls.reads = threading.Event(), 0
     stop.set()
@@ -74,7 +74,7 @@ def test_a_load_that_shall_not_begin_reads_nothing(tmp_path, calls, executor):
     assert calls.open == set()
 
 
-def test_nobody_who_asks_in_vain_changes_a_load(tmp_path, executor):
+def test_unused_stop_does_not_change_a_load(tmp_path, executor):
     tensors, checkpoint, plan = case(tmp_path)
     buffers, stop = allocate(plan.targets), threading.Event()
     executor(plan, checkpoint, buffers, stop=stop)
@@ -83,7 +83,7 @@ def test_nobody_who_asks_in_vain_changes_a_load(tmp_path, executor):
         assert_bytes_equal(buffers[name], wanted)
 
 
-def test_upstreams_own_code_is_not_begun_after_the_end(tmp_path, executor):
+def test_transformers_code_does_not_start_after_a_stop(tmp_path, executor):
     stop, seen = threading.Event(), []
 
     def convert(name):
@@ -105,7 +105,7 @@ def test_upstreams_own_code_is_not_begun_after_the_end(tmp_path, executor):
 
 
 @pytest.mark.parametrize("threads", [1, 3])
-def test_items_are_handed_out_until_somebody_says_stop(threads):
+def test_items_are_handed_out_until_a_stop(threads):
     stop, taken = threading.Event(), []
 
     def take(item):
@@ -122,7 +122,7 @@ def test_items_are_handed_out_until_somebody_says_stop(threads):
 
 
 @pytest.mark.parametrize("threads", [1, 3])
-def test_a_stop_after_the_last_item_is_none(threads):
+def test_stop_after_the_last_item_has_no_effect(threads):
     stop, taken = threading.Event(), []
 
     def take(item):

@@ -147,7 +147,7 @@ def check(rng, directory, ranks, tensors, plan, most_bytes):
 
 @settings(max_examples=100)
 @given(SEEDS, SIZES)
-def test_what_all_ranks_write_is_the_whole_file_and_no_byte_twice(tmp_path_factory, seed, most_bytes):
+def test_ranks_together_write_every_byte_of_the_file_once(tmp_path_factory, seed, most_bytes):
     rng = random.Random(seed)
     tensors, plan = random_case(rng)
     held = held_by_rank(rng, tensors.values(), random_mesh(rng, 3))
@@ -167,7 +167,7 @@ def test_a_tensor_held_in_boxes_is_written_like_one(tmp_path_factory, seed, most
 
 @settings(max_examples=30)
 @given(SEEDS)
-def test_parts_on_a_device_are_written_alike(tmp_path_factory, seed):
+def test_parts_on_a_device_are_written_the_same(tmp_path_factory, seed):
     rng = random.Random(seed)
     tensors, plan = random_case(rng)
     held = held_by_rank(rng, tensors.values(), random_mesh(rng, 2))
@@ -181,7 +181,7 @@ def test_parts_on_a_device_are_written_alike(tmp_path_factory, seed):
 
 @settings(max_examples=60)
 @given(SEEDS, SIZES)
-def test_one_rank_alone_leaves_the_bytes_of_the_others_as_they_were(tmp_path_factory, seed, most_bytes):
+def test_single_rank_keeps_the_bytes_of_other_ranks(tmp_path_factory, seed, most_bytes):
     """Check it also for files that others have written: the bytes in between are not read and written back."""
     rng = random.Random(seed)
     tensors, plan = random_case(rng)
@@ -231,7 +231,7 @@ def test_one_rank_alone_leaves_the_bytes_of_the_others_as_they_were(tmp_path_fac
     ],
     ids=str,
 )
-def test_grouped_experts_of_every_layout_are_taken_apart_by_their_ranks(tmp_path, layout, mesh, placements):
+def test_grouped_experts_of_every_layout_are_split_by_their_ranks(tmp_path, layout, mesh, placements):
     """Split experts, whole and cut over ranks, into per-expert tensors, with some ranks empty."""
     tensors, _, plan = moe(tmp_path / "source", *LAYOUTS[layout], shape=(5, 7, 6))
     grouped, back = naive(plan, tensors), plan.inverse()
@@ -249,7 +249,7 @@ def test_grouped_experts_of_every_layout_are_taken_apart_by_their_ranks(tmp_path
     check(rng, tmp_path, ranks, {name: grouped[name] for name in back.sources.names}, back, 200)
 
 
-def test_a_rank_of_whole_experts_writes_them_as_they_lie(tmp_path):
+def test_rank_of_whole_experts_writes_them_without_copies(tmp_path):
     """There is no copy in memory if a part of the source is a run of the target's bytes."""
     tensors, _, plan = moe(tmp_path, shape=(6, 8, 4))
     grouped, back = naive(plan, tensors), plan.inverse()
@@ -275,7 +275,7 @@ def kept_bytes(make):
         tracemalloc.stop()
 
 
-def test_slabs_of_columns_keep_nothing_for_each_row():
+def test_slabs_of_columns_store_nothing_per_row():
     kept = []
     for rows in (50, 5000):
         sources = table({"a": torch.zeros(rows, 8)})
@@ -298,7 +298,7 @@ def layers(count, shape=(4, 6)):
     return tensors, plan_of(sources, *(t._replace(copies=targets[0].copies) for t in targets))
 
 
-def test_layers_that_are_held_alike_are_chained_once(monkeypatch):
+def test_layers_held_in_the_same_way_are_chained_once(monkeypatch):
     tensors, plan = layers(20)
     region = placed((4, 6), (2,), (0,), [Shard(0)])
     held = {row: [LocalTensor(region, tensor[:2])] for row, tensor in enumerate(tensors.values())}
@@ -308,7 +308,7 @@ def test_layers_that_are_held_alike_are_chained_once(monkeypatch):
     assert len(chained) == 1
 
 
-def test_layers_that_are_not_held_alike_are_written_as_each_is_held(tmp_path):
+def test_layers_held_in_different_ways_are_each_written_right(tmp_path):
     tensors, plan = layers(3)
     placements = [Shard(0)], [Shard(1)], [Shard(0)]
     ranks = [{}, {}]
@@ -319,7 +319,7 @@ def test_layers_that_are_not_held_alike_are_written_as_each_is_held(tmp_path):
     check(random.Random(0), tmp_path, ranks, tensors, plan, 1000)
 
 
-def test_what_nobody_here_holds_is_not_written():
+def test_tensors_held_elsewhere_are_not_written():
     tensors = {"a": address_valued((4, 2), torch.bfloat16), "b": address_valued((0, 2), torch.bfloat16)}
     sources = table(tensors)
     plan = plan_of(sources, *(target(sources, name, "BF16", [[name]]) for name in tensors))

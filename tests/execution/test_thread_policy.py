@@ -60,20 +60,20 @@ def test_a_network_that_answers_late_gets_more_threads():
     assert numbers == sorted(numbers)
 
 
-def test_threads_that_do_not_wait_stay_as_many_as_they_are():
+def test_threads_that_do_not_wait_get_no_more_threads():
     policy = ThreadPolicy(2, MOST)
     _, numbers = Machine(wait_ms=0).run(policy, 2000)
     assert set(numbers) == {2}
 
 
-def test_a_disk_at_its_limit_is_not_asked_by_more_threads_for_long():
+def test_disk_at_its_limit_soon_loses_extra_threads():
     policy = ThreadPolicy(4, MOST)
     _, numbers = Machine(wait_ms=1, core_ms=0.5, gb_per_s=1.0).run(policy, 4000)
     assert policy.threads == 4
     assert sum(number > 4 for number in numbers) < 0.1 * len(numbers)
 
 
-def test_a_cache_that_ends_is_noticed():
+def test_end_of_a_warm_cache_adds_threads():
     def end(machine, job):
         machine.wait = 0.05 if job > 500 else 0.0
 
@@ -83,7 +83,7 @@ def test_a_cache_that_ends_is_noticed():
     assert policy.threads >= 16
 
 
-def test_no_more_than_most():
+def test_threads_stay_below_the_maximum():
     policy = ThreadPolicy(3, 5)
     Machine(wait_ms=50).run(policy, 1000)
     assert policy.threads == 5
@@ -122,7 +122,7 @@ def _in_pieces_of(nbytes):
     return schedule
 
 
-def test_threads_come_and_go_as_they_are_wanted():
+def test_threads_start_and_end_on_demand():
     wanted, seen = iter([1, 4, 4, 2] + [1] * 100), []
 
     def take(item):
@@ -134,7 +134,7 @@ def test_threads_come_and_go_as_they_are_wanted():
     assert most == 4
 
 
-def test_an_error_of_a_thread_that_came_later_is_raised():
+def test_error_of_an_added_thread_is_raised():
     def take(item):
         if item == 30:
             raise ValueError("thirty")
@@ -163,7 +163,7 @@ def test_few_threads_are_started_for_few_items():
     assert run_in_threads(range(3), 1, lambda: lambda item: None, most=32, wanted=lambda: 32) <= 5
 
 
-def test_threads_that_the_system_does_not_start_are_done_without(monkeypatch):
+def test_threads_that_cannot_start_are_not_needed(monkeypatch):
     """Threads that are wanted but never start must not end the working ones."""
     seen, stock = [], threading.Thread.start
 

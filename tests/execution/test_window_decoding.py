@@ -210,7 +210,7 @@ limits = st.sampled_from([4096, 6000, 20_000, 1 << 20])
 
 @settings(max_examples=200, deadline=None)
 @given(st.lists(source_strategy, min_size=1, max_size=3), limits, st.integers(0, 2**32), st.integers(0, 1))
-def test_any_copies_of_any_sources_in_any_window_are_decoded_as_one_element_after_another(sources, limit, seed, gap):
+def test_any_copies_in_any_window_are_decoded_like_single_elements(sources, limit, seed, gap):
     check(sources, limit, seed, gap, by_kernels=False)
 
 
@@ -240,7 +240,7 @@ def test_many_matrices_that_end_within_blocks_stay_within_the_window(rows):
     )
 
 
-def test_tables_of_many_scales_take_little_scratch():
+def test_tables_of_many_scales_need_little_scratch():
     file, rows, columns = File(), 4096, 2048
     codes = np.zeros((1, rows, columns // 2), np.uint8)
     row = file.add("w", "U8", codes)

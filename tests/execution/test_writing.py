@@ -58,7 +58,7 @@ def scratches(monkeypatch):
 
 @pytest.mark.parametrize("kind", MAKERS)
 @pytest.mark.parametrize("slab_bytes", [256, SLAB, 1 << 16])
-def test_files_hold_what_the_plan_makes_whoever_makes_it(cases, tmp_path, scratches, kind, slab_bytes):
+def test_files_hold_the_results_of_the_plan_from_every_producer(cases, tmp_path, scratches, kind, slab_bytes):
     for number, case in enumerate(cases):
         path = write(kind, case, tmp_path / str(number), slab_bytes=slab_bytes, input_bytes=slab_bytes // 2)
         assert_holds(path, case)
@@ -100,7 +100,7 @@ def inside_larger(tensor):
 
 @pytest.mark.parametrize("kind", ["host", "device"])
 @pytest.mark.parametrize("arrange", [with_gaps, transposed, inside_larger])
-def test_tensors_of_any_strides_are_read_as_they_lie(cases, tmp_path, scratches, kind, arrange):
+def test_tensors_of_any_strides_are_read(cases, tmp_path, scratches, kind, arrange):
     for number, case in enumerate(cases):
         tensors = {name: arrange(tensor) for name, tensor in case.tensors.items()}
         assert not all(tensor.is_contiguous() for tensor in tensors.values())
@@ -109,13 +109,13 @@ def test_tensors_of_any_strides_are_read_as_they_lie(cases, tmp_path, scratches,
 
 @needs_triton
 @pytest.mark.parametrize("wanted", ["BF16", "F32"])
-def test_kernels_make_the_same_bytes(tmp_path, wanted):
+def test_kernels_write_the_same_bytes(tmp_path, wanted):
     case = case_of(tmp_path / "source", *LAYOUTS["transposed"], wanted=wanted, shape=(2, 16, 32))
     path = write("device", case, tmp_path / "made", slab_bytes=8192, threads=1, backend="triton")
     assert_holds(path, case)
 
 
-def test_tensors_made_in_inference_mode_are_written(cases, tmp_path):
+def test_inference_tensors_are_written(cases, tmp_path):
     with torch.inference_mode():
         tensors = {name: tensor.clone() for name, tensor in cases[2].tensors.items()}
     assert_holds(write("host", cases[2], tmp_path / "a", tensors=tensors), cases[2])
@@ -131,7 +131,7 @@ def fewer(count):
 
 @pytest.mark.parametrize("kind", MAKERS)
 @pytest.mark.parametrize("most", [1, 7, 300])
-def test_writes_of_a_few_bytes_make_the_same_file(cases, tmp_path, monkeypatch, kind, most):
+def test_short_writes_give_the_same_file(cases, tmp_path, monkeypatch, kind, most):
     real, take, lock = system.pwritev, fewer(most), threading.Lock()
 
     def pwritev(fd, views, offset):
@@ -157,7 +157,7 @@ def only_some(rng, real):
 
 
 @pytest.mark.parametrize("way", ["not at all", "a few bytes at a time", "whole"])
-def test_copies_within_the_kernel_change_nothing_however_far_they_come(cases, tmp_path, monkeypatch, calls, way):
+def test_partial_copies_within_the_kernel_give_the_same_file(cases, tmp_path, monkeypatch, calls, way):
     real, copied = system.copy_range, []
     stand_in = {"not at all": lambda *a: 0, "a few bytes at a time": only_some(random.Random(3), real), "whole": real}
 
@@ -176,7 +176,7 @@ def test_copies_within_the_kernel_change_nothing_however_far_they_come(cases, tm
         assert any(copied)
 
 
-def test_the_bytes_of_what_only_moves_never_enter_the_process(tmp_path, calls):
+def test_bytes_that_only_move_never_enter_the_process(tmp_path, calls):
     case = case_of(tmp_path / "source", shape=(4, 16, 32))
     before = calls.nbytes
     assert_holds(write("files", case, tmp_path / "made"), case)
@@ -190,7 +190,7 @@ def test_the_bytes_of_what_only_moves_never_enter_the_process(tmp_path, calls):
 
 
 @pytest.mark.parametrize("kind", MAKERS)
-def test_a_write_that_fails_is_told_with_its_file_and_ends_all_threads(cases, tmp_path, monkeypatch, kind):
+def test_failing_write_names_its_file_and_ends_all_threads(cases, tmp_path, monkeypatch, kind):
     real, count = system.pwritev, iter(range(1000))
 
     def pwritev(fd, views, offset):
@@ -214,7 +214,7 @@ def test_a_read_that_fails_names_the_tensor(cases, tmp_path, calls):
 
 
 @pytest.mark.parametrize("fault", [{"fail_at": 7}, {"fail_allocation": 2}])
-def test_a_device_that_fails_is_told_and_nothing_of_it_is_kept(cases, tmp_path, fault):
+def test_failing_device_is_reported_and_its_output_removed(cases, tmp_path, fault):
     device = SimulatedDevice(**fault)
     with pytest.raises(DeviceFault):
         write("device", cases[4], tmp_path / "made", slab_bytes=256, device=device)
@@ -223,7 +223,7 @@ def test_a_device_that_fails_is_told_and_nothing_of_it_is_kept(cases, tmp_path, 
     assert list((tmp_path / "made").iterdir()) == []
 
 
-def test_a_late_device_is_waited_for(cases, tmp_path):
+def test_writer_waits_for_a_late_device(cases, tmp_path):
     for seed in range(16):
         case = cases[seed % len(cases)]
         device = SimulatedDevice(seed, eagerness=random.Random(seed).choice([0, 0.1, 0.9]))
@@ -255,7 +255,7 @@ class Scoped(SimulatedDevice):
         return super().scratch(nbytes)
 
 
-def test_each_thread_takes_its_memory_on_the_stream_that_uses_it(cases, tmp_path):
+def test_each_thread_allocates_on_the_stream_that_uses_the_memory(cases, tmp_path):
     """Memory on a thread's current stream may still be in use there by work that nothing waits for."""
     device = Scoped()
     assert_holds(write("device", cases[4], tmp_path, threads=3, device=device), cases[4])
@@ -266,7 +266,7 @@ def test_each_thread_takes_its_memory_on_the_stream_that_uses_it(cases, tmp_path
 
 @pytest.mark.parametrize("reads_files", [False, True])
 @pytest.mark.parametrize("scratch_bytes", [LEAST_SCRATCH_BYTES, 100_003, 1 << 20, 64 << 20, 256 << 20])
-def test_a_budget_shares_out_no_more_than_there_is(scratch_bytes, reads_files):
+def test_shares_of_a_budget_do_not_exceed_it(scratch_bytes, reads_files):
     for threads in (1, 2, 3, 16, 100):
         share = split_scratch(threads, scratch_bytes, reads_files=reads_files)
         assert 1 <= share.threads <= threads
@@ -297,7 +297,7 @@ def peak_bytes(work):
     return peak
 
 
-def test_the_measure_of_memory_sees_what_is_given_back():
+def test_measured_peak_subtracts_released_memory():
     assert 3_000_000 <= peak_bytes(lambda: torch.empty(3_000_000, dtype=torch.uint8).numel()) < 3_001_000
     assert peak_bytes(lambda: [torch.empty(1000, dtype=torch.uint8).clone().numel() for _ in range(9)]) < 2500
 
@@ -331,7 +331,7 @@ def test_memory_stays_within_the_budget(tmp_path, kind, layout, wanted):
     assert share.slab_bytes <= peak <= share.scratch_bytes <= 100_000
 
 
-def test_a_device_gives_no_more_than_the_budget(cases, tmp_path):
+def test_device_memory_stays_within_the_budget(cases, tmp_path):
     device = SimulatedDevice()
     write("device", cases[4], tmp_path, threads=3, device=device)
     assert 0 < device.pinned_bytes <= 3 * SLAB

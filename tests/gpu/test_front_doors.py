@@ -19,7 +19,7 @@ def test_kernels_run_here(device):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_experts_are_converted_and_taken_apart_again(layout, per_expert, on_device, device):
+def test_experts_are_converted_and_reverted(layout, per_expert, on_device, device):
     converted = amc.convert_state_dict(on_device, model(), layout=layout, backend="triton")
     assert_same(converted, grouped(per_expert, layout), device)
     back = amc.revert_state_dict(converted, model(), layout=layout, backend="triton")

@@ -136,7 +136,7 @@ def test_tensors_that_the_current_stream_still_writes_are_converted_and_saved(
 
 
 @pytest.mark.gpu
-def test_a_load_comes_after_what_the_current_stream_writes(checkpoint, per_expert, device, side):
+def test_load_waits_for_writes_of_the_current_stream(checkpoint, per_expert, device, side):
     loaded = model().to_empty(device=device)
     amc.load_model(loaded, checkpoint, **on(device))  # pins memory, which takes longer than the stream is busy
     torch.cuda._sleep(2_000_000_000)  # about a second
@@ -150,9 +150,7 @@ def test_a_load_comes_after_what_the_current_stream_writes(checkpoint, per_exper
 @pytest.mark.gpu
 @two_gpus
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_a_device_that_is_not_the_current_one_is_converted_on_loaded_to_and_saved_from(
-    layout, checkpoint, per_expert, tmp_path
-):
+def test_device_that_is_not_current_is_used_for_converting_loading_and_saving(layout, checkpoint, per_expert, tmp_path):
     other = torch.device("cuda", (torch.cuda.current_device() + 1) % torch.cuda.device_count())
     loaded = amc.load_state_dict(checkpoint, model(), layout=layout, **on(other))
     assert_same(loaded, grouped(per_expert, layout), other)
@@ -179,7 +177,7 @@ def test_a_model_on_two_devices_is_filled_and_saved(checkpoint, per_expert, tmp_
 
 
 @pytest.mark.gpu
-def test_under_the_hook_a_device_map_gives_the_model_that_transformers_gives(checkpoint, device):
+def test_device_map_under_the_hook_gives_the_model_of_transformers(checkpoint, device):
     pytest.importorskip("accelerate", reason="device_map needs it")
     from transformers import AutoModelForCausalLM
 

@@ -24,7 +24,7 @@ def quantized(checkpoint, tmp_path_factory):
 
 @pytest.mark.parametrize("layout", [None, "nemo", "gpt_oss", "vllm"])
 @pytest.mark.parametrize("name", ["fp8", "mxfp4"])
-def test_codes_are_decoded_to_what_the_cpu_makes_of_them(name, layout, quantized, device, monkeypatch):
+def test_codes_are_decoded_as_on_the_cpu(name, layout, quantized, device, monkeypatch):
     with on_host():
         wanted = amc.load_state_dict(quantized[name], layout=layout)
     variants = launched(monkeypatch)
@@ -42,7 +42,7 @@ def test_codes_are_decoded_into_another_dtype(name, quantized, device):
 
 
 @pytest.mark.parametrize("name", ["fp8", "mxfp4"])
-def test_a_model_takes_decoded_weights_in_place(name, quantized, device):
+def test_decoded_weights_are_loaded_in_place(name, quantized, device):
     with on_host():
         wanted = amc.load_state_dict(quantized[name])
         loaded = amc.load_state_dict(quantized[name])

@@ -116,7 +116,7 @@ NUMBERS = {
     ],
 )
 @pytest.mark.parametrize("layout", NUMBERS)
-def test_dequantize_makes_what_its_twin_makes_on_the_cpu(layout, code_format, block, start, sides, device):
+def test_dequantize_equals_its_torch_version_on_the_cpu(layout, code_format, block, start, sides, device):
     (rows, columns), bits = sides, 8 if code_format == "e4m3" else 4
     grid = [-(-(size + begin) // step) for size, begin, step in zip(sides, start, block, strict=True)]
     scales = torch.randint(0, 255, grid, dtype=torch.uint8) if code_format == "e2m1" else torch.randn(grid)
@@ -166,7 +166,7 @@ def test_more_than_two_to_the_31_elements_in_one_call(operation, device, room):
 
 
 @pytest.mark.gpu
-def test_what_lies_beyond_4_gib_of_one_matrix_is_reached(device, room):
+def test_elements_beyond_4_gib_of_one_matrix_are_reached(device, room):
     rows, columns, stride = 5000, 8, 2**19  # elements, of 2 bytes
     assert (rows - 64) * stride > 2**31
     room(8 * 2**30)

@@ -115,7 +115,7 @@ def test_it_is_loaded_and_converted_from_and_to_every_other(tmp_path, source, ta
     assert_same({name: tensor for file in files for name, tensor in load_file(file).items()}, FORMS[target]())
 
 
-def test_its_name_is_offered_where_a_layout_is_asked_for(tmp_path):
+def test_its_name_is_suggested_for_a_misspelled_layout(tmp_path):
     stored = checkpoint(tmp_path / "stored", transformers())
     with pytest.raises(amc.UnsupportedError, match=r"unknown layout 'appart'(.|\n)*write 'apart'"):
         amc.load_state_dict(stored, rules=[], layout="appart", source_layout="transformers")

@@ -171,7 +171,7 @@ def test_a_checkpoint_is_converted_and_compared_from_it(server, published, tmp_p
     assert server.ranges
 
 
-def test_what_only_moves_is_converted_from_it(server, published, tmp_path):
+def test_tensors_that_only_move_are_converted_from_it(server, published, tmp_path):
     """The kernel could copy these bytes from file to file if the source had a descriptor."""
     directory, tensors = published
     amc.convert_checkpoint(directory, tmp_path / "own", rules=[])
@@ -184,7 +184,7 @@ def test_memory_map_of_it_reads_it(server, published):
     assert_equal(amc.load_state_dict(directory, rules=[], memory_map=True), tensors)
 
 
-def test_what_it_cannot_read_is_told_with_its_own_words(server, published):
+def test_failed_read_keeps_the_message_of_the_source(server, published):
     directory, _ = published
     plan = amc.compile_plan(directory, rules=rules())
     server.most = 2000

@@ -77,7 +77,7 @@ def rolled(tensors, by):
 
 
 @pytest.mark.parametrize("by", [0, 1, -2, 7])
-def test_it_is_planned_as_copies_and_gives_the_bytes_of_upstream(known, published, by):
+def test_it_is_planned_as_copies_and_equals_transformers(known, published, by):
     directory, tensors = published
     plan = amc.compile_plan(directory, rules=rules(by))
     assert plan.fallbacks == ()
@@ -99,7 +99,7 @@ def test_it_goes_back_by_its_own_reverse(known, published, tmp_path):
         assert torch.equal(back[name], tensor), name
 
 
-def test_without_its_entry_it_is_upstreams_alone(published):
+def test_without_its_entry_only_transformers_can_run_it(published):
     directory, _ = published
     with pytest.raises(NameProblems, match="RollRows is not a stock operation"):
         amc.compile_plan(directory, rules=rules(1))

@@ -97,5 +97,5 @@ def test_a_breach_is_reported(text, problem):
 @pytest.mark.parametrize(
     "text", ["", '"""Read ``model.safetensors`` (``a . b``) in 0.5 s, i.e. fast."""', '"""Offsets."""\ndef f(): pass']
 )
-def test_what_is_right_passes(text):
+def test_correct_docstring_passes(text):
     assert list(breaches_of(text, "module", "module.py")) == []

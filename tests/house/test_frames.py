@@ -102,7 +102,7 @@ def test_frames_from_a_conversion_of_files_to_its_reads_copies_and_writes(tmp_pa
     refuse_longer(ways_down(convert), preadv=13, copy_=11, pwritev=9)
 
 
-def test_a_way_that_becomes_longer_is_told(published, rules, monkeypatch):
+def test_longer_chain_is_reported(published, rules, monkeypatch):
     from automodel_conv.files import system
 
     with pytest.raises(AssertionError, match=r"16 frames down to preadv, not 15; call fewer:\s+doors.py:called\s"):

@@ -52,7 +52,7 @@ def test_no_circle_among_rooms(tree):
     refuse(rules.circles_of_rooms(tree))
 
 
-def test_every_room_has_its_place_in_the_table(tree, storeys):
+def test_every_room_is_in_the_table(tree, storeys):
     refuse(rules.rooms_off_the_table(tree, storeys))
 
 

@@ -14,13 +14,13 @@ def changes_in(current):
     return "\n".join(difflib.unified_diff(written, current.splitlines(), "public_api.txt", "found", lineterm="", n=3))
 
 
-def test_the_public_api_is_as_written():
+def test_public_api_equals_the_file():
     difference = changes_in(listing())
     advice = "if intended: python -m tests.house.public_api > tests/house/public_api.txt, and note it in CHANGELOG.md"
     assert not difference, f"the public API has changed:\n{difference}\n{advice}"
 
 
-def test_a_default_that_changes_is_seen(monkeypatch):
+def test_changed_default_is_noticed(monkeypatch):
     def open_checkpoint(path: "str | os.PathLike[str]", *, revision: "str | None" = "main") -> "Checkpoint":  # noqa: F821
         raise AssertionError
 
@@ -37,7 +37,7 @@ def test_a_default_that_changes_is_seen(monkeypatch):
     )
 
 
-def test_a_name_that_comes_or_goes_is_seen(monkeypatch):
+def test_added_or_removed_name_is_noticed(monkeypatch):
     monkeypatch.setattr(automodel_conv, "__all__", [name for name in automodel_conv.__all__ if name != "ReadError"])
     assert "-  class ReadError(ConversionError)" in changes_in(listing())
 

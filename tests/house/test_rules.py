@@ -78,7 +78,7 @@ def test_the_table_is_read_from_the_top_down():
         Storeys.read("| another | table |")
 
 
-def test_a_circle_in_a_room_is_told_with_all_its_imports(tmp_path):
+def test_circle_in_a_room_is_reported_with_all_imports(tmp_path):
     errors = broken(planted(tmp_path, planning__plan="import torch\nfrom house.planning.lower import lower"))
     assert errors.keys() == {"circle of modules"}
     error = errors["circle of modules"]
@@ -103,7 +103,7 @@ def test_a_circle_is_found_however_it_is_imported(tmp_path, hidden):
     assert broken(planted(tmp_path, planning__plan=hidden)).keys() == {"circle of modules"}
 
 
-def test_each_circle_is_told_once(tmp_path):
+def test_each_circle_is_reported_once(tmp_path):
     files = {
         "planning__plan": "from house.planning import lower",
         "files__system": "from house.files import checkpoint",
@@ -118,27 +118,27 @@ def test_a_circle_of_rooms_needs_no_circle_of_modules(tmp_path):
     assert "house/files/room.py:1 imports house.planning.lower" in errors["circle of rooms"]
 
 
-def test_an_arrow_up_is_told(tmp_path):
+def test_arrow_up_is_reported(tmp_path):
     errors = broken(planted(tmp_path, errors="x = 1\n\ndef late():\n    from house.upstream.rules import ask"))
     assert "an arrow from errors.py up to upstream/" in errors["arrow"]
     assert "house/errors.py:4 imports house.upstream.rules (ask)" in errors["arrow"]
     assert "do: move what it imports below errors.py" in errors["arrow"]
 
 
-def test_an_arrow_between_rooms_of_one_level_is_told(tmp_path):
+def test_arrow_between_rooms_of_one_level_is_reported(tmp_path):
     errors = broken(planted(tmp_path, upstream__late="def late():\n    from ..schedule import host"))
     assert errors.keys() == {"arrow"}
     assert "an arrow from upstream/ across to schedule/" in errors["arrow"]
     assert "house/upstream/late.py:2 imports house.schedule.host" in errors["arrow"]
 
 
-def test_a_door_on_a_door_is_told(tmp_path):
+def test_door_that_imports_a_door_is_reported(tmp_path):
     errors = broken(planted(tmp_path, saving="def save():\n    from house.loading import load"))
     assert errors.keys() == {"arrow", "door"}
     assert "house/saving.py:2 imports house.loading (load)" in errors["door"]
 
 
-def test_a_room_without_a_place_and_a_place_without_a_room_are_told(tmp_path):
+def test_unlisted_room_and_missing_room_are_reported(tmp_path):
     tree = planted(tmp_path, attic__box="")
     (tmp_path / "house" / "saving.py").unlink()
     absent, gone = rules.rooms_off_the_table(SourceTree(tmp_path, "house"), STOREYS)
@@ -160,7 +160,7 @@ def test_a_room_without_a_place_and_a_place_without_a_room_are_told(tmp_path):
         ("text = open('a').read()", "house/planning/late.py:1"),
     ],
 )
-def test_what_opens_files_in_a_pure_room_is_told(tmp_path, text, text_of_import):
+def test_file_access_in_a_pure_room_is_reported(tmp_path, text, text_of_import):
     errors = broken(planted(tmp_path, planning__late=text))
     assert errors.keys() == {"impure"}
     assert text_of_import in errors["impure"]
@@ -172,12 +172,12 @@ def test_a_pure_room_uses_only_the_rooms_that_it_may(tmp_path):
     assert rules.impure(tree, PURE, {**PURE, "schedule/": {"planning/", "errors.py"}}) == []
 
 
-def test_a_package_that_a_pure_room_is_refused_besides_is_told(tmp_path):
+def test_extra_refused_package_in_a_pure_room_is_reported(tmp_path):
     [error] = rules.impure(planted(tmp_path), ["schedule/"], PURE, more=["numpy"])
     assert "house/schedule/host.py:1 imports numpy" in error
 
 
-def test_asking_transformers_elsewhere_is_told(tmp_path):
+def test_import_of_transformers_elsewhere_is_reported(tmp_path):
     errors = broken(planted(tmp_path, saving="def save():\n    from transformers.core import convert"))
     assert errors.keys() == {"transformers"}
     assert "house/saving.py:2 imports transformers.core (convert)" in errors["transformers"]

@@ -34,7 +34,7 @@ def matrices_of_kind(kind="contiguous"):
         ("rows that repeat", (4, 6, 0)),
     ],
 )
-def test_matrices_of_one_kind_are_taken_by_their_addresses(kind, expected):
+def test_matrices_of_one_kind_are_passed_by_address(kind, expected):
     tensors = matrices_of_kind(kind)
     matrices = as_matrices("src", tensors)
     assert (matrices.rows, matrices.columns, matrices.row_stride) == expected
@@ -43,7 +43,7 @@ def test_matrices_of_one_kind_are_taken_by_their_addresses(kind, expected):
     assert matrices.addresses.tolist() == [tensor.data_ptr() for tensor in tensors]
 
 
-def test_strides_that_are_never_taken_may_differ():
+def test_unused_strides_may_differ():
     tensors = [torch.zeros(3, 6)[:1], torch.zeros(3, 12)[1:2, :6], torch.zeros(6).as_strided((1, 6), (5, 1))]
     matrices = as_matrices("src", tensors)
     assert (matrices.rows, matrices.columns, matrices.row_stride) == (1, 6, 0)
@@ -83,7 +83,7 @@ def test_a_matrix_of_another_kind_is_named(kind, odd, at):
 
 @pytest.mark.parametrize("at", range(COUNT))
 @pytest.mark.parametrize("odd", NOT_A_MATRIX)
-def test_what_is_no_matrix_is_named(odd, at):
+def test_tensor_that_is_no_matrix_is_named(odd, at):
     tensors = matrices_of_kind()
     tensors[at] = NOT_A_MATRIX[odd](tensors[at])
     if at:

@@ -108,7 +108,7 @@ def test_every_code_under_every_scale_of_a_byte_is_the_exact_product_rounded_onc
 
 
 @pytest.mark.parametrize("dtype", [BF16, F16], ids=str)
-def test_products_beside_a_half_are_not_rounded_twice(dtype):
+def test_products_next_to_a_half_are_not_rounded_twice(dtype):
     """Check products that are just off a half exactly, and on it in float32, which would round to even."""
     fraction_bits, _, _ = LAYOUTS[dtype]
     shown = 0
@@ -132,7 +132,7 @@ def test_products_beside_a_half_are_not_rounded_twice(dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_like_upstream_is_the_product_in_float32_converted(dtype):
+def test_like_upstream_is_the_float32_product_converted(dtype):
     codes = torch.arange(256).to(torch.uint8).view(torch.float8_e4m3fn)
     bytes_ = torch.arange(256).to(torch.uint8)
     wide = torch.cat([torch.tensor(HARD), random_scales(500), torch.rand(500) * 1e-3])
@@ -148,7 +148,7 @@ def test_like_upstream_is_the_product_in_float32_converted(dtype):
         assert_bytes_equal(entries(code_table("e4m3", scales[None], dtype, like_upstream=True)), wanted)
 
 
-def test_like_upstream_is_what_upstream_computes():
+def test_like_upstream_equals_transformers():
     finegrained_fp8 = pytest.importorskip("transformers.integrations.finegrained_fp8")
     codes = torch.arange(256).to(torch.uint8).repeat(64, 1)
     scales = torch.rand(64, 1) * 1e-3
@@ -207,7 +207,7 @@ def test_a_common_scale_of_wide_scales(divide):
         assert_bytes_equal(codes_table.table, rounded(exact, dtype))
 
 
-def test_what_no_table_is_made_of_is_refused():
+def test_unsupported_operands_of_a_table_are_refused():
     scales = torch.ones(2, 3)
     for arguments in (("e3m4", scales, BF16), ("e4m3", scales.double(), BF16), ("e4m3", scales, torch.float64)):
         with pytest.raises(UnsupportedError, match="code tables do not support"):

@@ -115,7 +115,7 @@ def pieces(nbytes, pairs_worth=2):
     nbytes=st.sampled_from([1, 7, 64, 1 << 18]),
     pairs_worth=st.sampled_from([0, 2]),
 )
-def test_the_twin_makes_what_the_definition_says(problem, layout, nbytes, pairs_worth):
+def test_torch_version_equals_the_definition(problem, layout, nbytes, pairs_worth):
     with pieces(nbytes, pairs_worth):
         problem.check(dequantize_torch, layout)
 
@@ -202,7 +202,7 @@ def test_scratch_stays_within_its_bound():
     assert 0 < max(sizes) <= 2 << 20
 
 
-def test_a_table_row_beyond_the_table_is_noticed_by_the_twin():
+def test_table_row_beyond_the_table_is_an_error_in_torch():
     problem = Problem(8, (4, 4), (2, 2), (0, 0), BF16, torch.uint8, 3)
     problem.table_rows[0][1, 1] = 3
     with pytest.raises(IndexError):
@@ -236,7 +236,7 @@ def small_tiles():
 @needs_triton
 @settings(max_examples=100)
 @given(problem=problems(), layout=st.sampled_from(sorted(LAYOUTS)))
-def test_the_kernel_makes_what_the_definition_says(problem, layout):
+def test_kernel_equals_the_definition(problem, layout):
     with small_tiles():
         problem.check(dequantize, layout)
 
@@ -275,13 +275,13 @@ def test_vectors_are_as_long_as_blocks_allow(launched, block, start, vector):
 
 @needs_triton
 @pytest.mark.parametrize("block", [(128, 128), (1, 40), (64, 40), (1, 1 << 20), (1 << 30, 1 << 30)])
-def test_blocks_of_powers_of_two_or_as_large_as_the_matrix_need_no_division(launched, block):
+def test_blocks_of_powers_of_two_or_whole_matrices_need_no_division(launched, block):
     Problem(8, (3, 40), block, (0, 0), BF16, torch.uint8, 9).check(dequantize, "rows")
     assert [variant.details.by_shifts for variant in launched] == [True]
 
 
 @needs_triton
-def test_nothing_is_launched_for_nothing(launched):
+def test_empty_operands_launch_nothing(launched):
     table = address_valued((1, 256), BF16)
     for shape in ((0, 4), (4, 0)):
         codes = torch.empty(shape, dtype=torch.uint8)

@@ -53,7 +53,7 @@ def works():
 
 
 @pytest.mark.parametrize("order", [(0, 1, 2), (2, 0, 1), (1,)])
-def test_launches_started_together_do_what_each_does(order):
+def test_launches_started_together_equal_separate_launches(order):
     launches, outputs, expected, _held = works()
     seen = []
 
@@ -116,7 +116,7 @@ def test_verbs_write_to_the_matrices_of_one_tensor():
         assert_bytes_equal(halves[k], torch.cat([gate[k], down[k]]).t().contiguous())
 
 
-def test_matrices_as_good_as_their_rows_are_one_launch_and_keep_their_order():
+def test_matrices_with_the_alignment_of_their_rows_are_one_launch_in_order():
     # Rows of 12 bytes: no address gives them a better alignment than 4, and 20 of these matrices are better than that.
     src = [torch.zeros(5, 6, dtype=torch.bfloat16) for _ in range(20)]
     dst = [torch.zeros(6, 5, dtype=torch.bfloat16) for _ in range(20)]

@@ -49,7 +49,7 @@ DTYPES = [(torch.uint8, torch.uint8), (torch.bfloat16, torch.bfloat16), (torch.b
 
 @pytest.mark.parametrize("phase_bytes", [0, 1])
 @pytest.mark.parametrize(("src_dtype", "dst_dtype"), DTYPES, ids=str)
-def test_copies_go_by_a_verb_that_was_added_and_make_the_same_bytes(table, src_dtype, dst_dtype, phase_bytes):
+def test_copies_use_an_added_verb_and_write_the_same_bytes(table, src_dtype, dst_dtype, phase_bytes):
     batch, output, expected = batch_of(src_dtype, dst_dtype, phase_bytes)
     (variants,) = batch.variants()
     assert {variant.kernel for variant in variants} == {GATHER_TILES}
@@ -58,14 +58,14 @@ def test_copies_go_by_a_verb_that_was_added_and_make_the_same_bytes(table, src_d
     assert_bytes_equal(output, expected)
 
 
-def test_without_its_line_in_the_table_torch_makes_these_copies():
+def test_without_its_line_torch_runs_these_copies():
     batch, output, expected = batch_of(torch.bfloat16, torch.bfloat16)
     assert not batch.variants()
     assert batch.run(True) == Work(by_kernels=0, by_torch=COUNT)
     assert_bytes_equal(output, expected)
 
 
-def test_what_an_added_verb_does_not_take_is_left_to_torch(table):
+def test_copies_that_an_added_verb_refuses_are_left_to_torch(table):
     batch, output, expected = batch_of(torch.int64, torch.int64)
     assert batch.run(True) == Work(by_kernels=0, by_torch=COUNT)
     assert_bytes_equal(output, expected)

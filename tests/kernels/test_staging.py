@@ -57,7 +57,7 @@ def test_tables_arrive_in_their_shape_and_stay_as_they_are():
         assert np.array_equal(place.numpy(), table)
 
 
-def test_threads_take_places_in_turns():
+def test_threads_allocate_one_at_a_time():
     pinning = []
 
     def allocate(numbers):
@@ -74,7 +74,7 @@ def test_threads_take_places_in_turns():
     assert all(np.array_equal(place.numpy(), table) for table, place in zip(given, staged, strict=True))
 
 
-def test_a_table_that_is_no_run_of_numbers_is_staged_whole():
+def test_noncontiguous_table_is_staged_whole():
     stage = Staging(lambda numbers: torch.empty(numbers, dtype=torch.int64), BLOCK_BYTES)
     table = np.arange(24).reshape(4, 6).T
     assert np.array_equal(stage(table).numpy(), table)

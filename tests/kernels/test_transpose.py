@@ -139,7 +139,7 @@ def test_interleaved_destinations_are_written_together():
 
 
 @pytest.mark.parametrize("order", [(1, 0), (0, 0, 1)], ids=str)
-def test_destinations_that_only_look_interleaved_are_right_too(order):
+def test_destinations_that_only_look_interleaved_are_written_right(order):
     src = [address_valued((64, 65), torch.bfloat16, 9000 * k) for k in range(len(order))]
     memory = poisoned((len(order), 65, 64, 2), torch.bfloat16)
     dst = [memory[0 if len(order) == 2 else k, ..., lane] for k, lane in enumerate(order)]
@@ -148,7 +148,7 @@ def test_destinations_that_only_look_interleaved_are_right_too(order):
         assert_bytes_equal(d, transposed_by_hand(s))
 
 
-def test_neighbours_of_unlike_shape_or_dtype_are_not_written_together():
+def test_neighbours_of_different_shape_or_dtype_are_not_written_together():
     whole, check = guarded((80, 128), torch.bfloat16)
     gate, up = torch.arange(2 * 64 * 80).reshape(2, 64, 80).float()
     transpose_torch([whole[:, 0::2], whole[:70, 1::2]], [gate, up[:, :70]])
@@ -172,7 +172,7 @@ def test_interleaved_sources_of_different_dtypes_are_each_cast():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.int16], ids=str)
 @pytest.mark.parametrize("simd", [True, False])
-def test_all_16_bit_patterns_arrive_as_they_left(dtype, simd, monkeypatch):
+def test_all_16_bit_patterns_are_unchanged(dtype, simd, monkeypatch):
     monkeypatch.setattr(transpose, "_SIMD_SHUFFLE", simd and transpose._SIMD_SHUFFLE)
     src = address_valued((256, 256), dtype)
     for source in (src, src.flip(0), src[:, 1:], src.t().contiguous()):
@@ -182,14 +182,14 @@ def test_all_16_bit_patterns_arrive_as_they_left(dtype, simd, monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2, torch.uint8], ids=str)
-def test_all_byte_patterns_arrive_as_they_left(dtype):
+def test_all_byte_patterns_are_unchanged(dtype):
     src = address_valued((64, 256), torch.uint8).add(torch.arange(64)[:, None]).to(torch.uint8)
     dst = poisoned((256, 64), dtype)
     transpose_torch([dst], [src.view(dtype)])
     assert_bytes_equal(dst, transposed_by_hand(src.view(dtype)))
 
 
-def test_float32_specials_arrive_as_they_left():
+def test_float32_specials_are_unchanged():
     specials = [
         0x80000000,
         0x7F800001,
@@ -284,7 +284,7 @@ def test_a_parameter_is_written_without_a_graph(shape):
     assert_bytes_equal(parameter, src.t())
 
 
-def test_nothing_to_do_is_done():
+def test_empty_lists_do_nothing():
     transpose_torch([], [])
 
 

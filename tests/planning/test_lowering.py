@@ -1,4 +1,4 @@
-"""Every operation against loops over coordinates, and what does not fit it; addressed elements."""
+"""Tests of every operation against loops over coordinates, and of inputs that do not fit."""
 
 import random
 
@@ -65,7 +65,7 @@ def test_ernie_split_of_too_few_is_named():
         lower([operation], {"a": [leaf(0, (2, 1, 3))]}, Context(("a",), ("m.*", "n.*"), ()))
 
 
-def test_chains_that_ask_for_shapes_say_so():
+def test_chains_that_use_shapes_report_it():
     assert needs_target_shapes([Operation("Split", (("dim", 0),))])
     assert needs_target_shapes([Operation("Transpose", (("check_dims", True),))])
     assert not needs_target_shapes([Operation("Transpose", (("check_dims", False),))])
@@ -89,7 +89,7 @@ def test_tensors_of_other_ranks_are_not_joined():
 
 
 def test_a_source_that_is_stacked_twice_is_two_copies():
-    """No walk with a step of 0, which could not be turned around."""
+    """There must be no walk with a step of 0, which has no inverse."""
     copies = copies_of(values.stack([leaf(1, (2, 3)), leaf(1, (2, 3)), leaf(2, (2, 3))], 0))
     assert [copy.ordinals for copy in copies] == [(1, 1, 2)]
     assert all(copy.box.is_run for copy in copies)

@@ -1,4 +1,4 @@
-"""The data of each quantization method fits itself, and what decodes it."""
+"""Tests of the data of each quantization method: consistent with itself, and with the decoder."""
 
 import pytest
 

@@ -171,9 +171,11 @@ def neighbours(count, code="BF16", wanted="BF16", gap=0):
     sources = table(tensors)
     plan = plan_of(sources, *(target(sources, name, wanted, [[name]]) for name in tensors))
     size = plan.targets[0].nbytes
-    lying = Sources(list(sources.dtypes), [0] * count, [n * 8 for n in range(count)])
+    source_places = Sources(list(sources.dtypes), [0] * count, [n * 8 for n in range(count)])
     places = [(0, n * (size + gap)) for n in range(count)]
-    return slab_schedule(plan.targets, [t.copies for t in plan.targets], lying, places, most_bytes=1 << 20).slabs
+    return slab_schedule(
+        plan.targets, [t.copies for t in plan.targets], source_places, places, most_bytes=1 << 20
+    ).slabs
 
 
 @pytest.mark.parametrize("wanted", ["BF16", "F32"])
@@ -184,36 +186,40 @@ def test_small_neighbours_are_one_slab(wanted):
     assert len(neighbours(100, wanted=wanted, gap=1)) == 100
 
 
-def test_a_slab_has_no_more_parts_than_a_call_to_the_system_takes():
+def test_slab_has_no_more_parts_than_a_system_call_accepts():
     slabs = neighbours(2 * IOV_MAX + 5)
     assert [len(slab.reads) for slab in slabs] == [IOV_MAX, IOV_MAX, 5]
 
 
-def test_what_moves_and_what_is_made_are_never_one_slab():
+def test_moved_and_converted_bytes_are_never_in_one_slab():
     tensors = {"a": address_valued((4,), torch.bfloat16), "b": address_valued((4,), torch.float32)}
     sources = table(tensors)
     plan = plan_of(sources, *(target(sources, name, "F32", [[name]]) for name in "ab"))
-    lying = Sources(list(sources.dtypes), [0, 0], [0, 8])
-    slabs = slab_schedule(plan.targets, [t.copies for t in plan.targets], lying, [(0, 0), (0, 16)], most_bytes=1000)
+    source_places = Sources(list(sources.dtypes), [0, 0], [0, 8])
+    slabs = slab_schedule(
+        plan.targets, [t.copies for t in plan.targets], source_places, [(0, 0), (0, 16)], most_bytes=1000
+    )
     assert [bool(slab.reads) for slab in slabs.slabs] == [False, True]
 
 
-def test_elements_of_a_slab_lie_at_multiples_of_their_size():
+def test_elements_of_a_slab_are_at_multiples_of_their_size():
     """Bytes before wider elements in one slab would leave the latter misaligned."""
     tensors = {"a": address_valued((3,), torch.bfloat16), "b": address_valued((2,), torch.bfloat16)}
     sources = table(tensors)
     plan = plan_of(sources, target(sources, "a", "F16", [["a"]]), target(sources, "b", "F32", [["b"]]))
-    lying = Sources(list(sources.dtypes), [0, 0], [0, 6])
-    slabs = slab_schedule(plan.targets, [t.copies for t in plan.targets], lying, [(0, 0), (0, 6)], most_bytes=1000)
+    source_places = Sources(list(sources.dtypes), [0, 0], [0, 6])
+    slabs = slab_schedule(
+        plan.targets, [t.copies for t in plan.targets], source_places, [(0, 0), (0, 6)], most_bytes=1000
+    )
     assert [slab.nbytes for slab in slabs.slabs] == [6, 8]
 
 
-def test_large_targets_that_only_move_are_cut_anywhere():
+def test_large_targets_that_only_move_are_cut_at_any_byte():
     tensors = {"a": address_valued((1000,), torch.bfloat16)}
     sources = table(tensors)
     plan = plan_of(sources, target(sources, "a", "BF16", [["a"]]))
-    lying = Sources(["BF16"], [7], [40])
-    slabs = slab_schedule(plan.targets, [plan.targets[0].copies], lying, [(3, 11)], most_bytes=300).slabs
+    source_places = Sources(["BF16"], [7], [40])
+    slabs = slab_schedule(plan.targets, [plan.targets[0].copies], source_places, [(3, 11)], most_bytes=300).slabs
     assert [slab.nbytes for slab in slabs] == [300] * 6 + [200]
     assert [read.offset_bytes for slab in slabs for read in slab.reads] == list(range(40, 2040, 300))
     assert {(slab.file, *(read.file for read in slab.reads)) for slab in slabs} == {(3, 7)}

@@ -32,7 +32,7 @@ def bytes_of(nbytes):
 
 @pytest.mark.parametrize("dtypes", [p for p in DTYPE_PAIRS if p[0].itemsize * p[1].itemsize in (1, 4, 8)], ids=str)
 @pytest.mark.parametrize("name", VERBS)
-def test_a_verb_moves_elements_one_by_one_whatever_the_alignment(gpu, name, dtypes):
+def test_verb_moves_elements_at_any_alignment(gpu, name, dtypes):
     verb, dst_count, src_count = VERBS[name]
     dst_dtype, src_dtype = dtypes
     dst_shape, src_shape = shapes(name, ROWS, COLUMNS)
@@ -85,7 +85,7 @@ def test_casts_round_to_nearest_even(gpu, dtype):
 
 @pytest.mark.parametrize("code_format", ["e4m3", "e2m1"])
 @pytest.mark.parametrize("turned", [False, True])
-def test_codes_are_decoded_as_by_the_twin(gpu, code_format, turned):
+def test_codes_are_decoded_as_in_torch(gpu, code_format, turned):
     rows, columns = 32, 256
     scales = torch.rand(rows // 16, columns // 32)
     table, table_rows = code_table(code_format, scales, torch.bfloat16)
@@ -99,7 +99,7 @@ def test_codes_are_decoded_as_by_the_twin(gpu, code_format, turned):
     assert_bytes_equal(*outputs)
 
 
-def test_a_promise_of_16_for_an_address_at_8_is_found(gpu, monkeypatch):
+def test_wrong_alignment_promise_is_detected(gpu, monkeypatch):
     real = strided_copy_module.byte_variant
     monkeypatch.setattr(strided_copy_module, "byte_variant", lambda alignment, nbytes: real(16, nbytes))
     memory = bytes_of(4096)
@@ -109,7 +109,7 @@ def test_a_promise_of_16_for_an_address_at_8_is_found(gpu, monkeypatch):
 
 
 @pytest.mark.parametrize(("rows", "stride"), [(19, 48), (16, 49)], ids=["rows", "stride"])
-def test_what_no_vector_divides_is_found(gpu, monkeypatch, rows, stride):
+def test_sizes_that_no_vector_divides_are_detected(gpu, monkeypatch, rows, stride):
     real = transpose_module.transpose_variant
     monkeypatch.setattr(transpose_module, "transpose_variant", lambda d, s, *_: real(d, s, 16, 16))
     src = torch.zeros(rows * stride, dtype=torch.int16).as_strided((rows, COLUMNS), (stride, 1))
@@ -149,7 +149,7 @@ def test_more_rows_than_a_grid_has_are_found(gpu, monkeypatch):
 
 
 @pytest.mark.parametrize(("wrong", "text"), [((2, 1), "programs"), ((1, 2), "takes a table")])
-def test_a_grid_of_another_size_than_the_work_is_found(gpu, wrong, text):
+def test_wrong_grid_size_is_detected(gpu, wrong, text):
     variant = strided_copy_module.byte_variant(16, 64)
     memory = bytes_of(256)
     table = torch.tensor([[memory.data_ptr(), memory.data_ptr() + 128]])
@@ -172,7 +172,7 @@ def test_a_byte_beyond_a_tensor_is_found(gpu, side, offset):
     assert memory.sum() == other.sum() == 0
 
 
-def test_memory_that_was_given_back_is_found(gpu):
+def test_use_of_freed_memory_is_detected(gpu):
     memory = bytes_of(1 << 20)
     src, dst = at(memory, 0, (1, 64), 0), [bytes_of(64).view(1, 64)]
     strided_copy(dst, src)
@@ -181,7 +181,7 @@ def test_memory_that_was_given_back_is_found(gpu):
         strided_copy(dst, src)
 
 
-def test_pinned_memory_is_not_a_kernels(gpu):
+def test_pinned_memory_is_refused_in_kernels(gpu):
     pinned = gpu.new_device().pinned(64)
     with pytest.raises(GpuFault, match="the host's memory"):
         strided_copy([bytes_of(64).view(1, 64)], [pinned.view(1, 64)])
@@ -201,7 +201,7 @@ def test_a_source_that_is_written_is_found(gpu):
         strided_copy(dst, src)
 
 
-def test_what_fills_the_gaps_of_another_is_no_conflict(gpu):
+def test_boxes_that_fill_gaps_do_not_conflict(gpu):
     memory, src = bytes_of(1024), torch.randint(0, 255, (8, 64), dtype=torch.uint8)
     strided_copy(
         matrices_at(memory, [0, 64], (4, 64), 128, torch.uint8), matrices_at(src, [0, 256], (4, 64), 64, torch.uint8)

@@ -63,7 +63,7 @@ def run_schedules(cases, gpu, make=None, seeds=range(40)):
     return kernels
 
 
-def test_random_schedules_write_every_byte_through_kernels_and_race_nowhere(cases, gpu):
+def test_random_schedules_write_every_byte_through_kernels_without_races(cases, gpu):
     assert run_schedules(cases, gpu) > 300
     assert gpu.executor.variants
     # Only variants that were compiled while the first bytes were read.
@@ -99,7 +99,7 @@ class OneSlot(SoftwareDevice):
 
 
 @pytest.mark.parametrize("planted", [OneRegion, SharedEnds, OneSlot])
-def test_memory_that_is_used_twice_at_a_time_is_found(cases, gpu, planted):
+def test_memory_used_by_two_streams_at_once_is_detected(cases, gpu, planted):
     def make(**how):
         gpu.devices.append(planted(gpu.memory, **how))
         return gpu.devices[-1]
@@ -123,7 +123,7 @@ def test_a_slot_that_is_reused_early_is_found(cases, gpu, monkeypatch):
         run_schedules(cases, gpu, lambda **how: gpu.new_device(**how | {"eagerness": 0}))
 
 
-def test_streams_that_do_not_wait_for_each_other_are_found_even_if_all_bytes_are_right(cases, gpu, monkeypatch):
+def test_missing_wait_between_streams_is_detected_even_if_all_bytes_are_right(cases, gpu, monkeypatch):
     monkeypatch.setattr(devices.Stream, "wait", lambda stream, event: None)
     with pytest.raises(DeviceFault, match="two streams at once"):
         run_schedules(cases, gpu, lambda **how: gpu.new_device(**how | {"eagerness": 1}))
@@ -160,7 +160,7 @@ def test_codes_are_decoded_by_kernels_as_on_the_cpu(tmp_path, gpu, scheme):
     assert all(device.live == 0 for device in gpu.devices)
 
 
-def test_the_host_may_use_the_software_gpus_memory_where_it_says_so(tmp_path, gpu):
+def test_host_may_use_the_software_gpus_memory_in_on_host(tmp_path, gpu):
     tensors, checkpoint, plan = moe(tmp_path)
     with gpu.on_host():
         amc.load_state_dict(tmp_path, rules=[])

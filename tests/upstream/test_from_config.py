@@ -37,10 +37,10 @@ def assert_as_upstream(path, auto=AutoModelForCausalLM, **options):
     assert type(model) is type(stock)
     amc.load_model(model, path)
     expected = stock.state_dict()
-    for found in (loaded, hooked.state_dict(), model.state_dict()):
-        assert found.keys() == expected.keys()
+    for state in (loaded, hooked.state_dict(), model.state_dict()):
+        assert state.keys() == expected.keys()
         for name, tensor in expected.items():
-            assert_bytes_equal(found[name], tensor)
+            assert_bytes_equal(state[name], tensor)
     return stock
 
 
@@ -74,7 +74,7 @@ UNSAID = [
 
 
 @pytest.mark.parametrize(("model_type", "named", "expected"), [*FOREIGN, *OWN, *UNSAID])
-def test_the_class_is_what_architectures_name_of_the_type_or_its_default(model_type, named, expected):
+def test_class_comes_from_architectures_or_is_the_default_of_the_type(model_type, named, expected):
     try:
         config = AutoConfig.for_model(model_type)
     except ValueError:
@@ -85,13 +85,13 @@ def test_the_class_is_what_architectures_name_of_the_type_or_its_default(model_t
     assert taken is config
 
 
-def test_of_several_architectures_the_first_of_the_type_counts():
+def test_first_architecture_of_the_type_counts():
     config = AutoConfig.for_model("qwen3_moe")
     config.architectures = ["Somebodys", "Qwen3MoeModel", "Qwen3MoeForCausalLM"]
     assert model_class(config, "")[0].__name__ == "Qwen3MoeModel"
 
 
-def test_the_language_model_alone_takes_the_config_of_the_text_part():
+def test_language_model_uses_the_text_config():
     config = AutoConfig.for_model("llama4")
     config.architectures = ["Llama4ForCausalLM"]
     cls, taken = model_class(config, "")
@@ -111,7 +111,7 @@ def test_a_class_that_a_user_registered_is_found():
     assert model_class(OwnConfig(), "")[0] is OwnMixtral
 
 
-def test_a_config_that_no_class_is_for_is_an_error():
+def test_config_without_a_class_is_an_error():
     class Lonely(transformers.PreTrainedConfig):
         model_type = "lonely"
 
@@ -127,7 +127,7 @@ def test_a_checkpoint_whose_architecture_is_foreign_loads_whole(tmp_path, strict
     assert amc.load_state_dict(tmp_path, strict=strict).keys() == stock.state_dict().keys()
 
 
-def test_a_base_model_and_another_head_stay_what_they_are(tmp_path):
+def test_base_model_and_other_head_keep_their_class(tmp_path):
     config = build_model("mixtral").config
     for name, auto in (
         ("MixtralModel", AutoModel),
@@ -167,7 +167,7 @@ def test_a_config_that_transformers_fails_on_is_one_error(tmp_path, changes):
 
 
 @pytest.mark.parametrize("class_part", ["__init__", "_from_config"])
-def test_whatever_a_class_of_transformers_raises_is_one_error(tmp_path, monkeypatch, class_part):
+def test_any_error_of_a_transformers_class_is_one_error(tmp_path, monkeypatch, class_part):
     model = build_model("mixtral")
     write_checkpoint(model, tmp_path)
 
@@ -180,7 +180,7 @@ def test_whatever_a_class_of_transformers_raises_is_one_error(tmp_path, monkeypa
         amc.compile_plan(tmp_path)
 
 
-def test_a_config_that_is_a_pointer_is_told_as_one(tmp_path):
+def test_pointer_in_place_of_a_config_is_reported(tmp_path):
     write_checkpoint(build_model("mixtral"), tmp_path)
     (tmp_path / "config.json").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
     for action in (amc.load_state_dict, amc.compile_plan):
@@ -218,7 +218,7 @@ def test_a_first_tensor_of_codes_is_passed_over(tmp_path, code):
 
 
 @pytest.mark.parametrize("stored_dtype", [None, "bfloat16"], ids=["not in the index", "in the index"])
-def test_of_several_files_the_first_counts_unless_the_index_says_it(tmp_path, stored_dtype):
+def test_first_file_has_the_dtype_unless_the_index_has_it(tmp_path, stored_dtype):
     mixed(tmp_path, torch.float16, torch.float32)
     tensors = load_file(tmp_path / "model.safetensors")
     (tmp_path / "model.safetensors").unlink()
@@ -240,12 +240,12 @@ def test_the_dtype_of_the_config_wins_over_that_of_the_files(tmp_path, key, dtyp
     assert assert_as_upstream(tmp_path).dtype == getattr(torch, dtype)
 
 
-def test_a_dtype_that_is_asked_for_wins_over_both(tmp_path):
+def test_requested_dtype_wins_over_both(tmp_path):
     mixed(tmp_path, torch.bfloat16, torch.float32)
     assert assert_as_upstream(tmp_path, dtype=torch.float16).dtype == torch.float16
 
 
-def test_a_dtype_of_the_text_part_alone_is_not_that_of_the_model(tmp_path):
+def test_dtype_of_the_text_part_is_not_the_dtype_of_the_model(tmp_path):
     model = build_model("qwen3_vl_moe")
     write_checkpoint(model, tmp_path, 1 << 30)
     config = json.loads((tmp_path / "config.json").read_text())
@@ -254,7 +254,7 @@ def test_a_dtype_of_the_text_part_alone_is_not_that_of_the_model(tmp_path):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_what_a_model_keeps_in_float32_is_kept_in_each_dtype(tmp_path, dtype):
+def test_float32_modules_of_a_model_stay_float32_in_each_dtype(tmp_path, dtype):
     """DeepSeek-V4 keeps its norms in float32, and some of its projections only for float16."""
     write_checkpoint(build_model("deepseek_v4"), tmp_path)
     model = assert_as_upstream(tmp_path, dtype=dtype)

@@ -105,7 +105,7 @@ def test_casts_round_to_nearest_even(dst_dtype, src_dtype):
 
 @needs_triton
 @pytest.mark.parametrize("name", VERBS)
-def test_loose_tensors_are_moved_as_their_twin_moves_them(name):
+def test_loose_tensors_are_moved_as_in_torch(name):
     verb, dst_count, src_count = VERBS[name]
     twin = {
         "strided_copy": strided_copy.strided_copy_torch,
@@ -129,7 +129,7 @@ def test_loose_tensors_are_moved_as_their_twin_moves_them(name):
 
 
 @needs_triton
-def test_what_lies_beyond_4_gib_is_reached():
+def test_elements_beyond_4_gib_are_reached():
     code = """
 import torch
 from automodel_conv.kernels.deinterleave import deinterleave
