@@ -91,7 +91,7 @@ def test_modules_loaded_by_a_command_are_reported(tmp_path):
 
 
 @pytest.mark.parametrize("package", OPTIONAL)
-def test_an_optional_package_that_is_loaded_is_reported(package):
+def test_optional_package_that_is_loaded_is_reported(package):
     if importlib.util.find_spec(package) is None:
         pytest.skip(f"{package} is not installed")
     assert package in optional_packages_loaded_by(f"import automodel_conv, {package}")
@@ -114,7 +114,7 @@ def test_only_verbs_import_triton():
     assert "triton" in optional_packages_loaded_by("import automodel_conv.kernels.verbs")
 
 
-def test_a_module_that_needs_an_optional_package_is_reported():
+def test_module_that_needs_an_optional_package_is_reported():
     failures = failures_without_optional_packages([*OPTIONAL, "automodel_conv"])
     assert set(failures) == set(OPTIONAL)
     assert all(error.startswith("ModuleNotFoundError") for error in failures.values())

@@ -28,7 +28,7 @@ def test_equal_tensors_of_every_dtype_pass_and_one_changed_byte_fails(dtype):
         assert_bytes_equal(changed, tensor)
 
 
-def test_a_difference_shows_both_values_and_the_count():
+def test_difference_shows_both_values_and_the_count():
     expected = torch.zeros(2, 3)
     actual = expected.clone()
     actual[1, 0], actual[1, 2] = 1.5, 2.0
@@ -56,7 +56,7 @@ def test_differences_that_value_comparison_misses_fail(actual, expected, text):
         assert_bytes_equal(actual, expected)
 
 
-def test_the_same_nan_is_equal_and_another_nan_is_not():
+def test_same_nan_is_equal_and_another_nan_is_not():
     quiet = torch.tensor([0x7FC00000, 0x7FC00001], dtype=torch.int32).view(torch.float32)
     assert_bytes_equal(quiet, quiet.clone())
     with pytest.raises(AssertionError, match="nan"):

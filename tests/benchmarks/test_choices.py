@@ -45,7 +45,7 @@ def checkpoint(tmp_path_factory):
 @pytest.mark.parametrize(
     ("group", "way"), [(group, way) for group in choices.GROUPS for way in choices.GROUPS[group].ways]
 )
-def test_each_way_changes_something_and_loads_the_same_tensors(checkpoint, restored, group, way):
+def test_each_variant_changes_something_and_loads_the_same_tensors(checkpoint, restored, group, way):
     [as_it_is] = choices.load(group, choices.AS_IT_IS, checkpoint, checkpoint, 0)
     [load] = choices.load(group, way, checkpoint, checkpoint, 0)
     assert load["digest"] == as_it_is["digest"] is not None

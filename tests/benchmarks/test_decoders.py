@@ -30,7 +30,7 @@ def test_candidates_write_the_same_bytes_as_torch(kind):
                 case.verify(candidate.name, case.ways()["ours"])
 
 
-def test_the_table_has_every_decoder():
+def test_table_has_every_decoder():
     assert set(DECODERS) == set(KERNELS)
 
 

@@ -65,7 +65,7 @@ def gpu(tmp_path):
     return Command(tmp_path)
 
 
-def test_the_whole_command_runs_and_writes_what_it_measured(gpu, needs_both):
+def test_whole_command_runs_and_writes_what_it_measured(gpu, needs_both):
     code, stdout, stderr = gpu.run("--commit", "0123abc")
     assert code == 0, stdout + stderr
     result = gpu.result()
@@ -266,7 +266,7 @@ def test_without_a_device_the_command_explains_how_to_try_it(capsys, tmp_path):
     assert "--smoke" in capsys.readouterr().err
 
 
-def test_the_command_needs_none_of_the_packages_that_only_printing_needs():
+def test_command_does_not_need_the_packages_for_printing():
     hidden = ("accelerate", "psutil", "pytest_benchmark", "rich", "tqdm", "typer", "xdist")
     path = os.pathsep.join([str(HIDE), str(measure.REPOSITORY)])
     environment = os.environ | {"PYTHONPATH": path, "HIDDEN_PACKAGES": ",".join(hidden)}

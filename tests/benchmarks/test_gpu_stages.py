@@ -81,7 +81,7 @@ class FakeCuda:
 
 
 @pytest.mark.parametrize("is_cold", [False, True])
-def test_a_cold_load_is_the_first_that_its_process_does_on_the_device(monkeypatch, is_cold):
+def test_cold_load_is_the_first_of_its_process_on_the_device(monkeypatch, is_cold):
     cuda = FakeCuda()
     cuda.install(monkeypatch)
     row = loading.timed(
@@ -94,7 +94,7 @@ def test_a_cold_load_is_the_first_that_its_process_does_on_the_device(monkeypatc
     assert (row["pinned_s"] is None) == is_cold
 
 
-def test_a_cold_load_has_kernels_to_compile():
+def test_cold_load_has_kernels_to_compile():
     """Only transposed tensors need a kernel."""
     cold = [one for one in loading.loadings(smoke=False).values() if one.is_cold]
     assert [one.transposed for one in cold] == [True]
@@ -162,7 +162,7 @@ def test_unwritable_checkpoint_is_tried_once_and_reported_once(run, monkeypatch)
 
 
 @pytest.mark.parametrize("change", ["a bit", "two rows", "a name"])
-def test_a_digest_sees_every_bit_and_its_place(change):
+def test_digest_sees_every_bit_and_its_place(change):
     tensors = {"a": torch.arange(64, dtype=torch.bfloat16).view(8, 8)}
     before = loading.digest(tensors)
     assert loading.digest({"a": tensors["a"].clone()}) == before
@@ -175,7 +175,7 @@ def test_a_digest_sees_every_bit_and_its_place(change):
     assert loading.digest(tensors) != before
 
 
-def test_a_round_trip_that_changes_a_byte_is_wrong(tmp_path, needs_both):
+def test_round_trip_that_changes_a_byte_is_wrong(tmp_path, needs_both):
     root = str(tmp_path)
     checkpoint = checkpoints.checkpoints(3, smoke=True)[checkpoints.SHORT]
     checkpoints.write(checkpoint, f"{root}/{checkpoints.SHORT}")
@@ -309,7 +309,7 @@ def test_stage_that_fails_in_the_command_is_reported_and_the_next_begins(run, mo
     assert 59 < done[0] <= 60  # the time that the first left
 
 
-def test_the_longest_checkpoint_is_as_long_as_the_disk_allows():
+def test_longest_checkpoint_is_as_long_as_the_disk_allows():
     assert checkpoints.layers_that_fit(13, 64e9) == 13
     assert 1 <= checkpoints.layers_that_fit(13, 10e9) < 4
     assert checkpoints.layers_that_fit(13, 1e9) == 1

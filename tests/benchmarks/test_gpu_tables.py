@@ -86,7 +86,7 @@ RESULT = {
 }
 
 
-def test_tables_are_made_from_a_result(tmp_path, capsys):
+def test_tables_are_built_from_a_result(tmp_path, capsys):
     file = tmp_path / "gpu.json"
     measure.write_json(str(file), RESULT)
     command.main(["--table", str(file)])
@@ -148,7 +148,7 @@ def test_at_most_fifty_failures_are_listed():
     assert "- and 10 more in gpu.json" in lines
 
 
-def test_a_result_without_some_stages_has_the_other_tables():
+def test_result_without_some_stages_has_the_other_tables():
     rows = {stage: RESULT["rows"][stage] for stage in ("environment", "checkpoints", "loads")}
     shown = tables.markdown(RESULT | {"rows": rows})
     assert "| ours | short |" in shown

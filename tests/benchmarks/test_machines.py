@@ -41,7 +41,7 @@ def set_up(name, checkpoint, root):
         pytest.skip(str(error))
 
 
-def test_the_page_cache_holds_another_file(checkpoint, root):
+def test_page_cache_holds_another_file(checkpoint, root):
     with set_up("page-cache-full", checkpoint, root) as state:
         assert cache.cached_share(root) == 1
         assert Path(root, "other").stat().st_blocks == 0

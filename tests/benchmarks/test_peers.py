@@ -85,7 +85,7 @@ def test_only_the_small_page_roof_populates_pages_before_the_read(checkpoint, mo
     assert sum(int(buffer.count_nonzero()) for buffer in buffers) > sum(files) // 2
 
 
-def test_a_point_that_would_take_too_long_is_left_out(checkpoint):
+def test_point_that_would_take_too_long_is_left_out(checkpoint):
     job = Job("ours", [(checkpoint, 1)] * 2, checkpoint, growth=[1.0, 1e9], most_seconds=10.0)
     first, second = work(job, 1)
     assert first["seconds"] > 0
@@ -231,7 +231,7 @@ def test_table_describes_the_machine():
     assert "free memory stays with the machine." in _markdown([], kept)
 
 
-def test_the_speed_of_touching_memory_is_measured():
+def test_speed_of_touching_memory_is_measured():
     speeds = memory.touch_speeds(4 << 20, 1, 0.0)
     assert set(speeds) == {"freed_just_now", "freed_long_ago"}
     assert min(speeds.values()) > 0
@@ -246,7 +246,7 @@ def test_pairs_are_compared_one_by_one():
     assert "whole load, 3 pairs: 1.00 (1.00-1.60)x, at worst 2.00x" in list(pairs.lines(result))
 
 
-def test_a_sweep_becomes_a_csv(tmp_path):
+def test_sweep_becomes_a_csv(tmp_path):
     lines = sweep.run("threads", ["ours"], 1, 64, str(tmp_path))
     sweep.write(lines, tmp_path / "sweep-threads.csv")
     with (tmp_path / "sweep-threads.csv").open(newline="") as file:

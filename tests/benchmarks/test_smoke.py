@@ -102,7 +102,7 @@ def test_calls_of_verbs_are_timed_by_phase(tmp_path, capsys):
         assert all(len(times) == 2 and min(times) > 0 for times in seconds.values())
 
 
-def test_the_stacks_that_are_timed_are_the_destinations_of_the_lists():
+def test_stacks_that_are_timed_are_the_destinations_of_the_lists():
     pytest.importorskip("triton", reason="the launches need Triton")
     from automodel_conv.kernels.address_table import as_matrices
     from benchmarks import launching, operations
@@ -272,7 +272,7 @@ def test_parts_of_ranks_that_differ_give_no_result(tmp_path, capsys, monkeypatch
     assert capsys.readouterr().out == ""
 
 
-def test_a_rank_that_fails_is_reported_and_the_others_are_ended():
+def test_rank_that_fails_is_reported_and_the_others_are_ended():
     done = subprocess.run(
         [sys.executable, "-c", FAILING_RANK], cwd=measure.REPOSITORY, capture_output=True, text=True, timeout=120
     )
@@ -293,7 +293,7 @@ sharded.divided(job)
 """
 
 
-def test_a_worker_that_fails_is_reported_with_its_error():
+def test_worker_that_fails_is_reported_with_its_error():
     with pytest.raises(RuntimeError, match="No module named"):
         measure.run_worker(["-m", "benchmarks.nothing"], 0)
 

@@ -48,7 +48,7 @@ def test_buffers_that_have_memory_are_moved(buffered, devices):
     assert model["a"].table is not model["b"].table
 
 
-def test_a_buffer_that_the_checkpoint_lacks_is_moved_as_it_is(buffered, devices):
+def test_buffer_missing_in_the_checkpoint_is_moved_unchanged(buffered, devices):
     model, file = buffered
     save_file({f"{m}.weight": BUFFERED["weight"].clone() for m in "abc"}, file)
     report = amc.load_model(model, file, device_map={"": 1}, strict=False)
@@ -58,7 +58,7 @@ def test_a_buffer_that_the_checkpoint_lacks_is_moved_as_it_is(buffered, devices)
     })  # fmt: skip
 
 
-def test_a_load_that_fails_moves_no_buffer(buffered, devices):
+def test_load_that_fails_moves_no_buffer(buffered, devices):
     model, file = buffered
     devices[FIRST].fail_at = 1
     before = dict(model.named_buffers(remove_duplicate=False))
@@ -75,7 +75,7 @@ def test_buffers_stay_where_they_are_without_a_map(buffered):
     assert all(buffer is before[name] for name, buffer in model.named_buffers(remove_duplicate=False))
 
 
-def test_a_buffer_that_has_memory_and_no_entry_is_named(buffered, devices, reads):
+def test_buffer_that_has_memory_and_no_entry_is_named(buffered, devices, reads):
     model, file = buffered
     device_map = {f"{m}.{name}": 1 for m in "abc" for name in BUFFERED}
     with pytest.raises(amc.ConversionError, match=r"has no device for 3 of 9[\s\S]*a\.table"):

@@ -44,7 +44,7 @@ def simple(entries):
         ("lm_head.weight", "rest"),
     ],
 )
-def test_the_longest_name_of_whole_components_decides(name, wanted):
+def test_longest_name_of_whole_components_decides(name, wanted):
     entries = {"": "rest", "model.layers.1": "layer 1", "model.layers.1.norm.weight": "norm"}
     assert simple(entries).device_of(name) == wanted
 
@@ -116,7 +116,7 @@ def test_parameters_that_have_memory_elsewhere_are_refused(published, devices, r
     assert all((tensor.view(torch.uint8) == POISON).all() for tensor in model.state_dict().values())
 
 
-def test_a_parameter_elsewhere_is_refused_though_the_checkpoint_lacks_it(tmp_path, devices, reads):
+def test_parameter_elsewhere_is_refused_even_if_the_checkpoint_lacks_it(tmp_path, devices, reads):
     save_file({name: TENSORS[name] for name in TENSORS if name != "head.weight"}, tmp_path / "model.safetensors")
     model = meta(Model())
     model.head = Weight(30, 40)
@@ -174,7 +174,7 @@ def test_computed_buffers_go_where_their_module_does(tmp_path, devices, rotary):
         assert_bytes_equal(buffer.as_subclass(torch.Tensor), computed[name])
 
 
-def test_a_computed_buffer_that_no_entry_covers_is_named(tmp_path, devices):
+def test_computed_buffer_that_no_entry_covers_is_named(tmp_path, devices):
     pytest.importorskip("transformers", reason="the model is a transformers model")
     model = mixtral(tmp_path)
     device_map = dict.fromkeys(["model.embed_tokens", "model.layers", "model.norm", "lm_head"], 0)

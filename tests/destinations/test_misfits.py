@@ -37,7 +37,7 @@ def test_tensors_that_no_entry_covers_are_named_before_anything_is_read(publishe
     assert reads == []
 
 
-def test_an_entry_that_names_nothing_is_refused_unless_the_load_is_lenient(published, devices, reads):
+def test_entry_that_names_nothing_is_refused_unless_the_load_is_lenient(published, devices, reads):
     device_map = MAP | {"layer.1": 0}
     for load in both(published, lambda: meta(Model()), device_map=device_map):
         with pytest.raises(amc.ConversionError, match=r"no module and no parameter[\s\S]*layer\.1"):
@@ -101,7 +101,7 @@ def test_invalid_map_is_refused_before_anything_is_opened(tmp_path, device_map, 
 
 
 @pytest.mark.parametrize("kind", [str, torch.device])
-def test_a_device_and_a_map_exclude_each_other(published, kind):
+def test_device_and_a_map_exclude_each_other(published, kind):
     for load in both(published, lambda: meta(Model()), device_map={"": "cpu"}, device=kind("cuda:0")):
         with pytest.raises(amc.ConversionError, match="exclude each other"):
             load()

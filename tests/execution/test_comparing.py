@@ -25,7 +25,7 @@ def compared(kind, case, path, threads=2, **options):
 
 
 @pytest.mark.parametrize("kind", MAKERS)
-def test_a_file_that_is_right_has_no_first_difference(cases, tmp_path, kind):
+def test_correct_file_has_no_first_difference(cases, tmp_path, kind):
     for number, case in enumerate(cases):
         path = write("host", case, tmp_path / str(number))
         assert compared(kind, case, path) is None
@@ -33,7 +33,7 @@ def test_a_file_that_is_right_has_no_first_difference(cases, tmp_path, kind):
 
 @pytest.mark.parametrize("kind", MAKERS)
 @pytest.mark.parametrize("window_bytes", [16, 1 << 20])
-def test_the_first_byte_that_differs_is_found_wherever_it_is(cases, tmp_path, monkeypatch, kind, window_bytes):
+def test_first_different_byte_is_found_anywhere(cases, tmp_path, monkeypatch, kind, window_bytes):
     monkeypatch.setattr(writing, "_WINDOW_BYTES", window_bytes)
     rng = random.Random(5)
     for number, case in enumerate(cases):

@@ -112,7 +112,7 @@ def test_only_variants_that_are_allowed_are_launched(kernel):
     check(outputs, expected)
 
 
-def test_a_batch_that_has_run_is_empty():
+def test_batch_that_has_run_is_empty():
     batch, outputs, _ = copies()
     batch.run(True)
     for output in outputs.values():

@@ -115,14 +115,14 @@ def test_rank_is_read_from_the_launcher_if_possible(monkeypatch, text, ranks, ra
     assert rank_on_this_node() == rank
 
 
-def test_a_ring_has_whole_slots_for_the_threads_of_its_rank(node):
+def test_ring_has_whole_slots_for_the_threads_of_its_rank(node):
     node(16, 16, 8)
     assert ring_of(None, None) == (2, 8 << 20)
     node(16, 16, 1)
     assert ring_of(None, None) == (8, 8 << 20)
 
 
-def test_a_budget_does_not_make_a_ring_larger_than_a_ranks_share(tmp_path, node, monkeypatch):
+def test_budget_does_not_make_a_ring_larger_than_a_ranks_share(tmp_path, node, monkeypatch):
     node(16, 16, 8)
     monkeypatch.setattr(filling, "transfer_device", lambda device: SimulatedDevice())
     _, _, plan = moe(tmp_path)

@@ -76,7 +76,7 @@ def fail_while_another_thread_waits(module, case, calls, monkeypatch):
     assert_released(device, calls)
 
 
-def test_a_thread_that_waits_for_a_window_ends_when_another_fails(cases, calls, monkeypatch):
+def test_thread_waiting_for_a_window_ends_when_another_fails(cases, calls, monkeypatch):
     fail_while_another_thread_waits(streaming, cases[2], calls, monkeypatch)
 
 
@@ -148,7 +148,7 @@ def test_readers_that_continue_after_ctrl_c_are_detected(cases, calls, monkeypat
         interrupt(planted("ending.callback(self._stop)", "pass"), cases[1], calls, monkeypatch)
 
 
-def test_an_explicit_backend_is_refused_before_anything_is_read(cases, calls):
+def test_explicit_backend_is_refused_before_anything_is_read(cases, calls):
     with (
         mock.patch.object(copy_batch, "why_not", return_value="no compiler"),
         pytest.raises(UnsupportedError, match="no compiler"),

@@ -107,7 +107,7 @@ def test_simulated_device_is_late_keeps_stream_order_and_detects_circular_waits(
         first.record().synchronize()
 
 
-def test_the_simulated_device_keeps_its_first_fault():
+def test_simulated_device_keeps_its_first_fault():
     device = SimulatedDevice(eagerness=0, fail_at=2)
     stream = device.stream()
     done = []

@@ -201,7 +201,7 @@ def assert_some_are_filled(error, buffers, homes):
         assert_bytes_equal(host_bytes(buffers[name]), address_valued((32, 64), torch.float32, start))
 
 
-def test_an_error_on_one_device_ends_the_load_of_the_others(many, devices, calls, monkeypatch):
+def test_error_on_one_device_ends_the_load_of_the_others(many, devices, calls, monkeypatch):
     checkpoint, plan, homes = many
     (path,) = (file for file in checkpoint.files if file.endswith("b.safetensors"))
     os.unlink(path)  # so that only the first device reads
@@ -216,7 +216,7 @@ def test_an_error_on_one_device_ends_the_load_of_the_others(many, devices, calls
     assert_settled(devices, calls)
 
 
-def test_an_interrupt_ends_the_loads_of_all_devices(many, devices, calls, monkeypatch):
+def test_interrupt_ends_the_loads_of_all_devices(many, devices, calls, monkeypatch):
     checkpoint, plan, homes = many
     stops = stops_of(monkeypatch)
 
@@ -253,7 +253,7 @@ def test_failures_on_two_devices_are_both_reported(tmp_path, devices, monkeypatc
         fill(plan, checkpoint, buffers_on(plan, HOMES), Limits(**SCRATCH))
 
 
-def test_a_device_that_fails_in_the_middle_settles_and_ends_the_other(many, devices, calls, monkeypatch):
+def test_device_that_fails_in_the_middle_settles_and_ends_the_other(many, devices, calls, monkeypatch):
     checkpoint, plan, homes = many
     devices[SECOND].fail_at = 1
     stops, begun = stops_of(monkeypatch), threading.Event()
@@ -266,7 +266,7 @@ def test_a_device_that_fails_in_the_middle_settles_and_ends_the_other(many, devi
     assert_settled(devices, calls)
 
 
-def test_an_error_before_anything_is_read_names_nothing(tmp_path):
+def test_error_before_anything_is_read_names_nothing(tmp_path):
     _, checkpoint, plan = moe(tmp_path)
     buffers = allocate(plan.targets)
     with pytest.raises(ConversionError) as raised:

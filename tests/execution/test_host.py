@@ -283,7 +283,7 @@ def test_buffers_of_any_strides_are_written_in_place(tmp_path, layout, dtype, or
         assert_bytes_equal(guard.tensor, expected[name])
 
 
-def test_a_parameter_that_requires_grad_is_written(tmp_path):
+def test_parameter_that_requires_grad_is_written(tmp_path):
     tensors = {"w": torch.randn(3, 4)}
     checkpoint = write_checkpoint(tmp_path, {"a.safetensors": tensors})
     sources = columns(checkpoint)
@@ -391,7 +391,7 @@ def test_no_element_keeps_its_poison(tmp_path):
         assert_written(guard.tensor)
 
 
-def test_support_writes_what_safetensors_reads(tmp_path):
+def test_support_writes_files_that_safetensors_reads(tmp_path):
     from safetensors.torch import load_file
 
     tensors = {"w": address_valued((3, 5), torch.bfloat16), "v": torch.tensor(True)}

@@ -29,7 +29,7 @@ from tests.execution.support import LAYOUTS, TRANSPOSE, columns, moe, naive, pla
         (torch.empty(1, 4, 5).expand(3, 4, 5), "share memory"),
     ],
 )
-def test_a_buffer_that_does_not_fit_is_named_before_anything_is_read(tmp_path, calls, buffer, text):
+def test_buffer_that_does_not_fit_is_named_before_anything_is_read(tmp_path, calls, buffer, text):
     _, checkpoint, plan = moe(tmp_path, dtype=torch.float32, shape=(3, 5, 4))
     buffers: dict[str, Tensor] = allocate(plan.targets)
     del buffers["down"]
@@ -85,7 +85,7 @@ def test_short_reads_are_continued(tmp_path, calls, layout, short_bytes):
 
 
 @pytest.mark.parametrize("layout", ["rows", "transposed"])
-def test_a_file_cut_after_it_was_opened_names_file_and_tensor(tmp_path, calls, layout):
+def test_file_cut_after_it_was_opened_names_file_and_tensor(tmp_path, calls, layout):
     _, checkpoint, plan = moe(tmp_path, *LAYOUTS[layout])
     row = checkpoint.position["experts.4.gate"]
     path = Path(checkpoint.files[checkpoint.file_ids[row]])
@@ -98,7 +98,7 @@ def test_a_file_cut_after_it_was_opened_names_file_and_tensor(tmp_path, calls, l
     assert not calls.open
 
 
-def test_a_file_that_is_gone_is_named(tmp_path, calls):
+def test_missing_file_is_named(tmp_path, calls):
     _, checkpoint, plan = moe(tmp_path)
     Path(checkpoint.files[1]).unlink()
     with pytest.raises(ReadError, match=r"b\.safetensors"):

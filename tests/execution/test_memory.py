@@ -146,7 +146,7 @@ def spy(verb, launched):
     return call
 
 
-def test_an_explicit_backend_never_falls_back():
+def test_explicit_backend_never_falls_back():
     tensors = [torch.zeros(2), torch.zeros(2)]
     with mock.patch.object(copy_batch, "why_not", return_value="no compiler"):
         with pytest.raises(UnsupportedError, match="no compiler"):
@@ -190,7 +190,7 @@ def test_sources_of_different_dtypes_are_cast_to_the_target(result):
     check_conversion(plan, tensors, list(tensors.values()))
 
 
-def test_a_parameter_that_requires_grad_is_written_and_read():
+def test_parameter_that_requires_grad_is_written_and_read():
     source = torch.nn.Parameter(torch.randn(3, 4))
     output = torch.nn.Parameter(torch.empty(4, 3))
     sources = table({"w": source})
@@ -221,7 +221,7 @@ def one_to_one(*shapes: tuple[int, ...]) -> CopyPlan:
     return plan_of(sources, *(target(sources, n.replace("s", "t"), "F32", [[n]]) for n in names))
 
 
-def test_a_buffer_in_the_memory_of_a_source_is_refused_and_both_are_named():
+def test_buffer_in_the_memory_of_a_source_is_refused_and_both_are_named():
     memory = torch.arange(40, dtype=torch.float32)
     before = memory.clone()
     plan = one_to_one((10,), (10,), (10,))
@@ -233,7 +233,7 @@ def test_a_buffer_in_the_memory_of_a_source_is_refused_and_both_are_named():
     assert_bytes_equal(memory, before)
 
 
-def test_a_small_buffer_inside_a_long_source_is_refused():
+def test_small_buffer_inside_a_long_source_is_refused():
     memory = torch.arange(100, dtype=torch.float32)
     plan = one_to_one((100,), (2,), (2,))
     buffers = {"t0": torch.empty(100), "t1": torch.empty(2), "t2": memory[90:92]}
@@ -288,7 +288,7 @@ def test_views_of_one_storage_that_share_no_element_are_all_written(name, backen
 
 
 @pytest.mark.parametrize("name", INTERLOCKED)
-def test_a_buffer_between_the_elements_of_a_source_is_written(name):
+def test_buffer_between_the_elements_of_a_source_is_written(name):
     source, buffer = INTERLOCKED[name](torch.arange(4 * 6 * 8, dtype=torch.float32).reshape(4, 6, 8))
     before, other = source.clone(), torch.ones(buffer.shape)
     plan = one_to_one(tuple(source.shape), tuple(buffer.shape))
@@ -339,7 +339,7 @@ def test_source_that_does_not_match_the_plan_is_named(source):
         convert_tensors(plan, [source], {"t0": torch.empty(3, 4)})
 
 
-def test_a_buffer_whose_strides_copies_cannot_follow_is_named(monkeypatch):
+def test_buffer_with_unsupported_strides_is_named(monkeypatch):
     monkeypatch.setattr(boxes, "_MOST_STEPS", 4)
     sources = SourceTable(["s"], ["F32"], [(3, 10)])
     # Written in threes, but the buffer has rows of five.
@@ -350,7 +350,7 @@ def test_a_buffer_whose_strides_copies_cannot_follow_is_named(monkeypatch):
         convert_tensors(plan, [torch.randn(3, 10)], {"t": buffer})
 
 
-def test_a_buffer_whose_strides_do_not_divide_those_of_the_copies_is_written_step_by_step():
+def test_buffer_with_strides_that_do_not_divide_is_written_step_by_step():
     tensor = torch.arange(30, dtype=torch.float32).reshape(3, 10)
     value = values.reshape(values.transpose(leaf(0, (3, 10)), 0, 1), (6, 5))
     plan = plan_of(table({"s": tensor}), target_from("t", "F32", value, [0]))
@@ -360,7 +360,7 @@ def test_a_buffer_whose_strides_do_not_divide_those_of_the_copies_is_written_ste
 
 
 @pytest.mark.parametrize("most_steps", [4, 4096])
-def test_a_source_whose_strides_copies_cannot_follow_is_copied_first(monkeypatch, most_steps):
+def test_source_with_unsupported_strides_is_copied_first(monkeypatch, most_steps):
     monkeypatch.setattr(boxes, "_MOST_STEPS", most_steps)
     tensor = torch.arange(30, dtype=torch.float32).reshape(6, 5)
     value = values.transpose(values.reshape(leaf(0, (6, 5)), (10, 3)), 0, 1)

@@ -57,7 +57,7 @@ class Load:
 
 
 @pytest.mark.parametrize("name", MACHINES)
-def test_the_faster_size_is_found_within_32_mib(name):
+def test_faster_size_is_found_within_32_mib(name):
     speed = MACHINES[name]
     load = Load(speed)
     faster = speed(True, 0) <= speed(False, 0)

@@ -169,13 +169,13 @@ def test_nothing_waits_for_the_device_between_the_first_read_and_the_end(tmp_pat
         lambda x: x.repeat_interleave(x.int()),
     ],
 )
-def test_a_wait_for_the_device_is_found(waits):
+def test_wait_for_the_device_is_found(waits):
     tensor = torch.ones(1)
     with NoSynchronization(), pytest.raises(Synchronized):
         waits(tensor)
 
 
-def test_a_constant_that_is_uploaded_for_each_window_is_found(tmp_path, monkeypatch):
+def test_constant_that_is_uploaded_for_each_window_is_found(tmp_path, monkeypatch):
     layers = Layers(1, 128, 128, "F32", 1)
     checkpoint = write_sparse(tmp_path, layers)
     plan = plan_for(checkpoint, layers, False)

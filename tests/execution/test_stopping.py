@@ -134,7 +134,7 @@ def test_stop_after_the_last_item_has_no_effect(threads):
     assert sorted(taken) == list(range(10))
 
 
-def test_the_first_error_in_time_is_raised_once_all_have_ended():
+def test_first_error_in_time_is_raised_once_all_have_ended():
     stop, ended, begun = threading.Event(), [], threading.Barrier(3, timeout=10)
 
     def waits():

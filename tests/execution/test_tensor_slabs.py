@@ -158,7 +158,7 @@ def test_ranks_together_write_every_byte_of_the_file_once(tmp_path_factory, seed
 
 @settings(max_examples=60)
 @given(SEEDS, SIZES)
-def test_a_tensor_held_in_boxes_is_written_like_one(tmp_path_factory, seed, most_bytes):
+def test_tensor_held_in_boxes_is_written_like_one(tmp_path_factory, seed, most_bytes):
     rng = random.Random(seed)
     tensors, plan = random_case(rng)
     held = held_in_boxes(rng, tensors.values())

@@ -52,7 +52,7 @@ class Machine:
         return max(ends)[0], numbers
 
 
-def test_a_network_that_answers_late_gets_more_threads():
+def test_slow_network_gets_more_threads():
     policy = ThreadPolicy(2, MOST)
     seconds, numbers = Machine(wait_ms=50, gb_per_s=20).run(policy, 2000)
     assert policy.threads == MOST
@@ -90,7 +90,7 @@ def test_threads_stay_below_the_maximum():
 
 
 @pytest.mark.parametrize("threads", [1, 2])
-def test_a_load_whose_reads_wait_gets_threads_and_right_bytes(tmp_path, monkeypatch, threads):
+def test_load_whose_reads_wait_gets_threads_and_right_bytes(tmp_path, monkeypatch, threads):
     tensors, checkpoint, plan = moe(tmp_path, shape=(16, 64, 512))
     monkeypatch.setattr(cpu, "_ADAPTED_BYTES", 0)
     monkeypatch.setattr(cpu, "default_threads", lambda nbytes: threads)
@@ -144,7 +144,7 @@ def test_error_of_an_added_thread_is_raised():
         run_in_threads(range(60), 1, lambda: take, most=8, wanted=lambda: 8)
 
 
-def test_the_last_item_is_taken_while_all_others_are_under_way():
+def test_last_item_is_handed_out_while_all_others_are_in_progress():
     all_at_work, last_taken = threading.Barrier(4), threading.Event()
 
     def take(item):

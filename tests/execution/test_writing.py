@@ -206,7 +206,7 @@ def test_failing_write_names_its_file_and_ends_all_threads(cases, tmp_path, monk
     assert list((tmp_path / "made").iterdir()) == []
 
 
-def test_a_read_that_fails_names_the_tensor(cases, tmp_path, calls):
+def test_read_that_fails_names_the_tensor(cases, tmp_path, calls):
     calls.fail_read = calls.reads + 3
     with pytest.raises(ReadError, match=r"experts\.(.|\n)*Input/output error"):
         write("files", cases[4], tmp_path / "made", slab_bytes=256, input_bytes=128)

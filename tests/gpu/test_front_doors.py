@@ -28,7 +28,7 @@ def test_experts_are_converted_and_reverted(layout, per_expert, on_device, devic
 
 @pytest.mark.parametrize("dtype", [None, torch.float32], ids=str)
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_a_loaded_state_dict_is_that_of_the_cpu(layout, dtype, checkpoint, per_expert, device):
+def test_loaded_state_dict_equals_that_of_the_cpu(layout, dtype, checkpoint, per_expert, device):
     loaded = amc.load_state_dict(checkpoint, model(), layout=layout, dtype=dtype, **on(device))
     wanted = {name: tensor.to(dtype or tensor.dtype) for name, tensor in grouped(per_expert, layout).items()}
     assert_same(loaded, wanted, device)
@@ -41,7 +41,7 @@ def test_a_loaded_state_dict_is_that_of_the_cpu(layout, dtype, checkpoint, per_e
 
 
 @pytest.mark.parametrize("dtype", [None, torch.float32], ids=str)
-def test_a_loaded_model_is_that_of_the_cpu(dtype, checkpoint, per_expert, device):
+def test_loaded_model_equals_that_of_the_cpu(dtype, checkpoint, per_expert, device):
     loaded = model()
     amc.load_model(loaded, checkpoint, dtype=dtype, **on(device))
     wanted = {name: tensor.to(dtype or tensor.dtype) for name, tensor in grouped(per_expert, "transformers").items()}
@@ -49,7 +49,7 @@ def test_a_loaded_model_is_that_of_the_cpu(dtype, checkpoint, per_expert, device
     assert all(buffer.device == device for buffer in loaded.buffers())
 
 
-def test_a_model_that_has_memory_already_is_filled_in_place(checkpoint, per_expert, device):
+def test_model_with_memory_is_filled_in_place(checkpoint, per_expert, device):
     loaded = model().to_empty(device=device)
     places = {name: tensor.data_ptr() for name, tensor in loaded.state_dict().items()}
     amc.load_model(loaded, checkpoint, **on(device))

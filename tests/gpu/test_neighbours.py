@@ -28,7 +28,7 @@ def warmed(checkpoint, device):
 
 @needs_gpu_memory
 @pytest.mark.usefixtures("warmed")
-def test_a_load_leaves_only_its_tensors(checkpoint, device):
+def test_load_leaves_only_its_tensors(checkpoint, device):
     before = allocated_bytes(device)
     loaded = amc.load_state_dict(checkpoint, model(), layout="nemo", **on(device))
     kept = {tensor.data_ptr(): tensor.nbytes for tensor in loaded.values()}
@@ -62,7 +62,7 @@ def load_of_a_file_that_is_cut(checkpoint, device, layout):
 @needs_gpu_memory
 @pytest.mark.usefixtures("warmed")
 @pytest.mark.parametrize("layout", ["transformers", "gpt_oss"])
-def test_an_error_in_the_middle_of_a_load_gives_all_memory_back(layout, device, tmp_path):
+def test_error_in_the_middle_of_a_load_gives_all_memory_back(layout, device, tmp_path):
     from benchmarks import shapes
     from tests.gpu.models import SHAPE
 
@@ -75,7 +75,7 @@ def test_an_error_in_the_middle_of_a_load_gives_all_memory_back(layout, device, 
 
 
 @needs_gpu_memory
-def test_the_device_can_be_loaded_to_after_an_error(checkpoint, per_expert, device, tmp_path):
+def test_device_can_be_loaded_to_after_an_error(checkpoint, per_expert, device, tmp_path):
     from benchmarks import shapes
     from tests.gpu.models import SHAPE
 
@@ -162,7 +162,7 @@ def test_device_that_is_not_current_is_used_for_converting_loading_and_saving(la
 
 @pytest.mark.gpu
 @two_gpus
-def test_a_model_on_two_devices_is_filled_and_saved(checkpoint, per_expert, tmp_path):
+def test_model_on_two_devices_is_filled_and_saved(checkpoint, per_expert, tmp_path):
     loaded = model()
     first, second = torch.device("cuda", 0), torch.device("cuda", 1)
     loaded.model.layers[0].to_empty(device=first)

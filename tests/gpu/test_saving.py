@@ -26,7 +26,7 @@ def rules():
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_a_state_dict_on_the_device_gives_the_files_that_the_host_gives(layout, per_expert, device, tmp_path):
+def test_state_dict_on_the_device_gives_the_same_files_as_on_the_host(layout, per_expert, device, tmp_path):
     host = grouped(per_expert, layout)
     options = {"rules": rules(), "layout": layout, "max_shard_size": sum(t.nbytes for t in host.values()) // 3}
     with on_host():
@@ -51,7 +51,7 @@ def test_views_on_the_device_are_saved_as_they_are(device, tmp_path):
 
 
 @pytest.mark.parametrize("dtype", [None, torch.float32], ids=str)
-def test_a_model_is_saved_right_after_it_was_loaded(dtype, checkpoint, per_expert, device, tmp_path):
+def test_model_is_saved_right_after_it_was_loaded(dtype, checkpoint, per_expert, device, tmp_path):
     loaded = model()
     amc.load_model(loaded, checkpoint, dtype=dtype, **on(device))
     amc.save_checkpoint(loaded, tmp_path / "back", **LITTLE)
@@ -59,7 +59,7 @@ def test_a_model_is_saved_right_after_it_was_loaded(dtype, checkpoint, per_exper
     assert_same(tensors_of(tmp_path / "back"), wanted, torch.device("cpu"))
 
 
-def test_a_save_casts_on_the_device(checkpoint, per_expert, device, tmp_path):
+def test_save_casts_on_the_device(checkpoint, per_expert, device, tmp_path):
     loaded = model()
     amc.load_model(loaded, checkpoint, **on(device))
     amc.save_checkpoint(loaded, tmp_path, dtype=torch.float32, **LITTLE)

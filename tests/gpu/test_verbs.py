@@ -44,7 +44,7 @@ PLAIN = {
 @pytest.mark.parametrize(("layout", "sides"), PLACES, ids=str)
 @pytest.mark.parametrize("dtypes", PAIRS, ids=lambda pair: f"{pair[1]}-{pair[0]}".replace("torch.", ""))
 @pytest.mark.parametrize("name", VERBS)
-def test_a_verb_moves_every_alignment_as_plain_indexing_does(name, dtypes, layout, sides, device):
+def test_verb_moves_every_alignment_like_plain_indexing(name, dtypes, layout, sides, device):
     verb, dst_count, src_count = VERBS[name]
     dst_dtype, src_dtype = dtypes
     # strided_copy writes bytes anywhere; everything else is written at multiples of an element.
@@ -70,7 +70,7 @@ def test_a_verb_moves_every_alignment_as_plain_indexing_does(name, dtypes, layou
 
 @pytest.mark.parametrize("name", VERBS if FULL_SIZES else ["strided_copy"])
 @pytest.mark.parametrize(("dst_dtype", "src_dtype"), [(d, s) for d in CASTABLE for s in CASTABLE if d != s], ids=str)
-def test_casts_round_as_those_of_the_cpu(name, dst_dtype, src_dtype, device):
+def test_casts_round_as_on_the_cpu(name, dst_dtype, src_dtype, device):
     verb, _, src_count = VERBS[name]
     bits = casting_cases(src_dtype)
     src = [bits.roll(roll, 0) for roll in range(src_count)]
@@ -88,7 +88,7 @@ def test_casts_round_as_those_of_the_cpu(name, dst_dtype, src_dtype, device):
 
 @pytest.mark.parametrize("dtypes", [(torch.bfloat16, torch.bfloat16), (torch.float32, torch.bfloat16)], ids=str)
 @pytest.mark.parametrize("operation", OPERATIONS)
-def test_layers_of_experts_are_moved_as_plain_indexing_does(operation, dtypes, device):
+def test_layers_of_experts_are_moved_like_plain_indexing(operation, dtypes, device):
     size = Experts("", 16, 768, 2048) if FULL_SIZES else Experts("", 2, 24, 48)
     case = OPERATIONS[operation](size, *dtypes, device)
     case.verify(operation, case.kernel)

@@ -137,7 +137,7 @@ def test_gate_and_up_of_two_dtypes_are_not_laid_out_together(tmp_path):
         amc.load_state_dict(stored, rules=[], layout="transformers", source_layout="apart")
 
 
-def test_a_shape_that_it_cannot_have_is_named(tmp_path):
+def test_shape_that_it_cannot_have_is_named(tmp_path):
     tensors = transformers()
     tensors[f"{PATH}.gate_up_proj"] = torch.zeros(EXPERTS, 2 * SIZE + 1, HIDDEN)
     stored = checkpoint(tmp_path / "stored", tensors)

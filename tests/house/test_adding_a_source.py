@@ -154,7 +154,7 @@ def assert_equal(actual, expected):
 
 
 @pytest.mark.parametrize("threads", [1, 4])
-def test_a_checkpoint_is_loaded_from_it(server, published, threads):
+def test_checkpoint_is_loaded_from_it(server, published, threads):
     directory, tensors = published
     assert_equal(amc.load_state_dict(directory, rules=rules(), threads=threads), grouped(tensors))
     spans = server.ranges
@@ -163,7 +163,7 @@ def test_a_checkpoint_is_loaded_from_it(server, published, threads):
     assert read <= sum(sizes.values())  # each byte once
 
 
-def test_a_checkpoint_is_converted_and_compared_from_it(server, published, tmp_path):
+def test_checkpoint_is_converted_and_compared_from_it(server, published, tmp_path):
     directory, tensors = published
     amc.convert_checkpoint(directory, tmp_path / "own", rules=rules(), verify=True)
     files = list((tmp_path / "own").glob("*.safetensors"))

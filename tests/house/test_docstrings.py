@@ -89,7 +89,7 @@ def test_first_lines_are_sentences_that_stand_alone():
         ('"""Read a file. Then close it."""', "one sentence"),
     ],
 )
-def test_a_breach_is_reported(text, problem):
+def test_breach_is_reported(text, problem):
     [breach] = breaches_of(text, "module", "module.py")
     assert problem in breach
 

@@ -38,7 +38,7 @@ def refuse(breaches):
     assert not breaches, "\n\n".join(["", *breaches])
 
 
-def test_all_modules_are_seen_kernels_too(tree):
+def test_all_modules_are_seen_with_the_kernels(tree):
     assert {"automodel_conv", "automodel_conv.loading", "automodel_conv.kernels.transpose"} <= tree.modules.keys()
     assert {"__init__.py", "loading.py", "planning/", "kernels/"} <= tree.rooms
     assert len(tree.inside) > len(tree.modules)
@@ -56,7 +56,7 @@ def test_every_room_is_in_the_table(tree, storeys):
     refuse(rules.rooms_off_the_table(tree, storeys))
 
 
-def test_a_room_uses_rooms_below_it_only(tree, storeys):
+def test_room_uses_rooms_below_it_only(tree, storeys):
     refuse(rules.arrows_up_or_across(tree, storeys))
 
 
@@ -66,15 +66,15 @@ def test_no_front_door_uses_a_front_door(tree, storeys):
     refuse(rules.doors_on_doors(tree, storeys))
 
 
-def test_planning_and_schedules_open_no_files_and_ask_no_models(tree):
+def test_planning_and_schedules_open_no_files_and_use_no_models(tree):
     refuse(rules.impure(tree, PURE, PURE))
 
 
-def test_schedules_are_made_without_torch(tree):
+def test_schedules_are_built_without_torch(tree):
     refuse(rules.impure(tree, ["schedule/"], PURE, more=["torch"]))
 
 
-def test_transformers_is_asked_in_few_rooms(tree):
+def test_transformers_is_imported_in_few_rooms(tree):
     refuse(rules.asks_transformers(tree, ASK_TRANSFORMERS))
 
 

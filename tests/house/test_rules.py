@@ -66,11 +66,11 @@ def broken(tree):
     return {rule: text for rule, (text,) in errors.items()}
 
 
-def test_a_sound_tree_breaks_no_rule(tmp_path):
+def test_sound_tree_breaks_no_rule(tmp_path):
     assert broken(planted(tmp_path)) == {}
 
 
-def test_the_table_is_read_from_the_top_down():
+def test_table_is_read_from_the_top_down():
     assert STOREYS.levels[:3] == [["cli/"], ["__init__.py"], ["loading.py", "saving.py"]]
     assert STOREYS.levels[3:] == [["schedule/", "upstream/"], ["planning/"], ["files/"], ["errors.py"]]
     assert STOREYS.doors == ["loading.py", "saving.py"]
@@ -99,7 +99,7 @@ def test_circle_in_a_room_is_reported_with_all_imports(tmp_path):
     ],
     ids=["in a function", "relative", "relative to the room", "for type checkers", "by name"],
 )
-def test_a_circle_is_found_however_it_is_imported(tmp_path, hidden):
+def test_circle_is_found_with_every_kind_of_import(tmp_path, hidden):
     assert broken(planted(tmp_path, planning__plan=hidden)).keys() == {"circle of modules"}
 
 
@@ -111,7 +111,7 @@ def test_each_circle_is_reported_once(tmp_path):
     assert len(rules.circles_of_modules(planted(tmp_path, **files))) == 2
 
 
-def test_a_circle_of_rooms_needs_no_circle_of_modules(tmp_path):
+def test_circle_of_rooms_needs_no_circle_of_modules(tmp_path):
     errors = broken(planted(tmp_path, files__room="from house.planning import lower"))
     assert errors.keys() == {"circle of rooms", "arrow"}
     assert "files/ -> planning/ -> files/" in errors["circle of rooms"]
@@ -166,7 +166,7 @@ def test_file_access_in_a_pure_room_is_reported(tmp_path, text, text_of_import):
     assert text_of_import in errors["impure"]
 
 
-def test_a_pure_room_uses_only_the_rooms_that_it_may(tmp_path):
+def test_pure_room_uses_only_the_rooms_that_it_may(tmp_path):
     tree = planted(tmp_path, schedule__late="from house.errors import Error")
     assert "house/schedule/late.py:1 imports house.errors (Error)" in broken(tree)["impure"]
     assert rules.impure(tree, PURE, {**PURE, "schedule/": {"planning/", "errors.py"}}) == []

@@ -70,7 +70,7 @@ NOT_A_MATRIX = {
 @pytest.mark.parametrize("at", range(1, COUNT))
 @pytest.mark.parametrize("odd", ODD)
 @pytest.mark.parametrize("kind", ["contiguous", "rows apart"])
-def test_a_matrix_of_another_kind_is_named(kind, odd, at):
+def test_matrix_of_another_kind_is_named(kind, odd, at):
     tensors = matrices_of_kind(kind)
     tensors[at] = ODD[odd](tensors[at])
     with pytest.raises(ConversionError, match="src has matrices of several kinds") as error:
@@ -95,7 +95,7 @@ def test_tensor_that_is_no_matrix_is_named(odd, at):
 
 
 @pytest.mark.parametrize("at", [1, COUNT - 1])
-def test_a_meta_tensor_among_empty_ones_is_named(at):
+def test_meta_tensor_among_empty_ones_is_named(at):
     # Empty tensors have no address either.
     tensors = matrices_of_kind("no rows")
     tensors[at] = tensors[at].to("meta")
@@ -130,7 +130,7 @@ def matrices_of(stack):
     ],
     ids=lambda stack: f"{list(stack.shape)} {stack.stride()}",
 )
-def test_a_stack_is_the_list_of_its_matrices(stack):
+def test_stack_is_the_list_of_its_matrices(stack):
     matrices, listed = as_matrices("dst", stack), as_matrices("dst", matrices_of(stack))
     assert matrices.addresses.tolist() == listed.addresses.tolist()
     if len(stack):
@@ -138,6 +138,6 @@ def test_a_stack_is_the_list_of_its_matrices(stack):
 
 
 @pytest.mark.parametrize("tensor", [torch.zeros(4, 6), torch.zeros(6), torch.zeros(3, 6, 4).transpose(1, 2)])
-def test_a_tensor_that_is_no_stack_of_matrices_is_refused(tensor):
+def test_tensor_that_is_no_stack_of_matrices_is_refused(tensor):
     with pytest.raises(ConversionError, match="dst needs matrices with adjacent elements in each row"):
         as_matrices("dst", tensor)

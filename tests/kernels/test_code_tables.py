@@ -198,7 +198,7 @@ def test_every_nvfp4_code_under_every_scale_and_a_common_one(common, dtype, divi
 
 
 @pytest.mark.parametrize("divide", [False, True])
-def test_a_common_scale_of_wide_scales(divide):
+def test_common_scale_of_wide_scales(divide):
     scales, common = torch.tensor([[0.3, 1e-38, 3e38]]), torch.tensor(1.7)
     exact = products("e4m3", scales)
     exact = exact / common.double().item() if divide else exact * common.double().item()

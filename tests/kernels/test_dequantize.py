@@ -121,7 +121,7 @@ def test_torch_version_equals_the_definition(problem, layout, nbytes, pairs_wort
 
 
 @given(problem=problems(), data=st.data(), layout=st.sampled_from(sorted(LAYOUTS)))
-def test_a_part_with_its_start_is_the_part_of_the_whole(problem, data, layout):
+def test_part_with_its_start_is_the_part_of_the_whole(problem, data, layout):
     (rows, columns), block, start = problem.shape, problem.how["block"], problem.how["start"]
     bits = problem.how["bits"]
     step = 8 // bits

@@ -19,7 +19,7 @@ PUBLIC = [(module, name) for module, names in VERBS.items() for name in names]
 
 
 @pytest.mark.parametrize("name", MODULES)
-def test_the_examples_of_a_module_run(name):
+def test_examples_of_a_module_run(name):
     if name in NEED_TRITON and not jit.INTERPRETED:
         pytest.skip("verbs run on tensors of the CPU only in Triton's interpreter")
     module = importlib.import_module(f"{PACKAGE}.{name}")

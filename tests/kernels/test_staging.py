@@ -92,7 +92,7 @@ def test_one_block_serves_many_tables_and_a_full_one_is_followed_by_another():
     assert pinned == [numbers, numbers]
 
 
-def test_a_table_larger_than_a_block_has_memory_of_its_own():
+def test_table_larger_than_a_block_has_memory_of_its_own():
     pinned = []
     stage = Staging(lambda numbers: pinned.append(numbers) or torch.empty(numbers, dtype=torch.int64), BLOCK_BYTES)
     table = np.arange(BLOCK_BYTES).reshape(-1, 2)
@@ -125,7 +125,7 @@ def test_blocks_take_turns_once_their_copies_are_done():
     assert allocator.pinned.count(BLOCK_BYTES // 8) == 2
 
 
-def test_a_block_is_not_written_while_copies_out_of_it_are_under_way():
+def test_block_is_not_written_during_copies_out_of_it():
     allocator = HostAllocator()
     stage = Staging(allocator, BLOCK_BYTES)
     in_flight = []
@@ -135,7 +135,7 @@ def test_a_block_is_not_written_while_copies_out_of_it_are_under_way():
     assert all([*read] == table.reshape(-1).tolist() for table, read in in_flight)
 
 
-def test_a_graph_under_capture_gets_memory_that_is_not_shared():
+def test_graph_under_capture_gets_memory_that_is_not_shared():
     # Memory that torch pins during a capture stays with the graph, and its replays read it again.
     with (
         mock.patch.object(staging, "_STAGING") as stage,
@@ -148,7 +148,7 @@ def test_a_graph_under_capture_gets_memory_that_is_not_shared():
     pin.return_value.to.assert_called_once_with(torch.device("cuda"), non_blocking=True)
 
 
-def test_the_cpu_gets_the_table_itself():
+def test_cpu_gets_the_table_itself():
     table = np.arange(6).reshape(3, 2)
     uploaded = staging.upload(table, torch.device("cpu"))
     assert uploaded.data_ptr() == table.ctypes.data

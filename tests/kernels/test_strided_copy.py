@@ -91,7 +91,7 @@ def test_tensors_in_the_same_order_are_not_transposed():
     assert_bytes_equal(both.t(), src[0])
 
 
-def test_a_stack_of_experts_is_transposed_one_by_one():
+def test_stack_of_experts_is_transposed_one_by_one():
     whole = poisoned((3, 80, 128), torch.bfloat16)
     src = address_valued((3, 64, 80), torch.bfloat16)
     assert matrices_of(whole[..., :64].transpose(1, 2), src) == [(80, 64)] * 3
@@ -116,7 +116,7 @@ def test_dimensions_of_size_one_do_not_hide_a_transposition():
 
 @pytest.mark.parametrize(("source", "target"), [("bfloat16", "float32"), ("float32", "bfloat16")])
 @pytest.mark.parametrize("permute", [(0, 1, 2), (0, 2, 1), (2, 1, 0)], ids=str)
-def test_casts_round_as_tensor_to_does(source, target, permute):
+def test_casts_round_like_tensor_to(source, target, permute):
     source, target = getattr(torch, source), getattr(torch, target)
     src = torch.randn(65, 66, 67, generator=torch.Generator().manual_seed(0)).to(source)
     shape = tuple(src.shape[dim] for dim in permute)
@@ -143,7 +143,7 @@ def test_lists_of_different_length_are_refused():
         strided_copy_torch([], [torch.empty(2)])
 
 
-def test_a_source_that_would_have_to_be_broadcast_is_refused_before_anything_is_written():
+def test_broadcast_source_is_refused_before_anything_is_written():
     good = torch.zeros(4)
     with pytest.raises(ConversionError, match=r"pair 1(.|\n)*src \[4, 3\]"):
         strided_copy_torch([good, torch.zeros(4, 3)], [torch.ones(4), torch.ones(1, 3)])
@@ -151,7 +151,7 @@ def test_a_source_that_would_have_to_be_broadcast_is_refused_before_anything_is_
 
 
 @pytest.mark.parametrize("shape", [(80, 1), (1, 80, 64)], ids=str)
-def test_a_destination_that_repeats_an_address_is_refused(shape):
+def test_destination_that_repeats_an_address_is_refused(shape):
     dst = torch.zeros(shape).expand(*([3] * (len(shape) - 2)), 80, 64)
     src = torch.ones(*dst.shape[:-2], 64, 80).transpose(-2, -1)
     with pytest.raises(RuntimeError, match="single memory location"):

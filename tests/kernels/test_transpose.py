@@ -220,7 +220,7 @@ def test_float32_specials_are_unchanged():
     ids=str,
 )
 @pytest.mark.parametrize("shape", [(129, 67), (64, 80), (300, 16), (3, 5)], ids=str)
-def test_casts_round_as_tensor_to_does(source, target, shape):
+def test_casts_round_like_tensor_to(source, target, shape):
     generator = torch.Generator().manual_seed(0)
     bits = torch.randint(-(2**62), 2**62, shape, generator=generator)
     src = (bits >> (62 - 8 * source.itemsize)).to(INTEGERS[source.itemsize]).view(source)
@@ -276,7 +276,7 @@ def test_many_threads_may_transpose_at_once():
 
 
 @pytest.mark.parametrize("shape", [(81, 64), (5, 3)], ids=str)
-def test_a_parameter_is_written_without_a_graph(shape):
+def test_parameter_is_written_without_a_graph(shape):
     parameter = torch.nn.Parameter(torch.zeros(shape, dtype=torch.bfloat16))
     src = torch.rand(shape[::-1]).bfloat16().requires_grad_()
     transpose_torch([parameter], [src])
@@ -294,13 +294,13 @@ def test_lists_of_different_length_are_refused():
 
 
 @pytest.mark.parametrize("shape", [(80, 65), (64, 80), (80,), (1, 80, 64)], ids=str)
-def test_a_destination_of_another_shape_is_named_before_anything_is_written(shape):
+def test_destination_of_another_shape_is_named_before_anything_is_written(shape):
     good = torch.zeros(80, 64)
     with pytest.raises(ConversionError, match=r"pair 1(.|\n)*dst \[80, 64\]"):
         transpose_torch([good, torch.zeros(shape)], [torch.ones(64, 80)] * 2)
     assert not good.any()
 
 
-def test_a_destination_that_repeats_an_address_is_refused():
+def test_destination_that_repeats_an_address_is_refused():
     with pytest.raises(RuntimeError, match="single memory location"):
         transpose_torch([torch.zeros(80, 1).expand(80, 64)], [torch.ones(64, 80)])

@@ -27,7 +27,7 @@ from tests.planning.plans import (
 
 
 @given(SEEDS)
-def test_the_inverse_after_the_plan_is_the_identity(seed):
+def test_inverse_after_the_plan_is_the_identity(seed):
     _, plan = random_plan(seed)
     start = addressed(plan.sources)
     assert execute(plan.inverse(), execute(plan, start)) == start
@@ -35,7 +35,7 @@ def test_the_inverse_after_the_plan_is_the_identity(seed):
 
 
 @given(SEEDS)
-def test_the_inverse_of_the_inverse_copies_the_same(seed):
+def test_inverse_of_the_inverse_copies_the_same(seed):
     _, plan = random_plan(seed)
     again = plan.inverse().inverse()
     start = addressed(plan.sources)
@@ -131,7 +131,7 @@ def test_cast_between_plans_is_kept():
     assert down.then(keep).targets[0].dtype == "BF16"
 
 
-def test_a_plan_that_drops_part_of_a_source_has_no_inverse():
+def test_plan_that_drops_part_of_a_source_has_no_inverse():
     sources = table(qkv=(6, 2))
     split = plan_of(sources, targets_of(sources, [["qkv"]], [CHUNK], ["q", "k", "v"]))
     assert [t.name for t in split.inverse().targets] == ["qkv"]
@@ -139,14 +139,14 @@ def test_a_plan_that_drops_part_of_a_source_has_no_inverse():
         plan_of(sources, split.targets[:2]).inverse()
 
 
-def test_a_source_that_is_read_twice_has_no_inverse():
+def test_source_that_is_read_twice_has_no_inverse():
     sources = table(a=(4,))
     plan = plan_of(sources, [*targets_of(sources, [["a"]], [], ["x"]), *targets_of(sources, [["a"]], [], ["y"])])
     with pytest.raises(CoverageError, match="a would be written twice"):
         plan.inverse()
 
 
-def test_the_inverse_casts_back():
+def test_inverse_casts_back():
     back = experts_plan("F32").inverse()
     assert {t.dtype for t in back.targets} == {"BF16"}
     assert set(back.sources.dtypes) == {"F32", "BF16"}
@@ -188,7 +188,7 @@ def test_round_trip_is_one_copy_of_the_whole():
     assert back.is_whole
 
 
-def test_a_part_of_a_merged_tensor_reads_only_its_own_source():
+def test_part_of_a_merged_tensor_reads_only_its_own_source():
     merged = Target(
         "all", "F32", (3, 4), -1, (0, 1, 2), group_pieces(Piece(i, Box((4,), (1,), (1,)), 0, 4 * i) for i in range(3))
     )

@@ -65,7 +65,7 @@ GEOMETRIES = st.sampled_from([((3,), (1,)), ((3, 3), (5, 1))])
 
 
 @given(COLUMNS, st.data())
-def test_copies_are_grouped_as_their_pieces_are(columns, data):
+def test_copies_are_grouped_like_their_pieces(columns, data):
     places = iter(data.draw(st.permutations(range(sum(map(len, columns))))))
     copies = []
     for group in columns:
@@ -75,7 +75,7 @@ def test_copies_are_grouped_as_their_pieces_are(columns, data):
     assert group_copies(copies) == group_pieces([piece for copy in copies for piece in copy.pieces()])
 
 
-def test_a_piece_that_walks_over_sources_in_two_dimensions_is_a_copy_of_each():
+def test_piece_that_walks_over_sources_in_two_dimensions_is_a_copy_of_each():
     walk = Piece(0, Box((2, 3, 4), (3 * SPAN, SPAN, 1), (24, 8, 1)), SPAN + 7, 100)
     writes = (100, 108, 116, 124, 132, 140)
     assert by_source(walk) == StridedCopy(Box((4,), (1,), (1,)), (1, 2, 3, 4, 5, 6), (7,) * 6, writes)

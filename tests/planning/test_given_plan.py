@@ -87,7 +87,7 @@ def never_opened(monkeypatch):
 
 @pytest.mark.parametrize("form", ["plan", "json"])
 @pytest.mark.parametrize("home", ["new tensors", "no model", "in place", "meta"])
-def test_a_load_by_a_plan_is_the_load_that_plans(mixtral, form, home, request):
+def test_load_by_a_plan_equals_the_load_that_plans(mixtral, form, home, request):
     plan = mixtral.plan if form == "plan" else mixtral.plan.to_json()
     expected = amc.load_state_dict(mixtral.path, mixtral.model)
     request.getfixturevalue("never_planned")
@@ -230,7 +230,7 @@ def edited(name, change):
     ],
     ids=["absent", "dtype", "shape"],
 )
-def test_a_source_that_does_not_fit_is_named_and_nothing_is_written(mixtral, changed, edit, message, strict):
+def test_source_that_does_not_fit_is_named_and_nothing_is_written(mixtral, changed, edit, message, strict):
     model = poisoned("mixtral")
     path = changed(edit)
     for load in (
@@ -275,7 +275,7 @@ def test_unused_tensor_may_be_absent_in_a_lenient_load(tmp_path):
 
 
 @pytest.mark.parametrize("strict", [True, False])
-def test_a_plan_of_another_model_does_not_fit(tmp_path, mixtral, strict):
+def test_plan_of_another_model_does_not_fit(tmp_path, mixtral, strict):
     other = build_model("qwen3_moe")
     for load in (
         lambda: amc.load_model(other, mixtral.path, plan=mixtral.plan, strict=strict),
@@ -414,7 +414,7 @@ def test_reading_a_plan_is_planning(mixtral, monkeypatch):
     assert seconds["plan"] == seconds["open"] + 1
 
 
-def test_a_plan_from_json_is_proved(mixtral):
+def test_plan_from_json_is_proved(mixtral):
     data = json.loads(mixtral.plan.to_json())
     data["copies"][0][0][-1][0] = 1
     with pytest.raises(amc.CoverageError):

@@ -218,7 +218,7 @@ def test_names_unlike_all_layouts_get_only_the_list():
         assert "do:" not in str(error.value)
 
 
-def test_a_models_own_flags_are_a_layout():
+def test_models_own_flags_are_a_layout():
     assert as_layout(ExpertLayout(transposed=False, interleaved=False, gated=True)) == LAYOUTS["transformers"]
     assert as_layout(ExpertLayout(transposed=True, interleaved=True, gated=True)) == LAYOUTS["gpt_oss"]
 

@@ -88,7 +88,7 @@ def test_tensors_of_other_ranks_are_not_joined():
         values.concatenate([leaf(0, (2, 3)), leaf(1, (2,))], 1)
 
 
-def test_a_source_that_is_stacked_twice_is_two_copies():
+def test_source_that_is_stacked_twice_is_two_copies():
     """There must be no walk with a step of 0, which has no inverse."""
     copies = copies_of(values.stack([leaf(1, (2, 3)), leaf(1, (2, 3)), leaf(2, (2, 3))], 0))
     assert [copy.ordinals for copy in copies] == [(1, 1, 2)]

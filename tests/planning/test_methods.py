@@ -13,7 +13,7 @@ def test_formats_have_the_bits_of_their_tables():
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_a_tensor_is_packed_in_one_way(name):
+def test_tensor_is_packed_in_one_way(name):
     method = METHODS[name]
     assert method.name == name
     forms = [(packing.suffix, packing.dtype) for packing in method.codes]
@@ -43,7 +43,7 @@ def test_shapes_of_codes(packing, stored, unpacked):
     ("weight", "suffix", "part"),
     [("a.weight", "_scale", "a.weight_scale"), ("a.weight", ".scale", "a.scale"), ("a.bias", "", "a.bias")],
 )
-def test_a_part_is_named_after_its_weight(weight, suffix, part):
+def test_part_is_named_after_its_weight(weight, suffix, part):
     assert part_name(weight, suffix) == part
     assert weight_name(part, suffix) == weight
     assert part_name("a.bias", ".scale") is None

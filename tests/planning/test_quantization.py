@@ -116,7 +116,7 @@ def test_scales_determine_the_block_if_the_config_does_not(scale, block):
     assert table_read.decodes[0].block == block
 
 
-def test_codes_with_scales_are_seen_without_a_config():
+def test_codes_with_scales_are_recognized_without_a_config():
     assert has_codes(table(a__weight=("F8_E4M3", (8, 8)), a__weight_scale_inv=("F32", (1, 1)))) == "a.weight"
     assert has_codes(table(a__weight=("F8_E4M3", (8, 8)))) is None
     assert has_codes(table(a__weight_scale_inv=("F32", (1, 1)), a__weight=("BF16", (8, 8)))) is None
@@ -293,6 +293,6 @@ def test_schemes_that_are_not_decoded_are_named(config, named):
     ],
     ids=str,
 )
-def test_a_malformed_config_is_one_error(config):
+def test_malformed_config_is_one_error(config):
     with pytest.raises(QuantizationError, match="malformed"):
         quantized_table(table(**CODES), config)

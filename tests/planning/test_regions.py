@@ -52,7 +52,7 @@ def test_box_equals_narrow(seed):
     ("offsets", "lengths"),
     [([0, 1], [2, 3]), ([-1, 0], [1, 1]), ([3, 0], [0, 1]), ([0, 0], [1, -1]), ([0], [2]), ([0, 0, 0], [1, 1, 1])],
 )
-def test_a_box_outside_its_tensor_is_refused(offsets, lengths):
+def test_box_outside_its_tensor_is_refused(offsets, lengths):
     with pytest.raises(CoverageError, match="leaves its tensor"):
         box((2, 3), offsets, lengths)
 
@@ -126,7 +126,7 @@ def check_parts(rng, plan, elements):
 @pytest.mark.parametrize("name", CASES)
 @settings(max_examples=40)
 @given(seed=SEEDS)
-def test_a_part_of_every_operation_is_the_part_of_its_result(name, seed):
+def test_part_of_every_operation_is_the_part_of_its_result(name, seed):
     rng = random.Random(seed)
     case = CASES[name](rng)
     context = Context(tuple(case.sources), tuple(case.targets), case.shapes)
@@ -175,7 +175,7 @@ def _lowerable(inputs):
 
 @settings(max_examples=150)
 @given(SEEDS)
-def test_a_part_of_a_chain_of_operations_is_the_part_of_its_result(seed):
+def test_part_of_a_chain_of_operations_is_the_part_of_its_result(seed):
     rng = random.Random(seed)
     operations, inputs, outputs = random_chain(rng)
     plan, elements = plan_of_case(operations, inputs, Context(tuple(inputs), outputs, ()))
@@ -183,7 +183,7 @@ def test_a_part_of_a_chain_of_operations_is_the_part_of_its_result(seed):
     check_parts(rng, plan.inverse(), {name: t.reshape(-1).tolist() for name, t in results(plan, elements).items()})
 
 
-def test_a_rank_of_experts_reads_its_own_experts_only():
+def test_rank_of_experts_reads_its_own_experts_only():
     plan = moe_plan()
     for at in range(3):  # 4 experts over 3 ranks: 2, 2, 0
         part = plan.shard({"grouped": placed((4, 12, 4), (3,), (at,), [Shard(0)])})
@@ -208,7 +208,7 @@ def test_copies_of_a_part_stay_few():
     assert len(part.targets[0].sources) == 64
 
 
-def test_a_plan_without_regions_is_left_as_it_is():
+def test_plan_without_regions_is_unchanged():
     plan = moe_plan()
     assert plan.shard({}) is plan
     assert plan.shard({"another": whole((3,))}) is plan
@@ -221,7 +221,7 @@ def test_parts_keep_the_sources_left_out_by_the_plan():
     assert (part.missing, part.unexpected, part.mismatched) == (plan.missing, plan.unexpected, plan.mismatched)
 
 
-def test_a_region_of_another_shape_is_refused():
+def test_region_of_another_shape_is_refused():
     with pytest.raises(CoverageError, match="grouped has another shape"):
         moe_plan().shard({"grouped": whole((4, 4, 12))})
 
@@ -269,6 +269,6 @@ def test_part_may_have_its_own_dtype_with_one_cast():
         plan_of_parts(moe_plan(dtype="F32"), [Part("grouped", "back", region, "F64")])
 
 
-def test_a_region_is_a_value():
+def test_region_is_a_value():
     assert box((4, 4), [0, 0], [4, 4]) == whole((4, 4)) == Region((4, 4), (((0, 4),), ((0, 4),)))
     assert hash(whole((4, 4))) == hash(box((4, 4), [0, 0], [4, 4]))

@@ -240,7 +240,7 @@ def test_subclass_that_reads_digits_is_resolved_per_key():
     assert any(target.startswith("even.10.") for target in ours(names, rules, None)[0])
 
 
-def test_an_index_offset_is_applied_per_key():
+def test_index_offset_is_applied_per_key():
     offset = getattr(core, "Inkling2IndexOffsetWeightRename", None)
     if offset is None:
         pytest.skip("this transformers has no index offset")
@@ -275,7 +275,7 @@ def test_correct_name_is_left_unchanged():
     assert set(ours(names, rules, targets)[0]) == set(targets)
 
 
-def test_the_base_prefix_is_added_and_removed_where_that_helps():
+def test_base_prefix_is_added_and_removed_where_that_helps():
     names = ["model.layers.0.w", "layers.11.w", "head.w", "model.experts.10.w1.weight", "experts.9.w1.weight"]
     targets = {"layers.0.w": 1, "model.layers.11.w": 1, "head.w": 1, "experts.gate_up_proj": 1}
     assert_agree(names, [merging()], targets, "model")
@@ -328,7 +328,7 @@ def two_projections():
     )
 
 
-def test_a_missing_expert_is_named():
+def test_missing_expert_is_named():
     names = [f"layers.3.experts.{e}.{w}.weight" for e in range(20) for w in ("w1", "w3") if (e, w) != (17, "w3")]
     table = SourceTable(names, ["F32"] * len(names), [(2, 5)] * len(names))
     targets = {"layers.3.experts.gate_up_proj": TargetSpec("F32", (20, 4, 5))}
@@ -356,7 +356,7 @@ def test_gap_in_the_experts_is_named_without_a_model():
     assert problems.incomplete == [("experts.gate_up_proj", ("experts.17.w1.weight",))]
 
 
-def test_a_name_with_a_nul_character_is_a_name():
+def test_name_with_a_nul_character_is_a_name():
     assert_agree(["a\0b.3.w", "c.w"], [merging()])
 
 
@@ -398,6 +398,6 @@ def test_names_that_contain_the_number_placeholder_are_kept():
     assert sorted(assignment.target for assignment in resolve(names, RuleSet([]), None).assignments) == sorted(names)
 
 
-def test_names_that_end_lines_are_kept():
+def test_names_with_line_ends_are_kept():
     names = ["a\n.1.w", "a.1.w", "a.1\n", "\n"]
     assert sorted(assignment.target for assignment in resolve(names, RuleSet([]), None).assignments) == sorted(names)

@@ -145,19 +145,19 @@ class OwnConverter(WeightConverter):
     pass
 
 
-def test_a_subclass_of_an_operation_is_not_stock():
+def test_subclass_of_an_operation_is_not_stock():
     for operation in (Louder(dim=0), Quiet(dim=0)):
         with pytest.raises(NotLowerable, match=type(operation).__name__):
             operations_of(experts([operation, Concatenate(dim=1)]))
 
 
-def test_a_subclass_of_the_converter_is_not_stock():
+def test_subclass_of_the_converter_is_not_stock():
     rule = OwnConverter("a.*.b", "c", operations=[MergeModulelist(dim=0)])
     with pytest.raises(NotLowerable, match="OwnConverter"):
         operations_of(rule)
 
 
-def test_a_patched_convert_is_not_stock(monkeypatch):
+def test_patched_convert_is_not_stock(monkeypatch):
     def convert(self, input_dict, source_patterns, target_patterns, **kwargs):
         raise AssertionError("never called here")
 
@@ -171,7 +171,7 @@ def test_a_patched_convert_is_not_stock(monkeypatch):
         operations_of(experts())
 
 
-def test_a_patched_convert_that_wraps_the_stock_one_is_not_stock(monkeypatch):
+def test_patched_convert_that_wraps_the_stock_one_is_not_stock(monkeypatch):
     stock = MergeModulelist.convert
 
     @functools.wraps(stock)
@@ -183,14 +183,14 @@ def test_a_patched_convert_that_wraps_the_stock_one_is_not_stock(monkeypatch):
         operations_of(experts())
 
 
-def test_a_convert_set_on_one_operation_is_not_stock():
+def test_convert_set_on_one_operation_is_not_stock():
     operation = MergeModulelist(dim=0)
     operation.convert = lambda *args, **kwargs: {}
     with pytest.raises(NotLowerable, match="MergeModulelist"):
         operations_of(experts([operation, Concatenate(dim=1)]))
 
 
-def test_a_rule_with_a_quantization_is_not_stock():
+def test_rule_with_a_quantization_is_not_stock():
     rule = experts()
     rule.quantization_operation = MergeModulelist(dim=0)
     with pytest.raises(NotLowerable, match="quantization"):
@@ -232,7 +232,7 @@ def test_natural_order_compares_numbers_as_numbers():
     assert sorted(["a.10", "a.9"], key=natural_key) == ["a.9", "a.10"]
 
 
-def test_a_users_mapping_becomes_renamings_in_its_order():
+def test_mapping_of_a_user_becomes_renamings_in_its_order():
     first, second = key_renamings({"^a": "b", "c": "d"})
     assert (first.rename_source_key("a.c")[0], second.rename_source_key("a.c")[0]) == ("b.c", "a.d")
     assert key_renamings(None) == key_renamings({}) == []

@@ -96,7 +96,7 @@ def test_part_that_contradicts_its_placements_is_refused():
 
 
 @pytest.mark.parametrize("shape", [(), (3,), (0, 2), (4, 2)])
-def test_a_rank_outside_of_the_mesh_holds_nothing(shape):
+def test_rank_outside_of_the_mesh_holds_nothing(shape):
     mesh = SimpleNamespace(get_coordinate=lambda: None)
     region = region_of(SimpleNamespace(shape=torch.Size(shape), placements=[Replicate()], device_mesh=mesh))
     assert region.shape == shape
@@ -109,7 +109,7 @@ def test_partial_sums_are_refused():
         placed((4, 4), (2, 2), (0, 1), [Shard(0), Partial()])
 
 
-def test_a_plain_tensor_is_held_whole():
+def test_plain_tensor_is_held_whole():
     assert region_of(torch.empty(2, 3)) == whole((2, 3))
     assert region_of(torch.empty(())).is_whole
     assert region_of(torch.empty(0, 3)).is_whole

@@ -117,7 +117,7 @@ def test_sizes_that_no_vector_divides_are_detected(gpu, monkeypatch, rows, strid
         transpose([torch.zeros(COLUMNS, rows, dtype=torch.int16)], [src])
 
 
-def test_a_vector_of_codes_over_two_blocks_is_found(gpu, monkeypatch):
+def test_vector_of_codes_over_two_blocks_is_found(gpu, monkeypatch):
     real = dequantize_module.dequantize_variant
     monkeypatch.setattr(dequantize_module, "dequantize_variant", lambda d, how, a, b, _: real(d, how, a, b, 16))
     table, table_rows = code_table("e4m3", torch.rand(4, 8), torch.bfloat16)
@@ -126,14 +126,14 @@ def test_a_vector_of_codes_over_two_blocks_is_found(gpu, monkeypatch):
         dequantize([torch.zeros(4, 32, dtype=torch.bfloat16)], [codes], [table_rows], table, bits=8, block=(1, 4))
 
 
-def test_a_table_row_beyond_the_table_is_found(gpu):
+def test_table_row_beyond_the_table_is_found(gpu):
     table, table_rows = code_table("e4m3", torch.rand(1, 4), torch.bfloat16)
     codes, out = torch.zeros(1, 32, dtype=torch.uint8), torch.zeros(1, 32, dtype=torch.bfloat16)
     with pytest.raises(GpuFault, match="table of values leaves memory"):
         dequantize([out], [codes], [table_rows + 1000], table, bits=8, block=(1, 8))
 
 
-def test_a_stride_that_is_not_passed_on_is_found(gpu, monkeypatch):
+def test_stride_that_is_not_passed_on_is_found(gpu, monkeypatch):
     real = launching.queue
     monkeypatch.setattr(launching, "queue", lambda *first: real(*first[:3], (*first[3][:3], 0)))
     with pytest.raises(GpuFault, match="share memory"):
@@ -163,7 +163,7 @@ def at(tensor, offset, shape, stride):
 
 @pytest.mark.parametrize("side", ["destination", "source"])
 @pytest.mark.parametrize("offset", [-1, 1])
-def test_a_byte_beyond_a_tensor_is_found(gpu, side, offset):
+def test_byte_beyond_a_tensor_is_found(gpu, side, offset):
     memory, other = bytes_of(1024), bytes_of(1024)
     beyond, within = at(memory, offset, (4, 256), 256), at(other, 0, (4, 256), 256)
     pair = (beyond, within) if side == "destination" else (within, beyond)
@@ -194,7 +194,7 @@ def test_two_destinations_that_share_a_byte_are_found(gpu):
         strided_copy(dst, matrices_at(src, [0, 1024], (4, 64), 64, torch.uint8))
 
 
-def test_a_source_that_is_written_is_found(gpu):
+def test_source_that_is_written_is_found(gpu):
     memory = bytes_of(8192)
     src, dst = (matrices_at(memory, [at], (4, 64), 128, torch.uint8) for at in (0, 63))
     with pytest.raises(GpuFault, match=r"source 0 .* shares bytes with destination 0"):

@@ -113,7 +113,7 @@ def in_a_reader():
     return threading.current_thread().name.startswith("automodel_conv")
 
 
-def test_a_slot_that_is_reused_early_is_found(cases, gpu, monkeypatch):
+def test_slot_that_is_reused_early_is_found(cases, gpu, monkeypatch):
     waited = simulated.Event.synchronize
     monkeypatch.setattr(simulated.Event, "synchronize", lambda event: in_a_reader() or waited(event))
     with pytest.raises(GpuFault, match="pinned memory is written while it is uploaded"):
@@ -129,7 +129,7 @@ def test_missing_wait_between_streams_is_detected_even_if_all_bytes_are_right(ca
         run_schedules(cases, gpu, lambda **how: gpu.new_device(**how | {"eagerness": 1}))
 
 
-def test_a_fault_of_a_kernel_ends_a_load(cases, gpu, monkeypatch):
+def test_fault_of_a_kernel_ends_a_load(cases, gpu, monkeypatch):
     from automodel_conv.kernels import transpose
 
     real = transpose.transpose_variant

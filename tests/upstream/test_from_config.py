@@ -99,7 +99,7 @@ def test_language_model_uses_the_text_config():
     assert taken is config.text_config
 
 
-def test_a_class_that_a_user_registered_is_found():
+def test_class_registered_by_a_user_is_found():
     class OwnConfig(transformers.MixtralConfig):
         model_type = "own_mixtral"
 
@@ -120,7 +120,7 @@ def test_config_without_a_class_is_an_error():
 
 
 @pytest.mark.parametrize("strict", [True, False])
-def test_a_checkpoint_whose_architecture_is_foreign_loads_whole(tmp_path, strict):
+def test_checkpoint_whose_architecture_is_foreign_loads_whole(tmp_path, strict):
     write_checkpoint(build_model("mixtral"), tmp_path)
     changed_config(tmp_path, architectures=["SomebodysForConditionalGeneration"])
     stock = assert_as_upstream(tmp_path)
@@ -158,7 +158,7 @@ def test_composite_models_without_architectures_are_found(tmp_path):
     ],
     ids=["remote code", "unknown type", "dtype auto", "no dtype of torch", "no floating dtype", "no number", "no act"],
 )
-def test_a_config_that_transformers_fails_on_is_one_error(tmp_path, changes):
+def test_config_that_transformers_fails_on_is_one_error(tmp_path, changes):
     write_checkpoint(build_model("mixtral"), tmp_path)
     changed_config(tmp_path, **changes)
     for action in (amc.load_state_dict, amc.compile_plan):
@@ -206,7 +206,7 @@ def test_without_a_dtype_in_the_config_the_first_tensor_by_name_has_it(tmp_path,
 
 
 @pytest.mark.parametrize("code", [torch.float8_e4m3fn, torch.int8, torch.uint8])
-def test_a_first_tensor_of_codes_is_passed_over(tmp_path, code):
+def test_first_tensor_of_codes_is_passed_over(tmp_path, code):
     mixed(tmp_path, torch.float16, torch.bfloat16)
     tensors = load_file(tmp_path / "model.safetensors")
     save_file(tensors | {"a.first": torch.zeros(2, dtype=code)}, tmp_path / "model.safetensors")
@@ -234,7 +234,7 @@ def test_first_file_has_the_dtype_unless_the_index_has_it(tmp_path, stored_dtype
 
 @pytest.mark.parametrize("key", ["dtype", "torch_dtype"])
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
-def test_the_dtype_of_the_config_wins_over_that_of_the_files(tmp_path, key, dtype):
+def test_dtype_of_the_config_wins_over_that_of_the_files(tmp_path, key, dtype):
     mixed(tmp_path, torch.bfloat16, torch.bfloat16)
     changed_config(tmp_path, **{key: dtype})
     assert assert_as_upstream(tmp_path).dtype == getattr(torch, dtype)
