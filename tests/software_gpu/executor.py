@@ -159,7 +159,7 @@ class Executor:
         columns = _of_columns(variant, geometry, blocks)
         vectors = columns.reshape(-1, variant.src_vector)
         if not self._is_compiling:
-            demand((vectors == vectors[:, :1]).all(), variant, f"a vector of codes lies in two blocks: {geometry}")
+            demand((vectors == vectors[:, :1]).all(), variant, f"a vector of codes spans two blocks: {geometry}")
         rows = _of_rows(variant, geometry, blocks)
         stride = blocks.table_rows_stride
         last = int(rows[-1]) * stride + int(columns[-1])

@@ -84,7 +84,7 @@ class Allocations:
                 look()
         outside = int(np.flatnonzero(~inside)[0])
         raise GpuFault(
-            f"{box.name} leaves memory: {box.span_bytes} bytes at {int(box.starts[outside]):#x} lie in no tensor; "
+            f"{box.name} leaves memory: {box.span_bytes} bytes at {int(box.starts[outside]):#x} are in no tensor; "
             f"{list(box.shape)}, strides {list(box.strides)} in bytes"
         )
 
