@@ -14,9 +14,9 @@ OTHER_TRANSFORMERS := 5.17.0 5.12.1
 EXTRA_5.12.1 := tokenizers==0.22.2
 # Tests of the code that calls transformers' objects. `test` runs them on every release; `test-long` runs all tests that
 # import transformers.
-TRANSFORMERS_TESTS := tests/upstream tests/integrations tests/doors/conversion_mapping tests/planning/test_rules.py \
-	tests/planning/test_lowering.py tests/planning/test_upstream_operations.py tests/planning/test_square.py \
-	tests/quantized/test_models.py tests/whole/test_sweep.py
+TRANSFORMERS_TESTS := tests/upstream tests/integrations tests/doors/conversion_mapping \
+	tests/planning/test_compiler.py tests/planning/test_operations.py tests/planning/test_upstream_operations.py \
+	tests/planning/test_square.py tests/quantized/test_models.py tests/whole/test_sweep.py
 IMPORT_TRANSFORMERS = $(sort $(wildcard tests/destinations/test_*.py tests/doors/*/test_*.py) $(filter-out tests/fuzz/% \
 	tests/benchmarks/% tests/house/%,$(shell grep -rlwE --include='test_*.py' --exclude-dir=packaging 'transformers|model_zoo' tests)))
 

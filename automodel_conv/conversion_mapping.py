@@ -69,7 +69,7 @@ _VLM_KEY_MAPPINGS: dict[str, dict[str, str]] = {
 
 
 def is_transformers_conversion_available() -> bool:
-    """Return whether a transformers with conversion rules (5.0 or newer) is installed.
+    """Return whether a version of transformers with conversion rules (5.0 or newer) is installed.
 
     Example:
         >>> is_transformers_conversion_available()
@@ -189,7 +189,7 @@ def get_combined_key_mapping(
     Args:
         model_type: model type, used if there is no model with rules.
         model_key_mapping: ``{regex: replacement}`` of the caller.
-        model: the model to load. If torch has wrapped it, the wrapped model counts.
+        model: the model to load. If torch has wrapped it, the wrapped model is used.
 
     Returns:
         A callable, or a mapping to read first-match; None if there are no rules and no
@@ -234,7 +234,7 @@ def get_hf_load_key_mapping(model: nn.Module) -> dict[str, str] | None:
     first-match; ``get_combined_key_mapping(model_type, model=model)`` returns the exact names.
 
     Args:
-        model: a model. If torch has wrapped it, the wrapped model counts.
+        model: a model. If torch has wrapped it, the wrapped model is used.
 
     Returns:
         ``{regex: replacement}``, or None if there are no renames.

@@ -72,7 +72,7 @@ class ConvertReport:
     carried: tuple[str, ...]
     """Names of the tensors of the source that the model has no place for, written unchanged."""
     left_out: tuple[str, ...]
-    """Names of the tensors of the source that nothing uses: dropped, unindexed, or scales of activations if decoded."""
+    """Names of source tensors that nothing uses: dropped, unindexed, or, if codes are decoded, activation scales."""
     unindexed: tuple[tuple[str, str], ...]
     """Name and file of each tensor that was not read because the index of the source does not map it to that file."""
     files_copied: tuple[str, ...]
@@ -147,12 +147,13 @@ def convert_checkpoint(
             rows of both gate and up, and in a transposed layout only if blocks are square. File names then begin with
             the layout, whichever it is.
         drop: tensors to leave out, by their names in the source: a pattern or several. ``*`` matches any text, ``?``
-            one character and ``[abc]`` one of these; a pattern matches whole names ("mtp.*"). Codes that stay codes and
-            their scales are dropped together or not at all, unless experts too keep their names and places.
+            one character and ``[abc]`` one of these; a pattern matches whole names ("mtp.*"). If codes are not decoded,
+            drop both codes and their scales, or neither. This does not apply to a conversion that leaves the names and
+            the layout of the experts unchanged.
         max_shard_size: bound of the tensor data in a file, in bytes or as in "5GB".
         resume: continue with the files that an earlier call finished. False: discard them.
         verify: read each file back after it is written, and compare all of it with the source. This includes files
-            that an earlier call finished without. The bytes may come from the page cache of the system.
+            that an earlier call finished without ``verify``. The bytes may come from the page cache of the system.
         checksums: write a checksum of each tensor next to the index, for ``verify=True`` of the loaders and for
             ``verify`` of the command line. This reads the files once more.
         threads: number of threads that copy and write. None: the number of cores, at most 16.

@@ -61,22 +61,22 @@ def keyword_options(
     entry of its own. The entry stays as it is if there is no source code to read them from.
 
     Args:
-        options: the TypedDict. It and its bases stand in one module.
+        options: the TypedDict. It and its bases are defined in one module.
         settings: a class with a parameter for each key. Its ``__init__`` has their annotations and defaults.
         defaults: defaults of this function that differ from those of ``settings``.
     """
 
     def decorate(function: Callable[_Parameters, _Returned]) -> Callable[_Parameters, _Returned]:
         signature = inspect.signature(function)
-        own = [one for one in signature.parameters.values() if one.kind is not inspect.Parameter.VAR_KEYWORD]
+        own = [param for param in signature.parameters.values() if param.kind is not inspect.Parameter.VAR_KEYWORD]
         keywords = [
-            one.replace(kind=inspect.Parameter.KEYWORD_ONLY, default=defaults.get(one.name, one.default))
-            for one in inspect.signature(settings).parameters.values()
+            param.replace(kind=inspect.Parameter.KEYWORD_ONLY, default=defaults.get(param.name, param.default))
+            for param in inspect.signature(settings).parameters.values()
         ]
         function.__signature__ = signature.replace(parameters=[*own, *keywords])  # type: ignore[attr-defined]
         texts = key_docs(options)
         if function.__doc__ and texts:
-            entries = "\n".join(_entry(one.name, texts[one.name]) for one in keywords if one.name in texts)
+            entries = "\n".join(_entry(param.name, texts[param.name]) for param in keywords if param.name in texts)
             function.__doc__ = _OPTIONS_ENTRY.sub(lambda entry: textwrap.indent(entries, entry[1]), function.__doc__)
         return function
 

@@ -60,7 +60,7 @@ _TORCH_NAMES: dict[str, str] = {
     "U64": "uint64",
 }
 
-# Older torch lacks the newest dtypes. A tensor of such a dtype is reported when it is needed.
+# Older versions of torch lack the newest dtypes. A tensor of such a dtype is reported when it is needed.
 _TO_TORCH: dict[str, torch.dtype] = {
     code: getattr(torch, name) for code, name in _TORCH_NAMES.items() if hasattr(torch, name)
 }
@@ -74,7 +74,7 @@ DECODED: frozenset[str] = frozenset({"F16", "BF16", "F32"})
 
 
 def torch_dtype(code: str) -> torch.dtype | None:
-    """Return the torch dtype of a safetensors code, or None if this torch has none (F6, or an older torch)."""
+    """Return the torch dtype of a safetensors code, or None if this version of torch has none (F6, or newer dtypes)."""
     return _TO_TORCH.get(code)
 
 

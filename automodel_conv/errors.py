@@ -266,7 +266,7 @@ class DestinationError(ConversionError):
 class RankError(ConversionError):
     """Raised if work of several ranks failed on another rank, or if a rank is gone.
 
-    Each rank raises an error then: its own, or a RankError that quotes those of the others.
+    Every rank raises an error: its own, or a RankError that quotes the errors of other ranks.
 
     Example:
         One handler serves all ranks, whichever of them failed:

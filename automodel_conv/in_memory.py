@@ -20,7 +20,7 @@ from automodel_conv.distributed.placements import is_distributed
 from automodel_conv.doors import door
 from automodel_conv.errors import ConversionError, UnsupportedError, message
 from automodel_conv.execution.buffers import allocate
-from automodel_conv.execution.copy_batch import takes_kernels
+from automodel_conv.execution.copy_batch import uses_kernels
 from automodel_conv.execution.cores import cores
 from automodel_conv.execution.memory import convert_tensors
 from automodel_conv.execution.new_memory import NewMemory
@@ -86,7 +86,7 @@ def convert_state_dict(
         ConversionError: a tensor of ``out`` is missing, does not fit, or shares memory with a source or another tensor
             of ``out``; or the tensors are on several devices and ``out`` is not given.
         UnsupportedError: a layout or backend is unknown, "triton" is given for tensors that kernels cannot access, a
-            tensor is distributed, or the model has adapters of PEFT or names of their layers.
+            tensor is distributed, or the model or ``state_dict`` has PEFT adapters.
 
     Example:
         >>> import torch
@@ -146,8 +146,8 @@ def revert_state_dict(
         NameProblems: the tensors do not fit ``reference`` or the rules.
         CoverageError: a tensor of ``reference`` is only partly in ``state_dict``.
         UnsupportedError: grouped experts have names that the rules do not match, a layout or backend is unknown,
-            "triton" is given for tensors that kernels cannot access, a tensor is distributed, or the model has adapters
-            of PEFT or names of their layers.
+            "triton" is given for tensors that kernels cannot access, a tensor is distributed, or the model or
+            ``state_dict`` has PEFT adapters.
         ConversionError: a tensor of ``out`` is missing, does not fit, or shares memory with a source or another tensor
             of ``out``; or the tensors are on several devices and ``out`` is not given.
 
@@ -198,7 +198,7 @@ def _run(
             raise UnsupportedError(
                 message(f"{name} is a distributed tensor", do="convert its local shards, or save and load the model")
             )
-    takes_kernels(backend, sources)  # raises for an unusable backend, even if no copy follows
+    uses_kernels(backend, sources)  # raises for an unusable backend, even if no copy follows
     if out is not None:
         convert_tensors(plan, sources, out, backend=backend)
         return {target.name: out[target.name] for target in plan.targets}

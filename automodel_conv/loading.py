@@ -22,7 +22,7 @@ from automodel_conv.distributed.replicas import targets_to_read
 from automodel_conv.doors import door, keyword_options
 from automodel_conv.execution.checksums import verify_checksums
 from automodel_conv.execution.filling import fill, limits_in_budget
-from automodel_conv.execution.mapping import map_targets, with_new, without
+from automodel_conv.execution.mapping import map_targets, mapped_or_new, without_targets
 from automodel_conv.execution.report import Clock, LoadedStateDict, LoadReport, report_of
 from automodel_conv.planning.plan import CopyPlan
 from automodel_conv.upstream.wrappers import plain_model
@@ -57,13 +57,13 @@ def load_state_dict(
         QuantizationError: parts of quantized tensors are missing, or contradict each other or the config; lists all of
             them. Nothing has been read.
         UnsupportedError: the layout is unknown or ambiguous, the quantization is not supported, a device is not
-            available, or the model has adapters of PEFT or is kept flat by FSDP1. Nothing has been read.
+            available, or the model has PEFT adapters or flat FSDP1 parameters. Nothing has been read.
         CoverageError: the JSON of ``plan`` does not write each element exactly once. Nothing has been read.
         VerificationError: a tensor has another checksum, or none. Nothing has been loaded.
         ReadError: reading or mapping failed; names the file and the tensor.
         ConversionError: an argument is given that ``plan`` decides; the load does not fit into ``memory_budget``; or
             ``device_map`` leaves out a tensor, names something that the model does not have, or sends names of one
-            tensor to several devices. Nothing has been read. Also if the system has no more memory or threads.
+            tensor to several devices. Nothing has been read. Also raised if the system has no more memory or threads.
         RankError: the load of DTensors failed on another rank, or a rank is gone.
 
     Example:
@@ -106,10 +106,10 @@ def load_state_dict(
         devices = devices_of_new(own_plan.targets, state, device_of)
         read_plan, shared_names = targets_to_read(own_plan, state, settings.broadcast)
         mapped = map_targets(read_plan, checkpoint, devices) if settings.memory_map else {}
-        buffers = with_new(own_plan.targets, mapped, devices)
+        buffers = mapped_or_new(own_plan.targets, mapped, devices)
         clock.lap("plan")
-        limits = limits_in_budget(settings.memory_budget, settings.limits, without(own_plan, mapped), buffers)
-        stats = fill(without(read_plan, mapped), checkpoint, buffers, limits, progress=settings.progress)
+        limits = limits_in_budget(settings.memory_budget, settings.limits, without_targets(own_plan, mapped), buffers)
+        stats = fill(without_targets(read_plan, mapped), checkpoint, buffers, limits, progress=settings.progress)
         clock.lap("read")
     send_replicas([state[name] for name in shared_names], [buffers[name] for name in shared_names])
     with all_or_raise(groups, "comparing tied tensors"):
@@ -145,14 +145,14 @@ def load_model(model: nn.Module, path: str | os.PathLike[str], **options: Unpack
         QuantizationError: parts of quantized tensors are missing, or contradict each other or the config; lists all of
             them. No parameter has been written.
         UnsupportedError: the layout is unknown or ambiguous, the quantization is not supported, a device is not
-            available, or the model has adapters of PEFT or is kept flat by FSDP1. No parameter has been written.
+            available, or the model has PEFT adapters or flat FSDP1 parameters. No parameter has been written.
         CoverageError: the JSON of ``plan`` does not write each element exactly once. No parameter has been written.
         VerificationError: a tensor has another checksum, or none. No parameter has been written.
         ReadError: reading failed; names the file, the tensor and the targets that are filled already. Parameters that
             would have been replaced (on the meta device, or of another dtype) are still the old ones.
         ConversionError: an argument is given that ``plan`` decides; the load does not fit into ``memory_budget``; or
-            ``device_map`` does not fit the model. Nothing has been read. Also if the checkpoint has different values
-            for names that are one parameter of the model, or the system has no more memory or threads.
+            ``device_map`` does not fit the model. Nothing has been read. Also raised if the checkpoint has different
+            values for names that are one parameter of the model, or the system has no more memory or threads.
         RankError: the load of DTensors failed on another rank, or a rank is gone.
 
     Example:
@@ -200,13 +200,13 @@ def load_model(model: nn.Module, path: str | os.PathLike[str], **options: Unpack
 
         model_tensors = ModelTensors.prepare(model, state, plan, settings.strict, device_of, map_new)
         clock.lap("plan")
-        to_fill = without(model_tensors.plan, model_tensors.mapped)
+        to_fill = without_targets(model_tensors.plan, model_tensors.mapped)
         limits = limits_in_budget(
             settings.memory_budget, settings.limits, to_fill, model_tensors.buffers, model_tensors.extra_bytes
         )
         read_plan, shared_names = targets_to_read(model_tensors.plan, state, settings.broadcast)
         stats = fill(
-            without(read_plan, model_tensors.mapped),
+            without_targets(read_plan, model_tensors.mapped),
             checkpoint,
             model_tensors.buffers,
             limits,

@@ -72,7 +72,7 @@ class SaveReport:
     seconds: float
     """Duration of the save."""
     peak_extra_bytes: int
-    """Bound of the memory used in addition to the tensors. For a device: of pinned and of device memory, each."""
+    """Bound of the memory used in addition to the tensors; on a device, of pinned and of device memory separately."""
 
     @property
     def gb_per_s(self) -> float:
@@ -100,15 +100,15 @@ def save_checkpoint(
 
     The result is what ``save_pretrained`` would write: the same names, shapes and bytes, tied weights once, and the
     config. No converted copy of the model is created; tensors on a GPU pass through pinned memory. At the end the
-    directory is a complete checkpoint. If writing fails, nothing of it remains.
+    directory is a complete checkpoint. If writing fails, all of its files are removed.
 
     With DTensors, all ranks must call this function, on a file system that they share, and each writes its own parts.
     Plain tensors and buffers next to DTensors belong to all ranks and must be equal on all of them. Without DTensors,
     each rank saves for itself, to a directory of its own.
 
-    Each rank reads the replicas and plain tensors that several ranks hold once, for a checksum (CRC32, about 2 GB/s per
-    thread; from a GPU through host memory). With FSDP2 these are no tensors, with HSDP the shard of a rank, and always
-    all plain tensors.
+    To compare replicas, each rank computes a checksum of everything that other ranks hold too: all plain tensors, the
+    rank's shards with HSDP, and no shards with FSDP2. Each of them is read once for this (CRC32, about 2 GB/s per
+    thread; data on a GPU passes through host memory).
 
     Args:
         model_or_state_dict: a model, which torch may have wrapped (see ``compile_plan``), or its tensors by name. Names
@@ -123,8 +123,9 @@ def save_checkpoint(
             of a state dict apart, pass ``rules`` too.
         carry: path of the checkpoint that the model comes from. Its tensors that the model has no place for, such as
             layers for multi-token prediction and draft heads, are written byte for byte under their own names.
-            Quantized ones are decoded, unless the tensors to save are codes themselves. With a state dict, all tensors
-            are written that provide none of its tensors, so the state dict must have both of two tied names.
+            Quantized ones are decoded, unless the tensors to save are codes themselves. With a state dict, this writes
+            every tensor of that checkpoint that no tensor of the state dict comes from. So the state dict must contain
+            all names of tied tensors, not only one of them.
         dtype: dtype of all floating-point tensors, except those that a transformers model keeps in float32. None: the
             dtypes that they have.
         max_shard_size: bound of the tensor data in a file, in bytes or as in "5GB". Not used with ``reference``.
@@ -140,13 +141,13 @@ def save_checkpoint(
     Raises:
         NameProblems: the tensors do not fit ``reference`` or the rules. As for all errors except WriteError, nothing
             has been written.
-        CoverageError: a tensor of ``reference`` is only partly there; or tensors have fewer experts than the model's
-            config states (in a state dict, than the router has rows), as the tensors of one rank of manual expert
-            parallelism do; or the ranks do not hold all of a DTensor, or divide it in different ways.
-        UnsupportedError: the tensors cannot be saved: offloaded, quantized by transformers, with adapters of PEFT, kept
-            flat by FSDP1, or lazily conjugated or negated; or extra state is not a tensor; or grouped experts have
-            names that the rules do not match; or ``carry`` has other experts, or the same ones in a form that the
-            rules do not read.
+        CoverageError: the tensors provide only a part of a tensor of ``reference``; or they have fewer experts than the
+            model's config states (in a state dict, than the router has rows), as the tensors of one rank of manual
+            expert parallelism do; or the ranks do not hold all of a DTensor, or divide it in different ways.
+        UnsupportedError: the tensors cannot be saved: they are offloaded, quantized by transformers, or lazily
+            conjugated or negated, or the model has PEFT adapters or flat FSDP1 parameters; or extra state is not a
+            tensor; or grouped experts have names that the rules do not match; or ``carry`` has other experts, or the
+            same ones in a form that the rules do not read.
         DestinationError: the directory holds a checkpoint already, or another process writes to it.
         WriteError: the disk is full, or the system reports another error.
         ConversionError: the system has no more memory or threads.

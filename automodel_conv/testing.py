@@ -89,7 +89,7 @@ def poisoned(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
 def assert_written(tensor: Tensor) -> None:
     """Assert that no element of a poisoned tensor still has all its bytes poisoned.
 
-    The data must not contain the poison itself. ``address_valued`` does not if it has less than
+    The data must not contain the poison itself. ``address_valued`` does not if it has fewer than
     ``0xA5A5`` elements, or ``0xA5`` elements of one byte.
 
     Raises:

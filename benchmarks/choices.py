@@ -103,7 +103,7 @@ def _nothing() -> None:
 
 
 def _jobs_of(*mib: int) -> dict[str, Callable[[], None]]:
-    return {f"jobs of at most {n} MiB": _put(host_schedule, "portion", lambda *_, n=n: n << 20) for n in mib}
+    return {f"jobs of at most {n} MiB": _put(host_schedule, "bytes_per_job", lambda *_, n=n: n << 20) for n in mib}
 
 
 GROUPS: Mapping[str, Group] = {

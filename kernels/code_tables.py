@@ -101,7 +101,7 @@ def code_table(
         divide: divide by ``global_scale`` instead (``weight_global_scale`` of ``compressed_tensors``). Only this
             quotient is rounded to float64 before it is rounded to ``dtype``.
         like_upstream: round the exact product to float32 and then to ``dtype``, as ``Fp8Dequantize`` of transformers
-            does, except for the bits of NaN. A uint8 scale of 255 is infinity then, as it is there.
+            does, except for the bits of NaN. As in transformers, a uint8 scale of 255 is infinity.
 
     Returns:
         For scales of one byte without zero points: a table of 256 rows, and the bytes of the scales as table rows
@@ -256,7 +256,7 @@ def scale_table(
     """Return a row of values for each scale, ``[T, codes]`` of ``dtype``, rounded as ``code_table`` describes.
 
     Args:
-        code_format: see ``code_table``, also for ``divide`` and ``like_upstream``.
+        code_format: see ``code_table``, as for ``divide`` and ``like_upstream``.
         scales: floating scales ``[T]``.
         dtype: dtype of the values.
         zero_points: for int4 only, integers ``[T]``.
@@ -305,7 +305,7 @@ def _to_odd(nearest: Tensor, exact: Tensor) -> None:
     """
     bits = nearest.view(torch.int32)
     wide = nearest.to(torch.float64)
-    # One of the two neighbours of an exact value is odd. Beyond the largest value, that is the largest value.
+    # One of the two float32 values around an exact value is odd. Around a value beyond the largest, it is the largest.
     beyond = wide.abs() > exact.abs()
     short = wide.abs() < exact.abs()
     even = 1 - (bits & 1)

@@ -72,9 +72,9 @@ def dequantize(
     launch on the current stream for each alignment that occurs among the addresses.
 
     Args:
-        dst: destinations ``[R, C]`` of the table's dtype, all of one shape and device and with the same strides, which
-            may be any, also transposed ones. Destinations may overlap neither themselves nor a source. This is not
-            checked.
+        dst: destinations ``[R, C]`` of the table's dtype, all of one shape and device and with the same strides. Any
+            strides are supported, including transposed ones. Destinations may overlap neither themselves nor a source.
+            This is not checked.
         codes: uint8 ``[R, C * bits // 8]``, one for each destination, all of one shape and row stride, at any address.
             Elements of a row are adjacent. With 4 bits, the even column is in the low nibble.
         table_rows: uint8 or int32, contiguous, one for each destination, all of one dtype: the row of ``table`` for
@@ -93,7 +93,7 @@ def dequantize(
     combination of these conditions and the dtypes compiles a kernel.
 
     Raises:
-        ConversionError: the operands do not fit together. Nothing is written then.
+        ConversionError: the operands do not fit together. Nothing has been written.
         UnsupportedError: other bits, a table with elements of another size, or a device that kernels do not run on.
 
     Example:
@@ -201,7 +201,7 @@ def dequantize_variant(
     vector = MAX_ACCESS_BYTES // dst.itemsize
     src_vector = vector * constants.bits // 8
     tile = _TRANSPOSED_TILE if constants.is_transposed else _TILE
-    # A vector of 4-bit codes has so few bytes that a division for each would leave the memory waiting.
+    # A vector of 4-bit codes has so few bytes that a division for each would take longer than the memory accesses.
     divides = constants.bits == 4 and not constants.by_shifts
     if (
         constants.is_stepped

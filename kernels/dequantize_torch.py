@@ -1,4 +1,4 @@
-"""The torch twin of ``dequantize``, for the host, and the checks of both.
+"""The pure-torch implementation of ``dequantize``, for the host, and the checks that both implementations share.
 
 Does not import Triton.
 """
@@ -19,9 +19,10 @@ from automodel_conv.kernels.strided_copy_torch import strided_copy_torch
 _PIECE_BYTES = 1 << 18
 # Rows of a piece that is written transposed, the minimum of a panel of transpose_torch.
 _TRANSPOSED_ROWS = 128
-# Most rows, of 256 entries, of a table of pairs of nibbles.
+# A table of pairs of nibbles has 256 entries for each row of the code table. It is used for code tables of at most
+# this many rows,
 _MAX_PAIRED_ROWS = 1024
-# Bytes to decode for each entry of such a table from which it is worth computing.
+# and only if at least this many bytes of codes are decoded for each of its entries. Otherwise it costs too much.
 _PAIRS_WORTH = 2
 
 _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -68,7 +69,7 @@ def dequantize_torch(
     the work over its intra-op threads, unless the calling thread has called ``torch.set_num_threads(1)``.
 
     Raises:
-        ConversionError: the operands do not fit together. Nothing is written then.
+        ConversionError: the operands do not fit together. Nothing has been written.
         UnsupportedError: other bits, or a table with elements of another size.
         IndexError: a table row is beyond the table.
 

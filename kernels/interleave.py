@@ -30,9 +30,9 @@ from automodel_conv.kernels.transpose_torch import halves, transpose_torch
 from automodel_conv.kernels.variants import Geometry, Kernel, Reach, Variant, element_types
 from automodel_conv.kernels.verb import Verb, supports_transposed
 
-# Rows and columns of a tile, by the sizes of a source's and a destination's element in bytes: runs of at least 128
-# bytes on the side of single elements and, for pairs, on the side of pairs; at most what registers hold without
-# spilling.
+# Rows and columns of a tile, by the bytes of an element of the source and of the destination. On the side with single
+# elements, runs have at least 128 bytes; if pairs move as words, so do runs on the side with pairs. Larger tiles would
+# spill registers.
 _TILES = {(1, 1): (64, 64), (2, 2): (64, 64), (4, 4): (32, 32), (2, 4): (32, 64), (4, 2): (64, 32)}
 
 
@@ -61,7 +61,7 @@ def interleave(dst: Operand, first: Operand, second: Operand) -> None:
 
     Raises:
         ConversionError: operands differ in count, shape, dtype, stride or device, or a destination is not at a multiple
-            of its element size. Nothing is written then.
+            of its element size. Nothing has been written.
         UnsupportedError: other dtypes, or a device that kernels do not run on.
 
     Example:

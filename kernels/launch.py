@@ -105,7 +105,7 @@ def why_not(device: torch.device) -> str | None:
 def _why_no_driver() -> str | None:
     from triton.runtime import driver
 
-    # Triton looks for these compilers, for its driver and for a launcher of each signature. The driver can do without.
+    # Triton needs one of these compilers for its driver and for each launcher. Its driver may load without one.
     compilers = [os.environ["CC"]] if "CC" in os.environ else ["gcc", "clang"]
     if not any(map(shutil.which, compilers)):
         return f"Triton does not find a C compiler; it looks for {' and '.join(compilers)}"
@@ -183,7 +183,7 @@ def start(*calls: Launches) -> None:
     """Queue the launches of several calls on the current stream, in this order; upload all their tables at once.
 
     Raises:
-        ConversionError: the calls are for several devices; nothing is queued then.
+        ConversionError: the calls are for several devices. Nothing has been queued.
         UnsupportedError: kernels cannot run here.
     """
     calls = tuple(call for call in calls if call.launches)

@@ -21,12 +21,12 @@ class Staging:
     """Hands out places in a block of pinned memory, one after the other, and allocates a new block when it is full.
 
     No place is handed out twice. A full block is dropped, not reused here. torch records the stream of every copy out
-    of pinned memory, also out of a part of it, and reuses a dropped block only after all of these copies are done
+    of pinned memory, even out of a part of it, and reuses a dropped block only after all of these copies are done
     (ATen/core/CachingHostAllocator.h, "HostAllocator design"). So any thread may stage for any stream of any device
     without an event. In practice about two blocks alternate.
 
     Args:
-        allocate: returns that many int64 elements of pinned memory.
+        allocate: returns the given number of int64 elements of pinned memory.
         block_bytes: size of a block. A larger table gets memory of its own.
     """
 
@@ -62,6 +62,6 @@ def upload(table: np.ndarray, device: torch.device) -> Tensor:
         return torch.from_numpy(np.ascontiguousarray(table))
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         # A graph copies again at each replay, so the memory must stay its own. Newer versions of torch ensure that if
-        # memory is pinned during the capture; older ones refuse to pin then.
+        # memory is pinned during the capture; older ones refuse to pin during it.
         return torch.from_numpy(np.ascontiguousarray(table)).pin_memory().to(device, non_blocking=True)
     return _STAGING(table).to(device, non_blocking=True)

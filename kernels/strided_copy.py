@@ -58,7 +58,7 @@ def strided_copy(dst: Operand, src: Operand) -> None:
     The first call for each dtype pair, alignment and width class compiles a kernel.
 
     Raises:
-        ConversionError: operands differ in count, shape, dtype, stride or device. Nothing is written then.
+        ConversionError: operands differ in count, shape, dtype, stride or device. Nothing has been written.
         UnsupportedError: a cast between other dtypes, or a device that kernels do not run on.
 
     Example:

@@ -1,4 +1,4 @@
-"""The torch twin of ``strided_copy``, for the host.
+"""The pure-torch implementation of ``strided_copy``, for the host.
 
 Does not import Triton.
 """
@@ -23,13 +23,13 @@ def strided_copy_torch(dst: Sequence[Tensor], src: Sequence[Tensor]) -> None:
 
     Args:
         dst: destinations of any rank and strides, which do not overlap each other or any source.
-        src: sources of the same shapes, at any strides, also expanded. They are cast to the dtype of ``dst`` as
+        src: sources of the same shapes, at any strides, even expanded. They are cast to the dtype of ``dst`` as
             ``Tensor.to`` casts.
 
     Uses the scratch and the threads of ``transpose_torch``.
 
     Raises:
-        ConversionError: the lists differ in length, or a pair in shape. Nothing is written then.
+        ConversionError: the lists differ in length, or a pair in shape. Nothing has been written.
 
     Example:
         >>> src = torch.arange(6.0).view(2, 3)

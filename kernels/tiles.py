@@ -26,8 +26,8 @@ RUNTIME = ["table", "rows", "rows_v", "columns_v", "src_stride_v", "dst_stride_v
 # addresses than a thread has.
 SCALAR_TILE = (32, 32)
 
-# Neighbouring programs process this many tiles along the rows before they move to the next columns. So both the runs
-# that they read together and the runs that they write together, transposed, are longer than those of one tile.
+# Neighbouring programs process this many tiles along the rows before they move to the next columns. So the runs that
+# they read together, and the transposed runs that they write together, are longer than the runs of one tile.
 _GROUP = tl.constexpr(8)  # pyright: ignore[reportCallIssue]
 
 

@@ -25,7 +25,7 @@ from automodel_conv.kernels.variants import Geometry, Kernel, Reach, Variant, el
 from automodel_conv.kernels.verb import Verb, supports_transposed
 
 # Rows and columns of a tile, by the sizes of a source's and a destination's element in bytes: runs of at least 128
-# bytes on both sides, and at least 8 KiB for a block of 128 threads. 64 divides the widths of common models, also 2880.
+# bytes on both sides, and at least 8 KiB for a block of 128 threads. 64 divides the widths of common models, even 2880.
 _TILES = {(2, 2): (64, 64), (4, 4): (64, 32), (2, 4): (64, 64), (4, 2): (64, 64)}
 
 
@@ -52,7 +52,7 @@ def transpose(dst: Operand, src: Operand) -> None:
 
     Raises:
         ConversionError: operands differ in count, shape, dtype, stride or device, or a destination is not at a multiple
-            of its element size. Nothing is written then.
+            of its element size. Nothing has been written.
         UnsupportedError: other dtypes, or a device that kernels do not run on.
 
     Example:

@@ -1,4 +1,4 @@
-"""The torch twin of ``transpose``, for the host.
+"""The pure-torch implementation of ``transpose``, for the host.
 
 Does not import Triton.
 """

@@ -77,12 +77,12 @@ def plan(
     ] = True,
     mesh: Annotated[
         str | None,
-        typer.Option(help="Print what each rank of a mesh would read, such as ep=64,fsdp=8; also replicate."),
+        typer.Option(help="Print what each rank of a mesh of ep, fsdp and replicate would read, such as ep=64,fsdp=8."),
     ] = None,
 ) -> None:
     """Print where every byte of a checkpoint goes.
 
-    Reads only headers, also those of org/name.
+    Reads only headers, even for org/name.
     """
     from automodel_conv.cli.forecast import forecast, parse_mesh
     from automodel_conv.cli.tables import mesh_table
@@ -251,8 +251,10 @@ def measure(
     layout: LayoutOption = None,
     dtype: NewDtypeOption = None,
     model: ModelOption = True,
-    most: Annotated[str, typer.Option(help="Bytes of tensors to time at most, such as 8GB.")] = "8GB",
-    threads: Annotated[int | None, typer.Option(min=1, help="Most threads to time. Default: as for load.")] = None,
+    most: Annotated[str, typer.Option(help="Maximum bytes of tensors to time, such as 8GB.")] = "8GB",
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="Maximum number of threads to time. Default: as for load.")
+    ] = None,
     cold: Annotated[bool, typer.Option("--cold", help="Drop the files from the page cache first.")] = False,
 ) -> None:
     """Measure loads of a checkpoint on this machine, compare them with its limit, and print what limits them."""

@@ -1,8 +1,8 @@
 """Measurements of how fast a checkpoint loads on this machine, how fast it could load, and what limits it.
 
 ``bench`` loads targets of a plan up to a number of bytes, so the checkpoint may be larger than memory. The roof is the
-time to read the same bytes, in runs of the same length, into new memory without arranging them, with huge or small
-pages, whichever is faster here. Memory is not prepared.
+time to read the same bytes, in runs of the same length, into new memory without arranging them. It is measured with
+huge and with small pages, and the faster size counts. No memory is touched in advance.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from automodel_conv.files.checkpoint import Checkpoint, open_downloaded
 from automodel_conv.files.source import opened
 from automodel_conv.planning.copies import Target
 from automodel_conv.planning.plan import CopyPlan
-from automodel_conv.schedule.host import RUN_BYTES, divide, runs
+from automodel_conv.schedule.host import RUN_BYTES, group_reads, split_copies
 from automodel_conv.schedule.jobs import Read, ReadInPlace, Reads
 
 DEFAULT_SAMPLE_BYTES = 8 * 10**9
@@ -155,7 +155,7 @@ def bench(
             loads[threads].append(time.perf_counter() - begin)
     medians = {threads_and_huge: statistics.median(times) for threads_and_huge, times in roofs.items()}
     huge_wins = sum(medians[threads, True] < medians[threads, False] for threads in counts)
-    in_place, _ = divide(sample.targets, [t.copies for t in sample.targets], checkpoint, plan.sources.decodes)
+    in_place, _ = split_copies(sample.targets, [t.copies for t in sample.targets], checkpoint, plan.sources.decodes)
     return Bench(
         files=len(checkpoint.files),
         tensors=len(checkpoint.names),
@@ -240,7 +240,7 @@ def _reads(plan: CopyPlan, checkpoint: Checkpoint) -> list[ReadInPlace]:
         if nbytes := checkpoint.nbytes[row]:
             reads.append(Read(checkpoint.file_ids[row], checkpoint.offsets[row], nbytes, 0, start))
             start += nbytes
-    return [ReadInPlace(run) for run in runs(Reads.from_list(reads), RUN_BYTES)]
+    return [ReadInPlace(run) for run in group_reads(Reads.from_list(reads), RUN_BYTES)]
 
 
 def _read(jobs: Sequence[ReadInPlace], checkpoint: Checkpoint, threads: int, huge: bool) -> None:

@@ -61,7 +61,7 @@ class DemoLoad:
 class DemoResult:
     """The results of the demo.
 
-    Its files are removed by then.
+    The demo has removed its files.
     """
 
     directory: str

@@ -39,7 +39,7 @@ class PeakMemory:
 
     Attributes:
         anonymous_bytes: peak of anonymous memory; like the others, None without /proc (not on Linux).
-        mapped_bytes: pages of files that came into memory in total, including those that left it again.
+        mapped_bytes: total size of the file pages that entered memory, including pages that have left it since.
         resident_bytes: peak of resident memory.
 
     Example:

@@ -12,9 +12,9 @@ from automodel_conv.planning.layouts import (
     LAYOUTS,
     ExpertLayout,
     Layout,
-    any_experts,
     has_no_gate,
     holds_experts,
+    holds_grouped_experts,
     layout_from_name,
 )
 from automodel_conv.planning.relayout import relayout
@@ -68,7 +68,7 @@ def check_layout(name: str, table: SourceTable, argument: str) -> None:
 
 def refuse_no_experts(targets: Iterable[str], layout: str, table: SourceTable) -> None:
     """Raise UnsupportedError if no target is grouped experts, so that ``layout`` would change nothing."""
-    if not any(map(any_experts, targets)):
+    if not any(map(holds_grouped_experts, targets)):
         raise UnsupportedError(
             message(
                 f"no tensor is in the layout {layout!r} or can be converted to it",
@@ -112,7 +112,7 @@ def is_laid_out(targets: Iterable[str], own: Mapping[str, Layout], wanted: Layou
         own: layouts of the model's experts modules, by name.
         wanted: the layout.
     """
-    names = [name for name in targets if any_experts(name)]
+    names = [name for name in targets if holds_grouped_experts(name)]
     return all(
         holds_experts(name, wanted) and own.get(name.rpartition(".")[0], wanted).axes == wanted.axes for name in names
     )
@@ -130,7 +130,7 @@ def not_laid_out(targets: Iterable[str], wanted: Layout, called: str) -> Unsuppo
         message(
             f"the model's experts are not in the layout {called!r}",
             expected="tensors named " + ", ".join(wanted.expected()),
-            found=sorted({name.rpartition(".")[2] for name in targets if any_experts(name)}),
+            found=sorted({name.rpartition(".")[2] for name in targets if holds_grouped_experts(name)}),
             do="leave {layout} out to load in the model's own layout",
         )
     )

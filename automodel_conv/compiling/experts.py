@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from automodel_conv.errors import CoverageError, listing, message
-from automodel_conv.planning.layouts import SCALES, any_experts
+from automodel_conv.planning.layouts import SCALES, holds_grouped_experts
 
 # Config attributes that hold the number of routed experts.
 # Source: transformers 5.23.0, the configs of ``models/`` and their ``attribute_map``.
@@ -40,8 +40,8 @@ def refuse_missing_experts(shapes: Mapping[str, Sequence[int]], model: nn.Module
     Args:
         shapes: shapes of whole tensors, by their names in the model.
         model: the model, whose config states the number of experts. Without a model, or if it states none, the number
-            is that of the router's rows (``gate.weight`` ``[E, H]`` next to ``experts``). It then is an error to hold
-            half of them or fewer.
+            of experts is the number of rows of the router (``gate.weight`` ``[E, H]`` next to ``experts``). In that
+            case it is an error only if a tensor holds at most half of them.
 
     Raises:
         CoverageError: lists the tensors.
@@ -80,7 +80,7 @@ def _counts_by_model(model: nn.Module, shapes: Mapping[str, Sequence[int]]) -> I
 
 
 def _is_grouped(name: str, shape: Sequence[int], module: nn.Module) -> bool:
-    """Return whether the first dimension of a tensor is that of experts."""
+    """Return whether the first dimension of a tensor counts experts."""
     if _holds_experts(name):
         return len(shape) > 0
     return len(shape) == 3 and isinstance(getattr(module, "num_experts", None), int)
@@ -89,7 +89,7 @@ def _is_grouped(name: str, shape: Sequence[int], module: nn.Module) -> bool:
 def _holds_experts(name: str) -> bool:
     """Return whether a tensor is grouped experts, or the scales of grouped experts."""
     suffix = next((suffix for suffix in SCALES if name.endswith(suffix)), "")
-    return any_experts(name.removesuffix(suffix))
+    return holds_grouped_experts(name.removesuffix(suffix))
 
 
 def _expert_indices(shapes: Mapping[str, Sequence[int]]) -> dict[str, set[str]]:
@@ -137,7 +137,7 @@ def _counts_by_routers(shapes: Mapping[str, Sequence[int]]) -> Iterator[_Count]:
         if router is None:
             continue
         rows = shapes[router][0]
-        # A router may have rows for a few experts that are stored elsewhere, such as Inkling's shared experts. One of
-        # several ranks holds half of the experts at most, even if ranks hold one more or less than each other.
+        # A router may have rows for a few experts that are stored elsewhere, such as Inkling's shared experts. If
+        # ranks divide the experts, each holds at most half of them, rounded up if the division is uneven.
         if shape[0] <= (rows + 1) // 2:
             yield _Count(name, rows, shape[0], router)

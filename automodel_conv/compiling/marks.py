@@ -22,8 +22,8 @@ from automodel_conv.planning.layouts import (
     LAYOUTS,
     PER_EXPERT,
     TRANSFORMERS,
-    any_experts,
     holds_experts,
+    holds_grouped_experts,
     own_layout,
     same_names,
 )
@@ -106,7 +106,7 @@ def naming_of_conversion(checkpoint: Checkpoint, plan: CopyPlan, model: nn.Modul
     """
     if layout == PER_EXPERT:
         return Naming(layout=PER_EXPERT)
-    if not any(any_experts(target.name) for target in plan.targets):
+    if not any(holds_grouped_experts(target.name) for target in plan.targets):
         return DEFAULT_NAMING
     if model is None and layout in same_names(TRANSFORMERS):  # the model type decides which of them transformers loads
         model = _model_of(checkpoint)
@@ -129,14 +129,14 @@ def naming_of_save(
     if reference is not None:
         return naming_like(reference)
     of_transformers = model is not None and any(expert_layouts(model).values())
-    if of_transformers or not any(any_experts(target.name) for target in plan.targets):
+    if of_transformers or not any(holds_grouped_experts(target.name) for target in plan.targets):
         return DEFAULT_NAMING
     return _naming_of(kept if layout is None else "transformers", None, _holds_codes(plan))
 
 
 def _holds_codes(plan: CopyPlan) -> bool:
     """Return whether a target holds the codes of grouped experts."""
-    return any(any_experts(target.name) and target.dtype not in FLOATING for target in plan.targets)
+    return any(holds_grouped_experts(target.name) and target.dtype not in FLOATING for target in plan.targets)
 
 
 def _naming_of(layout: str | None, own: str | None, are_codes: bool) -> Naming:

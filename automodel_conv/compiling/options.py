@@ -40,10 +40,10 @@ class PlanOptions(TypedDict, total=False):
     dtype: torch.dtype | None
     """Dtype of the floating-point targets. None: each parameter keeps its own; without a model, targets have the dtype
     of their sources. With None, a parameter that is new or on the meta device gets the dtype that ``from_pretrained``
-    gives it: the dtype of its model, which is that of the first tensor by name if ``config.json`` states none; float32
-    if the model keeps the parameter in float32; the dtype of the first target for all targets of one rule; and in
-    quantized checkpoints the dtype in the file for tensors that transformers does not cast. ``load_model`` replaces
-    parameters of another floating-point dtype."""
+    would give it. This is the dtype of the model or, if ``config.json`` states none, of the first tensor by name. There
+    are three exceptions. Parameters that the model keeps in float32 are float32. All targets of one rule have the dtype
+    of its first target. Tensors of quantized checkpoints that transformers does not cast keep the dtype in the file.
+    ``load_model`` replaces parameters of another floating-point dtype."""
 
     dequantize: bool
     """Decode the tensors that ``quantization_config`` in ``config.json`` describes as quantized, and round each element
@@ -77,7 +77,7 @@ class LoadOptions(PlanOptions, total=False):
     must have exactly the tensors that the plan lists. The tensors may be in other files and at other offsets. All
     targets of the plan must fit the model, even if ``strict`` is False. The plan decides dtypes and layout, so
     ``rules``, ``layout``, ``source_layout``, ``key_mapping``, ``dtype`` and ``dequantize`` must be left out. Without a
-    model, names and ties are those of the plan, and tied names come last. The plan is always that of the whole model,
+    model, names and ties are those of the plan, and tied names come last. The plan always covers the whole model,
     even if parameters are DTensors. None: plan the load from the headers."""
 
     device: str | torch.device | None

@@ -80,13 +80,13 @@ def compile_plan(
     """Plan the load of a checkpoint from its headers, without reading tensor data.
 
     There is one exception: for INT4 codes with one scale per row, the few bytes of each ``weight_shape`` are read,
-    because only they state whether rows end in padding. They are not read of a repository that is not in the cache;
-    loads of it read them.
+    because only they state whether rows end in padding. If the files of a repository are not in the cache, the
+    load reads these bytes instead.
 
     Args:
         checkpoint: an opened checkpoint, or a path that ``open_checkpoint`` accepts. No weights of ``org/name`` are
             downloaded.
-        model: any module, also on the meta device. It may be wrapped by torch, whole or in parts (``torch.compile``,
+        model: any module, even on the meta device. It may be wrapped by torch, whole or in parts (``torch.compile``,
             data parallelism, activation checkpointing): names are then those of the model itself, without what
             wrappers add. A checkpoint of a wrapped model, with ``_orig_mod`` in its names or ``module`` at the start of
             all of them, is read as a checkpoint of the model itself. None: the model of the checkpoint's
@@ -105,7 +105,7 @@ def compile_plan(
         QuantizationError: parts of quantized tensors are missing, or contradict each other or the config; lists all of
             them.
         UnsupportedError: a layout is unknown, the layout of experts is ambiguous, a quantization is not supported, or
-            codes would fill a target that expects values; or the model has adapters of PEFT, or is kept flat by FSDP1.
+            codes would fill a target that expects values; or the model has PEFT adapters, or flat FSDP1 parameters.
 
     Example:
         >>> import torch

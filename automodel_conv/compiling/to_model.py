@@ -66,7 +66,7 @@ def loading_plan(
     quantizer: Any = None,
     targets: Mapping[str, TargetSpec] | None = None,
     as_stored: AsStored | None = None,
-    unbound: bool = False,
+    produce_all: bool = False,
 ) -> tuple[CopyPlan, Problems]:
     """Return the plan from checkpoint names to the names of a model or of rules, and the problems that it has.
 
@@ -85,7 +85,7 @@ def loading_plan(
         quantizer: transformers' quantizer of a model that keeps codes and scales. Its rules are added to the model's.
         targets: the targets to produce; None: those of the model's state dict.
         as_stored: see ``compile_targets``.
-        unbound: whether to produce everything that the rules produce. The model then only contributes its rules and the
+        produce_all: whether to produce every output of the rules. The model then only contributes its rules and the
             layout of its experts, and there may be no experts.
 
     Raises:
@@ -94,7 +94,7 @@ def loading_plan(
     objects = model_rules(model, key_mapping, quantizer) if rules is None else [*key_renamings(key_mapping), *rules]
     rule_set = RuleSet(objects, model)
     has_targets = targets is not None
-    if targets is None and model is not None and not unbound:
+    if targets is None and model is not None and not produce_all:
         targets = model_targets(model, dtype)
     if model is not None or objects or layout is not None or source_layout is not None:
         table = plain_table(table, targets)
@@ -121,7 +121,7 @@ def loading_plan(
     if stages:
         table = table_of(stages[-1].targets)
     if incoming is not None and source_layout is not None and not has_names_of(targets, source_layout):
-        if not unbound:
+        if not produce_all:
             check_layout(source_layout, table, "source_layout")
         stages.append(relayout(table, lambda path: incoming, canonical, gated))
         table = table_of(stages[-1].targets)
@@ -131,7 +131,7 @@ def loading_plan(
         problems.unclaimed = [source for row in problems.unclaimed for source in stage.targets[row].sources]
     stages.append(plan)
     if wanted is not None:
-        if source_layout is None and targets is None and not unbound:
+        if source_layout is None and targets is None and not produce_all:
             refuse_unknown_layout(plan, canonical, gated)
         stages.append(relayout(table_of(plan.targets), canonical, lambda path: wanted, gated))
     whole = composed(stages)
@@ -147,7 +147,7 @@ def loading_plan(
     if source_layout is None and targets is not None and not has_targets:
         refuse_other_layouts(problems, plan, rule_set, bool(experts) or is_pretrained_model(model))
     # Other problems explain missing experts better than this check does.
-    if layout is not None and table.names and not unbound and not problems.failed:
+    if layout is not None and table.names and not produce_all and not problems.failed:
         refuse_no_experts(targets or [target.name for target in plan.targets], layout, table)
     whole = replace(
         whole,

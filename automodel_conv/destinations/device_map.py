@@ -53,8 +53,8 @@ class DeviceMap:
         Args:
             names: names of these tensors.
             state: state dict of the whole model; {} without a model.
-            model: the model; None if only rules determine the names. Module names are unknown then, so any entry may
-                name a module.
+            model: the model; None if only rules determine the names. Without a model, module names are unknown, so any
+                entry may name a module.
             strict: whether an entry that names nothing in the model is an error.
 
         Raises:

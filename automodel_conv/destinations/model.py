@@ -15,7 +15,7 @@ from automodel_conv.destinations.ties import _tied_pairs, _unequal
 from automodel_conv.distributed.placements import as_distributed, is_distributed, local_of
 from automodel_conv.errors import ConversionError, UnsupportedError, message
 from automodel_conv.execution.buffers import dtype_of, span_bytes
-from automodel_conv.execution.mapping import with_new
+from automodel_conv.execution.mapping import mapped_or_new
 from automodel_conv.planning.copies import Target
 from automodel_conv.planning.plan import CopyPlan
 from automodel_conv.planning.regions import Region
@@ -133,7 +133,7 @@ class ModelTensors:
         model_tensors.plan = replace(plan, targets=tuple(targets))
         devices = {target.name: device_of(target.name) or device_for(state[target.name]) for target in new_targets}
         model_tensors.mapped = map_new(replace(plan, targets=tuple(new_targets)), devices)
-        model_tensors.buffers |= with_new(new_targets, model_tensors.mapped, devices)
+        model_tensors.buffers |= mapped_or_new(new_targets, model_tensors.mapped, devices)
         return model_tensors
 
     @property

@@ -44,7 +44,7 @@ def all_or_raise(groups: Sequence[Any], what: str) -> Iterator[None]:
     errors, lost = _exchange(groups, None)
     if errors:
         raise RankError(
-            message(f"{what} failed on {len(errors)} of the ranks that do it together", found="\n" + listing(errors))
+            message(f"{what} failed on {len(errors)} of the participating ranks", found="\n" + listing(errors))
         )
     if lost:
         raise _lost_rank_error(what, "\n" + listing(lost))

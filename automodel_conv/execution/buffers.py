@@ -22,7 +22,7 @@ def dtype_of(code: str, name: str) -> torch.dtype:
         name: name of the tensor, for the error.
 
     Raises:
-        UnsupportedError: this torch does not have the dtype.
+        UnsupportedError: this version of torch does not have the dtype.
     """
     dtype = torch_dtype(code)
     if dtype is None:
@@ -42,7 +42,7 @@ def allocate(targets: Iterable[Target], device: torch.device | str = "cpu") -> d
     No page of memory is touched.
 
     Raises:
-        UnsupportedError: this torch does not have the dtype of a target.
+        UnsupportedError: this version of torch does not have the dtype of a target.
         ConversionError: the host does not have enough memory.
     """
     buffers = {}
@@ -102,7 +102,7 @@ class BufferCopies:
     """
 
     def __init__(self) -> None:
-        self._known: dict[tuple[object, ...], tuple[StridedCopy, ...]] = {}
+        self._adapted: dict[tuple[object, ...], tuple[StridedCopy, ...]] = {}
 
     def __call__(self, target: Target, buffer: Tensor) -> tuple[StridedCopy, ...]:
         """Return the copies that fill ``buffer``; target offsets count elements from its ``data_ptr``.
@@ -114,11 +114,11 @@ class BufferCopies:
             return target.copies
         strides = buffer.stride()
         key = (id(target.copies), target.shape, strides)
-        if key not in self._known:
+        if key not in self._adapted:
             to_buffer = Piece(0, Box(target.shape, contiguous_strides(target.shape), strides), 0, 0)
             pieces = [piece for copy in target.copies for piece in copy.pieces()]
             try:
-                self._known[key] = group_pieces(chain(pieces, [to_buffer], buffer.numel()))
+                self._adapted[key] = group_pieces(chain(pieces, [to_buffer], buffer.numel()))
             except NotAffine as error:
                 raise UnsupportedError(
                     message(
@@ -127,7 +127,7 @@ class BufferCopies:
                         do="pass a contiguous buffer",
                     )
                 ) from None
-        return self._known[key]
+        return self._adapted[key]
 
 
 def span_bytes(tensor: Tensor) -> int:

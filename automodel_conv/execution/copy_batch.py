@@ -24,7 +24,7 @@ from automodel_conv.planning.copies import StridedCopy
 BACKENDS = ("auto", "torch", "triton")
 
 
-def takes_kernels(backend: str, tensors: Iterable[Tensor]) -> bool:
+def uses_kernels(backend: str, tensors: Iterable[Tensor]) -> bool:
     """Return whether kernels copy between these tensors: always for "triton", never for "torch".
 
     For "auto" they do if all tensors are on one GPU and Triton can run there.

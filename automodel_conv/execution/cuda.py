@@ -1,4 +1,4 @@
-"""CUDA devices behind the protocols that the streaming loader uses."""
+"""CUDA devices: the implementation of ``protocols`` for loads to a GPU and saves from one."""
 
 from __future__ import annotations
 

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from automodel_conv.errors import ConversionError, message
 from automodel_conv.execution.buffers import byte_view, raw_bytes
-from automodel_conv.execution.copy_batch import takes_kernels
+from automodel_conv.execution.copy_batch import uses_kernels
 from automodel_conv.execution.cores import default_reader_threads
 from automodel_conv.execution.load import add_note, prepare_load, run_load
 from automodel_conv.execution.protocols import Device, Event, Stream
@@ -64,7 +64,7 @@ _MOST_WINDOW_BYTES = 1 << 30
 
 
 class Ring(NamedTuple):
-    """The pinned memory of a load: two slots for each thread."""
+    """The size of the pinned memory of a load: two slots for each thread."""
 
     threads: int
     slot_bytes: int
@@ -115,8 +115,8 @@ def load_to_device(
     """Fill the buffers of all targets of a plan, on a device, from the files of its checkpoint.
 
     Each byte of a source is read and uploaded once, with three exceptions. Scales that two windows share are read for
-    each of them. Quantized sources that are decoded to two dtypes are read for each dtype. Sources of targets that
-    transformers' own code produces are read whole again for each such target; the code runs on the device, unless
+    each of them. Quantized sources that are decoded to two dtypes are read for each dtype. If transformers'
+    own code computes a target, its sources are read again as whole tensors; the code runs on the device, unless
     transformers itself uses the host. All work is done when this returns or raises. At most ``MOST_COMPILED`` kernels
     are compiled, while the first bytes are read.
 
@@ -130,7 +130,7 @@ def load_to_device(
             rank's share of the cores. Fewer are used if ``scratch_bytes`` is too small for all.
         scratch_bytes: bytes of pinned host memory. Default: 16 MiB for each thread.
         device_scratch_bytes: bytes on the device for everything that cannot be uploaded in place. Default: 256 MiB.
-            Tables of quantized tensors use up to 16 MiB more for a moment.
+            Tables of quantized tensors temporarily use up to 16 MiB more.
         backend: the backend that copies on the device; see ``convert_tensors``.
         progress: True to draw a progress bar, or a bar that several loads share.
         stop: an event that any thread may set to end the load as soon as the chunks being read are uploaded.
@@ -157,7 +157,7 @@ def load_to_device(
     ring = ring_of(threads, scratch_bytes)
     load = prepare_load(plan, checkpoint, buffers)
     if backend != "auto":  # "auto" never raises, so it needs no check before the first read
-        takes_kernels(backend, load.tensors)
+        uses_kernels(backend, load.tensors)
     window_bytes = align_down(min(device_scratch_bytes // _REGIONS, _MOST_WINDOW_BYTES))
     chunks, windows = device_schedule(
         load.targets,
@@ -242,7 +242,7 @@ class _DeviceLoad:
             thread_error = next(filter(None, (_thread_error(future) for future in futures)), None)
             if thread_error is None or thread_error is error:
                 raise
-            add_note(thread_error, f"  besides:  {type(error).__name__}: {error}")
+            add_note(thread_error, f"  also:     {type(error).__name__}: {error}")
             raise thread_error from error
         if self._not_uploaded:
             raise_if_stopped(self._stop_event)
@@ -380,7 +380,7 @@ class _DeviceLoad:
         device = self._regions[0].device
         if self._backend != "torch" and device.type != "cpu":
             self._without_kernels = why_not(device)
-        if not takes_kernels(self._backend, self._tensors):
+        if not uses_kernels(self._backend, self._tensors):
             return None
         chosen = self._window_copies.variants(MOST_COMPILED)
         if chosen:

@@ -1,4 +1,4 @@
-"""Loads to several devices at the same time: split the limits, and run the right executor for each device."""
+"""The entry point of loads: split the limits among the devices, and run the executor of each, all at the same time."""
 
 from __future__ import annotations
 
@@ -173,7 +173,7 @@ def split_limits(limits: Limits, sizes: Sequence[DeviceBytes]) -> list[Limits]:
         sizes: the size of the load to each device.
 
     Raises:
-        ConversionError: the scratch is too small for so many devices.
+        ConversionError: the scratch is too small for this number of devices.
     """
     if len(sizes) < 2:
         return [limits] * len(sizes)
@@ -302,19 +302,23 @@ def _in_this_context(task: Callable[[], None], device: torch.device) -> Callable
     return run
 
 
-def _add_device_notes(part: _Part, error: BaseException, is_complete: bool, own: BaseException) -> None:
+def _add_device_notes(part: _Part, error: BaseException, is_complete: bool, own_error: BaseException) -> None:
     """Add the state of one device to the error that ends a load: its complete targets, or its own error.
 
     Args:
         part: the part of the load that fills the device.
         error: the error that ends the load.
         is_complete: whether the device is filled.
-        own: the error of the device's executor, which names the complete targets already; ``error`` if it raised none.
+        own_error: the error of the device's executor, which names the complete targets; ``error`` if it raised none.
     """
     if is_complete:
         add_filled_targets(error, [target.name for target in part.plan.targets], len(part.plan.targets))
-    elif own is not error:
-        notes = getattr(own, "__notes__", ())
-        failed = () if isinstance(own, Stopped) else (f"  besides:  on {part.device}, {type(own).__name__}: {own}",)
+    elif own_error is not error:
+        notes = getattr(own_error, "__notes__", ())
+        failed = (
+            ()
+            if isinstance(own_error, Stopped)
+            else (f"  also:     on {part.device}, {type(own_error).__name__}: {own_error}",)
+        )
         for text in (*failed, *notes):
             add_note(error, text)

@@ -33,7 +33,7 @@ DEFAULT_SCRATCH_BYTES = 64 << 20
 LEAST_SCRATCH_BYTES = 4096
 """The smallest scratch of a load to the host."""
 
-# A few threads read local files at full speed; more only pass the page cache around.
+# A few threads read local files at full speed; more threads only compete for the page cache.
 _MOST_THREADS = 16
 # There may be more threads if they wait: a network or a disk answers many requests at once.
 _MOST_WAITING_THREADS = 32

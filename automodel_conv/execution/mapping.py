@@ -49,7 +49,7 @@ def file_range_of(target: Target, checkpoint: Checkpoint) -> FileRange | None:
     file. A target without bytes has no range.
 
     Raises:
-        UnsupportedError: this torch does not have the dtype of the target.
+        UnsupportedError: this version of torch does not have the dtype of the target.
     """
     if target.fallback is not None or not target.nbytes:
         return None
@@ -106,7 +106,7 @@ def map_targets(plan: CopyPlan, checkpoint: Checkpoint, devices: Mapping[str, to
 
     Raises:
         ReadError: a file cannot be opened or mapped, or has become too short. The error names the file and the targets.
-        UnsupportedError: this torch does not have the dtype of a target.
+        UnsupportedError: this version of torch does not have the dtype of a target.
     """
     if not system.can_map():
         return {}
@@ -124,7 +124,7 @@ def map_targets(plan: CopyPlan, checkpoint: Checkpoint, devices: Mapping[str, to
     return tensors
 
 
-def with_new(
+def mapped_or_new(
     targets: Iterable[Target], mapped: Mapping[str, Tensor], devices: Mapping[str, torch.device]
 ) -> dict[str, Tensor]:
     """Return buffers for all targets, in their order: the mapped tensors, and new tensors on the targets' devices.
@@ -139,7 +139,7 @@ def with_new(
     return buffers
 
 
-def without(plan: CopyPlan, names: Iterable[str]) -> CopyPlan:
+def without_targets(plan: CopyPlan, names: Iterable[str]) -> CopyPlan:
     """Return a plan without the named targets."""
     left_out = set(names)
     return replace(plan, targets=tuple(target for target in plan.targets if target.name not in left_out))
@@ -160,7 +160,7 @@ def _map(group: Sequence[FileRange], fd: int, path: str) -> dict[str, Tensor]:
         names = [item.target.name for item in group]
         raise _error("a file cannot be mapped", path, names, error, "{memory_map=False} reads it") from error
     memory = (ctypes.c_ubyte * (stop - start)).from_address(address)
-    # Not at exit: the process returns all memory by itself then, and threads may still use tensors.
+    # Not at exit: an ending process returns all memory by itself, and its threads may still use tensors.
     weakref.finalize(memory, system.unmap, address, stop - start).atexit = False
     return {item.target.name: _tensor(item, memory, item.offset_bytes - start) for item in group}
 

@@ -1,4 +1,4 @@
-"""The executor that fills buffers from tensors on the same device, without files."""
+"""The executor of conversions in memory: it fills buffers from tensors on the same device in one batch of copies."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from automodel_conv.errors import ConversionError, message
 from automodel_conv.execution.buffers import BufferCopies, checked_buffer, dtype_of, span_bytes
-from automodel_conv.execution.copy_batch import CopyBatch, takes_kernels
+from automodel_conv.execution.copy_batch import CopyBatch, uses_kernels
 from automodel_conv.execution.fallbacks import fallback_calls, run_fallback
 from automodel_conv.execution.stats import Work
 from automodel_conv.planning.boxes import Box, NotAffine, Piece, chain, contiguous_strides
@@ -54,7 +54,7 @@ def convert_tensors(
     read = [_Operand(plan.sources.names[row], tensor, None) for row, tensor in tensors.items()]
     written = [_Operand(target.name, output, target) for target, output in zip(plan.targets, outputs, strict=True)]
     _raise_if_memory_is_shared([*read, *written], tensors)
-    use_kernels = takes_kernels(backend, [*tensors.values(), *outputs])
+    use_kernels = uses_kernels(backend, [*tensors.values(), *outputs])
     copies_for = BufferCopies()
     copies_by_target = [copies_for(target, output) for target, output in zip(plan.targets, outputs, strict=True)]
     batch = CopyBatch()

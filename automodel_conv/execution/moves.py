@@ -1,4 +1,4 @@
-"""Choose the verb of a kernel that carries out equal strided copies; pure: integers in, integers out."""
+"""Choose the verb (``transpose``, ``interleave`` ...) that carries out equal strided copies; pure, integers only."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 from automodel_conv.kernels.verb import Matrix, Verb
 from automodel_conv.planning.boxes import Box
 
-# A copy that is more matrices than this has matrices too small for tiles to pay off, and too large a table.
+# If a copy needs more matrices than this, they are too small for tiles to pay off, and their table is too large.
 _MOST_MATRICES = 1 << 16
 
 

@@ -13,11 +13,11 @@ import statistics
 from collections import deque
 from typing import NamedTuple
 
-# Each size is measured this often before one is preferred. The lower of two measurements counts, so one of them may be
+# Each size is measured this many times before one is preferred. The lower of the two measurements counts, so one may be
 # disturbed.
 _TRIALS = 2
-# The speed of a size is the median of this many recent measurements. With five, three disturbed ones come together
-# often enough to slow a load on a busy machine.
+# The speed of a size is the median of this many recent measurements. Three disturbed measurements spoil a median of
+# five, and on a busy machine this happens often enough to slow a load.
 _RECENT = 7
 # Bytes until the slower size is tried again. The gap doubles each time that it is still slower.
 _FIRST_GAP_BYTES, _MOST_GAP_BYTES = 32 << 20, 256 << 20

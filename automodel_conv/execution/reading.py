@@ -1,4 +1,4 @@
-"""Reads from files into memory: threads share open files, one call reads neighbours, and errors name the tensor."""
+"""Reads from files into memory: threads share open files, adjacent reads share a call, and errors name the tensor."""
 
 from __future__ import annotations
 

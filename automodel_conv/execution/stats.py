@@ -8,7 +8,7 @@ from automodel_conv.execution.page_policy import PageUse
 
 
 class Work(NamedTuple):
-    """Numbers of executed copies."""
+    """The numbers of copies that kernels and torch executed."""
 
     by_kernels: int
     """Copies that Triton kernels executed."""

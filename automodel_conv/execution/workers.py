@@ -16,7 +16,7 @@ Item = TypeVar("Item")
 
 
 class Stopped(Exception):
-    """The end of a load by its ``stop`` event, which the caller or another thread has set."""
+    """Raised to end a load whose ``stop`` event the caller or another thread has set."""
 
 
 def raise_if_stopped(stop: threading.Event | None) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from automodel_conv.errors import ConversionError, message
 from automodel_conv.execution.buffers import byte_view, dtype_of, raw_bytes
-from automodel_conv.execution.copy_batch import CopyBatch, takes_kernels
+from automodel_conv.execution.copy_batch import CopyBatch, uses_kernels
 from automodel_conv.execution.copying import COPY_BYTES, COPY_RATIO, copy_equal
 from automodel_conv.execution.cores import cores
 from automodel_conv.execution.host_decoding import decode_codes
@@ -30,7 +30,7 @@ from automodel_conv.files.shards import Shard
 from automodel_conv.files.source import ByteSource, OpenSource, opened
 from automodel_conv.files.write_errors import write_errors
 from automodel_conv.planning.copies import Decode
-from automodel_conv.schedule.host import jobs_through_scratch, runs
+from automodel_conv.schedule.host import group_reads, jobs_through_scratch
 from automodel_conv.schedule.jobs import Copies, Job, Move, ReadInPlace, Reads, align_down
 from automodel_conv.schedule.writes import Slab, filled_ranges
 
@@ -260,7 +260,7 @@ class DeviceTensorProducer:
         self._view = byte_view(self._pinned)
         # Memory of this stream: memory that this thread's current stream has freed may still be in use on it.
         self._slab = _SlabMemory(self._stream.scratch(slab_bytes), dtypes)
-        self._use_kernels = takes_kernels(backend, tensors)
+        self._use_kernels = uses_kernels(backend, tensors)
 
     def __call__(self, slab: Slab) -> list[memoryview]:
         self._stream.copy_all(
@@ -347,10 +347,10 @@ class SourceFileProducer:
 def jobs_by_slab(
     slabs: Iterable[Slab], checkpoint: Checkpoint, decodes: Mapping[int, Decode], input_bytes: int
 ) -> dict[tuple[int, int], list[Job]]:
-    """Return the jobs that fill each slab, by the slab's output file and offset."""
+    """Return the jobs that fill each slab, scheduled as for a load to the host; keys are output file and offset."""
     jobs: dict[tuple[int, int], list[Job]] = {}
     for slab in slabs:
-        in_place = runs(Reads.from_list(sorted(slab.reads)), slab.nbytes)
+        in_place = group_reads(Reads.from_list(sorted(slab.reads)), slab.nbytes)
         through_input = jobs_through_scratch(slab.moves, checkpoint, decodes, input_bytes)
         jobs[slab.file, slab.offset_bytes] = [*map(ReadInPlace, in_place), *through_input]
     return jobs

@@ -129,7 +129,7 @@ class _OpenHubFile(NamedTuple):
 
     url: str
     start: bytearray
-    """The first bytes of the file, as many as have been read."""
+    """The bytes that have been read so far, from the start of the file."""
     nbytes: int
     """Size of the file."""
 

@@ -18,7 +18,7 @@ from automodel_conv.files.source import LocalFile
 # Bytes read by one call. While Python imports, a thread gets the interpreter only every few milliseconds, so small
 # portions would be read slowly. The end of the block waits for the last portion, so large ones would delay it.
 PORTION_BYTES = 16 << 20
-# Smaller checkpoints are read in a moment.
+# Smaller checkpoints are read too quickly for this to help.
 LEAST_BYTES = 64 << 20
 # Bytes read between two checks of the free memory.
 _LOOK_BYTES = 256 << 20

@@ -23,7 +23,7 @@ class IndexedPath(str):
     assigned: frozenset[str]
     """Names of the tensors that the index assigns to the file."""
     ignored: dict[str, list[str]]
-    """By file name, the tensors in a file that the index does not assign to it. All paths of a load share this
+    """Names of the tensors in a file that the index does not assign to it, by file name. All paths of a load share this
     dictionary, and opening a file adds its entry."""
 
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 from automodel_conv.execution.filling import Limits, fill
-from automodel_conv.execution.mapping import map_targets, with_new, without
+from automodel_conv.execution.mapping import map_targets, mapped_or_new, without_targets
 from automodel_conv.integrations.codes import refuse_codes
 from automodel_conv.integrations.hooked_files import unindexed_in
 from automodel_conv.integrations.hooked_plan import plan_load
@@ -79,10 +79,10 @@ def wrap_converter(
             done(HookedLoad(type(model).__name__, (), left, left_out, unindexed))
             return result
         mapped = map_targets(planned.plan, planned.checkpoint, planned.devices) if maps() else {}
-        buffers = with_new(planned.plan.targets, mapped, planned.devices)
+        buffers = mapped_or_new(planned.plan.targets, mapped, planned.devices)
         # Follow the setting by which users of transformers disable its threads.
         threads = 1 if is_env_variable_true("HF_DEACTIVATE_ASYNC_LOAD") else None
-        fill(without(planned.plan, mapped), planned.checkpoint, buffers, Limits(threads))
+        fill(without_targets(planned.plan, mapped), planned.checkpoint, buffers, Limits(threads))
         plain_config = replace(load_config, weight_mapping=[], hf_quantizer=None)
         converted_info, *_ = convert(model, buffers, plain_config, *args, **kwargs)
         # transformers saves the model by the rules that the load has used.

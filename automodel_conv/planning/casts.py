@@ -11,7 +11,7 @@ from automodel_conv.errors import UnsupportedError, message
 _INTEGERS = frozenset({"BOOL", "I8", "U8", "I16", "U16", "I32", "U32", "I64", "U64"})
 _CODES = frozenset({"F4", "F6_E2M3", "F6_E3M2", "F8_E5M2", "F8_E4M3", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ"})
 _MAY_HOLD_CODES = _CODES | {"I8", "U8"}
-_DECODE = "{dequantize=True} decodes what the quantization_config in config.json says is quantized"
+_DECODE = "{dequantize=True} decodes the tensors that the quantization_config in config.json describes as quantized"
 _KEEP = "{dequantize=False} keeps them, for a model that has codes and scales"
 
 

@@ -1,6 +1,6 @@
 """Plans that keep codes and scales while weights are grouped, split or moved to another layout.
 
-Eight-bit codes are copied exactly as the values that they encode. Scales are copied as a matrix with one element per
+Eight-bit codes move exactly as their decoded values would. Scales are copied as a matrix with one element per
 block: the rules and layouts of a weight are applied again to tensors with the weights' names and the scales' shapes.
 The result must decode to the same values under the same config. To check that, it is read as if it were a checkpoint.
 Each of its blocks must be a block of the source. A block that mixes rows of gate and up, or whose sides are swapped, is

@@ -220,7 +220,7 @@ def own_layout(modules: Iterable[ExpertLayout | None]) -> str | None:
     return next((name for name in same_names(TRANSFORMERS) if LAYOUTS[name] == as_layout(own)), None)
 
 
-def any_experts(name: str) -> bool:
+def holds_grouped_experts(name: str) -> bool:
     """Return whether ``name`` is a tensor of grouped experts in any layout."""
     path, _, leaf_name = name.rpartition(".")
     return is_experts(path) and any(leaf_name in layout.names for layout in LAYOUTS.values())

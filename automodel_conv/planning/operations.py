@@ -263,7 +263,7 @@ def _positive_int(operation: str, attribute: str, read: Callable[[], object]) ->
     """Return a number that an operation reads from a config.
 
     Raises:
-        NotLowerable: the config has no such number or several, or ``read`` raises what transformers raises then.
+        NotLowerable: the config has no such number or several, so that ``read`` raises an error of transformers.
     """
     try:
         value = read()

@@ -263,8 +263,8 @@ class CopyPlan:
         Raises:
             CoverageError: the proof fails. The message names the target, and the element and its two sources or the
                 number of written elements.
-            UnsupportedError: a quantized source would fill a target of a dtype that codes are not decoded to, or a
-                target of transformers' own code.
+            UnsupportedError: a quantized source would fill a target whose dtype codes cannot be decoded to, or a target
+                that transformers' own code computes.
 
         Example:
 
@@ -401,7 +401,7 @@ class CopyPlan:
                 DTensor, and ``planning.regions.box`` the region with given offsets and lengths.
 
         Raises:
-            CoverageError: a region is that of a tensor of another shape.
+            CoverageError: a region belongs to a tensor of another shape.
             UnsupportedError: a region is less than all of a target that transformers' own code fills.
 
         Example:
@@ -480,7 +480,7 @@ def plan_of_parts(plan: CopyPlan, parts: Iterable[Part]) -> CopyPlan:
     """Return the plan that fills parts of a plan's targets, each as a contiguous tensor of its own.
 
     Raises:
-        CoverageError: a region is that of a tensor of another shape.
+        CoverageError: a region belongs to a tensor of another shape.
         UnsupportedError: a part is less than all of a target that transformers' own code fills, or would be cast twice.
     """
     return plan.then(CopyPlan(table_of(plan.targets), tuple(parts_of(plan.targets, parts))))

@@ -24,7 +24,7 @@ class Problems:
     without_place: list[str] = field(default_factory=list)
     """Names in ``unexpected`` that ``unclaimed`` sources would have."""
 
-    def set_aside(self) -> frozenset[int]:
+    def accept_unclaimed(self) -> frozenset[int]:
         """Stop treating sources that no rule assigns to a target as a problem, and return their rows."""
         accepted = set(self.without_place)
         self.unexpected = [name for name in self.unexpected if name not in accepted]

@@ -82,7 +82,7 @@ def parts_of(targets: Sequence[Target], parts: Iterable[Part]) -> list[Target]:
     Each is a contiguous tensor and has its whole target as source.
 
     Raises:
-        CoverageError: a region is that of a tensor of another shape.
+        CoverageError: a region belongs to a tensor of another shape.
     """
     rows = {target.name: row for row, target in enumerate(targets)}
     part_targets = []

@@ -8,7 +8,7 @@ from typing import Any
 
 from automodel_conv.errors import QuantizationError, UnsupportedError, message
 from automodel_conv.planning.copies import CODE_BITS
-from automodel_conv.planning.methods.method import Method, Scheme, Undecoded
+from automodel_conv.planning.methods.method import Method, Scheme, UnsupportedScheme
 from automodel_conv.planning.methods.table import METHODS
 
 _KEEPS = "keeps codes and scales as they are"
@@ -76,8 +76,8 @@ def read_config(config: Mapping[str, Any], where: str | None = None) -> tuple[Me
         for scheme in schemes:
             bits, columns = CODE_BITS[scheme.format], scheme.block[1]
             if columns is not None and columns * bits % 8:
-                raise Undecoded(f"groups of {columns} codes of {bits} bits", "an even number")
-    except Undecoded as error:
+                raise UnsupportedScheme(f"groups of {columns} codes of {bits} bits", "an even number")
+    except UnsupportedScheme as error:
         text = f"this quantization scheme is not supported: {error.what}"
         raise UnsupportedError(message(text, where=where, expected=error.expected, do=[KEEP])) from None
     except (TypeError, ValueError, KeyError, AttributeError) as error:

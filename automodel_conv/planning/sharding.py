@@ -90,7 +90,7 @@ def _split_order(splits: Sequence[tuple[Any, int, int]]) -> list[tuple[Any, int,
     """Return the placements of one dimension in the order in which they split it.
 
     Placements split from left to right, with one exception. A strided shard whose factor is the number of shards of all
-    later placements is that of FSDP2 over tensor parallelism. It splits last, as a plain shard.
+    later placements comes from FSDP2 over tensor parallelism. It splits last, as a plain shard.
     Source: torch 2.13.0, ``_StridedShard`` in placement_types.py and ``FSDPParam._init_sharded_param``.
     """
     from torch.distributed.tensor import Shard

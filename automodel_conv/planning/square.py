@@ -21,13 +21,13 @@ from automodel_conv.planning.values import LoweringError, leaves
 
 WHICH_SOURCE_LAYOUT = (
     'source_layout="transformers" if they are oriented as in the model, '
-    'or source_layout="per_expert" if they are oriented as the model type is published, which is transposed'
+    'or source_layout="per_expert" if they are transposed, as in published checkpoints of the model type'
 )
 """Values of ``source_layout`` that determine the orientation of square matrices, for advice in errors."""
 
 _ADVICE = (
     'pass {source_layout="transformers"} if they are oriented as in the model, '
-    'or {source_layout="per_expert"} if they are oriented as the model type is published, which is transposed',
+    'or {source_layout="per_expert"} if they are transposed, as in published checkpoints of the model type',
     "leave {reference} out, so that the rules determine the names, or pass one that states the layout of its experts: "
     '{convert_checkpoint(..., layout="transformers", source_layout=...)} writes it',
 )

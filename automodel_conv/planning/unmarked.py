@@ -16,8 +16,8 @@ from automodel_conv.planning.layouts import (
     LAYOUTS,
     TRANSFORMERS,
     Layout,
-    any_experts,
     holds_experts,
+    holds_grouped_experts,
     is_weight,
     layout_from_name,
     same_names,
@@ -29,14 +29,14 @@ from automodel_conv.planning.rules import Rules
 Shape = tuple[int, ...]
 
 
-def refuse_other_layouts(problems: Problems, plan: CopyPlan, rules: Rules, model_says: bool) -> None:
+def refuse_other_layouts(problems: Problems, plan: CopyPlan, rules: Rules, model_states_layout: bool) -> None:
     """Refuse grouped experts that are not in their model's layout, or that might be in another layout.
 
     Args:
         problems: tensors that do not fit the model, except those that it ignores.
         plan: the plan of all tensors that fit.
         rules: the model's rules. Experts that they do not produce have one published form, the model's own.
-        model_says: whether the model states the layout of its experts, as transformers' models do.
+        model_states_layout: whether the model states the layout of its experts, as transformers' models do.
 
     Raises:
         UnsupportedError: such a tensor exists. The error names the first one and advises ``source_layout``; also
@@ -46,7 +46,7 @@ def refuse_other_layouts(problems: Problems, plan: CopyPlan, rules: Rules, model
         if is_weight(name) and shape == _transposed(expected) != expected:
             are_grouped = any(map(is_weight, plan.sources.names))
             do = [_advice("source_layout")] if are_grouped else []
-            if not model_says:
+            if not model_states_layout:
                 transposed = [n for n, layout in LAYOUTS.items() if layout.transposed and holds_experts(name, layout)]
                 do += [f'pass {{layout="{other}"}} if the model has its experts in it' for other in transposed]
             raise _refused(name, do, f"{list(expected)}, as the model has it", list(shape))
@@ -132,14 +132,15 @@ def refuse_grouped(plan: CopyPlan, rules: Rules) -> None:
         UnsupportedError: such experts exist; the error names them.
     """
     patterns = [p.replace("\\", "").rstrip("$") for row in range(len(rules.converters)) for p in rules.patterns(row)[0]]
-    leaves = {pattern.rpartition(".")[2] for pattern in patterns if any_experts(pattern)}
-    names = [t.name for t in plan.targets if t.rule < 0 and any_experts(t.name)]
+    leaves = {pattern.rpartition(".")[2] for pattern in patterns if holds_grouped_experts(pattern)}
+    names = [t.name for t in plan.targets if t.rule < 0 and holds_grouped_experts(t.name)]
     unsplit = [name for name in names if name.rpartition(".")[2] in leaves]
     if unsplit:
-        raise not_taken_apart(unsplit, "pass them under the names that they have in the model that the rules are for")
+        do = "pass them under the names that they have in the model that the rules are for"
+        raise unsplit_experts_error(unsplit, do)
 
 
-def not_taken_apart(names: Sequence[str], do: str | list[str]) -> UnsupportedError:
+def unsplit_experts_error(names: Sequence[str], do: str | list[str]) -> UnsupportedError:
     """Return the error for grouped experts in a checkpoint that should have one tensor per expert and projection."""
     return UnsupportedError(message("no rule splits these experts", found="\n" + listing(names), do=do))
 

@@ -29,10 +29,10 @@ from automodel_conv.files.shards import Naming, Shard, divide, parse_size
 from automodel_conv.planning.code_names import has_codes
 from automodel_conv.planning.copies import SourceTable
 from automodel_conv.planning.kept_codes import keep_codes
-from automodel_conv.planning.layouts import PER_EXPERT, any_experts, get_layout
+from automodel_conv.planning.layouts import PER_EXPERT, get_layout, holds_grouped_experts
 from automodel_conv.planning.plan import CopyPlan
 from automodel_conv.planning.quantization import quantized_table
-from automodel_conv.planning.unmarked import not_taken_apart
+from automodel_conv.planning.unmarked import unsplit_experts_error
 from automodel_conv.publishing.saved import specs_of, with_dtype
 from automodel_conv.upstream.from_config import meta_model
 from automodel_conv.upstream.models import checked_dtype
@@ -58,7 +58,7 @@ class Conversion:
 
     @property
     def left_out(self) -> tuple[str, ...]:
-        """Names of source tensors that are not converted: dropped tensors, and scales of activations if decoded."""
+        """Names of source tensors that are not converted: dropped, or, if codes are decoded, activation scales."""
         return self.checkpoint.left_out(self.plan.unused_sources)
 
     @property
@@ -94,7 +94,7 @@ def compile_conversion(
     model = meta_model(checkpoint, dtype) if rules is None else None
     # Codes of separate experts are copied unchanged: no model accepts them, and there is nothing to split.
     codes = None if dequantize else has_codes(table)
-    keeps_codes = layout == PER_EXPERT and codes is not None and not any(map(any_experts, table.names))
+    keeps_codes = layout == PER_EXPERT and codes is not None and not any(map(holds_grouped_experts, table.names))
     quantized = (
         quantization(checkpoint.directory) if codes is not None and not keeps_codes and not keeps_names else None
     )
@@ -102,7 +102,7 @@ def compile_conversion(
         raise codes_without_config(codes, checkpoint)
 
     def plan_for(
-        sources: SourceTable, dtype: torch.dtype | None, *, unbound: bool = False
+        sources: SourceTable, dtype: torch.dtype | None, *, produce_all: bool = False
     ) -> tuple[CopyPlan, frozenset[int]]:
         """Return the plan, and the rows of carried tensors."""
         plan, problems = loading_plan(
@@ -112,9 +112,9 @@ def compile_conversion(
             layout=None if layout == PER_EXPERT else layout,
             source_layout=source_layout,
             dtype=None if model is not None else dtype,
-            unbound=unbound,
+            produce_all=produce_all,
         )
-        carried = problems.set_aside()
+        carried = problems.accept_unclaimed()
         if not dequantize:
             carried |= plan.sources.hidden - sources.hidden  # tensors of KV caches
         problems.raise_unless_fit(checkpoint.path, unindexed=checkpoint.unindexed)
@@ -138,7 +138,7 @@ def compile_conversion(
             replace(table, hidden=table.hidden | carried),
             decoded,
             value_plan,
-            lambda scales: plan_for(scales, None, unbound=True)[0],
+            lambda scales: plan_for(scales, None, produce_all=True)[0],
             lambda converted: quantized_table(converted, quantized.settings, where=quantized.path),
         )
     if layout == PER_EXPERT:
@@ -164,7 +164,9 @@ def compile_conversion(
 
 def _refuse_grouped(plan: CopyPlan, model: nn.Module | None) -> None:
     """Raise UnsupportedError if no rule splits grouped experts and no model shows that they are published grouped."""
-    grouped = [] if model is not None else [target.name for target in plan.targets if any_experts(target.name)]
+    grouped = (
+        [] if model is not None else [target.name for target in plan.targets if holds_grouped_experts(target.name)]
+    )
     if grouped:
         do = ["leave {rules} out to use the rules of the model", "leave {layout} out to keep the experts grouped"]
-        raise not_taken_apart(grouped, do)
+        raise unsplit_experts_error(grouped, do)

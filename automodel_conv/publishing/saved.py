@@ -125,7 +125,7 @@ def saved_tensors(model: nn.Module) -> dict[str, Tensor]:
         raise UnsupportedError(
             message(
                 "this package cannot save this model: its tensors are shards that are not DTensors",
-                found="tensor parallelism of a transformers older than 5.17",
+                found="tensor parallelism of a version of transformers before 5.17",
                 do="use its save_pretrained",
             )
         )

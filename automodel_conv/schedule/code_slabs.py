@@ -155,42 +155,43 @@ def cut_into_slabs(source: CodedSource, moves: Sequence[Move], limit: int, in_pl
         ConversionError: ``limit`` is too small for this source.
     """
     in_place = in_place and all(find_rectangles(move, source) is not None for move in moves)
-    for start, stop, cut in slabs(moves, _capacity(source, limit, in_place)):
-        per_move = [find_rectangles(move, source) for move in cut] if in_place else []
+    for start, stop, parts in slabs(moves, _capacity(source, limit, in_place)):
+        per_move = [find_rectangles(move, source) for move in parts] if in_place else []
         if None in per_move:  # the cut is between the two codes of a byte
-            yield from cut_into_slabs(source, cut, limit, in_place=False)
+            yield from cut_into_slabs(source, parts, limit, in_place=False)
             continue
         if source.decode.bits == 4:  # widen to whole bytes
             start, stop = start - start % 2, stop + stop % 2
         if in_place:
-            yield _slab(source, start, stop, cut, [region for regions in per_move for region in regions or ()], ())
+            in_parts = [rectangle for rectangles in per_move for rectangle in rectangles or ()]
+            yield _slab(source, start, stop, parts, in_parts, ())
         else:
             whole_rows = [
                 SourceRectangle(element, (r1 - r0, c1 - c0), 1, (source.columns, 1), 0, element - start)
                 for element, r0, r1, c0, c1 in source.rectangles(start, stop, (0, source.columns))
             ]
-            copies = tuple(move._replace(source_offset=move.source_offset - start) for move in cut)
-            yield _slab(source, start, stop, cut, whole_rows, copies)
+            copies = tuple(move._replace(source_offset=move.source_offset - start) for move in parts)
+            yield _slab(source, start, stop, parts, whole_rows, copies)
 
 
 def _slab(
     source: CodedSource,
     start: int,
     stop: int,
-    cut: Sequence[Move],
-    regions: Sequence[SourceRectangle],
+    parts: Sequence[Move],
+    source_rectangles: Sequence[SourceRectangle],
     moves: tuple[Move, ...],
 ) -> CodeSlab:
-    """Return the slab of elements ``start`` to ``stop``, of which the moves ``cut`` read parts.
+    """Return the slab of elements ``start`` to ``stop``, with the parts of moves that read it.
 
     Args:
-        regions: the rectangles to decode.
+        source_rectangles: the rectangles to decode.
         moves: the copies out of the window; empty if the rectangles are decoded straight into the targets.
     """
     bits, size = source.decode.bits, itemsize(source.dtype)
     block_rows = source.block_row(start), source.block_row(stop - 1) + 1
     kind, scale_count = _kind(source, block_rows), (block_rows[1] - block_rows[0]) * source.grid_columns
-    codes = [(first * bits // 8, -(-last * bits // 8)) for first, last in read_ranges(cut, GAP_BYTES * 8 // bits)]
+    codes = [(first * bits // 8, -(-last * bits // 8)) for first, last in read_ranges(parts, GAP_BYTES * 8 // bits)]
     codes_bytes = align_up((stop - start) * bits // 8)
     values_bytes = align_up((stop - start) * size) if moves else 0
     nbytes = codes_bytes + values_bytes + scale_count * itemsize(kind.scale_dtype)
@@ -200,7 +201,7 @@ def _slab(
         nbytes += BYTE_SCALES * kind.row_bytes
     nbytes += GLOBAL_BYTES if kind.has_global else 0
     nbytes += ZERO_POINT_BYTES * kind.zero_points[0] * source.grid_columns if kind.zero_points else 0
-    rectangles = tuple(_rectangle(region, source, start, block_rows[0], kind, bool(moves)) for region in regions)
+    rectangles = tuple(_rectangle(r, source, start, block_rows[0], kind, bool(moves)) for r in source_rectangles)
     return CodeSlab(
         codes=tuple(codes),
         first_byte=start * bits // 8,
@@ -216,11 +217,11 @@ def _slab(
 
 
 def _rectangle(
-    region: SourceRectangle, source: CodedSource, start: int, first_block_row: int, kind: ScaleKind, in_window: bool
+    rect: SourceRectangle, source: CodedSource, start: int, first_block_row: int, kind: ScaleKind, in_window: bool
 ) -> tuple[Rectangle, Position]:
     """Return the geometry of a rectangle, and its place in the slab that starts at element ``start``."""
-    bits, (block_rows, block_columns), step = source.decode.bits, source.decode.block, region.row_step
-    row, column = divmod(region.element, source.columns)
+    bits, (block_rows, block_columns), step = source.decode.bits, source.decode.block, rect.row_step
+    row, column = divmod(rect.element, source.columns)
     start_row, scales_stride = row % source.matrix_rows % block_rows, source.grid_columns
     if block_rows % step == 0:  # count rows of the rectangle, not rows of the source
         start_row, block_rows = start_row // step, block_rows // step
@@ -228,17 +229,17 @@ def _rectangle(
         start_row, block_rows, scales_stride = 0, 1, scales_stride * (step // block_rows)
     rectangle = Rectangle(
         kind=kind,
-        shape=region.shape,
+        shape=rect.shape,
         codes_stride=step * source.columns * bits // 8,
-        target_strides=region.target_strides,
+        target_strides=rect.target_strides,
         block=(block_rows, block_columns),
         start=(start_row, column % block_columns),
         scales_stride=scales_stride,
         in_window=in_window,
     )
-    scale = (source.block_row(region.element) - first_block_row) * source.grid_columns + column // block_columns
-    codes_bytes = (region.element - start) * bits // 8
-    return rectangle, Position(region.target, region.target_offset, codes_bytes, scale, 0)
+    scale = (source.block_row(rect.element) - first_block_row) * source.grid_columns + column // block_columns
+    codes_bytes = (rect.element - start) * bits // 8
+    return rectangle, Position(rect.target, rect.target_offset, codes_bytes, scale, 0)
 
 
 def _capacity(source: CodedSource, limit: int, in_place: bool) -> int:

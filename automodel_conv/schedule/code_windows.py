@@ -67,7 +67,7 @@ class ScaleGroup(NamedTuple):
 
 
 class CodeWindow(NamedTuple):
-    """The contents of one window, the reads that fill it, and the decoding and copies that empty it."""
+    """A window of quantized sources: its contents, the reads that fill it, the decoding and copies that empty it."""
 
     reads: list[Read]
     """Reads that fill the window; their memory is its number. One read may cover several consecutive tensors."""

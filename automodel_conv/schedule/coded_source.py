@@ -51,17 +51,17 @@ class CodedSource:
             The first element of a rectangle, its first row and the row after its last, counted within the matrix, and
             its first column and the column after its last.
         """
-        at = start
-        while at < stop:
-            matrix, row = divmod(at // self.columns, self.matrix_rows)
-            first = at % self.columns
+        element = start
+        while element < stop:
+            matrix, row = divmod(element // self.columns, self.matrix_rows)
+            first = element % self.columns
             matrix_stop = min(stop, (matrix + 1) * self.matrix_rows * self.columns)
-            whole_rows = (matrix_stop - at) // self.columns
+            whole_rows = (matrix_stop - element) // self.columns
             if first or not whole_rows:
-                rows, last = 1, min(self.columns, first + matrix_stop - at)
+                rows, last = 1, min(self.columns, first + matrix_stop - element)
             else:
                 rows, last = whole_rows, self.columns
             left, right = max(first, columns[0]), min(last, columns[1])
             if left < right:
-                yield at - first + left, row, row + rows, left, right
-            at += rows * self.columns - first if rows > 1 or last == self.columns else last - first
+                yield element - first + left, row, row + rows, left, right
+            element += rows * self.columns - first if rows > 1 or last == self.columns else last - first

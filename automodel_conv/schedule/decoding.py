@@ -47,8 +47,8 @@ def decode_jobs(
         for dtype in dict.fromkeys(move.dtype for move in moves[row]):
             to_dtype = [move for move in moves[row] if move.dtype == dtype]
             source = CodedSource(row, decodes[row], checkpoint, dtype)
-            for start, stop, cut in slabs(to_dtype, _capacity(source, limit)):
-                yield _job(source, start, stop, cut)
+            for start, stop, parts in slabs(to_dtype, _capacity(source, limit)):
+                yield _job(source, start, stop, parts)
 
 
 def _capacity(source: CodedSource, limit: int) -> int:
@@ -69,13 +69,13 @@ def _capacity(source: CodedSource, limit: int) -> int:
     return capacity - capacity % source.columns if capacity >= source.columns else capacity
 
 
-def _job(source: CodedSource, start: int, stop: int, cut: Sequence[Move]) -> ReadAndCopy:
-    """Return the job that reads elements ``start`` to ``stop``, decodes them, and carries out the moves ``cut``."""
+def _job(source: CodedSource, start: int, stop: int, parts: Sequence[Move]) -> ReadAndCopy:
+    """Return the job that reads elements ``start`` to ``stop``, decodes them, and carries out the moves ``parts``."""
     bits = source.decode.bits
     if bits == 4:  # widen to whole bytes
         start, stop = start - start % 2, stop + stop % 2
     reads: list[Read] = []
-    for first, last in read_ranges(cut, GAP_BYTES * 8 // bits):
+    for first, last in read_ranges(parts, GAP_BYTES * 8 // bits):
         first, last = first * bits // 8, -(-last * bits // 8)
         reads.append(_read(source, source.row, first, last - first, first - start * bits // 8))
     end = align_up((stop - start) * bits // 8)
@@ -109,10 +109,10 @@ def _job(source: CodedSource, start: int, stop: int, cut: Sequence[Move]) -> Rea
             block_row=source.block_row(element) - first,
             block_column=c0 // source.decode.block[1],
         )
-        for element, r0, r1, c0, c1 in source.rectangles(start, stop, _columns_read(cut, source.columns, bits))
+        for element, r0, r1, c0, c1 in source.rectangles(start, stop, _columns_read(parts, source.columns, bits))
     ]
     shift = end // size - start
-    moves = [move._replace(source_offset=move.source_offset + shift) for move in cut]
+    moves = [move._replace(source_offset=move.source_offset + shift) for move in parts]
     return ReadAndCopy(Reads.from_list(sorted(reads)), end + (stop - start) * size, group_moves(moves), rectangles)
 
 
@@ -122,12 +122,15 @@ def _read(source: CodedSource, row: int, offset_bytes: int, nbytes: int, start_b
     return Read(checkpoint.file_ids[row], checkpoint.offsets[row] + offset_bytes, nbytes, 0, start_bytes)
 
 
-def _read_grid(source: CodedSource, row: int, first: int, last: int, at: int, reads: list[Read]) -> tuple[Grid, int]:
-    """Append a read of rows ``first`` to ``last`` of a grid to byte ``at``; return the grid and where it ends."""
+def _read_grid(
+    source: CodedSource, row: int, first: int, last: int, start_bytes: int, reads: list[Read]
+) -> tuple[Grid, int]:
+    """Append a read of rows ``first`` to ``last`` of a grid to ``start_bytes``; return the grid and where it ends."""
     dtype = source.checkpoint.dtypes[row]
     row_bytes = source.grid_columns * itemsize(dtype)
-    reads.append(_read(source, row, first * row_bytes, (last - first) * row_bytes, at))
-    return Grid(at, dtype, (last - first, source.grid_columns)), align_up(at + (last - first) * row_bytes)
+    nbytes = (last - first) * row_bytes
+    reads.append(_read(source, row, first * row_bytes, nbytes, start_bytes))
+    return Grid(start_bytes, dtype, (last - first, source.grid_columns)), align_up(start_bytes + nbytes)
 
 
 def _columns_read(moves: Sequence[Move], columns: int, bits: int) -> tuple[int, int]:

@@ -18,7 +18,7 @@ from automodel_conv.files.full_io import IOV_MAX
 from automodel_conv.planning.copies import Decode, StridedCopy, Target
 from automodel_conv.schedule.code_slabs import Position, Rectangle, ScaleKind
 from automodel_conv.schedule.code_windows import ScaleGroup, code_windows
-from automodel_conv.schedule.host import divide, runs, slab_jobs
+from automodel_conv.schedule.host import group_reads, slab_jobs, split_copies
 from automodel_conv.schedule.jobs import Copies, Read, Reads, concatenate, group_moves
 
 
@@ -45,9 +45,10 @@ class Chunk(NamedTuple):
 
 
 class Window(NamedTuple):
-    """A region of device memory that chunks fill, and the decoding and copies that empty it.
+    """One filling of a region of device memory by chunks, and the decoding and copies that then empty the region.
 
-    Offsets count from the start of the window.
+    A load has many windows and few regions, which the windows use in rotation. Offsets count from the start of the
+    region.
     """
 
     copies: Sequence[Copies]
@@ -92,7 +93,7 @@ def device_schedule(
     Raises:
         ConversionError: ``window_bytes`` is too small for a quantized source.
     """
-    in_place, moves = divide(targets, copies, checkpoint, decodes)
+    in_place, moves = split_copies(targets, copies, checkpoint, decodes)
     first_window = len(targets)  # memories of reads are numbered: targets first, then windows
     plain = {row: row_moves for row, row_moves in moves.items() if row not in decodes}
     coded = {row: row_moves for row, row_moves in moves.items() if row in decodes}
@@ -100,7 +101,7 @@ def device_schedule(
     to_windows = [job.reads._replace(memory=job.reads.memory + first_window + n) for n, job in enumerate(jobs)]
     reads = concatenate([in_place, *to_windows]).in_order()
     coded_windows = list(code_windows(coded, checkpoint, decodes, window_bytes, first_window + len(jobs)))
-    chunks = [_chunk(run, first_window) for run in runs(reads, slot_bytes)]
+    chunks = [_chunk(run, first_window) for run in group_reads(reads, slot_bytes)]
     chunks += [_chunk(packed, first_window) for packed in _pack((window.reads for window in coded_windows), slot_bytes)]
     chunks_of_window = Counter(window for chunk in chunks for window in chunk.to_windows)
     windows = [Window(job.copies, job.scratch_bytes, chunks_of_window[n], {}, {}) for n, job in enumerate(jobs)]

@@ -61,28 +61,30 @@ def schedule(
     Raises:
         ConversionError: ``slot_bytes`` is too small for a quantized source.
     """
-    in_place, moves = divide(targets, copies, checkpoint, decodes)
-    jobs: list[Job] = [ReadInPlace(run) for run in runs(in_place, portion(in_place.total_bytes, threads, RUN_BYTES))]
+    in_place, moves = split_copies(targets, copies, checkpoint, decodes)
+    jobs: list[Job] = [
+        ReadInPlace(run) for run in group_reads(in_place, bytes_per_job(in_place.total_bytes, threads, RUN_BYTES))
+    ]
     through_scratch = sum(checkpoint.nbytes[row] for row in moves)
     jobs += jobs_through_scratch(
-        moves, checkpoint, decodes, min(slot_bytes, portion(through_scratch, threads, _SLAB_BYTES))
+        moves, checkpoint, decodes, min(slot_bytes, bytes_per_job(through_scratch, threads, _SLAB_BYTES))
     )
     jobs.sort(key=lambda job: (job.reads.file[0], job.reads.offset_bytes[0]))
     return jobs
 
 
-def divide(
+def split_copies(
     targets: Sequence[Target],
     copies: Sequence[Sequence[StridedCopy]],
     checkpoint: Checkpoint,
     decodes: Mapping[int, Decode],
 ) -> tuple[Reads, dict[int, list[Move]]]:
-    """Divide the copies of targets into reads that need no scratch, and moves that do; no byte is in both.
+    """Divide the copies of targets into reads straight into targets, and moves through scratch; no byte is in both.
 
     Returns:
         The reads straight into targets, in the order of the files, and the moves out of each other source, by row.
     """
-    in_place, moves = _split(targets, copies, checkpoint.dtypes, decodes)
+    in_place, moves = _runs_and_moves(targets, copies, checkpoint.dtypes, decodes)
     reads, rows = in_place.reads(checkpoint)
     order = np.lexsort((reads.offset_bytes, reads.file))
     reads, rows = reads.take(order), rows[order]
@@ -114,7 +116,7 @@ class _Runs(NamedTuple):
         return Reads(file_ids[rows], offsets[rows] + source * size, nbytes, number, target * size), rows
 
 
-def _split(
+def _runs_and_moves(
     targets: Sequence[Target],
     copies: Sequence[Sequence[StridedCopy]],
     dtypes: Sequence[str],
@@ -164,7 +166,7 @@ def _as_move(read: Read, row: int, checkpoint: Checkpoint) -> Move:
     return Move(read.memory, dtype, run_of(read.nbytes // size), source, read.start_bytes // size)
 
 
-def runs(reads: Reads, limit: int) -> Iterator[Reads]:
+def group_reads(reads: Reads, limit: int) -> Iterator[Reads]:
     """Group reads that are in order into runs of neighbours, of at most ``limit`` bytes; cut reads that are larger."""
     reads = split_long(reads, limit)
     count = len(reads.file)
@@ -182,7 +184,7 @@ def runs(reads: Reads, limit: int) -> Iterator[Reads]:
         start = stop
 
 
-def portion(total_bytes: int, threads: int, most_bytes: int) -> int:
+def bytes_per_job(total_bytes: int, threads: int, most_bytes: int) -> int:
     """Return the bytes of a job such that all threads end at about the same time and no job is tiny."""
     return max(_LEAST_JOB_BYTES, min(most_bytes, total_bytes // (4 * threads)))
 
@@ -230,17 +232,17 @@ def slab_jobs(moves: Mapping[int, Sequence[Move]], checkpoint: Checkpoint, limit
     for row in sorted(moves, key=lambda row: (file_ids[row], offsets[row])):
         file, base = file_ids[row], offsets[row]
         size = itemsize(checkpoint.dtypes[row])
-        for start, stop, cut in slabs(moves[row], limit // size):
+        for start, stop, parts in slabs(moves[row], limit // size):
             slab_start = align_up(used)
             slab_stop = slab_start + (stop - start) * size
             if reads and (slab_stop > limit or file != reads[0].file):
                 yield ReadAndCopy(Reads.from_list(reads), used, group_moves(job_moves))
                 reads, job_moves, slab_start, slab_stop = [], [], 0, (stop - start) * size
-            for first, last in read_ranges(cut, GAP_BYTES // size):
+            for first, last in read_ranges(parts, GAP_BYTES // size):
                 start_bytes = slab_start + (first - start) * size
                 reads.append(Read(file, base + first * size, (last - first) * size, 0, start_bytes))
             shift = slab_start // size - start
-            job_moves += [move._replace(source_offset=move.source_offset + shift) for move in cut]
+            job_moves += [move._replace(source_offset=move.source_offset + shift) for move in parts]
             used = slab_stop
     if reads:
         yield ReadAndCopy(Reads.from_list(reads), used, group_moves(job_moves))

@@ -1,4 +1,4 @@
-"""The integers that schedules hand to executors: bytes to read, codes to decode and elements to copy; pure."""
+"""The units of work that schedules hand to executors: reads, copies, rectangles of codes, and jobs; pure."""
 
 from __future__ import annotations
 

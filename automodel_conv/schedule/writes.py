@@ -22,7 +22,7 @@ from automodel_conv.schedule.jobs import Move, Read
 
 # Large enough for a system call to pay off, small enough to stay in the cache next to what is read.
 _SLAB_BYTES = 8 << 20
-_NONE: Mapping[int, Decode] = {}
+_NO_DECODES: Mapping[int, Decode] = {}
 
 
 class SourceLocations(Protocol):
@@ -83,7 +83,7 @@ def slab_schedule(
     copies: Sequence[Sequence[StridedCopy]],
     sources: SourceLocations,
     places: Sequence[tuple[int, int]],
-    decodes: Mapping[int, Decode] = _NONE,
+    decodes: Mapping[int, Decode] = _NO_DECODES,
     *,
     most_bytes: int,
 ) -> Slabs:
@@ -198,12 +198,12 @@ def _slabs_of_moves(
         most_bytes: maximum bytes of a slab.
     """
     for group in _overlapping(swapped):
-        for start, stop, cut in slabs(group, most_bytes // size):
+        for start, stop, parts in slabs(group, most_bytes // size):
             moves: dict[int, list[Move]] = {}
-            for copy in cut:
+            for copy in parts:
                 move = Move(dtype, copy.dtype, copy.box.inverse(), copy.target_offset, copy.source_offset - start)
                 moves.setdefault(copy.row, []).append(move)
-            sparse = sum(copy.box.numel for copy in cut) < stop - start
+            sparse = sum(copy.box.numel for copy in parts) < stop - start
             yield Slab(file, begin + start * size, (stop - start) * size, [], moves, size if sparse else 0)
 
 

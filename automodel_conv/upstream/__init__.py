@@ -1,1 +1,1 @@
-"""Everything that is asked of transformers and torch: models, rules and configs."""
+"""The interface to transformers and to torch's wrappers of models: models, rules and configs."""

@@ -1,6 +1,6 @@
 """Describe a model: names, dtypes and shapes of its state dict, tied names, and the layout of its experts.
 
-This works for any ``nn.Module``, also on the meta device. Facts that only transformers' models state (parameters kept
+This works for any ``nn.Module``, even on the meta device. Facts that only transformers' models state (parameters kept
 in float32, tied names, layout of the experts) are read from their attributes.
 """
 

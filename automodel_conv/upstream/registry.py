@@ -26,7 +26,7 @@ _NUMBERED_LAYER = re.compile(r"layers\\\.\d")  # as regular expressions write it
 
 @lru_cache(maxsize=1)
 def transformers_available() -> bool:
-    """Return whether a transformers with conversion rules (5.0 or newer) is installed."""
+    """Return whether a version of transformers with conversion rules (5.0 or newer) is installed."""
     # The file is looked for because importing transformers takes seconds. A version number would not prove that the
     # first package on the path is the one with the rules.
     try:
@@ -131,7 +131,7 @@ def key_renamings(key_mapping: Mapping[str, str] | None) -> list[Any]:
 
 
 def is_pretrained_model(model: Any) -> bool:
-    """Return whether ``model`` is transformers' own, also if torch has given it a subclass."""
+    """Return whether ``model`` is transformers' own, even if torch has given it a subclass."""
     if not transformers_available() or not hasattr(model, "base_model_prefix"):
         return False
     from transformers import PreTrainedModel
@@ -155,8 +155,10 @@ def _prediction_layers(model: nn.Module, unexpected: Iterable[str]) -> tuple[str
     """Return the name prefixes of layers for multi-token prediction, which follow the layers of a model.
 
     transformers does not build these layers. Its ignore-lists give their numbers in the published models. Here they are
-    recognized after the last layer of any model. The config may state their number, else it is one. Such a layer has
-    modules that the other layers lack (``eh_proj``). A layer without them is one that the config leaves out.
+    recognized after the last layer of any model. The config may state how many there are; otherwise there is one if the
+    model ignores a numbered layer. Such a layer has modules that the other layers lack (``eh_proj``). A layer without
+    them is one that the config leaves out.
+
     Source: transformers 5.23.0, ``_keys_to_ignore_on_load_unexpected`` of ``DeepseekV3PreTrainedModel``
     (``model.layers.61``) and of ``Glm4MoePreTrainedModel``; ``num_nextn_predict_layers`` in DeepSeek-V3's
     ``config.json``.

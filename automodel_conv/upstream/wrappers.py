@@ -44,7 +44,7 @@ def plain_model(model: nn.Module) -> nn.Module:
     """Return ``unwrapped(model)``, and refuse a model whose parameters cannot be read or written one by one.
 
     Raises:
-        UnsupportedError: ``model`` is not a module; it has adapters of PEFT, which are not part of a checkpoint; or
+        UnsupportedError: ``model`` is not a module; it has PEFT adapters, which are not part of a checkpoint; or
             FSDP1 keeps its parameters flat.
     """
     plain = unwrapped(model)

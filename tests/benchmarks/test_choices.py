@@ -18,7 +18,7 @@ pytestmark = pytest.mark.skipif(not transformers_available(), reason="benchmarks
 CHANGED = (
     (copying, "strided_copy_torch"),
     (jobs.Reads, "calls"),
-    (host_schedule, "portion"),
+    (host_schedule, "bytes_per_job"),
     (host_schedule, "_SLAB_BYTES"),
     (host_loads, "NewMemory"),
     (page_calls, "populate_pages"),

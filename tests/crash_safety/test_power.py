@@ -105,7 +105,7 @@ MUTANTS = {
     ),
     "what was put in its place stays": (
         destination_module,
-        '            note(self._journal, {"placing": placed})\n',
+        '            append_record(self._journal, {"placing": placed})\n',
         "",
     ),
 }

@@ -86,7 +86,7 @@ def check(variant, of_rank_1, ended):
         text = end.said[0]["text"]
         if error == "RankError" and of_rank_1 not in (None, "RankError"):
             assert f"rank 1: {of_rank_1}" in text
-            assert "failed on 1 of the ranks" in text
+            assert "failed on 1 of the participating ranks" in text
         if error == "RankError" and scenario.startswith("leader cannot"):
             assert f"rank 0: {wanted[0]}" in text
         if scenario.startswith("holds other"):

@@ -101,8 +101,8 @@ def test_checksums_that_are_missing_or_do_not_fit_are_told(saved, tmp_path, tens
     for broken, text in [
         ({**record, "tensors": {n: s for n, s in sums.items() if n != "b"}}, "b: no checksum"),
         ({**record, "tensors": {**sums, "z": "00000000"}}, "z: not in the checkpoint"),
-        ({**record, "algorithm": "md5"}, "not a file of checksums"),
-        ({**record, "tensors": []}, "not a file of checksums"),
+        ({**record, "algorithm": "md5"}, "checksum file has an unknown format"),
+        ({**record, "tensors": []}, "checksum file has an unknown format"),
     ]:
         file.write_text(json.dumps(broken))
         with pytest.raises(amc.VerificationError, match=text):

@@ -82,11 +82,11 @@ def test_bytes_that_only_move_need_no_memory_for_copies(tmp_path, calls):
 def test_triton_is_checked_only_if_needed_and_not_by_the_caller(tmp_path, monkeypatch):
     asked = []
 
-    def takes_kernels(backend, tensors):
+    def uses_kernels(backend, tensors):
         asked.append(threading.current_thread().name)
         return False
 
-    monkeypatch.setattr(streaming, "takes_kernels", takes_kernels)
+    monkeypatch.setattr(streaming, "uses_kernels", uses_kernels)
     tensors, checkpoint, plan = moe(tmp_path / "moves")
     load(Case(checkpoint, plan, naive(plan, tensors)), SimulatedDevice(), backend="auto")
     assert asked == []

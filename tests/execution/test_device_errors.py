@@ -31,7 +31,7 @@ def test_failing_read_is_raised_at_once_while_other_threads_still_read(cases, ca
 def test_failing_read_is_raised_before_the_device_error_at_the_end(cases, calls):
     calls.fail_read = 2
     device = SimulatedDevice(eagerness=0, fail_at=1)  # works only when it is waited for, at the end
-    with pytest.raises(ReadError, match=r"Input/output error[\s\S]*besides: +DeviceFault: .*illegal access"):
+    with pytest.raises(ReadError, match=r"Input/output error[\s\S]*also: +DeviceFault: .*illegal access"):
         load(cases[0], device, threads=1, scratch_bytes=16384)
     assert_released(device, calls)
 
@@ -97,7 +97,7 @@ def test_failing_read_is_raised_when_a_thread_is_stopped_and_the_device_fails(ca
     monkeypatch.setattr(streaming._DeviceLoad, "_synchronize", fail_at_the_end)
     monkeypatch.setattr(streaming, "add_note", lambda error, text: notes.append((type(error), text)))
     fail_while_another_thread_waits(streaming, cases[2], calls, monkeypatch)
-    assert notes == [(ReadError, "  besides:  DeviceFault: at the end")]
+    assert notes == [(ReadError, "  also:     DeviceFault: at the end")]
 
 
 @pytest.mark.parametrize(

@@ -150,13 +150,13 @@ def test_explicit_backend_never_falls_back():
     tensors = [torch.zeros(2), torch.zeros(2)]
     with mock.patch.object(copy_batch, "why_not", return_value="no compiler"):
         with pytest.raises(UnsupportedError, match="no compiler"):
-            copy_batch.takes_kernels("triton", tensors)
-        assert not copy_batch.takes_kernels("auto", tensors)
+            copy_batch.uses_kernels("triton", tensors)
+        assert not copy_batch.uses_kernels("auto", tensors)
     with pytest.raises(UnsupportedError, match="several devices"):
-        copy_batch.takes_kernels("triton", [*tensors, torch.zeros(2, device="meta")])
+        copy_batch.uses_kernels("triton", [*tensors, torch.zeros(2, device="meta")])
     with pytest.raises(UnsupportedError, match="unknown backend 'cuda'"):
-        copy_batch.takes_kernels("cuda", tensors)
-    assert not copy_batch.takes_kernels("torch", tensors)
+        copy_batch.uses_kernels("cuda", tensors)
+    assert not copy_batch.uses_kernels("torch", tensors)
 
 
 def test_auto_uses_kernels_on_one_gpu_if_they_run():
@@ -165,11 +165,11 @@ def test_auto_uses_kernels_on_one_gpu_if_they_run():
             self.device = torch.device("cuda", index)
 
     with mock.patch.object(copy_batch, "why_not", return_value=None):
-        assert copy_batch.takes_kernels("auto", [OnGpu(0), OnGpu(0)])
-        assert not copy_batch.takes_kernels("auto", [OnGpu(0), OnGpu(1)])
-        assert not copy_batch.takes_kernels("auto", [torch.zeros(1)])
+        assert copy_batch.uses_kernels("auto", [OnGpu(0), OnGpu(0)])
+        assert not copy_batch.uses_kernels("auto", [OnGpu(0), OnGpu(1)])
+        assert not copy_batch.uses_kernels("auto", [torch.zeros(1)])
     with mock.patch.object(copy_batch, "why_not", return_value="triton is not installed"):
-        assert not copy_batch.takes_kernels("auto", [OnGpu(0)])
+        assert not copy_batch.uses_kernels("auto", [OnGpu(0)])
 
 
 def test_tensors_large_enough_for_fast_transposes_arrive_whole():

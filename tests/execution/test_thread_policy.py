@@ -15,7 +15,7 @@ from automodel_conv.execution.host import load_to_host
 from automodel_conv.execution.thread_policy import ThreadPolicy
 from automodel_conv.execution.workers import run_in_threads
 from automodel_conv.files import system
-from automodel_conv.schedule.host import runs
+from automodel_conv.schedule.host import group_reads
 from automodel_conv.schedule.jobs import ReadInPlace, concatenate
 from automodel_conv.testing import assert_bytes_equal
 from tests.execution.support import moe, naive
@@ -117,7 +117,7 @@ def _in_pieces_of(nbytes):
 
     def schedule(*arguments, **options):
         reads = concatenate(job.reads for job in stock(*arguments, **options))
-        return [ReadInPlace(run) for run in runs(reads, nbytes)]
+        return [ReadInPlace(run) for run in group_reads(reads, nbytes)]
 
     return schedule
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import itertools
 from math import prod
 
 import numpy as np
@@ -16,116 +15,14 @@ from automodel_conv.errors import ConversionError
 from automodel_conv.execution.stats import Work
 from automodel_conv.execution.window_copies import WindowCopies
 from automodel_conv.execution.window_decoding import WindowDecoder
-from automodel_conv.kernels.code_tables import CODE_VALUES, E8M0_VALUES
-from automodel_conv.planning.boxes import Box, Piece, run_of
+from automodel_conv.planning.boxes import Box
 from automodel_conv.planning.copies import Decode
 from automodel_conv.schedule.code_windows import code_windows
 from automodel_conv.schedule.device import Window
 from automodel_conv.schedule.jobs import Move, group_moves
 from automodel_conv.testing import POISON
+from tests.schedule.coded import SCALES, VIEWS, File, add_source, taken
 from tests.whole.test_memory_budget import torch_peak
-
-SCALES = {"F32": np.float32, "BF16": None, "U8": None}
-
-
-class File:
-    """Tensors of one file, with the part of a checkpoint that schedules use."""
-
-    def __init__(self):
-        self.data = b""
-        self.names, self.dtypes, self.shapes, self.offsets, self.nbytes = [], [], [], [], []
-        self.files = ["a.safetensors"]
-
-    @property
-    def file_ids(self):
-        return [0] * len(self.names)
-
-    def add(self, name, dtype, array):
-        self.data += b"\x7e" * (7 * len(self.names) % 13)  # a gap, so that nothing is aligned
-        raw = array.tobytes()
-        for column, value in (
-            (self.names, name),
-            (self.dtypes, dtype),
-            (self.shapes, array.shape),
-            (self.offsets, len(self.data)),
-            (self.nbytes, len(raw)),
-        ):
-            column.append(value)
-        self.data += raw
-        return len(self.names) - 1
-
-
-def add_source(file, random, name, *, code_format, matrices, rows, columns, block, scales, zero_points, has_global):
-    """Add a quantized source. Return its row, its ``Decode`` and its values in float64, flat."""
-    bits = 8 if code_format == "e4m3" else 4
-    codes = random.integers(0, 1 << bits, (matrices, rows, columns))
-    if bits == 8:
-        codes[codes % 128 == 127] = 3  # no NaN, which never equals itself
-    stored = codes if bits == 8 else codes[..., 0::2] | codes[..., 1::2] << 4
-    row = file.add(name, "F8_E4M3" if bits == 8 else "U8", stored.astype(np.uint8))
-    down, across = matrices * -(-rows // block[0]), -(-columns // block[1])
-    if scales == "U8":
-        raw = random.integers(120, 134, (down, across)).astype(np.uint8)
-        values = np.array(E8M0_VALUES)[raw]
-    else:
-        values = random.normal(size=(down, across)).astype(np.float32)
-        raw = values
-        if scales == "BF16":
-            raw = (values.view(np.uint32) >> 16).astype(np.uint16)
-            values = (raw.astype(np.uint32) << 16).view(np.float32)
-    at = file.add(f"{name}.scales", scales, raw)
-    zeros_row = global_row = None
-    zeros = np.full((down, across), 8)
-    if zero_points:
-        zeros = random.integers(0, 16, (down, across))
-        padded = np.zeros((-(-down // 8) * 8, across), np.int64)
-        padded[:down] = zeros
-        packed = sum(padded[k::8] << (4 * k) for k in range(8)).astype(np.uint32).view(np.int32)
-        zeros_row = file.add(f"{name}.zeros", "I32", packed)
-    common = 1.0
-    if has_global:
-        common = float(np.float32(random.normal()))
-        global_row = file.add(f"{name}.global", "F32", np.array([common], np.float32))
-    decode = Decode(code_format, (rows, columns), block, at, zeros_row, global_row)
-    numbers = np.empty((matrices, rows, columns), np.float64)
-    for m, r, c in np.ndindex(numbers.shape):
-        cell = m * -(-rows // block[0]) + r // block[0], c // block[1]
-        number = CODE_VALUES[code_format][codes[m, r, c]]
-        if zero_points:
-            number = float(codes[m, r, c] - zeros[cell])
-        numbers[m, r, c] = number * float(values[cell]) * common
-    return row, decode, numbers.reshape(-1)
-
-
-VIEWS = {
-    "whole": lambda x: x,
-    "flat run that begins and ends within rows": lambda x: x.flatten()[x.shape[2] // 2 : -max(1, x.shape[2] // 3)],
-    "transposed": lambda x: x.transpose(1, 2),
-    "columns": lambda x: x[:, :, x.shape[2] // 4 :],
-    "an odd column": lambda x: x[:, :, 1:],
-    "rows": lambda x: x[:, x.shape[1] // 3 :],
-    "even rows": lambda x: x[:, 0::2],
-    "odd rows transposed": lambda x: x[:, 1::2].transpose(1, 2),
-    "every third row": lambda x: x[:, 0::3],
-    "every other column": lambda x: x[:, :, 0::2],
-    "matrices last": lambda x: x.permute(1, 2, 0),
-    "one element": lambda x: x[0, 0, :1],
-    "each twice": lambda x: x[None].expand(2, *x.shape),
-    "halves of columns separately": lambda x: x.unflatten(2, (2, -1)).permute(2, 0, 1, 3) if x.shape[2] % 2 == 0 else x,
-}
-
-
-def taken(view, numel, shape):
-    """Return a view of a source as a copy to a contiguous target, with the elements that it reads."""
-    places = VIEWS[view](torch.arange(numel).view(shape))
-    if not places.numel():
-        return None
-    box = Box(tuple(places.shape), tuple(places.stride()), contiguous(places.shape))
-    return Piece(0, box, places.storage_offset(), 0), places.reshape(-1)
-
-
-def contiguous(shape):
-    return tuple(itertools.accumulate(reversed(shape[1:]), lambda a, b: a * b, initial=1))[::-1]
 
 
 def windows_within(file, decodes, moves, limit):
@@ -221,26 +118,7 @@ def test_kernels_decode_them_too(sources, limit, seed, gap):
     check(sources, limit, seed, gap, by_kernels=True)
 
 
-@pytest.mark.parametrize("rows", [1, 5, 8])
-def test_many_matrices_that_end_within_blocks_stay_within_the_window(rows):
-    """Their blocks of scales exceed their elements by those of a whole block."""
-    file = File()
-    shape = 2000, rows, 16
-    codes = np.zeros(shape, np.uint8)
-    row = file.add("w", "F8_E4M3", codes)
-    scales = file.add("s", "F32", np.ones((2000 * -(-rows // 4), 8), np.float32))
-    decodes = {row: Decode("e4m3", (rows, 16), (4, 2), scales)}
-    moves = {row: [Move(0, "F32", run_of(codes.size), 0, 0)]}
-    windows = list(code_windows(moves, file, decodes, 1 << 17, 0))
-    assert len(windows) > 10
-    assert all(window.nbytes <= 1 << 17 for window in windows)
-    of_codes = range(file.offsets[row], file.offsets[row] + codes.size)
-    assert (
-        sum(read.nbytes for window in windows for read in window.reads if read.offset_bytes in of_codes) == codes.size
-    )
-
-
-def test_tables_of_many_scales_need_little_scratch():
+def test_tables_of_many_scales_take_little_scratch():
     file, rows, columns = File(), 4096, 2048
     codes = np.zeros((1, rows, columns // 2), np.uint8)
     row = file.add("w", "U8", codes)

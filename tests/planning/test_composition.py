@@ -104,7 +104,7 @@ def test_then_passes_transformers_code_through():
     following = plan_of(table(b=(4,)), targets_of(table(b=(4,)), [["b"]], [], ["b"]))
     assert fallback_plan().then(following).fallbacks == ("b",)
     renamed = plan_of(table(b=(4,)), targets_of(table(b=(4,)), [["b"]], [], ["c"]))
-    with pytest.raises(UnsupportedError, match="b is made by upstream"):
+    with pytest.raises(UnsupportedError, match="b is filled by transformers"):
         fallback_plan().then(renamed)
 
 

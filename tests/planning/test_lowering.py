@@ -1,95 +1,60 @@
-"""Tests of every operation against loops over coordinates, and of inputs that do not fit."""
-
-import random
+"""Chains of operations on values, and the copies that fill the result."""
 
 import pytest
-from hypothesis import given, settings
 
 from automodel_conv.planning import values
 from automodel_conv.planning.lowering import copies_of, lower, needs_target_shapes
-from automodel_conv.planning.operations import OPERATIONS, Context, NotLowerable, Operation
-from automodel_conv.planning.values import LoweringError, leaf
-from automodel_conv.upstream.rules import RuleSet
-from tests.planning.operation_cases import CASES, SEEDS, each_operation, lowered
+from automodel_conv.planning.operations import Context, Operation
+from automodel_conv.planning.values import LoweringError, leaf, leaves
+from tests.planning import oracles
 from tests.planning.oracles import flat
 
-
-def test_every_operation_has_a_case():
-    assert CASES.keys() == OPERATIONS.keys()
-
-
-def answer(case):
-    return {key: (tensor.shape, flat(tensor)) for key, tensor in case.expected.items()}
-
-
-@each_operation
-@settings(max_examples=40)
-@given(seed=SEEDS)
-def test_operation_equals_loops_over_coordinates(name, seed):
-    case = CASES[name](random.Random(seed))
-    operation = Operation(name, tuple(sorted(case.options.items())))
-    assert lowered([operation], case) == answer(case)
-
-
-@pytest.mark.parametrize(
-    ("operation", "shapes", "text"),
-    [
-        (Operation("MergeModulelist", (("dim", 0),)), [(2, 3), (2, 4)], "cannot join"),
-        (Operation("Concatenate", (("dim", 1),)), [(2, 3), (3, 3)], "cannot join"),
-        (Operation("Concatenate", (("dim", 2),)), [(2, 3)], "no dimension 2"),
-        (Operation("Transpose", (("dim0", 0), ("dim1", 2))), [(2, 3)], "no dimension 2"),
-        (Operation("Interleave", (("dim", 0),)), [(3, 2)], "cannot reshape"),
-        (Operation("PermuteForRope", (("heads", 4),)), [(6, 2)], "cannot reshape"),
-        (Operation("Split", (("dim", 0),)), [(5,)], "cannot split"),
-        (Operation("Conv3dToLinear"), [(2, 3, 4)], "5-D or 2-D"),
-        (Operation("MergeModulelist", (("dim", 0),)), [(2, 3), (2, 3), (3, 2)], "cannot join"),
-        (
-            Operation("LinearToConv3d", (("in_channels", 2), ("kernel_size", (2, 2, 2)))),
-            [(3, 15)],
-            "cannot reshape",
-        ),
-    ],
-    ids=str,
-)
-def test_sources_that_do_not_fit_are_named_with_the_operation(operation, shapes, text):
-    inputs = {"a": [leaf(i, shape) for i, shape in enumerate(shapes)]}
-    context = Context(("a",), ("m",), ((2,), (2,)))
-    with pytest.raises(LoweringError, match=text) as error:
-        lower([operation], inputs, context)
-    assert operation.name in str(error.value)
-
-
-def test_ernie_split_of_too_few_is_named():
-    operation = Operation("ErnieSplitAndDecoupleTextVisionExperts", (("concat_dim", 1), ("stack_dim", 0)))
-    with pytest.raises(LoweringError, match=r"Ernie.*cannot be divided among 2"):
-        lower([operation], {"a": [leaf(0, (2, 1, 3))]}, Context(("a",), ("m.*", "n.*"), ()))
+MERGE = Operation("MergeModulelist", (("dim", 0),))
+JOIN = Operation("Concatenate", (("dim", 1),))
+SWAP = Operation("Transpose", (("dim0", 1), ("dim1", 2)))
 
 
 def test_chains_that_use_shapes_report_it():
     assert needs_target_shapes([Operation("Split", (("dim", 0),))])
     assert needs_target_shapes([Operation("Transpose", (("check_dims", True),))])
+    assert not needs_target_shapes([Operation("Transpose", (("check_dims", True),))], transposed=False)
     assert not needs_target_shapes([Operation("Transpose", (("check_dims", False),))])
     assert not needs_target_shapes([])
 
 
-def test_operations_without_a_config_are_not_guessed():
-    core = pytest.importorskip("transformers.core_model_loading")
-    try:
-        operation = core.PermuteForRope(permute_layer_names=["q"])
-    except TypeError:
-        operation = core.PermuteForRope()
-    rule = core.WeightConverter("a", "b", operations=[operation])
-    with pytest.raises(NotLowerable, match="PermuteForRope"):
-        RuleSet([rule]).operations(0)
+@pytest.mark.parametrize("shape", [(2, 3), (3, 3), (1, 1), (0, 3)])
+def test_operations_run_one_after_the_other(shape):
+    inputs = {"gate": leaves(0, [shape] * 2), "up": leaves(2, [shape] * 2)}
+    context = Context(("gate", "up"), ("gate_up",), ())
+    made = lower([MERGE, JOIN, SWAP], inputs, context)["gate_up"]
+    sources = [oracles.cells(shape, 100 * number) for number in range(4)]
+    expected = oracles.transposed(
+        oracles.joined([oracles.stacked(sources[:2], 0), oracles.stacked(sources[2:], 0)], 1), 1, 2
+    )
+    written = oracles.written(piece for copy in copies_of(made) for piece in copy.pieces())
+    assert made.shape == expected.shape
+    assert [flat(sources[s])[e] for _, (s, e) in sorted(written.items())] == flat(expected)
 
 
-def test_tensors_of_other_ranks_are_not_joined():
-    with pytest.raises(LoweringError, match="cannot join"):
-        values.concatenate([leaf(0, (2, 3)), leaf(1, (2,))], 1)
+def test_the_operation_that_fails_is_named():
+    inputs = {"gate": leaves(0, [(2, 3)] * 2), "up": leaves(2, [(2, 4)] * 2)}
+    with pytest.raises(LoweringError, match=r"^Concatenate\(dim=1\): cannot join"):
+        lower([MERGE, JOIN], inputs, Context(("gate", "up"), ("gate_up",), ()))
 
 
-def test_source_that_is_stacked_twice_is_two_copies():
-    """There must be no walk with a step of 0, which has no inverse."""
+def test_a_chain_of_no_operations_returns_its_inputs():
+    value = leaf(0, (2, 3))
+    assert lower([], {"a": [value]}, Context(("a",), ("b",), ())) == {"a": value}
+
+
+def test_ordinals_of_copies_are_the_numbers_of_their_sources():
+    copies = copies_of(values.stack([leaf(5, (2, 3)), leaf(2, (2, 3))], 0))
+    assert [copy.ordinals for copy in copies] == [(5, 2)]
+    assert [copy.target_offsets for copy in copies] == [(0, 6)]
+
+
+def test_a_source_that_is_stacked_twice_is_two_copies():
+    """No walk has a step of 0, which would have no inverse."""
     copies = copies_of(values.stack([leaf(1, (2, 3)), leaf(1, (2, 3)), leaf(2, (2, 3))], 0))
     assert [copy.ordinals for copy in copies] == [(1, 1, 2)]
     assert all(copy.box.is_run for copy in copies)

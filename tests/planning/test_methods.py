@@ -4,7 +4,19 @@ import pytest
 
 from automodel_conv.kernels.code_tables import CODE_VALUES, bits_of
 from automodel_conv.planning.copies import CODE_BITS
-from automodel_conv.planning.methods.method import Packing, part_name, weight_name
+from automodel_conv.planning.methods.method import (
+    CHANNEL,
+    EXPONENT_SCALES,
+    FLOAT_SCALES,
+    FP8_SCALES,
+    TENSOR,
+    Packing,
+    Scheme,
+    Undecoded,
+    block_of,
+    part_name,
+    weight_name,
+)
 from automodel_conv.planning.methods.table import METHODS
 
 
@@ -47,3 +59,73 @@ def test_part_is_named_after_its_weight(weight, suffix, part):
     assert part_name(weight, suffix) == part
     assert weight_name(part, suffix) == weight
     assert part_name("a.bias", ".scale") is None
+
+
+def compressed(stored, **weights):
+    return {"format": stored, "config_groups": {"0": {"weights": weights}}}
+
+
+INT4 = {"num_bits": 4, "type": "int"}
+FLOAT8 = {"num_bits": 8, "type": "float"}
+
+
+@pytest.mark.parametrize(
+    ("method", "config", "scheme"),
+    [
+        ("fp8", {"weight_block_size": [64, 32]}, Scheme("e4m3", (64, 32), FLOAT_SCALES | EXPONENT_SCALES)),
+        ("fp8", {}, Scheme("e4m3", (128, 128), FLOAT_SCALES | EXPONENT_SCALES)),
+        ("fp8", {"weight_block_size": None}, Scheme("e4m3", TENSOR, FLOAT_SCALES | EXPONENT_SCALES)),
+        ("fbgemm_fp8", {}, Scheme("e4m3", CHANNEL, FLOAT_SCALES)),
+        ("mxfp4", {}, Scheme("e2m1", (1, 32), EXPONENT_SCALES)),
+        ("modelopt", {"quant_algo": "fp8"}, Scheme("e4m3", TENSOR, FLOAT_SCALES)),
+        ("modelopt", {"quant_algo": "NVFP4"}, Scheme("e2m1", (1, 16), FP8_SCALES, global_scale=True)),
+        (
+            "compressed-tensors",
+            compressed("pack-quantized", **INT4, strategy="group", group_size=32, symmetric=False),
+            Scheme("int4", (1, 32), FLOAT_SCALES, zero_points=True),
+        ),
+        (
+            "compressed-tensors",
+            compressed("float-quantized", **FLOAT8, strategy="channel"),
+            Scheme("e4m3", CHANNEL, FLOAT_SCALES),
+        ),
+        (
+            "compressed-tensors",
+            compressed("nvfp4-pack-quantized", num_bits=4, type="float", strategy="tensor_group", group_size=16),
+            Scheme("e2m1", (1, 16), FP8_SCALES, global_scale=True),
+        ),
+    ],
+    ids=str,
+)
+def test_a_config_states_its_scheme(method, config, scheme):
+    assert METHODS[method].schemes(config)[0] == scheme
+
+
+def test_a_config_for_the_kv_cache_alone_states_no_scheme():
+    assert METHODS["modelopt"].schemes({"kv_cache_scheme": "FP8"}) == []
+    assert METHODS["compressed-tensors"].schemes({"config_groups": {"0": {"weights": None}}}) == []
+
+
+@pytest.mark.parametrize(
+    ("method", "config", "named"),
+    [
+        ("modelopt", {"quant_algo": "W4A8"}, "W4A8"),
+        ("compressed-tensors", compressed("pack-quantized", num_bits=3, type="int"), "3-bit int"),
+        ("compressed-tensors", compressed("pack-quantized", **INT4, actorder="group"), "activation order"),
+        ("compressed-tensors", compressed("float-quantized", **FLOAT8, symmetric=False), "zero points of e4m3"),
+        ("compressed-tensors", compressed("float-quantized", **FLOAT8, strategy="token"), "strategy 'token'"),
+        ("compressed-tensors", {"sparsity_config": {"format": "sparse-24"}}, "sparse-24"),
+        ("compressed-tensors", {"transform_config": {"config_groups": {"R1": {}}}}, "transforms"),
+    ],
+    ids=str,
+)
+def test_a_scheme_that_is_not_decoded_is_named(method, config, named):
+    with pytest.raises(Undecoded, match=named):
+        METHODS[method].schemes(config)
+
+
+@pytest.mark.parametrize("sizes", [(1,), (1, 2, 3), (0, 32), (1, -1), (1, 1 << 31), (1.0, 32), ("1", 32), (True, 32)])
+def test_a_block_has_two_positive_sizes(sizes):
+    with pytest.raises((ValueError, TypeError)):
+        block_of(sizes)
+    assert block_of([1, 32]) == (1, 32)

@@ -3,7 +3,6 @@
 import pytest
 
 from automodel_conv.errors import QuantizationError, UnsupportedError
-from automodel_conv.planning.code_names import has_codes
 from automodel_conv.planning.copies import Decode, SourceTable
 from automodel_conv.planning.quantization import quantized_table
 
@@ -114,12 +113,6 @@ def test_scales_determine_the_block_if_the_config_does_not(scale, block):
         table(a__weight=("F8_E4M3", (256, 200)), a__weight_scale=("F32", scale)), {"quant_method": "fp8"}
     )
     assert table_read.decodes[0].block == block
-
-
-def test_codes_with_scales_are_recognized_without_a_config():
-    assert has_codes(table(a__weight=("F8_E4M3", (8, 8)), a__weight_scale_inv=("F32", (1, 1)))) == "a.weight"
-    assert has_codes(table(a__weight=("F8_E4M3", (8, 8)))) is None
-    assert has_codes(table(a__weight_scale_inv=("F32", (1, 1)), a__weight=("BF16", (8, 8)))) is None
 
 
 CODES = {"a__weight": ("F8_E4M3", (256, 256))}

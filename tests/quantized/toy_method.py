@@ -1,11 +1,11 @@
 """A quantization method that nobody has, in one file: names, groups and elements of its own."""
 
-from automodel_conv.planning.methods.method import FLOAT_SCALES, Method, Packing, Scheme, Undecoded, block_of
+from automodel_conv.planning.methods.method import FLOAT_SCALES, Method, Packing, Scheme, UnsupportedScheme, block_of
 
 
 def _schemes(config):
     if config.get("style") != "plain":
-        raise Undecoded(f"toy's {config.get('style')}", "plain")
+        raise UnsupportedScheme(f"toy's {config.get('style')}", "plain")
     return [Scheme(format, block_of(config["tile"]), FLOAT_SCALES) for format in ("int4", "e4m3")]
 
 

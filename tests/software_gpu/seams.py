@@ -78,8 +78,8 @@ def install(patch: pytest.MonkeyPatch) -> SoftwareGpu:
 
         return put
 
-    takes_kernels, transfer_device, compile_ahead, start = (
-        copy_batch.takes_kernels,
+    uses_kernels, transfer_device, compile_ahead, start = (
+        copy_batch.uses_kernels,
         cuda.transfer_device,
         launch.compile_ahead,
         launch.start,
@@ -92,9 +92,9 @@ def install(patch: pytest.MonkeyPatch) -> SoftwareGpu:
                 raise GpuFault(f"{variant} cannot count {geometry} in its vectors")
         start(*works)
 
-    @stand_in(takes_kernels)
+    @stand_in(uses_kernels)
     def _(backend: str, tensors: Any) -> bool:
-        return takes_kernels("triton" if backend == "auto" and gpu.is_on else backend, tensors)
+        return uses_kernels("triton" if backend == "auto" and gpu.is_on else backend, tensors)
 
     @stand_in(transfer_device)
     def _(device: torch.device) -> Any:

@@ -42,22 +42,22 @@ def shared_items(items: Sequence[Sequence[WriteItem]]) -> list[list[WriteItem]]:
             found = f"parts of {list(size)} and {list(data.chunk.sizes)} at {list(data.chunk.offsets)}"
             raise CoverageError(message(f"ranks divide {name} in different ways", found=found, do=MAKE_REPLICAS_EQUAL))
         held[item.index] += 1
-    return [[item for item in of_rank if held[item.index] > 1] for of_rank in items]
+    return [[item for item in rank_items if held[item.index] > 1] for rank_items in items]
 
 
 def refuse_failures(results: Sequence[Sequence[WriteResult]]) -> None:
     """Raise the errors in the results of ``write_data``: the error itself with one rank, RankError with several."""
     errors = {
         rank: result.storage_data
-        for rank, of_rank in enumerate(results)
-        for result in of_rank
+        for rank, rank_results in enumerate(results)
+        for result in rank_results
         if isinstance(result.storage_data, Exception)
     }
     if errors and len(results) == 1:
         raise errors[0]
     if errors:
         listed = listing(f"rank {rank}: {type(error).__name__}: {error}" for rank, error in errors.items())
-        text = f"saving failed on {len(errors)} of the ranks that do it together"
+        text = f"saving failed on {len(errors)} of the participating ranks"
         raise RankError(message(text, found="\n" + listed))
 
 
@@ -69,8 +69,8 @@ def refuse_unlike(results: Sequence[Sequence[WriteResult]]) -> None:
     """
     first: dict[MetadataIndex, tuple[int, int]] = {}
     unlike: dict[str, str] = {}
-    for rank, of_rank in enumerate(results):
-        for result in of_rank:
+    for rank, rank_results in enumerate(results):
+        for result in rank_results:
             if result.storage_data is not None:
                 first_rank, checksum = first.setdefault(result.index, (rank, result.storage_data))
                 if checksum != result.storage_data:

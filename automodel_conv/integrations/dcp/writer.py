@@ -63,7 +63,7 @@ class HuggingFaceWriter(StorageWriter):
 
     Raises:
         NameProblems, CoverageError, RankError, UnsupportedError, DestinationError, WriteError: see
-            ``save_checkpoint``; ``dcp`` wraps them in its ``CheckpointException``. RankError also if one of several
+            ``save_checkpoint``; ``dcp`` wraps them in its ``CheckpointException``. Also RankError if one of several
             ranks cannot write; it names the rank and its error.
 
     Example:

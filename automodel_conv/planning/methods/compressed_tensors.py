@@ -20,7 +20,7 @@ from automodel_conv.planning.methods.method import (
     Method,
     Packing,
     Scheme,
-    Undecoded,
+    UnsupportedScheme,
     block_of,
 )
 
@@ -37,10 +37,10 @@ _FORMATS = {
 
 def _schemes(config: Mapping[str, Any]) -> list[Scheme]:
     if (config.get("transform_config") or {}).get("config_groups"):
-        raise Undecoded("compressed-tensors' transforms of weights", "no transform_config")
+        raise UnsupportedScheme("compressed-tensors' transforms of weights", "no transform_config")
     sparse = (config.get("sparsity_config") or {}).get("format")
     if sparse not in (None, "dense"):
-        raise Undecoded(f"compressed-tensors' {sparse}", "no sparsity_config")
+        raise UnsupportedScheme(f"compressed-tensors' {sparse}", "no sparsity_config")
     groups = [group for group in (config.get("config_groups") or {}).values() if group.get("weights")]
     return [_scheme(group["weights"], group.get("format") or config.get("format")) for group in groups]
 
@@ -49,13 +49,13 @@ def _scheme(weights: Mapping[str, Any], stored: Any) -> Scheme:
     kind, bits = weights.get("type"), weights.get("num_bits")
     known = _FORMATS.get(str(stored))
     if known is None or known[:2] != (kind, bits):
-        raise Undecoded(f"compressed-tensors' {stored} with {bits}-bit {kind} weights", sorted(_FORMATS))
+        raise UnsupportedScheme(f"compressed-tensors' {stored} with {bits}-bit {kind} weights", sorted(_FORMATS))
     if weights.get("actorder") not in (None, False, "static", "weight"):  # "dynamic" is another word for "group"
-        raise Undecoded("compressed-tensors' groups by activation order", "no actorder, or static or weight")
+        raise UnsupportedScheme("compressed-tensors' groups by activation order", "no actorder, or static or weight")
     _, _, format, scales = known
     zero_points = not weights.get("symmetric", True)
     if zero_points and format != "int4":
-        raise Undecoded(f"zero points of {format} codes", "symmetric weights")
+        raise UnsupportedScheme(f"zero points of {format} codes", "symmetric weights")
     return Scheme(format, _block(weights), scales, zero_points, scales is FP8_SCALES)
 
 
@@ -69,7 +69,7 @@ def _block(weights: Mapping[str, Any]) -> Block:
         return CHANNEL
     if strategy == "tensor":
         return TENSOR
-    raise Undecoded(f"compressed-tensors' strategy {strategy!r}", ["tensor", "channel", "group", "block"])
+    raise UnsupportedScheme(f"compressed-tensors' strategy {strategy!r}", ["tensor", "channel", "group", "block"])
 
 
 COMPRESSED_TENSORS = Method(

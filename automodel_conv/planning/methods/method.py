@@ -83,8 +83,8 @@ class Method:
     """The value of ``quant_method`` in configs."""
     schemes: Callable[[Mapping[str, Any]], list[Scheme]]
     """Function that returns all schemes that a config allows, or none if only the KV cache is quantized. It raises
-    ``Undecoded`` for a scheme that is not supported. A TypeError, ValueError, KeyError or AttributeError means that the
-    config is malformed."""
+    ``UnsupportedScheme`` for a scheme that is not supported. A TypeError, ValueError, KeyError or AttributeError means
+    that the config is malformed."""
     codes: tuple[Packing, ...]
     """Packings of codes."""
     scales: tuple[str, ...]
@@ -101,7 +101,7 @@ class Method:
     """Suffixes of tensors that change the values in a way that is not supported, with what they mean for the weight."""
 
 
-class Undecoded(Exception):
+class UnsupportedScheme(Exception):
     """Raised for a scheme that is not supported."""
 
     def __init__(self, what: str, expected: str | Sequence[str]):

@@ -16,7 +16,7 @@ from automodel_conv.planning.methods.method import (
     Method,
     Packing,
     Scheme,
-    Undecoded,
+    UnsupportedScheme,
     block_of,
 )
 
@@ -29,7 +29,7 @@ def _schemes(config: Mapping[str, Any]) -> list[Scheme]:
         return [Scheme("e4m3", TENSOR, FLOAT_SCALES)]
     if algorithm == "NVFP4":
         return [Scheme("e2m1", block_of((1, config.get("group_size") or 16)), FP8_SCALES, global_scale=True)]
-    raise Undecoded(f"modelopt's {algorithm}", ["FP8", "NVFP4"])
+    raise UnsupportedScheme(f"modelopt's {algorithm}", ["FP8", "NVFP4"])
 
 
 MODELOPT = Method(

@@ -59,7 +59,7 @@ def test_another_source_is_refused_by_a_complete_conversion(complete):
     other = plain()
     other["codes"][-1, -1] += 1
     save_file(other, source / "model.safetensors")
-    with pytest.raises(DestinationError, match="not what this conversion makes") as told:
+    with pytest.raises(DestinationError, match="differs from the result of this conversion") as told:
         again(source, made)
     assert "codes" in str(told.value)
     assert contents(made) == before

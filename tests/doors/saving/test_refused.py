@@ -36,7 +36,7 @@ def refused(model, directory, error, text, **options):
 
 
 def test_a_state_dict_alone_is_refused(tmp_path):
-    refused(plain(), tmp_path / "made", UnsupportedError, r"does not say how(.|\n)*rules=\[\] keeps")
+    refused(plain(), tmp_path / "made", UnsupportedError, r"does not determine the rules(.|\n)*rules=\[\] keeps")
 
 
 @pytest.mark.parametrize("size", [0, "much", -1, 1.5, None])

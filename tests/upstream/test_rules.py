@@ -22,11 +22,6 @@ from transformers.core_model_loading import (
 )
 
 from automodel_conv.planning.operations import NotLowerable, Operation
-from automodel_conv.upstream.registry import (
-    key_renamings,
-    model_rules,
-    without_ignored,
-)
 from automodel_conv.upstream.rules import RuleSet, natural_key
 
 
@@ -232,19 +227,7 @@ def test_natural_order_compares_numbers_as_numbers():
     assert sorted(["a.10", "a.9"], key=natural_key) == ["a.9", "a.10"]
 
 
-def test_mapping_of_a_user_becomes_renamings_in_its_order():
-    first, second = key_renamings({"^a": "b", "c": "d"})
-    assert (first.rename_source_key("a.c")[0], second.rename_source_key("a.c")[0]) == ("b.c", "a.d")
-    assert key_renamings(None) == key_renamings({}) == []
-    assert len(model_rules(torch.nn.Linear(2, 2), {"a": "b"})) == 1
-    assert model_rules(None) == []
-
-
-def test_only_transformers_models_ignore_names():
-    assert without_ignored(torch.nn.Linear(1, 1), ["a"], ["b"]) == (["a"], ["b"])
-
-
-def test_convert_of_transformers_can_run_again_and_changes_no_rule():
+def test_upstreams_own_convert_can_run_again_and_changes_no_rule():
     rule = experts([Louder(dim=0), Concatenate(dim=1)])
     rules = RuleSet([rule])
     slots = {"experts.*.w1.weight": [0, 1], "experts.*.w3.weight": [2, 3]}

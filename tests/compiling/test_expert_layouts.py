@@ -1,0 +1,99 @@
+"""The layout of a model's experts, and layouts that the model or the tensors contradict."""
+
+import pytest
+from torch import nn
+
+from automodel_conv.compiling.expert_layouts import (
+    check_layout,
+    experts_of,
+    gated_by,
+    has_names_of,
+    is_laid_out,
+    not_laid_out,
+    refuse_no_experts,
+    relaid_specs,
+)
+from automodel_conv.errors import UnsupportedError
+from automodel_conv.planning.layouts import LAYOUTS, ExpertLayout
+from automodel_conv.planning.wanted import TargetSpec
+from automodel_conv.upstream.rules import RuleSet
+from tests.compiling.support import Experts, Model, StatedExperts, table
+
+GATE_UP, DOWN = "experts.gate_up_proj", "experts.down_proj"
+NO_RULES = RuleSet([])
+
+
+def test_experts_that_state_their_layout_are_listed_with_it():
+    assert experts_of(Model(StatedExperts(2, 3, 4)), "nemo") == {"experts": ExpertLayout(False, False, True)}
+    assert experts_of(Model(Experts(2, 3, 4)), "nemo") == {}
+    assert experts_of(nn.Linear(2, 2), None) == experts_of(None, "nemo") == {}
+
+
+def test_a_layout_needs_a_tensor_with_one_of_its_names():
+    check_layout("vllm", table({"experts.w13_weight": (2, 6, 4)}), "source_layout")
+    check_layout("vllm", table({}), "source_layout")
+    with pytest.raises(UnsupportedError, match=r"'vllm'(.|\n)*experts\.w13_weight(.|\n)*source_layout"):
+        check_layout("vllm", table({GATE_UP: (2, 6, 4)}), "source_layout")
+
+
+def test_a_layout_without_experts_is_refused():
+    refuse_no_experts(["norm", "m.experts.w2_weight"], "nemo", table({"norm": (4,)}))
+    with pytest.raises(UnsupportedError, match=r"'nemo'(.|\n)*norm(.|\n)*leave layout out"):
+        refuse_no_experts(["norm", "shared_experts.down_proj"], "nemo", table({"norm": (4,)}))
+
+
+@pytest.mark.parametrize(
+    ("name", "layout", "known"),
+    [
+        ("m.experts.down_projs", "nemo", True),
+        ("m.experts.w2_weight", "nemo", False),
+        ("m.experts.down_proj", "gpt_oss", False),
+    ],
+)
+def test_only_names_of_one_layout_determine_it(name, layout, known):
+    assert has_names_of({name: TargetSpec("F32", (2, 4, 3))}, layout) is known
+    assert not has_names_of(None, layout)
+
+
+def test_the_module_decides_about_its_gate_before_rules_and_shapes_do():
+    ungated = table({"experts.up_proj": (2, 3, 4), DOWN: (2, 4, 3)})
+    stated = {"experts": ExpertLayout(False, False, True)}
+    assert gated_by(stated, NO_RULES, ungated, LAYOUTS["transformers"])("experts")
+    assert not gated_by({}, NO_RULES, ungated, LAYOUTS["transformers"])("experts")
+    assert gated_by({}, NO_RULES, ungated, None)("experts")
+
+
+@pytest.mark.parametrize(("rows", "gated"), [(3, False), (6, True)])
+def test_up_has_as_many_rows_as_down_has_columns_if_there_is_no_gate(rows, gated):
+    sources = table({"experts.w13_weight": (2, rows, 4), "experts.w2_weight": (2, 4, 3)})
+    assert gated_by({}, NO_RULES, sources, LAYOUTS["vllm"])("experts") is gated
+
+
+def test_rules_for_up_alone_mean_no_gate():
+    core = pytest.importorskip("transformers.core_model_loading")
+    rule = core.WeightConverter("experts.*.up.weight", "experts.up_proj", operations=[core.MergeModulelist(dim=0)])
+    assert not gated_by({}, RuleSet([rule]), table({}), None)("experts")
+
+
+def test_experts_are_laid_out_if_names_and_modules_agree():
+    names = ["norm", GATE_UP, DOWN]
+    assert is_laid_out(names, {}, LAYOUTS["gpt_oss"])
+    assert not is_laid_out(names, {"experts": LAYOUTS["transformers"]}, LAYOUTS["gpt_oss"])
+    assert not is_laid_out(names, {}, LAYOUTS["nemo"])
+    assert is_laid_out(["norm"], {}, LAYOUTS["nemo"])
+    assert "down_proj" in str(not_laid_out(names, LAYOUTS["nemo"], "nemo"))
+
+
+@pytest.mark.parametrize(("experts", "intermediate", "hidden"), [(2, 3, 4), (2, 4, 4), (2, 2, 4), (1, 1, 1), (0, 3, 4)])
+def test_specs_are_those_of_the_canonical_layout(experts, intermediate, hidden):
+    specs = {
+        "norm": TargetSpec("F32", (4,), True),
+        "experts.gate_and_up_projs": TargetSpec("BF16", (experts, hidden, 2 * intermediate), True),
+        "experts.down_projs": TargetSpec("BF16", (experts, intermediate, hidden), False),
+    }
+    relaid = relaid_specs(specs, LAYOUTS["nemo"], lambda path: LAYOUTS["transformers"], lambda path: True)
+    assert relaid == {
+        "norm": TargetSpec("F32", (4,), True),
+        GATE_UP: TargetSpec("BF16", (experts, 2 * intermediate, hidden), True),
+        DOWN: TargetSpec("BF16", (experts, hidden, intermediate), False),
+    }

@@ -1,0 +1,56 @@
+"""Codes and scales as their names and dtypes tell them, whatever the method."""
+
+import pytest
+
+from automodel_conv.planning.code_names import CodeNames, has_codes, packed_dtypes
+from tests.planning.test_quantization import table
+
+
+def test_codes_with_scales_are_seen_without_a_config():
+    assert has_codes(table(a__weight=("F8_E4M3", (8, 8)), a__weight_scale_inv=("F32", (1, 1)))) == "a.weight"
+    assert has_codes(table(a__weight=("F8_E4M3", (8, 8)))) is None
+    assert has_codes(table(a__weight_scale_inv=("F32", (1, 1)), a__weight=("BF16", (8, 8)))) is None
+
+
+def test_a_tensor_has_codes_only_if_the_scale_is_one_of_its_own_method():
+    blocks = table(a_blocks=("U8", (2, 4, 3, 16)), a_scales=("U8", (2, 4, 3)))
+    assert has_codes(blocks) == "a_blocks"
+    assert has_codes(table(a_blocks=("U8", (2, 4, 3, 16)), a_scale=("U8", (2, 4, 3)))) is None
+    assert has_codes(table(a_blocks=("I8", (2, 4, 3, 16)), a_scales=("U8", (2, 4, 3)))) is None
+
+
+@pytest.mark.parametrize(
+    ("codes", "scales", "others"),
+    [
+        ("m.weight", {"m.weight_scale_inv", "m.weight_scale", "m.scale", "m.qscale_weight"}, {"m_scale"}),
+        ("m.weight_packed", {"m.weight_scale"}, {"m.weight"}),
+        ("m_blocks", {"m_scales"}, {"m.scales"}),
+        ("m.gate_up_proj", {"m.gate_up_proj_scale_inv"}, {"m.scale"}),
+    ],
+)
+def test_codes_may_have_the_scale_names_of_every_method(codes, scales, others):
+    names = set(CodeNames.of_all_methods().scale_names(codes))
+    assert names >= scales
+    assert names.isdisjoint(others)
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "needed"),
+    [
+        ("m.weight", "F8_E4M3", True),
+        ("m.gate_up_proj", "F8_E5M2", True),
+        ("m.weight", "F4", True),
+        ("m.weight", "I8", True),
+        ("m.bias", "I8", False),
+        ("m.weight", "I32", False),
+        ("m.weight", "BF16", False),
+        ("m.weight_scale", "F8_E4M3", False),
+        ("m.weight", "F8_E8M0", False),
+    ],
+)
+def test_weights_of_a_narrow_dtype_need_a_scale(name, dtype, needed):
+    assert CodeNames.of_all_methods().needs_scale(name, dtype) is needed
+
+
+def test_dtypes_that_pack_several_codes_are_listed():
+    assert packed_dtypes() == {"I8", "U8", "I32", "F4"}

@@ -1,0 +1,64 @@
+"""Configs of quantized checkpoints: methods, schemes, and scales that belong to no weight."""
+
+import pytest
+
+from automodel_conv.errors import QuantizationError, UnsupportedError
+from automodel_conv.planning.methods.table import METHODS
+from automodel_conv.planning.schemes import is_of_kv_cache, kv_cache_rows, read_config
+
+NVFP4 = {"quant_method": "modelopt", "quant_algo": "NVFP4"}
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_the_method_is_that_of_the_config(name):
+    config = {"quant_method": name, "quant_algo": "FP8"}
+    assert read_config(config)[0] is METHODS[name]
+
+
+@pytest.mark.parametrize("name", ["gptq", None, 7, ["fp8"]])
+def test_another_method_is_named_with_those_there_are(name):
+    with pytest.raises(UnsupportedError, match="config here") as caught:
+        read_config({"quant_method": name}, "config here")
+    assert repr(name) in str(caught.value)
+    assert all(method in str(caught.value) for method in METHODS)
+
+
+@pytest.mark.parametrize(("size", "decoded"), [(16, True), (2, True), (3, False), (1, False)])
+def test_groups_of_four_bit_codes_are_whole_bytes(size, decoded):
+    config = NVFP4 | {"group_size": size}
+    if decoded:
+        assert read_config(config)[1][0].block == (1, size)
+        return
+    with pytest.raises(UnsupportedError, match=f"groups of {size} codes of 4 bits"):
+        read_config(config)
+
+
+def test_a_scheme_that_is_not_decoded_is_named_with_its_file():
+    with pytest.raises(UnsupportedError, match=r"modelopt's W4A8(.|\n)*where: +a file"):
+        read_config({"quant_method": "modelopt", "quant_algo": "W4A8"}, "a file")
+
+
+@pytest.mark.parametrize("block", [3, [1], [0, 1], ["a", "b"], {"a": 1}], ids=str)
+def test_a_malformed_config_is_an_error_of_the_checkpoint(block):
+    with pytest.raises(QuantizationError, match=r"method fp8 is malformed(.|\n)*(Type|Value)Error"):
+        read_config({"quant_method": "fp8", "weight_block_size": block})
+
+
+@pytest.mark.parametrize(
+    ("name", "is_one"),
+    [
+        ("layers.0.self_attn.k_scale", True),
+        ("layers.0.self_attn.attn.v_scale", True),
+        ("k_scale", True),
+        ("layers.0.self_attn.q_zero_point", True),
+        ("layers.0.self_attn.k_cache.scale", True),
+        ("layers.0.self_attn.q.scale", True),
+        ("layers.0.self_attn.k_proj.weight_scale", False),
+        ("layers.0.norm.scale", False),
+        ("layers.0.bulk_scale", False),
+        ("layers.0.self_attn.k_scale.weight", False),
+    ],
+)
+def test_scales_of_caches_are_recognized_by_their_names(name, is_one):
+    assert is_of_kv_cache(name) is is_one
+    assert kv_cache_rows(["a", name, "b.weight"]) == ([1] if is_one else [])

@@ -1,0 +1,91 @@
+"""Modules without the wrappers of torch around them, on the same parameters."""
+
+import pytest
+import torch
+from torch import nn
+from torch.optim.swa_utils import AveragedModel
+
+from automodel_conv.errors import UnsupportedError
+from automodel_conv.upstream.wrappers import plain_model, stand_in, unwrapped
+
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.proj = nn.Linear(2, 3)
+        self.none = None
+        self.register_module("absent", None)
+        self.register_buffer("scale", torch.ones(1))
+
+
+def model():
+    return nn.Sequential(Block(), Block())
+
+
+def compiled(module):
+    return torch.compile(module, backend="eager")
+
+
+@pytest.mark.parametrize("wrap", [compiled, nn.DataParallel, AveragedModel])
+def test_a_wrapper_around_the_whole_model_is_taken_off(wrap):
+    inner = model()
+    plain = unwrapped(wrap(inner))
+    assert plain.state_dict().keys() == inner.state_dict().keys()
+    assert not any("_orig_mod" in name or name.startswith("module.") for name in plain.state_dict())
+
+
+def test_a_model_without_wrappers_is_returned_as_it_is():
+    inner = model()
+    assert unwrapped(inner) is inner
+    assert plain_model(inner) is inner
+
+
+def test_a_wrapper_in_the_middle_leaves_the_model_unchanged_and_shares_its_tensors():
+    wrapped = model()
+    wrapped[1] = compiled(wrapped[1])
+    names = list(wrapped.state_dict())
+    plain = unwrapped(wrapped)
+    assert list(wrapped.state_dict()) == names
+    assert type(plain) is nn.Sequential
+    assert plain is not wrapped
+    assert plain[0] is wrapped[0]
+    assert plain[1] is wrapped[1]._orig_mod
+    assert list(plain.state_dict()) == list(model().state_dict())
+
+
+def test_a_module_that_is_used_twice_is_one_module_afterwards():
+    block = compiled(Block())
+    plain = unwrapped(nn.ModuleList([block, block]))
+    assert plain[0] is plain[1]
+
+
+def test_a_module_that_only_has_the_name_of_a_wrapper_is_kept():
+    own = nn.Module()
+    own._orig_mod = nn.Linear(2, 2)
+    own.weight = nn.Parameter(torch.ones(1))
+    assert unwrapped(own) is own
+
+
+@pytest.mark.parametrize("thing", [nn.Linear, {}, None])
+def test_something_that_is_no_module_is_named(thing):
+    with pytest.raises(UnsupportedError, match=r"not a model(.|\n)*(the class Linear|a dict|a NoneType)"):
+        unwrapped(thing)
+
+
+def test_a_stand_in_shares_attributes_and_has_its_own_children():
+    block = Block()
+    made = stand_in(block, nn.Module, {"other": None})
+    assert made.scale is block.scale
+    assert list(made._modules) == ["other"]
+    assert list(block._modules) == ["proj", "absent"]
+    assert type(made) is nn.Module
+
+
+@pytest.mark.parametrize(
+    ("child", "text"), [("base_layer", "PEFT"), ("_fsdp_wrapped_module", "FullyShardedDataParallel")]
+)
+def test_parameters_that_are_not_those_of_the_model_are_refused(child, text):
+    adapted = model()
+    adapted[1].proj.add_module(child, nn.Linear(2, 3))
+    with pytest.raises(UnsupportedError, match=rf"(?s){text}.*1\.proj|1\.proj.*{text}"):
+        plain_model(adapted)
