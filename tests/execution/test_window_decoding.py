@@ -118,7 +118,7 @@ def test_kernels_decode_them_too(sources, limit, seed, gap):
     check(sources, limit, seed, gap, by_kernels=True)
 
 
-def test_tables_of_many_scales_take_little_scratch():
+def test_tables_of_many_scales_need_little_scratch():
     file, rows, columns = File(), 4096, 2048
     codes = np.zeros((1, rows, columns // 2), np.uint8)
     row = file.add("w", "U8", codes)

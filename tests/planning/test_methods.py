@@ -97,11 +97,11 @@ FLOAT8 = {"num_bits": 8, "type": "float"}
     ],
     ids=str,
 )
-def test_a_config_states_its_scheme(method, config, scheme):
+def test_config_states_its_scheme(method, config, scheme):
     assert METHODS[method].schemes(config)[0] == scheme
 
 
-def test_a_config_for_the_kv_cache_alone_states_no_scheme():
+def test_config_for_only_the_kv_cache_states_no_scheme():
     assert METHODS["modelopt"].schemes({"kv_cache_scheme": "FP8"}) == []
     assert METHODS["compressed-tensors"].schemes({"config_groups": {"0": {"weights": None}}}) == []
 
@@ -119,13 +119,13 @@ def test_a_config_for_the_kv_cache_alone_states_no_scheme():
     ],
     ids=str,
 )
-def test_a_scheme_that_is_not_decoded_is_named(method, config, named):
+def test_scheme_that_is_not_decoded_is_named(method, config, named):
     with pytest.raises(Undecoded, match=named):
         METHODS[method].schemes(config)
 
 
 @pytest.mark.parametrize("sizes", [(1,), (1, 2, 3), (0, 32), (1, -1), (1, 1 << 31), (1.0, 32), ("1", 32), (True, 32)])
-def test_a_block_has_two_positive_sizes(sizes):
+def test_block_has_two_positive_sizes(sizes):
     with pytest.raises((ValueError, TypeError)):
         block_of(sizes)
     assert block_of([1, 32]) == (1, 32)

@@ -1,4 +1,4 @@
-"""Proofs of plans: copies with any fault are refused, one element at a time."""
+"""Tests of proofs of plans: copies with any fault are refused, by execution one element at a time."""
 
 from dataclasses import replace
 
@@ -108,17 +108,17 @@ def test_copies_that_write_each_element_once_are_proved():
     proved(shape=(0, 4))
 
 
-def test_an_element_that_is_written_twice_is_named_with_its_sources():
+def test_element_that_is_written_twice_is_named_with_its_sources():
     with pytest.raises(CoverageError, match=r"element 1 of t would be written twice(.|\n)*\bb\b"):
         proved(run(0, 2, 0, 0), run(1, 3, 0, 1))
 
 
-def test_the_number_of_written_elements_is_reported():
+def test_number_of_written_elements_is_reported():
     with pytest.raises(CoverageError, match=r"partly unwritten(.|\n)*4 elements(.|\n)*3 elements from 2 sources"):
         proved(run(0, 1, 0, 0), run(1, 2, 0, 2))
 
 
-def test_a_read_past_the_end_names_the_source():
+def test_read_past_the_end_names_the_source():
     with pytest.raises(CoverageError, match=r"would read outside b(.|\n)*elements below 4(.|\n)*elements 3 to 4"):
         proved(run(0, 2, 0, 0), run(1, 2, 3, 2))
 
@@ -131,10 +131,10 @@ def test_targets_that_share_copies_are_still_checked_for_their_size():
 
 
 @pytest.mark.parametrize("rows", [(2,), (-1,), (0, 7)])
-def test_a_row_that_the_plan_does_not_have_is_refused(rows):
+def test_row_that_the_plan_does_not_have_is_refused(rows):
     with pytest.raises(CoverageError, match="t reads sources that the plan does not have"):
         prove([Target("t", "BF16", (4,), -1, rows, (run(0, 4, 0, 0),))], table(a=(4,), b=(4,)))
 
 
-def test_an_element_may_be_read_several_times():
+def test_element_may_be_read_several_times():
     proved(StridedCopy(Box((4,), (0,), (1,)), (1,), (3,), (0,)))

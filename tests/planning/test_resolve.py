@@ -296,7 +296,7 @@ def test_sources_that_map_to_one_target_are_named():
     assert resolve(names, RuleSet(rules), None).duplicated == [("drop.w", ("drop.3.w", "drop.10.w"))]
 
 
-def test_an_unexpected_name_counts_for_all_targets_of_its_rule():
+def test_unexpected_name_counts_for_all_targets_of_its_rule():
     rules = [WeightConverter("qkv", ["q", "k", "v"], operations=[Chunk(dim=0)]), WeightRenaming("a", "b")]
     names = ["m.10.qkv.weight", "m.2.qkv.weight", "a.3"]
     targets = {"m.2.q.weight": 1, "m.2.k.weight": 1, "m.2.v.weight": 1}
@@ -304,7 +304,7 @@ def test_an_unexpected_name_counts_for_all_targets_of_its_rule():
     assert ours(names, rules, targets)[1] == {"b.3", *(f"m.10.{p}.weight" for p in "qkv")}
 
 
-def test_a_name_with_a_nul_character_is_a_name():
+def test_name_with_a_nul_character_is_a_name():
     assert_agree(["a\0b.3.w", "c.w"], [merging()])
 
 
@@ -335,7 +335,7 @@ def test_rules_of_the_caller_are_never_changed(entry, reverse):
     assert [state(rule) for rule in rules] == before
 
 
-def test_names_that_hold_what_stands_for_a_number_are_kept():
+def test_names_that_contain_the_number_placeholder_are_kept():
     names = ["w9700000", "layers9700000.0.w", "layers9700000.1.w", "a.9700001.b9700000"]
     assert sorted(assignment.target for assignment in resolve(names, RuleSet([]), None).assignments) == sorted(names)
 

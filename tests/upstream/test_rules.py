@@ -227,7 +227,7 @@ def test_natural_order_compares_numbers_as_numbers():
     assert sorted(["a.10", "a.9"], key=natural_key) == ["a.9", "a.10"]
 
 
-def test_upstreams_own_convert_can_run_again_and_changes_no_rule():
+def test_convert_of_transformers_can_run_again_and_changes_no_rule():
     rule = experts([Louder(dim=0), Concatenate(dim=1)])
     rules = RuleSet([rule])
     slots = {"experts.*.w1.weight": [0, 1], "experts.*.w3.weight": [2, 3]}
