@@ -5,6 +5,7 @@ from torch import nn
 
 from automodel_conv.compiling.carrying import carried_targets, dropped_rows, refuse_halves, unclaimed_rows
 from automodel_conv.errors import NameProblems, UnsupportedError
+from automodel_conv.files.shards import LAYOUT_KEY
 from automodel_conv.planning.copies import Decode, SourceTable, Target
 from automodel_conv.planning.wanted import TargetSpec
 from tests.compiling.support import table, tensors_of, write
@@ -83,3 +84,15 @@ def test_experts_in_another_form_are_not_unclaimed(tmp_path):
     has = {"layers.0.mlp.experts.down_proj": TargetSpec("F32", (2, 4, 3))}
     with pytest.raises(UnsupportedError, match=r"other experts(.|\n)*down_proj(.|\n)*experts\.0\.w2\.weight"):
         unclaimed_rows(checkpoint, SourceTable.from_checkpoint(checkpoint), None, [], None, has)
+
+
+def test_grouped_experts_are_compared_in_the_layout_of_the_state_dict(tmp_path):
+    nemo = {"m.experts.gate_and_up_projs": (2, 4, 6), "m.experts.down_projs": (2, 3, 4), "mtp.w": (3,)}
+    checkpoint = write(tmp_path, tensors_of(nemo), metadata={LAYOUT_KEY: "nemo"})
+    own = SourceTable.from_checkpoint(checkpoint)
+    kept = {name: TargetSpec("F32", shape) for name, shape in nemo.items() if name != "mtp.w"}
+    shapes = {"m.experts.gate_up_proj": (2, 6, 4), "m.experts.down_proj": (2, 4, 3)}
+    other = {name: TargetSpec("F32", shape) for name, shape in shapes.items()}
+    for layout, has in ((None, kept), ("transformers", other)):
+        rows = unclaimed_rows(checkpoint, own, None, [], layout, has)[1]
+        assert [checkpoint.names[row] for row in rows] == ["mtp.w"]

@@ -29,6 +29,19 @@ def test_experts_that_state_their_layout_are_listed_with_it():
     assert experts_of(nn.Linear(2, 2), None) == experts_of(None, "nemo") == {}
 
 
+def test_silent_experts_of_transformers_have_no_layout_to_convert_to():
+    transformers = pytest.importorskip("transformers")
+
+    class Pretrained(transformers.PreTrainedModel):
+        config_class = transformers.PretrainedConfig
+
+    model = Pretrained(transformers.PretrainedConfig())
+    model.experts = Experts(2, 3, 4)
+    assert experts_of(model, None) == {}
+    with pytest.raises(UnsupportedError, match=r"'nemo'(.|\n)*experts of Pretrained(.|\n)*leave layout out"):
+        experts_of(model, "nemo")
+
+
 def test_layout_needs_a_tensor_with_one_of_its_names():
     check_layout("vllm", table({"experts.w13_weight": (2, 6, 4)}), "source_layout")
     check_layout("vllm", table({}), "source_layout")

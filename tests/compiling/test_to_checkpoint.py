@@ -1,6 +1,7 @@
 """Tests of plans from the tensors of a model back to the names of a checkpoint."""
 
 import pytest
+import torch
 
 pytest.importorskip("transformers", reason="rules are objects of transformers")
 
@@ -108,3 +109,18 @@ def test_experts_that_rules_would_split_wrongly_are_refused():
 def test_layout_that_no_tensor_has_is_refused():
     with pytest.raises(UnsupportedError, match=r"no tensor is in the layout 'nemo'"):
         saving_plan(table({"layer.experts.w2_weight": (2, 4, 3)}), rules=RULES, layout="nemo")
+
+
+def test_reference_of_codes_gives_only_names(tmp_path):
+    tensors = {name: tensor.to(torch.float8_e4m3fn) for name, tensor in tensors_of(single(2, 3, 4)).items()}
+    plan = saving_plan(table(grouped(2, 3, 4), "BF16"), rules=RULES, reference=write(tmp_path, tensors))
+    assert {target.dtype for target in plan.targets} == {"BF16"}
+    assert_single_experts(plan, (2, 3, 4))
+
+
+def test_names_of_wrappers_are_removed_if_the_call_gives_a_layout_or_rules():
+    names = {"_orig_mod.experts.w2_weight": (2, 4, 3)}
+    plan = saving_plan(table(names), rules=[], layout="vllm")
+    assert [target.name for target in plan.targets] == ["experts.down_proj"]
+    plan = saving_plan(table({"_orig_mod.a": (2,)}), rules=[])
+    assert [target.name for target in plan.targets] == ["_orig_mod.a"]

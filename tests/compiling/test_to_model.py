@@ -96,3 +96,24 @@ def test_missing_name_is_no_problem_if_its_tensor_has_another_name():
     tied = [("head", "embed"), ("a", "b")]
     assert without_tied(["head", "a", "c"], plan, tied) == ["a", "c"]
     assert without_tied(["head"], plan, []) == ["head"]
+
+
+def test_scales_of_caches_fill_nothing_unless_the_model_has_them():
+    scale = "self_attn.k_scale"
+    linear = nn.Module()
+    linear.w = nn.Parameter(torch.zeros(2))
+    plan, problems = loading_plan(table({"w": (2,), scale: ()}), model=linear)
+    assert [target.name for target in plan.targets] == ["w"]
+    assert problems.unexpected == []
+    linear.self_attn = nn.Module()
+    linear.self_attn.k_scale = nn.Parameter(torch.zeros(()))
+    plan, _ = loading_plan(table({"w": (2,), scale: ()}), model=linear)
+    assert [target.name for target in plan.targets] == ["w", scale]
+
+
+def test_names_of_wrappers_are_removed_only_if_something_gives_names():
+    names = {"_orig_mod.weight": (2, 3), "_orig_mod.bias": (2,)}
+    plan, _ = loading_plan(table(names), model=nn.Linear(3, 2))
+    assert [target.name for target in plan.targets] == ["weight", "bias"]
+    plan, _ = loading_plan(table(names), rules=[])
+    assert [target.name for target in plan.targets] == list(names)

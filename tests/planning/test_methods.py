@@ -12,7 +12,7 @@ from automodel_conv.planning.methods.method import (
     TENSOR,
     Packing,
     Scheme,
-    Undecoded,
+    UnsupportedScheme,
     block_of,
     part_name,
     weight_name,
@@ -120,7 +120,7 @@ def test_config_for_only_the_kv_cache_states_no_scheme():
     ids=str,
 )
 def test_scheme_that_is_not_decoded_is_named(method, config, named):
-    with pytest.raises(Undecoded, match=named):
+    with pytest.raises(UnsupportedScheme, match=named):
         METHODS[method].schemes(config)
 
 

@@ -65,7 +65,7 @@ def test_tensors_outside_of_the_index_are_shown_only_if_something_is_missing():
 
 def test_sources_that_no_rule_assigns_can_be_set_aside():
     problems = Problems(unexpected=["mtp.w", "u"], unclaimed=[4, 2], without_place=["mtp.w"])
-    assert problems.set_aside() == {2, 4}
+    assert problems.accept_unclaimed() == {2, 4}
     assert problems.unexpected == ["u"]
 
 

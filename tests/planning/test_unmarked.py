@@ -53,33 +53,33 @@ def refuse_unknown(plan, gated=True, layout="transformers"):
 def test_experts_that_have_the_transposed_shape_of_the_model_are_refused():
     problems = Problems(mismatched=[(GATE_UP, (2, 4, 6), (2, 6, 4))])
     with pytest.raises(UnsupportedError, match=r"(?s)m\.experts\.gate_up_proj.*source_layout=") as caught:
-        refuse_other_layouts(problems, unchanged(gate_up_proj=(2, 4, 6)), NO_RULES, model_says=True)
+        refuse_other_layouts(problems, unchanged(gate_up_proj=(2, 4, 6)), NO_RULES, model_states_layout=True)
     assert "if the model has its experts" not in str(caught.value)
     with pytest.raises(UnsupportedError, match='layout="gpt_oss" if the model has its experts'):
-        refuse_other_layouts(problems, unchanged(gate_up_proj=(2, 4, 6)), NO_RULES, model_says=False)
+        refuse_other_layouts(problems, unchanged(gate_up_proj=(2, 4, 6)), NO_RULES, model_states_layout=False)
 
 
 @pytest.mark.parametrize("found", [(2, 6, 5), (3, 6, 4), (6, 4)])
 def test_another_shape_than_the_transposed_one_is_left_to_the_list_of_problems(found):
     problems = Problems(mismatched=[(GATE_UP, found, (2, 6, 4))])
-    refuse_other_layouts(problems, unchanged(gate_up_proj=(2, 6, 4)), NO_RULES, model_says=True)
+    refuse_other_layouts(problems, unchanged(gate_up_proj=(2, 6, 4)), NO_RULES, model_states_layout=True)
 
 
 def test_names_of_another_layout_are_refused_if_the_model_lacks_experts():
     problems = Problems(unexpected=["m.experts.gate_and_up_projs"], missing=[GATE_UP])
     with pytest.raises(UnsupportedError, match=r"(?s)gate_and_up_projs.*source_layout="):
-        refuse_other_layouts(problems, unchanged(), NO_RULES, model_says=True)
+        refuse_other_layouts(problems, unchanged(), NO_RULES, model_states_layout=True)
     problems.missing = ["m.norm"]
-    refuse_other_layouts(problems, unchanged(), NO_RULES, model_says=True)
+    refuse_other_layouts(problems, unchanged(), NO_RULES, model_states_layout=True)
 
 
 def test_undecided_square_matrix_is_refused_only_if_rules_group_such_experts():
     square = unchanged(down_proj=(2, 4, 4))
     with pytest.raises(UnsupportedError, match=r"(?s)m\.experts\.down_proj.*not square.*\[2, 4, 4\]"):
-        refuse_other_layouts(Problems(), square, RuleSet(GROUPING), model_says=True)
-    refuse_other_layouts(Problems(), square, NO_RULES, model_says=True)
+        refuse_other_layouts(Problems(), square, RuleSet(GROUPING), model_states_layout=True)
+    refuse_other_layouts(Problems(), square, NO_RULES, model_states_layout=True)
     both = unchanged(gate_up_proj=(2, 6, 4), down_proj=(2, 4, 3))
-    refuse_other_layouts(Problems(), both, RuleSet(GROUPING), model_says=True)
+    refuse_other_layouts(Problems(), both, RuleSet(GROUPING), model_states_layout=True)
 
 
 @pytest.mark.parametrize(

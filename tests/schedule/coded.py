@@ -139,15 +139,20 @@ def pairs(box: Box, source_offset: int, target_offset: int) -> list[tuple[int, i
     ]
 
 
-def filled(file: File, reads: Iterable[Read], nbytes: int) -> bytearray:
-    """Return memory after its reads, which must stay inside of it and not overlap."""
-    memory, taken_bytes = bytearray(b"\xa5" * nbytes), np.zeros(nbytes, bool)
+def filled(file: File, reads: Iterable[Read], nbytes: int) -> tuple[bytearray, np.ndarray]:
+    """Return memory after its reads, and the mask of its used bytes. Reads must stay inside of it and not overlap."""
+    memory, in_use = bytearray(b"\xa5" * nbytes), np.zeros(nbytes, bool)
     for _, offset, length, _, start in reads:
-        assert 0 <= start <= start + length <= nbytes
-        assert not taken_bytes[start : start + length].any()
-        taken_bytes[start : start + length] = True
+        use(in_use, start, length)
         memory[start : start + length] = file.data[offset : offset + length]
-    return memory
+    return memory, in_use
+
+
+def use(in_use: np.ndarray, start: int, nbytes: int) -> None:
+    """Mark bytes of a memory as used; they must be free."""
+    assert 0 <= start <= start + nbytes <= len(in_use)
+    assert not in_use[start : start + nbytes].any()
+    in_use[start : start + nbytes] = True
 
 
 def scale_at(memory: bytearray, start: int, dtype: str, index: int) -> float:
@@ -174,7 +179,7 @@ def zero_at(memory: bytearray, start: int, columns: int, row: int, column: int) 
 
 def run_job(file: File, job: ReadAndCopy, written: Written) -> None:
     """Run a job of the host schedule whose values are F32."""
-    memory, values = filled(file, job.reads.one_by_one(), job.scratch_bytes), {}
+    (memory, in_use), values = filled(file, job.reads.one_by_one(), job.scratch_bytes), {}
     for rectangle in job.rectangles:
         decode, scales, zeros = rectangle.decode, rectangle.scales, rectangle.zero_points
         assert rectangle.values_bytes % 4 == 0
@@ -190,7 +195,7 @@ def run_job(file: File, job: ReadAndCopy, written: Written) -> None:
             scale = scale_at(memory, scales.start_bytes, scales.dtype, block_row * scales.shape[1] + block_column)
             start = rectangle.codes_bytes + row * rectangle.codes_stride
             element = rectangle.values_bytes // 4 + row * rectangle.values_stride + column
-            assert 4 * element + 4 <= job.scratch_bytes
+            use(in_use, 4 * element, 4)
             put(values, element, number_at(memory, start, column, decode.format, zero) * scale * common)
     for copies in job.copies:
         for source_offset, target_offset in zip(copies.source_offsets, copies.target_offsets, strict=True):
@@ -200,7 +205,10 @@ def run_job(file: File, job: ReadAndCopy, written: Written) -> None:
 
 def run_window(file: File, window: CodeWindow, written: Written) -> None:
     """Run a window whose values are F32."""
-    memory, values = filled(file, window.reads, window.nbytes), {}
+    (memory, in_use), values = filled(file, window.reads, window.nbytes), {}
+    for group in window.groups.values():
+        use(in_use, group.table_rows_bytes, 0 if group.kind.scale_is_table_row else 4 * group.count)
+        use(in_use, group.table_bytes, group.table_rows * group.kind.row_bytes)
     for rectangle, positions in window.rectangles.items():
         group = window.groups[rectangle.kind]
         for position in positions:
@@ -214,6 +222,8 @@ def run_window(file: File, window: CodeWindow, written: Written) -> None:
                 )
                 element = position.target_offset
                 element += row * rectangle.target_strides[0] + column * rectangle.target_strides[1]
+                if rectangle.in_window:
+                    use(in_use, 4 * element, 4)
                 into = values if rectangle.in_window else written.setdefault(position.target, {})
                 assert 0 <= index < group.count
                 put(

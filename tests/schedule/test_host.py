@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from automodel_conv.dtypes import itemsize, torch_dtype
-from automodel_conv.schedule.host import divide, portion, runs, schedule, split_long
+from automodel_conv.schedule.host import bytes_per_job, group_reads, schedule, split_copies, split_long
 from automodel_conv.schedule.jobs import GAP_BYTES, Read, ReadAndCopy, ReadInPlace, Reads
 from automodel_conv.testing import address_valued, assert_bytes_equal
 from tests.execution.support import LAYOUTS, columns, moe, naive, plan_of, target, write_checkpoint
@@ -28,6 +28,7 @@ def carried_out(jobs, plan, checkpoint):
     targets = [bytearray(b"\xa5" * t.nbytes) for t in plan.targets]
     written, read = [set() for _ in targets], {}
     for job in jobs:
+        assert len(set(job.reads.file.tolist())) == 1
         scratch = bytearray(job.scratch_bytes) if isinstance(job, ReadAndCopy) else None
         for file, offset, nbytes, memory, start in job.reads.one_by_one():
             into = targets[memory] if scratch is None else scratch
@@ -91,7 +92,7 @@ def test_bytes_that_two_targets_need_go_through_scratch(tmp_path):
     checkpoint = write_checkpoint(tmp_path, {"a.safetensors": tensors})
     sources = columns(checkpoint)
     plan = plan_of(sources, *(target(sources, n, "BF16", [[s]]) for n, s in (("x", "a"), ("y", "a"), ("z", "b"))))
-    reads, moves = divide(plan.targets, [t.copies for t in plan.targets], checkpoint, {})
+    reads, moves = split_copies(plan.targets, [t.copies for t in plan.targets], checkpoint, {})
     assert [read.memory for read in reads.one_by_one()] == [2]
     assert [(row, [move.target for move in of_row]) for row, of_row in moves.items()] == [(0, [0, 1])]
     targets, read = carried_out(jobs_of(plan, checkpoint), plan, checkpoint)
@@ -110,10 +111,10 @@ def test_empty_and_single_elements_are_scheduled(tmp_path, shape):
 
 def test_runs_join_neighbours_up_to_the_limit():
     reads = Reads.from_list([Read(0, 10 * n, 10, n, 0) for n in range(5)] + [Read(1, 50, 10, 5, 0)])
-    assert [run.memory.tolist() for run in runs(reads, 30)] == [[0, 1, 2], [3, 4], [5]]
-    assert [run.memory.tolist() for run in runs(reads, 10)] == [[n] for n in range(6)]
+    assert [run.memory.tolist() for run in group_reads(reads, 30)] == [[0, 1, 2], [3, 4], [5]]
+    assert [run.memory.tolist() for run in group_reads(reads, 10)] == [[n] for n in range(6)]
     apart = Reads.from_list([Read(0, 0, 10, 0, 0), Read(0, 10 + GAP_BYTES + 1, 10, 1, 0)])
-    assert len(list(runs(apart, 1 << 20))) == 2
+    assert len(list(group_reads(apart, 1 << 20))) == 2
 
 
 @pytest.mark.parametrize(("nbytes", "parts"), [(10, [10]), (30, [30]), (31, [30, 1]), (90, [30, 30, 30]), (0, [0])])
@@ -129,5 +130,5 @@ def test_long_reads_are_split(nbytes, parts):
 @pytest.mark.parametrize(
     ("total", "threads", "expected"), [(1 << 30, 4, 4 << 20), (64 << 20, 8, 2 << 20), (1000, 2, 1 << 20)]
 )
-def test_portion_is_neither_tiny_nor_larger_than_requested(total, threads, expected):
-    assert portion(total, threads, 4 << 20) == expected
+def test_job_is_neither_tiny_nor_larger_than_requested(total, threads, expected):
+    assert bytes_per_job(total, threads, 4 << 20) == expected
