@@ -56,7 +56,7 @@ test-transformers-%: $(VENV)/transformers-%/.installed
 test-without-triton: $(VENV)/installed
 	@PYTHONPATH=$(CURDIR)/tests/hide HIDDEN_PACKAGES=triton $(LEG) "without triton" \
 		$(PYTEST) -m "not packaging and not long" -k "not random_schedules" tests/kernels tests/test_imports.py \
-		$(addprefix tests/execution/test_,copy_batch.py device.py memory.py quantized_device.py window_decoding.py writing.py) \
+		$(addprefix tests/execution/test_,copy_batch.py device.py memory.py quantized_device.py window_copies.py window_decoding.py writing.py) \
 		tests/doors/in_memory
 
 # The functions that a user without transformers can call, and the errors if they need transformers.

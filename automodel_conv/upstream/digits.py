@@ -12,6 +12,9 @@ _LOOKAROUND = re.compile(r"\(\?<?[=!][^()]*\d[^()]*\)")
 # Digits after a letter belong to a word (``w1``). Digits on their own may match a numeric component of a name.
 _TOKENS = re.compile(r"\(\?P<\w+>|\\.|\[\^?\]?[^\]]*\]|\{[^}]*\}|\d+|[A-Za-z_]\w*|.", re.DOTALL)
 
+# A quantifier, with the mark that makes it lazy or possessive.
+_QUANTIFIER = re.compile(r"(?:[+*?]|\{[^}]*\})[+?]?")
+
 
 def digit_pattern(rule: Any) -> re.Pattern[str] | None:
     """Return a pattern for the names whose numbers may matter to a rule.
@@ -33,7 +36,10 @@ def digit_pattern(rule: Any) -> re.Pattern[str] | None:
         renames_plainly = type(rule).__name__ in ("WeightRenaming", "WeightConverter", "PrefixChange")
         return None if renames_plainly else _unanchored(compiled.pattern)
     widened, _ = _widened(_LOOKAROUND.sub("", compiled.pattern))
-    return ANY_NAME if re.search(r"\(\?<?[=!][^)]*\d", widened) else _unanchored(widened)
+    # A repeated group with numbers of any length in it can take exponential time on a long number.
+    if re.search(r"\(\?<?[=!][^)]*\d|\)[*+{]", widened):
+        return ANY_NAME
+    return _unanchored(widened)
 
 
 def _widened(pattern: str) -> tuple[str, bool]:
@@ -41,17 +47,27 @@ def _widened(pattern: str) -> tuple[str, bool]:
     tokens = _TOKENS.findall(pattern)
     parts: list[str] = []
     sees_numbers = False
-    for token, following in zip(tokens, [*tokens[1:], ""], strict=True):
-        if token.isdecimal() or (token == r"\d" and following not in ("+", "*")):
-            parts.append(r"\d+")
-        elif token[0] == "[" and any(c.isdecimal() for c in token):
-            parts.append(rf"(?:{token}|\d+)")
-        elif token[0] == "{" and parts and parts[-1].endswith((r"\d+", r"\d+)")):
+    position = 0
+    while position < len(tokens):
+        token, following = tokens[position], tokens[position + 1] if position + 1 < len(tokens) else ""
+        position += 1
+        if token == r"\d" and following in ("+", "*"):  # the rule treats all numbers the same
+            parts.append(token)
             continue
+        if token.isdecimal() or token == r"\d":
+            widened = r"\d"
+        elif token[0] == "[" and any(c.isdecimal() for c in token):
+            widened = rf"(?:(?!\d){token}|\d)"
         else:
             parts.append(token)
             continue
         sees_numbers = True
+        # A quantifier applies to the last digit only, so a longer number still has a digit that must be there.
+        quantifier = _QUANTIFIER.match("".join(tokens[position : position + 2]))
+        is_optional = len(token) == 1 and quantifier is not None and quantifier[0].startswith(("*", "?", "{0", "{,"))
+        parts.append(widened + ("*" if is_optional else "+"))
+        if quantifier is not None:
+            position += len(_TOKENS.findall(quantifier[0]))
     return "".join(parts), sees_numbers
 
 

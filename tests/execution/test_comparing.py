@@ -6,9 +6,11 @@ import random
 
 import pytest
 
-from automodel_conv.errors import ReadError
+from automodel_conv.errors import ReadError, VerificationError
 from automodel_conv.execution import writing
+from automodel_conv.execution.comparing import compare_file
 from automodel_conv.execution.writing import first_different_byte
+from automodel_conv.files.header import read_header
 from automodel_conv.files.source import LocalFile
 from automodel_conv.schedule.writes import Slabs
 from tests.execution.slab_writes import MAKERS, every_case, producer_of, write
@@ -63,3 +65,31 @@ def test_nothing_to_compare_is_equal(tmp_path):
         first_different_byte(Slabs([], ()).slabs, LocalFile(str(tmp_path / "a")), lambda: None, 2, lambda nbytes: None)
         is None
     )
+
+
+@pytest.mark.parametrize("element", [0, 1, -1])
+def test_first_element_that_differs_is_named_by_tensor_and_index(cases, tmp_path, element):
+    path = write("host", cases[0], tmp_path)
+    header = read_header(LocalFile(str(path)))
+    for name, offset, nbytes, shape in zip(header.names, header.offsets, header.nbytes, header.shapes, strict=True):
+        data = bytearray(path.read_bytes())
+        at = offset + (nbytes - 2 if element < 0 else 2 * element)
+        data[at] ^= 1
+        changed = tmp_path / f"{name}.{element}"
+        changed.write_bytes(data)
+        index = [0] * len(shape) if element == 0 else [size - 1 for size in shape]
+        if element == 1:
+            index = [*[0] * (len(shape) - 1), 1]
+        with producer_of("host", cases[0]) as (shard, slabs, start), pytest.raises(VerificationError) as caught:
+            compare_file((slabs.slabs, start), LocalFile(str(changed)), shard, 1, lambda nbytes: None)
+        text = str(caught.value)
+        assert text.startswith(f"{name} does not match")
+        assert f"{changed}, byte {at}" in text
+        assert f"{index} of BF16 {list(shape)}" in text
+
+
+def test_file_that_is_right_is_counted_and_raises_nothing(cases, tmp_path):
+    path, seen = write("host", cases[0], tmp_path), []
+    with producer_of("host", cases[0]) as (shard, slabs, start):
+        compare_file((slabs.slabs, start), LocalFile(str(path)), shard, 2, seen.append)
+    assert sum(seen) == shard.nbytes - len(shard.header)

@@ -1,8 +1,7 @@
-"""Tests of stopping: a load asked to end settles and names the complete targets; parallel threads end together."""
+"""Tests of stopping a load: it ends, settles, and names the complete targets."""
 
 from __future__ import annotations
 
-import gc
 import threading
 
 import pytest
@@ -11,7 +10,7 @@ import torch
 from automodel_conv.execution.buffers import allocate
 from automodel_conv.execution.device import load_to_device
 from automodel_conv.execution.host import load_to_host
-from automodel_conv.execution.workers import Stopped, run_concurrently, run_in_threads
+from automodel_conv.execution.workers import Stopped
 from automodel_conv.planning.copies import Fallback, Target
 from automodel_conv.schedule import host as schedule
 from automodel_conv.testing import assert_bytes_equal
@@ -102,53 +101,3 @@ def test_transformers_code_does_not_start_after_a_stop(tmp_path, executor):
         executor(plan, checkpoint, buffers, stop=stop)
     assert seen == ["one"]
     assert [name for name in "".join(raised.value.__notes__).split() if name in buffers] == ["one"]
-
-
-@pytest.mark.parametrize("threads", [1, 3])
-def test_items_are_handed_out_until_a_stop(threads):
-    stop, taken = threading.Event(), []
-
-    def take(item):
-        taken.append(item)
-        if item == 5:
-            stop.set()
-        elif item > 5:
-            stop.wait(10)
-
-    with pytest.raises(Stopped):
-        run_in_threads(range(100), threads, lambda: take, stop)
-    assert set(range(6)) <= set(taken)
-    assert len(taken) <= 6 + threads
-
-
-@pytest.mark.parametrize("threads", [1, 3])
-def test_stop_after_the_last_item_has_no_effect(threads):
-    stop, taken = threading.Event(), []
-
-    def take(item):
-        taken.append(item)
-        if len(taken) == 10:
-            stop.set()
-
-    run_in_threads(range(10), threads, lambda: take, stop)
-    assert sorted(taken) == list(range(10))
-
-
-def test_first_error_in_time_is_raised_once_all_have_ended():
-    stop, ended, begun = threading.Event(), [], threading.Barrier(3, timeout=10)
-
-    def waits():
-        begun.wait()
-        stop.wait(10)
-        ended.append(threading.current_thread())
-        raise RuntimeError("because of the stop")
-
-    def fails():
-        begun.wait()
-        raise ValueError("the first")
-
-    with pytest.raises(ValueError, match="the first"):
-        run_concurrently([waits, fails, waits], stop)
-    assert len(ended) == 2
-    gc.collect()
-    assert workers() == []

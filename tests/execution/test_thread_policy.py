@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import heapq
-import threading
 import time
 
 import pytest
@@ -13,7 +12,6 @@ from automodel_conv.execution import thread_policy
 from automodel_conv.execution.buffers import allocate
 from automodel_conv.execution.host import load_to_host
 from automodel_conv.execution.thread_policy import ThreadPolicy
-from automodel_conv.execution.workers import run_in_threads
 from automodel_conv.files import system
 from automodel_conv.schedule.host import group_reads
 from automodel_conv.schedule.jobs import ReadInPlace, concatenate
@@ -120,59 +118,3 @@ def _in_pieces_of(nbytes):
         return [ReadInPlace(run) for run in group_reads(reads, nbytes)]
 
     return schedule
-
-
-def test_threads_start_and_end_on_demand():
-    wanted, seen = iter([1, 4, 4, 2] + [1] * 100), []
-
-    def take(item):
-        time.sleep(0.002)
-        seen.append(item)
-
-    most = run_in_threads(range(60), 1, lambda: take, most=4, wanted=lambda: next(wanted))
-    assert sorted(seen) == list(range(60))
-    assert most == 4
-
-
-def test_error_of_an_added_thread_is_raised():
-    def take(item):
-        if item == 30:
-            raise ValueError("thirty")
-        time.sleep(0.001)
-
-    with pytest.raises(ValueError, match="thirty"):
-        run_in_threads(range(60), 1, lambda: take, most=8, wanted=lambda: 8)
-
-
-def test_last_item_is_handed_out_while_all_others_are_in_progress():
-    all_at_work, last_taken = threading.Barrier(4), threading.Event()
-
-    def take(item):
-        if item == 4:
-            last_taken.set()
-            return
-        all_at_work.wait(30)
-        if item:
-            assert last_taken.wait(10)
-
-    assert run_in_threads(range(5), 4, lambda: take, most=4, wanted=lambda: 4) == 4
-
-
-def test_few_threads_are_started_for_few_items():
-    """Start one thread per item that is left, whichever thread asks, and not as many as are wanted."""
-    assert run_in_threads(range(3), 1, lambda: lambda item: None, most=32, wanted=lambda: 32) <= 5
-
-
-def test_threads_that_cannot_start_are_not_needed(monkeypatch):
-    """Threads that are wanted but never start must not end the working ones."""
-    seen, stock = [], threading.Thread.start
-
-    def start(thread):
-        if seen and thread.name.startswith("automodel_conv"):
-            raise RuntimeError("can't start new thread")
-        stock(thread)
-
-    monkeypatch.setattr(threading.Thread, "start", start)
-    wanted = iter([4] * 10 + [1] * 100)
-    run_in_threads(range(60), 1, lambda: seen.append, most=4, wanted=lambda: next(wanted))
-    assert sorted(seen) == list(range(60))

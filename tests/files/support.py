@@ -37,6 +37,7 @@ def write_sharded(directory, shards, weight_map=None, index="model.safetensors.i
     return directory
 
 
+CONTENT = bytes(range(256)) * 20
 TWO = {"b.safetensors": {"z": b"zz", "y": b"y"}, "a.safetensors": {"x": b"xxx"}}
 
 

@@ -15,7 +15,7 @@ from automodel_conv.execution.reading import read_whole
 from automodel_conv.files import system
 from automodel_conv.files.checkpoint import Checkpoint, open_checkpoint
 from automodel_conv.files.staging import STAGING_NAME
-from tests.files.support import TWO, A, content, packed, write_sharded
+from tests.files.support import TWO, A, content, packed, refused, write_sharded
 
 
 @pytest.mark.parametrize("given_path", ["", "model.safetensors.index.json"])
@@ -227,3 +227,41 @@ def test_one_made_of_columns_reads_its_files_on_this_machine(tmp_path):
     (tmp_path / "a.safetensors").unlink()
     with pytest.raises(ReadError, match=r"a\.safetensors"):
         read_whole(0, made)
+
+
+def test_repository_without_huggingface_hub_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    refused("org/name", "org/name", "pip install huggingface_hub")
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "missing",
+        "./missing/name",
+        "../a/b",
+        "a/b/c",
+        "/missing/x",
+        "a/b.safetensors",
+        "a/b.bin",
+        "",
+    ],
+)
+def test_missing_path_of_another_shape_is_not_downloaded(monkeypatch, path, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    refused(path, "no such checkpoint", path)
+
+
+def test_tensor_of_the_index_that_its_file_lacks_is_named(tmp_path):
+    weight_map = {"x": "a.safetensors", "y": "a.safetensors", "lost": "b.safetensors"}
+    write_sharded(tmp_path, TWO, weight_map)
+    text = refused(tmp_path, str(tmp_path), "'lost' in b.safetensors")
+    assert "'y' in a.safetensors, which b.safetensors holds" in text
+    assert "'x'" not in text
+
+
+def test_bad_shard_among_good_ones_is_named(tmp_path):
+    write_sharded(tmp_path, {f"{i}.safetensors": {f"t{i}": b"x"} for i in range(40)})
+    os.truncate(tmp_path / "23.safetensors", os.path.getsize(tmp_path / "23.safetensors") - 1)
+    refused(tmp_path, str(tmp_path / "23.safetensors"), "tensor 't23'")

@@ -7,12 +7,12 @@ import pytest
 
 from automodel_conv.kernels import deinterleave as deinterleaving
 from automodel_conv.kernels import interleave as interleaving
-from automodel_conv.kernels import jit, launch, strided_copy, transpose
+from automodel_conv.kernels import launch, strided_copy, transpose
 
 BYTES = {"uint8": 1, "uint16": 2, "uint32": 4, "bfloat16": 2, "float16": 2, "float32": 4}
 
 
-def small_tiles():
+def tiles_patched():
     """Shrink the tiles so that small matrices have several, the last ones partial."""
     tiles = dict.fromkeys([(1, 1), (2, 2), (4, 4), (2, 4), (4, 2)], (16, 16))
     return (
@@ -23,15 +23,16 @@ def small_tiles():
     )
 
 
-@pytest.fixture(autouse=True)
-def _small_tiles():
+@pytest.fixture
+def small_tiles():
+    """Use these tiles in kernels."""
     with ExitStack() as stack:
-        for patch in small_tiles():
+        for patch in tiles_patched():
             stack.enter_context(patch)
         yield
 
 
-@pytest.fixture(autouse=jit.IS_INSTALLED)
+@pytest.fixture
 def launched():
     """Return the launched variants with the number of matrices. Check the promise that the interpreter ignores."""
     seen = []

@@ -1,4 +1,4 @@
-"""Tests of the kernels in Triton's interpreter: against loops over coordinates, at any address, between guards."""
+"""Tests of all verbs in Triton's interpreter: casts, loose tensors as in torch, and far addresses."""
 
 import os
 import subprocess
@@ -7,84 +7,16 @@ from unittest import mock
 
 import pytest
 import torch
-from hypothesis import assume, given, settings
-from hypothesis import strategies as st
 
 from automodel_conv.kernels import deinterleave as deinterleaving
 from automodel_conv.kernels import interleave as interleaving
 from automodel_conv.kernels import jit, strided_copy, transpose
-from automodel_conv.kernels.deinterleave import deinterleave
-from automodel_conv.kernels.interleave import interleave
 from automodel_conv.testing import address_valued, assert_bytes_equal
-from tests.kernels.support import CASTABLE, DTYPE_PAIRS, VERBS, casting_cases, shapes
-from tests.kernels.verbs.support import lot, rounded, run, same
+from tests.kernels.lots import rounded, same
+from tests.kernels.support import CASTABLE, VERBS, casting_cases, shapes
 
 needs_triton = pytest.mark.skipif(not jit.IS_INSTALLED, reason="triton is not installed")
-SIDES = [0, 1, 2, 3, 7, 8, 15, 16, 17, 24, 31, 32, 33, 40]
-
-
-@st.composite
-def phases(draw, count, dtype, *, whole=False):
-    """Draw bytes past a multiple of 16, mostly equal. ``whole`` keeps elements at multiples of their size."""
-    step = dtype.itemsize if whole else 1
-    one = st.sampled_from(sorted({0, 8, 4, 2, 1, 3, 12}) if step == 1 else [0, 0, 8, 4 if step <= 4 else 0, step])
-    common = draw(one)
-    return [draw(one) if draw(st.integers(0, 3)) == 0 else common for _ in range(count)]
-
-
-@st.composite
-def problems(draw, multiple=1):
-    """Draw dtypes, sides, counts and gaps, some of which allow long vectors."""
-    dst, src = draw(st.sampled_from(DTYPE_PAIRS))
-    sides = st.sampled_from(SIDES) | st.sampled_from([16, 32, 48])
-    rows, columns, count = draw(sides), draw(sides), draw(st.sampled_from([0, 1, 2, 3]))
-    assume(rows * columns * count <= 2500)
-    gap = st.sampled_from([0, 0, 16, 8, 1, 3])
-    return dst, src, rows, columns, count, draw(gap), draw(gap)
-
-
-@needs_triton
-@settings(max_examples=100)
-@given(problem=problems(), data=st.data())
-def test_strided_copy_puts_every_element_where_loops_put_it(problem, data):
-    dtype, src_dtype, rows, columns, count, dst_gap, src_gap = problem
-    whole = dtype != src_dtype
-    src = lot((rows, columns), src_dtype, data.draw(phases(count, src_dtype)), src_gap)
-    dst = lot((rows, columns), dtype, data.draw(phases(count, dtype, whole=whole)), dst_gap, poisoned=True)
-    run(strided_copy.strided_copy, [dst], [src], lambda n, r, c: (0, r, c))
-
-
-@needs_triton
-@settings(max_examples=100)
-@given(problem=problems(), data=st.data())
-def test_transpose_puts_every_element_where_loops_put_it(problem, data):
-    dtype, src_dtype, rows, columns, count, dst_gap, src_gap = problem
-    src = lot((rows, columns), src_dtype, data.draw(phases(count, src_dtype)), src_gap)
-    dst = lot((columns, rows), dtype, data.draw(phases(count, dtype, whole=True)), dst_gap, poisoned=True)
-    run(transpose.transpose, [dst], [src], lambda n, r, c: (0, c, r))
-
-
-@needs_triton
-@settings(max_examples=100)
-@given(problem=problems(), data=st.data())
-def test_interleave_puts_every_element_where_loops_put_it(problem, data):
-    dtype, src_dtype, rows, columns, count, dst_gap, src_gap = problem
-    src = [lot((rows, columns), src_dtype, data.draw(phases(count, src_dtype)), src_gap) for _ in range(2)]
-    dst = lot((columns, 2 * rows), dtype, data.draw(phases(count, dtype, whole=True)), dst_gap, poisoned=True)
-    run(interleave, [dst], src, lambda n, r, c: (c % 2, c // 2, r))
-
-
-@needs_triton
-@settings(max_examples=100)
-@given(problem=problems(), data=st.data())
-def test_deinterleave_puts_every_element_where_loops_put_it(problem, data):
-    dtype, src_dtype, rows, columns, count, dst_gap, src_gap = problem
-    src = lot((rows, 2 * columns), src_dtype, data.draw(phases(count, src_dtype)), src_gap)
-    dst = [
-        lot((columns, rows), dtype, data.draw(phases(count, dtype, whole=True)), dst_gap, poisoned=True)
-        for _ in range(2)
-    ]
-    run(deinterleave, dst, [src], lambda n, r, c: (0, c, 2 * r + n))
+pytestmark = pytest.mark.usefixtures("small_tiles", "launched")
 
 
 @needs_triton

@@ -5,12 +5,15 @@ import struct
 from typing import NamedTuple
 
 import torch
+from hypothesis import assume
+from hypothesis import strategies as st
 
 from automodel_conv.kernels.address_table import matrices_at
 from automodel_conv.testing import address_valued
-from tests.kernels.support import CASTABLE
+from tests.kernels.support import CASTABLE, DTYPE_PAIRS
 
 POISON = 0x5C
+SIDES = [0, 1, 2, 3, 7, 8, 15, 16, 17, 24, 31, 32, 33, 40]
 
 
 class Lot(NamedTuple):
@@ -127,3 +130,23 @@ def run(verb, dst, src, element):
     verb(*(d.matrices for d in dst), *(s.matrices for s in src))
     check(dst, expected, cast=dst[0].dtype != src[0].dtype)
     assert [bytes(s.raw) for s in src] == before
+
+
+@st.composite
+def phases(draw, count, dtype, *, whole=False):
+    """Draw bytes past a multiple of 16, mostly equal. ``whole`` keeps elements at multiples of their size."""
+    step = dtype.itemsize if whole else 1
+    one = st.sampled_from(sorted({0, 8, 4, 2, 1, 3, 12}) if step == 1 else [0, 0, 8, 4 if step <= 4 else 0, step])
+    common = draw(one)
+    return [draw(one) if draw(st.integers(0, 3)) == 0 else common for _ in range(count)]
+
+
+@st.composite
+def problems(draw, multiple=1):
+    """Draw dtypes, sides, counts and gaps, some of which allow long vectors."""
+    dst, src = draw(st.sampled_from(DTYPE_PAIRS))
+    sides = st.sampled_from(SIDES) | st.sampled_from([16, 32, 48])
+    rows, columns, count = draw(sides), draw(sides), draw(st.sampled_from([0, 1, 2, 3]))
+    assume(rows * columns * count <= 2500)
+    gap = st.sampled_from([0, 0, 16, 8, 1, 3])
+    return dst, src, rows, columns, count, draw(gap), draw(gap)

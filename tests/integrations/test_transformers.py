@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import inspect
 import json
 import sys
 import threading
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -14,6 +16,7 @@ import torch
 
 pytest.importorskip("transformers", reason="what is hooked is transformers' from_pretrained")
 
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, FineGrainedFP8Config, modeling_utils
 from transformers.core_model_loading import MergeModulelist
@@ -27,6 +30,7 @@ from automodel_conv.integrations import transformers as hook
 from automodel_conv.integrations.hooked_plan import NOT_OPENED_HERE
 from automodel_conv.testing import assert_bytes_equal
 from tests.integrations.support import assert_same_model, both, saved
+from tests.integrations.toys import PARTS, joined, load
 from tests.model_zoo import EXCLUDED, build_model, isolate_registry, write_checkpoint, zoo_names
 
 NAMES = [name for name in zoo_names() if name not in EXCLUDED]
@@ -417,3 +421,46 @@ def test_the_report_counts_and_gives_reasons(mixtral):
     with amc.accelerate_transformers() as acceleration:
         mixtral[0].from_pretrained(mixtral[1])
     assert str(acceleration).endswith("converted by plan, 0 by transformers")
+
+
+def test_a_load_whose_files_were_opened_in_part_before_uninstall_ends(tmp_path):
+    stock = load(tmp_path, [joined()], **PARTS)
+    acceleration = amc.install()
+    assert load(tmp_path, [joined()], between=amc.uninstall, **PARTS) == stock
+    assert acceleration.loads == []
+
+
+def test_a_block_that_was_uninstalled_does_not_end_a_later_one():
+    first, second = amc.accelerate_transformers(), amc.accelerate_transformers()
+    first.__enter__()
+    amc.uninstall()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert hook._HOOK.acceleration is not None
+    second.__exit__(None, None, None)
+    assert hook._HOOK.acceleration is None
+
+
+def test_nothing_is_planned_after_uninstall_even_under_somebody_elses_replacement(tmp_path, monkeypatch):
+    names = ("convert_and_load_state_dict_in_model", "safe_open")
+    for name in names:
+        monkeypatch.setattr(modeling_utils, name, getattr(modeling_utils, name))  # to be put back at the end
+    done = amc.install()
+    for name in names:
+        monkeypatch.setattr(modeling_utils, name, partial(getattr(modeling_utils, name)))
+    amc.uninstall()
+    stock = load(tmp_path, [joined()], **PARTS)
+    assert stock[0]["k.weight"] == [[2.0, 2.0], [3.0, 3.0]]
+    assert done.loads == []
+    assert type(modeling_utils.safe_open(tmp_path / "toy.safetensors", framework="pt")) is safe_open
+    with amc.accelerate_transformers() as again:  # over their replacement of ours, which stays without effect
+        assert load(tmp_path, [joined()], **PARTS) == stock
+    assert [load.lowered for load in again.loads] == [("k.weight",)]
+    assert done.loads == []
+
+
+def test_a_transformers_whose_loader_has_no_plan_of_dtypes_is_refused(monkeypatch):
+    monkeypatch.setattr(modeling_utils, "LoadStateDictConfig", dataclasses.make_dataclass("Of50", ["weight_mapping"]))
+    with pytest.raises(amc.UnsupportedError, match=r"expected: transformers 5\.1 or newer"):
+        amc.install()
+    assert modeling_utils.convert_and_load_state_dict_in_model is STOCK[0]

@@ -1,7 +1,4 @@
-"""What is no checkpoint, or a broken one: refused with what it is instead, and what to do."""
-
-import os
-import sys
+"""Which files are the checkpoint, and what is no checkpoint: refused with what it is instead, and what to do."""
 
 import pytest
 
@@ -9,71 +6,6 @@ from automodel_conv.errors import UnsupportedError
 from automodel_conv.files import system
 from automodel_conv.files.staging import STAGING_NAME
 from tests.files.support import TWO, A, packed, refused, write_sharded
-
-
-def test_repository_without_huggingface_hub_says_what_to_install(monkeypatch):
-    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    refused("org/name", "org/name", "pip install huggingface_hub")
-
-
-@pytest.mark.parametrize(
-    "path",
-    [
-        "missing",
-        "./missing/name",
-        "../a/b",
-        "a/b/c",
-        "/missing/x",
-        "a/b.safetensors",
-        "a/b.bin",
-        "",
-    ],
-)
-def test_missing_path_of_another_shape_is_not_downloaded(monkeypatch, path, tmp_path):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    refused(path, "no such checkpoint", path)
-
-
-POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:" + 64 * "0" + "\nsize 4976698672\n"
-
-LOOKALIKES = {
-    "git-lfs": (POINTER.encode(), ["Git-LFS pointer", "git lfs pull"]),
-    "xet": (b"# xet version 0\nfilesize = 5\nhash = '00'\n", ["Xet pointer"]),
-    "page": (b"\n<!DOCTYPE html><html><head><title>Sign in</title>" + 900 * b"x", ["page of HTML", "login"]),
-    "answer": (b'{"error": "Repository not found"}', ["JSON", "Repository not found"]),
-    "words": (b"Access to model is restricted." * 40, ["text: Access to model is restricted.", "login"]),
-    "short": (b"404", ["text: 404"]),
-    "pickle": (b"PK\x03\x04" + bytes(60), ["torch.save"]),
-    "accents": (("é" * 400).encode(), ["text: é"]),
-}
-
-
-@pytest.mark.parametrize(("data", "words"), LOOKALIKES.values(), ids=LOOKALIKES)
-def test_what_stands_in_the_place_of_weights_is_told(tmp_path, data, words):
-    path = tmp_path / "model.safetensors"
-    path.write_bytes(data)
-    refused(tmp_path, str(path), "not a safetensors file", *words)
-
-
-@pytest.mark.parametrize("length", [int.from_bytes(start, "little") for start in (b"\x80\x02", b"\x1f\x8b", b"<a>")])
-def test_a_cut_file_is_not_taken_for_what_the_length_of_its_header_looks_like(tmp_path, length):
-    (tmp_path / "model.safetensors").write_bytes(length.to_bytes(8, "little") + b'{"a":')
-    refused(tmp_path, "the length of a header is impossible", "truncated", f"{length} bytes")
-
-
-@pytest.mark.parametrize("data", [POINTER.encode(), b"<html></html>"])
-def test_what_stands_in_the_place_of_an_index_is_told(tmp_path, data):
-    write_sharded(tmp_path, TWO)
-    (tmp_path / "model.safetensors.index.json").write_bytes(data)
-    words = ["git lfs pull"] if data.startswith(b"v") else ["page of HTML"]
-    refused(tmp_path, "malformed JSON", "model.safetensors.index.json", *words)
-
-
-def test_an_index_that_is_cut_is_told_as_malformed(tmp_path):
-    write_sharded(tmp_path, TWO)
-    (tmp_path / "model.safetensors.index.json").write_bytes(b'{"weight_map": {"x": "a.saf')
-    assert "login" not in refused(tmp_path, "malformed JSON")
 
 
 @pytest.mark.parametrize("placed", [[], ["model-00001-of-00002.safetensors"], ["a.safetensors"], ["config.json"]])
@@ -143,20 +75,6 @@ def test_directory_in_place_of_a_shard_is_a_missing_shard(tmp_path):
     (tmp_path / "a.safetensors").unlink()
     (tmp_path / "a.safetensors").mkdir()
     refused(tmp_path, "1 of 2 files", "a.safetensors")
-
-
-def test_tensor_of_the_index_that_its_file_lacks_is_named(tmp_path):
-    weight_map = {"x": "a.safetensors", "y": "a.safetensors", "lost": "b.safetensors"}
-    write_sharded(tmp_path, TWO, weight_map)
-    text = refused(tmp_path, str(tmp_path), "'lost' in b.safetensors")
-    assert "'y' in a.safetensors, which b.safetensors holds" in text
-    assert "'x'" not in text
-
-
-def test_bad_shard_among_good_ones_is_named(tmp_path):
-    write_sharded(tmp_path, {f"{i}.safetensors": {f"t{i}": b"x"} for i in range(40)})
-    os.truncate(tmp_path / "23.safetensors", os.path.getsize(tmp_path / "23.safetensors") - 1)
-    refused(tmp_path, str(tmp_path / "23.safetensors"), "tensor 't23'")
 
 
 @pytest.mark.parametrize(

@@ -9,12 +9,13 @@ import torch
 
 from automodel_conv.kernels import jit, launch, strided_copy, transpose
 from automodel_conv.kernels.address_table import at_addresses
+from tests.kernels.lots import lot, run
 from tests.kernels.support import PHASES, VERBS, shapes
-from tests.kernels.verbs.support import lot, run
 from tests.machine_code.variants import DTYPE_PAIRS as DTYPES_CHECKED
 from tests.machine_code.variants import launchable
 
 needs_triton = pytest.mark.skipif(not jit.IS_INSTALLED, reason="triton is not installed")
+pytestmark = pytest.mark.usefixtures("small_tiles", "launched")
 
 ELEMENTS = {
     "strided_copy": lambda n, r, c: (0, r, c),

@@ -12,10 +12,11 @@ import torch
 from automodel_conv.errors import ConversionError, UnsupportedError
 from automodel_conv.kernels import jit, launch, transpose
 from automodel_conv.kernels.address_table import alignment, bytes_moved, matrices_at
+from tests.kernels.lots import lot
 from tests.kernels.support import VERBS
-from tests.kernels.verbs.support import lot
 
 needs_triton = pytest.mark.skipif(not jit.IS_INSTALLED, reason="triton is not installed")
+pytestmark = pytest.mark.usefixtures("small_tiles", "launched")
 
 
 def zeros(*shape, dtype=torch.bfloat16, count=2):

@@ -1,0 +1,175 @@
+"""The tables of commands: which rows they have, and the numbers in them."""
+
+import io
+import re
+
+import pytest
+from rich.console import Console
+
+from automodel_conv.cli import tables
+from automodel_conv.cli.bench import Bench
+from automodel_conv.cli.demo import DemoLoad, DemoResult
+from automodel_conv.cli.forecast import Forecast, RankCost
+from automodel_conv.cli.tables import converted_table, demo_table, mesh_table, report_table, two_columns
+from automodel_conv.converting import ConvertReport
+from automodel_conv.execution.page_policy import PageUse
+from automodel_conv.execution.report import LoadReport
+
+
+def rows(table):
+    """The cells of each row, by its first one."""
+    console = Console(width=300, record=True, file=io.StringIO())
+    console.print(table)
+    found = {}
+    for line in console.export_text().splitlines():
+        cells = [cell.strip() for cell in re.split(r"[│┃]", line)[1:-1]]
+        if cells:
+            found[cells[0]] = cells[1:]
+    return found
+
+
+def caption(table):
+    return str(table.caption)
+
+
+def test_the_second_column_is_to_the_right_and_there_is_no_heading():
+    table = two_columns("text")
+    assert [column.justify for column in table.columns] == ["left", "right"]
+    assert not table.show_header
+    assert table.caption == "text"
+
+
+@pytest.mark.parametrize("verified", [False, True])
+def test_a_conversion_counts_files_bytes_and_names(verified):
+    report = ConvertReport(
+        files=("a", "b", "c"),
+        bytes_written=3_000_000_000,
+        files_resumed=1,
+        carried=("x",),
+        left_out=("y", "z"),
+        unindexed=(),
+        files_copied=("config.json",),
+        seconds=2.0,
+        peak_extra_bytes=3 << 20,
+    )
+    table = converted_table(report, verified)
+    assert list(rows(table).values()) == [
+        ["3"],
+        ["1"],
+        ["3.000 GB"],
+        ["1.50 GB/s"],
+        ["2.000"],
+        ["3.0 MiB"],
+        ["1"],
+        ["2"],
+        ["1 files"],
+    ]
+    assert ("read back and compared" in caption(table)) == verified
+
+
+def report(**changes):
+    fields = {
+        "missing_keys": ("m",),
+        "unexpected_keys": ("u", "v"),
+        "mismatched_keys": (),
+        "duplicated_keys": (),
+        "fallbacks": ("f",),
+        "bytes_read": 10**9,
+        "seconds": {"open": 0.5, "plan": 0.25, "read": 2.0},
+        "peak_extra_bytes": 1 << 20,
+        "threads": 4,
+    }
+    return LoadReport(**(fields | changes))
+
+
+def test_a_load_has_a_row_for_each_phase_and_each_kind_of_problem():
+    found = rows(report_table(report(), 7))
+    assert found["tensors"] == ["7"]
+    assert found["speed"] == ["0.50 GB/s"]
+    assert [found[f"seconds: {phase}"] for phase in ("open", "plan", "read")] == [["0.500"], ["0.250"], ["2.000"]]
+    assert [found[name] for name in ("missing", "unexpected", "wrong shape", "left out")] == [
+        ["1"],
+        ["2"],
+        ["0"],
+        ["0"],
+    ]
+
+
+def test_rows_of_a_device_and_of_new_memory_are_there_if_there_is_something_to_tell():
+    assert (
+        not {"copies on the device by kernels", "new memory", "no kernels, because"}
+        & rows(report_table(report(), 7)).keys()
+    )
+    full = report(copied_by_torch=3, without_kernels="no compiler", pages=PageUse())
+    found = rows(report_table(full, 7))
+    assert found["copies on the device by kernels"] == ["0"]
+    assert found["copies on the device by torch"] == ["3"]
+    assert found["no kernels, because"] == ["no compiler"]
+    assert found["new memory"] == [str(PageUse())]
+
+
+def test_a_mesh_shows_the_least_the_median_and_the_most_of_its_ranks():
+    ranks = tuple(RankCost((n,), held * 10**9, 2 * held * 10**9, 10 * held, held) for n, held in enumerate((1, 2, 6)))
+    table = mesh_table(Forecast(ranks, 3))
+    assert list(rows(table).values())[1:] == [
+        ["1.000", "2.000", "6.000"],
+        ["2.000", "4.000", "12.000"],
+        ["2.000", "2.000", "2.000"],
+        ["10", "20", "60"],
+        ["1", "2", "6"],
+        ["10.0", "10.0", "10.0"],
+    ]
+    assert "3 ranks;" in caption(table)
+    assert "2.000 of the mean" in caption(table)  # 6 of 3
+
+
+def test_ranks_that_hold_nothing_divide_by_nothing_and_a_sample_is_told():
+    table = mesh_table(Forecast((RankCost((0,), 0, 0, 0, 0),), 8))
+    assert "8 ranks, 1 of them sampled" in caption(table)
+    assert rows(table)["bytes read per byte held"] == ["0.000"] * 3
+
+
+def demo(**loads):
+    return DemoResult("/tmp", 2, 4 * 10**9, 1.0, loads, ())
+
+
+def test_a_demo_tells_of_each_way_its_speed_and_whether_it_is_exact():
+    load = DemoLoad(seconds=2.0, anonymous_bytes=10**9, resident_bytes=None, digests={})
+    result = demo(transformers=load, ours=load)
+    assert rows(demo_table(result))["ours"] == ["2.00", "2.00", "1.00", "-", "yes"]
+    assert rows(demo_table(result))["transformers"][-1] == ""
+    different = DemoResult("/tmp", 2, 4 * 10**9, 1.0, result.loads, ("a",))
+    assert rows(demo_table(different))["ours"][-1] == "no"
+
+
+def test_a_bench_shows_each_number_of_threads_beside_its_roof():
+    bench = Bench(
+        files=2,
+        tensors=9,
+        nbytes=4 * 10**9,
+        sample_nbytes=2 * 10**9,
+        sample_targets=5,
+        scratch_nbytes=5 * 10**8,
+        open_seconds=0.5,
+        plan_seconds=0.25,
+        cached=None,
+        first_seconds=4.0,
+        roof_seconds={1: 1.0, 2: 0.5},
+        roof_has_huge_pages=True,
+        default_threads=2,
+        load_seconds={1: 2.0, 2: 0.625},
+        pages=PageUse(),
+        touch_gb_per_s=3.0,
+        touch_small_gb_per_s=1.0,
+        huge_pages=None,
+        memory_bytes=1 << 34,
+    )
+    counts, speeds = tables.bench_tables(bench)
+    found = rows(counts)
+    assert found["files, tensors"] == ["2, 9"]
+    assert found["transposed, interleaved, cast or decoded"] == ["25%"]
+    assert found["first read"] == ["0.50 GB/s"]
+    assert found["share in the page cache at first"] == found["setting for huge pages"] == ["unknown"]
+    assert rows(speeds)["1"] == ["2.00", "1.00", "2.000", "0.50"]
+    assert rows(speeds)["2 (default)"] == ["4.00", "3.20", "0.625", "0.80"]
+    assert "mostly huge" in caption(speeds)

@@ -1,0 +1,36 @@
+"""One load under the hook: which rules it marks as used, and what it reports."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+pytest.importorskip("transformers", reason="what is hooked is transformers' own")
+
+from transformers.core_model_loading import WeightRenaming
+
+import automodel_conv as amc
+from automodel_conv.integrations import hooked_load
+from tests.integrations.toys import PARTS, joined, load, same_under_the_hook
+
+
+@pytest.fixture(autouse=True)
+def _restored():
+    yield
+    amc.uninstall()
+
+
+def test_rules_that_a_plan_has_used_are_marked_as_used(tmp_path):
+    unused = WeightRenaming(["nothing"], ["else"])
+    renaming = WeightRenaming(["old_"], [""])  # of converted tensors alone
+    tensors = {f"old_{name}": tensor for name, tensor in PARTS.items()} | {"q__weight": torch.ones(2, 2)}
+    done = same_under_the_hook(tmp_path, [renaming, unused, joined()], **tensors)
+    assert done.lowered == ("k.weight",), done.left
+
+
+def test_a_load_that_fails_is_not_reported_as_done(tmp_path, monkeypatch):
+    with amc.accelerate_transformers() as done, monkeypatch.context() as patch:
+        patch.setattr(hooked_load, "fill", lambda *args: (_ for _ in ()).throw(amc.ReadError("no")))
+        with pytest.raises(amc.ReadError):
+            load(tmp_path, [joined()], **PARTS)
+        assert done.loads == []
