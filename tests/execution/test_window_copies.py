@@ -57,8 +57,8 @@ def test_copies_begin_at_their_offsets_and_cast():
 def test_window_of_several_dtypes_views_its_region_as_each():
     raw = torch.arange(64, dtype=torch.uint8)
     tensors = [torch.zeros(2, dtype=torch.int32), torch.zeros(4, dtype=torch.uint8)]
-    window = Window([Copies(0, "I32", run_of(2), [4], [0]), Copies(1, "U8", run_of(4), [7], [0])], 64, 1, {}, {})
-    WindowCopies([window], tensors, [raw]).run(0, None)
+    mixed = Window([Copies(0, "I32", run_of(2), [4], [0]), Copies(1, "U8", run_of(4), [7], [0])], 64, 1, {}, {})
+    WindowCopies([mixed], tensors, [raw]).run(0, None)
     assert tensors[0].tolist() == raw.view(torch.int32)[4:6].tolist()
     assert tensors[1].tolist() == [7, 8, 9, 10]
 
