@@ -16,14 +16,14 @@ from tests.crash_safety.support import (
     use,
 )
 from tests.crash_safety.test_changed_sources import test_source_changed_during_the_run_is_refused_at_its_end
-from tests.crash_safety.test_refused import test_disk_that_becomes_full_during_the_run
-from tests.crash_safety.test_what_lies_there import (
+from tests.crash_safety.test_existing_files import (
     test_a_second_conversion_of_the_same_process_is_refused,
     test_damaged_finished_file_is_written_again_despite_further_failures,
     test_directory_with_a_checkpoint_is_refused_and_unchanged,
     test_index_is_removed_first,
     test_unfinished_work_of_another_kind_is_refused_and_can_still_finish,
 )
+from tests.crash_safety.test_refused import test_disk_that_becomes_full_during_the_run
 
 FOUND_BY = {
     "the lock is not taken": (
