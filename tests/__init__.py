@@ -1,1 +1,1 @@
-"""The tests, room by room as the package has them: ``tests/<room>/test_<module>.py``."""
+"""The tests, in the same folders as the package: ``tests/<folder>/test_<module>.py``."""

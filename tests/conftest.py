@@ -1,4 +1,4 @@
-"""What holds for every test: where Triton runs, how much hypothesis tries, who needs a GPU."""
+"""Settings for every test: where Triton runs, how many examples hypothesis tries, which tests need a GPU."""
 
 import importlib.util
 import os
@@ -8,8 +8,8 @@ import pytest
 import torch
 from hypothesis import settings
 
-# Triton reads this when it is imported, so before any test file imports it. Tensors on the host need the interpreter;
-# 0 is for tests/gpu alone, on a GPU, which is how `python -m benchmarks.gpu` runs them.
+# Triton reads this when it is imported, so set it before any test file imports Triton. Host tensors need the
+# interpreter. 0 is only for tests/gpu on a GPU: `python -m benchmarks.gpu` runs them so.
 os.environ.setdefault("TRITON_INTERPRET", "1")
 
 settings.register_profile("default", deadline=None, max_examples=50)
@@ -18,10 +18,10 @@ settings.load_profile("default")
 
 
 def pytest_configure(config):
-    # A shell lets what it starts in the background ignore Ctrl-C, which tests send to themselves.
+    # A shell makes background processes ignore Ctrl-C, which some tests send to themselves.
     if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
-    # A leg that hides a package and does not would pass without having tested anything.
+    # A run that should hide a package but does not would pass without testing anything.
     for package in filter(None, os.environ.get("HIDDEN_PACKAGES", "").split(",")):
         if importlib.util.find_spec(package) is not None:
             raise pytest.UsageError(f"{package} is in HIDDEN_PACKAGES, yet it can be imported")

@@ -1,11 +1,11 @@
-"""Every file call of a load, a save, a conversion and a verification failed in every way, one call at a time.
+"""A sweep that fails every file call of a load, save, conversion and verification in every way, one call at a time.
 
-    python -m tests.fault_sweep [--csv FILE]       a table: how often each way was tried, and what came of it
+    python -m tests.fault_sweep [--csv FILE]       a table: how often each fault was tried, and its outcomes
 
-The checkpoint is small, and one thread works, so that the n-th call is the same one each time. After each fault: one
-error or none, the right bytes if none; no descriptor, thread, mapped file or file is left over; a model is untouched,
-or the error names what was filled, and that holds the right bytes. What was to be written is not a checkpoint, and the
-same call then makes it one.
+The checkpoint is small and one thread works, so the n-th call is the same one each time. After each fault the sweep
+checks that there is one error, or none and the right bytes; that no descriptor, thread, mapped file or file is left
+over; that a model is untouched, or that the error names the filled tensors and these hold the right bytes. Incomplete
+output must not open as a checkpoint, and repeating the call must complete it.
 """
 
 from __future__ import annotations
@@ -51,13 +51,13 @@ class Fault(NamedTuple):
     """A way in which a call goes wrong."""
 
     calls: tuple[str, ...]
-    """Which can go wrong so."""
+    """Names of the calls that can fail in this way."""
     happen: Callable[[Real, tuple[Any, ...]], Any]
-    """Instead of the call."""
+    """Function that runs in place of the call."""
     harmless: bool = False
-    """It must not be an error."""
+    """Whether the fault must not cause an error."""
     where: Any = system
-    """What has these calls."""
+    """Module or class that has these calls."""
 
 
 def _error(number: int) -> Callable[[Real, tuple[Any, ...]], Any]:
@@ -75,7 +75,7 @@ def _raised(error: type[BaseException], *text: str) -> Callable[[Real, tuple[Any
 
 
 def _short(real: Real, arguments: tuple[Any, ...]) -> Any:
-    """One byte, whatever was asked for."""
+    """Transfer one byte, whatever the caller asked for."""
     if len(arguments) == 5:  # copy_range
         return real(*arguments[:4], 1)
     fd, views, offset = arguments
@@ -83,7 +83,7 @@ def _short(real: Real, arguments: tuple[Any, ...]) -> Any:
 
 
 def _no_tensor(real: Real, arguments: tuple[Any, ...]) -> Any:
-    """The error is torch's own: no machine has that much."""
+    """Raise torch's own error by asking for more memory than any machine has."""
     return real(1 << 60, dtype=torch.uint8)
 
 
@@ -108,7 +108,7 @@ FAULTS = {
 
 
 class Model(nn.Module):
-    """Two layers of experts as transformers names and shapes them, poisoned."""
+    """Two layers of experts with the names and shapes of transformers, poisoned."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -137,26 +137,26 @@ def rules() -> list[Any]:
 
 
 def write_source(directory: Path) -> None:
-    """A checkpoint of two shards, one a layer."""
+    """Write a checkpoint of two shards, one for each layer."""
     directory.mkdir()
     weight_map = {}
     for number, layer in enumerate(LAYERS, 1):
         generator = torch.Generator().manual_seed(number)
-        made = {f"{layer}.norm": torch.randn(HIDDEN, generator=generator)}
+        tensors = {f"{layer}.norm": torch.randn(HIDDEN, generator=generator)}
         for expert in range(EXPERTS):
             for part, shape in (
                 ("gate", (INTERMEDIATE, HIDDEN)),
                 ("up", (INTERMEDIATE, HIDDEN)),
                 ("down", (HIDDEN, INTERMEDIATE)),
             ):
-                made[f"{layer}.experts.{expert}.{part}_proj.weight"] = torch.randn(shape, generator=generator)
-        save_file(made, directory / f"model-{number:05}-of-00002.safetensors")
-        weight_map |= dict.fromkeys(made, f"model-{number:05}-of-00002.safetensors")
+                tensors[f"{layer}.experts.{expert}.{part}_proj.weight"] = torch.randn(shape, generator=generator)
+        save_file(tensors, directory / f"model-{number:05}-of-00002.safetensors")
+        weight_map |= dict.fromkeys(tensors, f"model-{number:05}-of-00002.safetensors")
     (directory / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
 
 
 class Sweep:
-    """A checkpoint, what becomes of it without faults, and a directory to write to."""
+    """A checkpoint, the results without faults, and a directory for output."""
 
     def __init__(self, root: Path, threads: int = 1):
         root.mkdir(exist_ok=True)
@@ -190,54 +190,54 @@ class Sweep:
     def verify(self) -> None:
         amc.verify_checkpoint(self.source, self.root / "convert", rules=rules(), threads=self.threads)
 
-    def try_load(self, told: Callable[[Callable[[], object]], BaseException | None]) -> None:
+    def try_load(self, error_of: Callable[[Callable[[], object]], BaseException | None]) -> None:
         model = Model()
-        error = told(lambda: self.load(model))
+        error = error_of(lambda: self.load(model))
         filled = "".join([str(error), *getattr(error, "__notes__", ())]).partition("filled:")[2]
         for name, tensor in model.state_dict().items():
             if error is None or name in filled.split():
                 assert_bytes_equal(tensor, self.wanted[name])
         if error is not None and not filled:
             untouched = all(bool((t.view(torch.uint8) == POISON).all()) for t in model.state_dict().values())
-            assert untouched, "what was filled is not told"
+            assert untouched, "the error does not name the filled tensors"
 
-    def try_load_state_dict(self, told: Callable[[Callable[[], object]], BaseException | None]) -> None:
-        found: list[dict[str, torch.Tensor]] = []
-        if told(lambda: found.append(self.load_state_dict())) is None:
+    def try_load_state_dict(self, error_of: Callable[[Callable[[], object]], BaseException | None]) -> None:
+        loaded: list[dict[str, torch.Tensor]] = []
+        if error_of(lambda: loaded.append(self.load_state_dict())) is None:
             for name, tensor in self.wanted.items():
-                assert_bytes_equal(found[0][name], tensor)
+                assert_bytes_equal(loaded[0][name], tensor)
 
-    def try_map(self, told: Callable[[Callable[[], object]], BaseException | None]) -> None:
-        """Some is mapped, and what has to be merged is read."""
-        found: list[dict[str, torch.Tensor]] = []
-        error = told(lambda: found.append(self.load_state_dict(memory_map=True)))
+    def try_map(self, error_of: Callable[[Callable[[], object]], BaseException | None]) -> None:
+        """Load with a memory map: some tensors are mapped, and those that are merged are read."""
+        loaded: list[dict[str, torch.Tensor]] = []
+        error = error_of(lambda: loaded.append(self.load_state_dict(memory_map=True)))
         if error is None:
             for name, tensor in self.wanted.items():
-                assert_bytes_equal(found[0][name], tensor)
-        while error is not None:  # whose frames hold what was mapped, as long as it lives
+                assert_bytes_equal(loaded[0][name], tensor)
+        while error is not None:  # its frames keep the mapped tensors alive
             error.__traceback__, error = None, error.__cause__ or error.__context__
 
-    def try_save(self, told: Callable[[Callable[[], object]], BaseException | None]) -> None:
+    def try_save(self, error_of: Callable[[Callable[[], object]], BaseException | None]) -> None:
         directory = self.root / f"out-{next(self._number)}"
-        if told(lambda: self.save(directory)) is not None and not self._is_whole(directory, "save"):
+        if error_of(lambda: self.save(directory)) is not None and not self._is_whole(directory, "save"):
             left = {path.name for path in directory.rglob("*") if path.is_file()} if directory.exists() else set()
             assert left <= {"lock", "journal.jsonl"}, left
             self.save(directory)
         assert _files(directory) == self.files["save"]
 
-    def try_convert(self, told: Callable[[Callable[[], object]], BaseException | None]) -> None:
+    def try_convert(self, error_of: Callable[[Callable[[], object]], BaseException | None]) -> None:
         directory = self.root / f"out-{next(self._number)}"
-        if told(lambda: self.convert(directory)) is not None and not self._is_whole(directory, "convert"):
+        if error_of(lambda: self.convert(directory)) is not None and not self._is_whole(directory, "convert"):
             if directory.exists():
                 _assert_refused(directory)
             self.convert(directory)
         assert _files(directory) == self.files["convert"]
 
-    def try_verify(self, told: Callable[[Callable[[], object]], BaseException | None]) -> None:
-        told(self.verify)
+    def try_verify(self, error_of: Callable[[Callable[[], object]], BaseException | None]) -> None:
+        error_of(self.verify)
 
     def _is_whole(self, directory: Path, verb: str) -> bool:
-        """Whether the fault came when all was done, but for what is tidied up."""
+        """Return whether the fault came when only cleaning up was left."""
         return directory.exists() and _files(directory) == self.files[verb]
 
 
@@ -253,12 +253,12 @@ def _assert_refused(directory: Path) -> None:
         amc.open_checkpoint(directory)
     except ConversionError:
         return
-    raise AssertionError(f"{directory} is taken for a checkpoint: {sorted(_files(directory))}")
+    raise AssertionError(f"{directory} opens as a checkpoint: {sorted(_files(directory))}")
 
 
 @contextmanager
 def watched(fault: Fault, before: Callable[[str, Real, tuple[Any, ...]], Any]) -> Iterator[None]:
-    """The calls that a fault can happen to are made by ``before``."""
+    """Replace the calls that a fault applies to with ``before``."""
     real = {name: getattr(fault.where, name) for name in fault.calls}
     for name, function in real.items():
         setattr(fault.where, name, lambda *given, n=name, f=function, **named: before(n, partial(f, **named), given))
@@ -270,33 +270,33 @@ def watched(fault: Fault, before: Callable[[str, Real, tuple[Any, ...]], Any]) -
 
 
 def count_calls(sweep: Sweep, verb: str, fault: Fault) -> int:
-    """How many calls of a verb the fault can happen to."""
+    """Return how many calls of a verb the fault applies to."""
     names: list[str] = []
 
     def counted(name: str, real: Real, arguments: tuple[Any, ...]) -> Any:
         names.append(name)
         return real(*arguments)
 
-    def told(work: Callable[[], object]) -> None:
+    def error_of(work: Callable[[], object]) -> None:
         with watched(fault, counted):
             work()
 
-    getattr(sweep, f"try_{verb}")(told)
+    getattr(sweep, f"try_{verb}")(error_of)
     return len(names)
 
 
 def sweep_one(sweep: Sweep, verb: str, fault: Fault) -> Counter[str]:
-    """A fault at each call of a verb that it can happen to; how often it was an error, and how often none."""
-    found: Counter[str] = Counter()
+    """Plant a fault at each call of a verb that it applies to. Count the faults that caused an error or none."""
+    outcomes: Counter[str] = Counter()
     for number in range(count_calls(sweep, verb, fault)):
         happened, error = fault_at(sweep, verb, fault, number)
-        if happened:  # how many threads are started is not the same each time
-            found["error" if error is not None else "none"] += 1
-    return found
+        if happened:  # the number of started threads varies
+            outcomes["error" if error is not None else "none"] += 1
+    return outcomes
 
 
 def fault_at(sweep: Sweep, verb: str, fault: Fault, at: int) -> tuple[bool, BaseException | None]:
-    """Whether the call with this number was made and went wrong, and the error, if it was one."""
+    """Plant a fault at the call with this number. Return whether the call happened, and the error if there was one."""
     numbers = itertools.count()
     happened: list[str] = []
 
@@ -308,7 +308,7 @@ def fault_at(sweep: Sweep, verb: str, fault: Fault, at: int) -> tuple[bool, Base
 
     errors: list[BaseException] = []
 
-    def told(work: Callable[[], object]) -> BaseException | None:
+    def error_of(work: Callable[[], object]) -> BaseException | None:
         with watched(fault, faulty):
             try:
                 work()
@@ -317,9 +317,9 @@ def fault_at(sweep: Sweep, verb: str, fault: Fault, at: int) -> tuple[bool, Base
         return errors[0] if errors else None
 
     before = descriptors(), threading.active_count(), mapped_files()
-    getattr(sweep, f"try_{verb}")(told)
+    getattr(sweep, f"try_{verb}")(error_of)
     assert not (errors and fault.harmless), f"{verb}, {happened}: {errors[0]}"
-    assert workers() == [], f"{verb}, {happened}: a thread is left"
+    assert workers() == [], f"{verb}, {happened}: a thread is left over"
     after = descriptors(), threading.active_count(), mapped_files()
     assert after == before, f"{verb}, {happened}: something is left open"
     return bool(happened), errors[0] if errors else None
@@ -332,7 +332,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.fault_sweep", description=__doc__)
     parser.add_argument("--csv", metavar="FILE", help="write the counts and the versions")
     options = parser.parse_args()
-    table = Table(title="each fault at each call that it can happen to: errors / none, and the right bytes")
+    table = Table(title="each fault at each call that it applies to: errors / no error, and the right bytes")
     table.add_column("fault")
     for verb in VERBS:
         table.add_column(verb, justify="right")
@@ -340,9 +340,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as root:
         sweep = Sweep(Path(root))
         for name, fault in FAULTS.items():
-            found = {verb: sweep_one(sweep, verb, fault) for verb in VERBS}
-            lines += [(name, verb, counts["error"], counts["none"]) for verb, counts in found.items()]
-            table.add_row(name, *(f"{counts['error']} / {counts['none']}" for counts in found.values()))
+            counts_by_verb = {verb: sweep_one(sweep, verb, fault) for verb in VERBS}
+            lines += [(name, verb, counts["error"], counts["none"]) for verb, counts in counts_by_verb.items()]
+            table.add_row(name, *(f"{counts['error']} / {counts['none']}" for counts in counts_by_verb.values()))
     Console(width=120).print(table)
     if options.csv:
         with open(options.csv, "w", newline="") as file:

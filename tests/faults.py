@@ -1,7 +1,7 @@
-"""Faults at the n-th file call, and a program that runs conversions for tests that kill them.
+"""Faults at the n-th file call, and a program that runs conversions so that tests can kill them.
 
-As a program it imports everything once and then forks a child for each line of JSON that it reads, so that killing two
-hundred conversions takes seconds, and pytest's own process is never forked.
+The program imports everything once and then forks a child for each line of JSON that it reads. So killing two hundred
+conversions takes seconds, and pytest's own process is never forked.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import Any
 
 from automodel_conv.files import system
 
-# The functions of files/system.py that call the system, but those that never fail.
+# The functions of files/system.py that call the system, except those that never fail.
 CHANGING = (
     *("create", "open_append", "open_existing", "pwritev", "copy_range", "write_end", "truncate", "reserve", "sync"),
     *("make_directory", "sync_directory", "rename", "copy_file", "remove", "remove_directory"),
@@ -52,7 +52,7 @@ def replace_calls(
     after: Hook = lambda *call: None,
     put: Callable[[Any, str, Any], None] = setattr,
 ) -> None:
-    """Count calls of these functions, from 1, and tell each to ``before`` and, unless it fails, to ``after``."""
+    """Count calls of these functions, from 1. Pass each to ``before`` and, unless it fails, to ``after``."""
     numbers = itertools.count(1)
 
     def watched(name: str, real: Callable[..., Any]) -> Callable[..., Any]:
@@ -74,13 +74,13 @@ def descriptors() -> int:
 
 
 def mapped_files() -> list[str]:
-    """The file of each mapping of a checkpoint's file into memory."""
+    """Return the file of each mapping of a checkpoint file into memory."""
     lines = Path("/proc/self/maps").read_text().splitlines()
     return [line.split(maxsplit=5)[5] for line in lines if ".safetensors" in line]
 
 
 def workers() -> list[str]:
-    """Names of the threads of the package that are alive, a moment after they have nothing to do."""
+    """Return the names of the package's live threads, after giving idle ones a moment to end."""
     until = time.monotonic() + 10
     while True:
         alive = [thread.name for thread in threading.enumerate() if thread.name.startswith("automodel_conv")]
@@ -90,7 +90,7 @@ def workers() -> list[str]:
 
 
 class Forks:
-    """The program, as tests talk to it."""
+    """A handle that tests use to talk to the program."""
 
     def __init__(self) -> None:
         path = os.pathsep.join([str(Path(__file__).resolve().parents[1]), os.environ.get("PYTHONPATH", "")])
@@ -106,15 +106,15 @@ class Forks:
         """Run ``convert_checkpoint(**arguments)`` in a child, or ``save_checkpoint`` of a model.
 
         Keywords of a job: ``arguments``; ``signal``, sent at ``call`` (a number among ``CHANGING``), ``when`` "before"
-        or "after" it, or without a call after ``delay`` seconds; ``limit``, of the size of a file in bytes; ``hold``,
-        wait there instead, until it is killed.
+        or "after" it, or without a call after ``delay`` seconds; ``limit``, the largest size of a file in bytes;
+        ``hold``, wait at the call instead until the process is killed.
         """
         assert self._process.stdin is not None
         self._process.stdin.write(json.dumps({"verb": verb, **job}) + "\n")
         self._process.stdin.flush()
 
     def answer(self) -> dict[str, Any]:
-        """Of the last job: its ``status`` as of waitpid, and what a child that lived to tell it has told."""
+        """Return the ``status`` of the last job, as of waitpid, and the report of a child that lived to write one."""
         assert self._process.stdout is not None
         return json.loads(self._process.stdout.readline())
 
@@ -136,21 +136,21 @@ def forks() -> Iterator[Forks]:
 
 
 def _child(job: dict[str, Any], answer: int, convert: Callable[..., Any], save: Callable[..., Any]) -> None:
-    told: dict[str, Any] = {"calls": 0}
+    outcome: dict[str, Any] = {"calls": 0}
     number = getattr(signal, job["signal"]) if "signal" in job else 0
 
     def note(call: int, *_: Any) -> None:
-        told["calls"] = call
+        outcome["calls"] = call
 
     def send(call: int, *_: Any) -> None:
         note(call)
         if call == job.get("call"):
             if job.get("hold"):
-                os.write(answer, b"\n")  # which says that it holds
+                os.write(answer, b"\n")  # reports that it holds
                 time.sleep(60)
             os.kill(os.getpid(), number)
 
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs of a shell ignore it
     hooks = {"before": note} | ({job.get("when", "before"): send} if "call" in job else {})
     replace_calls(CHANGING, **hooks)
     if "limit" in job:
@@ -160,12 +160,12 @@ def _child(job: dict[str, Any], answer: int, convert: Callable[..., Any], save: 
     open_before = descriptors()
     try:
         report = (convert if job["verb"] == "convert" else save)(**job["arguments"])
-        told |= {"outcome": "done", "resumed": getattr(report, "files_resumed", 0)}
+        outcome |= {"outcome": "done", "resumed": getattr(report, "files_resumed", 0)}
     except BaseException as error:
-        told |= {"outcome": type(error).__name__, "text": str(error)}
-    calls = told["calls"]
-    told |= {"descriptors": descriptors() - open_before, "workers": workers(), "later": told["calls"] - calls}
-    os.write(answer, json.dumps(told).encode())
+        outcome |= {"outcome": type(error).__name__, "text": str(error)}
+    calls = outcome["calls"]
+    outcome |= {"descriptors": descriptors() - open_before, "workers": workers(), "later": outcome["calls"] - calls}
+    os.write(answer, json.dumps(outcome).encode())
 
 
 def _serve() -> None:
@@ -176,10 +176,10 @@ def _serve() -> None:
     from tests.model_zoo import build_model
 
     model = build_model("mixtral")
-    os.fsync = lambda fd: None  # killing a process loses nothing that the system has taken
+    os.fsync = lambda fd: None  # killing a process loses nothing that the system has accepted
     for line in sys.stdin:
         job = json.loads(line)
-        if job["verb"] == "warm":  # once here, so that no child has to import and look up what all of them need
+        if job["verb"] == "warm":  # once here, so that no child repeats the imports and look-ups
             amc.convert_checkpoint(**job["arguments"])
             print("{}", flush=True)
             continue
@@ -199,9 +199,9 @@ def _serve() -> None:
             if job.get("hold"):
                 pipe.readline()
                 print(json.dumps({"holds": child}), flush=True)
-            told = pipe.read().strip()
+            text = pipe.read().strip()
         status = os.waitpid(child, 0)[1]
-        print(json.dumps({"status": status, **(json.loads(told) if told else {})}), flush=True)
+        print(json.dumps({"status": status, **(json.loads(text) if text else {})}), flush=True)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""A Hub on this machine: what huggingface_hub asks of the real one to list, to download and to read by range.
+"""A Hub on this machine: the requests of huggingface_hub that list files, download them and read ranges of them.
 
-``with serve({"org/name": directory}) as hub`` starts it; ``use(hub, cache, monkeypatch)`` lets huggingface_hub of this
-process talk to it, and ``environment(hub, cache)`` that of another one. ``hub.requests`` has what was asked and sent.
+``with serve({"org/name": directory}) as hub`` starts it. ``use(hub, cache, monkeypatch)`` directs huggingface_hub in
+this process to it, ``environment(hub, cache)`` that of another process. ``hub.requests`` lists requests and answers.
 
 Source: huggingface_hub 1.33.0, ``repo_info``, ``list_repo_tree``, ``get_hf_file_metadata``, ``http_get``.
 """
@@ -33,21 +33,21 @@ class Request(NamedTuple):
     path: str
     range: str | None
     sent: int
-    """Bytes of the body."""
+    """Bytes of the body that were sent."""
 
 
 @dataclass
 class Hub:
     repositories: Mapping[str, Path]
     token: str | None = None
-    """Without it nobody reads anything."""
+    """Token that a reader must send; None if anyone may read."""
     takes_ranges: bool = True
     requests: list[Request] = field(default_factory=list)
     url: str = ""
 
     @property
     def sent(self) -> int:
-        """Bytes of all bodies so far."""
+        """Return the bytes of all bodies so far."""
         return sum(request.sent for request in self.requests)
 
     def files(self, name: str) -> dict[str, Path]:
@@ -55,11 +55,11 @@ class Hub:
         return {path.relative_to(root).as_posix(): path for path in sorted(root.rglob("*")) if path.is_file()}
 
     def nbytes(self, name: str) -> int:
-        """Bytes of all files of a repository."""
+        """Return the bytes of all files of a repository."""
         return sum(path.stat().st_size for path in self.files(name).values())
 
     def commit(self, name: str) -> str:
-        """Its one commit, which is another one where names or sizes of files are."""
+        """Return the hash of its only commit, which depends on the names and sizes of the files."""
         text = [f"{path}: {file.stat().st_size}" for path, file in self.files(name).items()]
         return hashlib.sha1("\n".join([name, *text]).encode()).hexdigest()
 
@@ -69,7 +69,7 @@ class Hub:
 
 @contextmanager
 def serve(repositories: Mapping[str, Path], **settings: Any) -> Iterator[Hub]:
-    """A Hub with one commit of each of these directories, called "main"."""
+    """Serve a Hub with one commit of each of these directories, called "main"."""
     hub = Hub(repositories, **settings)
     server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": hub}))
     server.daemon_threads = True
@@ -85,14 +85,14 @@ def serve(repositories: Mapping[str, Path], **settings: Any) -> Iterator[Hub]:
 
 
 def environment(hub: Hub, cache: Path) -> dict[str, str]:
-    """For a process whose huggingface_hub talks to this Hub, and keeps what it downloads in that folder."""
+    """Return the environment of a process that uses this Hub and keeps its downloads in ``cache``."""
     unwanted = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_TOKEN")
     kept = {name: value for name, value in os.environ.items() if name not in unwanted}
     return kept | {"HF_ENDPOINT": hub.url, "HF_HUB_CACHE": str(cache), "HF_HUB_DISABLE_XET": "1", "NO_PROXY": "*"}
 
 
 def use(hub: Hub, cache: Path, patch: pytest.MonkeyPatch, *, offline: bool = False) -> None:
-    """The same within this process, which has read its environment already."""
+    """Direct this process to the Hub, which has already read its environment."""
     from huggingface_hub import constants
 
     patch.setattr(constants, "ENDPOINT", hub.url)
@@ -124,10 +124,10 @@ class _Handler(BaseHTTPRequestHandler):
             return self._refuse(404, "RevisionNotFound")
         if api:
             return self._answer_json(self._tree(name) if api[2] == "tree" else self._info(name, commit))
-        found = self.hub.files(name).get(file[3]) if file else None
-        if found is None:
+        path = self.hub.files(name).get(file[3]) if file else None
+        if path is None:
             return self._refuse(404, "EntryNotFound")
-        return self._answer_file(found, commit)
+        return self._answer_file(path, commit)
 
     do_HEAD = do_GET
 
@@ -158,7 +158,7 @@ class _Handler(BaseHTTPRequestHandler):
         self._answer(status, {"X-Error-Code": code, "X-Error-Message": code}, None, 0, 0)
 
     def _answer(self, status: int, headers: dict[str, str], body: Path | bytes | None, start: int, stop: int | None):
-        """Send a part of a body, or only say how long it is, and note what was sent."""
+        """Send a part of a body, or only its length, and record what was sent."""
         size = len(body) if isinstance(body, bytes) else (stop or 0) - start
         self.send_response(status)
         for name, value in headers.items():
@@ -167,7 +167,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
         sent = 0
         if body is not None and self.command == "GET":
-            with suppress(ConnectionError):  # who has enough hangs up
+            with suppress(ConnectionError):  # a client that has enough closes the connection
                 for part in [body] if isinstance(body, bytes) else _parts(body, start, size):
                     self.wfile.write(part)
                     sent += len(part)
@@ -184,5 +184,5 @@ def _parts(path: Path, start: int, nbytes: int) -> Iterator[bytes]:
 
 
 def _etag(path: Path) -> str:
-    """As long as that of a file that is not in git itself."""
+    """Return a hash as long as that of a file that is not stored in git itself."""
     return hashlib.sha256(f"{path}: {path.stat().st_size}".encode()).hexdigest()

@@ -1,8 +1,8 @@
-"""Loads, saves and conversions again and again in one process: memory and descriptors stay as they are.
+"""Repeated loads, saves and conversions in one process: memory and descriptors must not grow.
 
     python -m tests.soak [--rounds N] [--csv FILE]
 
-A round is a load into a model, one to tensors, a save, a conversion, a load that fails, and the files removed again.
+A round is a load into a model, one to tensors, a save, a conversion, a load that fails, and the removal of the files.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from tests.faults import descriptors
 
 
 class Measured(NamedTuple):
-    """What a process holds after so many rounds."""
+    """Resources that the process holds after a number of rounds."""
 
     rounds: int
     resident_bytes: int
@@ -36,7 +36,7 @@ class Measured(NamedTuple):
 
 
 def soak(root: Path, rounds: int, every: int) -> list[Measured]:
-    """What was held after the first ``every`` rounds, and after each as many more."""
+    """Run the rounds. Return what the process holds after each ``every`` of them."""
     sweep = Sweep(root, threads=2)
     truncated = root / "source" / "model-00002-of-00002.safetensors"
     whole = truncated.read_bytes()
@@ -73,7 +73,7 @@ def _held(rounds: int) -> Measured:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.soak", description=__doc__)
     parser.add_argument("--rounds", type=int, default=1000)
-    parser.add_argument("--csv", type=Path, metavar="FILE", help="write what was held")
+    parser.add_argument("--csv", type=Path, metavar="FILE", help="write the measurements")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as root:
         held = soak(Path(root), options.rounds, max(1, options.rounds // 10))

@@ -41,12 +41,12 @@ def test_elements_narrower_than_a_byte_share_bytes():
 @pytest.mark.parametrize(
     ("first", "second"), list(itertools.product(("U8", "I8", "I64", "BF16", "F16", "F32"), repeat=2))
 )
-def test_a_stack_has_the_dtype_that_torch_gives_it(first, second):
+def test_stack_has_the_dtype_that_torch_gives_it(first, second):
     both = [torch.ones(2, dtype=torch_dtype(code)) for code in (first, second)]
     assert promoted([first, second]) == dtype_code(torch.cat(both).dtype)
 
 
-def test_a_stack_of_one_or_of_equal_dtypes_keeps_its_dtype():
+def test_stack_of_one_or_of_equal_dtypes_keeps_its_dtype():
     assert promoted(["F8_E4M3"]) == promoted(iter(["F8_E4M3"] * 3)) == "F8_E4M3"
     assert promoted(["BF16", "F16", "BF16"]) == "F32"
 

@@ -17,7 +17,7 @@ from automodel_conv.errors import (
 )
 
 
-def test_a_text_answers_what_where_expected_found_and_do_in_this_order():
+def test_text_answers_what_where_expected_found_and_do_in_this_order():
     text = message("it failed", do="try again", found=0, expected="1", where="a file")
     assert text.splitlines() == [
         "it failed",
@@ -42,7 +42,7 @@ def test_advice_about_an_argument_that_the_caller_lacks_is_left_out():
     assert str(error) == "it failed\n  do:       check the file"
 
 
-def test_the_first_wording_that_applies_is_used():
+def test_first_wording_that_applies_is_used():
     error = ConversionError(Message("it failed", [("use {a}", "use {b}", "give up")]))
     assert "use a" in str(error)
     error.say({"b": "B"}.get)
@@ -56,7 +56,7 @@ def test_lines_are_added_before_the_advice():
     assert str(error).splitlines() == ["it failed", "  filled:   3 of 4", "  do:       try again"]
 
 
-def test_a_reason_has_only_the_advice_that_names_no_argument():
+def test_reason_has_only_the_advice_that_names_no_argument():
     error = ConversionError(message("it failed", do=["{threads=1} helps", "buy a disk"]))
     assert error.reason() == "it failed\n  do:       buy a disk"
     assert "threads=1 helps; buy a disk" in str(error)
@@ -87,7 +87,7 @@ def test_tabs_lines_and_other_scripts_stay_and_long_lines_are_cut():
     ],
     ids=["none", "one", "as many as are shown", "more"],
 )
-def test_a_listing_shows_so_many_and_counts_the_rest(items, limit, lines):
+def test_listing_shows_so_many_and_counts_the_rest(items, limit, lines):
     assert listing(iter(items), limit).split("\n") == lines
 
 
@@ -102,17 +102,17 @@ def test_all_problems_of_names_are_kept_as_tuples():
     assert (error.missing, error.unexpected, error.mismatched) == (("a", "b"), (), (("c", (1,), (2,)),))
 
 
-def test_an_unknown_target_is_a_key_error_whose_text_is_not_quoted():
+def test_unknown_target_is_a_key_error_whose_text_is_not_quoted():
     error = UnknownTarget("no target 'a'\n  found: b")
     assert isinstance(error, KeyError)
     assert str(error) == "no target 'a'\n  found: b"
 
 
-def test_an_error_keeps_its_text_when_it_is_sent_to_another_process():
+def test_error_keeps_its_text_when_it_is_sent_to_another_process():
     error = pickle.loads(pickle.dumps(ConversionError(message("it failed", where="a", do="try again"))))
     assert str(error) == "it failed\n  where:    a\n  do:       try again"
 
 
-def test_the_kind_of_an_argument_is_a_phrase():
+def test_kind_of_an_argument_is_a_phrase():
     assert kind_of({}) == "a dict"
     assert kind_of(dict) == "the class dict"

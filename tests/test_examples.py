@@ -1,4 +1,4 @@
-"""Every example runs as it stands."""
+"""Tests of the examples: each runs as it is."""
 
 import os
 import subprocess
@@ -7,18 +7,18 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("transformers", reason="examples build models of transformers")
+pytest.importorskip("transformers", reason="the examples build transformers models")
 
 ROOT = Path(__file__).parent.parent
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 
 
-def test_there_are_examples():
+def test_examples_exist():
     assert len(EXAMPLES) >= 3
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
-def test_example_runs_and_says_what_it_did(path):
+def test_example_runs_and_prints_its_results(path):
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), environment.get("PYTHONPATH")]))
     done = subprocess.run([sys.executable, path], cwd=ROOT, env=environment, capture_output=True, text=True)

@@ -1,4 +1,4 @@
-"""Importing the package costs nothing that was not asked for, and needs nothing optional."""
+"""Tests of imports: importing the package loads nothing unneeded and requires no optional package."""
 
 import importlib.util
 import json
@@ -17,14 +17,14 @@ OPTIONAL = ("transformers", "triton")
 
 
 def modules() -> list[str]:
-    """Every module of the package, kernels included, by its import name."""
+    """Return every module of the package, kernels included, by its import name."""
     files = [path for folder in (PACKAGE, PACKAGE / "kernels") for path in folder.rglob("*.py")]
     names = {path.relative_to(PACKAGE.parent).with_suffix("").as_posix() for path in files}
     return sorted(name.removesuffix("/__init__").replace("/", ".") for name in names)
 
 
 def optional_packages_loaded_by(code: str) -> set[str]:
-    """Which optional packages a new interpreter has loaded after running ``code``."""
+    """Return the optional packages that a new interpreter has loaded after running ``code``."""
     report = "\nimport json, sys; print(json.dumps(sorted(sys.modules)))"
     run = subprocess.run([sys.executable, "-c", code + report], capture_output=True, text=True, check=True)
     loaded = json.loads(run.stdout.splitlines()[-1])
@@ -32,7 +32,7 @@ def optional_packages_loaded_by(code: str) -> set[str]:
 
 
 def loaded_by_module(*arguments: str) -> set[str]:
-    """Which packages a new interpreter loads that runs the package as a command."""
+    """Return the packages that a new interpreter loads when it runs the package as a command."""
     command = [sys.executable, "-X", "importtime", "-m", "automodel_conv", *arguments]
     run = subprocess.run(command, capture_output=True, text=True, check=True)
     lines = [line for line in run.stderr.splitlines() if line.startswith("import time:")]
@@ -40,7 +40,7 @@ def loaded_by_module(*arguments: str) -> set[str]:
 
 
 def failures_without_optional_packages(names: list[str]) -> dict[str, str]:
-    """The error of each module that cannot be imported where no optional package is installed."""
+    """Return the error of each module that cannot be imported without the optional packages."""
     code = """
 import importlib, json, sys
 failures = {}
@@ -72,7 +72,7 @@ def test_dir_lists_the_public_names_before_they_are_imported():
     assert set(listed) - {"doors", "errors"} == set(automodel_conv.__all__) - {"__version__"}
 
 
-def test_a_name_that_is_not_there_is_an_attribute_error():
+def test_unknown_name_is_an_attribute_error():
     with pytest.raises(AttributeError, match="load_modle"):
         automodel_conv.load_modle  # noqa: B018
 
@@ -84,14 +84,14 @@ def test_help_loads_nothing_large(arguments):
     assert not loaded & {"torch", "numpy", "safetensors", *OPTIONAL}
 
 
-def test_what_a_command_loads_is_reported(tmp_path):
+def test_modules_loaded_by_a_command_are_reported(tmp_path):
     file = tmp_path / "model.safetensors"
     file.write_bytes((2).to_bytes(8, "little") + b"{}")
     assert {"torch", "numpy"} <= loaded_by_module("plan", str(file), "--no-model")
 
 
 @pytest.mark.parametrize("package", OPTIONAL)
-def test_an_optional_package_that_is_loaded_is_reported(package):
+def test_optional_package_that_is_loaded_is_reported(package):
     if importlib.util.find_spec(package) is None:
         pytest.skip(f"{package} is not installed")
     assert package in optional_packages_loaded_by(f"import automodel_conv, {package}")
@@ -103,7 +103,7 @@ def test_every_module_imports_without_optional_packages():
 
 
 def test_only_verbs_import_triton():
-    """A load on the host imports no verb; tables, twins and what plans launches need none."""
+    """Check that a load on the host imports no verb. Tables, torch versions and launch plans need no Triton."""
     pytest.importorskip("triton")
     doors = ("automodel_conv.loading", "automodel_conv.saving", "automodel_conv.converting", "automodel_conv.in_memory")
     execution = [name for name in modules() if name.startswith("automodel_conv.execution")]
@@ -114,7 +114,7 @@ def test_only_verbs_import_triton():
     assert "triton" in optional_packages_loaded_by("import automodel_conv.kernels.verbs")
 
 
-def test_a_module_that_needs_an_optional_package_is_reported():
+def test_module_that_needs_an_optional_package_is_reported():
     failures = failures_without_optional_packages([*OPTIONAL, "automodel_conv"])
     assert set(failures) == set(OPTIONAL)
     assert all(error.startswith("ModuleNotFoundError") for error in failures.values())

@@ -31,7 +31,7 @@ def test_without_a_bar_nothing_is_drawn_and_tqdm_is_not_imported(capsys, monkeyp
     assert capsys.readouterr() == ("", "")
 
 
-def test_a_bar_of_its_own_counts_its_bytes_on_standard_error(capsys):
+def test_bar_of_its_own_counts_its_bytes_on_standard_error(capsys):
     pytest.importorskip("tqdm")
     with bytes_progress(3_000_000, "loading", True) as advance:
         advance(1_000_000)
@@ -51,7 +51,7 @@ def test_tasks_that_share_a_bar_add_their_sizes_to_its_total():
     assert bar.done == 9
 
 
-def test_a_shared_bar_is_drawn_once(capsys):
+def test_shared_bar_is_drawn_once(capsys):
     pytest.importorskip("tqdm")
     with shared_progress("all", True) as bar:
         for size in (400, 600):

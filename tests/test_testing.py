@@ -1,4 +1,4 @@
-"""The helpers for tests fail when they should."""
+"""Tests of the helpers for tests: each fails when it should."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def test_equal_tensors_of_every_dtype_pass_and_one_changed_byte_fails(dtype):
         assert_bytes_equal(changed, tensor)
 
 
-def test_a_difference_shows_both_values_and_the_count():
+def test_difference_shows_both_values_and_the_count():
     expected = torch.zeros(2, 3)
     actual = expected.clone()
     actual[1, 0], actual[1, 2] = 1.5, 2.0
@@ -51,12 +51,12 @@ def test_a_difference_shows_both_values_and_the_count():
         (torch.ones(2, 2).mul(float("nan")), torch.ones(2, 2), "4 of 4"),
     ],
 )
-def test_what_comparison_of_values_would_let_pass_fails(actual, expected, text):
+def test_differences_that_value_comparison_misses_fail(actual, expected, text):
     with pytest.raises(AssertionError, match=text):
         assert_bytes_equal(actual, expected)
 
 
-def test_the_same_nan_is_equal_and_another_nan_is_not():
+def test_same_nan_is_equal_and_another_nan_is_not():
     quiet = torch.tensor([0x7FC00000, 0x7FC00001], dtype=torch.int32).view(torch.float32)
     assert_bytes_equal(quiet, quiet.clone())
     with pytest.raises(AssertionError, match="nan"):
@@ -72,7 +72,7 @@ def test_strides_count_only_when_asked():
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_poison_fills_every_byte_and_what_stays_is_found(dtype):
+def test_poison_fills_every_byte_and_leftovers_are_found(dtype):
     tensor = poisoned((2, 3), dtype)
     assert (tensor.shape, tensor.dtype) == ((2, 3), dtype)
     raw = tensor.view(torch.uint8).reshape(6, -1)

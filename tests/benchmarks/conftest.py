@@ -1,4 +1,4 @@
-"""What the tests of ``python -m benchmarks.gpu`` share: what it needs, and a run of its stages."""
+"""Fixtures for tests of ``python -m benchmarks.gpu``: its requirements, and a run of its stages."""
 
 import pytest
 
@@ -12,7 +12,7 @@ from benchmarks.gpu.record import Record
 def needs_both():
     pytest.importorskip("triton")
     if not transformers_available():
-        pytest.skip("the command builds models of transformers")
+        pytest.skip("the command builds transformers models")
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""benchmarks.choices: whatever is changed, the same tensors are loaded; what is printed is what was measured."""
+"""Tests of benchmarks.choices: every variant loads the same tensors, and the table shows the measured values."""
 
 import json
 
@@ -13,7 +13,7 @@ from automodel_conv.schedule import jobs
 from automodel_conv.upstream.registry import transformers_available
 from benchmarks import choices, shapes
 
-pytestmark = pytest.mark.skipif(not transformers_available(), reason="benchmarks build models of transformers")
+pytestmark = pytest.mark.skipif(not transformers_available(), reason="benchmarks build transformers models")
 
 CHANGED = (
     (copying, "strided_copy_torch"),
@@ -29,7 +29,7 @@ CHANGED = (
 
 @pytest.fixture
 def restored(monkeypatch):
-    """Puts back after each test all that the ways replace."""
+    """Restore after each test everything that the variants replace."""
     for module, name in CHANGED:
         monkeypatch.setattr(module, name, getattr(module, name))
     return {(module, name): getattr(module, name) for module, name in CHANGED}
@@ -45,7 +45,7 @@ def checkpoint(tmp_path_factory):
 @pytest.mark.parametrize(
     ("group", "way"), [(group, way) for group in choices.GROUPS for way in choices.GROUPS[group].ways]
 )
-def test_each_way_changes_something_and_loads_the_same_tensors(checkpoint, restored, group, way):
+def test_each_variant_changes_something_and_loads_the_same_tensors(checkpoint, restored, group, way):
     [as_it_is] = choices.load(group, choices.AS_IT_IS, checkpoint, checkpoint, 0)
     [load] = choices.load(group, way, checkpoint, checkpoint, 0)
     assert load["digest"] == as_it_is["digest"] is not None
@@ -53,7 +53,7 @@ def test_each_way_changes_something_and_loads_the_same_tensors(checkpoint, resto
     assert bool(changed) == (way != choices.AS_IT_IS)
 
 
-def test_the_table_is_that_of_the_measured_seconds(tmp_path, capsys):
+def test_table_shows_the_measured_seconds(tmp_path, capsys):
     measured = {"digest": "a", "cpu_seconds": 0.5, "minor_faults": 7, "anonymous_bytes": 200}
     rows = [
         {"group": "cold", "way": way, "runs": [{**measured, "seconds": seconds}] * 3}

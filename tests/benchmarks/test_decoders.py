@@ -1,4 +1,4 @@
-"""Candidates for decoding make the bytes that torch makes in the interpreter, and compile without a GPU."""
+"""Tests of candidate decoders: they write the same bytes as torch in the interpreter, and compile without a GPU."""
 
 import json
 import os
@@ -17,12 +17,12 @@ from benchmarks.operations import Experts
 from benchmarks.quantized import QUANTIZED
 
 CPU = torch.device("cpu")
-# More than one tile in each direction, the last ones in part, and blocks of scales begin within them.
+# More than one tile in each direction, the last ones partial, and blocks of scales that begin within tiles.
 SIZE = Experts("small", 1, 72, 336)
 
 
 @pytest.mark.parametrize("kind", QUANTIZED)
-def test_candidates_make_the_bytes_that_torch_makes(kind):
+def test_candidates_write_the_same_bytes_as_torch(kind):
     case = QUANTIZED[kind](SIZE, CPU)
     for candidate in CANDIDATES:
         if kind in candidate.operations:
@@ -30,7 +30,7 @@ def test_candidates_make_the_bytes_that_torch_makes(kind):
                 case.verify(candidate.name, case.ways()["ours"])
 
 
-def test_the_table_has_every_decoder():
+def test_table_has_every_decoder():
     assert set(DECODERS) == set(KERNELS)
 
 

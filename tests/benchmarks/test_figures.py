@@ -1,4 +1,4 @@
-"""Tables in README and docs are those that the committed data give."""
+"""Tests of the tables in README and docs: they equal the tables of the committed data."""
 
 import re
 
@@ -8,7 +8,7 @@ from automodel_conv.upstream.registry import transformers_available
 from benchmarks import choices, mapping, measure
 from benchmarks.peers import tables
 
-pytestmark = pytest.mark.skipif(not transformers_available(), reason="benchmarks build models of transformers")
+pytestmark = pytest.mark.skipif(not transformers_available(), reason="benchmarks build transformers models")
 
 _LINK = re.compile(r"(?:\]\(|src=\"|srcset=\")([^)\" ]+)")
 RESULTS = measure.REPOSITORY / "benchmarks" / "results"
@@ -27,13 +27,13 @@ RESULTS = measure.REPOSITORY / "benchmarks" / "results"
         ("docs/performance.md", mapping.markdown, "mapping-2-cores.json"),
     ],
 )
-def test_a_table_is_the_one_of_its_data(page, make, data):
+def test_table_equals_its_data(page, make, data):
     table = make(measure.read_json(str(RESULTS / data)))
     assert table.strip() in (measure.REPOSITORY / page).read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("page", ["README.md", "docs/performance.md", "docs/reliability.md"])
-def test_files_that_a_page_refers_to_are_there(page):
+def test_files_linked_from_a_page_exist(page):
     path = measure.REPOSITORY / page
     text = path.read_text(encoding="utf-8")
     links = [link.split("#")[0] for link in _LINK.findall(text)]

@@ -1,4 +1,4 @@
-"""``python -m benchmarks.gpu`` without a GPU: all of it runs, and whatever goes wrong costs only itself."""
+"""Tests of ``python -m benchmarks.gpu`` without a GPU: the whole command runs, and a fault affects only itself."""
 
 import json
 import os
@@ -22,7 +22,7 @@ CPU = torch.device("cpu")
 
 
 class Command:
-    """The command in a process of its own, with a test in place of tests/gpu, which runs beside these tests."""
+    """The command in a process of its own, with one test in place of tests/gpu, which runs as part of this suite."""
 
     def __init__(self, root):
         self.out = root / "out"
@@ -31,8 +31,10 @@ class Command:
         (self.tests / "test_right.py").write_text("def test_right():\n    pass\n")
 
     def start(self, *arguments, planted=""):
-        """Args:
-        planted: what each process does before anything else, as text.
+        """Start the command.
+
+        Args:
+            planted: code that each process runs first.
         """
         (self.tests / "sitecustomize.py").write_text(planted)
         line = [sys.executable, "-m", "benchmarks.gpu", str(self.out), "--smoke", "--tests", str(self.tests)]
@@ -46,10 +48,10 @@ class Command:
         )
 
     def run(self, *arguments, planted=""):
-        """The exit code, and what was said on standard output and elsewhere."""
+        """Return the exit code, standard output and standard error."""
         process = self.start(*arguments, planted=planted)
-        said, told = process.communicate()
-        return process.returncode, said, told
+        stdout, stderr = process.communicate()
+        return process.returncode, stdout, stderr
 
     def result(self):
         return json.loads((self.out / "gpu.json").read_text())
@@ -63,9 +65,9 @@ def gpu(tmp_path):
     return Command(tmp_path)
 
 
-def test_the_whole_command_runs_and_writes_what_it_measured(gpu, needs_both):
-    code, said, told = gpu.run("--commit", "0123abc")
-    assert code == 0, said + told
+def test_whole_command_runs_and_writes_what_it_measured(gpu, needs_both):
+    code, stdout, stderr = gpu.run("--commit", "0123abc")
+    assert code == 0, stdout + stderr
     result = gpu.result()
     assert problems(result) == []
     assert result["left_out"] == {}
@@ -84,14 +86,14 @@ def test_the_whole_command_runs_and_writes_what_it_measured(gpu, needs_both):
     assert digests["ours"] == digests["from_pretrained"] == digests["load_file, stack, cat"]
     assert len({digests[name] for name in ("ours", "ours, nemo", "ours, long", "fp8: ours")}) == 4
     assert set(gpu.rows("round trip")) == set(round_trip.CELLS)
-    assert said == f"{tables.markdown(result)}\n{tables.ending(result)}"
-    assert "0123abc" in said
+    assert stdout == f"{tables.markdown(result)}\n{tables.ending(result)}"
+    assert "0123abc" in stdout
     assert sorted(path.name for path in gpu.out.iterdir()) == ["gpu.json", "gpu.log"]
     assert [path.name for path in gpu.out.parent.iterdir() if path.name.startswith("benchmark-gpu")] == []
 
 
-# One wrong byte in ours, a baseline that raises, one that leaves the device broken, one that kills its process, and a
-# case that does.
+# Faults: one wrong byte in ours, a baseline that raises, one that breaks the device, one that kills its process, and
+# a case that kills its process.
 FAULTS = """
 import os, signal, sys
 if "benchmarks.gpu.kernels" in sys.orig_argv:
@@ -159,7 +161,7 @@ def killed_after(process, has_enough):
 
 
 @pytest.mark.long
-def test_whatever_fails_or_kills_it_all_else_is_measured_and_only_what_is_missing_is_done_again(gpu, needs_both):
+def test_faults_affect_only_their_cells_and_resume_repeats_only_those(gpu, needs_both):
     (gpu.tests / "test_faults.py").write_text(TESTS)
     (gpu.tests / "test_not_to_be_imported.py").write_text("import there_is_no_such_thing\n")
     asked = ("--stage", "tests", "--stage", "kernels")
@@ -170,8 +172,8 @@ def test_whatever_fails_or_kills_it_all_else_is_measured_and_only_what_is_missin
     assert len(sound) >= 3
     assert len(before) < len(kernels.cells(smoke=True))
 
-    code, said, told = gpu.run(*asked, "--resume", planted=FAULTS)
-    assert code == 1, told
+    code, stdout, stderr = gpu.run(*asked, "--resume", planted=FAULTS)
+    assert code == 1, stderr
     assert {cell: gpu.rows("kernels")[cell] for cell in sound} == {cell: before[cell] for cell in sound}
     tests = {name.rpartition("/")[2]: row for name, row in gpu.rows("tests").items()}
     assert {name for name, row in tests.items() if "error" not in row} == {
@@ -205,23 +207,23 @@ def test_whatever_fails_or_kills_it_all_else_is_measured_and_only_what_is_missin
         assert set(row["wrong"]) | set(row["failed"]) == lost
         case = kernels.make_case(operation, operations.Experts("", 2, 24, 48), CPU)
         assert set(row["ms"]) == {"copy_", *kernels.ways(case)} - lost
-    ending = said[said.index("Wrong: ") :]
-    assert "Wrong: 15\n" in ending  # 4 tests; 4 of transposes, 2 of each interleave, 2 of mxfp4, and a fault
+    ending = stdout[stdout.index("Wrong: ") :]
+    assert "Wrong: 15\n" in ending  # 4 tests, 4 transposes, 2 of each interleave, 2 mxfp4, and a fault
     assert "ours is wrong" in ending
     assert "test_deadly" in ending
 
     for name in ("test_faults.py", "test_not_to_be_imported.py"):
         (gpu.tests / name).unlink()
-    code, said, told = gpu.run(*asked, "--resume")
-    assert code == 0, said + told
-    assert "Wrong: nothing" in said
+    code, stdout, stderr = gpu.run(*asked, "--resume")
+    assert code == 0, stdout + stderr
+    assert "Wrong: nothing" in stdout
     again = gpu.rows("kernels")
     assert set(again) == set(first)
     kept = {cell for cell in first if not is_wrong(first[cell])}
     assert {cell: again[cell] for cell in kept} == {cell: first[cell] for cell in kept}
 
 
-def test_what_there_is_no_time_for_is_listed_and_not_wrong(gpu, monkeypatch, capsys):
+def test_cells_without_time_are_listed_and_not_wrong(gpu, monkeypatch, capsys):
     monkeypatch.setattr(stages, "look_around", lambda _: None)
     with pytest.raises(SystemExit) as ended:
         command.main([str(gpu.out), "--smoke", "--stage", "kernels", "--minutes", "0"])
@@ -230,25 +232,25 @@ def test_what_there_is_no_time_for_is_listed_and_not_wrong(gpu, monkeypatch, cap
     assert "Left out for want of time: 26\n- kernels: tiny: concatenate\n" in capsys.readouterr().out
 
 
-def test_a_record_keeps_the_length_of_its_checkpoints(gpu):
+def test_record_keeps_the_length_of_its_checkpoints(gpu):
     gpu.out.mkdir()
     Record.new(gpu.out / "gpu.json").write(layers=3)
     with pytest.raises(SystemExit, match=r"have 3 layers; leave --layers out"):
         command.main([str(gpu.out), "--smoke", "--resume", "--minutes", "0", "--layers", "13"])
 
 
-def test_a_folder_that_a_killed_command_left_goes_when_the_next_begins(tmp_path):
+def test_folder_of_a_killed_command_is_removed_by_the_next(tmp_path):
     not_ours = tmp_path / "benchmark-gpu-results"
     not_ours.mkdir()
     with command._temporary(str(tmp_path)) as alive:
-        left = Path(shutil.copytree(alive, f"{alive}-left"))  # nobody holds its lock
+        left = Path(shutil.copytree(alive, f"{alive}-left"))  # without a held lock
         (left / "24 GB").write_text("")
         with command._temporary(str(tmp_path)) as root:
             assert {*tmp_path.iterdir()} == {alive, root, not_ours}
     assert [*tmp_path.iterdir()] == [not_ours]
 
 
-def test_a_folder_with_a_file_is_not_begun_anew(gpu, capsys):
+def test_folder_with_a_file_is_not_started_again(gpu, capsys):
     gpu.out.mkdir()
     (gpu.out / "gpu.json").write_text("{}")
     with pytest.raises(SystemExit):
@@ -256,15 +258,15 @@ def test_a_folder_with_a_file_is_not_begun_anew(gpu, capsys):
     assert "--resume" in capsys.readouterr().err
 
 
-def test_without_a_device_the_command_says_how_to_try_it(capsys, tmp_path):
+def test_without_a_device_the_command_explains_how_to_try_it(capsys, tmp_path):
     if torch.cuda.is_available():
-        pytest.skip("there is a device")
+        pytest.skip("this machine has a device")
     with pytest.raises(SystemExit):
         command.main([str(tmp_path)])
     assert "--smoke" in capsys.readouterr().err
 
 
-def test_the_command_needs_none_of_the_packages_that_only_printing_needs():
+def test_command_does_not_need_the_packages_for_printing():
     hidden = ("accelerate", "psutil", "pytest_benchmark", "rich", "tqdm", "typer", "xdist")
     path = os.pathsep.join([str(HIDE), str(measure.REPOSITORY)])
     environment = os.environ | {"PYTHONPATH": path, "HIDDEN_PACKAGES": ",".join(hidden)}

@@ -1,4 +1,4 @@
-"""The stages of ``python -m benchmarks.gpu`` without a GPU: all is verified, and a fault costs only itself."""
+"""Tests of the stages of ``python -m benchmarks.gpu`` without a GPU: all is verified; a fault affects only itself."""
 
 import itertools
 import json
@@ -32,7 +32,7 @@ CPU = torch.device("cpu")
 
 @pytest.mark.parametrize("way", ["kernel", "twin", "idiom", "loop", "foreach"])
 @pytest.mark.parametrize("operation", operations.OPERATIONS)
-def test_every_way_is_verified_and_an_output_that_stays_poisoned_is_found(operation, way):
+def test_every_variant_is_verified_and_poisoned_output_is_detected(operation, way):
     pytest.importorskip("triton")
     size = operations.Experts("", 2, 6, 10, phase_bytes=8)
     case = operations.OPERATIONS[operation](size, torch.float32, torch.bfloat16, CPU)
@@ -45,7 +45,7 @@ def test_every_way_is_verified_and_an_output_that_stays_poisoned_is_found(operat
 
 
 @pytest.mark.parametrize("name", QUANTIZED)
-def test_every_way_to_dequantize_is_verified_and_an_output_that_stays_poisoned_is_found(name):
+def test_every_dequantize_variant_is_verified_and_poisoned_output_is_detected(name):
     pytest.importorskip("triton")
     case = QUANTIZED[name](operations.Experts("", 2, 40, 64, phase_bytes=8), CPU)
     for way, run in (case.ways() | {"twin": case.twin}).items():
@@ -55,7 +55,7 @@ def test_every_way_to_dequantize_is_verified_and_an_output_that_stays_poisoned_i
 
 
 class FakeCuda:
-    """As much of torch.cuda as a load is timed with: most of it fails before CUDA is initialized."""
+    """The part of torch.cuda that times a load. Most of it fails before CUDA is initialized."""
 
     def __init__(self):
         self.is_initialized = False
@@ -81,7 +81,7 @@ class FakeCuda:
 
 
 @pytest.mark.parametrize("is_cold", [False, True])
-def test_a_cold_load_is_the_first_that_its_process_does_on_the_device(monkeypatch, is_cold):
+def test_cold_load_is_the_first_of_its_process_on_the_device(monkeypatch, is_cold):
     cuda = FakeCuda()
     cuda.install(monkeypatch)
     row = loading.timed(
@@ -94,25 +94,25 @@ def test_a_cold_load_is_the_first_that_its_process_does_on_the_device(monkeypatc
     assert (row["pinned_s"] is None) == is_cold
 
 
-def test_a_cold_load_has_kernels_to_compile():
-    """Only what is transposed needs one."""
+def test_cold_load_has_kernels_to_compile():
+    """Only transposed tensors need a kernel."""
     cold = [one for one in loading.loadings(smoke=False).values() if one.is_cold]
     assert [one.transposed for one in cold] == [True]
 
 
-def test_a_checkpoint_that_was_cut_off_is_written_anew(tmp_path, needs_both):
-    made = checkpoints.checkpoints(3, smoke=True)[checkpoints.SHORT]
-    checkpoints.write(made, str(tmp_path / "whole"))
+def test_truncated_checkpoint_is_written_again(tmp_path, needs_both):
+    checkpoint = checkpoints.checkpoints(3, smoke=True)[checkpoints.SHORT]
+    checkpoints.write(checkpoint, str(tmp_path / "whole"))
     cut_off = tmp_path / "cut off"
     cut_off.mkdir()
     (cut_off / "model-00009-of-00009.safetensors").write_bytes(b"half a file")
-    checkpoints.write(made, str(cut_off))
+    checkpoints.write(checkpoint, str(cut_off))
     whole, again = ({path.name: path.read_bytes() for path in root.iterdir()} for root in (tmp_path / "whole", cut_off))
     assert whole == again
 
 
 class Workers:
-    """Stands for all workers: those of a module do what is planted for it, and all others do their cells."""
+    """A replacement for all workers: planted functions for some modules, and plain cells for the others."""
 
     def __init__(self, monkeypatch, **planted):
         self.planted = planted
@@ -132,7 +132,7 @@ class Workers:
                 record.add(stage, {"cell": cell, **row})
 
 
-def test_loads_of_a_checkpoint_that_is_not_there_are_left_out_and_it_is_written_when_there_is_time(run, monkeypatch):
+def test_loads_of_a_missing_checkpoint_wait_until_it_is_written(run, monkeypatch):
     plants = {"checkpoints": lambda cell: None if cell == checkpoints.SHORT else {}}
     workers = Workers(monkeypatch, **plants)
     limits = Limits(time.monotonic() + 60, 60)
@@ -151,7 +151,7 @@ def test_loads_of_a_checkpoint_that_is_not_there_are_left_out_and_it_is_written_
     assert "checkpoints: short" not in left_out(run.record.result)
 
 
-def test_a_checkpoint_that_cannot_be_written_is_tried_once_and_told_once(run, monkeypatch):
+def test_unwritable_checkpoint_is_tried_once_and_reported_once(run, monkeypatch):
     workers = Workers(monkeypatch, checkpoints=lambda cell: {"error": "the disk is full"})
     stages.measure_loads(run, Limits(time.monotonic() + 60, 60))
     tried = [cell for module, *cells in workers.started for cell in cells if module == "checkpoints"]
@@ -162,7 +162,7 @@ def test_a_checkpoint_that_cannot_be_written_is_tried_once_and_told_once(run, mo
 
 
 @pytest.mark.parametrize("change", ["a bit", "two rows", "a name"])
-def test_a_digest_sees_every_bit_and_its_place(change):
+def test_digest_sees_every_bit_and_its_place(change):
     tensors = {"a": torch.arange(64, dtype=torch.bfloat16).view(8, 8)}
     before = loading.digest(tensors)
     assert loading.digest({"a": tensors["a"].clone()}) == before
@@ -175,14 +175,14 @@ def test_a_digest_sees_every_bit_and_its_place(change):
     assert loading.digest(tensors) != before
 
 
-def test_a_round_trip_that_changes_a_byte_is_wrong(tmp_path, needs_both):
+def test_round_trip_that_changes_a_byte_is_wrong(tmp_path, needs_both):
     root = str(tmp_path)
-    made = checkpoints.checkpoints(3, smoke=True)[checkpoints.SHORT]
-    checkpoints.write(made, f"{root}/{checkpoints.SHORT}")
+    checkpoint = checkpoints.checkpoints(3, smoke=True)[checkpoints.SHORT]
+    checkpoints.write(checkpoint, f"{root}/{checkpoints.SHORT}")
     saved = round_trip.save(root, CPU)
     assert saved["nbytes"] > 0
     assert 0 < saved["sync_s"]
-    checkpoints.write(made, f"{root}/other")
+    checkpoints.write(checkpoint, f"{root}/other")
     file = sorted((tmp_path / "other").glob("*.safetensors"))[-1]
     file.write_bytes(file.read_bytes()[:-1] + b"\0")
     with pytest.raises(operations.Mismatch, match="is not what was loaded"):
@@ -190,7 +190,7 @@ def test_a_round_trip_that_changes_a_byte_is_wrong(tmp_path, needs_both):
 
 
 @pytest.mark.parametrize("candidate", candidates.CANDIDATES, ids=lambda candidate: candidate.name)
-def test_a_candidate_changes_what_there_is_and_puts_it_back(candidate):
+def test_candidate_changes_constants_and_restores_them(candidate):
     pytest.importorskip("triton")
     before = [patch.found() for patch in candidate.patches]
     with candidates.patched(candidate):
@@ -220,7 +220,7 @@ def test_neighbours_of_the_tests_are_run_by_one_of_eight_processes(count):
         testing.Reporter(order, SILENT).pytest_collection_modifyitems(None, mine)
         shares.append([items.index(item) for item in mine])
     assert sorted(itertools.chain.from_iterable(shares)) == list(range(count))
-    # Wherever a share leaves out tests of others, at least 12 of its own came before.
+    # If a share skips tests of other shares, at least 12 of its own must come first.
     jumps = sum(after != before + 1 for share in shares for before, after in itertools.pairwise(share))
     assert jumps <= count / 12
     assert max(map(len, shares)) - min(map(len, shares)) <= 12
@@ -231,23 +231,23 @@ def test_no_two_candidates_of_an_operation_have_one_name():
     assert len(set(pairs)) == len(pairs)
 
 
-def test_what_kernels_compile_in_is_tried_in_a_process_of_its_own():
+def test_candidates_with_compiled_constants_run_in_their_own_process():
     pytest.importorskip("triton")
     for candidate in candidates.CANDIDATES:
         compiled_in = [patch for patch in candidate.patches if type(patch.found()).__name__ == "constexpr"]
         assert candidate.own_process == bool(compiled_in), candidate.name
 
 
-def test_a_candidate_that_is_wrong_or_of_no_constant_costs_only_itself(monkeypatch):
+def test_wrong_candidate_affects_only_itself(monkeypatch):
     pytest.importorskip("triton")
     missing = candidates.Patch("automodel_conv.kernels.transpose", "_NO_SUCH_CONSTANT", 1)
     zeroed = candidates.Patch("automodel_conv.kernels.strided_copy", "start", lambda work: None)
-    made = (
+    planted = (
         candidates.Candidate("no such constant", ("concatenate",), (missing,)),
         candidates.Candidate("writes nothing", ("concatenate",), (zeroed,)),
         candidates.Candidate("as it is", ("concatenate",)),
     )
-    monkeypatch.setattr(sweep, "CANDIDATES", made)
+    monkeypatch.setattr(sweep, "CANDIDATES", planted)
     lines = []
     order = {"device": "cpu", "smoke": True, "compiles_only": False, "without": {}, "cells": [*sweep.cells(smoke=True)]}
     sweep.work(order, Channel(lambda line: lines.append(json.loads(line))))
@@ -260,13 +260,13 @@ def test_a_candidate_that_is_wrong_or_of_no_constant_costs_only_itself(monkeypat
 H100 = {"name": "H100", "capability": [9, 0], "memory_bytes": 80 << 30, "devices": 1}
 
 
-def test_numbers_of_two_devices_do_not_meet_in_one_file(run, monkeypatch):
+def test_results_of_two_devices_are_not_mixed_in_one_file(run, monkeypatch):
     def on(device):
         Workers(monkeypatch, environment=lambda cell: {"found": device})
         stages.look_around(run)
 
     on(H100)
-    on(H100 | {"memory_bytes": 79 << 30, "devices": 8})  # another machine, with the same device
+    on(H100 | {"memory_bytes": 79 << 30, "devices": 8})  # another machine with the same device
     for other in ("H200", [10, 0]):
         with pytest.raises(SystemExit, match=r"another device, .*'H100'"):
             on(H100 | {"name" if isinstance(other, str) else "capability": other})
@@ -275,7 +275,7 @@ def test_numbers_of_two_devices_do_not_meet_in_one_file(run, monkeypatch):
 
 
 @pytest.mark.parametrize("slow", [(environment.IMPORTS,), ("device",), ("device", "environment", environment.IMPORTS)])
-def test_an_environment_that_takes_too_long_does_not_keep_the_stages_from_beginning(run, monkeypatch, slow):
+def test_slow_environment_does_not_block_the_stages(run, monkeypatch, slow):
     Workers(monkeypatch, environment=lambda cell: None if cell in slow else {"found": H100})
     stages.look_around(run)
     cells = {cell for cells in environment.TASKS for cell in cells}
@@ -283,33 +283,33 @@ def test_an_environment_that_takes_too_long_does_not_keep_the_stages_from_beginn
     assert {*left_out(run.record.result)} == {f"environment: {cell}" for cell in slow}
 
 
-def test_imports_are_timed_in_a_process_that_nothing_else_keeps_waiting(run, monkeypatch):
+def test_imports_are_timed_in_a_process_of_their_own(run, monkeypatch):
     workers = Workers(monkeypatch, environment=lambda cell: {"found": H100})
     stages.look_around(run)
     assert [started for started in workers.started if environment.IMPORTS in started] == [("environment", "imports")]
     assert workers.started[0][:2] == ("environment", "device")
 
 
-def test_a_device_that_says_it_is_none_ends_the_command(run, monkeypatch):
+def test_missing_device_ends_the_command(run, monkeypatch):
     Workers(monkeypatch, environment=lambda cell: {"error": "no driver"} if cell == "device" else {"found": H100})
     with pytest.raises(SystemExit, match=r"no device cuda:0: no driver"):
         stages.look_around(run)
 
 
-def test_a_stage_that_breaks_in_the_command_itself_is_told_and_the_next_begins(run, monkeypatch):
+def test_stage_that_fails_in_the_command_is_reported_and_the_next_begins(run, monkeypatch):
     done = []
-    made = {
+    planted = {
         "broken": stages.Stage(1, 1, lambda *_: 1 / 0),
         "next": stages.Stage(3, 1, lambda _, limits: done.append(limits.deadline - time.monotonic())),
     }
-    monkeypatch.setattr(stages, "STAGES", made)
+    monkeypatch.setattr(stages, "STAGES", planted)
     monkeypatch.setattr(stages, "look_around", lambda _: None)
     stages.run_all(run, 60.0, lambda text: None)
     assert "ZeroDivisionError" in problems(run.record.result)[0]
-    assert 59 < done[0] <= 60  # what the first left
+    assert 59 < done[0] <= 60  # the time that the first left
 
 
-def test_the_longest_checkpoint_is_as_long_as_the_disk_allows():
+def test_longest_checkpoint_is_as_long_as_the_disk_allows():
     assert checkpoints.layers_that_fit(13, 64e9) == 13
     assert 1 <= checkpoints.layers_that_fit(13, 10e9) < 4
     assert checkpoints.layers_that_fit(13, 1e9) == 1

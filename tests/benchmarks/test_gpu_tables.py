@@ -1,4 +1,4 @@
-"""The tables that ``python -m benchmarks.gpu`` makes from what it found, and what it says at the end."""
+"""Tests of the tables that ``python -m benchmarks.gpu`` prints, and of its closing summary."""
 
 from benchmarks import measure
 from benchmarks.gpu import __main__ as command
@@ -86,7 +86,7 @@ RESULT = {
 }
 
 
-def test_tables_are_made_from_a_result(tmp_path, capsys):
+def test_tables_are_built_from_a_result(tmp_path, capsys):
     file = tmp_path / "gpu.json"
     measure.write_json(str(file), RESULT)
     command.main(["--table", str(file)])
@@ -127,7 +127,7 @@ def test_tables_are_made_from_a_result(tmp_path, capsys):
     ]
 
 
-def test_the_end_says_what_was_wrong_left_out_and_how_long_it_took():
+def test_summary_lists_errors_omissions_and_times():
     assert tables.ending(RESULT).splitlines() == [
         "Wrong: 4",
         "- sweep: no worker",
@@ -140,7 +140,7 @@ def test_the_end_says_what_was_wrong_left_out_and_how_long_it_took():
     ]
 
 
-def test_no_more_than_fifty_failures_are_told():
+def test_at_most_fifty_failures_are_listed():
     many = [{"cell": f"test {number}", "error": "wrong"} for number in range(60)]
     lines = tables.ending(RESULT | {"errors": {}, "rows": {"tests": many}}).splitlines()
     assert lines[0] == "Wrong: 60"
@@ -148,14 +148,14 @@ def test_no_more_than_fifty_failures_are_told():
     assert "- and 10 more in gpu.json" in lines
 
 
-def test_a_result_without_some_stages_has_the_other_tables():
+def test_result_without_some_stages_has_the_other_tables():
     rows = {stage: RESULT["rows"][stage] for stage in ("environment", "checkpoints", "loads")}
     shown = tables.markdown(RESULT | {"rows": rows})
     assert "| ours | short |" in shown
     assert "pin 64 MiB" not in shown
 
 
-def test_a_load_of_other_tensors_has_no_number():
+def test_load_of_different_tensors_has_no_result():
     rows = [
         {"cell": cell, "checkpoint": "short", "transposed": transposed, "digest": digest, "seconds": 12345.0}
         for cell, transposed, digest in (("a", False, "1"), ("b", False, "2"), ("c", True, "2"))

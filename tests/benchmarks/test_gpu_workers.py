@@ -1,4 +1,4 @@
-"""The command and workers that fail, fall silent, take too long, or die; with workers that do only that."""
+"""Tests of the command with workers that fail, fall silent, take too long, or die."""
 
 import itertools
 import json
@@ -19,7 +19,7 @@ from benchmarks.gpu.worker import BROKEN_EXIT_CODE
 from benchmarks.gpu.working import Task, run_task, run_tasks_together
 
 STAGE = "stage"
-# Does what a cell's name says.
+# A worker that does what the name of a cell says.
 WORKER = """
 import os, signal, subprocess, sys, time
 from benchmarks.gpu.worker import serve
@@ -75,7 +75,7 @@ NUMBERS = itertools.count()
 
 
 class Worker:
-    """A module for ``WORKER``, and a number of seconds that no other process on this machine sleeps."""
+    """A module for ``WORKER``, and a sleep time in seconds that no other process on this machine uses."""
 
     def __init__(self, folder):
         number = f"{os.getpid()}_{next(NUMBERS)}"
@@ -85,7 +85,7 @@ class Worker:
         (folder / f"{self.name}.py").write_text(WORKER)
 
     def left(self):
-        """Processes of it, and of what it started."""
+        """Return the processes of the worker, and those that it started."""
         return processes_of(self.name) + processes_of("sleep\0" + self.order["nap"])
 
 
@@ -96,10 +96,10 @@ def worker(tmp_path, monkeypatch):
 
 
 class AfterAll:
-    """Limits that begin when the worker sleeps: how long Python takes to start is no part of them."""
+    """Limits that begin when the worker sleeps, so that the start of Python does not count."""
 
     def __init__(self, worker, **limits):
-        self._asleep = Path(f"{worker.starts} sleep")  # holds the process that sleeps
+        self._asleep = Path(f"{worker.starts} sleep")  # contains the id of the sleeping process
         self._limits = limits
         self._start = time.monotonic()
 
@@ -117,7 +117,7 @@ class AfterAll:
 
 @pytest.fixture
 def stage(tmp_path, worker):
-    """Works cells off; returns the record's content."""
+    """Run cells. Return the content of the record."""
 
     def work(cells, *, limits=None, **order):
         record = Record.new(tmp_path / "gpu.json")
@@ -143,19 +143,19 @@ def test_cells_are_done_one_after_another_by_one_worker(stage, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("cell", "told"),
+    ("cell", "error"),
     [("segfault", "killed by signal SIGSEGV"), ("exit", "exit code 7"), ("broken", "the device is gone")],
 )
-def test_a_cell_that_kills_its_worker_costs_only_itself(stage, tmp_path, cell, told):
+def test_cell_that_kills_its_worker_affects_only_itself(stage, tmp_path, cell, error):
     result = stage(("a", cell, "b"))
     assert values(result) == {"a": "aa", cell: None, "b": "bb"}
     [problem] = problems(result)
-    assert told in problem
+    assert error in problem
     assert cell != "exit" or "the last words" in problem
     assert starts(tmp_path) == 2
 
 
-def test_a_way_that_kills_its_worker_is_marked_and_its_cell_done_without_it(stage):
+def test_variant_that_kills_its_worker_is_marked_and_skipped(stage):
     result = stage(("a", "ways", "b"))
     assert values(result) == {"a": "aa", "ways": "waysways", "b": "bb"}
     failed = result["rows"][STAGE][1]["failed"]
@@ -165,18 +165,18 @@ def test_a_way_that_kills_its_worker_is_marked_and_its_cell_done_without_it(stag
     }
 
 
-def test_a_worker_that_finds_out_what_there_is_to_do_goes_on_after_a_fault(stage):
+def test_worker_that_lists_its_cells_continues_after_a_fault(stage):
     assert values(stage(None)) == {"a": "aa", "segfault": None, "b": "bb"}
 
 
-def test_a_cell_that_falls_silent_is_killed_with_all_that_it_started(stage, worker):
+def test_silent_cell_is_killed_with_its_children(stage, worker):
     result = stage(("a", "sleep", "b"), limits=AfterAll(worker, silence_s=0.3))
     assert values(result) == {"a": "aa", "sleep": None, "b": "bb"}
     assert "no word for" in problems(result)[0]
     assert not worker.left()
 
 
-def test_what_the_deadline_cuts_off_is_listed_and_not_wrong(stage, worker):
+def test_cells_after_the_deadline_are_listed_and_not_wrong(stage, worker):
     result = stage(("a", "sleep", "b"), limits=AfterAll(worker, seconds=0))
     assert values(result) == {"a": "aa"}
     assert [*left_out(result)] == ["stage: sleep", "stage: b"]
@@ -190,7 +190,7 @@ def test_workers_that_cannot_even_begin_end_the_stage(stage, tmp_path):
     assert [*left_out(result)] == ["stage: a", "stage: b"]
 
 
-def test_a_worker_that_only_says_what_nobody_asked_for_gets_nowhere(stage, tmp_path):
+def test_worker_with_only_unexpected_messages_gets_nowhere(stage, tmp_path):
     result = stage(("stray", "b"))
     assert values(result) == {"of another stage": None}
     assert "exit code 7" in result["errors"][STAGE]
@@ -198,7 +198,7 @@ def test_a_worker_that_only_says_what_nobody_asked_for_gets_nowhere(stage, tmp_p
     assert [*left_out(result)] == ["stage: stray", "stage: b"]
 
 
-def test_workers_side_by_side_keep_all_their_rows_and_their_words_apart(tmp_path, worker):
+def test_parallel_workers_keep_all_rows_and_separate_logs(tmp_path, worker):
     record = Record.new(tmp_path / "gpu.json")
     tasks = [Task(worker.name, {**worker.order, "shouts": f"{k}"}, (f"{k}", "shout")) for k in range(4)]
     run_tasks_together(tasks, STAGE, record, Place({}, tmp_path / "log"), Limits(time.monotonic() + 30, 30))
@@ -209,7 +209,7 @@ def test_workers_side_by_side_keep_all_their_rows_and_their_words_apart(tmp_path
     assert all(f"{k}" * 1000 in log for k in range(4))
 
 
-def test_a_log_that_is_full_takes_no_more(stage, tmp_path, monkeypatch):
+def test_full_log_grows_no_further(stage, tmp_path, monkeypatch):
     monkeypatch.setattr(listening, "MOST_LOG_BYTES", 1500)
     for shouts in ("x", "y"):
         stage(("shout",), shouts=shouts)
@@ -248,8 +248,8 @@ def test_no_worker_outlives_a_listener_that_is_killed(tmp_path, worker):
     assert soon(lambda: not worker.left())
 
 
-def test_a_worker_that_is_started_by_hand_ends_alone(tmp_path, worker):
-    """Its parent is in the same process group, and lives on."""
+def test_worker_started_by_hand_ends_without_its_group(tmp_path, worker):
+    """Its parent is in the same process group, and stays alive."""
     order = json.dumps({**worker.order, "cells": ["wait"]})
     by_hand = f"""
 import subprocess, sys
@@ -282,19 +282,19 @@ def soon(is_so):
 
 
 def processes_of(text):
-    """Processes that have a text in their command line."""
-    found = []
+    """Return the processes with a text in their command line."""
+    lines = []
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         try:
             line = path.read_text()
         except OSError:
             continue
         if text in line and str(os.getpid()) != path.parent.name:
-            found.append(line)
-    return found
+            lines.append(line)
+    return lines
 
 
-def test_a_file_is_whole_whatever_stops_its_writing(tmp_path, monkeypatch):
+def test_file_stays_whole_if_writing_stops(tmp_path, monkeypatch):
     path = tmp_path / "gpu.json"
     measure.write_json(str(path), {"old": 1})
     monkeypatch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
@@ -303,7 +303,7 @@ def test_a_file_is_whole_whatever_stops_its_writing(tmp_path, monkeypatch):
     assert json.loads(path.read_text()) == {"old": 1}
 
 
-def test_what_was_wrong_is_done_again_and_what_was_right_is_kept(tmp_path):
+def test_wrong_cells_are_repeated_and_right_ones_kept(tmp_path):
     record = Record.new(tmp_path / "gpu.json")
     record.add(STAGE, {"cell": "right", "value": 1})
     record.add(STAGE, {"cell": "wrong", "wrong": {"ours": "a byte"}})
@@ -318,7 +318,7 @@ def test_what_was_wrong_is_done_again_and_what_was_right_is_kept(tmp_path):
     assert [*left_out(again.result)] == []
 
 
-def test_a_row_takes_the_place_of_an_earlier_one_of_its_cell(tmp_path):
+def test_row_replaces_the_earlier_row_of_its_cell(tmp_path):
     record = Record.new(tmp_path / "gpu.json")
     for value in (1, 2):
         record.add(STAGE, {"cell": "a", "value": value})

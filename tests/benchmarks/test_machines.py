@@ -1,4 +1,4 @@
-"""benchmarks.peers.machines: each state is what it says, ends with its block, and is told where it cannot be made."""
+"""Tests of benchmarks.peers.machines: each state is set up, ends with its block, and reports if it is impossible."""
 
 import json
 import os
@@ -17,7 +17,7 @@ from benchmarks.peers.machines import MACHINES, Machine, State, Unavailable
 from benchmarks.peers.running import run_jobs
 from benchmarks.peers.worker import Job
 
-pytestmark = pytest.mark.skipif(not transformers_available(), reason="benchmarks build models of transformers")
+pytestmark = pytest.mark.skipif(not transformers_available(), reason="benchmarks build transformers models")
 
 
 @pytest.fixture
@@ -33,7 +33,7 @@ def root(tmp_path):
 
 
 @contextmanager
-def made(name, checkpoint, root):
+def set_up(name, checkpoint, root):
     try:
         with MACHINES[name].make(checkpoint, root, False) as state:
             yield state
@@ -41,8 +41,8 @@ def made(name, checkpoint, root):
         pytest.skip(str(error))
 
 
-def test_the_page_cache_holds_another_file(checkpoint, root):
-    with made("page-cache-full", checkpoint, root) as state:
+def test_page_cache_holds_another_file(checkpoint, root):
+    with set_up("page-cache-full", checkpoint, root) as state:
         assert cache.cached_share(root) == 1
         assert Path(root, "other").stat().st_blocks == 0
         cache.evict(root)
@@ -50,7 +50,7 @@ def test_the_page_cache_holds_another_file(checkpoint, root):
         assert cache.cached_share(root) == 1
 
 
-def test_who_fragments_memory_holds_a_sixteenth_of_it():
+def test_fragmenting_process_holds_a_sixteenth_of_memory():
     command = [sys.executable, "-m", "benchmarks.peers.holding", str(512 << 20)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=measure.REPOSITORY) as helper:
         for _ in range(2):
@@ -64,11 +64,11 @@ def test_who_fragments_memory_holds_a_sixteenth_of_it():
     assert helper.returncode == 0
 
 
-def test_memory_is_fragmented_anew_before_each_run_until_the_block_ends(checkpoint, root, monkeypatch):
+def test_memory_is_fragmented_before_each_run_until_the_block_ends(checkpoint, root, monkeypatch):
     started = []
     popen = subprocess.Popen
     monkeypatch.setattr(subprocess, "Popen", lambda *a, **k: started.append(popen(*a, **k)) or started[-1])
-    with made("fragmented", checkpoint, root) as state:
+    with set_up("fragmented", checkpoint, root) as state:
         state.before()
         state.before()
         assert started[0].poll() is None
@@ -76,19 +76,19 @@ def test_memory_is_fragmented_anew_before_each_run_until_the_block_ends(checkpoi
 
 
 def test_files_on_overlayfs_are_the_same_and_leave_no_mount(checkpoint, root):
-    with made("overlayfs", checkpoint, root) as state:
+    with set_up("overlayfs", checkpoint, root) as state:
         shown = subprocess.run([*state.prefix, "ls", state.directory], capture_output=True, text=True, check=True)
         assert shown.stdout.split() == sorted(os.listdir(checkpoint))
         assert os.listdir(state.directory) == []
 
 
 def test_two_loads_wait_for_each_other_before_they_begin(checkpoint, root):
-    with made("two-loads", checkpoint, root) as state:
-        found = run_jobs({"a": Job("preadv", [(checkpoint, 1)], checkpoint, "")}, 1, state)
-    assert found["a"][0]["seconds"] > 0
+    with set_up("two-loads", checkpoint, root) as state:
+        results = run_jobs({"a": Job("preadv", [(checkpoint, 1)], checkpoint, "")}, 1, state)
+    assert results["a"][0]["seconds"] > 0
 
 
-def test_of_two_loads_the_one_that_ends_last_counts(checkpoint, monkeypatch):
+def test_slower_of_two_loads_counts(checkpoint, monkeypatch):
     seconds, met = [3.0, 1.0, 1.0, 3.0], []
 
     def run_worker(command, *_, **__):
@@ -97,24 +97,24 @@ def test_of_two_loads_the_one_that_ends_last_counts(checkpoint, monkeypatch):
 
     monkeypatch.setattr(measure, "run_worker", run_worker)
     jobs = {"a": Job("preadv", [(checkpoint, 1)], checkpoint, "")}
-    found = run_jobs(jobs, 2, State(checkpoint, loads=2))
-    assert [load["seconds"] for load in found["a"]] == [3.0, 3.0]
+    results = run_jobs(jobs, 2, State(checkpoint, loads=2))
+    assert [load["seconds"] for load in results["a"]] == [3.0, 3.0]
     assert len(set(met)) == 2
     assert None not in met
 
 
-def test_a_process_under_a_limit_is_in_the_group_that_has_it(checkpoint, tmp_path, monkeypatch):
+def test_limited_process_is_in_its_group(checkpoint, tmp_path, monkeypatch):
     group = tmp_path / f"benchmark-{os.getpid()}"
     monkeypatch.setattr(machines, "_parent_group", lambda: tmp_path)
     monkeypatch.setattr(Path, "exists", lambda path: False)  # no systemd
-    monkeypatch.setattr(Path, "rmdir", lambda path: None)  # a file system of cgroups lets go of the files within
+    monkeypatch.setattr(Path, "rmdir", lambda path: None)  # cgroup file systems remove the files inside
     with MACHINES["memory-limit"].make(checkpoint, "", True) as state:
         assert int((group / "memory.max").read_text()) == int(1.15 * measure.file_bytes(checkpoint)) + (320 << 20)
         run = subprocess.run([*state.prefix, "sh", "-c", "echo $$"], capture_output=True, text=True, check=True)
         assert (group / "cgroup.procs").read_text() == run.stdout
 
 
-def test_a_worker_that_is_killed_is_told_as_such(checkpoint, monkeypatch):
+def test_killed_worker_is_reported(checkpoint, monkeypatch):
     kill = ["-c", "import os; os.kill(os.getpid(), 9)"]
     for prefix in ((), ("sh", "-c", '"$@"; exit $?', "sh")):
         with pytest.raises(measure.Killed):
@@ -125,7 +125,7 @@ def test_a_worker_that_is_killed_is_told_as_such(checkpoint, monkeypatch):
     assert run_jobs(jobs, 1, State(checkpoint)) == {"a": [{"killed": True}]}
 
 
-def test_a_state_that_cannot_be_made_stands_in_the_result_with_why(tmp_path, monkeypatch):
+def test_impossible_state_is_in_the_result_with_its_reason(tmp_path, monkeypatch):
     @contextmanager
     def make(checkpoint, root, fully):
         raise Unavailable("no rights\nat all")
@@ -141,7 +141,7 @@ def test_a_state_that_cannot_be_made_stands_in_the_result_with_why(tmp_path, mon
     assert os.listdir(tmp_path) == []
 
 
-def test_a_machine_whose_page_cache_is_not_asked_for_stands_in_the_result_with_why(tmp_path):
+def test_skipped_page_cache_state_is_in_the_result_with_its_reason(tmp_path):
     result = peers.run(
         shapes.SMALL, ["cold-cache"], [memory.READY], None, ["[E, 2I, H]"], ["warm"], 1, 1, str(tmp_path)
     )

@@ -1,4 +1,4 @@
-"""benchmarks.peers: all ways make the same tensors, a warm cache is warm, and what is printed is what was measured."""
+"""Tests of benchmarks.peers: all methods load the same tensors, a warm cache is warm, and tables show measurements."""
 
 import csv
 import json
@@ -19,21 +19,21 @@ from benchmarks.peers.methods import METHODS
 from benchmarks.peers.roofs import ROOFS
 from benchmarks.peers.worker import LAYOUTS, Job, variables, work
 
-pytestmark = pytest.mark.skipif(not transformers_available(), reason="benchmarks build models of transformers")
+pytestmark = pytest.mark.skipif(not transformers_available(), reason="benchmarks build transformers models")
 HERE = [name for name, method in METHODS.items() if method.installed]
 
 
 @pytest.fixture
 def page_sizes(monkeypatch):
-    """The sizes of pages that the loader was told."""
-    load, told = amc.load_state_dict, []
+    """Record the page sizes that the loader receives."""
+    load, sizes = amc.load_state_dict, []
 
     def load_state_dict(*arguments, **options):
-        told.append(options.get("huge_pages", "nothing"))
+        sizes.append(options.get("huge_pages", "nothing"))
         return load(*arguments, **options)
 
     monkeypatch.setattr(amc, "load_state_dict", load_state_dict)
-    return told
+    return sizes
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +43,7 @@ def checkpoint(tmp_path_factory):
     return str(directory)
 
 
-def test_all_that_is_installed_makes_the_same_tensors(checkpoint, page_sizes):
+def test_all_installed_methods_load_the_same_tensors(checkpoint, page_sizes):
     digests = {}
     for layout in LAYOUTS:
         for method in HERE:
@@ -51,11 +51,11 @@ def test_all_that_is_installed_makes_the_same_tensors(checkpoint, page_sizes):
             digests.setdefault(layout, set()).add(load["digest"])
             assert load["seconds"] > 0
             assert load["cached_share"] == 1
-    assert [len(found) for found in digests.values()] == [1, 1]
+    assert [len(results) for results in digests.values()] == [1, 1]
     assert len(set.union(*digests.values())) == 2
 
 
-def test_the_loader_is_told_a_size_of_pages_only_in_the_rows_that_say_so(checkpoint, page_sizes):
+def test_loader_gets_a_page_size_only_in_rows_that_name_one(checkpoint, page_sizes):
     reading = []
     for method in ("ours", "ours-huge", "ours-small"):
         [load] = work(Job(method, [(checkpoint, 2)], checkpoint, memory=memory.AS_FOUND), 1)
@@ -71,19 +71,21 @@ def test_roofs_run(checkpoint, name):
     assert load["digest"] is None
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="pages are made on Linux")
-def test_pages_are_made_before_the_read_in_the_roof_of_small_ones_alone(checkpoint, monkeypatch):
-    populate_pages, made = page_calls.populate_pages, []
-    monkeypatch.setattr(page_calls, "populate_pages", lambda *pages: made.append(pages[1]) or populate_pages(*pages))
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux can populate pages")
+def test_only_the_small_page_roof_populates_pages_before_the_read(checkpoint, monkeypatch):
+    populate_pages, populated = page_calls.populate_pages, []
+    monkeypatch.setattr(
+        page_calls, "populate_pages", lambda *pages: populated.append(pages[1]) or populate_pages(*pages)
+    )
     files = [path.stat().st_size for path in Path(checkpoint).glob("*.safetensors")]
     ROOFS["preadv"].prepare(checkpoint, 1)()
-    assert made == []
+    assert populated == []
     buffers = ROOFS["preadv-small"].prepare(checkpoint, 1)()
-    assert sum(files) - 2 * len(files) * mmap.PAGESIZE <= sum(made) <= sum(files)
+    assert sum(files) - 2 * len(files) * mmap.PAGESIZE <= sum(populated) <= sum(files)
     assert sum(int(buffer.count_nonzero()) for buffer in buffers) > sum(files) // 2
 
 
-def test_a_point_that_would_take_too_long_is_left_out(checkpoint):
+def test_point_that_would_take_too_long_is_left_out(checkpoint):
     job = Job("ours", [(checkpoint, 1)] * 2, checkpoint, growth=[1.0, 1e9], most_seconds=10.0)
     first, second = work(job, 1)
     assert first["seconds"] > 0
@@ -91,12 +93,12 @@ def test_a_point_that_would_take_too_long_is_left_out(checkpoint):
     assert "seconds" not in second
 
 
-def test_what_was_read_is_in_the_page_cache(checkpoint):
+def test_read_file_is_in_the_page_cache(checkpoint):
     measure.read_through(checkpoint)
     assert cache.cached_share(checkpoint) == 1
 
 
-def test_only_a_warm_cache_is_asked_for_by_those_who_read_past_it():
+def test_direct_reads_are_turned_off_only_for_a_warm_cache():
     assert variables("warm")["FASTSAFETENSORS_ODIRECT"] == "0"
     assert "FASTSAFETENSORS_ODIRECT" not in variables("cold")
     assert variables("cold")["THP_MEM_ALLOC_ENABLE"] == "1"
@@ -111,7 +113,7 @@ def test_memory_is_touched_beforehand_only_to_make_it_ready(checkpoint, monkeypa
     assert touched == [3 * measure.file_bytes(checkpoint)]
 
 
-def test_who_starts_loads_waits_where_memory_is_as_found(checkpoint, monkeypatch):
+def test_runner_waits_before_loads_with_memory_as_found(checkpoint, monkeypatch):
     waited = []
     monkeypatch.setattr(memory.time, "sleep", waited.append)
     monkeypatch.setattr(measure, "run_worker", lambda *_, **__: {"loads": [{"seconds": 1.0}]})
@@ -130,13 +132,13 @@ def test_memory_of_files_that_leave_the_page_cache_is_free_before_the_wait(check
     assert cached == [0]
 
 
-def test_torch_is_told_to_ask_for_huge_pages_where_a_row_says_so(checkpoint, monkeypatch):
-    told = {}
+def test_torch_requests_huge_pages_only_in_rows_that_name_them(checkpoint, monkeypatch):
+    methods_by_memory = {}
 
     def run_worker(command, repetition, variables, prefix):
         job = json.loads(command[-1])
         if "THP_MEM_ALLOC_ENABLE" in variables:
-            told.setdefault(job["memory"], set()).add(job["method"])
+            methods_by_memory.setdefault(job["memory"], set()).add(job["method"])
         return {"loads": [{"seconds": 1.0}]}
 
     monkeypatch.setattr(measure, "run_worker", run_worker)
@@ -146,7 +148,7 @@ def test_torch_is_told_to_ask_for_huge_pages_where_a_row_says_so(checkpoint, mon
         jobs = peers.jobs_of(list(METHODS), layouts, ["warm"], state, checkpoint, checkpoint, 1)
         running.run_jobs(jobs, 1, State(checkpoint))
     by_itself = {"transformers-as-it-comes", "ours", "ours-huge", "ours-small"}
-    assert told == {memory.READY: set(METHODS) - by_itself, memory.AS_FOUND: {"transformers"}}
+    assert methods_by_memory == {memory.READY: set(METHODS) - by_itself, memory.AS_FOUND: {"transformers"}}
 
 
 def test_every_peer_is_pinned():
@@ -192,7 +194,7 @@ def _markdown(rows, environment=(), not_made=()):
     return tables.markdown({"environment": about, "rows": rows, "file_bytes": 10, "not_made": dict(not_made)})
 
 
-def test_tensors_that_differ_give_no_table():
+def test_different_tensors_give_no_table():
     tables.check([_row("a", "x", "1"), _row("b", "x", "1"), _row("a", "y", "2")])
     with pytest.raises(RuntimeError, match="do not produce the same tensors"):
         tables.check([_row("a", "x", "1"), _row("b", "x", "2")])
@@ -200,17 +202,17 @@ def test_tensors_that_differ_give_no_table():
         tables.check([_row("a", "x", "1"), _row("a", "x", "2", state=memory.AS_FOUND)])
 
 
-def test_ratios_are_to_ours_of_the_same_layout_and_memory_and_to_the_faster_roof():
+def test_ratios_use_ours_of_the_same_layout_and_memory_and_the_faster_roof():
     rows = [_row("preadv", "", None, 0.5), _row("preadv-small", "", None, 0.75), _row("preadv-touched", "", None, 0.1)]
     rows += [_row("a", "x", "1", 3.0), _row("ours", "x", "1", 1.0), _row("ours", "y", "1", 9.0)]
     rows += [_row(m, "x", "1", 2.0, memory.AS_FOUND) for m in ("a", "ours")]
     rows += [_row("preadv", "", None, 2.0, memory.AS_FOUND), _row("preadv-small", "", None, 1.5, memory.AS_FOUND)]
-    ready, found = (line for line in _markdown(rows).splitlines() if line.startswith("| a (1)"))
+    ready, as_found = (line for line in _markdown(rows).splitlines() if line.startswith("| a (1)"))
     assert "| 3.00x | 0.17 |" in ready
-    assert "| 1.00x | 0.75 |" in found
+    assert "| 1.00x | 0.75 |" in as_found
 
 
-def test_a_method_that_was_killed_has_no_number_and_is_no_measure():
+def test_killed_method_has_no_result_and_is_no_reference():
     killed = _row("preadv", "", None) | {"runs": [{"killed": True}]}
     rows = [killed, _row("preadv-small", "", None, 0.5), _row("ours", "x", "1", 1.0)]
     tables.check([killed | {"layout": "x"}, rows[-1]])
@@ -219,17 +221,17 @@ def test_a_method_that_was_killed_has_no_number_and_is_no_measure():
     assert "**0.50**" in text
 
 
-def test_a_table_says_what_is_known_of_the_machine():
+def test_table_describes_the_machine():
     assert _markdown([]).startswith("2 cores of x86_64; Linux 6.18.\n")
     known = {"cpu": "Some CPU", "memory_bytes": 24 << 30, "huge_pages": "always [madvise] never"}
-    told = _markdown([], known | {"touched_gb_per_s": {"freed_just_now": 4.7, "freed_long_ago": 0.5}})
-    assert told.startswith("2 cores of Some CPU; 24 GiB; Linux 6.18; transparent huge pages: madvise; ")
-    assert "at 4.7 GB/s if it was freed just now, at 0.5 GB/s if 30 s ago: free memory goes back to the host." in told
+    text = _markdown([], known | {"touched_gb_per_s": {"freed_just_now": 4.7, "freed_long_ago": 0.5}})
+    assert text.startswith("2 cores of Some CPU; 24 GiB; Linux 6.18; transparent huge pages: madvise; ")
+    assert "at 4.7 GB/s if it was freed just now, at 0.5 GB/s if 30 s ago: free memory goes back to the host." in text
     kept = {"touched_gb_per_s": {"freed_just_now": 4.7, "freed_long_ago": 4.0}}
     assert "free memory stays with the machine." in _markdown([], kept)
 
 
-def test_the_speed_of_touching_memory_is_measured():
+def test_speed_of_touching_memory_is_measured():
     speeds = memory.touch_speeds(4 << 20, 1, 0.0)
     assert set(speeds) == {"freed_just_now", "freed_long_ago"}
     assert min(speeds.values()) > 0
@@ -244,18 +246,18 @@ def test_pairs_are_compared_one_by_one():
     assert "whole load, 3 pairs: 1.00 (1.00-1.60)x, at worst 2.00x" in list(pairs.lines(result))
 
 
-def test_a_sweep_becomes_a_csv(tmp_path):
+def test_sweep_becomes_a_csv(tmp_path):
     lines = sweep.run("threads", ["ours"], 1, 64, str(tmp_path))
     sweep.write(lines, tmp_path / "sweep-threads.csv")
     with (tmp_path / "sweep-threads.csv").open(newline="") as file:
-        found = list(csv.DictReader(file))
-    assert [line["x"] for line in found] == ["1", "2", "4", "8"]
-    assert all(float(line["seconds"]) > 0 for line in found)
+        rows = list(csv.DictReader(file))
+    assert [line["x"] for line in rows] == ["1", "2", "4", "8"]
+    assert all(float(line["seconds"]) > 0 for line in rows)
     assert [path.name for path in tmp_path.iterdir()] == ["sweep-threads.csv"]
 
 
 @pytest.mark.parametrize("axis", sweep.AXES)
-def test_points_of_an_axis_are_in_order_and_of_like_bytes(axis):
+def test_points_of_an_axis_are_in_order_and_of_similar_size(axis):
     points = sweep.AXES[axis].points(1)
     xs = [point.x for point in points]
     assert xs == sorted(set(xs))

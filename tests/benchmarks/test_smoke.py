@@ -1,4 +1,4 @@
-"""Every benchmark runs, small, and measures what it says."""
+"""Tests that run every benchmark at a small size and check that it measures what it reports."""
 
 import json
 import os
@@ -25,7 +25,7 @@ from benchmarks import (
     sharded,
 )
 
-pytestmark = pytest.mark.skipif(not transformers_available(), reason="benchmarks build models of transformers")
+pytestmark = pytest.mark.skipif(not transformers_available(), reason="benchmarks build transformers models")
 
 
 @pytest.fixture(scope="module")
@@ -57,8 +57,8 @@ def test_executing_is_timed_here_and_in_another_checkout(tmp_path, capsys):
     shown = capsys.readouterr().out
     assert "above the floor" in shown
     assert "here / against" in shown
-    [(found, results)] = json.loads(file.read_text())["results"].items()
-    assert found == case
+    [(name, results)] = json.loads(file.read_text())["results"].items()
+    assert name == case
     assert set(results) == {"here", "against"}
     for [one] in results.values():
         assert one["tensors"] == 384
@@ -67,27 +67,27 @@ def test_executing_is_timed_here_and_in_another_checkout(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("case", executing_worker.CASES)
-def test_what_executing_is_timed_against_makes_the_same_bytes(tmp_path, case, monkeypatch):
+def test_floor_of_executing_writes_the_same_bytes(tmp_path, case, monkeypatch):
     path = str(tmp_path / "model.safetensors")
     executing_worker.write_file(path, 2)
-    found = executing_worker.work(case, path, 2, 1)["seconds"]
-    assert all(len(times) == 1 for times in found.values())
+    times_by_part = executing_worker.work(case, path, 2, 1)["seconds"]
+    assert all(len(times) == 1 for times in times_by_part.values())
     monkeypatch.setattr(executing_worker.Floor, "_read", lambda floor, into, first: into)
     with pytest.raises(RuntimeError, match="is not what the floor makes"):
         executing_worker.work(case, path, 2, 1)
 
 
-def test_what_another_checkout_does_not_tell_is_left_out():
+def test_times_missing_in_another_checkout_are_left_out():
     runs = [
         {"tensors": 2, "seconds": {"load": [4.0, 6.0, 5.0], "schedule": times, "floor": [1.0]}} for times in ([2.0], [])
     ]
-    told, untold = (executing.per_tensor([one]) for one in runs)
-    assert told == {"load": [2.5], "schedule": [1.0], "floor": [0.5], "execute": [1.5], "above": [2.0]}
-    assert untold == {"load": [2.5], "floor": [0.5], "above": [2.0]}
+    with_parts, without_parts = (executing.per_tensor([one]) for one in runs)
+    assert with_parts == {"load": [2.5], "schedule": [1.0], "floor": [0.5], "execute": [1.5], "above": [2.0]}
+    assert without_parts == {"load": [2.5], "floor": [0.5], "above": [2.0]}
 
 
 def test_calls_of_verbs_are_timed_by_phase(tmp_path, capsys):
-    pytest.importorskip("triton", reason="what would launch is Triton's")
+    pytest.importorskip("triton", reason="the launches need Triton")
     from benchmarks import launching
 
     file = tmp_path / "result.json"
@@ -102,20 +102,20 @@ def test_calls_of_verbs_are_timed_by_phase(tmp_path, capsys):
         assert all(len(times) == 2 and min(times) > 0 for times in seconds.values())
 
 
-def test_the_stacks_that_are_timed_are_the_destinations_of_the_lists():
-    pytest.importorskip("triton", reason="what would launch is Triton's")
+def test_stacks_that_are_timed_are_the_destinations_of_the_lists():
+    pytest.importorskip("triton", reason="the launches need Triton")
     from automodel_conv.kernels.address_table import as_matrices
     from benchmarks import launching, operations
 
     for name, make in operations.OPERATIONS.items():
         case = make(launching._LAYERS["small"], torch.bfloat16, torch.bfloat16, torch.device("cpu"))
         for stack, listed in zip(launching._STACKS[name](case.out), case.operands, strict=False):
-            found, expected = as_matrices("stack", stack), as_matrices("list", listed)
-            assert found[1:] == expected[1:], name
-            assert found.addresses.tolist() == expected.addresses.tolist(), name
+            actual, expected = as_matrices("stack", stack), as_matrices("list", listed)
+            assert actual[1:] == expected[1:], name
+            assert actual.addresses.tolist() == expected.addresses.tolist(), name
 
 
-def test_upstream_is_stopped_once_it_knows_every_tensor(checkpoint, monkeypatch):
+def test_transformers_is_stopped_once_it_has_every_tensor(checkpoint, monkeypatch):
     from transformers import core_model_loading as core
 
     collected = []
@@ -145,15 +145,15 @@ def test_from_pretrained_is_timed_with_the_hook_and_without(tmp_path, capsys):
     assert [path.name for path in tmp_path.iterdir()] == ["result.json"]
 
 
-def test_all_ways_of_saving_and_converting_make_the_same_tensors(tmp_path):
+def test_all_methods_of_saving_and_converting_write_the_same_tensors(tmp_path):
     saving.write_checkpoints(shapes.SMALL, str(tmp_path), 2, saving.TINY_SHARD)
-    found = {m: saving.work(m, str(tmp_path), 2, saving.TINY_SHARD, "as-found", 0) for m in saving.METHODS}
+    results = {m: saving.work(m, str(tmp_path), 2, saving.TINY_SHARD, "as-found", 0) for m in saving.METHODS}
     wanted = {form: saving.digest_of(str(tmp_path / "big" / form)) for form in (saving.PER_EXPERT, saving.GROUPED)}
     assert len(set(wanted.values())) == 2
     for name, method in saving.METHODS.items():
-        assert found[name]["digest"] == wanted[method.makes], name
-        assert found[name]["seconds"] > 0
-        assert (found[name]["anonymous_bytes"] is None) == ("cp" in name)
+        assert results[name]["digest"] == wanted[method.makes], name
+        assert results[name]["seconds"] > 0
+        assert (results[name]["anonymous_bytes"] is None) == ("cp" in name)
     assert {path.name for path in tmp_path.iterdir()} == {"big", "tiny"}
 
 
@@ -174,7 +174,7 @@ def test_saving_runs_its_workers_and_prints_a_table_now_and_later(tmp_path, caps
     assert capsys.readouterr().out == shown
 
 
-def test_saved_tensors_that_differ_from_the_first_files_give_no_number(tmp_path, capsys, monkeypatch):
+def test_saved_tensors_that_differ_give_no_result(tmp_path, capsys, monkeypatch):
     def run_interleaved(commands, repetitions, before):
         return {m: [{"digest": "another", "seconds": 1.0}] for m in commands}
 
@@ -184,21 +184,21 @@ def test_saved_tensors_that_differ_from_the_first_files_give_no_number(tmp_path,
     assert capsys.readouterr().out == ""
 
 
-def test_all_ways_of_dequantizing_make_the_same_numbers(tmp_path):
+def test_all_methods_of_dequantizing_return_the_same_values(tmp_path):
     for name in ("layer", "tiny"):
         dequant.write_checkpoint(dequant.TINY_LAYER, str(tmp_path / name))
     threads = torch.get_num_threads()
-    # nemo is an overlay that only its own tests have on their path
+    # nemo is an overlay that is only on the path of its own tests
     methods = [method for method in dequant.METHODS if method != "fp8: nemo"]
     try:
-        found = {m: [dequant.work(m, str(tmp_path), dequant.TINY_MATRIX, 2, 0)] for m in methods}
+        results = {m: [dequant.work(m, str(tmp_path), dequant.TINY_MATRIX, 2, 0)] for m in methods}
     finally:
         torch.set_num_threads(threads)
     for case in dequant.CASES:
-        of_case = {method: runs for method, runs in found.items() if method.startswith(case)}
+        of_case = {method: runs for method, runs in results.items() if method.startswith(case)}
         dequant.check(of_case)
         assert len({runs[0]["output_bytes"] for runs in of_case.values()}) == 1
-    assert all(runs[0]["seconds"] > 0 for runs in found.values())
+    assert all(runs[0]["seconds"] > 0 for runs in results.values())
 
 
 def test_dequantizing_runs_its_workers_and_prints_a_table_now_and_later(tmp_path, capsys):
@@ -215,14 +215,14 @@ def test_dequantizing_runs_its_workers_and_prints_a_table_now_and_later(tmp_path
     assert capsys.readouterr().out == shown
 
 
-def test_numbers_that_are_not_ours_are_counted_and_give_no_number():
+def test_different_values_are_counted_and_give_no_result():
     ours = torch.tensor([1.0, -1.0, 0.0, 2.0], dtype=torch.bfloat16)
     others = torch.tensor([1.0, -1.0, -0.0, 2.0], dtype=torch.bfloat16)
     assert dequant.compared({"": others}, {"": ours})["differing"] == 1
     assert dequant.compared({"": others}, {"": ours})["most_ulp"] == 0
     others.view(torch.int16)[1] += 2
-    found = dequant.compared({"": others}, {"": ours})
-    assert (found["elements"], found["differing"], found["most_ulp"]) == (4, 2, 2)
+    comparison = dequant.compared({"": others}, {"": ours})
+    assert (comparison["elements"], comparison["differing"], comparison["most_ulp"]) == (4, 2, 2)
     many = {"elements": 10**6, "digest": "same"}
     dequant.check({"a": [many | {"differing": 100, "most_ulp": 1}]})
     for wrong in ({"differing": 101, "most_ulp": 1}, {"differing": 1, "most_ulp": 2}):
@@ -234,7 +234,7 @@ def test_numbers_that_are_not_ours_are_counted_and_give_no_number():
 
 
 @pytest.mark.long
-def test_ranks_load_in_all_ways_and_each_ends_with_the_same_parts(tmp_path, capsys):
+def test_ranks_load_the_same_parts_with_all_methods(tmp_path, capsys):
     file = tmp_path / "result.json"
     sharded.main(["--smoke", "--repetitions", "1", "--directory", str(tmp_path), "--json", str(file)])
     shown = capsys.readouterr().out
@@ -244,7 +244,7 @@ def test_ranks_load_in_all_ways_and_each_ends_with_the_same_parts(tmp_path, caps
     ranks = {method: run["ranks"] for method, [run] in runs.items()}
     digests = {tuple(rank["digest"] for rank in of) for of in ranks.values()}
     assert len(digests) == 1
-    assert len(set(digests.pop())) == sharded.RANKS  # a rank has other experts than another
+    assert len(set(digests.pop())) == sharded.RANKS  # each rank has other experts
     config = shapes.SMALL.config
     experts = config["num_hidden_layers"] * 3 * config["moe_intermediate_size"] * config["hidden_size"] * 2
     for method, of in ranks.items():
@@ -252,7 +252,7 @@ def test_ranks_load_in_all_ways_and_each_ends_with_the_same_parts(tmp_path, caps
             assert rank["owned_bytes"] == of[0]["owned_bytes"] > experts
             assert (rank["counted_bytes"] is None) == ("ours" not in method)
             assert rank["seconds"] > 0
-    # So small that what lies between two wanted tensors is read with them: all but the experts at the ends.
+    # The sizes are so small that the gaps between wanted tensors are also read: all but the experts at the ends.
     whole = sum(p.nbytes for p in shapes.meta_model(shapes.SMALL).state_dict().values())
     for rank in ranks["ours"] + ranks["ours, dcp"]:
         assert rank["owned_bytes"] <= rank["counted_bytes"] <= whole
@@ -262,7 +262,7 @@ def test_ranks_load_in_all_ways_and_each_ends_with_the_same_parts(tmp_path, caps
     assert capsys.readouterr().out == shown
 
 
-def test_parts_of_ranks_that_differ_give_no_number(tmp_path, capsys, monkeypatch):
+def test_parts_of_ranks_that_differ_give_no_result(tmp_path, capsys, monkeypatch):
     def run_interleaved(commands, repetitions, before):
         return {m: [{"ranks": [{"digest": "same"}, {"digest": m}], "seconds": 1.0}] for m in commands}
 
@@ -272,7 +272,7 @@ def test_parts_of_ranks_that_differ_give_no_number(tmp_path, capsys, monkeypatch
     assert capsys.readouterr().out == ""
 
 
-def test_a_rank_that_fails_is_reported_and_the_others_are_ended():
+def test_rank_that_fails_is_reported_and_the_others_are_ended():
     done = subprocess.run(
         [sys.executable, "-c", FAILING_RANK], cwd=measure.REPOSITORY, capture_output=True, text=True, timeout=120
     )
@@ -293,12 +293,12 @@ sharded.divided(job)
 """
 
 
-def test_a_worker_that_fails_is_reported_with_its_error():
+def test_worker_that_fails_is_reported_with_its_error():
     with pytest.raises(RuntimeError, match="No module named"):
         measure.run_worker(["-m", "benchmarks.nothing"], 0)
 
 
-def test_sparse_checkpoints_have_the_size_but_not_the_blocks(tmp_path):
+def test_sparse_checkpoints_have_the_size_without_the_blocks(tmp_path):
     shapes.write_sparse_checkpoint(shapes.SMALL, str(tmp_path))
     opened = open_checkpoint(tmp_path)
     assert len(opened.names) == shapes.SMALL.keys
@@ -322,14 +322,14 @@ def test_integrity_times_loads_and_plans_with_and_without(tmp_path, capsys):
     assert all(len(times) == 2 and min(times) > 0 for times in seconds.values())
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="files are mapped on Linux")
-def test_a_mapped_load_reads_nothing_and_makes_the_same_tensors(tmp_path):
+@pytest.mark.skipif(sys.platform != "linux", reason="files are mapped only on Linux")
+def test_mapped_load_reads_nothing_and_returns_the_same_tensors(tmp_path):
     shapes.write_checkpoint(shapes.SMALL, str(tmp_path / "published"))
     mapping.amc.convert_checkpoint(tmp_path / "published", tmp_path / "own")
-    found = {
+    results = {
         method: mapping.work(method, str(tmp_path), "small", 2)
         for method in ("load_model(memory_map=True)", "load_state_dict", "from_pretrained, published files")
     }
-    measure.check_digests({method: result["digest"] for method, result in found.items()})
-    assert found["load_model(memory_map=True)"]["bytes_read"] == found["load_state_dict"]["bytes_mapped"] == 0
-    assert found["load_model(memory_map=True)"]["bytes_mapped"] == found["load_state_dict"]["bytes_read"] > 0
+    measure.check_digests({method: result["digest"] for method, result in results.items()})
+    assert results["load_model(memory_map=True)"]["bytes_read"] == results["load_state_dict"]["bytes_mapped"] == 0
+    assert results["load_model(memory_map=True)"]["bytes_mapped"] == results["load_state_dict"]["bytes_read"] > 0

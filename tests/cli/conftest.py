@@ -1,4 +1,4 @@
-"""Checkpoints for the command line."""
+"""Fixtures of checkpoints for the command line."""
 
 import os
 import sys
@@ -29,7 +29,7 @@ def plain(tmp_path):
 
 @pytest.fixture
 def no_tensor_data(monkeypatch):
-    """Fails every read of a weights file that goes beyond its header; the index has no data."""
+    """Fail every read of a weights file beyond its header. The index holds no tensor data."""
 
     def preadv(fd, views, offset):
         path = os.readlink(f"/proc/self/fd/{fd}")
@@ -40,5 +40,5 @@ def no_tensor_data(monkeypatch):
         return os.preadv(fd, views, offset)
 
     if sys.platform != "linux":
-        pytest.skip("asks /proc which file a descriptor is")
+        pytest.skip("looks up the file of a descriptor in /proc")
     monkeypatch.setattr(system, "preadv", preadv)

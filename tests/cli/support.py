@@ -1,4 +1,4 @@
-"""The command line, run in this process, and what is read of its answers."""
+"""Helpers that run the command line in this process and read its output."""
 
 from typer.testing import CliRunner
 
@@ -12,6 +12,6 @@ def run(*arguments):
 
 
 def value(stdout: str, label: str) -> str:
-    """The right column of the row that begins with ``label``."""
+    """Return the right column of the row that begins with ``label``."""
     [row] = [line.strip("│ ") for line in stdout.splitlines() if line.startswith(f"│ {label}")]
     return row.removeprefix(label).strip("│ ")

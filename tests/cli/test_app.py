@@ -1,4 +1,4 @@
-"""The commands ``plan``, ``load`` and ``verify``: what they print, what they read, and how they end."""
+"""Tests of the commands ``plan``, ``load`` and ``verify``: output, reads and exit codes."""
 
 import json
 import math
@@ -19,23 +19,23 @@ from tests.cli.support import GATE_UP, run, value
 
 HIDE = Path(__file__).parents[1] / "hide"
 BARS = {"convert": "converting", "verify": "verifying"}
-needs_transformers = pytest.mark.skipif(not transformers_available(), reason="builds a model of transformers")
+needs_transformers = pytest.mark.skipif(not transformers_available(), reason="builds a transformers model")
 
 
-def test_plan_without_a_model_prints_a_summary_from_headers_alone(plain, no_tensor_data):
+def test_plan_without_a_model_reads_only_headers(plain, no_tensor_data):
     result = run("plan", plain, "--no-model", "--explain", "a.weight")
     assert result.exit_code == 0, result.output
     assert "reads 0.000 GB" in result.stdout
     assert "a.weight  F32 [2, 3]  24 bytes  (read)" in result.stdout
 
 
-def test_reading_tensor_data_is_noticed(plain, no_tensor_data):
+def test_reading_tensor_data_is_detected(plain, no_tensor_data):
     with pytest.raises(AssertionError, match="beyond the header"):
         automodel_conv.load_state_dict(plain, rules=[])
 
 
 @needs_transformers
-def test_plan_explains_where_every_part_of_a_target_comes_from(moe, no_tensor_data):
+def test_plan_explains_the_source_of_every_part_of_a_target(moe, no_tensor_data):
     result = run("plan", moe, "--explain", GATE_UP)
     assert result.exit_code == 0, result.output
     assert f"{GATE_UP}  BF16 [3, 64, 64]" in result.stdout
@@ -59,7 +59,7 @@ def test_plan_written_as_json_reads_back(plain, tmp_path):
     assert json.loads(file.read_text())
 
 
-def test_an_unknown_target_is_refused_with_names_like_it(plain):
+def test_unknown_target_is_refused_with_similar_names(plain):
     result = run("plan", plain, "--no-model", "--explain", "x.a.weight")
     assert result.exit_code == 2
     assert "no target" in result.stderr
@@ -68,7 +68,7 @@ def test_an_unknown_target_is_refused_with_names_like_it(plain):
 
 @pytest.fixture
 def big(tmp_path):
-    """Headers of 5.03 GB over files that are one hole each: four experts of 1 GB, another GB, and 1,024 small ones."""
+    """Write headers of 5.03 GB over sparse files: four experts of 1 GB, another GB, and 1,024 small ones."""
     files = {
         "model-00001-of-00002.safetensors": {
             "a.experts.w": ("F32", [4, 1000, 250_000]),
@@ -92,8 +92,8 @@ def big(tmp_path):
 
 
 A_RANK_READS = {
-    # Least, median and most. An expert, 1 GB, is 239 reads of at most 4 MiB; 256 small ones, 8.4 MB, are two; the other
-    # file again 239.
+    # Minimum, median and maximum. An expert, 1 GB, is 239 reads of at most 4 MiB; 256 small ones, 8.4 MB, are two
+    # reads; the other file is 239 again.
     "ep=4": {
         "holds, GB": "2.008 2.008 2.008",
         "reads, GB": "2.008 2.008 2.008",
@@ -103,7 +103,7 @@ A_RANK_READS = {
         "calls per file": "240.0 240.0 240.0",
         "caption": "4 ranks; imbalance: the largest share is 1.000 of the mean",
     },
-    # Four experts over three ranks: 2, 2, 0; of the small ones 342, 342, 340; the other GB on all.
+    # Four experts over three ranks: 2, 2, 0. Small experts: 342, 342, 340. Every rank reads the other GB.
     "ep=3": {
         "holds, GB": "1.011 3.011 3.011",
         "reads, GB": "1.011 3.011 3.011",
@@ -111,17 +111,17 @@ A_RANK_READS = {
         "files": "2 2 2",
         "caption": "3 ranks; imbalance: the largest share is 1.284 of the mean",
     },
-    # Experts over both: 2 of 4, half of the rows; the other GB in four parts. Of the small ones 512, a row of each.
+    # Experts over both: 2 of 4, half of the rows. The other GB in four parts. Small experts: 512, one row of each.
     "ep=2,fsdp=2": {"holds, GB": "1.258 1.258 1.258", "files": "2 2 2"},
     "replicate=2,fsdp=2": {"holds, GB": "2.517 2.517 2.517", "bytes read per byte held": "1.000 1.000 1.000"},
     "replicate=3": {"holds, GB": "5.034 5.034 5.034", "caption": "3 ranks; imbalance: the largest share is 1.000"},
-    # More than are looked at; most of them have none of the first tensor, and all one small expert.
+    # More ranks than are sampled. Most hold none of the first tensor, and all hold one small expert.
     "ep=1024": {"holds, GB": "1.000 1.000 2.000", "caption": "1024 ranks, 64 of them sampled"},
 }
 
 
 @pytest.mark.parametrize("mesh", A_RANK_READS)
-def test_plan_for_a_mesh_tells_what_each_rank_reads(big, mesh, no_tensor_data):
+def test_plan_for_a_mesh_prints_the_reads_of_each_rank(big, mesh, no_tensor_data):
     result = run("plan", big, "--no-model", "--mesh", mesh)
     assert result.exit_code == 0, result.output
     wanted = dict(A_RANK_READS[mesh])
@@ -130,8 +130,8 @@ def test_plan_for_a_mesh_tells_what_each_rank_reads(big, mesh, no_tensor_data):
         assert value(result.stdout, label).replace("│", " ").split() == numbers.split(), label
 
 
-def test_rows_that_lie_near_each_other_are_read_with_what_is_between_them(tmp_path):
-    """A row of 16 KiB of each expert: slabs of 1 MiB, 32 rows and the 31 between them."""
+def test_rows_with_small_gaps_are_read_in_one_call(tmp_path):
+    """Check slabs of 1 MiB that hold 32 rows of 16 KiB, one of each expert, and the 31 gaps between them."""
     save_file({"experts.w": torch.zeros(1024, 2, 8192, dtype=torch.bfloat16)}, tmp_path / "model.safetensors")
     result = run("plan", tmp_path, "--no-model", "--mesh", "ep=1,fsdp=2")
     assert result.exit_code == 0, result.output
@@ -149,7 +149,7 @@ def test_rows_that_lie_near_each_other_are_read_with_what_is_between_them(tmp_pa
 @pytest.mark.parametrize(
     "mesh", ["", "ep", "ep=", "ep=0", "ep=-2", "ep=2.5", "ep=two", "ep=2,", "ep=2,ep=4", "tp=2", "ep=2 fsdp=2", "64"]
 )
-def test_what_is_no_mesh_is_one_error_that_shows_one(plain, mesh):
+def test_malformed_mesh_error_shows_an_example(plain, mesh):
     result = run("plan", plain, "--no-model", "--mesh", mesh)
     assert result.exit_code == 1
     assert result.stderr.startswith("error: not a mesh\n")
@@ -167,13 +167,13 @@ def test_load_reports_bytes_phases_and_names(moe):
 
 
 @needs_transformers
-def test_load_draws_a_bar_when_asked(moe):
+def test_load_draws_a_progress_bar(moe):
     assert "loading" in run("load", moe, "--progress").stderr
     assert "loading" not in run("load", moe).stderr
 
 
 @needs_transformers
-def test_load_counts_what_does_not_fit_only_when_not_strict(moe, tmp_path):
+def test_load_counts_mismatches_with_no_strict(moe, tmp_path):
     for path in moe.iterdir():
         (tmp_path / path.name).symlink_to(path)
     config = json.loads((moe / "config.json").read_text())
@@ -210,7 +210,7 @@ def test_verify_names_the_first_element_that_differs(plain, tmp_path):
     assert "[1] of F32 [2]" in result.stderr
 
 
-def test_verify_alone_compares_with_checksums(plain, tmp_path):
+def test_verify_of_one_checkpoint_compares_checksums(plain, tmp_path):
     new = tmp_path / "new"
     assert run("verify", plain).exit_code == 1
     assert run("convert", plain, new, "--no-model", "--checksums").exit_code == 0
@@ -232,7 +232,7 @@ def test_load_verifies_checksums_when_asked(moe):
 
 
 @pytest.mark.parametrize("command", BARS)
-def test_convert_and_verify_draw_a_bar_when_asked(plain, tmp_path, command):
+def test_convert_and_verify_draw_a_progress_bar(plain, tmp_path, command):
     new = tmp_path / "new"
     if command == "verify":
         assert run("convert", plain, new, "--no-model").exit_code == 0
@@ -244,7 +244,7 @@ def test_convert_and_verify_draw_a_bar_when_asked(plain, tmp_path, command):
             new = tmp_path / "another"
 
 
-def test_version_is_the_package_s():
+def test_version_is_that_of_the_package():
     assert run("--version").stdout.strip() == automodel_conv.__version__
 
 

@@ -1,4 +1,4 @@
-"""``bench``: what it measures adds up, and what it advises follows from that."""
+"""Tests of ``bench``: the measurements add up, and the advice follows from them."""
 
 from __future__ import annotations
 
@@ -52,29 +52,29 @@ def plain(tmp_path_factory):
 
 
 def test_all_bytes_are_timed_with_every_number_of_threads(plain):
-    found = bench.bench(plain, use_model=False, most_threads=4)
-    assert (found.files, found.tensors) == (2, 4)
-    assert found.nbytes == found.sample_nbytes == 4 * (700_000 + 300 * 300 + 7)
-    assert found.scratch_nbytes == 0
-    assert {1, 2, 4, found.default_threads} == found.roof_seconds.keys() == found.load_seconds.keys()
-    assert all(seconds > 0 for seconds in (*found.roof_seconds.values(), *found.load_seconds.values()))
-    assert found.load_seconds[found.threads] == min(found.load_seconds.values())
+    result = bench.bench(plain, use_model=False, most_threads=4)
+    assert (result.files, result.tensors) == (2, 4)
+    assert result.nbytes == result.sample_nbytes == 4 * (700_000 + 300 * 300 + 7)
+    assert result.scratch_nbytes == 0
+    assert {1, 2, 4, result.default_threads} == result.roof_seconds.keys() == result.load_seconds.keys()
+    assert all(seconds > 0 for seconds in (*result.roof_seconds.values(), *result.load_seconds.values()))
+    assert result.load_seconds[result.threads] == min(result.load_seconds.values())
 
 
-def test_bytes_that_are_cast_are_told_from_those_that_only_move(plain):
-    found = bench.bench(plain, use_model=False, dtype=torch.bfloat16, most_threads=1)
-    assert found.scratch_nbytes == found.sample_nbytes
+def test_cast_bytes_are_counted_separately(plain):
+    result = bench.bench(plain, use_model=False, dtype=torch.bfloat16, most_threads=1)
+    assert result.scratch_nbytes == result.sample_nbytes
 
 
-def test_no_more_than_asked_is_timed_but_one_target_always_is(plain):
+def test_most_bytes_limits_the_sample_to_at_least_one_target(plain):
     few = bench.bench(plain, use_model=False, most_bytes=1, most_threads=1)
     assert few.sample_targets == 1
     assert 0 < few.sample_nbytes < few.nbytes
-    some = bench.bench(plain, use_model=False, most_bytes=400_000, most_threads=1)
-    assert some.sample_nbytes < some.nbytes
+    sampled = bench.bench(plain, use_model=False, most_bytes=400_000, most_threads=1)
+    assert sampled.sample_nbytes < sampled.nbytes
 
 
-def test_the_first_read_is_of_files_that_were_forgotten(plain, monkeypatch):
+def test_first_read_is_of_uncached_files(plain, monkeypatch):
     order = []
     for name in ("drop_cache", "is_cached", "preadv"):
         real = getattr(system, name)
@@ -91,8 +91,8 @@ def test_the_first_read_is_of_files_that_were_forgotten(plain, monkeypatch):
     assert data_reads.index("is_cached") < data_reads.index("preadv")
 
 
-@pytest.mark.skipif(not hasattr(os, "RWF_NOWAIT"), reason="this system cannot tell")
-def test_what_was_read_is_known_to_be_cached(plain):
+@pytest.mark.skipif(not hasattr(os, "RWF_NOWAIT"), reason="this system does not report cached pages")
+def test_files_that_were_read_are_reported_as_cached(plain):
     (plain / "first.safetensors").read_bytes()
     fd = system.open_readonly(str(plain / "first.safetensors"))
     try:
@@ -101,7 +101,7 @@ def test_what_was_read_is_known_to_be_cached(plain):
         system.close(fd)
 
 
-def test_what_the_system_cannot_tell_is_unknown(plain, monkeypatch):
+def test_cache_state_is_unknown_without_system_support(plain, monkeypatch):
     monkeypatch.delattr(os, "RWF_NOWAIT", raising=False)
     monkeypatch.delattr(os, "posix_fadvise", raising=False)
     assert bench.bench(plain, use_model=False, most_threads=1, drop_cache=True).cached is None
@@ -120,7 +120,7 @@ def test_descriptors_are_closed(plain):
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "texts"),
     [
         ({}, ["The read itself"]),
         ({"cached": 0.1, "first_seconds": 2.0}, ["The disk: it reads 1.00 GB/s; the page cache reads 5.00 GB/s."]),
@@ -132,11 +132,11 @@ def test_descriptors_are_closed(plain):
         ({"plan_seconds": 0.5}, ["Names: opening and planning take 0.51 s for 1000 tensors."]),
     ],
 )
-def test_advice_follows_from_what_was_measured(change, said):
-    found = advice(replace(FOUND, **change))
-    assert len(found) == 1
-    for text in said:
-        assert text in found[0]
+def test_advice_follows_from_the_measurements(change, texts):
+    result = advice(replace(FOUND, **change))
+    assert len(result) == 1
+    for text in texts:
+        assert text in result[0]
 
 
 def test_the_command_prints_rates_and_advice(plain):

@@ -1,4 +1,4 @@
-"""The command ``convert``: there and back, dry, interrupted and called again."""
+"""Tests of the command ``convert``: round trips, dry runs, interruptions and repeated calls."""
 
 import json
 from pathlib import Path
@@ -12,7 +12,7 @@ from automodel_conv.files import system
 from automodel_conv.upstream.registry import transformers_available
 from tests.cli.support import run, value
 
-needs_transformers = pytest.mark.skipif(not transformers_available(), reason="builds a model of transformers")
+needs_transformers = pytest.mark.skipif(not transformers_available(), reason="builds a transformers model")
 
 
 def bytes_in(directory: Path) -> dict[str, bytes]:
@@ -20,7 +20,7 @@ def bytes_in(directory: Path) -> dict[str, bytes]:
 
 
 @needs_transformers
-def test_convert_and_back_gives_the_first_bytes_and_says_what_it_did(moe, tmp_path):
+def test_convert_and_back_restores_the_bytes_and_prints_a_report(moe, tmp_path):
     grouped, back = tmp_path / "grouped", tmp_path / "back"
     result = run("convert", moe, grouped, "--layout", "nemo", "--max-shard-size", "30KB")
     assert result.exit_code == 0, result.output
@@ -67,7 +67,7 @@ def test_tensors_that_are_carried_or_left_out_are_named(moe, tmp_path):
 
 
 @needs_transformers
-def test_dropping_is_advised_where_a_carried_tensor_has_the_name_of_another_one(moe, tmp_path):
+def test_dropping_is_advised_for_carried_tensors_with_duplicate_names(moe, tmp_path):
     source = tmp_path / "source"
     source.mkdir()
     for path in moe.iterdir():
@@ -84,7 +84,7 @@ def test_dropping_is_advised_where_a_carried_tensor_has_the_name_of_another_one(
     assert "leave them out with --drop" in result.stderr
 
 
-def test_a_conversion_that_was_complete_says_so(plain, tmp_path):
+def test_repeated_conversion_reports_that_it_was_complete(plain, tmp_path):
     command = ["convert", plain, tmp_path / "new", "--no-model"]
     assert run(*command).exit_code == 0
     result = run(*command)
@@ -92,7 +92,7 @@ def test_a_conversion_that_was_complete_says_so(plain, tmp_path):
     assert result.stdout.startswith("this conversion was complete")
 
 
-def test_an_interrupted_conversion_says_so_and_the_same_command_goes_on(plain, tmp_path, monkeypatch):
+def test_interrupted_conversion_is_reported_and_resumes(plain, tmp_path, monkeypatch):
     command = ["convert", plain, tmp_path / "new", "--no-model", "--max-shard-size", "10B"]
     stock, calls = system.create, []
 
@@ -133,7 +133,7 @@ def test_an_interrupted_conversion_says_so_and_the_same_command_goes_on(plain, t
         (["--progress"], "progress", True),
     ],
 )
-def test_options_of_convert_reach_it(plain, tmp_path, monkeypatch, option, key, wanted):
+def test_options_of_convert_are_passed_on(plain, tmp_path, monkeypatch, option, key, wanted):
     seen = {}
 
     def convert(source, destination, **arguments):
@@ -145,7 +145,7 @@ def test_options_of_convert_reach_it(plain, tmp_path, monkeypatch, option, key, 
     assert seen[key] == wanted
 
 
-def test_interrupted_without_resume_the_message_names_the_other_option(plain, tmp_path, monkeypatch):
+def test_message_of_an_interruption_without_resume_names_the_option(plain, tmp_path, monkeypatch):
     def convert(*args, **kwargs):
         raise KeyboardInterrupt
 

@@ -1,4 +1,4 @@
-"""``demo``: both loads are compared, and one bit that differs is found."""
+"""Tests of ``demo``: it compares both loads and reports a single bit that differs."""
 
 import pytest
 import torch
@@ -8,7 +8,7 @@ from automodel_conv.cli.app import show_demo
 from automodel_conv.upstream.registry import transformers_available
 from tests.cli.support import GATE_UP, run
 
-needs_transformers = pytest.mark.skipif(not transformers_available(), reason="builds a model of transformers")
+needs_transformers = pytest.mark.skipif(not transformers_available(), reason="builds a transformers model")
 
 
 @needs_transformers
@@ -22,7 +22,7 @@ def test_demo_compares_both_loads_and_removes_its_files(tmp_path, capsys, monkey
 
 
 @needs_transformers
-def test_demo_fails_and_names_the_tensor_where_one_bit_differs(tmp_path, monkeypatch, capsys):
+def test_demo_fails_and_names_a_tensor_that_differs_in_one_bit(tmp_path, monkeypatch, capsys):
     def lying(method, directory, warm_up):
         load = demo._measure(method, directory, warm_up)
         if method == "automodel_conv":
@@ -38,7 +38,7 @@ def test_demo_fails_and_names_the_tensor_where_one_bit_differs(tmp_path, monkeyp
 
 
 @needs_transformers
-def test_digests_see_one_bit_and_the_dtype():
+def test_digests_depend_on_every_bit_and_the_dtype():
     tensor = torch.ones(4)
     other = tensor.clone()
     other[3] += 2**-20

@@ -1,11 +1,11 @@
-"""``convert --dry-run``: what a conversion would do, told without doing it or reading any data."""
+"""Tests of ``convert --dry-run``: it reports what a conversion would do, and neither writes nor reads data."""
 
 from automodel_conv.files import system
 from automodel_conv.files.staging import STAGING_NAME
 from tests.cli.support import run, value
 
 
-def test_a_dry_run_says_what_is_needed_and_writes_nothing(plain, no_tensor_data, tmp_path):
+def test_dry_run_prints_needed_space_and_writes_nothing(plain, no_tensor_data, tmp_path):
     before = sorted(tmp_path.rglob("*"))
     result = run("convert", plain, tmp_path / "new" / "er", "--no-model", "--max-shard-size", "10B", "--dry-run")
     assert result.exit_code == 0, result.output
@@ -16,14 +16,14 @@ def test_a_dry_run_says_what_is_needed_and_writes_nothing(plain, no_tensor_data,
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_a_dry_run_fails_where_the_disk_has_no_room(plain, tmp_path, monkeypatch):
+def test_dry_run_fails_if_the_disk_is_too_full(plain, tmp_path, monkeypatch):
     monkeypatch.setattr(system, "free_bytes", lambda directory: 100)
     result = run("convert", plain, tmp_path / "new", "--no-model", "--dry-run")
     assert result.exit_code == 1
     assert result.stderr.startswith("error: the disk has too little room\n")
     assert "found:    100" in result.stderr
     assert "needs on the disk" in result.stdout
-    # What an unfinished work has taken there is free for its end, or for another one.
+    # Space that an unfinished conversion uses is free for its completion, or for another conversion.
     (tmp_path / "new" / STAGING_NAME).mkdir(parents=True)
     (tmp_path / "new" / STAGING_NAME / "model.safetensors").write_bytes(bytes(5000))
     result = run("convert", plain, tmp_path / "new", "--no-model", "--dry-run")
@@ -31,13 +31,13 @@ def test_a_dry_run_fails_where_the_disk_has_no_room(plain, tmp_path, monkeypatch
     assert value(result.stdout, "unfinished work") == "yes"
 
 
-def test_a_dry_run_fails_where_a_checkpoint_lies(plain):
+def test_dry_run_fails_if_the_destination_has_a_checkpoint(plain):
     result = run("convert", plain, plain, "--no-model", "--dry-run")
     assert result.exit_code == 1
     assert result.stderr.startswith("error: the directory holds a checkpoint already\n")
 
 
-def test_what_is_carried_and_left_out_is_named(plain, tmp_path):
+def test_carried_and_left_out_tensors_are_named(plain, tmp_path):
     result = run("convert", plain, tmp_path / "new", "--no-model", "--drop", "b", "--dry-run")
     assert result.exit_code == 0, result.output
     assert value(result.stdout, "left out") == "1"

@@ -1,4 +1,4 @@
-"""Options that commands share."""
+"""Tests of options that several commands share."""
 
 import sys
 
@@ -11,7 +11,7 @@ from tests.cli.support import run
 
 
 @pytest.mark.parametrize("is_terminal", [False, True])
-def test_a_bar_is_shown_on_a_terminal_unless_the_option_says_otherwise(monkeypatch, is_terminal):
+def test_bar_is_shown_on_a_terminal_by_default(monkeypatch, is_terminal):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: is_terminal)
     assert show_progress(None) is is_terminal
     assert show_progress(True)
@@ -24,7 +24,7 @@ def test_a_dtype_is_named_as_in_torch():
 
 
 @pytest.mark.parametrize("name", ["float33", "Tensor", "", "torch.float32"])
-def test_what_is_no_dtype_is_told_with_its_option(name):
+def test_malformed_dtype_error_names_the_option(name):
     with pytest.raises(typer.BadParameter, match="has no dtype") as caught:
         dtype_named(name)
     assert repr(name) in str(caught.value)

@@ -1,4 +1,4 @@
-"""Tables and names on the terminal."""
+"""Tests of tables and lists of names on the terminal."""
 
 import sys
 
@@ -30,7 +30,7 @@ def test_carried_names_come_before_those_left_out_and_long_lists_are_cut(capsys)
 
 
 def widest(capsys, monkeypatch, columns, *, is_terminal):
-    """The longest line of a table with a long cell."""
+    """Return the length of the longest line of a table with a long cell."""
     monkeypatch.setenv("COLUMNS", str(columns))
     monkeypatch.setattr(sys.stdout, "isatty", lambda: is_terminal)
     table = two_columns()

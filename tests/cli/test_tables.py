@@ -1,4 +1,4 @@
-"""The tables of commands: which rows they have, and the numbers in them."""
+"""Tests of the tables of commands: their rows and values."""
 
 import io
 import re
@@ -17,7 +17,7 @@ from automodel_conv.execution.report import LoadReport
 
 
 def rows(table):
-    """The cells of each row, by its first one."""
+    """Return the cells of each row by its first cell."""
     console = Console(width=300, record=True, file=io.StringIO())
     console.print(table)
     found = {}
@@ -95,7 +95,7 @@ def test_a_load_has_a_row_for_each_phase_and_each_kind_of_problem():
     ]
 
 
-def test_rows_of_a_device_and_of_new_memory_are_there_if_there_is_something_to_tell():
+def test_rows_of_device_and_new_memory_appear_only_if_not_empty():
     assert (
         not {"copies on the device by kernels", "new memory", "no kernels, because"}
         & rows(report_table(report(), 7)).keys()
@@ -123,7 +123,7 @@ def test_a_mesh_shows_the_least_the_median_and_the_most_of_its_ranks():
     assert "2.000 of the mean" in caption(table)  # 6 of 3
 
 
-def test_ranks_that_hold_nothing_divide_by_nothing_and_a_sample_is_told():
+def test_empty_ranks_do_not_divide_by_zero_and_samples_are_marked():
     table = mesh_table(Forecast((RankCost((0,), 0, 0, 0, 0),), 8))
     assert "8 ranks, 1 of them sampled" in caption(table)
     assert rows(table)["bytes read per byte held"] == ["0.000"] * 3
@@ -133,7 +133,7 @@ def demo(**loads):
     return DemoResult("/tmp", 2, 4 * 10**9, 1.0, loads, ())
 
 
-def test_a_demo_tells_of_each_way_its_speed_and_whether_it_is_exact():
+def test_demo_shows_speed_and_exactness_of_each_way():
     load = DemoLoad(seconds=2.0, anonymous_bytes=10**9, resident_bytes=None, digests={})
     result = demo(transformers=load, ours=load)
     assert rows(demo_table(result))["ours"] == ["2.00", "2.00", "1.00", "-", "yes"]
@@ -142,7 +142,7 @@ def test_a_demo_tells_of_each_way_its_speed_and_whether_it_is_exact():
     assert rows(demo_table(different))["ours"][-1] == "no"
 
 
-def test_a_bench_shows_each_number_of_threads_beside_its_roof():
+def test_bench_shows_each_number_of_threads_with_its_roof():
     bench = Bench(
         files=2,
         tensors=9,

@@ -1,4 +1,4 @@
-"""Errors on the command line: one line without a traceback, in the words of the command."""
+"""Tests of error texts on the command line: one line without a traceback, with the options of the command."""
 
 import json
 import re
@@ -12,7 +12,7 @@ from automodel_conv.files.staging import STAGING_NAME
 from automodel_conv.upstream.registry import transformers_available
 from tests.cli.support import run
 
-needs_transformers = pytest.mark.skipif(not transformers_available(), reason="builds a model of transformers")
+needs_transformers = pytest.mark.skipif(not transformers_available(), reason="builds a transformers model")
 
 
 @pytest.mark.parametrize("command", [("plan",), ("load",), ("verify",), ("convert", "new")], ids=lambda c: c[0])
@@ -37,7 +37,7 @@ WRONG = {
     "no threads": (["convert", "{plain}", "{new}", "--threads", "0"], ["--threads"]),
     "no size": (["convert", "{plain}", "{new}", "--no-model", "--max-shard-size", "garbage"], ["not a size"]),
     "an endless size": (["convert", "{plain}", "{new}", "--no-model", "--max-shard-size", "9e999GB"], ["not a size"]),
-    "a layout spelled alike": (["convert", "{plain}", "{new}", "--layout", "per-expert"], ["write 'per_expert'"]),
+    "a misspelled layout": (["convert", "{plain}", "{new}", "--layout", "per-expert"], ["write 'per_expert'"]),
     "a layout that loads lack": (["load", "{plain}", "--layout", "per_expert"], ["convert --layout per_expert"]),
     "a file for a folder": (["convert", "{plain}", "{plain}/b", "--no-model"], ["cannot write to a directory"]),
     "no checksums": (["verify", "{plain}"], ["automodel-conv convert --checksums"]),
@@ -53,7 +53,7 @@ PYTHONS_WORDS = re.compile(r"\b[a-z]\w*=|\w+\(\)|resume=|rules=")
 
 @needs_transformers
 @pytest.mark.parametrize(("arguments", "words"), WRONG.values(), ids=WRONG)
-def test_what_a_command_cannot_use_is_one_error_in_its_words(plain, tmp_path, arguments, words):
+def test_wrong_arguments_are_one_error_with_command_line_terms(plain, tmp_path, arguments, words):
     (plain / "b").write_text("a file")
     result = run(*(argument.format(plain=plain, new=tmp_path / "new") for argument in arguments))
     assert isinstance(result.exception, SystemExit), result.exception
@@ -66,7 +66,7 @@ def test_what_a_command_cannot_use_is_one_error_in_its_words(plain, tmp_path, ar
 
 
 @needs_transformers
-def test_a_command_advises_the_options_that_it_has(moe, tmp_path):
+def test_command_advises_its_own_options(moe, tmp_path):
     for file in moe.iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
     config = json.loads((tmp_path / "config.json").read_text())
@@ -81,7 +81,7 @@ def test_a_command_advises_the_options_that_it_has(moe, tmp_path):
 
 
 @needs_transformers
-def test_a_command_advises_no_option_of_another_one(moe, tmp_path):
+def test_command_advises_no_option_of_another_command(moe, tmp_path):
     for file in moe.iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
     config = json.loads((tmp_path / "config.json").read_text())
@@ -92,7 +92,7 @@ def test_a_command_advises_no_option_of_another_one(moe, tmp_path):
         assert set(re.findall(r"--[\w-]+", result.stderr)) == options
 
 
-def test_a_conversion_of_another_kind_is_started_anew_by_an_option(plain, tmp_path):
+def test_conversion_of_another_kind_restarts_with_an_option(plain, tmp_path):
     staging = tmp_path / "new" / STAGING_NAME
     staging.mkdir(parents=True)
     (staging / "journal.jsonl").write_text('{"work": {"files": []}}\n')
@@ -101,11 +101,11 @@ def test_a_conversion_of_another_kind_is_started_anew_by_an_option(plain, tmp_pa
     assert "resume=" not in result.stderr
 
 
-def test_every_option_that_errors_name_is_there():
+def test_every_option_named_in_errors_exists():
     options = {option for command in get_command(app).commands.values() for p in command.params for option in p.opts}
     options |= {o for command in get_command(app).commands.values() for p in command.params for o in p.secondary_opts}
-    said = " ".join([*words.IN_OPTIONS.values(), *words.IN_COMMANDS.values()])
-    assert set(re.findall(r"--[\w-]+", said)) <= options
+    advice = " ".join([*words.IN_OPTIONS.values(), *words.IN_COMMANDS.values()])
+    assert set(re.findall(r"--[\w-]+", advice)) <= options
 
 
 def test_any_other_exception_propagates(plain, monkeypatch):

@@ -19,7 +19,7 @@ Shape = tuple[int, ...]
 
 
 def tensors_of(shapes: Mapping[str, Shape], dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
-    """Tensors of these shapes in which every element is different."""
+    """Return tensors of these shapes in which every element is different."""
     tensors, start = {}, 1
     for name, shape in shapes.items():
         tensors[name] = address_valued(shape, torch.int32, start).to(dtype)
@@ -35,7 +35,7 @@ def write(
     metadata: dict[str, str] | None = None,
     config: Mapping[str, Any] | None = None,
 ) -> Checkpoint:
-    """Write one file and, if it is given, a ``config.json``; return the opened checkpoint."""
+    """Write one file and, if given, a ``config.json``. Return the opened checkpoint."""
     save_file(dict(tensors), directory / file, metadata)
     if config is not None:
         (directory / "config.json").write_text(json.dumps(config))

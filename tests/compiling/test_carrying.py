@@ -1,4 +1,4 @@
-"""Tensors that a conversion carries over unchanged, and tensors that it drops."""
+"""Tests of tensors that a conversion carries over unchanged, and of tensors that it drops."""
 
 import pytest
 from torch import nn
@@ -31,7 +31,7 @@ def test_patterns_drop_the_names_that_they_match(patterns, rows):
 
 
 @pytest.mark.parametrize("patterns", ["mtp", ["norm", "MTP.*"]])
-def test_a_pattern_that_matches_no_name_is_quoted(patterns):
+def test_pattern_that_matches_no_name_is_quoted(patterns):
     with pytest.raises(UnsupportedError, match=r"found: +'(mtp|MTP\.\*)'"):
         dropped_rows(NAMES, patterns)
 
@@ -65,14 +65,14 @@ def test_only_decoded_tensors_are_cast():
     assert [(target.name, target.dtype) for target in carried] == [("a", "F32"), ("w", "F16")]
 
 
-def test_a_name_that_another_tensor_is_given_is_refused():
+def test_name_given_to_two_tensors_is_refused():
     other = Target("b", "F32", (2,), -1, (0,), ())
     with pytest.raises(NameProblems, match=r"1 tensors(.|\n)*\bb\b(.|\n)*drop=") as caught:
         carried_targets(table({"a": (2,), "b": (2,)}), [1], None, [other])
     assert caught.value.duplicated == (("b", ("b",)),)
 
 
-def test_tensors_that_the_model_has_no_place_for_are_unclaimed(tmp_path):
+def test_tensors_without_a_place_in_the_model_are_unclaimed(tmp_path):
     checkpoint = write(tmp_path, tensors_of({"weight": (2, 3), "mtp.w": (4,), "bias": (2,)}))
     rows = unclaimed_rows(checkpoint, SourceTable.from_checkpoint(checkpoint), nn.Linear(3, 2), None, None, {})[1]
     assert [checkpoint.names[row] for row in rows] == ["mtp.w"]

@@ -1,4 +1,4 @@
-"""The table of a checkpoint: codes become the weights that they hold if a config describes them."""
+"""Tests of the table of a checkpoint: codes become the weights that they hold if a config describes them."""
 
 import json
 
@@ -47,7 +47,7 @@ def test_codes_become_weights_and_their_scales_are_hidden(tmp_path):
     assert table.hidden == {scales}
 
 
-def test_the_settings_of_modelopt_are_read_from_its_own_file(tmp_path):
+def test_settings_of_modelopt_are_read_from_its_own_file(tmp_path):
     tensors = {"a.weight": torch.ones(4, 6).to(torch.float8_e4m3fn), "a.weight_scale": torch.ones(())}
     (tmp_path / "hf_quant_config.json").write_text(json.dumps({"quantization": {"quant_algo": "FP8"}}))
     assert decoded_table(write(tmp_path, tensors), needs_values=True).decodes
@@ -60,13 +60,13 @@ def test_codes_without_a_config_are_an_error_only_if_values_are_wanted(tmp_path)
     assert "F8_E4M3" in decoded_table(checkpoint, needs_values=False).dtypes
 
 
-def test_a_config_that_contradicts_the_tensors_is_an_error(tmp_path):
+def test_config_that_contradicts_the_tensors_is_an_error(tmp_path):
     config = {"quantization_config": FP8["quantization_config"] | {"weight_block_size": [4, 4]}}
     with pytest.raises(QuantizationError, match=r"config\.json(.|\n)*expected \[1, 2\], found \[2, 3\]"):
         decoded_table(write(tmp_path, fp8_tensors(), config=config), needs_values=False)
 
 
-def test_a_malformed_config_is_an_error(tmp_path):
+def test_malformed_config_is_an_error(tmp_path):
     checkpoint = write(tmp_path, fp8_tensors())
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(CheckpointError, match=r"config\.json"):

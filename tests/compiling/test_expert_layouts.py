@@ -1,4 +1,4 @@
-"""The layout of a model's experts, and layouts that the model or the tensors contradict."""
+"""Tests of the layout of a model's experts, and of layouts that the model or the tensors contradict."""
 
 import pytest
 from torch import nn
@@ -42,14 +42,14 @@ def test_silent_experts_of_transformers_have_no_layout_to_convert_to():
         experts_of(model, "nemo")
 
 
-def test_a_layout_needs_a_tensor_with_one_of_its_names():
+def test_layout_needs_a_tensor_with_one_of_its_names():
     check_layout("vllm", table({"experts.w13_weight": (2, 6, 4)}), "source_layout")
     check_layout("vllm", table({}), "source_layout")
     with pytest.raises(UnsupportedError, match=r"'vllm'(.|\n)*experts\.w13_weight(.|\n)*source_layout"):
         check_layout("vllm", table({GATE_UP: (2, 6, 4)}), "source_layout")
 
 
-def test_a_layout_without_experts_is_refused():
+def test_layout_without_experts_is_refused():
     refuse_no_experts(["norm", "m.experts.w2_weight"], "nemo", table({"norm": (4,)}))
     with pytest.raises(UnsupportedError, match=r"'nemo'(.|\n)*norm(.|\n)*leave layout out"):
         refuse_no_experts(["norm", "shared_experts.down_proj"], "nemo", table({"norm": (4,)}))
@@ -68,7 +68,7 @@ def test_only_names_of_one_layout_determine_it(name, layout, known):
     assert not has_names_of(None, layout)
 
 
-def test_the_module_decides_about_its_gate_before_rules_and_shapes_do():
+def test_module_decides_about_its_gate_before_rules_and_shapes():
     ungated = table({"experts.up_proj": (2, 3, 4), DOWN: (2, 4, 3)})
     stated = {"experts": ExpertLayout(False, False, True)}
     assert gated_by(stated, NO_RULES, ungated, LAYOUTS["transformers"])("experts")
@@ -82,7 +82,7 @@ def test_up_has_as_many_rows_as_down_has_columns_if_there_is_no_gate(rows, gated
     assert gated_by({}, NO_RULES, sources, LAYOUTS["vllm"])("experts") is gated
 
 
-def test_rules_for_up_alone_mean_no_gate():
+def test_rules_for_up_without_gate_mean_no_gate():
     core = pytest.importorskip("transformers.core_model_loading")
     rule = core.WeightConverter("experts.*.up.weight", "experts.up_proj", operations=[core.MergeModulelist(dim=0)])
     assert not gated_by({}, RuleSet([rule]), table({}), None)("experts")

@@ -1,4 +1,4 @@
-"""How many experts there are, by the config, the module or the router; and tensors that do not hold all of them."""
+"""Tests of the number of experts, by the config, the module or the router, and of tensors that lack some of them."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ GROUPED = {
 
 
 def zoo(name):
-    model_zoo = pytest.importorskip("tests.model_zoo", reason="the models are transformers'")
+    model_zoo = pytest.importorskip("tests.model_zoo", reason="the models are those of transformers")
     if name not in model_zoo.zoo_names():
         pytest.skip(f"this transformers has no {name}")
     model = model_zoo.build_model(name)
@@ -32,8 +32,8 @@ def halved(shapes):
     return {k: (s[0] // 2, *s[1:]) if k.rpartition(".")[0].endswith("experts") else s for k, s in shapes.items()}
 
 
-# Of each way in which a config says the number, one; LongCat's router and Inkling's know of more experts than there
-# are, gpt_oss has biases, Dots' vision tower has another number in each layer.
+# One model for each way in which a config gives the number. LongCat's router and Inkling's have rows for more experts
+# than there are, gpt_oss has biases, and Dots' vision tower has another number in each layer.
 @pytest.mark.parametrize(
     "name",
     ["qwen3_moe", "deepseek_v3", "ernie4_5_moe", "longcat_flash", "inkling_mm_model", "gpt_oss", "Dots3NoteTextModel"],
@@ -57,7 +57,7 @@ def test_every_tensor_that_lacks_experts_is_named():
 @pytest.mark.parametrize("leaf", GROUPED)
 @pytest.mark.parametrize("router", ROUTERS)
 @pytest.mark.parametrize("share", [0, 1, 2, 4], ids=lambda share: f"{share} of 4")
-def test_without_a_model_the_router_says_how_many_there_are(leaf, router, share):
+def test_without_a_model_the_router_gives_the_number_of_experts(leaf, router, share):
     shapes = {f"a.{router}": (4, 5), f"a.experts.{leaf}": (share, *GROUPED[leaf][1:])}
     if share == 4:
         refuse_missing_experts(shapes, None)
@@ -69,7 +69,7 @@ def test_without_a_model_the_router_says_how_many_there_are(leaf, router, share)
 
 
 @pytest.mark.parametrize(("rows", "share"), [(60, 8), (60, 4), (5, 3), (5, 2), (3, 2), (1, 0), (256, 128)])
-def test_a_share_that_does_not_divide_the_rows_of_the_router_is_one_too(rows, share):
+def test_share_that_does_not_divide_the_router_rows_is_refused(rows, share):
     shapes = {"a.gate.weight": (rows, 5), "a.experts.gate_up_proj": (share, 6, 5)}
     with pytest.raises(CoverageError, match=f"{rows} experts, as a.gate.weight says\n.*found: +{share} experts"):
         refuse_missing_experts(shapes, None)
@@ -78,8 +78,8 @@ def test_a_share_that_does_not_divide_the_rows_of_the_router_is_one_too(rows, sh
 @pytest.mark.parametrize(
     "shapes",
     [
-        {"a.gate.weight": (768, 5), "a.experts.gate_up_proj": (512, 6, 5)},  # LongCat's that compute nothing
-        {"a.gate.weight": (258, 5), "a.experts.gate_up_proj": (256, 6, 5)},  # two more that are shared
+        {"a.gate.weight": (768, 5), "a.experts.gate_up_proj": (512, 6, 5)},  # LongCat has more that compute nothing
+        {"a.gate.weight": (258, 5), "a.experts.gate_up_proj": (256, 6, 5)},  # two more are shared
         {"a.gate.weight": (4, 5), "a.shared_experts.gate_up_proj": (2, 6, 5)},
         {"a.gate.weight": (4, 5), "b.experts.gate_up_proj": (2, 6, 5)},
         {"a.gate.weight": (1, 5), "a.experts.gate_up_proj": (1, 6, 5)},
@@ -87,7 +87,7 @@ def test_a_share_that_does_not_divide_the_rows_of_the_router_is_one_too(rows, sh
         {"a.gate.weight": (), "a.experts.gate_up_proj": (2, 6, 5)},
     ],
 )
-def test_what_says_nothing_about_these_experts_refuses_nothing(shapes):
+def test_unrelated_shapes_refuse_nothing(shapes):
     refuse_missing_experts(shapes, None)
 
 
@@ -108,10 +108,10 @@ class Listed(nn.Module):
 
 
 @pytest.mark.parametrize("kind", [Grouped, Listed])
-def test_modules_say_how_many_experts_they_have(kind):
+def test_modules_give_their_number_of_experts(kind):
     for held in (4, 5):
         refuse_missing_experts({name: t.shape for name, t in kind(held).state_dict().items()}, kind(held))
     short = kind(3)
-    said = r"expected: 4 experts, as (Config\.)?num_experts says\n.*found: +3 experts"
-    with pytest.raises(CoverageError, match=said):
+    error = r"expected: 4 experts, as (Config\.)?num_experts says\n.*found: +3 experts"
+    with pytest.raises(CoverageError, match=error):
         refuse_missing_experts({name: tensor.shape for name, tensor in short.state_dict().items()}, short)

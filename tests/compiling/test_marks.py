@@ -1,4 +1,4 @@
-"""The layout that files name in their metadata and in their own names."""
+"""Tests of the layout that files name in their metadata and in their own names."""
 
 import pytest
 from torch import nn
@@ -31,14 +31,14 @@ def plan_of(shapes, dtype="BF16") -> CopyPlan:
 
 
 @pytest.mark.parametrize("layout", ["transformers", "nemo", "gpt_oss", "vllm", PER_EXPERT])
-def test_the_metadata_states_the_layout(tmp_path, layout):
+def test_metadata_states_the_layout(tmp_path, layout):
     checkpoint = checkpoint_of(tmp_path, layout)
     assert stated_layout(checkpoint, None) == layout
     assert stated_layout(checkpoint, layout) == layout
 
 
 @pytest.mark.parametrize("file", ["nemo.safetensors", "nemo-00001-of-00002.safetensors"])
-def test_the_name_of_a_file_states_the_layout_if_its_tensors_can_have_it(tmp_path, file):
+def test_name_of_a_file_states_the_layout_if_its_tensors_can_have_it(tmp_path, file):
     assert stated_layout(checkpoint_of(tmp_path, shapes=NEMO, file=file), None) == "nemo"
     assert stated_layout(checkpoint_of(tmp_path, shapes={"norm": (4,)}, file=file), None) is None
     assert stated_layout(checkpoint_of(tmp_path, shapes=NEMO, file="nemotron.safetensors"), None) is None
@@ -58,7 +58,7 @@ def test_files_that_contradict_the_caller_or_each_other_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize("layout", ["megatron", ""])
-def test_a_layout_that_is_not_known_is_quoted(tmp_path, layout):
+def test_layout_that_is_not_known_is_quoted(tmp_path, layout):
     with pytest.raises(UnsupportedError, match=rf"{LAYOUT_KEY}: '{layout}'") as caught:
         stated_layout(checkpoint_of(tmp_path, layout), None)
     assert ("newer version" in str(caught.value)) == bool(layout)
@@ -71,7 +71,7 @@ def test_experts_that_keep_their_names_keep_their_layout(tmp_path):
     assert layout_to_read(checkpoint_of(tmp_path, PER_EXPERT), None, keeps_names=False) is None
 
 
-def test_a_copy_has_the_form_of_its_original(tmp_path):
+def test_copy_has_the_form_of_its_original(tmp_path):
     assert naming_like(checkpoint_of(tmp_path, "nemo", NEMO, "nemo.safetensors")) == Naming("nemo", "nemo")
     assert naming_like(checkpoint_of(tmp_path)) == DEFAULT_NAMING
     original = checkpoint_of(tmp_path, "nemo", NEMO, "nemo.safetensors")
@@ -99,7 +99,7 @@ def test_without_experts_no_layout_is_recorded(tmp_path):
     assert naming_of_save(plan, None, "nemo", None) == DEFAULT_NAMING
 
 
-def test_a_save_records_the_layout_unless_transformers_knows_it():
+def test_save_records_the_layout_unless_transformers_knows_it():
     plan = plan_of(EXPERTS)
     assert naming_of_save(plan, Model(StatedExperts(2, 3, 4)), None, None) == DEFAULT_NAMING
     assert naming_of_save(plan, Model(Experts(2, 3, 4)), None, None) == Naming("model", None)

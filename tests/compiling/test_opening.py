@@ -1,4 +1,4 @@
-"""Checkpoints opened for a load, with a new plan or with the caller's."""
+"""Tests of checkpoints opened for a load, with a new plan or with that of the caller."""
 
 import sys
 from contextlib import nullcontext
@@ -22,7 +22,7 @@ def opened(directory, model, **options):
     return open_to_load(directory, model, model.state_dict(), LoadSettings(**options), Clock())
 
 
-def test_a_load_is_planned_for_the_model(tmp_path):
+def test_load_is_planned_for_the_model(tmp_path):
     checkpoint = write(tmp_path, tensors_of(LINEAR))
     model = nn.Linear(3, 2)
     result = opened(tmp_path, model)
@@ -39,7 +39,7 @@ def test_without_strict_problems_are_returned_instead_of_raised(tmp_path):
     assert (problems.missing, problems.unexpected) == (["bias"], ["gain"])
 
 
-def test_the_plan_of_the_caller_is_moved_to_the_rows_of_this_checkpoint(tmp_path):
+def test_plan_of_the_caller_is_moved_to_the_rows_of_this_checkpoint(tmp_path):
     plan = compile_plan(write(tmp_path, tensors_of(LINEAR)), nn.Linear(3, 2))
     (tmp_path / "other").mkdir()
     checkpoint = write(tmp_path / "other", tensors_of({"bias": (2,), "added": (9, 9), "weight": (2, 3)}))
@@ -53,13 +53,13 @@ def test_the_plan_of_the_caller_is_moved_to_the_rows_of_this_checkpoint(tmp_path
 
 
 @pytest.mark.parametrize(("rows", "columns"), [(3, 2), (2, 2), (1, 3)])
-def test_a_plan_of_a_model_with_other_shapes_is_refused(tmp_path, rows, columns):
+def test_plan_of_a_model_with_other_shapes_is_refused(tmp_path, rows, columns):
     plan = compile_plan(write(tmp_path, tensors_of(LINEAR)), nn.Linear(3, 2))
     with pytest.raises(NameProblems, match=r"weight(.|\n)*\[2, 3\]"):
         opened(tmp_path, nn.Linear(columns, rows), plan=plan)
 
 
-def test_a_plan_leaves_no_choice_to_other_options(tmp_path):
+def test_plan_leaves_no_choice_to_other_options(tmp_path):
     plan = compile_plan(write(tmp_path, tensors_of(LINEAR)), nn.Linear(3, 2))
     with pytest.raises(ConversionError, match="dequantize"):
         opened(tmp_path, nn.Linear(3, 2), plan=plan, dequantize=False)
@@ -74,7 +74,7 @@ def test_files_of_another_layout_than_that_of_the_plan_are_refused(tmp_path):
     assert fitted_plan(plan, write(tmp_path, tensors_of(EXPERTS)), model, model.state_dict(), True)[0] == plan
 
 
-def test_a_checkpoint_that_is_not_there_is_named(tmp_path):
+def test_missing_checkpoint_is_named(tmp_path):
     with pytest.raises(CheckpointError, match="nothing"):
         opened(tmp_path / "nothing", nn.Linear(3, 2))
 

@@ -1,4 +1,4 @@
-"""Plans of loads, from headers only."""
+"""Tests of plans of loads, compiled from headers only."""
 
 import pytest
 import torch
@@ -22,7 +22,7 @@ def fp8(directory):
     return write(directory, tensors, config=config)
 
 
-def test_a_plan_needs_no_data(tmp_path):
+def test_plan_needs_no_data(tmp_path):
     checkpoint = write(tmp_path, tensors_of(LINEAR))
     data = sum(checkpoint.nbytes)
     with open(tmp_path / "model.safetensors", "r+b") as file:
@@ -33,7 +33,7 @@ def test_a_plan_needs_no_data(tmp_path):
     assert (plan.bytes_read, plan.bytes_written) == (data, data)
 
 
-def test_an_opened_checkpoint_and_its_path_have_one_plan(tmp_path):
+def test_opened_checkpoint_and_its_path_have_one_plan(tmp_path):
     checkpoint = write(tmp_path, tensors_of(LINEAR))
     assert compile_plan(checkpoint, nn.Linear(3, 2)) == compile_plan(checkpoint.path, nn.Linear(3, 2))
 
@@ -47,12 +47,12 @@ def test_all_names_that_do_not_fit_are_listed(tmp_path):
     assert caught.value.mismatched == (("weight", (3, 2), (2, 3)),)
 
 
-def test_the_layout_in_the_metadata_is_followed_and_recorded(tmp_path):
+def test_layout_in_the_metadata_is_followed_and_recorded(tmp_path):
     write(tmp_path, tensors_of(NEMO), metadata={LAYOUT_KEY: "nemo"})
     plan = compile_plan(tmp_path, Model(StatedExperts(2, 3, 4)))
     assert (plan.source_layout, plan.layout) == ("nemo", None)
-    made = execute(plan, addressed(plan.sources))
-    assert made["experts.down_proj"] == [
+    results = execute(plan, addressed(plan.sources))
+    assert results["experts.down_proj"] == [
         ("experts.down_projs", (e * 3 + i) * 4 + h) for e in range(2) for h in range(4) for i in range(3)
     ]
 

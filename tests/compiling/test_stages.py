@@ -1,4 +1,4 @@
-"""Stages of a conversion: composed to one plan, and without their casts."""
+"""Tests of the stages of a conversion: composed to one plan, and without their casts."""
 
 import pytest
 
@@ -16,7 +16,7 @@ def test_one_stage_is_the_plan_itself():
     assert composed([first]) is first
 
 
-def test_stages_are_carried_out_one_after_the_other():
+def test_stages_run_one_after_the_other():
     stages = three_plans()
     elements = addressed(stages[0].sources)
     step_by_step = elements
@@ -34,15 +34,15 @@ def test_sources_that_are_stored_transposed_need_a_stage(shape):
     (stage,) = untranspose_stages(sources)
     *lead, rows, columns = shape
     assert [(target.name, target.shape) for target in stage.targets] == [("w", (*lead, columns, rows)), ("b", (2,))]
-    made = execute(CopyPlan(sources, stage.targets), addressed(sources))
-    matrices = [made["w"][n : n + rows * columns] for n in range(0, len(made["w"]), rows * columns)]
+    results = execute(CopyPlan(sources, stage.targets), addressed(sources))
+    matrices = [results["w"][n : n + rows * columns] for n in range(0, len(results["w"]), rows * columns)]
     for matrix, elements in enumerate(matrices):
         assert elements == [
             ("w", matrix * rows * columns + row * columns + column) for column in range(columns) for row in range(rows)
         ]
 
 
-def test_sources_that_are_stored_as_they_are_meant_need_no_stage():
+def test_sources_in_the_wanted_orientation_need_no_stage():
     decode = Decode("e4m3", (2, 3), (1, 1), 1)
     assert untranspose_stages(SourceTable(["w", "s"], ["BF16", "F32"], [(2, 3)] * 2, {0: decode})) == []
     assert untranspose_stages(SourceTable([], [], [])) == []
@@ -52,7 +52,7 @@ def test_casts_are_removed_where_all_sources_have_one_dtype():
     sources = SourceTable(["a", "b", "c"], ["BF16", "BF16", "F16"], [(4,)] * 3)
     copies = RuleOutputs(sources, RuleSet([]), {}, {}).whole(4)
     twice = tuple(copy._replace(ordinals=(1,), target_offsets=(4,)) for copy in copies)
-    upstream = Fallback("a test states it", lambda tensors: {})
+    upstream = Fallback("for a test", lambda tensors: {})
     targets = (
         Target("one", "F32", (4,), -1, (0,), copies),
         Target("same", "F32", (8,), -1, (0, 1), (*copies, *twice)),

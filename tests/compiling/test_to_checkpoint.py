@@ -1,9 +1,9 @@
-"""Plans from the tensors of a model back to the names of a checkpoint."""
+"""Tests of plans from the tensors of a model back to the names of a checkpoint."""
 
 import pytest
 import torch
 
-pytest.importorskip("transformers", reason="rules are transformers' own objects")
+pytest.importorskip("transformers", reason="rules are objects of transformers")
 
 from transformers.core_model_loading import Concatenate, MergeModulelist, WeightConverter, WeightRenaming
 
@@ -39,7 +39,7 @@ def single(experts, intermediate, hidden):
 
 
 def element_of(name, element, sizes):
-    """The element of the grouped tensors that an element of a single expert is."""
+    """Return the element of the grouped tensors that equals an element of a single expert."""
     _, intermediate, hidden = sizes
     if name == "block.norm":
         return "layer.norm", element
@@ -53,32 +53,32 @@ def element_of(name, element, sizes):
 def assert_single_experts(plan, sizes):
     expected = single(*sizes)
     assert {target.name: target.shape for target in plan.targets} == expected
-    made = execute(plan, addressed(plan.sources))
+    results = execute(plan, addressed(plan.sources))
     for name, shape in expected.items():
         numel = shape[0] * (shape[1] if len(shape) > 1 else 1)
-        assert made[name] == [element_of(name, element, sizes) for element in range(numel)]
+        assert results[name] == [element_of(name, element, sizes) for element in range(numel)]
 
 
 @pytest.mark.parametrize("sizes", SIZES)
-def test_reversed_rules_take_experts_apart(sizes):
+def test_reversed_rules_split_experts(sizes):
     assert_single_experts(saving_plan(table(grouped(*sizes)), rules=RULES, checked=True), sizes)
 
 
 @pytest.mark.parametrize("sizes", SIZES)
-def test_a_reference_restores_its_names_and_shapes(tmp_path, sizes):
+def test_reference_restores_its_names_and_shapes(tmp_path, sizes):
     reference = write(tmp_path, tensors_of(single(*sizes)))
     plan = saving_plan(table(grouped(*sizes)), rules=RULES, reference=reference)
     assert_single_experts(plan, sizes)
 
 
 @pytest.mark.parametrize("sizes", SIZES)
-def test_another_layout_of_the_tensors_is_taken_apart_as_well(sizes):
+def test_another_layout_of_the_tensors_is_split_as_well(sizes):
     experts, intermediate, hidden = sizes
     given = {"layer.experts.w13_weight": (experts, 2 * intermediate, hidden)}
     plan = saving_plan(table(given), rules=RULES, layout="vllm")
-    made = execute(plan, addressed(plan.sources))
-    assert list(made) == [f"block.experts.{e}.{w}.weight" for w in ("w1", "w3") for e in range(experts)]
-    last = made[f"block.experts.{experts - 1}.w3.weight"][-1]
+    results = execute(plan, addressed(plan.sources))
+    assert list(results) == [f"block.experts.{e}.{w}.weight" for w in ("w1", "w3") for e in range(experts)]
+    last = results[f"block.experts.{experts - 1}.w3.weight"][-1]
     assert last == ("layer.experts.w13_weight", experts * 2 * intermediate * hidden - 1)
 
 
@@ -100,18 +100,18 @@ def test_tensors_that_the_reference_lacks_are_named(tmp_path):
         saving_plan(table(grouped(2, 3, 4)), rules=RULES, reference=reference)
 
 
-def test_experts_that_rules_would_take_apart_wrongly_are_refused():
+def test_experts_that_rules_would_split_wrongly_are_refused():
     transposed = {"layer.experts.gate_up_proj": (2, 4, 6), "layer.experts.down_proj": (2, 3, 4)}
     with pytest.raises(UnsupportedError, match=r"(?s)layer\.experts\.gate_up_proj.*\blayout="):
         saving_plan(table(transposed), rules=RULES)
 
 
-def test_a_layout_that_no_tensor_has_is_refused():
+def test_layout_that_no_tensor_has_is_refused():
     with pytest.raises(UnsupportedError, match=r"no tensor is in the layout 'nemo'"):
         saving_plan(table({"layer.experts.w2_weight": (2, 4, 3)}), rules=RULES, layout="nemo")
 
 
-def test_a_reference_of_codes_gives_only_names(tmp_path):
+def test_reference_of_codes_gives_only_names(tmp_path):
     tensors = {name: tensor.to(torch.float8_e4m3fn) for name, tensor in tensors_of(single(2, 3, 4)).items()}
     plan = saving_plan(table(grouped(2, 3, 4), "BF16"), rules=RULES, reference=write(tmp_path, tensors))
     assert {target.dtype for target in plan.targets} == {"BF16"}

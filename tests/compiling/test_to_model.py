@@ -1,4 +1,4 @@
-"""Plans from the tensors of a checkpoint to those of a model."""
+"""Tests of plans from the tensors of a checkpoint to those of a model."""
 
 import pytest
 import torch
@@ -24,7 +24,7 @@ def test_all_tensors_of_a_model_are_filled_from_their_namesakes():
     assert problems.reasons() == problems.missing == []
 
 
-def test_the_dtype_of_the_caller_casts_floats_only():
+def test_dtype_of_the_caller_casts_floats_only():
     sources = SourceTable(["a", "b"], ["F32", "I64"], [(2,), (2,)])
     plan, _ = loading_plan(sources, rules=[], dtype=torch.bfloat16)
     assert {target.name: target.dtype for target in plan.targets} == {"a": "BF16", "b": "I64"}
@@ -42,9 +42,9 @@ def test_experts_are_brought_from_the_source_layout_to_that_of_the_model(experts
     )
     plan, problems = loading_plan(sources, model=model, source_layout="nemo")
     assert problems.missing == problems.unexpected == problems.reasons() == []
-    made = execute(plan, addressed(sources))
+    results = execute(plan, addressed(sources))
     size = 2 * intermediate * hidden
-    assert made["experts.gate_up_proj"] == [
+    assert results["experts.gate_up_proj"] == [
         ("experts.gate_and_up_projs", e * size + h * 2 * intermediate + row)
         for e in range(experts)
         for row in range(2 * intermediate)
@@ -61,7 +61,7 @@ def test_rows_of_problems_are_those_of_the_first_stage():
     assert problems.unclaimed == [2]
 
 
-def test_a_model_in_place_must_have_the_layout_that_is_asked_for():
+def test_model_in_place_must_have_the_requested_layout():
     model = Model(StatedExperts(EXPERTS, INTERMEDIATE, HIDDEN))
     assert (
         loading_plan(table(TRANSFORMERS), model=model, layout="nemo")[0].targets[1].name.endswith("gate_and_up_projs")
@@ -70,7 +70,7 @@ def test_a_model_in_place_must_have_the_layout_that_is_asked_for():
         loading_plan(table(TRANSFORMERS), model=model, layout="nemo", in_place=True)
 
 
-def test_shapes_are_those_of_the_layout_that_is_asked_for():
+def test_shapes_come_from_the_requested_layout():
     model = Model(StatedExperts(EXPERTS, INTERMEDIATE, HIDDEN))
     state = model.state_dict()
     assert shapes_to_make(model, state, None, in_place=True) == TRANSFORMERS
@@ -84,13 +84,13 @@ def test_extra_state_that_is_no_tensor_has_no_shape():
     assert shapes_to_make(nn.Linear(1, 1), {"a": torch.ones(3), "extra": 7}, None, in_place=False) == {"a": (3,)}
 
 
-def test_experts_that_do_not_state_their_layout_are_taken_by_name():
+def test_experts_without_a_stated_layout_are_recognized_by_name():
     model = Model(Experts(EXPERTS, INTERMEDIATE, HIDDEN, transposed=True))
     shapes = shapes_to_make(model, model.state_dict(), "gpt_oss", in_place=True)
     assert shapes["experts.down_proj"] == (EXPERTS, INTERMEDIATE, HIDDEN)
 
 
-def test_a_missing_name_is_no_problem_if_its_tensor_has_another_name():
+def test_missing_name_is_no_problem_if_its_tensor_has_another_name():
     sources = table({"embed": (2,)})
     plan = CopyPlan(sources, (Target("embed", "F32", (2,), -1, (0,), ()),))
     tied = [("head", "embed"), ("a", "b")]

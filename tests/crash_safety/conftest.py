@@ -1,4 +1,4 @@
-"""A model, its checkpoint, what becomes of it without faults, and a program that forks."""
+"""Fixtures: a model, its checkpoint, the expected outputs without faults, and a process that forks."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from tests.crash_safety.support import (
 from tests.faults import Forks, forks
 from tests.model_zoo import build_model, write_checkpoint
 
-# The faults are made with what Linux has.
+# The faults use Linux system calls.
 collect_ignore_glob = [] if sys.platform == "linux" else ["*"]
 
 
 @pytest.fixture(autouse=True)
 def fast_disk(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a process has written it has written, however it ends; the tests of lost power have a disk of their own."""
+    """Replace ``os.fsync`` by a no-op: a killed process loses no written data. Tests of lost power simulate a disk."""
     monkeypatch.setattr(os, "fsync", lambda fd: None)
 
 
@@ -48,7 +48,7 @@ def source(model: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def wanted(model: Any, source: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Files]:
-    """The files of each kind, and of a save, that nobody interrupted."""
+    """Return the files of each kind of conversion, and of a save, that ran without interruption."""
     root = tmp_path_factory.mktemp("wanted")
     for kind, arguments in KINDS.items():
         amc.convert_checkpoint(source, root / kind, **arguments)

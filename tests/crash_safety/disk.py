@@ -1,4 +1,4 @@
-"""A disk that loses what it does not have for certain when the power fails."""
+"""A simulated disk that loses unsynced data when the power fails."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ from tests.faults import CHANGING, replace_calls
 
 
 class PowerFailed(BaseException):
-    """Raised by each file call from some call on, so that nothing can be tidied up either."""
+    """Raised by every file call after the power fails, so that no cleanup can run either."""
 
 
 class Disk:
-    """Knows what a disk has for certain, and loses the rest when the power fails.
+    """Records what a disk has stored for certain, and loses the rest when the power fails.
 
-    Of a file that was changed since its last ``sync``, the bytes; of renamings since the last ``sync_directory`` of the
-    directory they lead to, any. By chance each is lost or not.
+    These can be lost, each by chance: bytes of a file that were written since its last ``sync``, and renames since the
+    last ``sync_directory`` of the target directory.
     """
 
     def __init__(self, fails: int):
         self._fails = fails
         self._failed = False
         self._lock = threading.Lock()
-        self._synced: dict[tuple[int, int], int] = {}  # bytes that are safe, of files that were changed
+        self._synced: dict[tuple[int, int], int] = {}  # synced bytes of files that were changed
         self._renamed: list[tuple[str, str]] = []
         self.calls = 0
 
@@ -78,7 +78,7 @@ class Disk:
 
 
 def stop(call: Callable[[], Any], number: int) -> Disk:
-    """Run until the power fails before that call; what the disk has for certain."""
+    """Run ``call`` until the power fails before file call ``number``; return the disk."""
     disk = Disk(number)
     with pytest.MonkeyPatch.context() as patch:
         replace_calls(CHANGING, disk.before, disk.after, patch.setattr)

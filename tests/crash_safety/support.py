@@ -1,4 +1,4 @@
-"""What is looked at after each fault, and how faults are made."""
+"""Helpers that inject faults and check the result of each."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tests.faults import Forks, descriptors, replace_calls, workers
 
 INDEX = "model.safetensors.index.json"
 SIZES: dict[str, Any] = {"max_shard_size": 100_000, "threads": 2}
-# With layout="nemo" most bytes are made in memory, otherwise the kernel copies them.
+# With layout="nemo" most bytes are rearranged in memory; otherwise the kernel copies them.
 KINDS: dict[str, dict[str, Any]] = {
     "nemo": {"layout": "nemo", **SIZES},
     "transformers": {**SIZES},
@@ -30,41 +30,41 @@ KINDS: dict[str, dict[str, Any]] = {
     "in few files": {"layout": "nemo", "max_shard_size": 250_000, "threads": 2},
 }
 
-# What lies beside the weights of the source, in folders too.
+# Files next to the weights of the source, some in folders.
 BESIDE = ("lock", "tokenizer/vocab.json", "tokenizer/added/tokens.json")
 
 Files = dict[str, bytes]
 
 
 def files(directory: Path) -> Files:
-    """Names and bytes of the files of a directory and its folders, without those of an unfinished work."""
+    """Return names and bytes of the files below a directory, without those of unfinished work."""
     return {name: data for name, data in everything(directory).items() if not name.startswith(STAGING_NAME)}
 
 
 def everything(directory: Path) -> Files:
-    """Names and bytes of all files below a directory."""
+    """Return names and bytes of all files below a directory."""
     return {str(path.relative_to(directory)): path.read_bytes() for path in directory.rglob("*") if path.is_file()}
 
 
 def has_index(names: Iterable[str]) -> bool:
-    """Whether there is an index among these; its name begins with the layout, if transformers does not load that."""
+    """Return whether an index is among the names, under any layout's name."""
     return any(name.endswith(".safetensors.index.json") for name in names)
 
 
 def new_directory(path: Path, source: Path) -> Path:
-    """A directory with a config, so that only the weights keep transformers from loading it."""
+    """Create a directory with a config, so that only missing weights keep transformers from loading it."""
     path.mkdir()
     (path / "config.json").write_bytes((source / "config.json").read_bytes())
     return path
 
 
 def assert_whole_or_refused(directory: Path, whole: Files) -> bool:
-    """Whether the directory is a checkpoint: then all of it; otherwise neither we nor transformers may load it."""
+    """Check that a directory either is the whole checkpoint or is refused by all loaders; return whether it is one."""
     if not directory.exists():
         return False
-    found = files(directory)
-    if has_index(found):  # which comes last
-        assert found == whole
+    present = files(directory)
+    if has_index(present):  # the index is written last
+        assert present == whole
         amc.open_checkpoint(directory)
         return True
     with pytest.raises(ConversionError):
@@ -75,7 +75,7 @@ def assert_whole_or_refused(directory: Path, whole: Files) -> bool:
 
 
 def noted(directory: Path) -> set[str]:
-    """Shards that the whole lines of the journal call finished."""
+    """Return the shards that complete lines of the journal report as finished."""
     journal = directory / STAGING_NAME / "journal.jsonl"
     if not journal.exists():
         return set()
@@ -84,22 +84,22 @@ def noted(directory: Path) -> set[str]:
 
 
 def states(directory: Path, names: set[str]) -> dict[str, tuple[int, int]]:
-    found = {}
+    times = {}
     for name in names:
         staged = directory / STAGING_NAME / name
         status = (staged if staged.exists() else directory / name).stat()
-        found[name] = (status.st_ino, status.st_mtime_ns)
-    return found
+        times[name] = (status.st_ino, status.st_mtime_ns)
+    return times
 
 
 def finish(source: Path, directory: Path, kind: str, wanted: dict[str, Files]) -> int:
-    """Call again what did not end; returns the number of files that were not made anew."""
+    """Repeat an unfinished call; return the number of files that it kept."""
     done = noted(directory)
     before = states(directory, done)
     if done or not directory.exists() or not has_index(files(directory)):
         resumed = amc.convert_checkpoint(source, directory, **KINDS[kind]).files_resumed
         assert resumed == len(done)
-    else:  # killed after all of it, when the journal was gone
+    else:  # killed after everything was written and the journal was removed
         report = amc.convert_checkpoint(source, directory, **KINDS[kind])
         assert report.was_complete
         assert report.bytes_written == 0
@@ -115,14 +115,14 @@ def arguments_of(source: Path, directory: Path, kind: str) -> dict[str, Any]:
 
 
 def calls_of(forked: Forks, verb: str, arguments: dict[str, Any]) -> int:
-    """How many calls that change something a run makes, which threads may vary by a few."""
-    told = forked.run(verb, arguments=arguments)
-    assert told["outcome"] == "done", told
-    return told["calls"]
+    """Return how many changing file calls a run makes. Threads may vary this by a few."""
+    answer = forked.run(verb, arguments=arguments)
+    assert answer["outcome"] == "done", answer
+    return answer["calls"]
 
 
 def fail_calls(monkeypatch: pytest.MonkeyPatch, name: str, code: int, numbers: Callable[[int], bool]) -> list[int]:
-    """Let those calls of one function fail; returns the numbers of all its calls, as they come."""
+    """Make the selected calls of one function fail; return a list that collects the numbers of all its calls."""
     seen: list[int] = []
 
     def fail(number: int, called: str, arguments: tuple[Any, ...]) -> None:
@@ -137,7 +137,7 @@ def fail_calls(monkeypatch: pytest.MonkeyPatch, name: str, code: int, numbers: C
 def assert_refused(
     call: Callable[[], Any], error: type[Exception] | tuple[type[Exception], ...], *texts: str
 ) -> Exception:
-    """The call raises this error and none else, tells this, and leaves nothing open."""
+    """Check that the call raises exactly this error with these texts, and leaves no descriptor open."""
     before = descriptors()
     with pytest.raises(error) as caught:
         call()
@@ -148,7 +148,7 @@ def assert_refused(
 
 
 def count_calls(names: tuple[str, ...], call: Callable[[], Any]) -> list[str]:
-    """Names of the calls that a run makes, in their order."""
+    """Return the names of the file calls of a run, in order."""
     seen: list[str] = []
     with pytest.MonkeyPatch.context() as patch:
         replace_calls(names, before=lambda number, name, arguments: seen.append(name), put=patch.setattr)
@@ -166,17 +166,17 @@ def copy_of(source: Path, directory: Path) -> Path:
 
 
 def planted(module: types.ModuleType, text: str, replacement: str) -> types.ModuleType:
-    """A module with a fault in it."""
+    """Return a copy of a module with a planted fault."""
     source = inspect.getsource(module)
     assert source.count(text) == 1
     mutated = types.ModuleType("mutated")
-    mutated.__dict__["__name__"] = module.__name__  # for its dataclasses
+    mutated.__dict__["__name__"] = module.__name__  # dataclasses look it up
     exec(compile(source.replace(text, replacement), "mutated", "exec"), mutated.__dict__)
     return mutated
 
 
 def use(patch: pytest.MonkeyPatch, module: types.ModuleType, mutated: types.ModuleType) -> None:
-    """Put the functions of a module with a fault in the place of its own, wherever they are used."""
+    """Replace the functions of a module by those of the faulty copy, wherever they are used."""
     own = {name: value for name, value in vars(module).items() if getattr(value, "__module__", "") == module.__name__}
     users = [user for name, user in sys.modules.items() if name.startswith("automodel_conv.")]
     if module is converting:

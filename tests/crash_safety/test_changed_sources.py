@@ -1,4 +1,4 @@
-"""Sources that change before a conversion goes on, or while it runs."""
+"""Tests of sources that change before a conversion resumes, or while it runs."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from tests.faults import replace_calls
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_source_cut_off_while_it_is_read(source, wanted, tmp_path, monkeypatch, kind):
+def test_source_truncated_while_it_is_read(source, wanted, tmp_path, monkeypatch, kind):
     copied, directory = copy_of(source, tmp_path / "source"), new_directory(tmp_path / "out", source)
     cut = copied / "model-00005-of-00005.safetensors"
 
@@ -39,13 +39,15 @@ def test_a_source_cut_off_while_it_is_read(source, wanted, tmp_path, monkeypatch
     assert not assert_whole_or_refused(directory, wanted[kind])
     assert_refused(call, ConversionError, str(cut))
     cut.write_bytes((source / cut.name).read_bytes())
-    assert_refused(call, DestinationError, "differs from this one", "source files", cut.name)  # it may be another one
+    assert_refused(
+        call, DestinationError, "differs from this one", "source files", cut.name
+    )  # it may be a different source
     os.utime(cut, ns=(1, 10**18))
     assert finish(copied, directory, kind, wanted) > 0
 
 
 @pytest.mark.parametrize("change", ["bytes", "time"])
-def test_a_source_that_changed_since_is_refused_by_name(forked, source, wanted, tmp_path, change):
+def test_source_changed_before_resuming_is_refused_by_name(forked, source, wanted, tmp_path, change):
     copied, directory = copy_of(source, tmp_path / "source"), new_directory(tmp_path / "out", source)
     forked.run("convert", arguments=arguments_of(copied, directory, "nemo"), signal="SIGKILL", call=40)
     changed = copied / "model-00005-of-00005.safetensors"
@@ -66,7 +68,7 @@ def test_a_source_that_changed_since_is_refused_by_name(forked, source, wanted, 
 
 
 @pytest.mark.parametrize("gone", [False, True])
-def test_a_source_that_changes_during_the_run_is_refused_at_its_end(source, wanted, tmp_path, monkeypatch, gone):
+def test_source_changed_during_the_run_is_refused_at_its_end(source, wanted, tmp_path, monkeypatch, gone):
     copied, directory = copy_of(source, tmp_path / "source"), new_directory(tmp_path / "out", source)
     changed = copied / "model-00001-of-00005.safetensors"
 

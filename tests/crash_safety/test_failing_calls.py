@@ -1,4 +1,4 @@
-"""Each file call fails once, and the conversion or save is then done by the same call."""
+"""Tests of file calls that fail once: the same conversion or save then succeeds."""
 
 from __future__ import annotations
 
@@ -36,10 +36,10 @@ def test_every_file_call_is_watched():
 
 
 def fail_each(call: Callable[[Path], Any], root: Path, then: Callable[[Path, str, bool], None]) -> int:
-    """Let each file call of ``call(directory)`` that can fail do so once.
+    """Make each file call of ``call(directory)`` that can fail do so once; return the number of calls.
 
     Args:
-        then: called after each with the directory, the function that failed, and whether the caller was told.
+        then: called after each failure with the directory, the failed function, and whether the caller got an error.
     """
     names = (*CHANGING, *READING)
     total = len(count_calls(names, lambda: call(root / "counted")))
@@ -55,28 +55,28 @@ def fail_each(call: Callable[[Path], Any], root: Path, then: Callable[[Path, str
         before = descriptors()
         with pytest.MonkeyPatch.context() as patch:
             replace_calls(names, before=fail, put=patch.setattr)
-            told = None
+            message = None
             try:
                 call(directory)
             except ConversionError as error:
-                told = str(error)
-        assert told is None or "Input/output error" in told
+                message = str(error)
+        assert message is None or "Input/output error" in message
         assert descriptors() == before, failed
         assert workers() == []
         if failed:
-            then(directory, failed[0], told is not None)
+            then(directory, failed[0], message is not None)
     return total
 
 
-# What may fail once without harm: what the kernel cannot copy is read and written, and what stays is removed later.
+# These may fail once without harm: bytes that the kernel cannot copy are read and written, leftovers are removed later.
 HARMLESS = {"copy_range", "open_readonly", "remove", "remove_directory", "list_names"}
 
 
-def test_each_call_that_fails_is_told_and_the_conversion_then_finished(source, wanted, tmp_path):
+def test_each_failing_call_is_reported_and_the_conversion_then_finishes(source, wanted, tmp_path):
     kind, harmless = "in few files", []
 
-    def then(directory: Path, name: str, told: bool) -> None:
-        if told:
+    def then(directory: Path, name: str, raised: bool) -> None:
+        if raised:
             if directory.exists():
                 assert_whole_or_refused(directory, wanted[kind])
             finish(source, directory, kind, wanted)
@@ -90,7 +90,7 @@ def test_each_call_that_fails_is_told_and_the_conversion_then_finished(source, w
 
 
 @pytest.mark.parametrize("verb", ["convert", "save"])
-def test_each_call_that_fails_is_told_also_while_checksums_are_written(model, source, tmp_path, verb):
+def test_each_failing_call_is_reported_while_checksums_are_written(model, source, tmp_path, verb):
     def call(directory: Path) -> None:
         if verb == "convert":
             amc.convert_checkpoint(source, directory, rules=[], max_shard_size="1GB", threads=1, checksums=True)
@@ -100,9 +100,9 @@ def test_each_call_that_fails_is_told_also_while_checksums_are_written(model, so
     call(tmp_path / "whole")
     whole, harmless = files(tmp_path / "whole"), []
 
-    def then(directory: Path, name: str, told: bool) -> None:
-        if told:
-            if verb == "save" and directory.exists():  # the two may stay where no lock can be had
+    def then(directory: Path, name: str, raised: bool) -> None:
+        if raised:
+            if verb == "save" and directory.exists():  # config and index may remain if no lock is available
                 assert everything(directory).keys() <= {f"{STAGING_NAME}/lock", f"{STAGING_NAME}/journal.jsonl"}
             call(directory)
         else:

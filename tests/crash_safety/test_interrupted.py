@@ -1,4 +1,4 @@
-"""Ctrl-C: all threads have ended, all files are closed, and what was finished stays."""
+"""Tests of Ctrl-C: all threads end, all files are closed, and finished files stay."""
 
 from __future__ import annotations
 
@@ -31,33 +31,33 @@ def test_ctrl_c_ends_all_threads_and_closes_all_files(forked, source, wanted, tm
     interrupted = 0
     for call in range(1, 91, 6):
         directory = new_directory(tmp_path / f"{call}", source)
-        told = forked.run("convert", arguments=arguments_of(source, directory, kind), signal="SIGINT", call=call)
-        assert told["outcome"] in ("KeyboardInterrupt", "done"), told
-        interrupted += told["outcome"] == "KeyboardInterrupt"
-        assert (told["descriptors"], told["workers"], told["later"]) == (0, [], 0)
+        answer = forked.run("convert", arguments=arguments_of(source, directory, kind), signal="SIGINT", call=call)
+        assert answer["outcome"] in ("KeyboardInterrupt", "done"), answer
+        interrupted += answer["outcome"] == "KeyboardInterrupt"
+        assert (answer["descriptors"], answer["workers"], answer["later"]) == (0, [], 0)
         assert_whole_or_refused(directory, wanted[kind])
-        if told["outcome"] == "KeyboardInterrupt":
+        if answer["outcome"] == "KeyboardInterrupt":
             finish(source, directory, kind, wanted)
     assert interrupted >= 10
 
 
-def test_a_save_that_is_interrupted_leaves_the_directory_as_it_was(forked, source, tmp_path):
+def test_interrupted_save_leaves_the_directory_unchanged(forked, source, tmp_path):
     interrupted = 0
     for call in range(1, 66, 4):
         directory = new_directory(tmp_path / f"{call}", source)
-        told = forked.run("save", arguments={"directory": str(directory), **SIZES}, signal="SIGINT", call=call)
-        assert (told["descriptors"], told["workers"], told["later"]) == (0, [], 0)
-        if told["outcome"] == "KeyboardInterrupt":
+        answer = forked.run("save", arguments={"directory": str(directory), **SIZES}, signal="SIGINT", call=call)
+        assert (answer["descriptors"], answer["workers"], answer["later"]) == (0, [], 0)
+        if answer["outcome"] == "KeyboardInterrupt":
             interrupted += 1
             left = everything(directory)
             assert set(left) <= {"config.json"}, left.keys()
     assert interrupted >= 10
 
 
-def test_an_interrupt_while_the_main_thread_waits_for_others(source, wanted, tmp_path, monkeypatch):
+def test_interrupt_while_the_main_thread_waits(source, wanted, tmp_path, monkeypatch):
     directory = new_directory(tmp_path / "out", source)
     main = threading.main_thread()
-    handler = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs of a shell ignore SIGINT
 
     def interrupt(number: int, name: str, arguments: tuple[Any, ...]) -> None:
         if number == 5:
@@ -65,7 +65,7 @@ def test_an_interrupt_while_the_main_thread_waits_for_others(source, wanted, tmp
             signal.pthread_kill(main.ident or 0, signal.SIGINT)
 
     with monkeypatch.context() as patch:
-        patch.setattr(writes, "_SLAB_BYTES", 4096)  # several a file, for several threads
+        patch.setattr(writes, "_SLAB_BYTES", 4096)  # several slabs per file, for several threads
         replace_calls(("copy_range",), before=interrupt, put=patch.setattr)
         assert_refused(
             partial(amc.convert_checkpoint, source, directory, **KINDS["transformers"]),
@@ -76,7 +76,7 @@ def test_an_interrupt_while_the_main_thread_waits_for_others(source, wanted, tmp
     finish(source, directory, "transformers", wanted)
 
 
-def test_no_thread_works_on_after_an_interrupt_even_one_whose_start_was_cut_short(monkeypatch):
+def test_no_thread_runs_after_an_interrupt_during_its_start(monkeypatch):
     start, working = threading.Thread.start, []
 
     def interrupted(thread: threading.Thread) -> None:
@@ -84,7 +84,7 @@ def test_no_thread_works_on_after_an_interrupt_even_one_whose_start_was_cut_shor
         while thread.name.startswith("automodel_conv") and not working:
             time.sleep(0.001)
         if working:
-            raise KeyboardInterrupt  # before the pool has noted that it has this thread
+            raise KeyboardInterrupt  # before the pool records this thread
 
     def take(item: int) -> None:
         working.append(item)

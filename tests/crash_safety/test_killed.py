@@ -1,4 +1,4 @@
-"""Conversions and saves that are killed: refused by loaders, and then finished by the same call."""
+"""Tests of killed conversions and saves: loaders refuse the directory, and the same call then finishes."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from tests.crash_safety.support import (
 
 
 @pytest.mark.parametrize(("kind", "step"), [("nemo", 1), ("transformers", 3)])
-def test_a_conversion_killed_at_any_file_call_is_refused_by_loaders_and_then_finished(
+def test_conversion_killed_at_any_file_call_is_refused_by_loaders_and_then_finishes(
     forked, source, wanted, tmp_path, kind, step
 ):
     total = calls_of(forked, "convert", arguments_of(source, tmp_path / "counted", kind))
@@ -33,58 +33,58 @@ def test_a_conversion_killed_at_any_file_call_is_refused_by_loaders_and_then_fin
     for call in range(1, total + 1, step):
         directory = new_directory(tmp_path / f"{call}", source)
         when = "before" if call // step % 2 else "after"
-        told = forked.run(
+        answer = forked.run(
             "convert", arguments=arguments_of(source, directory, kind), signal="SIGKILL", call=call, when=when
         )
-        kills += os.WIFSIGNALED(told["status"]) and os.WTERMSIG(told["status"]) == signal.SIGKILL
+        kills += os.WIFSIGNALED(answer["status"]) and os.WTERMSIG(answer["status"]) == signal.SIGKILL
         assert_whole_or_refused(directory, wanted[kind])
         resumed.add(finish(source, directory, kind, wanted))
     assert kills >= 85 // step * (1 + (step > 1))
     shards = sum(name.endswith(".safetensors") for name in wanted[kind])
     assert shards >= 5
-    assert resumed >= set(range(shards + 1)), "after some of the kills each number of files was finished"
+    assert resumed >= set(range(shards + 1)), "not every number of finished files occurred"
 
 
-def test_a_conversion_killed_at_random_times_is_refused_by_loaders_and_then_finished(forked, source, wanted, tmp_path):
+def test_conversion_killed_at_random_times_is_refused_by_loaders_and_then_finishes(forked, source, wanted, tmp_path):
     chosen = random.Random(1)
     kills = 0
     for number in range(30):
         kind = ("nemo", "transformers")[number % 2]
         directory = new_directory(tmp_path / f"{number}", source)
-        told = forked.run(
+        answer = forked.run(
             "convert",
             arguments=arguments_of(source, directory, kind),
             signal="SIGKILL",
             delay=chosen.uniform(0, 0.08),
         )
-        kills += os.WIFSIGNALED(told["status"])
+        kills += os.WIFSIGNALED(answer["status"])
         assert_whole_or_refused(directory, wanted[kind])
         finish(source, directory, kind, wanted)
     assert kills
 
 
 @pytest.mark.parametrize("kind", ["nemo", "transformers"])
-def test_a_conversion_killed_again_and_again_is_finished_without_losing_a_file(forked, source, wanted, tmp_path, kind):
+def test_conversion_killed_repeatedly_finishes_without_losing_a_file(forked, source, wanted, tmp_path, kind):
     chosen = random.Random(2)
     directory = new_directory(tmp_path / "out", source)
     kills, done = 0, set()
     for _ in range(100):
         call = chosen.randrange(12, 60)
-        told = forked.run("convert", arguments=arguments_of(source, directory, kind), signal="SIGKILL", call=call)
-        if not os.WIFSIGNALED(told["status"]):
+        answer = forked.run("convert", arguments=arguments_of(source, directory, kind), signal="SIGKILL", call=call)
+        if not os.WIFSIGNALED(answer["status"]):
             break
         kills += 1
         if assert_whole_or_refused(directory, wanted[kind]) and not noted(directory):
-            break  # killed after all of it, when the journal was gone
+            break  # killed after everything was written and the journal was removed
         assert noted(directory) >= done
         done = noted(directory)
     assert kills >= 3
     assert len(done) > 0
-    assert told.get("resumed", len(done)) == len(done)
+    assert answer.get("resumed", len(done)) == len(done)
     assert files(directory) == wanted[kind]
 
 
-def test_a_save_killed_at_any_file_call_leaves_nothing_that_loads_and_room_for_the_next(
+def test_save_killed_at_any_file_call_leaves_nothing_that_loads_and_can_be_repeated(
     forked, model, source, wanted, tmp_path
 ):
     total = calls_of(forked, "save", {"directory": str(tmp_path / "counted"), **SIZES})
@@ -94,8 +94,8 @@ def test_a_save_killed_at_any_file_call_leaves_nothing_that_loads_and_room_for_t
         directory = new_directory(tmp_path / f"{call}", source)
         when = "before" if call % 2 else "after"
         arguments = {"directory": str(directory), **SIZES}
-        told = forked.run("save", arguments=arguments, signal="SIGKILL", call=call, when=when)
-        kills += os.WIFSIGNALED(told["status"])
+        answer = forked.run("save", arguments=arguments, signal="SIGKILL", call=call, when=when)
+        kills += os.WIFSIGNALED(answer["status"])
         if assert_whole_or_refused(directory, wanted["saved"]):
             with pytest.raises(DestinationError, match="holds a checkpoint already"):
                 amc.save_checkpoint(model, directory, **SIZES)

@@ -1,4 +1,4 @@
-"""The power fails: a simulated disk loses what was not synced, and the same call then makes a checkpoint."""
+"""Tests of power failures: a simulated disk loses unsynced data, and the same call then writes a whole checkpoint."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ from tests.crash_safety.support import (
 def fail_power(
     call: Callable[[Path], Any], root: Path, source: Path, wanted: Files, *, last: int | None = None, seeds: int = 1
 ) -> int:
-    """Let the power fail before each call of ``call(directory)`` that changes something, and then call it again.
+    """Fail the power before each changing file call of ``call(directory)``, then repeat the call.
 
     Args:
-        last: only before that many of the last ones.
+        last: number of final calls to test; None for all.
     """
     root.mkdir()
     total = stop(lambda: call(root / "counted"), 10**9).calls
@@ -62,18 +62,18 @@ def saves(model: Any) -> Callable[[Path], Any]:
     return lambda directory: amc.save_checkpoint(model, directory, **SIZES)
 
 
-def test_a_conversion_whose_power_fails_is_refused_by_loaders_and_then_finished(source, wanted, tmp_path):
+def test_conversion_with_a_power_failure_is_refused_by_loaders_and_then_finishes(source, wanted, tmp_path):
     kind = "in few files"
     assert fail_power(converts(source, kind), tmp_path / "out", source, wanted[kind]) > 50
 
 
-def test_a_save_whose_power_fails_leaves_nothing_that_loads_and_room_for_the_next(model, source, wanted, tmp_path):
+def test_save_with_a_power_failure_leaves_nothing_that_loads_and_can_be_repeated(model, source, wanted, tmp_path):
     assert fail_power(saves(model), tmp_path / "out", source, wanted["saved"]) > 50
 
 
 MUTANTS = {
-    "a file is noted before it is on the disk": (writing, "            system.sync(fd)\n", ""),
-    "a file is noted before it is written": (
+    "a file is recorded before it is on the disk": (writing, "            system.sync(fd)\n", ""),
+    "a file is recorded before it is written": (
         converting,
         "                if to_write:\n",
         "                if to_write:\n                    place.finish(shard)\n",
@@ -98,12 +98,12 @@ MUTANTS = {
         "            for path in others.values():\n                _sync(path)\n",
         "",
     ),
-    "a file is written where it will lie": (
+    "a file is written to its final path": (
         destination_module,
         "        return os.path.join(self.staging, name)",
         "        return os.path.join(self.directory, name)",
     ),
-    "what was put in its place stays": (
+    "files that were already moved stay": (
         destination_module,
         '            append_record(self._journal, {"placing": placed})\n',
         "",
@@ -112,7 +112,7 @@ MUTANTS = {
 
 
 @pytest.mark.parametrize("mutant", MUTANTS)
-def test_failing_power_finds_each_fault_that_is_planted(model, source, wanted, tmp_path, monkeypatch, mutant):
+def test_each_planted_fault_fails_under_power_failure(model, source, wanted, tmp_path, monkeypatch, mutant):
     module, *change = MUTANTS[mutant]
     use(monkeypatch, module, planted(module, *change))
     kind = "saved" if "placing" in change[0] else "regrouped"

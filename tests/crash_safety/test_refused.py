@@ -1,4 +1,4 @@
-"""No room, and what else the system refuses: told, and the same call makes a checkpoint once that is mended."""
+"""Tests of full disks and refused system calls: an error, then success once the cause is gone."""
 
 from __future__ import annotations
 
@@ -37,13 +37,13 @@ from tests.faults import replace_calls
 
 @contextlib.contextmanager
 def small_disk(path: Path, nbytes: int) -> Iterator[None]:
-    """A file system of this size."""
+    """Mount a file system of ``nbytes``."""
     path.mkdir()
     mounted = subprocess.run(
         ["mount", "-t", "tmpfs", "-o", f"size={nbytes}", "tmpfs", str(path)], capture_output=True, text=True
     )
     if mounted.returncode:
-        pytest.skip(f"mounting takes root: {mounted.stderr.strip()}")
+        pytest.skip(f"mounting requires root: {mounted.stderr.strip()}")
     try:
         yield
     finally:
@@ -51,7 +51,7 @@ def small_disk(path: Path, nbytes: int) -> Iterator[None]:
 
 
 @pytest.mark.parametrize("kind", ["nemo", "transformers"])
-def test_a_disk_that_is_full_is_told_and_more_room_is_enough(source, wanted, tmp_path, monkeypatch, kind):
+def test_full_disk_is_reported_and_conversion_resumes_with_more_space(source, wanted, tmp_path, monkeypatch, kind):
     with small_disk(tmp_path / "disk", 1 << 20):
         ballast = tmp_path / "disk" / "ballast"
         ballast.write_bytes(bytes(600_000))
@@ -59,7 +59,7 @@ def test_a_disk_that_is_full_is_told_and_more_room_is_enough(source, wanted, tmp
         arguments = {"source": source, "destination": directory, **KINDS[kind]}
         assert_refused(lambda: amc.convert_checkpoint(**arguments), WriteError, "too little room", str(directory))
         assert not assert_whole_or_refused(directory, wanted[kind])
-        with monkeypatch.context() as patch:  # somebody else takes the room after it was looked for
+        with monkeypatch.context() as patch:  # another process fills the disk after the space check
             patch.setattr(system, "free_bytes", lambda path: 1 << 40)
             assert_refused(lambda: amc.convert_checkpoint(**arguments), WriteError, "No space left", "room for")
         assert not assert_whole_or_refused(directory, wanted[kind])
@@ -68,7 +68,7 @@ def test_a_disk_that_is_full_is_told_and_more_room_is_enough(source, wanted, tmp
         assert finish(source, directory, kind, wanted) > 0
 
 
-def test_a_save_to_a_disk_that_is_full_leaves_it_as_it_was(model, source, wanted, tmp_path):
+def test_save_to_a_full_disk_leaves_it_unchanged(model, source, wanted, tmp_path):
     with small_disk(tmp_path / "disk", 1 << 20):
         ballast = tmp_path / "disk" / "ballast"
         ballast.write_bytes(bytes(600_000))
@@ -83,12 +83,12 @@ def test_a_save_to_a_disk_that_is_full_leaves_it_as_it_was(model, source, wanted
         assert everything(directory) == wanted["saved"]
 
 
-def test_room_that_a_file_cut_short_takes_is_room_for_it(source, wanted, tmp_path):
+def test_space_of_a_truncated_file_counts_as_free_for_it(source, wanted, tmp_path):
     with small_disk(tmp_path / "disk", 900_000):
         directory = new_directory(tmp_path / "disk" / "out", source)
         big = KINDS["nemo"] | {"max_shard_size": "1GB"}
         with pytest.MonkeyPatch.context() as patch:
-            fail_calls(patch, "sync", errno.EIO, lambda number: number == 2)  # the first is the journal's
+            fail_calls(patch, "sync", errno.EIO, lambda number: number == 2)  # the first sync is of the journal
             assert_refused(lambda: amc.convert_checkpoint(source, directory, **big), WriteError, "Input/output error")
         assert os.path.getsize(directory / STAGING_NAME / "nemo.safetensors") > 450_000
         amc.convert_checkpoint(source, directory, **big)
@@ -97,18 +97,18 @@ def test_room_that_a_file_cut_short_takes_is_room_for_it(source, wanted, tmp_pat
 
 @pytest.mark.parametrize("limit", [0, 100, 40_000, 90_000])
 @pytest.mark.parametrize("kind", ["nemo", "transformers"])
-def test_a_limit_of_the_size_of_a_file_is_told_and_then_lifted(forked, source, wanted, tmp_path, kind, limit):
+def test_file_size_limit_is_reported_and_conversion_resumes_without_it(forked, source, wanted, tmp_path, kind, limit):
     directory = new_directory(tmp_path / "out", source)
-    told = forked.run("convert", arguments=arguments_of(source, directory, kind), limit=limit)
-    assert told["outcome"] == "WriteError", told
-    assert "File too large" in told["text"]
-    assert (told["descriptors"], told["workers"], told["later"]) == (0, [], 0)
+    answer = forked.run("convert", arguments=arguments_of(source, directory, kind), limit=limit)
+    assert answer["outcome"] == "WriteError", answer
+    assert "File too large" in answer["text"]
+    assert (answer["descriptors"], answer["workers"], answer["later"]) == (0, [], 0)
     assert not assert_whole_or_refused(directory, wanted[kind])
     finish(source, directory, kind, wanted)
 
 
 @pytest.mark.parametrize("name", ["pwritev", "reserve", "write_end", "copy_file"])
-def test_a_disk_that_is_full_from_some_call_on(source, wanted, tmp_path, monkeypatch, name):
+def test_disk_that_becomes_full_during_the_run(source, wanted, tmp_path, monkeypatch, name):
     total = len(count_calls((name,), lambda: amc.convert_checkpoint(source, tmp_path / "counted", **KINDS["nemo"])))
     assert total > 1
     for first in range(1, total + 1):
@@ -122,13 +122,13 @@ def test_a_disk_that_is_full_from_some_call_on(source, wanted, tmp_path, monkeyp
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_read_error_within_a_file_names_it_and_what_was_finished_stays(source, wanted, tmp_path, monkeypatch, kind):
+def test_read_error_names_the_file_and_keeps_finished_files(source, wanted, tmp_path, monkeypatch, kind):
     directory = new_directory(tmp_path / "out", source)
     broken = str(source / "model-00005-of-00005.safetensors")
 
     def fail(number: int, name: str, arguments: tuple[Any, ...]) -> None:
         file, at = arguments[0], arguments[2 if name == "preadv" else 1]
-        if os.path.realpath(f"/proc/self/fd/{file}") == broken and at > 8:  # after the header
+        if os.path.realpath(f"/proc/self/fd/{file}") == broken and at > 8:  # past the header
             raise OSError(errno.EIO, os.strerror(errno.EIO))
 
     with monkeypatch.context() as patch:
@@ -142,7 +142,7 @@ def test_a_read_error_within_a_file_names_it_and_what_was_finished_stays(source,
 
 @pytest.mark.parametrize("code", [errno.EACCES, errno.EROFS], ids=errno.errorcode.get)
 @pytest.mark.parametrize("name", ["make_directory", "open_append", "create", "rename"])
-def test_a_directory_that_may_not_be_written_to(model, source, wanted, tmp_path, monkeypatch, name, code):
+def test_directory_that_is_not_writable(model, source, wanted, tmp_path, monkeypatch, name, code):
     directory = new_directory(tmp_path / "out", source)
     before = everything(directory)
     with monkeypatch.context() as patch:
@@ -150,7 +150,7 @@ def test_a_directory_that_may_not_be_written_to(model, source, wanted, tmp_path,
         assert_refused(
             lambda: amc.save_checkpoint(model, directory, **SIZES), WriteError, os.strerror(code), str(directory)
         )
-        if name != "open_append":  # without which a lock cannot be taken
+        if name != "open_append":  # the lock needs it
             assert everything(directory) == before
         call = partial(amc.convert_checkpoint, source, directory, **KINDS["nemo"])
         assert_refused(call, WriteError, os.strerror(code), str(directory))
@@ -158,7 +158,7 @@ def test_a_directory_that_may_not_be_written_to(model, source, wanted, tmp_path,
     finish(source, directory, "nemo", wanted)
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="permissions do not bind root")
+@pytest.mark.skipif(os.geteuid() == 0, reason="root ignores permissions")
 def test_a_directory_without_permission(source, wanted, tmp_path):
     directory = new_directory(tmp_path / "out", source)
     directory.chmod(stat.S_IRUSR | stat.S_IXUSR)
@@ -170,7 +170,7 @@ def test_a_directory_without_permission(source, wanted, tmp_path):
     finish(source, directory, "nemo", wanted)
 
 
-def test_files_beside_the_weights_that_may_only_be_read(model, source, wanted, tmp_path):
+def test_read_only_files_next_to_the_weights(model, source, wanted, tmp_path):
     copied = copy_of(source, tmp_path / "source")
     (copied / "config.json").chmod(0o444)
     directory = tmp_path / "out"

@@ -1,4 +1,4 @@
-"""A checkpoint, several devices on a machine that has none, and what is read."""
+"""Fixtures: a checkpoint, several devices on a machine that has none, and a record of reads."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def published(tmp_path):
 
 @pytest.fixture
 def reads(monkeypatch):
-    """All reads of tensor data."""
+    """Record all reads of tensor data."""
     seen = []
     for module in (cpu, streaming):
         stock = module.read
@@ -39,10 +39,10 @@ def reads(monkeypatch):
 
 @pytest.fixture
 def devices(monkeypatch):
-    """Two CUDA devices as far as loads can see: ``FIRST`` and ``SECOND``, in host memory."""
-    made, empty_like = Devices(), torch.empty_like
+    """Simulate two CUDA devices, ``FIRST`` and ``SECOND``, in host memory."""
+    simulated, empty_like = Devices(), torch.empty_like
 
-    def there(device, where=None):
+    def simulated_loadable(device, where=None):
         device = as_device(device, where)
         return (
             torch.device("xpu", device.index or 0)
@@ -56,8 +56,8 @@ def devices(monkeypatch):
     def empty_like_there(tensor, *, device):
         return put(empty_like(tensor, device="cpu"), torch.device(device))
 
-    monkeypatch.setattr(device_map_module, "loadable", there)
-    monkeypatch.setattr(filling, "transfer_device", made)
+    monkeypatch.setattr(device_map_module, "loadable", simulated_loadable)
+    monkeypatch.setattr(filling, "transfer_device", simulated)
     monkeypatch.setattr(mapping, "allocate", allocate_there)
     monkeypatch.setattr(torch, "empty_like", empty_like_there)
-    return made
+    return simulated

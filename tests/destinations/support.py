@@ -1,4 +1,4 @@
-"""Modules and tensors for loads by a map of devices."""
+"""Modules and tensors for loads with a device map."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Weight(nn.Module):
 
 
 class Model(nn.Module):
-    """Parameters of the names of ``TENSORS``."""
+    """Parameters with the names of ``TENSORS``."""
 
     def __init__(self, tied: bool = False) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Buffers that a module computes: moved, or left where they are, as the map of devices says."""
+"""Tests of buffers that a module computes: moved, or left in place, as the device map requires."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tests.execution.elsewhere import FIRST, SECOND
 
 
 class Buffered(nn.Module):
-    """A parameter, a buffer of the checkpoint, and one that no checkpoint holds."""
+    """A parameter, a buffer that the checkpoint has, and one that no checkpoint has."""
 
     def __init__(self, table: torch.Tensor) -> None:
         super().__init__()
@@ -27,7 +27,7 @@ BUFFERED = {"weight": torch.arange(7.0), "steps": torch.arange(3.0)}
 
 @pytest.fixture
 def buffered(tmp_path):
-    """Three modules on the meta device with buffers on the CPU, one table for all of them, and their checkpoint."""
+    """Return three modules on the meta device with buffers on the CPU that share a table, and their checkpoint."""
     table = torch.arange(5.0)
     model = nn.ModuleDict({name: Buffered(table) for name in "abc"})
     for module in model.values():
@@ -42,13 +42,13 @@ def test_buffers_that_have_memory_are_moved(buffered, devices):
     amc.load_model(model, file, device_map={"a": 0, "": 1})
     for module, home in zip(model.values(), (FIRST, SECOND, SECOND), strict=True):
         wanted = BUFFERED | {"table": torch.arange(5.0)}
-        found = dict(module.named_parameters()) | dict(module.named_buffers())
-        assert_loaded(found, dict.fromkeys(wanted, home), wanted)
+        state = dict(module.named_parameters()) | dict(module.named_buffers())
+        assert_loaded(state, dict.fromkeys(wanted, home), wanted)
     assert model["b"].table is model["c"].table
     assert model["a"].table is not model["b"].table
 
 
-def test_a_buffer_that_the_checkpoint_lacks_is_moved_as_it_is(buffered, devices):
+def test_buffer_missing_in_the_checkpoint_is_moved_unchanged(buffered, devices):
     model, file = buffered
     save_file({f"{m}.weight": BUFFERED["weight"].clone() for m in "abc"}, file)
     report = amc.load_model(model, file, device_map={"": 1}, strict=False)
@@ -58,7 +58,7 @@ def test_a_buffer_that_the_checkpoint_lacks_is_moved_as_it_is(buffered, devices)
     })  # fmt: skip
 
 
-def test_a_load_that_fails_moves_no_buffer(buffered, devices):
+def test_load_that_fails_moves_no_buffer(buffered, devices):
     model, file = buffered
     devices[FIRST].fail_at = 1
     before = dict(model.named_buffers(remove_duplicate=False))
@@ -75,7 +75,7 @@ def test_buffers_stay_where_they_are_without_a_map(buffered):
     assert all(buffer is before[name] for name, buffer in model.named_buffers(remove_duplicate=False))
 
 
-def test_a_buffer_that_has_memory_and_no_entry_is_named(buffered, devices, reads):
+def test_buffer_that_has_memory_and_no_entry_is_named(buffered, devices, reads):
     model, file = buffered
     device_map = {f"{m}.{name}": 1 for m in "abc" for name in BUFFERED}
     with pytest.raises(amc.ConversionError, match=r"has no device for 3 of 9[\s\S]*a\.table"):

@@ -1,4 +1,4 @@
-"""``device_map``: looked up as accelerate does, refused before anything is read if it does not fit, and obeyed."""
+"""Tests of ``device_map``: look-up as in accelerate, refusal of misfits before anything is read, and placement."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ def poisoned(model):
 
 
 def simple(entries):
-    """A map to devices that are no devices, but numbers."""
-    made = DeviceMap({})
-    made.entries = entries
-    return made
+    """Return a map to numbers in place of devices."""
+    device_map_of_numbers = DeviceMap({})
+    device_map_of_numbers.entries = entries
+    return device_map_of_numbers
 
 
 @pytest.mark.parametrize(
@@ -44,12 +44,12 @@ def simple(entries):
         ("lm_head.weight", "rest"),
     ],
 )
-def test_the_longest_name_of_whole_components_decides(name, wanted):
+def test_longest_name_of_whole_components_decides(name, wanted):
     entries = {"": "rest", "model.layers.1": "layer 1", "model.layers.1.norm.weight": "norm"}
     assert simple(entries).device_of(name) == wanted
 
 
-def test_what_no_name_begins_is_covered_by_the_empty_one_only():
+def test_names_without_a_matching_entry_use_the_empty_one():
     assert simple({"a": "first"}).device_of("b.weight") is None
     assert simple({"a": "first", "": "rest"}).device_of("b.weight") == "rest"
 
@@ -73,7 +73,7 @@ def test_numbers_are_cuda_devices(devices):
     }  # fmt: skip
 
 
-def test_a_state_dict_lies_where_the_map_says(published, devices):
+def test_state_dict_is_placed_by_the_map(published, devices):
     for arguments in ({"model": meta(Model())}, {"rules": []}):
         loaded = amc.load_state_dict(published, device_map=MAP, **arguments)
         assert_loaded(loaded, WHERE)
@@ -81,7 +81,7 @@ def test_a_state_dict_lies_where_the_map_says(published, devices):
     assert devices.keys() == {FIRST, SECOND}
 
 
-def test_new_parameters_lie_where_the_map_says(published, devices):
+def test_new_parameters_are_placed_by_the_map(published, devices):
     model = meta(Model())
     report = amc.load_model(model, published, device_map=MAP)
     assert_loaded(model.state_dict(keep_vars=True), WHERE)
@@ -116,7 +116,7 @@ def test_parameters_that_have_memory_elsewhere_are_refused(published, devices, r
     assert all((tensor.view(torch.uint8) == POISON).all() for tensor in model.state_dict().values())
 
 
-def test_a_parameter_elsewhere_is_refused_though_the_checkpoint_lacks_it(tmp_path, devices, reads):
+def test_parameter_elsewhere_is_refused_even_if_the_checkpoint_lacks_it(tmp_path, devices, reads):
     save_file({name: TENSORS[name] for name in TENSORS if name != "head.weight"}, tmp_path / "model.safetensors")
     model = meta(Model())
     model.head = Weight(30, 40)
@@ -140,8 +140,8 @@ def mixtral(tmp_path):
     return build_model("mixtral")
 
 
-def test_a_map_that_accelerate_has_made_places_every_tensor_of_a_model(tmp_path, devices):
-    pytest.importorskip("transformers", reason="the model is one of transformers")
+def test_map_from_accelerate_places_every_tensor_of_a_model(tmp_path, devices):
+    pytest.importorskip("transformers", reason="the model is a transformers model")
     accelerate = pytest.importorskip("accelerate")
     model = mixtral(tmp_path)
     size = sum(parameter.nbytes for parameter in model.parameters())
@@ -164,7 +164,7 @@ def test_a_map_that_accelerate_has_made_places_every_tensor_of_a_model(tmp_path,
 
 @pytest.mark.parametrize("rotary", [FIRST, HOST])
 def test_computed_buffers_go_where_their_module_does(tmp_path, devices, rotary):
-    pytest.importorskip("transformers", reason="the model is one of transformers")
+    pytest.importorskip("transformers", reason="the model is a transformers model")
     model = mixtral(tmp_path)
     computed = {name: buffer.clone() for name, buffer in model.named_buffers()}
     assert computed
@@ -174,8 +174,8 @@ def test_computed_buffers_go_where_their_module_does(tmp_path, devices, rotary):
         assert_bytes_equal(buffer.as_subclass(torch.Tensor), computed[name])
 
 
-def test_a_computed_buffer_that_no_entry_covers_is_named(tmp_path, devices):
-    pytest.importorskip("transformers", reason="the model is one of transformers")
+def test_computed_buffer_that_no_entry_covers_is_named(tmp_path, devices):
+    pytest.importorskip("transformers", reason="the model is a transformers model")
     model = mixtral(tmp_path)
     device_map = dict.fromkeys(["model.embed_tokens", "model.layers", "model.norm", "lm_head"], 0)
     with pytest.raises(amc.ConversionError, match=r"has no device[\s\S]*model\.rotary_emb\.inv_freq"):
@@ -183,14 +183,14 @@ def test_a_computed_buffer_that_no_entry_covers_is_named(tmp_path, devices):
 
 
 def empty_copy(model, build):
-    """A model of the same config, as callers build it whose parameters shall have no memory yet."""
+    """Return a model of the same config, built as by callers who want parameters without memory."""
     accelerate = pytest.importorskip("accelerate") if build == "init_empty_weights" else None
     with torch.device("meta") if accelerate is None else accelerate.init_empty_weights():
         return type(model)._from_config(model.config, dtype=torch.bfloat16)
 
 
 def zoo_model(name):
-    """A tiny model of a type, or ``"tied"``: one whose head is its embedding."""
+    """Return a tiny model of a type, or of ``"tied"``: a model whose head is its embedding."""
     from tests.model_zoo import build_model
 
     if name != "tied":
@@ -202,8 +202,8 @@ def zoo_model(name):
 
 @pytest.mark.parametrize("build", ["meta device", "init_empty_weights"])
 @pytest.mark.parametrize("name", ["mixtral", "tied", "deepseek_v3", "qwen3_vl_moe"])
-def test_every_tensor_of_an_empty_model_goes_where_the_map_says(tmp_path, devices, name, build):
-    pytest.importorskip("transformers", reason="the model is one of transformers")
+def test_every_tensor_of_an_empty_model_is_placed_by_the_map(tmp_path, devices, name, build):
+    pytest.importorskip("transformers", reason="the model is a transformers model")
     from tests.model_zoo import write_checkpoint
 
     full = zoo_model(name)
@@ -213,18 +213,18 @@ def test_every_tensor_of_an_empty_model_goes_where_the_map_says(tmp_path, device
     rotary = next(name for name in wanted if name.endswith("inv_freq")).rpartition(".")[0]
     device_map = {"": 1, rotary: 0, "lm_head": 1}
     model = empty_copy(full, build)
-    # The dtype, because a buffer with memory would keep its own, where a new one of some is float32.
+    # A buffer with memory would keep its dtype, but some new buffers are float32.
     report = amc.load_model(model, tmp_path, device_map=device_map, dtype=torch.bfloat16)
     assert report.missing_keys == ()
-    found = model.state_dict(keep_vars=True) | dict(model.named_buffers())
-    assert_loaded(found, {name: DeviceMap(device_map).device_of(name) for name in wanted}, wanted)
+    state = model.state_dict(keep_vars=True) | dict(model.named_buffers())
+    assert_loaded(state, {name: DeviceMap(device_map).device_of(name) for name in wanted}, wanted)
     if name == "tied":
         assert model.lm_head.weight is model.model.embed_tokens.weight
 
 
 @pytest.mark.parametrize("build", ["meta device", "init_empty_weights"])
-def test_a_lenient_load_places_what_there_is(tmp_path, devices, build):
-    pytest.importorskip("transformers", reason="the model is one of transformers")
+def test_lenient_load_places_present_tensors(tmp_path, devices, build):
+    pytest.importorskip("transformers", reason="the model is a transformers model")
     full = mixtral(tmp_path)
     tensors = amc.load_state_dict(tmp_path, rules=[])
     del tensors["lm_head.weight"], tensors["model.norm.weight"]

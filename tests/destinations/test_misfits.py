@@ -1,4 +1,4 @@
-"""Maps of devices that do not fit, or cannot be: refused, with names, before anything is read."""
+"""Tests of invalid device maps: refused by name before anything is read."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.execution.elsewhere import FIRST, HOST
 
 
 def both(path, model, **arguments):
-    """The two loads that take a map."""
+    """Run the two loads that accept a map."""
     return (
         lambda: amc.load_state_dict(path, model(), **arguments),
         lambda: amc.load_model(model(), path, **arguments),
@@ -37,7 +37,7 @@ def test_tensors_that_no_entry_covers_are_named_before_anything_is_read(publishe
     assert reads == []
 
 
-def test_an_entry_that_names_nothing_is_refused_unless_the_load_is_lenient(published, devices, reads):
+def test_entry_that_names_nothing_is_refused_unless_the_load_is_lenient(published, devices, reads):
     device_map = MAP | {"layer.1": 0}
     for load in both(published, lambda: meta(Model()), device_map=device_map):
         with pytest.raises(amc.ConversionError, match=r"no module and no parameter[\s\S]*layer\.1"):
@@ -47,12 +47,12 @@ def test_an_entry_that_names_nothing_is_refused_unless_the_load_is_lenient(publi
         assert_loaded(amc.load_state_dict(published, device_map=device_map, strict=False, **arguments), WHERE)
 
 
-def test_rules_alone_do_not_say_which_modules_there_are(published, devices):
+def test_rules_without_a_model_do_not_list_modules(published, devices):
     device_map = MAP | {"rotary_emb": 0, "layers.0.act_fn": "cpu"}
     assert_loaded(amc.load_state_dict(published, rules=[], device_map=device_map), WHERE)
 
 
-def test_names_of_one_tensor_go_to_one_device(tmp_path, devices, reads):
+def test_names_of_one_tensor_must_share_a_device(tmp_path, devices, reads):
     save_file(
         {name: tensor for name, tensor in TENSORS.items() if name != "head.weight"}, tmp_path / "model.safetensors"
     )
@@ -92,20 +92,20 @@ def test_names_of_one_tensor_go_to_one_device(tmp_path, devices, reads):
         (0, amc.ConversionError, "not a mapping"),
     ],
 )
-def test_a_map_that_cannot_be_is_refused_before_anything_is_opened(tmp_path, device_map, kind, text):
+def test_invalid_map_is_refused_before_anything_is_opened(tmp_path, device_map, kind, text):
     if torch.cuda.is_available() and device_map == {"": 0}:
-        pytest.skip("there is such a device")
+        pytest.skip("this device exists")
     for load in both(tmp_path / "nowhere", lambda: meta(Model()), device_map=device_map):
         with pytest.raises(kind, match=text):
             load()
 
 
 @pytest.mark.parametrize("kind", [str, torch.device])
-def test_a_device_and_a_map_exclude_each_other(published, kind):
+def test_device_and_a_map_exclude_each_other(published, kind):
     for load in both(published, lambda: meta(Model()), device_map={"": "cpu"}, device=kind("cuda:0")):
         with pytest.raises(amc.ConversionError, match="cannot be combined"):
             load()
-    # The default of one load is the CPU, that of the other is none.
+    # The default of one load is the CPU; the other has none.
     to_a_dict, to_a_model = both(published, lambda: meta(Model()), device_map={"": "cpu"}, device=kind("cpu"))
     assert_loaded(to_a_dict(), dict.fromkeys(TENSORS, HOST))
     with pytest.raises(amc.ConversionError, match="cannot be combined"):
@@ -120,13 +120,13 @@ def test_parameters_that_a_mesh_places_are_refused(published, devices, monkeypat
 
 
 LEAST = 2 * 2 * streaming.LEAST_SCRATCH_BYTES + cpu.LEAST_SCRATCH_BYTES
-"""The least of a ring and windows for each of two devices, and of a scratch for the host."""
+"""The smallest budget: a ring and windows for each of two devices, and scratch for the host."""
 
 
 @pytest.mark.parametrize("budget", [60_000, 100_000, 1 << 20, 1 << 40])
 @pytest.mark.parametrize("threads", [None, 1, 3, 8])
 def test_all_devices_together_stay_within_the_budget(published, devices, budget, threads):
-    # Cast, so that everything goes through windows and scratch.
+    # Cast, so that all bytes pass through windows and scratch.
     loaded = amc.load_state_dict(
         published, rules=[], device_map=MAP, dtype=torch.bfloat16, memory_budget=budget, threads=threads
     )
@@ -135,7 +135,7 @@ def test_all_devices_together_stay_within_the_budget(published, devices, budget,
     assert_loaded(loaded, WHERE, {name: tensor.to(torch.bfloat16) for name, tensor in TENSORS.items()})
 
 
-def test_a_budget_too_small_for_all_devices_is_refused_and_what_is_asked_for_is_enough(published, devices, reads):
+def test_too_small_budget_for_all_devices_is_refused_with_a_sufficient_one(published, devices, reads):
     with pytest.raises(amc.ConversionError, match="memory_budget is too small") as raised:
         amc.load_state_dict(published, rules=[], device_map=MAP, memory_budget=LEAST - 1)
     assert reads == []
@@ -145,7 +145,7 @@ def test_a_budget_too_small_for_all_devices_is_refused_and_what_is_asked_for_is_
     assert_loaded(loaded, WHERE)
 
 
-def test_a_device_that_fails_leaves_a_model_as_it_was_and_names_what_was_filled(published, devices):
+def test_failing_device_leaves_the_model_unchanged_and_filled_targets_are_named(published, devices):
     devices[FIRST].fail_at = 1
     model = meta(Model())
     with pytest.raises(RuntimeError, match="an illegal access") as raised:

@@ -1,4 +1,4 @@
-"""Where loaded tensors go in a model: its own tensors, or new ones that take their places afterwards."""
+"""Tests of the places of loaded tensors in a model: its own tensors, or new ones that replace them afterwards."""
 
 import pytest
 import torch
@@ -21,7 +21,7 @@ CPU = torch.device("cpu")
 
 
 def plan_for(state, dtype="F32", tied=()):
-    """A plan that fills each of these tensors from a source of its own."""
+    """Return a plan that fills each of these tensors from its own source."""
     names, shapes = list(state), [tuple(tensor.shape) for tensor in state.values()]
     targets = tuple(
         Target(name, dtype, shape, -1, (row,), (StridedCopy(run_of(tensor.numel()), (0,), (0,), (0,)),))
@@ -60,7 +60,7 @@ def test_parameters_and_buffers_are_found_by_identity_in_all_their_places():
     assert [place.module for place in found["1.b.weight"]] == [model[1].a, model[1].b]
 
 
-def test_an_attribute_is_put_where_it_was():
+def test_attribute_is_put_where_it_was():
     norm = nn.BatchNorm1d(2)
     for leaf, new in (("running_mean", torch.ones(2)), ("weight", nn.Parameter(torch.ones(2)))):
         place = ModuleAttribute(norm, leaf)
@@ -71,7 +71,7 @@ def test_an_attribute_is_put_where_it_was():
     assert "weight" in norm._parameters
 
 
-def test_the_models_own_memory_is_written():
+def test_models_own_memory_is_written():
     model = nn.Linear(2, 3)
     weight, address = model.weight, model.weight.data_ptr()
     tensors = placed(model)
@@ -98,7 +98,7 @@ def test_new_tensors_replace_those_on_the_meta_device_and_of_another_dtype():
     assert bool((model.bias == 2).all())
 
 
-def test_a_parameter_under_two_names_is_loaded_twice_only_to_be_compared():
+def test_parameter_under_two_names_is_loaded_twice_only_to_be_compared():
     model = Tied()
     assert placed(model, strict=False).buffers.keys() == {"a.weight"}
     tensors = placed(model)
@@ -126,7 +126,7 @@ def test_names_that_the_plan_ties_share_the_new_tensor():
     assert model.a.weight is model.b.weight
 
 
-def test_a_tensor_that_a_hook_copies_is_refused_by_name():
+def test_tensor_that_a_hook_copies_is_refused_by_name():
     model = nn.Linear(2, 3)
     state = model.state_dict(keep_vars=True)
     state["bias"] = state["bias"].clone()
@@ -146,7 +146,7 @@ def test_two_parameters_that_share_memory_are_refused_and_neighbours_are_not(sta
         assert placed(model).buffers.keys() == {"a", "b"}
 
 
-def test_new_tensors_go_where_the_caller_says_or_to_the_cpu():
+def test_new_tensors_go_to_the_requested_device_or_the_cpu():
     meta = torch.empty(2, device="meta")
     assert device_for(meta) == device_for(torch.empty(2)) == CPU
     targets = plan_for({"a": meta, "b": meta}).targets
@@ -154,6 +154,6 @@ def test_new_tensors_go_where_the_caller_says_or_to_the_cpu():
     assert devices == {"a": CPU, "b": torch.device("cuda", 1)}
 
 
-def test_a_model_that_is_not_sharded_has_no_regions():
+def test_model_that_is_not_sharded_has_no_regions():
     state = nn.Linear(2, 3).state_dict()
     assert regions_of(state, plan_for(state)) == {}

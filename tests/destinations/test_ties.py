@@ -1,4 +1,4 @@
-"""Names that are one tensor: tied after a load, and compared byte by byte where both were loaded."""
+"""Tests of names that share a tensor: tied after a load, and compared byte by byte if both were loaded."""
 
 import pytest
 import torch
@@ -19,7 +19,7 @@ def test_names_of_a_group_share_the_first_tensor_that_was_loaded():
     assert loaded.keys() == {"b", "other"}
 
 
-def test_a_group_of_which_nothing_was_loaded_stays_away():
+def test_group_without_loaded_names_is_left_out():
     assert with_tied({}, [("a", "b"), ()], []) == {}
 
 
@@ -28,7 +28,7 @@ def test_different_values_are_named_with_the_first_of_their_group():
     assert unequal_ties(loaded, [("a", "b", "c", "absent"), ("d",), ("gone", "d")]) == {("c", "a")}
 
 
-def test_a_name_that_is_unequal_keeps_its_own_tensor():
+def test_name_that_is_unequal_keeps_its_own_tensor():
     loaded = tensors(a=[1.0], b=[2.0], c=[1.0])
     tied = with_tied(loaded, [("a", "b", "c")], {("b", "a")})
     assert tied["b"] is loaded["b"]

@@ -1,7 +1,7 @@
-"""Suite: expert parallelism of every make is saved whole, or not at all and every rank is told the same.
+"""Suite: every kind of expert parallelism is saved whole, or nothing is saved and every rank has the same error.
 
-Each kind is saved by ``save_checkpoint`` and by ``torch.distributed.checkpoint``. Experts that are local are plain
-tensors of a rank's own ``E / 2``; ``fsdp`` after that divides them over the ranks that have the same ones.
+Each kind is saved by ``save_checkpoint`` and by ``torch.distributed.checkpoint``. Local experts are plain tensors of a
+rank's own ``E / 2``; ``fsdp`` after that divides them over the ranks that have the same ones.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from transformers.distributed import DistributedConfig
 import automodel_conv as amc
 from automodel_conv.integrations.dcp import HuggingFaceWriter
 from tests.distributed.models import Meshes, Published, assert_same_tensors, local, placed_by, published, read_all
-from tests.distributed.starting import say
+from tests.distributed.starting import send
 
 EXPERTS = 8
 
 
-class What(NamedTuple):
-    """What is saved, and what ``HuggingFaceWriter`` and ``save_checkpoint`` take besides."""
+class SaveCase(NamedTuple):
+    """A model or state dict to save, and keywords for ``HuggingFaceWriter`` and ``save_checkpoint``."""
 
     saved: nn.Module | dict[str, Tensor]
     options: dict
@@ -48,69 +48,69 @@ def prepare(directory: Path, world: int) -> dict[str, Published]:
 
 def rank(common: dict[str, Published], variant: str, directory: Path) -> None:
     number, world = str(dist.get_rank()), str(dist.get_world_size())
-    os.environ |= {"RANK": number, "LOCAL_RANK": number, "WORLD_SIZE": world}  # what transformers goes by
+    os.environ |= {"RANK": number, "LOCAL_RANK": number, "WORLD_SIZE": world}  # transformers reads these
     meshes = Meshes()
     for kind in VARIANTS[variant][dist.get_world_size()]:
-        of = common.get(kind, common[""])
+        source = common.get(kind, common[""])
         make = KINDS[kind]
-        what = make(of, meshes)
-        if what is None:
-            say({"kind": kind, "made": False})
+        case = make(source, meshes)
+        if case is None:
+            send({"kind": kind, "supported": False})
             continue
-        wanted = read_all(of.saved) if isinstance(what.saved, nn.Module) else None
+        wanted = read_all(source.saved) if isinstance(case.saved, nn.Module) else None
         outcome = {}
         for way, save in (("save", saves), ("dcp", saves_by_dcp)):
             own = directory / f"{kind}, {way}"
-            # A save without DTensors is each rank's own.
+            # Without DTensors each rank saves for itself.
             place = own / number if kind in ALONE and way == "save" else own
-            outcome[way] = save(what, place)
+            outcome[way] = save(case, place)
             dist.barrier()
             if outcome[way] is None and number == "0":
-                assert_same_tensors(read_all(place), wanted or wholes(what.saved))
+                assert_same_tensors(read_all(place), wanted or wholes(case.saved))
             outcome[f"{way} left"] = sorted(str(path) for path in own.rglob("*") if not path.is_dir())
             dist.barrier()
             if number == "0":
                 shutil.rmtree(own, ignore_errors=True)
-        say({"kind": kind, "made": True} | outcome)
+        send({"kind": kind, "supported": True} | outcome)
 
 
-def saves(what: What, directory: Path) -> list | None:
+def saves(case: SaveCase, directory: Path) -> list | None:
     try:
-        amc.save_checkpoint(what.saved, directory, **what.options)
+        amc.save_checkpoint(case.saved, directory, **case.options)
     except amc.ConversionError as error:
         return [type(error).__name__, str(error)]
     return None
 
 
-def saves_by_dcp(what: What, directory: Path) -> list | None:
-    is_model = isinstance(what.saved, nn.Module)
-    state = what.saved.state_dict() if is_model else what.saved
-    writer = HuggingFaceWriter(directory, what.saved if is_model else None, **what.options)
+def saves_by_dcp(case: SaveCase, directory: Path) -> list | None:
+    is_model = isinstance(case.saved, nn.Module)
+    state = case.saved.state_dict() if is_model else case.saved
+    writer = HuggingFaceWriter(directory, case.saved if is_model else None, **case.options)
     try:
         dcp.save(state, storage_writer=writer)
     except CheckpointException as error:
-        [told] = {(type(found).__name__, str(found)) for found, _ in error.failures.values()}
-        return list(told)
+        [message] = {(type(failure).__name__, str(failure)) for failure, _ in error.failures.values()}
+        return list(message)
     return None
 
 
 def wholes(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """What all ranks made their parts of, in ``odd_shards``."""
+    """Return the whole tensors that ranks hold parts of in ``odd_shards``."""
     return {name: values(name) for name in state}
 
 
 def by_transformers(**sizes):
-    """Its own parallelism, as ``from_pretrained`` takes it; None where this release has none of that kind."""
+    """Return a function that loads with transformers' own parallelism; it returns None if this release lacks it."""
 
-    def make(of: Published, meshes: Meshes) -> What | None:
+    def make(source: Published, meshes: Meshes) -> SaveCase | None:
         world = dist.get_world_size()
         known = DistributedConfig.__dataclass_fields__
         if not sizes.keys() <= known.keys():
             return None
-        given = {name: size(world) for name, size in sizes.items()}
-        config = DistributedConfig(**given)
-        model = type(of.model).from_pretrained(of.path, distributed_config=config)
-        return What(model, {})
+        options = {name: size(world) for name, size in sizes.items()}
+        config = DistributedConfig(**options)
+        model = type(source.model).from_pretrained(source.path, distributed_config=config)
+        return SaveCase(model, {})
 
     return make
 
@@ -127,9 +127,9 @@ def two(world: int) -> int:
     return 2
 
 
-def with_local_experts(of: Published, meshes: Meshes) -> nn.Module:
-    """The whole model but for its experts, of which this rank has those of its place on the inner dimension."""
-    model = copy.deepcopy(of.model)
+def with_local_experts(source: Published, meshes: Meshes) -> nn.Module:
+    """Return the model with only those experts that belong to this rank's place on the inner dimension."""
+    model = copy.deepcopy(source.model)
     at = meshes(dist.get_world_size() // 2, 2)["inner"].get_local_rank()
     for module in model.modules():
         for leaf in ("gate_up_proj", "down_proj"):
@@ -143,77 +143,77 @@ def experts_of(model: nn.Module) -> set[nn.Parameter]:
     return {parameter for name, parameter in model.named_parameters() if ".experts." in name}
 
 
-def plain(of: Published, meshes: Meshes) -> What:
-    model = with_local_experts(of, meshes)
+def plain(source: Published, meshes: Meshes) -> SaveCase:
+    model = with_local_experts(source, meshes)
     fully_shard(model, mesh=meshes(dist.get_world_size()), ignored_params=experts_of(model))
-    return What(model, {})
+    return SaveCase(model, {})
 
 
-def alone(of: Published, meshes: Meshes) -> What:
-    return What(with_local_experts(of, meshes), {})
+def alone(source: Published, meshes: Meshes) -> SaveCase:
+    return SaveCase(with_local_experts(source, meshes), {})
 
 
-def on_sub_meshes(of: Published, meshes: Meshes) -> What:
-    model = with_local_experts(of, meshes)
+def on_sub_meshes(source: Published, meshes: Meshes) -> SaveCase:
+    model = with_local_experts(source, meshes)
     fully_shard(model, mesh=meshes(dist.get_world_size() // 2, 2)["outer"])
-    return What(model, {})
+    return SaveCase(model, {})
 
 
-def replicated_on_sub_meshes(of: Published, meshes: Meshes) -> What:
-    model = with_local_experts(of, meshes)
+def replicated_on_sub_meshes(source: Published, meshes: Meshes) -> SaveCase:
+    model = with_local_experts(source, meshes)
     placed_by(model, meshes(dist.get_world_size() // 2, 2)["outer"], lambda name, parameter: [Replicate()])
-    return What(model, {})
+    return SaveCase(model, {})
 
 
-def without_a_model(of: Published, meshes: Meshes) -> What:
-    """The rows of the router say how many experts there are."""
-    return What(plain(of, meshes).saved.state_dict(), {"rules": amc.get_model_conversion_mapping(of.model)})
+def without_a_model(source: Published, meshes: Meshes) -> SaveCase:
+    """Save a state dict: the rows of the router determine the number of experts."""
+    return SaveCase(plain(source, meshes).saved.state_dict(), {"rules": amc.get_model_conversion_mapping(source.model)})
 
 
 def without_a_router(make):
-    """Nothing says how many experts there are; the bytes do not agree."""
+    """Save without a router: nothing determines the number of experts, and the bytes of ranks differ."""
 
-    def made(of: Published, meshes: Meshes) -> What:
-        state = make(of, meshes).saved.state_dict()
+    def build(source: Published, meshes: Meshes) -> SaveCase:
+        state = make(source, meshes).saved.state_dict()
         state = {name: tensor for name, tensor in state.items() if not name.endswith(".gate.weight")}
-        return What(state, {"rules": amc.get_model_conversion_mapping(of.model)})
+        return SaveCase(state, {"rules": amc.get_model_conversion_mapping(source.model)})
 
-    return made
+    return build
 
 
-def hsdp(of: Published, meshes: Meshes) -> What:
-    model = copy.deepcopy(of.model)
+def hsdp(source: Published, meshes: Meshes) -> SaveCase:
+    model = copy.deepcopy(source.model)
     fully_shard(model, mesh=meshes(2, dist.get_world_size() // 2))
-    return What(model, {})
+    return SaveCase(model, {})
 
 
-def drifted(of: Published, meshes: Meshes) -> What:
-    what = hsdp(of, meshes)
+def drifted(source: Published, meshes: Meshes) -> SaveCase:
+    case = hsdp(source, meshes)
     if dist.get_rank() == dist.get_world_size() - 1:
-        part = local(what.saved.state_dict()["model.layers.1.mlp.experts.down_proj"])
+        part = local(case.saved.state_dict()["model.layers.1.mlp.experts.down_proj"])
         part.view(torch.int16).view(-1)[-1] ^= 1
-    return what
+    return case
 
 
-def with_other_buffers(of: Published, meshes: Meshes) -> What:
-    state = dict(hsdp(of, meshes).saved.state_dict())
+def with_other_buffers(source: Published, meshes: Meshes) -> SaveCase:
+    state = dict(hsdp(source, meshes).saved.state_dict())
     state["steps"] = torch.tensor(dist.get_rank() // (dist.get_world_size() - 1))
-    return What(state, {"rules": amc.get_model_conversion_mapping(of.model)})
+    return SaveCase(state, {"rules": amc.get_model_conversion_mapping(source.model)})
 
 
-def with_other_sizes(of: Published, meshes: Meshes) -> What:
-    """The last rank has one expert less than the others."""
-    what = without_a_router(plain)(of, meshes)
+def with_other_sizes(source: Published, meshes: Meshes) -> SaveCase:
+    """Give the last rank one expert less than the others."""
+    case = without_a_router(plain)(source, meshes)
     name = "model.layers.1.mlp.experts.down_proj"
     if dist.get_rank() == dist.get_world_size() - 1:
-        what.saved[name] = what.saved[name][1:]
-    return what
+        case.saved[name] = case.saved[name][1:]
+    return case
 
 
-def one_expert(of: Published, meshes: Meshes) -> What:
-    model = copy.deepcopy(of.model)
+def one_expert(source: Published, meshes: Meshes) -> SaveCase:
+    model = copy.deepcopy(source.model)
     placed_by(model, meshes(dist.get_world_size()), lambda name, parameter: [Shard(0)])
-    return What(model, {})
+    return SaveCase(model, {})
 
 
 def values(name: str) -> Tensor:
@@ -222,17 +222,17 @@ def values(name: str) -> Tensor:
     return torch.arange(torch.Size(shape).numel(), dtype=torch.float32).reshape(shape) + 0.1
 
 
-def odd_shards(of: Published, meshes: Meshes) -> What:
-    """Shards of no elements, ranks outside of a mesh, float32, a plain tensor that lies in another order on a rank."""
-    mesh, some = meshes(dist.get_world_size()), DeviceMesh("cpu", [0])
+def odd_shards(source: Published, meshes: Meshes) -> SaveCase:
+    """Return empty shards, ranks outside a mesh, float32, and a plain tensor with other strides on some ranks."""
+    mesh, sub_mesh = meshes(dist.get_world_size()), DeviceMesh("cpu", [0])
     state = {name: distribute_tensor(values(name), mesh, [Shard(0)]) for name in ("one row", "nothing")}
     state["a number"] = distribute_tensor(values("a number"), mesh, [Replicate()])
     state["a number of one"] = distribute_tensor(values("a number of one"), DeviceMesh("cpu", [1]), [Replicate()])
-    state["rows of some"] = distribute_tensor(values("rows of some"), some, [Shard(0)])
+    state["rows of some"] = distribute_tensor(values("rows of some"), sub_mesh, [Shard(0)])
     state["not contiguous"] = values("not contiguous")
     if dist.get_rank():
         state["not contiguous"] = state["not contiguous"].t().contiguous().t()
-    return What(state, {"rules": []})
+    return SaveCase(state, {"rules": []})
 
 
 ALONE = ("local experts",)
@@ -273,5 +273,5 @@ _SOME = [
     "other buffers",
 ]
 _ALL = {world: [kind for kind in KINDS if world > 2 or kind not in _OF_FOUR] for world in (2, 4, 8)}
-# By the number of ranks.
+# Kinds by the number of ranks.
 VARIANTS = {"some": {4: _SOME}, "all": _ALL}

@@ -1,4 +1,4 @@
-"""Ranks in this process: one of a mesh, whose group sends nothing, or several threads that talk to each other."""
+"""Ranks in this process: one rank of a mesh with a group that sends nothing, or threads that communicate."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 @contextmanager
 def rank_of_mesh(rank: int, shape: tuple[int, ...], *names: str) -> Iterator[DeviceMesh]:
-    """The mesh of all ranks, as rank ``rank`` sees it; its collectives send nothing."""
+    """Return the mesh of all ranks as rank ``rank`` sees it; its collectives send nothing."""
     world = 1
     for size in shape:
         world *= size
@@ -36,7 +36,7 @@ class Group:
 
 
 class Ranks:
-    """A ``torch.distributed`` whose ranks are threads. A broken barrier is a RuntimeError, as backends raise it."""
+    """A ``torch.distributed`` with threads as ranks. A broken barrier is a RuntimeError, as backends raise it."""
 
     def __init__(self) -> None:
         self._thread = threading.local()
@@ -67,7 +67,7 @@ class Ranks:
         group.barrier.wait()
 
     def run(self, world: int, call: Callable[[int], Any]) -> list[Any]:
-        """What each rank returns or raises."""
+        """Return what each rank returns or raises."""
         ended: list[Any] = [None] * world
 
         def work(rank: int) -> None:

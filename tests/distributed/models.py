@@ -1,4 +1,4 @@
-"""Models of the zoo, sharded in the ways that training code shards them, and what each rank then holds."""
+"""Models of the zoo, sharded as training code shards them, and checks of the parts that each rank holds."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ TRANSPOSING = "qwen3_vl_moe"
 
 
 class Published(NamedTuple):
-    """A checkpoint as it would be published, the model that transformers makes of it, and that model saved again."""
+    """A published checkpoint, the model that transformers loads from it, and the checkpoint saved from that model."""
 
     path: str
     saved: str
@@ -38,7 +38,7 @@ def rope_types() -> list[str]:
 
 
 def published(name: str, directory: Path, **changes: int) -> Published:
-    """A model of the zoo, or a causal language model with changes to its small config."""
+    """Write and load a model of the zoo, or a causal language model with changes to its small config."""
     if changes:
         model = AutoModelForCausalLM.from_config(small_config(CONFIG_MAPPING[name], **changes), dtype=DTYPE)
         fill(model)
@@ -56,29 +56,29 @@ def read_all(path: str) -> dict[str, Tensor]:
 
 
 class Meshes:
-    """Device meshes of this group, each made once."""
+    """Device meshes of this group, each created once."""
 
     def __init__(self) -> None:
-        self._made = {}
+        self._meshes = {}
 
     def __call__(self, *shape: int):
-        if shape not in self._made:
-            self._made[shape] = init_device_mesh("cpu", shape, mesh_dim_names=("outer", "inner")[-len(shape) :])
-        return self._made[shape]
+        if shape not in self._meshes:
+            self._meshes[shape] = init_device_mesh("cpu", shape, mesh_dim_names=("outer", "inner")[-len(shape) :])
+        return self._meshes[shape]
 
 
 def placed_by(model: nn.Module, mesh, rule) -> None:
-    """All parameters as DTensors with the placements that ``rule(name, parameter)`` says; ties stay ties."""
-    made: dict[int, nn.Parameter] = {}
+    """Turn all parameters into DTensors with the placements of ``rule(name, parameter)``; tied parameters stay tied."""
+    shards: dict[int, nn.Parameter] = {}
     for path, module in model.named_modules():
         for leaf, parameter in module._parameters.items():
             if parameter is None or isinstance(parameter, DTensor):
                 continue
-            if id(parameter) not in made:
+            if id(parameter) not in shards:
                 placements = rule(f"{path}.{leaf}", parameter)
                 shard = distribute_tensor(parameter.data, mesh, placements, src_data_rank=None)
-                made[id(parameter)] = nn.Parameter(shard, requires_grad=parameter.requires_grad)
-            module._parameters[leaf] = made[id(parameter)]
+                shards[id(parameter)] = nn.Parameter(shard, requires_grad=parameter.requires_grad)
+            module._parameters[leaf] = shards[id(parameter)]
 
 
 def by_fsdp(model: nn.Module, mesh) -> None:
@@ -108,14 +108,14 @@ def _rows(name, parameter):
     return [Shard(0)]
 
 
-def sharded(of: Published, kind: str, meshes: Meshes, *, meta: bool = False, dtype=None) -> nn.Module:
-    """The model with nothing in it, sharded in one of these ways:
+def sharded(source: Published, kind: str, meshes: Meshes, *, meta: bool = False, dtype=None) -> nn.Module:
+    """Return the model without values, sharded in one of these ways:
 
     ``experts`` (over all ranks), ``columns``, ``inner`` (the last dimension), ``experts x fsdp`` (both dimensions of
     the experts), ``fsdp`` (FSDP2), ``hsdp`` (its replicas), ``fsdp over tensor`` (its strided shards), ``none``.
     """
     world = dist.get_world_size()
-    model = copy.deepcopy(of.model)
+    model = copy.deepcopy(source.model)
     if dtype is not None:
         model = model.to(dtype)
     if meta:
@@ -145,7 +145,7 @@ def sharded(of: Published, kind: str, meshes: Meshes, *, meta: bool = False, dty
 
 
 def part_of(whole: Tensor, like: Tensor) -> Tensor:
-    """What this rank shall hold: torch's own split, a mesh dimension after the other."""
+    """Return the part of this rank by torch's own split, one mesh dimension after the other."""
     if not isinstance(like, DTensor):
         return whole
     mesh = like.device_mesh
@@ -159,11 +159,11 @@ def local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def assert_holds(state: dict[str, Tensor], of: Published, *, whole: bool = True) -> None:
-    """Every local shard is the slice of the full tensor, and all shards together are that tensor."""
-    assert list(state) == list(of.full)
+def assert_holds(state: dict[str, Tensor], source: Published, *, whole: bool = True) -> None:
+    """Check that every local shard is a slice of the full tensor, and that all shards cover it."""
+    assert list(state) == list(source.full)
     for name, tensor in state.items():
-        wanted = of.full[name].to(tensor.dtype)
+        wanted = source.full[name].to(tensor.dtype)
         try:
             assert_bytes_equal(local(tensor), part_of(wanted, tensor))
             if whole and isinstance(tensor, DTensor):
@@ -172,10 +172,10 @@ def assert_holds(state: dict[str, Tensor], of: Published, *, whole: bool = True)
             raise AssertionError(f"{name} {getattr(tensor, 'placements', '')}: {error}") from None
 
 
-def assert_same_tensors(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
-    assert found.keys() == wanted.keys()
+def assert_same_tensors(actual: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
+    assert actual.keys() == wanted.keys()
     for name, tensor in wanted.items():
         try:
-            assert_bytes_equal(found[name], tensor)
+            assert_bytes_equal(actual[name], tensor)
         except AssertionError as error:
             raise AssertionError(f"{name}: {error}") from None

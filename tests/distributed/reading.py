@@ -1,4 +1,4 @@
-"""Suite: bytes that a rank reads, counted where files are read, headers aside, against the bytes that it owns."""
+"""Suite: the tensor bytes that each rank reads from files, compared with the bytes that it owns."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from automodel_conv.dtypes import nbytes
 from automodel_conv.files import system
 from automodel_conv.planning.plan import CopyPlan
 from tests.distributed.models import Meshes, Published, assert_holds, published, sharded
-from tests.distributed.starting import say
+from tests.distributed.starting import send
 
 KINDS = {
     2: ["experts", "fsdp", "columns", "inner"],
     4: ["experts", "fsdp", "experts x fsdp", "fsdp over tensor", "hsdp", "inner"],
 }
 FIRST_DIMENSION = ("experts", "fsdp", "fsdp over tensor", "hsdp")
-# So large that what lies between a rank's rows is worth no read: 14 MB, experts of 256 KB a projection.
+# Large enough that gaps between a rank's rows are not worth reading: 14 MB, experts of 256 KB per projection.
 SIZES = {
     "num_local_experts": 8,
     "hidden_size": 512,
@@ -37,25 +37,25 @@ SIZES = {
 
 
 class Counts(NamedTuple):
-    """Of one load on one rank, in bytes."""
+    """Byte counts of one load on one rank."""
 
     kind: str
     read: int
-    """From files, what was thrown away included."""
+    """Bytes read from files, including bytes thrown away."""
     owned: int
     reported: int
     rows: int
-    """Of all rows of sources that any owned element lies in."""
+    """Bytes of all source rows that contain an owned element."""
 
 
 def prepare(directory: Path, world: int) -> Published:
     return published("mixtral", directory, **SIZES)
 
 
-def rank(of: Published, variant: str, directory: Path) -> None:
+def rank(source: Published, variant: str, directory: Path) -> None:
     meshes = Meshes()
     begins = {
-        file: 8 + int.from_bytes(open(file, "rb").read(8), "little") for file in amc.open_checkpoint(of.path).files
+        file: 8 + int.from_bytes(open(file, "rb").read(8), "little") for file in amc.open_checkpoint(source.path).files
     }
     read = []
     real = system.preadv
@@ -69,26 +69,26 @@ def rank(of: Published, variant: str, directory: Path) -> None:
 
     system.preadv = counted
     for kind in KINDS[dist.get_world_size()]:
-        model = sharded(of, kind, meshes)
+        model = sharded(source, kind, meshes)
         read.clear()
-        report = amc.load_model(model, of.path)
+        report = amc.load_model(model, source.path)
         state = model.state_dict()
         owned = sum(local_of(tensor).nbytes for tensor in state.values())
-        plan = amc.compile_plan(of.path, model)
+        plan = amc.compile_plan(source.path, model)
         plan = plan.shard(regions_of(state, plan))
         assert plan.bytes_read == owned
-        say(Counts(kind, sum(read), owned, report.bytes_read, rows_touched(plan))._asdict())
-        assert_holds(state, of, whole=False)
-        whole = amc.compile_plan(of.path, model)
+        send(Counts(kind, sum(read), owned, report.bytes_read, rows_touched(plan))._asdict())
+        assert_holds(state, source, whole=False)
+        whole = amc.compile_plan(source.path, model)
         for tensor in state.values():
             local_of(tensor).zero_()
-        assert amc.load_model(model, of.path, plan=whole).bytes_read == report.bytes_read
-        assert_holds(state, of, whole=False)
-        assert_holds(amc.load_state_dict(of.path, model, plan=whole.to_json()), of, whole=False)
+        assert amc.load_model(model, source.path, plan=whole).bytes_read == report.bytes_read
+        assert_holds(state, source, whole=False)
+        assert_holds(amc.load_state_dict(source.path, model, plan=whole.to_json()), source, whole=False)
 
 
 def rows_touched(plan: CopyPlan) -> int:
-    """Bytes of the rows (along the last dimension) of sources that a plan reads an element of."""
+    """Return the bytes of source rows (along the last dimension) from which a plan reads an element."""
     rows = [np.zeros(shape[:-1], bool).reshape(-1) for shape in plan.sources.shapes]
     for target in plan.targets:
         for copy in target.copies:

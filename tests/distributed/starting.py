@@ -1,10 +1,10 @@
-"""Starts ranks as real processes that talk over gloo: one process imports and prepares everything, then divides.
+"""Starts ranks as real processes over gloo: one process imports and prepares everything, then forks.
 
     python -m tests.distributed.starting SUITE WORLD DIRECTORY VARIANT...
 
-SUITE is a module beside this one with ``prepare(directory, world) -> common`` and ``rank(common, variant, directory)``;
-each variant has a group of its own, one after the other. What a rank says is what the test sees. Where one raises, it
-ends with its traceback, and then all are ended.
+SUITE is a module in this folder with ``prepare(directory, world) -> common`` and ``rank(common, variant, directory)``.
+Each variant has its own group, one after the other. The test receives the results that ranks send. A rank that raises
+ends with its traceback, and then all ranks are ended.
 """
 
 from __future__ import annotations
@@ -23,22 +23,22 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).parents[2]
-# Longer than anything here takes, on a busy machine too.
+# Longer than anything here takes, even on a busy machine.
 DEADLINE_S = 200
 
 
 class Ended(NamedTuple):
-    """How a rank ended, and what it said."""
+    """The exit code, results and standard error of a rank."""
 
     code: int
-    said: list
+    results: list
     error: str
 
 
-def started(suite: str, world: int, directory: Path, variants: Sequence[str] = ("all",)) -> dict[str, list[Ended]]:
-    """Run a suite; of each variant, how its ranks ended."""
+def run_suite(suite: str, world: int, directory: Path, variants: Sequence[str] = ("all",)) -> dict[str, list[Ended]]:
+    """Run a suite; return how the ranks of each variant ended."""
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_DEACTIVATE_ASYNC_LOAD": "1"}
-    # This checkout comes before an installed one, a transformers given by PYTHONPATH before the environment's.
+    # This checkout precedes an installed package, and a transformers on PYTHONPATH that of the environment.
     environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), *sys.path[1:]])
     command = [sys.executable, "-m", "tests.distributed.starting", suite, str(world), str(directory), *variants]
     process = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
@@ -47,21 +47,21 @@ def started(suite: str, world: int, directory: Path, variants: Sequence[str] = (
     return {variant: [_read(directory / variant, rank) for rank in range(world)] for variant in variants}
 
 
-def said(ended: Sequence[Ended]) -> list[list]:
-    """What each rank said, if all ended well."""
+def results(ended: Sequence[Ended]) -> list[list]:
+    """Return the results that each rank sent; raise if a rank failed."""
     wrong = [f"rank {number} ended with {end.code}\n{end.error}" for number, end in enumerate(ended) if end.code]
     if wrong:
         raise AssertionError("\n\n".join(wrong)[-12000:])
-    return [end.said for end in ended]
+    return [end.results for end in ended]
 
 
 def _read(directory: Path, rank: int) -> Ended:
-    lines = [json.loads(line) for line in (directory / f"said.{rank}").read_text().splitlines()]
+    lines = [json.loads(line) for line in (directory / f"results.{rank}").read_text().splitlines()]
     return Ended(int((directory / f"code.{rank}").read_text()), lines, (directory / f"error.{rank}").read_text())
 
 
-def say(value: object) -> None:
-    """From a rank to the test."""
+def send(value: object) -> None:
+    """Send a value from a rank to the test."""
     os.write(1, json.dumps(value).encode() + b"\n")
 
 
@@ -86,7 +86,7 @@ def _forked(module, common, variant: str, directory: Path, rank: int, world: int
         return pid
     code = 1
     try:
-        for number, name in ((1, "said"), (2, "error")):
+        for number, name in ((1, "results"), (2, "error")):
             file = os.open(directory / f"{name}.{rank}", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
             os.dup2(file, number)
         import torch.distributed as dist
@@ -107,7 +107,7 @@ def _forked(module, common, variant: str, directory: Path, rank: int, world: int
 
 
 def _wait_for(ranks: dict[int, int]) -> dict[int, int]:
-    """Exit codes by rank; once one has failed, the others have a little time to tell what they saw."""
+    """Return exit codes by rank; once a rank has failed, the others have five seconds to end."""
     codes: dict[int, int] = {}
     deadline = time.monotonic() + DEADLINE_S
     while ranks:

@@ -1,4 +1,4 @@
-"""Collectives of ranks that are threads: what one rank has, all ranks have; what one rank raises, all ranks raise."""
+"""Tests of collectives with threads as ranks: all ranks get the values of one rank, and raise its errors."""
 
 from types import SimpleNamespace
 
@@ -29,7 +29,7 @@ def ranks(monkeypatch):
 
 
 def square():
-    """Groups of a mesh of 2 x 2: of each rank, that of its column and that of its row."""
+    """Return the groups of each rank of a 2 x 2 mesh: those of its column and of its row."""
     columns, rows = [Group([0, 2]), Group([1, 3])], [Group([0, 1]), Group([2, 3])]
     return lambda rank: [columns[rank % 2], rows[rank // 2]]
 

@@ -1,15 +1,15 @@
-"""Experts that ranks divide: the whole model is saved, or nothing is and every rank has the same error."""
+"""Tests of experts divided over ranks: the whole model is saved, or nothing is and every rank has the same error."""
 
 from __future__ import annotations
 
 import pytest
 
-pytest.importorskip("transformers", reason="the models are transformers'")
+pytest.importorskip("transformers", reason="needs models of transformers")
 
 from tests.distributed.expert_parallel import VARIANTS
-from tests.distributed.starting import said, started
+from tests.distributed.starting import results, run_suite
 
-# kind -> the error and what its text names
+# Kind -> error type and parts of its text.
 EXPERTS = "CoverageError", "experts.gate_up_proj does not hold all experts", "8 experts, as Qwen3MoeConfig.num_experts"
 ROUTED = "CoverageError", "8 experts, as model.layers.1.mlp.gate.weight says", "found:    4 experts"
 UNLIKE = "RankError", "ranks hold different bytes of model.layers.1.mlp.experts.", "rank 0"
@@ -29,18 +29,18 @@ REFUSED = {
     "other buffers": ("RankError", "ranks hold different bytes of steps"),
     "other sizes": ("RankError", "rank to rank"),
 }
-# torch's own planner has no words for shards of gate and up, each cut in its rows. Source: torch 2.13.0,
+# torch's own planner cannot describe shards of gate and up that are each cut in their rows. Source: torch 2.13.0,
 # ``_validate_global_plan`` in checkpoint/default_planner.py.
 REFUSED_BY_PLANNER = {"tp": ("ValueError", "overlapping chunks")}
 
 
 def check(world, variant, tmp_path):
-    ranks = said(started("expert_parallel", world, tmp_path, [variant])[variant])
+    ranks = results(run_suite("expert_parallel", world, tmp_path, [variant])[variant])
     for outcomes in zip(*ranks, strict=True):
         first = outcomes[0]
         assert all(outcome == first for outcome in outcomes), outcomes
         kind = first["kind"]
-        if not first["made"]:
+        if not first["supported"]:
             continue
         for way in ("save", "dcp"):
             refused = REFUSED | (REFUSED_BY_PLANNER if way == "dcp" else {})
@@ -62,6 +62,6 @@ def test_experts_are_saved_whole_or_not_at_all(world, tmp_path):
 
 @pytest.mark.long
 @pytest.mark.parametrize("world", VARIANTS["all"])
-def test_experts_of_every_make_are_saved_whole_or_not_at_all(world, tmp_path):
-    """Each kind of parallelism, by both ways to save."""
+def test_experts_of_every_parallelism_are_saved_whole_or_not_at_all(world, tmp_path):
+    """Save each kind of parallelism in both ways."""
     check(world, "all", tmp_path)

@@ -1,4 +1,4 @@
-"""One rank of several dies, cannot read or write, or wants something else: all ranks are told, in time."""
+"""Tests of one failing rank: if it dies, cannot read or write, or passes different arguments, all ranks end in time."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ import signal
 
 import pytest
 
-pytest.importorskip("transformers", reason="the models are transformers'")
+pytest.importorskip("transformers", reason="needs models of transformers")
 
 import automodel_conv as amc
 from tests.distributed.failures import TIMEOUT_S
 from tests.distributed.models import assert_same_tensors, read_all
-from tests.distributed.starting import started
+from tests.distributed.starting import run_suite
 
-# scenario, how the model is sharded -> the error of rank 1; None: it is gone
+# Scenario and how the model is sharded -> the error of rank 1, or None if it is gone.
 OF_TWO = {
     "killed in a load, fsdp": None,
     "gone in a load, experts": None,
@@ -46,7 +46,7 @@ OF_FOUR = {
     "cannot read, experts x fsdp": "ReadError",
     "cannot write, fsdp over tensor": "WriteError",
 }
-# of rank 0 where it is the one that fails
+# Errors of rank 0 if it is the one that fails.
 OF_LEADER = {
     "finds two values of one parameter": "ConversionError",
     "leader killed in a save": None,
@@ -59,9 +59,9 @@ OF_LEADER = {
 
 
 @pytest.mark.parametrize(("world", "errors"), [(2, OF_TWO), (4, OF_FOUR)], ids=["2", "4"])
-def test_all_ranks_end_with_an_error_in_time_and_nothing_that_was_begun_loads(world, errors, tmp_path):
+def test_all_ranks_end_with_an_error_in_time_and_unfinished_output_does_not_load(world, errors, tmp_path):
     wrong = []
-    for variant, ended in started("failures", world, tmp_path, list(errors)).items():
+    for variant, ended in run_suite("failures", world, tmp_path, list(errors)).items():
         try:
             check(variant, errors[variant], ended)
             if "save" in variant or "write" in variant or "leader" in variant:
@@ -78,12 +78,12 @@ def check(variant, of_rank_1, ended):
         error = wanted.get(number, "RankError")
         if error is None:
             assert end.code in (-signal.SIGKILL, 7)
-            assert not end.said
+            assert not end.results
             continue
-        assert end.code == 0, "ended badly"
-        assert end.said[0]["error"][0] == error
-        assert error == "TypeError" or "ConversionError" in end.said[0]["error"]
-        text = end.said[0]["text"]
+        assert end.code == 0, "a rank did not exit with 0"
+        assert end.results[0]["error"][0] == error
+        assert error == "TypeError" or "ConversionError" in end.results[0]["error"]
+        text = end.results[0]["text"]
         if error == "RankError" and of_rank_1 not in (None, "RankError"):
             assert f"rank 1: {of_rank_1}" in text
             assert "failed on 1 of the participating ranks" in text
@@ -97,22 +97,22 @@ def check(variant, of_rank_1, ended):
             assert "rank 0: 6 elements\n    rank 1: 12 elements" in text
         if scenario == "cannot read in place" and number == 1:
             assert "filled:" in text
-        assert end.said[-1]["seconds"] < TIMEOUT_S
+        assert end.results[-1]["seconds"] < TIMEOUT_S
 
 
 def check_directory(variant, tmp_path):
-    """No loader takes it for a checkpoint; and once that is seen, the next save there is whole."""
+    """Check that no loader accepts the directory, and that the next save into it is whole."""
     directory = tmp_path / variant / "saved"
     scenario = variant.partition(", ")[0]
-    if scenario.startswith("cannot write"):  # it has been saved again since
+    if scenario.startswith("cannot write"):  # the scenario saved again
         assert_same_tensors(read_all(directory), read_all(tmp_path / "mixtral saved"))
         return
-    found = [name for name in os.listdir(directory) if name.endswith((".safetensors", ".json"))]
+    files = [name for name in os.listdir(directory) if name.endswith((".safetensors", ".json"))]
     if scenario == "leader cannot begin":
-        assert found == ["model.safetensors"]
+        assert files == ["model.safetensors"]
         assert (directory / "model.safetensors").read_bytes() == b"somebody's"
         return
-    assert found == []
+    assert files == []
     with pytest.raises(amc.CheckpointError):
         amc.open_checkpoint(directory)
     tensors = read_all(tmp_path / "mixtral saved")

@@ -1,4 +1,4 @@
-"""Checksums of what ranks hold, and who holds what where there is one process. Many ranks: tests/distributed."""
+"""Tests in one process of checksums of parts and of which ranks hold them. Many ranks: tests/distributed."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from automodel_conv.testing import address_valued
 
 
 def in_order(tensor):
-    """CRC32 of a tensor's elements, one at a time."""
-    found = 0
+    """Return the CRC32 of a tensor's elements, one at a time."""
+    checksum = 0
     for index in product(*map(range, tensor.shape)):
-        found = zlib.crc32(tensor[index].reshape(1).contiguous().view(torch.uint8).numpy().tobytes(), found)
-    return found
+        checksum = zlib.crc32(tensor[index].reshape(1).contiguous().view(torch.uint8).numpy().tobytes(), checksum)
+    return checksum
 
 
 @pytest.mark.parametrize("most_bytes", [1, 7, 16, 1 << 20])
@@ -42,12 +42,12 @@ def in_order(tensor):
     ],
 )
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.int64, torch.uint8, torch.complex64], ids=str)
-def test_a_checksum_is_that_of_the_elements_in_their_order(lay, dtype, most_bytes):
+def test_checksum_is_that_of_the_elements_in_order(lay, dtype, most_bytes):
     tensor = lay(address_valued((4, 5, 6), dtype))
     assert checksum_of(tensor, most_bytes) == in_order(tensor) == checksum_of(tensor.contiguous(), 1 << 20)
 
 
-def test_checksums_of_numbers_of_nothing_and_of_parameters():
+def test_checksums_of_scalars_empty_tensors_and_parameters():
     number = torch.tensor(3.5, requires_grad=True)
     assert checksum_of(number, 1) == in_order(number.detach())
     assert checksum_of(torch.empty(0, 5), 1) == checksum_of(torch.empty(5, 0).t(), 64) == 0
@@ -56,20 +56,20 @@ def test_checksums_of_numbers_of_nothing_and_of_parameters():
 @pytest.mark.parametrize("threads", [1, 3])
 def test_each_part_has_its_own_checksum(threads):
     parts = {str(n): torch.arange(n, n + 10) for n in range(8)}
-    found = checksums_of_parts(parts, threads, 64)
-    assert found == {name: zlib.crc32(part.numpy().tobytes()) for name, part in parts.items()}
-    assert len(set(found.values())) == 8
+    checksums = checksums_of_parts(parts, threads, 64)
+    assert checksums == {name: zlib.crc32(part.numpy().tobytes()) for name, part in parts.items()}
+    assert len(set(checksums.values())) == 8
 
 
-def test_one_process_writes_all_that_has_elements_and_shares_nothing():
+def test_one_process_writes_all_tensors_with_elements():
     tensors = {"b": torch.ones(2, 3), "a": torch.tensor(1), "none": torch.ones(0, 3)}
-    found = find_holders([], tensors, {name: region_of(tensor) for name, tensor in tensors.items()})
-    assert found == Holders(frozenset("ab"), frozenset(), [])
+    holders = find_holders([], tensors, {name: region_of(tensor) for name, tensor in tensors.items()})
+    assert holders == Holders(frozenset("ab"), frozenset(), [])
     assert find_holders([], {}, {}) == Holders(frozenset(), frozenset(), [])
-    refuse_unlike_replicas([], found, {})
+    refuse_unlike_replicas([], holders, {})
 
 
-def test_all_tensors_and_ranks_that_differ_are_named(monkeypatch):
+def test_all_differing_tensors_and_ranks_are_named(monkeypatch):
     sums = [[1, 2, 3], [1, 2, 3], [1, 9, 3], [1, 9, 8]]
     from automodel_conv.distributed import holders
 

@@ -1,4 +1,4 @@
-"""Real processes: ranks map what they hold of a checkpoint in the model's own layout."""
+"""Tests with real processes: ranks map their parts of a checkpoint in the model's own layout."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ import sys
 
 import pytest
 
-pytest.importorskip("transformers", reason="the models are transformers'")
+pytest.importorskip("transformers", reason="needs models of transformers")
 
-from tests.distributed.starting import said, started
+from tests.distributed.starting import results, run_suite
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="files are mapped on Linux")
 
 
-def test_ranks_map_shards_that_lie_in_one_run_and_not_what_they_receive(tmp_path):
-    assert said(started("mapped", 2, tmp_path)["all"]) == [["[false, true]"], ["[true, true]"]]
+def test_ranks_map_contiguous_shards_and_not_received_ones(tmp_path):
+    assert results(run_suite("mapped", 2, tmp_path)["all"]) == [["[false, true]"], ["[true, true]"]]

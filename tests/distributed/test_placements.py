@@ -1,4 +1,4 @@
-"""DTensors and their meshes, as one rank of several sees them."""
+"""Tests of DTensors and their meshes, as one rank of several sees them."""
 
 import pytest
 import torch

@@ -1,19 +1,19 @@
-"""What a rank reads, counted at the files: its own bytes, or at most the rows that they lie in."""
+"""Tests of the bytes that a rank reads: its own bytes, or at most the rows that contain them."""
 
 from __future__ import annotations
 
 import pytest
 
-pytest.importorskip("transformers", reason="the models are transformers'")
+pytest.importorskip("transformers", reason="needs models of transformers")
 
 from tests.distributed.reading import FIRST_DIMENSION, KINDS, Counts
-from tests.distributed.starting import said, started
+from tests.distributed.starting import results, run_suite
 
 
 @pytest.mark.parametrize("world", KINDS)
 def test_a_rank_reads_its_own_bytes(world, tmp_path):
-    """One percent more for small gaps, read and thrown away; of inner dimensions whole rows, and no others."""
-    ranks = [[Counts(**load) for load in loads] for loads in said(started("reading", world, tmp_path)["all"])]
+    """Allow one percent more for small gaps that are thrown away; inner dimensions read whole rows, and no others."""
+    ranks = [[Counts(**load) for load in loads] for loads in results(run_suite("reading", world, tmp_path)["all"])]
     for loads in ranks:
         assert [load.kind for load in loads] == KINDS[world]
         for load in loads:

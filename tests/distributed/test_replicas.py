@@ -1,4 +1,4 @@
-"""Which rank reads a replicated part, and which parts are sent."""
+"""Tests of which rank reads a replicated part, and which parts are sent."""
 
 import pytest
 import torch

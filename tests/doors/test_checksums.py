@@ -1,4 +1,4 @@
-"""Checksums beside a checkpoint: written when asked for, and any bit that changes afterwards is found and named."""
+"""Tests of checksums: written on request, and any bit that changes later is detected and named."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_large_tensors_are_summed_in_windows(tmp_path, monkeypatch, tensors):
     assert checksums_of(amc.open_checkpoint(tmp_path), 1) == whole
 
 
-def test_one_file_after_the_other_is_open(tmp_path, monkeypatch, tensors):
+def test_files_are_opened_one_at_a_time(tmp_path, monkeypatch, tensors):
     amc.save_checkpoint(tensors, tmp_path, rules=[], max_shard_size=100)
     checkpoint = amc.open_checkpoint(tmp_path)
     assert len(checkpoint.files) > 2
@@ -71,14 +71,14 @@ def test_one_file_after_the_other_is_open(tmp_path, monkeypatch, tensors):
     assert max(most) == 1
 
 
-def test_a_checkpoint_that_is_as_it_was_written_loads(saved, tensors):
+def test_unchanged_checkpoint_loads(saved, tensors):
     loaded = amc.load_state_dict(saved, rules=[], verify=True)
     for name, tensor in tensors.items():
         assert_bytes_equal(loaded[name], tensor)
 
 
 @pytest.mark.parametrize("name", ["a", "b", "c", "e"])
-def test_a_flipped_bit_is_found_before_anything_is_loaded(saved, name):
+def test_flipped_bit_is_detected_before_anything_is_loaded(saved, name):
     checkpoint = amc.open_checkpoint(saved)
     row = checkpoint.position[name]
     flip(Path(checkpoint.files[checkpoint.file_ids[row]]), checkpoint.offsets[row] + checkpoint.nbytes[row] - 1)
@@ -91,10 +91,10 @@ def test_a_flipped_bit_is_found_before_anything_is_loaded(saved, name):
     with pytest.raises(amc.VerificationError):
         amc.load_model(model, saved, rules=[], verify=True)
     assert all(not tensor.any() for tensor in model.state_dict().values())
-    amc.load_state_dict(saved, rules=[])  # nobody asked
+    amc.load_state_dict(saved, rules=[])  # verify=True was not passed
 
 
-def test_checksums_that_are_missing_or_do_not_fit_are_told(saved, tmp_path, tensors):
+def test_missing_or_mismatched_checksums_are_named(saved, tmp_path, tensors):
     file = saved / CHECKSUMS_NAME
     record = json.loads(file.read_text())
     sums = record["tensors"]
@@ -115,7 +115,7 @@ def test_checksums_that_are_missing_or_do_not_fit_are_told(saved, tmp_path, tens
         amc.load_state_dict(saved, rules=[], verify=True)
 
 
-def test_a_conversion_writes_its_own_and_does_not_copy_those_of_the_source(saved, tmp_path):
+def test_conversion_writes_its_own_checksums(saved, tmp_path):
     amc.convert_checkpoint(saved, tmp_path / "without", rules=[], dtype=torch.float32)
     assert not (tmp_path / "without" / CHECKSUMS_NAME).exists()
     amc.convert_checkpoint(saved, tmp_path / "with", rules=[], dtype=torch.float32, checksums=True)
@@ -124,8 +124,8 @@ def test_a_conversion_writes_its_own_and_does_not_copy_those_of_the_source(saved
         assert set(file.keys()) == set(loaded)
 
 
-def test_a_bit_flipped_anywhere_is_found_or_changes_no_tensor(saved, tensors):
-    """In headers and the index too; there some say nothing of tensors: metadata, sizes in all."""
+def test_bit_flipped_anywhere_is_detected_or_changes_no_tensor(saved, tensors):
+    """Flip bits in headers and the index too; some of those bytes do not describe tensors: metadata, total sizes."""
     checkpoint = amc.open_checkpoint(saved)
     data_starts = {
         file: min(o for o, f in zip(checkpoint.offsets, checkpoint.file_ids, strict=True) if f == n)
@@ -137,14 +137,14 @@ def test_a_bit_flipped_anywhere_is_found_or_changes_no_tensor(saved, tensors):
         for at in range(0, len(whole), 7):
             flip(Path(file), at)
             try:
-                found = amc.load_state_dict(saved, rules=[], verify=True, threads=1)
+                loaded = amc.load_state_dict(saved, rules=[], verify=True, threads=1)
             except amc.ConversionError:
                 pass
             else:
                 assert at < data_starts.get(file, len(whole)), f"byte {at} of {file} is data"
-                assert found.keys() == tensors.keys()
+                assert loaded.keys() == tensors.keys()
                 for name, tensor in tensors.items():
-                    assert_bytes_equal(found[name], tensor)
+                    assert_bytes_equal(loaded[name], tensor)
                 harmless += 1
             Path(file).write_bytes(whole)
     assert harmless > 0

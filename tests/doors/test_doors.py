@@ -1,4 +1,4 @@
-"""Errors advise only arguments that the function has which was called, and only what changes something."""
+"""Tests of advice in errors: only arguments that the called function has, and only if they change something."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from automodel_conv.errors import ConversionError, NameProblems, UnsupportedErro
 from automodel_conv.files.staging import STAGING_NAME
 from automodel_conv.upstream.registry import transformers_available
 
-needs_transformers = pytest.mark.skipif(not transformers_available(), reason="takes rules of transformers")
+needs_transformers = pytest.mark.skipif(not transformers_available(), reason="uses rules of transformers")
 
 
-def said_at(arguments, do):
+def text_at(arguments, do):
     with pytest.raises(UnsupportedError) as error, at_door("testing", lambda: arguments):
         raise UnsupportedError(message("it does not fit", found="{strict=False}", do=do))
     return str(error.value)
 
 
 @pytest.mark.parametrize(
-    ("arguments", "do", "said"),
+    ("arguments", "do", "expected"),
     [
         ({"strict": True}, "{strict=False} takes what fits", "strict=False takes what fits"),
         ({"strict": False}, "{strict=False} takes what fits", None),
@@ -43,20 +43,20 @@ def said_at(arguments, do):
         ({}, "{convert_checkpoint(..., checksums=True)} writes", "convert_checkpoint(..., checksums=True) writes"),
     ],
 )
-def test_advice_is_what_the_arguments_allow(arguments, do, said):
-    lines = said_at(arguments, do).split("\n")
+def test_advice_follows_the_arguments(arguments, do, expected):
+    lines = text_at(arguments, do).split("\n")
     assert lines[:2] == ["it does not fit", "  found:    {strict=False}"]
-    assert lines[2:] == ([] if said is None else [f"  do:       {said}"])
+    assert lines[2:] == ([] if expected is None else [f"  do:       {expected}"])
 
 
-def test_an_outer_door_that_lacks_an_argument_takes_the_advice_away():
+def test_outer_function_without_the_argument_removes_the_advice():
     with pytest.raises(UnsupportedError) as error, at_door("out", dict):
         with at_door("in", lambda: {"strict": True}):
             raise UnsupportedError(message("it", do=["{strict=False} is it", "look"]))
     assert str(error.value) == "it\n  do:       look"
 
 
-def test_an_error_that_came_from_another_process_says_the_same():
+def test_error_from_another_process_has_the_same_text():
     error = NameProblems(message("it", do=["{strict=False} is it", "look"]), missing=["a"])
     again = pickle.loads(pickle.dumps(error))
     assert str(again) == str(error) == "it\n  do:       strict=False is it; look"
@@ -64,7 +64,7 @@ def test_an_error_that_came_from_another_process_says_the_same():
     assert str(again) == "it\n  do:       look"
 
 
-def test_what_is_added_stays_where_a_door_says_it_again():
+def test_added_text_stays_when_the_error_is_formatted_again():
     error = ConversionError(message("it", found="that", do=["{strict=False} is it", "look"]))
     error.add("  filled:   1 of 2 targets\n    a\x1b")
     error.say(lambda said: None)
@@ -72,17 +72,17 @@ def test_what_is_added_stays_where_a_door_says_it_again():
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "expected"),
     [
         ({"threads": None, "scratch_bytes": None}, ["threads=", "scratch_bytes="]),
         ({"scratch_bytes": None}, ["scratch_bytes="]),
         ({}, []),
     ],
 )
-def test_a_lack_of_memory_advises_the_bounds_that_there_are(arguments, said):
+def test_memory_error_advises_the_available_bounds(arguments, expected):
     with pytest.raises(ConversionError, match="free memory") as error, at_door("testing", lambda: arguments):
         raise MemoryError
-    assert re.findall(r"\w+=", str(error.value)) == said
+    assert re.findall(r"\w+=", str(error.value)) == expected
 
 
 class Plain(nn.Module):
@@ -105,7 +105,7 @@ def advice(call, kind=ConversionError):
     return str(error.value).partition("  do: ")[2]
 
 
-def test_strict_is_advised_where_it_is_an_argument(two):
+def test_strict_is_advised_only_if_it_is_an_argument(two):
     loads = [lambda: amc.load_state_dict(two, Plain()), lambda: amc.load_model(Plain(), two)]
     others = [
         lambda: amc.compile_plan(two, Plain()),
@@ -121,7 +121,7 @@ def test_a_reader_and_an_adapter_advise_no_strict(two):
     assert "strict" not in advice(reader.read_metadata, NameProblems)
 
 
-def test_missing_tensors_that_lie_in_a_file_beside_the_index_are_named(two):
+def test_missing_tensors_in_an_unindexed_file_are_named(two):
     (two / "model.safetensors.index.json").write_text(
         json.dumps({"metadata": {}, "weight_map": {"b": "model.safetensors"}})
     )
@@ -132,7 +132,7 @@ def test_missing_tensors_that_lie_in_a_file_beside_the_index_are_named(two):
 
 
 @needs_transformers
-def test_an_expert_that_the_index_does_not_name_is_not_merged(tmp_path):
+def test_unindexed_expert_is_not_merged(tmp_path):
     expert = "model.layers.0.mlp.experts.{}.{}.weight"
     projections = ("gate_proj", "up_proj", "down_proj")
     tensors = {expert.format(e, p): torch.full((4, 4), float(e)) for e in range(3) for p in projections}
@@ -150,11 +150,11 @@ def coded(two):
     return two
 
 
-def test_keeping_codes_is_advised_where_they_are_decoded(coded, tmp_path):
+def test_keeping_codes_is_advised_if_they_are_decoded(coded, tmp_path):
     decoding = [
         lambda: amc.load_state_dict(coded, rules=[]),
         lambda: amc.compile_plan(coded, rules=[]),
-        lambda: amc.convert_checkpoint(coded, tmp_path / "made", rules=[], dequantize=True),
+        lambda: amc.convert_checkpoint(coded, tmp_path / "new", rules=[], dequantize=True),
     ]
     assert all("dequantize=False" in advice(call) for call in decoding)
     dcp = pytest.importorskip("automodel_conv.integrations.dcp")
@@ -166,68 +166,70 @@ def test_codes_in_memory_advise_no_argument_of_loads():
     assert "dequantize" not in advice(lambda: amc.convert_state_dict(codes, Plain()))
 
 
-def test_unfinished_work_of_another_kind_advises_what_the_door_has(two, tmp_path):
+def test_unfinished_work_of_another_kind_advises_existing_arguments(two, tmp_path):
     def other():
-        amc.convert_checkpoint(two, tmp_path / "made", rules=[], dtype=torch.float64)
+        amc.convert_checkpoint(two, tmp_path / "new", rules=[], dtype=torch.float64)
 
-    staging = tmp_path / "made" / STAGING_NAME
+    staging = tmp_path / "new" / STAGING_NAME
     staging.mkdir(parents=True)
     (staging / "journal.jsonl").write_text('{"work": {"files": []}}\n')
     assert "resume=False" in advice(other)
     assert "--" not in advice(other)
     tensors = {"a": torch.ones(2)}
-    assert "resume" not in advice(lambda: amc.save_checkpoint(tensors, tmp_path / "made", rules=[]))
+    assert "resume" not in advice(lambda: amc.save_checkpoint(tensors, tmp_path / "new", rules=[]))
 
 
-@pytest.mark.parametrize("what", [{}, nn.ReLU()], ids=["state dict", "module"])
-def test_saving_nothing_is_refused_before_anything_is_written(tmp_path, what):
+@pytest.mark.parametrize("empty", [{}, nn.ReLU()], ids=["state dict", "module"])
+def test_save_of_no_tensors_is_refused(tmp_path, empty):
     with pytest.raises(UnsupportedError, match="no tensors to write"):
-        amc.save_checkpoint(what, tmp_path / "made", rules=[])
-    assert not (tmp_path / "made").exists()
+        amc.save_checkpoint(empty, tmp_path / "new", rules=[])
+    assert not (tmp_path / "new").exists()
 
 
-def test_converting_nothing_is_refused_before_anything_is_written(tmp_path):
+def test_conversion_of_no_tensors_is_refused(tmp_path):
     save_file({}, tmp_path / "model.safetensors")
     with pytest.raises(UnsupportedError, match="no tensors to write"):
-        amc.convert_checkpoint(tmp_path, tmp_path / "made", rules=[])
-    assert not (tmp_path / "made").exists()
+        amc.convert_checkpoint(tmp_path, tmp_path / "new", rules=[])
+    assert not (tmp_path / "new").exists()
 
 
-@pytest.mark.parametrize("given", ["a path", {}, nn.Linear, torch.ones(1)], ids=["path", "dict", "class", "tensor"])
-def test_what_is_no_model_is_refused(two, tmp_path, given):
+@pytest.mark.parametrize(
+    "not_a_model", ["a path", {}, nn.Linear, torch.ones(1)], ids=["path", "dict", "class", "tensor"]
+)
+def test_argument_that_is_not_a_model_is_refused(two, tmp_path, not_a_model):
     calls = [
-        lambda: amc.load_model(given, two),
-        lambda: amc.load_state_dict(two, given),
-        lambda: amc.compile_plan(two, given),
-        lambda: amc.convert_state_dict({}, given),
-        lambda: amc.revert_state_dict({}, given),
+        lambda: amc.load_model(not_a_model, two),
+        lambda: amc.load_state_dict(two, not_a_model),
+        lambda: amc.compile_plan(two, not_a_model),
+        lambda: amc.convert_state_dict({}, not_a_model),
+        lambda: amc.revert_state_dict({}, not_a_model),
     ]
-    calls += [lambda: amc.get_model_conversion_mapping(given)] if transformers_available() else []
+    calls += [lambda: amc.get_model_conversion_mapping(not_a_model)] if transformers_available() else []
     for call in calls:
         with pytest.raises(UnsupportedError, match=r"model= is not a model\n  expected: a torch.nn.Module"):
             call()
-    if given != {}:
+    if not_a_model != {}:
         with pytest.raises(UnsupportedError, match="neither a model nor a state dict"):
-            amc.save_checkpoint(given, tmp_path / "made", rules=[])
-    assert not (tmp_path / "made").exists()
+            amc.save_checkpoint(not_a_model, tmp_path / "new", rules=[])
+    assert not (tmp_path / "new").exists()
 
 
-def test_other_ranks_hear_no_advice_that_the_door_has_not_said(monkeypatch):
-    told = []
-    monkeypatch.setattr(collectives, "_exchange", lambda groups, text: told.append(text))
+def test_other_ranks_get_only_the_formatted_advice(monkeypatch):
+    texts = []
+    monkeypatch.setattr(collectives, "_exchange", lambda groups, text: texts.append(text))
     with pytest.raises(NameProblems), collectives.all_or_raise([], "saving"):
         raise NameProblems(message("it", do=["{strict=False} is it", "look"]))
-    assert told == ["rank 0: NameProblems: it\n  do:       look"]
+    assert texts == ["rank 0: NameProblems: it\n  do:       look"]
 
 
 def test_a_state_dict_of_none_is_refused(tmp_path):
     with pytest.raises(UnsupportedError, match="a is not a tensor"):
-        amc.save_checkpoint({"a": None}, tmp_path / "made", rules=[])  # type: ignore[dict-item]
-    assert not (tmp_path / "made").exists()
+        amc.save_checkpoint({"a": None}, tmp_path / "new", rules=[])  # type: ignore[dict-item]
+    assert not (tmp_path / "new").exists()
 
 
 @needs_transformers
-def test_own_experts_that_lie_transposed_are_told_to_name_their_layout():
+def test_transposed_experts_are_advised_to_name_their_layout():
     class Experts(nn.Module):
         def __init__(self):
             super().__init__()
@@ -238,8 +240,8 @@ def test_own_experts_that_lie_transposed_are_told_to_name_their_layout():
     shapes = {"gate_proj": (4, 16), "up_proj": (4, 16), "down_proj": (16, 4)}
     tensors = {f"mlp.experts.{e}.{p}.weight": torch.ones(shape) for e in range(2) for p, shape in shapes.items()}
     rules = amc.get_checkpoint_conversion_mapping("qwen3_moe")
-    said = advice(lambda: amc.convert_state_dict(tensors, model, rules=rules))
-    assert 'layout="gpt_oss"' in said
-    assert "source_layout" not in said
-    made = amc.convert_state_dict(tensors, model, rules=rules, layout="gpt_oss")
-    assert made["mlp.experts.gate_up_proj"].shape == (2, 16, 8)
+    advised = advice(lambda: amc.convert_state_dict(tensors, model, rules=rules))
+    assert 'layout="gpt_oss"' in advised
+    assert "source_layout" not in advised
+    converted = amc.convert_state_dict(tensors, model, rules=rules, layout="gpt_oss")
+    assert converted["mlp.experts.gate_up_proj"].shape == (2, 16, 8)

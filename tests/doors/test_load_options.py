@@ -1,4 +1,4 @@
-"""The keywords of the loaders and of ``compile_plan``: declared once, shown by each function, and checked."""
+"""Tests of the keywords of the loaders and of ``compile_plan``: declared once, shown by each function, and checked."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def test_an_unknown_keyword_is_named(function):
         function("path", None, strcit=False)
 
 
-def test_a_keyword_of_the_loaders_is_none_of_compile_plan(directory):
+def test_compile_plan_refuses_a_keyword_of_the_loaders(directory):
     with pytest.raises(TypeError, match="'strict'"):
         amc.compile_plan(directory, strict=False)
 
@@ -106,7 +106,7 @@ def test_one_dict_of_options_serves_both_loaders(directory, device):
     assert report.missing_keys == ()
 
 
-def test_without_source_code_the_docstring_keeps_its_entry(monkeypatch):
+def test_docstring_keeps_its_entry_without_source_code(monkeypatch):
     def refuse(thing):
         raise OSError("could not get source code")
 

@@ -1,4 +1,4 @@
-"""Loading into modules of any kind: where tensors live, what is one parameter, what may be cast."""
+"""Tests of loading into any module: placement of tensors, shared parameters, and allowed casts."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Tied(nn.Module):
 
 
 @pytest.mark.parametrize("device", ["cpu", "meta"])
-def test_one_parameter_under_two_names_takes_one_value(tmp_path, device):
+def test_one_parameter_under_two_names_gets_one_value(tmp_path, device):
     value = torch.tensor([1.0, torch.nan, -0.0])
     model = Tied(device)
     report = amc.load_model(model, write(tmp_path, embed=value, head=value.clone()))
@@ -44,7 +44,7 @@ def test_one_parameter_under_two_names_takes_one_value(tmp_path, device):
     assert report.peak_extra_bytes >= value.nbytes
 
 
-def test_different_values_for_one_parameter_are_refused_unless_the_first_shall_win(tmp_path):
+def test_different_values_for_one_parameter_are_refused_by_default(tmp_path):
     write(tmp_path, embed=torch.tensor([0.0, 1, 2]), head=torch.tensor([-0.0, 1, 2]))
     with pytest.raises(amc.ConversionError, match="one parameter of the model"):
         amc.load_model(Tied(), tmp_path)
@@ -88,7 +88,7 @@ def test_a_state_dict_of_copies_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("device", ["cpu", "meta"])
-def test_a_module_whose_state_dict_renames_is_loaded(tmp_path, device):
+def test_module_with_renamed_state_dict_keys_is_loaded(tmp_path, device):
     from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
     model = nn.Sequential(checkpoint_wrapper(nn.Linear(3, 4, bias=False, device=device)))
@@ -97,7 +97,7 @@ def test_a_module_whose_state_dict_renames_is_loaded(tmp_path, device):
     assert_bytes_equal(model.state_dict()["0.weight"], value)
 
 
-def test_double_precision_is_a_number(tmp_path):
+def test_float64_is_accepted(tmp_path):
     model = nn.Linear(2, 2, bias=False)
     value = torch.tensor([[1.5, 2], [3, 4]], dtype=torch.float64)
     amc.load_model(model, write(tmp_path, weight=value))
@@ -105,7 +105,7 @@ def test_double_precision_is_a_number(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("found", "wanted"),
+    ("stored", "wanted"),
     [
         (torch.float32, torch.int64),
         (torch.float32, torch.bool),
@@ -115,15 +115,15 @@ def test_double_precision_is_a_number(tmp_path):
         (torch.complex64, torch.float32),
     ],
 )
-def test_a_cast_that_would_lose_more_than_precision_is_refused(tmp_path, found, wanted):
+def test_cast_that_loses_more_than_precision_is_refused(tmp_path, stored, wanted):
     model = nn.Module()
     model.register_buffer("a", torch.zeros(4, dtype=wanted))
     with pytest.raises(amc.UnsupportedError, match="a cannot be cast for a"):
-        amc.load_model(model, write(tmp_path, a=torch.ones(4).to(found)))
+        amc.load_model(model, write(tmp_path, a=torch.ones(4).to(stored)))
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", torch.int8, torch.complex128, torch.float8_e4m3fn])
-def test_dtype_takes_numbers_only(tmp_path, dtype):
+def test_dtype_must_be_floating(tmp_path, dtype):
     with pytest.raises(amc.UnsupportedError, match="not a floating torch dtype"):
         amc.load_state_dict(write(tmp_path, a=torch.ones(3)), rules=[], dtype=dtype)
 
@@ -137,7 +137,7 @@ def test_config_with_remote_code_is_never_run(tmp_path):
         amc.load_state_dict(tmp_path)
 
 
-def test_layout_of_experts_that_do_not_say_how_they_lie_is_refused(tmp_path):
+def test_layout_of_unmarked_experts_is_refused(tmp_path):
     transformers = pytest.importorskip("transformers")
     config = transformers.Llama4TextConfig(
         num_hidden_layers=1, hidden_size=16, intermediate_size=12, intermediate_size_mlp=20, num_local_experts=3,
@@ -145,12 +145,12 @@ def test_layout_of_experts_that_do_not_say_how_they_lie_is_refused(tmp_path):
     )  # fmt: skip
     model = transformers.Llama4ForCausalLM(config)
     if all(hasattr(m, "is_transposed") for n, m in model.named_modules() if n.endswith(".experts")):
-        pytest.skip("this transformers says it")
+        pytest.skip("this transformers records the layout")
     with pytest.raises(amc.UnsupportedError, match="does not state their layout"):
         amc.convert_state_dict(model.state_dict(), model, layout="vllm")
 
 
-def test_loads_side_by_side_leave_torchs_threads_as_they_were(tmp_path):
+def test_concurrent_loads_leave_the_thread_count_of_torch_unchanged(tmp_path):
     write(tmp_path, **{f"t{i}": torch.ones(1000) for i in range(20)})
     before = torch.get_num_threads()
     loads = [
@@ -169,7 +169,7 @@ def test_loads_side_by_side_leave_torchs_threads_as_they_were(tmp_path):
 
 
 @pytest.mark.parametrize("device", ["mps", "cuda:99"])
-def test_a_device_that_cannot_be_loaded_to_is_refused(tmp_path, device):
+def test_unsupported_device_is_refused(tmp_path, device):
     write(tmp_path, weight=torch.ones(3))
     for load in (
         lambda: amc.load_state_dict(tmp_path, rules=[], device=device),
@@ -179,7 +179,7 @@ def test_a_device_that_cannot_be_loaded_to_is_refused(tmp_path, device):
             load()
 
 
-def test_a_streamed_model_reports_who_copied_and_what_that_took(tmp_path, monkeypatch):
+def test_streamed_model_reports_copy_backend_and_time(tmp_path, monkeypatch):
     monkeypatch.setattr(filling, "transfer_device", lambda device: SimulatedDevice())
     model = poisoned(nn.Linear(40, 30))
     write(tmp_path, weight=torch.arange(1200.0).reshape(30, 40).to(torch.float16), bias=torch.ones(30))
@@ -187,13 +187,13 @@ def test_a_streamed_model_reports_who_copied_and_what_that_took(tmp_path, monkey
     assert_bytes_equal(model.weight.detach(), torch.arange(1200.0).reshape(30, 40).to(torch.float16).float())
     assert_bytes_equal(model.bias.detach(), torch.ones(30))
     assert (report.copied_by_kernels, report.copied_by_torch) == (0, 1)
-    assert report.without_kernels is None  # of the CPU, which nothing is streamed to
+    assert report.without_kernels is None  # nothing is streamed to the CPU
     assert 2400 + 120 <= report.peak_extra_bytes <= 16384
 
 
-def test_a_loaded_model_that_goes_to_the_meta_device_gets_its_computed_buffers_back(tmp_path):
-    """transformers marks the modules of a model that it has loaded, and would not compute their buffers again."""
-    pytest.importorskip("transformers", reason="the model is one of transformers")
+def test_loaded_model_moved_to_meta_gets_its_computed_buffers_back(tmp_path):
+    """Check modules that transformers marks as loaded; it would not compute their buffers again."""
+    pytest.importorskip("transformers", reason="needs a transformers model")
     from tests.model_zoo import build_model, write_checkpoint
 
     write_checkpoint(build_model("mixtral"), tmp_path)

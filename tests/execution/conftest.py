@@ -1,4 +1,4 @@
-"""What all executors are watched by, and what several files of tests load."""
+"""Fixtures for all executors: a record of file calls, small jobs, and cases that several files of tests load."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.execution.support import LAYOUTS, moe, naive, plan_of
 
 
 class Calls:
-    """Counts the file calls of the package, and can delay, fail or shorten reads, which it numbers from 1."""
+    """A counter of the package's file calls. It can delay, fail or shorten reads, which it numbers from 1."""
 
     def __init__(self) -> None:
         self.nbytes = 0
@@ -67,7 +67,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
 
 @pytest.fixture
 def small_portions(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Jobs of a few hundred bytes, so that a small checkpoint makes many."""
+    """Cut jobs to a few hundred bytes, so that a small checkpoint has many."""
     monkeypatch.setattr(schedule, "_LEAST_JOB_BYTES", 256)
     monkeypatch.setattr(schedule, "RUN_BYTES", 256)
     monkeypatch.setattr(schedule, "_SLAB_BYTES", 256)
@@ -75,12 +75,12 @@ def small_portions(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def cases(tmp_path_factory):
-    """Each layout, with and without a cast, over several windows and many chunks; and one with no window."""
-    made = []
+    """Return each layout, with and without a cast, over several windows and many chunks, and one with no window."""
+    loads = []
     for layout, code in itertools.product(LAYOUTS, ("BF16", "F32")):
         directory = tmp_path_factory.mktemp("case")
-        tensors, checkpoint, plan = moe(directory, *LAYOUTS[layout], pad=len(made) % 3, shape=(7, 18, 26))
+        tensors, checkpoint, plan = moe(directory, *LAYOUTS[layout], pad=len(loads) % 3, shape=(7, 18, 26))
         targets = [t._replace(dtype=code) if t.name != "norm" else t for t in plan.targets]
         plan = plan_of(plan.sources, *targets)
-        made.append(Case(checkpoint, plan, naive(plan, tensors)))
-    return made
+        loads.append(Case(checkpoint, plan, naive(plan, tensors)))
+    return loads

@@ -1,4 +1,4 @@
-"""Loads by the streaming loader, checked for what they leave behind."""
+"""Loads by the streaming loader, with a check that nothing is left behind."""
 
 from __future__ import annotations
 
@@ -26,21 +26,21 @@ class Case(NamedTuple):
 
 
 def load(case, device, **options):
-    """Load into poisoned, guarded buffers, which are compared if the load returns."""
+    """Load into poisoned, guarded buffers, and compare them if the load returns."""
     guards = {t.name: guarded(t.shape, torch_dtype(t.dtype)) for t in case.plan.targets}
     function = options.pop("load_to_device", load_to_device)
     options = {"backend": "torch", **SMALL, **options}
-    found = {name: guard.tensor for name, guard in guards.items()}
+    buffers = {name: guard.tensor for name, guard in guards.items()}
     try:
-        stats = function(case.plan, case.checkpoint, found, device, **options)
-        for name, tensor in found.items():
+        stats = function(case.plan, case.checkpoint, buffers, device, **options)
+        for name, tensor in buffers.items():
             assert_bytes_equal(tensor, case.expected[name])
         return stats
     except (ReadError, DeviceFault, Stopped) as error:
         text = "".join([str(error), *getattr(error, "__notes__", ())])
         assert "filled:" in text
         for name in (line.strip() for line in text.partition("filled:")[2].splitlines()[1:]):
-            assert_bytes_equal(found[name], case.expected[name])
+            assert_bytes_equal(buffers[name], case.expected[name])
         raise
     finally:
         for guard in guards.values():
@@ -57,7 +57,7 @@ def assert_released(device, calls):
 
 
 def planted(text, replacement):
-    """The loader with a fault in it."""
+    """Return the loader with a fault in it."""
     source = inspect.getsource(streaming)
     assert source.count(text) == 1
     mutated = types.ModuleType("mutated")

@@ -1,4 +1,4 @@
-"""Several devices on a machine that has none: tensors in host memory that say that they lie elsewhere."""
+"""Several devices on a machine that has none: tensors in host memory that report another device."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ FIRST, SECOND, HOST = torch.device("xpu", 0), torch.device("xpu", 1), torch.devi
 
 
 class Elsewhere(Tensor):
-    """Host memory that says it is on another device; what is made of it is an ordinary tensor again."""
+    """A tensor in host memory that reports another device. Results of operations on it are ordinary tensors."""
 
     __torch_function__ = torch._C._disabled_torch_function_impl
 
@@ -24,7 +24,7 @@ class Elsewhere(Tensor):
 
 
 def put(tensor: Tensor, device: torch.device) -> Tensor:
-    """The same memory, on another device as far as anybody can see."""
+    """Return the same memory, visibly on another device."""
     if device.type == "cpu":
         return tensor
     moved = torch.Tensor._make_subclass(Elsewhere, tensor, tensor.requires_grad)
@@ -33,7 +33,7 @@ def put(tensor: Tensor, device: torch.device) -> Tensor:
 
 
 class Devices(dict):
-    """Simulated devices, made when they are asked for; stands for ``cuda.transfer_device``."""
+    """Simulated devices, created on demand; a replacement for ``cuda.transfer_device``."""
 
     def __init__(self, **options) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Loads to the host that are checked."""
+"""Loads to the host, with checks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A device made of host memory, that does what is queued as late, and streams in as odd an order, as it may."""
+"""A device in host memory that runs queued work as late, and its streams in as odd an order, as allowed."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from automodel_conv.testing import POISON
 
 
 class DeviceFault(RuntimeError):
-    """What the device fails with when it is told to."""
+    """The error of a planted device fault."""
 
 
 class Memory(bytearray):
-    """Bytes that can be watched."""
+    """Bytes that can be observed."""
 
 
 class Event:
@@ -59,7 +59,7 @@ class Stream:
             return event
 
     def wait(self, event):
-        self._push(Event(event.stream, event.position))  # as it is now: it may be recorded again
+        self._push(Event(event.stream, event.position))  # a copy, because the event may be recorded again
 
     def _push(self, operation):
         with self.device.lock:
@@ -79,20 +79,20 @@ class Stream:
         if not isinstance(operation, Event) and self.device.fault is None:
             try:
                 self.device.count_operation()
-                with torch.inference_mode():  # a device knows no modes; this one lets every tensor be written
+                with torch.inference_mode():  # a device has no modes; this one allows writes to every tensor
                     operation()
-            except Exception as error:  # of whatever was queued; as a real device, it keeps the first
+            except Exception as error:  # any queued work may fail; like a real device, it keeps the first
                 self.device.fault = repr(error)
         self.finished += 1
 
 
 class SimulatedDevice:
-    """Works only when it is waited for, or now and then when something is queued.
+    """A device that works only when it is waited for, or now and then when work is queued.
 
     Args:
-        eagerness: how probably it does something whenever something is queued.
-        fail_at: the number of the operation that fails, of all streams.
-        fail_allocation: the number of the allocation that fails.
+        eagerness: probability that it runs an operation when one is queued.
+        fail_at: number of the operation, over all streams, that fails.
+        fail_allocation: number of the allocation that fails.
     """
 
     def __init__(self, seed=0, eagerness=0.3, fail_at=-1, fail_allocation=-1):
@@ -120,7 +120,7 @@ class SimulatedDevice:
         return all(stream.finished == len(stream.queue) for stream in self.streams)
 
     def advance(self):
-        """Do one thing of any stream that can; False if none can."""
+        """Run one operation of any stream that can. Return False if none can."""
         ready = [stream for stream in self.streams if stream.ready]
         if ready:
             self.random.choice(ready).step()

@@ -1,4 +1,4 @@
-"""Slabs from host tensors, from a device and from files, written to a file."""
+"""Writes of slabs to a file, from host tensors, a device and files."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ MAKERS = ("host", "device", "files")
 SLAB, INPUT = 1024, 512
 
 
-class Lying(NamedTuple):
-    """Where tensors lie; see ``slabs.Places``."""
+class TensorPlaces(NamedTuple):
+    """Places of tensors, with the attributes of ``slabs.Places``."""
 
     dtypes: list[str]
     file_ids: list[int]
@@ -48,15 +48,15 @@ class Case(NamedTuple):
 
 
 def case_of(directory, *operations, wanted="BF16", dtype=torch.bfloat16, shape=(3, 9, 14), pad=0):
-    """Experts that become grouped, some cast, and what they become one element at a time."""
+    """Return experts that become grouped, some with a cast, and the expected result by a loop over elements."""
     tensors, checkpoint, plan = moe(directory, *operations, pad=pad, dtype=dtype, shape=shape)
     plan = plan_of(plan.sources, *(t._replace(dtype=wanted) if t.name != "norm" else t for t in plan.targets))
     return Case(tensors, checkpoint, plan, naive(plan, tensors))
 
 
 @contextmanager
-def maker_of(kind, case, slab_bytes=SLAB, input_bytes=INPUT, tensors=None, device=None, backend="torch"):
-    """The schedule of a case, and what starts a maker of one kind for it, with its scratch guarded."""
+def producer_of(kind, case, slab_bytes=SLAB, input_bytes=INPUT, tensors=None, device=None, backend="torch"):
+    """Yield the schedule of a case, and a function that starts a maker of the kind for it, with guarded scratch."""
     targets = list(case.plan.targets)
     shard = shard_of("model.safetensors", [Spec(t.name, t.dtype, t.shape) for t in targets])
     places = places_in([shard], targets)
@@ -73,16 +73,18 @@ def maker_of(kind, case, slab_bytes=SLAB, input_bytes=INPUT, tensors=None, devic
         finally:
             files.close()
         return
-    found = case.tensors if tensors is None else tensors
-    rows = [found[name] for name in case.plan.sources.names]
+    tensors = case.tensors if tensors is None else tensors
+    rows = [tensors[name] for name in case.plan.sources.names]
     copies, operands = [], []
     for number, t in enumerate(targets):
-        made, read = with_source_strides(t.copies, [rows[row] for row in t.sources])
-        copies.append(made)
+        copies_of_target, read = with_source_strides(t.copies, [rows[row] for row in t.sources])
+        copies.append(copies_of_target)
         targets[number] = t._replace(sources=tuple(range(len(operands), len(operands) + len(read))))
         operands += read
-    lying = Lying([dtype_code(t.dtype) for t in operands], list(range(len(operands))), [0] * len(operands))
-    slabs = slab_schedule(targets, copies, lying, places, most_bytes=slab_bytes)
+    tensor_places = TensorPlaces(
+        [dtype_code(t.dtype) for t in operands], list(range(len(operands))), [0] * len(operands)
+    )
+    slabs = slab_schedule(targets, copies, tensor_places, places, most_bytes=slab_bytes)
     if kind == "host":
         yield shard, slabs, lambda: HostTensorProducer(operands, slabs.dtypes, slab_bytes)
     else:
@@ -91,8 +93,8 @@ def maker_of(kind, case, slab_bytes=SLAB, input_bytes=INPUT, tensors=None, devic
 
 
 def write(kind, case, directory, threads=2, **options):
-    """Write a case as one file; returns its path once it is whole."""
-    with maker_of(kind, case, **options) as (shard, slabs, start):
+    """Write a case as one file. Return its path once it is complete."""
+    with producer_of(kind, case, **options) as (shard, slabs, start):
         seen = []
         with open_destination(str(directory), [shard], None) as destination:
             path = destination.path(shard.name)
@@ -105,12 +107,12 @@ def write(kind, case, directory, threads=2, **options):
 
 
 def every_case(tmp_path_factory):
-    """Each layout, with and without a cast, there and back; headers that align the data to anything."""
-    made = []
+    """Return each layout, with and without a cast, there and back, with headers that give the data any alignment."""
+    every = []
     for layout in LAYOUTS:
         for wanted in ("BF16", "F32"):
-            there = case_of(tmp_path_factory.mktemp("there"), *LAYOUTS[layout], wanted=wanted, pad=len(made) % 3)
-            grouped = write_checkpoint(tmp_path_factory.mktemp("back"), {"a.safetensors": there.expected}, pad=1)
-            back = there.plan.inverse()
-            made += [there, Case(there.expected, grouped, back, naive(back, there.expected))]
-    return made
+            forward = case_of(tmp_path_factory.mktemp("there"), *LAYOUTS[layout], wanted=wanted, pad=len(every) % 3)
+            grouped = write_checkpoint(tmp_path_factory.mktemp("back"), {"a.safetensors": forward.expected}, pad=1)
+            backward = forward.plan.inverse()
+            every += [forward, Case(forward.expected, grouped, backward, naive(backward, forward.expected))]
+    return every

@@ -1,4 +1,4 @@
-"""A device that refuses whatever makes the host wait for it, but a thread's wait for its own slot."""
+"""A device that refuses every wait of the host, except a thread's wait for its own slot."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Synchronized(AssertionError):
 
 
 class NoSynchronization(TorchFunctionMode):
-    """Refuses what makes the host wait for a device: numbers that come back, and Python lists that go there."""
+    """A mode that refuses operations that make the host wait for a device, such as ``item`` and copies of lists."""
 
     WAITING = frozenset(
         "item tolist cpu numpy tensor as_tensor nonzero masked_select equal unique repeat_interleave "
@@ -37,23 +37,23 @@ class NoSynchronization(TorchFunctionMode):
 
 
 class StrictDevice(SimulatedDevice):
-    """Lets nothing wait for it but a thread for its own slot, from the first read to the end."""
+    """A device that only allows a thread to wait for its own slot, from the first read to the end."""
 
     def stream(self):
-        made = super().stream()
-        real = made.run
+        stream = super().stream()
+        real = stream.run
 
         def strictly(work):
             with NoSynchronization():
                 work()
 
-        made.run = lambda work: real(lambda: strictly(work))
-        return made
+        stream.run = lambda work: real(lambda: strictly(work))
+        return stream
 
 
 @contextmanager
 def outside_of_modes():
-    """Launches run as they do without a device's rules: the interpreter reads tables on the host."""
+    """Run launches without the rules of a device: the interpreter reads tables on the host."""
     real = launch.queue
 
     def queue(*arguments):
@@ -66,7 +66,7 @@ def outside_of_modes():
 
 @pytest.fixture
 def first_load(monkeypatch):
-    """No constant has been made yet."""
+    """Clear the constants of earlier loads."""
     for name in ("_code_values", "byte_scale_table", "byte_scale_values"):
         for module in (code_tables, window_decoding):
             if hasattr(module, name):

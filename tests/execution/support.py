@@ -1,4 +1,4 @@
-"""Checkpoints, plans and a dumb oracle for the tests of the executors."""
+"""Checkpoints, plans and a simple oracle for the tests of the executors."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ INTERLEAVE = Operation("Interleave", (("dim", 1), ("inverse", True)))
 
 
 def write_checkpoint(directory: Path, files: Mapping[str, Mapping[str, Tensor]], pad: int = 0) -> Checkpoint:
-    """Files with an index; ``pad`` spaces after each header shift the data to any alignment."""
+    """Write files with an index. ``pad`` spaces after each header shift the data to any alignment."""
     directory.mkdir(parents=True, exist_ok=True)
     weight_map = {}
     for file, tensors in files.items():
@@ -35,7 +35,7 @@ def write_checkpoint(directory: Path, files: Mapping[str, Mapping[str, Tensor]],
         for name, tensor in tensors.items():
             raw = bytes(tensor.contiguous().reshape(-1).view(torch.uint8).tolist())
             code, shape = dtype_code(tensor.dtype), list(tensor.shape)
-            if code == "F4":  # two to an element of torch's
+            if code == "F4":  # torch holds two per element
                 shape[-1] *= 2
             header[name] = {
                 "dtype": code,
@@ -72,7 +72,7 @@ def target(
     operations: Sequence[Operation] = (),
     outputs: Sequence[str] = (),
 ) -> Target:
-    """One output of a chain of operations on groups of sources, one group a pattern."""
+    """Build one output of a chain of operations on groups of sources, one group per pattern."""
     names = [n for group in groups for n in group]
     rows = [sources.names.index(n) for n in names]
     ordinals = itertools.count()
@@ -82,10 +82,10 @@ def target(
     }
     context = Context(tuple(inputs), tuple(outputs) or (name,), ())
     value = lower(operations, inputs, context)[name] if operations else inputs["p0"][0]
-    return made(name, dtype, value, rows)
+    return target_from(name, dtype, value, rows)
 
 
-def made(name: str, dtype: str, value: Value, rows: Iterable[int]) -> Target:
+def target_from(name: str, dtype: str, value: Value, rows: Iterable[int]) -> Target:
     return Target(name, dtype, value.shape, -1, tuple(rows), copies_of(value))
 
 
@@ -96,8 +96,8 @@ def plan_of(sources: SourceTable, *targets: Target) -> CopyPlan:
 
 
 def naive(plan: CopyPlan, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The plan, one element at a time."""
-    made = {}
+    """Execute the plan one element at a time."""
+    results = {}
     for t in plan.targets:
         out: list[Tensor | None] = [None] * prod(t.shape)
         for copy in t.copies:
@@ -109,8 +109,8 @@ def naive(plan: CopyPlan, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
                     assert out[write] is None
                     out[write] = flat[read].to(torch_dtype(t.dtype))
         empty = torch.empty(t.shape, dtype=torch_dtype(t.dtype))
-        made[t.name] = torch.stack(out).reshape(t.shape) if out else empty
-    return made
+        results[t.name] = torch.stack(out).reshape(t.shape) if out else empty
+    return results
 
 
 def _dot(index: Sequence[int], strides: Sequence[int]) -> int:
@@ -118,7 +118,7 @@ def _dot(index: Sequence[int], strides: Sequence[int]) -> int:
 
 
 def experts(count: int, rows: int, columns: int, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Gate, up and down of each expert, in the order of a checkpoint, every element different."""
+    """Return gate, up and down of each expert, in the order of a checkpoint, with all elements different."""
     tensors = {}
     start = 0
     for e in range(count):
@@ -137,7 +137,7 @@ def expert_names(count: int, projection: str) -> list[str]:
 
 
 def moe(tmp_path: Path, *operations: Operation, pad: int = 0, dtype=torch.bfloat16, shape=(6, 9, 20)):
-    """A checkpoint of experts in two files, and a plan for its three parameters."""
+    """Return a checkpoint of experts in two files, and a plan for its three parameters."""
     count = shape[0]
     tensors = experts(*shape, dtype)
     tensors["norm.weight"] = address_valued((7,), dtype, 5)

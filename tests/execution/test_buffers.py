@@ -1,4 +1,4 @@
-"""Output buffers: what fits a target, and every element reached whatever the strides."""
+"""Tests of output buffers: which ones fit a target, and access to every element with any strides."""
 
 import itertools
 
@@ -29,12 +29,12 @@ def test_buffers_have_the_shapes_and_dtypes_of_their_targets():
     assert allocate([TARGET], "meta")["t"].is_meta
 
 
-def test_memory_that_is_not_there_is_told_by_name_and_size():
+def test_missing_memory_is_reported_with_name_and_size():
     with pytest.raises(ConversionError, match=rf"(?s)no memory.*t\n.*{2 << 61} bytes"):
         allocate([TARGET._replace(shape=(1 << 61,))])
 
 
-def test_a_dtype_that_torch_lacks_names_the_tensor():
+def test_dtype_that_torch_lacks_names_the_tensor():
     assert dtype_of("F32", "t") == torch.float32
     with pytest.raises(UnsupportedError, match=r"(?s)t has a dtype.*F6_E2M3"):
         dtype_of("F6_E2M3", "t")
@@ -50,16 +50,16 @@ def test_a_dtype_that_torch_lacks_names_the_tensor():
     ],
     ids=["missing", "shape", "dtype", "expanded"],
 )
-def test_a_buffer_that_does_not_fit_is_named(buffer, words):
+def test_buffer_that_does_not_fit_is_named(buffer, words):
     with pytest.raises(ConversionError, match=f"(?s){words}"):
         checked_buffer(TARGET, {} if buffer is None else {"t": buffer})
 
 
-def test_a_buffer_that_fits_is_taken_out_of_its_graph_in_the_same_memory():
+def test_fitting_buffer_is_detached_in_the_same_memory():
     parameter = torch.nn.Parameter(torch.ones(2, 3, dtype=torch.bfloat16))
     assert not checked_buffer(TARGET, {"t": parameter}).requires_grad
     assert checked_buffer(TARGET, {"t": parameter}).data_ptr() == parameter.data_ptr()
-    row = torch.ones(3, dtype=torch.bfloat16).expand(1, 3)  # a stride of zero along a size of one
+    row = torch.ones(3, dtype=torch.bfloat16).expand(1, 3)  # a stride of zero in a dimension of size one
     assert checked_buffer(TARGET._replace(shape=(1, 3)), {"t": row}).shape == (1, 3)
 
 
@@ -85,7 +85,7 @@ def test_raw_memory_is_from_the_first_element_to_the_last(tensor):
         assert raw_bytes(tensor).data_ptr() == tensor.data_ptr()
 
 
-def test_a_view_of_memory_begins_at_the_tensors_own_first_element():
+def test_view_of_memory_begins_at_the_tensors_own_first_element():
     memory = torch.arange(20)
     assert strided(memory[5:], (2, 2), (3, 1), 2).tolist() == [[7, 8], [10, 11]]
 

@@ -1,4 +1,4 @@
-"""Checksums of tensors as their files hold them, against zlib. Through the doors: tests/doors/test_checksums.py."""
+"""Tests of checksums of tensors as stored in files, against zlib; public functions: tests/doors/test_checksums.py."""
 
 import json
 import zlib
@@ -37,21 +37,21 @@ def state(checkpoint, sums, algorithm="crc32"):
 
 @pytest.mark.parametrize("threads", [1, 3])
 @pytest.mark.parametrize("window_bytes", [1, 10, 100, 1 << 20])
-def test_sums_are_those_of_zlib_whatever_the_windows(checkpoint, monkeypatch, threads, window_bytes):
+def test_sums_equal_those_of_zlib_with_any_windows(checkpoint, monkeypatch, threads, window_bytes):
     monkeypatch.setattr(checksums, "_WINDOW_BYTES", window_bytes)
     assert checksums_of(checkpoint, threads) == SUMS
     assert list(checksums_of(checkpoint, threads)) == checkpoint.names
     assert SUMS["none"] == "00000000"
 
 
-def test_the_file_is_json_that_verifies(checkpoint, tmp_path):
+def test_file_is_json_that_verifies(checkpoint, tmp_path):
     text = checksums_text(checksums_of(checkpoint, 1))
     assert json.loads(text) == {"algorithm": "crc32", "tensors": SUMS}
     (tmp_path / CHECKSUMS_NAME).write_bytes(text)
     assert verify_checksums(checkpoint, 2) == sum(checkpoint.nbytes) == 130
 
 
-def test_a_tensor_with_another_byte_is_named_with_its_file(checkpoint, tmp_path):
+def test_tensor_with_another_byte_is_named_with_its_file(checkpoint, tmp_path):
     state(checkpoint, SUMS)
     data = bytearray((tmp_path / "b.safetensors").read_bytes())
     data[checkpoint.offsets[checkpoint.position["b"]]] ^= 1
@@ -66,7 +66,7 @@ def test_sums_that_are_missing_and_sums_of_nothing_are_named(checkpoint):
         verify_checksums(checkpoint, 1)
 
 
-def test_no_file_and_another_algorithm_are_told(checkpoint):
+def test_missing_file_and_other_algorithm_are_reported(checkpoint):
     with pytest.raises(VerificationError, match=CHECKSUMS_NAME):
         verify_checksums(checkpoint, 1)
     for sums, algorithm in ((SUMS, "md5"), ([], "crc32")):

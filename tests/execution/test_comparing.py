@@ -1,4 +1,4 @@
-"""Files compared with the slabs that they should hold: the first byte that differs is found."""
+"""Tests of comparing files with the slabs that they should hold: the first byte that differs is reported."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from automodel_conv.execution.writing import first_different_byte
 from automodel_conv.files.header import read_header
 from automodel_conv.files.source import LocalFile
 from automodel_conv.schedule.writes import Slabs
-from tests.execution.slab_writes import MAKERS, every_case, maker_of, write
+from tests.execution.slab_writes import MAKERS, every_case, producer_of, write
 
 
 @pytest.fixture(scope="module")
@@ -22,12 +22,12 @@ def cases(tmp_path_factory):
 
 
 def compared(kind, case, path, threads=2, **options):
-    with maker_of(kind, case, **options) as (_, slabs, start):
+    with producer_of(kind, case, **options) as (_, slabs, start):
         return first_different_byte(slabs.slabs, LocalFile(str(path)), start, threads, lambda nbytes: None)
 
 
 @pytest.mark.parametrize("kind", MAKERS)
-def test_a_file_that_is_right_has_no_first_difference(cases, tmp_path, kind):
+def test_correct_file_has_no_first_difference(cases, tmp_path, kind):
     for number, case in enumerate(cases):
         path = write("host", case, tmp_path / str(number))
         assert compared(kind, case, path) is None
@@ -35,7 +35,7 @@ def test_a_file_that_is_right_has_no_first_difference(cases, tmp_path, kind):
 
 @pytest.mark.parametrize("kind", MAKERS)
 @pytest.mark.parametrize("window_bytes", [16, 1 << 20])
-def test_the_first_byte_that_differs_is_found_wherever_it_is(cases, tmp_path, monkeypatch, kind, window_bytes):
+def test_first_different_byte_is_found_anywhere(cases, tmp_path, monkeypatch, kind, window_bytes):
     monkeypatch.setattr(writing, "_WINDOW_BYTES", window_bytes)
     rng = random.Random(5)
     for number, case in enumerate(cases):
@@ -52,7 +52,7 @@ def test_the_first_byte_that_differs_is_found_wherever_it_is(cases, tmp_path, mo
             assert compared(kind, case, path, threads=3) == at
 
 
-def test_a_file_that_ends_too_early_is_told(cases, tmp_path):
+def test_truncated_file_is_reported(cases, tmp_path):
     path = write("host", cases[0], tmp_path)
     path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(ReadError, match="ends too early"):
@@ -68,7 +68,7 @@ def test_nothing_to_compare_is_equal(tmp_path):
 
 
 @pytest.mark.parametrize("element", [0, 1, -1])
-def test_the_first_element_that_differs_is_named_by_tensor_and_index(cases, tmp_path, element):
+def test_first_element_that_differs_is_named_by_tensor_and_index(cases, tmp_path, element):
     path = write("host", cases[0], tmp_path)
     header = read_header(LocalFile(str(path)))
     for name, offset, nbytes, shape in zip(header.names, header.offsets, header.nbytes, header.shapes, strict=True):
@@ -80,7 +80,7 @@ def test_the_first_element_that_differs_is_named_by_tensor_and_index(cases, tmp_
         index = [0] * len(shape) if element == 0 else [size - 1 for size in shape]
         if element == 1:
             index = [*[0] * (len(shape) - 1), 1]
-        with maker_of("host", cases[0]) as (shard, slabs, start), pytest.raises(VerificationError) as caught:
+        with producer_of("host", cases[0]) as (shard, slabs, start), pytest.raises(VerificationError) as caught:
             compare_file((slabs.slabs, start), LocalFile(str(changed)), shard, 1, lambda nbytes: None)
         text = str(caught.value)
         assert text.startswith(f"{name} does not match")
@@ -88,8 +88,8 @@ def test_the_first_element_that_differs_is_named_by_tensor_and_index(cases, tmp_
         assert f"{index} of BF16 {list(shape)}" in text
 
 
-def test_a_file_that_is_right_is_counted_and_raises_nothing(cases, tmp_path):
+def test_file_that_is_right_is_counted_and_raises_nothing(cases, tmp_path):
     path, seen = write("host", cases[0], tmp_path), []
-    with maker_of("host", cases[0]) as (shard, slabs, start):
+    with producer_of("host", cases[0]) as (shard, slabs, start):
         compare_file((slabs.slabs, start), LocalFile(str(path)), shard, 2, seen.append)
     assert sum(seen) == shard.nbytes - len(shard.header)

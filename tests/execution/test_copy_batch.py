@@ -1,4 +1,4 @@
-"""Batches of copies: planned without a trace, started together by one upload, the rest made by torch."""
+"""Tests of batches of copies: planned without a trace, started with one upload, the rest copied by torch."""
 
 import math
 from unittest import mock
@@ -30,14 +30,14 @@ def untouched(outputs):
 
 
 def copies():
-    """A batch of every way a copy goes, its outputs, and what these must be."""
+    """Return a batch with every kind of copy, its outputs, and the expected results."""
     first, second, third = (address_valued((ROWS, COLUMNS), torch.bfloat16, 1000 * k) for k in range(3))
     wide = address_valued((ROWS, COLUMNS), torch.int64, 0)
     whole, turned = (1,), (1, COLUMNS)
-    made = {
+    pairs = {
         "as it is": ((NUMEL,), whole, whole, [first, second], (0, 1), (0, 0), (0, NUMEL), (2, ROWS, COLUMNS)),
         "turned": ((COLUMNS, ROWS), turned, (ROWS, 1), [first], (0,), (0,), (0,), (COLUMNS, ROWS)),
-        # Two that fill each other's gaps, and one without a partner.
+        # Two that fill each other's gaps, and one that is unpaired.
         "woven": (
             (COLUMNS, ROWS),
             turned,
@@ -59,7 +59,7 @@ def copies():
     for (matrix, lane), source in {(0, 0): first, (0, 1): second, (1, 0): third}.items():
         expected["woven"][matrix, :, lane::2] = source.t()
     batch, outputs = CopyBatch(), {}
-    for name, (*columns, shape) in made.items():
+    for name, (*columns, shape) in pairs.items():
         sources = columns.pop(3)
         outputs[name] = poisoned(shape, sources[0].dtype)
         batch.add(StridedCopy(Box(*columns[:3]), *columns[3:]), sources, outputs[name])
@@ -71,7 +71,7 @@ def check(outputs, expected):
         assert_bytes_equal(output, expected[name].contiguous())
 
 
-def test_a_batch_is_one_upload_whatever_its_copies_are():
+def test_batch_of_any_copies_is_one_upload():
     batch, outputs, expected = copies()
     with mock.patch.object(launch, "upload", wraps=launch.upload) as upload:
         assert batch.run(True) == CopyCounts(by_kernels=5, by_torch=2)
@@ -79,7 +79,7 @@ def test_a_batch_is_one_upload_whatever_its_copies_are():
     check(outputs, expected)
 
 
-def test_without_kernels_torch_makes_all_copies():
+def test_without_kernels_torch_runs_all_copies():
     batch, outputs, expected = copies()
     with mock.patch.object(launch, "upload") as upload:
         assert batch.run(False) == CopyCounts(by_kernels=0, by_torch=7)
@@ -87,7 +87,7 @@ def test_without_kernels_torch_makes_all_copies():
     check(outputs, expected)
 
 
-def test_a_plan_writes_nothing_and_is_what_run_does():
+def test_plan_writes_nothing_and_run_executes_it():
     batch, outputs, expected = copies()
     planned = batch.plan(True)
     assert untouched(outputs)
@@ -112,7 +112,7 @@ def test_only_variants_that_are_allowed_are_launched(kernel):
     check(outputs, expected)
 
 
-def test_a_batch_that_has_run_is_empty():
+def test_batch_that_has_run_is_empty():
     batch, outputs, _ = copies()
     batch.run(True)
     for output in outputs.values():
@@ -121,7 +121,7 @@ def test_a_batch_that_has_run_is_empty():
     assert untouched(outputs)
 
 
-def test_copies_from_sources_of_unlike_dtypes_keep_their_places():
+def test_copies_from_sources_of_different_dtypes_keep_their_places():
     half, full = address_valued((8,), torch.bfloat16, 0), address_valued((8,), torch.float32, 100)
     output = poisoned((32,), torch.float32)
     batch = CopyBatch()

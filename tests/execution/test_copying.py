@@ -1,4 +1,4 @@
-"""Batches of copies between tensors in memory: all of one geometry in one call, each to its own place."""
+"""Tests of batches of copies between tensors in memory: one call per geometry, each copy to its own place."""
 
 import pytest
 import torch
@@ -8,12 +8,12 @@ from automodel_conv.execution.copying import copy_equal
 from automodel_conv.planning.boxes import Box, run_of
 from automodel_conv.schedule.jobs import Copies
 
-TRANSPOSED = Box((3, 2), (1, 3), (2, 1))  # of a source [2, 3]
+TRANSPOSED = Box((3, 2), (1, 3), (2, 1))  # the source is [2, 3]
 
 
 @pytest.fixture
 def calls(monkeypatch):
-    """The numbers of copies in each call."""
+    """Record the number of copies in each call."""
     seen, stock = [], copying.strided_copy_torch
     monkeypatch.setattr(copying, "strided_copy_torch", lambda dst, src: (seen.append(len(dst)), stock(dst, src)))
     return seen

@@ -1,4 +1,4 @@
-"""Threads and pinned memory where nobody says how much: the ranks of a node share it."""
+"""Tests of the default number of threads and of pinned memory: the ranks of a node share them."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from tests.execution.support import TRANSPOSE, moe
 
 @pytest.fixture
 def node(monkeypatch):
-    """A machine with so many cores, of which a process may use some, for so many ranks."""
+    """Simulate a machine with a number of cores, of which a process may use some, and a number of ranks."""
 
-    def made(machine, usable, ranks):
+    def simulate(machine, usable, ranks):
         monkeypatch.setattr(os, "cpu_count", lambda: machine)
         monkeypatch.setattr(cores, "cores", lambda: usable)
         monkeypatch.setenv("LOCAL_WORLD_SIZE", str(ranks))
 
-    return made
+    return simulate
 
 
 @pytest.mark.parametrize(
@@ -39,7 +39,7 @@ def node(monkeypatch):
         ("8\n", 1), ("1e3", 1), ("9" * 5000, 1), ("٨", 1),
     ],
 )  # fmt: skip
-def test_ranks_are_what_the_launcher_says_if_that_is_a_number(monkeypatch, text, ranks):
+def test_number_of_ranks_is_read_from_the_launcher(monkeypatch, text, ranks):
     monkeypatch.setenv("LOCAL_WORLD_SIZE", text)
     assert ranks_on_this_node() == ranks
 
@@ -52,29 +52,29 @@ def test_without_a_launcher_there_is_one_rank(monkeypatch):
 @pytest.mark.parametrize(
     ("usable", "machine", "ranks", "share"),
     [
-        (16, 16, 1, 16),  # alone
-        (4, 16, 1, 4),  # alone in a container
+        (16, 16, 1, 16),  # one rank
+        (4, 16, 1, 4),  # one rank in a container
         (16, 16, 8, 2),  # all ranks on all cores
         (2, 16, 8, 2),  # each rank pinned to its own
         (1, 16, 8, 1),  # pinned to less
-        (3, 16, 8, 1),  # more than an equal share: not each its own
+        (3, 16, 8, 1),  # more than an equal share, so ranks are not pinned apart
         (64, 128, 8, 8),  # a container of half a machine
         (2, 2, 8, 1),  # more ranks than cores
         (1, 1, 1, 1),
     ],
 )
-def test_cores_are_shared_unless_the_launcher_has_done_so(usable, machine, ranks, share):
+def test_cores_are_shared_unless_the_launcher_shared_them(usable, machine, ranks, share):
     assert share_of_cores(usable, machine, ranks) == share
 
 
 @given(st.integers(1, 512), st.integers(1, 512), st.integers(1, 64))
-def test_a_share_is_at_least_one_core_and_at_most_what_there_is(usable, machine, ranks):
+def test_share_is_between_one_core_and_all(usable, machine, ranks):
     share = share_of_cores(min(usable, machine), machine, ranks)
     assert 1 <= share <= min(usable, machine)
     assert share * ranks <= machine or share == 1
 
 
-def test_eight_ranks_run_no_more_threads_than_there_are_cores(node):
+def test_eight_ranks_run_no_more_threads_than_cores(node):
     node(16, 16, 8)
     assert default_reader_threads(8) == 2
     assert cpu.default_threads() == 2
@@ -85,7 +85,7 @@ def test_eight_ranks_run_no_more_threads_than_there_are_cores(node):
 
 
 @pytest.mark.parametrize(("given_threads", "wanted"), [(None, 2), (5, 5)])
-def test_loads_use_their_share_unless_they_are_told_otherwise(tmp_path, node, monkeypatch, given_threads, wanted):
+def test_loads_use_their_share_by_default(tmp_path, node, monkeypatch, given_threads, wanted):
     node(16, 16, 8)
     _, checkpoint, plan = moe(tmp_path, TRANSPOSE)
     seen, stock = [], cpu.schedule
@@ -109,20 +109,20 @@ def test_few_bytes_are_loaded_by_few_threads(node):
 
 
 @pytest.mark.parametrize(("text", "ranks", "rank"), [("3", 8, 3), ("8", 8, 0), ("-1", 8, 0), ("", 8, 0), ("1", 1, 0)])
-def test_the_number_of_a_rank_is_what_the_launcher_says_if_that_can_be(monkeypatch, text, ranks, rank):
+def test_rank_is_read_from_the_launcher_if_possible(monkeypatch, text, ranks, rank):
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(ranks))
     monkeypatch.setenv("LOCAL_RANK", text)
     assert rank_on_this_node() == rank
 
 
-def test_a_ring_has_whole_slots_for_the_threads_of_its_rank(node):
+def test_ring_has_whole_slots_for_the_threads_of_its_rank(node):
     node(16, 16, 8)
     assert ring_of(None, None) == (2, 8 << 20)
     node(16, 16, 1)
     assert ring_of(None, None) == (8, 8 << 20)
 
 
-def test_a_budget_does_not_make_a_ring_larger_than_a_ranks_share(tmp_path, node, monkeypatch):
+def test_budget_does_not_make_a_ring_larger_than_a_ranks_share(tmp_path, node, monkeypatch):
     node(16, 16, 8)
     monkeypatch.setattr(filling, "transfer_device", lambda device: SimulatedDevice())
     _, _, plan = moe(tmp_path)

@@ -1,4 +1,4 @@
-"""The order of a CUDA device's streams, with torch's streams and events replaced by those of the simulated device."""
+"""Tests of the order of a CUDA device's streams, with torch's streams and events replaced by simulated ones."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Event:
 
 
 class OnDevice:
-    """A tensor of the device: what is copied there is queued on the thread's current stream."""
+    """A tensor of the device: copies to it are queued on the thread's current stream."""
 
     def __init__(self, tensor):
         self.tensor = tensor
@@ -44,15 +44,15 @@ class OnDevice:
 
 @pytest.fixture(params=range(8))
 def current(request, monkeypatch):
-    """What makes a stream the current one of a thread, whose own is the default stream otherwise."""
+    """Return a function that makes a stream current for a thread, which otherwise uses the default stream."""
     device = simulated.SimulatedDevice(request.param, eagerness=0)
     at_work = threading.local()
 
-    def made(*arguments):
+    def new_stream(*arguments):
         device.streams.append(Stream(device))
         return device.streams[-1]
 
-    default = made()
+    default = new_stream()
 
     @contextmanager
     def entered(stream):
@@ -63,15 +63,15 @@ def current(request, monkeypatch):
         finally:
             at_work.stream = before
 
-    monkeypatch.setattr(torch.cuda, "Stream", made)
+    monkeypatch.setattr(torch.cuda, "Stream", new_stream)
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch.cuda, "stream", entered)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: getattr(at_work, "stream", default))
     return entered
 
 
-def test_a_stream_made_in_a_worker_thread_is_behind_the_callers_current_stream(current):
-    """A caller's side stream still writes a tensor while a worker begins to copy it away."""
+def test_stream_created_in_a_worker_waits_for_the_callers_current_stream(current):
+    """Check that a worker waits for a caller's side stream that still writes the tensor."""
     source, copied = torch.zeros(4), torch.full((4,), -1.0)
 
     def work():

@@ -1,4 +1,4 @@
-"""The streaming loader on a simulated device: what a load does and says, and in which memory."""
+"""Tests of the streaming loader on a simulated device: results, progress, kernels and memory."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from tests.execution.support import LAYOUTS, columns, moe, naive, plan_of, targe
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 
 
-def test_memory_stays_within_what_is_given_for_it(cases, calls):
+def test_memory_stays_within_its_budget(cases, calls):
     for case in cases:
         device = SimulatedDevice()
         stats = load(case, device, threads=3, scratch_bytes=30000, device_scratch_bytes=20000)
@@ -48,38 +48,38 @@ def test_memory_stays_within_what_is_given_for_it(cases, calls):
         (3, 8192, (1, 4096)),
     ],
 )
-def test_slots_have_8_to_16_mib_unless_what_is_given_leaves_no_more(monkeypatch, threads, scratch_bytes, ring):
+def test_slots_have_8_to_16_mib_unless_the_budget_is_smaller(monkeypatch, threads, scratch_bytes, ring):
     monkeypatch.setattr(streaming, "default_reader_threads", lambda most: min(4, most))
     assert ring_of(threads, scratch_bytes) == ring
 
 
-def test_slots_of_pinned_memory_start_where_any_element_may(cases, monkeypatch):
-    made, real = [], streaming._Slot
-    monkeypatch.setattr(streaming, "_Slot", lambda memory: made.append(real(memory)) or made[-1])
+def test_slots_of_pinned_memory_are_aligned_for_every_element(cases, monkeypatch):
+    slots, real = [], streaming._Slot
+    monkeypatch.setattr(streaming, "_Slot", lambda memory: slots.append(real(memory)) or slots[-1])
     load(cases[1], SimulatedDevice(), threads=3, scratch_bytes=30001)
-    assert len(made) == 6
-    assert all(slot.memory.data_ptr() % 64 == 0 for slot in made)
+    assert len(slots) == 6
+    assert all(slot.memory.data_ptr() % 64 == 0 for slot in slots)
 
 
 @needs_triton
 @pytest.mark.parametrize("backend", ["torch", "triton"])
-def test_tensors_made_in_inference_mode_are_filled_in_it(tmp_path, backend):
+def test_inference_tensors_are_filled_in_inference_mode(tmp_path, backend):
     tensors, checkpoint, plan = moe(tmp_path, *LAYOUTS["transposed"], shape=(3, 16, 32))
     with torch.inference_mode():
-        found = allocate(plan.targets)
-        load_to_device(plan, checkpoint, found, SimulatedDevice(eagerness=1), backend=backend, **SMALL)
+        buffers = allocate(plan.targets)
+        load_to_device(plan, checkpoint, buffers, SimulatedDevice(eagerness=1), backend=backend, **SMALL)
     for name, tensor in naive(plan, tensors).items():
-        assert_bytes_equal(found[name], tensor)
+        assert_bytes_equal(buffers[name], tensor)
 
 
-def test_nothing_is_allocated_for_copies_where_all_bytes_only_move(tmp_path, calls):
+def test_bytes_that_only_move_need_no_memory_for_copies(tmp_path, calls):
     tensors, checkpoint, plan = moe(tmp_path)
     device = SimulatedDevice()
     stats = load(Case(checkpoint, plan, naive(plan, tensors)), device)
     assert (device.scratch_bytes, stats.work) == (0, copy_batch.CopyCounts(0, 0))
 
 
-def test_triton_is_not_asked_for_where_all_bytes_only_move_and_otherwise_not_by_the_caller(tmp_path, monkeypatch):
+def test_triton_is_checked_only_if_needed_and_not_by_the_caller(tmp_path, monkeypatch):
     asked = []
 
     def uses_kernels(backend, tensors):
@@ -99,7 +99,7 @@ def test_triton_is_not_asked_for_where_all_bytes_only_move_and_otherwise_not_by_
 @needs_triton
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("code", ["BF16", "F32"])
-def test_kernels_make_the_same_bytes_and_are_compiled_before_they_are_needed(tmp_path, layout, code):
+def test_kernels_write_the_same_bytes_and_are_compiled_in_advance(tmp_path, layout, code):
     tensors, checkpoint, plan = moe(tmp_path, *LAYOUTS[layout], shape=(3, 16, 32))
     plan = plan_of(plan.sources, *(t._replace(dtype=code) for t in plan.targets))
     launched = []
@@ -119,7 +119,7 @@ def test_kernels_make_the_same_bytes_and_are_compiled_before_they_are_needed(tmp
 
 
 @needs_triton
-def test_a_load_compiles_three_kernels_at_most_and_torch_makes_the_other_copies(tmp_path):
+def test_load_compiles_at_most_three_kernels_and_leaves_other_copies_to_torch(tmp_path):
     shapes = {"a": (16, 32), "b": (33, 7), "c": (5, 3), "d": (64, 8), "e": (4, 36)}
     tensors = {name: address_valued(shape, torch.bfloat16) for name, shape in shapes.items()}
     checkpoint = write_checkpoint(tmp_path, {"a.safetensors": tensors})
@@ -141,23 +141,23 @@ def test_a_load_compiles_three_kernels_at_most_and_torch_makes_the_other_copies(
 
 def test_buffers_of_any_strides_are_filled(tmp_path):
     tensors, checkpoint, plan = moe(tmp_path, shape=(3, 6, 10))
-    found = {}
+    guards = {}
     for t in plan.targets:
         strides = [2]
         for size in t.shape[:0:-1]:
             strides.insert(0, strides[0] * size + 3)
-        found[t.name] = guarded(t.shape, torch_dtype(t.dtype), strides=strides)
-    load_to_device(plan, checkpoint, {name: guard.tensor for name, guard in found.items()}, SimulatedDevice(), **SMALL)
+        guards[t.name] = guarded(t.shape, torch_dtype(t.dtype), strides=strides)
+    load_to_device(plan, checkpoint, {name: guard.tensor for name, guard in guards.items()}, SimulatedDevice(), **SMALL)
     for name, tensor in naive(plan, tensors).items():
-        found[name].check()
-        assert_bytes_equal(found[name].tensor.contiguous(), tensor)
+        guards[name].check()
+        assert_bytes_equal(guards[name].tensor.contiguous(), tensor)
 
 
-def test_targets_of_upstream_are_made_and_uploaded(tmp_path):
+def test_targets_of_transformers_code_are_computed_and_uploaded(tmp_path):
     tensors = {"a": address_valued((3, 4), torch.float32), "b": address_valued((5,), torch.bfloat16)}
     checkpoint = write_checkpoint(tmp_path, {"a.safetensors": tensors})
     sources = columns(checkpoint)
-    fallback = Fallback("a test says so", lambda found: {"flat": found[0].flatten()})
+    fallback = Fallback("for a test", lambda sources: {"flat": sources[0].flatten()})
     flat = Target("flat", "F32", (12,), -1, (0,), (), fallback)
     plan = plan_of(sources, flat, target(sources, "b", "BF16", [["b"]]))
     stats = load(Case(checkpoint, plan, {"flat": tensors["a"].flatten(), "b": tensors["b"]}), SimulatedDevice())

@@ -1,4 +1,4 @@
-"""The streaming loader when a read, the device or the caller ends it: told at once, and everything released."""
+"""Tests of the streaming loader when a read, the device or the caller ends it: it reports at once and releases all."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.execution.device_loads import assert_released, load, planted
 from tests.execution.simulated import DeviceFault, SimulatedDevice
 
 
-def test_a_failing_read_is_told_at_once_while_other_threads_still_read(cases, calls):
+def test_failing_read_is_raised_at_once_while_other_threads_still_read(cases, calls):
     case = cases[1]
     calls.fail_read = 2
     both = threading.Barrier(2, timeout=5)
@@ -28,16 +28,16 @@ def test_a_failing_read_is_told_at_once_while_other_threads_still_read(cases, ca
     assert "filled:" in str(error.value)
 
 
-def test_a_failing_read_is_told_before_what_the_device_says_at_the_end(cases, calls):
+def test_failing_read_is_raised_before_the_device_error_at_the_end(cases, calls):
     calls.fail_read = 2
-    device = SimulatedDevice(eagerness=0, fail_at=1)  # which works only when it is waited for, at the end
+    device = SimulatedDevice(eagerness=0, fail_at=1)  # works only when it is waited for, at the end
     with pytest.raises(ReadError, match=r"Input/output error[\s\S]*also: +DeviceFault: .*illegal access"):
         load(cases[0], device, threads=1, scratch_bytes=16384)
     assert_released(device, calls)
 
 
 class Impatient(threading.Condition):
-    """A condition on which nobody waits for more than two seconds, and that tells if somebody would have."""
+    """A condition on which no thread waits for more than two seconds. It records if a thread would have."""
 
     def __init__(self):
         super().__init__()
@@ -52,7 +52,7 @@ class Impatient(threading.Condition):
 
 
 def fail_while_another_thread_waits(module, case, calls, monkeypatch):
-    """A thread fails to read into the first window while another waits for that window to be emptied."""
+    """Fail a read into the first window while another thread waits for that window to be emptied."""
     condition = Impatient()
     monkeypatch.setattr(module, "threading", types.SimpleNamespace(Condition=lambda: condition))
     calls.reads, calls.fail_read = 0, 1
@@ -76,15 +76,13 @@ def fail_while_another_thread_waits(module, case, calls, monkeypatch):
     assert_released(device, calls)
 
 
-def test_a_thread_that_waits_for_a_window_ends_when_another_fails(cases, calls, monkeypatch):
+def test_thread_waiting_for_a_window_ends_when_another_fails(cases, calls, monkeypatch):
     fail_while_another_thread_waits(streaming, cases[2], calls, monkeypatch)
 
 
 @pytest.mark.parametrize("reverse", [False, True])
-def test_a_failing_read_is_told_where_another_thread_is_stopped_and_the_device_fails(
-    cases, calls, monkeypatch, reverse
-):
-    told, settle, wait = [], streaming._DeviceLoad._synchronize, streaming.wait
+def test_failing_read_is_raised_when_a_thread_is_stopped_and_the_device_fails(cases, calls, monkeypatch, reverse):
+    notes, settle, wait = [], streaming._DeviceLoad._synchronize, streaming.wait
 
     def fail_at_the_end(load, stream):
         settle(load, stream)
@@ -92,14 +90,14 @@ def test_a_failing_read_is_told_where_another_thread_is_stopped_and_the_device_f
 
     def wait_for(futures, **options):
         wait(futures, **options)
-        if reverse:  # either thread may be the one that fails
+        if reverse:  # either thread may fail
             futures.reverse()
 
     monkeypatch.setattr(streaming, "wait", wait_for)
     monkeypatch.setattr(streaming._DeviceLoad, "_synchronize", fail_at_the_end)
-    monkeypatch.setattr(streaming, "add_note", lambda error, text: told.append((type(error), text)))
+    monkeypatch.setattr(streaming, "add_note", lambda error, text: notes.append((type(error), text)))
     fail_while_another_thread_waits(streaming, cases[2], calls, monkeypatch)
-    assert told == [(ReadError, "  also:     DeviceFault: at the end")]
+    assert notes == [(ReadError, "  also:     DeviceFault: at the end")]
 
 
 @pytest.mark.parametrize(
@@ -108,15 +106,15 @@ def test_a_failing_read_is_told_where_another_thread_is_stopped_and_the_device_f
         ("self._stopped = True\n            self._changed.notify_all()", "self._stopped = True"),
         ("if self._stopped:\n                    raise Stopped", "pass"),
     ],
-    ids=["it is not woken", "it goes on"],
+    ids=["not woken", "continues"],
 )
-def test_a_thread_that_would_wait_or_go_on_after_the_end_is_found(cases, calls, monkeypatch, text, replacement):
+def test_thread_that_waits_or_continues_after_the_end_is_detected(cases, calls, monkeypatch, text, replacement):
     with pytest.raises(AssertionError):
         fail_while_another_thread_waits(planted(text, replacement), cases[2], calls, monkeypatch)
 
 
 @pytest.mark.parametrize("before", [0, 1])
-def test_a_load_that_is_asked_to_end_releases_everything_and_tells_what_is_complete(cases, calls, before):
+def test_stopped_load_releases_everything_and_names_complete_targets(cases, calls, before):
     stop = threading.Event()
     calls.delay = lambda number: stop.set() if number > before else None
     device = SimulatedDevice(eagerness=0.2)
@@ -127,7 +125,7 @@ def test_a_load_that_is_asked_to_end_releases_everything_and_tells_what_is_compl
 
 
 def interrupt(module, case, calls, monkeypatch):
-    """Ctrl-C while the main thread waits for the readers, which then begin no other chunk."""
+    """Interrupt the main thread while it waits for the readers, which must then begin no other chunk."""
 
     def interrupted(*args, **kwargs):
         raise KeyboardInterrupt
@@ -145,12 +143,12 @@ def test_ctrl_c_releases_everything(cases, calls, monkeypatch):
     interrupt(streaming, cases[1], calls, monkeypatch)
 
 
-def test_readers_that_go_on_after_ctrl_c_are_found(cases, calls, monkeypatch):
+def test_readers_that_continue_after_ctrl_c_are_detected(cases, calls, monkeypatch):
     with pytest.raises(AssertionError):
         interrupt(planted("ending.callback(self._stop)", "pass"), cases[1], calls, monkeypatch)
 
 
-def test_an_explicit_backend_is_refused_before_anything_is_read(cases, calls):
+def test_explicit_backend_is_refused_before_anything_is_read(cases, calls):
     with (
         mock.patch.object(copy_batch, "why_not", return_value="no compiler"),
         pytest.raises(UnsupportedError, match="no compiler"),

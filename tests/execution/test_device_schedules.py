@@ -1,4 +1,4 @@
-"""Random schedules of a simulated device, late and out of order, and the planted faults that they find."""
+"""Tests of random schedules of a simulated device, late and out of order, and of the planted faults they detect."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.execution.simulated import DeviceFault, Event, SimulatedDevice
 
 
 def run_schedule(cases, seed, calls, load_to_device=load_to_device):
-    """One load of one case with delays, and perhaps a fault, all drawn from a seed."""
+    """Run one load of one case with delays, and perhaps a fault, all drawn from a seed."""
     draw = random.Random(seed)
     case = draw.choice(cases)
     fault = draw.choice(["none", "none", "read", "device", "allocation"])
@@ -86,13 +86,13 @@ def test_random_schedules_find_each_fault_planted_in_the_loader(cases, calls, mu
     with pytest.raises((AssertionError, KeyError, Stopped)):  # noqa: PT012
         for seed in range(300):
             run_schedule(cases, seed, calls, mutated.load_to_device)
-    gc.collect()  # which ends the threads of a pool that nobody has shut down
+    gc.collect()  # ends the threads of a pool without a shutdown
     for thread in threading.enumerate():
         if thread.name.startswith("automodel_conv"):
             thread.join(10)
 
 
-def test_the_simulated_device_is_late_keeps_the_order_of_a_stream_and_finds_circles():
+def test_simulated_device_is_late_keeps_stream_order_and_detects_circular_waits():
     device = SimulatedDevice(eagerness=0)
     first, second = device.stream(), device.stream()
     done = []
@@ -107,7 +107,7 @@ def test_the_simulated_device_is_late_keeps_the_order_of_a_stream_and_finds_circ
         first.record().synchronize()
 
 
-def test_the_simulated_device_keeps_its_first_fault():
+def test_simulated_device_keeps_its_first_fault():
     device = SimulatedDevice(eagerness=0, fail_at=2)
     stream = device.stream()
     done = []

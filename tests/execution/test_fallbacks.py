@@ -1,4 +1,4 @@
-"""Targets that upstream's own code makes: one call for all of them, and what it may not make."""
+"""Tests of targets that transformers' own code computes: one call for all of them, and invalid results."""
 
 import pytest
 import torch
@@ -40,14 +40,14 @@ def test_targets_of_one_fallback_are_one_call_with_each_source_once():
 def test_results_are_copied_and_cast_to_floating_targets_without_a_graph():
     buffers = {"t": torch.zeros(2), "narrow": torch.zeros(2, dtype=torch.bfloat16, requires_grad=True)}
     targets = made_by(None, "t", 0), made_by(None, "narrow", 0, dtype="BF16")
-    run(lambda found: {"t": found[0] + 1, "narrow": found[0] + 2, "more": 3}, buffers, *targets)
+    run(lambda sources: {"t": sources[0] + 1, "narrow": sources[0] + 2, "more": 3}, buffers, *targets)
     assert buffers["t"].tolist() == [1, 2]
     assert buffers["narrow"].tolist() == [2, 3]
     assert buffers["narrow"].grad_fn is None
 
 
 @pytest.mark.parametrize(
-    ("made", "words"),
+    ("result", "words"),
     [
         ({}, "did not return t"),
         ({"t": [1, 2]}, "did not return t"),
@@ -56,15 +56,15 @@ def test_results_are_copied_and_cast_to_floating_targets_without_a_graph():
     ],
     ids=["nothing", "no tensor", "shape", "dtype"],
 )
-def test_anything_else_is_an_error_that_names_the_target(made, words):
+def test_anything_else_is_an_error_that_names_the_target(result, words):
     buffers = {"t": torch.zeros(2)}
     with pytest.raises(ConversionError, match=f"(?s){words}"):
-        run(lambda found: made, buffers)
+        run(lambda sources: result, buffers)
     assert buffers["t"].tolist() == [0, 0]
 
 
-def test_an_error_of_its_code_names_all_targets_and_is_the_cause():
-    def fail(found):
+def test_error_of_its_code_names_all_targets_and_is_the_cause():
+    def fail(sources):
         raise KeyError("odd")
 
     with pytest.raises(ConversionError, match=r"(?s)failed on t, u.*KeyError\('odd'\)") as caught:

@@ -1,4 +1,4 @@
-"""Slabs that files of a checkpoint become, by output file."""
+"""Tests of the slabs that files of a checkpoint become, by output file."""
 
 import pytest
 import torch
@@ -13,8 +13,8 @@ from tests.faults import descriptors
 SHARE = ScratchSplit(1, 1024, 512)
 
 
-def made(slabs, targets, places):
-    """The tensors that the slabs of all files are, by name."""
+def written_tensors(slabs, targets, places):
+    """Return the tensors that the slabs of all files contain, by name."""
     files = {}
     for file in sorted(slabs.by_file):
         data = bytearray(4096)
@@ -33,14 +33,14 @@ def made(slabs, targets, places):
 
 
 @pytest.mark.parametrize("operations", [(), (TRANSPOSE,)], ids=["rows", "transposed"])
-def test_targets_are_made_at_their_places_in_their_files(tmp_path, operations):
+def test_targets_are_written_at_their_places_in_their_files(tmp_path, operations):
     tensors, checkpoint, plan = moe(tmp_path, *operations, shape=(2, 5, 8))
     places = [(1, 64), (0, 16), (1, 0)]  # gate and up, down, norm
     slabs = FileSlabs(checkpoint, plan.targets, places, {}, SHARE)
     assert slabs.by_file.keys() == {0, 1}
     assert slabs.nbytes == plan.bytes_written
     before = descriptors()
-    for name, tensor in made(slabs, plan.targets, places).items():
+    for name, tensor in written_tensors(slabs, plan.targets, places).items():
         assert_bytes_equal(tensor, naive(plan, tensors)[name])
     assert descriptors() == before
 
@@ -65,7 +65,7 @@ def test_no_slab_is_larger_than_its_budget(tmp_path):
     assert max(slab.nbytes for slab in slabs.by_file[0]) <= SHARE.slab_bytes
 
 
-def test_a_block_that_fails_closes_the_sources(tmp_path):
+def test_block_that_fails_closes_the_sources(tmp_path):
     _, checkpoint, plan = moe(tmp_path, TRANSPOSE, shape=(2, 5, 8))
     slabs = FileSlabs(checkpoint, plan.targets, [(0, 0), (0, 1000), (0, 2000)], {}, SHARE)
     before = descriptors()

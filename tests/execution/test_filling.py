@@ -1,4 +1,4 @@
-"""All devices of a load are filled at the same time; an error ends all of them and names what is complete on each."""
+"""Tests of loads to several devices at a time: an error ends all of them and names the complete targets of each."""
 
 from __future__ import annotations
 
@@ -31,18 +31,18 @@ MANY = 20
 
 @pytest.fixture
 def devices(monkeypatch):
-    made = Devices()
-    monkeypatch.setattr(filling, "transfer_device", made)
-    return made
+    simulated = Devices()
+    monkeypatch.setattr(filling, "transfer_device", simulated)
+    return simulated
 
 
 def buffers_on(plan, homes):
-    """Poisoned buffers, each on its device."""
-    made = {}
+    """Return poisoned buffers, each on its device."""
+    buffers = {}
     for name, tensor in allocate(plan.targets).items():
         tensor.reshape(-1).view(torch.uint8).fill_(POISON)
-        made[name] = put(tensor, homes[name])
-    return made
+        buffers[name] = put(tensor, homes[name])
+    return buffers
 
 
 def host_bytes(tensor):
@@ -50,7 +50,7 @@ def host_bytes(tensor):
 
 
 def assert_settled(devices, calls):
-    """Nothing is under way: no thread, no open file, no stream with work, no memory held."""
+    """Check that no thread, open file, busy stream or device memory is left."""
     gc.collect()
     assert workers() == []
     assert calls.open == set()
@@ -58,29 +58,29 @@ def assert_settled(devices, calls):
 
 
 def watched(monkeypatch, before=None, after=None):
-    """Has functions called around the load of each device, in its thread."""
+    """Call functions before and after the load of each device, in its thread."""
     stock = filling._fill_device
 
     def around(part, *how):
         if before is not None:
             before(part.device)
-        found = stock(part, *how)
+        stats = stock(part, *how)
         if after is not None:
             after(part.device)
-        return found
+        return stats
 
     monkeypatch.setattr(filling, "_fill_device", around)
 
 
 def names_filled(error, names):
-    """Names in the text of an error and its notes that were told to be complete."""
+    """Return the names that the text and notes of an error report as complete."""
     text = "\n".join([str(error), *getattr(error, "__notes__", ())])
     return sorted(word for part in text.split("filled:")[1:] for word in part.split() if word in names)
 
 
 @pytest.fixture
 def many(tmp_path):
-    """A checkpoint of many tensors in one file, all to the first device, and one in another file, to the second."""
+    """Return a checkpoint of many tensors in a file for the first device, and one in another file for the second."""
     tensors = {f"t{n}": address_valued((32, 64), torch.float32, 5000 * n) for n in range(MANY)}
     other = {"u": address_valued((32, 64), torch.float32, 7)}
     checkpoint = write_checkpoint(tmp_path, {"a.safetensors": tensors, "b.safetensors": other})
@@ -102,7 +102,7 @@ def test_buffers_on_several_devices_get_their_bytes(tmp_path, devices, calls, th
     assert sum(part.scratch_bytes for part in stats.values()) <= SCRATCH["scratch_bytes"]
     assert_settled(devices, calls)
     bars = capsys.readouterr().err
-    assert bars.count("\n") == progress  # one, of all bytes
+    assert bars.count("\n") == progress  # one bar for all bytes
     assert ("loading: 100%" in bars.split("\r")[-1]) == progress
 
 
@@ -114,7 +114,7 @@ def test_devices_are_filled_at_the_same_time(tmp_path, devices, monkeypatch):
 
 
 @pytest.mark.parametrize(("homes", "threads"), [(HOMES, 2), (HOMES, 1), (dict.fromkeys(HOMES, FIRST), None)])
-def test_more_devices_than_threads_and_a_lone_one_are_filled_by_the_caller(
+def test_more_devices_than_threads_or_a_single_one_are_filled_by_the_caller(
     tmp_path, devices, monkeypatch, homes, threads
 ):
     _, checkpoint, plan = moe(tmp_path)
@@ -124,20 +124,20 @@ def test_more_devices_than_threads_and_a_lone_one_are_filled_by_the_caller(
     assert seen == [threading.main_thread()] * len(set(homes.values()))
 
 
-def test_streams_are_made_in_the_callers_thread_which_has_the_current_ones(tmp_path, monkeypatch):
+def test_streams_are_created_in_the_thread_of_the_caller(tmp_path, monkeypatch):
     _, checkpoint, plan = moe(tmp_path)
-    made, seen = Devices(), []
+    simulated, seen = Devices(), []
 
     def transfer_device(device):
         seen.append(threading.current_thread())
-        return made(device)
+        return simulated(device)
 
     monkeypatch.setattr(filling, "transfer_device", transfer_device)
     fill(plan, checkpoint, buffers_on(plan, HOMES), Limits(**SCRATCH))
     assert set(seen) == {threading.main_thread()}
 
 
-def test_what_torch_keeps_for_a_thread_is_in_all_of_them_as_in_the_callers(tmp_path, devices, monkeypatch):
+def test_torch_thread_state_of_the_caller_is_set_in_all_threads(tmp_path, devices, monkeypatch):
     _, checkpoint, plan = moe(tmp_path)
     seen = set()
     watched(
@@ -149,7 +149,7 @@ def test_what_torch_keeps_for_a_thread_is_in_all_of_them_as_in_the_callers(tmp_p
     assert seen == {(True, "meta")}
 
 
-def test_upstreams_own_code_fills_inference_tensors_of_any_device(tmp_path, devices):
+def test_transformers_code_fills_inference_tensors_of_any_device(tmp_path, devices):
     tensors, checkpoint, plan = moe(tmp_path)
     rows = (plan.sources.names.index("norm.weight"),)
     fallback = Fallback("a test", lambda sources: {"extra": sources[rows[0]] * 1})
@@ -162,7 +162,7 @@ def test_upstreams_own_code_fills_inference_tensors_of_any_device(tmp_path, devi
 
 @pytest.mark.parametrize("kind", [ReadError, ConversionError, RuntimeError, KeyboardInterrupt])
 @pytest.mark.parametrize("threads", [1, 6])
-def test_an_error_names_what_the_devices_that_are_complete_hold(tmp_path, devices, monkeypatch, kind, threads):
+def test_error_names_targets_of_complete_devices(tmp_path, devices, monkeypatch, kind, threads):
     _, checkpoint, plan = moe(tmp_path)
     complete = threading.Semaphore(0)
 
@@ -179,7 +179,7 @@ def test_an_error_names_what_the_devices_that_are_complete_hold(tmp_path, device
 
 
 def stops_of(monkeypatch):
-    """The events that end loads, as their executors get them."""
+    """Record the events that end loads, as the executors receive them."""
     stops, stock = [], filling._fill_device
 
     def noting(*arguments):
@@ -191,7 +191,7 @@ def stops_of(monkeypatch):
 
 
 def assert_some_are_filled(error, buffers, homes):
-    """Only a part of the first device's targets is told, and these have their bytes."""
+    """Check that only a part of the first device's targets is reported, and that these have their bytes."""
     filled = [name for name in names_filled(error, homes) if name != "u"]
     text = "\n".join([str(error), *getattr(error, "__notes__", ())])
     assert f"filled:   {len(filled)} of {MANY} targets" in text
@@ -201,10 +201,10 @@ def assert_some_are_filled(error, buffers, homes):
         assert_bytes_equal(host_bytes(buffers[name]), address_valued((32, 64), torch.float32, start))
 
 
-def test_an_error_on_one_device_ends_the_load_of_the_others(many, devices, calls, monkeypatch):
+def test_error_on_one_device_ends_the_load_of_the_others(many, devices, calls, monkeypatch):
     checkpoint, plan, homes = many
     (path,) = (file for file in checkpoint.files if file.endswith("b.safetensors"))
-    os.unlink(path)  # so that the only reads are those of the first device
+    os.unlink(path)  # so that only the first device reads
     stops = stops_of(monkeypatch)
     calls.delay = lambda number: number < 3 or stops[0].wait(10)
     buffers = buffers_on(plan, homes)
@@ -212,11 +212,11 @@ def test_an_error_on_one_device_ends_the_load_of_the_others(many, devices, calls
         fill(plan, checkpoint, buffers, Limits(2, 4 * 8192, 8192))
     assert calls.reads < MANY
     assert_some_are_filled(raised.value, buffers, homes)
-    del raised  # whose traceback holds what threads held
+    del raised  # its traceback keeps objects of the threads alive
     assert_settled(devices, calls)
 
 
-def test_an_interrupt_ends_the_loads_of_all_devices(many, devices, calls, monkeypatch):
+def test_interrupt_ends_the_loads_of_all_devices(many, devices, calls, monkeypatch):
     checkpoint, plan, homes = many
     stops = stops_of(monkeypatch)
 
@@ -232,11 +232,11 @@ def test_an_interrupt_ends_the_loads_of_all_devices(many, devices, calls, monkey
         fill(plan, checkpoint, buffers, Limits(2, 4 * 8192, 8192))
     assert calls.reads < MANY
     assert_some_are_filled(raised.value, buffers, homes)
-    del raised  # whose traceback holds what threads held
+    del raised  # its traceback keeps objects of the threads alive
     assert_settled(devices, calls)
 
 
-def test_what_fails_on_two_devices_is_told_of_both(tmp_path, devices, monkeypatch):
+def test_failures_on_two_devices_are_both_reported(tmp_path, devices, monkeypatch):
     _, checkpoint, plan = moe(tmp_path)
     stock = filling._fill_device
 
@@ -253,11 +253,11 @@ def test_what_fails_on_two_devices_is_told_of_both(tmp_path, devices, monkeypatc
         fill(plan, checkpoint, buffers_on(plan, HOMES), Limits(**SCRATCH))
 
 
-def test_a_device_that_fails_in_the_middle_settles_and_ends_the_other(many, devices, calls, monkeypatch):
+def test_device_that_fails_in_the_middle_settles_and_ends_the_other(many, devices, calls, monkeypatch):
     checkpoint, plan, homes = many
     devices[SECOND].fail_at = 1
     stops, begun = stops_of(monkeypatch), threading.Event()
-    # The first read is the second device's, which has one only.
+    # The first read is that of the second device, which has only one.
     watched(monkeypatch, before=lambda device: device == SECOND or begun.wait(10))
     calls.delay = lambda number: begun.set() if number == 1 else number < 4 or stops[0].wait(10)
     with pytest.raises(RuntimeError, match="an illegal access"):
@@ -266,7 +266,7 @@ def test_a_device_that_fails_in_the_middle_settles_and_ends_the_other(many, devi
     assert_settled(devices, calls)
 
 
-def test_an_error_before_anything_is_read_names_nothing(tmp_path):
+def test_error_before_anything_is_read_names_nothing(tmp_path):
     _, checkpoint, plan = moe(tmp_path)
     buffers = allocate(plan.targets)
     with pytest.raises(ConversionError) as raised:
@@ -285,7 +285,7 @@ needs_of = st.builds(DeviceBytes, st.integers(0, 1 << 45), st.booleans())
 )
 def test_shares_are_together_no_more_than_the_load_may_use(needs, threads, scratch_bytes):
     shares = split_limits(Limits(threads, scratch_bytes, 12345), needs)
-    if scratch_bytes is None:  # each device takes what its threads need
+    if scratch_bytes is None:  # each device uses what its threads need
         assert {share.scratch_bytes for share in shares} == {None}
     else:
         assert sum(share.scratch_bytes for share in shares) <= scratch_bytes
@@ -305,7 +305,7 @@ def test_shares_go_by_the_bytes_of_a_device():
     assert [share.scratch_bytes for share in shares] == [32 << 20, 16 << 20]
 
 
-def test_a_lone_device_gets_what_was_given():
+def test_single_device_gets_the_whole_budget():
     assert split_limits(Limits(), [DeviceBytes(7, True)]) == [Limits()]
     assert split_limits(Limits(3, 100, 200), [DeviceBytes(7, False)]) == [Limits(3, 100, 200)]
     assert split_limits(Limits(3, 100, 200), []) == []

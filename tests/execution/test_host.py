@@ -1,4 +1,4 @@
-"""From files to host buffers: right bytes, each read once, and clear errors when reading fails."""
+"""Tests of loads from files to host buffers: right bytes, each read once, and clear errors when reading fails."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ from tests.execution.support import (
     columns,
     expert_names,
     experts,
-    made,
     moe,
     naive,
     plan_of,
     target,
+    target_from,
     write_checkpoint,
 )
 
@@ -109,7 +109,7 @@ def test_each_byte_is_read_once(tmp_path, calls, layout, options):
 
 
 def test_gate_and_up_from_interleaved_rows_are_read_once(tmp_path, calls):
-    """Both targets read every slab of the one source, which is far larger than the scratch."""
+    """Check that both targets use every slab of their source, which is far larger than the scratch."""
     fused = address_valued((3, 40, 50), torch.int32)
     checkpoint = write_checkpoint(tmp_path, {"a.safetensors": {"gate_up": fused}})
     sources = columns(checkpoint)
@@ -126,7 +126,7 @@ def test_gate_and_up_from_interleaved_rows_are_read_once(tmp_path, calls):
 
 
 @pytest.mark.parametrize("threads", [1, 2, 64])
-def test_a_source_larger_than_the_scratch_goes_through_in_slabs(tmp_path, calls, threads):
+def test_source_larger_than_the_scratch_is_read_in_slabs(tmp_path, calls, threads):
     source = address_valued((5, 33, 41), torch.int32)
     checkpoint = write_checkpoint(tmp_path, {"a.safetensors": {"w": source}})
     sources = columns(checkpoint)
@@ -204,12 +204,12 @@ def test_small_gaps_are_read_through_and_counted_and_large_ones_skipped(tmp_path
 
 @pytest.mark.parametrize("scratch_bytes", [1 << 20, None])
 def test_only_the_wanted_part_of_a_source_is_read(tmp_path, calls, scratch_bytes):
-    """Columns of a source that lie further apart than a small gap, in several slabs and in one."""
+    """Check columns of a source that are further apart than a small gap, in several slabs and in one."""
     wide = GAP_BYTES + 8
     source = address_valued((3, 2 * wide), torch.uint8)
     checkpoint = write_checkpoint(tmp_path, {"a.safetensors": {"w": source}})
     value = values.narrow(leaf(0, (3, 2 * wide)), 1, 0, wide)
-    plan = plan_of(columns(checkpoint), made("t", "U8", value, [0]))
+    plan = plan_of(columns(checkpoint), target_from("t", "U8", value, [0]))
     before = calls.nbytes
     check_load(plan, checkpoint, {"t": source[:, :wide]}, scratch_bytes=scratch_bytes)
     assert calls.nbytes - before == 3 * wide
@@ -217,7 +217,7 @@ def test_only_the_wanted_part_of_a_source_is_read(tmp_path, calls, scratch_bytes
 
 @pytest.mark.usefixtures("small_portions")
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_large_tensors_are_shared_out_to_threads(tmp_path, calls, layout):
+def test_large_tensors_are_split_between_threads(tmp_path, calls, layout):
     tensors, checkpoint, plan = moe(tmp_path, *LAYOUTS[layout], shape=(2, 10, 200))
     expected = naive(plan, tensors)
     before, reads = calls.nbytes, calls.reads
@@ -283,7 +283,7 @@ def test_buffers_of_any_strides_are_written_in_place(tmp_path, layout, dtype, or
         assert_bytes_equal(guard.tensor, expected[name])
 
 
-def test_a_parameter_that_requires_grad_is_written(tmp_path):
+def test_parameter_that_requires_grad_is_written(tmp_path):
     tensors = {"w": torch.randn(3, 4)}
     checkpoint = write_checkpoint(tmp_path, {"a.safetensors": tensors})
     sources = columns(checkpoint)
@@ -295,7 +295,7 @@ def test_a_parameter_that_requires_grad_is_written(tmp_path):
     assert parameter.grad_fn is None
 
 
-def test_allocate_gives_the_shapes_and_dtypes_of_the_plan():
+def test_allocate_returns_the_shapes_and_dtypes_of_the_plan():
     targets = [
         Target("big", "F32", (3, 1 << 20), -1, (), ()),
         Target("s", "F8_E4M3", (), -1, (), ()),
@@ -309,7 +309,7 @@ def test_allocate_gives_the_shapes_and_dtypes_of_the_plan():
 
 @st.composite
 def random_plans(draw):
-    """Sources of one shape, a chain of operations, and targets that read parts of the result."""
+    """Draw sources of one shape, a chain of operations, and targets that read parts of the result."""
     code = draw(st.sampled_from(["U8", "BF16", "F32", "F64"]))
     shape = tuple(draw(st.lists(st.sampled_from([0, 1, 2, 3, 5, 8]), min_size=1, max_size=3)))
     count = draw(st.integers(1, 4))
@@ -349,7 +349,7 @@ def random_plans(draw):
     threads=st.sampled_from([1, 3, 40]),
     split=st.integers(0, 4),
 )
-def test_any_chain_of_operations_loads_as_the_oracle_says(tmp_path_factory, drawn, pad, threads, split):
+def test_any_chain_of_operations_loads_like_the_oracle(tmp_path_factory, drawn, pad, threads, split):
     tensors, parts, results, orders = drawn
     names = list(tensors)
     files = {"a.safetensors": names[:split], "b.safetensors": names[split:]}
@@ -362,7 +362,7 @@ def test_any_chain_of_operations_loads_as_the_oracle_says(tmp_path_factory, draw
         plan = plan_of(
             columns(checkpoint),
             *(
-                made(f"t{i}", result, part, range(len(tensors)))
+                target_from(f"t{i}", result, part, range(len(tensors)))
                 for i, (part, result) in enumerate(zip(parts, results, strict=True))
             ),
         )
@@ -391,7 +391,7 @@ def test_no_element_keeps_its_poison(tmp_path):
         assert_written(guard.tensor)
 
 
-def test_support_writes_what_safetensors_reads(tmp_path):
+def test_support_writes_files_that_safetensors_reads(tmp_path):
     from safetensors.torch import load_file
 
     tensors = {"w": address_valued((3, 5), torch.bfloat16), "v": torch.tensor(True)}

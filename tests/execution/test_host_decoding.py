@@ -1,4 +1,4 @@
-"""Rectangles of codes decoded in host memory, against loops over elements in float64."""
+"""Tests of rectangles of codes decoded in host memory, against loops over elements in float64."""
 
 import struct
 
@@ -39,7 +39,7 @@ def rectangle(code_format="e4m3", dtype="F32", block=(2, 4), start=(1, 2), zeros
 
 @pytest.fixture
 def memory():
-    """Codes that are no NaN, scales that float32 holds, zero points, and a global scale of 1.5."""
+    """Return codes without NaN, scales that float32 can hold, zero points, and a global scale of 1.5."""
     raw = torch.full((1088,), 0x5C, dtype=torch.uint8)
     memory = raw[-raw.data_ptr() % 64 :][:1024]
     generator = torch.Generator().manual_seed(0)
@@ -55,7 +55,7 @@ def memory():
 
 
 def expected(rectangle, memory):
-    """Each value by its definition."""
+    """Return each value by its definition."""
     data = bytes(memory.tolist())
     block, bits = rectangle.decode.block, rectangle.decode.bits
     values = []
@@ -107,7 +107,7 @@ def test_zero_points_are_unpacked_from_the_row_that_the_grid_begins_at(monkeypat
 
 
 @pytest.mark.parametrize("divides", [False, True])
-def test_a_global_scale_is_multiplied_or_divides(memory, divides):
+def test_global_scale_is_multiplied_or_divides(memory, divides):
     check(rectangle("e2m1", scaled=True, divides=divides), memory)
 
 

@@ -1,4 +1,4 @@
-"""Reading to the host when something fails, is short or is interrupted: one clear error, and no file left open."""
+"""Tests of failed, short and interrupted reads to the host: one clear error, and no open file."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from tests.execution.support import LAYOUTS, TRANSPOSE, columns, moe, naive, pla
         (torch.empty(1, 4, 5).expand(3, 4, 5), "share memory"),
     ],
 )
-def test_a_buffer_that_does_not_fit_is_named_before_anything_is_read(tmp_path, calls, buffer, text):
+def test_buffer_that_does_not_fit_is_named_before_anything_is_read(tmp_path, calls, buffer, text):
     _, checkpoint, plan = moe(tmp_path, dtype=torch.float32, shape=(3, 5, 4))
     buffers: dict[str, Tensor] = allocate(plan.targets)
     del buffers["down"]
@@ -85,7 +85,7 @@ def test_short_reads_are_continued(tmp_path, calls, layout, short_bytes):
 
 
 @pytest.mark.parametrize("layout", ["rows", "transposed"])
-def test_a_file_cut_after_it_was_opened_names_file_and_tensor(tmp_path, calls, layout):
+def test_file_cut_after_it_was_opened_names_file_and_tensor(tmp_path, calls, layout):
     _, checkpoint, plan = moe(tmp_path, *LAYOUTS[layout])
     row = checkpoint.position["experts.4.gate"]
     path = Path(checkpoint.files[checkpoint.file_ids[row]])
@@ -98,7 +98,7 @@ def test_a_file_cut_after_it_was_opened_names_file_and_tensor(tmp_path, calls, l
     assert not calls.open
 
 
-def test_a_file_that_is_gone_is_named(tmp_path, calls):
+def test_missing_file_is_named(tmp_path, calls):
     _, checkpoint, plan = moe(tmp_path)
     Path(checkpoint.files[1]).unlink()
     with pytest.raises(ReadError, match=r"b\.safetensors"):
@@ -120,7 +120,7 @@ def test_ctrl_c_propagates_and_closes_files(tmp_path, calls, monkeypatch):
 
 
 @pytest.mark.parametrize("number", [1, 2])
-def test_a_thread_of_a_load_is_one_thread_of_torch_which_keeps_its_number(tmp_path, monkeypatch, number):
+def test_each_load_thread_uses_one_torch_thread_and_restores_the_number(tmp_path, monkeypatch, number):
     within = []
     real = cpu.copy_equal
     monkeypatch.setattr(cpu, "copy_equal", lambda batches: [within.append(torch.get_num_threads()), real(batches)])
@@ -156,7 +156,7 @@ def fallback_plan(tmp_path: Path, convert):
     }
     checkpoint = write_checkpoint(tmp_path, {"a.safetensors": tensors})
     sources = columns(checkpoint)
-    fallback = Fallback("a test says so", convert)
+    fallback = Fallback("for a test", convert)
     plan = plan_of(
         sources,
         Target("sum", "F64", (3, 4), -1, (0,), (), fallback),
@@ -167,25 +167,25 @@ def fallback_plan(tmp_path: Path, convert):
 
 
 def test_modes_of_the_calling_thread_change_nothing(tmp_path):
-    tensors, checkpoint, plan = fallback_plan(tmp_path / "upstream", lambda sources: made_of(sources[0]))
+    tensors, checkpoint, plan = fallback_plan(tmp_path / "upstream", lambda sources: fallback_results(sources[0]))
     with torch.inference_mode(), torch.device("meta"):
-        found = allocate(plan.targets)
-        load_to_host(plan, checkpoint, found)
-    for name, tensor in {**made_of(tensors["a"]), "b": tensors["b"]}.items():
-        assert_bytes_equal(found[name], tensor.to(found[name].dtype))
+        buffers = allocate(plan.targets)
+        load_to_host(plan, checkpoint, buffers)
+    for name, tensor in {**fallback_results(tensors["a"]), "b": tensors["b"]}.items():
+        assert_bytes_equal(buffers[name], tensor.to(buffers[name].dtype))
     tensors, checkpoint, plan = moe(tmp_path / "copies", *LAYOUTS["transposed"])
     with torch.inference_mode(), torch.device("meta"):
-        found = allocate(plan.targets)
-        load_to_host(plan, checkpoint, found)
+        buffers = allocate(plan.targets)
+        load_to_host(plan, checkpoint, buffers)
     for name, tensor in naive(plan, tensors).items():
-        assert_bytes_equal(found[name], tensor)
+        assert_bytes_equal(buffers[name], tensor)
 
 
-def made_of(a):
+def fallback_results(a):
     return {"sum": a * 2, "flat": a.flatten()}
 
 
-def test_upstream_code_runs_once_for_all_its_targets(tmp_path):
+def test_transformers_code_runs_once_for_all_its_targets(tmp_path):
     seen = []
 
     def convert(sources):
@@ -212,7 +212,7 @@ def test_upstream_code_runs_once_for_all_its_targets(tmp_path):
         ),
     ],
 )
-def test_upstream_code_that_makes_something_else_is_an_error(tmp_path, made_by_upstream, text):
+def test_wrong_result_of_transformers_code_is_an_error(tmp_path, made_by_upstream, text):
     _, checkpoint, plan = fallback_plan(tmp_path, lambda sources: made_by_upstream)
     with pytest.raises(ConversionError, match=text):
         load_to_host(plan, checkpoint, allocate(plan.targets))

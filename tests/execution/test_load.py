@@ -1,4 +1,4 @@
-"""What loads to all devices share: buffers are checked before anything is read, and an error names what is complete."""
+"""Tests of what loads share: buffers are checked before anything is read, and errors name the complete targets."""
 
 import threading
 
@@ -18,7 +18,7 @@ STATS = LoadStats(0, 0, 0)
 
 @pytest.fixture
 def case(tmp_path):
-    """Two targets by copies, one without elements, and two that code of upstream makes at once."""
+    """Return two targets by copies, one without elements, and two that code of transformers computes at once."""
     tensors = {"a": torch.arange(4.0), "b": torch.arange(6.0), "none": torch.ones(0, 3), "c": torch.arange(5.0)}
     checkpoint = write_checkpoint(tmp_path, {"a.safetensors": tensors})
     sources = columns(checkpoint)
@@ -35,7 +35,7 @@ def case(tmp_path):
     return checkpoint, plan, allocate(plan.targets)
 
 
-def test_copies_and_calls_are_told_apart_and_nothing_is_made_of_no_elements(case):
+def test_copies_and_calls_are_separated_and_empty_targets_need_neither(case):
     checkpoint, plan, buffers = case
     load = prepare_load(plan, checkpoint, buffers)
     assert [t.name for t in load.targets] == ["a", "b"]
@@ -45,7 +45,7 @@ def test_copies_and_calls_are_told_apart_and_nothing_is_made_of_no_elements(case
 
 
 @pytest.mark.parametrize("name", ["a", "b", "one", "two"])
-def test_a_buffer_that_is_missing_or_does_not_fit_is_named(case, name):
+def test_buffer_that_is_missing_or_does_not_fit_is_named(case, name):
     checkpoint, plan, buffers = case
     wrong = buffers | {name: buffers[name][1:]}
     with pytest.raises(ConversionError, match=f"(?s)buffer of {name} does not fit.*expected.*found"):
@@ -70,7 +70,7 @@ def test_calls_run_after_the_copies_and_all_bytes_are_counted(case, capsys):
     assert torch.equal(buffers["two"], torch.arange(5.0) + 2)
 
 
-def test_an_error_of_the_copies_names_the_targets_that_are_complete(case):
+def test_error_of_the_copies_names_the_targets_that_are_complete(case):
     checkpoint, plan, buffers = case
     load = prepare_load(plan, checkpoint, buffers)
 
@@ -82,7 +82,7 @@ def test_an_error_of_the_copies_names_the_targets_that_are_complete(case):
     assert str(caught.value).splitlines() == ["no disk", "  filled:   1 of 5 targets", "    b", "  do:       buy one"]
 
 
-def test_an_error_of_a_call_names_all_copies(case):
+def test_error_of_a_call_names_all_copies(case):
     checkpoint, plan, buffers = case
     load = prepare_load(plan, checkpoint, buffers)
     del load.buffers["two"]

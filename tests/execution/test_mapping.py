@@ -1,4 +1,4 @@
-"""Targets that are bytes of a file: which are, which are mapped together, and what a mapping is."""
+"""Tests of targets that are bytes of a file: which ones qualify, which share a mapping, and the mapping itself."""
 
 import os
 import sys
@@ -45,7 +45,7 @@ def test_sources_that_follow_each_other_are_one_range(checkpoint):
     assert file_range_of(stacked(sources, "b", [["b"]]), checkpoint)[:3] == (0, start + 24, 24)
 
 
-def test_what_lies_otherwise_than_in_memory_is_no_range(checkpoint):
+def test_targets_with_another_arrangement_are_no_range(checkpoint):
     sources = columns(checkpoint)
     others = [
         stacked(sources, "other order", [["b", "a"]], MERGE),
@@ -114,7 +114,7 @@ def test_targets_on_other_devices_are_not_mapped_nor_is_anything_where_the_syste
 
 
 @linux
-def test_a_file_that_is_too_short_names_the_targets_beyond_its_end(checkpoint, monkeypatch):
+def test_file_that_is_too_short_names_the_targets_beyond_its_end(checkpoint, monkeypatch):
     monkeypatch.setattr(mapping, "_MAPPING_BYTES", 1 << 20)
     sources = columns(checkpoint)
     plan = plan_of(sources, stacked(sources, "first", [["a"]]), stacked(sources, "second", [["b"]]))
@@ -126,7 +126,7 @@ def test_a_file_that_is_too_short_names_the_targets_beyond_its_end(checkpoint, m
 
 
 @linux
-def test_a_mapping_that_the_system_refuses_names_file_and_targets(checkpoint, monkeypatch):
+def test_mapping_that_the_system_refuses_names_file_and_targets(checkpoint, monkeypatch):
     def refuse(*arguments):
         raise OSError(12, "Cannot allocate memory")
 

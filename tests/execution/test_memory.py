@@ -1,4 +1,4 @@
-"""From tensors to tensors: the same plans as for files, with sources and buffers of any strides."""
+"""Tests of conversions in memory: the same plans as for files, with sources and buffers of any strides."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ from tests.execution.support import (
     TRANSPOSE,
     expert_names,
     experts,
-    made,
     naive,
     plan_of,
     table,
     target,
+    target_from,
 )
 
 BACKENDS = ("torch",) if importlib.util.find_spec("triton") is None else ("torch", "triton")
@@ -61,7 +61,7 @@ def check_conversion(
 
 
 def laid_out(tensor: Tensor, order: tuple[int, ...], step: int = 1) -> Tensor:
-    """The same values with other strides: dimensions in ``order``, the fastest first."""
+    """Return the same values with other strides: dimensions in ``order``, the fastest first."""
     strides = [0] * tensor.dim()
     for d in order:
         strides[d], step = step, step * tensor.shape[d]
@@ -111,7 +111,7 @@ def test_layers_of_one_geometry_are_one_launch_for_each_verb():
 
 
 @needs_triton
-def test_copies_that_no_kernel_fits_are_made_by_torch_and_counted():
+def test_copies_without_a_kernel_are_run_by_torch_and_counted():
     tensors = {"alternating": address_valued((6, 10), torch.float32), "wide": address_valued((3, 5), torch.int64)}
     sources = table(tensors)
     apart = Operation("Interleave", (("dim", 1), ("inverse", False)))
@@ -133,9 +133,9 @@ def test_conjugate_views_arrive_conjugated():
     sources = table(tensors)
     plan = plan_of(sources, target(sources, "z", "C64", [["z"]], []))
     for backend in BACKENDS:
-        made = torch.zeros(1, 2, dtype=torch.complex64)
-        convert_tensors(plan, [tensors["z"].conj()], {"z": made}, backend=backend)
-        assert_bytes_equal(made, tensors["z"].conj().resolve_conj())
+        filled = torch.zeros(1, 2, dtype=torch.complex64)
+        convert_tensors(plan, [tensors["z"].conj()], {"z": filled}, backend=backend)
+        assert_bytes_equal(filled, tensors["z"].conj().resolve_conj())
 
 
 def spy(verb, launched):
@@ -146,7 +146,7 @@ def spy(verb, launched):
     return call
 
 
-def test_an_explicit_backend_never_falls_back():
+def test_explicit_backend_never_falls_back():
     tensors = [torch.zeros(2), torch.zeros(2)]
     with mock.patch.object(copy_batch, "why_not", return_value="no compiler"):
         with pytest.raises(UnsupportedError, match="no compiler"):
@@ -159,7 +159,7 @@ def test_an_explicit_backend_never_falls_back():
     assert not copy_batch.uses_kernels("torch", tensors)
 
 
-def test_auto_takes_kernels_on_one_gpu_where_they_run():
+def test_auto_uses_kernels_on_one_gpu_if_they_run():
     class OnGpu:
         def __init__(self, index):
             self.device = torch.device("cuda", index)
@@ -190,7 +190,7 @@ def test_sources_of_different_dtypes_are_cast_to_the_target(result):
     check_conversion(plan, tensors, list(tensors.values()))
 
 
-def test_a_parameter_that_requires_grad_is_written_and_read():
+def test_parameter_that_requires_grad_is_written_and_read():
     source = torch.nn.Parameter(torch.randn(3, 4))
     output = torch.nn.Parameter(torch.empty(4, 3))
     sources = table({"w": source})
@@ -201,7 +201,7 @@ def test_a_parameter_that_requires_grad_is_written_and_read():
     assert output.grad_fn is None
 
 
-def test_sources_that_no_target_takes_are_not_looked_at():
+def test_sources_without_targets_are_ignored():
     tensors = {"w": torch.randn(3), "odd": torch.randn(2)}
     sources = table(tensors)
     plan = plan_of(sources, target(sources, "t", "F32", [["w"]]))
@@ -221,7 +221,7 @@ def one_to_one(*shapes: tuple[int, ...]) -> CopyPlan:
     return plan_of(sources, *(target(sources, n.replace("s", "t"), "F32", [[n]]) for n in names))
 
 
-def test_a_buffer_in_the_memory_of_a_source_is_refused_and_both_are_named():
+def test_buffer_in_the_memory_of_a_source_is_refused_and_both_are_named():
     memory = torch.arange(40, dtype=torch.float32)
     before = memory.clone()
     plan = one_to_one((10,), (10,), (10,))
@@ -233,7 +233,7 @@ def test_a_buffer_in_the_memory_of_a_source_is_refused_and_both_are_named():
     assert_bytes_equal(memory, before)
 
 
-def test_a_small_buffer_inside_a_long_source_is_refused():
+def test_small_buffer_inside_a_long_source_is_refused():
     memory = torch.arange(100, dtype=torch.float32)
     plan = one_to_one((100,), (2,), (2,))
     buffers = {"t0": torch.empty(100), "t1": torch.empty(2), "t2": memory[90:92]}
@@ -264,12 +264,12 @@ def test_buffers_that_share_elements_are_refused_and_both_are_named():
 
 
 INTERLOCKED = {
-    "columns side by side": lambda m: (m[..., :4], m[..., 4:]),
+    "adjacent columns": lambda m: (m[..., :4], m[..., 4:]),
     "columns that alternate": lambda m: (m[..., 0::2], m[..., 1::2]),
     "rows that alternate": lambda m: (m[:, 0::2, :4], m[:, 1::2, :4]),
     "blocks of a matrix": lambda m: (m[:, :3, 4:], m[:, 3:, 4:]),
-    "slices one after another": lambda m: (m[:2], m[2:]),
-    "the other way round, alternating": lambda m: (m[..., 0::2].transpose(1, 2), m[..., 1::2].transpose(1, 2)),
+    "adjacent slices": lambda m: (m[:2], m[2:]),
+    "transposed, alternating": lambda m: (m[..., 0::2].transpose(1, 2), m[..., 1::2].transpose(1, 2)),
     "one in a gap of the other": lambda m: (m[..., 0::3], m[1, 2, 1:3]),
 }
 
@@ -288,7 +288,7 @@ def test_views_of_one_storage_that_share_no_element_are_all_written(name, backen
 
 
 @pytest.mark.parametrize("name", INTERLOCKED)
-def test_a_buffer_between_the_elements_of_a_source_is_written(name):
+def test_buffer_between_the_elements_of_a_source_is_written(name):
     source, buffer = INTERLOCKED[name](torch.arange(4 * 6 * 8, dtype=torch.float32).reshape(4, 6, 8))
     before, other = source.clone(), torch.ones(buffer.shape)
     plan = one_to_one(tuple(source.shape), tuple(buffer.shape))
@@ -297,18 +297,18 @@ def test_a_buffer_between_the_elements_of_a_source_is_written(name):
     assert_bytes_equal(buffer, other)
 
 
-def test_tied_buffers_pass_if_they_are_made_of_one_tensor():
-    weight, made = torch.randn(3, 4), torch.zeros(3, 4)
+def test_tied_buffers_pass_if_they_come_from_one_tensor():
+    weight, filled = torch.randn(3, 4), torch.zeros(3, 4)
     plan = one_to_one((3, 4), (3, 4))
-    convert_tensors(plan, [weight, weight], {"t0": made, "t1": made})
-    assert_bytes_equal(made, weight)
+    convert_tensors(plan, [weight, weight], {"t0": filled, "t1": filled})
+    assert_bytes_equal(filled, weight)
     with pytest.raises(ConversionError, match="buffers of t0 and t1 share memory"):
-        convert_tensors(plan, [weight, weight.clone()], {"t0": made, "t1": made})
+        convert_tensors(plan, [weight, weight.clone()], {"t0": filled, "t1": filled})
     with pytest.raises(ConversionError, match="buffers of t0 and t1 share memory"):
-        convert_tensors(one_to_one((3, 3), (3, 3)), [weight[:, :3]] * 2, {"t0": made[:, :3], "t1": made[:, 1:]})
+        convert_tensors(one_to_one((3, 3), (3, 3)), [weight[:, :3]] * 2, {"t0": filled[:, :3], "t1": filled[:, 1:]})
 
 
-def test_strides_that_take_too_long_to_decide_pass():
+def test_undecided_strides_pass():
     memory, shape = torch.zeros(1000), (5, 5, 5)
     plan = one_to_one(shape, shape)
     buffers = {"t0": memory.as_strided(shape, (150, 39, 9)), "t1": memory.as_strided(shape, (170, 31, 11), 7)}
@@ -318,9 +318,9 @@ def test_strides_that_take_too_long_to_decide_pass():
         convert_tensors(plan, [torch.ones(shape)] * 2, buffers)
 
 
-def test_where_tensors_lie_is_compared_without_reading_them():
+def test_overlap_of_tensors_is_checked_without_reading_them():
     class Elsewhere:
-        """As a tensor of a GPU: an address that the host cannot read."""
+        """A view with an address that the host cannot read, as of a GPU tensor."""
 
         def __init__(self, view):
             self.shape, self.stride, self.element_size = view.shape, view.stride, view.element_size
@@ -333,49 +333,49 @@ def test_where_tensors_lie_is_compared_without_reading_them():
 
 
 @pytest.mark.parametrize("source", [torch.empty(4, 3), torch.empty(3, 4, dtype=torch.float64)])
-def test_a_source_that_the_plan_was_not_made_for_is_named(source):
+def test_source_that_does_not_match_the_plan_is_named(source):
     plan = one_to_one((3, 4))
     with pytest.raises(ConversionError, match="s0 does not match the plan"):
         convert_tensors(plan, [source], {"t0": torch.empty(3, 4)})
 
 
-def test_a_buffer_whose_strides_copies_cannot_follow_is_named(monkeypatch):
+def test_buffer_with_unsupported_strides_is_named(monkeypatch):
     monkeypatch.setattr(boxes, "_MOST_STEPS", 4)
     sources = SourceTable(["s"], ["F32"], [(3, 10)])
-    # Written in threes, while the buffer has rows of five.
+    # Written in threes, but the buffer has rows of five.
     value = values.reshape(values.transpose(leaf(0, (3, 10)), 0, 1), (6, 5))
-    plan = plan_of(sources, made("t", "F32", value, [0]))
+    plan = plan_of(sources, target_from("t", "F32", value, [0]))
     buffer = torch.empty(5, 6).t()
     with pytest.raises(UnsupportedError, match="t cannot be written straight"):
         convert_tensors(plan, [torch.randn(3, 10)], {"t": buffer})
 
 
-def test_a_buffer_whose_strides_do_not_divide_those_of_the_copies_is_written_step_by_step():
+def test_buffer_with_strides_that_do_not_divide_is_written_step_by_step():
     tensor = torch.arange(30, dtype=torch.float32).reshape(3, 10)
     value = values.reshape(values.transpose(leaf(0, (3, 10)), 0, 1), (6, 5))
-    plan = plan_of(table({"s": tensor}), made("t", "F32", value, [0]))
+    plan = plan_of(table({"s": tensor}), target_from("t", "F32", value, [0]))
     buffer = torch.full((5, 6), -1.0).t()
     convert_tensors(plan, [tensor], {"t": buffer})
     assert_bytes_equal(buffer, tensor.t().reshape(6, 5))
 
 
 @pytest.mark.parametrize("most_steps", [4, 4096])
-def test_a_source_whose_strides_copies_cannot_follow_is_copied_first(monkeypatch, most_steps):
+def test_source_with_unsupported_strides_is_copied_first(monkeypatch, most_steps):
     monkeypatch.setattr(boxes, "_MOST_STEPS", most_steps)
     tensor = torch.arange(30, dtype=torch.float32).reshape(6, 5)
     value = values.transpose(values.reshape(leaf(0, (6, 5)), (10, 3)), 0, 1)
-    plan = plan_of(table({"s": tensor}), made("t", "F32", value, [0]))
+    plan = plan_of(table({"s": tensor}), target_from("t", "F32", value, [0]))
     check_conversion(plan, {"s": tensor}, [laid_out(tensor, (0, 1))])
 
 
-def test_sources_that_had_to_be_copied_live_until_kernels_read_them():
+def test_copied_sources_stay_alive_until_kernels_read_them():
     tensors = {f"s{i}": address_valued((6, 5), torch.float32, 30 * i) for i in range(6)}
     value = values.transpose(values.reshape(leaf(0, (6, 5)), (10, 3)), 0, 1)
-    plan = plan_of(table(tensors), *(made(f"t{i}", "F32", value, [i]) for i in range(6)))
+    plan = plan_of(table(tensors), *(target_from(f"t{i}", "F32", value, [i]) for i in range(6)))
     check_conversion(plan, tensors, [laid_out(t, (0, 1)) for t in tensors.values()])
 
 
-def test_upstream_code_runs_once_and_gets_the_tensors_themselves():
+def test_transformers_code_runs_once_and_gets_the_tensors_themselves():
     seen = []
 
     def convert(sources):
@@ -383,7 +383,7 @@ def test_upstream_code_runs_once_and_gets_the_tensors_themselves():
         return {"a": sources[0] + 1, "b": sources[0].t()}
 
     source = torch.randn(2, 3)
-    fallback = Fallback("a test says so", convert)
+    fallback = Fallback("for a test", convert)
     targets = [
         Target("a", "F32", (2, 3), -1, (0,), (), fallback),
         Target("b", "BF16", (3, 2), -1, (0,), (), fallback),
@@ -414,7 +414,7 @@ def test_any_chain_from_any_strides_to_any_strides(data, shape, count, result):
     dims = st.integers(0, len(shape) - 1)
     value = values.transpose(value, data.draw(dims), data.draw(dims))
     try:
-        plan = plan_of(table(tensors), made("t", result, value, range(count)))
+        plan = plan_of(table(tensors), target_from("t", result, value, range(count)))
     except NotAffine:
         reject()
     orders = st.permutations(range(len(shape)))

@@ -1,4 +1,4 @@
-"""New memory gets its pages before bytes go there; old memory is left as it is, and so is all beside the buffers."""
+"""Tests of new memory: its pages are populated before bytes are written, and all other memory is left unchanged."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ MIB = 1 << 20
 
 
 def new(nbytes):
-    """New memory of that many bytes, which begins with a block."""
+    """Return ``nbytes`` of new memory that begins with a block."""
     memory = torch.frombuffer(mmap.mmap(-1, nbytes + BLOCK_BYTES), dtype=torch.uint8)
     start = -memory.data_ptr() % BLOCK_BYTES
     return memory[start : start + nbytes]
@@ -32,7 +32,7 @@ def share(tensor):
 
 
 def filling(*places):
-    """A job that fills some bytes: ``(start, length)``, or ``(start, length, tensor)``."""
+    """Return a job that fills ranges: ``(start, length)``, or ``(start, length, tensor)``."""
     return ReadInPlace(
         Reads.from_list([Read(0, 0, nbytes, *target or (0,), start) for start, nbytes, *target in places])
     )
@@ -53,7 +53,7 @@ def advice(monkeypatch):
 
 
 @pytest.mark.parametrize("huge_pages", [None, True, False])
-def test_what_a_job_writes_to_is_made_and_nothing_far_from_it(huge_pages):
+def test_only_pages_near_the_writes_of_a_job_are_populated(huge_pages):
     buffer = new(64 * MIB)
     memory = NewMemory([buffer], huge_pages)
     memory.populate_for(filling((16 * MIB + 5, 3 * MIB)))
@@ -63,7 +63,7 @@ def test_what_a_job_writes_to_is_made_and_nothing_far_from_it(huge_pages):
 
 
 @pytest.mark.parametrize("huge_pages", [True, False])
-def test_a_size_that_is_given_is_asked_for_once(huge_pages, advice):
+def test_given_page_size_is_requested_once(huge_pages, advice):
     buffers = [new(16 * MIB), new(16 * MIB)]
     memory = NewMemory(buffers, huge_pages)
     for _ in range(2):
@@ -75,7 +75,7 @@ def test_a_size_that_is_given_is_asked_for_once(huge_pages, advice):
     assert (use.huge_bytes, use.small_bytes)[huge_pages] == 0
 
 
-def test_the_span_of_a_move_is_made():
+def test_span_of_a_move_is_populated():
     buffer = new(32 * MIB)
     column = Copies(0, "U8", Box((8, 16), (16, 1), (2 * MIB, 1)), [0], [8 * MIB])
     NewMemory([buffer]).populate_for(copying(column))
@@ -90,7 +90,7 @@ def test_offsets_of_moves_count_elements():
     assert share(buffer.view(torch.uint8)[: 14 * MIB]) == 0
 
 
-def test_memory_that_was_written_to_is_left_as_it_is(advice):
+def test_written_memory_is_unchanged(advice):
     buffer = new(16 * MIB).fill_(7)
     memory = NewMemory([buffer])
     memory.populate_for(filling((0, 16 * MIB)))
@@ -99,7 +99,7 @@ def test_memory_that_was_written_to_is_left_as_it_is(advice):
     assert bool((buffer == 7).all())
 
 
-def test_a_block_that_another_job_has_begun_is_made_too():
+def test_block_begun_by_another_job_is_populated():
     buffer = new(16 * MIB)
     buffer[4 * MIB : 4 * MIB + 100] = 7
     NewMemory([buffer]).populate_for(filling((0, 16 * MIB)))
@@ -116,7 +116,7 @@ def test_small_buffers_are_left_to_the_system(advice):
     assert share(buffer) == 0
 
 
-def test_nothing_outside_of_a_buffer_is_made():
+def test_nothing_outside_of_a_buffer_is_populated():
     whole = new(32 * MIB)
     inside = whole[8 * MIB + 100 : 16 * MIB + 200]
     NewMemory([inside]).populate_all(2)
@@ -125,7 +125,7 @@ def test_nothing_outside_of_a_buffer_is_made():
 
 
 @pytest.mark.parametrize("threads", [1, 3])
-def test_all_of_it_is_made(threads):
+def test_whole_buffers_are_populated(threads):
     buffers = [new(20 * MIB), new(5 * MIB).view(torch.bfloat16)]
     memory = NewMemory(buffers)
     memory.populate_all(threads)
@@ -141,7 +141,7 @@ def test_both_sizes_are_tried(advice):
 
 
 @pytest.mark.parametrize(("huge_pages", "asked"), [(None, True), (True, True), (False, False)])
-def test_a_system_that_cannot_make_pages_is_asked_for_huge_ones(monkeypatch, advice, huge_pages, asked):
+def test_system_that_cannot_populate_pages_gets_huge_page_advice(monkeypatch, advice, huge_pages, asked):
     monkeypatch.setattr(page_calls, "populate_pages", lambda address, nbytes: False)
     buffer = new(64 * MIB)
     memory = NewMemory([buffer], huge_pages)
@@ -152,7 +152,7 @@ def test_a_system_that_cannot_make_pages_is_asked_for_huge_ones(monkeypatch, adv
 
 
 def test_tensors_of_a_size_need_one_mapping_not_one_each():
-    """torch's tensors lie one after another, each with a page of the allocator's own between."""
+    """Check tensors that torch places one after another, each with a page of the allocator's own in between."""
 
     def mappings():
         with open("/proc/self/maps") as maps:
@@ -165,8 +165,8 @@ def test_tensors_of_a_size_need_one_mapping_not_one_each():
         assert mappings() - before < 20
 
 
-def test_a_block_that_is_not_whole_is_no_try(advice):
-    """It cannot be a huge page, so its time says nothing of huge pages."""
+def test_partial_block_is_not_measured(advice):
+    """Such a block cannot be a huge page, so its time is not evidence about huge pages."""
     buffer = new(32 * MIB)[MIB : 13 * MIB]  # half a block, five whole ones, half a block
     memory = NewMemory([buffer])
     memory.populate_all(1)
@@ -176,13 +176,13 @@ def test_a_block_that_is_not_whole_is_no_try(advice):
     assert sum(memory.use()[:2]) == 12 * MIB
 
 
-def test_what_nobody_writes_to_is_not_made():
+def test_unwritten_memory_is_not_populated():
     columns = new(64 * MIB).view(-1, 4096)[:, :100]
     NewMemory([columns]).populate_all(1)
     assert page_calls.resident_share(columns.data_ptr(), 60 * MIB) == 0
 
 
-def test_what_was_asked_for_is_told_where_pages_cannot_be_made(monkeypatch):
+def test_requested_pages_are_reported_if_they_cannot_be_populated(monkeypatch):
     monkeypatch.setattr(page_calls, "populate_pages", lambda address, nbytes: False)
     buffer = new(64 * MIB)
     memory = NewMemory([buffer])
@@ -190,7 +190,7 @@ def test_what_was_asked_for_is_told_where_pages_cannot_be_made(monkeypatch):
     assert memory.use() == (64 * MIB, 0, None, None)
 
 
-def test_nothing_is_asked_where_the_system_knows_no_pages(monkeypatch, advice):
+def test_system_without_page_calls_is_not_called(monkeypatch, advice):
     monkeypatch.setattr(page_calls, "can_advise", lambda: False)
     buffer = new(16 * MIB)
     NewMemory([buffer]).populate_all(2)

@@ -1,4 +1,4 @@
-"""What the system is told and asked about pages of memory."""
+"""Tests of the system calls about pages of memory."""
 
 import ctypes
 import mmap
@@ -9,8 +9,8 @@ import pytest
 from automodel_conv.execution import page_calls
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="madvise with huge pages is Linux's")
-def test_huge_page_advice_covers_whole_pages_inside_the_range_alone(monkeypatch):
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux has madvise for huge pages")
+def test_huge_page_advice_covers_only_whole_pages_in_the_range(monkeypatch):
     calls = []
     monkeypatch.setattr(
         page_calls, "_memory_call", lambda name: lambda *arguments: calls.append((name, *arguments)) or 0
@@ -28,7 +28,7 @@ def test_huge_page_advice_covers_whole_pages_inside_the_range_alone(monkeypatch)
     ]
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="madvise with huge pages is Linux's")
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux has madvise for huge pages")
 def test_huge_page_advice_keeps_the_contents_and_ignores_refusal():
     buffer = mmap.mmap(-1, 4 << 20)
     buffer[:] = b"\x5a" * len(buffer)
@@ -39,8 +39,8 @@ def test_huge_page_advice_keeps_the_contents_and_ignores_refusal():
     assert not page_calls.advise_huge_pages(2**64 - 2 * mmap.PAGESIZE, mmap.PAGESIZE)
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="populating pages is Linux's")
-def test_pages_are_made_once_and_keep_what_they_hold():
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux can populate pages")
+def test_pages_are_populated_once_and_keep_their_contents():
     page = mmap.PAGESIZE
     buffer = mmap.mmap(-1, 8 * page)
     buffer[3 * page] = 7
@@ -56,7 +56,7 @@ def test_pages_are_made_once_and_keep_what_they_hold():
     assert page_calls.resident_share(2**64 - 2 * page, page) == 1
 
 
-def test_memory_is_left_alone_elsewhere(monkeypatch):
+def test_other_systems_leave_memory_unchanged(monkeypatch):
     monkeypatch.setattr(sys, "platform", "darwin")
     monkeypatch.delattr(page_calls, "_memory_call")
     assert not page_calls.can_advise()

@@ -1,4 +1,4 @@
-"""The size of pages that is chosen, on machines that are simulated: fast, slow, of changing speed, noisy."""
+"""Tests of the chosen page size on simulated machines: fast, slow, of changing speed, noisy."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ MIB = 1 << 20
 LOAD_BYTES = 5 * 10**9
 RUN_BYTES = 4 * MIB
 BLOCK_BYTES = 2 * MIB
-# Milliseconds that a block takes, measured (docs/performance.md): huge pages freed just now, and taken from the host.
+# Milliseconds per block, measured (docs/performance.md): huge pages freed just now, and those fetched from the host.
 WARM, HOST, SMALL = 0.3, 4.5, 1.0
 
 
 def machine(huge, small):
-    """Milliseconds for a block by size and bytes made before; numbers, or functions of these bytes."""
+    """Return milliseconds per block by size and populated bytes; each is a number or a function of these bytes."""
     parts = {True: huge, False: small}
     return lambda is_huge, done: parts[is_huge](done) if callable(parts[is_huge]) else parts[is_huge]
 
@@ -38,18 +38,18 @@ CHANGING = {
 
 
 class Load:
-    """A load of 5 GB: milliseconds that its pages have cost, and what was chosen."""
+    """A load of 5 GB, with the milliseconds spent on its pages and the chosen sizes."""
 
     def __init__(self, speed, huge=None, noise=None, nbytes=LOAD_BYTES):
         self.policy = PagePolicy(huge)
         self.ms, self.done, self.chosen = 0.0, 0, []
         while self.done < nbytes:
             choice = self.policy.choose(BLOCK_BYTES)
-            made = BLOCK_BYTES if choice.is_trial else RUN_BYTES
-            ms = speed(choice.huge, self.done) * made / BLOCK_BYTES
-            self.policy.record(choice, made, 1e-3 * ms * (noise() if noise else 1))
+            step_bytes = BLOCK_BYTES if choice.is_trial else RUN_BYTES
+            ms = speed(choice.huge, self.done) * step_bytes / BLOCK_BYTES
+            self.policy.record(choice, step_bytes, 1e-3 * ms * (noise() if noise else 1))
             self.ms += ms
-            self.done += made
+            self.done += step_bytes
             self.chosen.append((self.done, choice))
 
     def best(self, speed):
@@ -57,7 +57,7 @@ class Load:
 
 
 @pytest.mark.parametrize("name", MACHINES)
-def test_the_faster_size_is_found_within_32_mib(name):
+def test_faster_size_is_found_within_32_mib(name):
     speed = MACHINES[name]
     load = Load(speed)
     faster = speed(True, 0) <= speed(False, 0)
@@ -73,22 +73,22 @@ def test_at_most_2_percent_are_lost_against_the_better_size(name):
 
 
 @pytest.mark.parametrize("name", CHANGING)
-def test_a_machine_that_changes_its_mind_is_followed(name):
-    """No worse than the size that is better on the whole, though neither is always better."""
+def test_policy_follows_a_machine_that_changes(name):
+    """The policy must do no worse than the size that is better overall, though neither is always better."""
     load = Load(CHANGING[name])
     assert load.ms <= 1.02 * load.best(CHANGING[name])
 
 
-def test_a_faster_size_that_comes_late_is_found():
+def test_size_that_becomes_faster_later_is_found():
     speed = CHANGING["huge pages slow at first"]
     load = Load(speed)
-    found = next(done for done, choice in load.chosen if choice.huge and not choice.is_trial)
-    assert 200 * MIB < found < 1000 * MIB
+    first_huge = next(done for done, choice in load.chosen if choice.huge and not choice.is_trial)
+    assert 200 * MIB < first_huge < 1000 * MIB
 
 
 @pytest.mark.parametrize("name", ["huge pages fast", "huge pages slow"])
 def test_noise_costs_little(name):
-    """Measurements vary by half, and one in twenty is ten times too long, as on cores that are shared."""
+    """Measurements vary by half, and one in twenty is ten times too long, as on shared cores."""
     rounds = []
     for seed in range(20):
         rng = random.Random(seed)
@@ -110,7 +110,7 @@ def test_small_loads_try_each_size_on_two_blocks():
 
 
 def test_threads_that_start_together_try_one_block_each():
-    """Until both sizes are measured, none makes many pages of a size that may be the slow one."""
+    """Until both sizes are measured, no thread populates many pages of a size that may be slow."""
     policy = PagePolicy()
     choices = [policy.choose(BLOCK_BYTES) for _ in range(16)]
     assert choices == [(True, True), (False, True)] * 8
@@ -120,12 +120,12 @@ def test_threads_that_start_together_try_one_block_each():
 
 
 @pytest.mark.parametrize("huge", [True, False])
-def test_a_size_that_is_given_is_always_chosen(huge):
+def test_given_page_size_is_always_chosen(huge):
     load = Load(MACHINES["huge pages slow"], huge)
     assert {choice for _, choice in load.chosen} == {(huge, False)}
 
 
-def test_the_faster_size_stays_where_measuring_ends():
+def test_faster_size_is_kept_when_measuring_ends():
     load = Load(MACHINES["huge pages slow"], nbytes=100 * MIB)
     load.policy.settle()
     assert {load.policy.choose(BLOCK_BYTES) for _ in range(1000)} == {(False, False)}
@@ -134,7 +134,7 @@ def test_the_faster_size_stays_where_measuring_ends():
     assert new.choose(BLOCK_BYTES) == (True, False)
 
 
-def test_what_was_made_is_told():
+def test_populated_pages_are_reported():
     load = Load(MACHINES["huge pages slow"])
     use = load.policy.use()
     assert use.huge_bytes + use.small_bytes == load.done
@@ -145,7 +145,7 @@ def test_what_was_made_is_told():
     assert str(use).endswith("of 5.00 GB")
 
 
-def test_what_was_not_measured_is_not_told():
+def test_unmeasured_pages_are_not_reported():
     assert str(PageUse()) == "no new memory of 4 MiB or more"
     assert str(PageUse(0, 8 * 10**6, None, 2.0)) == "small pages for 100% (2.0 GB/s) of 0.01 GB"
     assert PagePolicy(True).use() == PageUse()

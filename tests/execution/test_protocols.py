@@ -1,4 +1,4 @@
-"""The real device and the simulated one have all that executors ask of a device."""
+"""Tests that the real and the simulated device have everything that executors require of a device."""
 
 import inspect
 
@@ -15,10 +15,10 @@ def required(protocol):
     return {n: f for n, f in vars(protocol).items() if inspect.isfunction(f) and not n.startswith("_")}
 
 
-def fits(made, wanted):
-    """Whether a function takes the arguments of a protocol's, by the same names."""
+def fits(implementation, wanted):
+    """Return whether a function accepts the arguments of the protocol's function, by the same names."""
     names = [p.name for p in inspect.signature(wanted).parameters.values()]
-    return [p.name for p in inspect.signature(made).parameters.values()][: len(names)] == names
+    return [p.name for p in inspect.signature(implementation).parameters.values()][: len(names)] == names
 
 
 def test_protocols_ask_for_something():
@@ -29,10 +29,10 @@ def test_protocols_ask_for_something():
     }
 
 
-@pytest.mark.parametrize("made", [simulated.SimulatedDevice, CudaDevice], ids=["simulated", "CUDA"])
+@pytest.mark.parametrize("implementation", [simulated.SimulatedDevice, CudaDevice], ids=["simulated", "CUDA"])
 @pytest.mark.parametrize("name", required(protocols.Device))
-def test_devices_have_every_method_with_its_arguments(made, name):
-    assert fits(getattr(made, name), required(protocols.Device)[name])
+def test_devices_have_every_method_with_its_arguments(implementation, name):
+    assert fits(getattr(implementation, name), required(protocols.Device)[name])
 
 
 @pytest.mark.parametrize("name", required(protocols.Stream))
@@ -43,5 +43,5 @@ def test_simulated_streams_have_every_method_with_its_arguments(name):
 def test_cuda_streams_have_every_method_with_its_arguments():
     streams = [c for c in vars(cuda).values() if inspect.isclass(c) and hasattr(c, "copy_all")]
     assert streams
-    for made in (c for c in streams if c is not protocols.Stream):
-        assert all(fits(getattr(made, name), wanted) for name, wanted in required(protocols.Stream).items())
+    for implementation in (c for c in streams if c is not protocols.Stream):
+        assert all(fits(getattr(implementation, name), wanted) for name, wanted in required(protocols.Stream).items())

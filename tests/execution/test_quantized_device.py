@@ -1,4 +1,4 @@
-"""How much work it is to stream quantized layers of published sizes to a device: windows, reads, Python calls."""
+"""Tests of the work to stream quantized layers of published sizes to a device: windows, reads, Python calls."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ PUBLISHED = {
 
 
 def write_sparse(directory, layers):
-    """A file for each layer, as large as a published one, of holes; larger dtypes first, as safetensors writes them."""
+    """Write a sparse file for each layer, as large as a published one, larger dtypes first, as safetensors does."""
     weight_map = {}
     for layer in range(layers.layers):
         tensors = {}
@@ -92,7 +92,7 @@ def write_sparse(directory, layers):
 
 
 def plan_for(checkpoint, layers, transposed):
-    """Gate and up of all experts of a layer in one target, down in another."""
+    """Plan gate and up of all experts of a layer as one target, and down as another."""
     table = quantized_table(columns(checkpoint), CONFIG)
     turned = [Operation("Transpose", (("dim0", 1), ("dim1", 2)))] if transposed else []
     targets = []
@@ -131,7 +131,7 @@ def test_windows_and_chunks_are_few_and_nothing_passes_through_scratch(tmp_path,
     assert len(windows) <= layers.codes_bytes / (32 * MIB)
     assert len(chunks) <= layers.codes_bytes / (8 * MIB) + 2 * layers.layers
     assert not any(window.copies for window in windows)
-    # Gate and up have one geometry, down another; each is one launch, and so is its table.
+    # Gate and up share one geometry, down has another. Each is one launch with one table.
     assert all(len(window.rectangles) <= 2 and len(window.scale_groups) == 1 for window in windows)
     assert sum(chunk.reads.total_bytes for chunk in chunks) == sum(checkpoint.nbytes)
 
@@ -148,12 +148,12 @@ def test_nothing_waits_for_the_device_between_the_first_read_and_the_end(tmp_pat
     checkpoint = write_sparse(tmp_path, layers)
     fill_with_random_bytes(checkpoint)
     plan = plan_for(checkpoint, layers, transposed)
-    wanted, found = allocate(plan.targets), allocate(plan.targets)
+    wanted, actual = allocate(plan.targets), allocate(plan.targets)
     with outside_of_modes():
-        load_to_device(plan, checkpoint, found, StrictDevice(), backend=backend, threads=2)
+        load_to_device(plan, checkpoint, actual, StrictDevice(), backend=backend, threads=2)
     load_to_host(plan, checkpoint, wanted)
     for name, tensor in wanted.items():
-        assert_bytes_equal(found[name], tensor)
+        assert_bytes_equal(actual[name], tensor)
 
 
 @pytest.mark.parametrize(
@@ -169,13 +169,13 @@ def test_nothing_waits_for_the_device_between_the_first_read_and_the_end(tmp_pat
         lambda x: x.repeat_interleave(x.int()),
     ],
 )
-def test_a_wait_for_the_device_is_found(waits):
+def test_wait_for_the_device_is_found(waits):
     tensor = torch.ones(1)
     with NoSynchronization(), pytest.raises(Synchronized):
         waits(tensor)
 
 
-def test_a_constant_that_is_uploaded_for_each_window_is_found(tmp_path, monkeypatch):
+def test_constant_that_is_uploaded_for_each_window_is_found(tmp_path, monkeypatch):
     layers = Layers(1, 128, 128, "F32", 1)
     checkpoint = write_sparse(tmp_path, layers)
     plan = plan_for(checkpoint, layers, False)
@@ -196,7 +196,7 @@ def fill_with_random_bytes(checkpoint):
             file.write(bytes(values.view(torch.uint8).tolist()))
 
 
-def test_a_file_that_is_cut_off_tells_the_tensor_that_it_lacks(tmp_path):
+def test_truncated_file_names_the_missing_tensor(tmp_path):
     checkpoint = write_sparse(tmp_path, Layers(4, 128, 256, "F32", 1))
     plan = plan_for(checkpoint, Layers(4, 128, 256, "F32", 1), False)
     row = checkpoint.names.index("layers.0.experts.2.gate_proj.weight")
@@ -212,7 +212,7 @@ class Done:
 
 
 class DirectStream:
-    """Does at once what is queued."""
+    """A stream that runs queued work at once."""
 
     def copy_all(self, pairs):
         for dst, src in pairs:
@@ -239,7 +239,7 @@ class DirectDevice:
 
 
 def calls_in_all_threads(work):
-    """Functions that are called, of C too, by this thread and those that start meanwhile."""
+    """Count the functions, C functions included, that this thread and threads started meanwhile call."""
     counts: dict[int, int] = {}
 
     def profile(frame, event, argument):

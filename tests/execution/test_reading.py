@@ -1,4 +1,4 @@
-"""Bytes of files into memory: one call for neighbours, files closed after their last job, errors with names."""
+"""Tests of reads of files into memory: one call for neighbours, files closed after their last job, named errors."""
 
 import dataclasses
 import os
@@ -27,7 +27,7 @@ def checkpoint(tmp_path):
 
 @pytest.fixture
 def calls(monkeypatch):
-    """The offset and the bytes of each call of the system."""
+    """Record the offset and the bytes of each system call."""
     seen, stock = [], system.preadv
 
     def preadv(fd, views, offset):
@@ -59,7 +59,7 @@ def test_distant_reads_are_calls_of_their_own(tmp_path, calls):
     assert (list(memory), len(calls)) == ([0, 9], 2)
 
 
-def test_a_file_is_open_from_its_first_job_to_its_last(checkpoint):
+def test_file_is_open_from_its_first_job_to_its_last(checkpoint):
     one = Reads.from_list([Read(0, checkpoint.offsets[0], 1, 0, 0)])
     before, memory = descriptors(), [memoryview(bytearray(1))]
     files = OpenFiles(checkpoint, [one, one])
@@ -72,14 +72,14 @@ def test_a_file_is_open_from_its_first_job_to_its_last(checkpoint):
     files.close()
 
 
-def test_a_source_is_read_whole_into_its_shape_and_dtype(checkpoint):
+def test_source_is_read_whole_into_its_shape_and_dtype(checkpoint):
     before = descriptors()
     for name, tensor in {**FILES["a.safetensors"], **FILES["b.safetensors"]}.items():
         assert_bytes_equal(read_whole(checkpoint.position[name], checkpoint), tensor)
     assert descriptors() == before
 
 
-def test_the_tensor_that_a_cut_file_lacks_is_named(checkpoint):
+def test_tensor_that_a_cut_file_lacks_is_named(checkpoint):
     row = checkpoint.position["b"]
     os.truncate(checkpoint.files[0], checkpoint.offsets[row] + 6)
     reads = Reads.from_list([Read(0, checkpoint.offsets[0], 12, 0, 0)])
@@ -89,7 +89,7 @@ def test_the_tensor_that_a_cut_file_lacks_is_named(checkpoint):
     files.close()
 
 
-def test_a_read_that_fails_names_the_tensors_that_it_touches(checkpoint, monkeypatch):
+def test_read_that_fails_names_the_tensors_that_it_touches(checkpoint, monkeypatch):
     def fail(fd, views, offset):
         raise OSError(5, "Input/output error")
 
@@ -101,12 +101,12 @@ def test_a_read_that_fails_names_the_tensors_that_it_touches(checkpoint, monkeyp
     files.close()
 
 
-def test_a_file_that_is_gone_is_named_with_its_tensor(checkpoint):
+def test_file_that_is_gone_is_named_with_its_tensor(checkpoint):
     os.remove(checkpoint.files[1])
     with pytest.raises(ReadError, match=r"(?s)b\.safetensors.*tensor:   c\n.*cannot open"):
         read_whole(checkpoint.position["c"], checkpoint)
 
 
-def test_a_checkpoint_of_headers_alone_cannot_be_read(checkpoint):
+def test_checkpoint_of_only_headers_cannot_be_read(checkpoint):
     with pytest.raises(ReadError, match=r"(?s)only the headers.*org/name"):
         OpenFiles(dataclasses.replace(checkpoint, is_remote=True), [])

@@ -1,4 +1,4 @@
-"""The report of a load: what all devices did together."""
+"""Tests of the report of a load, which sums up all devices."""
 
 from types import SimpleNamespace
 
@@ -22,7 +22,7 @@ STATS = {
 
 
 @pytest.fixture
-def made(tmp_path):
+def new_report(tmp_path):
     checkpoint = write_checkpoint(tmp_path, {"a.safetensors": {"a": torch.ones(2), "spare": torch.ones(2)}})
     sources = columns(checkpoint)
     plan = plan_of(sources, target(sources, "a", "F32", [["a"]]))
@@ -36,8 +36,8 @@ def made(tmp_path):
     return make
 
 
-def test_bytes_threads_and_copies_of_all_devices_are_added(made):
-    report = made(mapped={"b": torch.ones(3), "c": torch.ones(2, dtype=torch.uint8)}, extra_bytes=7)
+def test_bytes_threads_and_copies_of_all_devices_are_added(new_report):
+    report = new_report(mapped={"b": torch.ones(3), "c": torch.ones(2, dtype=torch.uint8)}, extra_bytes=7)
     assert report.bytes_read == 35
     assert report.peak_extra_bytes == 350 + 3000 + 7
     assert (report.copied_by_kernels, report.copied_by_torch) == (5, 9)
@@ -47,14 +47,14 @@ def test_bytes_threads_and_copies_of_all_devices_are_added(made):
     assert report.pages is USE
 
 
-def test_a_load_that_moves_nothing_to_the_host_has_no_pages(made):
-    assert made({FIRST: STATS[FIRST]}).pages is None
-    assert made({FIRST: STATS[FIRST]}).without_kernels is None
-    assert made({}).bytes_read == 0
+def test_load_that_moves_nothing_to_the_host_has_no_pages(new_report):
+    assert new_report({FIRST: STATS[FIRST]}).pages is None
+    assert new_report({FIRST: STATS[FIRST]}).without_kernels is None
+    assert new_report({}).bytes_read == 0
 
 
-def test_problems_and_what_is_left_out_are_named(made):
-    report = made()
+def test_problems_and_left_out_tensors_are_named(new_report):
+    report = new_report()
     assert report.missing_keys == ("m",)
     assert report.unexpected_keys == ("u",)
     assert report.mismatched_keys == (("x", (1,), (2,)),)
@@ -63,7 +63,7 @@ def test_problems_and_what_is_left_out_are_named(made):
     assert (report.fallbacks, report.unindexed, report.carried) == ((), (), ())
 
 
-def test_a_clock_adds_to_each_phase_the_time_since_the_last_lap(monkeypatch):
+def test_clock_adds_to_each_phase_the_time_since_the_last_lap(monkeypatch):
     times = iter([10.0, 11.0, 13.0, 17.0])
     monkeypatch.setattr(report, "time", SimpleNamespace(perf_counter=lambda: next(times)))
     clock = Clock()
@@ -72,16 +72,16 @@ def test_a_clock_adds_to_each_phase_the_time_since_the_last_lap(monkeypatch):
     assert clock.seconds == {"open": 5.0, "plan": 0.0, "read": 2.0}
 
 
-def test_the_speed_is_that_of_the_read_phase(made):
-    done = made()
+def test_speed_is_that_of_the_read_phase(new_report):
+    done = new_report()
     done.seconds.update(read=0.5, open=100.0)  # type: ignore[attr-defined]
     assert done.gb_per_s == 35 / 0.5 / 1e9
     done.seconds.update(read=0.0)  # type: ignore[attr-defined]
     assert done.gb_per_s > 0
 
 
-def test_a_loaded_state_dict_is_a_dict_with_a_report(made):
+def test_loaded_state_dict_is_a_dict_with_a_report(new_report):
     state = LoadedStateDict(a=torch.ones(1))
-    state.report = made()
+    state.report = new_report()
     assert state.layout is None
     assert dict(state) == {"a": torch.ones(1)}

@@ -1,4 +1,4 @@
-"""A load that somebody asks to end does, settled, and names what is complete."""
+"""Tests of stopping a load: it ends, settles, and names the complete targets."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SMALL = 8192
 
 @pytest.fixture(params=["host", "device"])
 def executor(request, monkeypatch):
-    """Loads with two threads by many small reads."""
+    """Return a function that loads with two threads by many small reads."""
     for size in ("_LEAST_JOB_BYTES", "RUN_BYTES", "_SLAB_BYTES"):
         monkeypatch.setattr(schedule, size, 256)
     if request.param == "host":
@@ -44,7 +44,7 @@ def case(tmp_path):
 
 
 @pytest.mark.parametrize("at", [1, 3])
-def test_a_load_ends_when_it_is_asked_to_and_tells_what_is_complete(tmp_path, calls, executor, at):
+def test_stopped_load_ends_and_names_complete_targets(tmp_path, calls, executor, at):
     tensors, checkpoint, plan = case(tmp_path)
     buffers = allocate(plan.targets)
     stop, calls.reads = threading.Event(), 0
@@ -63,7 +63,7 @@ def test_a_load_ends_when_it_is_asked_to_and_tells_what_is_complete(tmp_path, ca
     assert workers() == []
 
 
-def test_a_load_that_shall_not_begin_reads_nothing(tmp_path, calls, executor):
+def test_load_stopped_before_it_begins_reads_nothing(tmp_path, calls, executor):
     _, checkpoint, plan = case(tmp_path)
     stop, calls.reads = threading.Event(), 0
     stop.set()
@@ -73,25 +73,25 @@ def test_a_load_that_shall_not_begin_reads_nothing(tmp_path, calls, executor):
     assert calls.open == set()
 
 
-def test_nobody_who_asks_in_vain_changes_a_load(tmp_path, executor):
+def test_unused_stop_does_not_change_a_load(tmp_path, executor):
     tensors, checkpoint, plan = case(tmp_path)
     buffers, stop = allocate(plan.targets), threading.Event()
     executor(plan, checkpoint, buffers, stop=stop)
-    assert not stop.is_set()  # which others may share
+    assert not stop.is_set()  # other loads may share it
     for name, wanted in naive(plan, tensors).items():
         assert_bytes_equal(buffers[name], wanted)
 
 
-def test_upstreams_own_code_is_not_begun_after_the_end(tmp_path, executor):
+def test_transformers_code_does_not_start_after_a_stop(tmp_path, executor):
     stop, seen = threading.Event(), []
 
     def convert(name):
-        def made(sources):
+        def convert_one(sources):
             seen.append(name)
             stop.set()
             return {name: sources[0] * 1}
 
-        return made
+        return convert_one
 
     checkpoint = write_checkpoint(tmp_path, {"a.safetensors": {"a": torch.arange(6.0)}})
     targets = [Target(n, "F32", (6,), -1, (0,), (), Fallback("a test", convert(n))) for n in ("one", "two")]

@@ -1,4 +1,4 @@
-"""Files written by ranks that each hold a part: all of every file, no byte twice, and no other byte."""
+"""Tests of files written by ranks that each hold a part: every file is complete, and no byte is written twice."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ from tests.planning.parts import coordinates, random_mesh, random_placements, to
 from tests.schedule.test_writes import laid_out, random_case, raw
 
 SEEDS = st.integers(0, 2**32)
-# Of a slab: for elements of any width.
+# Sizes of a slab, for elements of any width.
 SIZES = st.integers(1, 50).map(lambda count: 8 * count) | st.just(1 << 16)
 
 
 def oddly_strided(tensor, rng):
-    """The same values, not contiguous."""
+    """Return the same values in a tensor that is not contiguous."""
     if tensor.ndim < 2 or not tensor.numel():
         return tensor
     order = rng.sample(range(tensor.ndim), tensor.ndim)
@@ -46,7 +46,7 @@ def oddly_strided(tensor, rng):
 
 
 def held_by_rank(rng, tensors, mesh):
-    """Of each coordinate of a mesh its holdings by row, each part with the first that has it; and placements used."""
+    """Return the holdings by row of each coordinate of a mesh, each part at its first holder, and the placements."""
     held = {coordinate: {} for coordinate in coordinates(mesh)}
     for row, tensor in enumerate(tensors):
         shape = tuple(tensor.shape)
@@ -61,7 +61,7 @@ def held_by_rank(rng, tensors, mesh):
 
 
 def held_in_boxes(rng, tensors):
-    """All of each tensor, on one rank, cut into boxes along one of its dimensions, in any order."""
+    """Return whole tensors on one rank, each cut into boxes along one dimension, in any order."""
     held = {}
     for row, tensor in enumerate(tensors):
         shape = tuple(tensor.shape)
@@ -81,7 +81,7 @@ def held_in_boxes(rng, tensors):
 
 
 class Files:
-    """Poisoned files, and every byte that is written to them."""
+    """Poisoned files, with a record of every byte that is written to them."""
 
     def __init__(self, directory, ends):
         self.paths = [os.path.join(directory, f"{number}") for number in range(len(ends))]
@@ -91,7 +91,7 @@ class Files:
         self.ends = ends
         self.written = [[0] * end for end in ends]
 
-    def write(self, made, threads):
+    def write(self, groups, threads):
         real = system.pwritev
         for number, path in enumerate(self.paths):
 
@@ -103,7 +103,7 @@ class Files:
 
             system.pwritev = counted
             try:
-                slabs = [(group.by_file.get(number, []), group.start) for group in made]
+                slabs = [(group.by_file.get(number, []), group.start) for group in groups]
                 write_slabs(slabs, path, threads, lambda nbytes: None)
             finally:
                 system.pwritev = real
@@ -115,31 +115,31 @@ class Files:
 def expected_bytes(plan, tensors, places, ends):
     data = [bytearray([POISON]) * end for end in ends]
     wanted = [[0] * end for end in ends]
-    made = naive(plan, tensors)
+    results = naive(plan, tensors)
     for t, (file, offset) in zip(plan.targets, places, strict=True):
-        data[file][offset : offset + t.nbytes] = raw(made[t.name])
+        data[file][offset : offset + t.nbytes] = raw(results[t.name])
         wanted[file][offset : offset + t.nbytes] = [1] * t.nbytes
     return [bytes(file) for file in data], wanted
 
 
 def aligned_places(rng, plan):
-    """Places for targets at multiples of their elements' sizes, with gaps, in two files."""
+    """Return places in two files at multiples of element sizes, with gaps."""
     sizes = [-(-t.nbytes // 8) * 8 for t in plan.targets]
     places, ends = laid_out(rng, sizes)
     scaled = [(file, offset * 8) for file, offset in places]
-    # laid_out packs sizes bytewise; eight times as far apart everything is aligned.
+    # laid_out packs sizes bytewise; with eight times the distance everything is aligned.
     return scaled, [end * 8 for end in ends]
 
 
 def check(rng, directory, ranks, tensors, plan, most_bytes):
-    """Each rank into the same files; then the files, and how often each byte was written."""
+    """Write each rank into the same files, then check the files and how often each byte was written."""
     places, ends = aligned_places(rng, plan)
     files = Files(directory, ends)
     for held in ranks:
-        made = tensor_slabs(plan, held, places, most_bytes=most_bytes)
-        for group in made:
+        groups = tensor_slabs(plan, held, places, most_bytes=most_bytes)
+        for group in groups:
             assert all(slab.nbytes <= most_bytes for slabs in group.by_file.values() for slab in slabs)
-        files.write(made, rng.choice((1, 2)))
+        files.write(groups, rng.choice((1, 2)))
     data, wanted = expected_bytes(plan, tensors, places, ends)
     assert files.written == wanted
     assert files.bytes() == data
@@ -147,7 +147,7 @@ def check(rng, directory, ranks, tensors, plan, most_bytes):
 
 @settings(max_examples=100)
 @given(SEEDS, SIZES)
-def test_what_all_ranks_write_is_the_whole_file_and_no_byte_twice(tmp_path_factory, seed, most_bytes):
+def test_ranks_together_write_every_byte_of_the_file_once(tmp_path_factory, seed, most_bytes):
     rng = random.Random(seed)
     tensors, plan = random_case(rng)
     held = held_by_rank(rng, tensors.values(), random_mesh(rng, 3))
@@ -158,7 +158,7 @@ def test_what_all_ranks_write_is_the_whole_file_and_no_byte_twice(tmp_path_facto
 
 @settings(max_examples=60)
 @given(SEEDS, SIZES)
-def test_a_tensor_held_in_boxes_is_written_like_one(tmp_path_factory, seed, most_bytes):
+def test_tensor_held_in_boxes_is_written_like_one(tmp_path_factory, seed, most_bytes):
     rng = random.Random(seed)
     tensors, plan = random_case(rng)
     held = held_in_boxes(rng, tensors.values())
@@ -167,7 +167,7 @@ def test_a_tensor_held_in_boxes_is_written_like_one(tmp_path_factory, seed, most
 
 @settings(max_examples=30)
 @given(SEEDS)
-def test_parts_on_a_device_are_written_alike(tmp_path_factory, seed):
+def test_parts_on_a_device_are_written_the_same(tmp_path_factory, seed):
     rng = random.Random(seed)
     tensors, plan = random_case(rng)
     held = held_by_rank(rng, tensors.values(), random_mesh(rng, 2))
@@ -181,8 +181,8 @@ def test_parts_on_a_device_are_written_alike(tmp_path_factory, seed):
 
 @settings(max_examples=60)
 @given(SEEDS, SIZES)
-def test_one_rank_alone_leaves_the_bytes_of_the_others_as_they_were(tmp_path_factory, seed, most_bytes):
-    """Also in a file where the others have written before: what is between is not read and written back."""
+def test_single_rank_keeps_the_bytes_of_other_ranks(tmp_path_factory, seed, most_bytes):
+    """Check it also for files that others have written: the bytes in between are not read and written back."""
     rng = random.Random(seed)
     tensors, plan = random_case(rng)
     mesh = random_mesh(rng, 3)
@@ -191,11 +191,11 @@ def test_one_rank_alone_leaves_the_bytes_of_the_others_as_they_were(tmp_path_fac
     files = Files(tmp_path_factory.mktemp("files"), ends)
     files.write(tensor_slabs(plan, held, places, most_bytes=most_bytes), 1)
     data, _ = expected_bytes(plan, tensors, places, ends)
-    for found, whole_file, counts in zip(files.bytes(), data, files.written, strict=True):
+    for actual, whole_file, counts in zip(files.bytes(), data, files.written, strict=True):
         assert set(counts) <= {0, 1}
         wanted = [byte if count else POISON for byte, count in zip(whole_file, counts, strict=True)]
-        assert list(found) == wanted
-    # As much as what it holds makes: each element of a source goes to as many places as the plan has for it.
+        assert list(actual) == wanted
+    # Elements of a source go to as many places as the plan has for them.
     reads = [[0] * prod(shape) for shape in plan.sources.shapes]
     widths = {}
     for t in plan.targets:
@@ -231,8 +231,8 @@ def test_one_rank_alone_leaves_the_bytes_of_the_others_as_they_were(tmp_path_fac
     ],
     ids=str,
 )
-def test_grouped_experts_of_every_layout_are_taken_apart_by_their_ranks(tmp_path, layout, mesh, placements):
-    """Experts over ranks and cut through, to per-expert tensors, some ranks with nothing."""
+def test_grouped_experts_of_every_layout_are_split_by_their_ranks(tmp_path, layout, mesh, placements):
+    """Split experts, whole and cut over ranks, into per-expert tensors, with some ranks empty."""
     tensors, _, plan = moe(tmp_path / "source", *LAYOUTS[layout], shape=(5, 7, 6))
     grouped, back = naive(plan, tensors), plan.inverse()
     ranks = []
@@ -249,8 +249,8 @@ def test_grouped_experts_of_every_layout_are_taken_apart_by_their_ranks(tmp_path
     check(rng, tmp_path, ranks, {name: grouped[name] for name in back.sources.names}, back, 200)
 
 
-def test_a_rank_of_whole_experts_writes_them_as_they_lie(tmp_path):
-    """No copy in memory where a part of the source is a run of the target's bytes."""
+def test_rank_of_whole_experts_writes_them_without_copies(tmp_path):
+    """There is no copy in memory if a part of the source is a run of the target's bytes."""
     tensors, _, plan = moe(tmp_path, shape=(6, 8, 4))
     grouped, back = naive(plan, tensors), plan.inverse()
     row = back.sources.names.index("gate_up")
@@ -263,19 +263,19 @@ def test_a_rank_of_whole_experts_writes_them_as_they_lie(tmp_path):
 
 
 def kept_bytes(make):
-    """Memory that what is made holds on to."""
-    make()  # fills caches
+    """Return the bytes that the result of ``make`` keeps alive."""
+    make()  # fill caches
     gc.collect()
     tracemalloc.start()
     try:
-        made = make()
+        result = make()
         gc.collect()
-        return made, tracemalloc.get_traced_memory()[0]
+        return result, tracemalloc.get_traced_memory()[0]
     finally:
         tracemalloc.stop()
 
 
-def test_slabs_of_columns_keep_nothing_for_each_row():
+def test_slabs_of_columns_store_nothing_per_row():
     kept = []
     for rows in (50, 5000):
         sources = table({"a": torch.zeros(rows, 8)})
@@ -290,15 +290,15 @@ def test_slabs_of_columns_keep_nothing_for_each_row():
 
 
 def layers(count, shape=(4, 6)):
-    """As many tensors of one shape, each transposed by the very same copies."""
+    """Return ``count`` tensors of one shape, each transposed by the same copies object."""
     tensors = {f"t{n}": address_valued(shape, torch.bfloat16, n * prod(shape)) for n in range(count)}
     sources = table(tensors)
     transpose = Operation("Transpose", (("dim0", 0), ("dim1", 1), ("check_dims", False)))
-    made = [target(sources, f"{name} made", "BF16", [[name]], [transpose]) for name in tensors]
-    return tensors, plan_of(sources, *(t._replace(copies=made[0].copies) for t in made))
+    targets = [target(sources, f"{name} made", "BF16", [[name]], [transpose]) for name in tensors]
+    return tensors, plan_of(sources, *(t._replace(copies=targets[0].copies) for t in targets))
 
 
-def test_layers_that_are_held_alike_are_chained_once(monkeypatch):
+def test_layers_held_in_the_same_way_are_chained_once(monkeypatch):
     tensors, plan = layers(20)
     region = placed((4, 6), (2,), (0,), [Shard(0)])
     held = {row: [LocalTensor(region, tensor[:2])] for row, tensor in enumerate(tensors.values())}
@@ -308,7 +308,7 @@ def test_layers_that_are_held_alike_are_chained_once(monkeypatch):
     assert len(chained) == 1
 
 
-def test_layers_that_are_not_held_alike_are_written_as_each_is_held(tmp_path):
+def test_layers_held_in_different_ways_are_each_written_right(tmp_path):
     tensors, plan = layers(3)
     placements = [Shard(0)], [Shard(1)], [Shard(0)]
     ranks = [{}, {}]
@@ -319,15 +319,15 @@ def test_layers_that_are_not_held_alike_are_written_as_each_is_held(tmp_path):
     check(random.Random(0), tmp_path, ranks, tensors, plan, 1000)
 
 
-def test_what_nobody_here_holds_is_not_written():
+def test_tensors_held_elsewhere_are_not_written():
     tensors = {"a": address_valued((4, 2), torch.bfloat16), "b": address_valued((0, 2), torch.bfloat16)}
     sources = table(tensors)
     plan = plan_of(sources, *(target(sources, name, "BF16", [[name]]) for name in tensors))
     assert tensor_slabs(plan, {}, [(0, 0), (0, 16)], most_bytes=64) == []
     empty = placed((4, 2), (8,), (7,), [Shard(0)])
     assert empty.local_shape == (0, 2)
-    made = tensor_slabs(plan, {0: [LocalTensor(empty, tensors["a"][4:])]}, [(0, 0), (0, 16)], most_bytes=64)
-    assert all(not group.by_file for group in made)
+    groups = tensor_slabs(plan, {0: [LocalTensor(empty, tensors["a"][4:])]}, [(0, 0), (0, 16)], most_bytes=64)
+    assert all(not group.by_file for group in groups)
 
 
 def test_parts_of_one_target_on_several_devices_are_refused():

@@ -1,4 +1,4 @@
-"""How many threads read, on machines that are simulated: the page cache, a disk, a network that answers late."""
+"""Tests of the number of reading threads on simulated machines: the page cache, a disk, a slow network."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ MOST = 32
 
 
 class Machine:
-    """Reads of 4 MiB by threads: each waits, then needs a core; all together no faster than the way to the data."""
+    """Simulated reads of 4 MiB: each waits, then needs a core, and all together share the bandwidth to the data."""
 
     def __init__(self, wait_ms, core_ms=1.0, gb_per_s=100.0, cores=2):
         self.wait, self.core, self.cores = 1e-3 * wait_ms, 1e-3 * core_ms, cores
         self.shared = JOB_BYTES / (1e9 * gb_per_s)
 
     def run(self, policy, jobs, change=None):
-        """Seconds that the jobs take with the threads that the policy wants, and their number after each."""
+        """Return the seconds of the jobs with the threads that the policy wants, and their number after each job."""
         ends = [(0.0, n) for n in range(policy.threads)]
         free_at, numbers = 0.0, []
         for job in range(jobs):
@@ -50,7 +50,7 @@ class Machine:
         return max(ends)[0], numbers
 
 
-def test_a_network_that_answers_late_gets_more_threads():
+def test_slow_network_gets_more_threads():
     policy = ThreadPolicy(2, MOST)
     seconds, numbers = Machine(wait_ms=50, gb_per_s=20).run(policy, 2000)
     assert policy.threads == MOST
@@ -58,20 +58,20 @@ def test_a_network_that_answers_late_gets_more_threads():
     assert numbers == sorted(numbers)
 
 
-def test_threads_that_do_not_wait_stay_as_many_as_they_are():
+def test_threads_that_do_not_wait_get_no_more_threads():
     policy = ThreadPolicy(2, MOST)
     _, numbers = Machine(wait_ms=0).run(policy, 2000)
     assert set(numbers) == {2}
 
 
-def test_a_disk_at_its_limit_is_not_asked_by_more_threads_for_long():
+def test_disk_at_its_limit_soon_loses_extra_threads():
     policy = ThreadPolicy(4, MOST)
     _, numbers = Machine(wait_ms=1, core_ms=0.5, gb_per_s=1.0).run(policy, 4000)
     assert policy.threads == 4
     assert sum(number > 4 for number in numbers) < 0.1 * len(numbers)
 
 
-def test_a_cache_that_ends_is_noticed():
+def test_end_of_a_warm_cache_adds_threads():
     def end(machine, job):
         machine.wait = 0.05 if job > 500 else 0.0
 
@@ -81,14 +81,14 @@ def test_a_cache_that_ends_is_noticed():
     assert policy.threads >= 16
 
 
-def test_no_more_than_most():
+def test_threads_stay_below_the_maximum():
     policy = ThreadPolicy(3, 5)
     Machine(wait_ms=50).run(policy, 1000)
     assert policy.threads == 5
 
 
 @pytest.mark.parametrize("threads", [1, 2])
-def test_a_load_whose_reads_wait_gets_threads_and_right_bytes(tmp_path, monkeypatch, threads):
+def test_load_whose_reads_wait_gets_threads_and_right_bytes(tmp_path, monkeypatch, threads):
     tensors, checkpoint, plan = moe(tmp_path, shape=(16, 64, 512))
     monkeypatch.setattr(cpu, "_ADAPTED_BYTES", 0)
     monkeypatch.setattr(cpu, "default_threads", lambda nbytes: threads)

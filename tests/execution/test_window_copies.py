@@ -1,4 +1,4 @@
-"""Windows emptied one after another: each out of its own region, with the kernels that are worth compiling."""
+"""Tests of windows emptied one after another: each from its own region, with the kernels worth compiling."""
 
 import pytest
 import torch
@@ -27,7 +27,7 @@ def outputs(*dtypes):
 
 
 def regions(count):
-    """Regions with different values in each, and these values."""
+    """Return regions with different values, and these values."""
     memories = [address_valued((ROWS, COLUMNS), torch.bfloat16, 1000 * n) for n in range(count)]
     return [memory.view(torch.uint8).view(-1) for memory in memories], memories
 
@@ -54,17 +54,17 @@ def test_copies_begin_at_their_offsets_and_cast():
     assert torch.equal(tensors[0], wanted)
 
 
-def test_a_window_of_several_dtypes_views_its_region_as_each():
+def test_window_of_several_dtypes_views_its_region_as_each():
     raw = torch.arange(64, dtype=torch.uint8)
     tensors = [torch.zeros(2, dtype=torch.int32), torch.zeros(4, dtype=torch.uint8)]
-    made = Window([Copies(0, "I32", run_of(2), [4], [0]), Copies(1, "U8", run_of(4), [7], [0])], 64, 1, {}, {})
-    WindowCopies([made], tensors, [raw]).run(0, None)
+    mixed = Window([Copies(0, "I32", run_of(2), [4], [0]), Copies(1, "U8", run_of(4), [7], [0])], 64, 1, {}, {})
+    WindowCopies([mixed], tensors, [raw]).run(0, None)
     assert tensors[0].tolist() == raw.view(torch.int32)[4:6].tolist()
     assert tensors[1].tolist() == [7, 8, 9, 10]
 
 
 @needs_triton
-def test_kernels_do_what_is_chosen_and_torch_the_rest():
+def test_kernels_run_the_chosen_copies_and_torch_the_rest():
     raw, values = regions(1)
     tensors = outputs(*[torch.bfloat16] * 2)
     both = WindowCopies(
@@ -79,7 +79,7 @@ def test_kernels_do_what_is_chosen_and_torch_the_rest():
 
 
 @needs_triton
-def test_the_variants_that_write_the_most_bytes_are_chosen():
+def test_variants_that_write_the_most_bytes_are_chosen():
     raw, _ = regions(1)
     tensors = outputs(torch.bfloat16, torch.float32)
     few = Window([Copies(0, "BF16", TRANSPOSED, [0], [0])], NBYTES, 1, {}, {})

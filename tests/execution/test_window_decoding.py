@@ -1,4 +1,4 @@
-"""Windows of quantized sources against an oracle that decodes one element at a time in float64."""
+"""Tests of windows of quantized sources against an oracle that decodes one element at a time in float64."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from tests.whole.test_memory_budget import torch_peak
 
 
 def windows_within(file, decodes, moves, limit):
-    """Windows of ``limit`` bytes, or of what the error says is needed."""
+    """Return windows of ``limit`` bytes, or of the size that the error asks for."""
     for _ in range(1 + len(decodes)):
         try:
             windows = list(code_windows(moves, file, decodes, limit, 0))
@@ -36,11 +36,11 @@ def windows_within(file, decodes, moves, limit):
             needed = int(str(error).split("at least ")[1].split()[0]) // 2
             assert needed > limit
             limit = needed
-    raise AssertionError("what an error asks for is not enough")
+    raise AssertionError("the size that the error asks for is not enough")
 
 
 def decoded(file, decodes, moves, targets, limit, by_kernels=False):
-    """Carry out all windows, with kernels wherever they can; returns the targets, and the copies that torch made."""
+    """Execute all windows, with kernels if possible. Return the targets, and the copies that torch executed."""
     windows = windows_within(file, decodes, moves, limit)
     tensors = [torch.full((4 * numel,), POISON, dtype=torch.uint8).view(torch.float32) for numel in targets]
     work = CopyCounts(0, 0)
@@ -54,13 +54,13 @@ def decoded(file, decodes, moves, targets, limit, by_kernels=False):
             written[start : start + nbytes] = True
             raw = bytearray(file.data[offset : offset + nbytes])
             region[start : start + nbytes] = torch.frombuffer(raw, dtype=torch.uint8)
-        made = Window(group_moves(window.moves), window.nbytes, 1, window.groups, window.rectangles)
-        copies = WindowCopies([made], tensors, [region])
+        grouped = Window(group_moves(window.moves), window.nbytes, 1, window.groups, window.rectangles)
+        copies = WindowCopies([grouped], tensors, [region])
         work += copies.run(0, copies.variants(10**9) if by_kernels else None)
     return tensors, work
 
 
-sources = st.fixed_dictionaries(
+source_strategy = st.fixed_dictionaries(
     {
         "code_format": st.sampled_from(["e4m3", "e2m1", "int4"]),
         "matrices": st.integers(1, 3),
@@ -74,10 +74,10 @@ sources = st.fixed_dictionaries(
 )
 
 
-def check(some, limit, seed, gap, by_kernels):
+def check(sources, limit, seed, gap, by_kernels):
     random = np.random.default_rng(seed)
     file, decodes, moves, targets, expected = File(), {}, {}, [], []
-    for number, source in enumerate(some):
+    for number, source in enumerate(sources):
         source = dict(source)
         views = source.pop("view")
         zero_points = source["code_format"] == "int4" and number % 2 == 0
@@ -85,20 +85,20 @@ def check(some, limit, seed, gap, by_kernels):
         decodes[row] = decode
         shape = source["matrices"], source["rows"], source["columns"]
         for view in views:
-            found = taken(view, prod(shape), shape)
-            if found is None:
+            read = taken(view, prod(shape), shape)
+            if read is None:
                 continue
-            piece, order = found
-            # Targets have ``gap`` elements between those that are written.
+            piece, order = read
+            # Targets have ``gap`` elements between the written ones.
             box = piece.box._replace(target_strides=tuple((1 + gap) * stride for stride in piece.box.target_strides))
             moves.setdefault(row, []).append(Move(len(targets), "F32", box, piece.source_offset, gap))
             targets.append((1 + gap) * len(order))
             expected.append(numbers[order.numpy()].astype(np.float32))
     tensors, work = decoded(file, decodes, moves, targets, limit, by_kernels)
     for tensor, numbers in zip(tensors, expected, strict=True):
-        found = tensor.numpy().reshape(len(numbers), 1 + gap)
-        assert np.array_equal(found[:, gap], numbers)
-        assert (found[:, :gap].view(np.uint8) == POISON).all()
+        values = tensor.numpy().reshape(len(numbers), 1 + gap)
+        assert np.array_equal(values[:, gap], numbers)
+        assert (values[:, :gap].view(np.uint8) == POISON).all()
     return work
 
 
@@ -106,19 +106,19 @@ limits = st.sampled_from([4096, 6000, 20_000, 1 << 20])
 
 
 @settings(max_examples=200, deadline=None)
-@given(st.lists(sources, min_size=1, max_size=3), limits, st.integers(0, 2**32), st.integers(0, 1))
-def test_any_copies_of_any_sources_in_any_window_are_decoded_as_one_element_after_another(some, limit, seed, gap):
-    check(some, limit, seed, gap, by_kernels=False)
+@given(st.lists(source_strategy, min_size=1, max_size=3), limits, st.integers(0, 2**32), st.integers(0, 1))
+def test_any_copies_in_any_window_are_decoded_like_single_elements(sources, limit, seed, gap):
+    check(sources, limit, seed, gap, by_kernels=False)
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 @settings(max_examples=60, deadline=None)
-@given(st.lists(sources, min_size=1, max_size=2), limits, st.integers(0, 2**32), st.integers(0, 1))
-def test_kernels_decode_them_too(some, limit, seed, gap):
-    check(some, limit, seed, gap, by_kernels=True)
+@given(st.lists(source_strategy, min_size=1, max_size=2), limits, st.integers(0, 2**32), st.integers(0, 1))
+def test_kernels_decode_them_too(sources, limit, seed, gap):
+    check(sources, limit, seed, gap, by_kernels=True)
 
 
-def test_tables_of_many_scales_take_little_scratch():
+def test_tables_of_many_scales_need_little_scratch():
     file, rows, columns = File(), 4096, 2048
     codes = np.zeros((1, rows, columns // 2), np.uint8)
     row = file.add("w", "U8", codes)
@@ -129,7 +129,7 @@ def test_tables_of_many_scales_take_little_scratch():
     moves = {row: [Move(0, "BF16", Box((rows, columns), (columns, 1), (columns, 1)), 0, 0)]}
     (window,) = code_windows(moves, file, decodes, 1 << 30, 0)
     (group,) = window.groups.values()
-    assert group.count == rows * columns // 8  # of which the zero points alone would take 4 MiB
+    assert group.count == rows * columns // 8  # their zero points would need 4 MiB
     region = torch.zeros(window.nbytes, dtype=torch.uint8)
     for _, offset, nbytes, _, start in window.reads:
         raw = bytearray(file.data[offset : offset + nbytes])

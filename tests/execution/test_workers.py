@@ -1,4 +1,4 @@
-"""Threads that take items until all are done, somebody says stop, or one of them fails."""
+"""Tests of threads that process items until all are done, a stop is set, or one of them fails."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tests.faults import workers
 
 
 @pytest.mark.parametrize("threads", [1, 3])
-def test_items_are_handed_out_until_somebody_says_stop(threads):
+def test_items_are_handed_out_until_a_stop(threads):
     stop, taken = threading.Event(), []
 
     def take(item):
@@ -30,7 +30,7 @@ def test_items_are_handed_out_until_somebody_says_stop(threads):
 
 
 @pytest.mark.parametrize("threads", [1, 3])
-def test_a_stop_after_the_last_item_is_none(threads):
+def test_stop_after_the_last_item_is_none(threads):
     stop, taken = threading.Event(), []
 
     def take(item):
@@ -42,7 +42,7 @@ def test_a_stop_after_the_last_item_is_none(threads):
     assert sorted(taken) == list(range(10))
 
 
-def test_the_first_error_in_time_is_raised_once_all_have_ended():
+def test_first_error_in_time_is_raised_once_all_have_ended():
     stop, ended, begun = threading.Event(), [], threading.Barrier(3, timeout=10)
 
     def waits():
@@ -74,7 +74,7 @@ def test_threads_come_and_go_as_they_are_wanted():
     assert most == 4
 
 
-def test_an_error_of_a_thread_that_came_later_is_raised():
+def test_error_of_a_thread_that_came_later_is_raised():
     def take(item):
         if item == 30:
             raise ValueError("thirty")
@@ -84,7 +84,7 @@ def test_an_error_of_a_thread_that_came_later_is_raised():
         run_in_threads(range(60), 1, lambda: take, most=8, wanted=lambda: 8)
 
 
-def test_the_last_item_is_taken_while_all_others_are_under_way():
+def test_last_item_is_handed_out_while_all_others_are_in_progress():
     all_at_work, last_taken = threading.Barrier(4), threading.Event()
 
     def take(item):
@@ -99,12 +99,12 @@ def test_the_last_item_is_taken_while_all_others_are_under_way():
 
 
 def test_few_threads_are_started_for_few_items():
-    """One for each item that is left, whoever asks; not as many as are wanted."""
+    """Start one thread per item that is left, whichever thread asks, and not as many as are wanted."""
     assert run_in_threads(range(3), 1, lambda: lambda item: None, most=32, wanted=lambda: 32) <= 5
 
 
 def test_threads_that_the_system_does_not_start_are_done_without(monkeypatch):
-    """Those that work do not end because of threads that were wanted, but never came."""
+    """Threads that are wanted but never start must not end the working ones."""
     seen, stock = [], threading.Thread.start
 
     def start(thread):

@@ -1,4 +1,4 @@
-"""Slabs made of host tensors, of a device's and of files: the same file from all of them, in bounded memory."""
+"""Tests of slabs from host tensors, a device and files: the same file from all of them, in bounded memory."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from automodel_conv.files import system
 from automodel_conv.files.checkpoint import open_checkpoint
 from automodel_conv.testing import address_valued, assert_bytes_equal, guarded
 from tests.execution.simulated import DeviceFault, SimulatedDevice
-from tests.execution.slab_writes import MAKERS, SLAB, Case, case_of, every_case, maker_of, write
+from tests.execution.slab_writes import MAKERS, SLAB, Case, case_of, every_case, producer_of, write
 from tests.execution.support import LAYOUTS, MERGE, columns, experts, naive, plan_of, target, write_checkpoint
 
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
@@ -43,22 +43,22 @@ def assert_holds(path, case):
 
 @pytest.fixture
 def scratches(monkeypatch):
-    """All host scratch, poisoned and guarded; checked at the end."""
-    made = []
+    """Poison and guard all host scratch, and check it at the end."""
+    guards = []
 
     def allocate(nbytes):
-        made.append(guarded((nbytes,), torch.uint8))
-        return made[-1].tensor
+        guards.append(guarded((nbytes,), torch.uint8))
+        return guards[-1].tensor
 
     monkeypatch.setattr(writing, "_scratch", allocate)
-    yield made
-    for scratch in made:
+    yield guards
+    for scratch in guards:
         scratch.check()
 
 
 @pytest.mark.parametrize("kind", MAKERS)
 @pytest.mark.parametrize("slab_bytes", [256, SLAB, 1 << 16])
-def test_files_hold_what_the_plan_makes_whoever_makes_it(cases, tmp_path, scratches, kind, slab_bytes):
+def test_files_hold_the_results_of_the_plan_from_every_producer(cases, tmp_path, scratches, kind, slab_bytes):
     for number, case in enumerate(cases):
         path = write(kind, case, tmp_path / str(number), slab_bytes=slab_bytes, input_bytes=slab_bytes // 2)
         assert_holds(path, case)
@@ -68,8 +68,8 @@ def test_files_hold_what_the_plan_makes_whoever_makes_it(cases, tmp_path, scratc
 @pytest.mark.parametrize("kind", MAKERS)
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.float64, torch.bool, torch.float8_e4m3fn], ids=str)
 def test_elements_of_any_width_are_written(tmp_path, kind, dtype):
-    made = case_of(tmp_path / "source", *LAYOUTS["transposed"], dtype=dtype, wanted=dtype_code(dtype), pad=1)
-    assert_holds(write(kind, made, tmp_path / "made"), made)
+    case = case_of(tmp_path / "source", *LAYOUTS["transposed"], dtype=dtype, wanted=dtype_code(dtype), pad=1)
+    assert_holds(write(kind, case, tmp_path / "made"), case)
 
 
 @pytest.mark.parametrize("kind", MAKERS)
@@ -78,20 +78,20 @@ def test_scalars_and_tensors_without_elements_are_written(tmp_path, kind):
     checkpoint = write_checkpoint(tmp_path / "source", {"a.safetensors": tensors})
     sources = columns(checkpoint)
     plan = plan_of(sources, *(target(sources, name, "F32", [[name]]) for name in ("scalar", "a")))
-    made = Case(tensors, checkpoint, plan, naive(plan, tensors))
-    assert_holds(write(kind, made, tmp_path / "made"), made)
+    case = Case(tensors, checkpoint, plan, naive(plan, tensors))
+    assert_holds(write(kind, case, tmp_path / "made"), case)
 
 
-def lie_apart(tensor):
+def with_gaps(tensor):
     return torch.stack([tensor, tensor], -1)[..., 0]
 
 
-def lie_turned(tensor):
-    return tensor.t().contiguous().t() if tensor.dim() == 2 else lie_apart(tensor)
+def transposed(tensor):
+    return tensor.t().contiguous().t() if tensor.dim() == 2 else with_gaps(tensor)
 
 
-def lie_among_others(tensor):
-    """A part of a larger tensor, neither at its start nor contiguous."""
+def inside_larger(tensor):
+    """Return the values as a part of a larger tensor, neither at its start nor contiguous."""
     around = torch.zeros([size + 3 for size in tensor.shape], dtype=tensor.dtype)
     inner = around[tuple(slice(2, 2 + size) for size in tensor.shape)]
     inner.copy_(tensor)
@@ -99,23 +99,23 @@ def lie_among_others(tensor):
 
 
 @pytest.mark.parametrize("kind", ["host", "device"])
-@pytest.mark.parametrize("lie", [lie_apart, lie_turned, lie_among_others])
-def test_tensors_of_any_strides_are_read_as_they_lie(cases, tmp_path, scratches, kind, lie):
+@pytest.mark.parametrize("arrange", [with_gaps, transposed, inside_larger])
+def test_tensors_of_any_strides_are_read(cases, tmp_path, scratches, kind, arrange):
     for number, case in enumerate(cases):
-        tensors = {name: lie(tensor) for name, tensor in case.tensors.items()}
+        tensors = {name: arrange(tensor) for name, tensor in case.tensors.items()}
         assert not all(tensor.is_contiguous() for tensor in tensors.values())
         assert_holds(write(kind, case, tmp_path / str(number), tensors=tensors), case)
 
 
 @needs_triton
 @pytest.mark.parametrize("wanted", ["BF16", "F32"])
-def test_kernels_make_the_same_bytes(tmp_path, wanted):
-    made = case_of(tmp_path / "source", *LAYOUTS["transposed"], wanted=wanted, shape=(2, 16, 32))
-    path = write("device", made, tmp_path / "made", slab_bytes=8192, threads=1, backend="triton")
-    assert_holds(path, made)
+def test_kernels_write_the_same_bytes(tmp_path, wanted):
+    case = case_of(tmp_path / "source", *LAYOUTS["transposed"], wanted=wanted, shape=(2, 16, 32))
+    path = write("device", case, tmp_path / "made", slab_bytes=8192, threads=1, backend="triton")
+    assert_holds(path, case)
 
 
-def test_tensors_made_in_inference_mode_are_written(cases, tmp_path):
+def test_inference_tensors_are_written(cases, tmp_path):
     with torch.inference_mode():
         tensors = {name: tensor.clone() for name, tensor in cases[2].tensors.items()}
     assert_holds(write("host", cases[2], tmp_path / "a", tensors=tensors), cases[2])
@@ -124,14 +124,14 @@ def test_tensors_made_in_inference_mode_are_written(cases, tmp_path):
 
 
 def fewer(count):
-    """A stand-in for a call of the system that does a few bytes at a time."""
+    """Return a replacement for a system call that transfers a few bytes at a time."""
     numbers = random.Random(count)
     return lambda most: numbers.randint(1, min(count, most))
 
 
 @pytest.mark.parametrize("kind", MAKERS)
 @pytest.mark.parametrize("most", [1, 7, 300])
-def test_writes_of_a_few_bytes_make_the_same_file(cases, tmp_path, monkeypatch, kind, most):
+def test_short_writes_give_the_same_file(cases, tmp_path, monkeypatch, kind, most):
     real, take, lock = system.pwritev, fewer(most), threading.Lock()
 
     def pwritev(fd, views, offset):
@@ -146,7 +146,7 @@ def test_writes_of_a_few_bytes_make_the_same_file(cases, tmp_path, monkeypatch, 
 
 
 def only_some(rng, real):
-    """Copies within the kernel that are short, or stop somewhere, as at the end of an extent."""
+    """Return copies within the kernel that are short, or stop early, as at the end of an extent."""
 
     def copy_range(source, source_offset, target, target_offset, nbytes):
         if rng.random() < 0.3:
@@ -157,7 +157,7 @@ def only_some(rng, real):
 
 
 @pytest.mark.parametrize("way", ["not at all", "a few bytes at a time", "whole"])
-def test_copies_within_the_kernel_change_nothing_however_far_they_come(cases, tmp_path, monkeypatch, calls, way):
+def test_partial_copies_within_the_kernel_give_the_same_file(cases, tmp_path, monkeypatch, calls, way):
     real, copied = system.copy_range, []
     stand_in = {"not at all": lambda *a: 0, "a few bytes at a time": only_some(random.Random(3), real), "whole": real}
 
@@ -169,28 +169,28 @@ def test_copies_within_the_kernel_change_nothing_however_far_they_come(cases, tm
     for repeat in range(1 if way != "a few bytes at a time" else 5):
         for number, case in enumerate(cases):
             assert_holds(write("files", case, tmp_path / f"{repeat}-{number}"), case)
-            assert not calls.open  # the source's files, whoever was the last to need them
+            assert not calls.open  # files of the source, closed by the last user
     assert copied
     if way == "a few bytes at a time":
         assert 0 in copied
         assert any(copied)
 
 
-def test_the_bytes_of_what_only_moves_never_enter_the_process(tmp_path, calls):
-    made = case_of(tmp_path / "source", shape=(4, 16, 32))
+def test_bytes_that_only_move_never_enter_the_process(tmp_path, calls):
+    case = case_of(tmp_path / "source", shape=(4, 16, 32))
     before = calls.nbytes
-    assert_holds(write("files", made, tmp_path / "made"), made)
+    assert_holds(write("files", case, tmp_path / "made"), case)
     headers = calls.nbytes - before
     probe = tmp_path / "probe"
     probe.write_bytes(b"x" * 100)
     with probe.open("rb") as source, (tmp_path / "copy").open("wb") as copy:
         if not system.copy_range(source.fileno(), 0, copy.fileno(), 0, 100):
-            pytest.skip("this file system does not copy within the kernel")
-    assert headers <= 4096 < made.plan.bytes_read
+            pytest.skip("this file system has no copies within the kernel")
+    assert headers <= 4096 < case.plan.bytes_read
 
 
 @pytest.mark.parametrize("kind", MAKERS)
-def test_a_write_that_fails_is_told_with_its_file_and_ends_all_threads(cases, tmp_path, monkeypatch, kind):
+def test_failing_write_names_its_file_and_ends_all_threads(cases, tmp_path, monkeypatch, kind):
     real, count = system.pwritev, iter(range(1000))
 
     def pwritev(fd, views, offset):
@@ -206,7 +206,7 @@ def test_a_write_that_fails_is_told_with_its_file_and_ends_all_threads(cases, tm
     assert list((tmp_path / "made").iterdir()) == []
 
 
-def test_a_read_that_fails_names_the_tensor(cases, tmp_path, calls):
+def test_read_that_fails_names_the_tensor(cases, tmp_path, calls):
     calls.fail_read = calls.reads + 3
     with pytest.raises(ReadError, match=r"experts\.(.|\n)*Input/output error"):
         write("files", cases[4], tmp_path / "made", slab_bytes=256, input_bytes=128)
@@ -214,7 +214,7 @@ def test_a_read_that_fails_names_the_tensor(cases, tmp_path, calls):
 
 
 @pytest.mark.parametrize("fault", [{"fail_at": 7}, {"fail_allocation": 2}])
-def test_a_device_that_fails_is_told_and_nothing_of_it_is_kept(cases, tmp_path, fault):
+def test_failing_device_is_reported_and_its_output_removed(cases, tmp_path, fault):
     device = SimulatedDevice(**fault)
     with pytest.raises(DeviceFault):
         write("device", cases[4], tmp_path / "made", slab_bytes=256, device=device)
@@ -223,7 +223,7 @@ def test_a_device_that_fails_is_told_and_nothing_of_it_is_kept(cases, tmp_path, 
     assert list((tmp_path / "made").iterdir()) == []
 
 
-def test_a_late_device_is_waited_for(cases, tmp_path):
+def test_writer_waits_for_a_late_device(cases, tmp_path):
     for seed in range(16):
         case = cases[seed % len(cases)]
         device = SimulatedDevice(seed, eagerness=random.Random(seed).choice([0, 0.1, 0.9]))
@@ -234,29 +234,29 @@ def test_a_late_device_is_waited_for(cases, tmp_path):
 
 
 class Scoped(SimulatedDevice):
-    """Notes for which stream memory is taken; None for what is current in the thread."""
+    """A device that records the stream for which memory is allocated, or None for the thread's current one."""
 
     def __init__(self):
         super().__init__()
         self.taken_for = []
 
     def stream(self):
-        made = super().stream()
+        stream = super().stream()
 
         def scratch(nbytes):
-            self.taken_for.append(made)
+            self.taken_for.append(stream)
             return super(Scoped, self).scratch(nbytes)
 
-        made.scratch = scratch
-        return made
+        stream.scratch = scratch
+        return stream
 
     def scratch(self, nbytes):
         self.taken_for.append(None)
         return super().scratch(nbytes)
 
 
-def test_each_thread_takes_its_memory_on_the_stream_that_uses_it(cases, tmp_path):
-    """On a thread's own current stream it may be what other work there, which nobody waits for, still uses."""
+def test_each_thread_allocates_on_the_stream_that_uses_the_memory(cases, tmp_path):
+    """Memory on a thread's current stream may still be in use there by work that nothing waits for."""
     device = Scoped()
     assert_holds(write("device", cases[4], tmp_path, threads=3, device=device), cases[4])
     assert device.taken_for
@@ -266,7 +266,7 @@ def test_each_thread_takes_its_memory_on_the_stream_that_uses_it(cases, tmp_path
 
 @pytest.mark.parametrize("reads_files", [False, True])
 @pytest.mark.parametrize("scratch_bytes", [LEAST_SCRATCH_BYTES, 100_003, 1 << 20, 64 << 20, 256 << 20])
-def test_a_budget_shares_out_no_more_than_there_is(scratch_bytes, reads_files):
+def test_shares_of_a_budget_do_not_exceed_it(scratch_bytes, reads_files):
     for threads in (1, 2, 3, 16, 100):
         share = split_scratch(threads, scratch_bytes, reads_files=reads_files)
         assert 1 <= share.threads <= threads
@@ -285,7 +285,7 @@ def test_impossible_budgets_are_refused(options):
 
 
 def peak_bytes(work):
-    """The most that torch had allocated on the host at once while ``work`` ran, beyond what it had before."""
+    """Return the peak of host memory that torch allocated while ``work`` ran, beyond the memory before."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
         kept = work()
     level = peak = 0
@@ -297,7 +297,7 @@ def peak_bytes(work):
     return peak
 
 
-def test_the_measure_of_memory_sees_what_is_given_back():
+def test_measured_peak_subtracts_released_memory():
     assert 3_000_000 <= peak_bytes(lambda: torch.empty(3_000_000, dtype=torch.uint8).numel()) < 3_001_000
     assert peak_bytes(lambda: [torch.empty(1000, dtype=torch.uint8).clone().numel() for _ in range(9)]) < 2500
 
@@ -316,9 +316,9 @@ def test_memory_stays_within_the_budget(tmp_path, kind, layout, wanted):
             for name in ("gate", "up", "down")
         ),
     )
-    made = Case(tensors, checkpoint, plan, {})
+    case = Case(tensors, checkpoint, plan, {})
     share = split_scratch(1, 100_000, reads_files=kind == "files")
-    with maker_of(kind, made, share.slab_bytes, share.input_bytes) as (_, slabs, start):
+    with producer_of(kind, case, share.slab_bytes, share.input_bytes) as (_, slabs, start):
 
         def work():
             maker = start()
@@ -331,7 +331,7 @@ def test_memory_stays_within_the_budget(tmp_path, kind, layout, wanted):
     assert share.slab_bytes <= peak <= share.scratch_bytes <= 100_000
 
 
-def test_a_device_gives_no_more_than_the_budget(cases, tmp_path):
+def test_device_memory_stays_within_the_budget(cases, tmp_path):
     device = SimulatedDevice()
     write("device", cases[4], tmp_path, threads=3, device=device)
     assert 0 < device.pinned_bytes <= 3 * SLAB

@@ -1,4 +1,4 @@
-"""A file to read from, and one to write to."""
+"""Fixtures: a file to read from, and one to write to."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Checkpoints written by hand, byte for byte, and what must refuse them."""
+"""Checkpoints written by hand, byte for byte, and a check that opening one is refused."""
 
 import json
 import struct
@@ -22,7 +22,7 @@ def entry(start, stop, dtype="U8", shape=None):
 
 
 def write_sharded(directory, shards, weight_map=None, index="model.safetensors.index.json"):
-    """Files of U8 tensors, ``{file: {name: bytes}}``, and an index over them."""
+    """Write files of U8 tensors, ``{file: {name: bytes}}``, and an index over them."""
     for file, tensors in shards.items():
         header, data = {}, b""
         for name, content in tensors.items():
@@ -42,7 +42,7 @@ TWO = {"b.safetensors": {"z": b"zz", "y": b"y"}, "a.safetensors": {"x": b"xxx"}}
 
 
 def content(checkpoint, name):
-    """The bytes that the columns say belong to a tensor."""
+    """Return the bytes of a tensor according to the columns."""
     row = checkpoint.position[name]
     with open(checkpoint.files[checkpoint.file_ids[row]], "rb") as file:
         file.seek(checkpoint.offsets[row])
@@ -50,7 +50,7 @@ def content(checkpoint, name):
 
 
 def refused(path, *words, error=CheckpointError):
-    """``open_checkpoint`` refuses ``path``, and the text has all the words."""
+    """Check that ``open_checkpoint`` refuses ``path`` with a text that contains all the words."""
     with pytest.raises(error) as caught:
         open_checkpoint(path)
     for word in words:

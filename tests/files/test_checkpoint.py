@@ -1,4 +1,4 @@
-"""Opening a checkpoint: which files belong to it, and which of their tensors, by index, name or path."""
+"""Tests of ``open_checkpoint``: which files and tensors belong to a checkpoint, by index, name or path."""
 
 import errno
 import json
@@ -27,7 +27,7 @@ def test_shards_of_an_index_are_read_in_the_order_of_their_names(tmp_path, given
     assert [content(checkpoint, name) for name in "xyz"] == [b"xxx", b"y", b"zz"]
 
 
-def test_index_of_another_name_is_used_when_it_is_the_only_one(tmp_path):
+def test_only_index_is_used_under_any_name(tmp_path):
     write_sharded(tmp_path, TWO, index="diffusion.safetensors.index.json")
     assert open_checkpoint(tmp_path).names == ["x", "z", "y"]
 
@@ -42,7 +42,7 @@ def test_metadata_of_all_files_is_merged(tmp_path):
     assert open_checkpoint(tmp_path).metadata == {"format": "pt", "k": "b"}
 
 
-def test_stray_files_beside_an_index_are_not_opened(tmp_path, monkeypatch):
+def test_stray_files_next_to_an_index_are_not_opened(tmp_path, monkeypatch):
     write_sharded(tmp_path, TWO)
     for name in ("model.safetensors", "stray.safetensors", "pytorch_model.bin"):
         (tmp_path / name).write_bytes(b"not a checkpoint")
@@ -82,12 +82,12 @@ def test_links_to_files_elsewhere_are_followed(tmp_path):
     assert content(checkpoint, "x") == b"xxx"
 
 
-def test_shard_in_a_folder_below_is_read(tmp_path):
+def test_shard_in_a_subfolder_is_read(tmp_path):
     write_sharded(tmp_path, {"sub/a.safetensors": {"x": b"xxx"}})
     assert content(open_checkpoint(tmp_path), "x") == b"xxx"
 
 
-def test_tensors_that_the_index_leaves_out_are_no_part_of_the_checkpoint_and_are_named(tmp_path):
+def test_unindexed_tensors_are_not_part_of_the_checkpoint(tmp_path):
     write_sharded(tmp_path, TWO, {"x": "a.safetensors", "z": "b.safetensors"})
     checkpoint = open_checkpoint(tmp_path)
     assert checkpoint.names == ["x", "z"]
@@ -103,7 +103,7 @@ def test_unindexed_tensors_are_sorted_by_file_then_name(tmp_path):
     assert found == (("y", "a.safetensors"), ("a", "b.safetensors"), ("z", "b.safetensors"))
 
 
-def test_a_file_that_is_opened_by_itself_is_whole_whatever_an_index_beside_it_says(tmp_path):
+def test_single_file_is_opened_whole_despite_an_index(tmp_path):
     write_sharded(tmp_path, TWO, {"x": "a.safetensors", "z": "b.safetensors"})
     checkpoint = open_checkpoint(tmp_path / "b.safetensors")
     assert sorted(checkpoint.names) == ["y", "z"]
@@ -131,7 +131,7 @@ def test_relative_path_becomes_absolute(tmp_path, monkeypatch):
     assert checkpoint.path == str(tmp_path / "model.safetensors")
 
 
-def test_local_path_of_that_shape_is_not_downloaded(tmp_path, monkeypatch):
+def test_local_path_like_a_repository_name_is_not_downloaded(tmp_path, monkeypatch):
     (tmp_path / "org").mkdir()
     (tmp_path / "org" / "name").mkdir()
     write_sharded(tmp_path / "org" / "name", TWO)
@@ -140,13 +140,13 @@ def test_local_path_of_that_shape_is_not_downloaded(tmp_path, monkeypatch):
     assert open_checkpoint("org/name").names == ["x", "z", "y"]
 
 
-def test_a_finished_checkpoint_beside_unfinished_work_is_read(tmp_path):
+def test_finished_checkpoint_next_to_unfinished_work_is_read(tmp_path):
     write_sharded(tmp_path, TWO)
     (tmp_path / STAGING_NAME).mkdir()
     assert open_checkpoint(tmp_path).names == ["x", "z", "y"]
 
 
-def test_name_in_two_files_that_the_index_leaves_out_belongs_to_neither(tmp_path):
+def test_unindexed_name_in_two_files_belongs_to_neither(tmp_path):
     shards = {"a.safetensors": {"t": b"aa", "x": b"x"}, "b.safetensors": {"y": b"y", "t": b"bb"}}
     checkpoint = open_checkpoint(write_sharded(tmp_path, shards, {"x": "a.safetensors", "y": "b.safetensors"}))
     assert checkpoint.names == ["x", "y"]
@@ -202,7 +202,7 @@ def open_with_a_failing_call(path, monkeypatch, name, fail_at=None, outcome=None
     ],
     ids=["preadv-EIO", "preadv-end", "open-EACCES", "size-EIO", "list-EACCES"],
 )
-def test_any_failing_file_call_is_one_clean_error_and_leaves_nothing_open(tmp_path, monkeypatch, name, outcome):
+def test_failing_file_call_is_one_error_and_leaves_nothing_open(tmp_path, monkeypatch, name, outcome):
     write_sharded(tmp_path, {f"{i:02}.safetensors": {f"t{i}": b"x"} for i in range(20)})
     total, opened, closed, caught = open_with_a_failing_call(tmp_path, monkeypatch, name)
     assert caught is None
@@ -216,8 +216,8 @@ def test_any_failing_file_call_is_one_clean_error_and_leaves_nothing_open(tmp_pa
         assert sorted(opened) == sorted(closed)
 
 
-def test_one_made_of_columns_reads_its_files_on_this_machine(tmp_path):
-    """As callers made it before files had other places to come from."""
+def test_checkpoint_built_from_columns_reads_local_files(tmp_path):
+    """Build one as callers did before files could come from other places."""
     save_file({"a": torch.arange(3)}, tmp_path / "a.safetensors")
     opened = open_checkpoint(tmp_path / "a.safetensors")
     fields = (opened.path, opened.directory, opened.files, opened.names, opened.dtypes, opened.shapes, opened.file_ids)
@@ -229,7 +229,7 @@ def test_one_made_of_columns_reads_its_files_on_this_machine(tmp_path):
         read_whole(0, made)
 
 
-def test_repository_without_huggingface_hub_says_what_to_install(monkeypatch):
+def test_repository_without_huggingface_hub_is_an_error_with_advice(monkeypatch):
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     refused("org/name", "org/name", "pip install huggingface_hub")
 
@@ -247,13 +247,13 @@ def test_repository_without_huggingface_hub_says_what_to_install(monkeypatch):
         "",
     ],
 )
-def test_missing_path_of_another_shape_is_not_downloaded(monkeypatch, path, tmp_path):
+def test_missing_path_unlike_a_repository_name_is_not_downloaded(monkeypatch, path, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     refused(path, "no such checkpoint", path)
 
 
-def test_tensor_of_the_index_that_its_file_lacks_is_named(tmp_path):
+def test_indexed_tensor_missing_from_its_file_is_named(tmp_path):
     weight_map = {"x": "a.safetensors", "y": "a.safetensors", "lost": "b.safetensors"}
     write_sharded(tmp_path, TWO, weight_map)
     text = refused(tmp_path, str(tmp_path), "'lost' in b.safetensors")

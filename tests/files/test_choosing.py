@@ -1,4 +1,4 @@
-"""Which files are the checkpoint, and what is no checkpoint: refused with what it is instead, and what to do."""
+"""Tests of choosing the files of a checkpoint: other paths are refused with what they are and what to do."""
 
 import pytest
 
@@ -9,7 +9,7 @@ from tests.files.support import TWO, A, packed, refused, write_sharded
 
 
 @pytest.mark.parametrize("placed", [[], ["model-00001-of-00002.safetensors"], ["a.safetensors"], ["config.json"]])
-def test_an_unfinished_conversion_is_named_as_one(tmp_path, placed):
+def test_unfinished_conversion_is_identified(tmp_path, placed):
     (tmp_path / STAGING_NAME).mkdir()
     for name in placed:
         (tmp_path / name).write_bytes(packed({}))
@@ -112,6 +112,6 @@ def test_other_formats_are_refused_with_advice(tmp_path, file, advice):
     refused(tmp_path, str(tmp_path / file), advice, error=UnsupportedError)
 
 
-def test_file_of_no_known_kind_is_refused(tmp_path):
+def test_file_of_an_unknown_kind_is_refused(tmp_path):
     (tmp_path / "model.onnx").write_bytes(b"")
     refused(tmp_path / "model.onnx", "model.onnx", ".safetensors", error=UnsupportedError)

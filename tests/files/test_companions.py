@@ -1,4 +1,4 @@
-"""Which files go with the weights of a checkpoint."""
+"""Tests of ``companions_of``: which files accompany the weights of a checkpoint."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 from automodel_conv.files.companions import companions_of, is_companion
 from automodel_conv.files.staging import STAGING_NAME
 
-# Names that published repositories have.
+# Names in published repositories.
 GO = """
     config.json generation_config.json tokenizer.json tokenizer.model spiece.model merges.txt qwen.tiktoken
     chat_template.jinja additional_chat_templates/tool_use.jinja LICENSE README.md Makefile modeling_own.py
@@ -35,26 +35,26 @@ def written(directory: Path, *names: str) -> Path:
 
 
 @pytest.mark.parametrize("name", GO)
-def test_what_is_not_weights_goes_with_them(name):
+def test_files_that_are_not_weights_are_companions(name):
     assert is_companion(name)
 
 
 @pytest.mark.parametrize("name", STAY)
-def test_weights_in_any_format_and_what_is_hidden_stay(name):
+def test_weights_in_any_format_and_hidden_files_are_not_companions(name):
     assert not is_companion(name)
 
 
-def test_a_directory_gives_what_its_names_say(tmp_path):
+def test_companions_of_a_directory_are_selected_by_name(tmp_path):
     assert companions_of(str(written(tmp_path, *GO, *STAY)), str(tmp_path.parent / "out")) == sorted(GO)
 
 
-def test_a_directory_without_other_files_gives_none(tmp_path):
+def test_directory_without_other_files_has_no_companions(tmp_path):
     (tmp_path / "empty").mkdir()
     assert companions_of(str(written(tmp_path, "model.safetensors")), str(tmp_path.parent / "out")) == []
 
 
-def test_links_to_files_count_as_the_files_wherever_they_lead(tmp_path):
-    """As in a snapshot of the Hub, whose files are links to blobs that are named by their hashes."""
+def test_links_to_files_count_as_files(tmp_path):
+    """Use links to blobs that are named by their hashes, as in a snapshot of the Hub."""
     blobs, snapshot = written(tmp_path / "blobs", "0", "1"), tmp_path / "snapshots" / "abc"
     (snapshot / "additional_chat_templates").mkdir(parents=True)
     (snapshot / "tokenizer.json").symlink_to("../../blobs/0")
@@ -74,13 +74,13 @@ def test_links_to_folders_are_followed_but_not_in_circles(tmp_path):
     assert companions_of(str(source), str(tmp_path / "out")) == ["elsewhere/x.json", "tokenizer/vocab.json"]
 
 
-def test_a_source_that_is_a_link_itself_is_followed(tmp_path):
+def test_source_that_is_a_link_is_followed(tmp_path):
     (tmp_path / "link").symlink_to(written(tmp_path / "source", "a/x.json"))
     assert companions_of(str(tmp_path / "link"), str(tmp_path / "out")) == ["a/x.json"]
 
 
 @pytest.mark.parametrize("spelling", ["made/out", "made/../made/out", "link/out"])
-def test_a_destination_within_the_source_is_passed_over(tmp_path, spelling):
+def test_destination_within_the_source_is_skipped(tmp_path, spelling):
     source = written(tmp_path / "source", "x.json", "made/y.json", "made/out/z.json")
     (source / "link").symlink_to("made")
     assert companions_of(str(source), str(source / spelling)) == ["made/y.json", "x.json"]

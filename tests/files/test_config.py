@@ -1,4 +1,4 @@
-"""How a checkpoint is quantized, as its config files state it."""
+"""Tests of quantization settings in config files."""
 
 import json
 
@@ -13,7 +13,7 @@ MODELOPT = {"producer": {"name": "modelopt", "version": "0.40"}, "quantization":
 
 @pytest.fixture
 def write(tmp_path):
-    """Write a config; returns the directory."""
+    """Return a function that writes a config and returns the directory."""
 
     def written(config, name="config.json"):
         text = config if isinstance(config, str) else json.dumps(config)

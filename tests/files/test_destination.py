@@ -1,4 +1,4 @@
-"""A directory that becomes a checkpoint; what happens when it is killed on the way is in ``crash_safety``."""
+"""Tests of ``open_destination``: a directory that becomes a checkpoint. Killed processes: ``crash_safety``."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ def write(place, shard: Shard) -> None:
     place.finish(shard)
 
 
-def test_all_files_are_in_their_places_at_the_end_and_nothing_else(tmp_path):
-    made = shards()
-    with open_destination(str(tmp_path / "out"), made, WORK) as place:
-        for shard in made:
+def test_only_the_final_files_exist_at_the_end(tmp_path):
+    plan = shards()
+    with open_destination(str(tmp_path / "out"), plan, WORK) as place:
+        for shard in plan:
             assert shard.name in place.unfinished
             write(place, shard)
         place.write("config.json", b"{}")
@@ -39,64 +39,64 @@ def test_all_files_are_in_their_places_at_the_end_and_nothing_else(tmp_path):
     assert not place.unfinished
     assert system.list_names(str(tmp_path / "out")) == [
         "config.json",
-        *(shard.name for shard in made),
+        *(shard.name for shard in plan),
         DEFAULT_NAMING.index_name,
     ]
     assert (tmp_path / "out" / DEFAULT_NAMING.index_name).read_bytes() == b"index"
 
 
-def test_the_last_name_comes_when_the_disk_knows_all_others(tmp_path, monkeypatch):
-    made, events = shards(), []
+def test_the_index_is_moved_after_all_other_files_are_synced(tmp_path, monkeypatch):
+    plan, events = shards(), []
     rename, sync = system.rename, system.sync_directory
     monkeypatch.setattr(system, "rename", lambda *names: (events.append(os.path.basename(names[1])), rename(*names)))
     monkeypatch.setattr(system, "sync_directory", lambda path: (events.append(os.path.basename(path)), sync(path)))
-    with open_destination(str(tmp_path / "out"), made, WORK) as place:
-        for shard in made:
+    with open_destination(str(tmp_path / "out"), plan, WORK) as place:
+        for shard in plan:
             write(place, shard)
         place.commit(b"index")
-    assert events == [STAGING_NAME, *(shard.name for shard in made), "out", DEFAULT_NAMING.index_name, "out"]
+    assert events == [STAGING_NAME, *(shard.name for shard in plan), "out", DEFAULT_NAMING.index_name, "out"]
 
 
-def test_files_that_alone_look_like_a_checkpoint_come_after_the_index(tmp_path, monkeypatch):
-    made = [
+def test_files_that_look_like_a_checkpoint_are_moved_after_the_index(tmp_path, monkeypatch):
+    plan = [
         shard_of(name, [Spec(name, "F32", (4,))]) for name in ("a.safetensors", "model.safetensors", "z.safetensors")
     ]
     events, rename = [], system.rename
     monkeypatch.setattr(system, "rename", lambda *names: (events.append(os.path.basename(names[1])), rename(*names)))
-    with open_destination(str(tmp_path), made, WORK) as place:
-        for shard in made:
+    with open_destination(str(tmp_path), plan, WORK) as place:
+        for shard in plan:
             write(place, shard)
         place.commit(b"index")
     assert events == [DEFAULT_NAMING.index_name, "a.safetensors", "z.safetensors", "model.safetensors"]
 
 
-def interrupted(directory: Path, made: list[Shard], work=WORK, *, finished: int = 1, resume: bool = True) -> list[str]:
-    """Write some files and then fail; returns those that were finished at the beginning."""
-    with pytest.raises(RuntimeError), open_destination(str(directory), made, work, resume=resume) as place:  # noqa: PT012
-        found = sorted({shard.name for shard in made} - place.unfinished)
-        for shard in made[:finished]:
+def interrupted(directory: Path, plan: list[Shard], work=WORK, *, finished: int = 1, resume: bool = True) -> list[str]:
+    """Write some files and then fail; return the files that were finished at the start."""
+    with pytest.raises(RuntimeError), open_destination(str(directory), plan, work, resume=resume) as place:  # noqa: PT012
+        finished_before = sorted({shard.name for shard in plan} - place.unfinished)
+        for shard in plan[:finished]:
             if shard.name in place.unfinished:
                 write(place, shard)
         raise RuntimeError
-    return found
+    return finished_before
 
 
-def test_a_work_goes_on_with_what_it_has_finished_and_leftovers_of_the_rest_are_removed(tmp_path):
-    made = shards()
-    assert interrupted(tmp_path, made, finished=2) == []
-    leftover = tmp_path / STAGING_NAME / made[2].name
+def test_work_resumes_with_finished_files_and_removes_leftovers(tmp_path):
+    plan = shards()
+    assert interrupted(tmp_path, plan, finished=2) == []
+    leftover = tmp_path / STAGING_NAME / plan[2].name
     leftover.write_bytes(b"half")
-    assert interrupted(tmp_path, made, finished=2) == [made[0].name, made[1].name]
+    assert interrupted(tmp_path, plan, finished=2) == [plan[0].name, plan[1].name]
     assert not leftover.exists()
-    assert interrupted(tmp_path, made, resume=False) == []
+    assert interrupted(tmp_path, plan, resume=False) == []
 
 
-def test_work_that_cannot_go_on_leaves_nothing(tmp_path):
+def test_work_that_cannot_resume_leaves_nothing(tmp_path):
     interrupted(tmp_path, shards(), None, finished=3)
     assert os.listdir(tmp_path) == []
 
 
-def test_work_that_cannot_go_on_and_was_cut_short_is_thrown_away(tmp_path):
+def test_interrupted_work_that_cannot_resume_is_removed(tmp_path):
     staging = tmp_path / STAGING_NAME
     staging.mkdir()
     (staging / "journal.jsonl").write_text(json.dumps({"work": None}) + "\n")
@@ -105,7 +105,7 @@ def test_work_that_cannot_go_on_and_was_cut_short_is_thrown_away(tmp_path):
     assert sorted(os.listdir(staging)) == ["journal.jsonl", "lock", "model-00001-of-00003.safetensors"]
 
 
-def test_what_a_cut_short_commit_has_put_in_its_place_is_removed_but_not_what_somebody_else_put_there(tmp_path):
+def test_files_of_an_interrupted_commit_are_removed_but_not_those_of_others(tmp_path):
     mine, theirs = tmp_path / "model-00001-of-00002.safetensors", tmp_path / "model-00002-of-00002.safetensors"
     for path in (mine, theirs):
         path.write_bytes(b"data")
@@ -138,19 +138,19 @@ def test_other_work_is_refused_with_the_keys_that_differ(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["file", "file in the way"])
-def test_a_place_where_no_directory_can_be_is_a_write_error(tmp_path, kind):
+def test_impossible_directory_is_a_write_error(tmp_path, kind):
     (tmp_path / "out").write_bytes(b"")
     directory = tmp_path / "out" if kind == "file" else tmp_path / "out" / "inner"
     with pytest.raises(WriteError, match="out"), open_destination(str(directory), shards(), WORK):
         pass
 
 
-def test_a_finished_file_that_is_gone_at_the_end_is_an_error(tmp_path):
-    made = shards()
-    with open_destination(str(tmp_path), made, WORK) as place:
-        for shard in made:
+def test_finished_file_that_is_missing_at_the_end_is_an_error(tmp_path):
+    plan = shards()
+    with open_destination(str(tmp_path), plan, WORK) as place:
+        for shard in plan:
             write(place, shard)
-        os.remove(place.path(made[1].name))
-        with pytest.raises(WriteError, match=made[1].name):
+        os.remove(place.path(plan[1].name))
+        with pytest.raises(WriteError, match=plan[1].name):
             place.commit(b"index")
         assert system.list_names(str(tmp_path)) == [STAGING_NAME]

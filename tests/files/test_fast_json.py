@@ -1,4 +1,4 @@
-"""The parser of JSON that looks as writers write it: it takes that, and what it takes is what the strict one finds."""
+"""Tests of the fast JSON parser: it accepts usual headers and returns the same as the strict parser."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ TWO = {"a.0": entry("BF16", [2, 2], 0, 8), "b": entry("U8", [3], 8, 11)}
 
 
 def columns(data):
-    """What the strict parser finds; None where it refuses."""
+    """Return the columns of the strict parser, or None if it refuses the data."""
     try:
         return _checked_columns(bytearray(data), "x")
     except CheckpointError:
@@ -39,26 +39,26 @@ def json_of(file):
 
 
 @pytest.mark.parametrize("metadata", [None, {"format": "pt"}, {"format": "pt", "layout": "nemo"}])
-def test_what_safetensors_writes_is_usual(metadata):
+def test_headers_of_safetensors_are_usual(metadata):
     tensors = {"a.0.w": torch.zeros(2, 3), "é": torch.zeros(()), "none": torch.zeros(0, 4, dtype=torch.int64)}
     data = json_of(save(tensors, metadata))
-    found = usual_columns(data)
-    assert found is not None
-    assert found == columns(data)
-    assert found.metadata == (metadata or {})
+    parsed = usual_columns(data)
+    assert parsed is not None
+    assert parsed == columns(data)
+    assert parsed.metadata == (metadata or {})
 
 
 @pytest.mark.parametrize("metadata", [{"format": "pt"}, {}])
 @pytest.mark.parametrize("separators", [(",", ":"), (", ", ": ")])
-def test_what_python_writes_is_usual(metadata, separators):
+def test_headers_of_python_are_usual(metadata, separators):
     data = json.dumps({"__metadata__": metadata, **TWO}, separators=separators).encode() + b"   "
-    found = usual_columns(data)
-    assert found is not None
-    assert found == columns(data)
-    assert found.metadata == metadata
+    parsed = usual_columns(data)
+    assert parsed is not None
+    assert parsed == columns(data)
+    assert parsed.metadata == metadata
 
 
-def test_an_index_as_transformers_writes_it_is_usual():
+def test_index_of_transformers_is_usual():
     index = {"metadata": {"total_size": 3}, "weight_map": {f"a.{i}.w": "x.safetensors" for i in range(3)}}
     assert usual_object((json.dumps(index, indent=2, sort_keys=True) + "\n").encode()) == index
 
@@ -66,32 +66,32 @@ def test_an_index_as_transformers_writes_it_is_usual():
 def test_escapes_are_usual():
     data = json.dumps({"é": TWO["a.0"], "\U0001f600": TWO["b"]}).encode()
     assert b"\\u" in data
-    found = usual_columns(data)
-    assert found is not None
-    assert found == columns(data)
-    assert found.names == ["é", "\U0001f600"]
+    parsed = usual_columns(data)
+    assert parsed is not None
+    assert parsed == columns(data)
+    assert parsed.names == ["é", "\U0001f600"]
 
 
 def test_members_come_in_any_order():
     data = compact({"a": {"data_offsets": [0, 3], "shape": [3], "dtype": "U8"}})
-    found = usual_columns(data)
-    assert found is not None
-    assert found == columns(data) == (["a"], ["U8"], [(3,)], [0], [3], {})
+    parsed = usual_columns(data)
+    assert parsed is not None
+    assert parsed == columns(data) == (["a"], ["U8"], [(3,)], [0], [3], {})
 
 
 def test_a_pair_of_f4_values_is_one_element():
-    found = usual_columns(compact({"a": entry("F4", [2, 4], 0, 4)}))
-    assert found is not None
-    assert found == columns(compact({"a": entry("F4", [2, 4], 0, 4)}))
-    assert found.shapes == [(2, 2)]
+    parsed = usual_columns(compact({"a": entry("F4", [2, 4], 0, 4)}))
+    assert parsed is not None
+    assert parsed == columns(compact({"a": entry("F4", [2, 4], 0, 4)}))
+    assert parsed.shapes == [(2, 2)]
 
 
 def test_equal_shapes_are_one_object():
     data = compact({"a": entry("U8", [300, 500], 0, 150000), "b": entry("U8", [300, 500], 150000, 300000)})
-    found = usual_columns(data)
-    assert found is not None
-    assert found.shapes[0] is found.shapes[1]
-    assert found.dtypes[0] is found.dtypes[1]
+    parsed = usual_columns(data)
+    assert parsed is not None
+    assert parsed.shapes[0] is parsed.shapes[1]
+    assert parsed.dtypes[0] is parsed.dtypes[1]
 
 
 ENTRY = '{"dtype":"U8","shape":[3],"data_offsets":[0,3]}'
@@ -153,12 +153,12 @@ NOT_USUAL = {
 
 
 @pytest.mark.parametrize("name", NOT_USUAL)
-def test_what_is_wrong_or_unusual_is_left_to_the_strict_parser(name):
+def test_wrong_or_unusual_headers_are_left_to_the_strict_parser(name):
     assert usual_columns(NOT_USUAL[name].encode()) is None
 
 
 @pytest.mark.parametrize("data", [b'{"\xff":1}', b'{"a\xed\xa0\x80":{"dtype":"U8","shape":[3],"data_offsets":[0,3]}}'])
-def test_what_is_not_utf8_is_left_to_the_strict_parser(data):
+def test_headers_that_are_not_utf8_are_left_to_the_strict_parser(data):
     assert usual_columns(data) is None
     assert usual_object(data) is None
 
@@ -172,16 +172,16 @@ def test_shapes_of_very_many_sizes_are_refused_at_once():
 
 
 def assert_same(data):
-    found = usual_columns(data)
-    assert found is None or found == columns(data)
+    parsed_columns = usual_columns(data)
+    assert parsed_columns is None or parsed_columns == columns(data)
     parsed = usual_object(data)
     if parsed is not None:
         strict = _checked_object(bytearray(data), "x", _decode)
-        assert repr(parsed) == repr(strict)  # also NaN, -0.0 and the order of names
+        assert repr(parsed) == repr(strict)  # compares NaN, -0.0 and the order of names too
 
 
 @pytest.mark.parametrize("seeds", [header_seeds, index_seeds])
-def test_mutations_are_taken_as_the_strict_parser_takes_them(seeds):
+def test_mutations_parse_as_by_the_strict_parser(seeds):
     random, taken = Random(1), 0
     texts = [json_of(file) for file in seeds()] if seeds is header_seeds else seeds()
     for _ in range(3000):
@@ -216,14 +216,14 @@ ENTRIES = st.fixed_dictionaries(
     st.booleans(),
 )
 @settings(max_examples=150)
-def test_any_json_is_taken_as_the_strict_parser_takes_it(entries, escaped, twice):
+def test_any_json_parses_as_by_the_strict_parser(entries, escaped, twice):
     text = json.dumps(entries, ensure_ascii=escaped)
     if twice and len(entries) > 1:
         text = text.replace(json.dumps(list(entries)[1], ensure_ascii=escaped), json.dumps(next(iter(entries))), 1)
     assert_same(text.encode("utf-8", "surrogatepass"))
 
 
-def test_headers_are_read_by_the_usual_parser_alone(tmp_path, monkeypatch):
+def test_headers_are_read_only_by_the_usual_parser(tmp_path, monkeypatch):
     monkeypatch.setattr(header, "_checked_columns", None)
     (tmp_path / "x.safetensors").write_bytes(save({"a": torch.zeros(2, 3)}))
     assert header.read_header(LocalFile(str(tmp_path / "x.safetensors"))).shapes == [(2, 3)]

@@ -1,4 +1,4 @@
-"""Files in their final places: where these are, whether a file is in its place, and their removal."""
+"""Tests of files in their final places: paths, checks and removal."""
 
 import os
 
@@ -6,7 +6,7 @@ from automodel_conv.files.final_files import folders_of, is_placed, path_below, 
 
 
 def place(directory, name, content=b"x"):
-    """Write a file; returns its size and modification time."""
+    """Write a file; return its size and modification time."""
     path = directory / name
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(content)

@@ -1,4 +1,4 @@
-"""Whether a directory holds what a finished conversion leaves, by sizes, headers and small files."""
+"""Tests of recognizing a finished conversion by sizes, headers and small files."""
 
 import errno
 import os
@@ -16,7 +16,7 @@ INDEX = "model.safetensors.index.json"
 
 @pytest.fixture
 def work(tmp_path):
-    """A finished directory, and the arguments that describe it."""
+    """Write a finished directory; return it with the arguments that describe it."""
     directory, source = tmp_path / "out", tmp_path / "source"
     directory.mkdir()
     source.mkdir()
@@ -76,7 +76,7 @@ def test_checksums_must_be_there_if_they_are_asked_for(work):
     assert is_finished(str(directory), *arguments, True)
 
 
-def test_a_system_that_refuses_to_read_is_an_error_and_no_answer(work, monkeypatch):
+def test_failed_read_is_an_error(work, monkeypatch):
     def refuse(path):
         raise OSError(errno.EACCES, "Permission denied")
 

@@ -1,4 +1,4 @@
-"""The memory that the machine and its control groups leave to a process."""
+"""Tests of the memory that the machine and its control groups leave to a process."""
 
 import sys
 
@@ -9,7 +9,7 @@ from automodel_conv.files.free_memory import free_memory
 
 @pytest.fixture
 def machine(tmp_path):
-    """Write the files of a system; its free memory."""
+    """Return a function that writes the files of a system and returns its free memory."""
 
     def made(files):
         for path, text in ({"proc/meminfo": "MemTotal: 99 kB\nMemAvailable:    1000 kB\n"} | files).items():
@@ -75,23 +75,23 @@ V2, V1 = "sys/fs/cgroup", "sys/fs/cgroup/memory"
         "old kernel",
         "empty",
         "version 2",
-        "of a parent",
+        "limit of a parent",
         "version 1",
         "no limit",
         "nonsense",
-        "no use told",
+        "empty usage file",
     ],
 )
-def test_free_memory_is_what_machine_and_groups_leave(machine, files, free):
+def test_free_memory_is_limited_by_machine_and_groups(machine, files, free):
     assert machine(files) == free
 
 
-def test_a_system_that_tells_nothing_has_no_known_memory(tmp_path):
+def test_free_memory_is_unknown_without_system_files(tmp_path):
     assert free_memory(str(tmp_path)) is None
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells")
-def test_this_machine_has_free_memory():
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux reports free memory")
+def test_free_memory_of_this_machine_is_known():
     free = free_memory()
     assert free is not None
     assert free > 0

@@ -1,4 +1,4 @@
-"""Many buffers in as few calls as the system allows, whatever it returns early or refuses."""
+"""Tests of reads and writes of many buffers in few calls, with short results and missing functions."""
 
 import errno
 import os
@@ -12,7 +12,7 @@ from tests.files.support import CONTENT
 
 
 def slots(sizes):
-    """Poisoned buffers of these sizes and one view of each."""
+    """Return poisoned buffers of these sizes, and one view of each."""
     buffers = [bytearray(b"\xee" * size) for size in sizes]
     return buffers, [memoryview(buffer) for buffer in buffers]
 
@@ -43,10 +43,10 @@ def test_read_exactly_goes_on_after_short_reads(fd, file, monkeypatch, cap):
     kept = list(views)
     read_exactly(fd, views, 5, file)
     assert b"".join(buffers) == CONTENT[5:28]
-    assert views == kept, "the caller's list is his own"
+    assert views == kept, "the caller's list was changed"
 
 
-def test_read_exactly_never_passes_more_views_than_the_system_takes(fd, file, monkeypatch):
+def test_read_exactly_never_passes_more_views_than_the_system_accepts(fd, file, monkeypatch):
     real, counts = system.preadv, []
 
     def counted(fd, views, offset):
@@ -108,7 +108,7 @@ def test_write_exactly_goes_on_after_short_writes(target, tmp_path, monkeypatch,
 
 
 @pytest.mark.parametrize("count", [0, OSError(errno.ENOSPC, "No space left on device")], ids=str)
-def test_a_write_that_ends_names_file_and_offset(target, monkeypatch, count):
+def test_failed_write_names_file_and_offset(target, monkeypatch, count):
     def full(fd, views, offset):
         if isinstance(count, OSError):
             raise count

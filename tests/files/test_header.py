@@ -1,4 +1,4 @@
-"""Headers: what safetensors writes is read, and nothing else; what is wrong is named and costs no memory."""
+"""Tests of headers: those of safetensors are read, and wrong ones are refused by name without using memory."""
 
 import json
 import os
@@ -80,7 +80,7 @@ def state_dicts(draw):
 )
 @given(state_dicts())
 @example({"colon: in a name": torch.tensor([1, 2]), "": torch.tensor(1.5), "é": torch.zeros(0, 3)})
-def test_columns_agree_with_what_safetensors_wrote(tensors):
+def test_columns_agree_with_headers_of_safetensors(tensors):
     tensors = {name: tensor for name, tensor in tensors.items() if tensor.dim() or dtype_code(tensor.dtype) != "F4"}
     with tempfile.TemporaryDirectory() as directory:
         path = os.path.join(directory, "model.safetensors")
@@ -124,7 +124,7 @@ def test_any_alignment_of_the_data_is_read(tmp_path, padding):
     assert [content(checkpoint, name) for name in "ab"] == [b"ab", b"cdef"]
 
 
-def test_rows_follow_the_data_where_the_header_does_not(tmp_path):
+def test_rows_are_in_data_order(tmp_path):
     header = {"c": entry(3, 6), "empty": entry(3, 3), "a": entry(0, 2), "b": entry(2, 3)}
     (tmp_path / "model.safetensors").write_bytes(packed(header, b"aabccc"))
     checkpoint = open_checkpoint(tmp_path)
@@ -278,13 +278,13 @@ def test_malformed_metadata(tmp_path, metadata):
     ],
     ids=str,
 )
-def test_data_that_is_not_covered_once(tmp_path, header, words):
+def test_data_that_is_not_covered_exactly_once(tmp_path, header, words):
     refused_header(tmp_path, header, *words)
 
 
 @given(st.data())
 @settings(max_examples=60, deadline=None, derandomize=True)
-def test_a_file_cut_anywhere_is_refused(data):
+def test_file_truncated_anywhere_is_refused(data):
     whole = packed({"a": A, "b": B}, b"abcdef")
     cut = data.draw(st.integers(0, len(whole) - 1))
     with tempfile.TemporaryDirectory() as directory:

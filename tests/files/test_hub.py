@@ -1,4 +1,4 @@
-"""Repositories of a Hub: which bytes of them are asked for, and what comes of them."""
+"""Tests of repositories of a Hub: the bytes requested from them, and the results."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ TENSORS = {name: np.arange(100, dtype=np.int32) + number for number, name in enu
 
 
 def write_sharded(directory: Path, stem: str = "model", tensors: dict[str, np.ndarray] | None = None) -> None:
-    """Two files and their index."""
+    """Write two files and their index."""
     tensors = TENSORS if tensors is None else tensors
     directory.mkdir(exist_ok=True)
     names, weight_map = list(tensors), {}
@@ -39,7 +39,7 @@ def write_sharded(directory: Path, stem: str = "model", tensors: dict[str, np.nd
 
 
 def write_hollow(directory: Path) -> None:
-    """A checkpoint of Mixtral's names and 200 MB, whose data is a hole."""
+    """Write a sparse checkpoint of 200 MB with Mixtral's names."""
     transformers = pytest.importorskip("transformers")
     config = transformers.MixtralConfig(
         hidden_size=512, intermediate_size=2048, num_hidden_layers=4, num_local_experts=8, vocab_size=1000
@@ -83,7 +83,7 @@ def of_weights(hub: Hub) -> list[Request]:
 
 
 def cached(tmp_path: Path) -> set[str]:
-    """Names of the files in the cache."""
+    """Return the names of the files in the cache."""
     return {path.name for path in (tmp_path / "cache").glob("*/snapshots/*/**/*") if path.is_file()}
 
 
@@ -91,7 +91,7 @@ def columns(checkpoint: amc.Checkpoint) -> list[Any]:
     return [checkpoint.names, checkpoint.dtypes, checkpoint.shapes, checkpoint.offsets, checkpoint.nbytes]
 
 
-def test_a_repository_is_opened_from_its_headers_alone(hub, repository, tmp_path):
+def test_repository_is_opened_from_its_headers_only(hub, repository, tmp_path):
     checkpoint = amc.open_checkpoint(NAME)
     assert columns(checkpoint) == columns(amc.open_checkpoint(repository))
     assert checkpoint.is_remote
@@ -115,18 +115,18 @@ def test_planning_transfers_less_than_a_hundredth_of_a_repository(tmp_path, monk
         assert not hub.requests_of(".bin")
         assert plan.to_json() == amc.compile_plan(tmp_path / "repository").to_json()
         hub.requests.clear()
-        said = subprocess.run(
+        result = subprocess.run(
             [sys.executable, "-m", "automodel_conv", "plan", NAME, "--no-model", "--revision", "main"],
             env=environment(hub, tmp_path / "other cache"),
             capture_output=True,
             text=True,
         )
-        assert said.returncode == 0, said.stderr
-        assert said.stdout.strip() == amc.compile_plan(tmp_path / "repository", rules=[]).summary().strip()
+        assert result.returncode == 0, result.stderr
+        assert result.stdout.strip() == amc.compile_plan(tmp_path / "repository", rules=[]).summary().strip()
         assert 0 < hub.sent < hub.nbytes(NAME) / 1000
 
 
-def test_a_header_longer_than_expected_takes_a_second_request(hub, repository):
+def test_header_longer_than_expected_needs_a_second_request(hub, repository):
     tensors = {f"a.name.that.is.rather.long.{number:04}": np.zeros(1, np.int8) for number in range(500)}
     for path in repository.iterdir():
         path.unlink()
@@ -137,7 +137,7 @@ def test_a_header_longer_than_expected_takes_a_second_request(hub, repository):
     assert sum(request.sent for request in of_weights(hub)) == checkpoint.offsets[0]
 
 
-def test_a_file_shorter_than_expected_takes_one_request(hub, repository):
+def test_file_shorter_than_expected_needs_one_request(hub, repository):
     for path in repository.iterdir():
         path.unlink()
     save_file({"a": np.zeros(0, np.int8)}, repository / "model.safetensors")
@@ -146,7 +146,7 @@ def test_a_file_shorter_than_expected_takes_one_request(hub, repository):
 
 
 @pytest.mark.parametrize("tensors", [4, 500])
-def test_a_server_without_ranges_is_left_once_it_has_sent_enough(repository, tmp_path, monkeypatch, tensors):
+def test_download_from_a_server_without_ranges_stops_after_the_header(repository, tmp_path, monkeypatch, tensors):
     big = {f"a.name.that.is.rather.long.{number}": np.zeros(1, np.int8) for number in range(tensors)}
     for path in repository.iterdir():
         path.unlink()
@@ -154,7 +154,7 @@ def test_a_server_without_ranges_is_left_once_it_has_sent_enough(repository, tmp
     with serve({NAME: repository}, takes_ranges=False) as hub:
         use(hub, tmp_path / "cache", monkeypatch)
         assert columns(amc.open_checkpoint(NAME)) == columns(amc.open_checkpoint(repository))
-    assert 0 < hub.sent < 60_000_000  # what lies in buffers between us is sent too
+    assert 0 < hub.sent < 60_000_000  # buffers of the sockets count as sent
 
 
 @pytest.mark.parametrize(
@@ -167,7 +167,7 @@ def test_a_server_without_ranges_is_left_once_it_has_sent_enough(repository, tmp
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:abc", "a Git-LFS pointer"),
     ],
 )
-def test_remote_headers_are_checked_as_local_ones_are(hub, repository, content, text):
+def test_remote_headers_are_checked_like_local_ones(hub, repository, content, text):
     (repository / "model-00002-of-00002.safetensors").write_bytes(content)
     with pytest.raises(CheckpointError, match=text) as remote:
         amc.open_checkpoint(NAME)
@@ -194,7 +194,7 @@ def test_a_repository_of_other_formats_is_refused_with_advice(hub, repository):
         amc.open_checkpoint(NAME)
 
 
-def test_data_of_headers_alone_is_refused_by_whoever_wants_to_read_it(hub, repository):
+def test_reading_data_of_a_remote_checkpoint_is_refused(hub, repository):
     checkpoint = amc.open_checkpoint(NAME)
     plan = amc.compile_plan(checkpoint, rules=[])
     buffers = {target.name: torch.empty(target.shape, dtype=torch.int32) for target in plan.targets}
@@ -202,7 +202,7 @@ def test_data_of_headers_alone_is_refused_by_whoever_wants_to_read_it(hub, repos
         load_to_host(plan, checkpoint, buffers)
 
 
-def test_a_load_downloads_what_the_index_names_and_nothing_else(hub, repository, tmp_path):
+def test_load_downloads_only_indexed_files(hub, repository, tmp_path):
     write_sharded(repository, "consolidated", {name: 2 * tensor for name, tensor in TENSORS.items()})
     save_file(TENSORS, repository / "model.fp32.safetensors")
     for name in ("pytorch_model.bin", "tokenizer.json", "original/model.safetensors"):
@@ -223,7 +223,7 @@ def test_a_repository_with_one_file_needs_no_index(hub, repository, tmp_path):
     assert cached(tmp_path) == {"model.safetensors"}
 
 
-def test_what_is_whole_in_the_cache_needs_no_network(hub, tmp_path, monkeypatch):
+def test_cached_repository_needs_no_network(hub, tmp_path, monkeypatch):
     amc.load_state_dict(NAME, rules=[])
     hub.requests.clear()
     assert not amc.open_checkpoint(NAME).is_remote
@@ -236,7 +236,7 @@ def test_what_is_whole_in_the_cache_needs_no_network(hub, tmp_path, monkeypatch)
     assert not hub.requests
 
 
-def test_what_is_not_in_the_cache_is_told_where_there_is_no_network(hub, tmp_path, monkeypatch):
+def test_uncached_repository_is_an_error_without_network(hub, tmp_path, monkeypatch):
     use(hub, tmp_path / "cache", monkeypatch, offline=True)
     with pytest.raises(CheckpointError, match=rf"(?s)neither a local path nor a repository.*{NAME}"):
         amc.open_checkpoint(NAME)
@@ -249,7 +249,7 @@ def test_what_is_not_in_the_cache_is_told_where_there_is_no_network(hub, tmp_pat
         amc.load_state_dict(NAME, rules=[])
 
 
-def test_a_conversion_without_the_network_never_lacks_a_tokenizer_in_silence(hub, repository, tmp_path, monkeypatch):
+def test_offline_conversion_without_tokenizer_is_an_error(hub, repository, tmp_path, monkeypatch):
     (repository / "tokenizer.json").write_text("{}")
     amc.load_state_dict(NAME, rules=[])
     use(hub, tmp_path / "cache", monkeypatch, offline=True)
@@ -258,7 +258,7 @@ def test_a_conversion_without_the_network_never_lacks_a_tokenizer_in_silence(hub
     assert not (tmp_path / "made").exists()
 
 
-def test_a_repository_that_is_not_open_to_all_wants_the_token(repository, tmp_path, monkeypatch):
+def test_private_repository_requires_the_token(repository, tmp_path, monkeypatch):
     with serve({NAME: repository}, token="hf_right") as hub:
         use(hub, tmp_path / "cache", monkeypatch)
         for token in ("hf_wrong", "hf_right"):
@@ -271,13 +271,13 @@ def test_a_repository_that_is_not_open_to_all_wants_the_token(repository, tmp_pa
                 assert sorted(amc.load_state_dict(NAME, rules=[])) == sorted(TENSORS)
 
 
-def test_a_revision_that_is_not_there_is_named(hub):
+def test_missing_revision_is_named(hub):
     with pytest.raises(CheckpointError, match=rf"(?s){NAME}, revision v9.*RevisionNotFound"):
         amc.open_checkpoint(NAME, revision="v9")
     assert columns(amc.open_checkpoint(NAME, revision=hub.commit(NAME))) == columns(amc.open_checkpoint(NAME))
 
 
-def test_a_server_that_is_gone_is_told(repository, tmp_path, monkeypatch):
+def test_unreachable_server_is_an_error(repository, tmp_path, monkeypatch):
     with serve({NAME: repository}) as hub:
         use(hub, tmp_path / "cache", monkeypatch)
     with pytest.raises(CheckpointError, match=rf"(?s){NAME}.*check the path, the network"):
@@ -293,10 +293,10 @@ def test_a_converted_repository_has_the_tokenizer_and_the_model_of_the_source(tm
     repository = tmp_path / "repository"
     write_checkpoint(build_model("mixtral"), repository)
     words = {word: number for number, word in enumerate(["<unk>", "<s>", "</s>", "all", "experts", "route"])}
-    made = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
-    made.pre_tokenizer = pre_tokenizers.Whitespace()
+    backend = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=made, unk_token="<unk>", bos_token="<s>", eos_token="</s>"
+        tokenizer_object=backend, unk_token="<unk>", bos_token="<s>", eos_token="</s>"
     )
     tokenizer.chat_template = {"default": "{{ messages[0].content }} all", "tool_use": "route {{ tools }}"}
     tokenizer.save_pretrained(repository)
@@ -315,10 +315,10 @@ def test_a_converted_repository_has_the_tokenizer_and_the_model_of_the_source(tm
     configs = {"config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"}
     templates = {"chat_template.jinja", "additional_chat_templates/tool_use.jinja"}
     assert set(report.files_copied) == configs | templates | {"LICENSE", "code/modeling_own.py"}
-    found = {p.relative_to(tmp_path / "made").as_posix(): p for p in (tmp_path / "made").rglob("*") if p.is_file()}
-    assert set(found) == {*report.files, *report.files_copied, "model.safetensors.index.json"}
+    written = {p.relative_to(tmp_path / "made").as_posix(): p for p in (tmp_path / "made").rglob("*") if p.is_file()}
+    assert set(written) == {*report.files, *report.files_copied, "model.safetensors.index.json"}
     for name in report.files_copied:
-        assert found[name].read_bytes() == (repository / name).read_bytes()
+        assert written[name].read_bytes() == (repository / name).read_bytes()
     one, other = (transformers.AutoTokenizer.from_pretrained(d) for d in (repository, tmp_path / "made"))
     assert other.chat_template == one.chat_template == tokenizer.chat_template
     assert type(other) is type(one)

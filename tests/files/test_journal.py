@@ -1,4 +1,4 @@
-"""The journal of unfinished work: what it records, what a crash leaves of it, and what is not one."""
+"""Tests of the journal of unfinished work: its records, truncation by a crash, and malformed files."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""What is mistaken for a file of a checkpoint is told by what it is."""
+"""Tests of files mistaken for those of a checkpoint: the error identifies them."""
 
 import pytest
 
@@ -19,27 +19,27 @@ LOOKALIKES = {
 
 
 @pytest.mark.parametrize(("data", "words"), LOOKALIKES.values(), ids=LOOKALIKES)
-def test_what_stands_in_the_place_of_weights_is_told(tmp_path, data, words):
+def test_file_in_place_of_weights_is_identified(tmp_path, data, words):
     path = tmp_path / "model.safetensors"
     path.write_bytes(data)
     refused(tmp_path, str(path), "not a safetensors file", *words)
 
 
 @pytest.mark.parametrize("length", [int.from_bytes(start, "little") for start in (b"\x80\x02", b"\x1f\x8b", b"<a>")])
-def test_a_cut_file_is_not_taken_for_what_the_length_of_its_header_looks_like(tmp_path, length):
+def test_truncated_file_is_not_mistaken_for_another_format(tmp_path, length):
     (tmp_path / "model.safetensors").write_bytes(length.to_bytes(8, "little") + b'{"a":')
     refused(tmp_path, "the length of a header is impossible", "truncated", f"{length} bytes")
 
 
 @pytest.mark.parametrize("data", [POINTER.encode(), b"<html></html>"])
-def test_what_stands_in_the_place_of_an_index_is_told(tmp_path, data):
+def test_file_in_place_of_an_index_is_identified(tmp_path, data):
     write_sharded(tmp_path, TWO)
     (tmp_path / "model.safetensors.index.json").write_bytes(data)
     words = ["git lfs pull"] if data.startswith(b"v") else ["page of HTML"]
     refused(tmp_path, "malformed JSON", "model.safetensors.index.json", *words)
 
 
-def test_an_index_that_is_cut_is_told_as_malformed(tmp_path):
+def test_truncated_index_is_malformed(tmp_path):
     write_sharded(tmp_path, TWO)
     (tmp_path / "model.safetensors.index.json").write_bytes(b'{"weight_map": {"x": "a.saf')
     assert "login" not in refused(tmp_path, "malformed JSON")

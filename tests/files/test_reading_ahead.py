@@ -1,4 +1,4 @@
-"""Files are in the cache afterwards; what is short, broken or ended stops it without a word."""
+"""Tests of reading ahead: files are cached afterwards, and short, broken or ended reads stop it silently."""
 
 import ctypes
 import errno
@@ -25,7 +25,7 @@ from tests.faults import descriptors, workers
 
 ALL = (0, 1)
 PORTION_BYTES = 1 << 20
-# One page beyond whole portions, so that the last portion is a short one.
+# One page more than whole portions, so that the last portion is short.
 SIZES = (3 * PORTION_BYTES, PORTION_BYTES + 4096)
 
 
@@ -36,7 +36,7 @@ def small_portions(monkeypatch):
 
 @pytest.fixture
 def files(tmp_path):
-    """Files that the disk has and the cache has forgotten."""
+    """Write files to the disk and evict them from the cache."""
     if sys.platform != "linux" or not hasattr(os, "RWF_NOWAIT"):
         pytest.skip("only Linux tells what is cached")
     made = [str(tmp_path / f"{number}.safetensors") for number in range(len(SIZES))]
@@ -52,7 +52,7 @@ def files(tmp_path):
 
 
 def cached_pages(path):
-    """How many pages of a file are in the cache. To read a byte without waiting, to see that, lets its page come."""
+    """Return the number of cached pages of a file. Reading a byte with RWF_NOWAIT would start to load its page."""
     with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY) as mapped:
         pages = -(-len(mapped) // mmap.PAGESIZE)
         found = (ctypes.c_ubyte * pages)()
@@ -65,7 +65,7 @@ def cached_pages(path):
 
 
 def wait_until_cached(files):
-    """Until what is under way has come."""
+    """Wait until pending reads have finished."""
     until = time.monotonic() + 60
     while sum(map(cached_pages, files)) * mmap.PAGESIZE < sum(SIZES):
         assert time.monotonic() < until
@@ -74,7 +74,7 @@ def wait_until_cached(files):
 
 @pytest.fixture
 def fake(tmp_path, monkeypatch):
-    """Two files of which nothing is cached, and what is brought in of them: (file, offset, bytes)."""
+    """Write two files that count as uncached; record the reads into the cache: (file, offset, bytes)."""
     calls = []
     paths = []
     for number, nbytes in enumerate(SIZES):
@@ -92,7 +92,7 @@ def fake(tmp_path, monkeypatch):
     return SimpleNamespace(paths=paths, calls=calls)
 
 
-def test_all_is_cached_afterwards_and_nothing_is_read_twice(files, monkeypatch):
+def test_all_bytes_are_cached_and_none_is_read_twice(files, monkeypatch):
     assert 0 < read_ahead(files, ALL, threading.Event()) <= sum(SIZES)
     wait_until_cached(files)
     monkeypatch.setattr(system, "read_into_cache", None)
@@ -122,7 +122,7 @@ def test_ranks_read_each_portion_once(fake, shares):
     assert sum(parts) == expected
 
 
-def test_it_stops_after_the_portion_that_is_under_way(fake, monkeypatch):
+def test_it_stops_after_the_current_portion(fake, monkeypatch):
     stop, read_into_cache = threading.Event(), system.read_into_cache
 
     def stopping(*arguments):
@@ -135,7 +135,7 @@ def test_it_stops_after_the_portion_that_is_under_way(fake, monkeypatch):
     assert len(fake.calls) == 1
 
 
-def test_where_the_system_cannot_tell_what_is_cached_nothing_is_read(fake, monkeypatch):
+def test_nothing_is_read_if_the_system_cannot_report_cached_pages(fake, monkeypatch):
     monkeypatch.setattr(system, "is_cached", lambda fd, offset: None)
     assert read_ahead(fake.paths, ALL, threading.Event()) == 0
 
@@ -146,7 +146,7 @@ def test_all_ranks_together_take_half_of_the_free_memory(fake, monkeypatch, shar
     assert read_ahead(fake.paths, (0, shares), threading.Event()) == 2 * PORTION_BYTES // shares
 
 
-def test_memory_that_becomes_short_ends_it(fake, monkeypatch):
+def test_it_stops_if_memory_runs_short(fake, monkeypatch):
     free = iter([1 << 60, 1 << 60, 4 * PORTION_BYTES])
     monkeypatch.setattr(module, "free_memory", lambda: next(free))
     monkeypatch.setattr(module, "_LOOK_BYTES", PORTION_BYTES)
@@ -160,7 +160,7 @@ def test_without_memory_nothing_is_read(fake, monkeypatch, free):
 
 
 @pytest.mark.parametrize("call", ["open_readonly", "size", "read_into_cache"])
-def test_a_call_that_fails_ends_it_without_a_word(fake, monkeypatch, call):
+def test_failing_call_ends_it_silently(fake, monkeypatch, call):
     def fail(*arguments):
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
@@ -176,7 +176,7 @@ def large(fake):
 
 
 @pytest.mark.parametrize("error", [None, KeyError, KeyboardInterrupt], ids=str)
-def test_no_thread_is_left_also_where_the_block_raises(large, monkeypatch, error):
+def test_no_thread_is_left_after_the_block_ends_or_raises(large, monkeypatch, error):
     started = threading.Event()
 
     def reads(files, share, stop):
@@ -204,7 +204,7 @@ def test_remote_and_small_checkpoints_are_not_read_ahead(large, monkeypatch, cha
         pass
 
 
-def test_no_more_threads_are_no_error(large, monkeypatch):
+def test_failure_to_start_a_thread_is_not_an_error(large, monkeypatch):
     def refuse(thread):
         raise RuntimeError("can't start new thread")
 
@@ -215,7 +215,7 @@ def test_no_more_threads_are_no_error(large, monkeypatch):
 
 @pytest.fixture
 def tried(monkeypatch):
-    """Whether doors read ahead, in a process that has imported no models yet."""
+    """Record which doors read ahead, in a process that has not imported any models yet."""
     shares = []
 
     def noting(checkpoint, share):
@@ -228,7 +228,7 @@ def tried(monkeypatch):
 
 
 def test_only_loads_that_build_a_model_read_ahead(tmp_path, tried, monkeypatch):
-    pytest.importorskip("transformers", reason="the model is one of transformers'")
+    pytest.importorskip("transformers", reason="needs a transformers model")
     from tests.model_zoo import build_model, write_checkpoint
 
     model = build_model("mixtral")
@@ -251,7 +251,7 @@ def test_only_loads_that_build_a_model_read_ahead(tmp_path, tried, monkeypatch):
     assert converting.while_importing is opening.while_importing
 
 
-def test_errors_of_planning_are_told_as_ever(tmp_path, tried):
+def test_errors_of_planning_are_unchanged(tmp_path, tried):
     save_file({"a": torch.ones(2)}, tmp_path / "model.safetensors")
     with pytest.raises(amc.UnsupportedError, match=r"config\.json|needs transformers"):
         amc.load_state_dict(tmp_path)

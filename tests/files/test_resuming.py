@@ -1,4 +1,4 @@
-"""Work that an earlier process left: resumed if it is the same, refused if it is another, discarded if told to."""
+"""Tests of unfinished work of an earlier process: resumed if it is the same, otherwise refused or discarded."""
 
 import json
 import os
@@ -25,7 +25,7 @@ def directory(tmp_path):
 
 
 def begun(directory, *records, work=WORK, place=STAGING_NAME, names=()):
-    """A journal with these records, and whole shards in a place."""
+    """Write a journal with these records, and whole shards."""
     for shard in SHARDS:
         if shard.name in names:
             (directory / place / shard.name).write_bytes(bytes(shard.nbytes))
@@ -36,7 +36,7 @@ def begun(directory, *records, work=WORK, place=STAGING_NAME, names=()):
 
 
 def resumed(directory, work=WORK, resume=True):
-    """The shards that are finished, and what the journal records afterwards."""
+    """Return the finished shards and the records of the journal afterwards."""
     fd = system.open_append(str(directory / STAGING_NAME / JOURNAL_NAME))
     try:
         found = resume_or_discard(read_journal(fd), fd, str(directory), SHARDS, work, resume, INDEX)

@@ -1,4 +1,4 @@
-"""Headers, division and index of what is written, against the libraries whose files they shall equal."""
+"""Tests of written headers, division into files, and index, against the libraries that they must match."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from automodel_conv.testing import address_valued
 
 
 def can_be_saved(code: str) -> bool:
-    """Whether the installed torch has the dtype and the installed safetensors writes it."""
+    """Return whether the installed torch has the dtype and the installed safetensors writes it."""
     if torch_dtype(code) is None:
         return False
     try:
@@ -66,13 +66,13 @@ def test_most_dtypes_can_be_compared():
 
 
 def text_of(header: bytes) -> bytes:
-    """The JSON of a header, without the spaces at its end."""
+    """Return the JSON of a header without trailing spaces."""
     assert int.from_bytes(header[:8], "little") == len(header) - 8
     return header[8:].rstrip(b" ")
 
 
 def header_of(data: bytes) -> bytes:
-    """What a file has before its data."""
+    """Return the bytes of a file before its data."""
     return data[: 8 + int.from_bytes(data[:8], "little")]
 
 
@@ -80,7 +80,7 @@ def header_of(data: bytes) -> bytes:
 @example({"é": torch.ones(3), "quotes \" and \\ and '": torch.ones(()), "": torch.ones(2, 0)})
 @example({"😀": torch.ones(1), "\uff5e": torch.ones(1), "z": torch.ones(1), "Z": torch.ones(1)})
 @given(tensors_by_name())
-def test_header_and_data_equal_what_safetensors_writes_byte_for_byte_but_for_spaces_between(tensors):
+def test_header_and_data_equal_those_of_safetensors_except_for_padding(tensors):
     shard = shard_of("a", specs_of(tensors))
     data = bytearray(shard.nbytes)
     data[: len(shard.header)] = shard.header
@@ -91,7 +91,7 @@ def test_header_and_data_equal_what_safetensors_writes_byte_for_byte_but_for_spa
     assert data[len(shard.header) :] == expected[len(header_of(expected)) :]
 
 
-def test_data_begins_at_the_next_page_whatever_the_length_of_the_header():
+def test_data_starts_at_a_page_for_any_header_length():
     spaces = set()
     for length in range(1, 1000):
         specs = [Spec("a" * 1000, "U8", (1,)), Spec("b" * 1000, "U8", (1,)), Spec("c" * 1000, "U8", (1,))]
@@ -103,20 +103,20 @@ def test_data_begins_at_the_next_page_whatever_the_length_of_the_header():
 
 
 @pytest.mark.skipif("F4" not in DTYPES, reason="this torch has no float4")
-def test_pairs_of_four_bits_are_counted_as_safetensors_counts_them():
+def test_float4_pairs_are_counted_as_in_safetensors():
     tensors = {"odd": address_valued((3, 1), torch_dtype("F4")), "wide": torch.ones(2, dtype=torch.int64)}
     shard = shard_of("a", specs_of(tensors))
     assert text_of(shard.header) == text_of(header_of(save(tensors, metadata={"format": "pt"})))
     assert b'"shape":[3,2]' in shard.header
 
 
-def test_a_pair_of_four_bits_without_a_dimension_is_refused_as_nobody_could_read_it():
+def test_float4_scalar_is_refused():
     with pytest.raises(UnsupportedError, match="a is float4 without a dimension"):
         shard_of("model.safetensors", [Spec("a", "F4", ())])
 
 
 @given(tensors_by_name())
-def test_every_tensor_starts_where_its_elements_may_and_none_share_bytes(tensors):
+def test_tensors_are_aligned_and_do_not_overlap(tensors):
     shard = shard_of("a", specs_of(tensors))
     end = len(shard.header)
     for spec, offset in zip(shard.specs, shard.offsets, strict=True):
@@ -133,7 +133,7 @@ def test_wider_dtypes_that_torch_lacks_keep_their_place_in_the_order():
     assert [spec.nbytes for spec in specs] == [nbytes(code, 8) for code in reversed(BITS)]
 
 
-def test_what_is_written_opens_with_safetensors_and_with_us(tmp_path):
+def test_written_files_open_with_safetensors_and_this_package(tmp_path):
     tensors = {"b": torch.ones(2, 3), "a": torch.ones((), dtype=torch.int64), "é": torch.ones(0, 4, dtype=torch.bool)}
     shard = shard_of("model.safetensors", specs_of(tensors))
     path = tmp_path / shard.name
@@ -145,8 +145,8 @@ def test_what_is_written_opens_with_safetensors_and_with_us(tmp_path):
     with safe_open(path, "pt") as file:
         assert file.metadata() == {"format": "pt"}
         for name, tensor in tensors.items():
-            found = file.get_tensor(name)
-            assert (found.shape, found.dtype) == (tensor.shape, tensor.dtype)
+            loaded = file.get_tensor(name)
+            assert (loaded.shape, loaded.dtype) == (tensor.shape, tensor.dtype)
 
 
 @example([100, 1, 99, 101, 100, 1], 100)
@@ -174,20 +174,20 @@ def test_division_equals_that_of_huggingface_hub(sizes, most_bytes):
         assert json.loads(index)["metadata"]["total_size"] == theirs.metadata["total_size"]
 
 
-def test_empty_tensors_go_with_those_before_them():
+def test_empty_tensors_go_into_the_file_of_their_predecessors():
     specs = [Spec("a", "U8", (10,)), Spec("b", "U8", (0,)), Spec("c", "U8", (10,)), Spec("d", "F32", (3, 0))]
     shards = divide(specs, 10)
     assert [{spec.name for spec in shard.specs} for shard in shards] == [{"a", "b"}, {"c", "d"}]
 
 
-def test_nothing_is_one_empty_file_without_an_index():
+def test_no_tensors_are_one_empty_file_without_an_index():
     [shard] = divide([], 10)
     assert shard.name == "model.safetensors"
     assert text_of(shard.header) == text_of(save({}, metadata={"format": "pt"}))
     assert index_of([shard]) is None
 
 
-def test_division_like_a_reference_keeps_its_files_and_leaves_those_out_that_have_nothing():
+def test_division_like_a_reference_keeps_its_nonempty_files():
     files = {"a": "two.safetensors", "b": "one.safetensors", "c": "two.safetensors", "gone": "three.safetensors"}
     specs = [Spec(name, "F32", (2,)) for name in "cab"]
     shards = divide_like(specs, files)
@@ -244,7 +244,7 @@ def test_index_of_names_beyond_ascii_is_read_back(tmp_path):
         ("17 kib", 17 << 10),
     ],
 )
-def test_sizes_are_bytes_or_words(size, expected):
+def test_sizes_are_bytes_or_units(size, expected):
     assert parse_size(size) == expected
 
 
@@ -252,18 +252,18 @@ def test_sizes_are_bytes_or_words(size, expected):
     "size",
     [0, -1, True, False, None, 1.5, "", "5", "GB", "5 G B", "-5GB", "5GBs", "0GB", "0.4B", "1e3MB", b"5GB", "5,0GB"],
 )
-def test_what_is_no_size_is_refused(size):
+def test_malformed_size_is_refused(size):
     with pytest.raises(UnsupportedError, match="not a size"):
         parse_size(size)
 
 
 @pytest.mark.parametrize("words", ["5GB", "300MB", "17KB", "1TB"])
-def test_words_mean_what_huggingface_hub_means(words):
+def test_units_agree_with_huggingface_hub(words):
     parse = pytest.importorskip("huggingface_hub.serialization._base").parse_size_to_int
     assert parse_size(words) == parse(words)
 
 
 @pytest.mark.parametrize("name", ["a\nb", "a" * 1025, "\x1b[2J"])
-def test_a_name_that_would_not_be_read_is_not_written(name):
+def test_name_that_would_be_refused_is_not_written(name):
     with pytest.raises(UnsupportedError, match="an invalid tensor name"):
         shard_of("model.safetensors", [Spec(name, "U8", (1,))])

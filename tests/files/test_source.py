@@ -1,4 +1,4 @@
-"""A local file as a source of bytes."""
+"""Tests of a local file as a source of bytes."""
 
 import os
 

@@ -1,4 +1,4 @@
-"""The folder of unfinished work: its lock, and its removal without anything else."""
+"""Tests of the folder of unfinished work: its lock and its removal."""
 
 import os
 import sys
@@ -19,7 +19,7 @@ from automodel_conv.files.staging import (
     staged_path,
 )
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="locks as Linux has them")
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="Linux locks")
 
 
 @pytest.fixture

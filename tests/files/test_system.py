@@ -15,7 +15,7 @@ def test_size_is_the_length_of_the_file(fd):
     assert system.size(fd) == len(CONTENT)
 
 
-def test_a_thread_that_works_is_ready_and_one_that_sleeps_is_not():
+def test_working_thread_is_ready_and_sleeping_one_is_not():
     before, begin = system.seconds_ready(), time.thread_time()
     while time.thread_time() - begin < 0.05:
         pass
@@ -36,7 +36,7 @@ def test_listing_and_kinds_of_paths(tmp_path, file):
     assert not system.exists(file + "x")
 
 
-def test_a_file_of_a_journal_grows_at_its_end_alone(tmp_path):
+def test_journal_file_grows_only_at_its_end(tmp_path):
     path = str(tmp_path / "journal")
     for text in (b"one", b"two"):
         fd = system.open_append(path)
@@ -50,14 +50,14 @@ def test_a_file_of_a_journal_grows_at_its_end_alone(tmp_path):
 
 
 @pytest.mark.parametrize("missing", [False, True])
-def test_reserved_room_is_the_length_of_the_file(target, monkeypatch, missing):
+def test_reserved_space_is_the_length_of_the_file(target, monkeypatch, missing):
     if missing:
         monkeypatch.delattr(os, "posix_fallocate", raising=False)
     system.reserve(target, 12_345)
     assert system.size(target) == 12_345
 
 
-def test_room_that_is_not_there_is_told_but_a_file_system_that_cannot_promise_is_not(target, monkeypatch):
+def test_lack_of_space_is_an_error_but_unsupported_fallocate_is_not(target, monkeypatch):
     def refuse(code):
         def call(*arguments):
             raise OSError(code, os.strerror(code))
@@ -72,9 +72,9 @@ def test_room_that_is_not_there_is_told_but_a_file_system_that_cannot_promise_is
         system.reserve(target, 20)
 
 
-def test_bytes_copied_within_the_kernel_are_counted_and_none_where_it_cannot(fd, target, tmp_path, monkeypatch):
+def test_kernel_copy_returns_the_number_of_copied_bytes(fd, target, tmp_path, monkeypatch):
     count = system.copy_range(fd, 5, target, 3, 100)
-    if count:  # which some file systems do not
+    if count:  # some file systems cannot
         assert (tmp_path / "new").read_bytes() == b"\0\0\0" + CONTENT[5 : 5 + count]
     assert system.copy_range(fd, len(CONTENT), target, 0, 10) == 0
 
@@ -87,7 +87,7 @@ def test_bytes_copied_within_the_kernel_are_counted_and_none_where_it_cannot(fd,
     assert system.copy_range(fd, 0, target, 0, 10) == 0
 
 
-def test_what_closing_tells_is_not_an_error_but_closing_twice_is(target, monkeypatch):
+def test_error_of_close_is_ignored_but_closing_twice_is_an_error(target, monkeypatch):
     def fails(fd):
         raise OSError(errno.EIO, "Input/output error")
 
@@ -100,8 +100,8 @@ def test_what_closing_tells_is_not_an_error_but_closing_twice_is(target, monkeyp
         system.close(other)
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="locks as Linux has them")
-def test_a_locked_file_is_refused_until_it_is_closed_and_a_removed_one_is_told(tmp_path):
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux locks")
+def test_locked_file_is_refused_until_closed_and_a_removed_one_is_detected(tmp_path):
     path = str(tmp_path / "lock")
     first, second = system.open_append(path), system.open_append(path)
     assert system.lock(first)

@@ -1,4 +1,4 @@
-"""Errors of the system during a write become one error that names the file and what to check."""
+"""Tests of system errors during a write: each becomes one error that names the file and what to check."""
 
 import pytest
 

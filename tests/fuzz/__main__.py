@@ -1,10 +1,10 @@
-"""Fuzzing with atheris (libFuzzer), guided by the coverage of this package, from the corpus beside this file.
+"""Fuzzing with atheris (libFuzzer), guided by the coverage of this package, from the corpus in this folder.
 
     python -m tests.fuzz [TARGET ...] [--seconds N] [--seed N] [--keep] [--record FILE]
 
-Each target runs for N seconds in a process of its own. It ends with what it found, if anything: the input lies in the
-current directory then, and ``--input FILE`` runs it once more. ``--keep`` adds what reaches new code to the corpus,
-``--record`` a line for each target to a CSV file. atheris is found on PYTHONPATH.
+Each target runs for N seconds in its own process, and ends with its finding, if any. The input is then in the current
+directory, and ``--input FILE`` runs it again. ``--keep`` adds inputs that reach new code to the corpus; ``--record``
+adds a line for each target to a CSV file. atheris must be on PYTHONPATH.
 """
 
 from __future__ import annotations
@@ -37,16 +37,16 @@ _COLUMNS = ("date", "target", "executions", "seconds", "seed", "inputs", "found"
 
 
 class Run(NamedTuple):
-    """How a target ended."""
+    """The result of fuzzing one target."""
 
     executions: int
     seconds: float
     found: str
-    """What ended it, the last lines that it printed; empty if nothing did."""
+    """The last lines printed before the target ended early; empty if it did not."""
 
 
 def fuzz(name: str, seconds: float, seed: int, planted: str | None = None, keep: bool = False) -> Run:
-    """Fuzz a target in a process of its own."""
+    """Fuzz a target in its own process."""
     with tempfile.TemporaryDirectory() as new:
         corpus = CORPUS / name
         command = [
@@ -68,12 +68,12 @@ def fuzz(name: str, seconds: float, seed: int, planted: str | None = None, keep:
             for path in Path(new).iterdir():
                 if path.stat().st_size <= _LONGEST_KEPT:
                     shutil.copy(path, corpus)
-    found = f"exit code {done.returncode}\n{done.stdout[-3000:]}{done.stderr[-3000:]}" if done.returncode else ""
-    return Run(int(executed[-1]) if executed else 0, took, found)
+    finding = f"exit code {done.returncode}\n{done.stdout[-3000:]}{done.stderr[-3000:]}" if done.returncode else ""
+    return Run(int(executed[-1]) if executed else 0, took, finding)
 
 
 def run_target(name: str, planted: str | None, arguments: list[str]) -> None:
-    """In a process of its own, which libFuzzer ends."""
+    """Fuzz in this process, which libFuzzer ends."""
     import atheris  # pyright: ignore[reportMissingImports]
 
     with atheris.instrument_imports(include=["automodel_conv"], enable_loader_override=False):
@@ -101,9 +101,9 @@ def run_target(name: str, planted: str | None, arguments: list[str]) -> None:
         if time.monotonic() - start > _MOST_SECONDS_AN_INPUT:
             raise AssertionError(f"took {time.monotonic() - start:.1f} s")
 
-    signal.signal(signal.SIGALRM, signal.SIG_IGN)  # that of libFuzzer would end this process without a word
+    signal.signal(signal.SIGALRM, signal.SIG_IGN)  # libFuzzer's handler would end this process silently
     atheris.Setup(["fuzz", *arguments], check, custom_mutator=mutated)
-    # At the end of the process atheris would wait for an interpreter that is gone: it ends right away.
+    # At exit, atheris would wait for an interpreter that is gone, so end at once.
     libc = ctypes.CDLL(None)
     libc.on_exit(libc._exit, None)
     atheris.Fuzz()
@@ -143,7 +143,7 @@ def main() -> None:
     parser.add_argument("targets", nargs="*", choices=[*NAMES, []], metavar="TARGET", help=", ".join(NAMES))
     parser.add_argument("--seconds", type=float, default=60)
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--keep", action="store_true", help="add what reaches new code to the corpus")
+    parser.add_argument("--keep", action="store_true", help="add inputs that reach new code to the corpus")
     parser.add_argument("--record", type=Path, metavar="FILE", help="a CSV file, to which a line is added for each")
     options = parser.parse_args()
     wrong = False

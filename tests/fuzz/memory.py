@@ -1,4 +1,4 @@
-"""Files that exist in memory only, in the place of ``automodel_conv.files.system``: quick, and every access is seen."""
+"""Files in memory that replace ``automodel_conv.files.system``: fast, and every access is recorded."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from typing import Any
 
 from automodel_conv.files import system
 
-# No descriptor of the system is as large: one that got past the replaced functions would be an error.
+# No descriptor of the system is as large: one that reached the system's functions would be an error.
 _FIRST_DESCRIPTOR = 1 << 24
 
 
 class Memory:
-    """``with Memory({path: bytes}) as memory: ...``; paths are followed as a file system follows them.
+    """Holds files in memory: ``with Memory({path: bytes}) as memory: ...``; paths resolve as in a file system.
 
-    ``opened`` has all paths that were opened, ``reads`` what was asked for as (path, start, stop), and ``removed`` the
-    paths of the files that were removed.
+    ``opened`` has all paths that were opened, ``reads`` the requested reads as (path, start, stop), and ``removed`` the
+    paths of removed files.
     """
 
     def __init__(self, files: Mapping[str, bytes]):
@@ -107,5 +107,5 @@ _REPLACED = [name for name, value in vars(Memory).items() if callable(value) and
 
 
 def memory_of(**files: Any) -> Memory:
-    """Files of the directory ``/c`` by their names."""
+    """Return files of the directory ``/c`` by their names."""
     return Memory({f"/c/{name}": data for name, data in files.items()})

@@ -1,4 +1,4 @@
-"""Mutations that keep a file's form: one change of its JSON, and a header whose length and data fit again."""
+"""Mutations that keep a file's form: changed JSON in a header with a matching length and data."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ TEXTS = (b"NaN", b"-Infinity", b"1e999", b'"\\ud800"', b'{"a":1,"a":2}', b"[" * 
 
 
 def json_bytes(data: bytes, random: Random) -> bytes:
-    """One to four changes of a JSON text, or of its bytes where it is not one."""
+    """Apply one to four changes to a JSON text, or to its bytes if it does not parse."""
     try:
         tree = json.loads(data)
     except (ValueError, RecursionError):
@@ -49,13 +49,13 @@ def json_bytes(data: bytes, random: Random) -> bytes:
 
 
 def spliced(data: bytes, random: Random) -> bytes:
-    """The bytes with something odd within."""
+    """Insert odd bytes at a random place."""
     at = random.randint(0, len(data))
     return data[:at] + random.choice(TEXTS) + data[at + random.choice((0, 0, 1, 4)) :]
 
 
 def changed(tree: Any, random: Random) -> Any:
-    """One place of a tree changed: replaced, removed, repeated under another name, or exchanged with another."""
+    """Change one place of a tree: replace it, remove it, repeat it under another name, or exchange it with another."""
     places = list(_places(tree))
     if not places:
         return deepcopy(random.choice(VALUES))
@@ -85,7 +85,7 @@ def _places(tree: Any):
 
 
 def file_bytes(data: bytes, random: Random) -> bytes:
-    """A safetensors file with another header; mostly of the length it says, and with data up to the last offset."""
+    """Replace the header of a safetensors file; mostly with a matching length, and data up to the last offset."""
     if len(data) < 8:
         return data
     (nbytes,) = struct.unpack("<Q", data[:8])
@@ -108,7 +108,7 @@ def _last_offset(header: bytes) -> int:
 
 
 def lines(data: bytes, random: Random) -> bytes:
-    """JSON lines with one of them changed, left out, repeated, or cut."""
+    """Change, remove, repeat, or cut one of several JSON lines."""
     parts = data.splitlines(keepends=True)
     if not parts:
         return spliced(data, random)

@@ -1,11 +1,11 @@
-"""Mistakes that a parser may have, to see that fuzzing finds them: lines of ``files/header.py`` written wrongly."""
+"""Planted mistakes of a parser, which fuzzing must find: wrong lines of ``files/header.py``."""
 
 from __future__ import annotations
 
 import inspect
 from types import FunctionType, ModuleType
 
-# What is replaced, and by what; fuzzing ``header`` finds each.
+# Lines and their replacements; fuzzing ``header`` finds each.
 PLANTED = {
     "a range check that is off by one": (
         [("if stop > data_bytes:", "if stop > data_bytes + 1:"), ("if stop < data_bytes:", "if stop + 1 < data_bytes:")]
@@ -23,7 +23,7 @@ PLANTED = {
 
 
 def plant(name: str, module: ModuleType) -> list[FunctionType]:
-    """Define the functions of a module anew, with a mistake; returns them."""
+    """Redefine the functions of a module with a mistake; return them."""
     source = inspect.getsource(module)
     for right, wrong in PLANTED[name]:
         if source.count(right) != 1:

@@ -1,7 +1,7 @@
-"""What is fuzzed: bytes of a stranger on the one side, on the other what may come of them.
+"""Targets of fuzzing: code that reads bytes of strangers, and checks of the results.
 
-A check returns, or raises ``Finding``, or whatever the package must not raise. It may refuse its input with the error
-types that its docstring names, and with no others.
+A check returns, or raises ``Finding`` or an error that the package must not raise. It may refuse its input with the
+error types in its docstring, and with no others.
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ _MOST_LOADED_TENSORS = 64
 
 
 class Finding(AssertionError):
-    """What must not be."""
+    """An outcome that must not happen."""
 
 
 class Target(NamedTuple):
-    """One thing that reads what strangers write."""
+    """One function that reads files of strangers."""
 
     check: Callable[[bytes], None]
     mutate: Callable[[bytes, Random], bytes]
@@ -49,7 +49,7 @@ class Target(NamedTuple):
 
 
 def packed(entries: Mapping[str, Any], data: bytes) -> bytes:
-    """A safetensors file."""
+    """Return the bytes of a safetensors file."""
     text = json.dumps(entries).encode()
     return struct.pack("<Q", len(text)) + text + data
 
@@ -59,17 +59,17 @@ def entry(dtype: str, shape: list[int], start: int, stop: int) -> dict[str, Any]
 
 
 def check_header(data: bytes) -> None:
-    """What ``read_header`` accepts, safetensors accepts, and finds the same in it."""
+    """Check that safetensors accepts every header that ``read_header`` accepts, with the same content."""
     with memory_of(**{"x.safetensors": data}) as memory:
         try:
-            found = header.read_header(LocalFile("/c/x.safetensors"))
+            columns = header.read_header(LocalFile("/c/x.safetensors"))
         except CheckpointError:
             return
     for _, start, stop in memory.reads:
         _require(0 <= start <= stop <= len(data), f"bytes {start} to {stop} of {len(data)} were read")
     wanted = _by_safetensors(data)
-    _require(sorted(found.names) == sorted(wanted), f"{found.names} instead of {list(wanted)}")
-    for name, dtype, shape, offset, nbytes in zip(*found[:5], strict=True):
+    _require(sorted(columns.names) == sorted(wanted), f"{columns.names} instead of {list(wanted)}")
+    for name, dtype, shape, offset, nbytes in zip(*columns[:5], strict=True):
         theirs = wanted[name]
         last = [*theirs["shape"][:-1], theirs["shape"][-1] // 2] if dtype == "F4" else theirs["shape"]
         _require((dtype, list(shape)) == (theirs["dtype"], last), f"{name}: {dtype} {shape} instead of {theirs}")
@@ -93,7 +93,7 @@ def header_seeds() -> list[bytes]:
 
 
 def check_load(data: bytes) -> None:
-    """A small checkpoint that is accepted loads into guarded buffers, from its own data, as safetensors has it."""
+    """Check that a small accepted checkpoint loads its own data into guarded buffers, with safetensors' values."""
     with memory_of(**{"model.safetensors": data}) as memory:
         try:
             checkpoint = open_checkpoint("/c")
@@ -124,7 +124,7 @@ _SHARDS = {
 
 
 def check_index(data: bytes) -> None:
-    """No file outside of the directory is opened, and each tensor comes from the file that the index gives it."""
+    """Check that no file outside the directory is opened, and that each tensor comes from its file in the index."""
     with Memory({"/c/model.safetensors.index.json": data, **_SHARDS}) as memory:
         try:
             checkpoint = open_checkpoint("/c")
@@ -134,9 +134,10 @@ def check_index(data: bytes) -> None:
     _require(not outside, f"{outside} were opened")
     if checkpoint is not None:
         for name, file in json.loads(data)["weight_map"].items():
-            found = checkpoint.files[checkpoint.file_ids[checkpoint.position[name]]]
+            actual = checkpoint.files[checkpoint.file_ids[checkpoint.position[name]]]
             _require(
-                os.path.normpath(found) == os.path.normpath(f"/c/{file}"), f"{name} from {found} instead of {file}"
+                os.path.normpath(actual) == os.path.normpath(f"/c/{file}"),
+                f"{name} from {actual} instead of {file}",
             )
 
 
@@ -167,7 +168,7 @@ _CODED = packed(
 
 
 def check_config(data: bytes) -> None:
-    """Settings of a quantization decode the tensors, or are one of the package's own errors."""
+    """Check that quantization settings decode the tensors or raise one of the package's own errors."""
     with memory_of(**{"model.safetensors": _CODED, "config.json": data}):
         try:
             checkpoint = open_checkpoint("/c")
@@ -198,7 +199,7 @@ _STAGED = "/c/" + STAGING_NAME
 
 
 def check_journal(data: bytes) -> None:
-    """Whatever a journal says, no file is removed but those that this package put there."""
+    """Check that no journal makes the package remove files that it did not write."""
     files = {
         f"{_STAGED}/journal.jsonl": data,
         f"{_STAGED}/lock": b"",
@@ -222,7 +223,7 @@ def check_journal(data: bytes) -> None:
 
 
 def _shard(name: str, nbytes: int) -> Any:
-    """What a journal is compared with: a name and a size."""
+    """Return a shard with a name and a size to compare with a journal."""
 
     class Shard(NamedTuple):
         name: str
@@ -252,7 +253,7 @@ def journal_seeds() -> list[bytes]:
 
 
 def check_checksums(data: bytes) -> None:
-    """Only a file that has the right checksum of every tensor, and of nothing else, is taken."""
+    """Check that only a file with the right checksum of every tensor, and no others, is accepted."""
     checkpoint = _summed()
     with Memory({**_SHARDS, f"/c/{CHECKSUMS_NAME}": data}):
         try:

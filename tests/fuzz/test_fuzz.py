@@ -1,7 +1,7 @@
-"""Inputs of the corpus, mutations of the seeds, and for a few seconds each, fuzzing guided by coverage.
+"""Tests of fuzzing: inputs of the corpus, mutations of the seeds, and a few seconds of coverage-guided fuzzing.
 
-The latter needs atheris (``make test-fuzz``). ``python -m tests.fuzz`` fuzzes for longer; ``runs.csv`` says how long it
-has been done.
+Coverage-guided fuzzing needs atheris (``make test-fuzz``). ``python -m tests.fuzz`` fuzzes for longer; ``runs.csv``
+records the runs so far.
 """
 
 import importlib.util
@@ -26,7 +26,7 @@ with_atheris = pytest.mark.skipif(importlib.util.find_spec("atheris") is None, r
 
 
 @every_target
-def test_every_input_of_the_corpus_is_taken_or_refused(name):
+def test_every_input_of_the_corpus_is_accepted_or_refused(name):
     inputs = [*TARGETS[name].seeds(), *(path.read_bytes() for path in sorted((CORPUS / name).glob("*")))]
     assert len(inputs) > len(TARGETS[name].seeds())
     for data in inputs:
@@ -34,7 +34,7 @@ def test_every_input_of_the_corpus_is_taken_or_refused(name):
 
 
 @every_target
-def test_mutations_of_the_seeds_are_taken_or_refused(name):
+def test_mutations_of_the_seeds_are_accepted_or_refused(name):
     random = Random(1)
     for _ in range(MUTATIONS):
         data = random.choice(TARGETS[name].seeds())
@@ -53,21 +53,21 @@ def test_fuzzing_finds_nothing(name, monkeypatch, tmp_path):
 
 @with_atheris
 @every_mistake
-def test_fuzzing_finds_a_mistake_that_is_planted(mistake, monkeypatch, tmp_path):
+def test_fuzzing_finds_a_planted_mistake(mistake, monkeypatch, tmp_path):
     run = in_folder(tmp_path, monkeypatch, "header", MOST_SECONDS_FOR_A_MISTAKE, mistake)
     assert "Finding" in run.found, f"not within {run.executions} executions"
 
 
 def in_folder(folder, monkeypatch, name, seconds, mistake=None):
-    """Fuzz where inputs that are found may lie."""
+    """Fuzz in a folder that collects the inputs of findings."""
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([os.getcwd(), os.environ.get("PYTHONPATH", "")]))
     monkeypatch.chdir(folder)
     return fuzz(name, seconds, seed=1, planted=mistake)
 
 
 @every_mistake
-def test_a_mistake_that_is_planted_is_one(mistake, monkeypatch):
-    """The functions differ, and what is right is still accepted."""
+def test_planted_mistake_changes_the_functions(mistake, monkeypatch):
+    """Check that the functions differ and still accept valid files."""
     before = dict(vars(header))
     try:
         plant(mistake, header)
@@ -79,7 +79,7 @@ def test_a_mistake_that_is_planted_is_one(mistake, monkeypatch):
         vars(header).update(before)
 
 
-def test_what_safetensors_refuses_is_a_finding(monkeypatch):
+def test_file_refused_by_safetensors_is_a_finding(monkeypatch):
     truncated = packed({"a": {"dtype": "U8", "shape": [4], "data_offsets": [0, 4]}}, b"abc")
     check_header(truncated)
     monkeypatch.setattr(header, "_check_coverage", lambda *_: None)
@@ -87,7 +87,7 @@ def test_what_safetensors_refuses_is_a_finding(monkeypatch):
         check_header(truncated)
 
 
-def test_files_in_memory_are_read_as_files_are():
+def test_files_in_memory_are_read_like_real_files():
     real = system.open_readonly
     with Memory({"/c/a": b"abcdef", "/c/d/b": b""}) as memory:
         fd = system.open_readonly("/c/d/../a")

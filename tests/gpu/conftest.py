@@ -1,9 +1,9 @@
-"""These tests run on a GPU, or on the software GPU, at real sizes; elsewhere they run tiny, in Triton's interpreter."""
+"""Fixtures of tests that run on a GPU or the software GPU at real sizes, and elsewhere tiny, in the interpreter."""
 
 import pytest
 import torch
 
-# Modules that depend on where the tests run are imported late: the plugin that decides it may come after this file.
+# Modules that depend on where the tests run are imported late: the plugin that decides this may load after this file.
 
 
 @pytest.fixture(scope="session")
@@ -30,7 +30,7 @@ def checkpoint(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def per_expert(checkpoint):
-    """The tensors in the files, on the CPU."""
+    """Return the tensors in the files, on the CPU."""
     from tests.gpu.models import tensors_of
 
     return tensors_of(checkpoint)

@@ -1,4 +1,4 @@
-"""The models that these tests load, convert and save, what their checkpoints hold, and how experts lie in a layout."""
+"""Models that these tests load, convert and save, the contents of their checkpoints, and experts in each layout."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from benchmarks import shapes
 from tests.gpu.place import FULL_SIZES, PLACE, Place
 
 LAYOUTS = ("transformers", "nemo", "gpt_oss", "vllm")
-# Far less than a checkpoint holds, so that loads take many windows.
+# Far less than the size of a checkpoint, so that loads use many windows.
 SCRATCH_BYTES = 1 << 20 if FULL_SIZES else 1 << 14
 LARGE = shapes.SMALL.config | {"num_experts": 24, "hidden_size": 512, "moe_intermediate_size": 328}
 SHAPE = (
@@ -30,28 +30,28 @@ def model():
 
 
 def on(device):
-    """The arguments that send a load to a device through little memory."""
+    """Return the arguments that load to a device with little memory."""
     arguments = {"device": str(device), "threads": 2, "scratch_bytes": SCRATCH_BYTES}
     return arguments | ({} if PLACE is Place.INTERPRETER else {"device_scratch_bytes": SCRATCH_BYTES})
 
 
 def tensors_of(directory):
-    """The tensors in the files of a directory, on the CPU."""
-    found = {}
+    """Return the tensors in the files of a directory, on the CPU."""
+    tensors = {}
     for file in sorted(Path(directory).glob("*.safetensors")):
-        found |= load_file(file)
-    return found
+        tensors |= load_file(file)
+    return tensors
 
 
 def grouped(per_expert, layout):
-    """Experts by stack, cat and transpose, under the names of a layout; the rest as it is."""
+    """Return experts by stack, cat and transpose, under the names of a layout, and the other tensors unchanged."""
     gate_up, down = {
         "transformers": ("gate_up_proj", "down_proj"),
         "nemo": ("gate_and_up_projs", "down_projs"),
         "gpt_oss": ("gate_up_proj", "down_proj"),
         "vllm": ("w13_weight", "w2_weight"),
     }[layout]
-    made = {name: tensor for name, tensor in per_expert.items() if ".experts." not in name}
+    tensors = {name: tensor for name, tensor in per_expert.items() if ".experts." not in name}
     for path in sorted({name.partition(".experts.")[0] for name in per_expert if ".experts." in name}):
         gate, up, downs = (
             torch.stack([per_expert[f"{path}.experts.{e}.{part}.weight"] for e in range(SHAPE.config["num_experts"])])
@@ -62,32 +62,32 @@ def grouped(per_expert, layout):
             both, downs = both.transpose(1, 2), downs.transpose(1, 2)
         if layout == "gpt_oss":
             both, downs = torch.stack([gate, up], 2).flatten(1, 2).transpose(1, 2), downs.transpose(1, 2)
-        made[f"{path}.experts.{gate_up}"] = both.contiguous()
-        made[f"{path}.experts.{down}"] = downs.contiguous()
-    return made
+        tensors[f"{path}.experts.{gate_up}"] = both.contiguous()
+        tensors[f"{path}.experts.{down}"] = downs.contiguous()
+    return tensors
 
 
-def assert_same(made, wanted, device):
-    assert made.keys() == wanted.keys()
+def assert_same(actual, wanted, device):
+    assert actual.keys() == wanted.keys()
     for name, tensor in wanted.items():
-        assert made[name].device == device, name
-        assert_bytes_equal(made[name], tensor)
+        assert actual[name].device == device, name
+        assert_bytes_equal(actual[name], tensor)
 
 
 def launched(patch: pytest.MonkeyPatch) -> list:
-    """The variants that are launched from now on; none where loads to the device are loads to the CPU."""
-    found, queue = [], launch.queue
+    """Record the variants that are launched from now on; none if loads to the device are loads to the CPU."""
+    variants, queue = [], launch.queue
 
     def spy(variant, *rest):
-        found.append(variant)
+        variants.append(variant)
         queue(variant, *rest)
 
     patch.setattr(launch, "queue", spy)
-    return found
+    return variants
 
 
 def write_fp8(plain, directory):
-    """The checkpoint ``plain`` with its projections in e4m3, a scale for each 128 x 128: as DeepSeek and Qwen do it."""
+    """Write the checkpoint ``plain`` with e4m3 projections and a scale for each 128 x 128, as DeepSeek and Qwen do."""
     from tests.quantized.producers import block_wise
 
     stored = {}
@@ -101,7 +101,7 @@ def write_fp8(plain, directory):
 
 
 def write_mxfp4(directory):
-    """A gpt-oss whose experts have random codes of four bits, and scales that bfloat16 can hold."""
+    """Write a gpt-oss whose experts have random 4-bit codes, and scales that bfloat16 can hold."""
     from transformers import GptOssConfig, GptOssForCausalLM
 
     hidden, intermediate, experts = (512, 352, 8) if FULL_SIZES else (64, 96, 4)

@@ -1,4 +1,4 @@
-"""Where these tests run, and how large: on a GPU, on the software GPU of tests/software_gpu, or in the interpreter."""
+"""The place where these tests run, and their size: a GPU, the software GPU of tests/software_gpu or the interpreter."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ needs_gpu_memory = pytest.mark.skipif(PLACE is Place.INTERPRETER, reason="the in
 
 @contextmanager
 def on_host() -> Iterator[None]:
-    """What is loaded and saved within goes through the CPU's executors, also where the CPU stands for a GPU."""
+    """Run the enclosed loads and saves on the CPU's executors, even if the CPU acts as a GPU."""
     if PLACE is Place.SOFTWARE_GPU:
         with sys.modules[_PLUGIN].current.on_host():
             yield
@@ -43,7 +43,7 @@ def on_host() -> Iterator[None]:
 
 
 def allocated_bytes(device: torch.device) -> int:
-    """Bytes of device memory that tensors hold."""
+    """Return the bytes of device memory that tensors hold."""
     gc.collect()
     if PLACE is Place.SOFTWARE_GPU:
         return sys.modules[_PLUGIN].current.memory.allocated_bytes()

@@ -1,4 +1,4 @@
-"""Loads beside other streams, on other devices and after errors; nothing stays behind."""
+"""Tests of loads next to other streams, on other devices and after errors: no memory is left behind."""
 
 import os
 from pathlib import Path
@@ -15,24 +15,24 @@ from tests.gpu.models import LAYOUTS, assert_same, grouped, model, on, tensors_o
 from tests.gpu.place import allocated_bytes, needs_gpu_memory
 
 pytest.importorskip("triton")
-pytestmark = pytest.mark.skipif(not transformers_available(), reason="builds a model of transformers")
+pytestmark = pytest.mark.skipif(not transformers_available(), reason="builds a transformers model")
 
 two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
 
 
 @pytest.fixture(scope="module")
 def warmed(checkpoint, device):
-    """A first load, which makes what is made once for a device."""
+    """Load once, which creates the objects that exist once per device."""
     amc.load_state_dict(checkpoint, model(), layout="nemo", **on(device))
 
 
 @needs_gpu_memory
 @pytest.mark.usefixtures("warmed")
-def test_a_load_leaves_only_its_tensors(checkpoint, device):
+def test_load_leaves_only_its_tensors(checkpoint, device):
     before = allocated_bytes(device)
     loaded = amc.load_state_dict(checkpoint, model(), layout="nemo", **on(device))
     kept = {tensor.data_ptr(): tensor.nbytes for tensor in loaded.values()}
-    # A caching allocator rounds up, and does not cut off what would be less than a MiB.
+    # A caching allocator rounds up, and does not split off a rest of less than 1 MiB.
     rounding_bytes = sum(512 if nbytes <= 1 << 20 else 1 << 20 for nbytes in kept.values())
     assert 0 <= allocated_bytes(device) - before - sum(kept.values()) <= rounding_bytes
     del loaded
@@ -40,12 +40,12 @@ def test_a_load_leaves_only_its_tensors(checkpoint, device):
 
 
 def load_of_a_file_that_is_cut(checkpoint, device, layout):
-    """The message of a load during which another process cuts every file in half."""
+    """Return the error text of a load during which another process cuts every file in half."""
     read, files = system.preadv, sorted(Path(checkpoint).glob("*.safetensors"))
     half = {file: file.stat().st_size // 2 for file in files}
 
     def cutting(fd, views, offset):
-        if offset > 8:  # not an index, nor a header
+        if offset > 8:  # neither an index nor a header
             for file, nbytes in half.items():
                 os.truncate(file, nbytes)
         return read(fd, views, offset)
@@ -56,13 +56,13 @@ def load_of_a_file_that_is_cut(checkpoint, device, layout):
             amc.load_state_dict(checkpoint, model(), layout=layout, **on(device))
         except ReadError as error:
             return str(error)
-    raise AssertionError("the load has not noticed")
+    raise AssertionError("the load did not notice")
 
 
 @needs_gpu_memory
 @pytest.mark.usefixtures("warmed")
 @pytest.mark.parametrize("layout", ["transformers", "gpt_oss"])
-def test_an_error_in_the_middle_of_a_load_gives_all_memory_back(layout, device, tmp_path):
+def test_error_in_the_middle_of_a_load_gives_all_memory_back(layout, device, tmp_path):
     from benchmarks import shapes
     from tests.gpu.models import SHAPE
 
@@ -75,7 +75,7 @@ def test_an_error_in_the_middle_of_a_load_gives_all_memory_back(layout, device, 
 
 
 @needs_gpu_memory
-def test_the_device_can_be_loaded_to_after_an_error(checkpoint, per_expert, device, tmp_path):
+def test_device_can_be_loaded_to_after_an_error(checkpoint, per_expert, device, tmp_path):
     from benchmarks import shapes
     from tests.gpu.models import SHAPE
 
@@ -87,7 +87,7 @@ def test_the_device_can_be_loaded_to_after_an_error(checkpoint, per_expert, devi
 
 @pytest.fixture
 def side(device):
-    """The current stream, which is not the default one."""
+    """Set a current stream that is not the default one."""
     stream = torch.cuda.Stream(device)
     stream.wait_stream(torch.cuda.current_stream(device))
     with torch.cuda.stream(stream):
@@ -101,14 +101,14 @@ def poison(tensors):
 
 
 def written_late(tensors, device, stream):
-    """Copies of pinned or device tensors that the stream has yet to write when this returns: poison until then."""
+    """Return copies of pinned or device tensors that the stream has not written yet: they hold poison until then."""
     late = {name: torch.empty_like(tensor, device=device) for name, tensor in tensors.items()}
     poison(late)
     stream.synchronize()
     torch.cuda._sleep(2_000_000_000)  # about a second
     for name, tensor in tensors.items():
         late[name].copy_(tensor, non_blocking=True)
-    assert not stream.query(), "the stream is done too early to show anything"
+    assert not stream.query(), "the stream was done too early to test anything"
     return late
 
 
@@ -126,33 +126,31 @@ def test_tensors_that_the_current_stream_still_writes_are_converted_and_saved(
     def save(tensors, directory):
         amc.save_checkpoint(tensors, directory, rules=rules, layout=layout)
 
-    # Compiling takes longer than the stream is busy.
+    # Compilation takes longer than the stream is busy.
     save(convert({name: tensor.to(device) for name, tensor in pinned.items()}), tmp_path / "first")
-    made = convert(written_late(pinned, device, side))
+    converted = convert(written_late(pinned, device, side))
     side.synchronize()
-    assert_same(made, wanted, device)
-    save(written_late(made, device, side), tmp_path / "second")
+    assert_same(converted, wanted, device)
+    save(written_late(converted, device, side), tmp_path / "second")
     assert_same(tensors_of(tmp_path / "second"), per_expert, torch.device("cpu"))
 
 
 @pytest.mark.gpu
-def test_a_load_comes_after_what_the_current_stream_writes(checkpoint, per_expert, device, side):
-    made = model().to_empty(device=device)
-    amc.load_model(made, checkpoint, **on(device))  # pins memory, which takes longer than the stream is busy
+def test_load_waits_for_writes_of_the_current_stream(checkpoint, per_expert, device, side):
+    loaded = model().to_empty(device=device)
+    amc.load_model(loaded, checkpoint, **on(device))  # pins memory, which takes longer than the stream is busy
     torch.cuda._sleep(2_000_000_000)  # about a second
-    poison(made.state_dict())
-    assert not side.query(), "the stream is done too early to show anything"
-    amc.load_model(made, checkpoint, **on(device))
+    poison(loaded.state_dict())
+    assert not side.query(), "the stream was done too early to test anything"
+    amc.load_model(loaded, checkpoint, **on(device))
     side.synchronize()
-    assert_same(made.state_dict(), grouped(per_expert, "transformers"), device)
+    assert_same(loaded.state_dict(), grouped(per_expert, "transformers"), device)
 
 
 @pytest.mark.gpu
 @two_gpus
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_a_device_that_is_not_the_current_one_is_converted_on_loaded_to_and_saved_from(
-    layout, checkpoint, per_expert, tmp_path
-):
+def test_device_that_is_not_current_is_used_for_converting_loading_and_saving(layout, checkpoint, per_expert, tmp_path):
     other = torch.device("cuda", (torch.cuda.current_device() + 1) % torch.cuda.device_count())
     loaded = amc.load_state_dict(checkpoint, model(), layout=layout, **on(other))
     assert_same(loaded, grouped(per_expert, layout), other)
@@ -164,23 +162,23 @@ def test_a_device_that_is_not_the_current_one_is_converted_on_loaded_to_and_save
 
 @pytest.mark.gpu
 @two_gpus
-def test_a_model_on_two_devices_is_filled_and_saved(checkpoint, per_expert, tmp_path):
-    made = model()
+def test_model_on_two_devices_is_filled_and_saved(checkpoint, per_expert, tmp_path):
+    loaded = model()
     first, second = torch.device("cuda", 0), torch.device("cuda", 1)
-    made.model.layers[0].to_empty(device=first)
-    made.model.layers[1].to_empty(device=second)
-    amc.load_model(made, checkpoint, device=str(first))
+    loaded.model.layers[0].to_empty(device=first)
+    loaded.model.layers[1].to_empty(device=second)
+    amc.load_model(loaded, checkpoint, device=str(first))
     wanted = grouped(per_expert, "transformers")
-    for name, tensor in made.state_dict().items():
+    for name, tensor in loaded.state_dict().items():
         on_second = ".layers.1." in name
         assert_same({name: tensor}, {name: wanted[name]}, second if on_second else first)
-    amc.save_checkpoint(made, tmp_path)
+    amc.save_checkpoint(loaded, tmp_path)
     assert_same(tensors_of(tmp_path), per_expert, torch.device("cpu"))
 
 
 @pytest.mark.gpu
-def test_under_the_hook_a_device_map_gives_the_model_that_transformers_gives(checkpoint, device):
-    pytest.importorskip("accelerate", reason="a device_map needs it")
+def test_device_map_under_the_hook_gives_the_model_of_transformers(checkpoint, device):
+    pytest.importorskip("accelerate", reason="device_map needs it")
     from transformers import AutoModelForCausalLM
 
     settings = {"dtype": torch.bfloat16, "device_map": "cuda"}

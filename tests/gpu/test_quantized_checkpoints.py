@@ -1,4 +1,4 @@
-"""Checkpoints of codes and scales, decoded on the device as the CPU decodes them."""
+"""Tests of checkpoints of codes and scales: the device decodes them to the same values as the CPU."""
 
 import pytest
 import torch
@@ -9,12 +9,12 @@ from tests.gpu.models import assert_same, launched, on, write_fp8, write_mxfp4
 from tests.gpu.place import PLACE, Place, on_host
 
 pytest.importorskip("triton")
-pytestmark = pytest.mark.skipif(not transformers_available(), reason="builds a model of transformers")
+pytestmark = pytest.mark.skipif(not transformers_available(), reason="builds a transformers model")
 
 
 @pytest.fixture(scope="module")
 def quantized(checkpoint, tmp_path_factory):
-    """Directories by how the experts are quantized."""
+    """Return directories by the quantization of the experts."""
     directories = {name: tmp_path_factory.mktemp(name) for name in ("fp8", "mxfp4")}
     torch.manual_seed(0)
     write_fp8(checkpoint, directories["fp8"])
@@ -24,7 +24,7 @@ def quantized(checkpoint, tmp_path_factory):
 
 @pytest.mark.parametrize("layout", [None, "nemo", "gpt_oss", "vllm"])
 @pytest.mark.parametrize("name", ["fp8", "mxfp4"])
-def test_codes_are_decoded_to_what_the_cpu_makes_of_them(name, layout, quantized, device, monkeypatch):
+def test_codes_are_decoded_as_on_the_cpu(name, layout, quantized, device, monkeypatch):
     with on_host():
         wanted = amc.load_state_dict(quantized[name], layout=layout)
     variants = launched(monkeypatch)
@@ -42,7 +42,7 @@ def test_codes_are_decoded_into_another_dtype(name, quantized, device):
 
 
 @pytest.mark.parametrize("name", ["fp8", "mxfp4"])
-def test_a_model_takes_decoded_weights_in_place(name, quantized, device):
+def test_decoded_weights_are_loaded_in_place(name, quantized, device):
     with on_host():
         wanted = amc.load_state_dict(quantized[name])
         loaded = amc.load_state_dict(quantized[name])
@@ -64,7 +64,7 @@ def _rules(name):
 
 
 def _put(module, key, tensor):
-    """A parameter under a name with dots."""
+    """Set a parameter under a dotted name."""
     *path, leaf = key.split(".")
     for part in path:
         if part not in module._modules:

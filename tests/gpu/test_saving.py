@@ -1,4 +1,4 @@
-"""What lies on the device goes to files byte for byte as what lies on the host does, also right after a load."""
+"""Tests of saves from the device: files are byte for byte those of a save from the host, also right after a load."""
 
 from pathlib import Path
 
@@ -11,7 +11,7 @@ from tests.gpu.models import LAYOUTS, SCRATCH_BYTES, assert_same, grouped, model
 from tests.gpu.place import on_host
 
 pytest.importorskip("triton")
-pytestmark = pytest.mark.skipif(not transformers_available(), reason="builds a model of transformers")
+pytestmark = pytest.mark.skipif(not transformers_available(), reason="builds a transformers model")
 
 # Slabs that are much smaller than a tensor, from several threads.
 LITTLE = {"threads": 2, "scratch_bytes": max(SCRATCH_BYTES // 2, 1 << 17)}
@@ -26,7 +26,7 @@ def rules():
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_a_state_dict_on_the_device_gives_the_files_that_the_host_gives(layout, per_expert, device, tmp_path):
+def test_state_dict_on_the_device_gives_the_same_files_as_on_the_host(layout, per_expert, device, tmp_path):
     host = grouped(per_expert, layout)
     options = {"rules": rules(), "layout": layout, "max_shard_size": sum(t.nbytes for t in host.values()) // 3}
     with on_host():
@@ -43,24 +43,24 @@ def test_views_on_the_device_are_saved_as_they_are(device, tmp_path):
         saved = tmp_path / str(dtype)
         amc.save_checkpoint(tensors, saved, rules=[], dtype=dtype, **LITTLE)
         wanted = {name: tensor.cpu().contiguous().to(dtype or tensor.dtype) for name, tensor in tensors.items()}
-        found = tensors_of(saved)
-        for side in (found, wanted):
-            for name, tensor in side.items():  # which NaN a NaN becomes is open
+        saved_tensors = tensors_of(saved)
+        for side in (saved_tensors, wanted):
+            for name, tensor in side.items():  # a NaN may become any NaN
                 side[name] = tensor.masked_fill(tensor.isnan(), 0)
-        assert_same(found, wanted, torch.device("cpu"))
+        assert_same(saved_tensors, wanted, torch.device("cpu"))
 
 
 @pytest.mark.parametrize("dtype", [None, torch.float32], ids=str)
-def test_a_model_is_saved_right_after_it_was_loaded(dtype, checkpoint, per_expert, device, tmp_path):
-    made = model()
-    amc.load_model(made, checkpoint, dtype=dtype, **on(device))
-    amc.save_checkpoint(made, tmp_path / "back", **LITTLE)
+def test_model_is_saved_right_after_it_was_loaded(dtype, checkpoint, per_expert, device, tmp_path):
+    loaded = model()
+    amc.load_model(loaded, checkpoint, dtype=dtype, **on(device))
+    amc.save_checkpoint(loaded, tmp_path / "back", **LITTLE)
     wanted = {name: tensor.to(dtype or tensor.dtype) for name, tensor in per_expert.items()}
     assert_same(tensors_of(tmp_path / "back"), wanted, torch.device("cpu"))
 
 
-def test_a_save_casts_on_the_device(checkpoint, per_expert, device, tmp_path):
-    made = model()
-    amc.load_model(made, checkpoint, **on(device))
-    amc.save_checkpoint(made, tmp_path, dtype=torch.float32, **LITTLE)
+def test_save_casts_on_the_device(checkpoint, per_expert, device, tmp_path):
+    loaded = model()
+    amc.load_model(loaded, checkpoint, **on(device))
+    amc.save_checkpoint(loaded, tmp_path, dtype=torch.float32, **LITTLE)
     assert_same(tensors_of(tmp_path), {n: t.float() for n, t in per_expert.items()}, torch.device("cpu"))

@@ -1,4 +1,4 @@
-"""Every verb, dtype pair and alignment against plain indexing on the CPU, between poisoned margins; large ones too."""
+"""Tests of every verb, dtype pair and alignment against plain indexing on the CPU, between margins; large ones too."""
 
 import itertools
 
@@ -21,10 +21,10 @@ from tests.kernels.support import CASTABLE, DTYPE_PAIRS, PHASES, VERBS, casting_
 
 pytest.importorskip("triton")
 
-# Rows and columns of a source: what 16 bytes divide, several tiles of it; and what nothing divides.
+# Rows and columns of a source: multiples of 16 bytes with several tiles, and sizes without any useful divisor.
 SIDES = [(192, 320), (131, 257), (1, 4096), (2048, 16)] if FULL_SIZES else [(16, 32), (19, 7)]
 LAYOUTS = ["dense", "every other row"]
-# tests/kernels has all of them in the interpreter; there these show that the tests themselves are right.
+# tests/kernels covers all of them in the interpreter. In the interpreter these only check the tests themselves.
 PLACES = (
     [*itertools.product(LAYOUTS, SIDES[:2]), *itertools.product(LAYOUTS[:1], SIDES[2:])]
     if FULL_SIZES
@@ -44,10 +44,10 @@ PLAIN = {
 @pytest.mark.parametrize(("layout", "sides"), PLACES, ids=str)
 @pytest.mark.parametrize("dtypes", PAIRS, ids=lambda pair: f"{pair[1]}-{pair[0]}".replace("torch.", ""))
 @pytest.mark.parametrize("name", VERBS)
-def test_a_verb_moves_every_alignment_as_plain_indexing_does(name, dtypes, layout, sides, device):
+def test_verb_moves_every_alignment_like_plain_indexing(name, dtypes, layout, sides, device):
     verb, dst_count, src_count = VERBS[name]
     dst_dtype, src_dtype = dtypes
-    # Bytes go anywhere in strided_copy; all else is written at multiples of an element.
+    # strided_copy writes bytes anywhere; everything else is written at multiples of an element.
     anywhere = name == "strided_copy" and dst_dtype == src_dtype
     dst_phases = [phase for phase in PHASES if anywhere or phase % dst_dtype.itemsize == 0]
     phases = list(itertools.product(dst_phases, PHASES)) if FULL_SIZES else [(0, 0), (0, 1), (8, 8)]
@@ -60,8 +60,8 @@ def test_a_verb_moves_every_alignment_as_plain_indexing_does(name, dtypes, layou
     dst = [raw.poisoned(dst_shape, dst_dtype, [p for p, _ in phases], gaps[0], device) for _ in range(dst_count)]
     assert all(map(raw.aligned, dst + src))
     for index in range(len(phases)):
-        made = PLAIN[name]([s.read(index) for s in src])
-        for d, values in zip(dst, made, strict=True):
+        expected = PLAIN[name]([s.read(index) for s in src])
+        for d, values in zip(dst, expected, strict=True):
             d.write(index, values.to(dst_dtype))
     verb(*(d.matrices for d in dst), *(s.matrices for s in src))
     for operand in dst + src:
@@ -70,25 +70,25 @@ def test_a_verb_moves_every_alignment_as_plain_indexing_does(name, dtypes, layou
 
 @pytest.mark.parametrize("name", VERBS if FULL_SIZES else ["strided_copy"])
 @pytest.mark.parametrize(("dst_dtype", "src_dtype"), [(d, s) for d in CASTABLE for s in CASTABLE if d != s], ids=str)
-def test_casts_round_as_those_of_the_cpu(name, dst_dtype, src_dtype, device):
+def test_casts_round_as_on_the_cpu(name, dst_dtype, src_dtype, device):
     verb, _, src_count = VERBS[name]
     bits = casting_cases(src_dtype)
     src = [bits.roll(roll, 0) for roll in range(src_count)]
     wanted = [values.to(dst_dtype).contiguous() for values in PLAIN[name](src)]
-    made = [torch.empty_like(values, device=device) for values in wanted]
-    for out in made:
+    outputs = [torch.empty_like(values, device=device) for values in wanted]
+    for out in outputs:
         out.view(torch.uint8).fill_(POISON)
-    verb(*([out] for out in made), *([s.to(device)] for s in src))
-    for out, values in zip(made, wanted, strict=True):
-        found = out.cpu()
-        # Which NaN a NaN becomes is open.
-        assert torch.equal(found.isnan(), values.isnan())
-        assert_bytes_equal(found.masked_fill(found.isnan(), 0), values.masked_fill(values.isnan(), 0))
+    verb(*([out] for out in outputs), *([s.to(device)] for s in src))
+    for out, values in zip(outputs, wanted, strict=True):
+        actual = out.cpu()
+        # A NaN may become any NaN.
+        assert torch.equal(actual.isnan(), values.isnan())
+        assert_bytes_equal(actual.masked_fill(actual.isnan(), 0), values.masked_fill(values.isnan(), 0))
 
 
 @pytest.mark.parametrize("dtypes", [(torch.bfloat16, torch.bfloat16), (torch.float32, torch.bfloat16)], ids=str)
 @pytest.mark.parametrize("operation", OPERATIONS)
-def test_layers_of_experts_are_moved_as_plain_indexing_does(operation, dtypes, device):
+def test_layers_of_experts_are_moved_like_plain_indexing(operation, dtypes, device):
     size = Experts("", 16, 768, 2048) if FULL_SIZES else Experts("", 2, 24, 48)
     case = OPERATIONS[operation](size, *dtypes, device)
     case.verify(operation, case.kernel)
@@ -116,23 +116,23 @@ NUMBERS = {
     ],
 )
 @pytest.mark.parametrize("layout", NUMBERS)
-def test_dequantize_makes_what_its_twin_makes_on_the_cpu(layout, code_format, block, start, sides, device):
+def test_dequantize_equals_its_torch_version_on_the_cpu(layout, code_format, block, start, sides, device):
     (rows, columns), bits = sides, 8 if code_format == "e4m3" else 4
     grid = [-(-(size + begin) // step) for size, begin, step in zip(sides, start, block, strict=True)]
     scales = torch.randint(0, 255, grid, dtype=torch.uint8) if code_format == "e2m1" else torch.randn(grid)
     nbytes = columns * bits // 8
     for dtype, phase in itertools.product(CASTABLE, PHASES):
         raw_codes = torch.randint(0, 256, (rows * nbytes + 16,), dtype=torch.uint8)
-        made = []
+        decoded = []
         for place, verb in ((torch.device("cpu"), dequantize_torch), (device, dequantize)):
             table, table_rows = code_table(code_format, scales.to(place), dtype)
             memory = torch.full((2 * rows * columns + 16,), -1, dtype=dtype, device=place)
             out = memory[8:].as_strided(sides, NUMBERS[layout](*sides))
             codes = raw_codes.to(place)[phase : phase + rows * nbytes].view(rows, nbytes)
             verb([out], [codes], [table_rows], table, bits=bits, block=block, start=start)
-            made.append((memory.cpu(), table.cpu(), table_rows.cpu()))
-        for wanted, found in zip(*made, strict=True):
-            assert_bytes_equal(found, wanted)
+            decoded.append((memory.cpu(), table.cpu(), table_rows.cpu()))
+        for wanted, actual in zip(*decoded, strict=True):
+            assert_bytes_equal(actual, wanted)
 
 
 @pytest.mark.parametrize("name", QUANTIZED)
@@ -149,7 +149,7 @@ def room(device):
         torch.cuda.empty_cache()
         free, _ = torch.cuda.mem_get_info(device)
         if free < nbytes:
-            pytest.skip(f"needs {nbytes / 2**30:.0f} GiB of free GPU memory, there are {free / 2**30:.0f}")
+            pytest.skip(f"needs {nbytes / 2**30:.0f} GiB of free GPU memory, has {free / 2**30:.0f}")
 
     yield need
     torch.cuda.empty_cache()
@@ -166,7 +166,7 @@ def test_more_than_two_to_the_31_elements_in_one_call(operation, device, room):
 
 
 @pytest.mark.gpu
-def test_what_lies_beyond_4_gib_of_one_matrix_is_reached(device, room):
+def test_elements_beyond_4_gib_of_one_matrix_are_reached(device, room):
     rows, columns, stride = 5000, 8, 2**19  # elements, of 2 bytes
     assert (rows - 64) * stride > 2**31
     room(8 * 2**30)

@@ -1,4 +1,4 @@
-"""Hides packages as if they were not installed; Python imports this when it is on PYTHONPATH.
+"""Hides packages as if they were not installed; Python imports this module if it is on PYTHONPATH.
 
 ``HIDDEN_PACKAGES=transformers,triton`` names them, for subprocesses too. Neither ``import``, nor
 ``importlib.util.find_spec``, nor ``importlib.metadata`` finds a hidden package.
@@ -8,7 +8,7 @@ import importlib.machinery
 import os
 import sys
 
-# Python only prints an exception raised here; tests/conftest.py asks whether hiding worked.
+# Python only prints an exception raised here; tests/conftest.py checks that hiding worked.
 HIDDEN = frozenset(filter(None, os.environ.get("HIDDEN_PACKAGES", "").split(",")))
 
 

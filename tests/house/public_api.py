@@ -1,9 +1,9 @@
-"""The public API as text: every name, and what it takes.
+"""The public API as text: every name, with its signature.
 
     python -m tests.house.public_api > tests/house/public_api.txt
 
-The package's ``__all__``, with the module that each name is also found in; the modules that users import themselves,
-whole; the verbs of the kernels. Signatures are as ``inspect`` has them, annotations as they are written.
+The listing has the package's ``__all__``, with the module that also has each name; all of the modules that users
+import themselves; and the verbs of the kernels. Signatures are as ``inspect`` shows them, annotations as in the source.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ MODULES = (
     f"{PACKAGE}.integrations.nemo",
     f"{PACKAGE}.testing",
 )
-# By the module that has them.
+# Public functions of the kernels, by module.
 VERBS = {
     "dequantize": ("dequantize", "dequantize_torch"),
     "interleave": ("interleave", "interleave_torch", "deinterleave", "deinterleave_torch"),
@@ -34,14 +34,14 @@ VERBS = {
 
 
 class _Written(str):
-    """An annotation that is shown without quotes, as Python 3.14 and older ones show it alike."""
+    """An annotation that is shown without quotes, the same in Python 3.14 and older versions."""
 
     def __repr__(self) -> str:
         return str(self)
 
 
 def listing() -> str:
-    """All of it, a section for each module."""
+    """Return the whole listing, with a section for each module."""
     package = import_module(PACKAGE)
     homes = {name: home for home, names in package._DEFINED_IN.items() for name in names}
     sections = [[f"{PACKAGE}.__all__", *_lines(package, package.__all__, homes)]]
@@ -52,17 +52,17 @@ def listing() -> str:
 
 
 def public_names(module: Any) -> list[str]:
-    """What a module says that it has, or else what it defines, not what it imports."""
+    """Return the names in a module's ``__all__``, or else the names that it defines and does not import."""
     if hasattr(module, "__all__"):
         return sorted(module.__all__)
-    found: set[str] = set()
+    names: set[str] = set()
     for node in ast.parse(inspect.getsource(module)).body:
         if isinstance(node, ast.FunctionDef | ast.ClassDef):
-            found.add(node.name)
+            names.add(node.name)
         elif isinstance(node, ast.Assign | ast.AnnAssign):
             targets = node.targets if isinstance(node, ast.Assign) else [node.target]
-            found |= {target.id for target in targets if isinstance(target, ast.Name)}
-    return sorted(name for name in found if not name.startswith("_"))
+            names |= {target.id for target in targets if isinstance(target, ast.Name)}
+    return sorted(name for name in names if not name.startswith("_"))
 
 
 def _modules(names: Iterable[str]) -> Iterator[tuple[str, Any]]:
@@ -73,8 +73,8 @@ def _lines(module: Any, names: Iterable[str], homes: dict[str, str] | None = Non
     for name in sorted(names):
         value = getattr(module, name)
         if homes is not None and getattr(import_module(homes[name]), name) is not value:
-            raise ImportError(f"{name} is another thing in {homes[name]}")
-        yield from _indented(_said(name, value), "  ")
+            raise ImportError(f"{name} is a different object in {homes[name]}")
+        yield from _indented(_entry(name, value), "  ")
         if inspect.isclass(value):
             for member in _members(value):
                 yield from _indented(member, "    ")
@@ -84,7 +84,7 @@ def _indented(text: str, before: str) -> Iterator[str]:
     return (before + line for line in text.splitlines())
 
 
-def _said(name: str, value: Any) -> str:
+def _entry(name: str, value: Any) -> str:
     if inspect.isclass(value):
         bases = ", ".join(base.__name__ for base in value.__bases__ if base is not object)
         return f"class {name}({bases})" if bases else f"class {name}"
@@ -92,7 +92,7 @@ def _said(name: str, value: Any) -> str:
 
 
 def _members(cls: type) -> Iterator[str]:
-    """How it is made, and what is public of it; what it inherits from a public class is said there."""
+    """Yield the constructor and the public members; members of a public base class are listed with that class."""
     if is_typeddict(cls):
         yield from (f"{name}: {_written(kind)}" for name, kind in sorted(cls.__annotations__.items()))
         return
@@ -119,18 +119,18 @@ def _is_ours(cls: type) -> bool:
 
 
 def _signature(value: Any) -> str:
-    """In one line where it is short, else a line for each parameter."""
-    found = inspect.signature(value)
+    """Return the signature in one line if it is short, else a line per parameter."""
+    signature = inspect.signature(value)
     parameters = [
-        one.replace(annotation=_written(one.annotation), default=_default(one.default))
-        for one in found.parameters.values()
+        parameter.replace(annotation=_written(parameter.annotation), default=_default(parameter.default))
+        for parameter in signature.parameters.values()
     ]
-    written = found.replace(parameters=parameters, return_annotation=_written(found.return_annotation))
+    written = signature.replace(parameters=parameters, return_annotation=_written(signature.return_annotation))
     line = str(written)
     if len(line) <= _SHORT:
         return line
-    kinds = [one.kind for one in parameters]
-    lines = [f"    {one}," for one in parameters]
+    kinds = [parameter.kind for parameter in parameters]
+    lines = [f"    {parameter}," for parameter in parameters]
     if inspect.Parameter.KEYWORD_ONLY in kinds and inspect.Parameter.VAR_POSITIONAL not in kinds:
         lines.insert(kinds.index(inspect.Parameter.KEYWORD_ONLY), "    *,")
     returned = line[line.rindex(")") + 1 :] if "->" in line else ""
@@ -138,14 +138,14 @@ def _signature(value: Any) -> str:
 
 
 def _written(annotation: Any) -> Any:
-    """Text of an annotation, without quotes; what is no text is left as it is shown."""
-    if isinstance(annotation, ForwardRef):  # of a NamedTuple's fields
+    """Return the text of an annotation without quotes; any other object unchanged."""
+    if isinstance(annotation, ForwardRef):  # fields of a NamedTuple
         annotation = annotation.__forward_arg__
     return _Written(annotation) if isinstance(annotation, str) else annotation
 
 
 def _default(value: Any) -> Any:
-    """Objects without a text of their own would be shown with their address."""
+    """Return a default that can be shown; an object without a text of its own would be shown with its address."""
     return _Written(f"a {type(value).__name__}") if type(value).__repr__ is object.__repr__ else value
 
 

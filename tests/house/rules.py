@@ -1,4 +1,4 @@
-"""The rules of the house; each finds its breaches, as text that says where, what and what to do."""
+"""The rules of the house; each returns its breaches as text: where, what, and what to do."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ from tests.house.source_tree import Import, SourceTree, circles
 _ROOM = re.compile(r"`([\w.]+\.py|\w+/)`")
 _HEADER = "| level | components |"
 FRONT_DOORS = "front doors:"
-"""What the table says of the storey of the doors begins so."""
+"""Start of the description of the storey that holds the front doors."""
 
 IMPURE = {
     *("transformers", "safetensors", "huggingface_hub", "fsspec"),
     *("io", "os", "pathlib", "shutil", "tempfile", "mmap", "glob", "fcntl", "ctypes", "subprocess", "socket", "urllib"),
 }
-"""Packages that bring files, the network, or models; a pure room imports none."""
+"""Packages for files, the network, or models; a pure room imports none of them."""
 COLUMNS_AND_NUMBERS = {"Checkpoint", "IOV_MAX"}
-"""What pure rooms take from ``files/``: the table of what headers say, and a number of the system."""
+"""Names that pure rooms may import from ``files/``: the table of the headers, and a number of the system."""
 
 
 class Storeys(NamedTuple):
-    """The table of CONTRIBUTING.md. What stands first is highest."""
+    """The table of CONTRIBUTING.md, highest storey first."""
 
     levels: list[list[str]]
-    """The rooms of each storey, which use none of each other."""
+    """Rooms of each storey; they do not import each other."""
     doors: list[str]
 
     @classmethod
@@ -46,9 +46,9 @@ class Storeys(NamedTuple):
 
 
 def _rows(text: str) -> Iterator[list[str]]:
-    """The cells of each row below the header of the storeys."""
-    _, found, below = text.partition(_HEADER)
-    if not found:
+    """Yield the cells of each row below the header of the storeys."""
+    _, header, below = text.partition(_HEADER)
+    if not header:
         raise ValueError(f"CONTRIBUTING.md has no table that begins with {_HEADER!r}")
     for line in below.splitlines()[2:]:
         if not line.startswith("|"):
@@ -57,7 +57,7 @@ def _rows(text: str) -> Iterator[list[str]]:
 
 
 def circles_of_modules(tree: SourceTree) -> list[str]:
-    edges = {(found.importer, found.imported): found for found in tree.inside}
+    edges = {(step.importer, step.imported): step for step in tree.inside}
     return _circles(tree, edges, "move what both need to a module below both; a deferred import is a circle too")
 
 
@@ -69,11 +69,11 @@ def _circles(tree: SourceTree, edges: Mapping[tuple[str, str], Import], do: str)
     arrows: dict[str, set[str]] = {}
     for start, stop in edges:
         arrows.setdefault(start, set()).add(stop)
-    found = []
+    errors = []
     for way in circles(arrows):
-        steps = [_said(tree, edges[step]) for step in pairwise(way)]
-        found.append("\n".join([f"a circle: {' -> '.join(way)}", *(f"  {step}" for step in steps), f"  do: {do}"]))
-    return found
+        steps = [_text_of(tree, edges[step]) for step in pairwise(way)]
+        errors.append("\n".join([f"a circle: {' -> '.join(way)}", *(f"  {step}" for step in steps), f"  do: {do}"]))
+    return errors
 
 
 def rooms_off_the_table(tree: SourceTree, storeys: Storeys) -> list[str]:
@@ -81,29 +81,29 @@ def rooms_off_the_table(tree: SourceTree, storeys: Storeys) -> list[str]:
     twice = sorted({room for room in listed if listed.count(room) > 1})
     return [
         *(
-            f"{room} is not in CONTRIBUTING's levels. do: add it where it lies"
+            f"{room} is not in CONTRIBUTING's levels. do: add it to its level"
             for room in sorted(tree.rooms - {*listed})
         ),
-        *(f"{room} of CONTRIBUTING's levels is not there. do: take it out" for room in sorted({*listed} - tree.rooms)),
-        *(f"{room} is twice in CONTRIBUTING's levels. do: name it once" for room in twice),
+        *(f"{room} of CONTRIBUTING's levels does not exist. do: remove it" for room in sorted({*listed} - tree.rooms)),
+        *(f"{room} is in CONTRIBUTING's levels twice. do: list it once" for room in twice),
     ]
 
 
 def arrows_up_or_across(tree: SourceTree, storeys: Storeys) -> list[str]:
-    level_of, found = storeys.level_of, []
-    for (start, stop), one in tree.arrows.items():
+    level_of, errors = storeys.level_of, []
+    for (start, stop), arrow in tree.arrows.items():
         if start in level_of and stop in level_of and level_of[start] >= level_of[stop]:
             way = "across to" if level_of[start] == level_of[stop] else "up to"
-            do = f"move what it takes below {start}, or hand it in as an argument"
-            found.append(f"an arrow from {start} {way} {stop}\n  {_said(tree, one)}\n  do: {do}")
-    return found
+            do = f"move what it imports below {start}, or pass it as an argument"
+            errors.append(f"an arrow from {start} {way} {stop}\n  {_text_of(tree, arrow)}\n  do: {do}")
+    return errors
 
 
 def doors_on_doors(tree: SourceTree, storeys: Storeys) -> list[str]:
     do = "move what both doors need to a room below them"
     return [
-        f"a front door uses a front door\n  {_said(tree, one)}\n  do: {do}"
-        for (start, stop), one in tree.arrows.items()
+        f"a front door uses a front door\n  {_text_of(tree, arrow)}\n  do: {do}"
+        for (start, stop), arrow in tree.arrows.items()
         if start in storeys.doors and stop in storeys.doors
     ]
 
@@ -111,20 +111,20 @@ def doors_on_doors(tree: SourceTree, storeys: Storeys) -> list[str]:
 def impure(
     tree: SourceTree, rooms: Iterable[str], below: Mapping[str, set[str]], more: Iterable[str] = ()
 ) -> list[str]:
-    """What pure rooms import that opens files or asks models.
+    """Return the imports of pure rooms that open files or use models.
 
     Args:
-        below: by room, the rooms that it may use, besides ``files/`` for columns and numbers.
-        more: packages that these rooms do not import either.
+        below: by room, the rooms that it may import, in addition to ``files/`` for columns and numbers.
+        more: further packages that these rooms must not import.
     """
-    found = []
+    errors = []
     for one in tree.imports:
         room = tree.room(one.importer)
         if room in rooms and not _is_pure(tree, one, room, below, {*IMPURE, *more}):
-            do = "do it in upstream/, files/ or execution/, and hand in what it finds"
-            found.append(f"{room} is pure\n  {_said(tree, one)}\n  do: {do}")
+            do = "do it in upstream/, files/ or execution/, and pass in the result"
+            errors.append(f"{room} is pure\n  {_text_of(tree, one)}\n  do: {do}")
     opened = [where for room in rooms for where in tree.calls("open", room)]
-    return [*found, *(f"a file is opened in a pure room\n  {where}\n  do: open it in files/" for where in opened)]
+    return [*errors, *(f"a file is opened in a pure room\n  {where}\n  do: open it in files/" for where in opened)]
 
 
 def _is_pure(tree: SourceTree, one: Import, room: str, below: Mapping[str, set[str]], refused: set[str]) -> bool:
@@ -137,14 +137,14 @@ def _is_pure(tree: SourceTree, one: Import, room: str, below: Mapping[str, set[s
 
 
 def asks_transformers(tree: SourceTree, rooms: Iterable[str]) -> list[str]:
-    """Imports of transformers from other rooms than these."""
+    """Return the imports of transformers in other rooms than these."""
     return [
-        f"transformers is asked outside of {', '.join(rooms)}\n  {_said(tree, one)}\n  do: ask it in upstream/"
+        f"transformers is asked outside of {', '.join(rooms)}\n  {_text_of(tree, one)}\n  do: ask it in upstream/"
         for one in tree.imports
         if one.imported.partition(".")[0] == "transformers" and tree.room(one.importer) not in rooms
     ]
 
 
-def _said(tree: SourceTree, one: Import) -> str:
+def _text_of(tree: SourceTree, one: Import) -> str:
     taken = f" ({', '.join(one.taken)})" if one.taken else ""
     return f"{one.where(tree.root)} imports {one.imported}{taken}"

@@ -1,4 +1,4 @@
-"""A tree of source files as the house of a package: modules, their rooms, and every import, wherever it stands."""
+"""A tree of source files as the house of a package: modules, their rooms, and every import, wherever it is."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ _BY_NAME = ("import_module", "__import__")
 
 
 class Import(NamedTuple):
-    """One module that a file imports, and what the file takes of it."""
+    """An import of one module by a file, with the names that the file uses of it."""
 
     importer: str
     imported: str
-    """A module of the package where there is one of this name, else the name as it stands."""
+    """Module of the package if there is one of this name, else the name as written."""
     taken: tuple[str, ...]
-    """Names imported from the module; where the module itself is imported, attributes that the file uses."""
+    """Names imported from the module, or the attributes that the file uses if it imports the module itself."""
     path: Path
     line: int
 
@@ -28,7 +28,7 @@ class Import(NamedTuple):
 
 
 class SourceTree:
-    """The modules of a package below ``root``; folders behind symbolic links belong to it."""
+    """The modules of a package below ``root``, including folders behind symbolic links."""
 
     def __init__(self, root: Path, package: str):
         self.root, self.package = root, package
@@ -36,19 +36,19 @@ class SourceTree:
 
     @cached_property
     def imports(self) -> list[Import]:
-        """Of all files: relative ones, those inside functions and under TYPE_CHECKING, and imports by name."""
-        return [found for module, path in self.modules.items() for found in self._imports_of(module, path)]
+        """Return the imports of all files: relative, in functions, under TYPE_CHECKING, and by name."""
+        return [one for module, path in self.modules.items() for one in self._imports_of(module, path)]
 
     @property
     def inside(self) -> list[Import]:
-        """From a module of the package to another."""
-        return [found for found in self.imports if self.is_inside(found.imported) and found.imported != found.importer]
+        """Return the imports from a module of the package to another one."""
+        return [one for one in self.imports if self.is_inside(one.imported) and one.imported != one.importer]
 
     def is_inside(self, module: str) -> bool:
         return module.partition(".")[0] == self.package
 
     def room(self, module: str) -> str:
-        """``planning/`` for all that lies in that folder, ``loading.py`` for a module beside the folders."""
+        """Return ``planning/`` for a module in that folder, or ``loading.py`` for a module outside of folders."""
         inner = module.split(".")[1:]
         if not inner:
             return "__init__.py"
@@ -60,16 +60,16 @@ class SourceTree:
 
     @property
     def arrows(self) -> dict[tuple[str, str], Import]:
-        """From room to room, with one import that makes it so."""
-        found: dict[tuple[str, str], Import] = {}
+        """Return the pairs of rooms where the first imports the second, with one import as evidence."""
+        arrows: dict[tuple[str, str], Import] = {}
         for one in self.inside:
             ends = self.room(one.importer), self.room(one.imported)
             if ends[0] != ends[1]:
-                found.setdefault(ends, one)
-        return found
+                arrows.setdefault(ends, one)
+        return arrows
 
     def calls(self, function: str, room: str) -> Iterator[str]:
-        """Where a room calls a function by its bare name."""
+        """Yield the places where a room calls a function by its bare name."""
         for module, path in self.modules.items():
             if self.room(module) == room:
                 for node in self._nodes[module]:
@@ -78,7 +78,7 @@ class SourceTree:
 
     @cached_property
     def _nodes(self) -> dict[str, list[ast.AST]]:
-        """All that a module is made of."""
+        """Return all syntax nodes of each module."""
         return {
             module: list(ast.walk(ast.parse(path.read_text(encoding="utf-8"), str(path))))
             for module, path in self.modules.items()
@@ -111,28 +111,28 @@ class SourceTree:
                 yield Import(module, self._known(name), (), path, node.lineno)
 
     def _known(self, name: str) -> str:
-        """The longest beginning of a name that is a module of the package; the name itself if none is."""
+        """Return the longest prefix of a name that is a module of the package, or the name itself if there is none."""
         if not self.is_inside(name):
             return name
         parts = name.split(".")
         beginnings = (".".join(parts[:length]) for length in range(len(parts), 0, -1))
-        return next((found for found in beginnings if found in self.modules), name)
+        return next((prefix for prefix in beginnings if prefix in self.modules), name)
 
 
 def circles(arrows: Mapping[str, set[str]]) -> list[list[str]]:
-    """A shortest way round for each set of places that reach each other; of the first of them, by name."""
+    """Return a shortest circle for each set of places that reach each other, starting at the first place by name."""
     reached = {start: _ways(start, arrows) for start in arrows}
-    found: list[list[str]] = []
+    shortest: list[list[str]] = []
     seen: set[str] = set()
     for start in sorted(arrows):
         if start in reached[start] and start not in seen:
-            found.append(reached[start][start])
+            shortest.append(reached[start][start])
             seen |= {other for other in reached[start] if start in reached.get(other, {})}
-    return found
+    return shortest
 
 
 def _ways(start: str, arrows: Mapping[str, set[str]]) -> dict[str, list[str]]:
-    """A shortest way from a place to each that can be reached, both ends included."""
+    """Return a shortest way from a place to each place that it reaches, both ends included."""
     ways: dict[str, list[str]] = {}
     pending = [[start]]
     while pending:
@@ -147,12 +147,12 @@ def _ways(start: str, arrows: Mapping[str, set[str]]) -> dict[str, list[str]]:
 
 
 def _attributes(nodes: Iterable[ast.AST]) -> dict[str, tuple[str, ...]]:
-    """Attributes that are looked up, by the dotted name that they are looked up on."""
-    found: dict[str, set[str]] = {}
+    """Return the attributes that the code looks up, by the dotted name of their object."""
+    attributes: dict[str, set[str]] = {}
     for node in nodes:
         if isinstance(node, ast.Attribute) and (name := _dotted(node.value)):
-            found.setdefault(name, set()).add(node.attr)
-    return {name: tuple(sorted(attributes)) for name, attributes in found.items()}
+            attributes.setdefault(name, set()).add(node.attr)
+    return {name: tuple(sorted(attributes)) for name, attributes in attributes.items()}
 
 
 def _dotted(node: ast.expr) -> str | None:
@@ -163,7 +163,7 @@ def _dotted(node: ast.expr) -> str | None:
 
 
 def _base(node: ast.ImportFrom, module: str, path: Path) -> str:
-    """The absolute name of the module that an import names."""
+    """Return the absolute name of the module that an import names."""
     if not node.level:
         return node.module or ""
     parts = module.split(".")
@@ -172,7 +172,7 @@ def _base(node: ast.ImportFrom, module: str, path: Path) -> str:
 
 
 def _imported_by_name(node: ast.Call) -> str | None:
-    """The module that ``import_module("...")`` and the like name; None where the name is no literal."""
+    """Return the module named in ``import_module("...")`` and similar calls, or None if the name is no literal."""
     function = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", None)
     first = node.args[0] if node.args else None
     if function in _BY_NAME and isinstance(first, ast.Constant) and isinstance(first.value, str):

@@ -1,4 +1,4 @@
-"""A layout is one entry of ``LAYOUTS``: loading, converting and saving need no other change."""
+"""Tests of adding a layout: with one entry of ``LAYOUTS``, loading, converting and saving support it."""
 
 import json
 
@@ -25,7 +25,7 @@ TOYS = {
         ungated=(Buffer("ups", "E h i", ("up",)), Buffer("up_biases", "E i", ("up",))),
         down=(Buffer("downs", "E i h", DOWN), Buffer("down_biases", "E h", DOWN)),
     ),
-    # Up before gate, alternating, experts in the middle.
+    # Up before gate, alternating, with experts in the middle.
     "up_first": Layout(
         first=(Buffer("up_gate", "(i g) E h", ("up", "gate")), Buffer("up_gate_bias", "(i g) E", ("up", "gate"))),
         ungated=(Buffer("up", "i E h", ("up",)), Buffer("up_bias", "i E", ("up",))),
@@ -43,7 +43,7 @@ def array(shape, function):
 
 
 def transformers():
-    """What is in the buffers of the layout "transformers", element by element."""
+    """Return the buffers of the layout "transformers", element by element."""
 
     def part(r):
         return ("gate", r) if r < SIZE else ("up", r - SIZE)
@@ -97,25 +97,25 @@ def checkpoint(path, tensors):
     return path
 
 
-def assert_same(made, expected):
-    assert made.keys() == expected.keys()
+def assert_same(actual, expected):
+    assert actual.keys() == expected.keys()
     for name, tensor in expected.items():
-        assert made[name].shape == tensor.shape, name
-        assert torch.equal(made[name], tensor), name
+        assert actual[name].shape == tensor.shape, name
+        assert torch.equal(actual[name], tensor), name
 
 
 @pytest.mark.parametrize("target", FORMS)
 @pytest.mark.parametrize("source", FORMS)
 def test_it_is_loaded_and_converted_from_and_to_every_other(tmp_path, source, target):
     stored = checkpoint(tmp_path / "stored", FORMS[source]())
-    said = {"rules": [], "layout": target, "source_layout": source}
-    assert_same(amc.load_state_dict(stored, **said), FORMS[target]())
-    amc.convert_checkpoint(stored, tmp_path / "converted", **said)
+    options = {"rules": [], "layout": target, "source_layout": source}
+    assert_same(amc.load_state_dict(stored, **options), FORMS[target]())
+    amc.convert_checkpoint(stored, tmp_path / "converted", **options)
     files = list((tmp_path / "converted").glob("*.safetensors"))
     assert_same({name: tensor for file in files for name, tensor in load_file(file).items()}, FORMS[target]())
 
 
-def test_its_name_is_offered_where_a_layout_is_asked_for(tmp_path):
+def test_its_name_is_suggested_for_a_misspelled_layout(tmp_path):
     stored = checkpoint(tmp_path / "stored", transformers())
     with pytest.raises(amc.UnsupportedError, match=r"unknown layout 'appart'(.|\n)*write 'apart'"):
         amc.load_state_dict(stored, rules=[], layout="appart", source_layout="transformers")
@@ -137,7 +137,7 @@ def test_gate_and_up_of_two_dtypes_are_not_laid_out_together(tmp_path):
         amc.load_state_dict(stored, rules=[], layout="transformers", source_layout="apart")
 
 
-def test_a_shape_that_it_cannot_have_is_named(tmp_path):
+def test_shape_that_it_cannot_have_is_named(tmp_path):
     tensors = transformers()
     tensors[f"{PATH}.gate_up_proj"] = torch.zeros(EXPERTS, 2 * SIZE + 1, HIDDEN)
     stored = checkpoint(tmp_path / "stored", tensors)

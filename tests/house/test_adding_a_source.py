@@ -1,6 +1,6 @@
-"""A place that files come from is one class, a ``ByteSource``: no reader of files knows which it is.
+"""Tests of adding a source of files: it is one class, a ``ByteSource``, and no reader depends on which one it is.
 
-The toy reads by range from a real server, as an object store is read. It takes the place of files on this machine.
+The toy reads ranges from a real server, as from an object store. It replaces files on this machine.
 """
 
 import http.client
@@ -23,7 +23,7 @@ PATH = "model.layers.0.mlp.experts"
 
 
 class Server(ThreadingHTTPServer):
-    """Sends the ranges of files that it is asked for; no more than ``most`` bytes of a file."""
+    """A server that sends the requested ranges of files, at most ``most`` bytes of a file."""
 
     most = None
 
@@ -54,7 +54,7 @@ class Handler(BaseHTTPRequestHandler):
 
 
 class Remote(NamedTuple):
-    """The toy: a file behind the server."""
+    """The toy source: a file behind the server."""
 
     port: int
     path: str
@@ -132,7 +132,7 @@ def published(tmp_path):
 
 
 def grouped(tensors):
-    """As transformers has them, one expert after the other."""
+    """Return grouped experts as transformers stores them, one expert after the other."""
     parts = {
         part: [tensors[f"{PATH}.{e}.{part}.weight"] for e in range(EXPERTS)]
         for part in ("gate_proj", "up_proj", "down_proj")
@@ -143,18 +143,18 @@ def grouped(tensors):
 
 
 def rules():
-    pytest.importorskip("transformers", reason="the rules are those of its models")
+    pytest.importorskip("transformers", reason="the rules are for its models")
     return amc.get_checkpoint_conversion_mapping("qwen3_moe")
 
 
-def assert_equal(made, expected):
-    assert made.keys() == expected.keys()
+def assert_equal(actual, expected):
+    assert actual.keys() == expected.keys()
     for name, tensor in expected.items():
-        assert torch.equal(made[name].view(torch.uint8), tensor.view(torch.uint8)), name
+        assert torch.equal(actual[name].view(torch.uint8), tensor.view(torch.uint8)), name
 
 
 @pytest.mark.parametrize("threads", [1, 4])
-def test_a_checkpoint_is_loaded_from_it(server, published, threads):
+def test_checkpoint_is_loaded_from_it(server, published, threads):
     directory, tensors = published
     assert_equal(amc.load_state_dict(directory, rules=rules(), threads=threads), grouped(tensors))
     spans = server.ranges
@@ -163,7 +163,7 @@ def test_a_checkpoint_is_loaded_from_it(server, published, threads):
     assert read <= sum(sizes.values())  # each byte once
 
 
-def test_a_checkpoint_is_converted_and_compared_from_it(server, published, tmp_path):
+def test_checkpoint_is_converted_and_compared_from_it(server, published, tmp_path):
     directory, tensors = published
     amc.convert_checkpoint(directory, tmp_path / "own", rules=rules(), verify=True)
     files = list((tmp_path / "own").glob("*.safetensors"))
@@ -171,8 +171,8 @@ def test_a_checkpoint_is_converted_and_compared_from_it(server, published, tmp_p
     assert server.ranges
 
 
-def test_what_only_moves_is_converted_from_it(server, published, tmp_path):
-    """Which the system's kernel would copy from a file to a file, had it a descriptor."""
+def test_tensors_that_only_move_are_converted_from_it(server, published, tmp_path):
+    """The kernel could copy these bytes from file to file if the source had a descriptor."""
     directory, tensors = published
     amc.convert_checkpoint(directory, tmp_path / "own", rules=[])
     files = list((tmp_path / "own").glob("*.safetensors"))
@@ -184,7 +184,7 @@ def test_memory_map_of_it_reads_it(server, published):
     assert_equal(amc.load_state_dict(directory, rules=[], memory_map=True), tensors)
 
 
-def test_what_it_cannot_read_is_told_with_its_own_words(server, published):
+def test_failed_read_keeps_the_message_of_the_source(server, published):
     directory, _ = published
     plan = amc.compile_plan(directory, rules=rules())
     server.most = 2000

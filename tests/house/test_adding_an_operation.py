@@ -1,14 +1,14 @@
-"""An operation is one function and its entry of ``OPERATIONS``: rules, plans and loads need no other change.
+"""Tests of adding an operation: with one function and its entry of ``OPERATIONS``, rules, plans and loads support it.
 
-The toy is an operation of transformers that is not there yet: it turns the rows of a matrix round by as many as the
-model's config says.
+The toy is an operation that transformers does not have: it rolls the rows of a matrix by a number in the model's
+config.
 """
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
-pytest.importorskip("transformers", reason="its classes hold the rules")
+pytest.importorskip("transformers", reason="the rules are objects of its classes")
 
 from transformers import core_model_loading as upstream
 
@@ -31,14 +31,14 @@ class RollRows(ConversionOps):
     def reverse_op(self):
         return RollRows(-self.by)
 """
-# As if the installed release had it: only its own operations are taken to do what we know of them.
+# As if the installed release had it: only operations of transformers are trusted to do what their name implies.
 LATER = {**vars(upstream)}
 exec(compile(SOURCE, upstream.__file__, "exec"), LATER)
 RollRows = LATER["RollRows"]
 
 
 def roll_rows(inputs, context, by):
-    """The whole of what has to be written for it."""
+    """Everything that has to be written for the operation."""
     (values,) = inputs.values()
     value = values[0] if isinstance(values, list) else values
     rows = value.shape[0]
@@ -77,29 +77,29 @@ def rolled(tensors, by):
 
 
 @pytest.mark.parametrize("by", [0, 1, -2, 7])
-def test_it_is_planned_as_copies_and_gives_the_bytes_of_upstream(known, published, by):
+def test_it_is_planned_as_copies_and_equals_transformers(known, published, by):
     directory, tensors = published
     plan = amc.compile_plan(directory, rules=rules(by))
     assert plan.fallbacks == ()
-    made = amc.load_state_dict(directory, rules=rules(by))
+    actual = amc.load_state_dict(directory, rules=rules(by))
     expected = rolled(tensors, by)
-    assert made.keys() == expected.keys()
+    assert actual.keys() == expected.keys()
     for name, tensor in expected.items():
-        assert torch.equal(made[name], tensor), name
+        assert torch.equal(actual[name], tensor), name
         stored = {"s": [tensors[name.replace("rolled", "stored")]]}
-        assert torch.equal(made[name], RollRows(by).convert(stored, ["s"], ["t"])["t"]), name
+        assert torch.equal(actual[name], RollRows(by).convert(stored, ["s"], ["t"])["t"]), name
 
 
 def test_it_goes_back_by_its_own_reverse(known, published, tmp_path):
     directory, tensors = published
-    made = amc.load_state_dict(directory, rules=rules(2))
-    back = amc.revert_state_dict(made, rules=rules(2))
+    actual = amc.load_state_dict(directory, rules=rules(2))
+    back = amc.revert_state_dict(actual, rules=rules(2))
     assert back.keys() == tensors.keys()
     for name, tensor in tensors.items():
         assert torch.equal(back[name], tensor), name
 
 
-def test_without_its_entry_it_is_upstreams_alone(published):
+def test_without_its_entry_only_transformers_can_run_it(published):
     directory, _ = published
     with pytest.raises(NameProblems, match="RollRows is not a stock operation"):
         amc.compile_plan(directory, rules=rules(1))

@@ -1,4 +1,4 @@
-"""Docstrings: every public name has an example, and every first line is a sentence that stands alone."""
+"""Tests of docstrings: every public name has an example, and every first line is a sentence that stands alone."""
 
 import ast
 import inspect
@@ -15,14 +15,14 @@ from tests.house.source_tree import SourceTree
 PACKAGE = Path(automodel_conv.__file__).parent
 
 CLAUSES = ("Of", "By", "What", "Whatever", "Whose")
-"""Words that begin a clause, which only makes sense with the sentence after it."""
-# Code and these words have periods that end no sentence.
+"""Words that begin a clause that only makes sense with the sentence after it."""
+# Code and these words contain periods that end no sentence.
 _NO_END = re.compile(r"``[^`]*``|\.\.\.|\b(?:e\.g|i\.e|vs|etc)\.")
 _END_OF_SENTENCE = re.compile(r"[.!?]\s")
 
 
 def public():
-    """Every public function and class, by its import name."""
+    """Return every public function and class, by its import name."""
     names = {f"{automodel_conv.__name__}.{name}": getattr(automodel_conv, name) for name in automodel_conv.__all__}
     for name in public_names(conversion_mapping):
         if inspect.isfunction(value := getattr(conversion_mapping, name)):
@@ -60,7 +60,7 @@ def test_every_public_name_has_an_example(name):
 
 @pytest.fixture(scope="module")
 def kernels():
-    """The docstring of every function in the modules of the kernels, read as text: importing them needs Triton."""
+    """Return the docstring of every function in the kernel modules, read as text; importing them needs Triton."""
     bodies = [ast.parse(path.read_text(encoding="utf-8")).body for path in (PACKAGE / "kernels").glob("*.py")]
     return {node.name: ast.get_docstring(node) for body in bodies for node in body if isinstance(node, ast.FunctionDef)}
 
@@ -89,7 +89,7 @@ def test_first_lines_are_sentences_that_stand_alone():
         ('"""Read a file. Then close it."""', "one sentence"),
     ],
 )
-def test_a_breach_is_reported(text, problem):
+def test_breach_is_reported(text, problem):
     [breach] = breaches_of(text, "module", "module.py")
     assert problem in breach
 
@@ -97,5 +97,5 @@ def test_a_breach_is_reported(text, problem):
 @pytest.mark.parametrize(
     "text", ["", '"""Read ``model.safetensors`` (``a . b``) in 0.5 s, i.e. fast."""', '"""Offsets."""\ndef f(): pass']
 )
-def test_what_is_right_passes(text):
+def test_correct_docstring_passes(text):
     assert list(breaches_of(text, "module", "module.py")) == []

@@ -1,7 +1,7 @@
-"""How many functions of this package lie between a public one and the call that reads, copies or writes bytes.
+"""Tests of the number of functions of this package between a public one and the call that moves bytes.
 
-Who reads the way from a call down to its bytes reads one function after the other: they are counted, and no more may
-come between unseen. Who takes one out makes the bound smaller.
+To follow a call down to its bytes, a reader reads one function after the other. These bounds show when one is added.
+Lower a bound when you remove a function.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-pytest.importorskip("transformers", reason="the rules are those of its models")
+pytest.importorskip("transformers", reason="the rules are for its models")
 
 import automodel_conv as amc
 
 PACKAGE = os.path.dirname(amc.__file__) + os.sep
-# What moves bytes: calls of the system, and copies of torch.
+# Calls that move bytes: those of the system, and copies of torch.
 MOVES = {"preadv", "pwritev", "copy_file_range", "copy_", "native_channel_shuffle"}
 EXPERTS, SIDE = 4, 32
 
@@ -43,7 +43,7 @@ def published(tmp_path_factory, tensors):
 
 
 def ways_down(work):
-    """The longest way down to a call that moves bytes, as functions of this package, by the name of what is called."""
+    """Return the longest chain of this package's functions down to each call that moves bytes, by name of the call."""
     longest: dict[str, list[str]] = {}
 
     def profile(frame, event, argument):
@@ -63,10 +63,10 @@ def ways_down(work):
     return longest
 
 
-def refuse_longer(found, **most):
-    """By what is called, the most frames that there may be, that of the public function included."""
-    assert found.keys() == most.keys()
-    for name, way in found.items():
+def refuse_longer(ways, **most):
+    """Check the number of frames down to each call, including the public function, against its bound."""
+    assert ways.keys() == most.keys()
+    for name, way in ways.items():
         shown = "\n  ".join([*way, name])
         assert len(way) <= most[name], f"{len(way)} frames down to {name}, not {most[name]}; call fewer:\n  {shown}"
 
@@ -91,8 +91,8 @@ def test_frames_from_a_conversion_in_memory_to_its_copies(tensors, rules):
 
 def test_frames_from_a_save_to_its_writes(tmp_path, tensors, rules):
     grouped = amc.convert_state_dict(tensors, rules=rules)
-    found = ways_down(lambda: amc.save_checkpoint(grouped, tmp_path / "saved", rules=rules, threads=1))
-    refuse_longer(found, pwritev=9)
+    ways = ways_down(lambda: amc.save_checkpoint(grouped, tmp_path / "saved", rules=rules, threads=1))
+    refuse_longer(ways, pwritev=9)
 
 
 def test_frames_from_a_conversion_of_files_to_its_reads_copies_and_writes(tmp_path, published, rules):
@@ -102,11 +102,11 @@ def test_frames_from_a_conversion_of_files_to_its_reads_copies_and_writes(tmp_pa
     refuse_longer(ways_down(convert), preadv=13, copy_=11, pwritev=9)
 
 
-def test_a_way_that_becomes_longer_is_told(published, rules, monkeypatch):
+def test_longer_chain_is_reported(published, rules, monkeypatch):
     from automodel_conv.files import system
 
     with pytest.raises(AssertionError, match=r"16 frames down to preadv, not 15; call fewer:\s+doors.py:called\s"):
         refuse_longer(ways_down(load(published, rules, None)), preadv=15)
     stock = system.preadv
     monkeypatch.setattr(system, "preadv", lambda fd, views, offset: stock(fd, views, offset))
-    refuse_longer(ways_down(load(published, rules, None)), preadv=16)  # functions of others do not count
+    refuse_longer(ways_down(load(published, rules, None)), preadv=16)  # functions outside of the package do not count

@@ -1,7 +1,7 @@
-"""The house stands: no circle, each storey uses those below it only, doors lead down, and what is pure stays so.
+"""Tests of the house: no circles, each storey imports only those below it, and pure rooms stay pure.
 
-``CONTRIBUTING.md`` has the table of the storeys; it is read here, so what it says is so. All imports count: relative
-ones, those inside functions, and those for type checkers.
+``CONTRIBUTING.md`` has the table of the storeys, which is read here. All imports count: relative ones, those inside
+functions, and those for type checkers.
 """
 
 import re
@@ -20,7 +20,7 @@ CONTRIBUTING = Path(__file__).parent.parent.parent / "CONTRIBUTING.md"
 
 LOWEST = {"errors.py", "dtypes.py"}
 PURE = {"planning/": LOWEST, "schedule/": {"planning/", *LOWEST}}
-# The rule queries answer in transformers' own objects, and the demo compares with its loader.
+# The rule queries return transformers' own objects, and the demo compares with its loader.
 ASK_TRANSFORMERS = ("upstream/", "integrations/", "conversion_mapping.py", "cli/")
 
 
@@ -38,7 +38,7 @@ def refuse(breaches):
     assert not breaches, "\n\n".join(["", *breaches])
 
 
-def test_all_modules_are_seen_kernels_too(tree):
+def test_all_modules_are_seen_with_the_kernels(tree):
     assert {"automodel_conv", "automodel_conv.loading", "automodel_conv.kernels.transpose"} <= tree.modules.keys()
     assert {"__init__.py", "loading.py", "planning/", "kernels/"} <= tree.rooms
     assert len(tree.inside) > len(tree.modules)
@@ -52,11 +52,11 @@ def test_no_circle_among_rooms(tree):
     refuse(rules.circles_of_rooms(tree))
 
 
-def test_every_room_has_its_place_in_the_table(tree, storeys):
+def test_every_room_is_in_the_table(tree, storeys):
     refuse(rules.rooms_off_the_table(tree, storeys))
 
 
-def test_a_room_uses_rooms_below_it_only(tree, storeys):
+def test_room_uses_rooms_below_it_only(tree, storeys):
     refuse(rules.arrows_up_or_across(tree, storeys))
 
 
@@ -66,20 +66,20 @@ def test_no_front_door_uses_a_front_door(tree, storeys):
     refuse(rules.doors_on_doors(tree, storeys))
 
 
-def test_planning_and_schedules_open_no_files_and_ask_no_models(tree):
+def test_planning_and_schedules_open_no_files_and_use_no_models(tree):
     refuse(rules.impure(tree, PURE, PURE))
 
 
-def test_schedules_are_made_without_torch(tree):
+def test_schedules_are_built_without_torch(tree):
     refuse(rules.impure(tree, ["schedule/"], PURE, more=["torch"]))
 
 
-def test_transformers_is_asked_in_few_rooms(tree):
+def test_transformers_is_imported_in_few_rooms(tree):
     refuse(rules.asks_transformers(tree, ASK_TRANSFORMERS))
 
 
-def test_the_drawings_name_modules_that_are_there():
+def test_drawings_name_existing_modules():
     named = re.findall(r"--([a-z_]+(?:/[a-z_]+)?)-+>", CONTRIBUTING.read_text(encoding="utf-8"))
     assert len(named) > 10
     absent = [name for name in named if not (PACKAGE / f"{name}.py").is_file()]
-    assert not absent, f"CONTRIBUTING's drawings name modules that are not there: {absent}. do: name those that are"
+    assert not absent, f"CONTRIBUTING's drawings name modules that do not exist: {absent}. do: correct the names"

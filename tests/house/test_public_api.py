@@ -1,4 +1,4 @@
-"""The public API is what ``public_api.txt`` says: a change of it is made there too, and so seen."""
+"""Tests of the public API: it must equal ``public_api.txt``, so that every change is made there and noticed."""
 
 import difflib
 from pathlib import Path
@@ -9,20 +9,18 @@ from tests.house.public_api import listing, public_names
 WRITTEN = Path(__file__).with_name("public_api.txt")
 
 
-def changed(found):
+def changes_in(current):
     written = WRITTEN.read_text(encoding="utf-8").splitlines()
-    return "\n".join(difflib.unified_diff(written, found.splitlines(), "public_api.txt", "found", lineterm="", n=3))
+    return "\n".join(difflib.unified_diff(written, current.splitlines(), "public_api.txt", "found", lineterm="", n=3))
 
 
-def test_the_public_api_is_as_written():
-    difference = changed(listing())
-    advice = (
-        "if that is meant: python -m tests.house.public_api > tests/house/public_api.txt, and say it in CHANGELOG.md"
-    )
+def test_public_api_equals_the_file():
+    difference = changes_in(listing())
+    advice = "if intended: python -m tests.house.public_api > tests/house/public_api.txt, and note it in CHANGELOG.md"
     assert not difference, f"the public API has changed:\n{difference}\n{advice}"
 
 
-def test_a_default_that_changes_is_seen(monkeypatch):
+def test_changed_default_is_noticed(monkeypatch):
     def open_checkpoint(path: "str | os.PathLike[str]", *, revision: "str | None" = "main") -> "Checkpoint":  # noqa: F821
         raise AssertionError
 
@@ -30,7 +28,7 @@ def test_a_default_that_changes_is_seen(monkeypatch):
 
     monkeypatch.setattr(checkpoint, "open_checkpoint", open_checkpoint)
     monkeypatch.setattr(automodel_conv, "open_checkpoint", open_checkpoint)
-    difference = changed(listing())
+    difference = changes_in(listing())
     assert (
         "-  open_checkpoint(path: str | os.PathLike[str], *, revision: str | None = None) -> Checkpoint" in difference
     )
@@ -39,9 +37,9 @@ def test_a_default_that_changes_is_seen(monkeypatch):
     )
 
 
-def test_a_name_that_comes_or_goes_is_seen(monkeypatch):
+def test_added_or_removed_name_is_noticed(monkeypatch):
     monkeypatch.setattr(automodel_conv, "__all__", [name for name in automodel_conv.__all__ if name != "ReadError"])
-    assert "-  class ReadError(ConversionError)" in changed(listing())
+    assert "-  class ReadError(ConversionError)" in changes_in(listing())
 
 
 def test_names_that_a_module_only_imports_or_keeps_to_itself_are_not_public():

@@ -1,4 +1,4 @@
-"""Each rule of the house is broken once, in a little tree of its own, and says where."""
+"""Tests of the rules of the house: each is broken once, in a small tree of its own, and reports the place."""
 
 import pytest
 
@@ -37,7 +37,7 @@ PURE = {"planning/": set(), "schedule/": {"planning/"}}
 
 
 def planted(folder, **files):
-    """A sound tree with other text in some files, whose names have ``__`` for ``/``."""
+    """Return a sound tree with other text in some files, with ``__`` for ``/`` in their names."""
     changed = {f"{name.replace('__', '/')}.py": text for name, text in files.items()}
     for name, text in {**SOUND, **changed}.items():
         path = folder / "house" / name
@@ -47,7 +47,7 @@ def planted(folder, **files):
 
 
 def breaches(tree):
-    """By rule, all that is found."""
+    """Return all breaches, by rule."""
     return {
         "circle of modules": rules.circles_of_modules(tree),
         "circle of rooms": rules.circles_of_rooms(tree),
@@ -60,17 +60,17 @@ def breaches(tree):
 
 
 def broken(tree):
-    """By rule, the one breach that is found; rules that hold are left out."""
-    found = {rule: texts for rule, texts in breaches(tree).items() if texts}
-    assert all(len(texts) == 1 for texts in found.values()), found
-    return {rule: text for rule, (text,) in found.items()}
+    """Return the one breach of each broken rule."""
+    errors = {rule: texts for rule, texts in breaches(tree).items() if texts}
+    assert all(len(texts) == 1 for texts in errors.values()), errors
+    return {rule: text for rule, (text,) in errors.items()}
 
 
-def test_a_sound_tree_breaks_no_rule(tmp_path):
+def test_sound_tree_breaks_no_rule(tmp_path):
     assert broken(planted(tmp_path)) == {}
 
 
-def test_the_table_is_read_from_the_top_down():
+def test_table_is_read_from_the_top_down():
     assert STOREYS.levels[:3] == [["cli/"], ["__init__.py"], ["loading.py", "saving.py"]]
     assert STOREYS.levels[3:] == [["schedule/", "upstream/"], ["planning/"], ["files/"], ["errors.py"]]
     assert STOREYS.doors == ["loading.py", "saving.py"]
@@ -78,14 +78,14 @@ def test_the_table_is_read_from_the_top_down():
         Storeys.read("| another | table |")
 
 
-def test_a_circle_in_a_room_is_told_with_all_its_imports(tmp_path):
-    found = broken(planted(tmp_path, planning__plan="import torch\nfrom house.planning.lower import lower"))
-    assert found.keys() == {"circle of modules"}
-    told = found["circle of modules"]
-    assert "house.planning.lower -> house.planning.plan -> house.planning.lower" in told
-    assert "house/planning/lower.py:1 imports house.planning.plan (Plan)" in told
-    assert "house/planning/plan.py:2 imports house.planning.lower (lower)" in told
-    assert "do: move what both need" in told
+def test_circle_in_a_room_is_reported_with_all_imports(tmp_path):
+    errors = broken(planted(tmp_path, planning__plan="import torch\nfrom house.planning.lower import lower"))
+    assert errors.keys() == {"circle of modules"}
+    error = errors["circle of modules"]
+    assert "house.planning.lower -> house.planning.plan -> house.planning.lower" in error
+    assert "house/planning/lower.py:1 imports house.planning.plan (Plan)" in error
+    assert "house/planning/plan.py:2 imports house.planning.lower (lower)" in error
+    assert "do: move what both need" in error
 
 
 @pytest.mark.parametrize(
@@ -97,13 +97,13 @@ def test_a_circle_in_a_room_is_told_with_all_its_imports(tmp_path):
         "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import house.planning.lower",
         "import importlib\nimportlib.import_module('house.planning.lower')",
     ],
-    ids=["inside a function", "relative", "relative to the room", "for type checkers", "by name"],
+    ids=["in a function", "relative", "relative to the room", "for type checkers", "by name"],
 )
-def test_a_circle_is_found_however_it_is_imported(tmp_path, hidden):
+def test_circle_is_found_with_every_kind_of_import(tmp_path, hidden):
     assert broken(planted(tmp_path, planning__plan=hidden)).keys() == {"circle of modules"}
 
 
-def test_each_circle_is_told_once(tmp_path):
+def test_each_circle_is_reported_once(tmp_path):
     files = {
         "planning__plan": "from house.planning import lower",
         "files__system": "from house.files import checkpoint",
@@ -111,46 +111,46 @@ def test_each_circle_is_told_once(tmp_path):
     assert len(rules.circles_of_modules(planted(tmp_path, **files))) == 2
 
 
-def test_a_circle_of_rooms_needs_no_circle_of_modules(tmp_path):
-    found = broken(planted(tmp_path, files__room="from house.planning import lower"))
-    assert found.keys() == {"circle of rooms", "arrow"}
-    assert "files/ -> planning/ -> files/" in found["circle of rooms"]
-    assert "house/files/room.py:1 imports house.planning.lower" in found["circle of rooms"]
+def test_circle_of_rooms_needs_no_circle_of_modules(tmp_path):
+    errors = broken(planted(tmp_path, files__room="from house.planning import lower"))
+    assert errors.keys() == {"circle of rooms", "arrow"}
+    assert "files/ -> planning/ -> files/" in errors["circle of rooms"]
+    assert "house/files/room.py:1 imports house.planning.lower" in errors["circle of rooms"]
 
 
-def test_an_arrow_up_is_told(tmp_path):
-    found = broken(planted(tmp_path, errors="x = 1\n\ndef late():\n    from house.upstream.rules import ask"))
-    assert "an arrow from errors.py up to upstream/" in found["arrow"]
-    assert "house/errors.py:4 imports house.upstream.rules (ask)" in found["arrow"]
-    assert "do: move what it takes below errors.py" in found["arrow"]
+def test_arrow_up_is_reported(tmp_path):
+    errors = broken(planted(tmp_path, errors="x = 1\n\ndef late():\n    from house.upstream.rules import ask"))
+    assert "an arrow from errors.py up to upstream/" in errors["arrow"]
+    assert "house/errors.py:4 imports house.upstream.rules (ask)" in errors["arrow"]
+    assert "do: move what it imports below errors.py" in errors["arrow"]
 
 
-def test_an_arrow_between_rooms_of_one_level_is_told(tmp_path):
-    found = broken(planted(tmp_path, upstream__late="def late():\n    from ..schedule import host"))
-    assert found.keys() == {"arrow"}
-    assert "an arrow from upstream/ across to schedule/" in found["arrow"]
-    assert "house/upstream/late.py:2 imports house.schedule.host" in found["arrow"]
+def test_arrow_between_rooms_of_one_level_is_reported(tmp_path):
+    errors = broken(planted(tmp_path, upstream__late="def late():\n    from ..schedule import host"))
+    assert errors.keys() == {"arrow"}
+    assert "an arrow from upstream/ across to schedule/" in errors["arrow"]
+    assert "house/upstream/late.py:2 imports house.schedule.host" in errors["arrow"]
 
 
-def test_a_door_on_a_door_is_told(tmp_path):
-    found = broken(planted(tmp_path, saving="def save():\n    from house.loading import load"))
-    assert found.keys() == {"arrow", "door"}
-    assert "house/saving.py:2 imports house.loading (load)" in found["door"]
+def test_door_that_imports_a_door_is_reported(tmp_path):
+    errors = broken(planted(tmp_path, saving="def save():\n    from house.loading import load"))
+    assert errors.keys() == {"arrow", "door"}
+    assert "house/saving.py:2 imports house.loading (load)" in errors["door"]
 
 
-def test_a_room_without_a_place_and_a_place_without_a_room_are_told(tmp_path):
+def test_unlisted_room_and_missing_room_are_reported(tmp_path):
     tree = planted(tmp_path, attic__box="")
     (tmp_path / "house" / "saving.py").unlink()
     absent, gone = rules.rooms_off_the_table(SourceTree(tmp_path, "house"), STOREYS)
     assert tree.room("house.attic.box") == "attic/"
     assert absent.startswith("attic/ is not in CONTRIBUTING's levels")
-    assert gone.startswith("saving.py of CONTRIBUTING's levels is not there")
+    assert gone.startswith("saving.py of CONTRIBUTING's levels does not exist")
     again = STOREYS._replace(levels=[*STOREYS.levels, ["files/", "attic/", "saving.py"]])
     assert [text.split(" is ")[0] for text in rules.rooms_off_the_table(tree, again)] == ["files/", "saving.py"]
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "text_of_import"),
     [
         ("import os", "imports os"),
         ("from os import path", "imports os (path)"),
@@ -160,24 +160,24 @@ def test_a_room_without_a_place_and_a_place_without_a_room_are_told(tmp_path):
         ("text = open('a').read()", "house/planning/late.py:1"),
     ],
 )
-def test_what_opens_files_in_a_pure_room_is_told(tmp_path, text, said):
-    found = broken(planted(tmp_path, planning__late=text))
-    assert found.keys() == {"impure"}
-    assert said in found["impure"]
+def test_file_access_in_a_pure_room_is_reported(tmp_path, text, text_of_import):
+    errors = broken(planted(tmp_path, planning__late=text))
+    assert errors.keys() == {"impure"}
+    assert text_of_import in errors["impure"]
 
 
-def test_a_pure_room_uses_only_the_rooms_that_it_may(tmp_path):
+def test_pure_room_uses_only_the_rooms_that_it_may(tmp_path):
     tree = planted(tmp_path, schedule__late="from house.errors import Error")
     assert "house/schedule/late.py:1 imports house.errors (Error)" in broken(tree)["impure"]
     assert rules.impure(tree, PURE, {**PURE, "schedule/": {"planning/", "errors.py"}}) == []
 
 
-def test_a_package_that_a_pure_room_is_refused_besides_is_told(tmp_path):
-    [told] = rules.impure(planted(tmp_path), ["schedule/"], PURE, more=["numpy"])
-    assert "house/schedule/host.py:1 imports numpy" in told
+def test_extra_refused_package_in_a_pure_room_is_reported(tmp_path):
+    [error] = rules.impure(planted(tmp_path), ["schedule/"], PURE, more=["numpy"])
+    assert "house/schedule/host.py:1 imports numpy" in error
 
 
-def test_asking_transformers_elsewhere_is_told(tmp_path):
-    found = broken(planted(tmp_path, saving="def save():\n    from transformers.core import convert"))
-    assert found.keys() == {"transformers"}
-    assert "house/saving.py:2 imports transformers.core (convert)" in found["transformers"]
+def test_import_of_transformers_elsewhere_is_reported(tmp_path):
+    errors = broken(planted(tmp_path, saving="def save():\n    from transformers.core import convert"))
+    assert errors.keys() == {"transformers"}
+    assert "house/saving.py:2 imports transformers.core (convert)" in errors["transformers"]

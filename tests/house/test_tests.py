@@ -1,7 +1,7 @@
-"""Every module has a test file of its name; a short table says where modules of types and tables are tested.
+"""Tests of the tests: every module has a test file of its name, or is in a short table of exceptions.
 
 ``automodel_conv/<room>/<module>.py`` is tested by ``test_<module>.py`` in ``tests/<room>`` or a folder in it. Modules
-that are in no room have their file anywhere in ``tests``.
+outside of rooms have their file anywhere in ``tests``.
 """
 
 from pathlib import Path, PurePosixPath
@@ -25,18 +25,18 @@ ELSEWHERE = {
     "planning/rules": "upstream/test_rules.py",
     "planning/wanted": "planning/test_compiler.py",
 }
-"""Test file of each module that has none of its own: modules of types, tables and data."""
+"""Test file of each module without its own: modules of types, tables and data."""
 
 
 def modules():
-    """Names of all modules, such as ``planning/axes``; the kernels too, whose folder is a link in a checkout."""
+    """Return the names of all modules, such as ``planning/axes``; the folder of the kernels is a link."""
     files = [*PACKAGE.rglob("*.py"), *(PACKAGE / "kernels").glob("*.py")]
     names = {file.relative_to(PACKAGE).with_suffix("").as_posix() for file in files}
     return sorted(name for name in names if not name.endswith("__"))
 
 
 def tested(all_modules, files):
-    """The modules that have a test file of their own among these, which are named relative to the folder of tests."""
+    """Return the modules that have a test file of their own among ``files``, which are relative to the tests folder."""
     own = {(room, PurePosixPath(file).stem) for file in files for room in (file.partition("/")[0], "")}
     return {module for module in all_modules if (_room(module), f"test_{PurePosixPath(module).name}") in own}
 
@@ -60,7 +60,7 @@ def test_every_module_has_a_test_file_of_its_name():
 
 def test_exceptions_are_modules_without_a_file_of_their_own():
     needless = sorted(ELSEWHERE.keys() & tested(modules(), own_files()) | ELSEWHERE.keys() - {*modules()})
-    assert not needless, f"exceptions that are not needed: {needless}. do: take them out of ELSEWHERE"
+    assert not needless, f"exceptions that are not needed: {needless}. do: remove them from ELSEWHERE"
 
 
 @pytest.mark.parametrize(("module", "file"), ELSEWHERE.items())
@@ -83,5 +83,5 @@ def test_exceptions_are_tested_where_the_table_says(module, file):
     ],
     ids=str,
 )
-def test_a_file_counts_for_the_module_of_its_name_and_room(all_modules, files, missing):
+def test_file_counts_for_the_module_of_its_name_and_room(all_modules, files, missing):
     assert {*all_modules} - tested(all_modules, files) == missing

@@ -1,4 +1,4 @@
-"""A small model, a checkpoint and rules, loaded by the function that converts, without and under the hook."""
+"""A small model, a checkpoint and rules, loaded by transformers' converting function without and under the hook."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class Case(NamedTuple):
 
 
 def convert(case: Case, file: Path):
-    """Load the case's file by whatever ``transformers.modeling_utils`` calls now."""
+    """Load the case's file by the function that ``transformers.modeling_utils`` calls now."""
     model = Small(copy.deepcopy(case.config) or PreTrainedConfig(), case.shapes, case.base_model_prefix)
     config = LoadStateDictConfig(weight_mapping=copy.deepcopy(case.rules))
     function = modeling_utils.convert_and_load_state_dict_in_model
@@ -56,7 +56,7 @@ def convert(case: Case, file: Path):
     return model, info, config.weight_mapping
 
 
-def assert_same_tensors(found, expected):
-    assert found.keys() == expected.keys()
+def assert_same_tensors(actual, expected):
+    assert actual.keys() == expected.keys()
     for name, tensor in expected.items():
-        assert_bytes_equal(found[name].contiguous(), tensor.contiguous())
+        assert_bytes_equal(actual[name].contiguous(), tensor.contiguous())

@@ -1,4 +1,4 @@
-"""A rank of ``test_sharded``: loads a checkpoint without and under the hook, sharded; compares; prints a line a kind.
+"""A rank of ``test_sharded``: load sharded without and under the hook, compare, and print a JSON line for each kind.
 
 python -m tests.integrations.ranks PATH SQUARE, with the environment of ``torch.distributed``.
 """
@@ -20,7 +20,7 @@ from automodel_conv.testing import assert_bytes_equal
 
 
 def options(kind: str) -> dict | None:
-    """What shards a load that way over two ranks; None if the installed transformers cannot."""
+    """Return options that shard a load in that way over two ranks, or None if the installed transformers cannot."""
     known = {field.name for field in dataclasses.fields(DistributedConfig)}
     if "tp_size" not in known:  # before 5.17
         return {
@@ -42,32 +42,32 @@ def local(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def loaded(path: str, how: dict) -> dict:
-    """What the hook did, after comparing with the load without it."""
+    """Return the report of the hook after comparing with the load without it."""
     stock, info = AutoModelForCausalLM.from_pretrained(path, output_loading_info=True, **how)
     with amc.accelerate_transformers() as acceleration:
         hooked, hooked_info = AutoModelForCausalLM.from_pretrained(path, output_loading_info=True, **how)
     assert hooked_info == info
-    found, wanted = hooked.state_dict(), stock.state_dict()
-    assert list(found) == list(wanted)
+    hooked_state, wanted = hooked.state_dict(), stock.state_dict()
+    assert list(hooked_state) == list(wanted)
     for name, tensor in wanted.items():
-        assert type(found[name]) is type(tensor)
-        assert getattr(found[name], "placements", None) == getattr(tensor, "placements", None)
-        assert_bytes_equal(local(found[name]), local(tensor), strides=True)
+        assert type(hooked_state[name]) is type(tensor)
+        assert getattr(hooked_state[name], "placements", None) == getattr(tensor, "placements", None)
+        assert_bytes_equal(local(hooked_state[name]), local(tensor), strides=True)
     [load] = acceleration.loads
     shapes = {name: list(local(tensor).shape) for name, tensor in wanted.items()}
     return {"lowered": load.lowered, "left": dict(load.left), "shapes": shapes}
 
 
 def square(path: str, how: dict) -> dict:
-    """Of square experts that are published transposed: why they are refused, or which are not as they should be."""
+    """Load square experts that are published transposed; return the error, or the names of wrong tensors."""
     model_class = Qwen3VLMoeForConditionalGeneration
     try:
         with amc.accelerate_transformers():
-            found = model_class.from_pretrained(path, **how).state_dict()
+            state = model_class.from_pretrained(path, **how).state_dict()
     except amc.UnsupportedError as error:
         return {"refused": str(error), "wrong": []}
     right = amc.load_state_dict(path)
-    whole = {n: t.full_tensor() if hasattr(t, "full_tensor") else t for n, t in found.items() if ".experts." in n}
+    whole = {n: t.full_tensor() if hasattr(t, "full_tensor") else t for n, t in state.items() if ".experts." in n}
     return {"refused": "", "wrong": [n for n, t in whole.items() if not torch.equal(t, right[n])]}
 
 
@@ -80,7 +80,7 @@ def main() -> None:
         if how is not None and kind != "pipeline":
             print(json.dumps({"kind": f"square, {kind}"} | square(sys.argv[2], how)), flush=True)
     dist.barrier()
-    time.sleep(0.2)  # for gloo's threads, as in examples/load_sharded.py
+    time.sleep(0.2)  # time for gloo's threads to end, as in examples/load_sharded.py
     dist.destroy_process_group()
 
 

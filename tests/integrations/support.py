@@ -1,4 +1,4 @@
-"""``from_pretrained`` twice, without and under the hook, and what must be the same."""
+"""``from_pretrained`` without and under the hook, with comparisons of the results."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tests.comparing import unpadded
 
 
 def both(model_class, path, **options):
-    """Without and under the hook: models, loading infos, and what the hook did."""
+    """Load without and under the hook; return both models and the hook's reports after comparing them."""
     stock, info = model_class.from_pretrained(path, output_loading_info=True, **options)
     with amc.accelerate_transformers() as acceleration:
         hooked, hooked_info = model_class.from_pretrained(path, output_loading_info=True, **options)
@@ -21,19 +21,19 @@ def both(model_class, path, **options):
 
 
 def assert_same_model(model, expected):
-    found, wanted = model.state_dict(), expected.state_dict()
-    assert list(found) == list(wanted)
+    actual, wanted = model.state_dict(), expected.state_dict()
+    assert list(actual) == list(wanted)
     for name, tensor in wanted.items():
-        assert found[name].device == tensor.device
+        assert actual[name].device == tensor.device
         if not tensor.is_meta:
-            assert_bytes_equal(found[name], tensor, strides=True)
+            assert_bytes_equal(actual[name], tensor, strides=True)
     for (name, buffer), (_, other) in zip(model.named_buffers(), expected.named_buffers(), strict=True):
         assert buffer.is_meta or (assert_bytes_equal(buffer, other), name)
     assert [p.requires_grad for p in model.parameters()] == [p.requires_grad for p in expected.parameters()]
 
 
 def saved(model, directory: Path):
-    """The files that the model saves: name and hash."""
+    """Save the model; return the name and hash of each file."""
     model.save_pretrained(directory)
     return hashes(directory)
 

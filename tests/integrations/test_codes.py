@@ -1,4 +1,4 @@
-"""Codes of quantized tensors under the hook: never numbers without their scales, and what takes both is left alone."""
+"""Tests of quantized codes under the hook: never used as values without scales, and valid loads are unchanged."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-pytest.importorskip("transformers", reason="what is hooked is transformers' from_pretrained")
+pytest.importorskip("transformers", reason="hooks from_pretrained of transformers")
 
 from safetensors.torch import load_file, save_file
 from transformers import (
@@ -57,7 +57,7 @@ def qwen():
 
 
 def scaled(suffix="_scale", dtype=torch.float8_e4m3fn):
-    """Makes codes and one scale of a weight, and the numbers that they stand for."""
+    """Return a function that creates codes, one scale of a weight, and the decoded values."""
 
     def make(weight):
         scale = weight.float().abs().max() / (448 if dtype.is_floating_point else 127)
@@ -69,7 +69,7 @@ def scaled(suffix="_scale", dtype=torch.float8_e4m3fn):
 
 
 def published(model, directory: Path, pattern: str, config=None, make=None, *, grouped=False):
-    """A checkpoint with the tensors of some names in codes; their numbers, by name."""
+    """Write a checkpoint with some tensors as codes; return the decoded values by name."""
     make = make or scaled()
     write_checkpoint(model, directory, 1 << 30, original_format=not grouped)
     exact = {}
@@ -98,7 +98,7 @@ def rewrite(directory: Path, change):
 
 
 def refused(model_class, path, **options):
-    """The text of the one error under the hook, of which nothing else is left."""
+    """Return the text of the only error under the hook; check that no report or patch is left."""
     before = vars(modeling_utils).copy()
     with amc.accelerate_transformers() as acceleration, pytest.raises(amc.QuantizationError) as caught:
         model_class.from_pretrained(path, **options)
@@ -107,14 +107,14 @@ def refused(model_class, path, **options):
     return str(caught.value)
 
 
-def told(name, scale=None, dtype="F8_E4M3", wanted="BF16"):
+def cast_error(name, scale=None, dtype="F8_E4M3", wanted="BF16"):
     scale = rf"its scale is {re.escape(scale)} \(F32\)" if scale else "and it has no known scale"
     return re.compile(rf"{re.escape(name)} is {dtype}, {scale}: transformers would cast it for \S+, which is {wanted}")
 
 
 @pytest.fixture
 def keeping(monkeypatch):
-    """transformers keeps FP8 in the model, as it does on a GPU."""
+    """Let transformers keep FP8 in the model, as it does on a GPU."""
     monkeypatch.setattr(FineGrainedFP8HfQuantizer, "validate_environment", lambda self, *args, **kwargs: None)
 
 
@@ -127,11 +127,11 @@ def test_codes_of_a_method_unknown_to_transformers_are_refused_and_decoded_by_lo
     model = request.getfixturevalue(kind)
     exact = published(model, tmp_path, pattern, MODELOPT)
     text = refused(type(model), tmp_path)
-    listed = [name for name in exact if told(name, f"{name}_scale").search(text)]
-    assert len(listed) == min(len(exact), 20)  # as many as one error lists
+    listed = [name for name in exact if cast_error(name, f"{name}_scale").search(text)]
+    assert len(listed) == min(len(exact), 20)  # limit of one error
     assert f"{len(exact)} tensors" in text
     assert "check that config.json has the quantization_config of these files" in text
-    assert "give config.json" not in text  # it has one
+    assert "give config.json" not in text  # the checkpoint has one
     assert "load_state_dict()" in text
     assert "uninstall()" in text
     loaded = amc.load_state_dict(tmp_path)
@@ -142,14 +142,14 @@ def test_codes_of_a_method_unknown_to_transformers_are_refused_and_decoded_by_lo
 def test_codes_of_grouped_experts_are_refused(qwen, tmp_path):
     exact = published(qwen, tmp_path, r"experts\.\w+_proj$", MODELOPT, grouped=True)
     text = refused(type(qwen), tmp_path)
-    assert all(told(name, f"{name}_scale").search(text) for name in exact)
+    assert all(cast_error(name, f"{name}_scale").search(text) for name in exact)
 
 
-def test_codes_are_refused_where_the_config_says_nothing_of_them(llama, tmp_path):
+def test_codes_without_a_quantization_config_are_refused(llama, tmp_path):
     exact = published(llama, tmp_path, ATTENTION, make=scaled("_scale_inv"))
     text = refused(AutoModelForCausalLM, tmp_path)
-    assert all(told(name, f"{name}_scale_inv").search(text) for name in exact)
-    with pytest.raises(amc.QuantizationError):  # which is as loud
+    assert all(cast_error(name, f"{name}_scale_inv").search(text) for name in exact)
+    with pytest.raises(amc.QuantizationError):  # equally an error
         amc.load_state_dict(tmp_path)
 
 
@@ -157,7 +157,7 @@ def test_codes_are_refused_where_the_config_says_nothing_of_them(llama, tmp_path
 def test_other_codes_are_refused_too(llama, tmp_path, dtype, code):
     exact = published(llama, tmp_path, ATTENTION, make=scaled(dtype=dtype))
     text = refused(type(llama), tmp_path)
-    assert all(told(name, f"{name}_scale", code).search(text) for name in exact)
+    assert all(cast_error(name, f"{name}_scale", code).search(text) for name in exact)
 
 
 def test_packed_codes_are_refused_before_their_shapes_are_a_mismatch(llama, tmp_path):
@@ -172,7 +172,7 @@ def test_packed_codes_are_refused_before_their_shapes_are_a_mismatch(llama, tmp_
     assert f"{Q_PROJ} is U8, its scale is {Q_PROJ}_scale (F8_E4M3)" in text
 
 
-def test_a_scale_in_another_file_is_seen(llama, tmp_path):
+def test_scale_in_another_file_is_detected(llama, tmp_path):
     published(llama, tmp_path, ATTENTION, MODELOPT)
     stored = load_file(tmp_path / "model.safetensors")
     (tmp_path / "model.safetensors").unlink()
@@ -182,10 +182,10 @@ def test_a_scale_in_another_file_is_seen(llama, tmp_path):
         save_file(part, tmp_path / file, metadata={"format": "pt"})
     index = {"metadata": {}, "weight_map": {name: files[name.endswith("_scale")] for name in stored}}
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
-    assert told(Q_PROJ, f"{Q_PROJ}_scale").search(refused(type(llama), tmp_path))
+    assert cast_error(Q_PROJ, f"{Q_PROJ}_scale").search(refused(type(llama), tmp_path))
 
 
-def test_renamed_codes_are_seen(llama, tmp_path):
+def test_renamed_codes_are_detected(llama, tmp_path):
     published(llama, tmp_path, ATTENTION, MODELOPT)
 
     def rename(stored):
@@ -194,55 +194,55 @@ def test_renamed_codes_are_seen(llama, tmp_path):
 
     rewrite(tmp_path, rename)
     text = refused(type(llama), tmp_path, key_mapping={r"^odd\.": ""})
-    assert told(f"odd.{Q_PROJ}", f"odd.{Q_PROJ}_scale").search(text)
+    assert cast_error(f"odd.{Q_PROJ}", f"odd.{Q_PROJ}_scale").search(text)
     assert f"for {Q_PROJ}," in text
 
 
 @pytest.mark.parametrize("wanted", [torch.float32, torch.float16], ids=str)
-def test_every_dtype_of_numbers_is_refused(llama, tmp_path, wanted):
+def test_codes_are_refused_for_every_floating_dtype(llama, tmp_path, wanted):
     published(llama, tmp_path, ATTENTION, MODELOPT)
     code = {torch.float32: "F32", torch.float16: "F16"}[wanted]
-    assert told(Q_PROJ, f"{Q_PROJ}_scale", wanted=code).search(refused(type(llama), tmp_path, dtype=wanted))
+    assert cast_error(Q_PROJ, f"{Q_PROJ}_scale", wanted=code).search(refused(type(llama), tmp_path, dtype=wanted))
 
 
-def test_codes_in_memory_and_in_pickles_are_seen(llama, tmp_path):
+def test_codes_in_memory_and_in_pickles_are_detected(llama, tmp_path):
     published(llama, tmp_path / "published", ATTENTION, MODELOPT)
     stored = load_file(tmp_path / "published" / "model.safetensors")
     text = refused(type(llama), None, config=llama.config, state_dict=dict(stored))
-    assert told(Q_PROJ, f"{Q_PROJ}_scale").search(text)
+    assert cast_error(Q_PROJ, f"{Q_PROJ}_scale").search(text)
     (tmp_path / "published" / "model.safetensors").unlink()
     torch.save(stored, tmp_path / "published" / "pytorch_model.bin")
-    assert told(Q_PROJ, f"{Q_PROJ}_scale").search(refused(type(llama), tmp_path / "published"))
+    assert cast_error(Q_PROJ, f"{Q_PROJ}_scale").search(refused(type(llama), tmp_path / "published"))
 
 
 def test_a_base_model_refuses_its_own_codes(llama, tmp_path):
     published(llama, tmp_path, ATTENTION, MODELOPT)
     text = refused(AutoModel, tmp_path)
-    assert told(Q_PROJ, f"{Q_PROJ}_scale").search(text)
+    assert cast_error(Q_PROJ, f"{Q_PROJ}_scale").search(text)
     assert f"for {Q_PROJ.removeprefix('model.')}," in text
 
 
-def test_codes_are_refused_where_they_would_be_quantized_once_more(llama, tmp_path):
+def test_codes_are_refused_if_they_would_be_quantized_again(llama, tmp_path):
     published(llama, tmp_path, ATTENTION)
     from torchao.quantization import Int8WeightOnlyConfig
 
     options = {"quantization_config": TorchAoConfig(Int8WeightOnlyConfig())}
-    assert told(Q_PROJ, f"{Q_PROJ}_scale").search(refused(type(llama), tmp_path, **options))
+    assert cast_error(Q_PROJ, f"{Q_PROJ}_scale").search(refused(type(llama), tmp_path, **options))
 
 
-def test_codes_are_refused_where_they_would_stay_float8_with_another_scale(keeping, llama, tmp_path):
+def test_codes_are_refused_if_they_would_get_another_scale(keeping, llama, tmp_path):
     published(llama, tmp_path, ATTENTION)
     options = {"quantization_config": FineGrainedFP8Config(weight_block_size=(16, 16))}
-    assert told(Q_PROJ, f"{Q_PROJ}_scale", wanted="F8_E4M3").search(refused(type(llama), tmp_path, **options))
+    assert cast_error(Q_PROJ, f"{Q_PROJ}_scale", wanted="F8_E4M3").search(refused(type(llama), tmp_path, **options))
 
 
-def test_the_next_load_in_the_same_block_and_in_other_threads_is_as_ever(llama, qwen, tmp_path):
+def test_loads_after_a_refusal_and_in_other_threads_succeed(llama, qwen, tmp_path):
     published(llama, tmp_path / "codes", ATTENTION, MODELOPT)
     write_checkpoint(qwen, tmp_path / "numbers")
     ends, one_load = [], threading.Lock()
 
     def refuse():
-        # transformers itself sets torch's default dtype for the whole process while it builds a model.
+        # transformers sets torch's default dtype for the whole process while it builds a model.
         with amc.accelerate_transformers(), one_load, pytest.raises(amc.QuantizationError):
             type(llama).from_pretrained(tmp_path / "codes")
         ends.append(None)
@@ -266,17 +266,17 @@ def lose(scale):
     return lambda stored: stored.pop(scale)
 
 
-def test_a_lost_scale_is_named_where_transformers_dequantizes_or_knows_no_method(llama, tmp_path):
+def test_lost_scale_is_named_if_transformers_dequantizes_or_lacks_the_method(llama, tmp_path):
     for config, suffix in ((FP8, "_scale_inv"), (MODELOPT, "_scale")):
         directory = tmp_path / config["quant_method"]
         published(llama, directory, r"_proj\.weight$", config, scaled(suffix))
         rewrite(directory, lose(Q_PROJ + suffix))
-        assert told(Q_PROJ).search(refused(type(llama), directory))
+        assert cast_error(Q_PROJ).search(refused(type(llama), directory))
         with pytest.raises(amc.QuantizationError, match=re.escape(Q_PROJ)):
             amc.load_state_dict(directory)
 
 
-def test_a_lost_scale_is_named_where_the_model_keeps_codes(keeping, llama, tmp_path):
+def test_lost_scale_is_named_if_the_model_keeps_codes(keeping, llama, tmp_path):
     published(llama, tmp_path, r"_proj\.weight$", FP8, scaled("_scale_inv"))
     rewrite(tmp_path, lose(f"{Q_PROJ}_scale_inv"))
     text = refused(type(llama), tmp_path)
@@ -287,12 +287,12 @@ def test_a_lost_scale_is_named_where_the_model_keeps_codes(keeping, llama, tmp_p
 
 @pytest.mark.parametrize("scale", ["_scale_2", ".scale", "_scale_of_mine"])
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.int8], ids=str)
-def test_codes_beside_a_scale_of_whatever_name_are_refused_without_a_config(llama, tmp_path, scale, dtype):
+def test_codes_next_to_a_scale_of_any_name_are_refused_without_a_config(llama, tmp_path, scale, dtype):
     published(llama, tmp_path, re.escape(Q_PROJ), make=scaled(scale, dtype))
     assert f"its scale is {Q_PROJ}{scale}" in refused(LlamaForCausalLM, tmp_path, dtype=torch.bfloat16)
 
 
-def test_float8_beside_scales_of_a_kv_cache_is_cast(llama, tmp_path):
+def test_float8_next_to_scales_of_a_kv_cache_is_cast(llama, tmp_path):
     def make(weight):
         codes = weight.to(torch.float8_e4m3fn)
         return {"": codes}, codes.double()
@@ -303,17 +303,17 @@ def test_float8_beside_scales_of_a_kv_cache_is_cast(llama, tmp_path):
 
 
 @pytest.mark.parametrize("scale", ["_scale_of_mine", ".scale"])
-def test_codes_of_a_method_that_nobody_knows_are_refused_however_their_scales_are_called(llama, tmp_path, scale):
+def test_codes_of_an_unknown_method_are_refused_with_any_scale_name(llama, tmp_path, scale):
     exact = published(llama, tmp_path, ATTENTION, {"quant_method": "mine"}, scaled(scale))
     text = refused(type(llama), tmp_path)
-    assert all(told(name, name + scale).search(text) for name in exact)
+    assert all(cast_error(name, name + scale).search(text) for name in exact)
 
 
-def test_codes_of_a_module_that_the_config_calls_unquantized_are_refused(keeping, llama, tmp_path):
+def test_codes_of_a_module_excluded_by_the_config_are_refused(keeping, llama, tmp_path):
     config = FP8 | {"modules_to_not_convert": ["q_proj", "lm_head"]}
     published(llama, tmp_path, r"_proj\.weight$", config, scaled("_scale_inv"))
     text = refused(type(llama), tmp_path)
-    assert told(Q_PROJ, f"{Q_PROJ}_scale_inv").search(text)
+    assert cast_error(Q_PROJ, f"{Q_PROJ}_scale_inv").search(text)
     assert f"{llama.config.num_hidden_layers} tensors" in text
 
 
@@ -322,12 +322,12 @@ def test_codes_of_a_module_that_compressed_tensors_ignores_are_refused(llama, tm
     ignoring = {"quantization_status": "compressed", "ignore": ["lm_head", "re:.*q_proj"]}
     published(llama, tmp_path, r"_proj\.weight$", dict(producer.config) | ignoring)
     text = refused(type(llama), tmp_path)
-    assert told(Q_PROJ, f"{Q_PROJ}_scale").search(text)
+    assert cast_error(Q_PROJ, f"{Q_PROJ}_scale").search(text)
     assert f"{llama.config.num_hidden_layers} tensors" in text
 
 
-def test_codes_that_no_parameter_takes_pass(llama, tmp_path, monkeypatch):
-    """A head that a base model leaves out, and layers that a model ignores."""
+def test_codes_without_a_parameter_are_accepted(llama, tmp_path, monkeypatch):
+    """Test a head that a base model leaves out, and layers that a model ignores."""
     published(llama, tmp_path, r"lm_head\.weight$", MODELOPT)
     stock, _, _ = both(AutoModel, tmp_path)
     assert not any("lm_head" in name for name in stock.state_dict())
@@ -343,7 +343,7 @@ def test_codes_that_no_parameter_takes_pass(llama, tmp_path, monkeypatch):
     both(type(llama), tmp_path)
 
 
-def test_scales_of_a_kv_cache_beside_numbers_pass(llama, tmp_path):
+def test_scales_of_a_kv_cache_next_to_values_are_accepted(llama, tmp_path):
     write_checkpoint(llama, tmp_path, 1 << 30)
 
     def add(stored):
@@ -372,7 +372,7 @@ def test_float8_without_any_scale_or_config_is_cast(request, tmp_path, kind):
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen"])
-def test_a_model_that_keeps_codes_and_scales_passes(keeping, request, tmp_path, kind):
+def test_model_that_keeps_codes_and_scales_is_loaded(keeping, request, tmp_path, kind):
     model, producer = request.getfixturevalue(kind), fine_grained((2, 2))
     published(model, tmp_path, r"_proj\.weight$", producer.config, producer.make)
     hooked = both(type(model), tmp_path)[1]
@@ -388,7 +388,7 @@ def test_a_model_that_keeps_codes_and_scales_passes(keeping, request, tmp_path, 
     ],
     ids=["fp8", "int4"],
 )
-def test_what_compressed_tensors_takes_passes(llama, tmp_path, producer, dequantize):
+def test_codes_that_compressed_tensors_accepts_are_loaded(llama, tmp_path, producer, dequantize):
     if dequantize and not hasattr(HfQuantizer, "serialized_names"):
         pytest.skip("this transformers does not decode them")
     config = dict(producer.config) | {"quantization_status": "compressed", "ignore": ["lm_head"]}
@@ -397,8 +397,8 @@ def test_what_compressed_tensors_takes_passes(llama, tmp_path, producer, dequant
 
 
 @pytest.mark.parametrize("linear", ["bitlinear", "autobitlinear"])
-def test_what_bitnet_takes_passes(llama, tmp_path, linear):
-    """Its operation is compiled by torch, which is slow and changes nothing."""
+def test_codes_that_bitnet_accepts_are_loaded(llama, tmp_path, linear):
+    """Test an operation that torch compiles, which is slow and changes nothing here."""
 
     def make(weight):
         packed = torch.full((weight.shape[0] // 4, weight.shape[1]), 0b01_10_00_01, dtype=torch.uint8)
@@ -411,7 +411,7 @@ def test_what_bitnet_takes_passes(llama, tmp_path, linear):
 
 
 class Own(ConversionOps):
-    """Knows its scale by heart."""
+    """An operation with a constant scale."""
 
     def convert(self, input_dict, *args, full_layer_name, **kwargs):
         [[codes]] = input_dict.values()
@@ -422,7 +422,7 @@ class Own(ConversionOps):
         return self
 
 
-def test_codes_that_an_operation_of_a_user_takes_pass(llama, tmp_path, monkeypatch):
+def test_codes_that_an_operation_of_a_user_accepts_are_loaded(llama, tmp_path, monkeypatch):
     published(llama, tmp_path, r"q_proj\.weight$")
     isolate_registry(monkeypatch)
     rule = WeightConverter("q_proj.weight$", "q_proj.weight", operations=[Own()])
@@ -432,21 +432,21 @@ def test_codes_that_an_operation_of_a_user_takes_pass(llama, tmp_path, monkeypat
     assert_bytes_equal(hooked.state_dict()[Q_PROJ], codes.to(torch.bfloat16) * 2)
 
 
-def test_what_torchao_takes_passes(llama, tmp_path):
+def test_codes_that_torchao_accepts_are_loaded(llama, tmp_path):
     from torchao.quantization import Int8WeightOnlyConfig
 
     write_checkpoint(llama, tmp_path / "numbers")
     options = {"quantization_config": TorchAoConfig(Int8WeightOnlyConfig(version=2))}
     with amc.accelerate_transformers():
-        made = type(llama).from_pretrained(tmp_path / "numbers", **options)
-    made.save_pretrained(tmp_path / "codes")
+        quantized = type(llama).from_pretrained(tmp_path / "numbers", **options)
+    quantized.save_pretrained(tmp_path / "codes")
     stored = load_file(tmp_path / "codes" / "model.safetensors")
     assert any(tensor.dtype == torch.int8 for tensor in stored.values())
     stock = type(llama).from_pretrained(tmp_path / "codes")
     with amc.accelerate_transformers():
         hooked = type(llama).from_pretrained(tmp_path / "codes")
     for name, tensor in stock.state_dict().items():
-        found = hooked.state_dict()[name]
-        assert type(found) is type(tensor)
-        found, tensor = (t.dequantize() if hasattr(t, "qdata") else t for t in (found, tensor))
-        assert torch.equal(found, tensor)
+        loaded = hooked.state_dict()[name]
+        assert type(loaded) is type(tensor)
+        loaded, tensor = (t.dequantize() if hasattr(t, "qdata") else t for t in (loaded, tensor))
+        assert torch.equal(loaded, tensor)

@@ -1,4 +1,4 @@
-"""The files that transformers opens under the hook."""
+"""Tests of the files that transformers opens under the hook."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 
-pytest.importorskip("transformers", reason="what is hooked is transformers' own")
+pytest.importorskip("transformers", reason="hooks functions of transformers")
 
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -23,14 +23,14 @@ def _restored():
     amc.uninstall()
 
 
-def test_what_the_hook_hands_out_can_be_copied(tmp_path):
+def test_objects_of_the_hook_can_be_copied(tmp_path):
     save_file({"a": torch.ones(2)}, tmp_path / "a.safetensors")
     with amc.accelerate_transformers():
         opened = upstream.safe_open(tmp_path / "a.safetensors", framework="pt")
         assert copy.copy(opened).get_slice("a")[:].tolist() == copy.copy(opened.get_slice("a"))[:].tolist() == [1, 1]
 
 
-def test_an_open_file_is_an_instance_of_what_opened_it(tmp_path):
+def test_open_file_is_an_instance_of_safe_open(tmp_path):
     save_file({"a": torch.ones(2)}, tmp_path / "a.safetensors")
     before = upstream.safe_open(tmp_path / "a.safetensors", framework="pt")
     with amc.accelerate_transformers():
@@ -42,7 +42,7 @@ def test_an_open_file_is_an_instance_of_what_opened_it(tmp_path):
 
 @pytest.fixture
 def files(tmp_path):
-    """Two files of which each has a tensor besides, as an index gives them to a load."""
+    """Write two files, each with an extra tensor; return them as an index assigns them to a load."""
     save_file({"b": torch.ones(2), "stale": torch.ones(3)}, tmp_path / "1.safetensors")
     save_file({"a": torch.zeros(4, dtype=torch.int8), "b": torch.zeros(2)}, tmp_path / "2.safetensors")
     paths = [str(tmp_path / f"{n}.safetensors") for n in (1, 2)]

@@ -1,4 +1,4 @@
-"""Kinds of models and checkpoints under the hook: other dtypes, tied towers, stray files, MTP heads, remote code."""
+"""Tests of models and checkpoints under the hook: other dtypes, tied towers, stray files, MTP heads, remote code."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-pytest.importorskip("transformers", reason="what is hooked is transformers' from_pretrained")
+pytest.importorskip("transformers", reason="hooks from_pretrained of transformers")
 
 from safetensors.torch import load_file, save_file
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
@@ -34,9 +34,9 @@ def mixtral(tmp_path_factory):
 
 @pytest.mark.parametrize("wanted", [torch.bfloat16, torch.float32, torch.float16, "auto"], ids=str)
 @pytest.mark.parametrize("stored", [torch.bfloat16, torch.float32], ids=str)
-def test_a_checkpoint_of_one_dtype_becomes_a_model_of_another(mixtral, tmp_path, stored, wanted):
+def test_checkpoint_is_loaded_in_another_dtype(mixtral, tmp_path, stored, wanted):
     model = copy.deepcopy(mixtral[0]).to(stored)
-    if stored == torch.float32:  # bits that bfloat16 does not have
+    if stored == torch.float32:  # bits that bfloat16 lacks
         fill(model)
     write_checkpoint(model, tmp_path / "published")
     stock, hooked, [load] = both(type(model), tmp_path / "published", dtype=wanted)
@@ -47,7 +47,7 @@ def test_a_checkpoint_of_one_dtype_becomes_a_model_of_another(mixtral, tmp_path,
 
 
 def tied_vlm(name):
-    """The model of the zoo with its head tied to the embeddings of its text tower."""
+    """Return a model of the zoo with its head tied to the embeddings of its text tower."""
     untied = build_model(name)
     config = copy.deepcopy(untied.config)
     config.tie_word_embeddings = config.text_config.tie_word_embeddings = True
@@ -57,7 +57,7 @@ def tied_vlm(name):
 
 
 @pytest.mark.parametrize("name", ["mistral3+mixtral", "internvl+qwen3_moe"])
-def test_a_vision_model_with_tied_embeddings_and_experts_in_sharded_files_beside_a_stray_one(tmp_path, name):
+def test_tied_vision_model_with_experts_and_a_stray_file(tmp_path, name):
     published = tmp_path / "published"
     model = tied_vlm(name)
     write_checkpoint(model, published)
@@ -87,7 +87,7 @@ def test_experts_of_an_mtp_head_are_converted_by_plan(tmp_path, monkeypatch, nam
     shapes = {"enorm": (hidden,), "hnorm": (hidden,), "eh_proj": (hidden, 2 * hidden), "shared_head.norm": (hidden,)}
     added |= {f"{head}{n}.weight": address_valued(shape, torch.bfloat16) for n, shape in shapes.items()}
     save_file(tensors | added, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    # Which layers of the published models are such heads is known by number.
+    # The layers of the published models that are such heads are known by number.
     monkeypatch.setattr(type(model), "_keys_to_ignore_on_load_unexpected", [re.escape(head)])
     main, _, [load] = both(type(model), tmp_path)
     assert load.lowered
@@ -102,7 +102,7 @@ def test_experts_of_an_mtp_head_are_converted_by_plan(tmp_path, monkeypatch, nam
     assert torch.equal(grouped, -main.model.layers[-1].mlp.experts.down_proj)
 
 
-def test_where_torch_makes_no_real_tensors_transformers_converts(mixtral):
+def test_transformers_converts_fake_tensors(mixtral):
     model, source = mixtral
     with FakeTensorMode(allow_non_fake_inputs=True):
         stock = type(model).from_pretrained(source)
@@ -143,13 +143,13 @@ register_checkpoint_conversion_mapping(
 
 
 def remote(mixtral, directory: Path, code: str, *, grouped: bool) -> Path:
-    """A checkpoint with a modeling file of its own, and names of experts of its own."""
+    """Write a checkpoint with its own modeling file, and its own names of experts."""
     model, source = mixtral
     if grouped:
         tensors = {n: tensor.contiguous() for n, tensor in model.state_dict().items()}
     else:
-        found = {n: tensor for file in source.glob("*.safetensors") for n, tensor in load_file(file).items()}
-        tensors = {n.replace("block_sparse_moe.experts", "own"): tensor for n, tensor in found.items()}
+        stored = {n: tensor for file in source.glob("*.safetensors") for n, tensor in load_file(file).items()}
+        tensors = {n.replace("block_sparse_moe.experts", "own"): tensor for n, tensor in stored.items()}
         tensors = {n.replace("block_sparse_moe", "mlp"): tensor for n, tensor in tensors.items()}
     save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
     config = json.loads((source / "config.json").read_text())
@@ -162,7 +162,7 @@ def remote(mixtral, directory: Path, code: str, *, grouped: bool) -> Path:
 
 @pytest.fixture
 def own_modules(tmp_path, monkeypatch):
-    """Where transformers copies remote code to, and what that code registers, for one test only."""
+    """Isolate the folder of remote code, and the rules it registers, for one test."""
     monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
     monkeypatch.syspath_prepend(str(tmp_path / "modules"))
     isolate_registry(monkeypatch)
@@ -180,7 +180,7 @@ def test_remote_code_that_registers_rules_is_converted_by_plan(mixtral, tmp_path
 
 
 @pytest.mark.usefixtures("own_modules")
-def test_remote_code_without_rules_is_loaded_as_it_is(mixtral, tmp_path):
+def test_remote_code_without_rules_is_loaded_unchanged(mixtral, tmp_path):
     path = remote(mixtral, tmp_path, MODELING, grouped=True)
     _, hooked, [load] = both(AutoModelForCausalLM, path, trust_remote_code=True)
     assert load == ("OwnForCausalLM", (), {}, (), (), 0)
@@ -191,7 +191,7 @@ needs_peft = pytest.mark.skipif(importlib.util.find_spec("peft") is None, reason
 
 
 @needs_peft
-def test_a_checkpoint_of_an_adapter_alone_loads_its_base_under_the_hook(mixtral, tmp_path):
+def test_adapter_checkpoint_loads_its_base_under_the_hook(mixtral, tmp_path):
     from peft import LoraConfig, get_peft_model
 
     torch.manual_seed(0)
@@ -204,7 +204,7 @@ def test_a_checkpoint_of_an_adapter_alone_loads_its_base_under_the_hook(mixtral,
 
 
 def adapter_of_single_experts(model, directory: Path):
-    """As adapters were saved when each expert was a module of its own."""
+    """Write an adapter as it was saved when each expert was a module."""
     shapes = {
         "w1": model.config.intermediate_size,
         "w3": model.config.intermediate_size,
@@ -245,7 +245,7 @@ def test_an_adapter_of_experts_is_loaded_onto_a_base_under_the_hook(mixtral, tmp
     assert_same_model(hooked, stock)
     base, adapter = acceleration.loads
     assert base.lowered
-    assert adapter.lowered == ()  # PEFT converts by operations of its own
+    assert adapter.lowered == ()  # PEFT converts with its own operations
     assert bool(adapter.left) is single
     assert all("is not a stock operation" in reason for reason in adapter.left.values())
     assert all(t.any() for n, t in hooked.state_dict().items() if "experts" in n and "lora_B" in n)

@@ -1,11 +1,11 @@
-"""One load under the hook: which rules it marks as used, and what it reports."""
+"""Tests of one load under the hook: the rules it marks as used, and its report."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-pytest.importorskip("transformers", reason="what is hooked is transformers' own")
+pytest.importorskip("transformers", reason="hooks functions of transformers")
 
 from transformers.core_model_loading import WeightRenaming
 
@@ -22,7 +22,7 @@ def _restored():
 
 def test_rules_that_a_plan_has_used_are_marked_as_used(tmp_path):
     unused = WeightRenaming(["nothing"], ["else"])
-    renaming = WeightRenaming(["old_"], [""])  # of converted tensors alone
+    renaming = WeightRenaming(["old_"], [""])  # only for converted tensors
     tensors = {f"old_{name}": tensor for name, tensor in PARTS.items()} | {"q__weight": torch.ones(2, 2)}
     done = same_under_the_hook(tmp_path, [renaming, unused, joined()], **tensors)
     assert done.lowered == ("k.weight",), done.left

@@ -1,4 +1,4 @@
-"""What a load plans under the hook, and why it leaves the rest to transformers: rules at odds with each other."""
+"""Tests of plans under the hook with conflicting rules, and of the reasons to leave targets to transformers."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import shutil
 import pytest
 import torch
 
-pytest.importorskip("transformers", reason="what is hooked is transformers' own")
+pytest.importorskip("transformers", reason="hooks functions of transformers")
 
 from safetensors.torch import load_file, save_file
 from transformers import MixtralForCausalLM, conversion_mapping, core_model_loading
@@ -29,7 +29,7 @@ def _restored():
     amc.uninstall()
 
 
-def test_a_target_that_a_rule_left_to_transformers_makes_too_is_left(tmp_path):
+def test_target_of_a_rule_left_to_transformers_is_left(tmp_path):
     class Own(Chunk):
         pass
 
@@ -39,15 +39,15 @@ def test_a_target_that_a_rule_left_to_transformers_makes_too_is_left(tmp_path):
     assert set(done.left) == {"q.weight", "k.weight"}
 
 
-def test_a_final_name_that_would_get_the_prefix_once_more_is_left(tmp_path):
+def test_final_name_that_would_get_a_second_prefix_is_left(tmp_path):
     done = same_under_the_hook(tmp_path, [joined()], nested=True, **PARTS)
     assert done.lowered == ()
     assert "prefix" in done.left["model.k.weight"]
 
 
-def test_a_config_without_what_an_operation_asks_for_is_the_error_of_transformers(tmp_path):
+def test_config_without_a_required_attribute_is_the_error_of_transformers(tmp_path):
     if "num_shards_attribute" not in Chunk.__init__.__code__.co_varnames:
-        pytest.skip("Chunk of this transformers asks no config")
+        pytest.skip("Chunk of this transformers reads no config")
     chunked = WeightConverter(
         ["aqk.weight"], ["q.weight", "k.weight"], operations=[Chunk(dim=0, num_shards_attribute="nope")]
     )
@@ -56,13 +56,13 @@ def test_a_config_without_what_an_operation_asks_for_is_the_error_of_transformer
 
 
 @pytest.mark.skipif(not hasattr(core_model_loading, "GroupWeightRename"), reason="this transformers has no such rule")
-def test_names_that_wait_for_others_are_renamed_whichever_of_these_a_plan_takes(tmp_path, monkeypatch):
+def test_group_renames_apply_whichever_names_a_plan_converts(tmp_path, monkeypatch):
     write_checkpoint(build_model("mixtral"), tmp_path / "published")
     tensors = {}
     for file in (tmp_path / "published").glob("*.safetensors"):
         for name, tensor in load_file(file).items():
             new = name.replace(".w1.", ".w0.").replace("layers.0.input_layernorm", "layers.0.input_normq")
-            if "layers.1.block_sparse_moe.experts.1." not in name:  # so that this layer is left to transformers
+            if "layers.1.block_sparse_moe.experts.1." not in name:  # leaves this layer to transformers
                 tensors[new] = tensor
             if "layers.0.input_layernorm" in name:
                 norm = tensor
@@ -86,7 +86,7 @@ def test_names_that_wait_for_others_are_renamed_whichever_of_these_a_plan_takes(
     assert WAITS_FOR_NAMES in acceleration.loads[0].left.values()
 
 
-def test_a_header_that_is_not_accepted_here_is_the_reason_for_what_is_left(tmp_path, monkeypatch):
+def test_refused_header_is_the_reason_for_targets_left(tmp_path, monkeypatch):
     def refused(source):
         raise amc.CheckpointError(f"odd header of {source.describe()}")
 
@@ -97,7 +97,7 @@ def test_a_header_that_is_not_accepted_here_is_the_reason_for_what_is_left(tmp_p
     assert "0 converted by plan, all by transformers" in str(hook.Acceleration([done]))
 
 
-def test_a_load_whose_files_were_opened_in_part_before_install_is_left(tmp_path):
+def test_load_with_files_opened_before_install_is_left(tmp_path):
     stock = load(tmp_path, [joined()], **PARTS)
     installed = []
     assert load(tmp_path, [joined()], between=lambda: installed.append(amc.install()), **PARTS) == stock

@@ -1,11 +1,11 @@
-"""Square experts that are published transposed, which transformers takes for the model's own, under the hook."""
+"""Tests of square experts that are published transposed, which transformers does not transpose, under the hook."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-pytest.importorskip("transformers", reason="what is hooked is transformers' from_pretrained")
+pytest.importorskip("transformers", reason="hooks from_pretrained of transformers")
 
 from safetensors.torch import save_file
 
@@ -21,7 +21,7 @@ LAYER = "model.language_model.layers.1.mlp.experts"
 
 @pytest.fixture(scope="module", params=SQUARE)
 def case(request, tmp_path_factory):
-    """A model, as it is published, as ``save_pretrained`` writes it, and which of its matrices are square."""
+    """Return a model, its published and its saved checkpoint, and which of its matrices are square."""
     model = build_model("qwen3_vl_moe", equal=request.param)
     published, saved = (tmp_path_factory.mktemp(kind) for kind in ("published", "saved"))
     write_checkpoint(model, published)
@@ -31,11 +31,11 @@ def case(request, tmp_path_factory):
 
 def assert_refused(error, square):
     assert f"{LAYER}.{square}" in str(error.value)
-    assert str(error.value).count("proj") == 2  # of two layers; the first has no experts
+    assert str(error.value).count("proj") == 2  # two layers; the first has no experts
     assert "load_model()" in str(error.value)
 
 
-def test_on_its_way_to_the_disk_it_is_refused_and_the_models_own_is_not(case, tmp_path):
+def test_with_disk_offload_only_the_published_checkpoint_is_refused(case, tmp_path):
     model, published, saved, square = case
     device_map = {"model.visual": "cpu", "model.language_model": "disk", "lm_head": "cpu"}
     how = {"device_map": device_map, "offload_folder": str(tmp_path)}
@@ -46,7 +46,7 @@ def test_on_its_way_to_the_disk_it_is_refused_and_the_models_own_is_not(case, tm
     assert len(load.left) == 4
 
 
-def test_in_memory_it_is_refused_and_the_models_own_is_not(case):
+def test_in_memory_only_the_published_checkpoint_is_refused(case):
     model, published, _, square = case
     with pytest.raises(amc.UnsupportedError, match="opened under the hook") as error, amc.accelerate_transformers():
         type(model).from_pretrained(None, config=model.config, state_dict=tensors_of(published))
@@ -57,7 +57,7 @@ def test_in_memory_it_is_refused_and_the_models_own_is_not(case):
     assert_same_model(loaded, model)
 
 
-def test_alone_it_is_named_at_every_door(case, tmp_path):
+def test_unpaired_square_weight_is_named_everywhere(case, tmp_path):
     model, published, _, square = case
     other = ({"gate_up_proj", "down_proj"} - {square}).pop()
     tensors = {n: t for n, t in tensors_of(published).items() if n != f"{LAYER}.{other}"}
@@ -98,14 +98,14 @@ def test_alone_it_is_named_at_every_door(case, tmp_path):
         assert_bytes_equal(model.state_dict()[name], tensor)
 
 
-def test_it_is_laid_out_anew(case):
+def test_square_experts_are_converted_to_layouts(case):
     model, published, saved, _ = case
     for directory in (published, saved):
-        made = amc.load_state_dict(directory, layout="nemo")
+        converted = amc.load_state_dict(directory, layout="nemo")
         for name, tensor in model.state_dict().items():
             path, _, leaf = name.rpartition(".")
             if path.endswith(".experts"):
                 nemo = {"gate_up_proj": "gate_and_up_projs", "down_proj": "down_projs"}[leaf]
-                assert_bytes_equal(made[f"{path}.{nemo}"], tensor.transpose(1, 2).contiguous())
+                assert_bytes_equal(converted[f"{path}.{nemo}"], tensor.transpose(1, 2).contiguous())
             else:
-                assert torch.equal(made[name], tensor)
+                assert torch.equal(converted[name], tensor)

@@ -1,6 +1,6 @@
-"""NeMo AutoModel on our rules: adapters against its own, and its checkpointer with our rule queries.
+"""Tests of NeMo AutoModel with this package's rules: adapters against its own, and its checkpointer.
 
-Tests that need it are skipped where it is not installed; ``make test-nemo`` installs it.
+Tests that need it are skipped if it is not installed; ``make test-nemo`` installs it.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from types import ModuleType, SimpleNamespace
 import pytest
 import torch
 
-pytest.importorskip("transformers", reason="rules are transformers'")
+pytest.importorskip("transformers", reason="uses rules of transformers")
 
 from safetensors.torch import load_file, save_file
 
@@ -46,7 +46,7 @@ def others(path, *names):
     return {f"{path}.{name}": address_valued((H,), BF16, 9000 + 20 * k) for k, name in enumerate(names)}
 
 
-# A checkpoint of each family, and where NeMo AutoModel's adapter for it is.
+# A checkpoint of each family, and the module of NeMo AutoModel's adapter for it.
 FAMILIES = {
     "qwen3_moe": (
         experts("model.layers.0.mlp.experts") | others("model", "embed_tokens.weight", "layers.0.mlp.gate.weight"),
@@ -73,7 +73,7 @@ FAMILIES = {
 
 
 @pytest.mark.parametrize("model_type", FAMILIES)
-def test_adapters_bring_back_what_they_took(model_type):
+def test_adapters_round_trip(model_type):
     checkpoint, _ = FAMILIES[model_type]
     adapter = StateDictAdapter.of(model_type)
     native = adapter.from_hf(checkpoint)
@@ -85,7 +85,7 @@ def test_adapters_bring_back_what_they_took(model_type):
     assert not any(".experts." in name for name in adapter.to_hf(native, exclude_key_regex=r".*\.experts\."))
 
 
-def test_grouped_experts_lie_as_nemo_has_them():
+def test_grouped_experts_are_in_the_layout_of_nemo():
     checkpoint, _ = FAMILIES["qwen3_moe"]
     native = StateDictAdapter.of("qwen3_moe").from_hf(checkpoint)
     for e in range(E):
@@ -99,7 +99,7 @@ def test_grouped_experts_lie_as_nemo_has_them():
     assert ungated["model.layers.1.mixer.experts.gate_and_up_projs"].shape == (E, H, INNER)
 
 
-def test_what_an_adapter_cannot_do_is_refused():
+def test_unsupported_calls_of_an_adapter_are_refused():
     adapter = StateDictAdapter.of("qwen3_moe")
     checkpoint, _ = FAMILIES["qwen3_moe"]
     with pytest.raises(amc.UnsupportedError, match="device_mesh"):
@@ -124,7 +124,7 @@ def test_adapters_equal_those_written_by_hand(model_type):
     from nemo_automodel.components.moe.config import MoEConfig
 
     checkpoint, (package, name, options) = FAMILIES[model_type]
-    if model_type == "nemotron_h":  # not above: transformers 5.12 brings this name back as another
+    if model_type == "nemotron_h":  # transformers 5.12 reverts this name to another one
         checkpoint = checkpoint | {"backbone.embeddings.weight": address_valued((H,), BF16)}
     module = importlib.import_module(f"nemo_automodel.components.models.{package}.state_dict_adapter")
     config = MoEConfig(
@@ -176,13 +176,13 @@ def test_install_replaces_module_and_names_and_uninstall_restores_them():
 
 
 @pytest.mark.skipif(importlib.util.find_spec("nemo_automodel") is not None, reason="nemo_automodel is installed")
-def test_install_without_nemo_says_so():
+def test_install_without_nemo_is_an_error():
     with pytest.raises(amc.UnsupportedError, match="nemo_automodel cannot be imported"):
         nemo.install()
 
 
 def load_base_model(model, path):
-    """Poison the model, and let NeMo AutoModel's checkpointer load it."""
+    """Poison the model, then load it by NeMo AutoModel's checkpointer."""
     from nemo_automodel.components.checkpoint.checkpointing import Checkpointer
     from nemo_automodel.components.checkpoint.config import CheckpointingConfig
 
@@ -192,11 +192,11 @@ def load_base_model(model, path):
     Checkpointer(config, 0, 0, 0).load_base_model(model, torch.device("cpu"), str(path), str(path))
 
 
-# In its list of types that need merging, and missing from it.
+# The first is in its list of types that need merging; the second is missing from it.
 @needs_nemo
 @pytest.mark.usefixtures("installed")
 @pytest.mark.parametrize("name", ["mixtral", "qwen3_moe", "minimax_m2", "glm4_moe_lite", "nemotron_h", "solar_open"])
-def test_its_checkpointer_loads_types_that_it_loses_or_refuses_without_us(name, tmp_path):
+def test_checkpointer_loads_types_that_it_loses_or_refuses_without_this_package(name, tmp_path):
     if name not in zoo_names():
         pytest.skip(f"this transformers has no {name}")
     model = build_model(name)
@@ -210,8 +210,8 @@ def test_its_checkpointer_loads_types_that_it_loses_or_refuses_without_us(name, 
 @needs_nemo
 @pytest.mark.usefixtures("installed")
 @pytest.mark.parametrize("name", ["internvl+qwen3_moe", "mistral3+mixtral"])
-def test_its_checkpointer_loads_experts_inside_another_model_once_the_outer_type_is_named(name, tmp_path, monkeypatch):
-    """It asks for the outer type only; without the name it raises, because a grouped tensor is in no file."""
+def test_checkpointer_loads_nested_experts_if_the_outer_type_is_listed(name, tmp_path, monkeypatch):
+    """Check that NeMo asks only for the outer type, and raises without the name: no file has a grouped tensor."""
     monkeypatch.setattr(conversion_mapping, "MODELS_REQUIRING_TENSOR_MERGING", set(MERGING))
     model = build_model(name)
     write_checkpoint(model, tmp_path)
@@ -224,7 +224,7 @@ def test_its_checkpointer_loads_experts_inside_another_model_once_the_outer_type
     assert_same(model.state_dict(), expected.state_dict())
 
 
-def test_every_type_whose_rules_merge_is_known_to_need_merging():
+def test_every_type_with_merging_rules_requires_merging():
     from transformers.conversion_mapping import get_checkpoint_conversion_mapping
     from transformers.core_model_loading import WeightConverter
 
@@ -238,7 +238,7 @@ def test_every_type_whose_rules_merge_is_known_to_need_merging():
 
 
 def test_a_text_tower_with_experts_inside_another_model_is_converted(tmp_path):
-    """There: only the outer model type is asked for rules."""
+    """Check a case in which NeMo asks for rules of the outer model type only."""
     name = next(
         name for name in zoo_names() if name.endswith("+mixtral") or (name.endswith("qwen3_moe") and "+" in name)
     )
@@ -248,7 +248,7 @@ def test_a_text_tower_with_experts_inside_another_model_is_converted(tmp_path):
 
 
 def test_an_expert_of_a_wrong_shape_is_one_error_and_nothing_is_written(tmp_path):
-    """There: a warning, and all experts stay as they were."""
+    """Check a case in which NeMo only warns and leaves all experts unchanged."""
     model = build_model("mixtral")
     write_checkpoint(model, tmp_path)
     tensors = {n: t for file in tmp_path.glob("*.safetensors") for n, t in load_file(file).items()}
@@ -263,8 +263,8 @@ def test_an_expert_of_a_wrong_shape_is_one_error_and_nothing_is_written(tmp_path
     assert all((tensor.reshape(-1).view(torch.uint8) == POISON).all() for tensor in model.state_dict().values())
 
 
-def test_files_beside_the_index_are_not_read(tmp_path):
-    """There: every .safetensors file is, and the last one wins."""
+def test_files_next_to_the_index_are_not_read(tmp_path):
+    """Check a case in which NeMo reads every .safetensors file, and the last one wins."""
     model = build_model("mixtral")
     write_checkpoint(model, tmp_path)
     assert list(tmp_path.glob("*.index.json"))
@@ -274,8 +274,8 @@ def test_files_beside_the_index_are_not_read(tmp_path):
     assert_same(amc.load_state_dict(tmp_path), expected)
 
 
-def test_a_key_mapping_of_the_model_comes_before_that_of_its_type():
-    """There: a table of multimodal types is returned before the argument is looked at."""
+def test_key_mapping_of_the_model_precedes_that_of_its_type():
+    """Check a case in which NeMo returns a table of multimodal types before it looks at the argument."""
     first = {"^odd\\.": "even."}
     mapping = amc.get_combined_key_mapping("gemma3", first)
     assert next(iter(mapping.items())) == ("^odd\\.", "even.")
@@ -289,7 +289,7 @@ def test_two_tensors_of_one_name_are_refused():
 
 @pytest.fixture
 def stand_in(monkeypatch):
-    """Modules with the names of NeMo AutoModel's: the package, what is replaced in it, and what imports functions."""
+    """Return modules with the names of NeMo AutoModel's: the package, replaced modules, and importers of functions."""
     package = ModuleType("nemo_automodel.components.checkpoint")
     theirs, importer = (ModuleType(f"{package.__name__}.{name}") for name in ("conversion_mapping", "checkpointing"))
     theirs.requires_tensor_merging = lambda model_type: False
@@ -300,7 +300,7 @@ def stand_in(monkeypatch):
     nemo.uninstall()
 
 
-def test_functions_that_were_imported_after_install_are_given_back_too(stand_in):
+def test_functions_imported_after_install_are_restored(stand_in):
     package, theirs, importer = stand_in
     nemo.install()
     exec("from nemo_automodel.components.checkpoint.conversion_mapping import requires_tensor_merging", vars(importer))
@@ -310,7 +310,7 @@ def test_functions_that_were_imported_after_install_are_given_back_too(stand_in)
     assert package.conversion_mapping is sys.modules[theirs.__name__] is theirs
 
 
-def test_what_somebody_else_put_over_ours_stays(stand_in):
+def test_patch_of_others_over_ours_stays(stand_in):
     package, theirs, importer = stand_in
     importer.requires_tensor_merging = theirs.requires_tensor_merging
     nemo.install()

@@ -1,4 +1,4 @@
-"""What is asked of transformers' quantizers, and which loads can do without them."""
+"""Tests of transformers' quantizers: the settings read from them, and which loads need them."""
 
 from types import SimpleNamespace
 

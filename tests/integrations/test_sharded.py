@@ -1,4 +1,4 @@
-"""Loads that transformers shards while it loads, by two real processes, without and under the hook."""
+"""Tests of loads that transformers shards, with two real processes, without and under the hook."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-pytest.importorskip("transformers", reason="what is hooked is transformers' from_pretrained")
+pytest.importorskip("transformers", reason="hooks from_pretrained of transformers")
 
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoModelForImageTextToText
 
@@ -24,9 +24,9 @@ RANKS = 2
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
-    """What each rank says of each kind of parallelism, after it has found the two loads equal."""
+    """Return the results of each rank for each kind of parallelism; the ranks compare both loads."""
     path = tmp_path_factory.mktemp("published")
-    config = small_config(CONFIG_MAPPING["qwen3_moe"], vocab_size=66 * RANKS)  # 5.17 wants equal shares
+    config = small_config(CONFIG_MAPPING["qwen3_moe"], vocab_size=66 * RANKS)  # 5.17 requires equal shares
     model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     fill(model)
     write_checkpoint(model, path)
@@ -59,8 +59,8 @@ def ranks(tmp_path_factory):
             process.kill()
     for process, (_, error) in zip(processes, ended, strict=True):
         assert process.returncode == 0, error[-3000:]
-    said = [[json.loads(line) for line in output.splitlines() if line.startswith("{")] for output, _ in ended]
-    return [{load["kind"]: load for load in loads} for loads in said]
+    results = [[json.loads(line) for line in output.splitlines() if line.startswith("{")] for output, _ in ended]
+    return [{load["kind"]: load for load in loads} for loads in results]
 
 
 def of(ranks, kind):
@@ -73,7 +73,7 @@ def of(ranks, kind):
 def test_experts_that_are_sharded_are_left_to_transformers(ranks, kind):
     for load in of(ranks, kind):
         assert load["lowered"] == []
-        assert len(load["left"]) == 2 * 2  # of three layers, the first has none
+        assert len(load["left"]) == 2 * 2  # the first of three layers has none
         assert set(load["left"].values()) == {"it is sharded while it is loaded"}
 
 
@@ -88,7 +88,7 @@ def test_experts_of_a_pipeline_stage_are_converted_by_plan_on_its_rank_only(rank
 
 @pytest.mark.parametrize("kind", ["tensor", "expert", "data"])
 def test_square_experts_that_transformers_would_misread_are_refused(ranks, kind):
-    """It misreads none that it cuts experts out of, before it looks at the shape; older releases do not tell which."""
+    """Check that square experts are refused, except if transformers cuts experts before it checks shapes."""
     for load in of(ranks, f"square, {kind}"):
         assert load["wrong"] == []
         if load["refused"]:

@@ -1,4 +1,4 @@
-"""``from_pretrained`` under the hook against ``from_pretrained`` without it."""
+"""Tests of ``from_pretrained`` under the hook against ``from_pretrained`` without it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-pytest.importorskip("transformers", reason="what is hooked is transformers' from_pretrained")
+pytest.importorskip("transformers", reason="hooks from_pretrained of transformers")
 
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -79,11 +79,11 @@ def test_auto_classes_are_hooked_too(mixtral):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, "auto"], ids=str)
-def test_dtypes_are_those_of_upstream(mixtral, dtype):
+def test_dtypes_are_those_of_transformers(mixtral, dtype):
     both(*mixtral, dtype=dtype)
 
 
-def test_tensors_on_their_way_to_the_disk_are_left_to_transformers(mixtral, tmp_path):
+def test_disk_offloaded_tensors_are_left_to_transformers(mixtral, tmp_path):
     device_map = {"model.embed_tokens": "cpu", "model.norm": "cpu", "lm_head": "cpu", "model.rotary_emb": "cpu"}
     layers = build_model("mixtral").config.num_hidden_layers
     device_map |= {f"model.layers.{n}": "disk" if n else "cpu" for n in range(layers)}
@@ -95,7 +95,7 @@ def test_tensors_on_their_way_to_the_disk_are_left_to_transformers(mixtral, tmp_
 
 
 def rewritten(source: Path, directory: Path, change) -> Path:
-    """The checkpoint as one file, with its tensors changed."""
+    """Write the checkpoint as one file with changed tensors."""
     tensors = {n: t for file in source.glob("*.safetensors") for n, t in load_file(file).items()}
     save_file(change(tensors), directory / "model.safetensors", metadata={"format": "pt"})
     (directory / "config.json").write_bytes((source / "config.json").read_bytes())
@@ -123,7 +123,7 @@ def test_a_missing_expert_is_a_mismatch_as_without_the_hook(mixtral, tmp_path):
     assert_same_model(hooked, stock)
 
 
-def test_an_expert_of_another_shape_is_the_error_it_is_without_the_hook(mixtral, tmp_path):
+def test_expert_of_another_shape_is_the_same_error_as_without_the_hook(mixtral, tmp_path):
     def cut(found):
         name = next(name for name in sorted(found) if ".experts." in name)
         return found | {name: found[name][:-1].contiguous()}
@@ -196,7 +196,7 @@ def test_an_adapter_is_loaded_onto_a_base_under_the_hook(mixtral, tmp_path):
         assert_same_model(hooked, stock)
 
 
-def test_a_state_dict_in_memory_takes_upstreams_way(mixtral):
+def test_state_dict_in_memory_is_left_to_transformers(mixtral):
     model_class, source = mixtral
     tensors = published(source)
     config = model_class.config_class.from_pretrained(source)
@@ -207,7 +207,7 @@ def test_a_state_dict_in_memory_takes_upstreams_way(mixtral):
     assert (load.lowered, load.left) == ((), {hook.ALL: NOT_OPENED_HERE})
 
 
-def test_a_patched_operation_runs_as_it_would_without_the_hook(mixtral, monkeypatch):
+def test_patched_operation_runs_as_without_the_hook(mixtral, monkeypatch):
     calls = []
     real = MergeModulelist.convert
 
@@ -239,14 +239,14 @@ def test_a_read_that_fails_names_file_and_tensor(mixtral, monkeypatch):
 
 
 class OwnMerge(MergeModulelist):
-    """A user's operation, which does something else."""
+    """An operation of a user that differs from transformers' own."""
 
     def convert(self, input_dict, *args, **kwargs):
         return {name: tensor * 2 for name, tensor in super().convert(input_dict, *args, **kwargs).items()}
 
 
 def registered(monkeypatch, operation):
-    """Rules of a user for Mixtral, as upstream's but for one operation."""
+    """Register a user's rules for Mixtral, equal to transformers' except for one operation."""
     from transformers import conversion_mapping
 
     rules = amc.get_checkpoint_conversion_mapping("mixtral")
@@ -264,7 +264,7 @@ def test_rules_that_a_user_registers_are_lowered_if_their_operations_are_stock(m
     assert load.left == {}
 
 
-def test_an_operation_of_a_user_runs_as_it_would_without_the_hook(mixtral, monkeypatch):
+def test_operation_of_a_user_runs_as_without_the_hook(mixtral, monkeypatch):
     plain = mixtral[0].from_pretrained(mixtral[1]).model.layers[0].mlp.experts.down_proj
     registered(monkeypatch, OwnMerge)
     stock, _, [load] = both(*mixtral)
@@ -273,7 +273,7 @@ def test_an_operation_of_a_user_runs_as_it_would_without_the_hook(mixtral, monke
     assert_bytes_equal(stock.model.layers[0].mlp.experts.down_proj.detach(), 2 * plain.detach())
 
 
-def test_install_is_idempotent_and_uninstall_restores_the_very_functions():
+def test_install_is_idempotent_and_uninstall_restores_the_functions():
     acceleration = amc.install()
     assert amc.install() is acceleration
     assert all(getattr(module, name) is not stock for (module, name), stock in zip(REPLACED, STOCK, strict=True))
@@ -297,7 +297,7 @@ def published(directory):
 
 @pytest.fixture
 def mistaken(mixtral, tmp_path):
-    """Two files, the later of which holds two tensors besides, that the index gives to the other one and to none."""
+    """Write two files; the later one holds two extra tensors that the index assigns to the other file and to none."""
 
     def write(folder="", index="model.safetensors.index.json"):
         tensors = published(mixtral[1])
@@ -318,7 +318,7 @@ def mistaken(mixtral, tmp_path):
 
 
 @pytest.mark.parametrize(("folder", "variant", "index"), FOLDERS.values(), ids=FOLDERS.keys())
-def test_the_index_decides_which_file_a_tensor_is_read_from(mixtral, mistaken, folder, variant, index):
+def test_index_determines_the_file_of_a_tensor(mixtral, mistaken, folder, variant, index):
     model_class, source = mixtral
     path, ignored = mistaken(folder, index)
     options = {"subfolder": folder} if folder else {"variant": variant} if variant else {}
@@ -332,7 +332,7 @@ def test_the_index_decides_which_file_a_tensor_is_read_from(mixtral, mistaken, f
     assert "stale.weight of b.safetensors" in str(acceleration)
 
 
-def test_a_tensor_of_no_index_is_missing_under_the_hook(mixtral, mistaken):
+def test_unindexed_tensor_is_missing_under_the_hook(mixtral, mistaken):
     model_class, _ = mixtral
     path, ignored = mistaken()
     index = path / "model.safetensors.index.json"
@@ -346,7 +346,7 @@ def test_a_tensor_of_no_index_is_missing_under_the_hook(mixtral, mistaken):
     assert {name for name, _ in load.unindexed} == {"lm_head.weight", *(name for name, _ in ignored)}
 
 
-def test_a_single_file_is_whole_whatever_an_index_beside_it_names(mixtral, mistaken):
+def test_single_file_is_read_whole_despite_an_index(mixtral, mistaken):
     model_class, source = mixtral
     path, _ = mistaken()
     save_file(published(source), path / "model.safetensors", {"format": "pt"})
@@ -356,7 +356,7 @@ def test_a_single_file_is_whole_whatever_an_index_beside_it_names(mixtral, mista
     assert acceleration.loads[0].unindexed == ()
 
 
-def test_blocks_nest_and_leave_what_install_put():
+def test_blocks_nest_and_keep_the_installed_hook():
     with amc.accelerate_transformers() as outer:
         with amc.accelerate_transformers() as inner:
             assert inner is outer
@@ -368,13 +368,13 @@ def test_blocks_nest_and_leave_what_install_put():
     assert modeling_utils.safe_open is not STOCK[1]
 
 
-def test_a_block_ends_even_if_its_load_fails(tmp_path):
+def test_block_ends_even_if_its_load_fails(tmp_path):
     with pytest.raises(ValueError, match="model_type"), amc.accelerate_transformers():
         AutoModelForCausalLM.from_pretrained(tmp_path)
     assert modeling_utils.safe_open is STOCK[1]
 
 
-def test_somebody_elses_patch_over_ours_is_left_in_place():
+def test_later_patch_of_others_stays():
     amc.install()
     other = modeling_utils.safe_open = lambda *args, **kwargs: None
     try:
@@ -394,7 +394,7 @@ def test_threads_may_open_blocks_at_once(mixtral):
             barrier.wait()
             with amc.accelerate_transformers():
                 assert modeling_utils.safe_open is not STOCK[1]
-        # transformers itself sets torch's default dtype for the whole process while it builds a model.
+        # transformers sets torch's default dtype for the whole process while it builds a model.
         with amc.accelerate_transformers(), one_load:
             found.append(model_class.from_pretrained(source))
 
@@ -410,20 +410,20 @@ def test_threads_may_open_blocks_at_once(mixtral):
 
 
 @pytest.mark.parametrize("version", ["4.57.6", "6.0.0"])
-def test_another_transformers_is_refused(monkeypatch, version):
+def test_unsupported_transformers_is_refused(monkeypatch, version):
     monkeypatch.setattr(sys.modules["transformers"], "__version__", version)
     with pytest.raises(amc.UnsupportedError, match=version):
         amc.install()
     assert modeling_utils.safe_open is STOCK[1]
 
 
-def test_the_report_counts_and_gives_reasons(mixtral):
+def test_report_has_counts_and_reasons(mixtral):
     with amc.accelerate_transformers() as acceleration:
         mixtral[0].from_pretrained(mixtral[1])
     assert str(acceleration).endswith("converted by plan, 0 by transformers")
 
 
-def test_a_load_whose_files_were_opened_in_part_before_uninstall_ends(tmp_path):
+def test_load_with_files_opened_before_uninstall_ends(tmp_path):
     stock = load(tmp_path, [joined()], **PARTS)
     acceleration = amc.install()
     assert load(tmp_path, [joined()], between=amc.uninstall, **PARTS) == stock
@@ -441,10 +441,10 @@ def test_a_block_that_was_uninstalled_does_not_end_a_later_one():
     assert hook._HOOK.acceleration is None
 
 
-def test_nothing_is_planned_after_uninstall_even_under_somebody_elses_replacement(tmp_path, monkeypatch):
+def test_nothing_is_planned_after_uninstall_under_a_patch_of_others(tmp_path, monkeypatch):
     names = ("convert_and_load_state_dict_in_model", "safe_open")
     for name in names:
-        monkeypatch.setattr(modeling_utils, name, getattr(modeling_utils, name))  # to be put back at the end
+        monkeypatch.setattr(modeling_utils, name, getattr(modeling_utils, name))  # restores it at the end
     done = amc.install()
     for name in names:
         monkeypatch.setattr(modeling_utils, name, partial(getattr(modeling_utils, name)))
@@ -453,13 +453,13 @@ def test_nothing_is_planned_after_uninstall_even_under_somebody_elses_replacemen
     assert stock[0]["k.weight"] == [[2.0, 2.0], [3.0, 3.0]]
     assert done.loads == []
     assert type(modeling_utils.safe_open(tmp_path / "toy.safetensors", framework="pt")) is safe_open
-    with amc.accelerate_transformers() as again:  # over their replacement of ours, which stays without effect
+    with amc.accelerate_transformers() as again:  # over their replacement of ours, which then has no effect
         assert load(tmp_path, [joined()], **PARTS) == stock
     assert [load.lowered for load in again.loads] == [("k.weight",)]
     assert done.loads == []
 
 
-def test_a_transformers_whose_loader_has_no_plan_of_dtypes_is_refused(monkeypatch):
+def test_transformers_without_a_dtype_plan_is_refused(monkeypatch):
     monkeypatch.setattr(modeling_utils, "LoadStateDictConfig", dataclasses.make_dataclass("Of50", ["weight_mapping"]))
     with pytest.raises(amc.UnsupportedError, match=r"expected: transformers 5\.1 or newer"):
         amc.install()

@@ -1,6 +1,6 @@
-"""What transformers' own tests ask of the function that converts, asked under the hook: the same answers.
+"""Cases of transformers' own tests of the converting function, under the hook: the results are the same.
 
-Each case is a small model with experts and something else. Every test counts what was converted by plan.
+Each case is a small model with experts and other weights. Every test counts the targets that were converted by plan.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 
-pytest.importorskip("transformers", reason="what is hooked is transformers' loader")
+pytest.importorskip("transformers", reason="hooks the loader of transformers")
 from safetensors.torch import save_file
 from transformers import PreTrainedConfig, core_model_loading, modeling_utils
 from transformers.core_model_loading import (
@@ -37,7 +37,7 @@ E, INNER, H = 3, 4, 2
 
 
 def since(name):
-    """Skip where the installed transformers has no such class, which a later one has."""
+    """Skip if the installed transformers lacks a class of later releases."""
     return pytest.mark.skipif(not hasattr(core_model_loading, name), reason=f"this transformers has no {name}")
 
 
@@ -49,7 +49,7 @@ class Loaded(NamedTuple):
 
 
 def load(case: Case, directory: Path) -> Loaded:
-    """Both ways; the same tensors, the same report, the same rules remembered, and the same way back."""
+    """Load both ways; check the same tensors, report, remembered rules, and reverted tensors."""
     file = directory / "model.safetensors"
     save_file({name: tensor.contiguous() for name, tensor in case.tensors.items()}, file)
     stock, info, rules = convert(case, file)
@@ -81,7 +81,7 @@ def tensors_of(shapes):
 
 
 def experts(path="experts", count=E):
-    """Names and shapes of a checkpoint's experts, gate, up and down."""
+    """Return names and shapes of a checkpoint's experts: gate, up and down."""
     shapes = {"w1": (INNER, H), "w3": (INNER, H), "w2": (H, INNER)}
     return {f"{path}.{e}.{name}.weight": shape for e in range(count) for name, shape in shapes.items()}
 
@@ -100,7 +100,7 @@ def expert_rules(path="experts", start=""):
 
 
 def assert_grouped(loaded: Loaded, tensors, *, checkpoint="experts", path="experts", numbers=range(E)):
-    """The grouped experts of the model are those of the checkpoint, put together one by one."""
+    """Check that the grouped experts of the model are those of the checkpoint, stacked one by one."""
     state = loaded.model.state_dict()
     for e, number in enumerate(numbers):
         w1, w2, w3 = (tensors[f"{checkpoint}.{number}.{name}.weight"] for name in ("w1", "w2", "w3"))
@@ -140,7 +140,7 @@ def test_experts_and_qkv_are_converted_and_a_layer_without_a_rule_is_reported(tm
         assert_bytes_equal(loaded.model.state_dict()[name], part)
 
 
-def test_experts_and_qkv_are_saved_as_they_were(tmp_path):
+def test_experts_and_qkv_are_saved_unchanged(tmp_path):
     case = moe_and_qkv(qkv_rule())
     loaded = load(case, tmp_path)
     assert_fits(loaded)
@@ -148,7 +148,7 @@ def test_experts_and_qkv_are_saved_as_they_were(tmp_path):
     assert_same_tensors(reverted(loaded.model), case.tensors)
 
 
-def test_experts_of_text_and_vision_are_parted_and_saved_as_they_were(tmp_path):
+def test_experts_of_text_and_vision_are_split_and_saved_unchanged(tmp_path):
     fuse = ErnieFuseAndSplitTextVisionExperts
     rules = [
         WeightConverter(
@@ -181,7 +181,7 @@ HEADS, HEAD = 2, 8
 
 
 def permuted(tensor, inverse=False):
-    """Rotary halves of each head apart, row by row: row ``2 i + k`` of a head becomes row ``k * HEAD / 2 + i``."""
+    """Permute rows for rotary halves: row ``2 i + k`` of a head becomes row ``k * HEAD / 2 + i``."""
     rows = [head * HEAD + 2 * i + k for head in range(HEADS) for k in range(2) for i in range(HEAD // 2)]
     if inverse:
         rows = [rows.index(row) for row in range(len(rows))]
@@ -194,7 +194,7 @@ VISION = PreTrainedConfig(
 
 
 @since("VisionUnfuseAndPermuteForRope")
-def test_vision_qkv_is_parted_and_permuted_for_rotary_embeddings(tmp_path):
+def test_vision_qkv_is_split_and_permuted_for_rotary_embeddings(tmp_path):
     size = HEADS * HEAD
     unfuse = core_model_loading.VisionUnfuseAndPermuteForRope(dim=0, permute_layer_names=["q_proj", "k_proj"])
     case = Case(
@@ -212,7 +212,7 @@ def test_vision_qkv_is_parted_and_permuted_for_rotary_embeddings(tmp_path):
 
 
 @since("VisionFuseAndPermuteForRope")
-def test_vision_qkv_is_permuted_back_and_put_together(tmp_path):
+def test_vision_qkv_is_permuted_back_and_merged(tmp_path):
     size = HEADS * HEAD
     fuse = core_model_loading.VisionFuseAndPermuteForRope(dim=0, permute_layer_names=["q_proj", "k_proj"], inverse=True)
     case = Case(
@@ -236,7 +236,7 @@ def scoped(rule, scope, base=None):
     return rule
 
 
-def test_a_scoped_renaming_and_a_scoped_converter_stay_in_their_part_of_the_model(tmp_path):
+def test_scoped_renaming_and_converter_apply_only_in_their_scope(tmp_path):
     shapes: dict[str, tuple[int, ...]] = {"q.weight": (1, H)}
     stored: dict[str, tuple[int, ...]] = {"old_q.weight": (1, H)} | experts()
     for tower in ("vision", "text"):
@@ -253,7 +253,7 @@ def test_a_scoped_renaming_and_a_scoped_converter_stay_in_their_part_of_the_mode
 @pytest.mark.parametrize(
     ("scope", "module", "stored"),
     [("", "model", ""), ("sub", "model.sub", "sub."), ("", "model", "model.")],
-    ids=["base prefix left out", "scope below the base prefix", "base prefix there"],
+    ids=["base prefix left out", "scope below the base prefix", "base prefix present"],
 )
 def test_a_scope_is_found_with_and_without_the_base_prefix(tmp_path, scope, module, stored):
     rules = [WeightRenaming("^old_q", "q"), WeightRenaming("^old_experts", "experts")]
@@ -270,7 +270,7 @@ def test_a_scope_is_found_with_and_without_the_base_prefix(tmp_path, scope, modu
         assert_same_tensors(reverted(loaded.model), case.tensors)
 
 
-def test_a_renaming_before_a_converter_holds_on_the_way_back_too(tmp_path):
+def test_renaming_before_a_converter_is_reverted(tmp_path):
     rules = [WeightRenaming("^decoder", "encoder"), scoped(qkv_rule("attn"), "encoder"), *expert_rules()]
     stored = {"decoder.attn.qkv_proj.weight": (9, H)} | experts("decoder.experts")
     shapes = qkv("encoder.attn") | grouped("encoder.experts")
@@ -282,13 +282,13 @@ def test_a_renaming_before_a_converter_holds_on_the_way_back_too(tmp_path):
 
 
 @since("GroupWeightRename")
-@pytest.mark.parametrize("shifted", [True, False], ids=["old names", "names of the model"])
+@pytest.mark.parametrize("shifted", [True, False], ids=["old names", "model names"])
 @pytest.mark.parametrize(
     ("one", "two"),
     [("norm", "norm"), ("experts", "experts"), ("experts", "norm"), ("norm", "experts")],
 )
-def test_a_group_is_renamed_only_if_its_first_name_is_there(tmp_path, one, two, shifted):
-    """Its first name may be that of experts, which transformers must see, or it would not rename the others."""
+def test_group_is_renamed_only_if_its_first_name_is_present(tmp_path, one, two, shifted):
+    """Check groups with and without experts as the first name, which transformers must see to rename the others."""
     shapes, stored = grouped("plain"), experts("plain")
     patterns = [f"^a0.{one}", f"^a1.{two}"], [f"a1.{one}", f"a2.{two}"]
     rules = [core_model_loading.GroupWeightRename(*patterns), *expert_rules("plain")]
@@ -305,11 +305,11 @@ def test_a_group_is_renamed_only_if_its_first_name_is_there(tmp_path, one, two, 
         assert all("only if transformers sees" in reason for reason in loaded.load.left.values())
     else:
         assert set(loaded.load.lowered) == {name for name in shapes if "experts" in name or "plain" in name}
-    if "experts" not in (one, two):  # 5.17 does not bring back names of a group that are converted
+    if "experts" not in (one, two):  # 5.17 does not revert converted names of a group
         assert_same_tensors(reverted(loaded.model), case.tensors)
 
 
-@pytest.mark.parametrize("there", [True, False], ids=["names to change", "names of the model"])
+@pytest.mark.parametrize("present", [True, False], ids=["names to change", "model names"])
 @pytest.mark.parametrize(
     ("change", "old", "new"),
     [
@@ -320,8 +320,8 @@ def test_a_group_is_renamed_only_if_its_first_name_is_there(tmp_path, one, two, 
     ],
     ids=["removed", "added", "removed below", "added below"],
 )
-def test_a_prefix_is_changed_if_it_is_there_and_put_back(tmp_path, change, old, new, there):
-    prefix = old if there else new
+def test_prefix_is_changed_if_present_and_reverted(tmp_path, change, old, new, present):
+    prefix = old if present else new
     case = Case(
         {f"{new}0.norm.weight": (H,)} | grouped(f"{new}0.experts"),
         tensors_of({f"{prefix}0.norm.weight": (H,)} | experts(f"{prefix}0.experts")),
@@ -333,14 +333,14 @@ def test_a_prefix_is_changed_if_it_is_there_and_put_back(tmp_path, change, old, 
     assert_same_tensors(reverted(loaded.model), case.tensors)
 
 
-def test_qkv_of_unequal_heads_is_as_this_transformers_has_it(tmp_path):
+def test_qkv_of_unequal_heads_is_the_same_as_in_transformers(tmp_path):
     shapes = {"self_attn.q_proj.weight": (4, H), "self_attn.k_proj.weight": (2, H), "self_attn.v_proj.weight": (2, H)}
     stored = {"self_attn.qkv_proj.weight": (8, H)} | experts()
     loaded = load(Case(shapes | grouped(), tensors_of(stored), [qkv_rule(), *expert_rules()]), tmp_path)
     assert set(grouped()) <= set(loaded.load.lowered)
 
 
-def test_of_two_tensors_with_one_name_upstreams_choice_is_loaded(tmp_path):
+def test_duplicate_name_loads_the_tensor_that_transformers_chooses(tmp_path):
     stored = experts("old_experts") | experts() | {"down.weight": (H,)}
     rules = [WeightRenaming("old_experts", "experts"), *expert_rules()]
     extra = grouped("layers.experts") | {"down.weight": (H,)}

@@ -1,6 +1,6 @@
-"""What transformers' own tests ask of ``from_pretrained``, asked under the hook: the same answers for whole models.
+"""Cases of transformers' own tests of ``from_pretrained``, under the hook: the same results for whole models.
 
-Every test counts what was converted by plan.
+Every test counts the targets that were converted by plan.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-pytest.importorskip("transformers", reason="what is hooked is transformers' loader")
+pytest.importorskip("transformers", reason="hooks the loader of transformers")
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel
 from transformers.core_model_loading import Concatenate
@@ -29,13 +29,13 @@ MODELS = ["mixtral", "olmoe-tied", "mistral3+mixtral"]
 
 @pytest.fixture(scope="module")
 def published(tmp_path_factory):
-    made = {}
+    checkpoints = {}
     for name in MODELS:
         directory = tmp_path_factory.mktemp("published")
         model = build_model(name)
         write_checkpoint(model, directory)
-        made[name] = (type(model), directory)
-    return made
+        checkpoints[name] = (type(model), directory)
+    return checkpoints
 
 
 def stored(directory: Path):
@@ -43,14 +43,14 @@ def stored(directory: Path):
 
 
 def changed(source: Path, directory: Path, tensors):
-    """A checkpoint with the source's config and these tensors."""
+    """Write a checkpoint with the source's config and these tensors."""
     save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
     (directory / "config.json").write_bytes((source / "config.json").read_bytes())
     return directory
 
 
 def under_both(action):
-    """What it gives without and under the hook, from the same random state, and what was converted by plan."""
+    """Return the results without and under the hook, from the same random state, and the targets converted by plan."""
     torch.manual_seed(0)
     stock = action()
     with amc.accelerate_transformers() as acceleration:
@@ -59,7 +59,7 @@ def under_both(action):
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_what_was_loaded_is_contiguous_and_saved_as_it_was_published(published, tmp_path, name):
+def test_loaded_model_is_contiguous_and_saved_as_published(published, tmp_path, name):
     model_class, directory = published[name]
     _, hooked, [load] = both(model_class, directory)
     assert load.lowered
@@ -69,7 +69,7 @@ def test_what_was_loaded_is_contiguous_and_saved_as_it_was_published(published, 
     assert_same_tensors(stored(tmp_path), stored(directory))
 
 
-def test_layers_that_are_grouped_already_are_loaded_beside_others_that_are_not(published, tmp_path):
+def test_grouped_and_ungrouped_layers_are_loaded_together(published, tmp_path):
     model_class, source = published["mixtral"]
     state = model_class.from_pretrained(source).state_dict()
     first = "model.layers.0."
@@ -80,7 +80,7 @@ def test_layers_that_are_grouped_already_are_loaded_beside_others_that_are_not(p
     assert_same_tensors(hooked.state_dict(), state)
 
 
-def test_a_checkpoint_that_is_grouped_already_is_loaded_as_it_is(published, tmp_path):
+def test_grouped_checkpoint_is_loaded_unchanged(published, tmp_path):
     model_class, source = published["mixtral"]
     model = model_class.from_pretrained(source)
     model.save_pretrained(tmp_path, save_original_format=False)
@@ -102,7 +102,7 @@ def test_a_base_model_is_loaded_from_a_model_with_a_head_and_back(published, tmp
     assert_same_model(again[0], stock[0])
 
 
-def test_what_is_missing_is_initialized_as_without_the_hook(published, tmp_path):
+def test_missing_weights_are_initialized_as_without_the_hook(published, tmp_path):
     model_class, source = published["mixtral"]
     tensors = {n: t for n, t in stored(source).items() if "layers.1.block_sparse_moe.experts" not in n}
     path = changed(source, tmp_path, {n: t for n, t in tensors.items() if not n.startswith("lm_head")})
@@ -137,7 +137,7 @@ def answer(model):
         return model(torch.arange(7)[None]).logits
 
 
-def test_a_model_that_is_partly_on_the_disk_gives_the_same_answer(published, tmp_path):
+def test_partly_offloaded_model_has_the_same_outputs(published, tmp_path):
     model_class, path = published["mixtral"]
     eager = {"experts_implementation": "eager"}
     whole = model_class.from_pretrained(path, **eager)
@@ -187,13 +187,13 @@ def test_an_operation_that_raises_stops_the_load_as_without_the_hook(published, 
 
 
 @pytest.mark.parametrize("deactivated", [True, False])
-def test_transformers_switch_for_loading_without_threads_holds_for_us(published, monkeypatch, deactivated):
+def test_switch_for_loading_without_threads_is_obeyed(published, monkeypatch, deactivated):
     def start(self, *args, **kwargs):
         started.append(self)
         return real(self, *args, **kwargs)
 
     model_class, path = published["mixtral"]
-    model_class.from_pretrained(path)  # tqdm starts a thread the first time
+    model_class.from_pretrained(path)  # tqdm starts a thread on first use
     started: list[Any] = []
     real = threading.Thread.start
     monkeypatch.setattr(threading.Thread, "start", start)
@@ -204,7 +204,7 @@ def test_transformers_switch_for_loading_without_threads_holds_for_us(published,
 
 
 @pytest.mark.parametrize("kind", ["pytorch_model.bin", "without mmap"])
-def test_what_is_not_read_from_safetensors_by_name_takes_upstreams_way(published, tmp_path, kind):
+def test_other_ways_to_read_files_are_left_to_transformers(published, tmp_path, kind):
     model_class, path = published["mixtral"]
     options = {}
     if kind == "without mmap":

@@ -1,10 +1,10 @@
-"""For those who replace nothing of transformers: our tensors through ``from_pretrained``'s own ``state_dict=``."""
+"""Tests of loads without patching transformers: this package's tensors in ``state_dict=`` of ``from_pretrained``."""
 
 from __future__ import annotations
 
 import pytest
 
-pytest.importorskip("transformers", reason="from_pretrained is transformers'")
+pytest.importorskip("transformers", reason="uses from_pretrained of transformers")
 
 from safetensors.torch import load_file
 from transformers import AutoConfig
@@ -16,15 +16,15 @@ from tests.model_zoo import build_model, write_checkpoint
 
 
 @pytest.mark.parametrize("name", ["mixtral", "olmoe-tied", "mistral3+mixtral", "nemotron_h", "gpt_oss"])
-def test_a_state_dict_of_ours_makes_the_model_of_from_pretrained_and_the_files_it_saves(tmp_path, name):
+def test_state_dict_of_this_package_equals_the_load_of_from_pretrained(tmp_path, name):
     path = tmp_path / "published"
-    made = build_model(name)
-    write_checkpoint(made, path)
-    stock, info = type(made).from_pretrained(path, output_loading_info=True)
+    original = build_model(name)
+    write_checkpoint(original, path)
+    stock, info = type(original).from_pretrained(path, output_loading_info=True)
     tensors = amc.load_state_dict(path)
     config = AutoConfig.from_pretrained(path)
     options = {"config": config, "state_dict": dict(tensors), "output_loading_info": True}
-    model, own_info = type(made).from_pretrained(None, **options)
+    model, own_info = type(original).from_pretrained(None, **options)
     assert own_info == info
     assert_same_model(model, stock)
     assert all(tensor.data_ptr() == tensors[n].data_ptr() for n, tensor in model.state_dict().items())
@@ -39,19 +39,19 @@ def test_a_state_dict_of_ours_makes_the_model_of_from_pretrained_and_the_files_i
     assert (tmp_path / "own" / config_file).read_text() == (tmp_path / "stock" / config_file).read_text()
 
 
-def test_what_differs_is_the_name_the_generation_config_and_the_format_it_saves_by_itself(tmp_path):
+def test_only_name_generation_config_and_saved_format_differ(tmp_path):
     path = tmp_path / "published"
-    made = build_model("mixtral")
-    made.generation_config.max_new_tokens = 77
-    write_checkpoint(made, path)
-    stock = type(made).from_pretrained(path)
+    original = build_model("mixtral")
+    original.generation_config.max_new_tokens = 77
+    write_checkpoint(original, path)
+    stock = type(original).from_pretrained(path)
     config = AutoConfig.from_pretrained(path)
-    model = type(made).from_pretrained(None, config=config, state_dict=amc.load_state_dict(path))
+    model = type(original).from_pretrained(None, config=config, state_dict=amc.load_state_dict(path))
     assert (stock.name_or_path, model.name_or_path) == (str(path), "None")
     assert (stock.generation_config.max_new_tokens, model.generation_config.max_new_tokens) == (77, None)
     model.save_pretrained(tmp_path / "own")
     grouped = {n: t for file in (tmp_path / "own").glob("*.safetensors") for n, t in load_file(file).items()}
     assert grouped.keys() == model.state_dict().keys()
-    again = type(made).from_pretrained(tmp_path / "own")
+    again = type(original).from_pretrained(tmp_path / "own")
     for name, tensor in again.state_dict().items():
         assert_bytes_equal(tensor, stock.state_dict()[name])

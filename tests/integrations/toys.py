@@ -8,7 +8,7 @@ import inspect
 import pytest
 import torch
 
-pytest.importorskip("transformers", reason="what is hooked is transformers' own")
+pytest.importorskip("transformers", reason="hooks functions of transformers")
 
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -40,9 +40,9 @@ class Toy(PreTrainedModel):
 
 
 def load(directory, rules, nested=False, between=lambda: None, **tensors):
-    """Values of the weights that are loaded, the loading info, and the rules, which know whether they were used.
+    """Return loaded values, the loading info, and the rules, which record whether they were used.
 
-    ``between`` is called whenever a tensor was opened.
+    ``between`` is called each time a tensor was opened.
     """
     file = directory / "toy.safetensors"
     save_file({name.replace("__", "."): tensor for name, tensor in tensors.items()}, file)

@@ -1,4 +1,4 @@
-"""Codes and tables to decode, and what the definition says they make."""
+"""Codes and tables to decode, with the results by the definition."""
 
 import pytest
 import torch
@@ -27,13 +27,13 @@ def random_bytes(shape, seed):
 
 
 class Problem:
-    """Operands of a call, and what the definition says they make."""
+    """Operands of a call, with the results by the definition."""
 
     def __init__(self, bits, shape, block, start, dtype, table_row_dtype, rows_of_table, gap=0, count=1):
         self.how = {"bits": bits, "block": block, "start": start}
         self.shape = rows, columns = shape
         self.dtype = dtype
-        # Every entry is different, so that nothing can look right by chance.
+        # Every entry is different, so nothing can be right by chance.
         self.table = address_valued((rows_of_table, 1 << bits), dtype)
         nbytes = columns * bits // 8
         grid = [-(-(size + begin) // step) for size, begin, step in zip(shape, start, block, strict=True)]
@@ -45,23 +45,23 @@ class Problem:
         ]
 
     def expected(self):
-        made = []
+        decoded = []
         (rows, columns), (block_rows, block_columns), (r0, c0) = self.shape, self.how["block"], self.how["start"]
         for codes, table_rows in zip(self.codes, self.table_rows, strict=True):
             numbers = codes.long()
             if self.how["bits"] == 4:
                 numbers = torch.stack([numbers % 16, numbers // 16], 2).flatten(1)
             of_rows, of_columns = (torch.arange(rows) + r0) // block_rows, (torch.arange(columns) + c0) // block_columns
-            made.append(self.table[table_rows.long()[of_rows][:, of_columns], numbers])
-        return made
+            decoded.append(self.table[table_rows.long()[of_rows][:, of_columns], numbers])
+        return decoded
 
     def check(self, verb, layout):
-        """Call a verb on poisoned destinations between guards."""
+        """Call a verb on poisoned destinations between guards, and check the results."""
         strides = LAYOUTS[layout](*self.shape)
-        made = [guarded(self.shape, self.dtype, strides=strides) for _ in self.codes]
+        decoded = [guarded(self.shape, self.dtype, strides=strides) for _ in self.codes]
         before = [codes.clone() for codes in self.codes]
-        verb([out for out, _ in made], self.codes, self.table_rows, self.table, **self.how)
-        for (out, check), expected in zip(made, self.expected(), strict=True):
+        verb([out for out, _ in decoded], self.codes, self.table_rows, self.table, **self.how)
+        for (out, check), expected in zip(decoded, self.expected(), strict=True):
             assert_bytes_equal(out.clone(memory_format=torch.contiguous_format), expected)
             check()
         assert all(map(torch.equal, self.codes, before))

@@ -1,4 +1,4 @@
-"""Tiles that small matrices have several of, and what is launched is watched."""
+"""Fixtures for tests of the verbs: small tiles, and a record of the launches."""
 
 from contextlib import ExitStack
 from unittest import mock
@@ -13,7 +13,7 @@ BYTES = {"uint8": 1, "uint16": 2, "uint32": 4, "bfloat16": 2, "float16": 2, "flo
 
 
 def tiles_patched():
-    """Tiles that small matrices have several of, the last ones in part."""
+    """Shrink the tiles so that small matrices have several, the last ones partial."""
     tiles = dict.fromkeys([(1, 1), (2, 2), (4, 4), (2, 4), (4, 2)], (16, 16))
     return (
         mock.patch.multiple(strided_copy, _WIDE=(4, 64), _NARROW=(8, 32), _SCALAR=(4, 32)),
@@ -25,7 +25,7 @@ def tiles_patched():
 
 @pytest.fixture
 def small_tiles():
-    """Kernels use these tiles."""
+    """Use these tiles in kernels."""
     with ExitStack() as stack:
         for patch in tiles_patched():
             stack.enter_context(patch)
@@ -34,7 +34,7 @@ def small_tiles():
 
 @pytest.fixture
 def launched():
-    """The variants launched, with the number of matrices; and the promise kept that the interpreter does not check."""
+    """Return the launched variants with the number of matrices. Check the promise that the interpreter ignores."""
     seen = []
 
     def spy(variant, grid, table, integers):

@@ -1,4 +1,4 @@
-"""Equal matrices at any address between guards, and loops that move them."""
+"""Equal matrices at any address between guards, and loops that move their elements."""
 
 import math
 import struct
@@ -17,7 +17,7 @@ SIDES = [0, 1, 2, 3, 7, 8, 15, 16, 17, 24, 31, 32, 33, 40]
 
 
 class Lot(NamedTuple):
-    """Equal matrices at arbitrary places of one buffer of raw bytes."""
+    """Equal matrices at arbitrary addresses in one buffer of raw bytes."""
 
     raw: bytearray
     offsets: list[int]
@@ -46,32 +46,32 @@ class Lot(NamedTuple):
 
 
 def lot(shape, dtype, phases, gap, *, poisoned=False):
-    """One matrix for each phase, which starts that many bytes past a multiple of 16; ``gap`` elements between rows."""
+    """Build one matrix per phase, which starts that many bytes past a multiple of 16, with ``gap`` between rows."""
     rows, columns = shape
     stride = columns + gap
     size = max(rows * stride * dtype.itemsize, 1)
     step = -(-size // 16) * 16 + 64
     raw = bytearray([POISON]) * (step * len(phases) + 64)
     aligned = -torch.frombuffer(raw, dtype=torch.uint8).data_ptr() % 16
-    made = Lot(raw, [aligned + k * step + 16 + phase for k, phase in enumerate(phases)], shape, stride, dtype)
+    matrices = Lot(raw, [aligned + k * step + 16 + phase for k, phase in enumerate(phases)], shape, stride, dtype)
     if not poisoned:
         values = iter(address_valued((rows * columns * len(phases),), dtype).view(torch.uint8).tolist())
         for k in range(len(phases)):
             for r in range(rows):
                 for c in range(columns):
-                    made.write(k, r, c, bytes(next(values) for _ in range(dtype.itemsize)))
-    return made
+                    matrices.write(k, r, c, bytes(next(values) for _ in range(dtype.itemsize)))
+    return matrices
 
 
 def number(value, dtype):
-    """The number that the bits of an element stand for."""
+    """Return the number that the bits of an element represent."""
     if dtype == torch.bfloat16:
         return struct.unpack("<f", b"\0\0" + value)[0]
     return struct.unpack("<e" if dtype == torch.float16 else "<f", value)[0]
 
 
 def rounded(value, src, dst):
-    """The element of ``dst`` nearest to one of ``src``, halfway to the even one; doubles hold every step."""
+    """Return the element of ``dst`` nearest to one of ``src``, ties to even. Doubles are exact at every step."""
     if src == dst:
         return value
     x = number(value, src)
@@ -96,24 +96,24 @@ def rounded(value, src, dst):
     return (bits | sign).to_bytes(dst.itemsize, "little")
 
 
-def same(found, expected, dtype):
-    if found == expected:
+def same(actual, expected, dtype):
+    if actual == expected:
         return True
-    return dtype in CASTABLE and math.isnan(number(found, dtype)) and math.isnan(number(expected, dtype))
+    return dtype in CASTABLE and math.isnan(number(actual, dtype)) and math.isnan(number(expected, dtype))
 
 
 def check(dst, expected, *, cast):
-    """Bytes as expected, gaps and margins too; which NaN a cast makes of a NaN is open."""
-    for made, wanted in zip(dst, expected, strict=True):
-        if made.raw == wanted.raw:
+    """Check that bytes are as expected, also in gaps and margins. A cast may turn a NaN into any NaN."""
+    for written, wanted in zip(dst, expected, strict=True):
+        if written.raw == wanted.raw:
             continue
         assert cast
-        for k in range(len(made.offsets)):
-            for r in range(made.shape[0]):
-                for c in range(made.shape[1]):
-                    assert same(made.read(k, r, c), wanted.read(k, r, c), made.dtype), (k, r, c)
-                    made.write(k, r, c, wanted.read(k, r, c))
-        assert made.raw == wanted.raw, "written outside of the matrices"
+        for k in range(len(written.offsets)):
+            for r in range(written.shape[0]):
+                for c in range(written.shape[1]):
+                    assert same(written.read(k, r, c), wanted.read(k, r, c), written.dtype), (k, r, c)
+                    written.write(k, r, c, wanted.read(k, r, c))
+        assert written.raw == wanted.raw, "bytes outside of the matrices were written"
 
 
 def run(verb, dst, src, element):
@@ -134,7 +134,7 @@ def run(verb, dst, src, element):
 
 @st.composite
 def phases(draw, count, dtype, *, whole=False):
-    """Bytes past a multiple of 16, mostly the same for all; ``whole``: elements stay at multiples of their size."""
+    """Draw bytes past a multiple of 16, mostly equal. ``whole`` keeps elements at multiples of their size."""
     step = dtype.itemsize if whole else 1
     one = st.sampled_from(sorted({0, 8, 4, 2, 1, 3, 12}) if step == 1 else [0, 0, 8, 4 if step <= 4 else 0, step])
     common = draw(one)
@@ -143,7 +143,7 @@ def phases(draw, count, dtype, *, whole=False):
 
 @st.composite
 def problems(draw, multiple=1):
-    """Dtypes, sides, how many, and gaps, each now and then friendly to long vectors."""
+    """Draw dtypes, sides, counts and gaps, some of which allow long vectors."""
     dst, src = draw(st.sampled_from(DTYPE_PAIRS))
     sides = st.sampled_from(SIDES) | st.sampled_from([16, 32, 48])
     rows, columns, count = draw(sides), draw(sides), draw(st.sampled_from([0, 1, 2, 3]))

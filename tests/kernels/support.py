@@ -1,4 +1,4 @@
-"""What tests of the verbs go through, wherever they run: verbs, dtypes, alignments, shapes, hard numbers."""
+"""Cases for tests of the verbs, wherever they run: verbs, dtypes, alignments, shapes, values that are hard to cast."""
 
 import torch
 
@@ -10,7 +10,7 @@ from automodel_conv.kernels.transpose import transpose
 CASTABLE = [torch.bfloat16, torch.float16, torch.float32]
 MOVED = [torch.uint8, torch.bool, torch.float8_e4m3fn, torch.bfloat16, torch.float16, torch.int32, torch.float32]
 DTYPE_PAIRS = [(d, d) for d in MOVED] + [(d, s) for d in CASTABLE for s in CASTABLE if d != s]
-# Bytes past a multiple of 16, one for each alignment that a kernel can tell.
+# Bytes past a multiple of 16, one for each alignment that a kernel distinguishes.
 PHASES = (0, 8, 4, 2, 1)
 # With the number of destinations and of sources.
 VERBS = {
@@ -22,7 +22,7 @@ VERBS = {
 
 
 def shapes(name, rows, columns):
-    """Shapes of a destination and of a source."""
+    """Return the shapes of a destination and of a source."""
     return {
         "strided_copy": ((rows, columns), (rows, columns)),
         "transpose": ((columns, rows), (rows, columns)),
@@ -32,7 +32,7 @@ def shapes(name, rows, columns):
 
 
 def casting_cases(dtype):
-    """Every number of a dtype of 16 bits; of float32 every exponent, on and around halfway points."""
+    """Return every value of a 16-bit dtype; for float32 every exponent, on and around halfway points."""
     if dtype.itemsize == 2:
         bits = torch.arange(2**16, dtype=torch.int32).to(torch.int16)
     else:

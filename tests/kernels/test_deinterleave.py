@@ -1,4 +1,4 @@
-"""Deinterleaves in Triton's interpreter: against loops over coordinates, at any address, between guards."""
+"""Tests of deinterleave in Triton's interpreter: against loops over coordinates, at any address, between guards."""
 
 import pytest
 from hypothesis import given, settings

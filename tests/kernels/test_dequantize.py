@@ -1,4 +1,4 @@
-"""dequantize against the definition, coordinate by coordinate, and what it and its twin refuse."""
+"""Tests of dequantize against the definition, by coordinates, and of operands that it and its torch version refuse."""
 
 from itertools import product
 from unittest import mock
@@ -22,7 +22,7 @@ needs_triton = pytest.mark.skipif(not jit.IS_INSTALLED, reason="triton is not in
 
 @pytest.fixture
 def launched():
-    """The variants launched; and the promise kept that the interpreter does not check."""
+    """Return the launched variants, after checking the promise that the interpreter does not check."""
     seen = []
 
     def spy(variant, grid, table, integers):
@@ -38,14 +38,14 @@ def launched():
 
 
 def small_tiles():
-    """Tiles that small matrices have several of, the last ones in part."""
+    """Shrink the tiles so that small matrices have several, the last ones partial."""
     return mock.patch.multiple(module, _TILE=(8, 64), _TRANSPOSED_TILE=(32, 32), _SCALAR_TILE=(16, 16))
 
 
 @needs_triton
 @settings(max_examples=100)
 @given(problem=problems(), layout=st.sampled_from(sorted(LAYOUTS)))
-def test_the_kernel_makes_what_the_definition_says(problem, layout):
+def test_kernel_equals_the_definition(problem, layout):
     with small_tiles():
         problem.check(dequantize, layout)
 
@@ -84,13 +84,13 @@ def test_vectors_are_as_long_as_blocks_allow(launched, block, start, vector):
 
 @needs_triton
 @pytest.mark.parametrize("block", [(128, 128), (1, 40), (64, 40), (1, 1 << 20), (1 << 30, 1 << 30)])
-def test_blocks_of_powers_of_two_or_as_large_as_the_matrix_need_no_division(launched, block):
+def test_blocks_of_powers_of_two_or_whole_matrices_need_no_division(launched, block):
     Problem(8, (3, 40), block, (0, 0), BF16, torch.uint8, 9).check(dequantize, "rows")
     assert [variant.details.by_shifts for variant in launched] == [True]
 
 
 @needs_triton
-def test_nothing_is_launched_for_nothing(launched):
+def test_empty_operands_launch_nothing(launched):
     table = address_valued((1, 256), BF16)
     for shape in ((0, 4), (4, 0)):
         codes = torch.empty(shape, dtype=torch.uint8)
@@ -101,7 +101,7 @@ def test_nothing_is_launched_for_nothing(launched):
 
 
 def misfits():
-    """Changes of a call that fits, by what is wrong then."""
+    """Return changes to a valid call, by the misfit that they cause."""
     fits = Problem(4, (6, 8), (2, 4), (0, 0), BF16, torch.uint8, 3)
     out = torch.zeros(6, 8, dtype=BF16)
     good = {"dst": [out], "codes": fits.codes, "table_rows": fits.table_rows, "table": fits.table, **fits.how}
@@ -150,5 +150,5 @@ def test_destinations_of_two_kinds_are_refused_by_the_kernel():
     with pytest.raises(ConversionError, match="of several kinds"):
         dequantize(out, problem.codes, problem.table_rows, problem.table, **problem.how)
     dequantize_torch(out, problem.codes, problem.table_rows, problem.table, **problem.how)
-    for made, wanted in zip(out, problem.expected(), strict=True):
-        assert_bytes_equal(made.contiguous(), wanted)
+    for actual, wanted in zip(out, problem.expected(), strict=True):
+        assert_bytes_equal(actual.contiguous(), wanted)

@@ -1,4 +1,4 @@
-"""The twin of dequantize: against the definition, coordinate by coordinate, between guards."""
+"""Tests of the torch version of dequantize: against the definition, by coordinates, between guards."""
 
 from itertools import product
 from unittest import mock
@@ -17,7 +17,7 @@ from tests.kernels.code_problems import BF16, F32, LAYOUTS, Problem, problems, r
 
 
 def pieces(nbytes, pairs_worth=2):
-    """Pieces that small matrices have several of."""
+    """Shrink the pieces so that small matrices have several."""
     return mock.patch.multiple(twin, _PIECE_BYTES=nbytes, _TRANSPOSED_ROWS=8, _PAIRS_WORTH=pairs_worth)
 
 
@@ -28,13 +28,13 @@ def pieces(nbytes, pairs_worth=2):
     nbytes=st.sampled_from([1, 7, 64, 1 << 18]),
     pairs_worth=st.sampled_from([0, 2]),
 )
-def test_the_twin_makes_what_the_definition_says(problem, layout, nbytes, pairs_worth):
+def test_torch_version_equals_the_definition(problem, layout, nbytes, pairs_worth):
     with pieces(nbytes, pairs_worth):
         problem.check(dequantize_torch, layout)
 
 
 @given(problem=problems(), data=st.data(), layout=st.sampled_from(sorted(LAYOUTS)))
-def test_a_part_with_its_start_is_the_part_of_the_whole(problem, data, layout):
+def test_part_with_its_start_is_the_part_of_the_whole(problem, data, layout):
     (rows, columns), block, start = problem.shape, problem.how["block"], problem.how["start"]
     bits = problem.how["bits"]
     step = 8 // bits
@@ -115,7 +115,7 @@ def test_scratch_stays_within_its_bound():
     assert 0 < max(sizes) <= 2 << 20
 
 
-def test_a_table_row_beyond_the_table_is_noticed_by_the_twin():
+def test_table_row_beyond_the_table_is_an_error_in_torch():
     problem = Problem(8, (4, 4), (2, 2), (0, 0), BF16, torch.uint8, 3)
     problem.table_rows[0][1, 1] = 3
     with pytest.raises(IndexError):

@@ -1,4 +1,4 @@
-"""The examples in the docstrings of kernels run, and every verb and its twin has one.
+"""Tests of the examples in the docstrings of kernels: they run, and every verb and its torch version has one.
 
 pytest does not collect them, because ``automodel_conv/kernels`` is a link to a folder outside of the package.
 """
@@ -19,7 +19,7 @@ PUBLIC = [(module, name) for module, names in VERBS.items() for name in names]
 
 
 @pytest.mark.parametrize("name", MODULES)
-def test_the_examples_of_a_module_run(name):
+def test_examples_of_a_module_run(name):
     if name in NEED_TRITON and not jit.INTERPRETED:
         pytest.skip("verbs run on tensors of the CPU only in Triton's interpreter")
     module = importlib.import_module(f"{PACKAGE}.{name}")

@@ -1,4 +1,4 @@
-"""Triton, or what stands in for it where it is not installed."""
+"""Tests of Triton, and of its replacement if it is not installed."""
 
 import importlib.util
 
@@ -9,7 +9,7 @@ from automodel_conv.kernels import jit
 
 @pytest.fixture
 def without_triton(monkeypatch):
-    """The module as it is where Triton is not installed."""
+    """Return the module as it is without Triton."""
     spec = importlib.util.spec_from_file_location("jit_without_triton", jit.__file__)
     module = importlib.util.module_from_spec(spec)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)

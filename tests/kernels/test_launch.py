@@ -1,4 +1,4 @@
-"""Several launches started together: one table goes up, and each takes its own rows of it, in the order given."""
+"""Tests of launches started together: one table is uploaded, and each uses its own rows of it, in the given order."""
 
 from unittest import mock
 
@@ -28,31 +28,33 @@ def poisoned(*shape):
 
 
 def works():
-    """Launches of three verbs, of two and of three operands, what they write, and what that must be."""
+    """Return launches of three verbs, of two and three operands, with their outputs and the expected results."""
     copied, turned, woven = poisoned(ROWS, COLUMNS), poisoned(COLUMNS, ROWS), poisoned(COLUMNS, 2 * ROWS)
     reads = [sources(number) for number in range(4)]
-    # At an odd address: another variant, so another launch of the same table.
+    # At an odd address: another variant, so another launch with the same table.
     raw = torch.zeros(2 * ROWS * COLUMNS + 1, dtype=torch.uint8)
     raw[1:] = reads[1][1].view(torch.uint8).flatten()
     odd = torch.frombuffer(raw.numpy()[1:], dtype=torch.bfloat16).view(ROWS, COLUMNS)
     turnable = [reads[1][0], odd, reads[1][2]]
     operands = [
-        [as_matrices("operand", operand) for operand in some]
-        for some in ([copied, reads[0]], [turned, turnable], [woven, reads[2], reads[3]])
+        [as_matrices("operand", operand) for operand in tensors]
+        for tensors in ([copied, reads[0]], [turned, turnable], [woven, reads[2], reads[3]])
     ]
-    made = [
-        verb(*some)
-        for verb, some in zip((strided_copy_launches, transpose_launches, interleave_launches), operands, strict=True)
+    launches = [
+        verb(*matrices)
+        for verb, matrices in zip(
+            (strided_copy_launches, transpose_launches, interleave_launches), operands, strict=True
+        )
     ]
     expected = [[*reads[0]], poisoned(COLUMNS, ROWS), poisoned(COLUMNS, 2 * ROWS)]
     transpose_torch(expected[1], reads[1])
     interleave_torch(expected[2], reads[2], reads[3])
-    return made, [copied, turned, woven], expected, (reads, raw)
+    return launches, [copied, turned, woven], expected, (reads, raw)
 
 
 @pytest.mark.parametrize("order", [(0, 1, 2), (2, 0, 1), (1,)])
-def test_launches_started_together_do_what_each_does(order):
-    made, outputs, expected, _held = works()
+def test_launches_started_together_equal_separate_launches(order):
+    launches, outputs, expected, _held = works()
     seen = []
 
     def spy(variant, grid, table, integers, real=launch.queue):
@@ -63,7 +65,7 @@ def test_launches_started_together_do_what_each_does(order):
         mock.patch.object(launch, "upload", wraps=launch.upload) as upload,
         mock.patch.object(launch, "queue", spy),
     ):
-        launch.start(*(made[number] for number in order))
+        launch.start(*(launches[number] for number in order))
     assert upload.call_count == 1
     kernels = {
         0: [("copy_tiles", 3, (3, 2))],
@@ -86,17 +88,17 @@ def test_nothing_to_launch_uploads_nothing():
 
 
 def test_calls_without_matrices_among_others_are_passed_over():
-    made, outputs, expected, _held = works()
-    launch.start(launch.NO_LAUNCHES, made[0], launch.NO_LAUNCHES)
+    launches, outputs, expected, _held = works()
+    launch.start(launch.NO_LAUNCHES, launches[0], launch.NO_LAUNCHES)
     for output, want in zip(outputs[0], expected[0], strict=True):
         assert_bytes_equal(output, want)
 
 
 def test_launches_of_several_devices_are_refused_before_anything_is_written():
-    made, outputs, _, _held = works()
-    elsewhere = made[1]._replace(device=torch.device("cuda", 1))
+    launches, outputs, _, _held = works()
+    elsewhere = launches[1]._replace(device=torch.device("cuda", 1))
     with pytest.raises(ConversionError, match="cpu, cuda:1"):
-        launch.start(made[0], elsewhere)
+        launch.start(launches[0], elsewhere)
     for output, untouched in zip(outputs[0], poisoned(ROWS, COLUMNS), strict=True):
         assert_bytes_equal(output, untouched)
 
@@ -114,8 +116,8 @@ def test_verbs_write_to_the_matrices_of_one_tensor():
         assert_bytes_equal(halves[k], torch.cat([gate[k], down[k]]).t().contiguous())
 
 
-def test_matrices_as_good_as_their_rows_are_one_launch_and_keep_their_order():
-    # Rows of 12 bytes: no address makes them better than multiples of 4, and 20 of these are better than that.
+def test_matrices_with_the_alignment_of_their_rows_are_one_launch_in_order():
+    # Rows of 12 bytes: no address gives them a better alignment than 4, and 20 of these matrices are better than that.
     src = [torch.zeros(5, 6, dtype=torch.bfloat16) for _ in range(20)]
     dst = [torch.zeros(6, 5, dtype=torch.bfloat16) for _ in range(20)]
     planned = transpose_launches(as_matrices("dst", dst), as_matrices("src", src))

@@ -1,4 +1,4 @@
-"""A verb is its file and a line in the table: batches of copies find, plan, compile and launch one that was added."""
+"""Tests of adding a verb, which is a file and a line in the table: batches of copies use it."""
 
 import numpy as np
 import pytest
@@ -15,7 +15,7 @@ from tests.kernels.toy_verb import GATHER, GATHER_TILES
 
 pytest.importorskip("triton")
 
-ROWS, COLUMNS, COUNT = 19, 45, 3  # several tiles in each direction, the last ones in part
+ROWS, COLUMNS, COUNT = 19, 45, 3  # several tiles in each direction, the last ones partial
 # Every other element of matrices [ROWS, 2 * COLUMNS + 1], one after the other in one tensor.
 COPY = StridedCopy(
     Box((ROWS, COLUMNS), (2 * COLUMNS + 1, 2), (COLUMNS, 1)),
@@ -27,12 +27,12 @@ COPY = StridedCopy(
 
 @pytest.fixture
 def table(monkeypatch):
-    """The table with one more line."""
+    """Add a line for the toy verb to the table."""
     monkeypatch.setattr(verbs, "VERBS", (*verbs.VERBS, GATHER))
 
 
 def batch_of(src_dtype, dst_dtype, phase_bytes=0):
-    """A batch of the copies, its output, and what that must be; sources start off any multiple of their size."""
+    """Return a batch of copies, its output, and the expected result. Sources start off any multiple of their size."""
     values = address_valued((COUNT, ROWS, 2 * COLUMNS + 1), src_dtype)
     raw = torch.zeros(values.nbytes + phase_bytes, dtype=torch.uint8)
     raw[phase_bytes:] = values.view(torch.uint8).flatten()
@@ -49,7 +49,7 @@ DTYPES = [(torch.uint8, torch.uint8), (torch.bfloat16, torch.bfloat16), (torch.b
 
 @pytest.mark.parametrize("phase_bytes", [0, 1])
 @pytest.mark.parametrize(("src_dtype", "dst_dtype"), DTYPES, ids=str)
-def test_copies_go_by_a_verb_that_was_added_and_make_the_same_bytes(table, src_dtype, dst_dtype, phase_bytes):
+def test_copies_use_an_added_verb_and_write_the_same_bytes(table, src_dtype, dst_dtype, phase_bytes):
     batch, output, expected = batch_of(src_dtype, dst_dtype, phase_bytes)
     (variants,) = batch.variants()
     assert {variant.kernel for variant in variants} == {GATHER_TILES}
@@ -58,14 +58,14 @@ def test_copies_go_by_a_verb_that_was_added_and_make_the_same_bytes(table, src_d
     assert_bytes_equal(output, expected)
 
 
-def test_without_its_line_in_the_table_torch_makes_these_copies():
+def test_without_its_line_torch_runs_these_copies():
     batch, output, expected = batch_of(torch.bfloat16, torch.bfloat16)
     assert not batch.variants()
     assert batch.run(True) == CopyCounts(by_kernels=0, by_torch=COUNT)
     assert_bytes_equal(output, expected)
 
 
-def test_what_an_added_verb_does_not_take_is_left_to_torch(table):
+def test_copies_that_an_added_verb_refuses_are_left_to_torch(table):
     batch, output, expected = batch_of(torch.int64, torch.int64)
     assert batch.run(True) == CopyCounts(by_kernels=0, by_torch=COUNT)
     assert_bytes_equal(output, expected)

@@ -1,4 +1,4 @@
-"""Operands that do not fit are refused before anything is written; bytes and alignments are counted."""
+"""Tests of operands: misfits are refused before anything is written; bytes and alignments are counted."""
 
 import os
 import subprocess
@@ -50,10 +50,10 @@ MISFITS = {
 @pytest.mark.parametrize("misfit", MISFITS)
 def test_operands_that_do_not_fit_are_refused_before_anything_is_written(misfit):
     name, operands = MISFITS[misfit]
-    made = operands()
+    arguments = operands()
     with pytest.raises(ConversionError, match="expected"):
-        VERBS[name][0](*made)
-    assert all(not bool(t.any()) for some in made for t in some if t.device.type == "cpu")
+        VERBS[name][0](*arguments)
+    assert all(not bool(t.any()) for tensors in arguments for t in tensors if t.device.type == "cpu")
 
 
 @needs_triton
@@ -63,7 +63,7 @@ def test_operands_that_do_not_fit_are_refused_before_anything_is_written(misfit)
     [(torch.bfloat16, torch.float64), (torch.int32, torch.float32), (torch.int16, torch.bfloat16)],
     ids=str,
 )
-def test_casts_that_kernels_do_not_know_are_refused(name, dst, src):
+def test_casts_that_kernels_do_not_support_are_refused(name, dst, src):
     with pytest.raises(UnsupportedError, match="between these dtypes"):
         VERBS[name][0](zeros(3, 3, dtype=dst), zeros(3, 3, dtype=src))
 
@@ -102,7 +102,7 @@ except UnsupportedError as error:
 
 
 @needs_triton
-def test_what_triton_lacks_on_a_gpu_is_told_beforehand(monkeypatch):
+def test_missing_requirement_of_triton_on_a_gpu_is_reported_first(monkeypatch):
     class Driver:
         def __init__(self, *errors):
             self.active = mock.Mock(**{"get_current_target.side_effect": errors or None})
@@ -119,7 +119,7 @@ def test_what_triton_lacks_on_a_gpu_is_told_beforehand(monkeypatch):
     monkeypatch.setenv("CC", "no-such-compiler")
     assert "no-such-compiler" in reason(Driver())
     monkeypatch.delenv("CC")
-    monkeypatch.setattr("shutil.which", {"cc": "/usr/bin/cc"}.get)  # which Triton does not look for
+    monkeypatch.setattr("shutil.which", {"cc": "/usr/bin/cc"}.get)  # a name that Triton does not search for
     assert "gcc and clang" in reason(Driver())
 
 
@@ -128,6 +128,6 @@ def test_every_byte_of_every_operand_counts_as_moved_once():
     assert bytes_moved(zeros(0, 4), []) == 0
 
 
-def test_alignment_is_the_largest_power_of_two_that_divides():
+def test_alignment_is_the_largest_power_of_two_divisor():
     numbers = np.arange(1, 200)
     assert alignment(numbers).tolist() == [max(a for a in (1, 2, 4, 8, 16) if n % a == 0) for n in numbers.tolist()]

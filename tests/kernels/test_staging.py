@@ -1,4 +1,4 @@
-"""Tables on their way to a device: what was handed out is never written again, and little is ever pinned."""
+"""Tests of tables on their way to a device: memory in use is never written again, and little is ever pinned."""
 
 import ctypes
 import time
@@ -17,9 +17,9 @@ BLOCK_BYTES = 1 << 10
 
 
 class HostAllocator:
-    """Memory that is kept and given out again, as torch keeps pinned memory: not while a copy out of it is under way.
+    """An allocator that keeps memory and reuses it, but not during a copy out of it, as torch keeps pinned memory.
 
-    ``copied`` says that the copies out of what was dropped are done.
+    ``copied`` marks the copies out of dropped memory as done.
     """
 
     def __init__(self):
@@ -32,7 +32,7 @@ class HostAllocator:
         else:
             memory = np.full(numbers, -1)
             self.pinned.append(numbers)
-        lent = memory.view()  # lives as long as a tensor of this memory
+        lent = memory.view()  # alive as long as a tensor of this memory
         weakref.finalize(lent, self.dropped.append, memory)
         return torch.from_numpy(lent)
 
@@ -57,12 +57,12 @@ def test_tables_arrive_in_their_shape_and_stay_as_they_are():
         assert np.array_equal(place.numpy(), table)
 
 
-def test_threads_take_places_in_turns():
+def test_threads_allocate_one_at_a_time():
     pinning = []
 
     def allocate(numbers):
         pinning.append(numbers)
-        time.sleep(0.001)  # the others come to the same place, if they can
+        time.sleep(0.001)  # gives the others the chance to use the same place
         assert pinning.pop() == numbers
         assert not pinning
         return torch.full((numbers,), -1, dtype=torch.int64)
@@ -74,7 +74,7 @@ def test_threads_take_places_in_turns():
     assert all(np.array_equal(place.numpy(), table) for table, place in zip(given, staged, strict=True))
 
 
-def test_a_table_that_is_no_run_of_numbers_is_staged_whole():
+def test_noncontiguous_table_is_staged_whole():
     stage = Staging(lambda numbers: torch.empty(numbers, dtype=torch.int64), BLOCK_BYTES)
     table = np.arange(24).reshape(4, 6).T
     assert np.array_equal(stage(table).numpy(), table)
@@ -92,7 +92,7 @@ def test_one_block_serves_many_tables_and_a_full_one_is_followed_by_another():
     assert pinned == [numbers, numbers]
 
 
-def test_a_table_larger_than_a_block_has_memory_of_its_own():
+def test_table_larger_than_a_block_has_memory_of_its_own():
     pinned = []
     stage = Staging(lambda numbers: pinned.append(numbers) or torch.empty(numbers, dtype=torch.int64), BLOCK_BYTES)
     table = np.arange(BLOCK_BYTES).reshape(-1, 2)
@@ -111,8 +111,8 @@ def test_uploads_stage_and_pin_nothing_more():
     stage = mock.Mock(wraps=Staging(lambda numbers: torch.empty(numbers, dtype=torch.int64), BLOCK_BYTES))
     with mock.patch.object(torch.Tensor, "pin_memory", side_effect=AssertionError("pins")):
         for table in tables(20):
-            made = upload_to_meta(stage, table)
-            assert (made.shape, made.dtype, made.device.type) == (table.shape, torch.int64, "meta")
+            on_device = upload_to_meta(stage, table)
+            assert (on_device.shape, on_device.dtype, on_device.device.type) == (table.shape, torch.int64, "meta")
     assert stage.call_count == 20
 
 
@@ -125,34 +125,34 @@ def test_blocks_take_turns_once_their_copies_are_done():
     assert allocator.pinned.count(BLOCK_BYTES // 8) == 2
 
 
-def test_a_block_is_not_written_while_copies_out_of_it_are_under_way():
+def test_block_is_not_written_during_copies_out_of_it():
     allocator = HostAllocator()
     stage = Staging(allocator, BLOCK_BYTES)
     in_flight = []
     for table in tables(400):
-        # The copy reads later, when nobody holds the tensor any more.
+        # The copy reads later, when no reference to the tensor is left.
         in_flight.append((table, (ctypes.c_int64 * table.size).from_address(stage(table).data_ptr())))
     assert all([*read] == table.reshape(-1).tolist() for table, read in in_flight)
 
 
-def test_a_graph_under_capture_gets_memory_that_is_not_shared():
-    # What torch pins during a capture stays with the graph, whose replays read it again.
+def test_graph_under_capture_gets_memory_that_is_not_shared():
+    # Memory that torch pins during a capture stays with the graph, and its replays read it again.
     with (
         mock.patch.object(staging, "_STAGING") as stage,
         mock.patch.object(torch.cuda, "is_current_stream_capturing", return_value=True),
         mock.patch.object(torch.Tensor, "pin_memory") as pin,
     ):
-        made = staging.upload(np.zeros((3, 2), np.int64), torch.device("cuda"))
+        uploaded = staging.upload(np.zeros((3, 2), np.int64), torch.device("cuda"))
     assert not stage.called
-    assert made is pin.return_value.to.return_value
+    assert uploaded is pin.return_value.to.return_value
     pin.return_value.to.assert_called_once_with(torch.device("cuda"), non_blocking=True)
 
 
-def test_the_cpu_gets_the_table_itself():
+def test_cpu_gets_the_table_itself():
     table = np.arange(6).reshape(3, 2)
-    made = staging.upload(table, torch.device("cpu"))
-    assert made.data_ptr() == table.ctypes.data
-    assert torch.equal(made, torch.tensor([[0, 1], [2, 3], [4, 5]]))
+    uploaded = staging.upload(table, torch.device("cpu"))
+    assert uploaded.data_ptr() == table.ctypes.data
+    assert torch.equal(uploaded, torch.tensor([[0, 1], [2, 3], [4, 5]]))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -160,12 +160,12 @@ def test_tables_in_flight_on_two_streams_arrive_whole():
     device = torch.device("cuda")
     streams = [torch.cuda.Stream(device) for _ in range(2)]
     stage = Staging(block_bytes=BLOCK_BYTES)
-    given, made = tables(400), []
+    given, uploaded = tables(400), []
     with mock.patch.object(staging, "_STAGING", stage):
         for number, table in enumerate(given):
             with torch.cuda.stream(streams[number % 2]):
                 torch.cuda._sleep(100_000)
-                made.append(staging.upload(table, device))
+                uploaded.append(staging.upload(table, device))
     torch.cuda.synchronize(device)
-    for table, on_device in zip(given, made, strict=True):
+    for table, on_device in zip(given, uploaded, strict=True):
         assert np.array_equal(on_device.cpu().numpy(), table)

@@ -1,4 +1,4 @@
-"""Strided copies in Triton's interpreter: against loops over coordinates, at any address, between guards."""
+"""Tests of strided_copy in Triton's interpreter: against loops over coordinates, at any address, between guards."""
 
 import pytest
 from hypothesis import given, settings

@@ -1,4 +1,4 @@
-"""Strided copies of any rank: against loops over coordinates, around guarded memory."""
+"""Tests of strided copies of any rank: against loops over coordinates, in guarded memory."""
 
 from itertools import product
 from unittest import mock
@@ -25,7 +25,7 @@ SMALL_PANELS = {
 
 
 def copied_by_hand(source):
-    """A contiguous copy, one coordinate after another, on the bits."""
+    """Return a contiguous copy of the bits, one coordinate at a time."""
     integer = INTEGERS[source.element_size()]
     out = torch.empty(source.shape, dtype=integer)
     bits = source.view(integer)
@@ -36,7 +36,7 @@ def copied_by_hand(source):
 
 @st.composite
 def strides_of(draw, shape):
-    """Strides that give every element its own address, dimensions in any order, with gaps."""
+    """Draw strides that give every element its own address, with dimensions in any order and gaps."""
     strides, step = [0] * len(shape), 1
     for dim in draw(st.permutations(range(len(shape)))):
         step *= draw(st.sampled_from([1, 1, 1, 2, 3]))
@@ -47,7 +47,7 @@ def strides_of(draw, shape):
 
 @st.composite
 def sources(draw, shape, dtype):
-    """Permuted, sliced and expanded tensors of distinct values."""
+    """Draw permuted, sliced and expanded tensors of distinct values."""
     strides = draw(strides_of(shape))
     if draw(st.booleans()) and shape:
         dim = draw(st.integers(0, len(shape) - 1))
@@ -74,7 +74,7 @@ def test_strided_copy_puts_every_element_where_loops_put_it(dtype, data, shape):
 
 
 def matrices_of(dst, src):
-    """The shapes that ``strided_copy_torch`` hands to the transpose."""
+    """Return the shapes that ``strided_copy_torch`` passes to the transpose."""
     with mock.patch.object(strided_copy, "transpose_torch", wraps=transpose.transpose_torch) as call:
         strided_copy_torch([dst], [src])
     (matrices, _), _ = call.call_args
@@ -91,7 +91,7 @@ def test_tensors_in_the_same_order_are_not_transposed():
     assert_bytes_equal(both.t(), src[0])
 
 
-def test_a_stack_of_experts_is_transposed_one_by_one():
+def test_stack_of_experts_is_transposed_one_by_one():
     whole = poisoned((3, 80, 128), torch.bfloat16)
     src = address_valued((3, 64, 80), torch.bfloat16)
     assert matrices_of(whole[..., :64].transpose(1, 2), src) == [(80, 64)] * 3
@@ -143,7 +143,7 @@ def test_lists_of_different_length_are_refused():
         strided_copy_torch([], [torch.empty(2)])
 
 
-def test_a_source_that_would_have_to_be_broadcast_is_refused_before_anything_is_written():
+def test_source_that_would_have_to_be_broadcast_is_refused_before_anything_is_written():
     good = torch.zeros(4)
     with pytest.raises(ConversionError, match=r"pair 1(.|\n)*src \[4, 3\]"):
         strided_copy_torch([good, torch.zeros(4, 3)], [torch.ones(4), torch.ones(1, 3)])
@@ -151,7 +151,7 @@ def test_a_source_that_would_have_to_be_broadcast_is_refused_before_anything_is_
 
 
 @pytest.mark.parametrize("shape", [(80, 1), (1, 80, 64)], ids=str)
-def test_a_destination_that_repeats_an_address_is_refused(shape):
+def test_destination_that_repeats_an_address_is_refused(shape):
     dst = torch.zeros(shape).expand(*([3] * (len(shape) - 2)), 80, 64)
     src = torch.ones(*dst.shape[:-2], 64, 80).transpose(-2, -1)
     with pytest.raises(RuntimeError, match="single memory location"):

@@ -1,4 +1,4 @@
-"""What kernels are made of, each piece in a kernel of its own in Triton's interpreter."""
+"""Tests of the building blocks of kernels, each in a kernel of its own in Triton's interpreter."""
 
 import pytest
 import torch
@@ -56,7 +56,7 @@ def test_programs_take_every_tile_once_up_to_8_along_the_rows_before_the_next_co
 
 @interpreted
 @pytest.mark.parametrize(("dst", "src"), [(d, s) for d in CASTABLE for s in CASTABLE], ids=str)
-def test_a_cast_rounds_as_torch_does_and_keeps_nan(dst, src):
+def test_cast_rounds_as_torch_does_and_keeps_nan(dst, src):
     values = casting_cases(src).reshape(-1)[:: 7 if src.itemsize == 2 else 5]
     values = values[: 1 << (len(values).bit_length() - 1)].contiguous()
     made = torch.zeros(len(values), dtype=dst)
@@ -71,7 +71,7 @@ def test_a_cast_rounds_as_torch_does_and_keeps_nan(dst, src):
 @pytest.mark.parametrize("wanted", [0, 1, SIZE - 1, SIZE])
 @pytest.mark.parametrize(("start", "bytewise"), [(0, False), (0, True), (1, True), (3, True)])
 @pytest.mark.parametrize(("dtype", "name"), [(torch.int16, "uint16"), (torch.int32, "uint32")], ids=str)
-def test_elements_are_loaded_from_any_byte_if_that_is_asked_for(dtype, name, start, bytewise, wanted):
+def test_elements_are_loaded_from_any_byte_on_request(dtype, name, start, bytewise, wanted):
     memory = (torch.arange(64) * 37 % 256).to(torch.uint8)
     made = torch.full((SIZE,), -1, dtype=dtype)
     load_line[(1,)](memory, made.view(getattr(torch, name)), start, SIZE, wanted, getattr(tl, name), bytewise)

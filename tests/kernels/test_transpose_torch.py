@@ -1,4 +1,4 @@
-"""Transposing copies: against loops over coordinates, for every bit pattern, between guards."""
+"""Tests of transposing copies: against loops over coordinates, for every bit pattern, between guards."""
 
 from concurrent.futures import ThreadPoolExecutor
 from unittest import mock
@@ -27,7 +27,7 @@ DTYPES = [
     torch.float64,
     torch.complex64,
 ]
-# Small panels meet every edge in matrices that a loop over coordinates can check.
+# Small panels have every kind of edge in matrices that a loop over coordinates can check.
 SMALL_PANELS = {
     "_MIN_ROWS": 8,
     "_MAX_ROWS": 8,
@@ -56,7 +56,7 @@ DESTINATION_LAYOUTS = {
 
 
 def transposed_by_hand(source):
-    """The definition: element by element, on the bits."""
+    """Transpose element by element, on the bits."""
     rows, columns = source.shape
     integer = INTEGERS[source.element_size()]
     bits = source.view(integer).tolist()
@@ -139,7 +139,7 @@ def test_interleaved_destinations_are_written_together():
 
 
 @pytest.mark.parametrize("order", [(1, 0), (0, 0, 1)], ids=str)
-def test_destinations_that_only_look_interleaved_are_right_too(order):
+def test_destinations_that_only_look_interleaved_are_written_right(order):
     src = [address_valued((64, 65), torch.bfloat16, 9000 * k) for k in range(len(order))]
     memory = poisoned((len(order), 65, 64, 2), torch.bfloat16)
     dst = [memory[0 if len(order) == 2 else k, ..., lane] for k, lane in enumerate(order)]
@@ -148,7 +148,7 @@ def test_destinations_that_only_look_interleaved_are_right_too(order):
         assert_bytes_equal(d, transposed_by_hand(s))
 
 
-def test_neighbours_of_unlike_shape_or_dtype_are_not_written_together():
+def test_neighbours_of_different_shape_or_dtype_are_not_written_together():
     whole, check = guarded((80, 128), torch.bfloat16)
     gate, up = torch.arange(2 * 64 * 80).reshape(2, 64, 80).float()
     transpose_torch([whole[:, 0::2], whole[:70, 1::2]], [gate, up[:, :70]])
@@ -276,7 +276,7 @@ def test_many_threads_may_transpose_at_once():
 
 
 @pytest.mark.parametrize("shape", [(81, 64), (5, 3)], ids=str)
-def test_a_parameter_is_written_without_a_graph(shape):
+def test_parameter_is_written_without_a_graph(shape):
     parameter = torch.nn.Parameter(torch.zeros(shape, dtype=torch.bfloat16))
     src = torch.rand(shape[::-1]).bfloat16().requires_grad_()
     transpose_torch([parameter], [src])
@@ -294,13 +294,13 @@ def test_lists_of_different_length_are_refused():
 
 
 @pytest.mark.parametrize("shape", [(80, 65), (64, 80), (80,), (1, 80, 64)], ids=str)
-def test_a_destination_of_another_shape_is_named_before_anything_is_written(shape):
+def test_destination_of_another_shape_is_named_before_anything_is_written(shape):
     good = torch.zeros(80, 64)
     with pytest.raises(ConversionError, match=r"pair 1(.|\n)*dst \[80, 64\]"):
         transpose_torch([good, torch.zeros(shape)], [torch.ones(64, 80)] * 2)
     assert not good.any()
 
 
-def test_a_destination_that_repeats_an_address_is_refused():
+def test_destination_that_repeats_an_address_is_refused():
     with pytest.raises(RuntimeError, match="single memory location"):
         transpose_torch([torch.zeros(80, 1).expand(80, 64)], [torch.ones(64, 80)])

@@ -1,4 +1,4 @@
-"""Every variant of a verb that can be launched, and how many launches it takes, in Triton's interpreter."""
+"""Tests of every launchable variant of a verb, and of the number of launches, in Triton's interpreter."""
 
 import itertools
 from unittest import mock
@@ -44,13 +44,13 @@ def test_every_variant_of_a_verb_moves_right_and_its_machine_code_is_checked(nam
             run(verb, dst, src, ELEMENTS[name])
     kernels = {"transpose": {"transpose_tiles", "interleave_tiles"}, "strided_copy": {"copy_tiles"}}
     expected = {variant for variant in known if variant.kernel.name in kernels.get(name, {f"{name}_tiles"})}
-    found = {variant for variant, _ in launched}
-    assert found <= expected
-    assert {variant for variant in expected if not (name == "transpose" and "inter" in variant.kernel.name)} <= found
+    actual = {variant for variant, _ in launched}
+    assert actual <= expected
+    assert {variant for variant in expected if not (name == "transpose" and "inter" in variant.kernel.name)} <= actual
 
 
 @needs_triton
-def test_one_odd_address_costs_the_others_nothing(launched):
+def test_one_odd_address_does_not_slow_the_others(launched):
     src = lot((16, 16), torch.bfloat16, [0, 0, 1, 0, 8, 1], 0)
     dst = lot((16, 16), torch.bfloat16, [0, 0, 0, 0, 0, 0], 0, poisoned=True)
     with mock.patch.object(launch, "upload", wraps=launch.upload) as upload:
@@ -73,7 +73,7 @@ def test_more_matrices_than_a_grid_has_rows_take_more_launches(launched):
 
 
 @needs_triton
-def test_a_grid_of_more_programs_than_triton_counts_takes_more_launches(launched):
+def test_grid_with_too_many_programs_is_split_into_launches(launched):
     src = lot((40, 20), torch.uint8, [0] * 5, 1)
     dst = lot((40, 20), torch.uint8, [0] * 5, 1, poisoned=True)
     with mock.patch.object(launch, "_MAX_PROGRAMS", 25):  # tiles are 4 x 32: 10 for a matrix
@@ -83,8 +83,8 @@ def test_a_grid_of_more_programs_than_triton_counts_takes_more_launches(launched
 
 @needs_triton
 @pytest.mark.parametrize("shape", [(3, 300_000_001), (300_000_001, 3), (1, 2**30 - 1)])
-def test_a_run_of_any_shape_is_taken_up_to_the_length_promised(shape):
-    # Addresses that nothing looks at: the launch is left out.
+def test_runs_of_any_shape_are_accepted_up_to_the_promised_length(shape):
+    # Nothing uses these addresses: the launch is left out.
     runs = at_addresses(np.array([64]), shape, shape[1], torch.uint8, torch.device("cpu"))
     assert strided_copy.MAX_RUN_BYTES - runs.nbytes < 2**28
     with mock.patch.object(launch, "queue") as launched:
@@ -93,7 +93,7 @@ def test_a_run_of_any_shape_is_taken_up_to_the_length_promised(shape):
 
 
 @needs_triton
-def test_runs_without_gaps_are_cut_into_full_tiles_whatever_their_shape(launched):
+def test_runs_without_gaps_are_cut_into_full_tiles(launched):
     for shape in [(1, 128), (128, 1), (8, 16)]:
         src = lot(shape, torch.float32, [0], 0)
         dst = lot(shape, torch.bfloat16, [0], 0, poisoned=True)

@@ -1,4 +1,4 @@
-"""Which matrices the verbs that transpose take, and the table of verbs."""
+"""Tests of the matrices that transposing verbs accept, and of the table of verbs."""
 
 import pytest
 import torch
@@ -28,7 +28,7 @@ def test_dtypes_are_equal_ones_of_at_most_4_bytes_or_floats_that_are_cast(src, d
 
 
 @pytest.mark.parametrize("side", Matrix._fields)
-def test_no_side_or_stride_is_longer_than_every_variant_takes(side):
+def test_no_side_or_stride_exceeds_the_limit_of_the_variants(side):
     fits = Matrix(2, 3, 3, 2)
     assert supports_transposed(fits._replace(**{side: MAX_STRIDE}), BF16, BF16)
     assert not supports_transposed(fits._replace(**{side: MAX_STRIDE + 1}), BF16, BF16)

@@ -1,4 +1,4 @@
-"""What all verbs do in Triton's interpreter: casts, loose tensors as their twins move them, and far addresses."""
+"""Tests of all verbs in Triton's interpreter: casts, loose tensors as in torch, and far addresses."""
 
 import os
 import subprocess
@@ -28,16 +28,16 @@ def test_casts_round_to_nearest_even(dst_dtype, src_dtype):
         strided_copy.strided_copy([dst], [src])
     size = src_dtype.itemsize
     raw = src.reshape(-1).view(torch.uint8).numpy().tobytes()
-    made = dst.reshape(-1).view(torch.uint8).numpy().tobytes()
+    data = dst.reshape(-1).view(torch.uint8).numpy().tobytes()
     for at in range(src.numel()):
         value = raw[size * at : size * (at + 1)]
-        found = made[dst_dtype.itemsize * at : dst_dtype.itemsize * (at + 1)]
-        assert same(found, rounded(value, src_dtype, dst_dtype), dst_dtype), value.hex()
+        element = data[dst_dtype.itemsize * at : dst_dtype.itemsize * (at + 1)]
+        assert same(element, rounded(value, src_dtype, dst_dtype), dst_dtype), value.hex()
 
 
 @needs_triton
 @pytest.mark.parametrize("name", VERBS)
-def test_loose_tensors_are_moved_as_their_twin_moves_them(name):
+def test_loose_tensors_are_moved_as_in_torch(name):
     verb, dst_count, src_count = VERBS[name]
     twin = {
         "strided_copy": strided_copy.strided_copy_torch,
@@ -50,18 +50,18 @@ def test_loose_tensors_are_moved_as_their_twin_moves_them(name):
         [address_valued((src_shape[0], src_shape[1] + 5), torch.bfloat16, 1000 * k)[:, 2:-3] for k in range(3)]
         for _ in range(src_count)
     ]
-    made, expected = (
+    actual, expected = (
         [[torch.zeros(dst_shape, dtype=torch.bfloat16) for _ in range(3)] for _ in range(dst_count)] for _ in range(2)
     )
-    verb(*made, *sources)
+    verb(*actual, *sources)
     twin(*expected, *sources)
-    for some, others in zip(made, expected, strict=True):
+    for some, others in zip(actual, expected, strict=True):
         for one, other in zip(some, others, strict=True):
             assert_bytes_equal(one, other)
 
 
 @needs_triton
-def test_what_lies_beyond_4_gib_is_reached():
+def test_elements_beyond_4_gib_are_reached():
     code = """
 import torch
 from automodel_conv.kernels.deinterleave import deinterleave
@@ -70,7 +70,7 @@ from automodel_conv.kernels.strided_copy import strided_copy
 from automodel_conv.kernels.transpose import transpose
 
 ROWS, COLUMNS, STRIDE = 1100, 8, 2**21
-memory = torch.empty(ROWS * STRIDE, dtype=torch.bfloat16)  # pages that nobody touches are never there
+memory = torch.empty(ROWS * STRIDE, dtype=torch.bfloat16)  # pages that are never touched are never allocated
 far = memory.as_strided((ROWS, COLUMNS), (STRIDE, 1))
 assert (ROWS - 1) * STRIDE > 2**31 and (ROWS - 64) * STRIDE * 2 > 2**32
 numbers = torch.arange(ROWS * COLUMNS, dtype=torch.int16).view(torch.bfloat16).reshape(ROWS, COLUMNS)
@@ -87,7 +87,7 @@ for verb, operands in (
     assert same(far, numbers), verb
 strided_copy([near], [far])
 assert same(near, numbers)
-# Words of 2 bytes now, so that their number too leaves 32 bits.
+# Words of 2 bytes now, so that their count also exceeds 32 bits.
 strided_copy([near.zero_()[:, 1:]], [far[:, 1:]])
 assert same(near[:, 1:], numbers[:, 1:])
 far.zero_()

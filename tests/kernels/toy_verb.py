@@ -1,4 +1,4 @@
-"""A verb that the package does not have, all of it in this file: elements that lie apart are put side by side."""
+"""A verb that the package does not have, complete in this file: it gathers elements that are a step apart."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _TILE = (8, 32)
 
 
 def gather_launches(dst: Matrices, src: Matrices) -> Launches:
-    """``dst[k].copy_(src[k][:, ::STEP])`` for each k."""
+    """Return the launches of ``dst[k].copy_(src[k][:, ::STEP])`` for each k."""
     check_operands("gather", {"dst": dst, "src": src}, {"dst": dst.shape, "src": (dst.rows, STEP * dst.columns)})
     dst_type, src_type = element_types(dst.dtype, src.dtype)
     if not dst.nbytes:
@@ -49,7 +49,7 @@ def gather_tiles(
     TILE_ROWS: tl.constexpr,
     TILE_COLUMNS: tl.constexpr,
 ):
-    """``dst[r, c] = cast(src[r, step * c])``; table ``[dst, src]``."""
+    """Compute ``dst[r, c] = cast(src[r, step * c])``; table ``[dst, src]``."""
     entry = table + tl.program_id(1) * 2
     r0, c0 = grouped_tile(rows, columns_v, TILE_ROWS, TILE_COLUMNS)
     r = tl.arange(0, TILE_ROWS)[:, None]

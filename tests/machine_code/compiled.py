@@ -1,7 +1,7 @@
-"""Machine code of kernels, compiled without a GPU, and what is wrong with it.
+"""Machine code of kernels, compiled without a GPU, and its problems.
 
-Triton's wheel brings the assembler and disassembler. Run as a module, in a process where Triton's interpreter is off,
-it prints what is wrong with every launchable variant, as JSON: ``python -m tests.machine_code.compiled 90``.
+Triton's wheel brings the assembler and disassembler. Run as a module in a process where Triton's interpreter is off,
+this file prints the problems of every launchable variant as JSON: ``python -m tests.machine_code.compiled 90``.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ from tests.machine_code.variants import launchable
 THREADS = 32 * OPTIONS["num_warps"]
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
-# An H100: 132 SMs at 1.755 GHz share 3.0 TB/s, read and written; each issues 4 warp instructions a clock.
+# An H100: 132 SMs at 1.755 GHz share 3.0 TB/s of reads and writes. Each issues 4 warp instructions a clock.
 BYTES_PER_CLOCK = 3.0e12 / 132 / 1.755e9
 THREADS_PER_CLOCK = 4 * 32
 MOST_ISSUE = 0.5
 MOST_ISSUE_DECODING = (
-    0.75  # a lookup, an address and a shift for each value; only 2.5 bytes move for a value of a 4-bit code
+    0.75  # a lookup, an address and a shift for each value; only 2.5 bytes move per value of a 4-bit code
 )
 
 _INSTRUCTION = re.compile(r"^\s*/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)", re.M)
@@ -46,21 +46,21 @@ _NBYTES = {"128": 16, "64": 8, "U16": 2, "S16": 2, "U8": 1, "S8": 1}
 
 
 class Code(NamedTuple):
-    """What a kernel's machine code does: accesses of global memory by width in bytes, per thread."""
+    """The counts of a kernel's machine code, with accesses of global memory by width in bytes, per thread."""
 
     instructions: int
     loads: Counter[int]
     stores: Counter[int]
     local: int  # instructions that access spilled registers or a stack
     stack_bytes: int
-    barriers: int  # of all threads of a program
-    shared_loads: int  # instructions that read what other threads wrote into shared memory
+    barriers: int  # for all threads of a program
+    shared_loads: int  # instructions that read data that other threads wrote into shared memory
     shared_stores: int
-    shuffles: int  # from thread to thread of a warp
+    shuffles: int  # between the threads of a warp
 
 
 def compiled(kernel: Any, values: dict[str, Any], arch: int, **options: Any) -> bytes:
-    """The machine code of a kernel, as a file for the GPU."""
+    """Return the machine code of a kernel, as a file for the GPU."""
     signature = {
         name: "constexpr" if name in values else "*i64" if name == "table" else "i32" for name in kernel.arg_names
     }
@@ -72,7 +72,7 @@ def compiled(kernel: Any, values: dict[str, Any], arch: int, **options: Any) -> 
 
 
 def read(binaries: Sequence[bytes], arch: int) -> list[Code]:
-    """What each of some kernels does; all in one call of the disassembler, which takes half a second to start."""
+    """Return the counts of several kernels with one call of the disassembler, which takes half a second to start."""
     codes = [_machine_code(binary) for binary in binaries]
     ends = list(accumulate(map(len, codes)))
     names: list[list[str]] = [[] for _ in codes]
@@ -91,14 +91,14 @@ def read(binaries: Sequence[bytes], arch: int) -> list[Code]:
 
 
 def _machine_code(binary: bytes) -> bytes:
-    """The one executable section of an ELF file of 64 bits."""
+    """Return the one executable section of a 64-bit ELF file."""
     (start,), (size, count) = struct.unpack_from("<Q", binary, 40), struct.unpack_from("<HH", binary, 58)
-    found = []
+    sections = []
     for at in range(start, start + size * count, size):
         flags, _, offset, nbytes = struct.unpack_from("<QQQQ", binary, at + 8)
         if flags & 4:  # SHF_EXECINSTR
-            found.append(binary[offset : offset + nbytes])
-    (code,) = found
+            sections.append(binary[offset : offset + nbytes])
+    (code,) = sections
     return code
 
 
@@ -119,7 +119,7 @@ def _code(names: list[str], usage: str) -> Code:
         kinds["LDL"] + kinds["STL"],
         stack + local,
         kinds["BAR"],
-        kinds["LDS"] + kinds["LDSM"],  # LDSM and STSM: of matrices, by a whole warp
+        kinds["LDS"] + kinds["LDSM"],  # LDSM and STSM: matrices, by a whole warp
         kinds["STS"] + kinds["STSM"],
         kinds["SHFL"],
     )
@@ -130,31 +130,31 @@ def _tool(name: str, *arguments: Any) -> str:
 
 
 def problems(variant: Variant, code: Code) -> list[str]:
-    """What the machine code of a variant does not keep of what the variant promises."""
-    found = []
+    """Return the ways in which the machine code of a variant breaks the variant's promises."""
+    errors = []
     if code.local or code.stack_bytes:
-        found.append(f"spills: {code.local} accesses, {code.stack_bytes} bytes of stack")
+        errors.append(f"spills: {code.local} accesses, {code.stack_bytes} bytes of stack")
     expected = _accesses(variant, "src") + _lookups(variant) + Counter({8: variant.kernel.operands})
     if code.loads != expected:
-        found.append(f"loads by width {dict(code.loads)}, expected {dict(expected)}")
+        errors.append(f"loads by width {dict(code.loads)}, expected {dict(expected)}")
     expected = _accesses(variant, "dst")
     if code.stores != expected:
-        found.append(f"stores by width {dict(code.stores)}, expected {dict(expected)}")
-    found += _exchanged(variant, code)
+        errors.append(f"stores by width {dict(code.stores)}, expected {dict(expected)}")
+    errors += _exchanged(variant, code)
     if variant.src_vector > 1 or variant.dst_vector > 1:
         clocks = (_tile_nbytes(variant, "src") + _tile_nbytes(variant, "dst")) / BYTES_PER_CLOCK
         issue = code.instructions * THREADS / THREADS_PER_CLOCK / clocks
         most = MOST_ISSUE_DECODING if _decoding(variant) else MOST_ISSUE
         if issue > most:
-            found.append(f"{code.instructions} instructions take {issue:.2f} of the issue slots, at most {most}")
-    return found
+            errors.append(f"{code.instructions} instructions take {issue:.2f} of the issue slots, at most {most}")
+    return errors
 
 
 def exchanges(variant: Variant) -> int:
-    """How often threads may exchange what they hold through shared memory, all of them at once.
+    """Return how often threads may exchange data through shared memory, all of them at once.
 
-    Only what is transposed has another owner when it is stored than when it was loaded: one tile of elements or of
-    pairs, but of each half of pairs where they are torn apart, or are not moved as words.
+    Only transposed data is stored by another thread than the one that loaded it: one tile of elements or of pairs.
+    Each half of the pairs is exchanged if they are split, or if they are not moved as words.
     """
     if variant.kernel.name == "copy_tiles":
         return 0
@@ -171,24 +171,24 @@ def _decoding(variant: Variant) -> DequantizeConstants | None:
 
 
 def _exchanged(variant: Variant, code: Code) -> list[str]:
-    """Each exchange is a write, a barrier and a read, of at most an element at a time; one barrier is between two.
+    """Check that each exchange is a write, a barrier and a read of at most an element, with a barrier between two.
 
-    Elements that go one by one may go otherwise: their addresses do not say what is contiguous, and with Triton 3.6.0
-    lanes of a warp then run along the wrong side, or change over once more. Decoding may not.
+    Elements that are moved one by one may differ: their addresses do not show what is contiguous, and in Triton 3.6.0
+    the lanes of a warp then run along the wrong side, or exchange once more. Decoding may not.
     """
     times = exchanges(variant)
     one_by_one = variant.src_vector == variant.dst_vector == 1 and _decoding(variant) is None
     elements = _tile_nbytes(variant, "dst") // _size(variant, "dst") // THREADS
     barriers = {max(0, 2 * times - 1), *((0, 1) if one_by_one else ())}
     accesses = max(times, one_by_one) * elements
-    found = []
+    errors = []
     if code.barriers not in barriers:
-        found.append(f"barriers: {code.barriers}, expected {sorted(barriers)}")
+        errors.append(f"barriers: {code.barriers}, expected {sorted(barriers)}")
     if max(code.shared_loads, code.shared_stores) > accesses:
-        found.append(f"shared memory: {code.shared_loads} loads, {code.shared_stores} stores, at most {accesses}")
+        errors.append(f"shared memory: {code.shared_loads} loads, {code.shared_stores} stores, at most {accesses}")
     if code.shuffles:
-        found.append(f"shuffles: {code.shuffles}, expected none")
-    return found
+        errors.append(f"shuffles: {code.shuffles}, expected none")
+    return errors
 
 
 def _size(variant: Variant, side: str) -> int:
@@ -203,7 +203,7 @@ def _tile_nbytes(variant: Variant, side: str) -> int:
 
 
 def _accesses(variant: Variant, side: str) -> Counter[int]:
-    """Accesses of a thread, by their width, if all are as wide as promised."""
+    """Return the accesses of a thread by width, if all are as wide as promised."""
     paired = variant.pairs and (side == "dst") == (variant.kernel.name == "interleave_tiles")
     width = _size(variant, side) * getattr(variant, f"{side}_vector") * (2 if paired else 1)
     if side == "src" and variant.bytewise:
@@ -212,13 +212,13 @@ def _accesses(variant: Variant, side: str) -> Counter[int]:
 
 
 def _readers(variant: Variant, side: str) -> int:
-    """How many values that are decoded one by one read the same byte."""
+    """Return how many values that are decoded one by one read the same byte."""
     decoding = _decoding(variant)
     return 8 // decoding.bits if decoding and side == "src" and variant.src_vector == 1 else 1
 
 
 def _lookups(variant: Variant) -> Counter[int]:
-    """Reads of table rows, one for each vector of codes, and of values, one for each code."""
+    """Return the reads of table rows, one per vector of codes, and of values, one per code."""
     decoding = _decoding(variant)
     if decoding is None:
         return Counter()

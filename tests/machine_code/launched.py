@@ -1,4 +1,4 @@
-"""What ``launch`` compiles, on a driver without a GPU: as often as it should, and what is checked elsewhere.
+"""A count of what ``launch`` compiles on a driver without a GPU, and a check that it is the code checked elsewhere.
 
 Run as a module: ``python -m tests.machine_code.launched``.
 """
@@ -20,7 +20,7 @@ INTEGERS = ((1, 1, 1, 1), (16, 32, 48, 64), (3, 5, 7, 0), (2**30, 2**27, 2**18, 
 
 
 class NoGpu:
-    """As much of a driver as Triton needs to compile."""
+    """The part of a driver that Triton needs to compile."""
 
     def get_current_device(self) -> int:
         return 0
@@ -34,10 +34,10 @@ class NoGpu:
 
 def main() -> None:
     driver.set_active(NoGpu())  # type: ignore[arg-type]
-    run, made = JITFunction.run, []
+    run, compilations = JITFunction.run, []
 
     def compile_only(self, *args, grid, warmup, **options):
-        made.append(run(self, *args, grid=grid, warmup=True, **options))
+        compilations.append(run(self, *args, grid=grid, warmup=True, **options))
 
     table = torch.zeros(8, dtype=torch.int64)
     with mock.patch.object(JITFunction, "run", compile_only):
@@ -46,9 +46,9 @@ def main() -> None:
                 launch.queue(VARIANT, (1, 1), table[start:], integers)
     checked = compiled(VARIANT.kernel.function, VARIANT.kernel.constants(VARIANT), 90)
     report = {
-        "launches": len(made),
-        "compilations": len(set(map(id, made))),
-        "as checked": made[0].asm["cubin"] == checked,
+        "launches": len(compilations),
+        "compilations": len(set(map(id, compilations))),
+        "as checked": compilations[0].asm["cubin"] == checked,
     }
     print(json.dumps(report))
 

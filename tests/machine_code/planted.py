@@ -1,6 +1,6 @@
-"""Kernels with one fault each, to see that the checks of machine code find it.
+"""Kernels with one fault each, to test that the checks of machine code detect it.
 
-Run as a module, it prints what is wrong with each: ``python -m tests.machine_code.planted``.
+Run as a module, this file prints the problems of each: ``python -m tests.machine_code.planted``.
 """
 
 from __future__ import annotations
@@ -91,28 +91,30 @@ def copy_with_a_sum(
     src = tl.multiple_of(tl.load(entry + 1).to(tl.pointer_type(SRC)), 16)
     dst = tl.multiple_of(tl.load(entry).to(tl.pointer_type(DST)), 16)
     x = tl.load(src + r * (src_stride_v * VECTOR) + c, mask=mask, other=0)
-    sums = tl.sum(x.to(tl.float32), 1, keep_dims=True).to(SRC)  # of integers it is one instruction on new GPUs
+    sums = tl.sum(x.to(tl.float32), 1, keep_dims=True).to(SRC)  # for integers this is one instruction on new GPUs
     tl.store(dst + r * (dst_stride_v * VECTOR) + c, x + sums, mask=mask)
 
 
 def main() -> None:
     copying, decoding = COPY_TILES.function, DEQUANTIZE_TILES.function
     values = COPY_TILES.constants(VARIANT)
-    # A register limit is how ptxas is made to spill; a much larger tile gives it enough to keep.
+    # A register limit forces ptxas to spill. A much larger tile gives it enough values to keep.
     crowded = VARIANT._replace(tile_rows=64)
     planted = {
         "none": (VARIANT, compiled(copying, values, 90)),
         "lost hint": (VARIANT, compiled(copy_with_a_hint_before_the_cast, values, 90)),
         "narrow store": (VARIANT, compiled(copy_with_undivided_stores, values, 90)),
         "spill": (crowded, compiled(copying, COPY_TILES.constants(crowded), 90, maxnreg=24)),
-        # Each is the other, which loads and stores as much and as widely.
+        # Each is the other one, which loads and stores as much and as widely.
         "exchange": (ROWS, compiled(decoding, DEQUANTIZE_TILES.constants(TRANSPOSED), 90)),
         "no exchange": (TRANSPOSED, compiled(decoding, DEQUANTIZE_TILES.constants(ROWS), 90)),
         "shuffles": (VARIANT, compiled(copy_with_a_sum, values, 90)),
     }
     codes = read([binary for _, binary in planted.values()], 90)
-    found = {fault: problems(variant, code) for (fault, (variant, _)), code in zip(planted.items(), codes, strict=True)}
-    print(json.dumps(found, indent=1))
+    errors = {
+        fault: problems(variant, code) for (fault, (variant, _)), code in zip(planted.items(), codes, strict=True)
+    }
+    print(json.dumps(errors, indent=1))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""A table in Markdown of the machine code of every launchable variant, without a GPU.
+"""A Markdown table of the machine code of every launchable variant, without a GPU.
 
-``python -m tests.machine_code.table 90``; for several versions of Triton beside each other, name the folders where they
-are installed: ``--triton .venv/triton-3.6.0``. Loads and stores are counted for each thread, by their width in bytes.
+``python -m tests.machine_code.table 90``. To compare several versions of Triton, name the folders where they are
+installed: ``--triton .venv/triton-3.6.0``. Loads and stores are counted per thread, by width in bytes.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def markdown(lines: Sequence[Sequence[str]]) -> str:
 
 
 def _elsewhere(folder: str, arch: int, only: str) -> list[list[str]]:
-    """The rows of the Triton that is installed in a folder."""
+    """Return the rows for the Triton that is installed in a folder."""
     path = os.pathsep.join([folder, *filter(None, [os.environ.get("PYTHONPATH")])])
     command = [sys.executable, "-m", "tests.machine_code.table", str(arch), "--only", only, "--json"]
     done = subprocess.run(command, env=os.environ | {"PYTHONPATH": path}, stdout=subprocess.PIPE, check=True)
@@ -63,17 +63,17 @@ def _elsewhere(folder: str, arch: int, only: str) -> list[list[str]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("arch", type=int, nargs="*", default=[90], help="80, 90, 100; default: 90")
-    parser.add_argument("--only", default="", help="variants whose kernel and words have this text in them")
-    parser.add_argument("--triton", action="append", default=[], help="a folder that another Triton is installed in")
+    parser.add_argument("--only", default="", help="variants whose kernel or description has this text")
+    parser.add_argument("--triton", action="append", default=[], help="a folder with another Triton")
     parser.add_argument("--json", action="store_true", help="the rows as JSON")
     options = parser.parse_args()
     variants = [variant for variant in launchable() if options.only in f"{variant.kernel} {text(variant)}"]
-    found = []
+    table_rows = []
     for arch in options.arch:
         of_each = [list(rows(variants, codes_of(variants, arch), arch))]
         of_each += [_elsewhere(folder, arch, options.only) for folder in options.triton]
-        found += [line for lines in zip(*of_each, strict=True) for line in lines]
-    print(json.dumps(found) if options.json else markdown(found))
+        table_rows += [line for lines in zip(*of_each, strict=True) for line in lines]
+    print(json.dumps(table_rows) if options.json else markdown(table_rows))
 
 
 if __name__ == "__main__":

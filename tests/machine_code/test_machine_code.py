@@ -1,7 +1,7 @@
-"""What a GPU would run: every variant that the verbs can launch, compiled without a GPU and read.
+"""Tests of the machine code that a GPU would run: every launchable variant, compiled without a GPU.
 
-The interpreter runs the other tests of kernels and notices none of this: accesses narrower than promised, spilled
-registers, what threads exchange without need, too many instructions. It must be off here, hence the processes.
+The interpreter, which runs the other tests of kernels, notices none of this: accesses narrower than promised, spilled
+registers, unneeded exchanges between threads, too many instructions. It must be off here, hence the processes.
 """
 
 import importlib.util
@@ -30,19 +30,19 @@ def printed(module, *arguments):
 
 
 @pytest.mark.parametrize("arch", ["80", "90", "100"])
-def test_every_variant_compiles_to_what_it_promises(arch):
+def test_every_variant_keeps_its_promises_when_compiled(arch):
     report = run("tests.machine_code.compiled", arch)
     assert report["checked"] > 80
     assert report["wrong"] == {}
 
 
-def test_planted_faults_are_found_each_by_its_own_check():
-    found = run("tests.machine_code.planted")
-    kinds = {fault: [text.partition(":")[0].partition(" by ")[0] for text in texts] for fault, texts in found.items()}
+def test_each_planted_fault_is_detected_by_its_own_check():
+    errors = run("tests.machine_code.planted")
+    kinds = {fault: [text.partition(":")[0].partition(" by ")[0] for text in texts] for fault, texts in errors.items()}
     assert kinds == {
         "none": [],
         "lost hint": ["loads"],
-        "narrow store": ["stores", "barriers", "shared memory"],  # loaded in vectors, and handed on one by one
+        "narrow store": ["stores", "barriers", "shared memory"],  # loaded in vectors, stored one by one
         "spill": ["spills"],
         "exchange": ["barriers", "shared memory"],
         "no exchange": ["barriers"],
@@ -50,11 +50,11 @@ def test_planted_faults_are_found_each_by_its_own_check():
     }
 
 
-def test_launches_compile_a_variant_once_and_to_the_code_that_is_checked():
+def test_launches_compile_a_variant_once_to_the_checked_code():
     assert run("tests.machine_code.launched") == {"launches": 12, "compilations": 1, "as checked": True}
 
 
-def test_the_table_of_one_command_has_the_counts_of_every_triton_given():
+def test_table_has_the_counts_of_every_given_triton():
     here = str(Path(importlib.util.find_spec("triton").origin).parents[1])
     text = printed("tests.machine_code.table", "90", "--only", "8 x uint8 to 8 x uint16", "--triton", here)
     head, _, *lines = text.splitlines()

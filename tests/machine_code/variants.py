@@ -1,4 +1,4 @@
-"""Every variant that the verbs can launch, found by asking the choosers that the verbs ask."""
+"""Every variant that the verbs can launch, collected from the choosers that the verbs use."""
 
 from __future__ import annotations
 

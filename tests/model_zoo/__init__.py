@@ -1,9 +1,9 @@
 """Small real models of every transformers type whose checkpoints need tensor conversion.
 
-Driven by the installed conversion registry, so another transformers gives another list. Nothing is
-downloaded: a model is the default config of its type with small sizes (`sizes.py`), built by the
-class its checkpoints name, and filled with seeded random values. `write_checkpoint` lets upstream's
-`save_pretrained` write it, which splits it into the names and shapes of the published checkpoints.
+Driven by the installed conversion registry, so another transformers gives another list. Nothing is downloaded: a model
+is the default config of its type with small sizes (`sizes.py`), built by the class its checkpoints name, and filled
+with seeded random values. `write_checkpoint` saves it by `save_pretrained` of transformers, which splits it into the
+names and shapes of the published checkpoints.
 """
 
 from __future__ import annotations
@@ -50,16 +50,16 @@ if TYPE_CHECKING:
 
 DTYPE = torch.bfloat16
 
-# Types that cannot be built small, with the reason. `test_model_zoo` fails for a type that neither
-# builds nor stands here, and for an entry that does build.
+# Types that cannot be built small, with the reason. `test_model_zoo` fails for a type that neither builds nor is listed
+# here, and for an entry that does build.
 EXCLUDED: dict[str, str] = {}
 
-# Of several tensors that one operation makes of several, upstream writes another one first; only where a file ends
-# between them are they in different files.
+# If one operation makes several tensors of several, transformers writes them in another order. This matters only if a
+# file ends between them.
 OTHER_ORDER = {"ernie4_5_vl_moe"}
 
-# Which class a checkpoint of a config names, most telling first. Composite configs are served by
-# their multimodal classes first: their causal language model may not accept the composite config.
+# Class names of checkpoints, most specific first. Composite configs use their multimodal classes first: their causal
+# language model may not accept the composite config.
 _COMPOSITE_HEADS = (
     "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING",
     "MODEL_FOR_MULTIMODAL_LM_MAPPING",
@@ -78,7 +78,7 @@ _TOWER = re.compile("Vision|Audio|Sam|Dino|Radio|Sapiens")
 
 
 def model_types_with_converters() -> list[str]:
-    """Keys of the installed registry (model types and class names) that have a WeightConverter."""
+    """Return keys of the installed registry (model types and class names) that have a WeightConverter."""
     return sorted(
         name
         for name, rules in _build_checkpoint_conversion_mapping().items()
@@ -87,7 +87,7 @@ def model_types_with_converters() -> list[str]:
 
 
 def extra_models() -> list[str]:
-    """Names of `EXTRAS` that the installed transformers knows all model types of."""
+    """Return names of `EXTRAS` for which the installed transformers has all model types."""
     return [
         name
         for name, (model_type, changes) in EXTRAS.items()
@@ -96,7 +96,7 @@ def extra_models() -> list[str]:
 
 
 def equal_names() -> list[tuple[str, str]]:
-    """What `build_model` takes as name and `equal`."""
+    """Return the pairs of name and `equal` that `build_model` accepts."""
     names = [name for name in zoo_names() if name not in EXCLUDED]
     return [
         (name, equal) for name in names for equal in EQUAL_SIZES if name not in UNEQUAL or UNEQUAL[name][0] not in equal
@@ -104,15 +104,15 @@ def equal_names() -> list[tuple[str, str]]:
 
 
 def zoo_names() -> list[str]:
-    """Everything `build_model` takes: converted types, then extras."""
+    """Return all names that `build_model` accepts: converted types, then extras."""
     return [*model_types_with_converters(), *extra_models()]
 
 
 def build_model(name: str, *, seed: int = 0, equal: str | None = None) -> PreTrainedModel:
-    """A tiny random bf16 model for a registry key or an extra.
+    """Build a tiny random bf16 model for a registry key or an extra.
 
-    For a class name, or a model type without a class of its own in the Auto mappings, it is the
-    smallest whole model around it, so that the rules are scoped as in real checkpoints.
+    For a class name, or a model type without its own class in the Auto mappings, it is the smallest whole model that
+    contains it, so that the rules are scoped as in real checkpoints.
 
     `equal`: which sizes are equal, a key of `EQUAL_SIZES`.
 
@@ -136,10 +136,10 @@ def write_checkpoint(
     *,
     original_format: bool = True,
 ) -> None:
-    """Save with upstream's `save_pretrained`, in about four shards unless told.
+    """Save with `save_pretrained` of transformers, by default in about four shards.
 
-    `original_format`: names and shapes of the published checkpoints (per expert, where they are);
-    otherwise those of the model's own state dict, which upstream loads as well.
+    `original_format`: names and shapes of the published checkpoints (per expert, if they are); otherwise those of the
+    model's own state dict, which transformers loads as well.
     """
     state_dict = model.state_dict()
     if max_shard_size is None:
@@ -159,9 +159,9 @@ def write_checkpoint(
 
 
 def save_upstream(model: PreTrainedModel, directory: str | PathLike[str], max_shard_size: int) -> None:
-    """`save_pretrained`, but with tensors that share memory divided as if they did not.
+    """Save with `save_pretrained`, but divide tensors that share memory as if they did not.
 
-    Upstream keeps the experts that were one tensor in one file, because they are views of it; this package makes no
+    transformers keeps experts that were one tensor in one file, because they are views of it; this package creates no
     such tensor.
     """
     real = modeling_utils.split_torch_state_dict_into_shards
@@ -174,17 +174,17 @@ def save_upstream(model: PreTrainedModel, directory: str | PathLike[str], max_sh
 
 
 def isolate_registry(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let what a test registers as rules end with it; transformers keeps it for the whole process."""
+    """Remove rules that a test registers at its end; transformers keeps them for the whole process."""
     conversion_mapping.get_checkpoint_conversion_mapping("mixtral")  # fills the cache
     for name in ("_checkpoint_conversion_mapping_cache", "USER_REGISTERED_MAPPINGS"):
-        if hasattr(conversion_mapping, name):  # the second is newer than the oldest version
+        if hasattr(conversion_mapping, name):  # the oldest supported release lacks the second
             monkeypatch.setattr(conversion_mapping, name, copy.copy(getattr(conversion_mapping, name)))
 
 
 def small_config(config_class: type[PreTrainedConfig], equal: str | None = None, /, **changes: Any) -> PreTrainedConfig:
-    """The default config of a class with small sizes, then `OVERRIDES`, then `EQUAL_SIZES`, then `changes`.
+    """Return the default config of a class with small sizes, then `OVERRIDES`, then `EQUAL_SIZES`, then `changes`.
 
-    A change of a sub-config names the model type to put there.
+    A change of a sub-config is its new model type.
     """
     is_tower = _TOWER.search(config_class.__name__) is not None
     sizes = SIZES | TOWER_SIZES if is_tower else SIZES
@@ -205,13 +205,13 @@ def small_config(config_class: type[PreTrainedConfig], equal: str | None = None,
         elif sub_class is AutoConfig:
             sub_class = type(getattr(config_class(), name))
         if issubclass(sub_class, PreTrainedConfig):
-            # Dicts: some composite configs hand the value on as keyword arguments.
+            # Dicts: some composite configs pass the value on as keyword arguments.
             values[name] = small_config(sub_class, equal).to_dict()
     return config_class(**(values | changes))
 
 
 def _like(value: Any, size: Any) -> Any:
-    """A size for each part, where a type has several."""
+    """Return a size for each part if a type has several."""
     return [size] * len(value) if isinstance(value, list) and not isinstance(size, list) else size
 
 
@@ -219,8 +219,8 @@ def _like(value: Any, size: Any) -> Any:
 def fill(model: PreTrainedModel, seed: int = 0) -> None:
     """Overwrite every parameter and persistent buffer with random finite values, none of them 0.
 
-    Floats take every sign, 16 exponents and any mantissa, so that neighbours hardly ever agree.
-    Tensors that `from_pretrained` keeps in float32 become float32, with bits that bf16 would lose.
+    Floats have both signs, 16 exponents and any mantissa, so that neighbours hardly ever agree. Tensors that
+    `from_pretrained` keeps in float32 become float32, with bits that bf16 would lose.
     """
     plan = model._get_dtype_plan(DTYPE)
     in_float32 = build_glob_alternation(list(plan))[0] if plan else None
@@ -258,7 +258,7 @@ def _instantiate(model_class: type[PreTrainedModel], config: PreTrainedConfig) -
 
 
 def _candidates(name: str) -> Iterator[tuple[type[PreTrainedModel], type[PreTrainedConfig]]]:
-    """Classes that may contain a key: for a model type its own, else those of the hosts first."""
+    """Yield classes that may contain a key: those of the model type, or else those of its hosts first."""
     if name in CONFIG_MAPPING:
         own_class, config_class = None, CONFIG_MAPPING[name]
         yield from ((head, config_class) for head in _heads(config_class))
@@ -276,7 +276,7 @@ def _heads(config_class: type[PreTrainedConfig]) -> list[type[PreTrainedModel]]:
     names = (*_COMPOSITE_HEADS, *_HEADS) if config_class.sub_configs else _HEADS
     heads: list[type[PreTrainedModel]] = []
     for name in names:
-        mapping = getattr(modeling_auto, name, None)  # some are newer than the oldest version
+        mapping = getattr(modeling_auto, name, None)  # the oldest supported release lacks some
         if mapping is not None and config_class in mapping:
             head = mapping[config_class]
             heads.extend(head if isinstance(head, list | tuple) else [head])
@@ -284,7 +284,7 @@ def _heads(config_class: type[PreTrainedConfig]) -> list[type[PreTrainedModel]]:
 
 
 def _hosts(config_class: type[PreTrainedConfig]) -> Iterator[type[PreTrainedConfig]]:
-    """Composite configs of the same model folder around a config, nearest first."""
+    """Yield composite configs of the same model folder that contain a config, nearest first."""
     for host in vars(importlib.import_module(config_class.__module__)).values():
         if isinstance(host, type) and issubclass(host, PreTrainedConfig) and config_class in host.sub_configs.values():
             yield host
@@ -300,7 +300,7 @@ def _find_model_class(name: str) -> type[PreTrainedModel]:
 
 @functools.cache
 def _modeling_sources() -> dict[str, str]:
-    # Read, not imported: importing every model takes minutes, and not all classes are exported.
+    # Read the sources: importing every model takes minutes, and not all classes are exported.
     root = Path(transformers.__path__[0]) / "models"
     return {
         f"transformers.models.{path.parent.name}.{path.stem}": path.read_text(encoding="utf-8")

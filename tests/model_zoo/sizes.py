@@ -1,4 +1,4 @@
-"""What makes a config small: attribute names and their small values, as data."""
+"""Sizes that make a config small: attribute names and their small values, as data."""
 
 from __future__ import annotations
 
@@ -135,25 +135,24 @@ def _equal_sizes(hidden: int) -> dict[str, dict[str, Any]]:
     }
 
 
-# Sizes with which an axis may be taken for another one without a word, by what is equal: they replace those above.
-# E experts, I their intermediate size, H the hidden size. The second is of towers.
+# Sizes with which one axis may be mistaken for another without an error, by the equal sizes: they replace those above.
+# E experts, I their intermediate size, H the hidden size. The second part is of towers.
 EQUAL_SIZES = _equal_sizes(SIZES["hidden_size"])
 TOWER_EQUAL_SIZES = _equal_sizes(TOWER_SIZES["hidden_size"])
 
-# Types whose configs refuse sizes, by a part of what is equal, with what they say.
+# Types whose configs refuse sizes, by a part of the equality, with the text of the error.
 UNEQUAL: dict[str, tuple[str, str]] = {
     "Dots3NoteTextModel": ("E == 1", "Grouped routing requires at least two experts"),
     "dots3_note_vision_encoder": ("E == 1", "Grouped routing requires at least two experts"),
 }
 
-# Set wherever a config has the field, whatever its default: a dense layer first, MoE layers after.
+# Set in every config that has the field, whatever its default: a dense layer first, MoE layers after.
 ALWAYS: dict[str, Any] = {
     "mlp_only_layers": [0],
 }
 
-# By model type of a (sub-)config (its class name, if it has none): what the tables above cannot
-# know. Names that are not fields are passed on as keyword arguments: older spellings that the
-# config itself understands.
+# By model type of a (sub-)config (its class name, if it has none): values that the tables above do not cover. Names
+# that are not fields are passed on as keyword arguments: older spellings that the config itself accepts.
 OVERRIDES: dict[str, dict[str, Any]] = {
     "bailing_hybrid": {"layer_group_size": 2},
     "beam": {"mlp_layer_types": ["dense", "sparse", "sparse"]},
@@ -278,7 +277,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "tipsv2_vision_model": {"use_swiglu_ffn": True, "hidden_size": 48, "num_attention_heads": 6},
 }
 
-# Models beyond the registry's own, by a name of ours: model type and changes to its config.
+# Models in addition to the registry's own, by names of this package: model type and changes to its config.
 EXTRAS: dict[str, tuple[str, dict[str, Any]]] = {
     "llava": ("llava", {}),
     "llava+qwen3_moe": ("llava", {"text_config": "qwen3_moe"}),
@@ -294,8 +293,8 @@ EXTRAS: dict[str, tuple[str, dict[str, Any]]] = {
     "deepseek_v3-tied": ("deepseek_v3", {"tie_word_embeddings": True}),
 }
 
-# Published with these tensors transposed (dims 1 and 2), which `save_pretrained` does not do: the
-# reverse of `Transpose(check_dims=True)` compares with the model's shape and so changes nothing.
+# Published with these tensors transposed (dims 1 and 2), which `save_pretrained` does not do: the reverse of
+# `Transpose(check_dims=True)` compares with the model's shape and so changes nothing.
 TRANSPOSED_ON_DISK: dict[str, str] = {
     "qwen3_vl_moe": r"mlp\.experts\.(gate_up|down)_proj$",
 }

@@ -1,4 +1,4 @@
-"""What the packaging tests share: one copy of the sources, one wheel, an empty environment."""
+"""Fixtures of the packaging tests: one copy of the sources, one wheel, an empty environment."""
 
 import shutil
 import sysconfig
@@ -33,7 +33,7 @@ def environment(tmp_path) -> Environment:
 
 @pytest.fixture(scope="session")
 def sources(tmp_path_factory) -> Path:
-    """A copy of what distributions are built from: building writes beside the sources."""
+    """Copy the files that distributions are built from, because a build writes next to them."""
     copy = tmp_path_factory.mktemp("sources")
     for name in SOURCES:
         source = REPOSITORY / name

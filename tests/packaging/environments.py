@@ -1,4 +1,4 @@
-"""New environments, and distributions built for them."""
+"""Virtual environments, and distributions built for them."""
 
 import subprocess
 import sys
@@ -9,7 +9,7 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 
 
 def run(*command: object, cwd: Path, **kwargs) -> str:
-    """Standard output of a command; on failure the error shows all that it printed."""
+    """Return standard output of a command; a failure raises with all its output."""
     done = subprocess.run([str(part) for part in command], cwd=cwd, capture_output=True, text=True, **kwargs)
     if done.returncode:
         raise RuntimeError(f"{command} exited {done.returncode}\n{done.stdout}\n{done.stderr}")
@@ -18,7 +18,7 @@ def run(*command: object, cwd: Path, **kwargs) -> str:
 
 @dataclass(frozen=True)
 class Environment:
-    """A new virtual environment that sees, behind its own packages, those this test run has."""
+    """A new virtual environment that sees its own packages first, then those of this test run."""
 
     root: Path
 
@@ -45,13 +45,13 @@ class Environment:
         self.pip("uninstall", "--yes", distribution)
 
     def see(self, *folders: Path) -> None:
-        """Adds folders of packages; their own .pth files (an editable install) stay unread."""
+        """Add folders of packages without reading their .pth files (an editable install)."""
         lines = "".join(f"{folder}\n" for folder in folders)
         (self.site_packages / "behind.pth").write_text(lines)
 
 
 def build_wheel(source: Path, directory: Path) -> Path:
-    """The wheel of a source tree or of a source distribution."""
+    """Build the wheel of a source tree or of a source distribution."""
     pip = (sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation")
     run(*pip, "--wheel-dir", directory, source, cwd=directory)
     (built,) = directory.glob("*.whl")

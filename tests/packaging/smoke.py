@@ -1,6 +1,6 @@
-"""Run by test_wheel.py where only the wheel is installed, with and without ``python -O``.
+"""Script of test_wheel.py for an environment with only the wheel, run with and without ``python -O``.
 
-No ``assert``: ``-O`` takes those out.
+It has no ``assert``, which ``-O`` removes.
 """
 
 import importlib
@@ -16,9 +16,9 @@ def main() -> None:
     import automodel_conv
     import automodel_conv.dtypes
 
-    found = Path(automodel_conv.__file__).parent
-    if found != Path(package_directory):
-        raise SystemExit(f"imported from {found}, expected {package_directory}")
+    directory = Path(automodel_conv.__file__).parent
+    if directory != Path(package_directory):
+        raise SystemExit(f"imported from {directory}, expected {package_directory}")
     if metadata.version("automodel-conv") == "":
         raise SystemExit("the distribution has no version")
     for name in kernels:
@@ -29,7 +29,7 @@ def main() -> None:
 
 
 def load_and_lay_out(directory: str) -> None:
-    """Grouped experts from a file, transposed while loading, and back in memory."""
+    """Load grouped experts from a file, transposed, and convert them back in memory."""
     import torch
     from safetensors.torch import save_file
 

@@ -1,4 +1,4 @@
-"""PyPI's ``kernels`` owns that import name, and transformers imports it: ours gives way."""
+"""Tests next to PyPI's ``kernels``, which owns that import name and which transformers imports: ours gives way."""
 
 import hashlib
 import shutil
@@ -11,7 +11,7 @@ from tests.packaging.environments import REPOSITORY, Environment, run
 
 pytestmark = pytest.mark.packaging
 
-# A pair that loads one another: transformers ignores a `kernels` outside the range it asks for.
+# A compatible pair: transformers ignores a `kernels` outside its required range.
 TRANSFORMERS = "transformers==5.17.0"
 THEIRS = ("kernels==0.16.2", "kernels-data==0.16.2")
 
@@ -39,7 +39,7 @@ for name in sys.argv[2:]:
 
 @pytest.fixture(scope="module")
 def transformers_folder(tmp_path_factory) -> Path:
-    # `make test` runs a leg with this release, and has installed it there.
+    # `make test` runs a leg with this release, and installs it there.
     folder = Path(sys.prefix, TRANSFORMERS.replace("==", "-"))
     if folder.is_dir():
         return folder
@@ -51,7 +51,7 @@ def transformers_folder(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def behind(transformers_folder, installed_packages) -> tuple[Path, Path]:
-    """Where an environment finds the transformers of the pair, and torch."""
+    """Return the folders of the pair's transformers and of torch."""
     return transformers_folder, installed_packages
 
 
@@ -104,8 +104,8 @@ def test_from_the_root_of_a_checkout_transformers_imports_without_theirs(environ
         check(environment, THEIRS_IMPORTS, cwd=REPOSITORY)
 
 
-def test_an_init_file_in_our_folder_would_take_their_name(only_theirs, sources, tmp_path):
-    # Why there is none.
+def test_init_file_in_our_folder_would_shadow_their_package(only_theirs, sources, tmp_path):
+    # This is why it has none.
     tree = shutil.copytree(sources, tmp_path / "tree", symlinks=True)
     check(only_theirs, THEIRS_IMPORTS, cwd=tree)
     (tree / "kernels" / "__init__.py").touch()

@@ -1,4 +1,4 @@
-"""One version of each tool, wherever it is named."""
+"""Tests that one version of each tool is pinned everywhere."""
 
 import re
 from pathlib import Path
@@ -9,7 +9,7 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 
 
 def pins(text: str) -> dict[str, str]:
-    """Requirements of the form ``name[extra]==version``, by name."""
+    """Return requirements of the form ``name[extra]==version``, by name."""
     return dict(re.findall(r"([A-Za-z0-9_.-]+)(?:\[[a-z,]+\])?==([^\s\"';]+)", text))
 
 

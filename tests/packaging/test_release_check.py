@@ -1,4 +1,4 @@
-"""What `make release-check` refuses before it builds anything."""
+"""Tests of the checks of `make release-check` before it builds anything."""
 
 import shutil
 import subprocess
@@ -12,7 +12,7 @@ pytestmark = pytest.mark.packaging
 
 @pytest.fixture
 def tree(tmp_path):
-    """A clean checkout whose version is under development."""
+    """Create a clean checkout with a version under development."""
     for name in ("Makefile", "pyproject.toml", "CHANGELOG.md"):
         shutil.copy(REPOSITORY / name, tmp_path)
     run("git", "init", "--quiet", cwd=tmp_path)
@@ -45,7 +45,7 @@ def test_a_version_under_development_is_refused(tree):
 
 
 @pytest.mark.parametrize(("heading", "fits"), [("## [9.8.7] - 2026-01-31", True), ("## [9.8.7]", False), ("", False)])
-def test_the_changelog_tells_the_version_and_its_day(tree, heading, fits):
+def test_changelog_must_name_the_version_and_its_date(tree, heading, fits):
     settings = (tree / "pyproject.toml").read_text()
     [line] = [line for line in settings.splitlines() if line.startswith("version = ")]
     (tree / "pyproject.toml").write_text(settings.replace(line, 'version = "9.8.7"'))
@@ -55,7 +55,7 @@ def test_the_changelog_tells_the_version_and_its_day(tree, heading, fits):
     assert fits or "CHANGELOG.md" in done.stderr
 
 
-def test_the_whole_check_is_part_of_it():
+def test_release_check_includes_the_whole_check():
     plan = run("make", "--dry-run", "release-check", cwd=REPOSITORY)
     for step in ("git status", "CHANGELOG.md", "pip-audit", "-m packaging", "twine check"):
         assert step in plan

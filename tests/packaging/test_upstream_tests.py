@@ -1,4 +1,4 @@
-"""transformers' own tests under the hook, taken from its source distribution when they run."""
+"""Tests that run transformers' own tests under the hook, from its source distribution."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from tests.packaging.environments import REPOSITORY, run
 pytestmark = pytest.mark.packaging
 
 INSTALLED = importlib.metadata.version("transformers")
-# Other releases where `make` has put them beside this environment.
+# Other releases, if `make` has installed them next to this environment.
 BESIDE = {path.name.removeprefix("transformers-"): path for path in sorted(Path(sys.prefix).glob("transformers-*"))}
-# What is not in the distribution, yet imported there for other tests.
+# Modules missing from the distribution that are imported there for other tests.
 STUBS = {
     "upstream/__init__.py": "",
     "upstream/exporters/__init__.py": "",
@@ -27,12 +27,12 @@ STUBS = {
     "upstream/generation/test_utils.py": "class GenerationTesterMixin:\n    pass\n",
     "parameterized.py": "class parameterized:\n    expand = staticmethod(lambda *args, **kwargs: lambda test: None)\n",
 }
-# These load grouped experts, and so show that something was converted by plan.
+# These load grouped experts, and so show that targets were converted by plan.
 CONVERTING = ("save_load", "load_contiguous_weights", "correct_missing_keys", "reverse_loading_mapping")
 
 
 @pytest.mark.parametrize("version", [INSTALLED, *BESIDE])
-def test_they_end_as_without_the_hook(tmp_path, version):
+def test_outcomes_are_those_without_the_hook(tmp_path, version):
     download = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--no-build-isolation"]
     run(*download, "--no-binary=transformers", f"transformers=={version}", cwd=tmp_path)
     [distribution] = tmp_path.glob("*.tar.gz")
@@ -47,11 +47,11 @@ def test_they_end_as_without_the_hook(tmp_path, version):
     paths = [*([BESIDE[version]] if version in BESIDE else []), tmp_path, REPOSITORY]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, paths))}
     output = run(sys.executable, "-m", "tests.packaging.upstream_common", cwd=REPOSITORY, env=environment)
-    found = json.loads(output.splitlines()[-1])
-    for name, ended in found.items():
+    outcomes = json.loads(output.splitlines()[-1])
+    for name, ended in outcomes.items():
         assert ended["hooked"] == ended["stock"], name
         assert ended["left"] == 0, name
         if name.split()[1] in CONVERTING:
             assert ended["stock"] == "passed", name
             assert ended["lowered"], name
-    assert sum(ended["hooked"] == "passed" for ended in found.values()) > len(found) / 2
+    assert sum(ended["hooked"] == "passed" for ended in outcomes.values()) > len(outcomes) / 2

@@ -1,4 +1,4 @@
-"""What is built is whole, and works where only it is installed."""
+"""Tests that built distributions are complete, and work in an environment with only the wheel."""
 
 import shutil
 import sys
@@ -16,7 +16,7 @@ SMOKE = Path(__file__).with_name("smoke.py")
 
 
 def files_of_the_package(sources: Path) -> set[str]:
-    """What the wheel has to hold: the link automodel_conv/kernels as the files behind it."""
+    """Return the files that the wheel must hold: the link automodel_conv/kernels as the files behind it."""
     folders = (sources / "automodel_conv", sources / "automodel_conv" / "kernels")
     paths = {path for folder in folders for path in folder.rglob("*.py")}
     paths.add(sources / "automodel_conv" / "py.typed")
@@ -24,7 +24,7 @@ def files_of_the_package(sources: Path) -> set[str]:
 
 
 def files_of_the_wheel(wheel: Path) -> set[str]:
-    """Its files without those that describe the distribution; none of them is a link."""
+    """Return the wheel's files except its metadata; none of them is a link."""
     with zipfile.ZipFile(wheel) as archive:
         links = [i.filename for i in archive.infolist() if (i.external_attr >> 28) == 0o12]
         assert links == []
@@ -50,7 +50,7 @@ def test_wheel_holds_every_file_and_no_top_level_kernels(sources, wheel):
 
 
 def test_a_source_distribution_builds_the_same_wheel(sources, wheel, tmp_path):
-    # The back end writes beside the sources, which other tests share.
+    # The build backend writes next to the sources, which other tests share.
     tree = shutil.copytree(sources, tmp_path / "tree", symlinks=True)
     build = "import setuptools.build_meta, sys; setuptools.build_meta.build_sdist(sys.argv[1])"
     run(sys.executable, "-c", build, tmp_path, cwd=tree)

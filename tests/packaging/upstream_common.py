@@ -1,6 +1,6 @@
-"""transformers' own common tests of a model class, without and under the hook; the last line is what came of them.
+"""Run transformers' common tests of a model class without and under the hook; the last line is the outcome as JSON.
 
-python -m tests.packaging.upstream_common, with ``upstream.test_modeling_common`` to be imported.
+python -m tests.packaging.upstream_common, with ``upstream.test_modeling_common`` importable.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, 
 import automodel_conv as amc
 from tests.model_zoo import small_config
 
-# All that load and do not take long; those that a release does not have are left out.
+# All tests that load and are quick; those that a release does not have are left out.
 TESTS = """save_load load_contiguous_weights can_init_all_missing_weights correct_missing_keys tied_weights_keys
 base_model_prefix_loads_base_weights load_save_without_tied_weights model_weights_reload_no_missing_tied_weights
 load_with_mismatched_shapes can_load_ignoring_mismatched_shapes can_load_with_device_context_manager
@@ -24,7 +24,7 @@ can_load_from_already_mapped_keys disk_offload_bin disk_offload_safetensors cpu_
 
 
 class Inputs:
-    """What upstream's tests of a model ask for: a small config and something to compute."""
+    """The inputs of transformers' model tests: a small config and arguments."""
 
     is_training, batch_size, seq_length = True, 2, 7
 
@@ -59,7 +59,7 @@ def outcome(case: unittest.TestCase) -> str:
 
 
 def main() -> None:
-    found = {}
+    outcomes = {}
     for model_type in ("mixtral", "qwen3_moe"):
         case = cases(model_type)
         for name in TESTS:
@@ -69,9 +69,9 @@ def main() -> None:
                     hooked = outcome(case(f"test_{name}"))
                 lowered = sum(len(load.lowered) for load in acceleration.loads)
                 left = sum(len(load.left) for load in acceleration.loads)
-                found[f"{model_type} {name}"] = {"stock": stock, "hooked": hooked, "lowered": lowered, "left": left}
+                outcomes[f"{model_type} {name}"] = {"stock": stock, "hooked": hooked, "lowered": lowered, "left": left}
     print()
-    print(json.dumps(found))
+    print(json.dumps(outcomes))
 
 
 if __name__ == "__main__":

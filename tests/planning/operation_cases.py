@@ -1,4 +1,4 @@
-"""A case for every operation: sources, attributes, and the loops over coordinates that it must equal."""
+"""A case for every operation: sources, attributes, and the result by loops over coordinates."""
 
 from math import prod
 from typing import Any, NamedTuple
@@ -14,14 +14,14 @@ from tests.planning.oracles import Cells, cells, flat
 
 SEEDS = st.integers(0, 2**32)
 HEADS = 2
-TARGET = "model.made"
+TARGET = "model.result"
 
 
 class Case(NamedTuple):
-    """One operation with its inputs, and the answer by loops: key -> cells."""
+    """One operation with its inputs, and the result by loops: key -> cells."""
 
-    arguments: dict[str, Any]  # of transformers' constructor
-    options: dict[str, Any]  # of ours
+    arguments: dict[str, Any]  # arguments of transformers' constructor
+    options: dict[str, Any]  # attributes of our operation
     sources: list[str]
     targets: list[str]
     inputs: dict[str, list[Cells]]
@@ -35,7 +35,7 @@ def shape_of(rng, rank, sizes=(0, 1, 1, 2, 3, 4, 5)):
 
 
 def numbered(shapes_by_pattern):
-    """Tensors with all elements different, as a list for each pattern."""
+    """Return tensors whose elements are all different, as a list for each pattern."""
     start, inputs = 0, {}
     for pattern, shapes in shapes_by_pattern.items():
         inputs[pattern] = []
@@ -58,8 +58,8 @@ def merge(rng):
     dim = rng.randint(-len(shape) - 1, len(shape))
     sources = ["a.*.x", "b.*.x"][: rng.randint(1, 2)]
     inputs = numbered({s: [shape] * count for s in sources})
-    made = {s: oracles.stacked(parts, dim) for s, parts in inputs.items()}
-    expected = made if len(sources) > 1 else {TARGET: made[sources[0]]}
+    merged = {s: oracles.stacked(parts, dim) for s, parts in inputs.items()}
+    expected = merged if len(sources) > 1 else {TARGET: merged[sources[0]]}
     return Case({"dim": dim}, {"dim": dim}, sources, [TARGET], inputs, expected)
 
 
@@ -133,7 +133,7 @@ def transpose(rng):
         shapes = (wanted,)
         if wanted == shape:
             expected = inputs["a"][0]
-    if rng.random() < 0.3:  # first of a chain: the key stays the source's
+    if rng.random() < 0.3:  # first in a chain: the key is that of the source
         targets = [TARGET, f"{TARGET}.2"]
         return Case(arguments, arguments, ["a"], targets, inputs, {"a": expected}, shapes)
     return simple(rng, arguments, inputs, expected, shapes=shapes)
@@ -217,13 +217,13 @@ def ernie_fuse(rng):
     shape = shape_of(rng, 2)
     groups, count = rng.randint(1, 3), rng.choice((3, 4, 5, 6))
     if groups == 3:
-        count = rng.choice((3, 5, 6))  # four in three groups leave one group empty
+        count = rng.choice((3, 5, 6))  # four in three groups would leave one group empty
     sources = ["a.*.x", "b.*.x"][: rng.randint(1, 2)]
     targets = [f"{TARGET}.{g}" for g in range(groups)]
     inputs = numbered({s: [shape] * count for s in sources})
-    made = oracles.ernie_fused(list(inputs.values()), groups, 0, 1)
+    fused = oracles.ernie_fused(list(inputs.values()), groups, 0, 1)
     arguments = {"stack_dim": 0, "concat_dim": 1}
-    return Case(arguments, arguments, sources, targets, inputs, dict(zip(targets, made, strict=True)))
+    return Case(arguments, arguments, sources, targets, inputs, dict(zip(targets, fused, strict=True)))
 
 
 def ernie_split(rng):
@@ -232,10 +232,10 @@ def ernie_split(rng):
     sources = ["a", "b"][: rng.randint(1, 2)]
     targets = [f"{TARGET}.{g}.*.x" for g in range(groups)]
     inputs = numbered({s: [shape] for s in sources})
-    made = oracles.ernie_split([t for (t,) in inputs.values()], groups, 0, 1)
+    split_parts = oracles.ernie_split([t for (t,) in inputs.values()], groups, 0, 1)
     expected = {
         target.replace("*", str(i)): part
-        for target, parts in zip(targets, made, strict=True)
+        for target, parts in zip(targets, split_parts, strict=True)
         for i, part in enumerate(parts)
     }
     arguments = {"stack_dim": 0, "concat_dim": 1}
@@ -269,7 +269,7 @@ each_operation = pytest.mark.parametrize("name", CASES)
 
 
 def lowered(operations, case):
-    """Key -> (shape, elements) by our pieces, executed one element at a time."""
+    """Return key -> (shape, elements) of our pieces, executed one element at a time."""
     ordinal, leaves, elements = 0, {}, []
     for pattern, tensors in case.inputs.items():
         leaves[pattern] = []
@@ -278,9 +278,9 @@ def lowered(operations, case):
             elements.append(flat(tensor))
             ordinal += 1
     values = lower(operations, leaves, Context(tuple(case.sources), tuple(case.targets), case.shapes))
-    made = {}
+    results = {}
     for key, value in values.items():
         target = oracles.written(piece for copy in copies_of(value) for piece in copy.pieces())
         assert sorted(target) == list(range(prod(value.shape))), key
-        made[key] = (value.shape, [elements[s][e] for _, (s, e) in sorted(target.items())])
-    return made
+        results[key] = (value.shape, [elements[s][e] for _, (s, e) in sorted(target.items())])
+    return results

@@ -1,4 +1,4 @@
-"""Naive oracles: every element moves alone, by loops over coordinates and elements; no views, no strides of torch."""
+"""Naive oracles: every element moves by itself, in loops over coordinates and elements, without views or strides."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from automodel_conv.planning.plan import CopyPlan
 
 
 def pairs(piece: Piece) -> list[tuple[int, int]]:
-    """(source element, target element) of everything a piece copies."""
+    """Return (source element, target element) for everything that a piece copies."""
     return [
         (
             piece.source_offset + _dot(index, piece.box.source_strides),
@@ -29,7 +29,7 @@ def _dot(index: Sequence[int], strides: Sequence[int]) -> int:
 
 
 def written(pieces: Iterable[Piece]) -> dict[int, tuple[int, int]]:
-    """Target element -> (source, element), each written once."""
+    """Return target element -> (source, element), and check that each is written once."""
     target: dict[int, tuple[int, int]] = {}
     for piece in pieces:
         for source_element, target_element in pairs(piece):
@@ -39,7 +39,7 @@ def written(pieces: Iterable[Piece]) -> dict[int, tuple[int, int]]:
 
 
 def twice_written(pieces: Iterable[Piece]) -> dict[int, list[int]]:
-    """Target elements with more than one writer -> the sources that write them."""
+    """Return the target elements with more than one writer -> the sources that write them."""
     writers: dict[int, list[int]] = {}
     for piece in pieces:
         for _, element in pairs(piece):
@@ -48,33 +48,33 @@ def twice_written(pieces: Iterable[Piece]) -> dict[int, list[int]]:
 
 
 def execute(plan: CopyPlan, sources: Mapping[str, Sequence[Any]]) -> dict[str, list[Any]]:
-    """All targets of a plan as flat lists, one element at a time."""
-    made = {}
+    """Return all targets of a plan as flat lists, one element at a time."""
+    results = {}
     for target in plan.targets:
         pieces = [piece for copy in target.copies for piece in copy.pieces()]
         elements = written(pieces)
         assert sorted(elements) == list(range(prod(target.shape))), target.name
         names = [plan.sources.names[row] for row in target.sources]
-        made[target.name] = [sources[names[ordinal]][element] for _, (ordinal, element) in sorted(elements.items())]
-    return made
+        results[target.name] = [sources[names[ordinal]][element] for _, (ordinal, element) in sorted(elements.items())]
+    return results
 
 
 def addressed(table: SourceTable) -> dict[str, list[tuple[str, int]]]:
-    """Every source element as its own address."""
+    """Return source tensors in which every element is its own address."""
     return {
         name: [(name, i) for i in range(prod(shape))] for name, shape in zip(table.names, table.shapes, strict=True)
     }
 
 
 class Cells(NamedTuple):
-    """A tensor whose elements are anything, by coordinate."""
+    """A tensor with elements of any kind, by coordinate."""
 
     shape: tuple[int, ...]
     at: dict[tuple[int, ...], Any]
 
 
 def cells(shape: Sequence[int], start: int = 0) -> Cells:
-    """Elements numbered from ``start`` in row-major order."""
+    """Return elements numbered from ``start`` in row-major order."""
     coordinates = itertools.product(*map(range, shape))
     return Cells(tuple(shape), {c: start + i for i, c in enumerate(coordinates)})
 
@@ -148,7 +148,7 @@ def transposed(tensor: Cells, dim0: int, dim1: int) -> Cells:
 
 
 def separated(tensor: Cells, dim: int) -> Cells:
-    """a0 b0 a1 b1 -> a0 a1 b0 b1 along ``dim``."""
+    """Reorder a0 b0 a1 b1 to a0 a1 b0 b1 along ``dim``."""
     dim %= len(tensor.shape)
     half = tensor.shape[dim] // 2
     at = {(*c[:dim], c[dim] // 2 + half * (c[dim] % 2), *c[dim + 1 :]): value for c, value in tensor.at.items()}
@@ -156,7 +156,7 @@ def separated(tensor: Cells, dim: int) -> Cells:
 
 
 def alternated(tensor: Cells, dim: int) -> Cells:
-    """a0 a1 b0 b1 -> a0 b0 a1 b1 along ``dim``."""
+    """Reorder a0 a1 b0 b1 to a0 b0 a1 b1 along ``dim``."""
     dim %= len(tensor.shape)
     half = tensor.shape[dim] // 2
     at = {(*c[:dim], 2 * (c[dim] % half) + c[dim] // half, *c[dim + 1 :]): value for c, value in tensor.at.items()}
@@ -164,7 +164,7 @@ def alternated(tensor: Cells, dim: int) -> Cells:
 
 
 def rope(tensor: Cells, heads: int, inverse: bool) -> Cells:
-    """Within each head's rows: pairs (x0 y0 x1 y1) to halves (x0 x1 y0 y1), or back."""
+    """Reorder the rows of each head from pairs (x0 y0 x1 y1) to halves (x0 x1 y0 y1), or back."""
     turn = alternated if inverse else separated
     per_head = cut(tensor, 0, [tensor.shape[0] // heads] * heads)
     return joined([turn(head, 0) for head in per_head], 0)
@@ -189,7 +189,7 @@ def ernie_split(fused: Sequence[Cells], groups: int, stack_dim: int, dim: int) -
 
 
 class Mapped(NamedTuple):
-    """What upstream collects for one target: the winning rule (None: a renaming) and names by source pattern."""
+    """The sources that transformers collects for a target: the winning rule (None: a renaming), names by pattern."""
 
     rule: int | None
     slots: dict[str, list[str]]
@@ -202,9 +202,9 @@ def upstream_mapping(
     targets: Mapping[str, object] | None,
     prefix: str | None = None,
 ) -> tuple[dict[str, Mapped], set[str]]:
-    """Assignments and unexpected names as ``convert_and_load_state_dict_in_model`` finds them, one key at a time.
+    """Return the assignments and unexpected names of ``convert_and_load_state_dict_in_model``, one key at a time.
 
-    Two sources that claim one target by different rules have one winner, the first in natural order.
+    If two sources claim a target by different rules, the first in natural order wins.
     """
     from transformers.core_model_loading import dot_natural_key, rename_source_key
 
@@ -240,25 +240,25 @@ def upstream_values(
     model: Any,
     targets: Mapping[str, object] | None = None,
 ) -> dict[str, Any]:
-    """What upstream makes of tensors: its own mapping of names, then its own ``convert`` for each target."""
+    """Return the results of transformers: its own mapping of names, then its own ``convert`` for each target."""
     mapped, _ = upstream_mapping(tensors, rules, targets)
     converters = [rule for rule in rules if hasattr(rule, "operations")]
-    made = {}
+    results = {}
     for target, (rule, slots, _) in mapped.items():
         if rule is None:
-            made[target] = tensors[next(iter(slots))]
+            results[target] = tensors[next(iter(slots))]
             continue
         converter = deepcopy(converters[rule])
         for pattern, names in slots.items():
             for name in names:
                 converter.add_tensor(target, name, pattern, tensors[name])
         result = converter.convert(target, model=model, config=model.config)
-        made |= {name: t[0] if isinstance(t, list) else t for name, t in result.items()}
-    return made
+        results |= {name: t[0] if isinstance(t, list) else t for name, t in result.items()}
+    return results
 
 
 def example(pattern: str, number: int) -> str:
-    """A name that a regular expression matches, with ``number`` for its numbers and for what ``.*`` stands for."""
+    """Return a name that a regular expression matches, with ``number`` for its numbers and for ``.*``."""
     try:
         from re import _parser as parser
     except ImportError:  # Python 3.10
@@ -305,7 +305,7 @@ def example(pattern: str, number: int) -> str:
 
 
 def registry() -> dict[str, list[Any]]:
-    """All rules of the installed transformers, by model type or class name."""
+    """Return all rules of the installed transformers, by model type or class name."""
     from transformers.conversion_mapping import _build_checkpoint_conversion_mapping
 
     return _build_checkpoint_conversion_mapping()

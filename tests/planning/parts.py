@@ -1,4 +1,4 @@
-"""Random meshes, placements and boxes, and a plan of experts to take parts of."""
+"""Random meshes, placements and boxes, and a plan of experts that tests take parts of."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def random_mesh(rng, most=4):
 
 
 def random_placements(rng, shape, mesh):
-    """Any placements, several of one dimension among them."""
+    """Draw any placements, including several of one dimension."""
     dims = range(len(shape))
     kinds = [
         Replicate,
@@ -41,7 +41,7 @@ def coordinates(mesh):
 
 
 def torch_part(tensor, mesh, coordinate, placements):
-    """What torch gives the rank: each mesh dimension splits what the one before has left, FSDP2 what others have."""
+    """Return the part that torch gives a rank: each mesh dimension splits the rest of the one before, FSDP2 last."""
     splits = [split for split in zip(placements, mesh, coordinate, strict=True) if not split[0].is_replicate()]
     data_parallel = []
     while splits:
@@ -58,11 +58,11 @@ def torch_part(tensor, mesh, coordinate, placements):
 
 
 def held(region, tensor):
-    """The part of a tensor that a region says, element by element."""
+    """Return the part of a tensor that a region describes, element by element."""
     elements = tensor.reshape(-1).tolist()
-    made = oracles.written(region.pieces())
-    assert sorted(made) == list(range(prod(region.local_shape)))
-    return [elements[element] for _, (_, element) in sorted(made.items())]
+    elements_written = oracles.written(region.pieces())
+    assert sorted(elements_written) == list(range(prod(region.local_shape)))
+    return [elements[element] for _, (_, element) in sorted(elements_written.items())]
 
 
 def numbered(shape):
@@ -70,12 +70,12 @@ def numbered(shape):
 
 
 def moe_plan(count=4, rows=6, columns=4, *more, dtype="BF16", source="BF16"):
-    """One grouped tensor ``[E, 2 * rows, columns]`` of gates and ups."""
+    """Return a plan for one grouped tensor ``[E, 2 * rows, columns]`` of gates and ups."""
     names = [f"{e}.{projection}" for projection in ("gate", "up") for e in range(count)]
     sources = SourceTable(names, [source] * len(names), [(rows, columns)] * len(names))
     ordinals = itertools.count()
     leaves = {p: [leaf(next(ordinals), (rows, columns)) for _ in range(count)] for p in ("gate", "up")}
     operations = [Operation("MergeModulelist", (("dim", 0),)), Operation("Concatenate", (("dim", 1),)), *more]
-    value = lower(operations, leaves, Context(("gate", "up"), ("made",), ()))["made"]
-    target = Target("made", dtype, tuple(value.shape), -1, tuple(range(len(names))), copies_of(value))
+    value = lower(operations, leaves, Context(("gate", "up"), ("grouped",), ()))["grouped"]
+    target = Target("grouped", dtype, tuple(value.shape), -1, tuple(range(len(names))), copies_of(value))
     return CopyPlan(sources, (target,))

@@ -1,4 +1,4 @@
-"""Small plans, and random ones."""
+"""Small plans and random plans."""
 
 import random
 
@@ -27,8 +27,8 @@ def table_of(plan):
     return SourceTable([t.name for t in plan.targets], [t.dtype for t in plan.targets], [t.shape for t in plan.targets])
 
 
-def made(sources, groups, operations, outputs, dtype="BF16", rule=-1):
-    """The targets that a chain of operations makes of groups of sources."""
+def targets_of(sources, groups, operations, outputs, dtype="BF16", rule=-1):
+    """Return the targets of a chain of operations on groups of sources."""
     rows = [sources.names.index(name) for group in groups for name in group]
     leaves, ordinal = {}, 0
     for i, group in enumerate(groups):
@@ -50,10 +50,10 @@ def experts_plan(dtype="BF16", count=2):
     names = {f"e__{i}__{w}": (3, 4) for i in range(count) for w in ("gate", "up")}
     sources = table(**names, norm=(4,))
     groups = [[f"e.{i}.{w}" for i in range(count)] for w in ("gate", "up")]
-    merged = made(sources, groups, [MERGE, JOIN], ["gate_up"], dtype, rule=0)
+    merged = targets_of(sources, groups, [MERGE, JOIN], ["gate_up"], dtype, rule=0)
     return plan_of(
         sources,
-        [*merged, *made(sources, [["norm"]], [], ["norm"])],
+        [*merged, *targets_of(sources, [["norm"]], [], ["norm"])],
         rules=("e.*.gate + e.*.up -> gate_up: merge, join",),
     )
 
@@ -63,21 +63,21 @@ def transposing_plan(sources=None):
     return plan_of(
         sources,
         [
-            *made(sources, [["gate_up"]], [ALTERNATE, SWAP], ["w13"], rule=0),
-            *made(sources, [["norm"]], [], ["norm"]),
+            *targets_of(sources, [["gate_up"]], [ALTERNATE, SWAP], ["w13"], rule=0),
+            *targets_of(sources, [["norm"]], [], ["norm"]),
         ],
         rules=("gate_up -> w13: alternate, swap",),
     )
 
 
 def random_plan(seed):
-    """Experts of random sizes through a random chain; every plan of it is valid."""
+    """Return experts of random sizes through a random chain of operations; every plan of it is valid."""
     rng = random.Random(seed)
     count, rows, columns = rng.randint(1, 3), rng.randint(1, 4), rng.randint(1, 5)
     sources = table(**{f"e__{i}__{w}": (rows, columns) for i in range(count) for w in ("gate", "up")})
     groups = [[f"e.{i}.{w}" for i in range(count)] for w in ("gate", "up")]
     chain = [MERGE, JOIN, *rng.choice([(), (SWAP,), (ALTERNATE,), (ALTERNATE, SWAP)])]
-    return rng, plan_of(sources, made(sources, groups, chain, ["made"]))
+    return rng, plan_of(sources, targets_of(sources, groups, chain, ["result"]))
 
 
 def three_plans():
@@ -86,6 +86,6 @@ def three_plans():
     sources = table_of(second)
     third = plan_of(
         sources,
-        [*made(sources, [["w13"]], [CHUNK], ["e0", "e1"]), *made(sources, [["norm"]], [], ["n"])],
+        [*targets_of(sources, [["w13"]], [CHUNK], ["e0", "e1"]), *targets_of(sources, [["norm"]], [], ["n"])],
     )
     return first, second, third

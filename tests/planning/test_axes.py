@@ -1,4 +1,4 @@
-"""Axes in einops notation, and their sizes in a buffer."""
+"""Tests of axes in einops notation, and of their sizes in a buffer."""
 
 import pytest
 
@@ -31,28 +31,28 @@ def test_parentheses_merge_axes_into_one_dimension(axes, dims):
         ("g E", (2, 7), {"E": 7, "g": 2}),
     ],
 )
-def test_the_unknown_axis_of_a_dimension_has_the_rest_of_its_size(axes, shape, sizes):
+def test_unknown_axis_of_a_dimension_has_the_rest_of_its_size(axes, shape, sizes):
     assert sizes_of(dims_of(axes), shape, {"g": 2}) == sizes
 
 
-def test_known_sizes_are_left_as_they_are():
+def test_known_sizes_are_unchanged():
     known = {"g": 2}
     sizes_of(dims_of("E (g i)"), (3, 8), known)
     assert known == {"g": 2}
 
 
 @pytest.mark.parametrize("shape", [(), (4,), (4, 6), (4, 6, 5, 1)])
-def test_a_shape_of_another_rank_is_refused(shape):
+def test_shape_of_another_rank_is_refused(shape):
     with pytest.raises(ValueError, match="3 dimensions"):
         sizes_of(dims_of("E (g i) h"), shape, {"g": 2})
 
 
-def test_a_size_that_the_known_size_does_not_divide_is_refused():
+def test_size_that_the_known_size_does_not_divide_is_refused():
     with pytest.raises(ValueError, match=r"size 7 .*g by i"):
         sizes_of(dims_of("E (g i) h"), (4, 7, 5), {"g": 2})
 
 
 @pytest.mark.parametrize("size", [1, 3, 4])
-def test_a_known_axis_of_another_size_is_refused(size):
+def test_known_axis_of_another_size_is_refused(size):
     with pytest.raises(ValueError, match=f"size {size} .*g with"):
         sizes_of(dims_of("g E"), (size, 5), {"g": 2})

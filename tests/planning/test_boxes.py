@@ -1,4 +1,4 @@
-"""The algebra of pieces against loops over single elements."""
+"""Tests of the algebra of pieces against loops over single elements."""
 
 import random
 from collections import Counter
@@ -37,7 +37,7 @@ def shuffled(rng, source, shape, source_strides, source_offset, target_strides, 
 
 
 def random_source_side(rng, shape):
-    """Strides of some permuted, maybe padded tensor that holds a box of this shape."""
+    """Draw strides of a permuted, possibly padded tensor that holds a box of this shape."""
     order = rng.sample(range(len(shape)), len(shape))
     strides, step = [0] * len(shape), 1
     for d in order:
@@ -47,7 +47,7 @@ def random_source_side(rng, shape):
 
 
 def tiling(rng, shape, strides, offset, depth=3):
-    """Pieces that together write a box once: concatenated, interleaved, or whole; each from a source of its own."""
+    """Draw pieces that together write a box once: concatenated, interleaved, or whole, each from its own source."""
     dim = rng.randrange(len(shape)) if shape else None
     if depth == 0 or dim is None or shape[dim] < 2 or rng.random() < 0.25:
         source_strides, source_offset = random_source_side(rng, shape)
@@ -82,7 +82,7 @@ def factored(rng, numel):
 
 
 def random_reads(rng, numel, shape):
-    """Narrowed, stepped and permuted reads of a tensor, seen in its own shape or in another one of as many elements."""
+    """Draw narrowed, stepped and permuted reads of a tensor, in its own shape or another one with the same elements."""
     reads, written_so_far = [], 0
     for _ in range(rng.randrange(1, 4)):
         seen = shape if rng.random() < 0.6 else factored(rng, numel)
@@ -112,7 +112,7 @@ def random_case(seed):
     rng = random.Random(seed)
     shape = random_shape(rng, rng.randrange(0, 4))
     first = tiled(rng, shape)
-    if rng.random() < 0.2:  # a middle that is only partly written
+    if rng.random() < 0.2:  # the middle is only partly written
         first = rng.sample(first, rng.randrange(len(first) + 1))
     return first, random_reads(rng, prod(shape), shape), prod(shape)
 
@@ -176,12 +176,12 @@ def test_chain_carries_over_odd_sizes():
         try:
             chained = chain(first, [second], 21)
         except NotAffine:
-            assert second.source_strides == (2,)  # 21 is no multiple of 2
+            assert second.source_strides == (2,)  # 21 is not a multiple of 2
             continue
         assert written(chained) == through_the_middle(first, [second])
 
 
-def test_chain_of_nothing_is_nothing():
+def test_chain_of_nothing_is_empty():
     assert chain([], [], 0) == []
     assert chain([], [Piece(0, Box((4,), (1,), (1,)), 0, 0)], 4) == []
     scalar = Piece(5, Box((), (), ()), 3, 0)
@@ -195,7 +195,7 @@ def test_chain_of_nothing_is_nothing():
         Piece(0, Box((3, 4), (0, 1), (4, 1)), 0, 0),  # broadcast
         Piece(0, Box((4,), (-1,), (1,)), 3, 0),  # flipped
         Piece(0, Box((3,), (2,), (1,)), 0, 0),  # leaves the tensor
-        Piece(0, Box((2, 2), (1, 1), (2, 1)), 0, 0),  # walks one stride twice
+        Piece(0, Box((2, 2), (1, 1), (2, 1)), 0, 0),  # walks the same stride twice
     ],
 )
 def test_chain_refuses_reads_that_are_no_boxes(read):
@@ -205,7 +205,7 @@ def test_chain_refuses_reads_that_are_no_boxes(read):
 
 
 @given(SEEDS)
-def test_overlap_is_found_where_there_is_one_and_only_then(seed):
+def test_overlap_is_found_if_and_only_if_it_exists(seed):
     rng = random.Random(seed)
     shape = random_shape(rng, rng.randrange(0, 4))
     pieces = tiled(rng, shape)
@@ -217,14 +217,14 @@ def test_overlap_is_found_where_there_is_one_and_only_then(seed):
         pieces = rng.sample(pieces, rng.randrange(len(pieces) + 1))
     rng.shuffle(pieces)
     try:
-        found = find_overlap(pieces, prod(shape))
+        overlap = find_overlap(pieces, prod(shape))
     except NotAffine:
         return
     twice = twice_written(pieces)
-    assert (found is not None) == bool(twice) == planted
-    if found is not None:
-        assert set(found.sources) <= set(twice[found.element])
-        assert len(set(found.sources)) == 2
+    assert (overlap is not None) == bool(twice) == planted
+    if overlap is not None:
+        assert set(overlap.sources) <= set(twice[overlap.element])
+        assert len(set(overlap.sources)) == 2
 
 
 def test_overlap_is_rarely_undecided():

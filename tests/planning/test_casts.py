@@ -1,4 +1,4 @@
-"""Casts between values are allowed; casts of codes are refused with advice."""
+"""Tests of casts: casts between values are allowed, casts of codes are refused with advice."""
 
 import itertools
 

@@ -1,4 +1,4 @@
-"""Chains of pieces whose strides do not divide each other."""
+"""Tests of chains of pieces with strides that do not divide each other."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from tests.planning.parts import SEEDS, coordinates, moe_plan
 
 
 def walk(source, shape, read, written):
-    """A piece that reads and writes by these strides, from these offsets on."""
+    """Return a piece that reads and writes with these strides, from these offsets on."""
     return Piece(source, Box(shape, read[0], written[0]), read[1], written[1])
 
 
 def combs(numel, step, reading):
-    """Copies of a tensor of ``numel`` elements that take every ``step``-th: written there, or read from there."""
+    """Return copies of every ``step``-th of ``numel`` elements: spread out on writing, or gathered on reading."""
     pieces, start = [], 0
     for first in range(min(step, numel)):
         count = len(range(first, numel, step))
@@ -34,7 +34,7 @@ def combs(numel, step, reading):
 
 
 def random_walks(rng, numel, reading):
-    """Copies of up to three dimensions within a tensor, written once; what they leave out nobody writes."""
+    """Draw copies of up to three dimensions in a tensor, written at most once, with some elements left unwritten."""
     free, pieces, start = set(range(numel)), [], 0
     for source in range(rng.randint(1, 4)):
         strides = sorted(rng.sample(range(1, max(2, numel // 2)), k=min(rng.randint(1, 3), max(1, numel // 2 - 1))))
@@ -52,15 +52,15 @@ def random_walks(rng, numel, reading):
 
 
 def composed(first, second):
-    """Target element -> (source, element): by way of the middle tensor, element by element."""
+    """Return target element -> (source, element), by way of the middle tensor, element by element."""
     middle = oracles.written(first)
-    made = {}
+    result = {}
     for piece in second:
         for read, write in oracles.pairs(piece):
-            assert write not in made
+            assert write not in result
             if read in middle:
-                made[write] = middle[read]
-    return made
+                result[write] = middle[read]
+    return result
 
 
 @settings(max_examples=200)
@@ -70,14 +70,14 @@ def composed(first, second):
 @example(7, 2, 3)
 def test_combs_of_any_two_steps_chain(numel, write_step, read_step):
     first, second = combs(numel, write_step, False), combs(numel, read_step, True)
-    found = oracles.written(chain(first, second, numel))
-    assert found == composed(first, second)
-    assert len(found) == numel
+    elements = oracles.written(chain(first, second, numel))
+    assert elements == composed(first, second)
+    assert len(elements) == numel
 
 
 @settings(max_examples=300)
 @given(SEEDS)
-def test_walks_with_any_strides_chain_as_elements_do_or_are_refused(seed):
+def test_walks_with_any_strides_chain_like_elements_or_are_refused(seed):
     rng = random.Random(seed)
     numel = rng.randint(2, 60)
     first = random_walks(rng, numel, False) if rng.random() < 0.6 else combs(numel, rng.randint(1, 6), False)
@@ -91,26 +91,26 @@ def test_walks_with_any_strides_chain_as_elements_do_or_are_refused(seed):
 
 @settings(max_examples=300)
 @given(SEEDS)
-def test_walks_with_any_strides_meet_where_elements_do_or_are_refused(seed):
+def test_walks_with_any_strides_overlap_like_elements_or_are_refused(seed):
     rng = random.Random(seed)
     numel = rng.randint(2, 60)
     pieces = [*random_walks(rng, numel, False), *random_walks(rng, numel, False)]
     pieces = [piece._replace(source=number) for number, piece in enumerate(pieces)]
     try:
-        found = find_overlap(pieces, numel)
+        overlap = find_overlap(pieces, numel)
     except NotAffine:
         return
     twice = oracles.twice_written(pieces)
-    assert (found is None) == (not twice)
-    if found is not None:
-        assert {*found.sources} <= {*twice[found.element]}
+    assert (overlap is None) == (not twice)
+    if overlap is not None:
+        assert {*overlap.sources} <= {*twice[overlap.element]}
 
 
-def test_half_of_an_interleaved_dimension_is_no_more_pieces_than_it_has_steps():
+def test_half_of_an_interleaved_dimension_has_at_most_one_piece_per_step():
     interleave = Operation("Interleave", (("dim", 1), ("inverse", True)))
     plan = moe_plan(2, 9, 4, interleave, Operation("Transpose", (("dim0", 1), ("dim1", 2))))
     assert plan.targets[0].shape == (2, 4, 18)
-    part = plan.shard({"made": placed((2, 4, 18), (2,), (0,), [Shard(2)])})
+    part = plan.shard({"grouped": placed((2, 4, 18), (2,), (0,), [Shard(2)])})
     part.validate()
     assert len([1 for copy in part.targets[0].copies for _ in copy.pieces()]) <= 2 * 9
 

@@ -1,4 +1,4 @@
-"""Codes and scales as their names and dtypes tell them, whatever the method."""
+"""Tests of codes and scales recognized by their names and dtypes, for any method."""
 
 import pytest
 
@@ -6,13 +6,13 @@ from automodel_conv.planning.code_names import CodeNames, has_codes, packed_dtyp
 from tests.planning.test_quantization import table
 
 
-def test_codes_with_scales_are_seen_without_a_config():
+def test_codes_with_scales_are_recognized_without_a_config():
     assert has_codes(table(a__weight=("F8_E4M3", (8, 8)), a__weight_scale_inv=("F32", (1, 1)))) == "a.weight"
     assert has_codes(table(a__weight=("F8_E4M3", (8, 8)))) is None
     assert has_codes(table(a__weight_scale_inv=("F32", (1, 1)), a__weight=("BF16", (8, 8)))) is None
 
 
-def test_a_tensor_has_codes_only_if_the_scale_is_one_of_its_own_method():
+def test_tensor_has_codes_only_if_the_scale_is_one_of_its_own_method():
     blocks = table(a_blocks=("U8", (2, 4, 3, 16)), a_scales=("U8", (2, 4, 3)))
     assert has_codes(blocks) == "a_blocks"
     assert has_codes(table(a_blocks=("U8", (2, 4, 3, 16)), a_scale=("U8", (2, 4, 3)))) is None

@@ -1,8 +1,8 @@
-"""Compiled plans, and the problems that they leave out."""
+"""Tests of compiled plans, and of the problems that they leave out."""
 
 import pytest
 
-pytest.importorskip("transformers", reason="rules are transformers' own objects")
+pytest.importorskip("transformers", reason="rules are objects of transformers")
 
 from transformers.core_model_loading import (
     Chunk,
@@ -57,9 +57,9 @@ def test_merged_experts_hold_gate_above_up(shape):
     rows, columns = shape
     names = [f"experts.{e}.{w}.weight" for w in ("w3", "w1") for e in (1, 0)]
     plan, problems = compiled({name: ("F32", shape) for name in names}, None, [two_projections()])
-    made = execute(plan, {name: [(name, i) for i in range(rows * columns)] for name in names})
+    results = execute(plan, {name: [(name, i) for i in range(rows * columns)] for name in names})
     assert problems.reasons() == []
-    assert made["experts.gate_up_proj"] == [
+    assert results["experts.gate_up_proj"] == [
         (f"experts.{e}.{w}.weight", i) for e in (0, 1) for w in ("w1", "w3") for i in range(rows * columns)
     ]
     assert plan.targets[0].shape == (2, 2 * rows, columns)
@@ -70,12 +70,14 @@ def test_one_source_fills_several_targets(rows):
     rule = WeightConverter("qkv", ["q", "k", "v"], operations=[Chunk(dim=0)])
     targets = {name: ("F32", (rows // 3, 2)) for name in "qkv"}
     plan, problems = compiled({"qkv": ("F32", (rows, 2))}, targets, [rule])
-    made = execute(plan, {"qkv": list(range(2 * rows))})
+    results = execute(plan, {"qkv": list(range(2 * rows))})
     assert problems.reasons() == []
-    assert made == {name: list(range(2 * rows))[n * 2 * rows // 3 :][: 2 * rows // 3] for n, name in enumerate("qkv")}
+    assert results == {
+        name: list(range(2 * rows))[n * 2 * rows // 3 :][: 2 * rows // 3] for n, name in enumerate("qkv")
+    }
 
 
-def test_parts_of_several_dtypes_need_a_word():
+def test_parts_of_several_dtypes_are_refused():
     sources = {"experts.0.w1.weight": ("F32", (2, 3)), "experts.1.w1.weight": ("BF16", (2, 3))}
     with pytest.raises(UnsupportedError, match=r"experts\.gate_up_proj have different dtypes(.|\n)*\['BF16', 'F32'\]"):
         compiled(sources, None, [merging()])
@@ -88,7 +90,7 @@ def test_integers_keep_their_dtype_if_floats_are_cast():
     assert {target.name: target.dtype for target in plan.targets} == {"a": "I64", "b": "BF16"}
 
 
-def test_an_operation_of_the_user_needs_a_model():
+def test_operation_of_the_user_needs_a_model():
     class Doubled(MergeModulelist):
         pass
 
@@ -102,7 +104,7 @@ def test_an_operation_of_the_user_needs_a_model():
     assert problems.reasons() == []
 
 
-def test_two_sources_for_an_operation_that_takes_one_are_told():
+def test_two_sources_for_an_operation_with_one_input_are_named():
     rules = [
         WeightRenaming("old", "new"),
         WeightConverter("new.w", "new.t", operations=[Transpose(0, 1)]),
@@ -121,7 +123,7 @@ def two_projections():
     )
 
 
-def test_a_missing_expert_is_named():
+def test_missing_expert_is_named():
     names = [f"layers.3.experts.{e}.{w}.weight" for e in range(20) for w in ("w1", "w3") if (e, w) != (17, "w3")]
     table = SourceTable(names, ["F32"] * len(names), [(2, 5)] * len(names))
     targets = {"layers.3.experts.gate_up_proj": TargetSpec("F32", (20, 4, 5))}
@@ -130,7 +132,7 @@ def test_a_missing_expert_is_named():
     assert problems.incomplete == [("layers.3.experts.gate_up_proj", ("layers.3.experts.17.w3.weight",))]
 
 
-def test_the_last_experts_and_a_whole_projection_are_named():
+def test_missing_last_experts_and_projections_are_named():
     names = [f"layers.3.experts.{e}.w1.weight" for e in range(18)]
     table = SourceTable(names, ["F32"] * len(names), [(2, 5)] * len(names))
     targets = {"layers.3.experts.gate_up_proj": TargetSpec("F32", (20, 4, 5))}
@@ -142,7 +144,7 @@ def test_the_last_experts_and_a_whole_projection_are_named():
     assert "w3" in parts[2]
 
 
-def test_a_gap_in_the_experts_is_named_without_a_model_too():
+def test_gap_in_the_experts_is_named_without_a_model():
     names = [f"experts.{e}.w1.weight" for e in range(20) if e != 17]
     table = SourceTable(names, ["F32"] * len(names), [(2, 5)] * len(names))
     _, problems = compile_targets(table, RuleSet([merging()]), None)

@@ -1,8 +1,8 @@
-"""Uses of rules that fit in every respect, and the reasons that leave the others out."""
+"""Tests of uses of rules that fit in every respect, and of the reasons that leave the others out."""
 
 import pytest
 
-pytest.importorskip("transformers", reason="rules are transformers' own objects")
+pytest.importorskip("transformers", reason="rules are objects of transformers")
 
 from transformers.core_model_loading import Chunk, MergeModulelist, WeightConverter, WeightRenaming
 
@@ -28,12 +28,12 @@ def experts(layer, numbers, shape=(2, 3)):
 
 
 @pytest.mark.parametrize("shape", [(2, 3), (3, 3), (1, 1), (0, 3)])
-def test_a_use_that_fits_is_returned_with_its_rows(shape):
+def test_use_that_fits_is_returned_with_its_rows(shape):
     targets = {"a.experts.gate_up_proj": (3, *shape)}
     assert uses(experts("a", range(3), shape), targets, [MERGE]) == ([((0, 1, 2), list(targets))], {})
 
 
-def test_a_use_without_all_parts_is_left_and_the_others_are_not():
+def test_use_without_all_parts_is_left_and_the_others_are_not():
     sources = experts("a", (0, 2)) | experts("b", range(3))
     targets = {"a.experts.gate_up_proj": (3, 2, 3), "b.experts.gate_up_proj": (3, 2, 3)}
     complete, left = uses(sources, targets, [MERGE])
@@ -41,19 +41,19 @@ def test_a_use_without_all_parts_is_left_and_the_others_are_not():
     assert left == {"a.experts.gate_up_proj": "parts are absent: a.experts.1.w1.weight"}
 
 
-def test_a_use_of_another_shape_is_left():
+def test_use_of_another_shape_is_left():
     complete, left = uses(experts("a", range(3)), {"a.experts.gate_up_proj": (3, 3, 2)}, [MERGE])
     assert complete == []
     assert left == {"a.experts.gate_up_proj": "shape [3, 2, 3] instead of [3, 3, 2]"}
 
 
-def test_a_use_with_a_target_that_the_model_lacks_is_left():
+def test_use_with_a_target_that_the_model_lacks_is_left():
     complete, left = uses({"m.qkv": (6, 2)}, {"m.q": (2, 2), "m.k": (2, 2)}, [SPLIT])
     assert complete == []
     assert left == {"m.q": "the model has no m.v"}
 
 
-def test_a_use_whose_target_has_a_source_of_its_own_is_left():
+def test_use_whose_target_has_a_source_of_its_own_is_left():
     sources = {"m.qkv": (6, 2), "m.v": (2, 2)}
     complete, left = uses(sources, {f"m.{name}": (2, 2) for name in "qkv"}, [SPLIT])
     assert complete == []

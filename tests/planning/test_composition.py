@@ -1,4 +1,4 @@
-"""Plans one after the other, and their inverses, executed one element at a time."""
+"""Tests of plans in sequence and of their inverses, executed one element at a time."""
 
 from dataclasses import replace
 
@@ -17,17 +17,17 @@ from tests.planning.plans import (
     SEEDS,
     SWAP,
     experts_plan,
-    made,
     plan_of,
     random_plan,
     table,
     table_of,
+    targets_of,
     three_plans,
 )
 
 
 @given(SEEDS)
-def test_the_inverse_after_the_plan_is_the_identity(seed):
+def test_inverse_after_the_plan_is_the_identity(seed):
     _, plan = random_plan(seed)
     start = addressed(plan.sources)
     assert execute(plan.inverse(), execute(plan, start)) == start
@@ -35,7 +35,7 @@ def test_the_inverse_after_the_plan_is_the_identity(seed):
 
 
 @given(SEEDS)
-def test_the_inverse_of_the_inverse_copies_the_same(seed):
+def test_inverse_of_the_inverse_copies_the_same(seed):
     _, plan = random_plan(seed)
     again = plan.inverse().inverse()
     start = addressed(plan.sources)
@@ -59,8 +59,8 @@ def test_then_equals_one_after_the_other_for_any_chain(seed):
     sources = table_of(first)
     second = plan_of(
         sources,
-        made(
-            sources, [["made"]], rng.choice([[SWAP], [CHUNK], [Operation("SplitModulelist", (("dim", 1),))]]), ["x.*"]
+        targets_of(
+            sources, [["result"]], rng.choice([[SWAP], [CHUNK], [Operation("SplitModulelist", (("dim", 1),))]]), ["x.*"]
         ),
     )
     start = addressed(first.sources)
@@ -75,7 +75,7 @@ def test_then_equals_one_after_the_other_for_any_chain(seed):
 
 def test_then_does_not_skip_a_tensor_that_is_rearranged_under_its_own_name():
     sources = table(a=(4,))
-    first = plan_of(sources, made(sources, [["a"]], [], ["a"]))
+    first = plan_of(sources, targets_of(sources, [["a"]], [], ["a"]))
     halves = [Piece(0, Box((2,), (1,), (1,)), 2, 0), Piece(0, Box((2,), (1,), (1,)), 0, 2)]
     swap = plan_of(sources, [Target("a", "BF16", (4,), -1, (0,), group_pieces(halves))])
     start = addressed(sources)
@@ -90,9 +90,9 @@ def fallback_plan(source="a", name="b"):
     return CopyPlan(table(**{source: (4,)}), (Target(name, "BF16", (4,), -1, (0,), (), upstream()),))
 
 
-def test_then_does_not_skip_upstreams_work_on_a_tensor_of_the_same_name():
+def test_then_does_not_skip_transformers_code_on_a_tensor_of_the_same_name():
     sources = table(a=(4,))
-    first = plan_of(sources, made(sources, [["a"]], [], ["a"]))
+    first = plan_of(sources, targets_of(sources, [["a"]], [], ["a"]))
     try:
         composed = first.then(fallback_plan("a", "a"))
     except UnsupportedError:
@@ -100,59 +100,59 @@ def test_then_does_not_skip_upstreams_work_on_a_tensor_of_the_same_name():
     assert composed.fallbacks == ("a",)
 
 
-def test_then_passes_upstreams_work_through():
-    following = plan_of(table(b=(4,)), made(table(b=(4,)), [["b"]], [], ["b"]))
+def test_then_passes_transformers_code_through():
+    following = plan_of(table(b=(4,)), targets_of(table(b=(4,)), [["b"]], [], ["b"]))
     assert fallback_plan().then(following).fallbacks == ("b",)
-    renamed = plan_of(table(b=(4,)), made(table(b=(4,)), [["b"]], [], ["c"]))
+    renamed = plan_of(table(b=(4,)), targets_of(table(b=(4,)), [["b"]], [], ["c"]))
     with pytest.raises(UnsupportedError, match="b is filled by transformers"):
         fallback_plan().then(renamed)
 
 
-def test_then_needs_what_the_first_plan_makes():
-    following = plan_of(table(other=(4,)), made(table(other=(4,)), [["other"]], [], ["c"]))
+def test_then_needs_sources_from_the_first_plan():
+    following = plan_of(table(other=(4,)), targets_of(table(other=(4,)), [["other"]], [], ["c"]))
     with pytest.raises(CoverageError, match="c needs other"):
         experts_plan().then(following)
-    wrong = plan_of(table(norm=(2, 2)), made(table(norm=(2, 2)), [["norm"]], [], ["c"]))
+    wrong = plan_of(table(norm=(2, 2)), targets_of(table(norm=(2, 2)), [["norm"]], [], ["c"]))
     with pytest.raises(CoverageError, match=r"expected: BF16 \[2, 2\]\n.*found:    BF16 \[4\]"):
         experts_plan().then(wrong)
     sources = SourceTable(["norm"], ["F32"], [(4,)])
-    other = plan_of(sources, made(sources, [["norm"]], [], ["c"], "F32"))
+    other = plan_of(sources, targets_of(sources, [["norm"]], [], ["c"], "F32"))
     with pytest.raises(CoverageError, match=r"expected: F32 \[4\]\n.*found:    BF16 \[4\]"):
         experts_plan().then(other)
 
 
-def test_a_cast_on_the_way_is_not_lost():
+def test_cast_between_plans_is_kept():
     sources = SourceTable(["a"], ["F32"], [(4,)])
-    down = plan_of(sources, made(sources, [["a"]], [], ["b"], "BF16"))
-    up = plan_of(table_of(down), made(table_of(down), [["b"]], [], ["c"], "F32"))
+    down = plan_of(sources, targets_of(sources, [["a"]], [], ["b"], "BF16"))
+    up = plan_of(table_of(down), targets_of(table_of(down), [["b"]], [], ["c"], "F32"))
     with pytest.raises(UnsupportedError, match="cast twice"):
         down.then(up)
-    keep = plan_of(table_of(down), made(table_of(down), [["b"]], [], ["c"], "BF16"))
+    keep = plan_of(table_of(down), targets_of(table_of(down), [["b"]], [], ["c"], "BF16"))
     assert down.then(keep).targets[0].dtype == "BF16"
 
 
-def test_a_plan_that_drops_part_of_a_source_has_no_inverse():
+def test_plan_that_drops_part_of_a_source_has_no_inverse():
     sources = table(qkv=(6, 2))
-    split = plan_of(sources, made(sources, [["qkv"]], [CHUNK], ["q", "k", "v"]))
+    split = plan_of(sources, targets_of(sources, [["qkv"]], [CHUNK], ["q", "k", "v"]))
     assert [t.name for t in split.inverse().targets] == ["qkv"]
     with pytest.raises(CoverageError, match=r"qkv would be left partly unwritten"):
         plan_of(sources, split.targets[:2]).inverse()
 
 
-def test_a_source_that_is_read_twice_has_no_inverse():
+def test_source_that_is_read_twice_has_no_inverse():
     sources = table(a=(4,))
-    plan = plan_of(sources, [*made(sources, [["a"]], [], ["x"]), *made(sources, [["a"]], [], ["y"])])
+    plan = plan_of(sources, [*targets_of(sources, [["a"]], [], ["x"]), *targets_of(sources, [["a"]], [], ["y"])])
     with pytest.raises(CoverageError, match="a would be written twice"):
         plan.inverse()
 
 
-def test_the_inverse_casts_back():
+def test_inverse_casts_back():
     back = experts_plan("F32").inverse()
     assert {t.dtype for t in back.targets} == {"BF16"}
     assert set(back.sources.dtypes) == {"F32", "BF16"}
 
 
-def test_upstreams_work_has_neither_inverse_nor_json():
+def test_transformers_code_has_neither_inverse_nor_json():
     plan = fallback_plan()
     plan.validate()
     assert plan.fallbacks == ("b",)
@@ -164,11 +164,11 @@ def test_upstreams_work_has_neither_inverse_nor_json():
     assert "because it is not stock" in plan.explain("b")
 
 
-def test_shards_chains_and_inverses_keep_what_a_plan_knows_of_model_and_files():
+def test_shards_chains_and_inverses_keep_the_properties_of_model_and_files():
     plan = replace(experts_plan(), tied=(("a", "b"),), layout="nemo", source_layout="per_expert")
     regions = {target.name: whole_of(target.shape) for target in plan.targets}
-    made = plan.shard(regions), plan.inverse(), plan.inverse().then(plan)
-    known = [(each.tied, each.layout, each.source_layout) for each in made]
+    derived = plan.shard(regions), plan.inverse(), plan.inverse().then(plan)
+    known = [(one.tied, one.layout, one.source_layout) for one in derived]
     assert known == [
         ((("a", "b"),), "nemo", "per_expert"),
         ((), "per_expert", "nemo"),
@@ -176,8 +176,8 @@ def test_shards_chains_and_inverses_keep_what_a_plan_knows_of_model_and_files():
     ]
 
 
-def test_there_and_back_is_one_copy_of_the_whole():
-    """qkv to q, k, v and back again: the parts join up, and each source is named once."""
+def test_round_trip_is_one_copy_of_the_whole():
+    """qkv to q, k, v and back: the parts join, and each source appears once."""
     thirds = [
         Target(name, "F32", (2, 5), -1, (0,), group_pieces([Piece(0, Box((10,), (1,), (1,)), 10 * i, 0)]))
         for i, name in enumerate("qkv")
@@ -188,7 +188,7 @@ def test_there_and_back_is_one_copy_of_the_whole():
     assert back.is_whole
 
 
-def test_a_part_of_a_merged_tensor_reads_only_its_own_source():
+def test_part_of_a_merged_tensor_reads_only_its_own_source():
     merged = Target(
         "all", "F32", (3, 4), -1, (0, 1, 2), group_pieces(Piece(i, Box((4,), (1,), (1,)), 0, 4 * i) for i in range(3))
     )

@@ -1,4 +1,4 @@
-"""Copies over the row of all sources: fewer pieces that move the same elements."""
+"""Tests of copies over the row of all sources: fewer pieces that move the same elements."""
 
 import pytest
 from hypothesis import given
@@ -42,20 +42,20 @@ def test_gate_and_up_that_alternate_are_two():
     assert sorted(again(copy)) == sorted(copy.pieces())
 
 
-def test_a_gap_parts_two_runs():
+def test_gap_separates_two_runs():
     copy = copy_of([(0, 0, 0), (1, 0, 3), (3, 0, 6), (4, 0, 9)])
     assert len(over_sources(copy)) == 2
     assert again(copy) == copy.pieces()
 
 
-def test_experts_that_come_in_falling_order_stay_apart():
+def test_experts_in_falling_order_stay_separate():
     copy = copy_of([(0, 0, 6), (1, 0, 3), (2, 0, 0)])
     assert len(over_sources(copy)) == 3
     assert again(copy) == copy.pieces()
 
 
-def test_runs_within_one_source_stay_apart():
-    """They are no walk over sources: as one piece they would have another shape."""
+def test_runs_within_one_source_stay_separate():
+    """They are not walks over sources: as one piece they would have another shape."""
     copy = copy_of([(0, 0, 0), (0, 6, 3), (0, 12, 6)])
     assert again(copy) == copy.pieces() == [Piece(0, Box((3,), (1,), (1,)), i * 6, i * 3) for i in range(3)]
 
@@ -65,17 +65,17 @@ GEOMETRIES = st.sampled_from([((3,), (1,)), ((3, 3), (5, 1))])
 
 
 @given(COLUMNS, st.data())
-def test_copies_are_grouped_as_their_pieces_are(columns, data):
+def test_copies_are_grouped_like_their_pieces(columns, data):
     places = iter(data.draw(st.permutations(range(sum(map(len, columns))))))
     copies = []
     for group in columns:
         shape, strides = data.draw(GEOMETRIES)
-        made = tuple(zip(*[(source, 3 * read, 3 * next(places)) for source, read in group], strict=True))
-        copies.append(StridedCopy(Box(shape, strides, strides), *(made or ((), (), ()))))
+        of_group = tuple(zip(*[(source, 3 * read, 3 * next(places)) for source, read in group], strict=True))
+        copies.append(StridedCopy(Box(shape, strides, strides), *(of_group or ((), (), ()))))
     assert group_copies(copies) == group_pieces([piece for copy in copies for piece in copy.pieces()])
 
 
-def test_a_piece_that_walks_over_sources_in_two_dimensions_is_a_copy_of_each():
+def test_piece_that_walks_over_sources_in_two_dimensions_is_a_copy_of_each():
     walk = Piece(0, Box((2, 3, 4), (3 * SPAN, SPAN, 1), (24, 8, 1)), SPAN + 7, 100)
     writes = (100, 108, 116, 124, 132, 140)
     assert by_source(walk) == StridedCopy(Box((4,), (1,), (1,)), (1, 2, 3, 4, 5, 6), (7,) * 6, writes)

@@ -1,4 +1,4 @@
-"""Loads by a plan that is handed in: the same as loads that plan, without planning, and only what it fits."""
+"""Tests of loads by a given plan: the same result as loads that plan, without planning, and only if it fits."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-pytest.importorskip("transformers", reason="the models, their rules and their checkpoints are transformers'")
+pytest.importorskip("transformers", reason="the models, their rules and their checkpoints are those of transformers")
 
 import automodel_conv as amc
 from automodel_conv.compiling import opening, planned, to_model
@@ -31,7 +31,7 @@ from tests.quantized.test_models import quantized
 
 @pytest.fixture(scope="module")
 def mixtral(tmp_path_factory):
-    """A model, its checkpoint in several files, and its plan."""
+    """Return a model, its checkpoint in several files, and its plan."""
     path = tmp_path_factory.mktemp("mixtral")
     model = build_model("mixtral")
     write_checkpoint(model, path, 20_000)
@@ -40,7 +40,7 @@ def mixtral(tmp_path_factory):
 
 @pytest.fixture
 def changed(mixtral, tmp_path):
-    """Write the tensors anew after a change; the directory."""
+    """Return a function that writes the tensors again after a change, and returns the directory."""
 
     def change(edit, **metadata):
         tensors = tensors_of(mixtral.path)
@@ -64,13 +64,13 @@ def poisoned(name):
 
 
 def reported(report):
-    """All that a report says, but for how long it took."""
+    """Return everything that a report contains, except times."""
     return replace(report, seconds={})
 
 
 @pytest.fixture
 def never_planned(monkeypatch):
-    """Planning, or building a model, is an error."""
+    """Turn planning, and building a model, into an error."""
 
     def refuse(*arguments, **keywords):
         raise AssertionError("a plan was given")
@@ -81,13 +81,13 @@ def never_planned(monkeypatch):
 
 @pytest.fixture
 def never_opened(monkeypatch):
-    """To open a checkpoint, and so to download it, is an error."""
+    """Turn opening a checkpoint, and so downloading it, into an error."""
     monkeypatch.setattr(opening, "open_downloaded", None)
 
 
 @pytest.mark.parametrize("form", ["plan", "json"])
 @pytest.mark.parametrize("home", ["new tensors", "no model", "in place", "meta"])
-def test_a_load_by_a_plan_is_the_load_that_plans(mixtral, form, home, request):
+def test_load_by_a_plan_equals_the_load_that_plans(mixtral, form, home, request):
     plan = mixtral.plan if form == "plan" else mixtral.plan.to_json()
     expected = amc.load_state_dict(mixtral.path, mixtral.model)
     request.getfixturevalue("never_planned")
@@ -132,14 +132,14 @@ def test_names_that_are_one_tensor_are_one_tensor(tmp_path, given):
     assert model.head is model.embed
 
 
-def test_quantized_tensors_are_decoded_as_the_plan_says(tmp_path):
+def test_quantized_tensors_are_decoded_by_the_plan(tmp_path):
     quantized("qwen3_moe", tmp_path)
     expected = amc.load_state_dict(tmp_path)
     plan = amc.compile_plan(tmp_path)
     assert plan.sources.decodes
     assert_same_in_order(amc.load_state_dict(tmp_path, plan=plan), expected)
     stored = load_file(tmp_path / "model.safetensors")
-    for number, names in enumerate((sorted(stored)[::2], sorted(stored)[1::2])):  # other files, so other rows
+    for number, names in enumerate((sorted(stored)[::2], sorted(stored)[1::2])):  # two files: other rows
         save_file({n: stored[n] for n in names}, tmp_path / f"part-{number}.safetensors")
     weight_map = {name: f"part-{sorted(stored).index(name) % 2}.safetensors" for name in stored}
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
@@ -148,13 +148,13 @@ def test_quantized_tensors_are_decoded_as_the_plan_says(tmp_path):
     assert loaded.report.left_out == ()
 
 
-def test_codes_stay_codes_where_the_plan_says_so(tmp_path):
+def test_codes_are_kept_if_the_plan_keeps_them(tmp_path):
     quantized("qwen3_moe", tmp_path)
     plan = amc.compile_plan(tmp_path, rules=[], dequantize=False)
     assert_same(amc.load_state_dict(tmp_path, plan=plan.to_json()), tensors_of(tmp_path))
 
 
-def test_codes_that_decode_otherwise_do_not_fit(tmp_path):
+def test_codes_with_another_decoding_do_not_fit(tmp_path):
     quantized("qwen3_moe", tmp_path / "a")
     plan = amc.compile_plan(tmp_path / "a")
     quantized("qwen3_moe", tmp_path / "b", fine_grained((4, 4)))
@@ -191,11 +191,11 @@ def test_offsets_and_files_may_differ(mixtral, changed, form):
     assert_same_in_order(loaded, amc.load_state_dict(path, mixtral.model))
 
 
-def test_targets_of_upstreams_own_code_are_made_from_other_rows_too(tmp_path):
+def test_targets_of_transformers_code_follow_moved_rows(tmp_path):
     save_file({"a": torch.arange(6.0), "b": torch.arange(6.0) + 10}, tmp_path / "model.safetensors")
     plan = amc.compile_plan(tmp_path, rules=[])
     row = plan.sources.names.index("b")
-    fallback = Fallback("a test says so", lambda sources: {"b": sources[row] * 2})
+    fallback = Fallback("for a test", lambda sources: {"b": sources[row] * 2})
     own = plan.target("b")._replace(copies=(), fallback=fallback)
     plan = replace(plan, targets=(plan.target("a"), own))
     save_file({"b": torch.arange(6.0) + 10, "a": torch.arange(6.0)}, tmp_path / "model.safetensors")
@@ -222,7 +222,7 @@ def edited(name, change):
 
 @pytest.mark.parametrize("strict", [True, False])
 @pytest.mark.parametrize(
-    ("edit", "told"),
+    ("edit", "message"),
     [
         (lambda tensors: tensors.pop(EXPERT), rf"the checkpoint lacks \(1\):\n *{re.escape(EXPERT)}"),
         (edited(EXPERT, torch.Tensor.double), rf"{re.escape(EXPERT)}: the plan reads BF16 \[\d.*found F64 \["),
@@ -230,14 +230,14 @@ def edited(name, change):
     ],
     ids=["absent", "dtype", "shape"],
 )
-def test_a_source_that_does_not_fit_is_named_and_nothing_is_written(mixtral, changed, edit, told, strict):
+def test_source_that_does_not_fit_is_named_and_nothing_is_written(mixtral, changed, edit, message, strict):
     model = poisoned("mixtral")
     path = changed(edit)
     for load in (
         lambda: amc.load_model(model, path, plan=mixtral.plan, strict=strict),
         lambda: amc.load_state_dict(path, plan=mixtral.plan, strict=strict),
     ):
-        with pytest.raises(amc.NameProblems, match=told) as caught:
+        with pytest.raises(amc.NameProblems, match=message) as caught:
             load()
         assert "compile_plan" in str(caught.value)
         assert "leave plan out" in str(caught.value)
@@ -252,7 +252,7 @@ def test_targets_of_absent_sources_are_incomplete(mixtral, changed):
     assert caught.value.incomplete == (("model.layers.0.mlp.experts.down_proj", (EXPERT,)),)
 
 
-def test_a_tensor_that_the_plan_does_not_know_is_an_error_or_left_out(mixtral, changed):
+def test_tensor_outside_the_plan_is_an_error_or_left_out(mixtral, changed):
     path = changed(lambda tensors: tensors.update(extra=torch.ones(2)))
     with pytest.raises(amc.NameProblems, match=r"the plan does not have \(1\):\n *extra(.|\n)*strict=False"):
         amc.load_state_dict(path, plan=mixtral.plan)
@@ -261,7 +261,7 @@ def test_a_tensor_that_the_plan_does_not_know_is_an_error_or_left_out(mixtral, c
     assert_same_in_order(loaded, amc.load_state_dict(mixtral.path))
 
 
-def test_a_tensor_that_nothing_is_made_of_may_be_absent_where_the_load_is_not_strict(tmp_path):
+def test_unused_tensor_may_be_absent_in_a_lenient_load(tmp_path):
     save_file({"a": torch.ones(2), "b": torch.ones(3)}, tmp_path / "model.safetensors")
     whole = amc.compile_plan(tmp_path, rules=[])
     plan = replace(whole, targets=(whole.target("a"),))
@@ -275,7 +275,7 @@ def test_a_tensor_that_nothing_is_made_of_may_be_absent_where_the_load_is_not_st
 
 
 @pytest.mark.parametrize("strict", [True, False])
-def test_a_plan_of_another_model_does_not_fit(tmp_path, mixtral, strict):
+def test_plan_of_another_model_does_not_fit(tmp_path, mixtral, strict):
     other = build_model("qwen3_moe")
     for load in (
         lambda: amc.load_model(other, mixtral.path, plan=mixtral.plan, strict=strict),
@@ -291,7 +291,7 @@ def test_a_plan_of_another_model_does_not_fit(tmp_path, mixtral, strict):
     assert caught.value.mismatched == (("weight", (2, 3), (2, 4)),)
 
 
-def test_names_that_the_plan_does_not_make_are_missing(tmp_path):
+def test_names_that_the_plan_does_not_produce_are_missing(tmp_path):
     save_file({"weight": torch.ones(2, 3)}, tmp_path / "model.safetensors")
     plan = amc.compile_plan(tmp_path, nn.Linear(3, 2, bias=False))
     model = nn.Linear(3, 2)
@@ -308,7 +308,7 @@ def test_names_that_the_plan_does_not_make_are_missing(tmp_path):
     assert_bytes_equal(model.bias.detach(), before)
 
 
-def test_names_that_the_model_says_to_ignore_are_not_missing(mixtral):
+def test_names_that_the_model_ignores_are_not_missing(mixtral):
     plan = replace(mixtral.plan, targets=tuple(t for t in mixtral.plan.targets if t.name != "lm_head.weight"))
     model = build_model("mixtral")
     with pytest.raises(amc.NameProblems, match=r"the plan does not produce \(1\):\n *lm_head\.weight"):
@@ -318,7 +318,7 @@ def test_names_that_the_model_says_to_ignore_are_not_missing(mixtral):
     assert "lm_head.weight" not in amc.load_state_dict(mixtral.path, model, plan=plan)
 
 
-def test_what_a_plan_has_left_out_is_an_error_or_told(tmp_path):
+def test_sources_left_out_by_a_plan_are_an_error_or_reported(tmp_path):
     save_file({"a": torch.ones(2)}, tmp_path / "model.safetensors")
     plan = amc.compile_plan(tmp_path, rules=[])
     left_out = {"missing": ("m",), "unexpected": ("u",), "mismatched": (("x", (1,), (2,)),)}
@@ -330,7 +330,7 @@ def test_what_a_plan_has_left_out_is_an_error_or_told(tmp_path):
         assert getattr(amc.load_state_dict(tmp_path, plan=lacking, strict=False).report, f"{name}_keys") == value
 
 
-def test_dtypes_are_those_of_the_plan(mixtral):
+def test_dtypes_come_from_the_plan(mixtral):
     plan = amc.compile_plan(mixtral.path, mixtral.model, dtype=torch.bfloat16)
     expected = amc.load_state_dict(mixtral.path, mixtral.model, dtype=torch.bfloat16)
     model = build_model("mixtral")
@@ -339,7 +339,7 @@ def test_dtypes_are_those_of_the_plan(mixtral):
 
 
 @pytest.mark.parametrize("layout", ["nemo", "gpt_oss", "vllm", "transformers"])
-def test_a_layout_is_that_of_the_plan(mixtral, layout):
+def test_layout_comes_from_the_plan(mixtral, layout):
     plan = amc.compile_plan(mixtral.path, mixtral.model, layout=layout).to_json()
     expected = amc.load_state_dict(mixtral.path, mixtral.model, layout=layout)
     for model in (mixtral.model, None):
@@ -355,7 +355,7 @@ def test_a_layout_is_that_of_the_plan(mixtral, layout):
             amc.load_model(model, mixtral.path, plan=plan)
 
 
-def test_files_that_say_another_layout_than_the_plan_was_made_for_are_refused(mixtral, tmp_path):
+def test_files_in_another_layout_than_the_plan_are_refused(mixtral, tmp_path):
     for layout in ("transformers", "gpt_oss"):
         amc.convert_checkpoint(mixtral.path, tmp_path / layout, layout=layout)
     plan = amc.compile_plan(tmp_path / "transformers", mixtral.model)
@@ -396,7 +396,7 @@ PLANS_IN_FILES = ["path/to/plan.json", Path("plan.json"), ""]
 
 
 @pytest.mark.parametrize("plan", [3, b"{}", {"version": 3}, "{}", *PLANS_IN_FILES], ids=repr)
-def test_what_is_no_plan_is_refused_before_anything_is_opened(mixtral, never_opened, plan):
+def test_invalid_plan_is_refused_before_anything_is_opened(mixtral, never_opened, plan):
     for load in (
         lambda: amc.load_state_dict(mixtral.path, plan=plan),
         lambda: amc.load_model(build_model("mixtral"), mixtral.path, plan=plan),
@@ -414,7 +414,7 @@ def test_reading_a_plan_is_planning(mixtral, monkeypatch):
     assert seconds["plan"] == seconds["open"] + 1
 
 
-def test_a_plan_from_json_is_proved(mixtral):
+def test_plan_from_json_is_proved(mixtral):
     data = json.loads(mixtral.plan.to_json())
     data["copies"][0][0][-1][0] = 1
     with pytest.raises(amc.CoverageError):

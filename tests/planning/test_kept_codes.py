@@ -1,4 +1,4 @@
-"""Plans that keep codes and scales while weights are grouped: each code keeps its scale."""
+"""Tests of plans that keep codes and scales while weights are grouped: each code keeps its scale."""
 
 import itertools
 
@@ -21,7 +21,7 @@ TURNED = lambda parts: values.transpose(values.stack(parts, 0), 1, 2)  # noqa: E
 
 
 def stored(rows, columns, codes="F8_E4M3", second="F8_E4M3"):
-    """Two weights and their scales, and a tensor that is not quantized."""
+    """Return two weights with their scales, and a tensor that is not quantized."""
     grid = (-(-rows // 2), -(-columns // 2))
     names = ["e.0.weight", "e.0.weight_scale_inv", "e.1.weight", "e.1.weight_scale_inv", "norm"]
     shapes = [(rows, columns), grid, (rows, columns), grid, (3,)]
@@ -31,7 +31,7 @@ def stored(rows, columns, codes="F8_E4M3", second="F8_E4M3"):
 
 
 def grouped_by(join):
-    """A plan of a table that joins the two weights, and keeps all other tensors."""
+    """Return a function that plans a table: it joins the two weights and keeps all other tensors."""
 
     def plan_of(table):
         rows = {name: row for row, name in enumerate(table.names) if row not in table.hidden}
@@ -49,7 +49,7 @@ def grouped_by(join):
 def kept(table, join, config=FP8):
     decoded = quantized_table(table, config)
     plan_of = grouped_by(join)
-    return keep_codes(table, decoded, plan_of(decoded), plan_of, lambda made: quantized_table(made, config))
+    return keep_codes(table, decoded, plan_of(decoded), plan_of, lambda joined: quantized_table(joined, config))
 
 
 @pytest.mark.parametrize(("rows", "columns"), [(4, 6), (4, 4), (2, 2), (3, 5), (1, 1)])
@@ -61,9 +61,9 @@ def test_stacked_codes_have_stacked_scales(rows, columns):
         ("e.weight_scale_inv", "F32"),
         ("norm", "BF16"),
     ]
-    made = execute(plan, addressed(table))
+    results = execute(plan, addressed(table))
     for suffix, numel in (("", rows * columns), ("_scale_inv", -(-rows // 2) * -(-columns // 2))):
-        assert made[f"e.weight{suffix}"] == [(f"e.{e}.weight{suffix}", i) for e in range(2) for i in range(numel)]
+        assert results[f"e.weight{suffix}"] == [(f"e.{e}.weight{suffix}", i) for e in range(2) for i in range(numel)]
 
 
 @pytest.mark.parametrize(("rows", "columns"), [(4, 6), (4, 4), (3, 5), (2, 2)])
@@ -75,18 +75,18 @@ def test_each_code_keeps_its_scale_or_is_refused(join, rows, columns):
             kept(table, join)
         return
     plan = kept(table, join)
-    made, shapes = execute(plan, addressed(table)), {t.name: t.shape for t in plan.targets}
+    results, shapes = execute(plan, addressed(table)), {t.name: t.shape for t in plan.targets}
     *lead, new_rows, new_columns = shapes["e.weight"]
     grid = shapes["e.weight_scale_inv"][-2:]
     for at in itertools.product(*map(range, (*lead, new_rows, new_columns))):
         matrix, row, column = (at[0] if lead else 0), at[-2], at[-1]
-        name, element = made["e.weight"][(matrix * new_rows + row) * new_columns + column]
-        scale = made["e.weight_scale_inv"][(matrix * grid[0] + row // 2) * grid[1] + column // 2]
+        name, element = results["e.weight"][(matrix * new_rows + row) * new_columns + column]
+        scale = results["e.weight_scale_inv"][(matrix * grid[0] + row // 2) * grid[1] + column // 2]
         expected = element // columns // 2 * -(-columns // 2) + element % columns // 2
         assert scale == (f"{name}_scale_inv", expected)
 
 
-def test_a_weight_of_which_only_a_part_is_quantized_is_refused():
+def test_weight_of_which_only_a_part_is_quantized_is_refused():
     with pytest.raises(UnsupportedError, match=r"e\.weight(.|\n)*only some of its parts are quantized"):
         kept(stored(4, 4, second="BF16"), STACK)
 
@@ -96,7 +96,7 @@ def test_parts_of_different_formats_are_refused():
         kept(stored(4, 4, second="F8_E5M2"), STACK)
 
 
-def test_a_plan_without_codes_only_gets_the_stored_table():
+def test_plan_without_codes_only_gets_the_stored_table():
     table = SourceTable(["a"], ["BF16"], [(2,)])
     whole = leaf(0, (2,))
     numbers = CopyPlan(table, (Target("a", "BF16", (2,), -1, (0,), copies_of(whole)),))

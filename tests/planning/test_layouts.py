@@ -1,4 +1,4 @@
-"""Layouts of grouped experts against loops over experts, rows and columns."""
+"""Tests of layouts of grouped experts against loops over experts, rows and columns."""
 
 import pytest
 
@@ -13,7 +13,7 @@ from automodel_conv.planning.layouts import (
 )
 
 
-def test_an_unknown_layout_lists_those_there_are():
+def test_unknown_layout_lists_the_known_ones():
     with pytest.raises(UnsupportedError, match="unknown layout 'vlllm'") as error:
         get_layout("vlllm")
     assert all(name in str(error.value) for name in LAYOUTS)
@@ -21,7 +21,7 @@ def test_an_unknown_layout_lists_those_there_are():
 
 
 @pytest.mark.parametrize("name", ["per-expert", "per expert", "PER_EXPERT", "perexpert", "per_experts"])
-def test_one_that_is_spelled_alike_is_named(name):
+def test_layout_with_a_similar_name_is_suggested(name):
     with pytest.raises(UnsupportedError, match=r"(?s)one of .*'per_expert'.*write 'per_expert'"):
         get_layout(name, PER_EXPERT)
     with pytest.raises(UnsupportedError, match="convert_checkpoint") as error:
@@ -29,7 +29,7 @@ def test_one_that_is_spelled_alike_is_named(name):
     assert "'per_expert'" not in str(error.value)
 
 
-def test_names_unlike_all_layouts_get_the_list_alone():
+def test_names_unlike_all_layouts_get_only_the_list():
     with pytest.raises(UnsupportedError, match="write 'gpt_oss'"):
         get_layout("gpt-oss")
     for name in ("megatron", "", "hf"):
@@ -38,12 +38,12 @@ def test_names_unlike_all_layouts_get_the_list_alone():
         assert "do:" not in str(error.value)
 
 
-def test_a_models_own_flags_are_a_layout():
+def test_models_own_flags_are_a_layout():
     assert as_layout(ExpertLayout(transposed=False, interleaved=False, gated=True)) == LAYOUTS["transformers"]
     assert as_layout(ExpertLayout(transposed=True, interleaved=True, gated=True)) == LAYOUTS["gpt_oss"]
 
 
-def test_names_of_experts_are_told_by_module_and_name():
+def test_names_of_experts_are_recognized_by_module_and_name():
     assert holds_experts("m.experts.w13_weight", LAYOUTS["vllm"])
     assert not holds_experts("m.experts.w13_weight", LAYOUTS["nemo"])
     assert not holds_experts("m.shared_experts.w13_weight", LAYOUTS["vllm"])

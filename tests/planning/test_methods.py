@@ -1,4 +1,4 @@
-"""The data of each quantization method fits itself, and what decodes it."""
+"""Tests of the data of each quantization method: consistent with itself, and with the decoder."""
 
 import pytest
 
@@ -25,7 +25,7 @@ def test_formats_have_the_bits_of_their_tables():
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_a_tensor_is_packed_in_one_way(name):
+def test_tensor_is_packed_in_one_way(name):
     method = METHODS[name]
     assert method.name == name
     forms = [(packing.suffix, packing.dtype) for packing in method.codes]
@@ -55,7 +55,7 @@ def test_shapes_of_codes(packing, stored, unpacked):
     ("weight", "suffix", "part"),
     [("a.weight", "_scale", "a.weight_scale"), ("a.weight", ".scale", "a.scale"), ("a.bias", "", "a.bias")],
 )
-def test_a_part_is_named_after_its_weight(weight, suffix, part):
+def test_part_is_named_after_its_weight(weight, suffix, part):
     assert part_name(weight, suffix) == part
     assert weight_name(part, suffix) == weight
     assert part_name("a.bias", ".scale") is None
@@ -97,11 +97,11 @@ FLOAT8 = {"num_bits": 8, "type": "float"}
     ],
     ids=str,
 )
-def test_a_config_states_its_scheme(method, config, scheme):
+def test_config_states_its_scheme(method, config, scheme):
     assert METHODS[method].schemes(config)[0] == scheme
 
 
-def test_a_config_for_the_kv_cache_alone_states_no_scheme():
+def test_config_for_only_the_kv_cache_states_no_scheme():
     assert METHODS["modelopt"].schemes({"kv_cache_scheme": "FP8"}) == []
     assert METHODS["compressed-tensors"].schemes({"config_groups": {"0": {"weights": None}}}) == []
 
@@ -119,13 +119,13 @@ def test_a_config_for_the_kv_cache_alone_states_no_scheme():
     ],
     ids=str,
 )
-def test_a_scheme_that_is_not_decoded_is_named(method, config, named):
+def test_scheme_that_is_not_decoded_is_named(method, config, named):
     with pytest.raises(UnsupportedScheme, match=named):
         METHODS[method].schemes(config)
 
 
 @pytest.mark.parametrize("sizes", [(1,), (1, 2, 3), (0, 32), (1, -1), (1, 1 << 31), (1.0, 32), ("1", 32), (True, 32)])
-def test_a_block_has_two_positive_sizes(sizes):
+def test_block_has_two_positive_sizes(sizes):
     with pytest.raises((ValueError, TypeError)):
         block_of(sizes)
     assert block_of([1, 32]) == (1, 32)

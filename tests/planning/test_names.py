@@ -1,4 +1,4 @@
-"""Names without what wrappers of torch add to them."""
+"""Tests of names without the components that wrappers of torch add."""
 
 import pytest
 
@@ -17,11 +17,11 @@ from automodel_conv.planning.names import plain_names, plain_table, plain_tensor
         ([], []),
     ],
 )
-def test_the_component_of_a_compiled_module_is_removed(names, plain):
+def test_component_of_a_compiled_module_is_removed(names, plain):
     assert plain_names(names) == plain
 
 
-def test_a_model_that_has_such_a_component_itself_keeps_it():
+def test_model_that_has_such_a_component_itself_keeps_it():
     names = ["a._orig_mod.w", "b"]
     assert plain_names(names, ["a._orig_mod.w"]) == names
 
@@ -37,7 +37,7 @@ def test_a_model_that_has_such_a_component_itself_keeps_it():
     ],
     ids=str,
 )
-def test_the_first_component_of_data_parallelism_is_removed_if_all_names_have_it(names, known, plain):
+def test_first_component_of_data_parallelism_is_removed_if_all_names_have_it(names, known, plain):
     assert plain_names(names, known) == plain
 
 

@@ -1,4 +1,4 @@
-"""Each operation against loops over coordinates, and inputs that do not fit it."""
+"""Tests of each operation against loops over coordinates, and of inputs that do not fit."""
 
 import random
 

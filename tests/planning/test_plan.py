@@ -1,4 +1,4 @@
-"""Plans: what they say, and what they prove, executed one element at a time."""
+"""Tests of plans: their reports, and what they prove, by execution one element at a time."""
 
 from dataclasses import replace
 
@@ -6,7 +6,7 @@ import pytest
 
 from automodel_conv.planning.plan import CopyPlan
 from tests.planning.oracles import addressed, execute
-from tests.planning.plans import CHUNK, experts_plan, made, plan_of, table, transposing_plan
+from tests.planning.plans import CHUNK, experts_plan, plan_of, table, targets_of, transposing_plan
 
 SUMMARY = """\
  targets  sources        GB  execution      rule
@@ -28,7 +28,7 @@ w13  BF16 [2, 4, 6]  96 bytes  (strided)
   gate_up BF16 [2, 6, 4][0 + 2x24 4x1 3x4 2x12] -> [0 + 2x24 4x6 3x2 2x1]"""
 
 
-def test_summary_reads_as_it_should():
+def test_summary_matches_the_expected_text():
     assert experts_plan().summary() == SUMMARY
 
 
@@ -38,12 +38,12 @@ def test_explain_names_every_source_and_its_region():
 
 
 def test_explain_of_an_unknown_target_suggests_names():
-    plan = plan_of(table(a=(2,)), made(table(a=(2,)), [["a"]], [], ["layers.0.w"]))
+    plan = plan_of(table(a=(2,)), targets_of(table(a=(2,)), [["a"]], [], ["layers.0.w"]))
     with pytest.raises(KeyError, match=r"layers\.0\.w"):
         plan.explain("layers.9.w")
 
 
-def test_ways_of_execution_are_told_apart():
+def test_ways_of_execution_are_distinguished():
     assert experts_plan().execution_of(experts_plan().target("gate_up")) == "read"
     cast = experts_plan("F32")
     assert cast.execution_of(cast.target("gate_up")) == "cast"
@@ -58,12 +58,12 @@ def test_bytes_are_counted_once_and_in_their_own_dtype():
     assert plan.bytes_read == 4 * 3 * 4 * 2 + 4 * 2
     assert plan.bytes_written == 2 * 6 * 4 * 4 + 4 * 2
     sources = table(qkv=(6, 2), unused=(100,))
-    split = plan_of(sources, made(sources, [["qkv"]], [CHUNK], ["q", "k", "v"]))
+    split = plan_of(sources, targets_of(sources, [["qkv"]], [CHUNK], ["q", "k", "v"]))
     assert split.bytes_read == split.bytes_written == 24
     assert split.used_sources == {0}
 
 
-def test_another_set_of_targets_leaves_the_first_plan_alone():
+def test_replaced_targets_leave_the_first_plan_unchanged():
     plan = experts_plan()
     fewer = replace(plan, targets=plan.targets[1:])
     assert plan.target("gate_up").name == "gate_up"
@@ -75,7 +75,7 @@ def test_another_set_of_targets_leaves_the_first_plan_alone():
 @pytest.mark.parametrize("shape", [(), (1,), (1, 1), (0,), (3, 0)])
 def test_small_tensors_pass_through_everything(shape):
     sources = table(a=shape)
-    plan = plan_of(sources, made(sources, [["a"]], [], ["b"]))
+    plan = plan_of(sources, targets_of(sources, [["a"]], [], ["b"]))
     expected = {"b": addressed(sources)["a"]}
     assert execute(plan, addressed(sources)) == expected
     back = plan.inverse()

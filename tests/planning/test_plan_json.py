@@ -1,4 +1,4 @@
-"""Plans as JSON: an equal plan comes back, and what was edited is proved again or refused."""
+"""Tests of plans as JSON: an equal plan comes back, and edited JSON is proved again or refused."""
 
 import json
 from dataclasses import replace
@@ -66,8 +66,8 @@ def test_edited_parts_of_quantized_sources_do_not_fit(field, value):
         CopyPlan.from_json(json.dumps(data))
 
 
-def test_what_is_no_box_over_all_sources_is_looked_at_piece_by_piece():
-    """Two walks of more steps than become boxes of their own, whose strides 3 and 2 do not divide each other."""
+def test_copies_that_are_no_box_are_proved_piece_by_piece():
+    """Check two walks of too many steps for boxes of their own, whose strides 3 and 2 do not divide each other."""
     one, many, numel = range(5000), range(10_000), 27_000
     copies = (
         StridedCopy(Box((), (), ()), tuple(one), (0,) * 5000, tuple(3 * i for i in one)),
@@ -81,8 +81,8 @@ def test_what_is_no_box_over_all_sources_is_looked_at_piece_by_piece():
     middle = SourceTable(["a"], ["BF16"], [(numel,)])
     swapped = plan.then(plan_of(middle, [Target("b", "BF16", (numel,), -1, (0,), group_pieces(halves))]))
     values = addressed(sources)
-    made, then = execute(plan, values)["a"], execute(swapped, values)["b"]
-    assert then == made[numel // 2 :] + made[: numel // 2]
+    before, after = execute(plan, values)["a"], execute(swapped, values)["b"]
+    assert after == before[numel // 2 :] + before[: numel // 2]
 
 
 @pytest.mark.parametrize("text", ["{}", "[]", "3", '{"version": 3}', "not json", ""])
@@ -91,21 +91,21 @@ def test_other_text_is_no_plan(text):
         CopyPlan.from_json(text)
 
 
-def test_the_form_of_another_version_is_one_error_that_says_what_to_do():
+def test_json_of_another_version_is_one_error_with_advice():
     text = experts_plan().to_json().replace('"version": 3', '"version": 2')
     with pytest.raises(UnsupportedError, match=r"version 3\n.*version 2\n.*compile the plan again"):
         CopyPlan.from_json(text)
 
 
 def places_in(data, before=()):
-    """The ways to all that lies in some JSON."""
+    """Return the paths to all values in JSON data."""
     inner = data.items() if isinstance(data, dict) else enumerate(data) if isinstance(data, list) else ()
     for key, value in inner:
         yield (*before, key)
         yield from places_in(value, (*before, key))
 
 
-def test_no_edit_of_json_is_more_than_an_error_of_ours():
+def test_every_edit_of_json_raises_at_most_our_errors():
     plan = replace(experts_plan(), missing=("m",), mismatched=(("x", (1,), (2, 3)),), tied=(("a", "b"),), layout="nemo")
     text = plan.to_json()
     accepted = set()
@@ -125,7 +125,7 @@ def test_no_edit_of_json_is_more_than_an_error_of_ours():
 
 
 @pytest.mark.parametrize(
-    ("path", "value", "told"),
+    ("path", "value", "message"),
     [
         (("copies", 0, 0, 0), [2, -6], "negative size"),
         (("sources", 2, 0), [-3, -4], "negative size"),
@@ -139,10 +139,10 @@ def test_no_edit_of_json_is_more_than_an_error_of_ours():
     ],
     ids=str,
 )
-def test_lengths_rows_and_sizes_in_json_are_looked_at(path, value, told):
+def test_lengths_rows_and_sizes_in_json_are_checked(path, value, message):
     data = json.loads(experts_plan().to_json())
     reduce(getitem, path[:-1], data)[path[-1]] = value
-    with pytest.raises(UnsupportedError, match=told):
+    with pytest.raises(UnsupportedError, match=message):
         CopyPlan.from_json(json.dumps(data))
 
 

@@ -1,4 +1,4 @@
-"""All problems of a plan in one error."""
+"""Tests of the one error that lists all problems of a plan."""
 
 import pytest
 
@@ -69,7 +69,7 @@ def test_sources_that_no_rule_assigns_can_be_set_aside():
     assert problems.unexpected == ["u"]
 
 
-def test_reasons_speak_of_targets_that_some_source_provides():
+def test_reasons_name_targets_that_a_source_provides():
     problems = Problems(
         missing=["m"],
         unexpected=["u"],

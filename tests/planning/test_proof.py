@@ -1,4 +1,4 @@
-"""Proofs of plans: copies with any fault are refused, one element at a time."""
+"""Tests of proofs of plans: copies with any fault are refused, by execution one element at a time."""
 
 from dataclasses import replace
 
@@ -12,7 +12,7 @@ from automodel_conv.planning.copies import StridedCopy, Target, group_pieces
 from automodel_conv.planning.plan import CopyPlan
 from automodel_conv.planning.proof import prove
 from tests.planning import oracles
-from tests.planning.plans import SEEDS, made, random_plan, table
+from tests.planning.plans import SEEDS, random_plan, table, targets_of
 
 
 @given(SEEDS)
@@ -41,7 +41,7 @@ def test_any_change_of_a_valid_set_of_pieces_is_caught(seed):
     spoiled = replace(plan, targets=(target._replace(copies=group_pieces(pieces)),))
     if kind == "moved in the source" and len(target.copies[0].box.shape) and _still_inside(spoiled):
         return
-    with pytest.raises(CoverageError, match="made"):
+    with pytest.raises(CoverageError, match="result"):
         spoiled.validate()
 
 
@@ -90,7 +90,7 @@ def test_impossible_copies_are_no_plan(fields):
 
 def test_two_targets_of_one_name_are_no_plan():
     sources = table(a=(2,), b=(2,))
-    targets = [*made(sources, [["a"]], [], ["x"]), *made(sources, [["b"]], [], ["x"])]
+    targets = [*targets_of(sources, [["a"]], [], ["x"]), *targets_of(sources, [["b"]], [], ["x"])]
     with pytest.raises(CoverageError, match="x"):
         CopyPlan(sources, tuple(targets)).validate()
 
@@ -108,17 +108,17 @@ def test_copies_that_write_each_element_once_are_proved():
     proved(shape=(0, 4))
 
 
-def test_an_element_that_is_written_twice_is_named_with_its_sources():
+def test_element_that_is_written_twice_is_named_with_its_sources():
     with pytest.raises(CoverageError, match=r"element 1 of t would be written twice(.|\n)*\bb\b"):
         proved(run(0, 2, 0, 0), run(1, 3, 0, 1))
 
 
-def test_the_number_of_written_elements_is_reported():
+def test_number_of_written_elements_is_reported():
     with pytest.raises(CoverageError, match=r"partly unwritten(.|\n)*4 elements(.|\n)*3 elements from 2 sources"):
         proved(run(0, 1, 0, 0), run(1, 2, 0, 2))
 
 
-def test_a_read_past_the_end_names_the_source():
+def test_read_past_the_end_names_the_source():
     with pytest.raises(CoverageError, match=r"would read outside b(.|\n)*elements below 4(.|\n)*elements 3 to 4"):
         proved(run(0, 2, 0, 0), run(1, 2, 3, 2))
 
@@ -131,10 +131,10 @@ def test_targets_that_share_copies_are_still_checked_for_their_size():
 
 
 @pytest.mark.parametrize("rows", [(2,), (-1,), (0, 7)])
-def test_a_row_that_the_plan_does_not_have_is_refused(rows):
+def test_row_that_the_plan_does_not_have_is_refused(rows):
     with pytest.raises(CoverageError, match="t reads sources that the plan does not have"):
         prove([Target("t", "BF16", (4,), -1, rows, (run(0, 4, 0, 0),))], table(a=(4,), b=(4,)))
 
 
-def test_an_element_may_be_read_several_times():
+def test_element_may_be_read_several_times():
     proved(StridedCopy(Box((4,), (0,), (1,)), (1,), (3,), (0,)))

@@ -1,4 +1,4 @@
-"""What is recognized as quantized, and every way in which parts of it can be wrong."""
+"""Tests of recognizing quantized tensors, and of every way in which their parts can be wrong."""
 
 import pytest
 
@@ -10,7 +10,7 @@ FP8 = {"quant_method": "fp8", "weight_block_size": [128, 128]}
 
 
 def table(**tensors):
-    """Dtypes and shapes by name; two underscores stand for a dot."""
+    """Return a table of dtypes and shapes by name, with two underscores for a dot."""
     names = [name.replace("__", ".") for name in tensors]
     dtypes, shapes = zip(*tensors.values(), strict=True)
     return SourceTable(names, dtypes, shapes)
@@ -22,17 +22,17 @@ def compressed(stored="pack-quantized", **weights):
 
 
 def blocks(*sizes):
-    """compressed-tensors' FP8 with a group for each size of blocks."""
-    each = {"num_bits": 8, "type": "float", "strategy": "block"}
-    groups = {str(size): {"targets": ["Linear"], "weights": each | {"block_structure": list(size)}} for size in sizes}
+    """Return a config of compressed-tensors' FP8 with a group for each block size."""
+    scheme = {"num_bits": 8, "type": "float", "strategy": "block"}
+    groups = {str(size): {"targets": ["Linear"], "weights": scheme | {"block_structure": list(size)}} for size in sizes}
     return {"quant_method": "compressed-tensors", "format": "float-quantized", "config_groups": groups}
 
 
 INT4 = compressed(num_bits=4, type="int", strategy="group", group_size=32)
 
 
-def test_codes_stand_for_the_weight_and_scales_are_hidden():
-    found = quantized_table(
+def test_codes_represent_the_weight_and_scales_are_hidden():
+    table_read = quantized_table(
         table(
             a__weight=("F8_E4M3", (576, 200)),
             a__weight_scale_inv=("F32", (5, 2)),
@@ -41,14 +41,14 @@ def test_codes_stand_for_the_weight_and_scales_are_hidden():
         ),
         FP8,
     )
-    assert found.decodes == {0: Decode("e4m3", (576, 200), (128, 128), 1)}
-    assert found.hidden == {1, 2}
-    assert (found.names[0], found.dtypes[0], found.shapes[0]) == ("a.weight", "BF16", (576, 200))
-    assert found.nbytes(0) == 576 * 200
+    assert table_read.decodes == {0: Decode("e4m3", (576, 200), (128, 128), 1)}
+    assert table_read.hidden == {1, 2}
+    assert (table_read.names[0], table_read.dtypes[0], table_read.shapes[0]) == ("a.weight", "BF16", (576, 200))
+    assert table_read.nbytes(0) == 576 * 200
 
 
-def test_packed_codes_take_the_name_and_shape_of_the_weight():
-    found = quantized_table(
+def test_packed_codes_get_the_name_and_shape_of_the_weight():
+    table_read = quantized_table(
         table(
             a__weight_packed=("I32", (64, 16)),
             a__weight_scale=("F16", (64, 4)),
@@ -56,14 +56,14 @@ def test_packed_codes_take_the_name_and_shape_of_the_weight():
         ),
         INT4,
     )
-    assert found.decodes == {0: Decode("int4", (64, 128), (1, 32), 1, divides=True)}
-    assert (found.names[0], found.dtypes[0], found.shapes[0]) == ("a.weight", "F16", (64, 128))
-    assert found.nbytes(0) == 64 * 64
-    assert found.hidden == {1, 2}
+    assert table_read.decodes == {0: Decode("int4", (64, 128), (1, 32), 1, divides=True)}
+    assert (table_read.names[0], table_read.dtypes[0], table_read.shapes[0]) == ("a.weight", "F16", (64, 128))
+    assert table_read.nbytes(0) == 64 * 64
+    assert table_read.hidden == {1, 2}
 
 
 def test_experts_of_another_format_in_an_fp8_checkpoint():
-    found = quantized_table(
+    table_read = quantized_table(
         table(
             dense__weight=("F8_E4M3", (128, 256)),
             dense__scale=("F8_E8M0", (1, 2)),
@@ -72,11 +72,11 @@ def test_experts_of_another_format_in_an_fp8_checkpoint():
         ),
         FP8,
     )
-    assert {decode.format for decode in found.decodes.values()} == {"e4m3", "e2m1"}
-    assert found.shapes[2] == (64, 128)
+    assert {decode.format for decode in table_read.decodes.values()} == {"e4m3", "e2m1"}
+    assert table_read.shapes[2] == (64, 128)
 
 
-def test_groups_of_a_config_are_told_apart_by_what_they_store():
+def test_groups_of_a_config_are_distinguished_by_their_tensors():
     config = blocks((100, 128), (128, 128))
     config["config_groups"] |= {
         "packed": {"format": "pack-quantized", "weights": INT4["config_groups"]["group_0"]["weights"]},
@@ -85,11 +85,11 @@ def test_groups_of_a_config_are_told_apart_by_what_they_store():
             "weights": INT4["config_groups"]["group_0"]["weights"] | {"symmetric": False},
         },
     }
-    found = quantized_table(
+    table_read = quantized_table(
         table(
             a__weight=("F8_E4M3", (256, 128)),
             a__weight_scale=("F32", (2, 1)),
-            b__weight=("F8_E4M3", (90, 128)),  # less than a block of either
+            b__weight=("F8_E4M3", (90, 128)),  # smaller than a block of either
             b__weight_scale=("F32", (1, 1)),
             c__weight_packed=("I32", (64, 16)),
             c__weight_scale=("F16", (64, 4)),
@@ -99,8 +99,8 @@ def test_groups_of_a_config_are_told_apart_by_what_they_store():
         ),
         config,
     )
-    assert [decode.block for decode in found.decodes.values()] == [(128, 128), (100, 128), (1, 32), (1, 32)]
-    assert [decode.zero_points for decode in found.decodes.values()] == [None, None, None, 8]
+    assert [decode.block for decode in table_read.decodes.values()] == [(128, 128), (100, 128), (1, 32), (1, 32)]
+    assert [decode.zero_points for decode in table_read.decodes.values()] == [None, None, None, 8]
 
 
 @pytest.mark.parametrize(
@@ -108,11 +108,11 @@ def test_groups_of_a_config_are_told_apart_by_what_they_store():
     [((2, 2), (128, 128)), ((), (256, 200)), ((1,), (256, 200)), ((256, 1), (1, 200)), ((256,), (1, 200))],
     ids=str,
 )
-def test_where_the_config_gives_no_block_the_scales_tell_it(scale, block):
-    found = quantized_table(
+def test_scales_determine_the_block_if_the_config_does_not(scale, block):
+    table_read = quantized_table(
         table(a__weight=("F8_E4M3", (256, 200)), a__weight_scale=("F32", scale)), {"quant_method": "fp8"}
     )
-    assert found.decodes[0].block == block
+    assert table_read.decodes[0].block == block
 
 
 CODES = {"a__weight": ("F8_E4M3", (256, 256))}
@@ -123,7 +123,7 @@ WITH_ZERO_POINTS = compressed(num_bits=4, type="int", strategy="group", group_si
 
 
 @pytest.mark.parametrize(
-    ("config", "tensors", "told"),
+    ("config", "tensors", "message"),
     [
         (FP8, CODES, "a.weight has no scale: no tensor is named a.weight_scale_inv or"),
         (FP8, CODES | {"a__weight_scale_inv": ("F32", (2, 3))}, "expected [2, 2], found [2, 3]"),
@@ -226,13 +226,13 @@ WITH_ZERO_POINTS = compressed(num_bits=4, type="int", strategy="group", group_si
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_parts_that_do_not_fit_are_named(config, tensors, told):
+def test_parts_that_do_not_fit_are_named(config, tensors, message):
     with pytest.raises(QuantizationError) as caught:
         quantized_table(table(**tensors), config)
-    assert told in str(caught.value)
+    assert message in str(caught.value)
 
 
-def test_all_that_is_wrong_is_told_at_once():
+def test_all_problems_are_reported_at_once():
     tensors = {f"a{n}__weight": ("F8_E4M3", (256, 256)) for n in range(7)}
     with pytest.raises(QuantizationError, match="7 problems") as caught:
         quantized_table(table(**tensors), FP8)
@@ -286,6 +286,6 @@ def test_schemes_that_are_not_decoded_are_named(config, named):
     ],
     ids=str,
 )
-def test_a_malformed_config_is_one_error(config):
+def test_malformed_config_is_one_error(config):
     with pytest.raises(QuantizationError, match="malformed"):
         quantized_table(table(**CODES), config)

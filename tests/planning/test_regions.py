@@ -1,4 +1,4 @@
-"""A rank's part of a plan: equal to the part of the whole result, for every operation, placement and uneven size."""
+"""Tests of a rank's part of a plan: it equals the part of the whole result, for every operation and placement."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def narrowed(tensor, offsets, lengths):
 
 
 @given(SEEDS)
-def test_a_box_is_what_narrow_cuts_out(seed):
+def test_box_equals_narrow(seed):
     rng = random.Random(seed)
     shape = tuple(rng.randint(0, 6) for _ in range(rng.randint(0, 4)))
     offsets, lengths = random_box(rng, shape)
@@ -52,13 +52,13 @@ def test_a_box_is_what_narrow_cuts_out(seed):
     ("offsets", "lengths"),
     [([0, 1], [2, 3]), ([-1, 0], [1, 1]), ([3, 0], [0, 1]), ([0, 0], [1, -1]), ([0], [2]), ([0, 0, 0], [1, 1, 1])],
 )
-def test_a_box_outside_its_tensor_is_refused(offsets, lengths):
+def test_box_outside_its_tensor_is_refused(offsets, lengths):
     with pytest.raises(CoverageError, match="leaves its tensor"):
         box((2, 3), offsets, lengths)
 
 
 def plan_of_case(operations, inputs, context):
-    """A plan of a chain of operations on cells, and the elements of its sources."""
+    """Return a plan of a chain of operations on cells, and the elements of its sources."""
     leaves, elements, shapes = {}, {}, []
     for pattern, tensors in inputs.items():
         leaves[pattern] = []
@@ -78,12 +78,12 @@ def plan_of_case(operations, inputs, context):
 
 
 def results(plan, elements):
-    made = oracles.execute(plan, elements)
-    return {t.name: torch.tensor(made[t.name], dtype=torch.int64).reshape(t.shape) for t in plan.targets}
+    flat = oracles.execute(plan, elements)
+    return {t.name: torch.tensor(flat[t.name], dtype=torch.int64).reshape(t.shape) for t in plan.targets}
 
 
 def reads(plan):
-    """(source, element) -> how often a plan reads it."""
+    """Return (source, element) -> how often a plan reads it."""
     seen = Counter()
     for target in plan.targets:
         for copy in target.copies:
@@ -93,7 +93,7 @@ def reads(plan):
 
 
 def check_parts(rng, plan, elements):
-    """Random parts of all targets, of a rank and boxes, against the parts of the results."""
+    """Compare random parts of all targets, for a rank and for boxes, with the parts of the results."""
     wholes = results(plan, elements)
     mesh = random_mesh(rng, 3)
     coordinate = tuple(rng.randrange(size) for size in mesh)
@@ -107,15 +107,15 @@ def check_parts(rng, plan, elements):
             placements = random_placements(rng, shape, mesh)
             regions[name] = placed(shape, mesh, coordinate, placements)
             wanted[name] = torch_part(tensor, mesh, coordinate, placements)
-        else:  # no region: whole
+        else:  # without a region: whole
             wanted[name] = tensor
     part = plan.shard(regions)
     part.validate()
     assert [target.name for target in part.targets] == [target.name for target in plan.targets]
-    found = results(part, elements)
+    actual = results(part, elements)
     for name, tensor in wanted.items():
-        assert found[name].shape == tensor.shape
-        assert torch.equal(found[name], tensor), (name, regions.get(name))
+        assert actual[name].shape == tensor.shape
+        assert torch.equal(actual[name], tensor), (name, regions.get(name))
     once, of_whole = reads(part), reads(plan)
     assert sum(once.values()) == sum(tensor.numel() for tensor in wanted.values())
     assert all(count <= of_whole[place] for place, count in once.items())
@@ -126,7 +126,7 @@ def check_parts(rng, plan, elements):
 @pytest.mark.parametrize("name", CASES)
 @settings(max_examples=40)
 @given(seed=SEEDS)
-def test_a_part_of_every_operation_is_the_part_of_its_result(name, seed):
+def test_part_of_every_operation_is_the_part_of_its_result(name, seed):
     rng = random.Random(seed)
     case = CASES[name](rng)
     context = Context(tuple(case.sources), tuple(case.targets), case.shapes)
@@ -135,7 +135,7 @@ def test_a_part_of_every_operation_is_the_part_of_its_result(name, seed):
 
 
 def random_chain(rng):
-    """Experts merged, joined and permuted in random ways; or queries and keys cut apart and permuted."""
+    """Draw experts merged, joined and permuted, or queries and keys split and permuted."""
     if rng.random() < 0.3:
         inputs = {"qk": [oracles.cells((2 * HEADS * 2 * rng.randint(1, 3), rng.randint(1, 5)))]}
         options = (
@@ -164,18 +164,18 @@ def random_chain(rng):
         except LoweringError:
             continue  # an odd number cannot be interleaved
         operations.append(more)
-    return operations, inputs, ("made",)
+    return operations, inputs, ("grouped",)
 
 
 def _lowerable(inputs):
     numbers = itertools.count()
     leaves = {name: [leaf(next(numbers), t.shape) for t in tensors] for name, tensors in inputs.items()}
-    return leaves, Context(tuple(inputs), ("made",), ())
+    return leaves, Context(tuple(inputs), ("grouped",), ())
 
 
 @settings(max_examples=150)
 @given(SEEDS)
-def test_a_part_of_a_chain_of_operations_is_the_part_of_its_result(seed):
+def test_part_of_a_chain_of_operations_is_the_part_of_its_result(seed):
     rng = random.Random(seed)
     operations, inputs, outputs = random_chain(rng)
     plan, elements = plan_of_case(operations, inputs, Context(tuple(inputs), outputs, ()))
@@ -183,10 +183,10 @@ def test_a_part_of_a_chain_of_operations_is_the_part_of_its_result(seed):
     check_parts(rng, plan.inverse(), {name: t.reshape(-1).tolist() for name, t in results(plan, elements).items()})
 
 
-def test_a_rank_of_experts_reads_its_own_experts_only():
+def test_rank_of_experts_reads_its_own_experts_only():
     plan = moe_plan()
     for at in range(3):  # 4 experts over 3 ranks: 2, 2, 0
-        part = plan.shard({"made": placed((4, 12, 4), (3,), (at,), [Shard(0)])})
+        part = plan.shard({"grouped": placed((4, 12, 4), (3,), (at,), [Shard(0)])})
         mine = range(2 * at, min(2 * at + 2, 4))
         names = {part.sources.names[row] for target in part.targets for row in target.sources}
         assert names == {f"{e}.{p}" for e in mine for p in ("gate", "up")}
@@ -195,80 +195,80 @@ def test_a_rank_of_experts_reads_its_own_experts_only():
 
 @pytest.mark.parametrize("source", ["BF16", "F32", "F64"])
 def test_bytes_of_a_part_are_counted_in_the_dtypes_they_have(source):
-    part = moe_plan(source=source).shard({"made": box((4, 12, 4), [1, 5, 1], [2, 3, 2])})
+    part = moe_plan(source=source).shard({"grouped": box((4, 12, 4), [1, 5, 1], [2, 3, 2])})
     assert part.bytes_read == nbytes(source, 2 * 3 * 2)
     assert part.bytes_written == nbytes("BF16", 2 * 3 * 2)
 
 
 def test_copies_of_a_part_stay_few():
-    """A part of many experts is as small a plan as the whole."""
+    """A part of many experts must be as small a plan as the whole."""
     plan = moe_plan(64, 8, 6)
-    part = plan.shard({"made": placed((64, 16, 6), (2, 2), (1, 0), [Shard(0), Shard(2)])})
+    part = plan.shard({"grouped": placed((64, 16, 6), (2, 2), (1, 0), [Shard(0), Shard(2)])})
     assert len(part.targets[0].copies) <= 2
     assert len(part.targets[0].sources) == 64
 
 
-def test_a_plan_without_regions_is_left_as_it_is():
+def test_plan_without_regions_is_unchanged():
     plan = moe_plan()
     assert plan.shard({}) is plan
     assert plan.shard({"another": whole((3,))}) is plan
 
 
-def test_what_a_plan_leaves_out_is_still_told_by_its_parts():
+def test_parts_keep_the_sources_left_out_by_the_plan():
     plan = moe_plan()
     plan = CopyPlan(plan.sources, plan.targets, (), ("lost",), ("extra",), (("odd", (1,), (2,)),))
-    part = plan.shard({"made": box((4, 12, 4), [0, 0, 0], [1, 12, 4])})
+    part = plan.shard({"grouped": box((4, 12, 4), [0, 0, 0], [1, 12, 4])})
     assert (part.missing, part.unexpected, part.mismatched) == (plan.missing, plan.unexpected, plan.mismatched)
 
 
-def test_a_region_of_another_shape_is_refused():
-    with pytest.raises(CoverageError, match="made has another shape"):
-        moe_plan().shard({"made": whole((4, 4, 12))})
+def test_region_of_another_shape_is_refused():
+    with pytest.raises(CoverageError, match="grouped has another shape"):
+        moe_plan().shard({"grouped": whole((4, 4, 12))})
 
 
-def test_what_transformers_own_code_makes_has_no_parts():
+def test_results_of_transformers_code_have_no_parts():
     plan = moe_plan()
     fallback = Fallback("a test", lambda tensors: {})
     target = plan.targets[0]._replace(copies=(), fallback=fallback)
     plan = CopyPlan(plan.sources, (target,))
     with pytest.raises(UnsupportedError, match="filled by transformers' own code"):
-        plan.shard({"made": box((4, 12, 4), [0, 0, 0], [1, 12, 4])})
+        plan.shard({"grouped": box((4, 12, 4), [0, 0, 0], [1, 12, 4])})
 
 
 @pytest.mark.parametrize("region", [None, whole((4, 12, 4)), placed((4, 12, 4), (2,), (1,), [Replicate()])])
-def test_what_transformers_own_code_makes_may_be_whole_beside_parts_of_others(region):
+def test_results_of_transformers_code_may_be_whole_among_parts(region):
     plan = moe_plan()
-    [made] = plan.targets
-    code = made._replace(name="code", copies=(), fallback=Fallback("a test", lambda tensors: {}))
-    plan = CopyPlan(plan.sources, (made, code))
-    regions = {"made": box((4, 12, 4), [0, 0, 0], [1, 12, 4])} | ({} if region is None else {"code": region})
+    [grouped] = plan.targets
+    code = grouped._replace(name="code", copies=(), fallback=Fallback("a test", lambda tensors: {}))
+    plan = CopyPlan(plan.sources, (grouped, code))
+    regions = {"grouped": box((4, 12, 4), [0, 0, 0], [1, 12, 4])} | ({} if region is None else {"code": region})
     part = plan.shard(regions)
     assert part.target("code") == code
-    assert part.target("made").shape == (1, 12, 4)
+    assert part.target("grouped").shape == (1, 12, 4)
 
 
 def test_parts_of_one_target_are_tensors_of_their_own():
     plan = moe_plan(2, 3, 2)
     regions = [box((2, 6, 2), [0, 0, 0], [1, 6, 2]), box((2, 6, 2), [0, 2, 1], [2, 3, 1]), whole((2, 6, 2))]
-    parts = [Part("made", f"part {number}", region) for number, region in enumerate(regions)]
-    made = plan_of_parts(plan, parts)
+    parts = [Part("grouped", f"part {number}", region) for number, region in enumerate(regions)]
+    plan_of_all = plan_of_parts(plan, parts)
     elements = {name: [(name, i) for i in range(6)] for name in plan.sources.names}
-    of_whole = oracles.execute(plan, elements)["made"]
-    found = oracles.execute(made, elements)
+    of_whole = oracles.execute(plan, elements)["grouped"]
+    actual = oracles.execute(plan_of_all, elements)
     for part in parts:
         places = held(part.region, numbered((2, 6, 2)))
-        assert found[part.name] == [of_whole[place] for place in places]
+        assert actual[part.name] == [of_whole[place] for place in places]
 
 
-def test_a_part_may_have_a_dtype_of_its_own_but_is_cast_once():
+def test_part_may_have_its_own_dtype_with_one_cast():
     region = box((4, 12, 4), [0, 0, 0], [2, 12, 4])
-    made = plan_of_parts(moe_plan(), [Part("made", "wide", region, "F32"), Part("made", "plain", region)])
-    assert [target.dtype for target in made.targets] == ["F32", "BF16"]
-    assert plan_of_parts(moe_plan(dtype="F32"), [Part("made", "p", region)]).targets[0].dtype == "F32"
+    plan_of_all = plan_of_parts(moe_plan(), [Part("grouped", "wide", region, "F32"), Part("grouped", "plain", region)])
+    assert [target.dtype for target in plan_of_all.targets] == ["F32", "BF16"]
+    assert plan_of_parts(moe_plan(dtype="F32"), [Part("grouped", "p", region)]).targets[0].dtype == "F32"
     with pytest.raises(UnsupportedError, match="cast twice"):
-        plan_of_parts(moe_plan(dtype="F32"), [Part("made", "back", region, "F64")])
+        plan_of_parts(moe_plan(dtype="F32"), [Part("grouped", "back", region, "F64")])
 
 
-def test_a_region_is_a_value():
+def test_region_is_a_value():
     assert box((4, 4), [0, 0], [4, 4]) == whole((4, 4)) == Region((4, 4), (((0, 4),), ((0, 4),)))
     assert hash(whole((4, 4))) == hash(box((4, 4), [0, 0], [4, 4]))

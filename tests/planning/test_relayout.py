@@ -1,4 +1,4 @@
-"""Plans that rearrange grouped experts, against loops over experts, rows and columns."""
+"""Tests of plans that rearrange grouped experts, against loops over experts, rows and columns."""
 
 import itertools
 
@@ -16,7 +16,7 @@ PATH = "model.layers.3.mlp.experts"
 SIZES = [(2, 3, 5), (1, 1, 4), (3, 4, 1), (1, 2, 2)]  # experts, intermediate, hidden
 
 
-# Written down by hand, not taken from the table under test: names, axes of the weights, order of gate and up.
+# Written by hand, not taken from the table under test: names, axes of the weights, order of gate and up.
 NAMES = {
     "transformers": ("gate_up_proj", "up_proj", "down_proj", "gate_up_proj_bias", "up_proj_bias", "down_proj_bias"),
     "nemo": (
@@ -39,14 +39,14 @@ ALTERNATING = {"transformers": False, "nemo": False, "gpt_oss": True, "vllm": Fa
 
 
 def row_of(layout, part, i, size):
-    """Where row ``i`` of gate or up is along the 2I axis."""
+    """Return the position of row ``i`` of gate or up along the 2I axis."""
     if ALTERNATING[layout]:
         return 2 * i + (part == "up")
     return i + size * (part == "up")
 
 
 def grouped(layout, sizes, gated=True, biases=True):
-    """Name -> (shape, flat elements) in a layout; each element says what it is."""
+    """Return name -> (shape, flat elements) in a layout; each element identifies itself."""
     experts, size, hidden = sizes
     gate_up, up, down, gate_up_bias, up_bias, down_bias = NAMES[layout]
     parts = ("gate", "up") if gated else ("up",)
@@ -84,8 +84,8 @@ def table(tensors):
 
 def laid_out(tensors, source, target, gated=True):
     plan = relayout(table(tensors), lambda path: LAYOUTS[source], lambda path: LAYOUTS[target], lambda path: gated)
-    made = execute(plan, {name: elements for name, (_, elements) in tensors.items()})
-    return {t.name: (t.shape, made[t.name]) for t in plan.targets}
+    results = execute(plan, {name: elements for name, (_, elements) in tensors.items()})
+    return {t.name: (t.shape, results[t.name]) for t in plan.targets}
 
 
 def test_all_layouts_are_written_down_here():
@@ -97,9 +97,9 @@ def test_all_layouts_are_written_down_here():
 def test_every_layout_becomes_every_other(source, target, gated):
     for sizes in SIZES:
         tensors = grouped(source, sizes, gated)
-        made = laid_out(tensors, source, target, gated)
-        assert made == grouped(target, sizes, gated)
-        assert laid_out(made, target, source, gated) == tensors
+        converted = laid_out(tensors, source, target, gated)
+        assert converted == grouped(target, sizes, gated)
+        assert laid_out(converted, target, source, gated) == tensors
 
 
 def test_other_tensors_pass_through():
@@ -141,7 +141,7 @@ def test_layouts_can_differ_between_modules():
     ]
 
 
-def test_a_shape_that_the_layout_cannot_have_is_an_error():
+def test_shape_that_does_not_fit_the_layout_is_an_error():
     def go(name, shape, source, target):
         sources = SourceTable([f"experts.{name}"], ["F32"], [shape])
         relayout(sources, lambda path: LAYOUTS[source], lambda path: LAYOUTS[target], lambda path: True)
@@ -159,25 +159,25 @@ def test_two_tensors_for_one_name_of_a_layout_are_an_error():
 
 
 def relaid(target, hidden=frozenset(), **tensors):
-    """Names and shapes of experts' tensors that are laid out anew from the layout "transformers"."""
+    """Return the names and shapes of experts' tensors rearranged from the layout "transformers"."""
     dtypes, shapes = zip(*tensors.values(), strict=True)
     sources = SourceTable([f"experts.{name}" for name in tensors], dtypes, shapes, hidden=frozenset(hidden))
     plan = relayout(sources, lambda path: LAYOUTS["transformers"], lambda path: LAYOUTS[target], lambda path: True)
-    return [(made.name.removeprefix("experts."), made.shape) for made in plan.targets]
+    return [(t.name.removeprefix("experts."), t.shape) for t in plan.targets]
 
 
 @pytest.mark.parametrize("suffix", ["_scale_inv", "_scale"])
-def test_scales_that_are_kept_lie_as_their_codes(suffix):
+def test_kept_scales_are_arranged_like_their_codes(suffix):
     tensors = {"gate_up_proj": ("F8_E4M3", (2, 8, 6)), "gate_up_proj" + suffix: ("F32", (2, 8, 1))}
-    found = relaid("nemo", **tensors)
-    assert found == [("gate_and_up_projs", (2, 6, 8)), ("gate_and_up_projs" + suffix, (2, 1, 8))]
-    found = relaid("vllm", **tensors)
-    assert found == [("w13_weight", (2, 8, 6)), ("w13_weight" + suffix, (2, 8, 1))]
+    names_and_shapes = relaid("nemo", **tensors)
+    assert names_and_shapes == [("gate_and_up_projs", (2, 6, 8)), ("gate_and_up_projs" + suffix, (2, 1, 8))]
+    names_and_shapes = relaid("vllm", **tensors)
+    assert names_and_shapes == [("w13_weight", (2, 8, 6)), ("w13_weight" + suffix, (2, 8, 1))]
 
 
 @pytest.mark.parametrize("suffix", ["_scale_inv", "_scale"])
 @pytest.mark.parametrize("dtype", ["U8", "I8", "I32", "F4"])
-def test_packed_codes_are_not_moved_apart(dtype, suffix):
+def test_packed_codes_are_not_rearranged(dtype, suffix):
     tensors = {"gate_up_proj": (dtype, (2, 8, 16)), "gate_up_proj" + suffix: ("F8_E8M0", (2, 8, 1))}
     with pytest.raises(UnsupportedError, match=r"experts\.gate_up_proj: packed codes cannot be rearranged"):
         relaid("nemo", **tensors)
@@ -188,7 +188,7 @@ def test_packed_codes_are_not_moved_apart(dtype, suffix):
     assert relaid("nemo", gate_up_proj=(dtype, (2, 8, 16))) == [("gate_and_up_projs", (2, 16, 8))]
 
 
-def test_what_is_hidden_is_not_laid_out():
+def test_hidden_tensors_are_not_laid_out():
     tensors = {"gate_up_proj": ("BF16", (2, 8, 6)), "gate_up_proj_scale_inv": ("F32", (2, 1, 1))}
     assert relaid("gpt_oss", {1}, **tensors) == [("gate_up_proj", (2, 6, 8))]
 
@@ -215,16 +215,16 @@ def test_gate_and_up_can_have_a_tensor_each(name, sizes):
     separate[f"{PATH}.down"] = ((experts, hidden, size), down)
     joined = grouped(name, sizes, biases=False)
 
-    def made(tensors, source, target):
+    def laid_out_by(tensors, source, target):
         plan = relayout(table(tensors), lambda path: source, lambda path: target, lambda path: True)
         elements = execute(plan, {name: elements for name, (_, elements) in tensors.items()})
         return {t.name: (t.shape, elements[t.name]) for t in plan.targets}
 
-    assert made(separate, SEPARATE, LAYOUTS[name]) == joined
-    assert made(joined, LAYOUTS[name], SEPARATE) == separate
+    assert laid_out_by(separate, SEPARATE, LAYOUTS[name]) == joined
+    assert laid_out_by(joined, LAYOUTS[name], SEPARATE) == separate
 
 
-def test_a_plan_states_what_it_renames_and_what_it_moves():
+def test_plan_lists_its_renames_and_moves():
     names = ["norm", "experts.gate_up_proj", "experts.down_proj"]
     sources = SourceTable(names, ["F32"] * 3, [(4,), (2, 6, 4), (2, 4, 3)])
     plan = relayout(sources, lambda path: LAYOUTS["transformers"], lambda path: LAYOUTS["vllm"], lambda path: True)

@@ -1,4 +1,4 @@
-"""Names resolved by template against the installed transformers asked for every key, over its whole registry."""
+"""Tests of names resolved by template, over the whole registry, against the installed transformers for every key."""
 
 import random
 import zlib
@@ -41,13 +41,13 @@ DECOYS = (
 
 
 def branches(rule):
-    """The regular expressions that a rule searches for, one by one."""
+    """Return the regular expressions that a rule searches for, one by one."""
     parts = rule.compiled_sources.pattern.removeprefix("(?P<").split("|(?P<")
     return [part.split(">", 1)[1].removesuffix(")") for part in parts]
 
 
 def checkpoint_names(rules, seed=0):
-    """Names that the rules match, at several layers and experts, some matching two rules, and decoys; in no order."""
+    """Return shuffled names that the rules match, at several layers and experts, some matching two, and decoys."""
     rng = random.Random(seed)
     patterns = [pattern for rule in rules for pattern in branches(rule)]
     names = dict.fromkeys(DECOYS)
@@ -72,20 +72,20 @@ def ours(names, rules, targets, prefix=None):
     rule_set = RuleSet(rules)
     rule_set.base_model_prefix = prefix
     resolution = resolve(names, rule_set, targets)
-    made = {}
+    assigned = {}
     for target, rule, slots in resolution.assignments:
-        found = {pattern: [names[row] for row in rows] for pattern, rows in slots.items()}
-        made[target] = (None, next(iter(found.values()))[0]) if rule < 0 else (rule, found)
-    return made, set(resolution.unexpected)
+        sources = {pattern: [names[row] for row in rows] for pattern, rows in slots.items()}
+        assigned[target] = (None, next(iter(sources.values()))[0]) if rule < 0 else (rule, sources)
+    return assigned, set(resolution.unexpected)
 
 
 def theirs(names, rules, targets, prefix=None):
     mapped, unexpected = oracles.upstream_mapping(names, rules, targets, prefix)
-    made = {
+    assigned = {
         target: (None, next(iter(slots.values()))[0]) if rule is None else (rule, slots)
         for target, (rule, slots, _) in mapped.items()
     }
-    return made, unexpected
+    return assigned, unexpected
 
 
 def assert_agree(names, rules, targets=None, prefix=None):
@@ -100,7 +100,7 @@ def assert_agree(names, rules, targets=None, prefix=None):
 
 
 def some_targets(names, rules, prefix):
-    """A model that has most of what the rules make, some names as they are already, some with or without a prefix."""
+    """Return most of the targets of the rules, some names that are already right, some with or without a prefix."""
     targets = {}
     for name in [*theirs(names, rules, None)[0], *names]:
         kind = zlib.crc32(name.encode()) % 9
@@ -118,7 +118,7 @@ def test_templates_equal_keys_one_by_one_over_the_registry(entry):
     rules = REGISTRY[entry]
     names = checkpoint_names(rules)
     assert_agree(names, rules)
-    with_legacy = [*rules, *REGISTRY["legacy"]]  # as every model has them
+    with_legacy = [*rules, *REGISTRY["legacy"]]  # as for every model
     assert_agree(names, with_legacy, some_targets(names, with_legacy, "model"), "model")
 
 
@@ -140,21 +140,21 @@ def test_scoped_rules_equal_keys_one_by_one(entry, scope):
 def test_registry_is_not_empty():
     assert len(REGISTRY) > 100
     names = checkpoint_names(REGISTRY["mixtral"])
-    made = theirs(names, REGISTRY["mixtral"], None)[0]
-    assert any(rule is not None and len(slots) > 1 for rule, slots in made.values())
-    assert any(len(rows) > 2 for rule, slots in made.values() if rule is not None for rows in slots.values())
+    assigned = theirs(names, REGISTRY["mixtral"], None)[0]
+    assert any(rule is not None and len(slots) > 1 for rule, slots in assigned.values())
+    assert any(len(rows) > 2 for rule, slots in assigned.values() if rule is not None for rows in slots.values())
 
 
 def merging(pattern="experts.*.w1.weight", target="experts.gate_up_proj"):
     return WeightConverter(pattern, target, operations=[MergeModulelist(dim=0)])
 
 
-def test_parts_are_in_numeric_order_whatever_order_they_come_in():
+def test_parts_are_sorted_by_number():
     names = [f"layers.{n}.experts.{e}.w1.weight" for n in (10, 2, 0) for e in range(12, -1, -1)]
-    made, _ = ours(names, [merging()], None)
+    assigned, _ = ours(names, [merging()], None)
     assert_agree(names, [merging()])
     for n in (10, 2, 0):
-        (_, slots) = made[f"layers.{n}.experts.gate_up_proj"]
+        (_, slots) = assigned[f"layers.{n}.experts.gate_up_proj"]
         assert list(slots.values()) == [[f"layers.{n}.experts.{e}.w1.weight" for e in range(13)]]
 
 
@@ -165,12 +165,12 @@ def test_two_numbers_can_be_merged_away():
     assert len(ours(names, rules, None)[0]) == 2
 
 
-def test_numbers_at_both_ends_and_alone_survive():
+def test_numbers_at_both_ends_and_by_themselves_survive():
     names = ["0", "10", "3.weight", "03.weight", "weight.7", "1.2.3", "1.2.03", "a.-1.b", "a.1e5.b", "٣.w"]
     assert_agree(names, [merging(), WeightRenaming("weight", "kernel")])
 
 
-def test_a_number_can_move_double_or_vanish():
+def test_number_can_move_repeat_or_vanish():
     rules = [
         WeightRenaming(r"blocks\.(\d+)\.attn", r"attn.blocks.\1"),
         WeightRenaming(r"drop\.\d+\.w", "drop.w"),
@@ -195,7 +195,7 @@ LOOKING_AT_DIGITS = [
     r"layers\.\S{2}\.a",
     r"0\.a",
     r"layers\.\d*2\.a",
-    # one character, or so many, can be a number of one digit
+    # A single character, or a bounded number of them, can match a number of one digit.
     r"[a-z]{6}\.0\.a",
     r"layers\.[^.]\.a",
     r"layers\.\w\.a",
@@ -205,7 +205,7 @@ LOOKING_AT_DIGITS = [
 
 
 @pytest.mark.parametrize("pattern", LOOKING_AT_DIGITS)
-def test_rules_that_look_at_digits_are_asked_for_every_key(pattern):
+def test_rules_that_read_digits_are_resolved_per_key(pattern):
     try:
         rules = [WeightRenaming("zzz", "layers"), WeightRenaming(pattern, "special"), merging(r"a.*.w", "a.made")]
     except ValueError:
@@ -215,7 +215,7 @@ def test_rules_that_look_at_digits_are_asked_for_every_key(pattern):
     assert_agree(names, rules)
 
 
-def test_a_number_cut_in_two_by_a_rule_is_asked_for_every_key():
+def test_number_split_by_a_rule_is_resolved_per_key():
     rules = [WeightRenaming(r"patch.(\d+).", r"stages.\1.patch.")]
     assert_agree([f"patch.{n}" for n in NUMBERS] + [f"patch.{n}.w" for n in NUMBERS], rules)
 
@@ -228,14 +228,14 @@ class EvenLayers(WeightRenaming):
         return source_key, None
 
 
-def test_a_subclass_that_looks_at_digits_is_asked_for_every_key():
+def test_subclass_that_reads_digits_is_resolved_per_key():
     names = [f"{n}.experts.{e}.w1.weight" for n in NUMBERS for e in (0, 10, 9)]
     rules = [EvenLayers("unused", "unused"), merging()]
     assert_agree(names, rules)
     assert any(target.startswith("even.10.") for target in ours(names, rules, None)[0])
 
 
-def test_an_index_offset_is_applied_per_key():
+def test_index_offset_is_applied_per_key():
     offset = getattr(core, "Inkling2IndexOffsetWeightRename", None)
     if offset is None:
         pytest.skip("this transformers has no index offset")
@@ -262,7 +262,7 @@ def test_grouped_renames_wait_for_their_guard(guarded):
     }
 
 
-def test_a_name_that_is_right_already_is_left_alone():
+def test_correct_name_is_left_unchanged():
     rules = [WeightRenaming("block", "layer"), merging()]
     names = ["block.3.w", "block.10.w", "layer.experts.gate_up_proj", "experts.4.w1.weight"]
     targets = {"block.3.w": 1, "layer.10.w": 1, "layer.experts.gate_up_proj": 1, "experts.4.w1.weight": 1}
@@ -270,16 +270,16 @@ def test_a_name_that_is_right_already_is_left_alone():
     assert set(ours(names, rules, targets)[0]) == set(targets)
 
 
-def test_the_base_prefix_is_added_and_removed_where_that_helps():
+def test_base_prefix_is_added_and_removed_where_that_helps():
     names = ["model.layers.0.w", "layers.11.w", "head.w", "model.experts.10.w1.weight", "experts.9.w1.weight"]
     targets = {"layers.0.w": 1, "model.layers.11.w": 1, "head.w": 1, "experts.gate_up_proj": 1}
     assert_agree(names, [merging()], targets, "model")
-    made, unexpected = ours(names, [merging()], targets, "model")
-    assert set(made) == set(targets)
+    assigned, unexpected = ours(names, [merging()], targets, "model")
+    assert set(assigned) == set(targets)
     assert not unexpected
 
 
-def test_of_two_sources_for_one_target_the_first_in_natural_order_wins():
+def test_first_source_in_natural_order_wins_a_target():
     rules = [WeightRenaming("old", "new"), WeightRenaming("b_new", "new")]
     names = ["b_new.w", "old.w", "new.w", "layers.10.old", "layers.10.new"]
     assert_agree(names, rules)
@@ -290,13 +290,13 @@ def test_of_two_sources_for_one_target_the_first_in_natural_order_wins():
     }
 
 
-def test_sources_that_lose_their_number_to_one_target_are_told():
+def test_sources_that_map_to_one_target_are_named():
     rules = [WeightRenaming(r"drop\.\d+\.w", "drop.w")]
     names = ["drop.3.w", "drop.10.w"]
     assert resolve(names, RuleSet(rules), None).duplicated == [("drop.w", ("drop.3.w", "drop.10.w"))]
 
 
-def test_an_unexpected_name_counts_for_all_targets_of_its_rule():
+def test_unexpected_name_counts_for_all_targets_of_its_rule():
     rules = [WeightConverter("qkv", ["q", "k", "v"], operations=[Chunk(dim=0)]), WeightRenaming("a", "b")]
     names = ["m.10.qkv.weight", "m.2.qkv.weight", "a.3"]
     targets = {"m.2.q.weight": 1, "m.2.k.weight": 1, "m.2.v.weight": 1}
@@ -304,7 +304,7 @@ def test_an_unexpected_name_counts_for_all_targets_of_its_rule():
     assert ours(names, rules, targets)[1] == {"b.3", *(f"m.10.{p}.weight" for p in "qkv")}
 
 
-def test_a_name_with_a_nul_character_is_a_name():
+def test_name_with_a_nul_character_is_a_name():
     assert_agree(["a\0b.3.w", "c.w"], [merging()])
 
 
@@ -335,11 +335,11 @@ def test_rules_of_the_caller_are_never_changed(entry, reverse):
     assert [state(rule) for rule in rules] == before
 
 
-def test_names_that_hold_what_stands_for_a_number_are_kept():
+def test_names_that_contain_the_number_placeholder_are_kept():
     names = ["w9700000", "layers9700000.0.w", "layers9700000.1.w", "a.9700001.b9700000"]
-    assert sorted(made.target for made in resolve(names, RuleSet([]), None).assignments) == sorted(names)
+    assert sorted(assignment.target for assignment in resolve(names, RuleSet([]), None).assignments) == sorted(names)
 
 
-def test_names_that_end_lines_are_kept():
+def test_names_with_line_ends_are_kept():
     names = ["a\n.1.w", "a.1.w", "a.1\n", "\n"]
-    assert sorted(made.target for made in resolve(names, RuleSet([]), None).assignments) == sorted(names)
+    assert sorted(assignment.target for assignment in resolve(names, RuleSet([]), None).assignments) == sorted(names)

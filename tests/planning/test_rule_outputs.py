@@ -1,8 +1,8 @@
-"""Rules that are lowered for sources of given shapes, once for equal shapes."""
+"""Tests of rules that are lowered for sources of given shapes, once for equal shapes."""
 
 import pytest
 
-pytest.importorskip("transformers", reason="rules are transformers' own objects")
+pytest.importorskip("transformers", reason="rules are objects of transformers")
 
 from transformers import core_model_loading as core
 from transformers.core_model_loading import Chunk, Concatenate, MergeModulelist, Transpose, WeightConverter
@@ -24,7 +24,7 @@ def outputs_of(rule, sources, parameters=None, transposed=None):
     """Return the outputs of a rule, and its assignments by target."""
     table = SourceTable(list(sources), ["F32"] * len(sources), list(sources.values()))
     rules = RuleSet([rule])
-    assignments = {made.target: made for made in resolve(table.names, rules, None).assignments}
+    assignments = {assignment.target: assignment for assignment in resolve(table.names, rules, None).assignments}
     return RuleOutputs(table, rules, parameters or {}, transposed or {}), assignments
 
 
@@ -34,7 +34,7 @@ def elements(output):
 
 
 @pytest.mark.parametrize("numel", [0, 1, 6])
-def test_a_tensor_that_stays_unchanged_is_one_run(numel):
+def test_tensor_that_stays_unchanged_is_one_run(numel):
     outputs, _ = outputs_of(MERGE, {"a": (2, 3)})
     copies = outputs.whole(numel)
     assert outputs.whole(numel) is copies
@@ -85,7 +85,7 @@ def test_sources_that_no_output_reads_are_listed_unless_they_are_empty(shape, dr
     assert outputs.lower_rule(assignments["t"]).dropped == dropped
 
 
-def test_a_square_matrix_is_transposed_for_the_targets_that_ask_for_it():
+def test_square_matrix_is_transposed_for_the_targets_that_need_it():
     decided = {"a.down": True, "b.down": False}
     outputs, assignments = outputs_of(TURN, {"a.down": (2, 2), "b.down": (2, 2)}, {}, decided)
     assert elements(outputs.lower_rule(assignments["a.down"]).outputs[0]) == [(0, 0), (0, 2), (0, 1), (0, 3)]
@@ -93,7 +93,7 @@ def test_a_square_matrix_is_transposed_for_the_targets_that_ask_for_it():
 
 
 @pytest.mark.skipif(not hasattr(core, "Split"), reason="this transformers has no Split")
-def test_an_operation_that_asks_for_shapes_needs_a_model():
+def test_operation_that_uses_shapes_needs_a_model():
     rule = WeightConverter("both", ["first", "second"], operations=[core.Split(dim=0)])
     outputs, assignments = outputs_of(rule, {"both": (5, 2)})
     with pytest.raises(NotLowerable, match=r"shapes of first, second.*only a model"):

@@ -1,4 +1,4 @@
-"""Configs of quantized checkpoints: methods, schemes, and scales that belong to no weight."""
+"""Tests of configs of quantized checkpoints: methods, schemes, and scales that belong to no weight."""
 
 import pytest
 
@@ -10,13 +10,13 @@ NVFP4 = {"quant_method": "modelopt", "quant_algo": "NVFP4"}
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_the_method_is_that_of_the_config(name):
+def test_method_is_that_of_the_config(name):
     config = {"quant_method": name, "quant_algo": "FP8"}
     assert read_config(config)[0] is METHODS[name]
 
 
 @pytest.mark.parametrize("name", ["gptq", None, 7, ["fp8"]])
-def test_another_method_is_named_with_those_there_are(name):
+def test_unknown_method_is_named_with_the_known_ones(name):
     with pytest.raises(UnsupportedError, match="config here") as caught:
         read_config({"quant_method": name}, "config here")
     assert repr(name) in str(caught.value)
@@ -33,13 +33,13 @@ def test_groups_of_four_bit_codes_are_whole_bytes(size, decoded):
         read_config(config)
 
 
-def test_a_scheme_that_is_not_decoded_is_named_with_its_file():
+def test_scheme_that_is_not_decoded_is_named_with_its_file():
     with pytest.raises(UnsupportedError, match=r"modelopt's W4A8(.|\n)*where: +a file"):
         read_config({"quant_method": "modelopt", "quant_algo": "W4A8"}, "a file")
 
 
 @pytest.mark.parametrize("block", [3, [1], [0, 1], ["a", "b"], {"a": 1}], ids=str)
-def test_a_malformed_config_is_an_error_of_the_checkpoint(block):
+def test_malformed_config_is_an_error_of_the_checkpoint(block):
     with pytest.raises(QuantizationError, match=r"method fp8 is malformed(.|\n)*(Type|Value)Error"):
         read_config({"quant_method": "fp8", "weight_block_size": block})
 

@@ -1,10 +1,10 @@
-"""How square matrices lie, told by the other matrices of their module; and what nothing tells."""
+"""Tests of the orientation of square matrices, which other matrices of their module decide, and of undecided ones."""
 
 from __future__ import annotations
 
 import pytest
 
-pytest.importorskip("transformers", reason="rules are transformers' own objects")
+pytest.importorskip("transformers", reason="rules are objects of transformers")
 
 from transformers.core_model_loading import MergeModulelist, Transpose, WeightConverter, WeightRenaming
 
@@ -34,7 +34,7 @@ def stored_transposed(shape):
 
 
 def wanted(hidden, intermediate, experts=2):
-    """As Qwen3-VL-MoE has them."""
+    """Return the shapes of Qwen3-VL-MoE's experts."""
     return {GATE_UP: (experts, 2 * intermediate, hidden), DOWN: (experts, hidden, intermediate)}
 
 
@@ -45,29 +45,29 @@ def compiled(sources, targets, rules=None, **options):
 
 
 def lies_transposed(plan):
-    """Of each target, whether its bytes are those of the source transposed, found by moving numbered elements."""
+    """Return for each target whether it is the transposed source, by moving numbered elements."""
     numbers = {}
     for name, shape in zip(plan.sources.names, plan.sources.shapes, strict=True):
         numbers[name] = list(range(shape[0] * shape[1] * shape[2]))
-    made = oracles.execute(plan, numbers)
-    found = {}
+    results = oracles.execute(plan, numbers)
+    is_transposed = {}
     for name, shape in zip(plan.sources.names, plan.sources.shapes, strict=True):
-        if name in made:
+        if name in results:
             e, rows, columns = shape
             turned = [(i * rows + j) * columns + k for i in range(e) for k in range(columns) for j in range(rows)]
-            assert made[name] in (numbers[name], turned)
-            found[name] = made[name] == turned
-    return found
+            assert results[name] in (numbers[name], turned)
+            is_transposed[name] = results[name] == turned
+    return is_transposed
 
 
-SQUARE = [(4, 2), (4, 4)]  # hidden and intermediate size: gate_up is square, down is square
+SQUARE = [(4, 2), (4, 4)]  # hidden and intermediate size; first gate_up is square, then down
 
 
 @pytest.mark.parametrize(("hidden", "intermediate"), [*SQUARE, (4, 3)])
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("experts", [1, 2, 4])
 @pytest.mark.parametrize("order", [1, -1])
-def test_a_square_matrix_lies_as_the_other_of_its_module(hidden, intermediate, transposed, experts, order):
+def test_square_matrix_follows_the_other_matrix_of_its_module(hidden, intermediate, transposed, experts, order):
     targets = wanted(hidden, intermediate, experts)
     sources = {n: stored_transposed(s) if transposed else s for n, s in list(targets.items())[::order]}
     plan, problems = compiled(sources, targets)
@@ -80,7 +80,7 @@ def test_a_square_matrix_lies_as_the_other_of_its_module(hidden, intermediate, t
     assert [target for one in whole for target in one.targets] == list(plan.targets)[::order]
 
 
-def test_each_layer_tells_of_itself():
+def test_each_layer_decides_for_itself():
     one = wanted(4, 2)
     two = {name.replace("layers.0", "layers.1"): shape for name, shape in one.items()}
     plan, _ = compiled(one | {n: stored_transposed(s) for n, s in two.items()}, one | two)
@@ -88,7 +88,7 @@ def test_each_layer_tells_of_itself():
 
 
 @pytest.mark.parametrize("turned", [GATE_UP, DOWN])
-def test_two_matrices_that_are_not_square_tell_each_of_itself(turned):
+def test_two_matrices_that_are_not_square_each_decide_for_themselves(turned):
     targets = wanted(4, 3)
     plan, problems = compiled({n: stored_transposed(s) if n == turned else s for n, s in targets.items()}, targets)
     assert problems.reasons() == []
@@ -96,7 +96,7 @@ def test_two_matrices_that_are_not_square_tell_each_of_itself(turned):
 
 
 @pytest.mark.parametrize(("hidden", "intermediate"), SQUARE)
-def test_a_square_matrix_alone_is_named(hidden, intermediate):
+def test_undecided_square_matrix_is_named(hidden, intermediate):
     targets = wanted(hidden, intermediate)
     [square] = [name for name, shape in targets.items() if shape == stored_transposed(shape)]
     with pytest.raises(UnsupportedError) as error:
@@ -106,7 +106,7 @@ def test_a_square_matrix_alone_is_named(hidden, intermediate):
     assert str(error.value).count("proj") == 1
 
 
-def test_square_matrices_of_one_module_do_not_tell_of_each_other():
+def test_square_matrices_of_one_module_do_not_decide_each_other():
     """Experts without a gate, of one size."""
     targets = {f"{PATH}.up_proj": (2, 4, 4), DOWN: (2, 4, 4)}
     with pytest.raises(UnsupportedError) as error:
@@ -115,13 +115,13 @@ def test_square_matrices_of_one_module_do_not_tell_of_each_other():
     assert f"{DOWN} [2, 4, 4]" in str(error.value)
 
 
-def test_a_matrix_that_fits_neither_way_tells_nothing():
+def test_matrix_that_fits_neither_way_decides_nothing():
     targets = wanted(4, 2)
     with pytest.raises(UnsupportedError, match="gate_up_proj"):
         compiled(targets | {DOWN: (2, 4, 5)}, targets)
 
 
-def test_other_matrices_that_lie_differently_tell_nothing():
+def test_matrices_that_disagree_decide_nothing():
     names = ("gate_up_proj", "down_proj", "gate_proj")
     targets = wanted(4, 2) | {f"{PATH}.gate_proj": (2, 3, 4)}
     sources = targets | {DOWN: stored_transposed(targets[DOWN])}
@@ -130,7 +130,7 @@ def test_other_matrices_that_lie_differently_tell_nothing():
 
 
 @pytest.mark.parametrize("transposed", [False, True])
-def test_one_matrix_tells_of_several(transposed):
+def test_one_matrix_decides_for_several(transposed):
     names = ("gate_proj", "up_proj", "down_proj")
     targets = {f"{PATH}.gate_proj": (2, 4, 4), f"{PATH}.up_proj": (2, 4, 4), DOWN: (2, 3, 4)}
     sources = {n: stored_transposed(s) if transposed else s for n, s in targets.items()}
@@ -140,7 +140,7 @@ def test_one_matrix_tells_of_several(transposed):
 
 
 @pytest.mark.parametrize("do", ["absent", "of another module", "of another kind of rule"])
-def test_only_a_matrix_of_the_same_module_and_rule_tells(do):
+def test_only_a_matrix_of_the_same_module_and_rule_decides(do):
     targets = wanted(4, 2)
     rules = checking()
     if do == "absent":
@@ -155,14 +155,14 @@ def test_only_a_matrix_of_the_same_module_and_rule_tells(do):
 
 
 @pytest.mark.parametrize("shape", [(2, 1, 1), (0, 4, 4), (2, 0, 0)])
-def test_what_transposing_does_not_change_need_not_be_told(shape):
+def test_matrix_unchanged_by_transposing_needs_no_decision(shape):
     plan, problems = compiled({DOWN: shape}, {DOWN: shape})
     assert problems.reasons() == []
     assert [target.shape for target in plan.targets] == [shape]
 
 
-def test_shapes_are_those_that_come_to_the_operation():
-    """Square where it is transposed, though no source is: merged from one matrix per expert, in another order."""
+def test_shapes_are_those_at_the_operation():
+    """The matrix is square where it is transposed, but no source is: it is merged from one per expert, reordered."""
     rules = [
         WeightConverter(
             f"mlp.experts.*.{n}.weight",
@@ -186,18 +186,18 @@ def test_shapes_are_those_that_come_to_the_operation():
 
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize(("hidden", "intermediate"), [*SQUARE, (4, 3)])
-def test_who_says_how_they_lie_is_believed_where_shapes_do_not_tell(hidden, intermediate, transposed):
+def test_transposed_option_decides_where_shapes_do_not(hidden, intermediate, transposed):
     targets = wanted(hidden, intermediate)
     sources = {n: stored_transposed(s) if transposed else s for n, s in targets.items()}
-    for some in (list(sources), [GATE_UP], [DOWN]):
-        plan, problems = compiled({n: sources[n] for n in some}, targets, transposed=transposed)
+    for names in (list(sources), [GATE_UP], [DOWN]):
+        plan, problems = compiled({n: sources[n] for n in names}, targets, transposed=transposed)
         assert problems.reasons() == []
-        assert lies_transposed(plan) == dict.fromkeys(some, transposed)
-    plan, _ = compiled(sources, None, transposed=transposed)  # no model is needed then
+        assert lies_transposed(plan) == dict.fromkeys(names, transposed)
+    plan, _ = compiled(sources, None, transposed=transposed)  # this needs no model
     assert lies_transposed(plan) == dict.fromkeys(sources, transposed)
 
 
-def test_who_says_it_wrongly_is_overruled_by_shapes():
+def test_shapes_overrule_a_wrong_transposed_option():
     targets = wanted(4, 3)
     plan, problems = compiled(targets, targets, transposed=True)
     assert problems.reasons() == []
@@ -205,15 +205,15 @@ def test_who_says_it_wrongly_is_overruled_by_shapes():
 
 
 @pytest.mark.parametrize(("hidden", "intermediate"), [*SQUARE, (4, 3)])
-def test_saving_never_transposes_and_never_asks(hidden, intermediate):
+def test_saving_never_transposes_and_needs_no_decision(hidden, intermediate):
     shapes = wanted(hidden, intermediate)
-    for some in (shapes, {GATE_UP: shapes[GATE_UP]}, {DOWN: shapes[DOWN]}):
-        table = SourceTable(list(some), ["I64"] * len(some), list(some.values()))
-        plan, _ = compile_targets(table, RuleSet(checking(), reverse=True), None, parameters=some)
-        assert lies_transposed(plan) == dict.fromkeys(some, False)
+    for targets in (shapes, {GATE_UP: shapes[GATE_UP]}, {DOWN: shapes[DOWN]}):
+        table = SourceTable(list(targets), ["I64"] * len(targets), list(targets.values()))
+        plan, _ = compile_targets(table, RuleSet(checking(), reverse=True), None, parameters=targets)
+        assert lies_transposed(plan) == dict.fromkeys(targets, False)
 
 
-def test_rules_that_ask_no_shape_are_not_concerned():
+def test_rules_that_use_no_shape_are_unaffected():
     rules = RuleSet(
         [
             WeightRenaming("a", "b"),
@@ -222,5 +222,5 @@ def test_rules_that_ask_no_shape_are_not_concerned():
     )
     assert conditional_transposes(rules) == {}
     shapes = {f"{PATH}.up_proj": (2, 4, 4)}
-    found = resolve(list(shapes), rules, shapes).assignments
-    assert square_matrices(found, rules, list(shapes.values()), shapes) == {}
+    assignments = resolve(list(shapes), rules, shapes).assignments
+    assert square_matrices(assignments, rules, list(shapes.values()), shapes) == {}

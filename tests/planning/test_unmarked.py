@@ -1,8 +1,8 @@
-"""Grouped experts whose layout no name and no shape determines are refused; those that are determined are not."""
+"""Tests of grouped experts: refused if no name and no shape determines their layout, accepted otherwise."""
 
 import pytest
 
-pytest.importorskip("transformers", reason="rules are transformers' own objects")
+pytest.importorskip("transformers", reason="rules are objects of transformers")
 
 from transformers.core_model_loading import Concatenate, MergeModulelist, WeightConverter
 
@@ -37,7 +37,7 @@ def table(shapes):
 
 
 def unchanged(**shapes):
-    """A plan that keeps grouped experts of these shapes as they are."""
+    """Return a plan that keeps grouped experts of these shapes unchanged."""
     sources = table({f"m.experts.{name}": shape for name, shape in shapes.items()})
     outputs = RuleOutputs(sources, NO_RULES, {}, {})
     numel = [shape[0] * shape[1] * shape[2] for shape in sources.shapes]
@@ -73,7 +73,7 @@ def test_names_of_another_layout_are_refused_if_the_model_lacks_experts():
     refuse_other_layouts(problems, unchanged(), NO_RULES, model_states_layout=True)
 
 
-def test_a_square_matrix_alone_is_refused_only_if_rules_group_such_experts():
+def test_undecided_square_matrix_is_refused_only_if_rules_group_such_experts():
     square = unchanged(down_proj=(2, 4, 4))
     with pytest.raises(UnsupportedError, match=r"(?s)m\.experts\.down_proj.*not square.*\[2, 4, 4\]"):
         refuse_other_layouts(Problems(), square, RuleSet(GROUPING), model_states_layout=True)
@@ -93,7 +93,7 @@ def test_two_weights_determine_the_layout_together(gate_up, down):
 @pytest.mark.parametrize(
     "shapes",
     [
-        {"gate_up_proj": (2, 4, 6), "down_proj": (2, 3, 4)},  # of gpt_oss
+        {"gate_up_proj": (2, 4, 6), "down_proj": (2, 3, 4)},  # gpt_oss
         {"gate_up_proj": (2, 4, 4), "down_proj": (2, 4, 4)},
         {"gate_up_proj": (2, 4, 6)},
         {"gate_up_proj": (2, 4, 4)},
@@ -106,7 +106,7 @@ def test_weights_that_do_not_determine_the_layout_are_refused(shapes):
         refuse_unknown(unchanged(**shapes))
 
 
-def test_an_odd_size_cannot_hold_gate_and_up():
+def test_odd_size_cannot_hold_gate_and_up():
     refuse_unknown(unchanged(gate_up_proj=(2, 6, 5)))
     with pytest.raises(UnsupportedError, match=r"\[2, 5, 6\]"):
         refuse_unknown(unchanged(gate_up_proj=(2, 5, 6)))
@@ -124,7 +124,7 @@ def test_experts_that_contradict_their_model_are_refused():
     refuse_contradictions(given, dict(zip(given.names, given.shapes, strict=True)), NO_RULES)
 
 
-def test_experts_that_reversed_rules_would_take_apart_wrongly_are_refused():
+def test_experts_that_reversed_rules_would_split_wrongly_are_refused():
     reverse = RuleSet(GROUPING, reverse=True)
     with pytest.raises(UnsupportedError, match=r"(?s)gate_up_proj.*\[2, 4, 6\]"):
         refuse_contradictions(table({GATE_UP: (2, 4, 6), DOWN: (2, 3, 4)}), {}, reverse)
@@ -133,7 +133,7 @@ def test_experts_that_reversed_rules_would_take_apart_wrongly_are_refused():
     refuse_contradictions(table({GATE_UP: (2, 6, 4), DOWN: (2, 4, 3)}), {}, reverse)
 
 
-def test_grouped_experts_that_no_reversed_rule_has_met_are_refused():
+def test_grouped_experts_without_a_reversed_rule_are_refused():
     rule = WeightConverter("^m.experts.*.w2.weight", "^m.experts.down_proj", operations=[MergeModulelist(dim=0)])
     reverse = RuleSet([rule], reverse=True)
     with pytest.raises(UnsupportedError, match=r"no rule (.|\n)*m\.experts\.down_proj"):

@@ -1,4 +1,4 @@
-"""Every operation, and every chain that is registered, against transformers' own ``convert``."""
+"""Tests of every operation, and of every registered chain, against transformers' own ``convert``."""
 
 import random
 from math import prod
@@ -22,7 +22,7 @@ class Config(SimpleNamespace):
 
 
 def model_with(shapes, **config):
-    """As much of a model as operations look at."""
+    """Return the parts of a model that operations use."""
     return SimpleNamespace(
         config=Config(num_attention_heads=HEADS, **config),
         get_parameter=lambda name: torch.empty(shapes[name], device="meta"),
@@ -33,7 +33,7 @@ def tensor_of(tensor):
     return torch.tensor(flat(tensor), dtype=torch.int64).reshape(tensor.shape)
 
 
-def found(tensors):
+def plain(tensors):
     return {key: (tuple(t.shape), t.reshape(-1).tolist()) for key, t in tensors.items()}
 
 
@@ -53,12 +53,12 @@ def test_operation_equals_upstream(name, seed):
     try:
         operation = getattr(core, name)(**case.arguments)
     except TypeError:
-        return  # an option that this transformers does not have
+        return  # this transformers lacks the option
     shapes = dict(zip(case.targets, case.shapes, strict=False))
     model = model_with(shapes, **case.config)
     inputs = {p: [tensor_of(t) for t in tensors] for p, tensors in case.inputs.items()}
     try:
-        made = operation.convert(
+        result = operation.convert(
             inputs,
             source_patterns=case.sources,
             target_patterns=case.targets,
@@ -72,18 +72,18 @@ def test_operation_equals_upstream(name, seed):
         )
         if not older:
             raise
-        return  # what an older transformers cannot do
-    made = {key: value[0] if isinstance(value, list) else value for key, value in made.items()}
+        return  # an older transformers cannot do this
+    result = {key: value[0] if isinstance(value, list) else value for key, value in result.items()}
     converter = core.WeightConverter(case.sources, case.targets, operations=[operation])
     ours = lowered(RuleSet([converter], model).operations(0), case)
     if name == "SplitModulelist" and squeezes_all_dims(core):
         ours = {k: (tuple(n for n in shape if n != 1), e) for k, (shape, e) in ours.items()}
-        made = {k: t.squeeze() for k, t in made.items()}
-    assert ours == found(made)
+        result = {k: t.squeeze() for k, t in result.items()}
+    assert ours == plain(result)
 
 
 def registered_chains():
-    """One rule for each distinct chain of operations of the installed registry."""
+    """Return one rule for each distinct chain of operations of the installed registry."""
     try:
         rules = oracles.registry()
     except ModuleNotFoundError:
@@ -102,7 +102,7 @@ def registered_chains():
 
 
 def example_names(rule, count):
-    """Source names of one target of a rule: ``count`` for each pattern that stands for many."""
+    """Return source names of one target of a rule: ``count`` for each pattern that matches many."""
     names = []
     for pattern in rule.source_patterns:
         glob = pattern.replace(r"\.", ".").replace(".*.", ".*").replace("*.", "*")
@@ -119,7 +119,7 @@ def example_names(rule, count):
 
 
 def source_shape(rule):
-    """A shape that every operation of the chain can take."""
+    """Return a shape that every operation of the chain accepts."""
     operations = [(type(op).__name__, vars(op)) for op in rule.operations]
     if operations[0][0] in ("MergeModulelist", "ErnieFuseAndSplitTextVisionExperts"):
         return (4, 6)
@@ -136,8 +136,8 @@ def plan_values(rule, tensors, model, shapes, reverse=False):
     plan, problems = compile_targets(table, rules, None, parameters=shapes)
     problems.raise_unless_fit("test")
     elements = {name: t.reshape(-1).tolist() for name, t in tensors.items()}
-    made = oracles.execute(plan, elements)
-    return {t.name: (t.shape, made[t.name]) for t in plan.targets}
+    result = oracles.execute(plan, elements)
+    return {t.name: (t.shape, result[t.name]) for t in plan.targets}
 
 
 @pytest.mark.parametrize("rule", registered_chains())
@@ -167,16 +167,16 @@ def test_registered_chain_equals_upstream_both_ways(rule, transposed):
     }
     model = model_with(shapes, **shards)
     expected = oracles.upstream_values([rule], tensors, model)
-    assert plan_values(rule, tensors, model, shapes) == found(expected)
+    assert plan_values(rule, tensors, model, shapes) == plain(expected)
 
     try:
         back = rule.reverse_transform()
     except NotImplementedError:
-        return  # this transformers cannot go back here either
+        return  # this transformers cannot revert this either
     grouped = {name: tensor.contiguous() for name, tensor in expected.items()}
     restored = oracles.upstream_values([back], grouped, model_with({n: t.shape for n, t in tensors.items()}, **shards))
     ours = plan_values(rule, grouped, model, {n: tuple(t.shape) for n, t in tensors.items()}, reverse=True)
-    assert ours == found(restored)
+    assert ours == plain(restored)
 
 
 def test_registry_has_chains():

@@ -1,4 +1,4 @@
-"""Values against loops over coordinates: every element says which source element it is."""
+"""Tests of values against loops over coordinates: every element identifies its source element."""
 
 import random
 from math import prod
@@ -17,7 +17,7 @@ SHAPES = [(2, 3), (3, 3), (1, 1), (1, 4), (0, 3), (3, 0)]
 
 
 def elements(value, sources):
-    """Elements of a value by its copies, carried out one at a time."""
+    """Return the elements of a value by executing its copies one element at a time."""
     written = oracles.written(piece for copy in copies_of(value) for piece in copy.pieces())
     assert sorted(written) == list(range(prod(value.shape)))
     return [flat(sources[source])[element] for _, (source, element) in sorted(written.items())]
@@ -40,7 +40,7 @@ def narrowed(tensor, dim, start, length):
 
 
 @given(SEEDS)
-def test_any_chain_of_views_is_what_loops_make_of_it(seed):
+def test_any_chain_of_views_equals_loops(seed):
     rng = random.Random(seed)
     shape = tuple(rng.choice((0, 1, 2, 3, 4)) for _ in range(rng.randint(1, 4)))
     source = tensor = cells(shape)
@@ -71,9 +71,9 @@ def test_values_are_stacked_and_joined_in_their_order(shape, dim):
     sources = [cells(shape, 100 * number) for number in range(4)]
     parts = leaves(0, [shape] * 4)
     for order in ([0, 1, 2, 3], [3, 2, 1, 0], [0, 2], [2, 0, 3], [1, 1], [1]):
-        some, tensors = [parts[i] for i in order], [sources[i] for i in order]
-        assert_same(values.concatenate(some, dim), sources, oracles.joined(tensors, dim))
-        assert_same(values.stack(some, dim), sources, oracles.stacked(tensors, dim))
+        chosen, tensors = [parts[i] for i in order], [sources[i] for i in order]
+        assert_same(values.concatenate(chosen, dim), sources, oracles.joined(tensors, dim))
+        assert_same(values.stack(chosen, dim), sources, oracles.stacked(tensors, dim))
 
 
 def test_views_of_joined_views_read_the_right_sources():
@@ -99,7 +99,7 @@ def test_leaves_are_numbered_from_the_first():
 
 
 @pytest.mark.parametrize("shape", [(7,), (2, 4), (0,), ()])
-def test_a_shape_of_another_number_of_elements_is_refused(shape):
+def test_shape_of_another_number_of_elements_is_refused(shape):
     with pytest.raises(LoweringError, match=r"cannot reshape \(2, 3\)"):
         values.reshape(leaf(0, (2, 3)), shape)
 
@@ -113,7 +113,7 @@ def test_a_shape_of_another_number_of_elements_is_refused(shape):
         (lambda value: values.stack([value], 3), "cannot stack"),
     ],
 )
-def test_a_dimension_that_a_value_does_not_have_is_named(wrong, text):
+def test_missing_dimension_of_a_value_is_named(wrong, text):
     with pytest.raises(LoweringError, match=text):
         wrong(leaf(0, (2, 3)))
 

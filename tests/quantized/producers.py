@@ -1,7 +1,7 @@
-"""Quantized tensors as those who publish them write them: by transformers, compressed-tensors and torchao themselves.
+"""Producers of quantized tensors: transformers, compressed-tensors and torchao write them with their own code.
 
-A producer makes, of a weight ``[rows, columns]``, the tensors that are stored for it, by the suffix that follows the
-weight's name, and the numbers that they stand for, exact in float64.
+From a weight ``[rows, columns]`` a producer creates the stored tensors, by the suffix after the weight's name, and the
+values that they decode to, exact in float64.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ class Producer(NamedTuple):
 
 
 def spread(scales: Tensor, block: tuple[int, int], shape: torch.Size) -> Tensor:
-    """Scales as float64, one for each element."""
+    """Return scales as float64, one for each element."""
     wide = scales.double().reshape(-(-shape[0] // block[0]), -1)
     return wide.repeat_interleave(block[0], 0)[: shape[0]].repeat_interleave(block[1], 1)[:, : shape[1]]
 
 
 def fine_grained(block: tuple[int, int], scale_fmt: str = "float") -> Producer:
-    """DeepSeek-V3's format; ``Fp8Quantize`` of transformers where the block divides the shape, as it demands."""
+    """Return DeepSeek-V3's format. ``Fp8Quantize`` of transformers is used if the block divides the shape."""
     config = {"quant_method": "fp8", "weight_block_size": list(block), "fmt": "e4m3", "scale_fmt": scale_fmt}
 
     def make(weight: Tensor) -> tuple[Stored, Tensor]:
@@ -37,8 +37,8 @@ def fine_grained(block: tuple[int, int], scale_fmt: str = "float") -> Producer:
         if any(size % b for size, b in zip(weight.shape, block, strict=True)):
             return block_wise(weight, block)
         settings = SimpleNamespace(weight_block_size=block, scale_fmt=scale_fmt)
-        made = Fp8Quantize(SimpleNamespace(quantization_config=settings)).convert({"weight": weight})
-        codes, scales = made["weight"], made["weight_scale_inv"]
+        stored = Fp8Quantize(SimpleNamespace(quantization_config=settings)).convert({"weight": weight})
+        codes, scales = stored["weight"], stored["weight_scale_inv"]
         exact = codes.double() * spread(scales, block, weight.shape)
         return {"": codes, "_scale_inv": scales}, exact
 
@@ -46,7 +46,7 @@ def fine_grained(block: tuple[int, int], scale_fmt: str = "float") -> Producer:
 
 
 def block_wise(weight: Tensor, block: tuple[int, int]) -> tuple[Stored, Tensor]:
-    """Blocks of which the last ones are smaller: DeepSeek-V3's kv_a_proj_with_mqa has 576 rows."""
+    """Quantize in blocks, the last of which are smaller: DeepSeek-V3's kv_a_proj_with_mqa has 576 rows."""
     rows, columns = weight.shape
     down, across = -(-rows // block[0]), -(-columns // block[1])
     padded = torch.zeros(down * block[0], across * block[1])
@@ -58,28 +58,28 @@ def block_wise(weight: Tensor, block: tuple[int, int]) -> tuple[Stored, Tensor]:
 
 
 def one_scale(weight: Tensor) -> tuple[Stored, Tensor]:
-    """Mistral's: a scale of the whole tensor, which has no dimensions."""
+    """Quantize in Mistral's format: one scale without dimensions for the whole tensor."""
     stored, exact = block_wise(weight, (weight.shape[0], weight.shape[1]))
     return stored | {"_scale_inv": stored["_scale_inv"].reshape(())}, exact
 
 
 def mxfp8(weight: Tensor) -> tuple[Stored, Tensor]:
-    """MiniMax-M3's and Inkling's: exponents in one byte, 32 codes each; made by torchao."""
+    """Quantize with torchao in MiniMax-M3's and Inkling's format: exponents in one byte, 32 codes each."""
     from torchao.prototype.mx_formats.mx_tensor import MXTensor
 
-    made = MXTensor.to_mx(weight, torch.float8_e4m3fn, 32)
-    codes, scales = made.qdata, made.scale.view(torch.uint8)
+    tensor = MXTensor.to_mx(weight, torch.float8_e4m3fn, 32)
+    codes, scales = tensor.qdata, tensor.scale.view(torch.uint8)
     exact = codes.double() * spread(torch.exp2(scales.double() - 127), (1, 32), weight.shape)
     return {"": codes, "_scale_inv": scales}, exact
 
 
 def packed_fp4(weight: Tensor) -> tuple[Stored, Tensor]:
-    """DeepSeek-V4's experts: two codes to an I8, the even column low, e8m0 scales of 32; made by torchao."""
+    """Quantize with torchao as DeepSeek-V4's experts are: two codes per I8, even columns low, e8m0 scales of 32."""
     from torchao.prototype.mx_formats.mx_tensor import MXTensor
 
-    made = MXTensor.to_mx(weight, torch.float4_e2m1fn_x2, 32)
-    codes = made.qdata.view(torch.uint8)
-    scales = made.scale.view(torch.uint8)
+    tensor = MXTensor.to_mx(weight, torch.float4_e2m1fn_x2, 32)
+    codes = tensor.qdata.view(torch.uint8)
+    scales = tensor.scale.view(torch.uint8)
     exact = fp4_values(codes) * spread(torch.exp2(scales.double() - 127), (1, 32), weight.shape)
     return {"": codes.view(torch.int8), ".scale": scales.view(torch.float8_e8m0fnu)}, exact
 
@@ -88,16 +88,16 @@ FP4 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4
 
 
 def fp4_values(codes: Tensor) -> Tensor:
-    """Two numbers of each byte ``[rows, bytes]``, the low half first."""
+    """Return the two values of each byte ``[rows, bytes]``, the low half first."""
     nibbles = torch.stack([codes & 15, codes >> 4], -1).flatten(-2)
     return FP4[nibbles.long()]
 
 
 def compressed(stored_format: str, divisor: float | None = None, **weights: Any) -> Producer:
-    """One of compressed-tensors' formats, compressed by its own code.
+    """Return a format of compressed-tensors, compressed by its own code.
 
     Args:
-        divisor: of the weights, given as the global scale that such formats have.
+        divisor: global scale of the weights, for formats with one.
     """
     group = {"targets": ["Linear"], "weights": weights, "format": stored_format}
     config = {"quant_method": "compressed-tensors", "format": stored_format, "config_groups": {"group_0": group}}
@@ -109,7 +109,7 @@ def compressed(stored_format: str, divisor: float | None = None, **weights: Any)
         args = QuantizationArgs(**weights)
         scheme = QuantizationScheme(targets=["Linear"], weights=args, format=stored_format)
         shape, block = weight.shape, block_of(weights, weight.shape)
-        given: dict[str, Any] = {"weight": weight}
+        arguments: dict[str, Any] = {"weight": weight}
         low = -8 if weights["num_bits"] == 4 and weights["type"] == "int" else None
         padded = weight.float().reshape(shape[0] // block[0], block[0], shape[1] // block[1], block[1])
         largest, least = padded.amax((1, 3)), padded.amin((1, 3))
@@ -120,19 +120,19 @@ def compressed(stored_format: str, divisor: float | None = None, **weights: Any)
         if not weights.get("symmetric", True):
             scales = (largest - least) / 15
             zeros = (low - least / scales).round().clamp(-8, 7).to(torch.int8)
-            given["weight_zero_point"] = zeros
+            arguments["weight_zero_point"] = zeros
         common = torch.ones(1)
         if divisor is not None:
             common = torch.tensor([divisor])
-            given["weight_global_scale"] = common
+            arguments["weight_global_scale"] = common
             scales = (scales * common).to(torch.float8_e4m3fn).float()
         if "mx" in stored_format:
             scales = torch.exp2(torch.ceil(torch.log2(scales)))
-        given["weight_scale"] = scales.to(weight.dtype)
-        made = BaseCompressor.get_value_from_registry(stored_format).compress(given, scheme)
-        values = values_of(made, shape, zeros, block)
-        kept = {name.removeprefix("weight"): tensor for name, tensor in made.items()}
-        exact_scales = made["weight_scale"]
+        arguments["weight_scale"] = scales.to(weight.dtype)
+        stored = BaseCompressor.get_value_from_registry(stored_format).compress(arguments, scheme)
+        values = values_of(stored, shape, zeros, block)
+        kept = {name.removeprefix("weight"): tensor for name, tensor in stored.items()}
+        exact_scales = stored["weight_scale"]
         if exact_scales.dtype == torch.uint8:
             exact_scales = torch.exp2(exact_scales.double() - 127)
         return kept, values * (spread(exact_scales, block, shape) / common.double())
@@ -149,11 +149,11 @@ def block_of(weights: Mapping[str, Any], shape: torch.Size) -> tuple[int, int]:
     return (1, shape[1]) if strategy == "channel" else (shape[0], shape[1])
 
 
-def values_of(made: Stored, shape: torch.Size, zeros: Tensor, block: tuple[int, int]) -> Tensor:
-    """The numbers of the codes, without scales."""
-    if "weight" in made:
-        return made["weight"].double()
-    packed = made["weight_packed"]
+def values_of(stored: Stored, shape: torch.Size, zeros: Tensor, block: tuple[int, int]) -> Tensor:
+    """Return the values of the codes, without scales."""
+    if "weight" in stored:
+        return stored["weight"].double()
+    packed = stored["weight_packed"]
     if packed.dtype == torch.uint8:
         return fp4_values(packed)
     from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32

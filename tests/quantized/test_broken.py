@@ -1,4 +1,4 @@
-"""Quantized checkpoints that are broken, through the front doors: one error, and not a byte written."""
+"""Tests of broken quantized checkpoints: one error from each load, and no byte written."""
 
 import json
 
@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-pytest.importorskip("transformers", reason="the models, and those who quantize them, are transformers'")
+pytest.importorskip("transformers", reason="needs models and quantizers of transformers")
 
 from transformers import GptOssConfig, GptOssForCausalLM
 from transformers.core_model_loading import ConversionOps, WeightConverter
@@ -37,7 +37,7 @@ def poisoned(model):
 
 
 def mixtral(directory, producer):
-    """A quantized checkpoint, and a poisoned model to load it into."""
+    """Write a quantized checkpoint; return a poisoned model to load it into."""
     quantized("mixtral", directory, producer, small_mixtral())
     return poisoned(small_mixtral())
 
@@ -48,22 +48,22 @@ def mxfp4(directory):
 
 
 def edit(directory, change):
-    """Store what ``change`` makes of the tensors, which it takes by name."""
+    """Apply ``change`` to the stored tensors, which it receives by name."""
     tensors = load_file(directory / "model.safetensors")
     change(tensors)
     kept = {name: tensor.contiguous() for name, tensor in tensors.items()}
     save_file(kept, directory / "model.safetensors", metadata={"format": "pt"})
 
 
-def assert_refused(directory, model, error, *told, **options):
-    """Both front doors raise ``error``, which tells all of ``told``, and ``model`` is as it was."""
+def assert_refused(directory, model, error, *texts, **options):
+    """Check that both loads raise ``error`` with all of ``texts``, and that ``model`` is unchanged."""
     for door in (
         lambda: amc.load_model(model, directory, **options),
         lambda: amc.load_state_dict(directory, model, **options),
     ):
         with pytest.raises(error) as caught:
             door()
-        assert all(text in str(caught.value) for text in told), str(caught.value)
+        assert all(text in str(caught.value) for text in texts), str(caught.value)
     assert all((tensor.view(torch.uint8) == POISON).all() for tensor in model.state_dict().values())
 
 
@@ -111,8 +111,8 @@ def test_scale_of_a_wrong_shape_is_named(tmp_path, producer, change):
         tensors[scale] = wrong
 
     edit(tmp_path, spoil)
-    told = f"expected {shapes['right']}, found {shapes['wrong']}"
-    assert_refused(tmp_path, model, amc.QuantizationError, "1 problems", scale, told)
+    text = f"expected {shapes['right']}, found {shapes['wrong']}"
+    assert_refused(tmp_path, model, amc.QuantizationError, "1 problems", scale, text)
 
 
 @pytest.mark.parametrize("dim", [1, 2, 3])
@@ -180,49 +180,49 @@ class Linear(nn.Module):
 
 
 def checkpoint(directory, config, **parts):
-    """A weight ``a.weight``, of parts by their suffixes."""
+    """Write a weight ``a.weight`` with parts by their suffixes."""
     save_file({f"a.weight{suffix}": part.contiguous() for suffix, part in parts.items()}, directory / "a.safetensors")
     (directory / "config.json").write_text(json.dumps({"quantization_config": config}))
     return directory / "a.safetensors"
 
 
 class Twice(ConversionOps):
-    """No operation of transformers', so that its own code has to run."""
+    """An operation that is not transformers', so that its own code has to run."""
 
     def convert(self, input_dict, **kwargs):
         return {name: value[0].float() * 2 for name, value in input_dict.items()}
 
 
-def test_codes_are_not_given_to_operations_that_are_not_lowered(tmp_path):
+def test_codes_are_not_passed_to_operations_that_are_not_lowered(tmp_path):
     codes = torch.randn(4, 6).to(torch.float8_e4m3fn)
     path = checkpoint(tmp_path, {"quant_method": "fp8"}, **{"": codes, "_scale_inv": torch.rand(1, 1)})
     rules = [WeightConverter(["a.weight"], ["a.weight"], operations=[Twice()])]
-    told = "a.weight would be filled by transformers' own code from a quantized tensor"
-    assert_refused(path, poisoned(Linear(4, 6)), amc.UnsupportedError, told, rules=rules)
+    text = "a.weight would be filled by transformers' own code from a quantized tensor"
+    assert_refused(path, poisoned(Linear(4, 6)), amc.UnsupportedError, text, rules=rules)
 
 
-def test_dtype_that_codes_are_not_decoded_to_is_told_before_anything_is_written(tmp_path):
+def test_unsupported_decoded_dtype_is_refused_before_anything_is_written(tmp_path):
     codes = torch.randn(4, 6).to(torch.float8_e4m3fn)
     path = checkpoint(tmp_path, {"quant_method": "fp8"}, **{"": codes, "_scale_inv": torch.rand(1, 1)})
     model = poisoned(Linear(4, 6, torch.float64))
     assert_refused(path, model, amc.UnsupportedError, "a.weight cannot be decoded to the dtype", "F64", rules=[])
 
 
-def test_padding_of_packed_rows_is_not_taken_for_columns(tmp_path):
+def test_padding_of_packed_rows_is_not_read_as_columns(tmp_path):
     weights = torch.randn(16, 100)
     producer = compressed("pack-quantized", **INT4, strategy="channel")
     parts, _ = producer.make(weights)
     assert parts["_packed"].shape == (16, 13)
     path = checkpoint(tmp_path, producer.config, **parts)
-    told = "a.weight_packed", "expected: [16, 104]", "found:    [16, 100]"
-    assert_refused(path, poisoned(Linear(16, 104)), amc.QuantizationError, *told, rules=[])
+    texts = "a.weight_packed", "expected: [16, 104]", "found:    [16, 100]"
+    assert_refused(path, poisoned(Linear(16, 104)), amc.QuantizationError, *texts, rules=[])
     with pytest.raises(amc.QuantizationError, match="end in padding"):
         amc.load_state_dict(path, rules=[])
     with serve({"org/name": tmp_path}) as hub, pytest.MonkeyPatch.context() as patch:
         use(hub, tmp_path.with_name("cache of padding"), patch)
-        amc.compile_plan("org/name", rules=[])  # from headers alone, which do not say it
+        amc.compile_plan("org/name", rules=[])  # headers do not record it
         with pytest.raises(amc.QuantizationError, match="end in padding"):
             amc.load_state_dict("org/name", rules=[])
-    parts["_shape"] = torch.zeros(1 << 20)  # which is not read
+    parts["_shape"] = torch.zeros(1 << 20)  # too large, so it is not read
     checkpoint(tmp_path, producer.config, **parts)
     assert_refused(path, poisoned(Linear(16, 104)), amc.QuantizationError, "found:    (1048576,)", rules=[])

@@ -1,4 +1,4 @@
-"""Quantized checkpoints from files to files: decoded in every layout, or their codes as they are."""
+"""Tests of converting quantized checkpoints: decoded in every layout, or with unchanged codes."""
 
 import json
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-pytest.importorskip("transformers", reason="the models, and what they are compared with, are transformers'")
+pytest.importorskip("transformers", reason="needs transformers")
 
 from transformers import AutoConfig, AutoModelForCausalLM
 from typer.testing import CliRunner
@@ -25,7 +25,7 @@ def config_of(directory):
 
 @pytest.mark.parametrize("layout", [None, "transformers", "nemo", "gpt_oss", "vllm"])
 @pytest.mark.parametrize("name", ["qwen3_moe", "deepseek_v3"])
-def test_decoded_files_hold_what_a_load_decodes(tmp_path, name, layout):
+def test_decoded_files_equal_a_decoded_load(tmp_path, name, layout):
     quantized(name, tmp_path / "quantized", fine_grained((7, 20)))
     report = amc.convert_checkpoint(tmp_path / "quantized", tmp_path / "plain", layout=layout, dequantize=True)
     assert report.left_out == ()
@@ -34,8 +34,8 @@ def test_decoded_files_hold_what_a_load_decodes(tmp_path, name, layout):
 
 @pytest.mark.parametrize("threads", [1, 3])
 @pytest.mark.parametrize("scratch_bytes", [1 << 17, None])
-def test_a_decoded_checkpoint_is_one_that_transformers_loads(tmp_path, scratch_bytes, threads):
-    """In bfloat16 for everybody: names, shapes and config of the original release."""
+def test_transformers_loads_a_decoded_checkpoint(tmp_path, scratch_bytes, threads):
+    """Check names, shapes and config of the original release, in bfloat16."""
     model_class, exact = quantized("deepseek_v3", tmp_path / "quantized", fine_grained((2, 2)))
     plain = tmp_path / "plain"
     what = {"layout": "per_expert", "dequantize": True}
@@ -52,14 +52,14 @@ def test_a_decoded_checkpoint_is_one_that_transformers_loads(tmp_path, scratch_b
 
 
 @pytest.mark.parametrize("name", ["qwen3_moe", "deepseek_v3"])
-def test_codes_of_experts_that_lie_one_by_one_stay_as_they_are(tmp_path, name):
+def test_codes_of_single_experts_are_unchanged(tmp_path, name):
     quantized(name, tmp_path / "quantized", fine_grained((7, 20)))
     amc.convert_checkpoint(tmp_path / "quantized", tmp_path / "made", layout="per_expert", max_shard_size="6KB")
     assert_same(tensors_of(tmp_path / "made"), tensors_of(tmp_path / "quantized"))
     assert amc.verify_checkpoint(tmp_path / "quantized", tmp_path / "made") > 0
 
 
-def test_a_wrong_number_is_found(tmp_path):
+def test_wrong_value_is_detected(tmp_path):
     quantized("qwen3_moe", tmp_path / "quantized")
     what = {"layout": "per_expert", "dequantize": True}
     amc.convert_checkpoint(tmp_path / "quantized", tmp_path / "plain", **what)
@@ -72,7 +72,7 @@ def test_a_wrong_number_is_found(tmp_path):
 
 
 @pytest.mark.parametrize("layout", [None, "nemo", "vllm"])
-def test_gpt_oss_in_mxfp4_is_decoded_in_its_meant_order(tmp_path, layout):
+def test_gpt_oss_in_mxfp4_is_decoded_in_the_right_order(tmp_path, layout):
     gpt_oss(tmp_path / "quantized")
     amc.convert_checkpoint(tmp_path / "quantized", tmp_path / "plain", layout=layout, dequantize=True)
     assert_same(tensors_of(tmp_path / "plain"), dict(amc.load_state_dict(tmp_path / "quantized", layout=layout)))
@@ -95,7 +95,7 @@ def test_packed_codes_are_decoded(tmp_path, producer):
 
 
 @pytest.mark.parametrize("layout", [None, "nemo", "gpt_oss", "vllm"])
-def test_scales_of_grouped_experts_are_not_written_beside_what_they_decode(tmp_path, layout):
+def test_scales_of_decoded_grouped_experts_are_not_written(tmp_path, layout):
     codes = {"experts.gate_up_proj": torch.randn(2, 8, 6), "experts.down_proj": torch.randn(2, 6, 4)}
     stored = {name: numbers.to(torch.float8_e4m3fn) for name, numbers in codes.items()}
     scales = {name: torch.tensor([0.5, 4.0]).reshape(2, 1, 1) for name in codes}
@@ -112,14 +112,14 @@ def test_scales_of_grouped_experts_are_not_written_beside_what_they_decode(tmp_p
 
 
 @pytest.mark.parametrize("dequantize", [True, False])
-def test_what_says_how_to_decode_goes_with_codes_alone(tmp_path, dequantize):
+def test_quantization_config_is_copied_only_with_codes(tmp_path, dequantize):
     codes = torch.randn(8, 6).to(torch.float8_e4m3fn)
     (tmp_path / "quantized").mkdir()
     tensors = {"a.weight": codes, "a.weight_scale_inv": torch.tensor([[0.5]])}
     save_file(tensors, tmp_path / "quantized" / "model.safetensors")
     config = {"quantization_config": {"quant_method": "fp8", "weight_block_size": [8, 8]}}
-    for name, said in (("config.json", config), ("hf_quant_config.json", {"quantization": {"quant_algo": "FP8"}})):
-        (tmp_path / "quantized" / name).write_text(json.dumps(said))
+    for name, content in (("config.json", config), ("hf_quant_config.json", {"quantization": {"quant_algo": "FP8"}})):
+        (tmp_path / "quantized" / name).write_text(json.dumps(content))
     report = amc.convert_checkpoint(tmp_path / "quantized", tmp_path / "made", rules=[], dequantize=dequantize)
     assert report.files_copied == ("config.json",) + (() if dequantize else ("hf_quant_config.json",))
     assert sorted(path.name for path in (tmp_path / "made").glob("*.json")) == list(report.files_copied)
@@ -146,7 +146,7 @@ def test_the_command_line_decodes_and_verifies(tmp_path):
     assert_same(loaded, dict(amc.load_state_dict(tmp_path / "quantized")))
 
 
-def test_codes_stay_codes_unless_they_are_to_be_decoded(tmp_path):
+def test_codes_are_kept_by_default(tmp_path):
     quantized("qwen3_moe", tmp_path / "quantized")
     amc.convert_checkpoint(tmp_path / "quantized", tmp_path / "copied", rules=[])
     assert_same(tensors_of(tmp_path / "copied"), tensors_of(tmp_path / "quantized"))
@@ -165,7 +165,7 @@ def test_codes_without_a_config_are_one_error_and_nothing_is_written(tmp_path):
     assert not (tmp_path / "plain").exists()
 
 
-def test_a_saved_model_that_was_decoded_does_not_say_that_it_is_quantized(tmp_path):
+def test_saved_decoded_model_has_no_quantization_config(tmp_path):
     model_class, _ = quantized("qwen3_moe", tmp_path / "quantized")
     model = model_class(model_class.config_class.from_pretrained(tmp_path / "quantized"))
     assert hasattr(model.config, "quantization_config")
@@ -178,7 +178,7 @@ def test_a_saved_model_that_was_decoded_does_not_say_that_it_is_quantized(tmp_pa
 
 @pytest.fixture
 def with_more(tmp_path):
-    """Quantized experts beside a prediction layer, quantized too, and the scale of an activation."""
+    """Write quantized experts, a quantized prediction layer, and the scale of an activation."""
     _, exact = quantized("qwen3_moe", tmp_path / "source", fine_grained((7, 20)))
     file = tmp_path / "source" / "model.safetensors"
     stored = load_file(file)
@@ -191,24 +191,24 @@ def with_more(tmp_path):
     return tmp_path / "source", more, exact[name], scale
 
 
-def test_what_is_carried_is_decoded_with_the_rest(with_more, tmp_path):
+def test_carried_tensors_are_decoded_with_the_rest(with_more, tmp_path):
     source, more, exact, scale = with_more
     report = amc.convert_checkpoint(source, tmp_path / "plain", layout="nemo", dequantize=True)
     assert report.left_out == (scale,)
-    made = {name: tensor for name, tensor in tensors_of(tmp_path / "plain").items() if name in more}
+    extra = {name: tensor for name, tensor in tensors_of(tmp_path / "plain").items() if name in more}
     decoded = {name: tensor for name, tensor in more.items() if name != "mtp.fc.weight_scale_inv"}
-    assert_same(made, decoded | {"mtp.fc.weight": exact.to(torch.bfloat16)})
+    assert_same(extra, decoded | {"mtp.fc.weight": exact.to(torch.bfloat16)})
     model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(source), dtype=torch.bfloat16)
     loaded = amc.load_model(model, source, strict=False)
     assert sorted(loaded.left_out) == sorted([*more, scale])
     report = amc.save_checkpoint(model, tmp_path / "saved", carry=source)
     assert report.left_out == (scale,)
     saved = {name: tensor for name, tensor in tensors_of(tmp_path / "saved").items() if name in more}
-    assert_same(saved, made)
+    assert_same(saved, extra)
     assert amc.load_state_dict(tmp_path / "saved", strict=False).report.missing_keys == ()
 
 
-def test_codes_are_carried_as_codes_where_the_rest_is_codes(with_more, tmp_path):
+def test_codes_are_carried_as_codes_with_the_rest(with_more, tmp_path):
     source, more, _, scale = with_more
     amc.convert_checkpoint(source, tmp_path / "made", layout="per_expert")
     assert_same(tensors_of(tmp_path / "made"), tensors_of(source))
@@ -234,9 +234,9 @@ def test_codes_are_not_dropped_without_their_scales(tmp_path, layout, pattern, l
     like = next(name for name in stored if name.endswith("up_proj.weight_scale_inv")).removesuffix("_scale_inv")
     more = {f"mtp.fc.weight{suffix}": stored[f"{like}{suffix}"].clone() for suffix in ("", "_scale_inv")}
     save_file(stored | more, file)
-    with pytest.raises(amc.UnsupportedError, match="cannot be used without the tensors") as told:
+    with pytest.raises(amc.UnsupportedError, match="cannot be used without the tensors") as caught:
         amc.convert_checkpoint(tmp_path / "source", tmp_path / "made", layout=layout, drop=[pattern])
-    assert f"    {left}\n" in str(told.value)
+    assert f"    {left}\n" in str(caught.value)
     assert not (tmp_path / "made").exists()
     report = amc.convert_checkpoint(tmp_path / "source", tmp_path / "made", layout=layout, drop=["mtp.fc.weight*"])
     assert sorted(report.left_out) == sorted(more)

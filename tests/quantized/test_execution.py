@@ -1,4 +1,4 @@
-"""Decoding on every way that bytes take: any scratch, any number of threads, a device that is late."""
+"""Tests of decoding on every path: any scratch, any number of threads, and a late device."""
 
 import importlib.util
 import itertools
@@ -23,14 +23,14 @@ from tests.execution.support import columns
 from tests.quantized.test_schemes import PRODUCERS, weight, write
 from tests.whole.test_memory_budget import torch_peak
 
-pytest.importorskip("transformers", reason="producers are transformers, and compressed-tensors, which needs it")
+pytest.importorskip("transformers", reason="needs transformers, as compressed-tensors does")
 __all__ = ["calls", "first_load"]  # fixtures
 SCHEMES = ["fp8 32x16", "mxfp8", "int4 g32 with zero points", "nvfp4"]
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 
 
 def case(directory, scheme):
-    """Two weights, each as it is and transposed, and what they are."""
+    """Write two weights; return a plan of each as it is and transposed, and the expected values."""
     producer = PRODUCERS[scheme]
     write(directory, producer, {"a.weight": weight(96, 128), "b.weight": weight(64, 224, seed=1)})
     checkpoint = amc.open_checkpoint(directory)
@@ -38,9 +38,9 @@ def case(directory, scheme):
     expected, targets = amc.load_state_dict(directory, rules=[], dtype=torch.float32), []
     for row in table.decodes:
         name, value = table.names[row], leaf(0, table.shapes[row])
-        turned = transpose(value, 0, 1)
-        for called, made in ((name, value), (name + ".T", turned)):
-            targets.append(Target(called, "F32", made.shape, -1, (row,), group_pieces(made.pieces)))
+        transposed = transpose(value, 0, 1)
+        for label, leaves in ((name, value), (name + ".T", transposed)):
+            targets.append(Target(label, "F32", leaves.shape, -1, (row,), group_pieces(leaves.pieces)))
         expected[name + ".T"] = expected[name].T.contiguous()
     plan = CopyPlan(table, tuple(targets))
     plan.validate()
@@ -62,7 +62,7 @@ def assert_filled(buffers, expected):
 @pytest.mark.parametrize("scratch_bytes", [24_000, 100_003, 1 << 20])
 @pytest.mark.parametrize("threads", [1, 3])
 @pytest.mark.parametrize("scheme", SCHEMES)
-def test_any_scratch_and_threads_give_the_same_numbers(tmp_path, scheme, threads, scratch_bytes):
+def test_any_scratch_and_threads_decode_the_same_values(tmp_path, scheme, threads, scratch_bytes):
     checkpoint, plan, expected = case(tmp_path, scheme)
     buffers = poisoned(plan)
     stats = load_to_host(plan, checkpoint, buffers, threads=threads, scratch_bytes=scratch_bytes)
@@ -81,7 +81,7 @@ def test_torch_allocates_no_more_than_the_budget(tmp_path, scheme, budget):
 
 @pytest.mark.parametrize("eagerness", [0, 0.5])
 @pytest.mark.parametrize("scheme", SCHEMES)
-def test_a_late_device_decodes_the_same_numbers(tmp_path, scheme, eagerness):
+def test_late_device_decodes_the_same_values(tmp_path, scheme, eagerness):
     checkpoint, plan, expected = case(tmp_path, scheme)
     for seed in range(4):
         buffers = poisoned(plan)
@@ -95,7 +95,7 @@ def test_a_late_device_decodes_the_same_numbers(tmp_path, scheme, eagerness):
 @needs_triton
 @pytest.mark.usefixtures("first_load")
 @pytest.mark.parametrize("scheme", SCHEMES)
-def test_kernels_decode_the_same_numbers_and_nothing_waits_for_the_device(tmp_path, scheme):
+def test_kernels_decode_the_same_values_without_waiting(tmp_path, scheme):
     checkpoint, plan, expected = case(tmp_path, scheme)
     buffers = poisoned(plan)
     limits = {"threads": 1, "scratch_bytes": 1 << 17, "device_scratch_bytes": 1 << 19}
@@ -105,7 +105,7 @@ def test_kernels_decode_the_same_numbers_and_nothing_waits_for_the_device(tmp_pa
     assert stats.work.by_kernels > 0
 
 
-def test_a_dtype_that_nothing_decodes_to_is_told_before_anything_is_read(tmp_path, calls):
+def test_unsupported_decoded_dtype_is_refused_before_anything_is_read(tmp_path, calls):
     checkpoint, plan, _ = case(tmp_path, "fp8 32x16")
     plan = CopyPlan(plan.sources, tuple(t._replace(dtype="F64") for t in plan.targets))
     calls.reads = 0
@@ -115,7 +115,7 @@ def test_a_dtype_that_nothing_decodes_to_is_told_before_anything_is_read(tmp_pat
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
-def test_codes_are_read_once_and_scales_that_slabs_share_again(tmp_path, scheme):
+def test_codes_are_read_once_and_shared_scales_again(tmp_path, scheme):
     checkpoint, plan, _ = case(tmp_path, scheme)
     copies = [target.copies for target in plan.targets]
     jobs = schedule(plan.targets, copies, checkpoint, plan.sources.decodes, threads=2, slot_bytes=1 << 14)
@@ -131,7 +131,7 @@ def test_codes_are_read_once_and_scales_that_slabs_share_again(tmp_path, scheme)
     assert all(job.scratch_bytes <= 1 << 14 for job in jobs)
 
 
-def test_a_plan_of_quantized_sources_says_so_and_survives_json(tmp_path):
+def test_plan_of_quantized_sources_round_trips_through_json(tmp_path):
     _, plan, _ = case(tmp_path, "int4 g32 with zero points")
     assert plan.execution_of(plan.target("a.weight")) == "decode"
     assert plan.execution_of(plan.target("a.weight.T")) == "strided, decode"

@@ -1,4 +1,4 @@
-"""Codes and scales that stay what they are while experts are grouped: the same numbers, and the same bytes back."""
+"""Tests of codes and scales that are kept while experts are grouped: the same values, and the same bytes back."""
 
 import json
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-pytest.importorskip("transformers", reason="the models, and what they are compared with, are transformers'")
+pytest.importorskip("transformers", reason="needs transformers")
 
 from transformers import AutoModelForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
@@ -19,7 +19,7 @@ from tests.quantized.test_converting import config_of
 from tests.quantized.test_models import gpt_oss, keeping, quantized, small_mixtral
 
 LAYOUTS = [None, "nemo", "vllm"]
-# gate_up, down and how each scale of an expert is found in them, written down by hand.
+# gate_up, down, and the place of each scale of an expert in them, written by hand.
 NAMES = {"nemo": ("gate_and_up_projs", "down_projs"), "vllm": ("w13_weight", "w2_weight")}
 
 
@@ -43,17 +43,17 @@ def qwen(hidden=32, intermediate=16, experts=3):
 
 
 def assert_kept(directory, layout):
-    """The conversion loads as its source does, is verified, and goes back to its bytes."""
-    source, made, back = directory / "source", directory / "made", directory / "back"
-    report = amc.convert_checkpoint(source, made, layout=layout)
+    """Check that the conversion loads like its source, is verified, and reverts to the same bytes."""
+    source, converted, back = directory / "source", directory / "made", directory / "back"
+    report = amc.convert_checkpoint(source, converted, layout=layout)
     assert report.left_out == ()
-    assert config_of(made) == config_of(source)
-    assert_same(dict(amc.load_state_dict(made)), dict(amc.load_state_dict(source)))
+    assert config_of(converted) == config_of(source)
+    assert_same(dict(amc.load_state_dict(converted)), dict(amc.load_state_dict(source)))
     if layout is not None:
-        loaded = dict(amc.load_state_dict(made, layout=layout))
+        loaded = dict(amc.load_state_dict(converted, layout=layout))
         assert_same(loaded, dict(amc.load_state_dict(source, layout=layout)))
-    assert amc.verify_checkpoint(source, made) > 0
-    amc.convert_checkpoint(made, back, layout="per_expert")
+    assert amc.verify_checkpoint(source, converted) > 0
+    amc.convert_checkpoint(converted, back, layout="per_expert")
     assert_same(tensors_of(back), tensors_of(source))
 
 
@@ -61,7 +61,7 @@ def assert_kept(directory, layout):
     ("name", "layout"),
     [("qwen3_moe", "transformers"), ("deepseek_v3", "nemo"), ("mixtral", None), ("mixtral", "vllm")],
 )
-def test_a_kept_conversion_is_its_source_in_another_layout(tmp_path, name, layout):
+def test_kept_conversion_equals_its_source_in_another_layout(tmp_path, name, layout):
     quantized(name, tmp_path / "source", fine_grained((2, 2)))
     assert_kept(tmp_path, layout)
 
@@ -78,10 +78,10 @@ def test_a_kept_conversion_is_its_source_in_another_layout(tmp_path, name, layou
     ],
     ids=str,
 )
-def test_codes_and_scales_lie_where_the_layout_says(tmp_path, sizes, block, layout):
+def test_codes_and_scales_follow_the_layout(tmp_path, sizes, block, layout):
     quantized("", tmp_path / "source", fine_grained(block), qwen(**sizes))
     assert_kept(tmp_path, layout)
-    stored, made = tensors_of(tmp_path / "source"), tensors_of(tmp_path / "made")
+    stored, converted = tensors_of(tmp_path / "source"), tensors_of(tmp_path / "made")
     gate_up, down = NAMES.get(layout, ("gate_up_proj", "down_proj"))
     path = "model.layers.0.mlp.experts"
     for suffix in ("", "_scale_inv"):
@@ -93,9 +93,9 @@ def test_codes_and_scales_lie_where_the_layout_says(tmp_path, sizes, block, layo
         expected = {gate_up: torch.stack(both), down: torch.stack(downs)}
         for called, tensor in expected.items():
             tensor = tensor.transpose(1, 2).contiguous() if layout == "nemo" else tensor
-            assert_bytes_equal(made[f"{path}.{called}{suffix}"], tensor)
+            assert_bytes_equal(converted[f"{path}.{called}{suffix}"], tensor)
     rest = {name: tensor for name, tensor in stored.items() if ".experts." not in name}
-    assert_same({name: tensor for name, tensor in made.items() if ".experts." not in name}, rest)
+    assert_same({name: tensor for name, tensor in converted.items() if ".experts." not in name}, rest)
 
 
 @pytest.mark.parametrize(
@@ -118,7 +118,7 @@ def test_codes_and_scales_lie_where_the_layout_says(tmp_path, sizes, block, layo
         ("vllm", {}, compressed("pack-quantized", **INT4, strategy="group", group_size=16)),
     ],
 )
-def test_where_a_scale_would_belong_to_other_numbers_what_helps_is_told(tmp_path, layout, sizes, producer):
+def test_scales_that_cannot_follow_the_layout_are_refused_with_advice(tmp_path, layout, sizes, producer):
     quantized("", tmp_path / "source", producer, qwen(**sizes))
     with pytest.raises(amc.UnsupportedError, match=r"experts\.\w+: codes and scales cannot be kept") as caught:
         amc.convert_checkpoint(tmp_path / "source", tmp_path / "made", layout=layout)
@@ -131,7 +131,7 @@ def test_where_a_scale_would_belong_to_other_numbers_what_helps_is_told(tmp_path
 
 
 @pytest.mark.parametrize("layout", [None, "transformers", "nemo", "vllm", "gpt_oss"])
-def test_experts_of_numbers_are_laid_out_anew_beside_codes(tmp_path, layout):
+def test_unquantized_experts_are_converted_next_to_codes(tmp_path, layout):
     quantized("", tmp_path / "source", fine_grained((16, 16)), qwen())
     decoded = amc.load_state_dict(tmp_path / "source", rules=[])
     file = tmp_path / "source" / "model.safetensors"
@@ -154,7 +154,7 @@ def test_experts_of_numbers_are_laid_out_anew_beside_codes(tmp_path, layout):
     ],
     ids=["8x16", "mxfp8", "channel", "compressed-tensors"],
 )
-def test_blocks_that_are_not_square_are_kept_where_nothing_is_transposed(tmp_path, producer, layout):
+def test_blocks_that_are_not_square_are_kept_without_a_transpose(tmp_path, producer, layout):
     quantized("", tmp_path / "source", producer, qwen(intermediate=32))
     assert_kept(tmp_path, layout)
 
@@ -169,7 +169,7 @@ def test_kept_codes_go_from_layout_to_layout(tmp_path):
     assert_same(tensors_of(last), tensors_of(tmp_path / "source"))
 
 
-def test_rules_that_are_given_group_the_scales_too(tmp_path):
+def test_explicit_rules_group_the_scales_too(tmp_path):
     quantized("qwen3_moe", tmp_path / "source")
     rules = amc.get_checkpoint_conversion_mapping("qwen3_moe")
     amc.convert_checkpoint(tmp_path / "source", tmp_path / "made", rules=rules, layout="nemo")
@@ -177,7 +177,7 @@ def test_rules_that_are_given_group_the_scales_too(tmp_path):
     assert_same(tensors_of(tmp_path / "made"), tensors_of(tmp_path / "expected"))
 
 
-def test_a_dtype_is_that_of_what_is_no_code(tmp_path):
+def test_dtype_casts_only_tensors_that_are_not_codes(tmp_path):
     quantized("", tmp_path / "source", fine_grained((16, 16)), qwen())
     amc.convert_checkpoint(tmp_path / "source", tmp_path / "made", layout="nemo", dtype=torch.float32)
     amc.convert_checkpoint(tmp_path / "source", tmp_path / "kept", layout="nemo")
@@ -186,8 +186,8 @@ def test_a_dtype_is_that_of_what_is_no_code(tmp_path):
     assert_same(tensors_of(tmp_path / "made"), expected)
 
 
-def test_transformers_that_would_take_grouped_codes_for_numbers_finds_no_model(tmp_path):
-    """Without a GPU it drops the scales of ``experts.gate_up_proj`` with a warning, and loads the codes."""
+def test_transformers_refuses_grouped_codes(tmp_path):
+    """Check without a GPU, where it drops the scales of ``experts.gate_up_proj`` with a warning and loads the codes."""
     quantized("qwen3_moe", tmp_path / "source")
     amc.convert_checkpoint(tmp_path / "source", tmp_path / "made")
     amc.convert_checkpoint(tmp_path / "made", tmp_path / "copied", rules=[])
@@ -198,8 +198,8 @@ def test_transformers_that_would_take_grouped_codes_for_numbers_finds_no_model(t
 
 
 @pytest.mark.parametrize("layout", [None, "nemo", "vllm"])
-def test_a_model_that_keeps_codes_takes_them_as_they_lie(tmp_path, layout):
-    """What transformers' own rules make of one expert after another, is what is read here."""
+def test_model_that_keeps_codes_loads_them_unchanged(tmp_path, layout):
+    """Compare with the result of transformers' own rules for one expert after another."""
     model_class, _ = quantized("qwen3_moe", tmp_path / "source")
     amc.convert_checkpoint(tmp_path / "source", tmp_path / "made", layout=layout)
     what = {"layout": layout, "dequantize": False}
@@ -211,7 +211,7 @@ def test_a_model_that_keeps_codes_takes_them_as_they_lie(tmp_path, layout):
     assert_same({name: stored[name] for name in expected}, dict(expected))
 
 
-def test_a_scale_of_the_inputs_of_one_expert_has_no_place(tmp_path):
+def test_input_scale_of_one_expert_is_refused(tmp_path):
     quantized("", tmp_path / "source", fine_grained((16, 16)), qwen())
     file = tmp_path / "source" / "model.safetensors"
     scale = {"model.layers.0.mlp.experts.1.up_proj.input_scale": torch.tensor(0.5)}
@@ -222,7 +222,7 @@ def test_a_scale_of_the_inputs_of_one_expert_has_no_place(tmp_path):
     assert_same(tensors_of(tmp_path / "made"), tensors_of(tmp_path / "source"))
 
 
-def test_experts_of_which_some_are_numbers_are_not_mixed(tmp_path):
+def test_quantized_and_unquantized_experts_are_not_mixed(tmp_path):
     quantized("", tmp_path / "source", fine_grained((16, 16)), qwen())
     file = tmp_path / "source" / "model.safetensors"
     tensors = load_file(file)
@@ -233,13 +233,13 @@ def test_experts_of_which_some_are_numbers_are_not_mixed(tmp_path):
         amc.convert_checkpoint(tmp_path / "source", tmp_path / "made", layout="nemo")
 
 
-def test_gpt_oss_in_mxfp4_tells_what_helps(tmp_path):
+def test_gpt_oss_in_mxfp4_is_refused_with_advice(tmp_path):
     gpt_oss(tmp_path / "source")
     with pytest.raises(amc.UnsupportedError, match="dequantize=True"):
         amc.convert_checkpoint(tmp_path / "source", tmp_path / "made", layout="nemo")
 
 
-def test_a_model_of_numbers_that_is_given_codes_tells_what_helps(tmp_path):
+def test_codes_for_an_unquantized_model_are_refused_with_advice(tmp_path):
     quantized("mixtral", tmp_path / "source", fine_grained((2, 2)), small_mixtral())
     with pytest.raises(amc.UnsupportedError, match="dequantize=True") as caught:
         amc.load_state_dict(tmp_path / "source", dequantize=False)

@@ -1,4 +1,4 @@
-"""Models of quantized checkpoints: as upstream loads them, as the exact numbers rounded once, whole and in parts."""
+"""Tests of quantized models: equal to transformers' loads and to exact values rounded once, whole and in parts."""
 
 import itertools
 import json
@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-pytest.importorskip("transformers", reason="the models, and what they are compared with, are transformers'")
+pytest.importorskip("transformers", reason="needs transformers")
 
 from torch.distributed.tensor import Replicate, Shard
 from transformers import (
@@ -34,12 +34,12 @@ from tests.model_zoo import build_model, fill, write_checkpoint
 from tests.quantized.producers import FLOAT4, FLOAT8, INT4, compressed, fine_grained
 
 QUANTIZED = re.compile(r"(proj(_with_mqa)?|w[123])\.weight$")
-# Divides what transformers decodes; it would take the scales of others for those of equal blocks.
+# Divides the shapes, as transformers requires; it would read other scales as those of equal blocks.
 DIVIDING = fine_grained((2, 2))
 
 
 def quantized(name, directory, producer=DIVIDING, model=None):
-    """A checkpoint of the zoo with its projections quantized, and what those are exactly, by name."""
+    """Write a checkpoint of the zoo with quantized projections; return its model class and exact values by name."""
     model = model or build_model(name)
     write_checkpoint(model, directory, 1 << 30)
     stored, exact = {}, {}
@@ -66,14 +66,14 @@ def test_under_the_hook_fp8_models_load_as_without(tmp_path, name):
     assert any("experts" in target for target in load.lowered)
     assert any("self_attn" in target for target in load.lowered)
     assert_same_model(hooked, stock)
-    for model in (hooked, stock):  # transformers has no way back from what it has dequantized, and tells only here
+    for model in (hooked, stock):  # transformers cannot revert dequantized weights, and raises only here
         with pytest.raises(ValueError, match="Undefined Operation"):
             model.save_pretrained(tmp_path / "saved")
 
 
 @pytest.mark.parametrize("name", ["deepseek_v4", "deepseek_v3", "mixtral"])
-def test_what_is_not_quantized_has_the_dtype_that_from_pretrained_gives_it(tmp_path, name):
-    """Most of it keeps the dtype of the file, against the model's own; which, differs between releases."""
+def test_unquantized_weights_have_the_dtype_of_from_pretrained(tmp_path, name):
+    """Check that most weights keep the dtype of the file, not that of the model; releases differ in which."""
     model_class, _ = quantized(name, tmp_path)
     file = tmp_path / "model.safetensors"
     plain = {n: t for n, t in load_file(file).items() if t.element_size() > 1 and not n.endswith("_scale_inv")}
@@ -83,18 +83,18 @@ def test_what_is_not_quantized_has_the_dtype_that_from_pretrained_gives_it(tmp_p
     stock = model_class.from_pretrained(tmp_path).state_dict()
     with amc.accelerate_transformers():
         hooked = model_class.from_pretrained(tmp_path).state_dict()
-    for found in (amc.load_state_dict(tmp_path), hooked):
-        assert found.keys() == stock.keys()
+    for tensors in (amc.load_state_dict(tmp_path), hooked):
+        assert tensors.keys() == stock.keys()
         for key, tensor in stock.items():
-            assert found[key].dtype == tensor.dtype, key
-            assert_bytes_equal(found[key], tensor)
-    if "model.layers.0.attn_norm.weight" in plain:  # 5.12 saves it under the name of the model
+            assert tensors[key].dtype == tensor.dtype, key
+            assert_bytes_equal(tensors[key], tensor)
+    if "model.layers.0.attn_norm.weight" in plain:  # 5.12 saves the model's name
         assert stock["model.layers.0.input_layernorm.weight"].dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("block", [(2, 2), (7, 20)], ids=str)
 @pytest.mark.parametrize("name", ["qwen3_moe", "deepseek_v3", "mixtral"])
-def test_fp8_models_are_the_exact_numbers_rounded_once(tmp_path, name, block):
+def test_fp8_models_are_exact_values_rounded_once(tmp_path, name, block):
     model_class, exact = quantized(name, tmp_path / "quantized", fine_grained(block))
     plain = tmp_path / "plain"
     plain.mkdir()
@@ -113,7 +113,7 @@ def test_fp8_models_are_the_exact_numbers_rounded_once(tmp_path, name, block):
 
 
 def gpt_oss(directory):
-    """A gpt-oss with blocks and scales of random bits, but no exponents that bfloat16 cannot hold."""
+    """Write a gpt-oss with random blocks and scales, without exponents that bfloat16 cannot hold."""
     config = GptOssConfig(
         num_hidden_layers=2,
         hidden_size=64,
@@ -142,7 +142,7 @@ def gpt_oss(directory):
     (directory / "config.json").write_text(json.dumps(raw | {"quantization_config": {"quant_method": "mxfp4"}}))
 
 
-def test_gpt_oss_in_mxfp4_is_what_transformers_dequantizes(tmp_path):
+def test_gpt_oss_in_mxfp4_equals_that_of_transformers(tmp_path):
     gpt_oss(tmp_path / "published")
     settings = {"quantization_config": Mxfp4Config(dequantize=True), "dtype": torch.bfloat16}
     stock = AutoModelForCausalLM.from_pretrained(tmp_path / "published", **settings).state_dict()
@@ -153,7 +153,7 @@ def test_gpt_oss_in_mxfp4_is_what_transformers_dequantizes(tmp_path):
 
 
 @pytest.mark.parametrize("layout", ["nemo", "gpt_oss", "vllm"])
-def test_quantized_experts_come_in_every_layout(tmp_path, layout):
+def test_quantized_experts_load_in_every_layout(tmp_path, layout):
     quantized("qwen3_moe", tmp_path, fine_grained((7, 20)))
     plain = amc.load_state_dict(tmp_path)
     wanted = amc.load_state_dict(tmp_path, layout=layout)
@@ -166,10 +166,10 @@ def test_quantized_experts_come_in_every_layout(tmp_path, layout):
 PLACEMENTS = [(Shard(0), Shard(0)), (Shard(0), Shard(1)), (Shard(1), Shard(2)), (Shard(2), Replicate())]
 
 
-@pytest.mark.parametrize("scratch_bytes", [None, 40_000], ids=["", "little scratch"])
+@pytest.mark.parametrize("scratch_bytes", [None, 40_000], ids=["default scratch", "little scratch"])
 @pytest.mark.parametrize("placements", PLACEMENTS, ids=str)
 @pytest.mark.parametrize("name", ["fp8", "mxfp4"])
-def test_a_rank_decodes_what_it_holds_also_where_blocks_are_cut(tmp_path, name, placements, scratch_bytes):
+def test_rank_decodes_its_part_even_across_blocks(tmp_path, name, placements, scratch_bytes):
     if name == "fp8":
         quantized("deepseek_v3", tmp_path / "published", fine_grained((7, 20)))
     else:
@@ -207,7 +207,7 @@ def test_under_the_hook_gpt_oss_in_mxfp4_loads_as_without(tmp_path):
 
 
 def keeping(directory, model_class):
-    """The model of a quantized checkpoint with codes and scales for parameters, on the meta device."""
+    """Return the model of a quantized checkpoint on the meta device, with codes and scales as parameters."""
     config = AutoConfig.from_pretrained(directory)
     quantizer = AutoHfQuantizer.from_config(dict(config.quantization_config), pre_quantized=True)
     quantizer.quantization_config.dequantize = False
@@ -219,7 +219,7 @@ def keeping(directory, model_class):
 
 
 @pytest.mark.parametrize("layout", [None, "nemo", "vllm"])
-def test_codes_and_scales_of_experts_are_grouped_alike_where_a_model_keeps_them(tmp_path, layout):
+def test_codes_and_scales_are_grouped_the_same_for_a_model_that_keeps_them(tmp_path, layout):
     model_class, _ = quantized("qwen3_moe", tmp_path)
     stored = load_file(tmp_path / "model.safetensors")
     loaded = amc.load_state_dict(tmp_path, keeping(tmp_path, model_class), layout=layout, dequantize=False)
@@ -233,8 +233,8 @@ def test_codes_and_scales_of_experts_are_grouped_alike_where_a_model_keeps_them(
         expected = torch.stack(both)
         if layout == "nemo":
             expected = expected.transpose(1, 2).contiguous()
-        found = loaded[f"model.layers.1.mlp.experts.{names.get(layout, 'gate_up_proj')}{suffix}"]
-        assert_bytes_equal(found, expected)
+        grouped = loaded[f"model.layers.1.mlp.experts.{names.get(layout, 'gate_up_proj')}{suffix}"]
+        assert_bytes_equal(grouped, expected)
 
 
 def test_gate_and_up_that_share_scales_do_not_alternate(tmp_path):
@@ -276,7 +276,7 @@ def test_a_lost_scale_is_named_and_nothing_written(tmp_path):
         amc.load_state_dict(tmp_path)
 
 
-def test_too_little_scratch_is_told_before_anything_is_read(tmp_path):
+def test_too_little_scratch_is_refused_before_anything_is_read(tmp_path):
     quantized("mixtral", tmp_path)
     with pytest.raises(amc.ConversionError, match="too small to decode"):
         amc.load_state_dict(tmp_path, threads=1, scratch_bytes=4096)
@@ -321,7 +321,7 @@ def test_under_the_hook_compressed_tensors_load_as_without(tmp_path, producer, b
     assert_same_model(hooked, stock)
 
 
-def test_int4_with_zero_points_which_transformers_cannot_load_is_loaded(tmp_path):
+def test_int4_with_zero_points_is_loaded(tmp_path):
     producer = compressed("pack-quantized", **INT4, strategy="group", group_size=16, symmetric=False)
     _, exact = quantized("mixtral", tmp_path, producer, small_mixtral())
     loaded = amc.load_state_dict(tmp_path)

@@ -1,4 +1,4 @@
-"""What lies beside quantized weights: scales of a quantized KV cache, and the config in modelopt's own file."""
+"""Tests of tensors and files next to quantized weights: scales of a KV cache, and modelopt's own config file."""
 
 import json
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-pytest.importorskip("transformers", reason="the models, and what they are compared with, are transformers'")
+pytest.importorskip("transformers", reason="needs transformers")
 
 import automodel_conv as amc
 from automodel_conv.files.config import MODELOPT_NAME
@@ -18,7 +18,7 @@ from tests.quantized.test_kept_codes import qwen
 from tests.quantized.test_models import keeping, quantized
 
 ATTENTION = "model.layers.0.self_attn"
-# As modelopt, compressed-tensors, quark, older vLLM and Hunyuan write them; of Nemotron-H below ``mixer``.
+# Names of modelopt, compressed-tensors, quark, older vLLM and Hunyuan; those of Nemotron-H are below ``mixer``.
 OF_THE_CACHE = [
     f"{ATTENTION}.k_proj.k_scale",
     f"{ATTENTION}.v_proj.v_scale",
@@ -37,7 +37,7 @@ OF_THE_CACHE = [
 
 
 def modelopt(**kv):
-    """One scale a tensor, as modelopt names it."""
+    """Return a producer with one scale per tensor and modelopt's names."""
 
     def make(weight):
         stored, exact = one_scale(weight)
@@ -62,7 +62,7 @@ def add(directory, tensors):
 
 
 def with_cache_scales(directory):
-    """Scales of the cache beside all else; and what was there before."""
+    """Add scales of the cache to a checkpoint; return them and the tensors before."""
     before = dict(amc.load_state_dict(directory))
     scales = {name: torch.tensor(1.0 + n) for n, name in enumerate(OF_THE_CACHE)}
     add(directory, scales)
@@ -70,7 +70,7 @@ def with_cache_scales(directory):
 
 
 @pytest.mark.parametrize("producer", QUANTIZED.values(), ids=QUANTIZED)
-def test_scales_of_a_cache_are_no_part_of_a_model_of_numbers(tmp_path, producer):
+def test_scales_of_a_cache_are_left_out_of_a_decoded_model(tmp_path, producer):
     quantized("", tmp_path, producer, qwen())
     before, _ = with_cache_scales(tmp_path)
     loaded = amc.load_state_dict(tmp_path)
@@ -82,7 +82,7 @@ def test_scales_of_a_cache_are_no_part_of_a_model_of_numbers(tmp_path, producer)
     assert not any(name in OF_THE_CACHE for name in amc.load_state_dict(tmp_path, rules=[]))
 
 
-def test_scales_of_the_cache_of_a_model_that_is_not_quantized_are_known_too(tmp_path):
+def test_scales_of_a_cache_are_recognized_without_quantized_weights(tmp_path):
     write_checkpoint(qwen(), tmp_path, 1 << 30)
     before, scales = with_cache_scales(tmp_path)
     assert_same(dict(amc.load_state_dict(tmp_path)), before)
@@ -117,7 +117,7 @@ def test_saves_carry_the_scales_of_a_cache_or_name_them(tmp_path):
     ],
     ids=lambda config: config["quant_method"],
 )
-def test_a_model_of_which_only_the_cache_is_quantized_is_loaded(tmp_path, config):
+def test_model_with_only_a_quantized_cache_is_loaded(tmp_path, config):
     write_checkpoint(qwen(), tmp_path, 1 << 30)
     before, _ = with_cache_scales(tmp_path)
     whole = config_of(tmp_path) | {"quantization_config": config}
@@ -131,15 +131,15 @@ def test_scales_of_a_cache_are_kept_with_the_codes(tmp_path, layout):
     _, scales = with_cache_scales(tmp_path / "source")
     report = amc.convert_checkpoint(tmp_path / "source", tmp_path / "made", layout=layout)
     assert report.left_out == ()
-    made = tensors_of(tmp_path / "made")
-    assert_same({name: made[name] for name in scales}, scales)
+    converted = tensors_of(tmp_path / "made")
+    assert_same({name: converted[name] for name in scales}, scales)
     amc.convert_checkpoint(tmp_path / "made", tmp_path / "back", layout="per_expert")
     assert_same(tensors_of(tmp_path / "back"), tensors_of(tmp_path / "source"))
     loaded = amc.load_state_dict(tmp_path / "source", rules=[], dequantize=False)
     assert_same({name: loaded[name] for name in scales}, scales)
 
 
-def test_scales_of_a_cache_are_not_unexpected_where_a_model_keeps_codes(tmp_path):
+def test_scales_of_a_cache_are_expected_for_a_model_that_keeps_codes(tmp_path):
     model_class, _ = quantized("qwen3_moe", tmp_path)
     expected = dict(amc.load_state_dict(tmp_path, keeping(tmp_path, model_class), dequantize=False))
     with_cache_scales(tmp_path)
@@ -147,7 +147,7 @@ def test_scales_of_a_cache_are_not_unexpected_where_a_model_keeps_codes(tmp_path
     assert_same(dict(loaded), expected)
 
 
-def test_other_scales_are_as_unexpected_as_ever(tmp_path):
+def test_other_scales_are_unexpected(tmp_path):
     quantized("", tmp_path, modelopt(), qwen())
     add(tmp_path, {f"{ATTENTION}.k_proj.some_scale": torch.tensor(1.0), f"{ATTENTION}.kscale": torch.tensor(1.0)})
     with pytest.raises(amc.NameProblems) as caught:
@@ -156,19 +156,19 @@ def test_other_scales_are_as_unexpected_as_ever(tmp_path):
 
 
 def in_its_own_file(directory, producer, **quantization):
-    """A checkpoint that ``hf_quant_config.json`` alone says is quantized; what it is when ``config.json`` says it."""
+    """Move the quantization config to ``hf_quant_config.json``; return the tensors loaded with ``config.json``."""
     quantized("", directory, producer, qwen())
     expected = dict(amc.load_state_dict(directory))
     config = config_of(directory)
     del config["quantization_config"]
     (directory / "config.json").write_text(json.dumps(config))
-    told = {"producer": {"name": "modelopt", "version": "0.29.0"}, "quantization": quantization}
-    (directory / MODELOPT_NAME).write_text(json.dumps(told))
+    settings = {"producer": {"name": "modelopt", "version": "0.29.0"}, "quantization": quantization}
+    (directory / MODELOPT_NAME).write_text(json.dumps(settings))
     return expected
 
 
 def nvfp4():
-    """modelopt's: the scale of the whole tensor is multiplied."""
+    """Return modelopt's format, in which the scale of the whole tensor is multiplied."""
     base = compressed("nvfp4-pack-quantized", 1.0, **FLOAT4, strategy="tensor_group", group_size=16)
 
     def make(weight):
@@ -187,13 +187,13 @@ def nvfp4():
     ],
     ids=["fp8", "lower case", "nvfp4"],
 )
-def test_what_modelopt_says_in_its_own_file_is_what_config_json_would_say(tmp_path, producer, quantization):
+def test_modelopt_file_is_read_like_config_json(tmp_path, producer, quantization):
     expected = in_its_own_file(tmp_path, producer, **quantization)
     add(tmp_path, {f"{ATTENTION}.k_proj.k_scale": torch.tensor(1.0)})
     assert_same(dict(amc.load_state_dict(tmp_path)), expected)
 
 
-def test_config_json_decides_where_both_speak(tmp_path):
+def test_config_json_precedes_the_modelopt_file(tmp_path):
     expected = in_its_own_file(tmp_path, modelopt(), quant_algo="NVFP4")
     config = config_of(tmp_path) | {"quantization_config": dict(modelopt().config)}
     (tmp_path / "config.json").write_text(json.dumps(config))
@@ -202,7 +202,7 @@ def test_config_json_decides_where_both_speak(tmp_path):
 
 @pytest.mark.parametrize("empty", [{}, None], ids=str)
 @pytest.mark.parametrize("key", ["quantization_config", "compression_config"])
-def test_a_config_that_says_nothing_is_none(tmp_path, key, empty):
+def test_empty_quantization_config_counts_as_none(tmp_path, key, empty):
     expected = in_its_own_file(tmp_path, modelopt(), quant_algo="FP8")
     (tmp_path / "config.json").write_text(json.dumps(config_of(tmp_path) | {key: empty}))
     assert_same(dict(amc.load_state_dict(tmp_path)), expected)
@@ -216,8 +216,8 @@ def test_algorithms_that_are_not_decoded_are_named_with_the_file(tmp_path):
     assert str(tmp_path / MODELOPT_NAME) in str(caught.value)
 
 
-def test_advice_on_what_is_not_decoded_helps_who_follows_it(tmp_path):
-    source, made = tmp_path / "source", tmp_path / "made"
+def test_advice_for_undecoded_algorithms_works(tmp_path):
+    source, out = tmp_path / "source", tmp_path / "made"
     quantized("", source, modelopt(), qwen())
     config = config_of(source)
     config["quantization_config"]["quant_algo"] = "W4A8_AWQ"
@@ -234,15 +234,15 @@ def test_advice_on_what_is_not_decoded_helps_who_follows_it(tmp_path):
     assert advice(lambda: amc.load_model(qwen(), source)) == both
     assert advice(lambda: amc.load_state_dict(source, rules=[])) == f"dequantize=False {keeps}"
     decode = {"layout": "nemo", "dequantize": True}
-    assert advice(lambda: amc.convert_checkpoint(source, made, **decode)) == f"dequantize=False with rules=[] {keeps}"
-    assert advice(lambda: amc.convert_checkpoint(source, made)) == f"rules=[] without dequantize=True {keeps}"
+    assert advice(lambda: amc.convert_checkpoint(source, out, **decode)) == f"dequantize=False with rules=[] {keeps}"
+    assert advice(lambda: amc.convert_checkpoint(source, out)) == f"rules=[] without dequantize=True {keeps}"
     carried = advice(lambda: amc.save_checkpoint(qwen(), tmp_path / "saved", carry=source))
     assert carried == "leave carry out, or carry from a checkpoint that is not quantized"
-    assert not made.exists()
+    assert not out.exists()
     stored = tensors_of(source)
     assert_same(dict(amc.load_state_dict(source, rules=[], dequantize=False)), stored)
-    amc.convert_checkpoint(source, made, rules=[])
-    assert_same(tensors_of(made), stored)
+    amc.convert_checkpoint(source, out, rules=[])
+    assert_same(tensors_of(out), stored)
 
 
 @pytest.mark.parametrize(
@@ -256,7 +256,7 @@ def test_a_malformed_file_is_one_error(tmp_path, text):
         amc.load_state_dict(tmp_path)
 
 
-def test_numbers_are_not_written_beside_a_file_that_says_they_are_quantized(tmp_path):
+def test_decoded_values_are_not_written_next_to_a_quantization_file(tmp_path):
     expected = in_its_own_file(tmp_path / "source", modelopt(), quant_algo="FP8")
     amc.convert_checkpoint(tmp_path / "source", tmp_path / "plain", layout="per_expert", dequantize=True)
     assert not (tmp_path / "plain" / MODELOPT_NAME).exists()
@@ -266,7 +266,7 @@ def test_numbers_are_not_written_beside_a_file_that_says_they_are_quantized(tmp_
     assert_same(dict(amc.load_state_dict(tmp_path / "kept")), expected)
 
 
-def test_the_text_part_of_a_config_may_say_it(tmp_path):
+def test_text_config_may_hold_the_quantization_config(tmp_path):
     expected = in_its_own_file(tmp_path, modelopt(), quant_algo="NVFP4")
     config = config_of(tmp_path) | {"text_config": {"quantization_config": dict(modelopt().config)}}
     (tmp_path / "config.json").write_text(json.dumps(config))

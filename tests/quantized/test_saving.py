@@ -1,4 +1,4 @@
-"""Models that were decoded while they were loaded, saved as plain numbers under the published names, load again."""
+"""Tests of saving models that were decoded during the load: plain values under published names, which load again."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 
-pytest.importorskip("transformers", reason="the models, and what they are compared with, are transformers'")
+pytest.importorskip("transformers", reason="needs transformers")
 
 import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file
@@ -76,7 +76,7 @@ def loaded(path, how, options):
 
 
 def plain_like(model):
-    """A model of the same tensors that nobody has decoded."""
+    """Return a model of the same tensors that was never quantized."""
     config = type(model.config).from_dict(model.config.to_dict())
     vars(config).pop("quantization_config", None)
     plain = type(model)(config)
@@ -86,16 +86,16 @@ def plain_like(model):
 
 @pytest.mark.parametrize("how", ["from_pretrained", "hook", "load_model"])
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
-def test_a_decoded_model_is_saved_as_upstream_saves_a_plain_one_and_loads_again(tmp_path, kind, how):
+def test_decoded_model_is_saved_like_a_plain_one_and_loads_again(tmp_path, kind, how):
     options = kind(tmp_path / "published")
     model = loaded(tmp_path / "published", how, options)
     amc.save_checkpoint(model, tmp_path / "made")
     save_upstream(plain_like(model), tmp_path / "plain", "5GB")
-    made, plain = contents(tmp_path / "made"), contents(tmp_path / "plain")
-    assert made["model.safetensors"] == plain["model.safetensors"]
-    assert json.loads(made["config.json"]) == json.loads(plain["config.json"])
-    assert made.keys() == plain.keys()
-    assert b"quantization" not in made["config.json"]
+    files, plain = contents(tmp_path / "made"), contents(tmp_path / "plain")
+    assert files["model.safetensors"] == plain["model.safetensors"]
+    assert json.loads(files["config.json"]) == json.loads(plain["config.json"])
+    assert files.keys() == plain.keys()
+    assert b"quantization" not in files["config.json"]
     again, info = type(model).from_pretrained(tmp_path / "made", output_loading_info=True)
     assert not info["missing_keys"]
     assert not info["unexpected_keys"]
@@ -103,12 +103,12 @@ def test_a_decoded_model_is_saved_as_upstream_saves_a_plain_one_and_loads_again(
     assert_same_in_order(amc.load_state_dict(tmp_path / "made"), model.state_dict())
     assert_same(amc.revert_state_dict(model.state_dict(), model), load_file(tmp_path / "plain" / "model.safetensors"))
     dcp.save(model.state_dict(), storage_writer=HuggingFaceWriter(tmp_path / "dcp", model))
-    assert contents(tmp_path / "dcp") == made
+    assert contents(tmp_path / "dcp") == files
     amc.save_checkpoint(torch.compile(again), tmp_path / "second")
-    assert contents(tmp_path / "second") == made
+    assert contents(tmp_path / "second") == files
 
 
-def test_a_text_part_that_was_quantized_is_not_said_to_be_so(tmp_path):
+def test_decoded_text_config_has_no_quantization_config(tmp_path):
     model = build_model("qwen3_vl_moe")
     for config in (model.config, model.config.text_config):
         config.quantization_config = {"quant_method": "fp8", "weight_block_size": [128, 128]}

@@ -1,4 +1,4 @@
-"""Every scheme, from files as its producers write them, to numbers that are right to the last bit."""
+"""Tests of every scheme: files of its producers decode to values that are right to the last bit."""
 
 import json
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-pytest.importorskip("transformers", reason="producers are transformers, and compressed-tensors, which needs it")
+pytest.importorskip("transformers", reason="needs transformers, as compressed-tensors does")
 
 import automodel_conv as amc
 from automodel_conv.testing import assert_bytes_equal
@@ -20,7 +20,7 @@ def weight(rows, columns, dtype=torch.bfloat16, seed=0):
 
 
 def write(directory, producer, weights):
-    """A checkpoint in two files, the codes of some weights in another than their scales; and the exact numbers."""
+    """Write a checkpoint in two files, with some codes and their scales in different files; return the exact values."""
     files = {"model-1.safetensors": {}, "model-2.safetensors": {}}
     exact = {}
     for n, (name, tensor) in enumerate(weights.items()):
@@ -48,7 +48,7 @@ def test_an_odd_number_of_codes(tmp_path, block):
 
 @pytest.mark.parametrize("wanted", [torch.bfloat16, torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("name", PRODUCERS)
-def test_what_producers_write_is_decoded_and_rounded_once(tmp_path, name, wanted):
+def test_files_of_producers_are_decoded_and_rounded_once(tmp_path, name, wanted):
     exact = write(tmp_path, PRODUCERS[name], {"a.weight": weight(96, 128), "b.weight": weight(128, 256, seed=1)})
     loaded = amc.load_state_dict(tmp_path, rules=[], dtype=wanted)
     assert loaded.keys() == exact.keys()
@@ -57,7 +57,7 @@ def test_what_producers_write_is_decoded_and_rounded_once(tmp_path, name, wanted
 
 
 @pytest.mark.parametrize("block", [(5, 4), (3, 16), (10, 32)], ids=str)
-def test_experts_stored_in_one_tensor_whose_blocks_end_with_each(tmp_path, block):
+def test_blocks_of_grouped_experts_end_with_each_expert(tmp_path, block):
     each = [block_wise(weight(10, 32, seed=seed), block) for seed in range(6)]
     stored = {"experts.down_proj" + suffix: torch.stack([parts[suffix] for parts, _ in each]) for suffix in each[0][0]}
     save_file(stored, tmp_path / "model.safetensors")

@@ -1,4 +1,4 @@
-"""A method is one file and a place in the table: everything else asks its data."""
+"""Tests of adding a quantization method: it is one file and a table entry."""
 
 import json
 
@@ -30,7 +30,7 @@ def toy(monkeypatch):
 
 
 def scaled(codes, values, steps):
-    """float64 numbers of codes ``[rows, columns]``, one element after the other."""
+    """Return float64 values of codes ``[rows, columns]``, one element at a time."""
     numbers = np.empty(codes.shape, np.float64)
     for row, column in np.ndindex(codes.shape):
         step = float(steps[row // TILE[0], column // TILE[1]])
@@ -38,8 +38,8 @@ def scaled(codes, values, steps):
     return numbers
 
 
-def made(seed=0):
-    """The tensors of two weights as the toy stores them, and the numbers that they stand for."""
+def weights(seed=0):
+    """Return the tensors of two weights as the toy stores them, and their decoded values."""
     random = np.random.default_rng(seed)
     steps = [random.normal(size=size).astype(np.float32) for size in ((4, 3), (3, 2))]
     nibbles = random.integers(0, 16, (7, 36))
@@ -47,7 +47,7 @@ def made(seed=0):
     for row, column in np.ndindex(nibbles.shape):
         group, place = divmod(column, 12)
         packed[row, group, place // 4] |= np.uint16(nibbles[row, column] << (4 * (place % 4)))
-    bytes_ = random.integers(0, 0x7F, (6, 20))  # positive numbers
+    bytes_ = random.integers(0, 0x7F, (6, 20))  # positive values
     quads = np.zeros((6, 5), np.uint32)
     for row, column in np.ndindex(bytes_.shape):
         quads[row, column // 4] |= np.uint32(bytes_[row, column] << (8 * (column % 4)))
@@ -74,22 +74,22 @@ def write(directory, tensors, config=CONFIG):
     return directory
 
 
-def assert_decoded(found, exact, dtype):
-    assert found.keys() == exact.keys()
-    for name, tensor in found.items():
+def assert_decoded(state, exact, dtype):
+    assert state.keys() == exact.keys()
+    for name, tensor in state.items():
         assert_bytes_equal(tensor.contiguous(), rounded(np.ascontiguousarray(exact[name]), dtype))
 
 
 @pytest.mark.parametrize("scratch_bytes", [None, 4096])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 def test_its_files_are_decoded(tmp_path, dtype, scratch_bytes):
-    tensors, exact = made()
-    found = amc.load_state_dict(write(tmp_path, tensors), rules=[], dtype=dtype, threads=1, scratch_bytes=scratch_bytes)
-    assert_decoded(found, exact, dtype)
+    tensors, exact = weights()
+    state = amc.load_state_dict(write(tmp_path, tensors), rules=[], dtype=dtype, threads=1, scratch_bytes=scratch_bytes)
+    assert_decoded(state, exact, dtype)
 
 
 def test_its_files_are_decoded_on_a_device(tmp_path):
-    tensors, exact = made(1)
+    tensors, exact = weights(1)
     checkpoint = amc.open_checkpoint(write(tmp_path, tensors))
     plan = untransposed_plan(quantized_table(SourceTable.from_checkpoint(checkpoint), CONFIG))
     buffers = allocate(plan.targets)
@@ -98,8 +98,8 @@ def test_its_files_are_decoded_on_a_device(tmp_path):
     assert_decoded(buffers, exact, torch.bfloat16)
 
 
-def test_its_codes_are_known_by_their_names(tmp_path):
-    tensors = {name: tensor for name, tensor in made()[0].items() if name.startswith("a.")}
+def test_its_codes_are_recognized_by_name(tmp_path):
+    tensors = {name: tensor for name, tensor in weights()[0].items() if name.startswith("a.")}
     assert has_codes(SourceTable.from_checkpoint(amc.open_checkpoint(write(tmp_path, tensors)))) == "a.nibbles"
     names = CodeNames.of_all_methods()
     assert "a.steps" in names.scale_names("a.nibbles")
@@ -108,7 +108,7 @@ def test_its_codes_are_known_by_their_names(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("changed", "told"),
+    ("changed", "text"),
     [
         ({"a.nibbles": torch.zeros(7, 3, 4, dtype=torch.int16)}, "[7, 3, 4], not [..., rows, groups, 3]"),
         ({"a.nibbles": torch.zeros(7, 9, dtype=torch.int16)}, "[7, 9], not [..., rows, groups, 3]"),
@@ -121,16 +121,16 @@ def test_its_codes_are_known_by_their_names(tmp_path):
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_what_is_wrong_with_its_files_is_told(tmp_path, changed, told):
-    tensors = {name: tensor for name, tensor in (made()[0] | changed).items() if tensor is not None}
+def test_errors_of_its_files_are_named(tmp_path, changed, text):
+    tensors = {name: tensor for name, tensor in (weights()[0] | changed).items() if tensor is not None}
     with pytest.raises(QuantizationError) as caught:
         amc.load_state_dict(write(tmp_path, tensors), rules=[])
-    assert told in str(caught.value)
+    assert text in str(caught.value)
     assert "quantization method toy, 1 problems" in str(caught.value)
 
 
 @pytest.mark.parametrize(
-    ("config", "error", "told"),
+    ("config", "error", "text"),
     [
         ({"tile": [2]}, QuantizationError, "quantization_config of method toy is malformed"),
         ({"tile": [2, 0]}, QuantizationError, "0 is not the size of a block or group"),
@@ -139,7 +139,7 @@ def test_what_is_wrong_with_its_files_is_told(tmp_path, changed, told):
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_what_is_wrong_with_its_config_is_told(tmp_path, config, error, told):
+def test_errors_of_its_config_are_named(tmp_path, config, error, text):
     with pytest.raises(error) as caught:
-        amc.load_state_dict(write(tmp_path, made()[0], CONFIG | config), rules=[])
-    assert told in str(caught.value)
+        amc.load_state_dict(write(tmp_path, weights()[0], CONFIG | config), rules=[])
+    assert text in str(caught.value)

@@ -1,4 +1,4 @@
-"""A quantization method that nobody has, in one file: names, groups and elements of its own."""
+"""A quantization method that exists nowhere else, in one file, with its own names, groups and elements."""
 
 from automodel_conv.planning.methods.method import FLOAT_SCALES, Method, Packing, Scheme, UnsupportedScheme, block_of
 
@@ -12,7 +12,7 @@ def _schemes(config):
 TOY = Method(
     name="toy",
     schemes=_schemes,
-    # Three I16 hold the 12 codes of a group, of a weight that is meant transposed; an I32 holds four FP8 codes.
+    # Three I16 hold the 12 codes of a group of a transposed weight; an I32 holds four FP8 codes.
     codes=(Packing(".nibbles", "I16", "int4", group=3, stored_transposed=True), Packing("_quads", "I32", "e4m3")),
     scales=(".steps",),
     dropped=(".note",),

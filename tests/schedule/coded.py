@@ -1,4 +1,4 @@
-"""Quantized sources in a file, and schedules that decode them, carried out one element at a time in float64."""
+"""Quantized sources in a file, and schedules that decode them, executed one element at a time in float64."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SCALES = {"F32": np.float32, "BF16": None, "U8": None}
 
 
 class File:
-    """Tensors of one file, and as much of a checkpoint as schedules ask for."""
+    """Tensors of one file, with the part of a checkpoint that schedules use."""
 
     def __init__(self):
         self.data = b""
@@ -47,11 +47,11 @@ class File:
 
 
 def add_source(file, random, name, *, code_format, matrices, rows, columns, block, scales, zero_points, has_global):
-    """Add a quantized source; returns its row, its ``Decode`` and its numbers in float64, flat."""
+    """Add a quantized source. Return its row, its ``Decode`` and its values in float64, flat."""
     bits = 8 if code_format == "e4m3" else 4
     codes = random.integers(0, 1 << bits, (matrices, rows, columns))
     if bits == 8:
-        codes[codes % 128 == 127] = 3  # no NaN, of which two are never equal
+        codes[codes % 128 == 127] = 3  # no NaN, which never equals itself
     stored = codes if bits == 8 else codes[..., 0::2] | codes[..., 1::2] << 4
     row = file.add(name, "F8_E4M3" if bits == 8 else "U8", stored.astype(np.uint8))
     down, across = matrices * -(-rows // block[0]), -(-columns // block[1])
@@ -102,12 +102,12 @@ VIEWS = {
     "matrices last": lambda x: x.permute(1, 2, 0),
     "one element": lambda x: x[0, 0, :1],
     "each twice": lambda x: x[None].expand(2, *x.shape),
-    "halves of columns apart": lambda x: x.unflatten(2, (2, -1)).permute(2, 0, 1, 3) if x.shape[2] % 2 == 0 else x,
+    "halves of columns separately": lambda x: x.unflatten(2, (2, -1)).permute(2, 0, 1, 3) if x.shape[2] % 2 == 0 else x,
 }
 
 
 def taken(view, numel, shape):
-    """A view of a source as a copy to a contiguous target, and the elements that it takes."""
+    """Return a view of a source as a copy to a contiguous target, with the elements that it reads."""
     places = VIEWS[view](torch.arange(numel).view(shape))
     if not places.numel():
         return None
@@ -129,7 +129,7 @@ def put(written: dict[int, float], element: int, value: float) -> None:
 
 
 def pairs(box: Box, source_offset: int, target_offset: int) -> list[tuple[int, int]]:
-    """Source element and target element of everything that a copy moves."""
+    """Return the source and target elements of everything that a copy moves."""
     return [
         (
             source_offset + sum(i * s for i, s in zip(index, box.source_strides, strict=True)),
@@ -140,7 +140,7 @@ def pairs(box: Box, source_offset: int, target_offset: int) -> list[tuple[int, i
 
 
 def filled(file: File, reads: Iterable[Read], nbytes: int) -> tuple[bytearray, np.ndarray]:
-    """Memory after its reads, and which of its bytes are in use; reads must stay inside of it and not overlap."""
+    """Return memory after its reads, and the mask of its used bytes. Reads must stay inside of it and not overlap."""
     memory, in_use = bytearray(b"\xa5" * nbytes), np.zeros(nbytes, bool)
     for _, offset, length, _, start in reads:
         use(in_use, start, length)
@@ -149,7 +149,7 @@ def filled(file: File, reads: Iterable[Read], nbytes: int) -> tuple[bytearray, n
 
 
 def use(in_use: np.ndarray, start: int, nbytes: int) -> None:
-    """Take bytes of a memory into use, which must be free."""
+    """Mark bytes of a memory as used; they must be free."""
     assert 0 <= start <= start + nbytes <= len(in_use)
     assert not in_use[start : start + nbytes].any()
     in_use[start : start + nbytes] = True
@@ -165,7 +165,7 @@ def scale_at(memory: bytearray, start: int, dtype: str, index: int) -> float:
 
 
 def number_at(memory: bytearray, start: int, column: int, code_format: str, zero: int | None) -> float:
-    """The number of a code, less its zero point, in a row of codes that starts at a byte."""
+    """Return the value of a code, less its zero point, in a row of codes that starts at a byte."""
     if code_format == "e4m3":
         return CODE_VALUES[code_format][memory[start + column]]
     code = memory[start + column // 2] >> 4 * (column % 2) & 15
@@ -178,7 +178,7 @@ def zero_at(memory: bytearray, start: int, columns: int, row: int, column: int) 
 
 
 def run_job(file: File, job: ReadAndCopy, written: Written) -> None:
-    """Carry out a job of the host schedule whose values are F32."""
+    """Run a job of the host schedule whose values are F32."""
     (memory, in_use), values = filled(file, job.reads.one_by_one(), job.scratch_bytes), {}
     for rectangle in job.rectangles:
         decode, scales, zeros = rectangle.decode, rectangle.scales, rectangle.zero_points
@@ -204,7 +204,7 @@ def run_job(file: File, job: ReadAndCopy, written: Written) -> None:
 
 
 def run_window(file: File, window: CodeWindow, written: Written) -> None:
-    """Carry out a window whose values are F32."""
+    """Run a window whose values are F32."""
     (memory, in_use), values = filled(file, window.reads, window.nbytes), {}
     for group in window.groups.values():
         use(in_use, group.table_rows_bytes, 0 if group.kind.scale_is_table_row else 4 * group.count)
@@ -270,9 +270,9 @@ class Case:
         shape = source["matrices"], source["rows"], source["columns"]
         self.decodes[row], self.moves[row] = decode, []
         for view in views:
-            found = taken(view, prod(shape), shape)
-            if found is not None:
-                piece, order = found
+            view_taken = taken(view, prod(shape), shape)
+            if view_taken is not None:
+                piece, order = view_taken
                 target = len(self.expected)
                 self.moves[row].append(Move(target, "F32", piece.box, piece.source_offset, 0))
                 self.expected[target] = dict(enumerate(numbers[order.numpy()].tolist()))

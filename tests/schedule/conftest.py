@@ -1,4 +1,4 @@
-"""Schedules are made for the loads of ``tests/execution``."""
+"""Fixtures: schedules are built for the loads of ``tests/execution``."""
 
 from tests.execution.conftest import cases
 

@@ -1,4 +1,4 @@
-"""Rectangles of codes that write straight to a target, against the elements that the move copies."""
+"""Tests of rectangles of codes that are decoded straight to a target, against the elements that the move copies."""
 
 from itertools import product
 from math import prod
@@ -14,7 +14,7 @@ from automodel_conv.schedule.jobs import Move
 from tests.schedule.coded import VIEWS, File, pairs, taken
 
 SHAPES = [(1, 4, 4), (2, 6, 8), (3, 5, 6), (2, 1, 2), (1, 1, 4)]
-STRAIGHT = set(VIEWS) - {"every other column", "an odd column", "halves of columns apart"}
+STRAIGHT = set(VIEWS) - {"every other column", "an odd column", "halves of columns separately"}
 
 
 def source_of(shape, block=(2, 2), bits=8):
@@ -25,7 +25,7 @@ def source_of(shape, block=(2, 2), bits=8):
 
 
 def elements(rectangles, columns):
-    """Source and target element of everything that rectangles write."""
+    """Return the source and target elements of everything that rectangles write."""
     return [
         (
             one.element + row * one.row_step * columns + column,
@@ -39,11 +39,11 @@ def elements(rectangles, columns):
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("view", VIEWS)
-def test_rectangles_write_what_the_move_copies(view, shape):
-    found = taken(view, prod(shape), shape)
-    if found is None:
+def test_rectangles_write_the_elements_of_the_move(view, shape):
+    view_taken = taken(view, prod(shape), shape)
+    if view_taken is None:
         return
-    box, start = found[0].box, found[0].source_offset
+    box, start = view_taken[0].box, view_taken[0].source_offset
     for bits, block in product((8, 4), [(1, 2), (2, 2), (3, 4), (128, 128)]):
         source = source_of(shape, block, bits)
         rectangles = find_rectangles(Move(3, "F32", box, start, 100), source)
@@ -81,8 +81,8 @@ def test_halves_of_bytes_need_a_window(start, width):
 )
 def test_rows_with_gaps_must_agree_with_blocks(step, block_rows, straight):
     move = Move(0, "F32", Box((12 // step, 4), (4 * step, 1), (4, 1)), 0, 0)
-    found = find_rectangles(move, source_of((1, 12, 4), (block_rows, 4)))
-    assert (found is not None) is straight
+    rectangles = find_rectangles(move, source_of((1, 12, 4), (block_rows, 4)))
+    assert (rectangles is not None) is straight
 
 
 @pytest.mark.parametrize(("matrices", "straight"), [(1024, True), (1025, False)])

@@ -1,4 +1,4 @@
-"""Slabs of a quantized source: they cover it, fit into their window, and know the kind of their scales."""
+"""Tests of slabs of a quantized source: they cover it, fit into their window, and have the kind of their scales."""
 
 from __future__ import annotations
 
@@ -47,14 +47,14 @@ def test_slabs_read_all_codes_once_and_fit(name, limit):
         ("nvfp4", {}, False, False, False),
     ],
 )
-def test_a_byte_of_a_scale_is_its_table_row_unless_zero_points_change_it(name, more, is_row, is_shared, for_each):
+def test_byte_of_a_scale_is_its_table_row_unless_zero_points_change_it(name, more, is_row, is_shared, for_each):
     case, row = one(name, **more)
     kind = cut(case, row, 1 << 20)[0].kind
     assert (kind.scale_is_table_row, kind.is_shared, kind.has_table_for_each_source) == (is_row, is_shared, for_each)
 
 
 @pytest.mark.parametrize(("name", "row_bytes"), [("fp8", 4 * 256), ("mxfp4", 4 * 16), ("int4 in blocks", 4 * 16)])
-def test_a_table_row_has_a_value_for_each_code(name, row_bytes):
+def test_table_row_has_a_value_for_each_code(name, row_bytes):
     case, row = one(name)
     assert cut(case, row, 1 << 20)[0].kind.row_bytes == row_bytes
 
@@ -68,14 +68,14 @@ def test_values_go_to_the_window_only_if_strides_demand_it(view, straight):
     assert {rectangle.in_window for rectangle, _ in slab.rectangles} == {not straight}
 
 
-def test_the_caller_can_ask_for_values_in_the_window():
+def test_caller_can_ask_for_values_in_the_window():
     case, row = one("fp8")
     (slab,) = cut(case, row, 1 << 20, in_place=False)
     assert slab.values_bytes == 4 * 32
     assert [move.source_offset for move in slab.moves] == [0]
 
 
-def test_a_cut_between_the_two_codes_of_a_byte_decodes_into_the_window():
+def test_cut_between_the_two_codes_of_a_byte_decodes_into_the_window():
     case, row = one("mxfp4", "transposed", rows=2, columns=4096, block=(1, 4096))
     case.moves[row] = [Move(0, "F32", Box((4095,), (1,), (1,)), 1, 0)]
     assert all(slab.moves for slab in cut(case, row, 1 << 20))
@@ -100,7 +100,7 @@ def test_zero_points_of_the_rows_are_counted_in_packed_rows():
     assert slab.kind.grid == (10, 1)
 
 
-def test_a_limit_that_is_too_small_names_the_source():
+def test_limit_that_is_too_small_names_the_source():
     case, row = one("fp8", rows=64, columns=64)
     with pytest.raises(ConversionError, match=r"too small to decode s0(.|\n)*device_scratch_bytes of at least \d+"):
         cut(case, row, 500)

@@ -1,4 +1,4 @@
-"""Windows of device memory, carried out one element at a time in float64."""
+"""Tests of windows of device memory, executed one element at a time in float64."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ def test_without_moves_there_are_no_windows():
 
 
 @pytest.mark.parametrize("name", FORMATS)
-def test_a_window_that_is_too_small_is_refused_with_the_bytes_that_are_enough(name):
+def test_window_that_is_too_small_is_refused_with_the_bytes_that_are_enough(name):
     case = Case()
     case.add(["whole", "every other column"], rows=9, columns=64, **FORMATS[name])
     with pytest.raises(ConversionError, match=r"too small to decode s0(.|\n)*found: +200") as caught:
@@ -117,7 +117,7 @@ def test_a_window_that_is_too_small_is_refused_with_the_bytes_that_are_enough(na
 
 @pytest.mark.parametrize("rows", [1, 5, 8])
 def test_many_matrices_that_end_within_blocks_stay_within_the_window(rows):
-    """Their blocks of scales are more than their elements by those of a whole block."""
+    """Their blocks of scales exceed their elements by those of a whole block."""
     file = File()
     shape = 2000, rows, 16
     codes = np.zeros(shape, np.uint8)

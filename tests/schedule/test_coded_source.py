@@ -1,4 +1,4 @@
-"""Rows, matrices and blocks of a quantized source, against loops over its elements."""
+"""Tests of rows, matrices and blocks of a quantized source, against loops over its elements."""
 
 import numpy as np
 import pytest
@@ -40,7 +40,7 @@ def test_every_element_is_in_the_row_of_blocks_of_its_matrix(matrices, rows, col
 
 
 @pytest.mark.parametrize(("matrices", "rows", "columns", "block"), GEOMETRIES)
-def test_the_number_of_scales_is_that_of_all_blocks(matrices, rows, columns, block):
+def test_number_of_scales_is_that_of_all_blocks(matrices, rows, columns, block):
     source = source_of(matrices, rows, columns, block)
     scales = matrices * -(-rows // block[0]) * -(-columns // block[1])
     assert source.scales_per_element * source.numel == pytest.approx(scales)
@@ -52,13 +52,13 @@ def test_rectangles_hold_each_element_of_a_range_once_and_stay_in_a_matrix(matri
     for start in range(source.numel):
         for stop in range(start + 1, source.numel + 1, 2):
             for left, right in ((0, columns), (columns // 3, columns - columns // 4)):
-                found = []
+                elements = []
                 for element, first, after, c0, c1 in source.rectangles(start, stop, (left, right)):
                     assert element // columns % source.matrix_rows == first
                     assert element % columns == c0
                     assert after <= source.matrix_rows
-                    found += [element + r * columns + c for r in range(after - first) for c in range(c1 - c0)]
-                assert found == [e for e in range(start, stop) if left <= e % columns < right]
+                    elements += [element + r * columns + c for r in range(after - first) for c in range(c1 - c0)]
+                assert elements == [e for e in range(start, stop) if left <= e % columns < right]
 
 
 def test_matrices_of_whole_blocks_count_as_one():

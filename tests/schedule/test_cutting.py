@@ -1,4 +1,4 @@
-"""Moves cut into slabs: each element once, in slabs that stay small."""
+"""Tests of moves cut into slabs: each element is in one slab, and slabs stay small."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ def test_slabs_hold_each_move_element_once_and_stay_small(data):
         moves.append(Move(number, "U8", Box(shape, strides, places), start, 0))
     capacity = data.draw(st.integers(1, 20))
 
-    def pairs(some):
-        found = []
-        for move in some:
+    def pairs(moves):
+        elements = []
+        for move in moves:
             for index in (
                 torch.cartesian_prod(*map(torch.arange, move.box.shape)).reshape(-1, len(move.box.shape)).tolist()
                 if move.box.shape
@@ -36,8 +36,8 @@ def test_slabs_hold_each_move_element_once_and_stay_small(data):
             ):
                 read = move.source_offset + sum(i * s for i, s in zip(index, move.box.source_strides, strict=True))
                 write = move.target_offset + sum(i * s for i, s in zip(index, move.box.target_strides, strict=True))
-                found.append((move.target, write, read))
-        return found
+                elements.append((move.target, write, read))
+        return elements
 
     cut = list(slabs(moves, capacity))
     assert sorted(p for _, _, part in cut for p in pairs(part)) == sorted(pairs(moves))

@@ -1,4 +1,4 @@
-"""Jobs that decode quantized sources on the host, carried out one element at a time in float64."""
+"""Tests of jobs that decode quantized sources on the host, executed one element at a time in float64."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def test_sources_are_decoded_in_the_order_of_the_file():
     assert targets == [0, 1, 2]
 
 
-def test_codes_are_read_once_whatever_the_scratch():
+def test_codes_are_read_once_with_any_scratch():
     case = Case()
     row = case.add(["whole", "transposed"], rows=64, columns=32)
     jobs = jobs_of(case, 1500)
@@ -72,7 +72,7 @@ def test_codes_are_read_once_whatever_the_scratch():
     assert sum(length for _, length in reads) == nbytes
 
 
-def test_a_part_of_the_columns_decodes_no_others():
+def test_part_of_the_columns_decodes_no_others():
     case = Case()
     row = case.add([], rows=96, columns=128)
     case.moves[row] = [Move(0, "F32", Box((96, 20), (128, 1), (20, 1)), 50, 0)]
@@ -82,7 +82,7 @@ def test_a_part_of_the_columns_decodes_no_others():
 
 
 @pytest.mark.parametrize("name", FORMATS)
-def test_a_scratch_that_is_too_small_is_refused_with_the_bytes_that_are_enough(name):
+def test_scratch_that_is_too_small_is_refused_with_the_bytes_that_are_enough(name):
     case = Case()
     case.add(["whole"], rows=9, columns=64, **FORMATS[name])
     with pytest.raises(ConversionError, match=r"too small to decode s0(.|\n)*found: +100") as caught:

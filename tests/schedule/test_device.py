@@ -1,4 +1,4 @@
-"""The schedule of a load to a device: chunks, windows and uploads."""
+"""Tests of the schedule of a load to a device: chunks, windows and uploads."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_chunks_fill_windows_in_their_order_and_carry_each_byte_once(cases, slot
             assert spans[-1][1] == chunk.reads.total_bytes
 
 
-def test_neighbours_that_stay_neighbours_are_one_upload(tmp_path):
+def test_adjacent_sources_that_stay_adjacent_are_one_upload(tmp_path):
     tensors = experts(5, 16, 32, torch.bfloat16)
     checkpoint = write_checkpoint(tmp_path, {"a.safetensors": tensors})
     sources = columns(checkpoint)

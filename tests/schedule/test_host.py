@@ -1,4 +1,4 @@
-"""The schedule of a load to the host, carried out one element at a time."""
+"""Tests of the schedule of a load to the host, executed one element at a time."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ def elements(memory, dtype):
 
 
 def carried_out(jobs, plan, checkpoint):
-    """The targets that jobs fill, and the number of times that each byte of a file is read."""
+    """Return the targets that jobs fill, and how often each byte of a file is read."""
     files = [open(file, "rb").read() for file in checkpoint.files]
-    made = [bytearray(b"\xa5" * t.nbytes) for t in plan.targets]
-    written, read = [set() for _ in made], {}
+    targets = [bytearray(b"\xa5" * t.nbytes) for t in plan.targets]
+    written, read = [set() for _ in targets], {}
     for job in jobs:
         assert len(set(job.reads.file.tolist())) == 1
         scratch = bytearray(job.scratch_bytes) if isinstance(job, ReadAndCopy) else None
         for file, offset, nbytes, memory, start in job.reads.one_by_one():
-            into = made[memory] if scratch is None else scratch
+            into = targets[memory] if scratch is None else scratch
             assert start + nbytes <= len(into)
             into[start : start + nbytes] = files[file][offset : offset + nbytes]
             for byte in range(offset, offset + nbytes):
@@ -48,9 +48,9 @@ def carried_out(jobs, plan, checkpoint):
                     to = target_start + sum(i * s for i, s in zip(index, copies.box.target_strides, strict=True))
                     assert to * size not in written[copies.target]
                     written[copies.target].update(range(to * size, to * size + size))
-                    made[copies.target][to * size : to * size + size] = raw(source[at].to(torch_dtype(code)))
+                    targets[copies.target][to * size : to * size + size] = raw(source[at].to(torch_dtype(code)))
     assert [len(one) for one in written] == [t.nbytes for t in plan.targets]
-    tensors = {t.name: elements(data, t.dtype).reshape(t.shape) for t, data in zip(plan.targets, made, strict=True)}
+    tensors = {t.name: elements(data, t.dtype).reshape(t.shape) for t, data in zip(plan.targets, targets, strict=True)}
     return tensors, read
 
 
@@ -64,9 +64,9 @@ def jobs_of(plan, checkpoint, **options):
 def test_jobs_fill_every_target_and_read_each_byte_once(tmp_path, layout, dtype):
     tensors, checkpoint, plan = moe(tmp_path, *LAYOUTS[layout], shape=(2, 4, 6), pad=1)
     plan = plan_of(plan.sources, *(t._replace(dtype=dtype) for t in plan.targets))
-    made, read = carried_out(jobs_of(plan, checkpoint), plan, checkpoint)
+    targets, read = carried_out(jobs_of(plan, checkpoint), plan, checkpoint)
     expected = naive(plan, tensors)
-    for name, tensor in made.items():
+    for name, tensor in targets.items():
         assert_bytes_equal(tensor, expected[name])
     assert set(read.values()) == {1}
     assert len(read) == plan.bytes_read
@@ -77,8 +77,8 @@ def test_slabs_stay_within_the_scratch(tmp_path, slot_bytes):
     tensors, checkpoint, plan = moe(tmp_path, *LAYOUTS["transposed"], shape=(3, 3, 5))
     jobs = jobs_of(plan, checkpoint, slot_bytes=slot_bytes)
     assert all(job.scratch_bytes <= slot_bytes for job in jobs if isinstance(job, ReadAndCopy))
-    made, _ = carried_out(jobs, plan, checkpoint)
-    for name, tensor in made.items():
+    targets, _ = carried_out(jobs, plan, checkpoint)
+    for name, tensor in targets.items():
         assert_bytes_equal(tensor, naive(plan, tensors)[name])
 
 
@@ -95,9 +95,9 @@ def test_bytes_that_two_targets_need_go_through_scratch(tmp_path):
     reads, moves = split_copies(plan.targets, [t.copies for t in plan.targets], checkpoint, {})
     assert [read.memory for read in reads.one_by_one()] == [2]
     assert [(row, [move.target for move in of_row]) for row, of_row in moves.items()] == [(0, [0, 1])]
-    made, read = carried_out(jobs_of(plan, checkpoint), plan, checkpoint)
+    targets, read = carried_out(jobs_of(plan, checkpoint), plan, checkpoint)
     assert set(read.values()) == {1}
-    assert_bytes_equal(made["y"], tensors["a"])
+    assert_bytes_equal(targets["y"], tensors["a"])
 
 
 @pytest.mark.parametrize("shape", [(0,), (0, 3), (), (1,)])
@@ -105,8 +105,8 @@ def test_empty_and_single_elements_are_scheduled(tmp_path, shape):
     tensors = {"a": address_valued(shape, torch.float32, 7)}
     checkpoint = write_checkpoint(tmp_path, {"a.safetensors": tensors})
     plan = plan_of(columns(checkpoint), target(columns(checkpoint), "a", "BF16", [["a"]]))
-    made, _ = carried_out(jobs_of(plan, checkpoint), plan, checkpoint)
-    assert_bytes_equal(made["a"], tensors["a"].bfloat16())
+    targets, _ = carried_out(jobs_of(plan, checkpoint), plan, checkpoint)
+    assert_bytes_equal(targets["a"], tensors["a"].bfloat16())
 
 
 def test_runs_join_neighbours_up_to_the_limit():
@@ -130,5 +130,5 @@ def test_long_reads_are_split(nbytes, parts):
 @pytest.mark.parametrize(
     ("total", "threads", "expected"), [(1 << 30, 4, 4 << 20), (64 << 20, 8, 2 << 20), (1000, 2, 1 << 20)]
 )
-def test_a_job_is_neither_tiny_nor_larger_than_asked(total, threads, expected):
+def test_job_is_neither_tiny_nor_larger_than_requested(total, threads, expected):
     assert bytes_per_job(total, threads, 4 << 20) == expected

@@ -1,4 +1,4 @@
-"""Reads in columns, and moves that are grouped into copies."""
+"""Tests of reads in columns, and of moves that are grouped into copies."""
 
 import numpy as np
 import pytest
@@ -57,14 +57,14 @@ def test_reads_are_ordered_by_file_and_offset():
 @pytest.mark.parametrize(
     ("gap", "calls"), [(0, 1), (1, 1), (GAP_BYTES, 1), (GAP_BYTES + 1, 2), (-1, 2)], ids=lambda value: str(value)
 )
-def test_a_call_reads_across_small_gaps_and_no_overlaps(gap, calls):
+def test_call_reads_across_small_gaps_and_no_overlaps(gap, calls):
     reads = reads_of((0, 100, 50, 0, 0), (0, 150 + gap, 50, 0, 50))
     grouped = list(reads.calls())
     assert len(grouped) == calls
     assert listed(concatenate(grouped)) == listed(reads)
 
 
-def test_a_call_reads_one_file():
+def test_call_reads_one_file():
     reads = reads_of((0, 0, 10, 0, 0), (1, 10, 10, 0, 10), (1, 20, 10, 0, 20), (3, 0, 1, 0, 30))
     assert [sorted(call.files) for call in reads.calls()] == [[0], [1], [3]]
     assert [len(call.file) for call in reads.calls()] == [1, 2, 1]

@@ -1,4 +1,4 @@
-"""Slabs as numbers: which bytes of which file they make, whole and once, and of what; executed byte by byte."""
+"""Tests of slabs as plain values: the bytes of each file, complete, once, from the right sources, by execution."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ CASTS = {"BF16": ("BF16", "F32"), "F32": ("F32", "BF16", "F64"), "U8": ("U8",), 
 
 
 class Sources(NamedTuple):
-    """Where the sources lie; see ``slabs.Places``."""
+    """Places of sources, with the attributes of ``slabs.Places``."""
 
     dtypes: list[str]
     file_ids: list[int]
@@ -31,7 +31,7 @@ class Sources(NamedTuple):
 
 
 def random_case(rng):
-    """Tensors, and a plan of experts, parts of tensors and plain tensors, in one direction or the other."""
+    """Return tensors, and a plan of experts, parts of tensors and plain tensors, in one direction or the other."""
     code = rng.choice(list(CASTS))
     dtype = torch_dtype(code)
     layout = rng.choice(list(LAYOUTS))
@@ -65,7 +65,7 @@ def random_case(rng):
 
 
 def laid_out(rng, sizes):
-    """A file and an offset for each size, no two in each other's way; gaps or none, aligned to nothing."""
+    """Return a file and an offset for each size, without overlap, with or without gaps, aligned to nothing."""
     ends, placed = [0, 0], [None] * len(sizes)
     for number in rng.sample(range(len(sizes)), len(sizes)) if rng.random() < 0.3 else range(len(sizes)):
         file = rng.choice((0, 0, 0, 1))
@@ -80,7 +80,7 @@ def raw(tensor):
 
 
 def executed(slabs, plan, tensors, sources, blobs):
-    """What the slabs write: file -> byte -> value; each byte once, and each slab all of its own."""
+    """Execute the slabs: file -> byte -> value. Each byte is written once, and each slab writes all of its own."""
     written = {}
     for slab in slabs.slabs:
         assert bool(slab.reads) != bool(slab.moves)
@@ -106,10 +106,10 @@ def executed(slabs, plan, tensors, sources, blobs):
     return written
 
 
-def put(made, start, values, places=None):
+def put(data, start, values, places=None):
     for place, value in zip(places or itertools.count(start), values, strict=places is not None):
-        assert place not in made, f"{place} is written twice"
-        made[place] = value
+        assert place not in data, f"{place} is written twice"
+        data[place] = value
 
 
 def dot(index, strides):
@@ -127,12 +127,12 @@ def check(rng, most_bytes):
     places, _ = laid_out(rng, [t.nbytes for t in plan.targets])
     copies = [t.copies for t in plan.targets]
     slabs = slab_schedule(plan.targets, copies, sources, places, most_bytes=most_bytes)
-    found = executed(slabs, plan, tensors, sources, blobs)
+    actual = executed(slabs, plan, tensors, sources, blobs)
     expected = {}
     for t, (file, offset) in zip(plan.targets, places, strict=True):
         data = raw(naive(plan_of(plan.sources, t), tensors)[t.name])
         put(expected, 0, data, [(file, offset + at) for at in range(len(data))])
-    assert found == expected
+    assert actual == expected
     assert all(slab.nbytes <= most_bytes for slab in slabs.slabs)
     assert [(s.file, s.offset_bytes) for s in slabs.slabs] == sorted((s.file, s.offset_bytes) for s in slabs.slabs)
     grouped = slabs.by_file()
@@ -154,7 +154,7 @@ def test_slabs_of_one_element_each_do_the_same():
 @pytest.mark.parametrize("code", ["BF16", "F32"])
 @pytest.mark.parametrize("most_bytes", [64, 1000, 5000])
 def test_slabs_are_well_filled(layout, code, most_bytes):
-    """Cutting where no copy is cut through may leave some room, but not make many small ones of large targets."""
+    """Cutting that keeps copies whole may leave some room, but must not cut large targets into many small slabs."""
     tensors = experts(4, 20, 30, torch.bfloat16)
     sources = table(tensors)
     gate, up = (expert_names(4, projection) for projection in ("gate", "up"))
@@ -171,9 +171,11 @@ def neighbours(count, code="BF16", wanted="BF16", gap=0):
     sources = table(tensors)
     plan = plan_of(sources, *(target(sources, name, wanted, [[name]]) for name in tensors))
     size = plan.targets[0].nbytes
-    lying = Sources(list(sources.dtypes), [0] * count, [n * 8 for n in range(count)])
+    source_places = Sources(list(sources.dtypes), [0] * count, [n * 8 for n in range(count)])
     places = [(0, n * (size + gap)) for n in range(count)]
-    return slab_schedule(plan.targets, [t.copies for t in plan.targets], lying, places, most_bytes=1 << 20).slabs
+    return slab_schedule(
+        plan.targets, [t.copies for t in plan.targets], source_places, places, most_bytes=1 << 20
+    ).slabs
 
 
 @pytest.mark.parametrize("wanted", ["BF16", "F32"])
@@ -184,36 +186,40 @@ def test_small_neighbours_are_one_slab(wanted):
     assert len(neighbours(100, wanted=wanted, gap=1)) == 100
 
 
-def test_a_slab_has_no_more_parts_than_a_call_to_the_system_takes():
+def test_slab_has_no_more_parts_than_a_system_call_accepts():
     slabs = neighbours(2 * IOV_MAX + 5)
     assert [len(slab.reads) for slab in slabs] == [IOV_MAX, IOV_MAX, 5]
 
 
-def test_what_moves_and_what_is_made_are_never_one_slab():
+def test_moved_and_converted_bytes_are_never_in_one_slab():
     tensors = {"a": address_valued((4,), torch.bfloat16), "b": address_valued((4,), torch.float32)}
     sources = table(tensors)
     plan = plan_of(sources, *(target(sources, name, "F32", [[name]]) for name in "ab"))
-    lying = Sources(list(sources.dtypes), [0, 0], [0, 8])
-    slabs = slab_schedule(plan.targets, [t.copies for t in plan.targets], lying, [(0, 0), (0, 16)], most_bytes=1000)
+    source_places = Sources(list(sources.dtypes), [0, 0], [0, 8])
+    slabs = slab_schedule(
+        plan.targets, [t.copies for t in plan.targets], source_places, [(0, 0), (0, 16)], most_bytes=1000
+    )
     assert [bool(slab.reads) for slab in slabs.slabs] == [False, True]
 
 
-def test_elements_of_a_slab_lie_at_multiples_of_their_size():
-    """A slab of bytes before one of wider elements: in one slab the latter could not be reached as elements."""
+def test_elements_of_a_slab_are_at_multiples_of_their_size():
+    """Bytes before wider elements in one slab would leave the latter misaligned."""
     tensors = {"a": address_valued((3,), torch.bfloat16), "b": address_valued((2,), torch.bfloat16)}
     sources = table(tensors)
     plan = plan_of(sources, target(sources, "a", "F16", [["a"]]), target(sources, "b", "F32", [["b"]]))
-    lying = Sources(list(sources.dtypes), [0, 0], [0, 6])
-    slabs = slab_schedule(plan.targets, [t.copies for t in plan.targets], lying, [(0, 0), (0, 6)], most_bytes=1000)
+    source_places = Sources(list(sources.dtypes), [0, 0], [0, 6])
+    slabs = slab_schedule(
+        plan.targets, [t.copies for t in plan.targets], source_places, [(0, 0), (0, 6)], most_bytes=1000
+    )
     assert [slab.nbytes for slab in slabs.slabs] == [6, 8]
 
 
-def test_large_targets_that_only_move_are_cut_anywhere():
+def test_large_targets_that_only_move_are_cut_at_any_byte():
     tensors = {"a": address_valued((1000,), torch.bfloat16)}
     sources = table(tensors)
     plan = plan_of(sources, target(sources, "a", "BF16", [["a"]]))
-    lying = Sources(["BF16"], [7], [40])
-    slabs = slab_schedule(plan.targets, [plan.targets[0].copies], lying, [(3, 11)], most_bytes=300).slabs
+    source_places = Sources(["BF16"], [7], [40])
+    slabs = slab_schedule(plan.targets, [plan.targets[0].copies], source_places, [(3, 11)], most_bytes=300).slabs
     assert [slab.nbytes for slab in slabs] == [300] * 6 + [200]
     assert [read.offset_bytes for slab in slabs for read in slab.reads] == list(range(40, 2040, 300))
     assert {(slab.file, *(read.file for read in slab.reads)) for slab in slabs} == {(3, 7)}

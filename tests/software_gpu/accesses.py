@@ -1,4 +1,4 @@
-"""Which bytes a launch or a copy touches: boxes of elements at many addresses, and whether two share a byte."""
+"""The bytes that a launch or a copy touches: boxes of elements at many addresses, and whether two share a byte."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 
 
 class GpuFault(AssertionError):
-    """What a GPU would not say: it would fault, write wrong bytes, or do either now and then."""
+    """A fault that a GPU would not report: it would crash, write wrong bytes, or do either now and then."""
 
 
 class Box(NamedTuple):
@@ -25,7 +25,7 @@ class Box(NamedTuple):
 
     @property
     def span_bytes(self) -> int:
-        """Bytes from the first to the end of the last; 0 where a side is 0."""
+        """Return the bytes from the first element to the end of the last; 0 if a side is 0."""
         reach = sum((size - 1) * stride for size, stride in zip(self.shape, self.strides, strict=True))
         return reach + self.itemsize if min(self.shape) else 0
 
@@ -35,7 +35,7 @@ class Box(NamedTuple):
 
     @property
     def meets_itself(self) -> bool:
-        """Whether two elements of one box share a byte, where neither side's steps lie within the other's."""
+        """Return whether two elements of one box share a byte, if neither stride nests within the other."""
         sides = sorted(zip(self.strides, self.shape, strict=True))
         end = self.itemsize
         for stride, size in sides:
@@ -47,14 +47,14 @@ class Box(NamedTuple):
 
 
 def array_at(address: int, shape: Sequence[int], strides: Sequence[int], dtype: np.dtype | type) -> np.ndarray:
-    """The memory at an address, as elements that may lie anywhere."""
+    """Return the memory at an address as elements, which need no alignment."""
     span = np.dtype(dtype).itemsize + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
     memory = (ctypes.c_ubyte * span).from_address(address)
     return np.ndarray(tuple(shape), dtype, memory, strides=tuple(strides))
 
 
 def conflict(boxes: Sequence[Box]) -> str | None:
-    """What says that a byte is written and touched again by another box; None where none is."""
+    """Return a text about a byte that one box writes and another touches, or None if there is none."""
     for box in boxes:
         if box.is_written and box.meets_itself:
             return f"elements of {box.name} share memory: {list(box.shape)}, strides {list(box.strides)} in bytes"
@@ -79,9 +79,9 @@ def conflict(boxes: Sequence[Box]) -> str | None:
 
 
 def _meet(boxes: Sequence[Box], owners: np.ndarray, starts: np.ndarray, stop: int) -> str | None:
-    """Byte by byte, for boxes whose spans overlap: they may yet fill each other's gaps."""
+    """Compare boxes whose spans overlap byte by byte: they may still fill each other's gaps."""
     first = int(starts[0])
-    marks = np.zeros(stop - first, np.uint8)  # 1 and the number of the box that writes there
+    marks = np.zeros(stop - first, np.uint8)  # 1 plus the number of the box that writes the byte
     for is_written in (True, False):
         for owner, start in zip(owners.tolist(), starts.tolist(), strict=True):
             box = boxes[owner]

@@ -1,4 +1,4 @@
-"""A software GPU for each test, whether or not the plugin has made one for all."""
+"""A software GPU for each test, whether or not the plugin has installed one for all."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""The late device of ``tests/execution/simulated.py`` with kernels, which also sees what its streams do at once.
+"""The late device of ``tests/execution/simulated.py`` with kernels, which also checks its streams for races.
 
-Two streams, or a stream and the host, touch the same bytes without an event between them: bytes may come out right, as
-they mostly would on a GPU, yet that is a fault here.
+A race is when two streams, or a stream and the host, touch the same bytes without an event between them. The bytes may
+come out right, as they mostly would on a GPU, but here a race is a fault.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from tests.software_gpu.memory import Allocations, Touched
 
 _at_work = threading.local()
 
-Clock = dict[int, int]  # by number of a stream: how much of it is done
+Clock = dict[int, int]  # operations done, by number of the stream
 
 
 class _Done:
-    """An operation of a stream that was done, and what it touched."""
+    """An operation of a stream that was done, and the boxes that it touched."""
 
     def __init__(self) -> None:
         self._touched: list[Touched] = []
@@ -35,29 +35,29 @@ class _Done:
         self._touched += touched
 
     def boxes(self) -> list[Box]:
-        """But for those in memory that was given back since, which may be anybody's."""
+        """Return the touched boxes, except those in memory that was freed since and may have a new owner."""
         return [touched.box for touched in self._touched if touched.is_alive]
 
 
 def touch(touched: Sequence[Touched]) -> None:
-    """Note what the operation that this thread does for a stream touches, if it does one."""
+    """Record the boxes touched by the stream operation that this thread runs, if it runs one."""
     done = getattr(_at_work, "done", None)
     if done is not None:
         done.touch(touched)
 
 
 class Stream(simulated.Stream):
-    """Knows of each of its operations what is surely done before it."""
+    """A stream that tracks which operations are surely done before each of its own."""
 
     def __init__(self, device: SoftwareDevice):
         super().__init__(device)
         self.number = len(device.streams)
         self.done: list[_Done] = []
         self._known_to_host: list[Clock] = []
-        self._clocks: list[Clock] = [{}]  # after so many operations
+        self._clocks: list[Clock] = [{}]  # one after each operation
 
     def clock(self, position: int) -> Clock:
-        """All that is done before a point of this stream that has been reached."""
+        """Return the operations that are done before a reached point of this stream."""
         return self._clocks[position] | {self.number: position}
 
     def _push(self, operation: object) -> None:
@@ -92,10 +92,10 @@ def working(done: _Done) -> Iterator[None]:
 
 
 class SoftwareDevice(simulated.SimulatedDevice):
-    """See above.
+    """A simulated device with kernels that checks for races.
 
     Args:
-        memory: where what is given out is looked up.
+        memory: allocations in which touched addresses are looked up.
     """
 
     def __init__(self, memory: Allocations, seed: int = 0, eagerness: float = 0.3, **faults: int):
@@ -105,10 +105,10 @@ class SoftwareDevice(simulated.SimulatedDevice):
         self._pinned: list[tuple[int, int, StorageWeakRef]] = []
 
     def pinned(self, nbytes: int) -> Tensor:
-        made = super().pinned(nbytes)
-        self.memory.keep_from_kernels(made)
-        self._pinned.append((made.data_ptr(), made.data_ptr() + nbytes, StorageWeakRef(made.untyped_storage())))
-        return made
+        slots = super().pinned(nbytes)
+        self.memory.keep_from_kernels(slots)
+        self._pinned.append((slots.data_ptr(), slots.data_ptr() + nbytes, StorageWeakRef(slots.untyped_storage())))
+        return slots
 
     def stream(self) -> Stream:
         with self.lock:
@@ -116,7 +116,7 @@ class SoftwareDevice(simulated.SimulatedDevice):
             return self.streams[-1]
 
     def check_alone(self, stream: Stream, done: _Done, before: Clock) -> None:
-        """Keep a fault if another stream has touched what ``done`` touches, and may do so at the same time."""
+        """Keep a fault if another stream touched the boxes of ``done`` and may do so at the same time."""
         boxes = done.boxes()
         for other in self.streams if boxes else ():
             for earlier in other.done[before.get(other.number, 0) :] if other is not stream else ():
@@ -125,17 +125,17 @@ class SoftwareDevice(simulated.SimulatedDevice):
                     self.fault = f"GpuFault: two streams at once: {shared}"
 
     def host_writes(self, start: int, stop: int) -> None:
-        """What the host writes is no longer being uploaded.
+        """Check that bytes that the host writes are no longer being uploaded.
 
         Raises:
-            GpuFault: it may be.
+            GpuFault: an upload of them may be under way.
         """
         self._pinned = [span for span in self._pinned if not span[2].expired()]
         if not any(first < stop and start < last for first, last, _ in self._pinned):
             return
         written = Box("what the host writes", np.array([start]), (1, stop - start), (0, 1), 1, True)
         with self.lock:
-            while self.eagerness and self.advance():  # all that is queued could be under way; or none of it
+            while self.eagerness and self.advance():  # either all queued work may be under way, or none of it
                 pass
             for stream in self.streams:
                 for done in stream.done[self.known_to_host.get(stream.number, 0) :]:
@@ -145,11 +145,11 @@ class SoftwareDevice(simulated.SimulatedDevice):
 
 
 def conflict_between(first: Sequence[Box], second: Sequence[Box]) -> str | None:
-    """What is written on one side and touched on the other."""
+    """Return a text about a byte that one side writes and the other touches, or None."""
     for one in first:
         for two in second:
             if (one.is_written or two.is_written) and _spans_meet(one, two):
-                # Each side was checked by itself; it may touch a byte twice.
+                # Each side was checked by itself: it may touch a byte twice.
                 for a in _single(one):
                     for b in _single(two):
                         shared = conflict([a, b]) if _spans_meet(a, b) else None
@@ -168,7 +168,7 @@ def _single(box: Box) -> Iterator[Box]:
 
 
 class _Watch(TorchDispatchMode):
-    """Sees what torch itself does for a stream: copies, and all that makes tables."""
+    """A mode that sees what torch itself does for a stream: copies, and the steps that build tables."""
 
     def __init__(self, done: _Done, memory: Allocations):
         super().__init__()
@@ -197,7 +197,7 @@ class _Watch(TorchDispatchMode):
 
 
 def _flat(tensor: Tensor) -> tuple[tuple[int, int], tuple[int, int]]:
-    """Two dimensions with the bytes of a tensor; its whole span where it has more."""
+    """Return two dimensions with the bytes of a tensor, or its whole span if it has more."""
     size = tensor.itemsize
     sides = [(n, stride * size) for n, stride in zip(tensor.shape, tensor.stride(), strict=True) if n > 1]
     if tensor.is_contiguous():

@@ -1,7 +1,7 @@
-"""Launches done as a GPU would do them, on host memory, after a check of all that the kernels are promised.
+"""Launches run as a GPU would run them, on host memory, after a check of every promise to the kernels.
 
-Each kernel is what its docstring in ``kernels/`` says, element by element; the Triton code is not run.
-What comes in is what a kernel gets: the variant, the grid, the table, and the integers, which are counted in vectors.
+Each kernel does what its docstring in ``kernels/`` states, element by element. The Triton code does not run.
+The input is what a kernel gets: the variant, the grid, the table, and the integers, which are counted in vectors.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def size_of(name: str) -> int:
 
 
 def as_kernels_count(variant: Variant, integers: tuple[int, ...]) -> Geometry:
-    """What a kernel makes of its integers: those that come in vectors, multiplied back."""
+    """Return the geometry that a kernel computes from its integers, which come in vectors."""
     takes = 4 + (len(Blocks._fields) if _decoding(variant) else 0)
     demand(len(integers) == takes == variant.kernel.integers, variant, f"takes {takes} integers, gets {len(integers)}")
     for number in integers:
@@ -63,7 +63,7 @@ def as_kernels_count(variant: Variant, integers: tuple[int, ...]) -> Geometry:
 
 
 def promised_bytes(variant: Variant) -> list[int]:
-    """What divides the addresses of each column of a table."""
+    """Return the promised divisor of the addresses of each column of a table."""
     destinations, operands = variant.kernel.destinations, variant.kernel.operands
     written = variant.dst_vector * size_of(variant.dst) * (2 if _pairs(variant, "interleave_tiles") else 1)
     read = variant.src_vector * size_of(variant.src) * (2 if _pairs(variant, "deinterleave_tiles") else 1)
@@ -82,12 +82,12 @@ def _decoding(variant: Variant) -> DequantizeConstants | None:
 
 
 class Executor:
-    """Takes the place of ``launch.queue``.
+    """A replacement for ``launch.queue``.
 
     Attributes:
-        variants: all that were launched.
-        launches: how many.
-        compiled_ahead: the variants that were launched with integers that mean nothing.
+        variants: all variants that were launched.
+        launches: number of launches.
+        compiled_ahead: variants that were launched with placeholder integers, only to be compiled.
     """
 
     def __init__(self, memory: Allocations):
@@ -99,7 +99,7 @@ class Executor:
 
     @contextmanager
     def compiling_ahead(self) -> Iterator[None]:
-        """What this thread launches within is there to be compiled."""
+        """Treat launches of this thread as compilation only."""
         self._thread.is_compiling = True
         try:
             yield
@@ -113,10 +113,11 @@ class Executor:
     def launch(
         self, variant: Variant, grid: tuple[int, int], table: Tensor, integers: tuple[int, ...]
     ) -> list[Touched]:
-        """Check a launch and do it; what it touched.
+        """Check a launch and run it. Return the boxes that it touched.
 
         Raises:
-            GpuFault: it breaks a promise, touches a byte that is no tensor's, or writes one that it touches otherwise.
+            GpuFault: it breaks a promise, touches a byte outside of every tensor, or writes a byte that it also touches
+            otherwise.
         """
         geometry = as_kernels_count(variant, integers)
         addresses = self._checked_table(variant, grid, table, geometry)
@@ -151,14 +152,14 @@ class Executor:
         return addresses
 
     def _lookups(self, variant: Variant, geometry: Geometry, blocks: Blocks, addresses: np.ndarray) -> list[Touched]:
-        """Check what ``dequantize_tiles`` looks up; every vector of codes reads one table row."""
+        """Check the look-ups of ``dequantize_tiles``: every vector of codes reads one table row."""
         decoding = _decoding(variant)
         assert decoding is not None
         demand(decoding.is_stepped or blocks.step == 1, variant, f"elements of a row are {blocks.step} apart")
         columns = _of_columns(variant, geometry, blocks)
         vectors = columns.reshape(-1, variant.src_vector)
         if not self._is_compiling:
-            demand((vectors == vectors[:, :1]).all(), variant, f"a vector of codes lies in two blocks: {geometry}")
+            demand((vectors == vectors[:, :1]).all(), variant, f"a vector of codes spans two blocks: {geometry}")
         rows = _of_rows(variant, geometry, blocks)
         stride = blocks.table_rows_stride
         last = int(rows[-1]) * stride + int(columns[-1])
@@ -168,10 +169,10 @@ class Executor:
         looked_up = self.memory.check([table_rows])
         highest = []
         for row in addresses.tolist():
-            found = array_at(row[2], (last + 1,), (size,), _NUMPY[decoding.table_row])
-            found = found[np.unique(rows)[:, None] * stride + np.unique(columns)]
-            demand(found.min() >= 0, variant, "a table row is negative")
-            highest.append(int(found.max()))
+            read_rows = array_at(row[2], (last + 1,), (size,), _NUMPY[decoding.table_row])
+            read_rows = read_rows[np.unique(rows)[:, None] * stride + np.unique(columns)]
+            demand(read_rows.min() >= 0, variant, "a table row is negative")
+            highest.append(int(read_rows.max()))
         demand(max(highest) + 1 << decoding.bits < _INT32, variant, f"table row {max(highest)} is beyond 32 bits")
         size = size_of(variant.dst)
         values = [
@@ -182,7 +183,7 @@ class Executor:
 
 
 def _boxes(variant: Variant, geometry: Geometry, addresses: np.ndarray) -> Iterator[Box]:
-    """What all programs of a launch touch, in the order of the table, except table rows and values."""
+    """Yield the boxes that all programs of a launch touch, in the order of the table, except table rows and values."""
     rows, columns, src_stride, dst_stride, blocks = geometry
     src, dst = size_of(variant.src), size_of(variant.dst)
     twice = 2 if variant.kernel.name == "deinterleave_tiles" else 1
@@ -207,7 +208,7 @@ def _boxes(variant: Variant, geometry: Geometry, addresses: np.ndarray) -> Itera
 
 
 def _check_offsets(variant: Variant, geometry: Geometry) -> None:
-    """Tiles begin at whole vectors, and offsets within one fit 32 bits."""
+    """Check that tiles begin at whole vectors, and that offsets within a tile fit 32 bits."""
     rows, columns = min(geometry.rows, variant.tile_rows), min(geometry.columns, variant.tile_columns)
     tile_columns, tile_rows = variant.tile_columns, variant.tile_rows
     decoding = _decoding(variant)
@@ -256,12 +257,12 @@ def _move(variant: Variant, geometry: Geometry, row: list[int]) -> None:
 
 
 def _cast(variant: Variant, values: np.ndarray) -> np.ndarray:
-    """Through float32, to nearest even, as the kernels do."""
+    """Cast through float32, to nearest even, as the kernels do."""
     if variant.src == variant.dst:
         return values
     bits = torch.from_numpy(np.ascontiguousarray(values).view(f"i{values.itemsize}"))
-    made = bits.view(_CASTABLE[variant.src]).to(torch.float32).to(_CASTABLE[variant.dst])
-    return made.view(_SIGNED[made.itemsize]).numpy().view(_NUMPY[variant.dst])
+    converted = bits.view(_CASTABLE[variant.src]).to(torch.float32).to(_CASTABLE[variant.dst])
+    return converted.view(_SIGNED[converted.itemsize]).numpy().view(_NUMPY[variant.dst])
 
 
 def _of_rows(variant: Variant, geometry: Geometry, blocks: Blocks) -> np.ndarray:
@@ -270,7 +271,7 @@ def _of_rows(variant: Variant, geometry: Geometry, blocks: Blocks) -> np.ndarray
 
 
 def _of_columns(variant: Variant, geometry: Geometry, blocks: Blocks) -> np.ndarray:
-    """The block of each byte of a row of codes."""
+    """Return the block of each byte of a row of codes."""
     column = np.arange(geometry.columns) + blocks.start_column
     return column >> blocks.block_columns if variant.details.by_shifts else column // blocks.block_columns
 
@@ -288,9 +289,9 @@ def _decode(variant: Variant, geometry: Geometry, blocks: Blocks, row: list[int]
     first = table_rows[block_rows[:, None] * blocks.table_rows_stride + block_columns].astype(np.int64) << decoding.bits
     values = array_at(row[3], (int(first.max()) + (1 << decoding.bits),), (size,), _NUMPY[variant.dst])
     if decoding.bits == 8:
-        made = values[first + codes]
+        decoded = values[first + codes]
     else:
-        made = np.stack([values[first + (codes & 15)], values[first + (codes >> 4)]], 2).reshape(rows, -1)
+        decoded = np.stack([values[first + (codes & 15)], values[first + (codes >> 4)]], 2).reshape(rows, -1)
     strides = (dst_stride * size, (blocks.step if decoding.is_stepped else 1) * size)
-    made = made.T if decoding.is_transposed else made
-    array_at(row[0], made.shape, strides, _NUMPY[variant.dst])[...] = made
+    decoded = decoded.T if decoding.is_transposed else decoded
+    array_at(row[0], decoded.shape, strides, _NUMPY[variant.dst])[...] = decoded

@@ -1,4 +1,4 @@
-"""The memory that tensors hold, which is all that a kernel may touch."""
+"""The memory that tensors hold, the only memory that a kernel may touch."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.software_gpu.accesses import Box, GpuFault
 
 
 class Touched(NamedTuple):
-    """A box that was touched, and the storages in which it lies."""
+    """A box that was touched, and the storages that hold it."""
 
     box: Box
     storages: tuple[StorageWeakRef, ...]
@@ -27,9 +27,9 @@ class Touched(NamedTuple):
 
 
 class Allocations:
-    """Finds the storage of each access among the storages of all tensors that are alive.
+    """An index of the storages of all live tensors, which finds the storage of an access.
 
-    All are looked through only where an address is in none that is known.
+    All tensors are scanned only if an address is in no known storage.
     """
 
     def __init__(self) -> None:
@@ -40,7 +40,7 @@ class Allocations:
         self._host_only: set[StorageWeakRef] = set()
 
     def note(self, tensor: Tensor) -> None:
-        """Know the memory of a tensor, without having to look for it."""
+        """Add the memory of a tensor without a scan."""
         storage = tensor.untyped_storage()
         span = storage.data_ptr(), storage.data_ptr() + storage.nbytes()
         with self._lock:
@@ -49,19 +49,19 @@ class Allocations:
                 self._starts = self._stops = np.empty(0, np.int64)  # to be sorted again
 
     def keep_from_kernels(self, tensor: Tensor) -> None:
-        """Kernels may not touch the memory of a tensor: it is the host's."""
+        """Forbid kernels to touch the memory of a tensor, which belongs to the host."""
         self._host_only.add(StorageWeakRef(tensor.untyped_storage()))
 
     def allocated_bytes(self) -> int:
-        """Bytes of all storages."""
+        """Return the bytes of all storages."""
         gc.collect()
         return sum(stop - start for start, stop, _ in _living())
 
     def check(self, boxes: Sequence[Box]) -> list[Touched]:
-        """Boxes with the storages in which they lie; empty ones are left out.
+        """Return the boxes that are not empty, with the storages that hold them.
 
         Raises:
-            GpuFault: a box leaves the memory of every tensor that is alive, or lies in the host's.
+            GpuFault: a box leaves the memory of every live tensor, or is in the host's memory.
         """
         with self._lock:
             return [
@@ -84,7 +84,7 @@ class Allocations:
                 look()
         outside = int(np.flatnonzero(~inside)[0])
         raise GpuFault(
-            f"{box.name} leaves memory: {box.span_bytes} bytes at {int(box.starts[outside]):#x} lie in no tensor; "
+            f"{box.name} leaves memory: {box.span_bytes} bytes at {int(box.starts[outside]):#x} are in no tensor; "
             f"{list(box.shape)}, strides {list(box.strides)} in bytes"
         )
 
@@ -93,7 +93,7 @@ class Allocations:
         self._sort()
 
     def _sort(self) -> None:
-        # Storages of one memory, as those of two arrays of it are, count as the longest of them.
+        # Storages of the same memory, such as those of two of its arrays, count as the longest of them.
         kept: list[tuple[int, int]] = []
         self._known = {span: storage for span, storage in self._known.items() if not storage.expired()}
         for span in sorted(self._known, key=lambda span: (span[0], -span[1])):
@@ -109,11 +109,11 @@ _PLAIN = (Tensor, torch.nn.Parameter)
 
 
 def _living() -> list[tuple[int, int, StorageWeakRef]]:
-    """First and last address of each storage in host memory that a tensor holds."""
-    found: dict[tuple[int, int], StorageWeakRef] = {}
+    """Return the first and last address of each storage in host memory that a tensor holds."""
+    storages: dict[tuple[int, int], StorageWeakRef] = {}
     for tensor in [thing for thing in gc.get_objects() if type(thing) in _PLAIN]:
         if tensor.device.type == "cpu" and tensor.layout == torch.strided:
             storage = tensor.untyped_storage()
             if storage.nbytes():
-                found.setdefault((storage.data_ptr(), storage.nbytes()), StorageWeakRef(storage))
-    return [(start, start + nbytes, storage) for (start, nbytes), storage in found.items()]
+                storages.setdefault((storage.data_ptr(), storage.nbytes()), StorageWeakRef(storage))
+    return [(start, start + nbytes, storage) for (start, nbytes), storage in storages.items()]

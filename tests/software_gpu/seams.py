@@ -1,4 +1,4 @@
-"""Where the package is told that the CPU is a GPU: a handful of names, all of them here."""
+"""The few names of the package that are replaced so that the CPU acts as a GPU."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ from tests.software_gpu.memory import Allocations
 
 
 class SoftwareGpu:
-    """A GPU made of host memory: tensors of the CPU are its own, but for what is done ``on_host``.
+    """A GPU in host memory: CPU tensors are its own, except within ``on_host``.
 
     Attributes:
-        devices: all that loads and saves have asked for, each with a seed of its own.
+        devices: all devices that loads and saves have asked for, each with its own seed.
     """
 
     def __init__(self) -> None:
@@ -41,7 +41,7 @@ class SoftwareGpu:
 
     @contextmanager
     def on_host(self) -> Iterator[None]:
-        """What is done within is done by the CPU's own executors."""
+        """Run the enclosed code on the CPU's own executors."""
         before, self.is_on = self.is_on, False
         try:
             yield
@@ -55,7 +55,7 @@ class SoftwareGpu:
 
 
 def install(patch: pytest.MonkeyPatch) -> SoftwareGpu:
-    """Run kernels on the CPU's tensors, and stream to them and from them; Triton's interpreter must be on."""
+    """Run kernels on CPU tensors, and stream to and from them. Triton's interpreter must be on."""
     from automodel_conv.kernels import jit
 
     assert jit.INTERPRETED
@@ -67,14 +67,14 @@ def install(patch: pytest.MonkeyPatch) -> SoftwareGpu:
     patch.setattr(launch, "queue", run)
 
     def stand_in(stock: Callable[..., Any]) -> Callable[[Callable[..., Any]], None]:
-        """Put a function in the place of another, wherever the package has imported it by name."""
+        """Replace a function wherever the package has imported it by name."""
 
-        def put(made: Callable[..., Any]) -> None:
-            made = functools.wraps(stock)(made)
+        def put(replacement: Callable[..., Any]) -> None:
+            replacement = functools.wraps(stock)(replacement)
             for module in _package():
                 for name, value in list(vars(module).items()):
                     if value is stock:
-                        patch.setattr(module, name, made)
+                        patch.setattr(module, name, replacement)
 
         return put
 
@@ -108,7 +108,7 @@ def install(patch: pytest.MonkeyPatch) -> SoftwareGpu:
     synchronize = simulated.Event.synchronize
 
     def waited(event: simulated.Event) -> None:
-        position = event.position  # an event may be recorded anew
+        position = event.position  # an event may be recorded again
         synchronize(event)
         if isinstance(event.stream, devices.Stream):
             device = event.stream.device
@@ -130,10 +130,10 @@ def install(patch: pytest.MonkeyPatch) -> SoftwareGpu:
 
 
 def _package() -> list[Any]:
-    """All modules of the package that take part."""
+    """Return all modules of the package that need the replacements."""
     for part in ("execution", "kernels"):
-        found = importlib.import_module(f"automodel_conv.{part}")
-        for module in pkgutil.iter_modules(found.__path__, f"automodel_conv.{part}."):
+        folder = importlib.import_module(f"automodel_conv.{part}")
+        for module in pkgutil.iter_modules(folder.__path__, f"automodel_conv.{part}."):
             importlib.import_module(module.name)
     importlib.import_module("automodel_conv.in_memory")
     return [module for name, module in list(sys.modules.items()) if name.startswith(automodel_conv.__name__)]

@@ -1,4 +1,4 @@
-"""The software GPU's kernels: the bytes they make, and each broken promise that they find."""
+"""Tests of the software GPU's kernels: the bytes they write, and the broken promises they detect."""
 
 import numpy as np
 import pytest
@@ -32,7 +32,7 @@ def bytes_of(nbytes):
 
 @pytest.mark.parametrize("dtypes", [p for p in DTYPE_PAIRS if p[0].itemsize * p[1].itemsize in (1, 4, 8)], ids=str)
 @pytest.mark.parametrize("name", VERBS)
-def test_a_verb_moves_elements_one_by_one_whatever_the_alignment(gpu, name, dtypes):
+def test_verb_moves_elements_at_any_alignment(gpu, name, dtypes):
     verb, dst_count, src_count = VERBS[name]
     dst_dtype, src_dtype = dtypes
     dst_shape, src_shape = shapes(name, ROWS, COLUMNS)
@@ -40,20 +40,20 @@ def test_a_verb_moves_elements_one_by_one_whatever_the_alignment(gpu, name, dtyp
     src = [raw.random(src_shape, src_dtype, PHASES, 8, torch.device("cpu"), finite=finite) for _ in range(src_count)]
     dst = [raw.poisoned(dst_shape, dst_dtype, [0] * 5, 16, torch.device("cpu")) for _ in range(dst_count)]
     for index in range(5):
-        read, made = [s.read(index).tolist() for s in src], [d.read(index) for d in dst]
+        read, moved = [s.read(index).tolist() for s in src], [d.read(index) for d in dst]
         for r in range(ROWS):
             for c in range(COLUMNS):
                 if name == "strided_copy":
-                    made[0][r, c] = read[0][r][c]
+                    moved[0][r, c] = read[0][r][c]
                 elif name == "transpose":
-                    made[0][c, r] = read[0][r][c]
+                    moved[0][c, r] = read[0][r][c]
                 elif name == "interleave":
-                    made[0][c, 2 * r], made[0][c, 2 * r + 1] = read[0][r][c], read[1][r][c]
+                    moved[0][c, 2 * r], moved[0][c, 2 * r + 1] = read[0][r][c], read[1][r][c]
                 else:
-                    made[0][c, r], made[1][c, r] = read[0][r][2 * c], read[0][r][2 * c + 1]
-        if src_dtype.is_floating_point and not finite:  # a NaN's bits do not survive a list
-            made = [m.view(torch.uint8) for m in _by_bits(name, [s.read(index) for s in src])]
-        for d, values in zip(dst, made, strict=True):
+                    moved[0][c, r], moved[1][c, r] = read[0][r][2 * c], read[0][r][2 * c + 1]
+        if src_dtype.is_floating_point and not finite:  # a list does not keep the bits of a NaN
+            moved = [m.view(torch.uint8) for m in _by_bits(name, [s.read(index) for s in src])]
+        for d, values in zip(dst, moved, strict=True):
             d.write(index, values.view(dst_dtype))
     verb(*(d.matrices for d in dst), *(s.matrices for s in src))
     for operand in dst + src:
@@ -85,21 +85,21 @@ def test_casts_round_to_nearest_even(gpu, dtype):
 
 @pytest.mark.parametrize("code_format", ["e4m3", "e2m1"])
 @pytest.mark.parametrize("turned", [False, True])
-def test_codes_are_decoded_as_by_the_twin(gpu, code_format, turned):
+def test_codes_are_decoded_as_in_torch(gpu, code_format, turned):
     rows, columns = 32, 256
     scales = torch.rand(rows // 16, columns // 32)
     table, table_rows = code_table(code_format, scales, torch.bfloat16)
     bits = 8 if code_format == "e4m3" else 4
     codes = torch.randint(0, 256, (rows, columns * bits // 8), dtype=torch.uint8)
-    made = []
+    outputs = []
     for verb in (dequantize, dequantize_torch):
         out = torch.full((columns, rows) if turned else (rows, columns), -1, dtype=torch.bfloat16)
         verb([out.t() if turned else out], [codes], [table_rows], table, bits=bits, block=(16, 32))
-        made.append(out)
-    assert_bytes_equal(*made)
+        outputs.append(out)
+    assert_bytes_equal(*outputs)
 
 
-def test_a_promise_of_16_for_an_address_at_8_is_found(gpu, monkeypatch):
+def test_wrong_alignment_promise_is_detected(gpu, monkeypatch):
     real = strided_copy_module.byte_variant
     monkeypatch.setattr(strided_copy_module, "byte_variant", lambda alignment, nbytes: real(16, nbytes))
     memory = bytes_of(4096)
@@ -109,7 +109,7 @@ def test_a_promise_of_16_for_an_address_at_8_is_found(gpu, monkeypatch):
 
 
 @pytest.mark.parametrize(("rows", "stride"), [(19, 48), (16, 49)], ids=["rows", "stride"])
-def test_what_no_vector_divides_is_found(gpu, monkeypatch, rows, stride):
+def test_sizes_that_no_vector_divides_are_detected(gpu, monkeypatch, rows, stride):
     real = transpose_module.transpose_variant
     monkeypatch.setattr(transpose_module, "transpose_variant", lambda d, s, *_: real(d, s, 16, 16))
     src = torch.zeros(rows * stride, dtype=torch.int16).as_strided((rows, COLUMNS), (stride, 1))
@@ -117,7 +117,7 @@ def test_what_no_vector_divides_is_found(gpu, monkeypatch, rows, stride):
         transpose([torch.zeros(COLUMNS, rows, dtype=torch.int16)], [src])
 
 
-def test_a_vector_of_codes_over_two_blocks_is_found(gpu, monkeypatch):
+def test_vector_of_codes_over_two_blocks_is_found(gpu, monkeypatch):
     real = dequantize_module.dequantize_variant
     monkeypatch.setattr(dequantize_module, "dequantize_variant", lambda d, how, a, b, _: real(d, how, a, b, 16))
     table, table_rows = code_table("e4m3", torch.rand(4, 8), torch.bfloat16)
@@ -126,14 +126,14 @@ def test_a_vector_of_codes_over_two_blocks_is_found(gpu, monkeypatch):
         dequantize([torch.zeros(4, 32, dtype=torch.bfloat16)], [codes], [table_rows], table, bits=8, block=(1, 4))
 
 
-def test_a_table_row_beyond_the_table_is_found(gpu):
+def test_table_row_beyond_the_table_is_found(gpu):
     table, table_rows = code_table("e4m3", torch.rand(1, 4), torch.bfloat16)
     codes, out = torch.zeros(1, 32, dtype=torch.uint8), torch.zeros(1, 32, dtype=torch.bfloat16)
     with pytest.raises(GpuFault, match="table of values leaves memory"):
         dequantize([out], [codes], [table_rows + 1000], table, bits=8, block=(1, 8))
 
 
-def test_a_stride_that_is_not_passed_on_is_found(gpu, monkeypatch):
+def test_stride_that_is_not_passed_on_is_found(gpu, monkeypatch):
     real = launching.queue
     monkeypatch.setattr(launching, "queue", lambda *first: real(*first[:3], (*first[3][:3], 0)))
     with pytest.raises(GpuFault, match="share memory"):
@@ -149,7 +149,7 @@ def test_more_rows_than_a_grid_has_are_found(gpu, monkeypatch):
 
 
 @pytest.mark.parametrize(("wrong", "text"), [((2, 1), "programs"), ((1, 2), "takes a table")])
-def test_a_grid_of_another_size_than_the_work_is_found(gpu, wrong, text):
+def test_wrong_grid_size_is_detected(gpu, wrong, text):
     variant = strided_copy_module.byte_variant(16, 64)
     memory = bytes_of(256)
     table = torch.tensor([[memory.data_ptr(), memory.data_ptr() + 128]])
@@ -163,7 +163,7 @@ def at(tensor, offset, shape, stride):
 
 @pytest.mark.parametrize("side", ["destination", "source"])
 @pytest.mark.parametrize("offset", [-1, 1])
-def test_a_byte_beyond_a_tensor_is_found(gpu, side, offset):
+def test_byte_beyond_a_tensor_is_found(gpu, side, offset):
     memory, other = bytes_of(1024), bytes_of(1024)
     beyond, within = at(memory, offset, (4, 256), 256), at(other, 0, (4, 256), 256)
     pair = (beyond, within) if side == "destination" else (within, beyond)
@@ -172,7 +172,7 @@ def test_a_byte_beyond_a_tensor_is_found(gpu, side, offset):
     assert memory.sum() == other.sum() == 0
 
 
-def test_memory_that_was_given_back_is_found(gpu):
+def test_use_of_freed_memory_is_detected(gpu):
     memory = bytes_of(1 << 20)
     src, dst = at(memory, 0, (1, 64), 0), [bytes_of(64).view(1, 64)]
     strided_copy(dst, src)
@@ -181,7 +181,7 @@ def test_memory_that_was_given_back_is_found(gpu):
         strided_copy(dst, src)
 
 
-def test_pinned_memory_is_not_a_kernels(gpu):
+def test_pinned_memory_is_refused_in_kernels(gpu):
     pinned = gpu.new_device().pinned(64)
     with pytest.raises(GpuFault, match="the host's memory"):
         strided_copy([bytes_of(64).view(1, 64)], [pinned.view(1, 64)])
@@ -194,14 +194,14 @@ def test_two_destinations_that_share_a_byte_are_found(gpu):
         strided_copy(dst, matrices_at(src, [0, 1024], (4, 64), 64, torch.uint8))
 
 
-def test_a_source_that_is_written_is_found(gpu):
+def test_source_that_is_written_is_found(gpu):
     memory = bytes_of(8192)
     src, dst = (matrices_at(memory, [at], (4, 64), 128, torch.uint8) for at in (0, 63))
     with pytest.raises(GpuFault, match=r"source 0 .* shares bytes with destination 0"):
         strided_copy(dst, src)
 
 
-def test_what_fills_the_gaps_of_another_is_no_conflict(gpu):
+def test_boxes_that_fill_gaps_do_not_conflict(gpu):
     memory, src = bytes_of(1024), torch.randint(0, 255, (8, 64), dtype=torch.uint8)
     strided_copy(
         matrices_at(memory, [0, 64], (4, 64), 128, torch.uint8), matrices_at(src, [0, 256], (4, 64), 64, torch.uint8)

@@ -1,4 +1,4 @@
-"""The streaming loader on the software GPU: right bytes on any schedule, and each race that is planted is found."""
+"""Tests of the streaming loader on the software GPU: right bytes on any schedule, and every planted race is found."""
 
 from __future__ import annotations
 
@@ -28,18 +28,18 @@ SMALL = {"scratch_bytes": 8192, "device_scratch_bytes": 8192}
 
 @pytest.fixture(scope="module")
 def cases(tmp_path_factory):
-    """Each layout, with and without a cast, over several windows and many chunks."""
-    made = []
+    """Return each layout, with and without a cast, over several windows and many chunks."""
+    loads = []
     for layout, code in itertools.product(LAYOUTS, ("BF16", "F32")):
         directory = tmp_path_factory.mktemp("case")
-        tensors, checkpoint, plan = moe(directory, *LAYOUTS[layout], pad=len(made) % 3, shape=(7, 18, 26))
+        tensors, checkpoint, plan = moe(directory, *LAYOUTS[layout], pad=len(loads) % 3, shape=(7, 18, 26))
         plan = plan_of(plan.sources, *(t._replace(dtype=code) if t.name != "norm" else t for t in plan.targets))
-        made.append((checkpoint, plan, naive(plan, tensors)))
-    return made
+        loads.append((checkpoint, plan, naive(plan, tensors)))
+    return loads
 
 
 def load(case, device, **options):
-    """Fill guarded buffers through kernels, and compare them."""
+    """Fill guarded buffers with kernels, and compare them."""
     checkpoint, plan, expected = case
     guards = {t.name: guarded(t.shape, torch_dtype(t.dtype)) for t in plan.targets}
     buffers = {name: guard.tensor for name, guard in guards.items()}
@@ -63,15 +63,15 @@ def run_schedules(cases, gpu, make=None, seeds=range(40)):
     return kernels
 
 
-def test_random_schedules_write_every_byte_through_kernels_and_race_nowhere(cases, gpu):
+def test_random_schedules_write_every_byte_through_kernels_without_races(cases, gpu):
     assert run_schedules(cases, gpu) > 300
     assert gpu.executor.variants
-    # Only what was compiled while the first bytes were read.
+    # Only variants that were compiled while the first bytes were read.
     assert gpu.executor.variants <= gpu.executor.compiled_ahead
 
 
 class OneRegion(SoftwareDevice):
-    """Both windows lie in the same memory."""
+    """A device whose two windows share memory."""
 
     def scratch(self, nbytes):
         if not hasattr(self, "region"):
@@ -80,7 +80,7 @@ class OneRegion(SoftwareDevice):
 
 
 class SharedEnds(SoftwareDevice):
-    """The second window begins in the last bytes of the first."""
+    """A device whose second window begins in the last bytes of the first."""
 
     def scratch(self, nbytes):
         if not hasattr(self, "both"):
@@ -90,16 +90,16 @@ class SharedEnds(SoftwareDevice):
 
 
 class OneSlot(SoftwareDevice):
-    """All slots lie in the same pinned memory."""
+    """A device whose slots all share the same pinned memory."""
 
     def pinned(self, nbytes):
-        made = super().pinned(nbytes)
-        made.view = lambda count, each: [made[:each]] * count
-        return made
+        memory = super().pinned(nbytes)
+        memory.view = lambda count, each: [memory[:each]] * count
+        return memory
 
 
 @pytest.mark.parametrize("planted", [OneRegion, SharedEnds, OneSlot])
-def test_memory_that_is_used_twice_at_a_time_is_found(cases, gpu, planted):
+def test_memory_used_by_two_streams_at_once_is_detected(cases, gpu, planted):
     def make(**how):
         gpu.devices.append(planted(gpu.memory, **how))
         return gpu.devices[-1]
@@ -113,23 +113,23 @@ def in_a_reader():
     return threading.current_thread().name.startswith("automodel_conv")
 
 
-def test_a_slot_that_is_reused_early_is_found(cases, gpu, monkeypatch):
+def test_slot_that_is_reused_early_is_found(cases, gpu, monkeypatch):
     waited = simulated.Event.synchronize
     monkeypatch.setattr(simulated.Event, "synchronize", lambda event: in_a_reader() or waited(event))
     with pytest.raises(GpuFault, match="pinned memory is written while it is uploaded"):
         run_schedules(cases, gpu, lambda **how: gpu.new_device(**how | {"eagerness": 0.9}))
-    # A device that is late tells by wrong bytes.
+    # A late device shows the fault by wrong bytes.
     with pytest.raises(AssertionError, match="elements differ"):
         run_schedules(cases, gpu, lambda **how: gpu.new_device(**how | {"eagerness": 0}))
 
 
-def test_streams_that_do_not_wait_for_each_other_are_found_even_if_all_bytes_are_right(cases, gpu, monkeypatch):
+def test_missing_wait_between_streams_is_detected_even_if_all_bytes_are_right(cases, gpu, monkeypatch):
     monkeypatch.setattr(devices.Stream, "wait", lambda stream, event: None)
     with pytest.raises(DeviceFault, match="two streams at once"):
         run_schedules(cases, gpu, lambda **how: gpu.new_device(**how | {"eagerness": 1}))
 
 
-def test_a_fault_of_a_kernel_ends_a_load(cases, gpu, monkeypatch):
+def test_fault_of_a_kernel_ends_a_load(cases, gpu, monkeypatch):
     from automodel_conv.kernels import transpose
 
     real = transpose.transpose_variant
@@ -140,7 +140,7 @@ def test_a_fault_of_a_kernel_ends_a_load(cases, gpu, monkeypatch):
 
 @pytest.mark.parametrize("scheme", ["fp8 32x16", "mxfp8", "int4 g32 with zero points", "nvfp4"])
 def test_codes_are_decoded_by_kernels_as_on_the_cpu(tmp_path, gpu, scheme):
-    pytest.importorskip("transformers", reason="producers are transformers, and compressed-tensors, which needs it")
+    pytest.importorskip("transformers", reason="transformers and compressed-tensors write them")
     from tests.quantized.producers import PRODUCERS
     from tests.quantized.test_schemes import weight, write
 
@@ -160,7 +160,7 @@ def test_codes_are_decoded_by_kernels_as_on_the_cpu(tmp_path, gpu, scheme):
     assert all(device.live == 0 for device in gpu.devices)
 
 
-def test_the_host_may_use_the_software_gpus_memory_where_it_says_so(tmp_path, gpu):
+def test_host_may_use_the_software_gpus_memory_in_on_host(tmp_path, gpu):
     tensors, checkpoint, plan = moe(tmp_path)
     with gpu.on_host():
         amc.load_state_dict(tmp_path, rules=[])

@@ -1,11 +1,11 @@
-"""Rules that look at numbers, against the rules themselves over names with other numbers."""
+"""Tests of rules that read numbers, against the rules themselves over names with other numbers."""
 
 import itertools
 import re
 
 import pytest
 
-pytest.importorskip("transformers", reason="rules are transformers' own objects")
+pytest.importorskip("transformers", reason="rules are objects of transformers")
 
 from transformers.core_model_loading import WeightRenaming
 
@@ -45,12 +45,12 @@ def names(end):
 
 
 def outcome(rule, name):
-    """The renamed name with every number of the name itself replaced."""
+    """Return the renamed name, with every number of the name itself replaced."""
     return re.sub(r"(?<![A-Za-z_\d])\d+", lambda match: "#" * len(match[0]), RuleSet([rule]).rename(name)[0])
 
 
 def treats_numbers_differently(rule, end):
-    """Whether names that differ only in numbers of the same length are renamed differently."""
+    """Return whether names that differ only in numbers of the same length are renamed differently."""
     outcomes = {}
     for name in names(end):
         outcomes.setdefault(tuple(map(len, name.split("."))), set()).add(outcome(rule, name))
@@ -65,7 +65,7 @@ def test_rules_that_treat_all_numbers_as_one_have_no_pattern(source, target):
 
 
 @pytest.mark.parametrize("source", LOOKING)
-def test_rules_that_look_at_a_number_match_every_number_in_its_place(source):
+def test_rules_that_read_a_number_match_every_number_in_its_place(source):
     rule = WeightRenaming(source, "renamed.")
     assert treats_numbers_differently(rule, "w")
     pattern = digit_pattern(rule)
@@ -73,28 +73,28 @@ def test_rules_that_look_at_a_number_match_every_number_in_its_place(source):
 
 
 @pytest.mark.parametrize("source", LENGTHS)
-def test_rules_that_look_at_the_length_of_a_number_match_every_length(source):
+def test_rules_that_read_the_length_of_a_number_match_every_length(source):
     assert digit_pattern(WeightRenaming(source, "renamed.")).search(f"layers.{REPRESENTATIVE}.w")
 
 
 @pytest.mark.parametrize("source", [r"layers\.[01]+\.", r"layers\.[0-9a-f]+\.", r"layers\.0+0+\.", r"layers\.(0|1)+\."])
-def test_a_long_number_takes_no_exponential_time(source):
+def test_long_number_needs_no_exponential_time(source):
     pattern = digit_pattern(WeightRenaming(source, "renamed."))
     assert pattern is ANY_NAME or not pattern.search(f"layers.{'1' * 1000}x")
 
 
-def test_a_pattern_widens_no_words():
+def test_pattern_widens_no_words():
     pattern = digit_pattern(WeightRenaming(r"layers\.0\.w1", "first"))
     assert pattern.search("layers.17.w1.b")
     assert not pattern.search("layers.17.w2.b")
     assert not pattern.search("blocks.0.w1")
 
 
-def test_a_pattern_matches_behind_a_prefix():
+def test_pattern_matches_behind_a_prefix():
     assert digit_pattern(WeightRenaming(r"^layers\.0", "first")).search("model.layers.7.w")
 
 
-def test_rules_of_an_unknown_class_may_look_at_anything():
+def test_rules_of_an_unknown_class_may_read_anything():
     class Own(WeightRenaming):
         def rename_source_key(self, name):
             return name, None
@@ -104,7 +104,7 @@ def test_rules_of_an_unknown_class_may_look_at_anything():
 
 
 @pytest.mark.parametrize(("scope", "pattern"), [("model.layers.0", ANY_NAME), ("model.layers", None), ("", None)])
-def test_a_scope_with_a_number_may_concern_any_name(scope, pattern):
+def test_scope_with_a_number_may_concern_any_name(scope, pattern):
     rule = WeightRenaming("a", "b")
     rule.scope_prefix = scope
     assert digit_pattern(rule) is pattern

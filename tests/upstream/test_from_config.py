@@ -1,4 +1,4 @@
-"""Which model a checkpoint's config stands for: the class that an Auto class picks, the dtype that a load has."""
+"""Tests of the model of a checkpoint's config: the class that an Auto class picks, and the dtype of a load."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 
-pytest.importorskip("transformers", reason="the models, and what they are compared with, are transformers'")
+pytest.importorskip("transformers", reason="the models and their references are those of transformers")
 
 import transformers
 from safetensors.torch import load_file, save_file
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 
 
 def changed_config(path, **changes):
-    """Another config beside the same weights; None takes a key out."""
+    """Write another config for the same weights; None removes a key."""
     config = json.loads((path / "config.json").read_text())
     config = {key: value for key, value in (config | changes).items() if value is not None}
     (path / "config.json").write_text(json.dumps(config))
@@ -37,10 +37,10 @@ def assert_as_upstream(path, auto=AutoModelForCausalLM, **options):
     assert type(model) is type(stock)
     amc.load_model(model, path)
     expected = stock.state_dict()
-    for found in (loaded, hooked.state_dict(), model.state_dict()):
-        assert found.keys() == expected.keys()
+    for state in (loaded, hooked.state_dict(), model.state_dict()):
+        assert state.keys() == expected.keys()
         for name, tensor in expected.items():
-            assert_bytes_equal(found[name], tensor)
+            assert_bytes_equal(state[name], tensor)
     return stock
 
 
@@ -51,7 +51,7 @@ FOREIGN = [
     ("kimi_k25", "KimiK25ForConditionalGeneration", "Kimi_K25ForConditionalGeneration"),
     ("step3p7", "Step3p7FlashForCausalLM", "Step3p7ForConditionalGeneration"),
 ]
-# What a type has beside its causal language model.
+# The heads of a type in addition to its causal language model.
 OWN = [
     ("qwen3_moe", "Qwen3MoeForCausalLM", "Qwen3MoeForCausalLM"),
     ("qwen3_moe", "Qwen3MoeModel", "Qwen3MoeModel"),
@@ -74,7 +74,7 @@ UNSAID = [
 
 
 @pytest.mark.parametrize(("model_type", "named", "expected"), [*FOREIGN, *OWN, *UNSAID])
-def test_the_class_is_what_architectures_name_of_the_type_or_its_default(model_type, named, expected):
+def test_class_comes_from_architectures_or_is_the_default_of_the_type(model_type, named, expected):
     try:
         config = AutoConfig.for_model(model_type)
     except ValueError:
@@ -85,13 +85,13 @@ def test_the_class_is_what_architectures_name_of_the_type_or_its_default(model_t
     assert taken is config
 
 
-def test_of_several_architectures_the_first_of_the_type_counts():
+def test_first_architecture_of_the_type_counts():
     config = AutoConfig.for_model("qwen3_moe")
     config.architectures = ["Somebodys", "Qwen3MoeModel", "Qwen3MoeForCausalLM"]
     assert model_class(config, "")[0].__name__ == "Qwen3MoeModel"
 
 
-def test_the_language_model_alone_takes_the_config_of_the_text_part():
+def test_language_model_uses_the_text_config():
     config = AutoConfig.for_model("llama4")
     config.architectures = ["Llama4ForCausalLM"]
     cls, taken = model_class(config, "")
@@ -99,7 +99,7 @@ def test_the_language_model_alone_takes_the_config_of_the_text_part():
     assert taken is config.text_config
 
 
-def test_a_class_that_a_user_registered_is_found():
+def test_class_registered_by_a_user_is_found():
     class OwnConfig(transformers.MixtralConfig):
         model_type = "own_mixtral"
 
@@ -111,7 +111,7 @@ def test_a_class_that_a_user_registered_is_found():
     assert model_class(OwnConfig(), "")[0] is OwnMixtral
 
 
-def test_a_config_that_no_class_is_for_is_an_error():
+def test_config_without_a_class_is_an_error():
     class Lonely(transformers.PreTrainedConfig):
         model_type = "lonely"
 
@@ -120,14 +120,14 @@ def test_a_config_that_no_class_is_for_is_an_error():
 
 
 @pytest.mark.parametrize("strict", [True, False])
-def test_a_checkpoint_whose_architecture_is_foreign_loads_whole(tmp_path, strict):
+def test_checkpoint_whose_architecture_is_foreign_loads_whole(tmp_path, strict):
     write_checkpoint(build_model("mixtral"), tmp_path)
     changed_config(tmp_path, architectures=["SomebodysForConditionalGeneration"])
     stock = assert_as_upstream(tmp_path)
     assert amc.load_state_dict(tmp_path, strict=strict).keys() == stock.state_dict().keys()
 
 
-def test_a_base_model_and_another_head_stay_what_they_are(tmp_path):
+def test_base_model_and_other_head_keep_their_class(tmp_path):
     config = build_model("mixtral").config
     for name, auto in (
         ("MixtralModel", AutoModel),
@@ -158,7 +158,7 @@ def test_composite_models_without_architectures_are_found(tmp_path):
     ],
     ids=["remote code", "unknown type", "dtype auto", "no dtype of torch", "no floating dtype", "no number", "no act"],
 )
-def test_a_config_that_transformers_fails_on_is_one_error(tmp_path, changes):
+def test_config_that_transformers_fails_on_is_one_error(tmp_path, changes):
     write_checkpoint(build_model("mixtral"), tmp_path)
     changed_config(tmp_path, **changes)
     for action in (amc.load_state_dict, amc.compile_plan):
@@ -167,7 +167,7 @@ def test_a_config_that_transformers_fails_on_is_one_error(tmp_path, changes):
 
 
 @pytest.mark.parametrize("class_part", ["__init__", "_from_config"])
-def test_whatever_a_class_of_transformers_raises_is_one_error(tmp_path, monkeypatch, class_part):
+def test_any_error_of_a_transformers_class_is_one_error(tmp_path, monkeypatch, class_part):
     model = build_model("mixtral")
     write_checkpoint(model, tmp_path)
 
@@ -175,12 +175,12 @@ def test_whatever_a_class_of_transformers_raises_is_one_error(tmp_path, monkeypa
         raise AttributeError("no attribute 'half'")
 
     monkeypatch.setattr(type(model), class_part, broken)
-    said = r"MixtralForCausalLM[\s\S]*config\.json[\s\S]*AttributeError: no attribute 'half'[\s\S]*model="
-    with pytest.raises(amc.UnsupportedError, match=said):
+    error = r"MixtralForCausalLM[\s\S]*config\.json[\s\S]*AttributeError: no attribute 'half'[\s\S]*model="
+    with pytest.raises(amc.UnsupportedError, match=error):
         amc.compile_plan(tmp_path)
 
 
-def test_a_config_that_is_a_pointer_is_told_as_one(tmp_path):
+def test_pointer_in_place_of_a_config_is_reported(tmp_path):
     write_checkpoint(build_model("mixtral"), tmp_path)
     (tmp_path / "config.json").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
     for action in (amc.load_state_dict, amc.compile_plan):
@@ -189,7 +189,7 @@ def test_a_config_that_is_a_pointer_is_told_as_one(tmp_path):
 
 
 def mixed(directory, first, others, names=("lm_head.weight",)):
-    """A checkpoint without a dtype in its config: ``names`` in one dtype, the rest in another."""
+    """Write a checkpoint without a dtype in its config: ``names`` have one dtype, the other tensors another."""
     write_checkpoint(build_model("mixtral"), directory, 1 << 30)
     tensors = load_file(directory / "model.safetensors")
     tensors = {name: tensor.to(first if name in names else others) for name, tensor in tensors.items()}
@@ -200,13 +200,13 @@ def mixed(directory, first, others, names=("lm_head.weight",)):
 @pytest.mark.parametrize("first", [torch.float16, torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("others", [torch.float16, torch.bfloat16, torch.float32])
 def test_without_a_dtype_in_the_config_the_first_tensor_by_name_has_it(tmp_path, first, others):
-    """safetensors writes the widest dtypes first, so the first by place is another one."""
+    """safetensors writes the widest dtypes first, so the first tensor in the file is not the first by name."""
     mixed(tmp_path, first, others)
     assert assert_as_upstream(tmp_path).dtype == first
 
 
 @pytest.mark.parametrize("code", [torch.float8_e4m3fn, torch.int8, torch.uint8])
-def test_a_first_tensor_of_codes_is_passed_over(tmp_path, code):
+def test_first_tensor_of_codes_is_passed_over(tmp_path, code):
     mixed(tmp_path, torch.float16, torch.bfloat16)
     tensors = load_file(tmp_path / "model.safetensors")
     save_file(tensors | {"a.first": torch.zeros(2, dtype=code)}, tmp_path / "model.safetensors")
@@ -217,8 +217,8 @@ def test_a_first_tensor_of_codes_is_passed_over(tmp_path, code):
     assert model.dtype == torch.float16
 
 
-@pytest.mark.parametrize("said", [None, "bfloat16"], ids=["the index says nothing", "the index says it"])
-def test_of_several_files_the_first_counts_unless_the_index_says_it(tmp_path, said):
+@pytest.mark.parametrize("stored_dtype", [None, "bfloat16"], ids=["not in the index", "in the index"])
+def test_first_file_has_the_dtype_unless_the_index_has_it(tmp_path, stored_dtype):
     mixed(tmp_path, torch.float16, torch.float32)
     tensors = load_file(tmp_path / "model.safetensors")
     (tmp_path / "model.safetensors").unlink()
@@ -226,26 +226,26 @@ def test_of_several_files_the_first_counts_unless_the_index_says_it(tmp_path, sa
     save_file({n: t for n, t in tensors.items() if n != last}, tmp_path / files[0], metadata={"format": "pt"})
     save_file({last: tensors[last]}, tmp_path / files[1], metadata={"format": "pt"})
     weight_map = {name: files[name == last] for name in tensors}
-    metadata = {"total_size": 1} | ({} if said is None else {"dtype": said})
+    metadata = {"total_size": 1} | ({} if stored_dtype is None else {"dtype": stored_dtype})
     index = {"metadata": metadata, "weight_map": weight_map}
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
-    assert assert_as_upstream(tmp_path).dtype == (torch.float32 if said is None else torch.bfloat16)
+    assert assert_as_upstream(tmp_path).dtype == (torch.float32 if stored_dtype is None else torch.bfloat16)
 
 
 @pytest.mark.parametrize("key", ["dtype", "torch_dtype"])
-@pytest.mark.parametrize("said", ["float32", "float16"])
-def test_the_dtype_of_the_config_wins_over_that_of_the_files(tmp_path, key, said):
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_dtype_of_the_config_wins_over_that_of_the_files(tmp_path, key, dtype):
     mixed(tmp_path, torch.bfloat16, torch.bfloat16)
-    changed_config(tmp_path, **{key: said})
-    assert assert_as_upstream(tmp_path).dtype == getattr(torch, said)
+    changed_config(tmp_path, **{key: dtype})
+    assert assert_as_upstream(tmp_path).dtype == getattr(torch, dtype)
 
 
-def test_a_dtype_that_is_asked_for_wins_over_both(tmp_path):
+def test_requested_dtype_wins_over_both(tmp_path):
     mixed(tmp_path, torch.bfloat16, torch.float32)
     assert assert_as_upstream(tmp_path, dtype=torch.float16).dtype == torch.float16
 
 
-def test_a_dtype_of_the_text_part_alone_is_not_that_of_the_model(tmp_path):
+def test_dtype_of_the_text_part_is_not_the_dtype_of_the_model(tmp_path):
     model = build_model("qwen3_vl_moe")
     write_checkpoint(model, tmp_path, 1 << 30)
     config = json.loads((tmp_path / "config.json").read_text())
@@ -254,8 +254,8 @@ def test_a_dtype_of_the_text_part_alone_is_not_that_of_the_model(tmp_path):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_what_a_model_keeps_in_float32_is_kept_in_each_dtype(tmp_path, dtype):
-    """DeepSeek-V4 keeps its norms in float32; some of its projections for float16 only."""
+def test_float32_modules_of_a_model_stay_float32_in_each_dtype(tmp_path, dtype):
+    """DeepSeek-V4 keeps its norms in float32, and some of its projections only for float16."""
     write_checkpoint(build_model("deepseek_v4"), tmp_path)
     model = assert_as_upstream(tmp_path, dtype=dtype)
     assert model.state_dict()["model.norm.weight"].dtype == torch.float32

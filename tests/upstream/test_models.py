@@ -1,4 +1,4 @@
-"""Names, dtypes and shapes that a model wants, on any module and on models of transformers."""
+"""Tests of the names, dtypes and shapes that a model needs, on any module and on models of transformers."""
 
 import pytest
 import torch
@@ -47,7 +47,7 @@ def test_parameters_without_values_are_new():
     assert targets == {"weight": TargetSpec("BF16", (2, 3), True), "bias": TargetSpec("BF16", (2,), True)}
 
 
-def test_a_dtype_applies_to_floats_only():
+def test_dtype_applies_to_floats_only():
     targets = model_targets(nn.BatchNorm1d(2), torch.float16)
     assert targets["weight"] == TargetSpec("F16", (2,), True)
     assert targets["num_batches_tracked"] == TargetSpec("I64", (), True)
@@ -84,9 +84,9 @@ def test_experts_that_state_no_layout_are_listed_without_one():
     assert expert_layouts(nn.Linear(2, 2)) == {}
 
 
-def test_patterns_of_dtypes_match_as_transformers_matches_them():
+def test_patterns_of_dtypes_match_as_in_transformers():
     assert matching({})("a.weight") is None
-    pytest.importorskip("transformers", reason="the patterns are transformers'")
+    pytest.importorskip("transformers", reason="the patterns are those of transformers")
     planned = matching({"gate": torch.float32, r"layers.*.norm": torch.float64})
     assert planned("layers.3.norm.weight") == torch.float64
     assert planned("mlp.gate.weight") == torch.float32

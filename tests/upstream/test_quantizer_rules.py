@@ -1,8 +1,8 @@
-"""A model's own rules in what transformers' quantizers make of them."""
+"""Tests of a model's own rules among the rules that quantizers of transformers produce."""
 
 import pytest
 
-pytest.importorskip("transformers", reason="rules are transformers' own objects")
+pytest.importorskip("transformers", reason="rules are objects of transformers")
 
 from transformers.core_model_loading import Concatenate, MergeModulelist, WeightConverter, WeightRenaming
 
@@ -57,7 +57,7 @@ def test_converters_of_a_quantizer_become_those_of_the_model_again():
 
 
 @pytest.mark.parametrize("method", SETTINGS)
-def test_a_rule_that_only_dequantizes_is_left_out(method):
+def test_rule_that_only_dequantizes_is_left_out(method):
     quantizer = dequantizer(SETTINGS[method])
     if quantizer is None:
         pytest.skip(f"this transformers has no {method}")
@@ -66,7 +66,7 @@ def test_a_rule_that_only_dequantizes_is_left_out(method):
     assert [own_rule(rule) for rule in only] == [None] * len(only)
 
 
-def test_an_operation_is_known_by_its_module_as_well_as_its_name():
+def test_operation_is_known_by_its_module_as_well_as_its_name():
     class Fp8Dequantize:
         pass
 

@@ -1,4 +1,4 @@
-"""Rules of a model as transformers looks them up, and names that the model itself ignores."""
+"""Tests of the rules of a model as transformers looks them up, and of names that the model itself ignores."""
 
 import pytest
 import torch
@@ -6,7 +6,7 @@ from torch import nn
 
 from automodel_conv.upstream import registry
 
-pytest.importorskip("transformers", reason="rules are transformers' own objects")
+pytest.importorskip("transformers", reason="rules are objects of transformers")
 
 from transformers import conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming
@@ -34,12 +34,12 @@ def patterns(rules):
 
 
 @pytest.mark.parametrize("spec", [None, ImportError, ValueError, "a module"], ids=str)
-def test_a_transformers_without_rules_counts_as_absent(monkeypatch, spec, tmp_path):
+def test_transformers_without_rules_counts_as_absent(monkeypatch, spec, tmp_path):
     def find_spec(name):
         if isinstance(spec, type):
             raise spec
-        found = type("Spec", (), {"submodule_search_locations": [str(tmp_path)]})()
-        return found if spec else None
+        module_spec = type("Spec", (), {"submodule_search_locations": [str(tmp_path)]})()
+        return module_spec if spec else None
 
     monkeypatch.setattr(registry, "find_spec", find_spec)
     transformers_available.cache_clear()
@@ -62,13 +62,13 @@ def test_only_models_of_transformers_have_rules_of_their_own(mixtral):
     assert set(registered) <= set(patterns(model_rules(mixtral)))
 
 
-def test_a_model_inside_of_another_module_keeps_its_rules(mixtral):
+def test_model_inside_of_another_module_keeps_its_rules(mixtral):
     inner, outer = model_rules(mixtral), model_rules(nn.ModuleDict({"policy": mixtral}))
     assert sum(isinstance(rule, WeightConverter) for rule in outer) == 2
     assert len(outer) == len(inner)
 
 
-def test_going_back_leaves_legacy_names_and_prefixes_out(mixtral):
+def test_reverse_leaves_out_legacy_names_and_prefixes(mixtral):
     given = [*model_rules(mixtral), *conversion_mapping.get_checkpoint_conversion_mapping("legacy")]
     legacy = set(patterns(conversion_mapping.get_checkpoint_conversion_mapping("legacy")))
     kept = saving_rules(None, given)
@@ -79,7 +79,7 @@ def test_going_back_leaves_legacy_names_and_prefixes_out(mixtral):
     assert saving_rules(None, []) == []
 
 
-def test_rules_that_a_load_has_used_are_taken_as_they_are(mixtral, monkeypatch):
+def test_rules_used_by_a_load_are_kept(mixtral, monkeypatch):
     used = [WeightRenaming("a", "b")]
     monkeypatch.setattr(mixtral, "_weight_conversions", used, raising=False)
     assert saving_rules(mixtral, None) == used
@@ -96,7 +96,7 @@ def test_only_models_with_rules_are_saved_in_an_order_of_their_own(mixtral):
 
 
 @pytest.mark.parametrize("module", ["eh_proj", "self_attn"])
-def test_layers_for_multi_token_prediction_are_ignored_by_what_only_they_have(module):
+def test_layers_for_multi_token_prediction_are_ignored_by_their_own_tensors(module):
     model = build_model("deepseek_v3")
     layers = len(model.model.layers)
     names = [f"model.layers.{layers}.{module}.weight", f"model.layers.{layers + 1}.{module}.weight", "other"]
@@ -104,7 +104,7 @@ def test_layers_for_multi_token_prediction_are_ignored_by_what_only_they_have(mo
     assert without_ignored(model, [], names)[1] == [name for name in names if name not in ignored]
 
 
-def test_a_users_mapping_becomes_renamings_in_its_order():
+def test_mapping_of_a_user_becomes_renamings_in_its_order():
     first, second = key_renamings({"^a": "b", "c": "d"})
     assert (first.rename_source_key("a.c")[0], second.rename_source_key("a.c")[0]) == ("b.c", "a.d")
     assert key_renamings(None) == key_renamings({}) == []

@@ -1,4 +1,4 @@
-"""Dtypes on the way through a rule: where ``from_pretrained`` casts, and what dtype comes out, at every door."""
+"""Tests of dtypes in a rule: where ``from_pretrained`` casts, and the dtype of the result in every public function."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from copy import deepcopy
 import pytest
 import torch
 
-pytest.importorskip("transformers", reason="the models, and what they are compared with, are transformers'")
+pytest.importorskip("transformers", reason="the models and their references are those of transformers")
 
 import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file, save_file
@@ -27,16 +27,16 @@ GATE = f"{LAYER}mlp.gate.weight"
 NORMS = f"{LAYER}input_layernorm.weight", f"{LAYER}post_attention_layernorm.weight"
 
 
-class Made(ConversionOps):
-    """All sources through a function of theirs to all targets."""
+class FunctionOperation(ConversionOps):
+    """An operation that passes all sources to a function and returns its results as all targets."""
 
     def __init__(self, make):
         self.make = make
 
     def convert(self, input_dict, source_patterns, target_patterns, **kwargs):
-        found = [input_dict[p][0] if isinstance(input_dict[p], list) else input_dict[p] for p in source_patterns]
-        made = self.make(*found)
-        return dict(zip(target_patterns, made if isinstance(made, tuple) else (made,), strict=True))
+        tensors = [input_dict[p][0] if isinstance(input_dict[p], list) else input_dict[p] for p in source_patterns]
+        results = self.make(*tensors)
+        return dict(zip(target_patterns, results if isinstance(results, tuple) else (results,), strict=True))
 
     @property
     def reverse_op(self):
@@ -45,7 +45,7 @@ class Made(ConversionOps):
 
 @pytest.fixture
 def checkpoint(tmp_path, monkeypatch):
-    """A function that registers a rule, and writes a checkpoint with its sources in the place of its targets."""
+    """Return a function that registers a rule, and writes a checkpoint with its sources in place of its targets."""
 
     def write(sources, targets, operation, tensors):
         rules = deepcopy(registry.get_checkpoint_conversion_mapping("qwen3_moe"))
@@ -81,7 +81,7 @@ def on_meta(path):
 
 
 def through_all_doors(path):
-    """What each door gives, by its name."""
+    """Return the result of each public function, by its name."""
     stored = load_file(path / "model.safetensors")
     model = on_meta(path)
     amc.load_model(model, path)
@@ -98,11 +98,11 @@ def through_all_doors(path):
 
 def assert_as_upstream(path):
     expected = Qwen3MoeForCausalLM.from_pretrained(path).state_dict()
-    for door, found in through_all_doors(path).items():
-        assert found.keys() == expected.keys(), door
+    for door, state in through_all_doors(path).items():
+        assert state.keys() == expected.keys(), door
         for name, tensor in expected.items():
-            assert found[name].dtype == tensor.dtype, (door, name)
-            assert_bytes_equal(found[name], tensor)
+            assert state[name].dtype == tensor.dtype, (door, name)
+            assert_bytes_equal(state[name], tensor)
     return expected
 
 
@@ -124,22 +124,22 @@ def parts(dtype=torch.float32, factor=(4, 1)):
         (lambda codes, factor: codes.float() * factor.float(), parts(), torch.float32),
         (lambda codes, factor: codes * factor.mean().item(), parts(), torch.bfloat16),
     ],
-    ids=["product", "sum", "scalar", "integers", "bytes", "float8", "made in float32", "wants values"],
+    ids=["product", "sum", "scalar", "integers", "bytes", "float8", "created in float32", "wants values"],
 )
-def test_an_operation_gets_its_sources_cast_and_its_result_is_taken_as_it_is(checkpoint, make, tensors, dtype):
-    path = checkpoint(["mlp.gate.codes", "mlp.gate.factor"], ["mlp.gate.weight"], Made(make), tensors)
+def test_operation_gets_cast_sources_and_its_result_is_kept(checkpoint, make, tensors, dtype):
+    path = checkpoint(["mlp.gate.codes", "mlp.gate.factor"], ["mlp.gate.weight"], FunctionOperation(make), tensors)
     expected = assert_as_upstream(path)
     assert expected[GATE].dtype == dtype
     assert amc.load_state_dict(path).report.fallbacks == (GATE,)
     codes, factor = (tensor.float() for tensor in tensors)
-    assert not torch.equal(make(codes, factor).to(dtype), expected[GATE])  # a cast at the end gives other numbers
+    assert not torch.equal(make(codes, factor).to(dtype), expected[GATE])  # a cast at the end would give other values
 
 
 @pytest.mark.parametrize("lowered", [True, False], ids=["by plan", "by an operation of a user"])
 @pytest.mark.parametrize("kept", range(2), ids=["the first is kept in float32", "the second is kept in float32"])
-def test_several_targets_take_the_dtype_of_the_first(checkpoint, monkeypatch, kept, lowered):
+def test_several_targets_get_the_dtype_of_the_first(checkpoint, monkeypatch, kept, lowered):
     monkeypatch.setattr(Qwen3MoeForCausalLM, "_keep_in_fp32_modules_strict", [NORMS[kept].split(".")[-2]])
-    operation = Chunk(dim=0) if lowered else Made(lambda both: both.chunk(2))
+    operation = Chunk(dim=0) if lowered else FunctionOperation(lambda both: both.chunk(2))
     targets = [name.removeprefix(LAYER) for name in NORMS]
     both = torch.randn(32, generator=torch.Generator().manual_seed(1))
     path = checkpoint(["both_norms.weight"], targets, operation, [both])
@@ -150,8 +150,8 @@ def test_several_targets_take_the_dtype_of_the_first(checkpoint, monkeypatch, ke
 
 
 @pytest.mark.parametrize("lowered", [True, False], ids=["by plan", "by an operation of a user"])
-def test_parameters_that_are_there_keep_their_dtype(checkpoint, lowered):
-    operation = Chunk(dim=0) if lowered else Made(lambda both: both.chunk(2))
+def test_existing_parameters_keep_their_dtype(checkpoint, lowered):
+    operation = Chunk(dim=0) if lowered else FunctionOperation(lambda both: both.chunk(2))
     targets = [name.removeprefix(LAYER) for name in NORMS]
     both = torch.randn(32, generator=torch.Generator().manual_seed(1))
     path = checkpoint(["both_norms.weight"], targets, operation, [both])
@@ -160,15 +160,18 @@ def test_parameters_that_are_there_keep_their_dtype(checkpoint, lowered):
     parameter = model.get_parameter(NORMS[1])
     amc.load_model(model, path)
     assert model.get_parameter(NORMS[1]) is parameter
-    # A plan casts once; an operation is given what it is given by upstream.
+    # A plan casts once; an operation receives the same inputs as in transformers.
     second = both[16:] if lowered else both[16:].bfloat16().float()
     assert_bytes_equal(model.get_parameter(NORMS[0]).detach(), both[:16].bfloat16())
     assert_bytes_equal(parameter.detach(), second)
 
 
-def test_what_an_operation_makes_can_be_read_through_dcp(checkpoint):
+def test_results_of_an_operation_can_be_read_through_dcp(checkpoint):
     path = checkpoint(
-        ["mlp.gate.codes", "mlp.gate.factor"], ["mlp.gate.weight"], Made(lambda codes, factor: codes * factor), parts()
+        ["mlp.gate.codes", "mlp.gate.factor"],
+        ["mlp.gate.weight"],
+        FunctionOperation(lambda codes, factor: codes * factor),
+        parts(),
     )
     model = Qwen3MoeForCausalLM.from_pretrained(path)
     state = {name: torch.full_like(tensor, 3) for name, tensor in model.state_dict().items()}

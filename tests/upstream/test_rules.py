@@ -1,4 +1,4 @@
-"""What counts as a stock rule, and that rule objects are asked and run exactly as transformers would."""
+"""Tests of stock rules, and of rule objects that are queried and run exactly as in transformers."""
 
 import functools
 from copy import deepcopy
@@ -9,7 +9,7 @@ import torch
 
 from tests.planning import oracles
 
-pytest.importorskip("transformers", reason="rules are transformers' own objects")
+pytest.importorskip("transformers", reason="rules are objects of transformers")
 
 from transformers import core_model_loading as core
 from transformers.core_model_loading import (
@@ -31,7 +31,7 @@ class Config(SimpleNamespace):
 
 
 class AnyConfig(Config):
-    """Answers every question of an operation."""
+    """A config that has a value for every attribute."""
 
     def __getattr__(self, name):
         if name.startswith("__"):
@@ -71,7 +71,7 @@ def test_every_registered_rule_is_lowerable_given_a_config():
         assert all(type(op).__name__ in rule_set.describe(0) for op in rule.operations)
 
 
-def test_what_only_a_config_knows_is_not_guessed():
+def test_values_from_a_config_are_not_guessed():
     try:
         shards = Chunk(dim=0, num_shards_attribute="shards")
     except TypeError:
@@ -88,7 +88,7 @@ class TwoTexts(Config):
 
 
 @pytest.mark.parametrize(
-    ("config", "said"),
+    ("config", "message"),
     [
         (Config(), "no attribute 'shards'"),
         (Config(shards=None), "has None"),
@@ -98,12 +98,12 @@ class TwoTexts(Config):
         (SimpleNamespace(shards=3), "get_text_config"),
     ],
 )
-def test_a_config_that_does_not_know_is_the_reason(config, said):
+def test_missing_config_value_is_the_reason(config, message):
     try:
         shards = Chunk(dim=0, num_shards_attribute="shards")
     except TypeError:
         pytest.skip("this transformers reads no number of shards from the config")
-    with pytest.raises(NotLowerable, match=said):
+    with pytest.raises(NotLowerable, match=message):
         operations_of(WeightConverter("a", "b.*", operations=[shards]), config)
 
 
@@ -140,19 +140,19 @@ class OwnConverter(WeightConverter):
     pass
 
 
-def test_a_subclass_of_an_operation_is_not_stock():
+def test_subclass_of_an_operation_is_not_stock():
     for operation in (Louder(dim=0), Quiet(dim=0)):
         with pytest.raises(NotLowerable, match=type(operation).__name__):
             operations_of(experts([operation, Concatenate(dim=1)]))
 
 
-def test_a_subclass_of_the_converter_is_not_stock():
+def test_subclass_of_the_converter_is_not_stock():
     rule = OwnConverter("a.*.b", "c", operations=[MergeModulelist(dim=0)])
     with pytest.raises(NotLowerable, match="OwnConverter"):
         operations_of(rule)
 
 
-def test_a_patched_convert_is_not_stock(monkeypatch):
+def test_patched_convert_is_not_stock(monkeypatch):
     def convert(self, input_dict, source_patterns, target_patterns, **kwargs):
         raise AssertionError("never called here")
 
@@ -166,7 +166,7 @@ def test_a_patched_convert_is_not_stock(monkeypatch):
         operations_of(experts())
 
 
-def test_a_patched_convert_that_wraps_the_stock_one_is_not_stock(monkeypatch):
+def test_patched_convert_that_wraps_the_stock_one_is_not_stock(monkeypatch):
     stock = MergeModulelist.convert
 
     @functools.wraps(stock)
@@ -178,21 +178,21 @@ def test_a_patched_convert_that_wraps_the_stock_one_is_not_stock(monkeypatch):
         operations_of(experts())
 
 
-def test_a_convert_set_on_one_operation_is_not_stock():
+def test_convert_set_on_one_operation_is_not_stock():
     operation = MergeModulelist(dim=0)
     operation.convert = lambda *args, **kwargs: {}
     with pytest.raises(NotLowerable, match="MergeModulelist"):
         operations_of(experts([operation, Concatenate(dim=1)]))
 
 
-def test_a_rule_with_a_quantization_is_not_stock():
+def test_rule_with_a_quantization_is_not_stock():
     rule = experts()
     rule.quantization_operation = MergeModulelist(dim=0)
     with pytest.raises(NotLowerable, match="quantization"):
         operations_of(rule)
 
 
-def test_no_rules_leave_names_alone():
+def test_without_rules_names_are_unchanged():
     rules = RuleSet(None)
     assert len(rules) == 0
     assert rules.rename("a.0.b") == ("a.0.b", -1, "a.0.b")
@@ -200,13 +200,13 @@ def test_no_rules_leave_names_alone():
     assert rules.with_prefix("a", {"model.a": 1}) == "a"
 
 
-def test_renamings_chain_and_one_converter_takes_the_result():
+def test_renamings_chain_and_one_converter_gets_the_result():
     rules = RuleSet([WeightRenaming("old", "mid"), experts(), WeightRenaming("mid", "experts")])
     assert rules.rename("old.3.w3.weight") == ("experts.gate_up_proj", 0, "experts.*.w3.weight")
     assert rules.rename("old.norm") == ("experts.norm", -1, "old.norm")
 
 
-def test_going_back_converts_before_it_renames():
+def test_reverse_converts_before_it_renames():
     rules = RuleSet([WeightRenaming("block", "layer"), experts()], reverse=True)
     name, row, pattern = rules.rename("layer.experts.gate_up_proj")
     assert (name, row, pattern) == ("layer.experts.*.w1.weight", 0, "experts.gate_up_proj")
@@ -214,7 +214,7 @@ def test_going_back_converts_before_it_renames():
     assert rules.rename("layer.norm") == ("block.norm", -1, "layer.norm")
 
 
-def test_plain_rules_of_the_registry_do_not_look_at_digits():
+def test_plain_rules_of_the_registry_do_not_read_digits():
     rules = RuleSet(oracles.registry()["mixtral"])
     for name in ("model.layers.0.block_sparse_moe.experts.7.w1.weight", "model.layers.0.mlp.gate.weight"):
         assert not rules.looks_at_digits(name)
@@ -227,7 +227,7 @@ def test_natural_order_compares_numbers_as_numbers():
     assert sorted(["a.10", "a.9"], key=natural_key) == ["a.9", "a.10"]
 
 
-def test_upstreams_own_convert_can_run_again_and_changes_no_rule():
+def test_convert_of_transformers_can_run_again_and_changes_no_rule():
     rule = experts([Louder(dim=0), Concatenate(dim=1)])
     rules = RuleSet([rule])
     slots = {"experts.*.w1.weight": [0, 1], "experts.*.w3.weight": [2, 3]}
@@ -235,8 +235,8 @@ def test_upstreams_own_convert_can_run_again_and_changes_no_rule():
     tensors = {row: torch.arange(6.0).reshape(2, 3) + 10 * row for row in range(4)}
     before = deepcopy(rule.collected_tensors)
     for _ in range(2):
-        made = convert(tensors)
-        assert list(made) == ["m.experts.gate_up_proj"]
+        converted = convert(tensors)
+        assert list(converted) == ["m.experts.gate_up_proj"]
         both = [torch.stack([tensors[a], tensors[b]]) for a, b in ((0, 1), (2, 3))]
-        assert torch.equal(made["m.experts.gate_up_proj"], torch.cat(both, 1) * 2)
+        assert torch.equal(converted["m.experts.gate_up_proj"], torch.cat(both, 1) * 2)
     assert rule.collected_tensors == before == {}

@@ -1,4 +1,4 @@
-"""Configs next to the weights, against those that ``save_pretrained`` writes."""
+"""Tests of configs next to the weights, against those that ``save_pretrained`` writes."""
 
 import json
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-pytest.importorskip("transformers", reason="the configs are transformers'")
+pytest.importorskip("transformers", reason="the configs are those of transformers")
 
 from automodel_conv.upstream.saved_config import write_config
 from tests.model_zoo import build_model
@@ -37,13 +37,13 @@ def test_configs_are_those_of_save_pretrained(tmp_path, mixtral):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, None])
-def test_the_dtype_is_that_of_the_files(tmp_path, mixtral, dtype):
+def test_dtype_is_that_of_the_files(tmp_path, mixtral, dtype):
     write_config(mixtral, dtype, str(tmp_path))
     assert config_in(tmp_path)["dtype"] == str(dtype or torch.bfloat16).removeprefix("torch.")
     assert mixtral.config.dtype == torch.bfloat16
 
 
-def test_the_class_is_that_of_transformers_not_of_a_wrapper_of_torch(tmp_path, mixtral):
+def test_class_is_that_of_transformers_and_not_of_a_wrapper(tmp_path, mixtral):
     kind = type(mixtral)
     mixtral.__class__ = type("FSDPMixtral", (kind,), {"__module__": "torch.distributed.fsdp"})
     write_config(mixtral, None, str(tmp_path))

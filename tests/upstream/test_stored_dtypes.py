@@ -1,9 +1,9 @@
-"""Tensors that a quantizer of transformers leaves in their stored dtype."""
+"""Tests of tensors that a quantizer of transformers leaves in their stored dtype."""
 
 import pytest
 from torch import nn
 
-pytest.importorskip("transformers", reason="the quantizers are transformers'")
+pytest.importorskip("transformers", reason="the quantizers are those of transformers")
 
 from automodel_conv.upstream import stored_dtypes
 from automodel_conv.upstream.stored_dtypes import dequantizer, left_as_stored
@@ -18,7 +18,7 @@ def mixtral():
     return build_model("mixtral")
 
 
-def test_a_quantizer_decodes_while_it_loads():
+def test_quantizer_decodes_while_it_loads():
     quantizer = dequantizer(FP8)
     assert quantizer.quantization_config.dequantize is True
     assert FP8.keys() == {"quant_method", "weight_block_size"}
@@ -27,7 +27,7 @@ def test_a_quantizer_decodes_while_it_loads():
 @pytest.mark.parametrize(
     "settings", [{"quant_method": "no such method"}, {}, {"quant_method": "fp8", "weight_block_size": [0]}], ids=str
 )
-def test_settings_that_transformers_does_not_know_have_no_quantizer(settings):
+def test_settings_unknown_to_transformers_have_no_quantizer(settings):
     assert dequantizer(settings) is None
 
 
@@ -36,7 +36,7 @@ def test_without_transformers_there_is_no_quantizer(monkeypatch):
     assert dequantizer(FP8) is None
 
 
-def test_nothing_is_left_as_stored_without_a_quantizer_or_a_model_of_transformers(mixtral):
+def test_without_a_quantizer_or_transformers_model_nothing_stays_as_stored(mixtral):
     assert left_as_stored(mixtral, None) is None
     assert left_as_stored(nn.Linear(2, 2), dequantizer(FP8)) is None
     assert left_as_stored(None, dequantizer(FP8)) is None
@@ -47,7 +47,7 @@ def test_decoded_sources_are_cast(mixtral):
     assert keeps(NORM, "F32", NORM) is False
 
 
-def test_a_quantizer_that_fails_on_the_model_takes_no_part(mixtral, monkeypatch):
+def test_quantizer_that_fails_on_the_model_takes_no_part(mixtral, monkeypatch):
     quantizer = dequantizer(FP8)
 
     def fails(*arguments):

@@ -1,4 +1,4 @@
-"""Modules without the wrappers of torch around them, on the same parameters."""
+"""Tests of modules without the wrappers of torch around them, on the same parameters."""
 
 import pytest
 import torch
@@ -27,20 +27,20 @@ def compiled(module):
 
 
 @pytest.mark.parametrize("wrap", [compiled, nn.DataParallel, AveragedModel])
-def test_a_wrapper_around_the_whole_model_is_taken_off(wrap):
+def test_wrapper_around_the_whole_model_is_removed(wrap):
     inner = model()
     plain = unwrapped(wrap(inner))
     assert plain.state_dict().keys() == inner.state_dict().keys()
     assert not any("_orig_mod" in name or name.startswith("module.") for name in plain.state_dict())
 
 
-def test_a_model_without_wrappers_is_returned_as_it_is():
+def test_model_without_wrappers_is_returned_unchanged():
     inner = model()
     assert unwrapped(inner) is inner
     assert plain_model(inner) is inner
 
 
-def test_a_wrapper_in_the_middle_leaves_the_model_unchanged_and_shares_its_tensors():
+def test_wrapper_in_the_middle_leaves_the_model_unchanged_and_shares_its_tensors():
     wrapped = model()
     wrapped[1] = compiled(wrapped[1])
     names = list(wrapped.state_dict())
@@ -53,13 +53,13 @@ def test_a_wrapper_in_the_middle_leaves_the_model_unchanged_and_shares_its_tenso
     assert list(plain.state_dict()) == list(model().state_dict())
 
 
-def test_a_module_that_is_used_twice_is_one_module_afterwards():
+def test_module_that_is_used_twice_is_one_module_afterwards():
     block = compiled(Block())
     plain = unwrapped(nn.ModuleList([block, block]))
     assert plain[0] is plain[1]
 
 
-def test_a_module_that_only_has_the_name_of_a_wrapper_is_kept():
+def test_module_that_only_has_the_name_of_a_wrapper_is_kept():
     own = nn.Module()
     own._orig_mod = nn.Linear(2, 2)
     own.weight = nn.Parameter(torch.ones(1))
@@ -72,13 +72,13 @@ def test_something_that_is_no_module_is_named(thing):
         unwrapped(thing)
 
 
-def test_a_stand_in_shares_attributes_and_has_its_own_children():
+def test_stand_in_shares_attributes_and_has_its_own_children():
     block = Block()
-    made = stand_in(block, nn.Module, {"other": None})
-    assert made.scale is block.scale
-    assert list(made._modules) == ["other"]
+    replacement = stand_in(block, nn.Module, {"other": None})
+    assert replacement.scale is block.scale
+    assert list(replacement._modules) == ["other"]
     assert list(block._modules) == ["proj", "absent"]
-    assert type(made) is nn.Module
+    assert type(replacement) is nn.Module
 
 
 @pytest.mark.parametrize(

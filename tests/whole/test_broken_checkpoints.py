@@ -1,4 +1,4 @@
-"""Broken and hostile checkpoints through the front door: one clear error each, and no parameter touched."""
+"""Tests of broken and hostile checkpoints through the loaders: one clear error each, and no parameter changed."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from automodel_conv.testing import POISON, assert_bytes_equal
 
 E, I, H = 5, 6, 8  # noqa: E741
 
-transformers = pytest.importorskip("transformers", reason="the merging rules are transformers'")
+transformers = pytest.importorskip("transformers", reason="uses merging rules of transformers")
 
 
 class Experts(nn.Module):
@@ -36,7 +36,7 @@ class Layer(nn.Module):
 
 
 class Model(nn.Module):
-    """Two layers of experts as transformers names and shapes them."""
+    """Two layers of experts with transformers' names and shapes."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -60,18 +60,18 @@ def rules() -> list[object]:
 
 def tensors(layer: int) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(layer)
-    made = {f"layers.{layer}.norm": torch.randn(H, generator=generator)}
+    weights = {f"layers.{layer}.norm": torch.randn(H, generator=generator)}
     for expert in range(E):
         prefix = f"layers.{layer}.experts.{expert}"
-        made[f"{prefix}.gate_proj.weight"] = torch.randn(I, H, generator=generator)
-        made[f"{prefix}.up_proj.weight"] = torch.randn(I, H, generator=generator)
-        made[f"{prefix}.down_proj.weight"] = torch.randn(H, I, generator=generator)
-    return made
+        weights[f"{prefix}.gate_proj.weight"] = torch.randn(I, H, generator=generator)
+        weights[f"{prefix}.up_proj.weight"] = torch.randn(I, H, generator=generator)
+        weights[f"{prefix}.down_proj.weight"] = torch.randn(H, I, generator=generator)
+    return weights
 
 
 @pytest.fixture
 def checkpoint(tmp_path: Path) -> Path:
-    """Two shards, one a layer, with an index."""
+    """Write two shards, one per layer, and an index."""
     weight_map = {}
     for layer in range(2):
         file = f"model-{layer + 1:05}-of-00002.safetensors"
@@ -91,7 +91,7 @@ def shard(directory: Path, number: int = 2) -> Path:
 
 
 def edit_tensors(directory: Path, edit: Callable[[dict[str, torch.Tensor]], object]) -> None:
-    """Change the second shard and the index with it."""
+    """Change the second shard, and the index with it."""
     changed = load_file(shard(directory))
     edit(changed)
     save_file(changed, shard(directory))
@@ -188,7 +188,7 @@ def test_broken_checkpoint_is_one_clear_error_and_writes_nothing(checkpoint, nam
         assert (tensor.view(torch.uint8) == POISON).all()
 
 
-def test_the_same_checkpoint_unbroken_loads(checkpoint):
+def test_unbroken_checkpoint_loads(checkpoint):
     model = Model()
     amc.load_model(model, checkpoint, rules=rules())
     for layer in range(2):
@@ -208,7 +208,7 @@ def test_stray_file_outside_the_index_is_ignored(checkpoint):
     assert not any(tensor.isnan().any() for tensor in model.state_dict().values())
 
 
-def test_all_name_problems_come_in_one_error(checkpoint):
+def test_all_name_problems_are_in_one_error(checkpoint):
     def edit(changed: dict[str, torch.Tensor]) -> None:
         changed.pop(EXPERT)
         changed.pop("layers.1.norm")
@@ -233,7 +233,7 @@ def test_not_strict_loads_what_fits_and_reports_the_rest(checkpoint):
     assert_bytes_equal(model.layers[1].norm.detach(), tensors(1)["layers.1.norm"])
 
 
-def test_not_strict_still_refuses_what_cannot_be_converted(checkpoint):
+def test_not_strict_still_refuses_impossible_conversions(checkpoint):
     edit_tensors(checkpoint, lambda changed: changed.pop(EXPERT))
     model = Model()
     with pytest.raises(amc.NameProblems, match="incomplete"):

@@ -1,4 +1,4 @@
-"""Many loads at once, in one process and in many; beside a conversion; after a fork; a hook that threads race for."""
+"""Tests of concurrent loads: in one process and in many, during a conversion, after a fork, and under a hook."""
 
 import multiprocessing
 import os
@@ -9,9 +9,9 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
-pytest.importorskip("transformers", reason="the merging rules are transformers'")
+pytest.importorskip("transformers", reason="uses merging rules of transformers")
 if sys.platform != "linux":
-    pytest.skip("processes are forked", allow_module_level=True)
+    pytest.skip("needs os.fork", allow_module_level=True)
 
 import automodel_conv as amc
 from automodel_conv.errors import ConversionError
@@ -70,7 +70,7 @@ def _in_child(sweep, answers, torch_threads):
 
 
 def test_processes_forked_after_a_load_load_at_once(sweep):
-    """What a load leaves in a process (pools, locks, caches) does not stop its children."""
+    """Check that state left by a load (pools, locks, caches) does not block its children."""
     load(sweep, 2)
     context = multiprocessing.get_context("fork")
     answers = context.SimpleQueue()
@@ -86,7 +86,7 @@ def test_processes_forked_after_a_load_load_at_once(sweep):
 
 
 def test_a_process_forked_while_threads_load_can_load(sweep):
-    """It has none of these threads, and none of their locks stays locked for it."""
+    """Check that the child, which has none of these threads, finds none of their locks held."""
     stop = threading.Event()
 
     def again():
@@ -123,8 +123,8 @@ def test_a_lock_that_is_held_at_a_fork_does_not_stop_the_child(sweep):
     assert answers.get() is None
 
 
-def test_a_load_beside_a_conversion_by_another_process_is_refused_or_right(sweep, tmp_path):
-    """Until the index is there the directory is no checkpoint; from then on it is the whole one."""
+def test_load_during_a_conversion_by_another_process_is_refused_or_right(sweep, tmp_path):
+    """Check that the directory is no checkpoint until the index exists, and the whole one afterwards."""
     directory = tmp_path / "made"
     refused, loaded = [], []
     done = threading.Event()
@@ -149,12 +149,12 @@ def test_a_load_beside_a_conversion_by_another_process_is_refused_or_right(sweep
     assert converting.exitcode == 0
     assert refused
     assert loaded
-    for found in loaded:
+    for state in loaded:
         for name, tensor in sweep.wanted.items():
-            assert_bytes_equal(found[name], tensor)
+            assert_bytes_equal(state[name], tensor)
 
 
-def test_installing_and_uninstalling_by_many_threads_ends_as_it_began():
+def test_concurrent_install_and_uninstall_restore_transformers():
     import transformers.modeling_utils as modeling
 
     before = dict(vars(modeling)), dict(vars(modeling.PreTrainedModel))
@@ -178,7 +178,7 @@ def test_installing_and_uninstalling_by_many_threads_ends_as_it_began():
         assert all(now[name] is value for name, value in was.items())
 
 
-def test_a_hook_that_comes_and_goes_while_a_model_loads_changes_nothing(tmp_path):
+def test_hook_toggled_during_a_load_changes_nothing(tmp_path):
     stock = build_model("mixtral")
     stock.save_pretrained(tmp_path)
     wanted = type(stock).from_pretrained(tmp_path)
@@ -203,8 +203,8 @@ def test_a_hook_that_comes_and_goes_while_a_model_loads_changes_nothing(tmp_path
     assert any(acceleration.loads for acceleration in toggled)
 
 
-def test_a_soak_of_a_few_rounds_is_flat(tmp_path):
-    """``python -m tests.soak`` does a thousand."""
+def test_short_soak_does_not_grow(tmp_path):
+    """Run a few rounds; ``python -m tests.soak`` does a thousand."""
     from tests.soak import soak
 
     measured = soak(tmp_path, rounds=40, every=10)

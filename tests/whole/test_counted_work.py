@@ -1,8 +1,8 @@
-"""How much work a load is, counted: a guard of its speed that no busy machine can fail.
+"""Tests of the amount of work of a load, counted: a guard of its speed that a busy machine cannot fail.
 
-Python calls, of C functions too, are counted in the caller's thread, for checkpoints of two sizes: the difference is
-what one more tensor costs. The bounds leave a fourth of room above what was counted with Python 3.11; who makes a load
-cheaper makes them smaller.
+Python calls, of C functions too, are counted in the caller's thread for checkpoints of two sizes; the difference is the
+cost of one more tensor. The bounds leave a fourth of headroom above the counts with Python 3.11. Lower them when a load
+becomes cheaper.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from itertools import product
 import pytest
 import torch
 
-pytest.importorskip("transformers", reason="the checkpoints and the rules are those of its models")
+pytest.importorskip("transformers", reason="needs models and rules of transformers")
 
 import automodel_conv as amc
 from automodel_conv.cli import demo
@@ -30,24 +30,24 @@ FEW, MANY = 32, 96
 
 @pytest.fixture(scope="module")
 def published(tmp_path_factory):
-    """Checkpoints of few and of many experts, by numbers of layers and of experts, each in one file."""
-    made = {}
+    """Write checkpoints of few and of many experts, by the counts of layers and of experts, each in one file."""
+    directories = {}
     for layers, experts in product((1, 2), (FEW, MANY)):
-        made[layers, experts] = tmp_path_factory.mktemp("published")
-        demo.write_checkpoint(demo.DemoModel(layers, experts, 64, 32, "1GB"), str(made[layers, experts]))
-    return made
+        directories[layers, experts] = tmp_path_factory.mktemp("published")
+        demo.write_checkpoint(demo.DemoModel(layers, experts, 64, 32, "1GB"), str(directories[layers, experts]))
+    return directories
 
 
 @pytest.fixture(scope="module")
 def large(tmp_path_factory):
-    """Tensors of more than one huge page: 100 MB in one file."""
+    """Write tensors of more than one huge page: 100 MB in one file."""
     directory = tmp_path_factory.mktemp("large")
     demo.write_checkpoint(demo.DemoModel(1, 16, 1024, 1024, "1GB"), str(directory))
     return directory
 
 
 def python_calls(work):
-    """Functions that ``work`` calls in this thread, and what it returns."""
+    """Return the number of functions that ``work`` calls in this thread, and its result."""
     count = 0
 
     def profile(frame, event, argument):
@@ -56,14 +56,14 @@ def python_calls(work):
 
     sys.setprofile(profile)
     try:
-        made = work()
+        result = work()
     finally:
         sys.setprofile(None)
-    return count, made
+    return count, result
 
 
 def calls_by_phase(directory, layout):
-    """Python calls of opening, planning and executing, when all imports and caches are made."""
+    """Return Python calls of opening, planning and executing, after all imports and caches."""
     amc.load_state_dict(directory, layout=layout, threads=1)
     opening, checkpoint = python_calls(lambda: amc.open_checkpoint(directory))
     planning, plan = python_calls(lambda: amc.compile_plan(checkpoint, layout=layout))
@@ -77,8 +77,8 @@ def calls_by_phase(directory, layout):
     [(2, None, (10, 20, 15)), (1, None, (10, 28, 15)), (2, "nemo", (10, 38, 75)), (1, "nemo", (10, 56, 75))],
     ids=["as the model", "one layer as the model", "transposed", "one layer transposed"],
 )
-def test_python_calls_a_tensor(published, layers, layout, most):
-    """Layers that are alike share what is planned for them; one layer has nothing to share it with."""
+def test_python_calls_per_tensor(published, layers, layout, most):
+    """Check bounds: equal layers share their plan, and a single layer has nothing to share it with."""
     few, many = (calls_by_phase(published[layers, experts], layout) for experts in (FEW, MANY))
     a_tensor = [(b - a) / (layers * 3 * (MANY - FEW)) for a, b in zip(few, many, strict=True)]
     assert a_tensor[0] <= most[0], "opening"
@@ -93,7 +93,7 @@ def test_calls_are_counted():
 
 @pytest.fixture
 def system_calls(monkeypatch):
-    """Calls of each function that asks the system in a load, and all bytes that were read."""
+    """Count the calls of each system function in a load, and all bytes read."""
     counts = Counter()
     reading = [(system, name) for name in ("open_readonly", "preadv", "size", "close")]
     for module, name in [*reading, (page_calls, "advise_huge_pages")]:
@@ -111,15 +111,15 @@ def system_calls(monkeypatch):
 
 
 @pytest.mark.parametrize("layout", [None, "nemo"])
-def test_every_byte_is_read_once_in_calls_as_large_as_they_can_be(published, system_calls, layout):
-    """One file: opened for its header and for its data; 1,024 buffers to a call."""
+def test_every_byte_is_read_once_in_the_largest_calls(published, system_calls, layout):
+    """Check one file: opened for its header and for its data; 1,024 buffers to a call."""
     checkpoint = amc.open_checkpoint(published[2, MANY])
     header_bytes, opened = system_calls["bytes"], system_calls["open_readonly"]
     plan = amc.compile_plan(checkpoint, layout=layout)
     buffers = allocate(plan.targets)
     system_calls.clear()
     stats = cpu.load_to_host(plan, checkpoint, buffers, threads=1)
-    assert header_bytes < checkpoint.offsets[0] + 4096  # and config.json
+    assert header_bytes < checkpoint.offsets[0] + 4096  # includes config.json
     assert opened <= 2
     assert system_calls["open_readonly"] == system_calls["close"] == 1
     assert system_calls["bytes"] == sum(checkpoint.nbytes) + stats.gap_bytes
@@ -127,7 +127,7 @@ def test_every_byte_is_read_once_in_calls_as_large_as_they_can_be(published, sys
     assert system_calls["preadv"] <= 8
 
 
-def test_no_byte_is_copied_where_it_only_moves_and_each_once_where_it_is_transposed(published, monkeypatch):
+def test_only_transposed_bytes_are_copied_and_only_once(published, monkeypatch):
     copied = Counter()
     real = cpu.copy_equal
 
@@ -152,7 +152,7 @@ def faults(work):
 
 
 def test_page_faults_are_those_of_new_memory_with_huge_pages(large):
-    """As many as touching buffers of the same sizes costs: one for each 2 MiB, where the system gives huge pages."""
+    """Compare with touching buffers of the same sizes: one fault for each 2 MiB, if the system provides huge pages."""
     nbytes = sum(tensor.nbytes for tensor in amc.load_state_dict(large, threads=1).values())
     ready_memory(2 * nbytes)
     plan = amc.compile_plan(large)
@@ -164,13 +164,13 @@ def test_page_faults_are_those_of_new_memory_with_huge_pages(large):
             buffer.view(-1).view(torch.uint8).fill_(1)
         return buffers
 
-    most = max(faults(touched) for _ in range(3))  # memory that was kept from before has none
+    most = max(faults(touched) for _ in range(3))  # reused memory has no faults
     loading = min(faults(lambda: amc.load_state_dict(large, threads=1, huge_pages=True)) for _ in range(3))
     assert loading < most + 2000  # 8 MB of small pages: headers, plans, Python's own
 
 
 def test_buffers_of_4_mib_are_advised_once_and_small_ones_never(large, system_calls, monkeypatch):
-    monkeypatch.setattr(page_calls, "resident_share", lambda address, nbytes: 0.0)  # all memory is new
+    monkeypatch.setattr(page_calls, "resident_share", lambda address, nbytes: 0.0)  # all memory counts as new
     loaded = amc.load_state_dict(large, huge_pages=True, threads=1)
     assert system_calls["advise_huge_pages"] == sum(tensor.nbytes >= 4 << 20 for tensor in loaded.values()) > 0
 
@@ -179,5 +179,5 @@ def test_measuring_costs_a_few_calls_more(large, system_calls, monkeypatch):
     monkeypatch.setattr(page_calls, "resident_share", lambda address, nbytes: 0.0)
     loaded = amc.load_state_dict(large, threads=1)
     buffers = sum(tensor.nbytes >= 4 << 20 for tensor in loaded.values())
-    # Four tries, and one call or two where a noisy machine changes the size that is faster.
+    # Four tries, and one or two calls if a noisy machine changes which size is faster.
     assert system_calls["advise_huge_pages"] <= 2 * buffers + 48

@@ -1,6 +1,6 @@
-"""Models whose sizes are equal, so that no shape tells one axis from another: every type at every door.
+"""Tests of models with equal sizes, so that shapes do not distinguish axes: every type, every public function.
 
-The oracle is the model that was written; transformers loads the same, but where its rule looks at shapes alone.
+The oracle is the model that was written; transformers loads the same, except if its rule looks only at shapes.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 
-pytest.importorskip("transformers", reason="the models are transformers'")
+pytest.importorskip("transformers", reason="needs models of transformers")
 
 from transformers.core_model_loading import SplitModulelist
 
@@ -37,19 +37,19 @@ ALWAYS = {
     *(("qwen3_vl_moe", equal) for equal in ("2I == H", "I == H", "E == I == H", "E == 1, 2I == H")),
 }
 
-# transformers takes a published square matrix for the model's own.
+# transformers mistakes a published square matrix for the model's own.
 MISREAD = {("qwen3_vl_moe", equal) for _, equal in equal_names() if "I == H" in equal}
 
 
 @functools.cache
 def keeps_sizes_of_one():
-    """Whether transformers keeps dimensions of size 1 where it takes experts apart; 5.17.0 writes other shapes then."""
-    made = SplitModulelist(dim=0).convert({"a": torch.zeros(2, 1, 3)}, ["a"], ["b.*"])
-    return made["b.0"].shape == (1, 3)
+    """Return whether transformers keeps dimensions of size 1 when it splits experts; 5.17.0 writes other shapes."""
+    split = SplitModulelist(dim=0).convert({"a": torch.zeros(2, 1, 3)}, ["a"], ["b.*"])
+    return split["b.0"].shape == (1, 3)
 
 
 class Case:
-    """A model, the checkpoint it is published as, and the one that ``save_pretrained`` writes of it."""
+    """A model, its published checkpoint, and the checkpoint that ``save_pretrained`` writes."""
 
     def __init__(self, name: str, equal: str, directory: Path):
         self.name, self.equal = name, equal
@@ -65,11 +65,11 @@ class Case:
         write_checkpoint(self.model, self.converted, original_format=False)
         save_upstream(self.model, self.saved, self.most_bytes)
 
-    def said(self, directory):
-        """What has to be said of a directory: the layout of grouped experts without a gate, all of them square."""
+    def load_options(self, directory):
+        """Return the options of a directory: the layout of grouped experts without a gate that are all square."""
         first = [t.shape for n, t in self.expected.items() if n.endswith(".experts.up_proj")]
-        untold = directory == self.converted and any(shape[1] == shape[2] for shape in first)
-        return {"source_layout": "transformers"} if untold else {}
+        ambiguous = directory == self.converted and any(shape[1] == shape[2] for shape in first)
+        return {"source_layout": "transformers"} if ambiguous else {}
 
     def poisoned(self):
         model = copy.deepcopy(self.model)
@@ -103,27 +103,27 @@ def assert_files(case, actual, expected):
     assert_same(tensors_of(actual), tensors_of(expected))
 
 
-def test_it_loads_as_it_was_at_every_door(case):
+def test_every_function_loads_the_original(case):
     for directory in (case.published, case.converted):
-        said = case.said(directory)
-        if said:
+        load_options = case.load_options(directory)
+        if load_options:
             with pytest.raises(amc.UnsupportedError, match="source_layout="):
                 amc.load_state_dict(directory)
-        assert_same_in_order(amc.load_state_dict(directory, dtype=DTYPE, **said), case.expected)
+        assert_same_in_order(amc.load_state_dict(directory, dtype=DTYPE, **load_options), case.expected)
         model = case.poisoned()
-        amc.load_model(model, directory, **said)
+        amc.load_model(model, directory, **load_options)
         assert_same_in_order(model.state_dict(), case.expected)
         with torch.device("meta"):
             model = type(case.model)._from_config(copy.deepcopy(case.model.config), dtype=DTYPE)
-        amc.load_model(model, directory, **said)
+        amc.load_model(model, directory, **load_options)
         assert_same_in_order(model.state_dict(), case.expected)
         state = case.poisoned().state_dict()
-        dcp.load(state, storage_reader=HuggingFaceReader(directory, **said))
+        dcp.load(state, storage_reader=HuggingFaceReader(directory, **load_options))
         assert_same_in_order(state, case.expected)
-        assert_same_in_order(amc.convert_state_dict(tensors_of(directory), case.model, **said), case.expected)
+        assert_same_in_order(amc.convert_state_dict(tensors_of(directory), case.model, **load_options), case.expected)
 
 
-def test_from_pretrained_loads_it_as_it_was_under_the_hook(case):
+def test_from_pretrained_loads_the_original_under_the_hook(case):
     for directory in (case.published, case.converted):
         with amc.accelerate_transformers() as acceleration:
             hooked = type(case.model).from_pretrained(directory, dtype=DTYPE)
@@ -137,7 +137,7 @@ def test_from_pretrained_loads_it_as_it_was_under_the_hook(case):
             assert_same_in_order(stock.state_dict(), case.expected)
 
 
-def test_it_is_saved_as_upstream_saves_it_or_as_a_reference_has_it(case, tmp_path):
+def test_it_is_saved_as_by_transformers_or_like_a_reference(case, tmp_path):
     amc.save_checkpoint(case.model, tmp_path / "ours", max_shard_size=case.most_bytes)
     assert_files(case, tmp_path / "ours", case.saved)
     for reference in (case.published, case.converted, case.saved):
@@ -152,8 +152,8 @@ def test_it_is_converted_on_disk_and_back(case, tmp_path):
     assert_same(amc.load_state_dict(tmp_path / "own", dtype=DTYPE), case.expected)
     amc.convert_checkpoint(tmp_path / "own", tmp_path / "back", layout="per_expert")
     assert_same(tensors_of(tmp_path / "back"), tensors_of(case.saved))
-    said = expert_layouts(case.model).values()
-    if said and None not in said:
+    layouts = expert_layouts(case.model).values()
+    if layouts and None not in layouts:
         amc.convert_checkpoint(case.published, tmp_path / "nemo", layout="nemo")
         amc.convert_checkpoint(tmp_path / "nemo", tmp_path / "again", layout="per_expert")
         assert_same(tensors_of(tmp_path / "again"), tensors_of(case.saved))

@@ -1,4 +1,4 @@
-"""Each file call, allocation and start of a thread fails in each way, once; see ``fault_sweep``."""
+"""Tests of faults: each file call, allocation and start of a thread fails in each way, once; see ``fault_sweep``."""
 
 import signal
 import sys
@@ -9,9 +9,9 @@ from typing import NamedTuple
 import pytest
 import safetensors
 
-pytest.importorskip("transformers", reason="the merging rules are transformers'")
+pytest.importorskip("transformers", reason="uses merging rules of transformers")
 if sys.platform != "linux":
-    pytest.skip("the faults are made with what Linux has", allow_module_level=True)
+    pytest.skip("the faults use Linux system calls", allow_module_level=True)
 
 from automodel_conv.errors import ConversionError
 from automodel_conv.execution import load, reading
@@ -29,9 +29,9 @@ def sweep(tmp_path_factory):
 @pytest.mark.parametrize("fault", FAULTS)
 @pytest.mark.parametrize("verb", VERBS)
 def test_a_fault_at_any_call_is_one_error_or_none(sweep, verb, fault):
-    found = sweep_one(sweep, verb, FAULTS[fault])
-    assert fault in ("ENOSPC", "no more threads") or sum(found.values()) > 0
-    assert bool(found["error"]) != FAULTS[fault].harmless or not found
+    counts = sweep_one(sweep, verb, FAULTS[fault])
+    assert fault in ("ENOSPC", "no more threads") or sum(counts.values()) > 0
+    assert bool(counts["error"]) != FAULTS[fault].harmless or not counts
 
 
 @pytest.mark.parametrize("fault", ["EIO", "KeyboardInterrupt", "SystemExit"])
@@ -41,20 +41,20 @@ def test_a_fault_while_two_threads_work_is_one_error_or_none(tmp_path, verb, fau
 
 
 def test_all_calls_are_swept(sweep):
-    """A load makes few calls, a conversion many."""
+    """Check that a load makes few calls and a conversion many."""
     counts = {verb: count_calls(sweep, verb, FAULTS["EIO"]) for verb in VERBS}
     assert counts["load"] > 12
     assert counts["save"] > 40
     assert counts["convert"] > 100
 
 
-def test_a_descriptor_that_stays_open_is_found(sweep, monkeypatch):
+def test_sweep_detects_an_open_descriptor(sweep, monkeypatch):
     monkeypatch.setattr(reading.OpenFiles, "close", lambda self: None)
     with pytest.raises(AssertionError, match="left open"):
         sweep_one(sweep, "load", FAULTS["EIO"])
 
 
-def test_a_mapped_file_that_stays_is_found(sweep, monkeypatch):
+def test_sweep_detects_a_mapped_file(sweep, monkeypatch):
     maps = []
 
     def mapping(path):
@@ -70,20 +70,20 @@ def test_a_mapped_file_that_stays_is_found(sweep, monkeypatch):
     maps.clear()
 
 
-def test_targets_that_are_filled_and_not_told_are_found(sweep, monkeypatch):
+def test_sweep_detects_filled_targets_that_are_not_reported(sweep, monkeypatch):
     monkeypatch.setattr(load, "add_filled_targets", lambda *_: None)
     for fault in ("KeyboardInterrupt", "no memory for a buffer", "EIO"):
         with pytest.raises(AssertionError, match="is not told"):
             sweep_one(sweep, "load", FAULTS[fault])
 
 
-def test_a_file_that_stays_is_found(sweep, monkeypatch):
+def test_sweep_detects_a_leftover_file(sweep, monkeypatch):
     monkeypatch.setattr(destination, "remove_staging", lambda staging: None)
     with pytest.raises(AssertionError):
         sweep_one(sweep, "save", FAULTS["EIO"])
 
 
-def test_an_error_that_is_swallowed_is_found(sweep, monkeypatch):
+def test_sweep_detects_a_swallowed_error(sweep, monkeypatch):
     stock = source.read_exactly
 
     def swallowing(*arguments):
@@ -99,7 +99,7 @@ def test_an_error_that_is_swallowed_is_found(sweep, monkeypatch):
 
 @pytest.mark.parametrize("verb", VERBS)
 def test_signals_interrupt_no_call(sweep, verb):
-    """EINTR: a handler that returns lets each call go on, a thousand times a second."""
+    """Interrupt each call (EINTR) a thousand times a second by a handler that returns."""
     seen = []
     before = signal.signal(signal.SIGALRM, lambda *_: seen.append(1))
     signal.setitimer(signal.ITIMER_REAL, 0.001, 0.001)
@@ -113,7 +113,7 @@ def test_signals_interrupt_no_call(sweep, verb):
 
 
 @pytest.mark.parametrize("fault", ["no memory for a buffer", "no memory for a tensor", "no more threads"])
-def test_what_the_system_does_not_give_is_told_with_what_to_do(tmp_path, fault):
+def test_lack_of_resources_is_an_error_with_advice(tmp_path, fault):
     sweep = Sweep(tmp_path / "sweep", threads=2)
     happened, error = fault_at(sweep, "load", FAULTS[fault], 0)
     assert happened
@@ -122,8 +122,8 @@ def test_what_the_system_does_not_give_is_told_with_what_to_do(tmp_path, fault):
     assert "do:" in str(error)
 
 
-def test_a_thread_that_ends_while_a_model_is_loaded_names_what_is_filled(sweep):
-    """Like an interrupt it stays what it is."""
+def test_thread_that_ends_during_a_load_names_filled_targets(sweep):
+    """Check that SystemExit, like an interrupt, is raised unchanged."""
     last = count_calls(sweep, "load", FAULTS["SystemExit"]) - 1
     happened, error = fault_at(sweep, "load", FAULTS["SystemExit"], last)
     assert happened
@@ -139,7 +139,7 @@ class Stuck(NamedTuple):
 
 @pytest.fixture
 def stuck(monkeypatch):
-    """The first read by a thread of the package is entered, and lasts until it is released."""
+    """Block the first read of a thread of the package until it is released."""
     entered, released = threading.Event(), threading.Event()
     stock, first = system.preadv, threading.Lock()
 
@@ -153,7 +153,7 @@ def stuck(monkeypatch):
     return Stuck(entered, released)
 
 
-def test_a_load_from_a_disk_that_is_stuck_ends_when_it_goes_on(tmp_path, stuck):
+def test_load_from_a_stuck_disk_ends_when_reads_resume(tmp_path, stuck):
     sweep = Sweep(tmp_path / "sweep", threads=1)
     sweep.threads, done = 2, []
     model = Model()
@@ -168,7 +168,7 @@ def test_a_load_from_a_disk_that_is_stuck_ends_when_it_goes_on(tmp_path, stuck):
         assert_bytes_equal(tensor, sweep.wanted[name])
 
 
-def test_ctrl_c_while_a_disk_is_stuck_is_raised_when_nothing_reads_any_more(tmp_path, stuck):
+def test_ctrl_c_on_a_stuck_disk_is_raised_after_the_last_read(tmp_path, stuck):
     sweep = Sweep(tmp_path / "sweep", threads=1)
     sweep.threads = 2
     before, handler = descriptors(), signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -1,7 +1,7 @@
-"""Files made to do harm, through the front doors: one clear error each, soon, in little memory, and nothing written.
+"""Tests of hostile files in every public function: one clear error each, quickly, in little memory, nothing written.
 
-What is merely broken is in ``test_broken_checkpoints`` and ``files/``; what nobody thought of is looked for by
-``fuzz``. ``docs/reliability.md`` has the table of all of them.
+Files that are only broken are in ``test_broken_checkpoints`` and ``files/``; ``fuzz`` searches for unforeseen ones.
+``docs/reliability.md`` has the table of all of them.
 """
 
 import json
@@ -15,9 +15,9 @@ import tracemalloc
 import pytest
 import torch
 
-pytest.importorskip("transformers", reason="the merging rules are transformers'")
+pytest.importorskip("transformers", reason="uses merging rules of transformers")
 if sys.platform != "linux":
-    pytest.skip("pipes and devices are Linux's", allow_module_level=True)
+    pytest.skip("uses pipes and devices of Linux", allow_module_level=True)
 
 import automodel_conv as amc
 from automodel_conv.errors import ConversionError
@@ -31,7 +31,7 @@ INDEX = "model.safetensors.index.json"
 
 
 def with_header(text, data=b""):
-    """Makes the second shard a file with this header."""
+    """Return a function that turns the second shard into a file with this header."""
 
     def make(directory):
         (directory / SHARD).write_bytes(struct.pack("<Q", len(text)) + text + data)
@@ -48,7 +48,7 @@ def headed(entries, data=b""):
 
 
 def replaced_by(make):
-    """Puts something else in the place of the second shard."""
+    """Return a function that replaces the second shard."""
 
     def replace(directory):
         (directory / SHARD).unlink()
@@ -70,7 +70,7 @@ def pointing(file):
 
 
 def sparse(path):
-    """As large a hole as the file system takes, up to 8 EiB, that a header calls one tensor."""
+    """Write the largest sparse file that the file system accepts, up to 8 EiB, as one tensor of a header."""
     for power in range(62, 40, -1):
         header = json.dumps({"layers.1.norm": entry([2**power], 0, 2**power, "U8")}).encode()
         with path.open("wb") as file:
@@ -83,7 +83,7 @@ def sparse(path):
 
 
 def only_pickled(directory):
-    """Weights that run code when they are unpickled."""
+    """Write weights that run code when they are unpickled."""
 
     class Harm:
         def __reduce__(self):
@@ -141,7 +141,7 @@ HOSTILE = {
 
 @pytest.fixture(scope="module")
 def everything_imported(tmp_path_factory):
-    """So that the memory of imports is not that of a load."""
+    """Import everything first, so that the memory of imports does not count as that of a load."""
     root = tmp_path_factory.mktemp("first")
     write_source(root / "checkpoint")
     for door in doors(root / "checkpoint", Model(), root).values():
@@ -165,11 +165,11 @@ def doors(directory, model, tmp_path):
 
 @pytest.mark.parametrize("door", ["load_model", "load_state_dict", "convert_checkpoint", "verify_checkpoint"])
 @pytest.mark.parametrize("name", HOSTILE)
-def test_hostile_file_is_refused_soon_and_in_little_memory(checkpoint, tmp_path, name, door):
+def test_hostile_file_is_refused_quickly_in_little_memory(checkpoint, tmp_path, name, door):
     make, words = HOSTILE[name]
     make(checkpoint)
     if (name, door) == ("a hole of 8 EiB", "verify_checkpoint"):
-        pytest.skip("is compared, byte by byte")
+        pytest.skip("would compare all 8 EiB byte by byte")
     model = Model()
     tracemalloc.start()
     start = time.monotonic()
@@ -187,15 +187,15 @@ def test_hostile_file_is_refused_soon_and_in_little_memory(checkpoint, tmp_path,
     assert not (tmp_path / "out" / "model.safetensors").exists()
 
 
-def test_names_that_meet_after_renaming_are_all_told(checkpoint):
+def test_names_that_collide_after_renaming_are_all_named(checkpoint):
     with pytest.raises(amc.NameProblems) as caught:
         amc.load_model(Model(), checkpoint, rules=rules(), key_mapping={r"layers\.1\.norm": "layers.0.norm"})
     assert caught.value.duplicated == (("layers.0.norm", ("layers.0.norm", "layers.1.norm")),)
 
 
 @pytest.mark.parametrize("piece", ["experts.", "a", ".0", "experts.0.gate_proj.weight.", "layers.1.experts.0."])
-def test_names_made_for_slow_patterns_take_no_longer(checkpoint, piece):
-    """Thousands of names, as long as they may be, that almost fit the patterns of the rules many times."""
+def test_names_against_slow_patterns_take_no_longer(checkpoint, piece):
+    """Use thousands of names of maximal length that almost match the patterns of the rules many times."""
     names = [f"{number}{piece * 1000}"[:1024] for number in range(2000)]
     headed({**dict.fromkeys(names, entry([0], 0, 0)), "layers.1.norm": entry([6], 0, 24)}, bytes(24))(checkpoint)
     (checkpoint / INDEX).write_text(json.dumps({"weight_map": {"layers.1.norm": SHARD}}))
@@ -207,8 +207,8 @@ def test_names_made_for_slow_patterns_take_no_longer(checkpoint, piece):
 
 
 @pytest.mark.parametrize("text", ["\x1b]0;owned\x07", "\x1b[2J", "\u202eabc", "\x9b", "\u2028", "a\rb"])
-def test_what_strangers_wrote_cannot_write_to_a_terminal(checkpoint, text):
-    """In names, which are refused, and wherever else an error quotes a file."""
+def test_quoted_text_of_files_cannot_control_a_terminal(checkpoint, text):
+    """Put control characters into names, which are refused, and wherever else an error quotes a file."""
     settings = {"quantization_config": {"quant_method": text}}
     (checkpoint / "config.json").write_text(json.dumps(settings))
     with pytest.raises(ConversionError) as of_a_setting:
@@ -216,19 +216,19 @@ def test_what_strangers_wrote_cannot_write_to_a_terminal(checkpoint, text):
     headed({text: entry([1], 0, 4)}, bytes(4))(checkpoint)
     with pytest.raises(ConversionError, match="an invalid tensor name") as of_a_name:
         amc.load_state_dict(checkpoint, rules=[])
-    for told in (str(of_a_setting.value), str(of_a_name.value)):
-        assert all(character.isprintable() or character == "\n" for character in told)
+    for message in (str(of_a_setting.value), str(of_a_name.value)):
+        assert all(character.isprintable() or character == "\n" for character in message)
 
 
-def test_a_pipe_beside_the_weights_is_not_waited_for(checkpoint, tmp_path):
-    """Of what lies beside the weights, a conversion copies files."""
+def test_pipe_next_to_the_weights_does_not_block(checkpoint, tmp_path):
+    """Check that a conversion copies only regular files next to the weights."""
     os.mkfifo(checkpoint / "config.json")
     os.mkfifo(checkpoint / "tokenizer.json")
     amc.convert_checkpoint(checkpoint, tmp_path / "out", rules=rules())
     assert os.listdir(tmp_path / "out") == ["model.safetensors"]
 
 
-def test_a_path_that_is_a_pipe_is_not_waited_for(tmp_path):
+def test_pipe_as_path_does_not_block(tmp_path):
     for name in ("model.safetensors", "model.safetensors.index.json"):
         os.mkfifo(tmp_path / name)
         with pytest.raises(ConversionError, match=name):

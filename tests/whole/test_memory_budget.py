@@ -1,4 +1,4 @@
-"""``memory_budget``: kept, by what is reported and by what is allocated; or refused before anything is read."""
+"""Tests of ``memory_budget``: kept by reported and by allocated bytes, or refused before anything is read."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from automodel_conv.schedule.jobs import GAP_BYTES
 from automodel_conv.testing import POISON, assert_bytes_equal
 from tests.execution.simulated import SimulatedDevice
 
-# Of a device: the least of pinned memory is a quarter of the whole, and a power of two.
+# For a device: the least pinned memory is a quarter of the budget, and a power of two.
 LEAST_ON_DEVICE = 5 * streaming.LEAST_SCRATCH_BYTES
 
 
 class Cast(nn.Module):
-    """Parameters that a checkpoint in bfloat16 is cast to: all of it goes through scratch."""
+    """Parameters to which a bfloat16 checkpoint is cast: all bytes pass through scratch."""
 
     def __init__(self):
         super().__init__()
@@ -55,7 +55,7 @@ def assert_loaded(state, tensors):
 
 
 def torch_peak(work):
-    """The most bytes that torch had allocated at once while ``work`` ran, in this thread."""
+    """Return the peak of torch's allocations while ``work`` ran, in this thread."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
         kept = work()
     level = peak = 0
@@ -68,7 +68,7 @@ def torch_peak(work):
 
 
 def python_peak(work):
-    """The most bytes that Python had allocated at once while ``work`` ran, bytearrays of threads among them."""
+    """Return the peak of Python's allocations while ``work`` ran, including bytearrays of threads."""
     tracemalloc.start()
     try:
         work()
@@ -79,7 +79,7 @@ def python_peak(work):
 
 @pytest.fixture
 def reads(monkeypatch):
-    """Offsets of all reads of tensor data."""
+    """Record the offsets of all reads of tensor data."""
     seen = []
     real = system.preadv
 
@@ -115,11 +115,11 @@ def test_torch_allocates_no_more_than_the_budget(published, budget):
 
 
 def test_python_allocates_no_more_for_more_threads(published):
-    """What is read between wanted bytes goes to one place, not to ``GAP_BYTES`` a thread."""
+    """Check that bytes between wanted ones are read to one place, not to ``GAP_BYTES`` per thread."""
     directory, _ = published
     model = Cast()
     load = lambda threads: amc.load_model(model, directory, memory_budget=1 << 20, threads=threads)  # noqa: E731
-    load(1)  # what is kept between loads
+    load(1)  # fills caches between loads
     assert python_peak(lambda: load(8)) < python_peak(lambda: load(1)) + 4 * GAP_BYTES
 
 
@@ -143,7 +143,7 @@ def test_a_budget_that_is_too_small_is_refused_before_anything_is_read(published
     assert reads
 
 
-def test_scratch_that_is_given_is_kept_and_has_to_fit(published, reads):
+def test_explicit_scratch_is_kept_and_must_fit(published, reads):
     directory, tensors = published
     model = Cast()
     report = amc.load_model(model, directory, memory_budget=50_000, scratch_bytes=30_000, threads=1)
@@ -155,8 +155,8 @@ def test_scratch_that_is_given_is_kept_and_has_to_fit(published, reads):
     assert reads == []
 
 
-def test_second_copies_of_one_parameter_count(tmp_path):
-    """A checkpoint with both names of a tied parameter: one is read beside it, to be compared."""
+def test_second_copies_of_one_parameter_count_in_the_budget(tmp_path):
+    """Load a checkpoint with both names of a tied parameter: one is read to a second buffer and compared."""
     model = nn.Module()
     model.one, model.other = nn.Linear(40, 30, bias=False), nn.Linear(40, 30, bias=False)
     model.other.weight = model.one.weight
@@ -170,7 +170,7 @@ def test_second_copies_of_one_parameter_count(tmp_path):
     assert_bytes_equal(model.other.weight.detach(), weight)
 
 
-def test_what_transformers_own_code_makes_is_refused(published, monkeypatch, reads):
+def test_targets_computed_by_transformers_are_refused(published, monkeypatch, reads):
     directory, _ = published
     model = Cast()
     checkpoint = amc.open_checkpoint(directory)
@@ -183,7 +183,7 @@ def test_what_transformers_own_code_makes_is_refused(published, monkeypatch, rea
 
 
 class Watched(SimulatedDevice):
-    """Also says how much pinned memory torch would have taken: each piece rounded up to a power of two."""
+    """A simulated device that records pinned memory as torch allocates it: rounded up to a power of two."""
 
     def __init__(self):
         super().__init__()
@@ -196,14 +196,14 @@ class Watched(SimulatedDevice):
 
 @pytest.fixture
 def devices(monkeypatch):
-    made = []
+    created = []
 
     def device(of):
-        made.append(Watched())
-        return made[-1]
+        created.append(Watched())
+        return created[-1]
 
     monkeypatch.setattr(filling, "transfer_device", device)
-    return made
+    return created
 
 
 def allocated(devices):
@@ -223,7 +223,7 @@ def test_host_and_device_together_stay_within_the_budget(published, devices, bud
 
 @pytest.mark.parametrize("threads", [None, 1, 3, 5, 6, 7, 8])
 @pytest.mark.parametrize("mib", [40, 255, 256, 257, 300, 384, 512, 1000])
-def test_pinned_memory_as_torch_rounds_it_is_within_the_budget_too(published, devices, monkeypatch, mib, threads):
+def test_pinned_memory_rounded_by_torch_stays_within_the_budget(published, devices, monkeypatch, mib, threads):
     monkeypatch.setattr(streaming, "default_reader_threads", lambda most: 3)
     plan = amc.compile_plan(published[0], Cast())
     limits = filling.limits_in_budget(mib << 20, filling.Limits(threads), plan, Cast().state_dict())
@@ -240,7 +240,7 @@ def test_a_budget_too_small_for_a_device_is_refused_before_anything_is_read(publ
     assert allocated(devices) == 0
 
 
-def test_what_an_error_asks_for_is_enough(published, devices):
+def test_budget_named_in_an_error_is_enough(published, devices):
     directory, tensors = published
     given = [
         {},
@@ -269,7 +269,7 @@ def test_what_an_error_asks_for_is_enough(published, devices):
     ],
     ids=str,
 )
-def test_scratches_that_are_given_are_kept_on_a_device(published, devices, reads, scratch):
+def test_explicit_scratch_sizes_are_kept_on_a_device(published, devices, reads, scratch):
     directory, tensors = published
     model = Cast()
     report = amc.load_model(model, directory, memory_budget=100_000, threads=1, **scratch)
@@ -286,8 +286,8 @@ def test_scratches_that_are_given_are_kept_on_a_device(published, devices, reads
 @pytest.mark.parametrize("layout", [None, "nemo", "gpt_oss"])
 @pytest.mark.parametrize("budget", [LEAST_ON_DEVICE, 200_000])
 @pytest.mark.parametrize("on_device", [False, True], ids=["host", "device"])
-def test_experts_of_every_layout_are_laid_out_within_the_budget(tmp_path, request, layout, budget, on_device):
-    pytest.importorskip("transformers", reason="the model is one of transformers")
+def test_every_layout_of_experts_stays_within_the_budget(tmp_path, request, layout, budget, on_device):
+    pytest.importorskip("transformers", reason="needs a transformers model")
     from tests.model_zoo import build_model, write_checkpoint
 
     write_checkpoint(build_model("mixtral"), tmp_path)

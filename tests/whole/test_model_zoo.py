@@ -1,4 +1,4 @@
-"""The zoo itself: every type builds, tells axes apart, and survives upstream's own round trip."""
+"""Tests of the zoo: every type builds, distinguishes axes, and round-trips through transformers."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-pytest.importorskip("transformers", reason="the zoo is built from the installed transformers")
+pytest.importorskip("transformers", reason="the zoo needs transformers")
 
 from safetensors import safe_open
 from transformers import PreTrainedModel, WeightConverter
@@ -29,7 +29,7 @@ pytestmark = pytest.mark.sweep
 
 BUILT = [name for name in zoo_names() if name not in EXCLUDED]
 
-# The models the project promises by name; older versions of transformers lack some.
+# Models that the project promises by name; older releases of transformers lack some.
 PROMISED = {
     *("mixtral", "qwen2_moe", "qwen3_moe", "deepseek_v2", "deepseek_v3", "deepseek_v4", "olmoe"),
     *("minimax_m2", "qwen3_next", "glm4_moe", "glm4v_moe", "kimi_k25", "ernie4_5_moe", "jamba"),
@@ -37,10 +37,10 @@ PROMISED = {
 }
 NEWER_THAN_5_12 = {"kimi_k25"}
 
-# Extras whose checkpoints need no conversion at all: one plain, one stored as the model holds it.
+# Extras with checkpoints that need no conversion: one plain, one stored as the model holds it.
 STORED_AS_IS = {"gpt_oss", "llama"}
 
-# Converters that a checkpoint written by `save_pretrained` never needs, by their first target.
+# Converters that a checkpoint of `save_pretrained` never needs, by their first target.
 UNUSED_CONVERTERS = {
     "inkling2_text": {r"mlp.experts.gate_up_proj_scale_inv": "scales of quantized checkpoints"},
     "inkling2": {r"mlp.experts.gate_up_proj_scale_inv": "scales of quantized checkpoints"},
@@ -77,14 +77,14 @@ def test_promised_models_are_in_the_zoo():
     assert extra_models()
 
 
-def test_exclusions_give_a_reason_and_do_not_build():
+def test_exclusions_have_a_reason_and_do_not_build():
     for name in EXCLUDED.keys() & set(zoo_names()):
         assert EXCLUDED[name]
         with pytest.raises(Exception):  # noqa: B017, PT011 - any failure justifies the exclusion
             build_model(name)
 
 
-def test_equal_sizes_that_are_left_out_are_refused_by_the_config():
+def test_excluded_equal_sizes_are_refused_by_the_config():
     for name in UNEQUAL.keys() & set(zoo_names()):
         part, reason = UNEQUAL[name]
         for equal in EQUAL_SIZES:
@@ -95,7 +95,7 @@ def test_equal_sizes_that_are_left_out_are_refused_by_the_config():
 
 @pytest.mark.parametrize("name", ["qwen3_moe", "mixtral", "deepseek_v3", "phimoe"])
 @pytest.mark.parametrize("equal", EQUAL_SIZES)
-def test_what_is_said_to_be_equal_is_equal(name, equal):
+def test_sizes_declared_equal_are_equal(name, equal):
     state_dict = build_model(name, equal=equal).state_dict()
     experts, hidden, size = next(
         tensor.shape for key, tensor in state_dict.items() if key.endswith("experts.down_proj")
@@ -111,7 +111,7 @@ def test_models_are_small_and_expert_weights_have_pairwise_different_sizes(name)
     assert sum(tensor.numel() * tensor.element_size() for tensor in state_dict.values()) < 20e6
     for key, tensor in state_dict.items():
         if "experts." in key and tensor.dim() == 3:
-            # Halves too: a fused dimension is twice a projection's own.
+            # Halves too: a fused dimension is twice that of a projection.
             sizes = [*tensor.shape, *(size // 2 for size in tensor.shape[1:])]
             assert len(set(sizes)) == len(sizes), f"{key}: {sizes}"
 

@@ -1,7 +1,7 @@
-"""Every door tells what became of each tensor of a checkpoint: used, carried or left out.
+"""Tests that every public function reports each tensor of a checkpoint as used, carried or left out.
 
-The checkpoints are those of the zoo with what published ones have besides: layers for multi-token prediction, with
-experts of their own, and a draft head.
+The checkpoints are those of the zoo with additional tensors of published ones: layers for multi-token prediction with
+their own experts, and a draft head.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from safetensors.torch import save_file
 
-pytest.importorskip("transformers", reason="the models are transformers'")
+pytest.importorskip("transformers", reason="needs models of transformers")
 
 import transformers
 
@@ -32,8 +32,8 @@ pytestmark = [pytest.mark.sweep, pytest.mark.filterwarnings("ignore")]
 ALWAYS = {"deepseek_v3", "qwen3_vl_moe", "gpt_oss", "nemotron_h"}
 
 
-def beside():
-    """Tensors that no model has a place for; experts of a prediction layer lie one by one, as they are published."""
+def extra_tensors():
+    """Return tensors that no model has a place for; experts of a prediction layer are stored one by one."""
     extra = {"mtp.fc.weight": address_valued((16, 32), torch.bfloat16, 1)}
     for expert in range(2):
         for number, part in enumerate(("gate_proj", "up_proj", "down_proj")):
@@ -45,7 +45,7 @@ def beside():
 
 
 def add(directory: Path, extra):
-    """Put tensors into a file of their own, which the index names."""
+    """Add tensors in a separate file, which the index names."""
     index = directory / "model.safetensors.index.json"
     weight_map = dict.fromkeys(tensors_of(directory), "model.safetensors")
     text = json.loads(index.read_text()) if index.exists() else {"metadata": {}, "weight_map": weight_map}
@@ -55,14 +55,14 @@ def add(directory: Path, extra):
 
 
 class Case:
-    """A model, its published checkpoint, and what lies there besides."""
+    """A model, its published checkpoint, and the additional tensors in it."""
 
     def __init__(self, name: str, directory: Path):
         self.model = build_model(name)
         self.directory = directory
         write_checkpoint(self.model, directory)
         self.plain = tensors_of(directory)
-        self.extra = beside()
+        self.extra = extra_tensors()
         add(directory, self.extra)
 
     def poisoned(self):
@@ -72,7 +72,7 @@ class Case:
         return model
 
     def extra_in(self, directory):
-        """Those of the tensors in a directory that the checkpoint has besides."""
+        """Return the additional tensors in a directory."""
         return {name: tensor for name, tensor in tensors_of(directory).items() if name in self.extra}
 
 
@@ -88,11 +88,11 @@ def case(request, tmp_path_factory):
     return Case(request.param, tmp_path_factory.mktemp("published"))
 
 
-def assert_names(found, expected):
-    assert sorted(found) == sorted(expected)
+def assert_names(names, expected):
+    assert sorted(names) == sorted(expected)
 
 
-def test_loads_name_what_no_parameter_takes(case):
+def test_loads_name_tensors_without_a_parameter(case):
     loaded = amc.load_state_dict(case.directory, case.model, strict=False)
     assert_names(loaded.report.left_out, case.extra)
     assert loaded.report.carried == ()
@@ -102,13 +102,13 @@ def test_loads_name_what_no_parameter_takes(case):
     assert_same(model.state_dict(), dict(case.model.state_dict()))
 
 
-def test_the_hook_names_what_no_parameter_takes(case):
+def test_hook_names_tensors_without_a_parameter(case):
     with amc.accelerate_transformers() as acceleration:
         type(case.model).from_pretrained(case.directory, dtype=torch.bfloat16)
     assert_names(acceleration.loads[-1].left_out, case.extra)
 
 
-def test_conversions_carry_what_no_parameter_takes_there_and_back(case, tmp_path):
+def test_conversions_carry_tensors_without_a_parameter_both_ways(case, tmp_path):
     layouts = [None, "nemo"] if any(expert_layouts(case.model).values()) else [None]
     for layout in layouts:
         there, back = tmp_path / f"to {layout}", tmp_path / f"from {layout}"
@@ -125,7 +125,7 @@ def test_conversions_carry_what_no_parameter_takes_there_and_back(case, tmp_path
         assert_same(tensors_of(back), tensors_of(tmp_path / f"saved {layout}") | case.extra)
 
 
-def test_saves_carry_it_from_the_source(case, tmp_path):
+def test_saves_carry_tensors_of_the_source(case, tmp_path):
     report = amc.save_checkpoint(case.model, tmp_path / "saved", carry=case.directory)
     assert_names(report.carried, case.extra)
     case.model.save_pretrained(tmp_path / "upstream")
@@ -134,7 +134,7 @@ def test_saves_carry_it_from_the_source(case, tmp_path):
     assert_names(report.left_out, ignored)
 
 
-def test_saves_and_reverts_like_a_reference_name_what_they_do_not_write(case, tmp_path):
+def test_saves_and_reverts_like_a_reference_name_unwritten_tensors(case, tmp_path):
     report = amc.save_checkpoint(case.model, tmp_path / "saved", reference=case.directory)
     saved = tensors_of(tmp_path / "saved")
     ignored = set(case.model.state_dict()) & set(case.model._keys_to_ignore_on_save or ())
@@ -159,7 +159,7 @@ def one(tmp_path_factory):
     return Case("mixtral", tmp_path_factory.mktemp("published"))
 
 
-def test_dcp_names_what_it_leaves_out(one, tmp_path):
+def test_dcp_names_tensors_that_it_leaves_out(one, tmp_path):
     model = copy.deepcopy(one.model)
     model._keys_to_ignore_on_load_unexpected = {r"^mtp\.", r"^draft_head\."}
     reader = HuggingFaceReader(one.directory, model)
@@ -172,7 +172,7 @@ def test_dcp_names_what_it_leaves_out(one, tmp_path):
     assert_same(tensors_of(tmp_path / "saved"), one.plain)
 
 
-def test_what_is_dropped_is_named_and_not_there(one, tmp_path):
+def test_dropped_tensors_are_named_and_not_written(one, tmp_path):
     report = amc.convert_checkpoint(one.directory, tmp_path / "made", layout="nemo", drop=["mtp.*", "*.d2t"])
     dropped = {name for name in one.extra if name.startswith("mtp.")} | {"draft_head.d2t"}
     assert_names(report.left_out, dropped)
@@ -196,15 +196,15 @@ def test_a_pattern_that_matches_no_name_is_an_error(one, tmp_path, pattern):
     assert not (tmp_path / "made").exists()
 
 
-def test_dropping_what_the_model_needs_is_an_error(one, tmp_path):
-    with pytest.raises(amc.NameProblems, match="lm_head") as told:
+def test_dropping_a_tensor_of_the_model_is_an_error(one, tmp_path):
+    with pytest.raises(amc.NameProblems, match="lm_head") as caught:
         amc.convert_checkpoint(one.directory, tmp_path / "made", drop=["lm_head.*"])
-    assert told.value.missing == ("lm_head.weight",)
+    assert caught.value.missing == ("lm_head.weight",)
     with pytest.raises(amc.NameProblems, match="parts of a merged parameter"):
         amc.convert_checkpoint(one.directory, tmp_path / "made", drop=["*.experts.1.w1.weight"])
 
 
-def test_a_carried_tensor_of_the_name_of_another_one_is_an_error(one, tmp_path):
+def test_carried_tensor_with_a_duplicate_name_is_an_error(one, tmp_path):
     source = tmp_path / "source"
     write_checkpoint(one.model, source)
     twice = "model.layers.0.mlp.experts.gate_and_up_projs"
@@ -237,37 +237,37 @@ GROUPED = {"nemo": ("gate_and_up_projs", "down_projs"), "vllm": ("w13_weight", "
 
 @pytest.mark.parametrize("layout", ["transformers", "nemo", "gpt_oss", "vllm"])
 @pytest.mark.parametrize("names", GROUPED.values(), ids=GROUPED)
-def test_grouped_experts_of_a_prediction_layer_are_carried_whatever_layout_the_others_get(one, tmp_path, layout, names):
-    source, made, back = tmp_path / "source", tmp_path / "made", tmp_path / "back"
+def test_grouped_experts_of_a_prediction_layer_are_carried_with_any_layout(one, tmp_path, layout, names):
+    source, converted, back = tmp_path / "source", tmp_path / "made", tmp_path / "back"
     write_checkpoint(one.model, source)
     extra = {
         f"mtp.layers.0.mlp.experts.{name}": torch.arange(32.0).view(2, 4, 4) + row for row, name in enumerate(names)
     }
     add(source, extra)
-    report = amc.convert_checkpoint(source, made, layout=layout)
+    report = amc.convert_checkpoint(source, converted, layout=layout)
     assert_names(report.carried, extra)
-    for directory in (source, made):
+    for directory in (source, converted):
         loaded = amc.load_state_dict(directory, strict=False)
         assert_names(loaded.report.left_out, extra)
         assert_same(loaded, dict(one.model.state_dict()))
-    amc.convert_checkpoint(made, back, layout="per_expert")
+    amc.convert_checkpoint(converted, back, layout="per_expert")
     assert_same(tensors_of(back), one.plain | extra)
     amc.save_checkpoint(one.model, tmp_path / "saved", carry=source)
     assert_same(tensors_of(tmp_path / "saved"), one.plain | extra)
-    with pytest.raises(amc.NameProblems) as told:
+    with pytest.raises(amc.NameProblems) as caught:
         amc.load_state_dict(source)
-    assert_names(told.value.unexpected, extra)
-    with pytest.raises(amc.NameProblems) as told:
+    assert_names(caught.value.unexpected, extra)
+    with pytest.raises(amc.NameProblems) as caught:
         amc.convert_checkpoint(source, tmp_path / "less", layout=layout, drop=["lm_head.weight"])
-    assert told.value.missing == ("lm_head.weight",)
+    assert caught.value.missing == ("lm_head.weight",)
 
 
-def test_experts_are_not_carried_beside_the_same_ones_in_another_form(one, tmp_path):
+def test_experts_are_not_carried_next_to_their_grouped_form(one, tmp_path):
     nemo = amc.load_state_dict(one.directory, one.model, layout="nemo", strict=False)
     for options in ({"layout": "nemo"}, {"rules": []}):
-        with pytest.raises(amc.UnsupportedError, match=r"(?s)other experts.*pass the rules=") as told:
+        with pytest.raises(amc.UnsupportedError, match=r"(?s)other experts.*pass the rules=") as caught:
             amc.save_checkpoint(nemo, tmp_path / "saved", carry=one.directory, **options)
-        assert "block_sparse_moe.experts.0.w1.weight" in str(told.value)
+        assert "block_sparse_moe.experts.0.w1.weight" in str(caught.value)
     with pytest.raises(amc.UnsupportedError, match="other experts"):
         amc.save_checkpoint(build_model("qwen3_moe"), tmp_path / "saved", carry=one.directory)
     assert not (tmp_path / "saved").exists()
@@ -276,7 +276,7 @@ def test_experts_are_not_carried_beside_the_same_ones_in_another_form(one, tmp_p
     assert_same(tensors_of(tmp_path / "saved"), tensors_of(tmp_path / "nemo"))
 
 
-def test_a_file_of_prediction_layers_alone_is_carried(one, tmp_path):
+def test_file_of_only_prediction_layers_is_carried(one, tmp_path):
     save_file(one.extra, tmp_path / "mtp.safetensors")
     report = amc.save_checkpoint(one.model, tmp_path / "saved", carry=tmp_path / "mtp.safetensors")
     assert_names(report.carried, one.extra)
@@ -291,7 +291,7 @@ def test_carrying_from_a_converted_checkpoint(one, tmp_path):
 
 
 @pytest.mark.parametrize("named", [True, False], ids=["named elsewhere", "named nowhere"])
-def test_a_tensor_that_the_index_does_not_give_to_its_file_is_left_out_and_told(one, tmp_path, named):
+def test_unindexed_tensor_is_left_out_and_named(one, tmp_path, named):
     source = tmp_path / "source"
     write_checkpoint(one.model, source)
     index = source / "model.safetensors.index.json"
@@ -315,8 +315,8 @@ def test_a_tensor_that_the_index_does_not_give_to_its_file_is_left_out_and_told(
     assert_same(tensors_of(tmp_path / "saved"), one.plain | {"kept": torch.ones(2)})
 
 
-def deepseek(directory, layers, prediction_layers, said):
-    """A checkpoint of DeepSeek-V3's architecture; returns the tensors of its prediction layers."""
+def deepseek(directory, layers, prediction_layers, config_changes):
+    """Write a checkpoint of DeepSeek-V3's architecture; return the tensors of its prediction layers."""
     sizes = dict(hidden_size=32, intermediate_size=48, moe_intermediate_size=16, n_routed_experts=4)
     heads = dict(num_attention_heads=4, num_key_value_heads=4, q_lora_rank=16, kv_lora_rank=16)
     heads |= dict(qk_nope_head_dim=8, qk_rope_head_dim=8, v_head_dim=8, n_group=1, topk_group=1, num_experts_per_tok=2)
@@ -328,7 +328,7 @@ def deepseek(directory, layers, prediction_layers, said):
     raw = json.loads((directory / "config.json").read_text())
     raw.pop("num_nextn_predict_layers", None)
     raw.pop("num_mtp_layers", None)
-    (directory / "config.json").write_text(json.dumps(raw | said))
+    (directory / "config.json").write_text(json.dumps(raw | config_changes))
     last = f"model.layers.{layers - 1}."
     extra = {}
     for number in range(layers, layers + prediction_layers):
@@ -339,13 +339,13 @@ def deepseek(directory, layers, prediction_layers, said):
     return extra
 
 
-SAID = {"one": {"num_nextn_predict_layers": 1}, "two": {"num_nextn_predict_layers": 2}, "nothing": {}}
+PREDICTION_LAYERS = {"one": {"num_nextn_predict_layers": 1}, "two": {"num_nextn_predict_layers": 2}, "nothing": {}}
 
 
-@pytest.mark.parametrize(("layers", "number", "said"), [(2, 1, "one"), (1, 2, "two"), (3, 1, "nothing")])
-def test_prediction_layers_are_ignored_and_carried_at_any_depth(tmp_path, layers, number, said):
+@pytest.mark.parametrize(("layers", "number", "config"), [(2, 1, "one"), (1, 2, "two"), (3, 1, "nothing")])
+def test_prediction_layers_are_ignored_and_carried_at_any_depth(tmp_path, layers, number, config):
     source = tmp_path / "source"
-    extra = deepseek(source, layers, number, SAID[said])
+    extra = deepseek(source, layers, number, PREDICTION_LAYERS[config])
     loaded = amc.load_state_dict(source)
     assert_names(loaded.report.left_out, extra)
     report = amc.convert_checkpoint(source, tmp_path / "nemo", layout="nemo")
@@ -356,22 +356,22 @@ def test_prediction_layers_are_ignored_and_carried_at_any_depth(tmp_path, layers
     assert_same(tensors_of(tmp_path / "back"), tensors_of(source))
 
 
-def test_more_layers_than_the_config_says_are_unexpected(tmp_path):
-    deepseek(tmp_path / "source", 2, 2, SAID["one"])
-    with pytest.raises(amc.NameProblems) as told:
+def test_more_layers_than_in_the_config_are_unexpected(tmp_path):
+    deepseek(tmp_path / "source", 2, 2, PREDICTION_LAYERS["one"])
+    with pytest.raises(amc.NameProblems) as caught:
         amc.load_state_dict(tmp_path / "source")
-    assert told.value.unexpected
-    assert all(name.startswith("model.layers.3.") for name in told.value.unexpected)
+    assert caught.value.unexpected
+    assert all(name.startswith("model.layers.3.") for name in caught.value.unexpected)
 
 
-@pytest.mark.parametrize("said", SAID)
-def test_a_layer_that_the_config_leaves_out_is_unexpected(tmp_path, said):
-    """It lies where a prediction layer would, and has nothing that tells it from the layers of the model."""
+@pytest.mark.parametrize("config_key", PREDICTION_LAYERS)
+def test_layer_omitted_by_the_config_is_unexpected(tmp_path, config_key):
+    """Check a layer at the place of a prediction layer that nothing distinguishes from the layers of the model."""
     source = tmp_path / "source"
-    deepseek(source, 2, 0, SAID[said])
+    deepseek(source, 2, 0, PREDICTION_LAYERS[config_key])
     config = json.loads((source / "config.json").read_text()) | {"num_hidden_layers": 1}
     (source / "config.json").write_text(json.dumps(config))
-    with pytest.raises(amc.NameProblems) as told:
+    with pytest.raises(amc.NameProblems) as caught:
         amc.load_state_dict(source)
-    assert told.value.unexpected
-    assert all(name.startswith("model.layers.1.") for name in told.value.unexpected)
+    assert caught.value.unexpected
+    assert all(name.startswith("model.layers.1.") for name in caught.value.unexpected)

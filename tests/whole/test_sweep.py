@@ -1,7 +1,7 @@
-"""Every model type of the installed transformers that converts tensors, loaded by us and by ``from_pretrained``.
+"""Tests of every model type that transformers converts: loads equal those of ``from_pretrained``.
 
 The list comes from the installed registry (``tests/model_zoo``), so another transformers is another sweep; a type that
-cannot be built fails ``tests/whole/test_model_zoo.py`` unless it stands in ``EXCLUDED`` with its reason.
+cannot be built fails ``tests/whole/test_model_zoo.py`` unless ``EXCLUDED`` lists it with a reason.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import copy
 import pytest
 import torch
 
-pytest.importorskip("transformers", reason="the oracle is transformers' from_pretrained")
+pytest.importorskip("transformers", reason="compares with from_pretrained of transformers")
 
 import automodel_conv as amc
 from automodel_conv.execution import filling
@@ -26,7 +26,7 @@ NAMES = [name for name in zoo_names() if name not in EXCLUDED]
 
 @pytest.fixture(scope="module", params=NAMES)
 def case(request, tmp_path_factory):
-    """A checkpoint in its published format, several shards, and what upstream makes of it."""
+    """Write a checkpoint in its published format, in several shards; return it with transformers' load."""
     model = build_model(request.param)
     directory = tmp_path_factory.mktemp(request.param)
     write_checkpoint(model, directory)
@@ -85,7 +85,7 @@ def test_converted_format_equals_from_pretrained(name, tmp_path):
 
 
 def test_sweep_names_the_models_people_load():
-    """The list is the registry's; these must be on it wherever this transformers has them."""
+    """Check the list of the registry, which must include these if this transformers has them."""
     from transformers import CONFIG_MAPPING
 
     wanted = """mixtral qwen2_moe qwen3_moe deepseek_v2 deepseek_v3 deepseek_v4 olmoe minimax_m2 qwen3_next glm4_moe

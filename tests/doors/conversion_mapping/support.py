@@ -1,4 +1,4 @@
-"""Models on the meta device, and the names that their checkpoints have."""
+"""Models on the meta device, and the names of their checkpoints."""
 
 import re
 
@@ -23,7 +23,7 @@ EXPERT_COUNTS = "num_experts num_local_experts n_routed_experts moe_num_experts"
 
 
 def read_first_match(key, mapping):
-    """A key as the published consumers of a mapping read it: first match wins."""
+    """Rename a key as the published consumers of a mapping do: the first match wins."""
     if mapping is None:
         return key
     if callable(mapping):
@@ -36,7 +36,7 @@ def read_first_match(key, mapping):
 
 
 def shrink(config):
-    """Two layers and four experts: fewer names, the same kinds of names."""
+    """Shrink a config to two layers and four experts: fewer names of the same kinds."""
     for names, most in ((DEPTHS, 2), (EXPERT_COUNTS, 4)):
         for name in names:
             if isinstance(getattr(config, name, None), int) and getattr(config, name) > most:
@@ -50,15 +50,15 @@ def shrink(config):
 
 
 def meta_model(model_type, **kwargs):
-    """A small model of the type on the meta device; raises whatever its classes raise."""
+    """Return a small model of the type on the meta device; errors of its classes are raised unchanged."""
     tables = ("CAUSAL_LM", "IMAGE_TEXT_TO_TEXT", "PRETRAINING")
     for table in (*(f"MODEL_FOR_{table}_MAPPING_NAMES" for table in tables), "MODEL_MAPPING_NAMES"):
-        found = getattr(modeling_auto, table).get(model_type)
-        if found:
+        entry = getattr(modeling_auto, table).get(model_type)
+        if entry:
             break
     else:
         raise LookupError(f"no auto class builds {model_type}")
-    cls = getattr(transformers, found if isinstance(found, str) else found[0])
+    cls = getattr(transformers, entry if isinstance(entry, str) else entry[0])
     config = shrink(AutoConfig.for_model(model_type, **kwargs))
     with torch.device("meta"):
         return cls(config)
@@ -74,7 +74,7 @@ def buildable_meta_model(model_type, **kwargs):
 
 
 def checkpoint_names(model):
-    """Every original checkpoint name in loading order -> its model name, None if converted."""
+    """Return every original checkpoint name in loading order -> its model name, or None if converted."""
     state_dict = dict(model.state_dict())
     owner = {id(tensor): name for name, tensor in state_dict.items()}
     original = revert_weight_conversion(model, state_dict)

@@ -1,4 +1,4 @@
-"""Rule queries: the published signatures, which types merge tensors, and the rules of a type or a model."""
+"""Tests of rule queries: the published signatures, which types merge tensors, and the rules of a type or a model."""
 
 import inspect
 import os
@@ -21,7 +21,7 @@ except ModuleNotFoundError:
 
 needs_transformers = pytest.mark.skipif(transformers is None, reason="transformers is not installed")
 
-# Inexact mappings are what many of these tests ask for; one test is about the warning itself.
+# Many of these tests request inexact mappings; one test checks the warning itself.
 pytestmark = pytest.mark.filterwarnings("ignore:.*first-match mapping")
 ROOT = Path(queries.__file__).parent.parent
 
@@ -67,14 +67,14 @@ def test_signatures_are_the_published_ones(name):
     assert written == PUBLISHED_SIGNATURES[name]
 
 
-def test_the_published_set_is_kept():
+def test_published_set_is_unchanged():
     assert type(queries.MODELS_REQUIRING_TENSOR_MERGING) is set
     assert set(PUBLISHED_SET) == queries.MODELS_REQUIRING_TENSOR_MERGING
     assert isinstance(queries._TRANSFORMERS_AVAILABLE, bool)
 
 
 @needs_transformers
-def test_installed_transformers_is_seen_without_importing_it():
+def test_installed_transformers_is_detected_without_an_import():
     code = (
         "import sys; from automodel_conv import conversion_mapping as queries;"
         "print(queries.is_transformers_conversion_available(), 'transformers' in sys.modules);"
@@ -106,7 +106,7 @@ print("answered")
 
 
 @pytest.mark.parametrize("stub", ["package", "module"])
-def test_without_transformers_every_query_answers_as_published(tmp_path, stub):
+def test_without_transformers_queries_return_published_answers(tmp_path, stub):
     if stub == "package":
         (tmp_path / "transformers").mkdir()
         stub_file = tmp_path / "transformers" / "__init__.py"
@@ -124,7 +124,7 @@ def test_without_transformers_every_query_answers_as_published(tmp_path, stub):
     assert (run.stdout.strip(), run.stderr) == ("answered", "")
 
 
-def test_a_transformers_that_cannot_be_looked_up_counts_as_absent(monkeypatch):
+def test_unresolvable_transformers_counts_as_absent(monkeypatch):
     monkeypatch.setitem(sys.modules, "transformers", type(sys)("transformers"))
     assert transformers_available.__wrapped__() is False
     monkeypatch.setitem(sys.modules, "transformers", None)
@@ -145,7 +145,7 @@ def test_tensor_merging_follows_every_installed_converter():
 
 @needs_transformers
 @pytest.mark.parametrize("model_type", MISSED_BY_THE_PUBLISHED_SET)
-def test_tensor_merging_knows_types_the_published_set_misses(model_type):
+def test_tensor_merging_covers_types_missing_from_the_published_set(model_type):
     if registry.get_checkpoint_conversion_mapping(model_type) is None:
         pytest.skip(f"this transformers has no rules for {model_type}")
     assert queries.requires_tensor_merging(model_type) is True
@@ -157,12 +157,12 @@ def test_tensor_merging_keeps_the_published_answers(model_type):
 
 
 @pytest.mark.parametrize("model_type", ["llama", "bert", "llava", "no_such_model", "", None])
-def test_tensor_merging_is_false_where_only_names_change(model_type):
+def test_tensor_merging_is_false_if_only_names_change(model_type):
     assert queries.requires_tensor_merging(model_type) is False
 
 
 @needs_transformers
-def test_a_registered_class_name_is_answered_like_a_type():
+def test_registered_class_name_is_accepted_as_a_type():
     rule = WeightConverter("a.*.w", "a.w", [transformers.MergeModulelist(dim=0)])
     registry.register_checkpoint_conversion_mapping("SomeMergingModel", [rule], overwrite=True)
     try:
@@ -174,7 +174,7 @@ def test_a_registered_class_name_is_answered_like_a_type():
 
 
 @needs_transformers
-def test_rules_of_a_type_are_the_installed_ones_in_fresh_copies():
+def test_rules_of_a_type_are_fresh_copies():
     rules = queries.get_checkpoint_conversion_mapping("mixtral")
     expected = registry.get_checkpoint_conversion_mapping("mixtral")
     assert [repr(rule) for rule in rules] == [repr(rule) for rule in expected]

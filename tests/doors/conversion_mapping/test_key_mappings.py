@@ -1,4 +1,4 @@
-"""Key mappings: an explicit one wins, an inexact one warns, and names are loaded and exported by them."""
+"""Tests of key mappings: explicit ones win, inexact ones warn, and names are loaded and exported by them."""
 
 import warnings
 
@@ -17,7 +17,7 @@ except ModuleNotFoundError:
 
 needs_transformers = pytest.mark.skipif(transformers is None, reason="transformers is not installed")
 
-# Inexact mappings are what many of these tests ask for; one test is about the warning itself.
+# Many of these tests request inexact mappings; one test checks the warning itself.
 pytestmark = pytest.mark.filterwarnings("ignore:.*first-match mapping")
 
 
@@ -68,7 +68,7 @@ class TestExplicitMappingWins:
         assert mapping("visual.merger.ln_q.weight") == "model.visual.merger.ln_q.weight"
 
     @needs_transformers
-    def test_over_a_root_rule_that_takes_its_output(self):
+    def test_over_a_root_rule_that_matches_its_output(self):
         model = buildable_meta_model("llava")
         plain = queries.get_combined_key_mapping("llava", model=model)
         assert plain("vision_tower.x") == "model.vision_tower.x"
@@ -101,7 +101,7 @@ class TestExplicitMappingWins:
         assert mapping("old.1.moe.experts.0.w3.weight") == "model.layers.1.mlp.experts.gate_up_proj"
 
 
-def test_gemma3_takes_the_legacy_vision_model_segment_off_first():
+def test_gemma3_removes_the_legacy_vision_model_segment_first():
     mapping = queries.get_combined_key_mapping("gemma3")
     assert type(mapping) is dict
     embedding = "embeddings.patch_embedding.weight"
@@ -133,14 +133,14 @@ def test_gemma3_with_a_model_agrees_with_its_mapping():
 
 @needs_transformers
 @pytest.mark.parametrize("model_type", ["mixtral", "llava", "kimi_k25", "deepseek_v3", "llama"])
-def test_without_a_model_the_answer_is_never_a_callable(model_type):
+def test_without_a_model_the_mapping_is_never_a_callable(model_type):
     mapping = queries.get_combined_key_mapping(model_type)
     assert mapping is None or type(mapping) is dict
     assert all(isinstance(text, str) for pair in (mapping or {}).items() for text in pair)
 
 
 @needs_transformers
-def test_the_mapping_of_a_type_holds_its_renames_at_name_boundaries():
+def test_mapping_of_a_type_renames_only_at_name_boundaries():
     mapping = queries.get_combined_key_mapping("gemma4_unified")
     key = "vision_embedder.patch_ln1.weight"
     assert read_first_match(key, mapping) == "embed_vision.patch_ln1.weight"
@@ -186,7 +186,7 @@ def test_a_callable_does_not_warn():
 
 
 class Stub:
-    """What the load mapping reads of a model, and nothing else."""
+    """The attributes of a model that the load mapping reads, and no others."""
 
     def __init__(self, model_type, checkpoint_conversion_mapping=None):
         self.config = type("Config", (), {"model_type": model_type})()
@@ -204,7 +204,7 @@ class TestLoadAndExportNames:
         assert queries.get_hf_load_key_mapping(Stub(None)) is None
 
     @needs_transformers
-    def test_the_type_decides_for_a_model_that_is_no_hf_model(self):
+    def test_type_determines_the_mapping_of_other_models(self):
         published = ["vision_embedder.patch_ln1.weight", "embed_vision.embedding_projection.weight"]
         held = [
             "embed_vision.patch_ln1.weight",
@@ -216,7 +216,7 @@ class TestLoadAndExportNames:
         assert renames == dict(zip(held, published, strict=True))
 
     @needs_transformers
-    def test_the_class_decides_where_its_rules_are_registered_by_class(self):
+    def test_rules_registered_by_class_apply_to_the_class(self):
         mapping = queries.get_hf_load_key_mapping(buildable_meta_model("qwen2_vl"))
         assert type(mapping) is dict
         assert read_first_match("visual.x", mapping) == "model.visual.x"
@@ -228,7 +228,7 @@ class TestLoadAndExportNames:
         assert read_first_match("vision_tower.x", mapping) == "model.vision_tower.x"
         assert read_first_match("vision_model.x", mapping) == "vision_model.x"
 
-    def test_export_names_turn_a_mapping_around_and_leave_the_rest_out(self):
+    def test_export_names_invert_a_mapping_and_omit_the_rest(self):
         mapping = {r"^outer\.inner\.": "flat.", r"^kept\.": "renamed."}
         published = ["outer.inner.weight", "kept.weight", "model.layers.0.weight"]
         assert queries.build_hf_export_key_renames(published, mapping) == {
@@ -237,7 +237,7 @@ class TestLoadAndExportNames:
         }
 
     @needs_transformers
-    def test_export_names_turn_a_callable_around(self):
+    def test_export_names_invert_a_callable(self):
         model = buildable_meta_model("internvl")
         mapping = queries.get_combined_key_mapping("internvl", model=model)
         names = checkpoint_names(model)
@@ -262,6 +262,6 @@ class TestLoadAndExportNames:
         with pytest.raises(NameProblems, match="ambiguous"):
             queries.build_hf_export_key_renames(["a.w", "shared.w"], {r"^a\.": "shared."})
 
-    def test_export_names_take_a_repeated_name_once(self):
+    def test_export_names_accept_a_repeated_name_once(self):
         renames = queries.build_hf_export_key_renames(["a.w", "a.w"], {r"^a\.": "shared."})
         assert renames == {"shared.w": "a.w"}

@@ -1,8 +1,8 @@
-"""Names come out of the rule queries as transformers renames them.
+"""Tests that rule queries rename names as transformers does.
 
-The oracle for names is the way back: transformers reverts the state dict of a model on the meta
-device to checkpoint names, and hands a tensor that is only renamed through as the same object. So
-each checkpoint name is known to belong to one model name without renaming anything forwards.
+The oracle reverses the direction: transformers reverts the state dict of a model on the meta device to checkpoint
+names, and returns a tensor that is only renamed as the same object. This determines the model name of each checkpoint
+name without a forward renaming.
 """
 
 import pytest
@@ -22,7 +22,7 @@ except ModuleNotFoundError:
 
 needs_transformers = pytest.mark.skipif(transformers is None, reason="transformers is not installed")
 
-# Inexact mappings are what many of these tests ask for; one test is about the warning itself.
+# Many of these tests request inexact mappings; one test checks the warning itself.
 pytestmark = pytest.mark.filterwarnings("ignore:.*first-match mapping")
 
 RENAMED_TYPES = (
@@ -34,12 +34,12 @@ RENAMED_TYPES = (
 ).split()
 
 
-# The reversal leaves prefix changes out, so for these the way back is not the way there.
+# The reversal omits prefix changes, so these types do not round-trip.
 NOT_REVERSIBLE = {"shieldgemma2"}
 
 
 def names_as_loaded(model, names):
-    """``names`` as the mapping stage of transformers' loader renames them."""
+    """Return ``names`` as the mapping stage of transformers' loader renames them."""
     rules = registry.get_model_conversion_mapping(model)
     renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
     converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
@@ -54,7 +54,7 @@ def names_as_loaded(model, names):
 
 
 def wrong_names(model_type, model):
-    """Names that do not come out as the way back, the model, and the loader say."""
+    """Return names that differ from the reversal, that the model lacks, and that differ from the loader's."""
     names = checkpoint_names(model)
     mapping = queries.get_combined_key_mapping(model_type, model=model)
     ours = {name: read_first_match(name, mapping) for name in names}
@@ -70,19 +70,19 @@ def wrong_names(model_type, model):
 
 @needs_transformers
 @pytest.mark.parametrize("model_type", RENAMED_TYPES)
-def test_names_come_out_as_transformers_renames_them(model_type):
+def test_names_are_renamed_as_by_transformers(model_type):
     model = buildable_meta_model(model_type)
     assert wrong_names(model_type, model) == ({}, {}, {})
 
 
 @needs_transformers
 @pytest.mark.sweep
-def test_names_come_out_as_transformers_renames_them_for_the_whole_registry():
+def test_names_are_renamed_as_by_transformers_for_the_whole_registry():
     wrong, compared = {}, 0
     for model_type in sorted(set(CONFIG_MAPPING_NAMES) - NOT_REVERSIBLE):
         try:
             model = meta_model(model_type)
-        except Exception:  # many default configurations build no model; the rest is counted below
+        except Exception:  # many default configs build no model; `compared` counts the others
             continue
         if not queries.get_model_conversion_mapping(model, add_legacy=False):
             continue
@@ -95,7 +95,7 @@ def test_names_come_out_as_transformers_renames_them_for_the_whole_registry():
 
 
 @needs_transformers
-def test_a_mixture_of_experts_inside_a_vision_language_model_is_seen_through_the_model():
+def test_experts_inside_a_vision_language_model_get_rules_from_the_model():
     model = buildable_meta_model("internvl", text_config={"model_type": "qwen3_moe"})
     assert queries.requires_tensor_merging("internvl") is False
     rules = queries.get_model_conversion_mapping(model)
@@ -108,7 +108,7 @@ def test_a_mixture_of_experts_inside_a_vision_language_model_is_seen_through_the
     assert mapping("language_model.model.norm.weight") == "model.language_model.norm.weight"
 
 
-# By hand, so that an oracle shared with transformers is not the only one.
+# Written by hand, so that not every oracle is shared with transformers.
 NAMES_BY_HAND = [
     ("llava", "language_model.model.norm.weight", "model.language_model.norm.weight"),
     ("llava", "language_model.lm_head.weight", "lm_head.weight"),
@@ -213,7 +213,7 @@ class TestWrappedModels:
         assert ours == names_as_loaded(plain, names)
         assert queries.get_hf_load_key_mapping(model) == queries.get_hf_load_key_mapping(plain)
 
-    def test_a_model_inside_a_plain_module_has_its_rules_under_its_prefix(self):
+    def test_model_inside_a_plain_module_gets_prefixed_rules(self):
         wrapper = nn.Module()
         wrapper.policy = buildable_meta_model("mixtral")
         rules = queries.get_model_conversion_mapping(wrapper, add_legacy=False)
@@ -229,7 +229,7 @@ class TestWrappedModels:
 
     def test_custom_code_gets_only_rules_it_registered(self):
         if not hasattr(transformers.PreTrainedModel, "is_custom_code"):
-            pytest.skip("this transformers does not tell custom code apart")
+            pytest.skip("this transformers does not distinguish custom code")
         plain = buildable_meta_model("qwen2_vl")
         custom = type("OwnQwen2VL", (type(plain),), {"__module__": "somebody.elses"})
         plain.__class__ = custom

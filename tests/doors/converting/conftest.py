@@ -1,4 +1,4 @@
-"""Checkpoints to convert."""
+"""Fixtures of checkpoints to convert."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ except ModuleNotFoundError:
 
 @pytest.fixture(scope="module")
 def published(tmp_path_factory):
-    """A small mixtral as it is published, in several files."""
+    """Write a small mixtral as it is published, in several files."""
     if build_model is None:
         pytest.skip("transformers is not installed")
     directory = tmp_path_factory.mktemp("published")

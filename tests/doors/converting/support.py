@@ -1,4 +1,4 @@
-"""The oracle of conversions: stack, cat and transpose, a layer at a time."""
+"""Tensors and an oracle of conversions: stack, cat and transpose, one layer at a time."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from automodel_conv.testing import address_valued
 
 
 def plain():
-    """Tensors that no model has, in dtypes that nothing casts among others."""
+    """Return tensors that no model has, some of dtypes that are never cast."""
     return {
         "z.weight": address_valued((40, 30), torch.bfloat16),
         "a.scale": address_valued((), torch.float32, 7),

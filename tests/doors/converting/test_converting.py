@@ -1,4 +1,4 @@
-"""What is converted from files to files, and each argument: dtypes, what lies beside weights, threads and scratch."""
+"""Tests of ``convert_checkpoint`` and its arguments: dtypes, files next to the weights, threads and scratch."""
 
 from __future__ import annotations
 
@@ -27,51 +27,55 @@ needs_transformers = pytest.mark.skipif(build_model is None, reason="transformer
 
 
 @needs_transformers
-def test_what_lies_beside_the_weights_is_copied_and_nothing_else(published, tmp_path):
+def test_only_files_next_to_the_weights_are_copied(published, tmp_path):
     source = tmp_path / "source"
     shutil.copytree(published, source)
-    beside = {"tokenizer.json": b"{}", "modeling_own.py": b"# code", "README.md": b"\xff\x00"}
-    beside |= {"original/params.json": b"{}", "additional_chat_templates/tool_use.jinja": b"{{ x }}", "a/b/c/d": b""}
-    beside |= {"lock": b"1", "journal.jsonl": b"2", "beside": b"3"}  # as files of an unfinished work are called
+    others = {"tokenizer.json": b"{}", "modeling_own.py": b"# code", "README.md": b"\xff\x00"}
+    others |= {
+        "original/params.json": b"{}",
+        "additional_chat_templates/tool_use.jinja": b"{{ x }}",
+        "a/b/c/d": b"",
+    }
+    others |= {"lock": b"1", "journal.jsonl": b"2", "beside": b"3"}  # names of files of unfinished work
     no = ("model.gguf", "pytorch_model.bin", ".hidden", "stray.safetensors", "original/consolidated.pth", ".git/x")
-    for name, content in (beside | dict.fromkeys(no, b"no")).items():
+    for name, content in (others | dict.fromkeys(no, b"no")).items():
         (source / name).parent.mkdir(parents=True, exist_ok=True)
         (source / name).write_bytes(content)
-    made = source / "made"
-    report = amc.convert_checkpoint(source, made, layout="nemo")
-    found = {p.relative_to(made).as_posix(): p.read_bytes() for p in made.rglob("*") if p.is_file()}
+    converted = source / "out"
+    report = amc.convert_checkpoint(source, converted, layout="nemo")
+    files = {p.relative_to(converted).as_posix(): p.read_bytes() for p in converted.rglob("*") if p.is_file()}
     configs = {name: (published / name).read_bytes() for name in ("config.json", "generation_config.json")}
-    assert {name: data for name, data in found.items() if name not in report.files} == beside | configs
-    assert report.files_copied == tuple(sorted(beside | configs))
+    assert {name: data for name, data in files.items() if name not in report.files} == others | configs
+    assert report.files_copied == tuple(sorted(others | configs))
 
 
 @needs_transformers
-def test_nothing_lies_beside_one_file(published, tmp_path):
+def test_no_files_are_copied_with_a_single_source_file(published, tmp_path):
     file = next(published.glob("*.safetensors"))
-    report = amc.convert_checkpoint(file, tmp_path / "made", rules=[])
+    report = amc.convert_checkpoint(file, tmp_path / "out", rules=[])
     assert report.files_copied == ()
-    assert {path.name for path in (tmp_path / "made").iterdir()} == set(report.files)
+    assert {path.name for path in (tmp_path / "out").iterdir()} == set(report.files)
 
 
-def test_without_rules_all_names_stay_and_only_files_change(saved, tmp_path):
-    report = amc.convert_checkpoint(saved, tmp_path / "made", rules=[])
+def test_without_rules_only_files_change(saved, tmp_path):
+    report = amc.convert_checkpoint(saved, tmp_path / "out", rules=[])
     assert report.files == ("model.safetensors",)
-    assert_same(tensors_of(tmp_path / "made"), plain())
-    amc.convert_checkpoint(tmp_path / "made", tmp_path / "back", rules=[], max_shard_size=50)
+    assert_same(tensors_of(tmp_path / "out"), plain())
+    amc.convert_checkpoint(tmp_path / "out", tmp_path / "back", rules=[], max_shard_size=50)
     assert len(list((tmp_path / "back").glob("*.safetensors"))) == 3
     assert_same(tensors_of(tmp_path / "back"), plain())
 
 
 def test_without_rules_a_dtype_casts_only_floats(saved, tmp_path):
-    amc.convert_checkpoint(saved, tmp_path / "made", rules=[], dtype=torch.float64)
+    amc.convert_checkpoint(saved, tmp_path / "out", rules=[], dtype=torch.float64)
     floating = {"z.weight", "a.scale", "empty"}
     expected = {n: t.double() if n in floating else t for n, t in plain().items()}
-    assert_same(tensors_of(tmp_path / "made"), expected)
-    amc.verify_checkpoint(saved, tmp_path / "made", rules=[], dtype=torch.float64)
+    assert_same(tensors_of(tmp_path / "out"), expected)
+    amc.verify_checkpoint(saved, tmp_path / "out", rules=[], dtype=torch.float64)
 
 
 @pytest.mark.parametrize("source", ["directory", "index", "file"])
-def test_a_source_is_whatever_can_be_opened(tmp_path, source):
+def test_source_may_be_anything_that_opens(tmp_path, source):
     amc.save_checkpoint(plain(), tmp_path / "saved", rules=[], max_shard_size=1500 if source == "index" else "5GB")
     path = tmp_path / "saved"
     path = {
@@ -79,19 +83,19 @@ def test_a_source_is_whatever_can_be_opened(tmp_path, source):
         "index": path / "model.safetensors.index.json",
         "file": path / "model.safetensors",
     }[source]
-    amc.convert_checkpoint(str(path) if source == "directory" else path, tmp_path / "made", rules=[])
-    assert_same(tensors_of(tmp_path / "made"), plain())
+    amc.convert_checkpoint(str(path) if source == "directory" else path, tmp_path / "out", rules=[])
+    assert_same(tensors_of(tmp_path / "out"), plain())
 
 
-def test_where_the_kernel_cannot_copy_the_bytes_are_the_same(saved, tmp_path, monkeypatch):
+def test_bytes_are_the_same_if_the_kernel_cannot_copy(saved, tmp_path, monkeypatch):
     monkeypatch.setattr(system, "copy_range", lambda *arguments: 0)
-    amc.convert_checkpoint(saved, tmp_path / "made", rules=[])
-    assert_same(tensors_of(tmp_path / "made"), plain())
+    amc.convert_checkpoint(saved, tmp_path / "out", rules=[])
+    assert_same(tensors_of(tmp_path / "out"), plain())
 
 
 @pytest.mark.parametrize("verify", [True, False])
 def test_progress_counts_all_bytes(saved, tmp_path, capsys, verify):
-    amc.convert_checkpoint(saved, tmp_path / "made", rules=[], verify=verify, progress=True)
+    amc.convert_checkpoint(saved, tmp_path / "out", rules=[], verify=verify, progress=True)
     assert "converting: 100%" in capsys.readouterr().err
 
 
@@ -102,11 +106,11 @@ def refused(source, destination, error, text, **options):
 
 
 @needs_transformers
-def test_what_only_upstreams_own_code_can_make_is_refused(published, tmp_path, monkeypatch):
+def test_targets_that_need_transformers_code_are_refused(published, tmp_path, monkeypatch):
     stock = MergeModulelist.convert
     monkeypatch.setattr(MergeModulelist, "convert", lambda self, *args, **kwargs: stock(self, *args, **kwargs))
     text = r"only transformers' own code can convert 6 tensors(.|\n)*experts\.(.|\n)*load the model and save it"
-    refused(published, tmp_path / "made", UnsupportedError, text)
+    refused(published, tmp_path / "out", UnsupportedError, text)
 
 
 @needs_transformers
@@ -115,40 +119,40 @@ def test_a_source_that_does_not_fit_its_model_is_refused(published, tmp_path):
     del tensors["model.layers.1.block_sparse_moe.experts.3.w1.weight"]
     save_file(tensors, tmp_path / "model.safetensors")
     shutil.copy(published / "config.json", tmp_path)
-    refused(tmp_path, tmp_path / "made", NameProblems, r"layers\.1\.(.|\n)*experts\.3\.w1")
+    refused(tmp_path, tmp_path / "out", NameProblems, r"layers\.1\.(.|\n)*experts\.3\.w1")
 
 
 def test_a_source_without_a_config_is_refused_without_rules(saved, tmp_path):
     if build_model is None:
         pytest.skip("transformers is not installed")
-    refused(saved, tmp_path / "made", UnsupportedError, r"no config\.json")
+    refused(saved, tmp_path / "out", UnsupportedError, r"no config\.json")
 
 
 @pytest.mark.parametrize("options", [{"layout": "grouped"}, {"source_layout": "grouped"}])
 def test_an_unknown_layout_is_refused(saved, tmp_path, options):
-    refused(saved, tmp_path / "made", UnsupportedError, "unknown layout 'grouped'", rules=[], **options)
+    refused(saved, tmp_path / "out", UnsupportedError, "unknown layout 'grouped'", rules=[], **options)
 
 
 @pytest.mark.parametrize("options", [{"threads": 0}, {"scratch_bytes": 1000}])
 def test_impossible_options_are_refused(saved, tmp_path, options):
-    refused(saved, tmp_path / "made", ConversionError, "scratch_bytes >=", rules=[], **options)
+    refused(saved, tmp_path / "out", ConversionError, "scratch_bytes >=", rules=[], **options)
 
 
 def test_other_wrong_arguments_are_refused(saved, tmp_path):
-    refused(saved, tmp_path / "made", UnsupportedError, "not a size", rules=[], max_shard_size="5 apples")
-    refused(saved, tmp_path / "made", UnsupportedError, "floating torch dtype", rules=[], dtype=torch.int8)
-    refused(tmp_path / "nowhere", tmp_path / "made", CheckpointError, "nowhere", rules=[])
+    refused(saved, tmp_path / "out", UnsupportedError, "not a size", rules=[], max_shard_size="5 apples")
+    refused(saved, tmp_path / "out", UnsupportedError, "floating torch dtype", rules=[], dtype=torch.int8)
+    refused(tmp_path / "nowhere", tmp_path / "out", CheckpointError, "nowhere", rules=[])
 
 
-def test_a_disk_with_too_little_room_is_refused(saved, tmp_path, monkeypatch):
+def test_disk_with_too_little_space_is_refused(saved, tmp_path, monkeypatch):
     monkeypatch.setattr(system, "free_bytes", lambda directory: 100)
     with pytest.raises(WriteError, match=r"too little room(.|\n)*bytes for 1 files(.|\n)*100"):
-        amc.convert_checkpoint(saved, tmp_path / "made", rules=[])
-    assert not list((tmp_path / "made").glob("*.safetensors"))
+        amc.convert_checkpoint(saved, tmp_path / "out", rules=[])
+    assert not list((tmp_path / "out").glob("*.safetensors"))
 
 
-def test_default_scratch_and_files_are_those_of_the_documentation(saved, tmp_path):
-    report = amc.convert_checkpoint(saved, tmp_path / "made", rules=[])
+def test_default_scratch_and_files_are_as_documented(saved, tmp_path):
+    report = amc.convert_checkpoint(saved, tmp_path / "out", rules=[])
     assert report.peak_extra_bytes <= converting.DEFAULT_SCRATCH_BYTES == 256 << 20
-    with safe_open(tmp_path / "made" / "model.safetensors", "pt") as file:
+    with safe_open(tmp_path / "out" / "model.safetensors", "pt") as file:
         assert file.metadata() == {"format": "pt"}

@@ -1,4 +1,4 @@
-"""From files to files: every layout against a hand-written oracle, and back to the bytes it began with."""
+"""Tests of conversions between all layouts: equal to a hand-written oracle, and back to the original bytes."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ STAGES = ("transformers", "nemo", "gpt_oss", "vllm", "per_expert")
 
 RENAMED = {
     "mixtral": [(".block_sparse_moe.", ".mlp.")],
-    "nemotron_h": [("backbone.", "model."), ("embedding.", "embeddings.")],  # some releases write the latter
+    "nemotron_h": [("backbone.", "model."), ("embedding.", "embeddings.")],  # some releases write the second
 }
 
 ROLES = {"w1": "gate", "w3": "up", "w2": "down", "gate_proj": "gate", "up_proj": "up", "down_proj": "down"}
@@ -35,7 +35,7 @@ GROUPED = re.compile(r"(.*\.experts)\.(gate_up_proj|down_proj)(_bias|)")
 
 
 def taken_apart(name, published):
-    """``{module: {role: stacked tensor}}`` of the experts, and all other tensors; both under the model's names."""
+    """Return ``{module: {role: stacked tensor}}`` of the experts, and all other tensors, under the model's names."""
     experts, others = {}, {}
     for key, tensor in published.items():
         for before, after in RENAMED.get(name, ()):
@@ -43,7 +43,7 @@ def taken_apart(name, published):
         if match := EXPERT.fullmatch(key):
             path, number, projection = match.groups()
             experts.setdefault(path, {}).setdefault(ROLES[projection], {})[int(number)] = tensor
-        elif match := GROUPED.fullmatch(key):  # as gpt_oss publishes them: in, out; gate and up in turn
+        elif match := GROUPED.fullmatch(key):  # gpt_oss publishes [in, out] with gate and up alternating
             path, projection, bias = match.groups()
             tensor = tensor if bias else tensor.transpose(1, 2)
             if projection == "gate_up_proj":
@@ -60,21 +60,21 @@ def taken_apart(name, published):
     return stacked, others
 
 
-def in_turn(gate, up):
-    """Rows of gate and up alternating, ``[E, 2I, ...]``."""
+def alternating(gate, up):
+    """Return rows of gate and up alternating, ``[E, 2I, ...]``."""
     return torch.stack([gate, up], 2).flatten(1, 2)
 
 
 def laid_out(name, published, layout):
-    """What a conversion of a published checkpoint to a layout gives."""
-    experts, made = taken_apart(name, published)
+    """Return the tensors that a conversion of a published checkpoint to a layout should write."""
+    experts, tensors = taken_apart(name, published)
     for path, roles in experts.items():
         for bias in ("", "_bias"):
             if "up" + bias not in roles:
                 continue
             first, gated = roles["up" + bias], "gate" + bias in roles
             if gated:
-                join = in_turn if layout == "gpt_oss" else lambda gate, up: torch.cat([gate, up], 1)
+                join = alternating if layout == "gpt_oss" else lambda gate, up: torch.cat([gate, up], 1)
                 first = join(roles["gate" + bias], first)
             down = roles["down" + bias]
             if layout in ("nemo", "gpt_oss") and not bias:
@@ -84,13 +84,13 @@ def laid_out(name, published, layout):
                 names = ("w13_bias", "w2_bias") if bias else ("w13_weight", "w2_weight")
             if layout == "nemo":
                 names = ("gate_up_proj_bias", "down_proj_bias") if bias else ("gate_and_up_projs", "down_projs")
-            made[f"{path}.{names[0]}"], made[f"{path}.{names[1]}"] = first.contiguous(), down.contiguous()
-    return made
+            tensors[f"{path}.{names[0]}"], tensors[f"{path}.{names[1]}"] = first.contiguous(), down.contiguous()
+    return tensors
 
 
 @needs_transformers
 @pytest.mark.parametrize("name", ["mixtral", "qwen3_moe", "deepseek_v3", "nemotron_h", "gpt_oss"])
-def test_layouts_one_after_the_other_equal_the_oracle_and_end_where_they_began(name, tmp_path):
+def test_chained_layouts_equal_the_oracle_and_restore_the_original(name, tmp_path):
     model = build_model(name)
     write_checkpoint(model, tmp_path / "published")
     published = tensors_of(tmp_path / "published")
@@ -114,7 +114,7 @@ def test_layouts_one_after_the_other_equal_the_oracle_and_end_where_they_began(n
 
 @needs_transformers
 @pytest.mark.parametrize("name", ["mixtral", "nemotron_h"])
-def test_the_layout_of_the_model_is_loaded_by_upstream(name, tmp_path):
+def test_transformers_loads_the_layout_of_the_model(name, tmp_path):
     model = build_model(name)
     write_checkpoint(model, tmp_path / "published")
     amc.convert_checkpoint(tmp_path / "published", tmp_path / "grouped")
@@ -137,54 +137,54 @@ def test_any_layout_becomes_any_other_in_one_step(published, tmp_path, source, l
 @needs_transformers
 @pytest.mark.parametrize("dtype", [None, torch.float32, torch.float16])
 @pytest.mark.parametrize("layout", [None, "nemo", "per_expert"])
-def test_dtypes_stay_or_become_the_wanted_one_but_for_what_the_model_keeps_in_float32(tmp_path, dtype, layout):
+def test_dtype_casts_all_except_tensors_kept_in_float32(tmp_path, dtype, layout):
     model = build_model("deepseek_v3")
     write_checkpoint(model, tmp_path / "published")
     amc.convert_checkpoint(tmp_path / "published", tmp_path / "grouped", layout=None)
     source = "grouped" if layout == "per_expert" else "published"
-    amc.convert_checkpoint(tmp_path / source, tmp_path / "made", layout=layout, dtype=dtype)
+    amc.convert_checkpoint(tmp_path / source, tmp_path / "out", layout=layout, dtype=dtype)
     tensors = tensors_of(tmp_path / "published")
     expected = tensors if layout == "per_expert" else laid_out("deepseek_v3", tensors, layout or "transformers")
     kept = [name for name in expected if name.endswith("e_score_correction_bias")]
     assert {expected[name].dtype for name in kept} == {torch.float32}
     if dtype is not None:
         expected = {name: t if name in kept else t.to(dtype) for name, t in expected.items()}
-    assert_same(tensors_of(tmp_path / "made"), expected)
+    assert_same(tensors_of(tmp_path / "out"), expected)
 
 
 @needs_transformers
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("source", ["published", "grouped"])
-def test_a_dtype_asks_the_model_for_its_own_names_of_what_is_published(tmp_path, source, dtype):
-    """DeepSeek-V4 keeps norms and much else in float32, and publishes hardly any of it under the model's names."""
+def test_dtype_uses_model_names_of_published_tensors(tmp_path, source, dtype):
+    """Check DeepSeek-V4, which keeps norms and much else in float32 and publishes most of it under other names."""
     write_checkpoint(build_model("deepseek_v4"), tmp_path / "published", 1 << 30)
     file = tmp_path / "published" / "model.safetensors"
     wide = {n: t.float() if t.is_floating_point() else t for n, t in load_file(file).items()}
     save_file(wide, file, metadata={"format": "pt"})
     if source == "grouped":
         amc.convert_checkpoint(tmp_path / "published", tmp_path / "grouped", dtype=torch.float32)
-    amc.convert_checkpoint(tmp_path / source, tmp_path / "made", layout="per_expert", dtype=dtype)
-    made = tensors_of(tmp_path / "made")
-    assert made.keys() == wide.keys()
+    amc.convert_checkpoint(tmp_path / source, tmp_path / "out", layout="per_expert", dtype=dtype)
+    converted = tensors_of(tmp_path / "out")
+    assert converted.keys() == wide.keys()
     model = type(build_model("deepseek_v4")).from_pretrained(tmp_path / "published", dtype=dtype)
     model.save_pretrained(tmp_path / "upstream")
-    assert_same(made, tensors_of(tmp_path / "upstream"))
-    assert {made[n].dtype for n in made if n.endswith(("attn_norm.weight", "hc_base"))} == {torch.float32}
+    assert_same(converted, tensors_of(tmp_path / "upstream"))
+    assert {converted[n].dtype for n in converted if n.endswith(("attn_norm.weight", "hc_base"))} == {torch.float32}
     amc.save_checkpoint(model, tmp_path / "saved", dtype=dtype)
-    assert_same(tensors_of(tmp_path / "saved"), made)
+    assert_same(tensors_of(tmp_path / "saved"), converted)
 
 
-def test_dtypes_that_the_config_does_not_say_stay(tmp_path):
-    """A checkpoint whose tensors have other dtypes than its config says: nothing is cast unless asked for."""
+def test_dtypes_other_than_that_of_the_config_stay(tmp_path):
+    """Check a checkpoint with other dtypes than its config states: nothing is cast unless asked for."""
     if build_model is None:
         pytest.skip("transformers is not installed")
     write_checkpoint(build_model("mixtral"), tmp_path / "bf16")
     amc.convert_checkpoint(tmp_path / "bf16", tmp_path / "f16", rules=[], dtype=torch.float16)
     assert json.loads((tmp_path / "f16" / "config.json").read_text())["dtype"] == "bfloat16"
-    amc.convert_checkpoint(tmp_path / "f16", tmp_path / "made")
+    amc.convert_checkpoint(tmp_path / "f16", tmp_path / "out")
     expected = laid_out("mixtral", tensors_of(tmp_path / "f16"), "transformers")
     assert {tensor.dtype for tensor in expected.values()} == {torch.float16}
-    assert_same(tensors_of(tmp_path / "made"), expected)
+    assert_same(tensors_of(tmp_path / "out"), expected)
 
 
 def merging():
@@ -203,19 +203,19 @@ def merging():
 @pytest.mark.parametrize("dtype", [None, torch.float32])
 @pytest.mark.parametrize("threads", [1, 3])
 def test_experts_larger_than_the_scratch_are_the_same_bytes(tmp_path, layout, dtype, threads):
-    tensors = {}  # none of them NaN, which casts change
+    tensors = {}  # no NaN, because casts change its bits
     for n, (e, w) in enumerate((e, w) for e in range(3) for w in ("w1", "w2", "w3")):
         shape = (150, 200) if w != "w2" else (200, 150)
         tensors[f"experts.{e}.{w}.weight"] = address_valued(shape, torch.bfloat16, 250 * n)
     amc.save_checkpoint(tensors, tmp_path / "saved", rules=[])
     options = {"rules": merging(), "layout": layout, "dtype": dtype}
     report = amc.convert_checkpoint(
-        tmp_path / "saved", tmp_path / "made", scratch_bytes=1 << 16, threads=threads, **options
+        tmp_path / "saved", tmp_path / "out", scratch_bytes=1 << 16, threads=threads, **options
     )
     assert report.peak_extra_bytes <= 1 << 16
     expected = laid_out("", {f"m.{name}": tensor for name, tensor in tensors.items()}, layout)
     expected = {name.removeprefix("m."): t if dtype is None else t.to(dtype) for name, t in expected.items()}
-    assert_same(tensors_of(tmp_path / "made"), expected)
+    assert_same(tensors_of(tmp_path / "out"), expected)
     back = {"rules": merging(), "layout": "per_expert", "source_layout": layout, "dtype": torch.bfloat16}
-    amc.convert_checkpoint(tmp_path / "made", tmp_path / "back", scratch_bytes=1 << 16, threads=threads, **back)
+    amc.convert_checkpoint(tmp_path / "out", tmp_path / "back", scratch_bytes=1 << 16, threads=threads, **back)
     assert_same(tensors_of(tmp_path / "back"), tensors)

@@ -1,4 +1,4 @@
-"""Two checkpoints are compared: equal however they are divided, or the first difference is named."""
+"""Tests of ``verify_checkpoint``: equal checkpoints in any files pass; otherwise the first difference is named."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ needs_transformers = pytest.mark.skipif(build_model is None, reason="transformer
 
 
 def flip(directory, name, element, byte=0):
-    """Change a bit of one element of a tensor on the disk."""
+    """Flip a bit of one element of a tensor on the disk."""
     checkpoint = amc.open_checkpoint(directory)
     row = checkpoint.position[name]
     path = Path(checkpoint.files[checkpoint.file_ids[row]])
@@ -36,7 +36,7 @@ def flip(directory, name, element, byte=0):
     path.write_bytes(data)
 
 
-def test_equal_checkpoints_verify_however_they_are_divided(saved, tmp_path):
+def test_equal_checkpoints_verify_in_any_files(saved, tmp_path):
     for n, size in enumerate((10, 100, 3000, "5GB")):
         amc.convert_checkpoint(saved, tmp_path / str(n), rules=[], max_shard_size=size)
         assert amc.verify_checkpoint(saved, tmp_path / str(n)) == sum(t.nbytes for t in plain().values())
@@ -44,16 +44,16 @@ def test_equal_checkpoints_verify_however_they_are_divided(saved, tmp_path):
 
 
 def test_files_whose_data_is_not_aligned_verify(saved, tmp_path):
-    """Others write headers of any length; elements then lie at odd bytes."""
-    amc.convert_checkpoint(saved, tmp_path / "made", rules=[], dtype=torch.float32)
-    [file] = (tmp_path / "made").glob("*.safetensors")
+    """Check files with headers of any length, in which elements start at odd bytes."""
+    amc.convert_checkpoint(saved, tmp_path / "out", rules=[], dtype=torch.float32)
+    [file] = (tmp_path / "out").glob("*.safetensors")
     data = file.read_bytes()
     length = int.from_bytes(data[:8], "little")
     file.write_bytes((length + 3).to_bytes(8, "little") + data[8 : 8 + length] + b"   " + data[8 + length :])
-    assert amc.verify_checkpoint(saved, tmp_path / "made", rules=[], dtype=torch.float32) > 0
-    flip(tmp_path / "made", "z.weight", 31)
+    assert amc.verify_checkpoint(saved, tmp_path / "out", rules=[], dtype=torch.float32) > 0
+    flip(tmp_path / "out", "z.weight", 31)
     with pytest.raises(VerificationError, match=r"z\.weight(.|\n)*\[1, 1\] of F32 \[40, 30\]"):
-        amc.verify_checkpoint(saved, tmp_path / "made", rules=[], dtype=torch.float32)
+        amc.verify_checkpoint(saved, tmp_path / "out", rules=[], dtype=torch.float32)
 
 
 @pytest.mark.parametrize("division", [100, "5GB"])
@@ -70,35 +70,35 @@ def test_files_whose_data_is_not_aligned_verify(saved, tmp_path):
     ],
 )
 def test_the_first_element_that_differs_is_named(saved, tmp_path, division, name, element, byte, text):
-    amc.convert_checkpoint(saved, tmp_path / "made", rules=[], max_shard_size=division)
-    flip(tmp_path / "made", name, element, byte)
+    amc.convert_checkpoint(saved, tmp_path / "out", rules=[], max_shard_size=division)
+    flip(tmp_path / "out", name, element, byte)
     for scratch_bytes in (1 << 16, None):
         with pytest.raises(VerificationError, match=rf"{re.escape(name)} does not match its source(.|\n)*{text}"):
-            amc.verify_checkpoint(saved, tmp_path / "made", scratch_bytes=scratch_bytes)
+            amc.verify_checkpoint(saved, tmp_path / "out", scratch_bytes=scratch_bytes)
 
 
 @needs_transformers
 @pytest.mark.parametrize("layout", ["transformers", "gpt_oss"])
-def test_a_difference_in_grouped_experts_is_named_by_its_place_in_them(published, tmp_path, layout):
-    amc.convert_checkpoint(published, tmp_path / "made", layout=layout)
+def test_difference_in_grouped_experts_is_named_by_its_index(published, tmp_path, layout):
+    amc.convert_checkpoint(published, tmp_path / "out", layout=layout)
     name = "model.layers.1.mlp.experts.gate_up_proj"
-    _, rows, columns = tensors_of(tmp_path / "made")[name].shape
-    flip(tmp_path / "made", name, (5 * rows + 7) * columns + 11)
+    _, rows, columns = tensors_of(tmp_path / "out")[name].shape
+    flip(tmp_path / "out", name, (5 * rows + 7) * columns + 11)
     with pytest.raises(VerificationError, match=rf"{re.escape(name)}(.|\n)*\[5, 7, 11\] of BF16"):
-        amc.verify_checkpoint(published, tmp_path / "made", layout=layout)
-    flip(tmp_path / "made", name, 3)
+        amc.verify_checkpoint(published, tmp_path / "out", layout=layout)
+    flip(tmp_path / "out", name, 3)
     with pytest.raises(VerificationError, match=r"\[0, 0, 3\] of BF16"):
-        amc.verify_checkpoint(published, tmp_path / "made", layout=layout)
+        amc.verify_checkpoint(published, tmp_path / "out", layout=layout)
 
 
 @needs_transformers
-def test_a_difference_in_the_source_is_found_too(published, tmp_path):
+def test_difference_in_the_source_is_detected(published, tmp_path):
     shutil.copytree(published, tmp_path / "source")
-    amc.convert_checkpoint(tmp_path / "source", tmp_path / "made", layout="nemo")
+    amc.convert_checkpoint(tmp_path / "source", tmp_path / "out", layout="nemo")
     flip(tmp_path / "source", "model.layers.2.block_sparse_moe.experts.4.w3.weight", 0)
     text = r"layers\.2\.mlp\.experts\.gate_and_up_projs(.|\n)*\[4, 0, 44\]"
     with pytest.raises(VerificationError, match=text):
-        amc.verify_checkpoint(tmp_path / "source", tmp_path / "made", layout="nemo")
+        amc.verify_checkpoint(tmp_path / "source", tmp_path / "out", layout="nemo")
 
 
 def test_all_tensors_that_differ_in_name_dtype_or_shape_are_listed(saved, tmp_path):
@@ -119,7 +119,7 @@ def test_all_tensors_that_differ_in_name_dtype_or_shape_are_listed(saved, tmp_pa
 
 
 @needs_transformers
-def test_two_checkpoints_with_the_same_names_are_compared_as_they_are(published, tmp_path):
+def test_checkpoints_with_the_same_names_are_compared_without_rules(published, tmp_path):
     shutil.copytree(published, tmp_path / "copy")
     assert amc.verify_checkpoint(published, tmp_path / "copy") == sum(t.nbytes for t in tensors_of(published).values())
     amc.convert_checkpoint(published, tmp_path / "grouped")
@@ -129,19 +129,21 @@ def test_two_checkpoints_with_the_same_names_are_compared_as_they_are(published,
 
 
 @needs_transformers
-def test_what_is_left_of_a_checkpoint_is_compared_as_it_is(published, tmp_path):
-    source, made = tmp_path / "source", tmp_path / "made"
+def test_partial_checkpoint_is_compared_without_rules(published, tmp_path):
+    source, converted = tmp_path / "source", tmp_path / "out"
     shutil.copytree(published, source)
     for path in source.glob("*.safetensors*"):
         path.unlink()
     save_file(tensors_of(published) | {"mtp.norm": torch.ones(3)}, source / "model.safetensors")
-    amc.convert_checkpoint(source, made, rules=[], drop=["mtp.*"])
-    assert amc.verify_checkpoint(source, made, drop=["mtp.*"]) == sum(t.nbytes for t in tensors_of(published).values())
+    amc.convert_checkpoint(source, converted, rules=[], drop=["mtp.*"])
+    assert amc.verify_checkpoint(source, converted, drop=["mtp.*"]) == sum(
+        t.nbytes for t in tensors_of(published).values()
+    )
     with pytest.raises(VerificationError):
-        amc.verify_checkpoint(source, made)
+        amc.verify_checkpoint(source, converted)
 
 
-def test_a_conversion_that_writes_a_wrong_byte_says_so_and_is_no_checkpoint(saved, tmp_path, monkeypatch):
+def test_conversion_that_writes_a_wrong_byte_is_an_error(saved, tmp_path, monkeypatch):
     real = writing.write_exactly
 
     def write_exactly(fd, views, offset, path):
@@ -153,10 +155,10 @@ def test_a_conversion_that_writes_a_wrong_byte_says_so_and_is_no_checkpoint(save
     monkeypatch.setattr(system, "copy_range", lambda *arguments: 0)
     monkeypatch.setattr(writing, "write_exactly", write_exactly)
     with pytest.raises(VerificationError, match="does not match its source"):
-        amc.convert_checkpoint(saved, tmp_path / "made", rules=[])
-    assert not list((tmp_path / "made").glob("*.safetensors*"))
+        amc.convert_checkpoint(saved, tmp_path / "out", rules=[])
+    assert not list((tmp_path / "out").glob("*.safetensors*"))
     with pytest.raises(CheckpointError):
-        amc.open_checkpoint(tmp_path / "made")
+        amc.open_checkpoint(tmp_path / "out")
     amc.convert_checkpoint(saved, tmp_path / "unverified", rules=[], verify=False)
     with pytest.raises(VerificationError):
         amc.verify_checkpoint(saved, tmp_path / "unverified")

@@ -1,4 +1,4 @@
-"""State dicts with experts, each value of its own."""
+"""State dicts with experts in which every value is distinct."""
 
 import torch
 from torch import nn
@@ -24,7 +24,7 @@ def distinct(shapes, dtype=torch.bfloat16):
 
 
 def grouped(gated=True, dtype=torch.bfloat16):
-    """Experts with biases as transformers lays them out, and a tensor that is none."""
+    """Return experts with biases in transformers' layout, and one other tensor."""
     first, rows = ("gate_up_proj", 2 * I) if gated else ("up_proj", I)
     return distinct(
         {
@@ -39,7 +39,7 @@ def grouped(gated=True, dtype=torch.bfloat16):
 
 
 def projections(layers=2, dtype=torch.float32):
-    """A checkpoint with one tensor per expert, in no good order."""
+    """Return a checkpoint with one tensor per expert, in an arbitrary order."""
     return distinct(
         {
             f"layers.{n}.experts.{e}.{w}.weight": (H, I) if w == "w2" else (I, H)

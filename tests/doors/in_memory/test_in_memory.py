@@ -1,4 +1,4 @@
-"""State dict in, state dict out: explicit rules, a model, a reference, and buffers of the caller."""
+"""Tests of ``convert_state_dict`` and ``revert_state_dict``: rules, a model, a reference, and the caller's buffers."""
 
 from unittest import mock
 
@@ -22,18 +22,18 @@ needs_transformers = pytest.mark.skipif(core is None, reason="transformers is no
 
 
 def merged(tensors, layers=2):
-    def all_of(n, w):
+    def stack(n, w):
         return torch.stack([tensors[f"layers.{n}.experts.{e}.{w}.weight"] for e in range(E)])
 
-    made = {"norm": tensors["norm"]}
+    converted = {"norm": tensors["norm"]}
     for n in range(layers):
-        made[f"layers.{n}.experts.gate_up_proj"] = torch.cat([all_of(n, "w1"), all_of(n, "w3")], 1)
-        made[f"layers.{n}.experts.down_proj"] = all_of(n, "w2")
-    return made
+        converted[f"layers.{n}.experts.gate_up_proj"] = torch.cat([stack(n, "w1"), stack(n, "w3")], 1)
+        converted[f"layers.{n}.experts.down_proj"] = stack(n, "w2")
+    return converted
 
 
 @needs_transformers
-def test_explicit_rules_merge_experts_whatever_the_order_of_the_state_dict():
+def test_explicit_rules_merge_experts_in_any_order():
     tensors = projections()
     expected = merged(tensors)
     assert_same(amc.convert_state_dict(tensors, rules=merging()), expected)
@@ -44,35 +44,35 @@ def test_explicit_rules_merge_experts_whatever_the_order_of_the_state_dict():
 
 @needs_transformers
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_rules_and_a_layout_make_one_step(layout):
+def test_rules_and_a_layout_apply_in_one_call(layout):
     tensors = projections()
-    made = amc.convert_state_dict(tensors, rules=merging(), layout=layout)
-    assert_same(made, amc.convert_state_dict(merged(tensors), layout=layout))
-    assert_same(amc.revert_state_dict(made, rules=merging(), layout=layout), tensors)
+    converted = amc.convert_state_dict(tensors, rules=merging(), layout=layout)
+    assert_same(converted, amc.convert_state_dict(merged(tensors), layout=layout))
+    assert_same(amc.revert_state_dict(converted, rules=merging(), layout=layout), tensors)
 
 
 @needs_transformers
-def test_a_model_gives_dtypes_and_its_own_order():
+def test_model_determines_dtypes_and_order():
     tensors = projections()
     model = Experts(torch.bfloat16)
-    made = amc.convert_state_dict(tensors, model, rules=merging())
-    assert list(made) == list(model.state_dict())
+    converted = amc.convert_state_dict(tensors, model, rules=merging())
+    assert list(converted) == list(model.state_dict())
     expected = merged(tensors)
-    for name, tensor in made.items():
+    for name, tensor in converted.items():
         assert_bytes_equal(tensor, expected[name].to(torch.float32 if name == "norm" else torch.bfloat16))
 
 
 @needs_transformers
-def test_strided_sources_and_parameters_are_read_as_they_lie():
+def test_strided_sources_and_parameters_are_read():
     tensors = projections()
     strided = {name: nn.Parameter(t.t().contiguous().t()) if t.dim() == 2 else t for name, t in tensors.items()}
-    made = amc.convert_state_dict(strided, rules=merging())
-    assert_same(made, merged(tensors))
-    assert not any(t.requires_grad for t in made.values())
+    converted = amc.convert_state_dict(strided, rules=merging())
+    assert_same(converted, merged(tensors))
+    assert not any(t.requires_grad for t in converted.values())
 
 
 @needs_transformers
-def test_a_missing_expert_is_named():
+def test_missing_expert_is_named():
     tensors = projections()
     del tensors["layers.1.experts.1.w3.weight"]
     with pytest.raises(NameProblems, match=r"layers\.1\.experts\.1\.w3\.weight"):
@@ -96,40 +96,40 @@ def test_a_reference_restores_its_names_and_boundaries(tmp_path):
 
     tensors = projections()
     save_file(tensors, tmp_path / "model.safetensors")
-    made = amc.convert_state_dict(tensors, rules=merging(), layout="nemo")
-    back = amc.revert_state_dict(made, rules=merging(), layout="nemo", reference=tmp_path)
+    converted = amc.convert_state_dict(tensors, rules=merging(), layout="nemo")
+    back = amc.revert_state_dict(converted, rules=merging(), layout="nemo", reference=tmp_path)
     assert_same(back, tensors)
 
 
 @needs_transformers
-def test_what_nothing_converts_is_returned_by_reference():
+def test_unconverted_tensors_are_returned_by_reference():
     tensors = projections()
-    made = amc.convert_state_dict(tensors, rules=[*merging(), WeightRenaming("norm", "renamed")])
-    assert made["renamed"] is tensors["norm"]
+    converted = amc.convert_state_dict(tensors, rules=[*merging(), WeightRenaming("norm", "renamed")])
+    assert converted["renamed"] is tensors["norm"]
     memory = {t.untyped_storage().data_ptr() for t in tensors.values()}
-    assert made["layers.0.experts.down_proj"].untyped_storage().data_ptr() not in memory
+    assert converted["layers.0.experts.down_proj"].untyped_storage().data_ptr() not in memory
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("order", ["contiguous", "backwards"])
-def test_buffers_of_the_caller_are_fully_written_and_nothing_around_them(layout, order):
+def test_only_the_callers_buffers_are_written_completely(layout, order):
     start = grouped()
     expected = amc.convert_state_dict(start, layout=layout)
     buffers = {}
     for name, tensor in expected.items():
         strides = None
-        if order == "backwards":  # the first dimension walks fastest
+        if order == "backwards":  # the first dimension is contiguous
             strides = [1]
             for size in tensor.shape[:-1]:
                 strides.append(strides[-1] * size)
         buffers[name] = guarded(tensor.shape, tensor.dtype, strides=strides)
     out = {name: buffer.tensor for name, buffer in buffers.items()}
-    made = amc.convert_state_dict(start, layout=layout, out=out)
-    assert all(made[name] is out[name] for name in out)
+    converted = amc.convert_state_dict(start, layout=layout, out=out)
+    assert all(converted[name] is out[name] for name in out)
     for buffer in buffers.values():
         buffer.check()
         assert_written(buffer.tensor)
-    assert_same(made, expected)
+    assert_same(converted, expected)
     assert_same(start, grouped())
 
 
@@ -157,18 +157,18 @@ def test_a_buffer_in_the_memory_of_a_source_is_refused_before_anything_is_writte
 
 
 @pytest.mark.parametrize("front_door", [amc.convert_state_dict, amc.revert_state_dict])
-def test_a_bare_state_dict_says_nothing_about_its_conversion(front_door):
+def test_state_dict_without_rules_or_model_is_refused(front_door):
     with pytest.raises(UnsupportedError, match="pass model=, rules= or a layout"):
         front_door(grouped())
 
 
-def test_what_is_no_tensor_is_named():
+def test_value_that_is_not_a_tensor_is_named():
     with pytest.raises(UnsupportedError, match=r"a\._extra_state is not a tensor"):
         amc.convert_state_dict({"a._extra_state": None}, rules=[])
 
 
 @pytest.mark.parametrize("front_door", [amc.convert_state_dict, amc.revert_state_dict])
-def test_backends_are_never_exchanged_silently(front_door):
+def test_backends_are_never_replaced_silently(front_door):
     with (
         mock.patch("automodel_conv.execution.copy_batch.why_not", return_value="the interpreter is off"),
         pytest.raises(UnsupportedError, match="the interpreter is off"),
@@ -179,6 +179,6 @@ def test_backends_are_never_exchanged_silently(front_door):
     assert_same(front_door(grouped(), layout="transformers", backend="torch"), grouped())
 
 
-def test_nothing_converts_to_nothing():
+def test_empty_state_dict_converts_to_an_empty_one():
     assert amc.convert_state_dict({}, layout="nemo") == {}
     assert amc.revert_state_dict({}, layout="nemo") == {}

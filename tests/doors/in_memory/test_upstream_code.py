@@ -1,4 +1,4 @@
-"""What transformers' or a user's own code makes of a state dict: as upstream runs it, or refused."""
+"""Tests of state dicts that need code of transformers or of a user: run as transformers runs it, or refused."""
 
 import pytest
 import torch
@@ -24,7 +24,7 @@ needs_transformers = pytest.mark.skipif(core is None, reason="transformers is no
 if core is not None:
 
     class BackToFront(MergeModulelist):
-        """An operation of a user: the experts in the other order."""
+        """An operation of a user that reverses the order of the experts."""
 
         def convert(self, input_dict, source_patterns, target_patterns, **kwargs):
             turned = {pattern: tensors[::-1] for pattern, tensors in input_dict.items()}
@@ -39,14 +39,14 @@ def with_user_operation():
 
 @needs_transformers
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_an_operation_of_a_user_is_run_as_upstream_runs_it(dtype):
+def test_operation_of_a_user_runs_as_in_transformers(dtype):
     tensors, model = projections(), Experts(dtype)
-    made = amc.convert_state_dict(tensors, model, rules=with_user_operation())
+    converted = amc.convert_state_dict(tensors, model, rules=with_user_operation())
     expected = oracles.upstream_values(with_user_operation(), tensors, model, model.state_dict())
-    assert made.keys() == expected.keys()
+    assert converted.keys() == expected.keys()
     for name, tensor in expected.items():
-        assert_bytes_equal(made[name], tensor.to(torch.float32 if name == "norm" else dtype))
-    down = made["layers.0.experts.down_proj"]
+        assert_bytes_equal(converted[name], tensor.to(torch.float32 if name == "norm" else dtype))
+    down = converted["layers.0.experts.down_proj"]
     assert_bytes_equal(down[0], tensors["layers.0.experts.2.w2.weight"].to(dtype))
 
 
@@ -70,15 +70,15 @@ def test_an_operation_of_a_user_under_the_same_name_is_not_skipped():
     assert_bytes_equal(amc.convert_state_dict(tensors, model, rules=rules)["a"], tensors["a"].t().contiguous())
     for arguments in ({"source_layout": "nemo"}, {"layout": "nemo"}):
         try:
-            made = amc.convert_state_dict(tensors, model, rules=rules, **arguments)
+            converted = amc.convert_state_dict(tensors, model, rules=rules, **arguments)
         except UnsupportedError:
             continue
-        assert_bytes_equal(made["a"], tensors["a"].t().contiguous())
+        assert_bytes_equal(converted["a"], tensors["a"].t().contiguous())
 
 
 @pytest.fixture
 def mixtral(tmp_path):
-    """A small model and its checkpoint in the published format."""
+    """Return a small model and write its checkpoint in the published format."""
     if core is None:
         pytest.skip("transformers is not installed")
     from tests.model_zoo import build_model, write_checkpoint
@@ -88,15 +88,15 @@ def mixtral(tmp_path):
     return model, tmp_path
 
 
-def assert_loads_as_upstream(model, directory, some_fallbacks):
+def assert_loads_as_upstream(model, directory, has_fallbacks):
     upstream = type(model).from_pretrained(directory)
     loaded = amc.load_state_dict(directory)
     assert_same(loaded, upstream.state_dict())
-    assert (len(loaded.report.fallbacks) > 0) == some_fallbacks
+    assert (len(loaded.report.fallbacks) > 0) == has_fallbacks
     assert all("experts" in name for name in loaded.report.fallbacks)
     plan = amc.compile_plan(amc.open_checkpoint(directory))
     assert plan.fallbacks == tuple(name for name in plan_names(plan) if name in loaded.report.fallbacks)
-    assert ("upstream" in plan.summary().partition("reads")[0]) == some_fallbacks
+    assert ("upstream" in plan.summary().partition("reads")[0]) == has_fallbacks
 
 
 def plan_names(plan):
@@ -104,29 +104,29 @@ def plan_names(plan):
 
 
 @pytest.mark.parametrize("layout", ["nemo", "gpt_oss", "vllm"])
-def test_experts_that_do_not_lie_as_the_model_has_them_are_an_error(mixtral, layout):
+def test_experts_in_another_layout_than_the_model_are_an_error(mixtral, layout):
     mixtral, _ = mixtral
-    made = amc.convert_state_dict(mixtral.state_dict(), mixtral, layout=layout)
+    converted = amc.convert_state_dict(mixtral.state_dict(), mixtral, layout=layout)
     with pytest.raises(UnsupportedError, match="source_layout="):
-        amc.convert_state_dict(made, mixtral)
+        amc.convert_state_dict(converted, mixtral)
     with pytest.raises(UnsupportedError, match=r"(?s)experts.* layout="):
-        amc.revert_state_dict(made, mixtral)
-    assert_same(amc.convert_state_dict(made, mixtral, source_layout=layout), mixtral.state_dict())
+        amc.revert_state_dict(converted, mixtral)
+    assert_same(amc.convert_state_dict(converted, mixtral, source_layout=layout), mixtral.state_dict())
 
 
-def test_a_patched_convert_is_run_as_upstream_runs_it(mixtral, monkeypatch):
-    assert_loads_as_upstream(*mixtral, some_fallbacks=False)
+def test_patched_convert_runs_as_in_transformers(mixtral, monkeypatch):
+    assert_loads_as_upstream(*mixtral, has_fallbacks=False)
     stock = MergeModulelist.convert
 
     def convert(self, input_dict, source_patterns, target_patterns, **kwargs):
-        made = stock(self, input_dict, source_patterns, target_patterns, **kwargs)
-        return {pattern: tensor.flip(0) for pattern, tensor in made.items()}
+        converted = stock(self, input_dict, source_patterns, target_patterns, **kwargs)
+        return {pattern: tensor.flip(0) for pattern, tensor in converted.items()}
 
     monkeypatch.setattr(MergeModulelist, "convert", convert)
-    assert_loads_as_upstream(*mixtral, some_fallbacks=True)
+    assert_loads_as_upstream(*mixtral, has_fallbacks=True)
 
 
-def test_a_converter_that_a_user_registered_is_run_as_upstream_runs_it(mixtral, monkeypatch):
+def test_converter_registered_by_a_user_runs_as_in_transformers(mixtral, monkeypatch):
     from copy import deepcopy
 
     from transformers import conversion_mapping as registry
@@ -143,4 +143,4 @@ def test_a_converter_that_a_user_registered_is_run_as_upstream_runs_it(mixtral, 
 
     isolate_registry(monkeypatch)
     registry.register_checkpoint_conversion_mapping("mixtral", rules, overwrite=True)
-    assert_loads_as_upstream(*mixtral, some_fallbacks=True)
+    assert_loads_as_upstream(*mixtral, has_fallbacks=True)

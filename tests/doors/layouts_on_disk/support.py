@@ -41,7 +41,7 @@ def config_of(model_type, experts, intermediate, hidden):
 
 
 def publish(model_type, sizes, directory):
-    """Write a checkpoint as the type is published; returns the model."""
+    """Write a checkpoint as the type is published; return the model."""
     config = config_of(model_type, *sizes)
     auto = AutoModelForImageTextToText if model_type == "qwen3_vl_moe" else transformers.AutoModelForCausalLM
     model = auto.from_config(config, dtype=torch.bfloat16)
@@ -57,11 +57,11 @@ def publish(model_type, sizes, directory):
         save_file(state, Path(directory, "model.safetensors"), metadata={"format": "pt"})
     else:
         model.save_pretrained(directory, max_shard_size="6KB")
-        model = type(model).from_pretrained(directory)  # with what it keeps in float32
+        model = type(model).from_pretrained(directory)  # reload, because some tensors stay in float32
     return model
 
 
-def own_of(model_type):
+def own_layout_of(model_type):
     return "gpt_oss" if model_type == "gpt_oss" else "transformers"
 
 

@@ -1,4 +1,4 @@
-"""Files to map."""
+"""Helpers that write files to map."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def write(directory: Path, **tensors: torch.Tensor) -> Path:
 
 
 def write_by_hand(directory: Path, pad: int, **tensors: torch.Tensor) -> Path:
-    """A file whose tensors lie in the order that is given, and whose header has ``pad`` more spaces than it needs."""
+    """Write a file with tensors in the given order and ``pad`` extra spaces in its header."""
     header, data = {}, b""
     for name, tensor in tensors.items():
         raw = bytes(tensor.reshape(-1).view(torch.uint8).numpy())

@@ -1,4 +1,4 @@
-"""Loads with ``memory_map=True``: the same tensors, on the bytes of the files, which no write reaches."""
+"""Tests of loads with ``memory_map=True``: the same tensors, on the bytes of the files, which no write changes."""
 
 from __future__ import annotations
 
@@ -39,11 +39,11 @@ def maps_of(directory: Path) -> int:
     return sum(path.startswith(f"{directory}{os.sep}") for path in mapped_files())
 
 
-def test_tensors_of_every_dtype_and_shape_are_mapped_as_they_are_read(tmp_path):
+def test_mapped_tensors_of_every_dtype_and_shape_equal_read_ones(tmp_path):
     tensors = {}
     for dtype in DTYPES:
         for shape in ((), (1,), (3, 5), (4, 4), (2, 0, 3), (7, 1, 2)):
-            if shape or dtype_code(dtype) != "F4":  # half a byte
+            if shape or dtype_code(dtype) != "F4":  # elements of half a byte
                 tensors[f"{dtype}.{shape}"] = address_valued(shape, dtype)
     save_file(tensors, tmp_path / "model.safetensors")
     before = hashes(tmp_path)
@@ -65,7 +65,7 @@ def test_tensors_of_every_dtype_and_shape_are_mapped_as_they_are_read(tmp_path):
     assert_same(amc.load_state_dict(tmp_path, rules=[], memory_map=True), tensors)
 
 
-def test_nothing_is_mapped_unless_it_is_asked_for(tmp_path):
+def test_nothing_is_mapped_by_default(tmp_path):
     write(tmp_path, a=torch.ones(10_000))
     tensors = amc.load_state_dict(tmp_path, rules=[])
     assert (maps_of(tmp_path), tensors.report.bytes_mapped) == (0, 0)
@@ -86,8 +86,8 @@ def test_a_file_is_unmapped_with_its_last_tensor_and_holds_no_descriptor(tmp_pat
 
 
 @pytest.mark.parametrize("pad", range(5))
-def test_what_does_not_lie_at_a_multiple_of_its_elements_is_read(tmp_path, pad):
-    """By a file with an odd header, and by a neighbour of an odd size."""
+def test_unaligned_tensors_are_read(tmp_path, pad):
+    """Use a file with an odd header, and a neighbour of an odd size."""
     a, b = torch.arange(10_000.0), torch.arange(77, dtype=torch.int16)
     wanted = {"a": a, "c": torch.ones(3, dtype=torch.int8), "b": b, "d": torch.tensor(2.0)}
     write_by_hand(tmp_path, pad, **wanted)
@@ -101,16 +101,16 @@ def test_what_does_not_lie_at_a_multiple_of_its_elements_is_read(tmp_path, pad):
     assert_same(loaded, wanted)
 
 
-def test_neighbours_share_a_mapping_up_to_its_size_and_no_two_places_of_one_overlap(tmp_path):
+def test_neighbours_share_a_mapping_without_overlaps(tmp_path):
     tensors = {f"{number:03}": torch.full((100,), float(number)) for number in range(30)}
     write_by_hand(tmp_path, 0, **tensors)
     checkpoint = amc.open_checkpoint(tmp_path)
     plan = amc.compile_plan(checkpoint, rules=[])
     places = [file_range_of(target, checkpoint) for target in plan.targets]
     for limit, count in ((400, 30), (1199, 15), (1200, 10), (12_000, 1), (1, 30)):
-        made = list(group_ranges(places[::-1], limit))
-        assert len(made) == count
-        assert sorted(place.target.name for span in made for place in span) == list(tensors)
+        spans = list(group_ranges(places[::-1], limit))
+        assert len(spans) == count
+        assert sorted(place.target.name for span in spans for place in span) == list(tensors)
     twice = list(group_ranges([*places, *places]))
     assert sum(map(len, twice)) == 60
     for span in twice:
@@ -126,9 +126,9 @@ def test_many_small_tensors_need_one_mapping(tmp_path):
     assert_same(loaded, tensors)
 
 
-def test_a_file_that_became_shorter_is_one_error_that_names_what_is_cut(tmp_path, monkeypatch):
+def test_truncated_file_is_one_error_that_names_the_tensor(tmp_path, monkeypatch):
     write(tmp_path, a=torch.ones(5000), b=torch.ones(5000))
-    monkeypatch.setattr(system, "map_private", lambda *_: pytest.fail("a file that is too short was mapped"))
+    monkeypatch.setattr(system, "map_private", lambda *_: pytest.fail("mapped a file that is too short"))
     opened = opening.load_plan
 
     def cut(*args, **kwargs):
@@ -144,7 +144,7 @@ def test_a_file_that_became_shorter_is_one_error_that_names_what_is_cut(tmp_path
     assert descriptors() == open_files
 
 
-def test_a_file_that_cannot_be_mapped_is_one_error_that_advises_to_read(tmp_path, monkeypatch):
+def test_file_that_cannot_be_mapped_is_one_error_with_advice(tmp_path, monkeypatch):
     write(tmp_path, a=torch.ones(50))
 
     def fails(*_):
@@ -158,14 +158,14 @@ def test_a_file_that_cannot_be_mapped_is_one_error_that_advises_to_read(tmp_path
     assert descriptors() == open_files
 
 
-def test_the_system_says_why_it_maps_nothing(tmp_path):
+def test_error_quotes_the_reason_of_the_system(tmp_path):
     fd = system.open_readonly(str(write(tmp_path, a=torch.ones(50)) / "model.safetensors"))
     with pytest.raises(OSError, match="Invalid argument"):
         system.map_private(fd, 1, 10)
     system.close(fd)
 
 
-def test_off_linux_all_is_read(tmp_path, monkeypatch):
+def test_all_tensors_are_read_on_other_systems(tmp_path, monkeypatch):
     monkeypatch.setattr(system, "can_map", lambda: False)
     loaded = amc.load_state_dict(write(tmp_path, a=torch.ones(50)), rules=[], memory_map=True)
     assert (loaded.report.bytes_mapped, loaded.report.bytes_read) == (0, 200)
@@ -184,12 +184,12 @@ def test_a_file_that_is_removed_or_replaced_stays_as_it_was_mapped(tmp_path):
     assert_bytes_equal(loaded["a"], values)
 
 
-def test_mapped_tensors_are_copied_pickled_and_shared_as_any_other(tmp_path):
+def test_mapped_tensors_are_copied_pickled_and_shared_like_others(tmp_path):
     wanted = {"a": torch.arange(3000.0).reshape(30, 100), "b": torch.ones(500_000)}
     loaded = amc.load_state_dict(write(tmp_path, **wanted), rules=[], memory_map=True)
     a = loaded["a"]
     torch.save(a, tmp_path / "a.pt")
-    assert (tmp_path / "a.pt").stat().st_size < 2 * a.nbytes  # not what else is mapped with it
+    assert (tmp_path / "a.pt").stat().st_size < 2 * a.nbytes  # without other mapped tensors
     for other in (copy.deepcopy(a), pickle.loads(pickle.dumps(a)), torch.load(tmp_path / "a.pt"), a.clone()):
         assert_bytes_equal(other, wanted["a"], strides=True)
         other.zero_()
@@ -198,7 +198,7 @@ def test_mapped_tensors_are_copied_pickled_and_shared_as_any_other(tmp_path):
     assert_bytes_equal(a, wanted["a"])
 
 
-def test_checksums_are_verified_of_what_is_mapped(tmp_path):
+def test_checksums_of_mapped_tensors_are_verified(tmp_path):
     amc.save_checkpoint({"a": torch.ones(5000)}, tmp_path, rules=[], checksums=True)
     loaded = amc.load_state_dict(tmp_path, rules=[], memory_map=True, verify=True)
     assert loaded.report.bytes_mapped == 20_000
@@ -221,14 +221,14 @@ def test_another_dtype_is_cast_and_not_mapped(tmp_path):
     assert_same(loaded, {"a": torch.ones(50, dtype=torch.bfloat16), "b": torch.arange(3)})
 
 
-def test_a_dtype_that_torch_lacks_is_refused_as_without(tmp_path):
+def test_dtype_that_torch_lacks_is_refused_as_in_a_read(tmp_path):
     text = b'{"a":{"dtype":"F6_E2M3","shape":[8],"data_offsets":[0,6]}}'
     (tmp_path / "model.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + bytes(6))
     with pytest.raises(UnsupportedError, match="does not support"):
         amc.load_state_dict(tmp_path, rules=[], memory_map=True)
 
 
-def test_tensors_made_in_inference_mode_and_under_a_default_device_are_mapped_too(tmp_path):
+def test_tensors_are_mapped_in_inference_mode_and_under_a_default_device(tmp_path):
     write(tmp_path, a=torch.ones(50))
     with torch.inference_mode():
         assert amc.load_state_dict(tmp_path, rules=[], memory_map=True)["a"].is_inference()
@@ -247,10 +247,10 @@ touched, asked = os.pipe(), os.pipe()
 for _ in range(2):
     if not os.fork():
         tensors = amc.load_state_dict(directory, rules=[], memory_map=True)
-        found = int(tensors["a"][::512].sum())
+        total = int(tensors["a"][::512].sum())
         os.write(touched[1], b".")
         os.read(asked[0], 1)
-        os.write(1, json.dumps([found, mapped_pss(directory)]).encode() + b"\\n")
+        os.write(1, json.dumps([total, mapped_pss(directory)]).encode() + b"\\n")
         os.write(touched[1], b".")
         os.read(asked[0], 1)
         os._exit(0)
@@ -273,13 +273,13 @@ kept.append(amc.load_state_dict(sys.argv[1], rules=[], memory_map=True)["a"])
 
 
 def run(script: str, directory: Path) -> str:
-    """What a process of its own prints."""
+    """Run a script in its own process; return its output."""
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[3]), *sys.path[1:]])}
     command = [sys.executable, "-c", script, str(directory)]
     return subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout
 
 
-def test_mapped_tensors_live_to_the_very_end_of_a_process(tmp_path):
+def test_mapped_tensors_stay_valid_until_the_process_ends(tmp_path):
     assert run(_AT_EXIT, write(tmp_path, a=torch.ones(5000))) == "5000"
 
 
@@ -287,8 +287,8 @@ def test_mapped_tensors_live_to_the_very_end_of_a_process(tmp_path):
 def test_two_processes_share_the_pages_of_a_mapped_file(tmp_path):
     values = torch.arange(8 << 20)  # 64 MiB
     write(tmp_path, a=values)
-    found = [json.loads(line) for line in run(_TOUCH, tmp_path).splitlines()]
-    assert len(found) == 2
-    for total_of_touched, pss in found:
+    outputs = [json.loads(line) for line in run(_TOUCH, tmp_path).splitlines()]
+    assert len(outputs) == 2
+    for total_of_touched, pss in outputs:
         assert total_of_touched == int(values[::512].sum())
-        assert 0.45 * values.nbytes < pss < 0.55 * values.nbytes  # each page counts half in each process
+        assert 0.45 * values.nbytes < pss < 0.55 * values.nbytes  # each process counts half of each shared page

@@ -1,4 +1,4 @@
-"""Modules and models of transformers with ``memory_map=True``: mapped where they can be, saved and trained as any."""
+"""Tests of modules and transformers models with ``memory_map=True``: mapped if possible, saved and trained as usual."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_a_parameter_of_another_dtype_is_replaced_by_a_mapped_one(tmp_path):
 
 
 @pytest.mark.parametrize("names", [("a",), ("b",), ("a", "b")])
-def test_what_is_one_parameter_shares_memory_and_takes_no_second_copy(tmp_path, names):
+def test_one_parameter_under_several_names_shares_memory(tmp_path, names):
     write(tmp_path, count=VALUES["count"], **{name: VALUES["a"].clone() for name in names})
     model = Two(tied=True)
     report = amc.load_model(model, tmp_path, memory_map=True)
@@ -121,8 +121,8 @@ def published(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def own(published, tmp_path_factory):
-    """The checkpoint in the model's own layout."""
-    directory = tmp_path_factory.mktemp("own") / "made"
+    """Write the checkpoint in the model's own layout."""
+    directory = tmp_path_factory.mktemp("own") / "out"
     amc.convert_checkpoint(published, directory)
     return directory
 
@@ -150,7 +150,7 @@ def test_a_checkpoint_in_the_models_own_layout_is_mapped_whole_and_equals_from_p
     assert_same_in_order(model.state_dict(), expected.state_dict())
     tokens = torch.arange(6).reshape(1, 6)
     for each in (model, expected):
-        each.config._experts_implementation = "eager"  # others want sizes that the small model has not
+        each.config._experts_implementation = "eager"  # other implementations need larger sizes
     assert_bytes_equal(model.eval()(tokens).logits, expected.eval()(tokens).logits)
     overwrite(model.state_dict())
     overwrite(loaded)
@@ -158,7 +158,7 @@ def test_a_checkpoint_in_the_models_own_layout_is_mapped_whole_and_equals_from_p
 
 
 @needs_transformers
-def test_what_is_merged_of_parts_that_lie_apart_is_read(published):
+def test_targets_merged_from_separate_parts_are_read(published):
     checkpoint = amc.open_checkpoint(published)
     loaded = amc.load_state_dict(published, memory_map=True)
     experts = {name for name in loaded if ".experts." in name}
@@ -170,7 +170,7 @@ def test_what_is_merged_of_parts_that_lie_apart_is_read(published):
 
 
 def in_runs(published: Path, directory: Path, order: tuple[str, ...] = ("w1", "w3")) -> Path:
-    """The same checkpoint in one file: layer by layer ``order`` of each expert in turn, and w2 of all experts."""
+    """Write the same checkpoint to one file: per layer ``order`` of each expert alternating, then w2 of all experts."""
 
     def place(name):
         layer, _, expert = name.partition(".experts.")
@@ -187,7 +187,7 @@ def in_runs(published: Path, directory: Path, order: tuple[str, ...] = ("w1", "w
 
 @needs_transformers
 @pytest.mark.parametrize("order", [("w1", "w3"), ("w3", "w1")])
-def test_parts_that_follow_each_other_in_the_order_of_the_target_are_one_region(published, tmp_path, order):
+def test_consecutive_parts_in_target_order_are_one_region(published, tmp_path, order):
     loaded = amc.load_state_dict(in_runs(published, tmp_path, order), memory_map=True)
     merged = {name for name in loaded if name.endswith("experts.gate_up_proj")}
     read = set() if order == ("w1", "w3") else merged
@@ -214,7 +214,7 @@ def test_other_layouts_have_the_same_bytes_mapped_or_not(published, tmp_path, la
 @needs_transformers
 @pytest.mark.parametrize("saves", ["beside", "after removing", "by transformers"])
 def test_a_mapped_model_is_saved_over_its_own_files(own, tmp_path, saves):
-    """Files are written under other names, which then take the place of the old ones. Source: safetensors 0.8.0."""
+    """Check that files are written under other names and then replace the old ones. Source: safetensors 0.8.0."""
     place = tmp_path / "place"
     shutil.copytree(own, place)
     before = contents(place)
@@ -223,8 +223,8 @@ def test_a_mapped_model_is_saved_over_its_own_files(own, tmp_path, saves):
     if saves == "beside":
         with pytest.raises(DestinationError, match="a checkpoint already"):
             amc.save_checkpoint(model, place, reference=own)
-        amc.save_checkpoint(model, tmp_path / "made", reference=place)
-        assert contents(tmp_path / "made") == before
+        amc.save_checkpoint(model, tmp_path / "out", reference=place)
+        assert contents(tmp_path / "out") == before
     elif saves == "after removing":
         for file in place.glob("*.safetensors*"):
             file.unlink()
@@ -236,7 +236,7 @@ def test_a_mapped_model_is_saved_over_its_own_files(own, tmp_path, saves):
 
 
 @needs_transformers
-def test_under_the_hook_what_is_made_by_plan_and_lies_in_a_file_is_mapped(published, tmp_path):
+def test_the_hook_maps_contiguous_planned_targets(published, tmp_path):
     from transformers import AutoModelForCausalLM
 
     in_runs(published, tmp_path)
@@ -260,7 +260,7 @@ def test_under_the_hook_what_is_made_by_plan_and_lies_in_a_file_is_mapped(publis
 
 
 @needs_transformers
-def test_the_last_install_says_whether_to_map():
+def test_last_install_determines_whether_to_map():
     from automodel_conv.integrations.transformers import _HOOK
 
     try:

@@ -1,4 +1,4 @@
-"""A model to save."""
+"""Fixtures of a model to save."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""State dicts and modules of any kind straight to files, within bounded memory."""
+"""Tests of saving state dicts and modules of any kind, within bounded memory."""
 
 from __future__ import annotations
 
@@ -101,24 +101,24 @@ tensors = {name.format(n): torch.ones(E, H, 2 * I, dtype=torch.bfloat16) for n i
 options = dict(rules=[], layout="nemo", dtype=getattr(torch, dtype), threads=2, scratch_bytes=16 << 20)
 amc.save_checkpoint({"experts.gate_and_up_projs": torch.ones(2, 128, 256)}, path + "/warm", **options)
 with PeakMemory() as peak:
-    report = amc.save_checkpoint(tensors, path + "/made", **options)
+    report = amc.save_checkpoint(tensors, path + "/out", **options)
 print(peak.anonymous_bytes, report.peak_extra_bytes, report.bytes_written)
 """
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-def test_memory_stays_bounded_whatever_the_size_of_the_model(tmp_path, dtype):
+def test_memory_stays_bounded_for_any_model_size(tmp_path, dtype):
     command = [sys.executable, "-c", MEASURE, str(tmp_path), dtype]
-    returning = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}  # glibc otherwise keeps what is freed
-    done = subprocess.run(command, capture_output=True, text=True, check=True, env=returning)
+    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}  # glibc otherwise keeps freed memory
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
     peak_bytes, bound_bytes, bytes_written = map(int, done.stdout.split())
     assert bytes_written > 96_000_000
     assert bound_bytes <= 16 << 20
     assert peak_bytes <= bound_bytes
 
 
-def test_checksums_of_an_earlier_checkpoint_do_not_stay(tmp_path):
+def test_checksums_of_an_earlier_checkpoint_are_removed(tmp_path):
     (tmp_path / "model.safetensors.checksums.json").write_text("{}")
     (tmp_path / "training_args.bin").write_bytes(b"kept")
     amc.save_checkpoint({"a": torch.ones(2)}, tmp_path, rules=[])

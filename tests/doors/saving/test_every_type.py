@@ -1,4 +1,4 @@
-"""Models of every type straight to files: what ``save_pretrained`` writes, and upstream loads."""
+"""Tests of saving models of every type: files equal those of ``save_pretrained``, and transformers loads them."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def quarter(model):
 
 
 class Case:
-    """A model that upstream loaded, and what upstream writes of it, in several files."""
+    """A model that transformers loaded, and its checkpoint written by transformers in several files."""
 
     def __init__(self, name, directory):
         self.name, self.directory = name, directory
@@ -32,7 +32,7 @@ class Case:
         self.expected = directory / "upstream"
         save_upstream(self.model, self.expected, self.most_bytes)
 
-    def assert_is_upstreams(self, directory):
+    def assert_equals_transformers(self, directory):
         if self.name not in OTHER_ORDER:
             assert contents(directory) == contents(self.expected)
         assert_same(tensors_of(directory), tensors_of(self.expected))
@@ -44,35 +44,35 @@ def case(request, tmp_path_factory):
 
 
 @pytest.mark.sweep
-def test_what_upstream_loaded_is_saved_as_upstream_saves_it(case, tmp_path):
+def test_model_loaded_by_transformers_is_saved_as_by_transformers(case, tmp_path):
     report = amc.save_checkpoint(case.model, tmp_path, max_shard_size=case.most_bytes)
-    case.assert_is_upstreams(tmp_path)
+    case.assert_equals_transformers(tmp_path)
     assert sorted(report.files) == sorted(path.name for path in tmp_path.glob("*.safetensors"))
     assert report.bytes_written == sum(path.stat().st_size for path in tmp_path.glob("*.safetensors"))
 
 
 @pytest.mark.sweep
-def test_what_we_load_and_save_is_what_it_was_and_upstream_loads_it(case, tmp_path):
+def test_load_and_save_round_trips_and_transformers_loads_it(case, tmp_path):
     model = copy.deepcopy(case.model)
     for tensor in model.state_dict().values():
         tensor.reshape(-1).view(torch.uint8).fill_(POISON)
     amc.load_model(model, case.expected, strict=False)
     amc.save_checkpoint(model, tmp_path, max_shard_size=case.most_bytes)
-    case.assert_is_upstreams(tmp_path)
+    case.assert_equals_transformers(tmp_path)
     again = type(model).from_pretrained(tmp_path)
     assert_same(again.state_dict(), case.model.state_dict())
 
 
 @pytest.mark.sweep
-def test_a_reference_gives_its_names_and_files_back(case, tmp_path):
+def test_reference_restores_its_names_and_files(case, tmp_path):
     amc.save_checkpoint(case.model, tmp_path, reference=case.expected)
     assert contents(tmp_path) == contents(case.expected)
 
 
 @pytest.mark.sweep
 @needs_transformers
-def test_exceptions_of_the_sweep_are_exceptions(tmp_path):
+def test_exceptions_of_the_sweep_do_differ(tmp_path):
     for name in OTHER_ORDER & set(NAMES):
         case = Case(name, tmp_path / name)
-        amc.save_checkpoint(case.model, tmp_path / "made", max_shard_size=case.most_bytes)
-        assert contents(tmp_path / "made") != contents(case.expected)
+        amc.save_checkpoint(case.model, tmp_path / "out", max_shard_size=case.most_bytes)
+        assert contents(tmp_path / "out") != contents(case.expected)

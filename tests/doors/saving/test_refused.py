@@ -1,4 +1,4 @@
-"""What is not saved: refused, and nothing is left behind."""
+"""Tests of refused saves: one error, and no file is left behind."""
 
 from __future__ import annotations
 
@@ -35,31 +35,31 @@ def refused(model, directory, error, text, **options):
     assert not directory.exists() or not list(directory.iterdir())
 
 
-def test_a_state_dict_alone_is_refused(tmp_path):
-    refused(plain(), tmp_path / "made", UnsupportedError, r"does not determine the rules(.|\n)*rules=\[\] keeps")
+def test_state_dict_without_rules_is_refused(tmp_path):
+    refused(plain(), tmp_path / "out", UnsupportedError, r"does not determine the rules(.|\n)*rules=\[\] keeps")
 
 
 @pytest.mark.parametrize("size", [0, "much", -1, 1.5, None])
 def test_a_wrong_size_is_refused(tmp_path, size):
-    refused(plain(), tmp_path / "made", UnsupportedError, "not a size", rules=[], max_shard_size=size)
+    refused(plain(), tmp_path / "out", UnsupportedError, "not a size", rules=[], max_shard_size=size)
 
 
 @pytest.mark.parametrize("options", [{"threads": 0}, {"scratch_bytes": 1000}])
 def test_impossible_options_are_refused(tmp_path, options):
-    refused(plain(), tmp_path / "made", ConversionError, "scratch_bytes >=", rules=[], **options)
+    refused(plain(), tmp_path / "out", ConversionError, "scratch_bytes >=", rules=[], **options)
 
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn, "bfloat16"], ids=str)
-def test_a_dtype_that_is_no_number_is_refused(tmp_path, dtype):
-    refused(plain(), tmp_path / "made", UnsupportedError, "floating torch dtype", rules=[], dtype=dtype)
+def test_dtype_that_is_not_floating_is_refused(tmp_path, dtype):
+    refused(plain(), tmp_path / "out", UnsupportedError, "floating torch dtype", rules=[], dtype=dtype)
 
 
-def test_what_is_no_tensor_is_refused(tmp_path):
-    refused({"a": torch.ones(2), "b": 3}, tmp_path / "made", UnsupportedError, "b is not a tensor", rules=[])
+def test_value_that_is_not_a_tensor_is_refused(tmp_path):
+    refused({"a": torch.ones(2), "b": 3}, tmp_path / "out", UnsupportedError, "b is not a tensor", rules=[])
 
 
 class Counted(nn.Linear):
-    """Keeps something beside its tensors."""
+    """A layer that keeps extra state in addition to its tensors."""
 
     def get_extra_state(self):
         return {"steps": 3}
@@ -72,31 +72,31 @@ def tensors_in(model):
     return {name: value for name, value in model.state_dict().items() if isinstance(value, torch.Tensor)}
 
 
-def test_a_module_with_extra_state_that_is_no_tensor_is_refused_and_its_tensors_are_not(tmp_path):
+def test_module_with_extra_state_is_refused_but_its_tensors_are_saved(tmp_path):
     model, again = (nn.Sequential(Counted(2, 3), nn.Linear(3, 2)) for _ in range(2))
     text = r"extra state(.|\n)* 0._extra_state: dict(.|\n)*without it"
-    refused(model, tmp_path / "made", UnsupportedError, text)
-    amc.save_checkpoint(tensors_in(model), tmp_path / "made", rules=[])
-    amc.load_model(again, tmp_path / "made", rules=[])
+    refused(model, tmp_path / "out", UnsupportedError, text)
+    amc.save_checkpoint(tensors_in(model), tmp_path / "out", rules=[])
+    amc.load_model(again, tmp_path / "out", rules=[])
     assert_same(tensors_in(again), tensors_in(model))
 
 
 def test_a_dtype_that_files_cannot_hold_is_refused(tmp_path):
     tensors = {"a": torch.ones(2, dtype=torch.complex128)}
-    refused(tensors, tmp_path / "made", UnsupportedError, "a has a dtype", rules=[])
+    refused(tensors, tmp_path / "out", UnsupportedError, "a has a dtype", rules=[])
 
 
 @pytest.mark.parametrize("lazy", [torch.conj, torch._neg_view], ids=["conjugated", "negated"])
 def test_views_that_are_computed_when_read_are_refused(tmp_path, lazy):
     tensors = {"a": lazy(torch.ones(2, dtype=torch.complex64))}
-    refused(tensors, tmp_path / "made", UnsupportedError, "a cannot be saved as it is stored", rules=[])
+    refused(tensors, tmp_path / "out", UnsupportedError, "a cannot be saved as it is stored", rules=[])
 
 
 @pytest.mark.parametrize("as_module", [True, False])
 def test_tensors_without_data_are_refused(tmp_path, as_module):
     module = nn.Linear(2, 3, device="meta")
     model = module if as_module else module.state_dict()
-    refused(model, tmp_path / "made", UnsupportedError, "weight has no data", **({} if as_module else {"rules": []}))
+    refused(model, tmp_path / "out", UnsupportedError, "weight has no data", **({} if as_module else {"rules": []}))
 
 
 @needs_transformers
@@ -107,7 +107,7 @@ def test_tensors_without_data_are_refused(tmp_path, as_module):
 def test_models_that_transformers_must_save_are_refused(tmp_path, attribute, value, text):
     model = build_model("llama")
     setattr(model, attribute, value)
-    refused(model, tmp_path / "made", UnsupportedError, text)
+    refused(model, tmp_path / "out", UnsupportedError, text)
 
 
 @needs_transformers
@@ -125,7 +125,7 @@ def test_tensors_that_do_not_fit_the_reference_are_refused(mixtral, tmp_path):
     tensors["model.extra.weight"] = torch.ones(2)
     refused(
         tensors,
-        tmp_path / "made",
+        tmp_path / "out",
         NameProblems,
         r"model\.extra\.weight",
         reference=tmp_path / "published",
@@ -136,18 +136,18 @@ def test_tensors_that_do_not_fit_the_reference_are_refused(mixtral, tmp_path):
 @pytest.mark.parametrize(
     "present", ["model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "other.gguf"]
 )
-def test_a_directory_with_a_checkpoint_is_refused_and_left_alone(tmp_path, present):
+def test_directory_with_a_checkpoint_is_refused_and_unchanged(tmp_path, present):
     (tmp_path / present).write_bytes(b"precious")
     with pytest.raises(DestinationError, match=rf"holds a checkpoint already(.|\n)*{re.escape(present)}"):
         amc.save_checkpoint(plain(), tmp_path, rules=[])
     assert contents(tmp_path) == {present: b"precious"}
 
 
-def test_a_file_in_place_of_the_directory_is_told(tmp_path):
-    (tmp_path / "made").write_bytes(b"a file")
+def test_file_in_place_of_the_directory_is_an_error(tmp_path):
+    (tmp_path / "out").write_bytes(b"a file")
     with pytest.raises(WriteError, match="cannot write to a directory"):
-        amc.save_checkpoint(plain(), tmp_path / "made", rules=[])
-    assert (tmp_path / "made").read_bytes() == b"a file"
+        amc.save_checkpoint(plain(), tmp_path / "out", rules=[])
+    assert (tmp_path / "out").read_bytes() == b"a file"
 
 
 def test_a_full_disk_leaves_nothing_behind(tmp_path, monkeypatch):
@@ -155,18 +155,18 @@ def test_a_full_disk_leaves_nothing_behind(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(system, "pwritev", pwritev)
-    refused(plain(), tmp_path / "made", WriteError, "No space left", rules=[])
+    refused(plain(), tmp_path / "out", WriteError, "No space left", rules=[])
 
 
 @needs_transformers
-def test_parts_that_do_not_say_that_they_are_parts_are_refused(tmp_path):
+def test_shards_that_are_not_dtensors_are_refused(tmp_path):
     model = build_model("llama")
     model._tp_size = 2
-    refused(model, tmp_path / "made", UnsupportedError, "shards that are not DTensors")
+    refused(model, tmp_path / "out", UnsupportedError, "shards that are not DTensors")
 
 
 @needs_transformers
-def test_a_model_that_holds_a_part_of_its_experts_is_refused_and_nothing_is_written(mixtral, tmp_path):
+def test_model_with_a_part_of_its_experts_is_refused(mixtral, tmp_path):
     model = copy.deepcopy(mixtral)
     experts = next(module for name, module in model.named_modules() if name.endswith(".experts"))
     experts.down_proj = nn.Parameter(experts.down_proj.data[:6].clone())

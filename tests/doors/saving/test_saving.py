@@ -1,4 +1,4 @@
-"""A model of transformers straight to files: what ``save_pretrained`` writes, whatever the arguments."""
+"""Tests of saving a transformers model: the files of ``save_pretrained``, whatever the arguments."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ needs_transformers = pytest.mark.skipif(not NAMES, reason="transformers is not i
 @needs_transformers
 @pytest.mark.parametrize("name", ["mixtral", "deepseek_v3", "nemotron_h", "gpt_oss", "llama", "qwen2_moe-tied"])
 @pytest.mark.parametrize("options", [{}, {"max_shard_size": "30KB"}], ids=str)
-def test_a_model_made_from_its_config_is_saved_as_upstream_saves_it(name, options, tmp_path):
+def test_model_built_from_its_config_is_saved_as_by_transformers(name, options, tmp_path):
     model = build_model(name)
-    amc.save_checkpoint(model, tmp_path / "ours", **options)  # first: upstream writes into the model's own config
+    amc.save_checkpoint(model, tmp_path / "ours", **options)  # first, because transformers changes the model's config
     save_upstream(model, tmp_path / "upstream", options.get("max_shard_size", "5GB"))
     assert contents(tmp_path / "ours") == contents(tmp_path / "upstream")
 
@@ -44,7 +44,7 @@ def test_threads_and_scratch_change_nothing(mixtral, tmp_path, threads, scratch_
 
 @needs_transformers
 @pytest.mark.parametrize("name", ["mixtral", "gpt_oss", "qwen2_moe-tied"])
-def test_tensors_on_a_device_give_the_same_files(name, tmp_path, monkeypatch):
+def test_tensors_on_a_device_are_saved_to_the_same_files(name, tmp_path, monkeypatch):
     model = build_model(name)
     amc.save_checkpoint(model, tmp_path / "host", max_shard_size="40KB")
     devices = []
@@ -76,7 +76,7 @@ def test_tied_weights_are_written_once(tmp_path):
 
 
 @needs_transformers
-def test_weights_that_are_tied_no_longer_are_both_written(tmp_path):
+def test_formerly_tied_weights_are_both_written(tmp_path):
     model = build_model("qwen2_moe-tied")
     model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().clone() + 1)
     amc.save_checkpoint(model, tmp_path)
@@ -87,7 +87,7 @@ def test_weights_that_are_tied_no_longer_are_both_written(tmp_path):
 
 @needs_transformers
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_a_dtype_casts_all_but_what_the_model_keeps_in_float32(tmp_path, dtype):
+def test_dtype_casts_all_except_weights_kept_in_float32(tmp_path, dtype):
     model = build_model("deepseek_v3")
     amc.save_checkpoint(model, tmp_path / "own")
     amc.save_checkpoint(model, tmp_path / "cast", dtype=dtype)
@@ -103,7 +103,7 @@ def test_a_dtype_casts_all_but_what_the_model_keeps_in_float32(tmp_path, dtype):
 
 
 @needs_transformers
-def test_the_model_is_left_as_it_was(mixtral, tmp_path):
+def test_the_model_is_unchanged(mixtral, tmp_path):
     config, tensors = mixtral.config.to_dict(), {n: t.clone() for n, t in mixtral.state_dict().items()}
     amc.save_checkpoint(mixtral, tmp_path, dtype=torch.float32)
     assert mixtral.config.to_dict() == config
@@ -111,7 +111,7 @@ def test_the_model_is_left_as_it_was(mixtral, tmp_path):
 
 
 @needs_transformers
-def test_a_reference_in_the_layout_of_the_model_keeps_it(mixtral, tmp_path):
+def test_reference_in_the_layout_of_the_model_is_reproduced(mixtral, tmp_path):
     mixtral.save_pretrained(tmp_path / "grouped", save_original_format=False, max_shard_size="60KB")
     amc.save_checkpoint(mixtral, tmp_path / "ours", reference=tmp_path / "grouped")
     assert_same(tensors_of(tmp_path / "ours"), tensors_of(tmp_path / "grouped"))
@@ -120,7 +120,7 @@ def test_a_reference_in_the_layout_of_the_model_keeps_it(mixtral, tmp_path):
 
 
 @needs_transformers
-def test_files_go_to_a_directory_that_has_other_things(mixtral, tmp_path):
+def test_files_are_written_to_a_directory_with_other_files(mixtral, tmp_path):
     (tmp_path / "tokenizer.json").write_text("{}")
     (tmp_path / "config.json").write_text("an old one")
     amc.save_checkpoint(mixtral, tmp_path)
@@ -136,7 +136,7 @@ def test_files_go_to_a_directory_that_has_other_things(mixtral, tmp_path):
 
 @needs_transformers
 @pytest.mark.parametrize("layout", ["nemo", "gpt_oss", "vllm"])
-def test_a_state_dict_in_a_layout_goes_back_by_the_models_rules(mixtral, tmp_path, layout):
+def test_state_dict_in_a_layout_is_reverted_by_the_rules_of_the_model(mixtral, tmp_path, layout):
     amc.save_checkpoint(mixtral, tmp_path / "published")
     tensors = amc.convert_state_dict(mixtral.state_dict(), rules=[], layout=layout)
     rules = amc.get_checkpoint_conversion_mapping("mixtral")
@@ -148,8 +148,8 @@ def test_a_state_dict_in_a_layout_goes_back_by_the_models_rules(mixtral, tmp_pat
 
 
 @needs_transformers
-def test_a_model_that_torch_has_wrapped_is_saved_under_its_own_names(mixtral, tmp_path):
-    class Compiled(torch.nn.Module):  # as torch.compile wraps
+def test_compiled_model_is_saved_under_its_own_names(mixtral, tmp_path):
+    class Compiled(torch.nn.Module):  # same wrapper as torch.compile
         def __init__(self, model):
             super().__init__()
             self._orig_mod = model

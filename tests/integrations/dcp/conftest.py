@@ -1,4 +1,4 @@
-"""A published model."""
+"""Fixture of a published model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whether ranks agree on what they save: shapes, parts, errors and checksums, as the coordinator sees them."""
+"""Tests of whether ranks agree on what they save: shapes, parts, errors and checksums, seen by the coordinator."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""``dcp.load`` in one process: what is read, in which dtype, and what is refused. Many ranks: tests/distributed."""
+"""Tests of ``dcp.load`` in one process: reads, dtypes and refusals. Many ranks: tests/distributed."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 
-pytest.importorskip("transformers", reason="the models are transformers'")
+pytest.importorskip("transformers", reason="needs models of transformers")
 
 from safetensors.torch import save_file
 from torch.distributed.checkpoint.api import CheckpointException
@@ -21,7 +21,7 @@ from automodel_conv.testing import POISON, assert_bytes_equal
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 
-def test_tensors_are_cast_once_to_what_they_are_loaded_into(mixtral):
+def test_tensors_are_cast_once_to_the_target_dtype(mixtral):
     model, published = mixtral
     state = {name: torch.empty_like(tensor, dtype=torch.float32) for name, tensor in model.state_dict().items()}
     dcp.load(state, storage_reader=HuggingFaceReader(published))
@@ -30,7 +30,7 @@ def test_tensors_are_cast_once_to_what_they_are_loaded_into(mixtral):
 
 
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e8m0fnu, torch.uint8, torch.int8], ids=str)
-def test_codes_are_not_cast_to_what_they_are_loaded_into(tmp_path, dtype):
+def test_codes_are_not_cast_to_the_target_dtype(tmp_path, dtype):
     codes = torch.full((4, 6), 2, dtype=torch.uint8).view(dtype)
     save_file({"a.weight": codes}, tmp_path / "model.safetensors")
     state = {"a.weight": torch.empty(4, 6, dtype=torch.bfloat16)}
@@ -59,7 +59,7 @@ def test_metadata_has_every_name_of_the_model_and_the_dtypes_of_the_files(tmp_pa
         assert [(chunk.offsets, chunk.sizes) for chunk in described.chunks] == [((0, 0), (2, 3))]
 
 
-def test_what_no_target_takes_is_told_and_a_reset_reads_another_checkpoint(tmp_path):
+def test_unused_tensors_are_named_and_reset_reads_another_checkpoint(tmp_path):
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
         save_file({name: torch.ones(2), f"spare {name}": torch.ones(1)}, tmp_path / name / "model.safetensors")

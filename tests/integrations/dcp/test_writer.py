@@ -1,4 +1,4 @@
-"""``dcp.save`` in one process: what is written and what is refused. Many ranks: tests/distributed."""
+"""Tests of ``dcp.save`` in one process: written files and refusals. Many ranks: tests/distributed."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 
-pytest.importorskip("transformers", reason="the models are transformers'")
+pytest.importorskip("transformers", reason="needs models of transformers")
 
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
@@ -22,7 +22,7 @@ def files(directory):
     return {file.name: file.read_bytes() for file in directory.iterdir()}
 
 
-def test_what_is_saved_is_what_save_checkpoint_saves_and_loads_again(mixtral, tmp_path):
+def test_saved_files_equal_those_of_save_checkpoint_and_load_again(mixtral, tmp_path):
     model, _ = mixtral
     dcp.save(model.state_dict(), storage_writer=HuggingFaceWriter(tmp_path / "dcp", model, max_shard_size="60KB"))
     amc.save_checkpoint(model, tmp_path / "ours", max_shard_size="60KB")
@@ -36,7 +36,7 @@ def test_what_is_saved_is_what_save_checkpoint_saves_and_loads_again(mixtral, tm
 
 
 @pytest.mark.parametrize("change", ["nested", "one more", "one less"])
-def test_names_that_are_not_the_models_are_refused_and_nothing_is_written(mixtral, tmp_path, change):
+def test_unknown_names_are_refused_and_nothing_is_written(mixtral, tmp_path, change):
     model, _ = mixtral
     state = model.state_dict()
     if change == "nested":
@@ -50,7 +50,7 @@ def test_names_that_are_not_the_models_are_refused_and_nothing_is_written(mixtra
     assert not (tmp_path / "dcp").exists()
 
 
-def test_ranks_that_do_not_talk_to_each_other_and_kept_plans_are_refused(mixtral, tmp_path):
+def test_no_dist_and_cached_plans_are_refused(mixtral, tmp_path):
     model, _ = mixtral
     writer = HuggingFaceWriter(tmp_path / "dcp", model)
     with pytest.raises(amc.UnsupportedError, match="together"):
@@ -71,7 +71,7 @@ def test_views_that_are_computed_when_read_are_refused(tmp_path, lazy):
     assert files(tmp_path / "dcp") == {}
 
 
-def test_a_save_that_fails_leaves_nothing_and_room_for_the_next(mixtral, tmp_path, monkeypatch):
+def test_failed_save_leaves_nothing_and_can_be_repeated(mixtral, tmp_path, monkeypatch):
     model, _ = mixtral
     writer = HuggingFaceWriter(tmp_path / "dcp", model)
 
@@ -87,7 +87,7 @@ def test_a_save_that_fails_leaves_nothing_and_room_for_the_next(mixtral, tmp_pat
     assert (tmp_path / "dcp" / "model.safetensors").exists()
 
 
-def test_a_model_that_holds_a_part_of_its_experts_is_refused_and_nothing_is_written(mixtral, tmp_path):
+def test_model_with_a_part_of_its_experts_is_refused(mixtral, tmp_path):
     state = mixtral[0].state_dict()
     name = next(name for name in state if name.endswith("experts.down_proj"))
     state[name] = state[name][:6]

@@ -1,4 +1,4 @@
-"""One rank of a process group, and a model to wrap."""
+"""Fixtures: a process group of one rank, and a model to wrap."""
 
 from __future__ import annotations
 
@@ -16,6 +16,6 @@ def one_rank(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def mixtral(tmp_path_factory):
-    from tests.integrations.wrappers.support import Published  # needs transformers, without which nothing here runs
+    from tests.integrations.wrappers.support import Published  # needs transformers
 
     return Published("mixtral", tmp_path_factory.mktemp("mixtral"))

@@ -1,4 +1,4 @@
-"""Every way in which a model is wrapped, and a model with what upstream writes of it."""
+"""Every way to wrap a model, and a model with its checkpoint written by transformers."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.model_zoo import build_model, save_upstream
 
 
 def in_place_of(path, wrap):
-    """One module of the model is wrapped, and put back."""
+    """Return a function that wraps one module of the model in place."""
 
     def wrapped(model):
         parent, _, leaf = path.rpartition(".")
@@ -74,7 +74,7 @@ WAYS = WHOLE | PARTS | SHARDED | {"averaged": AveragedModel}
 
 
 class Published:
-    """A model, and what upstream writes of it."""
+    """A model and its checkpoint written by transformers."""
 
     def __init__(self, name, directory):
         self.path = directory

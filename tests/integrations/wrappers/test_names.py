@@ -1,4 +1,4 @@
-"""Names of wrapped models in files and state dicts, and rules that meet none of them."""
+"""Tests of the names of wrapped models in files and state dicts, and of rules that match none of them."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch import nn
 
-pytest.importorskip("transformers", reason="the models are transformers'")
+pytest.importorskip("transformers", reason="needs models of transformers")
 from safetensors.torch import load_file, save_file
 
 import automodel_conv as amc
@@ -58,7 +58,7 @@ def test_files_of_a_wrapped_model_load_and_convert_as_those_of_the_model(mixtral
 
 
 @pytest.mark.parametrize("kind", ["compiled", "parts"])
-def test_state_dicts_of_a_wrapped_model_are_taken_apart_by_rules_alone(mixtral, tmp_path, kind):
+def test_state_dicts_of_a_wrapped_model_are_split_by_rules(mixtral, tmp_path, kind):
     state = named(mixtral.model.state_dict(), NAMES[kind])
     rules = amc.get_model_conversion_mapping(mixtral.model)
     assert_same(amc.revert_state_dict(state, rules=rules), mixtral.tensors)
@@ -66,7 +66,7 @@ def test_state_dicts_of_a_wrapped_model_are_taken_apart_by_rules_alone(mixtral, 
     assert_same(load_file(tmp_path / "model.safetensors"), mixtral.tensors)
 
 
-def test_a_reference_gives_its_own_names_back(mixtral, tmp_path):
+def test_reference_restores_its_own_names(mixtral, tmp_path):
     file = tmp_path / "model.safetensors"
     stored = named(mixtral.tensors, NAMES["compiled DDP"])
     save_file(stored, file)
@@ -75,14 +75,14 @@ def test_a_reference_gives_its_own_names_back(mixtral, tmp_path):
     assert_same(load_file(tmp_path / "made" / "model.safetensors"), stored)
 
 
-def test_without_anything_to_name_tensors_by_all_names_are_kept(mixtral, tmp_path):
+def test_names_are_kept_without_rules_or_reference(mixtral, tmp_path):
     state = named(mixtral.model.state_dict(), NAMES["compiled DDP"])
     amc.save_checkpoint(state, tmp_path, rules=[])
     assert load_file(tmp_path / "model.safetensors").keys() == state.keys()
     assert amc.load_state_dict(tmp_path, rules=[]).keys() == state.keys()
 
 
-def test_names_that_become_one_are_told():
+def test_names_that_collide_are_named():
     model = nn.Sequential(nn.Linear(2, 2, bias=False))
     state = {"0.weight": torch.ones(2, 2), "0._orig_mod.weight": torch.ones(2, 2)}
     with pytest.raises(NameProblems, match=r"0\.weight <- 0\.weight, 0\._orig_mod\.weight") as caught:
@@ -100,29 +100,29 @@ def test_a_model_with_a_module_called_module_keeps_it():
     state = Held().state_dict()
     assert_same_in_order(amc.convert_state_dict(state, Held()), state)
     assert_same_in_order(amc.revert_state_dict(state, Held()), state)
-    wrapped = nn.DataParallel(Held()).state_dict()  # module.module.weight: nothing says which of both is the model's
+    wrapped = nn.DataParallel(Held()).state_dict()  # module.module.weight: either part could be the model's
     with pytest.raises(NameProblems, match=r"module\.module\.weight"):
         amc.convert_state_dict(wrapped, Held())
 
 
 class Original(nn.Module):
-    """Not a wrapper, for all its name: what it holds beside ``_orig_mod`` is its own."""
+    """A module that is not a wrapper although it has ``_orig_mod``: it has other tensors too."""
 
-    def __init__(self, beside):
+    def __init__(self, extra):
         super().__init__()
         self._orig_mod = nn.Linear(2, 2)
-        if beside == "a module":
+        if extra == "a module":
             self.other = nn.Linear(2, 2)
-        if beside == "a parameter":
+        if extra == "a parameter":
             self.other = nn.Parameter(torch.ones(2))
-        if beside == "a buffer":
+        if extra == "a buffer":
             self.register_buffer("other", torch.ones(2))
 
 
 @pytest.mark.parametrize("wrap", [lambda model: model, torch.compile, nn.DataParallel])
-@pytest.mark.parametrize("beside", ["a module", "a parameter", "a buffer"])
-def test_a_model_with_a_module_called_orig_mod_beside_others_keeps_all(beside, wrap, tmp_path):
-    model = Original(beside)
+@pytest.mark.parametrize("extra", ["a module", "a parameter", "a buffer"])
+def test_model_with_orig_mod_and_other_tensors_keeps_all(extra, wrap, tmp_path):
+    model = Original(extra)
     state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     wrapped = wrap(model)
     amc.save_checkpoint(wrapped, tmp_path)
@@ -139,7 +139,7 @@ def test_a_model_with_a_module_called_orig_mod_beside_others_keeps_all(beside, w
     assert_same(model.state_dict(), state)
 
 
-def test_only_names_that_all_begin_with_module_are_of_data_parallelism():
+def test_module_prefix_is_removed_only_if_all_names_have_it():
     state = {"module.0.weight": torch.ones(2, 2), "1.weight": torch.ones(2, 2)}
     model = nn.Sequential(nn.Linear(2, 2, bias=False), nn.Linear(2, 2, bias=False))
     with pytest.raises(NameProblems, match=r"module\.0\.weight"):
@@ -147,11 +147,11 @@ def test_only_names_that_all_begin_with_module_are_of_data_parallelism():
 
 
 @pytest.mark.parametrize("model_type", ["qwen3_vl_moe", "nemotron_h"])
-def test_grouped_experts_that_rules_do_not_meet_are_named(model_type, tmp_path):
+def test_grouped_experts_that_rules_do_not_match_are_named(model_type, tmp_path):
     model = build_model(model_type)
     rules = amc.get_model_conversion_mapping(model)
     assert amc.revert_state_dict(model.state_dict(), rules=rules)
-    # Without the modules that patterns of this type name beside the experts.
+    # Without modules other than experts that patterns of this type match.
     odd = {
         name.replace("mlp.experts", "moe.experts").replace("mixer.experts", "moe.experts"): t
         for name, t in model.state_dict().items()
@@ -163,14 +163,14 @@ def test_grouped_experts_that_rules_do_not_meet_are_named(model_type, tmp_path):
     assert not (tmp_path / "made").exists()
 
 
-def test_rules_that_meet_nothing_are_fine_where_there_are_no_experts(mixtral):
+def test_rules_that_match_nothing_are_accepted_without_experts(mixtral):
     state = {name: tensor for name, tensor in mixtral.model.state_dict().items() if "experts" not in name}
     expected = {name: tensor for name, tensor in mixtral.tensors.items() if "experts" not in name}
     assert_same(amc.revert_state_dict(state, mixtral.model), expected)
     assert amc.revert_state_dict({}, mixtral.model) == {}
 
 
-def test_a_stage_of_a_pipeline_is_taken_apart_as_far_as_it_goes(mixtral):
+def test_pipeline_stage_is_split_without_the_missing_layers(mixtral):
     state = {name: tensor for name, tensor in mixtral.model.state_dict().items() if ".layers.1." in name}
     expected = {name: tensor for name, tensor in mixtral.tensors.items() if ".layers.1." in name}
     assert_same(amc.revert_state_dict(state, mixtral.model), expected)

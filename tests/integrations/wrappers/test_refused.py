@@ -1,4 +1,4 @@
-"""Wrapped models that are refused at every door, with what to call first: FSDP1 and adapters."""
+"""Tests of wrapped models that every public function refuses, with what to call first: FSDP1 and adapters."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-pytest.importorskip("transformers", reason="the models are transformers'")
+pytest.importorskip("transformers", reason="needs models of transformers")
 from torch.distributed.fsdp import FullyShardedDataParallel
 
 import automodel_conv as amc
@@ -23,7 +23,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 
 
 def refusals(model, published, tmp_path):
-    """What each door says of a model that it does not take."""
+    """Return the error of each public function for a model that it refuses."""
     state = published.model.state_dict()
     doors = {
         "save_checkpoint": lambda: amc.save_checkpoint(model, tmp_path / "made"),
@@ -36,18 +36,18 @@ def refusals(model, published, tmp_path):
         "HuggingFaceWriter": lambda: HuggingFaceWriter(tmp_path / "made", model),
     }
     before = {name: tensor.clone() for name, tensor in model.named_parameters()}
-    said = {}
+    texts = {}
     for name, door in doors.items():
         with pytest.raises(UnsupportedError) as caught:
             door()
-        said[name] = str(caught.value)
+        texts[name] = str(caught.value)
     assert not (tmp_path / "made").exists()
     for name, tensor in model.named_parameters():
         assert_bytes_equal(tensor, before[name])
-    return set(said.values())
+    return set(texts.values())
 
 
-def test_fsdp1_is_refused_at_every_door_with_advice(mixtral, tmp_path):
+def test_fsdp1_is_refused_everywhere_with_advice(mixtral, tmp_path):
     model = FullyShardedDataParallel(copy.deepcopy(mixtral.model), device_id=torch.device("cpu"))
     [text] = refusals(model, mixtral, tmp_path)
     assert "fully_shard (FSDP2)" in text
@@ -55,7 +55,7 @@ def test_fsdp1_is_refused_at_every_door_with_advice(mixtral, tmp_path):
 
 
 class AdaptedLinear(nn.Module):
-    """As PEFT wraps a layer."""
+    """A layer wrapped as PEFT does."""
 
     def __init__(self, layer):
         super().__init__()
@@ -92,7 +92,7 @@ ADAPTED = {
     "experts": lambda m: peft_model(m, target_modules=[], target_parameters=EXPERTS),
     "inner model of experts": lambda m: peft_model(m, target_modules=[], target_parameters=EXPERTS).base_model.model,
     "compiled": lambda m: torch.compile(peft_model(m, target_modules=["q_proj"])),
-    "of a compiled layer": lambda m: peft_model(PARTS["a compiled layer"](m), target_modules=["v_proj"]),
+    "adapter of a compiled layer": lambda m: peft_model(PARTS["a compiled layer"](m), target_modules=["v_proj"]),
     "modules to save": lambda m: peft_model(m, target_modules=["q_proj"], modules_to_save=["lm_head"]),
     "prompts": prompted,
     "add_adapter": with_own_adapter,
@@ -100,7 +100,7 @@ ADAPTED = {
 
 
 @pytest.mark.parametrize("kind", ADAPTED)
-def test_adapters_are_refused_at_every_door_with_what_to_call(mixtral, kind, tmp_path):
+def test_adapters_are_refused_everywhere_with_advice(mixtral, kind, tmp_path):
     [text] = refusals(ADAPTED[kind](copy.deepcopy(mixtral.model)), mixtral, tmp_path)
     assert "PEFT adapters are not supported" in text
     for call in ("merge_and_unload()", "save_pretrained()", "Load the base model before"):
@@ -122,7 +122,7 @@ def test_names_of_adapted_layers_are_refused_without_the_model_too(mixtral, kind
 @pytest.mark.parametrize(
     "where", [{"target_modules": ["q_proj"]}, {"target_modules": [], "target_parameters": EXPERTS}]
 )
-def test_what_is_merged_is_saved_as_upstream_saves_it(mixtral, tmp_path, where):
+def test_merged_adapter_is_saved_as_by_transformers(mixtral, tmp_path, where):
     adapted = peft_model(copy.deepcopy(mixtral.model), init_lora_weights=False, **where)
     merged = adapted.merge_and_unload()
     amc.save_checkpoint(merged, tmp_path / "ours")

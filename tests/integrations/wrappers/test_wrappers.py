@@ -1,4 +1,4 @@
-"""Models that torch and accelerate have wrapped, whole or in parts, at every door: as the model itself."""
+"""Tests of models wrapped by torch and accelerate: every public function treats them as the model itself."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch import nn
 
-pytest.importorskip("transformers", reason="the models are transformers'")
+pytest.importorskip("transformers", reason="needs models of transformers")
 from torch.distributed.checkpoint.state_dict import get_model_state_dict
 
 import automodel_conv as amc
@@ -49,13 +49,13 @@ def wholes(tensors):
 
 
 @pytest.mark.parametrize(("name", "way"), EACH)
-def test_a_wrapped_model_is_saved_as_upstream_saves_the_model(published, way, tmp_path):
+def test_wrapped_model_is_saved_as_by_transformers(published, way, tmp_path):
     amc.save_checkpoint(published.wrapped(way), tmp_path)
     assert contents(tmp_path) == contents(published.path)
 
 
 @pytest.mark.parametrize(("name", "way"), EACH)
-def test_the_very_parameters_of_a_wrapped_model_are_filled(published, way):
+def test_parameters_of_a_wrapped_model_are_filled_in_place(published, way):
     model = published.wrapped(way, poisoned=True)
     before = {id(p): local(p).data_ptr() for p in model.parameters()}
     report = amc.load_model(model, published.path)
@@ -99,7 +99,7 @@ def test_rules_of_a_wrapped_model_are_those_of_the_model(mixtral, way):
 @pytest.mark.parametrize(
     "way", ["compiled DDP", "a compiled layer in DDP", "a checkpointed layer", "FSDP2 and compiled"]
 )
-def test_dcp_saves_and_loads_wrapped_models_under_either_names(mixtral, way, tmp_path):
+def test_dcp_saves_and_loads_wrapped_models_under_wrapped_or_own_names(mixtral, way, tmp_path):
     model = mixtral.wrapped(way)
     for called, state in (("own", model.state_dict()), ("torch", get_model_state_dict(model))):
         dcp.save(state, storage_writer=HuggingFaceWriter(tmp_path / called, model))
@@ -112,7 +112,7 @@ def test_dcp_saves_and_loads_wrapped_models_under_either_names(mixtral, way, tmp
 
 @pytest.mark.parametrize("name", ["mixtral", "tied"])
 @pytest.mark.parametrize("way", ["compiled", "a compiled layer", "compiled regions", "a checkpointed layer"])
-def test_a_wrapped_model_on_the_meta_device_comes_to_life(published, way):
+def test_wrapped_model_on_the_meta_device_is_materialized(published, way):
     with torch.device("meta"):
         model = type(published.model)(published.model.config)
     model = WAYS[way](model)
@@ -144,7 +144,7 @@ def test_a_compiled_tower_has_the_rules_of_its_scope(name, tmp_path):
     assert_same(unwrapped(model).state_dict(), published.model.state_dict())
 
 
-def test_unwrapping_changes_nothing_of_the_model_and_gives_a_plain_one_back(mixtral):
+def test_unwrapping_returns_the_model_unchanged(mixtral):
     assert unwrapped(mixtral.model) is mixtral.model
     compiled = torch.compile(mixtral.model)
     assert unwrapped(compiled) is mixtral.model
@@ -157,7 +157,7 @@ def test_unwrapping_changes_nothing_of_the_model_and_gives_a_plain_one_back(mixt
     assert type(plain) is type(mixtral.model)
 
 
-def test_a_layer_that_is_there_twice_is_one_layer_without_its_wrapper():
+def test_layer_used_twice_is_one_layer_after_unwrapping():
     layer = nn.Linear(2, 2)
     model = nn.ModuleList([layer, torch.compile(layer), nn.ModuleList()])
     plain = unwrapped(model)

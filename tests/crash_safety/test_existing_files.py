@@ -1,4 +1,4 @@
-"""Two at once, and what lies in a directory already: checkpoints, unfinished work, journals, damaged files."""
+"""Tests of two writers at once, and of existing directories: checkpoints, unfinished work, journals, damaged files."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_a_second_conversion_of_the_same_process_is_refused(source, wanted, tmp_
     assert files(directory) == wanted["nemo"]
 
 
-def test_a_second_process_is_refused_and_a_killed_one_bars_nobody(forked, model, source, wanted, tmp_path):
+def test_second_process_is_refused_but_not_after_a_kill(forked, model, source, wanted, tmp_path):
     directory = new_directory(tmp_path / "out", source)
     forked.start("convert", arguments=arguments_of(source, directory, "nemo"), call=50, hold=True)
     child = forked.answer()["holds"]
@@ -71,7 +71,7 @@ def test_a_second_process_is_refused_and_a_killed_one_bars_nobody(forked, model,
 @pytest.mark.parametrize(
     "name", [INDEX, "model.safetensors", "pytorch_model.bin", "model-00001-of-00009.safetensors", "model.gguf"]
 )
-def test_a_directory_with_a_checkpoint_is_refused_and_left_alone(model, source, tmp_path, name):
+def test_directory_with_a_checkpoint_is_refused_and_unchanged(model, source, tmp_path, name):
     directory = new_directory(tmp_path / "out", source)
     (directory / name).write_bytes(b"mine")
     before = everything(directory)
@@ -93,9 +93,7 @@ def test_converting_onto_the_source_itself_is_refused(source, tmp_path):
 
 
 @pytest.mark.parametrize("call", [8, 40, 70])
-def test_an_unfinished_work_of_another_kind_is_refused_and_can_still_be_finished(
-    forked, model, source, wanted, tmp_path, call
-):
+def test_unfinished_work_of_another_kind_is_refused_and_can_still_finish(forked, model, source, wanted, tmp_path, call):
     directory = new_directory(tmp_path / "out", source)
     forked.run("convert", arguments=arguments_of(source, directory, "nemo"), signal="SIGKILL", call=call)
     before = everything(directory)
@@ -108,7 +106,7 @@ def test_an_unfinished_work_of_another_kind_is_refused_and_can_still_be_finished
 
 
 @pytest.mark.parametrize("call", [8, 40, 86, 89])
-def test_without_resume_it_starts_anew_also_as_another_kind(forked, source, wanted, tmp_path, call):
+def test_without_resume_the_conversion_restarts_as_any_kind(forked, source, wanted, tmp_path, call):
     directory = new_directory(tmp_path / "out", source)
     forked.run("convert", arguments=arguments_of(source, directory, "nemo"), signal="SIGKILL", call=call)
     assert (directory / STAGING_NAME).is_dir()
@@ -128,8 +126,8 @@ GARBAGE = {
 
 
 @pytest.mark.parametrize("text", GARBAGE)
-@pytest.mark.parametrize("whole", [False, True], ids=["appended", "alone"])
-def test_a_journal_that_is_not_one_costs_at_most_the_work(forked, source, wanted, tmp_path, text, whole):
+@pytest.mark.parametrize("whole", [False, True], ids=["appended", "whole journal"])
+def test_malformed_journal_costs_at_most_the_finished_work(forked, source, wanted, tmp_path, text, whole):
     directory = new_directory(tmp_path / "out", source)
     forked.run("convert", arguments=arguments_of(source, directory, "nemo"), signal="SIGKILL", call=40)
     done = noted(directory)
@@ -141,7 +139,7 @@ def test_a_journal_that_is_not_one_costs_at_most_the_work(forked, source, wanted
 
 
 @pytest.mark.parametrize("damage", ["truncated", "removed"])
-def test_a_finished_file_that_was_damaged_is_written_again_whatever_happens_then(source, wanted, tmp_path, damage):
+def test_damaged_finished_file_is_written_again_despite_further_failures(source, wanted, tmp_path, damage):
     directory = new_directory(tmp_path / "out", source)
     call = partial(amc.convert_checkpoint, source, directory, **KINDS["nemo"])
     stop(call, 60)
@@ -149,7 +147,7 @@ def test_a_finished_file_that_was_damaged_is_written_again_whatever_happens_then
     assert len(done) > 2
     damaged = directory / STAGING_NAME / min(done)
     lengths = set()
-    for number in range(4, 14):  # in some of these it has its length again, but not its bytes
+    for number in range(4, 14):  # in some of these the file has its length but not its bytes
         if damage == "removed":
             damaged.unlink(missing_ok=True)
         else:
@@ -165,7 +163,7 @@ def test_a_finished_file_that_was_damaged_is_written_again_whatever_happens_then
     assert everything(directory) == wanted["nemo"]
 
 
-def test_files_that_were_finished_unverified_are_compared_when_that_is_asked_for(source, wanted, tmp_path):
+def test_unverified_finished_files_are_compared_with_verify(source, wanted, tmp_path):
     directory = new_directory(tmp_path / "out", source)
     call = partial(amc.convert_checkpoint, source, directory, **KINDS["nemo"])
     stop(partial(call, verify=False), 60)
@@ -184,7 +182,7 @@ def test_files_that_were_finished_unverified_are_compared_when_that_is_asked_for
     assert everything(directory) == wanted["nemo"]
 
 
-def test_what_makes_it_a_checkpoint_is_taken_back_first(model, source, wanted, tmp_path, monkeypatch):
+def test_index_is_removed_first(model, source, wanted, tmp_path, monkeypatch):
     directory = new_directory(tmp_path / "out", source)
 
     def look(number: int, name: str, arguments: tuple[Any, ...]) -> None:
@@ -199,7 +197,7 @@ def test_what_makes_it_a_checkpoint_is_taken_back_first(model, source, wanted, t
     assert not everything(directory)
 
 
-def test_a_reference_whose_files_are_not_numbered_is_refused_until_it_is_whole(forked, source, tmp_path):
+def test_output_like_an_unnumbered_reference_is_refused_until_complete(forked, source, tmp_path):
     reference = copy_of(source, tmp_path / "reference")
     index = json.loads((reference / INDEX).read_text())
     names = {f"model-{number:05}-of-00005.safetensors": f"part{number}.safetensors" for number in range(2, 6)}
