@@ -95,7 +95,7 @@ FLOAT8 = {"num_bits": 8, "type": "float"}
             Scheme("e2m1", (1, 16), FP8_SCALES, global_scale=True),
         ),
     ],
-    ids=str,
+    ids=lambda value: value.format if isinstance(value, Scheme) else str(value),  # sets have no order
 )
 def test_config_states_its_scheme(method, config, scheme):
     assert METHODS[method].schemes(config)[0] == scheme
