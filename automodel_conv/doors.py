@@ -38,10 +38,12 @@ def door(doing: str) -> Callable[[Callable[_Parameters, _Returned]], Callable[_P
 
     def decorate(function: Callable[_Parameters, _Returned]) -> Callable[_Parameters, _Returned]:
         signature = inspect.signature(function)
+        kinds = {parameter.kind for parameter in signature.parameters.values()}
+        takes_any = inspect.Parameter.VAR_KEYWORD in kinds
 
         @functools.wraps(function)
         def called(*args: _Parameters.args, **kwargs: _Parameters.kwargs) -> _Returned:
-            for name in kwargs:
+            for name in () if takes_any else kwargs:
                 if name not in signature.parameters:
                     raise TypeError(f"{function.__name__}() got an unexpected keyword argument {name!r}")
             with at_door(doing, lambda: _arguments(signature, args, kwargs)):

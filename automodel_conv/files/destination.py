@@ -22,7 +22,7 @@ from automodel_conv.files.journal import append_record, read_journal
 from automodel_conv.files.resuming import resume_or_discard
 from automodel_conv.files.shards import CHECKSUMS_NAME, DEFAULT_NAMING, Shard
 from automodel_conv.files.staging import (
-    BESIDE_NAME,
+    COMPANIONS_NAME,
     JOURNAL_NAME,
     LOCK_NAME,
     STAGING_NAME,
@@ -66,7 +66,7 @@ class Destination:
 
     def companion_path(self, name: str) -> str:
         """Return the path before ``commit`` of a file that accompanies the shards, after creating its folder."""
-        path = path_below(self.path(BESIDE_NAME), name)
+        path = path_below(self.path(COMPANIONS_NAME), name)
         system.make_directory(os.path.dirname(path))
         return path
 
@@ -101,9 +101,9 @@ class Destination:
         """
         shards = [shard.name for shard in self._shards]
         with write_errors(self.directory):
-            known = {LOCK_NAME, JOURNAL_NAME, BESIDE_NAME, self._index_name, *shards}
+            known = {LOCK_NAME, JOURNAL_NAME, COMPANIONS_NAME, self._index_name, *shards}
             written = set(system.list_names(self.staging)) - known
-            others = {name: self.path(name) for name in written} | _files_below(self.path(BESIDE_NAME))
+            others = {name: self.path(name) for name in written} | _files_below(self.path(COMPANIONS_NAME))
             for path in others.values():
                 _sync(path)
             if index is not None:

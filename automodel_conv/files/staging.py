@@ -12,7 +12,7 @@ from automodel_conv.files.write_errors import write_errors
 STAGING_NAME = "incomplete.automodel_conv"
 LOCK_NAME = "lock"
 JOURNAL_NAME = "journal.jsonl"
-BESIDE_NAME = "beside"
+COMPANIONS_NAME = "beside"
 
 
 def staged_path(directory: str, name: str) -> str:

@@ -177,8 +177,8 @@ class _CodeMatcher:
             scheme = self._scheme(row, weight, packing, shape, scales[0], zero_points, global_scale)
             if scheme is not None:
                 scale_dtype, (rows, columns) = self._table.dtypes[scales[0]], shape[-2:]
-                is_half = scale_dtype in FLOATING and scale_dtype != "F32"
-                self._weights[row] = weight, scale_dtype if is_half else "BF16", shape
+                keeps_scale_dtype = scale_dtype in FLOATING and scale_dtype != "F32"
+                self._weights[row] = weight, scale_dtype if keeps_scale_dtype else "BF16", shape
                 self.decodes[row] = Decode(
                     packing.format,
                     (rows, columns),

@@ -12,6 +12,10 @@ _LOOKAROUND = re.compile(r"\(\?<?[=!][^()]*\d[^()]*\)")
 # Digits after a letter belong to a word (``w1``). Digits on their own may match a numeric component of a name.
 _TOKENS = re.compile(r"\(\?P<\w+>|\\.|\[\^?\]?[^\]]*\]|\{[^}]*\}|\d+|[A-Za-z_]\w*|.", re.DOTALL)
 
+# An escape that can be a digit, or a reference to a group that can contain one.
+_ESCAPED_NUMBER = re.compile(r"\\[xuUN0-9]")
+# A wider look-around matches less if it is negative, and a repeated group of wide numbers can take exponential time.
+_NOT_WIDENED = re.compile(r"\(\?<?[=!][^)]*(?:\d|\\d)|\)[*+{]")
 # A quantifier, with the mark that makes it lazy or possessive.
 _QUANTIFIER = re.compile(r"(?:[+*?]|\{[^}]*\})[+?]?")
 
@@ -31,14 +35,16 @@ def digit_pattern(rule: Any) -> re.Pattern[str] | None:
     scope = getattr(rule, "scope_prefix", None) or ""
     if any(part.isdecimal() for part in scope.split(".")):
         return ANY_NAME
+    if _ESCAPED_NUMBER.search(compiled.pattern):
+        return ANY_NAME
     _, sees_numbers = _widened(compiled.pattern)
     if not sees_numbers:
         renames_plainly = type(rule).__name__ in ("WeightRenaming", "WeightConverter", "PrefixChange")
         return None if renames_plainly else _unanchored(compiled.pattern)
-    widened, _ = _widened(_LOOKAROUND.sub("", compiled.pattern))
-    # A repeated group with numbers of any length in it can take exponential time on a long number.
-    if re.search(r"\(\?<?[=!][^)]*\d|\)[*+{]", widened):
+    pattern = _LOOKAROUND.sub("", compiled.pattern)
+    if _NOT_WIDENED.search(pattern):
         return ANY_NAME
+    widened, _ = _widened(pattern)
     return _unanchored(widened)
 
 
@@ -62,9 +68,10 @@ def _widened(pattern: str) -> tuple[str, bool]:
             parts.append(token)
             continue
         sees_numbers = True
-        # A quantifier applies to the last digit only, so a longer number still has a digit that must be there.
         quantifier = _QUANTIFIER.match("".join(tokens[position : position + 2]))
-        is_optional = len(token) == 1 and quantifier is not None and quantifier[0].startswith(("*", "?", "{0", "{,"))
+        # A quantifier applies only to the last digit, so the other digits of a longer number stay required.
+        is_one = len(token) == 1 or not token.isdecimal()
+        is_optional = is_one and quantifier is not None and quantifier[0].startswith(("*", "?", "{0", "{,"))
         parts.append(widened + ("*" if is_optional else "+"))
         if quantifier is not None:
             position += len(_TOKENS.findall(quantifier[0]))

@@ -85,6 +85,17 @@ def test_adapters_round_trip(model_type):
     assert not any(".experts." in name for name in adapter.to_hf(native, exclude_key_regex=r".*\.experts\."))
 
 
+def test_keywords_that_the_checkpointer_passes_are_accepted():
+    # nemo_automodel 0.7.0, components/checkpoint/checkpointing.py
+    checkpoint, _ = FAMILIES["qwen3_moe"]
+    adapter = StateDictAdapter.of("qwen3_moe")
+    ignored = {"v4_compatible": True, "legacy_paramwrapper_layout": False}
+    native = adapter.from_hf(checkpoint, device_mesh=None, **ignored)
+    assert_same(adapter.to_hf(native, device_mesh=None, for_checkpoint_load=True, **ignored), checkpoint)
+    name, tensor = next(iter(native.items()))
+    assert dict(adapter.convert_single_tensor_to_hf(name, tensor, device_mesh=None, **ignored))
+
+
 def test_grouped_experts_are_in_the_layout_of_nemo():
     checkpoint, _ = FAMILIES["qwen3_moe"]
     native = StateDictAdapter.of("qwen3_moe").from_hf(checkpoint)

@@ -36,6 +36,8 @@ LOOKING = [
     r"layers\.[01]+\.",
     r"layers\.[01]{2}\.",
     r"layers\.(?:0|1)+\.",
+    r"layers\.(?!(?:0|1)\.)",
+    r"layers\.\x30\.",
 ]
 LENGTHS = [r"layers\.\d\.", r"layers\.\d{2}\."]
 
@@ -75,6 +77,12 @@ def test_rules_that_read_a_number_match_every_number_in_its_place(source):
 @pytest.mark.parametrize("source", LENGTHS)
 def test_rules_that_read_the_length_of_a_number_match_every_length(source):
     assert digit_pattern(WeightRenaming(source, "renamed.")).search(f"layers.{REPRESENTATIVE}.w")
+
+
+@pytest.mark.parametrize("optional", ["0?", "0*", r"\d?", r"\d{0,2}", r"\d{,2}", "[0-3]?", "[^1]*", "0{0,1}"])
+def test_a_number_that_may_be_absent_stays_optional(optional):
+    pattern = digit_pattern(WeightRenaming(rf"block\.e{optional}\.0\.", "renamed."))
+    assert pattern.search(f"block.e.{REPRESENTATIVE}.w")
 
 
 @pytest.mark.parametrize("source", [r"layers\.[01]+\.", r"layers\.[0-9a-f]+\.", r"layers\.0+0+\.", r"layers\.(0|1)+\."])

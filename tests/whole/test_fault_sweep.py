@@ -73,7 +73,7 @@ def test_sweep_detects_a_mapped_file(sweep, monkeypatch):
 def test_sweep_detects_filled_targets_that_are_not_reported(sweep, monkeypatch):
     monkeypatch.setattr(load, "add_filled_targets", lambda *_: None)
     for fault in ("KeyboardInterrupt", "no memory for a buffer", "EIO"):
-        with pytest.raises(AssertionError, match="is not told"):
+        with pytest.raises(AssertionError, match="does not name the filled tensors"):
             sweep_one(sweep, "load", FAULTS[fault])
 
 
