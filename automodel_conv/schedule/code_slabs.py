@@ -95,7 +95,7 @@ class Rectangle(NamedTuple):
 
 
 class Position(NamedTuple):
-    """Where one rectangle reads its codes and scales, and where it writes its values."""
+    """The places of one rectangle: its codes and scales in the window, and its values in the window or a target."""
 
     target: int
     """Number of the tensor that is written; 0 for a rectangle in the window."""

@@ -27,7 +27,7 @@ CACHES = ("warm", "cold")
 
 # torch then advises huge pages for large new tensors, including the buffers that peers receive.
 _HUGE_PAGES = {"THP_MEM_ALLOC_ENABLE": "1"}
-# By default these two read past the page cache. That is fast, except if the page cache is warm.
+# These two bypass the page cache by default, which is slower if the page cache is warm.
 _BUFFERED = {"FASTSAFETENSORS_ODIRECT": "0", "RUNAI_STREAMER_FS_STRATEGY": "sync_buffered"}
 # A few pages of a cold file may be cached by chance, because the system read them together with its names.
 _MOST_COLD, _LEAST_WARM = 0.01, 0.99

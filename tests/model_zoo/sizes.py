@@ -151,7 +151,7 @@ ALWAYS: dict[str, Any] = {
     "mlp_only_layers": [0],
 }
 
-# By model type of a (sub-)config (its class name, if it has none): values that the tables above do not cover. Names
+# Values that the tables above do not cover, by model type of a (sub-)config, or by class name if it has no type. Names
 # that are not fields are passed on as keyword arguments: older spellings that the config itself accepts.
 OVERRIDES: dict[str, dict[str, Any]] = {
     "bailing_hybrid": {"layer_group_size": 2},

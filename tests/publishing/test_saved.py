@@ -1,4 +1,4 @@
-"""What a save writes: which tensors of a model, in which dtypes, and in which files."""
+"""Tests of the contents of a save: the tensors of a model, their dtypes, and their files."""
 
 from types import SimpleNamespace
 

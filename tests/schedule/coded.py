@@ -16,6 +16,21 @@ from automodel_conv.planning.copies import Decode
 from automodel_conv.schedule.code_windows import CodeWindow, ScaleGroup
 from automodel_conv.schedule.jobs import Move, Read, ReadAndCopy
 
+FORMATS = {
+    "fp8": dict(code_format="e4m3", scales="F32"),
+    "mxfp4": dict(code_format="e2m1", scales="U8", block=(1, 4)),
+    "nvfp4": dict(code_format="e2m1", scales="BF16", has_global=True, block=(1, 2)),
+    "int4 with zero points": dict(code_format="int4", scales="BF16", zero_points=True, block=(1, 4)),
+    "int4 in blocks": dict(code_format="int4", scales="F32", zero_points=True, has_global=True, block=(3, 4)),
+}
+# Rows, columns and block: square, single, and cut off by the block.
+SMALL_MATRICES = [
+    (8, 8, (4, 4)),
+    (1, 2, (1, 2)),
+    (1, 16, (128, 128)),
+    (5, 6, (2, 4)),
+    (7, 2, (7, 2)),
+]
 SCALES = {"F32": np.float32, "BF16": None, "U8": None}
 
 

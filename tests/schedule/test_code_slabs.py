@@ -9,8 +9,7 @@ from automodel_conv.planning.boxes import Box
 from automodel_conv.schedule.code_slabs import cut_into_slabs
 from automodel_conv.schedule.coded_source import CodedSource
 from automodel_conv.schedule.jobs import ALIGN_BYTES, Move
-from tests.schedule.coded import Case
-from tests.schedule.test_decoding import FORMATS
+from tests.schedule.coded import FORMATS, Case
 
 
 def cut(case, row, limit, **options):

@@ -10,8 +10,7 @@ from automodel_conv.planning.boxes import run_of
 from automodel_conv.planning.copies import Decode
 from automodel_conv.schedule.code_windows import code_windows
 from automodel_conv.schedule.jobs import Move
-from tests.schedule.coded import VIEWS, Case, File, run_window
-from tests.schedule.test_decoding import FORMATS
+from tests.schedule.coded import FORMATS, SMALL_MATRICES, VIEWS, Case, File, run_window
 
 
 def windows_of(case, limit, first=0):
@@ -40,9 +39,7 @@ def test_every_element_is_decoded_with_its_own_scale(name, view):
         assert carried_out(case, limit) == case.expected
 
 
-@pytest.mark.parametrize(
-    ("rows", "columns", "block"), [(8, 8, (4, 4)), (1, 2, (1, 2)), (1, 16, (128, 128)), (5, 6, (2, 4)), (7, 2, (7, 2))]
-)
+@pytest.mark.parametrize(("rows", "columns", "block"), SMALL_MATRICES)
 @pytest.mark.parametrize("name", ["fp8", "int4 in blocks"])
 def test_square_single_and_cut_off_blocks(name, rows, columns, block):
     case = Case(seed=rows)

@@ -8,15 +8,7 @@ from automodel_conv.errors import ConversionError
 from automodel_conv.planning.boxes import Box
 from automodel_conv.schedule.decoding import decode_jobs
 from automodel_conv.schedule.jobs import Move
-from tests.schedule.coded import VIEWS, Case, run_job
-
-FORMATS = {
-    "fp8": dict(code_format="e4m3", scales="F32"),
-    "mxfp4": dict(code_format="e2m1", scales="U8", block=(1, 4)),
-    "nvfp4": dict(code_format="e2m1", scales="BF16", has_global=True, block=(1, 2)),
-    "int4 with zero points": dict(code_format="int4", scales="BF16", zero_points=True, block=(1, 4)),
-    "int4 in blocks": dict(code_format="int4", scales="F32", zero_points=True, has_global=True, block=(3, 4)),
-}
+from tests.schedule.coded import FORMATS, SMALL_MATRICES, VIEWS, Case, run_job
 
 
 def jobs_of(case, limit):
@@ -41,9 +33,7 @@ def test_every_element_is_decoded_with_its_own_scale(name, view):
         assert carried_out(case, limit) == case.expected
 
 
-@pytest.mark.parametrize(
-    ("rows", "columns", "block"), [(8, 8, (4, 4)), (1, 2, (1, 2)), (1, 16, (128, 128)), (5, 6, (2, 4)), (7, 2, (7, 2))]
-)
+@pytest.mark.parametrize(("rows", "columns", "block"), SMALL_MATRICES)
 @pytest.mark.parametrize("name", ["fp8", "int4 in blocks"])
 def test_square_single_and_cut_off_blocks(name, rows, columns, block):
     case = Case(seed=rows)
