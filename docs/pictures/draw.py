@@ -10,7 +10,6 @@ of headers only.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -371,7 +370,7 @@ _LOADS = {
 
 def draw_loading(theme: Theme) -> str:
     """Draw the seconds and the peak memory of loads, as ``benchmarks/results/peers-2-cores.json`` has them."""
-    result = json.loads((measure.REPOSITORY / "benchmarks" / "results" / "peers-2-cores.json").read_text())
+    result = measure.read_json(str(measure.RESULTS / "peers-2-cores.json"))
     panels = {"[E, 2I, H]": (222.0, 'layout "transformers"'), "[E, H, 2I]": (452.0, 'layout "nemo", transposed')}
     width = 206.0
     rows = {(row["method"], row["layout"]): row["runs"] for row in result["rows"]}
