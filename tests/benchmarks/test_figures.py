@@ -10,8 +10,8 @@ from benchmarks.peers import tables
 
 pytestmark = pytest.mark.skipif(not transformers_available(), reason="benchmarks build transformers models")
 
-_LINK = re.compile(r"(?:\]\(|src=\"|srcset=\")([^)\" ]+)")
-_REPOSITORY = "https://github.com/automodel-conv/automodel_conv/blob/main/"
+_LINK = re.compile(r"(?:\]\(|src=\"|srcset=\"|^\[[^]]+\]: )([^)\" \n]+)", re.MULTILINE)
+_REPOSITORY = re.compile("https://github.com/automodel-conv/automodel_conv/(?:blob|tree)/main/")
 
 
 @pytest.mark.parametrize(
@@ -38,8 +38,15 @@ def test_table_equals_its_data(page, make, data):
 )
 def test_files_linked_from_a_page_exist(page):
     path = measure.REPOSITORY / page
-    links = [link.split("#")[0] for link in _LINK.findall(path.read_text(encoding="utf-8"))]
-    assert links
-    for link in links:
-        target = measure.REPOSITORY / link.removeprefix(_REPOSITORY) if _REPOSITORY in link else path.parent / link
-        assert "://" in str(target) or not link or target.exists(), link
+    links = _LINK.findall(path.read_text(encoding="utf-8"))
+    files = [file for link in links if (file := _file_of(link.split("#")[0], path.parent))]
+    assert files
+    for file in files:
+        assert file.exists(), file
+
+
+def _file_of(link, folder):
+    """Return the file of the repository that a link leads to; None for other sites and for places of the same page."""
+    if _REPOSITORY.match(link):
+        return measure.REPOSITORY / _REPOSITORY.sub("", link)
+    return folder / link if link and "://" not in link else None
