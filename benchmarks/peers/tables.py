@@ -16,7 +16,7 @@ _TITLES = (
     *("seconds", "s of reading", "GB/s", "times ours", "of the roof", "s of CPU", "allocated", "resident"),
     *("page faults", "bytes read"),
 )
-_ON_PAGES = ("seconds", "times ours", "of the roof", "s of CPU", "allocated", "resident")
+_ON_PAGES = ("seconds", "times ours", "of the roof", "allocated", "resident")
 """The columns that pages show. The terminal and the data have all of them."""
 Row = Mapping[str, Any]
 

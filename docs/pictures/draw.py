@@ -158,14 +158,14 @@ def draw_copies(theme: Theme) -> str:
     drawing = Drawing(WIDTH, 482, "Every copy of gate and up, from the files to two layouts", theme)
     scale, top, step = 1 / 8, 76, 94
     places = {"transformers": 420.0, "nemo": 640.0}
-    drawing.words(40, 22, "In the files", 14, bold=True)
-    drawing.words(40, 40, "a tensor for each expert and projection", 12, theme.muted)
-    drawing.words(40, 56, f"gate_proj, up_proj [{ROWS}, {COLUMNS}]", 12, theme.muted)
+    drawing.words(40, 22, "In the files", 15, bold=True)
+    drawing.words(40, 40, "a tensor for each expert and projection", 13, theme.muted)
+    drawing.words(40, 56, f"gate_proj, up_proj [{ROWS}, {COLUMNS}]", 13, theme.muted)
     for layout, x in places.items():
         plan, target = _gate_and_up(layout)
-        drawing.words(x, 22, f'Layout "{layout}"', 14, bold=True)
-        drawing.words(x, 40, target.name.rpartition(".")[2], 12, theme.muted)
-        drawing.words(x, 56, str(list(target.shape)), 12, theme.muted)
+        drawing.words(x, 22, f'Layout "{layout}"', 15, bold=True)
+        drawing.words(x, 40, target.name.rpartition(".")[2], 13, theme.muted)
+        drawing.words(x, 56, str(list(target.shape)), 13, theme.muted)
         for copy in copies_of(plan, target):
             y = top + step * copy.expert
             _draw_matrix(drawing, copy, copy.target, copy.first_row, x, y, scale)
@@ -173,15 +173,15 @@ def draw_copies(theme: Theme) -> str:
             y = top + step * expert
             _, height, width = target.shape
             drawing.rectangle(x, y, width * scale, height * scale, "none", theme.ink)
-            drawing.words(x + width * scale + 8, y + 14, f"[{expert}]", 11, theme.muted)
+            drawing.words(x + width * scale + 8, y + 14, f"[{expert}]", 12, theme.muted)
         steps = len(copies_of(plan, target))
         ways = {
             "read": ("runs of bytes,", "read straight into place"),
             "strided": ("transposed copies,", "through scratch"),
         }
         first, second = ways[plan.execution_of(target)]
-        drawing.words(x, top + step * EXPERTS + 4, f"{steps} {first}", 12)
-        drawing.words(x, top + step * EXPERTS + 20, second, 12)
+        drawing.words(x, top + step * EXPERTS + 4, f"{steps} {first}", 13)
+        drawing.words(x, top + step * EXPERTS + 20, second, 13)
     plan, target = _gate_and_up("transformers")
     for copy in copies_of(plan, target):
         x, y = {"gate": 100.0, "up": 210.0}[copy.projection], top + step * copy.expert
@@ -189,10 +189,10 @@ def draw_copies(theme: Theme) -> str:
         _draw_matrix(drawing, copy, copy.source, row_0, x, y, scale)
     for expert in range(EXPERTS):
         y = top + step * expert
-        drawing.words(40, y + 20, f"expert {expert}", 12)
+        drawing.words(40, y + 20, f"expert {expert}", 13)
         drawing.arrow(310, y + 16, 400, y + 16)
-    drawing.words(40, top + step * EXPERTS + 4, "Each rectangle is one copy of the plan.", 12)
-    drawing.words(40, top + step * EXPERTS + 20, "The dark edge is row 0 of the tensor in the file.", 12)
+    drawing.words(40, top + step * EXPERTS + 4, "Each rectangle is one copy of the plan.", 13)
+    drawing.words(40, top + step * EXPERTS + 20, "The dark edge is row 0 of the tensor in the file.", 13)
     return drawing.text()
 
 
@@ -209,7 +209,7 @@ def _draw_matrix(
     drawing.rectangle(x + row_0.left * scale, y + row_0.top * scale, *edge, ON_COLOR)
     name = f"{copy.projection} {copy.expert}"
     middle = (left + width / 2 + (1 if stands else 0), top + height / 2)
-    drawing.words(middle[0], middle[1] + (0 if stands else 5), name, 12, ON_COLOR, "middle", upright=stands)
+    drawing.words(middle[0], middle[1] + (0 if stands else 5), name, 13, ON_COLOR, "middle", upright=stands)
 
 
 def draw_ranks(theme: Theme) -> str:
@@ -225,20 +225,20 @@ def draw_ranks(theme: Theme) -> str:
     scale = (WIDTH - left - 8) / (stop - start)
 
     drawing = Drawing(WIDTH, 298, "The bytes of a file that each of four ranks reads", theme)
-    drawing.words(8, 22, "One file, four ranks: experts over 2, each of their tensors over 2 (FSDP)", 14, bold=True)
-    drawing.words(8, top + 20, "the file", 12)
+    drawing.words(8, 22, "One file, four ranks: experts over 2, each of their tensors over 2 (FSDP)", 15, bold=True)
+    drawing.words(8, top + 20, "the file", 13)
     for row in rows:
         x = left + (checkpoint.offsets[row] - start) * scale
         width = checkpoint.nbytes[row] * scale
         *_, expert, projection, _ = checkpoint.names[row].split(".")
         drawing.rectangle(x, top, width, 30, theme.panel, theme.lines)
-        drawing.words(x + width / 2, top + 20, projection.removesuffix("_proj"), 12, anchor="middle")
+        drawing.words(x + width / 2, top + 20, projection.removesuffix("_proj"), 13, anchor="middle")
         if projection == "down_proj":
-            drawing.words(x + 1, top - 10, f"expert {expert}", 12, theme.muted)
+            drawing.words(x + 1, top - 10, f"expert {expert}", 13, theme.muted)
     total = 0
     for number, (coordinate, jobs) in enumerate(_jobs_of_ranks(plan, checkpoint, experts, mesh).items()):
         y = top + 52 + 36 * number
-        drawing.words(8, y + 17, f"rank ep {coordinate[0]}, fsdp {coordinate[1]}", 12)
+        drawing.words(8, y + 17, f"rank ep {coordinate[0]}, fsdp {coordinate[1]}", 13)
         drawing.line(left, y + 13, WIDTH - 8, y + 13)
         for job in jobs:
             for call in job.reads.calls():
@@ -276,15 +276,15 @@ def _host_jobs(targets: Sequence[Target], checkpoint: amc.Checkpoint) -> list[Jo
 
 def draw_stages(theme: Theme) -> str:
     """Draw the stages of a load, with the numbers of Qwen3-30B-A3B."""
-    drawing = Drawing(WIDTH, 330, "The stages of a load, with the numbers of Qwen3-30B-A3B", theme)
-    drawing.words(8, 22, "Qwen3-30B-A3B: from headers to memory", 14, bold=True)
-    width, height, gap = 240.0, 112.0, 32.0
+    drawing = Drawing(WIDTH, 346, "The stages of a load, with the numbers of Qwen3-30B-A3B", theme)
+    drawing.words(8, 22, "Qwen3-30B-A3B: from headers to memory", 15, bold=True)
+    width, height, gap = 240.0, 120.0, 32.0
     for number, (title, *lines) in enumerate(_stages()):
         x, y = 8 + (number % 3) * (width + gap), 44 + (number // 3) * (height + 46)
         drawing.rectangle(x, y, width, height, theme.panel, theme.lines, 6)
-        drawing.words(x + 12, y + 24, f"{number + 1}  {title}", 14, bold=True)
+        drawing.words(x + 12, y + 24, f"{number + 1}  {title}", 15, bold=True)
         for line_number, line in enumerate(lines):
-            drawing.words(x + 12, y + 48 + 18 * line_number, line, 12)
+            drawing.words(x + 12, y + 48 + 19 * line_number, line, 13)
         if number % 3 < 2:
             drawing.arrow(x + width, y + height / 2, x + width + gap, y + height / 2)
         elif number == 2:
@@ -328,15 +328,15 @@ def _stages() -> tuple[tuple[str, ...], ...]:
         ),
         (
             "Jobs",
-            f"layout transformers: {len(jobs['transformers']):,} jobs,",
-            f"at most {most / (1 << 20):.0f} MiB each, all in place",
-            f"layout nemo: {len(jobs['nemo']):,} jobs,",
-            f"{through_scratch['nemo'] / 1e9:.0f} GB of experts through scratch",
+            f"transformers: {len(jobs['transformers']):,} jobs,",
+            f"at most {most / (1 << 20):.0f} MiB, all in place",
+            f"nemo: {len(jobs['nemo']):,} jobs, and",
+            f"{through_scratch['nemo'] / 1e9:.0f} GB through scratch",
         ),
         (
             "Threads",
             "read straight into place, or",
-            "into scratch, and copy from there;",
+            "into scratch, then copied;",
             f"{THREADS} threads share at most",
             f"{DEFAULT_SCRATCH_BYTES >> 20} MiB of scratch",
         ),
@@ -344,7 +344,7 @@ def _stages() -> tuple[tuple[str, ...], ...]:
             "Memory",
             f"{plan.bytes_written / 1e9:.1f} GB of parameters",
             f"from {plan.bytes_read / 1e9:.1f} GB of files,",
-            "nothing else is kept",
+            "no second copy of them",
         ),
     )
 
@@ -381,33 +381,33 @@ def draw_loading(theme: Theme) -> str:
     roof = min(_seconds(rows[method, ""]).median for method in LOADS)
     bottom = 88 + 29 * len(_LOADS)
     drawing = Drawing(WIDTH, 392, "Seconds of a load by this package and by others", theme)
-    drawing.words(8, 20, f"Seconds to load {result['file_bytes'] / 1e9:.2f} GB: {result['shape']}", 14, bold=True)
+    drawing.words(8, 20, f"Seconds to load {result['file_bytes'] / 1e9:.2f} GB: {result['shape']}", 15, bold=True)
     machine = f"{result['environment']['cores']} cores of {result['environment']['cpu']}, shared virtual machine"
     what = f"{machine}; files in the page cache; medians of 3 runs, 20th to 80th percentile"
-    drawing.words(8, 38, what, 11, theme.muted)
+    drawing.words(8, 38, what, 12, theme.muted)
     for x, title in panels.values():
-        drawing.words(x, 68, title, 12, bold=True)
+        drawing.words(x, 68, title, 13, bold=True)
         drawing.line(x, 80, x, bottom)
         drawing.line(x + roof * scale, 80, x + roof * scale, bottom, theme.ink, dashes="3 3")
-    drawing.words(WIDTH - 8, 68, "peak memory", 12, bold=True, anchor="end")
+    drawing.words(WIDTH - 8, 68, "peak memory", 13, bold=True, anchor="end")
     notes = (
         f"Dashed: preadv of the same bytes into new memory, {roof:.2f} s.",
         "Peak memory: resident, times the size of the files, mapped files included; the larger of both layouts.",
     )
     for number, note in enumerate(notes):
-        drawing.words(8, bottom + 18 + 16 * number, note, 11, theme.muted)
+        drawing.words(8, bottom + 18 + 16 * number, note, 12, theme.muted)
     for number, (method, name) in enumerate(_LOADS.items()):
         y = 86 + 29 * number
         bold = method == "ours"
-        drawing.words(212, y + 14, name, 12, anchor="end", bold=bold)
+        drawing.words(212, y + 14, name, 13, anchor="end", bold=bold)
         for layout, (x, _) in panels.items():
             seconds = _seconds(rows[method, layout])
             drawing.rectangle(x, y, seconds.median * scale, 20, theme.highlight if bold else theme.bar, radius=2)
             drawing.line(x + seconds.p20 * scale, y + 10, x + seconds.p80 * scale, y + 10, theme.ink, 1.5)
             end = max(seconds.median, seconds.p80, roof) * scale
-            drawing.words(x + end + 6, y + 15, f"{seconds.median:.2f}", 12, bold=bold)
+            drawing.words(x + end + 6, y + 15, f"{seconds.median:.2f}", 13, bold=bold)
         peak = max(_resident(rows[method, layout]) for layout in panels) / result["file_bytes"]
-        drawing.words(WIDTH - 8, y + 14, f"{peak:.2f}x", 12, anchor="end", bold=bold)
+        drawing.words(WIDTH - 8, y + 14, f"{peak:.2f}x", 13, anchor="end", bold=bold)
     return drawing.text()
 
 
