@@ -35,6 +35,9 @@ from automodel_conv.cli.measuring import PeakMemory
 from benchmarks import memory
 
 REPOSITORY = Path(__file__).resolve().parent.parent
+RESULTS = REPOSITORY / "benchmarks" / "results"
+PICTURES = REPOSITORY / "docs" / "pictures"
+"""The folder of all plots that pages show."""
 _HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 _IO = Path("/proc/self/io")
 _CPUS = Path("/proc/cpuinfo")
