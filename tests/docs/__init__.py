@@ -9,7 +9,8 @@ The blocks of a page run from top to bottom, in one process of their own and in 
 - ``python`` runs. All Python blocks of a page share their names.
 - ``python title="train.py"`` is written to that file, and does not run itself.
 - ``bash`` runs with ``bash -e``. ``python``, ``torchrun`` and ``automodel-conv`` are those of this environment.
-- ``text`` directly after a block that ran is the expected output on stdout, in which ``...`` matches anything.
+- ``text`` directly after a block that ran is the expected output on stdout, in which ``...`` matches anything,
+  together with the spaces next to it.
 - A block below a line ``<!-- needs a GPU -->`` is compiled. With a GPU, it runs.
 - ``console``, ``toml``, ``yaml``, ``json``, ``dockerfile`` and the other languages of ``blocks.SHOWN`` do not run.
 

@@ -10,6 +10,7 @@ import difflib
 import doctest
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -55,8 +56,11 @@ def run_block(block: Mapping[str, Any], page: str, names: dict[str, Any], has_gp
 
 
 def difference_of(expected: str, output: str) -> str:
-    """Return how an output differs from the expected one, in which ``...`` matches anything; empty if it does not."""
-    want, got = _plain(expected), _plain(output)
+    """Return how an output differs from the expected one; empty if it does not.
+
+    ``...`` matches anything. Spaces next to it are for the reader: they keep the columns of a table in line.
+    """
+    want, got = re.sub(r" *\.\.\. *", "...", _plain(expected)), _plain(output)
     if doctest.OutputChecker().check_output(want, got, doctest.ELLIPSIS):
         return ""
     lines = difflib.unified_diff(want.splitlines(), got.splitlines(), "expected", "printed", lineterm="")

@@ -85,6 +85,12 @@ def test_ellipsis_matches_what_changes(run):
     assert done.returncode == 0, done.stderr
 
 
+def test_spaces_next_to_an_ellipsis_keep_columns_in_line(run):
+    table = "| speed   | 7.31 GB/s |\n| seconds |      12.5 |"
+    shown = "| speed   |       ... |\n| seconds | ...       |"
+    assert run(f"~~~bash\nprintf '%s' '{table}'\n~~~\n~~~text\n{shown}\n~~~\n").returncode == 0
+
+
 def test_output_of_another_block_is_not_expected(run):
     assert run("~~~python\nprint(1)\n~~~\n\nA picture of it:\n\n~~~text\n[ ]\n~~~\n").returncode == 0
 
