@@ -285,6 +285,7 @@ class CopyPlan:
             automodel_conv.errors.CoverageError: weight would be left partly unwritten
               expected: 28 elements, shape [4, 7]
               found:    24 elements from 1 sources
+              help:     https://automodel-conv.github.io/automodel_conv/errors/#coverageerror
         """
         self._check_decoded()
         prove(self.targets, self.sources)

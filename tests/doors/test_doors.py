@@ -24,7 +24,7 @@ needs_transformers = pytest.mark.skipif(not transformers_available(), reason="us
 def text_at(arguments, do):
     with pytest.raises(UnsupportedError) as error, at_door("testing", lambda: arguments):
         raise UnsupportedError(message("it does not fit", found="{strict=False}", do=do))
-    return str(error.value)
+    return error.value.args[0]
 
 
 @pytest.mark.parametrize(
@@ -53,22 +53,23 @@ def test_outer_function_without_the_argument_removes_the_advice():
     with pytest.raises(UnsupportedError) as error, at_door("out", dict):
         with at_door("in", lambda: {"strict": True}):
             raise UnsupportedError(message("it", do=["{strict=False} is it", "look"]))
-    assert str(error.value) == "it\n  do:       look"
+    assert error.value.args[0] == "it\n  do:       look"
 
 
 def test_error_from_another_process_has_the_same_text():
     error = NameProblems(message("it", do=["{strict=False} is it", "look"]), missing=["a"])
     again = pickle.loads(pickle.dumps(error))
-    assert str(again) == str(error) == "it\n  do:       strict=False is it; look"
+    assert str(again) == str(error)
+    assert again.args[0] == "it\n  do:       strict=False is it; look"
     again.say(lambda said: None)
-    assert str(again) == "it\n  do:       look"
+    assert again.args[0] == "it\n  do:       look"
 
 
 def test_added_text_stays_when_the_error_is_formatted_again():
     error = ConversionError(message("it", found="that", do=["{strict=False} is it", "look"]))
     error.add("  filled:   1 of 2 targets\n    a\x1b")
     error.say(lambda said: None)
-    assert str(error) == "it\n  found:    that\n  filled:   1 of 2 targets\n    a\\x1b\n  do:       look"
+    assert error.args[0] == "it\n  found:    that\n  filled:   1 of 2 targets\n    a\\x1b\n  do:       look"
 
 
 @pytest.mark.parametrize(
