@@ -342,6 +342,11 @@ def message(
     return Message("\n".join(lines), [] if do is None else [do] if isinstance(do, str) else list(do))
 
 
+def in_context(context: str, error: ConversionError) -> Message:
+    """Return the text of an error below lines that describe where it happened; its advice stays last."""
+    return Message(f"{context}\n{error._message.what}", error._message.do)
+
+
 def listing(items: Iterable[object], limit: int = 20) -> str:
     """Return the first ``limit`` items, one per line, and the number of further ones."""
     lines = [f"    {item}" for item in items]

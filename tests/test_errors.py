@@ -16,6 +16,7 @@ from automodel_conv.errors import (
     RankError,
     ReadError,
     UnknownTarget,
+    in_context,
     kind_of,
     listing,
     message,
@@ -133,6 +134,21 @@ def test_printed_error_ends_with_its_entry_in_the_documentation(kind):
     error = kind(message("it failed", do="try again"))
     assert str(error).splitlines() == ["it failed", "  do:       try again", help_line(kind.__name__.lower())]
     assert error.args == ("it failed\n  do:       try again",)
+
+
+def test_error_in_context_keeps_its_advice_last():
+    cause = ReadError(message("it failed", found="that", do=["{strict=False} is it", "look"]))
+    error = ReadError(in_context("a tensor could not be read\n  tensor:   a", cause))
+    error.add("  filled:   3 of 4")
+    error.say(lambda argument: None)
+    assert error.args[0].splitlines() == [
+        "a tensor could not be read",
+        "  tensor:   a",
+        "it failed",
+        "  found:    that",
+        "  filled:   3 of 4",
+        "  do:       look",
+    ]
 
 
 def test_address_of_the_documentation_is_that_of_the_project():

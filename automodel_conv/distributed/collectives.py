@@ -160,5 +160,9 @@ def send_replicas(tensors: Sequence[Tensor], parts: Sequence[Tensor]) -> None:
 
 def _lost_rank_error(what: str, found: str) -> RankError:
     return RankError(
-        message(f"{what} was not finished by all ranks", found=found, do="check the errors of the other ranks")
+        message(
+            f"{what} was not finished by all ranks",
+            found=found,
+            do="read the output of the other ranks: one has ended, or is slower than the time-out of its process group",
+        )
     )

@@ -43,6 +43,16 @@ def test_explain_of_an_unknown_target_suggests_names():
         plan.explain("layers.9.w")
 
 
+def test_names_suggested_for_an_unknown_target_begin_or_end_alike():
+    names = [f"layers.{layer}.{part}.weight" for layer in range(9) for part in ("mlp.experts", "attn", "norm")]
+    plan = plan_of(sources := table(**{name: (2,) for name in names}), targets_of(sources, [], [], names))
+    with pytest.raises(UnknownTarget) as caught:
+        plan.target("layers.7.mlp.experts.0.weight")
+    suggested = str(caught.value).partition("similar names\n")[2].splitlines()
+    assert suggested[0].strip() == "layers.7.mlp.experts.weight"
+    assert len([line for line in suggested if line.startswith("    ")]) == 5
+
+
 def test_ways_of_execution_are_distinguished():
     assert experts_plan().execution_of(experts_plan().target("gate_up")) == "read"
     cast = experts_plan("F32")
