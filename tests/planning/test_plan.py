@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 
+from automodel_conv.errors import UnknownTarget
 from automodel_conv.planning.plan import CopyPlan
 from tests.planning.oracles import addressed, execute
 from tests.planning.plans import CHUNK, experts_plan, plan_of, table, targets_of, transposing_plan
@@ -45,7 +46,8 @@ def test_explain_of_an_unknown_target_suggests_names():
 
 def test_names_suggested_for_an_unknown_target_begin_or_end_alike():
     names = [f"layers.{layer}.{part}.weight" for layer in range(9) for part in ("mlp.experts", "attn", "norm")]
-    plan = plan_of(sources := table(**{name: (2,) for name in names}), targets_of(sources, [], [], names))
+    plan = experts_plan()
+    plan = replace(plan, targets=tuple(plan.target("norm")._replace(name=name) for name in names))
     with pytest.raises(UnknownTarget) as caught:
         plan.target("layers.7.mlp.experts.0.weight")
     suggested = str(caught.value).partition("similar names\n")[2].splitlines()
