@@ -332,14 +332,14 @@ def message(
             that was called. The advice is left out if the function has no such argument, or if the argument has that
             value already.
     """
-    lines = [what]
-    if where is not None:
-        lines.append(f"  where:    {where}")
-    if expected is not None:
-        lines.append(f"  expected: {expected}")
-    if found is not None:
-        lines.append(f"  found:    {found}")
+    parts = {"where": where, "expected": expected, "found": found}
+    lines = [what, *(_labelled(label, str(part)) for label, part in parts.items() if part is not None)]
     return Message("\n".join(lines), [] if do is None else [do] if isinstance(do, str) else list(do))
+
+
+def _labelled(label: str, text: str) -> str:
+    """Return a text after its label, or below it if the text begins with a new line."""
+    return f"  {label}:{text}" if text.startswith("\n") else f"  {f'{label}:':9} {text}"
 
 
 def in_context(context: str, error: ConversionError) -> Message:
@@ -348,8 +348,8 @@ def in_context(context: str, error: ConversionError) -> Message:
 
 
 def listing(items: Iterable[object], limit: int = 20) -> str:
-    """Return the first ``limit`` items, one per line, and the number of further ones."""
-    lines = [f"    {item}" for item in items]
+    """Return the first ``limit`` items, one below the other and indented, and the number of further ones."""
+    lines = ["    " + str(item).replace("\n", "\n    ") for item in items]
     shown, more = lines[:limit], len(lines) - limit
     if more > 0:
         shown.append(f"    ... and {more} more")

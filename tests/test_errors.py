@@ -37,6 +37,11 @@ def test_text_answers_what_where_expected_found_and_do_in_this_order():
     assert message("it failed") == "it failed"
 
 
+def test_listing_begins_below_its_label():
+    text = message("it failed", found="\n" + listing("ab"), expected=1)
+    assert text.splitlines() == ["it failed", "  expected: 1", "  found:", "    a", "    b"]
+
+
 def test_several_pieces_of_advice_are_one_line():
     assert message("it failed", do=["a", "b"]).splitlines() == ["it failed", "  do:       a; b"]
 
@@ -92,8 +97,9 @@ def test_tabs_lines_and_other_scripts_stay_and_long_lines_are_cut():
         (["a"], 2, ["    a"]),
         (["a", 3], 2, ["    a", "    3"]),
         ("abcde", 2, ["    a", "    b", "    ... and 3 more"]),
+        (["a\n  found:    b\n    c"], 2, ["    a", "      found:    b", "        c"]),
     ],
-    ids=["none", "one", "as many as are shown", "more"],
+    ids=["none", "one", "as many as are shown", "more", "of several lines"],
 )
 def test_listing_shows_so_many_and_counts_the_rest(items, limit, lines):
     assert listing(iter(items), limit).split("\n") == lines

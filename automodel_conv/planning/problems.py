@@ -75,6 +75,8 @@ class Problems:
         sections = [f"  {title} ({len(items)}):\n{listing(items)}" for title, items in parts if items]
         if sections:
             do = ["check that config and checkpoint belong together"]
+            if unindexed and (self.missing or self.incomplete):
+                do.append("download the index and the files again: they may be of different versions")
             if not failed:
                 do.append("{strict=False} loads what fits, as transformers does")
             raise NameProblems(

@@ -126,8 +126,9 @@ def test_missing_tensors_in_an_unindexed_file_are_named(two):
     (two / "model.safetensors.index.json").write_text(
         json.dumps({"metadata": {}, "weight_map": {"b": "model.safetensors"}})
     )
-    with pytest.raises(NameProblems, match=r"index does not list[\s\S]*a\.weight in model\.safetensors"):
+    with pytest.raises(NameProblems, match=r"index does not list[\s\S]*a\.weight in model\.safetensors") as error:
         amc.load_state_dict(two, Plain())
+    assert "download the index and the files again" in str(error.value)
     report = amc.load_model(Plain(), two, strict=False)
     assert report.missing_keys == ("a.weight",)
 
@@ -164,7 +165,9 @@ def test_keeping_codes_is_advised_if_they_are_decoded(coded, tmp_path):
 
 def test_codes_in_memory_advise_no_argument_of_loads():
     codes = {"a.weight": torch.zeros(3, 2, dtype=torch.float8_e4m3fn)}
-    assert "dequantize" not in advice(lambda: amc.convert_state_dict(codes, Plain()))
+    advised = advice(lambda: amc.convert_state_dict(codes, Plain()))
+    assert "dequantize" not in advised
+    assert "load_state_dict() and load_model() decode" in advised
 
 
 def test_unfinished_work_of_another_kind_advises_existing_arguments(two, tmp_path):
