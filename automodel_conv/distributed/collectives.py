@@ -66,7 +66,11 @@ def require_same_on_all(groups: Sequence[Any], parts: Iterable[bytes], what: str
         raise _lost_rank_error(f"comparing {what}", "\n" + listing(lost))
     if len(hashes) > 1:
         raise RankError(
-            message(f"{what} differ from rank to rank", expected="the same names, dtypes and whole shapes on all ranks")
+            message(
+                f"{what} differ from rank to rank",
+                expected="the same names, dtypes and whole shapes on all ranks",
+                do="pass the whole state dict on all ranks, and wrap the parts of one rank as DTensors",
+            )
         )
 
 
