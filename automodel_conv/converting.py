@@ -18,7 +18,6 @@ from automodel_conv.errors import (
     DestinationError,
     ReadError,
     VerificationError,
-    WriteError,
     listing,
     message,
 )
@@ -39,7 +38,7 @@ from automodel_conv.files.finished import is_finished
 from automodel_conv.files.shards import index_of
 from automodel_conv.files.source import Identity, LocalFile
 from automodel_conv.files.staging import remove_leftovers
-from automodel_conv.files.write_errors import write_errors
+from automodel_conv.files.write_errors import no_room_error, write_errors
 from automodel_conv.progress import bytes_progress
 from automodel_conv.publishing.conversion import DEFAULT_SCRATCH_BYTES, Conversion, compile_conversion
 from automodel_conv.publishing.save_files import write_checksums
@@ -243,8 +242,7 @@ def convert_checkpoint(
         with write_errors(directory):
             free = system.free_bytes(directory)
         if free < nbytes:
-            wanted = f"{nbytes} bytes for {len(unfinished)} files"
-            raise WriteError(message("the disk has too little room", where=directory, expected=wanted, found=free))
+            raise no_room_error(directory, nbytes, len(unfinished), free)
         reads = [(shard.name in unfinished) + (verify and shard.name not in place.verified) for shard in shards]
         progress_bytes = sum(
             count * spec.nbytes for shard, count in zip(shards, reads, strict=True) for spec in shard.specs

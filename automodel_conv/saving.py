@@ -182,7 +182,8 @@ def save_checkpoint(
             raise UnsupportedError(
                 message(
                     "a state dict does not determine the rules that take its experts apart",
-                    do="pass the model, rules=, layout= or reference=; rules=[] keeps all names",
+                    do="pass the model, rules= or layout=; reference= restores the names and files of a checkpoint, "
+                    "with rules= if experts are grouped; rules=[] keeps all names",
                 )
             )
         keeps_names = model is None and not rules and layout is None and reference is None

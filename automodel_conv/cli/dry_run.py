@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 import typer
 
 from automodel_conv.cli.printing import print_names, print_table
-from automodel_conv.errors import DestinationError, WriteError, listing, message
+from automodel_conv.errors import DestinationError, listing, message
+from automodel_conv.files.write_errors import no_room_error
 
 if TYPE_CHECKING:
     from automodel_conv.publishing.conversion import Conversion
@@ -49,11 +50,4 @@ def print_dry_run(conversion: Conversion, destination: str) -> None:
             )
         )
     if room.free_bytes < conversion.bytes_needed:
-        raise WriteError(
-            message(
-                "the disk has too little room",
-                where=directory,
-                expected=f"{conversion.bytes_needed} bytes for {len(conversion.shards)} files",
-                found=room.free_bytes,
-            )
-        )
+        raise no_room_error(directory, conversion.bytes_needed, len(conversion.shards), room.free_bytes)

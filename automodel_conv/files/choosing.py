@@ -161,6 +161,7 @@ def _choose(directory: str, present: list[str]) -> str:
         where=directory,
         expected=f"{_INDEX_NAME} or {_SINGLE_NAME}",
         found="\n" + listing(present) if present else "an empty directory",
+        do="check the path: the files may be in a folder below it, or not downloaded yet",
     )
 
 
@@ -201,6 +202,7 @@ def _read_index(path: str) -> Index:
             where=path,
             expected="weight_map, an object from tensor names to file names",
             found=short(weight_map),
+            do="copy or download the index again",
         )
     checked: set[str] = set()
     for name, file in weight_map.items():
