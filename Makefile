@@ -20,7 +20,7 @@ TRANSFORMERS_TESTS := tests/upstream tests/integrations tests/doors/conversion_m
 IMPORT_TRANSFORMERS = $(sort $(wildcard tests/destinations/test_*.py tests/doors/*/test_*.py) $(filter-out tests/fuzz/% \
 	tests/benchmarks/% tests/house/% tests/crash_safety/%,$(shell grep -rlwE --include='test_*.py' --exclude-dir=packaging 'transformers|model_zoo' tests)))
 
-VERSION = $(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)
+VERSION = $(shell sed -n 's/^__version__ = "\(.*\)"/\1/p' automodel_conv/__init__.py)
 
 .PHONY: test lint types format demo clean test-style test-main test-software-gpu test-packaging \
 	test-without-triton test-without-transformers test-fuzz test-long \
@@ -107,7 +107,7 @@ release-tree:
 	@test -z "$$(git status --porcelain)" || { git status --short; echo "release: commit or remove these first" >&2; exit 1; }
 
 release-notes:
-	@case "$(VERSION)" in *dev*) echo "release: pyproject.toml says $(VERSION), a version under development" >&2; exit 1;; esac
+	@case "$(VERSION)" in *dev*) echo "release: automodel_conv.__version__ is $(VERSION), a version under development" >&2; exit 1;; esac
 	@grep -qE '^## \[$(VERSION)\] - [0-9]{4}-[0-9]{2}-[0-9]{2}$$' CHANGELOG.md || \
 		{ echo "release: CHANGELOG.md has no line '## [$(VERSION)] - YYYY-MM-DD'" >&2; exit 1; }
 
