@@ -22,9 +22,9 @@ IMPORT_TRANSFORMERS = $(sort $(wildcard tests/destinations/test_*.py tests/doors
 
 VERSION = $(shell sed -n 's/^__version__ = "\(.*\)"/\1/p' automodel_conv/__init__.py)
 
-.PHONY: test lint types format demo clean test-style test-main test-software-gpu test-packaging \
+.PHONY: version test lint types format demo clean test-style test-main test-software-gpu test-packaging \
 	test-without-triton test-without-transformers test-fuzz test-long \
-	release-check release-tree release-notes release-distributions release-audit
+	test-installs release-check release-tree release-notes release-distributions release-audit
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
 .SECONDARY: $(OTHER_TRANSFORMERS:%=$(VENV)/transformers-%/.installed) $(VENV)/triton-3.6.0/.installed \
@@ -102,6 +102,13 @@ demo: $(VENV)/installed
 # Cheapest first. test-packaging, a part of test, installs the wheel and the source distribution and tries them.
 release-check: release-tree release-notes release-audit test release-distributions
 	@echo "$(VERSION) can be tagged; what to upload is in dist/"
+
+# The whole wheel again, as a user installs it: each extra on each Python, with about 20 GB of packages.
+test-installs: $(VENV)/release/.installed
+	PATH=$(CURDIR)/$(VENV)/release/bin:$$PATH $(VENV)/release/bin/python tests/packaging/installs.py
+
+version:
+	@echo $(VERSION)
 
 release-tree:
 	@test -z "$$(git status --porcelain)" || { git status --short; echo "release: commit or remove these first" >&2; exit 1; }
