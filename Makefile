@@ -20,11 +20,11 @@ TRANSFORMERS_TESTS := tests/upstream tests/integrations tests/doors/conversion_m
 IMPORT_TRANSFORMERS = $(sort $(wildcard tests/destinations/test_*.py tests/doors/*/test_*.py) $(filter-out tests/fuzz/% \
 	tests/benchmarks/% tests/house/% tests/crash_safety/%,$(shell grep -rlwE --include='test_*.py' --exclude-dir=packaging 'transformers|model_zoo' tests)))
 
-VERSION = $(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)
+VERSION = $(shell sed -n 's/^__version__ = "\(.*\)"/\1/p' automodel_conv/__init__.py)
 
-.PHONY: test lint types format demo docs docs-serve clean \
+.PHONY: version test lint types format demo docs docs-serve clean \
 	test-style test-docs test-main test-software-gpu test-packaging test-without-triton test-without-transformers test-fuzz test-long \
-	release-check release-tree release-notes release-distributions release-audit
+	test-installs release-check release-tree release-notes release-distributions release-audit
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
 .SECONDARY: $(OTHER_TRANSFORMERS:%=$(VENV)/transformers-%/.installed) $(VENV)/triton-3.6.0/.installed \
@@ -108,11 +108,18 @@ demo: $(VENV)/installed
 release-check: release-tree release-notes release-audit test release-distributions
 	@echo "$(VERSION) can be tagged; what to upload is in dist/"
 
+# The whole wheel again, as a user installs it: each extra on each Python, with about 20 GB of packages.
+test-installs: $(VENV)/release/.installed
+	PATH=$(CURDIR)/$(VENV)/release/bin:$$PATH $(VENV)/release/bin/python tests/packaging/installs.py
+
+version:
+	@echo $(VERSION)
+
 release-tree:
 	@test -z "$$(git status --porcelain)" || { git status --short; echo "release: commit or remove these first" >&2; exit 1; }
 
 release-notes:
-	@case "$(VERSION)" in *dev*) echo "release: pyproject.toml says $(VERSION), a version under development" >&2; exit 1;; esac
+	@case "$(VERSION)" in *dev*) echo "release: automodel_conv.__version__ is $(VERSION), a version under development" >&2; exit 1;; esac
 	@grep -qE '^## \[$(VERSION)\] - [0-9]{4}-[0-9]{2}-[0-9]{2}$$' CHANGELOG.md || \
 		{ echo "release: CHANGELOG.md has no line '## [$(VERSION)] - YYYY-MM-DD'" >&2; exit 1; }
 
