@@ -4,6 +4,8 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# Not in $(VENV), which is deleted with all that is in it when it is made again.
+DEMO := .venv-demo
 LEG := .ci/leg
 # -n 2: most tests use one core. Derandomized examples: a run that fails once fails again.
 PYTEST := $(BIN)/python -m pytest -q -n 2 --dist worksteal --hypothesis-profile=ci
@@ -96,8 +98,8 @@ format: $(VENV)/installed
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-demo: $(VENV)/installed
-	$(BIN)/python -m benchmarks.demo
+demo: $(DEMO)/installed
+	@$(DEMO)/bin/automodel-conv demo
 
 # Cheapest first. test-packaging, a part of test, installs the wheel and the source distribution and tries them.
 release-check: release-tree release-notes release-audit test release-distributions
@@ -121,7 +123,7 @@ release-distributions: $(VENV)/release/.installed
 	$(VENV)/release/bin/twine check --strict dist/*
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(DEMO) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # All versions are pinned, so pip need not resolve them again. triton is installed separately: a torch built for CUDA
@@ -135,6 +137,15 @@ $(VENV)/requirements: requirements-dev.txt
 
 $(VENV)/installed: $(VENV)/requirements pyproject.toml setup.py
 	@$(LEG) "install this package" $(BIN)/python -m pip install -qq --no-deps --no-build-isolation -e .
+	@touch $@
+
+# An environment with only what the demo needs, at the same versions. A torch built for CUDA requires a triton of its
+# own. Modules are compiled when they are first imported, because most never are.
+$(DEMO)/installed: requirements-dev.txt pyproject.toml setup.py
+	@echo "Installing PyTorch, transformers and this package into $(DEMO): 1 GB on disk. PyTorch for CUDA, as PyPI has it: 2.7 GB to download."
+	@$(PYTHON) -m venv --clear $(DEMO)
+	@sed -e '/^triton==/d' -e 's/\[.*\]//' $< > $(DEMO)/constraints.txt
+	@$(DEMO)/bin/python -m pip install -qq --no-compile -c $(DEMO)/constraints.txt -e '.[transformers]'
 	@touch $@
 
 $(VENV)/triton-%/.installed: $(VENV)/installed

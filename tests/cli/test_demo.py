@@ -38,7 +38,7 @@ def test_demo_shows_its_progress_and_no_output_of_other_packages(tmp_path, site,
     monkeypatch.setattr(demo, "RUNS", 1)
     lines = []
     result = demo.run_demo(demo.TINY, str(tmp_path), lines.append)
-    assert [line.split()[0] for line in lines] == ["importing", "writing", "46", "loading", *demo.METHODS]
+    assert [line.split()[0] for line in lines] == ["importing", "writing", "39", "loading", *demo.METHODS]
     assert result.different == ()
     assert capfd.readouterr() == ("", "")
 
