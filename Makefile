@@ -25,7 +25,7 @@ IMPORT_TRANSFORMERS = $(sort $(wildcard tests/destinations/test_*.py tests/doors
 VERSION = $(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)
 
 .PHONY: test lint types format demo clean test-style test-main test-software-gpu test-packaging \
-	test-without-triton test-without-transformers test-fuzz test-long \
+	test-without-triton test-without-transformers test-notebook test-fuzz test-long \
 	release-check release-tree release-notes release-distributions release-audit
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
@@ -34,7 +34,7 @@ VERSION = $(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)
 
 # The legs run in this order, and the first one that fails ends the check.
 test: test-style test-main test-software-gpu test-packaging $(OTHER_TRANSFORMERS:%=test-transformers-%) test-triton-3.6.0 test-nemo-0.7.0 \
-	test-without-triton test-without-transformers test-fuzz
+	test-without-triton test-without-transformers test-notebook test-fuzz
 
 test-style: $(VENV)/installed
 	@$(LEG) "ruff and pyright" $(MAKE) --no-print-directory lint types
@@ -67,6 +67,10 @@ test-without-transformers: $(VENV)/installed
 		$(PYTEST) -m "not packaging and not long" tests/cli tests/compiling tests/destinations tests/doors tests/integrations \
 		tests/quantized tests/upstream tests/whole/test_broken_checkpoints.py tests/whole/test_nothing_lost.py \
 		tests/test_examples.py tests/test_imports.py
+
+# A kernel runs the notebook, cell by cell.
+test-notebook: $(VENV)/notebook/.installed
+	@PYTHONPATH=$(CURDIR)/$(VENV)/notebook $(LEG) "notebook" $(PYTEST) -n 0 tests/test_notebook.py
 
 # Full test matrices, which take longer than `test`: run them before you merge a change to the code that they test.
 test-long: $(VENV)/installed $(OTHER_TRANSFORMERS:%=test-long-transformers-%)
@@ -163,6 +167,11 @@ $(VENV)/nemo-%/.installed: $(VENV)/installed
 $(VENV)/atheris-%/.installed: $(VENV)/installed
 	@rm -rf $(@D)
 	@$(LEG) "install atheris $*" $(BIN)/python -m pip install -qq --no-deps --target $(@D) atheris==$*
+	@touch $@
+
+$(VENV)/notebook/.installed: .ci/notebook-tools.txt $(VENV)/installed
+	@rm -rf $(@D)
+	@$(LEG) "install what runs notebooks" $(BIN)/python -m pip install -qq --no-deps --no-compile --target $(@D) -r $<
 	@touch $@
 
 $(VENV)/transformers-%/.installed: $(VENV)/installed
