@@ -30,7 +30,7 @@ import numpy
 from torch import Tensor
 
 import automodel_conv
-from automodel_conv.cli.demo import digests
+from automodel_conv.cli.demo_process import digests
 from automodel_conv.cli.measuring import PeakMemory
 from benchmarks import memory
 
