@@ -22,8 +22,8 @@ IMPORT_TRANSFORMERS = $(sort $(wildcard tests/destinations/test_*.py tests/doors
 
 VERSION = $(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)
 
-.PHONY: test lint types format demo clean test-style test-main test-software-gpu test-packaging \
-	test-without-triton test-without-transformers test-fuzz test-long \
+.PHONY: test lint types format demo docs docs-serve clean \
+	test-style test-docs test-main test-software-gpu test-packaging test-without-triton test-without-transformers test-fuzz test-long \
 	release-check release-tree release-notes release-distributions release-audit
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
@@ -31,14 +31,19 @@ VERSION = $(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)
 	$(VENV)/nemo-0.7.0/.installed $(VENV)/atheris-3.0.0/.installed
 
 # The legs run in this order, and the first one that fails ends the check.
-test: test-style test-main test-software-gpu test-packaging $(OTHER_TRANSFORMERS:%=test-transformers-%) test-triton-3.6.0 test-nemo-0.7.0 \
+test: test-style test-docs test-main test-software-gpu test-packaging $(OTHER_TRANSFORMERS:%=test-transformers-%) test-triton-3.6.0 test-nemo-0.7.0 \
 	test-without-triton test-without-transformers test-fuzz
 
 test-style: $(VENV)/installed
 	@$(LEG) "ruff and pyright" $(MAKE) --no-print-directory lint types
 
 test-main: $(VENV)/installed
-	@$(LEG) "tests" $(PYTEST) -m "not packaging and not long" --doctest-modules --ignore=automodel_conv/kernels automodel_conv tests
+	@$(LEG) "tests" $(PYTEST) -m "not packaging and not long" --doctest-modules --ignore=automodel_conv/kernels \
+		--ignore=tests/docs automodel_conv tests
+
+# The site is built strictly, then its links are checked and the code blocks of all pages run.
+test-docs: $(VENV)/installed docs
+	@$(LEG) "documentation" $(PYTEST) tests/docs
 
 # All GPU code, at the sizes of a real GPU. Tests that need more memory than this machine has need a real GPU.
 test-software-gpu: $(VENV)/installed
@@ -114,14 +119,22 @@ release-notes:
 # Known vulnerabilities of all pinned packages, as PyPI lists them.
 release-audit: $(VENV)/release/.installed
 	$(VENV)/release/bin/pip-audit --no-deps --disable-pip --requirement requirements-dev.txt
+	$(VENV)/release/bin/pip-audit --no-deps --disable-pip --requirement requirements-docs.txt
 
 release-distributions: $(VENV)/release/.installed
 	rm -rf dist
 	$(VENV)/release/bin/python -m build --outdir dist
 	$(VENV)/release/bin/twine check --strict dist/*
 
+# The site in site/, as it is published. It needs no network when it is viewed.
+docs: $(VENV)/docs/.installed
+	@NO_MKDOCS_2_WARNING=1 $(LEG) "site" $(VENV)/docs/bin/mkdocs build --strict --quiet
+
+docs-serve: $(VENV)/docs/.installed
+	NO_MKDOCS_2_WARNING=1 $(VENV)/docs/bin/mkdocs serve
+
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist site *.egg-info .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # All versions are pinned, so pip need not resolve them again. triton is installed separately: a torch built for CUDA
@@ -158,6 +171,11 @@ $(VENV)/transformers-%/.installed: $(VENV)/installed
 	@rm -rf $(@D)
 	@$(LEG) "install transformers $*" \
 		$(BIN)/python -m pip install -qq --no-deps --target $(@D) transformers==$* $(EXTRA_$*)
+	@touch $@
+
+$(VENV)/docs/.installed: requirements-docs.txt $(VENV)/installed
+	@$(LEG) "new environment" $(PYTHON) -m venv --clear $(@D)
+	@$(LEG) "install mkdocs" $(@D)/bin/python -m pip install -qq -r $<
 	@touch $@
 
 $(VENV)/release/.installed: .ci/release-tools.txt $(VENV)/installed
