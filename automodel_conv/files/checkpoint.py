@@ -1,7 +1,8 @@
 """Open a safetensors checkpoint by reading its index and the headers of its files.
 
 If the cache holds all files of a Hub repository, they are opened from there. Otherwise only their headers are fetched.
-Callers that read tensor data use ``open_downloaded``, which downloads the files first.
+Callers that read tensor data use ``open_downloaded``, which downloads the files first. Files behind a URL are never
+downloaded: their headers and their data are read by range.
 """
 
 from __future__ import annotations
@@ -52,10 +53,12 @@ class Checkpoint:
     """The headers of a checkpoint as columns, with one row per tensor, sorted by file and then by offset.
 
     Attributes:
-        path: absolute path that was opened. For a repository, the path of its local snapshot.
-        directory: absolute path of the directory of its ``config.json``.
+        path: absolute path that was opened. For a repository, the path of its local snapshot. For a URL, the URL of the
+            folder, without credentials and query.
+        directory: absolute path of the directory of its ``config.json``. For a URL, a temporary folder with a copy of
+            it, which is removed with the checkpoint.
         files: absolute paths of the files that the index names, sorted by name, or of the single file. URLs if some
-            files of a repository are not on this machine.
+            files of a repository are not on this machine, or if a URL was opened.
         names: name of each tensor.
         dtypes: safetensors dtype code of each tensor, a key of ``dtypes.BITS``.
         shapes: shape of each tensor as torch reports it. torch counts F4 values in pairs, so the last dimension of an
@@ -122,7 +125,8 @@ def open_checkpoint(path: str | os.PathLike[str], *, revision: str | None = None
         path: a directory, an index file or one ``.safetensors`` file. If no such path exists, ``org/name`` on the Hub.
             In a directory an index takes precedence over a single file, and files that it does not name are not opened.
             If the cache holds only a part of a repository, the config and the index are downloaded and the headers are
-            read by range requests.
+            read by range requests. Or a URL of a folder, an index or a file that fsspec reads, such as ``s3://``,
+            ``gs://`` or ``https://``; the headers are read by range requests.
         revision: branch, tag or commit of a repository. None: its default branch.
 
     Returns:

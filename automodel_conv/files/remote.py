@@ -99,7 +99,7 @@ class RemoteFolder(NamedTuple):
 
     @property
     def lists_names(self) -> bool:
-        """Whether the names in the folder can be listed. Web servers have no common way to do so."""
+        """Whether the names in the folder can be listed, for which web servers have no common way."""
         return not self.url.startswith(("http://", "https://"))
 
     def path_of(self, name: str) -> str:
