@@ -161,8 +161,9 @@ def fetch_small_files(folder: RemoteFolder) -> tuple[list[str], SmallFiles]:
         with _errors(folder.url):
             names = [os.path.basename(path) for path in folder.system.ls(folder.path, detail=False)]
     else:
-        names = [folder.name or INDEX_NAME, *_SMALL]
-    wanted = [name for name in names if name in _SMALL or name.endswith(INDEX_SUFFIX)]
+        names = [*([] if folder.name else [INDEX_NAME]), *_SMALL]
+    named = [folder.name] if folder.name.endswith(".json") else []
+    wanted = list(dict.fromkeys([*named, *(n for n in names if n in _SMALL or n.endswith(INDEX_SUFFIX))]))
     with _errors(folder.url):
         results = folder.system.cat_ranges(list(map(folder.path_of, wanted)), 0, MAX_INDEX_BYTES, on_error="return")
     files: dict[str, bytes] = {}
