@@ -34,6 +34,8 @@ class Web:
     takes_head: bool = True
     query: str | None = None
     """Query that every request must have; None if any will do."""
+    authorization: str | None = None
+    """Authorization header that every request must have; None if any will do."""
     status: int | None = None
     """Status of all answers instead of the usual ones."""
     missing_bytes: int = 0
@@ -78,6 +80,8 @@ class _Handler(BaseHTTPRequestHandler):
         web.requests.append(Request(self.command, name, url.query, span))
         path = web.folder / name
         status = web.status or (403 if web.query not in (None, url.query) else None)
+        if web.authorization not in (None, self.headers["Authorization"]):
+            status = status or 401
         status = status or (405 if self.command == "HEAD" and not web.takes_head else None)
         status = status or (404 if not path.is_file() else None)
         if status is not None:

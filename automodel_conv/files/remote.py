@@ -130,8 +130,10 @@ def find_folder(url: str) -> RemoteFolder:
 
         options: dict[str, Any] = {"use_listings_cache": False}  # another process may add files at any time
         if is_web:
-            given = conf.get(protocol, {}).get("client_kwargs", {})
-            options["client_kwargs"] = {**given, "raise_for_status": _refuse_whole_file}
+            given = [
+                conf.get(name, {}).get("client_kwargs", {}) for name in ("http", "https")
+            ]  # fsspec merges them too
+            options["client_kwargs"] = {**given[0], **given[1], "raise_for_status": _refuse_whole_file}
         file_system, path = url_to_fs(location, **options)
     except ImportError as error:
         extra = _EXTRAS.get(protocol)

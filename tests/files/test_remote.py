@@ -194,6 +194,18 @@ def test_query_of_a_folder_is_repeated_for_each_file(web):
     assert_same(amc.load_state_dict(f"{web.url}?{web.query}", rules=[]), TENSORS)
 
 
+def test_settings_of_fsspec_apply(web, monkeypatch):
+    web.authorization = "Bearer hidden"
+    with pytest.raises(CheckpointError, match="401"):
+        amc.open_checkpoint(web.url)
+    headers = {"Authorization": web.authorization}
+    monkeypatch.setitem(fsspec.config.conf, "http", {"client_kwargs": {"headers": headers}})
+    assert_same(amc.load_state_dict(web.url, rules=[]), TENSORS)
+    web.takes_ranges = False
+    with pytest.raises(CheckpointError, match="ignores ranges"):
+        amc.open_checkpoint(web.url)
+
+
 def test_server_without_head_is_read(web):
     web.takes_head = False
     assert_same(amc.load_state_dict(web.url, rules=[]), TENSORS)
