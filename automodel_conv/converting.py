@@ -35,6 +35,7 @@ from automodel_conv.files.companions import companions_of
 from automodel_conv.files.config import CONFIG_NAME, MODELOPT_NAME, plain_config
 from automodel_conv.files.destination import open_destination
 from automodel_conv.files.finished import is_finished
+from automodel_conv.files.remote import local_path
 from automodel_conv.files.shards import index_of
 from automodel_conv.files.source import Identity, LocalFile
 from automodel_conv.files.staging import remove_leftovers
@@ -195,6 +196,7 @@ def convert_checkpoint(
         (['norm.weight'], ['BF16'], ('mtp.norm.weight',))
     """
     began = time.perf_counter()
+    directory = local_path(destination)
     opened = open_downloaded(source, companions=True)
     with while_importing(opened) if rules is None else nullcontext():
         conversion = compile_conversion(
@@ -209,7 +211,6 @@ def convert_checkpoint(
         )
     checkpoint, shards = conversion.checkpoint, conversion.shards
     limits = split_scratch(threads, DEFAULT_SCRATCH_BYTES if scratch_bytes is None else scratch_bytes, reads_files=True)
-    directory = os.path.abspath(os.fsdecode(destination))
     state = _identities(checkpoint)
     config = plain_config(checkpoint.directory) if dequantize else None
     work = {"source files": state, "tensors": _digest(conversion), "files": [shard.name for shard in shards]}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from typing import TYPE_CHECKING
 
 import typer
@@ -24,8 +23,9 @@ def print_dry_run(conversion: Conversion, destination: str) -> None:
     """
     from automodel_conv.cli.tables import two_columns
     from automodel_conv.files.disk_space import disk_space_of
+    from automodel_conv.files.remote import local_path
 
-    directory = os.path.abspath(destination)
+    directory = local_path(destination)
     plan, room = conversion.plan, disk_space_of(directory)
     typer.echo(plan.summary())
     table = two_columns()
