@@ -138,7 +138,8 @@ def load(
     ] = None,
     strict: Annotated[bool, typer.Option(help="Fail unless names and shapes match the model.")] = True,
     verify: Annotated[
-        bool, typer.Option("--verify", help="First compare all tensors with the checksums that `convert --checksums` wrote.")
+        bool,
+        typer.Option("--verify", help="First compare all tensors with the checksums that `convert --checksums` wrote."),
     ] = False,
     progress: ProgressOption = None,
 ) -> None:
