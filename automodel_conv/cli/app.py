@@ -137,7 +137,10 @@ def load(
         int | None, typer.Option(min=1, help="Reader threads. Default: chosen for this machine.")
     ] = None,
     strict: Annotated[bool, typer.Option(help="Fail unless names and shapes match the model.")] = True,
-    verify: Annotated[bool, typer.Option("--verify", help="Compare all tensors with their checksums first.")] = False,
+    verify: Annotated[
+        bool,
+        typer.Option("--verify", help="First compare all tensors with the checksums that `convert --checksums` wrote."),
+    ] = False,
     progress: ProgressOption = None,
 ) -> None:
     """Load a checkpoint into memory and print a report."""
