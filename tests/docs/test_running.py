@@ -2,6 +2,7 @@
 
 import textwrap
 
+import psutil
 import pytest
 
 from tests.docs.blocks import PageError, blocks_of
@@ -23,6 +24,14 @@ def run(tmp_path):
         return done
 
     return run_page
+
+
+def is_running(pid):
+    """Return whether a process runs; one that has ended and that nobody has waited for does not."""
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 def blocks(text):
@@ -144,6 +153,13 @@ def test_syntax_error_names_page_and_line(run, language, code, mark):
 def test_block_for_a_gpu_runs_only_on_one(run, has_gpu, status):
     done = run("A line.\n<!-- needs a GPU -->\n~~~python\n1 / 0\n~~~\n", has_gpu=has_gpu)
     assert done.returncode == status, done.stderr
+
+
+def test_page_that_does_not_end_is_killed_with_its_processes(run):
+    done = run("~~~bash\nsleep 1000 & echo $! > pid; wait\n~~~\n", time_limit=2)
+    assert done.returncode != 0
+    assert "not finished after 2 s" in done.stderr
+    assert not is_running(int((done.work / "pid").read_text()))
 
 
 def test_titled_block_is_written_and_not_run(run):
