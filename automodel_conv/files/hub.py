@@ -197,8 +197,21 @@ def _hub_errors(what: str, where: str) -> Iterator[None]:
             what,
             where=where,
             found=f"{type(error).__name__}: {error}",
-            do="check the path, the network and the access rights",
+            do=_advice(error),
         ) from error
+
+
+def _advice(error: Exception) -> str:
+    """Return advice for an error of the Hub or of the network."""
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
+
+    if isinstance(error, GatedRepoError):
+        return "accept the conditions on the page of the repository, and log in with: hf auth login"
+    if isinstance(error, RevisionNotFoundError):
+        return "check the revision"
+    if isinstance(error, RepositoryNotFoundError):
+        return "check the path or the name; if the repository is private, log in with: hf auth login"
+    return "check the path, the network and HF_HUB_OFFLINE; without a network, pass the path of a folder with the files"
 
 
 def _http_client() -> ModuleType:

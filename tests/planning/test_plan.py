@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 
+from automodel_conv.errors import UnknownTarget
 from automodel_conv.planning.plan import CopyPlan
 from tests.planning.oracles import addressed, execute
 from tests.planning.plans import CHUNK, experts_plan, plan_of, table, targets_of, transposing_plan
@@ -41,6 +42,17 @@ def test_explain_of_an_unknown_target_suggests_names():
     plan = plan_of(table(a=(2,)), targets_of(table(a=(2,)), [["a"]], [], ["layers.0.w"]))
     with pytest.raises(KeyError, match=r"layers\.0\.w"):
         plan.explain("layers.9.w")
+
+
+def test_names_suggested_for_an_unknown_target_begin_or_end_alike():
+    names = [f"layers.{layer}.{part}.weight" for layer in range(9) for part in ("mlp.experts", "attn", "norm")]
+    plan = experts_plan()
+    plan = replace(plan, targets=tuple(plan.target("norm")._replace(name=name) for name in names))
+    with pytest.raises(UnknownTarget) as caught:
+        plan.target("layers.7.mlp.experts.0.weight")
+    suggested = str(caught.value).partition("similar names\n")[2].splitlines()
+    assert suggested[0].strip() == "layers.7.mlp.experts.weight"
+    assert len([line for line in suggested if line.startswith("    ")]) == 5
 
 
 def test_ways_of_execution_are_distinguished():
