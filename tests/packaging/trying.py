@@ -89,7 +89,7 @@ def try_hub(folder: Path) -> None:
     write_plain(repository / "snapshots" / commit)
     (repository / "refs").mkdir()
     (repository / "refs" / "main").write_text(commit)
-    os.environ["HF_HUB_CACHE"] = str(folder / "hub")
+    os.environ["HF_HUB_CACHE"] = str(folder / "hub")  # read when huggingface_hub is imported
     check_plain("org/name")
 
 
@@ -154,13 +154,13 @@ def try_gcs(folder: Path) -> None:
 
 TRIALS = {
     "": [try_nothing],
-    "transformers": [try_transformers, try_hub],  # transformers needs huggingface_hub
+    "transformers": [try_hub, try_transformers],  # transformers needs huggingface_hub
     "triton": [try_triton],
     "hub": [try_hub],
     "http": [try_http],
     "s3": [try_s3],
     "gcs": [try_gcs],
-    "all": [try_transformers, try_triton, try_hub, try_http, try_s3, try_gcs],
+    "all": [try_hub, try_transformers, try_triton, try_http, try_s3, try_gcs],
 }
 
 
