@@ -26,12 +26,14 @@ from tests.crash_safety.support import (
 from tests.faults import replace_calls, workers
 
 
+@pytest.mark.parametrize("when", ["before", "after"])
 @pytest.mark.parametrize("kind", ["nemo", "transformers"])
-def test_ctrl_c_ends_all_threads_and_closes_all_files(forked, source, wanted, tmp_path, kind):
+def test_ctrl_c_ends_all_threads_and_closes_all_files(forked, source, wanted, tmp_path, kind, when):
     interrupted = 0
-    for call in range(1, 91, 6):
+    for call in range(1 if when == "before" else 2, 91, 6):
         directory = new_directory(tmp_path / f"{call}", source)
-        answer = forked.run("convert", arguments=arguments_of(source, directory, kind), signal="SIGINT", call=call)
+        job = {"signal": "SIGINT", "call": call, "when": when}
+        answer = forked.run("convert", arguments=arguments_of(source, directory, kind), **job)
         assert answer["outcome"] in ("KeyboardInterrupt", "done"), answer
         interrupted += answer["outcome"] == "KeyboardInterrupt"
         assert (answer["descriptors"], answer["workers"], answer["later"]) == (0, [], 0)
@@ -41,11 +43,13 @@ def test_ctrl_c_ends_all_threads_and_closes_all_files(forked, source, wanted, tm
     assert interrupted >= 10
 
 
-def test_interrupted_save_leaves_the_directory_unchanged(forked, source, tmp_path):
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_interrupted_save_leaves_the_directory_unchanged(forked, source, tmp_path, when):
     interrupted = 0
-    for call in range(1, 66, 4):
+    for call in range(1 if when == "before" else 2, 66, 4):
         directory = new_directory(tmp_path / f"{call}", source)
-        answer = forked.run("save", arguments={"directory": str(directory), **SIZES}, signal="SIGINT", call=call)
+        job = {"signal": "SIGINT", "call": call, "when": when}
+        answer = forked.run("save", arguments={"directory": str(directory), **SIZES}, **job)
         assert (answer["descriptors"], answer["workers"], answer["later"]) == (0, [], 0)
         if answer["outcome"] == "KeyboardInterrupt":
             interrupted += 1
